@@ -1,0 +1,280 @@
+"""Learnable weight scales, constant inside every N:M group (CAST)."""
+
+import dataclasses
+import math
+
+import keras
+from keras import ops
+
+from keras_weightmods.ops.nm import from_matrix, parse_pattern, to_matrix
+from keras_weightmods.targets import Skipped, resolve_targets
+from keras_weightmods.utils import reparameterize
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScaledKernel:
+    """One kernel with its scales; `path` and `shape` are the kernel's."""
+
+    path: str
+    shape: tuple[int, ...]
+    groups: int
+    scale: keras.Variable
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScalingReport:
+    """What `attach_scaling` or `fold_scaling` changed and skipped.
+
+    Attributes:
+        kernels: Tuple of `ScaledKernel`, the kernels changed.
+        skipped: Tuple of `Skipped`, path and reason.
+        groups: Int, the number of groups asked for; None after a fold.
+    """
+
+    kernels: tuple[ScaledKernel, ...]
+    skipped: tuple[Skipped, ...] = ()
+    groups: int | None = None
+
+    @property
+    def scales(self):
+        """List of the scale variables."""
+        return [kernel.scale for kernel in self.kernels]
+
+    @property
+    def reduced(self):
+        """Tuple of the kernels that got fewer groups than asked for."""
+        return tuple(
+            kernel
+            for kernel in self.kernels
+            if self.groups is not None and kernel.groups < self.groups
+        )
+
+    def __str__(self):
+        reduced = [
+            f"  {kernel.path}: {kernel.groups} group(s) of {self.groups}"
+            for kernel in self.reduced
+        ]
+        skipped = [f"  {item.path}: {item.reason}" for item in self.skipped]
+        return "\n".join(
+            [
+                f"{len(self.kernels)} kernels, {len(self.reduced)} with fewer "
+                f"groups, {len(self.skipped)} skipped",
+                *reduced,
+                *skipped,
+            ]
+        )
+
+
+def attach_scaling(model, groups=2, targets=None, pattern="2:4"):
+    """Gives each output unit of each target `groups` learnable scales.
+
+    The effective weight is `scale * kernel`, with one scale, one at the start,
+    for each output unit and each of `groups` contiguous blocks of the
+    flattened contraction axes: equations 11 and 12 of CAST (arXiv
+    2509.25996). A scale lets a unit regain the magnitude that sparse training
+    takes from it; as it is constant inside each N:M group, the mask stays.
+
+    Each target layer stays the same object with the same name and paths and
+    gains one weight, `kernel_scale` (`pointwise_kernel_scale` and so on for
+    other attributes), of shape `(groups, ...)`, followed by the kernel's axes
+    that are not contracted, in float32 at least. The layer's `kernel` becomes
+    the effective weight, which its call and `kernel_regularizer` use, and LoRA
+    adds to; `kernel_constraint` goes on acting on the stored kernel. The
+    product is taken in float32 also under mixed precision. A frozen kernel
+    gets frozen scales, and `enable_lora` freezes the scales with the kernel.
+
+    The paper trains scales without weight decay:
+    `optimizer.exclude_from_weight_decay(var_names=["kernel_scale"])`.
+
+    Checkpoints by `save_weights` hold the scales, and load only into a model
+    scaled in the same way. `save`, `keras.models.clone_model` and `quantize`
+    want `fold_scaling` first.
+
+    Args:
+        model: A built Keras model; give the outermost one that you train.
+        groups: Int, the blocks of the contraction axes for an output unit.
+            A kernel that does not divide into so many blocks of whole N:M
+            groups gets the largest number that it does divide into; the
+            report lists it.
+        targets: The kernels to scale, from `find_targets`. Defaults to all
+            that `find_targets(model)` finds.
+        pattern: The N:M pattern, `"n:m"` or `(n, m)`. Only m matters.
+
+    Returns:
+        A `ScalingReport`.
+
+    Raises:
+        ValueError: If `groups` or `pattern` is wrong, no target can be
+            scaled, one is scaled already, or the model's optimizer has been
+            built. The model is unchanged then.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
+
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
+    report = attach_scaling(model, groups=2)
+    assert report.scales[0].shape == (2, 4)
+    fold_scaling(model)
+    assert len(model.weights) == 2
+    ```
+    """
+    if type(groups) is not int or groups < 1:
+        raise ValueError(
+            "`groups` must be an int of at least 1, the number of scales of "
+            f"an output unit. Received: groups={groups!r}"
+        )
+    _, m = parse_pattern(pattern)
+    resolved = resolve_targets(model, targets)
+    skipped = list(resolved.skipped)
+    items = []
+    for target in resolved:
+        reason = reparameterize.obstacle(target)
+        if reason is None and target.contraction_size % m:
+            reason = (
+                f"contraction size {target.contraction_size} is not a "
+                f"multiple of {m}"
+            )
+        if reason is None:
+            items.append(_Scaling(target, _fitting_groups(target, groups, m)))
+        else:
+            skipped.append(Skipped(target.path, reason))
+    if not items:
+        raise ValueError(
+            "The model has no kernel that can be scaled. Received: "
+            f"model={model.name!r}, skipped: "
+            + "; ".join(f"{item.path}: {item.reason}" for item in skipped)
+        )
+    reparameterize.attach(model, items)
+    return ScalingReport(
+        tuple(item.summary() for item in items), tuple(skipped), groups
+    )
+
+
+def fold_scaling(model):
+    """Multiplies the scales into the stored kernels and removes them.
+
+    The layers are again what they were before `attach_scaling`: class, list
+    of weights, config. A group that is exactly N:M stays so. If the model's
+    optimizer has been built it holds state of the scales, so the model is left
+    uncompiled: compile it again to train on.
+
+    Args:
+        model: A Keras model. One without scales is left as it is.
+
+    Returns:
+        A `ScalingReport`; the scales in it keep their last values.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
+
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
+    attach_scaling(model)
+    assert len(fold_scaling(model).kernels) == 1
+    ```
+    """
+    items = reparameterize.fold(model, _Scaling)
+    return ScalingReport(tuple(item.summary() for item in items))
+
+
+def compute_scaled(kernel, scale, contraction_axes):
+    """Multiplies a kernel by its scales: A * W of CAST (arXiv 2509.25996).
+
+    Args:
+        kernel: Tensor or variable.
+        scale: Tensor or variable of shape `(groups, ...)`, followed by the
+            kernel's axes that are not contracted.
+        contraction_axes: Int or tuple of ints. These axes, flattened in the
+            order given, divide into `groups` contiguous blocks.
+
+    Returns:
+        Tensor of the kernel's shape, in the wider of the two dtypes.
+
+    Raises:
+        ValueError: If the shape of `scale` does not fit.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.sparsity.scaling import compute_scaled
+
+    scaled = compute_scaled(np.ones((4, 1)), np.array([[2.0], [3.0]]), 0)
+    assert np.array(scaled)[:, 0].tolist() == [2.0, 2.0, 3.0, 3.0]
+    ```
+    """
+    kernel = ops.convert_to_tensor(kernel)
+    scale = ops.convert_to_tensor(scale)
+    shape = tuple(kernel.shape)
+    axes = (
+        (contraction_axes,)
+        if isinstance(contraction_axes, int)
+        else tuple(contraction_axes)
+    )
+    axes = tuple(axis % len(shape) for axis in axes)
+    size = math.prod(shape[axis] for axis in axes)
+    groups = scale.shape[0] if len(scale.shape) else 0
+    others = tuple(d for i, d in enumerate(shape) if i not in axes)
+    if tuple(scale.shape[1:]) != others or not groups or size % groups:
+        raise ValueError(
+            "`scale` must have the shape (groups, ...), followed by the axes "
+            f"of `kernel` that are not contracted, {others}, with groups a "
+            f"divisor of the contraction size {size}. Received: "
+            f"kernel.shape={shape}, scale.shape={tuple(scale.shape)}, "
+            f"contraction_axes={contraction_axes}"
+        )
+    first = axes[0]
+    if axes == tuple(range(first, first + len(axes))):
+        # Adjacent axes: only the small scale is transposed, not the kernel.
+        before = math.prod(shape[:first])
+        scale = ops.reshape(scale, (groups, before, -1))
+        scale = ops.transpose(scale, (1, 0, 2))[:, :, None, :]
+        blocks = ops.reshape(kernel, (before, groups, size // groups, -1))
+        return ops.reshape(ops.multiply(blocks, scale), shape)
+    blocks = ops.reshape(to_matrix(kernel, axes), (groups, size // groups, -1))
+    scale = ops.reshape(scale, (groups, 1, -1))
+    return from_matrix(ops.multiply(blocks, scale), shape, axes)
+
+
+class _Scaling(reparameterize.Reparameterization):
+    finish = "fold_scaling(model)"
+
+    def __init__(self, target, groups):
+        super().__init__(target)
+        self.groups = groups
+
+    def create_parameters(self, add_weight):
+        shape, axes = self.target.shape, self.target.contraction_axes
+        others = tuple(d for i, d in enumerate(shape) if i not in axes)
+        add_weight(
+            name=f"{self.target.attribute}_scale",
+            shape=(self.groups, *others),
+            initializer="ones",
+            # In half precision the steps near 1 are too coarse to train.
+            dtype=keras.backend.result_type(self.dtype, "float32"),
+        )
+
+    def effective(self, stored):
+        (scale,) = self.parameters
+        return compute_scaled(stored, scale, self.target.contraction_axes)
+
+    def summary(self):
+        return ScaledKernel(
+            self.target.path,
+            tuple(self.target.shape),
+            self.groups,
+            self.parameters[0],
+        )
+
+
+def _fitting_groups(target, groups, m):
+    return next(
+        count
+        for count in range(groups, 0, -1)
+        if target.contraction_size % (count * m) == 0
+    )
