@@ -320,11 +320,12 @@ def _slots(layer):
 
 
 def _slots_of(model):
-    return [
+    items = [
         item
         for layer in model._flatten_layers()
         for item in _slots(layer).values()
     ]
+    return sorted(items, key=lambda item: item.target.depth)
 
 
 def _finish(layer):

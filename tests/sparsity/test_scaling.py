@@ -135,8 +135,11 @@ def test_attach_is_bit_equal_and_fold_keeps_the_function(name):
     x = inputs_for(model)
     before = outputs(model, x)
 
+    targets = find_targets(model)
     report = attach_scaling(model)
     assert report.kernels
+    again = find_targets(model)
+    assert [id(t.variable) for t in again] == [id(t.variable) for t in targets]
     assert len(model.weights) == len(weights) + len(report.scales)
     assert len({w.path for w in model.weights}) == len(model.weights)
     assert all(s.name.endswith("kernel_scale") for s in report.scales)
