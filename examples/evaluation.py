@@ -61,8 +61,8 @@ class Perplexity:
             )
         self.model = model
         self.batch_size = batch_size
-        self._scorer = None
-        self._scored_variables = None
+        self._row_losses = None
+        self._compiled_for = None
 
     def __call__(self, tokens, name="perplexity", verbose=1):
         """Perplexity of all rows together, as a float.
@@ -92,7 +92,7 @@ class Perplexity:
                 f"row and two tokens a row. Received: shape={tokens.shape}"
             )
         rows = len(tokens)
-        scorer = self._current_scorer()
+        row_losses = self._current_function()
         # Every batch has the same shape, or the last one would compile anew.
         padding = -rows % self.batch_size
         tokens = np.concatenate([tokens, np.repeat(tokens[:1], padding, 0)])
@@ -102,18 +102,41 @@ class Perplexity:
         losses: list[float] = []
         for start in range(0, rows, self.batch_size):
             batch = tokens[start : start + self.batch_size]
-            losses.extend(np.asarray(scorer.predict_on_batch(batch)))
+            losses.extend(row_losses(batch))
             losses = losses[:rows]
             mean = math.exp(np.mean(losses, dtype="float64"))
             progress.update(len(losses), [(name, mean)])
         return np.asarray(losses, dtype="float64")
 
-    def _current_scorer(self):
+    def _current_function(self):
         variables = [id(variable) for variable in self.model.variables]
-        if self._scorer is None or variables != self._scored_variables:
-            self._scorer = _RowLoss(self.model)
-            self._scored_variables = variables
-        return self._scorer
+        if self._row_losses is None or variables != self._compiled_for:
+            self._row_losses = _compile(self.model)
+            self._compiled_for = variables
+        return self._row_losses
+
+
+def _compile(model):
+    """A function of an array of tokens that returns an array of losses."""
+    if keras.backend.backend() != "jax":
+        return _RowLoss(model).predict_on_batch
+    # On JAX, predict_on_batch() hands all weights out and takes them back,
+    # which takes as long as a row of tokens does.
+    import jax
+
+    @jax.jit
+    def stateless(trainable, non_trainable, tokens):
+        logits, _ = model.stateless_call(
+            trainable, non_trainable, _inputs(tokens), training=False
+        )
+        return _mean_losses(logits, tokens)
+
+    def row_losses(tokens):
+        trainable = [v.value for v in model.trainable_variables]
+        non_trainable = [v.value for v in model.non_trainable_variables]
+        return np.asarray(stateless(trainable, non_trainable, tokens))
+
+    return row_losses
 
 
 class _RowLoss(keras.Model):
@@ -125,12 +148,16 @@ class _RowLoss(keras.Model):
         self.model = model
 
     def call(self, tokens):
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        logits = self.model(
-            {"token_ids": inputs, "padding_mask": ops.ones_like(inputs)},
-            training=False,
-        )
-        logits = ops.cast(logits, "float32")
-        picked = ops.take_along_axis(logits, targets[..., None], axis=-1)
-        loss = ops.logsumexp(logits, axis=-1) - ops.squeeze(picked, -1)
-        return ops.mean(loss, axis=-1)
+        return _mean_losses(self.model(_inputs(tokens), training=False), tokens)
+
+
+def _inputs(tokens):
+    inputs = tokens[:, :-1]
+    return {"token_ids": inputs, "padding_mask": ops.ones_like(inputs)}
+
+
+def _mean_losses(logits, tokens):
+    logits = ops.cast(logits, "float32")
+    targets = tokens[:, 1:, None]
+    picked = ops.squeeze(ops.take_along_axis(logits, targets, axis=-1), -1)
+    return ops.mean(ops.logsumexp(logits, axis=-1) - picked, axis=-1)
