@@ -1,0 +1,21 @@
+"""Changes to a Keras model's weights, on JAX, TensorFlow and torch."""
+
+from keras_weightmods import ops as ops
+from keras_weightmods.callbacks.sparsity_monitor import (
+    SparsityMonitor as SparsityMonitor,
+)
+from keras_weightmods.constraints.semi_structured_sparse import (
+    SemiStructuredSparse as SemiStructuredSparse,
+)
+from keras_weightmods.optimizers.adam_s import AdamS as AdamS
+from keras_weightmods.sparsity.cast import CAST as CAST
+from keras_weightmods.sparsity.report import SparsityReport as SparsityReport
+from keras_weightmods.sparsity.report import assert_sparse as assert_sparse
+from keras_weightmods.sparsity.report import sparsity_report as sparsity_report
+from keras_weightmods.sparsity.scaling import attach_scaling as attach_scaling
+from keras_weightmods.sparsity.scaling import fold_scaling as fold_scaling
+from keras_weightmods.targets import Target as Target
+from keras_weightmods.targets import Targets as Targets
+from keras_weightmods.targets import find_targets as find_targets
+from keras_weightmods.targets import register_target as register_target
+from keras_weightmods.version import __version__ as __version__

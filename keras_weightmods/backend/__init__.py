@@ -1,0 +1,1 @@
+"""Code for one backend only; imported where it is used."""

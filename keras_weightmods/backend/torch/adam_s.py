@@ -1,0 +1,104 @@
+"""The AdamS update on torch, in place and in pieces that stay in cache.
+
+Run eagerly and op by op, `AdamS.update_step` would read and write whole
+kernels through memory a dozen times. The numbers are the same.
+"""
+
+import math
+import typing
+
+import torch
+from keras import ops
+
+# Entries updated at once on a CPU; an accelerator takes a variable whole.
+_PIECE = 2**16
+
+
+@torch.no_grad()
+def update_variable(optimizer, gradient, variable, scalars):
+    """Updates one variable and its state, in place.
+
+    Args:
+        optimizer: A built `AdamS`.
+        gradient: Tensor of the variable's shape.
+        variable: `keras.Variable`.
+        scalars: The dict from `step_scalars`.
+    """
+    index = optimizer._get_variable_index(variable)
+    state = (
+        variable.value.data,
+        optimizer._momentums[index].value.data,
+        optimizer._velocities[index].value.data,
+    )
+    gradient = gradient.to(state[0].dtype)
+    is_target = optimizer._specs[index] is not None
+    bits, pull = None, 0.0
+    if is_target:
+        bits = optimizer._refreshed_bits(index, variable.value)
+        if optimizer.decay == "published":
+            pull = scalars["ramp"] * float(optimizer._l1_of(index, gradient))
+
+    # A layout that is not contiguous is worked on as a copy, then written.
+    flat = [t.contiguous().view(-1) for t in (gradient, *state)]
+    for part, plane in _pieces(flat[0].numel(), bits, flat[0].device):
+        g, w, momentum, velocity = (t[part] for t in flat)
+        mask = None
+        if bits is not None:
+            mask = bits[plane.part].bitwise_and(plane.bit) != 0
+        _update_piece(g, w, momentum, velocity, optimizer, scalars, mask, pull)
+    for original, new in zip(state, flat[1:]):
+        if not original.is_contiguous():
+            original.copy_(new.view(original.shape))
+
+
+def step_scalars(optimizer, learning_rate):
+    """The numbers that all variables share in one step, as floats."""
+    step = int(optimizer.iterations)
+    return {
+        "learning_rate": float(ops.convert_to_numpy(learning_rate)),
+        "ramp": float(optimizer._ramp_at(ops.cast(step, "float32"))),
+        "shrink": float(optimizer._shrink_at(ops.cast(step, "float32"))),
+        "correction_1": -math.expm1((step + 1) * math.log(optimizer.beta_1)),
+        "correction_2": -math.expm1((step + 1) * math.log(optimizer.beta_2)),
+    }
+
+
+class _Plane(typing.NamedTuple):
+    """Where the mask of a piece is: bit `bit` of the bytes `part`."""
+
+    part: slice
+    bit: int
+
+
+def _pieces(size, bits, device):
+    """Yields slices of the flat kernel, with the bits that hold its mask.
+
+    `pack_bits` keeps entry `b * planes + i` in bit b of byte i.
+    """
+    piece = _PIECE if device.type == "cpu" else size
+    if bits is None:
+        for start in range(0, size, piece):
+            yield slice(start, min(start + piece, size)), None
+        return
+    plane_size = bits.numel()
+    for bit in range(8):
+        first, last = bit * plane_size, min((bit + 1) * plane_size, size)
+        for start in range(first, last, piece):
+            stop = min(start + piece, last)
+            plane = _Plane(slice(start - first, stop - first), 1 << bit)
+            yield slice(start, stop), plane
+
+
+def _update_piece(g, w, momentum, v, optimizer, scalars, mask, pull):
+    mixed = momentum.lerp_(g, 1 - optimizer.beta_1)
+    if mask is not None:
+        faded = momentum * (1 - scalars["ramp"])
+        if optimizer.decay == "published":
+            faded.add_(torch.sign(w), alpha=pull)
+        mixed = torch.where(mask, momentum, faded)
+    v.mul_(optimizer.beta_2).addcmul_(mixed, mixed, value=1 - optimizer.beta_2)
+    root = (v / scalars["correction_2"]).sqrt_().add_(optimizer.epsilon)
+    rate = scalars["learning_rate"] / scalars["correction_1"]
+    w.addcdiv_(mixed, root, value=-rate)
+    if mask is not None and optimizer.decay == "relative":
+        torch.where(mask, w, w * scalars["shrink"], out=w)

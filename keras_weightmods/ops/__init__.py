@@ -1,0 +1,8 @@
+"""Pure tensor functions, on the three backends through `keras.ops`."""
+
+from keras_weightmods.ops.nm import nm_mask as nm_mask
+from keras_weightmods.ops.nm import nm_project as nm_project
+from keras_weightmods.ops.nm import nm_violations as nm_violations
+from keras_weightmods.ops.nm import pack_bits as pack_bits
+from keras_weightmods.ops.nm import parse_pattern as parse_pattern
+from keras_weightmods.ops.nm import unpack_bits as unpack_bits

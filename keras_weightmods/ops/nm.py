@@ -1,0 +1,255 @@
+"""N:M patterns: masks, projections and counts, as pure tensor functions.
+
+A kernel is seen as a matrix (K, R): its contraction axes flattened to K, all
+others to R. A group is m consecutive entries of one column; n of them are
+kept.
+"""
+
+import math
+
+from keras import ops
+
+# Up to this group size every pair of entries is compared; beyond it a sort
+# per group costs less than the m * (m - 1) / 2 comparisons.
+_MAX_COMPARED_GROUP = 8
+
+
+def parse_pattern(pattern):
+    """Reads an N:M pattern, n weights kept of every m.
+
+    Args:
+        pattern: A string such as `"2:4"`, or a pair of ints `(n, m)`.
+
+    Returns:
+        The pair of ints `(n, m)`.
+
+    Raises:
+        ValueError: If `pattern` is malformed or not `1 <= n <= m`.
+
+    Example:
+
+    ```python
+    from keras_weightmods.ops import parse_pattern
+
+    assert parse_pattern("2:4") == (2, 4)
+    ```
+    """
+    try:
+        parts = pattern.split(":") if isinstance(pattern, str) else pattern
+        n, m = parts
+        n, m = (int(n), int(m)) if isinstance(pattern, str) else (n, m)
+    except (TypeError, ValueError):
+        n = m = None
+    if not (type(n) is int and type(m) is int and 1 <= n <= m):
+        raise ValueError(
+            "`pattern` must be 'n:m' with 1 <= n <= m, where n is the number "
+            "of weights KEPT in every group of m, for example '2:4'. "
+            f"Received: pattern={pattern!r}"
+        )
+    return n, m
+
+
+def nm_mask(x, n, m, axis=0):
+    """Marks the n largest magnitudes in every group of m.
+
+    Equation 6 of CAST (arXiv 2509.25996). Ties keep the earlier entry, so
+    exactly n are marked; a NaN counts as smaller than any number.
+
+    Args:
+        x: Tensor or variable, of any shape.
+        n: Int, entries kept in a group.
+        m: Int, entries in a group.
+        axis: Int or tuple of ints, the contraction axes. Groups run along
+            these axes, flattened in the order given.
+
+    Returns:
+        Boolean tensor of the shape of `x`, True where kept.
+
+    Raises:
+        ValueError: If `1 <= n <= m` does not hold, or the size of `axis` is
+            not a multiple of m.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops import nm_mask
+
+    mask = nm_mask(np.array([[3.0], [-1.0], [0.5], [-2.0]]), 2, 4, axis=0)
+    assert np.array(mask)[:, 0].tolist() == [True, False, False, True]
+    ```
+    """
+    n, m = parse_pattern((n, m))
+    groups = _to_groups(x, m, axis)
+    scores = ops.abs(groups)
+    scores = ops.where(ops.isnan(scores), ops.cast(-1, scores.dtype), scores)
+    ranks = _ranks(scores, m)
+    kept = ops.less(ranks, n)
+    kept = ops.reshape(kept, (-1, groups.shape[-1]))
+    return from_matrix(kept, tuple(x.shape), axis)
+
+
+def nm_project(x, n, m, axis=0):
+    """Sets all but the n largest magnitudes of every group of m to zero.
+
+    The nearest N:M tensor in the Euclidean norm. See `nm_mask` for the
+    arguments and errors.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops import nm_project
+
+    x = nm_project(np.array([[3.0], [-1.0], [0.5], [-2.0]]), 2, 4, axis=0)
+    assert np.array(x)[:, 0].tolist() == [3.0, 0.0, 0.0, -2.0]
+    ```
+    """
+    x = ops.convert_to_tensor(x)
+    return ops.where(nm_mask(x, n, m, axis), x, ops.zeros_like(x))
+
+
+def nm_violations(x, n, m, axis=0):
+    """Counts the groups of m that hold more than n nonzeros.
+
+    See `nm_mask` for the arguments and errors.
+
+    Returns:
+        Scalar int32 tensor; 0 if and only if `x` is exactly N:M.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops import nm_violations
+
+    assert int(nm_violations(np.ones((8, 3)), 2, 4, axis=0)) == 6
+    ```
+    """
+    n, m = parse_pattern((n, m))
+    nonzero = ops.not_equal(_to_groups(x, m, axis), 0)
+    counts = ops.sum(ops.cast(nonzero, "int32"), axis=1)
+    return ops.sum(ops.cast(ops.greater(counts, n), "int32"))
+
+
+def pack_bits(mask):
+    """Packs a boolean tensor to one bit an entry.
+
+    Args:
+        mask: Boolean tensor of any shape.
+
+    Returns:
+        uint8 tensor of shape `(ceil(mask.size / 8),)`. Bit b of byte i holds
+        entry `b * ceil(mask.size / 8) + i` of the flattened mask; bits past
+        the end are 0.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops import pack_bits, unpack_bits
+
+    mask = np.arange(10).reshape(2, 5) % 3 == 0
+    packed = pack_bits(mask)
+    assert packed.shape == (2,)
+    assert np.array_equal(np.array(unpack_bits(packed, (2, 5))), mask)
+    ```
+    """
+    size = math.prod(mask.shape)
+    flat = ops.reshape(ops.cast(mask, "uint8"), (size,))
+    flat = ops.pad(flat, (0, -size % 8)) if size % 8 else flat
+    planes = ops.reshape(flat, (8, packed_size(size)))
+    packed = planes[0]
+    for bit in range(1, 8):
+        packed = ops.bitwise_or(
+            packed, ops.left_shift(planes[bit], ops.cast(bit, "uint8"))
+        )
+    return packed
+
+
+def unpack_bits(packed, shape):
+    """Undoes `pack_bits` for a mask of `shape`; returns a boolean tensor."""
+    bits = ops.cast([[1], [2], [4], [8], [16], [32], [64], [128]], "uint8")
+    planes = ops.not_equal(ops.bitwise_and(packed[None, :], bits), 0)
+    flat = ops.reshape(planes, (-1,))
+    size = math.prod(shape)
+    return ops.reshape(flat[:size] if size % 8 else flat, shape)
+
+
+def packed_size(size):
+    """Bytes that `pack_bits` needs for `size` entries."""
+    return -(-size // 8)
+
+
+def to_matrix(x, axis):
+    """Moves `axis` (int or tuple) first and flattens: (K, R)."""
+    x = ops.convert_to_tensor(x)
+    order = _axis_order(len(x.shape), axis)
+    if order != sorted(order):
+        x = ops.transpose(x, order)
+    return ops.reshape(x, (contraction_size(x.shape, range(_count(axis))), -1))
+
+
+def from_matrix(matrix, shape, axis):
+    """Undoes `to_matrix` for a tensor of `shape`."""
+    order = _axis_order(len(shape), axis)
+    x = ops.reshape(matrix, [shape[i] for i in order])
+    if order != sorted(order):
+        x = ops.transpose(x, [order.index(i) for i in range(len(order))])
+    return x
+
+
+def contraction_size(shape, axis):
+    """Number of entries along `axis`, an int or several."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    return math.prod(shape[i] for i in axes)
+
+
+def _to_groups(x, m, axis):
+    matrix = to_matrix(x, axis)
+    size, columns = matrix.shape
+    if size % m:
+        raise ValueError(
+            "The size of the contraction axes must be a multiple of the group "
+            f"size m={m}. Received: shape={tuple(x.shape)}, axis={axis}, "
+            f"which is {size} entries. Choose another m or leave this tensor "
+            "out; it is never padded."
+        )
+    return ops.reshape(matrix, (size // m, m, columns))
+
+
+def _ranks(scores, m):
+    """Place of each score in its group (axis 1), 0 for the largest."""
+    if m > _MAX_COMPARED_GROUP:
+        order = ops.argsort(ops.negative(scores), axis=1)
+        return ops.argsort(order, axis=1)
+    columns = [scores[:, i] for i in range(m)]
+    ranks = [0] * m
+    for i in range(m):
+        for j in range(i + 1, m):
+            later_wins = ops.cast(ops.greater(columns[j], columns[i]), "uint8")
+            ranks[i] = ranks[i] + later_wins
+            ranks[j] = ranks[j] + (1 - later_wins)
+    if m == 1:
+        return ops.zeros_like(scores, dtype="uint8")
+    return ops.stack(ranks, axis=1)
+
+
+def _axis_order(rank, axis):
+    axes = [axis] if isinstance(axis, int) else list(axis)
+    if not all(isinstance(i, int) and -rank <= i < rank for i in axes):
+        raise ValueError(
+            f"`axis` must be an int or a tuple of ints in [-{rank}, {rank}) "
+            f"for a tensor of rank {rank}. Received: axis={axis}"
+        )
+    axes = [i % rank for i in axes]
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"`axis` names an axis twice. Received: axis={axis}")
+    return axes + [i for i in range(rank) if i not in axes]
+
+
+def _count(axis):
+    return 1 if isinstance(axis, int) else len(axis)

@@ -1,0 +1,665 @@
+"""CAST: train a model into exact N:M sparsity."""
+
+import itertools
+import math
+import re
+import warnings
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_weightmods.ops.nm import (
+    contraction_size,
+    nm_violations,
+    parse_pattern,
+)
+from keras_weightmods.optimizers.adam_s import AdamS
+from keras_weightmods.sparsity.calibration import input_norms
+from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
+from keras_weightmods.targets import Skipped, Targets, resolve_targets
+
+# The recipe that `compile(optimizer=None)` uses, chosen by
+# benchmarks/cast_quality.py.
+_DEFAULT_LEARNING_RATE = 6e-4
+_DEFAULT_WARMUP = 0.1
+_DEFAULT_RAMP = 0.4
+
+
+class CAST(keras.distillation.Distiller):
+    """Trains a model into exact N:M sparsity with hardly any loss.
+
+    Continuous Adaptive Sparse Trainer (arXiv 2509.25996): the `AdamS`
+    optimizer pulls the weights outside a changing mask to zero, learnable
+    scales restore the magnitude that takes away (equations 11-12), and the
+    dense start teaches the model while it gets sparse (equation 13):
+
+    `loss = eta * KL(teacher || student) + (1 - eta) * cross-entropy`
+
+    Usage is `compile`, `fit`, `finalize`. The model itself is trained, in
+    place; `finalize` returns it as a plain model.
+
+    Args:
+        model: A built `keras.Model`, for example a KerasHub `CausalLM`. It
+            is trained in place.
+        pattern: String `"n:m"` or pair of ints: n weights kept of every m.
+            Defaults to `"2:4"`.
+        teacher: `"self"` for a frozen copy of `model` as it is now, another
+            `keras.Model` with the same inputs and outputs, or `None` to train
+            without distillation. Outputs are taken as logits.
+            Defaults to `"self"`.
+        distillation_weight: Float in [0, 1], eta. Defaults to `1/3`.
+        temperature: Float > 0, of the distillation. Defaults to `1.0`.
+        scaling_groups: Int, learnable scales for each output unit; `0` for
+            none. Defaults to `2`.
+        targets: A list from `find_targets(model)`, or `None` for all of them.
+            Defaults to `None`.
+        teacher_dtype: Dtype in which the copy of `teacher="self"` is kept,
+            for example `"bfloat16"` for half the memory. `None` keeps the
+            model's own. Defaults to `None`.
+        name: Defaults to `"cast"`.
+
+    Attributes:
+        targets: The kernels that get sparse.
+        skipped: Paths of what stays dense, with reasons.
+        teacher_bytes: Int, the memory of the teacher's weights.
+
+    Raises:
+        ValueError: For an argument outside the ranges above, an unbuilt
+            model, or a model without any kernel that fits `pattern`. The
+            model is unchanged then.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential(
+        [
+            keras.Input((16,)),
+            keras.layers.Dense(32, activation="relu"),
+            keras.layers.Dense(4),
+        ]
+    )
+    x = np.random.normal(size=(64, 16))
+    y = np.random.randint(4, size=(64,))
+
+    cast = kwm.CAST(model, pattern="2:4")
+    cast.compile(
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    cast.fit(x, y, batch_size=16, epochs=3, verbose=0)
+    sparse = cast.finalize()
+    kwm.assert_sparse(sparse, "2:4")
+    ```
+    """
+
+    def __init__(
+        self,
+        model,
+        pattern="2:4",
+        teacher="self",
+        distillation_weight=1 / 3,
+        temperature=1.0,
+        scaling_groups=2,
+        targets=None,
+        teacher_dtype=None,
+        name="cast",
+    ):
+        n, m = parse_pattern(pattern)
+        if not isinstance(model, keras.Model) or not model.built:
+            raise ValueError(
+                "`model` must be a built `keras.Model`. Build it by calling "
+                f"it on data first. Received: model={model!r}"
+            )
+        if teacher not in ("self", None) and not isinstance(
+            teacher, keras.Model
+        ):
+            raise ValueError(
+                '`teacher` must be "self", a `keras.Model` or None. '
+                f"Received: teacher={teacher!r}"
+            )
+        if teacher is model:
+            raise ValueError(
+                "`teacher` must not be the model that is trained; its weights "
+                'would change with it. Use teacher="self" for a frozen copy.'
+            )
+        if teacher != "self" and teacher_dtype is not None:
+            raise ValueError(
+                '`teacher_dtype` applies to teacher="self" only. Received: '
+                f"teacher_dtype={teacher_dtype!r}, teacher={teacher!r}"
+            )
+        if not 0 <= distillation_weight <= 1:
+            raise ValueError(
+                "`distillation_weight` must be in [0, 1]. Received: "
+                f"distillation_weight={distillation_weight!r}"
+            )
+        if not temperature > 0:
+            raise ValueError(
+                "`temperature` must be positive. "
+                f"Received: temperature={temperature!r}"
+            )
+        if type(scaling_groups) is not int or scaling_groups < 0:
+            raise ValueError(
+                "`scaling_groups` must be an int of at least 0. "
+                f"Received: scaling_groups={scaling_groups!r}"
+            )
+        found = resolve_targets(model, targets)
+        usable = [t for t in found if t.contraction_size % m == 0]
+        misfits = tuple(
+            Skipped(t.path, f"contraction size is no multiple of {m}")
+            for t in found
+            if t.contraction_size % m
+        )
+        if not usable:
+            raise ValueError(
+                f"`CAST` found no kernel that fits pattern {n}:{m}. "
+                f"Received: targets {[(t.path, t.shape) for t in found]}, "
+                f"skipped {found.skipped}"
+            )
+
+        twin = _FrozenTwin(model, teacher_dtype) if teacher == "self" else None
+        if teacher is None:
+            # A Distiller needs a teacher; without one this is a plain Model.
+            keras.Model.__init__(self, name=name)
+            self.student = model
+            self.teacher = None
+            self.distillation_losses = []
+            self.distillation_loss_weights = []
+            self.student_loss_weight = 1.0
+            self.student_loss_tracker = keras.metrics.Mean("student_loss")
+            self.distillation_loss_tracker = keras.metrics.Mean(
+                "distillation_loss"
+            )
+            self.total_loss_tracker = keras.metrics.Mean("total_loss")
+        else:
+            super().__init__(
+                teacher=twin or teacher,
+                student=model,
+                distillation_losses=[_LogitsDistillation(temperature)],
+                student_loss_weight=1 - distillation_weight,
+                name=name,
+            )
+        self.n, self.m = n, m
+        self.scaling_groups = scaling_groups
+        self.targets = Targets(usable, found.skipped + misfits)
+        if scaling_groups:
+            attach_scaling(
+                model, scaling_groups, targets=self.targets, pattern=(n, m)
+            )
+        if twin is not None:
+            twin.capture()
+        self.built = True
+        self._optimizer_is_default = False
+        self._finalized = False
+
+    @property
+    def pattern(self):
+        """The pattern as a string, `"n:m"`."""
+        return f"{self.n}:{self.m}"
+
+    @property
+    def skipped(self):
+        """What stays dense, with reasons."""
+        return self.targets.skipped
+
+    @property
+    def teacher_bytes(self):
+        """The memory of the teacher's weights, in bytes."""
+        if self.teacher is None:
+            return 0
+        return sum(
+            math.prod(v.shape) * _item_bytes(v.dtype)
+            for v in self.teacher.variables
+        )
+
+    @property
+    def adam_s(self):
+        """The `AdamS` in `optimizer`, also inside a loss-scaling wrapper."""
+        optimizer = getattr(self, "optimizer", None)
+        return getattr(optimizer, "inner_optimizer", optimizer)
+
+    def compile(self, optimizer=None, loss=None, metrics=None, **kwargs):
+        """Configures the training.
+
+        Args:
+            optimizer: An `AdamS`, or `None` for one with this library's
+                recipe for short runs: the pull scaled to arrive at 40 % of the
+                run, the mask ranked by activation-weighted magnitude,
+                measured on the first batches, and a warm-up and linear decay
+                of the learning rate. Its `targets` and `total_steps` are
+                filled in where they are not given. Defaults to `None`.
+            loss: The loss on the labels. `None` takes the cross-entropy from
+                logits for a KerasHub language model, and is an error for any
+                other. Sample weights and masks apply to it and to the
+                distillation alike.
+            metrics, **kwargs: As in `keras.Model.compile`.
+
+        Raises:
+            ValueError: If `optimizer` is no `AdamS` or has another pattern,
+                or `loss` is missing.
+        """
+        is_default = optimizer is None
+        if is_default:
+            optimizer = AdamS(
+                _DEFAULT_LEARNING_RATE,
+                pattern=self.pattern,
+                targets=self.targets,
+                decay="relative",
+                ramp=_DEFAULT_RAMP,
+                criterion="activation",
+            )
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        if not isinstance(inner, AdamS):
+            raise ValueError(
+                "`CAST` trains with `AdamS`, which moves the weights into the "
+                "pattern. Pass `optimizer=AdamS(...)` or leave it out. "
+                f"Received: optimizer={optimizer!r}"
+            )
+        if inner.pattern != self.pattern:
+            raise ValueError(
+                "The patterns of `CAST` and of its `AdamS` must be the same. "
+                f"Received: {self.pattern} and {inner.pattern}"
+            )
+        if loss is None:
+            if not hasattr(self.student, "backbone"):
+                raise ValueError(
+                    "`loss` is missing. Pass the loss on the labels, as in "
+                    "`keras.Model.compile`. Received: loss=None"
+                )
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        inner.use_targets(self.targets)
+        # Past Distiller.compile and its compute_loss, which leave out sample
+        # weights, masks and the layers' own losses.
+        keras.Model.compile(
+            self, optimizer=optimizer, loss=loss, metrics=metrics, **kwargs
+        )
+        self._optimizer_is_default = is_default
+
+    def compute_loss(
+        self,
+        x=None,
+        y=None,
+        y_pred=None,
+        sample_weight=None,
+        training=True,
+    ):
+        """The weighted sum of the label loss and the distillation loss."""
+        if y_pred is None:
+            y_pred = self(x, training=training)
+        label_loss = keras.Model.compute_loss(
+            self,
+            x=x,
+            y=y,
+            y_pred=y_pred,
+            sample_weight=sample_weight,
+            training=training,
+        )
+        self.student_loss_tracker.update_state(label_loss)
+        if self.teacher is None:
+            return label_loss
+        taught = ops.stop_gradient(self.teacher(x, training=False))
+        distillation_loss = sum(
+            weight * loss.compute_loss(taught, y_pred, sample_weight)
+            for loss, weight in zip(
+                self.distillation_losses, self.distillation_loss_weights
+            )
+        )
+        self.distillation_loss_tracker.update_state(distillation_loss)
+        total = (
+            self.student_loss_weight * label_loss
+            + (1 - self.student_loss_weight) * distillation_loss
+        )
+        self.total_loss_tracker.update_state(total)
+        return total
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        sample_weight=None,
+        validation_data=None,
+        steps_per_epoch=None,
+        **kwargs,
+    ):
+        """Trains the model into the pattern.
+
+        Takes what `keras.Model.fit` takes, and raw strings where the model is
+        a KerasHub task with a preprocessor. Fills in `total_steps` of the
+        optimizer, where it was not given, from the steps of an epoch times
+        `epochs`.
+
+        Raises:
+            ValueError: If `total_steps` was not given and the data do not say
+                how many batches they have; after `finalize`.
+        """
+        self._check_not_finalized("fit")
+        if not getattr(self, "compiled", False):
+            raise ValueError("Call `compile()` before `fit()`.")
+        x, y, sample_weight = self._preprocessed(x, y, sample_weight)
+        if validation_data is not None:
+            validation_data = self._preprocessed_validation(validation_data)
+        if self.adam_s.total_steps is None:
+            self._plan(
+                epochs * (steps_per_epoch or _batch_count(x, batch_size))
+            )
+        self.optimizer.build(self.trainable_variables)
+        if self.adam_s.criterion == "activation" and not int(
+            ops.convert_to_numpy(self.adam_s.iterations)
+        ):
+            self._measure_importance(_first_batches(x, batch_size))
+        return super().fit(
+            x=x,
+            y=y,
+            batch_size=batch_size,
+            epochs=epochs,
+            sample_weight=sample_weight,
+            validation_data=validation_data,
+            steps_per_epoch=steps_per_epoch,
+            **kwargs,
+        )
+
+    def evaluate(self, x=None, y=None, sample_weight=None, **kwargs):
+        """As `keras.Model.evaluate`; takes raw strings as `fit` does."""
+        x, y, sample_weight = self._preprocessed(x, y, sample_weight)
+        return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
+
+    def finalize(self):
+        """Prunes by the last mask, folds the scales, and returns the model.
+
+        Returns:
+            The model given to `CAST`, now exactly N:M in its targets and
+            without anything of this package in it.
+
+        Raises:
+            ValueError: If the model was not trained, or is finalized already.
+        """
+        self._check_not_finalized("finalize")
+        if not getattr(self, "compiled", False) or not self.adam_s.built:
+            raise ValueError(
+                "`CAST.finalize()` prunes by the last mask of the training. "
+                "Received: a model that was not trained. Call `compile()` "
+                "and `fit()` first."
+            )
+        self.adam_s.prune()
+        if self.scaling_groups:
+            fold_scaling(self.student)
+        self._finalized = True
+        for target in self.targets:
+            bad = nm_violations(
+                target.variable, self.n, self.m, target.contraction_axes
+            )
+            if int(bad):
+                raise RuntimeError(
+                    f"{target.path} is not {self.pattern} after the prune: "
+                    f"{int(bad)} groups hold more than {self.n} nonzeros. "
+                    "Was it frozen during training?"
+                )
+        return self.student
+
+    def get_config(self):
+        raise NotImplementedError(
+            "A `CAST` holds a model in the middle of its training. Keep "
+            "checkpoints with `save_weights` or `keras.callbacks.BackupAnd"
+            "Restore`; save the model itself after `finalize()`."
+        )
+
+    def _plan(self, total_steps):
+        """Sets the length of the run, and the default's schedule by it."""
+        optimizer = self.adam_s
+        batches = optimizer.gradient_accumulation_steps or 1
+        optimizer.total_steps = max(1, total_steps // batches)
+        if self._optimizer_is_default:
+            warmup = max(1, round(_DEFAULT_WARMUP * total_steps))
+            optimizer.learning_rate = WarmupLinearDecay(
+                _DEFAULT_LEARNING_RATE, warmup, total_steps
+            )
+
+    def _measure_importance(self, batches):
+        norms = input_norms(self.student, self.targets, batches)
+        by_id = {id(t.variable): v for t, v in zip(self.targets, norms)}
+        unknown = [t.path for t, v in zip(self.targets, norms) if v is None]
+        if unknown:
+            warnings.warn(
+                "CAST ranks the weights of these kernels by magnitude alone, "
+                f"since their layers' inputs could not be read: {unknown[:5]}",
+                stacklevel=3,
+            )
+        importance = []
+        for variable, spec, _ in self.adam_s.sparsified_state:
+            norm = by_id.get(id(variable))
+            size = contraction_size(spec.shape, spec.axes)
+            importance.append(np.ones(size) if norm is None else norm)
+        self.adam_s.set_importance(importance)
+
+    def _preprocessed(self, x, y=None, sample_weight=None):
+        preprocess = getattr(self.student, "preprocess_samples", None)
+        if (
+            preprocess is None
+            or getattr(self.student, "preprocessor", None) is None
+            or not _holds_strings(x)
+        ):
+            return x, y, sample_weight
+        if hasattr(x, "map"):
+            return x.map(preprocess), y, sample_weight
+        outputs = preprocess(x, y, sample_weight)
+        outputs = keras.tree.map_structure(
+            lambda t: None if t is None else np.asarray(t), outputs
+        )
+        return keras.utils.unpack_x_y_sample_weight(outputs)
+
+    def _preprocessed_validation(self, data):
+        if hasattr(data, "map"):
+            return self._preprocessed(data)[0]
+        data = keras.utils.unpack_x_y_sample_weight(data)
+        return keras.utils.pack_x_y_sample_weight(*self._preprocessed(*data))
+
+    def _check_not_finalized(self, what):
+        if self._finalized:
+            raise ValueError(
+                f"`CAST.{what}()` was called after `finalize()`. The model is "
+                "a plain one now; make a new `CAST` to train it on."
+            )
+
+
+@keras.saving.register_keras_serializable(package="keras_weightmods")
+class WarmupLinearDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """Rises linearly to the rate, then falls linearly to zero.
+
+    Keras' own decays with a warm-up follow a cosine; AdamS leaves masked
+    weights at about the last rate, so it has to reach zero.
+
+    Args:
+        learning_rate: Float, the peak.
+        warmup_steps: Int, steps to the peak.
+        total_steps: Int, steps to zero.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.sparsity.cast import WarmupLinearDecay
+
+    schedule = WarmupLinearDecay(1.0, warmup_steps=10, total_steps=30)
+    rates = [float(schedule(t)) for t in (0, 9, 20, 30)]
+    assert np.allclose(rates, [0.1, 1.0, 0.5, 0.0])
+    ```
+    """
+
+    def __init__(self, learning_rate, warmup_steps, total_steps):
+        super().__init__()
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+
+    def __call__(self, step):
+        step = ops.cast(step, "float32")
+        rise = (step + 1) / max(1, self.warmup_steps)
+        fall = (self.total_steps - step) / max(
+            1, self.total_steps - self.warmup_steps
+        )
+        share = ops.maximum(ops.minimum(ops.minimum(rise, fall), 1.0), 0.0)
+        return self.learning_rate * share
+
+    def get_config(self):
+        return {
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup_steps,
+            "total_steps": self.total_steps,
+        }
+
+
+class _FrozenTwin(keras.Model):
+    """The model as it was: its own graph, run on a frozen copy of weights.
+
+    Rebuilding a model from its config can change it (some backbones drop
+    tied embeddings from theirs), so the graph is shared.
+    """
+
+    def __init__(self, model, dtype):
+        super().__init__(name="teacher")
+        # In a closure, or Keras would track, save and freeze the original.
+        self._get_model = lambda: model
+        self._storage_dtype = dtype
+
+    def capture(self):
+        self._copies = [
+            [self._copy(v) for v in variables]
+            for variables in (
+                self._get_model().trainable_variables,
+                self._get_model().non_trainable_variables,
+            )
+        ]
+        self.built = True
+
+    def call(self, inputs, training=False):
+        values = [
+            [ops.convert_to_tensor(v) for v in copies]
+            for copies in self._copies
+        ]
+        outputs, _ = self._get_model().stateless_call(
+            *values, inputs, training=False
+        )
+        return outputs
+
+    def _copy(self, variable):
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        if self._storage_dtype and "float" in dtype:
+            dtype = self._storage_dtype
+        copy = self.add_weight(
+            shape=variable.shape,
+            dtype=dtype,
+            initializer="zeros",
+            trainable=False,
+            autocast=False,
+            name=variable.name,
+        )
+        # A copy indeed: JAX would share the buffer, then donate it in training.
+        copy.assign(ops.copy(ops.cast(variable.value, dtype)))
+        return copy
+
+
+class _LogitsDistillation(keras.distillation.LogitsDistillation):
+    """KL(teacher || student) of logits, with sample weights and masks.
+
+    Keras' own takes the mean over all positions, padding included, and goes
+    through probabilities clipped at 1e-7, which a large vocabulary feels.
+    """
+
+    def __init__(self, temperature=1.0):
+        super().__init__(temperature=temperature)
+        self._kl = _LogitsKL()
+
+    def compute_loss(
+        self, teacher_outputs, student_outputs, sample_weight=None
+    ):
+        losses = keras.tree.map_structure(
+            lambda t, s: self._kl(
+                t / self.temperature, s / self.temperature, sample_weight
+            ),
+            teacher_outputs,
+            student_outputs,
+        )
+        return self.temperature**2 * sum(keras.tree.flatten(losses))
+
+
+class _LogitsKL(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        teacher = ops.log_softmax(y_true, axis=-1)
+        student = ops.log_softmax(y_pred, axis=-1)
+        return ops.sum(ops.exp(teacher) * (teacher - student), axis=-1)
+
+
+def _item_bytes(dtype):
+    # From the name: NumPy knows no bfloat16.
+    bits = re.search(r"\d+", dtype)
+    return int(bits.group()) // 8 if bits else 1
+
+
+def _batch_count(x, batch_size):
+    """Batches in one pass over `x`."""
+    count = getattr(x, "num_batches", None)
+    if count is None and hasattr(x, "cardinality"):
+        count = int(x.cardinality())
+    if count is None and isinstance(x, keras.utils.PyDataset):
+        count = len(x)
+    leaves = keras.tree.flatten(x)
+    if count is None and all(hasattr(leaf, "shape") for leaf in leaves):
+        count = math.ceil(leaves[0].shape[0] / (batch_size or 32))
+    elif count is None and hasattr(x, "__len__"):
+        count = len(x)
+    if count is None or count <= 0:
+        raise ValueError(
+            "`fit` cannot tell how many batches there are, which the ramp of "
+            "`AdamS` needs. Pass `steps_per_epoch`, or "
+            "`AdamS(total_steps=...)`. "
+            f"Received: x of type {type(x).__name__}"
+        )
+    return count
+
+
+def _first_batches(x, batch_size, count=8):
+    """The inputs of the first batches of `x`, which stays as it was."""
+    leaves = keras.tree.flatten(x)
+    if all(hasattr(leaf, "shape") for leaf in leaves):
+        size = batch_size or 32
+        stop = min(leaves[0].shape[0], count * size)
+        for start in range(0, stop, size):
+            yield keras.tree.map_structure(
+                lambda a, first=start: a[first : min(first + size, stop)], x
+            )
+        return
+    batches: Iterator
+    if isinstance(x, keras.utils.PyDataset):
+        batches = (x[i] for i in range(min(count, len(x))))
+    elif iter(x) is x:
+        raise ValueError(
+            "The activation-weighted mask is measured on the first batches, "
+            "and a generator cannot be rewound to train on them as well. "
+            'Pass an array, a dataset, or AdamS(criterion="magnitude"). '
+            f"Received: x of type {type(x).__name__}"
+        )
+    else:
+        batches = itertools.islice(iter(x), count)
+    for batch in batches:
+        inputs = keras.utils.unpack_x_y_sample_weight(batch)[0]
+        yield keras.tree.map_structure(ops.convert_to_tensor, inputs)
+
+
+def _holds_strings(x):
+    spec = getattr(x, "element_spec", x)
+    for leaf in keras.tree.flatten(spec):
+        if isinstance(leaf, (str, bytes)):
+            return True
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and (
+            getattr(dtype, "kind", "") in ("U", "S", "O")
+            or "string" in str(dtype)
+        ):
+            return True
+    return False

@@ -1,0 +1,122 @@
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_weightmods.ops import (
+    nm_mask,
+    nm_project,
+    nm_violations,
+    pack_bits,
+    parse_pattern,
+    unpack_bits,
+)
+
+
+def reference_mask(x, n, m, axis):
+    """Sorts every group, one after the other."""
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = tuple(a % x.ndim for a in axes)
+    order = axes + tuple(a for a in range(x.ndim) if a not in axes)
+    moved = np.transpose(x, order)
+    k = int(np.prod([x.shape[a] for a in axes]))
+    matrix = np.abs(moved.reshape(k, -1)).astype("float64")
+    matrix[np.isnan(matrix)] = -1.0
+    mask = np.zeros(matrix.shape, bool)
+    for column in range(matrix.shape[1]):
+        for start in range(0, k, m):
+            group = matrix[start : start + m, column]
+            best = sorted(range(m), key=lambda i: (-group[i], i))[:n]
+            mask[start + np.array(best), column] = True
+    return np.transpose(mask.reshape(moved.shape), np.argsort(order))
+
+
+@st.composite
+def cases(draw):
+    m = draw(st.integers(1, 12))
+    n = draw(st.integers(1, m))
+    rank = draw(st.integers(1, 4))
+    count = draw(st.integers(1, rank))
+    axes = draw(st.permutations(range(rank)))[:count]
+    shape = [draw(st.integers(1, 3)) for _ in range(rank)]
+    shape[axes[-1]] = m * draw(st.integers(1, 2))
+    levels = draw(st.sampled_from([2, 1000]))  # 2: nearly all are ties
+    seed = draw(st.integers(0, 2**16))
+    x = np.random.default_rng(seed).integers(-levels, levels + 1, shape)
+    axis = axes[0] if count == 1 and draw(st.booleans()) else tuple(axes)
+    return x.astype("float32"), n, m, axis
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases())
+def test_mask_equals_reference_and_projection_is_idempotent(case):
+    x, n, m, axis = case
+    mask = keras.ops.convert_to_numpy(nm_mask(x, n, m, axis))
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, reference_mask(x, n, m, axis))
+    assert mask.sum() * m == mask.size * n
+    projected = keras.ops.convert_to_numpy(nm_project(x, n, m, axis))
+    np.testing.assert_array_equal(projected, np.where(mask, x, 0))
+    assert int(nm_violations(projected, n, m, axis)) == 0
+    again = keras.ops.convert_to_numpy(nm_project(projected, n, m, axis))
+    np.testing.assert_array_equal(again, projected)
+    packed = pack_bits(keras.ops.convert_to_tensor(mask))
+    assert tuple(packed.shape) == (-(-mask.size // 8),)
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(unpack_bits(packed, mask.shape)), mask
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes_and_nonfinite_values(dtype):
+    x = keras.ops.cast(
+        np.array([[np.nan, np.inf, -np.inf, 5.0, 0.0, 0.0, 0.0, -0.0]]).T,
+        dtype,
+    )
+    mask = keras.ops.convert_to_numpy(nm_mask(x, 2, 4, 0))[:, 0]
+    assert (
+        mask.tolist() == [False, True, True, False] + [True] * 2 + [False] * 2
+    )
+    projected = nm_project(x, 2, 4, 0)
+    assert keras.backend.standardize_dtype(projected.dtype) == dtype
+    assert int(nm_violations(projected, 2, 4, 0)) == 0
+
+
+def test_violations_counts_groups():
+    x = np.zeros((8, 3), "float32")
+    x[:3, 0] = 1.0  # 3 of 4
+    x[4:6, 1] = 1.0  # 2 of 4
+    x[:, 2] = 1.0  # 4 of 4, twice
+    assert int(nm_violations(x, 2, 4, 0)) == 3
+    assert int(nm_violations(x, 3, 4, 0)) == 2
+    assert int(nm_violations(x, 1, 4, 0)) == 4
+
+
+def test_compiled_equals_eager():
+    x = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+    layer = keras.layers.Lambda(lambda t: nm_project(t, 2, 4, 0))
+    inputs = keras.Input(batch_shape=(16, 6))
+    model = keras.Model(inputs, layer(inputs))
+    np.testing.assert_array_equal(
+        model.predict(x, batch_size=16, verbose=0),
+        keras.ops.convert_to_numpy(nm_project(x, 2, 4, 0)),
+    )
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["4:2", "5:4", "0:4", "2", "2:4:8", "a:b", "", None, (2,), (2.0, 4), 4],
+)
+def test_wrong_pattern(pattern):
+    with pytest.raises(ValueError, match=r"`pattern` must be 'n:m'"):
+        parse_pattern(pattern)
+
+
+def test_wrong_size_and_axis():
+    with pytest.raises(ValueError, match="multiple of the group size m=4"):
+        nm_mask(np.ones((6, 2), "float32"), 2, 4, 0)
+    with pytest.raises(ValueError, match="`axis` must be"):
+        nm_mask(np.ones((8, 2), "float32"), 2, 4, 2)
+    with pytest.raises(ValueError, match="names an axis twice"):
+        nm_mask(np.ones((8, 8), "float32"), 2, 4, (0, -2))

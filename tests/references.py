@@ -1,0 +1,64 @@
+"""Slow NumPy float64 references, written from the equations."""
+
+import numpy as np
+
+
+def nm_mask(x, n, m, axes):
+    """Sorts every group, one after the other (CAST, equation 6)."""
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(a % x.ndim for a in axes)
+    order = axes + tuple(a for a in range(x.ndim) if a not in axes)
+    moved = np.transpose(x, order)
+    k = int(np.prod([x.shape[a] for a in axes]))
+    matrix = np.abs(moved.reshape(k, -1)).astype("float64")
+    matrix[np.isnan(matrix)] = -1.0
+    mask = np.zeros(matrix.shape, bool)
+    for column in range(matrix.shape[1]):
+        for start in range(0, k, m):
+            group = matrix[start : start + m, column]
+            best = sorted(range(m), key=lambda i: (-group[i], i))[:n]
+            mask[start + np.array(best), column] = True
+    return np.transpose(mask.reshape(moved.shape), np.argsort(order))
+
+
+class AdamS:
+    """CAST, algorithm 1, equations 7 and 8, a variable at a time."""
+
+    def __init__(
+        self, w, axes, n, m, lr, total, l1, l1_scale, ramp, decay, every
+    ):
+        self.w = w.astype("float64")
+        self.mu = np.zeros_like(self.w)
+        self.v = np.zeros_like(self.w)
+        self.axes, self.n, self.m = axes, n, m
+        self.lr, self.total, self.l1, self.l1_scale = lr, total, l1, l1_scale
+        self.ramp, self.decay, self.every = ramp, decay, every
+        self.t = 0
+        self.squares = []
+
+    def step(self, g, b1=0.9, b2=0.999, eps=1e-8):
+        t, g = self.t, g.astype("float64")
+        lr = self.lr(t) if callable(self.lr) else self.lr
+        self.mu = b1 * self.mu + (1 - b1) * g
+        mixed = self.mu
+        if self.axes is not None:
+            if t % self.every == 0:
+                self.mask = nm_mask(self.w, self.n, self.m, self.axes)
+            if t < 10:
+                self.squares.append(np.mean(g**2))
+            l1 = self.l1
+            if l1 == "auto":
+                l1 = self.l1_scale * np.sqrt(np.mean(self.squares))
+            a = min(1.0, t / (self.ramp * self.total))
+            faded = (1 - a) * self.mu
+            if self.decay == "published":
+                faded = faded + a * l1 * np.sign(self.w)
+            mixed = np.where(self.mask, self.mu, faded)
+        self.v = b2 * self.v + (1 - b2) * mixed**2
+        step = lr * (mixed / (1 - b1 ** (t + 1)))
+        self.w = self.w - step / (np.sqrt(self.v / (1 - b2 ** (t + 1))) + eps)
+        if self.axes is not None and self.decay == "relative":
+            a_next = min(1.0, (t + 1) / (self.ramp * self.total))
+            shrink = (1 - a_next) / (1 - a) if a < 1 else 0.0
+            self.w = np.where(self.mask, self.w, shrink * self.w)
+        self.t += 1

@@ -1,0 +1,70 @@
+"""Runs the example of every public docstring."""
+
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+import textwrap
+
+import pytest
+
+import keras_weightmods
+
+
+def examples():
+    found = {}
+    modules = [keras_weightmods] + [
+        importlib.import_module(info.name)
+        for info in pkgutil.walk_packages(
+            keras_weightmods.__path__, "keras_weightmods."
+        )
+        if ".backend." not in info.name
+    ]
+    for module in modules:
+        for name, value in vars(module).items():
+            if name.startswith("_") or not (
+                inspect.isclass(value) or inspect.isfunction(value)
+            ):
+                continue
+            if value.__module__.startswith("keras_weightmods"):
+                found[f"{value.__module__}.{value.__qualname__}"] = value
+    return found
+
+
+def code_blocks(text):
+    return [
+        textwrap.dedent(block)
+        for block in re.findall(r"```python\n(.*?)```", text or "", re.DOTALL)
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(examples()))
+@pytest.mark.filterwarnings("ignore:AdamS. this schedule")
+def test_example_runs(name):
+    blocks = code_blocks(inspect.getdoc(examples()[name]))
+    if not blocks:
+        pytest.skip("no example in the docstring")
+    for block in blocks:
+        exec(compile(block, name, "exec"), {})
+
+
+def test_public_names_have_examples():
+    missing = [
+        name
+        for name in dir(keras_weightmods)
+        if not name.startswith("_")
+        and (
+            inspect.isclass(value := getattr(keras_weightmods, name))
+            or inspect.isfunction(value)
+        )
+        and not code_blocks(inspect.getdoc(value))
+    ]
+    # What users receive, never make.
+    assert missing == ["SparsityReport", "Target", "Targets"]
+
+
+def test_readme_examples_run():
+    readme = pathlib.Path(__file__).parent.parent / "README.md"
+    for block in code_blocks(readme.read_text()):
+        exec(compile(block, "README.md", "exec"), {})
