@@ -1,0 +1,422 @@
+"""What is left of a real LLM's quality when it is made 2:4, by method.
+
+    python benchmarks/cast_quality.py
+    python benchmarks/cast_quality.py --methods cast,fixed --seeds 0,1 --resume
+
+Every method trains SmolLM2-135M-Instruct on the same rows of prose, in the
+same order, for the same number of tokens, and ends exactly 2:4. The measure is
+the perplexity on held-out prose of the same kind and on unrelated text. The
+baselines SR-STE (arXiv 2102.04010) and AST (arXiv 2407.20584) live here, as
+they are no part of the library.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cast_quality.json"
+
+
+def main():
+    args = parse_arguments()
+    os.environ["KERAS_BACKEND"] = args.backend
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
+    run(args)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--dtype", default="float32", help="Keras policy")
+    parser.add_argument("--methods", help="comma-separated, default: all")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=48, help="to evaluate on")
+    parser.add_argument("--json", default=str(RESULTS))
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that are there"
+    )
+    return parser.parse_args()
+
+
+def run(args):
+    import keras
+    from evaluation import Perplexity
+    from prose import load_prose, load_unrelated, token_blocks
+    from smollm2 import load_smollm2
+
+    methods = make_methods(args.steps)
+    chosen = args.methods.split(",") if args.methods else list(methods)
+    unknown = set(chosen) - set(methods)
+    if unknown:
+        raise SystemExit(f"unknown: {unknown}; there are {list(methods)}")
+    model = load_smollm2(dtype=args.dtype)
+    model.preprocessor, tokenizer = None, model.preprocessor.tokenizer
+    dense = model.get_weights()
+    held_out, unrelated = (
+        token_blocks(sections, tokenizer, args.length + 1, args.rows, seed=0)
+        for sections in (load_prose("held_out"), load_unrelated())
+    )
+    file = pathlib.Path(args.json)
+    rows = []
+    if args.resume and file.exists():
+        rows = json.loads(file.read_text())["rows"]
+    for seed in map(int, args.seeds.split(",")):
+        train = token_blocks(
+            load_prose("train"),
+            tokenizer,
+            args.length + 1,
+            args.steps,
+            seed=seed + 1,
+        )
+        for name in chosen:
+            if any(r["method"] == name and r["seed"] == seed for r in rows):
+                continue
+            keras.utils.set_random_seed(seed)
+            model.set_weights(dense)
+            began = time.monotonic()
+            details = methods[name](model, train)
+            seconds = time.monotonic() - began
+            measure = Perplexity(model)
+            rows.append(
+                {
+                    "method": name,
+                    "seed": seed,
+                    "held_out": measure(held_out, "held-out", verbose=0),
+                    "unrelated": measure(unrelated, "unrelated", verbose=0),
+                    "tokens": 0 if details is None else train[:, 1:].size,
+                    "seconds": round(seconds, 1),
+                    **(details or {}),
+                }
+            )
+            print(rows[-1], flush=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(report(args, rows), indent=1))
+    print_table(report(args, rows))
+
+
+def make_methods(steps):
+    """{name: function(model, rows) -> details, or None if nothing trains}."""
+    return {
+        "dense": lambda model, train: None,
+        "one-shot magnitude": one_shot_magnitude,
+        "dense fine-tuned": DenseFineTuning(2e-4),
+        "fixed magnitude mask": FixedMask(7e-4),
+        "SR-STE": StraightThroughTraining(3e-4, pull=2e-4, on_gradient=True),
+        "AST": StraightThroughTraining(2e-4, pull=1e-4, on_gradient=False),
+        "CAST": Cast(steps),
+        "CAST without distillation": Cast(steps, teacher=None),
+        "CAST without scaling": Cast(steps, scaling_groups=0),
+        "CAST magnitude criterion": Cast(steps, criterion="magnitude"),
+        "CAST as published": Cast(
+            steps,
+            learning_rate=1e-3,
+            decay="published",
+            criterion="magnitude",
+            ramp=1.0,
+        ),
+    }
+
+
+def one_shot_magnitude(model, train):
+    import keras_weightmods as kwm
+
+    kwm.SemiStructuredSparse.attach(model)
+    kwm.SemiStructuredSparse.detach(model)
+
+
+class DenseFineTuning:
+    """Adam on the cross-entropy alone; the model stays dense."""
+
+    def __init__(self, learning_rate):
+        self.learning_rate = learning_rate
+
+    def __call__(self, model, train):
+        import keras
+
+        rate = schedule(self.learning_rate, len(train))
+        model.compile(
+            keras.optimizers.Adam(rate),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        fit(model, train)
+        return {"learning_rate": self.learning_rate}
+
+
+class FixedMask(DenseFineTuning):
+    """One-shot magnitude, its mask fixed, distillation, Adam."""
+
+    def __call__(self, model, train):
+        import keras
+
+        import keras_weightmods as kwm
+
+        teacher = make_teacher(model)
+        kwm.SemiStructuredSparse.attach(model, frozen=True)
+        rate = schedule(self.learning_rate, len(train))
+        distil(model, teacher, keras.optimizers.Adam(rate), train)
+        kwm.SemiStructuredSparse.detach(model)
+        kwm.assert_sparse(model)
+        return {"learning_rate": self.learning_rate}
+
+
+class StraightThroughTraining:
+    """SR-STE and AST: a masked forward with gradients straight through.
+
+    Both pull the masked weights to zero, by `pull * w`: SR-STE adds it to the
+    gradient, before Adam's moments; AST adds it after the first moment, with
+    a strength that rises over the first half of the run.
+    """
+
+    def __init__(self, learning_rate, pull, on_gradient):
+        self.learning_rate = learning_rate
+        self.pull = pull
+        self.on_gradient = on_gradient
+
+    def __call__(self, model, train):
+        import keras
+
+        import keras_weightmods as kwm
+        from keras_weightmods import ops as kwm_ops
+        from keras_weightmods.utils import reparameterize
+
+        class StraightThrough(reparameterize.Reparameterization):
+            finish = "fold"
+
+            def create_parameters(self, add_weight):
+                add_weight(
+                    name="mask",
+                    shape=self.target.shape,
+                    initializer="ones",
+                    trainable=False,
+                )
+
+            def refresh(self):
+                target = self.target
+                mask = kwm_ops.nm_mask(
+                    target.variable.value.detach(),
+                    2,
+                    4,
+                    target.contraction_axes,
+                )
+                self.parameters[0].assign(mask)
+
+            def effective(self, stored):
+                stored = keras.ops.convert_to_tensor(stored)
+                masked = stored * self.parameters[0].value
+                return stored + (masked - stored).detach()
+
+        items = [StraightThrough(t) for t in kwm.find_targets(model)]
+        teacher = make_teacher(model)
+        reparameterize.attach(model, items)
+
+        class Refresh(keras.callbacks.Callback):
+            def on_train_batch_begin(self, batch, logs=None):
+                if batch % 10 == 0:
+                    for item in items:
+                        item.refresh()
+
+        masks = {id(i.target.variable): i.parameters[0].value for i in items}
+        optimizer = make_pulled_adam(
+            schedule(self.learning_rate, len(train)),
+            masks,
+            self.pull,
+            self.on_gradient,
+            len(train) // 2,
+        )
+        distil(model, teacher, optimizer, train, [Refresh()])
+        for item in items:
+            item.refresh()
+        reparameterize.fold(model, StraightThrough)
+        kwm.assert_sparse(model)
+        return {"learning_rate": self.learning_rate, "pull": self.pull}
+
+
+def make_pulled_adam(rate, masks, pull, on_gradient, ramp_steps):
+    """Adam with a pull on masked weights, in place, for torch."""
+    import keras
+    import torch
+
+    class PulledAdam(keras.optimizers.Adam):
+        @torch.no_grad()
+        def update_step(self, gradient, variable, learning_rate):
+            index = self._get_variable_index(variable)
+            w = variable.value.data
+            mu = self._momentums[index].value.data
+            v = self._velocities[index].value.data
+            t = int(self.iterations)
+            mask = masks.get(id(variable))
+            if mask is not None and on_gradient:
+                gradient = gradient + pull * w * (1 - mask)
+            mixed = mu.lerp_(gradient, 0.1)
+            v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            if mask is not None and not on_gradient:
+                strength = pull * min(1.0, t / ramp_steps)
+                mixed = mu + strength * w * (1 - mask)
+            root = (v / (1 - 0.999 ** (t + 1))).sqrt_().add_(1e-8)
+            rate = float(keras.ops.convert_to_numpy(learning_rate))
+            w.addcdiv_(mixed, root, value=-rate / (1 - 0.9 ** (t + 1)))
+
+    return PulledAdam(rate)
+
+
+class Cast:
+    """The library's CAST; without arguments, its default recipe."""
+
+    def __init__(self, steps, teacher="self", scaling_groups=2, **kwargs):
+        self.steps = steps
+        self.teacher = teacher
+        self.scaling_groups = scaling_groups
+        self.kwargs = kwargs
+
+    def __call__(self, model, train):
+        import keras_weightmods as kwm
+
+        kwargs = dict(self.kwargs)
+        weight = kwargs.pop("distillation_weight", None)
+        cast = kwm.CAST(
+            model,
+            teacher=self.teacher,
+            scaling_groups=self.scaling_groups,
+            **({} if weight is None else {"distillation_weight": weight}),
+        )
+        if kwargs:
+            recipe = {**kwm.CAST.default_recipe(), **kwargs}
+            peak = recipe.pop("learning_rate")
+            optimizer = kwm.AdamS(
+                schedule(peak, len(train)),
+                total_steps=len(train),
+                **recipe,
+            )
+            cast.compile(optimizer)
+        else:
+            cast.compile()
+        monitor = kwm.SparsityMonitor()
+        history = fit(cast, train, [monitor])
+        scales = [
+            v.numpy() if hasattr(v, "numpy") else v
+            for v in cast.trainable_variables
+            if v.name == "kernel_scale"
+        ]
+        spread = float(sum(s.std() for s in scales) / max(1, len(scales)))
+        cast.finalize()
+        kwm.assert_sparse(model)
+        return {
+            "largest_masked": history.history["largest_masked"][-1],
+            "kept_share": history.history["kept_share"][-1],
+            "scale_spread": round(spread, 4),
+            "recipe": {**kwm.CAST.default_recipe(), **self.kwargs},
+        }
+
+
+def schedule(peak, steps):
+    from keras_weightmods.sparsity.cast import WarmupLinearDecay
+
+    return WarmupLinearDecay(peak, max(1, steps // 10), steps)
+
+
+def make_teacher(model):
+    """A second SmolLM2, since a Distiller freezes its teacher."""
+    from smollm2 import load_smollm2
+
+    teacher = load_smollm2(dtype=model.dtype_policy.name)
+    teacher.preprocessor = None
+    return teacher
+
+
+def distil(model, teacher, optimizer, train, callbacks=()):
+    """Keras' own distillation, with CAST's default weight."""
+    import keras
+
+    distiller = keras.distillation.Distiller(
+        teacher,
+        model,
+        keras.distillation.LogitsDistillation(temperature=1.0),
+        student_loss_weight=2 / 3,
+    )
+    distiller.compile(
+        optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    fit(distiller, train, callbacks)
+
+
+def fit(model, train, callbacks=()):
+    inputs = train[:, :-1]
+    return model.fit(
+        {"token_ids": inputs, "padding_mask": inputs == inputs},
+        train[:, 1:],
+        batch_size=1,
+        verbose=0,
+        shuffle=False,
+        callbacks=list(callbacks),
+    )
+
+
+def report(args, rows):
+    import platform
+
+    import keras
+    import keras_hub
+
+    names = {}
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        names.setdefault(name.strip(), value.strip())
+    return {
+        "model": "SmolLM2-135M-Instruct, all 210 in-block kernels, 2:4",
+        "machine": f"{names.get('model name')}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "keras": keras.__version__,
+        "keras_hub": keras_hub.__version__,
+        "backend": args.backend,
+        "dtype": args.dtype,
+        "steps": args.steps,
+        "tokens_per_step": args.length,
+        "evaluated_rows": args.rows,
+        "rows": rows,
+    }
+
+
+def print_table(results):
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{results['model']}, {results['steps']} steps of "
+        f"{results['tokens_per_step']} tokens",
+        caption=f"{results['machine']}, {results['backend']}, "
+        f"{results['dtype']}, Keras {results['keras']}",
+    )
+    for name in ("method", "held-out", "x dense", "unrelated", "seeds", "time"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    by_method = {}
+    for row in results["rows"]:
+        by_method.setdefault(row["method"], []).append(row)
+    dense = by_method.get("dense", [{"held_out": float("nan")}])[0]["held_out"]
+    for name, rows in by_method.items():
+        held_out = [r["held_out"] for r in rows]
+        spread = f" +- {np.std(held_out):.1f}" if len(rows) > 1 else ""
+        table.add_row(
+            name,
+            f"{np.mean(held_out):.1f}{spread}",
+            f"{np.mean(held_out) / dense:.2f}",
+            f"{np.mean([r['unrelated'] for r in rows]):.1f}",
+            str(len(rows)),
+            f"{np.mean([r['seconds'] for r in rows]):.0f} s",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
