@@ -7,12 +7,14 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.ops.nm import unpack_bits
+from keras_weightmods.optimizers.adam_s import AdamS
 
 
 class SparsityMonitor(keras.callbacks.Callback):
     """Puts the progress of `AdamS` into the logs.
 
-    The progress bar, History, CSVLogger and TensorBoard show them then:
+    The progress bar, History, CSVLogger and TensorBoard show them then (put
+    it before those in `callbacks`):
 
     - `kept_share`: `S_t = sum |w * mask| / sum |w|` over the sparsified
       kernels, which goes to 1;
@@ -60,7 +62,7 @@ class SparsityMonitor(keras.callbacks.Callback):
         self._last_bits = None
 
     def on_train_begin(self, logs=None):
-        if not hasattr(self._adam_s, "sparsified"):
+        if not isinstance(self._adam_s, AdamS):
             raise ValueError(
                 "`SparsityMonitor` reads the masks of an `AdamS` optimizer. "
                 f"Received: a model compiled with {self._adam_s!r}"

@@ -1,10 +1,11 @@
 """CAST: train a model into exact N:M sparsity."""
 
+import inspect
 import itertools
 import math
 import re
+import sys
 import warnings
-from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -22,9 +23,22 @@ from keras_weightmods.targets import Skipped, Targets, resolve_targets
 
 # The recipe that `compile(optimizer=None)` uses, chosen by
 # benchmarks/cast_quality.py.
-_DEFAULT_LEARNING_RATE = 6e-4
+_DEFAULT_RECIPE = {
+    "learning_rate": 1.5e-4,
+    "decay": "relative",
+    "ramp": 0.4,
+    "criterion": "activation",
+}
 _DEFAULT_WARMUP = 0.1
-_DEFAULT_RAMP = 0.4
+
+# The importance of inputs is measured on so many batches.
+_MEASURED_BATCHES = 8
+
+_TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+
+# For the wrappers around the model: its own layers cast what they are given,
+# and a global mixed-precision policy must not cast it before.
+_TRANSPARENT = {"dtype": "float32", "autocast": False}
 
 
 class CAST(keras.distillation.Distiller):
@@ -39,6 +53,14 @@ class CAST(keras.distillation.Distiller):
 
     Usage is `compile`, `fit`, `finalize`. The model itself is trained, in
     place; `finalize` returns it as a plain model.
+
+    An interrupted run is resumed by `keras.callbacks.BackupAndRestore`, or by
+    `save_weights` at the end of an epoch and, in a `CAST` made and compiled
+    in the same way, `load_weights` and `fit(..., initial_epoch=...)` with the
+    same `epochs`. The file holds the model with its scales, the teacher, the
+    optimizer with its masks, the length of the run and the state of dropout.
+    Given the same batches (`shuffle=False`, or a dataset with its own seed)
+    the weights are bit for bit those of a run that was not interrupted.
 
     Args:
         model: A built `keras.Model`, for example a KerasHub `CausalLM`. It
@@ -132,12 +154,20 @@ class CAST(keras.distillation.Distiller):
                 '`teacher_dtype` applies to teacher="self" only. Received: '
                 f"teacher_dtype={teacher_dtype!r}, teacher={teacher!r}"
             )
-        if not 0 <= distillation_weight <= 1:
+        if teacher_dtype not in (None, *_TEACHER_DTYPES):
+            raise ValueError(
+                f"`teacher_dtype` must be one of {_TEACHER_DTYPES} or None. "
+                f"Received: teacher_dtype={teacher_dtype!r}"
+            )
+        if not (
+            isinstance(distillation_weight, (int, float))
+            and 0 <= distillation_weight <= 1
+        ):
             raise ValueError(
                 "`distillation_weight` must be in [0, 1]. Received: "
                 f"distillation_weight={distillation_weight!r}"
             )
-        if not temperature > 0:
+        if not (isinstance(temperature, (int, float)) and temperature > 0):
             raise ValueError(
                 "`temperature` must be positive. "
                 f"Received: temperature={temperature!r}"
@@ -148,33 +178,30 @@ class CAST(keras.distillation.Distiller):
                 f"Received: scaling_groups={scaling_groups!r}"
             )
         found = resolve_targets(model, targets)
-        usable = [t for t in found if t.contraction_size % m == 0]
-        misfits = tuple(
-            Skipped(t.path, f"contraction size is no multiple of {m}")
-            for t in found
-            if t.contraction_size % m
-        )
+        usable, left_dense = [], []
+        for target in found:
+            if target.contraction_size % m:
+                reason = f"contraction size is no multiple of {m}"
+            elif not target.variable.trainable:
+                reason = "frozen"
+            else:
+                usable.append(target)
+                continue
+            left_dense.append(Skipped(target.path, reason))
         if not usable:
             raise ValueError(
                 f"`CAST` found no kernel that fits pattern {n}:{m}. "
                 f"Received: targets {[(t.path, t.shape) for t in found]}, "
-                f"skipped {found.skipped}"
+                f"skipped {(*found.skipped, *left_dense)}"
             )
 
         twin = _FrozenTwin(model, teacher_dtype) if teacher == "self" else None
         if teacher is None:
             # A Distiller needs a teacher; without one this is a plain Model.
-            keras.Model.__init__(self, name=name)
+            keras.Model.__init__(self, name=name, **_TRANSPARENT)
             self.student = model
             self.teacher = None
-            self.distillation_losses = []
-            self.distillation_loss_weights = []
             self.student_loss_weight = 1.0
-            self.student_loss_tracker = keras.metrics.Mean("student_loss")
-            self.distillation_loss_tracker = keras.metrics.Mean(
-                "distillation_loss"
-            )
-            self.total_loss_tracker = keras.metrics.Mean("total_loss")
         else:
             super().__init__(
                 teacher=twin or teacher,
@@ -182,10 +209,11 @@ class CAST(keras.distillation.Distiller):
                 distillation_losses=[_LogitsDistillation(temperature)],
                 student_loss_weight=1 - distillation_weight,
                 name=name,
+                **_TRANSPARENT,
             )
         self.n, self.m = n, m
         self.scaling_groups = scaling_groups
-        self.targets = Targets(usable, found.skipped + misfits)
+        self.targets = Targets(usable, (*found.skipped, *left_dense))
         if scaling_groups:
             attach_scaling(
                 model, scaling_groups, targets=self.targets, pattern=(n, m)
@@ -194,6 +222,7 @@ class CAST(keras.distillation.Distiller):
             twin.capture()
         self.built = True
         self._optimizer_is_default = False
+        self._planned_batches = None
         self._finalized = False
 
     @property
@@ -215,6 +244,11 @@ class CAST(keras.distillation.Distiller):
             math.prod(v.shape) * _item_bytes(v.dtype)
             for v in self.teacher.variables
         )
+
+    @staticmethod
+    def default_recipe():
+        """The arguments of the `AdamS` of `compile(optimizer=None)`."""
+        return dict(_DEFAULT_RECIPE)
 
     @property
     def adam_s(self):
@@ -244,14 +278,7 @@ class CAST(keras.distillation.Distiller):
         """
         is_default = optimizer is None
         if is_default:
-            optimizer = AdamS(
-                _DEFAULT_LEARNING_RATE,
-                pattern=self.pattern,
-                targets=self.targets,
-                decay="relative",
-                ramp=_DEFAULT_RAMP,
-                criterion="activation",
-            )
+            optimizer = AdamS(pattern=self.pattern, **self.default_recipe())
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         if not isinstance(inner, AdamS):
             raise ValueError(
@@ -272,12 +299,23 @@ class CAST(keras.distillation.Distiller):
                 )
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         inner.use_targets(self.targets)
+        if (
+            kwargs.get("auto_scale_loss", True)
+            and inner is optimizer
+            and any(
+                layer.compute_dtype == "float16"
+                for layer in self.student._flatten_layers()
+            )
+        ):
+            # Keras goes by the policy of the outermost model, this wrapper.
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         # Past Distiller.compile and its compute_loss, which leave out sample
         # weights, masks and the layers' own losses.
         keras.Model.compile(
             self, optimizer=optimizer, loss=loss, metrics=metrics, **kwargs
         )
         self._optimizer_is_default = is_default
+        self._planned_batches = None
 
     def compute_loss(
         self,
@@ -298,10 +336,12 @@ class CAST(keras.distillation.Distiller):
             sample_weight=sample_weight,
             training=training,
         )
-        self.student_loss_tracker.update_state(label_loss)
         if self.teacher is None:
             return label_loss
-        taught = ops.stop_gradient(self.teacher(x, training=False))
+        self.student_loss_tracker.update_state(label_loss)
+        taught = keras.tree.map_structure(
+            ops.stop_gradient, self.teacher(x, training=False)
+        )
         distillation_loss = sum(
             weight * loss.compute_loss(taught, y_pred, sample_weight)
             for loss, weight in zip(
@@ -316,14 +356,29 @@ class CAST(keras.distillation.Distiller):
         self.total_loss_tracker.update_state(total)
         return total
 
+    def reset_metrics(self):
+        """Resets all metrics; without a teacher there are fewer."""
+        keras.Model.reset_metrics(self)
+
+    def zero_grad(self, set_to_none=True):
+        """Clears the gradients (called by the trainer of torch)."""
+        # torch knows Keras' variables by their paths, which are not unique:
+        # of two of the same path it clears one, and the other's gradients
+        # would add up over the steps.
+        for variable in self.trainable_variables:
+            variable.value.grad = None
+
     def fit(
         self,
         x=None,
         y=None,
         batch_size=None,
         epochs=1,
-        sample_weight=None,
+        verbose="auto",
+        callbacks=None,
+        validation_split=0.0,
         validation_data=None,
+        sample_weight=None,
         steps_per_epoch=None,
         **kwargs,
     ):
@@ -339,35 +394,68 @@ class CAST(keras.distillation.Distiller):
                 how many batches they have; after `finalize`.
         """
         self._check_not_finalized("fit")
-        if not getattr(self, "compiled", False):
+        if not self.compiled:
             raise ValueError("Call `compile()` before `fit()`.")
         x, y, sample_weight = self._preprocessed(x, y, sample_weight)
         if validation_data is not None:
             validation_data = self._preprocessed_validation(validation_data)
         if self.adam_s.total_steps is None:
-            self._plan(
-                epochs * (steps_per_epoch or _batch_count(x, batch_size))
+            steps = steps_per_epoch or _batch_count(
+                x, batch_size, validation_split
             )
+            self._plan(epochs * steps)
         self.optimizer.build(self.trainable_variables)
         if self.adam_s.criterion == "activation" and not int(
             ops.convert_to_numpy(self.adam_s.iterations)
         ):
-            self._measure_importance(_first_batches(x, batch_size))
+            if inspect.isgenerator(x):
+                first = list(itertools.islice(x, _MEASURED_BATCHES))
+                self._measure_importance(_first_batches(iter(first)))
+                x = (batch for batch in itertools.chain(first, x))
+            else:
+                self._measure_importance(
+                    _first_batches(x, batch_size, sample_weight)
+                )
         return super().fit(
             x=x,
             y=y,
             batch_size=batch_size,
             epochs=epochs,
-            sample_weight=sample_weight,
+            verbose=verbose,
+            callbacks=callbacks,
+            validation_split=validation_split,
             validation_data=validation_data,
+            sample_weight=sample_weight,
             steps_per_epoch=steps_per_epoch,
             **kwargs,
         )
 
-    def evaluate(self, x=None, y=None, sample_weight=None, **kwargs):
+    def evaluate(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        verbose="auto",
+        sample_weight=None,
+        **kwargs,
+    ):
         """As `keras.Model.evaluate`; takes raw strings as `fit` does."""
         x, y, sample_weight = self._preprocessed(x, y, sample_weight)
-        return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
+        optimizer = self.optimizer
+        if self.compiled and self.adam_s.total_steps is None:
+            # Keras builds it here, before `fit` has told the length of the run.
+            self.optimizer = None
+        try:
+            return super().evaluate(
+                x=x,
+                y=y,
+                batch_size=batch_size,
+                verbose=verbose,
+                sample_weight=sample_weight,
+                **kwargs,
+            )
+        finally:
+            self.optimizer = optimizer
 
     def finalize(self):
         """Prunes by the last mask, folds the scales, and returns the model.
@@ -380,7 +468,7 @@ class CAST(keras.distillation.Distiller):
             ValueError: If the model was not trained, or is finalized already.
         """
         self._check_not_finalized("finalize")
-        if not getattr(self, "compiled", False) or not self.adam_s.built:
+        if not self.compiled or not self.adam_s.built:
             raise ValueError(
                 "`CAST.finalize()` prunes by the last mask of the training. "
                 "Received: a model that was not trained. Call `compile()` "
@@ -409,19 +497,48 @@ class CAST(keras.distillation.Distiller):
             "Restore`; save the model itself after `finalize()`."
         )
 
-    def _plan(self, total_steps):
+    def save_own_variables(self, store):
+        if self._planned_batches is not None:
+            store["planned_batches"] = np.asarray(self._planned_batches)
+        for i, variable in enumerate(self._seed_states()):
+            store[f"seed_state_{i}"] = variable
+
+    def load_own_variables(self, store):
+        # Comes before the optimizer's own state, which loads only into one
+        # that is built, and that takes the length of the run.
+        keys = list(store.keys())
+        for i, variable in enumerate(self._seed_states()):
+            if f"seed_state_{i}" in keys:
+                variable.assign(store[f"seed_state_{i}"])
+        if not self.compiled:
+            return
+        if self.adam_s.total_steps is None and "planned_batches" in keys:
+            self._plan(int(np.asarray(store["planned_batches"])))
+        if self.adam_s.total_steps is not None:
+            self.optimizer.build(self.trainable_variables)
+
+    def _seed_states(self):
+        """The states of dropout, which Keras leaves out of checkpoints."""
+        return [
+            variable
+            for variable in self.student.non_trainable_variables
+            if variable.name == "seed_generator_state"
+        ]
+
+    def _plan(self, batches):
         """Sets the length of the run, and the default's schedule by it."""
         optimizer = self.adam_s
-        batches = optimizer.gradient_accumulation_steps or 1
-        optimizer.total_steps = max(1, total_steps // batches)
+        accumulated = optimizer.gradient_accumulation_steps or 1
+        optimizer.total_steps = max(1, batches // accumulated)
         if self._optimizer_is_default:
-            warmup = max(1, round(_DEFAULT_WARMUP * total_steps))
+            warmup = max(1, round(_DEFAULT_WARMUP * batches))
             optimizer.learning_rate = WarmupLinearDecay(
-                _DEFAULT_LEARNING_RATE, warmup, total_steps
+                _DEFAULT_RECIPE["learning_rate"], warmup, batches
             )
+        self._planned_batches = batches
 
     def _measure_importance(self, batches):
-        norms = input_norms(self.student, self.targets, batches)
+        norms = input_norms(self.student, self.targets, batches, weighted=True)
         by_id = {id(t.variable): v for t, v in zip(self.targets, norms)}
         unknown = [t.path for t, v in zip(self.targets, norms) if v is None]
         if unknown:
@@ -438,24 +555,28 @@ class CAST(keras.distillation.Distiller):
         self.adam_s.set_importance(importance)
 
     def _preprocessed(self, x, y=None, sample_weight=None):
-        preprocess = getattr(self.student, "preprocess_samples", None)
-        if (
-            preprocess is None
-            or getattr(self.student, "preprocessor", None) is None
-            or not _holds_strings(x)
-        ):
+        if not _holds_strings(x):
             return x, y, sample_weight
+        if getattr(self.student, "preprocessor", None) is None:
+            raise ValueError(
+                "Raw strings need a KerasHub task with a `preprocessor`. "
+                f"Received: strings in `x`, for the model {self.student.name}"
+            )
+        preprocess = self.student.preprocess_samples
         if hasattr(x, "map"):
             return x.map(preprocess), y, sample_weight
-        outputs = preprocess(x, y, sample_weight)
-        outputs = keras.tree.map_structure(
-            lambda t: None if t is None else np.asarray(t), outputs
+        outputs = preprocess(
+            keras.tree.map_structure(_to_python_strings, x), y, sample_weight
         )
+        outputs = keras.tree.map_structure(_to_numpy, outputs)
         return keras.utils.unpack_x_y_sample_weight(outputs)
 
     def _preprocessed_validation(self, data):
         if hasattr(data, "map"):
             return self._preprocessed(data)[0]
+        if not isinstance(data, tuple):
+            # Not a list of strings, taken by Keras as (x, y, ...).
+            return self._preprocessed(data) if _holds_strings(data) else data
         data = keras.utils.unpack_x_y_sample_weight(data)
         return keras.utils.pack_x_y_sample_weight(*self._preprocessed(*data))
 
@@ -522,29 +643,32 @@ class _FrozenTwin(keras.Model):
     """
 
     def __init__(self, model, dtype):
-        super().__init__(name="teacher")
+        super().__init__(name="teacher", **_TRANSPARENT)
         # In a closure, or Keras would track, save and freeze the original.
         self._get_model = lambda: model
         self._storage_dtype = dtype
 
     def capture(self):
-        self._copies = [
-            [self._copy(v) for v in variables]
-            for variables in (
-                self._get_model().trainable_variables,
-                self._get_model().non_trainable_variables,
-            )
-        ]
+        model = self._get_model()
+        self._copies = [self._copy(v) for v in model.variables]
+        self._place = {id(v): i for i, v in enumerate(model.variables)}
         self.built = True
 
     def call(self, inputs, training=False):
+        model = self._get_model()
+        # By variable: which are trainable, and whether there still are
+        # scales, can change after the copy was taken.
         values = [
-            [ops.convert_to_tensor(v) for v in copies]
-            for copies in self._copies
+            [
+                ops.convert_to_tensor(self._copies[self._place[id(v)]])
+                for v in vs
+            ]
+            for vs in (
+                model.trainable_variables,
+                model.non_trainable_variables,
+            )
         ]
-        outputs, _ = self._get_model().stateless_call(
-            *values, inputs, training=False
-        )
+        outputs, _ = model.stateless_call(*values, inputs, training=False)
         return outputs
 
     def _copy(self, variable):
@@ -573,26 +697,29 @@ class _LogitsDistillation(keras.distillation.LogitsDistillation):
 
     def __init__(self, temperature=1.0):
         super().__init__(temperature=temperature)
-        self._kl = _LogitsKL()
+        self._kl = _LogitsKL(temperature)
 
     def compute_loss(
         self, teacher_outputs, student_outputs, sample_weight=None
     ):
-        losses = keras.tree.map_structure(
-            lambda t, s: self._kl(
-                t / self.temperature, s / self.temperature, sample_weight
-            ),
-            teacher_outputs,
-            student_outputs,
-        )
-        return self.temperature**2 * sum(keras.tree.flatten(losses))
+        taught = keras.tree.flatten(teacher_outputs)
+        learned = keras.tree.flatten(student_outputs)
+        weights = keras.tree.flatten(sample_weight)
+        if len(weights) == 1:
+            weights = weights * len(learned)
+        return sum(map(self._kl, taught, learned, weights))
 
 
 class _LogitsKL(keras.losses.Loss):
+    def __init__(self, temperature):
+        super().__init__(name="logits_kl")
+        self.temperature = temperature
+
     def call(self, y_true, y_pred):
-        teacher = ops.log_softmax(y_true, axis=-1)
-        student = ops.log_softmax(y_pred, axis=-1)
-        return ops.sum(ops.exp(teacher) * (teacher - student), axis=-1)
+        teacher = ops.log_softmax(y_true / self.temperature, axis=-1)
+        student = ops.log_softmax(y_pred / self.temperature, axis=-1)
+        kl = ops.sum(ops.exp(teacher) * (teacher - student), axis=-1)
+        return self.temperature**2 * kl
 
 
 def _item_bytes(dtype):
@@ -601,19 +728,19 @@ def _item_bytes(dtype):
     return int(bits.group()) // 8 if bits else 1
 
 
-def _batch_count(x, batch_size):
+def _batch_count(x, batch_size, validation_split=0.0):
     """Batches in one pass over `x`."""
+    leaves = keras.tree.flatten(x)
+    if all(hasattr(leaf, "shape") for leaf in leaves):
+        samples = math.floor(leaves[0].shape[0] * (1 - validation_split))
+        return math.ceil(samples / (batch_size or 32))
     count = getattr(x, "num_batches", None)
     if count is None and hasattr(x, "cardinality"):
         count = int(x.cardinality())
-    if count is None and isinstance(x, keras.utils.PyDataset):
+    if count is None and hasattr(x, "__len__"):
         count = len(x)
-    leaves = keras.tree.flatten(x)
-    if count is None and all(hasattr(leaf, "shape") for leaf in leaves):
-        count = math.ceil(leaves[0].shape[0] / (batch_size or 32))
-    elif count is None and hasattr(x, "__len__"):
-        count = len(x)
-    if count is None or count <= 0:
+    # Endless data says -1, or in grain the largest int.
+    if count is None or not 0 < count < sys.maxsize:
         raise ValueError(
             "`fit` cannot tell how many batches there are, which the ramp of "
             "`AdamS` needs. Pass `steps_per_epoch`, or "
@@ -623,32 +750,29 @@ def _batch_count(x, batch_size):
     return count
 
 
-def _first_batches(x, batch_size, count=8):
-    """The inputs of the first batches of `x`, which stays as it was."""
+def _first_batches(x, batch_size=None, sample_weight=None):
+    """Pairs (inputs, sample weights) of the first batches of `x`."""
     leaves = keras.tree.flatten(x)
     if all(hasattr(leaf, "shape") for leaf in leaves):
         size = batch_size or 32
-        stop = min(leaves[0].shape[0], count * size)
+        stop = min(leaves[0].shape[0], _MEASURED_BATCHES * size)
         for start in range(0, stop, size):
             yield keras.tree.map_structure(
-                lambda a, first=start: a[first : min(first + size, stop)], x
+                lambda a, first=start: (
+                    None if a is None else a[first : min(first + size, stop)]
+                ),
+                (x, sample_weight),
             )
         return
-    batches: Iterator
     if isinstance(x, keras.utils.PyDataset):
-        batches = (x[i] for i in range(min(count, len(x))))
-    elif iter(x) is x:
-        raise ValueError(
-            "The activation-weighted mask is measured on the first batches, "
-            "and a generator cannot be rewound to train on them as well. "
-            'Pass an array, a dataset, or AdamS(criterion="magnitude"). '
-            f"Received: x of type {type(x).__name__}"
-        )
+        count = x.num_batches
+        order = itertools.count() if count is None else range(count)
+        batches = (x[i] for i in order)
     else:
-        batches = itertools.islice(iter(x), count)
-    for batch in batches:
-        inputs = keras.utils.unpack_x_y_sample_weight(batch)[0]
-        yield keras.tree.map_structure(ops.convert_to_tensor, inputs)
+        batches = iter(x)
+    for batch in itertools.islice(batches, _MEASURED_BATCHES):
+        inputs, _, weights = keras.utils.unpack_x_y_sample_weight(batch)
+        yield keras.tree.map_structure(_to_numpy, (inputs, weights))
 
 
 def _holds_strings(x):
@@ -663,3 +787,15 @@ def _holds_strings(x):
         ):
             return True
     return False
+
+
+def _to_python_strings(x):
+    # KerasHub's tokenizers take lists, not arrays, of strings.
+    return x.tolist() if isinstance(x, np.ndarray) else x
+
+
+def _to_numpy(x):
+    # Also of a TensorFlow tensor, on every backend.
+    if x is None or not ops.is_tensor(x):
+        return None if x is None else np.asarray(x)
+    return ops.convert_to_numpy(x)

@@ -208,8 +208,12 @@ def assert_sparse(model, pattern="2:4", targets=None):
     if bad:
         bad.sort(key=lambda row: row.violations, reverse=True)
         listed = "\n".join(
-            f"  {row.path} {row.shape}: {row.violations:,} of "
-            f"{row.groups:,} groups"
+            f"  {row.path} {row.shape}: "
+            + (
+                f"{row.violations:,} of {row.groups:,} groups"
+                if row.groups
+                else "does not fit the pattern"
+            )
             for row in bad[:5]
         )
         raise AssertionError(
