@@ -1,0 +1,127 @@
+import csv
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+
+
+class CountingMonitor(kwm.SparsityMonitor):
+    """Keeps what it measured, beside the weights and masks at the time."""
+
+    def __init__(self, every=None):
+        super().__init__(every)
+        self.seen = []
+
+    def measure(self):
+        result = super().measure()
+        optimizer = self.model.optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        weights = [ops.convert_to_numpy(v).copy() for v in optimizer.sparsified]
+        self.seen.append((result, weights, optimizer.masks))
+        return result
+
+
+class BatchLogs(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.logs = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.logs.append(dict(logs))
+
+
+def make_model():
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, activation="relu"),
+            keras.layers.Dense(4),
+        ]
+    )
+
+
+def make_data():
+    x = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+    return x, np.sin(3 * x[:, :4])
+
+
+def test_values_and_logs(tmp_path):
+    x, y = make_data()
+    model = make_model()
+    model.compile(
+        kwm.AdamS(0.05, total_steps=24, decay="relative", mask_every=2), "mse"
+    )
+    monitor, logs = CountingMonitor(every=3), BatchLogs()
+    path = tmp_path / "log.csv"
+    history = model.fit(
+        x,
+        y,
+        batch_size=4,
+        epochs=3,
+        verbose=0,
+        callbacks=[monitor, logs, keras.callbacks.CSVLogger(path)],
+    ).history
+
+    # 8 batches an epoch: looks after the third and sixth, and at its end.
+    assert len(monitor.seen) == 9
+    looked = ["kept_share" in entry for entry in logs.logs]
+    assert looked == [i % 8 in (2, 5) for i in range(24)]
+    steps = [e * 8 + k for e in range(3) for k in (3, 6, 8)]
+    before, flips_seen = None, 0
+    for step, (result, weights, masks) in zip(steps, monitor.seen, strict=True):
+        w = np.concatenate([v.reshape(-1) for v in weights]).astype("float64")
+        kept = np.concatenate([v.reshape(-1) for v in masks])
+        share = np.abs(w[kept]).sum() / np.abs(w).sum()
+        assert result["kept_share"] == pytest.approx(share, rel=1e-5)
+        assert result["largest_masked"] == pytest.approx(
+            np.abs(w[~kept]).max(), rel=1e-6
+        )
+        flips = 0.0
+        if before is not None:
+            # A mask is set at steps 0, 2, 4, ...
+            masks_set = -(-step // 2) - -(-before[0] // 2)
+            flips = (kept != before[1]).mean() / masks_set
+        assert result["mask_flips"] == pytest.approx(flips)
+        flips_seen += flips > 0
+        before = (step, kept)
+    assert flips_seen
+    last = [monitor.seen[i][0] for i in (2, 5, 8)]
+    for name in ("kept_share", "largest_masked", "mask_flips"):
+        assert history[name] == [entry[name] for entry in last]
+    assert history["largest_masked"][-1] == 0.0
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["kept_share"]) for r in rows] == pytest.approx(
+        history["kept_share"]
+    )
+
+
+def test_with_loss_scaling():
+    x, y = make_data()
+    model = make_model()
+    optimizer = kwm.AdamS(0.05, total_steps=2, decay="relative")
+    model.compile(keras.optimizers.LossScaleOptimizer(optimizer), "mse")
+    history = model.fit(
+        x, y, batch_size=16, verbose=0, callbacks=[CountingMonitor()]
+    ).history
+    assert history["largest_masked"] == [0.0]
+    assert history["kept_share"] == [1.0]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", None])
+def test_another_optimizer(optimizer):
+    x, y = make_data()
+    model = make_model()
+    model.compile(optimizer or keras.optimizers.SGD(), "mse")
+    with pytest.raises(ValueError, match="`AdamS`"):
+        model.fit(x, y, verbose=0, callbacks=[kwm.SparsityMonitor()])
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.0, "epoch", True])
+def test_wrong_every(every):
+    with pytest.raises(ValueError, match="`every`"):
+        kwm.SparsityMonitor(every)

@@ -1,0 +1,216 @@
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_weightmods.sparsity.calibration import input_norms
+from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
+from keras_weightmods.targets import find_targets
+
+
+def root_mean_square(x, kept):
+    """Over all axes but `kept`, in float64, flattened in their order."""
+    x = np.moveaxis(np.asarray(x, "float64"), kept, range(len(kept)))
+    x = x.reshape(*x.shape[: len(kept)], -1)
+    return np.sqrt((x**2).mean(axis=-1)).reshape(-1)
+
+
+def normal(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def assert_untouched(model):
+    for layer in model._flatten_layers():
+        assert "call" not in vars(layer)
+
+
+def test_dense_over_several_batches():
+    model = keras.Sequential(
+        [
+            keras.Input((None, 4)),
+            keras.layers.Dense(8, activation="relu"),
+            keras.layers.Dense(2),
+        ]
+    )
+    batches = [normal((2, 3, 4)), normal((5, 3, 4), 1) * 3]
+    x = np.concatenate(batches)
+    before = [ops.convert_to_numpy(v) for v in model.weights]
+    norms = input_norms(model, find_targets(model), batches)
+    hidden = ops.convert_to_numpy(model.layers[0](x))
+    np.testing.assert_allclose(norms[0], root_mean_square(x, [2]), rtol=1e-5)
+    np.testing.assert_allclose(
+        norms[1], root_mean_square(hidden, [2]), rtol=1e-5
+    )
+    assert all(v.dtype == np.float32 for v in norms)
+    for a, b in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(a, ops.convert_to_numpy(b))
+    assert_untouched(model)
+
+
+@pytest.mark.parametrize(
+    ("equation", "output_shape", "input_shape", "kept"),
+    [
+        ("ab,bc->ac", 6, (4,), [1]),
+        ("...x,xy->...y", 6, (3, 4), [2]),
+        ("ab...,bc->ac...", (6, 3, 5), (4, 3, 5), [1]),
+        ("bquh,uhm->bqm", (3, 6), (3, 2, 4), [2, 3]),
+        # The kernel's order of the contracted axes, not the input's.
+        ("bhqu,uhm->bqm", (3, 6), (4, 3, 2), [3, 1]),
+        ("btd,ndh->btnh", (3, 2, 5), (3, 4), [2]),
+    ],
+)
+def test_einsum_dense(equation, output_shape, input_shape, kept):
+    layer = keras.layers.EinsumDense(equation, output_shape)
+    model = keras.Sequential([keras.Input(input_shape), layer])
+    x = normal((7, *input_shape))
+    (norms,) = input_norms(model, find_targets(model), [x[:4], x[4:]])
+    np.testing.assert_allclose(norms, root_mean_square(x, kept), rtol=1e-5)
+
+
+def test_convolutions():
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 4)),
+            keras.layers.Conv2D(8, 3, data_format="channels_last"),
+            keras.layers.Conv2D(8, 1, groups=2, data_format="channels_last"),
+        ]
+    )
+    targets = find_targets(model)
+    x = normal((2, 6, 6, 4))
+    norms = dict(
+        zip(
+            [t.layer for t in targets],
+            input_norms(model, targets, [x]),
+            strict=True,
+        )
+    )
+    # Each tap sees about the same, so they share the channel's norm.
+    expected = np.tile(root_mean_square(x, [3]), 9)
+    np.testing.assert_allclose(norms[model.layers[0]], expected, rtol=1e-5)
+    assert norms.get(model.layers[1]) is None
+
+
+def test_a_nested_model_with_and_without_scales():
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=16,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=12,
+    )
+    model = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+    x = {
+        "token_ids": np.arange(12, dtype="int32").reshape(2, 6),
+        "padding_mask": np.ones((2, 6), "int32"),
+    }
+    targets = find_targets(model)
+    norms = input_norms(model, targets, [x])
+    sizes = [
+        int(np.prod([t.shape[i] for i in t.contraction_axes])) for t in targets
+    ]
+    assert [v.shape for v in norms] == [(k,) for k in sizes]
+    layer = backbone.transformer_layers[0]
+    embedded = backbone.token_embedding(x["token_ids"])
+    normed = layer._self_attention_layernorm(embedded)
+    query = next(
+        v for t, v in zip(targets, norms, strict=True) if "query" in t.path
+    )
+    np.testing.assert_allclose(
+        query,
+        root_mean_square(ops.convert_to_numpy(normed), [2]),
+        rtol=1e-5,
+    )
+    attach_scaling(model, targets=targets)
+    scaled = input_norms(model, find_targets(model), [x])
+    for a, b in zip(norms, scaled, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert_untouched(model)
+    fold_scaling(model)
+    assert_untouched(model)
+
+
+class ByKeyword(keras.layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(3)
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, x):
+        return self.dense(inputs=x)
+
+
+def test_inputs_by_keyword():
+    model = keras.Sequential([keras.Input((4,)), ByKeyword()])
+    x = normal((5, 4))
+    (norms,) = input_norms(model, find_targets(model), [x])
+    np.testing.assert_allclose(norms, root_mean_square(x, [1]), rtol=1e-5)
+    assert_untouched(model)
+
+
+def test_positions_of_weight_zero_are_left_out():
+    model = keras.Sequential(
+        [
+            keras.Input((3, 4)),
+            keras.layers.Dense(8),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2),
+        ]
+    )
+    x = normal((4, 3, 4))
+    weight = np.array([[1, 1, 0], [1, 0, 0], [2, 1, 1], [0, 0, 0]], "float32")
+    padded = np.where(weight[..., None] != 0, x, np.nan)
+    pairs = [(padded[:3], weight[:3]), (x[3:], weight[3:])]
+    first, second = input_norms(
+        model, find_targets(model), pairs, weighted=True
+    )
+    expected = root_mean_square(x[weight != 0], [1])
+    np.testing.assert_allclose(first, expected, rtol=1e-5)
+    # The last layer sees no time axis.
+    assert np.isnan(second).any()
+
+    rows = np.array([1, 0, 1, 0], "float32")
+    first, second = input_norms(
+        model, find_targets(model), [(x, rows[:, None])], weighted=True
+    )
+    np.testing.assert_allclose(
+        first, root_mean_square(x[rows != 0], [2]), rtol=1e-5
+    )
+    flat = ops.convert_to_numpy(model.layers[1](model.layers[0](x)))
+    np.testing.assert_allclose(
+        second, root_mean_square(flat[rows != 0], [1]), rtol=1e-5
+    )
+    (unweighted, _) = input_norms(
+        model, find_targets(model), [(x, None)], weighted=True
+    )
+    np.testing.assert_allclose(unweighted, root_mean_square(x, [2]), rtol=1e-5)
+
+
+class Broken(keras.layers.Layer):
+    def call(self, x):
+        return x
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+def test_an_error_leaves_no_trace():
+    broken = Broken()
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), broken])
+
+    def fail(x):
+        raise RuntimeError("broken")
+
+    broken.call = fail
+    with pytest.raises(RuntimeError, match="broken"):
+        input_norms(model, find_targets(model), [normal((2, 4))])
+    assert "call" not in vars(model.layers[0])
+
+
+def test_without_batches():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+    assert input_norms(model, find_targets(model), []) == [None]

@@ -1,0 +1,141 @@
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+
+
+def make_model():
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(16, name="misfit"),
+            keras.layers.Dense(8, name="sparse"),
+            keras.layers.Dense(8, name="slightly"),
+            keras.layers.Dense(4, name="dense"),
+        ],
+        name="model",
+    )
+
+
+def sparsify(model):
+    """`sparse` is 2:4, `slightly` has one bad group, `dense` is dense."""
+    for name in ("sparse", "slightly"):
+        kernel = model.get_layer(name).kernel
+        kernel.assign(kwm.ops.nm_project(kernel.value, 2, 4, 0))
+    w = np.array(ops.convert_to_numpy(model.get_layer("slightly").kernel))
+    w[:4, 0] = [1.0, 2.0, 3.0, 0.0]
+    model.get_layer("slightly").kernel.assign(w)
+
+
+def test_rows_against_numpy():
+    model = make_model()
+    sparsify(model)
+    before = [ops.convert_to_numpy(v) for v in model.weights]
+    report = kwm.sparsity_report(model, (2, 4))
+    assert report.pattern == "2:4"
+    rows = {row.path.split("/")[-2]: row for row in report.rows}
+    assert list(rows) == ["misfit", "sparse", "slightly", "dense"]
+    for name, row in rows.items():
+        w = ops.convert_to_numpy(model.get_layer(name).kernel)
+        assert row.shape == w.shape
+        assert row.size == w.size
+        assert row.zero_share == (w == 0).mean()
+        if name == "misfit":
+            assert (row.groups, row.violations) == (0, 0)
+            continue
+        groups = w.T.reshape(-1, 4)
+        assert row.groups == len(groups)
+        assert row.violations == ((groups != 0).sum(axis=1) > 2).sum()
+    exact = {name for name, row in rows.items() if row.is_exact}
+    assert exact == {"sparse"}
+    sizes = [w.size for w in before]
+    kernels = [w for w in before if w.ndim == 2]
+    assert report.totals == {
+        "kernels": 4,
+        "exact": 1,
+        "violations": 1 + 8,
+        "zero_share": pytest.approx(
+            sum((w == 0).sum() for w in kernels) / sum(w.size for w in kernels)
+        ),
+        "size": sum(w.size for w in kernels),
+        "model_size": sum(sizes),
+    }
+    for a, b in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(a, ops.convert_to_numpy(b))
+
+
+def test_as_plain_values():
+    model = keras.Sequential(
+        [
+            keras.Input((4,), dtype="int32"),
+            keras.layers.Embedding(8, 8, name="table"),
+            keras.layers.Dense(4, name="head"),
+        ]
+    )
+    report = kwm.sparsity_report(model, "1:4")
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain == report.to_dict()
+    assert plain["pattern"] == "1:4"
+    assert [t["shape"] for t in plain["targets"]] == [[8, 4]]
+    assert plain["targets"][0]["key"].endswith(plain["targets"][0]["path"])
+    assert plain["totals"] == report.totals
+    (skipped,) = [s for s in plain["skipped"] if "table" in s["path"]]
+    assert skipped["reason"]
+
+
+def test_prints_as_a_table():
+    model = make_model()
+    sparsify(model)
+    text = str(kwm.sparsity_report(model))
+    for part in (
+        "pattern 2:4",
+        "misfit/kernel",
+        "does not fit",
+        "6x16",
+        "1 of 16",
+        "8 of 8",
+        "total",
+        "1 of 4 kernels are exactly 2:4",
+    ):
+        assert part in text, part
+    plain = keras.Sequential(
+        [keras.Input((4,), dtype="int32"), keras.layers.Embedding(8, 8)]
+    )
+    report = kwm.sparsity_report(plain)
+    assert report.totals["kernels"] == 0
+    assert "Left dense" in str(report)
+
+
+def test_assert_sparse_names_the_worst():
+    model = make_model()
+    sparsify(model)
+    with pytest.raises(AssertionError) as error:
+        kwm.assert_sparse(model)
+    lines = str(error.value).splitlines()
+    assert "2 of 3 kernels are not exactly 2:4" in lines[0]
+    assert "dense/kernel (8, 4): 8 of 8 groups" in lines[1]
+    assert "slightly/kernel (8, 8): 1 of 16 groups" in lines[2]
+    with pytest.raises(AssertionError, match=r"misfit.*does not fit"):
+        kwm.assert_sparse(model, targets=kwm.find_targets(model))
+    for name in ("slightly", "dense"):
+        kernel = model.get_layer(name).kernel
+        kernel.assign(kwm.ops.nm_project(kernel.value, 2, 4, 0))
+    kwm.assert_sparse(model)
+    kwm.assert_sparse(model, "3:4")
+    with pytest.raises(AssertionError):
+        kwm.assert_sparse(model, "1:4")
+
+
+def test_wrong_use():
+    model = make_model()
+    with pytest.raises(ValueError, match="pattern"):
+        kwm.sparsity_report(model, "4:2")
+    with pytest.raises(ValueError, match="no kernel that fits"):
+        kwm.assert_sparse(model, "2:64")
+    with pytest.raises(ValueError, match="target"):
+        kwm.sparsity_report(model, targets=kwm.find_targets(make_model()))
