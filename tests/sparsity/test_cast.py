@@ -172,11 +172,12 @@ def test_a_causal_lm_becomes_sparse(family, pattern, dtype, tmp_path):
         sample_weight=weight,
         batch_size=4,
         epochs=8,
-        validation_data=(x, y, weight),
+        validation_data=(x, y, weight) if family == "llama" else None,
         callbacks=[kwm.SparsityMonitor()],
         verbose=0,
     ).history
-    assert {"loss", "perplexity", "val_loss", "kept_share"} <= set(history)
+    assert {"loss", "perplexity", "kept_share"} <= set(history)
+    assert ("val_perplexity" in history) == (family == "llama")
     assert cast.adam_s.total_steps == 16
     assert history["kept_share"][-1] == pytest.approx(1.0, abs=1e-3)
     before = ops.convert_to_numpy(ops.cast(model(x), "float32"))
@@ -240,13 +241,13 @@ def test_raw_strings():
     cast.compile()
     dataset = tf.data.Dataset.from_tensor_slices(texts).batch(2)
     history = cast.fit(
-        dataset, validation_data=dataset, epochs=2, verbose=0
+        dataset, validation_data=texts, epochs=2, verbose=0
     ).history
     assert cast.adam_s.total_steps == 4
     assert "distillation_loss" not in history
 
     history = cast.fit(
-        texts, batch_size=2, validation_data=texts, verbose=0
+        texts, batch_size=2, validation_data=dataset, verbose=0
     ).history
     assert history["loss"][0] > 0
     expected = history["val_loss"][0]
@@ -255,8 +256,6 @@ def test_raw_strings():
     for data in (texts, np.array(texts), np.array(texts, dtype=object)):
         loss = cast.evaluate(data, batch_size=2, verbose=0)
         assert loss == pytest.approx(expected, rel=1e-6)
-    loss = cast.evaluate(dataset, verbose=0)
-    assert loss == pytest.approx(expected, rel=1e-6)
     loss = cast.evaluate(
         tokens[0], tokens[1], sample_weight=tokens[2], batch_size=2, verbose=0
     )
@@ -689,7 +688,7 @@ def run(cast, **kwargs):
 
 
 def test_a_resumed_run_is_the_same(tmp_path):
-    paths = {k: tmp_path / f"{k}.weights.h5" for k in (3, 10, 14)}
+    paths = {k: tmp_path / f"{k}.weights.h5" for k in (3, 10)}
 
     class Save(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -737,6 +736,30 @@ def test_a_schedule_to_zero():
 
 
 # Precision and backends
+
+
+def test_a_checkpoint_with_loss_scaling(tmp_path):
+    def scaled():
+        cast = kwm.CAST(make_mlp(dtype="mixed_float16"))
+        cast.compile(loss=cross_entropy())
+        return cast
+
+    rng = np.random.default_rng(0)
+    cast = scaled()
+    started(cast, *make_data(), batch_size=4, epochs=2)
+    for variable in cast.optimizer.variables:
+        noise = rng.integers(1, 9, size=variable.shape)
+        variable.assign(noise.astype(variable.dtype))
+    cast.save_weights(tmp_path / "scaled.weights.h5")
+    restored = scaled()
+    restored.load_weights(tmp_path / "scaled.weights.h5")
+    assert restored.adam_s.total_steps == cast.adam_s.total_steps == 8
+    for a, b in zip(
+        cast.optimizer.variables, restored.optimizer.variables, strict=True
+    ):
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(a), ops.convert_to_numpy(b)
+        )
 
 
 @pytest.mark.parametrize("globally", [False, True])
