@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -118,6 +119,8 @@ class CAST(keras.distillation.Distiller):
     kwm.assert_sparse(sparse, "2:4")
     ```
     """
+
+    optimizer: Any
 
     def __init__(
         self,

@@ -817,7 +817,7 @@ def test_gradients_do_not_add_up():
     cast = kwm.CAST(model)
     # The first moment is the gradient, and the weights do not move.
     cast.compile(
-        kwm.AdamS(0.0, beta_1=1e-9, l1=1e-9, total_steps=4),
+        kwm.AdamS(0.0, beta_1=0.0, l1=1e-9, total_steps=4),
         loss=cross_entropy(),
     )
     x, y = make_data(8)

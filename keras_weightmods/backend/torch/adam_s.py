@@ -58,9 +58,14 @@ def step_scalars(optimizer, learning_rate):
         "learning_rate": float(ops.convert_to_numpy(learning_rate)),
         "ramp": float(optimizer._ramp_at(ops.cast(step, "float32"))),
         "shrink": float(optimizer._shrink_at(ops.cast(step, "float32"))),
-        "correction_1": -math.expm1((step + 1) * math.log(optimizer.beta_1)),
-        "correction_2": -math.expm1((step + 1) * math.log(optimizer.beta_2)),
+        "correction_1": _bias_correction(optimizer.beta_1, step),
+        "correction_2": _bias_correction(optimizer.beta_2, step),
     }
+
+
+def _bias_correction(beta, step):
+    """1 - beta**(step + 1), exact also where beta is near 1."""
+    return -math.expm1((step + 1) * math.log(beta)) if beta else 1.0
 
 
 class _Plane(typing.NamedTuple):
