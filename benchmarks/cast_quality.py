@@ -40,7 +40,7 @@ def parse_arguments():
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=48, help="to evaluate on")
+    parser.add_argument("--rows", type=int, default=32, help="to evaluate on")
     parser.add_argument("--json", default=str(RESULTS))
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that are there"
@@ -63,8 +63,11 @@ def run(args):
     model.preprocessor, tokenizer = None, model.preprocessor.tokenizer
     dense = model.get_weights()
     held_out, unrelated = (
-        token_blocks(sections, tokenizer, args.length + 1, args.rows, seed=0)
-        for sections in (load_prose("held_out"), load_unrelated())
+        token_blocks(sections, tokenizer, args.length + 1, count, seed=0)
+        for sections, count in (
+            (load_prose("held_out"), args.rows),
+            (load_unrelated(), args.rows // 2),
+        )
     )
     file = pathlib.Path(args.json)
     rows = []

@@ -11,7 +11,7 @@ import torch
 from keras import ops
 
 # Entries updated at once on a CPU; an accelerator takes a variable whole.
-_PIECE = 2**16
+_PIECE = 2**17
 
 
 @torch.no_grad()
