@@ -187,7 +187,7 @@ def load_tokens(args, model):
     """Rows of tokens to train on, held-out rows, rows of other text."""
     from prose import load_prose, load_unrelated, token_blocks
 
-    rows = 2 if args.smoke else 24
+    rows = 2 if args.smoke else 16
     tokenizer = model.preprocessor.tokenizer
     return [
         token_blocks(sections, tokenizer, args.length + 1, limit, args.seed)
