@@ -279,6 +279,18 @@ class AdamS(keras.optimizers.Optimizer):
                 initializer="ones",
             )
 
+    def _apply_weight_decay(self, variables):
+        """Nothing: the decay is part of the update, in the same pass.
+
+        Keras would write every weight and read it again, as it decays them
+        before the update.
+        """
+
+    def _decay_rate_of(self, variable):
+        if self.weight_decay is None or not self._use_weight_decay(variable):
+            return None
+        return self.weight_decay
+
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if keras.backend.backend() != "torch":
             super()._backend_update_step(
@@ -304,6 +316,8 @@ class AdamS(keras.optimizers.Optimizer):
         mu = momentum + (g - momentum) * (1 - self.beta_1)
         mixed = mu
         if self._specs[index] is not None:
+            # Masks are ranked by the weight before its decay, which is in
+            # memory; only so does XLA fuse the decay into the update.
             bits = self._refreshed_bits(index, w)
             mask = unpack_bits(bits, self._specs[index].shape)
             ramp = ops.cast(self._ramp_at(step), dtype)
@@ -313,7 +327,11 @@ class AdamS(keras.optimizers.Optimizer):
                 faded = faded + ramp * pull * ops.sign(w)
             mixed = ops.where(mask, mu, faded)
         v = velocity + (ops.square(mixed) - velocity) * (1 - self.beta_2)
-        new = w - ops.cast(learning_rate, dtype) * (
+        rate = ops.cast(learning_rate, dtype)
+        decay_rate = self._decay_rate_of(variable)
+        if decay_rate is not None:
+            w = w - w * (decay_rate * rate)
+        new = w - rate * (
             mixed / ops.cast(_bias_correction(self.beta_1, step), dtype)
         ) / (
             ops.sqrt(v / ops.cast(_bias_correction(self.beta_2, step), dtype))

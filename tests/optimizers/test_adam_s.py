@@ -345,3 +345,28 @@ def test_prune_needs_a_step():
     optimizer.build([kernel])
     with pytest.raises(ValueError, match="has taken no step"):
         optimizer.prune()
+
+
+def test_weight_decay_is_decoupled_with_exclusions():
+    results = []
+    rng = np.random.default_rng(1)
+    gradients = [
+        rng.normal(size=v.shape).astype("float32") for v, _ in make_variables()
+    ]
+    for weight_decay in (None, 0.5):
+        pairs = make_variables()
+        optimizer = AdamS(
+            0.1,
+            total_steps=TOTAL,
+            targets=configs(pairs),
+            weight_decay=weight_decay,
+        )
+        optimizer.exclude_from_weight_decay(var_names=["query"])
+        apply_steps(optimizer, [v for v, _ in pairs], [gradients])
+        results.append([keras.ops.convert_to_numpy(v) for v, _ in pairs])
+    for (variable, _), plain, decayed in zip(make_variables(), *results):
+        initial = keras.ops.convert_to_numpy(variable)
+        share = 0.0 if variable.name == "query" else 0.1 * 0.5
+        np.testing.assert_allclose(
+            decayed, plain - share * initial, rtol=1e-5, atol=1e-7
+        )

@@ -32,12 +32,14 @@ def update_variable(optimizer, gradient, variable, scalars):
     )
     gradient = gradient.to(state[0].dtype)
     is_target = optimizer._specs[index] is not None
+    decay_rate = optimizer._decay_rate_of(variable) or 0.0
     bits, pull = None, 0.0
     if is_target:
         bits = optimizer._refreshed_bits(index, variable.value)
         if optimizer.decay == "published":
             pull = scalars["ramp"] * float(optimizer._l1_of(index, gradient))
 
+    scalars = {**scalars, "pull": pull, "weight_decay": decay_rate}
     # A layout that is not contiguous is worked on as a copy, then written.
     flat = [t.contiguous().view(-1) for t in (gradient, *state)]
     for part, plane in _pieces(flat[0].numel(), bits, flat[0].device):
@@ -45,7 +47,7 @@ def update_variable(optimizer, gradient, variable, scalars):
         mask = None
         if bits is not None:
             mask = bits[plane.part].bitwise_and(plane.bit)
-        _update_piece(g, w, momentum, velocity, optimizer, scalars, mask, pull)
+        _update_piece(g, w, momentum, velocity, optimizer, scalars, mask)
     for original, new in zip(state, flat[1:]):
         if not original.is_contiguous():
             original.copy_(new.view(original.shape))
@@ -92,7 +94,7 @@ def _pieces(size, bits, device):
             yield slice(start, stop), plane
 
 
-def _update_piece(g, w, momentum, v, optimizer, scalars, mask, pull):
+def _update_piece(g, w, momentum, v, optimizer, scalars, mask):
     """One step of a flat piece; `mask` is nonzero where kept, or None."""
     mixed = momentum.lerp_(g, 1 - optimizer.beta_1)
     if mask is not None:
@@ -102,7 +104,7 @@ def _update_piece(g, w, momentum, v, optimizer, scalars, mask, pull):
         mixed = mask.clamp(1 - scalars["ramp"], 1).mul_(momentum)
         if optimizer.decay == "published":
             dropped = (1 - mask).clamp_(min=0)
-            mixed.addcmul_(torch.sign(w), dropped, value=pull)
+            mixed.addcmul_(torch.sign(w), dropped, value=scalars["pull"])
     _adam(w, mixed, v, optimizer, scalars)
     if mask is not None and optimizer.decay == "relative":
         w.mul_(mask.clamp_(scalars["shrink"], 1))
@@ -111,22 +113,23 @@ def _update_piece(g, w, momentum, v, optimizer, scalars, mask, pull):
 def _adam(w, mixed, v, optimizer, scalars):
     """Updates `v` and `w` in one pass, with the mixed first moment given.
 
-    By the kernel of `torch.optim.Adam(fused=True)`; the public form would
+    By the kernel of `torch.optim.AdamW(fused=True)`, whose public form would
     count the steps by itself. With beta1 = 0 it sets the first moment to the
     gradient, so that `mixed` stands for both and keeps its value.
     """
-    torch._fused_adam_(
+    torch._fused_adamw_(
         [w],
         [mixed],
         [mixed],
         [v],
         [],
         [scalars["count"]],
+        # `lr` carries the first moment's correction, which the decay undoes.
         lr=scalars["learning_rate"] / scalars["correction_1"],
+        weight_decay=scalars["weight_decay"] * scalars["correction_1"],
         beta1=0.0,
         beta2=optimizer.beta_2,
         eps=optimizer.epsilon,
-        weight_decay=0.0,
         amsgrad=False,
         maximize=False,
     )
