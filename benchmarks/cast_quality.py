@@ -113,7 +113,7 @@ def make_methods(steps):
         "dense": lambda model, train: None,
         "one-shot magnitude": one_shot_magnitude,
         "dense fine-tuned": DenseFineTuning(2e-4),
-        "fixed magnitude mask": FixedMask(7e-4),
+        "fixed magnitude mask": FixedMask(5e-4),
         "SR-STE": StraightThroughTraining(3e-4, pull=2e-4, on_gradient=True),
         "AST": StraightThroughTraining(2e-4, pull=1e-4, on_gradient=False),
         "CAST": Cast(steps),
@@ -148,7 +148,7 @@ class DenseFineTuning:
 
         rate = schedule(self.learning_rate, len(train))
         model.compile(
-            keras.optimizers.Adam(rate),
+            keras.optimizers.Adam(rate, global_clipnorm=1.0),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
         fit(model, train)
@@ -166,7 +166,8 @@ class FixedMask(DenseFineTuning):
         teacher = make_teacher(model)
         kwm.SemiStructuredSparse.attach(model, frozen=True)
         rate = schedule(self.learning_rate, len(train))
-        distil(model, teacher, keras.optimizers.Adam(rate), train)
+        optimizer = keras.optimizers.Adam(rate, global_clipnorm=1.0)
+        distil(model, teacher, optimizer, train)
         kwm.SemiStructuredSparse.detach(model)
         kwm.assert_sparse(model)
         return {"learning_rate": self.learning_rate}
@@ -269,7 +270,7 @@ def make_pulled_adam(rate, masks, pull, on_gradient, ramp_steps):
             rate = float(keras.ops.convert_to_numpy(learning_rate))
             w.addcdiv_(mixed, root, value=-rate / (1 - 0.9 ** (t + 1)))
 
-    return PulledAdam(rate)
+    return PulledAdam(rate, global_clipnorm=1.0)
 
 
 class Cast:
@@ -337,13 +338,19 @@ def make_teacher(model):
 
 
 def distil(model, teacher, optimizer, train, callbacks=()):
-    """Keras' own distillation, with CAST's default weight."""
+    """Keras' Distiller, with CAST's default weight and loss.
+
+    The Distiller's own loss takes the softmax in the compute dtype, which
+    makes training in bfloat16 diverge.
+    """
     import keras
+
+    from keras_weightmods.sparsity.cast import _LogitsDistillation
 
     distiller = keras.distillation.Distiller(
         teacher,
         model,
-        keras.distillation.LogitsDistillation(temperature=1.0),
+        _LogitsDistillation(temperature=1.0),
         student_loss_weight=2 / 3,
     )
     distiller.compile(
