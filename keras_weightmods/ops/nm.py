@@ -172,11 +172,17 @@ def pack_bits(mask):
 
 def unpack_bits(packed, shape):
     """Undoes `pack_bits` for a mask of `shape`; returns a boolean tensor."""
-    bits = ops.cast([[1], [2], [4], [8], [16], [32], [64], [128]], "uint8")
-    planes = ops.not_equal(ops.bitwise_and(packed[None, :], bits), 0)
-    flat = ops.reshape(planes, (-1,))
     size = math.prod(shape)
-    return ops.reshape(flat[:size] if size % 8 else flat, shape)
+    # The planes split the leading axes only, where these can be split in 8;
+    # XLA then needs no division for each entry to find its bit.
+    columns = _trailing_size(shape)
+    packed = ops.reshape(packed, (1, -1, columns))
+    bits = ops.cast([1, 2, 4, 8, 16, 32, 64, 128], "uint8")
+    planes = ops.bitwise_and(packed, ops.reshape(bits, (8, 1, 1)))
+    mask = ops.not_equal(planes, 0)
+    if size % 8:
+        mask = ops.reshape(mask, (-1,))[:size]
+    return ops.reshape(mask, shape)
 
 
 def packed_size(size):
@@ -236,6 +242,14 @@ def _ranks(scores, m):
     if m == 1:
         return ops.zeros_like(scores, dtype="uint8")
     return ops.stack(ranks, axis=1)
+
+
+def _trailing_size(shape):
+    """Size of the most trailing axes that leave a multiple of 8 before."""
+    for i in range(1, len(shape) + 1):
+        if math.prod(shape[:i]) % 8 == 0:
+            return math.prod(shape[i:])
+    return 1
 
 
 def _axis_order(rank, axis):
