@@ -297,17 +297,19 @@ def machine():
 
 
 def print_report(report):
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     about = report["machine"]
     batch = " x ".join(map(str, report["batch"]))
-    table = Table(title=f"Whole train step, {batch} tokens, {report['dtype']}")
-    table.add_column("backend", no_wrap=True)
-    table.add_column("optimizer", no_wrap=True)
-    for column in ("first", "step", "mask step"):
-        table.add_column(column, justify="right")
-    for column in ("ratio", "state, MB", "excess"):
+    table = Table(
+        title=f"Whole train step, {batch} tokens, {report['dtype']}",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in ("backend", "optimizer"):
+        table.add_column(column, no_wrap=True)
+    for column in ("first", "step", "mask", "ratio", "MB", "excess"):
         table.add_column(column, justify="right", no_wrap=True)
     for backend, result in report["backends"].items():
         for row in result["rows"]:
@@ -317,7 +319,7 @@ def print_report(report):
                 f"{row['first_steps']:.2f}",
                 f"{row['plain_step']:.2f}",
             ]
-            state = f"{row['state_bytes'] / 1e6:.1f}"
+            state = f"{row['state_bytes'] / 1e6:.0f}"
             if row["mask_step"] is None:
                 table.add_row(*cells, "", "1", state, "")
                 continue
@@ -332,9 +334,10 @@ def print_report(report):
     console = Console()
     console.print(table)
     console.print(
-        "In seconds. first: steps 1 to 9; mask step: sets new masks, every "
-        "10th, and counts so in the ratio. excess: state over Adam's and one "
-        "bit a sparsified weight\n"
+        "first: median seconds of steps 1 to 9; step: later; mask: every "
+        "10th, which sets new masks and counts so in the ratio to AdamW; MB: "
+        "optimizer state; excess: it over Adam's and one bit a sparsified "
+        "weight\n"
         f"{about['cpu']}, {about['cores']} cores, {about['system']}, Python "
         f"{about['python']}\nLlama: {report['model']}"
     )

@@ -198,6 +198,7 @@ class AdamS(keras.optimizers.Optimizer):
         # A closure, because Keras would track a model held as an attribute.
         self._get_targets = lambda: targets
         self._specs: list[_Spec | None] = []
+        self._get_compiled_step = None
 
     @property
     def pattern(self):
@@ -270,8 +271,10 @@ class AdamS(keras.optimizers.Optimizer):
         self._mask_bits = self._add_states(
             "mask", lambda spec: packed_size(math.prod(spec.shape)), "uint8"
         )
+        self._gradient_squares: list = [None] * len(variables)
+        self._importance: list = [None] * len(variables)
         if self._measures_gradients:
-            self._gradient_square = self._add_states("gradient_square")
+            self._gradient_squares = self._add_states("gradient_square")
         if self.criterion == "activation":
             self._importance = self._add_states(
                 "importance",
@@ -306,44 +309,82 @@ class AdamS(keras.optimizers.Optimizer):
     def update_step(self, gradient, variable, learning_rate):
         """Updates one variable and its state."""
         index = self._get_variable_index(variable)
-        momentum = self._momentums[index]
-        velocity = self._velocities[index]
-        dtype = variable.dtype
-        w = ops.convert_to_tensor(variable)
-        g = ops.cast(gradient, dtype)
-        step = ops.cast(self.iterations, "float32")
+        spec = self._specs[index]
+        state = {"weight": variable, **self._state_of(index)}
+        stepped = self._compiled_step()(
+            {name: ops.convert_to_tensor(v) for name, v in state.items()},
+            gradient,
+            ops.cast(learning_rate, variable.dtype),
+            ops.cast(self.iterations, "float32"),
+            axes=None if spec is None else spec.axes,
+            decay_rate=self._decay_rate_of(variable),
+        )
+        for name, value in stepped.items():
+            self.assign(state[name], value)
+
+    def _compiled_step(self):
+        """`_stepped`, which TensorFlow may run outside of a compiled step."""
+        if keras.backend.backend() != "tensorflow":
+            return self._stepped
+        if self._get_compiled_step is None:
+            from keras_weightmods.backend.tensorflow.adam_s import compiled
+
+            step = compiled(self._stepped)
+            # A closure, because Keras would track it for the export.
+            self._get_compiled_step = lambda: step
+        return self._get_compiled_step()
+
+    def _stepped(self, state, gradient, rate, step, axes, decay_rate):
+        """One step of one variable, as a pure function of tensors.
+
+        Args:
+            state: Dict with the weight and what `_state_of` has for it.
+            gradient: Tensor.
+            rate: Scalar tensor, the learning rate.
+            step: Scalar float32 tensor, the steps taken.
+            axes: Tuple of ints, the contraction axes; None if the variable is
+                not sparsified.
+            decay_rate: Float or None, for weight decay.
+
+        Returns:
+            Dict with the new values.
+        """
+        w, momentum, velocity = (
+            state[name] for name in ("weight", "momentum", "velocity")
+        )
+        g = ops.cast(gradient, w.dtype)
+        new = {}
 
         mu = momentum + (g - momentum) * (1 - self.beta_1)
         mixed = mu
-        if self._specs[index] is not None:
+        if axes is not None:
             # Masks are ranked by the weight before its decay, which is in
             # memory; only so does XLA fuse the decay into the update.
-            bits = self._refreshed_bits(index, w)
-            mask = unpack_bits(bits, self._specs[index].shape)
-            ramp = ops.cast(self._ramp_at(step), dtype)
+            new["mask"] = self._new_bits(state, step, axes)
+            mask = unpack_bits(new["mask"], tuple(w.shape))
+            ramp = ops.cast(self._ramp_at(step), w.dtype)
             faded = (1 - ramp) * mu
             if self.decay == "published":
-                pull = ops.cast(self._l1_of(index, g), dtype)
+                pull = self.l1
+                if self._measures_gradients:
+                    square = self._new_gradient_square(state, g, step)
+                    new["gradient_square"] = square
+                    pull = ops.cast(self.l1_scale * ops.sqrt(square), w.dtype)
                 faded = faded + ramp * pull * ops.sign(w)
             mixed = ops.where(mask, mu, faded)
         v = velocity + (ops.square(mixed) - velocity) * (1 - self.beta_2)
-        rate = ops.cast(learning_rate, dtype)
-        decay_rate = self._decay_rate_of(variable)
         if decay_rate is not None:
             w = w - w * (decay_rate * rate)
-        new = w - rate * (
-            mixed / ops.cast(_bias_correction(self.beta_1, step), dtype)
+        w = w - rate * (
+            mixed / ops.cast(_bias_correction(self.beta_1, step), w.dtype)
         ) / (
-            ops.sqrt(v / ops.cast(_bias_correction(self.beta_2, step), dtype))
+            ops.sqrt(v / ops.cast(_bias_correction(self.beta_2, step), w.dtype))
             + self.epsilon
         )
-        if self._specs[index] is not None and self.decay == "relative":
-            shrunk = new * ops.cast(self._shrink_at(step), dtype)
-            new = ops.where(mask, new, shrunk)
-
-        self.assign(momentum, mu)
-        self.assign(velocity, v)
-        self.assign(variable, new)
+        if axes is not None and self.decay == "relative":
+            shrunk = w * ops.cast(self._shrink_at(step), w.dtype)
+            w = ops.where(mask, w, shrunk)
+        return {**new, "weight": w, "momentum": mu, "velocity": v}
 
     def prune(self):
         """Sets the masked weights of the built variables to zero.
@@ -466,40 +507,47 @@ class AdamS(keras.optimizers.Optimizer):
             for spec in self._specs
         ]
 
-    def _refreshed_bits(self, index, w):
-        spec = self._specs[index]
-        bits = self._mask_bits[index]
+    def _state_of(self, index):
+        """The variables of the state of one variable, by name."""
+        lists = {
+            "momentum": self._momentums,
+            "velocity": self._velocities,
+            "mask": self._mask_bits,
+            "gradient_square": self._gradient_squares,
+            "importance": self._importance,
+        }
+        return {
+            name: variables[index]
+            for name, variables in lists.items()
+            if variables[index] is not None
+        }
+
+    def _new_bits(self, state, step, axes):
+        w, bits = state["weight"], state["mask"]
 
         def refresh():
             scores = w
             if self.criterion == "activation":
-                importance = ops.cast(self._importance[index], w.dtype)
-                scores = w * spec.broadcast(importance)
-            return pack_bits(nm_mask(scores, self.n, self.m, spec.axes))
+                importance = ops.cast(state["importance"], w.dtype)
+                scores = w * _broadcast(importance, tuple(w.shape), axes)
+            return pack_bits(nm_mask(scores, self.n, self.m, axes))
 
-        is_due = ops.equal(ops.mod(self.iterations, self.mask_every), 0)
-        new = ops.cond(is_due, refresh, lambda: ops.convert_to_tensor(bits))
-        self.assign(bits, new)
-        return new
+        is_due = ops.equal(ops.mod(step, self.mask_every), 0)
+        return ops.cond(is_due, refresh, lambda: bits)
 
     @property
     def _measures_gradients(self):
         return self.decay == "published" and self.l1 == "auto"
 
-    def _l1_of(self, index, g):
-        if not self._measures_gradients:
-            return self.l1
-        state = self._gradient_square[index]
-        old = ops.convert_to_tensor(state)
-        count = ops.cast(self.iterations, "float32") + 1
+    def _new_gradient_square(self, state, g, step):
+        """Mean over the first steps of the mean square of the gradient."""
+        old = state["gradient_square"]
 
         def measure():
             square = ops.mean(ops.square(ops.cast(g, "float32")))
-            return old + (square - old) / count
+            return old + (square - old) / (step + 1)
 
-        new = ops.cond(count <= _AUTO_L1_STEPS, measure, lambda: old)
-        self.assign(state, new)
-        return self.l1_scale * ops.sqrt(new)
+        return ops.cond(step < _AUTO_L1_STEPS, measure, lambda: old)
 
     def _ramp_at(self, step):
         return ops.minimum(step / (self.ramp * self.total_steps), 1.0)
@@ -589,16 +637,6 @@ class _Spec:
             "shape": list(self.shape),
             "contraction_axes": list(self.axes),
         }
-
-    def broadcast(self, importance):
-        """Lays a vector over the contraction axes out for the kernel."""
-        sizes = [self.shape[i] for i in self.axes]
-        order = sorted(range(len(sizes)), key=self.axes.__getitem__)
-        laid_out = ops.transpose(ops.reshape(importance, sizes), order)
-        return ops.reshape(
-            laid_out,
-            [s if i in self.axes else 1 for i, s in enumerate(self.shape)],
-        )
 
 
 def _find_specs(targets, variables, m):
@@ -742,6 +780,16 @@ def _warn_about_low_precision(specs):
             'bits: load the model with dtype="mixed_bfloat16".',
             stacklevel=3,
         )
+
+
+def _broadcast(importance, shape, axes):
+    """Lays a vector over the contraction axes out for the kernel."""
+    sizes = [shape[i] for i in axes]
+    order = sorted(range(len(sizes)), key=axes.__getitem__)
+    laid_out = ops.transpose(ops.reshape(importance, sizes), order)
+    return ops.reshape(
+        laid_out, [s if i in axes else 1 for i, s in enumerate(shape)]
+    )
 
 
 def _bias_correction(beta, step):

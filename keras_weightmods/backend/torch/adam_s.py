@@ -25,39 +25,43 @@ def update_variable(optimizer, gradient, variable, scalars):
         scalars: The dict from `step_scalars`.
     """
     index = optimizer._get_variable_index(variable)
-    state = (
-        variable.value.data,
-        optimizer._momentums[index].value.data,
-        optimizer._velocities[index].value.data,
-    )
-    gradient = gradient.to(state[0].dtype)
-    is_target = optimizer._specs[index] is not None
-    decay_rate = optimizer._decay_rate_of(variable) or 0.0
+    spec = optimizer._specs[index]
+    state = {"weight": variable, **optimizer._state_of(index)}
+    state = {name: v.value.data for name, v in state.items()}
+    w = state["weight"]
+    gradient = gradient.to(w.dtype)
     bits, pull = None, 0.0
-    if is_target:
-        bits = optimizer._refreshed_bits(index, variable.value)
-        if optimizer.decay == "published":
-            pull = scalars["ramp"] * float(optimizer._l1_of(index, gradient))
+    if spec is not None:
+        bits = optimizer._new_bits(state, scalars["step"], spec.axes)
+        state["mask"].copy_(bits)
+    if spec is not None and optimizer.decay == "published":
+        pull = scalars["ramp"] * _pull(optimizer, state, gradient, scalars)
+    scalars = {
+        **scalars,
+        "pull": pull,
+        "weight_decay": optimizer._decay_rate_of(variable) or 0.0,
+    }
 
-    scalars = {**scalars, "pull": pull, "weight_decay": decay_rate}
     # A layout that is not contiguous is worked on as a copy, then written.
-    flat = [t.contiguous().view(-1) for t in (gradient, *state)]
+    updated = (w, state["momentum"], state["velocity"])
+    flat = [t.contiguous().view(-1) for t in (gradient, *updated)]
     for part, plane in _pieces(flat[0].numel(), bits, flat[0].device):
-        g, w, momentum, velocity = (t[part] for t in flat)
+        pieces = [t[part] for t in flat]
         mask = None
         if bits is not None:
             mask = bits[plane.part].bitwise_and(plane.bit)
-        _update_piece(g, w, momentum, velocity, optimizer, scalars, mask)
-    for original, new in zip(state, flat[1:]):
+        _update_piece(pieces, optimizer, scalars, mask)
+    for original, new in zip(updated, flat[1:]):
         if not original.is_contiguous():
             original.copy_(new.view(original.shape))
 
 
 def step_scalars(optimizer, learning_rate):
-    """What all variables share in one step; floats, but for `count`."""
+    """What all variables share in one step: two tensors, and floats."""
     step, beta_1 = int(optimizer.iterations), optimizer.beta_1
     device = optimizer.variables[0].value.device
     return {
+        "step": torch.tensor(float(step), device=device),
         "count": torch.tensor(step + 1.0, device=device),
         "learning_rate": float(ops.convert_to_numpy(learning_rate)),
         "ramp": float(optimizer._ramp_at(ops.cast(step, "float32"))),
@@ -66,6 +70,14 @@ def step_scalars(optimizer, learning_rate):
         if beta_1
         else 1.0,
     }
+
+
+def _pull(optimizer, state, gradient, scalars):
+    if not optimizer._measures_gradients:
+        return optimizer.l1
+    square = optimizer._new_gradient_square(state, gradient, scalars["step"])
+    state["gradient_square"].copy_(square)
+    return optimizer.l1_scale * float(square) ** 0.5
 
 
 class _Plane(typing.NamedTuple):
@@ -94,8 +106,9 @@ def _pieces(size, bits, device):
             yield slice(start, stop), plane
 
 
-def _update_piece(g, w, momentum, v, optimizer, scalars, mask):
+def _update_piece(pieces, optimizer, scalars, mask):
     """One step of a flat piece; `mask` is nonzero where kept, or None."""
+    g, w, momentum, v = pieces
     mixed = momentum.lerp_(g, 1 - optimizer.beta_1)
     if mask is not None:
         # On a CPU `torch.where` takes some 20 times as long as a product, so
