@@ -384,7 +384,8 @@ def report(args, rows):
         names.setdefault(name.strip(), value.strip())
     return {
         "model": "SmolLM2-135M-Instruct, all 210 in-block kernels, 2:4",
-        "machine": f"{names.get('model name')}, {os.cpu_count()} cores",
+        "machine": f"{names.get('model name')}, "
+        f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
         "python": platform.python_version(),
         "keras": keras.__version__,
         "keras_hub": keras_hub.__version__,
