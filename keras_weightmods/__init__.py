@@ -8,6 +8,11 @@ from keras_weightmods.constraints.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )
 from keras_weightmods.optimizers.adam_s import AdamS as AdamS
+from keras_weightmods.signatures.combine import sum_signatures as sum_signatures
+from keras_weightmods.signatures.patches import Patches as Patches
+from keras_weightmods.signatures.weight_signature import (
+    WeightSignature as WeightSignature,
+)
 from keras_weightmods.sparsity.cast import CAST as CAST
 from keras_weightmods.sparsity.report import SparsityReport as SparsityReport
 from keras_weightmods.sparsity.report import assert_sparse as assert_sparse

@@ -171,7 +171,7 @@ def find_targets(model, include=None, exclude=None):
     _check_built(model)
     layers = _layers_of(model)
     candidates, skipped = _candidates(layers)
-    order = _execution_order(model, [c["layer"] for c in candidates])
+    order = execution_order(model, [c["layer"] for c in candidates])
     position = {id(v): place for place, v in enumerate(model.weights)}
     candidates.sort(
         key=lambda c: (
@@ -674,7 +674,7 @@ def _nothing_matches(pattern, targets, skipped):
     return f"{message}. `find_targets(model)` lists them all."
 
 
-def _execution_order(model, watched):
+def execution_order(model, watched):
     """{id of layer: place} of the `watched` layers that run, as they run.
 
     The declared order is another: a block often creates its output

@@ -1,0 +1,247 @@
+"""The maths of signatures on single NumPy arrays."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+# Elements: small enough for the temporaries of one piece to stay in cache.
+_PIECE = 1 << 15
+# Where the largest level may lie, as shares of the largest weight.
+_CLIPS = np.arange(32, 0, -1) / 32
+
+
+def residual(change, reference):
+    """`change` less its projection on `reference`, both flattened.
+
+    RWS (arXiv 2302.12480): what a robust checkpoint learned beyond what clean
+    training learned. Where `reference` is zero, that is all of `change`.
+
+    Args:
+        change, reference: Arrays of one shape.
+
+    Returns:
+        A float64 array of that shape.
+    """
+    change = np.asarray(change, "float64")
+    reference = np.asarray(reference, "float64")
+    # Against the overflow of squares, and their underflow.
+    largest = np.max(np.abs(reference), initial=0.0)
+    if largest == 0.0:
+        return change
+    unit = reference / largest
+    share = np.vdot(change, unit) / np.vdot(unit, unit)
+    return change - share * unit
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized:
+    """An array in integers of 8, 4 or 2 bits, symmetric around zero.
+
+    A weight is `scale * (code - levels)`, with one scale for the array or one
+    for each index of its last axis, and `levels = 2 ** (bits - 1) - 1`.
+
+    Attributes:
+        packed: uint8 array, one axis: 1, 2 or 4 codes a byte, the first in
+            the lowest bits.
+        scales: float32 array of shape `()` or `(shape[-1],)`.
+        bits: 8, 4 or 2.
+        shape: Tuple of ints.
+    """
+
+    packed: np.ndarray
+    scales: np.ndarray
+    bits: int
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self):
+        """Int, the bytes of the codes and of the scales."""
+        return self.packed.nbytes + self.scales.nbytes
+
+    @functools.cached_property
+    def codes(self):
+        """uint8 array of `shape`."""
+        per_byte = 8 // self.bits
+        shifts = np.arange(per_byte, dtype="uint8") * np.uint8(self.bits)
+        mask = np.uint8(2**self.bits - 1)
+        codes = (self.packed[:, None] >> shifts) & mask
+        return codes.reshape(-1)[: math.prod(self.shape)].reshape(self.shape)
+
+    def dequantized(self):
+        """float32 array of `shape`."""
+        levels = np.float32(2 ** (self.bits - 1) - 1)
+        return (self.codes - levels) * self.scales
+
+
+def packed_size(size, bits):
+    """Int, the bytes that hold `size` codes of `bits` bits."""
+    return -(-size * bits // 8)
+
+
+def quantize(x, bits, per_channel):
+    """Rounds an array to integers of `bits` bits.
+
+    The largest level lies at the largest weight with 8 bits, and where the
+    squared error is smallest, of 32 places, with 4 and 2: with few levels, one
+    outlier would otherwise round the rest to zero.
+
+    Args:
+        x: float32 array.
+        bits: 8, 4 or 2.
+        per_channel: Bool, a scale for each index of the last axis. An array
+            of fewer than two axes has one scale in any case.
+
+    Returns:
+        A `Quantized`.
+    """
+    levels = 2 ** (bits - 1) - 1
+    channels = x.shape[-1] if per_channel and x.ndim >= 2 else 1
+    columns = x.reshape(-1, channels).astype("float64")
+    largest = np.max(np.abs(columns), axis=0, initial=0.0)
+    best = np.full(channels, np.inf)
+    scales = np.zeros(channels, "float32")
+    for clip in _CLIPS if bits < 8 else _CLIPS[:1]:
+        candidate = (clip * largest / levels).astype("float32")
+        rounded = _round(columns, candidate, levels) * candidate
+        error = np.sum(np.square(rounded - columns), axis=0)
+        better = error < best
+        scales[better] = candidate[better]
+        best[better] = error[better]
+    codes = (_round(columns, scales, levels) + levels).astype("uint8")
+    per_byte = 8 // bits
+    padded = np.zeros(packed_size(x.size, bits) * per_byte, "uint8")
+    padded[: x.size] = codes.reshape(-1)
+    shifts = np.arange(per_byte, dtype="uint8") * np.uint8(bits)
+    packed = np.bitwise_or.reduce(
+        padded.reshape(-1, per_byte) << shifts, axis=1
+    )
+    shape = () if channels == 1 and not (per_channel and x.ndim >= 2) else (-1,)
+    return Quantized(packed, scales.reshape(shape), bits, x.shape)
+
+
+def _round(columns, scales, levels):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scaled = np.where(scales > 0, columns / scales, 0.0)
+    return np.clip(np.rint(scaled), -levels, levels)
+
+
+def rebuild(clean, terms):
+    """`clean + sum(scale * (tensor - pull * clean))`, rounded once.
+
+    Each piece is computed in the same way whatever the machine's state, so
+    that equal arguments give equal bits.
+
+    Args:
+        clean: Array of a floating dtype.
+        terms: List of triples of a float `scale`, an array or `Quantized` of
+            the shape of `clean`, and a float `pull`.
+
+    Returns:
+        A new array of the dtype and shape of `clean`, computed in float64 if
+        that is its dtype and in float32 if not.
+    """
+    dtype = np.dtype("float64" if clean.dtype == "float64" else "float32")
+    tensors = [
+        (tensor.dequantized() if isinstance(tensor, Quantized) else tensor)
+        .astype(dtype, copy=False)
+        .reshape(-1)
+        for _, tensor, _ in terms
+    ]
+    new = np.empty(clean.shape, clean.dtype)
+    source, target = clean.reshape(-1), new.reshape(-1)
+    piece = min(_PIECE, clean.size)
+    total, product = np.empty(piece, dtype), np.empty(piece, dtype)
+    # What overflows the dtype is found by the caller, who checks the result.
+    with np.errstate(over="ignore", invalid="ignore"):
+        scales = [dtype.type(scale) for scale, _, _ in terms]
+        pull = dtype.type(math.fsum(scale * pull for scale, _, pull in terms))
+        for start in range(0, clean.size, _PIECE):
+            part = slice(start, start + _PIECE)
+            base = source[part].astype(dtype, copy=False)
+            delta, scratch = total[: base.size], product[: base.size]
+            np.multiply(tensors[0][part], scales[0], out=delta)
+            for tensor, scale in zip(tensors[1:], scales[1:]):
+                np.multiply(tensor[part], scale, out=scratch)
+                np.add(delta, scratch, out=delta)
+            if pull:
+                np.multiply(base, pull, out=scratch)
+                np.subtract(delta, scratch, out=delta)
+            if clean.dtype == dtype:
+                np.add(base, delta, out=target[part])
+            else:
+                target[part] = np.add(base, delta, out=delta)
+    return new
+
+
+def is_finite(x):
+    """Whether all entries of a floating array are finite."""
+    if x.dtype.itemsize >= 4:
+        # A sum takes no memory. Where it overflows, the entries decide.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(np.sum(x)):
+                return True
+    return bool(np.all(np.isfinite(x)))
+
+
+def same_bits(a, b):
+    """Whether two arrays of one dtype and shape are equal bit for bit."""
+    unsigned = f"u{a.dtype.itemsize}"
+    return np.array_equal(a.view(unsigned), b.view(unsigned))
+
+
+def trimmed(arrays, density):
+    """The `density` of the weights that are largest; zero for the rest.
+
+    TIES (arXiv 2306.01708), step 1, over all arrays of one signature together.
+    Weights that are as large as the smallest one kept are kept as well.
+
+    Args:
+        arrays: List of arrays.
+        density: Float in (0, 1].
+
+    Returns:
+        List of arrays.
+    """
+    magnitudes = np.concatenate([np.abs(x).reshape(-1) for x in arrays])
+    kept = max(1, math.ceil(density * magnitudes.size))
+    place = magnitudes.size - kept
+    threshold = np.partition(magnitudes, place)[place]
+    return [np.where(np.abs(x) >= threshold, x, 0.0) for x in arrays]
+
+
+def elected_mean(arrays):
+    """The mean of those entries that have the sign of their sum.
+
+    TIES (arXiv 2306.01708), steps 2 and 3: zeros have no vote and do not
+    count in the mean; zero where the votes cancel out.
+
+    Args:
+        arrays: List of arrays of one shape.
+
+    Returns:
+        A float64 array.
+    """
+    stacked = np.stack([np.asarray(x, "float64") for x in arrays])
+    elected = np.sign(np.sum(stacked, axis=0))
+    agree = (np.sign(stacked) == elected) & (stacked != 0)
+    total = np.sum(np.where(agree, stacked, 0.0), axis=0)
+    return total / np.maximum(1, np.sum(agree, axis=0))
+
+
+def dropped(x, drop_rate, generator):
+    """Drops entries at random and rescales the rest by `1 / (1 - rate)`.
+
+    DARE (arXiv 2311.03099), equation 1: the expectation stays.
+
+    Args:
+        x: Array.
+        drop_rate: Float in [0, 1).
+        generator: A `numpy.random.Generator`.
+
+    Returns:
+        A float64 array.
+    """
+    keep = generator.random(x.shape) >= drop_rate
+    return np.where(keep, np.asarray(x, "float64"), 0.0) / (1.0 - drop_rate)
