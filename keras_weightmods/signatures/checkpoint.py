@@ -12,6 +12,13 @@ from keras import ops
 from keras_weightmods.targets import execution_order
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+DTYPES = (
+    *FLOATS,
+    *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+    "bool",
+    "float8_e4m3fn",
+    "float8_e5m2",
+)
 # Of BatchNormalization. They are estimates from data, not trained.
 STATISTICS = ("moving_mean", "moving_variance")
 # Of Normalization, which `adapt` fills. Never touched.
@@ -81,16 +88,17 @@ class Checkpoint:
                 for position, variable in enumerate(self.variables)
             )
         elif isinstance(source, (list, tuple)) and source:
-            try:
-                self.arrays = [np.asarray(array) for array in source]
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(
-                    f"`{argument}` must be a list of arrays ({error})."
-                ) from error
+            self.arrays = [np.asarray(array) for array in source]
             self.infos = tuple(
                 WeightInfo(position, "", array.shape, array.dtype.name)
                 for position, array in enumerate(self.arrays)
             )
+            strange = [i.dtype for i in self.infos if i.dtype not in DTYPES]
+            if strange:
+                raise ValueError(
+                    f"`{argument}` must be a list of arrays of numbers. "
+                    f"Received: {argument} with an array of {strange[0]}"
+                )
         else:
             raise ValueError(
                 f"`{argument}` must be a built Keras model, or the list that "
