@@ -213,7 +213,7 @@ class Compander(reparameterize.Reparameterization):
         self.raised = False
 
     def start(self, weight):
-        weight = ops.convert_to_tensor(weight)
+        weight = ops.stop_gradient(ops.convert_to_tensor(weight))
         dtype = keras.backend.standardize_dtype(weight.dtype)
         limit = self._limit(self.a, dtype)
         magnitudes = ops.abs(ops.cast(weight, "float32"))
@@ -310,8 +310,10 @@ class Compander(reparameterize.Reparameterization):
         return ops.cast(compand_inverse(weight, a, b, self.function), dtype)
 
     def _key(self):
-        # Names the function, so that no checkpoint is read with another.
-        return f"{self.target.attribute}_compander_{self.function}"
+        # Says all that is not in the values, lest a checkpoint of another
+        # compander be taken for one of this.
+        fixed = "" if self.learnable else "_fixed"
+        return f"{self.target.attribute}_compander_{self.function}{fixed}"
 
     def _out_of_range(self, limit, largest, least_a):
         return (

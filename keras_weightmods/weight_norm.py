@@ -82,7 +82,7 @@ class WeightNorm(reparameterize.Reparameterization):
     """w = g v / |v|, with the norm over the contraction axes of `target`."""
 
     def create_parameters(self, add_weight):
-        square = self._square_norm(self.target.variable)
+        square = ops.stop_gradient(self._square_norm(self.target.variable))
         add_weight(
             name=f"{self.target.attribute}_g",
             shape=square.shape,
