@@ -28,6 +28,9 @@ from keras_weightmods.layers.compander_einsum_dense import (
     CompanderEinsumDense as CompanderEinsumDense,
 )
 from keras_weightmods.optimizers.adam_s import AdamS as AdamS
+from keras_weightmods.optimizers.reparameterized_optimizer import (
+    ReparameterizedOptimizer as ReparameterizedOptimizer,
+)
 from keras_weightmods.sparsity.cast import CAST as CAST
 from keras_weightmods.sparsity.report import SparsityReport as SparsityReport
 from keras_weightmods.sparsity.report import assert_sparse as assert_sparse
