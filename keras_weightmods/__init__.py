@@ -4,10 +4,33 @@ from keras_weightmods import ops as ops
 from keras_weightmods.callbacks.sparsity_monitor import (
     SparsityMonitor as SparsityMonitor,
 )
+from keras_weightmods.compander import compand_model as compand_model
 from keras_weightmods.constraints.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )
+from keras_weightmods.fold import fold as fold
+from keras_weightmods.layers.compander_conv1d import (
+    CompanderConv1D as CompanderConv1D,
+)
+from keras_weightmods.layers.compander_conv2d import (
+    CompanderConv2D as CompanderConv2D,
+)
+from keras_weightmods.layers.compander_conv3d import (
+    CompanderConv3D as CompanderConv3D,
+)
+from keras_weightmods.layers.compander_dense import (
+    CompanderDense as CompanderDense,
+)
+from keras_weightmods.layers.compander_depthwise_conv2d import (
+    CompanderDepthwiseConv2D as CompanderDepthwiseConv2D,
+)
+from keras_weightmods.layers.compander_einsum_dense import (
+    CompanderEinsumDense as CompanderEinsumDense,
+)
 from keras_weightmods.optimizers.adam_s import AdamS as AdamS
+from keras_weightmods.optimizers.reparameterized_optimizer import (
+    ReparameterizedOptimizer as ReparameterizedOptimizer,
+)
 from keras_weightmods.signatures.combine import sum_signatures as sum_signatures
 from keras_weightmods.signatures.patches import Patches as Patches
 from keras_weightmods.signatures.weight_signature import (
@@ -24,3 +47,4 @@ from keras_weightmods.targets import Targets as Targets
 from keras_weightmods.targets import find_targets as find_targets
 from keras_weightmods.targets import register_target as register_target
 from keras_weightmods.version import __version__ as __version__
+from keras_weightmods.weight_norm import weight_norm_model as weight_norm_model

@@ -122,14 +122,14 @@ class Targets(collections.abc.Sequence):
         return "\n".join(lines)
 
 
-def find_targets(model, include=None, exclude=None):
+def find_targets(model, include=None, exclude=None, depthwise=False):
     """Finds the kernels of a model that a method may act on.
 
     Known are Dense, EinsumDense (the axes come from its equation), Conv1D,
     Conv2D, Conv3D, the pointwise part of separable convolutions, what is
     built of these (MultiHeadAttention, KerasHub backbones, nested models),
     and layers made known with `register_target`. Embeddings, heads tied to
-    them, norms, biases and depthwise kernels are left out.
+    them, norms and biases are left out, and depthwise kernels unless asked for.
 
     Args:
         model: A built `keras.Model` or layer. It is not changed.
@@ -138,6 +138,8 @@ def find_targets(model, include=None, exclude=None):
             all layers inside of them too; a callable from `Target` to bool;
             or a list of these, of which one must match.
         exclude: Which targets to leave out of those, in the same forms.
+        depthwise: Bool, whether depthwise kernels are targets too, with the
+            window as what they contract. Defaults to `False`.
 
     Returns:
         `Targets`, in the order of execution, or in the declared order where
@@ -170,7 +172,7 @@ def find_targets(model, include=None, exclude=None):
     """
     _check_built(model)
     layers = _layers_of(model)
-    candidates, skipped = _candidates(layers)
+    candidates, skipped = _candidates(layers, depthwise)
     order = execution_order(model, [c["layer"] for c in candidates])
     position = {id(v): place for place, v in enumerate(model.weights)}
     candidates.sort(
@@ -361,6 +363,7 @@ class _Rule:
     output_axes: Any = None
     stack_axes: Any = ()
     reason: str | None = None
+    depthwise: bool = False
 
 
 def _einsum_axes(role):
@@ -383,7 +386,11 @@ def _einsum_axes(role):
     return axes
 
 
-_DEPTHWISE = _Rule(reason="a depthwise kernel contracts no channels")
+_DEPTHWISE = _Rule(
+    contraction_axes=lambda layer: tuple(range(layer.rank)),
+    reason="a depthwise kernel contracts no channels",
+    depthwise=True,
+)
 _POINTWISE = _Rule(contraction_axes=lambda layer: tuple(range(layer.rank + 1)))
 _EMBEDDING = "an embedding, whose rows are looked up and not contracted"
 
@@ -455,7 +462,7 @@ def _check_built(model):
         )
 
 
-def _candidates(layers):
+def _candidates(layers, depthwise=False):
     """What `layers` hold: targets without their place, and the skipped.
 
     Returns:
@@ -471,7 +478,7 @@ def _candidates(layers):
         for attribute, rule in rules.items():
             variable = _stored_variable(layer, attribute)
             known.add(id(variable))
-            reason = rule.reason
+            reason = None if depthwise and rule.depthwise else rule.reason
             if reason is None and layer.quantization_mode is not None:
                 reason = f"quantized to {layer.quantization_mode}"
             if reason is not None:

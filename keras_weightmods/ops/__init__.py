@@ -1,5 +1,10 @@
 """Pure tensor functions, on the three backends through `keras.ops`."""
 
+from keras_weightmods.ops.compand import compand as compand
+from keras_weightmods.ops.compand import (
+    compand_derivative as compand_derivative,
+)
+from keras_weightmods.ops.compand import compand_inverse as compand_inverse
 from keras_weightmods.ops.nm import nm_mask as nm_mask
 from keras_weightmods.ops.nm import nm_project as nm_project
 from keras_weightmods.ops.nm import nm_violations as nm_violations

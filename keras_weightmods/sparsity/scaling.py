@@ -9,6 +9,7 @@ from keras import ops
 from keras_weightmods.ops.nm import from_matrix, parse_pattern, to_matrix
 from keras_weightmods.targets import Skipped, resolve_targets
 from keras_weightmods.utils import reparameterize
+from keras_weightmods.utils.attach import attach_to_targets
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,27 +128,18 @@ def attach_scaling(model, groups=2, targets=None, pattern="2:4"):
             f"an output unit. Received: groups={groups!r}"
         )
     _, m = parse_pattern(pattern)
-    resolved = resolve_targets(model, targets)
-    skipped = list(resolved.skipped)
-    items = []
-    for target in resolved:
-        reason = reparameterize.obstacle(target)
-        if reason is None and target.contraction_size % m:
-            reason = (
+
+    def make_item(target):
+        if target.contraction_size % m:
+            return (
                 f"contraction size {target.contraction_size} is not a "
                 f"multiple of {m}"
             )
-        if reason is None:
-            items.append(_Scaling(target, _fitting_groups(target, groups, m)))
-        else:
-            skipped.append(Skipped(target.path, reason))
-    if not items:
-        raise ValueError(
-            "The model has no kernel that can be scaled. Received: "
-            f"model={model.name!r}, skipped: "
-            + "; ".join(f"{item.path}: {item.reason}" for item in skipped)
-        )
-    reparameterize.attach(model, items)
+        return _Scaling(target, _fitting_groups(target, groups, m))
+
+    items, skipped = attach_to_targets(
+        model, resolve_targets(model, targets), make_item, "scaled"
+    )
     return ScalingReport(
         tuple(item.summary() for item in items), tuple(skipped), groups
     )

@@ -2,8 +2,10 @@
 
 A reparameterized layer keeps its object, name, paths and stored variables; its
 class becomes a generated subclass whose weight attribute (`kernel`) returns
-the effective weight. Weight scaling uses it; any other w = f(v, parameters)
-fits by one more subclass of `Reparameterization`.
+the effective weight. Weight scaling, weight normalization and the companders
+use it; any other w = f(v, parameters) fits by one more subclass of
+`Reparameterization`. Layer classes that are reparameterized from the start,
+as `CompanderDense`, are made of the same parts.
 """
 
 import functools
@@ -27,16 +29,31 @@ class Reparameterization:
     in error messages, and implement `create_parameters` and `effective`.
 
     Args:
-        target: The `Target` to reparameterize.
+        target: The `Target` to reparameterize; None if `bind` is to give it,
+            as for a layer that is not built yet.
     """
 
-    finish = "the fold function of the reparameterization"
+    finish = "kwm.fold(model)"
 
-    def __init__(self, target):
+    def __init__(self, target=None):
+        self.parameters: tuple[Any, ...] = ()
+        self.own_constraint = self.our_constraint = None
+        if target is not None:
+            self.bind(target)
+
+    def bind(self, target):
+        """Sets the target."""
         self.target = target
         # Not read later: inside of an autocast scope it is another one.
         self.dtype = target.variable.dtype
-        self.parameters = ()
+
+    def start(self, weight):
+        """What to store so that the effective weight is `weight`.
+
+        Called once, before `create_parameters`. Raises ValueError where
+        nothing gives the weight; the model is unchanged then.
+        """
+        return weight
 
     def create_parameters(self, add_weight):
         """Creates the parameters through the layer's `add_weight`.
@@ -50,6 +67,27 @@ class Reparameterization:
         """The effective weight for the value `stored` of the variable."""
         raise NotImplementedError
 
+    def derivative(self, stored):
+        """The derivative of `effective`; None if it is not elementwise."""
+        return None
+
+    def constraint(self, constraint):
+        """What to call in place of the variable's own `constraint`."""
+        return constraint
+
+    def summary(self):
+        """What reports say of it."""
+        raise NotImplementedError
+
+    def saved(self):
+        """What a checkpoint holds of it, {key: variable or tensor}."""
+        return {parameter.name: parameter for parameter in self.parameters}
+
+    def load(self, saved):
+        """Takes what `saved` returned, with arrays as values."""
+        for parameter in self.parameters:
+            parameter.assign(saved[parameter.name])
+
 
 def obstacle(target):
     """Says why a target cannot be reparameterized; None if it can."""
@@ -59,9 +97,9 @@ def obstacle(target):
     if "float" not in target.variable.dtype:
         return f"not a float variable ({target.variable.dtype})"
     saver = type(layer).save_own_variables
-    if not is_reparameterized(layer) and not saver.__module__.startswith(
-        ("keras.", "keras_hub.")
-    ):
+    if not issubclass(
+        type(layer), ReparameterizedLayer
+    ) and not saver.__module__.startswith(("keras.", "keras_hub.")):
         return (
             f"{type(layer).__name__} overrides save_own_variables, so its "
             "extra state would be lost in checkpoints"
@@ -97,6 +135,7 @@ def check_attachable(model, items):
 def attach(model, items):
     """Installs the reparameterizations; all of them or, on an error, none."""
     check_attachable(model, items)
+    stored = [item.start(item.target.variable) for item in items]
     try:
         for item in items:
             _create_parameters(item)
@@ -104,12 +143,24 @@ def attach(model, items):
         for item in items:
             _drop_parameters(item)
         raise
-    for item in items:
+    for item, value in zip(items, stored):
+        if value is not item.target.variable:
+            item.target.variable.assign(value)
         _install(item)
     _forget_compiled_functions(model)
 
 
-def fold(model, kind):
+def install(item):
+    """Installs a reparameterization in a layer that is being built.
+
+    The layer is a `ReparameterizedLayer`, and what it stores has been through
+    `start` already.
+    """
+    _create_parameters(item)
+    _install(item)
+
+
+def fold(model, kind=Reparameterization):
     """Bakes all reparameterizations of class `kind` into the stored weights.
 
     The layers are again what they were before. A built optimizer holds state
@@ -118,7 +169,9 @@ def fold(model, kind):
     Returns:
         The list of the items folded.
     """
-    items = [item for item in _slots_of(model) if isinstance(item, kind)]
+    items = reparameterizations(model, kind)
+    for item in items:
+        _check_foldable(item.target.layer)
     for item in items:
         variable = item.target.variable
         variable.assign(ops.cast(item.effective(variable), item.dtype))
@@ -143,8 +196,16 @@ def reparameterizations(model, kind=Reparameterization):
     return [item for item in _slots_of(model) if isinstance(item, kind)]
 
 
-class _ReparameterizedLayer:
-    """What the generated classes put in front of the layer's own class."""
+def reparameterization(layer, attribute):
+    """The `Reparameterization` of one attribute of `layer`."""
+    return _slots(layer)[attribute]
+
+
+class ReparameterizedLayer:
+    """What reparameterized classes put in front of the plain one.
+
+    The plain class is the last of the bases.
+    """
 
     name: str
 
@@ -152,12 +213,19 @@ class _ReparameterizedLayer:
         # Keras' layers save `kernel`, which is the effective weight here, and
         # merge LoRA into it. Other keys than theirs make sure that a plain
         # layer fails on this checkpoint and never loads half of it.
-        for key, variable in _checkpoint_items(self).items():
+        for key, variable in _stored_items(self).items():
             store[key] = variable
+        for item in _slots(self).values():
+            for key, value in item.saved().items():
+                store[key] = value
 
     def load_own_variables(self, store):
-        items = _checkpoint_items(self)
-        expected = {k: tuple(v.shape) for k, v in items.items()}
+        stored = _stored_items(self)
+        items = [(item, item.saved()) for item in _slots(self).values()]
+        expected = dict(stored)
+        for _, saved in items:
+            expected.update(saved)
+        expected = {k: tuple(v.shape) for k, v in expected.items()}
         received = {k: tuple(store[k].shape) for k in list(store.keys())}
         if received != expected:
             raise ValueError(
@@ -167,15 +235,10 @@ class _ReparameterizedLayer:
                 "checkpoint of the plain model before attaching, or after "
                 f"`{_finish(self)}`."
             )
-        for key, variable in items.items():
+        for item, saved in items:
+            item.load({key: store[key] for key in saved})
+        for key, variable in stored.items():
             variable.assign(store[key])
-
-    # Reached by `model.save` and not by `model.save_weights`.
-    def save_assets(self, inner_path):
-        raise ValueError(self._not_serializable())
-
-    def get_config(self):
-        raise ValueError(self._not_serializable())
 
     # `quantize` itself is wrapped on the instance; this hook of the wrapper is
     # looked up on the class. Model.quantize turns it into a warning.
@@ -186,6 +249,30 @@ class _ReparameterizedLayer:
             f"`{_finish(self)}` first. Received: mode={mode!r}"
         )
 
+
+class ReparameterizedLoraLayer(ReparameterizedLayer):
+    """The same for a plain class that has `enable_lora`."""
+
+    def enable_lora(self, *args, **kwargs):
+        super().enable_lora(*args, **kwargs)
+        # LoRA freezes what it adapts.
+        for item in _slots(self).values():
+            for parameter in item.parameters:
+                parameter.trainable = False
+
+
+class _AttachedLayer:
+    """What the generated classes put before all: they have no config."""
+
+    name: str
+
+    # Reached by `model.save` and not by `model.save_weights`.
+    def save_assets(self, inner_path):
+        raise ValueError(self._not_serializable())
+
+    def get_config(self):
+        raise ValueError(self._not_serializable())
+
     def _not_serializable(self):
         return (
             f"Layer '{self.name}' is reparameterized, and a reparameterized "
@@ -195,31 +282,41 @@ class _ReparameterizedLayer:
         )
 
 
-class _ReparameterizedLoraLayer(_ReparameterizedLayer):
-    def enable_lora(self, *args, **kwargs):
-        super().enable_lora(*args, **kwargs)
-        # LoRA freezes what it adapts.
-        for item in _slots(self).values():
-            for parameter in item.parameters:
-                parameter.trainable = False
-
-
 @functools.cache
 def _generated_class(cls: Any, attributes: tuple[str, ...]):
     has_lora = hasattr(cls, "enable_lora")
-    front = _ReparameterizedLoraLayer if has_lora else _ReparameterizedLayer
+    front = ReparameterizedLoraLayer if has_lora else ReparameterizedLayer
     namespace: dict[str, Any] = {
-        attribute: property(functools.partial(_effective_weight, attribute))
-        for attribute in attributes
+        attribute: effective_weight(attribute) for attribute in attributes
     }
     namespace["__module__"] = cls.__module__
     namespace["__qualname__"] = cls.__qualname__
     # The same name, because checkpoints derive paths from class names.
-    return type(cls.__name__, (front, cls), namespace)
+    return type(cls.__name__, (_AttachedLayer, front, cls), namespace)
+
+
+def effective_weight(attribute):
+    """A property that returns the effective weight of `attribute`.
+
+    Until the reparameterization is installed it is the stored one. Setting it
+    sets the stored one, for layers that keep it under the same name.
+    """
+
+    def set_stored(layer, value):
+        vars(layer)[attribute] = value
+
+    return property(functools.partial(_effective_weight, attribute), set_stored)
 
 
 def _effective_weight(attribute, layer):
-    item = _slots(layer)[attribute]
+    item = _slots(layer).get(attribute)
+    if item is None:
+        for name in (f"_{attribute}", attribute):
+            if name in vars(layer):
+                return vars(layer)[name]
+        raise AttributeError(
+            f"Layer '{layer.name}' has a `{attribute}` once it is built."
+        )
     variable = item.target.variable
     scope = get_autocast_scope()
     with AutocastScope(None):
@@ -248,8 +345,14 @@ def _install(item):
     layer, variable = item.target.layer, item.target.variable
     slots = {**_slots(layer), item.target.attribute: item}
     _set_slots(layer, slots)
+    # Where optimizers find it, which know variables only.
+    variable.reparameterization = item
     if variable.regularizer is not None:
         variable.regularizer = _OnEffectiveWeight(variable.regularizer, item)
+    if variable.constraint is not None:
+        item.own_constraint = variable.constraint
+        item.our_constraint = item.constraint(variable.constraint)
+        variable.constraint = item.our_constraint
 
 
 def _uninstall(item):
@@ -257,22 +360,39 @@ def _uninstall(item):
     slots = dict(_slots(layer))
     del slots[item.target.attribute]
     _set_slots(layer, slots)
+    del variable.reparameterization
     if isinstance(variable.regularizer, _OnEffectiveWeight):
         variable.regularizer = variable.regularizer.regularizer
+    # Another may have been set since.
+    if variable.constraint is item.our_constraint:
+        variable.constraint = item.own_constraint
 
 
 def _set_slots(layer, slots):
-    base: Any = type(layer)
-    if issubclass(base, _ReparameterizedLayer):
-        base = base.__bases__[1]
+    cls: Any = type(layer)
+    is_own = issubclass(cls, ReparameterizedLayer)
+    plain = cls.__bases__[-1] if is_own else cls
     # Past Keras' attribute tracking, which has nothing to see here: the
     # parameters are tracked by `add_weight`.
-    if slots:
-        vars(layer)[_SLOT] = slots
-        layer.__class__ = _generated_class(base, tuple(sorted(slots)))
-    else:
+    if not slots:
         del vars(layer)[_SLOT]
-        layer.__class__ = base
+        layer.__class__ = plain
+        return
+    vars(layer)[_SLOT] = slots
+    if not is_own or issubclass(cls, _AttachedLayer):
+        layer.__class__ = _generated_class(plain, tuple(sorted(slots)))
+
+
+def _check_foldable(layer):
+    cls = type(layer)
+    if issubclass(cls.__bases__[-1], ReparameterizedLayer):
+        raise ValueError(
+            "A layer can be folded if its class is a plain one or one of the "
+            "library's own, for then the plain class is known. Received: "
+            f"layer {layer.name!r} of class {cls.__name__}, a subclass of "
+            f"{cls.__bases__[-1].__name__}. Subclass the plain class and call "
+            "`compand_model` instead."
+        )
 
 
 def _create_parameters(item):
@@ -302,17 +422,15 @@ def _drop_parameters(item):
         item.target.layer._untrack_variable(parameter)
 
 
-def _checkpoint_items(layer):
-    parameters = [
-        parameter
+def _stored_items(layer):
+    known = {
+        id(parameter)
         for item in _slots(layer).values()
         for parameter in item.parameters
-    ]
-    known = {id(parameter) for parameter in parameters}
+    }
     own = layer._trainable_variables + layer._non_trainable_variables
     stored = [variable for variable in own if id(variable) not in known]
-    items = {f"stored_{i}": variable for i, variable in enumerate(stored)}
-    return {**items, **{parameter.name: parameter for parameter in parameters}}
+    return {f"stored_{i}": variable for i, variable in enumerate(stored)}
 
 
 def _slots(layer):

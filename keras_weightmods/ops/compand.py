@@ -1,0 +1,265 @@
+"""The reparameterization functions of Weight Compander (arXiv 2306.16993)."""
+
+import collections.abc
+import dataclasses
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+
+def compand(v, a, b, function="arctan"):
+    """Maps stored values to weights, `w = a * f(v / b)`.
+
+    The function of Weight Compander (arXiv 2306.16993) and its alternatives.
+    Large values are compressed, and with them their gradients. Values of 16
+    bits are computed in float32, so that no power of `v / b` overflows.
+
+    Args:
+        v: Float tensor of any shape, the stored values.
+        a: Positive float, or tensor that broadcasts to `v`: the height.
+        b: Positive float, or tensor that broadcasts to `v`: the width.
+        function: `"arctan"`, with `|w| < a * pi / 2`; `"erf"`, with `|w| < a`;
+            or `"arsinh"`, which is unbounded. Defaults to `"arctan"`.
+
+    Returns:
+        Tensor of the shape and dtype of `v`.
+
+    Raises:
+        ValueError: If `function` is unknown, or a number given for `a` or `b`
+            is not positive and finite. What is in tensors is not looked at.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops import compand
+
+    w = compand(np.array([0.0, 1.0, 1e6]), a=0.5, b=1.0)
+    np.testing.assert_allclose(w, [0.0, np.pi / 8, np.pi / 4], atol=1e-6)
+    ```
+    """
+    rule = _checked(function, a, b)
+    v, a, b, dtype = _widened(v, a, b)
+    if keras.backend.backend() == "torch" and _is_scalar(a) and _is_scalar(b):
+        from keras_weightmods.backend.torch.compand import compand as fused
+
+        return ops.cast(fused(v, a, b, function), dtype)
+    return ops.cast(a * rule.apply(v / b), dtype)
+
+
+def compand_inverse(w, a, b, function="arctan"):
+    """Maps weights to the values that `compand` makes them of.
+
+    Args:
+        w: Float tensor of any shape, the weights.
+        a, b, function: As in `compand`.
+
+    Returns:
+        Tensor of the shape and dtype of `w`; NaN where no value gives the
+        weight, at `a * pi / 2` and beyond for `"arctan"`, at `a` and beyond
+        for `"erf"`.
+
+    Raises:
+        ValueError: As in `compand`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops import compand, compand_inverse
+
+    w = np.array([-0.7, 0.0, 0.1])
+    v = compand_inverse(w, a=0.5, b=1.0)
+    np.testing.assert_allclose(compand(v, a=0.5, b=1.0), w, atol=1e-6)
+    assert np.isnan(np.array(compand_inverse(np.array([0.8]), 0.5, 1.0))[0])
+    ```
+    """
+    rule = _checked(function, a, b)
+    w, a, b, dtype = _widened(w, a, b)
+    x = w / a
+    # The largest float below the limit: the float nearest to pi / 2 can be
+    # above it, where the tangent is negative.
+    limit = np.nextafter(np.array(rule.limit, _numpy_dtype(x)), 0)
+    inside = ops.abs(x) <= limit
+    v = b * rule.invert(ops.where(inside, x, ops.zeros_like(x)))
+    return ops.cast(ops.where(inside, v, math.nan), dtype)
+
+
+def compand_derivative(v, a, b, function="arctan"):
+    """The derivative of `compand` with respect to `v`.
+
+    For `"arctan"` it is `a / (b * (1 + (v / b)**2))`, as in Weight Compander
+    (arXiv 2306.16993).
+
+    Args:
+        v, a, b, function: As in `compand`.
+
+    Returns:
+        Tensor of the shape and dtype of `v`, not negative.
+
+    Raises:
+        ValueError: As in `compand`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops import compand_derivative
+
+    slope = compand_derivative(np.array([0.0, 1.0]), a=0.5, b=1.0)
+    np.testing.assert_allclose(slope, [0.5, 0.25])
+    ```
+    """
+    rule = _checked(function, a, b)
+    v, a, b, dtype = _widened(v, a, b)
+    return ops.cast(a / b * rule.derivative(v / b), dtype)
+
+
+def compand_limit(a, b, function, dtype="float32"):
+    """The largest weight, a Python float, that a finite `v` of `dtype` gives.
+
+    Args:
+        a, b: Positive floats.
+        function: As in `compand`.
+        dtype: String, the dtype in which `v` is stored.
+    """
+    import ml_dtypes  # a dependency of keras
+
+    rule = _checked(function, a, b)
+    largest = float(ml_dtypes.finfo(dtype).max)
+    return a * rule.python(largest / b)
+
+
+@ops.custom_gradient
+def _arctan(u):
+    """The arc tangent, which XLA on a CPU takes 10 times as long for.
+
+    By the half-angle formula its argument is t in [0, 1], and there
+    arctan(t) / t a polynomial in t**2, exact to 2e-8.
+    """
+    # Beyond, the arc tangent is pi / 2 in float32, and the square overflows.
+    bounded = ops.clip(u, -1e9, 1e9)
+    t = bounded / (1 + ops.sqrt(1 + bounded * bounded))
+    square = t * t
+    series: Any = _COEFFICIENTS[0]
+    for coefficient in _COEFFICIENTS[1:]:
+        series = series * square + coefficient
+
+    def gradient(*args, upstream=None):
+        if upstream is None:
+            (upstream,) = args
+        return upstream / (1 + u * u)
+
+    return 2 * t * series, gradient
+
+
+# Of the polynomial with the least relative error on [0, 1], highest first.
+_COEFFICIENTS = (
+    0.00284993384,
+    -0.0160688699,
+    0.0426920354,
+    -0.0750435169,
+    0.106409696,
+    -0.14203657,
+    0.199926218,
+    -0.333330736,
+    0.999999985,
+)
+
+
+def _any_arctan(u):
+    wide = keras.backend.standardize_dtype(u.dtype) == "float64"
+    return ops.arctan(u) if wide else _arctan(u)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Function:
+    """A function f of `compand`, with `limit` the supremum of f."""
+
+    limit: float
+    apply: collections.abc.Callable
+    invert: collections.abc.Callable
+    derivative: collections.abc.Callable
+    python: collections.abc.Callable
+
+
+_FUNCTIONS = {
+    "arctan": _Function(
+        limit=math.pi / 2,
+        apply=_any_arctan,
+        invert=ops.tan,
+        derivative=lambda u: 1 / (1 + u * u),
+        python=math.atan,
+    ),
+    "arsinh": _Function(
+        limit=math.inf,
+        apply=ops.arcsinh,
+        invert=ops.sinh,
+        derivative=lambda u: 1 / ops.sqrt(1 + u * u),
+        python=math.asinh,
+    ),
+    "erf": _Function(
+        limit=1.0,
+        apply=ops.erf,
+        invert=ops.erfinv,
+        derivative=lambda u: 2 / math.sqrt(math.pi) * ops.exp(-u * u),
+        python=math.erf,
+    ),
+}
+
+
+def check_pair(a, b):
+    """Raises ValueError for a number `a` or `b` that is not positive."""
+    for name, value in (("a", a), ("b", b)):
+        if isinstance(value, bool) or not isinstance(
+            value, (int, float, np.ndarray, np.generic)
+        ):
+            continue
+        if not np.all(np.isfinite(value) & (np.asarray(value) > 0)):
+            raise ValueError(
+                f"`{name}` must be positive and finite. "
+                f"Received: {name}={value!r}"
+            )
+
+
+def check_function(function):
+    """Raises ValueError if `function` is not one of `compand`."""
+    if function not in _FUNCTIONS:
+        raise ValueError(
+            f"`function` must be one of {tuple(_FUNCTIONS)}. "
+            f"Received: function={function!r}"
+        )
+
+
+def _checked(function, a, b):
+    check_function(function)
+    check_pair(a, b)
+    return _FUNCTIONS[function]
+
+
+def _widened(x, a, b):
+    """The three in float32 at least, and the dtype of the result."""
+    x = ops.convert_to_tensor(x)
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if "float" not in dtype:
+        dtype = keras.backend.floatx()
+    # Not `result_type`, which takes float64 for float32 on some backends.
+    wide = "float64" if dtype == "float64" else "float32"
+    a, b = (
+        p
+        if isinstance(p, (int, float))
+        else ops.cast(ops.convert_to_tensor(p), wide)
+        for p in (a, b)
+    )
+    return ops.cast(x, wide), a, b, dtype
+
+
+def _is_scalar(x):
+    return isinstance(x, (int, float)) or len(x.shape) == 0
+
+
+def _numpy_dtype(x):
+    return keras.backend.standardize_dtype(x.dtype)
