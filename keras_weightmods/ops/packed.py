@@ -314,7 +314,9 @@ def _pack_numpy(kernel, dtype, specs):
 
     if dtype == "int8":
         largest = np.abs(padded).max(axis=0, initial=0)
-        scale = np.where(np.isfinite(largest), largest / np.float32(127), np.nan)
+        scale = np.where(
+            np.isfinite(largest), largest / np.float32(127), np.nan
+        )
         scale[scale == 0] = 1
         slots = np.clip(np.nan_to_num(np.rint(slots / scale)), -127, 127)
         arrays["scale"] = scale.reshape(columns, _COLUMNS)
