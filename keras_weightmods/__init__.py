@@ -7,7 +7,12 @@ from keras_weightmods.callbacks.sparsity_monitor import (
 from keras_weightmods.constraints.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )
+from keras_weightmods.layers.pack_report import PackReport as PackReport
+from keras_weightmods.layers.packing import pack as pack
+from keras_weightmods.layers.packing import unpack as unpack
 from keras_weightmods.optimizers.adam_s import AdamS as AdamS
+from keras_weightmods.saving.model import load_model as load_model
+from keras_weightmods.saving.model import save_model as save_model
 from keras_weightmods.sparsity.cast import CAST as CAST
 from keras_weightmods.sparsity.report import SparsityReport as SparsityReport
 from keras_weightmods.sparsity.report import assert_sparse as assert_sparse

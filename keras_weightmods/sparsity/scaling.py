@@ -242,11 +242,26 @@ def compute_scaled(kernel, scale, contraction_axes):
 
 
 class _Scaling(reparameterize.Reparameterization):
+    name = "scaling"
     finish = "fold_scaling(model)"
 
     def __init__(self, target, groups):
         super().__init__(target)
         self.groups = groups
+
+    def get_config(self):
+        return {"groups": self.groups}
+
+    @classmethod
+    def from_config(cls, target, config):
+        groups = config.get("groups")
+        size = target.contraction_size
+        if type(groups) is not int or groups < 1 or size % groups:
+            raise ValueError(
+                "`groups` must be an int that divides the contraction size "
+                f"{size} of {target.path!r}. Received: config={config!r}"
+            )
+        return cls(target, groups)
 
     def create_parameters(self, add_weight):
         shape, axes = self.target.shape, self.target.contraction_axes
