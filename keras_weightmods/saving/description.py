@@ -156,12 +156,9 @@ def rehearse(description, parts, entries):
         parts: Dict from name to part, from `states.walk`.
         entries: Dict from name to `Entry`, of the weights of the parts.
     """
-    classes = {type(part) for part in parts.values()}
-    # The user will give those that are not registered to `load_model`.
-    custom = {keras.saving.get_registered_name(cls): cls for cls in classes}
     with _untraced():
         try:
-            _, built, _ = build(description, custom)
+            _, built, _ = build(description, _classes(parts))
             check_same(entries, built)
         # What the code of a model's classes raises is not known.
         except Exception as error:
@@ -176,11 +173,14 @@ def rehearse(description, parts, entries):
 def obstacle_of_preprocessor(preprocessor):
     """Says why a preprocessor cannot be brought back; None if it can."""
     try:
-        with _untraced(), SafeModeScope(True):
+        with _untraced():
             parts = states.walk(preprocessor)
             config = keras.saving.serialize_keras_object(preprocessor)
             config = json.loads(json.dumps(config))
-            built = keras.saving.deserialize_keras_object(config)
+            with SafeModeScope(True):
+                built = keras.saving.deserialize_keras_object(
+                    config, _classes(parts)
+                )
             states.copy_assets(parts, states.walk(built))
     # What the code of its class raises is not known.
     except Exception as error:
@@ -206,6 +206,12 @@ def _build(description, custom_objects):
     for name, rank, alpha in description["lora"]:
         parts[name].enable_lora(rank, lora_alpha=alpha)
     return model, parts
+
+
+def _classes(parts):
+    """{name: class}: the user gives `load_model` those not registered."""
+    classes = {type(part) for part in parts.values()}
+    return {keras.saving.get_registered_name(cls): cls for cls in classes}
 
 
 def _rows(parts):
