@@ -16,6 +16,23 @@ constexpr int kBlockSlots = 16;  // kept values of a column in these rows
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t clamp(int64_t a, int64_t low, int64_t high) {
+  return a < low ? low : min(a, high);
+}
+
+// Bytes of a value; -1 for an unknown type.
+inline int64_t value_size(int type) {
+  switch (type) {
+    case KWM_FLOAT32:
+      return 4;
+    case KWM_BFLOAT16:
+      return 2;
+    case KWM_INT8:
+      return 1;
+    default:
+      return -1;
+  }
+}
 
 // A packed kernel; `values` as the type says.
 struct Packed {
@@ -28,12 +45,23 @@ struct Packed {
   int64_t padded_k() const { return row_blocks() * kBlockRows; }
   int64_t row_blocks() const { return ceil_div(k, kBlockRows); }
   int64_t column_blocks() const { return ceil_div(n, kLanes); }
+
+  // `place` counts the blocks of rows of all blocks of columns.
+  const void* values_at(int64_t place) const {
+    return static_cast<const char*>(values) +
+           place * kBlockSlots * kLanes * value_size(type);
+  }
+  const void* values_of(int64_t column_block) const {
+    return values_at(column_block * row_blocks());
+  }
+  const uint32_t* meta_of(int64_t column_block) const {
+    return meta + column_block * row_blocks() * kLanes;
+  }
 };
 
-// Position of a kept value in the array of values, in elements. `row_block`
-// counts all blocks of the array: column block * row blocks + block of rows.
-inline int64_t value_offset(int type, int64_t row_block, int slot, int lane) {
-  const int64_t start = row_block * kBlockSlots * kLanes;
+// Position of a kept value in the array of values, in elements.
+inline int64_t value_offset(int type, int64_t place, int slot, int lane) {
+  const int64_t start = place * kBlockSlots * kLanes;
   switch (type) {
     case KWM_FLOAT32:
       return start + slot * kLanes + lane;
@@ -41,19 +69,6 @@ inline int64_t value_offset(int type, int64_t row_block, int slot, int lane) {
       return start + ((slot / 2) * kLanes + lane) * 2 + slot % 2;
     default:
       return start + ((slot % 4) * kLanes + lane) * 4 + slot / 4;
-  }
-}
-
-inline int64_t value_size(int type) {
-  switch (type) {
-    case KWM_FLOAT32:
-      return 4;
-    case KWM_BFLOAT16:
-      return 2;
-    case KWM_INT8:
-      return 1;
-    default:
-      return -1;
   }
 }
 
