@@ -19,6 +19,7 @@ from keras.src.backend.common import global_state
 from keras.src.saving.serialization_lib import ObjectSharingScope, SafeModeScope
 
 from keras_weightmods.saving import states
+from keras_weightmods.targets import Target
 from keras_weightmods.utils import reparameterize
 from keras_weightmods.version import __version__
 
@@ -190,7 +191,7 @@ def obstacle_of_preprocessor(preprocessor):
 
 def _build(description, custom_objects):
     # A copy: `from_config` changes the config that it gets.
-    config = json.loads(json.dumps(description["config"]))
+    config = _without_compile_config(description["config"])
     with SafeModeScope(True), ObjectSharingScope():
         model = keras.saving.deserialize_keras_object(config, custom_objects)
     if not isinstance(model, keras.Model) or not model.built:
@@ -304,8 +305,8 @@ def _changes(model, parts):
 
 def _change(model, parts, rows):
     kinds = reparameterize.kinds()
-    targets = {}
-    items = []
+    targets: dict[Any, dict[Any, Target]] = {}
+    items: list[Any] = []
     for name, attribute, kind, config in rows:
         if kind not in kinds:
             raise ValueError(
@@ -314,16 +315,18 @@ def _change(model, parts, rows):
                 "its module first"
             )
         cls = kinds[kind]
-        find = cls.find_targets
+        # Of the function, as most kinds share it.
+        find = cls.find_targets.__func__
         if find not in targets:
             targets[find] = {
                 (id(target.layer), target.attribute): target
-                for target in find(model)
+                for target in cls.find_targets(model)
             }
         target = targets[find].get((id(parts.get(name)), attribute))
-        if target is None:
+        if target is None or any(item.target is target for item in items):
             raise ValueError(
-                f"Expected a weight {attribute!r} to change in layer {name!r}"
+                f"Expected one change of a weight {attribute!r} in layer "
+                f"{name!r}"
             )
         obstacle = reparameterize.obstacle(target)
         if obstacle is not None:

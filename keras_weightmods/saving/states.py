@@ -12,6 +12,7 @@ import functools
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 import keras
 import numpy as np
@@ -22,6 +23,10 @@ from keras.src.saving.saving_lib import _walk_saveable
 from keras.src.utils.naming import to_snake_case
 
 from keras_weightmods.saving.container import DTYPES, Entry
+from keras_weightmods.utils.reparameterize import (
+    checkpoint_arrays,
+    is_reparameterized,
+)
 
 _WEIGHTS = "weights"
 _ASSETS = "assets"
@@ -76,27 +81,25 @@ _OF_TRAINING = (
 def weight_entries(parts):
     """Dict from name to `Entry` of all that the parts would save."""
     entries = {}
-
-    def record(name, value):
-        dtype = keras.backend.standardize_dtype(value.dtype)
-        if dtype not in DTYPES:
-            raise ValueError(
-                f"A weight must have one of the dtypes {', '.join(DTYPES)}. "
-                f"Received: dtype={dtype} for {name!r}"
-            )
-        entries[name] = Entry(tuple(map(int, value.shape)), dtype)
-
-    _each_weight(parts, record)
+    for part_name, part in parts.items():
+        for key, (shape, dtype) in _saved_arrays(part).items():
+            name = _join(_WEIGHTS, part_name, key)
+            if dtype not in DTYPES or "/" in key:
+                raise ValueError(
+                    "A weight must have a name without a slash and one of the "
+                    f"dtypes {', '.join(DTYPES)}. Received: {name!r} of dtype "
+                    f"{dtype}"
+                )
+            entries[name] = Entry(shape, dtype)
     return entries
 
 
 def write_weights(parts, writer):
     """Writes all that the parts save, one after another."""
 
-    def write(name, value):
-        writer.write(name, keras.ops.convert_to_numpy(value))
-
-    _each_weight(parts, write)
+    for name, part in parts.items():
+        if hasattr(part, "save_own_variables"):
+            part.save_own_variables(_Writing(name, writer))
 
 
 def load(parts, reader, folder, prepare):
@@ -199,28 +202,38 @@ def check_assets(parts, reader):
             raise reader.error(name, "belongs to no part of the model")
 
 
-def _each_weight(parts, receive):
-    for name, part in parts.items():
-        if hasattr(part, "save_own_variables"):
-            part.save_own_variables(_Store(name, receive))
+def _saved_arrays(part):
+    """{key: (shape, dtype)} of what `part` would save."""
+    if not hasattr(part, "save_own_variables"):
+        return {}
+    # Without computing what it would save, or reading a value.
+    if isinstance(part, keras.layers.Layer) and is_reparameterized(part):
+        return checkpoint_arrays(part)
+    saved: dict[str, Any] = {}
+    part.save_own_variables(saved)
+    for key, value in saved.items():
+        if not hasattr(value, "dtype"):
+            saved[key] = np.asarray(value)
+    return {
+        key: (
+            tuple(map(int, value.shape)),
+            keras.backend.standardize_dtype(value.dtype),
+        )
+        for key, value in saved.items()
+    }
 
 
-class _Store:
-    """Where a part saves its variables; hands each on with its full name."""
+class _Writing:
+    """Where a part saves its variables; each is written at once."""
 
-    def __init__(self, part, receive):
-        self.part = part
-        self.receive = receive
+    def __init__(self, part, writer):
+        self._part = part
+        self._writer = writer
 
     def __setitem__(self, key, value):
-        if "/" in key:
-            raise ValueError(
-                "`save_own_variables` must use keys without a slash. Received: "
-                f"key={key!r} in {self.part!r}"
-            )
-        if not hasattr(value, "shape"):
-            value = np.asarray(value)
-        self.receive(_join(_WEIGHTS, self.part, key), value)
+        self._writer.write(
+            _join(_WEIGHTS, self._part, key), keras.ops.convert_to_numpy(value)
+        )
 
 
 class _Stored(collections.abc.Mapping):
