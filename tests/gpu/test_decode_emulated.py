@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from keras_weightmods.ops import native
-from keras_weightmods.ops.packed import pack_kernel, unpack_kernel
 from keras_weightmods.ops.nm import nm_project
+from keras_weightmods.ops.packed import pack_kernel, unpack_kernel
 
 GPU = pathlib.Path(native.__file__).parent / "gpu"
 X_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -57,9 +57,7 @@ def emulator(tmp_path_factory):
     source.write_text(
         '#include "emulate.h"\n'
         + "".join(
-            VARIANT.format(
-                x=X_TYPES[x], values=VALUE_TYPES[values], rows=rows
-            )
+            VARIANT.format(x=X_TYPES[x], values=VALUE_TYPES[values], rows=rows)
             for x, values, rows in VARIANTS
         )
     )

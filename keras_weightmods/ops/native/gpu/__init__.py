@@ -60,6 +60,12 @@ def why_not():
     return _load()[1]
 
 
+def xla_handler(name):
+    """The address of an XLA handler; None in a library built without them."""
+    handler = getattr(library(), name, None)
+    return handler and ctypes.cast(handler, ctypes.c_void_p)
+
+
 @functools.cache
 def load_decode(cuda):
     """Opens NVRTC for the decode kernel.
