@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_weightmods.backend.jax import sparse_matmul_gpu
+from keras_weightmods.backend.jax import sparse_matmul_gpu
 from keras_weightmods.ops import native
 from keras_weightmods.ops.sparse_matmul import dense_matmul
 
@@ -23,9 +25,33 @@ _TARGETS = (
 @functools.cache
 def why_not():
     """Why the compiled kernels cannot be used; empty if they can."""
+    return "" if jax.default_backend() == "gpu" else _why_not_on_cpu()
+
+
+def sparse_matmul(x, packed):
+    """See `keras_weightmods.ops.sparse_matmul`."""
+    platform = jax.default_backend()
+    if platform == "cpu":
+        return _sparse_matmul_on_cpu(x, packed)
+    # Arrays may be placed on the CPU of a machine with a GPU too.
+    dense = functools.partial(dense_matmul, packed=packed)
+    choices = {} if _why_not_on_cpu() else {"cpu": _sparse_matmul_on_cpu}
+    if platform == "gpu":
+        choices["cuda"] = sparse_matmul_gpu.matmul
+    choices = {
+        name: functools.partial(choice, packed=packed)
+        for name, choice in choices.items()
+    }
+    return jax.lax.platform_dependent(x, **choices, default=dense)
+
+
+@functools.cache
+def _why_not_on_cpu():
+    if not native.is_available():
+        return native.why_not()
     # Registered before the backend is there, a handler that XLA refuses would
     # end the process.
-    jax.devices()
+    jax.devices("cpu")
     for name in _TARGETS:
         handler = native.xla_handler(name)
         if handler is None:
@@ -36,20 +62,8 @@ def why_not():
     return ""
 
 
-def sparse_matmul(x, packed):
-    """See `keras_weightmods.ops.sparse_matmul`."""
-    values, meta, scale = _arrays(packed)
-    compiled = functools.partial(_multiply, n=packed.shape[1])
-    if jax.default_backend() == "cpu":
-        return compiled(x, values, meta, scale)
-    return jax.lax.platform_dependent(
-        x,
-        values,
-        meta,
-        scale,
-        cpu=compiled,
-        default=lambda x, values, meta, scale: dense_matmul(x, packed),
-    )
+def _sparse_matmul_on_cpu(x, packed):
+    return _multiply(x, *_arrays(packed), packed.shape[1])
 
 
 def _arrays(packed):
@@ -186,7 +200,7 @@ def column_parallel_matmul(x, packed, mesh, axis_name):
         ValueError: If the columns cannot be split so.
     """
     devices = mesh.shape[axis_name]
-    k, n = packed.shape
+    n = packed.shape[1]
     if n % (16 * devices):
         raise ValueError(
             "The columns of a packed kernel are split in blocks of 16, as "

@@ -10,6 +10,8 @@ import functools
 import keras
 import torch
 
+from keras_weightmods.backend.torch import sparse_matmul_gpu
+from keras_weightmods.backend.torch import sparse_matmul_gpu
 from keras_weightmods.ops import native
 from keras_weightmods.ops.packed import packed_arrays
 from keras_weightmods.ops.sparse_matmul import dense_matmul
@@ -23,21 +25,26 @@ _TYPES = {
 
 def why_not():
     """Why the compiled kernels cannot be used; empty if they can."""
-    return ""
+    return "" if torch.cuda.is_available() else native.why_not()
 
 
 def sparse_matmul(x, packed):
     """See `keras_weightmods.ops.sparse_matmul`."""
-    if x.device.type not in ("cpu", "meta"):
+    device = x.device.type
+    if device not in ("cpu", "meta", "cuda") or (
+        device == "cpu" and not native.is_available()
+    ):
         return dense_matmul(x, packed)
-    y = torch.ops.keras_weightmods.sparse_matmul(
-        x.to(torch.float32),
+    weights = (
         _tensor(packed.values),
         _tensor(packed.meta),
         None if packed.scale is None else _tensor(packed.scale),
         packed.shape[1],
     )
-    return y.to(x.dtype)
+    if device == "cuda":
+        return sparse_matmul_gpu.matmul(x, *weights)
+    multiply = torch.ops.keras_weightmods.sparse_matmul
+    return multiply(x.to(torch.float32), *weights).to(x.dtype)
 
 
 def _tensor(array):
@@ -58,6 +65,13 @@ _library.define(
 _library.define(
     "sparse_values_gradient(Tensor x, Tensor dy, Tensor meta) -> Tensor"
 )
+
+for _name in (
+    "sparse_matmul",
+    "sparse_matmul_transposed",
+    "sparse_values_gradient",
+):
+    _library.impl(_name, getattr(sparse_matmul_gpu, _name), "CUDA")
 
 
 @torch.library.impl(_library, "sparse_matmul", "CPU")
@@ -127,7 +141,7 @@ def _fake_values_gradient(x, dy, meta):
 
 
 def _save(ctx, inputs, output):
-    x, values, meta, scale, n = inputs
+    x, values, meta, scale, _ = inputs
     ctx.k = x.shape[-1]
     needs_x = ctx.needs_input_grad[1]
     ctx.save_for_backward(x if needs_x else None, values, meta, scale)
