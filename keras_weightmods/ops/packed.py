@@ -189,7 +189,7 @@ def pack_kernel(kernel, dtype=None):
     if dtype is None:
         given = keras.backend.standardize_dtype(kernel.dtype)
         dtype = "bfloat16" if given == "bfloat16" else "float32"
-    shape = tuple(int(size) for size in kernel.shape)
+    shape = (int(kernel.shape[0]), int(kernel.shape[1]))
     specs = packed_arrays(shape, dtype)
     kernel = _to_numpy(kernel, np.float32)
     pack = _pack_native if native.is_available() else _pack_numpy
@@ -306,11 +306,10 @@ def _pack_numpy(kernel, dtype, specs):
     slots = np.take_along_axis(groups, places, axis=1)
 
     shifts = 2 * np.arange(_SLOTS, dtype=np.uint32)[:, None]
-    bits = places.reshape(rows, _SLOTS, columns * _COLUMNS)
-    bits = bits.astype(np.uint32) << shifts
-    meta = np.bitwise_or.reduce(bits, axis=1)
-    meta = meta.reshape(rows, columns, _COLUMNS).transpose(1, 0, 2)
-    arrays = {"meta": np.ascontiguousarray(meta).view(np.int32)}
+    bits = places.astype(np.uint32).reshape(rows, _SLOTS, columns * _COLUMNS)
+    words = np.bitwise_or.reduce(bits << shifts, axis=1)
+    words = words.reshape(rows, columns, _COLUMNS).transpose(1, 0, 2)
+    arrays = {"meta": np.ascontiguousarray(words).view(np.int32)}
 
     if dtype == "int8":
         largest = np.abs(padded).max(axis=0, initial=0)

@@ -58,27 +58,74 @@ def dense_matmul(x, packed):
     return ops.cast(y, x.dtype)
 
 
+def why_dense():
+    """Says why products with packed kernels would be dense on this backend.
+
+    Returns:
+        String: the reason and the way out; empty if they will not be.
+
+    Example:
+
+    ```python
+    from keras_weightmods.ops.sparse_matmul import why_dense
+
+    print(why_dense() or "by compiled kernels")
+    ```
+    """
+    return _backend().why_not()
+
+
+def gpu_plan(shape, x_dtype, value_dtype):
+    """How to multiply by a kernel on the GPU that the backend uses.
+
+    Args:
+        shape: Pair of ints (K, N), the shape of the kernel.
+        x_dtype: String, type of the activations.
+        value_dtype: String, type of the packed values.
+
+    Returns:
+        `keras_weightmods.ops.native.gpu.dispatch.Plan`, by measured times;
+        None where the backend uses no NVIDIA GPU. Not yet run on a GPU.
+
+    Example:
+
+    ```python
+    from keras_weightmods.ops.sparse_matmul import gpu_plan
+
+    plan = gpu_plan((4096, 4096), "bfloat16", "bfloat16")
+    print("no GPU" if plan is None else plan.choose(rows=1))
+    ```
+    """
+    backend = keras.backend.backend()
+    if backend not in ("jax", "torch"):
+        return None
+    module = importlib.import_module(
+        f"keras_weightmods.backend.{backend}.sparse_matmul_gpu"
+    )
+    if module.device_name() is None:
+        return None
+    return module.plan(shape, x_dtype, value_dtype)
+
+
+def _backend():
+    name = keras.backend.backend()
+    return importlib.import_module(
+        f"keras_weightmods.backend.{name}.sparse_matmul"
+    )
+
+
 # A dict and not a cached function, which torch.compile would look into.
 _implementations: dict[str, Any] = {}
 
 
 def _implementation():
     """What multiplies on this backend, chosen in the first call."""
-    backend = keras.backend.backend()
-    if backend not in _implementations:
-        _implementations[backend] = _choose(backend)
-    return _implementations[backend]
-
-
-def _choose(backend):
-    if not native.is_available():
-        native.warn_dense(native.why_not())
-        return dense_matmul
-    module = importlib.import_module(
-        f"keras_weightmods.backend.{backend}.sparse_matmul"
-    )
-    reason = module.why_not()
-    if reason:
-        native.warn_dense(reason)
-        return dense_matmul
-    return module.sparse_matmul
+    name = keras.backend.backend()
+    if name not in _implementations:
+        reason = why_dense()
+        if reason:
+            native.warn_dense(reason)
+        _implementations[name] = (
+            dense_matmul if reason else _backend().sparse_matmul
+        )
+    return _implementations[name]

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import keras
 
 from keras_weightmods.backend.jax import sparse_matmul_gpu
-from keras_weightmods.backend.jax import sparse_matmul_gpu
 from keras_weightmods.ops import native
 from keras_weightmods.ops.sparse_matmul import dense_matmul
 
@@ -63,7 +62,8 @@ def _why_not_on_cpu():
 
 
 def _sparse_matmul_on_cpu(x, packed):
-    return _multiply(x, *_arrays(packed), packed.shape[1])
+    values, meta, scale = _arrays(packed)
+    return _multiply(x, values, meta, scale, packed.shape[1])
 
 
 def _arrays(packed):

@@ -16,7 +16,6 @@ import tensorflow as tf
 
 from keras_weightmods.ops import native
 from keras_weightmods.ops.packed import pack_kernel
-from keras_weightmods.ops.sparse_matmul import dense_matmul
 
 _TARGETS = (
     "kwm_xla_matmul",
@@ -29,6 +28,8 @@ _TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int32": "i32"}
 @functools.cache
 def why_not():
     """Why the compiled kernels cannot be used; empty if they can."""
+    if not native.is_available():
+        return native.why_not()
     if native.xla_handler(_TARGETS[0]) is None:
         return native.NO_XLA
     if tf.config.list_physical_devices("GPU"):

@@ -11,7 +11,6 @@ import keras
 import torch
 
 from keras_weightmods.backend.torch import sparse_matmul_gpu
-from keras_weightmods.backend.torch import sparse_matmul_gpu
 from keras_weightmods.ops import native
 from keras_weightmods.ops.packed import packed_arrays
 from keras_weightmods.ops.sparse_matmul import dense_matmul
@@ -31,20 +30,18 @@ def why_not():
 def sparse_matmul(x, packed):
     """See `keras_weightmods.ops.sparse_matmul`."""
     device = x.device.type
-    if device not in ("cpu", "meta", "cuda") or (
+    if device not in ("cpu", "cuda", "meta") or (
         device == "cpu" and not native.is_available()
     ):
         return dense_matmul(x, packed)
-    weights = (
+    y = torch.ops.keras_weightmods.sparse_matmul(
+        x if device == "cuda" else x.to(torch.float32),
         _tensor(packed.values),
         _tensor(packed.meta),
         None if packed.scale is None else _tensor(packed.scale),
         packed.shape[1],
     )
-    if device == "cuda":
-        return sparse_matmul_gpu.matmul(x, *weights)
-    multiply = torch.ops.keras_weightmods.sparse_matmul
-    return multiply(x.to(torch.float32), *weights).to(x.dtype)
+    return y.to(x.dtype)
 
 
 def _tensor(array):

@@ -124,8 +124,18 @@ def warn_dense(reason):
     )
 
 
-@functools.cache
+# Not a cached function, which torch.compile would look into.
+_loaded: tuple[ctypes.CDLL | None, str] | None = None
+
+
 def _load():
+    global _loaded
+    if _loaded is None:
+        _loaded = _find()
+    return _loaded
+
+
+def _find():
     """The library, or None and why."""
     # Mostly for tests, and to compare.
     if os.environ.get("KERAS_WEIGHTMODS_NATIVE") == "0":
