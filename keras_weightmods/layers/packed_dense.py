@@ -18,7 +18,7 @@ from keras_weightmods.ops.packed import (
     unpack_kernel,
     unpack_tensor,
 )
-from keras_weightmods.ops.sparse_matmul import sparse_matmul
+from keras_weightmods.ops.sparse_matmul import gpu_plan, sparse_matmul
 from keras_weightmods.utils import reparameterize
 
 
@@ -40,11 +40,19 @@ def check_values(dtype, trainable):
         )
 
 
-def kernel_class(trainable):
-    """The class of packed kernels to use here."""
-    # Training changes the values in each step: nothing to unpack once.
-    packed = trainable or native.is_available()
-    return PackedKernel if packed else UnpackedKernel
+def packed_kernel(target, dtype, trainable=False):
+    """The `PackedKernel` of a target, of the class to use here."""
+    kernel_class: type[PackedKernel] = PackedKernel
+    # Training changes the values in each step: nothing to prepare once.
+    if not trainable:
+        plan = gpu_plan(
+            _matrix_shape(target), target.layer.compute_dtype, dtype
+        )
+        if not native.is_available() or (plan and not plan.is_sparse):
+            kernel_class = UnpackedKernel
+        elif plan and keras.backend.backend() == "jax":
+            kernel_class = PreparedKernel
+    return kernel_class(target, dtype, trainable)
 
 
 def obstacle(target):
@@ -110,8 +118,7 @@ class PackedKernel(reparameterize.Reparameterization):
 
     def __init__(self, target, dtype, trainable=False):
         super().__init__(target)
-        columns = math.prod(target.shape[axis] for axis in target.output_axes)
-        self.matrix_shape = (target.contraction_size, columns)
+        self.matrix_shape = _matrix_shape(target)
         self.value_dtype = dtype
         self.trainable = trainable
         self.arrays = packed_arrays(self.matrix_shape, dtype)
@@ -130,7 +137,7 @@ class PackedKernel(reparameterize.Reparameterization):
         if reason is not None:
             raise ValueError(f"{target.path!r} cannot be packed: {reason}")
         check_values(config.get("dtype"), config.get("trainable"))
-        item = kernel_class(config["trainable"])(target, **config)
+        item = packed_kernel(target, **config)
         item.is_empty = True
         return item
 
@@ -254,6 +261,59 @@ class UnpackedKernel(PackedKernel):
             self.parameters[1].assign(packed.scale)
 
 
+class PreparedKernel(PackedKernel):
+    """A packed kernel on a GPU under JAX, with its companion.
+
+    See `keras_weightmods.backend.jax.sparse_matmul_gpu`. The companion is a
+    variable, so that a compiled function sees it change with a load; a
+    checkpoint leaves it out.
+    """
+
+    def create_parameters(self, add_weight):
+        from keras_weightmods.backend.jax import sparse_matmul_gpu
+
+        super().create_parameters(add_weight)
+        plain, x_dtype = self.packed, self.target.layer.compute_dtype
+        plan = sparse_matmul_gpu.plan(
+            self.matrix_shape, x_dtype, self.value_dtype
+        )
+        shape, dtype = sparse_matmul_gpu.companion_spec(
+            plan.companion, self.matrix_shape, x_dtype
+        )
+        add_weight(
+            name=self._key("companion"),
+            shape=shape,
+            dtype=dtype,
+            initializer=Given(None),
+            trainable=False,
+            autocast=False,
+        )
+        self.packed = sparse_matmul_gpu.PreparedPacked(
+            **vars(plain),
+            companion=self.parameters[-1],
+            companion_kind=plan.companion,
+            x_dtype=x_dtype,
+        )
+        if not self.is_empty:
+            self._prepare()
+
+    def saved_arrays(self):
+        return {self._key(name): spec for name, spec in self.arrays.items()}
+
+    def saved(self):
+        return {p.name: p for p in self.parameters[:-1]}
+
+    def load(self, saved):
+        for parameter in self.parameters[:-1]:
+            parameter.assign(saved[parameter.name])
+        self._prepare()
+
+    def _prepare(self):
+        from keras_weightmods.backend.jax import sparse_matmul_gpu
+
+        self.parameters[-1].assign(sparse_matmul_gpu.companion(self.packed))
+
+
 class _Product:
     """An einsum with one kernel, as a product with a packed matrix.
 
@@ -318,6 +378,11 @@ class _Product:
             len(batch),
             _permutation(batch + self.units, outputs),
         )
+
+
+def _matrix_shape(target):
+    columns = math.prod(target.shape[axis] for axis in target.output_axes)
+    return target.contraction_size, columns
 
 
 def _permutation(axes, wanted):

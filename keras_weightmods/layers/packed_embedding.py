@@ -15,7 +15,7 @@ from keras import ops
 from keras_weightmods.layers.packed_dense import Given
 from keras_weightmods.ops import native
 from keras_weightmods.ops.packed import Packed, packed_arrays
-from keras_weightmods.ops.sparse_matmul import sparse_matmul
+from keras_weightmods.ops.sparse_matmul import gpu_plan, sparse_matmul
 from keras_weightmods.targets import Target
 from keras_weightmods.utils import reparameterize
 
@@ -67,7 +67,10 @@ def obstacle(target):
 
 def embedding_class():
     """The class of packed embeddings to use here."""
-    return PackedEmbedding if native.is_available() else UnpackedEmbedding
+    # On a GPU nothing multiplies by a packed table at any number of rows.
+    on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
+    packed = native.is_available() and not on_gpu
+    return PackedEmbedding if packed else UnpackedEmbedding
 
 
 class _FrozenEmbedding:

@@ -108,9 +108,11 @@ def pack(model, dtype=None, targets=None, head=None, trainable=False):
             + f" that can be packed. Received: model={model.name!r}, skipped: "
             + "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped)
         )
-    kernel_class = packed_dense.kernel_class(trainable)
     items = [
-        *(kernel_class(t, dtype or _lossless(t), trainable) for t in kernels),
+        *(
+            packed_dense.packed_kernel(t, dtype or _lossless(t), trainable)
+            for t in kernels
+        ),
         *map(packed_embedding.embedding_class(), tables),
     ]
     reparameterize.check_unattached(model, items)

@@ -35,6 +35,7 @@ _TARGETS = {
         "execute": "kwm_gpu_xla_cusparselt",
     },
 }
+_FIELDS = dataclasses.fields(Packed)
 # cuSPARSELt wants this many rows, or a multiple.
 _ROWS = 16
 
@@ -57,7 +58,7 @@ class PreparedPacked(Packed):
 
 def plan(shape, x_dtype, value_dtype):
     """The `dispatch.Plan` for a kernel on the GPU that is there."""
-    return dispatch.plan("jax", device_kind(), shape, x_dtype, value_dtype)
+    return dispatch.plan("jax", device_name(), shape, x_dtype, value_dtype)
 
 
 def companion_spec(kind, shape, x_dtype):
@@ -100,28 +101,24 @@ def prepare(packed, x_dtype, kind=None):
     """
     if kind is None:
         kind = plan(packed.shape, x_dtype, packed.dtype).companion
+    fields = {f.name: getattr(packed, f.name) for f in _FIELDS}
+    prepared = PreparedPacked(**fields, companion_kind=kind, x_dtype=x_dtype)
+    return dataclasses.replace(prepared, companion=companion(prepared))
+
+
+def companion(packed):
+    """The companion that belongs to a `PreparedPacked`, of concrete arrays."""
     kernel = unpack_kernel(packed)
-    if x_dtype == "int8":
+    if packed.x_dtype == "int8":
         # What is multiplied are the steps; the scale follows.
-        steps = kernel / packed_scale(packed)
-        kernel = jnp.rint(steps)
-    kernel = jnp.asarray(kernel, x_dtype)
-    if kind == "cusparselt":
-        shape, dtype = companion_spec(kind, packed.shape, x_dtype)
-        call = jax.ffi.ffi_call(
-            "kwm_gpu_compress", jax.ShapeDtypeStruct(shape, dtype)
-        )
-        kernel = jax.jit(lambda kernel: call(kernel.T))(kernel)
-    return PreparedPacked(
-        packed.values,
-        packed.meta,
-        packed.scale,
-        packed.shape,
-        packed.dtype,
-        kernel,
-        kind,
-        x_dtype,
-    )
+        kernel = jnp.rint(kernel / packed_scale(packed))
+    kernel = jnp.asarray(kernel, packed.x_dtype)
+    if packed.companion_kind == "dense":
+        return kernel
+    shape, dtype = companion_spec("cusparselt", packed.shape, packed.x_dtype)
+    result = jax.ShapeDtypeStruct(shape, dtype)
+    call = jax.ffi.ffi_call("kwm_gpu_compress", result)
+    return jax.jit(lambda kernel: call(kernel.T))(kernel)
 
 
 def packed_scale(packed):
@@ -294,10 +291,10 @@ def _cusparselt(x, compressed, n, algorithm):
 
 
 @functools.cache
-def device_kind():
+def device_name():
     """The name of the GPU; None where JAX has none."""
     try:
-        return jax.devices("cuda")[0].device_kind
+        return jax.devices("cuda")[0].device_name
     except RuntimeError:
         return None
 
@@ -307,7 +304,7 @@ def why_not(method):
     """Why a method cannot be used; empty if it can."""
     if method == "dense":
         return ""
-    if device_kind() is None:
+    if device_name() is None:
         return "JAX finds no NVIDIA GPU."
     if gpu.library() is None:
         return gpu.why_not()

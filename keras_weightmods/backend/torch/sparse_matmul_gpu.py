@@ -188,5 +188,6 @@ def why_not(method):
         if hasattr(torch.sparse, "to_sparse_semi_structured"):
             return ""
         return f"torch {torch.__version__} has no semi-structured tensors."
-    cuda = int(torch.version.cuda.split(".")[0])
-    return gpu.load_decode(cuda)
+    if torch.version.cuda is None:
+        return "this torch is not built for NVIDIA GPUs."
+    return gpu.load_decode(int(torch.version.cuda.split(".")[0]))

@@ -137,7 +137,7 @@ def plan(framework, device, shape, x_dtype, value_dtype):
     Returns:
         `Plan`, from the measured shape that is nearest.
     """
-    groups = {}
+    groups: dict[tuple, list] = {}
     for entry in table().get(device, ()):
         kind = entry["framework"], entry["x_dtype"], entry["value_dtype"]
         if kind == (framework, x_dtype, value_dtype):
