@@ -93,9 +93,10 @@ struct Threads {
   }
 };
 
-// So many items that a thread has 2^18 multiply-adds or more to do.
+// So many items that a thread has work for some microseconds. An item costs as
+// much as that many multiply-adds of 16 lanes.
 int64_t grain(int64_t cost_of_item) {
-  return kwm::ceil_div(int64_t{1} << 18, cost_of_item > 0 ? cost_of_item : 1);
+  return kwm::ceil_div(int64_t{1} << 14, cost_of_item > 0 ? cost_of_item : 1);
 }
 
 // Rows of `in`, (rows, columns), to blocks [columns/16, panel_rows, 16], zero
@@ -148,7 +149,7 @@ class Matmul {
     const int tile_rows = padded(step);
     const int64_t tile_floats = tile_rows * w_.padded_k();
     const Scratch panel(tiles * tile_floats);
-    threads_.run(tiles, grain(tile_floats), [&](int64_t begin, int64_t end) {
+    threads_.run(tiles, grain(tile_floats / kLanes), [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
         pack_panel(x + tile * step * w_.k, kwm::min(step, rows - tile * step),
                    w_.k, tile_rows, w_.padded_k() / kLanes,
@@ -156,8 +157,10 @@ class Matmul {
       }
     });
     // Tiles innermost: the values of a block of columns stay in the cache.
+    // Fetching the values costs as much as three rows more.
     threads_.run(
-        w_.column_blocks() * tiles, grain(tile_floats * kLanes / 2),
+        w_.column_blocks() * tiles,
+        grain(w_.padded_k() / 2 * (tile_rows + 3)),
         [&](int64_t begin, int64_t end) {
           for (int64_t item = begin; item < end; ++item) {
             const int64_t tile = item % tiles;
@@ -227,7 +230,7 @@ class MatmulTransposed {
     const int64_t block_floats = kLanes * lanes;
     const Scratch panel(tiles * blocks * block_floats);
     threads_.run(
-        tiles * blocks, grain(block_floats), [&](int64_t begin, int64_t end) {
+        tiles * blocks, grain(block_floats / kLanes), [&](int64_t begin, int64_t end) {
           for (int64_t item = begin; item < end; ++item) {
             const int64_t row = item / blocks * lanes;
             const int64_t column = item % blocks * kLanes;
@@ -236,7 +239,7 @@ class MatmulTransposed {
                             panel.get() + item * block_floats);
           }
         });
-    threads_.run(w_.row_blocks(), grain(kBlockRows * w_.n * rows),
+    threads_.run(w_.row_blocks(), grain(kBlockRows * w_.n * tiles * lanes / kLanes),
                  [&](int64_t begin, int64_t end) {
                    multiply(panel.get(), lanes, rows, begin, end, dx);
                  });
@@ -250,7 +253,8 @@ class MatmulTransposed {
     const Scratch dense(kChunk * kBlockRows * kLanes);
     const Scratch sums(tiles * tile_floats);
     for (int64_t row_block = begin; row_block < end; ++row_block) {
-      for (int64_t first = 0; first < blocks; first += kChunk) {
+      // Without columns the product is zero: one round all the same.
+      for (int64_t first = 0; first == 0 || first < blocks; first += kChunk) {
         const int64_t here = kwm::min(kChunk, blocks - first);
         for (int64_t i = 0; i < here; ++i) {
           expand(first + i, row_block,
@@ -342,7 +346,7 @@ void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
     pack_panel(x + row * k, here, k, here, x_blocks, x_panel.get());
     pack_panel(dy + row * n, here, n, here, dy_blocks, dy_panel.get());
     threads.run(
-        dy_blocks * x_blocks, grain(here * kLanes * kBlockSlots / 2),
+        dy_blocks * x_blocks, grain(here * kBlockSlots / 2),
         [&](int64_t begin, int64_t end) {
           for (int64_t item = begin; item < end; ++item) {
             const int64_t x_block = item % x_blocks;
