@@ -51,11 +51,9 @@ def describe(model, parts, left_out):
         "parts": _rows(parts),
         "changes": _changes(model, parts),
         "lora": [
-            [name, part.lora_rank, part.lora_alpha]
+            [name, part.lora_rank, part.lora_alpha, _lora_is_first(part)]
             for name, part in parts.items()
-            if isinstance(part, keras.layers.Layer)
-            and reparameterize.is_reparameterized(part)
-            and getattr(part, "lora_enabled", False)
+            if _is_changed(part) and getattr(part, "lora_enabled", False)
         ],
     }
 
@@ -69,7 +67,7 @@ def check(description):
         "compiles": bool,
         "parts": [str, str, (str, type(None)), (bool, type(None))],
         "changes": [str, str, str, dict],
-        "lora": [str, int, (int, float)],
+        "lora": [str, int, (int, float), bool],
     }
     if not isinstance(description, dict) or set(description) != set(forms):
         raise ValueError(f"must tell {sorted(forms)}")
@@ -167,8 +165,15 @@ def rehearse(description, parts, entries):
                 "A model is saved only if it can be built again from what its "
                 "`get_config()` returns. Its own classes and functions must be "
                 "registered by `keras.saving.register_keras_serializable`, and "
-                f"`get_config` must tell all arguments. {error}"
+                f"`get_config` must tell all arguments. {reason(error)}"
             ) from error
+
+
+def reason(error):
+    """What an error of Keras says, without the whole config in it."""
+    text = str(error).rpartition("Exception encountered: ")[2]
+    text = text.partition("Full object config:")[0].strip()
+    return text if len(text) <= 2000 else f"{text[:2000]}..."
 
 
 def obstacle_of_preprocessor(preprocessor):
@@ -185,7 +190,7 @@ def obstacle_of_preprocessor(preprocessor):
             states.copy_assets(parts, states.walk(built))
     # What the code of its class raises is not known.
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {reason(error)}"
     return None
 
 
@@ -203,10 +208,38 @@ def _build(description, custom_objects):
     for name, _, _, trainable in description["parts"]:
         if getattr(parts[name], "trainable", None) != trainable:
             parts[name].trainable = trainable
+    # In the order in which they came, so that the weights are in order too.
+    _enable_lora(parts, description["lora"], first=True)
     _change(model, parts, description["changes"])
-    for name, rank, alpha in description["lora"]:
-        parts[name].enable_lora(rank, lora_alpha=alpha)
+    _enable_lora(parts, description["lora"], first=False)
     return model, parts
+
+
+def _enable_lora(parts, rows, first):
+    for name, rank, alpha, is_first in rows:
+        if is_first == first:
+            parts[name].enable_lora(rank, lora_alpha=alpha)
+
+
+def _lora_is_first(layer):
+    """Whether LoRA was enabled before the weight was changed in place."""
+    own = [id(variable) for variable in layer.weights]
+    lora = min(
+        own.index(id(variable))
+        for name, variable in vars(layer).items()
+        if name.startswith("lora_") and isinstance(variable, keras.Variable)
+    )
+    return all(
+        lora < own.index(id(parameter))
+        for item in reparameterize.reparameterizations(layer)
+        for parameter in item.parameters
+    )
+
+
+def _is_changed(part):
+    return isinstance(
+        part, keras.layers.Layer
+    ) and reparameterize.is_reparameterized(part)
 
 
 def _classes(parts):
@@ -307,6 +340,7 @@ def _change(model, parts, rows):
     kinds = reparameterize.kinds()
     targets: dict[Any, dict[Any, Target]] = {}
     items: list[Any] = []
+    changed = set()
     for name, attribute, kind, config in rows:
         if kind not in kinds:
             raise ValueError(
@@ -323,7 +357,7 @@ def _change(model, parts, rows):
                 for target in cls.find_targets(model)
             }
         target = targets[find].get((id(parts.get(name)), attribute))
-        if target is None or any(item.target is target for item in items):
+        if target is None or (name, attribute) in changed:
             raise ValueError(
                 f"Expected one change of a weight {attribute!r} in layer "
                 f"{name!r}"
@@ -332,6 +366,7 @@ def _change(model, parts, rows):
         if obstacle is not None:
             raise ValueError(f"Layer {name!r} cannot be changed: {obstacle}")
         items.append(cls.from_config(target, config))
+        changed.add((name, attribute))
     if items:
         reparameterize.attach(model, items)
 
@@ -371,6 +406,10 @@ def _complete_config(layer, get_config):
             and value != argument.default
         ):
             config[name] = value
+    if _is_changed(layer):
+        # It is told beside the config, and enabled in its turn.
+        config.pop("lora_rank", None)
+        config.pop("lora_alpha", None)
     return config
 
 

@@ -171,8 +171,8 @@ def load_model(path, custom_objects=None):
         # What the code of a model's classes raises is not known.
         except Exception as error:
             raise ValueError(
-                f"The model cannot be built as the entry {_MODEL!r} tells. "
-                f"Received: path={os.fspath(path)!r}. {error}"
+                f"The model cannot be built as the entry {_MODEL!r} of "
+                f"{os.fspath(path)!r} tells. {description.reason(error)}"
             ) from error
         states.check_assets(parts, reader)
         states.load(parts, reader, folder, description.give_values)

@@ -256,10 +256,12 @@ class _Scaling(reparameterize.Reparameterization):
     def from_config(cls, target, config):
         groups = config.get("groups")
         size = target.contraction_size
-        if type(groups) is not int or groups < 1 or size % groups:
+        valid = type(groups) is int and groups > 0 and size % groups == 0
+        if not valid or len(config) != 1:
             raise ValueError(
-                "`groups` must be an int that divides the contraction size "
-                f"{size} of {target.path!r}. Received: config={config!r}"
+                "Scaling has one setting, `groups`, an int that divides the "
+                f"contraction size {size} of {target.path!r}. Received: "
+                f"config={config!r}"
             )
         return cls(target, groups)
 

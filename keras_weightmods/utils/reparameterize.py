@@ -53,7 +53,7 @@ class Reparameterization:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "name" in vars(cls):
+        if cls.name is not None and "name" in vars(cls):
             _KINDS[cls.name] = cls
 
     def __init__(self, target):
