@@ -1,6 +1,6 @@
 // Runs decode.cu on a CPU: a thread for each lane, and the instructions of the
-// GPU from their description in the PTX ISA. Included before decode.cu, once
-// for all its variants; `emulated` runs one of them.
+// GPU from their description in the PTX ISA. Included once, before the variants
+// of the kernel, each in a namespace of its own.
 
 #ifndef KWM_EMULATE_H_
 #define KWM_EMULATE_H_
@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -53,7 +54,7 @@ thread_local Warp* warp_of_thread;
 Index blockIdx, blockDim;
 Barrier* block_barrier;
 int x_type;  // KWM_X of the variant that runs
-bool bad_meta;
+bool bad_meta;  // an instruction met metadata that it does not allow
 
 float __uint_as_float(uint32_t bits) {
   float value;
@@ -155,15 +156,13 @@ void sparse_mma(float (&sums)[4], const uint32_t (&a)[4],
 }
 
 // Runs a grid of blocks one after the other, each lane of a block in a thread.
-// Returns whether an instruction met metadata that it does not allow.
 template <typename Activation>
-int emulated(void (*kernel)(const Activation*, int, int, int, const uint2*,
-                            const uint2*, const float*, Activation*),
-             int type, int warps, const void* x, int rows, int k, int n,
-             const void* values, const void* meta, const float* scale,
-             void* y) {
+void emulated(void (*kernel)(const Activation*, int, int, int, const uint2*,
+                             const uint2*, const float*, Activation*),
+              int type, int warps, const void* x, int rows, int k, int n,
+              const void* values, const void* meta, const float* scale,
+              void* y) {
   x_type = type;
-  bad_meta = false;
   blockDim.x = 32 * warps;
   for (blockIdx.x = 0; blockIdx.x < (n + 15) / 16; ++blockIdx.x) {
     Barrier barrier(blockDim.x);
@@ -182,8 +181,12 @@ int emulated(void (*kernel)(const Activation*, int, int, int, const uint2*,
     }
     for (std::thread& thread : threads) thread.join();
   }
-  return bad_meta;
 }
+
+// `emulated` for one variant of the kernel.
+typedef void (*Runner)(int warps, const void* x, int rows, int k, int n,
+                       const void* values, const void* meta,
+                       const float* scale, void* y);
 
 }  // namespace
 

@@ -17,6 +17,8 @@ ABI_VERSION = 1
 # Types of activations, as the library numbers them.
 X_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
 
+_DRIVER = b"libcuda.so.1"
+
 _INT = ctypes.c_int
 _SIZE = ctypes.c_int64
 _POINTER = ctypes.c_void_p
@@ -24,6 +26,7 @@ _TEXT = ctypes.c_char_p
 _SIZE_POINTER = ctypes.POINTER(_SIZE)
 _SIGNATURES = {
     "kwm_gpu_abi_version": (_INT, []),
+    "kwm_gpu_load_driver": (_TEXT, [_TEXT]),
     "kwm_gpu_load_decode": (_TEXT, [_TEXT, _TEXT]),
     "kwm_gpu_load_cusparselt": (_TEXT, [_TEXT]),
     "kwm_gpu_decode_rows": (_SIZE, [_INT]),
@@ -39,6 +42,20 @@ _SIGNATURES = {
     "kwm_gpu_compressed_size": (
         _TEXT,
         [_INT, _SIZE, _SIZE, _INT, _SIZE_POINTER, _SIZE_POINTER],
+    ),
+    "kwm_gpu_compress": (
+        _TEXT,
+        [_INT, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _POINTER, _POINTER],
+    ),
+    "kwm_gpu_prepare_cusparselt": (
+        _TEXT,
+        [_INT] + [_SIZE] * 3 + [_INT, _SIZE, _SIZE_POINTER],
+    ),
+    "kwm_gpu_cusparselt": (
+        _TEXT,
+        [_INT, _POINTER, _POINTER]
+        + [_SIZE] * 3
+        + [_INT, _SIZE, _POINTER, _POINTER, _POINTER],
     ),
     "kwm_gpu_cusparselt_algorithms": (
         _TEXT,
@@ -80,10 +97,10 @@ def load_decode(cuda):
         return why_not()
     source = pathlib.Path(__file__).with_name("decode.cu").read_bytes()
     path = _cuda_library("nvrtc", cuda)
-    failure = library().kwm_gpu_load_decode(source, path.encode())
+    failure = library().kwm_gpu_load_driver(_DRIVER)
     if failure is None:
-        return ""
-    return f"{failure.decode()}. {_way_out(cuda)}"
+        failure = library().kwm_gpu_load_decode(source, path.encode())
+    return _reason(failure, cuda)
 
 
 @functools.cache
@@ -99,10 +116,10 @@ def load_cusparselt(cuda):
     if library() is None:
         return why_not()
     path = _cuda_library("cusparseLt", cuda)
-    failure = library().kwm_gpu_load_cusparselt(path.encode())
+    failure = library().kwm_gpu_load_driver(_DRIVER)
     if failure is None:
-        return ""
-    return f"{failure.decode()}. {_way_out(cuda)}"
+        failure = library().kwm_gpu_load_cusparselt(path.encode())
+    return _reason(failure, cuda)
 
 
 def decode_rows(x_dtype):
@@ -181,10 +198,12 @@ def _cuda_library(name, cuda):
     return file
 
 
-def _way_out(cuda):
+def _reason(failure, cuda):
+    if failure is None:
+        return ""
     return (
-        "The libraries come with `pip install 'keras-weightmods"
-        f"[cuda{cuda}]'`; the driver comes with the GPU"
+        f"{failure.decode()}. The libraries come with `pip install "
+        f"'keras-weightmods[cuda{cuda}]'`, the driver with the GPU."
     )
 
 
@@ -198,16 +217,25 @@ def _load():
             "compiler, or not on Linux."
         )
     try:
-        loaded = ctypes.CDLL(os.fspath(path))
-        version = loaded.kwm_gpu_abi_version()
+        return open_library(path), ""
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded: {error}."
+
+
+def open_library(path):
+    """Opens a GPU library and types its functions.
+
+    Raises:
+        OSError: If it cannot be opened, or is of another release.
+    """
+    loaded = ctypes.CDLL(os.fspath(path))
+    version = loaded.kwm_gpu_abi_version()
     if version != ABI_VERSION:
-        return None, (
-            f"{path} is of another release: its interface has version "
-            f"{version}, expected {ABI_VERSION}."
+        raise OSError(
+            f"it is of another release: its interface has version {version}, "
+            f"expected {ABI_VERSION}"
         )
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
-    return loaded, ""
+    return loaded

@@ -4,6 +4,8 @@
 
 #include <map>
 
+#include "kwm_gpu.h"
+
 namespace kwm {
 
 namespace {
@@ -18,9 +20,14 @@ struct Device {
   int major, minor;
 };
 
-Failure open_driver(Driver* driver) {
+Driver opened;
+bool ready = false;
+
+Failure load(const char* path) {
+  if (ready) return "";
   void* library = nullptr;
-  KWM_TRY(open_library("libcuda.so.1", &library));
+  KWM_TRY(open_library(path, &library));
+  Driver* driver = &opened;
   KWM_TRY(find(library, "cuInit", &driver->Init));
   KWM_TRY(find(library, "cuGetErrorString", &driver->GetErrorString));
   KWM_TRY(find(library, "cuDeviceGet", &driver->DeviceGet));
@@ -32,7 +39,9 @@ Failure open_driver(Driver* driver) {
   KWM_TRY(find(library, "cuModuleLoadData", &driver->ModuleLoadData));
   KWM_TRY(find(library, "cuModuleGetFunction", &driver->ModuleGetFunction));
   KWM_TRY(find(library, "cuLaunchKernel", &driver->LaunchKernel));
-  return explain(*driver, "cuInit", driver->Init(0));
+  KWM_TRY(explain(*driver, "cuInit", driver->Init(0)));
+  ready = true;
+  return "";
 }
 
 Failure open_device(const Driver& driver, int ordinal, Device* device) {
@@ -78,10 +87,8 @@ Failure explain(const Driver& driver, const char* what, int status) {
 }
 
 Failure get_driver(const Driver** driver) {
-  static Driver opened;
-  static const Failure failure = open_driver(&opened);
   *driver = &opened;
-  return failure;
+  return ready ? "" : "the CUDA driver is not loaded";
 }
 
 Context::Context(int ordinal) {
@@ -108,3 +115,8 @@ Context::~Context() {
 }
 
 }  // namespace kwm
+
+const char* kwm_gpu_load_driver(const char* path) {
+  const std::lock_guard<std::mutex> lock(kwm::library_mutex());
+  return kwm::report(kwm::load(path));
+}

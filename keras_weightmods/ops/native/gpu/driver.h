@@ -54,7 +54,7 @@ struct Driver {
 // What a status other than 0 means; `what` says what was tried.
 Failure explain(const Driver& driver, const char* what, int status);
 
-// Opens the driver at the first call.
+// The driver, once kwm_gpu_load_driver has opened it.
 Failure get_driver(const Driver** driver);
 
 // Makes the context of a device, the one that JAX and torch use, current for

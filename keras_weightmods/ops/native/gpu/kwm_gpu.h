@@ -27,8 +27,11 @@ enum { KWM_X_FLOAT32 = 0, KWM_X_BFLOAT16 = 1, KWM_X_FLOAT16 = 2, KWM_X_INT8 = 3 
 
 KWM_GPU_API int kwm_gpu_abi_version(void);
 
-// Opens the driver and NVRTC, the library at the path `nvrtc`. `source` is the
-// text of decode.cu.
+// Opens the CUDA driver, the library at `path`. Whatever needs a GPU needs it.
+KWM_GPU_API const char* kwm_gpu_load_driver(const char* path);
+
+// Opens NVRTC, the library at the path `nvrtc`, to compile the decode kernel.
+// `source` is the text of decode.cu.
 KWM_GPU_API const char* kwm_gpu_load_decode(const char* source,
                                             const char* nvrtc);
 
