@@ -34,7 +34,6 @@ def describe(model, parts, left_out):
     """
     with _complete_configs(model, left_out), ObjectSharingScope():
         config = keras.saving.serialize_keras_object(model)
-    config = _without_compile_config(config)
     if left_out:
         config["config"]["preprocessor"] = None
     # A KerasHub task compiles itself when made, and an optimizer cannot be
@@ -373,26 +372,28 @@ def _change(model, parts, rows):
 
 @contextlib.contextmanager
 def _complete_configs(model, left_out):
-    """Makes configs tell the arguments that they forget.
+    """Makes configs tell the arguments that they forget, and no compilation.
 
     `LlamaBackbone.get_config()` forgets `tie_word_embeddings`, for instance.
     """
+    names = ("get_config", "get_compile_config")
     replaced = []
     for layer in [*model._flatten_layers(), *left_out]:
         own = vars(layer)
-        replaced.append((own, own.get("get_config")))
+        replaced.append((own, {n: own[n] for n in names if n in own}))
         own["get_config"] = (
             dict
             if layer in left_out
             else functools.partial(_complete_config, layer, layer.get_config)
         )
+        own["get_compile_config"] = lambda: None
     try:
         yield
     finally:
-        for own, get_config in reversed(replaced):
-            del own["get_config"]
-            if get_config is not None:
-                own["get_config"] = get_config
+        for own, before in reversed(replaced):
+            for name in names:
+                del own[name]
+            own.update(before)
 
 
 def _complete_config(layer, get_config):
