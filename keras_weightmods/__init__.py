@@ -27,10 +27,15 @@ from keras_weightmods.layers.compander_depthwise_conv2d import (
 from keras_weightmods.layers.compander_einsum_dense import (
     CompanderEinsumDense as CompanderEinsumDense,
 )
+from keras_weightmods.layers.pack_report import PackReport as PackReport
+from keras_weightmods.layers.packing import pack as pack
+from keras_weightmods.layers.packing import unpack as unpack
 from keras_weightmods.optimizers.adam_s import AdamS as AdamS
 from keras_weightmods.optimizers.reparameterized_optimizer import (
     ReparameterizedOptimizer as ReparameterizedOptimizer,
 )
+from keras_weightmods.saving.model import load_model as load_model
+from keras_weightmods.saving.model import save_model as save_model
 from keras_weightmods.signatures.combine import sum_signatures as sum_signatures
 from keras_weightmods.signatures.patches import Patches as Patches
 from keras_weightmods.signatures.weight_signature import (

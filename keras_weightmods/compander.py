@@ -174,6 +174,8 @@ class Compander(reparameterize.Reparameterization):
         a, b, learnable, function, out_of_range: As in `compand_model`.
     """
 
+    name = "compander"
+
     def __init__(
         self,
         target=None,
@@ -212,7 +214,41 @@ class Compander(reparameterize.Reparameterization):
         self.outside = 0
         self.raised = False
 
+    def get_config(self):
+        return {
+            "a": self.a,
+            "b": self.b,
+            "learnable": self.learnable,
+            "function": self.function,
+            "out_of_range": self.out_of_range,
+            "outside": self.outside,
+            "raised": self.raised,
+        }
+
+    @classmethod
+    def from_config(cls, target, config):
+        config = dict(config)
+        outside, raised = (
+            config.pop("outside", None),
+            config.pop("raised", None),
+        )
+        if type(outside) is not int or type(raised) is not bool:
+            raise ValueError(
+                "A compander's settings must say how many weights were "
+                "`outside` and whether `a` was `raised`. Received: "
+                f"outside={outside!r}, raised={raised!r}"
+            )
+        item = super().from_config(target, config)
+        item.outside, item.raised = outside, raised
+        return item
+
+    @classmethod
+    def find_targets(cls, model):
+        return find_targets(model, depthwise=True)
+
     def start(self, weight):
+        if self.is_empty:
+            return weight
         weight = ops.stop_gradient(ops.convert_to_tensor(weight))
         dtype = keras.backend.standardize_dtype(weight.dtype)
         limit = self._limit(self.a, dtype)
@@ -254,6 +290,11 @@ class Compander(reparameterize.Reparameterization):
         if isinstance(constraint, SemiStructuredSparse):
             return constraint
         return _OnCompanded(constraint, self)
+
+    def saved_arrays(self):
+        if self.learnable:
+            return super().saved_arrays()
+        return {self._key(): ((2,), "float64")}
 
     def saved(self):
         if self.learnable:

@@ -12,7 +12,8 @@ def fold(model):
     are made of. The model computes what it computed before, at the cost of a
     plain model, and saves and loads without this package. If its optimizer
     has been built it holds state of weights that are gone, so the model is
-    left uncompiled: compile it again to train on.
+    left uncompiled: compile it again to train on. Packed weights stay packed;
+    `unpack` ends that.
 
     Args:
         model: A Keras model or layer. One without reparameterized weights is
@@ -37,5 +38,10 @@ def fold(model):
     assert len(report.kernels) == 1
     ```
     """
-    items = reparameterize.fold(model)
+    kinds = {
+        type(item)
+        for item in reparameterize.reparameterizations(model)
+        if item.keeps_stored
+    }
+    items = reparameterize.fold(model, tuple(kinds))
     return ReparameterizationReport(tuple(item.summary() for item in items))

@@ -11,7 +11,11 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.utils.reparameterize import reparameterizations
+from keras_weightmods.utils.reparameterize import (
+    is_reparameterized,
+    reparameterization,
+    reparameterizations,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -344,7 +348,7 @@ def resolve_targets(model, targets=None):
             f"model={model.name!r} and {len(strange)} targets that it does "
             f"not hold, the first being {strange[0]!r}. Call "
             "`find_targets(model)` on this model, and again after it was "
-            "quantized."
+            "quantized or packed."
         )
     once: dict[int, Target] = {}
     for target in targets:
@@ -481,6 +485,9 @@ def _candidates(layers, depthwise=False):
             reason = None if depthwise and rule.depthwise else rule.reason
             if reason is None and layer.quantization_mode is not None:
                 reason = f"quantized to {layer.quantization_mode}"
+            if variable is None and is_reparameterized(layer, attribute):
+                variable = reparameterization(layer, attribute).target.variable
+                reason = "packed; `unpack(model)` makes it dense again"
             if reason is not None:
                 # A quantized layer may hold its kernel under another name,
                 # and an embedding that is tied has no reverse one.

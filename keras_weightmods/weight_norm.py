@@ -81,12 +81,21 @@ def weight_norm_model(model, targets=None):
 class WeightNorm(reparameterize.Reparameterization):
     """w = g v / |v|, with the norm over the contraction axes of `target`."""
 
+    name = "weight_norm"
+
+    @classmethod
+    def find_targets(cls, model):
+        return find_targets(model, depthwise=True)
+
     def create_parameters(self, add_weight):
-        square = ops.stop_gradient(self._square_norm(self.target.variable))
+        contracted = self.target.contraction_axes
         add_weight(
             name=f"{self.target.attribute}_g",
-            shape=square.shape,
-            initializer=lambda shape, dtype: ops.cast(ops.sqrt(square), dtype),
+            shape=tuple(
+                1 if axis in contracted else size
+                for axis, size in enumerate(self.target.shape)
+            ),
+            initializer="ones" if self.is_empty else self._norms,
             # In half precision the steps near 1 are too coarse to train.
             dtype=keras.backend.result_type(self.dtype, "float32"),
         )
@@ -99,6 +108,10 @@ class WeightNorm(reparameterize.Reparameterization):
         return NormalizedKernel(
             self.target.path, tuple(self.target.shape), self.parameters[0]
         )
+
+    def _norms(self, shape, dtype):
+        square = ops.stop_gradient(self._square_norm(self.target.variable))
+        return ops.cast(ops.sqrt(square), dtype)
 
     def _square_norm(self, stored):
         wide = keras.backend.result_type(self.dtype, "float32")

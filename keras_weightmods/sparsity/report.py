@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_weightmods.ops.nm import nm_violations, parse_pattern
 from keras_weightmods.targets import resolve_targets
+from keras_weightmods.utils.tables import PrintsAsTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class SparsityRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class SparsityReport:
+class SparsityReport(PrintsAsTable):
     """What `sparsity_report` found. Prints as a table.
 
     Attributes:
@@ -126,14 +127,6 @@ class SparsityReport:
             for skip in self.skipped:
                 dense.add_row(skip.path, skip.reason)
             yield dense
-
-    def __str__(self):
-        from rich.console import Console
-
-        console = Console(width=100)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
 
 
 def sparsity_report(model, pattern="2:4", targets=None):

@@ -234,11 +234,28 @@ def compute_scaled(kernel, scale, contraction_axes):
 
 
 class _Scaling(reparameterize.Reparameterization):
+    name = "scaling"
     finish = "fold_scaling(model)"
 
     def __init__(self, target, groups):
         super().__init__(target)
         self.groups = groups
+
+    def get_config(self):
+        return {"groups": self.groups}
+
+    @classmethod
+    def from_config(cls, target, config):
+        groups = config.get("groups")
+        size = target.contraction_size
+        valid = type(groups) is int and groups > 0 and size % groups == 0
+        if not valid or len(config) != 1:
+            raise ValueError(
+                "Scaling has one setting, `groups`, an int that divides the "
+                f"contraction size {size} of {target.path!r}. Received: "
+                f"config={config!r}"
+            )
+        return cls(target, groups)
 
     def create_parameters(self, add_weight):
         shape, axes = self.target.shape, self.target.contraction_axes

@@ -3,14 +3,18 @@
 A reparameterized layer keeps its object, name, paths and stored variables; its
 class becomes a generated subclass whose weight attribute (`kernel`) returns
 the effective weight. Weight scaling, weight normalization and the companders
-use it; any other w = f(v, parameters) fits by one more subclass of
+use it, and packing, where the parameters take the place of the stored
+variable; any other w = f(v, parameters) fits by one more subclass of
 `Reparameterization`. Layer classes that are reparameterized from the start,
 as `CompanderDense`, are made of the same parts.
 """
 
+import contextlib
 import functools
 from typing import Any
 
+import keras
+import numpy as np
 from keras import ops
 
 # Not in the public API. An effective weight is computed in the variables' own
@@ -20,23 +24,46 @@ from keras.src.backend import AutocastScope, get_autocast_scope
 
 # The place in `vars(layer)` of {attribute: Reparameterization}.
 _SLOT = "_reparameterizations"
+# {name: class}, for files.
+_KINDS: dict[str, type["Reparameterization"]] = {}
 
 
 class Reparameterization:
     """How the effective weight of one target follows from stored variables.
 
-    Subclasses set `finish`, the call that ends the reparameterization, named
-    in error messages, and implement `create_parameters` and `effective`.
+    Subclasses implement `create_parameters` and `effective`.
+
+    Attributes:
+        name: String, unique, under which `save_model` records it. Without
+            one, a model with it cannot be saved by `save_model`.
+        finish: String, the call that ends the reparameterization, named in
+            error messages.
+        keeps_stored: Bool. If False, the parameters stand for the stored
+            variable, the first of them for its values: the variable leaves the
+            layer and gives back its memory, until the fold. It must be an
+            attribute of the layer, named with an underscore in front.
+        mixin: A class to put in front of the layer's, with another `call`.
+        is_empty: Bool, whether it was made from a file, see `from_config`.
+        is_own: Bool, whether the layer's own class made it, and not `attach`.
 
     Args:
         target: The `Target` to reparameterize; None if `bind` is to give it,
             as for a layer that is not built yet.
     """
 
+    name: str | None = None
     finish = "kwm.fold(model)"
+    keeps_stored = True
+    mixin: type | None = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.name is not None and "name" in vars(cls):
+            _KINDS[cls.name] = cls
 
     def __init__(self, target=None):
         self.parameters: tuple[Any, ...] = ()
+        self.is_empty = self.is_own = False
         self.own_constraint = self.our_constraint = None
         if target is not None:
             self.bind(target)
@@ -55,6 +82,34 @@ class Reparameterization:
         """
         return weight
 
+    def get_config(self):
+        """What `from_config` needs beside the target, as JSON."""
+        return {}
+
+    @classmethod
+    def from_config(cls, target, config):
+        """Creates it for the same target of a new model.
+
+        `config` comes from a file: raises ValueError if it is not one that
+        `get_config` returns for this target. The item is marked `is_empty`:
+        variables have no values yet, so that nothing reads one until those of
+        the parameters are loaded.
+        """
+        item = cls(target, **config)
+        item.is_empty = True
+        return item
+
+    @classmethod
+    def find_targets(cls, model):
+        """The `Targets` of `model` among which those of this kind are.
+
+        Defaults to `keras_weightmods.find_targets`.
+        """
+        # targets.py imports this module.
+        from keras_weightmods.targets import find_targets
+
+        return find_targets(model)
+
     def create_parameters(self, add_weight):
         """Creates the parameters through the layer's `add_weight`.
 
@@ -64,7 +119,10 @@ class Reparameterization:
         raise NotImplementedError
 
     def effective(self, stored):
-        """The effective weight for the value `stored` of the variable."""
+        """The effective weight for the value `stored` of the variable.
+
+        `stored` is not to be read where `keeps_stored` is False.
+        """
         raise NotImplementedError
 
     def derivative(self, stored):
@@ -79,12 +137,23 @@ class Reparameterization:
         """What reports say of it."""
         raise NotImplementedError
 
+    def folded(self):
+        """The value that the fold leaves in the variable."""
+        return ops.cast(self.effective(self.target.variable), self.dtype)
+
+    def saved_arrays(self):
+        """{key: (shape, dtype)} of what `saved` returns; reads no value."""
+        return {
+            parameter.name: (tuple(parameter.shape), parameter.dtype)
+            for parameter in self.parameters
+        }
+
     def saved(self):
-        """What a checkpoint holds of it, {key: variable or tensor}."""
+        """What a checkpoint holds of it, {key: variable or array}."""
         return {parameter.name: parameter for parameter in self.parameters}
 
     def load(self, saved):
-        """Takes what `saved` returned, with arrays as values."""
+        """Takes what `saved` returned, as NumPy arrays."""
         for parameter in self.parameters:
             parameter.assign(saved[parameter.name])
 
@@ -107,8 +176,8 @@ def obstacle(target):
     return None
 
 
-def check_attachable(model, items):
-    """Raises ValueError if `items` cannot be attached to `model` now."""
+def check_unattached(model, items):
+    """Raises ValueError if a target of `items` is reparameterized already."""
     taken = [
         item.target.path
         for item in items
@@ -122,6 +191,11 @@ def check_attachable(model, items):
             f"first being {taken[0]!r}. Call `{first.finish}` first, or leave "
             "these targets out."
         )
+
+
+def check_attachable(model, items):
+    """Raises ValueError if `items` cannot be attached to `model` now."""
+    check_unattached(model, items)
     if _has_built_optimizer(model):
         raise ValueError(
             "The model's optimizer has already been built for the present "
@@ -132,9 +206,16 @@ def check_attachable(model, items):
         )
 
 
-def attach(model, items):
-    """Installs the reparameterizations; all of them or, on an error, none."""
-    check_attachable(model, items)
+def attach(model, items, drop_optimizer=False):
+    """Installs the reparameterizations; all of them or, on an error, none.
+
+    With `drop_optimizer` a built optimizer is no error: it holds state of
+    weights that are no longer trained, so the model is left uncompiled.
+    """
+    if drop_optimizer:
+        check_unattached(model, items)
+    else:
+        check_attachable(model, items)
     stored = [item.start(item.target.variable) for item in items]
     try:
         for item in items:
@@ -148,6 +229,8 @@ def attach(model, items):
             item.target.variable.assign(value)
         _install(item)
     _forget_compiled_functions(model)
+    if drop_optimizer:
+        _drop_built_optimizer(model)
 
 
 def install(item):
@@ -156,6 +239,7 @@ def install(item):
     The layer is a `ReparameterizedLayer`, and what it stores has been through
     `start` already.
     """
+    item.is_own = True
     _create_parameters(item)
     _install(item)
 
@@ -174,14 +258,16 @@ def fold(model, kind=Reparameterization):
         _check_foldable(item.target.layer)
     for item in items:
         variable = item.target.variable
-        variable.assign(ops.cast(item.effective(variable), item.dtype))
+        value = item.folded()
         _uninstall(item)
         _drop_parameters(item)
+        if item.keeps_stored:
+            variable.assign(value)
+        else:
+            _put_back(item, value)
     if items:
         _forget_compiled_functions(model)
-        if _has_built_optimizer(model):
-            model.optimizer = None
-            model.compiled = False
+        _drop_built_optimizer(model)
     return items
 
 
@@ -199,6 +285,39 @@ def reparameterizations(model, kind=Reparameterization):
 def reparameterization(layer, attribute):
     """The `Reparameterization` of one attribute of `layer`."""
     return _slots(layer)[attribute]
+
+
+def checkpoint_arrays(layer):
+    """{key: (shape, dtype)} of what a checkpoint holds of such a layer."""
+    arrays = {
+        key: (tuple(variable.shape), variable.dtype)
+        for key, variable in _stored_items(layer).items()
+    }
+    for item in _slots(layer).values():
+        arrays.update(item.saved_arrays())
+    return arrays
+
+
+def kinds():
+    """{name: class} of the kinds of `Reparameterization` that have a name."""
+    return dict(_KINDS)
+
+
+@contextlib.contextmanager
+def plain_classes(model):
+    """A scope in which the layers have their own classes, to be serialized."""
+    generated = {
+        layer: type(layer)
+        for layer in model._flatten_layers()
+        if isinstance(layer, _AttachedLayer)
+    }
+    try:
+        for layer, cls in generated.items():
+            layer.__class__ = cls.__bases__[-1]
+        yield
+    finally:
+        for layer, cls in generated.items():
+            layer.__class__ = cls
 
 
 class ReparameterizedLayer:
@@ -220,12 +339,9 @@ class ReparameterizedLayer:
                 store[key] = value
 
     def load_own_variables(self, store):
-        stored = _stored_items(self)
-        items = [(item, item.saved()) for item in _slots(self).values()]
-        expected = dict(stored)
-        for _, saved in items:
-            expected.update(saved)
-        expected = {k: tuple(v.shape) for k, v in expected.items()}
+        expected = {
+            key: shape for key, (shape, _) in checkpoint_arrays(self).items()
+        }
         received = {k: tuple(store[k].shape) for k in list(store.keys())}
         if received != expected:
             raise ValueError(
@@ -235,9 +351,10 @@ class ReparameterizedLayer:
                 "checkpoint of the plain model before attaching, or after "
                 f"`{_finish(self)}`."
             )
-        for item, saved in items:
-            item.load({key: store[key] for key in saved})
-        for key, variable in stored.items():
+        for item in _slots(self).values():
+            keys = item.saved_arrays()
+            item.load({key: np.asarray(store[key]) for key in keys})
+        for key, variable in _stored_items(self).items():
             variable.assign(store[key])
 
     # `quantize` itself is wrapped on the instance; this hook of the wrapper is
@@ -275,24 +392,29 @@ class _AttachedLayer:
 
     def _not_serializable(self):
         return (
-            f"Layer '{self.name}' is reparameterized, and a reparameterized "
-            "model cannot be saved, cloned or copied as a whole. Call "
+            f"Layer '{self.name}' is reparameterized, and Keras cannot save, "
+            "clone or copy a reparameterized model as a whole. Save it with "
+            "`keras_weightmods.save_model(model, path)`, call "
             f"`{_finish(self)}` first, or keep a checkpoint by "
             "`model.save_weights`, which holds all its variables."
         )
 
 
 @functools.cache
-def _generated_class(cls: Any, attributes: tuple[str, ...]):
+def _generated_class(cls: Any, attributes, released, mixins):
     has_lora = hasattr(cls, "enable_lora")
     front = ReparameterizedLoraLayer if has_lora else ReparameterizedLayer
     namespace: dict[str, Any] = {
         attribute: effective_weight(attribute) for attribute in attributes
     }
+    for attribute in released:
+        namespace[f"_{attribute}"] = property(
+            functools.partial(_stored_variable, attribute)
+        )
     namespace["__module__"] = cls.__module__
     namespace["__qualname__"] = cls.__qualname__
     # The same name, because checkpoints derive paths from class names.
-    return type(cls.__name__, (_AttachedLayer, front, cls), namespace)
+    return type(cls.__name__, (*mixins, _AttachedLayer, front, cls), namespace)
 
 
 def effective_weight(attribute):
@@ -306,6 +428,10 @@ def effective_weight(attribute):
         vars(layer)[attribute] = value
 
     return property(functools.partial(_effective_weight, attribute), set_stored)
+
+
+def _stored_variable(attribute, layer):
+    return _slots(layer)[attribute].target.variable
 
 
 def _effective_weight(attribute, layer):
@@ -343,16 +469,19 @@ class _OnEffectiveWeight:
 
 def _install(item):
     layer, variable = item.target.layer, item.target.variable
-    slots = {**_slots(layer), item.target.attribute: item}
-    _set_slots(layer, slots)
-    # Where optimizers find it, which know variables only.
-    variable.reparameterization = item
     if variable.regularizer is not None:
-        variable.regularizer = _OnEffectiveWeight(variable.regularizer, item)
+        regularizer = _OnEffectiveWeight(variable.regularizer, item)
+        carrier = variable if item.keeps_stored else item.parameters[0]
+        carrier.regularizer = regularizer
     if variable.constraint is not None:
         item.own_constraint = variable.constraint
         item.our_constraint = item.constraint(variable.constraint)
         variable.constraint = item.our_constraint
+    if not item.keeps_stored:
+        _take_out(item)
+    _set_slots(layer, {**_slots(layer), item.target.attribute: item})
+    # Where optimizers find it, which know variables only.
+    variable.reparameterization = item
 
 
 def _uninstall(item):
@@ -380,7 +509,13 @@ def _set_slots(layer, slots):
         return
     vars(layer)[_SLOT] = slots
     if not is_own or issubclass(cls, _AttachedLayer):
-        layer.__class__ = _generated_class(plain, tuple(sorted(slots)))
+        items = [slots[attribute] for attribute in sorted(slots)]
+        layer.__class__ = _generated_class(
+            plain,
+            tuple(sorted(slots)),
+            tuple(i.target.attribute for i in items if not i.keeps_stored),
+            tuple(i.mixin for i in items if i.mixin is not None),
+        )
 
 
 def _check_foldable(layer):
@@ -395,24 +530,75 @@ def _check_foldable(layer):
         )
 
 
+def _take_out(item):
+    """Takes the stored variable out of its layer and frees its memory.
+
+    The same object comes back in the same place, so that whoever holds it, a
+    `Target` for instance, finds it alive after the fold.
+    """
+    layer, variable = item.target.layer, item.target.variable
+    tracker = layer._tracker
+    for store in ("trainable_variables", "non_trainable_variables"):
+        if tracker.is_in_store(store, variable):
+            own = [id(each) for each in tracker.config[store][1]]
+            item.place = store, own.index(id(variable))
+    layer._untrack_variable(variable)
+    # Not `del layer.attribute`: see `_drop_parameters`.
+    super(keras.layers.Layer, layer).__delattr__(f"_{item.target.attribute}")
+    variable._value = None
+    # What Keras calls to read a variable that has no value yet.
+    variable._initializer = _Absent(variable.path, item.finish)
+
+
+def _put_back(item, value):
+    layer, variable = item.target.layer, item.target.variable
+    variable._initializer = None
+    variable._initialize(variable._convert_to_tensor(value, variable.dtype))
+    store, index = item.place
+    with _unlocked(layer):
+        layer._tracker.add_to_store(store, variable)
+        own = layer._tracker.config[store][1]
+        own.insert(index, own.pop())
+        setattr(layer, f"_{item.target.attribute}", variable)
+
+
+class _Absent:
+    """Stands for the value of a variable that has been taken out."""
+
+    def __init__(self, path, finish):
+        self.message = (
+            f"The variable {path!r} has been replaced by packed ones and has "
+            f"no value until `{finish}`."
+        )
+
+    def __call__(self, shape, dtype=None):
+        raise ValueError(self.message)
+
+
 def _create_parameters(item):
     layer = item.target.layer
-    # A built layer is locked; LoRA in Keras adds its weights in this way too.
-    locked = layer._tracker.locked
 
     def add_weight(**arguments):
         parameter = layer.add_weight(**arguments)
         item.parameters += (parameter,)
 
-    layer._tracker.unlock()
-    try:
+    with _unlocked(layer):
         item.create_parameters(add_weight)
-    finally:
-        if locked:
-            layer._tracker.lock()
     if not item.target.variable.trainable:
         for parameter in item.parameters:
             parameter.trainable = False
+
+
+@contextlib.contextmanager
+def _unlocked(layer):
+    # A built layer is locked; LoRA in Keras adds its weights in this way too.
+    locked = layer._tracker.locked
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        if locked:
+            layer._tracker.lock()
 
 
 def _drop_parameters(item):
@@ -423,11 +609,9 @@ def _drop_parameters(item):
 
 
 def _stored_items(layer):
-    known = {
-        id(parameter)
-        for item in _slots(layer).values()
-        for parameter in item.parameters
-    }
+    known: set[int] = set()
+    for item in _slots(layer).values():
+        known.update(id(parameter) for parameter in item.parameters)
     own = layer._trainable_variables + layer._non_trainable_variables
     stored = [variable for variable in own if id(variable) not in known]
     return {f"stored_{i}": variable for i, variable in enumerate(stored)}
@@ -453,6 +637,12 @@ def _finish(layer):
 def _has_built_optimizer(model):
     optimizer = getattr(model, "optimizer", None)
     return optimizer is not None and getattr(optimizer, "built", False)
+
+
+def _drop_built_optimizer(model):
+    if _has_built_optimizer(model):
+        model.optimizer = None
+        model.compiled = False
 
 
 def _forget_compiled_functions(model):

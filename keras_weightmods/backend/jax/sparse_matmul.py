@@ -1,0 +1,223 @@
+"""`sparse_matmul` on JAX: custom calls, with gradients and a rule for `vmap`.
+
+Eager, under `jit`, `grad` and `vmap`. XLA's thread pool shares the work. XLA
+cannot split a custom call by itself: `column_parallel_matmul` does.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from keras_weightmods.backend.jax import sparse_matmul_gpu
+from keras_weightmods.ops import native
+from keras_weightmods.ops.sparse_matmul import dense_matmul
+
+_TARGETS = (
+    "kwm_xla_matmul",
+    "kwm_xla_matmul_transposed",
+    "kwm_xla_values_gradient",
+)
+
+
+@functools.cache
+def why_not():
+    """Why the compiled kernels cannot be used; empty if they can."""
+    return "" if jax.default_backend() == "gpu" else _why_not_on_cpu()
+
+
+def sparse_matmul(x, packed):
+    """See `keras_weightmods.ops.sparse_matmul`."""
+    platform = jax.default_backend()
+    if platform == "cpu":
+        return _sparse_matmul_on_cpu(x, packed)
+    # Arrays may be placed on the CPU of a machine with a GPU too.
+    dense = functools.partial(dense_matmul, packed=packed)
+    choices = {} if _why_not_on_cpu() else {"cpu": _sparse_matmul_on_cpu}
+    if platform == "gpu":
+        choices["cuda"] = sparse_matmul_gpu.matmul
+    choices = {
+        name: functools.partial(choice, packed=packed)
+        for name, choice in choices.items()
+    }
+    return jax.lax.platform_dependent(x, **choices, default=dense)
+
+
+@functools.cache
+def _why_not_on_cpu():
+    if not native.is_available():
+        return native.why_not()
+    # Registered before the backend is there, a handler that XLA refuses would
+    # end the process.
+    jax.devices("cpu")
+    for name in _TARGETS:
+        handler = native.xla_handler(name)
+        if handler is None:
+            return native.NO_XLA
+        jax.ffi.register_ffi_target(
+            name, jax.ffi.pycapsule(handler), platform="cpu"
+        )
+    return ""
+
+
+def _sparse_matmul_on_cpu(x, packed):
+    values, meta, scale = _arrays(packed)
+    return _multiply(x, values, meta, scale, packed.shape[1])
+
+
+def _arrays(packed):
+    values = keras.ops.convert_to_tensor(packed.values)
+    meta = keras.ops.convert_to_tensor(packed.meta)
+    if packed.scale is None:
+        return values, meta, _no_scale()
+    return values, meta, keras.ops.convert_to_tensor(packed.scale)
+
+
+def _no_scale():
+    return jnp.zeros((0,), jnp.float32)
+
+
+def _multiply(x, values, meta, scale, n):
+    y = _matmul(x.astype(jnp.float32), values, meta, scale, n)
+    return y.astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _matmul(x, values, meta, scale, n):
+    return _call("kwm_xla_matmul", n)(x, values, meta, scale)
+
+
+def _matmul_forward(x, values, meta, scale, n):
+    return _matmul(x, values, meta, scale, n), (x, values, meta, scale)
+
+
+def _matmul_backward(n, saved, dy):
+    x, values, meta, scale = saved
+    dx = _transposed(dy, values, meta, scale, x.shape[-1])
+    # XLA drops the call if nobody asks for its result.
+    dvalues = None
+    if values.dtype == jnp.float32:
+        dvalues = _values_gradient(x, dy, meta)
+    return dx, dvalues, None, None
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _transposed(dy, values, meta, scale, k):
+    return _call("kwm_xla_matmul_transposed", k)(dy, values, meta, scale)
+
+
+def _transposed_forward(dy, values, meta, scale, k):
+    return _transposed(dy, values, meta, scale, k), (dy, values, meta, scale)
+
+
+def _transposed_backward(k, saved, ddx):
+    dy, values, meta, scale = saved
+    ddy = _matmul(ddx, values, meta, scale, dy.shape[-1])
+    dvalues = None
+    if values.dtype == jnp.float32:
+        dvalues = _values_gradient(ddx, dy, meta)
+    return ddy, dvalues, None, None
+
+
+_transposed.defvjp(_transposed_forward, _transposed_backward)
+
+
+@jax.custom_vjp
+def _values_gradient(x, dy, meta):
+    blocks, rows, columns = meta.shape
+    result = jax.ShapeDtypeStruct((blocks, 16 * rows, columns), jnp.float32)
+    call = jax.ffi.ffi_call(
+        "kwm_xla_values_gradient", result, vmap_method="sequential"
+    )
+    return call(x, dy, meta)
+
+
+def _values_gradient_forward(x, dy, meta):
+    return _values_gradient(x, dy, meta), (x, dy, meta)
+
+
+def _values_gradient_backward(saved, ddvalues):
+    x, dy, meta = saved
+    weights = ddvalues, meta, _no_scale()
+    dx = _transposed(dy, *weights, x.shape[-1])
+    return dx, _matmul(x, *weights, dy.shape[-1]), None
+
+
+_values_gradient.defvjp(_values_gradient_forward, _values_gradient_backward)
+
+
+@functools.cache
+def _call(target, size):
+    """The custom call with `size` entries in the last axis of its result."""
+
+    @jax.custom_batching.custom_vmap
+    def call(x, values, meta, scale):
+        result = jax.ShapeDtypeStruct((*x.shape[:-1], size), jnp.float32)
+        return jax.ffi.ffi_call(target, result)(x, values, meta, scale)
+
+    @call.def_vmap
+    def batched(axis_size, in_batched, *arguments):
+        if not any(in_batched[1:]):
+            # A batch of activations is only more rows.
+            return call(*arguments), True
+
+        def one(mapped):
+            mapped = iter(mapped)
+            return call(
+                *(
+                    next(mapped) if is_mapped else argument
+                    for argument, is_mapped in zip(arguments, in_batched)
+                )
+            )
+
+        mapped = [a for a, is_mapped in zip(arguments, in_batched) if is_mapped]
+        return jax.lax.map(one, mapped), True
+
+    return call
+
+
+def column_parallel_matmul(x, packed, mesh, axis_name):
+    """`sparse_matmul` with the columns of the kernel split over devices.
+
+    Each device multiplies by its own columns; no device receives another's
+    weights or activations.
+
+    Args:
+        x: Float array of shape (..., K), the same on all devices of the axis.
+        packed: `Packed` of a kernel of shape (K, N), N a multiple of 16 times
+            the devices of the axis. Its arrays are split on their first axis.
+        mesh: `jax.sharding.Mesh`.
+        axis_name: String, the axis of the mesh.
+
+    Returns:
+        Array of shape (..., N), split on its last axis.
+
+    Raises:
+        ValueError: If the columns cannot be split so.
+    """
+    devices = mesh.shape[axis_name]
+    n = packed.shape[1]
+    if n % (16 * devices):
+        raise ValueError(
+            "The columns of a packed kernel are split in blocks of 16, as "
+            f"many for each device. Received: {n} columns for {devices} "
+            f"devices on the axis {axis_name!r}"
+        )
+    values, meta, scale = _arrays(packed)
+    split = jax.sharding.PartitionSpec(axis_name)
+    whole = jax.sharding.PartitionSpec()
+    multiply = jax.shard_map(
+        functools.partial(_multiply, n=n // devices),
+        mesh=mesh,
+        in_specs=(whole, split, split, whole if scale.size == 0 else split),
+        out_specs=jax.sharding.PartitionSpec(
+            *(None,) * (x.ndim - 1), axis_name
+        ),
+        # Then the gradient of `x`, which is whole, is summed over the devices.
+        check_vma=False,
+    )
+    return multiply(x, values, meta, scale)

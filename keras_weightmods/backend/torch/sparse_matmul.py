@@ -1,0 +1,260 @@
+"""`sparse_matmul` on torch: operators of `torch.library`.
+
+Eager and under `torch.compile`, with gradients. On a CPU the threads are
+torch's own, as many as `torch.get_num_threads()`.
+"""
+
+import ctypes
+import functools
+
+import keras
+import torch
+
+from keras_weightmods.backend.torch import sparse_matmul_gpu
+from keras_weightmods.ops import native
+from keras_weightmods.ops.packed import packed_arrays
+from keras_weightmods.ops.sparse_matmul import dense_matmul
+
+_TYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+}
+
+
+def why_not():
+    """Why the compiled kernels cannot be used; empty if they can."""
+    return "" if torch.cuda.is_available() else native.why_not()
+
+
+def sparse_matmul(x, packed):
+    """See `keras_weightmods.ops.sparse_matmul`."""
+    device = x.device.type
+    if device not in ("cpu", "cuda", "meta") or (
+        device == "cpu" and not native.is_available()
+    ):
+        return dense_matmul(x, packed)
+    y = torch.ops.keras_weightmods.sparse_matmul(
+        x if device == "cuda" else x.to(torch.float32),
+        _tensor(packed.values),
+        _tensor(packed.meta),
+        None if packed.scale is None else _tensor(packed.scale),
+        packed.shape[1],
+    )
+    return y.to(x.dtype)
+
+
+def _tensor(array):
+    if isinstance(array, torch.Tensor):
+        return array
+    return keras.ops.convert_to_tensor(array)
+
+
+_library = torch.library.Library("keras_weightmods", "DEF")
+_library.define(
+    "sparse_matmul("
+    "Tensor x, Tensor values, Tensor meta, Tensor? scale, SymInt n) -> Tensor"
+)
+_library.define(
+    "sparse_matmul_transposed("
+    "Tensor dy, Tensor values, Tensor meta, Tensor? scale, SymInt k) -> Tensor"
+)
+_library.define(
+    "sparse_values_gradient(Tensor x, Tensor dy, Tensor meta) -> Tensor"
+)
+
+for _name in (
+    "sparse_matmul",
+    "sparse_matmul_transposed",
+    "sparse_values_gradient",
+):
+    _library.impl(_name, getattr(sparse_matmul_gpu, _name), "CUDA")
+
+
+@torch.library.impl(_library, "sparse_matmul", "CPU")
+def _matmul(x, values, meta, scale, n):
+    k = x.shape[-1]
+    x, rows = _rows(x)
+    weights = _weights(k, n, values, meta, scale)
+    y = x.new_empty((*x.shape[:-1], n))
+    native.library().kwm_matmul(
+        x.data_ptr(), rows, *weights, y.data_ptr(), *_threads()
+    )
+    return y
+
+
+@torch.library.impl(_library, "sparse_matmul_transposed", "CPU")
+def _matmul_transposed(dy, values, meta, scale, k):
+    n = dy.shape[-1]
+    dy, rows = _rows(dy)
+    weights = _weights(k, n, values, meta, scale)
+    dx = dy.new_empty((*dy.shape[:-1], k))
+    native.library().kwm_matmul_transposed(
+        dy.data_ptr(), rows, *weights, dx.data_ptr(), *_threads()
+    )
+    return dx
+
+
+@torch.library.impl(_library, "sparse_values_gradient", "CPU")
+def _values_gradient(x, dy, meta):
+    k, n = x.shape[-1], dy.shape[-1]
+    x, rows = _rows(x)
+    dy, dy_rows = _rows(dy)
+    if rows != dy_rows:
+        raise ValueError(
+            "`x` and `dy` must have as many rows. Received: shapes "
+            f"{tuple(x.shape)} and {tuple(dy.shape)}"
+        )
+    arrays = _arrays(k, n, "float32")
+    _check("meta", meta, *arrays["meta"])
+    dvalues = x.new_empty(arrays["values"][0])
+    native.library().kwm_values_gradient(
+        x.data_ptr(),
+        dy.data_ptr(),
+        rows,
+        k,
+        n,
+        meta.data_ptr(),
+        dvalues.data_ptr(),
+        *_threads(),
+    )
+    return dvalues
+
+
+@torch.library.register_fake("keras_weightmods::sparse_matmul")
+def _fake_matmul(x, values, meta, scale, n):
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("keras_weightmods::sparse_matmul_transposed")
+def _fake_matmul_transposed(dy, values, meta, scale, k):
+    return dy.new_empty((*dy.shape[:-1], k))
+
+
+@torch.library.register_fake("keras_weightmods::sparse_values_gradient")
+def _fake_values_gradient(x, dy, meta):
+    blocks, rows, columns = meta.shape
+    return x.new_empty((blocks, 16 * rows, columns))
+
+
+def _save(ctx, inputs, output):
+    x, values, meta, scale, _ = inputs
+    ctx.k = x.shape[-1]
+    needs_x = ctx.needs_input_grad[1]
+    ctx.save_for_backward(x if needs_x else None, values, meta, scale)
+
+
+def _backward(ctx, dy):
+    x, values, meta, scale = ctx.saved_tensors
+    ops = torch.ops.keras_weightmods
+    dx = dvalues = None
+    if ctx.needs_input_grad[0]:
+        dx = ops.sparse_matmul_transposed(dy, values, meta, scale, ctx.k)
+    if ctx.needs_input_grad[1]:
+        _check_trainable(values)
+        dvalues = ops.sparse_values_gradient(x, dy, meta)
+    return dx, dvalues, None, None, None
+
+
+torch.library.register_autograd(
+    "keras_weightmods::sparse_matmul",
+    _backward,
+    setup_context=_save,
+    lib=_library,
+)
+
+
+def _rows(x):
+    """A contiguous float32 activation, and its number of rows."""
+    if x.dtype is not torch.float32:
+        raise ValueError(
+            "The activation of a packed product must be float32. Received: "
+            f"{x.dtype}"
+        )
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    return x.contiguous(), rows
+
+
+def _weights(k, n, values, meta, scale):
+    """The arguments of the library for the weights, checked."""
+    dtype = _TYPES.get(values.dtype)
+    if dtype is None:
+        raise ValueError(
+            "`values` must be float32, bfloat16 or int8. Received: "
+            f"{values.dtype}"
+        )
+    arrays = _arrays(k, n, dtype)
+    _check("values", values, *arrays["values"])
+    _check("meta", meta, *arrays["meta"])
+    if "scale" in arrays:
+        _check("scale", scale, *arrays["scale"])
+    return (
+        k,
+        n,
+        native.type_code(dtype),
+        values.data_ptr(),
+        meta.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _arrays(k, n, dtype):
+    """`packed_arrays` with sizes and types of torch."""
+    return {
+        name: (torch.Size(shape), getattr(torch, array_dtype))
+        for name, (shape, array_dtype) in packed_arrays((k, n), dtype).items()
+    }
+
+
+def _check(name, tensor, shape, dtype):
+    # The library reads this much memory, whatever is there.
+    if (
+        tensor is None
+        or tensor.shape != shape
+        or tensor.dtype != dtype
+        or not tensor.is_cpu
+        or not tensor.is_contiguous()
+    ):
+        received = tensor if tensor is None else (tensor.shape, tensor.dtype)
+        raise ValueError(
+            f"`{name}` must be a contiguous tensor on the CPU of shape "
+            f"{tuple(shape)} and type {dtype}. Received: {received}"
+        )
+
+
+def _check_trainable(values):
+    if values.dtype is not torch.float32:
+        raise ValueError(
+            "Only float32 values of a packed kernel have gradients. Received: "
+            f"values of type {values.dtype} that require a gradient"
+        )
+
+
+def _threads():
+    """How the library shares the work: its function and the pool."""
+    count = torch.get_num_threads()
+    return (None, None) if count == 1 else _openmp(count)
+
+
+class _OpenMP(ctypes.Structure):
+    """`kwm_openmp` of openmp.h."""
+
+    _fields_ = [("parallel", ctypes.c_void_p), ("threads", ctypes.c_int64)]
+
+
+_pools: dict[int, _OpenMP] = {}
+
+
+@functools.cache
+def _openmp(count):
+    # Global, as torch has loaded its runtime so.
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if parallel is None:
+        return None, None
+    address = ctypes.cast(parallel, ctypes.c_void_p).value
+    pool = _pools[count] = _OpenMP(address, count)
+    function = ctypes.cast(native.library().kwm_openmp_for, ctypes.c_void_p)
+    return function.value, ctypes.addressof(pool)

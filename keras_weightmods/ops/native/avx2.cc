@@ -1,0 +1,91 @@
+// AVX2 and FMA.
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#include "kernels_impl.h"
+
+namespace {
+
+struct Avx2 {
+  using Float = __m256;
+  using Words = __m256i;
+  using Index = __m256i;
+  static constexpr int kWidth = 8;
+  static constexpr int kRegisters = 16;
+  static constexpr int kPrefetchBytes = 4096;
+
+  static Float zero() { return _mm256_setzero_ps(); }
+  static Float load(const void* from) {
+    return _mm256_loadu_ps(static_cast<const float*>(from));
+  }
+  static void store(float* to, Float v) { _mm256_storeu_ps(to, v); }
+  static Float broadcast(float v) { return _mm256_set1_ps(v); }
+  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float fma(Float a, Float b, Float c) {
+    return _mm256_fmadd_ps(a, b, c);
+  }
+  static void prefetch(const void* at) {
+    _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
+  }
+
+  static Words load_words(const void* from) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+  }
+  static Float low_half(Words pair) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+  }
+  static Float high_half(Words pair) {
+    const Words mask = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    return _mm256_castsi256_ps(_mm256_and_si256(pair, mask));
+  }
+  static Float byte(Words four, int i) {
+    const Words top = _mm256_slli_epi32(four, 24 - 8 * i);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
+  }
+  static Float keep_where(Float value, Words words, int shift, int i) {
+    const Words bits = _mm256_and_si256(_mm256_srli_epi32(words, shift),
+                                        _mm256_set1_epi32(3));
+    const Words same = _mm256_cmpeq_epi32(bits, _mm256_set1_epi32(i));
+    return _mm256_and_ps(value, _mm256_castsi256_ps(same));
+  }
+
+  // The permutation reads the low two bits of a lane only: the rest may stay.
+  static Float table(const float* x, int group) {
+    return _mm256_broadcast_ps(
+        reinterpret_cast<const __m128*>(x + 4 * group));
+  }
+  static Index index(Words meta, int slot) {
+    return _mm256_srli_epi32(meta, 2 * slot);
+  }
+  static Words upper_slots(Words meta) { return _mm256_srli_epi32(meta, 16); }
+  static Float pick(Float table, Index index) {
+    return _mm256_permutevar_ps(table, index);
+  }
+};
+
+}  // namespace
+
+const kwm::Kernels* kwm::avx2_kernels() {
+  return kernels<Avx2>(KWM_ISA_AVX2);
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#else
+
+const kwm::Kernels* kwm::avx2_kernels() { return nullptr; }
+
+#endif

@@ -1,0 +1,250 @@
+// Compiles, keeps and launches the kernels of decode.cu.
+
+#include <map>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../kwm_native.h"
+#include "driver.h"
+#include "kwm_gpu.h"
+
+namespace {
+
+using kwm::Failure;
+
+constexpr int64_t kColumns = 16, kTileRows = 32;
+constexpr int64_t kLargest = int64_t{1} << 31;  // sizes are ints in the kernel
+constexpr int64_t kMaxWarps = 16;               // of decode.cu
+
+// The functions of NVRTC that are used here, as nvrtc.h declares them.
+struct Nvrtc {
+  const char* (*GetErrorString)(int status);
+  int (*CreateProgram)(void** program, const char* source, const char* name,
+                       int headers, const char* const* header_sources,
+                       const char* const* header_names);
+  int (*CompileProgram)(void* program, int options,
+                        const char* const* option_texts);
+  int (*GetCUBINSize)(void* program, size_t* size);
+  int (*GetCUBIN)(void* program, char* code);
+  int (*GetProgramLogSize)(void* program, size_t* size);
+  int (*GetProgramLog)(void* program, char* log);
+  int (*DestroyProgram)(void** program);
+};
+
+// What kwm_gpu_load_decode was given.
+struct Loaded {
+  Nvrtc nvrtc;
+  std::string source;
+  bool ready = false;
+} loaded;
+
+struct Variant {
+  int x_type, value_type, rows;
+};
+
+Failure check(int x_type, int value_type, int64_t rows) {
+  if (value_type != KWM_FLOAT32 && value_type != KWM_BFLOAT16 &&
+      value_type != KWM_INT8) {
+    return "packed values are float32, bfloat16 or int8";
+  }
+  const int64_t most = kwm_gpu_decode_rows(x_type);
+  if (most == 0) return "activations are float32, bfloat16 or float16";
+  if (rows < 1 || rows > most) {
+    return "the decode kernel takes 1 to " + std::to_string(most) +
+           " rows of this type, not " + std::to_string(rows);
+  }
+  return "";
+}
+
+// The smallest variant that the rows fit in.
+Variant variant_of(int x_type, int value_type, int64_t rows) {
+  int fits = x_type == KWM_X_FLOAT32 ? 1 : 8;
+  while (fits < rows) fits *= 2;
+  return {x_type, value_type, fits};
+}
+
+std::string log_of(void* program) {
+  size_t size = 0;
+  if (loaded.nvrtc.GetProgramLogSize(program, &size) != 0 || size == 0) {
+    return "";
+  }
+  std::string log(size, '\0');
+  loaded.nvrtc.GetProgramLog(program, &log[0]);
+  return log.c_str();
+}
+
+Failure compile(int major, int minor, const Variant& variant,
+                std::vector<char>* code) {
+  if (!loaded.ready) return "NVRTC is not loaded";
+  const Nvrtc& nvrtc = loaded.nvrtc;
+  const std::string options[] = {
+      "--gpu-architecture=sm_" + std::to_string(10 * major + minor),
+      "--std=c++17",
+      "-DKWM_X=" + std::to_string(variant.x_type),
+      "-DKWM_VALUES=" + std::to_string(variant.value_type),
+      "-DKWM_ROWS=" + std::to_string(variant.rows),
+  };
+  std::vector<const char*> texts;
+  for (const std::string& option : options) texts.push_back(option.c_str());
+
+  void* program = nullptr;
+  int status = nvrtc.CreateProgram(&program, loaded.source.c_str(), "decode.cu",
+                                   0, nullptr, nullptr);
+  if (status == 0) {
+    status = nvrtc.CompileProgram(program, static_cast<int>(texts.size()),
+                                  texts.data());
+  }
+  size_t size = 0;
+  if (status == 0) status = nvrtc.GetCUBINSize(program, &size);
+  code->resize(size);
+  if (status == 0) status = nvrtc.GetCUBIN(program, code->data());
+  Failure failure;
+  if (status != 0) {
+    failure = std::string("NVRTC: ") + nvrtc.GetErrorString(status) + ", for " +
+              options[0];
+    if (program) failure += "\n" + log_of(program);
+  }
+  if (program) nvrtc.DestroyProgram(&program);
+  return failure;
+}
+
+// In the context of the device. A kernel stays loaded until the process ends.
+Failure get_kernel(int device, const kwm::Context& context,
+                   const Variant& variant, void** kernel) {
+  static std::map<std::tuple<int, int, int, int>, void*> kernels;
+  void*& known = kernels[{device, variant.x_type, variant.value_type,
+                          variant.rows}];
+  if (known == nullptr) {
+    std::vector<char> code;
+    KWM_TRY(compile(context.major(), context.minor(), variant, &code));
+    const kwm::Driver* driver;
+    KWM_TRY(kwm::get_driver(&driver));
+    void* module = nullptr;
+    int status = driver->ModuleLoadData(&module, code.data());
+    if (status == 0) {
+      status = driver->ModuleGetFunction(&known, module, "kwm_decode");
+    }
+    KWM_TRY(kwm::explain(*driver, "loading the decode kernel", status));
+  }
+  *kernel = known;
+  return "";
+}
+
+Failure load(const char* source, const char* path) {
+  if (loaded.ready) return "";
+  void* library = nullptr;
+  KWM_TRY(kwm::open_library(path, &library));
+  Nvrtc& nvrtc = loaded.nvrtc;
+  KWM_TRY(kwm::find(library, "nvrtcGetErrorString", &nvrtc.GetErrorString));
+  KWM_TRY(kwm::find(library, "nvrtcCreateProgram", &nvrtc.CreateProgram));
+  KWM_TRY(kwm::find(library, "nvrtcCompileProgram", &nvrtc.CompileProgram));
+  KWM_TRY(kwm::find(library, "nvrtcGetCUBINSize", &nvrtc.GetCUBINSize));
+  KWM_TRY(kwm::find(library, "nvrtcGetCUBIN", &nvrtc.GetCUBIN));
+  KWM_TRY(
+      kwm::find(library, "nvrtcGetProgramLogSize", &nvrtc.GetProgramLogSize));
+  KWM_TRY(kwm::find(library, "nvrtcGetProgramLog", &nvrtc.GetProgramLog));
+  KWM_TRY(kwm::find(library, "nvrtcDestroyProgram", &nvrtc.DestroyProgram));
+  loaded.source = source;
+  loaded.ready = true;
+  return "";
+}
+
+Failure decode(int device, void* stream, int x_type, int value_type,
+               const void* x, int64_t rows, int64_t k, int64_t n,
+               const void* values, const void* meta, const void* scale,
+               void* y) {
+  KWM_TRY(check(x_type, value_type, rows));
+  if (n <= 0 || k < 0 || n >= kLargest || k >= kLargest) {
+    return "k and n must be sizes of less than 2^31";
+  }
+  if (x_type != KWM_X_FLOAT32 && k % 2 != 0) {
+    return "the decode kernel takes 16-bit activations with an even k, not " +
+           std::to_string(k);
+  }
+  if (reinterpret_cast<uintptr_t>(values) % 8 != 0 ||
+      reinterpret_cast<uintptr_t>(meta) % 8 != 0) {
+    return "packed arrays must be aligned to 8 bytes on a GPU";
+  }
+  const kwm::Context context(device);
+  KWM_TRY(context.failure());
+  void* kernel = nullptr;
+  KWM_TRY(get_kernel(device, context,
+                     variant_of(x_type, value_type, rows), &kernel));
+
+  // Few columns make few blocks: then more warps share out the rows of W.
+  const int64_t blocks = (n + kColumns - 1) / kColumns;
+  const int64_t tiles = (k + kTileRows - 1) / kTileRows;
+  int64_t warps = blocks < 256 ? kMaxWarps : kMaxWarps / 2;
+  if (warps > tiles) warps = tiles > 0 ? tiles : 1;
+  int row_count = static_cast<int>(rows), k_size = static_cast<int>(k),
+      n_size = static_cast<int>(n);
+  void* arguments[] = {&x,      &row_count, &k_size, &n_size,
+                       &values, &meta,      &scale,  &y};
+  const kwm::Driver* driver;
+  KWM_TRY(kwm::get_driver(&driver));
+  return kwm::explain(
+      *driver, "launching the decode kernel",
+      driver->LaunchKernel(kernel, static_cast<unsigned>(blocks), 1, 1,
+                           static_cast<unsigned>(32 * warps), 1, 1, 0, stream,
+                           arguments, nullptr));
+}
+
+}  // namespace
+
+int kwm_gpu_abi_version(void) { return KWM_GPU_ABI_VERSION; }
+
+int64_t kwm_gpu_decode_rows(int x_type) {
+  switch (x_type) {
+    case KWM_X_FLOAT32:
+      return 8;
+    case KWM_X_BFLOAT16:
+    case KWM_X_FLOAT16:
+      return 16;
+    default:
+      return 0;
+  }
+}
+
+const char* kwm_gpu_load_decode(const char* source, const char* nvrtc) {
+  const std::lock_guard<std::mutex> lock(kwm::library_mutex());
+  return kwm::report(load(source, nvrtc));
+}
+
+const char* kwm_gpu_compile_decode(int major, int minor, int x_type,
+                                   int value_type, int64_t rows,
+                                   int64_t* bytes) {
+  const std::lock_guard<std::mutex> lock(kwm::library_mutex());
+  std::vector<char> code;
+  Failure failure = check(x_type, value_type, rows);
+  if (failure.empty()) {
+    failure =
+        compile(major, minor, variant_of(x_type, value_type, rows), &code);
+  }
+  *bytes = static_cast<int64_t>(code.size());
+  return kwm::report(failure);
+}
+
+const char* kwm_gpu_prepare_decode(int device, int x_type, int value_type,
+                                   int64_t rows) {
+  const std::lock_guard<std::mutex> lock(kwm::library_mutex());
+  Failure failure = check(x_type, value_type, rows);
+  if (!failure.empty()) return kwm::report(failure);
+  const kwm::Context context(device);
+  failure = context.failure();
+  void* kernel = nullptr;
+  if (failure.empty()) {
+    failure = get_kernel(device, context,
+                         variant_of(x_type, value_type, rows), &kernel);
+  }
+  return kwm::report(failure);
+}
+
+const char* kwm_gpu_decode(int device, void* stream, int x_type, int value_type,
+                           const void* x, int64_t rows, int64_t k, int64_t n,
+                           const void* values, const void* meta,
+                           const void* scale, void* y) {
+  const std::lock_guard<std::mutex> lock(kwm::library_mutex());
+  return kwm::report(decode(device, stream, x_type, value_type, x, rows, k, n,
+                            values, meta, scale, y));
+}

@@ -1,0 +1,48 @@
+// What an instruction set provides to core.cc: one table of functions. The
+// code behind all of them is the templates of kernels_impl.h.
+
+#ifndef KWM_KERNELS_H_
+#define KWM_KERNELS_H_
+
+#include "layout.h"
+
+namespace kwm {
+
+// A panel holds rows of activations in blocks of 16 columns, [K/16, rows, 16],
+// so that a kernel reads it from the first byte to the last.
+struct Kernels {
+  int isa;
+
+  // y [rows, 16] = x @ one block of columns, without the scale of int8 values;
+  // indexed by the type of the values. x is a panel of `rows` rows, one of the
+  // sizes in tile_rows (rising, ends with 0).
+  const int* tile_rows;
+  void (*multiply[3])(const float* x, int rows, const void* values,
+                      const uint32_t* meta, int64_t row_blocks, float* y);
+
+  // dense [32, 16] = one block of rows of one block of columns, likewise.
+  void (*expand[3])(const void* values, const uint32_t* meta, float* dense);
+
+  // y [8, lanes] (+)= dense [8 rows of 16] @ dy [16, lanes], over all blocks of
+  // columns: `dense` moves on by 32 * 16 and dy by 16 * lanes. `lanes` is one
+  // of these two.
+  int few_lanes, many_lanes;
+  void (*multiply_dense)(const float* dense, const float* dy, int lanes,
+                         int64_t column_blocks, bool first, float* y);
+
+  // dvalues [8, 16] (+)= the gradient of 8 slots from 16 columns of the panel
+  // x [rows, 16] and of dy [rows, 16]. meta is shifted to the first of them.
+  void (*gradient)(const float* x, const float* dy, int64_t rows,
+                   const uint32_t* meta, int first_slot, bool first,
+                   float* dvalues);
+};
+
+// Null where the library was built for another machine.
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+
+}  // namespace kwm
+
+#endif  // KWM_KERNELS_H_

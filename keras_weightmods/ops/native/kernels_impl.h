@@ -1,0 +1,267 @@
+// The kernels, for any instruction set. An instruction set is a struct S:
+//
+//   Float, Words          vectors of kWidth floats, of kWidth 32-bit words
+//   kRegisters            how many of them the machine has
+//   load, store, zero, broadcast, add, fma(a, b, c) = a * b + c
+//   load_words, low_half, high_half (bfloat16 to float), byte (signed, to
+//   float), keep_where(value, words, shift, i): value, or 0 where the two bits
+//   of words at `shift` are not i
+//   table(x, group), index(meta, slot), pick(table, index)
+//                         lane j of pick: x[4 * group + 2-bit index j of slot],
+//                         for x of 16 floats and slot / 2 % 4 == group
+//
+// Included by one file for each, after it has switched the compiler to the
+// instructions; all is local to that file, or the linker could take a function
+// that this machine cannot run.
+
+#include "kernels.h"
+
+#ifndef KWM_UNROLL
+#define KWM_PRAGMA(text) _Pragma(#text)
+#define KWM_UNROLL(n) KWM_PRAGMA(GCC unroll n)
+#endif
+
+namespace {
+
+using kwm::kBlockRows;
+using kwm::kBlockSlots;
+using kwm::kLanes;
+
+struct Float32Values {
+  static constexpr int kSize = 4;
+
+  template <class S>
+  static typename S::Float get(const char* block, int slot, int lane) {
+    return S::load(block + 4 * (slot * kLanes + lane));
+  }
+};
+
+struct BFloat16Values {
+  static constexpr int kSize = 2;
+
+  template <class S>
+  static typename S::Float get(const char* block, int slot, int lane) {
+    const auto pair = S::load_words(block + 4 * (slot / 2 * kLanes + lane));
+    return slot % 2 ? S::high_half(pair) : S::low_half(pair);
+  }
+};
+
+struct Int8Values {
+  static constexpr int kSize = 1;
+
+  template <class S>
+  static typename S::Float get(const char* block, int slot, int lane) {
+    const auto four = S::load_words(block + 4 * (slot % 4 * kLanes + lane));
+    return S::byte(four, slot / 4);
+  }
+};
+
+template <class S, class V, int R>
+void multiply_tile(const float* x, const void* values, const uint32_t* meta,
+                   int64_t row_blocks, float* y) {
+  constexpr int kParts = kLanes / S::kWidth;
+  // Independent sums enough to hide the latency of the fused multiply-add.
+  constexpr int kSums = R * kParts < 4 ? 4 / (R * kParts) : 1;
+  constexpr int kBlockBytes = kBlockSlots * kLanes * V::kSize;
+  constexpr int kSlotBytes = kLanes * V::kSize;
+
+  typename S::Float sum[R][kParts][kSums];
+  for (int r = 0; r < R; ++r) {
+    for (int part = 0; part < kParts; ++part) {
+      for (int i = 0; i < kSums; ++i) sum[r][part][i] = S::zero();
+    }
+  }
+  auto block = static_cast<const char*>(values);
+  auto words_at = reinterpret_cast<const char*>(meta);
+  for (int64_t b = 0; b < row_blocks; ++b) {
+    S::prefetch(words_at + 4 * kLanes * 8);
+KWM_UNROLL(4)
+    for (int part = 0; part < kParts; ++part) {
+      const int lane = part * S::kWidth;
+      const auto words = S::load_words(words_at + 4 * lane);
+KWM_UNROLL(16)
+      for (int slot = 0; slot < kBlockSlots; ++slot) {
+        if (part == 0 && slot * kSlotBytes % 64 == 0) {
+          S::prefetch(block + slot * kSlotBytes + S::kPrefetchBytes);
+        }
+        const auto index = S::index(words, slot);
+        const auto value = V::template get<S>(block, slot, lane);
+KWM_UNROLL(16)
+        for (int r = 0; r < R; ++r) {
+          const auto table = S::table(x + (slot / 8 * R + r) * 16, slot / 2 % 4);
+          auto& s = sum[r][part][slot % kSums];
+          s = S::fma(S::pick(table, index), value, s);
+        }
+      }
+    }
+    x += kBlockRows * R;
+    block += kBlockBytes;
+    words_at += 4 * kLanes;
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int part = 0; part < kParts; ++part) {
+      auto total = sum[r][part][0];
+      for (int i = 1; i < kSums; ++i) total = S::add(total, sum[r][part][i]);
+      S::store(y + r * kLanes + part * S::kWidth, total);
+    }
+  }
+}
+
+template <class S, class V>
+void multiply(const float* x, int rows, const void* values,
+              const uint32_t* meta, int64_t row_blocks, float* y) {
+  switch (rows) {
+    case 1:
+      return multiply_tile<S, V, 1>(x, values, meta, row_blocks, y);
+    case 2:
+      return multiply_tile<S, V, 2>(x, values, meta, row_blocks, y);
+    case 3:
+      return multiply_tile<S, V, 3>(x, values, meta, row_blocks, y);
+    case 4:
+      return multiply_tile<S, V, 4>(x, values, meta, row_blocks, y);
+  }
+  if constexpr (S::kRegisters * S::kWidth >= 512) {
+    switch (rows) {
+      case 6:
+        return multiply_tile<S, V, 6>(x, values, meta, row_blocks, y);
+      case 8:
+        return multiply_tile<S, V, 8>(x, values, meta, row_blocks, y);
+      case 12:
+        return multiply_tile<S, V, 12>(x, values, meta, row_blocks, y);
+      case 16:
+        return multiply_tile<S, V, 16>(x, values, meta, row_blocks, y);
+    }
+  }
+}
+
+template <class S>
+const int* tile_rows() {
+  static constexpr int few[] = {1, 2, 3, 4, 0};
+  static constexpr int many[] = {1, 2, 3, 4, 6, 8, 12, 16, 0};
+  return S::kRegisters * S::kWidth >= 512 ? many : few;
+}
+
+template <class S, class V>
+void expand(const void* values, const uint32_t* meta, float* dense) {
+  auto block = static_cast<const char*>(values);
+  for (int lane = 0; lane < kLanes; lane += S::kWidth) {
+    const auto words =
+        S::load_words(reinterpret_cast<const char*>(meta) + 4 * lane);
+KWM_UNROLL(8)
+    for (int group = 0; group < kBlockRows / 4; ++group) {
+      const auto a = V::template get<S>(block, 2 * group, lane);
+      const auto b = V::template get<S>(block, 2 * group + 1, lane);
+KWM_UNROLL(4)
+      for (int i = 0; i < 4; ++i) {
+        const auto value =
+            S::add(S::keep_where(a, words, 4 * group, i),
+                   S::keep_where(b, words, 4 * group + 2, i));
+        S::store(dense + (4 * group + i) * kLanes + lane, value);
+      }
+    }
+  }
+}
+
+// I rows of `dense` at a time, as many as the registers hold.
+template <class S, int I, int R>
+void multiply_dense_tile(const float* dense, const float* dy,
+                         int64_t column_blocks, bool first, float* y) {
+  constexpr int kTile = R * S::kWidth;
+  for (int i0 = 0; i0 < 8; i0 += I) {
+    typename S::Float sum[I][R];
+    for (int i = 0; i < I; ++i) {
+      for (int r = 0; r < R; ++r) {
+        const float* from = y + (i0 + i) * kTile + r * S::kWidth;
+        sum[i][r] = first ? S::zero() : S::load(from);
+      }
+    }
+    for (int64_t block = 0; block < column_blocks; ++block) {
+      const float* w = dense + block * kBlockRows * kLanes + i0 * kLanes;
+      const float* in = dy + block * kLanes * kTile;
+      for (int j = 0; j < kLanes; ++j) {
+        typename S::Float row[R];
+KWM_UNROLL(4)
+        for (int r = 0; r < R; ++r) {
+          row[r] = S::load(in + j * kTile + r * S::kWidth);
+        }
+KWM_UNROLL(8)
+        for (int i = 0; i < I; ++i) {
+          const auto value = S::broadcast(w[i * kLanes + j]);
+KWM_UNROLL(4)
+          for (int r = 0; r < R; ++r) {
+            sum[i][r] = S::fma(row[r], value, sum[i][r]);
+          }
+        }
+      }
+    }
+    for (int i = 0; i < I; ++i) {
+      for (int r = 0; r < R; ++r) {
+        S::store(y + (i0 + i) * kTile + r * S::kWidth, sum[i][r]);
+      }
+    }
+  }
+}
+
+template <class S>
+void multiply_dense(const float* dense, const float* dy, int lanes,
+                    int64_t column_blocks, bool first, float* y) {
+  constexpr int kRows = S::kRegisters >= 32 ? 8 : 4;
+  if (lanes == S::kWidth) {
+    multiply_dense_tile<S, 8, 1>(dense, dy, column_blocks, first, y);
+  } else {
+    multiply_dense_tile<S, kRows, 3>(dense, dy, column_blocks, first, y);
+  }
+}
+
+template <class S>
+void gradient(const float* x, const float* dy, int64_t rows,
+              const uint32_t* meta, int first_slot, bool first,
+              float* dvalues) {
+  constexpr int kSlots = S::kRegisters >= 32 ? 8 : 4;
+  for (int lane = 0; lane < kLanes; lane += S::kWidth) {
+    const auto words =
+        S::load_words(reinterpret_cast<const char*>(meta) + 4 * lane);
+    const auto shifted = first_slot == 0 ? words : S::upper_slots(words);
+KWM_UNROLL(2)
+    for (int s0 = 0; s0 < 8; s0 += kSlots) {
+      typename S::Float sum[kSlots];
+      typename S::Index index[kSlots];
+KWM_UNROLL(8)
+      for (int i = 0; i < kSlots; ++i) {
+        const float* from = dvalues + (s0 + i) * kLanes + lane;
+        sum[i] = first ? S::zero() : S::load(from);
+        index[i] = S::index(shifted, s0 + i);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto d = S::load(dy + r * kLanes + lane);
+KWM_UNROLL(8)
+        for (int i = 0; i < kSlots; ++i) {
+          const auto table = S::table(x + r * 16, (s0 + i) / 2);
+          sum[i] = S::fma(S::pick(table, index[i]), d, sum[i]);
+        }
+      }
+      for (int i = 0; i < kSlots; ++i) {
+        S::store(dvalues + (s0 + i) * kLanes + lane, sum[i]);
+      }
+    }
+  }
+}
+
+template <class S>
+const kwm::Kernels* kernels(int isa) {
+  static const kwm::Kernels table = {
+      isa,
+      tile_rows<S>(),
+      {multiply<S, Float32Values>, multiply<S, BFloat16Values>,
+       multiply<S, Int8Values>},
+      {expand<S, Float32Values>, expand<S, BFloat16Values>,
+       expand<S, Int8Values>},
+      S::kWidth,
+      3 * S::kWidth,
+      multiply_dense<S>,
+      gradient<S>,
+  };
+  return &table;
+}
+
+}  // namespace

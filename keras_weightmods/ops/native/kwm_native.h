@@ -1,0 +1,117 @@
+// 2:4 sparse matmul on the CPU: a plain C interface, no Python, no framework.
+//
+// A kernel W of shape (k, n) is packed in groups of 4 along k, the contraction
+// axis; of each group and column at most 2 values are nonzero, and 2 are kept.
+// With NB = ceil(n / 16) blocks of 16 columns and KP = k rounded up to 32, a
+// block of 32 rows has 8 groups and so 16 slots in a column: slot 2g + t is
+// kept value t (0 or 1) of group g.
+//
+//   meta      uint32   [NB, KP/32, 16]        one word a column: bits 2s, 2s+1
+//                                             are the row in the group that
+//                                             slot s was taken from
+//   values    float32  [NB, KP/2, 16]
+//             bfloat16 [NB, KP/4, 16, 2]      the pair of a group side by side
+//             int8     [NB, KP/32, 4, 16, 4]  byte q of word p is slot p + 4q
+//   scale     float32  [NB, 16]               int8 only: value = byte * scale
+//
+// Rows and columns beyond k and n hold zero values and scale 1. The indices of
+// a group are strictly rising when made by kwm_pack. Any bits are safe to read:
+// an index cannot leave its group, and where it names a row beyond k the value
+// is multiplied by zero or skipped. Two equal indices add.
+//
+// Arrays need no alignment beyond that of their elements. Nothing here keeps
+// state between calls but the choice of kwm_set_isa.
+
+#ifndef KWM_NATIVE_H_
+#define KWM_NATIVE_H_
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define KWM_API __declspec(dllexport)
+#else
+#define KWM_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KWM_ABI_VERSION 1
+
+enum { KWM_FLOAT32 = 0, KWM_BFLOAT16 = 1, KWM_INT8 = 2 };
+
+enum {
+  KWM_ISA_SCALAR = 0,
+  KWM_ISA_AVX2 = 1,
+  KWM_ISA_AVX512 = 2,
+  KWM_ISA_NEON = 3
+};
+
+// Work on the items begin <= i < end.
+typedef void (*kwm_task)(void* context, int64_t begin, int64_t end);
+
+// Calls task on ranges that cover 0 <= i < count exactly once, from any thread
+// and in any order, and returns when all are done. A range should hold `grain`
+// items or more, where that many are left.
+typedef void (*kwm_parallel_for)(void* pool, int64_t count, int64_t grain,
+                                 kwm_task task, void* context);
+
+KWM_API int kwm_abi_version(void);
+
+// The instruction set in use: the best that this CPU has, unless set.
+KWM_API int kwm_isa(void);
+
+// Returns the one set, or -1 and changes nothing if this CPU lacks it.
+KWM_API int kwm_set_isa(int isa);
+
+// Sizes of the arrays of a (k, n) kernel in bytes; -1 for an unknown type.
+KWM_API int64_t kwm_values_bytes(int64_t k, int64_t n, int type);
+KWM_API int64_t kwm_meta_bytes(int64_t k, int64_t n);
+KWM_API int64_t kwm_scale_bytes(int64_t k, int64_t n, int type);
+
+// Packs a row-major kernel. Returns the number of groups with more than two
+// nonzeros; if there are any, what was written is of no use.
+//
+// float32 values are kept as they are, NaN and infinity too. bfloat16 rounds to
+// nearest even. int8 rounds w / scale with scale = max |w| / 127 over a column;
+// a column that holds a NaN or an infinity gets the scale NaN.
+KWM_API int64_t kwm_pack(const float* kernel, int64_t k, int64_t n, int type,
+                         void* values, uint32_t* meta, float* scale);
+
+KWM_API void kwm_unpack(const void* values, const uint32_t* meta,
+                        const float* scale, int64_t k, int64_t n, int type,
+                        float* kernel);
+
+// y (rows, n) = x (rows, k) @ W, both row-major. rows, k and n may be zero.
+// scale may be NULL unless type is KWM_INT8. Without a parallel_for (NULL) the
+// caller's thread does all the work.
+KWM_API void kwm_matmul(const float* x, int64_t rows, int64_t k, int64_t n,
+                        int type, const void* values, const uint32_t* meta,
+                        const float* scale, float* y,
+                        kwm_parallel_for parallel_for, void* pool);
+
+// dx (rows, k) = dy (rows, n) @ W^T
+KWM_API void kwm_matmul_transposed(const float* dy, int64_t rows, int64_t k,
+                                   int64_t n, int type, const void* values,
+                                   const uint32_t* meta, const float* scale,
+                                   float* dx, kwm_parallel_for parallel_for,
+                                   void* pool);
+
+// dvalues, float32 in the layout of float32 values: the gradient of the kept
+// values, sum over rows of x[row, k] * dy[row, n]; zero in the padding.
+KWM_API void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
+                                 int64_t k, int64_t n, const uint32_t* meta,
+                                 float* dvalues, kwm_parallel_for parallel_for,
+                                 void* pool);
+
+// Whether kwm_matmul is expected to beat a good dense float32 product of the
+// same shape on this CPU with the instruction set in use; 0 or 1.
+KWM_API int kwm_is_faster_than_dense(int64_t rows, int64_t k, int64_t n,
+                                     int type);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // KWM_NATIVE_H_

@@ -1,0 +1,101 @@
+// The packed format of kwm_native.h in code: where a slot of a column lies.
+
+#ifndef KWM_LAYOUT_H_
+#define KWM_LAYOUT_H_
+
+#include <stdint.h>
+#include <string.h>
+
+#include "kwm_native.h"
+
+namespace kwm {
+
+constexpr int kLanes = 16;       // columns in a block
+constexpr int kBlockRows = 32;   // rows of W that one word of meta covers
+constexpr int kBlockSlots = 16;  // kept values of a column in these rows
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t clamp(int64_t a, int64_t low, int64_t high) {
+  return a < low ? low : min(a, high);
+}
+
+// Bytes of a value; -1 for an unknown type.
+inline int64_t value_size(int type) {
+  switch (type) {
+    case KWM_FLOAT32:
+      return 4;
+    case KWM_BFLOAT16:
+      return 2;
+    case KWM_INT8:
+      return 1;
+    default:
+      return -1;
+  }
+}
+
+// A packed kernel; `values` as the type says.
+struct Packed {
+  int64_t k, n;
+  int type;
+  const void* values;
+  const uint32_t* meta;
+  const float* scale;
+
+  int64_t padded_k() const { return row_blocks() * kBlockRows; }
+  int64_t row_blocks() const { return ceil_div(k, kBlockRows); }
+  int64_t column_blocks() const { return ceil_div(n, kLanes); }
+
+  // `place` counts the blocks of rows of all blocks of columns.
+  const void* values_at(int64_t place) const {
+    return static_cast<const char*>(values) +
+           place * kBlockSlots * kLanes * value_size(type);
+  }
+  const void* values_of(int64_t column_block) const {
+    return values_at(column_block * row_blocks());
+  }
+  const uint32_t* meta_of(int64_t column_block) const {
+    return meta + column_block * row_blocks() * kLanes;
+  }
+};
+
+// Position of a kept value in the array of values, in elements.
+inline int64_t value_offset(int type, int64_t place, int slot, int lane) {
+  const int64_t start = place * kBlockSlots * kLanes;
+  switch (type) {
+    case KWM_FLOAT32:
+      return start + slot * kLanes + lane;
+    case KWM_BFLOAT16:
+      return start + ((slot / 2) * kLanes + lane) * 2 + slot % 2;
+    default:
+      return start + ((slot % 4) * kLanes + lane) * 4 + slot / 4;
+  }
+}
+
+inline float bfloat16_to_float(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// A kept value as stored: an int8 one without its scale.
+inline float stored_value(const void* values, int type, int64_t offset) {
+  switch (type) {
+    case KWM_FLOAT32:
+      return static_cast<const float*>(values)[offset];
+    case KWM_BFLOAT16:
+      return bfloat16_to_float(static_cast<const uint16_t*>(values)[offset]);
+    default:
+      return static_cast<const int8_t*>(values)[offset];
+  }
+}
+
+// The row, within a block of 32, that a slot was taken from.
+inline int slot_row(uint32_t meta, int slot) {
+  return slot / 2 * 4 + ((meta >> (2 * slot)) & 3);
+}
+
+}  // namespace kwm
+
+#endif  // KWM_LAYOUT_H_

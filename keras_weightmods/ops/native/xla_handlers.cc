@@ -1,0 +1,196 @@
+// XLA custom calls on the CPU: JAX registers them by itself, TensorFlow through
+// kwm_xla_register. Built with the oldest FFI header in use, they run under
+// all later versions.
+//
+// The weights of the three calls are `values`, whose element type is the type
+// of the packed weights, `meta` as int32, and `scale` as float32, empty unless
+// the values are int8. All leading axes of an activation are rows.
+
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <string>
+
+#include "chunks.h"
+#include "kwm_native.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+using Activations = ffi::Buffer<ffi::F32>;
+using Result = ffi::ResultBuffer<ffi::F32>;
+using Meta = ffi::Buffer<ffi::S32>;
+using Scale = ffi::Buffer<ffi::F32>;
+
+// The rows (m, size) of an activation of shape (..., size).
+struct Rows {
+  template <typename Buffer>
+  explicit Rows(const Buffer& buffer) {
+    const auto dims = buffer.dimensions();
+    if (dims.size() == 0) return;
+    count = std::accumulate(dims.begin(), dims.end() - 1, int64_t{1},
+                            std::multiplies<>());
+    size = dims.back();
+  }
+
+  int64_t count = 0;
+  int64_t size = 0;
+};
+
+void ParallelFor(void* pool, int64_t count, int64_t grain, kwm_task task,
+                 void* context) {
+  auto* threads = static_cast<ffi::ThreadPool*>(pool);
+  const int64_t size = threads->num_threads();
+  // Threads that come late find no chunk, when this call is long over.
+  auto chunks =
+      std::make_shared<kwm::Chunks>(count, grain, size, task, context);
+  const int64_t helpers = std::min(size, chunks->total()) - 1;
+  for (int64_t i = 0; i < helpers; ++i) {
+    threads->Schedule([chunks] { chunks->Work(); });
+  }
+  chunks->Work();
+  chunks->Wait();
+}
+
+kwm_parallel_for ParallelForOf(const ffi::ThreadPool& threads) {
+  return threads.num_threads() > 1 ? ParallelFor : nullptr;
+}
+
+ffi::Error Invalid(const char* what) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                    std::string("keras_weightmods: ") + what);
+}
+
+int TypeOf(ffi::DataType type) {
+  switch (type) {
+    case ffi::F32:
+      return KWM_FLOAT32;
+    case ffi::BF16:
+      return KWM_BFLOAT16;
+    case ffi::S8:
+      return KWM_INT8;
+    default:
+      return -1;
+  }
+}
+
+ffi::Error Check(const Rows& x, const Rows& y, int64_t k, int64_t n,
+                 const ffi::AnyBuffer& values, const Meta& meta,
+                 const Scale& scale) {
+  const int type = TypeOf(values.element_type());
+  if (type < 0) return Invalid("values are float32, bfloat16 or int8");
+  if (x.count != y.count) return Invalid("as many rows must come out as go in");
+  if (static_cast<int64_t>(values.size_bytes()) !=
+          kwm_values_bytes(k, n, type) ||
+      static_cast<int64_t>(meta.size_bytes()) != kwm_meta_bytes(k, n) ||
+      (type == KWM_INT8 && static_cast<int64_t>(scale.size_bytes()) !=
+                               kwm_scale_bytes(k, n, type))) {
+    return Invalid("the packed weights do not fit the activations' shapes");
+  }
+  return ffi::Error::Success();
+}
+
+const uint32_t* Words(const Meta& meta) {
+  return reinterpret_cast<const uint32_t*>(meta.typed_data());
+}
+
+ffi::Error Matmul(ffi::ThreadPool threads, Activations x,
+                  ffi::AnyBuffer values, Meta meta, Scale scale, Result y) {
+  const Rows in(x), out(*y);
+  const ffi::Error error =
+      Check(in, out, in.size, out.size, values, meta, scale);
+  if (error.failure()) return error;
+  kwm_matmul(x.typed_data(), in.count, in.size, out.size,
+             TypeOf(values.element_type()), values.untyped_data(), Words(meta),
+             scale.typed_data(), y->typed_data(), ParallelForOf(threads),
+             &threads);
+  return ffi::Error::Success();
+}
+
+ffi::Error MatmulTransposed(ffi::ThreadPool threads, Activations dy,
+                            ffi::AnyBuffer values, Meta meta, Scale scale,
+                            Result dx) {
+  const Rows in(dy), out(*dx);
+  const ffi::Error error =
+      Check(in, out, out.size, in.size, values, meta, scale);
+  if (error.failure()) return error;
+  kwm_matmul_transposed(dy.typed_data(), in.count, out.size, in.size,
+                        TypeOf(values.element_type()), values.untyped_data(),
+                        Words(meta), scale.typed_data(), dx->typed_data(),
+                        ParallelForOf(threads), &threads);
+  return ffi::Error::Success();
+}
+
+ffi::Error ValuesGradient(ffi::ThreadPool threads, Activations x,
+                          Activations dy, Meta meta, Result dvalues) {
+  const Rows in(x), out(dy);
+  if (in.count != out.count) return Invalid("x and dy differ in rows");
+  if (static_cast<int64_t>(meta.size_bytes()) !=
+          kwm_meta_bytes(in.size, out.size) ||
+      static_cast<int64_t>(dvalues->size_bytes()) !=
+          kwm_values_bytes(in.size, out.size, KWM_FLOAT32)) {
+    return Invalid("the packed weights do not fit the activations' shapes");
+  }
+  kwm_values_gradient(x.typed_data(), dy.typed_data(), in.count, in.size,
+                      out.size, Words(meta), dvalues->typed_data(),
+                      ParallelForOf(threads), &threads);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+extern "C" {
+KWM_API XLA_FFI_Error* kwm_xla_matmul(XLA_FFI_CallFrame*);
+KWM_API XLA_FFI_Error* kwm_xla_matmul_transposed(XLA_FFI_CallFrame*);
+KWM_API XLA_FFI_Error* kwm_xla_values_gradient(XLA_FFI_CallFrame*);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul, Matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Activations>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Meta>()
+                                  .Arg<Scale>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_transposed, MatmulTransposed,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Activations>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Meta>()
+                                  .Arg<Scale>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_values_gradient, ValuesGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Activations>()
+                                  .Arg<Activations>()
+                                  .Arg<Meta>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+// Registers a handler where no Python function does. Returns 0, or 1 if XLA
+// refused.
+extern "C" KWM_API int kwm_xla_register(const XLA_FFI_Api* api,
+                                        const char* name, const char* platform,
+                                        XLA_FFI_Handler* handler) {
+  XLA_FFI_Handler_Register_Args args;
+  std::memset(&args, 0, sizeof(args));
+  args.struct_size = XLA_FFI_Handler_Register_Args_STRUCT_SIZE;
+  args.name = {name, std::strlen(name)};
+  args.platform = {platform, std::strlen(platform)};
+  args.bundle.execute = handler;
+  XLA_FFI_Error* error = api->XLA_FFI_Handler_Register(&args);
+  if (error == nullptr) return 0;
+  XLA_FFI_Error_Destroy_Args destroy;
+  std::memset(&destroy, 0, sizeof(destroy));
+  destroy.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE;
+  destroy.error = error;
+  api->XLA_FFI_Error_Destroy(&destroy);
+  return 1;
+}

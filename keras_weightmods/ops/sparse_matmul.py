@@ -1,0 +1,131 @@
+"""The product of an activation and a packed 2:4 kernel."""
+
+import importlib
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_weightmods.ops import native
+from keras_weightmods.ops.packed import unpack_tensor
+
+
+def sparse_matmul(x, packed):
+    """Multiplies by a packed 2:4 kernel: `x @ unpack_kernel(packed)`.
+
+    On a CPU by compiled kernels, which read the packed weights alone, with
+    the threads of the backend. Where they are missing, one warning says why,
+    and the kernel is unpacked in each call, which is slow: then unpack it
+    once and for all. The computation is in float32, whatever the type of `x`.
+
+    Gradients flow to `x`, and to the values if these are float32 (at the kept
+    places: the pattern never changes).
+
+    Args:
+        x: Float tensor of shape (..., K).
+        packed: `Packed` of a kernel of shape (K, N), see `pack_kernel`.
+
+    Returns:
+        Tensor of shape (..., N), in the type of `x`.
+
+    Raises:
+        ValueError: If the last axis of `x` is not K.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops import pack_kernel, sparse_matmul
+
+    packed = pack_kernel(np.array([[3.0], [0.0], [0.0], [-2.0]]))
+    y = sparse_matmul(np.array([[1.0, 2.0, 3.0, 4.0]], "float32"), packed)
+    assert float(y[0, 0]) == -5.0
+    ```
+    """
+    x = ops.convert_to_tensor(x)
+    if len(x.shape) < 1 or x.shape[-1] != packed.shape[0]:
+        raise ValueError(
+            f"`x` must have {packed.shape[0]} entries in its last axis, the "
+            f"contraction of the packed kernel of shape {packed.shape}. "
+            f"Received: x of shape {tuple(x.shape)}"
+        )
+    return _implementation()(x, packed)
+
+
+def dense_matmul(x, packed):
+    """`sparse_matmul` by a kernel that is unpacked in this call."""
+    y = ops.matmul(ops.cast(x, "float32"), unpack_tensor(packed))
+    return ops.cast(y, x.dtype)
+
+
+def why_dense():
+    """Says why products with packed kernels would be dense on this backend.
+
+    Returns:
+        String: the reason and the way out; empty if they will not be.
+
+    Example:
+
+    ```python
+    from keras_weightmods.ops.sparse_matmul import why_dense
+
+    print(why_dense() or "by compiled kernels")
+    ```
+    """
+    return _backend().why_not()
+
+
+def gpu_plan(shape, x_dtype, value_dtype):
+    """How to multiply by a kernel on the GPU that the backend uses.
+
+    Args:
+        shape: Pair of ints (K, N), the shape of the kernel.
+        x_dtype: String, type of the activations.
+        value_dtype: String, type of the packed values.
+
+    Returns:
+        `keras_weightmods.ops.native.gpu.dispatch.Plan`, by measured times;
+        None where the backend uses no NVIDIA GPU. Not yet run on a GPU.
+
+    Example:
+
+    ```python
+    from keras_weightmods.ops.sparse_matmul import gpu_plan
+
+    plan = gpu_plan((4096, 4096), "bfloat16", "bfloat16")
+    print("no GPU" if plan is None else plan.choose(rows=1))
+    ```
+    """
+    backend = keras.backend.backend()
+    if backend not in ("jax", "torch"):
+        return None
+    module = importlib.import_module(
+        f"keras_weightmods.backend.{backend}.sparse_matmul_gpu"
+    )
+    if module.device_name() is None:
+        return None
+    return module.plan(shape, x_dtype, value_dtype)
+
+
+def _backend():
+    name = keras.backend.backend()
+    return importlib.import_module(
+        f"keras_weightmods.backend.{name}.sparse_matmul"
+    )
+
+
+# A dict and not a cached function, which torch.compile would look into.
+_implementations: dict[str, Any] = {}
+
+
+def _implementation():
+    """What multiplies on this backend, chosen in the first call."""
+    name = keras.backend.backend()
+    if name not in _implementations:
+        reason = why_dense()
+        if reason:
+            native.warn_dense(reason)
+        _implementations[name] = (
+            dense_matmul if reason else _backend().sparse_matmul
+        )
+    return _implementations[name]

@@ -1,0 +1,214 @@
+"""One file for a whole model, with what was done to its weights in place."""
+
+import json
+import os
+import pathlib
+import tempfile
+import warnings
+
+import keras
+import numpy as np
+
+from keras_weightmods.saving import description, states
+from keras_weightmods.saving.container import Entry, Reader, Writer
+from keras_weightmods.utils.reparameterize import plain_classes
+
+_FORMAT = "keras_weightmods.model"
+_VERSION = 1
+_MODEL = "model.json"
+
+
+def save_model(model, path):
+    """Saves a model to one file, with what was done to its weights in place.
+
+    The file holds what `load_model` needs to bring back the model: its config,
+    the scales, packed kernels and other changes of its weights, all its
+    variables bit for bit in their own dtypes, and what its layers keep beside
+    (the vocabulary of a tokenizer, for instance). So the file of a packed model
+    has the packed size. Before anything is written, a model is built from the
+    config, without values, and compared: a file that was written can be read.
+
+    Where a config forgets an argument of the constructor that the layer keeps
+    under the same name, as `keras_hub.models.LlamaBackbone` forgets
+    `tie_word_embeddings`, the argument is saved too.
+
+    A KerasHub model is saved with its preprocessor and tokenizer. If these
+    cannot be brought back from their config and assets, a warning says why,
+    and the file holds the model alone: `load_model` then gives one whose
+    `preprocessor` is `None`, to be set by you. What a tokenizer was given
+    after it was made, past its config and vocabulary, is lost as in any file
+    of Keras.
+
+    Not saved is what `compile` and `fit` add: optimizer, loss, metrics, the
+    sampler of `generate`. LoRA is kept as it is on layers whose weights were
+    changed in place, and merged into the kernel on others, as Keras does.
+
+    The layout is that of safetensors: other tools can read the arrays. It
+    holds no code. The file is written beside `path` and put there when it is
+    complete; arrays are written one after another, so that no second copy of
+    the model is in memory.
+
+    Args:
+        model: A built Keras model. Its own classes must be registered with
+            `keras.saving.register_keras_serializable`, or be given to
+            `load_model`.
+        path: String or path of the file, for instance
+            `"model.safetensors"`. An existing file is replaced.
+
+    Raises:
+        ValueError: If `model` is no built model, `path` is no place for a
+            file, or the model cannot be built again from its config; the
+            message says what differs. No file is written then.
+
+    Example:
+
+    ```python
+    import os
+    import tempfile
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
+    kwm.attach_scaling(model)
+    x = np.ones((1, 16), "float32")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "scaled.safetensors")
+        kwm.save_model(model, path)
+        again = kwm.load_model(path)
+    np.testing.assert_array_equal(model.predict(x), again.predict(x))
+    ```
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(
+            "`model` must be a built Keras model. Call it on data once, or "
+            f"`model.build(input_shape)`. Received: model={model!r}"
+        )
+    place = pathlib.Path(path)
+    if not place.parent.is_dir() or place.is_dir():
+        raise ValueError(
+            "`path` must name a file in a folder that exists. Received: "
+            f"path={os.fspath(path)!r}"
+        )
+    left_out = _preprocessor_to_leave_out(model)
+    with tempfile.TemporaryDirectory() as folder:
+        with plain_classes(model):
+            found = states.walk(model, left_out)
+            described = description.describe(model, found, left_out)
+            assets = states.save_assets(found, folder)
+        weights = states.weight_entries(found)
+        text = json.dumps(described).encode()
+        description.rehearse(json.loads(text), found, weights)
+        entries = {_MODEL: Entry((len(text),), "uint8"), **weights}
+        for name, file in assets.items():
+            entries[name] = Entry((file.stat().st_size,), "uint8")
+        with Writer(path, _FORMAT, _VERSION, entries) as writer:
+            writer.write(_MODEL, np.frombuffer(text, "uint8"))
+            for name, file in assets.items():
+                writer.write(name, np.fromfile(file, "uint8"))
+            states.write_weights(found, writer)
+
+
+def load_model(path, custom_objects=None):
+    """Loads a model that `save_model` saved.
+
+    The whole file is checked first: sizes, names, dtypes, shapes, places and
+    the SHA-256 of every entry and of the header. Then the model is built
+    without values, its changes in place are made again, and what it would
+    save is compared with what the file holds. Only then are the values read,
+    one layer after another, so that a second copy of the model is never in
+    memory, nor the dense kernels of a packed one.
+
+    A file can name only classes that Keras, KerasHub, `custom_objects` or a
+    registration know, and holds no code: layers that carry code, such as a
+    `Lambda` of a Python lambda, are refused. Do not load a file from a source
+    that you do not trust all the same: a config can ask for a model too large
+    for your machine.
+
+    Args:
+        path: String or path of the file.
+        custom_objects: Dict from name to class or function, those of the
+            model that are not registered. Defaults to none.
+
+    Returns:
+        The model: not compiled, or as its class compiles it when made.
+
+    Raises:
+        ValueError: If the file is not one of `save_model`, truncated or
+            altered, or the model cannot be built. The message names the entry
+            or the layer.
+        OSError: If the file cannot be read.
+
+    Example:
+
+    ```python
+    import os
+    import tempfile
+    import keras
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.safetensors")
+        kwm.save_model(model, path)
+        assert kwm.load_model(path).count_params() == 68
+    ```
+    """
+    with (
+        Reader(path, _FORMAT, versions=(_VERSION,)) as reader,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        described = _read_description(reader)
+        states.extract_assets(reader, folder)
+        weights = {
+            name: entry
+            for name, entry in reader.entries.items()
+            if states.is_weight(name)
+        }
+        try:
+            model, parts, pending = description.build(described, custom_objects)
+            description.check_same(weights, parts)
+        # What the code of a model's classes raises is not known.
+        except Exception as error:
+            raise ValueError(
+                f"The model cannot be built as the entry {_MODEL!r} of "
+                f"{os.fspath(path)!r} tells. {description.reason(error)}"
+            ) from error
+        states.check_assets(parts, reader)
+        states.load(parts, reader, folder, description.give_values)
+        description.finish(described, model, pending)
+    return model
+
+
+def _read_description(reader):
+    if _MODEL not in reader.entries:
+        raise reader.error(_MODEL, "is missing")
+    for name in reader.entries:
+        if not (
+            name == _MODEL or states.is_weight(name) or states.is_asset(name)
+        ):
+            raise reader.error(name, "is not one of a model")
+    described = reader.read_json(_MODEL)
+    try:
+        description.check(described)
+    except ValueError as error:
+        raise reader.error(_MODEL, str(error)) from error
+    return described
+
+
+def _preprocessor_to_leave_out(model):
+    """List of the model's preprocessor where it cannot be saved, or empty."""
+    preprocessor = getattr(model, "preprocessor", None)
+    if preprocessor is None:
+        return []
+    reason = description.obstacle_of_preprocessor(preprocessor)
+    if reason is None:
+        return []
+    warnings.warn(
+        f"The preprocessor of model {model.name!r} is not saved, as it cannot "
+        f"be brought back from its config and assets ({reason}). The file "
+        "holds the model alone: keep the preprocessor elsewhere, and set "
+        "`model.preprocessor` after `load_model`.",
+        stacklevel=3,
+    )
+    return [preprocessor]

@@ -1,0 +1,93 @@
+import ctypes
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+from keras_weightmods.ops.native import gpu
+
+HERE = pathlib.Path(__file__).parent
+GPU = pathlib.Path(gpu.__file__).parent
+
+# (x, values, rows) of the decode kernel, as the library numbers the types.
+VARIANTS = [
+    (x, values, rows)
+    for x in range(3)
+    for values in range(3)
+    for rows in ((1, 2, 4, 8) if x == 0 else (8, 16))
+]
+
+_VARIANT = """
+#define KWM_X {x}
+#define KWM_VALUES {values}
+#define KWM_ROWS {rows}
+#define kwm_decode kernel_{x}_{values}_{rows}
+namespace variant_{x}_{values}_{rows} {{
+#include "decode.cu"
+void run(int warps, const void* x, int rows, int k, int n, const void* values,
+         const void* meta, const float* scale, void* y) {{
+  emulated(kwm_decode, {x}, warps, x, rows, k, n, values, meta, scale, y);
+}}
+}}
+#undef KWM_X
+#undef KWM_VALUES
+#undef KWM_ROWS
+#undef kwm_decode
+"""
+
+
+@pytest.fixture(scope="session")
+def library():
+    if gpu.library() is None:
+        pytest.skip(gpu.why_not())
+    return gpu.library()
+
+
+@pytest.fixture(scope="session")
+def fake_cuda(tmp_path_factory):
+    """A library that stands for CUDA's on a CPU."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("fake_cuda")
+    finds = "".join(
+        f"  if (x == {x} && values == {values} && rows == {rows})\n"
+        f"    return variant_{x}_{values}_{rows}::run;\n"
+        for x, values, rows in VARIANTS
+    )
+    source = folder / "fake_cuda.cc"
+    source.write_text(
+        '#include "emulate.h"\n'
+        + "".join(
+            _VARIANT.format(x=x, values=v, rows=r) for x, v, r in VARIANTS
+        )
+        + "Runner find_variant(int x, int values, int rows) {\n"
+        + f"{finds}  return nullptr;\n}}\n"
+        + f'#include "{HERE}/fake_cuda.cc"\n'
+    )
+    built = folder / "fake_cuda.so"
+    flags = "-std=c++17 -O1 -shared -fPIC -pthread -Wno-unknown-pragmas"
+    subprocess.run(
+        [compiler, *flags.split(), f"-I{HERE}", f"-I{GPU}", source]
+        + ["-o", built],
+        check=True,
+    )
+    return built
+
+
+@pytest.fixture(scope="session")
+def faked(library, fake_cuda, tmp_path_factory):
+    """The GPU library over the fake, and the fake.
+
+    A copy of it, which keeps its own state: it has opened other libraries.
+    """
+    copy = tmp_path_factory.mktemp("kwm_gpu") / "copy.so"
+    shutil.copy(GPU / "kwm_gpu.so", copy)
+    over_fake = gpu.open_library(copy)
+    path = str(fake_cuda).encode()
+    source = (GPU / "decode.cu").read_bytes()
+    assert over_fake.kwm_gpu_load_driver(path) is None
+    assert over_fake.kwm_gpu_load_decode(source, path) is None
+    assert over_fake.kwm_gpu_load_cusparselt(path) is None
+    return over_fake, ctypes.CDLL(str(fake_cuda))

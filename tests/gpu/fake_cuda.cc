@@ -1,0 +1,317 @@
+// The CUDA driver, NVRTC and cuSPARSELt, as far as the GPU library calls them,
+// on a CPU: device memory is memory, and the decode kernel is emulated. They
+// check what they are given by the documentation of the real ones.
+//
+// Compiled after the variants of the kernel, whose `find_variant` it calls.
+
+#include <stdio.h>
+
+#include "cusparselt_api.h"
+
+namespace {
+
+using kwm::cusparselt::Opaque;
+namespace lt = kwm::cusparselt;
+
+constexpr int kInvalid = 1;      // CUDA_ERROR_INVALID_VALUE
+constexpr int kNoDevice = 101;   // CUDA_ERROR_INVALID_DEVICE
+constexpr int kLtInvalid = 3;    // CUSPARSE_STATUS_INVALID_VALUE
+constexpr int kAlgorithms = 5;
+constexpr int kWorkspace = 48;
+
+int context_depth = 0;
+int device = 0;  // the only one
+
+struct Variant {
+  int x, values, rows;
+};
+
+}  // namespace
+
+#define FAKE extern "C" __attribute__((visibility("default")))
+
+// What a test asks.
+FAKE int fake_context_depth() { return context_depth; }
+FAKE int fake_bad_meta() { return bad_meta; }
+
+// The driver.
+FAKE int cuInit(unsigned) { return 0; }
+FAKE int cuGetErrorString(int, const char** text) {
+  *text = "an error of the fake driver";
+  return 0;
+}
+FAKE int cuDeviceGet(int* handle, int ordinal) {
+  *handle = ordinal;
+  return ordinal == 0 ? 0 : kNoDevice;
+}
+FAKE int cuDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == 75 ? 9 : 0;
+  return attribute == 75 || attribute == 76 ? 0 : kInvalid;
+}
+FAKE int cuDevicePrimaryCtxRetain(void** context, int) {
+  *context = &device;
+  return 0;
+}
+FAKE int cuCtxPushCurrent_v2(void* context) {
+  ++context_depth;
+  return context == &device ? 0 : kInvalid;
+}
+FAKE int cuCtxPopCurrent_v2(void** context) {
+  *context = &device;
+  return --context_depth < 0 ? kInvalid : 0;
+}
+FAKE int cuModuleLoadData(void** module, const void* image) {
+  auto* variant = new Variant;
+  *module = variant;
+  const int read = sscanf(static_cast<const char*>(image), "fake %d %d %d",
+                          &variant->x, &variant->values, &variant->rows);
+  return context_depth == 1 && read == 3 ? 0 : kInvalid;
+}
+FAKE int cuModuleGetFunction(void** function, void* module, const char* name) {
+  *function = module;
+  return strcmp(name, "kwm_decode") == 0 ? 0 : kInvalid;
+}
+FAKE int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y,
+                        unsigned grid_z, unsigned block_x, unsigned block_y,
+                        unsigned block_z, unsigned shared_bytes, void*,
+                        void** arguments, void**) {
+  const auto& variant = *static_cast<Variant*>(function);
+  const auto pointer = [&](int i) { return *static_cast<void**>(arguments[i]); };
+  const auto number = [&](int i) { return *static_cast<int*>(arguments[i]); };
+  const int rows = number(1), k = number(2), n = number(3);
+  if (context_depth != 1 || grid_x != (n + 15u) / 16 || block_x % 32 != 0 ||
+      block_x == 0 || block_x > 512 || shared_bytes != 0 ||
+      grid_y * grid_z * block_y * block_z != 1 || rows > variant.rows) {
+    return kInvalid;
+  }
+  const Runner run = find_variant(variant.x, variant.values, variant.rows);
+  if (run == nullptr) return kInvalid;
+  run(block_x / 32, pointer(0), rows, k, n, pointer(4), pointer(5),
+      static_cast<float*>(pointer(6)), pointer(7));
+  return 0;
+}
+
+// NVRTC, whose machine code names the variant.
+FAKE const char* nvrtcGetErrorString(int) { return "an error of fake NVRTC"; }
+FAKE int nvrtcCreateProgram(void** program, const char* source, const char*,
+                            int, const char* const*, const char* const*) {
+  *program = new std::string;
+  return strstr(source, "kwm_decode") ? 0 : kInvalid;
+}
+FAKE int nvrtcCompileProgram(void* program, int count,
+                             const char* const* options) {
+  Variant variant{-1, -1, -1};
+  bool for_this_gpu = false;
+  for (int i = 0; i < count; ++i) {
+    sscanf(options[i], "-DKWM_X=%d", &variant.x);
+    sscanf(options[i], "-DKWM_VALUES=%d", &variant.values);
+    sscanf(options[i], "-DKWM_ROWS=%d", &variant.rows);
+    for_this_gpu |= strcmp(options[i], "--gpu-architecture=sm_90") == 0;
+  }
+  char code[64];
+  snprintf(code, sizeof code, "fake %d %d %d", variant.x, variant.values,
+           variant.rows);
+  *static_cast<std::string*>(program) = code;
+  return for_this_gpu ? 0 : kInvalid;
+}
+FAKE int nvrtcGetCUBINSize(void* program, size_t* size) {
+  *size = static_cast<std::string*>(program)->size() + 1;
+  return 0;
+}
+FAKE int nvrtcGetCUBIN(void* program, char* code) {
+  strcpy(code, static_cast<std::string*>(program)->c_str());
+  return 0;
+}
+FAKE int nvrtcGetProgramLogSize(void*, size_t* size) {
+  *size = 4;
+  return 0;
+}
+FAKE int nvrtcGetProgramLog(void*, char* log) {
+  strcpy(log, "log");
+  return 0;
+}
+FAKE int nvrtcDestroyProgram(void** program) {
+  delete static_cast<std::string*>(*program);
+  return 0;
+}
+
+// cuSPARSELt.
+namespace {
+
+struct Matrix {
+  int64_t rows, columns;
+  int type, order;
+  bool structured;
+
+  int size() const { return type == lt::kR8I ? 1 : type == lt::kR32I ? 4 : 2; }
+
+  // Of the element in row i and column j.
+  int64_t offset(int64_t i, int64_t j) const {
+    return order == lt::kOrderRow ? i * columns + j : j * rows + i;
+  }
+
+  float get(const void* data, int64_t i, int64_t j) const {
+    const int64_t at = offset(i, j);
+    if (type == lt::kR8I) return static_cast<const int8_t*>(data)[at];
+    x_type = type == lt::kR16F ? 2 : 1;
+    return widen(static_cast<const uint16_t*>(data)[at]);
+  }
+
+  void set(void* data, int64_t i, int64_t j, float value) const {
+    const int64_t at = offset(i, j);
+    if (type == lt::kR32I) {
+      static_cast<int32_t*>(data)[at] = static_cast<int32_t>(value);
+    } else {
+      x_type = type == lt::kR16F ? 2 : 1;
+      static_cast<uint16_t*>(data)[at] = round_pair(value, 0) & 0xffff;
+    }
+  }
+};
+
+struct Matmul {
+  Matrix a, b, d;
+  int algorithm;
+};
+
+template <typename T>
+T& as(Opaque* opaque) {
+  static_assert(sizeof(T) <= 512, "the library's structures are that small");
+  return *reinterpret_cast<T*>(opaque->data);
+}
+
+template <typename T>
+const T& as(const Opaque* opaque) {
+  return *reinterpret_cast<const T*>(opaque->data);
+}
+
+int init_matrix(Opaque* matrix, int64_t rows, int64_t columns, int64_t leading,
+                uint32_t alignment, int type, int order, bool structured) {
+  Matrix& made = as<Matrix>(matrix);
+  made = {rows, columns, type, order, structured};
+  // Of 16-bit types; twice as much of 8-bit ones.
+  const int multiple = (structured ? 16 : 8) * (type == lt::kR8I ? 2 : 1);
+  const bool fits = rows % multiple == 0 && columns % multiple == 0;
+  const int64_t line = order == lt::kOrderRow ? columns : rows;
+  return fits && leading == line && alignment == 16 && rows > 0 && columns > 0
+             ? 0
+             : kLtInvalid;
+}
+
+}  // namespace
+
+FAKE const char* cusparseLtGetErrorString(int) {
+  return "an error of fake cuSPARSELt";
+}
+FAKE int cusparseLtInit(Opaque*) { return context_depth == 1 ? 0 : kLtInvalid; }
+FAKE int cusparseLtGetVersion(const Opaque*, int* version) {
+  *version = 1234;
+  return 0;
+}
+FAKE int cusparseLtDenseDescriptorInit(const Opaque*, Opaque* matrix,
+                                       int64_t rows, int64_t columns,
+                                       int64_t leading, uint32_t alignment,
+                                       int type, int order) {
+  return init_matrix(matrix, rows, columns, leading, alignment, type, order,
+                     false);
+}
+FAKE int cusparseLtStructuredDescriptorInit(const Opaque*, Opaque* matrix,
+                                            int64_t rows, int64_t columns,
+                                            int64_t leading, uint32_t alignment,
+                                            int type, int order, int sparsity) {
+  return sparsity == 0 ? init_matrix(matrix, rows, columns, leading, alignment,
+                                     type, order, true)
+                       : kLtInvalid;
+}
+FAKE int cusparseLtMatmulDescriptorInit(const Opaque*, Opaque* matmul, int op_a,
+                                        int op_b, const Opaque* a,
+                                        const Opaque* b, const Opaque* c,
+                                        const Opaque* d, int compute) {
+  Matmul& made = as<Matmul>(matmul);
+  made = {as<Matrix>(a), as<Matrix>(b), as<Matrix>(d), -1};
+  const bool integer = made.a.type == lt::kR8I;
+  const bool fits =
+      op_a == 0 && op_b == 0 && c == d && made.a.structured &&
+      made.a.columns == made.b.rows && made.a.rows == made.d.rows &&
+      made.b.columns == made.d.columns && made.a.type == made.b.type &&
+      compute == (integer ? lt::kCompute32I : lt::kCompute32F) &&
+      made.d.type == (integer ? lt::kR32I : made.a.type);
+  return fits ? 0 : kLtInvalid;
+}
+FAKE int cusparseLtMatmulAlgSelectionInit(const Opaque*, Opaque* selection,
+                                          const Opaque* matmul, int algorithm) {
+  as<Matmul>(selection) = as<Matmul>(matmul);
+  return algorithm == 0 ? 0 : kLtInvalid;
+}
+FAKE int cusparseLtMatmulAlgSetAttribute(const Opaque*, Opaque* selection,
+                                         int attribute, const void* data,
+                                         size_t size) {
+  if (attribute != lt::kConfigId || size != sizeof(int)) return kLtInvalid;
+  as<Matmul>(selection).algorithm = *static_cast<const int*>(data);
+  return as<Matmul>(selection).algorithm < kAlgorithms ? 0 : kLtInvalid;
+}
+FAKE int cusparseLtMatmulAlgGetAttribute(const Opaque*, const Opaque*,
+                                         int attribute, void* data,
+                                         size_t size) {
+  if (attribute != lt::kConfigMaxId || size != sizeof(int)) return kLtInvalid;
+  *static_cast<int*>(data) = kAlgorithms;
+  return 0;
+}
+FAKE int cusparseLtMatmulPlanInit(const Opaque*, Opaque* plan,
+                                  const Opaque* matmul, const Opaque*) {
+  as<Matmul>(plan) = as<Matmul>(matmul);
+  return 0;
+}
+FAKE int cusparseLtMatmulGetWorkspace(const Opaque*, const Opaque*,
+                                      size_t* size) {
+  *size = kWorkspace;
+  return 0;
+}
+FAKE int cusparseLtSpMMACompressedSize2(const Opaque*, const Opaque* matrix,
+                                        size_t* compressed, size_t* workspace) {
+  const Matrix& a = as<Matrix>(matrix);
+  *compressed = a.rows * a.columns * a.size();
+  *workspace = kWorkspace;
+  return a.structured ? 0 : kLtInvalid;
+}
+// A copy; the kernel must be 2:4 along its columns.
+FAKE int cusparseLtSpMMACompress2(const Opaque*, const Opaque* matrix,
+                                  int is_sparse_a, int operation,
+                                  const void* dense, void* compressed,
+                                  void* workspace, void*) {
+  const Matrix& a = as<Matrix>(matrix);
+  if (!is_sparse_a || operation != 0 || !a.structured || !workspace) {
+    return kLtInvalid;
+  }
+  for (int64_t i = 0; i < a.rows; ++i) {
+    for (int64_t j = 0; j < a.columns; j += 4) {
+      int nonzeros = 0;
+      for (int64_t t = j; t < j + 4; ++t) nonzeros += a.get(dense, i, t) != 0;
+      if (nonzeros > 2) return kLtInvalid;
+    }
+  }
+  memset(workspace, 1, kWorkspace);
+  memcpy(compressed, dense, a.rows * a.columns * a.size());
+  return 0;
+}
+FAKE int cusparseLtMatmul(const Opaque*, const Opaque* plan, const void* alpha,
+                          const void* a, const void* b, const void* beta,
+                          const void* c, void* d, void* workspace,
+                          void** streams, int32_t stream_count) {
+  const Matmul& matmul = as<Matmul>(plan);
+  if (*static_cast<const float*>(alpha) != 1 ||
+      *static_cast<const float*>(beta) != 0 || c != d || !workspace ||
+      !streams || stream_count != 1 || context_depth != 1) {
+    return kLtInvalid;
+  }
+  memset(workspace, 1, kWorkspace);
+  for (int64_t i = 0; i < matmul.d.rows; ++i) {
+    for (int64_t j = 0; j < matmul.d.columns; ++j) {
+      float sum = 0;
+      for (int64_t t = 0; t < matmul.a.columns; ++t) {
+        sum += matmul.a.get(a, i, t) * matmul.b.get(b, t, j);
+      }
+      matmul.d.set(d, i, j, sum);
+    }
+  }
+  return 0;
+}

@@ -1,0 +1,217 @@
+"""The GPU library over a fake CUDA, against slow references in float64.
+
+The decode kernel's own source runs there on a CPU, lane by lane; cuSPARSELt is
+a fake that multiplies as its documentation says.
+"""
+
+import ctypes
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from keras_weightmods.ops import native
+from keras_weightmods.ops.native import gpu
+from keras_weightmods.ops.nm import nm_project
+from keras_weightmods.ops.packed import pack_kernel, unpack_kernel
+
+TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
+
+
+def make(rows, k, n, x_dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    kernel = np.zeros((-(-k // 4) * 4, n), "float32")
+    kernel[:k] = rng.normal(size=(k, n))
+    # Groups with fewer than two nonzeros, too.
+    kernel[rng.random(kernel.shape) < 0.2] = 0
+    kernel = np.asarray(nm_project(kernel, 2, 4)[:k])
+    x_dtype = np.dtype(getattr(ml_dtypes, x_dtype, None) or x_dtype)
+    return rng.normal(size=(rows, k)).astype(x_dtype), kernel
+
+
+def address(array):
+    return None if array is None else ctypes.c_void_p(array.ctypes.data)
+
+
+def error(y, expected):
+    difference = np.linalg.norm(y.astype("float64") - expected)
+    return difference / np.linalg.norm(expected)
+
+
+def decode_reference(x, packed):
+    """In float64, with the weights in the type that x is multiplied in."""
+    kernel = unpack_kernel(packed)
+    scale = np.ones(packed.shape[1])
+    if packed.dtype == "int8":
+        scale = packed.scale.ravel()[: packed.shape[1]].astype("float64")
+        kernel = np.rint(kernel / scale)
+    kernel = kernel.astype(x.dtype).astype("float64")
+    return x.astype("float64") @ kernel * scale
+
+
+def decode(library, x, packed, device=0):
+    # Whatever is not written stays NaN.
+    y = np.full((x.shape[0], packed.shape[1]), np.nan, x.dtype)
+    failure = library.kwm_gpu_decode(
+        device,
+        None,
+        gpu.X_TYPES[x.dtype.name],
+        native.type_code(packed.dtype),
+        address(x),
+        x.shape[0],
+        *packed.shape,
+        address(packed.values),
+        address(packed.meta),
+        address(packed.scale),
+        address(y),
+    )
+    return failure, y
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 16])
+@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
+def test_decode_equals_reference(faked, x_dtype, value_dtype, rows):
+    library, fake = faked
+    if rows > library.kwm_gpu_decode_rows(gpu.X_TYPES[x_dtype]):
+        pytest.skip("more rows than the kernel takes")
+    # Whole tiles in several rounds of one warp, then edges of both sizes.
+    for k, n in ((192, 16), (70, 21)):
+        x, kernel = make(rows, k, n, x_dtype)
+        packed = pack_kernel(kernel, value_dtype)
+        failure, y = decode(library, x, packed)
+        assert failure is None
+        assert error(y, decode_reference(x, packed)) <= TOLERANCE[x_dtype]
+    assert not fake.fake_bad_meta()
+    assert fake.fake_context_depth() == 0
+
+
+def test_decode_takes_any_meta(faked):
+    library, _ = faked
+    x, kernel = make(2, 40, 16, "float32")
+    packed = pack_kernel(kernel)
+    packed.meta[:] = -1
+    failure, y = decode(library, x, packed)
+    assert failure is None
+    assert np.isfinite(y).all()
+
+
+def test_decode_says_what_it_takes(faked):
+    library, fake = faked
+    x, kernel = make(9, 32, 16, "float32")
+    failure, _ = decode(library, x, pack_kernel(kernel))
+    assert b"takes 1 to 8 rows of this type, not 9" in failure
+    x, kernel = make(1, 33, 16, "bfloat16")
+    failure, _ = decode(library, x, pack_kernel(kernel))
+    assert b"an even k, not 33" in failure
+    x, kernel = make(1, 32, 16, "bfloat16")
+    failure, _ = decode(library, x, pack_kernel(kernel), device=1)
+    assert b"cuDeviceGet: an error of the fake driver (101)" in failure
+    packed = pack_kernel(kernel)
+    shifted = np.empty(packed.meta.nbytes + 4, np.uint8)[4:]
+    if shifted.ctypes.data % 8 == 0:
+        shifted = shifted[4:]
+    object.__setattr__(packed, "meta", shifted)
+    assert b"aligned to 8 bytes" in decode(library, x, packed)[0]
+    assert fake.fake_context_depth() == 0
+
+
+def compress(library, kernel):
+    """Compresses a kernel of the type to multiply in."""
+    k, n = kernel.shape
+    dtype = gpu.X_TYPES[kernel.dtype.name]
+    size, room = ctypes.c_int64(), ctypes.c_int64()
+    failure = library.kwm_gpu_compressed_size(
+        0, k, n, dtype, ctypes.byref(size), ctypes.byref(room)
+    )
+    if failure is not None:
+        return failure, None
+    transposed = np.ascontiguousarray(kernel.T)
+    compressed = np.empty(size.value, np.uint8)
+    workspace = np.empty(room.value, np.uint8)
+    failure = library.kwm_gpu_compress(
+        0,
+        None,
+        address(transposed),
+        k,
+        n,
+        dtype,
+        address(compressed),
+        address(workspace),
+    )
+    return failure, compressed
+
+
+def cusparselt(library, x, compressed, n, algorithm=-1):
+    dtype = gpu.X_TYPES[x.dtype.name]
+    y = np.zeros((x.shape[0], n), "int32" if x.dtype == np.int8 else x.dtype)
+    product = (*x.shape, n, dtype)
+    room = ctypes.c_int64()
+    failure = library.kwm_gpu_prepare_cusparselt(
+        0, *product, algorithm, ctypes.byref(room)
+    )
+    if failure is not None:
+        return failure, None
+    workspace = np.empty(room.value, np.uint8)
+    failure = library.kwm_gpu_cusparselt(
+        0,
+        None,
+        address(x),
+        *product,
+        algorithm,
+        address(compressed),
+        address(y),
+        address(workspace),
+    )
+    return failure, y
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("algorithm", [-1, 2])
+def test_cusparselt_equals_reference(faked, dtype, algorithm):
+    library, fake = faked
+    rows, k, n = 16, 64, 32
+    x, kernel = make(rows, k, n, "float32")
+    if dtype == "int8":
+        x, kernel = np.rint(20 * x), np.rint(20 * kernel)
+    dtype = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    failure, compressed = compress(library, kernel)
+    assert failure is None
+    failure, y = cusparselt(library, x, compressed, n, algorithm)
+    assert failure is None
+    expected = x.astype("float64") @ kernel.astype("float64")
+    if dtype == np.int8:
+        np.testing.assert_array_equal(y, expected)
+    else:
+        assert error(y, expected) <= TOLERANCE[dtype.name]
+    assert fake.fake_context_depth() == 0
+
+
+def test_cusparselt_algorithms(faked):
+    library, _ = faked
+    count = ctypes.c_int64()
+    product = (0, 16, 64, 32, gpu.X_TYPES["bfloat16"])
+    failure = library.kwm_gpu_cusparselt_algorithms(
+        *product, ctypes.byref(count)
+    )
+    assert failure is None
+    assert count.value == 5
+    assert library.kwm_gpu_cusparselt_version(0) == 1234
+
+
+def test_cusparselt_says_what_failed(faked):
+    library, fake = faked
+    x, kernel = make(16, 64, 32, "float32")
+    failure, _ = compress(library, kernel)
+    assert failure == b"cuSPARSELt multiplies bfloat16, float16 and int8"
+    failure, _ = compress(library, kernel[:, :30].astype("float16"))
+    expected = b"cuSPARSELt, structured matrix: an error of fake cuSPARSELt (3)"
+    assert failure == expected
+    x = x.astype("float16")
+    _, compressed = compress(library, kernel.astype("float16"))
+    failure, _ = cusparselt(library, x, compressed, 32, algorithm=7)
+    assert failure.startswith(b"cuSPARSELt, choice of the algorithm: ")
+    failure, _ = cusparselt(library, x[:3], compressed, 32)
+    assert failure.startswith(b"cuSPARSELt, activations: ")
+    assert fake.fake_context_depth() == 0

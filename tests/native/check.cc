@@ -1,0 +1,222 @@
+// Random kernels, shapes and calls against plain loops in double, on every
+// instruction set of this machine, with and without threads. Made to run under
+// sanitizers: each array is an allocation of exactly its size.
+//
+//     check SECONDS SEED
+//
+// Half of the kernels are valid, the other half random bits.
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kwm_native.h"
+
+namespace {
+
+using Random = std::mt19937_64;
+
+// Not a vector: its storage may be larger than its size.
+template <class T>
+struct Array {
+  explicit Array(int64_t size)
+      : size(size), data(new T[static_cast<size_t>(size)]()) {}
+  T& operator[](int64_t i) { return data[static_cast<size_t>(i)]; }
+  T* get() { return data.get(); }
+  int64_t size;
+  std::unique_ptr<T[]> data;
+};
+
+int64_t between(Random& random, int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(random);
+}
+
+float normal(Random& random) {
+  return std::normal_distribution<float>()(random);
+}
+
+// A quarter of the sizes lie next to where a kernel or a tile ends.
+int64_t any_size(Random& random, int64_t most) {
+  if (between(random, 0, 3) > 0) return between(random, 0, most);
+  static const int64_t edges[] = {1, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512};
+  const int64_t edge = edges[between(random, 0, 13)];
+  return std::min(most, edge + between(random, -1, 1));
+}
+
+struct Pool {
+  int threads;
+};
+
+void parallel_for(void* pool, int64_t count, int64_t grain, kwm_task task,
+                  void* context) {
+  const int64_t parts = static_cast<Pool*>(pool)->threads;
+  const int64_t step = std::max(grain, (count + parts - 1) / parts);
+  std::vector<std::thread> threads;
+  for (int64_t begin = 0; begin < count; begin += step) {
+    threads.emplace_back(task, context, begin, std::min(count, begin + step));
+  }
+  for (auto& thread : threads) thread.join();
+}
+
+bool close(const char* what, float got, double expected, double size) {
+  // A sum of terms of this size, rounded in float32 at every step.
+  if (fabs(got - expected) <= 1e-5 * size + 1e-30) return true;
+  printf("%s: %.9g, expected %.9g (terms sum up to %.3g)\n", what, got,
+         expected, size);
+  return false;
+}
+
+struct Case {
+  explicit Case(uint64_t seed) : random(seed) {
+    k = any_size(random, 300);
+    n = any_size(random, 150);
+    rows = any_size(random, between(random, 0, 9) ? 70 : 600);
+    type = static_cast<int>(between(random, 0, 2));
+    valid = between(random, 0, 1) == 1;
+    pool.threads = static_cast<int>(between(random, 1, 4));
+    threaded = between(random, 0, 1) == 1;
+  }
+
+  bool run();
+  bool run_products();
+
+  Random random;
+  int64_t k, n, rows;
+  int type;
+  bool valid, threaded;
+  Pool pool;
+};
+
+bool Case::run() {
+  std::vector<int> sets;
+  for (int isa = KWM_ISA_SCALAR; isa <= KWM_ISA_NEON; ++isa) {
+    if (kwm_set_isa(isa) == isa) sets.push_back(isa);
+  }
+  kwm_set_isa(sets[static_cast<size_t>(
+      between(random, 0, static_cast<int64_t>(sets.size()) - 1))]);
+  return run_products();
+}
+
+bool Case::run_products() {
+  Array<float> kernel(k * n);
+  for (int64_t column = 0; column < n; ++column) {
+    for (int64_t group = 0; group < k; group += 4) {
+      for (int kept = 0; kept < 2; ++kept) {
+        const int64_t row = group + between(random, 0, 3);
+        if (row < k) kernel[row * n + column] = normal(random);
+      }
+    }
+  }
+  Array<unsigned char> values(kwm_values_bytes(k, n, type));
+  Array<uint32_t> meta(kwm_meta_bytes(k, n) / 4);
+  Array<float> scale(kwm_scale_bytes(k, n, type) / 4);
+  float* scale_or_null = type == KWM_INT8 ? scale.get() : nullptr;
+  if (kwm_pack(kernel.get(), k, n, type, values.get(), meta.get(),
+               scale_or_null) != 0) {
+    printf("a valid kernel was refused\n");
+    return false;
+  }
+  if (!valid) {
+    for (int64_t i = 0; i < meta.size; ++i) {
+      meta[i] = static_cast<uint32_t>(random());
+    }
+  }
+  kwm_unpack(values.get(), meta.get(), scale_or_null, k, n, type, kernel.get());
+
+  const kwm_parallel_for loop = threaded ? parallel_for : nullptr;
+  Array<float> x(rows * k), dy(rows * n), y(rows * n), dx(rows * k);
+  for (int64_t i = 0; i < x.size; ++i) x[i] = normal(random);
+  for (int64_t i = 0; i < dy.size; ++i) dy[i] = normal(random);
+  for (int64_t i = 0; i < y.size; ++i) y[i] = NAN;
+  for (int64_t i = 0; i < dx.size; ++i) dx[i] = NAN;
+
+  kwm_matmul(x.get(), rows, k, n, type, values.get(), meta.get(), scale_or_null,
+             y.get(), loop, &pool);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < n; ++column) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        const double term =
+            static_cast<double>(x[row * k + i]) * kernel[i * n + column];
+        sum += term;
+        size += fabs(term);
+      }
+      if (!close("matmul", y[row * n + column], sum, size)) return false;
+    }
+  }
+
+  kwm_matmul_transposed(dy.get(), rows, k, n, type, values.get(), meta.get(),
+                        scale_or_null, dx.get(), loop, &pool);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < k; ++i) {
+      double sum = 0, size = 0;
+      for (int64_t column = 0; column < n; ++column) {
+        const double term =
+            static_cast<double>(dy[row * n + column]) * kernel[i * n + column];
+        sum += term;
+        size += fabs(term);
+      }
+      if (!close("transposed", dx[row * k + i], sum, size)) return false;
+    }
+  }
+
+  Array<float> dvalues(kwm_values_bytes(k, n, KWM_FLOAT32) / 4);
+  for (int64_t i = 0; i < dvalues.size; ++i) dvalues[i] = NAN;
+  kwm_values_gradient(x.get(), dy.get(), rows, k, n, meta.get(), dvalues.get(),
+                      loop, &pool);
+  const int64_t row_blocks = (k + 31) / 32;
+  for (int64_t i = 0; i < dvalues.size; ++i) {
+    const int64_t lane = i % 16, slot = i / 16 % 16;
+    const int64_t block = i / 256 % row_blocks, column_block = i / 256 / row_blocks;
+    const int64_t column = column_block * 16 + lane;
+    const uint32_t word = meta[i / 256 * 16 + lane];
+    const int64_t row = block * 32 + slot / 2 * 4 + (word >> (2 * slot) & 3);
+    double sum = 0, size = 0;
+    if (row < k && column < n) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const double term =
+            static_cast<double>(x[r * k + row]) * dy[r * n + column];
+        sum += term;
+        size += fabs(term);
+      }
+    }
+    if (!close("gradient", dvalues[i], sum, size)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  const auto end = std::chrono::steady_clock::now() +
+                   std::chrono::duration<double>(atof(argv[1]));
+  uint64_t seed = strtoull(argv[2], nullptr, 10);
+  int64_t count = 0;
+  do {
+    Case random_case(seed);
+    if (!random_case.run()) {
+      printf("seed %llu: k %lld, n %lld, rows %lld, type %d, valid %d, isa %d, "
+             "threads %d\n",
+             static_cast<unsigned long long>(seed),
+             static_cast<long long>(random_case.k),
+             static_cast<long long>(random_case.n),
+             static_cast<long long>(random_case.rows), random_case.type,
+             random_case.valid, kwm_isa(),
+             random_case.threaded ? random_case.pool.threads : 0);
+      return 1;
+    }
+    ++seed;
+    ++count;
+  } while (std::chrono::steady_clock::now() < end);
+  printf("%lld cases\n", static_cast<long long>(count));
+  return 0;
+}

@@ -1,0 +1,159 @@
+"""The C++ core alone: built by the tests, called through ctypes."""
+
+import ctypes
+import functools
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).parent
+SOURCES = HERE.parents[1] / "keras_weightmods" / "ops" / "native"
+CORE = ["core", "pack", "scalar", "avx2", "avx512", "neon"]
+
+TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+ISAS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
+VALUES_DTYPE = {"float32": "float32", "bfloat16": "uint16", "int8": "int8"}
+
+Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+ParallelFor = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int64,
+    Task,
+    ctypes.c_void_p,
+)
+
+
+def compiler():
+    return next(
+        filter(None, map(shutil.which, ["c++", "g++", "clang++"])), None
+    )
+
+
+def build(target, *flags, command=None, sources=()):
+    """Compiles the core and `sources`; returns the path of `target`."""
+    core = [str(SOURCES / f"{name}.cc") for name in CORE]
+    command = command or [compiler()]
+    subprocess.run(
+        [*command, "-std=c++17", f"-I{SOURCES}", "-Wall", "-Wextra", "-Werror"]
+        + [*flags, *core, *map(str, sources), "-o", str(target), "-pthread"],
+        check=True,
+    )
+    return target
+
+
+@functools.cache
+def load():
+    """The library, compiled once, with the types of its functions."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = build(
+            pathlib.Path(folder) / "core.so", "-O2", "-shared", "-fPIC"
+        )
+        library = ctypes.CDLL(str(path))
+    size, kind, array = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
+    packed = [size, size, size, kind, array, array, array]
+    for name, result, arguments in [
+        ("kwm_values_bytes", size, [size, size, kind]),
+        ("kwm_meta_bytes", size, [size, size]),
+        ("kwm_scale_bytes", size, [size, size, kind]),
+        ("kwm_pack", size, [array, size, size, kind, array, array, array]),
+        ("kwm_unpack", None, [array] * 3 + [size, size, kind, array]),
+        ("kwm_matmul", None, [array, *packed, array, array, array]),
+        ("kwm_matmul_transposed", None, [array, *packed, array, array, array]),
+        (
+            "kwm_values_gradient",
+            None,
+            [array] * 2 + [size] * 3 + [array] * 4,
+        ),
+        ("kwm_is_faster_than_dense", kind, [size, size, size, kind]),
+    ]:
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def isas():
+    """Names of the instruction sets that this machine has."""
+    here = load().kwm_isa()
+    names = [name for name, i in ISAS.items() if load().kwm_set_isa(i) == i]
+    load().kwm_set_isa(here)
+    return names
+
+
+def pointer(array):
+    return None if array is None else array.ctypes.data
+
+
+def pack(kernel, dtype="float32"):
+    """Returns values, meta, scale and the number of bad groups."""
+    kernel = np.ascontiguousarray(kernel, "float32")
+    k, n = kernel.shape
+    kind = TYPES[dtype]
+    library = load()
+    # Not zeros: what is not written shows.
+    values = np.full(library.kwm_values_bytes(k, n, kind), 0xA5, "uint8")
+    meta = np.full(library.kwm_meta_bytes(k, n) // 4, 0xA5A5A5A5, "uint32")
+    scale = None
+    if dtype == "int8":
+        scale = np.full(library.kwm_scale_bytes(k, n, kind) // 4, -1, "float32")
+    bad = library.kwm_pack(
+        *map(pointer, [kernel]),
+        k,
+        n,
+        kind,
+        *map(pointer, [values, meta, scale]),
+    )
+    return values.view(VALUES_DTYPE[dtype]), meta, scale, bad
+
+
+def unpack(packed, k, n, dtype="float32"):
+    kernel = np.full((k, n), np.nan, "float32")
+    load().kwm_unpack(
+        *map(pointer, packed), k, n, TYPES[dtype], kernel.ctypes.data
+    )
+    return kernel
+
+
+def matmul(x, packed, n, dtype="float32", parallel_for=None, transposed=False):
+    """x @ W, or with transposed=True and dy for x, dy @ W^T, of k = n."""
+    x = np.ascontiguousarray(x, "float32")
+    rows, inner = x.shape
+    out = np.full((rows, n), np.nan, "float32")
+    library = load()
+    function = (
+        library.kwm_matmul_transposed if transposed else library.kwm_matmul
+    )
+    function(
+        x.ctypes.data,
+        rows,
+        *((n, inner) if transposed else (inner, n)),
+        TYPES[dtype],
+        *map(pointer, packed),
+        out.ctypes.data,
+        parallel_for,
+        None,
+    )
+    return out
+
+
+def values_gradient(x, dy, meta, parallel_for=None):
+    x = np.ascontiguousarray(x, "float32")
+    dy = np.ascontiguousarray(dy, "float32")
+    k, n = x.shape[1], dy.shape[1]
+    out = np.full(load().kwm_values_bytes(k, n, 0) // 4, np.nan, "float32")
+    load().kwm_values_gradient(
+        x.ctypes.data,
+        dy.ctypes.data,
+        len(x),
+        k,
+        n,
+        meta.ctypes.data,
+        out.ctypes.data,
+        parallel_for,
+        None,
+    )
+    return out

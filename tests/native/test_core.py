@@ -1,0 +1,294 @@
+import contextlib
+import ctypes
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.native import native_core
+
+if native_core.compiler() is None:
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+ISAS = native_core.isas()
+DTYPES = list(native_core.TYPES)
+SHAPES = [(1, 1), (3, 5), (32, 16), (33, 17), (576, 48), (100, 200), (260, 31)]
+# Around every tile: of AVX2 and NEON (4), AVX-512 (16), the lanes of the
+# transposed product, and more than one panel.
+ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 50, 129, 515]
+
+
+@contextlib.contextmanager
+def isa(name):
+    library = native_core.load()
+    before = library.kwm_isa()
+    assert library.kwm_set_isa(native_core.ISAS[name]) >= 0
+    yield
+    library.kwm_set_isa(before)
+
+
+def sparse_kernel(rng, k, n):
+    """2:4, with groups of no, one and two nonzeros."""
+    kernel = rng.standard_normal((k, n)).astype("float32")
+    padded = -(-k // 4) * 4
+    order = rng.random((padded // 4, 4, n)).argsort(1).reshape(padded, n)
+    kernel[order[:k] >= 2] = 0
+    kernel[rng.random((k, n)) < 0.1] = 0
+    return kernel
+
+
+def bfloat16(x):
+    """Rounded to nearest even, still float32."""
+    bits = np.asarray(x, "float32").view("uint32").astype("uint64")
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return bits.astype("uint32").view("float32")
+
+
+def reference_unpack(packed, k, n, dtype):
+    """The layout of kwm_native.h, slot by slot, float64."""
+    values, meta, scale = packed
+    row_blocks = -(-k // 32)
+    meta = meta.reshape(-1, row_blocks, 16)
+    kernel = np.zeros((k, n))
+    for column in range(n):
+        block, lane = divmod(column, 16)
+        for row_block in range(row_blocks):
+            for slot in range(16):
+                index = int(meta[block, row_block, lane]) >> (2 * slot) & 3
+                row = 32 * row_block + slot // 2 * 4 + index
+                if row >= k:
+                    continue
+                if dtype == "float32":
+                    v = values.reshape(-1, row_blocks, 16, 16)
+                    value = v[block, row_block, slot, lane]
+                elif dtype == "bfloat16":
+                    v = values.reshape(-1, row_blocks, 8, 16, 2)
+                    half = v[block, row_block, slot // 2, lane, slot % 2]
+                    value = np.uint32(int(half) << 16).view("float32")
+                else:
+                    v = values.reshape(-1, row_blocks, 4, 16, 4)
+                    value = v[block, row_block, slot % 4, lane, slot // 4]
+                    value = float(value) * scale[column]
+                kernel[row, column] += value
+    return kernel
+
+
+def assert_close(got, a, b):
+    """`got` is a @ b, to 1e-5 of the largest and of what the terms add to."""
+    a, b = a.astype("float64"), b.astype("float64")
+    assert got.shape == (a.shape[0], b.shape[1])
+    if got.size == 0:
+        return
+    expected = a @ b
+    error = np.abs(got - expected)
+    assert np.isfinite(got).all()
+    assert (error <= 1e-5 * (np.abs(a) @ np.abs(b))).all()
+    assert error.max() <= 1e-5 * max(np.abs(expected).max(), 1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_pack(k, n, dtype, rng):
+    kernel = sparse_kernel(rng, k, n)
+    *packed, bad = native_core.pack(kernel, dtype)
+    assert bad == 0
+    got = native_core.unpack(packed, k, n, dtype)
+    np.testing.assert_allclose(
+        got, reference_unpack(packed, k, n, dtype), rtol=1e-6
+    )
+    if dtype == "float32":
+        np.testing.assert_array_equal(got, kernel)
+    elif dtype == "bfloat16":
+        np.testing.assert_array_equal(got, bfloat16(kernel))
+    else:
+        step = np.abs(kernel).max(0) / 127
+        np.testing.assert_allclose(packed[2][:n], np.where(step, step, 1))
+        np.testing.assert_array_equal(packed[2][n:], 1)
+        assert (np.abs(got - kernel) <= step * 0.5001).all()
+
+    # Padding is zero; indices rise.
+    values, meta, _ = packed
+    assert np.count_nonzero(values) <= np.count_nonzero(kernel)
+    slots = meta[:, None] >> np.arange(0, 32, 2, dtype="uint32") & 3
+    assert (slots[:, ::2] < slots[:, 1::2]).all()
+
+
+def test_pack_counts_groups_of_more_than_two(rng):
+    kernel = sparse_kernel(rng, 70, 20)
+    kernel[[4, 5, 6], 3] = 1
+    kernel[[8, 9, 10, 11], 19] = np.nan
+    # The last group has two rows: nothing can be wrong with it.
+    kernel[68:, :] = 1
+    assert native_core.pack(kernel)[3] == 2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e-45, 3e38])
+def test_pack_keeps_every_float32(value):
+    kernel = np.zeros((8, 3), "float32")
+    kernel[6, 1] = value
+    *packed, bad = native_core.pack(kernel)
+    assert bad == 0
+    np.testing.assert_array_equal(native_core.unpack(packed, 8, 3), kernel)
+
+
+def test_int8_column_that_is_not_finite_is_nan_and_no_other():
+    kernel = np.ones((4, 3), "float32") * [[1], [1], [0], [0]]
+    kernel[0, 1] = np.inf
+    *packed, _ = native_core.pack(kernel, "int8")
+    got = native_core.unpack(packed, 4, 3, "int8")
+    assert np.isnan(got[:2, 1]).all()
+    np.testing.assert_allclose(got[:, [0, 2]], kernel[:, [0, 2]], rtol=1e-6)
+
+
+def test_sizes():
+    library = native_core.load()
+    assert library.kwm_abi_version() == 1
+    # 576 x 1536: bytes over those of dense float32.
+    dense = 576 * 1536 * 4
+    meta = library.kwm_meta_bytes(576, 1536)
+    for kind, share in [(0, 0.53125), (1, 0.28125), (2, 0.15625)]:
+        size = library.kwm_values_bytes(576, 1536, kind) + meta
+        assert size == share * dense
+    assert library.kwm_values_bytes(576, 1536, 3) == -1
+    assert library.kwm_values_bytes(0, 5, 0) == 0
+
+
+def test_set_isa_refuses_what_is_not_there():
+    library = native_core.load()
+    before = library.kwm_isa()
+    assert library.kwm_set_isa(17) == -1
+    missing = set(native_core.ISAS) - set(ISAS)
+    assert missing
+    for name in missing:
+        assert library.kwm_set_isa(native_core.ISAS[name]) == -1
+    assert library.kwm_isa() == before
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_products(k, n, dtype, name, rng):
+    *packed, _ = native_core.pack(sparse_kernel(rng, k, n), dtype)
+    kernel = native_core.unpack(packed, k, n, dtype)
+    rows_here = ROWS if name != "scalar" else [0, 1, 3, 4, 18]
+    with isa(name):
+        for rows in rows_here:
+            x = rng.standard_normal((rows, k)).astype("float32")
+            assert_close(native_core.matmul(x, packed, n, dtype), x, kernel)
+            dy = rng.standard_normal((rows, n)).astype("float32")
+            dx = native_core.matmul(dy, packed, k, dtype, transposed=True)
+            assert_close(dx, dy, kernel.T)
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_values_gradient(k, n, name, rng):
+    kernel = sparse_kernel(rng, k, n)
+    _, meta, _, _ = native_core.pack(kernel)
+    with isa(name):
+        for rows in [0, 1, 5, 515 if name != "scalar" else 20]:
+            x = rng.standard_normal((rows, k)).astype("float32")
+            dy = rng.standard_normal((rows, n)).astype("float32")
+            got = native_core.values_gradient(x, dy, meta)
+            # As values of a kernel they are x^T dy where meta points to.
+            dense = native_core.unpack((got, meta, None), k, n)
+            expected = x.T.astype("float64") @ dy
+            kept = native_core.unpack((np.ones_like(got), meta, None), k, n)
+            size = np.abs(x.T.astype("float64")) @ np.abs(dy)
+            assert (np.abs(dense - expected * kept) <= 1e-5 * size).all()
+            assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_meta_is_a_kernel(name, dtype, rng):
+    k, n = 75, 40
+    values, meta, scale, _ = native_core.pack(sparse_kernel(rng, k, n), dtype)
+    meta = rng.integers(0, 2**32, meta.shape, "uint32")
+    packed = values, meta, scale
+    kernel = reference_unpack(packed, k, n, dtype)
+    x = rng.standard_normal((9, k)).astype("float32")
+    dy = rng.standard_normal((9, n)).astype("float32")
+    with isa(name):
+        np.testing.assert_allclose(
+            native_core.unpack(packed, k, n, dtype), kernel, atol=1e-5
+        )
+        assert_close(native_core.matmul(x, packed, n, dtype), x, kernel)
+        dx = native_core.matmul(dy, packed, k, dtype, transposed=True)
+        assert_close(dx, dy, kernel.T)
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_need_no_alignment(name, dtype, rng):
+    k, n = 64, 32
+    *packed, _ = native_core.pack(sparse_kernel(rng, k, n), dtype)
+    x = rng.standard_normal((5, k)).astype("float32")
+    with isa(name):
+        expected = native_core.matmul(x, packed, n, dtype)
+        # One element behind where NumPy puts an array.
+        moved = [
+            None if a is None else np.concatenate([a[:1], a])[1:]
+            for a in packed
+        ]
+        got = native_core.matmul(x, moved, n, dtype)
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("rows", [1, 16, 70])
+def test_split_of_the_work_does_not_change_the_result(name, rows, rng):
+    k, n = (1024, 1500) if name != "scalar" else (64, 100)
+    *packed, _ = native_core.pack(sparse_kernel(rng, k, n))
+    x = rng.standard_normal((rows, k)).astype("float32")
+    dy = rng.standard_normal((rows, n)).astype("float32")
+    calls = []
+
+    @native_core.ParallelFor
+    def backwards(pool, count, grain, task, context):
+        calls.append((count, grain))
+        cuts = [0, *sorted(rng.integers(0, count + 1, 3)), count]
+        for begin, end in reversed([*itertools.pairwise(cuts)]):
+            if begin < end:
+                task(context, int(begin), int(end))
+
+    loop = ctypes.cast(backwards, ctypes.c_void_p)
+    with isa(name):
+        for how in [None, loop]:
+            y = native_core.matmul(x, packed, n, parallel_for=how)
+            dx = native_core.matmul(
+                dy, packed, k, parallel_for=how, transposed=True
+            )
+            dv = native_core.values_gradient(x, dy, packed[1], how)
+            if how is None:
+                expected = y, dx, dv
+        for got, want in zip((y, dx, dv), expected):
+            np.testing.assert_array_equal(got, want)
+    assert name == "scalar" or len(calls) >= 3
+
+
+@pytest.mark.parametrize("name", ISAS)
+@settings(max_examples=25, deadline=None)
+@given(
+    k=st.integers(1, 130),
+    n=st.integers(1, 70),
+    rows=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_matmul_of_any_shape(name, k, n, rows, dtype, seed):
+    rng = np.random.default_rng(seed)
+    *packed, _ = native_core.pack(sparse_kernel(rng, k, n), dtype)
+    x = rng.standard_normal((rows, k)).astype("float32")
+    kernel = native_core.unpack(packed, k, n, dtype)
+    with isa(name):
+        got = native_core.matmul(x, packed, n, dtype).astype("float64")
+    size = np.abs(x.astype("float64")) @ np.abs(kernel)
+    assert (np.abs(got - x.astype("float64") @ kernel) <= 1e-5 * size).all()
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
