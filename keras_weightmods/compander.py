@@ -29,12 +29,11 @@ from keras_weightmods.utils.attach import (
 # the arc tangent is below 1/4000 of that at zero: a weight there is stuck.
 _USABLE = 0.99
 
-# Learnable a and b are `_LEAST + softplus(_SHARPNESS * raw) / _SHARPNESS`:
-# positive whatever an optimizer or an average of weights makes of `raw`, and
-# so close to `raw` itself where a and b mostly are, above 0.3, that they are
-# trained at the given learning rate.
+# Learnable a and b are `_LEAST + (raw + sqrt(raw**2 + 1)) / 2`: positive
+# whatever an optimizer or an average of weights makes of `raw`, and close to
+# `raw` where large. Its slope falls as the square near zero: with softplus,
+# where it falls exponentially, one large step can bring a to zero for good.
 _LEAST = 1e-3
-_SHARPNESS = 10.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -384,8 +383,9 @@ class _OnCompanded:
 
 
 def _positive(raw):
-    return _LEAST + ops.softplus(_SHARPNESS * raw) / _SHARPNESS
+    # The sum of the comment above; as it stands there it would cancel.
+    return _LEAST + ops.exp(ops.arcsinh(raw)) / 2
 
 
 def _raw(value):
-    return math.log(math.expm1(_SHARPNESS * (value - _LEAST))) / _SHARPNESS
+    return math.sinh(math.log(2 * (value - _LEAST)))

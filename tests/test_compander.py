@@ -145,10 +145,25 @@ def test_fit_follows_the_gradient_of_all_three():
     np.testing.assert_allclose(
         model.weights[0].numpy(), v - rate * to_w * slope, atol=1e-6
     )
-    # The raw pair is so close to the pair that it takes its steps.
     da, db = np.sum(to_w * w) / a, -np.sum(to_w * slope * v) / b
-    assert kernel.a - a == pytest.approx(-rate * da, rel=0.01)
-    assert kernel.b - b == pytest.approx(-rate * db, rel=0.01)
+    for value, start, gradient in ((kernel.a, a, da), (kernel.b, b, db)):
+        half = start - 1e-3
+        raw = half - 1 / (4 * half)
+        raw -= rate * gradient * half / np.sqrt(raw**2 + 1)
+        assert value == pytest.approx(
+            1e-3 + (raw + np.sqrt(raw**2 + 1)) / 2, rel=1e-5
+        )
+
+
+def test_a_and_b_come_back_from_a_step_too_far():
+    model = dense_model()
+    (kernel, _) = kwm.compand_model(model).kernels
+    model.layers[0].weights[-1].assign([-2.0, -2.0])
+    assert kernel.a < 0.2
+    small = kernel.a, kernel.b
+    x, y = inputs_for(model), 10 * np.ones((4, 3))
+    step(model, keras.optimizers.SGD(0.1), x, y)
+    assert (kernel.a, kernel.b) != small
 
 
 @pytest.mark.parametrize("value", [-1e30, -1e6, 0.0, 1e6])

