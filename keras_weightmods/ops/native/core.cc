@@ -46,6 +46,17 @@ const Kernels* supported(int isa) {
   }
 }
 
+// Null where there are none for this instruction set or CPU.
+const kwm::DigitKernels* digit_kernels(const Kernels& kernels) {
+  if (kernels.isa != KWM_ISA_AVX512) return nullptr;
+#if defined(__x86_64__)
+  static const bool here = __builtin_cpu_supports("avx512vnni") &&
+                           __builtin_cpu_supports("avx512vbmi");
+  if (here) return kwm::avx512_vnni_kernels();
+#endif
+  return nullptr;
+}
+
 const Kernels* best() {
   const int from_best[] = {KWM_ISA_NEON, KWM_ISA_AVX512, KWM_ISA_AVX2};
   for (int isa : from_best) {
@@ -59,20 +70,21 @@ std::atomic<const Kernels*>& in_use() {
   return kernels;
 }
 
-// Floats that begin at a cache line.
+// Memory that begins at a cache line.
+template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(::operator new(
-            static_cast<size_t>(floats) * sizeof(float), kAlignment))) {}
-  float* get() const { return data_.get(); }
+  explicit Scratch(int64_t size)
+      : data_(static_cast<T*>(::operator new(
+            static_cast<size_t>(size) * sizeof(T), kAlignment))) {}
+  T* get() const { return data_.get(); }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
   struct Delete {
-    void operator()(float* data) const { ::operator delete(data, kAlignment); }
+    void operator()(T* data) const { ::operator delete(data, kAlignment); }
   };
-  std::unique_ptr<float, Delete> data_;
+  std::unique_ptr<T, Delete> data_;
 };
 
 struct Threads {
@@ -129,6 +141,26 @@ void pack_transposed(const float* in, int64_t rows, int64_t columns,
   }
 }
 
+// `rows` rows in `count` tiles of up to `step`, padded to `padded`.
+struct Tiling {
+  Tiling(int64_t rows, const int* sizes) : rows(rows) {
+    const int* most = sizes;
+    while (most[1] != 0) ++most;
+    count = kwm::ceil_div(rows, *most);
+    step = kwm::ceil_div(rows, count);
+    while (*sizes < step) ++sizes;
+    padded = *sizes;
+  }
+
+  int64_t first(int64_t tile) const { return tile * step; }
+  int64_t rows_of(int64_t tile) const {
+    return kwm::min(step, rows - first(tile));
+  }
+
+  int64_t rows, count, step;
+  int padded;
+};
+
 class Matmul {
  public:
   Matmul(const Kernels& kernels, const Packed& w, Threads threads)
@@ -136,68 +168,108 @@ class Matmul {
 
   void run(const float* x, int64_t rows, float* y) const {
     for (int64_t row = 0; row < rows; row += kPanelRows) {
-      run_panel(x + row * w_.k, kwm::min(kPanelRows, rows - row),
-                y + row * w_.n);
+      const float* in = x + row * w_.k;
+      float* out = y + row * w_.n;
+      const int64_t here = kwm::min(kPanelRows, rows - row);
+      if (!run_digits(in, here, out)) run_floats(in, here, out);
     }
   }
 
  private:
-  void run_panel(const float* x, int64_t rows, float* y) const {
-    const int most = largest_tile();
-    const int64_t tiles = kwm::ceil_div(rows, most);
-    const int64_t step = kwm::ceil_div(rows, tiles);
-    const int tile_rows = padded(step);
-    const int64_t tile_floats = tile_rows * w_.padded_k();
-    const Scratch panel(tiles * tile_floats);
-    threads_.run(tiles, grain(tile_floats / kLanes), [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) {
-        pack_panel(x + tile * step * w_.k, kwm::min(step, rows - tile * step),
-                   w_.k, tile_rows, w_.padded_k() / kLanes,
-                   panel.get() + tile * tile_floats);
-      }
+  void run_floats(const float* x, int64_t rows, float* y) const {
+    const Tiling tiling(rows, kernels_.tile_rows);
+    const int64_t tile_floats = tiling.padded * w_.padded_k();
+    const Scratch<float> panel(tiling.count * tile_floats);
+    threads_.run(
+        tiling.count, grain(tile_floats / kLanes),
+        [&](int64_t begin, int64_t end) {
+          for (int64_t tile = begin; tile < end; ++tile) {
+            pack_panel(x + tiling.first(tile) * w_.k, tiling.rows_of(tile),
+                       w_.k, tiling.padded, w_.padded_k() / kLanes,
+                       panel.get() + tile * tile_floats);
+          }
+        });
+    multiply(tiling, y, [&](int64_t tile, int64_t column_block, float* out) {
+      kernels_.multiply[w_.type](panel.get() + tile * tile_floats,
+                                 tiling.padded, w_.values_of(column_block),
+                                 w_.meta_of(column_block), w_.row_blocks(),
+                                 out);
     });
+  }
+
+  // False where floats have to do.
+  bool run_digits(const float* x, int64_t rows, float* y) const {
+    const kwm::DigitKernels* digits = digit_kernels(kernels_);
+    if (digits == nullptr || w_.type != KWM_INT8 ||
+        w_.row_blocks() > kwm::kMostRowBlocks) {
+      return false;
+    }
+    const Tiling tiling(rows, digits->tile_rows);
+    const int64_t blocks = kwm::ceil_div(w_.k, kwm::kDigitColumns);
+    const int64_t row_bytes = kwm::kDigits * kwm::kDigitColumns;
+    const int64_t tile_bytes = tiling.padded * blocks * row_bytes;
+    const Scratch<uint8_t> panel(tiling.count * tile_bytes);
+    const Scratch<float> steps(tiling.count * tiling.padded);
+    std::atomic<bool> all{true};
+    threads_.run(
+        tiling.count, grain(tile_bytes / kLanes),
+        [&](int64_t begin, int64_t end) {
+          for (int64_t tile = begin; tile < end; ++tile) {
+            uint8_t* out = panel.get() + tile * tile_bytes;
+            float* step = steps.get() + tile * tiling.padded;
+            for (int row = 0; row < tiling.padded; ++row) {
+              // What pads a tile may be any row; its sums are not looked at.
+              const int64_t from = kwm::min(row, tiling.rows_of(tile) - 1);
+              if (!digits->to_digits(x + (tiling.first(tile) + from) * w_.k,
+                                     w_.k, tiling.padded, blocks,
+                                     out + row * row_bytes, step + row)) {
+                all = false;
+              }
+            }
+          }
+        });
+    if (!all) return false;
+    multiply(tiling, y, [&](int64_t tile, int64_t column_block, float* out) {
+      digits->multiply(panel.get() + tile * tile_bytes,
+                       steps.get() + tile * tiling.padded, tiling.padded,
+                       w_.values_of(column_block), w_.meta_of(column_block),
+                       w_.row_blocks(), out);
+    });
+    return true;
+  }
+
+  // multiply_tile(tile, column block, [padded, 16]) of all into y.
+  template <class MultiplyTile>
+  void multiply(const Tiling& tiling, float* y,
+                const MultiplyTile& multiply_tile) const {
     // Tiles innermost: the values of a block of columns stay in the cache.
     // Fetching the values costs as much as three rows more.
     threads_.run(
-        w_.column_blocks() * tiles,
-        grain(w_.padded_k() / 2 * (tile_rows + 3)),
+        w_.column_blocks() * tiling.count,
+        grain(w_.padded_k() / 2 * (tiling.padded + 3)),
         [&](int64_t begin, int64_t end) {
+          alignas(64) float sums[16 * kLanes];
           for (int64_t item = begin; item < end; ++item) {
-            const int64_t tile = item % tiles;
-            multiply(panel.get() + tile * tile_floats, tile_rows,
-                     item / tiles, kwm::min(step, rows - tile * step),
-                     y + tile * step * w_.n);
+            const int64_t tile = item % tiling.count;
+            const int64_t column_block = item / tiling.count;
+            multiply_tile(tile, column_block, sums);
+            store(sums, tiling.rows_of(tile), column_block,
+                  y + tiling.first(tile) * w_.n);
           }
         });
   }
 
-  void multiply(const float* x, int tile_rows, int64_t column_block,
-                int64_t rows, float* y) const {
-    alignas(64) float tile[16 * kLanes];
-    kernels_.multiply[w_.type](x, tile_rows, w_.values_of(column_block),
-                               w_.meta_of(column_block), w_.row_blocks(),
-                               tile);
+  void store(const float* sums, int64_t rows, int64_t column_block,
+             float* y) const {
     const int64_t column = column_block * kLanes;
     const int64_t columns = kwm::min(kLanes, w_.n - column);
     for (int64_t row = 0; row < rows; ++row) {
       float* out = y + row * w_.n + column;
       for (int64_t j = 0; j < columns; ++j) {
         const float scale = w_.type == KWM_INT8 ? w_.scale[column + j] : 1;
-        out[j] = tile[row * kLanes + j] * scale;
+        out[j] = sums[row * kLanes + j] * scale;
       }
     }
-  }
-
-  int largest_tile() const {
-    const int* size = kernels_.tile_rows;
-    while (size[1] != 0) ++size;
-    return *size;
-  }
-
-  int padded(int64_t rows) const {
-    const int* size = kernels_.tile_rows;
-    while (*size < rows) ++size;
-    return *size;
   }
 
   const Kernels& kernels_;
@@ -228,7 +300,7 @@ class MatmulTransposed {
     const int64_t tiles = kwm::ceil_div(rows, lanes);
     const int64_t blocks = w_.column_blocks();
     const int64_t block_floats = kLanes * lanes;
-    const Scratch panel(tiles * blocks * block_floats);
+    const Scratch<float> panel(tiles * blocks * block_floats);
     threads_.run(
         tiles * blocks, grain(block_floats / kLanes), [&](int64_t begin, int64_t end) {
           for (int64_t item = begin; item < end; ++item) {
@@ -250,8 +322,8 @@ class MatmulTransposed {
     const int64_t blocks = w_.column_blocks();
     const int64_t tiles = kwm::ceil_div(rows, lanes);
     const int64_t tile_floats = kBlockRows * lanes;
-    const Scratch dense(kChunk * kBlockRows * kLanes);
-    const Scratch sums(tiles * tile_floats);
+    const Scratch<float> dense(kChunk * kBlockRows * kLanes);
+    const Scratch<float> sums(tiles * tile_floats);
     for (int64_t row_block = begin; row_block < end; ++row_block) {
       // Without columns the product is zero: one round all the same.
       for (int64_t first = 0; first == 0 || first < blocks; first += kChunk) {
@@ -338,8 +410,8 @@ void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
   const Threads threads{parallel_for, pool};
   const int64_t x_blocks = w.padded_k() / kLanes;
   const int64_t dy_blocks = w.column_blocks();
-  const Scratch x_panel(kPanelRows * w.padded_k());
-  const Scratch dy_panel(kPanelRows * dy_blocks * kLanes);
+  const Scratch<float> x_panel(kPanelRows * w.padded_k());
+  const Scratch<float> dy_panel(kPanelRows * dy_blocks * kLanes);
   // Without rows the gradient is zero: one round all the same.
   for (int64_t row = 0; row == 0 || row < rows; row += kPanelRows) {
     const int64_t here = kwm::min(kPanelRows, rows - row);

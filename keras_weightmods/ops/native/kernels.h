@@ -8,6 +8,25 @@
 
 namespace kwm {
 
+// A kernel for int8 values that takes activations as integers, three bytes each.
+struct DigitKernels {
+  const int* tile_rows;  // as below
+
+  // Row `row` of a panel [blocks, rows, 3, 64] of bytes, for x (k,) with zeros
+  // up to 64 * blocks; `panel` points to [0, row]. False, and nothing of use
+  // written, where floats would do better: not all is finite, or all is tiny.
+  bool (*to_digits)(const float* x, int64_t k, int rows, int64_t blocks,
+                    uint8_t* panel, float* step);
+
+  // As Kernels::multiply. Its integers hold the sums of kMostRowBlocks.
+  void (*multiply)(const uint8_t* x, const float* steps, int rows,
+                   const void* values, const uint32_t* meta,
+                   int64_t row_blocks, float* y);
+};
+constexpr int kDigits = 3;
+constexpr int kDigitColumns = 64;
+constexpr int64_t kMostRowBlocks = 4096;
+
 // A panel holds rows of activations in blocks of 16 columns, [K/16, rows, 16],
 // so that a kernel reads it from the first byte to the last.
 struct Kernels {
@@ -42,6 +61,7 @@ const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
+const DigitKernels* avx512_vnni_kernels();
 
 }  // namespace kwm
 
