@@ -10,7 +10,6 @@ import functools
 import importlib
 import pathlib
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -70,11 +69,11 @@ def sparse_matmul(x, packed):
     if packed.scale is None:
         scale = tf.zeros((0,))
     else:
-        scale = keras.ops.convert_to_tensor(packed.scale)
+        scale = tf.convert_to_tensor(packed.scale)
     y = _matmul(
         tf.cast(x, tf.float32),
-        keras.ops.convert_to_tensor(packed.values),
-        keras.ops.convert_to_tensor(packed.meta),
+        tf.convert_to_tensor(packed.values),
+        tf.convert_to_tensor(packed.meta),
         scale,
         packed.shape[1],
     )
