@@ -130,15 +130,39 @@ void pack_panel(const float* in, int64_t rows, int64_t columns,
   }
 }
 
-// The transpose of columns begin <= j < end, [end - begin, lanes].
-void pack_transposed(const float* in, int64_t rows, int64_t columns,
-                     int64_t begin, int64_t end, int lanes, float* panel) {
-  for (int64_t j = begin; j < end; ++j) {
-    float* out = panel + (j - begin) * lanes;
-    for (int64_t row = 0; row < lanes; ++row) {
-      out[row] = row < rows && j < columns ? in[row * columns + j] : 0;
+// out (columns, rows) = in (rows, columns)^T
+void transpose(const Kernels& kernels, const float* in, int64_t in_stride,
+               int64_t rows, int64_t columns, float* out, int64_t out_stride) {
+  const int width = kernels.width;
+  for (int64_t row = 0; row < rows; row += width) {
+    for (int64_t column = 0; column < columns; column += width) {
+      const float* from = in + row * in_stride + column;
+      float* to = out + column * out_stride + row;
+      if (row + width <= rows && column + width <= columns) {
+        kernels.transpose(from, in_stride, to, out_stride);
+        continue;
+      }
+      const int64_t rows_left = kwm::min(width, rows - row);
+      const int64_t columns_left = kwm::min(width, columns - column);
+      for (int64_t i = 0; i < rows_left; ++i) {
+        for (int64_t j = 0; j < columns_left; ++j) {
+          to[j * out_stride + i] = from[i * in_stride + j];
+        }
+      }
     }
   }
+}
+
+// Rows of `in`, (rows, columns), transposed to [panel_columns, lanes], zero
+// where there is nothing to copy.
+void pack_transposed(const Kernels& kernels, const float* in, int64_t stride,
+                     int64_t rows, int64_t columns, int64_t panel_columns,
+                     int64_t lanes, float* panel) {
+  if (rows < lanes || columns < panel_columns) {
+    memset(panel, 0,
+           static_cast<size_t>(panel_columns * lanes) * sizeof(float));
+  }
+  transpose(kernels, in, stride, rows, columns, panel, lanes);
 }
 
 // `rows` rows in `count` tiles of up to `step`, padded to `padded`.
@@ -171,12 +195,100 @@ class Matmul {
       const float* in = x + row * w_.k;
       float* out = y + row * w_.n;
       const int64_t here = kwm::min(kPanelRows, rows - row);
-      if (!run_digits(in, here, out)) run_floats(in, here, out);
+      if (run_digits(in, here, out)) continue;
+      const int64_t many = run_many(in, here, out);
+      run_few(in + many * w_.k, here - many, out + many * w_.n);
     }
   }
 
  private:
-  void run_floats(const float* x, int64_t rows, float* y) const {
+  // Blocks of rows of W in a tile of x, which stays in a first-level cache of
+  // 32 KiB; blocks of columns, whose sums stay in a second-level one.
+  static constexpr int64_t kRowBlocks = 3;
+  static constexpr int64_t kColumnBlocks = 8;
+
+  // As many of the rows as make tiles that are nearly full; returns how many.
+  int64_t run_many(const float* x, int64_t rows, float* y) const {
+    const int64_t lanes = kwm::kManyVectors * kernels_.width;
+    int64_t tiles = rows / lanes;
+    if (8 * (rows - tiles * lanes) >= 7 * lanes) ++tiles;
+    if (tiles == 0 || w_.k == 0) return 0;
+    rows = kwm::min(rows, tiles * lanes);
+    const int64_t tile_floats = w_.padded_k() * lanes;
+    const Scratch<float> panel(tiles * tile_floats);
+    threads_.run(tiles, grain(tile_floats / kLanes),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t tile = begin; tile < end; ++tile) {
+                     const int64_t row = tile * lanes;
+                     pack_transposed(kernels_, x + row * w_.k, w_.k,
+                                     kwm::min(lanes, rows - row), w_.k,
+                                     w_.padded_k(), lanes,
+                                     panel.get() + tile * tile_floats);
+                   }
+                 });
+    // Few columns: the tiles are split among the threads too.
+    const int64_t chunks = kwm::ceil_div(w_.column_blocks(), kColumnBlocks);
+    const int64_t groups =
+        threads_.parallel_for == nullptr
+            ? 1
+            : kwm::min(tiles, kwm::ceil_div(32, chunks));
+    const int64_t tiles_in_group = kwm::ceil_div(tiles, groups);
+    threads_.run(chunks * groups, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<float> sums(tiles_in_group * kColumnBlocks * kLanes *
+                                lanes);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t first = item % groups * tiles_in_group;
+        const int64_t here = kwm::min(tiles_in_group, tiles - first);
+        if (here <= 0) continue;
+        multiply_many(panel.get() + first * tile_floats, here,
+                      item / groups * kColumnBlocks,
+                      kwm::min(here * lanes, rows - first * lanes),
+                      sums.get(), y + first * lanes * w_.n);
+      }
+    });
+    return rows;
+  }
+
+  // A chunk of columns. The values are made ready once for all tiles.
+  void multiply_many(const float* x, int64_t tiles, int64_t first_column_block,
+                     int64_t rows, float* sums, float* y) const {
+    const int64_t lanes = kwm::kManyVectors * kernels_.width;
+    const int64_t column_blocks =
+        kwm::min(kColumnBlocks, w_.column_blocks() - first_column_block);
+    alignas(64) float slots[kColumnBlocks][kLanes * kRowBlocks * kBlockSlots];
+    uint32_t words[kColumnBlocks][kLanes * kRowBlocks];
+    for (int64_t b = 0; b < w_.row_blocks(); b += kRowBlocks) {
+      const int64_t row_blocks = kwm::min(kRowBlocks, w_.row_blocks() - b);
+      for (int64_t i = 0; i < column_blocks; ++i) {
+        const int64_t place =
+            (first_column_block + i) * w_.row_blocks() + b;
+        kernels_.slots_of_columns[w_.type](w_.values_at(place),
+                                           w_.meta + place * kLanes,
+                                           row_blocks, slots[i], words[i]);
+        if (w_.type == KWM_INT8) {
+          scale_columns(first_column_block + i, row_blocks * kBlockSlots,
+                        slots[i]);
+        }
+      }
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        for (int64_t i = 0; i < column_blocks; ++i) {
+          kernels_.multiply_many(
+              x + (tile * w_.row_blocks() + b) * kBlockRows * lanes, slots[i],
+              words[i], row_blocks, b == 0,
+              sums + (tile * kColumnBlocks + i) * kLanes * lanes);
+        }
+      }
+    }
+    for (int64_t row = 0; row < rows; row += lanes) {
+      const int64_t column = first_column_block * kLanes;
+      transpose(kernels_, sums + row * kColumnBlocks * kLanes, lanes,
+                kwm::min(column_blocks * kLanes, w_.n - column),
+                kwm::min(lanes, rows - row), y + row * w_.n + column, w_.n);
+    }
+  }
+
+  void run_few(const float* x, int64_t rows, float* y) const {
+    if (rows == 0) return;
     const Tiling tiling(rows, kernels_.tile_rows);
     const int64_t tile_floats = tiling.padded * w_.padded_k();
     const Scratch<float> panel(tiling.count * tile_floats);
@@ -195,6 +307,13 @@ class Matmul {
                                  w_.meta_of(column_block), w_.row_blocks(),
                                  out);
     });
+  }
+
+  void scale_columns(int64_t column_block, int64_t size, float* slots) const {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float scale = w_.scale[column_block * kLanes + lane];
+      for (int64_t i = 0; i < size; ++i) slots[lane * size + i] *= scale;
+    }
   }
 
   // False where floats have to do.
@@ -295,8 +414,8 @@ class MatmulTransposed {
   static constexpr int64_t kChunk = 32;  // blocks of columns expanded at once
 
   void run_panel(const float* dy, int64_t rows, float* dx) const {
-    const int lanes = rows <= kernels_.few_lanes ? kernels_.few_lanes
-                                                 : kernels_.many_lanes;
+    const int lanes =
+        kernels_.width * (rows <= kernels_.width ? 1 : kwm::kDenseVectors);
     const int64_t tiles = kwm::ceil_div(rows, lanes);
     const int64_t blocks = w_.column_blocks();
     const int64_t block_floats = kLanes * lanes;
@@ -306,8 +425,9 @@ class MatmulTransposed {
           for (int64_t item = begin; item < end; ++item) {
             const int64_t row = item / blocks * lanes;
             const int64_t column = item % blocks * kLanes;
-            pack_transposed(dy + row * w_.n, rows - row, w_.n, column,
-                            column + kLanes, lanes,
+            pack_transposed(kernels_, dy + row * w_.n + column, w_.n,
+                            kwm::min(lanes, rows - row),
+                            kwm::min(kLanes, w_.n - column), kLanes, lanes,
                             panel.get() + item * block_floats);
           }
         });
@@ -360,11 +480,9 @@ class MatmulTransposed {
              float* dx) const {
     const int64_t first = row_block * kBlockRows;
     const int64_t here = kwm::min(kBlockRows, w_.k - first);
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* in = sums + row / lanes * kBlockRows * lanes + row % lanes;
-      for (int64_t i = 0; i < here; ++i) {
-        dx[row * w_.k + first + i] = in[i * lanes];
-      }
+    for (int64_t row = 0; row < rows; row += lanes) {
+      transpose(kernels_, sums + row * kBlockRows, lanes, here,
+                kwm::min(lanes, rows - row), dx + row * w_.k + first, w_.k);
     }
   }
 

@@ -27,6 +27,9 @@ constexpr int kDigits = 3;
 constexpr int kDigitColumns = 64;
 constexpr int64_t kMostRowBlocks = 4096;
 
+constexpr int kManyVectors = 4;
+constexpr int kDenseVectors = 3;
+
 // A panel holds rows of activations in blocks of 16 columns, [K/16, rows, 16],
 // so that a kernel reads it from the first byte to the last.
 struct Kernels {
@@ -39,13 +42,28 @@ struct Kernels {
   void (*multiply[3])(const float* x, int rows, const void* values,
                       const uint32_t* meta, int64_t row_blocks, float* y);
 
+  // Floats in a vector, and out [width, width] = in^T.
+  int width;
+  void (*transpose)(const float* in, int64_t in_stride, float* out,
+                    int64_t out_stride);
+
+  // Many rows at once, lanes are the rows: a tile of kManyVectors vectors.
+  // slots [16, row_blocks, 16] and words [16, row_blocks]: a block of columns,
+  // column by column.
+  void (*slots_of_columns[3])(const void* values, const uint32_t* meta,
+                              int64_t row_blocks, float* slots,
+                              uint32_t* words);
+  // y [16, tile] (+)= these columns^T @ x [32 * row_blocks, tile]
+  void (*multiply_many)(const float* x, const float* slots,
+                        const uint32_t* words, int64_t row_blocks, bool first,
+                        float* y);
+
   // dense [32, 16] = one block of rows of one block of columns, likewise.
   void (*expand[3])(const void* values, const uint32_t* meta, float* dense);
 
   // y [8, lanes] (+)= dense [8 rows of 16] @ dy [16, lanes], over all blocks of
   // columns: `dense` moves on by 32 * 16 and dy by 16 * lanes. `lanes` is one
-  // of these two.
-  int few_lanes, many_lanes;
+  // vector or kDenseVectors.
   void (*multiply_dense)(const float* dense, const float* dy, int lanes,
                          int64_t column_blocks, bool first, float* y);
 
