@@ -7,9 +7,15 @@ import shutil
 import subprocess
 import sys
 
+import keras
 import pytest
 
 from keras_weightmods.ops.native import gpu
+
+if keras.backend.backend() != "torch":
+    pytest.skip(
+        "not about the backend: run once, on torch", allow_module_level=True
+    )
 
 GPU = pathlib.Path(gpu.__file__).parent
 
