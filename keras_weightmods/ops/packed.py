@@ -228,14 +228,15 @@ def unpack_kernel(packed):
     assert unpack_kernel(packed).ravel().tolist() == [3.0, 0.0, 0.0, -2.0]
     ```
     """
-    if not native.is_available():
-        return np.array(ops.convert_to_numpy(unpack_tensor(packed)))
     arrays = {
         name: _to_numpy(getattr(packed, name), _numpy_type(dtype))
         for name, (_, dtype) in packed_arrays(
             packed.shape, packed.dtype
         ).items()
     }
+    if not native.is_available():
+        values = arrays["values"].astype(np.float32)
+        return _unpack(np, packed, values, arrays["meta"], arrays.get("scale"))
     kernel = np.empty(packed.shape, np.float32)
     native.library().kwm_unpack(
         arrays["values"].ctypes.data,
@@ -250,31 +251,38 @@ def unpack_kernel(packed):
 
 def unpack_tensor(packed):
     """`unpack_kernel` by `keras.ops`: a tensor, also where one is traced."""
-    (size, width), dtype = packed.shape, packed.dtype
-    meta = ops.convert_to_tensor(packed.meta)
-    blocks, rows, _ = meta.shape
-    shifts = ops.reshape(2 * ops.arange(_SLOTS, dtype="int32"), (-1, 1))
-    places = ops.right_shift(ops.expand_dims(meta, 2), shifts)
-    places = ops.bitwise_and(places, ops.cast(3, "int32"))
+    values, meta, scale = (
+        None if array is None else ops.convert_to_tensor(array)
+        for array in (packed.values, packed.meta, packed.scale)
+    )
+    return _unpack(ops, packed, ops.cast(values, "float32"), meta, scale)
 
-    values = ops.cast(ops.convert_to_tensor(packed.values), "float32")
-    if dtype == "int8":
+
+def _unpack(xp, packed, values, meta, scale):
+    """By the functions of `xp`, which is NumPy or `keras.ops`."""
+    blocks, rows, _ = meta.shape
+    shifts = xp.arange(0, 2 * _SLOTS, 2, dtype="int32")
+    shifts = xp.reshape(shifts, (_SLOTS, 1))
+    places = xp.bitwise_and(
+        xp.right_shift(xp.expand_dims(meta, 2), shifts),
+        xp.full((1,), 3, dtype="int32"),
+    )
+    if packed.dtype == "int8":
         # Slot p + 4q is at [:, :, p, :, q].
-        values = ops.transpose(values, (0, 1, 4, 2, 3))
-        scale = ops.convert_to_tensor(packed.scale)
-        values = values * ops.reshape(scale, (blocks, 1, 1, 1, _COLUMNS))
-    elif dtype == "bfloat16":
-        values = ops.transpose(values, (0, 1, 3, 2))
+        values = xp.transpose(values, (0, 1, 4, 2, 3))
+        values = values * xp.reshape(scale, (blocks, 1, 1, 1, _COLUMNS))
+    elif packed.dtype == "bfloat16":
+        values = xp.transpose(values, (0, 1, 3, 2))
 
     # (column block, row block, group, kept value, place in the group, column)
     shape = (blocks, rows, _SLOTS // 2, 2, 1, _COLUMNS)
-    places, values = ops.reshape(places, shape), ops.reshape(values, shape)
-    here = ops.reshape(ops.arange(4, dtype="int32"), (4, 1))
+    places, values = xp.reshape(places, shape), xp.reshape(values, shape)
+    here = xp.reshape(xp.arange(4, dtype="int32"), (4, 1))
     # Selected, not multiplied: a NaN stays in its place.
-    kernel = ops.where(ops.equal(places, here), values, 0.0)
-    kernel = ops.transpose(ops.sum(kernel, axis=3), (1, 2, 3, 0, 4))
-    kernel = ops.reshape(kernel, (rows * _ROWS, blocks * _COLUMNS))
-    return kernel[:size, :width]
+    kernel = xp.where(xp.equal(places, here), values, xp.zeros_like(values))
+    kernel = xp.transpose(xp.sum(kernel, axis=3), (1, 2, 3, 0, 4))
+    kernel = xp.reshape(kernel, (rows * _ROWS, blocks * _COLUMNS))
+    return kernel[: packed.shape[0], : packed.shape[1]]
 
 
 def _pack_native(kernel, dtype, specs):

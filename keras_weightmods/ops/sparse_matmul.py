@@ -42,7 +42,8 @@ def sparse_matmul(x, packed):
     assert float(y[0, 0]) == -5.0
     ```
     """
-    x = ops.convert_to_tensor(x)
+    if not ops.is_tensor(x):
+        x = ops.convert_to_tensor(x)
     if len(x.shape) < 1 or x.shape[-1] != packed.shape[0]:
         raise ValueError(
             f"`x` must have {packed.shape[0]} entries in its last axis, the "

@@ -655,9 +655,20 @@ def _forget_compiled_functions(model):
         ):
             if getattr(layer, name, None) is not None:
                 setattr(layer, name, None)
-        # torch only: a container lists the variables of its layers as torch
-        # parameters when built, and zero_grad would miss a later one, so that
-        # its gradients add up over the steps. Keras does the same after
-        # `quantize`.
-        if "_torch_params" in getattr(layer, "_modules", {}):
-            layer._track_variables()
+    if keras.backend.backend() == "torch":
+        _track_variables_anew(model)
+
+
+def _track_variables_anew(model):
+    # A container lists the variables of its layers as torch parameters when
+    # built. zero_grad would miss a later one, so that its gradients add up
+    # over the steps, and one taken out would live on. Keras does the same
+    # after `quantize`, but for the functional model inside of a Sequential.
+    modules = {
+        module: None
+        for layer in model._flatten_layers()
+        for module in layer.modules()
+    }
+    for module in modules:
+        if "_torch_params" in module._modules:
+            module._track_variables()

@@ -3,6 +3,7 @@ import pathlib
 import shutil
 import subprocess
 
+import keras
 import pytest
 
 from keras_weightmods.ops.native import gpu
@@ -47,6 +48,8 @@ def library():
 @pytest.fixture(scope="session")
 def fake_cuda(tmp_path_factory):
     """A library that stands for CUDA's on a CPU."""
+    if keras.backend.backend() != "torch":
+        pytest.skip("not about the backend: run once, on torch")
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")

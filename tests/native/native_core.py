@@ -11,7 +11,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE.parents[1] / "keras_weightmods" / "ops" / "native"
-CORE = ["core", "pack", "scalar", "avx2", "avx512", "neon"]
+CORE = ["core", "pack", "scalar", "avx2", "avx512", "avx512_vnni", "neon"]
 
 TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ISAS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}

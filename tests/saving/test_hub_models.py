@@ -2,6 +2,7 @@
 
 import os
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -106,15 +107,17 @@ def round_trip(model, path):
     assert type(loaded) is type(model)
     assert [w.path for w in loaded.weights] == [w.path for w in model.weights]
     assert states_of(loaded) == states_of(model)
-    np.testing.assert_array_equal(outputs(loaded), outputs(model))
     return loaded
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_plain_scaled_and_packed(name, tmp_path):
+    if keras.config.backend() != "torch" and name not in ("llama tied", "gpt2"):
+        pytest.skip("the breadth is tested on torch, the fastest to start")
     model = MODELS[name]()
     path = tmp_path / "model"
     loaded = round_trip(model, path)
+    np.testing.assert_array_equal(outputs(loaded), outputs(model))
     assert loaded.compiled
     kwm.attach_scaling(model)
     rng = np.random.default_rng(0)
@@ -125,7 +128,8 @@ def test_plain_scaled_and_packed(name, tmp_path):
     kwm.fold_scaling(model)
     make_sparse(model)
     kwm.pack(model, head="int8" if "tied" in name else None)
-    round_trip(model, path)
+    loaded = round_trip(model, path)
+    np.testing.assert_array_equal(outputs(loaded), outputs(model))
 
 
 def test_tied_embeddings_stay_tied(tmp_path):

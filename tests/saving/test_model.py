@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import random
 import warnings
 
@@ -426,6 +427,26 @@ def test_the_file_of_a_packed_model_has_the_packed_size(dtype, share, path):
     kwm.pack(model, dtype=dtype)
     kwm.save_model(model, path)
     assert os.path.getsize(path) < share * 4 * 512 * 512 + 6000
+
+
+def test_a_file_of_version_1_made_on_torch():
+    """A scaled layer and one packed of each type; later releases read it."""
+    model = kwm.load_model(
+        pathlib.Path(__file__).parent / "data" / "version_1.safetensors"
+    )
+    assert [item.name for item in reparameterizations(model)] == [
+        "scaling",
+        "packed",
+        "packed",
+        "packed",
+    ]
+    x = np.linspace(-1, 1, 16).reshape(2, 8).astype("float32")
+    expected = [
+        [-0.93487412, 0.40822130, -2.0335119, 5.1786723],
+        [-3.4952483, 1.2282960, -6.1796441, -2.1173186],
+    ]
+    y = ops.convert_to_numpy(model(x))
+    np.testing.assert_allclose(y, expected, rtol=1e-4)
 
 
 # What cannot be saved.

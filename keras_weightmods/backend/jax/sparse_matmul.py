@@ -21,7 +21,6 @@ _TARGETS = (
 )
 
 
-@functools.cache
 def why_not():
     """Why the compiled kernels cannot be used; empty if they can."""
     return "" if jax.default_backend() == "gpu" else _why_not_on_cpu()
@@ -44,21 +43,24 @@ def sparse_matmul(x, packed):
     return jax.lax.platform_dependent(x, **choices, default=dense)
 
 
-@functools.cache
 def _why_not_on_cpu():
     if not native.is_available():
         return native.why_not()
+    return "" if _register() else native.NO_XLA
+
+
+@functools.cache
+def _register():
+    """Registers the handlers; False if the library has none."""
+    if native.xla_handler(_TARGETS[0]) is None:
+        return False
     # Registered before the backend is there, a handler that XLA refuses would
     # end the process.
     jax.devices("cpu")
     for name in _TARGETS:
-        handler = native.xla_handler(name)
-        if handler is None:
-            return native.NO_XLA
-        jax.ffi.register_ffi_target(
-            name, jax.ffi.pycapsule(handler), platform="cpu"
-        )
-    return ""
+        handler = jax.ffi.pycapsule(native.xla_handler(name))
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return True
 
 
 def _sparse_matmul_on_cpu(x, packed):

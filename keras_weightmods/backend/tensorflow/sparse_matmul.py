@@ -1,8 +1,8 @@
 """`sparse_matmul` on TensorFlow: XLA custom calls through XlaCallModule.
 
 Eager, in `tf.function` with or without `jit_compile`, with a batch of any
-size, and in a SavedModel, which runs in a process that has made one product
-before. XLA's thread pool shares the work.
+size, and in a SavedModel, which runs where a product, or `why_dense`, was
+called before. XLA's thread pool shares the work.
 """
 
 import ctypes
@@ -10,7 +10,6 @@ import functools
 import importlib
 import pathlib
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -25,7 +24,6 @@ _TARGETS = (
 _TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int32": "i32"}
 
 
-@functools.cache
 def why_not():
     """Why the compiled kernels cannot be used; empty if they can."""
     if not native.is_available():
@@ -38,7 +36,15 @@ def why_not():
             "this process has a GPU. Use JAX or torch, or hide the GPU by "
             "CUDA_VISIBLE_DEVICES=''."
         )
-    # The ways into XLA are not in TensorFlow's public interface.
+    return _refusal()
+
+
+@functools.cache
+def _refusal():
+    """What TensorFlow has against the handlers, found by a first product.
+
+    The ways into XLA are not in its public interface.
+    """
     try:
         _register()
         with tf.init_scope():
@@ -55,7 +61,7 @@ def why_not():
             f"TensorFlow {tf.__version__} does not take the compiled kernels: "
             f"{error}. They are tested with TensorFlow 2.21."
         )
-    return "" if correct else f"wrong results on TensorFlow {tf.__version__}"
+    return "" if correct else f"wrong results on TensorFlow {tf.__version__}."
 
 
 def sparse_matmul(x, packed):
@@ -63,11 +69,11 @@ def sparse_matmul(x, packed):
     if packed.scale is None:
         scale = tf.zeros((0,))
     else:
-        scale = keras.ops.convert_to_tensor(packed.scale)
+        scale = tf.convert_to_tensor(packed.scale)
     y = _matmul(
         tf.cast(x, tf.float32),
-        keras.ops.convert_to_tensor(packed.values),
-        keras.ops.convert_to_tensor(packed.meta),
+        tf.convert_to_tensor(packed.values),
+        tf.convert_to_tensor(packed.meta),
         scale,
         packed.shape[1],
     )

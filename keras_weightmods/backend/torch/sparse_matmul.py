@@ -34,19 +34,24 @@ def sparse_matmul(x, packed):
         device == "cpu" and not native.is_available()
     ):
         return dense_matmul(x, packed)
-    y = torch.ops.keras_weightmods.sparse_matmul(
-        x if device == "cuda" else x.to(torch.float32),
+    weights = (
         _tensor(packed.values),
         _tensor(packed.meta),
         None if packed.scale is None else _tensor(packed.scale),
         packed.shape[1],
     )
-    return y.to(x.dtype)
+    multiply = torch.ops.keras_weightmods.sparse_matmul
+    if x.dtype is torch.float32 or device == "cuda":
+        return multiply(x, *weights)
+    return multiply(x.to(torch.float32), *weights).to(x.dtype)
 
 
 def _tensor(array):
     if isinstance(array, torch.Tensor):
         return array
+    # A fraction of the time that `convert_to_tensor` takes.
+    if isinstance(array, keras.Variable):
+        return array.value
     return keras.ops.convert_to_tensor(array)
 
 

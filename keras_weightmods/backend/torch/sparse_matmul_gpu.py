@@ -145,9 +145,8 @@ class _Companions:
             kernel, storages, made_from = self._kept[key]
             if made_from == versions and not _expired(storages):
                 return kernel
-        self._kept = {
-            k: kept for k, kept in self._kept.items() if not _expired(kept[1])
-        }
+        for old in [k for k, kept in self._kept.items() if _expired(kept[1])]:
+            del self._kept[old]
         with torch.no_grad():
             kernel = unpack_tensor(packed).to(dtype)
             if method == "cusparselt":

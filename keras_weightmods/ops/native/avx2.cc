@@ -38,6 +38,9 @@ struct Avx2 {
   static void prefetch(const void* at) {
     _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
   }
+  static void prefetch_later(const void* at) {
+    _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1);
+  }
 
   static Words load_words(const void* from) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));
@@ -71,6 +74,34 @@ struct Avx2 {
   static Words upper_slots(Words meta) { return _mm256_srli_epi32(meta, 16); }
   static Float pick(Float table, Index index) {
     return _mm256_permutevar_ps(table, index);
+  }
+
+  static Float spread(Float slots, int i) {
+    return _mm256_permutevar8x32_ps(slots, _mm256_set1_epi32(i));
+  }
+  static void transpose(const float* in, int64_t in_stride, float* out,
+                        int64_t out_stride) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = load(in + i * in_stride);
+    for (int i = 0; i < 8; i += 2) {
+      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    // a[4i + j] has column 4l + j of rows 4i .. 4i + 3 in half l.
+    for (int i = 0; i < 8; i += 4) {
+      for (int j = 0; j < 2; ++j) {
+        const __m256d low = _mm256_castps_pd(b[i + j]);
+        const __m256d high = _mm256_castps_pd(b[i + j + 2]);
+        a[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+        a[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+      }
+    }
+    for (int j = 0; j < 4; ++j) {
+      store(out + j * out_stride,
+            _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+      store(out + (4 + j) * out_stride,
+            _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+    }
   }
 };
 

@@ -37,6 +37,9 @@ struct Avx512 {
   static void prefetch(const void* at) {
     _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
   }
+  static void prefetch_later(const void* at) {
+    _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1);
+  }
 
   static Words load_words(const void* from) {
     return _mm512_loadu_si512(from);
@@ -71,6 +74,64 @@ struct Avx512 {
   static Words upper_slots(Words meta) { return _mm512_srli_epi32(meta, 16); }
   static Float pick(Float table, Index index) {
     return _mm512_permutexvar_ps(index, table);
+  }
+
+  static Float spread(Float slots, int i) {
+    const Float four = quarter(slots, i / 4);
+    switch (i % 4) {
+      case 0:
+        return _mm512_permute_ps(four, 0x00);
+      case 1:
+        return _mm512_permute_ps(four, 0x55);
+      case 2:
+        return _mm512_permute_ps(four, 0xaa);
+      default:
+        return _mm512_permute_ps(four, 0xff);
+    }
+  }
+  static Float quarter(Float v, int i) {
+    switch (i) {
+      case 0:
+        return _mm512_shuffle_f32x4(v, v, 0x00);
+      case 1:
+        return _mm512_shuffle_f32x4(v, v, 0x55);
+      case 2:
+        return _mm512_shuffle_f32x4(v, v, 0xaa);
+      default:
+        return _mm512_shuffle_f32x4(v, v, 0xff);
+    }
+  }
+  static void transpose(const float* in, int64_t in_stride, float* out,
+                        int64_t out_stride) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = load(in + i * in_stride);
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    // a[4i + j] has column 4l + j of rows 4i .. 4i + 3 in quarter l.
+    for (int i = 0; i < 16; i += 4) {
+      for (int j = 0; j < 2; ++j) {
+        const __m512d low = _mm512_castps_pd(b[i + j]);
+        const __m512d high = _mm512_castps_pd(b[i + j + 2]);
+        a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+        a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+      }
+    }
+    for (int j = 0; j < 4; ++j) {
+      const __m512 even_low = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88);
+      const __m512 odd_low = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
+      const __m512 even_high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+      const __m512 odd_high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+      float* to = out + j * out_stride;
+      store(to, _mm512_shuffle_f32x4(even_low, even_high, 0x88));
+      store(to + 4 * out_stride,
+            _mm512_shuffle_f32x4(odd_low, odd_high, 0x88));
+      store(to + 8 * out_stride,
+            _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
+      store(to + 12 * out_stride,
+            _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
+    }
   }
 };
 

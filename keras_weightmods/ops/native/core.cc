@@ -46,6 +46,17 @@ const Kernels* supported(int isa) {
   }
 }
 
+// Null where there are none for this instruction set or CPU.
+const kwm::DigitKernels* digit_kernels(const Kernels& kernels) {
+  if (kernels.isa != KWM_ISA_AVX512) return nullptr;
+#if defined(__x86_64__)
+  static const bool here = __builtin_cpu_supports("avx512vnni") &&
+                           __builtin_cpu_supports("avx512vbmi");
+  if (here) return kwm::avx512_vnni_kernels();
+#endif
+  return nullptr;
+}
+
 const Kernels* best() {
   const int from_best[] = {KWM_ISA_NEON, KWM_ISA_AVX512, KWM_ISA_AVX2};
   for (int isa : from_best) {
@@ -59,20 +70,21 @@ std::atomic<const Kernels*>& in_use() {
   return kernels;
 }
 
-// Floats that begin at a cache line.
+// Memory that begins at a cache line.
+template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(::operator new(
-            static_cast<size_t>(floats) * sizeof(float), kAlignment))) {}
-  float* get() const { return data_.get(); }
+  explicit Scratch(int64_t size)
+      : data_(static_cast<T*>(::operator new(
+            static_cast<size_t>(size) * sizeof(T), kAlignment))) {}
+  T* get() const { return data_.get(); }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
   struct Delete {
-    void operator()(float* data) const { ::operator delete(data, kAlignment); }
+    void operator()(T* data) const { ::operator delete(data, kAlignment); }
   };
-  std::unique_ptr<float, Delete> data_;
+  std::unique_ptr<T, Delete> data_;
 };
 
 struct Threads {
@@ -118,16 +130,60 @@ void pack_panel(const float* in, int64_t rows, int64_t columns,
   }
 }
 
-// The transpose of columns begin <= j < end, [end - begin, lanes].
-void pack_transposed(const float* in, int64_t rows, int64_t columns,
-                     int64_t begin, int64_t end, int lanes, float* panel) {
-  for (int64_t j = begin; j < end; ++j) {
-    float* out = panel + (j - begin) * lanes;
-    for (int64_t row = 0; row < lanes; ++row) {
-      out[row] = row < rows && j < columns ? in[row * columns + j] : 0;
+// out (columns, rows) = in (rows, columns)^T
+void transpose(const Kernels& kernels, const float* in, int64_t in_stride,
+               int64_t rows, int64_t columns, float* out, int64_t out_stride) {
+  const int width = kernels.width;
+  for (int64_t row = 0; row < rows; row += width) {
+    for (int64_t column = 0; column < columns; column += width) {
+      const float* from = in + row * in_stride + column;
+      float* to = out + column * out_stride + row;
+      if (row + width <= rows && column + width <= columns) {
+        kernels.transpose(from, in_stride, to, out_stride);
+        continue;
+      }
+      const int64_t rows_left = kwm::min(width, rows - row);
+      const int64_t columns_left = kwm::min(width, columns - column);
+      for (int64_t i = 0; i < rows_left; ++i) {
+        for (int64_t j = 0; j < columns_left; ++j) {
+          to[j * out_stride + i] = from[i * in_stride + j];
+        }
+      }
     }
   }
 }
+
+// Rows of `in`, (rows, columns), transposed to [panel_columns, lanes], zero
+// where there is nothing to copy.
+void pack_transposed(const Kernels& kernels, const float* in, int64_t stride,
+                     int64_t rows, int64_t columns, int64_t panel_columns,
+                     int64_t lanes, float* panel) {
+  if (rows < lanes || columns < panel_columns) {
+    memset(panel, 0,
+           static_cast<size_t>(panel_columns * lanes) * sizeof(float));
+  }
+  transpose(kernels, in, stride, rows, columns, panel, lanes);
+}
+
+// `rows` rows in `count` tiles of up to `step`, padded to `padded`.
+struct Tiling {
+  Tiling(int64_t rows, const int* sizes) : rows(rows) {
+    const int* most = sizes;
+    while (most[1] != 0) ++most;
+    count = kwm::ceil_div(rows, *most);
+    step = kwm::ceil_div(rows, count);
+    while (*sizes < step) ++sizes;
+    padded = *sizes;
+  }
+
+  int64_t first(int64_t tile) const { return tile * step; }
+  int64_t rows_of(int64_t tile) const {
+    return kwm::min(step, rows - first(tile));
+  }
+
+  int64_t rows, count, step;
+  int padded;
+};
 
 class Matmul {
  public:
@@ -136,68 +192,203 @@ class Matmul {
 
   void run(const float* x, int64_t rows, float* y) const {
     for (int64_t row = 0; row < rows; row += kPanelRows) {
-      run_panel(x + row * w_.k, kwm::min(kPanelRows, rows - row),
-                y + row * w_.n);
+      const float* in = x + row * w_.k;
+      float* out = y + row * w_.n;
+      const int64_t here = kwm::min(kPanelRows, rows - row);
+      if (run_digits(in, here, out)) continue;
+      const int64_t many = run_many(in, here, out);
+      run_few(in + many * w_.k, here - many, out + many * w_.n);
     }
   }
 
  private:
-  void run_panel(const float* x, int64_t rows, float* y) const {
-    const int most = largest_tile();
-    const int64_t tiles = kwm::ceil_div(rows, most);
-    const int64_t step = kwm::ceil_div(rows, tiles);
-    const int tile_rows = padded(step);
-    const int64_t tile_floats = tile_rows * w_.padded_k();
-    const Scratch panel(tiles * tile_floats);
-    threads_.run(tiles, grain(tile_floats / kLanes), [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) {
-        pack_panel(x + tile * step * w_.k, kwm::min(step, rows - tile * step),
-                   w_.k, tile_rows, w_.padded_k() / kLanes,
-                   panel.get() + tile * tile_floats);
+  // Blocks of rows of W in a tile of x, which stays in a first-level cache of
+  // 32 KiB; blocks of columns, whose sums stay in a second-level one.
+  static constexpr int64_t kRowBlocks = 3;
+  static constexpr int64_t kColumnBlocks = 8;
+
+  // As many of the rows as make tiles that are nearly full; returns how many.
+  int64_t run_many(const float* x, int64_t rows, float* y) const {
+    const int64_t lanes = kwm::kManyVectors * kernels_.width;
+    int64_t tiles = rows / lanes;
+    if (8 * (rows - tiles * lanes) >= 7 * lanes) ++tiles;
+    if (tiles == 0 || w_.k == 0) return 0;
+    rows = kwm::min(rows, tiles * lanes);
+    const int64_t tile_floats = w_.padded_k() * lanes;
+    const Scratch<float> panel(tiles * tile_floats);
+    threads_.run(tiles, grain(tile_floats / kLanes),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t tile = begin; tile < end; ++tile) {
+                     const int64_t row = tile * lanes;
+                     pack_transposed(kernels_, x + row * w_.k, w_.k,
+                                     kwm::min(lanes, rows - row), w_.k,
+                                     w_.padded_k(), lanes,
+                                     panel.get() + tile * tile_floats);
+                   }
+                 });
+    // Few columns: the tiles are split among the threads too.
+    const int64_t chunks = kwm::ceil_div(w_.column_blocks(), kColumnBlocks);
+    const int64_t groups =
+        threads_.parallel_for == nullptr
+            ? 1
+            : kwm::min(tiles, kwm::ceil_div(32, chunks));
+    const int64_t tiles_in_group = kwm::ceil_div(tiles, groups);
+    threads_.run(chunks * groups, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<float> sums(tiles_in_group * kColumnBlocks * kLanes *
+                                lanes);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t first = item % groups * tiles_in_group;
+        const int64_t here = kwm::min(tiles_in_group, tiles - first);
+        if (here <= 0) continue;
+        multiply_many(panel.get() + first * tile_floats, here,
+                      item / groups * kColumnBlocks,
+                      kwm::min(here * lanes, rows - first * lanes),
+                      sums.get(), y + first * lanes * w_.n);
       }
     });
+    return rows;
+  }
+
+  // A chunk of columns. The values are made ready once for all tiles.
+  void multiply_many(const float* x, int64_t tiles, int64_t first_column_block,
+                     int64_t rows, float* sums, float* y) const {
+    const int64_t lanes = kwm::kManyVectors * kernels_.width;
+    const int64_t column_blocks =
+        kwm::min(kColumnBlocks, w_.column_blocks() - first_column_block);
+    alignas(64) float slots[kColumnBlocks][kLanes * kRowBlocks * kBlockSlots];
+    uint32_t words[kColumnBlocks][kLanes * kRowBlocks];
+    for (int64_t b = 0; b < w_.row_blocks(); b += kRowBlocks) {
+      const int64_t row_blocks = kwm::min(kRowBlocks, w_.row_blocks() - b);
+      for (int64_t i = 0; i < column_blocks; ++i) {
+        const int64_t place =
+            (first_column_block + i) * w_.row_blocks() + b;
+        kernels_.slots_of_columns[w_.type](w_.values_at(place),
+                                           w_.meta + place * kLanes,
+                                           row_blocks, slots[i], words[i]);
+        if (w_.type == KWM_INT8) {
+          scale_columns(first_column_block + i, row_blocks * kBlockSlots,
+                        slots[i]);
+        }
+      }
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        for (int64_t i = 0; i < column_blocks; ++i) {
+          kernels_.multiply_many(
+              x + (tile * w_.row_blocks() + b) * kBlockRows * lanes, slots[i],
+              words[i], row_blocks, b == 0,
+              sums + (tile * kColumnBlocks + i) * kLanes * lanes);
+        }
+      }
+    }
+    for (int64_t row = 0; row < rows; row += lanes) {
+      const int64_t column = first_column_block * kLanes;
+      transpose(kernels_, sums + row * kColumnBlocks * kLanes, lanes,
+                kwm::min(column_blocks * kLanes, w_.n - column),
+                kwm::min(lanes, rows - row), y + row * w_.n + column, w_.n);
+    }
+  }
+
+  void run_few(const float* x, int64_t rows, float* y) const {
+    if (rows == 0) return;
+    const Tiling tiling(rows, kernels_.tile_rows);
+    const int64_t tile_floats = tiling.padded * w_.padded_k();
+    const Scratch<float> panel(tiling.count * tile_floats);
+    threads_.run(
+        tiling.count, grain(tile_floats / kLanes),
+        [&](int64_t begin, int64_t end) {
+          for (int64_t tile = begin; tile < end; ++tile) {
+            pack_panel(x + tiling.first(tile) * w_.k, tiling.rows_of(tile),
+                       w_.k, tiling.padded, w_.padded_k() / kLanes,
+                       panel.get() + tile * tile_floats);
+          }
+        });
+    multiply(tiling, y, [&](int64_t tile, int64_t column_block, float* out) {
+      kernels_.multiply[w_.type](panel.get() + tile * tile_floats,
+                                 tiling.padded, w_.values_of(column_block),
+                                 w_.meta_of(column_block), w_.row_blocks(),
+                                 out);
+    });
+  }
+
+  void scale_columns(int64_t column_block, int64_t size, float* slots) const {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float scale = w_.scale[column_block * kLanes + lane];
+      for (int64_t i = 0; i < size; ++i) slots[lane * size + i] *= scale;
+    }
+  }
+
+  // False where floats have to do.
+  bool run_digits(const float* x, int64_t rows, float* y) const {
+    const kwm::DigitKernels* digits = digit_kernels(kernels_);
+    if (digits == nullptr || w_.type != KWM_INT8 ||
+        w_.row_blocks() > kwm::kMostRowBlocks) {
+      return false;
+    }
+    const Tiling tiling(rows, digits->tile_rows);
+    const int64_t blocks = kwm::ceil_div(w_.k, kwm::kDigitColumns);
+    const int64_t row_bytes = kwm::kDigits * kwm::kDigitColumns;
+    const int64_t tile_bytes = tiling.padded * blocks * row_bytes;
+    const Scratch<uint8_t> panel(tiling.count * tile_bytes);
+    const Scratch<float> steps(tiling.count * tiling.padded);
+    std::atomic<bool> all{true};
+    threads_.run(
+        tiling.count, grain(tile_bytes / kLanes),
+        [&](int64_t begin, int64_t end) {
+          for (int64_t tile = begin; tile < end; ++tile) {
+            uint8_t* out = panel.get() + tile * tile_bytes;
+            float* step = steps.get() + tile * tiling.padded;
+            for (int row = 0; row < tiling.padded; ++row) {
+              // What pads a tile may be any row; its sums are not looked at.
+              const int64_t from = kwm::min(row, tiling.rows_of(tile) - 1);
+              if (!digits->to_digits(x + (tiling.first(tile) + from) * w_.k,
+                                     w_.k, tiling.padded, blocks,
+                                     out + row * row_bytes, step + row)) {
+                all = false;
+              }
+            }
+          }
+        });
+    if (!all) return false;
+    multiply(tiling, y, [&](int64_t tile, int64_t column_block, float* out) {
+      digits->multiply(panel.get() + tile * tile_bytes,
+                       steps.get() + tile * tiling.padded, tiling.padded,
+                       w_.values_of(column_block), w_.meta_of(column_block),
+                       w_.row_blocks(), out);
+    });
+    return true;
+  }
+
+  // multiply_tile(tile, column block, [padded, 16]) of all into y.
+  template <class MultiplyTile>
+  void multiply(const Tiling& tiling, float* y,
+                const MultiplyTile& multiply_tile) const {
     // Tiles innermost: the values of a block of columns stay in the cache.
     // Fetching the values costs as much as three rows more.
     threads_.run(
-        w_.column_blocks() * tiles,
-        grain(w_.padded_k() / 2 * (tile_rows + 3)),
+        w_.column_blocks() * tiling.count,
+        grain(w_.padded_k() / 2 * (tiling.padded + 3)),
         [&](int64_t begin, int64_t end) {
+          alignas(64) float sums[16 * kLanes];
           for (int64_t item = begin; item < end; ++item) {
-            const int64_t tile = item % tiles;
-            multiply(panel.get() + tile * tile_floats, tile_rows,
-                     item / tiles, kwm::min(step, rows - tile * step),
-                     y + tile * step * w_.n);
+            const int64_t tile = item % tiling.count;
+            const int64_t column_block = item / tiling.count;
+            multiply_tile(tile, column_block, sums);
+            store(sums, tiling.rows_of(tile), column_block,
+                  y + tiling.first(tile) * w_.n);
           }
         });
   }
 
-  void multiply(const float* x, int tile_rows, int64_t column_block,
-                int64_t rows, float* y) const {
-    alignas(64) float tile[16 * kLanes];
-    kernels_.multiply[w_.type](x, tile_rows, w_.values_of(column_block),
-                               w_.meta_of(column_block), w_.row_blocks(),
-                               tile);
+  void store(const float* sums, int64_t rows, int64_t column_block,
+             float* y) const {
     const int64_t column = column_block * kLanes;
     const int64_t columns = kwm::min(kLanes, w_.n - column);
     for (int64_t row = 0; row < rows; ++row) {
       float* out = y + row * w_.n + column;
       for (int64_t j = 0; j < columns; ++j) {
         const float scale = w_.type == KWM_INT8 ? w_.scale[column + j] : 1;
-        out[j] = tile[row * kLanes + j] * scale;
+        out[j] = sums[row * kLanes + j] * scale;
       }
     }
-  }
-
-  int largest_tile() const {
-    const int* size = kernels_.tile_rows;
-    while (size[1] != 0) ++size;
-    return *size;
-  }
-
-  int padded(int64_t rows) const {
-    const int* size = kernels_.tile_rows;
-    while (*size < rows) ++size;
-    return *size;
   }
 
   const Kernels& kernels_;
@@ -223,19 +414,20 @@ class MatmulTransposed {
   static constexpr int64_t kChunk = 32;  // blocks of columns expanded at once
 
   void run_panel(const float* dy, int64_t rows, float* dx) const {
-    const int lanes = rows <= kernels_.few_lanes ? kernels_.few_lanes
-                                                 : kernels_.many_lanes;
+    const int lanes =
+        kernels_.width * (rows <= kernels_.width ? 1 : kwm::kDenseVectors);
     const int64_t tiles = kwm::ceil_div(rows, lanes);
     const int64_t blocks = w_.column_blocks();
     const int64_t block_floats = kLanes * lanes;
-    const Scratch panel(tiles * blocks * block_floats);
+    const Scratch<float> panel(tiles * blocks * block_floats);
     threads_.run(
         tiles * blocks, grain(block_floats / kLanes), [&](int64_t begin, int64_t end) {
           for (int64_t item = begin; item < end; ++item) {
             const int64_t row = item / blocks * lanes;
             const int64_t column = item % blocks * kLanes;
-            pack_transposed(dy + row * w_.n, rows - row, w_.n, column,
-                            column + kLanes, lanes,
+            pack_transposed(kernels_, dy + row * w_.n + column, w_.n,
+                            kwm::min(lanes, rows - row),
+                            kwm::min(kLanes, w_.n - column), kLanes, lanes,
                             panel.get() + item * block_floats);
           }
         });
@@ -250,8 +442,8 @@ class MatmulTransposed {
     const int64_t blocks = w_.column_blocks();
     const int64_t tiles = kwm::ceil_div(rows, lanes);
     const int64_t tile_floats = kBlockRows * lanes;
-    const Scratch dense(kChunk * kBlockRows * kLanes);
-    const Scratch sums(tiles * tile_floats);
+    const Scratch<float> dense(kChunk * kBlockRows * kLanes);
+    const Scratch<float> sums(tiles * tile_floats);
     for (int64_t row_block = begin; row_block < end; ++row_block) {
       // Without columns the product is zero: one round all the same.
       for (int64_t first = 0; first == 0 || first < blocks; first += kChunk) {
@@ -288,11 +480,9 @@ class MatmulTransposed {
              float* dx) const {
     const int64_t first = row_block * kBlockRows;
     const int64_t here = kwm::min(kBlockRows, w_.k - first);
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* in = sums + row / lanes * kBlockRows * lanes + row % lanes;
-      for (int64_t i = 0; i < here; ++i) {
-        dx[row * w_.k + first + i] = in[i * lanes];
-      }
+    for (int64_t row = 0; row < rows; row += lanes) {
+      transpose(kernels_, sums + row * kBlockRows, lanes, here,
+                kwm::min(lanes, rows - row), dx + row * w_.k + first, w_.k);
     }
   }
 
@@ -338,8 +528,8 @@ void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
   const Threads threads{parallel_for, pool};
   const int64_t x_blocks = w.padded_k() / kLanes;
   const int64_t dy_blocks = w.column_blocks();
-  const Scratch x_panel(kPanelRows * w.padded_k());
-  const Scratch dy_panel(kPanelRows * dy_blocks * kLanes);
+  const Scratch<float> x_panel(kPanelRows * w.padded_k());
+  const Scratch<float> dy_panel(kPanelRows * dy_blocks * kLanes);
   // Without rows the gradient is zero: one round all the same.
   for (int64_t row = 0; row == 0 || row < rows; row += kPanelRows) {
     const int64_t here = kwm::min(kPanelRows, rows - row);

@@ -8,6 +8,28 @@
 
 namespace kwm {
 
+// A kernel for int8 values that takes activations as integers, three bytes each.
+struct DigitKernels {
+  const int* tile_rows;  // as below
+
+  // Row `row` of a panel [blocks, rows, 3, 64] of bytes, for x (k,) with zeros
+  // up to 64 * blocks; `panel` points to [0, row]. False, and nothing of use
+  // written, where floats would do better: not all is finite, or all is tiny.
+  bool (*to_digits)(const float* x, int64_t k, int rows, int64_t blocks,
+                    uint8_t* panel, float* step);
+
+  // As Kernels::multiply. Its integers hold the sums of kMostRowBlocks.
+  void (*multiply)(const uint8_t* x, const float* steps, int rows,
+                   const void* values, const uint32_t* meta,
+                   int64_t row_blocks, float* y);
+};
+constexpr int kDigits = 3;
+constexpr int kDigitColumns = 64;
+constexpr int64_t kMostRowBlocks = 4096;
+
+constexpr int kManyVectors = 4;
+constexpr int kDenseVectors = 3;
+
 // A panel holds rows of activations in blocks of 16 columns, [K/16, rows, 16],
 // so that a kernel reads it from the first byte to the last.
 struct Kernels {
@@ -20,13 +42,28 @@ struct Kernels {
   void (*multiply[3])(const float* x, int rows, const void* values,
                       const uint32_t* meta, int64_t row_blocks, float* y);
 
+  // Floats in a vector, and out [width, width] = in^T.
+  int width;
+  void (*transpose)(const float* in, int64_t in_stride, float* out,
+                    int64_t out_stride);
+
+  // Many rows at once, lanes are the rows: a tile of kManyVectors vectors.
+  // slots [16, row_blocks, 16] and words [16, row_blocks]: a block of columns,
+  // column by column.
+  void (*slots_of_columns[3])(const void* values, const uint32_t* meta,
+                              int64_t row_blocks, float* slots,
+                              uint32_t* words);
+  // y [16, tile] (+)= these columns^T @ x [32 * row_blocks, tile]
+  void (*multiply_many)(const float* x, const float* slots,
+                        const uint32_t* words, int64_t row_blocks, bool first,
+                        float* y);
+
   // dense [32, 16] = one block of rows of one block of columns, likewise.
   void (*expand[3])(const void* values, const uint32_t* meta, float* dense);
 
   // y [8, lanes] (+)= dense [8 rows of 16] @ dy [16, lanes], over all blocks of
   // columns: `dense` moves on by 32 * 16 and dy by 16 * lanes. `lanes` is one
-  // of these two.
-  int few_lanes, many_lanes;
+  // vector or kDenseVectors.
   void (*multiply_dense)(const float* dense, const float* dy, int lanes,
                          int64_t column_blocks, bool first, float* y);
 
@@ -42,6 +79,7 @@ const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
+const DigitKernels* avx512_vnni_kernels();
 
 }  // namespace kwm
 

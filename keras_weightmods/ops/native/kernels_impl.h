@@ -10,6 +10,9 @@
 //                         lane j of pick: x[4 * group + 2-bit index j of slot],
 //                         for x of 16 floats and slot / 2 % 4 == group
 //
+//   spread(slots, i)      lane i of a vector in all lanes
+//   transpose(in, in_stride, out, out_stride)   kWidth x kWidth floats
+//
 // Included by one file for each, after it has switched the compiler to the
 // instructions; all is local to that file, or the linker could take a function
 // that this machine cannot run.
@@ -142,6 +145,92 @@ const int* tile_rows() {
 }
 
 template <class S, class V>
+void slots_of_columns(const void* values, const uint32_t* meta,
+                      int64_t row_blocks, float* slots, uint32_t* words) {
+  auto block = static_cast<const char*>(values);
+  constexpr int kBlockBytes = kBlockSlots * kLanes * V::kSize;
+  const int64_t stride = row_blocks * kBlockSlots;
+  for (int64_t b = 0; b < row_blocks; ++b) {
+    alignas(64) float floats[kBlockSlots * kLanes];
+    // What the next call for this block of columns will ask for.
+    for (int line = 0; line < kBlockBytes; line += 64) {
+      S::prefetch_later(block + row_blocks * kBlockBytes + line);
+    }
+    S::prefetch_later(meta + (row_blocks + b) * kLanes);
+    for (int lane = 0; lane < kLanes; lane += S::kWidth) {
+      KWM_UNROLL(16)
+      for (int slot = 0; slot < kBlockSlots; ++slot) {
+        S::store(floats + slot * kLanes + lane,
+                 V::template get<S>(block, slot, lane));
+      }
+    }
+    for (int slot = 0; slot < kBlockSlots; slot += S::kWidth) {
+      for (int lane = 0; lane < kLanes; lane += S::kWidth) {
+        S::transpose(floats + slot * kLanes + lane, kLanes,
+                     slots + lane * stride + b * kBlockSlots + slot, stride);
+      }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      words[lane * row_blocks + b] = meta[b * kLanes + lane];
+    }
+    block += kBlockBytes;
+  }
+}
+
+// Every kept value is one multiply-add for each vector of rows, on the row of
+// x^T that its index names: half of the work of the dense product.
+template <class S>
+void multiply_many(const float* x, const float* slots, const uint32_t* words,
+                   int64_t row_blocks, bool first, float* y) {
+  constexpr int R = kwm::kManyVectors;
+  constexpr int kTile = R * S::kWidth;
+  constexpr int C = 2;  // columns at a time
+  for (int column = 0; column < kLanes; column += C) {
+    typename S::Float sum[C][R];
+    for (int c = 0; c < C; ++c) {
+      for (int r = 0; r < R; ++r) {
+        const float* from = y + (column + c) * kTile + r * S::kWidth;
+        sum[c][r] = first ? S::zero() : S::load(from);
+      }
+    }
+    for (int64_t b = 0; b < row_blocks; ++b) {
+      const float* rows = x + b * kBlockRows * kTile;
+      uint32_t word[C];
+      for (int c = 0; c < C; ++c) word[c] = words[(column + c) * row_blocks + b];
+      KWM_UNROLL(4)
+      for (int s0 = 0; s0 < kBlockSlots; s0 += S::kWidth) {
+        typename S::Float some[C];
+        KWM_UNROLL(4)
+        for (int c = 0; c < C; ++c) {
+          const int64_t place = (column + c) * row_blocks + b;
+          some[c] = S::load(slots + place * kBlockSlots + s0);
+        }
+        KWM_UNROLL(16)
+        for (int s = s0; s < s0 + S::kWidth; ++s) {
+          // Columns innermost: more sums that do not wait for one another.
+          KWM_UNROLL(4)
+          for (int c = 0; c < C; ++c) {
+            const auto value = S::spread(some[c], s - s0);
+            const float* row = rows + s / 2 * 4 * kTile +
+                               (word[c] >> (2 * s) & 3) * kTile;
+            KWM_UNROLL(4)
+            for (int r = 0; r < R; ++r) {
+              sum[c][r] = S::fma(S::load(row + r * S::kWidth), value,
+                                 sum[c][r]);
+            }
+          }
+        }
+      }
+    }
+    for (int c = 0; c < C; ++c) {
+      for (int r = 0; r < R; ++r) {
+        S::store(y + (column + c) * kTile + r * S::kWidth, sum[c][r]);
+      }
+    }
+  }
+}
+
+template <class S, class V>
 void expand(const void* values, const uint32_t* meta, float* dense) {
   auto block = static_cast<const char*>(values);
   for (int lane = 0; lane < kLanes; lane += S::kWidth) {
@@ -209,7 +298,7 @@ void multiply_dense(const float* dense, const float* dy, int lanes,
   if (lanes == S::kWidth) {
     multiply_dense_tile<S, 8, 1>(dense, dy, column_blocks, first, y);
   } else {
-    multiply_dense_tile<S, kRows, 3>(dense, dy, column_blocks, first, y);
+    multiply_dense_tile<S, kRows, kwm::kDenseVectors>(dense, dy, column_blocks, first, y);
   }
 }
 
@@ -254,10 +343,13 @@ const kwm::Kernels* kernels(int isa) {
       tile_rows<S>(),
       {multiply<S, Float32Values>, multiply<S, BFloat16Values>,
        multiply<S, Int8Values>},
+      S::kWidth,
+      S::transpose,
+      {slots_of_columns<S, Float32Values>, slots_of_columns<S, BFloat16Values>,
+       slots_of_columns<S, Int8Values>},
+      multiply_many<S>,
       {expand<S, Float32Values>, expand<S, BFloat16Values>,
        expand<S, Int8Values>},
-      S::kWidth,
-      3 * S::kWidth,
       multiply_dense<S>,
       gradient<S>,
   };

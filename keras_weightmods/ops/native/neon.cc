@@ -27,6 +27,9 @@ struct Neon {
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
   static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
   static void prefetch(const void* at) { __builtin_prefetch(at); }
+  static void prefetch_later(const void* at) {
+    __builtin_prefetch(at, 0, 2);
+  }
 
   static Words load_words(const void* from) {
     return vreinterpretq_u32_u8(vld1q_u8(static_cast<const uint8_t*>(from)));
@@ -66,6 +69,21 @@ struct Neon {
   static Float pick(Float table, Index index) {
     return vreinterpretq_f32_u8(
         vqtbl1q_u8(vreinterpretq_u8_f32(table), index));
+  }
+
+  static Float spread(Float slots, int i) { return vdupq_n_f32(slots[i]); }
+  static void transpose(const float* in, int64_t in_stride, float* out,
+                        int64_t out_stride) {
+    const Float a0 = load(in), a1 = load(in + in_stride);
+    const Float a2 = load(in + 2 * in_stride), a3 = load(in + 3 * in_stride);
+    const float32x4x2_t low = vtrnq_f32(a0, a1), high = vtrnq_f32(a2, a3);
+    for (int i = 0; i < 2; ++i) {
+      float* to = out + i * out_stride;
+      store(to, vcombine_f32(vget_low_f32(low.val[i]),
+                             vget_low_f32(high.val[i])));
+      store(to + 2 * out_stride, vcombine_f32(vget_high_f32(low.val[i]),
+                                              vget_high_f32(high.val[i])));
+    }
   }
 };
 

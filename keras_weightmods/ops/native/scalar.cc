@@ -24,6 +24,7 @@ struct Scalar {
   static Float add(Float a, Float b) { return a + b; }
   static Float fma(Float a, Float b, Float c) { return a * b + c; }
   static void prefetch(const void*) {}
+  static void prefetch_later(const void*) {}
 
   static Words load_words(const void* from) {
     Words words;
@@ -47,6 +48,11 @@ struct Scalar {
   static Index index(Words meta, int slot) { return (meta >> (2 * slot)) & 3; }
   static Words upper_slots(Words meta) { return meta >> 16; }
   static Float pick(const float* table, Index index) { return table[index]; }
+
+  static Float spread(Float slot, int) { return slot; }
+  static void transpose(const float* in, int64_t, float* out, int64_t) {
+    *out = *in;
+  }
 };
 
 }  // namespace

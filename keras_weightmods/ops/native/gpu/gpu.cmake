@@ -10,7 +10,7 @@ set_target_properties(kwm_gpu PROPERTIES
   CXX_VISIBILITY_PRESET hidden
   VISIBILITY_INLINES_HIDDEN ON
 )
-if(minor STREQUAL "1")
+if(has_xla)
   target_sources(kwm_gpu PRIVATE "${native}/gpu/xla_gpu.cc")
   target_include_directories(kwm_gpu SYSTEM PRIVATE "${xla_include}")
 endif()

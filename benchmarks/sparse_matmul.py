@@ -1,0 +1,324 @@
+"""How fast a packed 2:4 kernel is multiplied, next to the dense one.
+
+    python benchmarks/sparse_matmul.py
+    python benchmarks/sparse_matmul.py --quick
+    python benchmarks/sparse_matmul.py --peers jax --threads 1 --batches 1,16
+
+x (B, K) times a kernel (K, N), on the CPU. Under JAX the dense product is
+XLA's dot and the sparse one `ops.sparse_matmul`, both in `jax.jit`; under
+torch they are `torch.mm` and the same op. A peer and a number of threads have
+a process of their own, in which dense and sparse, every type of values and
+every instruction set that the machine has, take turns. Shown is the median
+time of the dense float32 product over that of the sparse one: above 1 the
+sparse one is faster. One thread is one core: the process is bound to it.
+
+Only good on a machine that does nothing else.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "sparse_matmul.json"
+
+SHAPES = [(576, 1536), (2048, 5632), (4096, 4096), (4096, 11008)]
+BATCHES = [1, 2, 4, 8, 16, 64, 128, 512]
+QUICK = {"shapes": SHAPES[:1], "batches": [1, 8, 64], "seconds": 0.2}
+DTYPES = ["float32", "bfloat16", "int8"]
+ISAS = {"avx512": 2, "avx2": 1, "neon": 3}
+PEERS = {"jax": "XLA dot", "torch": "torch.mm"}
+
+
+def main():
+    args = parse_arguments()
+    if args.worker:
+        pathlib.Path(args.json).write_text(json.dumps(measure(args)))
+        return
+    report = {
+        "machine": machine(),
+        "dense": "float32",
+        "results": [
+            run_worker(args, peer, threads)
+            for threads in args.threads.split(",")
+            for peer in args.peers.split(",")
+        ],
+    }
+    file = pathlib.Path(args.json)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    print_report(report)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument(
+        "--threads", default="1,all", help="1, all or both (default)"
+    )
+    parser.add_argument("--shapes", help="such as 576x1536,4096x4096")
+    parser.add_argument("--batches", help="such as 1,8")
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--isas", default=",".join(ISAS))
+    parser.add_argument(
+        "--seconds", type=float, help="for a shape and batch; default 1.5"
+    )
+    parser.add_argument("--core", type=int, help="for one thread; the last")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", default=str(RESULTS))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if unknown := set(args.peers.split(",")) - set(PEERS):
+        parser.error(f"unknown: {unknown}; there are {list(PEERS)}")
+    if unknown := set(args.threads.split(",")) - {"1", "all"}:
+        parser.error(f"--threads is 1, all or 1,all. Received: {unknown}")
+    return args
+
+
+def run_worker(args, peer, threads):
+    environment = {**os.environ, "KERAS_BACKEND": peer}
+    environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "result.json"
+        command = [sys.executable, __file__, *sys.argv[1:]]
+        command += [f"--worker={peer}", f"--threads={threads}"]
+        command += [f"--json={file}"]
+        subprocess.run(command, env=environment, check=True)
+        return json.loads(file.read_text())
+
+
+def measure(args):
+    # Before anything starts its threads.
+    cores = sorted(os.sched_getaffinity(0))
+    if args.threads == "1":
+        cores = cores[-1:] if args.core is None else [args.core]
+        os.sched_setaffinity(0, cores)
+        os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path.insert(0, str(ROOT))
+    from rich.progress import track
+
+    from keras_weightmods.ops import native
+
+    if not native.is_available():
+        raise SystemExit(native.why_not())
+    best = native.library().kwm_isa()
+    isas = [
+        name
+        for name in args.isas.split(",")
+        if native.library().kwm_set_isa(ISAS[name]) == ISAS[name]
+    ]
+    shapes, batches, seconds = SHAPES, BATCHES, args.seconds or 1.5
+    if args.quick:
+        shapes, batches, seconds = QUICK.values()
+    if args.shapes:
+        shapes = [map(int, s.split("x")) for s in args.shapes.split(",")]
+    if args.batches:
+        batches = [int(b) for b in args.batches.split(",")]
+    rows = []
+    for k, n in track(
+        [tuple(s) for s in shapes],
+        description=f"{args.worker}, threads: {args.threads}",
+    ):
+        kernels = Kernels(args.worker, k, n, args.dtypes.split(","))
+        for batch in batches:
+            contenders = kernels.contenders(batch, isas)
+            rows.append(
+                {
+                    "shape": [k, n],
+                    "batch": batch,
+                    "milliseconds": interleaved(contenders, seconds),
+                }
+            )
+    native.library().kwm_set_isa(best)
+    return {
+        "peer": args.worker,
+        "threads": args.threads,
+        "cores": len(cores),
+        "isas": isas,
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("keras", args.worker)
+        },
+        "rows": rows,
+    }
+
+
+class Kernels:
+    """One kernel, dense and packed, as tensors of the backend."""
+
+    def __init__(self, peer, k, n, dtypes):
+        import keras
+        import numpy as np
+
+        from keras_weightmods.ops import Packed, nm_mask, pack_kernel
+
+        self.peer = peer
+        self.k = k
+        rng = np.random.default_rng(0)
+        kernel = rng.standard_normal((k, n), "float32") / k**0.5
+        mask = keras.ops.convert_to_numpy(nm_mask(kernel, 2, 4, axis=0))
+        kernel *= mask
+        self.dense = keras.ops.convert_to_tensor(kernel)
+        self.packed = {}
+        for dtype in dtypes:
+            packed = pack_kernel(kernel, dtype)
+            arrays = [packed.values, packed.meta, packed.scale]
+            arrays = [
+                None if a is None else keras.ops.convert_to_tensor(a)
+                for a in arrays
+            ]
+            self.packed[dtype] = Packed(*arrays, packed.shape, packed.dtype)
+
+    def contenders(self, batch, isas):
+        """Functions without arguments that run one product and wait for it."""
+        import keras
+        import numpy as np
+
+        x = np.random.default_rng(batch).standard_normal((batch, self.k))
+        x = keras.ops.convert_to_tensor(x.astype("float32"))
+        dense, sparse = getattr(self, f"_{self.peer}")(x)
+        found = {"dense": (None, dense)}
+        for isa in isas:
+            for dtype, run in sparse.items():
+                found[f"{isa} {dtype}"] = (ISAS[isa], run)
+        return found
+
+    def _jax(self, x):
+        import jax
+
+        from keras_weightmods.ops import Packed, sparse_matmul
+
+        dense = jax.jit(lambda x, w: x @ w)
+        sparse = jax.jit(
+            lambda x, arrays, shape, dtype: sparse_matmul(
+                x, Packed(*arrays, shape, dtype)
+            ),
+            static_argnums=(2, 3),
+        )
+
+        def run(packed):
+            arrays = (packed.values, packed.meta, packed.scale)
+            return lambda: sparse(
+                x, arrays, packed.shape, packed.dtype
+            ).block_until_ready()
+
+        return (
+            lambda: dense(x, self.dense).block_until_ready(),
+            {dtype: run(packed) for dtype, packed in self.packed.items()},
+        )
+
+    def _torch(self, x):
+        import torch
+
+        from keras_weightmods.ops import sparse_matmul
+
+        def run(packed):
+            def call():
+                with torch.inference_mode():
+                    return sparse_matmul(x, packed)
+
+            return call
+
+        def dense():
+            with torch.inference_mode():
+                return torch.mm(x, self.dense)
+
+        return dense, {d: run(packed) for d, packed in self.packed.items()}
+
+
+def interleaved(contenders, seconds):
+    """Median milliseconds of each, from rounds in which all take turns."""
+    from keras_weightmods.ops import native
+
+    times = {name: [] for name in contenders}
+    end = None
+    while end is None or len(times["dense"]) < 3 or time.monotonic() < end:
+        for name, (isa, run) in contenders.items():
+            if isa is not None:
+                native.library().kwm_set_isa(isa)
+            # The first call finds the caches full of another's weights.
+            run()
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+        if end is None:
+            # The first round compiles.
+            times = {name: [] for name in contenders}
+            end = time.monotonic() + seconds
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def machine():
+    model = platform.processor() or platform.machine()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def print_report(report):
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for result in report["results"]:
+        cores = result["cores"]
+        table = Table(
+            title=f"Speed over dense float32 ({PEERS[result['peer']]}), "
+            f"{cores} thread{'s' * (cores > 1)}",
+            box=box.SIMPLE_HEAD,
+        )
+        table.add_column("K x N", no_wrap=True)
+        table.add_column("values", no_wrap=True)
+        batches = list(dict.fromkeys(row["batch"] for row in result["rows"]))
+        for batch in batches:
+            table.add_column(f"B={batch}", justify="right", no_wrap=True)
+        shapes = list(
+            dict.fromkeys(tuple(row["shape"]) for row in result["rows"])
+        )
+        for shape in shapes:
+            times = {
+                row["batch"]: row["milliseconds"]
+                for row in result["rows"]
+                if tuple(row["shape"]) == shape
+            }
+            name = f"{shape[0]} x {shape[1]}"
+            table.add_row(
+                name,
+                "dense, ms",
+                *(f"{times[b]['dense']:.3g}" for b in batches),
+            )
+            for contender in times[batches[0]]:
+                if contender == "dense":
+                    continue
+                ratios = [
+                    times[b]["dense"] / times[b][contender] for b in batches
+                ]
+                table.add_row("", contender, *(f"{r:.2f}" for r in ratios))
+        console.print(table)
+    about = report["machine"]
+    console.print(f"{about['cpu']}, {about['cores']} cores")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""What a machine without a GPU can say of the library and of its sources."""
+
+import ctypes
+import importlib.util
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import keras
+import pytest
+
+from keras_weightmods.ops.native import gpu
+
+if keras.backend.backend() != "torch":
+    pytest.skip(
+        "not about the backend: run once, on torch", allow_module_level=True
+    )
+
+GPU = pathlib.Path(gpu.__file__).parent
+
+_HEADERS = """
+#include <type_traits>
+#include "{declared}"
+{includes}
+
+// The same parameters but for pointers' and enumerations' names.
+template <typename R, typename... A, typename S, typename... B>
+constexpr bool alike(R (*)(A...), S (*)(B...)) {{
+  if constexpr (sizeof...(A) != sizeof...(B)) {{
+    return false;
+  }} else {{
+    return sizeof(R) == sizeof(S) &&
+           ((sizeof(A) == sizeof(B) &&
+             std::is_pointer_v<A> == std::is_pointer_v<B>) && ...);
+  }}
+}}
+{checks}
+"""
+
+
+def include_folders():
+    spec = importlib.util.find_spec("nvidia")
+    places = (spec and spec.submodule_search_locations) or ()
+    return [
+        folder
+        for place in places
+        for folder in pathlib.Path(place).glob("*/include")
+    ]
+
+
+def check_headers(tmp_path, needed, declared, includes, checks):
+    folders = include_folders()
+    for header in needed:
+        if not any((folder / header).exists() for folder in folders):
+            pytest.skip(f"needs {header}, of a package of NVIDIA's on PyPI")
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    source = tmp_path / "headers.cc"
+    source.write_text(
+        _HEADERS.format(
+            declared=declared,
+            includes="\n".join(f"#include <{name}>" for name in includes),
+            checks="\n".join(f"static_assert({check});" for check in checks),
+        )
+    )
+    search = [f"-I{folder}" for folder in [GPU, *folders]]
+    subprocess.run(
+        [compiler, "-std=c++17", "-fsyntax-only", *search, source], check=True
+    )
+
+
+def test_cusparselt_is_declared_as_in_its_header(tmp_path):
+    functions = [
+        "GetErrorString",
+        "Init",
+        "GetVersion",
+        "DenseDescriptorInit",
+        "StructuredDescriptorInit",
+        "MatmulDescriptorInit",
+        "MatmulAlgSelectionInit",
+        "MatmulAlgSetAttribute",
+        "MatmulAlgGetAttribute",
+        "MatmulPlanInit",
+        "MatmulGetWorkspace",
+        "Matmul",
+        "SpMMACompressedSize2",
+        "SpMMACompress2",
+    ]
+    structures = [
+        "Handle",
+        "MatDescriptor",
+        "MatmulDescriptor",
+        "MatmulAlgSelection",
+        "MatmulPlan",
+    ]
+    constants = {
+        "kNonTranspose": "CUSPARSE_OPERATION_NON_TRANSPOSE",
+        "kOrderColumn": "CUSPARSE_ORDER_COL",
+        "kOrderRow": "CUSPARSE_ORDER_ROW",
+        "kSparsity50": "CUSPARSELT_SPARSITY_50_PERCENT",
+        "kCompute32I": "CUSPARSE_COMPUTE_32I",
+        "kCompute32F": "CUSPARSE_COMPUTE_32F",
+        "kAlgorithmDefault": "CUSPARSELT_MATMUL_ALG_DEFAULT",
+        "kConfigId": "CUSPARSELT_MATMUL_ALG_CONFIG_ID",
+        "kConfigMaxId": "CUSPARSELT_MATMUL_ALG_CONFIG_MAX_ID",
+        "kR16F": "CUDA_R_16F",
+        "kR16BF": "CUDA_R_16BF",
+        "kR8I": "CUDA_R_8I",
+        "kR32I": "CUDA_R_32I",
+    }
+    lt = "kwm::cusparselt"
+    functions_are_alike = [
+        f"alike(decltype(&cusparseLt{name}){{}}, decltype({lt}::Functions::"
+        f"{name}){{}})"
+        for name in functions
+    ]
+    check_headers(
+        tmp_path,
+        ["cusparseLt.h", "library_types.h", "crt/host_defines.h"],
+        "cusparselt_api.h",
+        ["cuda_runtime_api.h", "cusparseLt.h"],
+        functions_are_alike
+        + [
+            f"sizeof(cusparseLt{s}_t) <= sizeof({lt}::Opaque)"
+            for s in structures
+        ]
+        + [
+            f"int({theirs}) == {lt}::{ours}"
+            for ours, theirs in constants.items()
+        ]
+        + ["CUSPARSE_STATUS_SUCCESS == 0"],
+    )
+
+
+def test_driver_is_declared_as_in_its_header(tmp_path):
+    functions = {
+        "Init": "cuInit",
+        "GetErrorString": "cuGetErrorString",
+        "DeviceGet": "cuDeviceGet",
+        "DeviceGetAttribute": "cuDeviceGetAttribute",
+        "PrimaryContextRetain": "cuDevicePrimaryCtxRetain",
+        "ContextPush": "cuCtxPushCurrent_v2",
+        "ContextPop": "cuCtxPopCurrent_v2",
+        "ModuleLoadData": "cuModuleLoadData",
+        "ModuleGetFunction": "cuModuleGetFunction",
+        "LaunchKernel": "cuLaunchKernel",
+    }
+    check_headers(
+        tmp_path,
+        ["cuda.h"],
+        "driver.h",
+        ["cuda.h"],
+        [
+            f"alike(decltype(&{theirs}){{}}, decltype(kwm::Driver::{ours}){{}})"
+            for ours, theirs in functions.items()
+        ]
+        + [
+            "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR == 75",
+            "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR == 76",
+            "CUDA_SUCCESS == 0",
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "capability"),
+    [
+        ("float32", (8, 0)),
+        ("bfloat16", (8, 0)),
+        ("bfloat16", (9, 0)),
+        ("float16", (9, 0)),
+    ],
+)
+def test_nvrtc_compiles_the_decode_kernel(library, x_dtype, capability):
+    source = (GPU / "decode.cu").read_bytes()
+    paths = [gpu._cuda_library("nvrtc", cuda) for cuda in (13, 12)]
+    if all(library.kwm_gpu_load_decode(source, p.encode()) for p in paths):
+        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+    x_type = gpu.X_TYPES[x_dtype]
+    for value_type in range(3):
+        size = ctypes.c_int64()
+        failure = library.kwm_gpu_compile_decode(
+            *capability,
+            x_type,
+            value_type,
+            library.kwm_gpu_decode_rows(x_type),
+            ctypes.byref(size),
+        )
+        assert failure is None
+        assert size.value > 0
+
+
+def test_nvrtc_says_what_it_cannot_compile(library):
+    source = (GPU / "decode.cu").read_bytes()
+    paths = [gpu._cuda_library("nvrtc", cuda) for cuda in (13, 12)]
+    if all(library.kwm_gpu_load_decode(source, p.encode()) for p in paths):
+        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+    size = ctypes.c_int64()
+    failure = library.kwm_gpu_compile_decode(1, 2, 1, 1, 8, ctypes.byref(size))
+    assert failure.startswith(b"NVRTC: ")
+    assert b"sm_12" in failure
+
+
+def test_without_cuda_every_call_says_why(library):
+    # In a process of its own: here the driver may be open already.
+    code = """
+import ctypes
+from keras_weightmods.ops.native import gpu
+library = gpu.library()
+assert library.kwm_gpu_load_driver(b"libabsent.so") is not None
+assert b"NVRTC is not loaded" in library.kwm_gpu_compile_decode(
+    8, 0, 0, 0, 1, ctypes.byref(ctypes.c_int64()))
+assert b"the CUDA driver is not loaded" in library.kwm_gpu_prepare_decode(
+    0, 1, 1, 1)
+for call in (
+    lambda: gpu.compressed_size(0, (64, 64), "bfloat16"),
+    lambda: gpu.cusparselt_algorithms(0, 16, (64, 64), "bfloat16"),
+):
+    try:
+        call()
+    except RuntimeError as error:
+        assert "the CUDA driver is not loaded" in str(error), error
+    else:
+        raise SystemExit("no error")
+assert library.kwm_gpu_cusparselt_version(0) == -1
+gpu._DRIVER = b"libabsent.so"
+for load in (gpu.load_decode, gpu.load_cusparselt):
+    assert "pip install 'keras-weightmods[cuda12]'" in load(12)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_library_of_another_release(tmp_path, monkeypatch):
+    if gpu.library() is None:
+        pytest.skip(gpu.why_not())
+    monkeypatch.setattr(gpu, "ABI_VERSION", 99)
+    with pytest.raises(OSError, match="of another release"):
+        gpu.open_library(GPU / "kwm_gpu.so")

@@ -1,0 +1,214 @@
+"""The GPU products on a GPU; skipped without one. `make gpu` runs them."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+from keras_weightmods.ops.native.gpu import dispatch
+from keras_weightmods.ops.nm import nm_project
+from keras_weightmods.ops.packed import pack_kernel, unpack_kernel
+
+BACKEND = keras.backend.backend()
+if BACKEND == "jax":
+    import jax
+
+    from keras_weightmods.backend.jax import sparse_matmul_gpu as products
+elif BACKEND == "torch":
+    import torch
+
+    from keras_weightmods.backend.torch import sparse_matmul_gpu as products
+else:
+    pytest.skip("JAX and torch alone", allow_module_level=True)
+
+if products.device_name() is None:
+    pytest.skip(f"{BACKEND} finds no NVIDIA GPU", allow_module_level=True)
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+VALUE_DTYPES = ("float32", "bfloat16", "int8")
+
+
+def make(k, n, value_dtype):
+    kernel = np.random.default_rng(0).normal(size=(k, n)).astype("float32")
+    kernel = ops.convert_to_numpy(nm_project(kernel, 2, 4))
+    packed = pack_kernel(kernel, value_dtype)
+    on_gpu = {
+        f.name: ops.convert_to_tensor(getattr(packed, f.name))
+        for f in dataclasses.fields(packed)
+        if f.name in ("values", "meta", "scale")
+        and getattr(packed, f.name) is not None
+    }
+    return dataclasses.replace(packed, **on_gpu), unpack_kernel(packed)
+
+
+def multiply(x, packed, method):
+    if BACKEND == "torch":
+        arrays = packed.values, packed.meta, packed.scale
+        return products.sparse_matmul(x, *arrays, packed.shape[1], method)
+    if method == "cusparselt":
+        packed = products.prepare(packed, x.dtype.name, "cusparselt")
+    elif method == "decode":
+        products._require(method)
+    return products.matmul(x, packed, method)
+
+
+def relative_error(y, expected):
+    y = ops.convert_to_numpy(ops.cast(y, "float32")).astype("float64")
+    return np.linalg.norm(y - expected) / np.linalg.norm(expected)
+
+
+def check(method, rows, k, n, x_dtype, value_dtype):
+    packed, kernel = make(k, n, value_dtype)
+    x = np.random.default_rng(1).normal(size=(rows, k)).astype("float32")
+    x = ops.cast(ops.convert_to_tensor(x), x_dtype)
+    y = multiply(x, packed, method)
+    assert tuple(y.shape) == (rows, n)
+    assert keras.backend.standardize_dtype(y.dtype) == x_dtype
+    x = ops.convert_to_numpy(ops.cast(x, "float32")).astype("float64")
+    assert relative_error(y, x @ kernel) <= TOLERANCE[x_dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8, 16])
+@pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
+@pytest.mark.parametrize("x_dtype", list(TOLERANCE))
+def test_decode(x_dtype, value_dtype, rows):
+    if rows > products.gpu.decode_rows(x_dtype):
+        pytest.skip("more rows than the kernel takes")
+    for k, n in ((4096, 1024), (2050, 1000), (34, 5)):
+        check("decode", rows, k, n, x_dtype, value_dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 64, 512])
+@pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "float16"])
+def test_cusparselt(x_dtype, value_dtype, rows):
+    for k, n in ((1024, 2048), (2048, 512)):
+        check("cusparselt", rows, k, n, x_dtype, value_dtype)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="int8 activations: JAX alone")
+def test_cusparselt_int8_activations():
+    packed, kernel = make(1024, 512, "int8")
+    x = np.random.default_rng(1).integers(-127, 128, (33, 1024)).astype("int8")
+    prepared = products.prepare(packed, "int8", "cusparselt")
+    y = products.matmul(jax.numpy.asarray(x), prepared, "cusparselt")
+    assert relative_error(y, x @ kernel.astype("float64")) <= 1e-5
+
+
+def test_decode_of_poisoned_memory():
+    """Every result is written; nothing beyond the arrays counts."""
+    packed, kernel = make(70, 21, "float32")
+    x = np.random.default_rng(1).normal(size=(3, 70)).astype("float32")
+    for _ in range(5):
+        poison = ops.full((64, 1024), float("nan"))
+        del poison
+        y = multiply(ops.convert_to_tensor(x), packed, "decode")
+        assert relative_error(y, x @ kernel.astype("float64")) <= 1e-5
+
+
+def test_decode_is_repeatable():
+    packed, _ = make(4096, 1024, "bfloat16")
+    x = np.random.default_rng(1).normal(size=(4, 4096)).astype("float32")
+    x = ops.cast(ops.convert_to_tensor(x), "bfloat16")
+    results = [
+        ops.convert_to_numpy(ops.cast(multiply(x, packed, "decode"), "float32"))
+        for _ in range(20)
+    ]
+    assert all(np.array_equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
+def test_public_product_and_its_gradient(value_dtype):
+    packed, kernel = make(256, 96, value_dtype)
+    x = np.random.default_rng(1).normal(size=(2, 3, 256)).astype("float32")
+    dy = np.random.default_rng(2).normal(size=(2, 3, 96)).astype("float32")
+    expected = dy @ kernel.T.astype("float64")
+    if BACKEND == "jax":
+        y, pull = jax.vjp(lambda x: kwm.ops.sparse_matmul(x, packed), x)
+        (dx,) = pull(dy)
+    else:
+        tensor = ops.convert_to_tensor(x).requires_grad_()
+        y = kwm.ops.sparse_matmul(tensor, packed)
+        (dx,) = torch.autograd.grad(y, tensor, ops.convert_to_tensor(dy))
+        y = y.detach()
+    assert relative_error(y, x @ kernel.astype("float64")) <= 1e-3
+    assert relative_error(dx, expected) <= 1e-3
+
+
+def test_compiled_with_both_products():
+    packed, kernel = make(512, 512, "bfloat16")
+    x = np.random.default_rng(1).normal(size=(4, 512)).astype("float32")
+    x = ops.cast(ops.convert_to_tensor(x), "bfloat16")
+
+    if BACKEND == "jax":
+        prepared = products.prepare(packed, "bfloat16", "cusparselt")
+
+        # A loop, which XLA records as a CUDA graph where it can.
+        @jax.jit
+        def run(x):
+            def step(_, x):
+                x = products.matmul(x, prepared, "decode")
+                return products.matmul(x, prepared, "cusparselt") / 256
+
+            return jax.lax.fori_loop(0, 3, step, x)
+    else:
+
+        def run(x):
+            for _ in range(3):
+                x = multiply(x, packed, "decode")
+                x = multiply(x, packed, "cusparselt") / 256
+            return x
+
+    expected = ops.convert_to_numpy(ops.cast(x, "float32")).astype("float64")
+    for _ in range(3):
+        expected = expected @ kernel @ kernel / 256
+    assert relative_error(run(x), expected) <= 5e-2
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch alone")
+def test_decode_in_a_cuda_graph():
+    packed, kernel = make(512, 512, "bfloat16")
+    x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    multiply(x, packed, "decode")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = multiply(x, packed, "decode")
+    x.normal_()
+    graph.replay()
+    expected = x.double().cpu().numpy() @ kernel
+    assert relative_error(y, expected) <= 1e-2
+
+
+@pytest.mark.parametrize("method", ["decode", "cusparselt"])
+def test_packed_model(monkeypatch, method, tmp_path):
+    times = {"dense": 3.0, "decode": 2.0, "cusparselt": 2.0, method: 1.0}
+    plan = dispatch.Plan((dispatch.Measured(8, times),))
+    monkeypatch.setattr(products, "plan", lambda *_: plan)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((256,), dtype="float32"),
+            keras.layers.Dense(128, "relu", dtype="mixed_bfloat16"),
+            keras.layers.Dense(64, dtype="mixed_bfloat16"),
+        ]
+    )
+    for layer in model.layers:
+        layer.kernel.assign(nm_project(layer.kernel, 2, 4))
+    x = np.random.default_rng(1).normal(size=(8, 256)).astype("float32")
+    expected = model.predict(x, verbose=0).astype("float64")
+    kwm.pack(model)
+    assert relative_error(model.predict(x, verbose=0), expected) <= 2e-2
+    path = tmp_path / "packed.kwm"
+    kwm.save_model(model, path)
+    loaded = kwm.load_model(path)
+    assert relative_error(loaded.predict(x, verbose=0), expected) <= 2e-2
+
+
+def test_wrong_arguments_name_the_reason():
+    packed, _ = make(64, 32, "float32")
+    x = ops.ones((9, 64), "float32")
+    with pytest.raises(Exception, match="takes 1 to 8 rows"):
+        ops.convert_to_numpy(multiply(x, packed, "decode"))

@@ -1,0 +1,236 @@
+import importlib
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+from keras_weightmods.ops import (
+    Packed,
+    native,
+    pack_kernel,
+    packed_arrays,
+    sparse_matmul,
+    unpack_kernel,
+)
+from tests.ops.test_packed import DTYPES, kernel_of
+
+# The function has taken the module's name.
+module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
+
+
+@pytest.fixture
+def compiled():
+    if module.why_dense():
+        pytest.skip(module.why_dense())
+
+
+@pytest.fixture
+def without_library(monkeypatch):
+    monkeypatch.setattr(native, "_loaded", (None, "it is switched off."))
+    monkeypatch.setattr(module, "_implementations", {})
+    native.warn_dense.cache_clear()
+    yield
+    native.warn_dense.cache_clear()
+
+
+def gradients(function, *inputs):
+    """Gradients of the sum of `function` times fixed numbers."""
+    inputs = [keras.ops.convert_to_tensor(each) for each in inputs]
+
+    def loss(*inputs):
+        y = function(*inputs)
+        dy = keras.ops.convert_to_tensor(output_gradient(y.shape))
+        return keras.ops.sum(y * dy)
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        found = jax.grad(loss, tuple(range(len(inputs))))(*inputs)
+    elif keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            total = loss(*inputs)
+        found = tape.gradient(total, inputs)
+    else:
+        inputs = [each.detach().requires_grad_() for each in inputs]
+        loss(*inputs).backward()
+        found = [each.grad for each in inputs]
+    return [keras.ops.convert_to_numpy(each) for each in found]
+
+
+def output_gradient(shape):
+    rng = np.random.default_rng(7)
+    return rng.normal(size=tuple(shape)).astype("float32")
+
+
+def activation(*shape):
+    return np.random.default_rng(1).normal(size=shape).astype("float32")
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Within `tolerance` of the largest entry."""
+    actual = np.asarray(actual, "float64")
+    assert actual.shape == expected.shape
+    if expected.size:
+        largest = np.abs(expected).max()
+        assert np.abs(actual - expected).max() <= tolerance * largest
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("leading", "k", "n"),
+    [((1,), 64, 48), ((3, 2), 37, 21), ((19,), 132, 17), ((), 5, 2)],
+)
+def test_equals_reference_with_gradients(compiled, leading, k, n, dtype):
+    check_product(sparse_matmul, leading, k, n, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_product_equals_reference_too(dtype):
+    check_product(module.dense_matmul, (3, 2), 37, 21, dtype)
+
+
+def check_product(sparse_matmul, leading, k, n, dtype):
+    kernel = kernel_of(k, n)
+    packed = pack_kernel(kernel, dtype)
+    w = unpack_kernel(packed).astype("float64")
+    x = activation(*leading, k)
+    dy = output_gradient((*leading, n)).astype("float64")
+
+    y = keras.ops.convert_to_numpy(sparse_matmul(x, packed))
+    assert y.dtype == np.float32
+    assert_close(y, x.astype("float64") @ w)
+    if dtype != "float32":
+        (dx,) = gradients(lambda x: sparse_matmul(x, packed), x)
+        assert_close(dx, dy @ w.T)
+        return
+    dx, dvalues = gradients(
+        lambda x, values: sparse_matmul(
+            x, Packed(values, packed.meta, None, (k, n), dtype)
+        ),
+        x,
+        packed.values,
+    )
+    assert_close(dx, dy @ w.T)
+    dw = x.reshape(-1, k).T.astype("float64") @ dy.reshape(-1, n)
+    found = unpack_kernel(Packed(dvalues, packed.meta, None, (k, n), dtype))
+    kept = kernel != 0
+    assert_close(found * kept, dw * kept)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (2, 4, 0), (0, 8, 3)])
+def test_empty(shape):
+    rows, k, n = shape
+    packed = pack_kernel(kernel_of(k, n))
+    y = keras.ops.convert_to_numpy(sparse_matmul(activation(rows, k), packed))
+    np.testing.assert_array_equal(y, np.zeros((rows, n)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_activation_gives_the_type(dtype):
+    packed = pack_kernel(kernel_of(64, 48))
+    x = keras.ops.cast(activation(3, 64), dtype)
+    y = sparse_matmul(x, packed)
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    x, y = (
+        keras.ops.convert_to_numpy(keras.ops.cast(each, "float32"))
+        for each in (x, y)
+    )
+    assert_close(y, x.astype("float64") @ unpack_kernel(packed), 2**-8)
+    (dx,) = gradients(
+        lambda x: keras.ops.cast(
+            sparse_matmul(keras.ops.cast(x, dtype), packed), "float32"
+        ),
+        x,
+    )
+    expected = output_gradient((3, 48)).astype("float64")
+    assert_close(dx, expected @ unpack_kernel(packed).T, 2**-6)
+
+
+class SparseDense(keras.layers.Layer):
+    """The least that makes a layer of the product."""
+
+    def __init__(self, packed, **arguments):
+        super().__init__(**arguments)
+        self.given = packed
+
+    def build(self, input_shape):
+        weights = []
+        specs = packed_arrays(self.given.shape, self.given.dtype)
+        for name, (shape, dtype) in specs.items():
+            weight = self.add_weight(
+                shape=shape,
+                dtype=dtype,
+                name=name,
+                initializer="zeros",
+                trainable=name == "values" and dtype == "float32",
+                autocast=False,
+            )
+            weight.assign(getattr(self.given, name))
+            weights.append(weight)
+        self.packed = Packed(
+            weights[0],
+            weights[1],
+            weights[2] if len(weights) > 2 else None,
+            self.given.shape,
+            self.given.dtype,
+        )
+
+    def call(self, x):
+        return sparse_matmul(x, self.packed)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.given.shape[1])
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_in_a_compiled_model(jit_compile):
+    backend = keras.backend.backend()
+    if jit_compile and backend == "torch":
+        pytest.skip("torch.compile has tests of its own")
+    kernel = kernel_of(24, 40)
+    layer = SparseDense(pack_kernel(kernel))
+    last = SparseDense(pack_kernel(kernel_of(40, 3, 1), "int8"))
+    model = keras.Sequential([keras.Input((5, 24)), layer, last])
+    model.compile(
+        keras.optimizers.SGD(0.1), loss="mse", jit_compile=jit_compile
+    )
+    x = activation(3, 5, 24)
+    # The last batch is a smaller one.
+    y = model.predict(x, batch_size=2, verbose=0)
+    last_kernel = unpack_kernel(last.given)
+    assert_close(y, x.astype("float64") @ kernel @ last_kernel, 1e-4)
+    model.fit(x, np.ones_like(y), batch_size=3, verbose=0)
+    trained = unpack_kernel(layer.packed)
+    dy = 2 * (y - 1) / y.size
+    dw = x.reshape(-1, 24).T @ (dy.reshape(-1, 3) @ last_kernel.T)
+    expected = (kernel - 0.1 * dw).astype("float64")
+    assert_close(trained * (kernel != 0), expected * (kernel != 0), 1e-4)
+    assert not np.any(trained[kernel == 0])
+
+
+def test_without_the_library(without_library):
+    packed = pack_kernel(kernel_of(64, 48), "int8")
+    x = activation(3, 64)
+    with pytest.warns(UserWarning, match="dense kernels.*switched off"):
+        y = sparse_matmul(x, packed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparse_matmul(x, packed)
+    expected = x.astype("float64") @ unpack_kernel(packed)
+    assert_close(keras.ops.convert_to_numpy(y), expected)
+
+
+def test_compiled_model_without_the_library(without_library):
+    with pytest.warns(UserWarning, match="dense kernels.*switched off"):
+        test_in_a_compiled_model(False)
+
+
+def test_wrong_shapes():
+    packed = pack_kernel(kernel_of(64, 48))
+    for x in (activation(3, 63), activation(3, 64, 1), np.float32(1)):
+        with pytest.raises(ValueError, match="must have 64 entries in its"):
+            sparse_matmul(x, packed)
