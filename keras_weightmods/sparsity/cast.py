@@ -55,13 +55,21 @@ class CAST(keras.distillation.Distiller):
     Usage is `compile`, `fit`, `finalize`. The model itself is trained, in
     place; `finalize` returns it as a plain model.
 
-    An interrupted run is resumed by `keras.callbacks.BackupAndRestore`, or by
-    `save_weights` at the end of an epoch and, in a `CAST` made and compiled
-    in the same way, `load_weights` and `fit(..., initial_epoch=...)` with the
-    same `epochs`. The file holds the model with its scales, the teacher, the
-    optimizer with its masks, the length of the run and the state of dropout.
-    Given the same batches (`shuffle=False`, or a dataset with its own seed)
-    the weights are bit for bit those of a run that was not interrupted.
+    An interrupted run is resumed in a `CAST` made and compiled in the same
+    way, by `load_weights` of what `save_weights` wrote and `fit` with the
+    same `epochs`:
+
+    - saved at the end of an epoch: `fit(..., initial_epoch=...)`, which
+      `keras.callbacks.BackupAndRestore` does by itself. With its
+      `save_freq=<batches>` Keras begins the epoch again on the weights from
+      the middle of it, which trains on some batches twice;
+    - saved after any step: `fit` on the batches that remain of that epoch,
+      then `fit(..., initial_epoch=...)` on whole ones.
+
+    The file holds the model with its scales, the teacher, the optimizer with
+    its masks, the length of the run and the state of dropout. Given the same
+    batches (`shuffle=False`, or a dataset with its own seed) the weights are
+    bit for bit those of a run that was not interrupted.
 
     Args:
         model: A built `keras.Model`, for example a KerasHub `CausalLM`. It
@@ -227,6 +235,13 @@ class CAST(keras.distillation.Distiller):
         self._optimizer_is_default = False
         self._planned_batches = None
         self._finalized = False
+        self._random_stream = None
+        if keras.backend.backend() == "torch":
+            from keras_weightmods.backend.torch.random_stream import (
+                RandomStream,
+            )
+
+            self._random_stream = RandomStream()
 
     @property
     def pattern(self):
@@ -362,6 +377,20 @@ class CAST(keras.distillation.Distiller):
     def reset_metrics(self):
         """Resets all metrics; without a teacher there are fewer."""
         keras.Model.reset_metrics(self)
+
+    def make_train_function(self, force=False):
+        """Prepares the train step; on torch, with random numbers of its own."""
+        if self.train_function is not None and not force:
+            return
+        super().make_train_function(force)
+        if self._random_stream is not None:
+            step = self.train_function
+
+            def train_function(data):
+                with self._random_stream.active():
+                    return step(data)
+
+            self.train_function = train_function
 
     def zero_grad(self, set_to_none=True):
         """Clears the gradients (called by the trainer of torch)."""
@@ -505,11 +534,21 @@ class CAST(keras.distillation.Distiller):
             store["planned_batches"] = np.asarray(self._planned_batches)
         for i, variable in enumerate(self._seed_states()):
             store[f"seed_state_{i}"] = variable
+        if self._random_stream is not None:
+            for device, state in self._random_stream.states.items():
+                store[f"random_state_{device}"] = state
 
     def load_own_variables(self, store):
         # Comes before the optimizer's own state, which loads only into one
         # that is built, and that takes the length of the run.
         keys = list(store.keys())
+        states = {
+            device: np.asarray(store[f"random_state_{device}"])
+            for device in ("cpu", "cuda")
+            if f"random_state_{device}" in keys
+        }
+        if self._random_stream is not None and states:
+            self._random_stream.states = states
         for i, variable in enumerate(self._seed_states()):
             if f"seed_state_{i}" in keys:
                 variable.assign(store[f"seed_state_{i}"])

@@ -28,7 +28,7 @@ def make_mlp(seed=0, dtype=None, dropout=0.0, name="mlp"):
         [
             keras.Input((8,)),
             keras.layers.Dense(16, activation="relu", dtype=dtype),
-            keras.layers.Dropout(dropout, seed=seed, dtype=dtype),
+            keras.layers.Dropout(dropout, dtype=dtype),
             keras.layers.Dense(4, dtype=dtype),
         ],
         name=name,
@@ -671,8 +671,9 @@ def test_finalize_multiplies_the_pruned_weights(pattern, scaling_groups):
 STEPS = 16
 
 
-def resumable(name="mlp"):
-    cast = kwm.CAST(make_mlp(dropout=0.25, name=name))
+def resumable():
+    keras.utils.set_random_seed(0)
+    cast = kwm.CAST(make_mlp(dropout=0.25))
     cast.compile(loss=cross_entropy())
     return cast
 
@@ -722,6 +723,45 @@ def test_a_resumed_run_is_the_same(tmp_path):
     cast = resumable()
     restore = keras.callbacks.BackupAndRestore(backup)
     assert_same(run(cast, callbacks=[restore]), whole)
+
+
+def test_interrupted_in_the_middle_of_an_epoch(tmp_path):
+    x, y = make_data(24)
+    path = tmp_path / "middle.weights.h5"
+
+    class Save(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if int(ops.convert_to_numpy(self.model.adam_s.iterations)) == 9:
+                self.model.save_weights(path)
+
+    def fit(cast, x, y, **kwargs):
+        cast.fit(
+            x, y, batch_size=4, epochs=3, shuffle=False, verbose=0, **kwargs
+        )
+
+    cast = resumable()
+    fit(cast, x, y, callbacks=[Save()])
+    whole = values(cast)
+    cast = resumable()
+    cast.load_weights(path)
+    keras.utils.set_random_seed(5)
+    fit(cast, x[12:], y[12:], initial_epoch=2)
+    fit(cast, x, y, initial_epoch=2)
+    assert_same(values(cast), whole)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="a generator of torch"
+)
+@pytest.mark.parametrize(
+    "state", [np.zeros(3, "uint8"), np.zeros(5056, "float32")]
+)
+def test_a_random_state_that_does_not_fit(state):
+    cast = resumable()
+    before = cast._random_stream.states["cpu"]
+    with pytest.raises(ValueError, match="random state"):
+        cast.load_own_variables({"random_state_cpu": state})
+    np.testing.assert_array_equal(cast._random_stream.states["cpu"], before)
 
 
 def test_a_schedule_to_zero():
