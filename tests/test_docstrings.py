@@ -19,7 +19,8 @@ def examples():
         for info in pkgutil.walk_packages(
             keras_weightmods.__path__, "keras_weightmods."
         )
-        if ".backend." not in info.name
+        # The native libraries look like modules.
+        if ".backend." not in info.name and ".kwm_" not in info.name
     ]
     for module in modules:
         for name, value in vars(module).items():
