@@ -53,6 +53,10 @@ def parse_arguments():
     )
     parser.add_argument("--backend", default="jax")
     parser.add_argument("--nets", default="mlp,convnet")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the other rows of --json"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", default=str(RESULTS))
     parser.add_argument("--plot", help="a PNG of the weights' distributions")
@@ -65,9 +69,17 @@ def run(args):
     from rich.progress import track
 
     train, test = load_digits()
+    nets, methods = args.nets.split(","), args.methods.split(",")
     rows, weights = [], {}
-    for net in args.nets.split(","):
-        for method in METHODS:
+    file = pathlib.Path(args.json)
+    if args.resume and file.exists():
+        rows = [
+            row
+            for row in json.loads(file.read_text())["rows"]
+            if row["net"] not in nets or row["method"] not in methods
+        ]
+    for net in nets:
+        for method in methods:
             trainer = Trainer(net, method)
             rate, search = best_rate(trainer, train)
             trained = []
@@ -87,6 +99,8 @@ def run(args):
                 }
             )
             weights[net, method] = trained[0]["weights"]
+    order = [(net, method) for net in EPOCHS for method in METHODS]
+    rows.sort(key=lambda row: order.index((row["net"], row["method"])))
     if args.plot:
         plot(weights, args.plot)
     return {
@@ -279,16 +293,17 @@ def plot(weights, file):
     import matplotlib.pyplot as plt
 
     nets = list(dict.fromkeys(net for net, _ in weights))
+    methods = list(dict.fromkeys(method for _, method in weights))
     figure, axes = plt.subplots(
         len(nets),
-        len(METHODS),
-        figsize=(3 * len(METHODS), 2.6 * len(nets)),
+        len(methods),
+        figsize=(3 * len(methods), 2.6 * len(nets)),
         sharex="row",
         sharey="row",
         squeeze=False,
     )
     for row, net in zip(axes, nets):
-        for axis, method in zip(row, METHODS):
+        for axis, method in zip(row, methods):
             before, after = (
                 np.concatenate([w.ravel() for w in each])
                 for each in weights[net, method]
