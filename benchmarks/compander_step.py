@@ -7,7 +7,9 @@ Forward, backward and the update by Adam through `train_on_batch`, one process
 for each backend. The contenders take turns, step by step and in a rotating
 order, so that a machine that gets slower or faster on the way does so for all
 of them. "folded" is a companded model after `fold`, and should cost what the
-plain one does.
+plain one does. The ratios are of CPU time, that of all threads of the process,
+which other processes on the machine disturb less than the time of the wall;
+the results hold both.
 """
 
 import argparse
@@ -74,7 +76,8 @@ def parse_arguments():
     )
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--steps", type=int, default=40, help="after 5 more")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--steps", type=int, default=40, help="after 3 more")
     parser.add_argument("--json", default=str(RESULTS))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -90,6 +93,7 @@ def run_worker(args, backend):
                 __file__,
                 f"--worker={backend}",
                 f"--models={args.models}",
+                f"--contenders={args.contenders}",
                 f"--steps={args.steps}",
                 f"--json={file}",
             ],
@@ -125,33 +129,31 @@ def measure_model(name, args):
     from rich.progress import track
 
     models, x, y = {}, *batch_for(name)
-    for contender in CONTENDERS:
+    for contender in args.contenders.split(","):
         models[contender] = make(name, contender)
     names = list(models)
     seconds = {contender: [] for contender in names}
     for step in track(
-        range(args.steps + 5), description=f"{args.worker} {name}"
+        range(args.steps + 3), description=f"{args.worker} {name}"
     ):
         first = step % len(names)
         for contender in names[first:] + names[:first]:
-            began = time.perf_counter()
-            models[contender].train_on_batch(x, y)
-            wait_for(models[contender])
-            seconds[contender].append(time.perf_counter() - began)
-    # Each step against the plain one beside it: the machine is shared.
-    plain = seconds["plain"][5:]
-    return [
-        {
-            "model": name,
-            "contender": contender,
-            "seconds": statistics.median(values[5:]),
-            "ratio": statistics.median(values[5:]) / statistics.median(plain),
-            "paired_ratio": statistics.median(
-                a / b for a, b in zip(values[5:], plain, strict=True)
-            ),
-        }
-        for contender, values in seconds.items()
-    ]
+            seconds[contender].append(timed_step(models[contender], x, y))
+    rows = []
+    for contender, values in seconds.items():
+        wall, cpu = (statistics.median(column) for column in zip(*values[3:]))
+        rows.append(
+            {"model": name, "contender": contender, "wall": wall, "cpu": cpu}
+        )
+    return [{**row, "ratio": row["cpu"] / rows[0]["cpu"]} for row in rows]
+
+
+def timed_step(model, x, y):
+    """(wall, CPU) seconds of a train step."""
+    began = time.perf_counter(), time.process_time()
+    model.train_on_batch(x, y)
+    wait_for(model)
+    return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
 def make(name, contender):
@@ -277,21 +279,24 @@ def print_report(report):
         caption=f"{about['cpu']}, {about['cores']} cores, "
         f"{about['threads']} threads, {report['dtype']}",
     )
-    for column in ("backend", "model", *CONTENDERS):
+    contenders = list(
+        dict.fromkeys(
+            row["contender"]
+            for result in report["backends"].values()
+            for row in result["rows"]
+        )
+    )
+    for column in ("backend", "model", *contenders):
         table.add_column(column, justify="right")
     for backend, result in report["backends"].items():
         models = dict.fromkeys(row["model"] for row in result["rows"])
         for name in models:
-            rows = {
-                row["contender"]: row
-                for row in result["rows"]
-                if row["model"] == name
-            }
+            rows = [row for row in result["rows"] if row["model"] == name]
             table.add_row(
                 backend,
                 name,
-                f"{1000 * rows['plain']['seconds']:.1f} ms",
-                *(verdict(rows[c]["ratio"]) for c in CONTENDERS[1:]),
+                f"{1000 * rows[0]['cpu']:.1f} ms",
+                *(verdict(row["ratio"]) for row in rows[1:]),
             )
     Console(width=100).print(table)
 

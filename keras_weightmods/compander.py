@@ -280,6 +280,7 @@ class Compander(reparameterize.Reparameterization):
         return compand(stored, a, b, self.function)
 
     def derivative(self, stored):
+        """The derivative of `effective`."""
         a, b = self._pair()
         return compand_derivative(stored, a, b, self.function)
 

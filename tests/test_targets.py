@@ -906,3 +906,21 @@ def test_repr():
     assert repr(Targets([])) == "0 targets"
     assert repr(find_targets(model)[0]).startswith("Target(attribute='kernel'")
     assert isinstance(find_targets(model)[0], Target)
+
+
+def test_depthwise_kernels_where_asked_for():
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 4)),
+            keras.layers.DepthwiseConv2D(3, depth_multiplier=2),
+            keras.layers.SeparableConv2D(5, 2),
+        ]
+    )
+    assert [t.attribute for t in find_targets(model)] == ["pointwise_kernel"]
+    found = find_targets(model, depthwise=True)
+    assert [(t.shape, t.contraction_axes, t.output_axes) for t in found] == [
+        ((3, 3, 4, 2), (0, 1), (2, 3)),
+        ((2, 2, 8, 1), (0, 1), (2, 3)),
+        ((1, 1, 8, 5), (0, 1, 2), (3,)),
+    ]
+    assert not found.skipped

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import keras
+import ml_dtypes  # a dependency of keras
 import numpy as np
 from keras import ops
 
@@ -126,8 +127,6 @@ def compand_limit(a, b, function, dtype="float32"):
         function: As in `compand`.
         dtype: String, the dtype in which `v` is stored.
     """
-    import ml_dtypes  # a dependency of keras
-
     rule = _checked(function, a, b)
     largest = float(ml_dtypes.finfo(dtype).max)
     return a * rule.python(largest / b)

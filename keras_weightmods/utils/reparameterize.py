@@ -125,10 +125,6 @@ class Reparameterization:
         """
         raise NotImplementedError
 
-    def derivative(self, stored):
-        """The derivative of `effective`; None if it is not elementwise."""
-        return None
-
     def constraint(self, constraint):
         """What to call in place of the variable's own `constraint`."""
         return constraint
