@@ -151,7 +151,7 @@ def test_not_2_4():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"must be a matrix .* \(4, 4, 4\)"):
         pack_kernel(np.zeros((4, 4, 4)))
-    with pytest.raises(ValueError, match="`dtype` must be .*dtype='int4'"):
+    with pytest.raises(ValueError, match=r"`dtype` must be .*dtype='int4'"):
         pack_kernel(np.zeros((4, 4)), "int4")
     for shape in [(4,), [4, 4], (4, -1), (4.0, 4)]:
         with pytest.raises(ValueError, match="`shape` must be a pair"):
@@ -183,5 +183,5 @@ def test_arrays_that_do_not_fit(name, change):
 
 def test_int8_needs_its_scale():
     packed = pack_kernel(kernel_of(36, 20), "int8")
-    with pytest.raises(ValueError, match="`scale` .* must be an array"):
+    with pytest.raises(ValueError, match=r"`scale` .* must be an array"):
         Packed(packed.values, packed.meta, None, (36, 20), "int8")
