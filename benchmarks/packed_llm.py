@@ -10,8 +10,8 @@ which the models take turns, in a rotating order, so that a machine that gets
 slower or faster on the way does so for all of them. A ratio is the median over
 the rounds of the ratio to the dense model in the same round.
 
-The peers are what one would take instead, on the same model without any
-sparsity: bfloat16 weights, the int8 quantization of Keras, and on torch its
+The peers are what one would take instead, on the same weights stored dense:
+bfloat16 weights, the int8 quantization of Keras, and on torch its
 dynamic int8 quantization, by the operator behind `torch.ao`'s dynamic Linear
 put into the layers, as Keras layers are no `torch.nn.Linear`.
 
@@ -139,12 +139,12 @@ def measure(args):
         chosen = {DENSE, *args.rows.split(";")}
         names = [name for name in names if name in chosen]
     rows = {}
-    models = {}
+    models: dict = {}
     with warnings.catch_warnings():
         # keras_hub imports TensorFlow on every backend, with its own warnings.
         warnings.simplefilter("ignore")
         for name in track(names, description=f"{args.worker}: models"):
-            models[name], rows[name] = make_row(name)
+            models[name], rows[name] = make_row(name, models.get(DENSE))
     prompt_tokens = len(models[DENSE].preprocessor.tokenizer(PROMPT))
     length = prompt_tokens + args.new_tokens
     for name in track(names, description=f"{args.worker}: warm up"):
@@ -172,13 +172,18 @@ def measure(args):
     }
 
 
-def make_row(name):
-    """A model and what is known of it before it runs."""
+def make_row(name, dense):
+    """A model, with the weights of `dense`, and what is known of it so far."""
+    from smollm2 import load_smollm2
+
     import keras_weightmods as kwm
 
-    model = load(dtype="bfloat16" if name == "dense bfloat16" else "float32")
-    if name in PACKED:
+    model = load_smollm2("bfloat16" if name == "dense bfloat16" else "float32")
+    if dense is None:
         make_sparse(model)
+    else:
+        model.set_weights(dense.get_weights())
+    if name in PACKED:
         report = kwm.pack(model, **PACKED[name])
         kernels = [w for w in report.weights if not is_table(w)]
         dense = sum(weight.dense_bytes for weight in kernels)
@@ -189,23 +194,16 @@ def make_row(name):
             "packed_share": packed / dense,
         }
     elif name == "Keras int8":
-        model.quantize("int8")
+        # Not the model: its tokenizer is a layer that cannot be quantized.
+        model.backbone.quantize("int8")
         row = {"memory_bytes": weight_bytes(model)}
     elif name == "torch dynamic int8":
         row = {"memory_bytes": quantize_dynamically(model)}
     else:
-        if name == DENSE:
-            make_sparse(model)
         row = {"memory_bytes": weight_bytes(model)}
     model.compile(sampler="greedy")
     row["file_bytes"] = file_bytes(model, name)
     return model, row
-
-
-def load(dtype):
-    from smollm2 import load_smollm2
-
-    return load_smollm2(dtype=dtype)
 
 
 def make_sparse(model):

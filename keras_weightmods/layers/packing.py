@@ -118,8 +118,9 @@ def pack(model, dtype=None, targets=None, head=None, trainable=False):
     reparameterize.check_unattached(model, items)
     _check_kernels(items[: len(kernels)])
     _check_finite(item for item in items if item.value_dtype == "int8")
-    if not native.is_available():
-        native.warn_dense(native.why_not())
+    reason = packed_dense.why_dense()
+    if reason:
+        native.warn_dense(reason)
     before = _model_bytes(model)
     reparameterize.attach(model, items, drop_optimizer=True)
     return PackReport(

@@ -5,7 +5,12 @@ from keras import ops
 
 from keras_weightmods import pack, unpack
 from keras_weightmods.ops import native
-from tests.layers.test_packing import make_sparse, outputs, state
+from tests.layers.test_packing import (
+    leave_out_native,
+    make_sparse,
+    outputs,
+    state,
+)
 
 
 class LanguageModel(keras.Model):
@@ -165,7 +170,7 @@ def test_checkpoints_with_and_without_the_library(tmp_path, monkeypatch):
     expected = outputs(model, TOKENS)
     model.save_weights(paths[0])
     with monkeypatch.context() as patch:
-        patch.setattr(native, "is_available", lambda: False)
+        leave_out_native(patch, "a test wants it so.")
         patch.setattr(native, "warn_dense", lambda reason: None)
         dense = make_sparse(LanguageModel(), seed=5)
         pack(dense, head="int8")
