@@ -204,7 +204,7 @@ def test_nvrtc_says_what_it_cannot_compile(library):
 
 def test_without_cuda_every_call_says_why(library, tmp_path, monkeypatch):
     # A copy has opened nothing yet.
-    shutil.copy(GPU / "kwm_gpu.so", tmp_path / "copy.so")
+    shutil.copy(GPU.parent / "lib" / "kwm_gpu.so", tmp_path / "copy.so")
     fresh = gpu.open_library(tmp_path / "copy.so")
     monkeypatch.setattr(gpu, "library", lambda: fresh)
     monkeypatch.setattr(gpu, "_DRIVER", b"libabsent.so")
@@ -229,4 +229,4 @@ def test_library_of_another_release(tmp_path, monkeypatch):
         pytest.skip(gpu.why_not())
     monkeypatch.setattr(gpu, "ABI_VERSION", 99)
     with pytest.raises(OSError, match="of another release"):
-        gpu.open_library(GPU / "kwm_gpu.so")
+        gpu.open_library(GPU.parent / "lib" / "kwm_gpu.so")

@@ -143,7 +143,9 @@ def _find():
             "the environment variable KERAS_WEIGHTMODS_NATIVE is 0. Unset it "
             "to use the compiled kernels."
         )
-    folder = pathlib.Path(__file__).parent
+    # Not beside this file: tools that walk a package would take the library
+    # for an extension module, and fail to import it.
+    folder = pathlib.Path(__file__).parent / "lib"
     found = [
         path
         for suffix in ("so", "dylib", "dll")
