@@ -49,8 +49,8 @@ _WAY_OUT = (
 )
 
 NO_XLA = (
-    "the compiled library was built without the headers of XLA, which come "
-    "with jaxlib 0.8.0. " + _WAY_OUT
+    "the compiled library was built without the headers of jaxlib 0.8.0, as "
+    "by `pip install --no-build-isolation` beside another jaxlib. " + _WAY_OUT
 )
 
 
