@@ -139,7 +139,12 @@ class PackedKernel(reparameterize.Reparameterization):
         reason = obstacle(target)
         if reason is not None:
             raise ValueError(f"{target.path!r} cannot be packed: {reason}")
-        check_values(config.get("dtype"), config.get("trainable"))
+        if set(config) != {"dtype", "trainable"}:
+            raise ValueError(
+                "The config of a packed kernel must hold `dtype` and "
+                f"`trainable`. Received: {config!r}"
+            )
+        check_values(**config)
         item = packed_kernel(target, **config)
         item.is_empty = True
         return item

@@ -85,7 +85,7 @@ def pack(model, dtype=None, targets=None, head=None, trainable=False):
     assert np.allclose(model.predict(x, verbose=0), before, atol=1e-5)
     ```
     """
-    packed_dense.check_values(dtype or "float32", trainable)
+    packed_dense.check_values("float32" if dtype is None else dtype, trainable)
     if head not in (None, "int8"):
         raise ValueError(
             "`head` must be None or 'int8', the type of the table that "

@@ -279,6 +279,7 @@ def test_an_inexact_kernel_is_named_and_nothing_changes():
     ("arguments", "message"),
     [
         ({"dtype": "float16"}, r"`dtype`.*Received: dtype='float16'"),
+        ({"dtype": ""}, r"`dtype`.*Received: dtype=''"),
         ({"head": "int4"}, r"`head`.*Received: head='int4'"),
         ({"trainable": 1}, r"`trainable`.*Received: trainable=1"),
         ({"trainable": True, "dtype": "int8"}, "Only float32 values"),
