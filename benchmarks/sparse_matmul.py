@@ -280,7 +280,8 @@ def print_report(report):
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # Tables that a narrow terminal would cut.
+    console = Console(width=100)
     for result in report["results"]:
         cores = result["cores"]
         table = Table(

@@ -9,7 +9,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.ops import native
 from keras_weightmods.ops.nm import from_matrix, to_matrix
 from keras_weightmods.ops.packed import (
     Packed,
@@ -18,7 +17,11 @@ from keras_weightmods.ops.packed import (
     unpack_kernel,
     unpack_tensor,
 )
-from keras_weightmods.ops.sparse_matmul import gpu_plan, sparse_matmul
+from keras_weightmods.ops.sparse_matmul import (
+    gpu_plan,
+    sparse_matmul,
+    why_dense,
+)
 from keras_weightmods.utils import reparameterize
 
 
@@ -48,7 +51,7 @@ def packed_kernel(target, dtype, trainable=False):
         plan = gpu_plan(
             _matrix_shape(target), target.layer.compute_dtype, dtype
         )
-        if not native.is_available() or (plan and not plan.is_sparse):
+        if why_dense() or (plan and not plan.is_sparse):
             kernel_class = UnpackedKernel
         elif plan and keras.backend.backend() == "jax":
             kernel_class = PreparedKernel
@@ -135,7 +138,12 @@ class PackedKernel(reparameterize.Reparameterization):
         reason = obstacle(target)
         if reason is not None:
             raise ValueError(f"{target.path!r} cannot be packed: {reason}")
-        check_values(config.get("dtype"), config.get("trainable"))
+        if set(config) != {"dtype", "trainable"}:
+            raise ValueError(
+                "The config of a packed kernel must hold `dtype` and "
+                f"`trainable`. Received: {config!r}"
+            )
+        check_values(**config)
         item = packed_kernel(target, **config)
         item.is_empty = True
         return item

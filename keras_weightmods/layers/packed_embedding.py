@@ -12,8 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.layers import packed_dense
 from keras_weightmods.layers.packed_dense import Given
-from keras_weightmods.ops import native
 from keras_weightmods.ops.packed import Packed, packed_arrays
 from keras_weightmods.ops.sparse_matmul import gpu_plan, sparse_matmul
 from keras_weightmods.targets import Target
@@ -69,8 +69,8 @@ def embedding_class():
     """The class of packed embeddings to use here."""
     # On a GPU nothing multiplies by a packed table at any number of rows.
     on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
-    packed = native.is_available() and not on_gpu
-    return PackedEmbedding if packed else UnpackedEmbedding
+    dense = on_gpu or packed_dense.why_dense()
+    return UnpackedEmbedding if dense else PackedEmbedding
 
 
 class _FrozenEmbedding:

@@ -85,7 +85,7 @@ def pack(model, dtype=None, targets=None, head=None, trainable=False):
     assert np.allclose(model.predict(x, verbose=0), before, atol=1e-5)
     ```
     """
-    packed_dense.check_values(dtype or "float32", trainable)
+    packed_dense.check_values("float32" if dtype is None else dtype, trainable)
     if head not in (None, "int8"):
         raise ValueError(
             "`head` must be None or 'int8', the type of the table that "
@@ -118,8 +118,9 @@ def pack(model, dtype=None, targets=None, head=None, trainable=False):
     reparameterize.check_unattached(model, items)
     _check_kernels(items[: len(kernels)])
     _check_finite(item for item in items if item.value_dtype == "int8")
-    if not native.is_available():
-        native.warn_dense(native.why_not())
+    reason = packed_dense.why_dense()
+    if reason:
+        native.warn_dense(reason)
     before = _model_bytes(model)
     reparameterize.attach(model, items, drop_optimizer=True)
     return PackReport(

@@ -76,7 +76,7 @@ def save_model(model, path):
         path = os.path.join(folder, "scaled.safetensors")
         kwm.save_model(model, path)
         again = kwm.load_model(path)
-    np.testing.assert_array_equal(model.predict(x), again.predict(x))
+    np.testing.assert_array_equal(model(x), again(x))
     ```
     """
     if not isinstance(model, keras.Model) or not model.built:

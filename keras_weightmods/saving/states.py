@@ -96,7 +96,6 @@ def weight_entries(parts):
 
 def write_weights(parts, writer):
     """Writes all that the parts save, one after another."""
-
     for name, part in parts.items():
         if hasattr(part, "save_own_variables"):
             part.save_own_variables(_Writing(name, writer))

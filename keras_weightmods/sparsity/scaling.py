@@ -87,9 +87,10 @@ def attach_scaling(model, groups=2, targets=None, pattern="2:4"):
     The paper trains scales without weight decay:
     `optimizer.exclude_from_weight_decay(var_names=["kernel_scale"])`.
 
-    Checkpoints by `save_weights` hold the scales, and load only into a model
-    scaled in the same way. `save`, `keras.models.clone_model` and `quantize`
-    want `fold_scaling` first.
+    `keras_weightmods.save_model` saves the model with its scales. Checkpoints
+    by `save_weights` hold them too, and load only into a model scaled in the
+    same way. `save`, `keras.models.clone_model` and `quantize` want
+    `fold_scaling` first.
 
     Args:
         model: A built Keras model; give the outermost one that you train.

@@ -86,7 +86,7 @@ def faked(library, fake_cuda, tmp_path_factory):
     A copy of it, which keeps its own state: it has opened other libraries.
     """
     copy = tmp_path_factory.mktemp("kwm_gpu") / "copy.so"
-    shutil.copy(GPU / "kwm_gpu.so", copy)
+    shutil.copy(GPU.parent / "lib" / "kwm_gpu.so", copy)
     over_fake = gpu.open_library(copy)
     path = str(fake_cuda).encode()
     source = (GPU / "decode.cu").read_bytes()

@@ -5,7 +5,6 @@ import importlib.util
 import pathlib
 import shutil
 import subprocess
-import sys
 
 import keras
 import pytest
@@ -203,33 +202,26 @@ def test_nvrtc_says_what_it_cannot_compile(library):
     assert b"sm_12" in failure
 
 
-def test_without_cuda_every_call_says_why(library):
-    # In a process of its own: here the driver may be open already.
-    code = """
-import ctypes
-from keras_weightmods.ops.native import gpu
-library = gpu.library()
-assert library.kwm_gpu_load_driver(b"libabsent.so") is not None
-assert b"NVRTC is not loaded" in library.kwm_gpu_compile_decode(
-    8, 0, 0, 0, 1, ctypes.byref(ctypes.c_int64()))
-assert b"the CUDA driver is not loaded" in library.kwm_gpu_prepare_decode(
-    0, 1, 1, 1)
-for call in (
-    lambda: gpu.compressed_size(0, (64, 64), "bfloat16"),
-    lambda: gpu.cusparselt_algorithms(0, 16, (64, 64), "bfloat16"),
-):
-    try:
-        call()
-    except RuntimeError as error:
-        assert "the CUDA driver is not loaded" in str(error), error
-    else:
-        raise SystemExit("no error")
-assert library.kwm_gpu_cusparselt_version(0) == -1
-gpu._DRIVER = b"libabsent.so"
-for load in (gpu.load_decode, gpu.load_cusparselt):
-    assert "pip install 'keras-weightmods[cuda12]'" in load(12)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_without_cuda_every_call_says_why(library, tmp_path, monkeypatch):
+    # A copy has opened nothing yet.
+    shutil.copy(GPU.parent / "lib" / "kwm_gpu.so", tmp_path / "copy.so")
+    fresh = gpu.open_library(tmp_path / "copy.so")
+    monkeypatch.setattr(gpu, "library", lambda: fresh)
+    monkeypatch.setattr(gpu, "_DRIVER", b"libabsent.so")
+    size = ctypes.c_int64()
+    failure = fresh.kwm_gpu_compile_decode(8, 0, 0, 0, 1, ctypes.byref(size))
+    assert failure == b"NVRTC is not loaded"
+    failure = fresh.kwm_gpu_prepare_decode(0, 1, 1, 1)
+    assert failure == b"the CUDA driver is not loaded"
+    with pytest.raises(RuntimeError, match="the CUDA driver is not loaded"):
+        gpu.compressed_size(0, (64, 64), "bfloat16")
+    with pytest.raises(RuntimeError, match="the CUDA driver is not loaded"):
+        gpu.cusparselt_algorithms(0, 16, (64, 64), "bfloat16")
+    assert fresh.kwm_gpu_cusparselt_version(0) == -1
+    for load in (gpu.load_decode, gpu.load_cusparselt):
+        reason = load.__wrapped__(12)
+        assert "libabsent.so: cannot open shared object file" in reason
+        assert "pip install 'keras-weightmods[cuda12]'" in reason
 
 
 def test_library_of_another_release(tmp_path, monkeypatch):
@@ -237,4 +229,4 @@ def test_library_of_another_release(tmp_path, monkeypatch):
         pytest.skip(gpu.why_not())
     monkeypatch.setattr(gpu, "ABI_VERSION", 99)
     with pytest.raises(OSError, match="of another release"):
-        gpu.open_library(GPU / "kwm_gpu.so")
+        gpu.open_library(GPU.parent / "lib" / "kwm_gpu.so")

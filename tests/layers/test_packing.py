@@ -1,4 +1,5 @@
 import gc
+import importlib
 import weakref
 
 import hypothesis
@@ -10,11 +11,12 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_weightmods import SemiStructuredSparse, find_targets, pack, unpack
+from keras_weightmods.layers import packed_dense
 from keras_weightmods.ops import native, nm_project
 from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
 
 needs_native = pytest.mark.skipif(
-    not native.is_available(), reason="without the compiled kernels: dense"
+    bool(packed_dense.why_dense()), reason="no compiled kernels here: dense"
 )
 
 
@@ -277,6 +279,7 @@ def test_an_inexact_kernel_is_named_and_nothing_changes():
     ("arguments", "message"),
     [
         ({"dtype": "float16"}, r"`dtype`.*Received: dtype='float16'"),
+        ({"dtype": ""}, r"`dtype`.*Received: dtype=''"),
         ({"head": "int4"}, r"`head`.*Received: head='int4'"),
         ({"trainable": 1}, r"`trainable`.*Received: trainable=1"),
         ({"trainable": True, "dtype": "int8"}, "Only float32 values"),
@@ -374,10 +377,7 @@ def test_gradients_flow_to_the_inputs_and_not_to_frozen_values():
     )
     make_sparse(model)
     first, second = find_targets(model)
-    w, v = (
-        np.float64(ops.convert_to_numpy(t.variable))
-        for t in find_targets(model)
-    )
+    w, v = (np.float64(kernel) for kernel in model.get_weights())
     pack(model, targets=[second])
     x = inputs_for(model, batch=8)
     error = 2 * (np.float64(x) @ w @ v - 1) / (8 * 4)
@@ -564,10 +564,17 @@ def test_low_precision_policies(policy):
     assert state(model) == before
 
 
+def leave_out_native(monkeypatch, reason):
+    module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
+    backend = keras.backend.backend()
+    monkeypatch.setitem(module._implementations, backend, module.dense_matmul)
+    monkeypatch.setattr(packed_dense, "why_dense", lambda: reason)
+    monkeypatch.setattr(native, "is_available", lambda: False)
+
+
 @pytest.fixture
 def without_native(monkeypatch):
-    monkeypatch.setattr(native, "is_available", lambda: False)
-    monkeypatch.setattr(native, "why_not", lambda: "a test wants it so.")
+    leave_out_native(monkeypatch, "a test wants it so.")
     native.warn_dense.cache_clear()
     yield
     native.warn_dense.cache_clear()
@@ -617,7 +624,7 @@ def test_checkpoints_are_the_same_with_and_without_the_library(
     expected = outputs(packed, x)
 
     with monkeypatch.context() as patch:
-        patch.setattr(native, "is_available", lambda: False)
+        leave_out_native(patch, "a test wants it so.")
         patch.setattr(native, "warn_dense", lambda reason: None)
         held_dense = make_sparse(dense_model(), seed=5)
         pack(held_dense, dtype=dtype)

@@ -46,7 +46,8 @@ float normal(Random& random) {
 // A quarter of the sizes lie next to where a kernel or a tile ends.
 int64_t any_size(Random& random, int64_t most) {
   if (between(random, 0, 3) > 0) return between(random, 0, most);
-  static const int64_t edges[] = {1, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512};
+  static const int64_t edges[] = {1,  4,  8,  12,  16,  24,  32,
+                                  48, 64, 96, 128, 192, 256, 512};
   const int64_t edge = edges[between(random, 0, 13)];
   return std::min(most, edge + between(random, -1, 1));
 }
@@ -175,8 +176,8 @@ bool Case::run_products() {
   const int64_t row_blocks = (k + 31) / 32;
   for (int64_t i = 0; i < dvalues.size; ++i) {
     const int64_t lane = i % 16, slot = i / 16 % 16;
-    const int64_t block = i / 256 % row_blocks, column_block = i / 256 / row_blocks;
-    const int64_t column = column_block * 16 + lane;
+    const int64_t block = i / 256 % row_blocks;
+    const int64_t column = i / 256 / row_blocks * 16 + lane;
     const uint32_t word = meta[i / 256 * 16 + lane];
     const int64_t row = block * 32 + slot / 2 * 4 + (word >> (2 * slot) & 3);
     double sum = 0, size = 0;

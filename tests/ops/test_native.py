@@ -9,12 +9,12 @@ import pytest
 
 from keras_weightmods.ops import native
 
-FOLDER = pathlib.Path(native.__file__).parent
+FOLDER = pathlib.Path(native.__file__).parent / "lib"
 
 
 def reason_in(folder, **environment):
-    """`why_not()` of a copy of the module that lies in `folder`."""
-    shutil.copy(native.__file__, folder / "native_copy.py")
+    """`why_not()` of a copy of the module with the library in `folder`."""
+    shutil.copy(native.__file__, folder.parent / "native_copy.py")
     code = (
         "import native_copy as native\n"
         "assert native.is_available() == (native.library() is not None)\n"
@@ -25,12 +25,18 @@ def reason_in(folder, **environment):
     )
     return subprocess.run(
         [sys.executable, "-c", code],
-        cwd=folder,
+        cwd=folder.parent,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=True,
     ).stdout.strip()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "lib").mkdir()
+    return tmp_path / "lib"
 
 
 def library():
@@ -44,26 +50,26 @@ def library():
     return found[0]
 
 
-def test_available(tmp_path):
-    shutil.copy(library(), tmp_path)
-    assert reason_in(tmp_path) == ""
+def test_available(folder):
+    shutil.copy(library(), folder)
+    assert reason_in(folder) == ""
 
 
-def test_switched_off(tmp_path):
-    shutil.copy(library(), tmp_path)
-    reason = reason_in(tmp_path, KERAS_WEIGHTMODS_NATIVE="0")
+def test_switched_off(folder):
+    shutil.copy(library(), folder)
+    reason = reason_in(folder, KERAS_WEIGHTMODS_NATIVE="0")
     assert "KERAS_WEIGHTMODS_NATIVE is 0" in reason
 
 
-def test_missing(tmp_path):
-    reason = reason_in(tmp_path)
+def test_missing(folder):
+    reason = reason_in(folder)
     assert "no C++ compiler" in reason
     assert "pip install" in reason
 
 
-def test_not_a_library(tmp_path):
-    (tmp_path / "kwm_native.so").write_text("no library")
-    assert "cannot be loaded" in reason_in(tmp_path)
+def test_not_a_library(folder):
+    (folder / "kwm_native.so").write_text("no library")
+    assert "cannot be loaded" in reason_in(folder)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -74,14 +80,14 @@ def test_not_a_library(tmp_path):
         ("int other;", "cannot be loaded: .*kwm_abi_version"),
     ],
 )
-def test_of_another_release(tmp_path, source, reason):
-    (tmp_path / "other.cc").write_text(source)
+def test_of_another_release(folder, source, reason):
+    (folder / "other.cc").write_text(source)
     subprocess.run(
         ["g++", "-shared", "-fPIC", "other.cc", "-o", "kwm_native.so"],
-        cwd=tmp_path,
+        cwd=folder,
         check=True,
     )
-    assert re.search(reason, reason_in(tmp_path))
+    assert re.search(reason, reason_in(folder))
 
 
 def test_faster_than_dense():

@@ -121,6 +121,19 @@ def check_product(sparse_matmul, leading, k, n, dtype):
     assert_close(found * kept, dw * kept)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_may_be_variables(dtype):
+    packed = pack_kernel(kernel_of(64, 48), dtype)
+    layer = SparseDense(packed)
+    x = activation(3, 64)
+    y = keras.ops.convert_to_numpy(layer(keras.ops.convert_to_tensor(x)))
+    np.testing.assert_array_equal(
+        y, keras.ops.convert_to_numpy(sparse_matmul(x, packed))
+    )
+    y = keras.ops.convert_to_numpy(sparse_matmul(x, layer.packed))
+    assert_close(y, x.astype("float64") @ unpack_kernel(packed))
+
+
 @pytest.mark.parametrize("shape", [(2, 0, 3), (2, 4, 0), (0, 8, 3)])
 def test_empty(shape):
     rows, k, n = shape

@@ -10,6 +10,7 @@ import functools
 import importlib
 import pathlib
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -64,20 +65,24 @@ def _refusal():
     return "" if correct else f"wrong results on TensorFlow {tf.__version__}."
 
 
+# AutoGraph would rewrite the nested functions, and mix up their names.
+@tf.autograph.experimental.do_not_convert
 def sparse_matmul(x, packed):
     """See `keras_weightmods.ops.sparse_matmul`."""
-    if packed.scale is None:
-        scale = tf.zeros((0,))
-    else:
-        scale = tf.convert_to_tensor(packed.scale)
     y = _matmul(
         tf.cast(x, tf.float32),
-        tf.convert_to_tensor(packed.values),
-        tf.convert_to_tensor(packed.meta),
-        scale,
+        _tensor(packed.values),
+        _tensor(packed.meta),
+        tf.zeros((0,)) if packed.scale is None else _tensor(packed.scale),
         packed.shape[1],
     )
     return tf.cast(y, x.dtype)
+
+
+def _tensor(array):
+    # Keras' own function leaves a variable as it is.
+    value = array.value if isinstance(array, keras.Variable) else array
+    return tf.convert_to_tensor(value)
 
 
 def _register():

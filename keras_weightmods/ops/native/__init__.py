@@ -49,8 +49,8 @@ _WAY_OUT = (
 )
 
 NO_XLA = (
-    "the compiled library was built without the headers of XLA, which come "
-    "with jaxlib 0.8.0. " + _WAY_OUT
+    "the compiled library was built without the headers of jaxlib 0.8.0, as "
+    "by `pip install --no-build-isolation` beside another jaxlib. " + _WAY_OUT
 )
 
 
@@ -143,7 +143,9 @@ def _find():
             "the environment variable KERAS_WEIGHTMODS_NATIVE is 0. Unset it "
             "to use the compiled kernels."
         )
-    folder = pathlib.Path(__file__).parent
+    # Not beside this file: tools that walk a package would take the library
+    # for an extension module, and fail to import it.
+    folder = pathlib.Path(__file__).parent / "lib"
     found = [
         path
         for suffix in ("so", "dylib", "dll")

@@ -191,6 +191,7 @@ class Matmul {
       : kernels_(kernels), w_(w), threads_(threads) {}
 
   void run(const float* x, int64_t rows, float* y) const {
+    if (w_.n == 0) return;
     for (int64_t row = 0; row < rows; row += kPanelRows) {
       const float* in = x + row * w_.k;
       float* out = y + row * w_.n;
@@ -206,8 +207,10 @@ class Matmul {
   // 32 KiB; blocks of columns, whose sums stay in a second-level one.
   static constexpr int64_t kRowBlocks = 3;
   static constexpr int64_t kColumnBlocks = 8;
+  static constexpr int64_t kChunkWords = kRowBlocks * kLanes;
 
-  // As many of the rows as make tiles that are nearly full; returns how many.
+  // As many of the rows as make tiles that are nearly full, where their lanes
+  // do more than run_few would; returns how many.
   int64_t run_many(const float* x, int64_t rows, float* y) const {
     const int64_t lanes = kwm::kManyVectors * kernels_.width;
     int64_t tiles = rows / lanes;
@@ -236,6 +239,8 @@ class Matmul {
     threads_.run(chunks * groups, 1, [&](int64_t begin, int64_t end) {
       const Scratch<float> sums(tiles_in_group * kColumnBlocks * kLanes *
                                 lanes);
+      const Scratch<float> slots(kColumnBlocks * kChunkWords * kBlockSlots);
+      const Scratch<uint32_t> words(kColumnBlocks * kChunkWords);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t first = item % groups * tiles_in_group;
         const int64_t here = kwm::min(tiles_in_group, tiles - first);
@@ -243,7 +248,8 @@ class Matmul {
         multiply_many(panel.get() + first * tile_floats, here,
                       item / groups * kColumnBlocks,
                       kwm::min(here * lanes, rows - first * lanes),
-                      sums.get(), y + first * lanes * w_.n);
+                      slots.get(), words.get(), sums.get(),
+                      y + first * lanes * w_.n);
       }
     });
     return rows;
@@ -251,30 +257,31 @@ class Matmul {
 
   // A chunk of columns. The values are made ready once for all tiles.
   void multiply_many(const float* x, int64_t tiles, int64_t first_column_block,
-                     int64_t rows, float* sums, float* y) const {
+                     int64_t rows, float* slots, uint32_t* words, float* sums,
+                     float* y) const {
     const int64_t lanes = kwm::kManyVectors * kernels_.width;
     const int64_t column_blocks =
         kwm::min(kColumnBlocks, w_.column_blocks() - first_column_block);
-    alignas(64) float slots[kColumnBlocks][kLanes * kRowBlocks * kBlockSlots];
-    uint32_t words[kColumnBlocks][kLanes * kRowBlocks];
     for (int64_t b = 0; b < w_.row_blocks(); b += kRowBlocks) {
       const int64_t row_blocks = kwm::min(kRowBlocks, w_.row_blocks() - b);
       for (int64_t i = 0; i < column_blocks; ++i) {
         const int64_t place =
             (first_column_block + i) * w_.row_blocks() + b;
-        kernels_.slots_of_columns[w_.type](w_.values_at(place),
-                                           w_.meta + place * kLanes,
-                                           row_blocks, slots[i], words[i]);
+        float* slots_here = slots + i * kChunkWords * kBlockSlots;
+        kernels_.slots_of_columns[w_.type](
+            w_.values_at(place), w_.meta + place * kLanes, row_blocks,
+            slots_here, words + i * kChunkWords);
         if (w_.type == KWM_INT8) {
           scale_columns(first_column_block + i, row_blocks * kBlockSlots,
-                        slots[i]);
+                        slots_here);
         }
       }
       for (int64_t tile = 0; tile < tiles; ++tile) {
         for (int64_t i = 0; i < column_blocks; ++i) {
           kernels_.multiply_many(
-              x + (tile * w_.row_blocks() + b) * kBlockRows * lanes, slots[i],
-              words[i], row_blocks, b == 0,
+              x + (tile * w_.row_blocks() + b) * kBlockRows * lanes,
+              slots + i * kChunkWords * kBlockSlots, words + i * kChunkWords,
+              row_blocks, b == 0,
               sums + (tile * kColumnBlocks + i) * kLanes * lanes);
         }
       }
@@ -421,7 +428,8 @@ class MatmulTransposed {
     const int64_t block_floats = kLanes * lanes;
     const Scratch<float> panel(tiles * blocks * block_floats);
     threads_.run(
-        tiles * blocks, grain(block_floats / kLanes), [&](int64_t begin, int64_t end) {
+        tiles * blocks, grain(block_floats / kLanes),
+        [&](int64_t begin, int64_t end) {
           for (int64_t item = begin; item < end; ++item) {
             const int64_t row = item / blocks * lanes;
             const int64_t column = item % blocks * kLanes;
@@ -431,7 +439,8 @@ class MatmulTransposed {
                             panel.get() + item * block_floats);
           }
         });
-    threads_.run(w_.row_blocks(), grain(kBlockRows * w_.n * tiles * lanes / kLanes),
+    threads_.run(w_.row_blocks(),
+                 grain(kBlockRows * w_.n * tiles * lanes / kLanes),
                  [&](int64_t begin, int64_t end) {
                    multiply(panel.get(), lanes, rows, begin, end, dx);
                  });
@@ -528,8 +537,9 @@ void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
   const Threads threads{parallel_for, pool};
   const int64_t x_blocks = w.padded_k() / kLanes;
   const int64_t dy_blocks = w.column_blocks();
-  const Scratch<float> x_panel(kPanelRows * w.padded_k());
-  const Scratch<float> dy_panel(kPanelRows * dy_blocks * kLanes);
+  const int64_t most = kwm::min(kPanelRows, rows);
+  const Scratch<float> x_panel(most * w.padded_k());
+  const Scratch<float> dy_panel(most * dy_blocks * kLanes);
   // Without rows the gradient is zero: one round all the same.
   for (int64_t row = 0; row == 0 || row < rows; row += kPanelRows) {
     const int64_t here = kwm::min(kPanelRows, rows - row);
@@ -553,6 +563,10 @@ void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
   }
 }
 
-int kwm_is_faster_than_dense(int64_t, int64_t, int64_t, int) {
-  return kwm_isa() != KWM_ISA_SCALAR;
+int kwm_is_faster_than_dense(int64_t, int64_t k, int64_t n, int) {
+  // With vectors it was, for any number of rows and all types of values; but a
+  // small kernel is mostly padding.
+  const int64_t padded = kwm::ceil_div(k, kBlockRows) * kBlockRows *
+                         kwm::ceil_div(n, kLanes) * kLanes;
+  return kwm_isa() != KWM_ISA_SCALAR && 5 * padded <= 7 * k * n;
 }

@@ -8,7 +8,7 @@
 
 namespace kwm {
 
-// A kernel for int8 values that takes activations as integers, three bytes each.
+// Kernels for int8 values that take activations as integers of three bytes.
 struct DigitKernels {
   const int* tile_rows;  // as below
 

@@ -78,20 +78,24 @@ void multiply_tile(const float* x, const void* values, const uint32_t* meta,
   auto words_at = reinterpret_cast<const char*>(meta);
   for (int64_t b = 0; b < row_blocks; ++b) {
     S::prefetch(words_at + 4 * kLanes * 8);
-KWM_UNROLL(4)
+    typename S::Words words[kParts];
+    KWM_UNROLL(4)
     for (int part = 0; part < kParts; ++part) {
-      const int lane = part * S::kWidth;
-      const auto words = S::load_words(words_at + 4 * lane);
-KWM_UNROLL(16)
-      for (int slot = 0; slot < kBlockSlots; ++slot) {
-        if (part == 0 && slot * kSlotBytes % 64 == 0) {
-          S::prefetch(block + slot * kSlotBytes + S::kPrefetchBytes);
-        }
-        const auto index = S::index(words, slot);
-        const auto value = V::template get<S>(block, slot, lane);
-KWM_UNROLL(16)
+      words[part] = S::load_words(words_at + 4 * part * S::kWidth);
+    }
+    KWM_UNROLL(16)
+    for (int slot = 0; slot < kBlockSlots; ++slot) {
+      if (slot * kSlotBytes % 64 == 0) {
+        S::prefetch(block + slot * kSlotBytes + S::kPrefetchBytes);
+      }
+      KWM_UNROLL(4)
+      for (int part = 0; part < kParts; ++part) {
+        const auto index = S::index(words[part], slot);
+        const auto value = V::template get<S>(block, slot, part * S::kWidth);
+        KWM_UNROLL(16)
         for (int r = 0; r < R; ++r) {
-          const auto table = S::table(x + (slot / 8 * R + r) * 16, slot / 2 % 4);
+          const auto table =
+              S::table(x + (slot / 8 * R + r) * 16, slot / 2 % 4);
           auto& s = sum[r][part][slot % kSums];
           s = S::fma(S::pick(table, index), value, s);
         }
@@ -196,7 +200,9 @@ void multiply_many(const float* x, const float* slots, const uint32_t* words,
     for (int64_t b = 0; b < row_blocks; ++b) {
       const float* rows = x + b * kBlockRows * kTile;
       uint32_t word[C];
-      for (int c = 0; c < C; ++c) word[c] = words[(column + c) * row_blocks + b];
+      for (int c = 0; c < C; ++c) {
+        word[c] = words[(column + c) * row_blocks + b];
+      }
       KWM_UNROLL(4)
       for (int s0 = 0; s0 < kBlockSlots; s0 += S::kWidth) {
         typename S::Float some[C];
@@ -236,11 +242,11 @@ void expand(const void* values, const uint32_t* meta, float* dense) {
   for (int lane = 0; lane < kLanes; lane += S::kWidth) {
     const auto words =
         S::load_words(reinterpret_cast<const char*>(meta) + 4 * lane);
-KWM_UNROLL(8)
+    KWM_UNROLL(8)
     for (int group = 0; group < kBlockRows / 4; ++group) {
       const auto a = V::template get<S>(block, 2 * group, lane);
       const auto b = V::template get<S>(block, 2 * group + 1, lane);
-KWM_UNROLL(4)
+      KWM_UNROLL(4)
       for (int i = 0; i < 4; ++i) {
         const auto value =
             S::add(S::keep_where(a, words, 4 * group, i),
@@ -269,14 +275,14 @@ void multiply_dense_tile(const float* dense, const float* dy,
       const float* in = dy + block * kLanes * kTile;
       for (int j = 0; j < kLanes; ++j) {
         typename S::Float row[R];
-KWM_UNROLL(4)
+        KWM_UNROLL(4)
         for (int r = 0; r < R; ++r) {
           row[r] = S::load(in + j * kTile + r * S::kWidth);
         }
-KWM_UNROLL(8)
+        KWM_UNROLL(8)
         for (int i = 0; i < I; ++i) {
           const auto value = S::broadcast(w[i * kLanes + j]);
-KWM_UNROLL(4)
+          KWM_UNROLL(4)
           for (int r = 0; r < R; ++r) {
             sum[i][r] = S::fma(row[r], value, sum[i][r]);
           }
@@ -298,7 +304,8 @@ void multiply_dense(const float* dense, const float* dy, int lanes,
   if (lanes == S::kWidth) {
     multiply_dense_tile<S, 8, 1>(dense, dy, column_blocks, first, y);
   } else {
-    multiply_dense_tile<S, kRows, kwm::kDenseVectors>(dense, dy, column_blocks, first, y);
+    multiply_dense_tile<S, kRows, kwm::kDenseVectors>(dense, dy, column_blocks,
+                                                      first, y);
   }
 }
 
@@ -311,11 +318,11 @@ void gradient(const float* x, const float* dy, int64_t rows,
     const auto words =
         S::load_words(reinterpret_cast<const char*>(meta) + 4 * lane);
     const auto shifted = first_slot == 0 ? words : S::upper_slots(words);
-KWM_UNROLL(2)
+    KWM_UNROLL(2)
     for (int s0 = 0; s0 < 8; s0 += kSlots) {
       typename S::Float sum[kSlots];
       typename S::Index index[kSlots];
-KWM_UNROLL(8)
+      KWM_UNROLL(8)
       for (int i = 0; i < kSlots; ++i) {
         const float* from = dvalues + (s0 + i) * kLanes + lane;
         sum[i] = first ? S::zero() : S::load(from);
@@ -323,7 +330,7 @@ KWM_UNROLL(8)
       }
       for (int64_t r = 0; r < rows; ++r) {
         const auto d = S::load(dy + r * kLanes + lane);
-KWM_UNROLL(8)
+        KWM_UNROLL(8)
         for (int i = 0; i < kSlots; ++i) {
           const auto table = S::table(x + r * 16, (s0 + i) / 2);
           sum[i] = S::fma(S::pick(table, index[i]), d, sum[i]);

@@ -210,7 +210,7 @@ def _reason(failure, cuda):
 @functools.cache
 def _load():
     """The library, or None and why."""
-    path = pathlib.Path(__file__).with_name("kwm_gpu.so")
+    path = pathlib.Path(__file__).parents[1] / "lib" / "kwm_gpu.so"
     if not path.exists():
         return None, (
             f"{path} is missing: the package was installed without a C++ "

@@ -77,7 +77,7 @@ static __device__ __forceinline__ void sparse_mma(float (&sums)[4],
 constexpr int kColumns = 16;  // of W, in a block
 constexpr int kTileRows = 32;
 constexpr int kMaxWarps = 16;
-constexpr int kTilesInFlight = 4;  // for each warp
+constexpr int kTilesInFlight = KWM_X == 0 ? 2 : 4;  // for each warp
 
 // A packed tile is this many rows of 16 words, of which a lane loads some.
 constexpr int kWordRows =
@@ -142,10 +142,19 @@ struct Lane {
 
 #if KWM_X == 0
 
+typedef float Activation;
+
+static __device__ Activation rounded(float value) { return value; }
+
+// Which activations a lane needs for a tile, meta says: none is loaded ahead.
+struct Operand {
+  __device__ void load(const Lane&, int, const float*, int, int) {}
+};
+
 // A lane's share of the sums for its two columns.
 struct Sums {
-  __device__ void add(const Lane& lane, const Tile& tile, int first_row,
-                      const float* x, int rows, int k) {
+  __device__ void add(const Lane& lane, const Tile& tile, const Operand&,
+                      int first_row, const float* x, int rows, int k) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int group = lane.group + 4 * half;
@@ -182,15 +191,39 @@ struct Sums {
   float sums[2][KWM_ROWS] = {};
 };
 
-typedef float Activation;
-
-static __device__ Activation rounded(float value) { return value; }
-
 #else
 
+typedef unsigned short Activation;
+
+static __device__ Activation rounded(float value) {
+  return (Activation)round_pair(value, 0);
+}
+
+// A lane's part of the matrices B of a tile: 32 rows, which are columns of x,
+// and 8 columns, which are rows of x.
+struct Operand {
+  __device__ void load(const Lane& lane, int first_row, const Activation* x,
+                       int rows, int k) {
+#pragma unroll
+    for (int part = 0; part < KWM_ROWS / 8; ++part) {
+      const int row = 8 * part + lane.columns;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int place = first_row + 8 * i + 2 * lane.group;
+        b[part][i] = row < rows && place < k
+                         ? __ldg((const uint32*)(x + (long long)row * k + place))
+                         : 0;
+      }
+    }
+  }
+
+  uint32 b[KWM_ROWS / 8][4];
+};
+
 struct Sums {
-  __device__ void add(const Lane& lane, const Tile& tile, int first_row,
-                      const unsigned short* x, int rows, int k) {
+  __device__ void add(const Lane& lane, const Tile& tile,
+                      const Operand& operand, int, const Activation*, int,
+                      int) {
     uint32 a[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -202,16 +235,7 @@ struct Sums {
                                     lane.group % 2 == 0 ? 0x5410 : 0x7632);
 #pragma unroll
     for (int part = 0; part < KWM_ROWS / 8; ++part) {
-      const int row = 8 * part + lane.columns;
-      uint32 b[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int place = first_row + 8 * i + 2 * lane.group;
-        b[i] = row < rows && place < k
-                   ? __ldg((const uint32*)(x + (long long)row * k + place))
-                   : 0;
-      }
-      sparse_mma(sums[part], a, b, meta);
+      sparse_mma(sums[part], a, operand.b[part], meta);
     }
   }
 
@@ -228,12 +252,6 @@ struct Sums {
 
   float sums[KWM_ROWS / 8][4] = {};
 };
-
-typedef unsigned short Activation;
-
-static __device__ Activation rounded(float value) {
-  return (Activation)round_pair(value, 0);
-}
 
 #endif  // KWM_X
 
@@ -252,16 +270,20 @@ extern "C" __global__ void __launch_bounds__(32 * kMaxWarps)
   Sums sums;
   for (int tile = warp; tile < tiles; tile += kTilesInFlight * warps) {
     Tile loaded[kTilesInFlight];
+    Operand operands[kTilesInFlight];
 #pragma unroll
     for (int i = 0; i < kTilesInFlight; ++i) {
-      if (tile + i * warps < tiles) {
-        loaded[i] = lane.load(values, meta, first_tile + tile + i * warps);
+      const int each = tile + i * warps;
+      if (each < tiles) {
+        loaded[i] = lane.load(values, meta, first_tile + each);
+        operands[i].load(lane, each * kTileRows, x, rows, k);
       }
     }
 #pragma unroll
     for (int i = 0; i < kTilesInFlight; ++i) {
-      if (tile + i * warps < tiles) {
-        sums.add(lane, loaded[i], (tile + i * warps) * kTileRows, x, rows, k);
+      const int each = tile + i * warps;
+      if (each < tiles) {
+        sums.add(lane, loaded[i], operands[i], each * kTileRows, x, rows, k);
       }
     }
   }

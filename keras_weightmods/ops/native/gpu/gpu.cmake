@@ -16,7 +16,7 @@ if(has_xla)
 endif()
 if(SKBUILD_STATE STREQUAL "editable" OR NOT DEFINED SKBUILD)
   set_target_properties(kwm_gpu PROPERTIES
-    LIBRARY_OUTPUT_DIRECTORY "$<1:${native}/gpu>"
+    LIBRARY_OUTPUT_DIRECTORY "$<1:${native}/lib>"
   )
 endif()
-install(TARGETS kwm_gpu LIBRARY DESTINATION "${package_path}/gpu")
+install(TARGETS kwm_gpu LIBRARY DESTINATION "${package_path}/lib")

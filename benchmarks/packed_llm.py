@@ -1,0 +1,362 @@
+"""Tokens per second and size of a packed language model, and of its peers.
+
+    python benchmarks/packed_llm.py
+    python benchmarks/packed_llm.py --backends torch --rounds 3 --json FILE
+
+SmolLM2-135M, made 2:4 by magnitude (which ruins what it says and changes
+nothing of the speed), writes text with `generate`, greedy, batch 1: the prompt
+is read and tokens are written one by one. One process for each backend, in
+which the models take turns, in a rotating order, so that a machine that gets
+slower or faster on the way does so for all of them. A ratio is the median over
+the rounds of the ratio to the dense model in the same round.
+
+The peers are what one would take instead, on the same weights stored dense:
+bfloat16 weights, the int8 quantization of Keras, and on torch its
+dynamic int8 quantization, by the operator behind `torch.ao`'s dynamic Linear
+put into the layers, as Keras layers are no `torch.nn.Linear`.
+
+Memory is that of the weights alone. The times are only good on a machine that
+does nothing else.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "packed_llm.json"
+
+PROMPT = "The most important task of the government is"
+DENSE = "dense float32"
+# Row: arguments of `pack`.
+PACKED = {
+    "packed float32": {},
+    "packed bfloat16": {"dtype": "bfloat16"},
+    "packed int8": {"dtype": "int8"},
+    "packed int8, int8 head": {"dtype": "int8", "head": "int8"},
+}
+PEERS = ("dense bfloat16", "Keras int8", "torch dynamic int8")
+
+# Over the dense model, at least.
+SPEED_BARS = {
+    "jax": {"packed float32": 1.5, "packed int8": 2.0},
+    "tensorflow": {"packed float32": 1.0, "packed int8": 1.0},
+    "torch": {"packed float32": 1.0, "packed int8": 1.0},
+}
+# Bytes of the packed kernels in a file over their dense bytes, at most.
+SHARE_BARS = {
+    "packed float32": 0.57,
+    "packed bfloat16": 0.31,
+    "packed int8": 0.2,
+}
+
+
+def main():
+    args = parse_arguments()
+    if args.worker:
+        pathlib.Path(args.json).write_text(json.dumps(measure(args)))
+        return
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from optimizer_step import machine
+
+    backends = args.backends.split(",")
+    unknown = set(backends) - set(SPEED_BARS)
+    if unknown:
+        raise SystemExit(f"unknown: {unknown}; there are {list(SPEED_BARS)}")
+    report = {
+        "machine": machine(),
+        "cores_used": len(os.sched_getaffinity(0)),
+        "model": "SmolLM2-135M-Instruct, 210 kernels made 2:4",
+        "prompt": PROMPT,
+        "new_tokens": args.new_tokens,
+        "rounds": args.rounds,
+        "backends": {name: run_worker(args, name) for name in backends},
+    }
+    file = pathlib.Path(args.json)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    print_report(report)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--backends", default="jax,tensorflow,torch")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", help="names of rows, by default all")
+    parser.add_argument("--json", default=str(RESULTS))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run_worker(args, backend):
+    """Measures one backend in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "result.json"
+        command = [
+            sys.executable,
+            __file__,
+            f"--worker={backend}",
+            f"--new-tokens={args.new_tokens}",
+            f"--rounds={args.rounds}",
+            f"--json={file}",
+        ]
+        if args.rows:
+            command.append(f"--rows={args.rows}")
+        subprocess.run(
+            command,
+            env={
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                **os.environ,
+                "KERAS_BACKEND": backend,
+            },
+            check=True,
+        )
+        return json.loads(file.read_text())
+
+
+def measure(args):
+    sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
+    import keras
+    from rich.progress import track
+
+    names = [DENSE, *PACKED, *PEERS]
+    if args.worker != "torch":
+        names.remove("torch dynamic int8")
+    if args.rows:
+        chosen = {DENSE, *args.rows.split(";")}
+        names = [name for name in names if name in chosen]
+    rows = {}
+    models: dict = {}
+    with warnings.catch_warnings():
+        # keras_hub imports TensorFlow on every backend, with its own warnings.
+        warnings.simplefilter("ignore")
+        for name in track(names, description=f"{args.worker}: models"):
+            models[name], rows[name] = make_row(name, models.get(DENSE))
+    prompt_tokens = len(models[DENSE].preprocessor.tokenizer(PROMPT))
+    length = prompt_tokens + args.new_tokens
+    for name in track(names, description=f"{args.worker}: warm up"):
+        rows[name]["first_seconds"] = timed_generate(models[name], length)
+        rows[name]["seconds"] = []
+    for turn in track(range(args.rounds), description=f"{args.worker}: rounds"):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds = timed_generate(models[name], length)
+            rows[name]["seconds"].append(seconds)
+    dense = rows[DENSE]["seconds"]
+    for row in rows.values():
+        median = statistics.median(row["seconds"])
+        row["tokens_per_second"] = args.new_tokens / median
+        row["ratio"] = statistics.median(
+            base / own for base, own in zip(dense, row["seconds"], strict=True)
+        )
+    return {
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("keras", "keras-hub", keras.backend.backend())
+        },
+        "prompt_tokens": prompt_tokens,
+        "rows": [{"model": name, **row} for name, row in rows.items()],
+    }
+
+
+def make_row(name, dense):
+    """A model, with the weights of `dense`, and what is known of it so far."""
+    from smollm2 import load_smollm2
+
+    import keras_weightmods as kwm
+
+    model = load_smollm2("bfloat16" if name == "dense bfloat16" else "float32")
+    if dense is None:
+        make_sparse(model)
+    else:
+        model.set_weights(dense.get_weights())
+    if name in PACKED:
+        report = kwm.pack(model, **PACKED[name])
+        kernels = [w for w in report.weights if not is_table(w)]
+        dense = sum(weight.dense_bytes for weight in kernels)
+        packed = sum(weight.packed_bytes for weight in kernels)
+        row = {
+            "memory_bytes": report.totals["model_bytes"],
+            "packed_bytes": packed,
+            "packed_share": packed / dense,
+        }
+    elif name == "Keras int8":
+        # Not the model: its tokenizer is a layer that cannot be quantized.
+        model.backbone.quantize("int8")
+        row = {"memory_bytes": weight_bytes(model)}
+    elif name == "torch dynamic int8":
+        row = {"memory_bytes": quantize_dynamically(model)}
+    else:
+        row = {"memory_bytes": weight_bytes(model)}
+    model.compile(sampler="greedy")
+    row["file_bytes"] = file_bytes(model, name)
+    return model, row
+
+
+def make_sparse(model):
+    import keras_weightmods as kwm
+
+    for target in kwm.find_targets(model):
+        target.variable.assign(
+            kwm.ops.nm_project(target.variable, 2, 4, target.contraction_axes)
+        )
+
+
+def is_table(weight):
+    return weight.path.endswith("embeddings")
+
+
+def weight_bytes(model):
+    return sum(
+        math.prod(v.shape) * {"int8": 1, "bfloat16": 2}.get(v.dtype, 4)
+        for v in model.weights
+    )
+
+
+def file_bytes(model, name):
+    import keras_weightmods as kwm
+
+    if name == "torch dynamic int8":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model"
+        if name in PACKED:
+            kwm.save_model(model, path)
+        else:
+            path = path.with_suffix(".keras")
+            model.save(path)
+        return path.stat().st_size
+
+
+def quantize_dynamically(model):
+    """int8 weights, a scale for each output, and int8 activations on the fly.
+
+    The operator is the one of `torch.ao.nn.quantized.dynamic.Linear`.
+
+    Returns:
+        Bytes of the weights.
+    """
+    import keras
+    import torch
+
+    import keras_weightmods as kwm
+
+    def linear(matrix):
+        scale = matrix.abs().amax(1).clamp(min=1e-9) / 127
+        zeros = torch.zeros(len(scale), dtype=torch.long)
+        quantized = torch.quantize_per_channel(
+            matrix, scale, zeros, 0, torch.qint8
+        )
+        packed = torch.ops.quantized.linear_prepack(quantized, None)
+        return lambda x: torch.ops.quantized.linear_dynamic(x, packed)
+
+    def projection(layer, kernel, axes):
+        # The contraction comes first in these kernels, and last in the input.
+        size = math.prod(kernel.shape[axis] for axis in axes)
+        units = kernel.shape[len(axes) :]
+        product = linear(kernel.detach().reshape(size, -1).T.contiguous())
+
+        def call(x, training=None):
+            leading = x.shape[: x.ndim - len(axes)]
+            y = product(x.reshape(*leading, size))
+            return y.reshape(*leading, *units)
+
+        vars(layer)["call"] = call
+        return kernel.numel() + 4 * math.prod(units) - 4 * kernel.numel()
+
+    saved = 0
+    for target in kwm.find_targets(model):
+        kernel = target.variable.value
+        saved += projection(target.layer, kernel, target.contraction_axes)
+    embedding = model.backbone.token_embedding
+    assert isinstance(embedding, keras.layers.ReversibleEmbedding)
+    table, look_up = embedding.embeddings.value.detach(), embedding.call
+    head = linear(table)
+    vars(embedding)["call"] = lambda x, reverse=False: (
+        head(x) if reverse else look_up(x)
+    )
+    # The table itself is still looked up.
+    saved += table.numel() + 4 * len(table)
+    return weight_bytes(model) + saved
+
+
+def timed_generate(model, length):
+    began = time.perf_counter()
+    model.generate(PROMPT, max_length=length, stop_token_ids=None)
+    return time.perf_counter() - began
+
+
+def print_report(report):
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    about = report["machine"]
+    table = Table(
+        title=f"{report['model']}, {report['new_tokens']} tokens, batch 1",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in ("backend", "model"):
+        table.add_column(column, no_wrap=True)
+    for column in ("tokens/s", "x dense", "memory MB", "share", "file MB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for backend, result in report["backends"].items():
+        for row in result["rows"]:
+            name, size = row["model"], row["file_bytes"]
+            speed_bar = SPEED_BARS[backend].get(name)
+            share_bar = SHARE_BARS.get(name)
+            share = row.get("packed_share")
+            table.add_row(
+                backend,
+                name,
+                f"{row['tokens_per_second']:.1f}",
+                verdict(
+                    row["ratio"],
+                    speed_bar,
+                    speed_bar and row["ratio"] >= speed_bar,
+                    ">=",
+                ),
+                f"{row['memory_bytes'] / 1e6:.0f}",
+                ""
+                if share is None
+                else verdict(
+                    share, share_bar, share_bar and share <= share_bar, "<="
+                ),
+                "" if size is None else f"{size / 1e6:.0f}",
+            )
+        table.add_section()
+    console = Console()
+    console.print(table)
+    console.print(
+        "share: bytes of the packed kernels over their dense float32 bytes; "
+        "memory: all weights\n"
+        f"{about['cpu']}, {report['cores_used']} of {about['cores']} cores, "
+        f"{about['system']}, Python {about['python']}"
+    )
+    for backend, result in report["backends"].items():
+        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        console.print(f"{backend}: {versions}")
+
+
+def verdict(value, bar, met, sign):
+    if bar is None:
+        return f"{value:.3f}"
+    colour = "green" if met else "red"
+    return f"[{colour}]{value:.3f}[/] {sign} {bar:.2f}"
+
+
+if __name__ == "__main__":
+    main()

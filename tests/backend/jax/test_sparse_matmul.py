@@ -1,0 +1,185 @@
+import importlib
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_weightmods.ops import Packed, pack_kernel, sparse_matmul
+from tests.ops.test_packed import kernel_of
+from tests.ops.test_sparse_matmul import activation, assert_close
+
+if keras.backend.backend() != "jax":
+    pytest.skip("needs JAX", allow_module_level=True)
+
+import jax
+import jax.numpy as jnp
+
+from keras_weightmods.backend.jax.sparse_matmul import column_parallel_matmul
+
+module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
+
+pytestmark = pytest.mark.skipif(
+    module.why_dense() != "", reason=module.why_dense()
+)
+
+K, N = 36, 20
+
+
+@pytest.fixture
+def packed():
+    return pack_kernel(kernel_of(K, N))
+
+
+def product(x, values, packed):
+    """By other values in the places of `packed`."""
+    return sparse_matmul(
+        x, Packed(values, packed.meta, None, packed.shape, packed.dtype)
+    )
+
+
+def test_vmap_folds_the_batch_into_the_rows(packed):
+    x = activation(3, 2, 4, K)
+    batched = jax.vmap(jax.vmap(lambda x: sparse_matmul(x, packed), 1, 1))
+    lowered = jax.jit(batched).lower(x).as_text()
+    assert lowered.count("custom_call @kwm_xla_matmul") == 1
+    assert "while" not in lowered
+    assert_close(batched(x), x.astype("float64") @ kernel_of(K, N))
+
+
+@pytest.mark.parametrize("x_batched", [True, False])
+def test_vmap_over_kernels(packed, x_batched):
+    factors = np.array([1.0, -2.0, 0.5], "float32")
+    values = factors[:, None, None, None] * packed.values
+    x = activation(3, 2, K) if x_batched else activation(2, K)
+    y = jax.vmap(
+        lambda x, values: product(x, values, packed),
+        (0 if x_batched else None, 0),
+    )(x, values)
+    expected = x.astype("float64") @ kernel_of(K, N)
+    assert_close(y, factors[:, None, None] * expected)
+
+
+def test_gradients_for_each_example(packed):
+    x, kernel = activation(3, 2, K), kernel_of(K, N)
+    gradient = jax.vmap(
+        jax.grad(lambda v, x: jnp.sum(product(x, v, packed) ** 2)), (None, 0)
+    )
+    found = gradient(jnp.asarray(packed.values), x)
+    for each, one in zip(found, x.astype("float64")):
+        dw = 2 * one.T @ (one @ kernel)
+        expected = jax.vjp(
+            lambda v: product(np.eye(K, dtype="float32"), v, packed),
+            jnp.asarray(packed.values),
+        )[1](jnp.asarray(dw, "float32"))[0]
+        assert_close(each, np.array(expected, "float64"), 1e-4)
+
+
+def test_second_derivatives_equal_those_of_the_dense_product(packed):
+    x, kernel = jnp.asarray(activation(3, K)), jnp.asarray(kernel_of(K, N))
+
+    def norm_of_gradient(multiply, w):
+        gradient = jax.grad(lambda x: jnp.sum(multiply(x, w) ** 3))
+        return jnp.sum(gradient(x) ** 2)
+
+    found = jax.grad(
+        lambda v: norm_of_gradient(lambda x, v: product(x, v, packed), v)
+    )(jnp.asarray(packed.values))
+    dense = jax.grad(lambda w: norm_of_gradient(jnp.matmul, w))(kernel)
+    expected = pack_kernel(np.where(kernel != 0, dense, 0))
+    # Where a group holds fewer than two nonzeros, a zero is kept too.
+    kept = packed.values != 0
+    assert_close(found * kept, expected.values.astype("float64") * kept, 1e-4)
+
+
+def test_a_gradient_that_nobody_asks_for_is_not_computed(packed):
+    def loss(x, values):
+        return jnp.sum(product(x, values, packed))
+
+    compiled = jax.jit(jax.grad(loss)).lower(activation(2, K), packed.values)
+    text = compiled.compile().as_text()
+    assert "kwm_xla_matmul_transposed" in text
+    assert "kwm_xla_values_gradient" not in text
+
+
+def test_exported_program_runs(packed):
+    function = jax.jit(lambda x: sparse_matmul(x, packed))
+    checks = [
+        jax.export.DisabledSafetyCheck.custom_call(name)
+        for name in ("kwm_xla_matmul",)
+    ]
+    (batch,) = jax.export.symbolic_shape("batch")
+    exported = jax.export.export(function, disabled_checks=checks)(
+        jax.ShapeDtypeStruct((batch, K), jnp.float32)
+    )
+    again = jax.export.deserialize(exported.serialize())
+    for rows in (1, 5):
+        x = activation(rows, K)
+        assert_close(again.call(x), x.astype("float64") @ kernel_of(K, N))
+
+
+def test_a_call_that_does_not_fit_is_an_error_of_xla(packed):
+    wrong = jax.ffi.ffi_call(
+        "kwm_xla_matmul", jax.ShapeDtypeStruct((2, 4 * N), jnp.float32)
+    )
+    no_scale = jnp.zeros((0,), jnp.float32)
+    with pytest.raises(Exception, match="packed weights do not fit"):
+        wrong(activation(2, K), packed.values, packed.meta, no_scale)
+
+
+SHARDED = """
+import jax, numpy as np
+from keras_weightmods.backend.jax.sparse_matmul import column_parallel_matmul
+from keras_weightmods.ops import Packed, pack_kernel, unpack_kernel
+from tests.ops.test_packed import kernel_of
+from tests.ops.test_sparse_matmul import activation, assert_close
+from keras_weightmods.ops.sparse_matmul import why_dense
+
+assert why_dense() == ""
+mesh = jax.make_mesh((2,), ("model",))
+split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+for dtype in ("float32", "int8"):
+    packed = pack_kernel(kernel_of(36, 64), dtype)
+    w = unpack_kernel(packed).astype("float64")
+    arrays = [packed.values, packed.meta, packed.scale]
+    arrays = [None if a is None else jax.device_put(a, split) for a in arrays]
+    x = activation(3, 2, 36)
+
+    def multiply(x, *arrays):
+        packed = Packed(*arrays, (36, 64), dtype)
+        return column_parallel_matmul(x, packed, mesh, "model")
+
+    given = jax.device_put(x, whole)
+    compiled = jax.jit(multiply).lower(given, *arrays).compile()
+    text = compiled.as_text()
+    assert "f32[3,2,32]" in text and "kwm_xla_matmul" in text, text
+    assert "all-" not in text and "collective" not in text, text
+    y = compiled(given, *arrays)
+    assert y.sharding.spec == jax.sharding.PartitionSpec(None, None, "model")
+    assert_close(y, x.astype("float64") @ w)
+
+loss = lambda x, *arrays: (multiply(x, *arrays) ** 2).sum()
+dx = jax.jit(jax.grad(loss))(given, *arrays)
+assert_close(dx, 2 * (x.astype("float64") @ w) @ w.T)
+"""
+
+
+def test_columns_split_over_two_devices_without_a_gather():
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        check=True,
+        env=environment,
+    )
+
+
+def test_columns_that_cannot_be_split(packed):
+    mesh = jax.make_mesh((1,), ("model",))
+    with pytest.raises(ValueError, match="20 columns for 1 devices"):
+        column_parallel_matmul(activation(2, K), packed, mesh, "model")

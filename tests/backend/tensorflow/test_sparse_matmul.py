@@ -1,0 +1,166 @@
+import importlib
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_weightmods.ops import Packed, native, pack_kernel, sparse_matmul
+from tests.ops.test_packed import kernel_of
+from tests.ops.test_sparse_matmul import activation, assert_close
+
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("needs TensorFlow", allow_module_level=True)
+
+import tensorflow as tf
+
+from keras_weightmods.backend.tensorflow import sparse_matmul as implementation
+
+module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
+
+pytestmark = pytest.mark.skipif(
+    module.why_dense() != "", reason=module.why_dense()
+)
+
+K, N = 36, 20
+
+
+class Product(tf.Module):
+    """A product with variables, for rows in any number of axes."""
+
+    def __init__(self, dtype="float32", rank=3):
+        super().__init__()
+        packed = pack_kernel(kernel_of(K, N), dtype)
+        self.values = tf.Variable(packed.values)
+        self.meta = tf.Variable(packed.meta, trainable=False)
+        self.scale = packed.scale
+        self.dtype = dtype
+        self.signature = [tf.TensorSpec((None,) * (rank - 1) + (K,))]
+
+    def __call__(self, x):
+        packed = Packed(self.values, self.meta, self.scale, (K, N), self.dtype)
+        return sparse_matmul(x, packed)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_one_function_for_batches_of_any_size(jit_compile):
+    product = Product()
+    function = tf.function(
+        product, jit_compile=jit_compile, input_signature=product.signature
+    )
+    for leading in ((1, 1), (3, 2), (2, 7)):
+        x = activation(*leading, K)
+        assert_close(function(x), x.astype("float64") @ kernel_of(K, N))
+    operators = {
+        node.op
+        for node in function.get_concrete_function().graph.as_graph_def().node
+    }
+    assert "XlaCallModule" in operators
+    assert "MatMul" not in operators
+    assert function.experimental_get_tracing_count() == 1
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_gradients_in_a_function(jit_compile):
+    product = Product()
+
+    @tf.function(jit_compile=jit_compile, input_signature=product.signature)
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(product(x) ** 2)
+        return tape.gradient(loss, [x, product.values])
+
+    x, w = activation(3, 2, K), kernel_of(K, N).astype("float64")
+    dx, dvalues = gradients(x)
+    y = x @ w
+    assert_close(dx, 2 * y @ w.T)
+    dw = 2 * x.reshape(-1, K).T.astype("float64") @ y.reshape(-1, N)
+    expected = pack_kernel(np.where(w != 0, dw, 0)).values
+    kept = product.values.numpy() != 0
+    assert_close(dvalues * kept, expected.astype("float64") * kept)
+
+
+def test_second_derivatives_equal_those_of_the_dense_product():
+    product = Product()
+    x = tf.constant(activation(3, K))
+    kernel = tf.constant(kernel_of(K, N))
+
+    def derivative(multiply, weights):
+        with tf.GradientTape() as outer:
+            outer.watch(weights)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                loss = tf.reduce_sum(multiply(x) ** 3)
+            norm = tf.reduce_sum(inner.gradient(loss, x) ** 2)
+        return outer.gradient(norm, weights).numpy()
+
+    found = derivative(product, product.values)
+    dense = derivative(lambda x: tf.matmul(x, kernel), kernel)
+    expected = pack_kernel(np.where(kernel != 0, dense, 0)).values
+    kept = product.values.numpy() != 0
+    assert_close(found * kept, expected.astype("float64") * kept, 1e-4)
+
+
+SERVE = """
+import sys
+import tensorflow as tf
+loaded = tf.saved_model.load(sys.argv[1])
+try:
+    loaded.serve(tf.ones((5, 36)))
+except tf.errors.OpError as error:
+    print(error)
+from keras_weightmods.ops.sparse_matmul import why_dense
+assert why_dense() == ""
+print(loaded.serve(tf.ones((5, 36))).numpy().sum())
+"""
+
+
+def test_saved_model_in_another_process(tmp_path):
+    product = Product("int8", rank=2)
+    exported = tf.Module()
+    exported.product = product
+    exported.serve = tf.function(product, input_signature=product.signature)
+    tf.saved_model.save(exported, tmp_path / "saved")
+    printed = subprocess.run(
+        [sys.executable, "-c", SERVE, str(tmp_path / "saved")],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    ).stdout
+    # Before this library is there, and after.
+    assert "No FFI handler registered for kwm_xla_matmul" in printed
+    expected = product(tf.ones((5, K))).numpy().sum()
+    assert float(printed.splitlines()[-1]) == pytest.approx(expected)
+
+
+def test_where_the_way_into_xla_is_missing(monkeypatch):
+    def register():
+        raise AttributeError("undefined symbol")
+
+    monkeypatch.setattr(implementation, "_register", register)
+    monkeypatch.setattr(module, "_implementations", {})
+    implementation._refusal.cache_clear()
+    native.warn_dense.cache_clear()
+    x = activation(3, K)
+    try:
+        with pytest.warns(UserWarning, match=r"TensorFlow .* undefined symb"):
+            y = sparse_matmul(x, pack_kernel(kernel_of(K, N)))
+    finally:
+        implementation._refusal.cache_clear()
+        native.warn_dense.cache_clear()
+    assert_close(y, x.astype("float64") @ kernel_of(K, N))
+
+
+def test_a_call_that_does_not_fit_is_an_error_of_xla():
+    packed = pack_kernel(kernel_of(K, N))
+    arguments = [packed.values, packed.meta, np.zeros(0, "float32")]
+    with pytest.raises(tf.errors.OpError, match="packed weights do not fit"):
+        implementation._call(
+            "kwm_xla_matmul",
+            [2, 4 * N],
+            *map(tf.constant, [activation(2, K), *arguments]),
+        )

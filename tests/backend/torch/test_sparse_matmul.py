@@ -1,0 +1,157 @@
+import importlib
+import shutil
+
+import keras
+import numpy as np
+import pytest
+
+from keras_weightmods.ops import Packed, pack_kernel, sparse_matmul
+from tests.ops.test_packed import DTYPES, kernel_of
+from tests.ops.test_sparse_matmul import activation, assert_close
+
+if keras.backend.backend() != "torch":
+    pytest.skip("needs torch", allow_module_level=True)
+
+import torch
+
+module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
+
+pytestmark = pytest.mark.skipif(
+    module.why_dense() != "", reason=module.why_dense()
+)
+
+K, N = 36, 20
+
+
+def tensors(dtype="float32"):
+    packed = pack_kernel(kernel_of(K, N), dtype)
+    return Packed(
+        keras.ops.convert_to_tensor(packed.values),
+        torch.from_numpy(packed.meta),
+        None if packed.scale is None else torch.from_numpy(packed.scale),
+        packed.shape,
+        packed.dtype,
+    )
+
+
+def operator():
+    # There once a product was made.
+    sparse_matmul(activation(1, K), tensors())
+    return torch.ops.keras_weightmods
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operators_pass_the_checks_of_torch(dtype):
+    packed = tensors(dtype)
+    x = torch.from_numpy(activation(3, 2, K)).requires_grad_()
+    values = packed.values.requires_grad_(dtype == "float32")
+    weights = values, packed.meta, packed.scale
+    dy = torch.ones((3, 2, N))
+    operators = operator()
+    torch.library.opcheck(operators.sparse_matmul, (x, *weights, N))
+    with torch.no_grad():
+        x, values = x.detach(), values.detach()
+        weights = values, packed.meta, packed.scale
+        torch.library.opcheck(
+            operators.sparse_matmul_transposed, (dy, *weights, K)
+        )
+        torch.library.opcheck(
+            operators.sparse_values_gradient, (x, dy, packed.meta)
+        )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_as_one_graph():
+    packed = tensors()
+    packed.values.requires_grad_()
+    x = torch.from_numpy(activation(3, K))
+    w = kernel_of(K, N).astype("float64")
+
+    def function(x):
+        return torch.relu(sparse_matmul(2 * x, packed))
+
+    operator()
+    compiled = torch.compile(function, fullgraph=True)
+    y = compiled(x)
+    assert_close(y.detach(), np.maximum(2 * activation(3, K) @ w, 0))
+    y.sum().backward()
+    found, packed.values.grad = packed.values.grad, None
+    function(x).sum().backward()
+    expected = packed.values.grad.numpy().astype("float64")
+    assert_close(found, expected)
+
+
+def test_on_the_meta_device():
+    packed = tensors()
+    packed = Packed(
+        packed.values.to("meta"),
+        packed.meta.to("meta"),
+        None,
+        (K, N),
+        "float32",
+    )
+    y = sparse_matmul(torch.empty((3, K), device="meta"), packed)
+    assert y.shape == (3, N)
+    assert y.device.type == "meta"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads):
+    k, n = 256, 500
+    packed = pack_kernel(kernel_of(k, n))
+    x = activation(40, k)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows in (1, 40):
+            y = sparse_matmul(x[:rows], packed)
+            assert_close(y, x[:rows].astype("float64") @ kernel_of(k, n))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_activations_that_are_not_contiguous():
+    x = activation(K, 3)
+    y = sparse_matmul(torch.from_numpy(x).T, tensors())
+    assert_close(y, x.T.astype("float64") @ kernel_of(K, N))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("values", lambda t: t[:1]),
+        ("values", lambda t: t.double()),
+        ("values", lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)),
+        ("meta", lambda t: t[:, :, :8]),
+        ("meta", lambda t: t.long()),
+    ],
+)
+def test_the_operator_reads_no_more_than_there_is(name, change):
+    packed = tensors()
+    weights = {"values": packed.values, "meta": packed.meta, "scale": None}
+    weights[name] = change(weights[name])
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        operator().sparse_matmul(torch.ones((2, K)), **weights, n=N)
+
+
+def test_the_operator_wants_float32_and_a_scale():
+    packed = tensors("int8")
+    multiply = operator().sparse_matmul
+    with pytest.raises(ValueError, match="must be float32"):
+        multiply(
+            torch.ones((2, K)).double(),
+            packed.values,
+            packed.meta,
+            packed.scale,
+            N,
+        )
+    with pytest.raises(ValueError, match=r"`scale` .*Received: None"):
+        multiply(torch.ones((2, K)), packed.values, packed.meta, None, N)
+
+
+def test_rounded_values_have_no_gradient():
+    packed = tensors("bfloat16")
+    packed.values.requires_grad_()
+    y = sparse_matmul(activation(2, K), packed)
+    with pytest.raises(ValueError, match="Only float32 values"):
+        y.sum().backward()

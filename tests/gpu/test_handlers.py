@@ -1,0 +1,165 @@
+"""The XLA handlers, called as XLA calls them, over the fake CUDA."""
+
+import ctypes
+import importlib.util
+import pathlib
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from keras_weightmods.ops.packed import pack_kernel
+from tests.gpu.test_products import (
+    TOLERANCE,
+    compress,
+    decode_reference,
+    error,
+    make,
+)
+
+# Of XLA's FFI.
+DTYPES = {
+    "int8": 2,
+    "int32": 4,
+    "uint8": 6,
+    "float16": 10,
+    "float32": 11,
+    "bfloat16": 16,
+}
+COMMAND_BUFFER_COMPATIBLE = 1
+
+
+class Array(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("dims", ctypes.c_int64 * 5),
+        ("data", ctypes.c_void_p),
+    ]
+
+    @classmethod
+    def of(cls, array):
+        dims = (ctypes.c_int64 * 5)(*array.shape)
+        dtype = DTYPES[array.dtype.name]
+        return cls(dtype, array.ndim, dims, array.ctypes.data)
+
+
+@pytest.fixture(scope="module")
+def xla(faked, tmp_path_factory):
+    library, fake = faked
+    if not hasattr(library, "kwm_gpu_xla_decode"):
+        pytest.skip("the library was built without the XLA handlers")
+    spec = importlib.util.find_spec("jaxlib")
+    if spec is None:
+        pytest.skip("needs the headers of jaxlib")
+    include = pathlib.Path(spec.submodule_search_locations[0], "include")
+    built = tmp_path_factory.mktemp("fake_xla") / "fake_xla.so"
+    source = pathlib.Path(__file__).with_name("fake_xla.cc")
+    subprocess.run(
+        [shutil.which("g++"), "-std=c++17", "-O1", "-shared", "-fPIC"]
+        + ["-isystem", include, source, "-o", built],
+        check=True,
+    )
+    harness = ctypes.CDLL(str(built))
+    harness.fake_xla_call.restype = ctypes.c_char_p
+    harness.fake_xla_allocated.restype = ctypes.c_int64
+    harness.fake_xla_traits.restype = ctypes.c_int64
+
+    def call(name, inputs, results, algorithm=None, initialize=False):
+        handler = getattr(library, f"kwm_gpu_xla_{name}")
+        arrays = [Array.of(a) for a in (*inputs, *results)]
+        number = None if algorithm is None else ctypes.c_int64(algorithm)
+        failure = harness.fake_xla_call(
+            ctypes.cast(handler, ctypes.c_void_p),
+            initialize,
+            (Array * len(arrays))(*arrays),
+            len(arrays),
+            len(inputs),
+            None if number is None else ctypes.byref(number),
+        )
+        assert harness.fake_xla_allocated() == 0
+        assert fake.fake_context_depth() == 0
+        return failure and failure.decode()
+
+    return harness, library, call
+
+
+@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
+def test_decode(xla, x_dtype, value_dtype):
+    _, _, call = xla
+    x, kernel = make(3, 70, 21, x_dtype)
+    packed = pack_kernel(kernel, value_dtype)
+    scale = packed.scale
+    if scale is None:
+        scale = np.zeros((0,), "float32")
+    y = np.full((3, 21), np.nan, x.dtype)
+    inputs = x, packed.values, packed.meta, scale
+    assert call("decode_initialize", inputs, [y], initialize=True) is None
+    assert call("decode", inputs, [y]) is None
+    assert error(y, decode_reference(x, packed)) <= TOLERANCE[x_dtype]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_compress_and_multiply(xla, dtype):
+    _, library, call = xla
+    x, kernel = make(16, 64, 32, "float32")
+    if dtype == "int8":
+        x, kernel = np.rint(20 * x), np.rint(20 * kernel)
+    dtype = make(1, 4, 1, dtype)[0].dtype
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    _, expected = compress(library, kernel)
+    compressed = np.zeros_like(expected)
+    transposed = np.ascontiguousarray(kernel.T)
+    assert call("compress", [transposed], [compressed]) is None
+    np.testing.assert_array_equal(compressed, expected)
+
+    y = np.zeros((16, 32), "int32" if dtype == np.int8 else dtype)
+    product = [x, compressed], [y], 2
+    assert call("cusparselt_initialize", *product, initialize=True) is None
+    assert call("cusparselt", *product) is None
+    reference = x.astype("float64") @ kernel.astype("float64")
+    assert error(y, reference) <= TOLERANCE.get(dtype.name, 0)
+
+
+def test_wrong_shapes(xla):
+    _, library, call = xla
+    x, kernel = make(16, 64, 32, "float16")
+    packed = pack_kernel(kernel)
+    empty = np.zeros((0,), "float32")
+    y = np.zeros((16, 32), x.dtype)
+    for bad_x, bad_y, meta in (
+        (x[:, :32].copy(), y, packed.meta),
+        (x, y[:5].copy(), packed.meta),
+        (x, y.astype("float32"), packed.meta),
+        (x, y, packed.meta[:1].copy()),
+    ):
+        failure = call("decode", [bad_x, packed.values, meta, empty], [bad_y])
+        assert "do not fit the activations" in failure
+    short = np.zeros(10, "uint8")
+    _, compressed = compress(library, kernel.astype("float16"))
+    assert "of another shape or device" in call(
+        "cusparselt", [x, short], [y], -1
+    )
+    assert "does not fit" in call(
+        "cusparselt", [x, compressed], [y.astype("float32")], -1
+    )
+    assert "of another size" in call(
+        "compress", [kernel.astype("float16").T.copy()], [short]
+    )
+    assert "choice of the algorithm" in call(
+        "cusparselt_initialize", [x, compressed], [y], 9, initialize=True
+    )
+
+
+def test_traits(xla):
+    harness, library, _ = xla
+    for name, traits in {
+        "decode": COMMAND_BUFFER_COMPATIBLE,
+        "cusparselt": COMMAND_BUFFER_COMPATIBLE,
+        "compress": 0,
+    }.items():
+        handler = getattr(library, f"kwm_gpu_xla_{name}")
+        found = harness.fake_xla_traits(ctypes.cast(handler, ctypes.c_void_p))
+        assert found == traits
