@@ -12,11 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.ops.nm import (
-    contraction_size,
-    nm_violations,
-    parse_pattern,
-)
+from keras_weightmods.ops.nm import contraction_size, parse_pattern
 from keras_weightmods.optimizers.adam_s import AdamS
 from keras_weightmods.sparsity.calibration import input_norms
 from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
@@ -423,7 +419,8 @@ class CAST(keras.distillation.Distiller):
 
         Raises:
             ValueError: If `total_steps` was not given and the data do not say
-                how many batches they have; after `finalize`.
+                how many batches they have; if a target is not among what the
+                optimizer sparsifies; after `finalize`.
         """
         self._check_not_finalized("fit")
         if not self.compiled:
@@ -437,6 +434,7 @@ class CAST(keras.distillation.Distiller):
             )
             self._plan(epochs * steps)
         self.optimizer.build(self.trainable_variables)
+        self._check_all_sparsified()
         if self.adam_s.criterion == "activation" and not int(
             ops.convert_to_numpy(self.adam_s.iterations)
         ):
@@ -497,7 +495,9 @@ class CAST(keras.distillation.Distiller):
             without anything of this package in it.
 
         Raises:
-            ValueError: If the model was not trained, or is finalized already.
+            ValueError: If the model was not trained, a target was frozen when
+                it was, or it is finalized already. The model is unchanged
+                then.
         """
         self._check_not_finalized("finalize")
         if not self.compiled or not self.adam_s.built:
@@ -506,20 +506,15 @@ class CAST(keras.distillation.Distiller):
                 "Received: a model that was not trained. Call `compile()` "
                 "and `fit()` first."
             )
+        self._check_all_sparsified()
         self.adam_s.prune()
         if self.scaling_groups:
             fold_scaling(self.student)
         self._finalized = True
-        for target in self.targets:
-            bad = nm_violations(
-                target.variable, self.n, self.m, target.contraction_axes
-            )
-            if int(bad):
-                raise RuntimeError(
-                    f"{target.path} is not {self.pattern} after the prune: "
-                    f"{int(bad)} groups hold more than {self.n} nonzeros. "
-                    "Was it frozen during training?"
-                )
+        # As TensorFlow traced them, they hold the scales of that time.
+        self.train_function = None
+        self.test_function = None
+        self.predict_function = None
         return self.student
 
     def get_config(self):
@@ -621,6 +616,21 @@ class CAST(keras.distillation.Distiller):
             return self._preprocessed(data) if _holds_strings(data) else data
         data = keras.utils.unpack_x_y_sample_weight(data)
         return keras.utils.pack_x_y_sample_weight(*self._preprocessed(*data))
+
+    def _check_all_sparsified(self):
+        sparsified = {id(variable) for variable in self.adam_s.sparsified}
+        left_out = [
+            t.path for t in self.targets if id(t.variable) not in sparsified
+        ]
+        if left_out:
+            raise ValueError(
+                "Each target of `CAST` must be trained by its `AdamS`. "
+                f"Received: {len(left_out)} that are not, frozen since or "
+                "missing in the `targets` of the optimizer: "
+                f"{left_out[:5]}. Set `trainable = True` on their layers and "
+                "call `compile()` and `fit()` again, or make the `CAST` with "
+                "`targets=` that leave them out."
+            )
 
     def _check_not_finalized(self, what):
         if self._finalized:

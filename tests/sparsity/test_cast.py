@@ -665,6 +665,44 @@ def test_finalize_multiplies_the_pruned_weights(pattern, scaling_groups):
             call()
 
 
+def test_predict_and_evaluate_follow_finalize():
+    x, y = make_data()
+    cast = kwm.CAST(make_mlp())
+    cast.compile(
+        kwm.AdamS(0.05, decay="relative", ramp=1.0), loss=cross_entropy()
+    )
+    cast.fit(x, y, batch_size=8, epochs=2, verbose=0)
+    cast.predict(x, verbose=0)
+    cast.evaluate(x, y, verbose=0)
+    sparse = cast.finalize()
+    logits = ops.convert_to_numpy(sparse(x))
+    np.testing.assert_allclose(
+        cast.predict(x, verbose=0), logits, rtol=1e-5, atol=1e-6
+    )
+    loss = cast.evaluate(x, y, verbose=0, return_dict=True)["student_loss"]
+    expected = float(ops.convert_to_numpy(cross_entropy()(y, logits)))
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_target_frozen_since_leaves_the_model_alone():
+    x, y = make_data()
+    model = make_mlp()
+    cast = kwm.CAST(model)
+    model.layers[0].trainable = False
+    cast.compile(kwm.AdamS(total_steps=2), loss=cross_entropy())
+    with pytest.warns(UserWarning, match="leaves 1 targets"):
+        cast.train_on_batch(x, y)
+    before = values(model)
+    for call in (cast.finalize, lambda: cast.fit(x, y, verbose=0)):
+        with pytest.raises(ValueError, match="frozen since"):
+            call()
+        assert_same(values(model), before)
+    model.layers[0].trainable = True
+    cast.compile(kwm.AdamS(decay="relative"), loss=cross_entropy())
+    cast.fit(x, y, epochs=2, verbose=0)
+    kwm.assert_sparse(cast.finalize(), "2:4")
+
+
 # Interruption
 
 
