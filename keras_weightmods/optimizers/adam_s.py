@@ -152,8 +152,7 @@ class AdamS(keras.optimizers.Optimizer):
         **kwargs,
     ):
         n, m = parse_pattern(pattern)
-        if total_steps is not None:
-            _check_total_steps(total_steps)
+        _check_total_steps(total_steps)
         _check_positive("l1_scale", l1_scale)
         if l1 != "auto":
             _check_positive("l1", l1, 'a positive float or "auto"')
@@ -185,6 +184,7 @@ class AdamS(keras.optimizers.Optimizer):
             **kwargs,
         )
         self.n, self.m = n, m
+        self._get_compiled_step = None
         self.total_steps = total_steps
         self.l1 = l1
         self.l1_scale = l1_scale
@@ -198,12 +198,26 @@ class AdamS(keras.optimizers.Optimizer):
         # A closure, because Keras would track a model held as an attribute.
         self._get_targets = lambda: targets
         self._specs: list[_Spec | None] = []
-        self._get_compiled_step = None
 
     @property
     def pattern(self):
         """The pattern as a string, `"n:m"`."""
         return f"{self.n}:{self.m}"
+
+    @property
+    def total_steps(self):
+        """The optimizer steps of the whole run, or None if not yet known.
+
+        A compiled train step of a model holds it: clear that one too.
+        """
+        return self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, total_steps):
+        _check_total_steps(total_steps)
+        self._total_steps = None if total_steps is None else int(total_steps)
+        # On TensorFlow it is a constant of the compiled update.
+        self._get_compiled_step = None
 
     @property
     def sparsified(self):
@@ -815,7 +829,10 @@ def _is_number(x):
 
 
 def _check_total_steps(total_steps):
-    if type(total_steps) is not int or total_steps <= 0:
+    is_int = isinstance(total_steps, (int, np.integer)) and not isinstance(
+        total_steps, bool
+    )
+    if total_steps is not None and not (is_int and total_steps > 0):
         raise ValueError(
             "`total_steps` must be a positive int, the optimizer steps of the "
             f"whole run. Received: total_steps={total_steps!r}"

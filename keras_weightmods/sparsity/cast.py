@@ -415,7 +415,8 @@ class CAST(keras.distillation.Distiller):
         Takes what `keras.Model.fit` takes, and raw strings where the model is
         a KerasHub task with a preprocessor. Fills in `total_steps` of the
         optimizer, where it was not given, from the steps of an epoch times
-        `epochs`.
+        `epochs`. The plan stands from the first step on; a later `fit` that
+        goes beyond it is warned about.
 
         Raises:
             ValueError: If `total_steps` was not given and the data do not say
@@ -428,16 +429,27 @@ class CAST(keras.distillation.Distiller):
         x, y, sample_weight = self._preprocessed(x, y, sample_weight)
         if validation_data is not None:
             validation_data = self._preprocessed_validation(validation_data)
-        if self.adam_s.total_steps is None:
+        taken = int(ops.convert_to_numpy(self.adam_s.iterations))
+        if self.adam_s.total_steps is None or (
+            self._planned_batches is not None and not taken
+        ):
             steps = steps_per_epoch or _batch_count(
                 x, batch_size, validation_split
             )
             self._plan(epochs * steps)
+        elif taken:
+            self._warn_about_the_end(
+                taken,
+                lambda: (epochs - kwargs.get("initial_epoch", 0))
+                * (
+                    steps_per_epoch
+                    or _batch_count(x, batch_size, validation_split)
+                ),
+                callbacks,
+            )
         self.optimizer.build(self.trainable_variables)
         self._check_all_sparsified()
-        if self.adam_s.criterion == "activation" and not int(
-            ops.convert_to_numpy(self.adam_s.iterations)
-        ):
+        if self.adam_s.criterion == "activation" and not taken:
             if inspect.isgenerator(x):
                 first = list(itertools.islice(x, _MEASURED_BATCHES))
                 self._measure_importance(_first_batches(iter(first)))
@@ -573,6 +585,48 @@ class CAST(keras.distillation.Distiller):
                 _DEFAULT_RECIPE["learning_rate"], warmup, batches
             )
         self._planned_batches = batches
+        # Compiled, it holds the length of an earlier plan.
+        self.train_function = None
+
+    def _warn_about_the_end(self, taken, count_batches, callbacks):
+        """Warns where a fit goes beyond the planned run."""
+        planned = self.adam_s.total_steps
+        if taken >= planned:
+            message = (
+                f"the run of {planned} steps that was planned at its start "
+                f"is over ({taken} are taken): the pull is done"
+            )
+            if self._optimizer_is_default:
+                message += " and the learning rate is 0, nothing will change"
+        else:
+            given = keras.tree.flatten(callbacks)
+            if any(
+                isinstance(c, keras.callbacks.BackupAndRestore) for c in given
+            ):
+                # Which epoch it begins with is not known yet.
+                return
+            try:
+                batches = count_batches()
+            except ValueError:
+                return
+            accumulated = self.adam_s.gradient_accumulation_steps or 1
+            wanted = taken + batches // accumulated
+            if wanted <= planned:
+                return
+            message = (
+                f"this fit goes to step {wanted}, beyond the {planned} that "
+                "were planned at the start of the run"
+            )
+            if self._optimizer_is_default:
+                message += ", from where on the learning rate is 0"
+        warnings.warn(
+            f"CAST: {message}. To resume an interrupted run, pass the "
+            "`initial_epoch` to begin with. To train in several calls of "
+            "`fit`, pass the sum of their steps as "
+            "`AdamS(total_steps=...)`. For another run, `finalize()` and make "
+            "a new `CAST`.",
+            stacklevel=3,
+        )
 
     def _measure_importance(self, batches):
         norms = input_norms(self.student, self.targets, batches, weighted=True)

@@ -346,6 +346,37 @@ def test_no_batch_of_a_generator_is_lost():
     assert_same(*finals)
 
 
+def test_a_fit_that_failed_is_planned_anew():
+    x, y = make_data()
+    cast = compiled_cast()
+    with pytest.raises(Exception, match="."):
+        cast.fit(x[:, :7], y, batch_size=4, verbose=0)
+    assert cast.adam_s.total_steps == 4
+    cast.fit(x, y, batch_size=4, epochs=2, verbose=0)
+    assert cast.adam_s.total_steps == 8
+    rate = cast.adam_s.get_config()["learning_rate"]["config"]
+    assert rate["total_steps"] == 8
+    assert int(ops.convert_to_numpy(cast.adam_s.iterations)) == 8
+    kwm.assert_sparse(cast.finalize(), "2:4")
+
+
+def test_a_fit_beyond_the_plan_is_warned_about(recwarn):
+    x, y = make_data()
+    data = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    cast = compiled_cast()
+    started(cast, x, y, epochs=3, batch_size=4)
+    cast.fit(x[:4], y[:4], initial_epoch=11, epochs=12, **data)
+    cast.fit(x, y, epochs=2, **data)
+    assert cast.adam_s.total_steps == 12
+    assert not [w for w in recwarn if "CAST" in str(w.message)]
+    with pytest.warns(UserWarning, match="goes to step 13, beyond the 12"):
+        cast.fit(x, y, **data)
+    before = values(cast.student)
+    with pytest.warns(UserWarning, match="the run of 12 steps .* is over"):
+        cast.fit(x, y, **data)
+    assert_same(values(cast.student), before)
+
+
 # Losses
 
 
