@@ -460,9 +460,17 @@ class AdamS(keras.optimizers.Optimizer):
             variable.assign(array)
 
     def load_own_variables(self, store):
-        """Restores the state; checks all of it before writing any."""
-        if self.built:
-            self._check_state([store[str(i)] for i in range(len(store.keys()))])
+        """Restores the state; checks all of it before writing any.
+
+        Nothing, with Keras' warning, of an optimizer saved unbuilt.
+        """
+        keys = [str(i) for i in range(len(store.keys()))]
+        # Before it is built there are the count of steps and, if it is no
+        # schedule, the learning rate.
+        unbuilt = 1 + isinstance(self._learning_rate, keras.Variable)
+        if self.built and len(keys) != unbuilt:
+            stored = set(store.keys())
+            self._check_state([store[k] for k in keys if k in stored])
         super().load_own_variables(store)
 
     def set_weights(self, weights):
@@ -721,32 +729,49 @@ def _target_specs(targets, variables):
 
 def _configured_specs(configs, variables):
     specs: list[_Spec | None] = [None] * len(variables)
-    for config in configs:
-        index, shape = config["index"], tuple(config["shape"])
-        # A path can change when a model is rebuilt, by the name of what it
-        # was built in; its place and shape among the variables do not.
-        places = [
-            i
-            for i, v in enumerate(variables)
-            if tuple(v.shape) == shape
-            and (v.path == config["path"] if index is None else i == index)
-        ]
-        if len(places) != 1:
+    found = [
+        (_places(config, variables), tuple(config["contraction_axes"]))
+        for config in configs
+    ]
+    for config, (places, axes) in zip(configs, found):
+        # Variables that cannot be told apart must all be targets.
+        if not places or found.count((places, axes)) != len(places):
+            index = config["index"]
             raise ValueError(
-                f"The restored target {config['path']!r} of shape {shape} must "
-                "name exactly one of the variables that `AdamS` is built on"
+                f"The restored target {config['path']!r} of shape "
+                f"{tuple(config['shape'])} must name exactly one of the "
+                "variables that `AdamS` is built on"
                 f"{'' if index is None else f', at position {index}'}. "
                 f"Received: {len(places)} such variables. Build it on the "
                 "model it was saved with, or pass new `targets`."
             )
-        variable = variables[places[0]]
-        specs[places[0]] = _Spec(
-            variable.path,
-            tuple(variable.shape),
-            tuple(config["contraction_axes"]),
-            variable,
-        )
+        for place in places:
+            variable = variables[place]
+            specs[place] = _Spec(
+                variable.path, tuple(variable.shape), axes, variable
+            )
     return specs
+
+
+def _places(config, variables):
+    """Where among `variables` the restored target may be."""
+    index, path = config["index"], config["path"]
+    fitting = [
+        i
+        for i, v in enumerate(variables)
+        if tuple(v.shape) == tuple(config["shape"])
+    ]
+    # A path can change when a model is rebuilt, by the name of what it was
+    # built in; its place and shape among the variables do not.
+    if index is not None:
+        return [i for i in fitting if i == index]
+    equal = [i for i in fitting if variables[i].path == path]
+    return equal or [
+        i
+        for i in fitting
+        if path.endswith(f"/{variables[i].path}")
+        or variables[i].path.endswith(f"/{path}")
+    ]
 
 
 def _is_config(targets):
