@@ -144,8 +144,10 @@ class CAST(keras.distillation.Distiller):
                 "`model` must be a built `keras.Model`. Build it by calling "
                 f"it on data first. Received: model={model!r}"
             )
-        if teacher not in ("self", None) and not isinstance(
-            teacher, keras.Model
+        if not (
+            teacher is None
+            or isinstance(teacher, keras.Model)
+            or (isinstance(teacher, str) and teacher == "self")
         ):
             raise ValueError(
                 '`teacher` must be "self", a `keras.Model` or None. '
@@ -202,6 +204,10 @@ class CAST(keras.distillation.Distiller):
                 f"skipped {(*found.skipped, *left_dense)}"
             )
 
+        if scaling_groups:
+            attach_scaling(
+                model, scaling_groups, targets=usable, pattern=(n, m)
+            )
         twin = _FrozenTwin(model, teacher_dtype) if teacher == "self" else None
         if teacher is None:
             # A Distiller needs a teacher; without one this is a plain Model.
@@ -210,21 +216,25 @@ class CAST(keras.distillation.Distiller):
             self.teacher = None
             self.student_loss_weight = 1.0
         else:
-            super().__init__(
-                teacher=twin or teacher,
-                student=model,
-                distillation_losses=[_LogitsDistillation(temperature)],
-                student_loss_weight=1 - distillation_weight,
-                name=name,
-                **_TRANSPARENT,
-            )
+            try:
+                super().__init__(
+                    teacher=twin or teacher,
+                    student=model,
+                    distillation_losses=[_LogitsDistillation(temperature)],
+                    student_loss_weight=1 - distillation_weight,
+                    name=name,
+                    **_TRANSPARENT,
+                )
+            except ValueError:
+                # A teacher that does not fit. It is frozen only once it does,
+                # so the scales, all ones, have to come first.
+                if scaling_groups:
+                    fold_scaling(model)
+                raise
+            _warn_about_outputs(model)
         self.n, self.m = n, m
         self.scaling_groups = scaling_groups
         self.targets = Targets(usable, (*found.skipped, *left_dense))
-        if scaling_groups:
-            attach_scaling(
-                model, scaling_groups, targets=self.targets, pattern=(n, m)
-            )
         if twin is not None:
             twin.capture()
         self.built = True
@@ -243,6 +253,11 @@ class CAST(keras.distillation.Distiller):
     def pattern(self):
         """The pattern as a string, `"n:m"`."""
         return f"{self.n}:{self.m}"
+
+    @property
+    def output_names(self):
+        """The names of the model's outputs, by which Keras takes losses."""
+        return self.student.output_names
 
     @property
     def skipped(self):
@@ -353,9 +368,14 @@ class CAST(keras.distillation.Distiller):
         if self.teacher is None:
             return label_loss
         self.student_loss_tracker.update_state(label_loss)
-        taught = keras.tree.map_structure(
-            ops.stop_gradient, self.teacher(x, training=False)
-        )
+        taught = [
+            ops.stop_gradient(output)
+            for output in _in_order_of(
+                getattr(self, "output_names", None),
+                self.teacher(x, training=False),
+                getattr(self.teacher, "output_names", None),
+            )
+        ]
         distillation_loss = sum(
             weight * loss.compute_loss(taught, y_pred, sample_weight)
             for loss, weight in zip(
@@ -440,10 +460,12 @@ class CAST(keras.distillation.Distiller):
         elif taken:
             self._warn_about_the_end(
                 taken,
-                lambda: (epochs - kwargs.get("initial_epoch", 0))
-                * (
-                    steps_per_epoch
-                    or _batch_count(x, batch_size, validation_split)
+                lambda: (
+                    (epochs - kwargs.get("initial_epoch", 0))
+                    * (
+                        steps_per_epoch
+                        or _batch_count(x, batch_size, validation_split)
+                    )
                 ),
                 callbacks,
             )
@@ -826,6 +848,38 @@ class _LogitsKL(keras.losses.Loss):
         student = ops.log_softmax(y_pred / self.temperature, axis=-1)
         kl = ops.sum(ops.exp(teacher) * (teacher - student), axis=-1)
         return self.temperature**2 * kl
+
+
+def _warn_about_outputs(model):
+    """Warns where the last layer shows that outputs are no logits."""
+    for output in keras.tree.flatten(getattr(model, "outputs", None) or []):
+        operation = output._keras_history.operation
+        activation = getattr(operation, "activation", operation)
+        name = getattr(activation, "__name__", type(activation).__name__)
+        if name.lower() in ("softmax", "sigmoid"):
+            found = f"ends in {name.lower()}"
+        elif output.shape[-1] == 1:
+            found = "has one entry on its last axis"
+        else:
+            continue
+        warnings.warn(
+            "CAST takes the outputs of model and teacher as logits of "
+            "classes, over the last axis, in its distillation. Received: the "
+            f"output {operation.name!r}, which {found}. Let the model give "
+            "logits (and use a loss with `from_logits=True`), or train "
+            "without distillation: `teacher=None`.",
+            stacklevel=3,
+        )
+
+
+def _in_order_of(names, outputs, own_names):
+    """The leaves of `outputs`; by name, where those of both are the same."""
+    leaves = keras.tree.flatten(outputs)
+    if own_names and sorted(own_names) == sorted(names or ()):
+        by_name = dict(zip(own_names, leaves))
+        if len(by_name) == len(leaves):
+            return [by_name[name] for name in names]
+    return leaves
 
 
 def _item_bytes(dtype):

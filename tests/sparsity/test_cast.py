@@ -502,6 +502,43 @@ def test_the_models_own_losses_count_once():
     )
 
 
+def make_two_heads(as_dict=False, reverse=False, seed=0):
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((8,))
+    z = keras.layers.Dense(4, name="z")(inputs)
+    a = keras.layers.Dense(4, name="a")(inputs)
+    outputs = {"z": z, "a": a} if as_dict else [z, a]
+    return keras.Model(inputs, outputs[::-1] if reverse else outputs)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_losses_and_metrics_by_name(as_dict):
+    x, y = make_data()
+    cast = kwm.CAST(make_two_heads(as_dict))
+    cast.compile(
+        loss={"z": cross_entropy(), "a": cross_entropy()},
+        loss_weights={"z": 1.0, "a": 0.5},
+        metrics={"a": ["accuracy"]},
+    )
+    labels = {"z": y, "a": y[::-1]}
+    history = cast.fit(x, labels, batch_size=8, verbose=0).history
+    assert {"a_accuracy", "a_loss", "z_loss"} <= set(history)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_outputs_are_paired_by_name(as_dict):
+    x, _ = make_data()
+    # The same weights: nothing to learn, if z is taught by z.
+    teacher = make_two_heads(reverse=not as_dict)
+    cast = kwm.CAST(make_two_heads(as_dict), teacher=teacher)
+    cast.compile(loss={"z": cross_entropy(), "a": cross_entropy()})
+    labels = np.zeros(len(x), "int64")
+    labels = {"z": labels, "a": labels}
+    cast.compute_loss(x, labels if as_dict else [*labels.values()], cast(x))
+    distilled = cast.distillation_loss_tracker.result()
+    assert float(ops.convert_to_numpy(distilled)) == pytest.approx(0, abs=1e-6)
+
+
 # Teachers
 
 
@@ -571,6 +608,7 @@ class Unbuilt(keras.Model):
         ({"pattern": "4:2"}, "pattern"),
         ({"pattern": "2:5"}, "no kernel that fits"),
         ({"teacher": "other"}, "`teacher`"),
+        ({"teacher": np.ones(3)}, "`teacher`"),
         ({"teacher": None, "teacher_dtype": "bfloat16"}, "`teacher_dtype`"),
         ({"teacher_dtype": "int8"}, "`teacher_dtype`"),
         ({"distillation_weight": 1.5}, "`distillation_weight`"),
@@ -603,6 +641,7 @@ def test_wrong_models():
     with pytest.raises(ValueError, match=r"[Oo]utput"):
         kwm.CAST(model, teacher=other)
     assert other.trainable
+    assert type(model.layers[0]) is keras.layers.Dense
     assert not is_reparameterized(model.layers[0])
     model.trainable = False
     with pytest.raises(ValueError, match="frozen"):
@@ -611,6 +650,28 @@ def test_wrong_models():
     kwm.CAST(model)
     with pytest.raises(ValueError, match="fold_scaling"):
         kwm.CAST(model)
+    other = make_mlp()
+    with pytest.raises(ValueError, match="fold_scaling"):
+        kwm.CAST(model, teacher=other)
+    assert other.trainable
+    assert all(layer.trainable for layer in other.layers)
+
+
+@pytest.mark.parametrize("ending", ["softmax", "Softmax", "one unit", None])
+def test_outputs_that_are_no_logits(ending, recwarn):
+    inputs = keras.Input((8,))
+    outputs = keras.layers.Dense(
+        1 if ending == "one unit" else 4,
+        activation="softmax" if ending == "softmax" else None,
+    )(inputs)
+    if ending == "Softmax":
+        outputs = keras.layers.Softmax()(outputs)
+    model = keras.Model(inputs, outputs)
+    kwm.CAST(model, teacher=None, scaling_groups=0)
+    assert not [w for w in recwarn if "logits" in str(w.message)]
+    kwm.CAST(model)
+    warned = [w for w in recwarn if "`teacher=None`" in str(w.message)]
+    assert len(warned) == (ending is not None)
 
 
 def test_a_frozen_kernel_stays_dense():
