@@ -75,7 +75,8 @@ class AdamS(keras.optimizers.Optimizer):
             Defaults to `"2:4"`.
         targets: Which kernels are sparsified, along which axes: a
             `keras.Model`, a list from `find_targets`, or `None` to take the
-            variables named `kernel` of rank 2 (contraction axis 0).
+            variables named `kernel` of rank 2 (contraction axis 0), also
+            those of recurrent cells, which `find_targets` leaves out.
             Kernels whose contraction size is no multiple of `m` are skipped,
             with a warning. Defaults to `None`.
         l1: The pull lambda: a float, or `"auto"` for `l1_scale` times the RMS
@@ -161,6 +162,12 @@ class AdamS(keras.optimizers.Optimizer):
                 "`ramp` is the share of the run in which the pull reaches its "
                 f"full strength, in (0, 1]. Received: ramp={ramp!r}"
             )
+        for name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
+            if not (_is_number(beta) and 0 <= beta < 1):
+                raise ValueError(
+                    f"`{name}` must be in [0, 1). Received: {name}={beta!r}"
+                )
+        _check_positive("epsilon", epsilon)
         _check_choice("decay", decay, ("published", "relative"))
         _check_choice("criterion", criterion, ("magnitude", "activation"))
         if type(mask_every) is not int or mask_every < 1:
@@ -615,7 +622,9 @@ class AdamS(keras.optimizers.Optimizer):
         pull = np.minimum(steps / (self.ramp * self.total_steps), 1.0)
         if len(steps) == 1:
             return float(rates[0] * pull[0])
-        return float(np.trapezoid(rates * pull, steps))
+        heights = np.asarray(rates) * pull
+        means = (heights[1:] + heights[:-1]) / 2
+        return float(np.sum(means * np.diff(steps)))
 
     def _check_state(self, arrays):
         expected = [tuple(v.shape) for v in self.variables]

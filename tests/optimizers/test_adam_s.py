@@ -303,11 +303,19 @@ def test_masks_follow_the_importance():
         ({"mask_every": 0}, "`mask_every` must be"),
         ({"targets": "all"}, "`targets` must be"),
         ({"targets": []}, "`targets` must be"),
+        ({"beta_1": 1.0}, "`beta_1` must be"),
+        ({"beta_2": -0.1}, "`beta_2` must be"),
+        ({"epsilon": 0.0}, "`epsilon` must be"),
     ],
 )
 def test_wrong_arguments(kwargs, match):
     with pytest.raises(ValueError, match=match):
         AdamS(**{"total_steps": 10, **kwargs})
+
+
+def test_total_steps_of_numpy():
+    optimizer = AdamS(total_steps=np.int64(7))
+    assert type(optimizer.get_config()["total_steps"]) is int
 
 
 def test_missing_total_steps_is_an_error_at_build():
