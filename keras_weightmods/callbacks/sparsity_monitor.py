@@ -101,7 +101,7 @@ class SparsityMonitor(keras.callbacks.Callback):
         )
         flips = 0.0
         if self._last_bits is not None:
-            changed = np.bitwise_count(bits ^ self._last_bits[0]).sum()
+            changed = np.unpackbits(bits ^ self._last_bits[0]).sum()
             since = max(1, refreshes - self._last_bits[1])
             flips = float(changed) / size / since
         self._last_bits = (bits, refreshes)

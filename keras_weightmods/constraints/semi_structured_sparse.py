@@ -258,6 +258,9 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         Returns:
             Keys of the variables that were constrained, as `Target.key`.
 
+        Raises:
+            ValueError: If `model` is no Keras model or layer.
+
         Example:
 
         ```python
@@ -270,6 +273,11 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         layer.enable_lora(2)
         ```
         """
+        if not isinstance(model, keras.layers.Layer):
+            raise ValueError(
+                "`model` must be a Keras model or layer. "
+                f"Received: model={model!r}"
+            )
         detached = []
         for position, variable in enumerate(model.weights):
             if _is_ours(variable):

@@ -80,6 +80,7 @@ def nm_mask(x, n, m, axis=0):
     ```
     """
     n, m = parse_pattern((n, m))
+    x = ops.convert_to_tensor(x)
     groups = _to_groups(x, m, axis)
     scores = ops.abs(groups)
     scores = ops.where(ops.isnan(scores), ops.cast(-1, scores.dtype), scores)
@@ -253,7 +254,8 @@ def _trailing_size(shape):
 
 
 def _axis_order(rank, axis):
-    axes = [axis] if isinstance(axis, int) else list(axis)
+    axes = [axis] if isinstance(axis, int) else axis
+    axes = list(axes) if isinstance(axes, (list, tuple, range)) else [None]
     if not all(isinstance(i, int) and -rank <= i < rank for i in axes):
         raise ValueError(
             f"`axis` must be an int or a tuple of ints in [-{rank}, {rank}) "

@@ -75,7 +75,8 @@ class AdamS(keras.optimizers.Optimizer):
             Defaults to `"2:4"`.
         targets: Which kernels are sparsified, along which axes: a
             `keras.Model`, a list from `find_targets`, or `None` to take the
-            variables named `kernel` of rank 2 (contraction axis 0).
+            variables named `kernel` of rank 2 (contraction axis 0), also
+            those of recurrent cells, which `find_targets` leaves out.
             Kernels whose contraction size is no multiple of `m` are skipped,
             with a warning. Defaults to `None`.
         l1: The pull lambda: a float, or `"auto"` for `l1_scale` times the RMS
@@ -152,8 +153,7 @@ class AdamS(keras.optimizers.Optimizer):
         **kwargs,
     ):
         n, m = parse_pattern(pattern)
-        if total_steps is not None:
-            _check_total_steps(total_steps)
+        _check_total_steps(total_steps)
         _check_positive("l1_scale", l1_scale)
         if l1 != "auto":
             _check_positive("l1", l1, 'a positive float or "auto"')
@@ -162,6 +162,12 @@ class AdamS(keras.optimizers.Optimizer):
                 "`ramp` is the share of the run in which the pull reaches its "
                 f"full strength, in (0, 1]. Received: ramp={ramp!r}"
             )
+        for name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
+            if not (_is_number(beta) and 0 <= beta < 1):
+                raise ValueError(
+                    f"`{name}` must be in [0, 1). Received: {name}={beta!r}"
+                )
+        _check_positive("epsilon", epsilon)
         _check_choice("decay", decay, ("published", "relative"))
         _check_choice("criterion", criterion, ("magnitude", "activation"))
         if type(mask_every) is not int or mask_every < 1:
@@ -185,6 +191,7 @@ class AdamS(keras.optimizers.Optimizer):
             **kwargs,
         )
         self.n, self.m = n, m
+        self._get_compiled_step = None
         self.total_steps = total_steps
         self.l1 = l1
         self.l1_scale = l1_scale
@@ -198,12 +205,26 @@ class AdamS(keras.optimizers.Optimizer):
         # A closure, because Keras would track a model held as an attribute.
         self._get_targets = lambda: targets
         self._specs: list[_Spec | None] = []
-        self._get_compiled_step = None
 
     @property
     def pattern(self):
         """The pattern as a string, `"n:m"`."""
         return f"{self.n}:{self.m}"
+
+    @property
+    def total_steps(self):
+        """The optimizer steps of the whole run, or None if not yet known.
+
+        A compiled train step of a model holds it: clear that one too.
+        """
+        return self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, total_steps):
+        _check_total_steps(total_steps)
+        self._total_steps = None if total_steps is None else int(total_steps)
+        # On TensorFlow it is a constant of the compiled update.
+        self._get_compiled_step = None
 
     @property
     def sparsified(self):
@@ -446,9 +467,17 @@ class AdamS(keras.optimizers.Optimizer):
             variable.assign(array)
 
     def load_own_variables(self, store):
-        """Restores the state; checks all of it before writing any."""
-        if self.built:
-            self._check_state([store[str(i)] for i in range(len(store.keys()))])
+        """Restores the state; checks all of it before writing any.
+
+        Nothing, with Keras' warning, of an optimizer saved unbuilt.
+        """
+        keys = [str(i) for i in range(len(store.keys()))]
+        # Before it is built there are the count of steps and, if it is no
+        # schedule, the learning rate.
+        unbuilt = 1 + isinstance(self._learning_rate, keras.Variable)
+        if self.built and len(keys) != unbuilt:
+            stored = set(store.keys())
+            self._check_state([store[k] for k in keys if k in stored])
         super().load_own_variables(store)
 
     def set_weights(self, weights):
@@ -593,7 +622,9 @@ class AdamS(keras.optimizers.Optimizer):
         pull = np.minimum(steps / (self.ramp * self.total_steps), 1.0)
         if len(steps) == 1:
             return float(rates[0] * pull[0])
-        return float(np.trapezoid(rates * pull, steps))
+        heights = np.asarray(rates) * pull
+        means = (heights[1:] + heights[:-1]) / 2
+        return float(np.sum(means * np.diff(steps)))
 
     def _check_state(self, arrays):
         expected = [tuple(v.shape) for v in self.variables]
@@ -707,32 +738,49 @@ def _target_specs(targets, variables):
 
 def _configured_specs(configs, variables):
     specs: list[_Spec | None] = [None] * len(variables)
-    for config in configs:
-        index, shape = config["index"], tuple(config["shape"])
-        # A path can change when a model is rebuilt, by the name of what it
-        # was built in; its place and shape among the variables do not.
-        places = [
-            i
-            for i, v in enumerate(variables)
-            if tuple(v.shape) == shape
-            and (v.path == config["path"] if index is None else i == index)
-        ]
-        if len(places) != 1:
+    found = [
+        (_places(config, variables), tuple(config["contraction_axes"]))
+        for config in configs
+    ]
+    for config, (places, axes) in zip(configs, found):
+        # Variables that cannot be told apart must all be targets.
+        if not places or found.count((places, axes)) != len(places):
+            index = config["index"]
             raise ValueError(
-                f"The restored target {config['path']!r} of shape {shape} must "
-                "name exactly one of the variables that `AdamS` is built on"
+                f"The restored target {config['path']!r} of shape "
+                f"{tuple(config['shape'])} must name exactly one of the "
+                "variables that `AdamS` is built on"
                 f"{'' if index is None else f', at position {index}'}. "
                 f"Received: {len(places)} such variables. Build it on the "
                 "model it was saved with, or pass new `targets`."
             )
-        variable = variables[places[0]]
-        specs[places[0]] = _Spec(
-            variable.path,
-            tuple(variable.shape),
-            tuple(config["contraction_axes"]),
-            variable,
-        )
+        for place in places:
+            variable = variables[place]
+            specs[place] = _Spec(
+                variable.path, tuple(variable.shape), axes, variable
+            )
     return specs
+
+
+def _places(config, variables):
+    """Where among `variables` the restored target may be."""
+    index, path = config["index"], config["path"]
+    fitting = [
+        i
+        for i, v in enumerate(variables)
+        if tuple(v.shape) == tuple(config["shape"])
+    ]
+    # A path can change when a model is rebuilt, by the name of what it was
+    # built in; its place and shape among the variables do not.
+    if index is not None:
+        return [i for i in fitting if i == index]
+    equal = [i for i in fitting if variables[i].path == path]
+    return equal or [
+        i
+        for i in fitting
+        if path.endswith(f"/{variables[i].path}")
+        or variables[i].path.endswith(f"/{path}")
+    ]
 
 
 def _is_config(targets):
@@ -815,7 +863,10 @@ def _is_number(x):
 
 
 def _check_total_steps(total_steps):
-    if type(total_steps) is not int or total_steps <= 0:
+    is_int = isinstance(total_steps, (int, np.integer)) and not isinstance(
+        total_steps, bool
+    )
+    if total_steps is not None and not (is_int and total_steps > 0):
         raise ValueError(
             "`total_steps` must be a positive int, the optimizer steps of the "
             f"whole run. Received: total_steps={total_steps!r}"

@@ -12,11 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.ops.nm import (
-    contraction_size,
-    nm_violations,
-    parse_pattern,
-)
+from keras_weightmods.ops.nm import contraction_size, parse_pattern
 from keras_weightmods.optimizers.adam_s import AdamS
 from keras_weightmods.sparsity.calibration import input_norms
 from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
@@ -148,8 +144,10 @@ class CAST(keras.distillation.Distiller):
                 "`model` must be a built `keras.Model`. Build it by calling "
                 f"it on data first. Received: model={model!r}"
             )
-        if teacher not in ("self", None) and not isinstance(
-            teacher, keras.Model
+        if not (
+            teacher is None
+            or isinstance(teacher, keras.Model)
+            or (isinstance(teacher, str) and teacher == "self")
         ):
             raise ValueError(
                 '`teacher` must be "self", a `keras.Model` or None. '
@@ -206,6 +204,10 @@ class CAST(keras.distillation.Distiller):
                 f"skipped {(*found.skipped, *left_dense)}"
             )
 
+        if scaling_groups:
+            attach_scaling(
+                model, scaling_groups, targets=usable, pattern=(n, m)
+            )
         twin = _FrozenTwin(model, teacher_dtype) if teacher == "self" else None
         if teacher is None:
             # A Distiller needs a teacher; without one this is a plain Model.
@@ -214,21 +216,25 @@ class CAST(keras.distillation.Distiller):
             self.teacher = None
             self.student_loss_weight = 1.0
         else:
-            super().__init__(
-                teacher=twin or teacher,
-                student=model,
-                distillation_losses=[_LogitsDistillation(temperature)],
-                student_loss_weight=1 - distillation_weight,
-                name=name,
-                **_TRANSPARENT,
-            )
+            try:
+                super().__init__(
+                    teacher=twin or teacher,
+                    student=model,
+                    distillation_losses=[_LogitsDistillation(temperature)],
+                    student_loss_weight=1 - distillation_weight,
+                    name=name,
+                    **_TRANSPARENT,
+                )
+            except ValueError:
+                # A teacher that does not fit. It is frozen only once it does,
+                # so the scales, all ones, have to come first.
+                if scaling_groups:
+                    fold_scaling(model)
+                raise
+            _warn_about_outputs(model)
         self.n, self.m = n, m
         self.scaling_groups = scaling_groups
         self.targets = Targets(usable, (*found.skipped, *left_dense))
-        if scaling_groups:
-            attach_scaling(
-                model, scaling_groups, targets=self.targets, pattern=(n, m)
-            )
         if twin is not None:
             twin.capture()
         self.built = True
@@ -247,6 +253,11 @@ class CAST(keras.distillation.Distiller):
     def pattern(self):
         """The pattern as a string, `"n:m"`."""
         return f"{self.n}:{self.m}"
+
+    @property
+    def output_names(self):
+        """The names of the model's outputs, by which Keras takes losses."""
+        return self.student.output_names
 
     @property
     def skipped(self):
@@ -357,9 +368,14 @@ class CAST(keras.distillation.Distiller):
         if self.teacher is None:
             return label_loss
         self.student_loss_tracker.update_state(label_loss)
-        taught = keras.tree.map_structure(
-            ops.stop_gradient, self.teacher(x, training=False)
-        )
+        taught = [
+            ops.stop_gradient(output)
+            for output in _in_order_of(
+                getattr(self, "output_names", None),
+                self.teacher(x, training=False),
+                getattr(self.teacher, "output_names", None),
+            )
+        ]
         distillation_loss = sum(
             weight * loss.compute_loss(taught, y_pred, sample_weight)
             for loss, weight in zip(
@@ -419,11 +435,13 @@ class CAST(keras.distillation.Distiller):
         Takes what `keras.Model.fit` takes, and raw strings where the model is
         a KerasHub task with a preprocessor. Fills in `total_steps` of the
         optimizer, where it was not given, from the steps of an epoch times
-        `epochs`.
+        `epochs`. The plan stands from the first step on; a later `fit` that
+        goes beyond it is warned about.
 
         Raises:
             ValueError: If `total_steps` was not given and the data do not say
-                how many batches they have; after `finalize`.
+                how many batches they have; if a target is not among what the
+                optimizer sparsifies; after `finalize`.
         """
         self._check_not_finalized("fit")
         if not self.compiled:
@@ -431,15 +449,29 @@ class CAST(keras.distillation.Distiller):
         x, y, sample_weight = self._preprocessed(x, y, sample_weight)
         if validation_data is not None:
             validation_data = self._preprocessed_validation(validation_data)
-        if self.adam_s.total_steps is None:
+        taken = int(ops.convert_to_numpy(self.adam_s.iterations))
+        if self.adam_s.total_steps is None or (
+            self._planned_batches is not None and not taken
+        ):
             steps = steps_per_epoch or _batch_count(
                 x, batch_size, validation_split
             )
             self._plan(epochs * steps)
+        elif taken:
+            self._warn_about_the_end(
+                taken,
+                lambda: (
+                    (epochs - kwargs.get("initial_epoch", 0))
+                    * (
+                        steps_per_epoch
+                        or _batch_count(x, batch_size, validation_split)
+                    )
+                ),
+                callbacks,
+            )
         self.optimizer.build(self.trainable_variables)
-        if self.adam_s.criterion == "activation" and not int(
-            ops.convert_to_numpy(self.adam_s.iterations)
-        ):
+        self._check_all_sparsified()
+        if self.adam_s.criterion == "activation" and not taken:
             if inspect.isgenerator(x):
                 first = list(itertools.islice(x, _MEASURED_BATCHES))
                 self._measure_importance(_first_batches(iter(first)))
@@ -497,7 +529,9 @@ class CAST(keras.distillation.Distiller):
             without anything of this package in it.
 
         Raises:
-            ValueError: If the model was not trained, or is finalized already.
+            ValueError: If the model was not trained, a target was frozen when
+                it was, or it is finalized already. The model is unchanged
+                then.
         """
         self._check_not_finalized("finalize")
         if not self.compiled or not self.adam_s.built:
@@ -506,20 +540,15 @@ class CAST(keras.distillation.Distiller):
                 "Received: a model that was not trained. Call `compile()` "
                 "and `fit()` first."
             )
+        self._check_all_sparsified()
         self.adam_s.prune()
         if self.scaling_groups:
             fold_scaling(self.student)
         self._finalized = True
-        for target in self.targets:
-            bad = nm_violations(
-                target.variable, self.n, self.m, target.contraction_axes
-            )
-            if int(bad):
-                raise RuntimeError(
-                    f"{target.path} is not {self.pattern} after the prune: "
-                    f"{int(bad)} groups hold more than {self.n} nonzeros. "
-                    "Was it frozen during training?"
-                )
+        # As TensorFlow traced them, they hold the scales of that time.
+        self.train_function = None
+        self.test_function = None
+        self.predict_function = None
         return self.student
 
     def get_config(self):
@@ -578,6 +607,48 @@ class CAST(keras.distillation.Distiller):
                 _DEFAULT_RECIPE["learning_rate"], warmup, batches
             )
         self._planned_batches = batches
+        # Compiled, it holds the length of an earlier plan.
+        self.train_function = None
+
+    def _warn_about_the_end(self, taken, count_batches, callbacks):
+        """Warns where a fit goes beyond the planned run."""
+        planned = self.adam_s.total_steps
+        if taken >= planned:
+            message = (
+                f"the run of {planned} steps that was planned at its start "
+                f"is over ({taken} are taken): the pull is done"
+            )
+            if self._optimizer_is_default:
+                message += " and the learning rate is 0, nothing will change"
+        else:
+            given = keras.tree.flatten(callbacks)
+            if any(
+                isinstance(c, keras.callbacks.BackupAndRestore) for c in given
+            ):
+                # Which epoch it begins with is not known yet.
+                return
+            try:
+                batches = count_batches()
+            except ValueError:
+                return
+            accumulated = self.adam_s.gradient_accumulation_steps or 1
+            wanted = taken + batches // accumulated
+            if wanted <= planned:
+                return
+            message = (
+                f"this fit goes to step {wanted}, beyond the {planned} that "
+                "were planned at the start of the run"
+            )
+            if self._optimizer_is_default:
+                message += ", from where on the learning rate is 0"
+        warnings.warn(
+            f"CAST: {message}. To resume an interrupted run, pass the "
+            "`initial_epoch` to begin with. To train in several calls of "
+            "`fit`, pass the sum of their steps as "
+            "`AdamS(total_steps=...)`. For another run, `finalize()` and make "
+            "a new `CAST`.",
+            stacklevel=3,
+        )
 
     def _measure_importance(self, batches):
         norms = input_norms(self.student, self.targets, batches, weighted=True)
@@ -621,6 +692,21 @@ class CAST(keras.distillation.Distiller):
             return self._preprocessed(data) if _holds_strings(data) else data
         data = keras.utils.unpack_x_y_sample_weight(data)
         return keras.utils.pack_x_y_sample_weight(*self._preprocessed(*data))
+
+    def _check_all_sparsified(self):
+        sparsified = {id(variable) for variable in self.adam_s.sparsified}
+        left_out = [
+            t.path for t in self.targets if id(t.variable) not in sparsified
+        ]
+        if left_out:
+            raise ValueError(
+                "Each target of `CAST` must be trained by its `AdamS`. "
+                f"Received: {len(left_out)} that are not, frozen since or "
+                "missing in the `targets` of the optimizer: "
+                f"{left_out[:5]}. Set `trainable = True` on their layers and "
+                "call `compile()` and `fit()` again, or make the `CAST` with "
+                "`targets=` that leave them out."
+            )
 
     def _check_not_finalized(self, what):
         if self._finalized:
@@ -762,6 +848,38 @@ class _LogitsKL(keras.losses.Loss):
         student = ops.log_softmax(y_pred / self.temperature, axis=-1)
         kl = ops.sum(ops.exp(teacher) * (teacher - student), axis=-1)
         return self.temperature**2 * kl
+
+
+def _warn_about_outputs(model):
+    """Warns where the last layer shows that outputs are no logits."""
+    for output in keras.tree.flatten(getattr(model, "outputs", None) or []):
+        operation = output._keras_history.operation
+        activation = getattr(operation, "activation", operation)
+        name = getattr(activation, "__name__", type(activation).__name__)
+        if name.lower() in ("softmax", "sigmoid"):
+            found = f"ends in {name.lower()}"
+        elif output.shape[-1] == 1:
+            found = "has one entry on its last axis"
+        else:
+            continue
+        warnings.warn(
+            "CAST takes the outputs of model and teacher as logits of "
+            "classes, over the last axis, in its distillation. Received: the "
+            f"output {operation.name!r}, which {found}. Let the model give "
+            "logits (and use a loss with `from_logits=True`), or train "
+            "without distillation: `teacher=None`.",
+            stacklevel=3,
+        )
+
+
+def _in_order_of(names, outputs, own_names):
+    """The leaves of `outputs`; by name, where those of both are the same."""
+    leaves = keras.tree.flatten(outputs)
+    if own_names and sorted(own_names) == sorted(names or ()):
+        by_name = dict(zip(own_names, leaves))
+        if len(by_name) == len(leaves):
+            return [by_name[name] for name in names]
+    return leaves
 
 
 def _item_bytes(dtype):

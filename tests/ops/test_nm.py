@@ -120,3 +120,11 @@ def test_wrong_size_and_axis():
         nm_mask(np.ones((8, 2), "float32"), 2, 4, 2)
     with pytest.raises(ValueError, match="names an axis twice"):
         nm_mask(np.ones((8, 8), "float32"), 2, 4, (0, -2))
+
+
+def test_lists_and_no_axis():
+    rows = [[3.0], [-1.0], [0.5], [-2.0]]
+    mask = keras.ops.convert_to_numpy(nm_mask(rows, 2, 4, axis=0))
+    assert mask[:, 0].tolist() == [True, False, False, True]
+    with pytest.raises(ValueError, match="`axis` must be an int"):
+        nm_mask(rows, 2, 4, axis=None)

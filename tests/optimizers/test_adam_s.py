@@ -212,6 +212,55 @@ def test_config_and_state_round_trip(tmp_path):
         )
 
 
+def two_of_one_shape(kind):
+    if kind == "sequential":
+        return tiny_model()
+    inputs = keras.Input((8,))
+    hidden = inputs
+    for name in ("a", "b"):
+        inner = keras.Sequential(
+            [keras.Input((8,)), keras.layers.Dense(8, name="same")], name=name
+        )
+        hidden = inner(hidden)
+    return keras.Model(inputs, keras.layers.Dense(4)(hidden))
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
+@pytest.mark.parametrize("kind", ["sequential", "nested"])
+@pytest.mark.parametrize("targets", ["model", "list", None])
+def test_saved_before_the_first_step(kind, targets, tmp_path):
+    model = two_of_one_shape(kind)
+    if targets is not None:
+        targets = model if targets == "model" else find_targets(model)
+    optimizer = AdamS(1e-2, total_steps=4, targets=targets, decay="relative")
+    model.compile(optimizer, "mse")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for a, b in zip(model.weights, loaded.weights):
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
+        )
+    # Again, since loading may have changed the paths.
+    loaded.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    optimizer = loaded.optimizer
+    optimizer.build(loaded.trainable_variables)
+    assert len(optimizer.sparsified) == len(find_targets(model))
+
+
+def test_restored_targets_that_cannot_be_told_apart():
+    kernels = [
+        keras.Variable(np.ones((8, 4), "float32"), name="kernel")
+        for _ in range(2)
+    ]
+    config = {**configs([(kernels[0], (0,))])[0], "index": None}
+    with pytest.raises(ValueError, match="Received: 2 such variables"):
+        AdamS(total_steps=4, targets=[config]).build(kernels)
+    both = AdamS(total_steps=4, targets=[config, config])
+    both.build(kernels)
+    assert both.sparsified == kernels
+
+
 def test_ramp_stays_at_one_past_the_end():
     kernel = keras.Variable(np.full((4, 1), 0.5, "float32"), name="kernel")
     optimizer = AdamS(1e-2, total_steps=2, l1=1.0)
@@ -254,11 +303,19 @@ def test_masks_follow_the_importance():
         ({"mask_every": 0}, "`mask_every` must be"),
         ({"targets": "all"}, "`targets` must be"),
         ({"targets": []}, "`targets` must be"),
+        ({"beta_1": 1.0}, "`beta_1` must be"),
+        ({"beta_2": -0.1}, "`beta_2` must be"),
+        ({"epsilon": 0.0}, "`epsilon` must be"),
     ],
 )
 def test_wrong_arguments(kwargs, match):
     with pytest.raises(ValueError, match=match):
         AdamS(**{"total_steps": 10, **kwargs})
+
+
+def test_total_steps_of_numpy():
+    optimizer = AdamS(total_steps=np.int64(7))
+    assert type(optimizer.get_config()["total_steps"]) is int
 
 
 def test_missing_total_steps_is_an_error_at_build():
@@ -303,6 +360,9 @@ def test_state_that_does_not_fit_changes_nothing():
         small.load_own_variables(store)
     with pytest.raises(ValueError, match="does not fit this `AdamS`"):
         small.set_weights(list(store.values()))
+    for strange in ({"a": np.zeros(3)}, {}):
+        with pytest.raises(ValueError, match="does not fit this `AdamS`"):
+            small.load_own_variables(strange)
     for a, b in zip(before, small.variables):
         np.testing.assert_array_equal(a, keras.ops.convert_to_numpy(b))
 

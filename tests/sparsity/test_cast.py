@@ -246,9 +246,10 @@ def test_raw_strings():
     assert cast.adam_s.total_steps == 4
     assert "distillation_loss" not in history
 
-    history = cast.fit(
-        texts, batch_size=2, validation_data=dataset, verbose=0
-    ).history
+    with pytest.warns(UserWarning, match="the run of 4 steps .* is over"):
+        history = cast.fit(
+            texts, batch_size=2, validation_data=dataset, verbose=0
+        ).history
     assert history["loss"][0] > 0
     expected = history["val_loss"][0]
     tokens = make_preprocessor()(texts)
@@ -344,6 +345,37 @@ def test_no_batch_of_a_generator_is_lost():
         assert int(ops.convert_to_numpy(cast.adam_s.iterations)) == 6
         finals.append(values(cast.finalize()))
     assert_same(*finals)
+
+
+def test_a_fit_that_failed_is_planned_anew():
+    x, y = make_data()
+    cast = compiled_cast()
+    with pytest.raises(ValueError, match="Input 0"):
+        cast.fit(x[:, :7], y, batch_size=4, verbose=0)
+    assert cast.adam_s.total_steps == 4
+    cast.fit(x, y, batch_size=4, epochs=2, verbose=0)
+    assert cast.adam_s.total_steps == 8
+    rate = cast.adam_s.get_config()["learning_rate"]["config"]
+    assert rate["total_steps"] == 8
+    assert int(ops.convert_to_numpy(cast.adam_s.iterations)) == 8
+    kwm.assert_sparse(cast.finalize(), "2:4")
+
+
+def test_a_fit_beyond_the_plan_is_warned_about(recwarn):
+    x, y = make_data()
+    data = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    cast = compiled_cast()
+    started(cast, x, y, epochs=3, batch_size=4)
+    cast.fit(x[:4], y[:4], initial_epoch=11, epochs=12, **data)
+    cast.fit(x, y, epochs=2, **data)
+    assert cast.adam_s.total_steps == 12
+    assert not [w for w in recwarn if "CAST" in str(w.message)]
+    with pytest.warns(UserWarning, match="goes to step 13, beyond the 12"):
+        cast.fit(x, y, **data)
+    before = values(cast.student)
+    with pytest.warns(UserWarning, match="the run of 12 steps .* is over"):
+        cast.fit(x, y, **data)
+    assert_same(values(cast.student), before)
 
 
 # Losses
@@ -471,6 +503,43 @@ def test_the_models_own_losses_count_once():
     )
 
 
+def make_two_heads(as_dict=False, reverse=False, seed=0):
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((8,))
+    z = keras.layers.Dense(4, name="z")(inputs)
+    a = keras.layers.Dense(4, name="a")(inputs)
+    outputs = {"z": z, "a": a} if as_dict else [z, a]
+    return keras.Model(inputs, outputs[::-1] if reverse else outputs)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_losses_and_metrics_by_name(as_dict):
+    x, y = make_data()
+    cast = kwm.CAST(make_two_heads(as_dict))
+    cast.compile(
+        loss={"z": cross_entropy(), "a": cross_entropy()},
+        loss_weights={"z": 1.0, "a": 0.5},
+        metrics={"a": ["accuracy"]},
+    )
+    labels = {"z": y, "a": y[::-1]}
+    history = cast.fit(x, labels, batch_size=8, verbose=0).history
+    assert {"a_accuracy", "a_loss", "z_loss"} <= set(history)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_outputs_are_paired_by_name(as_dict):
+    x, _ = make_data()
+    # The same weights: nothing to learn, if z is taught by z.
+    teacher = make_two_heads(reverse=not as_dict)
+    cast = kwm.CAST(make_two_heads(as_dict), teacher=teacher)
+    cast.compile(loss={"z": cross_entropy(), "a": cross_entropy()})
+    labels = np.zeros(len(x), "int64")
+    labels = {"z": labels, "a": labels}
+    cast.compute_loss(x, labels if as_dict else [*labels.values()], cast(x))
+    distilled = cast.distillation_loss_tracker.result()
+    assert float(ops.convert_to_numpy(distilled)) == pytest.approx(0, abs=1e-6)
+
+
 # Teachers
 
 
@@ -540,6 +609,7 @@ class Unbuilt(keras.Model):
         ({"pattern": "4:2"}, "pattern"),
         ({"pattern": "2:5"}, "no kernel that fits"),
         ({"teacher": "other"}, "`teacher`"),
+        ({"teacher": np.ones(3)}, "`teacher`"),
         ({"teacher": None, "teacher_dtype": "bfloat16"}, "`teacher_dtype`"),
         ({"teacher_dtype": "int8"}, "`teacher_dtype`"),
         ({"distillation_weight": 1.5}, "`distillation_weight`"),
@@ -572,6 +642,7 @@ def test_wrong_models():
     with pytest.raises(ValueError, match=r"[Oo]utput"):
         kwm.CAST(model, teacher=other)
     assert other.trainable
+    assert type(model.layers[0]) is keras.layers.Dense
     assert not is_reparameterized(model.layers[0])
     model.trainable = False
     with pytest.raises(ValueError, match="frozen"):
@@ -580,6 +651,28 @@ def test_wrong_models():
     kwm.CAST(model)
     with pytest.raises(ValueError, match="fold_scaling"):
         kwm.CAST(model)
+    other = make_mlp()
+    with pytest.raises(ValueError, match="fold_scaling"):
+        kwm.CAST(model, teacher=other)
+    assert other.trainable
+    assert all(layer.trainable for layer in other.layers)
+
+
+@pytest.mark.parametrize("ending", ["softmax", "Softmax", "one unit", None])
+def test_outputs_that_are_no_logits(ending, recwarn):
+    inputs = keras.Input((8,))
+    outputs = keras.layers.Dense(
+        1 if ending == "one unit" else 4,
+        activation="softmax" if ending == "softmax" else None,
+    )(inputs)
+    if ending == "Softmax":
+        outputs = keras.layers.Softmax()(outputs)
+    model = keras.Model(inputs, outputs)
+    kwm.CAST(model, teacher=None, scaling_groups=0)
+    assert not [w for w in recwarn if "logits" in str(w.message)]
+    kwm.CAST(model)
+    warned = [w for w in recwarn if "`teacher=None`" in str(w.message)]
+    assert len(warned) == (ending is not None)
 
 
 def test_a_frozen_kernel_stays_dense():
@@ -663,6 +756,44 @@ def test_finalize_multiplies_the_pruned_weights(pattern, scaling_groups):
     for call in (cast.finalize, lambda: cast.fit(x, y)):
         with pytest.raises(ValueError, match=r"after `finalize\(\)`"):
             call()
+
+
+def test_predict_and_evaluate_follow_finalize():
+    x, y = make_data()
+    cast = kwm.CAST(make_mlp())
+    cast.compile(
+        kwm.AdamS(0.05, decay="relative", ramp=1.0), loss=cross_entropy()
+    )
+    cast.fit(x, y, batch_size=8, epochs=2, verbose=0)
+    cast.predict(x, verbose=0)
+    cast.evaluate(x, y, verbose=0)
+    sparse = cast.finalize()
+    logits = ops.convert_to_numpy(sparse(x))
+    np.testing.assert_allclose(
+        cast.predict(x, verbose=0), logits, rtol=1e-5, atol=1e-6
+    )
+    loss = cast.evaluate(x, y, verbose=0, return_dict=True)["student_loss"]
+    expected = float(ops.convert_to_numpy(cross_entropy()(y, logits)))
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_target_frozen_since_leaves_the_model_alone():
+    x, y = make_data()
+    model = make_mlp()
+    cast = kwm.CAST(model)
+    model.layers[0].trainable = False
+    cast.compile(kwm.AdamS(total_steps=2), loss=cross_entropy())
+    with pytest.warns(UserWarning, match="leaves 1 targets"):
+        cast.train_on_batch(x, y)
+    before = values(model)
+    for call in (cast.finalize, lambda: cast.fit(x, y, verbose=0)):
+        with pytest.raises(ValueError, match="frozen since"):
+            call()
+        assert_same(values(model), before)
+    model.layers[0].trainable = True
+    cast.compile(kwm.AdamS(decay="relative"), loss=cross_entropy())
+    cast.fit(x, y, epochs=2, verbose=0)
+    kwm.assert_sparse(cast.finalize(), "2:4")
 
 
 # Interruption

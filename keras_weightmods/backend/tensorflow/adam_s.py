@@ -3,24 +3,30 @@
 import tensorflow as tf
 
 
-def compiled(step):
+def compiled(function):
     """Compiles `AdamS._stepped` with XLA, once for each shape.
 
     Keras compiles the train step of only some models. Run op by op, the
     update would read and write whole kernels through memory two dozen times.
 
     Args:
-        step: The bound method.
+        function: The bound method.
 
     Returns:
-        A function with the signature of `step`.
+        A function with the signature of `function`.
     """
-    function = tf.function(step, autograph=False, jit_compile=True)
+    # One each, or TensorFlow warns of retracing where there are many shapes.
+    functions = {}
 
     def call(state, gradient, rate, step, axes, decay_rate):
         # Here they may be variables still, and a gradient sparse.
         state = {k: tf.convert_to_tensor(v) for k, v in state.items()}
         gradient = tf.convert_to_tensor(gradient)
-        return function(state, gradient, rate, step, axes, decay_rate)
+        key = (tuple(gradient.shape), axes, decay_rate)
+        if key not in functions:
+            functions[key] = tf.function(
+                function, autograph=False, jit_compile=True
+            )
+        return functions[key](state, gradient, rate, step, axes, decay_rate)
 
     return call
