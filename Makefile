@@ -10,13 +10,15 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 demo: setup
 	$(BIN)/python examples/sparsify_llm.py $(ARGS)
 
+# The backends side by side, each on one thread of its own.
 test: setup
-	@for backend in $(BACKENDS); do \
-	  echo "== $$backend"; \
-	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest || exit 1; \
-	done
+	$(MAKE) --output-sync=target -j2 $(BACKENDS:%=test-%)
 	@echo "== main job, a few steps"
 	$(BIN)/python examples/sparsify_llm.py --backend torch --smoke
+
+test-%: setup
+	@echo "== $*"
+	@KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .

@@ -125,6 +125,9 @@ class CAST(keras.distillation.Distiller):
     """
 
     optimizer: Any
+    train_function: Any
+    test_function: Any
+    predict_function: Any
 
     def __init__(
         self,
@@ -399,11 +402,12 @@ class CAST(keras.distillation.Distiller):
         if self.train_function is not None and not force:
             return
         super().make_train_function(force)
-        if self._random_stream is not None:
+        stream = self._random_stream
+        if stream is not None:
             step = self.train_function
 
             def train_function(data):
-                with self._random_stream.active():
+                with stream.active():
                     return step(data)
 
             self.train_function = train_function
