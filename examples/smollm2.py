@@ -58,7 +58,7 @@ def load_smollm2(dtype=None, sequence_length=256, path=None):
     reader = _open(path)
     config = _backbone_config(reader)
     backbone = keras_hub.models.Llama3Backbone(dtype=dtype, **config)
-    _keep_tied_embeddings(backbone)
+    keep_tied_embeddings(backbone)
     _assign_weights(backbone, reader)
     preprocessor = keras_hub.models.Llama3CausalLMPreprocessor(
         _tokenizer(reader),
@@ -81,6 +81,26 @@ def load_tokenizer(path=None):
         A `keras_hub.tokenizers.Qwen3Tokenizer` with SmolLM2's vocabulary.
     """
     return _tokenizer(_open(path))
+
+
+def keep_tied_embeddings(backbone):
+    """Makes a backbone's config tell whether its embeddings are tied.
+
+    `LlamaBackbone.get_config()` leaves `tie_word_embeddings` out, so a saved
+    or cloned tied model would come back untied, with a random head. The files
+    of this one load without this module.
+
+    Args:
+        backbone: A `keras_hub.models.Backbone`. One without that argument is
+            left as it is.
+    """
+    tied = getattr(backbone, "tie_word_embeddings", None)
+    get_config = backbone.get_config
+    if tied is not None:
+        backbone.get_config = lambda: {
+            **get_config(),
+            "tie_word_embeddings": tied,
+        }
 
 
 def find_gguf():
@@ -148,15 +168,6 @@ def _backbone_config(reader):
 
 def _field(reader, name):
     return reader.fields[name].contents()
-
-
-def _keep_tied_embeddings(backbone):
-    # LlamaBackbone.get_config() leaves `tie_word_embeddings` out, so a saved
-    # or cloned tied model would come back untied, with a random head. The
-    # config of this one carries it, and its files load without this module.
-    get_config = backbone.get_config
-    tied = backbone.tie_word_embeddings
-    backbone.get_config = lambda: {**get_config(), "tie_word_embeddings": tied}
 
 
 def _assign_weights(backbone, reader):
