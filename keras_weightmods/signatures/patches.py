@@ -1,6 +1,8 @@
 """Several signatures on one model, and off it again bit for bit."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import weakref
 
 import numpy as np
@@ -68,6 +70,17 @@ class _State:
 
     patches: dict[str, Patch] = dataclasses.field(default_factory=dict)
     clean: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """What a call will do to one weight."""
+
+    kind: str
+    clean: np.ndarray
+    before: np.ndarray
+    new: np.ndarray
+    problems: list[str]
 
 
 # One for each model, so that two managers never take each other's patches
@@ -320,6 +333,28 @@ class Patches:
         written = tensors.rebuild(clean, terms[position])
         return tensors.same_bits(written, model.read(position))
 
+    def _plan(self, model, terms_before, terms, position, force):
+        """What to write to one weight, and what is clean and in it now."""
+        key = model.infos[position].key
+        clean = before = self._state.clean.get(position)
+        kind = "changed"
+        if clean is None:
+            clean = before = model.copy(position)
+        elif force and not self._is_unchanged(model, position, terms_before):
+            present = terms_before[position]
+            if any(pull for _, _, pull in present):
+                return _Plan("left", clean, clean, clean, [])
+            kind, before = "subtracted", model.copy(position)
+            clean = tensors.rebuild(
+                before, [(-scale, tensor, 0.0) for scale, tensor, _ in present]
+            )
+        else:
+            before = model.copy(position)
+        new = clean
+        if position in terms:
+            new = tensors.rebuild(clean, terms[position])
+        return _Plan(kind, clean, before, new, result_problems(key, clean, new))
+
     def _update(self, action, name, scale, after, force):
         """Brings the model from the present patches to those in `after`."""
         state = self._state
@@ -333,36 +368,22 @@ class Patches:
         if not force:
             self._check_unchanged([p for p in positions if p in state.clean])
         terms_before, terms = _terms(state.patches), _terms(after)
-        clean = {p: state.clean[p] for p in positions if p in state.clean}
-        before, new = {}, {}
-        subtracted, left, problems = [], [], []
-        for position in positions:
-            info = model.infos[position]
-            before[position] = model.copy(position)
-            if position not in clean:
-                clean[position] = before[position]
-                if not tensors.is_finite(clean[position]):
-                    problems.append(f"{info.key}: values that are not finite")
-                    continue
-            elif force and not self._is_unchanged(
-                model, position, terms_before
-            ):
-                present = terms_before[position]
-                if any(pull for _, _, pull in present):
-                    left.append(position)
-                    continue
-                subtracted.append(position)
-                clean[position] = tensors.rebuild(
-                    before[position], [(-s, t, 0.0) for s, t, _ in present]
-                )
-            new[position] = clean[position]
-            if position in terms:
-                new[position] = tensors.rebuild(new[position], terms[position])
-            problems += result_problems(info.key, new[position])
-        checkpoints.raise_all("The patch cannot be written:", problems)
-        _write(model, new, before)
+        plan = functools.partial(
+            self._plan, model, terms_before, terms, force=force
+        )
+        # NumPy lets other threads run while it computes.
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            plans = dict(zip(positions, pool.map(plan, positions)))
+        checkpoints.raise_all(
+            "The patch cannot be written:",
+            [problem for plan in plans.values() for problem in plan.problems],
+        )
+        left = [p for p in positions if plans[p].kind == "left"]
+        subtracted = [p for p in positions if plans[p].kind == "subtracted"]
+        new = {p: plans[p].new for p in positions if p not in left}
+        _write(model, new, {p: plans[p].before for p in new})
         state.patches = after
-        state.clean.update(clean)
+        state.clean.update({p: plans[p].clean for p in new})
         for position in positions:
             if position not in terms or position in left:
                 del state.clean[position]
@@ -413,13 +434,10 @@ def _changed_list(weights, signature, scale_for):
     for entry in signature:
         position = entry.info.position
         array = given.arrays[position]
-        if not tensors.is_finite(array):
-            problems.append(f"{entry.key}: values that are not finite")
-            continue
         new[position] = tensors.rebuild(
             array, [(scale_for(entry.pull), entry.tensor, entry.pull)]
         )
-        problems += result_problems(entry.key, new[position])
+        problems += result_problems(entry.key, array, new[position])
     checkpoints.raise_all("The patch cannot be written:", problems)
     return new
 
@@ -447,11 +465,13 @@ def model_problems(signature, checkpoint):
     return problems
 
 
-def result_problems(key, array):
-    """What is wrong with a value that is about to be written."""
-    if not tensors.is_finite(array):
-        return [f"{key}: the result is not finite in {array.dtype}"]
-    if key.endswith("moving_variance") and array.min() < 0:
+def result_problems(key, clean, new):
+    """What is wrong with values that are about to be written."""
+    if not tensors.is_finite(new):
+        if not tensors.is_finite(clean):
+            return [f"{key}: values that are not finite"]
+        return [f"{key}: the result is not finite in {new.dtype}"]
+    if key.endswith("moving_variance") and new.min() < 0:
         return [f"{key}: the result is a negative variance"]
     return []
 
