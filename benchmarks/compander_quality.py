@@ -349,20 +349,19 @@ def print_report(report):
         table.add_column(column)
     for row in report["rows"]:
         accuracy = 100 * np.array(row["accuracy"])
-        plain = next(
-            r
+        plain = [
+            r["seconds_per_step"]
             for r in report["rows"]
             if r["net"] == row["net"] and r["method"] == "plain"
-        )
-        ratio = np.median(row["seconds_per_step"]) / np.median(
-            plain["seconds_per_step"]
-        )
+        ]
+        seconds = np.median(row["seconds_per_step"])
+        step = f"{seconds / np.median(plain):.2f}x" if plain else ""
         table.add_row(
             row["net"],
             row["method"],
             f"{row['learning_rate']:g}",
             f"{accuracy.mean():.2f} +- {accuracy.std(ddof=1):.2f}",
-            f"{ratio:.2f}x",
+            step,
             str(len(accuracy)),
         )
     Console(width=100).print(table)
