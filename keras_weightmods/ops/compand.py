@@ -44,14 +44,16 @@ def compand(v, a, b, function="arctan"):
     """
     rule = _checked(function, a, b)
     v, a, b, dtype = _widened(v, a, b)
-    if not (_is_scalar(a) and _is_scalar(b)):
-        return ops.cast(a * rule.apply(v / b), dtype)
-    if keras.backend.backend() == "torch":
-        from keras_weightmods.backend.torch.compand import compand as scalar
+    scalars = _is_scalar(a) and _is_scalar(b)
+    if scalars and keras.backend.backend() == "torch":
+        from keras_weightmods.backend.torch.compand import compand as fused
+
+        w = fused(v, a, b, function)
+    elif scalars and ops.is_tensor(a) and ops.is_tensor(b):
+        w = _compand_by_scalars(v, a, b, function)
     else:
-        scalar = _compand_by_scalars
-        a, b = (ops.convert_to_tensor(p, v.dtype) for p in (a, b))
-    return ops.cast(scalar(v, a, b, function), dtype)
+        w = a * rule.apply(v / b)
+    return ops.cast(w, dtype)
 
 
 def compand_inverse(w, a, b, function="arctan"):
@@ -145,13 +147,12 @@ def _compand_by_scalars(v, a, b, function):
 
     @ops.custom_gradient
     def apply(v, a, b):
-        u = v / b
-        w = a * rule.apply(u)
+        w = a * rule.apply(v / b)
 
         def gradient(*args, upstream=None):
             if upstream is None:
                 (upstream,) = args
-            to_v = upstream * (a / b * rule.derivative(u))
+            to_v = upstream * (a / b * rule.derivative(v / b))
             return to_v, _dot(upstream, w) / a, -_dot(to_v, v) / b
 
         return w, gradient
