@@ -257,7 +257,13 @@ def _rows(parts):
             getattr(part, "trainable", None),
         ]
         for name, part in parts.items()
+        if not _is_made_at_use(name, part)
     ]
+
+
+def _is_made_at_use(name, part):
+    # A preprocessor of KerasHub makes its packer when it is first used.
+    return name.startswith("preprocessor/") and not hasattr(part, "save_assets")
 
 
 def _check_parts(rows, parts):
