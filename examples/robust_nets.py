@@ -109,6 +109,11 @@ def pretrain(model, data, epochs, seed=0):
     import keras
 
     images, labels = data["pretrain"]
+    # To the end of the way: what moves on in fine-tuning would otherwise be
+    # mostly the rest of pretraining.
+    rate = keras.optimizers.schedules.CosineDecay(
+        2e-3, 2 * len(images) // BATCH * epochs
+    )
     shifts = np.random.default_rng(seed).integers(-2, 3, (len(images), 2))
     moved = np.stack(
         [np.roll(image, shift, (0, 1)) for image, shift in zip(images, shifts)]
@@ -118,7 +123,7 @@ def pretrain(model, data, epochs, seed=0):
         np.concatenate([images, moved]),
         np.concatenate([labels, labels]),
         epochs,
-        keras.optimizers.Adam(2e-3),
+        keras.optimizers.Adam(rate),
     )
 
 
@@ -144,7 +149,11 @@ def fine_tune(model, start, images, labels, epochs, corruption, seed):
         images,
         labels,
         epochs,
-        keras.optimizers.SGD(rate, momentum=0.9, weight_decay=5e-4),
+        # Clipped: a net without normalization does not survive the shock of
+        # the first corrupted batches at this rate.
+        keras.optimizers.SGD(
+            rate, momentum=0.9, weight_decay=5e-4, global_clipnorm=1.0
+        ),
     )
     return model.get_weights()
 
