@@ -17,6 +17,8 @@ import pathlib
 import sys
 import time
 
+import harness
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cast_quality.json"
 
@@ -378,13 +380,9 @@ def report(args, rows):
     import keras
     import keras_hub
 
-    names = {}
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        names.setdefault(name.strip(), value.strip())
     return {
         "model": "SmolLM2-135M-Instruct, all 210 in-block kernels, 2:4",
-        "machine": f"{names.get('model name')}, "
+        "machine": f"{harness.cpu()}, "
         f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
         "python": platform.python_version(),
         "keras": keras.__version__,

@@ -19,6 +19,8 @@ import platform
 import sys
 import time
 
+import harness
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compander_quality.json"
 
@@ -40,9 +42,7 @@ def main():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
     report = run(args)
-    file = pathlib.Path(args.json)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    harness.write_report(args.json, report)
     print_report(report)
 
 
@@ -116,7 +116,7 @@ def run(args):
             package: importlib.metadata.version(package)
             for package in ("keras", keras.backend.backend())
         },
-        "machine": f"{cpu()}, {len(os.sched_getaffinity(0))} cores, "
+        "machine": f"{harness.cpu()}, {len(os.sched_getaffinity(0))} cores, "
         f"Python {platform.python_version()}",
         "rows": rows,
     }
@@ -327,13 +327,6 @@ def plot(weights, file):
         row[0].set_ylabel("density")
     figure.tight_layout()
     figure.savefig(file, dpi=120)
-
-
-def cpu():
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def print_report(report):

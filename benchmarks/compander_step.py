@@ -15,15 +15,13 @@ the results hold both.
 import argparse
 import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
+
+import harness
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compander_step.json"
@@ -56,16 +54,14 @@ def main():
     if unknown:
         raise SystemExit(f"unknown: {unknown}; there are {BACKENDS}")
     report = {
-        "machine": machine(),
+        "machine": harness.machine(),
         "models": MODELS,
         "dtype": "float32",
         "optimizer": "Adam",
         "steps": args.steps,
         "backends": {name: run_worker(args, name) for name in backends},
     }
-    file = pathlib.Path(args.json)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    harness.write_report(args.json, report)
     print_report(report)
 
 
@@ -85,26 +81,14 @@ def parse_arguments():
 
 def run_worker(args, backend):
     """Measures one backend in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder) / "result.json"
-        subprocess.run(
-            [
-                sys.executable,
-                __file__,
-                f"--worker={backend}",
-                f"--models={args.models}",
-                f"--contenders={args.contenders}",
-                f"--steps={args.steps}",
-                f"--json={file}",
-            ],
-            env={
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-                **os.environ,
-                "KERAS_BACKEND": backend,
-            },
-            check=True,
-        )
-        return json.loads(file.read_text())
+    return harness.run_worker(
+        __file__,
+        backend,
+        f"--worker={backend}",
+        f"--models={args.models}",
+        f"--contenders={args.contenders}",
+        f"--steps={args.steps}",
+    )
 
 
 def measure(args):
@@ -252,23 +236,6 @@ def wait_for(model):
         jax.block_until_ready([v.value for v in model.trainable_variables])
 
 
-def machine():
-    model = platform.processor() or platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
-
-
 def print_report(report):
     from rich.console import Console
     from rich.table import Table
@@ -276,7 +243,7 @@ def print_report(report):
     about = report["machine"]
     table = Table(
         title="Train step over the plain layers'",
-        caption=f"{about['cpu']}, {about['cores']} cores, "
+        caption=f"{about['cpu']}, {about['cores_used']} cores, "
         f"{about['threads']} threads, {report['dtype']}",
     )
     contenders = list(

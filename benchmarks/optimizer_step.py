@@ -22,16 +22,14 @@ import functools
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
-import platform
 import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
+
+import harness
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "optimizer_step.json"
@@ -62,15 +60,13 @@ def main():
     if unknown:
         raise SystemExit(f"unknown: {unknown}; there are {list(BARS)}")
     report = {
-        "machine": machine(),
+        "machine": harness.machine(),
         "model": SHAPES,
         "batch": [args.batch, args.length],
         "dtype": "float32",
         "backends": {name: run_worker(args, name) for name in backends},
     }
-    file = pathlib.Path(args.json)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    harness.write_report(args.json, report)
     print_report(report)
 
 
@@ -98,26 +94,14 @@ def parse_arguments():
 
 def run_worker(args, backend):
     """Measures one backend in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder) / "result.json"
-        subprocess.run(
-            [
-                sys.executable,
-                __file__,
-                f"--worker={backend}",
-                f"--steps={args.steps}",
-                f"--batch={args.batch}",
-                f"--length={args.length}",
-                f"--json={file}",
-            ],
-            env={
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-                **os.environ,
-                "KERAS_BACKEND": backend,
-            },
-            check=True,
-        )
-        return json.loads(file.read_text())
+    return harness.run_worker(
+        __file__,
+        backend,
+        f"--worker={backend}",
+        f"--steps={args.steps}",
+        f"--batch={args.batch}",
+        f"--length={args.length}",
+    )
 
 
 def measure(args):
@@ -278,22 +262,6 @@ def mask_bytes(model):
 def peak_memory_gb():
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def machine():
-    model = platform.processor() or platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
 
 
 def print_report(report):

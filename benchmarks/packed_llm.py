@@ -23,14 +23,14 @@ import argparse
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
+
+import harness
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "packed_llm.json"
@@ -68,25 +68,19 @@ def main():
     if args.worker:
         pathlib.Path(args.json).write_text(json.dumps(measure(args)))
         return
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from optimizer_step import machine
-
     backends = args.backends.split(",")
     unknown = set(backends) - set(SPEED_BARS)
     if unknown:
         raise SystemExit(f"unknown: {unknown}; there are {list(SPEED_BARS)}")
     report = {
-        "machine": machine(),
-        "cores_used": len(os.sched_getaffinity(0)),
+        "machine": harness.machine(),
         "model": "SmolLM2-135M-Instruct, 210 kernels made 2:4",
         "prompt": PROMPT,
         "new_tokens": args.new_tokens,
         "rounds": args.rounds,
         "backends": {name: run_worker(args, name) for name in backends},
     }
-    file = pathlib.Path(args.json)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    harness.write_report(args.json, report)
     print_report(report)
 
 
@@ -106,28 +100,14 @@ def parse_arguments():
 
 def run_worker(args, backend):
     """Measures one backend in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder) / "result.json"
-        command = [
-            sys.executable,
-            __file__,
-            f"--worker={backend}",
-            f"--new-tokens={args.new_tokens}",
-            f"--rounds={args.rounds}",
-            f"--json={file}",
-        ]
-        if args.rows:
-            command.append(f"--rows={args.rows}")
-        subprocess.run(
-            command,
-            env={
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-                **os.environ,
-                "KERAS_BACKEND": backend,
-            },
-            check=True,
-        )
-        return json.loads(file.read_text())
+    return harness.run_worker(
+        __file__,
+        backend,
+        f"--worker={backend}",
+        f"--new-tokens={args.new_tokens}",
+        f"--rounds={args.rounds}",
+        *([f"--rows={args.rows}"] if args.rows else []),
+    )
 
 
 def measure(args):
@@ -350,7 +330,7 @@ def print_report(report):
     console.print(
         "share: bytes of the packed kernels over their dense float32 bytes; "
         "memory: all weights\n"
-        f"{about['cpu']}, {report['cores_used']} of {about['cores']} cores, "
+        f"{about['cpu']}, {about['cores_used']} of {about['cores']} cores, "
         f"{about['system']}, Python {about['python']}"
     )
     for backend, result in report["backends"].items():

@@ -21,6 +21,8 @@ import platform
 import sys
 import time
 
+import harness
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "rws_quality.json"
 BAR = 0.5
@@ -230,16 +232,9 @@ class Study:
 def about(args):
     import keras
 
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
     packages = ("keras", args.backend, "numpy", "mlxtend", "scikit-image")
     return {
-        "machine": f"{cpu}, {os.cpu_count()} cores",
+        "machine": f"{harness.cpu()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {p: importlib.metadata.version(p) for p in packages},
         "backend": keras.backend.backend(),

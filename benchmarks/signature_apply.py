@@ -16,14 +16,12 @@ import argparse
 import functools
 import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
+
+import harness
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "signature_apply.json"
@@ -37,7 +35,7 @@ def main():
         pathlib.Path(args.json).write_text(json.dumps(measure(args)))
         return
     report = {
-        "machine": machine(),
+        "machine": harness.machine(),
         "dtype": args.dtype,
         "megabytes": args.megabytes,
         "bar": BAR,
@@ -45,9 +43,7 @@ def main():
             name: run_worker(args, name) for name in args.backends.split(",")
         },
     }
-    file = pathlib.Path(args.json)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    harness.write_report(args.json, report)
     print_report(report)
 
 
@@ -70,27 +66,16 @@ def parse_arguments():
 
 
 def run_worker(args, backend):
-    with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder) / "result.json"
-        subprocess.run(
-            [
-                sys.executable,
-                __file__,
-                "--worker",
-                f"--backends={backend}",
-                f"--dtype={args.dtype}",
-                f"--megabytes={args.megabytes}",
-                f"--rounds={args.rounds}",
-                f"--json={file}",
-            ],
-            env={
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-                **os.environ,
-                "KERAS_BACKEND": backend,
-            },
-            check=True,
-        )
-        return json.loads(file.read_text())
+    """Measures one backend in a process of its own."""
+    return harness.run_worker(
+        __file__,
+        backend,
+        "--worker",
+        f"--backends={backend}",
+        f"--dtype={args.dtype}",
+        f"--megabytes={args.megabytes}",
+        f"--rounds={args.rounds}",
+    )
 
 
 def measure(args):
@@ -206,23 +191,6 @@ def wait_for(model):
         import jax
 
         jax.block_until_ready([v.value for v in model.weights])
-
-
-def machine():
-    model = platform.processor() or platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
 
 
 def print_report(report):

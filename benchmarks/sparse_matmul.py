@@ -20,12 +20,11 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
+
+import harness
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "sparse_matmul.json"
@@ -44,17 +43,15 @@ def main():
         pathlib.Path(args.json).write_text(json.dumps(measure(args)))
         return
     report = {
-        "machine": machine(),
+        "machine": harness.machine(),
         "dense": "float32",
         "results": [
-            run_worker(args, peer, threads)
+            run_worker(peer, threads)
             for threads in args.threads.split(",")
             for peer in args.peers.split(",")
         ],
     }
-    file = pathlib.Path(args.json)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    harness.write_report(args.json, report)
     print_report(report)
 
 
@@ -86,16 +83,15 @@ def parse_arguments():
     return args
 
 
-def run_worker(args, peer, threads):
-    environment = {**os.environ, "KERAS_BACKEND": peer}
-    environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder) / "result.json"
-        command = [sys.executable, __file__, *sys.argv[1:]]
-        command += [f"--worker={peer}", f"--threads={threads}"]
-        command += [f"--json={file}"]
-        subprocess.run(command, env=environment, check=True)
-        return json.loads(file.read_text())
+def run_worker(peer, threads):
+    """Measures one peer with so many threads in a process of its own."""
+    return harness.run_worker(
+        __file__,
+        peer,
+        *sys.argv[1:],
+        f"--worker={peer}",
+        f"--threads={threads}",
+    )
 
 
 def measure(args):
@@ -257,22 +253,6 @@ def interleaved(contenders, seconds):
             times = {name: [] for name in contenders}
             end = time.monotonic() + seconds
     return {name: statistics.median(t) for name, t in times.items()}
-
-
-def machine():
-    model = platform.processor() or platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
 
 
 def print_report(report):
