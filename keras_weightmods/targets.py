@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from keras_weightmods.utils.reparameterize import (
+    check_model,
     is_reparameterized,
     reparameterization,
     reparameterizations,
@@ -442,10 +443,7 @@ def _layers_of(layer):
 
 
 def _check_built(model):
-    if not isinstance(model, keras.layers.Layer):
-        raise ValueError(
-            f"`model` must be a Keras model or layer. Received: model={model!r}"
-        )
+    check_model(model)
     unbuilt = [
         layer
         for layer in _layers_of(model)

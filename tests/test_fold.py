@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 import keras_weightmods as kwm
@@ -66,3 +67,9 @@ def test_fold_scaling_leaves_other_kinds():
     kwm.attach_scaling(model, targets=kwm.find_targets(model)[:1])
     assert len(kwm.fold_scaling(model).kernels) == 1
     assert type(model.layers[1]) is kwm.CompanderDense
+
+
+@pytest.mark.parametrize("end", [kwm.fold, kwm.fold_scaling, kwm.unpack])
+def test_what_is_no_model(end):
+    with pytest.raises(ValueError, match="must be a Keras model or layer"):
+        end(None)

@@ -17,6 +17,7 @@ from keras_weightmods.ops.nm import (
     unpack_bits,
 )
 from keras_weightmods.targets import Skipped, Target, resolve_targets
+from keras_weightmods.utils.reparameterize import check_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,11 +274,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         layer.enable_lora(2)
         ```
         """
-        if not isinstance(model, keras.layers.Layer):
-            raise ValueError(
-                "`model` must be a Keras model or layer. "
-                f"Received: model={model!r}"
-            )
+        check_model(model)
         detached = []
         for position, variable in enumerate(model.weights):
             if _is_ours(variable):

@@ -160,6 +160,7 @@ def unpack(model):
         assert np.array_equal(old, new)
     ```
     """
+    reparameterize.check_model(model)
     before = _model_bytes(model)
     items = reparameterize.fold(model, _KINDS)
     return PackReport(tuple(map(_row, items)), (), before, _model_bytes(model))

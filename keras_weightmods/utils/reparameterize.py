@@ -154,6 +154,14 @@ class Reparameterization:
             parameter.assign(saved[parameter.name])
 
 
+def check_model(model):
+    """Raises ValueError if `model` is no Keras model or layer."""
+    if not isinstance(model, keras.layers.Layer):
+        raise ValueError(
+            f"`model` must be a Keras model or layer. Received: model={model!r}"
+        )
+
+
 def obstacle(target):
     """Says why a target cannot be reparameterized; None if it can."""
     layer = target.layer
@@ -618,6 +626,7 @@ def _slots(layer):
 
 
 def _slots_of(model):
+    check_model(model)
     items = [
         item
         for layer in model._flatten_layers()
