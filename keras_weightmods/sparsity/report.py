@@ -6,8 +6,10 @@ import math
 import numpy as np
 from keras import ops
 
+from keras_weightmods.layers.packed_dense import PackedKernel
 from keras_weightmods.ops.nm import nm_violations, parse_pattern
 from keras_weightmods.targets import resolve_targets
+from keras_weightmods.utils import reparameterize
 from keras_weightmods.utils.tables import PrintsAsTable
 
 
@@ -50,7 +52,7 @@ class SparsityReport(PrintsAsTable):
         pattern: String, `"n:m"`.
         rows: Tuple of `SparsityRow`, in the order of execution.
         skipped: Tuple of `Skipped(path, reason)`: kernels left dense.
-        model_size: Int, all weights of the model.
+        model_size: Int, all weights of the model, packed ones as if dense.
     """
 
     pattern: str
@@ -135,7 +137,8 @@ def sparsity_report(model, pattern="2:4", targets=None):
     Args:
         model: A built `keras.Model`. It is not changed.
         pattern: String `"n:m"` or pair of ints. Defaults to `"2:4"`.
-        targets: A list from `find_targets(model)`, or `None` for all.
+        targets: A list from `find_targets(model)`, or `None` for all, which
+            counts packed kernels in, after the others.
 
     Returns:
         A `SparsityReport`: print it for a table, or take `to_dict()`.
@@ -157,12 +160,18 @@ def sparsity_report(model, pattern="2:4", targets=None):
     ```
     """
     n, m = parse_pattern(pattern)
+    packed = []
+    if targets is None:
+        packed = reparameterize.reparameterizations(model, PackedKernel)
     targets = resolve_targets(model, targets)
+    rows = [_row(target, target.variable.value, n, m) for target in targets]
+    rows += [_row(item.target, item.folded(), n, m) for item in packed]
+    paths = {item.target.path for item in packed}
     return SparsityReport(
         pattern=f"{n}:{m}",
-        rows=tuple(_row(target, n, m) for target in targets),
-        skipped=tuple(targets.skipped),
-        model_size=sum(math.prod(v.shape) for v in model.weights),
+        rows=tuple(rows),
+        skipped=tuple(s for s in targets.skipped if s.path not in paths),
+        model_size=_model_size(model, packed),
     )
 
 
@@ -215,8 +224,19 @@ def assert_sparse(model, pattern="2:4", targets=None):
         )
 
 
-def _row(target, n, m):
-    value = target.variable.value
+def _model_size(model, packed):
+    """The weights of a model, counted as if none were packed."""
+    arrays = {id(v) for item in packed for v in item.parameters}
+    return sum(
+        math.prod(shape)
+        for shape in [
+            *(v.shape for v in model.weights if id(v) not in arrays),
+            *(item.target.shape for item in packed),
+        ]
+    )
+
+
+def _row(target, value, n, m):
     fits = target.contraction_size % m == 0
     size = math.prod(target.shape)
     zeros = int(np.sum(ops.convert_to_numpy(ops.equal(value, 0))))

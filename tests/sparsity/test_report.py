@@ -131,6 +131,25 @@ def test_assert_sparse_names_the_worst():
         kwm.assert_sparse(model, "1:4")
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_packed_kernels_count(dtype):
+    model = make_model()
+    sparsify(model)
+    before = kwm.sparsity_report(model).to_dict()
+    kernel = kwm.find_targets(model, include="sparse")
+    kwm.pack(model, dtype=dtype, targets=kernel)
+    after = kwm.sparsity_report(model).to_dict()
+    assert after["totals"] == before["totals"]
+    assert after["skipped"] == before["skipped"]
+    rows = {row["path"]: row for row in before["targets"]}
+    for row in after["targets"]:
+        assert {**row, "key": None} == {**rows[row["path"]], "key": None}
+    assert after["targets"][-1]["path"] == kernel[0].path
+    kwm.assert_sparse(
+        keras.Sequential([keras.Input((16,)), model.get_layer("sparse")])
+    )
+
+
 def test_wrong_use():
     model = make_model()
     with pytest.raises(ValueError, match="pattern"):
