@@ -10,6 +10,10 @@ from keras_weightmods.constraints.semi_structured_sparse import (
 )
 from keras_weightmods.evaluation.perplexity import Perplexity as Perplexity
 from keras_weightmods.evaluation.perplexity import perplexity as perplexity
+from keras_weightmods.evaluation.scaling_law import ScalingLaw as ScalingLaw
+from keras_weightmods.evaluation.scaling_law import (
+    fit_scaling_law as fit_scaling_law,
+)
 from keras_weightmods.fold import fold as fold
 from keras_weightmods.layers.compander_conv1d import (
     CompanderConv1D as CompanderConv1D,
