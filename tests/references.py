@@ -95,3 +95,21 @@ def pack_24(kernel, dtype):
         values = values.reshape(blocks, rows * 8, 2, 16)
         values = values.transpose(0, 1, 3, 2)
     return values, meta.view(np.int32), scale if dtype == "int8" else None
+
+
+def principal_mask(x, count, rank, axes=(0,), candidates=None):
+    """The largest entries of the truncated SVD (LIFT), one after the other."""
+    axes = tuple(a % x.ndim for a in axes)
+    order = axes + tuple(a for a in range(x.ndim) if a not in axes)
+    moved = np.transpose(x, order).astype("float64")
+    rows = int(np.prod([x.shape[a] for a in axes]))
+    matrix = moved.reshape(rows, -1)
+    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+    near = sum(s[i] * np.outer(u[:, i], vh[i]) for i in range(rank))
+    near = np.abs(near).reshape(-1)
+    if candidates is not None:
+        near[~np.transpose(candidates, order).reshape(-1)] = -1.0
+    best = sorted(range(near.size), key=lambda i: (-near[i], i))[:count]
+    mask = np.zeros(near.size, bool)
+    mask[best] = True
+    return np.transpose(mask.reshape(moved.shape), np.argsort(order))
