@@ -8,6 +8,12 @@ from keras_weightmods.compander import compand_model as compand_model
 from keras_weightmods.constraints.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )
+from keras_weightmods.evaluation.perplexity import Perplexity as Perplexity
+from keras_weightmods.evaluation.perplexity import perplexity as perplexity
+from keras_weightmods.evaluation.scaling_law import ScalingLaw as ScalingLaw
+from keras_weightmods.evaluation.scaling_law import (
+    fit_scaling_law as fit_scaling_law,
+)
 from keras_weightmods.fold import fold as fold
 from keras_weightmods.layers.compander_conv1d import (
     CompanderConv1D as CompanderConv1D,

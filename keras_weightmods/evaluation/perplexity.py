@@ -1,0 +1,314 @@
+"""Perplexity of causal language models, lean in memory."""
+
+import math
+
+import keras
+import numpy as np
+
+from keras_weightmods.evaluation.token_scorer import TokenScorer
+
+
+def perplexity(
+    model,
+    texts,
+    length=1024,
+    stride=None,
+    batch_size=1,
+    chunk_size=256,
+    name="perplexity",
+    verbose=1,
+):
+    """Perplexity of a causal language model on texts.
+
+    A short form of `Perplexity(model, ...)(texts)`. To evaluate one model
+    several times, keep one `Perplexity`: it compiles once.
+
+    Args:
+        model: A `keras_hub.models.CausalLM`, or another `keras.Model` from
+            tokens to logits. Dense, sparse, packed or quantized.
+        texts: Strings, or rows of token ids. See `Perplexity.__call__`.
+        length, stride, batch_size, chunk_size: As in `Perplexity`.
+        name: String, the label in the progress bar.
+        verbose: 0 or 1. 0 shows no progress bar.
+
+    Returns:
+        A float, `exp` of the mean loss of all the tokens that have one
+        before them.
+
+    Raises:
+        ValueError: As in `Perplexity`.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            keras.layers.Embedding(50, 8),
+            keras.layers.Dense(50, kernel_initializer="zeros"),
+        ]
+    )
+    tokens = np.random.randint(50, size=(4, 20))
+    value = kwm.perplexity(model, tokens, verbose=0)
+    assert np.isclose(value, 50)  # it knows nothing yet
+    ```
+    """
+    measure = Perplexity(model, length, stride, batch_size, chunk_size)
+    return measure(texts, name=name, verbose=verbose)
+
+
+class Perplexity:
+    """Measures the perplexity of one model, as often as needed.
+
+    A text is cut into windows of `length` tokens, and each of its tokens but
+    the first is scored once, given those before it in its window. What is
+    held at a time is the activations of one batch of windows, and the logits
+    of `chunk_size` positions. The functions are compiled at the first call
+    and used again for changed weights; they are built anew if the model's set
+    of variables has changed, as it does by packing.
+
+    Args:
+        model: A `keras_hub.models.CausalLM`, or another `keras.Model` that
+            maps token ids, or `{"token_ids", "padding_mask"}`, to logits.
+            Logits of few positions at a time need a functional model (all of
+            KerasHub's are) that ends in a `ReversibleEmbedding` or `Dense`;
+            of any other, those of a whole batch are held.
+        length: Int, tokens that a window feeds to the model; fewer where the
+            model takes no more. Defaults to 1024.
+        stride: Int, at most `length`: tokens from one window to the next.
+            Fewer give each token more to look back on and take longer.
+            Defaults to `None`, for `length`.
+        batch_size: Int, windows in one forward pass. Defaults to 1.
+        chunk_size: Int, positions whose logits are held at once, at 4 bytes
+            for each entry of the vocabulary. Defaults to 256.
+
+    Raises:
+        ValueError: If an argument is outside these ranges.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            keras.layers.Embedding(50, 8),
+            keras.layers.Dense(50),
+        ]
+    )
+    tokens = np.random.randint(50, size=(4, 20))
+    measure = kwm.Perplexity(model, batch_size=2)
+    before = measure(tokens, verbose=0)
+    kwm.SemiStructuredSparse.attach(model)
+    after = measure(tokens, verbose=0)
+    assert before != after
+    ```
+    """
+
+    def __init__(
+        self, model, length=1024, stride=None, batch_size=1, chunk_size=256
+    ):
+        stride = length if stride is None else stride
+        for argument, value in (
+            ("length", length),
+            ("stride", stride),
+            ("batch_size", batch_size),
+            ("chunk_size", chunk_size),
+        ):
+            if type(value) is not int or value < 1:
+                raise ValueError(
+                    f"`{argument}` must be an int of 1 or more. "
+                    f"Received: {argument}={value!r}"
+                )
+        if stride > length:
+            raise ValueError(
+                "`stride` must be at most `length`, or tokens between two "
+                f"windows are left out. Received: stride={stride}, "
+                f"length={length}"
+            )
+        self._fixed_length = _fixed_length(model)
+        if self._fixed_length is not None:
+            length = min(length, self._fixed_length)
+            stride = min(stride, length)
+        self.model = model
+        self.length = length
+        self.stride = stride
+        self.batch_size = batch_size
+        self._score = TokenScorer(model, chunk_size)
+
+    def __call__(self, texts, name="perplexity", verbose=1):
+        """Perplexity of all texts together, as a float.
+
+        Args:
+            texts: One of these, which are read one after the other: an
+                iterable of strings, tokenized as the model's preprocessor
+                does it, its start token included; an iterable of
+                one-dimensional int arrays of token ids; or an int array of
+                shape `(rows, tokens)`. Texts without two tokens are passed
+                over.
+            name: String, the label in the progress bar.
+            verbose: 0 or 1. 0 shows no progress bar.
+
+        Raises:
+            ValueError: If `texts` are none of these, or hold nothing to
+                score; if strings are given and the model has no
+                preprocessor.
+        """
+        sums, counts = self._totals(texts, name, verbose)
+        return _exp(sums.sum() / counts.sum())
+
+    def losses(self, texts, name="perplexity", verbose=1):
+        """Mean loss of each text in nats, to compare models text by text.
+
+        Args:
+            texts, name, verbose: As in `__call__`.
+
+        Returns:
+            A float64 array of shape `(texts,)`; NaN for a text that was
+            passed over.
+        """
+        sums, counts = self._totals(texts, name, verbose)
+        return np.divide(
+            sums, counts, out=np.full(len(sums), np.nan), where=counts > 0
+        )
+
+    def _totals(self, texts, name, verbose):
+        """Sum of losses and number of tokens scored, for each text."""
+        sequences = token_sequences(self.model, texts)
+        progress = keras.utils.Progbar(
+            len(texts) if hasattr(texts, "__len__") else None,
+            unit_name="text",
+            verbose=verbose,
+            stateful_metrics=[name],
+        )
+        sums: list[float] = []
+        counts: list[int] = []
+
+        def windows():
+            for index, tokens in enumerate(sequences):
+                sums.append(0.0)
+                counts.append(0)
+                for window, first in self._windows(tokens):
+                    yield index, window, first
+
+        for batch in _batches(windows(), self.batch_size):
+            width = self._width(batch, texts)
+            scores, _ = self._score(*_padded(batch, self.batch_size, width))
+            for (index, window, first), losses in zip(batch, scores):
+                new = losses[first : len(window) - 1].astype("float64")
+                sums[index] += float(new.sum())
+                counts[index] += len(new)
+            mean = sum(sums) / sum(counts)
+            progress.update(len(sums), [(name, _exp(mean))])
+        if not sum(counts):
+            raise ValueError(
+                "`texts` must hold a text of two tokens at least. Received: "
+                f"{len(sums)} texts without any"
+            )
+        return np.asarray(sums), np.asarray(counts)
+
+    def _width(self, batch, texts):
+        """A length for a batch: one of few, since each compiles anew."""
+        if self._fixed_length is not None:
+            return self._fixed_length
+        if len(getattr(texts, "shape", ())) == 2:
+            return min(self.length, texts.shape[1] - 1)
+        longest = max(len(window) for _, window, _ in batch) - 1
+        return min(self.length, 1 << (longest - 1).bit_length())
+
+    def _windows(self, tokens):
+        """Yields windows of a text, and the first position to score."""
+        scored, start = 1, 0
+        while scored < len(tokens):
+            window = tokens[start : start + self.length + 1]
+            yield window, scored - start - 1
+            scored = start + len(window)
+            start += self.stride
+
+
+def token_sequences(model, texts):
+    """Yields the token ids of each text, as int32 vectors."""
+    if isinstance(texts, str):
+        texts = [texts]
+    if keras.ops.is_tensor(texts):
+        texts = keras.ops.convert_to_numpy(texts)
+    if not hasattr(texts, "__iter__") or isinstance(texts, (bytes, dict)):
+        raise ValueError(_not_texts(texts))
+    for text in texts:
+        if isinstance(text, str):
+            yield tokenize(model, text)
+            continue
+        tokens = np.asarray(text)
+        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+            raise ValueError(_not_texts(text))
+        yield tokens.astype("int32")
+
+
+def tokenize(model, text):
+    """The token ids of a string, after the start token that it is given."""
+    preprocessor = getattr(model, "preprocessor", None)
+    if preprocessor is None:
+        raise ValueError(
+            "Strings need a KerasHub task with a `preprocessor`. Pass rows of "
+            f"token ids instead. Received: a string, for the model "
+            f"{model.name!r}"
+        )
+    tokens = np.asarray(preprocessor.tokenizer(text), dtype="int32")
+    start = start_token(model)
+    return tokens if start is None else np.insert(tokens, 0, start)
+
+
+def start_token(model):
+    """The token that the model's preprocessor puts first, or None."""
+    preprocessor = model.preprocessor
+    if not getattr(preprocessor, "add_start_token", True):
+        return None
+    return preprocessor.tokenizer.start_token_id
+
+
+def _not_texts(received):
+    return (
+        "`texts` must be strings, vectors of token ids, or an int array of "
+        f"shape (rows, tokens). Received: {received!r}"
+    )
+
+
+def _batches(items, size):
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _padded(batch, rows, width):
+    """Token ids of shape (rows, width + 1), and the mask of the inputs."""
+    tokens = np.zeros((rows, width + 1), dtype="int32")
+    mask = np.zeros((rows, width), dtype=bool)
+    # A row of nothing but padding may give NaN.
+    mask[:, 0] = True
+    for row, used, (_, window, _) in zip(tokens, mask, batch):
+        row[: len(window)] = window
+        used[: len(window) - 1] = True
+    return tokens, mask
+
+
+def _fixed_length(model):
+    """The length that the model's inputs must have, or None."""
+    shapes = [tensor.shape for tensor in getattr(model, "inputs", None) or ()]
+    return next((shape[1] for shape in shapes if len(shape) == 2), None)
+
+
+def _exp(mean):
+    # `math.exp` raises where the result is too large for a float.
+    return math.exp(mean) if mean < 700 else math.inf

@@ -1,0 +1,196 @@
+"""The loss of each token, with the logits of few positions at a time."""
+
+import keras
+import numpy as np
+from keras import ops
+
+# Operations that KerasHub's models put after the head, such as a soft cap.
+_ELEMENTWISE = ("Divide", "Multiply", "Tanh", "TrueDivide")
+
+
+class TokenScorer:
+    """Scores tokens by a causal language model.
+
+    The model runs up to its head, and the head on `chunk_size` positions at a
+    time. Both are compiled once for each shape and used again for changed
+    weights; they are built anew if the model's set of variables changes.
+
+    Args:
+        model: A `keras.Model` from tokens to logits.
+        chunk_size: Int, positions whose logits are held at once. A model
+            whose last layer is no head that is known, a
+            `ReversibleEmbedding` or a `Dense`, gives those of a whole batch.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    from keras_weightmods.evaluation.token_scorer import TokenScorer
+
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            keras.layers.Embedding(7, 4),
+            keras.layers.Dense(7),
+        ]
+    )
+    losses, is_greedy = TokenScorer(model)(np.array([[1, 2, 3]]))
+    assert losses.shape == is_greedy.shape == (1, 2)
+    ```
+    """
+
+    def __init__(self, model, chunk_size=256):
+        self.model = model
+        self.chunk_size = chunk_size
+        self._built_for = None
+
+    def __call__(self, tokens, padding_mask=None):
+        """Scores each token after the first of its row.
+
+        Args:
+            tokens: Int array of shape `(rows, length + 1)`.
+            padding_mask: Bool array of shape `(rows, length)`, False for the
+                inputs that are padding, at the end of a row. Defaults to
+                `None`, for no padding.
+
+        Returns:
+            Two NumPy arrays of shape `(rows, length)`: float32, the loss of
+            each token in nats, given those before it; and bool, whether it is
+            the likeliest.
+        """
+        self._build()
+        tokens = np.asarray(tokens, dtype="int32")
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        if padding_mask is None:
+            padding_mask = np.ones(inputs.shape, dtype=bool)
+        hidden = self._run_body(_as_taken(self.model, inputs, padding_mask))
+        rows, length = inputs.shape
+        width = min(length, max(1, self.chunk_size // rows))
+        if self._fixed_length:
+            width = length
+        losses, is_greedy = [], []
+        for start in range(0, length, width):
+            # All chunks have one shape, or the last would compile anew: it
+            # begins earlier instead.
+            first = min(start, length - width)
+            chunk = slice(first, first + width)
+            scores = self._run_head(
+                {"hidden": hidden[:, chunk], "targets": targets[:, chunk]}
+            )
+            new = slice(start - first, None)
+            losses.append(np.asarray(scores["losses"])[:, new])
+            is_greedy.append(np.asarray(scores["is_greedy"])[:, new])
+        return np.concatenate(losses, 1), np.concatenate(is_greedy, 1)
+
+    def _build(self):
+        variables = [id(variable) for variable in self.model.variables]
+        if variables == self._built_for:
+            return
+        head = _find_head(self.model)
+        body = None
+        self._fixed_length = False
+        if head is not None:
+            body = keras.Function(_input_of(self.model), head.inputs[0])
+            self._fixed_length = head.inputs[0].shape[1] is not None
+        self._run_body = _compiled(_Body(self.model, body))
+        self._run_head = _compiled(_Head(head))
+        self._built_for = variables
+
+
+class _Body(keras.Model):
+    """From tokens to what enters the head; to the logits without a body."""
+
+    def __init__(self, model, body):
+        # TensorFlow takes no name that begins with an underscore. The model's
+        # own layers cast what they are given.
+        super().__init__(name="body", dtype="float32", autocast=False)
+        self.model = model
+        self.body = body
+        self.built = True
+
+    def call(self, inputs, training=False):
+        if self.body is None:
+            return self.model(inputs, training=training)
+        # A `Function` has no `training`; its layers find it in the context.
+        return self.body(inputs)
+
+
+class _Head(keras.Model):
+    """From what enters the head, and the targets, to their scores."""
+
+    def __init__(self, head):
+        super().__init__(name="head", dtype="float32", autocast=False)
+        self.head = head
+        self.tracked = [
+            operation
+            for operation in (head.operations if head is not None else ())
+            if isinstance(operation, keras.layers.Layer)
+        ]
+        self.built = True
+
+    def call(self, inputs, training=False):
+        logits, targets = inputs["hidden"], inputs["targets"]
+        if self.head is not None:
+            logits = self.head(logits)
+        logits = ops.cast(logits, "float32")
+        picked = ops.take_along_axis(logits, targets[..., None], axis=-1)
+        likeliest = ops.cast(ops.argmax(logits, axis=-1), "int32")
+        return {
+            "losses": ops.logsumexp(logits, axis=-1) - picked[..., 0],
+            "is_greedy": ops.equal(likeliest, ops.cast(targets, "int32")),
+        }
+
+
+def _find_head(model):
+    """The `keras.Function` of the head alone; None if it is not known."""
+    outputs = getattr(model, "outputs", None) or []
+    if len(outputs) != 1:
+        return None
+    (tensor,) = outputs
+    while True:
+        operation, index, _ = tensor._keras_history
+        is_head = isinstance(
+            operation, (keras.layers.ReversibleEmbedding, keras.layers.Dense)
+        )
+        if not is_head and type(operation).__name__ not in _ELEMENTWISE:
+            return None
+        inputs = operation._inbound_nodes[index].input_tensors
+        if len(inputs) != 1 or len(inputs[0].shape) != 3:
+            return None
+        (tensor,) = inputs
+        if is_head:
+            return keras.Function(tensor, outputs[0])
+
+
+def _input_of(model):
+    """The structure of a model's symbolic inputs, or None."""
+    if isinstance(model, keras.Sequential):
+        return model.inputs[0]
+    return model.input if getattr(model, "inputs", None) else None
+
+
+def _as_taken(model, token_ids, padding_mask):
+    """The inputs in the form in which the model takes them."""
+    inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
+    structure = _input_of(model)
+    if structure is None:
+        return inputs if hasattr(model, "backbone") else token_ids
+    if not isinstance(structure, dict):
+        return token_ids
+    unknown = structure.keys() - inputs.keys()
+    if unknown:
+        raise ValueError(
+            "The model must take `token_ids` and `padding_mask`, or one "
+            f"tensor of token ids. Received: model={model.name!r}, which "
+            f"takes {sorted(unknown)} as well"
+        )
+    return {name: inputs[name] for name in structure}
+
+
+def _compiled(model):
+    if keras.backend.backend() == "jax":
+        from keras_weightmods.backend.jax.compiled_call import compiled_call
+
+        return compiled_call(model)
+    return model.predict_on_batch

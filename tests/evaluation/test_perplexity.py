@@ -1,0 +1,243 @@
+import keras
+import numpy as np
+import pytest
+
+import keras_weightmods as kwm
+
+keras_hub = pytest.importorskip("keras_hub")
+
+VOCABULARY = 11
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (5, 7))
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.Llama3Backbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=8,
+        tie_word_embeddings=True,
+    )
+    model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    for variable in model.weights:
+        variable.assign(keras.random.normal(variable.shape))
+    return model
+
+
+def logits_of(model, tokens):
+    tokens = np.asarray(tokens, dtype="int32")[None]
+    if hasattr(model, "backbone"):
+        tokens = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    return keras.ops.convert_to_numpy(model(tokens))[0].astype("float64")
+
+
+def reference_losses(model, text, length=1024, stride=None):
+    """Loss of each token but the first, one window and token at a time."""
+    stride = length if stride is None else stride
+    losses = {}
+    for start in range(0, len(text) - 1, stride):
+        window = text[start : start + length + 1]
+        for place, row in enumerate(logits_of(model, window[:-1])):
+            log_sum = np.log(np.exp(row).sum())
+            loss = log_sum - row[window[place + 1]]
+            losses.setdefault(start + place + 1, loss)
+    assert sorted(losses) == list(range(1, len(text)))
+    return np.array([losses[i] for i in sorted(losses)])
+
+
+def test_losses_follow_changed_weights_without_a_new_build(model):
+    measure = kwm.Perplexity(model, batch_size=2, chunk_size=3)
+    functions = []
+    for _ in range(3):
+        expected = [reference_losses(model, row).mean() for row in TOKENS]
+        losses = measure.losses(TOKENS, verbose=0)
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+        np.testing.assert_allclose(
+            measure(TOKENS, verbose=0), np.exp(np.mean(expected)), rtol=1e-5
+        )
+        functions.append(measure._score._run_body)
+        for variable in model.trainable_variables:
+            variable.assign(variable * 0.9)
+    assert functions[0] is functions[1] is functions[2]
+
+
+@pytest.mark.parametrize(
+    ("length", "stride"), [(1024, None), (4, None), (4, 2), (5, 1)]
+)
+def test_windows_score_each_token_once(model, length, stride):
+    random = np.random.default_rng(1)
+    texts = [random.integers(0, VOCABULARY, n) for n in (2, 9, 0, 16, 1, 5)]
+    expected = [reference_losses(model, t, length, stride) for t in texts]
+    measure = kwm.Perplexity(model, length, stride, batch_size=3, chunk_size=4)
+    losses = measure.losses(iter(texts), verbose=0)
+    means = [e.mean() if len(e) else np.nan for e in expected]
+    np.testing.assert_allclose(losses, means, rtol=1e-5)
+    total = np.exp(np.concatenate(expected).mean())
+    assert measure(texts, verbose=0) == pytest.approx(total, rel=1e-5)
+
+
+def test_packed_model(model):
+    kwm.SemiStructuredSparse.attach(model)
+    kwm.SemiStructuredSparse.detach(model)
+    measure = kwm.Perplexity(model)
+    before = measure(TOKENS, verbose=0)
+    kwm.pack(model)
+    assert measure(TOKENS, verbose=0) == pytest.approx(before, rel=1e-4)
+    kwm.unpack(model)
+    assert measure(TOKENS, verbose=0) == pytest.approx(before, rel=1e-5)
+
+
+def sequential(length=None):
+    return keras.Sequential(
+        [
+            keras.Input((length,), dtype="int32"),
+            keras.layers.Embedding(VOCABULARY, 4),
+            keras.layers.Dense(VOCABULARY),
+        ]
+    )
+
+
+def with_soft_cap():
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(VOCABULARY, 4)(tokens)
+    x = keras.layers.Dense(VOCABULARY)(x)
+    return keras.Model(tokens, keras.ops.tanh(x / 2.0) * 2.0)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.inner = sequential()
+
+    def call(self, tokens):
+        return self.inner(tokens)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [sequential, lambda: sequential(9), with_soft_cap, Subclassed],
+    ids=["sequential", "fixed length", "soft cap", "subclassed"],
+)
+def test_other_models(make):
+    model = make()
+    texts = [[1, 2, 3], [3, 1, 4, 1, 5, 9, 2, 6, 5]]
+    reference = model.inner if isinstance(model, Subclassed) else model
+    pads = 9 if reference.inputs[0].shape[1] else 0
+    expected = []
+    for text in texts:
+        padded = np.pad(text, (0, max(0, pads - len(text))))
+        rows = logits_of(reference, padded)[: len(text) - 1]
+        picked = rows[np.arange(len(rows)), text[1:]]
+        expected.append((np.log(np.exp(rows).sum(-1)) - picked).mean())
+    losses = kwm.Perplexity(model, chunk_size=2).losses(texts, verbose=0)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_logits_of_few_positions_are_held(model):
+    sizes = []
+    embedding = model.backbone.token_embedding
+    call = embedding.call
+
+    def noting(inputs, reverse=False):
+        if reverse:
+            sizes.append(tuple(inputs.shape[:2]))
+        return call(inputs, reverse=reverse)
+
+    object.__setattr__(embedding, "call", noting)
+    try:
+        kwm.perplexity(model, TOKENS, batch_size=5, chunk_size=10, verbose=0)
+    finally:
+        object.__delattr__(embedding, "call")
+    assert sizes
+    assert all(rows * width <= 10 for rows, width in sizes)
+
+
+class Words:
+    """A preprocessor in which a word of n letters is token n."""
+
+    add_start_token = True
+
+    class Tokenizer:
+        start_token_id = 1
+
+        def __call__(self, text):
+            return [len(word) for word in text.split()]
+
+    tokenizer = Tokenizer()
+
+
+def test_strings_get_the_start_token_of_the_preprocessor(monkeypatch):
+    model = sequential()
+    object.__setattr__(model, "preprocessor", Words())
+    texts = ["one three a", "", "two"]
+    tokens = [[1, 3, 5, 1], [1], [1, 3]]
+    expected = kwm.perplexity(model, tokens, verbose=0)
+    assert kwm.perplexity(model, texts, verbose=0) == expected
+    assert kwm.perplexity(model, texts[0], verbose=0) == kwm.perplexity(
+        model, tokens[:1], verbose=0
+    )
+    monkeypatch.setattr(Words, "add_start_token", False)
+    assert kwm.perplexity(model, ["one three a"], verbose=0) == kwm.perplexity(
+        model, [[3, 5, 1]], verbose=0
+    )
+
+
+def test_half_precision(model):
+    config = model.backbone.get_config()
+    config.update(dtype="bfloat16", tie_word_embeddings=True)
+    backbone = keras_hub.models.Llama3Backbone(**config)
+    half = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    half.set_weights(model.get_weights())
+    expected = kwm.perplexity(model, TOKENS, verbose=0)
+    value = kwm.perplexity(half, TOKENS, verbose=0)
+    assert value == pytest.approx(expected, rel=0.05)
+
+
+def test_progress_bar(model, capsys):
+    value = kwm.perplexity(model, TOKENS, batch_size=5, name="dense")
+    shown = capsys.readouterr().out.rsplit("dense: ", 1)[1].split()[0]
+    assert float(shown) == pytest.approx(value, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        np.zeros((0, 4), int),
+        np.zeros((3, 1), int),
+        np.zeros(4, int),
+        np.zeros((2, 3)),
+        np.zeros((2, 3, 4), int),
+        7,
+        ["a string, and no preprocessor"],
+    ],
+)
+def test_wrong_texts(model, texts):
+    with pytest.raises(ValueError, match=r"texts|preprocessor"):
+        kwm.perplexity(model, texts, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("length", 0),
+        ("stride", 1.5),
+        ("stride", 2000),
+        ("batch_size", True),
+        ("chunk_size", -1),
+    ],
+)
+def test_wrong_arguments(model, argument, value):
+    with pytest.raises(ValueError, match=f"`{argument}`"):
+        kwm.Perplexity(model, **{argument: value})
+
+
+def test_inputs_that_are_not_known():
+    image = keras.Input((4,), name="image")
+    tokens = keras.Input((4,), name="token_ids")
+    model = keras.Model({"image": image, "token_ids": tokens}, image + tokens)
+    with pytest.raises(ValueError, match=r"\['image'\]"):
+        kwm.perplexity(model, TOKENS, verbose=0)
