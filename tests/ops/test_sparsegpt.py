@@ -121,7 +121,7 @@ def test_low_precision_keeps_its_dtype():
     x, w = make(16, 4)
     half = ops.cast(w, "bfloat16")
     result = sparsegpt(half, inverse_factor(x.T @ x), 2, 4)
-    assert str(result.dtype).endswith("bfloat16")
+    assert "bfloat16" in str(result.dtype)
     assert int(nm_violations(result, 2, 4)) == 0
 
 
@@ -132,7 +132,7 @@ def test_wrong_arguments():
         inverse_factor(np.full((4, 4), np.nan))
     with pytest.raises(ValueError, match="multiple of m"):
         sparsegpt(w, factor, 2, 3)
-    with pytest.raises(ValueError, match="factor.shape"):
+    with pytest.raises(ValueError, match=r"factor\.shape"):
         sparsegpt(w, factor[:4, :4], 2, 4)
     with pytest.raises(ValueError, match="`pattern`"):
         sparsegpt(w, factor, 5, 4)
