@@ -113,3 +113,38 @@ def principal_mask(x, count, rank, axes=(0,), candidates=None):
     mask = np.zeros(near.size, bool)
     mask[best] = True
     return np.transpose(mask.reshape(moved.shape), np.argsort(order))
+
+
+def sparsegpt(w, h, n, m, damping=0.01):
+    """SparseGPT, an input after the other, each with an inverse of its own.
+
+    `h` is the second moment of the inputs. Removing weight j when those before
+    it are settled costs `w_j**2 / inv[0, 0]`, inv being the inverse of what is
+    left of the damped `h`, and moves the rest by its first row.
+    """
+    w = w.astype("float64").copy()
+    size, units = w.shape
+    h = h + damping * np.mean(np.diag(h)) * np.eye(size)
+    inverses = [np.linalg.inv(h[j:, j:]) for j in range(size)]
+    keep = np.zeros(w.shape, bool)
+    for j in range(size):
+        if j % m == 0:
+            for unit in range(units):
+                cost = [
+                    w[j + i, unit] ** 2 / inverses[j + i][0, 0]
+                    for i in range(m)
+                ]
+                best = sorted(range(m), key=lambda i: (-cost[i], i))[:n]
+                keep[j + np.array(best), unit] = True
+        for unit in range(units):
+            if not keep[j, unit]:
+                row = inverses[j][0]
+                w[j:, unit] -= w[j, unit] / row[0] * row
+                w[j, unit] = 0.0
+    return w
+
+
+def wanda(w, x, n, m):
+    """Wanda: the largest |w| times the norm of its input, in each group."""
+    norms = np.sqrt((x.astype("float64") ** 2).sum(axis=0))
+    return np.where(nm_mask(np.abs(w) * norms[:, None], n, m, 0), w, 0.0)
