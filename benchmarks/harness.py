@@ -9,7 +9,7 @@ import sys
 import tempfile
 
 
-def run_worker(script, backend, *arguments):
+def run_worker(script, backend, *arguments, environment=None):
     """Runs a benchmark script for one backend, in a process of its own.
 
     Args:
@@ -17,6 +17,7 @@ def run_worker(script, backend, *arguments):
             result there.
         backend: String, a backend of Keras.
         *arguments: Strings, for the command line.
+        environment: Dict of variables to set in the process, if any.
 
     Returns:
         The result.
@@ -29,6 +30,7 @@ def run_worker(script, backend, *arguments):
                 "TF_CPP_MIN_LOG_LEVEL": "3",
                 **os.environ,
                 "KERAS_BACKEND": backend,
+                **(environment or {}),
             },
             check=True,
         )

@@ -54,6 +54,8 @@ from keras_weightmods.sparsity.report import assert_sparse as assert_sparse
 from keras_weightmods.sparsity.report import sparsity_report as sparsity_report
 from keras_weightmods.sparsity.scaling import attach_scaling as attach_scaling
 from keras_weightmods.sparsity.scaling import fold_scaling as fold_scaling
+from keras_weightmods.sparsity.sparsify import SparsifyReport as SparsifyReport
+from keras_weightmods.sparsity.sparsify import sparsify as sparsify
 from keras_weightmods.targets import Target as Target
 from keras_weightmods.targets import Targets as Targets
 from keras_weightmods.targets import find_targets as find_targets

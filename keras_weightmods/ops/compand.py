@@ -2,6 +2,7 @@
 
 import collections.abc
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -44,15 +45,14 @@ def compand(v, a, b, function="arctan"):
     """
     rule = _checked(function, a, b)
     v, a, b, dtype = _widened(v, a, b)
-    scalars = _is_scalar(a) and _is_scalar(b)
-    if scalars and keras.backend.backend() == "torch":
+    if not (_is_scalar(a) and _is_scalar(b)):
+        w = a * rule.apply(v / b)
+    elif keras.backend.backend() == "torch":
         from keras_weightmods.backend.torch.compand import compand as fused
 
         w = fused(v, a, b, function)
-    elif scalars and ops.is_tensor(a) and ops.is_tensor(b):
-        w = _compand_by_scalars(v, a, b, function)
     else:
-        w = a * rule.apply(v / b)
+        w = _compand_by_scalars(v, a, b, function)
     return ops.cast(w, dtype)
 
 
@@ -138,28 +138,66 @@ def compand_limit(a, b, function, dtype="float32"):
 
 
 def _compand_by_scalars(v, a, b, function):
-    """`compand` for scalar tensors `a` and `b`, with their sums in `_dot`."""
-    rule = _FUNCTIONS[function]
+    """`compand` for scalars `a` and `b`, each direction in one pass."""
+    forward, backward = map(_compiled, (_forward, _backward))
+    if not (ops.is_tensor(a) or ops.is_tensor(b)):
+        # Numbers stay constants of the program.
+
+        @ops.custom_gradient
+        def apply_fixed(v):
+            def gradient(*args, upstream=None):
+                if upstream is None:
+                    (upstream,) = args
+                return _compiled(_slope)(v, upstream, a, b, function)
+
+            return forward(v, a, b, function), gradient
+
+        return apply_fixed(v)
 
     @ops.custom_gradient
     def apply(v, a, b):
-        w = a * rule.apply(v / b)
+        w = forward(v, a, b, function)
 
         def gradient(*args, upstream=None):
             if upstream is None:
                 (upstream,) = args
-            to_v = upstream * (a / b * rule.derivative(v / b))
-            return to_v, _dot(upstream, w) / a, -_dot(to_v, v) / b
+            return backward(v, w, upstream, a, b, function)
 
         return w, gradient
 
+    a, b = (ops.convert_to_tensor(p, v.dtype) for p in (a, b))
     return apply(v, a, b)
 
 
+def _forward(v, a, b, function):
+    return a * _FUNCTIONS[function].apply(v / b)
+
+
+def _slope(v, upstream, a, b, function):
+    return upstream * (a / b * _FUNCTIONS[function].derivative(v / b))
+
+
+def _backward(v, w, upstream, a, b, function):
+    to_v = _slope(v, upstream, a, b, function)
+    return to_v, _dot(upstream, w) / a, -_dot(to_v, v) / b
+
+
+@functools.cache
+def _compiled(function):
+    if keras.backend.backend() != "tensorflow":
+        return function
+    from keras_weightmods.backend.tensorflow.compiled import compiled
+
+    return compiled(function)
+
+
 def _dot(x, y):
-    """Sum of the products, in two steps, of which XLA vectorizes the first."""
-    columns = ops.reshape(x * y, (-1, x.shape[-1] if x.shape else 1))
-    return ops.sum(ops.sum(columns, axis=0))
+    """Sum of the products; its first rows by halves, which XLA vectorizes."""
+    rows = ops.reshape(x * y, (-1, x.shape[-1] if x.shape else 1))
+    while rows.shape[0] % 2 == 0:
+        half = rows.shape[0] // 2
+        rows = rows[:half] + rows[half:]
+    return ops.sum(ops.sum(rows, axis=0))
 
 
 @ops.custom_gradient

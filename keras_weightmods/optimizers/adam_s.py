@@ -337,8 +337,8 @@ class AdamS(keras.optimizers.Optimizer):
             gradient,
             ops.cast(learning_rate, variable.dtype),
             ops.cast(self.iterations, "float32"),
-            axes=None if spec is None else spec.axes,
-            decay_rate=self._decay_rate_of(variable),
+            None if spec is None else spec.axes,
+            self._decay_rate_of(variable),
         )
         for name, value in stepped.items():
             self.assign(state[name], value)
@@ -348,7 +348,7 @@ class AdamS(keras.optimizers.Optimizer):
         if keras.backend.backend() != "tensorflow":
             return self._stepped
         if self._get_compiled_step is None:
-            from keras_weightmods.backend.tensorflow.adam_s import compiled
+            from keras_weightmods.backend.tensorflow.compiled import compiled
 
             step = compiled(self._stepped)
             # A closure, because Keras would track it for the export.

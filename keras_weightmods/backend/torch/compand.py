@@ -8,18 +8,20 @@ from torch.autograd.function import once_differentiable
 # Entries worked on at once on a CPU, to stay in its cache.
 _PIECE = 2**16
 
-# arctan(u) / u as a polynomial in u**2 for |u| <= 0.5, exact to 5e-9, highest
-# power first. Most weights lie there, and torch.arctan takes as long as 25
-# products.
-_SMALL = 0.5
-_COEFFICIENTS = (
-    -0.050803819,
-    0.101243911,
-    -0.141662025,
-    0.199932798,
-    -0.333331933,
-    0.999999995,
-)
+# arctan(u) / u as polynomials in u**2, exact to 1.2e-8 for |u| up to the key,
+# highest power first. Most weights lie there, and torch.arctan takes as long
+# as 25 products.
+_SERIES = {
+    0.25: (-0.129906206, 0.199505935, -0.33332723, 0.999999988),
+    0.5: (
+        -0.050803819,
+        0.101243911,
+        -0.141662025,
+        0.199932798,
+        -0.333331933,
+        0.999999995,
+    ),
+}
 
 
 def compand(v, a, b, function):
@@ -31,9 +33,9 @@ def compand(v, a, b, function):
 def compand_derivative(v, a, b, function):
     """As in `ops`, with the same conditions, and not differentiable."""
     slope = torch.empty_like(v)
-    for u, piece in _pieces(v, slope):
-        _DERIVATIVE[function](torch.div(u, b, out=piece), _one(v))
-        piece.mul_(a / b)
+    rule = _rule(function, v, a, b)
+    for stored, piece in _pieces(v, slope):
+        rule.slope(stored, _one(v), piece)
     return slope
 
 
@@ -41,9 +43,10 @@ class _Compand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, a, b, function):
         w = torch.empty_like(v)
+        rule = _rule(function, v, a, b)
         for stored, piece in _pieces(v, w):
-            _APPLY[function](torch.div(stored, b, out=piece)).mul_(a)
-        ctx.function = function
+            rule.apply(stored, piece)
+        ctx.rule = rule
         ctx.scalars = a, b
         ctx.save_for_backward(v, w)
         return w
@@ -54,55 +57,103 @@ class _Compand(torch.autograd.Function):
         v, w = ctx.saved_tensors
         a, b = ctx.scalars
         _, needs_a, needs_b, _ = ctx.needs_input_grad
-        derivative = _DERIVATIVE[ctx.function]
         to_v = torch.empty_like(v)
         to_a = to_b = None
         for stored, weight, up, piece in _pieces(v, w, upstream, to_v):
-            derivative(torch.div(stored, b, out=piece), up)
-            piece.mul_(a / b)
+            ctx.rule.slope(stored, up, piece)
             if needs_a:
-                dot = torch.dot(up.reshape(-1), weight.reshape(-1)) / a
+                dot = torch.dot(up.reshape(-1), weight.reshape(-1))
                 to_a = dot if to_a is None else to_a + dot
             if needs_b:
-                dot = torch.dot(piece.reshape(-1), stored.reshape(-1)) / -b
+                dot = torch.dot(piece.reshape(-1), stored.reshape(-1))
                 to_b = dot if to_b is None else to_b + dot
-        return to_v, to_a, to_b, None
+        return (
+            to_v,
+            None if to_a is None else to_a / a,
+            None if to_b is None else to_b / -b,
+            None,
+        )
 
 
 def _pieces(*tensors):
     """Yields views of the tensors, piece by piece where that is of use."""
-    if (
-        tensors[0].device.type != "cpu"
-        or not all(t.is_contiguous() for t in tensors)
-        or torch.compiler.is_compiling()
-    ):
+    if not _on_cpu(tensors[0]) or not all(t.is_contiguous() for t in tensors):
         yield tensors
         return
     yield from zip(*(t.detach().view(-1).split(_PIECE) for t in tensors))
+
+
+def _on_cpu(v):
+    return v.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _one(v):
     return torch.ones((), dtype=v.dtype, device=v.device)
 
 
-def _arctan(u):
-    """The arc tangent, in place."""
-    if (
-        u.device.type != "cpu"
-        or u.dtype != torch.float32
-        or torch.compiler.is_compiling()
-    ):
-        return u.atan_()
-    low, high = torch.aminmax(u)
-    # Not so for NaN either.
-    if not (low >= -_SMALL and high <= _SMALL):
-        return u.atan_()
-    terms = [torch.tensor(c) for c in _COEFFICIENTS]
-    square = u * u
-    series = torch.addcmul(terms[1], square, terms[0])
-    for term in terms[2:]:
-        torch.addcmul(term, series, square, out=series)
-    return u.mul_(series)
+def _rule(function, v, a, b):
+    if function == "arctan" and v.dtype == torch.float32 and _on_cpu(v):
+        a, b = float(a), float(b)
+        # So that no power of them overflows below.
+        if all(1e-3 <= p <= 1e3 for p in (a, b)):
+            return _SmallArctan(a, b)
+    return _Rule(a, b, function)
+
+
+class _Rule:
+    """A function of `compand`: its values, its derivative times `upstream`."""
+
+    def __init__(self, a, b, function):
+        self.a, self.b = a, b
+        self.function = function
+
+    def apply(self, v, out):
+        _APPLY[self.function](torch.div(v, self.b, out=out)).mul_(self.a)
+
+    def slope(self, v, upstream, out):
+        u = torch.div(v, self.b, out=out)
+        _DERIVATIVE[self.function](u, upstream)
+        out.mul_(self.a / self.b)
+
+
+class _SmallArctan(_Rule):
+    """The arc tangent in fewer passes: `a` and `b` are in the constants."""
+
+    def __init__(self, a, b):
+        super().__init__(a, b, "arctan")
+        self.series = {
+            limit * b: [
+                torch.tensor(a * c / b ** (2 * power + 1))
+                for power, c in zip(reversed(range(len(series))), series)
+            ]
+            for limit, series in _SERIES.items()
+        }
+        self.ratio = torch.tensor(b / a)
+
+    def apply(self, v, out):
+        low, high = torch.aminmax(v)
+        # For NaN there is none.
+        series = next(
+            (
+                terms
+                for limit, terms in self.series.items()
+                if low >= -limit and high <= limit
+            ),
+            None,
+        )
+        if series is None:
+            super().apply(v, out)
+            return
+        square = v * v
+        torch.addcmul(series[1], square, series[0], out=out)
+        for term in series[2:]:
+            torch.addcmul(term, out, square, out=out)
+        out.mul_(v)
+
+    def slope(self, v, upstream, out):
+        # a / b / (1 + (v / b)**2), with one product and one division.
+        torch.addcmul(self.ratio, v, v, value=1 / (self.a * self.b), out=out)
+        torch.div(upstream, out, out=out)
 
 
 # The derivatives at u, times `upstream`, in place of u.
@@ -122,7 +173,7 @@ def _erf_slope(u, upstream):
     u.square_().neg_().exp_().mul_(2 / math.sqrt(math.pi)).mul_(upstream)
 
 
-_APPLY = {"arctan": _arctan, "arsinh": torch.asinh_, "erf": torch.erf_}
+_APPLY = {"arctan": torch.atan_, "arsinh": torch.asinh_, "erf": torch.erf_}
 _DERIVATIVE = {
     "arctan": _arctan_slope,
     "arsinh": _arsinh_slope,
