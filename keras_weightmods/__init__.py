@@ -8,6 +8,7 @@ from keras_weightmods.compander import compand_model as compand_model
 from keras_weightmods.constraints.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )
+from keras_weightmods.evaluation.lm_eval import lm_eval_model as lm_eval_model
 from keras_weightmods.evaluation.perplexity import Perplexity as Perplexity
 from keras_weightmods.evaluation.perplexity import perplexity as perplexity
 from keras_weightmods.evaluation.scaling_law import ScalingLaw as ScalingLaw
@@ -53,6 +54,8 @@ from keras_weightmods.sparsity.report import assert_sparse as assert_sparse
 from keras_weightmods.sparsity.report import sparsity_report as sparsity_report
 from keras_weightmods.sparsity.scaling import attach_scaling as attach_scaling
 from keras_weightmods.sparsity.scaling import fold_scaling as fold_scaling
+from keras_weightmods.sparsity.sparsify import SparsifyReport as SparsifyReport
+from keras_weightmods.sparsity.sparsify import sparsify as sparsify
 from keras_weightmods.targets import Target as Target
 from keras_weightmods.targets import Targets as Targets
 from keras_weightmods.targets import find_targets as find_targets

@@ -95,3 +95,56 @@ def pack_24(kernel, dtype):
         values = values.reshape(blocks, rows * 8, 2, 16)
         values = values.transpose(0, 1, 3, 2)
     return values, meta.view(np.int32), scale if dtype == "int8" else None
+
+
+def principal_mask(x, count, rank, axes=(0,), candidates=None):
+    """The largest entries of the truncated SVD (LIFT), one after the other."""
+    axes = tuple(a % x.ndim for a in axes)
+    order = axes + tuple(a for a in range(x.ndim) if a not in axes)
+    moved = np.transpose(x, order).astype("float64")
+    rows = int(np.prod([x.shape[a] for a in axes]))
+    matrix = moved.reshape(rows, -1)
+    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+    near = sum(s[i] * np.outer(u[:, i], vh[i]) for i in range(rank))
+    near = np.abs(near).reshape(-1)
+    if candidates is not None:
+        near[~np.transpose(candidates, order).reshape(-1)] = -1.0
+    best = sorted(range(near.size), key=lambda i: (-near[i], i))[:count]
+    mask = np.zeros(near.size, bool)
+    mask[best] = True
+    return np.transpose(mask.reshape(moved.shape), np.argsort(order))
+
+
+def sparsegpt(w, h, n, m, damping=0.01):
+    """SparseGPT, an input after the other, each with an inverse of its own.
+
+    `h` is the second moment of the inputs. Removing weight j when those before
+    it are settled costs `w_j**2 / inv[0, 0]`, inv being the inverse of what is
+    left of the damped `h`, and moves the rest by its first row.
+    """
+    w = w.astype("float64").copy()
+    size, units = w.shape
+    h = h + damping * np.mean(np.diag(h)) * np.eye(size)
+    inverses = [np.linalg.inv(h[j:, j:]) for j in range(size)]
+    keep = np.zeros(w.shape, bool)
+    for j in range(size):
+        if j % m == 0:
+            for unit in range(units):
+                cost = [
+                    w[j + i, unit] ** 2 / inverses[j + i][0, 0]
+                    for i in range(m)
+                ]
+                best = sorted(range(m), key=lambda i: (-cost[i], i))[:n]
+                keep[j + np.array(best), unit] = True
+        for unit in range(units):
+            if not keep[j, unit]:
+                row = inverses[j][0]
+                w[j:, unit] -= w[j, unit] / row[0] * row
+                w[j, unit] = 0.0
+    return w
+
+
+def wanda(w, x, n, m):
+    """Wanda: the largest |w| times the norm of its input, in each group."""
+    norms = np.sqrt((x.astype("float64") ** 2).sum(axis=0))
+    return np.where(nm_mask(np.abs(w) * norms[:, None], n, m, 0), w, 0.0)

@@ -62,7 +62,13 @@ def test_public_names_have_examples():
         and not code_blocks(inspect.getdoc(value))
     ]
     # What users receive, never make.
-    assert missing == ["PackReport", "SparsityReport", "Target", "Targets"]
+    assert missing == [
+        "PackReport",
+        "SparsifyReport",
+        "SparsityReport",
+        "Target",
+        "Targets",
+    ]
 
 
 def test_readme_examples_run(tmp_path, monkeypatch):

@@ -15,4 +15,7 @@ from keras_weightmods.ops.packed import Packed as Packed
 from keras_weightmods.ops.packed import pack_kernel as pack_kernel
 from keras_weightmods.ops.packed import packed_arrays as packed_arrays
 from keras_weightmods.ops.packed import unpack_kernel as unpack_kernel
+from keras_weightmods.ops.principal_mask import (
+    principal_mask as principal_mask,
+)
 from keras_weightmods.ops.sparse_matmul import sparse_matmul as sparse_matmul

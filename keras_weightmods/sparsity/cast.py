@@ -15,6 +15,11 @@ from keras import ops
 from keras_weightmods.ops.nm import contraction_size, parse_pattern
 from keras_weightmods.optimizers.adam_s import AdamS
 from keras_weightmods.sparsity.calibration import input_norms
+from keras_weightmods.sparsity.data import (
+    batches,
+    holds_strings,
+    preprocessed,
+)
 from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
 from keras_weightmods.targets import Skipped, Targets, resolve_targets
 
@@ -672,28 +677,14 @@ class CAST(keras.distillation.Distiller):
         self.adam_s.set_importance(importance)
 
     def _preprocessed(self, x, y=None, sample_weight=None):
-        if not _holds_strings(x):
-            return x, y, sample_weight
-        if getattr(self.student, "preprocessor", None) is None:
-            raise ValueError(
-                "Raw strings need a KerasHub task with a `preprocessor`. "
-                f"Received: strings in `x`, for the model {self.student.name}"
-            )
-        preprocess = self.student.preprocess_samples
-        if hasattr(x, "map"):
-            return x.map(preprocess), y, sample_weight
-        outputs = preprocess(
-            keras.tree.map_structure(_to_python_strings, x), y, sample_weight
-        )
-        outputs = keras.tree.map_structure(_to_numpy, outputs)
-        return keras.utils.unpack_x_y_sample_weight(outputs)
+        return preprocessed(self.student, x, y, sample_weight)
 
     def _preprocessed_validation(self, data):
         if hasattr(data, "map"):
             return self._preprocessed(data)[0]
         if not isinstance(data, tuple):
             # Not a list of strings, taken by Keras as (x, y, ...).
-            return self._preprocessed(data) if _holds_strings(data) else data
+            return self._preprocessed(data) if holds_strings(data) else data
         data = keras.utils.unpack_x_y_sample_weight(data)
         return keras.utils.pack_x_y_sample_weight(*self._preprocessed(*data))
 
@@ -916,50 +907,6 @@ def _batch_count(x, batch_size, validation_split=0.0):
 
 def _first_batches(x, batch_size=None, sample_weight=None):
     """Pairs (inputs, sample weights) of the first batches of `x`."""
-    leaves = keras.tree.flatten(x)
-    if all(hasattr(leaf, "shape") for leaf in leaves):
-        size = batch_size or 32
-        stop = min(leaves[0].shape[0], _MEASURED_BATCHES * size)
-        for start in range(0, stop, size):
-            yield keras.tree.map_structure(
-                lambda a, first=start: (
-                    None if a is None else a[first : min(first + size, stop)]
-                ),
-                (x, sample_weight),
-            )
-        return
-    if isinstance(x, keras.utils.PyDataset):
-        count = x.num_batches
-        order = itertools.count() if count is None else range(count)
-        batches = (x[i] for i in order)
-    else:
-        batches = iter(x)
-    for batch in itertools.islice(batches, _MEASURED_BATCHES):
-        inputs, _, weights = keras.utils.unpack_x_y_sample_weight(batch)
-        yield keras.tree.map_structure(_to_numpy, (inputs, weights))
-
-
-def _holds_strings(x):
-    spec = getattr(x, "element_spec", x)
-    for leaf in keras.tree.flatten(spec):
-        if isinstance(leaf, (str, bytes)):
-            return True
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is not None and (
-            getattr(dtype, "kind", "") in ("U", "S", "O")
-            or "string" in str(dtype)
-        ):
-            return True
-    return False
-
-
-def _to_python_strings(x):
-    # KerasHub's tokenizers take lists, not arrays, of strings.
-    return x.tolist() if isinstance(x, np.ndarray) else x
-
-
-def _to_numpy(x):
-    # Also of a TensorFlow tensor, on every backend.
-    if x is None or not ops.is_tensor(x):
-        return None if x is None else np.asarray(x)
-    return ops.convert_to_numpy(x)
+    return itertools.islice(
+        batches(x, batch_size, sample_weight), _MEASURED_BATCHES
+    )

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_weightmods.sparsity.calibration import input_norms
+from keras_weightmods.sparsity.calibration import (
+    InputReader,
+    from_stack,
+    input_norms,
+    to_stack,
+)
 from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
 from keras_weightmods.targets import find_targets
 
@@ -76,19 +81,70 @@ def test_convolutions():
             keras.layers.Conv2D(8, 1, groups=2, data_format="channels_last"),
         ]
     )
-    targets = find_targets(model)
+    first, grouped = find_targets(model)
     x = normal((2, 6, 6, 4))
-    norms = dict(
-        zip(
-            [t.layer for t in targets],
-            input_norms(model, targets, [x]),
-            strict=True,
-        )
+    norms = input_norms(model, [first, grouped], [x])
+    # Each tap sees all but the rows and columns that it does not get to.
+    expected = [
+        root_mean_square(x[:, i : i + 4, j : j + 4], [3])
+        for i in range(3)
+        for j in range(3)
+    ]
+    np.testing.assert_allclose(norms[0], np.concatenate(expected), rtol=1e-5)
+    hidden = ops.convert_to_numpy(model.layers[0](x))
+    squares = root_mean_square(hidden, [3]).reshape(2, 4) ** 2
+    np.testing.assert_allclose(
+        norms[1], np.sqrt(squares.mean(axis=0)), rtol=1e-5
     )
-    # Each tap sees about the same, so they share the channel's norm.
-    expected = np.tile(root_mean_square(x, [3]), 9)
-    np.testing.assert_allclose(norms[model.layers[0]], expected, rtol=1e-5)
-    assert norms.get(model.layers[1]) is None
+
+
+LAST = {"data_format": "channels_last"}
+LAYERS = [
+    (keras.layers.Dense(6), (3, 4)),
+    (keras.layers.EinsumDense("...x,xy->...y", 6), (3, 4)),
+    (keras.layers.EinsumDense("bquh,uhm->bqm", (3, 6)), (3, 2, 4)),
+    (keras.layers.EinsumDense("bhqu,uhm->bqm", (3, 6)), (4, 3, 2)),
+    (keras.layers.EinsumDense("bei,eio->beo", (3, 5)), (3, 4)),
+    (keras.layers.EinsumDense("abc,cd->ad", 5), (3, 4)),
+    (keras.layers.Conv1D(6, 3, padding="causal", **LAST), (9, 4)),
+    (keras.layers.Conv1D(6, 3, dilation_rate=2, **LAST), (9, 4)),
+    (keras.layers.Conv2D(6, 3, padding="same", **LAST), (7, 6, 4)),
+    (keras.layers.Conv2D(6, (2, 3), (2, 1), "same", **LAST), (7, 6, 4)),
+    (keras.layers.Conv2D(6, 3, (3, 2), **LAST), (8, 9, 4)),
+    (keras.layers.Conv2D(6, 2, groups=2, **LAST), (5, 5, 4)),
+    (keras.layers.Conv3D(3, 2, padding="same", **LAST), (3, 4, 3, 2)),
+    (
+        keras.layers.DepthwiseConv2D(2, depth_multiplier=3, **LAST),
+        (5, 4, 2),
+    ),
+    (keras.layers.DepthwiseConv1D(3, strides=2, **LAST), (8, 4)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS)
+def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
+    model = keras.Sequential([keras.Input(shape), layer])
+    (target,) = find_targets(model, depthwise=True)
+    x = normal((3, *shape))
+    reader = InputReader.of(target)
+    rows, count = reader.rows(x)
+    kernel = normal(target.shape, 1)
+    target.variable.assign(kernel)
+    matrices = to_stack(kernel, target, reader.stacks)
+    assert rows.shape[:2] == (reader.stacks, count)
+    products = ops.convert_to_numpy(ops.matmul(rows, matrices))
+    outputs = ops.convert_to_numpy(model(x))
+    # (stacks, rows, units) in the order of the layer's own axes.
+    if reader.stacks > 1 and outputs.shape[-1] != products.shape[2]:
+        products = np.moveaxis(products, 0, 1)
+    elif reader.stacks > 1:
+        outputs = np.moveaxis(outputs, 1, 0)
+    np.testing.assert_allclose(
+        products.reshape(outputs.shape), outputs, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(from_stack(matrices, target)), kernel
+    )
 
 
 def test_a_nested_model_with_and_without_scales():

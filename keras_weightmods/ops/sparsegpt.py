@@ -1,0 +1,223 @@
+"""One-shot N:M pruning of a matrix, by what its inputs are like.
+
+A matrix is (K, R): K inputs, R units. Its inputs are known by their second
+moment `H = X^T X / rows`, of shape (K, K).
+"""
+
+import numpy as np
+from keras import ops
+
+from keras_weightmods.ops.nm import nm_mask, parse_pattern
+
+
+def wanda(matrix, norms, n, m):
+    """Keeps the n largest `|W_ij| * ||x_j||` in every group of m inputs.
+
+    Equation 1 of Wanda (arXiv 2306.11695), with the groups of its N:M form.
+
+    Args:
+        matrix: Float tensor of shape `(K, R)`.
+        norms: Array of shape `(K,)`, the norm of each input over the
+            calibration rows; only their ratios matter.
+        n: Int, weights kept in a group.
+        m: Int, inputs in a group; divides K.
+
+    Returns:
+        Tensor of the shape and dtype of `matrix`; what is kept is unchanged.
+
+    Raises:
+        ValueError: As `keras_weightmods.ops.nm_mask`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops.sparsegpt import wanda
+
+    matrix = np.array([[3.0], [2.0], [1.0], [1.0]], "float32")
+    kept = wanda(matrix, np.array([1.0, 1.0, 1.0, 9.0]), 2, 4)
+    assert np.array(kept)[:, 0].tolist() == [3.0, 0.0, 0.0, 1.0]
+    ```
+    """
+    matrix = ops.convert_to_tensor(matrix)
+    scores = matrix * ops.cast(norms, matrix.dtype)[:, None]
+    mask = nm_mask(scores, n, m, axis=0)
+    return ops.where(mask, matrix, ops.zeros_like(matrix))
+
+
+def inverse_factor(second_moment, damping=0.01):
+    """Factorizes the inverse of the damped second moment.
+
+    `U` is upper triangular with `U^T U = (H + d I)^-1`, where d is `damping`
+    times the mean of H's diagonal. `1 / U_jj**2` is what remains of the
+    variance of input j when the inputs after it are known: the price of
+    removing a weight of 1 there, if those after it make up for it (SparseGPT,
+    arXiv 2301.00774, section 3.2).
+
+    An input that is always zero needs no treatment of its own: d makes it
+    cheap to remove, and it is kept where its group has nothing better.
+
+    Args:
+        second_moment: Array of shape `(K, K)`, symmetric.
+        damping: Float > 0. Defaults to `0.01`.
+
+    Returns:
+        Float64 NumPy array of shape `(K, K)`.
+
+    Raises:
+        ValueError: If `second_moment` is not finite.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops.sparsegpt import inverse_factor
+
+    h = np.array([[2.0, 1.0], [1.0, 2.0]])
+    u = inverse_factor(h, damping=0.5)
+    assert np.allclose(u.T @ u, np.linalg.inv(h + np.eye(2)))
+    assert u[1, 0] == 0.0
+    ```
+    """
+    h = np.array(second_moment, "float64")
+    if not np.isfinite(h).all():
+        raise ValueError(
+            "The second moment of the inputs must be finite. Received: "
+            f"{int((~np.isfinite(h)).sum())} entries of {h.size} that are NaN "
+            "or infinite"
+        )
+    # Where all inputs are zero every weight is as good as another.
+    h[np.diag_indices_from(h)] += damping * h.diagonal().mean() or 1.0
+    # Turned around, the Cholesky factor is upper: H = R R^T, U = R^-1.
+    r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    return np.triu(np.linalg.inv(r))
+
+
+def sparsegpt(matrix, factor, n, m, block_size=128):
+    """Prunes to N:M and lets the weights that are left make up for it.
+
+    SparseGPT (arXiv 2301.00774, algorithm 1), with the groups of its N:M form:
+    the inputs are gone through in order; at the start of each group the n
+    weights of each unit with the largest `w_j**2 / U_jj**2` are kept; and the
+    error of each removed weight is spread over the weights of all later inputs,
+    by row j of `U`.
+
+    Args:
+        matrix: Float tensor of shape `(K, R)`.
+        factor: Array of shape `(K, K)`, from `inverse_factor`.
+        n: Int, weights kept in a group.
+        m: Int, inputs in a group; divides K.
+        block_size: Int, inputs after which the others are updated; rounded
+            down to whole groups. It changes the time alone. Defaults to
+            `128`.
+
+    Returns:
+        Tensor of the shape and dtype of `matrix`.
+
+    Raises:
+        ValueError: If `n:m` is no pattern, or the shapes do not fit.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops.sparsegpt import inverse_factor, sparsegpt
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 8)) @ rng.normal(size=(8, 8))
+    w = rng.normal(size=(8, 3)).astype("float32")
+    pruned = np.array(sparsegpt(w, inverse_factor(x.T @ x), 2, 4))
+    assert (np.count_nonzero(pruned.reshape(2, 4, 3), axis=1) == 2).all()
+    # The weights that are left have changed.
+    assert not np.isclose(pruned[pruned != 0], w[pruned != 0]).all()
+    ```
+    """
+    n, m = parse_pattern((n, m))
+    matrix = ops.convert_to_tensor(matrix)
+    size, units = matrix.shape
+    if size % m or np.shape(factor) != (size, size):
+        raise ValueError(
+            "`matrix` must have a multiple of m inputs, and `factor` a row "
+            f"and a column for each. Received: matrix.shape={(size, units)}, "
+            f"factor.shape={np.shape(factor)}, m={m}"
+        )
+    factor = np.asarray(factor, "float32")
+    block = max(m, block_size // m * m)
+    tail = ops.cast(matrix, "float32")
+    done = []
+    for start in range(0, size, block):
+        stop = min(start + block, size)
+        kept, errors = _pruned_block(
+            ops.slice(tail, (0, 0), (stop - start, units)),
+            factor[start:stop, start:stop],
+            n,
+            m,
+        )
+        done += kept
+        if stop < size:
+            spread = ops.convert_to_tensor(
+                np.ascontiguousarray(factor[start:stop, stop:].T)
+            )
+            rest = ops.slice(tail, (stop - start, 0), (size - stop, units))
+            tail = rest - ops.matmul(spread, ops.concatenate(errors))
+    return ops.cast(ops.concatenate(done), matrix.dtype)
+
+
+def reconstruction_error(before, after, second_moment):
+    """What pruning changes of the outputs: `|X W' - X W|^2 / |X W|^2`.
+
+    Args:
+        before: Tensor of shape `(K, R)`, the matrix W.
+        after: Tensor of the same shape, W'.
+        second_moment: Tensor of shape `(K, K)`.
+
+    Returns:
+        Pair of floats, the energy of the change and that of the outputs.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops.sparsegpt import reconstruction_error
+
+    w = np.ones((2, 1), "float32")
+    change, whole = reconstruction_error(w, w * 0.5, np.eye(2, dtype="float32"))
+    assert change / whole == 0.25
+    ```
+    """
+
+    def energy(matrix):
+        product = ops.matmul(second_moment, matrix)
+        return float(ops.convert_to_numpy(ops.sum(matrix * product)))
+
+    before = ops.cast(before, "float32")
+    return energy(ops.cast(after, "float32") - before), energy(before)
+
+
+def _pruned_block(block, factor, n, m):
+    """Groups of rows, pruned, and as many of their scaled errors."""
+    size, units = block.shape
+    roots = ops.convert_to_tensor(factor.diagonal().copy()[:, None])
+    kept, errors = [], []
+    for start in range(0, size, m):
+        group = ops.slice(block, (start, 0), (m, units))
+        scores = group / ops.slice(roots, (start, 0), (m, 1))
+        mask = nm_mask(scores, n, m, axis=0)
+        own = factor[start : start + m, start : start + m].tolist()
+        rows = [group[i] for i in range(m)]
+        group_errors = []
+        for i in range(m):
+            removed = ops.where(mask[i], ops.zeros_like(rows[i]), rows[i])
+            group_errors.append(removed / own[i][i])
+            for j in range(i + 1, m):
+                rows[j] = rows[j] - own[i][j] * group_errors[i]
+        group = ops.stack(rows)
+        kept.append(ops.where(mask, group, ops.zeros_like(group)))
+        errors.append(ops.stack(group_errors))
+        if start + m < size:
+            # Zero to the left of the group: what is done stays as it is.
+            spread = np.ascontiguousarray(factor[start : start + m].T)
+            block = block - ops.matmul(
+                ops.convert_to_tensor(spread), errors[-1]
+            )
+    return kept, errors

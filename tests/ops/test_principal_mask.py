@@ -1,0 +1,242 @@
+"""The fast selections against the singular value decomposition itself."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_weightmods.ops.principal_mask import (
+    METHODS,
+    SELECTIONS,
+    Selection,
+    low_rank_factors,
+    mask_indices,
+    principal_mask,
+)
+from tests import references
+
+
+def numpy_mask(*args, **kwargs):
+    return ops.convert_to_numpy(principal_mask(*args, **kwargs))
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (30, 30), (1, 9)])
+def test_equals_the_rule(shape, method):
+    x = normal(*shape)
+    rank = min(3, *shape)
+    mask = numpy_mask(x, density=0.2, filter_rank=rank, method=method)
+    count = round(0.2 * x.size)
+    assert mask.dtype == bool
+    assert np.array_equal(mask, references.principal_mask(x, count, rank))
+
+
+def test_is_not_magnitude():
+    """The largest weight stands alone: no leading direction holds it."""
+    x = np.outer(np.ones(8), np.r_[np.full(4, 2.0), np.zeros(8)])
+    x = x + 0.01 * normal(8, 12)
+    x[7, 11] = 3.0
+    principal = numpy_mask(x, density=1 / 3, filter_rank=1)
+    magnitude = numpy_mask(x, density=1 / 3, selection="magnitude")
+    expected = references.principal_mask(x, 32, 1)
+    assert np.array_equal(principal, expected)
+    assert not principal[7, 11]
+    assert magnitude[7, 11]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "stack"),
+    [
+        ((3, 8, 5), (0, 1), ()),
+        ((4, 12, 3), (1,), ()),
+        ((3, 3, 4, 6), (0, 1, 2), ()),
+        ((2, 8, 10), (1,), (0,)),
+        ((8, 2, 10), (0,), (1,)),
+        ((2, 3, 4, 6), (3,), (0, 1)),
+    ],
+)
+def test_axes(shape, axes, stack):
+    x = normal(*shape)
+    mask = numpy_mask(
+        x, density=0.25, filter_rank=2, contraction_axes=axes, stack_axes=stack
+    )
+    for place in np.ndindex(*(shape[axis] for axis in stack)):
+        at = [slice(None)] * x.ndim
+        for axis, index in zip(stack, place):
+            at[axis] = index
+        piece = x[tuple(at)]
+        others = [axis for axis in range(x.ndim) if axis not in stack]
+        expected = references.principal_mask(
+            piece,
+            round(0.25 * piece.size),
+            2,
+            tuple(others.index(axis) for axis in axes),
+        )
+        assert np.array_equal(mask[tuple(at)], expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.sampled_from([(1, 1), (3, 7), (8, 8)]),
+    rank=st.integers(1, 6),
+    selection=st.sampled_from(SELECTIONS),
+    levels=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_count_is_exact(shape, rank, selection, levels, seed):
+    """Also where many entries are equal."""
+    x = np.random.default_rng(seed).integers(levels, size=shape)
+    mask = numpy_mask(
+        x.astype("float32"), rank=rank, selection=selection, gradient=x
+    )
+    assert mask.sum() == min(sum(shape) * rank, x.size)
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "gradient", "random"])
+def test_selections_for_comparison(selection):
+    x, g = normal(10, 20), normal(10, 20, seed=1)
+    mask = numpy_mask(x, density=0.1, selection=selection, gradient=g, seed=3)
+    again = numpy_mask(x, density=0.1, selection=selection, gradient=g, seed=3)
+    assert mask.sum() == 20
+    assert np.array_equal(mask, again)
+    if selection != "random":
+        scores = np.abs(x if selection == "magnitude" else g)
+        assert scores[mask].min() > scores[~mask].max()
+        return
+    other = numpy_mask(x, density=0.1, selection=selection, seed=4)
+    assert not np.array_equal(mask, other)
+
+
+def test_ties_keep_the_earlier():
+    mask = numpy_mask(np.ones((4, 6)), density=0.25, selection="magnitude")
+    assert mask.reshape(-1).tolist() == [True] * 6 + [False] * 18
+
+
+def test_blocks():
+    x = normal(16, 24)
+    mask = numpy_mask(x, density=0.25, filter_rank=2, block=4)
+    assert mask.sum() == 96
+    blocks = mask.reshape(4, 4, 6, 4).sum(axis=(1, 3))
+    assert set(np.unique(blocks)) == {0, 16}
+    u, s, vh = np.linalg.svd(x.astype("float64"), full_matrices=False)
+    near = np.abs((u[:, :2] * s[:2]) @ vh[:2])
+    sums = near.reshape(4, 4, 6, 4).sum(axis=(1, 3))
+    assert sums[blocks == 16].min() > sums[blocks == 0].max()
+
+
+def test_candidates():
+    x = normal(12, 16)
+    candidates = np.random.default_rng(1).random((12, 16)) < 0.3
+    mask = numpy_mask(x, density=0.1, filter_rank=2, candidates=candidates)
+    expected = references.principal_mask(x, 19, 2, candidates=candidates)
+    assert np.array_equal(mask, expected)
+    with pytest.raises(ValueError, match="as many candidates"):
+        principal_mask(x, density=0.9, candidates=candidates)
+
+
+SPECTRA = {
+    "decaying": lambda n: 10.0 ** (-np.arange(n) / 20),
+    "with a spike": lambda n: np.r_[1e4, np.linspace(1.5, 0.5, n - 1)],
+    "of low rank": lambda n: np.r_[np.linspace(2, 1, 20), np.zeros(n - 20)],
+    "zero": np.zeros,
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_krylov_on_hard_spectra(spectrum):
+    n, rank = 160, 8
+    random = np.random.default_rng(0)
+    u, v = (np.linalg.qr(random.normal(size=(n, n)))[0] for _ in "uv")
+    x = (u * SPECTRA[spectrum](n)) @ v.T
+    masks = [
+        numpy_mask(x, density=0.05, filter_rank=rank, method=method)
+        for method in ("krylov", "exact")
+    ]
+    shared = np.count_nonzero(masks[0] & masks[1]) / masks[1].sum()
+    assert shared >= 0.99
+
+
+def test_krylov_starts_from_the_last_basis():
+    x = normal(120, 200)
+    _, (basis,) = principal_mask(
+        x, density=0.05, filter_rank=6, method="krylov", return_basis=True
+    )
+    basis = ops.convert_to_numpy(basis)
+    assert basis.shape == (120, 6)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(6), atol=1e-3)
+    moved = x + 0.01 * normal(120, 200, seed=1)
+    again = numpy_mask(
+        moved, density=0.05, filter_rank=6, method="krylov", start=[basis]
+    )
+    exact = numpy_mask(moved, density=0.05, filter_rank=6, method="exact")
+    assert np.count_nonzero(again & exact) >= 0.99 * exact.sum()
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30)])
+@pytest.mark.parametrize("method", ["gram", "krylov", "exact"])
+def test_factors(shape, method):
+    x = normal(*shape)
+    left, right = low_rank_factors(x, 4, method)
+    u, s, vh = np.linalg.svd(x.astype("float64"), full_matrices=False)
+    expected = (u[:, :4] * s[:4]) @ vh[:4]
+    product = ops.convert_to_numpy(left) @ ops.convert_to_numpy(right)
+    # The Krylov method stops when places have settled, not values.
+    error = np.linalg.norm(product - expected) / np.linalg.norm(expected)
+    assert error < (0.1 if method == "krylov" else 1e-4)
+
+
+def test_half_precision_is_selected_in_float32():
+    x = ops.cast(normal(16, 24), "bfloat16")
+    mask = numpy_mask(x, density=0.1, filter_rank=2)
+    wide = ops.convert_to_numpy(ops.cast(x, "float32"))
+    assert np.array_equal(mask, references.principal_mask(wide, 38, 2))
+
+
+def test_default_rank_of_the_filter():
+    assert Selection(rank=5).rank_of_filter(40, 60) == 5
+    assert Selection(density=0.05).rank_of_filter(4096, 4096) == 102
+    assert Selection(density=0.05).rank_of_filter(3, 3) == 1
+    assert Selection(rank=50).rank_of_filter(40, 60) == 40
+
+
+def test_indices_rise():
+    mask = normal(5, 7) > 0
+    indices = mask_indices(ops.convert_to_tensor(mask))
+    assert indices.dtype == "int32"
+    assert np.array_equal(indices, np.flatnonzero(mask))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({}, "Give one of `rank`"),
+        ({"rank": 2, "density": 0.1}, "Give one of `rank`"),
+        ({"rank": 0}, "`rank` must be an int"),
+        ({"rank": 2.5}, "`rank` must be an int"),
+        ({"density": 0.0}, "`density` must be a share"),
+        ({"density": 1.5}, "`density` must be a share"),
+        ({"density": True}, "`density` must be a share"),
+        ({"density": 0.001}, "Not one entry"),
+        ({"rank": 1, "filter_rank": 0}, "`filter_rank` must be an int"),
+        ({"rank": 1, "selection": "largest"}, "`selection` must be one of"),
+        ({"rank": 1, "method": "svd"}, "`method` must be one of"),
+        ({"rank": 1, "seed": -1}, "`seed` must be"),
+        ({"rank": 1, "block": 4}, "must be multiples of `block`"),
+        ({"rank": 1, "selection": "gradient"}, "needs `gradient`"),
+    ],
+)
+def test_errors(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        principal_mask(normal(6, 8), **arguments)
+
+
+def test_a_kernel_that_is_not_finite():
+    x = normal(6, 8)
+    x[2, 3] = np.nan
+    with pytest.raises(ValueError, match="must be finite"):
+        principal_mask(x, rank=1)

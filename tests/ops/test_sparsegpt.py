@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_weightmods.ops import nm_violations
+from keras_weightmods.ops.sparsegpt import (
+    inverse_factor,
+    reconstruction_error,
+    sparsegpt,
+    wanda,
+)
+from tests import references
+
+
+def make(size, units, rows=200, seed=0):
+    """Inputs that hang together, of different sizes, and a matrix."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(size, size)) * rng.uniform(0.2, 3, size)
+    x = rng.normal(size=(rows, size)) @ mix
+    return x, rng.normal(size=(size, units)).astype("float32")
+
+
+def pruned(w, h, n=2, m=4, damping=0.01, **kwargs):
+    factor = inverse_factor(h, damping)
+    return ops.convert_to_numpy(sparsegpt(w, factor, n, m, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("size", "n", "m"), [(24, 2, 4), (24, 1, 4), (24, 3, 8), (8, 2, 4)]
+)
+@pytest.mark.parametrize("block_size", [1, 10, 128])
+def test_sparsegpt_is_the_reference(size, n, m, block_size):
+    x, w = make(size, 5)
+    h = x.T @ x / len(x)
+    expected = references.sparsegpt(w, h, n, m)
+    actual = pruned(w, h, n, m, block_size=block_size)
+    np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-4)
+    np.testing.assert_array_equal(actual == 0, expected == 0)
+    assert actual.dtype == np.float32
+    assert int(nm_violations(actual, n, m)) == 0
+
+
+def test_the_factor():
+    x, _ = make(12, 1)
+    h = x.T @ x / len(x)
+    u = inverse_factor(h, 0.1)
+    damped = h + 0.1 * np.trace(h) / 12 * np.eye(12)
+    np.testing.assert_allclose(u.T @ u, np.linalg.inv(damped), rtol=1e-8)
+    np.testing.assert_array_equal(u, np.triu(u))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6), st.data())
+def test_invariants(groups, units, seed, data):
+    m = data.draw(st.sampled_from([2, 4, 8]))
+    n = data.draw(st.integers(1, m))
+    # Also fewer rows than inputs, so that only the damping makes it regular.
+    rows = data.draw(st.integers(1, 40))
+    x, w = make(groups * m, units, rows, seed)
+    result = pruned(w, x.T @ x, n, m)
+    counts = np.count_nonzero(result.reshape(groups, m, units), axis=1)
+    assert (counts <= n).all()
+    if n == m:
+        np.testing.assert_array_equal(result, w)
+    # The scale of the data changes nothing.
+    again = pruned(w, 64.0 * (x.T @ x), n, m)
+    np.testing.assert_allclose(again, result, rtol=1e-4, atol=1e-5)
+
+
+def test_independent_inputs_are_not_compensated():
+    _, w = make(16, 3)
+    variances = np.random.default_rng(1).uniform(0.5, 2, 16)
+    result = pruned(w, np.diag(variances))
+    expected = references.wanda(w, np.diag(np.sqrt(variances)), 2, 4)
+    # The damping moves scores a little, and no two of these are close.
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+def test_it_beats_what_does_not_compensate():
+    x, w = make(64, 32)
+    h = (x.T @ x / len(x)).astype("float32")
+
+    def error(result):
+        change, whole = reconstruction_error(w, result, h)
+        direct = np.sum((x @ (result - w)) ** 2) / np.sum((x @ w) ** 2)
+        assert change / whole == pytest.approx(direct, rel=1e-3)
+        return change / whole
+
+    norms = np.sqrt(np.diag(h))
+    by_wanda = ops.convert_to_numpy(wanda(w, norms, 2, 4))
+    by_magnitude = w * references.nm_mask(w, 2, 4, 0)
+    assert error(pruned(w, h)) < 0.7 * error(by_wanda)
+    assert error(by_wanda) < error(by_magnitude)
+
+
+def test_wanda_is_the_reference():
+    x, w = make(24, 5)
+    norms = np.sqrt((x**2).mean(axis=0))
+    for n, m in ((2, 4), (1, 4), (3, 8)):
+        actual = ops.convert_to_numpy(wanda(w, norms, n, m))
+        np.testing.assert_array_equal(actual, references.wanda(w, x, n, m))
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_inputs_that_are_always_zero(size):
+    _, w = make(size, 3)
+    x = np.random.default_rng(0).normal(size=(200, size))
+    x[:, [0, 2]] = 0
+    result = pruned(w, x.T @ x)
+    # The two live inputs of the first group are kept, and nothing else.
+    kept = [[False], [True], [False], [True]]
+    np.testing.assert_array_equal(result[:4] != 0, np.tile(kept, (1, 3)))
+    result = pruned(w, np.zeros((size, size)))
+    expected = w * references.nm_mask(w, 2, 4, 0)
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_low_precision_keeps_its_dtype():
+    x, w = make(16, 4)
+    half = ops.cast(w, "bfloat16")
+    result = sparsegpt(half, inverse_factor(x.T @ x), 2, 4)
+    assert "bfloat16" in str(result.dtype)
+    assert int(nm_violations(result, 2, 4)) == 0
+
+
+def test_wrong_arguments():
+    x, w = make(8, 2)
+    factor = inverse_factor(x.T @ x)
+    with pytest.raises(ValueError, match="finite"):
+        inverse_factor(np.full((4, 4), np.nan))
+    with pytest.raises(ValueError, match="multiple of m"):
+        sparsegpt(w, factor, 2, 3)
+    with pytest.raises(ValueError, match=r"factor\.shape"):
+        sparsegpt(w, factor[:4, :4], 2, 4)
+    with pytest.raises(ValueError, match="`pattern`"):
+        sparsegpt(w, factor, 5, 4)
