@@ -147,12 +147,14 @@ class _SmallArctan(_Rule):
 
     def _series_for(self, low, high):
         """The shortest series for the range; None if there is none, or NaN."""
-        for limit, coefficients in _SERIES.items():
-            if low >= -limit * self.b and high <= limit * self.b:
-                break
-        else:
+        limit = next(
+            (x for x in _SERIES if low >= -x * self.b and high <= x * self.b),
+            None,
+        )
+        if limit is None:
             return None
         if limit not in self.series:
+            coefficients = _SERIES[limit]
             powers = range(2 * len(coefficients) - 1, 0, -2)
             highest, *rest = (
                 self.a * c / self.b**p for c, p in zip(coefficients, powers)
