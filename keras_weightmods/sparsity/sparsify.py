@@ -246,20 +246,13 @@ def sparsify(
                 f"data of type {type(data).__name__}, which is empty"
             )
     pruner = OneShot(n, m, method, damping, block_size)
-    # Copies: on torch an array shares the memory of the variable.
-    before = [np.array(ops.convert_to_numpy(t.variable)) for t in usable]
     progress = keras.utils.Progbar(
         len(usable),
         unit_name="kernel",
         verbose=verbose,
         stateful_metrics=["output error"],
     )
-    try:
-        kernels = pruner(model, usable, calibration, progress)
-    except BaseException:
-        for target, value in zip(usable, before):
-            target.variable.assign(value)
-        raise
+    kernels = pruner(model, usable, calibration, progress)
     return SparsifyReport(f"{n}:{m}", method, tuple(kernels), tuple(skipped))
 
 
@@ -289,7 +282,7 @@ class OneShot:
         self.block_size = block_size
 
     def __call__(self, model, targets, calibration=None, progress=None):
-        """Prunes `targets`, changing the model until it is done or fails.
+        """Prunes all of `targets` or, on an error, none.
 
         Args:
             model: A built Keras model or layer.
@@ -313,10 +306,21 @@ class OneShot:
                     )
 
         targets = sorted(targets, key=lambda target: target.depth)
-        if calibration is None:
-            for target in targets:
-                prune([target], None)
-            return kernels
+        # Copies: on torch an array shares the memory of the variable.
+        before = [np.array(ops.convert_to_numpy(t.variable)) for t in targets]
+        try:
+            if calibration is None:
+                for target in targets:
+                    prune([target], None)
+            else:
+                self._walk(model, targets, calibration, prune)
+        except BaseException:
+            for target, value in zip(targets, before):
+                target.variable.assign(value)
+            raise
+        return kernels
+
+    def _walk(self, model, targets, calibration, prune):
         walk = _Walk(
             targets, [used_positions(weights) for _, weights in calibration]
         )
@@ -328,7 +332,6 @@ class OneShot:
             walk.run(model, calls, prune)
         for target in walk.pending:
             prune([target], None, _UNREACHED)
-        return kernels
 
     def _prune(self, group, moment, note):
         """Prunes kernels that share their inputs; yields what was done."""
