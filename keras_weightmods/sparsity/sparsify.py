@@ -560,7 +560,7 @@ class _SharedInputs:
 
 
 class _Enough(BaseException):
-    """Ends a forward pass. No `Exception`: Keras adds to those what it knows."""
+    """Ends a forward pass. Keras would add a message to an `Exception`."""
 
 
 def _calibration_batches(model, data, batch_size):
