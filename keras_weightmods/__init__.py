@@ -8,6 +8,7 @@ from keras_weightmods.compander import compand_model as compand_model
 from keras_weightmods.constraints.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )
+from keras_weightmods.evaluation.lm_eval import lm_eval_model as lm_eval_model
 from keras_weightmods.evaluation.perplexity import Perplexity as Perplexity
 from keras_weightmods.evaluation.perplexity import perplexity as perplexity
 from keras_weightmods.evaluation.scaling_law import ScalingLaw as ScalingLaw
