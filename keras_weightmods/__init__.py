@@ -37,6 +37,7 @@ from keras_weightmods.layers.compander_einsum_dense import (
 from keras_weightmods.layers.pack_report import PackReport as PackReport
 from keras_weightmods.layers.packing import pack as pack
 from keras_weightmods.layers.packing import unpack as unpack
+from keras_weightmods.merge_lora import merge_lora as merge_lora
 from keras_weightmods.optimizers.adam_s import AdamS as AdamS
 from keras_weightmods.optimizers.reparameterized_optimizer import (
     ReparameterizedOptimizer as ReparameterizedOptimizer,
