@@ -273,22 +273,25 @@ def quantized(runs):
 
 
 def fine_tuned(log):
-    """Every method of finetune_sparse.py."""
+    """Every method of examples/finetune_sparse.py."""
     if log is None:
-        return missing("finetune_sparse.py")
+        return (
+            "No log yet: `python examples/finetune_sparse.py --json "
+            "benchmarks/results/finetune_sparse.json` writes it."
+        )
     start = next(r for r in log["rows"] if r["method"] == "2:4, as it was")
     return "\n\n".join(
         [
             f"{log['model']}; {log['tokens']:,} tokens of {log['text']}, which "
-            "is the held-out text here; every model exactly 2:4 at the end; "
-            f"{log['machine']['cpu']}.",
+            "is the held-out text here; the unrelated text is the prose; "
+            f"{log['backend']}. Every model is exactly 2:4 at the end.",
             table(
-                ["method", "held-out", "x start", "unrelated", "trained"],
+                ["method", "held-out", "x start", "unrelated", "minutes"],
                 [
                     [
                         row["method"],
                         *quality([row], start),
-                        f"{row['trained']:,}",
+                        f"{row['seconds'] / 60:.1f}",
                     ]
                     for row in log["rows"]
                 ],
