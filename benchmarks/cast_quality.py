@@ -113,12 +113,25 @@ def make_methods(steps):
     """{name: function(model, rows) -> details, or None if nothing trains}."""
     return {
         "dense": lambda model, train: None,
-        "one-shot magnitude": one_shot_magnitude,
+        "one-shot magnitude": OneShot("magnitude"),
+        "one-shot Wanda": OneShot("wanda"),
+        "one-shot SparseGPT": OneShot("sparsegpt"),
         "dense fine-tuned": DenseFineTuning(2e-4),
         "fixed magnitude mask": FixedMask(5e-4),
         "SR-STE": StraightThroughTraining(3e-4, pull=2e-4, on_gradient=True),
         "AST": StraightThroughTraining(2e-4, pull=1e-4, on_gradient=False),
         "CAST": Cast(steps),
+        "CAST from Wanda": Cast(steps, init="wanda"),
+        "CAST from SparseGPT": Cast(steps, init="sparsegpt"),
+        "CAST from SparseGPT without distillation": Cast(
+            steps, init="sparsegpt", teacher=None
+        ),
+        "CAST from SparseGPT, mask free": Cast(
+            steps, init="sparsegpt", ramp=0.4, criterion="activation"
+        ),
+        "CAST from SparseGPT, eta 2/3": Cast(
+            steps, init="sparsegpt", distillation_weight=2 / 3
+        ),
         "CAST without distillation": Cast(steps, teacher=None),
         "CAST without scaling": Cast(steps, scaling_groups=0),
         "CAST magnitude criterion": Cast(steps, criterion="magnitude"),
@@ -132,11 +145,19 @@ def make_methods(steps):
     }
 
 
-def one_shot_magnitude(model, train):
-    import keras_weightmods as kwm
+class OneShot:
+    """No training; calibrated on the rows that a CAST start is made on."""
 
-    kwm.SemiStructuredSparse.attach(model)
-    kwm.SemiStructuredSparse.detach(model)
+    def __init__(self, method):
+        self.method = method
+
+    def __call__(self, model, train):
+        import keras_weightmods as kwm
+
+        inputs = train[:128, :-1]
+        data = {"token_ids": inputs, "padding_mask": inputs == inputs}
+        kwm.sparsify(model, "2:4", self.method, data, verbose=0)
+        kwm.assert_sparse(model)
 
 
 class DenseFineTuning:
@@ -278,25 +299,33 @@ def make_pulled_adam(rate, masks, pull, on_gradient, ramp_steps):
 class Cast:
     """The library's CAST; without arguments, its default recipe."""
 
-    def __init__(self, steps, teacher="self", scaling_groups=2, **kwargs):
+    def __init__(
+        self,
+        steps,
+        teacher="self",
+        scaling_groups=2,
+        init="dense",
+        distillation_weight=1 / 3,
+        **recipe,
+    ):
         self.steps = steps
-        self.teacher = teacher
-        self.scaling_groups = scaling_groups
-        self.kwargs = kwargs
+        self.settings = {
+            "teacher": teacher,
+            "scaling_groups": scaling_groups,
+            "init": init,
+            "distillation_weight": distillation_weight,
+        }
+        self.recipe = recipe
 
     def __call__(self, model, train):
         import keras_weightmods as kwm
 
-        kwargs = dict(self.kwargs)
-        weight = kwargs.pop("distillation_weight", None)
-        cast = kwm.CAST(
-            model,
-            teacher=self.teacher,
-            scaling_groups=self.scaling_groups,
-            **({} if weight is None else {"distillation_weight": weight}),
-        )
-        if kwargs:
-            recipe = {**kwm.CAST.default_recipe(), **kwargs}
+        cast = kwm.CAST(model, **self.settings)
+        recipe = {
+            **kwm.CAST.default_recipe(self.settings["init"]),
+            **self.recipe,
+        }
+        if self.recipe:
             peak = recipe.pop("learning_rate")
             optimizer = kwm.AdamS(
                 schedule(peak, len(train)),
@@ -304,6 +333,7 @@ class Cast:
                 **recipe,
             )
             cast.compile(optimizer)
+            recipe["learning_rate"] = peak
         else:
             cast.compile()
         monitor = kwm.SparsityMonitor()
@@ -320,7 +350,8 @@ class Cast:
             "largest_masked": history.history["largest_masked"][-1],
             "kept_share": history.history["kept_share"][-1],
             "scale_spread": round(spread, 4),
-            "recipe": {**kwm.CAST.default_recipe(), **self.kwargs},
+            "settings": self.settings,
+            "recipe": recipe,
         }
 
 

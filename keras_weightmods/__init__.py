@@ -11,6 +11,7 @@ from keras_weightmods.compander import compand_model as compand_model
 from keras_weightmods.constraints.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )
+from keras_weightmods.evaluation.lm_eval import lm_eval_model as lm_eval_model
 from keras_weightmods.evaluation.perplexity import Perplexity as Perplexity
 from keras_weightmods.evaluation.perplexity import perplexity as perplexity
 from keras_weightmods.evaluation.scaling_law import ScalingLaw as ScalingLaw
@@ -39,6 +40,7 @@ from keras_weightmods.layers.compander_einsum_dense import (
 from keras_weightmods.layers.pack_report import PackReport as PackReport
 from keras_weightmods.layers.packing import pack as pack
 from keras_weightmods.layers.packing import unpack as unpack
+from keras_weightmods.merge_lora import merge_lora as merge_lora
 from keras_weightmods.optimizers.adam_s import AdamS as AdamS
 from keras_weightmods.optimizers.masked_optimizer import (
     MaskedOptimizer as MaskedOptimizer,

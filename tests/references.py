@@ -49,7 +49,7 @@ class AdamS:
             l1 = self.l1
             if l1 == "auto":
                 l1 = self.l1_scale * np.sqrt(np.mean(self.squares))
-            a = min(1.0, t / (self.ramp * self.total))
+            a = self.pull_at(t)
             faded = (1 - a) * self.mu
             if self.decay == "published":
                 faded = faded + a * l1 * np.sign(self.w)
@@ -58,10 +58,13 @@ class AdamS:
         step = lr * (mixed / (1 - b1 ** (t + 1)))
         self.w = self.w - step / (np.sqrt(self.v / (1 - b2 ** (t + 1))) + eps)
         if self.axes is not None and self.decay == "relative":
-            a_next = min(1.0, (t + 1) / (self.ramp * self.total))
+            a_next = self.pull_at(t + 1)
             shrink = (1 - a_next) / (1 - a) if a < 1 else 0.0
             self.w = np.where(self.mask, self.w, shrink * self.w)
         self.t += 1
+
+    def pull_at(self, t):
+        return min(1.0, t / (self.ramp * self.total)) if self.ramp else 1.0
 
 
 def pack_24(kernel, dtype):

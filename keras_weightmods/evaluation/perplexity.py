@@ -5,7 +5,7 @@ import math
 import keras
 import numpy as np
 
-from keras_weightmods.evaluation.token_scorer import TokenScorer
+from keras_weightmods.evaluation.token_scorer import TokenScorer, longest_input
 
 
 def perplexity(
@@ -133,13 +133,10 @@ class Perplexity:
                 f"windows are left out. Received: stride={stride}, "
                 f"length={length}"
             )
-        self._fixed_length = _fixed_length(model)
-        if self._fixed_length is not None:
-            length = min(length, self._fixed_length)
-            stride = min(stride, length)
+        length = longest_input(model, length)
         self.model = model
         self.length = length
-        self.stride = stride
+        self.stride = min(stride, length)
         self.batch_size = batch_size
         self._score = TokenScorer(model, chunk_size)
 
@@ -181,6 +178,7 @@ class Perplexity:
 
     def _totals(self, texts, name, verbose):
         """Sum of losses and number of tokens scored, for each text."""
+        texts = [texts] if isinstance(texts, str) else texts
         sequences = token_sequences(self.model, texts)
         progress = keras.utils.Progbar(
             len(texts) if hasattr(texts, "__len__") else None,
@@ -188,6 +186,10 @@ class Perplexity:
             verbose=verbose,
             stateful_metrics=[name],
         )
+        length = self.length
+        if len(getattr(texts, "shape", ())) == 2:
+            # Not padded to more than all of them have.
+            length = max(1, min(length, texts.shape[1] - 1))
         sums: list[float] = []
         counts: list[int] = []
 
@@ -199,10 +201,11 @@ class Perplexity:
                     yield index, window, first
 
         for batch in _batches(windows(), self.batch_size):
-            width = self._width(batch, texts)
-            scores, _ = self._score(*_padded(batch, self.batch_size, width))
-            for (index, window, first), losses in zip(batch, scores):
-                new = losses[first : len(window) - 1].astype("float64")
+            scores = self._score.score_windows(
+                [window for _, window, _ in batch], self.batch_size, length
+            )
+            for (index, _, first), (losses, _) in zip(batch, scores):
+                new = losses[first:].astype("float64")
                 sums[index] += float(new.sum())
                 counts[index] += len(new)
             mean = sum(sums) / sum(counts)
@@ -213,15 +216,6 @@ class Perplexity:
                 f"{len(sums)} texts without any"
             )
         return np.asarray(sums), np.asarray(counts)
-
-    def _width(self, batch, texts):
-        """A length for a batch: one of few, since each compiles anew."""
-        if self._fixed_length is not None:
-            return self._fixed_length
-        if len(getattr(texts, "shape", ())) == 2:
-            return min(self.length, texts.shape[1] - 1)
-        longest = max(len(window) for _, window, _ in batch) - 1
-        return min(self.length, 1 << (longest - 1).bit_length())
 
     def _windows(self, tokens):
         """Yields windows of a text, and the first position to score."""
@@ -235,8 +229,6 @@ class Perplexity:
 
 def token_sequences(model, texts):
     """Yields the token ids of each text, as int32 vectors."""
-    if isinstance(texts, str):
-        texts = [texts]
     if keras.ops.is_tensor(texts):
         texts = keras.ops.convert_to_numpy(texts)
     if not hasattr(texts, "__iter__") or isinstance(texts, (bytes, dict)):
@@ -289,24 +281,6 @@ def _batches(items, size):
             batch = []
     if batch:
         yield batch
-
-
-def _padded(batch, rows, width):
-    """Token ids of shape (rows, width + 1), and the mask of the inputs."""
-    tokens = np.zeros((rows, width + 1), dtype="int32")
-    mask = np.zeros((rows, width), dtype=bool)
-    # A row of nothing but padding may give NaN.
-    mask[:, 0] = True
-    for row, used, (_, window, _) in zip(tokens, mask, batch):
-        row[: len(window)] = window
-        used[: len(window) - 1] = True
-    return tokens, mask
-
-
-def _fixed_length(model):
-    """The length that the model's inputs must have, or None."""
-    shapes = [tensor.shape for tensor in getattr(model, "inputs", None) or ()]
-    return next((shape[1] for shape in shapes if len(shape) == 2), None)
 
 
 def _exp(mean):

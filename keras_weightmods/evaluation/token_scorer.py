@@ -83,6 +83,36 @@ class TokenScorer:
             is_greedy.append(np.asarray(scores["is_greedy"])[:, new])
         return np.concatenate(losses, 1), np.concatenate(is_greedy, 1)
 
+    def score_windows(self, windows, rows, length):
+        """Scores a batch of windows of different lengths.
+
+        Args:
+            windows: List of int vectors, of two tokens or more.
+            rows: Int, to which the batch is filled up, so that each has one
+                shape.
+            length: Int, the most inputs that a window has.
+
+        Returns:
+            List of pairs (losses, is_greedy) of vectors, as long as the
+            window less one.
+        """
+        longest = max(map(len, windows)) - 1
+        # One of few lengths, since each compiles anew.
+        width = min(length, 1 << (longest - 1).bit_length())
+        width = fixed_length(self.model) or width
+        tokens = np.zeros((rows, width + 1), dtype="int32")
+        mask = np.zeros((rows, width), dtype=bool)
+        # A row of nothing but padding may give NaN.
+        mask[:, 0] = True
+        for row, used, window in zip(tokens, mask, windows):
+            row[: len(window)] = window
+            used[: len(window) - 1] = True
+        losses, is_greedy = self(tokens, mask)
+        return [
+            (losses[i, : len(window) - 1], is_greedy[i, : len(window) - 1])
+            for i, window in enumerate(windows)
+        ]
+
     def _build(self):
         variables = [id(variable) for variable in self.model.variables]
         if variables == self._built_for:
@@ -96,6 +126,22 @@ class TokenScorer:
         self._run_body = _compiled(_Body(self.model, body))
         self._run_head = _compiled(_Head(head))
         self._built_for = variables
+
+
+def fixed_length(model):
+    """The length that the model's inputs must have, or None."""
+    shapes = [tensor.shape for tensor in getattr(model, "inputs", None) or ()]
+    return next((shape[1] for shape in shapes if len(shape) == 2), None)
+
+
+def longest_input(model, length):
+    """`length`, or less where the model says that it takes less."""
+    limits = [
+        fixed_length(model),
+        # Of KerasHub's backbones, those with an embedding of positions.
+        getattr(getattr(model, "backbone", None), "max_sequence_length", None),
+    ]
+    return min([length, *(limit for limit in limits if limit)])
 
 
 class _Body(keras.Model):

@@ -83,7 +83,10 @@ class AdamS(keras.optimizers.Optimizer):
             gradient of each kernel over the first 10 steps. Used by
             `decay="published"` only. Defaults to `"auto"`.
         l1_scale: Float, the factor of `l1="auto"`. Defaults to `0.5`.
-        ramp: Float in (0, 1], the share of the run in which `a` reaches 1.
+        ramp: Float in [0, 1], the share of the run in which `a` reaches 1.
+            With 0, for `decay="relative"` only, what is masked is zero from
+            the first step on, and as zeros rank last the mask stays: a
+            training under the fixed mask of a model that is sparse already.
             Defaults to `1.0`.
         decay: `"published"` or `"relative"`. Defaults to `"published"`.
         criterion: What ranks the weights of a group: `"magnitude"` for `|w|`,
@@ -157,10 +160,13 @@ class AdamS(keras.optimizers.Optimizer):
         _check_positive("l1_scale", l1_scale)
         if l1 != "auto":
             _check_positive("l1", l1, 'a positive float or "auto"')
-        if not (_is_number(ramp) and 0 < ramp <= 1):
+        if not (_is_number(ramp) and 0 <= ramp <= 1) or (
+            not ramp and decay == "published"
+        ):
             raise ValueError(
                 "`ramp` is the share of the run in which the pull reaches its "
-                f"full strength, in (0, 1]. Received: ramp={ramp!r}"
+                'full strength, in (0, 1], or in [0, 1] with decay="relative". '
+                f"Received: ramp={ramp!r}, decay={decay!r}"
             )
         for name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
             if not (_is_number(beta) and 0 <= beta < 1):
@@ -579,6 +585,8 @@ class AdamS(keras.optimizers.Optimizer):
         return ops.cond(step < _AUTO_L1_STEPS, measure, lambda: old)
 
     def _ramp_at(self, step):
+        if not self.ramp:
+            return ops.ones_like(step)
         return ops.minimum(step / (self.ramp * self.total_steps), 1.0)
 
     def _shrink_at(self, step):

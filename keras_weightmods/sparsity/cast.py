@@ -21,20 +21,33 @@ from keras_weightmods.sparsity.data import (
     preprocessed,
 )
 from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
+from keras_weightmods.sparsity.sparsify import (
+    METHODS,
+    OneShot,
+    SparsifyReport,
+)
 from keras_weightmods.targets import Skipped, Targets, resolve_targets
 
-# The recipe that `compile(optimizer=None)` uses, chosen by
+# The recipes that `compile(optimizer=None)` uses, chosen by
 # benchmarks/cast_quality.py.
-_DEFAULT_RECIPE = {
+_FROM_DENSE = {
     "learning_rate": 1.5e-4,
     "decay": "relative",
     "ramp": 0.4,
     "criterion": "activation",
 }
+_FROM_SPARSE = {
+    "learning_rate": 2.5e-4,
+    "decay": "relative",
+    "ramp": 0.0,
+    "criterion": "magnitude",
+}
 _DEFAULT_WARMUP = 0.1
 
-# The importance of inputs is measured on so many batches.
+# The importance of inputs is measured on so many batches, and a one-shot start
+# is made on so many rows at least, as many as SparseGPT's authors take.
 _MEASURED_BATCHES = 8
+_CALIBRATION_ROWS = 128
 
 _TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -87,6 +100,12 @@ class CAST(keras.distillation.Distiller):
             none. Defaults to `2`.
         targets: A list from `find_targets(model)`, or `None` for all of them.
             Defaults to `None`.
+        init: `"dense"` to begin with the model as it is; or `"magnitude"`,
+            `"wanda"` or `"sparsegpt"`, a method of `sparsify` that makes the
+            model sparse in one shot when `fit` begins, on the first 128 rows
+            of its data. The default optimizer then trains under the mask of
+            that start; the teacher is the dense model still. Best where the
+            run is short. Defaults to `"dense"`.
         teacher_dtype: Dtype in which the copy of `teacher="self"` is kept,
             for example `"bfloat16"` for half the memory. `None` keeps the
             model's own. Defaults to `None`.
@@ -96,6 +115,8 @@ class CAST(keras.distillation.Distiller):
         targets: The kernels that get sparse.
         skipped: Paths of what stays dense, with reasons.
         teacher_bytes: Int, the memory of the teacher's weights.
+        init_report: The `SparsifyReport` of the one-shot start, once `fit`
+            has made it; `None` before.
 
     Raises:
         ValueError: For an argument outside the ranges above, an unbuilt
@@ -143,10 +164,16 @@ class CAST(keras.distillation.Distiller):
         temperature=1.0,
         scaling_groups=2,
         targets=None,
+        init="dense",
         teacher_dtype=None,
         name="cast",
     ):
         n, m = parse_pattern(pattern)
+        if init not in ("dense", *METHODS):
+            raise ValueError(
+                f"`init` must be one of {('dense', *METHODS)}. "
+                f"Received: init={init!r}"
+            )
         if not isinstance(model, keras.Model) or not model.built:
             raise ValueError(
                 "`model` must be a built `keras.Model`. Build it by calling "
@@ -241,6 +268,9 @@ class CAST(keras.distillation.Distiller):
                 raise
             _warn_about_outputs(model)
         self.n, self.m = n, m
+        self.init = init
+        self.init_report = None
+        self._is_started = init == "dense"
         self.scaling_groups = scaling_groups
         self.targets = Targets(usable, (*found.skipped, *left_dense))
         if twin is not None:
@@ -283,9 +313,9 @@ class CAST(keras.distillation.Distiller):
         )
 
     @staticmethod
-    def default_recipe():
+    def default_recipe(init="dense"):
         """The arguments of the `AdamS` of `compile(optimizer=None)`."""
-        return dict(_DEFAULT_RECIPE)
+        return dict(_FROM_DENSE if init == "dense" else _FROM_SPARSE)
 
     @property
     def adam_s(self):
@@ -298,11 +328,13 @@ class CAST(keras.distillation.Distiller):
 
         Args:
             optimizer: An `AdamS`, or `None` for one with this library's
-                recipe for short runs: the pull scaled to arrive at 40 % of the
-                run, the mask ranked by activation-weighted magnitude,
-                measured on the first batches, and a warm-up and linear decay
-                of the learning rate. Its `targets` and `total_steps` are
-                filled in where they are not given. Defaults to `None`.
+                recipe for short runs: from a dense start, the pull scaled to
+                arrive at 40 % of the run and the mask ranked by
+                activation-weighted magnitude, measured on the first batches;
+                from a one-shot start, its mask fixed. Both with a warm-up and
+                linear decay of the learning rate. Its `targets` and
+                `total_steps` are filled in where they are not given. Defaults
+                to `None`.
             loss: The loss on the labels. `None` takes the cross-entropy from
                 logits for a KerasHub language model, and is an error for any
                 other. Sample weights and masks apply to it and to the
@@ -315,7 +347,9 @@ class CAST(keras.distillation.Distiller):
         """
         is_default = optimizer is None
         if is_default:
-            optimizer = AdamS(pattern=self.pattern, **self.default_recipe())
+            optimizer = AdamS(
+                pattern=self.pattern, **self.default_recipe(self.init)
+            )
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         if not isinstance(inner, AdamS):
             raise ValueError(
@@ -480,15 +514,12 @@ class CAST(keras.distillation.Distiller):
             )
         self.optimizer.build(self.trainable_variables)
         self._check_all_sparsified()
-        if self.adam_s.criterion == "activation" and not taken:
-            if inspect.isgenerator(x):
-                first = list(itertools.islice(x, _MEASURED_BATCHES))
-                self._measure_importance(_first_batches(iter(first)))
-                x = (batch for batch in itertools.chain(first, x))
-            else:
-                self._measure_importance(
-                    _first_batches(x, batch_size, sample_weight)
-                )
+        if not taken:
+            read: list = []
+            source = _noting(x, read) if inspect.isgenerator(x) else x
+            self._start(source, batch_size, sample_weight, verbose)
+            if read:
+                x = (batch for batch in itertools.chain(read, x))
         return super().fit(
             x=x,
             y=y,
@@ -568,6 +599,8 @@ class CAST(keras.distillation.Distiller):
         )
 
     def save_own_variables(self, store):
+        if self.init != "dense":
+            store["is_started"] = np.asarray(self._is_started)
         if self._planned_batches is not None:
             store["planned_batches"] = np.asarray(self._planned_batches)
         for i, variable in enumerate(self._seed_states()):
@@ -580,6 +613,8 @@ class CAST(keras.distillation.Distiller):
         # Comes before the optimizer's own state, which loads only into one
         # that is built, and that takes the length of the run.
         keys = list(store.keys())
+        if "is_started" in keys:
+            self._is_started = bool(np.asarray(store["is_started"]))
         states = {
             device: np.asarray(store[f"random_state_{device}"])
             for device in ("cpu", "cuda")
@@ -613,7 +648,7 @@ class CAST(keras.distillation.Distiller):
         if self._optimizer_is_default:
             warmup = max(1, round(_DEFAULT_WARMUP * batches))
             optimizer.learning_rate = WarmupLinearDecay(
-                _DEFAULT_RECIPE["learning_rate"], warmup, batches
+                self.default_recipe(self.init)["learning_rate"], warmup, batches
             )
         self._planned_batches = batches
         # Compiled, it holds the length of an earlier plan.
@@ -658,6 +693,31 @@ class CAST(keras.distillation.Distiller):
             "a new `CAST`.",
             stacklevel=3,
         )
+
+    def _start(self, x, batch_size, sample_weight, verbose):
+        """What is done on the first batches, before the first step."""
+        is_ranked_by_inputs = self.adam_s.criterion == "activation"
+        if self._is_started and not is_ranked_by_inputs:
+            return
+        rows = 0 if self._is_started else _CALIBRATION_ROWS
+        first, enough = _first_batches(x, rows, batch_size, sample_weight)
+        if not self._is_started:
+            progress = keras.utils.Progbar(
+                len(self.targets),
+                unit_name="kernel",
+                verbose=1 if verbose in ("auto", 1) else 0,
+                stateful_metrics=["output error"],
+            )
+            start = OneShot(self.n, self.m, self.init)
+            kernels = start(
+                self.student, self.targets, first[:enough], progress
+            )
+            self.init_report = SparsifyReport(
+                self.pattern, self.init, tuple(kernels), self.skipped
+            )
+            self._is_started = True
+        if is_ranked_by_inputs:
+            self._measure_importance(first[:_MEASURED_BATCHES])
 
     def _measure_importance(self, batches):
         norms = input_norms(self.student, self.targets, batches, weighted=True)
@@ -905,8 +965,27 @@ def _batch_count(x, batch_size, validation_split=0.0):
     return count
 
 
-def _first_batches(x, batch_size=None, sample_weight=None):
-    """Pairs (inputs, sample weights) of the first batches of `x`."""
-    return itertools.islice(
-        batches(x, batch_size, sample_weight), _MEASURED_BATCHES
-    )
+def _first_batches(x, rows, batch_size=None, sample_weight=None):
+    """Pairs (inputs, sample weights) of the first batches of `x`.
+
+    Returns:
+        Pair of the list, as long as importance is measured on at least, and
+        of how many of them it takes for `rows` rows.
+    """
+    first: list = []
+    held = enough = 0
+    for batch in batches(x, batch_size, sample_weight):
+        first.append(batch)
+        if held < rows:
+            held += len(keras.tree.flatten(batch[0])[0])
+            enough = len(first)
+        if held >= rows and len(first) >= _MEASURED_BATCHES:
+            break
+    return first, enough
+
+
+def _noting(items, read):
+    """Yields `items`, and keeps them in `read`."""
+    for item in items:
+        read.append(item)
+        yield item

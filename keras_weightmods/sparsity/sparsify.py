@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -246,20 +247,13 @@ def sparsify(
                 f"data of type {type(data).__name__}, which is empty"
             )
     pruner = OneShot(n, m, method, damping, block_size)
-    # Copies: on torch an array shares the memory of the variable.
-    before = [np.array(ops.convert_to_numpy(t.variable)) for t in usable]
     progress = keras.utils.Progbar(
         len(usable),
         unit_name="kernel",
         verbose=verbose,
         stateful_metrics=["output error"],
     )
-    try:
-        kernels = pruner(model, usable, calibration, progress)
-    except BaseException:
-        for target, value in zip(usable, before):
-            target.variable.assign(value)
-        raise
+    kernels = pruner(model, usable, calibration, progress)
     return SparsifyReport(f"{n}:{m}", method, tuple(kernels), tuple(skipped))
 
 
@@ -289,7 +283,7 @@ class OneShot:
         self.block_size = block_size
 
     def __call__(self, model, targets, calibration=None, progress=None):
-        """Prunes `targets`, changing the model until it is done or fails.
+        """Prunes all of `targets` or, on an error, none.
 
         Args:
             model: A built Keras model or layer.
@@ -313,10 +307,21 @@ class OneShot:
                     )
 
         targets = sorted(targets, key=lambda target: target.depth)
-        if calibration is None:
-            for target in targets:
-                prune([target], None)
-            return kernels
+        # Copies: on torch an array shares the memory of the variable.
+        before = [np.array(ops.convert_to_numpy(t.variable)) for t in targets]
+        try:
+            if calibration is None:
+                for target in targets:
+                    prune([target], None)
+            else:
+                self._walk(model, targets, calibration, prune)
+        except BaseException:
+            for target, value in zip(targets, before):
+                target.variable.assign(value)
+            raise
+        return kernels
+
+    def _walk(self, model, targets, calibration, prune):
         walk = _Walk(
             targets, [used_positions(weights) for _, weights in calibration]
         )
@@ -328,7 +333,6 @@ class OneShot:
             walk.run(model, calls, prune)
         for target in walk.pending:
             prune([target], None, _UNREACHED)
-        return kernels
 
     def _prune(self, group, moment, note):
         """Prunes kernels that share their inputs; yields what was done."""
@@ -470,72 +474,93 @@ class _Walk:
             name = type(leader.layer).__name__
             prune([leader], None, f"the inputs of {name} cannot be read")
             return
-        moment = _SecondMoment(reader)
-        followers = [
-            _Follower(target, moment)
-            for target in here[1:]
-            if getattr(InputReader.of(target), "layout", None) == reader.layout
-        ]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(inputs_seen(leader.layer, moment.record))
-            for follower in followers:
-                stack.enter_context(
-                    inputs_seen(follower.target.layer, follower.record)
-                )
-            for used, (args, kwargs) in zip(self.used, calls):
-                moment.used = used
-                call(*args, **kwargs)
-        if not moment.count:
-            self._done([leader])
+        shared = _SharedInputs(reader, here)
+        shared.observe(call, calls, self.used)
+        self._done(shared.group)
+        if shared.count:
+            prune(shared.group, shared.second_moment)
+        else:
             prune([leader], None, _UNREACHED)
-            return
-        group = [leader, *(f.target for f in followers if f.has_the_same)]
-        self._done(group)
-        prune(group, moment.mean())
 
     def _done(self, group):
         gone = {id(target) for target in group}
         self.pending = [t for t in self.pending if id(t) not in gone]
 
 
-class _SecondMoment:
-    """Sums `X^T X` over the calls of a layer."""
+class _SharedInputs:
+    """Sums `X^T X` over the calls of a layer; finds who has the same X.
 
-    def __init__(self, reader):
+    Args:
+        reader: The `InputReader` of the first target.
+        targets: List of `Target`, the first of which counts, with those that
+            turn out to share its inputs.
+    """
+
+    def __init__(self, reader, targets):
         self.reader = reader
-        self.used = None
-        self.total: Any = None
+        self.targets = [
+            target
+            for target in targets
+            if getattr(InputReader.of(target), "layout", None) == reader.layout
+        ]
         self.count = 0
-        self.calls = 0
-        self.inputs = None
-
-    def record(self, inputs):
-        self.inputs = inputs
-        self.calls += 1
-        rows, count = self.reader.rows(inputs, self.used)
-        square = ops.matmul(ops.transpose(rows, (0, 2, 1)), rows)
-        self.total = square if self.total is None else self.total + square
-        self.count += count
-
-    def mean(self):
-        return self.total / self.count
-
-
-class _Follower:
-    """Notes whether a layer's inputs are always those of a `_SecondMoment`."""
-
-    def __init__(self, target, moment):
-        self.target = target
-        self.moment = moment
-        self.calls = self.same = 0
-
-    def record(self, inputs):
-        self.calls += 1
-        self.same += inputs is self.moment.inputs
+        self.total: Any = None
+        self.calls = [0] * len(self.targets)
+        self.same = [0] * len(self.targets)
+        self.inputs: Any = None
+        self.used: Any = None
+        self.sharing: set[int] = set()
+        self.left = 0
 
     @property
-    def has_the_same(self):
-        return self.same == self.calls == self.moment.calls
+    def group(self):
+        """The targets that have the same inputs in every call so far."""
+        return [self.targets[place] for place in self._places()]
+
+    @property
+    def second_moment(self):
+        """Tensor of shape (S, K, K)."""
+        return self.total / self.count
+
+    def observe(self, call, calls, used):
+        with contextlib.ExitStack() as stack:
+            for place, target in enumerate(self.targets):
+                record = functools.partial(self._record, place)
+                stack.enter_context(inputs_seen(target.layer, record))
+            for done, (args, kwargs) in enumerate(calls):
+                # As often as in each batch so far; the first one is run to
+                # its end to find out.
+                expected = self.calls[0] // done if done else 0
+                self.sharing = set(self._places())
+                self.left = expected * len(self.sharing)
+                self.used = used[done]
+                with contextlib.suppress(_Enough):
+                    call(*args, **kwargs)
+
+    def _record(self, place, inputs):
+        if place == 0:
+            self.inputs = inputs
+            rows, count = self.reader.rows(inputs, self.used)
+            square = ops.matmul(ops.transpose(rows, (0, 2, 1)), rows)
+            self.total = square if self.total is None else self.total + square
+            self.count += count
+        self.calls[place] += 1
+        self.same[place] += inputs is self.inputs
+        if place in self.sharing:
+            self.left -= 1
+            if self.left == 0:
+                raise _Enough
+
+    def _places(self):
+        return [
+            place
+            for place, (calls, same) in enumerate(zip(self.calls, self.same))
+            if same == calls == self.calls[0]
+        ]
+
+
+class _Enough(BaseException):
+    """Ends a forward pass. Keras would add a message to an `Exception`."""
 
 
 def _calibration_batches(model, data, batch_size):

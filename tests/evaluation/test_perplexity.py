@@ -156,6 +156,22 @@ def test_logits_of_few_positions_are_held(model):
     assert all(rows * width <= 10 for rows, width in sizes)
 
 
+def test_windows_are_no_longer_than_positions_are_embedded():
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=1,
+        num_heads=1,
+        hidden_dim=4,
+        intermediate_dim=4,
+        max_sequence_length=6,
+    )
+    model = keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+    text = np.random.default_rng(0).integers(0, VOCABULARY, 15)
+    (loss,) = kwm.Perplexity(model).losses([text], verbose=0)
+    expected = reference_losses(model, text, length=6).mean()
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
 class Words:
     """A preprocessor in which a word of n letters is token n."""
 

@@ -77,8 +77,9 @@ def schedule():
         {"l1": "auto", "decay": "published"},
         {"l1": 0.05, "decay": "published", "ramp": 0.5, "pattern": "1:4"},
         {"decay": "relative", "ramp": 0.7},
+        {"decay": "relative", "ramp": 0.0},
     ],
-    ids=["auto", "float", "relative"],
+    ids=["auto", "float", "relative", "fixed"],
 )
 def test_equals_float64_reference(kwargs):
     pairs = make_variables()
@@ -298,6 +299,7 @@ def test_masks_follow_the_importance():
         ({"l1_scale": 0}, "`l1_scale` must be"),
         ({"ramp": 0.0}, "`ramp` is"),
         ({"ramp": 1.5}, "`ramp` is"),
+        ({"ramp": -0.5, "decay": "relative"}, "`ramp` is"),
         ({"decay": "cosine"}, "`decay` must be one of"),
         ({"criterion": "random"}, "`criterion` must be one of"),
         ({"mask_every": 0}, "`mask_every` must be"),

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
+from keras_weightmods.sparsity import cast as cast_module
 from keras_weightmods.sparsity.cast import WarmupLinearDecay
 from keras_weightmods.utils.reparameterize import is_reparameterized
 
@@ -378,6 +379,108 @@ def test_a_fit_beyond_the_plan_is_warned_about(recwarn):
     assert_same(values(cast.student), before)
 
 
+# One-shot starts
+
+
+@pytest.mark.parametrize("init", ["magnitude", "wanda", "sparsegpt"])
+def test_a_start_is_sparsify_on_the_first_rows(init, monkeypatch):
+    monkeypatch.setattr(cast_module, "_CALIBRATION_ROWS", 20)
+    x, y = make_data(40)
+    expected = make_mlp()
+    kwm.sparsify(expected, "2:4", init, x[:20], batch_size=4, verbose=0)
+    model = make_mlp()
+    dense = ops.convert_to_numpy(model(x))
+    cast = kwm.CAST(model, init=init)
+    cast.compile(loss=cross_entropy())
+    assert cast.init_report is None
+    started(cast, x, y, batch_size=4)
+    sparse = [ops.convert_to_numpy(t.variable) for t in cast.targets]
+    for target, w in zip(kwm.find_targets(expected), sparse, strict=True):
+        np.testing.assert_allclose(
+            w, ops.convert_to_numpy(target.variable), rtol=1e-5
+        )
+    np.testing.assert_array_equal(ops.convert_to_numpy(cast.teacher(x)), dense)
+    assert [k.method for k in cast.init_report.kernels] == [init] * 2
+
+    # Not made again by another fit, whatever its data.
+    started(cast, x[20:], y[20:], batch_size=4)
+    assert_same(
+        [ops.convert_to_numpy(t.variable) for t in cast.targets], sparse
+    )
+
+    cast.fit(x, y, batch_size=4, epochs=2, verbose=0)
+    final = values(cast.finalize())
+    kwm.assert_sparse(model, "2:4")
+    kernels = [w for w in final if w.ndim == 2]
+    for before, after in zip(sparse, kernels, strict=True):
+        np.testing.assert_array_equal(after != 0, before != 0)
+        assert np.abs(after - before)[before != 0].min() > 0
+
+
+def test_a_start_whose_mask_goes_on_changing():
+    x, y = make_data(40)
+    cast = kwm.CAST(make_mlp(), init="sparsegpt", scaling_groups=0)
+    cast.compile(
+        kwm.AdamS(3e-2, decay="relative", ramp=0.5, criterion="activation"),
+        loss=cross_entropy(),
+    )
+    _, importance = started(cast, x, y, batch_size=4, epochs=4)
+    # Of the sparse model's inputs, where the first layer sees the data.
+    expected = np.sqrt((x[:32] ** 2).mean(axis=0))
+    np.testing.assert_allclose(importance[0], expected, rtol=1e-5)
+    before = [ops.convert_to_numpy(t.variable) != 0 for t in cast.targets]
+    cast.fit(x, y, batch_size=4, epochs=4, verbose=0)
+    sparse = cast.finalize()
+    kwm.assert_sparse(sparse, "2:4")
+    after = [w != 0 for w in values(sparse) if w.ndim == 2]
+    assert any((a != b).any() for a, b in zip(after, before, strict=True))
+
+
+def test_a_start_from_a_generator_loses_no_batch():
+    x, y = make_data(24)
+    finals = []
+    for as_generator in (False, True):
+        cast = compiled_cast(init="wanda")
+        data = Batches(x, y, 4)
+        if as_generator:
+            batches = [data[i] for i in range(6)]
+            data = (batch for batch in batches)
+        cast.fit(data, epochs=3, steps_per_epoch=2, shuffle=False, verbose=0)
+        finals.append(values(cast.finalize()))
+    assert_same(*finals)
+
+
+def test_a_start_is_in_the_checkpoint(tmp_path):
+    x, y = make_data()
+    path = tmp_path / "start.weights.h5"
+
+    def make():
+        return compiled_cast(init="sparsegpt")
+
+    cast = make()
+    started(cast, x, y, batch_size=4, epochs=2)
+    cast.save_weights(path)
+    fit = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
+    cast.fit(x, y, **fit)
+    whole = values(cast)
+    cast = make()
+    cast.load_weights(path)
+    cast.fit(x, y, **fit)
+    assert_same(values(cast), whole)
+    assert cast.init_report is None
+
+
+def test_a_start_that_fails_leaves_the_model_alone():
+    x, y = make_data()
+    cast = compiled_cast(init="sparsegpt")
+    before = values(cast.student)
+    with pytest.raises(ValueError, match="finite"):
+        cast.fit(np.full_like(x, np.nan), y, batch_size=4, verbose=0)
+    assert_same(values(cast.student), before)
+    cast.fit(x, y, batch_size=4, verbose=0)
+    kwm.assert_sparse(cast.finalize(), "2:4")
+
+
 # Losses
 
 
@@ -608,6 +711,7 @@ class Unbuilt(keras.Model):
     [
         ({"pattern": "4:2"}, "pattern"),
         ({"pattern": "2:5"}, "no kernel that fits"),
+        ({"init": "random"}, "`init`"),
         ({"teacher": "other"}, "`teacher`"),
         ({"teacher": np.ones(3)}, "`teacher`"),
         ({"teacher": None, "teacher_dtype": "bfloat16"}, "`teacher_dtype`"),

@@ -306,7 +306,7 @@ def test_the_walk_is_the_model_run_for_each_kernel(make, monkeypatch):
         if whole:
             monkeypatch.setattr(sparsify_module, "_graph_of", lambda _: None)
             monkeypatch.setattr(
-                sparsify_module._Follower, "has_the_same", False
+                sparsify_module._SharedInputs, "_places", lambda _: [0]
             )
         report = kwm.sparsify(
             model, "2:4", "sparsegpt", x, batch_size=8, verbose=0
@@ -340,14 +340,22 @@ def test_blocks_are_run_as_often_as_they_must():
     targets = kwm.find_targets(model)
     blocks = [count_calls(b) for b in model.backbone.transformer_layers]
     head = count_calls(model.backbone.token_embedding)
+    output = [
+        count_calls(b._feedforward_output_dense)
+        for b in model.backbone.transformer_layers
+    ]
     data = make_tokens()
     kwm.sparsify(
-        model, "2:4", "sparsegpt", data, targets, batch_size=6, verbose=0
+        model, "2:4", "sparsegpt", data, targets, batch_size=2, verbose=0
     )
     # Query, key and value share their inputs, and gate and value: 4 passes,
     # and one for the outputs, which nothing after the last block needs.
-    assert [len(calls) for calls in blocks] == [5, 5, 4]
-    assert len(head) == 1
+    batches = 3
+    assert [len(c) for c in blocks] == [5 * batches, 5 * batches, 4 * batches]
+    assert len(head) == batches
+    # A pass ends where its kernels have been reached, once the first batch
+    # has shown where that is.
+    assert [len(c) for c in output] == [4 + batches, 4 + batches, 4]
 
 
 def test_only_what_is_needed_is_kept(monkeypatch):

@@ -1,0 +1,285 @@
+"""Keras language models in EleutherAI's `lm-eval`."""
+
+import contextlib
+import functools
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_weightmods.evaluation.perplexity import start_token, tokenize
+from keras_weightmods.evaluation.token_scorer import TokenScorer, longest_input
+
+# Lengths that generation is compiled for are multiples of this.
+_LENGTH_STEP = 64
+
+
+def lm_eval_model(model, length=1024, batch_size=1, chunk_size=256):
+    """A KerasHub `CausalLM` as a model that `lm-eval` takes.
+
+    For the tasks of EleutherAI's harness: `loglikelihood` (multiple choice),
+    `loglikelihood_rolling` (perplexity) and `generate_until`, which decodes
+    greedily. Needs `pip install 'keras-weightmods[eval]'`. The weights are
+    read at each evaluation, so the model may be pruned, packed or trained
+    between two of them.
+
+    Args:
+        model: A `keras_hub.models.CausalLM` with a preprocessor. Dense,
+            sparse, packed or quantized. It is not changed.
+        length: Int, the most tokens that the model is fed; longer contexts
+            lose their beginning. Defaults to 1024.
+        batch_size: Int, rows in one forward pass. Defaults to 1.
+        chunk_size: Int, positions whose logits are held at once. Defaults to
+            256.
+
+    Returns:
+        An `lm_eval.api.model.LM`.
+
+    Raises:
+        ImportError: If `lm-eval` is not installed.
+        ValueError: If `model` is no `CausalLM` with a preprocessor, or a
+            number is none of 1 or more.
+
+    Example:
+
+    ```python
+    import keras_weightmods as kwm
+
+    def evaluate(model, tasks):
+        import lm_eval
+
+        return lm_eval.simple_evaluate(
+            model=kwm.lm_eval_model(model), tasks=tasks
+        )["results"]
+
+    # evaluate(model, ["hellaswag", "arc_easy"])
+    ```
+
+    Reference:
+        https://github.com/EleutherAI/lm-evaluation-harness
+    """
+    try:
+        from lm_eval.api.model import TemplateLM
+    except ImportError as error:
+        raise ImportError(
+            "`lm_eval_model` needs EleutherAI's lm-eval. Install it with: "
+            "pip install 'keras-weightmods[eval]'"
+        ) from error
+    if not (
+        isinstance(model, keras.Model)
+        and hasattr(model, "generate")
+        and getattr(model, "preprocessor", None) is not None
+    ):
+        raise ValueError(
+            "`model` must be a `keras_hub.models.CausalLM` with a "
+            f"`preprocessor`. Received: model={model!r}"
+        )
+    for name, value in (
+        ("length", length),
+        ("batch_size", batch_size),
+        ("chunk_size", chunk_size),
+    ):
+        if type(value) is not int or value < 1:
+            raise ValueError(
+                f"`{name}` must be an int of 1 or more. "
+                f"Received: {name}={value!r}"
+            )
+    return _class_for(TemplateLM)(model, length, batch_size, chunk_size)
+
+
+@functools.cache
+def _class_for(base):
+    # lm-eval is imported where it is used.
+    return type("KerasLM", (_KerasLM, base), {})
+
+
+class _KerasLM:
+    """What `lm_eval.api.model.TemplateLM` leaves to its subclasses."""
+
+    cache_hook: Any
+
+    def __init__(self, model, length, batch_size, chunk_size):
+        super().__init__()
+        self.model = model
+        self.length = longest_input(model, length)
+        self.batch_size = batch_size
+        self._scorer = TokenScorer(model, chunk_size)
+
+    @property
+    def eot_token_id(self):
+        return int(self.model.preprocessor.tokenizer.end_token_id)
+
+    @property
+    def prefix_token_id(self):
+        start = start_token(self.model)
+        return self.eot_token_id if start is None else int(start)
+
+    @property
+    def tokenizer_name(self):
+        # Requests are cached under it.
+        return f"keras_{type(self.model).__name__}_{self.model.name}"
+
+    def tok_encode(self, string, add_special_tokens=None, **kwargs):
+        del kwargs
+        tokens = tokenize(self.model, string).tolist()
+        start = start_token(self.model)
+        if start is not None and (
+            add_special_tokens is False or tokens[1:2] == [start]
+        ):
+            # Not a second one before that of a prompt.
+            tokens = tokens[1:]
+        return tokens
+
+    def _loglikelihood_tokens(self, requests, **kwargs):
+        del kwargs
+        pairs = [(context, scored) for _, context, scored in requests]
+        results = self._log_probabilities(pairs)
+        for (strings, _, _), result in zip(requests, results):
+            self.cache_hook.add_partial("loglikelihood", strings, result)
+        return results
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        from lm_eval.utils import (
+            get_rolling_token_windows,
+            make_disjoint_window,
+        )
+
+        del disable_tqdm
+        pairs, owners = [], []
+        for index, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in get_rolling_token_windows(
+                tokens, self.prefix_token_id, self.length, context_len=1
+            ):
+                pairs.append(make_disjoint_window(window))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        for index, (value, _) in zip(owners, self._log_probabilities(pairs)):
+            totals[index] += value
+        for request, total in zip(requests, totals):
+            self.cache_hook.add_partial(
+                "loglikelihood_rolling", request.args, total
+            )
+        return totals
+
+    def generate_until(self, requests, disable_tqdm=False):
+        del disable_tqdm
+        progress = _progress(len(requests), "generate_until")
+        results = []
+        with _greedy(self.model) as generate:
+            for request in requests:
+                context, options = request.args
+                result = self._generate(generate, context, dict(options))
+                self.cache_hook.add_partial(
+                    "generate_until", request.args, result
+                )
+                results.append(result)
+                progress.update(len(results))
+        return results
+
+    def _log_probabilities(self, pairs):
+        """(log probability, whether greedy) of the second of each pair."""
+        windows = []
+        for context, scored in pairs:
+            if not scored or len(scored) > self.length:
+                raise ValueError(
+                    "A continuation must have from one token to `length`. "
+                    f"Received: {len(scored)} tokens, length={self.length}"
+                )
+            windows.append([*context, *scored][-self.length - 1 :])
+        results: list[Any] = [None] * len(pairs)
+        # Those of one length together; the longest first, for its memory.
+        order = sorted(range(len(pairs)), key=lambda i: -len(windows[i]))
+        progress = _progress(len(pairs), "loglikelihood")
+        for first in range(0, len(order), self.batch_size):
+            batch = order[first : first + self.batch_size]
+            scores = self._scorer.score_windows(
+                [np.asarray(windows[i]) for i in batch],
+                self.batch_size,
+                self.length,
+            )
+            for i, (losses, is_greedy) in zip(batch, scores):
+                count = len(pairs[i][1])
+                results[i] = (
+                    -float(losses[-count:].sum(dtype="float64")),
+                    bool(is_greedy[-count:].all()),
+                )
+            progress.update(first + len(batch))
+        return results
+
+    def _generate(self, generate, context, options):
+        if options.get("do_sample"):
+            raise ValueError(
+                "`generate_until` decodes greedily. Set `do_sample: false` in "
+                f"the task's `generation_kwargs`. Received: {options}"
+            )
+        until = options.get("until") or []
+        until = [until] if isinstance(until, str) else list(until)
+        count = min(int(options.get("max_gen_toks", 256)), self.length - 1)
+        tokenizer = self.model.preprocessor.tokenizer
+        prompt = self.tok_encode(context)[-(self.length - count) :]
+        prompt = prompt or [self.prefix_token_id]
+        # A text that ends at such a token needs no more of them.
+        stops = [self.eot_token_id, getattr(tokenizer, "end_token2_id", None)]
+        stops += [
+            int(tokens[0])
+            for tokens in map(tokenizer, until)
+            if len(tokens) == 1
+        ]
+        stops = sorted({stop for stop in stops if stop is not None})
+        tokens = generate(prompt, count, stops)
+        for stop in (self.eot_token_id, getattr(tokenizer, "end_token2_id", 0)):
+            if stop in tokens:
+                tokens = tokens[: tokens.index(stop)]
+        # Of both together: alone, the first word could lose its space.
+        text = tokenizer.detokenize([*prompt, *tokens])
+        text = text[len(tokenizer.detokenize(prompt)) :]
+        for stop in until:
+            text = text.split(stop)[0] if stop else text
+        return text
+
+
+@contextlib.contextmanager
+def _greedy(model):
+    """A function (prompt, count, stops) -> new tokens, of greedy decoding."""
+    import keras_hub
+
+    missing = object()
+    before = {
+        name: getattr(model, name, missing)
+        for name in ("sampler", "generate_function")
+    }
+    model.sampler = keras_hub.samplers.GreedySampler()
+    model.generate_function = None
+    step = 1 if keras.backend.backend() == "torch" else _LENGTH_STEP
+
+    def generate(prompt, count, stops):
+        total = len(prompt) + count
+        width = max(total, longest_input(model, -(-total // step) * step))
+        # Generation ends where it sees a stop, also in what is not written yet.
+        filler = min(set(range(len(stops) + 1)) - set(stops))
+        tokens = np.full((1, width), filler, dtype="int32")
+        tokens[0, : len(prompt)] = prompt
+        mask = np.arange(width)[None] < len(prompt)
+        inputs = {"token_ids": tokens, "padding_mask": mask}
+        outputs = model.make_generate_function()(
+            keras.tree.map_structure(keras.ops.convert_to_tensor, inputs),
+            stop_token_ids=stops,
+        )
+        new = keras.ops.convert_to_numpy(outputs["token_ids"])[0]
+        used = keras.ops.convert_to_numpy(outputs["padding_mask"])[0]
+        chosen = slice(len(prompt), total)
+        return new[chosen][used[chosen].astype(bool)].tolist()
+
+    try:
+        yield generate
+    finally:
+        for name, value in before.items():
+            if value is missing:
+                delattr(model, name)
+            else:
+                setattr(model, name, value)
+
+
+def _progress(count, name):
+    return keras.utils.Progbar(count, unit_name=name)

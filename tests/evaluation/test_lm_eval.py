@@ -1,0 +1,277 @@
+import json
+import types
+
+import keras
+import numpy as np
+import pytest
+
+import keras_weightmods as kwm
+
+keras_hub = pytest.importorskip("keras_hub")
+
+LETTERS = "abcdefgh"
+
+
+@pytest.fixture(scope="module", params=["start token", "no start token"])
+def model(request):
+    keras.utils.set_random_seed(0)
+    special = ["<|endoftext|>"]
+    # "Ġ" is how byte-pair encoding writes a space, "Ċ" a line break.
+    tokens = [*special, *LETTERS, "Ġ", "Ċ", "ab", "Ġab"]
+    tokenizer = keras_hub.tokenizers.GPT2Tokenizer(
+        {token: i for i, token in enumerate(tokens)}, ["a b", "Ġ ab"]
+    )
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
+        tokenizer,
+        sequence_length=16,
+        add_start_token=request.param == "start token",
+    )
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=len(tokens),
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=32,
+        dropout=0.0,
+    )
+    model = keras_hub.models.GPT2CausalLM(backbone, preprocessor)
+    model.compile(sampler="top_k")
+    for variable in model.weights:
+        variable.assign(keras.random.normal(variable.shape))
+    return model
+
+
+def log_probabilities(model, tokens):
+    """Of each token after the first, and whether it is the likeliest."""
+    inputs = np.asarray(tokens[:-1], dtype="int32")[None]
+    logits = model({"token_ids": inputs, "padding_mask": np.ones_like(inputs)})
+    logits = keras.ops.convert_to_numpy(logits)[0].astype("float64")
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    places = np.arange(len(logits))
+    return logits[places, tokens[1:]], logits.argmax(-1) == tokens[1:]
+
+
+def encode(model, text):
+    tokens = [int(token) for token in model.preprocessor.tokenizer(text)]
+    return ([0] if model.preprocessor.add_start_token else []) + tokens
+
+
+def greedy(model, tokens, count):
+    tokens = list(tokens)
+    for _ in range(count):
+        inputs = np.asarray(tokens, dtype="int32")[None]
+        logits = model(
+            {"token_ids": inputs, "padding_mask": np.ones_like(inputs)}
+        )
+        tokens.append(int(keras.ops.argmax(logits[0, -1])))
+    return tokens
+
+
+def requests(*args):
+    return [types.SimpleNamespace(args=each, arguments=each) for each in args]
+
+
+@pytest.fixture
+def adapted(model):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    return kwm.lm_eval_model(model, length=12, batch_size=2, chunk_size=5)
+
+
+def test_loglikelihood(model, adapted):
+    pairs = [
+        ("ab cd", " ab"),
+        ("c", "b"),
+        ("c d ", "ef"),
+        ("defgh" * 4, "h"),
+    ]
+    results = adapted.loglikelihood(requests(*pairs))
+    for (context, continuation), (value, is_greedy) in zip(pairs, results):
+        whole = encode(model, context + continuation)
+        count = len(whole) - len(encode(model, context.rstrip()))
+        each, likeliest = log_probabilities(model, np.array(whole[-13:]))
+        assert value == pytest.approx(each[-count:].sum(), rel=1e-4)
+        assert is_greedy == likeliest[-count:].all()
+
+
+def test_loglikelihood_of_what_the_model_itself_says_is_greedy(model, adapted):
+    whole = greedy(model, encode(model, "cd"), 2)
+    continuation = whole[-2:]
+    request = (("", ""), whole[:-2], continuation)
+    ((_, is_greedy),) = adapted._loglikelihood_tokens([request])
+    assert is_greedy
+    other = (("", ""), whole[:-2], [(continuation[0] + 1) % 9, continuation[1]])
+    ((_, is_greedy),) = adapted._loglikelihood_tokens([other])
+    assert not is_greedy
+
+
+def test_empty_context_is_the_prefix_token(model, adapted):
+    ((value, _),) = adapted.loglikelihood(requests(("", "cde")))
+    tokens = np.array([0, *encode(model, "cde")[-3:]])
+    assert value == pytest.approx(
+        log_probabilities(model, tokens)[0].sum(), rel=1e-4
+    )
+
+
+def test_loglikelihood_rolling(model, adapted):
+    texts = [("abcdefgh " * 4,), ("c",)]
+    results = adapted.loglikelihood_rolling(requests(*texts))
+    for (text,), value in zip(texts, results):
+        tokens = [0, *model.preprocessor.tokenizer(text)]
+        expected, scored = 0.0, 1
+        while scored < len(tokens):
+            end = min(len(tokens), scored + 12)
+            # Each token once, after as much as fits.
+            window = np.array(tokens[max(0, end - 13) : end])
+            each, _ = log_probabilities(model, window)
+            expected += each[scored - end :].sum()
+            scored = end
+        assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_generate_until_is_greedy_and_leaves_the_model_alone(model, adapted):
+    sampler = model.sampler
+    text = model.preprocessor.tokenizer.detokenize
+    prompt = "ab cd"
+    tokens = greedy(model, encode(model, prompt), 4)
+    start = encode(model, prompt)
+    new = tokens[len(start) :]
+    if 0 in new:
+        new = new[: new.index(0)]
+    whole = text([*start, *new])[len(text(start)) :]
+    stop = whole[len(whole) // 2 :][:1] or "zz"
+    results = adapted.generate_until(
+        requests(
+            (prompt, {"until": ["zz"], "max_gen_toks": 4}),
+            (prompt, {"until": stop, "max_gen_toks": 4}),
+            (prompt, {"max_gen_toks": 1}),
+        )
+    )
+    assert results[0] == whole
+    assert results[1] == whole.split(stop)[0]
+    assert results[2] == text([*start, *new[:1]])[len(text(start)) :]
+    assert model.sampler is sampler
+    with pytest.raises(ValueError, match="greedily"):
+        adapted.generate_until(requests((prompt, {"do_sample": True})))
+    assert model.sampler is sampler
+
+
+def test_local_tasks_of_a_dense_a_sparse_and_a_packed_model(
+    model, tmp_path, monkeypatch
+):
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    documents = [
+        {"question": "ab c", "choices": ["d", "ef"], "answer": 0},
+        {"question": "h g", "choices": ["f", "ba"], "answer": 1},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, documents)))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(data)},
+            "cache_dir": str(tmp_path / "datasets"),
+        },
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+    }
+    tasks = [
+        {
+            **common,
+            "task": "letters_choice",
+            "output_type": "multiple_choice",
+            "doc_to_target": "{{answer}}",
+            "doc_to_choice": "{{choices}}",
+            "metric_list": [{"metric": "acc"}],
+        },
+        {
+            **common,
+            "task": "letters_rolling",
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{question}}",
+            "metric_list": [{"metric": "word_perplexity"}],
+        },
+        {
+            **common,
+            "task": "letters_generate",
+            "output_type": "generate_until",
+            "doc_to_target": "{{choices[answer]}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 2},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    ]
+    for task in tasks:
+        (tmp_path / f"{task['task']}.yaml").write_text(json.dumps(task))
+
+    def evaluate():
+        manager = TaskManager(
+            include_path=str(tmp_path), include_defaults=False
+        )
+        results = lm_eval.simple_evaluate(
+            model=kwm.lm_eval_model(model),
+            tasks=[task["task"] for task in tasks],
+            task_manager=manager,
+            bootstrap_iters=0,
+        )["results"]
+        return {
+            "acc": results["letters_choice"]["acc,none"],
+            "perplexity": results["letters_rolling"]["word_perplexity,none"],
+            "match": results["letters_generate"]["exact_match,none"],
+        }
+
+    def expected():
+        hits, total, words = 0, 0.0, 0
+        for document in documents:
+            values = []
+            for choice in document["choices"]:
+                whole = encode(model, f"{document['question']} {choice}")
+                count = len(whole) - len(encode(model, document["question"]))
+                each, _ = log_probabilities(model, np.array(whole))
+                values.append(each[-count:].sum())
+            hits += int(np.argmax(values)) == document["answer"]
+            tokens = model.preprocessor.tokenizer(document["question"])
+            each, _ = log_probabilities(model, np.array([0, *tokens]))
+            total += each.sum()
+            words += len(document["question"].split())
+        return hits / len(documents), np.exp(-total / words)
+
+    weights = model.get_weights()
+    try:
+        found = {"dense": evaluate()}
+        accuracy, perplexity = expected()
+        assert found["dense"]["acc"] == accuracy
+        assert found["dense"]["perplexity"] == pytest.approx(perplexity, 1e-4)
+        kwm.SemiStructuredSparse.attach(model)
+        kwm.SemiStructuredSparse.detach(model)
+        found["sparse"] = evaluate()
+        accuracy, perplexity = expected()
+        assert found["sparse"]["acc"] == accuracy
+        assert found["sparse"]["perplexity"] == pytest.approx(perplexity, 1e-4)
+        kwm.pack(model)
+        found["packed"] = evaluate()
+        kwm.unpack(model)
+    finally:
+        model.set_weights(weights)
+    assert found["packed"] == pytest.approx(found["sparse"], rel=1e-3)
+    assert found["sparse"]["perplexity"] != found["dense"]["perplexity"]
+
+
+def test_wrong_arguments(model):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    with pytest.raises(ValueError, match="preprocessor"):
+        kwm.lm_eval_model(model.backbone)
+    with pytest.raises(ValueError, match="`length`"):
+        kwm.lm_eval_model(model, length=0)
+    adapted = kwm.lm_eval_model(model, length=2)
+    with pytest.raises(ValueError, match="continuation"):
+        adapted.loglikelihood(requests(("a", "bcdefg")))
+
+
+def test_without_lm_eval(model, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval.api.model", None)
+    with pytest.raises(ImportError, match=r"keras-weightmods\[eval\]"):
+        kwm.lm_eval_model(model)
