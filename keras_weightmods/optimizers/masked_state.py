@@ -38,6 +38,8 @@ class MaskedState(keras.optimizers.Optimizer):
     `_only_masked`.
     """
 
+    built: bool
+
     def _init_masks(self, masks):
         if masks is not None:
             masks = [
