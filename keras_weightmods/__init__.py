@@ -49,6 +49,9 @@ from keras_weightmods.optimizers.reparameterized_optimizer import (
     ReparameterizedOptimizer as ReparameterizedOptimizer,
 )
 from keras_weightmods.optimizers.sparse_adamw import SparseAdamW as SparseAdamW
+from keras_weightmods.saving.delta import apply_delta as apply_delta
+from keras_weightmods.saving.delta import remove_delta as remove_delta
+from keras_weightmods.saving.delta import save_delta as save_delta
 from keras_weightmods.saving.model import load_model as load_model
 from keras_weightmods.saving.model import save_model as save_model
 from keras_weightmods.signatures.combine import sum_signatures as sum_signatures
