@@ -178,6 +178,8 @@ def test_several_in_any_order(base, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_other_dtypes(tmp_path, dtype):
+    if dtype == "float64" and keras.backend.backend() == "jax":
+        pytest.skip("JAX has no float64 unless it is told to")
     model = make(dtype=dtype)
     old = values(model)
     model.set_weights(changed(old, 1))
