@@ -5,9 +5,9 @@
 
 Each way begins with the same 2:4 model and sees the same rows of text: all
 kept weights under a fixed mask; LoRA, merged under the mask of the base, and
-merged by magnitude. It prints the perplexity on held-out text of that kind and
-on the prose that the model was made 2:4 on, and checks that each model is
-exactly 2:4 at the end.
+merged by magnitude; and the principal weights alone (LIFT), zeros kept. It
+prints the perplexity on held-out text of that kind and on the prose that the
+model was made 2:4 on, and checks that each model is exactly 2:4 at the end.
 """
 
 import argparse
@@ -160,6 +160,15 @@ def lora(keep):
     return method
 
 
+def principal_weights(model, train, args):
+    import keras_weightmods as kwm
+
+    callback = kwm.PrincipalMaskCallback(
+        density=0.05, refresh_every=None, keep_pattern=True, seed=args.seed
+    )
+    fit(model, train, 1e-4, [callback])
+
+
 def fit(model, train, learning_rate, callbacks=()):
     import keras
 
@@ -191,6 +200,7 @@ METHODS = {
     "all kept weights, fixed mask": under_a_fixed_mask,
     "LoRA, merged under the mask": lora("mask"),
     "LoRA, merged by magnitude": lora("magnitude"),
+    "principal weights (LIFT)": principal_weights,
 }
 
 
