@@ -155,7 +155,8 @@ def lora(keep):
         fit(model, train, 5e-4)
         kwm.merge_lora(model, pattern="2:4", keep=keep)
         # KerasHub has frozen all the rest.
-        model.trainable = True
+        for layer in model.backbone.layers:
+            layer.trainable = True
 
     return method
 
