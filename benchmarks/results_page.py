@@ -130,7 +130,7 @@ def budgets(runs):
     if not runs:
         return missing("cast_llm.py")
     parts = []
-    for (model, pattern, start), group in grouped(runs):
+    for (model, pattern, start, evaluated), group in grouped(runs):
         rows = []
         for tokens, same in by_tokens(group):
             before, after = (
@@ -154,7 +154,8 @@ def budgets(runs):
         }
         parts.append(
             f"{model}, {pattern}, {start} start, dense "
-            f"{dense['held_out']:.1f} / {dense['unrelated']:.1f}; "
+            f"{dense['held_out']:.1f} / {dense['unrelated']:.1f} on "
+            f"{evaluated:,} held-out tokens; "
             f"{group[0]['dtype']}, {group[0]['backend']}; "
             f"{'; '.join(sorted(machines))}."
         )
@@ -178,7 +179,7 @@ def budgets(runs):
 def laws(runs):
     """The law through all budgets but the largest, and its error there."""
     parts = []
-    for (model, pattern, start), group in grouped(runs):
+    for (model, pattern, start, _), group in grouped(runs):
         points = [
             (tokens, math.log(run["perplexity"]["after_prune"]["held_out"]))
             for tokens, same in by_tokens(group)
@@ -348,11 +349,12 @@ def packed(log):
 
 
 def grouped(runs):
-    """Runs of one model, pattern and start; largest budget last."""
+    """Runs of one model, pattern and start, evaluated on the same tokens."""
     groups = collections.defaultdict(list)
     for run in runs:
-        key = run["model"], run["pattern"], run.get("init", "dense")
-        groups[key].append(run)
+        init = run.get("init", "dense")
+        evaluated = run["evaluated_tokens"]
+        groups[run["model"], run["pattern"], init, evaluated].append(run)
     return sorted(groups.items())
 
 
