@@ -12,6 +12,7 @@ _PIECE = 2**16
 # highest power first. Most weights lie there, and torch.arctan takes as long
 # as 25 products.
 _SERIES = {
+    0.1: (0.197876418, -0.333325394, 0.999999996),
     0.25: (-0.129906206, 0.199505935, -0.33332723, 0.999999988),
     0.5: (
         -0.050803819,
@@ -76,11 +77,14 @@ class _Compand(torch.autograd.Function):
 
 
 def _pieces(*tensors):
-    """Yields views of the tensors, piece by piece where that is of use."""
-    if not _on_cpu(tensors[0]) or not all(t.is_contiguous() for t in tensors):
-        yield tensors
-        return
-    yield from zip(*(t.detach().view(-1).split(_PIECE) for t in tensors))
+    """Views of the tensors, piece by piece where that is of use."""
+    if (
+        tensors[0].numel() <= _PIECE
+        or not _on_cpu(tensors[0])
+        or not all(t.is_contiguous() for t in tensors)
+    ):
+        return [tensors]
+    return zip(*(t.view(-1).split(_PIECE) for t in tensors))
 
 
 def _on_cpu(v):
@@ -121,31 +125,17 @@ class _SmallArctan(_Rule):
 
     def __init__(self, a, b):
         super().__init__(a, b, "arctan")
-        self.series = {
-            limit * b: [
-                torch.tensor(a * c / b ** (2 * power + 1))
-                for power, c in zip(reversed(range(len(series))), series)
-            ]
-            for limit, series in _SERIES.items()
-        }
         self.ratio = torch.tensor(b / a)
+        self.series = {}
 
     def apply(self, v, out):
-        low, high = torch.aminmax(v)
-        # For NaN there is none.
-        series = next(
-            (
-                terms
-                for limit, terms in self.series.items()
-                if low >= -limit and high <= limit
-            ),
-            None,
-        )
+        series = self._series_for(*(x.item() for x in torch.aminmax(v)))
         if series is None:
             super().apply(v, out)
             return
         square = v * v
-        torch.addcmul(series[1], square, series[0], out=out)
+        # A product with two scalars is a slow path of addcmul.
+        torch.add(series[1], square, alpha=series[0], out=out)
         for term in series[2:]:
             torch.addcmul(term, out, square, out=out)
         out.mul_(v)
@@ -154,6 +144,23 @@ class _SmallArctan(_Rule):
         # a / b / (1 + (v / b)**2), with one product and one division.
         torch.addcmul(self.ratio, v, v, value=1 / (self.a * self.b), out=out)
         torch.div(upstream, out, out=out)
+
+    def _series_for(self, low, high):
+        """The shortest series for the range; None if there is none, or NaN."""
+        limit = next(
+            (x for x in _SERIES if low >= -x * self.b and high <= x * self.b),
+            None,
+        )
+        if limit is None:
+            return None
+        if limit not in self.series:
+            coefficients = _SERIES[limit]
+            powers = range(2 * len(coefficients) - 1, 0, -2)
+            highest, *rest = (
+                self.a * c / self.b**p for c, p in zip(coefficients, powers)
+            )
+            self.series[limit] = highest, *torch.tensor(rest).unbind()
+        return self.series[limit]
 
 
 # The derivatives at u, times `upstream`, in place of u.

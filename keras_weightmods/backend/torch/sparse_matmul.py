@@ -1,7 +1,7 @@
 """`sparse_matmul` on torch: operators of `torch.library`.
 
 Eager and under `torch.compile`, with gradients. On a CPU the threads are
-torch's own, as many as `torch.get_num_threads()`.
+torch's own, as many as `torch.get_num_threads()`; one for small products.
 """
 
 import ctypes
@@ -83,7 +83,7 @@ def _matmul(x, values, meta, scale, n):
     weights = _weights(k, n, values, meta, scale)
     y = x.new_empty((*x.shape[:-1], n))
     native.library().kwm_matmul(
-        x.data_ptr(), rows, *weights, y.data_ptr(), *_threads()
+        x.data_ptr(), rows, *weights, y.data_ptr(), *_threads(rows * k * n)
     )
     return y
 
@@ -95,7 +95,7 @@ def _matmul_transposed(dy, values, meta, scale, k):
     weights = _weights(k, n, values, meta, scale)
     dx = dy.new_empty((*dy.shape[:-1], k))
     native.library().kwm_matmul_transposed(
-        dy.data_ptr(), rows, *weights, dx.data_ptr(), *_threads()
+        dy.data_ptr(), rows, *weights, dx.data_ptr(), *_threads(rows * k * n)
     )
     return dx
 
@@ -121,7 +121,7 @@ def _values_gradient(x, dy, meta):
         n,
         meta.data_ptr(),
         dvalues.data_ptr(),
-        *_threads(),
+        *_threads(rows * k * n),
     )
     return dvalues
 
@@ -238,10 +238,17 @@ def _check_trainable(values):
         )
 
 
-def _threads():
+# Products, of a dense kernel, below which one thread is used: to wake others
+# that sleep or that the machine has given other work takes longer.
+_ALONE = 2**22
+
+
+def _threads(products):
     """How the library shares the work: its function and the pool."""
     count = torch.get_num_threads()
-    return (None, None) if count == 1 else _openmp(count)
+    if count == 1 or products < _ALONE:
+        return None, None
+    return _openmp(count)
 
 
 class _OpenMP(ctypes.Structure):
