@@ -24,6 +24,7 @@ import time
 import harness
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+QUANTIZED = ("packed_int8", "int8", "int4")
 LOGS = ROOT / "benchmarks" / "results" / "cast_llm"
 
 
@@ -62,12 +63,20 @@ def parse_arguments():
     parser.add_argument(
         "--checkpoints", type=int, default=10, help="of one run, default: 10"
     )
+    parser.add_argument(
+        "--quantize",
+        default="packed_int8",
+        help=f"comma-separated, of {', '.join(QUANTIZED)}; default: the first",
+    )
     parser.add_argument("--json", help=f"default: in {LOGS.relative_to(ROOT)}")
     parser.add_argument("--save", help="a .keras file for the sparse model")
     args = parser.parse_args()
     for name in ("tokens", "batch_size", "length", "rows", "checkpoints"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    args.quantize = [mode for mode in args.quantize.split(",") if mode]
+    if not set(args.quantize) <= set(QUANTIZED):
+        parser.error(f"--quantize takes {', '.join(QUANTIZED)}")
     args.steps = args.tokens // (args.batch_size * args.length)
     if not args.steps:
         parser.error("--tokens must be enough for one batch of rows")
@@ -94,6 +103,7 @@ def run(args):
     measured = {}
 
     def record(name):
+        # Of the `model` of the moment.
         measure = Perplexity(model)
         measured[name] = {
             "held_out": measure(held_out, "held-out"),
@@ -113,9 +123,18 @@ def run(args):
     record("after_prune")
     if args.save:
         model.save(args.save)
-    if args.pattern in ("2:4", "1:4", "1:2"):
-        kwm.pack(model, dtype="int8")
-        record("packed_int8")
+    sparse = model.get_weights() if args.quantize else None
+    for mode in args.quantize:
+        if mode == "packed_int8":
+            kwm.pack(model, dtype="int8")
+        else:
+            # A model is quantized once, and for good.
+            model = load_model(args)
+            model.preprocessor = None
+            model.set_weights(sparse)
+            model.quantize(mode)
+            kwm.assert_sparse(model, args.pattern)
+        record(mode)
     log = {
         "model": args.preset or "SmolLM2-135M-Instruct",
         "pattern": args.pattern,
@@ -190,6 +209,7 @@ def train_resumably(cast, rows, args):
     cast.fit(
         batches,
         epochs=args.checkpoints,
+        shuffle=False,
         verbose=2,
         callbacks=[watch, keras.callbacks.BackupAndRestore(folder / "run")],
     )

@@ -1,6 +1,9 @@
 """Changes to a Keras model's weights, on JAX, TensorFlow and torch."""
 
 from keras_weightmods import ops as ops
+from keras_weightmods.callbacks.principal_mask_callback import (
+    PrincipalMaskCallback as PrincipalMaskCallback,
+)
 from keras_weightmods.callbacks.sparsity_monitor import (
     SparsityMonitor as SparsityMonitor,
 )
@@ -37,10 +40,18 @@ from keras_weightmods.layers.compander_einsum_dense import (
 from keras_weightmods.layers.pack_report import PackReport as PackReport
 from keras_weightmods.layers.packing import pack as pack
 from keras_weightmods.layers.packing import unpack as unpack
+from keras_weightmods.merge_lora import merge_lora as merge_lora
 from keras_weightmods.optimizers.adam_s import AdamS as AdamS
+from keras_weightmods.optimizers.masked_optimizer import (
+    MaskedOptimizer as MaskedOptimizer,
+)
 from keras_weightmods.optimizers.reparameterized_optimizer import (
     ReparameterizedOptimizer as ReparameterizedOptimizer,
 )
+from keras_weightmods.optimizers.sparse_adamw import SparseAdamW as SparseAdamW
+from keras_weightmods.saving.delta import apply_delta as apply_delta
+from keras_weightmods.saving.delta import remove_delta as remove_delta
+from keras_weightmods.saving.delta import save_delta as save_delta
 from keras_weightmods.saving.model import load_model as load_model
 from keras_weightmods.saving.model import save_model as save_model
 from keras_weightmods.signatures.combine import sum_signatures as sum_signatures

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_weightmods.utils.reparameterize import (
     check_model,
@@ -355,6 +356,72 @@ def resolve_targets(model, targets=None):
     for target in targets:
         once.setdefault(id(target.variable), target)
     return Targets(once.values(), getattr(targets, "skipped", ()))
+
+
+def quantized_kernels(model):
+    """The kernels that Keras has quantized to int8 or int4, as they act.
+
+    Args:
+        model: A built `keras.Model` or layer.
+
+    Returns:
+        List of pairs of a `Target`, whose `variable` holds the codes, and a
+        tensor of the kernel's shape: the codes, unpacked and less the zero
+        points. It is zero exactly where the weight is.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_weightmods.targets import quantized_kernels
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.quantize("int4")
+    ((target, steps),) = quantized_kernels(model)
+    assert target.contraction_axes == (0,)
+    assert steps.shape == (8, 4)
+    ```
+    """
+    _check_built(model)
+    position = {id(v): place for place, v in enumerate(model.weights)}
+    found: list[tuple[Target, Any]] = []
+    for layer in _layers_of(model):
+        rule = _rules_of(layer).get("kernel")
+        if (
+            rule is None
+            or rule.reason is not None
+            or layer.quantization_mode not in ("int8", "int4")
+        ):
+            continue
+        variable, steps = layer._kernel, _steps(layer)
+        target = Target(
+            layer=layer,
+            variable=variable,
+            attribute="kernel",
+            **_axes(layer, "kernel", rule, len(steps.shape)),
+            depth=len(found),
+            key=f"{position[id(variable)]}:{variable.path}",
+        )
+        found.append((target, steps))
+    return found
+
+
+def _steps(layer):
+    """The weights of a quantized layer in multiples of its scales."""
+    codes = layer._kernel.value
+    if layer.quantization_mode == "int4":
+        columns = layer.kernel_scale.shape[-1]
+        codes = keras.quantizers.unpack_int4(codes, columns, axis=-1)
+        if hasattr(layer, "kernel_zero"):
+            group = ops.cast(layer.g_idx, "int32")
+            codes = ops.subtract(
+                ops.cast(codes, "int32"),
+                ops.take(ops.cast(layer.kernel_zero, "int32"), group, axis=0),
+            )
+        # Two-dimensional for EinsumDense too.
+        shape = getattr(layer, "original_kernel_shape", codes.shape)
+        codes = ops.reshape(codes, shape)
+    return ops.cast(codes, "int32")
 
 
 @dataclasses.dataclass(frozen=True)

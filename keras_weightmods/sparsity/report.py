@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_weightmods.layers.packed_dense import PackedKernel
 from keras_weightmods.ops.nm import nm_violations, parse_pattern
-from keras_weightmods.targets import resolve_targets
+from keras_weightmods.targets import quantized_kernels, resolve_targets
 from keras_weightmods.utils import reparameterize
 from keras_weightmods.utils.tables import PrintsAsTable
 
@@ -52,7 +52,8 @@ class SparsityReport(PrintsAsTable):
         pattern: String, `"n:m"`.
         rows: Tuple of `SparsityRow`, in the order of execution.
         skipped: Tuple of `Skipped(path, reason)`: kernels left dense.
-        model_size: Int, all weights of the model, packed ones as if dense.
+        model_size: Int, all weights of the model, packed and quantized ones
+            as if dense.
     """
 
     pattern: str
@@ -138,7 +139,8 @@ def sparsity_report(model, pattern="2:4", targets=None):
         model: A built `keras.Model`. It is not changed.
         pattern: String `"n:m"` or pair of ints. Defaults to `"2:4"`.
         targets: A list from `find_targets(model)`, or `None` for all, which
-            counts packed kernels in, after the others.
+            counts the kernels in that are packed, or that Keras has quantized
+            to int8 or int4, after the others.
 
     Returns:
         A `SparsityReport`: print it for a table, or take `to_dict()`.
@@ -160,18 +162,21 @@ def sparsity_report(model, pattern="2:4", targets=None):
     ```
     """
     n, m = parse_pattern(pattern)
-    packed = []
+    packed, quantized = [], []
     if targets is None:
         packed = reparameterize.reparameterizations(model, PackedKernel)
+        quantized = quantized_kernels(model)
     targets = resolve_targets(model, targets)
     rows = [_row(target, target.variable.value, n, m) for target in targets]
     rows += [_row(item.target, item.folded(), n, m) for item in packed]
+    rows += [_row(target, steps, n, m) for target, steps in quantized]
     paths = {item.target.path for item in packed}
+    paths |= {target.path for target, _ in quantized}
     return SparsityReport(
         pattern=f"{n}:{m}",
         rows=tuple(rows),
         skipped=tuple(s for s in targets.skipped if s.path not in paths),
-        model_size=_model_size(model, packed),
+        model_size=_model_size(model, packed, quantized),
     )
 
 
@@ -224,32 +229,38 @@ def assert_sparse(model, pattern="2:4", targets=None):
         )
 
 
-def _model_size(model, packed):
-    """The weights of a model, counted as if none were packed."""
+def _model_size(model, packed, quantized):
+    """The weights of a model, counted as if none were packed or quantized."""
     arrays = {id(v) for item in packed for v in item.parameters}
-    return sum(
-        math.prod(shape)
-        for shape in [
-            *(v.shape for v in model.weights if id(v) not in arrays),
-            *(item.target.shape for item in packed),
-        ]
-    )
+    shapes = [item.target.shape for item in packed]
+    for target, steps in quantized:
+        layer = target.layer
+        parts = (layer._kernel, layer.kernel_scale)
+        parts += tuple(
+            getattr(layer, name)
+            for name in ("kernel_zero", "g_idx")
+            if hasattr(layer, name)
+        )
+        arrays.update(map(id, parts))
+        shapes.append(steps.shape)
+    shapes += [v.shape for v in model.weights if id(v) not in arrays]
+    return sum(map(math.prod, shapes))
 
 
 def _row(target, value, n, m):
-    fits = target.contraction_size % m == 0
-    size = math.prod(target.shape)
+    # Not the target's shape: two int4 values are stored in one.
+    shape = tuple(value.shape)
+    axes = target.contraction_axes
+    size = math.prod(shape)
+    fits = math.prod(shape[axis] for axis in axes) % m == 0
     zeros = int(np.sum(ops.convert_to_numpy(ops.equal(value, 0))))
-    violations = 0
-    if fits:
-        violations = int(nm_violations(value, n, m, target.contraction_axes))
     return SparsityRow(
         key=target.key,
         path=target.path,
-        shape=tuple(target.shape),
+        shape=shape,
         pattern=f"{n}:{m}",
         groups=size // m if fits else 0,
-        violations=violations,
+        violations=int(nm_violations(value, n, m, axes)) if fits else 0,
         zero_share=zeros / size,
         size=size,
     )

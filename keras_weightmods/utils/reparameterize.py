@@ -275,6 +275,20 @@ def fold(model, kind=Reparameterization):
     return items
 
 
+def remove_weights(layer, names):
+    """Takes the weights that `layer` holds as attributes `names` out of it."""
+    for name in names:
+        layer._untrack_variable(getattr(layer, name))
+        # Not `del`, which collects garbage each time.
+        super(keras.layers.Layer, layer).__delattr__(name)
+
+
+def forget_variables(model):
+    """Drops what was compiled for, and trained with, other variables."""
+    _forget_compiled_functions(model)
+    _drop_built_optimizer(model)
+
+
 def is_reparameterized(layer, attribute=None):
     """Whether `layer`, or one attribute of it, is reparameterized."""
     slots = _slots(layer)

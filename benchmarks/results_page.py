@@ -1,0 +1,385 @@
+"""Makes docs/results.md from the logs in benchmarks/results/.
+
+    python benchmarks/results_page.py
+
+Nothing is measured here. What the benchmarks have logged is set side by side;
+where several runs of one kind differ in their seeds, the mean is given with
+the standard deviation. A part whose logs are missing says which program
+writes them.
+"""
+
+import argparse
+import collections
+import json
+import math
+import pathlib
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LOGS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+# Of the scaling law on the held-out budget, in loss.
+ERROR_BAR = 0.03
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--logs", type=pathlib.Path, default=LOGS)
+    parser.add_argument("--page", type=pathlib.Path, default=PAGE)
+    args = parser.parse_args()
+    args.page.parent.mkdir(parents=True, exist_ok=True)
+    args.page.write_text(make_page(args.logs))
+    print(f"written to {args.page}")
+
+
+def make_page(logs):
+    """The page as a string, from a folder of logs."""
+    runs = [
+        json.loads(file.read_text())
+        for file in sorted((logs / "cast_llm").glob("*.json"))
+    ]
+    parts = [
+        "# Results of CAST and its alternatives",
+        "Written by `python benchmarks/results_page.py` from the logs in "
+        "`benchmarks/results/`; do not edit. Perplexity (lower is better) on "
+        "held-out text of the kind trained on, and on unrelated text: English "
+        "prose, and the reference of the Python language, in SmolLM2's own "
+        "runs. All sparse models are exactly 2:4 unless said otherwise.",
+        "## At equal tokens",
+        methods(read(logs / "cast_quality.json")),
+        "## One-shot, without training",
+        one_shot(read(logs / "one_shot.json")),
+        "## CAST by budget",
+        budgets(runs),
+        "## Scaling law",
+        laws(runs),
+        "## Quantized",
+        quantized(runs),
+        "## Fine-tuned",
+        fine_tuned(read(logs / "finetune_sparse.json")),
+        "## Packed: speed and size",
+        packed(read(logs / "packed_llm.json")),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def read(file):
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def methods(log):
+    """Every method of cast_quality.py."""
+    if log is None:
+        return missing("cast_quality.py")
+    groups = collections.defaultdict(list)
+    for row in log["rows"]:
+        groups[row["method"]].append(row)
+    dense = groups["dense"][0] if "dense" in groups else None
+    machines = sorted({r.get("machine", log["machine"]) for r in log["rows"]})
+    rows = [
+        [
+            name,
+            f"{group[0]['tokens']:,}",
+            *quality(group, dense),
+            len({row["seed"] for row in group}),
+            f"{np.mean([row['seconds'] for row in group]) / 60:.1f}",
+        ]
+        for name, group in groups.items()
+    ]
+    return "\n\n".join(
+        [
+            f"{log['model']}; {log['steps']} steps of "
+            f"{log['tokens_per_step']} tokens, the same rows in the same "
+            f"order; {log['dtype']}, {log['backend']}; {'; '.join(machines)}.",
+            table(
+                [
+                    "method",
+                    "tokens",
+                    "held-out",
+                    "x dense",
+                    "unrelated",
+                    "seeds",
+                    "minutes",
+                ],
+                rows,
+            ),
+        ]
+    )
+
+
+def one_shot(log):
+    if log is None or "quality" not in log:
+        return missing("one_shot.py")
+    rows = log["quality"]["rows"]
+    dense = next((row for row in rows if row["method"] == "dense"), None)
+    return table(
+        ["method", "held-out", "x dense", "unrelated", "seconds"],
+        [
+            [row["method"], *quality([row], dense), f"{row['seconds']:.0f}"]
+            for row in rows
+        ],
+    )
+
+
+def budgets(runs):
+    """Every run of cast_llm.py."""
+    if not runs:
+        return missing("cast_llm.py")
+    parts = []
+    for (model, pattern, start), group in grouped(runs):
+        rows = []
+        for tokens, same in by_tokens(group):
+            before, after = (
+                [run["perplexity"][name] for run in same]
+                for name in ("before_prune", "after_prune")
+            )
+            rows.append(
+                [
+                    f"{tokens:,}",
+                    mean([each["held_out"] for each in before]),
+                    *quality(after, same[0]["perplexity"]["dense"]),
+                    len({run["seed"] for run in same}),
+                    f"{np.mean([run['seconds'] for run in same]) / 60:.1f}",
+                ]
+            )
+        dense = group[0]["perplexity"]["dense"]
+        machines = {
+            run["machine"]["accelerator"]
+            or f"{run['machine']['cpu']}, {run['machine']['threads']} threads"
+            for run in group
+        }
+        parts.append(
+            f"{model}, {pattern}, {start} start, dense "
+            f"{dense['held_out']:.1f} / {dense['unrelated']:.1f}; "
+            f"{group[0]['dtype']}, {group[0]['backend']}; "
+            f"{'; '.join(sorted(machines))}."
+        )
+        parts.append(
+            table(
+                [
+                    "tokens",
+                    "before the prune",
+                    "after",
+                    "x dense",
+                    "unrelated",
+                    "seeds",
+                    "minutes",
+                ],
+                rows,
+            )
+        )
+    return "\n\n".join(parts)
+
+
+def laws(runs):
+    """The law through all budgets but the largest, and its error there."""
+    parts = []
+    for (model, pattern, start), group in grouped(runs):
+        points = [
+            (tokens, math.log(run["perplexity"]["after_prune"]["held_out"]))
+            for tokens, same in by_tokens(group)
+            for run in same
+        ]
+        # Four to fit, and one to hold out.
+        if len({tokens for tokens, _ in points}) >= 5:
+            parts.append(f"{model}, {pattern}, {start} start.\n\n{law(points)}")
+    return "\n\n".join(parts) or (
+        "Needs runs of `benchmarks/cast_llm.py` at five budgets of one model."
+    )
+
+
+def law(points):
+    import keras_weightmods as kwm
+
+    largest = max(tokens for tokens, _ in points)
+    fitted = [point for point in points if point[0] < largest]
+    found = np.mean([loss for tokens, loss in points if tokens == largest])
+    held_out = kwm.fit_scaling_law(*zip(*fitted))
+    prediction = held_out.predict(largest)
+    error = abs(prediction.loss - found) / found
+    whole = kwm.fit_scaling_law(*zip(*points))
+    verdict = "within" if error <= ERROR_BAR else "above"
+    rows = []
+    for label, fit in (
+        (f"{largest:,} tokens held out", held_out),
+        ("all budgets", whole),
+    ):
+        ends = {
+            name: f"{getattr(fit, name):.3g} ({low:.3g} to {high:.3g})"
+            for name, (low, high) in fit.intervals.items()
+        }
+        rows.append([label, ends["L_inf"], ends["B"], ends["beta"]])
+    return "\n\n".join(
+        [
+            "`L(D) = L_inf + B * D**-beta`, loss in nats a token on the "
+            "held-out text, after the prune:",
+            table(["fitted to", "L_inf", "B", "beta"], rows),
+            f"At {largest:,} tokens the law of the smaller budgets says "
+            f"{prediction.loss:.3f} ({prediction.low:.3f} to "
+            f"{prediction.high:.3f}); the run gave {found:.3f}: an error of "
+            f"{error:.1%} in loss, {verdict} the bar of {ERROR_BAR:.0%}. In "
+            f"perplexity, {math.exp(prediction.loss):.1f} for "
+            f"{math.exp(found):.1f}. Intervals are of "
+            f"{held_out.confidence:.0%}; with few budgets they are wide.",
+            table(
+                ["tokens", "loss", "law"],
+                [
+                    [
+                        f"{tokens:,}",
+                        f"{loss:.3f}",
+                        f"{held_out.predict(tokens).loss:.3f}",
+                    ]
+                    for tokens, loss in sorted(points)
+                ],
+            ),
+        ]
+    )
+
+
+def quantized(runs):
+    """2:4 models with int8 or int4 values."""
+    names = {
+        "after_prune": "2:4",
+        "packed_int8": "2:4, packed int8",
+        "int8": "2:4, Keras int8",
+        "int4": "2:4, Keras int4",
+    }
+    parts = []
+    for run in runs:
+        found = run["perplexity"]
+        if not found.keys() & {"packed_int8", "int8", "int4"}:
+            continue
+        parts.append(
+            table(
+                [
+                    f"{run['model']}, {run['tokens']:,} tokens, "
+                    f"seed {run['seed']}",
+                    "held-out",
+                    "x dense",
+                    "unrelated",
+                ],
+                [
+                    [label, *quality([found[name]], found["dense"])]
+                    for name, label in names.items()
+                    if name in found
+                ],
+            )
+        )
+    return "\n\n".join(parts) or missing("cast_llm.py")
+
+
+def fine_tuned(log):
+    """Every method of finetune_sparse.py."""
+    if log is None:
+        return missing("finetune_sparse.py")
+    start = next(r for r in log["rows"] if r["method"] == "2:4, as it was")
+    return "\n\n".join(
+        [
+            f"{log['model']}; {log['tokens']:,} tokens of {log['text']}, which "
+            "is the held-out text here; every model exactly 2:4 at the end; "
+            f"{log['machine']['cpu']}.",
+            table(
+                ["method", "held-out", "x start", "unrelated", "trained"],
+                [
+                    [
+                        row["method"],
+                        *quality([row], start),
+                        f"{row['trained']:,}",
+                    ]
+                    for row in log["rows"]
+                ],
+            ),
+        ]
+    )
+
+
+def packed(log):
+    if log is None:
+        return missing("packed_llm.py")
+    rows = [
+        [
+            backend,
+            row["model"],
+            megabytes(row["memory_bytes"]),
+            megabytes(row["file_bytes"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for backend, found in log["backends"].items()
+        for row in found["rows"]
+    ]
+    return "\n\n".join(
+        [
+            f"{log['model']}; text written at batch 1, "
+            f"{log['new_tokens']} tokens; {log['machine']['cpu']}, "
+            f"{log['machine']['cores_used']} cores.",
+            table(
+                [
+                    "backend",
+                    "model",
+                    "memory, MB",
+                    "file, MB",
+                    "tokens/s",
+                    "x dense",
+                ],
+                rows,
+                text_columns=2,
+            ),
+        ]
+    )
+
+
+def grouped(runs):
+    """Runs of one model, pattern and start; largest budget last."""
+    groups = collections.defaultdict(list)
+    for run in runs:
+        key = run["model"], run["pattern"], run.get("init", "dense")
+        groups[key].append(run)
+    return sorted(groups.items())
+
+
+def by_tokens(runs):
+    groups = collections.defaultdict(list)
+    for run in runs:
+        groups[run["tokens"]].append(run)
+    return sorted(groups.items())
+
+
+def quality(rows, dense):
+    """Cells: held-out, times that of the dense model, unrelated."""
+    held_out = [row["held_out"] for row in rows]
+    ratio = np.mean(held_out) / dense["held_out"] if dense else math.nan
+    return [
+        mean(held_out),
+        f"{ratio:.2f}",
+        mean([row["unrelated"] for row in rows]),
+    ]
+
+
+def megabytes(count):
+    return "" if count is None else f"{count / 1e6:.0f}"
+
+
+def mean(values):
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def table(header, rows, text_columns=1):
+    right = len(header) - text_columns
+    lines = [header, ["---"] * text_columns + ["---:"] * right, *rows]
+    return "\n".join(
+        "| " + " | ".join(map(str, cells)) + " |" for cells in lines
+    )
+
+
+def missing(program):
+    return f"No log yet: `python benchmarks/{program}` writes it."
+
+
+if __name__ == "__main__":
+    main()

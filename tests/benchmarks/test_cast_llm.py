@@ -1,0 +1,113 @@
+import argparse
+
+import cast_llm
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+
+keras_hub = pytest.importorskip("keras_hub")
+
+ROWS = np.random.default_rng(0).integers(0, 11, (7, 6)).astype("int32")
+
+
+def make_cast():
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.Llama3Backbone(
+        vocabulary_size=11,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=8,
+        tie_word_embeddings=True,
+    )
+    model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    cast = kwm.CAST(model)
+    cast.compile()
+    return cast
+
+
+def make_args(folder):
+    return argparse.Namespace(
+        json=folder / "log.json", checkpoints=3, steps=12, batch_size=2, seed=0
+    )
+
+
+def weights(cast):
+    return [ops.convert_to_numpy(v) for v in cast.student.weights]
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    args = make_args(tmp_path / "whole")
+    whole = make_cast()
+    seconds = cast_llm.train_resumably(whole, ROWS, args)
+    assert seconds > 0
+    assert int(whole.adam_s.iterations) == 12
+    assert not list((tmp_path / "whole").iterdir())
+
+    args = make_args(tmp_path / "parts")
+    save = keras.callbacks.BackupAndRestore._save_model
+    saved = []
+
+    def save_and_stop(self, *a, **k):
+        save(self, *a, **k)
+        saved.append(self._current_epoch)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        keras.callbacks.BackupAndRestore, "_save_model", save_and_stop
+    )
+    with pytest.raises(KeyboardInterrupt):
+        cast_llm.train_resumably(make_cast(), ROWS, args)
+    monkeypatch.undo()
+    parts = make_cast()
+    cast_llm.train_resumably(parts, ROWS, args)
+    assert int(parts.adam_s.iterations) == 12
+    for expected, found in zip(weights(whole), weights(parts)):
+        np.testing.assert_array_equal(found, expected)
+    assert not list((tmp_path / "parts").iterdir())
+
+
+def test_batches_pass_over_the_rows_in_other_orders():
+    args = argparse.Namespace(batch_size=2, seed=3)
+    batches = cast_llm.make_batches(ROWS, args, 7)
+
+    def rows_of(epoch):
+        batches.epoch = epoch
+        found = []
+        for index in range(len(batches)):
+            inputs, targets = batches[index]
+            tokens = np.concatenate([inputs["token_ids"], targets[:, -1:]], 1)
+            np.testing.assert_array_equal(tokens[:, 1:], targets)
+            found += [tuple(row) for row in tokens]
+        return found
+
+    # Fourteen rows an epoch, two passes over the seven.
+    first, second = rows_of(0), rows_of(1)
+    expected = sorted(map(tuple, ROWS))
+    for part in (first[:7], first[7:], second[:7], second[7:]):
+        assert sorted(part) == expected
+    assert len({tuple(first[:7]), tuple(first[7:]), tuple(second[:7])}) == 3
+    assert rows_of(0) == first
+
+
+def test_a_run_is_cut_into_whole_parts(monkeypatch, tmp_path):
+    def parsed(*arguments):
+        monkeypatch.setattr("sys.argv", ["cast_llm.py", *arguments])
+        return cast_llm.parse_arguments()
+
+    args = parsed("--tokens", "51_200", "--json", str(tmp_path / "log.json"))
+    assert (args.steps, args.checkpoints) == (200, 10)
+    args = parsed("--tokens", "6400")
+    assert (args.steps, args.checkpoints) == (24, 2)
+    assert args.json.name == "smollm2_135m-6400-seed0.json"
+    with pytest.raises(SystemExit):
+        parsed("--tokens", "10")
+    with pytest.raises(SystemExit):
+        parsed("--quantize", "int3")

@@ -1,0 +1,122 @@
+"""2:4 models that Keras quantizes keep their pattern."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+
+
+def make_model():
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((3, 16)),
+            keras.layers.Dense(24, name="dense"),
+            keras.layers.EinsumDense("btd,dhk->bthk", (3, 2, 9), name="heads"),
+            keras.layers.EinsumDense("bthk,hkd->btd", (3, 8), name="joined"),
+            keras.layers.Dense(7, name="head"),
+        ]
+    )
+
+
+def config(mode):
+    if mode == "int4, by channel":
+        return keras.quantizers.Int4QuantizationConfig(block_size=None)
+    if mode == "int4, by 8":
+        return keras.quantizers.Int4QuantizationConfig(block_size=8)
+    return None
+
+
+def quantize(model, mode):
+    model.quantize(mode[:4], config=config(mode))
+
+
+def effective_kernel(layer, inputs):
+    """Read off the outputs for one input at a time."""
+    ones = np.eye(inputs, dtype="float32")[None]
+    outputs = layer(ones) - layer(np.zeros_like(ones))
+    return ops.convert_to_numpy(outputs).reshape(inputs, -1)
+
+
+MODES = ["int8", "int4", "int4, by channel", "int4, by 8"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_zeros_stay_zeros(mode, tmp_path):
+    model = make_model()
+    # Of (h, k) = (2, 9), flattened, 18 is no multiple of four.
+    targets = kwm.find_targets(model, exclude="joined")
+    kwm.SemiStructuredSparse.attach(model, targets)
+    kwm.SemiStructuredSparse.detach(model)
+    before = {
+        t.layer.name: ops.convert_to_numpy(t.variable).reshape(
+            t.contraction_size, -1
+        )
+        for t in targets
+    }
+    size = kwm.sparsity_report(model).totals["model_size"]
+    quantize(model, mode)
+    for name, expected in before.items():
+        kernel = effective_kernel(model.get_layer(name), len(expected))
+        assert not kernel[expected == 0].any()
+        assert np.abs(kernel - expected).max() < 0.2 * np.abs(expected).max()
+    report = kwm.sparsity_report(model)
+    rows = {row.path.split("/")[-2]: row for row in report.rows}
+    assert list(rows) == ["dense", "heads", "joined", "head"]
+    assert rows["heads"].shape == (24, 2, 9)
+    assert rows["joined"].groups == 0
+    assert all(rows[name].is_exact for name in before)
+    assert not report.skipped
+    assert report.totals["model_size"] == size
+    kwm.assert_sparse(model)
+
+    x = np.random.default_rng(0).normal(size=(2, 3, 16)).astype("float32")
+    expected = ops.convert_to_numpy(model(x))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    kwm.assert_sparse(loaded)
+    assert kwm.sparsity_report(loaded).totals == report.totals
+    np.testing.assert_array_equal(ops.convert_to_numpy(loaded(x)), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_dense_model_is_seen_as_dense(mode):
+    model = make_model()
+    quantize(model, mode)
+    with pytest.raises(AssertionError, match="3 of 3 kernels are not exactly"):
+        kwm.assert_sparse(model)
+    zeros = kwm.sparsity_report(model).totals["zero_share"]
+    assert zeros < (0.05 if mode == "int8" else 0.3)
+
+
+def test_named_targets_are_looked_at_alone():
+    model = make_model()
+    model.layers[0].quantize("int8")
+    targets = kwm.find_targets(model, include="head/")
+    assert [
+        r.path for r in kwm.sparsity_report(model, targets=targets).rows
+    ] == [targets[0].path]
+    assert len(kwm.sparsity_report(model).rows) == 4
+
+
+def test_packed_int8_is_exact_and_reloads(tmp_path):
+    model = make_model()
+    targets = kwm.find_targets(model, exclude="joined")
+    kwm.SemiStructuredSparse.attach(model, targets)
+    kwm.SemiStructuredSparse.detach(model)
+    zeros = [ops.convert_to_numpy(t.variable) == 0 for t in targets]
+    kwm.pack(model, dtype="int8", targets=targets)
+    kwm.assert_sparse(model)
+    x = np.random.default_rng(0).normal(size=(2, 3, 16)).astype("float32")
+    expected = ops.convert_to_numpy(model(x))
+    kwm.save_model(model, tmp_path / "model.safetensors")
+    loaded = kwm.load_model(tmp_path / "model.safetensors")
+    kwm.assert_sparse(loaded)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(loaded(x)), expected, rtol=1e-5, atol=1e-6
+    )
+    kwm.unpack(model)
+    for target, zero in zip(kwm.find_targets(model, exclude="joined"), zeros):
+        assert not ops.convert_to_numpy(target.variable)[zero].any()

@@ -1,0 +1,205 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+
+
+def make_model(dtype=None):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((3, 8, 4), dtype=dtype),
+            keras.layers.Conv2D(8, 2, padding="same", dtype=dtype, name="conv"),
+            keras.layers.Reshape((24, 8)),
+            keras.layers.EinsumDense("btd,dhk->bthk", (24, 2, 4), name="heads"),
+            keras.layers.EinsumDense("bthk,hkd->btd", (24, 8), name="joined"),
+            keras.layers.Dense(6, dtype=dtype, name="dense"),
+            keras.layers.Dense(3, dtype=dtype, name="odd"),
+        ]
+    )
+
+
+ADAPTED = ("conv", "heads", "joined", "dense")
+X = np.random.default_rng(0).normal(size=(4, 3, 8, 4)).astype("float32")
+
+
+def adapt(model):
+    """Enables LoRA and gives it random factors; what it should merge to."""
+    random = np.random.default_rng(1)
+    expected = {}
+    for name in ADAPTED:
+        layer = model.get_layer(name)
+        base = ops.convert_to_numpy(layer.kernel).astype("float64")
+        layer.enable_lora(2, lora_alpha=3)
+        a, b = (
+            random.normal(size=v.shape) * 0.3
+            for v in (layer.lora_kernel_a, layer.lora_kernel_b)
+        )
+        layer.lora_kernel_a.assign(a)
+        layer.lora_kernel_b.assign(b)
+        change = np.tensordot(a, b, 1) * 3 / 2
+        expected[name] = base, base + change
+    return expected
+
+
+def kernels(model):
+    return {
+        name: ops.convert_to_numpy(model.get_layer(name).kernel)
+        for name in ADAPTED
+    }
+
+
+def magnitude(kernel, axes, n=2, m=4):
+    """The n largest of every m along the flattened contraction, slowly."""
+    rest = [a for a in range(kernel.ndim) if a not in axes]
+    moved = kernel.transpose(*axes, *rest)
+    flat = moved.reshape(-1, moved.size // np.prod(moved.shape[: len(axes)]))
+    flat = flat.copy()
+    for column in flat.T:
+        for start in range(0, len(column), m):
+            group = column[start : start + m]
+            group[np.argsort(-np.abs(group), kind="stable")[n:]] = 0
+    moved = flat.reshape(moved.shape)
+    return moved.transpose(np.argsort([*axes, *rest]))
+
+
+AXES = {"conv": (0, 1, 2), "heads": (0,), "joined": (0, 1), "dense": (0,)}
+
+
+def test_dense_merge_computes_the_same():
+    model = make_model()
+    expected = adapt(model)
+    before = ops.convert_to_numpy(model(X))
+    names = [v.path for v in make_model().weights]
+    keys = kwm.merge_lora(model)
+    assert [key.split("/")[-2] for key in keys] == list(ADAPTED)
+    for name, kernel in kernels(model).items():
+        np.testing.assert_allclose(kernel, expected[name][1], atol=1e-5)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(model(X)), before, rtol=1e-4, atol=1e-5
+    )
+    assert [v.path.split("/", 1)[1] for v in model.weights] == [
+        name.split("/", 1)[1] for name in names
+    ]
+    assert all(v.trainable for v in model.weights)
+    assert not any(
+        layer.get_config().get("lora_rank") for layer in model.layers
+    )
+
+
+@pytest.mark.parametrize("keep", ["mask", "magnitude"])
+def test_merge_ends_exactly_sparse(keep):
+    model = make_model()
+    kwm.SemiStructuredSparse.attach(model)
+    kwm.SemiStructuredSparse.detach(model)
+    expected = adapt(model)
+    kwm.merge_lora(model, pattern="2:4", keep=keep)
+    targets = kwm.find_targets(model, exclude="odd")
+    kwm.assert_sparse(model, "2:4", targets)
+    for name, kernel in kernels(model).items():
+        base, merged = expected[name]
+        if keep == "mask":
+            wanted = np.where(base != 0, merged, 0)
+        else:
+            wanted = magnitude(merged, AXES[name])
+        np.testing.assert_allclose(kernel, wanted, atol=1e-5)
+
+
+def test_fit_merge_save_and_adapt_again(tmp_path):
+    model = make_model()
+    kwm.SemiStructuredSparse.attach(model)
+    kwm.SemiStructuredSparse.detach(model)
+    y = np.random.default_rng(2).normal(size=(4, 24, 3)).astype("float32")
+    for _ in range(2):
+        for name in ADAPTED:
+            model.get_layer(name).enable_lora(2)
+        model.compile(keras.optimizers.Adam(1e-2), "mse")
+        frozen = ops.convert_to_numpy(model.get_layer("dense")._kernel)
+        model.fit(X, y, epochs=2, verbose=0)
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(model.get_layer("dense")._kernel), frozen
+        )
+        kwm.merge_lora(model, pattern="2:4")
+        assert not model.compiled
+        kwm.assert_sparse(model)
+        changed = ops.convert_to_numpy(model.get_layer("dense").kernel)
+        assert np.abs(changed - frozen).max() > 0
+        np.testing.assert_array_equal(changed[frozen == 0], 0)
+    expected = ops.convert_to_numpy(model(X))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    kwm.assert_sparse(loaded)
+    np.testing.assert_array_equal(ops.convert_to_numpy(loaded(X)), expected)
+    # It trains as any model does, under the same mask if wanted.
+    kwm.SemiStructuredSparse.attach(model, frozen=True)
+    model.compile("adam", "mse")
+    model.fit(X, y, verbose=0)
+    kwm.assert_sparse(model)
+
+
+def test_embedding_and_mixed_precision():
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            keras.layers.Embedding(7, 8, dtype="mixed_bfloat16"),
+            keras.layers.Dense(4, dtype="mixed_bfloat16"),
+        ]
+    )
+    embedding, dense = model.layers
+    wanted = []
+    for layer, name in ((embedding, "embeddings"), (dense, "kernel")):
+        layer.enable_lora(2)
+        a, b = (
+            np.random.default_rng(3).normal(size=v.shape).astype("float32")
+            for v in (
+                getattr(layer, f"lora_{name}_a"),
+                getattr(layer, f"lora_{name}_b"),
+            )
+        )
+        getattr(layer, f"lora_{name}_a").assign(a)
+        getattr(layer, f"lora_{name}_b").assign(b)
+        base = ops.convert_to_numpy(getattr(layer, f"_{name}"))
+        wanted.append(base + a.astype("float64") @ b)
+    kwm.merge_lora(model)
+    # Not rounded to bfloat16, which the layers compute in.
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(embedding._embeddings), wanted[0], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(dense._kernel), wanted[1], rtol=1e-5
+    )
+
+
+def test_errors_leave_the_model_alone():
+    model = make_model()
+    with pytest.raises(ValueError, match="without any"):
+        kwm.merge_lora(model)
+    adapt(model)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"exactly 2:4.*4 that are not"):
+        kwm.merge_lora(model, pattern="2:4")
+    with pytest.raises(ValueError, match="`keep`"):
+        kwm.merge_lora(model, pattern="2:4", keep="largest")
+    with pytest.raises(ValueError, match="pattern"):
+        kwm.merge_lora(model, pattern="4")
+    for old, new in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_packed_and_quantized_layers_are_refused():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    kwm.SemiStructuredSparse.attach(model)
+    kwm.SemiStructuredSparse.detach(model)
+    kwm.pack(model)
+    model.layers[0].enable_lora(2)
+    with pytest.raises(ValueError, match="unpack"):
+        kwm.merge_lora(model, pattern="2:4")
+    kwm.unpack(model)
+    kwm.merge_lora(model, pattern="2:4")
+    kwm.assert_sparse(model)
+    model.layers[0].enable_lora(2)
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="before `quantize`"):
+        kwm.merge_lora(model)
