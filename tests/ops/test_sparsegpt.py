@@ -52,7 +52,7 @@ def test_the_factor(size):
     np.testing.assert_array_equal(u, np.triu(u))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6), st.data())
 def test_invariants(groups, units, seed, data):
     m = data.draw(st.sampled_from([2, 4, 8]))
