@@ -130,7 +130,7 @@ def budgets(runs):
     if not runs:
         return missing("cast_llm.py")
     parts = []
-    for (model, pattern, start), group in grouped(runs):
+    for (model, pattern, start, evaluated), group in grouped(runs):
         rows = []
         for tokens, same in by_tokens(group):
             before, after = (
@@ -154,7 +154,8 @@ def budgets(runs):
         }
         parts.append(
             f"{model}, {pattern}, {start} start, dense "
-            f"{dense['held_out']:.1f} / {dense['unrelated']:.1f}; "
+            f"{dense['held_out']:.1f} / {dense['unrelated']:.1f} on "
+            f"{evaluated:,} held-out tokens; "
             f"{group[0]['dtype']}, {group[0]['backend']}; "
             f"{'; '.join(sorted(machines))}."
         )
@@ -178,7 +179,7 @@ def budgets(runs):
 def laws(runs):
     """The law through all budgets but the largest, and its error there."""
     parts = []
-    for (model, pattern, start), group in grouped(runs):
+    for (model, pattern, start, _), group in grouped(runs):
         points = [
             (tokens, math.log(run["perplexity"]["after_prune"]["held_out"]))
             for tokens, same in by_tokens(group)
@@ -202,6 +203,15 @@ def law(points):
     prediction = held_out.predict(largest)
     error = abs(prediction.loss - found) / found
     whole = kwm.fit_scaling_law(*zip(*points))
+    unknown = (
+        " They do not determine `L_inf`, whose interval reaches 0: what "
+        "more tokens would bring in the end is open."
+        if held_out.intervals["L_inf"][0] == 0
+        else ""
+    )
+    # What one would say without a law.
+    last = max(fitted)
+    naive = abs(last[1] - found) / found
     verdict = "within" if error <= ERROR_BAR else "above"
     rows = []
     for label, fit in (
@@ -224,7 +234,9 @@ def law(points):
             f"{error:.1%} in loss, {verdict} the bar of {ERROR_BAR:.0%}. In "
             f"perplexity, {math.exp(prediction.loss):.1f} for "
             f"{math.exp(found):.1f}. Intervals are of "
-            f"{held_out.confidence:.0%}; with few budgets they are wide.",
+            f"{held_out.confidence:.0%}; with few budgets they are wide."
+            f"{unknown} To take the loss at {last[0]:,} tokens for that at "
+            f"{largest:,} would be an error of {naive:.1%}.",
             table(
                 ["tokens", "loss", "law"],
                 [
@@ -273,22 +285,25 @@ def quantized(runs):
 
 
 def fine_tuned(log):
-    """Every method of finetune_sparse.py."""
+    """Every method of examples/finetune_sparse.py."""
     if log is None:
-        return missing("finetune_sparse.py")
+        return (
+            "No log yet: `python examples/finetune_sparse.py --json "
+            "benchmarks/results/finetune_sparse.json` writes it."
+        )
     start = next(r for r in log["rows"] if r["method"] == "2:4, as it was")
     return "\n\n".join(
         [
             f"{log['model']}; {log['tokens']:,} tokens of {log['text']}, which "
-            "is the held-out text here; every model exactly 2:4 at the end; "
-            f"{log['machine']['cpu']}.",
+            "is the held-out text here; the unrelated text is the prose; "
+            f"{log['backend']}. Every model is exactly 2:4 at the end.",
             table(
-                ["method", "held-out", "x start", "unrelated", "trained"],
+                ["method", "held-out", "x start", "unrelated", "minutes"],
                 [
                     [
                         row["method"],
                         *quality([row], start),
-                        f"{row['trained']:,}",
+                        f"{row['seconds'] / 60:.1f}",
                     ]
                     for row in log["rows"]
                 ],
@@ -334,11 +349,12 @@ def packed(log):
 
 
 def grouped(runs):
-    """Runs of one model, pattern and start; largest budget last."""
+    """Runs of one model, pattern and start, evaluated on the same tokens."""
     groups = collections.defaultdict(list)
     for run in runs:
-        key = run["model"], run["pattern"], run.get("init", "dense")
-        groups[key].append(run)
+        init = run.get("init", "dense")
+        evaluated = run["evaluated_tokens"]
+        groups[run["model"], run["pattern"], init, evaluated].append(run)
     return sorted(groups.items())
 
 

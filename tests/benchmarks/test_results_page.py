@@ -16,6 +16,7 @@ def run(tokens, seed=0, loss=None):
         "seed": seed,
         "tokens": tokens,
         "seconds": 60.0,
+        "evaluated_tokens": 512,
         "dtype": "float32",
         "backend": "torch",
         "machine": {"cpu": "one", "threads": "1", "accelerator": None},
@@ -61,6 +62,16 @@ def test_a_law_that_fails_is_said_to_fail(tmp_path):
 def test_too_few_budgets(tmp_path):
     write(tmp_path, [run(1000), run(2000)])
     assert "at five budgets" in results_page.make_page(tmp_path)
+
+
+def test_runs_evaluated_on_other_tokens_are_kept_apart(tmp_path):
+    budgets = [1000, 2000, 4000, 8000, 16000]
+    runs = [*map(run, budgets)]
+    runs[2]["evaluated_tokens"] = 1024
+    write(tmp_path, runs)
+    page = results_page.make_page(tmp_path)
+    assert "on 1,024 held-out tokens" in page
+    assert "at five budgets" in page
 
 
 def test_the_logs_of_the_repository_make_a_page():

@@ -1,0 +1,352 @@
+"""What fine-tuning by LIFT gives, and what it forgets, next to its rivals.
+
+    python benchmarks/lift_quality.py
+    python benchmarks/lift_quality.py --backend torch --steps 100 --seeds 5
+
+SmolLM2-135M-Instruct on the word problems of examples/word_problems.py. Each
+method trains with each learning rate of one grid and seed 0; the rate with the
+least loss on validation problems is then used with the other seeds (which draw
+other training problems, orders and random masks). The problems of the test are
+the same for all, and choose nothing.
+
+- full: AdamW on all weights;
+- LoRA: KerasHub's, on all seven projections, at the rank whose count of numbers
+  is nearest to the masks';
+- random, magnitude, LIFT: `SparseAdamW` on 5 % of each projection, chosen at
+  random once, by |W|, and as principal weights.
+
+Every run has a process of its own, and is written to the JSON file when it is
+done; started again, the benchmark goes on where it was stopped. The default
+takes one to two hours on two cores.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import pathlib
+import statistics
+import sys
+import types
+
+import harness
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "lift_quality.json"
+METHODS = ("full", "LoRA", "random", "magnitude", "LIFT")
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+DENSITY = 0.05
+# What the runs of a file have in common.
+SETTING = ("backend", "steps", "batch", "length", "held_out", "filter_rank")
+
+
+def main():
+    args = parse_arguments()
+    if args.worker:
+        method, rate, seed = args.worker.split(",")
+        measured = train(args, method, float(rate), int(seed))
+        pathlib.Path(args.json).write_text(json.dumps(measured))
+        return
+    report = resume(args)
+    for method in METHODS:
+        for rate in RATES:
+            run(args, report, method, rate, 0)
+        rate = best_rate(report, method)
+        for seed in range(1, args.seeds):
+            run(args, report, method, rate, seed)
+    report["summary"] = summary(report)
+    harness.write_report(args.json, report)
+    print_report(report)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=88)
+    parser.add_argument("--held-out", type=int, default=64, help="problems")
+    parser.add_argument("--filter-rank", type=int)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", default=str(RESULTS))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def resume(args):
+    setting = {name: getattr(args, name) for name in SETTING}
+    file = pathlib.Path(args.json)
+    if file.exists():
+        report = json.loads(file.read_text())
+        if report["setting"] != setting:
+            raise SystemExit(
+                f"{file} holds runs of another setting, {report['setting']}: "
+                "remove it, or name another file with --json"
+            )
+        return report
+    return {
+        "machine": harness.machine(),
+        "density": DENSITY,
+        "setting": setting,
+        "runs": [],
+    }
+
+
+def run(args, report, method, rate, seed):
+    key = {"method": method, "rate": rate, "seed": seed}
+    if any(key.items() <= each.items() for each in report["runs"]):
+        return
+    print(f"{method}, learning rate {rate:g}, seed {seed}", file=sys.stderr)
+    measured = harness.run_worker(
+        __file__,
+        args.backend,
+        f"--worker={method},{rate},{seed}",
+        *(
+            f"--{name.replace('_', '-')}={getattr(args, name)}"
+            for name in SETTING
+            if getattr(args, name) is not None
+        ),
+    )
+    report["runs"].append({**key, **measured})
+    harness.write_report(args.json, report)
+
+
+def train(args, method, rate, seed):
+    """One run; returns what was measured."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import keras
+    from finetune_lift import (
+        Measure,
+        fit_arguments,
+        learning_rate_schedule,
+        load_model,
+        optimizer_bytes,
+    )
+    from lift_step import enable_lora, peak_bytes
+    from prose import load_unrelated, token_blocks
+    from word_problems import encode, make_problems
+
+    import keras_weightmods as kwm
+
+    keras.utils.set_random_seed(seed)
+    model = load_model(types.SimpleNamespace(preset=None, dtype="float32"))
+    tokenizer = model.tokenizer
+    rows = {
+        split: encode(
+            make_problems(split, count, seed if split == "train" else 0),
+            tokenizer,
+            args.length + 1,
+        )
+        for split, count in (
+            ("train", args.steps * args.batch),
+            ("valid", args.held_out),
+            ("test", args.held_out),
+        )
+    }
+    unrelated = token_blocks(load_unrelated(), tokenizer, 257, 8, 0)
+    result = {}
+    if method == "full" and seed == 0:
+        result["before"] = Measure(model, rows["test"], unrelated)()
+    base = model.get_weights()
+    schedule = learning_rate_schedule(
+        types.SimpleNamespace(learning_rate=rate, steps=args.steps)
+    )
+    callbacks = []
+    if method == "LoRA":
+        result["lora_rank"] = enable_lora(model, DENSITY)
+    if method in ("full", "LoRA"):
+        optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.0)
+    else:
+        optimizer = kwm.SparseAdamW(schedule)
+        masks = kwm.PrincipalMaskCallback(
+            density=DENSITY,
+            filter_rank=args.filter_rank,
+            selection="principal" if method == "LIFT" else method,
+            refresh_every=None
+            if method == "random"
+            else max(1, args.steps // 3),
+            seed=seed,
+        )
+        callbacks.append(masks)
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    clock = make_clock()
+    model.fit(
+        **fit_arguments(rows["train"]),
+        batch_size=args.batch,
+        shuffle=False,
+        verbose=0,
+        callbacks=[*callbacks, clock],
+    )
+    result["optimizer_bytes"] = optimizer_bytes(model)
+    result["peak_bytes"] = peak_bytes()
+    result["seconds_a_step"] = statistics.median(clock.seconds[1:])
+    if callbacks:
+        file = pathlib.Path(args.json).with_suffix(".safetensors")
+        report = kwm.save_delta(model, base, file)
+        result["trained"] = masks.attach(model).entries
+        result["file_bytes"] = report.nbytes
+        result["index_bits"] = report.index_bits
+        result["changed"] = report.entries
+        file.unlink()
+    else:
+        trained = sum(math.prod(v.shape) for v in model.trainable_variables)
+        result["trained"] = trained
+        result["file_bytes"] = 2 * trained  # in bfloat16
+    del base
+    result["valid"] = Measure(model, rows["valid"])()
+    result["test"] = Measure(model, rows["test"], unrelated)()
+    return result
+
+
+def make_clock():
+    import time
+
+    import keras
+
+    class Clock(keras.callbacks.Callback):
+        """The seconds from one batch to the next."""
+
+        def on_train_begin(self, logs=None):
+            self.seconds, self.began = [], time.perf_counter()
+
+        def on_train_batch_end(self, batch, logs=None):
+            now = time.perf_counter()
+            self.seconds.append(now - self.began)
+            self.began = now
+
+    return Clock()
+
+
+def best_rate(report, method):
+    runs = [
+        r for r in report["runs"] if r["method"] == method and r["seed"] == 0
+    ]
+    return min(runs, key=lambda r: r["valid"]["loss"])["rate"]
+
+
+def summary(report):
+    """For each method the mean and the deviation over seeds, and what differs.
+
+    A difference to LIFT exceeds the spread where it is more than twice its
+    standard error.
+    """
+    found = {}
+    for method in METHODS:
+        rate = best_rate(report, method)
+        runs = [
+            r
+            for r in report["runs"]
+            if r["method"] == method and r["rate"] == rate
+        ]
+        found[method] = {"rate": rate, "seeds": len(runs)}
+        for name in ("solved", "tokens", "loss", "unrelated"):
+            values = [r["test"][name] for r in runs]
+            found[method][name] = [
+                statistics.mean(values),
+                statistics.stdev(values) if len(values) > 1 else None,
+            ]
+        for name in (
+            "trained",
+            "optimizer_bytes",
+            "peak_bytes",
+            "seconds_a_step",
+            "file_bytes",
+        ):
+            found[method][name] = statistics.median(r[name] for r in runs)
+    for method, name in itertools.product(
+        METHODS[:-1], ("solved", "tokens", "loss", "unrelated")
+    ):
+        (a, s), (b, t) = found["LIFT"][name], found[method][name]
+        if s is None or t is None:
+            continue
+        error = math.sqrt(
+            s**2 / found["LIFT"]["seeds"] + t**2 / found[method]["seeds"]
+        )
+        found[method].setdefault("lift_differs", {})[name] = {
+            "difference": a - b,
+            "exceeds_spread": abs(a - b) > 2 * error,
+        }
+    return found
+
+
+def print_report(report):
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    setting, found = report["setting"], report["summary"]
+    console = Console()
+    table = Table(
+        title=f"SmolLM2-135M, {setting['steps']} steps of {setting['batch']} "
+        f"problems, {setting['backend']}",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("method", no_wrap=True)
+    for column in (
+        "rate",
+        "solved",
+        "tokens",
+        "unrelated",
+        "trained",
+        "state MB",
+        "peak GB",
+        "s/step",
+        "file MB",
+    ):
+        table.add_column(column, justify="right")
+    before = next(r["before"] for r in report["runs"] if "before" in r)
+    table.add_row(
+        "before",
+        "",
+        f"{before['solved']:.1%}",
+        f"{before['tokens']:.1%}",
+        f"{before['unrelated']:.2f}",
+    )
+    for method, row in found.items():
+        cells = []
+        for name, form in (
+            ("solved", ".1%"),
+            ("tokens", ".1%"),
+            ("unrelated", ".2f"),
+        ):
+            mean, spread = row[name]
+            text = format(mean, form)
+            if spread is not None:
+                text += f" ± {format(spread, form)}"
+            cells.append(text)
+        table.add_row(
+            method,
+            f"{row['rate']:g}",
+            *cells,
+            f"{row['trained']:,}",
+            f"{row['optimizer_bytes'] / 1e6:.0f}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{row['seconds_a_step']:.2f}",
+            f"{row['file_bytes'] / 1e6:.1f}",
+        )
+    console.print(table)
+    for method, row in found.items():
+        for name, about in row.get("lift_differs", {}).items():
+            verb = "exceeds" if about["exceeds_spread"] else "is within"
+            console.print(
+                f"LIFT - {method}, {name}: {about['difference']:+.4f}, which "
+                f"{verb} the seeds' spread (twice the standard error)"
+            )
+    about = report["machine"]
+    console.print(
+        f"± standard deviation over {found['LIFT']['seeds']} seeds\n"
+        f"{about['cpu']}, {about['cores']} cores, {about['system']}, Python "
+        f"{about['python']}"
+    )
+
+
+if __name__ == "__main__":
+    main()
