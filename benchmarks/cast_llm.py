@@ -49,6 +49,12 @@ def parse_arguments():
     parser.add_argument("--tokens", type=int, default=51_200, help="to train")
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument(
+        "--init",
+        default="dense",
+        choices=("dense", "magnitude", "wanda", "sparsegpt"),
+        help="what the training starts from, default: dense",
+    )
+    parser.add_argument(
         "--backend",
         default="torch",
         choices=("jax", "tensorflow", "torch"),
@@ -85,6 +91,8 @@ def parse_arguments():
     args.steps -= args.steps % args.checkpoints
     if args.json is None:
         name = pathlib.Path(args.preset or "smollm2_135m").name
+        if args.init != "dense":
+            name += f"-{args.init}"
         args.json = LOGS / f"{name}-{args.tokens}-seed{args.seed}.json"
     return args
 
@@ -113,7 +121,10 @@ def run(args):
 
     record("dense")
     cast = kwm.CAST(
-        model, pattern=args.pattern, teacher_dtype=args.teacher_dtype
+        model,
+        pattern=args.pattern,
+        init=args.init,
+        teacher_dtype=args.teacher_dtype,
     )
     cast.compile()
     seconds = train_resumably(cast, train, args)
@@ -145,7 +156,8 @@ def run(args):
         "length": args.length,
         "text": args.text or "sotu",
         "evaluated_tokens": held_out[:, 1:].size,
-        "recipe": kwm.CAST.default_recipe(),
+        "init": args.init,
+        "recipe": kwm.CAST.default_recipe(args.init),
         "perplexity": measured,
         "seconds": round(seconds, 1),
         "backend": args.backend,

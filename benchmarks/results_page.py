@@ -202,6 +202,15 @@ def law(points):
     prediction = held_out.predict(largest)
     error = abs(prediction.loss - found) / found
     whole = kwm.fit_scaling_law(*zip(*points))
+    unknown = (
+        " They do not determine `L_inf`, whose interval reaches 0: what "
+        "more tokens would bring in the end is open."
+        if held_out.intervals["L_inf"][0] == 0
+        else ""
+    )
+    # What one would say without a law.
+    last = max(fitted)
+    naive = abs(last[1] - found) / found
     verdict = "within" if error <= ERROR_BAR else "above"
     rows = []
     for label, fit in (
@@ -224,7 +233,9 @@ def law(points):
             f"{error:.1%} in loss, {verdict} the bar of {ERROR_BAR:.0%}. In "
             f"perplexity, {math.exp(prediction.loss):.1f} for "
             f"{math.exp(found):.1f}. Intervals are of "
-            f"{held_out.confidence:.0%}; with few budgets they are wide.",
+            f"{held_out.confidence:.0%}; with few budgets they are wide."
+            f"{unknown} To take the loss at {last[0]:,} tokens for that at "
+            f"{largest:,} would be an error of {naive:.1%}.",
             table(
                 ["tokens", "loss", "law"],
                 [
@@ -273,22 +284,25 @@ def quantized(runs):
 
 
 def fine_tuned(log):
-    """Every method of finetune_sparse.py."""
+    """Every method of examples/finetune_sparse.py."""
     if log is None:
-        return missing("finetune_sparse.py")
+        return (
+            "No log yet: `python examples/finetune_sparse.py --json "
+            "benchmarks/results/finetune_sparse.json` writes it."
+        )
     start = next(r for r in log["rows"] if r["method"] == "2:4, as it was")
     return "\n\n".join(
         [
             f"{log['model']}; {log['tokens']:,} tokens of {log['text']}, which "
-            "is the held-out text here; every model exactly 2:4 at the end; "
-            f"{log['machine']['cpu']}.",
+            "is the held-out text here; the unrelated text is the prose; "
+            f"{log['backend']}. Every model is exactly 2:4 at the end.",
             table(
-                ["method", "held-out", "x start", "unrelated", "trained"],
+                ["method", "held-out", "x start", "unrelated", "minutes"],
                 [
                     [
                         row["method"],
                         *quality([row], start),
-                        f"{row['trained']:,}",
+                        f"{row['seconds'] / 60:.1f}",
                     ]
                     for row in log["rows"]
                 ],

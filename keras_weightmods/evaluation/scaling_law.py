@@ -185,6 +185,9 @@ def fit_scaling_law(tokens, losses, confidence=0.95):
         gtol=1e-12,
     )
     floor, size, beta = map(float, parameters)
+    if floor < 1e-9 * losses.min():
+        # The solver stays inside of its bounds.
+        floor = 0.0
     residuals = losses - (floor + size * x**-beta)
     freedom = len(losses) - 3
     quantile = float(stats.t.ppf((1 + confidence) / 2, freedom))

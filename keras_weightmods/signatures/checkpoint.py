@@ -19,6 +19,7 @@ DTYPES = (
     "float8_e4m3fn",
     "float8_e5m2",
 )
+_COPY_ON_WRITE = ("jax", "tensorflow")
 # Of BatchNormalization. They are estimates from data, not trained.
 STATISTICS = ("moving_mean", "moving_variance")
 # Of Normalization, which `adapt` fills. Never touched.
@@ -115,17 +116,38 @@ class Checkpoint:
         if self.model is None:
             return self.arrays[position]
         value = self.variables[position].value
+        if callable(getattr(value, "value", None)):
+            # On TensorFlow. NumPy makes a copy of it, and a view of a tensor.
+            value = value.value()
         try:
             # `convert_to_numpy` copies, also where there is no need.
             return np.asarray(getattr(value, "detach", lambda: value)())
         except TypeError:  # torch, in bfloat16 or not on the CPU
             return ops.convert_to_numpy(value)
 
+    def write(self, position, fill):
+        """Assigns to the variable at `position` of a model.
+
+        Args:
+            position: Int.
+            fill: Callable that returns the values, in the array that it is
+                given if that is not None.
+        """
+        variable, out = self.variables[position], None
+        if keras.backend.backend() == "torch":
+            view = self.read(position)
+            if not view.flags.owndata and view.flags.c_contiguous:
+                # The variable's own memory.
+                out = view
+        values = fill(out)
+        if out is None or values is not out:
+            variable.assign(values)
+
     def copy(self, position):
         """The values at `position`, which later changes do not reach."""
         array = self.read(position)
-        # JAX never writes to memory that something else can see.
-        if array.flags.owndata or keras.backend.backend() == "jax":
+        # JAX and TensorFlow never write to memory that something else can see.
+        if array.flags.owndata or keras.backend.backend() in _COPY_ON_WRITE:
             return array
         return array.copy(order="C")
 

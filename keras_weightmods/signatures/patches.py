@@ -74,12 +74,16 @@ class _State:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
-    """What a call will do to one weight."""
+    """What a call will do to one weight.
+
+    `before` and `new` are what is in it and what to write, each as an array
+    and the terms to add, if any.
+    """
 
     kind: str
     clean: np.ndarray
-    before: np.ndarray
-    new: np.ndarray
+    before: tuple[np.ndarray, list | None]
+    new: tuple[np.ndarray, list | None]
     problems: list[str]
 
 
@@ -330,30 +334,33 @@ class Patches:
 
     def _is_unchanged(self, model, position, terms):
         clean = self._state.clean[position]
-        written = tensors.rebuild(clean, terms[position])
-        return tensors.same_bits(written, model.read(position))
+        return tensors.is_rebuilt(model.read(position), clean, terms[position])
 
     def _plan(self, model, terms_before, terms, position, force):
         """What to write to one weight, and what is clean and in it now."""
         key = model.infos[position].key
-        clean = before = self._state.clean.get(position)
-        kind = "changed"
+        kind, clean = "changed", self._state.clean.get(position)
         if clean is None:
-            clean = before = model.copy(position)
-        elif force and not self._is_unchanged(model, position, terms_before):
-            present = terms_before[position]
-            if any(pull for _, _, pull in present):
-                return _Plan("left", clean, clean, clean, [])
-            kind, before = "subtracted", model.copy(position)
+            clean = model.copy(position)
+        before = clean, terms_before.get(position)
+        if (
+            force
+            and before[1]
+            and not self._is_unchanged(model, position, terms_before)
+        ):
+            if any(pull for _, _, pull in before[1]):
+                return _Plan("left", clean, before, before, [])
+            kind, before = "subtracted", (model.copy(position), None)
             clean = tensors.rebuild(
-                before, [(-scale, tensor, 0.0) for scale, tensor, _ in present]
+                before[0],
+                [
+                    (-scale, each, 0.0)
+                    for scale, each, _ in terms_before[position]
+                ],
             )
-        else:
-            before = model.copy(position)
-        new = clean
-        if position in terms:
-            new = tensors.rebuild(clean, terms[position])
-        return _Plan(kind, clean, before, new, result_problems(key, clean, new))
+        new = clean, terms.get(position)
+        problems = result_problems(key, clean, _pieces(*new))
+        return _Plan(kind, clean, before, new, problems)
 
     def _update(self, action, name, scale, after, force):
         """Brings the model from the present patches to those in `after`."""
@@ -371,17 +378,15 @@ class Patches:
         plan = functools.partial(
             self._plan, model, terms_before, terms, force=force
         )
-        # NumPy lets other threads run while it computes.
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            plans = dict(zip(positions, pool.map(plan, positions)))
+        plans = dict(zip(positions, _parallel(plan, positions)))
         checkpoints.raise_all(
             "The patch cannot be written:",
             [problem for plan in plans.values() for problem in plan.problems],
         )
         left = [p for p in positions if plans[p].kind == "left"]
         subtracted = [p for p in positions if plans[p].kind == "subtracted"]
-        new = {p: plans[p].new for p in positions if p not in left}
-        _write(model, new, {p: plans[p].before for p in new})
+        new = {p: plans[p] for p in positions if p not in left}
+        _write(model, new)
         state.patches = after
         state.clean.update({p: plans[p].clean for p in new})
         for position in positions:
@@ -437,7 +442,7 @@ def _changed_list(weights, signature, scale_for):
         new[position] = tensors.rebuild(
             array, [(scale_for(entry.pull), entry.tensor, entry.pull)]
         )
-        problems += result_problems(entry.key, array, new[position])
+        problems += result_problems(entry.key, array, [new[position]])
     checkpoints.raise_all("The patch cannot be written:", problems)
     return new
 
@@ -465,14 +470,25 @@ def model_problems(signature, checkpoint):
     return problems
 
 
-def result_problems(key, clean, new):
-    """What is wrong with values that are about to be written."""
-    if not tensors.is_finite(new):
-        if not tensors.is_finite(clean):
-            return [f"{key}: values that are not finite"]
-        return [f"{key}: the result is not finite in {new.dtype}"]
-    if key.endswith("moving_variance") and new.min() < 0:
-        return [f"{key}: the result is a negative variance"]
+def result_problems(key, clean, pieces):
+    """What is wrong with values that are about to be written.
+
+    Args:
+        key: String, the weight's.
+        clean: Array.
+        pieces: Iterable of arrays, all of the values.
+
+    Returns:
+        List of strings, empty if nothing is wrong.
+    """
+    is_variance = key.endswith("moving_variance")
+    for values in pieces:
+        if not tensors.is_finite(values):
+            if not tensors.is_finite(clean):
+                return [f"{key}: values that are not finite"]
+            return [f"{key}: the result is not finite in {clean.dtype}"]
+        if is_variance and (values < 0).any():
+            return [f"{key}: the result is a negative variance"]
     return []
 
 
@@ -508,14 +524,40 @@ def _terms(patches):
     return found
 
 
-def _write(model, new, before):
-    """Assigns `new`, {position: array}; all or, on an error, none."""
+def _pieces(array, terms):
+    """Yields what `_values` gives, piece by piece."""
+    if not terms:
+        return iter([array])
+    return (values for _, values in tensors.rebuilt_pieces(array, terms))
+
+
+def _values(array, terms, out):
+    if not terms:
+        return array
+    if out is None:
+        out = tensors.empty_aligned(array.shape, array.dtype)
+    return tensors.rebuild(array, terms, out)
+
+
+def _write(model, plans):
+    """Does the plans, by position; all or, on an error, none."""
     started = []
+
+    def write(position):
+        started.append(position)
+        model.write(position, functools.partial(_values, *plans[position].new))
+
     try:
-        for position, array in new.items():
-            started.append(position)
-            model.variables[position].assign(array)
+        for _ in _parallel(write, plans):
+            pass
     except BaseException:
         for position in started:
-            model.variables[position].assign(before[position])
+            before = plans[position].before
+            model.write(position, functools.partial(_values, *before))
         raise
+
+
+def _parallel(function, items):
+    """Yields `function(item)` for each; NumPy lets other threads run."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        yield from pool.map(function, items)

@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 # Elements: small enough for the temporaries of one piece to stay in cache.
-_PIECE = 1 << 15
+_PIECE = 1 << 16
+_ALIGNMENT = 64
 # Where the largest level may lie, as shares of the largest weight.
 _CLIPS = np.arange(32, 0, -1) / 32
 
@@ -127,7 +128,7 @@ def _round(columns, scales, levels):
     return np.clip(np.rint(scaled), -levels, levels)
 
 
-def rebuild(clean, terms):
+def rebuild(clean, terms, out=None):
     """`clean + sum(scale * (tensor - pull * clean))`, rounded once.
 
     Each piece is computed in the same way whatever the machine's state, so
@@ -137,11 +138,31 @@ def rebuild(clean, terms):
         clean: Array of a floating dtype.
         terms: List of triples of a float `scale`, an array or `Quantized` of
             the shape of `clean`, and a float `pull`.
+        out: Array to write to, of the dtype and shape of `clean`, contiguous.
+            Defaults to `None`, for a new one.
 
     Returns:
-        A new array of the dtype and shape of `clean`, computed in float64 if
-        that is its dtype and in float32 if not.
+        `out`, computed in float64 if that is its dtype and in float32 if not.
     """
+    new = np.empty(clean.shape, clean.dtype) if out is None else out
+    target = new.reshape(-1)
+    for part, values in rebuilt_pieces(clean, terms):
+        target[part] = values
+    return new
+
+
+def is_rebuilt(array, clean, terms):
+    """Whether `array` is `rebuild(clean, terms)`, bit for bit."""
+    unsigned = f"u{array.dtype.itemsize}"
+    flat = array.reshape(-1).view(unsigned)
+    return all(
+        np.array_equal(flat[part], values.view(unsigned))
+        for part, values in rebuilt_pieces(clean, terms)
+    )
+
+
+def rebuilt_pieces(clean, terms):
+    """Yields slices and what `rebuild` has there, in memory used again."""
     dtype = np.dtype("float64" if clean.dtype == "float64" else "float32")
     tensors = [
         (tensor.dequantized() if isinstance(tensor, Quantized) else tensor)
@@ -149,16 +170,16 @@ def rebuild(clean, terms):
         .reshape(-1)
         for _, tensor, _ in terms
     ]
-    new = np.empty(clean.shape, clean.dtype)
-    source, target = clean.reshape(-1), new.reshape(-1)
+    source = clean.reshape(-1)
     piece = min(_PIECE, clean.size)
     total, product = np.empty(piece, dtype), np.empty(piece, dtype)
     # What overflows the dtype is found by the caller, who checks the result.
     with np.errstate(over="ignore", invalid="ignore"):
         scales = [dtype.type(scale) for scale, _, _ in terms]
         pull = dtype.type(math.fsum(scale * pull for scale, _, pull in terms))
-        for start in range(0, clean.size, _PIECE):
-            part = slice(start, start + _PIECE)
+    for start in range(0, clean.size, _PIECE):
+        part = slice(start, start + _PIECE)
+        with np.errstate(over="ignore", invalid="ignore"):
             base = source[part].astype(dtype, copy=False)
             delta, scratch = total[: base.size], product[: base.size]
             np.multiply(tensors[0][part], scales[0], out=delta)
@@ -168,11 +189,18 @@ def rebuild(clean, terms):
             if pull:
                 np.multiply(base, pull, out=scratch)
                 np.subtract(delta, scratch, out=delta)
-            if clean.dtype == dtype:
-                np.add(base, delta, out=target[part])
-            else:
-                target[part] = np.add(base, delta, out=delta)
-    return new
+            np.add(base, delta, out=delta)
+            values = delta.astype(clean.dtype, copy=False)
+        yield part, values
+
+
+def empty_aligned(shape, dtype):
+    """An empty array in memory that JAX takes over without a copy."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, "uint8")
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def is_finite(x):

@@ -13,7 +13,7 @@ keras_hub = pytest.importorskip("keras_hub")
 ROWS = np.random.default_rng(0).integers(0, 11, (7, 6)).astype("int32")
 
 
-def make_cast():
+def make_cast(init):
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.Llama3Backbone(
         vocabulary_size=11,
@@ -25,7 +25,7 @@ def make_cast():
         tie_word_embeddings=True,
     )
     model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
-    cast = kwm.CAST(model)
+    cast = kwm.CAST(model, init=init)
     cast.compile()
     return cast
 
@@ -40,11 +40,14 @@ def weights(cast):
     return [ops.convert_to_numpy(v) for v in cast.student.weights]
 
 
-def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, monkeypatch):
+@pytest.mark.parametrize("init", ["dense", "wanda"])
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    init, tmp_path, monkeypatch
+):
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
     args = make_args(tmp_path / "whole")
-    whole = make_cast()
+    whole = make_cast(init)
     seconds = cast_llm.train_resumably(whole, ROWS, args)
     assert seconds > 0
     assert int(whole.adam_s.iterations) == 12
@@ -64,9 +67,9 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, monkeypatch):
         keras.callbacks.BackupAndRestore, "_save_model", save_and_stop
     )
     with pytest.raises(KeyboardInterrupt):
-        cast_llm.train_resumably(make_cast(), ROWS, args)
+        cast_llm.train_resumably(make_cast(init), ROWS, args)
     monkeypatch.undo()
-    parts = make_cast()
+    parts = make_cast(init)
     cast_llm.train_resumably(parts, ROWS, args)
     assert int(parts.adam_s.iterations) == 12
     for expected, found in zip(weights(whole), weights(parts)):

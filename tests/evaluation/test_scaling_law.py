@@ -88,6 +88,11 @@ def test_held_out_budget():
 
 
 def test_no_floor_is_a_fit_on_the_edge():
+    # Losses that fall faster than any power law with a floor.
+    losses = [4.441, 4.291, 4.188, 4.110]
+    law = kwm.fit_scaling_law([3072, 6144, 9216, 12800], losses)
+    assert law.L_inf == 0.0
+    assert law.intervals["L_inf"][0] == 0.0
     law = kwm.fit_scaling_law(TOKENS, 40 * TOKENS**-0.2)
     assert law.beta == pytest.approx(0.2, rel=1e-2)
     assert law.L_inf == pytest.approx(0.0, abs=0.2)

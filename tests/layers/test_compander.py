@@ -1,5 +1,6 @@
 """The layers with a compander: as the plain ones, but for how they train."""
 
+import functools
 import zipfile
 
 import keras
@@ -310,6 +311,52 @@ def test_half_precision_trains_without_a_nonfinite_value(
         layer = model.layers[0]
         assert layer._kernel.dtype == dtype.replace("mixed_bfloat16", "float32")
         assert outputs(model, x).shape == y.shape
+
+
+@pytest.mark.parametrize("policy", ["float16", "mixed_bfloat16"])
+def test_half_precision_is_finite_where_the_plain_layer_is(policy):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 16)).astype("float32")
+    y = rng.normal(size=(32, 1)).astype("float32")
+
+    def stays_finite(optimizer, scale, **pair):
+        keras.utils.set_random_seed(0)
+        hidden = keras.layers.Dense(32, "relu", dtype=policy)
+        output = keras.layers.Dense(1, dtype=policy)
+        model = keras.Sequential([keras.Input((16,)), hidden, output])
+        if pair:
+            kwm.compand_model(model, **pair)
+        model.compile(optimizer(), "mse", jit_compile=False)
+        for _ in range(10):
+            model.train_on_batch(scale * x, y)
+        return all(
+            np.isfinite(ops.convert_to_numpy(ops.cast(w, "float32"))).all()
+            for w in model.weights
+        )
+
+    pairs = [
+        {"function": "arctan", "learnable": True},
+        {"function": "arctan", "learnable": False, "a": 1.0, "b": 0.6},
+        {"function": "erf", "learnable": True},
+        {"function": "arsinh", "learnable": True},
+    ]
+    rates = (1e-3, 1e-2, 0.1)
+    if keras.backend.backend() != "torch":  # which compiles each of them
+        pairs, rates = pairs[:1], (1e-2,)
+    runs = [
+        (functools.partial(make_optimizer, rate), scale)
+        for rate in rates
+        for make_optimizer in (
+            keras.optimizers.SGD,
+            functools.partial(keras.optimizers.Adam, epsilon=1e-4),
+        )
+        for scale in (1, 100)
+    ]
+    fine = [run for run in runs if stays_finite(*run)]
+    assert fine
+    for run in fine:
+        for pair in pairs:
+            assert stays_finite(*run, **pair), (run, pair)
 
 
 def test_subclass_folds_only_with_a_plain_class_to_go_back_to():

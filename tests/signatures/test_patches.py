@@ -11,6 +11,7 @@ from keras import ops
 import keras_weightmods as kwm
 from keras_weightmods import Patches, WeightSignature
 from keras_weightmods.signatures import tensors
+from keras_weightmods.signatures.checkpoint import Checkpoint
 from tests.signatures.models import (
     CONV,
     CONV_B,
@@ -371,17 +372,16 @@ def test_an_error_while_writing_leaves_the_model(models, signatures):
     patches = Patches(model)
     patches.add(signatures[0])
     before = weights_of(model)
-    third = model.weights[6]
-    assign = type(third).assign
+    write = Checkpoint.write
 
-    def failing(variable, value):
-        if variable is third:
+    def failing(checkpoint, position, fill):
+        if position == 6:
             monkeypatch.undo()
             raise MemoryError("no memory")
-        return assign(variable, value)
+        write(checkpoint, position, fill)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(type(third), "assign", failing)
+        monkeypatch.setattr(Checkpoint, "write", failing)
         with pytest.raises(MemoryError):
             patches.add(signatures[1])
     assert_same_bits(weights_of(model), before)

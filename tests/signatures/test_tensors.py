@@ -162,3 +162,26 @@ def test_dare():
     expected = references.dare(x.flat, 0.9, uniform.flat)
     np.testing.assert_allclose(got, np.reshape(expected, x.shape))
     assert 0.05 < np.mean(got != 0) < 0.15
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+def test_is_rebuilt_sees_one_bit(dtype):
+    rng = np.random.default_rng(0)
+    size = tensors._PIECE + 3
+    clean = rng.normal(size=(1, size)).astype(dtype)
+    terms = [(0.3, rng.normal(size=(1, size)).astype("float32"), 0.0)]
+    written = tensors.rebuild(clean, terms)
+    assert tensors.is_rebuilt(written, clean, terms)
+    for place in (0, size - 1):
+        changed = written.copy()
+        changed.view(f"u{changed.dtype.itemsize}")[0, place] ^= 1
+        assert not tensors.is_rebuilt(changed, clean, terms)
+
+
+def test_rebuild_into_memory_that_is_there():
+    clean = np.ones((3, 5), "float32")
+    terms = [(2.0, np.ones((3, 5), "float32"), 0.0)]
+    out = tensors.empty_aligned((3, 5), "float32")
+    assert out.ctypes.data % 64 == 0
+    assert tensors.rebuild(clean, terms, out) is out
+    assert (out == 3).all()

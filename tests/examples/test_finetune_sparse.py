@@ -1,0 +1,51 @@
+import argparse
+
+import finetune_sparse
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+
+keras_hub = pytest.importorskip("keras_hub")
+
+ARGS = argparse.Namespace(rank=2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.Llama3Backbone(
+        vocabulary_size=20,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=16,
+        intermediate_dim=16,
+        tie_word_embeddings=True,
+    )
+    model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    kwm.SemiStructuredSparse.attach(model)
+    kwm.SemiStructuredSparse.detach(model)
+    return model
+
+
+@pytest.mark.parametrize("name", list(finetune_sparse.METHODS))
+def test_each_way_trains_and_ends_exactly_sparse(model, name):
+    start = model.get_weights()
+    targets = kwm.find_targets(model)
+    before = [ops.convert_to_numpy(t.variable) for t in targets]
+    train = np.random.default_rng(0).integers(0, 20, (3, 9)).astype("int32")
+    try:
+        finetune_sparse.METHODS[name](model, train, ARGS)
+        kwm.assert_sparse(model, "2:4")
+        after = [ops.convert_to_numpy(t.variable) for t in targets]
+        changed = any((a != b).any() for a, b in zip(after, before))
+        assert changed == (name != "2:4, as it was")
+        if name != "LoRA, merged by magnitude":
+            for old, new in zip(before, after):
+                assert not new[old == 0].any()
+        assert all(v.trainable for v in model.weights)
+    finally:
+        model.set_weights(start)
