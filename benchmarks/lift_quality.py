@@ -68,7 +68,7 @@ def parse_arguments():
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=88)
+    parser.add_argument("--length", type=int, default=80)
     parser.add_argument("--held-out", type=int, default=64, help="problems")
     parser.add_argument("--filter-rank", type=int)
     parser.add_argument("--seeds", type=int, default=3)

@@ -56,7 +56,7 @@ def parse_arguments():
     )
     parser.add_argument("--steps", type=int, default=60, help="default: 60")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--length", type=int, default=96, help="of a row")
+    parser.add_argument("--length", type=int, default=80, help="of a row")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--filter-rank", type=int)

@@ -44,10 +44,8 @@ _FROM_SPARSE = {
 }
 _DEFAULT_WARMUP = 0.1
 
-# The importance of inputs is measured on so many batches, and a one-shot start
-# is made on so many rows at least, as many as SparseGPT's authors take.
+# The importance of inputs is measured on so many batches.
 _MEASURED_BATCHES = 8
-_CALIBRATION_ROWS = 128
 
 _TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -102,10 +100,13 @@ class CAST(keras.distillation.Distiller):
             Defaults to `None`.
         init: `"dense"` to begin with the model as it is; or `"magnitude"`,
             `"wanda"` or `"sparsegpt"`, a method of `sparsify` that makes the
-            model sparse in one shot when `fit` begins, on the first 128 rows
-            of its data. The default optimizer then trains under the mask of
+            model sparse in one shot when `fit` begins, on the first rows of
+            its data. The default optimizer then trains under the mask of
             that start; the teacher is the dense model still. Best where the
             run is short. Defaults to `"dense"`.
+        init_rows: Int, the rows (texts, images) that the one-shot start is
+            made on, rounded up to whole batches. Defaults to `128`, as many
+            as SparseGPT's authors take.
         teacher_dtype: Dtype in which the copy of `teacher="self"` is kept,
             for example `"bfloat16"` for half the memory. `None` keeps the
             model's own. Defaults to `None`.
@@ -165,6 +166,7 @@ class CAST(keras.distillation.Distiller):
         scaling_groups=2,
         targets=None,
         init="dense",
+        init_rows=128,
         teacher_dtype=None,
         name="cast",
     ):
@@ -173,6 +175,11 @@ class CAST(keras.distillation.Distiller):
             raise ValueError(
                 f"`init` must be one of {('dense', *METHODS)}. "
                 f"Received: init={init!r}"
+            )
+        if type(init_rows) is not int or init_rows < 1:
+            raise ValueError(
+                "`init_rows` must be an int of at least 1. "
+                f"Received: init_rows={init_rows!r}"
             )
         if not isinstance(model, keras.Model) or not model.built:
             raise ValueError(
@@ -269,6 +276,7 @@ class CAST(keras.distillation.Distiller):
             _warn_about_outputs(model)
         self.n, self.m = n, m
         self.init = init
+        self.init_rows = init_rows
         self.init_report = None
         self._is_started = init == "dense"
         self.scaling_groups = scaling_groups
@@ -699,7 +707,7 @@ class CAST(keras.distillation.Distiller):
         is_ranked_by_inputs = self.adam_s.criterion == "activation"
         if self._is_started and not is_ranked_by_inputs:
             return
-        rows = 0 if self._is_started else _CALIBRATION_ROWS
+        rows = 0 if self._is_started else self.init_rows
         first, enough = _first_batches(x, rows, batch_size, sample_weight)
         if not self._is_started:
             progress = keras.utils.Progbar(

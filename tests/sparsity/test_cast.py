@@ -8,7 +8,6 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from keras_weightmods.sparsity import cast as cast_module
 from keras_weightmods.sparsity.cast import WarmupLinearDecay
 from keras_weightmods.utils.reparameterize import is_reparameterized
 
@@ -383,14 +382,13 @@ def test_a_fit_beyond_the_plan_is_warned_about(recwarn):
 
 
 @pytest.mark.parametrize("init", ["magnitude", "wanda", "sparsegpt"])
-def test_a_start_is_sparsify_on_the_first_rows(init, monkeypatch):
-    monkeypatch.setattr(cast_module, "_CALIBRATION_ROWS", 20)
+def test_a_start_is_sparsify_on_the_first_rows(init):
     x, y = make_data(40)
     expected = make_mlp()
     kwm.sparsify(expected, "2:4", init, x[:20], batch_size=4, verbose=0)
     model = make_mlp()
     dense = ops.convert_to_numpy(model(x))
-    cast = kwm.CAST(model, init=init)
+    cast = kwm.CAST(model, init=init, init_rows=18)
     cast.compile(loss=cross_entropy())
     assert cast.init_report is None
     started(cast, x, y, batch_size=4)
@@ -712,6 +710,7 @@ class Unbuilt(keras.Model):
         ({"pattern": "4:2"}, "pattern"),
         ({"pattern": "2:5"}, "no kernel that fits"),
         ({"init": "random"}, "`init`"),
+        ({"init_rows": 0}, "`init_rows`"),
         ({"teacher": "other"}, "`teacher`"),
         ({"teacher": np.ones(3)}, "`teacher`"),
         ({"teacher": None, "teacher_dtype": "bfloat16"}, "`teacher_dtype`"),
