@@ -95,7 +95,8 @@ class ReparameterizedOptimizer(keras.optimizers.Optimizer):
             )
         moved = {key: getattr(inner_optimizer, key) for key in _MOVED}
         super().__init__(learning_rate=0.0, name=name, **moved)
-        self.inner_optimizer = inner_optimizer
+        # Not `inner_optimizer`, where SwapEMAWeights would look for averages.
+        self.optimizer = inner_optimizer
         for key in _MOVED:
             setattr(inner_optimizer, key, None)
 
@@ -112,7 +113,7 @@ class ReparameterizedOptimizer(keras.optimizers.Optimizer):
                 "`ReparameterizedOptimizer` found no weight with a compander "
                 f"among the {len(variables)} variables it was built on. Build "
                 "it after `compand_model`, or use "
-                f"{type(self.inner_optimizer).__name__} as it is."
+                f"{type(self.optimizer).__name__} as it is."
             )
         for item in found:
             if any(id(each) not in known for each in item.parameters):
@@ -122,7 +123,7 @@ class ReparameterizedOptimizer(keras.optimizers.Optimizer):
                     "`learnable=False`."
                 )
         super().build(variables)
-        inner = self.inner_optimizer
+        inner = self.optimizer
         keys = [self._var_key(variable) for variable in variables]
         # Closures, because Keras would track the layers behind.
         self._get_item = dict(zip(keys, items)).get
@@ -144,7 +145,7 @@ class ReparameterizedOptimizer(keras.optimizers.Optimizer):
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         """Has the wrapped optimizer step on w where v is, then puts v back."""
-        inner = self.inner_optimizer
+        inner = self.optimizer
         decay = self._decay()
         grads, companded = list(grads), []
         for i, variable in enumerate(trainable_variables):
@@ -183,7 +184,7 @@ class ReparameterizedOptimizer(keras.optimizers.Optimizer):
 
     def _decay(self):
         """The share of v that this step takes off; None for no decay."""
-        inner = self.inner_optimizer
+        inner = self.optimizer
         if not inner.weight_decay:
             return None
         decay = ops.cast(inner.learning_rate, "float32") * inner.weight_decay
@@ -196,31 +197,31 @@ class ReparameterizedOptimizer(keras.optimizers.Optimizer):
     @property
     def variables(self):
         """All variables, those of the wrapped optimizer last."""
-        return self._variables + self.inner_optimizer.variables
+        return self._variables + self.optimizer.variables
 
     @property
     def learning_rate(self):
         """The learning rate of the wrapped optimizer."""
-        return self.inner_optimizer.learning_rate
+        return self.optimizer.learning_rate
 
     @learning_rate.setter
     def learning_rate(self, learning_rate):
-        self.inner_optimizer.learning_rate = learning_rate
+        self.optimizer.learning_rate = learning_rate
 
     @property
     def iterations(self):
         """The updates made so far."""
-        every = self.inner_optimizer.gradient_accumulation_steps
+        every = self.optimizer.gradient_accumulation_steps
         if every:
             return ops.floor_divide(self._iterations, every)
         return self._iterations
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
         """As that of the wrapped optimizer; before it is built."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+        self.optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def get_config(self):
-        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
+        inner = keras.saving.serialize_keras_object(self.optimizer)
         inner["config"].update({key: getattr(self, key) for key in _MOVED})
         return {"inner_optimizer": inner, "name": self.name}
 

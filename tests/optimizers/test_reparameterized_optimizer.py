@@ -245,6 +245,17 @@ def test_moving_average_is_of_the_stored_values():
     np.testing.assert_allclose(layer._kernel.numpy(), average, atol=3e-6)
 
 
+def test_swap_ema_weights_finds_the_averages():
+    optimizer = wrapped("Adam", RATE, use_ema=True, ema_momentum=0.5)
+    model, layer = make(optimizer)
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    x = np.ones((4, *model.input_shape[1:]), "float32")
+    y = np.ones(model(x).shape, "float32")
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[swap])
+    average = optimizer._model_variables_moving_average[0]
+    np.testing.assert_array_equal(layer._kernel.numpy(), average.numpy())
+
+
 def test_constraints_hold_after_the_step():
     model, layer = make(
         wrapped("Adam", 0.5), kernel_constraint=keras.constraints.MaxNorm(0.2)
@@ -287,7 +298,7 @@ def test_learning_rate_is_that_of_the_inner_optimizer():
     optimizer = wrapped("Adam", RATE)
     assert float(optimizer.learning_rate) == pytest.approx(RATE)
     optimizer.learning_rate = 0.2
-    assert float(optimizer.inner_optimizer.learning_rate) == pytest.approx(0.2)
+    assert float(optimizer.optimizer.learning_rate) == pytest.approx(0.2)
 
 
 def test_config_and_state_are_saved(tmp_path):
@@ -296,7 +307,7 @@ def test_config_and_state_are_saved(tmp_path):
     again = kwm.ReparameterizedOptimizer.from_config(config)
     assert again.get_config() == config
     assert again.use_ema
-    assert not again.inner_optimizer.use_ema
+    assert not again.optimizer.use_ema
     model, layer = make(wrapped("Adam", RATE), learnable=True)
     train(model, 2)
     model.save(tmp_path / "model.keras")
@@ -354,7 +365,7 @@ def test_errors_of_build():
     optimizer = wrapped()
     with pytest.raises(ValueError, match="found no weight with a compander"):
         optimizer.build(model.trainable_variables)
-    assert not optimizer.inner_optimizer.built
+    assert not optimizer.optimizer.built
     kwm.compand_model(model)
     model.weights[-1].trainable = False
     with pytest.raises(ValueError, match="must be trained too"):
