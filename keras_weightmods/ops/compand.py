@@ -3,6 +3,7 @@
 import collections.abc
 import dataclasses
 import functools
+import importlib
 import math
 from typing import Any
 
@@ -10,6 +11,9 @@ import keras
 import ml_dtypes  # a dependency of keras
 import numpy as np
 from keras import ops
+
+# Not in the public API.
+from keras.src.backend.common.global_state import get_global_attribute
 
 
 def compand(v, a, b, function="arctan"):
@@ -51,6 +55,9 @@ def compand(v, a, b, function="arctan"):
         from keras_weightmods.backend.torch.compand import compand as fused
 
         w = fused(v, a, b, function)
+    elif function == "arctan" and _is_training() and _native().is_native(v):
+        a, b = (ops.convert_to_tensor(p, v.dtype) for p in (a, b))
+        w = _native().compand(v, a, b, _arctan_forward, _arctan_backward)
     else:
         w = _compand_by_scalars(v, a, b, function)
     return ops.cast(w, dtype)
@@ -182,6 +189,26 @@ def _backward(v, w, upstream, a, b, function):
     return to_v, _dot(upstream, w) / a, -_dot(to_v, v) / b
 
 
+_arctan_forward = functools.partial(_forward, function="arctan")
+_arctan_backward = functools.partial(_backward, function="arctan")
+
+
+def _is_training():
+    """Whether a layer is called with `training=True`.
+
+    Other calls may be traced for an export, which the compiled kernels would
+    tie to this package.
+    """
+    context = get_global_attribute("current_call_ctx")
+    return context is not None and context.get_value("training") is True
+
+
+def _native():
+    return importlib.import_module(
+        f"keras_weightmods.backend.{keras.backend.backend()}.compand"
+    )
+
+
 @functools.cache
 def _compiled(function):
     if keras.backend.backend() != "tensorflow":
@@ -193,8 +220,8 @@ def _compiled(function):
 
 def _dot(x, y):
     """Sum of the products; its first rows by halves, which XLA vectorizes."""
-    rows = ops.reshape(x * y, (-1, x.shape[-1] if x.shape else 1))
-    while rows.shape[0] % 2 == 0:
+    rows = ops.reshape(x * y, (-1, x.shape[-1] if len(x.shape) else 1))
+    while rows.shape[0] and rows.shape[0] % 2 == 0:
         half = rows.shape[0] // 2
         rows = rows[:half] + rows[half:]
     return ops.sum(ops.sum(rows, axis=0))

@@ -88,6 +88,7 @@ struct Case {
 
   bool run();
   bool run_products();
+  bool run_compand();
 
   Random random;
   int64_t k, n, rows;
@@ -103,7 +104,42 @@ bool Case::run() {
   }
   kwm_set_isa(sets[static_cast<size_t>(
       between(random, 0, static_cast<int64_t>(sets.size()) - 1))]);
-  return run_products();
+  return run_products() && run_compand();
+}
+
+bool Case::run_compand() {
+  const int64_t count = any_size(random, 9000);
+  const float a = static_cast<float>(exp(normal(random)));
+  const float b = static_cast<float>(exp(normal(random)));
+  const kwm_parallel_for loop = threaded ? parallel_for : nullptr;
+  Array<float> v(count), w(count), up(count), dv(count);
+  for (int64_t i = 0; i < count; ++i) v[i] = 2 * normal(random);
+  for (int64_t i = 0; i < count; ++i) up[i] = normal(random);
+  kwm_compand(v.get(), count, a, b, w.get(), loop, &pool);
+  float da = NAN, db = NAN;
+  kwm_compand_gradient(v.get(), w.get(), up.get(), count, a, b, dv.get(), &da,
+                       &db, loop, &pool);
+  double to_a = 0, to_b = 0, size_a = 0, size_b = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double u = static_cast<double>(v[i]) / b;
+    const double exact = atan(u), slope = 1 / (1 + u * u);
+    const double to_v = up[i] * slope * a / b;
+    if (!close("compand", w[i], a * exact, a) ||
+        !close("compand's gradient", dv[i], to_v, fabs(to_v))) {
+      return false;
+    }
+    to_a += up[i] * exact;
+    size_a += fabs(up[i] * exact);
+    to_b -= to_v * u;
+    size_b += fabs(to_v * u);
+  }
+  if (!close("gradient of a", da, to_a, size_a) ||
+      !close("gradient of b", db, to_b, size_b)) {
+    return false;
+  }
+  kwm_compand_gradient(v.get(), nullptr, up.get(), count, a, b, up.get(),
+                       nullptr, nullptr, loop, &pool);
+  return memcmp(up.get(), dv.get(), static_cast<size_t>(count) * 4) == 0;
 }
 
 bool Case::run_products() {

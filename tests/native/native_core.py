@@ -11,7 +11,10 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE.parents[1] / "keras_weightmods" / "ops" / "native"
-CORE = ["core", "pack", "scalar", "avx2", "avx512", "avx512_vnni", "neon"]
+CORE = [
+    *["core", "pack", "compand"],
+    *["scalar", "avx2", "avx512", "avx512_vnni", "neon"],
+]
 
 TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ISAS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
@@ -55,6 +58,7 @@ def load():
         )
         library = ctypes.CDLL(str(path))
     size, kind, array = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
+    number = ctypes.c_float
     packed = [size, size, size, kind, array, array, array]
     for name, result, arguments in [
         ("kwm_values_bytes", size, [size, size, kind]),
@@ -68,6 +72,12 @@ def load():
             "kwm_values_gradient",
             None,
             [array] * 2 + [size] * 3 + [array] * 4,
+        ),
+        ("kwm_compand", None, [array, size, number, number] + [array] * 3),
+        (
+            "kwm_compand_gradient",
+            None,
+            [array] * 3 + [size, number, number] + [array] * 5,
         ),
         ("kwm_is_faster_than_dense", kind, [size, size, size, kind]),
     ]:
@@ -157,3 +167,30 @@ def values_gradient(x, dy, meta, parallel_for=None):
         None,
     )
     return out
+
+
+def compand(v, a, b, parallel_for=None):
+    """a arctan(v / b)"""
+    w = np.full_like(v, np.nan)
+    load().kwm_compand(
+        v.ctypes.data, v.size, a, b, w.ctypes.data, parallel_for, None
+    )
+    return w
+
+
+def compand_gradient(v, w, upstream, a, b, parallel_for=None, out=None):
+    """dv, da and db; the last two are None without `w`."""
+    dv = np.full_like(v, np.nan) if out is None else out
+    da = db = None
+    if w is not None:
+        da, db = np.full((2, 1), np.nan, "float32")
+    load().kwm_compand_gradient(
+        *map(pointer, [v, w, upstream]),
+        v.size,
+        a,
+        b,
+        *map(pointer, [dv, da, db]),
+        parallel_for,
+        None,
+    )
+    return (dv, None, None) if w is None else (dv, da[0], db[0])

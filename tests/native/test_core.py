@@ -144,7 +144,7 @@ def test_int8_column_that_is_not_finite_is_nan_and_no_other():
 
 def test_sizes():
     library = native_core.load()
-    assert library.kwm_abi_version() == 1
+    assert library.kwm_abi_version() == 2
     # 576 x 1536: bytes over those of dense float32.
     dense = 576 * 1536 * 4
     meta = library.kwm_meta_bytes(576, 1536)
@@ -296,6 +296,79 @@ def test_split_of_the_work_does_not_change_the_result(name, rows, rng):
         for got, want in zip((y, dx, dv), expected):
             np.testing.assert_array_equal(got, want)
     assert name == "scalar" or len(calls) >= 3
+
+    calls.clear()
+    v, upstream = np.float32(rng.standard_normal((2, 100_001)))
+    with isa(name):
+        expected = native_core.compand(v, 0.7, 1.3)
+        got = native_core.compand(v, 0.7, 1.3, loop)
+        np.testing.assert_array_equal(got, expected)
+        arguments = v, expected, upstream, 0.7, 1.3
+        for got, want in zip(
+            native_core.compand_gradient(*arguments, loop),
+            native_core.compand_gradient(*arguments),
+        ):
+            np.testing.assert_array_equal(got, want)
+    assert len(calls) == 2
+
+
+def compand_cases(rng):
+    """Stored values of many sizes: of a vector, of a block, with a rest."""
+    for size in [0, 1, 3, 15, 16, 17, 40, 2047, 2048, 2049, 7001]:
+        for scale in [0.05, 1.0, 30.0]:
+            yield np.float32(scale * rng.standard_normal(size))
+
+
+@pytest.mark.parametrize("name", ISAS)
+def test_compand(name, rng):
+    a, b = np.float32(0.7), np.float32(1.3)
+    with isa(name):
+        for v in compand_cases(rng):
+            w = native_core.compand(v, a, b)
+            exact = np.float64(a) * np.arctan(np.float64(v) / b)
+            np.testing.assert_allclose(w, exact, rtol=3e-7)
+
+            upstream = np.float32(rng.standard_normal(v.size))
+            dv, da, db = native_core.compand_gradient(v, w, upstream, a, b)
+            u = np.float64(v) / b
+            slope = np.float64(a) / b / (1 + u**2)
+            np.testing.assert_allclose(dv, upstream * slope, rtol=4e-7)
+            for got, terms in [
+                (da, upstream * exact / a),
+                (db, -upstream * slope * v / b),
+            ]:
+                size = np.abs(terms).sum()
+                assert abs(got - terms.sum()) <= 1e-6 * size
+
+            # Alone, and in the place of `upstream`.
+            alone, _, _ = native_core.compand_gradient(
+                v, None, upstream, a, b, out=upstream
+            )
+            np.testing.assert_array_equal(alone, dv)
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("size", [1, 16, 37])
+def test_compand_of_extreme_values(name, size):
+    a, b = np.float32(0.5), np.float32(2.0)
+    values = [0, 1e-45, 1e-38, 1e-20, 1.999, 2, 2.001, 1e20, 3e38, np.inf]
+    with isa(name):
+        for value in [*values, np.nan]:
+            for v in np.float32([value, -value]):
+                # Among others, which must stay what they are.
+                array = np.float32(np.linspace(-1, 1, size))
+                array[size // 2] = v
+                w = native_core.compand(array, a, b)
+                exact = np.float64(a) * np.arctan(np.float64(array) / b)
+                # Half of 1e-45 rounds to zero.
+                np.testing.assert_allclose(w, exact, rtol=3e-7, atol=2e-45)
+                upstream = np.ones_like(array)
+                dv, _, _ = native_core.compand_gradient(
+                    array, w, upstream, a, b
+                )
+                with np.errstate(over="ignore"):
+                    slope = a / b / (1 + (np.float64(array) / b) ** 2)
+                np.testing.assert_allclose(dv, slope, rtol=4e-7, atol=1e-38)
 
 
 @pytest.mark.parametrize("name", ISAS)

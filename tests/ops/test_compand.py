@@ -1,5 +1,6 @@
 """The functions of Weight Compander against NumPy float64."""
 
+import importlib
 import math
 
 import keras
@@ -9,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_weightmods.ops import compand, compand_derivative, compand_inverse
+import keras_weightmods as kwm
+from keras_weightmods.ops import (
+    compand,
+    compand_derivative,
+    compand_inverse,
+    native,
+)
 from keras_weightmods.ops.compand import compand_limit
+
+# The function has taken the module's name.
+module = importlib.import_module("keras_weightmods.ops.compand")
 
 FUNCTIONS = ("arctan", "arsinh", "erf")
 TOLERANCE = {"float32": 3e-7, "bfloat16": 2**-8, "float16": 2**-11}
@@ -35,6 +45,18 @@ def reference_derivative(v, a, b, function):
     return a / b * slope
 
 
+@pytest.fixture(params=["native", "without", "inference"])
+def kernels(request, monkeypatch):
+    """With the compiled kernels, without them, and outside of training."""
+    monkeypatch.setattr(
+        module, "_is_training", lambda: request.param != "inference"
+    )
+    if request.param == "without":
+        monkeypatch.setattr(native, "_loaded", (None, "it is switched off."))
+    elif not native.has_vectors():
+        pytest.skip(native.why_not() or "no vector unit")
+
+
 def values(dtype, largest=None):
     """Small and large, both signs, zero, as `dtype` has them."""
     if largest is None:
@@ -57,7 +79,7 @@ def close(actual, expected, dtype, absolute=1e-7):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_compand_equals_reference(function, dtype):
+def test_compand_equals_reference(function, dtype, kernels):
     v, exact = values(dtype)
     for a, b in PAIRS:
         w = compand(v, a, b, function)
@@ -141,7 +163,7 @@ def gradients(v, a, b, function, upstream):
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 1e12])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_gradients_equal_reference(function, scale):
+def test_gradients_equal_reference(function, scale, kernels):
     rng = np.random.default_rng(0)
     v = np.float32(rng.normal(size=(7, 5)) * scale)
     upstream = np.float32(rng.normal(size=(7, 5)))
@@ -156,6 +178,94 @@ def test_gradients_equal_reference(function, scale):
         1e-5,
     )
     close(to_b, np.sum(-upstream * slope * np.float64(v)) / b, "float32", 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 4), (1,), (130, 70), (3, 2, 5)])
+def test_gradients_of_any_shape(shape, kernels):
+    rng = np.random.default_rng(0)
+    v, upstream = (np.float32(rng.normal(size=shape)) for _ in range(2))
+    to_v, to_a, to_b = gradients(v, 0.7, 1.3, "arctan", upstream)
+    assert to_v.shape == shape
+    slope = reference_derivative(v, 0.7, 1.3, "arctan")
+    close(to_v, upstream * slope, "float32", 1e-6)
+    for got, terms in [
+        (to_a, upstream * reference(v, 0.7, 1.3, "arctan") / 0.7),
+        (to_b, -upstream * slope * v / 1.3),
+    ]:
+        assert abs(got - terms.sum()) <= 1e-6 * np.abs(terms).sum()
+
+
+def test_gradients_are_the_same_each_time(kernels):
+    rng = np.random.default_rng(0)
+    v, upstream = np.float32(rng.normal(size=(2, 300, 111)))
+    first = gradients(v, 0.7, 1.3, "arctan", upstream)
+    for got, expected in zip(gradients(v, 0.7, 1.3, "arctan", upstream), first):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="differentiable once on torch"
+)
+def test_second_derivatives(kernels):
+    v = np.float32([[-1.5, 0.2], [0.9, 3.0]])
+    a, b = 0.7, 1.3
+
+    def penalty(gradient, *pair):
+        return ops.sum(ops.square(gradient(*map(ops.convert_to_tensor, pair))))
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        inner = jax.grad(lambda v, b: ops.sum(compand(v, a, b)))
+        found = jax.grad(lambda v, b: penalty(inner, v, b), (0, 1))(v, b)
+    else:
+        import tensorflow as tf
+
+        def inner(v, b):
+            with tf.GradientTape() as tape:
+                tape.watch(v)
+                w = ops.sum(compand(v, a, b))
+            return tape.gradient(w, v)
+
+        pair = tf.constant(v), tf.constant(b)
+        with tf.GradientTape() as tape:
+            tape.watch(pair)
+            total = penalty(inner, *pair)
+        found = tape.gradient(total, pair)
+    # Of the sum of squares of s = a b / (b**2 + v**2).
+    exact = np.float64(v)
+    square = b**2 + exact**2
+    slope = a * b / square
+    close(found[0], -4 * exact * slope**2 / square, "float32", 1e-6)
+    to_b = np.sum(2 * slope * a * (exact**2 - b**2) / square**2)
+    close(found[1], to_b, "float32", 1e-6)
+
+
+def test_compiled_kernels_train_and_do_not_infer(monkeypatch):
+    if not native.has_vectors():
+        pytest.skip(native.why_not() or "no vector unit")
+    if keras.backend.backend() == "torch":
+        pytest.skip("torch takes them always")
+    implementation = module._native()
+    called, compand = [], implementation.compand
+
+    def spy(*args):
+        called.append(args)
+        return compand(*args)
+
+    monkeypatch.setattr(implementation, "compand", spy)
+    model = keras.Sequential(
+        [keras.Input((6,)), kwm.CompanderDense(4, learnable=False)]
+    )
+    model.compile("sgd", "mse")
+    x, y = np.ones((8, 6), "float32"), np.ones((8, 4), "float32")
+    model.evaluate(x, y, verbose=0)
+    model.predict(x, verbose=0)
+    assert not called
+    before = model.evaluate(x, y, verbose=0)
+    model.fit(x, y, verbose=0)
+    assert called
+    assert model.evaluate(x, y, verbose=0) < before
 
 
 def test_tensors_for_a_and_b_broadcast():
@@ -181,7 +291,7 @@ def test_float64_is_kept():
     )
 
 
-def test_nan_and_infinity_pass_through():
+def test_nan_and_infinity_pass_through(kernels):
     v = np.float32([np.nan, np.inf, -np.inf])
     for function in ("arctan", "erf"):
         w = to_numpy(compand(v, 0.5, 1.0, function))

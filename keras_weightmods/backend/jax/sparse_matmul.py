@@ -10,20 +10,13 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from keras_weightmods.backend.jax import sparse_matmul_gpu
-from keras_weightmods.ops import native
+from keras_weightmods.backend.jax import sparse_matmul_gpu, xla_handlers
 from keras_weightmods.ops.sparse_matmul import dense_matmul
-
-_TARGETS = (
-    "kwm_xla_matmul",
-    "kwm_xla_matmul_transposed",
-    "kwm_xla_values_gradient",
-)
 
 
 def why_not():
     """Why the compiled kernels cannot be used; empty if they can."""
-    return "" if jax.default_backend() == "gpu" else _why_not_on_cpu()
+    return "" if jax.default_backend() == "gpu" else xla_handlers.why_not()
 
 
 def sparse_matmul(x, packed):
@@ -33,7 +26,7 @@ def sparse_matmul(x, packed):
         return _sparse_matmul_on_cpu(x, packed)
     # Arrays may be placed on the CPU of a machine with a GPU too.
     dense = functools.partial(dense_matmul, packed=packed)
-    choices = {} if _why_not_on_cpu() else {"cpu": _sparse_matmul_on_cpu}
+    choices = {} if xla_handlers.why_not() else {"cpu": _sparse_matmul_on_cpu}
     if platform == "gpu":
         choices["cuda"] = sparse_matmul_gpu.matmul
     choices = {
@@ -41,26 +34,6 @@ def sparse_matmul(x, packed):
         for name, choice in choices.items()
     }
     return jax.lax.platform_dependent(x, **choices, default=dense)
-
-
-def _why_not_on_cpu():
-    if not native.is_available():
-        return native.why_not()
-    return "" if _register() else native.NO_XLA
-
-
-@functools.cache
-def _register():
-    """Registers the handlers; False if the library has none."""
-    if native.xla_handler(_TARGETS[0]) is None:
-        return False
-    # Registered before the backend is there, a handler that XLA refuses would
-    # end the process.
-    jax.devices("cpu")
-    for name in _TARGETS:
-        handler = jax.ffi.pycapsule(native.xla_handler(name))
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
-    return True
 
 
 def _sparse_matmul_on_cpu(x, packed):

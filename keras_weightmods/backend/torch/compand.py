@@ -1,9 +1,18 @@
-"""`compand` on torch: both directions in few passes over the kernel."""
+"""`compand` on torch: both directions in few passes over the kernel.
+
+On a CPU the compiled kernels take one pass for each, where they are there.
+"""
 
 import math
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from keras_weightmods.backend.torch.threads import threads
+from keras_weightmods.ops import native
+
+# Multiply-adds that the compiled kernels take the time of, for an entry.
+_WORK = 16
 
 # Entries worked on at once on a CPU, to stay in its cache.
 _PIECE = 2**16
@@ -34,7 +43,7 @@ def compand(v, a, b, function):
 def compand_derivative(v, a, b, function):
     """As in `ops`, with the same conditions, and not differentiable."""
     slope = torch.empty_like(v)
-    rule = _rule(function, v, a, b)
+    rule = _rule_of_pieces(function, v, a, b)
     for stored, piece in _pieces(v, slope):
         rule.slope(stored, _one(v), piece)
     return slope
@@ -43,12 +52,8 @@ def compand_derivative(v, a, b, function):
 class _Compand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, a, b, function):
-        w = torch.empty_like(v)
-        rule = _rule(function, v, a, b)
-        for stored, piece in _pieces(v, w):
-            rule.apply(stored, piece)
-        ctx.rule = rule
-        ctx.scalars = a, b
+        ctx.rule = _rule(function, v, a, b)
+        w = ctx.rule.forward(v)
         ctx.save_for_backward(v, w)
         return w
 
@@ -56,24 +61,8 @@ class _Compand(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         v, w = ctx.saved_tensors
-        a, b = ctx.scalars
-        _, needs_a, needs_b, _ = ctx.needs_input_grad
-        to_v = torch.empty_like(v)
-        to_a = to_b = None
-        for stored, weight, up, piece in _pieces(v, w, upstream, to_v):
-            ctx.rule.slope(stored, up, piece)
-            if needs_a:
-                dot = torch.dot(up.reshape(-1), weight.reshape(-1))
-                to_a = dot if to_a is None else to_a + dot
-            if needs_b:
-                dot = torch.dot(piece.reshape(-1), stored.reshape(-1))
-                to_b = dot if to_b is None else to_b + dot
-        return (
-            to_v,
-            None if to_a is None else to_a / a,
-            None if to_b is None else to_b / -b,
-            None,
-        )
+        _, *needed, _ = ctx.needs_input_grad
+        return *ctx.rule.backward(v, w, upstream, needed), None
 
 
 def _pieces(*tensors):
@@ -96,7 +85,25 @@ def _one(v):
 
 
 def _rule(function, v, a, b):
-    if function == "arctan" and v.dtype == torch.float32 and _on_cpu(v):
+    if (
+        function == "arctan"
+        and v.dtype == torch.float32
+        and _on_cpu(v)
+        # A trace is to hold torch's own operators.
+        and not torch.jit.is_tracing()
+        and native.has_vectors()
+    ):
+        return _NativeArctan(a, b)
+    return _rule_of_pieces(function, v, a, b)
+
+
+def _rule_of_pieces(function, v, a, b):
+    if (
+        function == "arctan"
+        and v.dtype == torch.float32
+        and _on_cpu(v)
+        and v.numel()
+    ):
         a, b = float(a), float(b)
         # So that no power of them overflows below.
         if all(1e-3 <= p <= 1e3 for p in (a, b)):
@@ -111,6 +118,31 @@ class _Rule:
         self.a, self.b = a, b
         self.function = function
 
+    def forward(self, v):
+        w = torch.empty_like(v)
+        for stored, piece in _pieces(v, w):
+            self.apply(stored, piece)
+        return w
+
+    def backward(self, v, w, upstream, needed):
+        """The gradients of v, and of a and b where they are needed."""
+        needs_a, needs_b = needed
+        to_v = torch.empty_like(v)
+        to_a = to_b = None
+        for stored, weight, up, piece in _pieces(v, w, upstream, to_v):
+            self.slope(stored, up, piece)
+            if needs_a:
+                dot = torch.dot(up.reshape(-1), weight.reshape(-1))
+                to_a = dot if to_a is None else to_a + dot
+            if needs_b:
+                dot = torch.dot(piece.reshape(-1), stored.reshape(-1))
+                to_b = dot if to_b is None else to_b + dot
+        return (
+            to_v,
+            None if to_a is None else to_a / self.a,
+            None if to_b is None else to_b / -self.b,
+        )
+
     def apply(self, v, out):
         _APPLY[self.function](torch.div(v, self.b, out=out)).mul_(self.a)
 
@@ -118,6 +150,100 @@ class _Rule:
         u = torch.div(v, self.b, out=out)
         _DERIVATIVE[self.function](u, upstream)
         out.mul_(self.a / self.b)
+
+
+class _NativeArctan:
+    """The arc tangent by the compiled kernels."""
+
+    def __init__(self, a, b):
+        self.pair = float(a), float(b)
+
+    def forward(self, v):
+        return torch.ops.keras_weightmods.compand(v, *self.pair)
+
+    def backward(self, v, w, upstream, needed):
+        ops = torch.ops.keras_weightmods
+        if not any(needed):
+            return ops.compand_slope(v, upstream, *self.pair), None, None
+        return ops.compand_gradient(v, w, upstream, *self.pair)
+
+
+_library = torch.library.Library("keras_weightmods", "FRAGMENT")
+_library.define("compand(Tensor v, float a, float b) -> Tensor")
+_library.define(
+    "compand_slope(Tensor v, Tensor upstream, float a, float b) -> Tensor"
+)
+_library.define(
+    "compand_gradient(Tensor v, Tensor w, Tensor upstream, float a, float b) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "compand", "CPU")
+def _native_compand(v, a, b):
+    v = v.contiguous()
+    w = torch.empty_like(v)
+    native.library().kwm_compand(
+        v.data_ptr(), v.numel(), a, b, w.data_ptr(), *_threads(v)
+    )
+    return w
+
+
+@torch.library.impl(_library, "compand_slope", "CPU")
+def _native_slope(v, upstream, a, b):
+    v, upstream = v.contiguous(), upstream.contiguous()
+    to_v = torch.empty_like(v)
+    native.library().kwm_compand_gradient(
+        v.data_ptr(),
+        None,
+        upstream.data_ptr(),
+        v.numel(),
+        a,
+        b,
+        to_v.data_ptr(),
+        None,
+        None,
+        *_threads(v),
+    )
+    return to_v
+
+
+@torch.library.impl(_library, "compand_gradient", "CPU")
+def _native_gradient(v, w, upstream, a, b):
+    v, w, upstream = v.contiguous(), w.contiguous(), upstream.contiguous()
+    to_v, to_a, to_b = torch.empty_like(v), v.new_empty(()), v.new_empty(())
+    native.library().kwm_compand_gradient(
+        v.data_ptr(),
+        w.data_ptr(),
+        upstream.data_ptr(),
+        v.numel(),
+        a,
+        b,
+        to_v.data_ptr(),
+        to_a.data_ptr(),
+        to_b.data_ptr(),
+        *_threads(v),
+    )
+    return to_v, to_a, to_b
+
+
+@torch.library.register_fake("keras_weightmods::compand")
+def _fake_compand(v, a, b):
+    return torch.empty_like(v)
+
+
+@torch.library.register_fake("keras_weightmods::compand_slope")
+def _fake_slope(v, upstream, a, b):
+    return torch.empty_like(v)
+
+
+@torch.library.register_fake("keras_weightmods::compand_gradient")
+def _fake_gradient(v, w, upstream, a, b):
+    return torch.empty_like(v), v.new_empty(()), v.new_empty(())
+
+
+def _threads(v):
+    return threads(_WORK * v.numel())
 
 
 class _SmallArctan(_Rule):

@@ -4,13 +4,13 @@ Eager and under `torch.compile`, with gradients. On a CPU the threads are
 torch's own, as many as `torch.get_num_threads()`; one for small products.
 """
 
-import ctypes
 import functools
 
 import keras
 import torch
 
 from keras_weightmods.backend.torch import sparse_matmul_gpu
+from keras_weightmods.backend.torch.threads import threads
 from keras_weightmods.ops import native
 from keras_weightmods.ops.packed import packed_arrays
 from keras_weightmods.ops.sparse_matmul import dense_matmul
@@ -83,7 +83,7 @@ def _matmul(x, values, meta, scale, n):
     weights = _weights(k, n, values, meta, scale)
     y = x.new_empty((*x.shape[:-1], n))
     native.library().kwm_matmul(
-        x.data_ptr(), rows, *weights, y.data_ptr(), *_threads(rows * k * n)
+        x.data_ptr(), rows, *weights, y.data_ptr(), *threads(rows * k * n)
     )
     return y
 
@@ -95,7 +95,7 @@ def _matmul_transposed(dy, values, meta, scale, k):
     weights = _weights(k, n, values, meta, scale)
     dx = dy.new_empty((*dy.shape[:-1], k))
     native.library().kwm_matmul_transposed(
-        dy.data_ptr(), rows, *weights, dx.data_ptr(), *_threads(rows * k * n)
+        dy.data_ptr(), rows, *weights, dx.data_ptr(), *threads(rows * k * n)
     )
     return dx
 
@@ -121,7 +121,7 @@ def _values_gradient(x, dy, meta):
         n,
         meta.data_ptr(),
         dvalues.data_ptr(),
-        *_threads(rows * k * n),
+        *threads(rows * k * n),
     )
     return dvalues
 
@@ -236,37 +236,3 @@ def _check_trainable(values):
             "Only float32 values of a packed kernel have gradients. Received: "
             f"values of type {values.dtype} that require a gradient"
         )
-
-
-# Products, of a dense kernel, below which one thread is used: to wake others
-# that sleep or that the machine has given other work takes longer.
-_ALONE = 2**22
-
-
-def _threads(products):
-    """How the library shares the work: its function and the pool."""
-    count = torch.get_num_threads()
-    if count == 1 or products < _ALONE:
-        return None, None
-    return _openmp(count)
-
-
-class _OpenMP(ctypes.Structure):
-    """`kwm_openmp` of openmp.h."""
-
-    _fields_ = [("parallel", ctypes.c_void_p), ("threads", ctypes.c_int64)]
-
-
-_pools: dict[int, _OpenMP] = {}
-
-
-@functools.cache
-def _openmp(count):
-    # Global, as torch has loaded its runtime so.
-    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    if parallel is None:
-        return None, None
-    address = ctypes.cast(parallel, ctypes.c_void_p).value
-    pool = _pools[count] = _OpenMP(address, count)
-    function = ctypes.cast(native.library().kwm_openmp_for, ctypes.c_void_p)
-    return function.value, ctypes.addressof(pool)

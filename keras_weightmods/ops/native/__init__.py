@@ -1,6 +1,7 @@
-"""The compiled 2:4 kernels: one C library, found and loaded at first use.
+"""The compiled kernels: one C library, found and loaded at first use.
 
-Everything that needs it works without it too, by dense kernels.
+Everything that needs it works without it too: 2:4 products by dense kernels,
+companders by the backend's own functions.
 """
 
 import ctypes
@@ -9,11 +10,13 @@ import os
 import pathlib
 import warnings
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
+_SCALAR = 0  # KWM_ISA_SCALAR
 _TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 _INT = ctypes.c_int
 _SIZE = ctypes.c_int64
+_FLOAT = ctypes.c_float
 _POINTER = ctypes.c_void_p
 _WEIGHTS = [_SIZE, _SIZE, _INT, _POINTER, _POINTER, _POINTER]
 _THREADS = [_POINTER, _POINTER]
@@ -37,6 +40,14 @@ _SIGNATURES = {
     "kwm_values_gradient": (
         None,
         [_POINTER, _POINTER, *[_SIZE] * 3, _POINTER, _POINTER, *_THREADS],
+    ),
+    "kwm_compand": (
+        None,
+        [_POINTER, _SIZE, _FLOAT, _FLOAT, _POINTER, *_THREADS],
+    ),
+    "kwm_compand_gradient": (
+        None,
+        [*[_POINTER] * 3, _SIZE, _FLOAT, _FLOAT, *[_POINTER] * 3, *_THREADS],
     ),
     "kwm_is_faster_than_dense": (_INT, [_SIZE, _SIZE, _SIZE, _INT]),
 }
@@ -97,6 +108,17 @@ def is_faster_than_dense(rows, k, n, dtype="float32"):
         return False
     faster = library().kwm_is_faster_than_dense(rows, k, n, type_code(dtype))
     return bool(faster)
+
+
+def has_vectors():
+    """Whether the compiled kernels use a vector unit on this CPU.
+
+    Without, those of the companders are slower than the backends' functions.
+
+    Returns:
+        Bool, False if the compiled kernels are not there.
+    """
+    return is_available() and library().kwm_isa() != _SCALAR
 
 
 def library():

@@ -20,6 +20,7 @@ namespace {
 struct Avx2 {
   using Float = __m256;
   using Words = __m256i;
+  using Mask = __m256;
   using Index = __m256i;
   static constexpr int kWidth = 8;
   static constexpr int kRegisters = 16;
@@ -34,6 +35,15 @@ struct Avx2 {
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float fma(Float a, Float b, Float c) {
     return _mm256_fmadd_ps(a, b, c);
+  }
+  static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
+  static Mask greater(Float a, Float b) {
+    return _mm256_cmp_ps(a, b, _CMP_GT_OQ);
+  }
+  static bool any(Mask mask) { return _mm256_movemask_ps(mask) != 0; }
+  static Float select(Mask mask, Float a, Float b) {
+    return _mm256_blendv_ps(b, a, mask);
   }
   static void prefetch(const void* at) {
     _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);

@@ -21,6 +21,7 @@ namespace {
 struct Avx512 {
   using Float = __m512;
   using Words = __m512i;
+  using Mask = __mmask16;
   using Index = __m512i;
   static constexpr int kWidth = 16;
   static constexpr int kRegisters = 32;
@@ -33,6 +34,15 @@ struct Avx512 {
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float fma(Float a, Float b, Float c) {
     return _mm512_fmadd_ps(a, b, c);
+  }
+  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static Mask greater(Float a, Float b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+  }
+  static bool any(Mask mask) { return mask != 0; }
+  static Float select(Mask mask, Float a, Float b) {
+    return _mm512_mask_blend_ps(mask, b, a);
   }
   static void prefetch(const void* at) {
     _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);

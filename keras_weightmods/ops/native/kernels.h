@@ -72,7 +72,19 @@ struct Kernels {
   void (*gradient)(const float* x, const float* dy, int64_t rows,
                    const uint32_t* meta, int first_slot, bool first,
                    float* dvalues);
+
+  // w = a arctan(v / b), all of `count` floats.
+  void (*compand)(const float* v, int64_t count, float a, float b, float* w);
+
+  // dv = upstream * dw/dv, which may take the place of upstream. The second
+  // also sums upstream * w and dv * v, each entry a term in float32: for few.
+  void (*compand_gradient[2])(const float* v, const float* w,
+                              const float* upstream, int64_t count, float a,
+                              float b, float* dv, double* sums);
 };
+
+// Those of kwm_isa.
+const Kernels& kernels_in_use();
 
 // Null where the library was built for another machine.
 const Kernels* scalar_kernels();

@@ -10,6 +10,7 @@
 //                         lane j of pick: x[4 * group + 2-bit index j of slot],
 //                         for x of 16 floats and slot / 2 % 4 == group
 //
+//   mul, div, greater(a, b), any(mask), select(mask, a, b)
 //   spread(slots, i)      lane i of a vector in all lanes
 //   transpose(in, in_stride, out, out_stride)   kWidth x kWidth floats
 //
@@ -23,6 +24,8 @@
 #define KWM_PRAGMA(text) _Pragma(#text)
 #define KWM_UNROLL(n) KWM_PRAGMA(GCC unroll n)
 #endif
+
+#include "compand_impl.h"
 
 namespace {
 
@@ -359,6 +362,8 @@ const kwm::Kernels* kernels(int isa) {
        expand<S, Int8Values>},
       multiply_dense<S>,
       gradient<S>,
+      compand<S>,
+      {compand_gradient<S, false>, compand_gradient<S, true>},
   };
   return &table;
 }

@@ -1,4 +1,5 @@
-// 2:4 sparse matmul on the CPU: a plain C interface, no Python, no framework.
+// 2:4 sparse matmul and the compander on the CPU: a plain C interface, no
+// Python, no framework.
 //
 // A kernel W of shape (k, n) is packed in groups of 4 along k, the contraction
 // axis; of each group and column at most 2 values are nonzero, and 2 are kept.
@@ -37,7 +38,7 @@
 extern "C" {
 #endif
 
-#define KWM_ABI_VERSION 1
+#define KWM_ABI_VERSION 2
 
 enum { KWM_FLOAT32 = 0, KWM_BFLOAT16 = 1, KWM_INT8 = 2 };
 
@@ -109,6 +110,18 @@ KWM_API void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
 // same shape on this CPU with the instruction set in use; 0 or 1.
 KWM_API int kwm_is_faster_than_dense(int64_t rows, int64_t k, int64_t n,
                                      int type);
+
+// w = a arctan(v / b), `count` floats; b and its inverse must be normal numbers.
+KWM_API void kwm_compand(const float* v, int64_t count, float a, float b,
+                         float* w, kwm_parallel_for parallel_for, void* pool);
+
+// The gradients of sum(upstream * w): dv (count,), which may be upstream, da
+// and db. The same for any number of threads. Without da and db (NULL) only dv;
+// w may be NULL then.
+KWM_API void kwm_compand_gradient(const float* v, const float* w,
+                                  const float* upstream, int64_t count, float a,
+                                  float b, float* dv, float* da, float* db,
+                                  kwm_parallel_for parallel_for, void* pool);
 
 #ifdef __cplusplus
 }

@@ -13,6 +13,7 @@ namespace {
 struct Neon {
   using Float = float32x4_t;
   using Words = uint32x4_t;
+  using Mask = uint32x4_t;
   using Index = uint8x16_t;
   static constexpr int kWidth = 4;
   static constexpr int kRegisters = 32;
@@ -26,6 +27,13 @@ struct Neon {
   static Float broadcast(float v) { return vdupq_n_f32(v); }
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
   static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+  static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
+  static Float div(Float a, Float b) { return vdivq_f32(a, b); }
+  static Mask greater(Float a, Float b) { return vcgtq_f32(a, b); }
+  static bool any(Mask mask) { return vmaxvq_u32(mask) != 0; }
+  static Float select(Mask mask, Float a, Float b) {
+    return vbslq_f32(mask, a, b);
+  }
   static void prefetch(const void* at) { __builtin_prefetch(at); }
   static void prefetch_later(const void* at) {
     __builtin_prefetch(at, 0, 2);

@@ -8,6 +8,7 @@ namespace {
 struct Scalar {
   using Float = float;
   using Words = uint32_t;
+  using Mask = bool;
   using Index = uint32_t;
   static constexpr int kWidth = 1;
   static constexpr int kRegisters = 16;
@@ -23,6 +24,11 @@ struct Scalar {
   static Float broadcast(float v) { return v; }
   static Float add(Float a, Float b) { return a + b; }
   static Float fma(Float a, Float b, Float c) { return a * b + c; }
+  static Float mul(Float a, Float b) { return a * b; }
+  static Float div(Float a, Float b) { return a / b; }
+  static Mask greater(Float a, Float b) { return a > b; }
+  static bool any(Mask mask) { return mask; }
+  static Float select(Mask mask, Float a, Float b) { return mask ? a : b; }
   static void prefetch(const void*) {}
   static void prefetch_later(const void*) {}
 
