@@ -21,6 +21,7 @@ struct Avx2 {
   using Float = __m256;
   using Words = __m256i;
   using Index = __m256i;
+  using Slots = Words;
   static constexpr int kWidth = 8;
   static constexpr int kRegisters = 16;
   static constexpr int kPrefetchBytes = 4096;
@@ -32,6 +33,7 @@ struct Avx2 {
   static void store(float* to, Float v) { _mm256_storeu_ps(to, v); }
   static Float broadcast(float v) { return _mm256_set1_ps(v); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) {
     return _mm256_fmadd_ps(a, b, c);
   }
@@ -68,7 +70,8 @@ struct Avx2 {
     return _mm256_broadcast_ps(
         reinterpret_cast<const __m128*>(x + 4 * group));
   }
-  static Index index(Words meta, int slot) {
+  static Slots slots(Words meta) { return meta; }
+  static Index index(Slots meta, int slot) {
     return _mm256_srli_epi32(meta, 2 * slot);
   }
   static Words upper_slots(Words meta) { return _mm256_srli_epi32(meta, 16); }

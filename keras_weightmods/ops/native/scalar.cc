@@ -9,6 +9,7 @@ struct Scalar {
   using Float = float;
   using Words = uint32_t;
   using Index = uint32_t;
+  using Slots = Words;
   static constexpr int kWidth = 1;
   static constexpr int kRegisters = 16;
   static constexpr int kPrefetchBytes = 0;
@@ -22,6 +23,7 @@ struct Scalar {
   static void store(float* to, Float v) { *to = v; }
   static Float broadcast(float v) { return v; }
   static Float add(Float a, Float b) { return a + b; }
+  static Float mul(Float a, Float b) { return a * b; }
   static Float fma(Float a, Float b, Float c) { return a * b + c; }
   static void prefetch(const void*) {}
   static void prefetch_later(const void*) {}
@@ -45,7 +47,8 @@ struct Scalar {
   }
 
   static const float* table(const float* x, int group) { return x + 4 * group; }
-  static Index index(Words meta, int slot) { return (meta >> (2 * slot)) & 3; }
+  static Slots slots(Words meta) { return meta; }
+  static Index index(Slots meta, int slot) { return (meta >> (2 * slot)) & 3; }
   static Words upper_slots(Words meta) { return meta >> 16; }
   static Float pick(const float* table, Index index) { return table[index]; }
 
