@@ -22,6 +22,7 @@ struct Avx2 {
   using Words = __m256i;
   using Index = __m256i;
   using Slots = Words;
+  using OneRow = Avx2;
   static constexpr int kWidth = 8;
   static constexpr int kRegisters = 16;
   static constexpr int kPrefetchBytes = 4096;
@@ -66,9 +67,9 @@ struct Avx2 {
   }
 
   // The permutation reads the low two bits of a lane only: the rest may stay.
-  static Float table(const float* x, int group) {
+  static Float table(const float* x, int slot) {
     return _mm256_broadcast_ps(
-        reinterpret_cast<const __m128*>(x + 4 * group));
+        reinterpret_cast<const __m128*>(x + slot / 2 % 4 * 4));
   }
   static Slots slots(Words meta) { return meta; }
   static Index index(Slots meta, int slot) {

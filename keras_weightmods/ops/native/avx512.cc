@@ -18,7 +18,10 @@
 
 namespace {
 
+struct Avx512OneRow;
+
 struct Avx512 {
+  using OneRow = Avx512OneRow;
   using Float = __m512;
   using Words = __m512i;
   using Index = __m512i;
@@ -69,8 +72,8 @@ struct Avx512 {
   // The permutation reads the low four bits of a lane: without those of the
   // other slot of the group, they stay among the four floats of a table. To
   // broadcast these would compete with it for its port.
-  static Float table(const float* x, int group) {
-    return _mm512_castps128_ps512(_mm_loadu_ps(x + 4 * group));
+  static Float table(const float* x, int slot) {
+    return _mm512_castps128_ps512(_mm_loadu_ps(x + slot / 2 % 4 * 4));
   }
   static Slots slots(Words meta) {
     const Words low = _mm512_set1_epi32(0x33333333);
@@ -141,6 +144,24 @@ struct Avx512 {
       store(to + 12 * out_stride,
             _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
     }
+  }
+};
+
+// One index for both slots of a group: of its four bits the first slot goes by
+// the low two in a table x0 x1 x2 x3 x0 .., the second one by the high two in
+// x0 x0 x0 x0 x1 ... More work for the tables, which several columns share.
+struct Avx512OneRow : Avx512 {
+  using Slots = Words;
+  static Slots slots(Words meta) { return meta; }
+  static Index index(Slots meta, int slot) {
+    return _mm512_srli_epi32(meta, slot / 2 * 4);
+  }
+  static Float table(const float* x, int slot) {
+    const Float four =
+        _mm512_broadcast_f32x4(_mm_loadu_ps(x + slot / 2 % 4 * 4));
+    const Index repeat = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2,
+                                           3, 3, 3, 3);
+    return slot % 2 ? _mm512_permutexvar_ps(repeat, four) : four;
   }
 };
 

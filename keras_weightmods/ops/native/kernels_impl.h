@@ -7,9 +7,10 @@
 //   float), keep_where(value, words, shift, i): value, or 0 where the two bits
 //   of words at `shift` are not i
 //   Slots, slots(meta)    the words of meta, ready for
-//   table(x, group), index(slots, slot), pick(table, index)
+//   table(x, slot), index(slots, slot), pick(table, index)
 //                         lane j of pick: x[4 * group + 2-bit index j of slot],
-//                         for x of 16 floats and slot / 2 % 4 == group
+//                         for x of 16 floats and group = slot / 2 % 4
+//   OneRow                what to use in place of S for one row of activations
 //
 //   spread(slots, i)      lane i of a vector in all lanes
 //   transpose(in, in_stride, out, out_stride)   kWidth x kWidth floats
@@ -111,8 +112,7 @@ void multiply_tile(const float* x, const Packed& w, int64_t column_block,
           const auto value = V::template get<S>(block, slot, part * S::kWidth);
           KWM_UNROLL(16)
           for (int r = 0; r < R; ++r) {
-            const auto table =
-                S::table(x + (slot / 8 * R + r) * 16, slot / 2 % 4);
+            const auto table = S::table(x + (slot / 8 * R + r) * 16, slot);
             auto& s = sum[c][r][part][slot % kSums];
             s = S::fma(S::pick(table, index), value, s);
           }
@@ -164,7 +164,8 @@ void multiply(const float* x, int rows, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
   switch (rows) {
     case 1:
-      return multiply_columns<S, V, 1>(x, w, column_block, y, y_stride);
+      return multiply_columns<typename S::OneRow, V, 1>(x, w, column_block, y,
+                                                        y_stride);
     case 2:
       return multiply_columns<S, V, 2>(x, w, column_block, y, y_stride);
     case 3:
@@ -378,7 +379,7 @@ void gradient(const float* x, const float* dy, int64_t rows,
         const auto d = S::load(dy + r * kLanes + lane);
         KWM_UNROLL(8)
         for (int i = 0; i < kSlots; ++i) {
-          const auto table = S::table(x + r * 16, (s0 + i) / 2);
+          const auto table = S::table(x + r * 16, s0 + i);
           sum[i] = S::fma(S::pick(table, index[i]), d, sum[i]);
         }
       }

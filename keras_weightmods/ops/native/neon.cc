@@ -15,6 +15,7 @@ struct Neon {
   using Words = uint32x4_t;
   using Index = uint8x16_t;
   using Slots = Words;
+  using OneRow = Neon;
   static constexpr int kWidth = 4;
   static constexpr int kRegisters = 32;
   static constexpr int kPrefetchBytes = 1024;
@@ -59,8 +60,8 @@ struct Neon {
   }
 
   // The table lookup is by byte: four bytes 4i .. 4i + 3 for index i.
-  static Float table(const float* x, int group) {
-    return vld1q_f32(x + 4 * group);
+  static Float table(const float* x, int slot) {
+    return vld1q_f32(x + slot / 2 % 4 * 4);
   }
   static Slots slots(Words meta) { return meta; }
   static Index index(Slots meta, int slot) {

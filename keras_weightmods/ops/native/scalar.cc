@@ -10,6 +10,7 @@ struct Scalar {
   using Words = uint32_t;
   using Index = uint32_t;
   using Slots = Words;
+  using OneRow = Scalar;
   static constexpr int kWidth = 1;
   static constexpr int kRegisters = 16;
   static constexpr int kPrefetchBytes = 0;
@@ -46,7 +47,9 @@ struct Scalar {
     return ((words >> shift) & 3) == static_cast<uint32_t>(i) ? value : 0;
   }
 
-  static const float* table(const float* x, int group) { return x + 4 * group; }
+  static const float* table(const float* x, int slot) {
+    return x + slot / 2 % 4 * 4;
+  }
   static Slots slots(Words meta) { return meta; }
   static Index index(Slots meta, int slot) { return (meta >> (2 * slot)) & 3; }
   static Words upper_slots(Words meta) { return meta >> 16; }
