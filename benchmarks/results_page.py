@@ -130,7 +130,7 @@ def budgets(runs):
     if not runs:
         return missing("cast_llm.py")
     parts = []
-    for (model, pattern, start, evaluated), group in grouped(runs):
+    for (model, pattern, start, evaluated, recipe), group in grouped(runs):
         rows = []
         for tokens, same in by_tokens(group):
             before, after = (
@@ -155,8 +155,8 @@ def budgets(runs):
         parts.append(
             f"{model}, {pattern}, {start} start, dense "
             f"{dense['held_out']:.1f} / {dense['unrelated']:.1f} on "
-            f"{evaluated:,} held-out tokens; "
-            f"{group[0]['dtype']}, {group[0]['backend']}; "
+            f"{evaluated:,} held-out tokens; {recipe}, "
+            f"{group[0]['backend']}; "
             f"{'; '.join(sorted(machines))}."
         )
         parts.append(
@@ -179,17 +179,47 @@ def budgets(runs):
 def laws(runs):
     """The law through all budgets but the largest, and its error there."""
     parts = []
-    for (model, pattern, start, _), group in grouped(runs):
-        points = [
-            (tokens, math.log(run["perplexity"]["after_prune"]["held_out"]))
-            for tokens, same in by_tokens(group)
-            for run in same
-        ]
+    groups = grouped(runs)
+    for (*kind, recipe), group in groups:
+        model, pattern, start, _ = kind
+        points = losses(group)
         # Four to fit, and one to hold out.
-        if len({tokens for tokens, _ in points}) >= 5:
-            parts.append(f"{model}, {pattern}, {start} start.\n\n{law(points)}")
+        if len({tokens for tokens, _ in points}) < 5:
+            continue
+        parts.append(f"{model}, {pattern}, {start} start, {recipe}.")
+        parts.append(law(points))
+        parts += [
+            beyond(points, tokens, loss, other)
+            for (*other_kind, other), rest in groups
+            if other_kind == kind and other != recipe
+            for tokens, loss in losses(rest)
+            if tokens > max(points)[0]
+        ]
     return "\n\n".join(parts) or (
         "Needs runs of `benchmarks/cast_llm.py` at five budgets of one model."
+    )
+
+
+def losses(runs):
+    """Pairs of tokens and the loss after the prune, of each run."""
+    return [
+        (tokens, math.log(run["perplexity"]["after_prune"]["held_out"]))
+        for tokens, same in by_tokens(runs)
+        for run in same
+    ]
+
+
+def beyond(points, tokens, loss, recipe):
+    """What a law says of a run with more tokens and another recipe."""
+    import keras_weightmods as kwm
+
+    said = kwm.fit_scaling_law(*zip(*points)).predict(tokens)
+    return (
+        f"A run of {tokens:,} tokens with another recipe ({recipe}) gave "
+        f"{loss:.3f}, where the law of these budgets, at "
+        f"{tokens / max(points)[0]:.0f} times the largest of them, says "
+        f"{said.loss:.3f} ({said.low:.3f} to {said.high:.3f}): "
+        f"{abs(said.loss - loss) / loss:.1%} off."
     )
 
 
@@ -349,12 +379,17 @@ def packed(log):
 
 
 def grouped(runs):
-    """Runs of one model, pattern and start, evaluated on the same tokens."""
+    """Runs of one kind: they differ in their tokens and seeds alone."""
     groups = collections.defaultdict(list)
     for run in runs:
         init = run.get("init", "dense")
         evaluated = run["evaluated_tokens"]
-        groups[run["model"], run["pattern"], init, evaluated].append(run)
+        recipe = (
+            f"{run['dtype']}, batches of {run['batch_size']} x "
+            f"{run['length']}, learning rate {run['recipe']['learning_rate']:g}"
+        )
+        key = run["model"], run["pattern"], init, evaluated, recipe
+        groups[key].append(run)
     return sorted(groups.items())
 
 

@@ -38,6 +38,7 @@ def main():
         "machine": harness.machine(),
         "dtype": args.dtype,
         "megabytes": args.megabytes,
+        "scale": args.scale,
         "bar": BAR,
         "backends": {
             name: run_worker(args, name) for name in args.backends.split(",")
@@ -55,6 +56,7 @@ def parse_arguments():
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the patch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", default=str(RESULTS))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -74,6 +76,7 @@ def run_worker(args, backend):
         f"--backends={backend}",
         f"--dtype={args.dtype}",
         f"--megabytes={args.megabytes}",
+        f"--scale={args.scale}",
         f"--rounds={args.rounds}",
     )
 
@@ -95,7 +98,7 @@ def measure(args):
             np.copyto(a, b)
 
     def apply(name):
-        signatures[name].apply(model)
+        signatures[name].apply(model, args.scale)
         wait_for(model)
 
     def remove(name):

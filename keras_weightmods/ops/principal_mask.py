@@ -25,8 +25,9 @@ _LARGE = 1024
 # method converges faster than linearly: the second check is better than that.
 _SETTLED = 0.995
 _SAMPLE = 2**17
-# Blocks added to the Krylov space between two checks.
-_BLOCKS_PER_CHECK = 4
+# Blocks added to the Krylov space between two checks. Fewer are wider, which
+# makes faster products, and need a larger space.
+_BLOCKS_PER_CHECK = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,11 +371,28 @@ def _mask_of(scores, how, allowed):
 
 
 def _largest(flat, count):
-    """Marks the `count` largest of a float32 vector, ties in their order.
+    """Marks the `count` largest of a float32 vector, ties in their order."""
+    # Of JAX, TensorFlow and torch alike.
+    if "cpu" in str(flat.device).lower():
+        mask = _largest_on_host(ops.convert_to_numpy(flat), count)
+        return ops.convert_to_tensor(mask)
+    return _largest_by_bisection(flat, count)
 
-    The smallest value marked is found by bisection on its bits, which counts
-    some thirty times and never sorts: on a CPU, sorting takes ten times as
-    long.
+
+def _largest_on_host(flat, count):
+    first = flat.size - count
+    threshold = np.partition(flat, first)[first]
+    mask = flat >= threshold
+    surplus = np.count_nonzero(mask) - count
+    if surplus:
+        mask[np.flatnonzero(flat == threshold)[-surplus:]] = False
+    return mask
+
+
+def _largest_by_bisection(flat, count):
+    """The smallest value marked is found by bisection on its bits.
+
+    That counts some thirty times and never sorts or copies.
     """
     # Negative entries are no candidates: their bits are not looked at.
     low, high = (
@@ -452,42 +470,65 @@ def _krylov_basis(matrix, rank, start, seed, share):
         block = ops.convert_to_tensor(noise)
     else:
         block = ops.cast(start, matrix.dtype)
-    sampled = generator.choice(
-        max(rows, columns),
-        min(max(rows, columns), -(-_SAMPLE // side)),
-        replace=False,
-    )
-    sampled = ops.convert_to_tensor(np.sort(sampled).astype("int32"))
+    places = _sample(generator, side), _sample(generator, max(rows, columns))
+    blocks_per_check = _BLOCKS_PER_CHECK if start is None else 1
+    first_check = 2 * rank if start is None else rank
 
-    slabs: list = []  # of several blocks: fewer and larger products
-    recent: list = []
-    images: list = []
+    slabs: list = []  # Q, as slabs of several blocks: larger products
+    images: list = []  # P, likewise
+    gram = None  # P^T P
     before = None
     found = 0
-    while True:
-        block = _orthonormal(block, slabs + recent)
-        recent.append(block)
-        images.append(forth(block))
-        found += block.shape[1]
-        if len(recent) == _BLOCKS_PER_CHECK or start is not None:
-            slabs.append(ops.concatenate(recent, axis=1))
-            recent = []
-            if found >= (2 * rank if start is None else rank):
-                q = ops.concatenate(slabs, axis=1)
-                p = ops.concatenate(images, axis=1)
-                _, vectors = ops.linalg.eigh(ops.matmul(ops.transpose(p), p))
-                vectors = vectors[:, -rank:]
-                basis = ops.matmul(q, vectors)
-                image = ops.matmul(ops.take(p, sampled, axis=0), vectors)
-                after = _sample_mask(basis, image, share)
-                if before is not None:
-                    both = np.count_nonzero(before & after)
-                    if both >= _SETTLED * np.count_nonzero(after):
-                        return basis
-                before = after
-        if 2 * found > side:
-            return None
-        block = back(images[-1])
+    while 2 * found <= side:
+        recent: list = []
+        for _ in range(blocks_per_check):
+            block = _orthonormal(block, slabs + [q for q, _ in recent])
+            recent.append((block, forth(block)))
+            block = back(recent[-1][1])
+        for parts, blocks in zip((slabs, images), zip(*recent)):
+            parts.append(ops.concatenate(blocks, axis=1))
+        gram = _extended(gram, images)
+        found = gram.shape[0]
+        if found < first_check:
+            continue
+        _, vectors = ops.linalg.eigh(gram)
+        vectors = vectors[:, -rank:]
+        basis, image = (
+            ops.matmul(_rows(parts, at), vectors)
+            for parts, at in zip((slabs, images), places)
+        )
+        after = _sample_mask(basis, image, share)
+        if before is not None:
+            both = np.count_nonzero(before & after)
+            if both >= _SETTLED * np.count_nonzero(after):
+                return ops.matmul(ops.concatenate(slabs, axis=1), vectors)
+        before = after
+    return None
+
+
+def _sample(generator, size):
+    """Some of the places from 0 to `size`, as a tensor."""
+    count = min(size, math.isqrt(_SAMPLE))
+    places = generator.choice(size, count, replace=False)
+    return ops.convert_to_tensor(np.sort(places).astype("int32"))
+
+
+def _rows(parts, places):
+    """Rows of a matrix that is in parts of some columns each."""
+    return ops.concatenate(
+        [ops.take(part, places, axis=0) for part in parts], axis=1
+    )
+
+
+def _extended(gram, parts):
+    """`P^T P`, from that of all parts of P but the last."""
+    last = parts[-1]
+    across = [ops.matmul(ops.transpose(part), last) for part in parts]
+    new = ops.concatenate(across, axis=0)
+    if gram is None:
+        return new
+    upper = ops.concatenate([gram, new[: gram.shape[0]]], axis=1)
+    return ops.concatenate([upper, ops.transpose(new)], axis=0)
 
 
 def _orthonormal(block, bases):

@@ -489,8 +489,8 @@ def _clean_fingerprint(state, model):
 def _update(state, model, after, delta):
     """Brings the model to the deltas `after`, which differ in `delta`."""
     new_clean, arrays, before, problems = {}, {}, {}, []
-    for position in delta.changes:
-        present = model.copy(position)
+    for position, kept in model.kept(delta.changes).items():
+        present = kept.array
         base = np.array(present, order="C")
         flat = base.reshape(-1)
         if position in state.clean:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import hashlib
+import importlib
 import math
 import re
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.signatures import tensors
 from keras_weightmods.targets import execution_order
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -53,6 +56,19 @@ class WeightInfo:
         """Int, the bytes of the values."""
         # Keras has registered bfloat16 with NumPy.
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kept:
+    """Values that nothing changes any more.
+
+    Attributes:
+        array: NumPy array.
+        tensor: The backend's tensor that `array` is a view of, or `None`.
+    """
+
+    array: np.ndarray
+    tensor: Any = None
 
 
 class Checkpoint:
@@ -115,41 +131,66 @@ class Checkpoint:
         """
         if self.model is None:
             return self.arrays[position]
-        value = self.variables[position].value
-        if callable(getattr(value, "value", None)):
-            # On TensorFlow. NumPy makes a copy of it, and a view of a tensor.
-            value = value.value()
-        try:
-            # `convert_to_numpy` copies, also where there is no need.
-            return np.asarray(getattr(value, "detach", lambda: value)())
-        except TypeError:  # torch, in bfloat16 or not on the CPU
-            return ops.convert_to_numpy(value)
+        view = _host_memory().view_of(self._tensor(position))
+        if view is None:
+            return ops.convert_to_numpy(self.variables[position].value)
+        return view
 
-    def write(self, position, fill):
-        """Assigns to the variable at `position` of a model.
+    def memory(self, position):
+        """A view of the variable's own memory, to write to, or None.
+
+        None on JAX and TensorFlow, which never change a tensor that something
+        else can see, and on torch where NumPy cannot see it in one piece.
+        """
+        if keras.backend.backend() in _COPY_ON_WRITE:
+            return None
+        view = _host_memory().view_of(self._tensor(position))
+        return None if view is None or not view.flags.c_contiguous else view
+
+    def kept(self, positions):
+        """The values at `positions`, which later changes do not reach.
+
+        Args:
+            positions: List of ints.
+
+        Returns:
+            Dict from them to `Kept`.
+        """
+        found, views = {}, {}
+        for position in positions:
+            tensor = self._tensor(position)
+            view = _host_memory().view_of(tensor)
+            if view is None:
+                found[position] = Kept(self.read(position))
+            elif keras.backend.backend() in _COPY_ON_WRITE:
+                found[position] = Kept(view, tensor)
+            else:
+                found[position] = Kept(np.empty(view.shape, view.dtype))
+                views[position] = view.reshape(-1)
+
+        def copy(position, part):
+            found[position].array.reshape(-1)[part] = views[position][part]
+
+        tensors.over_parts(copy, views)
+        return found
+
+    def assign(self, position, values):
+        """Puts values into the variable at `position` of a model.
 
         Args:
             position: Int.
-            fill: Callable that returns the values, in the array that it is
-                given if that is not None.
+            values: `Kept`. Its memory may be the variable's from then on.
         """
-        variable, out = self.variables[position], None
-        if keras.backend.backend() == "torch":
-            view = self.read(position)
-            if not view.flags.owndata and view.flags.c_contiguous:
-                # The variable's own memory.
-                out = view
-        values = fill(out)
-        if out is None or values is not out:
-            variable.assign(values)
+        tensor = values.tensor
+        if tensor is None:
+            tensor = _host_memory().tensor_of(values.array)
+        self.variables[position].assign(tensor)
 
-    def copy(self, position):
-        """The values at `position`, which later changes do not reach."""
-        array = self.read(position)
-        # JAX and TensorFlow never write to memory that something else can see.
-        if array.flags.owndata or keras.backend.backend() in _COPY_ON_WRITE:
-            return array
-        return array.copy(order="C")
+    def _tensor(self, position):
+        value = self.variables[position].value
+        # On TensorFlow that is a variable in turn.
+        is_variable = callable(getattr(value, "value", None))
+        return value.value() if is_variable else value
 
     def fingerprint(self):
         """SHA-256 of all values, shapes and dtypes, as a hex string."""
@@ -324,3 +365,10 @@ def raise_all(summary, problems):
             f"{'s' if len(problems) > 1 else ''}:\n"
             + "\n".join(f"  {problem}" for problem in problems)
         )
+
+
+def _host_memory():
+    name = keras.backend.backend()
+    return importlib.import_module(
+        f"keras_weightmods.backend.{name}.host_memory"
+    )

@@ -1,15 +1,11 @@
 """Several signatures on one model, and off it again bit for bit."""
 
-import concurrent.futures
 import dataclasses
-import functools
 import weakref
-
-import numpy as np
 
 from keras_weightmods.signatures import checkpoint as checkpoints
 from keras_weightmods.signatures import tensors
-from keras_weightmods.signatures.checkpoint import Checkpoint
+from keras_weightmods.signatures.checkpoint import Checkpoint, Kept
 from keras_weightmods.signatures.weight_signature import (
     WeightSignature,
     check_number,
@@ -66,25 +62,19 @@ class Patch:
 
 @dataclasses.dataclass(eq=False)
 class _State:
-    """What is on a model: patches by name, clean tensors by position."""
+    """What is on a model: patches by name, clean values by position."""
 
     patches: dict[str, Patch] = dataclasses.field(default_factory=dict)
-    clean: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    clean: dict[int, Kept] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Plan:
-    """What a call will do to one weight.
+class _Sum:
+    """What a weight is to be: `clean`, and terms to add, if any."""
 
-    `before` and `new` are what is in it and what to write, each as an array
-    and the terms to add, if any.
-    """
-
-    kind: str
-    clean: np.ndarray
-    before: tuple[np.ndarray, list | None]
-    new: tuple[np.ndarray, list | None]
-    problems: list[str]
+    key: str
+    clean: Kept
+    terms: list | None
 
 
 # One for each model, so that two managers never take each other's patches
@@ -160,7 +150,7 @@ class Patches:
     @property
     def kept_nbytes(self):
         """Int, the bytes of the clean tensors that are kept."""
-        return sum(tensor.nbytes for tensor in self._state.clean.values())
+        return sum(kept.array.nbytes for kept in self._state.clean.values())
 
     def add(self, signature, scale=1.0, name=None):
         """Puts a signature on the model.
@@ -256,7 +246,8 @@ class Patches:
             ValueError: As in `remove`.
         """
         if not force:
-            self._check_unchanged(sorted(self._state.clean))
+            model = Checkpoint("model", self.model)
+            self._changed(model, sorted(self._state.clean), force)
         return [self.remove(name, force) for name in list(self.scales)]
 
     def name_of(self, signature):
@@ -318,49 +309,28 @@ class Patches:
                 f"name={name!r}, and there are {list(self.scales)}"
             )
 
-    def _check_unchanged(self, positions):
-        model = Checkpoint("model", self.model)
+    def _changed(self, model, positions, force):
+        """Those weights that were changed since they were patched, a list.
+
+        Raises an error if there are any and `force` is not set.
+        """
         terms = _terms(self._state.patches)
-        changed = [
-            model.infos[position].key
-            for position in positions
-            if not self._is_unchanged(model, position, terms)
-        ]
-        checkpoints.raise_all(
-            "Weights were changed since they were patched, by training for "
-            "instance; `remove(..., force=True)` subtracts from those.",
-            changed,
+        arrays = {p: model.read(p).reshape(-1) for p in positions}
+        clean = {p: self._state.clean[p].array.reshape(-1) for p in positions}
+        unchanged = tensors.over_parts(
+            lambda p, part: tensors.is_rebuilt(
+                arrays[p], clean[p], terms[p], part
+            ),
+            arrays,
         )
-
-    def _is_unchanged(self, model, position, terms):
-        clean = self._state.clean[position]
-        return tensors.is_rebuilt(model.read(position), clean, terms[position])
-
-    def _plan(self, model, terms_before, terms, position, force):
-        """What to write to one weight, and what is clean and in it now."""
-        key = model.infos[position].key
-        kind, clean = "changed", self._state.clean.get(position)
-        if clean is None:
-            clean = model.copy(position)
-        before = clean, terms_before.get(position)
-        if (
-            force
-            and before[1]
-            and not self._is_unchanged(model, position, terms_before)
-        ):
-            if any(pull for _, _, pull in before[1]):
-                return _Plan("left", clean, before, before, [])
-            kind, before = "subtracted", (model.copy(position), None)
-            clean = tensors.rebuild(
-                before[0],
-                [
-                    (-scale, each, 0.0)
-                    for scale, each, _ in terms_before[position]
-                ],
+        changed = [p for p in positions if not all(unchanged[p])]
+        if not force:
+            checkpoints.raise_all(
+                "Weights were changed since they were patched, by training "
+                "for instance; `remove(..., force=True)` subtracts from those.",
+                [model.infos[position].key for position in changed],
             )
-        new = clean, terms.get(position)
-        problems = result_problems(key, clean, _pieces(*new))
-        return _Plan(kind, clean, before, new, problems)
+        return changed
 
     def _update(self, action, name, scale, after, force):
         """Brings the model from the present patches to those in `after`."""
@@ -372,35 +342,47 @@ class Patches:
             model_problems(signature, model),
         )
         positions = [entry.info.position for entry in signature]
-        if not force:
-            self._check_unchanged([p for p in positions if p in state.clean])
+        changed = self._changed(
+            model, [p for p in positions if p in state.clean], force
+        )
         terms_before, terms = _terms(state.patches), _terms(after)
-        plan = functools.partial(
-            self._plan, model, terms_before, terms, force=force
+        left = [p for p in changed if any(pull for *_, pull in terms_before[p])]
+        subtracted = [p for p in changed if p not in left]
+        written = [p for p in positions if p not in left]
+        keys = {p: model.infos[p].key for p in positions}
+        present = model.kept(
+            [p for p in written if p not in state.clean or p in subtracted]
         )
-        plans = dict(zip(positions, _parallel(plan, positions)))
-        checkpoints.raise_all(
-            "The patch cannot be written:",
-            [problem for plan in plans.values() for problem in plan.problems],
-        )
-        left = [p for p in positions if plans[p].kind == "left"]
-        subtracted = [p for p in positions if plans[p].kind == "subtracted"]
-        new = {p: plans[p] for p in positions if p not in left}
-        _write(model, new)
+        clean = {**state.clean, **present}
+        before = {
+            p: _Sum(
+                keys[p], clean[p], None if p in present else terms_before[p]
+            )
+            for p in written
+        }
+        opposite = {
+            p: _Sum(
+                keys[p], present[p], [(-s, t, u) for s, t, u in terms_before[p]]
+            )
+            for p in subtracted
+        }
+        values, problems = _computed(opposite, {})
+        checkpoints.raise_all("The patch cannot be written:", problems)
+        clean.update(values)
+        new = {p: _Sum(keys[p], clean[p], terms.get(p)) for p in written}
+        _write(model, new, before)
         state.patches = after
-        state.clean.update({p: plans[p].clean for p in new})
         for position in positions:
-            if position not in terms or position in left:
-                del state.clean[position]
+            state.clean.pop(position, None)
+            if position in written and position in terms:
+                state.clean[position] = clean[position]
         return PatchReport(
             action=action,
             name=name,
             scale=scale,
-            changed=tuple(
-                model.infos[p].key for p in new if p not in subtracted
-            ),
-            subtracted=tuple(model.infos[p].key for p in subtracted),
-            left=tuple(model.infos[p].key for p in left),
+            changed=tuple(keys[p] for p in written if p not in subtracted),
+            subtracted=tuple(keys[p] for p in subtracted),
+            left=tuple(keys[p] for p in left),
             active=self.scales,
             kept_nbytes=self.kept_nbytes,
         )
@@ -435,15 +417,16 @@ def _changed_list(weights, signature, scale_for):
     given = Checkpoint("weights", weights)
     problems = model_problems(signature, given)
     checkpoints.raise_all("The signature does not fit the weights:", problems)
-    new = list(given.arrays)
+    sums = {}
     for entry in signature:
-        position = entry.info.position
-        array = given.arrays[position]
-        new[position] = tensors.rebuild(
-            array, [(scale_for(entry.pull), entry.tensor, entry.pull)]
-        )
-        problems += result_problems(entry.key, array, [new[position]])
+        clean = Kept(given.arrays[entry.info.position])
+        terms = [(scale_for(entry.pull), entry.tensor, entry.pull)]
+        sums[entry.info.position] = _Sum(entry.key, clean, terms)
+    values, problems = _computed(sums, {})
     checkpoints.raise_all("The patch cannot be written:", problems)
+    new = list(given.arrays)
+    for position, kept in values.items():
+        new[position] = kept.array
     return new
 
 
@@ -468,28 +451,6 @@ def model_problems(signature, checkpoint):
                 f"{', '.join(checkpoints.FLOATS)} is expected"
             )
     return problems
-
-
-def result_problems(key, clean, pieces):
-    """What is wrong with values that are about to be written.
-
-    Args:
-        key: String, the weight's.
-        clean: Array.
-        pieces: Iterable of arrays, all of the values.
-
-    Returns:
-        List of strings, empty if nothing is wrong.
-    """
-    is_variance = key.endswith("moving_variance")
-    for values in pieces:
-        if not tensors.is_finite(values):
-            if not tensors.is_finite(clean):
-                return [f"{key}: values that are not finite"]
-            return [f"{key}: the result is not finite in {clean.dtype}"]
-        if is_variance and (values < 0).any():
-            return [f"{key}: the result is a negative variance"]
-    return []
 
 
 def _check_signature(signature):
@@ -524,40 +485,86 @@ def _terms(patches):
     return found
 
 
-def _pieces(array, terms):
-    """Yields what `_values` gives, piece by piece."""
-    if not terms:
-        return iter([array])
-    return (values for _, values in tensors.rebuilt_pieces(array, terms))
+def _write(model, new, before):
+    """Brings weights to the sums `new`; all or, on an error, none.
 
-
-def _values(array, terms, out):
-    if not terms:
-        return array
-    if out is None:
-        out = tensors.empty_aligned(array.shape, array.dtype)
-    return tensors.rebuild(array, terms, out)
-
-
-def _write(model, plans):
-    """Does the plans, by position; all or, on an error, none."""
-    started = []
-
-    def write(position):
-        started.append(position)
-        model.write(position, functools.partial(_values, *plans[position].new))
-
+    Args:
+        model: `Checkpoint` of a model.
+        new, before: Dicts from positions to `_Sum`, what to write and what
+            is there.
+    """
+    memories = {p: model.memory(p) for p in new}
+    memories = {p: m for p, m in memories.items() if m is not None}
+    started = list(memories)
     try:
-        for _ in _parallel(write, plans):
-            pass
+        values, problems = _computed(new, memories)
+        checkpoints.raise_all("The patch cannot be written:", problems)
+        for position in new:
+            if position not in memories:
+                started.append(position)
+                model.assign(position, values[position])
     except BaseException:
+        values, _ = _computed({p: before[p] for p in started}, memories)
         for position in started:
-            before = plans[position].before
-            model.write(position, functools.partial(_values, *before))
+            if position not in memories:
+                model.assign(position, values[position])
         raise
 
 
-def _parallel(function, items):
-    """Yields `function(item)` for each; NumPy lets other threads run."""
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        yield from pool.map(function, items)
+def _computed(sums, memories):
+    """Computes sums in one pass, and checks the results.
+
+    Args:
+        sums: Dict from positions to `_Sum`.
+        memories: Dict from positions to arrays, where to write these sums.
+
+    Returns:
+        Dict from positions to `Kept`, and a list of strings, what is wrong.
+    """
+    values = {}
+    for position, each in sums.items():
+        clean = each.clean.array
+        if position in memories:
+            values[position] = Kept(memories[position])
+        elif each.terms:
+            out = tensors.empty_aligned(clean.shape, clean.dtype)
+            values[position] = Kept(out)
+        else:
+            values[position] = each.clean
+    sources = {p: each.clean.array.reshape(-1) for p, each in sums.items()}
+    targets = {
+        p: values[p].array.reshape(-1)
+        for p, each in sums.items()
+        if values[p] is not each.clean
+    }
+
+    def compute(position, part):
+        each, source = sums[position], sources[position]
+        target = targets[position]
+        if not each.terms:
+            target[part] = source[part]
+            return None
+        pieces = tensors.rebuilt_pieces(source, each.terms, part, target)
+        problems = (_problem(each.key, source, piece) for _, piece in pieces)
+        return next(filter(None, problems), None)
+
+    found = tensors.over_parts(compute, targets).values()
+    first = [next(filter(None, parts), None) for parts in found]
+    return values, [problem for problem in first if problem is not None]
+
+
+def _problem(key, clean, result):
+    """What is wrong with the result for a weight, or None.
+
+    Args:
+        key: String, the weight's.
+        clean: Array, what the result was computed from.
+        result: Array, all of the result or a part.
+    """
+    if not tensors.is_finite(result):
+        if not tensors.is_finite(clean):
+            return f"{key}: values that are not finite"
+        return f"{key}: the result is not finite in {clean.dtype}"
+    if key.endswith("moving_variance") and (result < 0).any():
+        return f"{key}: the result is a negative variance"
+    return None

@@ -1,13 +1,18 @@
 """The maths of signatures on single NumPy arrays."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
+import os
 
 import numpy as np
 
-# Elements: small enough for the temporaries of one piece to stay in cache.
-_PIECE = 1 << 16
+# Elements: small enough for the temporaries of one piece to stay in cache, and
+# large enough for threads not to wait for each other between NumPy's calls.
+_PIECE = 1 << 18
+# Elements: what a thread computes at a time.
+_PART = 1 << 22
 _ALIGNMENT = 64
 # Where the largest level may lie, as shares of the largest weight.
 _CLIPS = np.arange(32, 0, -1) / 32
@@ -72,8 +77,21 @@ class Quantized:
 
     def dequantized(self):
         """float32 array of `shape`."""
+        return self.dequantized_part(slice(None)).reshape(self.shape)
+
+    def dequantized_part(self, part):
+        """float32 array, one axis: a slice of all weights, flattened."""
+        codes = self.codes.reshape(-1)
+        start, stop, _ = part.indices(codes.size)
+        scales = self.scales
+        if scales.size > 1:
+            # They come again with each index of the axes before the last.
+            first = start % scales.size
+            rows = -(-(first + stop - start) // scales.size)
+            scales = np.broadcast_to(scales, (rows, scales.size)).reshape(-1)
+            scales = scales[first : first + stop - start]
         levels = np.float32(2 ** (self.bits - 1) - 1)
-        return (self.codes - levels) * self.scales
+        return (codes[start:stop] - levels) * scales
 
 
 def packed_size(size, bits):
@@ -145,53 +163,108 @@ def rebuild(clean, terms, out=None):
         `out`, computed in float64 if that is its dtype and in float32 if not.
     """
     new = np.empty(clean.shape, clean.dtype) if out is None else out
-    target = new.reshape(-1)
-    for part, values in rebuilt_pieces(clean, terms):
-        target[part] = values
+    for _ in rebuilt_pieces(clean, terms, out=new):
+        pass
     return new
 
 
-def is_rebuilt(array, clean, terms):
-    """Whether `array` is `rebuild(clean, terms)`, bit for bit."""
+def is_rebuilt(array, clean, terms, part=slice(None)):
+    """Whether `array` is `rebuild(clean, terms)`, bit for bit.
+
+    Args:
+        array, clean, terms: As in `rebuild`.
+        part: Slice of the arrays flattened, where to look.
+    """
     unsigned = f"u{array.dtype.itemsize}"
-    flat = array.reshape(-1).view(unsigned)
+    bits = array.reshape(-1).view(unsigned)
     return all(
-        np.array_equal(flat[part], values.view(unsigned))
-        for part, values in rebuilt_pieces(clean, terms)
+        np.array_equal(bits[piece], values.view(unsigned))
+        for piece, values in rebuilt_pieces(clean, terms, part)
     )
 
 
-def rebuilt_pieces(clean, terms):
-    """Yields slices and what `rebuild` has there, in memory used again."""
+def rebuilt_pieces(clean, terms, part=slice(None), out=None):
+    """Yields slices and what `rebuild` has there.
+
+    Args:
+        clean, terms: As in `rebuild`.
+        part: Slice of the arrays flattened, the part to go through.
+        out: As in `rebuild`. Defaults to `None`, for memory that is used
+            again for the next piece.
+    """
+    clean = clean.reshape(-1)
+    target = None if out is None else out.reshape(-1)
     dtype = np.dtype("float64" if clean.dtype == "float64" else "float32")
-    tensors = [
-        (tensor.dequantized() if isinstance(tensor, Quantized) else tensor)
-        .astype(dtype, copy=False)
-        .reshape(-1)
-        for _, tensor, _ in terms
-    ]
-    source = clean.reshape(-1)
-    piece = min(_PIECE, clean.size)
-    total, product = np.empty(piece, dtype), np.empty(piece, dtype)
+    first, last, _ = part.indices(clean.size)
+    size = min(_PIECE, last - first)
+    total, product = np.empty(size, dtype), np.empty(size, dtype)
+    rounded = total if dtype == clean.dtype else np.empty(size, clean.dtype)
     # What overflows the dtype is found by the caller, who checks the result.
     with np.errstate(over="ignore", invalid="ignore"):
         scales = [dtype.type(scale) for scale, _, _ in terms]
         pull = dtype.type(math.fsum(scale * pull for scale, _, pull in terms))
-    for start in range(0, clean.size, _PIECE):
-        part = slice(start, start + _PIECE)
+    for start in range(first, last, _PIECE):
+        piece = slice(start, min(start + _PIECE, last))
         with np.errstate(over="ignore", invalid="ignore"):
-            base = source[part].astype(dtype, copy=False)
-            delta, scratch = total[: base.size], product[: base.size]
-            np.multiply(tensors[0][part], scales[0], out=delta)
-            for tensor, scale in zip(tensors[1:], scales[1:]):
-                np.multiply(tensor[part], scale, out=scratch)
-                np.add(delta, scratch, out=delta)
+            base = clean[piece].astype(dtype, copy=False)
+            sums, scratch = total[: base.size], product[: base.size]
+            delta = _scaled(terms[0][1], scales[0], piece, sums)
+            for (_, tensor, _), scale in zip(terms[1:], scales[1:]):
+                scaled = _scaled(tensor, scale, piece, scratch)
+                delta = np.add(delta, scaled, out=sums)
             if pull:
                 np.multiply(base, pull, out=scratch)
-                np.subtract(delta, scratch, out=delta)
-            np.add(base, delta, out=delta)
-            values = delta.astype(clean.dtype, copy=False)
-        yield part, values
+                delta = np.subtract(delta, scratch, out=sums)
+            values = rounded[: base.size] if target is None else target[piece]
+            if values.dtype == dtype:
+                np.add(base, delta, out=values)
+            else:
+                np.add(base, delta, out=sums)
+                np.copyto(values, sums, casting="same_kind")
+        yield piece, values
+
+
+def _scaled(tensor, scale, piece, out):
+    """`scale * tensor` at `piece`, in `out` where there is work to do."""
+    if isinstance(tensor, Quantized):
+        values = tensor.dequantized_part(piece)
+    else:
+        values = tensor.reshape(-1)[piece]
+    if scale == 1:
+        return values.astype(out.dtype, copy=False)
+    return np.multiply(values, scale, out=out)
+
+
+def over_parts(function, arrays):
+    """Calls a function for all parts of arrays, on all cores.
+
+    NumPy lets other threads run while it computes.
+
+    Args:
+        function: Callable of a key of `arrays`, and a slice of that array
+            flattened.
+        arrays: Dict of arrays.
+
+    Returns:
+        Dict from the keys to lists of what `function` returned.
+    """
+    calls = [
+        (key, slice(start, min(start + _PART, array.size)))
+        for key, array in arrays.items()
+        for start in range(0, array.size, _PART)
+    ]
+    found: dict = {key: [] for key in arrays}
+    with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
+        results = pool.map(lambda call: function(*call), calls)
+        for (key, _), result in zip(calls, results):
+            found[key].append(result)
+    return found
+
+
+def _cores():
+    if hasattr(os, "sched_getaffinity"):  # not on macOS or Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def empty_aligned(shape, dtype):
@@ -205,12 +278,14 @@ def empty_aligned(shape, dtype):
 
 def is_finite(x):
     """Whether all entries of a floating array are finite."""
-    if x.dtype.itemsize >= 4:
-        # A sum takes no memory. Where it overflows, the entries decide.
-        with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(np.sum(x)):
-                return True
-    return bool(np.all(np.isfinite(x)))
+    size = x.dtype.itemsize
+    infinity = np.array([np.inf, -np.inf], x.dtype)
+    # Bits as integers are in the order of numbers, infinity, NaN: signed ones
+    # end with those of positive sign, unsigned ones with those of negative.
+    return all(
+        x.view(kind).max(initial=0) < infinity.view(kind)[sign]
+        for sign, kind in enumerate((f"i{size}", f"u{size}"))
+    )
 
 
 def same_bits(a, b):

@@ -16,6 +16,9 @@ def run(tokens, seed=0, loss=None):
         "seed": seed,
         "tokens": tokens,
         "seconds": 60.0,
+        "batch_size": 1,
+        "length": 256,
+        "recipe": {"learning_rate": 1e-4},
         "evaluated_tokens": 512,
         "dtype": "float32",
         "backend": "torch",
@@ -72,6 +75,18 @@ def test_runs_evaluated_on_other_tokens_are_kept_apart(tmp_path):
     page = results_page.make_page(tmp_path)
     assert "on 1,024 held-out tokens" in page
     assert "at five budgets" in page
+
+
+def test_runs_of_another_recipe_are_kept_out_of_the_law(tmp_path):
+    budgets = [1000, 2000, 4000, 8000, 16000]
+    other = {**run(64000, loss=5.0), "batch_size": 4}
+    write(tmp_path, [*map(run, budgets), other])
+    page = results_page.make_page(tmp_path)
+    assert "batches of 4 x 256" in page
+    assert "16,000 tokens held out" in page
+    said = 3 + 20 * 64000**-0.3
+    assert "A run of 64,000 tokens with another recipe" in page
+    assert f"{(5 - said) / 5:.1%} off" in page
 
 
 def test_the_logs_of_the_repository_make_a_page():

@@ -10,6 +10,8 @@ from keras_weightmods.ops.principal_mask import (
     METHODS,
     SELECTIONS,
     Selection,
+    _largest_by_bisection,
+    _largest_on_host,
     low_rank_factors,
     mask_indices,
     principal_mask,
@@ -240,3 +242,20 @@ def test_a_kernel_that_is_not_finite():
     x[2, 3] = np.nan
     with pytest.raises(ValueError, match="must be finite"):
         principal_mask(x, rank=1)
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_both_ways_to_find_the_largest_agree(levels):
+    """The one for a GPU, and the one on the host."""
+    x = np.random.default_rng(0).integers(-1, levels, size=500)
+    x = x.astype("float32")
+    for count in (1, 100, 499):
+        order = np.argsort(-x, kind="stable")
+        expected = np.zeros(500, bool)
+        expected[order[:count]] = True
+        on_host = _largest_on_host(x, count)
+        by_bisection = _largest_by_bisection(ops.convert_to_tensor(x), count)
+        assert np.array_equal(on_host, expected)
+        if x[expected].min() >= 0:
+            by_bisection = ops.convert_to_numpy(by_bisection)
+            assert np.array_equal(by_bisection, expected)

@@ -1,4 +1,9 @@
+import _thread
+import dataclasses
 import gc
+import importlib
+import itertools
+import time
 import weakref
 
 import keras
@@ -42,6 +47,13 @@ def signatures(models):
     )
     fourth = make_signature(model, 4, statistics="average", depth=2)
     return [first, second, third.quantize(4), fourth]
+
+
+def host_memory():
+    name = keras.backend.backend()
+    return importlib.import_module(
+        f"keras_weightmods.backend.{name}.host_memory"
+    )
 
 
 def awkward_weights(model, seed):
@@ -367,26 +379,138 @@ def test_overflow_of_float16_is_found_before_anything_is_written(models):
     assert len(Patches(model)) == 0
 
 
-def test_an_error_while_writing_leaves_the_model(models, signatures):
-    model = models["float32"]
-    patches = Patches(model)
-    patches.add(signatures[0])
+def use_small_parts(monkeypatch):
+    """Weights are computed in several parts, and these in several pieces."""
+    monkeypatch.setattr(tensors, "_PART", 5)
+    monkeypatch.setattr(tensors, "_PIECE", 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_give_the_same_bits(models, signatures, dtype, monkeypatch):
+    model = models[dtype]
+    model.set_weights(awkward_weights(model, 2))
     before = weights_of(model)
-    write = Checkpoint.write
 
-    def failing(checkpoint, position, fill):
-        if position == 6:
-            monkeypatch.undo()
-            raise MemoryError("no memory")
-        write(checkpoint, position, fill)
+    def apply_all():
+        for scale, signature in zip((1.0, 0.3, 1.0, 0.7), signatures):
+            Patches(model).add(signature, scale)
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Checkpoint, "write", failing)
-        with pytest.raises(MemoryError):
-            patches.add(signatures[1])
+    apply_all()
+    patched = weights_of(model)
+    use_small_parts(monkeypatch)
+    Patches(model).clear()
     assert_same_bits(weights_of(model), before)
-    assert len(patches) == 1
+    apply_all()
+    assert_same_bits(weights_of(model), patched)
+    monkeypatch.undo()
+    Patches(model).clear()
+    assert_same_bits(weights_of(model), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_problem_at_the_very_end_leaves_the_model(
+    models, signatures, dtype, monkeypatch
+):
+    use_small_parts(monkeypatch)
+    model = models[dtype]
+    model.set_weights(awkward_weights(model, 3))
+    clean = weights_of(model)
+    patches = Patches(model)
+    patches.add(signatures[0], name="a")
+    before = weights_of(model)
+    entries = list(signatures[1])
+    for broken, count in (
+        (entries[-1:], "1 problem:"),
+        (entries, "8 problems"),
+    ):
+        changed = []
+        for entry in entries:
+            tensor = np.array(entry.tensor)
+            if entry in broken:
+                tensor.reshape(-1)[-1] = 3e38
+            changed.append(dataclasses.replace(entry, tensor=tensor))
+        signature = signatures[1].with_entries(changed)
+        with pytest.raises(ValueError, match="is not finite in") as error:
+            patches.add(signature, scale=10.0)
+        assert count in str(error.value)
+        assert f"  {entries[-1].info.position}:" in str(error.value)
+        assert_same_bits(weights_of(model), before)
+        assert patches.scales == {"a": 1.0}
+    # What is there may have any bits.
     patches.clear()
+    wrong = model.weights[-1]
+    wrong.assign(np.full(wrong.shape, np.nan))
+    before = weights_of(model)
+    whole = make_signature(model, targets="")
+    with pytest.raises(ValueError, match="values that are not finite"):
+        patches.add(whole)
+    assert_same_bits(weights_of(model), before)
+    model.set_weights(clean)
+
+
+@pytest.mark.parametrize("action", ["add", "rescale", "remove"])
+@pytest.mark.parametrize("stage", ["computing", "waiting", "assigning"])
+def test_an_error_while_writing_leaves_the_model(
+    models, signatures, stage, action, monkeypatch
+):
+    model = models["float32"]
+    clean = weights_of(model)
+    patches = Patches(model)
+    patches.add(signatures[1], name="a")
+    patches.add(signatures[2], name="b")
+    before = weights_of(model)
+    call = {
+        "add": lambda: patches.add(signatures[3], name="d"),
+        "rescale": lambda: patches.rescale("b", 0.5),
+        "remove": lambda: patches.remove("b"),
+    }[action]
+    owner, name = {"assigning": (Checkpoint, "assign")}.get(
+        stage, (tensors, "is_finite")
+    )
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def failing(*args):
+        if next(calls) == 8:
+            monkeypatch.undo()
+            if stage != "waiting":
+                raise KeyboardInterrupt
+            # What Ctrl-C does while threads compute.
+            _thread.interrupt_main()
+            time.sleep(0.5)
+        return function(*args)
+
+    monkeypatch.setattr(owner, name, failing)
+    if stage == "assigning":
+        # So it is on torch if the memory is that of a GPU.
+        monkeypatch.setattr(Checkpoint, "memory", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert_same_bits(weights_of(model), before)
+    assert patches.scales == {"a": 1.0, "b": 1.0}
+    call()
+    patches.clear()
+    assert_same_bits(weights_of(model), clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_assigning_to_memory_that_numpy_cannot_see(
+    models, signatures, dtype, monkeypatch
+):
+    """As on a GPU, or distributed on JAX."""
+    model = models[dtype]
+    model.set_weights(awkward_weights(model, 4))
+    before = weights_of(model)
+    expected = []
+    for hidden in (False, True):
+        if hidden:
+            memory = host_memory()
+            monkeypatch.setattr(memory, "view_of", lambda tensor: None)
+        for scale, signature in zip((1.0, 0.3, 1.0), signatures):
+            signature.apply(model, scale)
+        expected.append(weights_of(model))
+        Patches(model).clear()
+        assert_same_bits(weights_of(model), before)
+    assert_same_bits(*expected)
 
 
 def test_the_books_do_not_keep_models_alive(signatures):
