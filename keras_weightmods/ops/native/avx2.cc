@@ -22,6 +22,8 @@ struct Avx2 {
   using Words = __m256i;
   using Mask = __m256;
   using Index = __m256i;
+  using Slots = Words;
+  using OneRow = Avx2;
   static constexpr int kWidth = 8;
   static constexpr int kRegisters = 16;
   static constexpr int kPrefetchBytes = 4096;
@@ -33,6 +35,7 @@ struct Avx2 {
   static void store(float* to, Float v) { _mm256_storeu_ps(to, v); }
   static Float broadcast(float v) { return _mm256_set1_ps(v); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) {
     return _mm256_fmadd_ps(a, b, c);
   }
@@ -74,11 +77,12 @@ struct Avx2 {
   }
 
   // The permutation reads the low two bits of a lane only: the rest may stay.
-  static Float table(const float* x, int group) {
+  static Float table(const float* x, int slot) {
     return _mm256_broadcast_ps(
-        reinterpret_cast<const __m128*>(x + 4 * group));
+        reinterpret_cast<const __m128*>(x + slot / 2 % 4 * 4));
   }
-  static Index index(Words meta, int slot) {
+  static Slots slots(Words meta) { return meta; }
+  static Index index(Slots meta, int slot) {
     return _mm256_srli_epi32(meta, 2 * slot);
   }
   static Words upper_slots(Words meta) { return _mm256_srli_epi32(meta, 16); }

@@ -18,11 +18,17 @@
 
 namespace {
 
+struct Avx512OneRow;
+
 struct Avx512 {
+  using OneRow = Avx512OneRow;
   using Float = __m512;
   using Words = __m512i;
   using Mask = __mmask16;
   using Index = __m512i;
+  struct Slots {
+    __m512i of_parity[2];
+  };
   static constexpr int kWidth = 16;
   static constexpr int kRegisters = 32;
   static constexpr int kPrefetchBytes = 4096;
@@ -32,6 +38,7 @@ struct Avx512 {
   static void store(float* to, Float v) { _mm512_storeu_ps(to, v); }
   static Float broadcast(float v) { return _mm512_set1_ps(v); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) {
     return _mm512_fmadd_ps(a, b, c);
   }
@@ -72,14 +79,19 @@ struct Avx512 {
         _mm512_cmpeq_epi32_mask(bits, _mm512_set1_epi32(i)), value);
   }
 
-  // One permutation chooses among four groups, so that the activations are
-  // loaded as they lie: a broadcast would compete with it for its port.
-  static Float table(const float* x, int) { return _mm512_loadu_ps(x); }
-  static Index index(Words meta, int slot) {
-    constexpr int kAndOr = 0xea;  // (a & b) | c
-    const Words bits = _mm512_srli_epi32(meta, 2 * slot);
-    const Words group = _mm512_set1_epi32(slot / 2 % 4 * 4);
-    return _mm512_ternarylogic_epi32(bits, _mm512_set1_epi32(3), group, kAndOr);
+  // The permutation reads the low four bits of a lane: without those of the
+  // other slot of the group, they stay among the four floats of a table. To
+  // broadcast these would compete with it for its port.
+  static Float table(const float* x, int slot) {
+    return _mm512_castps128_ps512(_mm_loadu_ps(x + slot / 2 % 4 * 4));
+  }
+  static Slots slots(Words meta) {
+    const Words low = _mm512_set1_epi32(0x33333333);
+    return {{_mm512_and_si512(meta, low),
+             _mm512_and_si512(_mm512_srli_epi32(meta, 2), low)}};
+  }
+  static Index index(const Slots& slots, int slot) {
+    return _mm512_srli_epi32(slots.of_parity[slot % 2], slot / 2 * 4);
   }
   static Words upper_slots(Words meta) { return _mm512_srli_epi32(meta, 16); }
   static Float pick(Float table, Index index) {
@@ -142,6 +154,24 @@ struct Avx512 {
       store(to + 12 * out_stride,
             _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
     }
+  }
+};
+
+// One index for both slots of a group: of its four bits the first slot goes by
+// the low two in a table x0 x1 x2 x3 x0 .., the second one by the high two in
+// x0 x0 x0 x0 x1 ... More work for the tables, which several columns share.
+struct Avx512OneRow : Avx512 {
+  using Slots = Words;
+  static Slots slots(Words meta) { return meta; }
+  static Index index(Slots meta, int slot) {
+    return _mm512_srli_epi32(meta, slot / 2 * 4);
+  }
+  static Float table(const float* x, int slot) {
+    const Float four =
+        _mm512_broadcast_f32x4(_mm_loadu_ps(x + slot / 2 % 4 * 4));
+    const Index repeat = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2,
+                                           3, 3, 3, 3);
+    return slot % 2 ? _mm512_permutexvar_ps(repeat, four) : four;
   }
 };
 

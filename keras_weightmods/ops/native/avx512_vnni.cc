@@ -27,6 +27,7 @@ namespace {
 using kwm::kDigitColumns;
 using kwm::kDigits;
 using kwm::kLanes;
+using kwm::Packed;
 
 // A little less than 2^23, which a product that is rounded must not reach.
 constexpr float kLargest = 8388600;
@@ -72,76 +73,107 @@ bool to_digits(const float* x, int64_t k, int rows, int64_t blocks,
   return true;
 }
 
-template <int R>
-void multiply_tile(const uint8_t* x, const float* steps, const void* values,
-                   const uint32_t* meta, int64_t row_blocks, float* y) {
-  __m512i sum[R][kDigits];
-  for (int r = 0; r < R; ++r) {
-    for (int d = 0; d < kDigits; ++d) sum[r][d] = _mm512_setzero_si512();
+// R rows of the panel, C blocks of columns.
+template <int R, int C>
+void multiply_tile(const uint8_t* x, const float* steps, const Packed& w,
+                   int64_t column_block, float* y, int64_t y_stride) {
+  // With fewer rows the processor looks far enough ahead by itself.
+  constexpr bool kPrefetch = R >= 4;
+  __m512i sum[C][R][kDigits], value_sum[C];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    for (int r = 0; r < R; ++r) {
+      for (int d = 0; d < kDigits; ++d) sum[c][r][d] = _mm512_setzero_si512();
+    }
+    value_sum[c] = _mm512_setzero_si512();
   }
-  __m512i value_sum = _mm512_setzero_si512();
-  auto block = static_cast<const char*>(values);
-  auto words_at = reinterpret_cast<const char*>(meta);
+  auto values = static_cast<const char*>(w.values_of(column_block));
+  auto meta = reinterpret_cast<const char*>(w.meta_of(column_block));
+  const int64_t row_blocks = w.row_blocks();
   // A permutation chooses among the 64 columns of two blocks of rows.
   __m512i half = _mm512_setzero_si512();
   for (int64_t b = 0; b < row_blocks; ++b) {
-    const __m512i words = _mm512_loadu_si512(words_at);
-    _mm_prefetch(words_at + 1024, _MM_HINT_T0);
 #pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) {
-      _mm_prefetch(block + 64 * p + 2048, _MM_HINT_T0);
-      const __m512i value = _mm512_loadu_si512(block + 64 * p);
-      value_sum = _mm512_dpbusd_epi32(value_sum, _mm512_set1_epi8(1), value);
-      // Byte q is slot p + 4q, of group p / 2 + 2q.
-      const __m512i group = _mm512_or_si512(
-          half, _mm512_set1_epi32(0x18100800 + p / 2 * 0x04040404));
-      constexpr int kAndOr = 0xea;  // (a & b) | c
-      const __m512i index = _mm512_ternarylogic_epi32(
-          _mm512_srli_epi32(words, 2 * p), _mm512_set1_epi32(0x03030303),
-          group, kAndOr);
+    for (int c = 0; c < C; ++c) {
+      const char* block = values + (c * row_blocks + b) * 256;
+      const char* words_at = meta + (c * row_blocks + b) * 64;
+      const __m512i words = _mm512_loadu_si512(words_at);
+      if (kPrefetch) _mm_prefetch(words_at + 1024, _MM_HINT_T0);
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        if (kPrefetch) _mm_prefetch(block + 64 * p + 2048, _MM_HINT_T0);
+        const __m512i value = _mm512_loadu_si512(block + 64 * p);
+        value_sum[c] =
+            _mm512_dpbusd_epi32(value_sum[c], _mm512_set1_epi8(1), value);
+        // Byte q is slot p + 4q, of group p / 2 + 2q.
+        const __m512i group = _mm512_or_si512(
+            half, _mm512_set1_epi32(0x18100800 + p / 2 * 0x04040404));
+        constexpr int kAndOr = 0xea;  // (a & b) | c
+        const __m512i index = _mm512_ternarylogic_epi32(
+            _mm512_srli_epi32(words, 2 * p), _mm512_set1_epi32(0x03030303),
+            group, kAndOr);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 3
-        for (int d = 0; d < kDigits; ++d) {
-          const __m512i table =
-              _mm512_loadu_si512(x + (r * kDigits + d) * kDigitColumns);
-          sum[r][d] = _mm512_dpbusd_epi32(
-              sum[r][d], _mm512_permutexvar_epi8(index, table), value);
+          for (int d = 0; d < kDigits; ++d) {
+            const __m512i table =
+                _mm512_loadu_si512(x + (r * kDigits + d) * kDigitColumns);
+            sum[c][r][d] = _mm512_dpbusd_epi32(
+                sum[c][r][d], _mm512_permutexvar_epi8(index, table), value);
+          }
         }
       }
     }
     half = _mm512_xor_si512(half, _mm512_set1_epi8(32));
     x += b % 2 * (R * kDigits * kDigitColumns);
-    block += 256;
-    words_at += 64;
   }
-  for (int r = 0; r < R; ++r) {
-    const __m512i high =
-        _mm512_sub_epi32(sum[r][2], _mm512_slli_epi32(value_sum, 7));
-    __m512 total = _mm512_cvtepi32_ps(sum[r][0]);
-    total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][1]),
-                            _mm512_set1_ps(256), total);
-    total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65536),
-                            total);
-    _mm512_storeu_ps(y + r * kLanes,
-                     _mm512_mul_ps(total, _mm512_set1_ps(steps[r])));
+  for (int c = 0; c < C; ++c) {
+    const float* scale_at = w.scale + (column_block + c) * kLanes;
+    const __m512 scale = _mm512_loadu_ps(scale_at);
+    for (int r = 0; r < R; ++r) {
+      const __m512i high =
+          _mm512_sub_epi32(sum[c][r][2], _mm512_slli_epi32(value_sum[c], 7));
+      __m512 total = _mm512_cvtepi32_ps(sum[c][r][0]);
+      total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[c][r][1]),
+                              _mm512_set1_ps(256), total);
+      total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high),
+                              _mm512_set1_ps(65536), total);
+      total = _mm512_mul_ps(total, _mm512_set1_ps(steps[r]));
+      _mm512_storeu_ps(y + r * y_stride + c * kLanes,
+                       _mm512_mul_ps(total, scale));
+    }
   }
 }
 
-void multiply(const uint8_t* x, const float* steps, int rows,
-              const void* values, const uint32_t* meta, int64_t row_blocks,
-              float* y) {
+template <int R>
+void multiply_columns(const uint8_t* x, const float* steps, const Packed& w,
+                      int64_t column_block, float* y, int64_t y_stride) {
+  constexpr int C = R == 1 ? 4 : R == 2 ? 2 : 1;
+  const int64_t end =
+      kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
+  for (; column_block + C <= end; column_block += C) {
+    multiply_tile<R, C>(x, steps, w, column_block, y, y_stride);
+    y += C * kLanes;
+  }
+  for (; C > 1 && column_block < end; ++column_block) {
+    multiply_tile<R, 1>(x, steps, w, column_block, y, y_stride);
+    y += kLanes;
+  }
+}
+
+void multiply(const uint8_t* x, const float* steps, int rows, const Packed& w,
+              int64_t column_block, float* y, int64_t y_stride) {
   switch (rows) {
     case 1:
-      return multiply_tile<1>(x, steps, values, meta, row_blocks, y);
+      return multiply_columns<1>(x, steps, w, column_block, y, y_stride);
     case 2:
-      return multiply_tile<2>(x, steps, values, meta, row_blocks, y);
+      return multiply_columns<2>(x, steps, w, column_block, y, y_stride);
     case 4:
-      return multiply_tile<4>(x, steps, values, meta, row_blocks, y);
+      return multiply_columns<4>(x, steps, w, column_block, y, y_stride);
     case 6:
-      return multiply_tile<6>(x, steps, values, meta, row_blocks, y);
+      return multiply_columns<6>(x, steps, w, column_block, y, y_stride);
     case 8:
-      return multiply_tile<8>(x, steps, values, meta, row_blocks, y);
+      return multiply_columns<8>(x, steps, w, column_block, y, y_stride);
   }
 }
 

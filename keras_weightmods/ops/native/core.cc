@@ -82,11 +82,12 @@ void pack_panel(const float* in, int64_t rows, int64_t columns,
     for (int64_t row = 0; row < panel_rows; ++row) {
       float* out = panel + (block * panel_rows + row) * kLanes;
       const int64_t copied = row < rows ? here : 0;
-      if (copied > 0) {
-        memcpy(out, in + row * columns + column,
-               static_cast<size_t>(copied) * sizeof(float));
+      const float* from = in + row * columns + column;
+      if (copied == kLanes) {
+        memcpy(out, from, kLanes * sizeof(float));
+        continue;
       }
-      for (int64_t j = copied; j < kLanes; ++j) out[j] = 0;
+      for (int64_t j = 0; j < kLanes; ++j) out[j] = j < copied ? from[j] : 0;
     }
   }
 }
@@ -269,11 +270,11 @@ class Matmul {
                        panel.get() + tile * tile_floats);
           }
         });
-    multiply(tiling, y, [&](int64_t tile, int64_t column_block, float* out) {
+    multiply(tiling, y, [&](int64_t tile, int64_t column_block, float* out,
+                            int64_t out_stride) {
       kernels_.multiply[w_.type](panel.get() + tile * tile_floats,
-                                 tiling.padded, w_.values_of(column_block),
-                                 w_.meta_of(column_block), w_.row_blocks(),
-                                 out);
+                                 tiling.padded, w_, column_block, out,
+                                 out_stride);
     });
   }
 
@@ -316,47 +317,44 @@ class Matmul {
           }
         });
     if (!all) return false;
-    multiply(tiling, y, [&](int64_t tile, int64_t column_block, float* out) {
+    multiply(tiling, y, [&](int64_t tile, int64_t column_block, float* out,
+                            int64_t out_stride) {
       digits->multiply(panel.get() + tile * tile_bytes,
-                       steps.get() + tile * tiling.padded, tiling.padded,
-                       w_.values_of(column_block), w_.meta_of(column_block),
-                       w_.row_blocks(), out);
+                       steps.get() + tile * tiling.padded, tiling.padded, w_,
+                       column_block, out, out_stride);
     });
     return true;
   }
 
-  // multiply_tile(tile, column block, [padded, 16]) of all into y.
+  // multiply_tile(tile, column block, out, its stride) of all into y.
   template <class MultiplyTile>
   void multiply(const Tiling& tiling, float* y,
                 const MultiplyTile& multiply_tile) const {
-    // Tiles innermost: the values of a block of columns stay in the cache.
+    constexpr int64_t kColumns = kwm::kCallBlocks * kLanes;
+    // Tiles innermost: the values of these columns stay in the cache.
     // Fetching the values costs as much as three rows more.
     threads_.run(
-        w_.column_blocks() * tiling.count,
-        grain(w_.padded_k() / 2 * (tiling.padded + 3)),
+        kwm::ceil_div(w_.n, kColumns) * tiling.count,
+        grain(w_.padded_k() / 2 * (tiling.padded + 3) * kwm::kCallBlocks),
         [&](int64_t begin, int64_t end) {
-          alignas(64) float sums[16 * kLanes];
+          alignas(64) float padded[16 * kColumns];
           for (int64_t item = begin; item < end; ++item) {
             const int64_t tile = item % tiling.count;
-            const int64_t column_block = item / tiling.count;
-            multiply_tile(tile, column_block, sums);
-            store(sums, tiling.rows_of(tile), column_block,
-                  y + tiling.first(tile) * w_.n);
+            const int64_t rows = tiling.rows_of(tile);
+            const int64_t column = item / tiling.count * kColumns;
+            const int64_t columns = kwm::min(kColumns, w_.n - column);
+            float* out = y + tiling.first(tile) * w_.n + column;
+            if (rows == tiling.padded && columns % kLanes == 0) {
+              multiply_tile(tile, column / kLanes, out, w_.n);
+              continue;
+            }
+            multiply_tile(tile, column / kLanes, padded, kColumns);
+            for (int64_t row = 0; row < rows; ++row) {
+              memcpy(out + row * w_.n, padded + row * kColumns,
+                     static_cast<size_t>(columns) * sizeof(float));
+            }
           }
         });
-  }
-
-  void store(const float* sums, int64_t rows, int64_t column_block,
-             float* y) const {
-    const int64_t column = column_block * kLanes;
-    const int64_t columns = kwm::min(kLanes, w_.n - column);
-    for (int64_t row = 0; row < rows; ++row) {
-      float* out = y + row * w_.n + column;
-      for (int64_t j = 0; j < columns; ++j) {
-        const float scale = w_.type == KWM_INT8 ? w_.scale[column + j] : 1;
-        out[j] = sums[row * kLanes + j] * scale;
-      }
-    }
   }
 
   const Kernels& kernels_;

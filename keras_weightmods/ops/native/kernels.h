@@ -20,12 +20,15 @@ struct DigitKernels {
 
   // As Kernels::multiply. Its integers hold the sums of kMostRowBlocks.
   void (*multiply)(const uint8_t* x, const float* steps, int rows,
-                   const void* values, const uint32_t* meta,
-                   int64_t row_blocks, float* y);
+                   const Packed& w, int64_t column_block, float* y,
+                   int64_t y_stride);
 };
 constexpr int kDigits = 3;
 constexpr int kDigitColumns = 64;
 constexpr int64_t kMostRowBlocks = 4096;
+
+// Blocks of columns for a call: memory gives more when asked for several.
+constexpr int64_t kCallBlocks = 4;
 
 constexpr int kManyVectors = 4;
 constexpr int kDenseVectors = 3;
@@ -35,12 +38,12 @@ constexpr int kDenseVectors = 3;
 struct Kernels {
   int isa;
 
-  // y [rows, 16] = x @ one block of columns, without the scale of int8 values;
-  // indexed by the type of the values. x is a panel of `rows` rows, one of the
-  // sizes in tile_rows (rising, ends with 0).
+  // y = x @ kCallBlocks blocks of columns, or those left; indexed by
+  // the type of the values. x is a panel of `rows` rows, one of the sizes in
+  // tile_rows (rising, ends with 0); y has them y_stride apart.
   const int* tile_rows;
-  void (*multiply[3])(const float* x, int rows, const void* values,
-                      const uint32_t* meta, int64_t row_blocks, float* y);
+  void (*multiply[3])(const float* x, int rows, const Packed& w,
+                      int64_t column_block, float* y, int64_t y_stride);
 
   // Floats in a vector, and out [width, width] = in^T.
   int width;

@@ -2,13 +2,15 @@
 //
 //   Float, Words          vectors of kWidth floats, of kWidth 32-bit words
 //   kRegisters            how many of them the machine has
-//   load, store, zero, broadcast, add, fma(a, b, c) = a * b + c
+//   load, store, zero, broadcast, add, mul, fma(a, b, c) = a * b + c
 //   load_words, low_half, high_half (bfloat16 to float), byte (signed, to
 //   float), keep_where(value, words, shift, i): value, or 0 where the two bits
 //   of words at `shift` are not i
-//   table(x, group), index(meta, slot), pick(table, index)
+//   Slots, slots(meta)    the words of meta, ready for
+//   table(x, slot), index(slots, slot), pick(table, index)
 //                         lane j of pick: x[4 * group + 2-bit index j of slot],
-//                         for x of 16 floats and slot / 2 % 4 == group
+//                         for x of 16 floats and group = slot / 2 % 4
+//   OneRow                what to use in place of S for one row of activations
 //
 //   mul, div, greater(a, b), any(mask), select(mask, a, b)
 //   spread(slots, i)      lane i of a vector in all lanes
@@ -32,6 +34,7 @@ namespace {
 using kwm::kBlockRows;
 using kwm::kBlockSlots;
 using kwm::kLanes;
+using kwm::Packed;
 
 struct Float32Values {
   static constexpr int kSize = 4;
@@ -62,84 +65,127 @@ struct Int8Values {
   }
 };
 
-template <class S, class V, int R>
-void multiply_tile(const float* x, const void* values, const uint32_t* meta,
-                   int64_t row_blocks, float* y) {
+// R rows of the panel, C blocks of columns.
+template <class S, class V, int R, int C>
+void multiply_tile(const float* x, const Packed& w, int64_t column_block,
+                   float* y, int64_t y_stride) {
   constexpr int kParts = kLanes / S::kWidth;
+  constexpr int kTile = C * R * kParts;
   // Independent sums enough to hide the latency of the fused multiply-add.
-  constexpr int kSums = R * kParts < 4 ? 4 / (R * kParts) : 1;
+  constexpr int kSums = kTile < 4 ? 4 / kTile : 1;
   constexpr int kBlockBytes = kBlockSlots * kLanes * V::kSize;
   constexpr int kSlotBytes = kLanes * V::kSize;
+  // With fewer rows the processor looks far enough ahead by itself.
+  constexpr bool kPrefetch = R >= 4;
 
-  typename S::Float sum[R][kParts][kSums];
-  for (int r = 0; r < R; ++r) {
-    for (int part = 0; part < kParts; ++part) {
-      for (int i = 0; i < kSums; ++i) sum[r][part][i] = S::zero();
+  typename S::Float sum[C][R][kParts][kSums];
+  KWM_UNROLL(4)
+  for (int c = 0; c < C; ++c) {
+    for (int r = 0; r < R; ++r) {
+      for (int part = 0; part < kParts; ++part) {
+        for (int i = 0; i < kSums; ++i) sum[c][r][part][i] = S::zero();
+      }
     }
   }
-  auto block = static_cast<const char*>(values);
-  auto words_at = reinterpret_cast<const char*>(meta);
+  auto values = static_cast<const char*>(w.values_of(column_block));
+  auto meta = reinterpret_cast<const char*>(w.meta_of(column_block));
+  const int64_t row_blocks = w.row_blocks();
   for (int64_t b = 0; b < row_blocks; ++b) {
-    S::prefetch(words_at + 4 * kLanes * 8);
-    typename S::Words words[kParts];
+    typename S::Slots slots[C][kParts];
     KWM_UNROLL(4)
-    for (int part = 0; part < kParts; ++part) {
-      words[part] = S::load_words(words_at + 4 * part * S::kWidth);
+    for (int c = 0; c < C; ++c) {
+      const char* words = meta + (c * row_blocks + b) * 4 * kLanes;
+      if (kPrefetch) S::prefetch(words + 4 * kLanes * 8);
+      KWM_UNROLL(4)
+      for (int part = 0; part < kParts; ++part) {
+        slots[c][part] = S::slots(S::load_words(words + 4 * part * S::kWidth));
+      }
     }
     KWM_UNROLL(16)
     for (int slot = 0; slot < kBlockSlots; ++slot) {
-      if (slot * kSlotBytes % 64 == 0) {
-        S::prefetch(block + slot * kSlotBytes + S::kPrefetchBytes);
-      }
       KWM_UNROLL(4)
-      for (int part = 0; part < kParts; ++part) {
-        const auto index = S::index(words[part], slot);
-        const auto value = V::template get<S>(block, slot, part * S::kWidth);
-        KWM_UNROLL(16)
-        for (int r = 0; r < R; ++r) {
-          const auto table =
-              S::table(x + (slot / 8 * R + r) * 16, slot / 2 % 4);
-          auto& s = sum[r][part][slot % kSums];
-          s = S::fma(S::pick(table, index), value, s);
+      for (int c = 0; c < C; ++c) {
+        const char* block = values + (c * row_blocks + b) * kBlockBytes;
+        if (kPrefetch && slot * kSlotBytes % 64 == 0) {
+          S::prefetch(block + slot * kSlotBytes + S::kPrefetchBytes);
+        }
+        KWM_UNROLL(4)
+        for (int part = 0; part < kParts; ++part) {
+          const auto index = S::index(slots[c][part], slot);
+          const auto value = V::template get<S>(block, slot, part * S::kWidth);
+          KWM_UNROLL(16)
+          for (int r = 0; r < R; ++r) {
+            const auto table = S::table(x + (slot / 8 * R + r) * 16, slot);
+            auto& s = sum[c][r][part][slot % kSums];
+            s = S::fma(S::pick(table, index), value, s);
+          }
         }
       }
     }
     x += kBlockRows * R;
-    block += kBlockBytes;
-    words_at += 4 * kLanes;
   }
-  for (int r = 0; r < R; ++r) {
+  for (int c = 0; c < C; ++c) {
     for (int part = 0; part < kParts; ++part) {
-      auto total = sum[r][part][0];
-      for (int i = 1; i < kSums; ++i) total = S::add(total, sum[r][part][i]);
-      S::store(y + r * kLanes + part * S::kWidth, total);
+      const int64_t column = c * kLanes + part * S::kWidth;
+      for (int r = 0; r < R; ++r) {
+        auto total = sum[c][r][part][0];
+        for (int i = 1; i < kSums; ++i) {
+          total = S::add(total, sum[c][r][part][i]);
+        }
+        if constexpr (V::kSize == 1) {
+          const float* scale = w.scale + column_block * kLanes + column;
+          total = S::mul(total, S::load(scale));
+        }
+        S::store(y + r * y_stride + column, total);
+      }
     }
   }
 }
 
+template <class S, class V, int R>
+void multiply_columns(const float* x, const Packed& w, int64_t column_block,
+                      float* y, int64_t y_stride) {
+  // Three quarters of the registers hold sums and slots.
+  constexpr int kMost =
+      S::kRegisters * 3 / 4 / (kLanes / S::kWidth * (R + 1));
+  constexpr int C = kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
+  static_assert(kwm::kCallBlocks % C == 0, "");
+  const int64_t end =
+      kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
+  for (; column_block + C <= end; column_block += C) {
+    multiply_tile<S, V, R, C>(x, w, column_block, y, y_stride);
+    y += C * kLanes;
+  }
+  for (; C > 1 && column_block < end; ++column_block) {
+    multiply_tile<S, V, R, 1>(x, w, column_block, y, y_stride);
+    y += kLanes;
+  }
+}
+
 template <class S, class V>
-void multiply(const float* x, int rows, const void* values,
-              const uint32_t* meta, int64_t row_blocks, float* y) {
+void multiply(const float* x, int rows, const Packed& w, int64_t column_block,
+              float* y, int64_t y_stride) {
   switch (rows) {
     case 1:
-      return multiply_tile<S, V, 1>(x, values, meta, row_blocks, y);
+      return multiply_columns<typename S::OneRow, V, 1>(x, w, column_block, y,
+                                                        y_stride);
     case 2:
-      return multiply_tile<S, V, 2>(x, values, meta, row_blocks, y);
+      return multiply_columns<S, V, 2>(x, w, column_block, y, y_stride);
     case 3:
-      return multiply_tile<S, V, 3>(x, values, meta, row_blocks, y);
+      return multiply_columns<S, V, 3>(x, w, column_block, y, y_stride);
     case 4:
-      return multiply_tile<S, V, 4>(x, values, meta, row_blocks, y);
+      return multiply_columns<S, V, 4>(x, w, column_block, y, y_stride);
   }
   if constexpr (S::kRegisters * S::kWidth >= 512) {
     switch (rows) {
       case 6:
-        return multiply_tile<S, V, 6>(x, values, meta, row_blocks, y);
+        return multiply_columns<S, V, 6>(x, w, column_block, y, y_stride);
       case 8:
-        return multiply_tile<S, V, 8>(x, values, meta, row_blocks, y);
+        return multiply_columns<S, V, 8>(x, w, column_block, y, y_stride);
       case 12:
-        return multiply_tile<S, V, 12>(x, values, meta, row_blocks, y);
+        return multiply_columns<S, V, 12>(x, w, column_block, y, y_stride);
       case 16:
-        return multiply_tile<S, V, 16>(x, values, meta, row_blocks, y);
+        return multiply_columns<S, V, 16>(x, w, column_block, y, y_stride);
     }
   }
 }
@@ -320,7 +366,8 @@ void gradient(const float* x, const float* dy, int64_t rows,
   for (int lane = 0; lane < kLanes; lane += S::kWidth) {
     const auto words =
         S::load_words(reinterpret_cast<const char*>(meta) + 4 * lane);
-    const auto shifted = first_slot == 0 ? words : S::upper_slots(words);
+    const auto slots =
+        S::slots(first_slot == 0 ? words : S::upper_slots(words));
     KWM_UNROLL(2)
     for (int s0 = 0; s0 < 8; s0 += kSlots) {
       typename S::Float sum[kSlots];
@@ -329,13 +376,13 @@ void gradient(const float* x, const float* dy, int64_t rows,
       for (int i = 0; i < kSlots; ++i) {
         const float* from = dvalues + (s0 + i) * kLanes + lane;
         sum[i] = first ? S::zero() : S::load(from);
-        index[i] = S::index(shifted, s0 + i);
+        index[i] = S::index(slots, s0 + i);
       }
       for (int64_t r = 0; r < rows; ++r) {
         const auto d = S::load(dy + r * kLanes + lane);
         KWM_UNROLL(8)
         for (int i = 0; i < kSlots; ++i) {
-          const auto table = S::table(x + r * 16, (s0 + i) / 2);
+          const auto table = S::table(x + r * 16, s0 + i);
           sum[i] = S::fma(S::pick(table, index[i]), d, sum[i]);
         }
       }

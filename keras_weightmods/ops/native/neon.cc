@@ -15,6 +15,8 @@ struct Neon {
   using Words = uint32x4_t;
   using Mask = uint32x4_t;
   using Index = uint8x16_t;
+  using Slots = Words;
+  using OneRow = Neon;
   static constexpr int kWidth = 4;
   static constexpr int kRegisters = 32;
   static constexpr int kPrefetchBytes = 1024;
@@ -26,6 +28,7 @@ struct Neon {
   static void store(float* to, Float v) { vst1q_f32(to, v); }
   static Float broadcast(float v) { return vdupq_n_f32(v); }
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
+  static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
   static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
   static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
   static Float div(Float a, Float b) { return vdivq_f32(a, b); }
@@ -65,10 +68,11 @@ struct Neon {
   }
 
   // The table lookup is by byte: four bytes 4i .. 4i + 3 for index i.
-  static Float table(const float* x, int group) {
-    return vld1q_f32(x + 4 * group);
+  static Float table(const float* x, int slot) {
+    return vld1q_f32(x + slot / 2 % 4 * 4);
   }
-  static Index index(Words meta, int slot) {
+  static Slots slots(Words meta) { return meta; }
+  static Index index(Slots meta, int slot) {
     return vreinterpretq_u8_u32(
         vmlaq_u32(vdupq_n_u32(0x03020100), two_bits(meta, 2 * slot),
                   vdupq_n_u32(0x04040404)));

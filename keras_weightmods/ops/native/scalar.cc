@@ -10,6 +10,8 @@ struct Scalar {
   using Words = uint32_t;
   using Mask = bool;
   using Index = uint32_t;
+  using Slots = Words;
+  using OneRow = Scalar;
   static constexpr int kWidth = 1;
   static constexpr int kRegisters = 16;
   static constexpr int kPrefetchBytes = 0;
@@ -23,6 +25,7 @@ struct Scalar {
   static void store(float* to, Float v) { *to = v; }
   static Float broadcast(float v) { return v; }
   static Float add(Float a, Float b) { return a + b; }
+  static Float mul(Float a, Float b) { return a * b; }
   static Float fma(Float a, Float b, Float c) { return a * b + c; }
   static Float mul(Float a, Float b) { return a * b; }
   static Float div(Float a, Float b) { return a / b; }
@@ -50,8 +53,11 @@ struct Scalar {
     return ((words >> shift) & 3) == static_cast<uint32_t>(i) ? value : 0;
   }
 
-  static const float* table(const float* x, int group) { return x + 4 * group; }
-  static Index index(Words meta, int slot) { return (meta >> (2 * slot)) & 3; }
+  static const float* table(const float* x, int slot) {
+    return x + slot / 2 % 4 * 4;
+  }
+  static Slots slots(Words meta) { return meta; }
+  static Index index(Slots meta, int slot) { return (meta >> (2 * slot)) & 3; }
   static Words upper_slots(Words meta) { return meta >> 16; }
   static Float pick(const float* table, Index index) { return table[index]; }
 
