@@ -39,7 +39,6 @@ struct Avx2 {
   static Float fma(Float a, Float b, Float c) {
     return _mm256_fmadd_ps(a, b, c);
   }
-  static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
   static Mask greater(Float a, Float b) {
     return _mm256_cmp_ps(a, b, _CMP_GT_OQ);

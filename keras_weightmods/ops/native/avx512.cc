@@ -42,7 +42,6 @@ struct Avx512 {
   static Float fma(Float a, Float b, Float c) {
     return _mm512_fmadd_ps(a, b, c);
   }
-  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
   static Mask greater(Float a, Float b) {
     return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);

@@ -27,7 +27,6 @@ struct Scalar {
   static Float add(Float a, Float b) { return a + b; }
   static Float mul(Float a, Float b) { return a * b; }
   static Float fma(Float a, Float b, Float c) { return a * b + c; }
-  static Float mul(Float a, Float b) { return a * b; }
   static Float div(Float a, Float b) { return a / b; }
   static Mask greater(Float a, Float b) { return a > b; }
   static bool any(Mask mask) { return mask; }
