@@ -7,6 +7,10 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: demo test lint setup bench gpu clean
 
+# By default glibc gives blocks of 32 MB and more back to the system when they
+# are freed, and every step pays for their pages again.
+demo: export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+demo: export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 demo: setup
 	$(BIN)/python examples/sparsify_llm.py $(ARGS)
 
