@@ -3,6 +3,7 @@ import dataclasses
 import gc
 import importlib
 import itertools
+import signal
 import time
 import weakref
 
@@ -451,7 +452,7 @@ def test_a_problem_at_the_very_end_leaves_the_model(
 @pytest.mark.parametrize("action", ["add", "rescale", "remove"])
 @pytest.mark.parametrize("stage", ["computing", "waiting", "assigning"])
 def test_an_error_while_writing_leaves_the_model(
-    models, signatures, stage, action, monkeypatch
+    models, signatures, stage, action, monkeypatch, request
 ):
     model = models["float32"]
     clean = weights_of(model)
@@ -480,6 +481,9 @@ def test_an_error_while_writing_leaves_the_model(
         return function(*args)
 
     monkeypatch.setattr(owner, name, failing)
+    # A process in the background may have been told to ignore it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     if stage == "assigning":
         # So it is on torch if the memory is that of a GPU.
         monkeypatch.setattr(Checkpoint, "memory", lambda *_: None)
