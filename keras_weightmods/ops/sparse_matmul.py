@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.ops import native
-from keras_weightmods.ops.packed import unpack_tensor
+from keras_weightmods.ops.packed import Packed, unpack_tensor
 
 
 def sparse_matmul(x, packed):
@@ -34,7 +34,8 @@ def sparse_matmul(x, packed):
         Tensor of shape (..., N), in the type of `x`.
 
     Raises:
-        ValueError: If the last axis of `x` is not K.
+        ValueError: If the last axis of `x` is not K, or `packed` is not
+            `Packed`.
 
     Example:
 
@@ -47,6 +48,11 @@ def sparse_matmul(x, packed):
     assert float(y[0, 0]) == -5.0
     ```
     """
+    if not isinstance(packed, Packed):
+        raise ValueError(
+            "`packed` must be what `pack_kernel` returns. Received: "
+            f"packed={type(packed).__name__}"
+        )
     if not ops.is_tensor(x):
         x = ops.convert_to_tensor(x)
     if len(x.shape) < 1 or x.shape[-1] != packed.shape[0]:

@@ -247,3 +247,8 @@ def test_wrong_shapes():
     for x in (activation(3, 63), activation(3, 64, 1), np.float32(1)):
         with pytest.raises(ValueError, match="must have 64 entries in its"):
             sparse_matmul(x, packed)
+
+
+def test_a_kernel_that_is_not_packed_is_refused():
+    with pytest.raises(ValueError, match="what `pack_kernel` returns"):
+        sparse_matmul(np.ones((2, 4), "float32"), np.ones((4, 3), "float32"))
