@@ -19,7 +19,7 @@ def is_native(v):
         v.dtype == jnp.float32
         and native.has_vectors()
         # XLA cannot split a custom call over devices.
-        and len(jax.devices("cpu")) == 1
+        and len(xla_handlers.cpu_devices()) == 1
         and not jax.sharding.get_abstract_mesh().manual_axes
         and not xla_handlers.why_not()
     )

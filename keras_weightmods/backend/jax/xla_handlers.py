@@ -22,14 +22,21 @@ def why_not():
     return "" if _register() else native.NO_XLA
 
 
+def cpu_devices():
+    """List of JAX's devices on the CPU, none where JAX_PLATFORMS has none."""
+    try:
+        return jax.devices("cpu")
+    except RuntimeError:
+        return []
+
+
 @functools.cache
 def _register():
-    """Registers the handlers; False if the library has none."""
-    if native.xla_handler(_TARGETS[0]) is None:
-        return False
+    """Registers the handlers; False if that cannot be."""
     # Registered before the backend is there, a handler that XLA refuses would
     # end the process.
-    jax.devices("cpu")
+    if native.xla_handler(_TARGETS[0]) is None or not cpu_devices():
+        return False
     for name in _TARGETS:
         handler = jax.ffi.pycapsule(native.xla_handler(name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")

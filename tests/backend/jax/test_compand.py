@@ -72,3 +72,13 @@ def test_inference_can_be_exported():
     # An error where there is a custom call that XLA does not know.
     exported = jax.export.export(jax.jit(lambda x: model(x)))(x)
     np.testing.assert_allclose(exported.call(x), model(x), rtol=1e-6)
+
+
+def test_where_jax_has_no_cpu(monkeypatch):
+    """As with JAX_PLATFORMS=cuda."""
+
+    def devices(platform=None):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert not module._native().is_native(jnp.ones(3))
