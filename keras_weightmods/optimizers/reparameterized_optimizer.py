@@ -159,6 +159,11 @@ class ReparameterizedOptimizer(keras.optimizers.Optimizer):
             # Where the slope is zero the gradient is, too.
             grads[i] = _widened(grads[i]) / ops.maximum(slope, 1e-30)
             companded.append((variable, w, wide, slope))
+        if keras.backend.backend() == "tensorflow":
+            from keras_weightmods.backend.tensorflow.order import after
+
+            # The slopes are of a and b as they are before this step.
+            grads = after([t for _, *three in companded for t in three], grads)
         for variable, w, _, _ in companded:
             variable.assign(w)
         weight_decay = inner.weight_decay
