@@ -55,12 +55,7 @@ def compand(v, a, b, function="arctan"):
         from keras_weightmods.backend.torch.compand import compand as fused
 
         w = fused(v, a, b, function)
-    elif (
-        keras.backend.backend() == "jax"
-        and function == "arctan"
-        and _is_training()
-        and _native().is_native(v)
-    ):
+    elif function == "arctan" and _is_training() and _native().is_native(v):
         a, b = (ops.convert_to_tensor(p, v.dtype) for p in (a, b))
         w = _native().compand(v, a, b, _arctan_forward, _arctan_backward)
     else:
@@ -209,7 +204,9 @@ def _is_training():
 
 
 def _native():
-    return importlib.import_module("keras_weightmods.backend.jax.compand")
+    return importlib.import_module(
+        f"keras_weightmods.backend.{keras.backend.backend()}.compand"
+    )
 
 
 @functools.cache

@@ -5,15 +5,13 @@ size, and in a SavedModel, which runs where a product, or `why_dense`, was
 called before. XLA's thread pool shares the work.
 """
 
-import ctypes
 import functools
-import importlib
-import pathlib
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_weightmods.backend.tensorflow import xla_calls
 from keras_weightmods.ops import native
 from keras_weightmods.ops.packed import pack_kernel
 
@@ -22,7 +20,6 @@ _TARGETS = (
     "kwm_xla_matmul_transposed",
     "kwm_xla_values_gradient",
 )
-_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int32": "i32"}
 
 
 def why_not():
@@ -47,7 +44,7 @@ def _refusal():
     The ways into XLA are not in its public interface.
     """
     try:
-        _register()
+        xla_calls.register()
         with tf.init_scope():
             kernel = pack_kernel(np.ones((2, 1), np.float32))
             correct = float(sparse_matmul(tf.ones((1, 2)), kernel)[0, 0]) == 2
@@ -83,28 +80,6 @@ def _tensor(array):
     # Keras' own function leaves a variable as it is.
     value = array.value if isinstance(array, keras.Variable) else array
     return tf.convert_to_tensor(value)
-
-
-def _register():
-    folder = pathlib.Path(tf.__file__).parent
-    path = next(folder.glob("libtensorflow_cc.*"), None)
-    if path is None:
-        raise OSError(f"there is no libtensorflow_cc in {folder}")
-    # xla::ffi::GetXlaFfiApi()
-    get_api = ctypes.CDLL(str(path))._ZN3xla3ffi12GetXlaFfiApiEv
-    get_api.restype = ctypes.c_void_p
-    register = native.library().kwm_xla_register
-    register.restype = ctypes.c_int
-    register.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_char_p,
-        ctypes.c_char_p,
-        ctypes.c_void_p,
-    ]
-    for name in _TARGETS:
-        handler = native.xla_handler(name)
-        if register(get_api(), name.encode(), b"Host", handler):
-            raise OSError(f"XLA refuses the handler {name}")
 
 
 def _matmul(x, values, meta, scale, n):
@@ -154,89 +129,6 @@ def _values_gradient(x, dy, meta):
 
 
 def _call(target, shape, *arguments):
-    """A custom call with the result float32 of `shape`.
-
-    Where entries of the shape are None they are those of the first argument.
-    """
-    module = _module(
-        target,
-        tuple(shape),
-        tuple((tuple(a.shape), a.dtype.name) for a in arguments),
-    )
-    (result,) = _xla_ops().xla_call_module(
-        args=arguments,
-        version=9,
-        module=module,
-        Tout=[tf.float32],
-        Sout=[shape],
-        platforms=["CPU"],
-    )
+    """A custom call with the result float32 of `shape`."""
+    (result,) = xla_calls.call(target, [shape], *arguments)
     return result
-
-
-@functools.cache
-def _xla_ops():
-    return importlib.import_module("tensorflow.compiler.tf2xla.ops.gen_xla_ops")
-
-
-@functools.lru_cache(maxsize=4096)
-def _module(target, result, arguments):
-    """The StableHLO of a custom call.
-
-    Args:
-        target: String, the name of the handler.
-        result: Tuple of ints and None, the shape of the float32 result.
-        arguments: Tuple of (shape, dtype) for each argument.
-
-    Returns:
-        String, the module as text.
-    """
-    types = [_type(*argument) for argument in arguments]
-    names = [f"%a{i}" for i in range(len(arguments))]
-    lines, attributes = [], ["api_version = 4 : i32"]
-    operands, operand_types = list(names), list(types)
-    if None in result:
-        # The shape of the result, as one more operand.
-        for i, size in enumerate(result):
-            if size is None:
-                lines += [
-                    f"%s{i} = stablehlo.get_dimension_size %a0, dim = {i} : "
-                    f"({types[0]}) -> tensor<i32>",
-                    f"%d{i} = stablehlo.reshape %s{i} : "
-                    "(tensor<i32>) -> tensor<1xi32>",
-                ]
-            else:
-                lines.append(
-                    f"%d{i} = stablehlo.constant dense<{size}> : tensor<1xi32>"
-                )
-        parts = ", ".join(f"%d{i}" for i in range(len(result)))
-        part_types = ", ".join(["tensor<1xi32>"] * len(result))
-        shape_type = f"tensor<{len(result)}xi32>"
-        lines.append(
-            f"%shape = stablehlo.concatenate {parts}, dim = 0 : "
-            f"({part_types}) -> {shape_type}"
-        )
-        attributes.append(
-            f"indices_of_shape_operands = dense<[{len(names)}]> : tensor<1xi64>"
-        )
-        operands.append("%shape")
-        operand_types.append(shape_type)
-    result_type = _type(result, "float32")
-    lines += [
-        f"%y = stablehlo.custom_call @{target}({', '.join(operands)}) "
-        f"{{{', '.join(attributes)}}} : "
-        f"({', '.join(operand_types)}) -> {result_type}",
-        f"return %y : {result_type}",
-    ]
-    parameters = ", ".join(f"{n}: {t}" for n, t in zip(names, types))
-    body = "\n    ".join(lines)
-    return (
-        "module attributes {jax.uses_shape_polymorphism = true} {\n"
-        f"  func.func public @main({parameters}) -> {result_type} {{\n"
-        f"    {body}\n  }}\n}}"
-    )
-
-
-def _type(shape, dtype):
-    sizes = "".join("?x" if s is None else f"{s}x" for s in shape)
-    return f"tensor<{sizes}{_TYPES[dtype]}>"

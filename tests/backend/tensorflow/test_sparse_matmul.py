@@ -141,7 +141,7 @@ def test_where_the_way_into_xla_is_missing(monkeypatch):
     def register():
         raise AttributeError("undefined symbol")
 
-    monkeypatch.setattr(implementation, "_register", register)
+    monkeypatch.setattr(implementation.xla_calls, "register", register)
     monkeypatch.setattr(module, "_implementations", {})
     implementation._refusal.cache_clear()
     native.warn_dense.cache_clear()

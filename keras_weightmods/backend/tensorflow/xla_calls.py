@@ -1,0 +1,138 @@
+"""XLA custom calls of the compiled kernels through XlaCallModule."""
+
+import ctypes
+import functools
+import importlib
+import pathlib
+
+import tensorflow as tf
+
+from keras_weightmods.ops import native
+
+_TARGETS = (
+    "kwm_xla_matmul",
+    "kwm_xla_matmul_transposed",
+    "kwm_xla_values_gradient",
+    "kwm_xla_compand",
+    "kwm_xla_compand_gradient",
+)
+_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int32": "i32"}
+
+
+def register():
+    """Registers the handlers with the XLA in TensorFlow.
+
+    Raises:
+        AttributeError, OSError: If there is no way into XLA.
+    """
+    folder = pathlib.Path(tf.__file__).parent
+    path = next(folder.glob("libtensorflow_cc.*"), None)
+    if path is None:
+        raise OSError(f"there is no libtensorflow_cc in {folder}")
+    # xla::ffi::GetXlaFfiApi()
+    get_api = ctypes.CDLL(str(path))._ZN3xla3ffi12GetXlaFfiApiEv
+    get_api.restype = ctypes.c_void_p
+    register = native.library().kwm_xla_register
+    register.restype = ctypes.c_int
+    register.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.c_void_p,
+    ]
+    for name in _TARGETS:
+        handler = native.xla_handler(name)
+        if register(get_api(), name.encode(), b"Host", handler):
+            raise OSError(f"XLA refuses the handler {name}")
+
+
+def call(target, shapes, *arguments):
+    """A custom call with float32 results of `shapes`, as a list.
+
+    A shape with entries that are None is that of the only result; they are
+    those of the first argument.
+    """
+    module = _module(
+        target,
+        tuple(map(tuple, shapes)),
+        tuple((tuple(a.shape), a.dtype.name) for a in arguments),
+    )
+    return _xla_ops().xla_call_module(
+        args=arguments,
+        version=9,
+        module=module,
+        Tout=[tf.float32] * len(shapes),
+        Sout=shapes,
+        platforms=["CPU"],
+    )
+
+
+@functools.cache
+def _xla_ops():
+    return importlib.import_module("tensorflow.compiler.tf2xla.ops.gen_xla_ops")
+
+
+@functools.lru_cache(maxsize=4096)
+def _module(target, results, arguments):
+    """The StableHLO of a custom call.
+
+    Args:
+        target: String, the name of the handler.
+        results: Tuple of the shapes of the float32 results, tuples of ints
+            and None.
+        arguments: Tuple of (shape, dtype) for each argument.
+
+    Returns:
+        String, the module as text.
+    """
+    types = [_type(*argument) for argument in arguments]
+    names = [f"%a{i}" for i in range(len(arguments))]
+    lines, attributes = [], ["api_version = 4 : i32"]
+    operands, operand_types = list(names), list(types)
+    result = results[0]
+    if None in result:
+        # The shape of the result, as one more operand.
+        for i, size in enumerate(result):
+            if size is None:
+                lines += [
+                    f"%s{i} = stablehlo.get_dimension_size %a0, dim = {i} : "
+                    f"({types[0]}) -> tensor<i32>",
+                    f"%d{i} = stablehlo.reshape %s{i} : "
+                    "(tensor<i32>) -> tensor<1xi32>",
+                ]
+            else:
+                lines.append(
+                    f"%d{i} = stablehlo.constant dense<{size}> : tensor<1xi32>"
+                )
+        parts = ", ".join(f"%d{i}" for i in range(len(result)))
+        part_types = ", ".join(["tensor<1xi32>"] * len(result))
+        shape_type = f"tensor<{len(result)}xi32>"
+        lines.append(
+            f"%shape = stablehlo.concatenate {parts}, dim = 0 : "
+            f"({part_types}) -> {shape_type}"
+        )
+        attributes.append(
+            f"indices_of_shape_operands = dense<[{len(names)}]> : tensor<1xi64>"
+        )
+        operands.append("%shape")
+        operand_types.append(shape_type)
+    returned = [f"%y#{i}" for i in range(len(results))]
+    result_types = ", ".join(_type(shape, "float32") for shape in results)
+    lines += [
+        f"%y:{len(results)} = stablehlo.custom_call "
+        f"@{target}({', '.join(operands)}) {{{', '.join(attributes)}}} : "
+        f"({', '.join(operand_types)}) -> ({result_types})",
+        f"return {', '.join(returned)} : {result_types}",
+    ]
+    parameters = ", ".join(f"{n}: {t}" for n, t in zip(names, types))
+    body = "\n    ".join(lines)
+    return (
+        "module attributes {jax.uses_shape_polymorphism = true} {\n"
+        f"  func.func public @main({parameters}) -> ({result_types}) {{\n"
+        f"    {body}\n  }}\n}}"
+    )
+
+
+def _type(shape, dtype):
+    sizes = "".join("?x" if s is None else f"{s}x" for s in shape)
+    return f"tensor<{sizes}{_TYPES[dtype]}>"
