@@ -145,6 +145,7 @@ SPECTRA = {
     "decaying": lambda n: 10.0 ** (-np.arange(n) / 20),
     "with a spike": lambda n: np.r_[1e4, np.linspace(1.5, 0.5, n - 1)],
     "of low rank": lambda n: np.r_[np.linspace(2, 1, 20), np.zeros(n - 20)],
+    "of low rank and noise": lambda n: np.r_[np.ones(6), np.full(n - 6, 1e-7)],
     "zero": np.zeros,
 }
 
@@ -161,6 +162,18 @@ def test_krylov_on_hard_spectra(spectrum):
     ]
     shared = np.count_nonzero(masks[0] & masks[1]) / masks[1].sum()
     assert shared >= 0.99
+
+
+def test_krylov_on_a_flat_spectrum():
+    # Where no block changes much, and all of them together do.
+    n, rank = 800, 6
+    random = np.random.default_rng(0)
+    u, v = (np.linalg.qr(random.normal(size=(n, n)))[0] for _ in "uv")
+    s = np.linspace(1, 0.5, n)
+    x = (u * s) @ v.T
+    found = numpy_mask(x, density=0.05, filter_rank=rank, method="krylov")
+    exact = references.principal_mask(x, found.sum(), rank)
+    assert np.count_nonzero(found & exact) >= 0.98 * exact.sum()
 
 
 def test_krylov_starts_from_the_last_basis():
