@@ -43,7 +43,7 @@ def make_page(logs):
         for file in sorted((logs / "cast_llm").glob("*.json"))
     ]
     parts = [
-        "# Results of CAST and its alternatives",
+        "# Results",
         "Written by `python benchmarks/results_page.py` from the logs in "
         "`benchmarks/results/`; do not edit. Perplexity (lower is better) on "
         "held-out text of the kind trained on, and on unrelated text: English "
@@ -63,6 +63,12 @@ def make_page(logs):
         fine_tuned(read(logs / "finetune_sparse.json")),
         "## Packed: speed and size",
         packed(read(logs / "packed_llm.json")),
+        "## LIFT: quality",
+        lift_quality(read(logs / "lift_quality.json")),
+        "## LIFT: step and memory",
+        lift_step(read(logs / "lift_step.json")),
+        "## LIFT: masks",
+        principal_mask(read(logs / "principal_mask.json")),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -376,6 +382,185 @@ def packed(log):
             ),
         ]
     )
+
+
+def lift_quality(log):
+    if log is None or "summary" not in log:
+        return missing("lift_quality.py")
+
+    def cell(pair, form):
+        value, spread = pair
+        text = format(value, form)
+        return text if spread is None else f"{text} ± {spread:{form}}"
+
+    setting, found = log["setting"], log["summary"]
+    before = next(r["before"] for r in log["runs"] if "before" in r)
+    rows = [
+        [
+            "before",
+            "",
+            f"{before['solved']:.1%}",
+            f"{before['tokens']:.1%}",
+            f"{before['loss']:.4f}",
+            f"{before['unrelated']:.2f}",
+            *[""] * 4,
+        ]
+    ]
+    differences = []
+    for name, row in found.items():
+        rows.append(
+            [
+                name,
+                f"{row['rate']:g}",
+                cell(row["solved"], ".1%"),
+                cell(row["tokens"], ".1%"),
+                cell(row["loss"], ".4f"),
+                cell(row["unrelated"], ".2f"),
+                f"{row['trained']:,}",
+                megabytes(row["optimizer_bytes"]),
+                megabytes(row["peak_bytes"]),
+                megabytes(row["file_bytes"]),
+            ]
+        )
+        about = row.get("lift_differs", {})
+        if about:
+            parts = [
+                f"{label} {about[key]['difference']:+.4f} "
+                f"({'exceeds' if about[key]['exceeds_spread'] else 'within'})"
+                for key, label in (
+                    ("solved", "solved"),
+                    ("loss", "loss"),
+                    ("unrelated", "unrelated"),
+                )
+            ]
+            differences.append(f"- {name}: {', '.join(parts)}")
+    return "\n\n".join(
+        [
+            "SmolLM2-135M-Instruct on generated word problems, "
+            f"{setting['steps']} steps of {setting['batch']}; exact match and "
+            "share of answer tokens by teacher forcing on "
+            f"{setting['held_out']} held-out problems, their loss, and the "
+            f"perplexity of unrelated text; ± over {found['LIFT']['seeds']} "
+            "seeds, each method with its best learning rate of "
+            f"{len({r['rate'] for r in log['runs']})}, chosen on validation "
+            f"problems; {setting['backend']}, {log['machine']['cpu']}, "
+            f"{log['machine']['cores']} cores.",
+            table(
+                [
+                    "method",
+                    "rate",
+                    "solved",
+                    "tokens",
+                    "loss",
+                    "unrelated",
+                    "trained",
+                    "state, MB",
+                    "peak, MB",
+                    "file, MB",
+                ],
+                rows,
+            ),
+            "LIFT less the other; whether it exceeds the seeds' spread (twice "
+            "the standard error):",
+            "\n".join(differences),
+        ]
+    )
+
+
+def lift_step(log):
+    if log is None:
+        return missing("lift_step.py")
+    rows = []
+    for backend, found in log["backends"].items():
+        for method, memory in found.get("memory", {}).items():
+            seconds = found.get("medians", {}).get(method)
+            ratio = found["ratio_with_refresh"] if method == "LIFT" else 1
+            rows.append(
+                [
+                    backend,
+                    method,
+                    f"{memory['trained']:,}",
+                    "" if seconds is None else f"{seconds:.2f}",
+                    "" if seconds is None else f"{ratio:.2f}",
+                    megabytes(memory["state_bytes"]),
+                    megabytes(memory["peak_bytes"]),
+                ]
+            )
+    return "\n\n".join(
+        [
+            "A whole train step of SmolLM2-135M's shapes, "
+            f"{' x '.join(map(str, log['batch']))} tokens, {log['dtype']}; a "
+            "refresh of the masks every 200 steps is counted in the ratio; "
+            f"{log['machine']['cpu']}, {log['machine']['cores']} cores.",
+            table(
+                [
+                    "backend",
+                    "method",
+                    "trained",
+                    "seconds",
+                    "x AdamW",
+                    "state, MB",
+                    "peak, MB",
+                ],
+                rows,
+                text_columns=2,
+            ),
+        ]
+    )
+
+
+def principal_mask(log):
+    if log is None:
+        return missing("principal_mask.py")
+    parts = []
+    rows = [
+        [
+            backend,
+            rank,
+            len(same),
+            f"{min(row['default'] for row in same):.4f}",
+            *(
+                f"{np.median([row[name] for row in same]):.4f}"
+                for name in ("default", "randomized", "magnitude")
+            ),
+        ]
+        for backend, found in log["backends"].items()
+        for rank in sorted({r["rank"] for r in found.get("agreement", [])})
+        for same in [[r for r in found["agreement"] if r["rank"] == rank]]
+    ]
+    if rows:
+        parts.append(
+            f"Share of the exact rule's {log['density']:.0%} that others find "
+            "in SmolLM2-135M's matrices; medians beside the least."
+        )
+        header = ["backend", "rank", "matrices", "least", "median"]
+        parts.append(table([*header, "randomized SVD", "magnitude"], rows))
+    rows = [
+        [
+            backend,
+            f"{exact:.1f}",
+            f"{fast:.2f}",
+            f"{found['time']['ratio']:.1f}",
+            f"{found['time']['share']:.4f}",
+        ]
+        for backend, found in log["backends"].items()
+        if "time" in found
+        for exact, fast in [
+            [
+                np.median(found["time"]["seconds"][name])
+                for name in ("exact", "auto")
+            ]
+        ]
+    ]
+    if rows:
+        parts.append(
+            "One selection in a random matrix of 4096 x 4096 at rank 128, "
+            f"seconds; {log['machine']['cpu']}, {log['machine']['cores']} "
+            "cores."
+        )
+        header = ["backend", "exact SVD", "default", "ratio", "share"]
+        parts.append(table(header, rows))
+    return "\n\n".join(parts)
 
 
 def grouped(runs):

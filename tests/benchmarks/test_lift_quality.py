@@ -1,6 +1,7 @@
 import harness
 import lift_quality
 import pytest
+import results_page
 
 
 def fake_run(method, rate, seed, solved):
@@ -8,7 +9,12 @@ def fake_run(method, rate, seed, solved):
         "method": method,
         "rate": rate,
         "seed": seed,
-        "before": {"solved": 0.1, "tokens": 0.5, "unrelated": 14.0},
+        "before": {
+            "solved": 0.1,
+            "tokens": 0.5,
+            "loss": 2.0,
+            "unrelated": 14.0,
+        },
         # The lower rate is the better one on the validation problems.
         "valid": {"loss": 1.0 + rate},
         "test": {
@@ -63,3 +69,13 @@ def test_report_has_a_row_for_each_method(report, capsys, monkeypatch):
     for method in ("before", *lift_quality.METHODS):
         assert method in printed
     assert "71.0% ± 1.0%" in printed
+
+
+def test_page_has_the_spread_and_the_verdict(report):
+    report["summary"] = lift_quality.summary(report)
+    report["setting"]["held_out"] = 4
+    page = results_page.lift_quality(report)
+    assert "| LIFT | 0.0001 | 71.0% ± 1.0% |" in page
+    assert "- full: solved +0.5000 (exceeds), loss +0.0000 (within)" in page
+    del report["summary"]
+    assert "benchmarks/lift_quality.py" in results_page.lift_quality(report)

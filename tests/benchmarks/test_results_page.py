@@ -40,7 +40,15 @@ def write(folder, runs):
 
 def test_parts_without_logs_name_the_program(tmp_path):
     page = results_page.make_page(tmp_path)
-    for program in ("cast_quality", "cast_llm", "packed_llm", "one_shot"):
+    for program in (
+        "cast_quality",
+        "cast_llm",
+        "packed_llm",
+        "one_shot",
+        "lift_quality",
+        "lift_step",
+        "principal_mask",
+    ):
         assert f"benchmarks/{program}.py" in page
 
 
@@ -92,3 +100,39 @@ def test_runs_of_another_recipe_are_kept_out_of_the_law(tmp_path):
 def test_the_logs_of_the_repository_make_a_page():
     page = results_page.make_page(results_page.LOGS)
     assert "| CAST |" in page
+
+
+def test_masks_and_steps_of_lift(tmp_path):
+    rows = [
+        {"rank": 32, "default": d, "randomized": 0.5, "magnitude": 0.2}
+        for d in (1.0, 0.99, 0.995)
+    ]
+    time = {"seconds": {"exact": [12.0], "auto": [1.0]}, "ratio": 12.0}
+    machine = {"cpu": "one", "cores": 2}
+    masks = {
+        "machine": machine,
+        "density": 0.05,
+        "backends": {
+            "torch": {"agreement": rows, "time": {**time, "share": 0.99}}
+        },
+    }
+    memory = {"trained": 5000, "state_bytes": 64e6, "peak_bytes": 3e9}
+    steps = {
+        "machine": machine,
+        "batch": [4, 128],
+        "dtype": "float32",
+        "backends": {
+            "jax": {
+                "memory": {"AdamW": memory, "LIFT": memory, "LoRA": memory},
+                "medians": {"AdamW": 2.0, "LIFT": 1.9},
+                "ratio_with_refresh": 0.96,
+            }
+        },
+    }
+    (tmp_path / "principal_mask.json").write_text(json.dumps(masks))
+    (tmp_path / "lift_step.json").write_text(json.dumps(steps))
+    page = results_page.make_page(tmp_path)
+    assert "| torch | 32 | 3 | 0.9900 | 0.9950 | 0.5000 | 0.2000 |" in page
+    assert "| torch | 12.0 | 1.00 | 12.0 | 0.9900 |" in page
+    assert "| jax | LIFT | 5,000 | 1.90 | 0.96 | 64 | 3000 |" in page
+    assert "| jax | LoRA | 5,000 |  |  | 64 | 3000 |" in page
