@@ -276,10 +276,7 @@ def low_rank_factors(
     ```
     """
     rows, columns = matrix.shape
-    side = min(rows, columns)
-    if method == "auto":
-        is_large = side > _LARGE and 8 * rank <= side
-        method = "krylov" if is_large else "gram"
+    method = _method_for(method, rows, columns, rank)
     if method == "exact":
         u, s, vh = ops.linalg.svd(matrix, full_matrices=False)
         u, s, vh = u[:, :rank], s[:rank], vh[:rank]
@@ -348,11 +345,31 @@ def _scores(matrix, how, place, start):
     rows, columns = matrix.shape
     rank = how.rank_of_filter(rows, columns)
     share = how.size(rows, columns) / (rows * columns)
-    left, right = low_rank_factors(
-        matrix, rank, how.method, start, how.seed + place, share
+    method = _method_for(how.method, rows, columns, rank)
+    if method == "gram" and keras.backend.backend() == "jax":
+        from keras_weightmods.backend.jax.compiled_call import compiled
+
+        # One program for a shape, where each op would be one and be kept.
+        find = compiled(_low_rank_scores, static=(1, 2))
+        return find(matrix, rank, method)
+    return _low_rank_scores(
+        matrix, rank, method, start, how.seed + place, share
     )
-    basis = left if rows <= columns else ops.transpose(right)
+
+
+def _low_rank_scores(matrix, rank, method, start=None, seed=0, share=0.05):
+    left, right = low_rank_factors(matrix, rank, method, start, seed, share)
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    basis = left if is_wide else ops.transpose(right)
     return ops.abs(ops.matmul(left, right)), basis
+
+
+def _method_for(method, rows, columns, rank):
+    side = min(rows, columns)
+    if method == "auto":
+        is_large = side > _LARGE and 8 * rank <= side
+        method = "krylov" if is_large else "gram"
+    return method
 
 
 def _mask_of(scores, how, allowed):

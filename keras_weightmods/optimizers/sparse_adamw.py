@@ -193,6 +193,11 @@ class SparseAdamW(MaskedState):
             if self._indices[place] is not None:
                 gradient = _taken(gradient, self._indices[place])
             compact.append(gradient)
+        if keras.backend.backend() == "jax":
+            from keras_weightmods.backend.jax.order import after_all
+
+            # No step on a weight while a gradient still needs it.
+            compact = after_all(compact)
         super()._backend_apply_gradients(compact, trainable_variables)
 
     def _apply_weight_decay(self, variables):
@@ -215,6 +220,10 @@ class SparseAdamW(MaskedState):
             )
             return
         whole = ops.convert_to_tensor(variable)
+        if keras.backend.backend() == "jax" and indices is not None:
+            from keras_weightmods.backend.jax.order import after
+
+            whole = after(whole, gradient)
         weight = whole if indices is None else _taken(whole, indices)
         weight, *moments = adamw_step(
             weight,

@@ -1,4 +1,4 @@
-"""A layer's call, compiled, without the rest of a trainer."""
+"""Functions and layers, compiled, without the rest of a trainer."""
 
 import jax
 
@@ -25,3 +25,16 @@ def compiled_call(layer):
         )
 
     return call
+
+
+def compiled(function, static=()):
+    """A function, compiled once for the shapes and static arguments given.
+
+    Args:
+        function: Of tensors, and of the arguments that are static.
+        static: Tuple of ints, the places of these.
+
+    Returns:
+        The compiled function.
+    """
+    return jax.jit(function, static_argnums=static)
