@@ -6,14 +6,6 @@ import jax
 
 from keras_weightmods.ops import native
 
-_TARGETS = (
-    "kwm_xla_matmul",
-    "kwm_xla_matmul_transposed",
-    "kwm_xla_values_gradient",
-    "kwm_xla_compand",
-    "kwm_xla_compand_gradient",
-)
-
 
 def why_not():
     """Why there are none on the CPU; empty if there are."""
@@ -35,9 +27,9 @@ def _register():
     """Registers the handlers; False if that cannot be."""
     # Registered before the backend is there, a handler that XLA refuses would
     # end the process.
-    if native.xla_handler(_TARGETS[0]) is None or not cpu_devices():
+    if native.xla_handler(native.XLA_TARGETS[0]) is None or not cpu_devices():
         return False
-    for name in _TARGETS:
+    for name in native.XLA_TARGETS:
         handler = jax.ffi.pycapsule(native.xla_handler(name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return True

@@ -9,13 +9,6 @@ import tensorflow as tf
 
 from keras_weightmods.ops import native
 
-_TARGETS = (
-    "kwm_xla_matmul",
-    "kwm_xla_matmul_transposed",
-    "kwm_xla_values_gradient",
-    "kwm_xla_compand",
-    "kwm_xla_compand_gradient",
-)
 _TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int32": "i32"}
 
 
@@ -40,7 +33,7 @@ def register():
         ctypes.c_char_p,
         ctypes.c_void_p,
     ]
-    for name in _TARGETS:
+    for name in native.XLA_TARGETS:
         handler = native.xla_handler(name)
         if register(get_api(), name.encode(), b"Host", handler):
             raise OSError(f"XLA refuses the handler {name}")

@@ -59,6 +59,14 @@ _WAY_OUT = (
     "install -e .` in a clone."
 )
 
+# The custom calls that XLA has to be told of, on JAX and on TensorFlow.
+XLA_TARGETS = (
+    "kwm_xla_matmul",
+    "kwm_xla_matmul_transposed",
+    "kwm_xla_values_gradient",
+    "kwm_xla_compand",
+    "kwm_xla_compand_gradient",
+)
 NO_XLA = (
     "the compiled library was built without the headers of jaxlib 0.8.0, as "
     "by `pip install --no-build-isolation` beside another jaxlib. " + _WAY_OUT
