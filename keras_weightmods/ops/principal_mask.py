@@ -264,6 +264,9 @@ def low_rank_factors(
         the approximation. The columns of the first are orthonormal where
         `m <= n`, the rows of the second elsewhere.
 
+    Raises:
+        ValueError: If `rank` or `method` is none of these.
+
     Example:
 
     ```python
@@ -276,6 +279,15 @@ def low_rank_factors(
     ```
     """
     rows, columns = matrix.shape
+    if not (_is_int(rank) and 1 <= rank <= min(rows, columns)):
+        raise ValueError(
+            "`rank` must be an int from 1 to the smaller side of the matrix. "
+            f"Received: rank={rank!r}, for a matrix of {rows} x {columns}"
+        )
+    if method not in METHODS:
+        raise ValueError(
+            f"`method` must be one of {METHODS}. Received: method={method!r}"
+        )
     method = _method_for(method, rows, columns, rank)
     if method == "exact":
         u, s, vh = ops.linalg.svd(matrix, full_matrices=False)

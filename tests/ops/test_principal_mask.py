@@ -205,6 +205,15 @@ def test_factors(shape, method):
     assert error < (0.1 if method == "krylov" else 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((9,), "rank"), ((0,), "rank"), ((2, "svd"), "method")],
+)
+def test_factors_of_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=f"`{message}` must be"):
+        low_rank_factors(normal(8, 12), *arguments)
+
+
 def test_half_precision_is_selected_in_float32():
     x = ops.cast(normal(16, 24), "bfloat16")
     mask = numpy_mask(x, density=0.1, filter_rank=2)
