@@ -360,11 +360,10 @@ class _Product:
         if before is not None:
             x = ops.transpose(x, before)
         if len(self.contracted) > 1:
-            shape = (*ops.shape(x)[:batch], self.contraction_size)
-            x = ops.reshape(x, shape)
+            x = _reshape_last(x, batch, (self.contraction_size,))
         y = sparse_matmul(x, packed)
         if len(self.units) != 1:
-            y = ops.reshape(y, (*ops.shape(x)[:batch], *self.units_shape))
+            y = _reshape_last(y, batch, self.units_shape)
         return y if after is None else ops.transpose(y, after)
 
     def _order(self, rank):
@@ -385,6 +384,18 @@ class _Product:
             len(batch),
             _permutation(batch + self.units, outputs),
         )
+
+
+def _reshape_last(x, batch, last):
+    """`x` with its axes from `batch` on in the shape `last`."""
+    leading = tuple(x.shape[:batch])
+    if None in leading:
+        leading = ops.shape(x)[:batch]
+    # On torch the bookkeeping of Keras' op takes as long as a small product.
+    reshape = getattr(x, "reshape", None)
+    if reshape is None:
+        return ops.reshape(x, (*leading, *last))
+    return reshape((*leading, *last))
 
 
 def _matrix_shape(target):
