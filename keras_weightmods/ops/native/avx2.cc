@@ -26,7 +26,7 @@ struct Avx2 {
   using OneRow = Avx2;
   static constexpr int kWidth = 8;
   static constexpr int kRegisters = 16;
-  static constexpr int kPrefetchBytes = 4096;
+  static constexpr int kPrefetchBytes = 8192;
 
   static Float zero() { return _mm256_setzero_ps(); }
   static Float load(const void* from) {
@@ -48,9 +48,6 @@ struct Avx2 {
     return _mm256_blendv_ps(b, a, mask);
   }
   static void prefetch(const void* at) {
-    _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
-  }
-  static void prefetch_later(const void* at) {
     _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1);
   }
 

@@ -31,7 +31,7 @@ struct Avx512 {
   };
   static constexpr int kWidth = 16;
   static constexpr int kRegisters = 32;
-  static constexpr int kPrefetchBytes = 4096;
+  static constexpr int kPrefetchBytes = 8192;
 
   static Float zero() { return _mm512_setzero_ps(); }
   static Float load(const void* from) { return _mm512_loadu_ps(from); }
@@ -51,9 +51,6 @@ struct Avx512 {
     return _mm512_mask_blend_ps(mask, b, a);
   }
   static void prefetch(const void* at) {
-    _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
-  }
-  static void prefetch_later(const void* at) {
     _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1);
   }
 

@@ -77,8 +77,8 @@ bool to_digits(const float* x, int64_t k, int rows, int64_t blocks,
 template <int R, int C>
 void multiply_tile(const uint8_t* x, const float* steps, const Packed& w,
                    int64_t column_block, float* y, int64_t y_stride) {
-  // With fewer rows the processor looks far enough ahead by itself.
-  constexpr bool kPrefetch = R >= 4;
+  // Blocks of rows from the one in use to the one to fetch.
+  constexpr int64_t kAhead = 16;
   __m512i sum[C][R][kDigits], value_sum[C];
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
@@ -93,15 +93,17 @@ void multiply_tile(const uint8_t* x, const float* steps, const Packed& w,
   // A permutation chooses among the 64 columns of two blocks of rows.
   __m512i half = _mm512_setzero_si512();
   for (int64_t b = 0; b < row_blocks; ++b) {
+    const int64_t next = kwm::row_block_ahead(b, kAhead, row_blocks, C);
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       const char* block = values + (c * row_blocks + b) * 256;
       const char* words_at = meta + (c * row_blocks + b) * 64;
       const __m512i words = _mm512_loadu_si512(words_at);
-      if (kPrefetch) _mm_prefetch(words_at + 1024, _MM_HINT_T0);
+      const char* next_block = values + (c * row_blocks + next) * 256;
+      _mm_prefetch(meta + (c * row_blocks + next) * 64, _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
-        if (kPrefetch) _mm_prefetch(block + 64 * p + 2048, _MM_HINT_T0);
+        _mm_prefetch(next_block + 64 * p, _MM_HINT_T1);
         const __m512i value = _mm512_loadu_si512(block + 64 * p);
         value_sum[c] =
             _mm512_dpbusd_epi32(value_sum[c], _mm512_set1_epi8(1), value);

@@ -2,6 +2,8 @@
 //
 //   Float, Words          vectors of kWidth floats, of kWidth 32-bit words
 //   kRegisters            how many of them the machine has
+//   prefetch(at)          a line to the second-level cache: memory gives more
+//                         to it than to the first-level one
 //   load, store, zero, broadcast, add, mul, fma(a, b, c) = a * b + c
 //   load_words, low_half, high_half (bfloat16 to float), byte (signed, to
 //   float), keep_where(value, words, shift, i): value, or 0 where the two bits
@@ -75,8 +77,10 @@ void multiply_tile(const float* x, const Packed& w, int64_t column_block,
   constexpr int kSums = kTile < 4 ? 4 / kTile : 1;
   constexpr int kBlockBytes = kBlockSlots * kLanes * V::kSize;
   constexpr int kSlotBytes = kLanes * V::kSize;
-  // With fewer rows the processor looks far enough ahead by itself.
-  constexpr bool kPrefetch = R >= 4;
+  // Four bytes for so little work are fetched as fast without a hint.
+  constexpr bool kPrefetch = V::kSize < 4 || R > 4;
+  // Blocks of rows from the one in use to the one to fetch.
+  constexpr int64_t kAhead = S::kPrefetchBytes / kBlockBytes;
 
   typename S::Float sum[C][R][kParts][kSums];
   KWM_UNROLL(4)
@@ -91,11 +95,12 @@ void multiply_tile(const float* x, const Packed& w, int64_t column_block,
   auto meta = reinterpret_cast<const char*>(w.meta_of(column_block));
   const int64_t row_blocks = w.row_blocks();
   for (int64_t b = 0; b < row_blocks; ++b) {
+    const int64_t next = kwm::row_block_ahead(b, kAhead, row_blocks, C);
     typename S::Slots slots[C][kParts];
     KWM_UNROLL(4)
     for (int c = 0; c < C; ++c) {
       const char* words = meta + (c * row_blocks + b) * 4 * kLanes;
-      if (kPrefetch) S::prefetch(words + 4 * kLanes * 8);
+      if (kPrefetch) S::prefetch(meta + (c * row_blocks + next) * 4 * kLanes);
       KWM_UNROLL(4)
       for (int part = 0; part < kParts; ++part) {
         slots[c][part] = S::slots(S::load_words(words + 4 * part * S::kWidth));
@@ -107,7 +112,8 @@ void multiply_tile(const float* x, const Packed& w, int64_t column_block,
       for (int c = 0; c < C; ++c) {
         const char* block = values + (c * row_blocks + b) * kBlockBytes;
         if (kPrefetch && slot * kSlotBytes % 64 == 0) {
-          S::prefetch(block + slot * kSlotBytes + S::kPrefetchBytes);
+          S::prefetch(values + (c * row_blocks + next) * kBlockBytes +
+                      slot * kSlotBytes);
         }
         KWM_UNROLL(4)
         for (int part = 0; part < kParts; ++part) {
@@ -207,9 +213,9 @@ void slots_of_columns(const void* values, const uint32_t* meta,
     alignas(64) float floats[kBlockSlots * kLanes];
     // What the next call for this block of columns will ask for.
     for (int line = 0; line < kBlockBytes; line += 64) {
-      S::prefetch_later(block + row_blocks * kBlockBytes + line);
+      S::prefetch(block + row_blocks * kBlockBytes + line);
     }
-    S::prefetch_later(meta + (row_blocks + b) * kLanes);
+    S::prefetch(meta + (row_blocks + b) * kLanes);
     for (int lane = 0; lane < kLanes; lane += S::kWidth) {
       KWM_UNROLL(16)
       for (int slot = 0; slot < kBlockSlots; ++slot) {

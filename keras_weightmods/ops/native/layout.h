@@ -59,6 +59,14 @@ struct Packed {
   }
 };
 
+// The block of rows to fetch while block `b` is used, of blocks of columns that
+// are read side by side: `ahead` blocks on or, past their end, in the next ones.
+inline int64_t row_block_ahead(int64_t b, int64_t ahead, int64_t row_blocks,
+                               int64_t columns_together) {
+  const int64_t next = b + ahead;
+  return next < row_blocks ? next : next + (columns_together - 1) * row_blocks;
+}
+
 // Position of a kept value in the array of values, in elements.
 inline int64_t value_offset(int type, int64_t place, int slot, int lane) {
   const int64_t start = place * kBlockSlots * kLanes;

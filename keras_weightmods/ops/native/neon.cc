@@ -36,10 +36,7 @@ struct Neon {
   static Float select(Mask mask, Float a, Float b) {
     return vbslq_f32(mask, a, b);
   }
-  static void prefetch(const void* at) { __builtin_prefetch(at); }
-  static void prefetch_later(const void* at) {
-    __builtin_prefetch(at, 0, 2);
-  }
+  static void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
   static Words load_words(const void* from) {
     return vreinterpretq_u32_u8(vld1q_u8(static_cast<const uint8_t*>(from)));

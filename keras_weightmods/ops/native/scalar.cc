@@ -32,7 +32,6 @@ struct Scalar {
   static bool any(Mask mask) { return mask; }
   static Float select(Mask mask, Float a, Float b) { return mask ? a : b; }
   static void prefetch(const void*) {}
-  static void prefetch_later(const void*) {}
 
   static Words load_words(const void* from) {
     Words words;
