@@ -63,6 +63,8 @@ def make_page(logs):
         fine_tuned(read(logs / "finetune_sparse.json")),
         "## Packed: speed and size",
         packed(read(logs / "packed_llm.json")),
+        "## Packed: the product by shape and rows",
+        products(read(logs / "sparse_matmul.json")),
         "## LIFT: quality",
         lift_quality(read(logs / "lift_quality.json")),
         "## LIFT: step and memory",
@@ -382,6 +384,38 @@ def packed(log):
             ),
         ]
     )
+
+
+def products(log):
+    """Speed-ups of sparse_matmul.py, by the first instruction set of each."""
+    if log is None:
+        return missing("sparse_matmul.py")
+    parts = [
+        "Time of the dense float32 product over that of the packed one, above "
+        f"1 the packed one is faster; {log['machine']['cpu']}. The log has the "
+        "times, and the other instruction sets."
+    ]
+    for found in log["results"]:
+        isa, batches = found["isas"][0], []
+        rows = collections.defaultdict(list)
+        for row in found["rows"]:
+            times = row["milliseconds"]
+            if row["batch"] not in batches:
+                batches.append(row["batch"])
+            for name, milliseconds in times.items():
+                if name.startswith(f"{isa} "):
+                    key = "x".join(map(str, row["shape"])), name.split()[1]
+                    rows[key].append(f"{times['dense'] / milliseconds:.2f}")
+        threads = "one core" if found["threads"] == "1" else "all cores"
+        parts += [
+            f"{found['peer']}, {threads}, {isa}:",
+            table(
+                ["kernel", "values", *(f"B={batch}" for batch in batches)],
+                [[*key, *cells] for key, cells in rows.items()],
+                text_columns=2,
+            ),
+        ]
+    return "\n\n".join(parts)
 
 
 def lift_quality(log):

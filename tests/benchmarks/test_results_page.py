@@ -44,6 +44,7 @@ def test_parts_without_logs_name_the_program(tmp_path):
         "cast_quality",
         "cast_llm",
         "packed_llm",
+        "sparse_matmul",
         "one_shot",
         "lift_quality",
         "lift_step",
@@ -136,3 +137,27 @@ def test_masks_and_steps_of_lift(tmp_path):
     assert "| torch | 12.0 | 1.00 | 12.0 | 0.9900 |" in page
     assert "| jax | LIFT | 5,000 | 1.90 | 0.96 | 64 | 3000 |" in page
     assert "| jax | LoRA | 5,000 |  |  | 64 | 3000 |" in page
+
+
+def test_products_by_shape_and_rows(tmp_path):
+    def row(shape, batch):
+        times = {"dense": 4.0, "b int8": 1.0, "a float32": 2.0, "a int8": 0.5}
+        return {"shape": shape, "batch": batch, "milliseconds": times}
+
+    log = {
+        "machine": {"cpu": "one"},
+        "results": [
+            {
+                "peer": "jax",
+                "threads": "1",
+                "isas": ["a", "b"],
+                "rows": [row([32, 16], 1), row([32, 16], 8)],
+            }
+        ],
+    }
+    (tmp_path / "sparse_matmul.json").write_text(json.dumps(log))
+    page = results_page.make_page(tmp_path)
+    assert "jax, one core, a:" in page
+    assert "| kernel | values | B=1 | B=8 |" in page
+    assert "| 32x16 | float32 | 2.00 | 2.00 |" in page
+    assert "| 32x16 | int8 | 8.00 | 8.00 |" in page
