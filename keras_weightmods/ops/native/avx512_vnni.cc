@@ -91,8 +91,8 @@ void multiply_tile(const uint8_t* x, const float* steps, const Packed& w,
   auto meta = reinterpret_cast<const char*>(w.meta_of(column_block));
   const int64_t row_blocks = w.row_blocks();
   // A permutation chooses among the 64 columns of two blocks of rows.
-  __m512i half = _mm512_setzero_si512();
-  for (int64_t b = 0; b < row_blocks; ++b) {
+  const __m512i first = _mm512_setzero_si512(), second = _mm512_set1_epi8(32);
+  const auto multiply_block = [&](int64_t b, __m512i half) {
     const int64_t next = kwm::row_block_ahead(b, kAhead, row_blocks, C);
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
@@ -126,8 +126,21 @@ void multiply_tile(const uint8_t* x, const float* steps, const Packed& w,
         }
       }
     }
-    half = _mm512_xor_si512(half, _mm512_set1_epi8(32));
-    x += b % 2 * (R * kDigits * kDigitColumns);
+  };
+  constexpr int64_t kStep = R * kDigits * kDigitColumns;
+  if constexpr (R <= 4) {
+    for (int64_t b = 0; b < row_blocks; b += 2) {
+      multiply_block(b, first);
+      if (b + 1 < row_blocks) multiply_block(b + 1, second);
+      x += kStep;
+    }
+  } else {  // twice the code would be too much
+    __m512i half = first;
+    for (int64_t b = 0; b < row_blocks; ++b) {
+      multiply_block(b, half);
+      half = _mm512_xor_si512(half, second);
+      x += b % 2 * kStep;
+    }
   }
   for (int c = 0; c < C; ++c) {
     const float* scale_at = w.scale + (column_block + c) * kLanes;
