@@ -196,18 +196,16 @@ class Kernels:
         from keras_weightmods.ops import Packed, sparse_matmul
 
         dense = jax.jit(lambda x, w: x @ w)
-        sparse = jax.jit(
-            lambda x, arrays, shape, dtype: sparse_matmul(
-                x, Packed(*arrays, shape, dtype)
-            ),
-            static_argnums=(2, 3),
-        )
 
         def run(packed):
+            @jax.jit
+            def sparse(x, *arrays):
+                return sparse_matmul(
+                    x, Packed(*arrays, packed.shape, packed.dtype)
+                )
+
             arrays = (packed.values, packed.meta, packed.scale)
-            return lambda: sparse(
-                x, arrays, packed.shape, packed.dtype
-            ).block_until_ready()
+            return lambda: sparse(x, *arrays).block_until_ready()
 
         return (
             lambda: dense(x, self.dense).block_until_ready(),

@@ -78,7 +78,7 @@ template <int R, int C>
 void multiply_tile(const uint8_t* x, const float* steps, const Packed& w,
                    int64_t column_block, float* y, int64_t y_stride) {
   // Blocks of rows from the one in use to the one to fetch.
-  constexpr int64_t kAhead = 16;
+  constexpr int64_t kAhead = 32;
   __m512i sum[C][R][kDigits], value_sum[C];
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
@@ -163,7 +163,7 @@ void multiply_tile(const uint8_t* x, const float* steps, const Packed& w,
 template <int R>
 void multiply_columns(const uint8_t* x, const float* steps, const Packed& w,
                       int64_t column_block, float* y, int64_t y_stride) {
-  constexpr int C = R == 1 ? 4 : R == 2 ? 2 : 1;
+  constexpr int C = R <= 2 ? 2 : 1;
   const int64_t end =
       kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
   for (; column_block + C <= end; column_block += C) {
