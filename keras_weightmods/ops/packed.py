@@ -218,6 +218,9 @@ def unpack_kernel(packed):
         the values are float32 (a negative zero comes back as zero), or what
         rounding made of it.
 
+    Raises:
+        ValueError: If `packed` is not `Packed`.
+
     Example:
 
     ```python
@@ -228,6 +231,7 @@ def unpack_kernel(packed):
     assert unpack_kernel(packed).ravel().tolist() == [3.0, 0.0, 0.0, -2.0]
     ```
     """
+    check_packed(packed)
     arrays = {
         name: _to_numpy(getattr(packed, name), _numpy_type(dtype))
         for name, (_, dtype) in packed_arrays(
@@ -247,6 +251,15 @@ def unpack_kernel(packed):
         kernel.ctypes.data,
     )
     return kernel
+
+
+def check_packed(packed):
+    """Raises ValueError unless this is `Packed`."""
+    if not isinstance(packed, Packed):
+        raise ValueError(
+            "`packed` must be what `pack_kernel` returns. Received: "
+            f"packed={type(packed).__name__}"
+        )
 
 
 def unpack_tensor(packed):

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.ops import native
-from keras_weightmods.ops.packed import Packed, unpack_tensor
+from keras_weightmods.ops.packed import check_packed, unpack_tensor
 
 
 def sparse_matmul(x, packed):
@@ -48,11 +48,7 @@ def sparse_matmul(x, packed):
     assert float(y[0, 0]) == -5.0
     ```
     """
-    if not isinstance(packed, Packed):
-        raise ValueError(
-            "`packed` must be what `pack_kernel` returns. Received: "
-            f"packed={type(packed).__name__}"
-        )
+    check_packed(packed)
     if not ops.is_tensor(x):
         x = ops.convert_to_tensor(x)
     if len(x.shape) < 1 or x.shape[-1] != packed.shape[0]:

@@ -185,3 +185,8 @@ def test_int8_needs_its_scale():
     packed = pack_kernel(kernel_of(36, 20), "int8")
     with pytest.raises(ValueError, match=r"`scale` .* must be an array"):
         Packed(packed.values, packed.meta, None, (36, 20), "int8")
+
+
+def test_unpack_of_what_is_not_packed():
+    with pytest.raises(ValueError, match="`packed` must be what"):
+        unpack_kernel(np.eye(8, dtype="float32"))
