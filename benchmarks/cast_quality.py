@@ -214,9 +214,9 @@ class StraightThroughTraining:
 
         import keras_weightmods as kwm
         from keras_weightmods import ops as kwm_ops
-        from keras_weightmods.utils import reparameterize
+        from keras_weightmods.core import seam
 
-        class StraightThrough(reparameterize.Reparameterization):
+        class StraightThrough(seam.Reparameterization):
             finish = "fold"
 
             def create_parameters(self, add_weight):
@@ -244,7 +244,7 @@ class StraightThroughTraining:
 
         items = [StraightThrough(t) for t in kwm.find_targets(model)]
         teacher = make_teacher(model)
-        reparameterize.attach(model, items)
+        seam.attach(model, items)
 
         class Refresh(keras.callbacks.Callback):
             def on_train_batch_begin(self, batch, logs=None):
@@ -263,7 +263,7 @@ class StraightThroughTraining:
         distil(model, teacher, optimizer, train, [Refresh()])
         for item in items:
             item.refresh()
-        reparameterize.fold(model, StraightThrough)
+        seam.fold(model, StraightThrough)
         kwm.assert_sparse(model)
         return {"learning_rate": self.learning_rate, "pull": self.pull}
 

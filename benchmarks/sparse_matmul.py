@@ -104,7 +104,7 @@ def measure(args):
     sys.path.insert(0, str(ROOT))
     from rich.progress import track
 
-    from keras_weightmods.ops import native
+    from keras_weightmods import native
 
     if not native.is_available():
         raise SystemExit(native.why_not())
@@ -233,7 +233,7 @@ class Kernels:
 
 def interleaved(contenders, seconds):
     """Median milliseconds of each, from rounds in which all take turns."""
-    from keras_weightmods.ops import native
+    from keras_weightmods import native
 
     times = {name: [] for name in contenders}
     end = None

@@ -18,7 +18,7 @@ a float64 one; a method that fails or is wrong is recorded as failed, with its
 message, and does not stop the rest.
 
 The times go to benchmarks/results/sparse_matmul_gpu.json and, as the table of
-the dispatcher, to keras_weightmods/ops/native/gpu/dispatch.json. What is not
+the dispatcher, to keras_weightmods/native/gpu/dispatch.json. What is not
 done when the time is up is left out: the table then knows less.
 
 --dry-run is for machines without a GPU: tiny products on the CPU, by which
@@ -45,7 +45,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "sparse_matmul_gpu.json"
-TABLE = ROOT / "keras_weightmods" / "ops" / "native" / "gpu" / "dispatch.json"
+TABLE = ROOT / "keras_weightmods" / "native" / "gpu" / "dispatch.json"
 
 SIZES = (4096, 8192)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -255,7 +255,7 @@ def activations(rows, size, x_dtype):
 @functools.cache
 def kernel_of(size):
     """A 2:4 kernel through which activations keep their size."""
-    from keras_weightmods.ops.packed import pack_kernel, unpack_kernel
+    from keras_weightmods.native.packed import pack_kernel, unpack_kernel
 
     rng = np.random.default_rng(size)
     kernel = rng.normal(size=(size // 4, 4, size)).astype("float32")
@@ -325,7 +325,7 @@ class Jax(Bench):
         import jax
 
         from keras_weightmods.backend.jax import sparse_matmul_gpu
-        from keras_weightmods.ops.native import gpu
+        from keras_weightmods.native import gpu
 
         self.jax, self.products, self.gpu = jax, sparse_matmul_gpu, gpu
         if sparse_matmul_gpu.device_name() is None and not dry_run:
@@ -460,7 +460,7 @@ class Torch(Bench):
         import torch
 
         from keras_weightmods.backend.torch import sparse_matmul_gpu
-        from keras_weightmods.ops.native import gpu
+        from keras_weightmods.native import gpu
 
         self.torch, self.products, self.gpu = torch, sparse_matmul_gpu, gpu
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

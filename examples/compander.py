@@ -60,7 +60,7 @@ def run(args):
     # Adam would cancel the companders' rescaling: hence the wrapper, which
     # also has weight decay act where it should.
     model.compile(
-        kwm.ReparameterizedOptimizer(keras.optimizers.AdamW(2e-3)),
+        kwm.CompanderOptimizer(keras.optimizers.AdamW(2e-3)),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )

@@ -57,7 +57,7 @@ def test_without_a_compiler(tmp_path):
     name, files = wheel_files(tmp_path, CXX="/nonexistent/c++")
     assert "-py3-none-" in name
     assert "keras_weightmods/py.typed" in files
-    assert "keras_weightmods/ops/native/__init__.py" in files
+    assert "keras_weightmods/native/__init__.py" in files
     assert not [file for file in files if file.endswith(".so")]
 
 
@@ -69,6 +69,6 @@ def test_with_a_compiler(tmp_path):
     # Unoptimized: only what is in the wheel matters here.
     name, files = wheel_files(tmp_path, SKBUILD_CMAKE_BUILD_TYPE="Debug")
     assert "-py3-none-any" not in name
-    assert "keras_weightmods/ops/native/lib/kwm_native.so" in files
-    assert "keras_weightmods/ops/native/gpu/decode.cu" in files
+    assert "keras_weightmods/native/lib/kwm_native.so" in files
+    assert "keras_weightmods/native/gpu/decode.cu" in files
     assert not [file for file in files if file.endswith((".cc", ".h"))]

@@ -1,5 +1,9 @@
 """Pure tensor functions, on the three backends through `keras.ops`."""
 
+from keras_weightmods.native.packed import Packed as Packed
+from keras_weightmods.native.packed import pack_kernel as pack_kernel
+from keras_weightmods.native.packed import packed_arrays as packed_arrays
+from keras_weightmods.native.packed import unpack_kernel as unpack_kernel
 from keras_weightmods.ops.compand import compand as compand
 from keras_weightmods.ops.compand import (
     compand_derivative as compand_derivative,
@@ -11,10 +15,6 @@ from keras_weightmods.ops.nm import nm_violations as nm_violations
 from keras_weightmods.ops.nm import pack_bits as pack_bits
 from keras_weightmods.ops.nm import parse_pattern as parse_pattern
 from keras_weightmods.ops.nm import unpack_bits as unpack_bits
-from keras_weightmods.ops.packed import Packed as Packed
-from keras_weightmods.ops.packed import pack_kernel as pack_kernel
-from keras_weightmods.ops.packed import packed_arrays as packed_arrays
-from keras_weightmods.ops.packed import unpack_kernel as unpack_kernel
 from keras_weightmods.ops.principal_mask import (
     principal_mask as principal_mask,
 )

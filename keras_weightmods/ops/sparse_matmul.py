@@ -6,8 +6,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.ops import native
-from keras_weightmods.ops.packed import check_packed, unpack_tensor
+from keras_weightmods import native
+from keras_weightmods.native.packed import check_packed, dense_matmul
 
 
 def sparse_matmul(x, packed):
@@ -60,12 +60,6 @@ def sparse_matmul(x, packed):
     return _implementation()(x, packed)
 
 
-def dense_matmul(x, packed):
-    """`sparse_matmul` by a kernel that is unpacked in this call."""
-    y = ops.matmul(ops.cast(x, "float32"), unpack_tensor(packed))
-    return ops.cast(y, x.dtype)
-
-
 def why_dense():
     """Says why products with packed kernels would be dense on this backend.
 
@@ -92,7 +86,7 @@ def gpu_plan(shape, x_dtype, value_dtype):
         value_dtype: String, type of the packed values.
 
     Returns:
-        `keras_weightmods.ops.native.gpu.dispatch.Plan`, by measured times;
+        `keras_weightmods.native.gpu.dispatch.Plan`, by measured times;
         None where the backend uses no NVIDIA GPU. Not yet run on a GPU.
 
     Example:

@@ -18,9 +18,9 @@ import keras
 from keras.src.backend.common import global_state
 from keras.src.saving.serialization_lib import ObjectSharingScope, SafeModeScope
 
+from keras_weightmods.core import seam
+from keras_weightmods.core.targets import Target
 from keras_weightmods.saving import states
-from keras_weightmods.targets import Target
-from keras_weightmods.utils import reparameterize
 from keras_weightmods.version import __version__
 
 
@@ -124,7 +124,7 @@ def finish(description, model, pending):
     """Initializes what no part saves, and compiles what compiles itself."""
     released = {
         id(item.target.variable)
-        for item in reparameterize.reparameterizations(model)
+        for item in seam.reparameterizations(model)
         if not item.keeps_stored
     }
     for variable in pending:
@@ -230,15 +230,15 @@ def _lora_is_first(layer):
     )
     return all(
         lora < own.index(id(parameter))
-        for item in reparameterize.reparameterizations(layer)
+        for item in seam.reparameterizations(layer)
         for parameter in item.parameters
     )
 
 
 def _is_changed(part):
-    return isinstance(
-        part, keras.layers.Layer
-    ) and reparameterize.is_reparameterized(part)
+    return isinstance(part, keras.layers.Layer) and seam.is_reparameterized(
+        part
+    )
 
 
 def _classes(parts):
@@ -328,7 +328,7 @@ def _changes(model, parts):
     """[part, attribute, kind, config] of each weight changed in place."""
     names = {id(part): name for name, part in parts.items()}
     rows = []
-    for item in reparameterize.reparameterizations(model):
+    for item in seam.reparameterizations(model):
         if item.is_own:
             continue
         if item.name is None:
@@ -344,7 +344,7 @@ def _changes(model, parts):
 
 
 def _change(model, parts, rows):
-    kinds = reparameterize.kinds()
+    kinds = seam.kinds()
     targets: dict[Any, dict[Any, Target]] = {}
     items: list[Any] = []
     changed = set()
@@ -369,13 +369,13 @@ def _change(model, parts, rows):
                 f"Expected one change of a weight {attribute!r} in layer "
                 f"{name!r}"
             )
-        obstacle = reparameterize.obstacle(target)
+        obstacle = seam.obstacle(target)
         if obstacle is not None:
             raise ValueError(f"Layer {name!r} cannot be changed: {obstacle}")
         items.append(cls.from_config(target, config))
         changed.add((name, attribute))
     if items:
-        reparameterize.attach(model, items)
+        seam.attach(model, items)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ import warnings
 import keras
 import numpy as np
 
+from keras_weightmods.core.seam import plain_classes
 from keras_weightmods.saving import description, states
 from keras_weightmods.saving.container import Entry, Reader, Writer
-from keras_weightmods.utils.reparameterize import plain_classes
 
 _FORMAT = "keras_weightmods.model"
 _VERSION = 1

@@ -22,11 +22,11 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.saving.saving_lib import _walk_saveable
 from keras.src.utils.naming import to_snake_case
 
-from keras_weightmods.saving.container import DTYPES, Entry
-from keras_weightmods.utils.reparameterize import (
+from keras_weightmods.core.seam import (
     checkpoint_arrays,
     is_reparameterized,
 )
+from keras_weightmods.saving.container import DTYPES, Entry
 
 _WEIGHTS = "weights"
 _ASSETS = "assets"

@@ -12,8 +12,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.core.targets import Skipped, Targets, resolve_targets
 from keras_weightmods.ops.nm import contraction_size, parse_pattern
-from keras_weightmods.optimizers.adam_s import AdamS
+from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.calibration import input_norms
 from keras_weightmods.sparsity.data import (
     batches,
@@ -26,7 +27,6 @@ from keras_weightmods.sparsity.sparsify import (
     OneShot,
     SparsifyReport,
 )
-from keras_weightmods.targets import Skipped, Targets, resolve_targets
 
 # The recipes that `compile(optimizer=None)` uses: the first chosen by
 # benchmarks/cast_quality.py, the second with the rate of Adam that is best

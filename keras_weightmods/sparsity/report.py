@@ -6,10 +6,9 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_weightmods.layers.packed_dense import PackedKernel
+from keras_weightmods.core import seam
+from keras_weightmods.core.targets import quantized_kernels, resolve_targets
 from keras_weightmods.ops.nm import nm_violations, parse_pattern
-from keras_weightmods.targets import quantized_kernels, resolve_targets
-from keras_weightmods.utils import reparameterize
 from keras_weightmods.utils.tables import PrintsAsTable
 
 
@@ -164,7 +163,8 @@ def sparsity_report(model, pattern="2:4", targets=None):
     n, m = parse_pattern(pattern)
     packed, quantized = [], []
     if targets is None:
-        packed = reparameterize.reparameterizations(model, PackedKernel)
+        items = seam.reparameterizations(model)
+        packed = [item for item in items if item.pattern is not None]
         quantized = quantized_kernels(model)
     targets = resolve_targets(model, targets)
     rows = [_row(target, target.variable.value, n, m) for target in targets]

@@ -6,10 +6,10 @@ import math
 import keras
 from keras import ops
 
+from keras_weightmods.core import seam
+from keras_weightmods.core.attach import attach_to_targets
+from keras_weightmods.core.targets import Skipped, resolve_targets
 from keras_weightmods.ops.nm import from_matrix, parse_pattern, to_matrix
-from keras_weightmods.targets import Skipped, resolve_targets
-from keras_weightmods.utils import reparameterize
-from keras_weightmods.utils.attach import attach_to_targets
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,7 +171,7 @@ def fold_scaling(model):
     assert len(fold_scaling(model).kernels) == 1
     ```
     """
-    items = reparameterize.fold(model, _Scaling)
+    items = seam.fold(model, _Scaling)
     return ScalingReport(tuple(item.summary() for item in items))
 
 
@@ -234,7 +234,7 @@ def compute_scaled(kernel, scale, contraction_axes):
     return from_matrix(ops.multiply(blocks, scale), shape, axes)
 
 
-class _Scaling(reparameterize.Reparameterization):
+class _Scaling(seam.Reparameterization):
     name = "scaling"
     finish = "fold_scaling(model)"
 

@@ -13,6 +13,8 @@ from keras import ops
 # Not in the public API: how a functional model calls its layers.
 from keras.src.models.functional import Functional, operation_fn
 
+from keras_weightmods.core.seam import is_reparameterized
+from keras_weightmods.core.targets import Skipped, resolve_targets
 from keras_weightmods.ops.nm import nm_project, parse_pattern
 from keras_weightmods.ops.sparsegpt import (
     inverse_factor,
@@ -29,8 +31,6 @@ from keras_weightmods.sparsity.calibration import (
     without_gradients,
 )
 from keras_weightmods.sparsity.data import batches, preprocessed
-from keras_weightmods.targets import Skipped, resolve_targets
-from keras_weightmods.utils.reparameterize import is_reparameterized
 from keras_weightmods.utils.tables import PrintsAsTable
 
 _UNREACHED = "the data do not reach it"

@@ -6,7 +6,7 @@ import subprocess
 import keras
 import pytest
 
-from keras_weightmods.ops.native import gpu
+from keras_weightmods.native import gpu
 
 HERE = pathlib.Path(__file__).parent
 GPU = pathlib.Path(gpu.__file__).parent

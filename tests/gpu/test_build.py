@@ -9,7 +9,7 @@ import subprocess
 import keras
 import pytest
 
-from keras_weightmods.ops.native import gpu
+from keras_weightmods.native import gpu
 
 if keras.backend.backend() != "torch":
     pytest.skip(

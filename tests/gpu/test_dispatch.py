@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from keras_weightmods.ops.native.gpu import dispatch
-from keras_weightmods.ops.native.gpu.dispatch import Measured, Plan
+from keras_weightmods.native.gpu import dispatch
+from keras_weightmods.native.gpu.dispatch import Measured, Plan
 
 
 def entries(**times):

@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from keras_weightmods.ops.packed import pack_kernel
+from keras_weightmods.native.packed import pack_kernel
 from tests.gpu.test_products import (
     TOLERANCE,
     compress,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from keras_weightmods.native.packed import Packed, pack_kernel, unpack_kernel
 from keras_weightmods.ops.nm import nm_project
-from keras_weightmods.ops.packed import Packed, pack_kernel, unpack_kernel
 
 if keras.backend.backend() != "jax":
     pytest.skip("JAX alone", allow_module_level=True)
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import export
 
 from keras_weightmods.backend.jax import sparse_matmul_gpu
-from keras_weightmods.ops.native.gpu.dispatch import Measured, Plan
+from keras_weightmods.native.gpu.dispatch import Measured, Plan
 
 K, N = 64, 32
 

@@ -8,9 +8,9 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from keras_weightmods.ops.native.gpu import dispatch
+from keras_weightmods.native.gpu import dispatch
+from keras_weightmods.native.packed import pack_kernel, unpack_kernel
 from keras_weightmods.ops.nm import nm_project
-from keras_weightmods.ops.packed import pack_kernel, unpack_kernel
 
 BACKEND = keras.backend.backend()
 if BACKEND == "jax":

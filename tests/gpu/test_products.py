@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from keras_weightmods.ops import native
-from keras_weightmods.ops.native import gpu
+from keras_weightmods import native
+from keras_weightmods.native import gpu
+from keras_weightmods.native.packed import pack_kernel, unpack_kernel
 from keras_weightmods.ops.nm import nm_project
-from keras_weightmods.ops.packed import pack_kernel, unpack_kernel
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
 

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 
+from keras_weightmods.native.packed import pack_kernel, unpack_kernel
 from keras_weightmods.ops.nm import nm_project
-from keras_weightmods.ops.packed import pack_kernel, unpack_kernel
 
 if keras.backend.backend() != "torch":
     pytest.skip("torch alone", allow_module_level=True)

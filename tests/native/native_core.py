@@ -10,7 +10,7 @@ import tempfile
 import numpy as np
 
 HERE = pathlib.Path(__file__).parent
-SOURCES = HERE.parents[1] / "keras_weightmods" / "ops" / "native"
+SOURCES = HERE.parents[1] / "keras_weightmods" / "native"
 CORE = [
     *["core", "pack", "compand"],
     *["scalar", "avx2", "avx512", "avx512_vnni", "neon"],

@@ -11,12 +11,8 @@ from hypothesis import strategies as st
 from keras import ops
 
 import keras_weightmods as kwm
-from keras_weightmods.ops import (
-    compand,
-    compand_derivative,
-    compand_inverse,
-    native,
-)
+from keras_weightmods import native
+from keras_weightmods.ops import compand, compand_derivative, compand_inverse
 from keras_weightmods.ops.compand import compand_limit
 
 # The function has taken the module's name.

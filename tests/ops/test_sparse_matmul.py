@@ -5,15 +5,15 @@ import keras
 import numpy as np
 import pytest
 
+from keras_weightmods import native
 from keras_weightmods.ops import (
     Packed,
-    native,
     pack_kernel,
     packed_arrays,
     sparse_matmul,
     unpack_kernel,
 )
-from tests.ops.test_packed import DTYPES, kernel_of
+from tests.native.test_packed import DTYPES, kernel_of
 
 # The function has taken the module's name.
 module = importlib.import_module("keras_weightmods.ops.sparse_matmul")

@@ -12,9 +12,9 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
+from keras_weightmods.core.seam import reparameterizations
 from keras_weightmods.saving import description
 from keras_weightmods.saving.container import Entry, Reader, Writer
-from keras_weightmods.utils.reparameterize import reparameterizations
 
 
 @keras.saving.register_keras_serializable("tests.saving")

@@ -21,13 +21,13 @@ def convolutional(layer=keras.layers.Dense, **kwargs):
 
 def companded(**kwargs):
     model = convolutional()
-    kwm.compand_model(model, **kwargs)
+    kwm.attach_compander(model, **kwargs)
     return model
 
 
 def normalized():
     model = convolutional()
-    kwm.weight_norm_model(model)
+    kwm.attach_weight_norm(model)
     return model
 
 
@@ -38,7 +38,7 @@ def own_layers(**kwargs):
 def own_layers_and_attached():
     model = own_layers(learnable=False)
     targets = kwm.find_targets(model, include=keras.layers.Conv2D)
-    kwm.compand_model(model, targets=targets, function="erf")
+    kwm.attach_compander(model, targets=targets, function="erf")
     return model
 
 
@@ -84,7 +84,7 @@ def test_fold_leaves_packed_weights():
     )
     packed = kwm.find_targets(model, include="packed")
     kwm.SemiStructuredSparse.attach(model, targets=packed)
-    kwm.compand_model(
+    kwm.attach_compander(
         model, targets=kwm.find_targets(model, include="companded")
     )
     kwm.pack(model, targets=packed)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_weightmods.core.targets import find_targets
 from keras_weightmods.sparsity.calibration import (
     InputReader,
     from_stack,
@@ -11,7 +12,6 @@ from keras_weightmods.sparsity.calibration import (
     to_stack,
 )
 from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
-from keras_weightmods.targets import find_targets
 
 
 def root_mean_square(x, kept):

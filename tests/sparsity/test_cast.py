@@ -8,8 +8,8 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
+from keras_weightmods.core.seam import is_reparameterized
 from keras_weightmods.sparsity.cast import WarmupLinearDecay
-from keras_weightmods.utils.reparameterize import is_reparameterized
 
 VOCABULARY = 32
 LENGTH = 10

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_weightmods.core.targets import find_targets, register_target
 from keras_weightmods.ops.nm import nm_mask, nm_project, nm_violations
 from keras_weightmods.sparsity.scaling import (
     attach_scaling,
     compute_scaled,
     fold_scaling,
 )
-from keras_weightmods.targets import find_targets, register_target
 
 HAS_HUB = importlib.util.find_spec("keras_hub") is not None
 

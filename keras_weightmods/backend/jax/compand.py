@@ -9,8 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from keras_weightmods import native
 from keras_weightmods.backend.jax import xla_handlers
-from keras_weightmods.ops import native
 
 
 def is_native(v):

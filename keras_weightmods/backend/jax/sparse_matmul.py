@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_weightmods.backend.jax import sparse_matmul_gpu, xla_handlers
-from keras_weightmods.ops.sparse_matmul import dense_matmul
+from keras_weightmods.native.packed import dense_matmul
 
 
 def why_not():

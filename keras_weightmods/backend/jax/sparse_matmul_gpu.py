@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from keras_weightmods.ops import native
-from keras_weightmods.ops.native import gpu
-from keras_weightmods.ops.native.gpu import dispatch
-from keras_weightmods.ops.packed import Packed, unpack_kernel
-from keras_weightmods.ops.sparse_matmul import dense_matmul
+from keras_weightmods import native
+from keras_weightmods.native import gpu
+from keras_weightmods.native.gpu import dispatch
+from keras_weightmods.native.packed import Packed, dense_matmul, unpack_kernel
 
 _TARGETS = {
     "kwm_gpu_decode": {

@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from keras_weightmods.ops import native
+from keras_weightmods import native
 
 
 def why_not():

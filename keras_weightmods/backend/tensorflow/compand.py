@@ -2,9 +2,9 @@
 
 import tensorflow as tf
 
+from keras_weightmods import native
 from keras_weightmods.backend.tensorflow import sparse_matmul
 from keras_weightmods.backend.tensorflow.xla_calls import call
-from keras_weightmods.ops import native
 
 
 def is_native(v):

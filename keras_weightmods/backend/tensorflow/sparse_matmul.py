@@ -11,9 +11,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_weightmods import native
 from keras_weightmods.backend.tensorflow import xla_calls
-from keras_weightmods.ops import native
-from keras_weightmods.ops.packed import pack_kernel
+from keras_weightmods.native.packed import pack_kernel
 
 _TARGETS = (
     "kwm_xla_matmul",

@@ -7,7 +7,7 @@ import pathlib
 
 import tensorflow as tf
 
-from keras_weightmods.ops import native
+from keras_weightmods import native
 
 _TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int32": "i32"}
 

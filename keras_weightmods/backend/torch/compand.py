@@ -8,8 +8,8 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
+from keras_weightmods import native
 from keras_weightmods.backend.torch.threads import threads
-from keras_weightmods.ops import native
 
 # Multiply-adds that the compiled kernels take the time of, for an entry.
 _WORK = 16

@@ -9,11 +9,10 @@ import functools
 import keras
 import torch
 
+from keras_weightmods import native
 from keras_weightmods.backend.torch import sparse_matmul_gpu
 from keras_weightmods.backend.torch.threads import threads
-from keras_weightmods.ops import native
-from keras_weightmods.ops.packed import packed_arrays
-from keras_weightmods.ops.sparse_matmul import dense_matmul
+from keras_weightmods.native.packed import dense_matmul, packed_arrays
 
 _TYPES = {
     torch.float32: "float32",

@@ -16,10 +16,10 @@ import math
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from keras_weightmods.ops import native
-from keras_weightmods.ops.native import gpu
-from keras_weightmods.ops.native.gpu import dispatch
-from keras_weightmods.ops.packed import Packed, unpack_tensor
+from keras_weightmods import native
+from keras_weightmods.native import gpu
+from keras_weightmods.native.gpu import dispatch
+from keras_weightmods.native.packed import Packed, unpack_tensor
 
 _NAMES = {
     torch.float32: "float32",

@@ -5,7 +5,7 @@ import functools
 
 import torch
 
-from keras_weightmods.ops import native
+from keras_weightmods import native
 
 # Multiply-adds below which one thread is used: to wake others that sleep or
 # that the machine has given other work takes longer.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_weightmods.ops import Packed, pack_kernel, sparse_matmul
-from tests.ops.test_packed import kernel_of
+from tests.native.test_packed import kernel_of
 from tests.ops.test_sparse_matmul import activation, assert_close
 
 if keras.backend.backend() != "jax":
@@ -133,7 +133,7 @@ SHARDED = """
 import jax, numpy as np
 from keras_weightmods.backend.jax.sparse_matmul import column_parallel_matmul
 from keras_weightmods.ops import Packed, pack_kernel, unpack_kernel
-from tests.ops.test_packed import kernel_of
+from tests.native.test_packed import kernel_of
 from tests.ops.test_sparse_matmul import activation, assert_close
 from keras_weightmods.ops.sparse_matmul import why_dense
 

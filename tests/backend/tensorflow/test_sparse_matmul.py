@@ -7,8 +7,9 @@ import keras
 import numpy as np
 import pytest
 
-from keras_weightmods.ops import Packed, native, pack_kernel, sparse_matmul
-from tests.ops.test_packed import kernel_of
+from keras_weightmods import native
+from keras_weightmods.ops import Packed, pack_kernel, sparse_matmul
+from tests.native.test_packed import kernel_of
 from tests.ops.test_sparse_matmul import activation, assert_close
 
 if keras.backend.backend() != "tensorflow":

@@ -2,7 +2,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_weightmods.ops import compand, native
+from keras_weightmods import native
+from keras_weightmods.ops import compand
 
 if keras.backend.backend() != "torch":
     pytest.skip("needs torch", allow_module_level=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keras_weightmods.ops import Packed, pack_kernel, sparse_matmul
-from tests.ops.test_packed import DTYPES, kernel_of
+from tests.native.test_packed import DTYPES, kernel_of
 from tests.ops.test_sparse_matmul import activation, assert_close
 
 if keras.backend.backend() != "torch":

@@ -1,0 +1,204 @@
+"""MaskedOptimizer: any optimizer, on single entries of kernels."""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_weightmods.lift.masked_state import MaskedState
+from keras_weightmods.ops.nm import pack_bits, packed_size, unpack_bits
+
+# What acts around an update, not in it, moves to the wrapper.
+_MOVED = (
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_weightmods")
+class MaskedOptimizer(MaskedState):
+    """Lets an optimizer change the masked entries of kernels alone.
+
+    The wrapped optimizer sees gradients that are zero outside of the mask;
+    after its step, all entries outside are what they were before, bit for
+    bit: neither momentum nor weight decay moves them. The moments of an entry
+    that leaves the mask fade, those of one that comes in start as they are,
+    at zero where it never was in.
+
+    The state is the wrapped optimizer's, and one bit for each entry. For state
+    that is as small as the masks, use `SparseAdamW`.
+
+    `PrincipalMaskCallback` wraps the optimizer of the model by itself.
+    Constraints of variables are applied to whole variables, after the step.
+
+    Args:
+        optimizer: The `keras.optimizers.Optimizer` to wrap. No
+            `LossScaleOptimizer` or `MultiOptimizer`: these go around this
+            one.
+        name: String. Defaults to `"masked_optimizer"`.
+        masks, inner_on_all: Of the config; leave them out.
+
+    Raises:
+        ValueError: If `optimizer` is not such an optimizer; when it is
+            to step without masks.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(8)])
+    model.compile(kwm.MaskedOptimizer(keras.optimizers.Lion(1e-3)), "mse")
+    before = np.array(model.layers[0].kernel)
+    x = np.random.normal(size=(32, 16))
+    model.fit(
+        x, x[:, :8], verbose=0, callbacks=[kwm.PrincipalMaskCallback(0.25)]
+    )
+    changed = np.array(model.layers[0].kernel) != before
+    assert changed.sum() == 32
+    ```
+    """
+
+    def __init__(
+        self,
+        optimizer,
+        name="masked_optimizer",
+        masks=None,
+        inner_on_all=False,
+    ):
+        if not isinstance(optimizer, keras.optimizers.Optimizer) or isinstance(
+            optimizer,
+            (
+                MaskedState,
+                keras.optimizers.LossScaleOptimizer,
+                keras.optimizers.MultiOptimizer,
+            ),
+        ):
+            raise ValueError(
+                "`optimizer` must be a `keras.optimizers.Optimizer` that "
+                "has no masks and wraps no other. Put a `LossScaleOptimizer` "
+                "around the `MaskedOptimizer`. "
+                f"Received: optimizer={optimizer!r}"
+            )
+        moved = {key: getattr(optimizer, key) for key in _MOVED}
+        super().__init__(learning_rate=0.0, name=name, **moved)
+        # Not `inner_optimizer`, where SwapEMAWeights would look for averages.
+        self.optimizer = optimizer
+        for key in _MOVED:
+            setattr(optimizer, key, None)
+        self.inner_on_all = inner_on_all
+        self._init_masks(masks)
+
+    def _create_state(self, variables, known):
+        inner = self.optimizer
+        if inner.built:
+            # By Keras, before the masks were known.
+            self.inner_on_all = len(inner._trainable_variables) > len(variables)
+            inner._check_variables_are_known(variables)
+        keras.optimizers.Optimizer.build(self, variables)
+        self._bits = [
+            None
+            if spec.size is None
+            else self.add_variable(
+                (packed_size(math.prod(spec.shape)),),
+                dtype="uint8",
+                name=f"mask_{place}",
+            )
+            for place, spec in enumerate(self._specs)
+        ]
+        if not inner.built:
+            inner.build(known if self.inner_on_all and known else variables)
+
+    def indices_of(self, variable):
+        """The mask of a variable.
+
+        Args:
+            variable: One of `masked_variables`.
+
+        Returns:
+            Rising int32 NumPy array, places in the flattened variable.
+        """
+        mask = ops.convert_to_numpy(self._mask_of(variable))
+        return np.flatnonzero(mask).astype("int32")
+
+    def set_indices(self, variable, indices):
+        mask = np.zeros(math.prod(variable.shape), bool)
+        mask[indices] = True
+        self._bits[self._get_variable_index(variable)].assign(pack_bits(mask))
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        """Has the wrapped optimizer step, then puts the rest back."""
+        grads, masked = list(grads), []
+        for i, variable in enumerate(trainable_variables):
+            mask = self._mask_of(variable)
+            if mask is None:
+                continue
+            grads[i] = ops.where(mask, grads[i], ops.zeros_like(grads[i]))
+            before = ops.stop_gradient(ops.convert_to_tensor(variable))
+            masked.append((variable, mask, ops.copy(before)))
+        # They apply once, after this step.
+        constraints = [v.constraint for v in trainable_variables]
+        for variable in trainable_variables:
+            variable.constraint = None
+        try:
+            self.optimizer.apply(grads, trainable_variables)
+        finally:
+            for variable, constraint in zip(trainable_variables, constraints):
+                variable.constraint = constraint
+        for variable, mask, before in masked:
+            after = ops.convert_to_tensor(variable)
+            variable.assign(ops.where(mask, after, before))
+
+    def _mask_of(self, variable):
+        bits = self._bits[self._get_variable_index(variable)]
+        if bits is None:
+            return None
+        return unpack_bits(
+            ops.convert_to_tensor(bits), self._spec_of(variable).shape
+        )
+
+    def _only_masked(self, variable, new, old):
+        mask = self._mask_of(variable)
+        return new if mask is None else ops.where(mask, new, old)
+
+    @property
+    def variables(self):
+        """All variables, those of the wrapped optimizer last."""
+        return self._variables + self.optimizer.variables
+
+    @property
+    def learning_rate(self):
+        """The learning rate of the wrapped optimizer."""
+        return self.optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        """The updates made so far."""
+        return self.optimizer.iterations
+
+    def get_config(self):
+        inner = keras.saving.serialize_keras_object(self.optimizer)
+        inner["config"].update({key: getattr(self, key) for key in _MOVED})
+        return {
+            "optimizer": inner,
+            "name": self.name,
+            "masks": self._masks_config(),
+            "inner_on_all": self.inner_on_all,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        inner = keras.saving.deserialize_keras_object(
+            config.pop("optimizer"), custom_objects=custom_objects
+        )
+        return cls(inner, **config)

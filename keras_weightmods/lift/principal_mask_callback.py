@@ -1,0 +1,455 @@
+"""PrincipalMaskCallback: fine-tunes the principal weights of a model alone."""
+
+import dataclasses
+import math
+import random
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_weightmods.core.loss_gradients import loss_gradients
+from keras_weightmods.core.seam import (
+    check_model,
+    is_reparameterized,
+)
+from keras_weightmods.core.targets import Skipped, resolve_targets
+from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
+from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
+from keras_weightmods.ops.principal_mask import (
+    Selection,
+    mask_indices,
+    principal_mask,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrincipalMaskReport:
+    """What is trained, and what is not. Prints as a list.
+
+    Attributes:
+        kernels: Dict from the key of each kernel to the number of entries
+            that are trained.
+        total: Int, the entries of these kernels.
+        skipped: Tuple of `Skipped`, path and reason.
+    """
+
+    kernels: dict[str, int]
+    total: int
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def entries(self):
+        """Int, the entries that are trained."""
+        return sum(self.kernels.values())
+
+    def __str__(self):
+        return "\n".join(
+            [
+                f"{self.entries:,} of {self.total:,} entries of "
+                f"{len(self.kernels)} kernels are trained",
+                *(f"  skipped {s.path}: {s.reason}" for s in self.skipped),
+            ]
+        )
+
+
+class PrincipalMaskCallback(keras.callbacks.Callback):
+    """Fine-tunes only the principal weights of each kernel.
+
+    LIFT (Low-rank Informed Sparse Fine-Tuning, arXiv 2506.00772): of each
+    kernel, the entries that are largest in its best approximation of low rank
+    are trained, and nothing else. They are chosen before the first step and
+    again every `refresh_every` updates; an entry that leaves keeps its value.
+
+    With `SparseAdamW` the optimizer's state is as small as the masks. Any
+    other Keras optimizer is wrapped in a `MaskedOptimizer`, which stays the
+    model's optimizer after the training. A step is compiled once: a refresh
+    assigns to variables.
+
+    The masks are in the state of the optimizer, so a checkpoint holds them,
+    and a run that is resumed gives what it would have given without a stop.
+    Put this callback in front of `BackupAndRestore`; to load the weights of a
+    checkpoint yourself, call `attach(model)` before. Continuing with another
+    `fit` continues with the masks.
+
+    Args:
+        density: Float in (0, 1], the share of the entries of each kernel that
+            is trained. Defaults to 0.05 where `rank` is not given.
+        rank: Int, in place of `density`: trains as many entries of each kernel
+            as a LoRA of this rank has numbers, `(m + n) * rank` for m x n.
+        filter_rank: Int, the rank of the approximation. Defaults to `rank`, or
+            to that of a LoRA with about as many numbers.
+        refresh_every: Int, the updates between two choices; `None` to choose
+            only once. Counts updates, not batches, where gradients are
+            accumulated; a step that comes due within one execution of several
+            (`steps_per_execution`) is made up for after it. Defaults to 200.
+        selection: `"principal"`, or for comparison `"magnitude"`,
+            `"gradient"` (needs `data`) or `"random"` (drawn anew at each
+            refresh). Defaults to `"principal"`.
+        targets: The kernels, as from `find_targets(model, include=...)`.
+            Defaults to all that `find_targets` finds.
+        freeze_rest: Bool, whether all other weights are frozen during the
+            training. Their flags are given back at its end. If `False` they
+            are trained as ever. Defaults to `True`.
+        seed: Int, of random choices. Defaults to one drawn with Python's
+            `random`, which `keras.utils.set_random_seed` governs.
+        keep_pattern: Bool, whether zeros stay zeros: on a 2:4 model only the
+            weights that were kept are trained, and it stays exactly 2:4.
+            Defaults to `False`.
+        block: Int, 4 trains whole blocks of 4 x 4. Defaults to 1.
+        method: As in `ops.principal_mask`. Defaults to `"auto"`.
+        data: Pair `(x, y)` or triple with sample weights, one batch to take
+            the gradients of the loss on, for `selection="gradient"`.
+
+    Raises:
+        ValueError: For an argument outside the ranges above. When the training
+            starts or `attach` is called, before anything is changed: if no
+            kernel is found, a kernel has fewer entries than are to be trained,
+            is reparameterized or not finite, or the optimizer is built for
+            other variables.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(8)])
+    model.compile(kwm.SparseAdamW(1e-3), "mse")
+    x = np.random.normal(size=(64, 16))
+    model.fit(
+        x, x[:, :8], epochs=2, verbose=0,
+        callbacks=[kwm.PrincipalMaskCallback(density=0.1, refresh_every=2)],
+    )
+    ```
+
+    Reference: [LIFT the Veil for the Truth](https://arxiv.org/abs/2506.00772),
+    algorithm 1.
+    """
+
+    def __init__(
+        self,
+        density=None,
+        rank=None,
+        filter_rank=None,
+        refresh_every=200,
+        selection="principal",
+        targets=None,
+        freeze_rest=True,
+        seed=None,
+        keep_pattern=False,
+        block=1,
+        method="auto",
+        data=None,
+    ):
+        super().__init__()
+        if density is None and rank is None:
+            density = 0.05
+        if refresh_every is not None and not (
+            type(refresh_every) is int and refresh_every >= 1
+        ):
+            raise ValueError(
+                "`refresh_every` must be an int of at least 1, the updates "
+                "between two choices, or None. "
+                f"Received: refresh_every={refresh_every!r}"
+            )
+        if selection == "gradient" and not (
+            isinstance(data, (tuple, list)) and len(data) in (2, 3)
+        ):
+            raise ValueError(
+                '`selection="gradient"` needs `data`, a batch `(x, y)` to take '
+                f"gradients on. Received: data={type(data).__name__}"
+            )
+        if seed is None:
+            seed = random.randrange(2**31)
+        self._how = Selection(
+            rank, density, filter_rank, selection, method, block, seed
+        )
+        self.refresh_every: Any = refresh_every
+        self.freeze_rest = freeze_rest
+        self.keep_pattern = keep_pattern
+        self._data = data
+        # Closures and a dict, so that Keras tracks none of them.
+        self._get_targets = lambda: targets
+        self._frozen: list = []
+        self._batches: Any = None
+        self._mask_step = -1
+        self._accumulated = 1
+
+    def attach(self, model):
+        """Makes a compiled model ready to train the masked entries alone.
+
+        Called when `fit` begins. Call it yourself before a checkpoint with the
+        optimizer's state is loaded, or for a training loop of your own, which
+        has the masks of this moment then.
+
+        Args:
+            model: A built and compiled Keras model.
+
+        Returns:
+            A `PrincipalMaskReport`.
+
+        Raises:
+            ValueError: As the class. The model is unchanged then.
+        """
+        self._attach(model)
+        return self._report
+
+    def detach(self):
+        """Gives the trainable flags back; called when `fit` ends."""
+        for variable in self._frozen:
+            variable.trainable = True
+        self._frozen = []
+
+    def on_train_begin(self, logs=None):
+        model = self.model
+        is_new = self._attach(model)
+        # Others find out by themselves what is to be trained.
+        if is_new or keras.backend.backend() == "tensorflow":
+            model.make_train_function(force=True)
+        self._batches = None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._first_batch = batch
+        if self.refresh_every is None:
+            return
+        if self._batches is None:
+            self._look()
+        if self._is_due():
+            # Updates that were skipped, for gradients that are not finite,
+            # are not in the count yet.
+            self._look()
+        if self._is_due():
+            self._refresh()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._batches is not None:
+            self._batches += batch - self._first_batch + 1
+
+    def on_train_end(self, logs=None):
+        if self._frozen and keras.backend.backend() == "tensorflow":
+            # It was made for what is trained now.
+            self._model.train_function = None
+        self.detach()
+
+    def _look(self):
+        """Reads from the optimizer what is counted here after it."""
+        optimizer = _inner_optimizer(self.model.optimizer)
+        self._batches = int(ops.convert_to_numpy(optimizer._iterations))
+        self._mask_step = optimizer.mask_step
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self._accumulated = inner.gradient_accumulation_steps or 1
+
+    def _is_due(self):
+        updates, rest = divmod(self._batches, self._accumulated)
+        periods = updates // self.refresh_every
+        return not rest and periods > self._mask_step // self.refresh_every
+
+    def _refresh(self):
+        model = self.model
+        optimizer = _inner_optimizer(model.optimizer)
+        step = self._batches // self._accumulated
+        targets = [
+            self._targets[id(variable)]
+            for variable in optimizer.masked_variables
+        ]
+        # One at a time: nothing is held of the others.
+        optimizer.set_masks(
+            (
+                self._choose(target, step, gradient, optimizer)
+                for target, gradient in self._with_gradients(model, targets)
+            ),
+            step,
+        )
+        self._mask_step = step
+
+    def _attach(self, model):
+        """Does what `attach` does; whether the optimizer was built for it."""
+        check_model(model)
+        if getattr(model, "optimizer", None) is None:
+            raise ValueError(
+                "The model must be compiled with an optimizer. Received: "
+                f"model={model.name!r}"
+            )
+        targets, skipped = self._usable_targets(model)
+        sizes = {id(t.variable): self._size(t) for t in targets}
+        optimizer = _inner_optimizer(model.optimizer)
+        trainable = model.trainable_variables
+        specs = [
+            MaskSpec(v.path, tuple(v.shape), sizes.get(id(v)), place)
+            for place, v in enumerate(trainable)
+            if id(v) in sizes or not self.freeze_rest
+        ]
+        variables = [trainable[spec.place] for spec in specs]
+        by_id = {id(target.variable): target for target in targets}
+        ordered = [by_id[id(v)] for v in variables if id(v) in by_id]
+        _check_optimizer(optimizer, variables, specs)
+        chosen = None
+        is_new = not (isinstance(optimizer, MaskedState) and optimizer.built)
+        if is_new or optimizer.mask_step < 0:
+            chosen = [
+                self._choose(target, 0, gradient)
+                for target, gradient in self._with_gradients(model, ordered)
+            ]
+
+        if self.freeze_rest:
+            rest = [v for v in trainable if id(v) not in sizes]
+            for variable in rest:
+                variable.trainable = False
+            self._frozen += rest
+        if is_new:
+            if not isinstance(optimizer, MaskedState):
+                optimizer = MaskedOptimizer(optimizer)
+            optimizer.build_masked(variables, specs, trainable)
+            _install(model, optimizer, variables)
+        if chosen is not None:
+            optimizer.set_masks(chosen, 0)
+        self._targets = by_id
+        self._report = PrincipalMaskReport(
+            kernels={
+                target.key: sizes[id(target.variable)] for target in ordered
+            },
+            total=sum(math.prod(target.shape) for target in ordered),
+            skipped=tuple(skipped),
+        )
+        return is_new
+
+    def _usable_targets(self, model):
+        found = resolve_targets(model, self._get_targets())
+        skipped, usable = list(found.skipped), []
+        for target in found:
+            reason = None
+            if not target.variable.trainable:
+                reason = "frozen"
+            elif "float" not in target.variable.dtype:
+                reason = f"not a float variable ({target.variable.dtype})"
+            elif is_reparameterized(target.layer, target.attribute):
+                raise ValueError(
+                    "The stored weight of a layer that is reparameterized is "
+                    "not the one it computes with. Call `kwm.fold(model)` "
+                    "first, or leave it out of `targets`. Received: "
+                    f"{target.path!r}"
+                )
+            if reason is None:
+                usable.append(target)
+            else:
+                skipped.append(Skipped(target.path, reason))
+        if not usable:
+            raise ValueError(
+                "`PrincipalMaskCallback` found no kernel to train in the "
+                f"model. Received: model={model.name!r}, skipped: "
+                + (
+                    "; ".join(f"{s.path}: {s.reason}" for s in skipped)
+                    or "none"
+                )
+            )
+        if self.keep_pattern:
+            dense = [
+                target.path
+                for target in usable
+                if bool(
+                    ops.convert_to_numpy(ops.all(target.variable.value != 0))
+                )
+            ]
+            if dense:
+                raise ValueError(
+                    "`keep_pattern=True` is for a sparse model, whose zeros "
+                    f"stay zeros. Received: {len(dense)} kernels without a "
+                    f"zero, the first being {dense[0]!r}. Make the model "
+                    "sparse first, or leave them out of `targets`."
+                )
+        return usable, skipped
+
+    def _size(self, target):
+        """Int, the entries of a target to train."""
+        stacks = math.prod(target.shape[axis] for axis in target.stack_axes)
+        size = math.prod(target.shape) // stacks
+        rows = target.contraction_size
+        try:
+            return stacks * self._how.size(rows, size // rows)
+        except ValueError as error:
+            raise ValueError(f"{target.path}: {error}") from error
+
+    def _choose(self, target, step, gradient=None, optimizer=None):
+        """The entries of a target to train from this step on."""
+        value = target.variable.value
+        candidates = None
+        if self.keep_pattern:
+            candidates = ops.convert_to_numpy(value) != 0
+            if optimizer is not None:
+                # One that has become zero by its training is still in.
+                candidates.reshape(-1)[
+                    optimizer.indices_of(target.variable)
+                ] = True
+        how = dataclasses.asdict(self._how)
+        return mask_indices(
+            principal_mask(
+                value,
+                **{**how, "seed": how["seed"] + step},
+                contraction_axes=target.contraction_axes,
+                stack_axes=target.stack_axes,
+                gradient=gradient,
+                candidates=candidates,
+            )
+        )
+
+    def _with_gradients(self, model, targets):
+        if self._how.selection != "gradient":
+            return [(target, None) for target in targets]
+        variables = [target.variable for target in targets]
+        return zip(targets, loss_gradients(model, variables, self._data))
+
+
+def _inner_optimizer(optimizer):
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer.inner_optimizer
+    return optimizer
+
+
+def _check_optimizer(optimizer, variables, specs):
+    """Raises ValueError where the optimizer cannot train these variables."""
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise ValueError(
+            "`PrincipalMaskCallback` works with one optimizer. Received: a "
+            "model compiled with a `MultiOptimizer`"
+        )
+    if not optimizer.built:
+        return
+    if not isinstance(optimizer, MaskedState):
+        optimizer._check_variables_are_known(variables)
+        return
+    expected = {id(v): spec.size for v, spec in zip(variables, specs)}
+    received = {
+        id(v): spec.size
+        for v, spec in zip(optimizer._trainable_variables, optimizer.specs)
+    }
+    if expected != received:
+        raise ValueError(
+            "The model's optimizer has masks of other kernels or sizes: "
+            f"{sum(s or 0 for s in received.values())} entries of "
+            f"{len(received)} variables. Received: a `PrincipalMaskCallback` "
+            f"for {sum(s or 0 for s in expected.values())} entries of "
+            f"{len(expected)} variables. Compile the model with a new "
+            "optimizer."
+        )
+
+
+def _install(model, optimizer, variables):
+    """Makes an optimizer with masks the model's, for these variables."""
+    outer = model.optimizer
+    if isinstance(outer, keras.optimizers.LossScaleOptimizer):
+        # That one was built for all variables.
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            optimizer,
+            initial_scale=outer.initial_scale,
+            dynamic_growth_steps=outer.dynamic_growth_steps,
+            name=outer.name,
+        )
+        optimizer.build(variables)
+    model.optimizer = optimizer
+    # What `model.save` writes.
+    config = getattr(model, "_compile_config", None)
+    if config is not None and "optimizer" in config.config:
+        config.config["optimizer"] = optimizer
+    model.train_function = None

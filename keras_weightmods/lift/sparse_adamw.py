@@ -1,0 +1,309 @@
+"""SparseAdamW: AdamW with state for the entries that it trains alone."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_weightmods.lift.masked_state import MaskedState, moved_entries
+
+
+@keras.saving.register_keras_serializable(package="keras_weightmods")
+class SparseAdamW(MaskedState):
+    r"""AdamW that keeps moments for the principal weights alone.
+
+    The optimizer of LIFT (arXiv 2506.00772, algorithm 1). Of each kernel W
+    with a mask M of k entries, at step t = 1, 2, ...:
+
+        g = G[M]
+        m = beta_1 m + (1 - beta_1) g,   v = beta_2 v + (1 - beta_2) g^2
+        W[M] -= lr (m / (1 - beta_1^t) / (sqrt(v / (1 - beta_2^t)) + epsilon)
+                    + weight_decay W[M])
+
+    Its state are the two moments and the places of the entries, 4 bytes each:
+    at a density of 5 %, 0.075 of AdamW's. All other entries of W stay as they
+    are bit for bit. Gradients are accumulated and clipped as vectors of length
+    k too, so a norm is that of the masked entries.
+
+    The masks come from `PrincipalMaskCallback`, which moves the state when it
+    moves a mask: entries in both masks keep their moments, new ones start at
+    zero. Steps are counted from the beginning for all of them, as in the
+    paper, so the first step of a new entry is larger by
+    sqrt((1 - beta_1)^2 / (1 - beta_2)): keep `beta_2` at 0.95, where that is
+    0.45, rather than 0.999, where it is 3.2.
+
+    Variables without a mask (`freeze_rest=False`) take AdamW steps.
+
+    With `use_ema=True` the average is as large as the kernels, as in Keras.
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments. Defaults to `1e-4`.
+        weight_decay: Float or `None`, acts on masked entries. Defaults to
+            `None`.
+        beta_1: Float in [0, 1). Defaults to `0.9`.
+        beta_2: Float in [0, 1). Defaults to `0.95`.
+        epsilon: Float, added to the square root. Defaults to `1e-6`.
+        clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
+            ema_overwrite_frequency, loss_scale_factor,
+            gradient_accumulation_steps, name: As in
+            `keras.optimizers.Optimizer`.
+        masks: Of the config; leave it out.
+
+    Raises:
+        ValueError: If an argument is outside of its range; when it is to step
+            without masks.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(8)])
+    model.compile(kwm.SparseAdamW(1e-3), "mse")
+    x = np.random.normal(size=(32, 16))
+    model.fit(
+        x, x[:, :8], verbose=0, callbacks=[kwm.PrincipalMaskCallback(0.25)]
+    )
+    (kernel,) = model.optimizer.masked_variables
+    assert len(model.optimizer.indices_of(kernel)) == 32
+    ```
+    """
+
+    def __init__(
+        self,
+        learning_rate=1e-4,
+        weight_decay=None,
+        beta_1=0.9,
+        beta_2=0.95,
+        epsilon=1e-6,
+        clipnorm=None,
+        clipvalue=None,
+        global_clipnorm=None,
+        use_ema=False,
+        ema_momentum=0.99,
+        ema_overwrite_frequency=None,
+        loss_scale_factor=None,
+        gradient_accumulation_steps=None,
+        name="sparse_adamw",
+        masks=None,
+        **kwargs,
+    ):
+        for key, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
+            if not (isinstance(beta, (int, float)) and 0 <= beta < 1):
+                raise ValueError(
+                    f"`{key}` must be in [0, 1). Received: {key}={beta!r}"
+                )
+        if not (isinstance(epsilon, (int, float)) and epsilon > 0):
+            raise ValueError(
+                "`epsilon` must be a positive float. "
+                f"Received: epsilon={epsilon!r}"
+            )
+        super().__init__(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            name=name,
+            **kwargs,
+        )
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self._init_masks(masks)
+
+    def _create_state(self, variables, known):
+        sizes = {id(v): spec.size for v, spec in zip(variables, self._specs)}
+        # While the base class makes its variables, of which only those for
+        # gradients that are accumulated are compact.
+        self._size_of = sizes.get
+        keras.optimizers.Optimizer.build(self, variables)
+        self._momentums: list = []
+        self._velocities: list = []
+        self._indices: list = []
+        for place, (variable, spec) in enumerate(zip(variables, self._specs)):
+            is_masked = spec.size is not None
+            shape = (spec.size,) if is_masked else tuple(variable.shape)
+            # No paths in the names: a layout map of kernels is not for these.
+            self._indices.append(
+                self.add_variable(shape, dtype="int32", name=f"indices_{place}")
+                if is_masked
+                else None
+            )
+            for name, states in (
+                ("momentum", self._momentums),
+                ("velocity", self._velocities),
+            ):
+                states.append(
+                    self.add_variable(
+                        shape, dtype=variable.dtype, name=f"{name}_{place}"
+                    )
+                    if is_masked
+                    else self.add_variable_from_reference(variable, name)
+                )
+
+    def add_variable_from_reference(
+        self, reference_variable, name=None, initializer="zeros"
+    ):
+        size = self._size_of(id(reference_variable))
+        if name == "gradient_accumulator" and size is not None:
+            return self.add_variable(
+                (size,),
+                initializer,
+                reference_variable.dtype,
+                name=f"{name}_{len(self.variables)}",
+            )
+        return super().add_variable_from_reference(
+            reference_variable, name, initializer
+        )
+
+    def indices_of(self, variable):
+        """The mask of a variable.
+
+        Args:
+            variable: One of `masked_variables`.
+
+        Returns:
+            Rising int32 NumPy array, places in the flattened variable.
+        """
+        place = self._get_variable_index(variable)
+        return ops.convert_to_numpy(self._indices[place].value)
+
+    def set_indices(self, variable, indices):
+        place = self._get_variable_index(variable)
+        if self.mask_step >= 0:
+            old = self.indices_of(variable)
+            for state in (self._momentums[place], self._velocities[place]):
+                values = ops.convert_to_numpy(state.value)
+                state.assign(moved_entries(old, indices, values))
+        self._indices[place].assign(np.asarray(indices, "int32"))
+
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        compact = []
+        for gradient, variable in zip(grads, trainable_variables):
+            place = self._get_variable_index(variable)
+            if self._indices[place] is not None:
+                gradient = _taken(gradient, self._indices[place])
+            compact.append(gradient)
+        if keras.backend.backend() == "jax":
+            from keras_weightmods.backend.jax.order import after_all
+
+            # No step on a weight while a gradient still needs it.
+            compact = after_all(compact)
+        super()._backend_apply_gradients(compact, trainable_variables)
+
+    def _apply_weight_decay(self, variables):
+        """Nothing: the decay is a part of the update of masked entries."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Updates one variable and its state; the gradient is compact."""
+        place = self._get_variable_index(variable)
+        keras_variable = self._trainable_variables[place]
+        decay = self.weight_decay
+        if not decay or not self._use_weight_decay(keras_variable):
+            decay = 0.0
+        indices = self._indices[place]
+        state = (self._momentums[place], self._velocities[place])
+        if keras.backend.backend() == "torch":
+            from keras_weightmods.backend.torch import sparse_adamw
+
+            sparse_adamw.update(
+                self, keras_variable, gradient, indices, state, decay
+            )
+            return
+        whole = ops.convert_to_tensor(variable)
+        if keras.backend.backend() == "jax" and indices is not None:
+            from keras_weightmods.backend.jax.order import after
+
+            whole = after(whole, gradient)
+        weight = whole if indices is None else _taken(whole, indices)
+        weight, *moments = adamw_step(
+            weight,
+            ops.convert_to_tensor(state[0]),
+            ops.convert_to_tensor(state[1]),
+            gradient,
+            learning_rate,
+            self.iterations,
+            decay,
+            self.beta_1,
+            self.beta_2,
+            self.epsilon,
+        )
+        for each, value in zip(state, moments):
+            self.assign(each, value)
+        if indices is not None:
+            weight = _put(whole, indices, weight)
+        self.assign(variable, weight)
+
+    def _only_masked(self, variable, new, old):
+        indices = self._indices[self._get_variable_index(variable)]
+        if indices is None:
+            return new
+        return _put(old, indices, _taken(new, indices))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "beta_1": self.beta_1,
+            "beta_2": self.beta_2,
+            "epsilon": self.epsilon,
+            "masks": self._masks_config(),
+        }
+
+
+def adamw_step(
+    weight,
+    momentum,
+    velocity,
+    gradient,
+    learning_rate,
+    step,
+    weight_decay,
+    beta_1,
+    beta_2,
+    epsilon,
+):
+    """One step of AdamW on tensors of one shape; see `SparseAdamW`.
+
+    Args:
+        step: Int tensor, the steps taken before.
+
+    Returns:
+        Triple of tensors, the new `weight`, `momentum` and `velocity`.
+    """
+    dtype = weight.dtype
+    rate = ops.cast(learning_rate, dtype)
+    gradient = ops.cast(gradient, dtype)
+    count = ops.cast(step + 1, "float32")
+    momentum = momentum + (gradient - momentum) * (1 - beta_1)
+    velocity = velocity + (ops.square(gradient) - velocity) * (1 - beta_2)
+    mean, square = (
+        moment
+        / ops.cast(1 - ops.power(ops.cast(beta, "float32"), count), dtype)
+        for moment, beta in ((momentum, beta_1), (velocity, beta_2))
+    )
+    if weight_decay:
+        weight = weight - weight * (rate * ops.cast(weight_decay, dtype))
+    weight = weight - rate * mean / (ops.sqrt(square) + epsilon)
+    return weight, momentum, velocity
+
+
+def _taken(x, indices):
+    """The entries of a tensor at places in its flattened form."""
+    flat = ops.reshape(ops.convert_to_tensor(x), (-1,))
+    return ops.take(flat, ops.convert_to_tensor(indices))
+
+
+def _put(x, indices, values):
+    """The tensor with other entries at these places."""
+    flat = ops.reshape(x, (-1,))
+    places = ops.expand_dims(ops.convert_to_tensor(indices), -1)
+    return ops.reshape(ops.scatter_update(flat, places, values), x.shape)

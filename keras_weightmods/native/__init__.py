@@ -1,0 +1,202 @@
+"""The compiled kernels: one C library, found and loaded at first use.
+
+Everything that needs it works without it too: 2:4 products by dense kernels,
+companders by the backend's own functions.
+"""
+
+import ctypes
+import functools
+import os
+import pathlib
+import warnings
+
+_ABI_VERSION = 2
+_SCALAR = 0  # KWM_ISA_SCALAR
+_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+
+_INT = ctypes.c_int
+_SIZE = ctypes.c_int64
+_FLOAT = ctypes.c_float
+_POINTER = ctypes.c_void_p
+_WEIGHTS = [_SIZE, _SIZE, _INT, _POINTER, _POINTER, _POINTER]
+_THREADS = [_POINTER, _POINTER]
+_SIGNATURES = {
+    "kwm_abi_version": (_INT, []),
+    "kwm_isa": (_INT, []),
+    "kwm_set_isa": (_INT, [_INT]),
+    "kwm_pack": (
+        _SIZE,
+        [_POINTER, _SIZE, _SIZE, _INT, _POINTER, _POINTER, _POINTER],
+    ),
+    "kwm_unpack": (
+        None,
+        [_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _POINTER],
+    ),
+    "kwm_matmul": (None, [_POINTER, _SIZE, *_WEIGHTS, _POINTER, *_THREADS]),
+    "kwm_matmul_transposed": (
+        None,
+        [_POINTER, _SIZE, *_WEIGHTS, _POINTER, *_THREADS],
+    ),
+    "kwm_values_gradient": (
+        None,
+        [_POINTER, _POINTER, *[_SIZE] * 3, _POINTER, _POINTER, *_THREADS],
+    ),
+    "kwm_compand": (
+        None,
+        [_POINTER, _SIZE, _FLOAT, _FLOAT, _POINTER, *_THREADS],
+    ),
+    "kwm_compand_gradient": (
+        None,
+        [*[_POINTER] * 3, _SIZE, _FLOAT, _FLOAT, *[_POINTER] * 3, *_THREADS],
+    ),
+    "kwm_is_faster_than_dense": (_INT, [_SIZE, _SIZE, _SIZE, _INT]),
+}
+
+_WAY_OUT = (
+    "To get it, install a C++ compiler (on Debian: `apt-get install g++`) and "
+    "then the package again, from source: `pip install --force-reinstall "
+    "--no-deps --no-binary keras-weightmods keras-weightmods`, or `pip "
+    "install -e .` in a clone."
+)
+
+# The custom calls that XLA has to be told of, on JAX and on TensorFlow.
+XLA_TARGETS = (
+    "kwm_xla_matmul",
+    "kwm_xla_matmul_transposed",
+    "kwm_xla_values_gradient",
+    "kwm_xla_compand",
+    "kwm_xla_compand_gradient",
+)
+NO_XLA = (
+    "the compiled library was built without the headers of jaxlib 0.8.0, as "
+    "by `pip install --no-build-isolation` beside another jaxlib. " + _WAY_OUT
+)
+
+
+def is_available():
+    """Whether the compiled 2:4 kernels are there.
+
+    Returns:
+        Bool. If False, `why_not()` says why.
+
+    Example:
+
+    ```python
+    from keras_weightmods import native
+
+    print(native.is_available() or native.why_not())
+    ```
+    """
+    return _load()[0] is not None
+
+
+def why_not():
+    """Says why the compiled 2:4 kernels are not there.
+
+    Returns:
+        String: the reason and the way out; empty if they are there.
+    """
+    return _load()[1]
+
+
+def is_faster_than_dense(rows, k, n, dtype="float32"):
+    """Whether the packed product should beat the dense one on this CPU.
+
+    Args:
+        rows: Int, the rows of the activation, that is batch times positions.
+        k: Int, size of the contraction.
+        n: Int, number of outputs.
+        dtype: String, type of the packed values: `"float32"`, `"bfloat16"` or
+            `"int8"`.
+
+    Returns:
+        Bool, False if the compiled kernels are not there.
+    """
+    if not is_available():
+        return False
+    faster = library().kwm_is_faster_than_dense(rows, k, n, type_code(dtype))
+    return bool(faster)
+
+
+def has_vectors():
+    """Whether the compiled kernels use a vector unit on this CPU.
+
+    Without, those of the companders are slower than the backends' functions.
+
+    Returns:
+        Bool, False if the compiled kernels are not there.
+    """
+    return is_available() and library().kwm_isa() != _SCALAR
+
+
+def library():
+    """The `ctypes.CDLL`, with its functions typed; None if not available."""
+    return _load()[0]
+
+
+def xla_handler(name):
+    """The address of an XLA handler; None in a library built without them."""
+    handler = getattr(library(), name, None)
+    return handler and ctypes.cast(handler, ctypes.c_void_p)
+
+
+def type_code(dtype):
+    """The library's number for a type of packed values."""
+    return _TYPES[dtype]
+
+
+@functools.cache
+def warn_dense(reason):
+    """Warns, once for each reason, that products will be dense."""
+    warnings.warn(
+        "2:4 weights are multiplied by dense kernels, which is correct but "
+        f"saves neither time nor memory: {reason}"
+    )
+
+
+# Not a cached function, which torch.compile would look into.
+_loaded: tuple[ctypes.CDLL | None, str] | None = None
+
+
+def _load():
+    global _loaded
+    if _loaded is None:
+        _loaded = _find()
+    return _loaded
+
+
+def _find():
+    """The library, or None and why."""
+    # Mostly for tests, and to compare.
+    if os.environ.get("KERAS_WEIGHTMODS_NATIVE") == "0":
+        return None, (
+            "the environment variable KERAS_WEIGHTMODS_NATIVE is 0. Unset it "
+            "to use the compiled kernels."
+        )
+    # Not beside this file: tools that walk a package would take the library
+    # for an extension module, and fail to import it.
+    folder = pathlib.Path(__file__).parent / "lib"
+    found = [
+        path
+        for suffix in ("so", "dylib", "dll")
+        if (path := folder / f"kwm_native.{suffix}").exists()
+    ]
+    if not found:
+        return None, (
+            f"{folder} holds no compiled library, so there was no C++ compiler "
+            f"when the package was installed, or it failed. {_WAY_OUT}"
+        )
+    try:
+        loaded = ctypes.CDLL(os.fspath(found[0]))
+        version = loaded.kwm_abi_version()
+    except (OSError, AttributeError) as error:
+        return None, f"{found[0]} cannot be loaded: {error}. {_WAY_OUT}"
+    if version != _ABI_VERSION:
+        return None, (
+            f"{found[0]} is of another release: its interface has version "
+            f"{version}, expected {_ABI_VERSION}. {_WAY_OUT}"
+        )
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded, ""

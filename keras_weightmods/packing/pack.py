@@ -1,0 +1,268 @@
+"""Packing of the 2:4 kernels of a finished model, and back."""
+
+import collections
+import math
+import re
+
+from keras import ops
+
+from keras_weightmods import native
+from keras_weightmods.core import seam
+from keras_weightmods.core.targets import Skipped, Target, resolve_targets
+from keras_weightmods.ops.nm import nm_violations
+from keras_weightmods.packing import packed_dense, packed_embedding
+from keras_weightmods.packing.report import PackedWeight, PackReport
+
+_KINDS = packed_dense.PackedKernel, packed_embedding.PackedEmbedding
+
+
+def pack(model, dtype=None, targets=None, head=None, trainable=False):
+    """Packs the 2:4 kernels of a finished model, in place.
+
+    The Dense and EinsumDense kernels that are exactly 2:4 are replaced by
+    their kept values and two bits for the place of each: 0.53 times the bytes
+    of float32, 0.28 with `dtype="bfloat16"`, 0.16 with `dtype="int8"`. Their
+    layers multiply by these with `ops.sparse_matmul`. Each layer stays the
+    same object with the same name; the dense weight is gone from it, and it
+    has `kernel_values`, `kernel_meta` and, for int8, `kernel_scale` instead,
+    frozen weights like any other. `layer.kernel` gives the dense kernel,
+    computed anew each time.
+
+    Bias, activation and LoRA work as before: `enable_lora` before or after
+    trains adapters on the packed base. `save_weights` and `load_weights` hold
+    and take the packed arrays; `save_model` saves the whole model.
+
+    Where the compiled kernels are missing, a warning says so once and the
+    layers hold the kernels dense, rounded alike, with checkpoints alike.
+
+    Packing holds the dense and the packed weights for a while. A built
+    optimizer has state of weights that are gone, so the model is left
+    uncompiled then.
+
+    Args:
+        model: A built `keras.Model`. It is changed.
+        dtype: String, type of the kept values. `"bfloat16"` rounds them;
+            `"int8"` rounds to multiples of max |w| / 127, one scale for each
+            output unit. By default, `None`, they are kept as they are:
+            bfloat16 for a bfloat16 kernel, float32 for any other.
+        targets: A list from `find_targets(model)`, or `None` for all. Those
+            that are no kernels of Dense or EinsumDense, or do not divide
+            into groups of four, are skipped and reported.
+        head: `"int8"` rounds the embeddings that serve as the head as well
+            (`keras.layers.ReversibleEmbedding` with tied weights, as in
+            KerasHub's language models) and serves both the look-up and the
+            logits from one int8 table with a scale for each row. By default,
+            `None`, they stay as they are.
+        trainable: Bool. If True, the kept values get gradients, their places
+            never; float32 values only. Defaults to False.
+
+    Returns:
+        A `PackReport`: print it for a table, or take `to_dict()`.
+
+    Raises:
+        ValueError: If a kernel is not exactly 2:4, or not finite where int8
+            is asked for; if a weight is scaled (fold first); if there is
+            nothing to pack; or if an argument is none of the above. The model
+            is unchanged then.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32)])
+    kwm.SemiStructuredSparse.attach(model)
+    x = np.random.normal(size=(2, 64)).astype("float32")
+    before = model.predict(x, verbose=0)
+
+    report = kwm.pack(model)
+    assert report.totals["packed_share"] < 0.54
+    assert np.allclose(model.predict(x, verbose=0), before, atol=1e-5)
+    ```
+    """
+    packed_dense.check_values("float32" if dtype is None else dtype, trainable)
+    if head not in (None, "int8"):
+        raise ValueError(
+            "`head` must be None or 'int8', the type of the table that "
+            f"serves the embedding and the head. Received: head={head!r}"
+        )
+    resolved = resolve_targets(model, targets)
+    shared = _shared_variables(model)
+    kernels, left = _sort_out(resolved, packed_dense.obstacle, shared)
+    skipped = [*resolved.skipped, *left]
+    tables: list[Target] = []
+    if head is not None:
+        found = packed_embedding.find_embeddings(model)
+        tables, left = _sort_out(found, packed_embedding.obstacle, shared)
+        paths = {target.path for target in found}
+        skipped = [s for s in skipped if s.path not in paths] + left
+    if not tables and (head is not None or not kernels):
+        raise ValueError(
+            "The model has no "
+            + ("kernel" if head is None else "tied embedding and head")
+            + f" that can be packed. Received: model={model.name!r}, skipped: "
+            + "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped)
+        )
+    items = [
+        *(
+            packed_dense.packed_kernel(t, dtype or _lossless(t), trainable)
+            for t in kernels
+        ),
+        *map(packed_embedding.embedding_class(), tables),
+    ]
+    seam.check_unattached(model, items)
+    _check_kernels(items[: len(kernels)])
+    _check_finite(item for item in items if item.value_dtype == "int8")
+    reason = packed_dense.why_dense()
+    if reason:
+        native.warn_dense(reason)
+    before = _model_bytes(model)
+    seam.attach(model, items, drop_optimizer=True)
+    return PackReport(
+        tuple(map(_row, items)), tuple(skipped), before, _model_bytes(model)
+    )
+
+
+def unpack(model):
+    """Gives a packed model its dense weights back, in place.
+
+    They are bit for bit what was packed where the values are float32, or
+    bfloat16 of a bfloat16 kernel; otherwise what rounding made of it. (A
+    negative zero comes back as zero.) The layers are again what they were:
+    class, list of weights, config. If the model's optimizer has been built,
+    the model is left uncompiled.
+
+    Args:
+        model: A Keras model. One without packed weights is left as it is.
+
+    Returns:
+        A `PackReport`.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32)])
+    kwm.SemiStructuredSparse.attach(model)
+    before = model.get_weights()
+
+    kwm.pack(model)
+    kwm.unpack(model)
+    for old, new in zip(before, model.get_weights()):
+        assert np.array_equal(old, new)
+    ```
+    """
+    seam.check_model(model)
+    before = _model_bytes(model)
+    items = seam.fold(model, _KINDS)
+    return PackReport(tuple(map(_row, items)), (), before, _model_bytes(model))
+
+
+def _sort_out(targets, obstacle, shared):
+    """Those that can be packed, and the others as `Skipped`."""
+    packable, skipped = [], []
+    for target in targets:
+        reason = obstacle(target)
+        if reason is None and id(target.variable) in shared:
+            reason = "shared by several layers"
+        if reason is None:
+            packable.append(target)
+        else:
+            skipped.append(Skipped(target.path, reason))
+    return packable, skipped
+
+
+def _shared_variables(model):
+    """Ids of the variables that several layers hold as their own."""
+    held = collections.Counter(
+        id(variable)
+        for layer in model._flatten_layers()
+        for variable in {
+            id(v): v
+            for v in layer._trainable_variables + layer._non_trainable_variables
+        }.values()
+    )
+    return {key for key, count in held.items() if count > 1}
+
+
+def _lossless(target):
+    return "bfloat16" if target.variable.dtype == "bfloat16" else "float32"
+
+
+def _check_kernels(items):
+    bad = []
+    for item in items:
+        target = item.target
+        packed_dense.check_values(item.value_dtype, item.trainable)
+        constraint = target.variable.constraint
+        if (
+            item.trainable
+            and constraint is not None
+            and not getattr(constraint, "keeps_pattern", False)
+        ):
+            raise ValueError(
+                "The values of a packed kernel cannot be trained under a "
+                f"constraint of the kernel. Received: {target.path!r} with "
+                f"the constraint {constraint!r}. Set its `constraint` to None."
+            )
+        count = int(
+            nm_violations(target.variable.value, 2, 4, target.contraction_axes)
+        )
+        if count:
+            bad.append((count, target))
+    if bad:
+        bad.sort(key=lambda each: each[0], reverse=True)
+        listed = "".join(
+            f"\n  {target.path} {target.shape}: {count:,} of "
+            f"{math.prod(target.shape) // 4:,} groups"
+            for count, target in bad[:10]
+        )
+        raise ValueError(
+            "The kernels must be exactly 2:4, at most two nonzeros in each "
+            f"group of four along the contraction. Received: {len(bad)} of "
+            f"{len(items)} kernels with groups that hold more:{listed}\nMake "
+            "them 2:4 first, or leave them out by `targets=find_targets(model, "
+            "exclude=...)`."
+        )
+
+
+def _check_finite(items):
+    for item in items:
+        value = item.target.variable.value
+        if not bool(ops.all(ops.isfinite(value))):
+            raise ValueError(
+                "int8 values need finite weights. Received: "
+                f"{item.target.path!r}, which holds NaN or infinity."
+            )
+
+
+def _row(item):
+    variable = item.target.variable
+    size = math.prod(item.target.shape)
+    return PackedWeight(
+        item.target.path,
+        item.target.shape,
+        item.value_dtype,
+        size * _item_bytes(variable.dtype),
+        sum(
+            math.prod(shape) * _item_bytes(dtype)
+            for shape, dtype in item.saved_arrays().values()
+        ),
+    )
+
+
+def _model_bytes(model):
+    return sum(
+        math.prod(variable.shape) * _item_bytes(variable.dtype)
+        for variable in model.weights
+    )
+
+
+def _item_bytes(dtype):
+    bits = re.search(r"\d+", dtype)
+    return int(bits.group()) // 8 if bits else 1

@@ -1,0 +1,389 @@
+"""Weight Compander (arXiv 2306.16993) as a reparameterization of kernels."""
+
+import dataclasses
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_weightmods.core import seam
+from keras_weightmods.core.attach import (
+    ReparameterizationReport,
+    attach_to_targets,
+)
+from keras_weightmods.core.targets import find_targets, resolve_targets
+from keras_weightmods.ops.compand import (
+    check_function,
+    check_pair,
+    compand,
+    compand_derivative,
+    compand_inverse,
+    compand_limit,
+)
+
+# The share of the range in which weights may start. In the rest the slope of
+# the arc tangent is below 1/4000 of that at zero: a weight there is stuck.
+_USABLE = 0.99
+
+# Learnable a and b are `_LEAST + (raw + sqrt(raw**2 + 1)) / 2`: positive
+# whatever an optimizer or an average of weights makes of `raw`, and close to
+# `raw` where large. Its slope falls as the square near zero: with softplus,
+# where it falls exponentially, one large step can bring a to zero for good.
+_LEAST = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CompandedKernel:
+    """One kernel with its compander.
+
+    Attributes:
+        path: String, the path of the kernel.
+        shape: Tuple of ints.
+        function: String, as in `compand`.
+        learnable: Bool, whether `a` and `b` are trained.
+        outside: Int, the weights that did not fit into the range at the start.
+        raised: Bool, whether `a` was raised to make them fit; if not, they
+            were clipped.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    function: str
+    learnable: bool
+    outside: int
+    raised: bool
+    _item: "Compander" = dataclasses.field(repr=False)
+
+    @property
+    def a(self):
+        """Float, the present value of `a`."""
+        return self._item.pair[0]
+
+    @property
+    def b(self):
+        """Float, the present value of `b`."""
+        return self._item.pair[1]
+
+    def __str__(self):
+        line = f"{self.path}: a = {self.a:.4g}, b = {self.b:.4g}"
+        if self.outside:
+            done = "a raised for" if self.raised else "clipped"
+            line += f", {done} {self.outside} weight(s)"
+        return line
+
+
+def attach_compander(
+    model,
+    a=0.5,
+    b=1.0,
+    learnable=True,
+    function="arctan",
+    out_of_range="raise_a",
+    targets=None,
+):
+    """Trains the kernels of a model through a compander, w = a f(v / b).
+
+    Weight Compander (arXiv 2306.16993): the layers store v and compute with w,
+    which keeps weights from growing large. Each kernel becomes the v that
+    gives it, so the model computes what it did. Train it, then call
+    `fold(model)`. The layer's `kernel` is w: its call, regularizer and
+    constraint see w, and LoRA adds to it.
+
+    With `learnable` every kernel has a pair (a, b) of its own, which stays
+    positive under any optimizer. The paper's grid for fixed pairs is 0.5 to 1
+    for both.
+
+    Weight decay should act on w for fixed pairs, on v alone for learnable
+    ones, and never on a and b. `CompanderOptimizer` sees to it. A bare
+    Keras optimizer decays v, and the raw pairs as well unless told
+    `optimizer.exclude_from_weight_decay(var_names=["kernel_compander"])`; for
+    fixed pairs take `kernel_regularizer=keras.regularizers.L2(...)` with it.
+
+    Checkpoints by `save_weights` hold v and the pairs, and load only into a
+    model companded in the same way. `save`, `keras.models.clone_model` and
+    `quantize` want `fold` first.
+
+    Args:
+        model: A built Keras model; give the outermost one that you train.
+        a: Float above 0.001, the height of the function, or its start.
+        b: Float above 0.001, the width of the function, or its start.
+        learnable: Bool, whether a and b are trained. Defaults to `True`.
+        function: `"arctan"`, `"arsinh"` or `"erf"`, as in `ops.compand`.
+        out_of_range: What to do with a kernel that has weights beyond 0.99 of
+            the range, which is a pi / 2 for `"arctan"`: `"raise_a"` for this
+            kernel, `"clip"` the weights, which changes the model, or
+            `"error"`. The report counts them. Defaults to `"raise_a"`.
+        targets: The kernels, from `find_targets`. Defaults to all that
+            `find_targets(model, depthwise=True)` finds.
+
+    Returns:
+        A `ReparameterizationReport` of `CompandedKernel`s; their `a` and `b`
+        follow the training.
+
+    Raises:
+        ValueError: If an argument is wrong, a weight is out of range with
+            `out_of_range="error"`, no target can be companded, one is
+            reparameterized already, or the model's optimizer has been built.
+            The model is unchanged then.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
+    report = kwm.attach_compander(model, learnable=False)
+    assert report.kernels[0].a == 0.5
+    model.compile("sgd", loss="mse")
+    model.fit(keras.ops.ones((8, 16)), keras.ops.ones((8, 4)), verbose=0)
+    kwm.fold(model)
+    ```
+    """
+    settings = {
+        "a": a,
+        "b": b,
+        "learnable": learnable,
+        "function": function,
+        "out_of_range": out_of_range,
+    }
+    Compander(None, **settings)
+    if targets is None:
+        targets = find_targets(model, depthwise=True)
+    items, skipped = attach_to_targets(
+        model,
+        resolve_targets(model, targets),
+        lambda target: Compander(target, **settings),
+        "companded",
+    )
+    return ReparameterizationReport(
+        tuple(item.summary() for item in items), tuple(skipped)
+    )
+
+
+class Compander(seam.Reparameterization):
+    """w = a f(v / b) of one kernel.
+
+    Args:
+        target: The `Target`, or None until `bind`.
+        a, b, learnable, function, out_of_range: As in `attach_compander`.
+    """
+
+    name = "compander"
+
+    def __init__(
+        self,
+        target=None,
+        a=0.5,
+        b=1.0,
+        learnable=True,
+        function="arctan",
+        out_of_range="clip",
+    ):
+        super().__init__(target)
+        check_function(function)
+        check_pair(a, b)
+        for name, value in (("a", a), ("b", b)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(
+                    f"`{name}` must be a float. Received: {name}={value!r}"
+                )
+            if value <= _LEAST:
+                raise ValueError(
+                    f"`{name}` must be above {_LEAST}. "
+                    f"Received: {name}={value!r}"
+                )
+        if not isinstance(learnable, bool):
+            raise ValueError(
+                f"`learnable` must be a bool. Received: learnable={learnable!r}"
+            )
+        if out_of_range not in ("clip", "raise_a", "error"):
+            raise ValueError(
+                '`out_of_range` must be "clip", "raise_a" or "error". '
+                f"Received: out_of_range={out_of_range!r}"
+            )
+        self.a, self.b = float(a), float(b)
+        self.learnable = learnable
+        self.function = function
+        self.out_of_range = out_of_range
+        self.outside = 0
+        self.raised = False
+
+    def get_config(self):
+        return {
+            "a": self.a,
+            "b": self.b,
+            "learnable": self.learnable,
+            "function": self.function,
+            "out_of_range": self.out_of_range,
+            "outside": self.outside,
+            "raised": self.raised,
+        }
+
+    @classmethod
+    def from_config(cls, target, config):
+        config = dict(config)
+        outside, raised = (
+            config.pop("outside", None),
+            config.pop("raised", None),
+        )
+        if type(outside) is not int or type(raised) is not bool:
+            raise ValueError(
+                "A compander's settings must say how many weights were "
+                "`outside` and whether `a` was `raised`. Received: "
+                f"outside={outside!r}, raised={raised!r}"
+            )
+        item = super().from_config(target, config)
+        item.outside, item.raised = outside, raised
+        return item
+
+    @classmethod
+    def find_targets(cls, model):
+        return find_targets(model, depthwise=True)
+
+    def start(self, weight):
+        if self.is_empty:
+            return weight
+        weight = ops.stop_gradient(ops.convert_to_tensor(weight))
+        dtype = keras.backend.standardize_dtype(weight.dtype)
+        limit = self._limit(self.a, dtype)
+        magnitudes = ops.abs(ops.cast(weight, "float32"))
+        self.outside = int(ops.sum(ops.cast(magnitudes > limit, "int32")))
+        if self.outside:
+            largest = float(ops.max(magnitudes))
+            least_a = largest / self._limit(1.0, dtype)
+            if self.out_of_range == "error":
+                raise ValueError(self._out_of_range(limit, largest, least_a))
+            if self.out_of_range == "raise_a":
+                self.a, self.raised = least_a, True
+        return self._inverse(weight)
+
+    def create_parameters(self, add_weight):
+        if not self.learnable:
+            return
+        add_weight(
+            name=self._key(),
+            shape=(2,),
+            initializer=lambda shape, dtype: ops.convert_to_tensor(
+                [_raw(self.a), _raw(self.b)], dtype
+            ),
+            # In half precision the steps near 1 are too coarse to train.
+            dtype=keras.backend.result_type(self.dtype, "float32"),
+        )
+
+    def effective(self, stored):
+        a, b = self._pair()
+        return compand(stored, a, b, self.function)
+
+    def derivative(self, stored):
+        """The derivative of `effective`."""
+        a, b = self._pair()
+        return compand_derivative(stored, a, b, self.function)
+
+    def constraint(self, constraint):
+        # An N:M pattern ranks magnitudes, which are in the same order, and is
+        # looked for in the variable when it is to be detached.
+        if getattr(constraint, "keeps_pattern", False):
+            return constraint
+        return _OnCompanded(constraint, self)
+
+    def saved_arrays(self):
+        if self.learnable:
+            return super().saved_arrays()
+        return {self._key(): ((2,), "float64")}
+
+    def saved(self):
+        if self.learnable:
+            return super().saved()
+        return {self._key(): np.array([self.a, self.b])}
+
+    def load(self, saved):
+        if self.learnable:
+            super().load(saved)
+            return
+        pair = tuple(float(value) for value in saved[self._key()])
+        if not np.allclose(pair, (self.a, self.b), rtol=1e-6):
+            raise ValueError(
+                "A checkpoint with fixed pairs loads into a model with the "
+                f"same pairs. Received: a checkpoint with (a, b) = {pair} for "
+                f"{self.target.path!r}, which has {(self.a, self.b)}. Build "
+                "the model with the checkpoint's pair."
+            )
+
+    def summary(self):
+        return CompandedKernel(
+            self.target.path,
+            tuple(self.target.shape),
+            self.function,
+            self.learnable,
+            self.outside,
+            self.raised,
+            self,
+        )
+
+    @property
+    def pair(self):
+        """The present a and b, as floats."""
+        if not self.learnable or not self.parameters:
+            return self.a, self.b
+        a, b = ops.convert_to_numpy(_positive(self.parameters[0].value))
+        return float(a), float(b)
+
+    def _pair(self):
+        if not self.learnable:
+            return self.a, self.b
+        return ops.unstack(_positive(self.parameters[0]))
+
+    def _limit(self, a, dtype):
+        return _USABLE * compand_limit(a, self.b, self.function, dtype)
+
+    def _inverse(self, weight):
+        """The stored values for `weight`, clipped into the range."""
+        dtype = keras.backend.standardize_dtype(weight.dtype)
+        wide = keras.backend.result_type(dtype, "float32")
+        a, b = self._pair() if self.parameters else (self.a, self.b)
+        limit = a * self._limit(1.0, dtype)
+        weight = ops.clip(ops.cast(weight, wide), -limit, limit)
+        return ops.cast(compand_inverse(weight, a, b, self.function), dtype)
+
+    def _key(self):
+        # Says all that is not in the values, lest a checkpoint of another
+        # compander be taken for one of this.
+        fixed = "" if self.learnable else "_fixed"
+        return f"{self.target.attribute}_compander_{self.function}{fixed}"
+
+    def _out_of_range(self, limit, largest, least_a):
+        return (
+            f"With `a={self.a}`, `b={self.b}` and "
+            f"`function={self.function!r}` weights must be at most {limit:.4g} "
+            f"in magnitude. Received: {self.outside} larger ones, up to "
+            f"{largest:.4g}. Take `a` of at least {least_a:.4g}, or "
+            '`out_of_range="raise_a"` or "clip".'
+        )
+
+
+class _OnCompanded:
+    """Applies a constraint of the stored weight to the effective one."""
+
+    def __init__(self, constraint, item):
+        self.constraint = constraint
+        self.item = item
+
+    def __call__(self, stored):
+        stored = ops.convert_to_tensor(stored)
+        weight = self.item.effective(stored)
+        constrained = self.constraint(weight)
+        # What has not changed is not to drift by rounding.
+        return ops.where(
+            constrained == weight, stored, self.item._inverse(constrained)
+        )
+
+
+def _positive(raw):
+    # The sum of the comment above; as it stands there it would cancel.
+    return _LEAST + ops.exp(ops.arcsinh(raw)) / 2
+
+
+def _raw(value):
+    return math.sinh(math.log(2 * (value - _LEAST)))

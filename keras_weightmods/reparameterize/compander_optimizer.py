@@ -1,0 +1,250 @@
+"""CompanderOptimizer: the rule for adaptive optimizers and companders."""
+
+import keras
+from keras import ops
+
+from keras_weightmods.reparameterize.compander import Compander
+
+# What acts around an update, not in it: it moves to the wrapper, as its
+# effect is meant for the stored values.
+_MOVED = (
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_weightmods")
+class CompanderOptimizer(keras.optimizers.Optimizer):
+    """Lets an optimizer step on the effective weights of companders.
+
+    The rule of Weight Compander (arXiv 2306.16993) for adaptive optimizers.
+    For a weight w = Psi(v) the wrapped optimizer sees w and the gradient
+    dL/dw; its step is multiplied by dPsi/dv and taken on v:
+
+        v <- v + Psi'(v) * step(w, dL/dw)
+
+    Adam on v itself divides by the size of its gradient and so cancels
+    Psi'(v), the rescaling that the method lives on. All other variables,
+    the learnable a and b among them, are updated by the wrapped optimizer as
+    always, as are weights under other reparameterizations.
+
+    Weight decay of the wrapped optimizer acts
+
+    - for fixed pairs on w, as a part of its step:
+      `v <- v - Psi'(v) * learning_rate * weight_decay * w`;
+    - for learnable pairs on v alone, and not on a and b:
+      `v <- v - learning_rate * weight_decay * v`.
+
+    Clipping of gradients acts on dL/dw. Gradient accumulation works as ever.
+    A moving average (`use_ema`) is taken of the stored values, and
+    constraints apply after the step. With mixed_float16 Keras wraps this
+    optimizer in a `LossScaleOptimizer`, which is the right order.
+
+    With plain SGD the rule changes nothing; with momentum it takes the
+    momentum of dL/dw.
+
+    Args:
+        inner_optimizer: The `keras.optimizers.Optimizer` to wrap, not built.
+            No `LossScaleOptimizer` or `MultiOptimizer`: these go around this
+            one.
+        name: String. Defaults to `"compander_optimizer"`.
+
+    Raises:
+        ValueError: If `inner_optimizer` is not such an optimizer; on build, if
+            no variable has a compander, or a compander's a and b are not
+            among the variables.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((8,)), kwm.CompanderDense(4)])
+    model.compile(
+        kwm.CompanderOptimizer(keras.optimizers.AdamW(1e-3)), "mse"
+    )
+    model.fit(keras.ops.ones((16, 8)), keras.ops.ones((16, 4)), verbose=0)
+    ```
+    """
+
+    def __init__(self, inner_optimizer, name="compander_optimizer"):
+        if not isinstance(
+            inner_optimizer, keras.optimizers.Optimizer
+        ) or isinstance(
+            inner_optimizer,
+            (
+                CompanderOptimizer,
+                keras.optimizers.LossScaleOptimizer,
+                keras.optimizers.MultiOptimizer,
+            ),
+        ):
+            raise ValueError(
+                "`inner_optimizer` must be a `keras.optimizers.Optimizer` that "
+                "wraps no other. Put a `LossScaleOptimizer` or "
+                "`MultiOptimizer` around the `CompanderOptimizer`. "
+                f"Received: inner_optimizer={inner_optimizer!r}"
+            )
+        if inner_optimizer.built:
+            raise ValueError(
+                "`inner_optimizer` must not be built. Received: "
+                f"{inner_optimizer.name!r} at step "
+                f"{int(inner_optimizer.iterations)}. Make a new one."
+            )
+        moved = {key: getattr(inner_optimizer, key) for key in _MOVED}
+        super().__init__(learning_rate=0.0, name=name, **moved)
+        # Not `inner_optimizer`, where SwapEMAWeights would look for averages.
+        self.optimizer = inner_optimizer
+        for key in _MOVED:
+            setattr(inner_optimizer, key, None)
+
+    def build(self, variables):
+        """Builds the wrapped optimizer, once the companders are found."""
+        if self.built:
+            return
+        variables = list(variables)
+        known = {id(variable) for variable in variables}
+        items = [_item(variable) for variable in variables]
+        found = [item for item in items if item is not None]
+        if not found:
+            raise ValueError(
+                "`CompanderOptimizer` found no weight with a compander "
+                f"among the {len(variables)} variables it was built on. Build "
+                "it after `attach_compander`, or use "
+                f"{type(self.optimizer).__name__} as it is."
+            )
+        for item in found:
+            if any(id(each) not in known for each in item.parameters):
+                raise ValueError(
+                    "a and b of a kernel that is trained must be trained too. "
+                    f"Received: frozen ones for {item.target.path!r}. Use "
+                    "`learnable=False`."
+                )
+        super().build(variables)
+        inner = self.optimizer
+        keys = [self._var_key(variable) for variable in variables]
+        # Closures, because Keras would track the layers behind.
+        self._get_item = dict(zip(keys, items)).get
+        self._is_decayed = {
+            key
+            for key, variable, item in zip(keys, variables, items)
+            if item is not None
+            and item.learnable
+            and inner._use_weight_decay(variable)
+        }.__contains__
+        # Keras' public way to say this forgets what the user has said.
+        inner._exclude_from_weight_decay = {
+            *getattr(inner, "_exclude_from_weight_decay", ()),
+            *(k for k, item in zip(keys, items) if item and item.learnable),
+            *(self._var_key(p) for item in found for p in item.parameters),
+        }
+        inner._exclude_from_weight_decay_cache = {}
+        inner.build(variables)
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        """Has the wrapped optimizer step on w where v is, then puts v back."""
+        inner = self.optimizer
+        decay = self._decay()
+        grads, companded = list(grads), []
+        for i, variable in enumerate(trainable_variables):
+            item = self._get_item(self._var_key(variable))
+            if item is None:
+                continue
+            v = ops.copy(ops.stop_gradient(ops.convert_to_tensor(variable)))
+            w = item.effective(v)
+            wide = _widened(v)
+            slope = item.derivative(wide)
+            # Where the slope is zero the gradient is, too.
+            grads[i] = _widened(grads[i]) / ops.maximum(slope, 1e-30)
+            companded.append((variable, w, wide, slope))
+        if keras.backend.backend() == "tensorflow":
+            from keras_weightmods.backend.tensorflow.order import after
+
+            # The slopes are of a and b as they are before this step.
+            grads = after([t for _, *three in companded for t in three], grads)
+        for variable, w, _, _ in companded:
+            variable.assign(w)
+        weight_decay = inner.weight_decay
+        # They apply once, to v.
+        constraints = [v.constraint for v in trainable_variables]
+        for variable in trainable_variables:
+            variable.constraint = None
+        # On torch Keras fails to decay no variable at all.
+        if not any(map(inner._use_weight_decay, trainable_variables)):
+            inner.weight_decay = None
+        try:
+            inner.apply(grads, trainable_variables)
+        finally:
+            inner.weight_decay = weight_decay
+            for variable, constraint in zip(trainable_variables, constraints):
+                variable.constraint = constraint
+        for variable, w, v, slope in companded:
+            step = _widened(ops.convert_to_tensor(variable)) - _widened(w)
+            new = v + slope * step
+            if decay is not None and self._is_decayed(self._var_key(variable)):
+                new = new - decay * v
+            variable.assign(ops.cast(new, variable.dtype))
+
+    def _decay(self):
+        """The share of v that this step takes off; None for no decay."""
+        inner = self.optimizer
+        if not inner.weight_decay:
+            return None
+        decay = ops.cast(inner.learning_rate, "float32") * inner.weight_decay
+        every = inner.gradient_accumulation_steps
+        if every:
+            is_update = ops.equal((inner._iterations + 1) % every, 0)
+            decay = decay * ops.cast(is_update, "float32")
+        return decay
+
+    @property
+    def variables(self):
+        """All variables, those of the wrapped optimizer last."""
+        return self._variables + self.optimizer.variables
+
+    @property
+    def learning_rate(self):
+        """The learning rate of the wrapped optimizer."""
+        return self.optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        """The updates made so far."""
+        every = self.optimizer.gradient_accumulation_steps
+        if every:
+            return ops.floor_divide(self._iterations, every)
+        return self._iterations
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        """As that of the wrapped optimizer; before it is built."""
+        self.optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def get_config(self):
+        inner = keras.saving.serialize_keras_object(self.optimizer)
+        inner["config"].update({key: getattr(self, key) for key in _MOVED})
+        return {"inner_optimizer": inner, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        inner = keras.saving.deserialize_keras_object(
+            config.pop("inner_optimizer"), custom_objects=custom_objects
+        )
+        return cls(inner, **config)
+
+
+def _item(variable):
+    """The compander of a variable; None if it has none."""
+    item = getattr(variable, "reparameterization", None)
+    return item if isinstance(item, Compander) else None
+
+
+def _widened(x):
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    return x if dtype == "float64" else ops.cast(x, "float32")

@@ -1,0 +1,47 @@
+"""`fold`: the end of every reparameterization."""
+
+from keras_weightmods.core import seam
+from keras_weightmods.core.attach import ReparameterizationReport
+
+
+def fold(model):
+    """Bakes every effective weight in, and makes the layers plain again.
+
+    Ends what `attach_compander`, `attach_weight_norm` and `attach_scaling`
+    began, and turns a `CompanderDense` and its kin into the Keras layers that
+    they are made of. The model computes what it computed before, at the cost of
+    a plain model, and saves and loads without this package. If its optimizer
+    has been built it holds state of weights that are gone, so the model is left
+    uncompiled: compile it again to train on. Packed weights stay packed;
+    `unpack` ends that.
+
+    Args:
+        model: A Keras model or layer. One without reparameterized weights is
+            left as it is.
+
+    Returns:
+        A `ReparameterizationReport`; its `kernels` keep their last values.
+
+    Raises:
+        ValueError: If a layer is of a subclass of the library's own layers.
+            The model is unchanged then.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((16,)), kwm.CompanderDense(4)])
+    report = kwm.fold(model)
+    assert type(model.layers[0]) is keras.layers.Dense
+    assert len(report.kernels) == 1
+    ```
+    """
+    kinds = {
+        type(item)
+        for item in seam.reparameterizations(model)
+        if item.keeps_stored
+    }
+    items = seam.fold(model, tuple(kinds))
+    return ReparameterizationReport(tuple(item.summary() for item in items))

@@ -1,0 +1,123 @@
+"""Weight normalization (arXiv 1602.07868) as a reparameterization."""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+from keras_weightmods.core import seam
+from keras_weightmods.core.attach import (
+    ReparameterizationReport,
+    attach_to_targets,
+)
+from keras_weightmods.core.targets import find_targets, resolve_targets
+
+# A vector of zeros has no direction; its square norm counts as this.
+_LEAST_SQUARE = 1e-12
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NormalizedKernel:
+    """One kernel with its norms `g`; `path` and `shape` are the kernel's."""
+
+    path: str
+    shape: tuple[int, ...]
+    g: keras.Variable
+
+    def __str__(self):
+        return f"{self.path}: {self.g.shape} norms"
+
+
+def attach_weight_norm(model, targets=None):
+    """Gives each output unit of each target a norm of its own, w = g v / |v|.
+
+    Weight Normalization (arXiv 1602.07868, equation 2): length and direction
+    of the weights of an output unit are trained apart. The norm is taken over
+    the contraction axes, and g starts as it, so the model computes what it
+    did. Train it, then call `fold(model)`. The layer's `kernel` is w: its call
+    and regularizer see w, and LoRA adds to it; `kernel_constraint` goes on
+    acting on the stored v. Weight decay on v leaves w alone and acts on the
+    rate of its direction; decay on g acts on w.
+
+    Checkpoints by `save_weights` hold v and g, and load only into a model
+    normalized in the same way. `save`, `keras.models.clone_model` and
+    `quantize` want `fold` first.
+
+    Args:
+        model: A built Keras model; give the outermost one that you train.
+        targets: The kernels, from `find_targets`. Defaults to all that
+            `find_targets(model, depthwise=True)` finds.
+
+    Returns:
+        A `ReparameterizationReport` of `NormalizedKernel`s.
+
+    Raises:
+        ValueError: If no target can be normalized, one is reparameterized
+            already, or the model's optimizer has been built. The model is
+            unchanged then.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
+    report = kwm.attach_weight_norm(model)
+    assert report.kernels[0].g.shape == (1, 4)
+    kwm.fold(model)
+    ```
+    """
+    if targets is None:
+        targets = find_targets(model, depthwise=True)
+    items, skipped = attach_to_targets(
+        model, resolve_targets(model, targets), WeightNorm, "normalized"
+    )
+    return ReparameterizationReport(
+        tuple(item.summary() for item in items), tuple(skipped)
+    )
+
+
+class WeightNorm(seam.Reparameterization):
+    """w = g v / |v|, with the norm over the contraction axes of `target`."""
+
+    name = "weight_norm"
+
+    @classmethod
+    def find_targets(cls, model):
+        return find_targets(model, depthwise=True)
+
+    def create_parameters(self, add_weight):
+        contracted = self.target.contraction_axes
+        add_weight(
+            name=f"{self.target.attribute}_g",
+            shape=tuple(
+                1 if axis in contracted else size
+                for axis, size in enumerate(self.target.shape)
+            ),
+            initializer="ones" if self.is_empty else self._norms,
+            # In half precision the steps near 1 are too coarse to train.
+            dtype=keras.backend.result_type(self.dtype, "float32"),
+        )
+
+    def effective(self, stored):
+        (g,) = self.parameters
+        return stored * (g * ops.rsqrt(self._square_norm(stored)))
+
+    def summary(self):
+        return NormalizedKernel(
+            self.target.path, tuple(self.target.shape), self.parameters[0]
+        )
+
+    def _norms(self, shape, dtype):
+        square = ops.stop_gradient(self._square_norm(self.target.variable))
+        return ops.cast(ops.sqrt(square), dtype)
+
+    def _square_norm(self, stored):
+        wide = keras.backend.result_type(self.dtype, "float32")
+        square = ops.sum(
+            ops.square(ops.cast(stored, wide)),
+            axis=self.target.contraction_axes,
+            keepdims=True,
+        )
+        return ops.maximum(square, _LEAST_SQUARE)

@@ -1,0 +1,181 @@
+"""The end of LoRA fine-tuning, with or without an N:M pattern to keep."""
+
+from typing import Any
+
+from keras import ops
+
+from keras_weightmods.core import seam
+from keras_weightmods.core.targets import find_targets
+from keras_weightmods.ops.nm import nm_project, nm_violations, parse_pattern
+
+_SELECTIONS = ("mask", "magnitude")
+
+
+def merge_lora(model, pattern=None, keep="mask"):
+    """Adds LoRA's product to the kernels, in place, and takes LoRA off.
+
+    What `enable_lora` began ends here: the layers are plain again, and their
+    kernels trainable. Without a pattern the model computes what it did. With
+    one, every merged kernel ends exactly N:M, at the price of what the
+    product added in the wrong places: fine-tune with `SemiStructuredSparse.
+    attach(model, frozen=True)` instead where memory allows, which has no such
+    step at its end.
+
+    The merge is in the kernel's own dtype, whatever the layer computes in. The
+    model is left uncompiled if its optimizer has been built.
+
+    Args:
+        model: A built Keras model or layer. It is changed.
+        pattern: String `"n:m"` or pair of ints, the pattern that the kernels
+            end in; `None` for no pattern. Kernels whose contraction size is
+            no multiple of m, and embeddings, are merged without. Defaults to
+            `None`.
+        keep: String, which weights stay under a pattern. `"mask"`: those that
+            the base has, which must be N:M; zeros stay zeros. `"magnitude"`:
+            the n largest of each group of the merged kernel, so that places
+            change. Defaults to `"mask"`.
+
+    Returns:
+        Tuple of the keys of the merged variables, as `Target.key`.
+
+    Raises:
+        ValueError: If LoRA is enabled on no layer, on a quantized one (merge
+            before `quantize`), or on a packed, scaled or companded one
+            (`unpack` or `fold` first); if an argument is none of the above;
+            if a base kernel is not N:M under `keep="mask"`. The model is
+            unchanged then.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(8)])
+    kwm.SemiStructuredSparse.attach(model)
+    kwm.SemiStructuredSparse.detach(model)
+
+    model.layers[0].enable_lora(2)
+    model.compile("adam", "mse")
+    model.fit(np.ones((4, 16)), np.ones((4, 8)), verbose=0)
+    kwm.merge_lora(model, pattern="2:4")
+    kwm.assert_sparse(model, "2:4")
+    ```
+
+    Reference:
+        LoRA (arXiv 2106.09685), section 4.1: `W + alpha / rank * A B`.
+    """
+    seam.check_model(model)
+    n, m = (1, 1) if pattern is None else parse_pattern(pattern)
+    if keep not in _SELECTIONS:
+        raise ValueError(
+            f"`keep` must be one of {_SELECTIONS}, the weights that stay under "
+            f"a pattern. Received: keep={keep!r}"
+        )
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if getattr(layer, "lora_enabled", False)
+    ]
+    _check(model, layers)
+    axes = {}
+    if pattern is not None:
+        axes = {
+            id(target.variable): target.contraction_axes
+            for target in find_targets(model)
+            if target.contraction_size % m == 0
+        }
+        if keep == "mask":
+            _check_bases(layers, axes, n, m)
+    position = {id(v): place for place, v in enumerate(model.weights)}
+    merged = []
+    for layer in layers:
+        variable = _base(layer)
+        value = _merged(layer, variable)
+        if id(variable) in axes:
+            if keep == "mask":
+                kept = ops.not_equal(variable, 0)
+                value = ops.where(kept, value, ops.zeros_like(value))
+            else:
+                value = nm_project(value, n, m, axes[id(variable)])
+        variable.assign(value)
+        merged.append(f"{position[id(variable)]}:{variable.path}")
+        _take_off(layer)
+    seam.forget_variables(model)
+    return tuple(merged)
+
+
+def _check(model, layers):
+    if not layers:
+        raise ValueError(
+            "`merge_lora` needs LoRA on some layer: call `enable_lora` and "
+            f"train first. Received: model={model.name!r}, without any"
+        )
+    for layer in layers:
+        if layer.quantization_mode is not None:
+            raise ValueError(
+                "LoRA cannot be merged into codes. Call `merge_lora` before "
+                f"`quantize`. Received: layer {layer.path!r}, quantized to "
+                f"{layer.quantization_mode}"
+            )
+        if seam.is_reparameterized(layer):
+            raise ValueError(
+                "LoRA is merged into a layer's stored weight. Call `unpack` or "
+                f"`fold` first. Received: layer {layer.path!r}, whose weight "
+                "is packed or reparameterized"
+            )
+        if _base(layer) is None:
+            raise ValueError(
+                "`merge_lora` knows the LoRA of Keras' own layers. Received: "
+                f"layer {layer.path!r} of class {type(layer).__name__}"
+            )
+
+
+def _check_bases(layers, axes, n, m):
+    bad = []
+    for layer in layers:
+        variable = _base(layer)
+        if id(variable) in axes:
+            count = int(nm_violations(variable.value, n, m, axes[id(variable)]))
+            if count:
+                bad.append(f"{variable.path} ({count:,} groups)")
+    if bad:
+        raise ValueError(
+            "`merge_lora(keep='mask')` needs kernels that were exactly "
+            f"{n}:{m} before LoRA. Received: {len(bad)} that are not, among "
+            f"them {', '.join(bad[:5])}. Pass keep='magnitude' to choose "
+            "anew, or pattern=None for a dense merge."
+        )
+
+
+def _names(layer):
+    """The names of the base and of its two factors."""
+    for base in ("kernel", "embeddings"):
+        names = f"_{base}", f"lora_{base}_a", f"lora_{base}_b"
+        if all(hasattr(layer, name) for name in names):
+            return names
+    return None
+
+
+def _base(layer):
+    names = _names(layer)
+    return None if names is None else getattr(layer, names[0])
+
+
+def _merged(layer, variable):
+    _, *factors = _names(layer)
+    # Not `layer.kernel`, which is rounded to the compute dtype.
+    a, b = (ops.cast(getattr(layer, name).value, "float32") for name in factors)
+    change = ops.multiply(layer.lora_alpha / layer.lora_rank, ops.matmul(a, b))
+    value = ops.add(ops.cast(variable.value, "float32"), change)
+    return ops.cast(value, variable.dtype)
+
+
+def _take_off(layer: Any):
+    base, *factors = _names(layer)
+    seam.remove_weights(layer, factors)
+    layer.lora_enabled = False
+    layer.lora_rank = layer.lora_alpha = None
+    # LoRA froze it.
+    getattr(layer, base).trainable = True

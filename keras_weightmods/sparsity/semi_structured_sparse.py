@@ -1,0 +1,439 @@
+"""SemiStructuredSparse: N:M sparsity as a weight constraint."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_weightmods.core.seam import check_model
+from keras_weightmods.core.targets import Skipped, Target, resolve_targets
+from keras_weightmods.ops.nm import (
+    nm_mask,
+    nm_project,
+    pack_bits,
+    parse_pattern,
+    unpack_bits,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttachReport:
+    """What `SemiStructuredSparse.attach` changed and what it left alone.
+
+    Attributes:
+        attached: Keys of the kernels that are now constrained.
+        skipped: `Skipped(path, reason)` for every kernel that is not.
+    """
+
+    attached: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.attached)} kernels attached"]
+        lines += [
+            f"skipped {skip.path}: {skip.reason}" for skip in self.skipped
+        ]
+        return "\n".join(lines)
+
+
+@keras.saving.register_keras_serializable(package="keras_weightmods")
+class SemiStructuredSparse(keras.constraints.Constraint):
+    """Keeps the n largest magnitudes of every m weights, zeroes the others.
+
+    After every optimizer step, and after the averaged weights of
+    `use_ema=True` are written back, the kernel is projected onto the nearest
+    N:M kernel: projected gradient descent, w <- P(w - update), where P keeps
+    the top n of each group (equation 6 of CAST, arXiv 2509.25996). Groups run
+    along the contraction axes, as the hardware of 2:4 sparsity wants it.
+
+    Pass an instance as the `kernel_constraint` of a layer; or, for a model
+    whose layers take none (KerasHub) or whose kernels are not rank 2, call
+    `SemiStructuredSparse.attach(model)`, which finds the kernels and their
+    contraction axes and is not written into the configuration of the layers.
+
+    **LoRA.** Keras refuses `enable_lora` on a layer that has a
+    `kernel_constraint`. Use `attach` instead, or call `detach` first: Keras
+    freezes the base kernel when LoRA is enabled, so it stays exactly N:M
+    while the LoRA weights train. (Saving merges them into the kernel, which
+    makes it dense.)
+
+    **Averages.** Keras writes the average of `use_ema=True` back without
+    applying constraints. The first instance created therefore extends
+    `keras.optimizers.Optimizer.finalize_variable_values`, and the hooks by
+    which `keras.callbacks.SwapEMAWeights` shows the average, to project the
+    variables that this class constrains, and no others.
+
+    Args:
+        n: Int, weights KEPT in every group. Defaults to 2.
+        m: Int, size of a group. Defaults to 4.
+        axis: Int or tuple of ints, the contraction axes of the kernel. With
+            `None`, axis 0 of a rank-2 kernel `(inputs, units)`; a kernel of
+            another rank is an error. Defaults to `None`.
+        frozen: If `True`, the weights that are kept never change place:
+            retraining under a fixed mask. The mask must be known before the
+            first step, so only `attach(model, frozen=True)` makes a frozen
+            constraint that can be applied. It costs one bit a weight, and is
+            not saved: attach again after loading, and the mask is recovered
+            from the zeros. Defaults to `False`.
+
+    Raises:
+        ValueError: If `1 <= n <= m` does not hold or `axis` is malformed; and
+            when applied to a kernel whose contraction size is not a multiple
+            of m.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    from keras_weightmods import SemiStructuredSparse
+    from keras_weightmods.ops import nm_violations
+
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(
+                4, kernel_constraint=SemiStructuredSparse(n=2, m=4)
+            ),
+        ]
+    )
+    model.compile(optimizer="sgd", loss="mse")
+    model.fit(np.ones((4, 8)), np.ones((4, 4)), verbose=0)
+    assert int(nm_violations(model.layers[0].kernel, 2, 4, axis=0)) == 0
+    ```
+    """
+
+    # What else acts on weights asks for this, without knowing the class.
+    keeps_pattern = True
+
+    def __init__(
+        self,
+        n: int = 2,
+        m: int = 4,
+        axis: int | Iterable[int] | None = None,
+        frozen: bool = False,
+    ):
+        self.n, self.m = parse_pattern((n, m))
+        self.axis = _standardize_axis(axis)
+        self.frozen = bool(frozen)
+        self._packed_mask: Any = None
+        self._mask_shape: tuple[int, ...] | None = None
+        _install_reprojection()
+
+    def __call__(self, w: Any) -> Any:
+        w = ops.convert_to_tensor(w)
+        axis = self._axis_for(tuple(w.shape))
+        if not self.frozen:
+            return nm_project(w, self.n, self.m, axis)
+        if self._packed_mask is None:
+            # Keras calls a constraint after the update only, when the zeros
+            # that would give the mask away are overwritten.
+            raise ValueError(
+                "A frozen `SemiStructuredSparse` needs its mask before the "
+                "first training step, which `kernel_constraint` cannot give "
+                "it. Call `SemiStructuredSparse.attach(model, "
+                f"n={self.n}, m={self.m}, frozen=True)` after the weights are "
+                "built or loaded, or pass `frozen=False`. Received: "
+                "frozen=True in a constraint that was not made by `attach`"
+            )
+        if tuple(w.shape) != self._mask_shape:
+            raise ValueError(
+                "A frozen `SemiStructuredSparse` belongs to the one kernel it "
+                f"was attached to, of shape {self._mask_shape}. Received: "
+                f"w.shape={tuple(w.shape)}"
+            )
+        mask = unpack_bits(self._packed_mask, self._mask_shape)
+        return ops.where(mask, w, ops.zeros_like(w))
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "n": self.n,
+            "m": self.m,
+            "axis": self.axis,
+            "frozen": self.frozen,
+        }
+
+    @classmethod
+    def attach(
+        cls,
+        model: keras.Model,
+        targets: Sequence[Target] | None = None,
+        n: int = 2,
+        m: int = 4,
+        frozen: bool = False,
+    ) -> AttachReport:
+        """Constrains the kernels of a built model, and projects them at once.
+
+        Every target gets a constraint of its own, with its own contraction
+        axes, and is exactly N:M from now on, before any training. An earlier
+        `SemiStructuredSparse` is replaced. The constraint sits on the variable
+        only: it is not saved with the model (attach again after loading), it
+        does not block `enable_lora`, and the saved model loads without this
+        package. If `model` is part of a larger model that was trained before,
+        compile the larger one again, so that its train step is traced anew.
+
+        Args:
+            model: A built Keras model or layer.
+            targets: The kernels, as `find_targets` returns them, or `None`
+                for all that `find_targets(model)` finds.
+            n: Int, weights KEPT in every group. Defaults to 2.
+            m: Int, size of a group. Defaults to 4.
+            frozen: If `True`, the mask of this moment stays: exactly n
+                weights of every group train and all others remain exactly
+                zero under any optimizer. On JAX, the mask is a constant of
+                the compiled train step, one bit a weight. Defaults to
+                `False`.
+
+        Returns:
+            An `AttachReport`. Kernels whose contraction size is not a
+            multiple of m, or that have a constraint of another class, are
+            skipped and named there.
+
+        Raises:
+            ValueError: If the pattern is malformed, the targets do not
+                belong to the model, or none can be constrained. The model is
+                then unchanged.
+
+        Example:
+
+        ```python
+        import keras
+        from keras_weightmods import SemiStructuredSparse
+
+        model = keras.Sequential(
+            [keras.Input((8,)), keras.layers.Dense(4, name="dense")],
+            name="net",
+        )
+        report = SemiStructuredSparse.attach(model, n=2, m=4)
+        assert report.attached == ("0:net/dense/kernel",)
+        model.layers[0].enable_lora(2)
+        ```
+        """
+        n, m = parse_pattern((n, m))
+        resolved = resolve_targets(model, targets)
+        skipped = list(resolved.skipped)
+        pairs = []
+        for target in resolved:
+            reason = _reason_to_skip(target, m)
+            if reason is None:
+                pairs.append(
+                    (target, cls(n, m, target.contraction_axes, frozen))
+                )
+            else:
+                skipped.append(Skipped(target.path, reason))
+        report = AttachReport(
+            tuple(target.key for target, _ in pairs), tuple(skipped)
+        )
+        if not pairs:
+            raise ValueError(
+                f"`model` has no kernel that can be made {n}:{m} sparse. "
+                f"Received: model={model}, targets={targets}\n{report}"
+            )
+        for target, constraint in pairs:
+            variable = target.variable
+            axes = target.contraction_axes
+            projected = nm_project(variable, n, m, axes)
+            if frozen:
+                constraint._mask_shape = tuple(variable.shape)
+                # From the projected kernel, so that the weights alone
+                # determine the mask and attaching after a reload finds it.
+                constraint._packed_mask = pack_bits(
+                    nm_mask(projected, n, m, axes)
+                )
+            variable.assign(projected)
+            variable.constraint = constraint
+        _forget_train_step(model)
+        return report
+
+    @classmethod
+    def detach(cls, model: keras.Model) -> tuple[str, ...]:
+        """Removes every `SemiStructuredSparse` from a model.
+
+        The weights stay as they are, N:M or not. Constraints given to layers
+        as `kernel_constraint` go too, so that `enable_lora` is possible.
+
+        Args:
+            model: A Keras model or layer.
+
+        Returns:
+            Keys of the variables that were constrained, as `Target.key`.
+
+        Raises:
+            ValueError: If `model` is no Keras model or layer.
+
+        Example:
+
+        ```python
+        import keras
+        from keras_weightmods import SemiStructuredSparse
+
+        layer = keras.layers.Dense(4, kernel_constraint=SemiStructuredSparse())
+        model = keras.Sequential([keras.Input((8,)), layer])
+        SemiStructuredSparse.detach(model)
+        layer.enable_lora(2)
+        ```
+        """
+        check_model(model)
+        detached = []
+        for position, variable in enumerate(model.weights):
+            if _is_ours(variable):
+                variable.constraint = None
+                detached.append(f"{position}:{variable.path}")
+        # Keras offers no public walk over all nested layers.
+        for layer in model._flatten_layers():
+            # Attention layers keep theirs under a private name, recurrent
+            # ones under several.
+            for name, value in list(vars(layer).items()):
+                if isinstance(value, SemiStructuredSparse):
+                    setattr(layer, name, None)
+        _forget_train_step(model)
+        return tuple(detached)
+
+    def _axis_for(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.axis is not None:
+            return self.axis
+        if len(shape) == 2:
+            return (0,)
+        raise ValueError(
+            "`SemiStructuredSparse` knows the contraction axis of a rank-2 "
+            "kernel only, axis 0. For another one pass `axis=`: `axis=(0, 1, "
+            "2)` for a Conv2D kernel (height, width, in, out); for an "
+            "EinsumDense kernel the letters of the equation that the input "
+            "has and the output has not, `axis=(0, 1)` in 'abc,bcd->ad'. Or "
+            "let `SemiStructuredSparse.attach(model)` find the axes. "
+            f"Received: axis=None for a kernel of shape {shape}"
+        )
+
+
+def _standardize_axis(
+    axis: int | Iterable[int] | None,
+) -> tuple[int, ...] | None:
+    if axis is None:
+        return None
+    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    if (
+        not axes
+        or not all(type(i) is int for i in axes)
+        or len(set(axes)) != len(axes)
+    ):
+        raise ValueError(
+            "`axis` must be `None`, an int or a tuple of different ints. "
+            f"Received: axis={axis}"
+        )
+    return axes
+
+
+def _reason_to_skip(target: Target, m: int) -> str | None:
+    if target.contraction_size % m:
+        return (
+            f"its contraction size {target.contraction_size} is not a "
+            f"multiple of m={m}"
+        )
+    constraint = target.variable.constraint
+    if constraint is not None and not _is_ours(target.variable):
+        return f"it has the constraint {type(constraint).__name__} already"
+    return None
+
+
+def _is_ours(variable: Any) -> bool:
+    return isinstance(
+        getattr(variable, "constraint", None), SemiStructuredSparse
+    )
+
+
+def _forget_train_step(model: keras.Model) -> None:
+    # A train step that JAX or TensorFlow traced earlier holds the constraints
+    # of that time.
+    if getattr(model, "train_function", None) is not None:
+        model.train_function = None
+
+
+# Optimizer.apply ends with `variable.assign(variable.constraint(variable))`,
+# which covers `ema_overwrite_frequency`. Two places of Keras write averaged
+# weights afterwards and apply no constraint. Neither offers a hook that a
+# constraint could use: it knows neither the model nor the optimizer.
+_MARK = "_keras_weightmods_reprojects"
+_HOOKS_THAT_SHOW = ("on_epoch_end", "on_test_begin", "on_predict_begin")
+_HOOKS_THAT_HIDE = ("on_epoch_begin", "on_test_end", "on_predict_end")
+
+
+def _install_reprojection() -> None:
+    """Extends the two places of Keras, once in a process."""
+    # The common base of the optimizers of all backends; LossScaleOptimizer
+    # and MultiOptimizer delegate to inner optimizers.
+    optimizer = keras.optimizers.Optimizer
+    if hasattr(optimizer.finalize_variable_values, _MARK):
+        return
+    finalize = optimizer.finalize_variable_values
+
+    @functools.wraps(finalize)
+    def finalize_and_project(self: Any, var_list: Any) -> None:
+        finalize(self, var_list)
+        for variable in var_list:
+            if _is_ours(variable):
+                variable.assign(variable.constraint(variable))
+
+    setattr(finalize_and_project, _MARK, True)
+    optimizer.finalize_variable_values = finalize_and_project
+    callback = keras.callbacks.SwapEMAWeights
+    for name in _HOOKS_THAT_SHOW + _HOOKS_THAT_HIDE:
+        hook = _projecting_hook(
+            getattr(callback, name), shows=name in _HOOKS_THAT_SHOW
+        )
+        setattr(callback, name, hook)
+
+
+def _projecting_hook(hook: Any, shows: bool) -> Any:
+    """Lets SwapEMAWeights show a projected average and keep the true one.
+
+    Without it, an evaluation runs on dense weights, and a ModelCheckpoint or
+    EarlyStopping beside `swap_on_epoch=True` takes them home.
+    """
+
+    @functools.wraps(hook)
+    def projecting_hook(self: Any, *args: Any, **kwargs: Any) -> None:
+        averages = self.__dict__.pop("_keras_weightmods_averages", [])
+        for variable, average in _still_shown(self, averages):
+            variable.assign(average)
+        hook(self, *args, **kwargs)
+        # Keras' on_predict_end leaves the average in the model, so what was
+        # put back above may still be there. The weights before the first
+        # step, which no hook has averaged, are not ours to project.
+        if shows or averages:
+            self._keras_weightmods_averages = _project_shown(self.model)
+
+    return projecting_hook
+
+
+def _project_shown(model: keras.Model) -> list[tuple[Any, np.ndarray]]:
+    """Projects the constrained variables; returns what they were before."""
+    changed = []
+    for variable in model.trainable_variables:
+        if _is_ours(variable):
+            value = ops.convert_to_numpy(variable.value)
+            projected = _project(variable, value)
+            if not np.array_equal(value, projected):
+                changed.append((variable, value))
+                variable.assign(projected)
+    return changed
+
+
+def _still_shown(callback: Any, averages: list) -> Iterator[tuple]:
+    """Yields the averages whose projection is still in the model."""
+    # On JAX, reading `model` brings the state back into the variables.
+    if averages and callback.model is not None:
+        for variable, average in averages:
+            if _is_ours(variable) and np.array_equal(
+                ops.convert_to_numpy(variable.value),
+                _project(variable, average),
+            ):
+                yield variable, average
+
+
+def _project(variable: Any, value: np.ndarray) -> np.ndarray:
+    tensor = ops.convert_to_tensor(value, dtype=variable.dtype)
+    return ops.convert_to_numpy(variable.constraint(tensor))

@@ -1,0 +1,235 @@
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_weightmods import WeightSignature, cli
+from tests.patches.models import (
+    assert_same_bits,
+    make_model,
+    make_weights,
+    weights_of,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three checkpoints, a model of another kind, and files that are none."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = make_model(name="net")
+    for seed, name in enumerate(("init", "clean", "robust")):
+        model.set_weights(make_weights(model, seed))
+        model.save(folder / f"{name}.keras")
+    other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    other.save(folder / "other.keras")
+    (folder / "broken.keras").write_bytes(b"PK not quite")
+    (folder / "broken.safetensors").write_bytes(bytes(40))
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Runs a line of words; checks the exit code; returns what it printed."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(line, code=0):
+        assert cli.main(line.split()) == code
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        assert bool(printed.err) == bool(code)
+        return printed.err if code else printed.out
+
+    return run
+
+
+EXTRACT = (
+    "signature extract --init init.keras --clean clean.keras "
+    "--robust robust.keras"
+)
+
+
+@pytest.fixture
+def noise(run, folder):
+    path = folder / "noise.safetensors"
+    if not path.exists():
+        run(f"{EXTRACT} --depth 2 --name noise -o noise.safetensors")
+    return path
+
+
+def load_weights(path):
+    return weights_of(keras.saving.load_model(path, compile=False))
+
+
+def test_extract(run, noise, folder):
+    models = [
+        keras.saving.load_model(folder / f"{name}.keras")
+        for name in ("init", "clean", "robust")
+    ]
+    expected = WeightSignature.extract(*models, depth=2, name="noise")
+    assert WeightSignature.load(noise).digest == expected.digest
+    first = models[0].layers[0].name
+    printed = run(
+        "signature extract --clean clean.keras --robust robust.keras --targets "
+        f"^dense ^{first}/ --statistics average -o two.safetensors"
+    )
+    assert "Wrote two.safetensors" in printed
+    two = WeightSignature.load(folder / "two.safetensors")
+    assert two.method == "difference"
+    assert [e.info.position for e in two] == [0, 1, 12, 13, 14, 15]
+
+
+def test_apply_and_remove(run, noise, folder):
+    clean = load_weights(folder / "clean.keras")
+    signature = WeightSignature.load(noise)
+    printed = run(
+        "signature apply noise.safetensors clean.keras --scale .5 -o new.keras"
+    )
+    assert "8 of 16 weights changed; wrote new.keras" in printed
+    patched = load_weights(folder / "new.keras")
+    assert_same_bits(patched, signature.apply(clean, 0.5))
+    run("signature remove noise.safetensors new.keras --scale .5 -o old.keras")
+    for a, b in zip(load_weights(folder / "old.keras"), clean):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    # With nothing added there is nothing to round.
+    printed = run(
+        "signature remove noise.safetensors clean.keras --scale 0 -o same.keras"
+    )
+    assert "the clean checkpoint, bit for bit" in printed
+    assert_same_bits(load_weights(folder / "clean.keras"), clean)
+
+
+def test_add_and_quantize(run, noise, folder):
+    signature = WeightSignature.load(noise)
+    run(
+        "signature add noise.safetensors noise.safetensors --weights 2 -0.5 "
+        "-o sum.safetensors"
+    )
+    total = WeightSignature.load(folder / "sum.safetensors")
+    assert total.cosine_similarity(signature).whole == pytest.approx(1)
+    np.testing.assert_allclose(
+        total.entries[0].tensor, 1.5 * signature.entries[0].tensor, rtol=1e-6
+    )
+    for method in ("mean", "ties", "dare"):
+        run(
+            f"signature add noise.safetensors sum.safetensors --method {method}"
+            f" --density .5 --drop-rate .5 --seed 3 -o {method}.safetensors"
+        )
+        made = WeightSignature.load(folder / f"{method}.safetensors")
+        assert made.method == method
+    run(
+        "signature quantize noise.safetensors --bits 4 --per-channel "
+        "-o small.safetensors"
+    )
+    small = WeightSignature.load(folder / "small.safetensors")
+    assert small.digest == signature.quantize(4, per_channel=True).digest
+
+
+def test_tables(run, noise):
+    printed = run("signature info noise.safetensors")
+    for part in ("Signature noise, rws, depth 2", "3x3x1x2", "clean: SHA-256"):
+        assert part in printed, part
+    assert run("inspect noise.safetensors") == printed
+    printed = run("inspect clean.keras")
+    for part in ("Sequential net", "moving_mean", "statistic", "float32"):
+        assert part in printed, part
+    printed = run("report clean.keras --pattern 1:2")
+    assert "Sparsity, pattern 1:2" in printed
+
+
+def test_errors_have_no_traceback(run, noise, folder):
+    cases = {
+        "inspect nothing.keras": "there is no file nothing.keras",
+        "inspect broken.keras": "Keras cannot load broken.keras",
+        "inspect broken.safetensors": "must be a whole signature file",
+        "inspect nothing.safetensors": "nothing.safetensors",
+        "report clean.keras --pattern 4:2": "pattern",
+        "signature info clean.keras": "must be a whole signature file",
+        f"{EXTRACT} -o a.safetensors": "there are 4",
+        f"{EXTRACT} --targets ( -o a.safetensors": "valid regular",
+        f"{EXTRACT} --depth 1 -o a.npz": "must end in .safetensors",
+        f"{EXTRACT} --depth 1 -o noise.safetensors": "--overwrite",
+        f"{EXTRACT} --depth 1 -o x/a.safetensors": "there is no folder x",
+        "signature apply noise.safetensors other.keras -o a.keras": (
+            "another architecture"
+        ),
+        "signature apply noise.safetensors clean.keras -o clean.keras": (
+            "clean.keras exists; --overwrite"
+        ),
+        "signature remove noise.safetensors clean.keras --scale nan "
+        "-o a.keras": "`scale`",
+        "signature add noise.safetensors -o a.safetensors --weights 1 2": (
+            "`weights`"
+        ),
+        "signature quantize broken.safetensors -o a.safetensors": (
+            "must be a whole signature file"
+        ),
+    }
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    for line, message in cases.items():
+        assert message in run(line, code=1), line
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_the_input_is_replaced_when_told(run, noise, folder):
+    (folder / "mine.keras").write_bytes((folder / "clean.keras").read_bytes())
+    run(
+        "signature apply noise.safetensors mine.keras -o mine.keras --overwrite"
+    )
+    expected = WeightSignature.load(noise).apply(
+        load_weights(folder / "clean.keras")
+    )
+    assert_same_bits(load_weights(folder / "mine.keras"), expected)
+    assert not list(folder.glob(".*"))
+
+
+def test_usage(capsys):
+    for line in ("", "signature", "nothing", "signature quantize a --bits 3"):
+        with pytest.raises(SystemExit) as error:
+            cli.main(line.split())
+        assert error.value.code == 2
+        assert "usage: keras-weightmods" in capsys.readouterr().err
+    for words in (
+        [],
+        ["inspect"],
+        ["report"],
+        *(
+            ["signature", name]
+            for name in (
+                "extract",
+                "apply",
+                "remove",
+                "add",
+                "quantize",
+                "info",
+            )
+        ),
+    ):
+        with pytest.raises(SystemExit) as error:
+            cli.main([*words, "--help"])
+        assert error.value.code == 0
+        printed = capsys.readouterr().out
+        assert "examples:\n  keras-weightmods" in printed
+
+
+def test_help_imports_no_keras():
+    """So that it is there at once."""
+    source = pathlib.Path(cli.__file__)
+    code = (
+        "import runpy, sys\n"
+        f"main = runpy.run_path({str(source)!r})['main']\n"
+        "try:\n"
+        "    main(['--help'])\n"
+        "except SystemExit:\n"
+        "    assert 'keras' not in sys.modules\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ},
+    )

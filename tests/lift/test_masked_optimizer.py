@@ -1,0 +1,160 @@
+"""Nothing outside of the mask moves, whatever the optimizer does."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+from keras_weightmods.lift.masked_state import MaskSpec
+
+OPTIMIZERS = {
+    "SGD with momentum": lambda: keras.optimizers.SGD(
+        0.1, momentum=0.9, nesterov=True, weight_decay=0.1
+    ),
+    "Adam": lambda: keras.optimizers.Adam(0.1, weight_decay=0.1),
+    "AdamW": lambda: keras.optimizers.AdamW(0.1, weight_decay=0.1),
+    "Lion": lambda: keras.optimizers.Lion(0.1, weight_decay=0.1),
+    "RMSprop": lambda: keras.optimizers.RMSprop(0.1, momentum=0.9),
+    "Adafactor": lambda: keras.optimizers.Adafactor(0.1),
+    "Muon": lambda: keras.optimizers.Muon(0.1),
+}
+KERNEL = np.random.default_rng(0).normal(size=(6, 5)).astype("float32")
+MASK = np.int32([0, 3, 4, 11, 12, 25, 29])
+
+
+def built(inner, **kwargs):
+    variables = [keras.Variable(KERNEL), keras.Variable(np.ones(4, "float32"))]
+    optimizer = kwm.MaskedOptimizer(inner, **kwargs)
+    specs = [MaskSpec("w", (6, 5), 7, 0), MaskSpec("b", (4,), None, 1)]
+    optimizer.build_masked(variables, specs, variables)
+    optimizer.set_masks([MASK], 0)
+    return optimizer, variables
+
+
+def step(optimizer, variables, steps=4):
+    random = np.random.default_rng(1)
+    for _ in range(steps):
+        optimizer.apply(
+            [
+                ops.convert_to_tensor(
+                    random.normal(size=v.shape).astype("float32")
+                )
+                for v in variables
+            ],
+            variables,
+        )
+
+
+def changed(variable, before=KERNEL):
+    after = ops.convert_to_numpy(variable.value)
+    return np.flatnonzero(after != before).tolist()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_only_masked_entries_change(name):
+    optimizer, variables = built(OPTIMIZERS[name]())
+    step(optimizer, variables)
+    assert changed(variables[0]) == MASK.tolist()
+    assert changed(variables[1], np.ones(4)) == [0, 1, 2, 3]
+    # Also where it has momentum for entries that are no longer masked.
+    before = ops.convert_to_numpy(variables[0].value).copy()
+    other = np.int32([1, 2, 3, 5, 6, 7, 8])
+    optimizer.set_masks([other], 4)
+    step(optimizer, variables)
+    assert set(changed(variables[0], before)) <= set(other.tolist())
+    assert optimizer.indices_of(variables[0]).tolist() == other.tolist()
+
+
+def test_masked_entries_are_those_of_the_inner_optimizer():
+    """An elementwise optimizer does to them what it does without masks."""
+    optimizer, variables = built(OPTIMIZERS["AdamW"]())
+    plain = OPTIMIZERS["AdamW"]()
+    free = [keras.Variable(KERNEL), keras.Variable(np.ones(4, "float32"))]
+    plain.build(free)
+    step(optimizer, variables)
+    step(plain, free)
+    masked, unmasked = (
+        ops.convert_to_numpy(v[0].value).reshape(-1)[MASK]
+        for v in (variables, free)
+    )
+    np.testing.assert_allclose(masked, unmasked, rtol=1e-6)
+
+
+def test_equals_sparse_adamw():
+    """But for where Adam adds its epsilon."""
+    inner = keras.optimizers.AdamW(
+        0.01, beta_2=0.95, epsilon=1e-12, weight_decay=0.1, clipnorm=0.5
+    )
+    optimizer, variables = built(inner)
+    sparse = kwm.SparseAdamW(
+        0.01, epsilon=1e-12, weight_decay=0.1, clipnorm=0.5
+    )
+    others = [keras.Variable(KERNEL), keras.Variable(np.ones(4, "float32"))]
+    sparse.build_masked(others, optimizer.specs)
+    sparse.set_masks([MASK], 0)
+    step(optimizer, variables)
+    step(sparse, others)
+    for a, b in zip(variables, others):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(a.value),
+            ops.convert_to_numpy(b.value),
+            rtol=0,
+            atol=1e-6,
+        )
+
+
+def test_accumulation_and_averages():
+    inner = keras.optimizers.SGD(
+        0.1, gradient_accumulation_steps=2, use_ema=True, ema_momentum=0.5
+    )
+    optimizer, variables = built(inner)
+    assert optimizer.use_ema
+    step(optimizer, variables, 1)
+    assert changed(variables[0]) == []
+    step(optimizer, variables, 5)
+    assert int(optimizer.iterations) == 3
+    optimizer.finalize_variable_values(variables)
+    assert changed(variables[0]) == MASK.tolist()
+
+
+def test_wraps_an_optimizer_built_on_more():
+    inner = keras.optimizers.Adam(0.1)
+    variables = [keras.Variable(KERNEL), keras.Variable(np.ones(4, "float32"))]
+    inner.build(variables)
+    optimizer = kwm.MaskedOptimizer(inner)
+    optimizer.build_masked(
+        variables[:1], [MaskSpec("w", (6, 5), 7, 0)], variables
+    )
+    optimizer.set_masks([MASK], 0)
+    step(optimizer, variables[:1])
+    assert changed(variables[0]) == MASK.tolist()
+    copy = kwm.MaskedOptimizer.from_config(optimizer.get_config())
+    copy.optimizer.name = inner.name
+    variables[0]._path = "w"
+    copy.build(variables)
+    assert [tuple(v.shape) for v in copy.variables] == [
+        tuple(v.shape) for v in optimizer.variables
+    ]
+
+
+def test_constraints_apply_once_after_the_step():
+    calls = []
+    optimizer, variables = built(OPTIMIZERS["Adam"]())
+    variables[1].constraint = lambda w: calls.append(1) or ops.clip(w, 0, 1)
+    step(optimizer, variables, 3)
+    assert len(calls) == 3
+    assert variables[1].constraint is not None
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        "adam",
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
+        kwm.SparseAdamW(),
+    ],
+)
+def test_rejects(inner):
+    with pytest.raises(ValueError, match="`optimizer` must be"):
+        kwm.MaskedOptimizer(inner)

@@ -1,0 +1,509 @@
+"""PrincipalMaskCallback in whole fits."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+from tests import references
+
+BACKEND = keras.backend.backend()
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(24, 8)).astype("float32")
+Y = RANDOM.normal(size=(24, 4)).astype("float32")
+DENSITY = 0.25
+COUNTS = [24, 12]  # of 8 x 12 and 12 x 4
+
+
+class Traced(keras.layers.Layer):
+    """Counts how often Python runs it."""
+
+    calls = 0
+
+    def call(self, x):
+        type(self).calls += 1
+        return x
+
+
+def make(optimizer=None, dtype="float32", **kwargs):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(12, activation="tanh", dtype=dtype),
+            Traced(dtype=dtype),
+            keras.layers.Dense(4, dtype=dtype),
+        ]
+    )
+    model.compile(optimizer or kwm.SparseAdamW(0.05), "mse", **kwargs)
+    return model
+
+
+def callback(**kwargs):
+    arguments = {"density": DENSITY, "filter_rank": 2, "refresh_every": None}
+    return kwm.PrincipalMaskCallback(**{**arguments, "seed": 0, **kwargs})
+
+
+def fit(model, *callbacks, epochs=1, **kwargs):
+    return model.fit(
+        X,
+        Y,
+        batch_size=6,  # four steps an epoch
+        epochs=epochs,
+        verbose=0,
+        shuffle=False,
+        callbacks=list(callbacks),
+        **kwargs,
+    )
+
+
+def values(model):
+    return [ops.convert_to_numpy(v.value).copy() for v in model.weights]
+
+
+def expected_masks(weights, counts=COUNTS, rank=2):
+    return [
+        references.principal_mask(weights[2 * i], counts[i], rank)
+        for i in range(2)
+    ]
+
+
+def assert_only_masks_changed(before, after, masks):
+    for i, mask in enumerate(masks):
+        assert np.array_equal(before[2 * i] != after[2 * i], mask)
+        assert np.array_equal(before[2 * i + 1], after[2 * i + 1])
+
+
+OPTIMIZERS = {
+    "SparseAdamW": lambda: kwm.SparseAdamW(0.05, weight_decay=0.1),
+    "AdamW": lambda: keras.optimizers.AdamW(0.05, weight_decay=0.1),
+    "SGD": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_trains_the_principal_weights_alone(name):
+    model = make(OPTIMIZERS[name]())
+    before = values(model)
+    history = fit(model, callback(), epochs=2)
+    assert_only_masks_changed(before, values(model), expected_masks(before))
+    loss = history.history["loss"]
+    assert loss[-1] < loss[0]
+    assert len(model.trainable_variables) == 4
+    assert all(v.trainable for v in model.trainable_variables)
+
+
+@pytest.mark.parametrize("name", ["SparseAdamW", "AdamW"])
+def test_refresh_follows_the_rule_without_a_retrace(name):
+    model = make(OPTIMIZERS[name]())
+    before = values(model)
+    Traced.calls = 0
+    fit(model, callback(refresh_every=1), epochs=2)
+    if BACKEND != "torch":
+        other = make(OPTIMIZERS[name]())
+        refreshed, Traced.calls = Traced.calls - 1, 0
+        fit(other, callback(), epochs=2)
+        assert refreshed == Traced.calls
+    optimizer = model.optimizer
+    assert optimizer.mask_step == 7
+    after = values(model)
+    # More has changed by now than one mask holds, and no bias.
+    assert np.sum(after[0] != before[0]) > COUNTS[0]
+    assert np.array_equal(after[1], before[1])
+
+    masks = callback(refresh_every=8)
+    masks.attach(model)
+    masks.set_model(model)
+    masks.on_train_batch_begin(0)
+    assert optimizer.mask_step == 8
+    for variable, mask in zip(
+        optimizer.masked_variables, expected_masks(after)
+    ):
+        indices = optimizer.indices_of(variable)
+        assert indices.tolist() == np.flatnonzero(mask).tolist()
+    assert len(model.trainable_variables) == 2
+    masks.detach()
+    assert len(model.trainable_variables) == 4
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="only JAX has a state to sync")
+def test_touches_the_model_at_refreshes_alone(monkeypatch):
+    synced = []
+    sync = keras.Model.jax_state_sync
+    monkeypatch.setattr(
+        keras.Model,
+        "jax_state_sync",
+        lambda self: synced.append(1) or sync(self),
+    )
+    fit(make("adam"), epochs=2)
+    plain, synced[:] = len(synced), []
+    fit(make(), callback(refresh_every=5), epochs=2)
+    # At the start, at the first batch, and at the one refresh.
+    assert len(synced) - plain <= 4
+
+
+def test_one_fit_equals_two():
+    model, other = make(), make()
+    fit(model, callback(refresh_every=3), epochs=2)
+    fit(other, callback(refresh_every=3))
+    fit(other, callback(refresh_every=3))
+    for a, b in zip(values(model), values(other)):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["SparseAdamW", "AdamW"])
+def test_resumes_bit_equal(name, tmp_path):
+    whole = make(OPTIMIZERS[name]())
+    fit(whole, callback(refresh_every=3, selection="random"), epochs=2)
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+
+    stopped = make(OPTIMIZERS[name]())
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            stopped,
+            callback(refresh_every=3, selection="random"),
+            backup(),
+            Stop(),
+            epochs=2,
+        )
+    resumed = make(OPTIMIZERS[name]())
+    fit(
+        resumed,
+        callback(refresh_every=3, selection="random"),
+        backup(),
+        epochs=2,
+    )
+    for a, b in zip(values(whole), values(resumed)):
+        assert np.array_equal(a, b)
+
+
+def test_checkpoint_needs_attach_first(tmp_path):
+    path = str(tmp_path / "model.weights.h5")
+    model = make()
+    fit(model, callback())
+    model.save_weights(path)
+    other = make()
+    with pytest.raises(ValueError, match="attach"):
+        other.load_weights(path)
+    masks = callback()
+    masks.attach(other)
+    other.load_weights(path)
+    fit(model, callback(refresh_every=3))
+    fit(other, callback(refresh_every=3), masks)
+    for a, b in zip(values(model), values(other)):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["SparseAdamW", "AdamW"])
+def test_saved_model_goes_on(name, tmp_path):
+    path = str(tmp_path / "model.keras")
+    model = make(OPTIMIZERS[name]())
+    fit(model, callback())
+    model.save(path)
+    other = keras.models.load_model(path, custom_objects={"Traced": Traced})
+    assert other.optimizer.mask_step == 0
+    fit(model, callback(refresh_every=5))
+    fit(other, callback(refresh_every=5))
+    for a, b in zip(values(model), values(other)):
+        assert np.array_equal(a, b)
+
+
+def test_accumulation_counts_updates():
+    model = make(kwm.SparseAdamW(0.05, gradient_accumulation_steps=2))
+    before = values(model)
+    fit(model, callback(refresh_every=3))
+    assert model.optimizer.mask_step == 0
+    assert_only_masks_changed(before, values(model), expected_masks(before))
+    fit(model, callback(refresh_every=3))
+    assert model.optimizer.mask_step == 3
+    assert int(model.optimizer.iterations) == 4
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has it elsewhere only")
+def test_several_steps_in_one_execution():
+    model = make(steps_per_execution=2)
+    fit(model, callback(refresh_every=3), epochs=2)
+    # Due at 3 and 6: made up for at 4, and at 6.
+    assert model.optimizer.mask_step == 6
+    assert int(model.optimizer.iterations) == 8
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("name", ["SparseAdamW", "AdamW"])
+def test_mixed_precision(dtype, name):
+    optimizer = OPTIMIZERS[name]()
+    if dtype == "mixed_float16":
+        # As Keras does where the model as a whole has this policy.
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            optimizer, initial_scale=8.0
+        )
+    model = make(optimizer, dtype)
+    before = values(model)
+    fit(model, callback())
+    assert_only_masks_changed(before, values(model), expected_masks(before))
+    inner = model.optimizer
+    if dtype == "mixed_float16":
+        assert isinstance(inner, keras.optimizers.LossScaleOptimizer)
+        assert float(inner.dynamic_scale) == 8.0
+        inner = inner.inner_optimizer
+    kind = kwm.SparseAdamW if name == "SparseAdamW" else kwm.MaskedOptimizer
+    assert isinstance(inner, kind)
+
+
+@pytest.mark.parametrize("name", ["SparseAdamW", "AdamW"])
+def test_averages_and_schedules(name):
+    kwargs = {
+        "learning_rate": keras.optimizers.schedules.CosineDecay(0.05, 8),
+        "use_ema": True,
+        "ema_momentum": 0.5,
+        "ema_overwrite_frequency": 3,
+    }
+    make_optimizer = (
+        kwm.SparseAdamW if name == "SparseAdamW" else keras.optimizers.AdamW
+    )
+    model = make(make_optimizer(**kwargs))
+    before = values(model)
+    masks = expected_masks(before)
+
+    class Check(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            assert_only_masks_changed(before, values(self.model), masks)
+
+    fit(
+        model,
+        callback(),
+        # In the epochs' ends it shows the averages.
+        keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
+        Check(),
+        epochs=2,
+    )
+    assert_only_masks_changed(before, values(model), masks)
+
+
+def test_the_rest_may_be_trained():
+    model = make()
+    before = values(model)
+    fit(model, callback(freeze_rest=False))
+    after = values(model)
+    for i, mask in enumerate(expected_masks(before)):
+        assert np.array_equal(before[2 * i] != after[2 * i], mask)
+        assert np.all(before[2 * i + 1] != after[2 * i + 1])
+
+
+def test_flags_are_given_back():
+    model = make()
+    model.layers[-1].bias.trainable = False
+    fit(model, callback())
+    flags = [v.trainable for v in model.weights]
+    assert flags == [True, True, True, False]
+
+
+def test_targets_and_report():
+    model = make()
+    targets = kwm.find_targets(model)[1:]
+    before = values(model)
+    masks = callback(targets=targets)
+    report = masks.attach(model)
+    assert report.kernels == {targets[0].key: 12}
+    assert (report.entries, report.total) == (12, 48)
+    assert "12 of 48 entries of 1 kernels" in str(report)
+    fit(model, masks)
+    after = values(model)
+    assert np.array_equal(before[0], after[0])
+    assert np.array_equal(before[2] != after[2], expected_masks(before)[1])
+
+
+def test_rank_sets_the_count():
+    model = make()
+    report = kwm.PrincipalMaskCallback(rank=1).attach(model)
+    assert list(report.kernels.values()) == [20, 16]
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "gradient", "random"])
+def test_other_selections(selection):
+    model = make()
+    before = values(model)
+    fit(model, callback(selection=selection, data=(X[:6], Y[:6])))
+    changed = [values(model)[2 * i] != before[2 * i] for i in range(2)]
+    assert [int(c.sum()) for c in changed] == COUNTS
+    scores = {"magnitude": np.abs(before[2])}
+    hidden = np.tanh(X[:6] @ before[0] + before[1])
+    error = 2 * (hidden @ before[2] + before[3] - Y[:6]) / 24
+    scores["gradient"] = np.abs(hidden.T @ error)
+    if selection != "random":
+        score = scores[selection]
+        assert score[changed[1]].min() > score[~changed[1]].max()
+
+
+def test_sparse_model_stays_sparse():
+    model = make()
+    targets = kwm.find_targets(model)
+    for target in targets:
+        target.variable.assign(kwm.ops.nm_project(target.variable, 2, 4))
+    before = values(model)
+    fit(model, callback(keep_pattern=True, refresh_every=2), epochs=2)
+    kwm.assert_sparse(model, "2:4")
+    for i in (0, 2):
+        changed = before[i] != values(model)[i]
+        assert changed.sum() >= before[i].size * DENSITY
+        assert np.all(before[i][changed] != 0)
+    model.compile(kwm.SparseAdamW(), "mse")
+    with pytest.raises(ValueError, match="as many candidates"):
+        callback(keep_pattern=True, density=0.6).attach(model)
+    with pytest.raises(ValueError, match="is for a sparse model"):
+        callback(keep_pattern=True).attach(make())
+
+
+class Experts(keras.layers.Layer):
+    def build(self, input_shape):
+        self.up = self.add_weight(shape=(2, input_shape[-1], 6), name="up")
+
+    def call(self, x):
+        return ops.mean(ops.einsum("bi,eio->ebo", x, self.up), axis=0)
+
+
+def test_each_expert_has_its_own_mask():
+    kwm.register_target(Experts, "up", contraction_axes=(1,), stack_axes=(0,))
+    keras.utils.set_random_seed(0)
+    layer = Experts()
+    model = keras.Sequential([keras.Input((8,)), layer])
+    model.compile(kwm.SparseAdamW(0.1), "mse")
+    before = values(model)[0]
+    model.fit(X, Y[:, :1], verbose=0, callbacks=[callback()])
+    changed = values(model)[0] != before
+    for i in range(2):
+        expected = references.principal_mask(before[i], 12, 2)
+        assert np.array_equal(changed[i], expected)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.inner = make()
+        self.head = keras.layers.Dense(4)
+
+    def call(self, x):
+        return self.head(self.inner(x))
+
+
+def test_subclassed_and_nested():
+    model = Subclassed()
+    model(X)
+    model.compile("adam", "mse")
+    before = values(model)
+    fit(model, callback())
+    changed = [int(np.sum(a != b)) for a, b in zip(values(model), before)]
+    assert changed == [24, 0, 12, 0, 4, 0]
+
+
+def test_arguments():
+    def check(match, **kwargs):
+        with pytest.raises(ValueError, match=match):
+            kwm.PrincipalMaskCallback(**kwargs)
+
+    check("Give one of `rank`", density=0.1, rank=2)
+    check("`density` must be a share", density=0)
+    check("`density` must be a share", density=1.2)
+    check("`rank` must be an int", rank=-1)
+    check("`refresh_every` must be", refresh_every=0)
+    check("`refresh_every` must be", refresh_every=-5)
+    check("`selection` must be one of", selection="best")
+    check("needs `data`", selection="gradient")
+
+
+def test_errors_leave_the_model_as_it_was():
+    def check(match, model, **kwargs):
+        before, optimizer = values(model), model.optimizer
+        flags = [v.trainable for v in model.weights]
+        with pytest.raises(ValueError, match=match):
+            fit(model, callback(**kwargs))
+        assert all(map(np.array_equal, before, values(model)))
+        assert [v.trainable for v in model.weights] == flags
+        assert model.optimizer is optimizer
+
+    check("Not one entry is selected", make(), density=0.001)
+    check("multiples of `block`", make(), block=5)
+    frozen = make()
+    for layer in frozen.layers:
+        layer.trainable = False
+    frozen.layers[-1].trainable = True
+    frozen.layers[-1].kernel.trainable = False
+    check("found no kernel", frozen)
+    broken = make()
+    kernel = broken.layers[0].kernel
+    kernel.assign(ops.convert_to_numpy(kernel) * np.nan)
+    with pytest.raises(ValueError, match="must be finite"):
+        fit(broken, callback())
+    scaled = make()
+    kwm.attach_scaling(scaled)
+    check("is reparameterized", scaled)
+    with pytest.raises(ValueError, match="must be compiled"):
+        callback().attach(keras.Sequential([keras.Input((2,))]))
+    other = make()
+    fit(other, callback())
+    with pytest.raises(ValueError, match="masks of other kernels or sizes"):
+        fit(other, callback(density=0.5))
+    several = make()
+    sgd = keras.optimizers.SGD()
+    several.optimizer = keras.optimizers.MultiOptimizer(lambda v: sgd)
+    check("one optimizer", several)
+
+
+def test_training_without_the_callback_is_an_error():
+    with pytest.raises(ValueError, match="no masks yet"):
+        fit(make())
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is for JAX")
+@pytest.mark.parametrize("kind", ["data", "model"])
+def test_distributed(kind):
+    """In a process of its own, which has two devices."""
+    code = textwrap.dedent(f"""
+        import keras, numpy as np
+        import keras_weightmods as kwm
+        devices = keras.distribution.list_devices()
+        assert len(devices) == 2
+        if {kind!r} == "data":
+            keras.distribution.set_distribution(
+                keras.distribution.DataParallel(devices=devices))
+        else:
+            mesh = keras.distribution.DeviceMesh(
+                (1, 2), ["batch", "model"], devices)
+            layout = keras.distribution.LayoutMap(mesh)
+            layout[".*kernel"] = (None, "model")
+            keras.distribution.set_distribution(
+                keras.distribution.ModelParallel(
+                    layout_map=layout, batch_dim_name="batch"))
+        from tests.lift import test_principal_mask_callback as t
+        model = t.make()
+        before = t.values(model)
+        t.fit(model, t.callback())
+        t.assert_only_masks_changed(
+            before, t.values(model), t.expected_masks(before))
+        t.fit(model, t.callback(refresh_every=2))
+        assert model.optimizer.mask_step == 6
+        print("fine")
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip().endswith("fine"), done.stderr[-3000:]

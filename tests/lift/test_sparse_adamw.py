@@ -1,0 +1,233 @@
+"""SparseAdamW against LIFT's algorithm 1 in NumPy, float64."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+from keras_weightmods.lift.masked_state import MaskSpec, moved_entries
+
+RATE = 0.05
+
+
+class Reference:
+    """Algorithm 1 of LIFT, with weight decay, for one matrix."""
+
+    def __init__(self, w, indices, decay=0.0, b1=0.9, b2=0.95, eps=1e-6):
+        self.w = w.astype("float64").reshape(-1)
+        self.decay, self.b1, self.b2, self.eps = decay, b1, b2, eps
+        self.m, self.v = np.zeros_like(self.w), np.zeros_like(self.w)
+        self.t = 0
+        self.move(indices)
+
+    def move(self, indices):
+        mask = np.zeros(self.w.size, bool)
+        mask[indices] = True
+        self.mask = mask
+        self.m, self.v = np.where(mask, self.m, 0), np.where(mask, self.v, 0)
+
+    def step(self, gradient):
+        g, self.t = gradient.astype("float64").reshape(-1), self.t + 1
+        m = self.b1 * self.m + (1 - self.b1) * g
+        v = self.b2 * self.v + (1 - self.b2) * g**2
+        mean = m / (1 - self.b1**self.t)
+        root = np.sqrt(v / (1 - self.b2**self.t))
+        w = (
+            self.w
+            - RATE * self.decay * self.w
+            - RATE * mean / (root + self.eps)
+        )
+        for name, new in (("m", m), ("v", v), ("w", w)):
+            old = getattr(self, name)
+            setattr(self, name, np.where(self.mask, new, old))
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def built(masks, values=(), **kwargs):
+    """An optimizer with variables of these masks; None for all entries."""
+    variables = [keras.Variable(value) for value in values]
+    optimizer = kwm.SparseAdamW(RATE, **kwargs)
+    optimizer.build_masked(
+        variables,
+        [
+            MaskSpec(v.path, tuple(v.shape), None if m is None else len(m), i)
+            for i, (v, m) in enumerate(zip(variables, masks))
+        ],
+    )
+    optimizer.set_masks([np.int32(m) for m in masks if m is not None], 0)
+    return optimizer, variables
+
+
+def choice(size, count, seed=0):
+    random = np.random.default_rng(seed)
+    return np.sort(random.choice(size, count, replace=False))
+
+
+def value_of(variable):
+    return ops.convert_to_numpy(variable.value)
+
+
+@pytest.mark.parametrize("decay", [None, 0.1])
+def test_equals_algorithm_1(decay):
+    kernel, bias = normal(6, 5), normal(4, seed=1)
+    old, new = choice(30, 9), choice(30, 9, seed=1)
+    assert 0 < len(np.intersect1d(old, new)) < 9
+    optimizer, variables = built(
+        [old, None], [kernel, bias], weight_decay=decay
+    )
+    references = [
+        Reference(kernel, old, decay or 0.0),
+        Reference(bias, np.arange(4), decay or 0.0),
+    ]
+    for step in range(6):
+        if step == 3:
+            optimizer.set_masks([np.int32(new)], 3)
+            references[0].move(new)
+        gradients = [normal(6, 5, seed=10 + step), normal(4, seed=20 + step)]
+        optimizer.apply(
+            [ops.convert_to_tensor(g) for g in gradients], variables
+        )
+        for reference, gradient in zip(references, gradients):
+            reference.step(gradient)
+    for variable, reference in zip(variables, references):
+        np.testing.assert_allclose(
+            value_of(variable).reshape(-1), reference.w, rtol=0, atol=3e-6
+        )
+    outside = np.ones(30, bool)
+    outside[np.union1d(old, new)] = False
+    assert np.array_equal(
+        value_of(variables[0]).reshape(-1)[outside], kernel.reshape(-1)[outside]
+    )
+    assert optimizer.indices_of(variables[0]).tolist() == new.tolist()
+
+
+def test_moments_move_with_the_mask():
+    optimizer, (variable,) = built([[1, 3, 5]], [normal(8)])
+    optimizer.apply([ops.convert_to_tensor(normal(8, seed=1))], [variable])
+    before = value_of(optimizer._momentums[0])
+    assert np.all(before != 0)
+    optimizer.set_masks([np.int32([0, 3, 5])], 1)
+    after = value_of(optimizer._momentums[0])
+    assert after.tolist() == [0.0, before[1], before[2]]
+    assert value_of(optimizer._velocities[0])[0] == 0
+    assert optimizer.mask_step == 1
+
+
+def test_moved_entries():
+    moved = moved_entries(
+        np.array([2, 4, 7]), np.array([1, 4, 7]), np.array([5.0, 6.0, 8.0])
+    )
+    assert moved.tolist() == [0.0, 6.0, 8.0]
+
+
+def test_state_is_compact():
+    """0.075 of Adam's two moments at 5 %, besides a few scalars."""
+    optimizer, _ = built(
+        [choice(10_000, 500)], [normal(100, 100)], gradient_accumulation_steps=2
+    )
+    sizes = {
+        v.path.rpartition("/")[2]: tuple(v.shape) for v in optimizer.variables
+    }
+    assert {k: s for k, s in sizes.items() if s} == {
+        "gradient_accumulator_2": (500,),
+        "indices_0": (500,),
+        "momentum_0": (500,),
+        "velocity_0": (500,),
+    }
+
+
+def test_clipping_measures_masked_entries():
+    gradient = np.float32([100.0, 3.0, 100.0, 4.0])
+    optimizer, (variable,) = built(
+        [[1, 3]], [np.zeros(4, "float32")], global_clipnorm=1.0
+    )
+    optimizer.apply([ops.convert_to_tensor(gradient)], [variable])
+    np.testing.assert_allclose(
+        value_of(optimizer._momentums[0]), [0.06, 0.08], rtol=1e-5
+    )
+
+
+def test_gradient_accumulation():
+    masks, kernel = [choice(12, 5)], normal(3, 4)
+    gradients = [normal(3, 4, seed=s) for s in (1, 2)]
+    optimizer, (variable,) = built(
+        masks, [kernel], gradient_accumulation_steps=2
+    )
+    optimizer.apply([ops.convert_to_tensor(gradients[0])], [variable])
+    assert np.array_equal(value_of(variable), kernel)
+    optimizer.apply([ops.convert_to_tensor(gradients[1])], [variable])
+    reference = Reference(kernel, masks[0])
+    reference.step((gradients[0] + gradients[1]) / 2)
+    np.testing.assert_allclose(
+        value_of(variable).reshape(-1), reference.w, rtol=0, atol=1e-6
+    )
+    assert int(optimizer.iterations) == 1
+
+
+def test_average_of_unmasked_entries_is_exact():
+    kernel = normal(20, 20)
+    masks = [choice(400, 20)]
+    optimizer, (variable,) = built(
+        masks, [kernel], use_ema=True, ema_momentum=0.7
+    )
+    for step in range(5):
+        gradient = normal(20, 20, seed=step)
+        optimizer.apply([ops.convert_to_tensor(gradient)], [variable])
+    trained = value_of(variable).reshape(-1).copy()
+    optimizer.finalize_variable_values([variable])
+    averaged = value_of(variable).reshape(-1)
+    changed = np.flatnonzero(averaged != kernel.reshape(-1))
+    assert changed.tolist() == masks[0].tolist()
+    assert not np.array_equal(averaged, trained)
+
+
+def test_half_precision():
+    kernel = normal(4, 4)
+    variable = keras.Variable(kernel, dtype="bfloat16")
+    optimizer = kwm.SparseAdamW(RATE)
+    optimizer.build_masked([variable], [MaskSpec("w", (4, 4), 3, 0)])
+    optimizer.set_masks([np.int32([0, 5, 9])], 0)
+    before = ops.convert_to_numpy(ops.cast(variable.value, "float32"))
+    for _ in range(300):  # more steps than bfloat16 can count
+        optimizer.apply([ops.ones((4, 4), dtype="bfloat16")], [variable])
+    after = ops.convert_to_numpy(ops.cast(variable.value, "float32"))
+    assert np.flatnonzero(after != before).tolist() == [0, 5, 9]
+    # A gradient of 1 is a step of the learning rate, up to rounding.
+    assert np.all(np.abs((before - after)[after != before] / 300 - RATE) < 0.02)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="`beta_2` must be in"):
+        kwm.SparseAdamW(beta_2=1.0)
+    with pytest.raises(ValueError, match="`epsilon` must be"):
+        kwm.SparseAdamW(epsilon=0)
+    optimizer = kwm.SparseAdamW()
+    variable = keras.Variable(normal(3, 3))
+    optimizer.build([variable])
+    assert not optimizer.built
+    with pytest.raises(ValueError, match="no masks yet"):
+        optimizer.apply([ops.ones((3, 3))], [variable])
+    optimizer, variables = built([[0]], [normal(2, 2)])
+    with pytest.raises(ValueError, match="built already"):
+        optimizer.build_masked(variables, optimizer.specs)
+
+
+def test_config_builds_the_state():
+    optimizer, variables = built(
+        [[0, 2], None], [normal(2, 2), normal(3)], weight_decay=0.1
+    )
+    config = optimizer.get_config()
+    copy = kwm.SparseAdamW.from_config(config)
+    copy.build(variables)
+    assert copy.built
+    assert copy.mask_step == -1
+    assert [tuple(v.shape) for v in copy.variables] == [
+        tuple(v.shape) for v in optimizer.variables
+    ]
+    assert copy.get_config() == config
+    with pytest.raises(ValueError, match="was restored with masks"):
+        kwm.SparseAdamW.from_config(config).build(variables[1:])

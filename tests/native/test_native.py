@@ -1,0 +1,95 @@
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from keras_weightmods import native
+
+FOLDER = pathlib.Path(native.__file__).parent / "lib"
+
+
+def reason_in(folder, **environment):
+    """`why_not()` of a copy of the module with the library in `folder`."""
+    shutil.copy(native.__file__, folder.parent / "native_copy.py")
+    code = (
+        "import native_copy as native\n"
+        "assert native.is_available() == (native.library() is not None)\n"
+        "assert native.is_available() == (not native.why_not())\n"
+        "assert native.is_available() or (\n"
+        "    not native.is_faster_than_dense(1, 4096, 4096))\n"
+        "print(native.why_not())\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "lib").mkdir()
+    return tmp_path / "lib"
+
+
+def library():
+    found = [
+        path
+        for path in FOLDER.glob("kwm_native.*")
+        if path.suffix in (".so", ".dylib", ".dll")
+    ]
+    if not found:
+        pytest.skip(native.why_not())
+    return found[0]
+
+
+def test_available(folder):
+    shutil.copy(library(), folder)
+    assert reason_in(folder) == ""
+
+
+def test_switched_off(folder):
+    shutil.copy(library(), folder)
+    reason = reason_in(folder, KERAS_WEIGHTMODS_NATIVE="0")
+    assert "KERAS_WEIGHTMODS_NATIVE is 0" in reason
+
+
+def test_missing(folder):
+    reason = reason_in(folder)
+    assert "no C++ compiler" in reason
+    assert "pip install" in reason
+
+
+def test_not_a_library(folder):
+    (folder / "kwm_native.so").write_text("no library")
+    assert "cannot be loaded" in reason_in(folder)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ('extern "C" int kwm_abi_version() { return 99; }', "version 99"),
+        ("int other;", "cannot be loaded: .*kwm_abi_version"),
+    ],
+)
+def test_of_another_release(folder, source, reason):
+    (folder / "other.cc").write_text(source)
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", "other.cc", "-o", "kwm_native.so"],
+        cwd=folder,
+        check=True,
+    )
+    assert re.search(reason, reason_in(folder))
+
+
+def test_faster_than_dense():
+    library()
+    assert native.is_faster_than_dense(1, 4096, 4096, "int8") in (True, False)

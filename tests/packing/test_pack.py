@@ -1,0 +1,681 @@
+import gc
+import importlib
+import weakref
+
+import hypothesis
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_weightmods import (
+    SemiStructuredSparse,
+    find_targets,
+    native,
+    pack,
+    unpack,
+)
+from keras_weightmods.ops import nm_project
+from keras_weightmods.packing import packed_dense
+from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
+
+needs_native = pytest.mark.skipif(
+    bool(packed_dense.why_dense()), reason="no compiled kernels here: dense"
+)
+
+
+def dense_model():
+    return keras.Sequential(
+        [
+            keras.Input((16,)),
+            keras.layers.Dense(24, activation="relu"),
+            keras.layers.Dense(4, use_bias=False),
+        ]
+    )
+
+
+def einsum_model(equation, shape, output, bias=None):
+    layer = keras.layers.EinsumDense(
+        equation, output, bias_axes=bias, activation="tanh"
+    )
+    return keras.Sequential([keras.Input(shape), layer])
+
+
+def nested_model():
+    inputs = keras.Input((5, 16))
+    attention = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8)
+    inner = keras.Model(inputs, attention(inputs, inputs), name="inner")
+    outer = keras.Input((5, 16))
+    x = keras.layers.Dense(16)(inner(outer))
+    return keras.Model(outer, keras.layers.Add()([x, outer]))
+
+
+MODELS = {
+    "dense": dense_model,
+    "first axis": lambda: einsum_model(
+        "bqm,muh->bquh", (5, 8), (None, 2, 3), "uh"
+    ),
+    "middle axis": lambda: einsum_model(
+        "bqm,umh->bquh", (5, 8), (None, 2, 3), "h"
+    ),
+    "several axes": lambda: einsum_model(
+        "bquh,uhm->bqm", (5, 2, 4), (None, 3), "m"
+    ),
+    "axes apart": lambda: einsum_model("bquh,umh->bqm", (5, 2, 4), (None, 3)),
+    "axes swapped": lambda: einsum_model("bqhu,umh->bqm", (5, 4, 2), (None, 3)),
+    "ellipsis": lambda: einsum_model("...x,xy->...y", (3, 5, 8), 7, "y"),
+    "transposed": lambda: einsum_model("bqx,xyz->bzqy", (5, 8), (3, None, 2)),
+    "nested": nested_model,
+}
+
+
+def make_sparse(model, seed=0):
+    rng = np.random.default_rng(seed)
+    for target in find_targets(model):
+        kernel = rng.normal(size=target.shape) / target.contraction_size**0.5
+        kernel = kernel.astype("float32")
+        target.variable.assign(
+            nm_project(kernel, 2, 4, target.contraction_axes)
+        )
+    return model
+
+
+def inputs_for(model, batch=2):
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(batch, *model.input_shape[1:])).astype("float32")
+
+
+def outputs(model, x):
+    return ops.convert_to_numpy(ops.cast(model(x), "float32"))
+
+
+def state(model):
+    """Everything that must be unchanged after an error."""
+    layers = model._flatten_layers()
+    return (
+        [type(layer) for layer in layers],
+        [(id(v), v.path, v.trainable) for v in model.weights],
+        [ops.convert_to_numpy(v).tobytes() for v in model.weights],
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pack_keeps_the_function_and_unpack_is_bit_equal(name):
+    model = make_sparse(MODELS[name]())
+    layers = model._flatten_layers()
+    names = [(layer.name, layer.path) for layer in layers]
+    config, before = model.to_json(), state(model)
+    x = inputs_for(model)
+    expected = outputs(model, x)
+
+    targets = find_targets(model)
+    kernels = {t.path: ops.convert_to_numpy(t.variable) for t in targets}
+    report = pack(model)
+    assert [w.path for w in report.weights] == list(kernels)
+    assert [w.shape for w in report.weights] == [t.shape for t in targets]
+    assert [(layer.name, layer.path) for layer in layers] == names
+    np.testing.assert_allclose(outputs(model, x), expected, atol=2e-6)
+    for target in targets:
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(target.layer.kernel), kernels[target.path]
+        )
+    assert not set(kernels) & {w.path for w in model.weights}
+    assert not any("kernel" in w.path for w in model.trainable_weights)
+
+    assert len(unpack(model).weights) == len(kernels)
+    assert state(model) == before
+    assert model.to_json() == config
+    np.testing.assert_array_equal(outputs(model, x), expected)
+    assert unpack(model).weights == ()
+
+
+def rounded(kernel, dtype, axes):
+    """What packing makes of a kernel, in NumPy."""
+    if dtype == "bfloat16":
+        return kernel.astype(ml_dtypes.bfloat16).astype("float32")
+    scale = np.abs(kernel).max(axis=axes, keepdims=True) / np.float32(127)
+    return np.rint(kernel / scale).astype("float32") * scale
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["dense", "middle axis", "axes apart"])
+def test_unpack_gives_the_rounded_kernel(name, dtype):
+    model = make_sparse(MODELS[name]())
+    targets = find_targets(model)
+    expected = [
+        rounded(ops.convert_to_numpy(t.variable), dtype, t.contraction_axes)
+        for t in targets
+    ]
+    report = pack(model, dtype=dtype)
+    assert {w.dtype for w in report.weights} == {dtype}
+    x = inputs_for(model)
+    packed = outputs(model, x)
+    unpack(model)
+    for target, kernel in zip(targets, expected, strict=True):
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(target.variable), kernel
+        )
+    np.testing.assert_allclose(outputs(model, x), packed, atol=2e-6)
+
+
+@st.composite
+def products(draw):
+    """An equation, the shape of its input and its open output shape."""
+
+    def axes(letters, least):
+        return draw(
+            st.lists(
+                st.sampled_from(letters),
+                min_size=least,
+                max_size=2,
+                unique=True,
+            )
+        )
+
+    contracted, units, batch = axes("abc", 1), axes("xyz", 1), axes("mn", 0)
+    sizes = dict(zip("abcxyzmn", (4, 2, 8, 3, 17, 2, 3, 2)))
+    if contracted == ["b"]:
+        contracted = ["a"]
+    inner = ["i", *draw(st.permutations(batch + contracted))]
+    outer = ["i", *draw(st.permutations(batch + units))]
+    kernel = draw(st.permutations(contracted + units))
+    equation = f"{''.join(inner)},{''.join(kernel)}->{''.join(outer)}"
+    return (
+        equation,
+        [sizes[axis] for axis in inner[1:]],
+        [sizes[axis] for axis in outer[1:]],
+    )
+
+
+# Each new shape compiles anew, but on torch.
+@hypothesis.settings(
+    max_examples=40 if keras.backend.backend() == "torch" else 4,
+    deadline=None,
+    derandomize=True,
+)
+@hypothesis.given(product=products())
+def test_any_einsum_product_equals_numpy(product):
+    equation, input_shape, output_shape = product
+    layer = keras.layers.EinsumDense(equation, output_shape)
+    model = keras.Sequential([keras.Input(input_shape), layer])
+    make_sparse(model)
+    kernel = ops.convert_to_numpy(layer.kernel).astype("float64")
+    x = inputs_for(model)
+    pack(model)
+    np.testing.assert_allclose(
+        outputs(model, x), np.einsum(equation, x, kernel), rtol=1e-5, atol=1e-5
+    )
+    unpack(model)
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer.kernel), kernel)
+
+
+@needs_native
+def test_the_dense_kernel_is_gone():
+    model = make_sparse(dense_model())
+    targets = find_targets(model)
+    values = [weakref.ref(t.variable._value) for t in targets]
+    report = pack(model)
+    gc.collect()
+    assert [value() for value in values] == [None, None]
+    with pytest.raises(ValueError, match=r"replaced by packed.*unpack"):
+        ops.convert_to_numpy(targets[0].variable.value)
+    totals = report.totals
+    sizes = [
+        np.dtype(w.dtype).itemsize * np.prod(w.shape) for w in model.weights
+    ]
+    assert totals["model_bytes"] == sum(sizes)
+    assert totals["packed_bytes"] == sum(sizes[1:])
+    unpack(model)
+    assert ops.convert_to_numpy(targets[0].variable).shape == (16, 24)
+
+
+def test_the_report_prints_and_is_json():
+    model = keras.Sequential(
+        [
+            keras.Input((32, 8)),
+            keras.layers.Conv1D(6, 1),
+            keras.layers.Dense(32),
+            keras.layers.Dense(16),
+        ]
+    )
+    conv, odd, last = find_targets(model)
+    last.variable.assign(nm_project(last.variable, 2, 4, 0))
+    report = pack(model)
+    (row,) = report.weights
+    assert row.dense_bytes == 4 * 32 * 16
+    assert row.packed_bytes == 4 * 16 * 16 + 4 * 16
+    assert report.totals["packed_share"] == row.packed_bytes / row.dense_bytes
+    reasons = {skip.path: skip.reason for skip in report.skipped}
+    assert "Conv1D" in reasons[conv.path]
+    assert "6 is not a multiple of 4" in reasons[odd.path]
+    assert report.to_dict()["weights"][0]["shape"] == [32, 16]
+    text = str(report)
+    assert "0.531" in text
+    assert "Conv1D" in text
+
+
+def spoil(model):
+    """Puts a third nonzero into one group of the first kernel."""
+    target = find_targets(model)[0]
+    kernel = ops.convert_to_numpy(target.variable).copy()
+    group = kernel.reshape(-1, kernel.shape[-1])[:4, 0]
+    kernel[np.flatnonzero(group == 0)[0], 0] = 1.0
+    target.variable.assign(kernel)
+    return target
+
+
+def test_an_inexact_kernel_is_named_and_nothing_changes():
+    model = make_sparse(dense_model())
+    target = spoil(model)
+    before = state(model)
+    with pytest.raises(ValueError, match="exactly 2:4") as error:
+        pack(model)
+    assert f"{target.path} (16, 24): 1 of 96 groups" in str(error.value)
+    assert model.layers[1].name not in str(error.value)
+    assert state(model) == before
+    # What is exact can still be packed.
+    report = pack(model, targets=find_targets(model)[1:])
+    assert [w.shape for w in report.weights] == [(24, 4)]
+    assert not any(s.path == target.path for s in report.skipped)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float16"}, r"`dtype`.*Received: dtype='float16'"),
+        ({"dtype": ""}, r"`dtype`.*Received: dtype=''"),
+        ({"head": "int4"}, r"`head`.*Received: head='int4'"),
+        ({"trainable": 1}, r"`trainable`.*Received: trainable=1"),
+        ({"trainable": True, "dtype": "int8"}, "Only float32 values"),
+        ({"head": "int8"}, "no tied embedding and head"),
+        ({"targets": []}, "no kernel that can be packed"),
+        ({"targets": "kernel"}, "`targets` must be"),
+    ],
+)
+def test_wrong_arguments_change_nothing(arguments, message):
+    model = make_sparse(dense_model())
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        pack(model, **arguments)
+    assert state(model) == before
+
+
+def test_int8_wants_finite_weights():
+    model = make_sparse(dense_model())
+    kernel = model.layers[1].kernel
+    value = ops.convert_to_numpy(kernel).copy()
+    value[np.nonzero(value)[0][0], np.nonzero(value)[1][0]] = np.inf
+    kernel.assign(value)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"finite.*dense.*NaN or infinity"):
+        pack(model, dtype="int8")
+    assert state(model) == before
+    pack(model)
+    unpack(model)
+    assert state(model) == before
+
+
+def test_scales_are_folded_first():
+    model = make_sparse(dense_model())
+    attach_scaling(model)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"only once.*fold_scaling\(model\)"):
+        pack(model)
+    assert state(model) == before
+    fold_scaling(model)
+    pack(model)
+    with pytest.raises(ValueError, match=r"no kernel.*packed; `unpack"):
+        pack(model)
+    with pytest.raises(ValueError, match="packed"):
+        attach_scaling(model)
+
+
+def test_shared_kernels_and_own_calls_are_skipped():
+    class Custom(keras.layers.Dense):
+        def call(self, inputs):
+            return ops.matmul(inputs, ops.tanh(self.kernel))
+
+    first, second = keras.layers.Dense(8), keras.layers.Dense(8)
+    model = keras.Sequential(
+        [keras.Input((8,)), first, second, Custom(8), keras.layers.Dense(4)]
+    )
+    second._tracker.unlock()
+    second._untrack_variable(second._kernel)
+    second._kernel = first._kernel
+    second._tracker.lock()
+    make_sparse(model)
+    x = inputs_for(model)
+    before = outputs(model, x)
+    report = pack(model)
+    assert [w.shape for w in report.weights] == [(8, 4)]
+    reasons = [skip.reason for skip in report.skipped]
+    assert reasons[0] == "shared by several layers"
+    assert reasons[1].startswith("of Custom; packed are")
+    np.testing.assert_allclose(outputs(model, x), before, atol=2e-6)
+
+
+def test_a_built_optimizer_is_dropped():
+    model = make_sparse(dense_model())
+    model.compile("sgd", "mse", jit_compile=False)
+    pack(model)
+    assert model.compiled
+    unpack(model)
+    model.optimizer.build(model.trainable_variables)
+    pack(model)
+    assert not model.compiled
+    assert model.optimizer is None
+
+
+def fit_step(model, x, y, rate=0.1):
+    model.compile(keras.optimizers.SGD(rate), "mse", jit_compile=False)
+    model.fit(x, y, batch_size=len(x), verbose=0)
+
+
+def test_gradients_flow_to_the_inputs_and_not_to_frozen_values():
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(8, use_bias=False),
+            keras.layers.Dense(4, use_bias=False),
+        ]
+    )
+    make_sparse(model)
+    first, second = find_targets(model)
+    w, v = (np.float64(kernel) for kernel in model.get_weights())
+    pack(model, targets=[second])
+    x = inputs_for(model, batch=8)
+    error = 2 * (np.float64(x) @ w @ v - 1) / (8 * 4)
+    frozen = ops.convert_to_numpy(model.layers[1].kernel)
+    fit_step(model, x, np.ones((8, 4), "float32"))
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(first.variable),
+        w - 0.1 * np.float64(x).T @ error @ v.T,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(model.layers[1].kernel), frozen
+    )
+
+
+@pytest.mark.parametrize("name", ["dense", "axes apart"])
+def test_trained_values_take_the_masked_step_of_the_dense_kernel(name):
+    model = make_sparse(MODELS[name]())
+    weights = model.get_weights()
+    x = inputs_for(model, batch=8)
+    y = np.ones(model(x).shape, "float32")
+    targets = find_targets(model)
+    masks = [ops.convert_to_numpy(t.variable) != 0 for t in targets]
+    fit_step(model, x, y)
+    expected = [ops.convert_to_numpy(t.variable) for t in targets]
+
+    model.set_weights(weights)
+    pack(model, trainable=True)
+    assert sum("values" in v.path for v in model.trainable_variables) == len(
+        targets
+    )
+    fit_step(model, x, y)
+    for target, mask, kernel in zip(targets, masks, expected, strict=True):
+        trained = ops.convert_to_numpy(target.layer.kernel)
+        np.testing.assert_allclose(trained, kernel * mask, rtol=1e-4, atol=1e-6)
+    trained = outputs(model, x)
+    unpack(model)
+    assert all(t.variable.trainable for t in targets)
+    np.testing.assert_allclose(outputs(model, x), trained, rtol=1e-5, atol=1e-5)
+
+
+def test_a_regularizer_sees_the_trained_kernel():
+    layer = keras.layers.Dense(
+        4, kernel_regularizer=keras.regularizers.OrthogonalRegularizer(0.1)
+    )
+    model = make_sparse(keras.Sequential([keras.Input((8,)), layer]))
+    (expected,) = (float(loss) for loss in model.losses)
+    pack(model, trainable=True)
+    (loss,) = (float(loss) for loss in model.losses)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    unpack(model)
+    pack(model)
+    assert model.losses == []
+    unpack(model)
+    assert float(model.losses[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_constraints_other_than_the_pattern_forbid_training():
+    layer = keras.layers.Dense(4, kernel_constraint="unit_norm")
+    model = make_sparse(keras.Sequential([keras.Input((8,)), layer]))
+    before = state(model)
+    with pytest.raises(ValueError, match=r"constraint.*UnitNorm"):
+        pack(model, trainable=True)
+    assert state(model) == before
+    pack(model)
+    unpack(model)
+    layer._kernel.constraint = SemiStructuredSparse(2, 4)
+    pack(model, trainable=True)
+
+
+LORA_MODELS = ("dense", "first axis", "several axes", "axes apart")
+
+
+@pytest.mark.parametrize("name", LORA_MODELS)
+def test_lora_trains_on_a_packed_base(name):
+    model = make_sparse(MODELS[name]())
+    (target, *_) = find_targets(model)
+    layer = target.layer
+    base = ops.convert_to_numpy(target.variable)
+    pack(model)
+    layer.enable_lora(2, lora_alpha=3)
+    b = layer.lora_kernel_b
+    b.assign(np.random.default_rng(2).normal(size=b.shape) * 0.1)
+    delta = ops.convert_to_numpy(ops.matmul(layer.lora_kernel_a, b)) * 1.5
+    merged = ops.convert_to_numpy(layer.kernel)
+    np.testing.assert_allclose(merged, base + delta, atol=1e-6)
+
+    x = inputs_for(model, batch=4)
+    packed = outputs(model, x)
+    names = {v.name for v in layer.trainable_variables}
+    assert names - {"bias"} == {"lora_kernel_a", "lora_kernel_b"}
+    y = np.ones(packed.shape, "float32")
+    before = [ops.convert_to_numpy(v) for v in layer.non_trainable_variables]
+    fit_step(model, x, y)
+    assert np.abs(outputs(model, x) - packed).max() > 1e-4
+    after = [ops.convert_to_numpy(v) for v in layer.non_trainable_variables]
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+    trained = outputs(model, x)
+    unpack(model)
+    assert not target.variable.trainable
+    np.testing.assert_array_equal(ops.convert_to_numpy(target.variable), base)
+    np.testing.assert_allclose(outputs(model, x), trained, rtol=1e-5, atol=1e-5)
+
+
+def test_lora_that_is_there_stays():
+    model = make_sparse(dense_model())
+    layer = model.layers[0]
+    layer.enable_lora(2)
+    layer.lora_kernel_b.assign(np.ones((2, 24)))
+    x = inputs_for(model)
+    before, ids = outputs(model, x), [id(v) for v in model.weights]
+    pack(model)
+    np.testing.assert_allclose(outputs(model, x), before, atol=5e-6)
+    unpack(model)
+    assert [id(v) for v in model.weights] == ids
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+def test_checkpoints_hold_the_packed_arrays(dtype, tmp_path):
+    path = str(tmp_path / "packed.weights.h5")
+    model = make_sparse(dense_model())
+    pack(model, dtype=dtype)
+    model.layers[0].bias.assign(np.arange(24))
+    x = inputs_for(model)
+    expected = outputs(model, x)
+    model.save_weights(path)
+
+    other = make_sparse(dense_model(), seed=5)
+    pack(other, dtype=dtype)
+    other.load_weights(path)
+    np.testing.assert_array_equal(outputs(other, x), expected)
+    unpack(other)
+    with pytest.raises(ValueError, match=r"[Ll]ayer"):
+        other.load_weights(path)
+
+
+def test_a_plain_checkpoint_is_refused(tmp_path):
+    path = str(tmp_path / "plain.weights.h5")
+    model = make_sparse(dense_model())
+    model.save_weights(path)
+    pack(model)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"unpack\(model\)"):
+        model.load_weights(path)
+    assert state(model) == before
+
+
+def test_keras_save_and_quantize_want_unpack_first(tmp_path):
+    model = make_sparse(dense_model())
+    pack(model)
+    with pytest.raises(ValueError, match=r"unpack\(model\)"):
+        model.save(str(tmp_path / "model.keras"))
+    with pytest.warns(UserWarning, match=r"unpack\(model\)"):
+        model.quantize("int8")
+    unpack(model)
+    model.save(str(tmp_path / "model.keras"))
+
+
+@pytest.mark.parametrize(
+    "policy", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16"]
+)
+def test_low_precision_policies(policy):
+    model = keras.Sequential(
+        [
+            keras.Input((16,)),
+            keras.layers.Dense(8, dtype=policy),
+            keras.layers.EinsumDense("bx,xy->by", 8, dtype=policy),
+        ]
+    )
+    make_sparse(model)
+    x = inputs_for(model)
+    before, expected = state(model), outputs(model, x)
+    report = pack(model)
+    kept = "bfloat16" if policy == "bfloat16" else "float32"
+    assert {w.dtype for w in report.weights} == {kept}
+    y = model(x)
+    assert keras.backend.standardize_dtype(y.dtype) == policy.split("_")[-1]
+    tolerance = 0.1 if "bfloat16" in policy else 0.02
+    np.testing.assert_allclose(outputs(model, x), expected, atol=tolerance)
+    unpack(model)
+    assert state(model) == before
+
+
+def leave_out_native(monkeypatch, reason):
+    module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
+    backend = keras.backend.backend()
+    monkeypatch.setitem(module._implementations, backend, module.dense_matmul)
+    monkeypatch.setattr(packed_dense, "why_dense", lambda: reason)
+    monkeypatch.setattr(native, "is_available", lambda: False)
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    leave_out_native(monkeypatch, "a test wants it so.")
+    native.warn_dense.cache_clear()
+    yield
+    native.warn_dense.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+def test_without_the_native_library_kernels_are_held_dense(
+    dtype, tmp_path, without_native
+):
+    path = str(tmp_path / "packed.weights.h5")
+    model = make_sparse(MODELS["axes apart"]())
+    (target,) = find_targets(model)
+    kernel = ops.convert_to_numpy(target.variable)
+    if dtype is not None:
+        kernel = rounded(kernel, dtype, target.contraction_axes)
+    with pytest.warns(UserWarning, match="a test wants it so"):
+        report = pack(model, dtype=dtype)
+    assert report.totals["model_bytes"] >= report.totals["dense_bytes"]
+    assert model.trainable_weights == []
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(target.layer.kernel), kernel
+    )
+    x = inputs_for(model)
+    expected = outputs(model, x)
+    model.save_weights(path)
+
+    other = make_sparse(MODELS["axes apart"](), seed=5)
+    (target,) = find_targets(other)
+    # One warning is enough.
+    pack(other, dtype=dtype)
+    other.load_weights(path)
+    np.testing.assert_array_equal(outputs(other, x), expected)
+    unpack(other)
+    np.testing.assert_array_equal(ops.convert_to_numpy(target.variable), kernel)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+def test_checkpoints_are_the_same_with_and_without_the_library(
+    dtype, tmp_path, monkeypatch
+):
+    paths = [str(tmp_path / f"{i}.weights.h5") for i in range(2)]
+    packed = make_sparse(dense_model())
+    x = inputs_for(packed)
+    pack(packed, dtype=dtype)
+    packed.save_weights(paths[0])
+    expected = outputs(packed, x)
+
+    with monkeypatch.context() as patch:
+        leave_out_native(patch, "a test wants it so.")
+        patch.setattr(native, "warn_dense", lambda reason: None)
+        held_dense = make_sparse(dense_model(), seed=5)
+        pack(held_dense, dtype=dtype)
+        held_dense.load_weights(paths[0])
+        np.testing.assert_allclose(outputs(held_dense, x), expected, atol=2e-6)
+        held_dense.save_weights(paths[1])
+    before = packed.get_weights()
+    packed.load_weights(paths[1])
+    for old, new in zip(before, packed.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_training_without_the_native_library(without_native):
+    model = make_sparse(dense_model())
+    mask = ops.convert_to_numpy(model.layers[0].kernel) != 0
+    with pytest.warns(UserWarning, match="a test wants it so"):
+        pack(model, trainable=True)
+    x = inputs_for(model, batch=4)
+    fit_step(model, x, np.ones((4, 4), "float32"))
+    kernel = ops.convert_to_numpy(model.layers[0].kernel)
+    assert not np.any(kernel[~mask])
+
+
+def test_predict_and_evaluate_are_compiled_anew():
+    model = make_sparse(dense_model())
+    x = inputs_for(model, batch=4)
+    expected = model.predict(x, verbose=0)
+    pack(model)
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=2e-6)
+    # Twice: JAX donates the state of the first call.
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=2e-6)
+    model.compile("sgd", "mse", jit_compile=False)
+    loss = model.evaluate(x, expected, verbose=0)
+    assert loss < 1e-10
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="SavedModel is TensorFlow's"
+)
+def test_an_exported_model_serves(tmp_path):
+    import tensorflow as tf
+
+    model = make_sparse(dense_model())
+    pack(model, dtype="int8")
+    x = inputs_for(model, batch=3)
+    model.export(str(tmp_path / "served"), verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "served"))
+    np.testing.assert_allclose(served.serve(x), outputs(model, x), atol=2e-6)

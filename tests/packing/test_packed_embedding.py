@@ -1,0 +1,283 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_weightmods import native, pack, unpack
+from tests.packing.test_pack import (
+    leave_out_native,
+    make_sparse,
+    outputs,
+    state,
+)
+
+
+class LanguageModel(keras.Model):
+    """Embedding, one projection and the tied head."""
+
+    def __init__(self, width=16, vocabulary=37, **kwargs):
+        super().__init__()
+        self.embedding = keras.layers.ReversibleEmbedding(
+            vocabulary, width, **kwargs
+        )
+        self.dense = keras.layers.Dense(width, use_bias=False)
+        self.build((None, None))
+
+    def build(self, input_shape):
+        self.embedding.build(input_shape)
+        self.dense.build((None, self.embedding.output_dim))
+        self.built = True
+
+    def call(self, tokens):
+        x = self.dense(self.embedding(tokens))
+        return self.embedding(x, reverse=True)
+
+
+def make_model(**kwargs):
+    model = LanguageModel(**kwargs)
+    rng = np.random.default_rng(0)
+    table = model.embedding._embeddings
+    table.assign(rng.normal(size=table.shape))
+    return make_sparse(model)
+
+
+def rounded_table(table):
+    scale = np.abs(table).max(axis=1, keepdims=True) / np.float32(127)
+    return np.rint(table / scale).astype("float32") * scale
+
+
+TOKENS = np.array([[0, 36, 5, 17, 16], [15, 1, 1, 33, 32]])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"logit_soft_cap": 2.0}, {"vocabulary": 16}, {"width": 36}],
+    ids=str,
+)
+def test_one_table_is_looked_up_and_multiplied(arguments):
+    model = make_model(**arguments)
+    tokens = TOKENS % arguments.get("vocabulary", 37)
+    layer, before = model.embedding, state(model)
+    table = rounded_table(ops.convert_to_numpy(layer.embeddings))
+    kernel = np.float64(ops.convert_to_numpy(model.dense.kernel))
+    report = pack(model, head="int8")
+    assert [w.dtype for w in report.weights] == ["float32", "int8"]
+    vocabulary, width = table.shape
+    assert report.weights[1].packed_bytes == vocabulary * (width + 4)
+    assert not any(s.path == layer.path for s in report.skipped)
+    assert model.trainable_weights == []
+
+    found = ops.convert_to_numpy(layer(tokens))
+    np.testing.assert_array_equal(found, table[tokens])
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer.embeddings), table)
+    expected = np.float64(table)[tokens] @ kernel @ table.T
+    if layer.logit_soft_cap:
+        expected = np.tanh(expected / 2) * 2
+    np.testing.assert_allclose(
+        outputs(model, tokens), expected, rtol=1e-4, atol=1e-4
+    )
+    unpack(model)
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer.embeddings), table)
+    after = state(model)
+    assert after[:2] == before[:2]
+
+
+def test_an_odd_width_is_padded():
+    layer = keras.layers.ReversibleEmbedding(20, 7)
+    layer.build()
+    table = np.random.default_rng(0).normal(size=(20, 7)).astype("float32")
+    layer._embeddings.assign(table)
+    table = rounded_table(table)
+    pack(layer, head="int8")
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(layer(np.arange(20))), table
+    )
+    x = np.random.default_rng(1).normal(size=(3, 7)).astype("float32")
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(layer(x, reverse=True)), x @ table.T, atol=1e-4
+    )
+
+
+def test_mixed_precision_keeps_its_types():
+    model = make_model(dtype="mixed_bfloat16", reverse_dtype="float32")
+    layer = model.embedding
+    expected = ops.convert_to_numpy(ops.cast(layer(TOKENS), "float32"))
+    pack(model, head="int8")
+    found = layer(TOKENS)
+    assert keras.backend.standardize_dtype(found.dtype) == "bfloat16"
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(ops.cast(found, "float32")), expected, atol=0.05
+    )
+    logits = layer(found, reverse=True)
+    assert keras.backend.standardize_dtype(logits.dtype) == "float32"
+
+
+def test_gradients_flow_through_the_head():
+    inputs = keras.Input((4,))
+    layer = keras.layers.ReversibleEmbedding(9, 8)
+    layer.build()
+    x = keras.layers.Dense(8, use_bias=False)(inputs)
+    model = keras.Model(inputs, layer(x, reverse=True))
+    make_sparse(model)
+    layer._embeddings.assign(np.random.default_rng(0).normal(size=(9, 8)))
+    pack(model, head="int8", targets=[])
+    table = np.float64(ops.convert_to_numpy(layer.embeddings))
+    x = np.random.default_rng(1).normal(size=(5, 4)).astype("float32")
+    (kernel,) = model.trainable_weights
+    w = np.float64(ops.convert_to_numpy(kernel))
+    error = 2 * (x @ w @ table.T - 1) / (5 * 9)
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    model.fit(x, np.ones((5, 9), "float32"), verbose=0)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(kernel),
+        w - 0.1 * x.T @ error @ table,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"tie_weights": False}, "its head has weights of its own"),
+        ({"mask_zero": True}, "mask_zero is set"),
+    ],
+)
+def test_what_cannot_be_served_is_an_error(arguments, reason):
+    model = make_model(**arguments)
+    before = state(model)
+    with pytest.raises(ValueError, match=reason):
+        pack(model, head="int8")
+    assert state(model) == before
+
+
+def test_lora_and_the_table_exclude_each_other():
+    model = make_model()
+    pack(model, head="int8")
+    with pytest.raises(ValueError, match=r"int8.*unpack\(model\)"):
+        model.embedding.enable_lora(2)
+    unpack(model)
+    model.embedding.enable_lora(2)
+    with pytest.raises(ValueError, match="LoRA is enabled"):
+        pack(model, head="int8")
+
+
+def test_checkpoints_with_and_without_the_library(tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{i}.weights.h5") for i in range(2)]
+    model = make_model()
+    pack(model, head="int8")
+    expected = outputs(model, TOKENS)
+    model.save_weights(paths[0])
+    with monkeypatch.context() as patch:
+        leave_out_native(patch, "a test wants it so.")
+        patch.setattr(native, "warn_dense", lambda reason: None)
+        dense = make_sparse(LanguageModel(), seed=5)
+        pack(dense, head="int8")
+        dense.load_weights(paths[0])
+        np.testing.assert_allclose(
+            outputs(dense, TOKENS), expected, rtol=1e-5, atol=1e-4
+        )
+        dense.save_weights(paths[1])
+        unpack(dense)
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(dense.embedding.embeddings),
+            ops.convert_to_numpy(model.embedding.embeddings),
+        )
+    before = model.get_weights()
+    for weight in model.weights:
+        weight.assign(np.zeros(weight.shape))
+    model.load_weights(paths[1])
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def tiny_llama():
+    keras_hub = pytest.importorskip("keras_hub")
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.Llama3Backbone(
+        vocabulary_size=48,
+        num_layers=1,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=32,
+        intermediate_dim=48,
+        tie_word_embeddings=True,
+    )
+    return keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+
+
+def tiny_gpt2():
+    keras_hub = pytest.importorskip("keras_hub")
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=48,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+        max_sequence_length=12,
+    )
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+
+
+def tiny_gemma():
+    keras_hub = pytest.importorskip("keras_hub")
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.GemmaBackbone(
+        vocabulary_size=48,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=16,
+        intermediate_dim=32,
+        head_dim=8,
+    )
+    return keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
+
+
+def prompt(length=10, known=4):
+    tokens = np.zeros((2, length), "int32")
+    tokens[:, :known] = np.random.default_rng(3).integers(1, 48, (2, known))
+    mask = np.broadcast_to(np.arange(length) < known, tokens.shape)
+    return {"token_ids": tokens, "padding_mask": mask}
+
+
+def generated(model):
+    tokens = model.generate(prompt(), stop_token_ids=None)["token_ids"]
+    return ops.convert_to_numpy(tokens)
+
+
+def test_a_packed_llama_generates_what_the_sparse_one_does():
+    model = make_sparse(tiny_llama())
+    # Logits far apart, so that rounding decides nothing.
+    table = model.backbone.token_embedding._embeddings
+    table.assign(np.random.default_rng(0).normal(size=table.shape))
+    model.compile(sampler="greedy")
+    dense = generated(model)
+    report = pack(model)
+    assert report.totals["weights"] == 7
+    np.testing.assert_array_equal(generated(model), dense)
+
+
+# Nothing here depends on the backend that the tests above do not show.
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="JAX compiles a minute"
+)
+@pytest.mark.parametrize("create", [tiny_llama, tiny_gpt2, tiny_gemma])
+def test_language_models_compute_with_what_unpack_gives(create):
+    model = make_sparse(create())
+    inputs = prompt()
+    expected, before = outputs(model, inputs), state(model)
+    pack(model)
+    np.testing.assert_allclose(
+        outputs(model, inputs), expected, rtol=1e-4, atol=1e-5
+    )
+    unpack(model)
+    assert state(model) == before
+    report = pack(model, dtype="int8", head="int8")
+    assert {w.dtype for w in report.weights} == {"int8"}
+    rounded = outputs(model, inputs)
+    unpack(model)
+    np.testing.assert_allclose(
+        outputs(model, inputs), rounded, rtol=1e-4, atol=1e-4
+    )

@@ -1,0 +1,568 @@
+import _thread
+import dataclasses
+import gc
+import importlib
+import itertools
+import signal
+import time
+import weakref
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+import keras_weightmods as kwm
+from keras_weightmods import Patches, WeightSignature
+from keras_weightmods.patches import tensors
+from keras_weightmods.patches.checkpoint import Checkpoint
+from tests.patches.models import (
+    CONV,
+    CONV_B,
+    STATISTICS,
+    assert_same_bits,
+    make_model,
+    make_signature,
+    make_weights,
+    weights_of,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A model of each dtype, which the tests leave as they found it."""
+    return {dtype: make_model(dtype=dtype) for dtype in DTYPES}
+
+
+@pytest.fixture(scope="module")
+def signatures(models):
+    """Of different depths, kinds and precisions."""
+    model = models["float32"]
+    first, second, third = (
+        make_signature(model, seed, depth=depth)
+        for seed, depth in ((1, 1), (2, 2), (3, 3))
+    )
+    fourth = make_signature(model, 4, statistics="average", depth=2)
+    return [first, second, third.quantize(4), fourth]
+
+
+def host_memory():
+    name = keras.backend.backend()
+    return importlib.import_module(
+        f"keras_weightmods.backend.{name}.host_memory"
+    )
+
+
+def awkward_weights(model, seed):
+    """Values of all magnitudes, zeros of both signs, the smallest numbers."""
+    weights = make_weights(model, seed)
+    rng = np.random.default_rng(seed)
+    for place, w in enumerate(weights):
+        if place in STATISTICS:
+            continue
+        exponents = rng.integers(-9, 2, size=w.shape)
+        flat = (w.astype("float64") * 10.0**exponents).astype(w.dtype)
+        flat = flat.reshape(-1)
+        flat[:2] = [-0.0, 6e-8][: flat.size]
+        weights[place] = flat.reshape(w.shape)
+    return weights
+
+
+actions = st.lists(
+    st.tuples(st.integers(0, 3), st.sampled_from([0.5, 1.0, -0.3, 0.0, 1e-3])),
+    min_size=1,
+    max_size=8,
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 1000), actions=actions, order=st.permutations("abcd")
+)
+def test_the_order_of_calls_leaves_no_trace(
+    models, signatures, dtype, seed, actions, order
+):
+    model = models[dtype]
+    patches = Patches(model)
+    patches.clear(force=True)  # of an example that failed
+    model.set_weights(awkward_weights(model, seed))
+    before = weights_of(model)
+    for which, scale in actions:
+        name = "abcd"[which]
+        if name == "d":  # against negative variances
+            scale = abs(scale)
+        if name in patches and scale == 0.0:
+            patches.remove(name)
+        elif name in patches:
+            patches.rescale(name, scale)
+        else:
+            patches.add(signatures[which], scale, name)
+    now, scales = weights_of(model), patches.scales
+    # The same patches, put on one after the other.
+    patches.clear()
+    assert_same_bits(weights_of(model), before)
+    for name in order:
+        if name in scales:
+            patches.add(signatures["abcd".index(name)], scales[name], name)
+    assert_same_bits(weights_of(model), now)
+    for name in reversed(order):
+        if name in scales:
+            patches.remove(name)
+    assert_same_bits(weights_of(model), before)
+    assert patches.kept_nbytes == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_against_numpy(models, signatures, dtype):
+    model = models[dtype]
+    model.set_weights(make_weights(model, 5))
+    before = [w.astype("float64") for w in weights_of(model)]
+    eps = float(np.finfo("float32").eps)
+    if dtype != "float32":
+        eps = {"bfloat16": 2.0**-7, "float16": 2.0**-10}[dtype]
+    scales = [0.5, -1.0, 2.0, 0.25]
+    expected = [w.copy() for w in before]
+    for signature, scale in zip(signatures, scales):
+        for entry in signature:
+            place = entry.info.position
+            own = entry.pull * before[place]
+            expected[place] += scale * (
+                entry.dequantized().astype("float64") - own
+            )
+    with Patches(model) as patches:
+        for signature, scale in zip(signatures, scales):
+            patches.add(signature, scale)
+        for got, want in zip(weights_of(model), expected):
+            np.testing.assert_allclose(
+                got.astype("float64"), want, rtol=4 * eps, atol=16 * eps
+            )
+
+
+def test_the_manager(models, signatures):
+    model = models["float32"]
+    a, b, c, _ = signatures
+    before = weights_of(model)
+    patches = Patches(model)
+    report = patches.add(a, name="a")
+    assert report.action == "add"
+    assert report.active == {"a": 1.0}
+    assert report.changed == tuple(
+        f"{e.info.position}:{model.weights[e.info.position].path}".replace(
+            f"{model.name}/", ""
+        )
+        for e in a
+    )
+    kept = sum(before[e.info.position].nbytes for e in a)
+    assert report.kept_nbytes == patches.kept_nbytes == kept
+    # `apply` and another manager see the same patches.
+    b.apply(model, scale=0.5)
+    again = Patches(model)
+    assert list(again) == ["a", "patch_1"]
+    assert len(again) == 2
+    assert again["patch_1"].signature is b
+    assert again.scales == {"a": 1.0, "patch_1": 0.5}
+    # One memory for a tensor, however many patches.
+    kept = sum(before[e.info.position].nbytes for e in b)
+    assert again.kept_nbytes == kept
+    assert "a x 1, patch_1 x 0.5" in str(patches.add(c))
+    assert "patch_1" in repr(patches)
+    report = b.remove(model)
+    assert (report.action, report.name, report.scale) == (
+        "remove",
+        "patch_1",
+        0.5,
+    )
+    assert patches.scales == {"a": 1.0, "patch_2": 1.0}
+    reports = patches.clear()
+    assert [r.name for r in reports] == ["a", "patch_2"]
+    assert_same_bits(weights_of(model), before)
+    named = make_signature(model, name="noise")
+    with Patches(model) as patches:
+        patches.add(named)
+        assert "noise" in patches
+        # Equal by content, as after loading the file again.
+        named.truncate(9).remove(model)
+    assert_same_bits(weights_of(model), before)
+
+
+def test_context_manager_cleans_up_after_an_error(models, signatures):
+    model = models["float32"]
+    before = weights_of(model)
+    with pytest.raises(RuntimeError, match="inside"):
+        with Patches(model) as patches:
+            patches.add(signatures[0])
+            raise RuntimeError("inside")
+    assert_same_bits(weights_of(model), before)
+    assert len(Patches(model)) == 0
+
+
+def train(model):
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 6, 6, 1)).astype("float32")
+    model.fit(x, np.ones((8, 3), "float32"), epochs=1, verbose=0)
+
+
+def test_training_in_between_is_found():
+    model = make_model()
+    model.set_weights(make_weights(model, 0))
+    clean = weights_of(model)
+    model.get_layer(index=2).trainable = False  # conv_b and its bias
+    a, b = (
+        make_signature(model, seed, statistics="average") for seed in (1, 2)
+    )
+    patches = Patches(model)
+    patches.add(a, 0.5, "a")
+    patches.add(b, 1.0, "b")
+    patched = weights_of(model)
+    train(model)
+    trained = weights_of(model)
+    for call in (
+        lambda: patches.remove("a"),
+        lambda: patches.rescale("b", 2.0),
+        lambda: patches.add(make_signature(model, 3)),
+        lambda: a.remove(model),
+        patches.clear,
+    ):
+        with pytest.raises(ValueError, match="changed since") as error:
+            call()
+        # All of the eight trained weights and the four statistics, but not
+        # the frozen ones.
+        assert "conv2d" in str(error.value)
+        assert "force=True" in str(error.value)
+        assert f"  {CONV}:" in str(error.value)
+        assert f"  {CONV_B}:" not in str(error.value)
+        assert_same_bits(weights_of(model), trained)
+        assert patches.scales == {"a": 0.5, "b": 1.0}
+    report = patches.remove("a", force=True)
+    # A bias in front of a normalization has no gradient.
+    places = [e.info.position for e in a if not e.is_statistic]
+    moved = [p for p in places if not np.array_equal(trained[p], patched[p])]
+    assert {0, 2, 3, 8, 9}.issubset(moved)
+    assert CONV_B not in moved
+    keys = [int(key.split(":")[0]) for key in report.subtracted]
+    assert keys == moved
+    assert [int(key.split(":")[0]) for key in report.left] == list(STATISTICS)
+    unmoved = [int(key.split(":")[0]) for key in report.changed]
+    assert unmoved == [p for p in places if p not in moved]
+    assert "subtracted" in str(report)
+    now = weights_of(model)
+    for entry in a:
+        place = entry.info.position
+        if place in keys:
+            np.testing.assert_allclose(
+                now[place],
+                trained[place] - 0.5 * entry.tensor,
+                rtol=1e-5,
+                atol=1e-6,
+            )
+    # What training did not touch is as if `a` had never been there.
+    tensor = next(e.tensor for e in b if e.info.position == CONV_B)
+    assert now[CONV_B].tobytes() == (clean[CONV_B] + tensor).tobytes()
+    for place in (*STATISTICS, 12, 13, 14, 15):
+        assert now[place].tobytes() == trained[place].tobytes()
+    # With `a` gone the books are right again.
+    patches.remove("b")
+    assert len(patches) == 0
+    assert weights_of(model)[CONV_B].tobytes() == clean[CONV_B].tobytes()
+    assert not np.array_equal(patched[0], trained[0])
+
+
+def test_clear_removes_all_or_nothing(models, signatures):
+    model = models["float32"]
+    clean = weights_of(model)
+    patches = Patches(model)
+    patches.add(signatures[0], name="a")
+    patches.add(signatures[2], name="c")
+    # Of `c` alone.
+    third = model.weights[12]
+    kept = np.array(ops.convert_to_numpy(third.value))
+    third.assign(kept + 1)
+    now = weights_of(model)
+    with pytest.raises(ValueError, match="12:dense"):
+        patches.clear()
+    assert_same_bits(weights_of(model), now)
+    assert len(patches) == 2
+    third.assign(kept)
+    patches.clear()
+    assert_same_bits(weights_of(model), clean)
+
+
+def test_force_without_need_is_exact(models, signatures):
+    model = models["bfloat16"]
+    before = weights_of(model)
+    for signature in signatures:
+        signature.apply(model)
+    for signature in signatures[::-1]:
+        report = signature.remove(model, force=True)
+        assert not report.subtracted
+    assert_same_bits(weights_of(model), before)
+
+
+def test_wrong_use(models, signatures):
+    model = models["float32"]
+    before = weights_of(model)
+    signature = signatures[1]
+    patches = Patches(model)
+    patches.add(signature, name="one")
+    patched = weights_of(model)
+    unbuilt = keras.Sequential([keras.layers.Dense(2)])
+    other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    narrow = make_model()
+    narrow_signature = make_signature(narrow, 9)
+    cases = [
+        (lambda: Patches(unbuilt), "must be built"),
+        (lambda: Patches([np.ones(2)]), "lists of arrays"),
+        (lambda: Patches(3), "`model`"),
+        (lambda: patches.add(3), "`signature`"),
+        (lambda: patches.add(signature), "on the model already"),
+        (lambda: patches.add(signatures[0], name="one"), "`name`"),
+        (lambda: patches.add(signatures[0], name=""), "`name`"),
+        (lambda: patches.add(signatures[0], name=3), "`name`"),
+        (lambda: patches.add(signatures[0], "2"), "`scale`"),
+        (lambda: patches.add(signatures[0], 1e39), "not finite in float32"),
+        (lambda: patches.rescale("two", 1.0), "there are"),
+        (lambda: patches.rescale("one", np.nan), "`scale`"),
+        (lambda: patches.rescale("one", 1e39), "not finite in float32"),
+        (lambda: patches.remove("two"), "there are"),
+        (lambda: patches.name_of(signatures[0]), "not on this model"),
+        (lambda: patches.name_of("one"), "`signature`"),
+        (lambda: signature.remove(other), "not on this model"),
+        (lambda: signature.apply(other), "another architecture"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert_same_bits(weights_of(model), patched)
+        assert patches.scales == {"one": 1.0}
+    patches.clear()
+    # Names, another order, a missing layer: all at once.
+    stem = keras.Sequential(
+        [
+            keras.Input((6, 6, 1)),
+            keras.layers.Conv2D(2, 3, name="stem"),
+            *make_model().layers[1:-1],
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+    untouched = weights_of(stem)
+    with pytest.raises(ValueError, match="stem/kernel") as error:
+        signature.apply(stem)
+    assert "4 problems" in str(error.value)
+    with pytest.raises(ValueError, match="has no weight '"):
+        signature.apply(
+            keras.Sequential([keras.Input((6, 6, 1)), *stem.layers[:4]])
+        )
+    assert_same_bits(weights_of(stem), untouched)
+    # Values that are not finite, in the model.
+    broken = make_weights(model, 1)
+    broken[CONV][0, 0] = np.nan
+    broken[CONV_B][0, 0] = np.inf
+    narrow.set_weights(broken)
+    with pytest.raises(ValueError, match="2 problems"):
+        narrow_signature.apply(narrow)
+    assert_same_bits(weights_of(narrow), broken)
+    assert_same_bits(weights_of(model), before)
+
+
+def test_overflow_of_float16_is_found_before_anything_is_written(models):
+    model = models["float16"]
+    signature = make_signature(models["float32"], 1, depth=3)
+    before = weights_of(model)
+    with pytest.raises(ValueError, match="not finite in float16"):
+        signature.apply(model, scale=1e6)
+    assert_same_bits(weights_of(model), before)
+    assert len(Patches(model)) == 0
+
+
+def use_small_parts(monkeypatch):
+    """Weights are computed in several parts, and these in several pieces."""
+    monkeypatch.setattr(tensors, "_PART", 5)
+    monkeypatch.setattr(tensors, "_PIECE", 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_give_the_same_bits(models, signatures, dtype, monkeypatch):
+    model = models[dtype]
+    model.set_weights(awkward_weights(model, 2))
+    before = weights_of(model)
+
+    def apply_all():
+        for scale, signature in zip((1.0, 0.3, 1.0, 0.7), signatures):
+            Patches(model).add(signature, scale)
+
+    apply_all()
+    patched = weights_of(model)
+    use_small_parts(monkeypatch)
+    Patches(model).clear()
+    assert_same_bits(weights_of(model), before)
+    apply_all()
+    assert_same_bits(weights_of(model), patched)
+    monkeypatch.undo()
+    Patches(model).clear()
+    assert_same_bits(weights_of(model), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_problem_at_the_very_end_leaves_the_model(
+    models, signatures, dtype, monkeypatch
+):
+    use_small_parts(monkeypatch)
+    model = models[dtype]
+    model.set_weights(awkward_weights(model, 3))
+    clean = weights_of(model)
+    patches = Patches(model)
+    patches.add(signatures[0], name="a")
+    before = weights_of(model)
+    entries = list(signatures[1])
+    for broken, count in (
+        (entries[-1:], "1 problem:"),
+        (entries, "8 problems"),
+    ):
+        changed = []
+        for entry in entries:
+            tensor = np.array(entry.tensor)
+            if entry in broken:
+                tensor.reshape(-1)[-1] = 3e38
+            changed.append(dataclasses.replace(entry, tensor=tensor))
+        signature = signatures[1].with_entries(changed)
+        with pytest.raises(ValueError, match="is not finite in") as error:
+            patches.add(signature, scale=10.0)
+        assert count in str(error.value)
+        assert f"  {entries[-1].info.position}:" in str(error.value)
+        assert_same_bits(weights_of(model), before)
+        assert patches.scales == {"a": 1.0}
+    # What is there may have any bits.
+    patches.clear()
+    wrong = model.weights[-1]
+    wrong.assign(np.full(wrong.shape, np.nan))
+    before = weights_of(model)
+    whole = make_signature(model, targets="")
+    with pytest.raises(ValueError, match="values that are not finite"):
+        patches.add(whole)
+    assert_same_bits(weights_of(model), before)
+    model.set_weights(clean)
+
+
+@pytest.mark.parametrize("action", ["add", "rescale", "remove"])
+@pytest.mark.parametrize("stage", ["computing", "waiting", "assigning"])
+def test_an_error_while_writing_leaves_the_model(
+    models, signatures, stage, action, monkeypatch, request
+):
+    model = models["float32"]
+    clean = weights_of(model)
+    patches = Patches(model)
+    patches.add(signatures[1], name="a")
+    patches.add(signatures[2], name="b")
+    before = weights_of(model)
+    call = {
+        "add": lambda: patches.add(signatures[3], name="d"),
+        "rescale": lambda: patches.rescale("b", 0.5),
+        "remove": lambda: patches.remove("b"),
+    }[action]
+    owner, name = {"assigning": (Checkpoint, "assign")}.get(
+        stage, (tensors, "is_finite")
+    )
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def failing(*args):
+        if next(calls) == 8:
+            monkeypatch.undo()
+            if stage != "waiting":
+                raise KeyboardInterrupt
+            # What Ctrl-C does while threads compute.
+            _thread.interrupt_main()
+            time.sleep(0.5)
+        return function(*args)
+
+    monkeypatch.setattr(owner, name, failing)
+    # A process in the background may have been told to ignore it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
+    if stage == "assigning":
+        # So it is on torch if the memory is that of a GPU.
+        monkeypatch.setattr(Checkpoint, "memory", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert_same_bits(weights_of(model), before)
+    assert patches.scales == {"a": 1.0, "b": 1.0}
+    call()
+    patches.clear()
+    assert_same_bits(weights_of(model), clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_assigning_to_memory_that_numpy_cannot_see(
+    models, signatures, dtype, monkeypatch
+):
+    """As on a GPU, or distributed on JAX."""
+    model = models[dtype]
+    model.set_weights(awkward_weights(model, 4))
+    before = weights_of(model)
+    expected = []
+    for hidden in (False, True):
+        if hidden:
+            memory = host_memory()
+            monkeypatch.setattr(memory, "view_of", lambda tensor: None)
+        for scale, signature in zip((1.0, 0.3, 1.0), signatures):
+            signature.apply(model, scale)
+        expected.append(weights_of(model))
+        Patches(model).clear()
+        assert_same_bits(weights_of(model), before)
+    assert_same_bits(*expected)
+
+
+def test_the_books_do_not_keep_models_alive(signatures):
+    model = make_model()
+    signatures[0].apply(model)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+def test_through_a_file(tmp_path):
+    """A patched model saves and loads like another."""
+    model = make_model()
+    signature = make_signature(model)
+    signature.apply(model)
+    model.save(tmp_path / "patched.keras")
+    loaded = keras.saving.load_model(tmp_path / "patched.keras")
+    assert_same_bits(weights_of(loaded), weights_of(model))
+    # The file holds the weights alone.
+    assert len(Patches(loaded)) == 0
+
+
+def test_targets_that_are_not_unique_by_path():
+    """Equal paths, told apart by their place."""
+
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = keras.layers.Dense(3, name="inner")
+            self.inner.build((None, 3))
+
+        def call(self, x):
+            return self.inner(x)
+
+    model = keras.Sequential([keras.Input((3,)), Block(), Block(), Block()])
+    paths = [v.path for v in model.weights]
+    assert len(set(paths)) < len(paths)
+    clean, robust = (make_weights(model, seed) for seed in range(2))
+    model.set_weights(clean)
+    signature = WeightSignature.extract(None, model, robust, depth=2)
+    assert [e.info.position for e in signature] == [0, 1, 2, 3]
+    targets = kwm.find_targets(model)
+    second = WeightSignature.extract(model, clean, robust, targets=[targets[1]])
+    assert [e.info.position for e in second] == [2, 3]
+    signature.apply(model)
+    now = weights_of(model)
+    np.testing.assert_allclose(now[2], robust[2], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(now[4], clean[4])
+    signature.remove(model)
+    assert tensors.same_bits(weights_of(model)[2], clean[2])

@@ -1,0 +1,373 @@
+"""The layers with a compander: as the plain ones, but for how they train."""
+
+import functools
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+from keras_weightmods.ops import compand
+
+# Within the range of every function at a = 0.5.
+DRAW = keras.initializers.RandomUniform(-0.48, 0.48, seed=1)
+KERNEL = {"kernel_initializer": DRAW}
+DEPTHWISE = {"depthwise_initializer": DRAW}
+LAYERS = {
+    "Dense": ((3,), {"activation": "tanh", **KERNEL}, (6,)),
+    "EinsumDense": (
+        ("bqm,muh->bquh", (None, 2, 3)),
+        {"bias_axes": "uh", **KERNEL},
+        (4, 5),
+    ),
+    "Conv1D": ((4, 3), {"padding": "causal", **KERNEL}, (7, 2)),
+    "Conv2D": ((4, 3), {"groups": 2, **KERNEL}, (6, 6, 4)),
+    "Conv3D": ((2, 2), {"strides": 2, **KERNEL}, (4, 4, 4, 2)),
+    "DepthwiseConv2D": (
+        (3,),
+        {"depth_multiplier": 2, **DEPTHWISE},
+        (5, 5, 2),
+    ),
+}
+
+
+def make(name, companded=True, **kwargs):
+    args, own, shape = LAYERS[name]
+    cls = (
+        getattr(kwm, f"Compander{name}")
+        if companded
+        else getattr(keras.layers, name)
+    )
+    layer = cls(*args, **own, **kwargs)
+    return keras.Sequential([keras.Input(shape), layer])
+
+
+def inputs_for(model):
+    shape = (4, *model.input_shape[1:])
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+def outputs(model, x):
+    return np.float64(ops.convert_to_numpy(ops.cast(model(x), "float32")))
+
+
+def train(model, steps=1):
+    x = inputs_for(model)
+    model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=False)
+    y = np.ones(model(x).shape, "float32")
+    model.fit(x, y, batch_size=4, epochs=steps, verbose=0, shuffle=False)
+    return x
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_starts_as_the_plain_layer_saves_loads_and_folds(name, tmp_path):
+    model, plain = make(name), make(name, companded=False)
+    layer = model.layers[0]
+    x = inputs_for(model)
+    np.testing.assert_allclose(
+        outputs(model, x), outputs(plain, x), rtol=0, atol=1e-6
+    )
+    assert isinstance(layer, type(plain.layers[0]))
+    assert layer.compander.outside == 0
+
+    if name in ("Dense", "DepthwiseConv2D"):
+        train(model)
+    else:
+        layer._kernel.assign(layer._kernel * 1.1)
+        layer.weights[-1].assign(layer.weights[-1] + 0.1)
+    assert layer.compander.a != pytest.approx(0.5, abs=1e-4)
+    assert layer.compander.b != pytest.approx(1.0, abs=1e-4)
+    trained = outputs(model, x)
+    model.save(tmp_path / "companded.keras")
+    loaded = keras.models.load_model(tmp_path / "companded.keras")
+    assert type(loaded.layers[0]) is type(layer)
+    np.testing.assert_array_equal(outputs(loaded, x), trained)
+    assert loaded.layers[0].compander.a == layer.compander.a
+    model.save_weights(tmp_path / "companded.weights.h5")
+    other = make(name)
+    other.load_weights(tmp_path / "companded.weights.h5")
+    np.testing.assert_array_equal(outputs(other, x), trained)
+
+    (kernel,) = kwm.fold(model).kernels
+    assert kernel.a == loaded.layers[0].compander.a
+    assert model.layers[0] is layer
+    assert type(layer) is type(plain.layers[0])
+    assert [w.shape for w in model.weights] == [w.shape for w in plain.weights]
+    assert not [key for key in vars(layer) if "compander" in key]
+    np.testing.assert_allclose(outputs(model, x), trained, rtol=0, atol=1e-6)
+    model.save(tmp_path / "plain.keras")
+    with zipfile.ZipFile(tmp_path / "plain.keras") as archive:
+        config = archive.read("config.json").decode()
+    assert "weightmods" not in config
+    loaded = keras.models.load_model(tmp_path / "plain.keras")
+    assert type(loaded.layers[0]) is type(plain.layers[0])
+    np.testing.assert_array_equal(outputs(loaded, x), outputs(model, x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_config_round_trip(name):
+    settings = {
+        "a": 1.7,
+        "b": 2.0,
+        "learnable": False,
+        "function": "erf",
+        "out_of_range": "raise_a",
+    }
+    layer = make(name, **settings).layers[0]
+    config = layer.get_config()
+    assert settings.items() <= config.items()
+    plain = make(name, companded=False).layers[0].get_config()
+    assert set(plain) | set(settings) == set(config)
+    again = type(layer).from_config(config)
+    assert again.get_config() == config
+    clone = keras.models.clone_model(make(name, **settings))
+    assert settings.items() <= clone.layers[0].get_config().items()
+
+
+@pytest.mark.parametrize("function", ["arctan", "arsinh", "erf"])
+@pytest.mark.parametrize("learnable", [True, False])
+def test_kernel_is_the_companded_variable(function, learnable):
+    layer = kwm.CompanderDense(
+        3, a=0.8, b=0.6, function=function, learnable=learnable
+    )
+    layer.build((None, 5))
+    w = ops.convert_to_numpy(layer.kernel)
+    expected = compand(layer._kernel.value, 0.8, 0.6, function)
+    np.testing.assert_allclose(w, ops.convert_to_numpy(expected), rtol=1e-6)
+    assert len(layer.weights) == (3 if learnable else 2)
+    assert len(layer.trainable_weights) == len(layer.weights)
+    assert layer.compander.learnable is learnable
+    assert layer.compander.a == pytest.approx(0.8, rel=1e-6)
+    assert layer.compander.b == pytest.approx(0.6, rel=1e-6)
+
+
+class Subclassed(keras.Model):
+    """Built while its fit traces it, when no variable has a value."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.dense = kwm.CompanderDense(4, **kwargs)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def test_built_by_fit():
+    draw = keras.initializers.Constant(3.0)
+    model = Subclassed(kernel_initializer=draw, out_of_range="raise_a")
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
+    model.fit(np.ones((2, 5)), np.ones((2, 4)), verbose=0)
+    layer = model.dense
+    assert layer.compander.outside == 20
+    assert layer.compander.raised
+    assert layer.compander.a > 3.0 / (np.pi / 2)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(layer.kernel), 3.0, rtol=1e-5
+    )
+
+
+LIMIT = 0.5 * np.pi / 2
+
+
+@pytest.mark.parametrize("largest", [LIMIT * 0.995, LIMIT, LIMIT * 1.5, 4.0])
+def test_draws_at_and_beyond_the_range(largest):
+    draw = np.float32([[0.1, largest], [-largest, -0.2]])
+
+    def initializer(shape, dtype=None):
+        return ops.convert_to_tensor(draw, dtype)
+
+    def build(**kwargs):
+        layer = kwm.CompanderDense(
+            2, kernel_initializer=initializer, use_bias=False, **kwargs
+        )
+        layer.build((None, 2))
+        return layer
+
+    clipped = build()
+    assert clipped.compander.outside == 2
+    assert not clipped.compander.raised
+    limit = 0.99 * LIMIT
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(clipped.kernel),
+        np.clip(draw, -limit, limit),
+        atol=1e-6,
+    )
+    for learnable in (True, False):
+        raised = build(out_of_range="raise_a", learnable=learnable)
+        assert raised.compander.outside == 2
+        assert raised.compander.raised
+        assert raised.compander.a == pytest.approx(
+            largest / (0.99 * np.pi / 2), rel=1e-5
+        )
+        kernel = ops.convert_to_numpy(raised.kernel)
+        np.testing.assert_allclose(kernel, draw, rtol=1e-5)
+        config = raised.get_config()
+        assert config["a"] > 0.5
+        assert config["out_of_range"] == "clip"
+    with pytest.raises(ValueError, match=r"2 larger ones.*`a` of at least"):
+        build(out_of_range="error")
+
+
+def test_range_of_the_other_functions():
+    draw = keras.initializers.Constant(0.9)
+    arguments = {"kernel_initializer": draw, "a": 0.5}
+    for function, outside in (("erf", 4), ("arsinh", 0)):
+        layer = kwm.CompanderDense(2, function=function, **arguments)
+        layer.build((None, 2))
+        assert layer.compander.outside == outside
+    layer = kwm.CompanderDense(
+        2, function="arsinh", dtype="float16", a=0.01, kernel_initializer=draw
+    )
+    layer.build((None, 2))
+    # sinh(0.9 / 0.01) is beyond the largest float16.
+    assert layer.compander.outside == 4
+    assert np.isfinite(ops.convert_to_numpy(layer._kernel.value)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"a": 0.0}, "`a` must be positive"),
+        ({"a": -1.0}, "`a` must be positive"),
+        ({"a": float("nan")}, "`a` must be positive"),
+        ({"b": 0}, "`b` must be positive"),
+        ({"b": float("inf")}, "`b` must be positive"),
+        ({"b": "1"}, "`b` must be a float"),
+        ({"a": True}, "`a` must be a float"),
+        ({"a": 1e-4}, "`a` must be above"),
+        ({"function": "tanh"}, "`function` must be one of"),
+        ({"learnable": 1}, "`learnable` must be a bool"),
+        ({"out_of_range": "wrap"}, "`out_of_range` must be"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kwm.CompanderDense(3, **arguments)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    with pytest.raises(ValueError, match=message):
+        kwm.attach_compander(model, **arguments)
+    assert type(model.layers[0]) is keras.layers.Dense
+
+
+@pytest.mark.filterwarnings("ignore:Layer InputLayer")
+def test_quantize_and_lora():
+    model = make("Dense", kernel_regularizer="l2")
+    layer = model.layers[0]
+    x = inputs_for(model)
+    before = outputs(model, x)
+    with pytest.raises(NotImplementedError, match=r"kwm\.fold\(model\)"):
+        layer.quantize("int8", type_check=False)
+    with pytest.warns(UserWarning, match=r"kwm\.fold\(model\)"):
+        model.quantize("int8")
+    np.testing.assert_array_equal(outputs(model, x), before)
+    with pytest.raises(ValueError, match="cannot be built quantized"):
+        make("Dense", dtype="int8_from_float32")
+
+    layer.enable_lora(2)
+    assert layer.kernel.shape == (6, 3)
+    trainable = [w.name for w in layer.trainable_weights]
+    assert trainable == ["bias", "lora_kernel_a", "lora_kernel_b"]
+    np.testing.assert_allclose(outputs(model, x), before, atol=1e-6)
+    layer.lora_kernel_b.assign(np.ones((2, 3)))
+    adapted = outputs(model, x)
+    assert np.abs(adapted - before).max() > 1e-3
+    kwm.fold(model)
+    np.testing.assert_allclose(outputs(model, x), adapted, atol=1e-6)
+    model.quantize("int8")
+    assert layer.quantization_mode == "int8"
+    np.testing.assert_allclose(outputs(model, x), adapted, atol=0.05)
+
+
+def test_lora_rank_in_the_constructor():
+    model = make("Dense", lora_rank=2)
+    names = [w.name for w in model.trainable_weights]
+    assert names == ["bias", "lora_kernel_a", "lora_kernel_b"]
+    train(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "functions"),
+    [
+        ("Dense", "float16", ("arctan", "arsinh", "erf")),
+        ("Dense", "bfloat16", ("arctan",)),
+        ("Dense", "mixed_bfloat16", ("arctan",)),
+        ("Conv2D", "float16", ("arctan",)),
+    ],
+)
+def test_half_precision_trains_without_a_nonfinite_value(
+    name, dtype, functions
+):
+    for function in functions:
+        model = make(name, dtype=dtype, function=function)
+        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+        x = 10 * inputs_for(model)
+        y = np.ones(model(x).shape, "float32")
+        model.fit(x, y, epochs=2, verbose=0)
+        for w in model.weights:
+            value = ops.convert_to_numpy(ops.cast(w, "float32"))
+            assert np.isfinite(value).all()
+        layer = model.layers[0]
+        assert layer._kernel.dtype == dtype.replace("mixed_bfloat16", "float32")
+        assert outputs(model, x).shape == y.shape
+
+
+@pytest.mark.parametrize("policy", ["float16", "mixed_bfloat16"])
+def test_half_precision_is_finite_where_the_plain_layer_is(policy):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 16)).astype("float32")
+    y = rng.normal(size=(32, 1)).astype("float32")
+
+    def stays_finite(optimizer, scale, **pair):
+        keras.utils.set_random_seed(0)
+        hidden = keras.layers.Dense(32, "relu", dtype=policy)
+        output = keras.layers.Dense(1, dtype=policy)
+        model = keras.Sequential([keras.Input((16,)), hidden, output])
+        if pair:
+            kwm.attach_compander(model, **pair)
+        model.compile(optimizer(), "mse", jit_compile=False)
+        for _ in range(10):
+            model.train_on_batch(scale * x, y)
+        return all(
+            np.isfinite(ops.convert_to_numpy(ops.cast(w, "float32"))).all()
+            for w in model.weights
+        )
+
+    pairs = [
+        {"function": "arctan", "learnable": True},
+        {"function": "arctan", "learnable": False, "a": 1.0, "b": 0.6},
+        {"function": "erf", "learnable": True},
+        {"function": "arsinh", "learnable": True},
+    ]
+    rates = (1e-3, 1e-2, 0.1)
+    if keras.backend.backend() != "torch":  # which compiles each of them
+        pairs, rates = pairs[:1], (1e-2,)
+    runs = [
+        (functools.partial(make_optimizer, rate), scale)
+        for rate in rates
+        for make_optimizer in (
+            keras.optimizers.SGD,
+            functools.partial(keras.optimizers.Adam, epsilon=1e-4),
+        )
+        for scale in (1, 100)
+    ]
+    fine = [run for run in runs if stays_finite(*run)]
+    assert fine
+    for run in fine:
+        for pair in pairs:
+            assert stays_finite(*run, **pair), (run, pair)
+
+
+def test_subclass_folds_only_with_a_plain_class_to_go_back_to():
+    class Own(kwm.CompanderDense):
+        def call(self, x):
+            return 2 * super().call(x)
+
+    model = keras.Sequential([keras.Input((4,)), Own(3), keras.layers.Dense(2)])
+    kwm.attach_compander(model, targets=kwm.find_targets(model)[1:])
+    classes = [type(layer) for layer in model.layers]
+    with pytest.raises(ValueError, match="a subclass of CompanderDense"):
+        kwm.fold(model)
+    assert [type(layer) for layer in model.layers] == classes
+    assert len(model.weights) == 6

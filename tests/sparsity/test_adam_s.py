@@ -1,0 +1,434 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_weightmods.core.targets import find_targets
+from keras_weightmods.sparsity.adam_s import AdamS
+from tests import references
+
+TOTAL = 60
+
+# Most runs here are too short for the published pull, and say so.
+pytestmark = pytest.mark.filterwarnings("ignore:AdamS. this schedule")
+
+
+def make_variables(seed=0):
+    """Kernels of each kind, and a bias: (variable, contraction axes)."""
+    rng = np.random.default_rng(seed)
+    shapes = [
+        ("dense", (16, 6), (0,)),
+        ("query", (8, 2, 4), (0,)),
+        ("output", (2, 4, 8), (0, 1)),
+        ("experts", (2, 8, 3), (1,)),
+        ("conv", (2, 2, 4, 3), (0, 1, 2)),
+        ("bias", (6,), None),
+    ]
+    variables = []
+    for name, shape, axes in shapes:
+        variable = keras.Variable(
+            rng.normal(size=shape).astype("float32") * 0.1, name=name
+        )
+        variables.append((variable, axes))
+    return variables
+
+
+def configs(variables):
+    return [
+        {
+            "index": i,
+            "path": v.path,
+            "shape": tuple(v.shape),
+            "contraction_axes": axes,
+        }
+        for i, (v, axes) in enumerate(variables)
+        if axes is not None
+    ]
+
+
+def apply_steps(optimizer, variables, gradients):
+    """Takes the steps as the backend's trainer would: compiled on JAX."""
+    if keras.backend.backend() != "jax":
+        for grads in gradients:
+            optimizer.apply(
+                [keras.ops.convert_to_tensor(g) for g in grads], variables
+            )
+        return
+    import jax
+
+    optimizer.build(variables)
+    step = jax.jit(optimizer.stateless_apply)
+    state = [v.value for v in optimizer.variables]
+    values = [v.value for v in variables]
+    for grads in gradients:
+        values, state = step(state, grads, values)
+    for v, value in zip(optimizer.variables, state):
+        v.assign(value)
+    for v, value in zip(variables, values):
+        v.assign(value)
+
+
+def schedule():
+    return keras.optimizers.schedules.PolynomialDecay(2e-2, TOTAL, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"l1": "auto", "decay": "published"},
+        {"l1": 0.05, "decay": "published", "ramp": 0.5, "pattern": "1:4"},
+        {"decay": "relative", "ramp": 0.7},
+        {"decay": "relative", "ramp": 0.0},
+    ],
+    ids=["auto", "float", "relative", "fixed"],
+)
+def test_equals_float64_reference(kwargs):
+    pairs = make_variables()
+    variables = [v for v, _ in pairs]
+    rng = np.random.default_rng(1)
+    # A gradient with a direction, so that no weight hovers about a decision.
+    bias = [rng.normal(size=v.shape) for v in variables]
+    gradients = [
+        [(b + 0.3 * rng.normal(size=b.shape)).astype("float32") for b in bias]
+        for _ in range(TOTAL)
+    ]
+    n, m = [int(p) for p in kwargs.get("pattern", "2:4").split(":")]
+    expected = [
+        references.AdamS(
+            np.array(keras.ops.convert_to_numpy(v)),
+            axes,
+            n,
+            m,
+            lr=lambda t: 2e-2 + (1e-3 - 2e-2) * min(t / TOTAL, 1.0),
+            total=TOTAL,
+            l1=kwargs.get("l1", "auto"),
+            l1_scale=0.5,
+            ramp=kwargs.get("ramp", 1.0),
+            decay=kwargs["decay"],
+            every=10,
+        )
+        for v, axes in pairs
+    ]
+    for grads in gradients:
+        for reference, g in zip(expected, grads):
+            reference.step(g)
+
+    optimizer = AdamS(
+        schedule(), total_steps=TOTAL, targets=configs(pairs), **kwargs
+    )
+    apply_steps(optimizer, variables, gradients)
+
+    for variable, reference in zip(variables, expected):
+        error = np.abs(keras.ops.convert_to_numpy(variable) - reference.w)
+        assert error.max() <= 1e-5 * np.abs(reference.w).max(), variable.path
+    masks = [r.mask for r in expected if r.axes is not None]
+    for mask, reference in zip(optimizer.masks, masks):
+        np.testing.assert_array_equal(mask, reference)
+
+
+def test_state_is_adams_and_one_bit_a_weight():
+    def state_bytes(optimizer):
+        return sum(
+            keras.ops.convert_to_numpy(v).nbytes for v in optimizer.variables
+        )
+
+    kernel = keras.Variable(np.ones((256, 512), "float32"), name="kernel")
+    ours, adam = AdamS(1e-3, total_steps=10), keras.optimizers.Adam(1e-3)
+    ours.build([kernel])
+    adam.build([kernel])
+    budget = state_bytes(adam) + 256 * 512 // 8
+    assert state_bytes(ours) <= 1.02 * budget
+    assert state_bytes(ours) >= budget - 16
+
+
+def tiny_model(**kwargs):
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(8, activation="relu", **kwargs),
+            keras.layers.Dense(4),
+        ]
+    )
+
+
+def fit(model, optimizer, epochs=3, **kwargs):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 8)).astype("float32")
+    model.compile(optimizer, "mse")
+    model.fit(x, x[:, :4], batch_size=8, epochs=epochs, verbose=0, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"clipnorm": 1.0, "weight_decay": 0.01, "use_ema": True},
+        {"gradient_accumulation_steps": 2, "global_clipnorm": 1.0},
+        {"criterion": "activation", "pattern": "1:2"},
+    ],
+)
+def test_fit_with_keras_arguments(kwargs):
+    model = tiny_model()
+    optimizer = AdamS(
+        1e-2, total_steps=12, decay="relative", ramp=0.5, **kwargs
+    )
+    fit(model, optimizer)
+    optimizer.prune()
+    for variable, mask in zip(optimizer.sparsified, optimizer.masks):
+        w = keras.ops.convert_to_numpy(variable)
+        assert np.all(w[~mask] == 0)
+        assert mask.mean() == optimizer.n / optimizer.m
+
+
+def test_loss_scaling_and_mixed_precision():
+    model = tiny_model(dtype="mixed_float16")
+    inner = AdamS(1e-2, total_steps=12, decay="relative", ramp=0.3)
+    fit(model, keras.optimizers.LossScaleOptimizer(inner))
+    inner.prune()
+    assert all(
+        np.isfinite(keras.ops.convert_to_numpy(v)).all()
+        for v in model.variables
+    )
+
+
+def test_config_and_state_round_trip(tmp_path):
+    model = tiny_model()
+    fit(model, AdamS(1e-2, total_steps=24, targets=model, decay="relative"))
+    path = str(tmp_path / "model.keras")
+    model.save(path)
+    loaded = keras.models.load_model(path)
+    expected, received = (m.optimizer.get_config() for m in (model, loaded))
+    for config in (*expected["targets"], *received["targets"]):
+        del config["path"]  # Keras names a reloaded Sequential anew.
+    assert received == expected
+    for a, b in zip(model.optimizer.variables, loaded.optimizer.variables):
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
+        )
+    x = np.ones((8, 8), "float32")
+    for m in (model, loaded):
+        m.fit(x, x[:, :4], batch_size=8, epochs=2, verbose=0)
+    for a, b in zip(model.variables, loaded.variables):
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
+        )
+
+
+def two_of_one_shape(kind):
+    if kind == "sequential":
+        return tiny_model()
+    inputs = keras.Input((8,))
+    hidden = inputs
+    for name in ("a", "b"):
+        inner = keras.Sequential(
+            [keras.Input((8,)), keras.layers.Dense(8, name="same")], name=name
+        )
+        hidden = inner(hidden)
+    return keras.Model(inputs, keras.layers.Dense(4)(hidden))
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
+@pytest.mark.parametrize("kind", ["sequential", "nested"])
+@pytest.mark.parametrize("targets", ["model", "list", None])
+def test_saved_before_the_first_step(kind, targets, tmp_path):
+    model = two_of_one_shape(kind)
+    if targets is not None:
+        targets = model if targets == "model" else find_targets(model)
+    optimizer = AdamS(1e-2, total_steps=4, targets=targets, decay="relative")
+    model.compile(optimizer, "mse")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for a, b in zip(model.weights, loaded.weights):
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
+        )
+    # Again, since loading may have changed the paths.
+    loaded.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    optimizer = loaded.optimizer
+    optimizer.build(loaded.trainable_variables)
+    assert len(optimizer.sparsified) == len(find_targets(model))
+
+
+def test_restored_targets_that_cannot_be_told_apart():
+    kernels = [
+        keras.Variable(np.ones((8, 4), "float32"), name="kernel")
+        for _ in range(2)
+    ]
+    config = {**configs([(kernels[0], (0,))])[0], "index": None}
+    with pytest.raises(ValueError, match="Received: 2 such variables"):
+        AdamS(total_steps=4, targets=[config]).build(kernels)
+    both = AdamS(total_steps=4, targets=[config, config])
+    both.build(kernels)
+    assert both.sparsified == kernels
+
+
+def test_ramp_stays_at_one_past_the_end():
+    kernel = keras.Variable(np.full((4, 1), 0.5, "float32"), name="kernel")
+    optimizer = AdamS(1e-2, total_steps=2, l1=1.0)
+    zero = keras.ops.zeros((4, 1))
+    for _ in range(8):
+        optimizer.apply([zero], [kernel])
+    w = keras.ops.convert_to_numpy(kernel)[:, 0]
+    np.testing.assert_array_equal(w[:2], 0.5)
+    assert np.all(w[2:] < 0.5 - 0.03)
+
+
+def test_masks_follow_the_importance():
+    kernel = keras.Variable(np.ones((4, 2), "float32"), name="kernel")
+    optimizer = AdamS(1e-3, total_steps=4, criterion="activation")
+    optimizer.build([kernel])
+    optimizer.set_importance([np.array([0.0, 1.0, 3.0, 2.0])])
+    optimizer.apply([keras.ops.ones((4, 2))], [kernel])
+    assert optimizer.masks[0][:, 0].tolist() == [False, False, True, True]
+    for wrong in ([np.ones(3)], [], [np.array([1, np.nan, 1, 1])]):
+        with pytest.raises(ValueError, match="`importance` must"):
+            optimizer.set_importance(wrong)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"total_steps": 0}, "`total_steps` must be a positive int"),
+        ({"total_steps": -3}, "`total_steps` must be a positive int"),
+        ({"total_steps": 2.5}, "`total_steps` must be a positive int"),
+        ({"pattern": "4:2"}, "`pattern` must be"),
+        ({"pattern": "5:4"}, "`pattern` must be"),
+        ({"pattern": "0:4"}, "`pattern` must be"),
+        ({"l1": -1.0}, "`l1` must be"),
+        ({"l1": "big"}, "`l1` must be"),
+        ({"l1_scale": 0}, "`l1_scale` must be"),
+        ({"ramp": 0.0}, "`ramp` is"),
+        ({"ramp": 1.5}, "`ramp` is"),
+        ({"ramp": -0.5, "decay": "relative"}, "`ramp` is"),
+        ({"decay": "cosine"}, "`decay` must be one of"),
+        ({"criterion": "random"}, "`criterion` must be one of"),
+        ({"mask_every": 0}, "`mask_every` must be"),
+        ({"targets": "all"}, "`targets` must be"),
+        ({"targets": []}, "`targets` must be"),
+        ({"beta_1": 1.0}, "`beta_1` must be"),
+        ({"beta_2": -0.1}, "`beta_2` must be"),
+        ({"epsilon": 0.0}, "`epsilon` must be"),
+    ],
+)
+def test_wrong_arguments(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        AdamS(**{"total_steps": 10, **kwargs})
+
+
+def test_total_steps_of_numpy():
+    optimizer = AdamS(total_steps=np.int64(7))
+    assert type(optimizer.get_config()["total_steps"]) is int
+
+
+def test_missing_total_steps_is_an_error_at_build():
+    model = tiny_model()
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="needs `total_steps`"):
+        fit(model, AdamS(1e-3))
+    for a, b in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_axes_that_cannot_be_inferred():
+    kernel = keras.Variable(np.ones((3, 4, 8), "float32"), name="kernel")
+    with pytest.raises(ValueError, match="Pass `targets=model`"):
+        AdamS(1e-3, total_steps=5).build([kernel])
+
+
+def test_nothing_to_sparsify():
+    bias = keras.Variable(np.ones((4,), "float32"), name="bias")
+    with pytest.raises(ValueError, match="found no kernel to sparsify"):
+        AdamS(1e-3, total_steps=5).build([bias])
+    odd = keras.Variable(np.ones((6, 4), "float32"), name="kernel")
+    with pytest.warns(UserWarning, match="leaves 1 kernels dense"):
+        with pytest.raises(ValueError, match="found no kernel to sparsify"):
+            AdamS(1e-3, total_steps=5).build([odd])
+
+
+def test_state_that_does_not_fit_changes_nothing():
+    def built(shape):
+        kernel = keras.Variable(np.ones(shape, "float32"), name="kernel")
+        optimizer = AdamS(0.5, total_steps=5)
+        optimizer.apply([keras.ops.ones(shape)], [kernel])
+        return optimizer
+
+    small, large = built((4, 2)), built((8, 2))
+    before = [keras.ops.convert_to_numpy(v).copy() for v in small.variables]
+    store = {
+        str(i): keras.ops.convert_to_numpy(v)
+        for i, v in enumerate(large.variables)
+    }
+    with pytest.raises(ValueError, match="does not fit this `AdamS`"):
+        small.load_own_variables(store)
+    with pytest.raises(ValueError, match="does not fit this `AdamS`"):
+        small.set_weights(list(store.values()))
+    for strange in ({"a": np.zeros(3)}, {}):
+        with pytest.raises(ValueError, match="does not fit this `AdamS`"):
+            small.load_own_variables(strange)
+    for a, b in zip(before, small.variables):
+        np.testing.assert_array_equal(a, keras.ops.convert_to_numpy(b))
+
+
+def test_warnings_tell_the_way_out():
+    low = keras.Variable(np.ones((4, 2)), dtype="bfloat16", name="kernel")
+    with pytest.warns(UserWarning, match="mixed_bfloat16"):
+        AdamS(1.0, total_steps=100).build([low])
+    kernel = keras.Variable(np.ones((4, 2), "float32"), name="kernel")
+    with pytest.warns(UserWarning, match="too short to reach zero") as all_seen:
+        AdamS(1e-3, total_steps=100).build([kernel])
+    seen = [w for w in all_seen if "AdamS" in str(w.message)]
+    # sum over t of 1e-3 * t / 100, and 3 times the mean masked |w| of 1.
+    assert "= 0.049" in str(seen[0].message)
+    assert "need about 3 " in str(seen[0].message)
+
+
+def test_no_warning_where_the_travel_suffices(recwarn):
+    kernel = keras.Variable(np.ones((4, 2), "float32"), name="kernel")
+    AdamS(0.1, total_steps=100).build([kernel])
+    AdamS(1e-6, total_steps=100, decay="relative").build([kernel])
+    assert not [w for w in recwarn if "AdamS" in str(w.message)]
+
+
+def test_frozen_targets_are_named():
+    model = tiny_model()
+    model.layers[0].trainable = False
+    targets = find_targets(model)
+    with pytest.warns(UserWarning, match="leaves 1 targets as they are"):
+        AdamS(1.0, total_steps=5, targets=targets).build(
+            model.trainable_variables
+        )
+
+
+def test_prune_needs_a_step():
+    kernel = keras.Variable(np.ones((4, 2), "float32"), name="kernel")
+    optimizer = AdamS(1.0, total_steps=5)
+    with pytest.raises(ValueError, match="there once it is built"):
+        optimizer.prune()
+    optimizer.build([kernel])
+    with pytest.raises(ValueError, match="has taken no step"):
+        optimizer.prune()
+
+
+def test_weight_decay_is_decoupled_with_exclusions():
+    results = []
+    rng = np.random.default_rng(1)
+    gradients = [
+        rng.normal(size=v.shape).astype("float32") for v, _ in make_variables()
+    ]
+    for weight_decay in (None, 0.5):
+        pairs = make_variables()
+        optimizer = AdamS(
+            0.1,
+            total_steps=TOTAL,
+            targets=configs(pairs),
+            weight_decay=weight_decay,
+        )
+        optimizer.exclude_from_weight_decay(var_names=["query"])
+        apply_steps(optimizer, [v for v, _ in pairs], [gradients])
+        results.append([keras.ops.convert_to_numpy(v) for v, _ in pairs])
+    for (variable, _), plain, decayed in zip(make_variables(), *results):
+        initial = keras.ops.convert_to_numpy(variable)
+        share = 0.0 if variable.name == "query" else 0.1 * 0.5
+        np.testing.assert_allclose(
+            decayed, plain - share * initial, rtol=1e-5, atol=1e-7
+        )

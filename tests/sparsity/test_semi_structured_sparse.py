@@ -1,0 +1,458 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_weightmods.core.targets import find_targets
+from keras_weightmods.ops import nm_mask, nm_project, nm_violations
+from keras_weightmods.sparsity.semi_structured_sparse import (
+    SemiStructuredSparse,
+)
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(32, 8)).astype("float32")
+Y = RNG.normal(size=(32, 4)).astype("float32")
+
+
+def dense_model(n=2, constrained=True):
+    keras.utils.set_random_seed(1)
+    constraint = SemiStructuredSparse(n=n, m=4) if constrained else None
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(4, kernel_constraint=constraint, name="dense"),
+        ]
+    )
+
+
+def mixed_model():
+    """A Conv2D, an EinsumDense that contracts two axes, and one skipped."""
+    keras.utils.set_random_seed(2)
+    return keras.Sequential(
+        [
+            keras.Input((4, 4, 3)),
+            keras.layers.Conv2D(8, 2, name="conv"),
+            keras.layers.Reshape((9, 2, 4)),
+            keras.layers.EinsumDense(
+                "bquh,uhm->bqm", output_shape=(None, 6), name="einsum"
+            ),
+            keras.layers.Dense(4, name="odd"),
+        ],
+        name="net",
+    )
+
+
+def fit(model, optimizer, epochs=2, **kwargs):
+    model.compile(optimizer=optimizer, loss="mse")
+    model.fit(
+        X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, **kwargs
+    )
+
+
+def step(model, optimizer):
+    """One optimizer step on random gradients, without compiling a model."""
+    gradients = [
+        keras.ops.convert_to_tensor(
+            RNG.normal(size=tuple(v.shape)), dtype=v.dtype
+        )
+        for v in model.trainable_variables
+    ]
+    optimizer.apply(gradients, model.trainable_variables)
+
+
+def numpy(x):
+    return np.array(keras.ops.convert_to_numpy(getattr(x, "value", x)))
+
+
+def violations(kernel, n, axis=0):
+    return int(nm_violations(kernel, n, 4, axis))
+
+
+def weights_of(model):
+    return [numpy(w) for w in model.weights]
+
+
+def assert_unchanged(model, weights):
+    for now, before in zip(weights_of(model), weights, strict=True):
+        np.testing.assert_array_equal(now, before)
+    assert all(w.constraint is None for w in model.weights)
+
+
+OPTIMIZERS = {
+    "adam": lambda o: o.Adam(0.05),
+    "adamw": lambda o: o.AdamW(0.05, weight_decay=0.1),
+    "muon": lambda o: o.Muon(0.05),
+    "schedule_free": lambda o: o.ScheduleFreeAdamW(0.05),
+    "momentum": lambda o: o.SGD(0.05, momentum=0.9),
+    "accumulation": lambda o: o.Adam(0.05, gradient_accumulation_steps=2),
+    "ema": lambda o: o.Adam(0.2, use_ema=True, ema_momentum=0.8),
+    "ema_overwrite": lambda o: o.Adam(
+        0.2, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=3
+    ),
+    "ema_momentum": lambda o: o.SGD(
+        0.1, momentum=0.9, use_ema=True, ema_momentum=0.8
+    ),
+    "ema_multi": lambda o: o.MultiOptimizer(
+        lambda variable: o.Adam(0.2, use_ema=True, ema_momentum=0.8)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_exactly_nm_after_fit(name):
+    # n counts the weights kept: 1:4 and 2:4 must differ.
+    n = 1 + list(OPTIMIZERS).index(name) % 2
+    model = dense_model(n)
+    before = numpy(model.layers[0].kernel)
+    fit(model, OPTIMIZERS[name](keras.optimizers))
+    kernel = numpy(model.layers[0].kernel)
+    assert violations(kernel, n) == 0
+    assert np.count_nonzero(kernel) == n * kernel.size // 4
+    assert not np.isin(kernel[kernel != 0], before).any()
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_mixed_precision_with_loss_scaling(use_ema):
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = dense_model()
+        inner = keras.optimizers.Adam(0.2, use_ema=use_ema, ema_momentum=0.8)
+        fit(model, keras.optimizers.LossScaleOptimizer(inner))
+    finally:
+        keras.config.set_dtype_policy(policy)
+    assert violations(model.layers[0].kernel, 2) == 0
+
+
+def average_of(model):
+    (average,) = [
+        v
+        for v in model.optimizer.variables
+        if "average" in v.path and v.shape == (8, 4)
+    ]
+    return numpy(average)
+
+
+class Recorder(keras.callbacks.Callback):
+    """Counts the violations that other callbacks and evaluation see."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen.append(violations(self.model.layers[0].kernel.value, 2))
+
+    on_test_begin = on_train_end = lambda self, logs=None: self.on_epoch_end(0)
+
+
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
+def test_swap_ema_weights(swap_on_epoch):
+    def train(callbacks):
+        model = dense_model()
+        # A fresh mask at most steps makes the average dense.
+        fit(
+            model,
+            keras.optimizers.Adam(0.4, use_ema=True, ema_momentum=0.9),
+            epochs=3,
+            validation_data=(X, Y),
+            callbacks=callbacks,
+        )
+        return model
+
+    plain, recorder = train([]), Recorder()
+    swapped = train(
+        [
+            keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch),
+            keras.callbacks.EarlyStopping(restore_best_weights=True),
+            recorder,
+        ]
+    )
+    assert violations(average_of(plain), 2) > 0, "the test shows nothing"
+    assert len(recorder.seen) >= 5
+    assert recorder.seen == [0] * len(recorder.seen)
+    assert violations(plain.layers[0].kernel, 2) == 0
+    assert violations(swapped.layers[0].kernel, 2) == 0
+
+
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
+def test_showing_the_average_does_not_change_it(swap_on_epoch):
+    def train(callbacks):
+        model = dense_model()
+        fit(
+            model,
+            keras.optimizers.Adam(0.4, use_ema=True, ema_momentum=0.9),
+            epochs=3,
+            validation_data=(X, Y),
+            callbacks=callbacks,
+        )
+        return model
+
+    callback = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
+    plain, swapped = train([]), train([callback])
+    # TensorFlow swaps by addition, which rounds.
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(
+        average_of(swapped), average_of(plain), **tolerance
+    )
+    np.testing.assert_allclose(
+        numpy(swapped.layers[0].kernel),
+        numpy(plain.layers[0].kernel),
+        **tolerance,
+    )
+    # Weights written between two fits win over a remembered average.
+    swapped.layers[0].kernel.assign(np.zeros((8, 4)))
+    callback.on_epoch_begin(0)
+    assert violations(swapped.layers[0].kernel, 2) == 0
+
+
+def test_finalize_outside_of_fit_and_foreign_constraints():
+    model = dense_model(constrained=False)
+    model.layers[0].kernel.constraint = keras.constraints.NonNeg()
+    optimizer = keras.optimizers.SGD(0.1, use_ema=True)
+    step(model, optimizer)
+    model.layers[0].kernel.assign(-np.ones((8, 4)))
+    optimizer.finalize_variable_values(model.trainable_variables)
+    # Keras' own behaviour: the average of before NonNeg comes back as it is.
+    assert numpy(model.layers[0].kernel).min() < 0
+    SemiStructuredSparse.detach(model)
+    assert isinstance(
+        model.layers[0].kernel.constraint, keras.constraints.NonNeg
+    )
+
+
+def test_the_extension_of_keras_is_installed_once():
+    SemiStructuredSparse()
+    finalize = keras.optimizers.Optimizer.finalize_variable_values
+    hook = keras.callbacks.SwapEMAWeights.on_epoch_end
+    SemiStructuredSparse()
+    assert keras.optimizers.Optimizer.finalize_variable_values is finalize
+    assert keras.callbacks.SwapEMAWeights.on_epoch_end is hook
+
+
+def test_resume_after_save_and_load(tmp_path):
+    model = dense_model(n=1)
+    fit(model, keras.optimizers.Adam(0.2, use_ema=True, ema_momentum=0.8))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for now, before in zip(weights_of(loaded), weights_of(model), strict=True):
+        np.testing.assert_array_equal(now, before)
+    constraint = loaded.layers[0].kernel_constraint
+    assert constraint.get_config() == SemiStructuredSparse(1, 4).get_config()
+    loaded.fit(X, Y, verbose=0)
+    assert violations(loaded.layers[0].kernel, 1) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"n": 1, "m": 8, "axis": 1},
+        {"n": 3, "m": 4, "axis": (0, 1, 2), "frozen": True},
+    ],
+)
+def test_config_round_trip(arguments):
+    constraint = SemiStructuredSparse(**arguments)
+    config = keras.saving.serialize_keras_object(constraint)
+    assert config["registered_name"] == "keras_weightmods>SemiStructuredSparse"
+    again = keras.saving.deserialize_keras_object(config)
+    assert again.get_config() == constraint.get_config()
+    from_json = SemiStructuredSparse.from_config(
+        {"n": 1, "m": 4, "axis": [0, 1], "frozen": False}
+    )
+    assert from_json.axis == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 4, "m": 2}, "pattern"),
+        ({"n": 0, "m": 4}, "pattern"),
+        ({"n": 2.0, "m": 4}, "pattern"),
+        ({"axis": "0"}, "axis"),
+        ({"axis": ()}, "axis"),
+        ({"axis": (0, 0)}, "axis"),
+        ({"axis": True}, "axis"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=f"{message}.*(?s:.)*Received"):
+        SemiStructuredSparse(**arguments)
+
+
+def test_axis():
+    kernel = RNG.normal(size=(2, 2, 2, 5)).astype("float32")
+    with pytest.raises(ValueError, match="attach"):
+        SemiStructuredSparse()(kernel)
+    with pytest.raises(ValueError, match="multiple"):
+        SemiStructuredSparse(axis=3)(kernel)
+    projected = SemiStructuredSparse(n=1, axis=(0, 1, 2))(kernel)
+    np.testing.assert_array_equal(
+        numpy(projected), numpy(nm_project(kernel, 1, 4, (0, 1, 2)))
+    )
+
+
+def test_attach_projects_skips_and_reports():
+    model = mixed_model()
+    before = {w.path: numpy(w) for w in model.weights}
+    report = SemiStructuredSparse.attach(model, n=1, m=4)
+    conv, einsum, odd = model.layers[0], model.layers[2], model.layers[3]
+    assert report.attached == ("0:net/conv/kernel", "2:net/einsum/kernel")
+    (reason,) = [s.reason for s in report.skipped if s.path == "net/odd/kernel"]
+    assert "6" in reason
+    assert "m=4" in reason
+    assert "net/odd/kernel" in str(report)
+    for kernel, axes in ((conv.kernel, (0, 1, 2)), (einsum.kernel, (0, 1))):
+        np.testing.assert_array_equal(
+            numpy(kernel), numpy(nm_project(before[kernel.path], 1, 4, axes))
+        )
+        assert kernel.constraint.axis == axes
+    np.testing.assert_array_equal(numpy(odd.kernel), before[odd.kernel.path])
+    step(model, keras.optimizers.Adam(0.1))
+    assert violations(conv.kernel, 1, (0, 1, 2)) == 0
+    assert violations(einsum.kernel, 1, (0, 1)) == 0
+    # A second attach replaces the pattern; detach keeps the weights.
+    SemiStructuredSparse.attach(model, find_targets(model)[:1], n=2, m=2)
+    assert (conv.kernel.constraint.n, conv.kernel.constraint.m) == (2, 2)
+    weights = weights_of(model)
+    assert SemiStructuredSparse.detach(model) == report.attached
+    assert_unchanged(model, weights)
+
+
+def test_attach_leaves_a_foreign_constraint_alone():
+    model = mixed_model()
+    model.layers[0].kernel.constraint = keras.constraints.NonNeg()
+    report = SemiStructuredSparse.attach(model)
+    assert report.attached == ("2:net/einsum/kernel",)
+    assert any("NonNeg" in s.reason for s in report.skipped)
+    assert isinstance(
+        model.layers[0].kernel.constraint, keras.constraints.NonNeg
+    )
+
+
+def test_errors_leave_the_model_unchanged():
+    model = mixed_model()
+    weights = weights_of(model)
+    with pytest.raises(ValueError, match="pattern"):
+        SemiStructuredSparse.attach(model, n=5, m=4)
+    with pytest.raises(ValueError, match="5:1000"):
+        SemiStructuredSparse.attach(model, n=5, m=1000)
+    with pytest.raises(ValueError):
+        SemiStructuredSparse.attach(model, find_targets(dense_model()))
+    assert_unchanged(model, weights)
+
+
+def test_attach_takes_hold_of_a_model_trained_before():
+    model = dense_model(constrained=False)
+    fit(model, keras.optimizers.Adam(0.1), epochs=1)
+    SemiStructuredSparse.attach(model, n=1, m=4)
+    model.fit(X, Y, verbose=0)
+    assert violations(model.layers[0].kernel, 1) == 0
+    SemiStructuredSparse.detach(model)
+    model.fit(X, Y, verbose=0)
+    assert violations(model.layers[0].kernel, 1) > 0
+
+
+def test_attach_to_a_keras_hub_llama():
+    keras_hub = pytest.importorskip("keras_hub")
+    keras.utils.set_random_seed(3)
+    model = keras_hub.models.LlamaBackbone(
+        vocabulary_size=11,
+        num_layers=2,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=12,
+    )
+    report = SemiStructuredSparse.attach(model)
+    assert len(report.attached) == 14
+    step(model, keras.optimizers.Adam(0.1))
+    for target in find_targets(model):
+        assert violations(target.variable, 2, target.contraction_axes) == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "ema", "momentum"])
+def test_frozen_mask_survives_fit(name, tmp_path):
+    model = dense_model(constrained=False)
+    SemiStructuredSparse.attach(model, n=1, m=4, frozen=True)
+    kernel = model.layers[0].kernel
+    before = numpy(kernel)
+    fit(model, OPTIMIZERS[name](keras.optimizers))
+    np.testing.assert_array_equal(numpy(kernel) != 0, before != 0)
+    assert not np.isin(numpy(kernel)[before != 0], before).any()
+    if name == "momentum":
+        model.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        assert loaded.layers[0].kernel.constraint is None
+        SemiStructuredSparse.attach(loaded, n=1, m=4, frozen=True)
+        step(loaded, keras.optimizers.Adam(1.0))
+        np.testing.assert_array_equal(
+            numpy(loaded.layers[0].kernel) != 0, before != 0
+        )
+
+
+def test_frozen_keeps_exactly_n_where_a_group_is_zero():
+    model = mixed_model()
+    conv = model.layers[0]
+    conv.kernel.assign(np.zeros(conv.kernel.shape))
+    SemiStructuredSparse.attach(model, n=2, m=4, frozen=True)
+    for _ in range(3):
+        step(model, keras.optimizers.Adam(0.1))
+    expected = numpy(nm_mask(np.zeros(conv.kernel.shape), 2, 4, (0, 1, 2)))
+    np.testing.assert_array_equal(numpy(conv.kernel) != 0, expected)
+
+
+def test_frozen_without_a_mask_says_to_attach():
+    kernel = RNG.normal(size=(8, 4)).astype("float32")
+    with pytest.raises(ValueError, match="attach"):
+        SemiStructuredSparse(frozen=True)(kernel)
+    model = dense_model(constrained=False)
+    SemiStructuredSparse.attach(model, frozen=True)
+    with pytest.raises(ValueError, match="shape"):
+        model.layers[0].kernel.constraint(kernel[:4])
+
+
+@pytest.mark.parametrize("route", ["attach", "detach"])
+def test_lora_trains_on_an_exactly_nm_base(route):
+    constraint = SemiStructuredSparse(axis=0) if route == "detach" else None
+    dense = keras.layers.Dense(4, kernel_constraint=constraint)
+    einsum = keras.layers.EinsumDense(
+        "ab,bc->ac", output_shape=4, kernel_constraint=constraint
+    )
+    model = keras.Sequential([keras.Input((8,)), dense, einsum])
+    if route == "attach":
+        SemiStructuredSparse.attach(model)
+    else:
+        for layer in (dense, einsum):
+            layer.kernel.assign(constraint(layer.kernel))
+            with pytest.raises(ValueError, match="kernel_constraint"):
+                layer.enable_lora(2)
+        SemiStructuredSparse.detach(model)
+        assert dense.get_config()["kernel_constraint"] is None
+    bases = [model.weights[0], model.weights[2]]
+    before = [numpy(base) for base in bases]
+    for layer in (dense, einsum):
+        layer.enable_lora(2)
+    fit(model, keras.optimizers.Adam(0.1, use_ema=True), epochs=1)
+    for base, value in zip(bases, before, strict=True):
+        np.testing.assert_array_equal(numpy(base), value)
+        assert violations(base, 2) == 0
+    assert np.abs(numpy(dense.lora_kernel_b)).max() > 0
+
+
+def test_detach_reaches_nested_and_private_constraints():
+    constraint = SemiStructuredSparse(n=1, m=2, axis=0)
+    inputs = keras.Input((3, 4))
+    attention = keras.layers.MultiHeadAttention(
+        2, 2, kernel_constraint=constraint
+    )
+    inner = keras.Sequential(
+        [
+            keras.layers.SeparableConv1D(2, 1, pointwise_constraint=constraint),
+            keras.layers.LSTM(2, recurrent_constraint=constraint),
+        ]
+    )
+    outputs = inner(attention(inputs, inputs))
+    model = keras.Model(inputs, outputs)
+    assert len(SemiStructuredSparse.detach(model)) == 6
+    assert SemiStructuredSparse.detach(model) == ()
+    assert "SemiStructuredSparse" not in model.to_json()
