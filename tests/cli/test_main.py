@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_weightmods import WeightSignature, cli
+from keras_weightmods import WeightSignature
+from keras_weightmods.cli import main as cli
 from tests.patches.models import (
     assert_same_bits,
     make_model,
