@@ -231,8 +231,7 @@ class StraightThroughTraining:
                 target = self.target
                 mask = kwm_ops.nm_mask(
                     target.variable.value.detach(),
-                    2,
-                    4,
+                    "2:4",
                     target.contraction_axes,
                 )
                 self.parameters[0].assign(mask)

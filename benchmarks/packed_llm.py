@@ -198,7 +198,7 @@ def make_sparse(model):
 
     for target in kwm.find_targets(model):
         target.variable.assign(
-            kwm.ops.nm_project(target.variable, 2, 4, target.contraction_axes)
+            kwm.ops.nm_project(target.variable, "2:4", target.contraction_axes)
         )
 
 

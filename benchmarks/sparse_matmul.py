@@ -163,7 +163,7 @@ class Kernels:
         self.k = k
         rng = np.random.default_rng(0)
         kernel = rng.standard_normal((k, n), "float32") / k**0.5
-        mask = keras.ops.convert_to_numpy(nm_mask(kernel, 2, 4, axis=0))
+        mask = keras.ops.convert_to_numpy(nm_mask(kernel, "2:4", axis=0))
         kernel *= mask
         self.dense = keras.ops.convert_to_tensor(kernel)
         self.packed = {}

@@ -257,7 +257,7 @@ def prune_by_magnitude(targets, pattern):
     n, m = ops.parse_pattern(pattern)
     for target in targets:
         target.variable.assign(
-            ops.nm_project(target.variable, n, m, target.contraction_axes)
+            ops.nm_project(target.variable, (n, m), target.contraction_axes)
         )
 
 

@@ -176,7 +176,7 @@ def pack_kernel(kernel, dtype=None):
     from keras_weightmods.ops import nm_project, pack_kernel, unpack_kernel
 
     kernel = np.random.default_rng(0).normal(size=(64, 32))
-    kernel = np.array(nm_project(kernel.astype("float32"), 2, 4))
+    kernel = np.array(nm_project(kernel.astype("float32"), "2:4"))
     packed = pack_kernel(kernel)
     assert np.array_equal(unpack_kernel(packed), kernel)
     ```

@@ -5,16 +5,24 @@ others to R. A group is m consecutive entries of one column; n of them are
 kept.
 """
 
+import collections.abc
 import math
+from typing import Any
 
 from keras import ops
+
+from keras_weightmods.utils import checks
 
 # Up to this group size every pair of entries is compared; beyond it a sort
 # per group costs less than the m * (m - 1) / 2 comparisons.
 _MAX_COMPARED_GROUP = 8
 
 
-def parse_pattern(pattern):
+Pattern = str | tuple[int, int]
+Axes = int | collections.abc.Sequence[int]
+
+
+def parse_pattern(pattern: Pattern) -> tuple[int, int]:
     """Reads an N:M pattern, n weights kept of every m.
 
     Args:
@@ -35,21 +43,21 @@ def parse_pattern(pattern):
     ```
     """
     try:
-        parts = pattern.split(":") if isinstance(pattern, str) else pattern
-        n, m = parts
-        n, m = (int(n), int(m)) if isinstance(pattern, str) else (n, m)
+        if isinstance(pattern, str):
+            n, m = map(int, pattern.split(":"))
+        else:
+            n, m = pattern
+        return checks.check_int("n", n, 1, m), checks.check_int("m", m, 1)
     except (TypeError, ValueError):
-        n = m = None
-    if not (type(n) is int and type(m) is int and 1 <= n <= m):
-        raise ValueError(
-            "`pattern` must be 'n:m' with 1 <= n <= m, where n is the number "
-            "of weights KEPT in every group of m, for example '2:4'. "
-            f"Received: pattern={pattern!r}"
-        )
-    return n, m
+        raise checks.error(
+            "pattern",
+            "'n:m' with 1 <= n <= m, where n is the number of weights KEPT in "
+            "every group of m, for example '2:4'",
+            pattern,
+        ) from None
 
 
-def nm_mask(x, n, m, axis=0):
+def nm_mask(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     """Marks the n largest magnitudes in every group of m.
 
     Equation 6 of CAST (arXiv 2509.25996). Ties keep the earlier entry, so
@@ -57,8 +65,8 @@ def nm_mask(x, n, m, axis=0):
 
     Args:
         x: Tensor or variable, of any shape.
-        n: Int, entries kept in a group.
-        m: Int, entries in a group.
+        pattern: String `"n:m"`, n entries kept in every group of m; or a pair
+            of ints `(n, m)`. Defaults to `"2:4"`.
         axis: Int or tuple of ints, the contraction axes. Groups run along
             these axes, flattened in the order given.
 
@@ -66,8 +74,8 @@ def nm_mask(x, n, m, axis=0):
         Boolean tensor of the shape of `x`, True where kept.
 
     Raises:
-        ValueError: If `1 <= n <= m` does not hold, or the size of `axis` is
-            not a multiple of m.
+        ValueError: If `pattern` is malformed, or the size of `axis` is not a
+            multiple of m.
 
     Example:
 
@@ -75,11 +83,11 @@ def nm_mask(x, n, m, axis=0):
     import numpy as np
     from keras_weightmods.ops import nm_mask
 
-    mask = nm_mask(np.array([[3.0], [-1.0], [0.5], [-2.0]]), 2, 4, axis=0)
+    mask = nm_mask(np.array([[3.0], [-1.0], [0.5], [-2.0]]), "2:4", axis=0)
     assert np.array(mask)[:, 0].tolist() == [True, False, False, True]
     ```
     """
-    n, m = parse_pattern((n, m))
+    n, m = parse_pattern(pattern)
     x = ops.convert_to_tensor(x)
     groups = _to_groups(x, m, axis)
     scores = ops.abs(groups)
@@ -90,7 +98,7 @@ def nm_mask(x, n, m, axis=0):
     return from_matrix(kept, tuple(x.shape), axis)
 
 
-def nm_project(x, n, m, axis=0):
+def nm_project(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     """Sets all but the n largest magnitudes of every group of m to zero.
 
     The nearest N:M tensor in the Euclidean norm. See `nm_mask` for the
@@ -105,15 +113,15 @@ def nm_project(x, n, m, axis=0):
     import numpy as np
     from keras_weightmods.ops import nm_project
 
-    x = nm_project(np.array([[3.0], [-1.0], [0.5], [-2.0]]), 2, 4, axis=0)
+    x = nm_project(np.array([[3.0], [-1.0], [0.5], [-2.0]]), "2:4", axis=0)
     assert np.array(x)[:, 0].tolist() == [3.0, 0.0, 0.0, -2.0]
     ```
     """
     x = ops.convert_to_tensor(x)
-    return ops.where(nm_mask(x, n, m, axis), x, ops.zeros_like(x))
+    return ops.where(nm_mask(x, pattern, axis), x, ops.zeros_like(x))
 
 
-def nm_violations(x, n, m, axis=0):
+def nm_violations(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     """Counts the groups of m that hold more than n nonzeros.
 
     See `nm_mask` for the arguments and errors.
@@ -127,10 +135,10 @@ def nm_violations(x, n, m, axis=0):
     import numpy as np
     from keras_weightmods.ops import nm_violations
 
-    assert int(nm_violations(np.ones((8, 3)), 2, 4, axis=0)) == 6
+    assert int(nm_violations(np.ones((8, 3)), "2:4", axis=0)) == 6
     ```
     """
-    n, m = parse_pattern((n, m))
+    n, m = parse_pattern(pattern)
     nonzero = ops.not_equal(_to_groups(x, m, axis), 0)
     counts = ops.sum(ops.cast(nonzero, "int32"), axis=1)
     return ops.sum(ops.cast(ops.greater(counts, n), "int32"))

@@ -4,13 +4,15 @@ A matrix is (K, R): K inputs, R units. Its inputs are known by their second
 moment `H = X^T X / rows`, of shape (K, K).
 """
 
+from typing import Any
+
 import numpy as np
 from keras import ops
 
-from keras_weightmods.ops.nm import nm_mask, parse_pattern
+from keras_weightmods.ops.nm import Pattern, nm_mask, parse_pattern
 
 
-def wanda(matrix, norms, n, m):
+def wanda(matrix: Any, norms: Any, pattern: Pattern = "2:4") -> Any:
     """Keeps the n largest `|W_ij| * ||x_j||` in every group of m inputs.
 
     Equation 1 of Wanda (arXiv 2306.11695), with the groups of its N:M form.
@@ -19,8 +21,8 @@ def wanda(matrix, norms, n, m):
         matrix: Float tensor of shape `(K, R)`.
         norms: Array of shape `(K,)`, the norm of each input over the
             calibration rows; only their ratios matter.
-        n: Int, weights kept in a group.
-        m: Int, inputs in a group; divides K.
+        pattern: String `"n:m"`, n weights kept in every group of m inputs, or
+            a pair of ints; m divides K. Defaults to `"2:4"`.
 
     Returns:
         Tensor of the shape and dtype of `matrix`; what is kept is unchanged.
@@ -35,13 +37,13 @@ def wanda(matrix, norms, n, m):
     from keras_weightmods.ops.sparsegpt import wanda
 
     matrix = np.array([[3.0], [2.0], [1.0], [1.0]], "float32")
-    kept = wanda(matrix, np.array([1.0, 1.0, 1.0, 9.0]), 2, 4)
+    kept = wanda(matrix, np.array([1.0, 1.0, 1.0, 9.0]), "2:4")
     assert np.array(kept)[:, 0].tolist() == [3.0, 0.0, 0.0, 1.0]
     ```
     """
     matrix = ops.convert_to_tensor(matrix)
     scores = matrix * ops.cast(norms, matrix.dtype)[:, None]
-    mask = nm_mask(scores, n, m, axis=0)
+    mask = nm_mask(scores, pattern, axis=0)
     return ops.where(mask, matrix, ops.zeros_like(matrix))
 
 
@@ -93,7 +95,9 @@ def inverse_factor(second_moment, damping=0.01):
     return _inverse_of_upper(r)
 
 
-def sparsegpt(matrix, factor, n, m, block_size=128):
+def sparsegpt(
+    matrix: Any, factor: Any, pattern: Pattern = "2:4", block_size: int = 128
+) -> Any:
     """Prunes to N:M and lets the weights that are left make up for it.
 
     SparseGPT (arXiv 2301.00774, algorithm 1), with the groups of its N:M form:
@@ -105,8 +109,8 @@ def sparsegpt(matrix, factor, n, m, block_size=128):
     Args:
         matrix: Float tensor of shape `(K, R)`.
         factor: Array of shape `(K, K)`, from `inverse_factor`.
-        n: Int, weights kept in a group.
-        m: Int, inputs in a group; divides K.
+        pattern: String `"n:m"`, n weights kept in every group of m inputs, or
+            a pair of ints; m divides K. Defaults to `"2:4"`.
         block_size: Int, inputs after which the others are updated; rounded
             down to whole groups. It changes the time alone. Defaults to
             `128`.
@@ -115,7 +119,7 @@ def sparsegpt(matrix, factor, n, m, block_size=128):
         Tensor of the shape and dtype of `matrix`.
 
     Raises:
-        ValueError: If `n:m` is no pattern, or the shapes do not fit.
+        ValueError: If `pattern` is malformed, or the shapes do not fit.
 
     Example:
 
@@ -126,13 +130,13 @@ def sparsegpt(matrix, factor, n, m, block_size=128):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 8)) @ rng.normal(size=(8, 8))
     w = rng.normal(size=(8, 3)).astype("float32")
-    pruned = np.array(sparsegpt(w, inverse_factor(x.T @ x), 2, 4))
+    pruned = np.array(sparsegpt(w, inverse_factor(x.T @ x), "2:4"))
     assert (np.count_nonzero(pruned.reshape(2, 4, 3), axis=1) == 2).all()
     # The weights that are left have changed.
     assert not np.isclose(pruned[pruned != 0], w[pruned != 0]).all()
     ```
     """
-    n, m = parse_pattern((n, m))
+    n, m = parse_pattern(pattern)
     matrix = ops.convert_to_tensor(matrix)
     size, units = matrix.shape
     if size % m or np.shape(factor) != (size, size):
@@ -202,7 +206,7 @@ def _pruned_block(block, factor, n, m):
     for start in range(0, size, m):
         group = ops.slice(block, (start, 0), (m, units))
         scores = group / ops.slice(roots, (start, 0), (m, 1))
-        mask = nm_mask(scores, n, m, axis=0)
+        mask = nm_mask(scores, (n, m), axis=0)
         own = factor[start : start + m, start : start + m].tolist()
         rows = [group[i] for i in range(m)]
         group_errors = []

@@ -211,7 +211,7 @@ def _check_kernels(items):
                 f"the constraint {constraint!r}. Set its `constraint` to None."
             )
         count = int(
-            nm_violations(target.variable.value, 2, 4, target.contraction_axes)
+            nm_violations(target.variable.value, "2:4", target.contraction_axes)
         )
         if count:
             bad.append((count, target))

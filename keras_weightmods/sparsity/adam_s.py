@@ -565,7 +565,7 @@ class AdamS(keras.optimizers.Optimizer):
             if self.criterion == "activation":
                 importance = ops.cast(state["importance"], w.dtype)
                 scores = w * _broadcast(importance, tuple(w.shape), axes)
-            return pack_bits(nm_mask(scores, self.n, self.m, axes))
+            return pack_bits(nm_mask(scores, (self.n, self.m), axes))
 
         is_due = ops.equal(ops.mod(step, self.mask_every), 0)
         return ops.cond(is_due, refresh, lambda: bits)

@@ -98,7 +98,7 @@ def merge_lora(model, pattern=None, keep="mask"):
                 kept = ops.not_equal(variable, 0)
                 value = ops.where(kept, value, ops.zeros_like(value))
             else:
-                value = nm_project(value, n, m, axes[id(variable)])
+                value = nm_project(value, (n, m), axes[id(variable)])
         variable.assign(value)
         merged.append(f"{position[id(variable)]}:{variable.path}")
         _take_off(layer)
@@ -137,7 +137,9 @@ def _check_bases(layers, axes, n, m):
     for layer in layers:
         variable = _base(layer)
         if id(variable) in axes:
-            count = int(nm_violations(variable.value, n, m, axes[id(variable)]))
+            count = int(
+                nm_violations(variable.value, (n, m), axes[id(variable)])
+            )
             if count:
                 bad.append(f"{variable.path} ({count:,} groups)")
     if bad:

@@ -260,7 +260,7 @@ def _row(target, value, n, m):
         shape=shape,
         pattern=f"{n}:{m}",
         groups=size // m if fits else 0,
-        violations=int(nm_violations(value, n, m, axes)) if fits else 0,
+        violations=int(nm_violations(value, (n, m), axes)) if fits else 0,
         zero_share=zeros / size,
         size=size,
     )

@@ -103,7 +103,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
     )
     model.compile(optimizer="sgd", loss="mse")
     model.fit(np.ones((4, 8)), np.ones((4, 4)), verbose=0)
-    assert int(nm_violations(model.layers[0].kernel, 2, 4, axis=0)) == 0
+    assert int(nm_violations(model.layers[0].kernel, "2:4", axis=0)) == 0
     ```
     """
 
@@ -128,7 +128,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         w = ops.convert_to_tensor(w)
         axis = self._axis_for(tuple(w.shape))
         if not self.frozen:
-            return nm_project(w, self.n, self.m, axis)
+            return nm_project(w, (self.n, self.m), axis)
         if self._packed_mask is None:
             # Keras calls a constraint after the update only, when the zeros
             # that would give the mask away are overwritten.
@@ -236,13 +236,13 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         for target, constraint in pairs:
             variable = target.variable
             axes = target.contraction_axes
-            projected = nm_project(variable, n, m, axes)
+            projected = nm_project(variable, (n, m), axes)
             if frozen:
                 constraint._mask_shape = tuple(variable.shape)
                 # From the projected kernel, so that the weights alone
                 # determine the mask and attaching after a reload finds it.
                 constraint._packed_mask = pack_bits(
-                    nm_mask(projected, n, m, axes)
+                    nm_mask(projected, (n, m), axes)
                 )
             variable.assign(projected)
             variable.constraint = constraint

@@ -356,13 +356,16 @@ class OneShot:
             for i in range(stacks):
                 if method == "sparsegpt":
                     matrix = sparsegpt(
-                        before[i], factors[i], self.n, self.m, self.block_size
+                        before[i],
+                        factors[i],
+                        (self.n, self.m),
+                        self.block_size,
                     )
                 elif method == "wanda":
                     norms = ops.sqrt(ops.diagonal(moment[i]))
-                    matrix = wanda(before[i], norms, self.n, self.m)
+                    matrix = wanda(before[i], norms, (self.n, self.m))
                 else:
-                    matrix = nm_project(before[i], self.n, self.m)
+                    matrix = nm_project(before[i], (self.n, self.m))
                 after.append(matrix)
             after = ops.stack(after)
             error = None

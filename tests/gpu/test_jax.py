@@ -26,7 +26,7 @@ K, N = 64, 32
 
 def make(value_dtype="float32"):
     kernel = np.random.default_rng(0).normal(size=(K, N)).astype("float32")
-    return pack_kernel(np.asarray(nm_project(kernel, 2, 4)), value_dtype)
+    return pack_kernel(np.asarray(nm_project(kernel, "2:4")), value_dtype)
 
 
 def lowered(function, *arguments):
@@ -216,7 +216,7 @@ def pretend(monkeypatch):
 def model():
     keras.utils.set_random_seed(0)
     made = keras.Sequential([keras.Input((K,)), keras.layers.Dense(N)])
-    made.layers[0].kernel.assign(nm_project(made.layers[0].kernel, 2, 4))
+    made.layers[0].kernel.assign(nm_project(made.layers[0].kernel, "2:4"))
     return made
 
 

@@ -33,7 +33,7 @@ VALUE_DTYPES = ("float32", "bfloat16", "int8")
 
 def make(k, n, value_dtype):
     kernel = np.random.default_rng(0).normal(size=(k, n)).astype("float32")
-    kernel = ops.convert_to_numpy(nm_project(kernel, 2, 4))
+    kernel = ops.convert_to_numpy(nm_project(kernel, "2:4"))
     packed = pack_kernel(kernel, value_dtype)
     on_gpu = {
         f.name: ops.convert_to_tensor(getattr(packed, f.name))
@@ -196,7 +196,7 @@ def test_packed_model(monkeypatch, method, tmp_path):
         ]
     )
     for layer in model.layers:
-        layer.kernel.assign(nm_project(layer.kernel, 2, 4))
+        layer.kernel.assign(nm_project(layer.kernel, "2:4"))
     x = np.random.default_rng(1).normal(size=(8, 256)).astype("float32")
     expected = model.predict(x, verbose=0).astype("float64")
     kwm.pack(model)

@@ -24,7 +24,7 @@ def make(rows, k, n, x_dtype, seed=0):
     kernel[:k] = rng.normal(size=(k, n))
     # Groups with fewer than two nonzeros, too.
     kernel[rng.random(kernel.shape) < 0.2] = 0
-    kernel = np.asarray(nm_project(kernel, 2, 4)[:k])
+    kernel = np.asarray(nm_project(kernel, "2:4")[:k])
     x_dtype = np.dtype(getattr(ml_dtypes, x_dtype, None) or x_dtype)
     return rng.normal(size=(rows, k)).astype(x_dtype), kernel
 

@@ -23,7 +23,7 @@ K, N = 70, 21
 def make(value_dtype="float32"):
     kernel = np.zeros((72, N), "float32")
     kernel[:K] = np.random.default_rng(0).normal(size=(K, N))
-    kernel = nm_project(kernel, 2, 4)[:K]
+    kernel = nm_project(kernel, "2:4")[:K]
     packed = pack_kernel(kernel.detach().cpu().numpy(), value_dtype)
     arrays = packed.values, packed.meta, packed.scale
     with torch.device("cpu"):

@@ -352,7 +352,7 @@ def test_sparse_model_stays_sparse():
     model = make()
     targets = kwm.find_targets(model)
     for target in targets:
-        target.variable.assign(kwm.ops.nm_project(target.variable, 2, 4))
+        target.variable.assign(kwm.ops.nm_project(target.variable, "2:4"))
     before = values(model)
     fit(model, callback(keep_pattern=True, refresh_every=2), epochs=2)
     kwm.assert_sparse(model, "2:4")

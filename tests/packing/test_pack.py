@@ -77,7 +77,7 @@ def make_sparse(model, seed=0):
         kernel = rng.normal(size=target.shape) / target.contraction_size**0.5
         kernel = kernel.astype("float32")
         target.variable.assign(
-            nm_project(kernel, 2, 4, target.contraction_axes)
+            nm_project(kernel, "2:4", target.contraction_axes)
         )
     return model
 
@@ -241,7 +241,7 @@ def test_the_report_prints_and_is_json():
         ]
     )
     conv, odd, last = find_targets(model)
-    last.variable.assign(nm_project(last.variable, 2, 4, 0))
+    last.variable.assign(nm_project(last.variable, "2:4", 0))
     report = pack(model)
     (row,) = report.weights
     assert row.dense_bytes == 4 * 32 * 16

@@ -144,7 +144,7 @@ def randomize(model, seed=1):
 def make_sparse(model):
     for target in kwm.find_targets(model):
         kernel = ops.convert_to_numpy(target.variable.value)
-        mask = kwm.ops.nm_mask(kernel, 2, 4, target.contraction_axes)
+        mask = kwm.ops.nm_mask(kernel, "2:4", target.contraction_axes)
         target.variable.assign(kernel * ops.convert_to_numpy(mask))
 
 

@@ -831,7 +831,7 @@ def test_finalize_multiplies_the_pruned_weights(pattern, scaling_groups):
         kernels.append(w)
     n, m = kwm.ops.parse_pattern(pattern)
     masks = [
-        np.asarray(ops.convert_to_numpy(kwm.ops.nm_mask(w, n, m, 0)))
+        np.asarray(ops.convert_to_numpy(kwm.ops.nm_mask(w, (n, m), 0)))
         for w in kernels
     ]
     for (_, _, bits), mask in zip(

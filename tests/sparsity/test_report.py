@@ -26,7 +26,7 @@ def sparsify(model):
     """`sparse` is 2:4, `slightly` has one bad group, `dense` is dense."""
     for name in ("sparse", "slightly"):
         kernel = model.get_layer(name).kernel
-        kernel.assign(kwm.ops.nm_project(kernel.value, 2, 4, 0))
+        kernel.assign(kwm.ops.nm_project(kernel.value, "2:4", 0))
     w = np.array(ops.convert_to_numpy(model.get_layer("slightly").kernel))
     w[:4, 0] = [1.0, 2.0, 3.0, 0.0]
     model.get_layer("slightly").kernel.assign(w)
@@ -124,7 +124,7 @@ def test_assert_sparse_names_the_worst():
         kwm.assert_sparse(model, targets=kwm.find_targets(model))
     for name in ("slightly", "dense"):
         kernel = model.get_layer(name).kernel
-        kernel.assign(kwm.ops.nm_project(kernel.value, 2, 4, 0))
+        kernel.assign(kwm.ops.nm_project(kernel.value, "2:4", 0))
     kwm.assert_sparse(model)
     kwm.assert_sparse(model, "3:4")
     with pytest.raises(AssertionError):

@@ -209,13 +209,13 @@ def test_the_mask_is_unchanged(name, pattern):
     masks = []
     for target in targets:
         variable, axes = target.variable, target.contraction_axes
-        masks.append(nm_mask(variable.value, n, m, axes))
-        variable.assign(nm_project(variable.value, n, m, axes))
+        masks.append(nm_mask(variable.value, (n, m), axes))
+        variable.assign(nm_project(variable.value, (n, m), axes))
     randomize(report.scales)
     fold_scaling(model)
     for target, mask in zip(targets, masks, strict=True):
         value, axes = target.variable.value, target.contraction_axes
-        assert int(nm_violations(value, n, m, axes)) == 0
+        assert int(nm_violations(value, (n, m), axes)) == 0
         np.testing.assert_array_equal(
             ops.convert_to_numpy(value != 0), ops.convert_to_numpy(mask)
         )

@@ -64,7 +64,7 @@ def numpy(x):
 
 
 def violations(kernel, n, axis=0):
-    return int(nm_violations(kernel, n, 4, axis))
+    return int(nm_violations(kernel, (n, 4), axis))
 
 
 def weights_of(model):
@@ -287,7 +287,7 @@ def test_axis():
         SemiStructuredSparse(axis=3)(kernel)
     projected = SemiStructuredSparse(n=1, axis=(0, 1, 2))(kernel)
     np.testing.assert_array_equal(
-        numpy(projected), numpy(nm_project(kernel, 1, 4, (0, 1, 2)))
+        numpy(projected), numpy(nm_project(kernel, "1:4", (0, 1, 2)))
     )
 
 
@@ -303,7 +303,7 @@ def test_attach_projects_skips_and_reports():
     assert "net/odd/kernel" in str(report)
     for kernel, axes in ((conv.kernel, (0, 1, 2)), (einsum.kernel, (0, 1))):
         np.testing.assert_array_equal(
-            numpy(kernel), numpy(nm_project(before[kernel.path], 1, 4, axes))
+            numpy(kernel), numpy(nm_project(before[kernel.path], "1:4", axes))
         )
         assert kernel.constraint.axis == axes
     np.testing.assert_array_equal(numpy(odd.kernel), before[odd.kernel.path])
@@ -397,7 +397,7 @@ def test_frozen_keeps_exactly_n_where_a_group_is_zero():
     SemiStructuredSparse.attach(model, n=2, m=4, frozen=True)
     for _ in range(3):
         step(model, keras.optimizers.Adam(0.1))
-    expected = numpy(nm_mask(np.zeros(conv.kernel.shape), 2, 4, (0, 1, 2)))
+    expected = numpy(nm_mask(np.zeros(conv.kernel.shape), "2:4", (0, 1, 2)))
     np.testing.assert_array_equal(numpy(conv.kernel) != 0, expected)
 
 
