@@ -204,13 +204,13 @@ def randomize(model, seed=0, scale=0.4):
 
 def make_sparse(model, pattern="2:4", seed=0):
     """Give every kernel that fits N:M sparse numbers; return the model."""
-    n, m = map(int, pattern.split(":"))
+    m = int(pattern.split(":")[1])
     for i, target in enumerate(find_targets(model)):
         if target.contraction_size % m:
             continue
         kernel = normal(*target.shape, seed=seed + i)
         kernel /= target.contraction_size**0.5
-        kernel = nm_project(kernel, n, m, target.contraction_axes)
+        kernel = nm_project(kernel, pattern, target.contraction_axes)
         target.variable.assign(kernel)
     return model
 
