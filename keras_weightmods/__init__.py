@@ -67,7 +67,6 @@ from keras_weightmods.sparsity.report import SparsityReport as SparsityReport
 from keras_weightmods.sparsity.report import assert_sparse as assert_sparse
 from keras_weightmods.sparsity.report import sparsity_report as sparsity_report
 from keras_weightmods.sparsity.scaling import attach_scaling as attach_scaling
-from keras_weightmods.sparsity.scaling import fold_scaling as fold_scaling
 from keras_weightmods.sparsity.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.core import seam
 from keras_weightmods.core.targets import Skipped, Targets, resolve_targets
 from keras_weightmods.ops.nm import contraction_size, parse_pattern
 from keras_weightmods.sparsity.adam_s import AdamS
@@ -21,7 +22,7 @@ from keras_weightmods.sparsity.data import (
     holds_strings,
     preprocessed,
 )
-from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
+from keras_weightmods.sparsity.scaling import Scaling, attach_scaling
 from keras_weightmods.sparsity.sparsify import (
     METHODS,
     OneShot,
@@ -250,7 +251,7 @@ class CAST(keras.distillation.Distiller):
 
         if scaling_groups:
             attach_scaling(
-                model, scaling_groups, targets=usable, pattern=(n, m)
+                model, targets=usable, groups=scaling_groups, pattern=(n, m)
             )
         twin = _FrozenTwin(model, teacher_dtype) if teacher == "self" else None
         if teacher is None:
@@ -273,7 +274,7 @@ class CAST(keras.distillation.Distiller):
                 # A teacher that does not fit. It is frozen only once it does,
                 # so the scales, all ones, have to come first.
                 if scaling_groups:
-                    fold_scaling(model)
+                    seam.fold(model, Scaling)
                 raise
             _warn_about_outputs(model)
         self.n, self.m = n, m
@@ -593,7 +594,7 @@ class CAST(keras.distillation.Distiller):
         self._check_all_sparsified()
         self.adam_s.prune()
         if self.scaling_groups:
-            fold_scaling(self.student)
+            seam.fold(self.student, Scaling)
         self._finalized = True
         # As TensorFlow traced them, they hold the scales of that time.
         self.train_function = None

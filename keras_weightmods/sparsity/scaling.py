@@ -24,12 +24,12 @@ class ScaledKernel:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScalingReport:
-    """What `attach_scaling` or `fold_scaling` changed and skipped.
+    """What `attach_scaling` changed and skipped.
 
     Attributes:
         kernels: Tuple of `ScaledKernel`, the kernels changed.
         skipped: Tuple of `Skipped`, path and reason.
-        groups: Int, the number of groups asked for; None after a fold.
+        groups: Int, the number of groups asked for.
     """
 
     kernels: tuple[ScaledKernel, ...]
@@ -66,7 +66,7 @@ class ScalingReport:
         )
 
 
-def attach_scaling(model, groups=2, targets=None, pattern="2:4"):
+def attach_scaling(model, *, targets=None, groups=2, pattern="2:4"):
     """Gives each output unit of each target `groups` learnable scales.
 
     The effective weight is `scale * kernel`, with one scale, one at the start,
@@ -90,16 +90,16 @@ def attach_scaling(model, groups=2, targets=None, pattern="2:4"):
     `keras_weightmods.save_model` saves the model with its scales. Checkpoints
     by `save_weights` hold them too, and load only into a model scaled in the
     same way. `save`, `keras.models.clone_model` and `quantize` want
-    `fold_scaling` first.
+    `fold` first.
 
     Args:
         model: A built Keras model; give the outermost one that you train.
+        targets: The kernels to scale: `Targets`, or what `include=` of
+            `find_targets` takes. Defaults to all of them.
         groups: Int, the blocks of the contraction axes for an output unit.
             A kernel that does not divide into so many blocks of whole N:M
-            groups gets the largest number that it does divide into; the
-            report lists it.
-        targets: The kernels to scale, from `find_targets`. Defaults to all
-            that `find_targets(model)` finds.
+            groups gets the largest number that it does divide into, as the
+            report says. Defaults to `2`.
         pattern: The N:M pattern, `"n:m"` or `(n, m)`. Only m matters.
 
     Returns:
@@ -114,12 +114,12 @@ def attach_scaling(model, groups=2, targets=None, pattern="2:4"):
 
     ```python
     import keras
-    from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
+    import keras_weightmods as kwm
 
     model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
-    report = attach_scaling(model, groups=2)
+    report = kwm.attach_scaling(model, groups=2)
     assert report.scales[0].shape == (2, 4)
-    fold_scaling(model)
+    kwm.fold(model)
     assert len(model.weights) == 2
     ```
     """
@@ -136,7 +136,7 @@ def attach_scaling(model, groups=2, targets=None, pattern="2:4"):
                 f"contraction size {target.contraction_size} is not a "
                 f"multiple of {m}"
             )
-        return _Scaling(target, _fitting_groups(target, groups, m))
+        return Scaling(target, _fitting_groups(target, groups, m))
 
     items, skipped = attach_to_targets(
         model, resolve_targets(model, targets), make_item, "scaled"
@@ -144,35 +144,6 @@ def attach_scaling(model, groups=2, targets=None, pattern="2:4"):
     return ScalingReport(
         tuple(item.summary() for item in items), tuple(skipped), groups
     )
-
-
-def fold_scaling(model):
-    """Multiplies the scales into the stored kernels and removes them.
-
-    The layers are again what they were before `attach_scaling`: class, list
-    of weights, config. A group that is exactly N:M stays so. If the model's
-    optimizer has been built it holds state of the scales, so the model is left
-    uncompiled: compile it again to train on.
-
-    Args:
-        model: A Keras model. One without scales is left as it is.
-
-    Returns:
-        A `ScalingReport`; the scales in it keep their last values.
-
-    Example:
-
-    ```python
-    import keras
-    from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
-
-    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
-    attach_scaling(model)
-    assert len(fold_scaling(model).kernels) == 1
-    ```
-    """
-    items = seam.fold(model, _Scaling)
-    return ScalingReport(tuple(item.summary() for item in items))
 
 
 def compute_scaled(kernel, scale, contraction_axes):
@@ -234,9 +205,8 @@ def compute_scaled(kernel, scale, contraction_axes):
     return from_matrix(ops.multiply(blocks, scale), shape, axes)
 
 
-class _Scaling(seam.Reparameterization):
+class Scaling(seam.Reparameterization):
     name = "scaling"
-    finish = "fold_scaling(model)"
 
     def __init__(self, target, groups):
         super().__init__(target)

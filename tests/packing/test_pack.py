@@ -19,7 +19,8 @@ from keras_weightmods import (
 )
 from keras_weightmods.ops import nm_project
 from keras_weightmods.packing import packed_dense
-from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
+from keras_weightmods.reparameterize.fold import fold
+from keras_weightmods.sparsity.scaling import attach_scaling
 
 needs_native = pytest.mark.skipif(
     bool(packed_dense.why_dense()), reason="no compiled kernels here: dense"
@@ -321,10 +322,10 @@ def test_scales_are_folded_first():
     model = make_sparse(dense_model())
     attach_scaling(model)
     before = state(model)
-    with pytest.raises(ValueError, match=r"only once.*fold_scaling\(model\)"):
+    with pytest.raises(ValueError, match=r"only once.*fold\(model\)"):
         pack(model)
     assert state(model) == before
-    fold_scaling(model)
+    fold(model)
     pack(model)
     with pytest.raises(ValueError, match=r"no kernel.*packed; `unpack"):
         pack(model)

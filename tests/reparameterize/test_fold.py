@@ -60,16 +60,7 @@ def test_a_plain_model_is_left_as_it_is():
     np.testing.assert_array_equal(outputs(model), before)
 
 
-def test_fold_scaling_leaves_other_kinds():
-    model = keras.Sequential(
-        [keras.Input((8,)), keras.layers.Dense(8), kwm.CompanderDense(4)]
-    )
-    kwm.attach_scaling(model, targets=kwm.find_targets(model)[:1])
-    assert len(kwm.fold_scaling(model).kernels) == 1
-    assert type(model.layers[1]) is kwm.CompanderDense
-
-
-@pytest.mark.parametrize("end", [kwm.fold, kwm.fold_scaling, kwm.unpack])
+@pytest.mark.parametrize("end", [kwm.fold, kwm.unpack])
 def test_what_is_no_model(end):
     with pytest.raises(ValueError, match="must be a Keras model or layer"):
         end(None)

@@ -125,7 +125,7 @@ def test_plain_scaled_and_packed(name, tmp_path):
         if weight.name.endswith("_scale"):
             weight.assign(rng.uniform(0.5, 2, weight.shape))
     loaded = round_trip(model, path)
-    kwm.fold_scaling(model)
+    kwm.fold(model)
     make_sparse(model)
     kwm.pack(model, head="int8" if "tied" in name else None)
     loaded = round_trip(model, path)

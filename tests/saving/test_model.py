@@ -216,8 +216,8 @@ def test_scaled_models(name, path):
     kwm.attach_scaling(model)
     randomize(model)
     loaded = round_trip(model, path)
-    kwm.fold_scaling(loaded)
-    kwm.fold_scaling(model)
+    kwm.fold(loaded)
+    kwm.fold(model)
     assert_same(loaded, model, inputs_for(model))
 
 
@@ -401,7 +401,7 @@ def test_keras_names_save_model():
         model.save("nowhere.keras")
     with pytest.raises(ValueError, match=r"keras_weightmods\.save_model"):
         keras.models.clone_model(model)
-    kwm.fold_scaling(model)
+    kwm.fold(model)
     make_sparse(model)
     kwm.pack(model)
     with pytest.raises(ValueError, match=r"keras_weightmods\.save_model"):

@@ -5,13 +5,14 @@ import pytest
 from keras import ops
 
 from keras_weightmods.core.targets import find_targets
+from keras_weightmods.reparameterize.fold import fold
 from keras_weightmods.sparsity.calibration import (
     InputReader,
     from_stack,
     input_norms,
     to_stack,
 )
-from keras_weightmods.sparsity.scaling import attach_scaling, fold_scaling
+from keras_weightmods.sparsity.scaling import attach_scaling
 
 
 def root_mean_square(x, kept):
@@ -184,7 +185,7 @@ def test_a_nested_model_with_and_without_scales():
     for a, b in zip(norms, scaled, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
     assert_untouched(model)
-    fold_scaling(model)
+    fold(model)
     assert_untouched(model)
 
 

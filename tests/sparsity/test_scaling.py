@@ -9,11 +9,8 @@ from keras import ops
 
 from keras_weightmods.core.targets import find_targets, register_target
 from keras_weightmods.ops.nm import nm_mask, nm_project, nm_violations
-from keras_weightmods.sparsity.scaling import (
-    attach_scaling,
-    compute_scaled,
-    fold_scaling,
-)
+from keras_weightmods.reparameterize.fold import fold
+from keras_weightmods.sparsity.scaling import attach_scaling, compute_scaled
 
 HAS_HUB = importlib.util.find_spec("keras_hub") is not None
 
@@ -148,7 +145,7 @@ def test_attach_is_bit_equal_and_fold_keeps_the_function(name):
     randomize(report.scales)
     scaled = outputs(model, x)
     assert np.abs(scaled - before).max() > 1e-3
-    folded = fold_scaling(model)
+    folded = fold(model)
     assert [k.path for k in folded.kernels] == [k.path for k in report.kernels]
     np.testing.assert_allclose(outputs(model, x), scaled, rtol=0, atol=1e-6)
     assert [type(layer) for layer in layers] == classes
@@ -156,7 +153,7 @@ def test_attach_is_bit_equal_and_fold_keeps_the_function(name):
     assert [id(w) for w in model.weights] == [id(w) for w in weights]
     assert [w.path for w in model.weights] == paths
     assert model.to_json() == config
-    assert fold_scaling(model).kernels == ()
+    assert fold(model).kernels == ()
 
 
 def test_the_kernel_property_is_the_effective_weight():
@@ -190,7 +187,7 @@ def test_groups_are_reduced_or_the_kernel_skipped():
     assert "6 is not a multiple of 4" in skipped.reason
     assert "1 group(s) of 2" in str(report)
     assert "multiple" in str(report)
-    fold_scaling(model)
+    fold(model)
     report = attach_scaling(model, groups=3, pattern="1:2")
     assert [k.groups for k in report.kernels] == [3, 3, 2]
 
@@ -212,7 +209,7 @@ def test_the_mask_is_unchanged(name, pattern):
         masks.append(nm_mask(variable.value, (n, m), axes))
         variable.assign(nm_project(variable.value, (n, m), axes))
     randomize(report.scales)
-    fold_scaling(model)
+    fold(model)
     for target, mask in zip(targets, masks, strict=True):
         value, axes = target.variable.value, target.contraction_axes
         assert int(nm_violations(value, (n, m), axes)) == 0
@@ -251,7 +248,7 @@ def test_fit_trains_scales_and_kernels_by_the_gradient():
 
     assert model.optimizer.built
     scaled = outputs(model, x)
-    fold_scaling(model)
+    fold(model)
     assert not model.compiled
     predicted = model.predict(np.float32(x), verbose=0)
     np.testing.assert_allclose(predicted, scaled, atol=1e-6)
@@ -295,7 +292,7 @@ def test_mixed_precision_computes_the_product_in_float32(policy):
     y = model(x)
     assert keras.backend.standardize_dtype(y.dtype) == policy[6:]
     scaled = ops.convert_to_numpy(y)
-    fold_scaling(model)
+    fold(model)
     np.testing.assert_array_equal(outputs(model, x), scaled)
 
 
@@ -317,7 +314,7 @@ def test_bfloat16_variables_get_float32_scales():
     (scale,) = attach_scaling(model).scales
     assert scale.dtype == "float32"
     np.testing.assert_array_equal(outputs(model, x), before)
-    fold_scaling(model)
+    fold(model)
     assert model.weights[0].dtype == "bfloat16"
 
 
@@ -332,7 +329,7 @@ def test_regularizer_sees_the_effective_weight():
     np.testing.assert_allclose(
         ops.convert_to_numpy(model.losses[0]), expected, rtol=1e-5
     )
-    fold_scaling(model)
+    fold(model)
     np.testing.assert_allclose(
         ops.convert_to_numpy(model.losses[0]), expected, rtol=1e-5
     )
@@ -377,7 +374,7 @@ def test_lora_adds_to_the_effective_weight_and_freezes_the_scales(tmp_path):
         layer.lora_kernel_b.assign(layer.lora_kernel_b * 0)
         model.load_weights(tmp_path / "lora.weights.h5")
         np.testing.assert_array_equal(outputs(model, x), adapted)
-        fold_scaling(model)
+        fold(model)
         np.testing.assert_allclose(outputs(model, x), adapted, atol=1e-5)
         assert layer.lora_enabled
         assert not layer._kernel.trainable
@@ -431,7 +428,7 @@ def test_other_checkpoints_into_a_scaled_model_are_errors(tmp_path):
     attach_scaling(model)
     before = model.get_weights()
     for name in ("plain", "one"):
-        with pytest.raises(ValueError, match="fold_scaling"):
+        with pytest.raises(ValueError, match="fold"):
             model.load_weights(tmp_path / f"{name}.weights.h5")
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -454,21 +451,21 @@ def test_whole_model_save_wants_fold_first(make, tmp_path):
     model = make()
     model(np.ones((2, 16), "float32"))
     attach_scaling(model)
-    with pytest.raises(ValueError, match=r"fold_scaling\(model\)"):
+    with pytest.raises(ValueError, match=r"fold\(model\)"):
         model.save(tmp_path / "model.keras")
 
 
 def test_clone_wants_fold_first():
     model = dense_model()
     attach_scaling(model)
-    with pytest.raises(ValueError, match=r"fold_scaling\(model\)"):
+    with pytest.raises(ValueError, match=r"fold\(model\)"):
         keras.models.clone_model(model)
 
 
 def test_folded_model_saves_and_loads_as_plain_keras(tmp_path):
     model = dense_model()
     randomize(attach_scaling(model).scales)
-    fold_scaling(model)
+    fold(model)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     x = inputs_for(model)
@@ -482,12 +479,12 @@ def test_quantize_of_a_scaled_layer_is_refused():
     attach_scaling(model)
     x = inputs_for(model)
     before = outputs(model, x)
-    with pytest.raises(NotImplementedError, match=r"fold_scaling\(model\)"):
+    with pytest.raises(NotImplementedError, match=r"fold\(model\)"):
         model.layers[0].quantize("int8", type_check=False)
-    with pytest.warns(UserWarning, match=r"fold_scaling\(model\)"):
+    with pytest.warns(UserWarning, match=r"fold\(model\)"):
         model.quantize("int8")
     np.testing.assert_array_equal(outputs(model, x), before)
-    fold_scaling(model)
+    fold(model)
     model.quantize("int8")
     assert model.layers[0].quantization_mode == "int8"
 
@@ -524,7 +521,7 @@ def test_second_attach_is_an_error():
     model = dense_model()
     attach_scaling(model)
     before = state(model)
-    with pytest.raises(ValueError, match=r"only once.*fold_scaling\(model\)"):
+    with pytest.raises(ValueError, match=r"only once.*fold\(model\)"):
         attach_scaling(model)
     assert state(model) == before
 
@@ -602,7 +599,7 @@ def test_two_stacks_of_kernels_in_plain_attributes(tmp_path):
     attach_scaling(other)
     other.load_weights(tmp_path / "experts.weights.h5")
     np.testing.assert_array_equal(outputs(other, x), scaled)
-    fold_scaling(model)
+    fold(model)
     np.testing.assert_allclose(outputs(model, x), scaled, atol=1e-5)
     assert state(model)[:2] == plain[:2]
     assert isinstance(layer.up, keras.Variable)
@@ -652,10 +649,10 @@ def test_tiny_llama(tmp_path):
     attach_scaling(other)
     other.load_weights(tmp_path / "llama.weights.h5")
     np.testing.assert_array_equal(outputs(other, x), scaled)
-    with pytest.raises(ValueError, match=r"fold_scaling\(model\)"):
+    with pytest.raises(ValueError, match=r"fold\(model\)"):
         model.save(tmp_path / "llama.keras")
 
-    fold_scaling(model)
+    fold(model)
     np.testing.assert_allclose(outputs(model, x), scaled, atol=1e-6)
     assert [type(layer) for layer in model._flatten_layers()] == classes
     model.save(tmp_path / "llama.keras")
