@@ -17,10 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 
-# Not in the public API. An effective weight is computed in the variables' own
-# precision, outside of the autocast scope of a mixed-precision layer: a scale
-# near 1 has steps of 2**-7 in bfloat16, too coarse to be trained.
-from keras.src.backend import AutocastScope, get_autocast_scope
+from keras_weightmods.core import keras_private
 
 # The place in `vars(layer)` of {attribute: Reparameterization}.
 _SLOT = "_reparameterizations"
@@ -281,9 +278,7 @@ def fold(model, kind=Reparameterization):
 def remove_weights(layer, names):
     """Takes the weights that `layer` holds as attributes `names` out of it."""
     for name in names:
-        layer._untrack_variable(getattr(layer, name))
-        # Not `del`, which collects garbage each time.
-        super(keras.layers.Layer, layer).__delattr__(name)
+        keras_private.remove_variable(layer, getattr(layer, name), name)
 
 
 def forget_variables(model):
@@ -329,7 +324,7 @@ def plain_classes(model):
     """A scope in which the layers have their own classes, to be serialized."""
     generated = {
         layer: type(layer)
-        for layer in model._flatten_layers()
+        for layer in keras_private.layers_of(model)
         if isinstance(layer, _AttachedLayer)
     }
     try:
@@ -446,7 +441,7 @@ def effective_weight(attribute):
     """
 
     def set_stored(layer, value):
-        vars(layer)[attribute] = value
+        keras_private.attributes(layer)[attribute] = value
 
     return property(functools.partial(_effective_weight, attribute), set_stored)
 
@@ -458,15 +453,18 @@ def _stored_variable(attribute, layer):
 def _effective_weight(attribute, layer):
     item = _slots(layer).get(attribute)
     if item is None:
-        for name in (f"_{attribute}", attribute):
-            if name in vars(layer):
-                return vars(layer)[name]
-        raise AttributeError(
-            f"Layer '{layer.name}' has a `{attribute}` once it is built."
-        )
+        variable = keras_private.stored_variable(layer, attribute)
+        if variable is None:
+            raise AttributeError(
+                f"Layer '{layer.name}' has a `{attribute}` once it is built."
+            )
+        return variable
     variable = item.target.variable
-    scope = get_autocast_scope()
-    with AutocastScope(None):
+    # In the variables' own precision, outside of the autocast scope of a
+    # mixed-precision layer: a scale near 1 has steps of 2**-7 in bfloat16, too
+    # coarse to be trained.
+    scope = keras_private.get_autocast_scope()
+    with keras_private.AutocastScope(None):
         weight = ops.cast(item.effective(variable), item.dtype)
         if attribute == "kernel" and getattr(layer, "lora_enabled", False):
             delta = ops.matmul(layer.lora_kernel_a, layer.lora_kernel_b)
@@ -522,13 +520,13 @@ def _set_slots(layer, slots):
     cls: Any = type(layer)
     is_own = issubclass(cls, ReparameterizedLayer)
     plain = cls.__bases__[-1] if is_own else cls
-    # Past Keras' attribute tracking, which has nothing to see here: the
-    # parameters are tracked by `add_weight`.
+    # The parameters are tracked by `add_weight`.
+    own = keras_private.attributes(layer)
     if not slots:
-        del vars(layer)[_SLOT]
+        del own[_SLOT]
         layer.__class__ = plain
         return
-    vars(layer)[_SLOT] = slots
+    own[_SLOT] = slots
     if not is_own or issubclass(cls, _AttachedLayer):
         items = [slots[attribute] for attribute in sorted(slots)]
         layer.__class__ = _generated_class(
@@ -558,42 +556,22 @@ def _take_out(item):
     `Target` for instance, finds it alive after the fold.
     """
     layer, variable = item.target.layer, item.target.variable
-    tracker = layer._tracker
-    for store in ("trainable_variables", "non_trainable_variables"):
-        if tracker.is_in_store(store, variable):
-            own = [id(each) for each in tracker.config[store][1]]
-            item.place = store, own.index(id(variable))
-    layer._untrack_variable(variable)
-    # Not `del layer.attribute`: see `_drop_parameters`.
-    super(keras.layers.Layer, layer).__delattr__(f"_{item.target.attribute}")
-    variable._value = None
-    # What Keras calls to read a variable that has no value yet.
-    variable._initializer = _Absent(variable.path, item.finish)
+    item.place = keras_private.remove_variable(
+        layer, variable, f"_{item.target.attribute}"
+    )
+    keras_private.release_value(
+        variable,
+        f"The variable {variable.path!r} has been replaced by packed ones and "
+        f"has no value until `{item.finish}`.",
+    )
 
 
 def _put_back(item, value):
     layer, variable = item.target.layer, item.target.variable
-    variable._initializer = None
-    variable._initialize(variable._convert_to_tensor(value, variable.dtype))
-    store, index = item.place
-    with _unlocked(layer):
-        layer._tracker.add_to_store(store, variable)
-        own = layer._tracker.config[store][1]
-        own.insert(index, own.pop())
-        setattr(layer, f"_{item.target.attribute}", variable)
-
-
-class _Absent:
-    """Stands for the value of a variable that has been taken out."""
-
-    def __init__(self, path, finish):
-        self.message = (
-            f"The variable {path!r} has been replaced by packed ones and has "
-            f"no value until `{finish}`."
-        )
-
-    def __call__(self, shape, dtype=None):
-        raise ValueError(self.message)
+    keras_private.restore_value(variable, value)
+    keras_private.put_variable_back(
+        layer, variable, f"_{item.target.attribute}", item.place
+    )
 
 
 def _create_parameters(item):
@@ -603,50 +581,36 @@ def _create_parameters(item):
         parameter = layer.add_weight(**arguments)
         item.parameters += (parameter,)
 
-    with _unlocked(layer):
+    with keras_private.unlocked(layer):
         item.create_parameters(add_weight)
     if not item.target.variable.trainable:
         for parameter in item.parameters:
             parameter.trainable = False
 
 
-@contextlib.contextmanager
-def _unlocked(layer):
-    # A built layer is locked; LoRA in Keras adds its weights in this way too.
-    locked = layer._tracker.locked
-    layer._tracker.unlock()
-    try:
-        yield
-    finally:
-        if locked:
-            layer._tracker.lock()
-
-
 def _drop_parameters(item):
-    # `del layer.attribute`, the public way, collects garbage each time, which
-    # takes minutes on an LLM.
     for parameter in item.parameters:
-        item.target.layer._untrack_variable(parameter)
+        keras_private.remove_variable(item.target.layer, parameter)
 
 
 def _stored_items(layer):
     known: set[int] = set()
     for item in _slots(layer).values():
         known.update(id(parameter) for parameter in item.parameters)
-    own = layer._trainable_variables + layer._non_trainable_variables
+    own = keras_private.own_variables(layer)
     stored = [variable for variable in own if id(variable) not in known]
     return {f"stored_{i}": variable for i, variable in enumerate(stored)}
 
 
 def _slots(layer):
-    return vars(layer).get(_SLOT, {})
+    return keras_private.attributes(layer).get(_SLOT, {})
 
 
 def _slots_of(model):
     check_model(model)
     items = [
         item
-        for layer in model._flatten_layers()
+        for layer in keras_private.layers_of(model)
         for item in _slots(layer).values()
     ]
     return sorted(items, key=lambda item: item.target.depth)
@@ -668,7 +632,7 @@ def _drop_built_optimizer(model):
 
 
 def _forget_compiled_functions(model):
-    for layer in model._flatten_layers():
+    for layer in keras_private.layers_of(model):
         for name in (
             "train_function",
             "test_function",
@@ -677,20 +641,4 @@ def _forget_compiled_functions(model):
         ):
             if getattr(layer, name, None) is not None:
                 setattr(layer, name, None)
-    if keras.backend.backend() == "torch":
-        _track_variables_anew(model)
-
-
-def _track_variables_anew(model):
-    # A container lists the variables of its layers as torch parameters when
-    # built. zero_grad would miss a later one, so that its gradients add up
-    # over the steps, and one taken out would live on. Keras does the same
-    # after `quantize`, but for the functional model inside of a Sequential.
-    modules = {
-        module: None
-        for layer in model._flatten_layers()
-        for module in layer.modules()
-    }
-    for module in modules:
-        if "_torch_params" in module._modules:
-            module._track_variables()
+    keras_private.track_torch_parameters(model)

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.core import keras_private
+
 # Operations that KerasHub's models put after the head, such as a soft cap.
 _ELEMENTWISE = ("Divide", "Multiply", "Tanh", "TrueDivide")
 
@@ -195,13 +197,12 @@ def _find_head(model):
         return None
     (tensor,) = outputs
     while True:
-        operation, index, _ = tensor._keras_history
+        operation, inputs = keras_private.producer(tensor)
         is_head = isinstance(
             operation, (keras.layers.ReversibleEmbedding, keras.layers.Dense)
         )
         if not is_head and type(operation).__name__ not in _ELEMENTWISE:
             return None
-        inputs = operation._inbound_nodes[index].input_tensors
         if len(inputs) != 1 or len(inputs[0].shape) != 3:
             return None
         (tensor,) = inputs

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.core import keras_private
 from keras_weightmods.lift.masked_state import MaskedState
 from keras_weightmods.ops.nm import pack_bits, packed_size, unpack_bits
 
@@ -98,8 +99,9 @@ class MaskedOptimizer(MaskedState):
         inner = self.optimizer
         if inner.built:
             # By Keras, before the masks were known.
-            self.inner_on_all = len(inner._trainable_variables) > len(variables)
-            inner._check_variables_are_known(variables)
+            trained = keras_private.optimizer_variables(inner)
+            self.inner_on_all = len(trained) > len(variables)
+            keras_private.check_known(inner, variables)
         keras.optimizers.Optimizer.build(self, variables)
         self._bits = [
             None

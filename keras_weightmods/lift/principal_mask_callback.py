@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_weightmods.core import keras_private
 from keras_weightmods.core.loss_gradients import loss_gradients
 from keras_weightmods.core.seam import (
     check_model,
@@ -236,7 +237,9 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     def _look(self):
         """Reads from the optimizer what is counted here after it."""
         optimizer = _inner_optimizer(self.model.optimizer)
-        self._batches = int(ops.convert_to_numpy(optimizer._iterations))
+        self._batches = int(
+            ops.convert_to_numpy(keras_private.applied_steps(optimizer))
+        )
         self._mask_step = optimizer.mask_step
         inner = getattr(optimizer, "optimizer", optimizer)
         self._accumulated = inner.gradient_accumulation_steps or 1
@@ -417,12 +420,14 @@ def _check_optimizer(optimizer, variables, specs):
     if not optimizer.built:
         return
     if not isinstance(optimizer, MaskedState):
-        optimizer._check_variables_are_known(variables)
+        keras_private.check_known(optimizer, variables)
         return
     expected = {id(v): spec.size for v, spec in zip(variables, specs)}
     received = {
         id(v): spec.size
-        for v, spec in zip(optimizer._trainable_variables, optimizer.specs)
+        for v, spec in zip(
+            keras_private.optimizer_variables(optimizer), optimizer.specs
+        )
     }
     if expected != received:
         raise ValueError(
@@ -447,9 +452,4 @@ def _install(model, optimizer, variables):
             name=outer.name,
         )
         optimizer.build(variables)
-    model.optimizer = optimizer
-    # What `model.save` writes.
-    config = getattr(model, "_compile_config", None)
-    if config is not None and "optimizer" in config.config:
-        config.config["optimizer"] = optimizer
-    model.train_function = None
+    keras_private.set_optimizer(model, optimizer)

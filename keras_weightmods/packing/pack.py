@@ -7,7 +7,7 @@ import re
 from keras import ops
 
 from keras_weightmods import native
-from keras_weightmods.core import seam
+from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.targets import Skipped, Target, resolve_targets
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.packing import packed_dense, packed_embedding
@@ -181,10 +181,9 @@ def _shared_variables(model):
     """Ids of the variables that several layers hold as their own."""
     held = collections.Counter(
         id(variable)
-        for layer in model._flatten_layers()
+        for layer in keras_private.layers_of(model)
         for variable in {
-            id(v): v
-            for v in layer._trainable_variables + layer._non_trainable_variables
+            id(v): v for v in keras_private.own_variables(layer)
         }.values()
     )
     return {key for key, count in held.items() if count > 1}

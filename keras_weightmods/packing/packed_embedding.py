@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import seam
+from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.targets import Target
 from keras_weightmods.native.packed import Packed, packed_arrays
 from keras_weightmods.ops.sparse_matmul import gpu_plan, sparse_matmul
@@ -30,8 +30,8 @@ def find_embeddings(model):
     """
     position = {id(v): place for place, v in enumerate(model.weights)}
     targets = []
-    for layer in model._flatten_layers():
-        table = vars(layer).get("_embeddings")
+    for layer in keras_private.layers_of(model):
+        table = keras_private.stored_variable(layer, "embeddings")
         if (
             isinstance(layer, keras.layers.ReversibleEmbedding)
             and table is not None

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.core import keras_private
 from keras_weightmods.core.targets import execution_order
 from keras_weightmods.patches import tensors
 
@@ -210,11 +211,9 @@ def update_digest(digest, array):
 def owners(model):
     """{id of variable: layer that holds it itself}, the first one if shared."""
     found: dict[int, keras.layers.Layer] = {}
-    for layer in model._flatten_layers():
+    for layer in keras_private.layers_of(model):
         # Not `layer.weights`, which counts those of inner layers in.
-        for variable in (
-            layer._trainable_variables + layer._non_trainable_variables
-        ):
+        for variable in keras_private.own_variables(layer):
             found.setdefault(id(variable), layer)
     return found
 

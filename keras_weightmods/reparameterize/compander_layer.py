@@ -4,10 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-# Not in the public API.
-from keras.src.backend import in_stateless_scope
-
-from keras_weightmods.core import seam
+from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.targets import Target
 from keras_weightmods.reparameterize.compander import Compander
 
@@ -61,7 +58,7 @@ class CompanderLayer(_Layer):
                 "Train it in floating point, `fold` it, then quantize."
             )
         super().build(input_shape)
-        item = self.__dict__.pop("_compander_to_build")
+        item = keras_private.attributes(self).pop("_compander_to_build")
         variable = self.kernel  # the stored one, until the item is installed
         item.bind(
             Target(self, variable, "kernel", (), (), (), 0, variable.path)
@@ -79,13 +76,15 @@ class CompanderLayer(_Layer):
             def start(shape, dtype):
                 value = draw(shape, dtype=dtype)
                 # There it is asked for once more, as a mere placeholder.
-                return value if in_stateless_scope() else item.start(value)
+                if keras_private.in_stateless_scope():
+                    return value
+                return item.start(value)
 
             kwargs["initializer"] = start
         return super().add_weight(*args, **kwargs)
 
     def get_config(self):
-        item = vars(self).get("_compander_to_build")
+        item = keras_private.attributes(self).get("_compander_to_build")
         if item is None:
             item = seam.reparameterization(self, "kernel")
         return {

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_weightmods.core import keras_private
 from keras_weightmods.reparameterize.compander import Compander
 
 # What acts around an update, not in it: it moves to the wrapper, as its
@@ -132,15 +133,15 @@ class CompanderOptimizer(keras.optimizers.Optimizer):
             for key, variable, item in zip(keys, variables, items)
             if item is not None
             and item.learnable
-            and inner._use_weight_decay(variable)
+            and keras_private.decays(inner, variable)
         }.__contains__
-        # Keras' public way to say this forgets what the user has said.
-        inner._exclude_from_weight_decay = {
-            *getattr(inner, "_exclude_from_weight_decay", ()),
-            *(k for k, item in zip(keys, items) if item and item.learnable),
-            *(self._var_key(p) for item in found for p in item.parameters),
-        }
-        inner._exclude_from_weight_decay_cache = {}
+        keras_private.exclude_from_decay(
+            inner,
+            {
+                *(k for k, item in zip(keys, items) if item and item.learnable),
+                *(self._var_key(p) for item in found for p in item.parameters),
+            },
+        )
         inner.build(variables)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
@@ -172,7 +173,7 @@ class CompanderOptimizer(keras.optimizers.Optimizer):
         for variable in trainable_variables:
             variable.constraint = None
         # On torch Keras fails to decay no variable at all.
-        if not any(map(inner._use_weight_decay, trainable_variables)):
+        if not any(keras_private.decays(inner, v) for v in trainable_variables):
             inner.weight_decay = None
         try:
             inner.apply(grads, trainable_variables)
@@ -195,7 +196,8 @@ class CompanderOptimizer(keras.optimizers.Optimizer):
         decay = ops.cast(inner.learning_rate, "float32") * inner.weight_decay
         every = inner.gradient_accumulation_steps
         if every:
-            is_update = ops.equal((inner._iterations + 1) % every, 0)
+            steps = keras_private.applied_steps(inner)
+            is_update = ops.equal((steps + 1) % every, 0)
             decay = decay * ops.cast(is_update, "float32")
         return decay
 

@@ -2,23 +2,20 @@
 
 import collections
 import contextlib
-import copy
 import functools
 import inspect
 import itertools
 import json
-import random
 import sys
 from typing import Any
 
 import keras
 
-# Not in the public API: the scopes in which Keras reads and writes the configs
-# of its own files, and the variables that have no value yet.
-from keras.src.backend.common import global_state
-from keras.src.saving.serialization_lib import ObjectSharingScope, SafeModeScope
-
-from keras_weightmods.core import seam
+from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core.keras_private import (
+    ObjectSharingScope,
+    SafeModeScope,
+)
 from keras_weightmods.core.targets import Target
 from keras_weightmods.saving import states
 from keras_weightmods.version import __version__
@@ -99,7 +96,7 @@ def build(description, custom_objects=None):
     """
     pending: list[keras.Variable] = []
     try:
-        with _without_values(pending):
+        with keras_private.without_values(pending):
             return (*_build(description, custom_objects), pending)
     except Exception as error:
         # Keras' words where a class makes a variable of a value, and not by
@@ -112,12 +109,9 @@ def build(description, custom_objects=None):
 def give_values(part):
     """Initializes the part's own variables, to be overwritten."""
     if isinstance(part, keras.layers.Layer):
-        for variable in (
-            part._trainable_variables + part._non_trainable_variables
-        ):
-            if variable._value is None:
-                variable._initializer = keras.initializers.Zeros()
-                variable._deferred_initialize()
+        for variable in keras_private.own_variables(part):
+            if not keras_private.has_value(variable):
+                keras_private.initialize(variable, keras.initializers.Zeros())
 
 
 def finish(description, model, pending):
@@ -128,8 +122,11 @@ def finish(description, model, pending):
         if not item.keeps_stored
     }
     for variable in pending:
-        if variable._value is None and id(variable) not in released:
-            variable._deferred_initialize()
+        if (
+            not keras_private.has_value(variable)
+            and id(variable) not in released
+        ):
+            keras_private.initialize(variable)
     if description["compiles"]:
         model.compile()
 
@@ -154,7 +151,7 @@ def rehearse(description, parts, entries):
         parts: Dict from name to part, from `states.walk`.
         entries: Dict from name to `Entry`, of the weights of the parts.
     """
-    with _untraced():
+    with keras_private.without_traces():
         try:
             _, built, _ = build(description, _classes(parts))
             check_same(entries, built)
@@ -178,7 +175,7 @@ def reason(error):
 def obstacle_of_preprocessor(preprocessor):
     """Says why a preprocessor cannot be brought back; None if it can."""
     try:
-        with _untraced():
+        with keras_private.without_traces():
             parts = states.walk(preprocessor)
             config = keras.saving.serialize_keras_object(preprocessor)
             config = json.loads(json.dumps(config))
@@ -225,7 +222,7 @@ def _lora_is_first(layer):
     own = [id(variable) for variable in layer.weights]
     lora = min(
         own.index(id(variable))
-        for name, variable in vars(layer).items()
+        for name, variable in keras_private.attributes(layer).items()
         if name.startswith("lora_") and isinstance(variable, keras.Variable)
     )
     return all(
@@ -384,31 +381,26 @@ def _complete_configs(model, left_out):
 
     `LlamaBackbone.get_config()` forgets `tie_word_embeddings`, for instance.
     """
-    names = ("get_config", "get_compile_config")
-    replaced = []
-    for layer in [*model._flatten_layers(), *left_out]:
-        own = vars(layer)
-        replaced.append((own, {n: own[n] for n in names if n in own}))
-        own["get_config"] = (
-            dict
-            if layer in left_out
-            else functools.partial(_complete_config, layer, layer.get_config)
-        )
-        own["get_compile_config"] = lambda: None
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in [*keras_private.layers_of(model), *left_out]:
+            complete = functools.partial(
+                _complete_config, layer, layer.get_config
+            )
+            stack.enter_context(
+                keras_private.replaced_attributes(
+                    layer,
+                    get_config=dict if layer in left_out else complete,
+                    get_compile_config=lambda: None,
+                )
+            )
         yield
-    finally:
-        for own, before in reversed(replaced):
-            for name in names:
-                del own[name]
-            own.update(before)
 
 
 def _complete_config(layer, get_config):
     config = get_config()
     arguments = inspect.signature(type(layer).__init__).parameters
     for name, argument in arguments.items():
-        value = vars(layer).get(name)
+        value = keras_private.attributes(layer).get(name)
         if (
             name not in config
             and type(value) in (bool, int, float, str)
@@ -432,29 +424,3 @@ def _without_compile_config(config):
     if isinstance(config, (list, tuple)):
         return [_without_compile_config(value) for value in config]
     return config
-
-
-@contextlib.contextmanager
-def _without_values(pending):
-    """A scope in which new variables get no value and add to `pending`."""
-    attribute = "uninitialized_variables"
-    earlier = global_state.get_global_attribute(attribute, [])
-    global_state.set_global_attribute(attribute, pending)
-    try:
-        with keras.StatelessScope(initialize_variables=False):
-            yield
-    finally:
-        global_state.set_global_attribute(attribute, earlier)
-
-
-@contextlib.contextmanager
-def _untraced():
-    """Puts back what making layers uses up: seeds, and numbers for names."""
-    names = global_state.get_global_attribute("object_name_uids")
-    names, state = copy.copy(names), random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if names is not None:
-            global_state.set_global_attribute("object_name_uids", names)

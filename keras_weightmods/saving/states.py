@@ -17,11 +17,11 @@ from typing import Any
 import keras
 import numpy as np
 
-# Not in the public API: how Keras finds the parts of a model for its files.
-from keras.src.saving.keras_saveable import KerasSaveable
-from keras.src.saving.saving_lib import _walk_saveable
-from keras.src.utils.naming import to_snake_case
-
+from keras_weightmods.core.keras_private import (
+    KerasSaveable,
+    to_snake_case,
+    walk_saveable,
+)
 from keras_weightmods.core.seam import (
     checkpoint_arrays,
     is_reparameterized,
@@ -53,7 +53,7 @@ def walk(model, left_out=()):
         visited[id(part)] = part
         if is_part:
             found[name] = part
-            for attribute, child in _walk_saveable(part):
+            for attribute, child in walk_saveable(part):
                 visit(_join(name, attribute), child)
             return
         used: collections.Counter[str] = collections.Counter()

@@ -11,6 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.core import keras_private
+
 _CONVOLUTIONS = (
     keras.layers.Conv1D,
     keras.layers.Conv2D,
@@ -159,26 +161,13 @@ def from_stack(matrices, target):
     return ops.transpose(kernel, [order.index(i) for i in range(len(order))])
 
 
-@contextlib.contextmanager
 def inputs_seen(layer, record):
     """Calls `record(inputs)` whenever `layer` is called."""
-    before = vars(layer).get("call")
-    call = layer.call
-
-    def recording_call(*args, **kwargs):
-        # Keras passes the inputs by keyword if the caller did.
-        record(args[0] if args else next(iter(kwargs.values())))
-        return call(*args, **kwargs)
-
-    # Past Keras' attribute tracking, which is locked on a built layer.
-    object.__setattr__(layer, "call", recording_call)
-    try:
-        yield
-    finally:
-        if before is None:
-            object.__delattr__(layer, "call")
-        else:
-            object.__setattr__(layer, "call", before)
+    # Keras passes the inputs by keyword if the caller did.
+    return keras_private.calls_seen(
+        layer,
+        lambda *args, **kwargs: record([*args, *kwargs.values()][0]),
+    )
 
 
 def used_positions(sample_weight):

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import seam
+from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.targets import Skipped, Targets, resolve_targets
 from keras_weightmods.ops.nm import contraction_size, parse_pattern
 from keras_weightmods.sparsity.adam_s import AdamS
@@ -386,7 +386,7 @@ class CAST(keras.distillation.Distiller):
             and inner is optimizer
             and any(
                 layer.compute_dtype == "float16"
-                for layer in self.student._flatten_layers()
+                for layer in keras_private.layers_of(self.student)
             )
         ):
             # Keras goes by the policy of the outermost model, this wrapper.
@@ -919,7 +919,7 @@ class _LogitsKL(keras.losses.Loss):
 def _warn_about_outputs(model):
     """Warns where the last layer shows that outputs are no logits."""
     for output in keras.tree.flatten(getattr(model, "outputs", None) or []):
-        operation = output._keras_history.operation
+        operation, _ = keras_private.producer(output)
         activation = getattr(operation, "activation", operation)
         name = getattr(activation, "__name__", type(activation).__name__)
         if name.lower() in ("softmax", "sigmoid"):

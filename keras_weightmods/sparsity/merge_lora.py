@@ -4,7 +4,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_weightmods.core import seam
+from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.ops.nm import nm_project, nm_violations, parse_pattern
 
@@ -75,7 +75,7 @@ def merge_lora(model, pattern=None, keep="mask"):
         )
     layers = [
         layer
-        for layer in model._flatten_layers()
+        for layer in keras_private.layers_of(model)
         if getattr(layer, "lora_enabled", False)
     ]
     _check(model, layers)

@@ -235,7 +235,7 @@ def _model_size(model, packed, quantized):
     shapes = [item.target.shape for item in packed]
     for target, steps in quantized:
         layer = target.layer
-        parts = (layer._kernel, layer.kernel_scale)
+        parts = (target.variable, layer.kernel_scale)
         parts += tuple(
             getattr(layer, name)
             for name in ("kernel_zero", "g_idx")

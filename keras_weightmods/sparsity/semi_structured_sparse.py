@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.core import keras_private
 from keras_weightmods.core.seam import check_model
 from keras_weightmods.core.targets import Skipped, Target, resolve_targets
 from keras_weightmods.ops.nm import (
@@ -283,11 +284,10 @@ class SemiStructuredSparse(keras.constraints.Constraint):
             if _is_ours(variable):
                 variable.constraint = None
                 detached.append(f"{position}:{variable.path}")
-        # Keras offers no public walk over all nested layers.
-        for layer in model._flatten_layers():
+        for layer in keras_private.layers_of(model):
             # Attention layers keep theirs under a private name, recurrent
             # ones under several.
-            for name, value in list(vars(layer).items()):
+            for name, value in list(keras_private.attributes(layer).items()):
                 if isinstance(value, SemiStructuredSparse):
                     setattr(layer, name, None)
         _forget_train_step(model)

@@ -10,9 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-# Not in the public API: how a functional model calls its layers.
-from keras.src.models.functional import Functional, operation_fn
-
+from keras_weightmods.core import keras_private
 from keras_weightmods.core.seam import is_reparameterized
 from keras_weightmods.core.targets import Skipped, resolve_targets
 from keras_weightmods.ops.nm import nm_project, parse_pattern
@@ -408,7 +406,7 @@ class _Walk:
             List of outputs, one for each call; None once nothing is pending.
         """
         inside = _layers_inside(operation)
-        graph = _graph_of(operation)
+        graph = keras_private.graph_of(operation)
         by_graph = (
             graph is not None
             and any(id(t.layer) in inside for t in self.pending)
@@ -417,7 +415,7 @@ class _Walk:
         )
         if by_graph:
             return self._run_graph(graph, [args[0] for args, _ in calls], prune)
-        call = operation_fn(operation, training=False)
+        call = keras_private.inference_call(operation)
         while True:
             here = [t for t in self.pending if id(t.layer) in inside]
             if not here:
@@ -429,14 +427,17 @@ class _Walk:
 
     def _each_once(self, graph):
         """Whether each pending target is in one place of the graph."""
-        places = [_layers_inside(node.operation) for node in _nodes_of(graph)]
+        places = [
+            _layers_inside(node.operation)
+            for node in keras_private.nodes_of(graph)
+        ]
         return all(
             sum(id(t.layer) in inside for inside in places) <= 1
             for t in self.pending
         )
 
     def _run_graph(self, graph, inputs, prune):
-        nodes = _nodes_of(graph)
+        nodes = keras_private.nodes_of(graph)
         last_use = {
             id(x): place
             for place, node in enumerate(nodes)
@@ -444,7 +445,9 @@ class _Walk:
         }
         last_use.update({id(x): len(nodes) for x in graph.outputs})
         values = [
-            dict(zip(map(id, graph.inputs), graph._standardize_inputs(x)))
+            dict(
+                zip(map(id, graph.inputs), keras_private.graph_inputs(graph, x))
+            )
             for x in inputs
         ]
         for place, node in enumerate(nodes):
@@ -462,8 +465,8 @@ class _Walk:
                     if last_use[id(x)] == place:
                         known.pop(id(x), None)
         return [
-            keras.tree.pack_sequence_as(
-                graph._outputs_struct, [known[id(x)] for x in graph.outputs]
+            keras_private.graph_outputs(
+                graph, [known[id(x)] for x in graph.outputs]
             )
             for known in values
         ]
@@ -594,18 +597,6 @@ def _relative_error(before, after, moment):
     return change / whole if whole > 0 else 0.0
 
 
-def _graph_of(operation):
-    """The functional graph that calling `operation` runs, or None."""
-    if isinstance(operation, keras.Sequential):
-        return operation._functional
-    is_plain = (
-        isinstance(operation, Functional)
-        and type(operation).call is Functional.call
-        and "call" not in vars(operation)
-    )
-    return operation if is_plain else None
-
-
 def _has_inputs_alone(call):
     """Whether a call has one argument, but for masks that are not there."""
     args, kwargs = call
@@ -613,25 +604,10 @@ def _has_inputs_alone(call):
     return len(args) == 1 and all(value is None for value in rest)
 
 
-def _nodes_of(graph):
-    """The calls of a graph that compute something, in order."""
-    known = {id(x) for x in graph.inputs}
-    nodes = []
-    for depth in sorted(graph._nodes_by_depth, reverse=True):
-        for node in graph._nodes_by_depth[depth]:
-            if node.is_input or any(
-                id(x) not in known for x in node.input_tensors
-            ):
-                continue
-            known.update(map(id, node.outputs))
-            nodes.append(node)
-    return nodes
-
-
 def _layers_inside(operation):
     if not isinstance(operation, keras.layers.Layer):
         return frozenset()
-    return frozenset(map(id, operation._flatten_layers()))
+    return frozenset(map(id, keras_private.layers_of(operation)))
 
 
 def _check_choice(name, value, choices):

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
+from keras_weightmods.core import keras_private
 from keras_weightmods.sparsity import sparsify as sparsify_module
 from keras_weightmods.sparsity.scaling import attach_scaling
 from tests import references
@@ -307,7 +308,7 @@ def test_the_walk_is_the_model_run_for_each_kernel(make, monkeypatch):
         model, x = make()
         randomize(model)
         if whole:
-            monkeypatch.setattr(sparsify_module, "_graph_of", lambda _: None)
+            monkeypatch.setattr(keras_private, "graph_of", lambda _: None)
             monkeypatch.setattr(
                 sparsify_module._SharedInputs, "_places", lambda _: [0]
             )

@@ -1,0 +1,377 @@
+"""All that this package touches of Keras beyond its public API.
+
+Written for Keras 3.15; each function says why it is needed. No other file
+reads `keras.src`, a private attribute of a Keras object, or what lies behind
+Keras' attribute tracking: `tests/core/test_keras_private.py` checks that.
+Overriding a hook of a base class (`_backend_update_step`) is subclassing and
+stays in the subclass.
+"""
+
+import contextlib
+import copy
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+# The autocast scope of a mixed-precision layer; `autocast=False` of a variable
+# is the public way, but for one variable alone.
+from keras.src.backend import AutocastScope as AutocastScope
+from keras.src.backend import get_autocast_scope as get_autocast_scope
+
+# Whether Keras is in a stateless scope decides how it initializes variables.
+from keras.src.backend import in_stateless_scope as in_stateless_scope
+from keras.src.backend.common import global_state
+
+# How a functional model calls its layers.
+from keras.src.models.functional import Functional, operation_fn
+
+# How Keras finds and names the parts of a model for its own files.
+from keras.src.saving.keras_saveable import KerasSaveable as KerasSaveable
+from keras.src.saving.saving_lib import _walk_saveable
+from keras.src.saving.serialization_lib import (
+    ObjectSharingScope as ObjectSharingScope,
+)
+from keras.src.saving.serialization_lib import SafeModeScope as SafeModeScope
+from keras.src.utils.naming import to_snake_case as to_snake_case
+
+# Layers and their attributes.
+
+
+def layers_of(layer: Any, own: bool = True) -> list[keras.layers.Layer]:
+    """Return a layer and all layers in it; `Model.layers` are one level.
+
+    Args:
+        layer: A Keras model or layer.
+        own: Bool, whether `layer` itself is one of them. Defaults to `True`.
+    """
+    return layer._flatten_layers(include_self=own)
+
+
+def inner_layers(layer: Any) -> list[keras.layers.Layer]:
+    """Return the layers that `layer` holds itself; only models list them."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def own_variables(layer: Any) -> list[keras.Variable]:
+    """Return the variables of `layer`; `weights` adds those of its layers."""
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
+def attributes(obj: Any) -> dict[str, Any]:
+    """Return the attributes of an instance, to be read and written.
+
+    Past properties, which may compute an effective weight, and past Keras'
+    attribute tracking, which is locked on a built layer.
+    """
+    return vars(obj)
+
+
+def stored_variable(layer: Any, attribute: str) -> keras.Variable | None:
+    """Return the variable behind the property `attribute`, such as `kernel`.
+
+    Keras' layers keep it under the same name with an underscore in front.
+    """
+    for name in (f"_{attribute}", attribute):
+        value = vars(layer).get(name)
+        if isinstance(value, keras.Variable):
+            return value
+    return None
+
+
+@contextlib.contextmanager
+def replaced_attributes(obj: Any, **replacements: Any) -> Iterator[None]:
+    """Set attributes of an instance in a scope, past attribute tracking."""
+    own = vars(obj)
+    before = {name: own[name] for name in replacements if name in own}
+    own.update(replacements)
+    try:
+        yield
+    finally:
+        for name in replacements:
+            del own[name]
+        own.update(before)
+
+
+def calls_seen(
+    layer: Any, see: Callable[..., Any]
+) -> contextlib.AbstractContextManager[None]:
+    """Call `see(*args, **kwargs)` before each `layer.call` in a scope.
+
+    On the instance, because Keras has no hooks on calls.
+    """
+    call = layer.call
+
+    def seen_call(*args, **kwargs):
+        see(*args, **kwargs)
+        return call(*args, **kwargs)
+
+    return replaced_attributes(layer, call=seen_call)
+
+
+@contextlib.contextmanager
+def restored_attributes(layers: list[Any]) -> Iterator[None]:
+    """Restore the attributes of `layers` after a scope without warnings.
+
+    Keras notes in layers that they were called, and a model's own code may
+    keep symbols.
+    """
+    saved = [(vars(layer), dict(vars(layer))) for layer in layers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for own, before in saved:
+            for name in own.keys() - before.keys():
+                del own[name]
+            for name, value in before.items():
+                if own.get(name, own) is not value:
+                    own[name] = value
+
+
+# Variables of built layers.
+
+
+@contextlib.contextmanager
+def unlocked(layer: Any) -> Iterator[None]:
+    """Let a built layer take new variables, as LoRA in Keras does."""
+    locked = layer._tracker.locked
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        if locked:
+            layer._tracker.lock()
+
+
+def remove_variable(
+    layer: Any, variable: keras.Variable, name: str | None = None
+) -> tuple[str, int] | None:
+    """Take a variable out of a layer.
+
+    Keras' public way, `del layer.name`, collects garbage each time, which
+    takes minutes on an LLM.
+
+    Args:
+        layer: The layer.
+        variable: The variable.
+        name: String, the attribute that holds it; `None` if none does.
+
+    Returns:
+        Its place, for `put_variable_back`; `None` if the layer does not
+        hold it as trainable or not.
+    """
+    place = None
+    for store in ("trainable_variables", "non_trainable_variables"):
+        if layer._tracker.is_in_store(store, variable):
+            own = [id(each) for each in layer._tracker.config[store][1]]
+            place = store, own.index(id(variable))
+    layer._untrack_variable(variable)
+    if name is not None:
+        super(keras.layers.Layer, layer).__delattr__(name)
+    return place
+
+
+def put_variable_back(
+    layer: Any, variable: keras.Variable, name: str, place: tuple[str, int]
+) -> None:
+    """Undo `remove_variable`: the order of the weights is the former one."""
+    store, index = place
+    with unlocked(layer):
+        layer._tracker.add_to_store(store, variable)
+        own = layer._tracker.config[store][1]
+        own.insert(index, own.pop())
+        setattr(layer, name, variable)
+
+
+def release_value(variable: Any, message: str) -> None:
+    """Free the memory of a variable; reads raise ValueError(`message`)."""
+
+    def absent(shape, dtype=None):
+        raise ValueError(message)
+
+    variable._value = None
+    # What Keras calls to read a variable that has no value yet.
+    variable._initializer = absent
+
+
+def restore_value(variable: Any, value: Any) -> None:
+    """Give a variable without one a value; `assign` reads the old one."""
+    variable._initializer = None
+    variable._initialize(variable._convert_to_tensor(value, variable.dtype))
+
+
+def has_value(variable: Any) -> bool:
+    """Return whether a variable has got a value; Keras does not say."""
+    return variable._value is not None
+
+
+def initialize(variable: Any, initializer: Any = None) -> None:
+    """Give a variable made in `without_values` its value."""
+    if initializer is not None:
+        variable._initializer = initializer
+    variable._deferred_initialize()
+
+
+@contextlib.contextmanager
+def without_values(pending: list[Any]) -> Iterator[None]:
+    """Give new variables no value in a scope, and add them to `pending`.
+
+    A `StatelessScope` does so, but lists them where its end gives them one.
+    """
+    attribute = "uninitialized_variables"
+    earlier = global_state.get_global_attribute(attribute, [])
+    global_state.set_global_attribute(attribute, pending)
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute(attribute, earlier)
+
+
+@contextlib.contextmanager
+def without_traces() -> Iterator[None]:
+    """Restore what making layers uses up: seeds, and numbers for names."""
+    names = global_state.get_global_attribute("object_name_uids")
+    names, state = copy.copy(names), random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if names is not None:
+            global_state.set_global_attribute("object_name_uids", names)
+
+
+def track_torch_parameters(model: Any) -> None:
+    """List the variables of a changed model as torch parameters anew.
+
+    A container lists those of its layers when built. `zero_grad` would miss a
+    later one, so that its gradients add up over the steps, and one taken out
+    would live on. Keras does the same after `quantize`, but not for the
+    functional model inside of a Sequential.
+    """
+    if keras.backend.backend() != "torch":
+        return
+    modules = {
+        module: None for layer in layers_of(model) for module in layer.modules()
+    }
+    for module in modules:
+        if "_torch_params" in module._modules:
+            module._track_variables()
+
+
+# Calls and graphs.
+
+
+def is_training_call() -> bool:
+    """Return whether a layer is being called with `training=True`.
+
+    What is not a layer's `call` gets no `training` argument.
+    """
+    context = global_state.get_global_attribute("current_call_ctx")
+    return context is not None and context.get_value("training") is True
+
+
+def producer(tensor: Any) -> tuple[Any, list[Any]]:
+    """Return the operation that made a symbolic tensor, and its inputs."""
+    operation, index, _ = tensor._keras_history
+    return operation, operation._inbound_nodes[index].input_tensors
+
+
+def graph_of(operation: Any) -> Any:
+    """Return the functional graph that calling `operation` runs, or None."""
+    if isinstance(operation, keras.Sequential):
+        return operation._functional
+    is_plain = (
+        isinstance(operation, Functional)
+        and type(operation).call is Functional.call
+        and "call" not in vars(operation)
+    )
+    return operation if is_plain else None
+
+
+def nodes_of(graph: Any) -> list[Any]:
+    """Return the calls of a graph that compute something, in order."""
+    known = {id(x) for x in graph.inputs}
+    nodes = []
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            if node.is_input or any(
+                id(x) not in known for x in node.input_tensors
+            ):
+                continue
+            known.update(map(id, node.outputs))
+            nodes.append(node)
+    return nodes
+
+
+def graph_inputs(graph: Any, inputs: Any) -> list[Any]:
+    """Return `inputs` as the flat list that `graph.inputs` stand for."""
+    return graph._standardize_inputs(inputs)
+
+
+def graph_outputs(graph: Any, flat: list[Any]) -> Any:
+    """Return flat outputs in the structure that the graph returns."""
+    return keras.tree.pack_sequence_as(graph._outputs_struct, flat)
+
+
+def inference_call(operation: Any) -> Callable[..., Any]:
+    """Return `operation` as a functional model calls it to infer.
+
+    With `training=False` for those that take it.
+    """
+    return operation_fn(operation, training=False)
+
+
+def walk_saveable(part: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of a part that Keras looks into when it saves."""
+    yield from _walk_saveable(part)
+
+
+# Optimizers of others.
+
+
+def optimizer_variables(optimizer: Any) -> list[Any]:
+    """Return the variables that a built optimizer updates."""
+    return optimizer._trainable_variables
+
+
+def check_known(optimizer: Any, variables: list[Any]) -> None:
+    """Raise ValueError unless a built optimizer updates all `variables`."""
+    optimizer._check_variables_are_known(variables)
+
+
+def applied_steps(optimizer: Any) -> keras.Variable:
+    """Return the count of `apply`; `iterations` counts what accumulates."""
+    return optimizer._iterations
+
+
+def decays(optimizer: Any, variable: Any) -> bool:
+    """Return whether an optimizer applies weight decay to a variable."""
+    return optimizer._use_weight_decay(variable)
+
+
+def exclude_from_decay(optimizer: Any, keys: set[str]) -> None:
+    """Leave more variables, by `_var_key`, out of weight decay.
+
+    The public `exclude_from_weight_decay` forgets what the user has said.
+    """
+    optimizer._exclude_from_weight_decay = keys.union(
+        getattr(optimizer, "_exclude_from_weight_decay", ())
+    )
+    optimizer._exclude_from_weight_decay_cache = {}
+
+
+def set_optimizer(model: Any, optimizer: Any) -> None:
+    """Give a compiled model another optimizer, also in what it saves.
+
+    `compile` would drop the model's state of metrics.
+    """
+    model.optimizer = optimizer
+    config = getattr(model, "_compile_config", None)
+    if config is not None and "optimizer" in config.config:
+        config.config["optimizer"] = optimizer
+    model.train_function = None
