@@ -2,24 +2,31 @@
 
 import json
 import os
-import pathlib
 import tempfile
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_weightmods.core.seam import plain_classes
 from keras_weightmods.saving import description, states
-from keras_weightmods.saving.container import Entry, Reader, Writer
+from keras_weightmods.saving.container import (
+    Entry,
+    Reader,
+    Writer,
+    check_filepath,
+)
 
 _FORMAT = "keras_weightmods.model"
 _VERSION = 1
 _MODEL = "model.json"
 
 
-def save_model(model, path):
-    """Saves a model to one file, with what was done to its weights in place.
+def save_model(
+    model: keras.Model, filepath: Any, overwrite: bool = True
+) -> None:
+    """Save a model to one file, with what was done to its weights in place.
 
     The file holds what `load_model` needs to bring back the model: its config,
     the scales, packed kernels and other changes of its weights, all its
@@ -44,21 +51,24 @@ def save_model(model, path):
     changed in place, and merged into the kernel on others, as Keras does.
 
     The layout is that of safetensors: other tools can read the arrays. It
-    holds no code. The file is written beside `path` and put there when it is
-    complete; arrays are written one after another, so that no second copy of
-    the model is in memory.
+    holds no code. The file is written beside `filepath` and renamed when it
+    is complete; arrays are written one after another, so that no second copy
+    of the model is in memory.
 
     Args:
         model: A built Keras model. Its own classes must be registered with
             `keras.saving.register_keras_serializable`, or be given to
             `load_model`.
-        path: String or path of the file, for instance
-            `"model.safetensors"`. An existing file is replaced.
+        filepath: String or path of the file, for instance
+            `"model.safetensors"`.
+        overwrite: Bool, whether to replace an existing file. Defaults to
+            `True`.
 
     Raises:
-        ValueError: If `model` is no built model, `path` is no place for a
+        ValueError: If `model` is no built model, `filepath` is no place for a
             file, or the model cannot be built again from its config; the
             message says what differs. No file is written then.
+        FileExistsError: If the file exists and `overwrite` is `False`.
 
     Example:
 
@@ -85,12 +95,7 @@ def save_model(model, path):
             "`model` must be a built Keras model. Call it on data once, or "
             f"`model.build(input_shape)`. Received: model={model!r}"
         )
-    place = pathlib.Path(path)
-    if not place.parent.is_dir() or place.is_dir():
-        raise ValueError(
-            "`path` must name a file in a folder that exists. Received: "
-            f"path={os.fspath(path)!r}"
-        )
+    check_filepath(filepath, overwrite)
     left_out = _preprocessor_to_leave_out(model)
     with tempfile.TemporaryDirectory() as folder:
         with plain_classes(model):
@@ -103,15 +108,17 @@ def save_model(model, path):
         entries = {_MODEL: Entry((len(text),), "uint8"), **weights}
         for name, file in assets.items():
             entries[name] = Entry((file.stat().st_size,), "uint8")
-        with Writer(path, _FORMAT, _VERSION, entries) as writer:
+        with Writer(filepath, _FORMAT, _VERSION, entries, overwrite) as writer:
             writer.write(_MODEL, np.frombuffer(text, "uint8"))
             for name, file in assets.items():
                 writer.write(name, np.fromfile(file, "uint8"))
             states.write_weights(found, writer)
 
 
-def load_model(path, custom_objects=None):
-    """Loads a model that `save_model` saved.
+def load_model(
+    filepath: Any, custom_objects: dict[str, Any] | None = None
+) -> keras.Model:
+    """Load a model that `save_model` saved.
 
     The whole file is checked first: sizes, names, dtypes, shapes, places and
     the SHA-256 of every entry and of the header. Then the model is built
@@ -127,7 +134,7 @@ def load_model(path, custom_objects=None):
     for your machine.
 
     Args:
-        path: String or path of the file.
+        filepath: String or path of the file.
         custom_objects: Dict from name to class or function, those of the
             model that are not registered. Defaults to none.
 
@@ -156,7 +163,7 @@ def load_model(path, custom_objects=None):
     ```
     """
     with (
-        Reader(path, _FORMAT, versions=(_VERSION,)) as reader,
+        Reader(filepath, _FORMAT, versions=(_VERSION,)) as reader,
         tempfile.TemporaryDirectory() as folder,
     ):
         described = _read_description(reader)
@@ -172,8 +179,9 @@ def load_model(path, custom_objects=None):
         # What the code of a model's classes raises is not known.
         except Exception as error:
             raise ValueError(
-                f"The model cannot be built as the entry {_MODEL!r} of "
-                f"{os.fspath(path)!r} tells. {description.reason(error)}"
+                f"The model cannot be built as entry `{_MODEL}` describes it. "
+                f"{description.reason(error)}. Received: "
+                f"filepath={os.fspath(filepath)!r}"
             ) from error
         states.check_assets(parts, reader)
         states.load(parts, reader, folder, description.give_values)

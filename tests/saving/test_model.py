@@ -458,7 +458,7 @@ def test_wrong_arguments(tmp_path):
         with pytest.raises(ValueError, match="`model` must be a built"):
             kwm.save_model(wrong, tmp_path / "file")
     for wrong in (tmp_path, tmp_path / "none" / "file"):
-        with pytest.raises(ValueError, match="`path` must name a file"):
+        with pytest.raises(ValueError, match="`filepath` must name a file"):
             kwm.save_model(model, wrong)
     with pytest.raises(FileNotFoundError):
         kwm.load_model(tmp_path / "none")
@@ -865,7 +865,7 @@ def test_altered_files_are_refused_before_anything_is_built(
         mutated.append(data[:i] + bytes([data[i] ^ 64]) + data[i + 1 :])
     for each in [*mutated, data + data]:
         path.write_bytes(each)
-        with pytest.raises(ValueError, match=r"Entry '|The header|last entry"):
+        with pytest.raises(ValueError, match=r"Entry|The header|The checksum"):
             kwm.load_model(path)
     assert len(mutated) > 140
 
