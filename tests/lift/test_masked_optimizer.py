@@ -66,19 +66,41 @@ def test_only_masked_entries_change(name):
     assert optimizer.indices_of(variables[0]).tolist() == other.tolist()
 
 
-def test_masked_entries_are_those_of_the_inner_optimizer():
-    """An elementwise optimizer does to them what it does without masks."""
-    optimizer, variables = built(OPTIMIZERS["AdamW"]())
-    plain = OPTIMIZERS["AdamW"]()
-    free = [keras.Variable(KERNEL), keras.Variable(np.ones(4, "float32"))]
-    plain.build(free)
-    step(optimizer, variables)
-    step(plain, free)
-    masked, unmasked = (
-        ops.convert_to_numpy(v[0].value).reshape(-1)[MASK]
-        for v in (variables, free)
-    )
-    np.testing.assert_allclose(masked, unmasked, rtol=1e-6)
+SETTINGS = {
+    "plain": {},
+    "clipping": {"global_clipnorm": 0.5},
+    "average": {"use_ema": True},
+    "overwriting average": {
+        "use_ema": True,
+        "ema_momentum": 0.9,
+        "ema_overwrite_frequency": 7,
+    },
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "average and accumulation": {
+        "use_ema": True,
+        "gradient_accumulation_steps": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_full_mask_changes_nothing(name):
+    results = []
+    for everything in (None, np.arange(30, dtype="int32")):
+        optimizer = keras.optimizers.AdamW(
+            0.05, weight_decay=0.1, **SETTINGS[name]
+        )
+        variable = keras.Variable(KERNEL)
+        if everything is None:
+            optimizer.build([variable])
+        else:
+            optimizer = kwm.MaskedOptimizer(optimizer)
+            optimizer.build_masked([variable], [MaskSpec("w", (6, 5), 30, 0)])
+            optimizer.set_masks([everything], 0)
+        step(optimizer, [variable], 60)
+        optimizer.finalize_variable_values([variable])
+        results.append(ops.convert_to_numpy(variable.value))
+    np.testing.assert_allclose(*results, rtol=0, atol=1e-6)
 
 
 def test_equals_sparse_adamw():
