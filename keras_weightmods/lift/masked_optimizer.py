@@ -1,26 +1,20 @@
 """MaskedOptimizer: any optimizer, on single entries of kernels."""
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private
+from keras_weightmods.core.wrapping_optimizer import WrappingOptimizer
 from keras_weightmods.lift.masked_state import MaskedState
 from keras_weightmods.ops.nm import pack_bits, packed_size, unpack_bits
 
-# What acts around an update, not in it, moves to the wrapper.
-_MOVED = (
-    "use_ema",
-    "ema_momentum",
-    "ema_overwrite_frequency",
-    "loss_scale_factor",
-)
-
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
-class MaskedOptimizer(MaskedState):
+class MaskedOptimizer(MaskedState, WrappingOptimizer):
     """Lets an optimizer change the masked entries of kernels alone.
 
     The wrapped optimizer sees gradients that are zero outside of the mask;
@@ -65,35 +59,17 @@ class MaskedOptimizer(MaskedState):
     ```
     """
 
+    refused = (MaskedState,)
+
     def __init__(
         self,
-        optimizer,
-        name="masked_optimizer",
-        masks=None,
-        inner_on_all=False,
+        optimizer: keras.optimizers.Optimizer,
+        name: str = "masked_optimizer",
+        masks: list[dict[str, Any]] | None = None,
+        inner_on_all: bool = False,
     ):
-        if not isinstance(optimizer, keras.optimizers.Optimizer) or isinstance(
-            optimizer,
-            (
-                MaskedState,
-                keras.optimizers.LossScaleOptimizer,
-                keras.optimizers.MultiOptimizer,
-            ),
-        ):
-            raise ValueError(
-                "`optimizer` must be a `keras.optimizers.Optimizer` that "
-                "has no masks and wraps no other. Put a `LossScaleOptimizer` "
-                "around the `MaskedOptimizer`. "
-                f"Received: optimizer={optimizer!r}"
-            )
-        moved = {key: getattr(optimizer, key) for key in _MOVED}
-        super().__init__(learning_rate=0.0, name=name, **moved)
-        # Not `inner_optimizer`, where SwapEMAWeights would look for averages.
-        self.optimizer = optimizer
-        for key in _MOVED:
-            setattr(optimizer, key, None)
+        super().__init__(optimizer, name=name, masks=masks)
         self.inner_on_all = inner_on_all
-        self._init_masks(masks)
 
     def _create_state(self, variables, known):
         inner = self.optimizer
@@ -143,15 +119,7 @@ class MaskedOptimizer(MaskedState):
             grads[i] = ops.where(mask, grads[i], ops.zeros_like(grads[i]))
             before = ops.stop_gradient(ops.convert_to_tensor(variable))
             masked.append((variable, mask, ops.copy(before)))
-        # They apply once, after this step.
-        constraints = [v.constraint for v in trainable_variables]
-        for variable in trainable_variables:
-            variable.constraint = None
-        try:
-            self.optimizer.apply(grads, trainable_variables)
-        finally:
-            for variable, constraint in zip(trainable_variables, constraints):
-                variable.constraint = constraint
+        self._apply_wrapped(grads, trainable_variables)
         for variable, mask, before in masked:
             after = ops.convert_to_tensor(variable)
             variable.assign(ops.where(mask, after, before))
@@ -168,39 +136,5 @@ class MaskedOptimizer(MaskedState):
         mask = self._mask_of(variable)
         return new if mask is None else ops.where(mask, new, old)
 
-    @property
-    def variables(self):
-        """All variables, those of the wrapped optimizer last."""
-        return self._variables + self.optimizer.variables
-
-    @property
-    def learning_rate(self):
-        """The learning rate of the wrapped optimizer."""
-        return self.optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate):
-        self.optimizer.learning_rate = learning_rate
-
-    @property
-    def iterations(self):
-        """The updates made so far."""
-        return self.optimizer.iterations
-
-    def get_config(self):
-        inner = keras.saving.serialize_keras_object(self.optimizer)
-        inner["config"].update({key: getattr(self, key) for key in _MOVED})
-        return {
-            "optimizer": inner,
-            "name": self.name,
-            "masks": self._masks_config(),
-            "inner_on_all": self.inner_on_all,
-        }
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        inner = keras.saving.deserialize_keras_object(
-            config.pop("optimizer"), custom_objects=custom_objects
-        )
-        return cls(inner, **config)
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "inner_on_all": self.inner_on_all}

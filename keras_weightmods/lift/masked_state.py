@@ -40,18 +40,12 @@ class MaskedState(keras.optimizers.Optimizer):
 
     built: bool
 
-    def _init_masks(self, masks):
-        if masks is not None:
-            masks = [
-                MaskSpec(
-                    each["path"],
-                    tuple(each["shape"]),
-                    each["size"],
-                    each["place"],
-                )
-                for each in masks
-            ]
-        self._configured_specs = masks
+    def __init__(self, *args, masks=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._configured_specs = masks and [
+            MaskSpec(**{**each, "shape": tuple(each["shape"])})
+            for each in masks
+        ]
         self._specs = []
 
     @property
@@ -173,14 +167,16 @@ class MaskedState(keras.optimizers.Optimizer):
     def _spec_of(self, variable):
         return self._specs[self._get_variable_index(variable)]
 
-    def _masks_config(self):
+    def get_config(self):
         specs = self._specs if self.built else self._configured_specs
-        if specs is None:
-            return None
-        return [
-            {**dataclasses.asdict(spec), "shape": list(spec.shape)}
-            for spec in specs
-        ]
+        return {
+            **super().get_config(),
+            "masks": specs
+            and [
+                {**dataclasses.asdict(spec), "shape": list(spec.shape)}
+                for spec in specs
+            ],
+        }
 
     def _update_model_variables_moving_average(self, trainable_variables):
         """As Keras, of masked entries; the average of others is their value.

@@ -113,12 +113,12 @@ class SparseAdamW(MaskedState):
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=gradient_accumulation_steps,
             name=name,
+            masks=masks,
             **kwargs,
         )
         self.beta_1 = beta_1
         self.beta_2 = beta_2
         self.epsilon = epsilon
-        self._init_masks(masks)
 
     def _create_state(self, variables, known):
         sizes = {id(v): spec.size for v, spec in zip(variables, self._specs)}
@@ -255,7 +255,6 @@ class SparseAdamW(MaskedState):
             "beta_1": self.beta_1,
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
-            "masks": self._masks_config(),
         }
 
 

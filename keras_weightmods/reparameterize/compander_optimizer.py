@@ -4,20 +4,12 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import keras_private
+from keras_weightmods.core.wrapping_optimizer import WrappingOptimizer
 from keras_weightmods.reparameterize.compander import Compander
-
-# What acts around an update, not in it: it moves to the wrapper, as its
-# effect is meant for the stored values.
-_MOVED = (
-    "use_ema",
-    "ema_momentum",
-    "ema_overwrite_frequency",
-    "loss_scale_factor",
-)
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
-class CompanderOptimizer(keras.optimizers.Optimizer):
+class CompanderOptimizer(WrappingOptimizer):
     """Lets an optimizer step on the effective weights of companders.
 
     The rule of Weight Compander (arXiv 2306.16993) for adaptive optimizers.
@@ -47,13 +39,13 @@ class CompanderOptimizer(keras.optimizers.Optimizer):
     momentum of dL/dw.
 
     Args:
-        inner_optimizer: The `keras.optimizers.Optimizer` to wrap, not built.
+        optimizer: The `keras.optimizers.Optimizer` to wrap, not built.
             No `LossScaleOptimizer` or `MultiOptimizer`: these go around this
             one.
         name: String. Defaults to `"compander_optimizer"`.
 
     Raises:
-        ValueError: If `inner_optimizer` is not such an optimizer; on build, if
+        ValueError: If `optimizer` is not such an optimizer; on build, if
             no variable has a compander, or a compander's a and b are not
             among the variables.
 
@@ -71,35 +63,18 @@ class CompanderOptimizer(keras.optimizers.Optimizer):
     ```
     """
 
-    def __init__(self, inner_optimizer, name="compander_optimizer"):
-        if not isinstance(
-            inner_optimizer, keras.optimizers.Optimizer
-        ) or isinstance(
-            inner_optimizer,
-            (
-                CompanderOptimizer,
-                keras.optimizers.LossScaleOptimizer,
-                keras.optimizers.MultiOptimizer,
-            ),
-        ):
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        name: str = "compander_optimizer",
+    ):
+        if getattr(optimizer, "built", False):
             raise ValueError(
-                "`inner_optimizer` must be a `keras.optimizers.Optimizer` that "
-                "wraps no other. Put a `LossScaleOptimizer` or "
-                "`MultiOptimizer` around the `CompanderOptimizer`. "
-                f"Received: inner_optimizer={inner_optimizer!r}"
+                "`optimizer` must not be built. Received: "
+                f"{optimizer.name!r} at step {int(optimizer.iterations)}. "
+                "Make a new one."
             )
-        if inner_optimizer.built:
-            raise ValueError(
-                "`inner_optimizer` must not be built. Received: "
-                f"{inner_optimizer.name!r} at step "
-                f"{int(inner_optimizer.iterations)}. Make a new one."
-            )
-        moved = {key: getattr(inner_optimizer, key) for key in _MOVED}
-        super().__init__(learning_rate=0.0, name=name, **moved)
-        # Not `inner_optimizer`, where SwapEMAWeights would look for averages.
-        self.optimizer = inner_optimizer
-        for key in _MOVED:
-            setattr(inner_optimizer, key, None)
+        super().__init__(optimizer, name)
 
     def build(self, variables):
         """Builds the wrapped optimizer, once the companders are found."""
@@ -168,19 +143,13 @@ class CompanderOptimizer(keras.optimizers.Optimizer):
         for variable, w, _, _ in companded:
             variable.assign(w)
         weight_decay = inner.weight_decay
-        # They apply once, to v.
-        constraints = [v.constraint for v in trainable_variables]
-        for variable in trainable_variables:
-            variable.constraint = None
         # On torch Keras fails to decay no variable at all.
         if not any(keras_private.decays(inner, v) for v in trainable_variables):
             inner.weight_decay = None
         try:
-            inner.apply(grads, trainable_variables)
+            self._apply_wrapped(grads, trainable_variables)
         finally:
             inner.weight_decay = weight_decay
-            for variable, constraint in zip(trainable_variables, constraints):
-                variable.constraint = constraint
         for variable, w, v, slope in companded:
             step = _widened(ops.convert_to_tensor(variable)) - _widened(w)
             new = v + slope * step
@@ -200,45 +169,6 @@ class CompanderOptimizer(keras.optimizers.Optimizer):
             is_update = ops.equal((steps + 1) % every, 0)
             decay = decay * ops.cast(is_update, "float32")
         return decay
-
-    @property
-    def variables(self):
-        """All variables, those of the wrapped optimizer last."""
-        return self._variables + self.optimizer.variables
-
-    @property
-    def learning_rate(self):
-        """The learning rate of the wrapped optimizer."""
-        return self.optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate):
-        self.optimizer.learning_rate = learning_rate
-
-    @property
-    def iterations(self):
-        """The updates made so far."""
-        every = self.optimizer.gradient_accumulation_steps
-        if every:
-            return ops.floor_divide(self._iterations, every)
-        return self._iterations
-
-    def exclude_from_weight_decay(self, var_list=None, var_names=None):
-        """As that of the wrapped optimizer; before it is built."""
-        self.optimizer.exclude_from_weight_decay(var_list, var_names)
-
-    def get_config(self):
-        inner = keras.saving.serialize_keras_object(self.optimizer)
-        inner["config"].update({key: getattr(self, key) for key in _MOVED})
-        return {"inner_optimizer": inner, "name": self.name}
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        inner = keras.saving.deserialize_keras_object(
-            config.pop("inner_optimizer"), custom_objects=custom_objects
-        )
-        return cls(inner, **config)
 
 
 def _item(variable):

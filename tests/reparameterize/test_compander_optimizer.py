@@ -351,9 +351,9 @@ def test_other_weights_are_updated_as_ever():
         lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
     ],
 )
-def test_wrong_inner_optimizers(wrong):
+def test_wrong_optimizers(wrong):
     wrong = wrong() if callable(wrong) else wrong
-    with pytest.raises(ValueError, match="`inner_optimizer` must be"):
+    with pytest.raises(ValueError, match="`optimizer` must be"):
         kwm.CompanderOptimizer(wrong)
 
 

@@ -1,0 +1,120 @@
+"""The base of optimizers that have another optimizer step."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_weightmods.utils import checks
+
+# What acts around an update, not in it: it moves to the wrapper.
+_MOVED = (
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+)
+
+
+class WrappingOptimizer(keras.optimizers.Optimizer):
+    """An optimizer that has another one step.
+
+    Moving averages and loss scaling are the wrapper's, and constraints apply
+    after its step; the learning rate, weight decay, clipping and accumulation
+    are those of the wrapped optimizer. Its variables follow the wrapper's own.
+
+    Subclasses implement `_backend_update_step` with `_apply_wrapped`.
+
+    Args:
+        optimizer: The `keras.optimizers.Optimizer` to wrap.
+        name: String.
+
+    Raises:
+        ValueError: If `optimizer` is none, wraps another, or is of a type in
+            `refused`.
+    """
+
+    refused: tuple[type, ...] = ()
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer, name: str):
+        refused = (
+            WrappingOptimizer,
+            keras.optimizers.LossScaleOptimizer,
+            keras.optimizers.MultiOptimizer,
+            *self.refused,
+        )
+        if not isinstance(optimizer, keras.optimizers.Optimizer) or isinstance(
+            optimizer, refused
+        ):
+            raise checks.error(
+                "optimizer",
+                "a `keras.optimizers.Optimizer` that has no masks and wraps no "
+                "other; a `LossScaleOptimizer` or `MultiOptimizer` goes around "
+                f"the `{type(self).__name__}`",
+                optimizer,
+            )
+        moved = {key: getattr(optimizer, key) for key in _MOVED}
+        super().__init__(learning_rate=0.0, name=name, **moved)
+        # Not `inner_optimizer`, where SwapEMAWeights would look for averages.
+        self.optimizer = optimizer
+        for key in _MOVED:
+            setattr(optimizer, key, None)
+
+    def _apply_wrapped(self, grads, variables):
+        """Have the wrapped optimizer step; constraints apply later, once."""
+        constraints = [variable.constraint for variable in variables]
+        for variable in variables:
+            variable.constraint = None
+        try:
+            self.optimizer.apply(grads, variables)
+        finally:
+            for variable, constraint in zip(variables, constraints):
+                variable.constraint = constraint
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """All variables, those of the wrapped optimizer last."""
+        return self._variables + self.optimizer.variables
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate of the wrapped optimizer."""
+        return self.optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self) -> Any:
+        """The updates made so far by this optimizer."""
+        # Not the wrapped optimizer's, which counts before the average is taken.
+        every = self.optimizer.gradient_accumulation_steps
+        if every:
+            return ops.floor_divide(self._iterations, every)
+        return self._iterations
+
+    def exclude_from_weight_decay(
+        self, var_list: Any = None, var_names: Any = None
+    ) -> None:
+        """Exclude variables as the wrapped optimizer does, before it is built.
+
+        Args:
+            var_list: List of `keras.Variable`s.
+            var_names: List of strings, patterns of their names.
+        """
+        self.optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def get_config(self) -> dict[str, Any]:
+        wrapped = keras.saving.serialize_keras_object(self.optimizer)
+        wrapped["config"].update({key: getattr(self, key) for key in _MOVED})
+        return {"optimizer": wrapped, "name": self.name}
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> "WrappingOptimizer":
+        optimizer = keras.saving.deserialize_keras_object(
+            config["optimizer"], custom_objects=custom_objects
+        )
+        return cls(**{**config, "optimizer": optimizer})
