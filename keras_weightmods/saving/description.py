@@ -1,6 +1,5 @@
-"""What a file tells of a model beside its arrays, and the model built of it."""
+"""What a file records of a model beside its arrays, and how to build it."""
 
-import collections
 import contextlib
 import functools
 import inspect
@@ -12,24 +11,19 @@ from typing import Any
 import keras
 
 from keras_weightmods.core import keras_private, seam
-from keras_weightmods.core.keras_private import (
-    ObjectSharingScope,
-    SafeModeScope,
-)
-from keras_weightmods.core.targets import Target
 from keras_weightmods.saving import states
 from keras_weightmods.version import __version__
 
 
 def describe(model, parts, left_out):
-    """Describes a model whose layers have their plain classes, as JSON.
+    """Describe a model whose layers have their plain classes, as JSON.
 
     Args:
         model: The model.
         parts: Dict from name to part, from `states.walk`.
         left_out: List, empty or of the preprocessor that is not saved.
     """
-    with _complete_configs(model, left_out), ObjectSharingScope():
+    with _complete_configs(model, left_out), keras_private.ObjectSharingScope():
         config = keras.saving.serialize_keras_object(model)
     if left_out:
         config["config"]["preprocessor"] = None
@@ -55,35 +49,38 @@ def describe(model, parts, left_out):
 
 
 def check(description):
-    """Raises ValueError if a description from a file has another form."""
-    forms: dict[str, Any] = {
-        "keras_weightmods_version": str,
-        "keras_version": str,
-        "config": dict,
-        "compiles": bool,
-        "parts": [str, str, (str, type(None)), (bool, type(None))],
-        "changes": [str, str, str, dict],
-        "lora": [str, int, (int, float), bool],
-    }
-    if not isinstance(description, dict) or set(description) != set(forms):
-        raise ValueError(f"must tell {sorted(forms)}")
-    for key, form in forms.items():
+    """Raise ValueError if a description from a file has another form."""
+    if not isinstance(description, dict) or set(description) != set(_FORMS):
+        raise ValueError(f"must have the keys {sorted(_FORMS)}")
+    for key, form in _FORMS.items():
         value = description[key]
-        if not isinstance(form, list):
-            valid = isinstance(value, form)
-        else:
+        if isinstance(form, list):
             valid = isinstance(value, list) and all(
                 isinstance(row, list)
                 and len(row) == len(form)
                 and all(map(isinstance, row, form))
                 for row in value
             )
+        else:
+            valid = isinstance(value, form)
         if not valid:
-            raise ValueError(f"must tell {key!r} in another form")
+            raise ValueError(f"has a {key!r} of another form")
+
+
+# Types of the values; those in a list are of the columns of a table.
+_FORMS: dict[str, Any] = {
+    "keras_weightmods_version": str,
+    "keras_version": str,
+    "config": dict,
+    "compiles": bool,
+    "parts": [str, str, (str, type(None)), (bool, type(None))],
+    "changes": [str, str, str, dict],
+    "lora": [str, int, (int, float), bool],
+}
 
 
 def build(description, custom_objects=None):
-    """Builds the model, with its changes in place, mostly without values.
+    """Build the model, with its changes in place, mostly without values.
 
     Args:
         description: Dict as from `describe`, of JSON.
@@ -91,8 +88,8 @@ def build(description, custom_objects=None):
 
     Returns:
         Triple of the model, the dict of its parts, and the list of variables
-        that have no value yet: those of the parts, which `give_values` gives
-        some, and others, which `finish` does.
+        that have no value yet: `give_values` initializes those of a part,
+        `finish` the others.
     """
     pending: list[keras.Variable] = []
     try:
@@ -115,7 +112,7 @@ def give_values(part):
 
 
 def finish(description, model, pending):
-    """Initializes what no part saves, and compiles what compiles itself."""
+    """Initialize what no part saves, and compile what compiles itself."""
     released = {
         id(item.target.variable)
         for item in seam.reparameterizations(model)
@@ -132,19 +129,16 @@ def finish(description, model, pending):
 
 
 def check_same(entries, parts):
-    """Raises ValueError unless `entries` is what the parts would save."""
-    built = states.weight_entries(parts)
-    differing = [
-        f"{name} ({entries[name].dtype} {entries[name].shape}, not "
-        f"{built[name].dtype} {built[name].shape})"
-        for name in entries
-        if name in built and entries[name] != built[name]
-    ]
-    _raise_difference("weight", entries, built, differing)
+    """Raise ValueError unless `entries` is what the parts would save."""
+    saved, built = (
+        {name: f"{entry.dtype} {entry.shape}" for name, entry in each.items()}
+        for each in (entries, states.weight_entries(parts))
+    )
+    _check_equal("weights", saved, built)
 
 
 def rehearse(description, parts, entries):
-    """Raises ValueError if the model would not be built again as it is.
+    """Raise ValueError if the model would not be built again as it is.
 
     Args:
         description: Dict as from `describe`, of JSON.
@@ -161,39 +155,39 @@ def rehearse(description, parts, entries):
                 "A model is saved only if it can be built again from what its "
                 "`get_config()` returns. Its own classes and functions must be "
                 "registered by `keras.saving.register_keras_serializable`, and "
-                f"`get_config` must tell all arguments. {reason(error)}"
+                f"`get_config` must return all arguments. {message(error)}"
             ) from error
 
 
-def reason(error):
-    """What an error of Keras says, without the whole config in it."""
+def message(error):
+    """Return what an error of Keras says, without the whole config in it."""
     text = str(error).rpartition("Exception encountered: ")[2]
     text = text.partition("Full object config:")[0].strip()
     return text if len(text) <= 2000 else f"{text[:2000]}..."
 
 
-def obstacle_of_preprocessor(preprocessor):
-    """Says why a preprocessor cannot be brought back; None if it can."""
+def reason_against(preprocessor):
+    """Return why a preprocessor cannot be restored; None if it can be."""
     try:
         with keras_private.without_traces():
             parts = states.walk(preprocessor)
             config = keras.saving.serialize_keras_object(preprocessor)
             config = json.loads(json.dumps(config))
-            with SafeModeScope(True):
+            with keras_private.SafeModeScope(True):
                 built = keras.saving.deserialize_keras_object(
                     config, _classes(parts)
                 )
             states.copy_assets(parts, states.walk(built))
     # What the code of its class raises is not known.
     except Exception as error:
-        return f"{type(error).__name__}: {reason(error)}"
+        return f"{type(error).__name__}: {message(error)}"
     return None
 
 
 def _build(description, custom_objects):
     # A copy: `from_config` changes the config that it gets.
     config = _without_compile_config(description["config"])
-    with SafeModeScope(True), ObjectSharingScope():
+    with keras_private.SafeModeScope(True), keras_private.ObjectSharingScope():
         model = keras.saving.deserialize_keras_object(config, custom_objects)
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
@@ -218,7 +212,7 @@ def _enable_lora(parts, rows, first):
 
 
 def _lora_is_first(layer):
-    """Whether LoRA was enabled before the weight was changed in place."""
+    """Return whether LoRA came before the change of the weight in place."""
     own = [id(variable) for variable in layer.weights]
     lora = min(
         own.index(id(variable))
@@ -239,13 +233,13 @@ def _is_changed(part):
 
 
 def _classes(parts):
-    """{name: class}: the user gives `load_model` those not registered."""
+    """Return {name: class}: what a user gives `load_model` if need be."""
     classes = {type(part) for part in parts.values()}
     return {keras.saving.get_registered_name(cls): cls for cls in classes}
 
 
 def _rows(parts):
-    """[name, class, own name, whether it is trainable] of each part."""
+    """Return [name, class, own name, trainable or not] of each part."""
     return [
         [
             name,
@@ -264,65 +258,62 @@ def _is_made_at_use(name, part):
 
 
 def _check_parts(rows, parts):
-    """Raises ValueError if the parts are not those of `rows`.
+    """Raise ValueError if the parts are not those of `rows`.
 
     Their own names may differ in the numbers that Keras gives to layers
     without a name; then the order must be the same, so that two layers of one
     kind cannot have changed places.
     """
-    expected = {row[0]: row[1:] for row in rows}
-    received = {row[0]: row[1:] for row in _rows(parts)}
-    differing = [
-        f"{name} ({expected[name][0]}, not {received[name][0]})"
-        for name in expected
-        if name in received and expected[name][0] != received[name][0]
+    built = _rows(parts)
+    _check_equal(
+        "layers", *({r[0]: r[1] for r in each} for each in (rows, built))
+    )
+    names = {name: own for name, _, own, _ in built}
+    renamed = [
+        (_numbered(own), _numbered(names[name]))
+        for name, _, own, _ in rows
+        if own != names[name]
     ]
-    _raise_difference("layer", expected, received, differing)
-    numbers: dict[str, list[Any]] = collections.defaultdict(list)
-    for name, (_, own, _) in expected.items():
-        other = received[name][1]
-        if own != other:
-            before, after = _numbered(own), _numbered(other)
-            if before[0] != after[0]:
-                raise ValueError(
-                    f"Layer {name!r} must be called {own!r}, and would be "
-                    f"called {other!r}"
-                )
-            numbers[before[0]].append((before[1], after[1], own))
-    for base in numbers.values():
-        base.sort()
-        for (_, first, _), (_, second, own) in itertools.pairwise(base):
-            if first > second:
-                raise ValueError(f"Layer {own!r} would have changed places")
+    for (base, _), (other, _) in renamed:
+        if base != other:
+            raise ValueError(f"A layer {base!r} would be named {other!r}")
+    for first, second in itertools.pairwise(sorted(renamed)):
+        if first[0][0] == second[0][0] and first[1] > second[1]:
+            raise ValueError(
+                f"Two layers {first[0][0]!r} would have changed places"
+            )
 
 
 def _numbered(name):
     base, _, number = str(name).rpartition("_")
-    return (base, int(number)) if number.isdecimal() else (name, 0)
+    return (base, int(number)) if number.isdecimal() else (str(name), 0)
 
 
-def _raise_difference(kind, expected, received, differing):
-    missing = [name for name in expected if name not in received]
-    more = [name for name in received if name not in expected]
-    found = {
-        "not built": missing,
-        "built in addition": more,
-        "built differently": differing,
+def _check_equal(kind, saved, built):
+    """Raise ValueError unless two dicts of strings are equal."""
+    problems = {
+        "not built": [name for name in saved if name not in built],
+        "built in addition": [name for name in built if name not in saved],
+        "built differently": [
+            f"{name} ({value}, not {built[name]})"
+            for name, value in saved.items()
+            if built.get(name, value) != value
+        ],
     }
-    if any(found.values()):
+    if any(problems.values()):
         raise ValueError(
-            f"Expected the {len(expected)} {kind}s that were saved. "
+            f"Expected the {len(saved)} {kind} that were saved. "
             + "; ".join(
-                f"{what}: {', '.join(names[:5])}"
+                f"{problem}: {', '.join(names[:5])}"
                 + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                for what, names in found.items()
+                for problem, names in problems.items()
                 if names
             )
         )
 
 
 def _changes(model, parts):
-    """[part, attribute, kind, config] of each weight changed in place."""
+    """Return [part, attribute, kind, config] of each change in place."""
     names = {id(part): name for name, part in parts.items()}
     rows = []
     for item in seam.reparameterizations(model):
@@ -342,9 +333,15 @@ def _changes(model, parts):
 
 def _change(model, parts, rows):
     kinds = seam.kinds()
-    targets: dict[Any, dict[Any, Target]] = {}
-    items: list[Any] = []
-    changed = set()
+    items: dict[Any, Any] = {}
+
+    @functools.cache
+    def targets_of(cls):
+        return {
+            (id(target.layer), target.attribute): target
+            for target in cls.find_targets(model)
+        }
+
     for name, attribute, kind, config in rows:
         if kind not in kinds:
             raise ValueError(
@@ -352,27 +349,19 @@ def _change(model, parts, rows):
                 f"{name!r}. Received: {kind!r}. If it is of your own, import "
                 "its module first"
             )
-        cls = kinds[kind]
-        # Of the function, as most kinds share it.
-        find = cls.find_targets.__func__
-        if find not in targets:
-            targets[find] = {
-                (id(target.layer), target.attribute): target
-                for target in cls.find_targets(model)
-            }
-        target = targets[find].get((id(parts.get(name)), attribute))
-        if target is None or (name, attribute) in changed:
+        key = (id(parts.get(name)), attribute)
+        target = targets_of(kinds[kind]).get(key)
+        if target is None or key in items:
             raise ValueError(
                 f"Expected one change of a weight {attribute!r} in layer "
                 f"{name!r}"
             )
-        obstacle = seam.obstacle(target)
-        if obstacle is not None:
-            raise ValueError(f"Layer {name!r} cannot be changed: {obstacle}")
-        items.append(cls.from_config(target, config))
-        changed.add((name, attribute))
+        reason = seam.obstacle(target)
+        if reason is not None:
+            raise ValueError(f"Layer {name!r} cannot be changed: {reason}")
+        items[key] = kinds[kind].from_config(target, config)
     if items:
-        seam.attach(model, items)
+        seam.attach(model, list(items.values()))
 
 
 @contextlib.contextmanager
@@ -408,7 +397,7 @@ def _complete_config(layer, get_config):
         ):
             config[name] = value
     if _is_changed(layer):
-        # It is told beside the config, and enabled in its turn.
+        # Recorded beside the config, and enabled in its turn.
         config.pop("lora_rank", None)
         config.pop("lora_alpha", None)
     return config

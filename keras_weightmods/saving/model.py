@@ -9,13 +9,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_weightmods.core.seam import plain_classes
+from keras_weightmods.core import seam
 from keras_weightmods.saving import description, states
 from keras_weightmods.saving.container import (
     Entry,
     Reader,
     Writer,
     check_filepath,
+    json_array,
 )
 
 _FORMAT = "keras_weightmods.model"
@@ -98,21 +99,21 @@ def save_model(
     check_filepath(filepath, overwrite)
     left_out = _preprocessor_to_leave_out(model)
     with tempfile.TemporaryDirectory() as folder:
-        with plain_classes(model):
-            found = states.walk(model, left_out)
-            described = description.describe(model, found, left_out)
-            assets = states.save_assets(found, folder)
-        weights = states.weight_entries(found)
-        text = json.dumps(described).encode()
-        description.rehearse(json.loads(text), found, weights)
-        entries = {_MODEL: Entry((len(text),), "uint8"), **weights}
+        with seam.plain_classes(model):
+            parts = states.walk(model, left_out)
+            described = description.describe(model, parts, left_out)
+            assets = states.save_assets(parts, folder)
+        weights = states.weight_entries(parts)
+        text = json_array(described)
+        description.rehearse(json.loads(text.tobytes()), parts, weights)
+        entries = {_MODEL: Entry(text.shape, "uint8"), **weights}
         for name, file in assets.items():
             entries[name] = Entry((file.stat().st_size,), "uint8")
         with Writer(filepath, _FORMAT, _VERSION, entries, overwrite) as writer:
-            writer.write(_MODEL, np.frombuffer(text, "uint8"))
+            writer.write(_MODEL, text)
             for name, file in assets.items():
                 writer.write(name, np.fromfile(file, "uint8"))
-            states.write_weights(found, writer)
+            states.write_weights(parts, writer)
 
 
 def load_model(
@@ -180,7 +181,7 @@ def load_model(
         except Exception as error:
             raise ValueError(
                 f"The model cannot be built as entry `{_MODEL}` describes it. "
-                f"{description.reason(error)}. Received: "
+                f"{description.message(error)}. Received: "
                 f"filepath={os.fspath(filepath)!r}"
             ) from error
         states.check_assets(parts, reader)
@@ -206,11 +207,11 @@ def _read_description(reader):
 
 
 def _preprocessor_to_leave_out(model):
-    """List of the model's preprocessor where it cannot be saved, or empty."""
+    """Return [preprocessor] where that of the model cannot be saved, or []."""
     preprocessor = getattr(model, "preprocessor", None)
     if preprocessor is None:
         return []
-    reason = description.obstacle_of_preprocessor(preprocessor)
+    reason = description.reason_against(preprocessor)
     if reason is None:
         return []
     warnings.warn(

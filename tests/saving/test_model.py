@@ -630,7 +630,7 @@ HOSTILE = {
     ),
     "parts renamed": (
         edit(lambda d: d["parts"][2].__setitem__(2, "other")),
-        "must be called 'other'",
+        "'other' would be named 'dense'",
     ),
     "parts swapped": (
         edit(
