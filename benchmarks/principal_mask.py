@@ -1,7 +1,7 @@
 """How near the fast selections of LIFT come to the exact rule, and how fast.
 
-    python benchmarks/principal_mask.py
-    python benchmarks/principal_mask.py --backends torch --part agreement
+    python -m benchmarks.principal_mask
+    python -m benchmarks.principal_mask --backends torch --part agreement
 
 Agreement: for every matrix of SmolLM2-135M and filter ranks 32 and 128, the
 share of the exact rule's entries (the whole SVD, 5 % of the matrix) that the
@@ -15,19 +15,10 @@ default against the same with the exact SVD, taking turns after a first fast one
 that compiles.
 """
 
-import argparse
-import importlib.metadata
-import json
-import pathlib
 import statistics
-import sys
-import time
 
-import harness
+from benchmarks import harness
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "principal_mask.json"
-BACKENDS = ("jax", "tensorflow", "torch")
 RANKS = (32, 128)
 DENSITY = 0.05
 SIDE, TIMED_RANK = 4096, 128
@@ -38,56 +29,21 @@ SPEED_BAR = 10.0
 
 def main():
     args = parse_arguments()
-    if args.worker:
-        pathlib.Path(args.json).write_text(json.dumps(measure(args)))
-        return
-    backends = args.backends.split(",")
-    unknown = set(backends) - set(BACKENDS)
-    if unknown:
-        raise SystemExit(f"unknown: {unknown}; there are {BACKENDS}")
-    options = [f"--part={args.part}", f"--repeats={args.repeats}"]
-    if args.matrices:
-        options.append(f"--matrices={args.matrices}")
-    report = {
-        "machine": harness.machine(),
-        "density": DENSITY,
-        "backends": {
-            name: harness.run_worker(
-                __file__, name, f"--worker={name}", *options
-            )
-            for name in backends
-        },
-    }
-    harness.write_report(args.json, report)
-    print_report(report)
+    harness.compare_backends(args, measure, {"density": DENSITY}, print_report)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser = harness.parser_of_workers(__doc__, "principal_mask.json")
     parser.add_argument(
         "--part", choices=("both", "agreement", "time"), default="both"
     )
     parser.add_argument("--matrices", type=int, help="only the first so many")
     parser.add_argument("--repeats", type=int, default=1, help="of the timing")
-    parser.add_argument("--json", default=str(RESULTS))
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def measure(args):
-    import keras
-
-    sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-    result = {
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("keras", keras.backend.backend())
-        }
-    }
+    result = {"versions": harness.versions()}
     if args.part != "time":
         result["agreement"] = measure_agreement(args)
     if args.part != "agreement":
@@ -98,9 +54,9 @@ def measure(args):
 def measure_agreement(args):
     from keras import ops
     from rich.progress import track
-    from smollm2 import load_smollm2
 
     import keras_weightmods as kwm
+    from examples.data.smollm2 import load_smollm2
     from keras_weightmods.ops.nm import to_matrix
 
     targets = kwm.find_targets(load_smollm2(dtype="float32"))
@@ -162,16 +118,19 @@ def measure_time(repeats):
     matrix = ops.convert_to_tensor(
         np.random.default_rng(0).normal(size=(SIDE, SIDE)).astype("float32")
     )
-    seconds = {"auto": [], "exact": []}
     select(matrix, filter_rank=TIMED_RANK)
     masks = {}
-    for _ in range(repeats):
-        for method, times in seconds.items():
-            began = time.perf_counter()
+
+    def timed(method):
+        def call():
             masks[method] = select(
                 matrix, filter_rank=TIMED_RANK, method=method
             )
-            times.append(time.perf_counter() - began)
+
+        return lambda: harness.seconds_of(call)
+
+    methods = ("auto", "exact")
+    seconds = harness.take_turns({m: timed(m) for m in methods}, repeats)
     both = (masks["auto"] & masks["exact"]).sum()
     return {
         "seconds": seconds,
@@ -182,26 +141,18 @@ def measure_time(repeats):
 
 
 def print_report(report):
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(
-        title=f"Share of the exact {DENSITY:.0%} mask, SmolLM2-135M",
-        box=box.SIMPLE_HEAD,
+    table = harness.table(
+        f"Share of the exact {DENSITY:.0%} mask, SmolLM2-135M",
+        text=("backend", "rank"),
+        numbers=("matrices", "least", "median", "randomized", "magnitude"),
     )
-    for column in ("backend", "rank"):
-        table.add_column(column, no_wrap=True)
-    for column in ("matrices", "least", "median", "randomized", "magnitude"):
-        table.add_column(column, justify="right", no_wrap=True)
+    lines = []
     for backend, result in report["backends"].items():
         for rank in RANKS:
             rows = [r for r in result.get("agreement", []) if r["rank"] == rank]
             if not rows:
                 continue
             least = min(row["default"] for row in rows)
-            colour = "green" if least >= AGREEMENT_BAR else "red"
             medians = [
                 statistics.median(row[name] for row in rows)
                 for name in ("default", "randomized", "magnitude")
@@ -210,31 +161,21 @@ def print_report(report):
                 backend,
                 str(rank),
                 str(len(rows)),
-                f"[{colour}]{least:.4f}[/] >= {AGREEMENT_BAR}",
+                harness.verdict(least, AGREEMENT_BAR, ">=", ".4f"),
                 *(f"{value:.4f}" for value in medians),
             )
-    if table.row_count:
-        console.print(table)
-    for backend, result in report["backends"].items():
-        if "time" not in result:
-            continue
-        timed = result["time"]
-        exact, fast = (
-            statistics.median(timed["seconds"][name])
-            for name in ("exact", "auto")
-        )
-        colour = "green" if timed["ratio"] >= SPEED_BAR else "red"
-        console.print(
-            f"{backend}, {SIDE} x {SIDE}, rank {TIMED_RANK}: exact "
-            f"{exact:.1f} s, default {fast:.2f} s, "
-            f"[{colour}]{timed['ratio']:.1f} x[/] >= {SPEED_BAR:g}, share "
-            f"{timed['share']:.4f}"
-        )
-    about = report["machine"]
-    console.print(
-        f"{about['cpu']}, {about['cores']} cores, {about['system']}, Python "
-        f"{about['python']}"
-    )
+        if timed := result.get("time"):
+            exact, fast = (
+                statistics.median(timed["seconds"][name])
+                for name in ("exact", "auto")
+            )
+            ratio = harness.verdict(timed["ratio"], SPEED_BAR, ">=", ".1f")
+            lines.append(
+                f"{backend}, {SIDE} x {SIDE}, rank {TIMED_RANK}: exact "
+                f"{exact:.1f} s, default {fast:.2f} s, ratio {ratio}, share "
+                f"{timed['share']:.4f}"
+            )
+    harness.print_all(table, *lines, harness.describe(report))
 
 
 if __name__ == "__main__":

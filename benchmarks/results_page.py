@@ -1,6 +1,6 @@
 """Makes docs/results.md from the logs in benchmarks/results/.
 
-    python benchmarks/results_page.py
+    python -m benchmarks.results_page
 
 Nothing is measured here. What the benchmarks have logged is set side by side;
 where several runs of one kind differ in their seeds, the mean is given with
@@ -8,7 +8,6 @@ the standard deviation. A part whose logs are missing says which program
 writes them.
 """
 
-import argparse
 import collections
 import json
 import math
@@ -16,18 +15,16 @@ import pathlib
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-LOGS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "results.md"
+from benchmarks import harness
+
+LOGS = harness.RESULTS
+PAGE = harness.ROOT / "docs" / "results.md"
 # Of the scaling law on the held-out budget, in loss.
 ERROR_BAR = 0.03
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--logs", type=pathlib.Path, default=LOGS)
     parser.add_argument("--page", type=pathlib.Path, default=PAGE)
     args = parser.parse_args()
@@ -44,15 +41,15 @@ def make_page(logs):
     ]
     parts = [
         "# Results",
-        "Written by `python benchmarks/results_page.py` from the logs in "
+        "Written by `python -m benchmarks.results_page` from the logs in "
         "`benchmarks/results/`; do not edit. Perplexity (lower is better) on "
         "held-out text of the kind trained on, and on unrelated text: English "
         "prose, and the reference of the Python language, in SmolLM2's own "
         "runs. All sparse models are exactly 2:4 unless said otherwise.",
         "## At equal tokens",
-        methods(read(logs / "cast_quality.json")),
+        methods(harness.read_json(logs / "cast_quality.json")),
         "## One-shot, without training",
-        one_shot(read(logs / "one_shot.json")),
+        one_shot(harness.read_json(logs / "one_shot.json")),
         "## CAST by budget",
         budgets(runs),
         "## Scaling law",
@@ -60,23 +57,19 @@ def make_page(logs):
         "## Quantized",
         quantized(runs),
         "## Fine-tuned",
-        fine_tuned(read(logs / "finetune_sparse.json")),
+        fine_tuned(harness.read_json(logs / "finetune_sparse.json")),
         "## Packed: speed and size",
-        packed(read(logs / "packed_llm.json")),
+        packed(harness.read_json(logs / "packed_llm.json")),
         "## Packed: the product by shape and rows",
-        products(read(logs / "sparse_matmul.json")),
+        products(harness.read_json(logs / "sparse_matmul.json")),
         "## LIFT: quality",
-        lift_quality(read(logs / "lift_quality.json")),
+        lift_quality(harness.read_json(logs / "lift_quality.json")),
         "## LIFT: step and memory",
-        lift_step(read(logs / "lift_step.json")),
+        lift_step(harness.read_json(logs / "lift_step.json")),
         "## LIFT: masks",
-        principal_mask(read(logs / "principal_mask.json")),
+        principal_mask(harness.read_json(logs / "principal_mask.json")),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def read(file):
-    return json.loads(file.read_text()) if file.exists() else None
 
 
 def methods(log):
@@ -326,7 +319,7 @@ def fine_tuned(log):
     """Every method of examples/finetune_sparse.py."""
     if log is None:
         return (
-            "No log yet: `python examples/finetune_sparse.py --json "
+            "No log yet: `python -m examples.finetune_sparse --json "
             "benchmarks/results/finetune_sparse.json` writes it."
         )
     start = next(r for r in log["rows"] if r["method"] == "2:4, as it was")

@@ -1,7 +1,7 @@
 """What robust weight signatures (arXiv 2302.12480) do for small nets.
 
-    python benchmarks/rws_quality.py
-    python benchmarks/rws_quality.py --backend tensorflow --seeds 0
+    python -m benchmarks.rws_quality
+    python -m benchmarks.rws_quality --backend tensorflow --seeds 0
 
 Real digits at 16 x 16: MNIST, and those of scikit-learn as the other data set.
 A VGG-like and a ResNet-like net, pretrained once; for each seed, another split
@@ -11,42 +11,31 @@ of the gap is (patched - clean) / (robust - clean) under the corruption; the bar
 is a half for the VGG-like net at scale 1.
 """
 
-import argparse
 import importlib.metadata
 import itertools
-import json
 import os
-import pathlib
 import platform
-import sys
 import time
 
-import harness
+from benchmarks import harness
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "rws_quality.json"
 BAR = 0.5
 
 
 def main():
     args = parse_arguments()
-    os.environ["KERAS_BACKEND"] = args.backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
+    harness.choose_backend(args.backend)
     run(args)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--backend", default="torch")
+    parser = harness.make_parser(__doc__)
+    harness.add_backend(parser, "torch")
     parser.add_argument("--nets", default="vgg_like,resnet_like")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--pretrain-epochs", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--json", default=str(RESULTS))
+    harness.add_json(parser, "rws_quality.json")
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that are there"
     )
@@ -55,13 +44,10 @@ def parse_arguments():
 
 def run(args):
     import keras
-    from corruptions import CORRUPTIONS
-    from rich.console import Console
-    from robust_nets import NETS, load_data, pretrain
 
-    console = Console()
-    file = pathlib.Path(args.json)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    from examples.data.corruptions import CORRUPTIONS
+    from examples.data.robust_nets import NETS, load_data, pretrain
+
     results = {
         **about(args),
         "bar": BAR,
@@ -69,8 +55,8 @@ def run(args):
         "minutes": {},
         "rows": [],
     }
-    if args.resume and file.exists():
-        old = json.loads(file.read_text())
+    old = harness.read_json(args.json) if args.resume else None
+    if old:
         results.update({k: old[k] for k in ("bytes", "minutes", "rows")})
     for net in args.nets.split(","):
         seeds = [
@@ -94,16 +80,16 @@ def run(args):
             results["bytes"][net] = study.sizes()
             minutes = (time.monotonic() - began) / 60
             results["minutes"][f"{net}, seed {seed}"] = minutes
-            file.write_text(json.dumps(results, indent=1) + "\n")
-            console.print(f"{net}, seed {seed}: {minutes:.1f} min")
-    print_tables(console, results)
+            harness.write_json(args.json, results)
+            print(f"{net}, seed {seed}: {minutes:.1f} min")
+    print_tables(results)
 
 
 class Study:
     """One net and one seed: checkpoints, signatures, accuracies."""
 
     def __init__(self, model, init, shallow, corruptions, seed, args):
-        from robust_nets import Tests, fine_tune, load_data
+        from examples.data.robust_nets import Tests, fine_tune, load_data
 
         self.model, self.init, self.shallow = model, init, shallow
         self.corruptions = corruptions
@@ -273,16 +259,16 @@ def shares(rows):
     return found
 
 
-def print_tables(console, results):
+def print_tables(results):
     import numpy as np
-    from rich.table import Table
 
     found = shares(results["rows"])
     for net, data in dict.fromkeys(key[:2] for key in found):
-        table = Table(title=f"{net}, {data}: means over seeds, corruptions")
-        table.add_column("model")
-        for name in ("on clean", "corrupted", "of the gap", "least", "+-"):
-            table.add_column(name, justify="right")
+        table = harness.table(
+            f"{net}, {data}: means over seeds, corruptions",
+            text=["model"],
+            numbers=("on clean", "corrupted", "of the gap", "least", "+-"),
+        )
         for key, values in found.items():
             if key[:2] != (net, data):
                 continue
@@ -295,10 +281,10 @@ def print_tables(console, results):
                 f"{np.nanmin(share):.2f}",
                 f"{np.nanstd(share):.2f}",
             )
-        console.print(table)
+        harness.print_all(table)
     for net, sizes in results["bytes"].items():
         model = sizes["model"]
-        console.print(
+        harness.print_all(
             f"{net}: model {model:,} bytes; "
             + "; ".join(
                 f"{name} {size:,} ({model / size:.1f}x smaller)"
@@ -310,12 +296,11 @@ def print_tables(console, results):
     if patched:
         for corruption in dict.fromkeys(v[3] for v in patched):
             share = np.nanmean([v[0] for v in patched if v[3] == corruption])
-            colour = "green" if share >= results["bar"] else "red"
-            console.print(
-                f"vgg_like under {corruption}: [{colour}]{share:.2f}[/] of "
-                f"the gap, bar {results['bar']}"
+            shown = harness.verdict(share, results["bar"], ">=", ".2f")
+            harness.print_all(
+                f"vgg_like under {corruption}, share of the gap: {shown}"
             )
-    console.print(
+    harness.print_all(
         f"{results['machine']}, {results['backend']}, {results['versions']}, "
         f"{sum(results['minutes'].values()):.1f} minutes"
     )

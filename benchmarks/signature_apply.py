@@ -1,7 +1,7 @@
 """How fast a signature goes onto a model of 500 MB, and off it.
 
-    python benchmarks/signature_apply.py
-    python benchmarks/signature_apply.py --backends torch --dtype bfloat16
+    python -m benchmarks.signature_apply
+    python -m benchmarks.signature_apply --backends torch --dtype bfloat16
 
 Two signatures: one of an eighth of the weights, the shallowest, as the paper's
 is, and one of all of them, the worst case. Side by side, in turns, `np.copyto`
@@ -12,78 +12,35 @@ removing compares every bit with what was written first. One process for each
 backend.
 """
 
-import argparse
 import functools
-import importlib.metadata
-import json
-import pathlib
 import statistics
-import sys
-import time
 
-import harness
+from benchmarks import harness
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "signature_apply.json"
 BAR = 0.25
-BACKENDS = ("jax", "tensorflow", "torch")
 
 
 def main():
     args = parse_arguments()
-    if args.worker:
-        pathlib.Path(args.json).write_text(json.dumps(measure(args)))
-        return
-    report = {
-        "machine": harness.machine(),
+    about = {
         "dtype": args.dtype,
         "megabytes": args.megabytes,
         "scale": args.scale,
         "bar": BAR,
-        "backends": {
-            name: run_worker(args, name) for name in args.backends.split(",")
-        },
     }
-    harness.write_report(args.json, report)
-    print_report(report)
+    harness.compare_backends(args, measure, about, print_report)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser = harness.parser_of_workers(__doc__, "signature_apply.json")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--megabytes", type=int, default=500)
     parser.add_argument("--scale", type=float, default=1.0, help="of the patch")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", default=str(RESULTS))
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    unknown = set(args.backends.split(",")) - set(BACKENDS)
-    if unknown:
-        parser.error(f"unknown: {unknown}; there are {BACKENDS}")
-    return args
-
-
-def run_worker(args, backend):
-    """Measures one backend in a process of its own."""
-    return harness.run_worker(
-        __file__,
-        backend,
-        "--worker",
-        f"--backends={backend}",
-        f"--dtype={args.dtype}",
-        f"--megabytes={args.megabytes}",
-        f"--scale={args.scale}",
-        f"--rounds={args.rounds}",
-    )
+    return parser.parse_args()
 
 
 def measure(args):
-    sys.path.insert(0, str(ROOT))
-    import keras
     import numpy as np
 
     model, whole = make_model_and_signature(args)
@@ -99,11 +56,11 @@ def measure(args):
 
     def apply(name):
         signatures[name].apply(model, args.scale)
-        wait_for(model)
+        harness.wait_for(model)
 
     def remove(name):
         signatures[name].remove(model)
-        wait_for(model)
+        harness.wait_for(model)
 
     calls = {
         "copyto": copy,
@@ -113,12 +70,11 @@ def measure(args):
             for call in (apply, remove)
         },
     }
-    seconds = {name: [] for name in calls}
-    for _ in range(args.rounds + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
+    seconds = harness.take_turns(
+        {k: functools.partial(harness.seconds_of, c) for k, c in calls.items()},
+        args.rounds + 1,
+        rotate=False,  # what is removed must have been applied
+    )
     for a, b in zip(model.get_weights(), source):
         if a.tobytes() != b.tobytes():
             raise SystemExit("the clean model did not come back")
@@ -127,10 +83,7 @@ def measure(args):
     copied = statistics.median(steady["copyto"])
     size = sum(a.nbytes for a in source)
     return {
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("keras", "numpy", keras.backend.backend())
-        },
+        "versions": harness.versions("numpy"),
         "shapes": [list(a.shape) for a in source],
         "bytes": size,
         "copy_gigabytes_per_second": size / copied / 1e9,
@@ -187,45 +140,28 @@ def make_model_and_signature(args):
     return model, signature
 
 
-def wait_for(model):
-    import keras
-
-    if keras.backend.backend() == "jax":
-        import jax
-
-        jax.block_until_ready([v.value for v in model.weights])
-
-
 def print_report(report):
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"On a model of {report['megabytes']} MB, {report['dtype']}: "
-        "seconds, and np.copyto's over it",
-        caption=f"{report['machine']['cpu']}, {report['machine']['cores']} "
-        f"cores; bar: {report['bar']} of np.copyto",
-    )
-    table.add_column("backend")
     names = list(next(iter(report["backends"].values()))["ratio"])
-    for name in ("copyto GB/s", *names):
-        table.add_column(name, justify="right")
+    table = harness.table(
+        f"On a model of {report['megabytes']} MB, {report['dtype']}: "
+        f"seconds, and np.copyto's over it; bar: {report['bar']}",
+        text=["backend"],
+        numbers=("copyto GB/s", *names),
+    )
     for backend, result in report["backends"].items():
+        ratios = {
+            name: harness.verdict(ratio, BAR, ">=", ".2f", show_bar=False)
+            for name, ratio in result["ratio"].items()
+        }
         table.add_row(
             backend,
             f"{result['copy_gigabytes_per_second']:.1f}",
             *(
-                f"{result['median_seconds'][name]:.3f}\n"
-                + verdict(result["ratio"][name], report["bar"])
+                f"{result['median_seconds'][name]:.3f}\n{ratios[name]}"
                 for name in names
             ),
         )
-    Console().print(table)
-
-
-def verdict(value, bar):
-    colour = "green" if value >= bar else "red"
-    return f"[{colour}]{value:.2f}[/]"
+    harness.print_all(table, harness.describe(report))
 
 
 if __name__ == "__main__":

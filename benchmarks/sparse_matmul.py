@@ -1,8 +1,8 @@
 """How fast a packed 2:4 kernel is multiplied, next to the dense one.
 
-    python benchmarks/sparse_matmul.py
-    python benchmarks/sparse_matmul.py --quick
-    python benchmarks/sparse_matmul.py --peers jax --threads 1 --batches 1,16
+    python -m benchmarks.sparse_matmul
+    python -m benchmarks.sparse_matmul --quick
+    python -m benchmarks.sparse_matmul --peers jax --threads 1 --batches 1,16
 
 x (B, K) times a kernel (K, N), on the CPU. Under JAX the dense product is
 XLA's dot and the sparse one `ops.sparse_matmul`, both in `jax.jit`; under
@@ -16,18 +16,11 @@ Only good on a machine that does nothing else.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
-import pathlib
 import statistics
-import sys
 import time
 
-import harness
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "sparse_matmul.json"
+from benchmarks import harness
 
 SHAPES = [(576, 1536), (2048, 5632), (4096, 4096), (4096, 11008)]
 BATCHES = [1, 2, 4, 8, 16, 64, 128, 512]
@@ -40,68 +33,58 @@ PEERS = {"jax": "XLA dot", "torch": "torch.mm"}
 def main():
     args = parse_arguments()
     if args.worker:
-        pathlib.Path(args.json).write_text(json.dumps(measure(args)))
+        harness.write_json(args.json, measure(args))
         return
     report = {
         "machine": harness.machine(),
         "dense": "float32",
         "results": [
-            run_worker(peer, threads)
-            for threads in args.threads.split(",")
-            for peer in args.peers.split(",")
+            harness.run_worker(peer, f"--worker={peer}", f"--threads={threads}")
+            for threads in args.threads
+            for peer in args.peers
         ],
     }
-    harness.write_report(args.json, report)
+    harness.write_json(args.json, report)
     print_report(report)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--peers", default=",".join(PEERS))
+    def integers(separator):
+        return lambda text: [int(part) for part in text.split(separator)]
+
+    def shapes(text):
+        return [integers("x")(part) for part in text.split(",")]
+
+    subset = harness.subset
+    parser = harness.make_parser(__doc__)
+    parser.add_argument("--peers", type=subset(PEERS), default=list(PEERS))
     parser.add_argument(
-        "--threads", default="1,all", help="1, all or both (default)"
+        "--threads", type=subset(["1", "all"]), default=["1", "all"]
     )
-    parser.add_argument("--shapes", help="such as 576x1536,4096x4096")
-    parser.add_argument("--batches", help="such as 1,8")
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--isas", default=",".join(ISAS))
+    parser.add_argument(
+        "--shapes", type=shapes, help="such as 576x1536,4096x4096"
+    )
+    parser.add_argument("--batches", type=integers(","), help="such as 1,8")
+    parser.add_argument("--dtypes", type=subset(DTYPES), default=DTYPES)
+    parser.add_argument("--isas", type=subset(ISAS), default=list(ISAS))
     parser.add_argument(
         "--seconds", type=float, help="for a shape and batch; default 1.5"
     )
     parser.add_argument("--core", type=int, help="for one thread; the last")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", default=str(RESULTS))
+    harness.add_json(parser, "sparse_matmul.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if unknown := set(args.peers.split(",")) - set(PEERS):
-        parser.error(f"unknown: {unknown}; there are {list(PEERS)}")
-    if unknown := set(args.threads.split(",")) - {"1", "all"}:
-        parser.error(f"--threads is 1, all or 1,all. Received: {unknown}")
-    return args
-
-
-def run_worker(peer, threads):
-    """Measures one peer with so many threads in a process of its own."""
-    return harness.run_worker(
-        __file__,
-        peer,
-        *sys.argv[1:],
-        f"--worker={peer}",
-        f"--threads={threads}",
-    )
+    return parser.parse_args()
 
 
 def measure(args):
     # Before anything starts its threads.
     cores = sorted(os.sched_getaffinity(0))
-    if args.threads == "1":
+    (threads,) = args.threads
+    if threads == "1":
         cores = cores[-1:] if args.core is None else [args.core]
         os.sched_setaffinity(0, cores)
         os.environ["OMP_NUM_THREADS"] = "1"
-    sys.path.insert(0, str(ROOT))
     from rich.progress import track
 
     from keras_weightmods import native
@@ -111,22 +94,16 @@ def measure(args):
     best = native.library().kwm_isa()
     isas = [
         name
-        for name in args.isas.split(",")
+        for name in args.isas
         if native.library().kwm_set_isa(ISAS[name]) == ISAS[name]
     ]
     shapes, batches, seconds = SHAPES, BATCHES, args.seconds or 1.5
     if args.quick:
         shapes, batches, seconds = QUICK.values()
-    if args.shapes:
-        shapes = [map(int, s.split("x")) for s in args.shapes.split(",")]
-    if args.batches:
-        batches = [int(b) for b in args.batches.split(",")]
+    shapes, batches = args.shapes or shapes, args.batches or batches
     rows = []
-    for k, n in track(
-        [tuple(s) for s in shapes],
-        description=f"{args.worker}, threads: {args.threads}",
-    ):
-        kernels = Kernels(args.worker, k, n, args.dtypes.split(","))
+    for k, n in track(shapes, f"{args.worker}, threads: {threads}"):
+        kernels = Kernels(args.worker, k, n, args.dtypes)
         for batch in batches:
             contenders = kernels.contenders(batch, isas)
             rows.append(
@@ -139,13 +116,10 @@ def measure(args):
     native.library().kwm_set_isa(best)
     return {
         "peer": args.worker,
-        "threads": args.threads,
+        "threads": threads,
         "cores": len(cores),
         "isas": isas,
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("keras", args.worker)
-        },
+        "versions": harness.versions(),
         "rows": rows,
     }
 
@@ -254,24 +228,16 @@ def interleaved(contenders, seconds):
 
 
 def print_report(report):
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    # Tables that a narrow terminal would cut.
-    console = Console(width=100)
+    tables = []
     for result in report["results"]:
         cores = result["cores"]
-        table = Table(
-            title=f"Speed over dense float32 ({PEERS[result['peer']]}), "
-            f"{cores} thread{'s' * (cores > 1)}",
-            box=box.SIMPLE_HEAD,
-        )
-        table.add_column("K x N", no_wrap=True)
-        table.add_column("values", no_wrap=True)
         batches = list(dict.fromkeys(row["batch"] for row in result["rows"]))
-        for batch in batches:
-            table.add_column(f"B={batch}", justify="right", no_wrap=True)
+        table = harness.table(
+            f"Speed over dense float32 ({PEERS[result['peer']]}), "
+            f"{cores} thread{'s' * (cores > 1)}",
+            text=("K x N", "values"),
+            numbers=[f"B={batch}" for batch in batches],
+        )
         shapes = list(
             dict.fromkeys(tuple(row["shape"]) for row in result["rows"])
         )
@@ -294,9 +260,9 @@ def print_report(report):
                     times[b]["dense"] / times[b][contender] for b in batches
                 ]
                 table.add_row("", contender, *(f"{r:.2f}" for r in ratios))
-        console.print(table)
-    about = report["machine"]
-    console.print(f"{about['cpu']}, {about['cores']} cores")
+        tables.append(table)
+    # Tables that a narrow terminal would cut.
+    harness.print_all(*tables, harness.describe(report), width=100)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How fast a packed 2:4 kernel is multiplied on a GPU, next to the dense one.
 
-    python benchmarks/sparse_matmul_gpu.py
-    python benchmarks/sparse_matmul_gpu.py --seconds 120 --frameworks torch
-    python benchmarks/sparse_matmul_gpu.py --dry-run
+    python -m benchmarks.sparse_matmul_gpu
+    python -m benchmarks.sparse_matmul_gpu --seconds 120 --frameworks torch
+    python -m benchmarks.sparse_matmul_gpu --dry-run
 
 x (rows, K) times a square kernel (K, K), under JAX and under torch:
 
@@ -43,9 +43,9 @@ import time
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "sparse_matmul_gpu.json"
-TABLE = ROOT / "keras_weightmods" / "native" / "gpu" / "dispatch.json"
+from benchmarks import harness
+
+TABLE = harness.ROOT / "keras_weightmods" / "native" / "gpu" / "dispatch.json"
 
 SIZES = (4096, 8192)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -78,20 +78,15 @@ def main():
         return
     if not any(f.get("cases") for f in report["frameworks"].values()):
         raise SystemExit("Nothing was measured, and nothing is written.")
-    results = pathlib.Path(args.json)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps(report, indent=1) + "\n")
+    harness.write_json(args.json, report)
     write_table(pathlib.Path(args.table), report)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--frameworks", default=",".join(SHARES))
     parser.add_argument("--seconds", type=float, default=330, help="in all")
-    parser.add_argument("--json", default=str(RESULTS))
+    harness.add_json(parser, "sparse_matmul_gpu.json")
     parser.add_argument("--table", default=str(TABLE))
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -112,7 +107,8 @@ def run_worker(args, framework):
     while True:
         with tempfile.TemporaryDirectory() as folder:
             file = pathlib.Path(folder, "part.json")
-            command = [sys.executable, __file__, "--worker", framework]
+            command = [sys.executable, "-m", "benchmarks.sparse_matmul_gpu"]
+            command += ["--worker", framework]
             command += ["--json", str(file), "--start", str(start)]
             command += ["--seconds", str(max(deadline - time.time(), 1))]
             command += ["--without", ",".join(without)]
@@ -120,11 +116,10 @@ def run_worker(args, framework):
             environment = {
                 **os.environ,
                 "KERAS_BACKEND": framework,
-                "PYTHONPATH": str(ROOT),
                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
                 "TF_CPP_MIN_LOG_LEVEL": "3",
             }
-            process = subprocess.run(command, env=environment)
+            process = subprocess.run(command, env=environment, cwd=harness.ROOT)
             if not file.exists():
                 return merged or {
                     "error": f"the process ended with {process.returncode}"

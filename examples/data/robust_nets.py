@@ -7,7 +7,9 @@ and at four fifths of the way.
 """
 
 import numpy as np
-from corruptions import SEVERITIES, corrupt, load_digits, load_mnist
+
+from examples.data.corruptions import SEVERITIES, corrupt
+from examples.data.digits import load_digits, load_mnist
 
 # The widest layers are these times 8.
 WIDTH = 8
@@ -92,7 +94,7 @@ def load_data(seed):
         ("mnist", load_mnist, 2000, 2000, 500),
         ("digits", load_digits, 900, 500, 397),
     ):
-        images, labels = load()
+        images, labels = load(16)
         pretrain.append((images[:start], labels[:start]))
         rest = start + np.random.default_rng(seed).permutation(train + test)
         parts = {"train": rest[:train], "test": rest[train:]}

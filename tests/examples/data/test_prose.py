@@ -1,6 +1,7 @@
 import numpy as np
-import prose
 import pytest
+
+from examples.data import prose
 
 
 class WordTokenizer:

@@ -71,6 +71,25 @@ def load_smollm2(dtype=None, sequence_length=256, path=None):
     )
 
 
+def load_causal_lm(preset=None, dtype=None):
+    """Load a KerasHub preset, tied embeddings kept; SmolLM2 without one.
+
+    Args:
+        preset: str. What `keras_hub.models.CausalLM.from_preset` takes.
+        dtype: As in `load_smollm2`.
+
+    Returns:
+        A `keras_hub.models.CausalLM`.
+    """
+    if preset is None:
+        return load_smollm2(dtype)
+    import keras_hub
+
+    model = keras_hub.models.CausalLM.from_preset(preset, dtype=dtype)
+    keep_tied_embeddings(model.backbone)
+    return model
+
+
 def load_tokenizer(path=None):
     """The tokenizer of `load_smollm2()` alone, in a second.
 

@@ -3,7 +3,8 @@ import types
 import keras
 import numpy as np
 import pytest
-import smollm2
+
+from examples.data import smollm2
 
 keras_hub = pytest.importorskip("keras_hub")
 gguf = pytest.importorskip("gguf")

@@ -1,0 +1,1 @@
+"""Models, texts and images of the examples, from packages on PyPI."""

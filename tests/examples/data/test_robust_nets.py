@@ -1,0 +1,62 @@
+import keras
+import numpy as np
+import pytest
+
+from examples.data import robust_nets
+from examples.data.digits import load_digits
+from keras_weightmods import WeightSignature
+
+
+def test_no_image_is_in_two_parts():
+    data = robust_nets.load_data(seed=3)
+    seen = [
+        image.tobytes()
+        for part in (
+            data["pretrain"],
+            *(data[s][p] for s in ("mnist", "digits") for p in data[s]),
+        )
+        for image in part[0]
+    ]
+    assert len(set(seen)) > 0.999 * len(seen)
+    other = robust_nets.load_data(seed=4)
+    np.testing.assert_array_equal(data["pretrain"][0], other["pretrain"][0])
+    assert not np.array_equal(
+        data["mnist"]["test"][0], other["mnist"]["test"][0]
+    )
+
+
+def test_nets_and_their_shallow_parts():
+    found = {}
+    for name, (make, shallow) in robust_nets.NETS.items():
+        model = make()
+        signature = WeightSignature.extract(
+            None, model, model.get_weights(), **shallow
+        )
+        found[name] = {e.info.path.split("/")[0] for e in signature}
+        assert signature.model_nbytes > 8 * signature.nbytes
+    vgg, resnet = found["vgg_like"], found["resnet_like"]
+    assert len(vgg) == 7
+    assert "block3_conv3" in vgg
+    assert {name.split("_")[0] for name in resnet} == {
+        "stem",
+        "stage1",
+        "stage2",
+    }
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="compiling takes the time"
+)
+def test_fine_tuning_starts_where_it_is_told():
+    images, labels = load_digits()
+    model = robust_nets.make_vgg()
+    start = model.get_weights()
+    arguments = (model, start, images[:64], labels[:64], 1)
+    first = robust_nets.fine_tune(*arguments, "contrast", seed=0)
+    again = robust_nets.fine_tune(*arguments, "contrast", seed=0)
+    clean = robust_nets.fine_tune(*arguments, None, seed=0)
+    np.testing.assert_array_equal(first[0], again[0])
+    assert not np.array_equal(first[0], clean[0])
+    tests = robust_nets.Tests(images[:20], labels[:20], ["contrast"], seed=0)
+    assert tests.images["contrast"].shape == (100, 16, 16, 1)
+    assert 0 <= tests.accuracy(model, first, "contrast") <= 1
