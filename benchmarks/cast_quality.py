@@ -342,7 +342,7 @@ class Cast:
 
 
 def schedule(peak, steps):
-    from keras_weightmods.sparsity.cast import WarmupLinearDecay
+    from keras_weightmods.sparsity.schedules import WarmupLinearDecay
 
     return WarmupLinearDecay(peak, max(1, steps // 10), steps)
 
@@ -364,12 +364,12 @@ def distil(model, teacher, optimizer, train, callbacks=()):
     """
     import keras
 
-    from keras_weightmods.sparsity.cast import _LogitsDistillation
+    from keras_weightmods.sparsity.distillation import LogitsDistillation
 
     distiller = keras.distillation.Distiller(
         teacher,
         model,
-        _LogitsDistillation(temperature=1.0),
+        LogitsDistillation(temperature=1.0),
         student_loss_weight=2 / 3,
     )
     distiller.compile(

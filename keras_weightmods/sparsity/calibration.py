@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -12,6 +14,9 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private
+from keras_weightmods.core.targets import Target
+from keras_weightmods.ops.nm import contraction_size
+from keras_weightmods.sparsity.adam_s import AdamS
 
 _CONVOLUTIONS = (
     keras.layers.Conv1D,
@@ -22,8 +27,12 @@ _CONVOLUTIONS = (
 )
 
 
-def input_norms(model, targets, batches, weighted=False):
-    """Measures the norm of every input that a target contracts.
+def input_norms(
+    model: keras.layers.Layer,
+    targets: Sequence[Target],
+    batches: Iterable[tuple[Any, Any]],
+) -> list[np.ndarray | None]:
+    """Measure the norm of every input that a target contracts.
 
     The input factor of Wanda's score `|W_ij| * ||x_j||_2`
     (arXiv 2306.11695), as the root of the mean square over all positions.
@@ -31,12 +40,11 @@ def input_norms(model, targets, batches, weighted=False):
 
     Args:
         model: A built `keras.Model`.
-        targets: A list from `find_targets(model)`.
-        batches: Iterable of inputs for `model`.
-        weighted: Whether `batches` yields pairs instead, of inputs and sample
-            weights (or `None`). Positions of weight 0 (padding) are left out
-            where a target's input has the axes of the weights; the others
-            count alike. Defaults to `False`.
+        targets: `Targets` of it, or a list of `Target`.
+        batches: Iterable of pairs of inputs for `model` and sample weights,
+            or `None`. Positions of weight 0 (padding) are left out where a
+            target's input has the axes of the weights; the others count
+            alike.
 
     Returns:
         A list with one float32 NumPy vector for each target, of shape
@@ -55,35 +63,29 @@ def input_norms(model, targets, batches, weighted=False):
 
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     x = np.array([[3.0, 0.0, 1.0, 0.0], [4.0, 0.0, 1.0, 0.0]])
-    (norms,) = input_norms(model, find_targets(model), [x])
+    (norms,) = input_norms(model, find_targets(model), [(x, None)])
     assert np.allclose(norms, [np.sqrt(12.5), 0.0, 1.0, 0.0])
     ```
     """
-    sums = [0.0] * len(targets)
+    sums: list[Any] = [0.0] * len(targets)
     counts = [0] * len(targets)
     used = None
 
-    def recorder(index, reader):
-        def record(inputs):
-            rows, count = reader.rows(inputs, used)
-            squares = ops.mean(ops.sum(ops.square(rows), axis=1), axis=0)
-            squares = ops.convert_to_numpy(squares).astype("float64")
-            sums[index] = sums[index] + squares
-            counts[index] += count
-
-        return record
+    def see(index, reader, inputs):
+        rows, count = reader.rows(inputs, used)
+        squares = ops.mean(ops.sum(ops.square(rows), axis=1), axis=0)
+        squares = ops.convert_to_numpy(squares).astype("float64")
+        sums[index] = sums[index] + squares
+        counts[index] += count
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_gradients())
         for index, target in enumerate(targets):
             reader = InputReader.of(target)
             if reader is not None:
-                record = recorder(index, reader)
+                record = functools.partial(see, index, reader)
                 stack.enter_context(inputs_seen(target.layer, record))
-        for batch in batches:
-            weights = None
-            if weighted:
-                batch, weights = batch
+        for batch, weights in batches:
             used = used_positions(weights)
             batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
             model(batch, training=False)
@@ -91,6 +93,37 @@ def input_norms(model, targets, batches, weighted=False):
         np.sqrt(total / count).astype("float32") if count else None
         for total, count in zip(sums, counts)
     ]
+
+
+def measure_importance(
+    optimizer: AdamS,
+    model: keras.Model,
+    targets: Sequence[Target],
+    batches: Iterable[tuple[Any, Any]],
+) -> None:
+    """Give an `AdamS(criterion="activation")` the norms of the inputs.
+
+    Args:
+        optimizer: A built `AdamS`.
+        model, targets, batches: As in `input_norms`. Kernels of the optimizer
+            that are not among `targets`, or whose inputs could not be read,
+            of which a warning tells, are ranked by magnitude alone.
+    """
+    norms = input_norms(model, targets, batches)
+    by_id = {id(t.variable): norm for t, norm in zip(targets, norms)}
+    unknown = [t.path for t, norm in zip(targets, norms) if norm is None]
+    if unknown:
+        warnings.warn(
+            "CAST ranks the weights of these kernels by magnitude alone, "
+            f"since their layers' inputs could not be read: {unknown[:5]}",
+            stacklevel=4,
+        )
+    importance = []
+    for variable, spec, _ in optimizer.sparsified_state:
+        norm = by_id.get(id(variable))
+        size = contraction_size(spec.shape, spec.axes)
+        importance.append(np.ones(size) if norm is None else norm)
+    optimizer.set_importance(importance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +146,8 @@ class InputReader:
     stacks: int = 1
 
     @classmethod
-    def of(cls, target):
-        """The reader of a target, or None if there is none for its layer."""
+    def of(cls, target: Target) -> "InputReader | None":
+        """Return the reader of a target; None if its layer has none."""
         layer = target.layer
         if isinstance(layer, keras.layers.EinsumDense):
             return _einsum_reader(layer, target)
@@ -126,8 +159,10 @@ class InputReader:
             return _convolution_reader(layer, target)
         return None
 
-    def rows(self, inputs, used=None):
-        """Pair of a float32 tensor (S, rows, K) and the number of rows.
+    def rows(
+        self, inputs: Any, used: np.ndarray | None = None
+    ) -> tuple[Any, int]:
+        """Return a float32 tensor (S, rows, K) and the number of rows.
 
         Rows that `used`, a boolean array over the leading axes or None, leaves
         out are zero and not counted.
@@ -136,9 +171,9 @@ class InputReader:
         x = ops.cast(x, "float32")
         shape = tuple(x.shape)
         count = math.prod(shape[:-2])
-        lead = 0 if used is None else used.ndim
-        if lead and lead <= leading and shape[:lead] == used.shape:
-            mask = used.reshape(used.shape + (1,) * (len(shape) - lead))
+        prefixes = [shape[:lead] for lead in range(1, leading + 1)]
+        if used is not None and used.shape in prefixes:
+            mask = used.reshape(used.shape + (1,) * (len(shape) - used.ndim))
             # Not by a product: garbage in padding may be NaN.
             x = ops.where(ops.convert_to_tensor(mask), x, 0.0)
             count = count // used.size * int(used.sum())
@@ -161,8 +196,10 @@ def from_stack(matrices, target):
     return ops.transpose(kernel, [order.index(i) for i in range(len(order))])
 
 
-def inputs_seen(layer, record):
-    """Calls `record(inputs)` whenever `layer` is called."""
+def inputs_seen(
+    layer: Any, record: Callable[[Any], None]
+) -> contextlib.AbstractContextManager[None]:
+    """Call `record(inputs)` before each call of `layer` in a scope."""
     # Keras passes the inputs by keyword if the caller did.
     return keras_private.calls_seen(
         layer,
@@ -170,8 +207,8 @@ def inputs_seen(layer, record):
     )
 
 
-def used_positions(sample_weight):
-    """A boolean array, or None where there are no weights or several."""
+def used_positions(sample_weight: Any) -> np.ndarray | None:
+    """Return where weights are not 0; None if there are none or several."""
     if sample_weight is None or keras.tree.is_nested(sample_weight):
         return None
     used = ops.convert_to_numpy(sample_weight) != 0
@@ -179,8 +216,8 @@ def used_positions(sample_weight):
 
 
 @contextlib.contextmanager
-def without_gradients():
-    """Keeps torch from holding all activations of a forward pass."""
+def without_gradients() -> Iterator[None]:
+    """Keep torch from holding all activations of a forward pass."""
     if keras.backend.backend() != "torch":
         yield
         return
@@ -248,7 +285,7 @@ def _convolution_reader(layer, target):
 
 
 def _patches(x, layer):
-    """What each output position sees: (batch, positions..., taps, channels)."""
+    """Return what output positions see: (batch, positions, taps, channels)."""
     rank = layer.rank
     geometry = list(
         zip(

@@ -1,14 +1,21 @@
 """Data as `keras.Model.fit` takes them, strings included, in batches."""
 
+import inspect
 import itertools
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 
-def preprocessed(model, x, y=None, sample_weight=None):
-    """Turns raw strings into what the model takes; leaves all else alone.
+def preprocess(
+    model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None
+) -> tuple[Any, Any, Any]:
+    """Turn raw strings into what the model takes; leave all else alone.
 
     Args:
         model: A model; for strings, a KerasHub task with a preprocessor.
@@ -30,15 +37,29 @@ def preprocessed(model, x, y=None, sample_weight=None):
         )
     if hasattr(x, "map"):
         return x.map(model.preprocess_samples), y, sample_weight
-    outputs = model.preprocess_samples(
-        keras.tree.map_structure(_to_python_strings, x), y, sample_weight
+    # KerasHub's tokenizers take lists, not arrays, of strings.
+    strings = keras.tree.map_structure(
+        lambda a: a.tolist() if isinstance(a, np.ndarray) else a, x
     )
-    outputs = keras.tree.map_structure(to_numpy, outputs)
+    outputs = model.preprocess_samples(strings, y, sample_weight)
+    outputs = keras.tree.map_structure(_to_numpy, outputs)
     return keras.utils.unpack_x_y_sample_weight(outputs)
 
 
-def batches(x, batch_size=None, sample_weight=None):
-    """Yields pairs (inputs, sample weights) of one pass over `x`.
+def preprocess_pairs(model: keras.Model, data: Any) -> Any:
+    """Do the same with `validation_data`: a tuple, a dataset or inputs."""
+    if isinstance(data, tuple):
+        # Not a list, which may be one of strings or of several inputs.
+        data = keras.utils.unpack_x_y_sample_weight(data)
+        return keras.utils.pack_x_y_sample_weight(*preprocess(model, *data))
+    data, y, sample_weight = preprocess(model, data)
+    return data if y is None else (data, y, sample_weight)
+
+
+def batches(
+    x: Any, batch_size: int | None = None, sample_weight: Any = None
+) -> Iterator[tuple[Any, Any]]:
+    """Yield pairs (inputs, sample weights) of one pass over `x`.
 
     Args:
         x: Arrays, a `keras.utils.PyDataset`, a `tf.data.Dataset`, a
@@ -46,10 +67,9 @@ def batches(x, batch_size=None, sample_weight=None):
         batch_size: Int, for arrays. Defaults to 32.
         sample_weight: Array or None, for arrays.
     """
-    leaves = keras.tree.flatten(x)
-    if leaves and all(hasattr(leaf, "shape") for leaf in leaves):
+    if _are_arrays(x):
         size = batch_size or 32
-        for start in range(0, leaves[0].shape[0], size):
+        for start in range(0, _row_count(x), size):
             yield keras.tree.map_structure(
                 lambda a, start=start: (
                     None if a is None else a[start : start + size]
@@ -57,38 +77,99 @@ def batches(x, batch_size=None, sample_weight=None):
                 (x, sample_weight),
             )
         return
+    items = iter(x)
     if isinstance(x, keras.utils.PyDataset):
         count = x.num_batches
         order = itertools.count() if count is None else range(count)
         items = (x[i] for i in order)
-    else:
-        items = iter(x)
     for item in items:
         inputs, _, weights = keras.utils.unpack_x_y_sample_weight(item)
-        yield keras.tree.map_structure(to_numpy, (inputs, weights))
+        yield keras.tree.map_structure(_to_numpy, (inputs, weights))
 
 
-def holds_strings(x):
-    spec = getattr(x, "element_spec", x)
-    for leaf in keras.tree.flatten(spec):
-        if isinstance(leaf, (str, bytes)):
-            return True
+def batch_count(
+    x: Any, batch_size: int | None = None, validation_split: float = 0.0
+) -> float | None:
+    """Return the batches of one pass: `inf` if endless, None if unknown.
+
+    Args:
+        x, batch_size: As in `batches`.
+        validation_split: Float, the share of arrays that is left out.
+    """
+    if _are_arrays(x):
+        samples = math.floor(_row_count(x) * (1 - validation_split))
+        return math.ceil(samples / (batch_size or 32))
+    if isinstance(x, keras.utils.PyDataset):
+        return math.inf if x.num_batches is None else x.num_batches
+    if hasattr(x, "cardinality"):
+        # Of tf.data: -1 if endless, -2 if unknown.
+        count = int(x.cardinality())
+        return count if count >= 0 else math.inf if count == -1 else None
+    if hasattr(x, "__len__"):
+        # Endless data of grain have the largest int.
+        return len(x) if len(x) < sys.maxsize else math.inf
+    return None
+
+
+def first_batches(
+    x: Any,
+    least: int,
+    rows: int = 0,
+    batch_size: int | None = None,
+    sample_weight: Any = None,
+) -> tuple[list[tuple[Any, Any]], int, Any]:
+    """Read the first batches of `x`, without losing those of a generator.
+
+    Args:
+        x, batch_size, sample_weight: As in `batches`.
+        least: Int, batches to read at least.
+        rows: Int, rows to read at least.
+
+    Returns:
+        Triple of the list of pairs (inputs, sample weights), the number of
+        them that it takes for `rows`, and what to use in place of `x`.
+    """
+    source = x
+    if inspect.isgenerator(x):
+        source, copy = itertools.tee(x)
+        # The trainers of Keras want a generator.
+        x = (item for item in copy)
+    first: list[tuple[Any, Any]] = []
+    held = enough = 0
+    for batch in batches(source, batch_size, sample_weight):
+        first.append(batch)
+        if held < rows:
+            held += _row_count(batch[0])
+            enough = len(first)
+        if held >= rows and len(first) >= least:
+            break
+    return first, enough, x
+
+
+def holds_strings(x: Any) -> bool:
+    """Whether data, or the elements of a dataset, are strings."""
+    for leaf in keras.tree.flatten(getattr(x, "element_spec", x)):
         dtype = getattr(leaf, "dtype", None)
-        if dtype is not None and (
-            getattr(dtype, "kind", "") in ("U", "S", "O")
+        if (
+            isinstance(leaf, (str, bytes))
+            or getattr(dtype, "kind", "") in ("U", "S", "O")
             or "string" in str(dtype)
         ):
             return True
     return False
 
 
-def to_numpy(x):
+def _are_arrays(x: Any) -> bool:
+    leaves = keras.tree.flatten(x)
+    return bool(leaves) and all(hasattr(leaf, "shape") for leaf in leaves)
+
+
+def _row_count(x: Any) -> int:
+    return len(keras.tree.flatten(x)[0])
+
+
+def _to_numpy(x: Any) -> Any:
     # Also of a TensorFlow tensor, on every backend.
     if x is None or not ops.is_tensor(x):
         return None if x is None else np.asarray(x)
     return ops.convert_to_numpy(x)
-
-
-def _to_python_strings(x):
-    # KerasHub's tokenizers take lists, not arrays, of strings.
-    return x.tolist() if isinstance(x, np.ndarray) else x

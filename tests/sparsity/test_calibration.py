@@ -26,6 +26,11 @@ def normal(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
+def norms_over(model, *batches):
+    pairs = [(batch, None) for batch in batches]
+    return input_norms(model, find_targets(model), pairs)
+
+
 def assert_untouched(model):
     for layer in model._flatten_layers():
         assert "call" not in vars(layer)
@@ -42,7 +47,7 @@ def test_dense_over_several_batches():
     batches = [normal((2, 3, 4)), normal((5, 3, 4), 1) * 3]
     x = np.concatenate(batches)
     before = [ops.convert_to_numpy(v) for v in model.weights]
-    norms = input_norms(model, find_targets(model), batches)
+    norms = norms_over(model, *batches)
     hidden = ops.convert_to_numpy(model.layers[0](x))
     np.testing.assert_allclose(norms[0], root_mean_square(x, [2]), rtol=1e-5)
     np.testing.assert_allclose(
@@ -70,7 +75,7 @@ def test_einsum_dense(equation, output_shape, input_shape, kept):
     layer = keras.layers.EinsumDense(equation, output_shape)
     model = keras.Sequential([keras.Input(input_shape), layer])
     x = normal((7, *input_shape))
-    (norms,) = input_norms(model, find_targets(model), [x[:4], x[4:]])
+    (norms,) = norms_over(model, x[:4], x[4:])
     np.testing.assert_allclose(norms, root_mean_square(x, kept), rtol=1e-5)
 
 
@@ -82,9 +87,8 @@ def test_convolutions():
             keras.layers.Conv2D(8, 1, groups=2, data_format="channels_last"),
         ]
     )
-    first, grouped = find_targets(model)
     x = normal((2, 6, 6, 4))
-    norms = input_norms(model, [first, grouped], [x])
+    norms = norms_over(model, x)
     # Each tap sees all but the rows and columns that it does not get to.
     expected = [
         root_mean_square(x[:, i : i + 4, j : j + 4], [3])
@@ -164,7 +168,7 @@ def test_a_nested_model_with_and_without_scales():
         "padding_mask": np.ones((2, 6), "int32"),
     }
     targets = find_targets(model)
-    norms = input_norms(model, targets, [x])
+    norms = norms_over(model, x)
     sizes = [
         int(np.prod([t.shape[i] for i in t.contraction_axes])) for t in targets
     ]
@@ -181,7 +185,7 @@ def test_a_nested_model_with_and_without_scales():
         rtol=1e-5,
     )
     attach_scaling(model, targets=targets)
-    scaled = input_norms(model, find_targets(model), [x])
+    scaled = norms_over(model, x)
     for a, b in zip(norms, scaled, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
     assert_untouched(model)
@@ -204,7 +208,7 @@ class ByKeyword(keras.layers.Layer):
 def test_inputs_by_keyword():
     model = keras.Sequential([keras.Input((4,)), ByKeyword()])
     x = normal((5, 4))
-    (norms,) = input_norms(model, find_targets(model), [x])
+    (norms,) = norms_over(model, x)
     np.testing.assert_allclose(norms, root_mean_square(x, [1]), rtol=1e-5)
     assert_untouched(model)
 
@@ -222,9 +226,7 @@ def test_positions_of_weight_zero_are_left_out():
     weight = np.array([[1, 1, 0], [1, 0, 0], [2, 1, 1], [0, 0, 0]], "float32")
     padded = np.where(weight[..., None] != 0, x, np.nan)
     pairs = [(padded[:3], weight[:3]), (x[3:], weight[3:])]
-    first, second = input_norms(
-        model, find_targets(model), pairs, weighted=True
-    )
+    first, second = input_norms(model, find_targets(model), pairs)
     expected = root_mean_square(x[weight != 0], [1])
     np.testing.assert_allclose(first, expected, rtol=1e-5)
     # The last layer sees no time axis.
@@ -232,7 +234,7 @@ def test_positions_of_weight_zero_are_left_out():
 
     rows = np.array([1, 0, 1, 0], "float32")
     first, second = input_norms(
-        model, find_targets(model), [(x, rows[:, None])], weighted=True
+        model, find_targets(model), [(x, rows[:, None])]
     )
     np.testing.assert_allclose(
         first, root_mean_square(x[rows != 0], [2]), rtol=1e-5
@@ -241,9 +243,7 @@ def test_positions_of_weight_zero_are_left_out():
     np.testing.assert_allclose(
         second, root_mean_square(flat[rows != 0], [1]), rtol=1e-5
     )
-    (unweighted, _) = input_norms(
-        model, find_targets(model), [(x, None)], weighted=True
-    )
+    (unweighted, _) = input_norms(model, find_targets(model), [(x, None)])
     np.testing.assert_allclose(unweighted, root_mean_square(x, [2]), rtol=1e-5)
 
 
@@ -264,7 +264,7 @@ def test_an_error_leaves_no_trace():
 
     broken.call = fail
     with pytest.raises(RuntimeError, match="broken"):
-        input_norms(model, find_targets(model), [normal((2, 4))])
+        norms_over(model, normal((2, 4)))
     assert "call" not in vars(model.layers[0])
 
 

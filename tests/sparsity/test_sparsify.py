@@ -9,7 +9,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.core import keras_private
-from keras_weightmods.sparsity import sparsify as sparsify_module
+from keras_weightmods.sparsity import walk as walk_module
 from keras_weightmods.sparsity.scaling import attach_scaling
 from tests import references
 
@@ -310,7 +310,7 @@ def test_the_walk_is_the_model_run_for_each_kernel(make, monkeypatch):
         if whole:
             monkeypatch.setattr(keras_private, "graph_of", lambda _: None)
             monkeypatch.setattr(
-                sparsify_module._SharedInputs, "_places", lambda _: [0]
+                walk_module.SharedInputs, "places", lambda _: [0]
             )
         report = kwm.sparsify(
             model, "2:4", "sparsegpt", x, batch_size=8, verbose=0
@@ -349,9 +349,8 @@ def test_blocks_are_run_as_often_as_they_must():
         for b in model.backbone.transformer_layers
     ]
     data = make_tokens()
-    kwm.sparsify(
-        model, "2:4", "sparsegpt", data, targets, batch_size=2, verbose=0
-    )
+    options = {"targets": targets, "batch_size": 2, "verbose": 0}
+    kwm.sparsify(model, "2:4", "sparsegpt", data, **options)
     # Query, key and value share their inputs, and gate and value: 4 passes,
     # and one for the outputs, which nothing after the last block needs.
     batches = 3
@@ -369,15 +368,15 @@ def test_only_what_is_needed_is_kept(monkeypatch):
         x = keras.layers.Dense(8)(x)
     model = keras.Model(inputs, x)
     outputs, alive = [], []
-    run = sparsify_module._Walk.run
+    run = walk_module.Walk.run
 
-    def watched(self, operation, calls, prune):
-        result = run(self, operation, calls, prune)
+    def watched(self, operation, calls):
+        result = run(self, operation, calls)
         alive.append(sum(ref() is not None for ref in outputs))
         outputs.extend(map(weakref.ref, result or []))
         return result
 
-    monkeypatch.setattr(sparsify_module._Walk, "run", watched)
+    monkeypatch.setattr(walk_module.Walk, "run", watched)
     kwm.sparsify(model, "2:4", "wanda", normal((4, 8)), verbose=0)
     assert len(alive) == 9
     assert max(alive) <= 2

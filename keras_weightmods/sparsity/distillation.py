@@ -1,0 +1,312 @@
+"""Distillation of logits, with sample weights and masks, by a frozen twin."""
+
+import math
+import warnings
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_weightmods.core import keras_private
+from keras_weightmods.saving.container import numpy_dtype
+from keras_weightmods.utils import checks
+
+_TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+
+# For the wrappers around the model: its own layers cast what they are given,
+# and a global mixed-precision policy must not cast it before.
+_TRANSPARENT = {"dtype": "float32", "autocast": False}
+
+
+def check_distillation(
+    model: keras.Model,
+    teacher: Any,
+    teacher_dtype: str | None,
+    distillation_weight: float,
+    temperature: float,
+) -> None:
+    """Check the arguments of `LogitsDistiller`, which begins to change things.
+
+    Raises:
+        ValueError: If one is outside its range.
+    """
+    if not (
+        teacher is None
+        or isinstance(teacher, keras.Model)
+        or (isinstance(teacher, str) and teacher == "self")
+    ):
+        raise checks.error(
+            "teacher", '"self", a `keras.Model` or None', teacher
+        )
+    if teacher is model:
+        raise ValueError(
+            "`teacher` must not be the model that is trained; its weights "
+            'would change with it. Use teacher="self" for a frozen copy.'
+        )
+    if teacher_dtype is not None:
+        checks.check_choice("teacher_dtype", teacher_dtype, _TEACHER_DTYPES)
+        if teacher != "self":
+            raise ValueError(
+                '`teacher_dtype` applies to teacher="self" only. Received: '
+                f"teacher_dtype={teacher_dtype!r}, teacher={teacher!r}"
+            )
+    checks.check_float("distillation_weight", distillation_weight, 0, 1)
+    checks.check_float("temperature", temperature, above=0)
+
+
+class LogitsDistiller(keras.distillation.Distiller):
+    """Train a student on labels and on the logits of a teacher.
+
+    `loss = weight * KL(teacher || student) + (1 - weight) * label loss`
+
+    Keras' own `Distiller` leaves out sample weights, masks and the losses of
+    the student's layers, and has no frozen twin as a teacher.
+
+    Args:
+        model: The student, a built `keras.Model`.
+        teacher: `"self"` for a frozen copy of `model` as it is now, another
+            `keras.Model`, or `None` for the label loss alone.
+        distillation_weight: Float in [0, 1].
+        temperature: Float > 0, of the distillation.
+        teacher_dtype: Dtype of the copy. `None` keeps the model's own.
+        name: String.
+
+    Raises:
+        ValueError: If `teacher` does not fit `model`. Both are unchanged
+            then. The other arguments are for `check_distillation`.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        teacher: Any,
+        distillation_weight: float,
+        temperature: float,
+        teacher_dtype: str | None,
+        name: str,
+    ) -> None:
+        if teacher is None:
+            # A Distiller needs a teacher; without one this is a plain Model.
+            keras.Model.__init__(self, name=name, **_TRANSPARENT)
+            self.student = model
+            self.teacher = None
+            self.student_loss_weight = 1.0
+        else:
+            twin = None
+            if isinstance(teacher, str):
+                teacher = twin = FrozenTwin(model, teacher_dtype)
+            super().__init__(
+                teacher=teacher,
+                student=model,
+                distillation_losses=[LogitsDistillation(temperature)],
+                student_loss_weight=1 - distillation_weight,
+                name=name,
+                **_TRANSPARENT,
+            )
+            _warn_about_outputs(model)
+            if twin is not None:
+                twin.capture()
+        self.built = True
+
+    @property
+    def output_names(self) -> Any:
+        """The names of the model's outputs, by which Keras takes losses."""
+        return self.student.output_names
+
+    @property
+    def teacher_bytes(self) -> int:
+        """The memory of the teacher's weights, in bytes."""
+        variables: list[Any] = self.teacher.variables if self.teacher else []
+        return sum(
+            math.prod(variable.shape) * numpy_dtype(variable.dtype).itemsize
+            for variable in variables
+        )
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """Return the weighted sum of the label and the distillation loss."""
+        if y_pred is None:
+            y_pred = self(x, training=training)
+        label_loss = keras.Model.compute_loss(
+            self,
+            x=x,
+            y=y,
+            y_pred=y_pred,
+            sample_weight=sample_weight,
+            training=training,
+        )
+        if self.teacher is None:
+            return label_loss
+        self.student_loss_tracker.update_state(label_loss)
+        taught = _in_order_of(
+            getattr(self, "output_names", None),
+            self.teacher(x, training=False),
+            getattr(self.teacher, "output_names", None),
+        )
+        (loss,) = self.distillation_losses
+        distillation_loss = loss.compute_loss(
+            list(map(ops.stop_gradient, taught)), y_pred, sample_weight
+        )
+        self.distillation_loss_tracker.update_state(distillation_loss)
+        total = (
+            self.student_loss_weight * label_loss
+            + (1 - self.student_loss_weight) * distillation_loss
+        )
+        self.total_loss_tracker.update_state(total)
+        return total
+
+    def reset_metrics(self) -> None:
+        """Reset all metrics; without a teacher there are fewer."""
+        keras.Model.reset_metrics(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients (called by the trainer of torch)."""
+        # torch knows Keras' variables by their paths, which are not unique:
+        # of two of the same path it clears one, and the other's gradients
+        # would add up over the steps.
+        for variable in self.trainable_variables:
+            variable.value.grad = None
+
+
+class FrozenTwin(keras.Model):
+    """The model as it was: its own graph, run on a frozen copy of weights.
+
+    Rebuilding a model from its config can change it (some backbones drop
+    tied embeddings from theirs), so the graph is shared.
+
+    Args:
+        model: A built `keras.Model`.
+        dtype: Dtype of the floats in the copy, or `None` for the model's own.
+    """
+
+    def __init__(self, model: keras.Model, dtype: str | None = None) -> None:
+        super().__init__(name="teacher", **_TRANSPARENT)
+        # In a closure, or Keras would track, save and freeze the original.
+        self._get_model = lambda: model
+        self._storage_dtype = dtype
+
+    def capture(self) -> None:
+        """Copy the weights as they are now."""
+        variables = self._get_model().variables
+        self._copies = [self._copy(variable) for variable in variables]
+        self._place = {id(v): i for i, v in enumerate(variables)}
+        self.built = True
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        model = self._get_model()
+        # By variable: which are trainable, and whether there still are
+        # scales, can change after the copy was taken.
+        values = [
+            [
+                ops.convert_to_tensor(self._copies[self._place[id(v)]])
+                for v in variables
+            ]
+            for variables in (
+                model.trainable_variables,
+                model.non_trainable_variables,
+            )
+        ]
+        outputs, _ = model.stateless_call(*values, inputs, training=False)
+        return outputs
+
+    def _copy(self, variable: Any) -> Any:
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        if self._storage_dtype and "float" in dtype:
+            dtype = self._storage_dtype
+        copy = self.add_weight(
+            shape=variable.shape,
+            dtype=dtype,
+            initializer="zeros",
+            trainable=False,
+            autocast=False,
+            name=variable.name,
+        )
+        # A copy indeed: JAX would share the buffer, then donate it in training.
+        copy.assign(ops.copy(ops.cast(variable.value, dtype)))
+        return copy
+
+
+class LogitsDistillation(keras.distillation.LogitsDistillation):
+    """KL(teacher || student) of logits, with sample weights and masks.
+
+    Keras' own takes the mean over all positions, padding included, and goes
+    through probabilities clipped at 1e-7, which a large vocabulary feels.
+
+    Args:
+        temperature: Float > 0.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__(temperature=temperature)
+        self._kl = LogitsKL(temperature)
+
+    def compute_loss(
+        self,
+        teacher_outputs: Any,
+        student_outputs: Any,
+        sample_weight: Any = None,
+    ) -> Any:
+        """Return the sum over the outputs."""
+        taught = keras.tree.flatten(teacher_outputs)
+        learned = keras.tree.flatten(student_outputs)
+        weights = keras.tree.flatten(sample_weight)
+        if len(weights) == 1:
+            weights = weights * len(learned)
+        return sum(map(self._kl, taught, learned, weights))
+
+
+class LogitsKL(keras.losses.Loss):
+    """The Kullback-Leibler divergence of two arrays of logits.
+
+    Args:
+        temperature: Float > 0. The loss is multiplied by its square, as in
+            Hinton et al. (arXiv 1503.02531).
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__(name="logits_kl")
+        self.temperature = temperature
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        teacher = ops.log_softmax(y_true / self.temperature, axis=-1)
+        student = ops.log_softmax(y_pred / self.temperature, axis=-1)
+        kl = ops.sum(ops.exp(teacher) * (teacher - student), axis=-1)
+        return self.temperature**2 * kl
+
+
+def _warn_about_outputs(model: keras.Model) -> None:
+    """Warn where the last layer shows that outputs are no logits."""
+    for output in keras.tree.flatten(getattr(model, "outputs", None) or []):
+        operation, _ = keras_private.producer(output)
+        activation = getattr(operation, "activation", operation)
+        name = getattr(activation, "__name__", type(activation).__name__)
+        if name.lower() in ("softmax", "sigmoid"):
+            found = f"ends in {name.lower()}"
+        elif output.shape[-1] == 1:
+            found = "has one entry on its last axis"
+        else:
+            continue
+        warnings.warn(
+            "The outputs of model and teacher are taken as logits of classes, "
+            "over the last axis, in the distillation. Received: the output "
+            f"{operation.name!r}, which {found}. Let the model give logits "
+            "(and use a loss with `from_logits=True`), or train without "
+            "distillation: `teacher=None`.",
+            stacklevel=4,
+        )
+
+
+def _in_order_of(names: Any, outputs: Any, own_names: Any) -> list[Any]:
+    """Return the leaves of `outputs`, by name where the names are the same."""
+    leaves = keras.tree.flatten(outputs)
+    if own_names and sorted(own_names) == sorted(names or ()):
+        by_name = dict(zip(own_names, leaves))
+        if len(by_name) == len(leaves):
+            return [by_name[name] for name in names]
+    return leaves

@@ -1,0 +1,79 @@
+"""What a checkpoint of `CAST` holds beside the variables that Keras saves."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+
+class RunState:
+    """The length of a run, whether it is started, and its random numbers.
+
+    Args:
+        model: The `keras.Model` that is trained.
+        is_started: Bool, False where a one-shot start is to come.
+
+    Attributes:
+        is_started: Bool.
+        planned_batches: Int, the length of the run, or `None` where `CAST`
+            has not planned it.
+        random_stream: The `RandomStream` of the train steps on torch; `None`
+            on the other backends, whose random numbers are in the variables.
+    """
+
+    def __init__(self, model: keras.Model, is_started: bool) -> None:
+        self.model = model
+        self.is_started = is_started
+        self.planned_batches: int | None = None
+        self.random_stream: Any = None
+        if keras.backend.backend() == "torch":
+            from keras_weightmods.backend.torch.random_stream import (
+                RandomStream,
+            )
+
+            self.random_stream = RandomStream()
+
+    def save(self, store: Any) -> None:
+        """Write the state into a store of `save_own_variables`."""
+        store["is_started"] = np.asarray(self.is_started)
+        if self.planned_batches is not None:
+            store["planned_batches"] = np.asarray(self.planned_batches)
+        for i, variable in enumerate(self._seed_states()):
+            store[f"seed_state_{i}"] = variable
+        if self.random_stream is not None:
+            for device, state in self.random_stream.states.items():
+                store[f"random_state_{device}"] = state
+
+    def load(self, store: Any) -> int | None:
+        """Take the state, or as much of it as there is, from a store.
+
+        Returns:
+            The `planned_batches` in the store, for `CAST` to plan with.
+
+        Raises:
+            ValueError: If a random state does not fit. Nothing is changed
+                then.
+        """
+        saved = {key: np.asarray(store[key]) for key in list(store.keys())}
+        states = {
+            key.removeprefix("random_state_"): state
+            for key, state in saved.items()
+            if key.startswith("random_state_")
+        }
+        if self.random_stream is not None and states:
+            self.random_stream.states = states
+        for i, variable in enumerate(self._seed_states()):
+            if f"seed_state_{i}" in saved:
+                variable.assign(saved[f"seed_state_{i}"])
+        if "is_started" in saved:
+            self.is_started = bool(saved["is_started"])
+        planned = saved.get("planned_batches")
+        return None if planned is None else int(planned)
+
+    def _seed_states(self) -> list[keras.Variable]:
+        # Of dropout; Keras leaves them out of checkpoints.
+        return [
+            variable
+            for variable in self.model.non_trainable_variables
+            if variable.name == "seed_generator_state"
+        ]
