@@ -1,0 +1,640 @@
+"""What every kind of reparameterization owes every layer that it takes."""
+
+import importlib.util
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+from keras_weightmods.core import seam
+
+HAS_HUB = importlib.util.find_spec("keras_hub") is not None
+
+
+class Kind(NamedTuple):
+    """A kind, with the models of `LAYERS` that it takes."""
+
+    attach: Callable[..., Any]
+    takes: tuple[str, ...]
+    end: Callable[..., Any] = kwm.fold
+    finish: str = r"fold\w*\(model\)"
+    is_exact: bool = False  # bit for bit at the start, and after the end
+
+
+def fixed_compander(model, **kwargs):
+    return kwm.attach_compander(model, a=0.6, learnable=False, **kwargs)
+
+
+PRODUCTS = ("dense", "first axis", "middle axis", "two axes", "axes apart")
+PACKED = (*PRODUCTS, "attention")
+CONTRACTED = (*PACKED, "conv1d", "conv2d", "separable", "experts")
+ALL = (*CONTRACTED, "depthwise")
+KINDS = {
+    "scaling": Kind(kwm.attach_scaling, CONTRACTED, is_exact=True),
+    "compander": Kind(kwm.attach_compander, ALL),
+    "fixed compander": Kind(fixed_compander, ALL),
+    "weight norm": Kind(kwm.attach_weight_norm, ALL),
+    "packing": Kind(kwm.pack, PACKED, kwm.unpack, r"unpack\(model\)", True),
+}
+FOLDED = [name for name, kind in KINDS.items() if kind.end is kwm.fold]
+# torch compiles nothing: it has the breadth.
+ON_TORCH = keras.backend.backend() == "torch"
+LESS = ("dense", "two axes", "conv2d", "depthwise")
+EVERY = [
+    (kind, layer)
+    for kind in KINDS
+    for layer in KINDS[kind].takes
+    if ON_TORCH or layer in LESS
+]
+
+
+@keras.saving.register_keras_serializable("tests.contract")
+class Experts(keras.layers.Layer):
+    """Kernels in plain attributes, with a leading axis of experts."""
+
+    def build(self, input_shape):
+        self.up = self.add_weight(shape=(2, input_shape[-1], 4), name="up")
+        self.down = self.add_weight(shape=(2, 4, 8), name="down")
+
+    def call(self, x):
+        x = ops.einsum("bi,eio->beo", x, self.up)
+        return ops.einsum("beo,eod->bd", x, self.down)
+
+
+for attribute in ("up", "down"):
+    kwm.register_target(
+        Experts, attribute, contraction_axes=(1,), stack_axes=(0,)
+    )
+
+
+def dense(**kwargs):
+    return [
+        keras.layers.Dense(8, activation="relu", **kwargs),
+        keras.layers.Dense(4, use_bias=False),
+    ]
+
+
+def einsum(equation, output, bias=None):
+    return keras.layers.EinsumDense(equation, output, bias_axes=bias)
+
+
+LAYERS = {
+    "dense": ((16,), dense),
+    "first axis": (
+        (5, 8),
+        lambda: [einsum("bqm,muh->bquh", (None, 2, 3), "uh")],
+    ),
+    "middle axis": ((5, 8), lambda: [einsum("bqm,umh->bquh", (None, 2, 3))]),
+    "two axes": ((5, 2, 4), lambda: [einsum("bquh,uhm->bqm", (None, 3), "m")]),
+    "axes apart": ((5, 2, 4), lambda: [einsum("bquh,umh->bqm", (None, 3))]),
+    "conv1d": ((7, 4), lambda: [keras.layers.Conv1D(3, 3)]),
+    "conv2d": ((5, 5, 4), lambda: [keras.layers.Conv2D(3, 3, padding="same")]),
+    "separable": ((5, 5, 8), lambda: [keras.layers.SeparableConv2D(3, 3)]),
+    "depthwise": ((5, 5, 3), lambda: [keras.layers.DepthwiseConv2D(3)]),
+    "experts": ((8,), lambda: [Experts()]),
+}
+
+
+def make(layer, seed=0, **kwargs):
+    if layer == "attention":
+        x = inputs = keras.Input((5, 16))
+        x = keras.layers.MultiHeadAttention(num_heads=2, key_dim=4)(x, x)
+        model = keras.Model(inputs, keras.layers.Dense(8)(x))
+    else:
+        shape, layers = LAYERS[layer]
+        model = keras.Sequential([keras.Input(shape), *layers(**kwargs)])
+    return sparse(model, seed)
+
+
+def sparse(model, seed=0):
+    """Small kernels, 2:4 where they divide into groups of four."""
+    rng = np.random.default_rng(seed)
+    for target in kwm.find_targets(model, depthwise=True):
+        kernel = rng.uniform(-0.48, 0.48, target.shape).astype("float32")
+        if target.contraction_size % 4 == 0:
+            kernel = kwm.ops.nm_project(kernel, 2, 4, target.contraction_axes)
+        target.variable.assign(kernel)
+    return model
+
+
+def trained(model, seed=3):
+    """Moves all that a training could move."""
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        if "float" in weight.dtype:
+            weight.assign(weight * rng.uniform(0.8, 1.25, weight.shape))
+
+
+def inputs_for(model, batch=2):
+    shape = (batch, *model.input_shape[1:])
+    return np.random.default_rng(1).normal(size=shape).astype("float32")
+
+
+def outputs(model, x=None):
+    x = inputs_for(model) if x is None else x
+    return ops.convert_to_numpy(ops.cast(model(x), "float32"))
+
+
+def assert_close(found, expected, share=1e-6, exact=False):
+    """Of their size: a unit in the last place of 2 is 2.4e-7."""
+    atol = 0 if exact else share * max(1, np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+
+
+def total(losses):
+    return float(ops.convert_to_numpy(ops.sum(ops.stack(losses))))
+
+
+def structure(model):
+    layers = model._flatten_layers()
+    return (
+        [(type(layer), layer.name, layer.path) for layer in layers],
+        [(id(w), w.path, w.trainable) for w in model.weights],
+        [(w.regularizer, w.constraint) for w in model.weights],
+    )
+
+
+def state(model):
+    """All that must be unchanged after an error."""
+    values = [ops.convert_to_numpy(w).tobytes() for w in model.weights]
+    return *structure(model), values
+
+
+def rows(report):
+    return report.kernels if hasattr(report, "kernels") else report.weights
+
+
+@pytest.mark.parametrize(("kind", "layer"), EVERY)
+def test_attach_then_end(kind, layer):
+    kind, model = KINDS[kind], make(layer)
+    before, config, plain = structure(model), model.to_json(), outputs(model)
+    values = dict(zip((w.path for w in model.weights), model.get_weights()))
+    kernels = {t.path: t for t in kwm.find_targets(model, depthwise=True)}
+
+    report = kind.attach(model)
+    assert rows(report)
+    skipped = {each.path for each in report.skipped}
+    assert {row.path for row in rows(report)} == set(kernels) - skipped
+    assert len({w.path for w in model.weights}) == len(model.weights)
+    assert [(x.name, x.path) for x in model._flatten_layers()] == [
+        each[1:] for each in before[0]
+    ]
+    exact = kind.is_exact and kind.end is kwm.fold
+    assert_close(outputs(model), plain, 2e-6, exact)
+    for row in rows(report):
+        target = kernels[row.path]
+        assert tuple(row.shape) == target.shape
+        kernel = getattr(target.layer, target.attribute)
+        assert_close(ops.convert_to_numpy(kernel), values[row.path])
+        stays = any(w is target.variable for w in model.weights)
+        assert stays == (kind.end is kwm.fold)
+    kind.end(model)
+    for weight in model.weights:
+        value = ops.convert_to_numpy(weight)
+        assert_close(value, values[weight.path], exact=kind.is_exact)
+
+    kind.attach(model)
+    trained(model)
+    moved = outputs(model)
+    assert np.abs(moved - plain).max() > 1e-3
+    ended = kind.end(model)
+    assert [row.path for row in rows(ended)] == [
+        row.path for row in rows(report)
+    ]
+    assert_close(outputs(model), moved, 2e-6)
+    assert structure(model) == before
+    assert model.to_json() == config
+    assert not any(hasattr(w, "reparameterization") for w in model.weights)
+    assert not rows(kind.end(model))
+
+
+@pytest.mark.parametrize(("kind", "layer"), EVERY)
+def test_files(kind, layer, tmp_path):
+    kind, model, other = KINDS[kind], make(layer), make(layer, seed=5)
+    checkpoint, file = tmp_path / "a.weights.h5", tmp_path / "a.kwm"
+    kind.attach(model)
+    trained(model)
+    expected = outputs(model)
+
+    model.save_weights(checkpoint)
+    kind.attach(other)
+    other.load_weights(checkpoint)
+    np.testing.assert_array_equal(outputs(other), expected)
+
+    kwm.save_model(model, file)
+    loaded = kwm.load_model(file)
+    np.testing.assert_allclose(outputs(loaded), expected, rtol=1e-6, atol=1e-6)
+    assert rows(kind.end(model))
+    for again in (other, loaded):
+        assert rows(kind.end(again))
+        assert [type(x) for x in again._flatten_layers()] == [
+            type(x) for x in model._flatten_layers()
+        ]
+        for a, b in zip(again.get_weights(), model.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_of_something_else_are_refused(kind, tmp_path):
+    kind, model, plain = KINDS[kind], make("dense"), make("dense", seed=5)
+    path = tmp_path / "a.weights.h5"
+    plain.save_weights(path)
+    kind.attach(model)
+    before = state(model)
+    with pytest.raises(ValueError, match=kind.finish):
+        model.load_weights(path)
+    assert state(model) == before
+    for name, other in KINDS.items():
+        attached = make("dense")
+        other.attach(attached)
+        attached.save_weights(path)
+        if other is not kind:
+            with pytest.raises(ValueError, match=r"could not be loaded|same"):
+                model.load_weights(path)
+            assert state(model) == before, name
+    model.save_weights(path)
+    before = state(plain)
+    with pytest.raises(ValueError, match="could not be loaded"):
+        plain.load_weights(path)
+    assert state(plain) == before
+    # Keras does not count the variables of these.
+    for layer in plain.layers:
+        layer.enable_lora(2)
+    with pytest.raises(ValueError, match="could not be loaded"):
+        plain.load_weights(path)
+
+
+class Wrapper(keras.Model):
+    """A subclassed model: its config does not hold its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(4)
+        self.build((None, 16))
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+        self.built = True
+
+    def call(self, x):
+        return self.dense(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*get_config")
+@pytest.mark.filterwarnings("ignore:Layer InputLayer")
+@pytest.mark.parametrize("kind", KINDS)
+def test_keras_saves_clones_and_quantizes_after_the_end(kind, tmp_path):
+    kind, model, wrapper = KINDS[kind], make("dense"), sparse(Wrapper())
+    kind.attach(model)
+    kind.attach(wrapper)
+    trained(model)
+    expected = outputs(model)
+    for each in (model, wrapper):
+        with pytest.raises(ValueError, match=kind.finish):
+            each.save(tmp_path / "a.keras")
+    with pytest.raises(ValueError, match=kind.finish):
+        keras.models.clone_model(model)
+    with pytest.raises(NotImplementedError, match=kind.finish):
+        model.layers[0].quantize("int8", type_check=False)
+    with pytest.warns(UserWarning, match=kind.finish):
+        model.quantize("int8")
+    np.testing.assert_array_equal(outputs(model), expected)
+
+    kind.end(model)
+    model.save(tmp_path / "a.keras")
+    loaded = keras.models.load_model(tmp_path / "a.keras")
+    assert type(loaded.layers[0]) is keras.layers.Dense
+    np.testing.assert_array_equal(outputs(loaded), outputs(model))
+    model.quantize("int8")
+    assert model.layers[0].quantization_mode == "int8"
+
+
+WITH_LORA = [
+    (kind, layer)
+    for kind, layer in EVERY
+    if layer in ("dense", "first axis", "two axes", "axes apart", "conv2d")
+]
+
+
+@pytest.mark.parametrize(("kind", "layer"), WITH_LORA)
+def test_lora_adds_to_the_effective_weight(kind, layer, tmp_path):
+    kind, model = KINDS[kind], make(layer)
+    kind.attach(model)
+    trained(model)
+    before, layer = outputs(model), model.layers[0]
+    kernel = ops.convert_to_numpy(layer.kernel)
+    layer.enable_lora(2, lora_alpha=3)
+    names = {w.name for w in layer.trainable_weights}
+    assert names - {"bias"} == {"lora_kernel_a", "lora_kernel_b"}
+    assert_close(outputs(model), before, 2e-6)
+
+    rng = np.random.default_rng(3)
+    a, b = layer.lora_kernel_a, layer.lora_kernel_b
+    b.assign(rng.normal(size=b.shape) * 0.1)
+    adapted = outputs(model)
+    delta = np.float64(a.numpy()) @ np.float64(b.numpy()) * 1.5
+    found = ops.convert_to_numpy(layer.kernel)
+    np.testing.assert_allclose(found, kernel + delta, atol=1e-6)
+    model.save_weights(tmp_path / "lora.weights.h5")
+    b.assign(b * 0)
+    model.load_weights(tmp_path / "lora.weights.h5")
+    np.testing.assert_array_equal(outputs(model), adapted)
+    kind.end(model)
+    assert layer.lora_enabled
+    assert not layer._kernel.trainable
+    assert_close(outputs(model), adapted, 5e-6)
+
+    # It may as well be there before.
+    ids = [id(w) for w in model.weights]
+    kind.attach(model)
+    assert {w.name for w in layer.trainable_weights} == names
+    assert_close(outputs(model), adapted, 5e-6)
+    kind.end(model)
+    assert [id(w) for w in model.weights] == ids
+
+
+POLICIES = ("mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_precision(kind, policy):
+    kind = KINDS[kind]
+    layers = [
+        keras.layers.Dense(8, dtype=policy),
+        keras.layers.EinsumDense("bx,xy->by", 8, dtype=policy),
+    ]
+    model = sparse(keras.Sequential([keras.Input((16,)), *layers]))
+    plain, known = outputs(model), [id(w) for w in model.weights]
+    share = 2**-6 if "bfloat16" in policy else 2**-9
+    exact = kind.is_exact and kind.end is kwm.fold
+    report = kind.attach(model)
+    assert_close(outputs(model), plain, share, exact)
+    y = model(inputs_for(model))
+    assert keras.backend.standardize_dtype(y.dtype) == policy.split("_")[-1]
+    # Steps near 1 are too coarse in 16 bits to train them.
+    new = [w for w in model.weights if id(w) not in known]
+    if kind.end is kwm.fold:
+        assert {w.dtype for w in new} <= {"float32"}
+        trained(model)
+    else:
+        kept = "bfloat16" if policy == "bfloat16" else "float32"
+        assert {row.dtype for row in report.weights} == {kept}
+    expected = outputs(model)
+    kind.end(model)
+    assert_close(outputs(model), expected, share)
+    assert [id(w) for w in model.weights] == known
+
+
+@pytest.mark.parametrize("kind", FOLDED)
+def test_regularizer_sees_the_effective_weight(kind):
+    kind, own = KINDS[kind], keras.regularizers.L2(0.1)
+    model = make("dense", kernel_regularizer=own, kernel_constraint="non_neg")
+    before, layer = structure(model), model.layers[0]
+    kind.attach(model)
+    trained(model)
+    kernel = np.float64(ops.convert_to_numpy(layer.kernel))
+    for _ in range(2):
+        loss = ops.convert_to_numpy(model.losses[0])
+        np.testing.assert_allclose(loss, 0.1 * np.sum(kernel**2), rtol=1e-5)
+        kind.end(model)
+    assert structure(model) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_functions_are_made_anew(kind):
+    kind, model = KINDS[kind], make("dense")
+    x = inputs_for(model, batch=8)
+    plain = model.predict(x, verbose=0)
+    kind.attach(model)
+    # Twice: JAX donates the state of the first call.
+    for _ in range(2):
+        assert_close(model.predict(x, verbose=0), plain, 1e-5)
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    model.fit(x, np.ones((8, 4)), batch_size=8, verbose=0)
+    expected = outputs(model, x)
+    assert np.abs(expected - plain).max() > 1e-4
+    kind.end(model)
+    # The optimizer has state of weights that are gone.
+    assert not model.compiled
+    assert model.optimizer is None
+    assert_close(model.predict(x, verbose=0), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_of_frozen_kernels_are_frozen(kind):
+    model = make("dense")
+    model.layers[0].enable_lora(2)
+    model.layers[1].trainable = False
+    before = [w.path for w in model.trainable_weights]
+    KINDS[kind].attach(model)
+    assert [w.path for w in model.trainable_weights] == before
+
+
+def same_targets(model):
+    """The first target, in the forms in which it may be given."""
+    targets = kwm.find_targets(model)
+    return [targets[:1], [targets[0]], (targets[0], targets[0])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets(kind):
+    kind, model = KINDS[kind], make("dense")
+    for targets in same_targets(model):
+        report = kind.attach(model, targets=targets)
+        (row,) = rows(report)
+        assert row.path == model.layers[0].path + "/kernel"
+        kind.end(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_change_nothing(kind):
+    kind, model = KINDS[kind], make("dense")
+    foreign = kwm.find_targets(make("dense"))
+    before = state(model)
+    for arguments, message in (
+        ({"targets": foreign}, "`targets` must be"),
+        ({"targets": [None]}, "`targets` must be"),
+        ({"targets": []}, "no kernel that can be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kind.attach(model, **arguments)
+        assert state(model) == before
+    empty = keras.Sequential([keras.Input((4,)), keras.layers.ReLU()])
+    with pytest.raises(ValueError, match="no kernel that can be"):
+        kind.attach(empty)
+    for call in (kind.attach, kind.end):
+        with pytest.raises(ValueError, match="must be a Keras model or layer"):
+            call(None)
+
+
+@pytest.mark.parametrize("kind", FOLDED)
+def test_a_built_optimizer_is_an_error(kind):
+    kind, model = KINDS[kind], make("dense")
+    model.compile("sgd", "mse")
+    model.optimizer.build(model.trainable_variables)
+    before = state(model)
+    with pytest.raises(ValueError, match="new optimizer"):
+        kind.attach(model)
+    assert state(model) == before
+    model.compile("sgd", "mse")
+    kind.attach(model)
+    assert model.compiled
+
+
+@pytest.mark.parametrize("second", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_is_reparameterized_once(kind, second):
+    kind, model = KINDS[kind], make("dense")
+    kind.attach(model)
+    before = state(model)
+    only_once = f"only once.*{kind.finish}"
+    with pytest.raises(ValueError, match=f"{only_once}|packed; `unpack"):
+        KINDS[second].attach(model)
+    assert state(model) == before
+    kind.end(model)
+    KINDS[second].attach(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failure_while_attaching_is_rolled_back(kind, monkeypatch):
+    model = make("dense")
+    before = state(model)
+
+    def fail(*args, **kwargs):
+        raise MemoryError("no room")
+
+    if kind == "fixed compander":  # which adds no weight
+        monkeypatch.setattr(seam, "_create_parameters", fail)
+    else:
+        monkeypatch.setattr(model.layers[-1], "add_weight", fail)
+    with pytest.raises(MemoryError):
+        KINDS[kind].attach(model)
+    assert state(model) == before
+    with pytest.raises(ValueError, match="already built"):
+        model.layers[0].add_weight(shape=())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_with_a_saver_of_its_own_is_skipped(kind):
+    class Counting(keras.layers.Dense):
+        def save_own_variables(self, store):
+            super().save_own_variables(store)
+            store["calls"] = np.ones(())
+
+    layers = [keras.Input((16,)), Counting(8), keras.layers.Dense(4)]
+    report = KINDS[kind].attach(sparse(keras.Sequential(layers)))
+    (row,) = rows(report)
+    assert row.shape == (8, 4)
+    assert any("save_own_variables" in s.reason for s in report.skipped)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_called_twice_is_reparameterized_once(kind):
+    layer, inputs = keras.layers.Dense(16), keras.Input((16,))
+    model = sparse(keras.Model(inputs, layer(layer(inputs))))
+    plain = outputs(model)
+    (_,) = rows(KINDS[kind].attach(model))
+    assert_close(outputs(model), plain, 2e-6)
+
+
+@pytest.mark.parametrize("kind", FOLDED)
+def test_a_pattern_survives(kind):
+    model = make("dense")
+    kwm.SemiStructuredSparse.attach(model)
+    constraint = model.weights[0].constraint
+    KINDS[kind].attach(model)
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    model.fit(inputs_for(model, 8), np.ones((8, 4)), batch_size=8, verbose=0)
+    kwm.assert_sparse(model)
+    kwm.fold(model)
+    kwm.assert_sparse(model)
+    assert model.weights[0].constraint is constraint
+    KINDS[kind].attach(model)
+    kwm.SemiStructuredSparse.detach(model)
+    kwm.fold(model)
+    assert model.weights[0].constraint is None
+
+
+@pytest.mark.skipif(not HAS_HUB, reason="needs keras-hub")
+@pytest.mark.parametrize("kind", KINDS if ON_TORCH else ["compander"])
+def test_a_language_model(kind, tmp_path):
+    import keras_hub
+
+    def llama(seed=0):
+        keras.utils.set_random_seed(seed)
+        backbone = keras_hub.models.LlamaBackbone(
+            vocabulary_size=32,
+            num_layers=2,
+            num_query_heads=2,
+            num_key_value_heads=1,
+            hidden_dim=8,
+            intermediate_dim=16,
+        )
+        return sparse(backbone, seed)
+
+    kind, model, other = KINDS[kind], llama(), llama(1)
+    x = {
+        "token_ids": np.arange(12).reshape(2, 6) % 32,
+        "padding_mask": np.ones((2, 6), "int32"),
+    }
+    before, plain = structure(model), outputs(model, x)
+    assert len(rows(kind.attach(model))) == 14
+    assert_close(outputs(model, x), plain, 5e-6)
+    trained(model)
+    expected = outputs(model, x)
+    model.save_weights(tmp_path / "llama.weights.h5")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        other.load_weights(tmp_path / "llama.weights.h5")
+    kind.attach(other)
+    other.load_weights(tmp_path / "llama.weights.h5")
+    np.testing.assert_array_equal(outputs(other, x), expected)
+    with pytest.raises(ValueError, match=kind.finish):
+        model.save(tmp_path / "llama.keras")
+
+    kind.end(model)
+    assert_close(outputs(model, x), expected, 5e-6)
+    assert structure(model) == before
+    model.save(tmp_path / "llama.keras")
+    loaded = keras.models.load_model(tmp_path / "llama.keras")
+    np.testing.assert_array_equal(outputs(loaded, x), outputs(model, x))
+
+
+def test_all_kinds_in_one_model_end_apart(tmp_path):
+    layers = [keras.layers.Dense(8, kernel_regularizer="l2") for _ in range(5)]
+    layers.append(kwm.CompanderDense(4))
+    model = sparse(keras.Sequential([keras.Input((8,)), *layers]))
+    targets = kwm.find_targets(model)
+    for kind, target in zip(KINDS.values(), targets):
+        kind.attach(model, targets=[target])
+    trained(model)
+    expected, loss = outputs(model), total(model.losses)
+    report = kwm.fold(model)
+    assert {row.path for row in report.kernels} == {
+        target.path for target in (*targets[:4], targets[5])
+    }
+    assert_close(outputs(model), expected, 2e-6)
+    assert total(model.losses) == pytest.approx(loss, rel=1e-5)
+    assert not rows(kwm.fold(model))
+    assert len(kwm.unpack(model).weights) == 1
+    assert {type(layer) for layer in model.layers} == {keras.layers.Dense}
+    model.save(tmp_path / "plain.keras")
+    loaded = keras.models.load_model(tmp_path / "plain.keras")
+    np.testing.assert_array_equal(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize("end", [kwm.fold, kwm.unpack])
+def test_a_plain_model_is_left_as_it_is(end):
+    model = make("dense")
+    model.compile("sgd", "mse")
+    optimizer, before = model.optimizer, state(model)
+    report = end(model)
+    assert not rows(report)
+    assert re.search(r"\b0\b", str(report))
+    assert model.optimizer is optimizer
+    assert state(model) == before
