@@ -12,6 +12,8 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.core import seam
+from tests import models
+from tests.models import make_sparse, normal, numpy, sequential
 
 HAS_HUB = importlib.util.find_spec("keras_hub") is not None
 
@@ -22,12 +24,12 @@ class Kind(NamedTuple):
     attach: Callable[..., Any]
     takes: tuple[str, ...]
     end: Callable[..., Any] = kwm.fold
-    finish: str = r"fold\w*\(model\)"
+    finish: str = r"kwm\.fold\(model\)"
     is_exact: bool = False  # bit for bit at the start, and after the end
 
 
 def fixed_compander(model, **kwargs):
-    return kwm.attach_compander(model, a=0.6, learnable=False, **kwargs)
+    return kwm.attach_compander(model, a=2.0, learnable=False, **kwargs)
 
 
 PRODUCTS = ("dense", "first axis", "middle axis", "two axes", "axes apart")
@@ -102,24 +104,9 @@ LAYERS = {
 
 def make(layer, seed=0, **kwargs):
     if layer == "attention":
-        x = inputs = keras.Input((5, 16))
-        x = keras.layers.MultiHeadAttention(num_heads=2, key_dim=4)(x, x)
-        model = keras.Model(inputs, keras.layers.Dense(8)(x))
-    else:
-        shape, layers = LAYERS[layer]
-        model = keras.Sequential([keras.Input(shape), *layers(**kwargs)])
-    return sparse(model, seed)
-
-
-def sparse(model, seed=0):
-    """Small kernels, 2:4 where they divide into groups of four."""
-    rng = np.random.default_rng(seed)
-    for target in kwm.find_targets(model, depthwise=True):
-        kernel = rng.uniform(-0.48, 0.48, target.shape).astype("float32")
-        if target.contraction_size % 4 == 0:
-            kernel = kwm.ops.nm_project(kernel, 2, 4, target.contraction_axes)
-        target.variable.assign(kernel)
-    return model
+        return make_sparse(models.attention_net(), seed=seed)
+    shape, layers = LAYERS[layer]
+    return make_sparse(sequential(shape, *layers(**kwargs)), seed=seed)
 
 
 def trained(model, seed=3):
@@ -131,13 +118,11 @@ def trained(model, seed=3):
 
 
 def inputs_for(model, batch=2):
-    shape = (batch, *model.input_shape[1:])
-    return np.random.default_rng(1).normal(size=shape).astype("float32")
+    return normal(batch, *model.input_shape[1:])
 
 
 def outputs(model, x=None):
-    x = inputs_for(model) if x is None else x
-    return ops.convert_to_numpy(ops.cast(model(x), "float32"))
+    return models.outputs(model, inputs_for(model) if x is None else x)
 
 
 def assert_close(found, expected, share=1e-6, exact=False):
@@ -161,7 +146,7 @@ def structure(model):
 
 def state(model):
     """All that must be unchanged after an error."""
-    values = [ops.convert_to_numpy(w).tobytes() for w in model.weights]
+    values = [numpy(w).tobytes() for w in model.weights]
     return *structure(model), values
 
 
@@ -190,12 +175,12 @@ def test_attach_then_end(kind, layer):
         target = kernels[row.path]
         assert tuple(row.shape) == target.shape
         kernel = getattr(target.layer, target.attribute)
-        assert_close(ops.convert_to_numpy(kernel), values[row.path])
+        assert_close(numpy(kernel), values[row.path])
         stays = any(w is target.variable for w in model.weights)
         assert stays == (kind.end is kwm.fold)
     kind.end(model)
     for weight in model.weights:
-        value = ops.convert_to_numpy(weight)
+        value = numpy(weight)
         assert_close(value, values[weight.path], exact=kind.is_exact)
 
     kind.attach(model)
@@ -289,7 +274,7 @@ class Wrapper(keras.Model):
 @pytest.mark.filterwarnings("ignore:Layer InputLayer")
 @pytest.mark.parametrize("kind", KINDS)
 def test_keras_saves_clones_and_quantizes_after_the_end(kind, tmp_path):
-    kind, model, wrapper = KINDS[kind], make("dense"), sparse(Wrapper())
+    kind, model, wrapper = KINDS[kind], make("dense"), make_sparse(Wrapper())
     kind.attach(model)
     kind.attach(wrapper)
     trained(model)
@@ -327,7 +312,7 @@ def test_lora_adds_to_the_effective_weight(kind, layer, tmp_path):
     kind.attach(model)
     trained(model)
     before, layer = outputs(model), model.layers[0]
-    kernel = ops.convert_to_numpy(layer.kernel)
+    kernel = numpy(layer.kernel)
     layer.enable_lora(2, lora_alpha=3)
     names = {w.name for w in layer.trainable_weights}
     assert names - {"bias"} == {"lora_kernel_a", "lora_kernel_b"}
@@ -337,8 +322,8 @@ def test_lora_adds_to_the_effective_weight(kind, layer, tmp_path):
     a, b = layer.lora_kernel_a, layer.lora_kernel_b
     b.assign(rng.normal(size=b.shape) * 0.1)
     adapted = outputs(model)
-    delta = np.float64(a.numpy()) @ np.float64(b.numpy()) * 1.5
-    found = ops.convert_to_numpy(layer.kernel)
+    delta = np.float64(numpy(a)) @ np.float64(numpy(b)) * 1.5
+    found = numpy(layer.kernel)
     np.testing.assert_allclose(found, kernel + delta, atol=1e-6)
     model.save_weights(tmp_path / "lora.weights.h5")
     b.assign(b * 0)
@@ -369,7 +354,7 @@ def test_low_precision(kind, policy):
         keras.layers.Dense(8, dtype=policy),
         keras.layers.EinsumDense("bx,xy->by", 8, dtype=policy),
     ]
-    model = sparse(keras.Sequential([keras.Input((16,)), *layers]))
+    model = make_sparse(sequential((16,), *layers))
     plain, known = outputs(model), [id(w) for w in model.weights]
     share = 2**-6 if "bfloat16" in policy else 2**-9
     exact = kind.is_exact and kind.end is kwm.fold
@@ -398,7 +383,7 @@ def test_regularizer_sees_the_effective_weight(kind):
     before, layer = structure(model), model.layers[0]
     kind.attach(model)
     trained(model)
-    kernel = np.float64(ops.convert_to_numpy(layer.kernel))
+    kernel = np.float64(numpy(layer.kernel))
     for _ in range(2):
         loss = ops.convert_to_numpy(model.losses[0])
         np.testing.assert_allclose(loss, 0.1 * np.sum(kernel**2), rtol=1e-5)
@@ -465,7 +450,7 @@ def test_errors_change_nothing(kind):
         with pytest.raises(ValueError, match=message):
             kind.attach(model, **arguments)
         assert state(model) == before
-    empty = keras.Sequential([keras.Input((4,)), keras.layers.ReLU()])
+    empty = sequential((4,), keras.layers.ReLU())
     with pytest.raises(ValueError, match="no kernel that can be"):
         kind.attach(empty)
     for call in (kind.attach, kind.end):
@@ -527,8 +512,8 @@ def test_a_layer_with_a_saver_of_its_own_is_skipped(kind):
             super().save_own_variables(store)
             store["calls"] = np.ones(())
 
-    layers = [keras.Input((16,)), Counting(8), keras.layers.Dense(4)]
-    report = KINDS[kind].attach(sparse(keras.Sequential(layers)))
+    model = sequential((16,), Counting(8), keras.layers.Dense(4))
+    report = KINDS[kind].attach(make_sparse(model))
     (row,) = rows(report)
     assert row.shape == (8, 4)
     assert any("save_own_variables" in s.reason for s in report.skipped)
@@ -536,10 +521,9 @@ def test_a_layer_with_a_saver_of_its_own_is_skipped(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_called_twice_is_reparameterized_once(kind):
-    layer, inputs = keras.layers.Dense(16), keras.Input((16,))
-    model = sparse(keras.Model(inputs, layer(layer(inputs))))
+    model = make_sparse(models.shared_net())
     plain = outputs(model)
-    (_,) = rows(KINDS[kind].attach(model))
+    assert len(rows(KINDS[kind].attach(model))) == 2
     assert_close(outputs(model), plain, 2e-6)
 
 
@@ -564,23 +548,13 @@ def test_a_pattern_survives(kind):
 @pytest.mark.skipif(not HAS_HUB, reason="needs keras-hub")
 @pytest.mark.parametrize("kind", KINDS if ON_TORCH else ["compander"])
 def test_a_language_model(kind, tmp_path):
-    import keras_hub
-
-    def llama(seed=0):
-        keras.utils.set_random_seed(seed)
-        backbone = keras_hub.models.LlamaBackbone(
-            vocabulary_size=32,
-            num_layers=2,
-            num_query_heads=2,
-            num_key_value_heads=1,
-            hidden_dim=8,
-            intermediate_dim=16,
-        )
-        return sparse(backbone, seed)
-
-    kind, model, other = KINDS[kind], llama(), llama(1)
+    kind = KINDS[kind]
+    model, other = (
+        make_sparse(models.backbone(num_layers=2), seed=seed)
+        for seed in range(2)
+    )
     x = {
-        "token_ids": np.arange(12).reshape(2, 6) % 32,
+        "token_ids": np.arange(12).reshape(2, 6),
         "padding_mask": np.ones((2, 6), "int32"),
     }
     before, plain = structure(model), outputs(model, x)
@@ -608,7 +582,7 @@ def test_a_language_model(kind, tmp_path):
 def test_all_kinds_in_one_model_end_apart(tmp_path):
     layers = [keras.layers.Dense(8, kernel_regularizer="l2") for _ in range(5)]
     layers.append(kwm.CompanderDense(4))
-    model = sparse(keras.Sequential([keras.Input((8,)), *layers]))
+    model = make_sparse(sequential((8,), *layers))
     targets = kwm.find_targets(model)
     for kind, target in zip(KINDS.values(), targets):
         kind.attach(model, targets=[target])
