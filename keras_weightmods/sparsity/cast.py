@@ -145,6 +145,8 @@ class CAST(LogitsDistiller):
     test_function: Any
     predict_function: Any
 
+    default_recipe = staticmethod(default_recipe)
+
     def __init__(
         self,
         model: keras.Model,
@@ -204,11 +206,6 @@ class CAST(LogitsDistiller):
         self._run = RunState(model, is_started=init == "dense")
         self._optimizer_is_default = False
 
-    @staticmethod
-    def default_recipe(init: str = "dense") -> dict[str, Any]:
-        """Return the arguments of the `AdamS` of `compile(optimizer=None)`."""
-        return default_recipe(init)
-
     @property
     def adam_s(self) -> AdamS:
         """The `AdamS` in `optimizer`, also inside a loss-scaling wrapper."""
@@ -216,11 +213,7 @@ class CAST(LogitsDistiller):
         return getattr(optimizer, "inner_optimizer", optimizer)
 
     def compile(
-        self,
-        optimizer: Any = None,
-        loss: Any = None,
-        metrics: Any = None,
-        **kwargs: Any,
+        self, optimizer: Any = None, loss: Any = None, **kwargs: Any
     ) -> None:
         """Configure the training.
 
@@ -237,7 +230,7 @@ class CAST(LogitsDistiller):
                 logits for a KerasHub language model, and is an error for any
                 other. Sample weights and masks apply to it and to the
                 distillation alike.
-            metrics, **kwargs: As in `keras.Model.compile`.
+            **kwargs: As in `keras.Model.compile`.
 
         Raises:
             ValueError: If `optimizer` is no `AdamS` or has another pattern,
@@ -247,17 +240,9 @@ class CAST(LogitsDistiller):
         if is_default:
             optimizer = AdamS(pattern=self.pattern, **default_recipe(self.init))
         inner = getattr(optimizer, "inner_optimizer", optimizer)
-        if not isinstance(inner, AdamS):
-            raise ValueError(
-                "`CAST` trains with `AdamS`, which moves the weights into the "
-                "pattern. Pass `optimizer=AdamS(...)` or leave it out. "
-                f"Received: optimizer={optimizer!r}"
-            )
-        if inner.pattern != self.pattern:
-            raise ValueError(
-                "The patterns of `CAST` and of its `AdamS` must be the same. "
-                f"Received: {self.pattern} and {inner.pattern}"
-            )
+        if not isinstance(inner, AdamS) or inner.pattern != self.pattern:
+            expected = f"an `AdamS` of pattern {self.pattern!r}, or None"
+            raise checks.error("optimizer", expected, optimizer)
         if loss is None:
             if not hasattr(self.student, "backbone"):
                 raise ValueError(
@@ -275,9 +260,7 @@ class CAST(LogitsDistiller):
             # Keras goes by the policy of the outermost model, this wrapper.
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         # Past Distiller.compile, which takes no loss by name.
-        keras.Model.compile(
-            self, optimizer=optimizer, loss=loss, metrics=metrics, **kwargs
-        )
+        keras.Model.compile(self, optimizer=optimizer, loss=loss, **kwargs)
         self._optimizer_is_default = is_default
         self._run.planned_batches = None
 
@@ -357,25 +340,19 @@ class CAST(LogitsDistiller):
             **kwargs,
         )
 
-    def evaluate(
-        self,
-        x: Any = None,
-        y: Any = None,
-        batch_size: int | None = None,
-        verbose: Any = "auto",
-        sample_weight: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any):
         """Evaluate as `keras.Model` does; takes raw strings as `fit` does."""
-        x, y, sample_weight = preprocess(self.student, x, y, sample_weight)
+        x, y, sample_weight = preprocess(
+            self.student, x, y, kwargs.pop("sample_weight", None)
+        )
+        if sample_weight is not None:
+            kwargs["sample_weight"] = sample_weight
         optimizer = self.optimizer
         if self.compiled and self.adam_s.total_steps is None:
             # Keras builds it here, before `fit` has told the length of the run.
             self.optimizer = None
         try:
-            return super().evaluate(
-                x, y, batch_size, verbose, sample_weight, **kwargs
-            )
+            return super().evaluate(x, y, *args, **kwargs)
         finally:
             self.optimizer = optimizer
 
@@ -448,38 +425,31 @@ class CAST(LogitsDistiller):
     ) -> None:
         """Warn where a fit goes beyond the planned run."""
         planned = self.adam_s.total_steps
+        accumulated = self.adam_s.gradient_accumulation_steps or 1
         if taken >= planned:
-            message = (
-                f"the run of {planned} steps that was planned at its start "
-                f"is over ({taken} are taken): the pull is done"
-            )
-            if self._optimizer_is_default:
-                message += " and the learning rate is 0, nothing will change"
+            message = f"the run of {planned} steps that was planned is over"
+        elif any(
+            isinstance(callback, keras.callbacks.BackupAndRestore)
+            for callback in keras.tree.flatten(callbacks)
+        ):
+            # Which epoch it begins with is not known yet.
+            return
         else:
-            if any(
-                isinstance(callback, keras.callbacks.BackupAndRestore)
-                for callback in keras.tree.flatten(callbacks)
-            ):
-                # Which epoch it begins with is not known yet.
-                return
             try:
-                batches = count_batches()
+                wanted = taken + count_batches() // accumulated
             except ValueError:
                 return
-            accumulated = self.adam_s.gradient_accumulation_steps or 1
-            wanted = taken + batches // accumulated
             if wanted <= planned:
                 return
             message = (
                 f"this fit goes to step {wanted}, beyond the {planned} that "
-                "were planned at the start of the run"
+                "were planned at its start"
             )
-            if self._optimizer_is_default:
-                message += ", from where on the learning rate is 0"
         warnings.warn(
-            f"CAST: {message}. To resume an interrupted run, pass the "
-            "`initial_epoch` to begin with. To train in several calls of "
-            "`fit`, pass the sum of their steps as "
+            f"CAST: {message}. From there on the pull is done, and the "
+            "learning rate of the default optimizer is 0. To resume an "
+            "interrupted run, pass the `initial_epoch` to begin with. To "
+            "train in several calls of `fit`, pass the sum of their steps as "
             "`AdamS(total_steps=...)`. For another run, `finalize()` and make "
             "a new `CAST`.",
             stacklevel=3,

@@ -11,7 +11,8 @@ from keras_weightmods.core import keras_private
 from keras_weightmods.saving.container import numpy_dtype
 from keras_weightmods.utils import checks
 
-_TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+# Of a copy; another model has its own.
+_TEACHER_DTYPES = (None, "float32", "bfloat16", "float16")
 
 # For the wrappers around the model: its own layers cast what they are given,
 # and a global mixed-precision policy must not cast it before.
@@ -30,26 +31,17 @@ def check_distillation(
     Raises:
         ValueError: If one is outside its range.
     """
-    if not (
-        teacher is None
-        or isinstance(teacher, keras.Model)
-        or (isinstance(teacher, str) and teacher == "self")
-    ):
+    is_self = isinstance(teacher, str) and teacher == "self"
+    is_other = isinstance(teacher, keras.Model) and teacher is not model
+    if not (is_self or is_other or teacher is None):
         raise checks.error(
-            "teacher", '"self", a `keras.Model` or None', teacher
+            "teacher",
+            '"self" for a frozen copy, a `keras.Model` other than the one '
+            "that is trained, whose weights change with it, or None",
+            teacher,
         )
-    if teacher is model:
-        raise ValueError(
-            "`teacher` must not be the model that is trained; its weights "
-            'would change with it. Use teacher="self" for a frozen copy.'
-        )
-    if teacher_dtype is not None:
-        checks.check_choice("teacher_dtype", teacher_dtype, _TEACHER_DTYPES)
-        if teacher != "self":
-            raise ValueError(
-                '`teacher_dtype` applies to teacher="self" only. Received: '
-                f"teacher_dtype={teacher_dtype!r}, teacher={teacher!r}"
-            )
+    dtypes = _TEACHER_DTYPES if is_self else (None,)
+    checks.check_choice("teacher_dtype", teacher_dtype, dtypes)
     checks.check_float("distillation_weight", distillation_weight, 0, 1)
     checks.check_float("temperature", temperature, above=0)
 
@@ -92,9 +84,8 @@ class LogitsDistiller(keras.distillation.Distiller):
             self.teacher = None
             self.student_loss_weight = 1.0
         else:
-            twin = None
             if isinstance(teacher, str):
-                teacher = twin = FrozenTwin(model, teacher_dtype)
+                teacher = FrozenTwin(model, teacher_dtype)
             super().__init__(
                 teacher=teacher,
                 student=model,
@@ -104,8 +95,6 @@ class LogitsDistiller(keras.distillation.Distiller):
                 **_TRANSPARENT,
             )
             _warn_about_outputs(model)
-            if twin is not None:
-                twin.capture()
         self.built = True
 
     @property
@@ -134,12 +123,7 @@ class LogitsDistiller(keras.distillation.Distiller):
         if y_pred is None:
             y_pred = self(x, training=training)
         label_loss = keras.Model.compute_loss(
-            self,
-            x=x,
-            y=y,
-            y_pred=y_pred,
-            sample_weight=sample_weight,
-            training=training,
+            self, x, y, y_pred, sample_weight, training
         )
         if self.teacher is None:
             return label_loss
@@ -189,13 +173,8 @@ class FrozenTwin(keras.Model):
         super().__init__(name="teacher", **_TRANSPARENT)
         # In a closure, or Keras would track, save and freeze the original.
         self._get_model = lambda: model
-        self._storage_dtype = dtype
-
-    def capture(self) -> None:
-        """Copy the weights as they are now."""
-        variables = self._get_model().variables
-        self._copies = [self._copy(variable) for variable in variables]
-        self._place = {id(v): i for i, v in enumerate(variables)}
+        self._copies = [self._copy(v, dtype) for v in model.variables]
+        self._place = {id(v): i for i, v in enumerate(model.variables)}
         self.built = True
 
     def call(self, inputs: Any, training: bool = False) -> Any:
@@ -215,10 +194,10 @@ class FrozenTwin(keras.Model):
         outputs, _ = model.stateless_call(*values, inputs, training=False)
         return outputs
 
-    def _copy(self, variable: Any) -> Any:
-        dtype = keras.backend.standardize_dtype(variable.dtype)
-        if self._storage_dtype and "float" in dtype:
-            dtype = self._storage_dtype
+    def _copy(self, variable: Any, dtype: str | None) -> Any:
+        own_dtype = keras.backend.standardize_dtype(variable.dtype)
+        if dtype is None or "float" not in own_dtype:
+            dtype = own_dtype
         copy = self.add_weight(
             shape=variable.shape,
             dtype=dtype,

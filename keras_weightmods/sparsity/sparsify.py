@@ -25,7 +25,7 @@ from keras_weightmods.ops.sparsegpt import (
 )
 from keras_weightmods.sparsity.calibration import from_stack, to_stack
 from keras_weightmods.sparsity.data import batch_count, batches, preprocess
-from keras_weightmods.sparsity.walk import walk
+from keras_weightmods.sparsity.walk import Walk
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Report, Table, shape_text
 
@@ -237,6 +237,7 @@ def fitting_targets(
     return Targets(fitting, skipped)
 
 
+@dataclasses.dataclass(frozen=True)
 class OneShot:
     """The pruning that `sparsify` does.
 
@@ -257,19 +258,17 @@ class OneShot:
     ```
     """
 
-    def __init__(
-        self,
-        pattern: Pattern,
-        method: str,
-        damping: float = 0.01,
-        block_size: int = 128,
-        verbose: int = 1,
-    ) -> None:
-        self.pattern = parse_pattern(pattern)
-        self.method = checks.check_choice("method", method, METHODS)
-        self.damping = checks.check_float("damping", damping, above=0)
-        self.block_size = checks.check_int("block_size", block_size, 1)
-        self.verbose = verbose
+    pattern: Pattern
+    method: str
+    damping: float = 0.01
+    block_size: int = 128
+    verbose: int = 1
+
+    def __post_init__(self) -> None:
+        parse_pattern(self.pattern)
+        checks.check_choice("method", self.method, METHODS)
+        checks.check_float("damping", self.damping, above=0)
+        checks.check_int("block_size", self.block_size, 1)
 
     def __call__(
         self,
@@ -309,12 +308,12 @@ class OneShot:
             if calibration is None:
                 visit(ordered, None)
             else:
-                walk(model, ordered, calibration, visit)
+                Walk(ordered, calibration, visit)(model)
         except BaseException:
             for target, value in zip(ordered, before):
                 target.variable.assign(value)
             raise
-        n, m = self.pattern
+        n, m = parse_pattern(self.pattern)
         return SparsifyReport(
             f"{n}:{m}", self.method, tuple(kernels), targets.skipped
         )

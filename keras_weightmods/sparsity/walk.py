@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -20,60 +20,42 @@ from keras_weightmods.sparsity.calibration import (
 
 _UNREACHED = "the data do not reach it"
 
-# From targets that share their inputs, the second moment of these, a tensor
-# (S, K, K) or None, and why there is none.
-Visit = Callable[[list[Target], Any, str], None]
 
-
-def walk(
-    model: keras.layers.Layer,
-    targets: Sequence[Target],
-    batches: list[tuple[Any, Any]],
-    visit: Visit,
-) -> None:
-    """Visit each target with the inputs that the model has for it by then.
+class Walk:
+    """Visits each target with the inputs that the model has for it by then.
 
     All batches run through the model side by side. What `visit` changes in a
     kernel is in the inputs of the later ones.
 
     Args:
-        model: A built Keras model or layer.
-        targets: `Target`s of it, in the order of execution.
+        targets: List of `Target`, in the order of execution.
         batches: List of pairs (inputs, sample weights or None).
         visit: Callable from a list of targets that share their inputs, the
             second moment of these, of shape (S, K, K), and a note. Where
             there is no moment, `None`, the note says why.
     """
-    running = Walk(targets, [used_positions(w) for _, w in batches], visit)
-    calls: list[Any] = [
-        ((keras.tree.map_structure(ops.convert_to_tensor, inputs),), {})
-        for inputs, _ in batches
-    ]
-    with without_gradients():
-        running.run(model, calls)
-    for target in running.pending:
-        visit([target], None, _UNREACHED)
-
-
-class Walk:
-    """Runs all batches through a model side by side.
-
-    Args:
-        targets: Sequence of `Target`, in the order of execution.
-        used: List with an array of the positions used, or None, for each
-            batch.
-        visit: As in `walk`.
-    """
 
     def __init__(
         self,
-        targets: Sequence[Target],
-        used: list[np.ndarray | None],
-        visit: Visit,
+        targets: list[Target],
+        batches: list[tuple[Any, Any]],
+        visit: Callable[[list[Target], Any, str], None],
     ) -> None:
         self.pending = list(targets)
-        self.used = used
+        self.batches = batches
+        self.used = [used_positions(weights) for _, weights in batches]
         self.visit = visit
+
+    def __call__(self, model: keras.layers.Layer) -> None:
+        """Go through `model`, a built Keras model or layer, once."""
+        calls: list[Any] = [
+            ((keras.tree.map_structure(ops.convert_to_tensor, inputs),), {})
+            for inputs, _ in self.batches
+        ]
+        with without_gradients():
+            self.run(model, calls)
+        for target in self.pending:
+            self.visit([target], None, _UNREACHED)
 
     def run(self, operation: Any, calls: list[Any]) -> list[Any] | None:
         """Visit what is pending in an operation, then run it.
