@@ -21,50 +21,66 @@ def nm_mask(x, n, m, axes):
     return np.transpose(mask.reshape(moved.shape), np.argsort(order))
 
 
-class AdamS:
-    """CAST, algorithm 1, equations 7 and 8, a variable at a time."""
+def adam_s(
+    w,
+    gradients,
+    axes,
+    n,
+    m,
+    rate,
+    total,
+    decay="published",
+    l1="auto",
+    l1_scale=0.5,
+    ramp=1.0,
+    every=10,
+    importance=None,
+    b1=0.9,
+    b2=0.999,
+    epsilon=1e-8,
+):
+    """CAST, algorithm 1, equations 6 to 8, for one sparsified kernel.
 
-    def __init__(
-        self, w, axes, n, m, lr, total, l1, l1_scale, ramp, decay, every
-    ):
-        self.w = w.astype("float64")
-        self.mu = np.zeros_like(self.w)
-        self.v = np.zeros_like(self.w)
-        self.axes, self.n, self.m = axes, n, m
-        self.lr, self.total, self.l1, self.l1_scale = lr, total, l1, l1_scale
-        self.ramp, self.decay, self.every = ramp, decay, every
-        self.t = 0
-        self.squares = []
+    Returns the kernel after the last step, and the last mask.
+    """
+    theta = np.array(w, "float64")
+    mu, v = np.zeros_like(theta), np.zeros_like(theta)
+    if importance is None:
+        factor = 1.0
+    else:
+        factor = np.reshape(
+            importance,
+            [s if i in axes else 1 for i, s in enumerate(theta.shape)],
+        )
 
-    def step(self, g, b1=0.9, b2=0.999, eps=1e-8):
-        t, g = self.t, g.astype("float64")
-        lr = self.lr(t) if callable(self.lr) else self.lr
-        self.mu = b1 * self.mu + (1 - b1) * g
-        mixed = self.mu
-        if self.axes is not None:
-            if t % self.every == 0:
-                self.mask = nm_mask(self.w, self.n, self.m, self.axes)
+    def alpha(t):
+        return min(1.0, t / (ramp * total)) if ramp else 1.0
+
+    first_squares = []
+    for t, g in enumerate(gradients):
+        g = np.array(g, "float64")
+        if t % every == 0:
+            mask = nm_mask(theta * factor, n, m, axes)
+        a = alpha(t)
+        mu = b1 * mu + (1 - b1) * g
+        if decay == "published":
             if t < 10:
-                self.squares.append(np.mean(g**2))
-            l1 = self.l1
+                first_squares.append(np.mean(g**2))
+            strength = l1
             if l1 == "auto":
-                l1 = self.l1_scale * np.sqrt(np.mean(self.squares))
-            a = self.pull_at(t)
-            faded = (1 - a) * self.mu
-            if self.decay == "published":
-                faded = faded + a * l1 * np.sign(self.w)
-            mixed = np.where(self.mask, self.mu, faded)
-        self.v = b2 * self.v + (1 - b2) * mixed**2
-        step = lr * (mixed / (1 - b1 ** (t + 1)))
-        self.w = self.w - step / (np.sqrt(self.v / (1 - b2 ** (t + 1))) + eps)
-        if self.axes is not None and self.decay == "relative":
-            a_next = self.pull_at(t + 1)
-            shrink = (1 - a_next) / (1 - a) if a < 1 else 0.0
-            self.w = np.where(self.mask, self.w, shrink * self.w)
-        self.t += 1
-
-    def pull_at(self, t):
-        return min(1.0, t / (self.ramp * self.total)) if self.ramp else 1.0
+                strength = l1_scale * np.sqrt(np.mean(first_squares))
+            pulled = (1 - a) * mu + a * strength * np.sign(theta)
+        else:
+            pulled = (1 - a) * mu
+        mixed = np.where(mask, mu, pulled)
+        v = b2 * v + (1 - b2) * mixed**2
+        mu_hat = mixed / (1 - b1 ** (t + 1))
+        v_hat = v / (1 - b2 ** (t + 1))
+        theta = theta - rate(t) * mu_hat / (np.sqrt(v_hat) + epsilon)
+        if decay == "relative":
+            shrink = (1 - alpha(t + 1)) / (1 - a) if a < 1 else 0.0
+            theta = np.where(mask, theta, shrink * theta)
+    return theta, mask
 
 
 def pack_24(kernel, dtype):

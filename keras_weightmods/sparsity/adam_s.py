@@ -46,8 +46,10 @@ class AdamS(keras.optimizers.Optimizer):
     - `w -= lr * (mixed / (1 - beta_1**(t + 1)))
       / (sqrt(v / (1 - beta_2**(t + 1))) + epsilon)`.
 
-    All other variables take plain Adam steps. The state is Adam's and one
-    bit for each sparsified weight.
+    As published, `v` of a sparsified kernel is of `mixed`, for kept weights
+    too. All other variables take the steps of `keras.optimizers.Adam`, with
+    `v` of the gradient. The state is Adam's and one bit for each sparsified
+    weight.
 
     With `decay="published"` a masked weight travels at most
     `sum(lr * a)` over the run; a short run cannot bring it to zero, and the
@@ -65,9 +67,10 @@ class AdamS(keras.optimizers.Optimizer):
         learning_rate: A float, a
             `keras.optimizers.schedules.LearningRateSchedule`, or a callable
             without arguments. It should reach about zero at the end, since
-            masked weights are left at about the last rate. `v` is taken from
-            `mixed`, not from `g`, so steps are up to 4 times Adam's: use
-            about a quarter of Adam's rate. Defaults to `1e-4`.
+            masked weights are left at about the last rate. Of sparsified
+            kernels `v` is taken from `mixed`, not from `g`, so their steps
+            are up to 4 times Adam's: use about a quarter of Adam's rate.
+            Defaults to `1e-4`.
         total_steps: Int, the optimizer steps of the whole run. `CAST.fit`
             fills it in; elsewhere it is required when the optimizer is built.
             Steps past it keep the ramp at 1.
@@ -96,7 +99,9 @@ class AdamS(keras.optimizers.Optimizer):
         mask_every: Int, steps between two masks. Defaults to `10`.
         beta_1: Float. Defaults to `0.9`.
         beta_2: Float. Defaults to `0.999`.
-        epsilon: Float, added to the square root. Defaults to `1e-8`.
+        epsilon: Float, added to the square root: as in the formula above,
+            and as in `keras.optimizers.Adam` for all other variables.
+            Defaults to `1e-8`.
         weight_decay: Float or `None`, as in `keras.optimizers.AdamW`.
         clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
             ema_overwrite_frequency, loss_scale_factor,
@@ -399,14 +404,20 @@ class AdamS(keras.optimizers.Optimizer):
                     pull = ops.cast(self.l1_scale * ops.sqrt(square), w.dtype)
                 faded = faded + ramp * pull * ops.sign(w)
             mixed = ops.where(mask, mu, faded)
-        v = velocity + (ops.square(mixed) - velocity) * (1 - self.beta_2)
+        correction_1, correction_2 = (
+            ops.cast(_bias_correction(beta, step), w.dtype)
+            for beta in (self.beta_1, self.beta_2)
+        )
+        # CAST, equation 8, where sparsified. Elsewhere the second moment of
+        # Adam, and epsilon where Keras has it.
+        epsilon, second = self.epsilon, mixed
+        if axes is None:
+            epsilon, second = self.epsilon / ops.sqrt(correction_2), g
+        v = velocity + (ops.square(second) - velocity) * (1 - self.beta_2)
         if decay_rate is not None:
             w = w - w * (decay_rate * rate)
-        w = w - rate * (
-            mixed / ops.cast(_bias_correction(self.beta_1, step), w.dtype)
-        ) / (
-            ops.sqrt(v / ops.cast(_bias_correction(self.beta_2, step), w.dtype))
-            + self.epsilon
+        w = w - rate * (mixed / correction_1) / (
+            ops.sqrt(v / correction_2) + epsilon
         )
         if axes is not None and self.decay == "relative":
             shrunk = w * ops.cast(self._shrink_at(step), w.dtype)

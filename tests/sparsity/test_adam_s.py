@@ -1,3 +1,5 @@
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -71,6 +73,10 @@ def schedule():
     return keras.optimizers.schedules.PolynomialDecay(2e-2, TOTAL, 1e-3)
 
 
+def rate_at(t):
+    return 2e-2 + (1e-3 - 2e-2) * min(t / TOTAL, 1.0)
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -78,12 +84,16 @@ def schedule():
         {"l1": 0.05, "decay": "published", "ramp": 0.5, "pattern": "1:4"},
         {"decay": "relative", "ramp": 0.7},
         {"decay": "relative", "ramp": 0.0},
+        {"decay": "published", "criterion": "activation"},
+        {"decay": "relative", "ramp": 0.4, "criterion": "activation"},
     ],
-    ids=["auto", "float", "relative", "fixed"],
+    ids=str,
 )
 def test_equals_float64_reference(kwargs):
-    pairs = make_variables()
+    kwargs = {"pattern": "2:4", **kwargs}
+    pairs = [pair for pair in make_variables() if pair[1] is not None]
     variables = [v for v, _ in pairs]
+    starts = [keras.ops.convert_to_numpy(v) for v in variables]
     rng = np.random.default_rng(1)
     # A gradient with a direction, so that no weight hovers about a decision.
     bias = [rng.normal(size=v.shape) for v in variables]
@@ -91,38 +101,99 @@ def test_equals_float64_reference(kwargs):
         [(b + 0.3 * rng.normal(size=b.shape)).astype("float32") for b in bias]
         for _ in range(TOTAL)
     ]
-    n, m = [int(p) for p in kwargs.get("pattern", "2:4").split(":")]
-    expected = [
-        references.AdamS(
-            np.array(keras.ops.convert_to_numpy(v)),
-            axes,
-            n,
-            m,
-            lr=lambda t: 2e-2 + (1e-3 - 2e-2) * min(t / TOTAL, 1.0),
-            total=TOTAL,
-            l1=kwargs.get("l1", "auto"),
-            l1_scale=0.5,
-            ramp=kwargs.get("ramp", 1.0),
-            decay=kwargs["decay"],
-            every=10,
-        )
-        for v, axes in pairs
-    ]
-    for grads in gradients:
-        for reference, g in zip(expected, grads):
-            reference.step(g)
-
     optimizer = AdamS(
         schedule(), total_steps=TOTAL, targets=configs(pairs), **kwargs
     )
+    importance = [None] * len(pairs)
+    if "criterion" in kwargs:
+        importance = [
+            rng.uniform(
+                0.2, 2.0, size=int(np.prod([v.shape[a] for a in axes]))
+            ).astype("float32")
+            for v, axes in pairs
+        ]
+        optimizer.build(variables)
+        optimizer.set_importance(importance)
     apply_steps(optimizer, variables, gradients)
 
-    for variable, reference in zip(variables, expected):
-        error = np.abs(keras.ops.convert_to_numpy(variable) - reference.w)
-        assert error.max() <= 1e-5 * np.abs(reference.w).max(), variable.path
-    masks = [r.mask for r in expected if r.axes is not None]
-    for mask, reference in zip(optimizer.masks, masks):
-        np.testing.assert_array_equal(mask, reference)
+    n, m = map(int, kwargs.pop("pattern").split(":"))
+    kwargs.pop("criterion", None)
+    for i, (variable, axes) in enumerate(pairs):
+        expected, mask = references.adam_s(
+            starts[i],
+            [grads[i] for grads in gradients],
+            axes,
+            n,
+            m,
+            rate_at,
+            TOTAL,
+            importance=importance[i],
+            **kwargs,
+        )
+        error = np.abs(keras.ops.convert_to_numpy(variable) - expected)
+        assert error.max() <= 1e-5 * np.abs(expected).max(), variable.path
+        np.testing.assert_array_equal(optimizer.masks[i], mask)
+
+
+@pytest.mark.parametrize("decay", ["published", "relative"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"clipnorm": 0.5},
+        {"clipvalue": 0.3},
+        {"global_clipnorm": 1.0},
+        {"weight_decay": 0.1},
+        {"use_ema": True, "ema_momentum": 0.9},
+        {"gradient_accumulation_steps": 3},
+        {"beta_1": 0.8, "beta_2": 0.95, "epsilon": 1e-2},
+    ],
+    ids=str,
+)
+def test_without_a_target_equals_keras_adam(kwargs, decay):
+    rng = np.random.default_rng(0)
+    shapes = {
+        "kernel": (8, 4),
+        "bias": (4,),
+        "gamma": (4,),
+        "embeddings": (8, 4),
+        "scale": (),
+    }
+    starts = {
+        k: rng.normal(size=s).astype("float32") for k, s in shapes.items()
+    }
+    gradients = [
+        [np.asarray(rng.normal(size=s), "float32") for s in shapes.values()]
+        for _ in range(TOTAL)
+    ]
+    results = []
+    for make in (
+        functools.partial(
+            AdamS,
+            total_steps=TOTAL,
+            decay=decay,
+            targets=[
+                {
+                    "index": 0,
+                    "path": "kernel",
+                    "shape": (8, 4),
+                    "contraction_axes": (0,),
+                }
+            ],
+        ),
+        keras.optimizers.Adam,
+    ):
+        variables = [keras.Variable(v, name=k) for k, v in starts.items()]
+        rate = keras.optimizers.schedules.PolynomialDecay(2e-3, TOTAL, 1e-4)
+        optimizer = make(rate, **{"epsilon": 1e-7, **kwargs})
+        optimizer.exclude_from_weight_decay(var_names=["gamma"])
+        apply_steps(optimizer, variables, gradients)
+        stepped = [keras.ops.convert_to_numpy(v) for v in variables[1:]]
+        optimizer.finalize_variable_values(variables)  # The averages.
+        stepped += [keras.ops.convert_to_numpy(v) for v in variables[1:]]
+        results.append(stepped)
+    for actual, expected in zip(*results):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
 
 
 def test_state_is_adams_and_one_bit_a_weight():

@@ -58,7 +58,7 @@ def update_variable(optimizer, gradient, variable, scalars):
 
 def step_scalars(optimizer, learning_rate):
     """What all variables share in one step: two tensors, and floats."""
-    step, beta_1 = int(optimizer.iterations), optimizer.beta_1
+    step = int(optimizer.iterations)
     device = optimizer.variables[0].value.device
     return {
         "step": torch.tensor(float(step), device=device),
@@ -66,10 +66,14 @@ def step_scalars(optimizer, learning_rate):
         "learning_rate": float(ops.convert_to_numpy(learning_rate)),
         "ramp": float(optimizer._ramp_at(ops.cast(step, "float32"))),
         "shrink": float(optimizer._shrink_at(ops.cast(step, "float32"))),
-        "correction_1": -math.expm1((step + 1) * math.log(beta_1))
-        if beta_1
-        else 1.0,
+        "correction_1": _bias_correction(optimizer.beta_1, step),
+        "correction_2": _bias_correction(optimizer.beta_2, step),
     }
+
+
+def _bias_correction(beta, step):
+    """1 - beta**(step + 1), exact also where beta is near 1."""
+    return -math.expm1((step + 1) * math.log(beta)) if beta else 1.0
 
 
 def _pull(optimizer, state, gradient, scalars):
@@ -109,40 +113,45 @@ def _pieces(size, bits, device):
 def _update_piece(pieces, optimizer, scalars, mask):
     """One step of a flat piece; `mask` is nonzero where kept, or None."""
     g, w, momentum, v = pieces
-    mixed = momentum.lerp_(g, 1 - optimizer.beta_1)
-    if mask is not None:
-        # On a CPU `torch.where` takes some 20 times as long as a product, so
-        # the mask acts through a factor, which is exactly 1 where kept.
-        mask = mask.to(w.dtype)
-        mixed = mask.clamp(1 - scalars["ramp"], 1).mul_(momentum)
-        if optimizer.decay == "published":
-            dropped = (1 - mask).clamp_(min=0)
-            mixed.addcmul_(torch.sign(w), dropped, value=scalars["pull"])
-    _adam(w, mixed, v, optimizer, scalars)
-    if mask is not None and optimizer.decay == "relative":
+    if mask is None:
+        _adam(w, g, momentum, v, optimizer, scalars, sparsified=False)
+        return
+    momentum.lerp_(g, 1 - optimizer.beta_1)
+    # On a CPU `torch.where` takes some 20 times as long as a product, so the
+    # mask acts through a factor, which is exactly 1 where kept.
+    mask = mask.to(w.dtype)
+    mixed = mask.clamp(1 - scalars["ramp"], 1).mul_(momentum)
+    if optimizer.decay == "published":
+        dropped = (1 - mask).clamp_(min=0)
+        mixed.addcmul_(torch.sign(w), dropped, value=scalars["pull"])
+    _adam(w, mixed, mixed, v, optimizer, scalars, sparsified=True)
+    if optimizer.decay == "relative":
         w.mul_(mask.clamp_(scalars["shrink"], 1))
 
 
-def _adam(w, mixed, v, optimizer, scalars):
-    """Updates `v` and `w` in one pass, with the mixed first moment given.
+def _adam(w, g, momentum, v, optimizer, scalars, sparsified):
+    """Updates `w` and its moments in one pass.
 
     By the kernel of `torch.optim.AdamW(fused=True)`, whose public form would
-    count the steps by itself. With beta1 = 0 it sets the first moment to the
-    gradient, so that `mixed` stands for both and keeps its value.
+    count the steps by itself. Where sparsified, `g` and `momentum` are both
+    the mixed first moment: with beta1 = 0 it keeps its value, `lr` carries
+    its correction, and the weight decay undoes that.
     """
+    correction = scalars["correction_1"] if sparsified else 1.0
+    # Where not sparsified, epsilon is added where Keras' Adam does.
+    epsilon_scale = 1.0 if sparsified else scalars["correction_2"] ** -0.5
     torch._fused_adamw_(
         [w],
-        [mixed],
-        [mixed],
+        [g],
+        [momentum],
         [v],
         [],
         [scalars["count"]],
-        # `lr` carries the first moment's correction, which the decay undoes.
-        lr=scalars["learning_rate"] / scalars["correction_1"],
-        weight_decay=scalars["weight_decay"] * scalars["correction_1"],
-        beta1=0.0,
+        lr=scalars["learning_rate"] / correction,
+        weight_decay=scalars["weight_decay"] * correction,
+        beta1=0.0 if sparsified else optimizer.beta_1,
         beta2=optimizer.beta_2,
-        eps=optimizer.epsilon,
+        eps=optimizer.epsilon * epsilon_scale,
         amsgrad=False,
         maximize=False,
     )
