@@ -2,20 +2,28 @@
 
 import contextlib
 import functools
+import itertools
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_weightmods.core import keras_private
 from keras_weightmods.evaluation.perplexity import start_token, tokenize
 from keras_weightmods.evaluation.token_scorer import TokenScorer, longest_input
+from keras_weightmods.utils.checks import check_int
 
 # Lengths that generation is compiled for are multiples of this.
 _LENGTH_STEP = 64
 
 
-def lm_eval_model(model, length=1024, batch_size=1, chunk_size=256):
-    """A KerasHub `CausalLM` as a model that `lm-eval` takes.
+def lm_eval_model(
+    model: keras.Model,
+    length: int = 1024,
+    batch_size: int = 1,
+    chunk_size: int = 256,
+) -> Any:
+    """Wrap a KerasHub `CausalLM` for `lm-eval`.
 
     For the tasks of EleutherAI's harness: `loglikelihood` (multiple choice),
     `loglikelihood_rolling` (perplexity) and `generate_until`, which decodes
@@ -38,7 +46,7 @@ def lm_eval_model(model, length=1024, batch_size=1, chunk_size=256):
     Raises:
         ImportError: If `lm-eval` is not installed.
         ValueError: If `model` is no `CausalLM` with a preprocessor, or a
-            number is none of 1 or more.
+            number is no int of 1 or more.
 
     Example:
 
@@ -74,16 +82,9 @@ def lm_eval_model(model, length=1024, batch_size=1, chunk_size=256):
             "`model` must be a `keras_hub.models.CausalLM` with a "
             f"`preprocessor`. Received: model={model!r}"
         )
-    for name, value in (
-        ("length", length),
-        ("batch_size", batch_size),
-        ("chunk_size", chunk_size),
-    ):
-        if type(value) is not int or value < 1:
-            raise ValueError(
-                f"`{name}` must be an int of 1 or more. "
-                f"Received: {name}={value!r}"
-            )
+    check_int("length", length, least=1)
+    check_int("batch_size", batch_size, least=1)
+    check_int("chunk_size", chunk_size, least=1)
     return _class_for(TemplateLM)(model, length, batch_size, chunk_size)
 
 
@@ -94,7 +95,7 @@ def _class_for(base):
 
 
 class _KerasLM:
-    """What `lm_eval.api.model.TemplateLM` leaves to its subclasses."""
+    """Implement what `lm_eval.api.model.TemplateLM` leaves to subclasses."""
 
     cache_hook: Any
 
@@ -178,7 +179,7 @@ class _KerasLM:
         return results
 
     def _log_probabilities(self, pairs):
-        """(log probability, whether greedy) of the second of each pair."""
+        """Return (log probability, greedy or not) of each pair's second."""
         windows = []
         for context, scored in pairs:
             if not scored or len(scored) > self.length:
@@ -219,18 +220,16 @@ class _KerasLM:
         tokenizer = self.model.preprocessor.tokenizer
         prompt = self.tok_encode(context)[-(self.length - count) :]
         prompt = prompt or [self.prefix_token_id]
+        ends = {self.eot_token_id, getattr(tokenizer, "end_token2_id", None)}
+        ends.discard(None)
         # A text that ends at such a token needs no more of them.
-        stops = [self.eot_token_id, getattr(tokenizer, "end_token2_id", None)]
-        stops += [
+        stops = ends.union(
             int(tokens[0])
             for tokens in map(tokenizer, until)
             if len(tokens) == 1
-        ]
-        stops = sorted({stop for stop in stops if stop is not None})
-        tokens = generate(prompt, count, stops)
-        for stop in (self.eot_token_id, getattr(tokenizer, "end_token2_id", 0)):
-            if stop in tokens:
-                tokens = tokens[: tokens.index(stop)]
+        )
+        tokens = generate(prompt, count, sorted(stops))
+        tokens = itertools.takewhile(lambda token: token not in ends, tokens)
         # Of both together: alone, the first word could lose its space.
         text = tokenizer.detokenize([*prompt, *tokens])
         text = text[len(tokenizer.detokenize(prompt)) :]
@@ -241,16 +240,9 @@ class _KerasLM:
 
 @contextlib.contextmanager
 def _greedy(model):
-    """A function (prompt, count, stops) -> new tokens, of greedy decoding."""
+    """Yield a function (prompt, count, stops) -> new tokens, the likeliest."""
     import keras_hub
 
-    missing = object()
-    before = {
-        name: getattr(model, name, missing)
-        for name in ("sampler", "generate_function")
-    }
-    model.sampler = keras_hub.samplers.GreedySampler()
-    model.generate_function = None
     step = 1 if keras.backend.backend() == "torch" else _LENGTH_STEP
 
     def generate(prompt, count, stops):
@@ -271,14 +263,12 @@ def _greedy(model):
         chosen = slice(len(prompt), total)
         return new[chosen][used[chosen].astype(bool)].tolist()
 
-    try:
+    with keras_private.replaced_attributes(
+        model,
+        sampler=keras_hub.samplers.GreedySampler(),
+        generate_function=None,
+    ):
         yield generate
-    finally:
-        for name, value in before.items():
-            if value is missing:
-                delattr(model, name)
-            else:
-                setattr(model, name, value)
 
 
 def _progress(count, name):

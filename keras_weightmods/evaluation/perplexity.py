@@ -1,24 +1,27 @@
 """Perplexity of causal language models, lean in memory."""
 
+import itertools
 import math
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_weightmods.evaluation.token_scorer import TokenScorer, longest_input
+from keras_weightmods.utils.checks import check_int, error
 
 
 def perplexity(
-    model,
-    texts,
-    length=1024,
-    stride=None,
-    batch_size=1,
-    chunk_size=256,
-    name="perplexity",
-    verbose=1,
-):
-    """Perplexity of a causal language model on texts.
+    model: keras.Model,
+    texts: Any,
+    length: int = 1024,
+    stride: int | None = None,
+    batch_size: int = 1,
+    chunk_size: int = 256,
+    name: str = "perplexity",
+    verbose: int = 1,
+) -> float:
+    """Return the perplexity of a causal language model on texts.
 
     A short form of `Perplexity(model, ...)(texts)`. To evaluate one model
     several times, keep one `Perplexity`: it compiles once.
@@ -62,7 +65,7 @@ def perplexity(
 
 
 class Perplexity:
-    """Measures the perplexity of one model, as often as needed.
+    """Measure the perplexity of one model, as often as needed.
 
     A text is cut into windows of `length` tokens, and each of its tokens but
     the first is scored once, given those before it in its window. What is
@@ -113,20 +116,16 @@ class Perplexity:
     """
 
     def __init__(
-        self, model, length=1024, stride=None, batch_size=1, chunk_size=256
-    ):
-        stride = length if stride is None else stride
-        for argument, value in (
-            ("length", length),
-            ("stride", stride),
-            ("batch_size", batch_size),
-            ("chunk_size", chunk_size),
-        ):
-            if type(value) is not int or value < 1:
-                raise ValueError(
-                    f"`{argument}` must be an int of 1 or more. "
-                    f"Received: {argument}={value!r}"
-                )
+        self,
+        model: keras.Model,
+        length: int = 1024,
+        stride: int | None = None,
+        batch_size: int = 1,
+        chunk_size: int = 256,
+    ) -> None:
+        check_int("length", length, least=1)
+        stride = check_int("stride", length if stride is None else stride, 1)
+        check_int("chunk_size", chunk_size, least=1)
         if stride > length:
             raise ValueError(
                 "`stride` must be at most `length`, or tokens between two "
@@ -137,11 +136,13 @@ class Perplexity:
         self.model = model
         self.length = length
         self.stride = min(stride, length)
-        self.batch_size = batch_size
+        self.batch_size = check_int("batch_size", batch_size, least=1)
         self._score = TokenScorer(model, chunk_size)
 
-    def __call__(self, texts, name="perplexity", verbose=1):
-        """Perplexity of all texts together, as a float.
+    def __call__(
+        self, texts: Any, name: str = "perplexity", verbose: int = 1
+    ) -> float:
+        """Return the perplexity of all texts together.
 
         Args:
             texts: One of these, which are read one after the other: an
@@ -161,15 +162,17 @@ class Perplexity:
         sums, counts = self._totals(texts, name, verbose)
         return _exp(sums.sum() / counts.sum())
 
-    def losses(self, texts, name="perplexity", verbose=1):
-        """Mean loss of each text in nats, to compare models text by text.
+    def losses(
+        self, texts: Any, name: str = "perplexity", verbose: int = 1
+    ) -> np.ndarray:
+        """Return the mean loss of each text, to compare models text by text.
 
         Args:
             texts, name, verbose: As in `__call__`.
 
         Returns:
-            A float64 array of shape `(texts,)`; NaN for a text that was
-            passed over.
+            A float64 array of shape `(texts,)`, in nats; NaN for a text
+            that was passed over.
         """
         sums, counts = self._totals(texts, name, verbose)
         return np.divide(
@@ -177,7 +180,7 @@ class Perplexity:
         )
 
     def _totals(self, texts, name, verbose):
-        """Sum of losses and number of tokens scored, for each text."""
+        """Return the sums of losses, and numbers of tokens scored."""
         texts = [texts] if isinstance(texts, str) else texts
         sequences = token_sequences(self.model, texts)
         progress = keras.utils.Progbar(
@@ -193,14 +196,15 @@ class Perplexity:
         sums: list[float] = []
         counts: list[int] = []
 
-        def windows():
+        def all_windows():
             for index, tokens in enumerate(sequences):
                 sums.append(0.0)
                 counts.append(0)
                 for window, first in self._windows(tokens):
                     yield index, window, first
 
-        for batch in _batches(windows(), self.batch_size):
+        windows = all_windows()
+        while batch := list(itertools.islice(windows, self.batch_size)):
             scores = self._score.score_windows(
                 [window for _, window, _ in batch], self.batch_size, length
             )
@@ -218,7 +222,7 @@ class Perplexity:
         return np.asarray(sums), np.asarray(counts)
 
     def _windows(self, tokens):
-        """Yields windows of a text, and the first position to score."""
+        """Yield windows of a text, and the first position to score."""
         scored, start = 1, 0
         while scored < len(tokens):
             window = tokens[start : start + self.length + 1]
@@ -228,23 +232,23 @@ class Perplexity:
 
 
 def token_sequences(model, texts):
-    """Yields the token ids of each text, as int32 vectors."""
+    """Yield the token ids of each text, as int32 vectors."""
     if keras.ops.is_tensor(texts):
         texts = keras.ops.convert_to_numpy(texts)
     if not hasattr(texts, "__iter__") or isinstance(texts, (bytes, dict)):
-        raise ValueError(_not_texts(texts))
+        raise _not_texts(texts)
     for text in texts:
         if isinstance(text, str):
             yield tokenize(model, text)
             continue
         tokens = np.asarray(text)
         if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-            raise ValueError(_not_texts(text))
+            raise _not_texts(text)
         yield tokens.astype("int32")
 
 
 def tokenize(model, text):
-    """The token ids of a string, after the start token that it is given."""
+    """Return the token ids of a string, the start token included."""
     preprocessor = getattr(model, "preprocessor", None)
     if preprocessor is None:
         raise ValueError(
@@ -258,7 +262,7 @@ def tokenize(model, text):
 
 
 def start_token(model):
-    """The token that the model's preprocessor puts first, or None."""
+    """Return the token that the model's preprocessor puts first, or None."""
     preprocessor = model.preprocessor
     if not getattr(preprocessor, "add_start_token", True):
         return None
@@ -266,21 +270,12 @@ def start_token(model):
 
 
 def _not_texts(received):
-    return (
-        "`texts` must be strings, vectors of token ids, or an int array of "
-        f"shape (rows, tokens). Received: {received!r}"
+    return error(
+        "texts",
+        "strings, vectors of token ids, or an int array of shape "
+        "(rows, tokens)",
+        received,
     )
-
-
-def _batches(items, size):
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _exp(mean):

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_weightmods.utils import checks
+
 _FEWEST_BUDGETS = 4  # one more than there are parameters
 _LARGEST_BETA = 10.0
 
@@ -67,8 +69,8 @@ class ScalingLaw:
     _center: float = dataclasses.field(default=1.0, repr=False)
     _quantile: float = dataclasses.field(default=0.0, repr=False)
 
-    def predict(self, tokens):
-        """The loss after training on a number of tokens.
+    def predict(self, tokens: Any) -> Prediction:
+        """Predict the loss after training on a number of tokens.
 
         Args:
             tokens: Positive number, or an array of them.
@@ -98,8 +100,10 @@ class ScalingLaw:
         return Prediction(*ends)
 
 
-def fit_scaling_law(tokens, losses, confidence=0.95):
-    """Fits `L(D) = L_inf + B * D**-beta` to losses at several budgets.
+def fit_scaling_law(
+    tokens: Any, losses: Any, confidence: float = 0.95
+) -> ScalingLaw:
+    """Fit `L(D) = L_inf + B * D**-beta` to losses at several budgets.
 
     Least squares with `L_inf, B, beta >= 0`. Retrain one model with one
     recipe at several budgets, whose learning-rate schedules end with the
@@ -163,11 +167,7 @@ def fit_scaling_law(tokens, losses, confidence=0.95):
             "different budgets at least. Received: "
             f"tokens={np.unique(tokens).tolist()}"
         )
-    if not (isinstance(confidence, float) and 0 < confidence < 1):
-        raise ValueError(
-            "`confidence` must be a float between 0 and 1. "
-            f"Received: confidence={confidence!r}"
-        )
+    checks.check_float("confidence", confidence, above=0, below=1)
     # In units of a budget in the middle, L_inf + size * x**-beta is well
     # conditioned; B is the loss at one token, far outside of the data.
     center = float(np.exp(np.log(tokens).mean()))
@@ -218,15 +218,12 @@ def fit_scaling_law(tokens, losses, confidence=0.95):
 def _positive(name, values):
     array = np.asarray(values, dtype="float64")
     if not array.size or not np.all(np.isfinite(array) & (array > 0)):
-        raise ValueError(
-            f"`{name}` must be positive, finite numbers. "
-            f"Received: {name}={values!r}"
-        )
+        raise checks.error(name, "positive, finite numbers", values)
     return array
 
 
 def _gradient(x, size, beta):
-    """Of `floor + size * x**-beta` by floor, size and beta."""
+    """Return that of `floor + size * x**-beta` by floor, size and beta."""
     power = x**-beta
     return np.stack(
         [np.ones_like(x), power, -size * np.log(x) * power], axis=-1
@@ -234,7 +231,7 @@ def _gradient(x, size, beta):
 
 
 def _start(x, losses, nnls):
-    """The best of many exponents, each with its best other parameters."""
+    """Return the best of many exponents, with its best other parameters."""
     best = None
     for beta in np.geomspace(0.01, _LARGEST_BETA, 100):
         columns = np.stack([np.ones_like(x), x**-beta], axis=1)

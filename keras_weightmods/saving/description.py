@@ -43,7 +43,8 @@ def describe(model, parts, left_out):
         "lora": [
             [name, part.lora_rank, part.lora_alpha, _lora_is_first(part)]
             for name, part in parts.items()
-            if _is_changed(part) and getattr(part, "lora_enabled", False)
+            if seam.is_reparameterized(part)
+            and getattr(part, "lora_enabled", False)
         ],
     }
 
@@ -226,12 +227,6 @@ def _lora_is_first(layer):
     )
 
 
-def _is_changed(part):
-    return isinstance(part, keras.layers.Layer) and seam.is_reparameterized(
-        part
-    )
-
-
 def _classes(parts):
     """Return {name: class}: what a user gives `load_model` if need be."""
     classes = {type(part) for part in parts.values()}
@@ -241,20 +236,12 @@ def _classes(parts):
 def _rows(parts):
     """Return [name, class, own name, trainable or not] of each part."""
     return [
-        [
-            name,
-            type(part).__name__,
-            getattr(part, "name", None),
-            getattr(part, "trainable", None),
-        ]
+        [name, type(part).__name__]
+        + [getattr(part, key, None) for key in ("name", "trainable")]
         for name, part in parts.items()
-        if not _is_made_at_use(name, part)
+        # A preprocessor of KerasHub makes its packer when it is first used.
+        if not name.startswith("preprocessor/") or hasattr(part, "save_assets")
     ]
-
-
-def _is_made_at_use(name, part):
-    # A preprocessor of KerasHub makes its packer when it is first used.
-    return name.startswith("preprocessor/") and not hasattr(part, "save_assets")
 
 
 def _check_parts(rows, parts):
@@ -396,7 +383,7 @@ def _complete_config(layer, get_config):
             and value != argument.default
         ):
             config[name] = value
-    if _is_changed(layer):
+    if seam.is_reparameterized(layer):
         # Recorded beside the config, and enabled in its turn.
         config.pop("lora_rank", None)
         config.pop("lora_alpha", None)

@@ -72,9 +72,7 @@ def weight_entries(parts):
     entries = {}
     for part_name, part in parts.items():
         # Without computing what it would save, or reading a value.
-        if isinstance(part, keras.layers.Layer) and seam.is_reparameterized(
-            part
-        ):
+        if seam.is_reparameterized(part):
             arrays = seam.checkpoint_arrays(part)
         else:
             arrays = {
