@@ -793,7 +793,7 @@ def test_wrong_compile_and_order():
         cast.compile("adam", loss=cross_entropy())
     with pytest.raises(ValueError, match="`AdamS`"):
         cast.compile(keras.optimizers.Adam(), loss=cross_entropy())
-    with pytest.raises(ValueError, match="`AdamS` of pattern .2:4"):
+    with pytest.raises(ValueError, match=r"`AdamS` of pattern .2:4"):
         cast.compile(kwm.AdamS(pattern="1:4"), loss=cross_entropy())
     with pytest.raises(ValueError, match="`loss`"):
         cast.compile()
