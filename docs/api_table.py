@@ -1,0 +1,63 @@
+"""Write docs/api.md, the table of all public names.
+
+python docs/api_table.py
+"""
+
+import inspect
+import pathlib
+
+import keras_weightmods as kwm
+
+PAGE = pathlib.Path(__file__).with_name("api.md")
+
+HEAD = """\
+# Public names
+
+Written by `python docs/api_table.py` from the docstrings; do not edit. `kwm` is
+`import keras_weightmods as kwm`; each docstring has the arguments, what is
+returned and raised, and an example.
+
+| name | what it is | module |
+| --- | --- | --- |
+"""
+
+
+def public_names():
+    """Return a dict from public names to classes and functions."""
+    return {
+        f"{prefix}{name}": value
+        for prefix, module in (("", kwm), ("ops.", kwm.ops))
+        for name, value in sorted(vars(module).items(), key=by_name)
+        if not name.startswith("_") and is_documented(value)
+    }
+
+
+def by_name(item):
+    return item[0].casefold()
+
+
+def is_documented(value):
+    return inspect.isclass(value) or inspect.isroutine(value)
+
+
+def make_page():
+    """Return the page as a string."""
+    return HEAD + "".join(
+        f"| `kwm.{name}` | {first_line(value)} | {module_of(value)} |\n"
+        for name, value in public_names().items()
+    )
+
+
+def first_line(value):
+    paragraph = (inspect.getdoc(value) or "").partition("\n\n")[0]
+    return " ".join(paragraph.split()).replace("|", r"\|")
+
+
+def module_of(value):
+    path = value.__module__.replace(".", "/")
+    text = value.__module__.removeprefix("keras_weightmods.")
+    return f"[{text}](../{path}.py)"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(make_page())
