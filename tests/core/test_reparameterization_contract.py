@@ -372,7 +372,9 @@ def test_low_precision(kind, policy):
         assert {row.dtype for row in report.weights} == {kept}
     expected = outputs(model)
     kind.end(model)
-    assert_close(outputs(model), expected, share)
+    # The effective weight is computed in the variable's precision.
+    exact &= policy.startswith("mixed")
+    assert_close(outputs(model), expected, share, exact)
     assert [id(w) for w in model.weights] == known
 
 
