@@ -163,6 +163,16 @@ def test_driver_is_declared_as_in_its_header(tmp_path):
     )
 
 
+@pytest.fixture
+def nvrtc(library):
+    """The GPU library, with NVRTC loaded."""
+    source = (GPU / "decode.cu").read_bytes()
+    paths = [gpu._cuda_library("nvrtc", cuda) for cuda in (13, 12)]
+    if all(library.kwm_gpu_load_decode(source, p.encode()) for p in paths):
+        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+    return library
+
+
 @pytest.mark.parametrize(
     ("x_dtype", "capability"),
     [
@@ -172,32 +182,24 @@ def test_driver_is_declared_as_in_its_header(tmp_path):
         ("float16", (9, 0)),
     ],
 )
-def test_nvrtc_compiles_the_decode_kernel(library, x_dtype, capability):
-    source = (GPU / "decode.cu").read_bytes()
-    paths = [gpu._cuda_library("nvrtc", cuda) for cuda in (13, 12)]
-    if all(library.kwm_gpu_load_decode(source, p.encode()) for p in paths):
-        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+def test_nvrtc_compiles_the_decode_kernel(nvrtc, x_dtype, capability):
     x_type = gpu.X_TYPES[x_dtype]
     for value_type in range(3):
         size = ctypes.c_int64()
-        failure = library.kwm_gpu_compile_decode(
+        failure = nvrtc.kwm_gpu_compile_decode(
             *capability,
             x_type,
             value_type,
-            library.kwm_gpu_decode_rows(x_type),
+            nvrtc.kwm_gpu_decode_rows(x_type),
             ctypes.byref(size),
         )
         assert failure is None
         assert size.value > 0
 
 
-def test_nvrtc_says_what_it_cannot_compile(library):
-    source = (GPU / "decode.cu").read_bytes()
-    paths = [gpu._cuda_library("nvrtc", cuda) for cuda in (13, 12)]
-    if all(library.kwm_gpu_load_decode(source, p.encode()) for p in paths):
-        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+def test_nvrtc_says_what_it_cannot_compile(nvrtc):
     size = ctypes.c_int64()
-    failure = library.kwm_gpu_compile_decode(1, 2, 1, 1, 8, ctypes.byref(size))
+    failure = nvrtc.kwm_gpu_compile_decode(1, 2, 1, 1, 8, ctypes.byref(size))
     assert failure.startswith(b"NVRTC: ")
     assert b"sm_12" in failure
 
@@ -224,9 +226,7 @@ def test_without_cuda_every_call_says_why(library, tmp_path, monkeypatch):
         assert "pip install 'keras-weightmods[cuda12]'" in reason
 
 
-def test_library_of_another_release(tmp_path, monkeypatch):
-    if gpu.library() is None:
-        pytest.skip(gpu.why_not())
+def test_library_of_another_release(library, monkeypatch):
     monkeypatch.setattr(gpu, "ABI_VERSION", 99)
     with pytest.raises(OSError, match="of another release"):
         gpu.open_library(GPU.parent / "lib" / "kwm_gpu.so")

@@ -10,13 +10,8 @@ import numpy as np
 import pytest
 
 from keras_weightmods.native.packed import pack_kernel
-from tests.gpu.test_products import (
-    TOLERANCE,
-    compress,
-    decode_reference,
-    error,
-    make,
-)
+from tests.gpu.kernels import error
+from tests.gpu.test_products import TOLERANCE, compress, decode_reference, make
 
 # Of XLA's FFI.
 DTYPES = {

@@ -9,7 +9,8 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.native.packed import Packed, pack_kernel, unpack_kernel
-from keras_weightmods.ops.nm import nm_project
+from tests.gpu.kernels import sparse_kernel
+from tests.models import make_sparse, mlp, normal
 
 if keras.backend.backend() != "jax":
     pytest.skip("JAX alone", allow_module_level=True)
@@ -25,8 +26,7 @@ K, N = 64, 32
 
 
 def make(value_dtype="float32"):
-    kernel = np.random.default_rng(0).normal(size=(K, N)).astype("float32")
-    return pack_kernel(np.asarray(nm_project(kernel, "2:4")), value_dtype)
+    return pack_kernel(sparse_kernel(K, N), value_dtype)
 
 
 def lowered(function, *arguments):
@@ -128,7 +128,7 @@ def test_gradients_lower_for_cuda():
 def test_dense_without_a_table(value_dtype, prepared):
     packed = make(value_dtype)
     kernel = unpack_kernel(packed).astype("float64")
-    x = np.random.default_rng(1).normal(size=(2, 3, K)).astype("float32")
+    x = normal(2, 3, K, seed=1)
     weights = packed
     if prepared:
         weights = sparse_matmul_gpu.prepare(packed, "float32")
@@ -155,7 +155,7 @@ def test_int8_activations():
 def test_mapped_weights():
     packed = make()
     values = np.stack([packed.values, 2 * packed.values])
-    x = np.random.default_rng(1).normal(size=(2, 3, K)).astype("float32")
+    x = normal(2, 3, K, seed=1)
 
     def product(x, values):
         arrays = Packed(values, packed.meta, None, packed.shape, "float32")
@@ -214,14 +214,11 @@ def pretend(monkeypatch):
 
 
 def model():
-    keras.utils.set_random_seed(0)
-    made = keras.Sequential([keras.Input((K,)), keras.layers.Dense(N)])
-    made.layers[0].kernel.assign(nm_project(made.layers[0].kernel, "2:4"))
-    return made
+    return make_sparse(mlp(K, N))
 
 
 def test_layer_with_a_companion(pretend, tmp_path):
-    x = np.random.default_rng(0).normal(size=(5, K)).astype("float32")
+    x = normal(5, K)
     expected = np.asarray(model()(x))
     pretend({"dense": 2.0, "decode": 1.0})
     packed, other = model(), model()

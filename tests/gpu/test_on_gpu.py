@@ -10,7 +10,8 @@ from keras import ops
 import keras_weightmods as kwm
 from keras_weightmods.native.gpu import dispatch
 from keras_weightmods.native.packed import pack_kernel, unpack_kernel
-from keras_weightmods.ops.nm import nm_project
+from tests.gpu.kernels import error, sparse_kernel
+from tests.models import make_sparse, mlp, normal, numpy
 
 BACKEND = keras.backend.backend()
 if BACKEND == "jax":
@@ -32,9 +33,7 @@ VALUE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 def make(k, n, value_dtype):
-    kernel = np.random.default_rng(0).normal(size=(k, n)).astype("float32")
-    kernel = ops.convert_to_numpy(nm_project(kernel, "2:4"))
-    packed = pack_kernel(kernel, value_dtype)
+    packed = pack_kernel(sparse_kernel(k, n), value_dtype)
     on_gpu = {
         f.name: ops.convert_to_tensor(getattr(packed, f.name))
         for f in dataclasses.fields(packed)
@@ -55,20 +54,15 @@ def multiply(x, packed, method):
     return products.matmul(x, packed, method)
 
 
-def relative_error(y, expected):
-    y = ops.convert_to_numpy(ops.cast(y, "float32")).astype("float64")
-    return np.linalg.norm(y - expected) / np.linalg.norm(expected)
-
-
 def check(method, rows, k, n, x_dtype, value_dtype):
     packed, kernel = make(k, n, value_dtype)
-    x = np.random.default_rng(1).normal(size=(rows, k)).astype("float32")
+    x = normal(rows, k, seed=1)
     x = ops.cast(ops.convert_to_tensor(x), x_dtype)
     y = multiply(x, packed, method)
     assert tuple(y.shape) == (rows, n)
     assert keras.backend.standardize_dtype(y.dtype) == x_dtype
-    x = ops.convert_to_numpy(ops.cast(x, "float32")).astype("float64")
-    assert relative_error(y, x @ kernel) <= TOLERANCE[x_dtype]
+    x = numpy(x).astype("float64")
+    assert error(y, x @ kernel) <= TOLERANCE[x_dtype]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8, 16])
@@ -95,36 +89,33 @@ def test_cusparselt_int8_activations():
     x = np.random.default_rng(1).integers(-127, 128, (33, 1024)).astype("int8")
     prepared = products.prepare(packed, "int8", "cusparselt")
     y = products.matmul(jax.numpy.asarray(x), prepared, "cusparselt")
-    assert relative_error(y, x @ kernel.astype("float64")) <= 1e-5
+    assert error(y, x @ kernel.astype("float64")) <= 1e-5
 
 
 def test_decode_of_poisoned_memory():
     """Every result is written; nothing beyond the arrays counts."""
     packed, kernel = make(70, 21, "float32")
-    x = np.random.default_rng(1).normal(size=(3, 70)).astype("float32")
+    x = normal(3, 70, seed=1)
     for _ in range(5):
         poison = ops.full((64, 1024), float("nan"))
         del poison
         y = multiply(ops.convert_to_tensor(x), packed, "decode")
-        assert relative_error(y, x @ kernel.astype("float64")) <= 1e-5
+        assert error(y, x @ kernel.astype("float64")) <= 1e-5
 
 
 def test_decode_is_repeatable():
     packed, _ = make(4096, 1024, "bfloat16")
-    x = np.random.default_rng(1).normal(size=(4, 4096)).astype("float32")
+    x = normal(4, 4096, seed=1)
     x = ops.cast(ops.convert_to_tensor(x), "bfloat16")
-    results = [
-        ops.convert_to_numpy(ops.cast(multiply(x, packed, "decode"), "float32"))
-        for _ in range(20)
-    ]
+    results = [numpy(multiply(x, packed, "decode")) for _ in range(20)]
     assert all(np.array_equal(y, results[0]) for y in results)
 
 
 @pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
 def test_public_product_and_its_gradient(value_dtype):
     packed, kernel = make(256, 96, value_dtype)
-    x = np.random.default_rng(1).normal(size=(2, 3, 256)).astype("float32")
-    dy = np.random.default_rng(2).normal(size=(2, 3, 96)).astype("float32")
+    x = normal(2, 3, 256, seed=1)
+    dy = normal(2, 3, 96, seed=2)
     expected = dy @ kernel.T.astype("float64")
     if BACKEND == "jax":
         y, pull = jax.vjp(lambda x: kwm.ops.sparse_matmul(x, packed), x)
@@ -134,13 +125,13 @@ def test_public_product_and_its_gradient(value_dtype):
         y = kwm.ops.sparse_matmul(tensor, packed)
         (dx,) = torch.autograd.grad(y, tensor, ops.convert_to_tensor(dy))
         y = y.detach()
-    assert relative_error(y, x @ kernel.astype("float64")) <= 1e-3
-    assert relative_error(dx, expected) <= 1e-3
+    assert error(y, x @ kernel.astype("float64")) <= 1e-3
+    assert error(dx, expected) <= 1e-3
 
 
 def test_compiled_with_both_products():
     packed, kernel = make(512, 512, "bfloat16")
-    x = np.random.default_rng(1).normal(size=(4, 512)).astype("float32")
+    x = normal(4, 512, seed=1)
     x = ops.cast(ops.convert_to_tensor(x), "bfloat16")
 
     if BACKEND == "jax":
@@ -162,10 +153,10 @@ def test_compiled_with_both_products():
                 x = multiply(x, packed, "cusparselt") / 256
             return x
 
-    expected = ops.convert_to_numpy(ops.cast(x, "float32")).astype("float64")
+    expected = numpy(x).astype("float64")
     for _ in range(3):
         expected = expected @ kernel @ kernel / 256
-    assert relative_error(run(x), expected) <= 5e-2
+    assert error(run(x), expected) <= 5e-2
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch alone")
@@ -179,7 +170,7 @@ def test_decode_in_a_cuda_graph():
     x.normal_()
     graph.replay()
     expected = x.double().cpu().numpy() @ kernel
-    assert relative_error(y, expected) <= 1e-2
+    assert error(y, expected) <= 1e-2
 
 
 @pytest.mark.parametrize("method", ["decode", "cusparselt"])
@@ -187,24 +178,15 @@ def test_packed_model(monkeypatch, method, tmp_path):
     times = {"dense": 3.0, "decode": 2.0, "cusparselt": 2.0, method: 1.0}
     plan = dispatch.Plan((dispatch.Measured(8, times),))
     monkeypatch.setattr(products, "plan", lambda *_: plan)
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [
-            keras.Input((256,), dtype="float32"),
-            keras.layers.Dense(128, "relu", dtype="mixed_bfloat16"),
-            keras.layers.Dense(64, dtype="mixed_bfloat16"),
-        ]
-    )
-    for layer in model.layers:
-        layer.kernel.assign(nm_project(layer.kernel, "2:4"))
-    x = np.random.default_rng(1).normal(size=(8, 256)).astype("float32")
+    model = make_sparse(mlp(256, 128, 64, dtype="mixed_bfloat16"))
+    x = normal(8, 256, seed=1)
     expected = model.predict(x, verbose=0).astype("float64")
     kwm.pack(model)
-    assert relative_error(model.predict(x, verbose=0), expected) <= 2e-2
+    assert error(model.predict(x, verbose=0), expected) <= 2e-2
     path = tmp_path / "packed.kwm"
     kwm.save_model(model, path)
     loaded = kwm.load_model(path)
-    assert relative_error(loaded.predict(x, verbose=0), expected) <= 2e-2
+    assert error(loaded.predict(x, verbose=0), expected) <= 2e-2
 
 
 def test_wrong_arguments_name_the_reason():

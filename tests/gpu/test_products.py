@@ -13,29 +13,20 @@ import pytest
 from keras_weightmods import native
 from keras_weightmods.native import gpu
 from keras_weightmods.native.packed import pack_kernel, unpack_kernel
-from keras_weightmods.ops.nm import nm_project
+from tests.gpu.kernels import error, sparse_kernel
+from tests.models import normal
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
 
 
 def make(rows, k, n, x_dtype, seed=0):
-    rng = np.random.default_rng(seed)
-    kernel = np.zeros((-(-k // 4) * 4, n), "float32")
-    kernel[:k] = rng.normal(size=(k, n))
-    # Groups with fewer than two nonzeros, too.
-    kernel[rng.random(kernel.shape) < 0.2] = 0
-    kernel = np.asarray(nm_project(kernel, "2:4")[:k])
     x_dtype = np.dtype(getattr(ml_dtypes, x_dtype, None) or x_dtype)
-    return rng.normal(size=(rows, k)).astype(x_dtype), kernel
+    kernel = sparse_kernel(k, n, seed, further_zeros=0.2)
+    return normal(rows, k, seed=seed + 1).astype(x_dtype), kernel
 
 
 def address(array):
     return None if array is None else ctypes.c_void_p(array.ctypes.data)
-
-
-def error(y, expected):
-    difference = np.linalg.norm(y.astype("float64") - expected)
-    return difference / np.linalg.norm(expected)
 
 
 def decode_reference(x, packed):
