@@ -236,7 +236,8 @@ def _inspect(args):
 def _report(args):
     from keras_weightmods import sparsity_report
 
-    _console().print(sparsity_report(_load_model(args.model), args.pattern))
+    report = sparsity_report(_load_model(args.model), args.pattern)
+    _console().print(report.table(), markup=False, soft_wrap=True)
 
 
 def _extract(args):

@@ -2,17 +2,29 @@
 
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_weightmods.core import keras_private, seam
-from keras_weightmods.core.targets import find_targets
-from keras_weightmods.ops.nm import nm_project, nm_violations, parse_pattern
+from keras_weightmods.core.targets import resolve_targets
+from keras_weightmods.ops.nm import (
+    Pattern,
+    nm_project,
+    nm_violations,
+    parse_pattern,
+)
+from keras_weightmods.sparsity.report import ChangeReport
+from keras_weightmods.utils import checks
 
-_SELECTIONS = ("mask", "magnitude")
 
-
-def merge_lora(model, pattern=None, keep="mask"):
-    """Adds LoRA's product to the kernels, in place, and takes LoRA off.
+def merge_lora(
+    model: keras.Model,
+    pattern: Pattern | None = None,
+    *,
+    targets: Any = None,
+    keep: str = "mask",
+) -> ChangeReport:
+    """Add LoRA's product to the kernels, in place, and take LoRA off.
 
     What `enable_lora` began ends here: the layers are plain again, and their
     kernels trainable. Without a pattern the model computes what it did. With
@@ -30,18 +42,21 @@ def merge_lora(model, pattern=None, keep="mask"):
             end in; `None` for no pattern. Kernels whose contraction size is
             no multiple of m, and embeddings, are merged without. Defaults to
             `None`.
+        targets: The kernels to merge, as `find_targets(model)` returns them
+            or in a form that its `include` takes; LoRA stays on all others.
+            `None` merges all, embeddings too. Defaults to `None`.
         keep: String, which weights stay under a pattern. `"mask"`: those that
             the base has, which must be N:M; zeros stay zeros. `"magnitude"`:
             the n largest of each group of the merged kernel, so that places
             change. Defaults to `"mask"`.
 
     Returns:
-        Tuple of the keys of the merged variables, as `Target.key`.
+        A `ChangeReport` of the merged variables.
 
     Raises:
-        ValueError: If LoRA is enabled on no layer, on a quantized one (merge
-            before `quantize`), or on a packed, scaled or companded one
-            (`unpack` or `fold` first); if an argument is none of the above;
+        ValueError: If LoRA is enabled on no such layer, on a quantized one
+            (merge before `quantize`), or on a packed, scaled or companded
+            one (`unpack` or `fold` first); if an argument is none of the above;
             if a base kernel is not N:M under `keep="mask"`. The model is
             unchanged then.
 
@@ -68,30 +83,28 @@ def merge_lora(model, pattern=None, keep="mask"):
     """
     seam.check_model(model)
     n, m = (1, 1) if pattern is None else parse_pattern(pattern)
-    if keep not in _SELECTIONS:
-        raise ValueError(
-            f"`keep` must be one of {_SELECTIONS}, the weights that stay under "
-            f"a pattern. Received: keep={keep!r}"
-        )
+    checks.check_choice("keep", keep, ("mask", "magnitude"))
     layers = [
         layer
         for layer in keras_private.layers_of(model)
         if getattr(layer, "lora_enabled", False)
     ]
+    found = resolve_targets(model, targets)
+    if targets is not None:
+        chosen = {id(target.layer) for target in found}
+        layers = [layer for layer in layers if id(layer) in chosen]
     _check(model, layers)
     axes = {}
     if pattern is not None:
         axes = {
             id(target.variable): target.contraction_axes
-            for target in find_targets(model)
+            for target in found
             if target.contraction_size % m == 0
         }
         if keep == "mask":
             _check_bases(layers, axes, n, m)
-    position = {id(v): place for place, v in enumerate(model.weights)}
-    merged = []
-    for layer in layers:
-        variable = _base(layer)
+    merged = [_base(layer) for layer in layers]
+    for layer, variable in zip(layers, merged):
         value = _merged(layer, variable)
         if id(variable) in axes:
             if keep == "mask":
@@ -100,17 +113,17 @@ def merge_lora(model, pattern=None, keep="mask"):
             else:
                 value = nm_project(value, (n, m), axes[id(variable)])
         variable.assign(value)
-        merged.append(f"{position[id(variable)]}:{variable.path}")
         _take_off(layer)
     seam.forget_variables(model)
-    return tuple(merged)
+    return ChangeReport.of("LoRA merged", model.weights, merged)
 
 
 def _check(model, layers):
     if not layers:
         raise ValueError(
             "`merge_lora` needs LoRA on some layer: call `enable_lora` and "
-            f"train first. Received: model={model.name!r}, without any"
+            f"train first. Received: model={model.name!r}, without any "
+            "among the targets"
         )
     for layer in layers:
         if layer.quantization_mode is not None:
@@ -134,14 +147,11 @@ def _check(model, layers):
 
 def _check_bases(layers, axes, n, m):
     bad = []
-    for layer in layers:
-        variable = _base(layer)
+    for variable in map(_base, layers):
         if id(variable) in axes:
-            count = int(
-                nm_violations(variable.value, (n, m), axes[id(variable)])
-            )
-            if count:
-                bad.append(f"{variable.path} ({count:,} groups)")
+            count = nm_violations(variable.value, (n, m), axes[id(variable)])
+            if int(count):
+                bad.append(f"{variable.path} ({int(count):,} groups)")
     if bad:
         raise ValueError(
             "`merge_lora(keep='mask')` needs kernels that were exactly "
@@ -151,33 +161,38 @@ def _check_bases(layers, axes, n, m):
         )
 
 
-def _names(layer):
-    """The names of the base and of its two factors."""
-    for base in ("kernel", "embeddings"):
-        names = f"_{base}", f"lora_{base}_a", f"lora_{base}_b"
-        if all(hasattr(layer, name) for name in names):
-            return names
+def _attribute(layer):
+    """The attribute that LoRA adapts, or None."""
+    for name in ("kernel", "embeddings"):
+        if hasattr(layer, f"lora_{name}_a"):
+            return name
     return None
 
 
 def _base(layer):
-    names = _names(layer)
-    return None if names is None else getattr(layer, names[0])
+    name = _attribute(layer)
+    return name and keras_private.stored_variable(layer, name)
+
+
+def _factors(layer):
+    return [f"lora_{_attribute(layer)}_{which}" for which in "ab"]
 
 
 def _merged(layer, variable):
-    _, *factors = _names(layer)
     # Not `layer.kernel`, which is rounded to the compute dtype.
-    a, b = (ops.cast(getattr(layer, name).value, "float32") for name in factors)
+    a, b = (
+        ops.cast(getattr(layer, name).value, "float32")
+        for name in _factors(layer)
+    )
     change = ops.multiply(layer.lora_alpha / layer.lora_rank, ops.matmul(a, b))
     value = ops.add(ops.cast(variable.value, "float32"), change)
     return ops.cast(value, variable.dtype)
 
 
-def _take_off(layer: Any):
-    base, *factors = _names(layer)
-    seam.remove_weights(layer, factors)
+def _take_off(layer: Any) -> None:
+    variable = _base(layer)
+    seam.remove_weights(layer, _factors(layer))
     layer.lora_enabled = False
     layer.lora_rank = layer.lora_alpha = None
     # LoRA froze it.
-    getattr(layer, base).trainable = True
+    variable.trainable = True

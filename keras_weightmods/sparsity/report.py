@@ -1,26 +1,80 @@
-"""How sparse a model is, kernel by kernel."""
+"""How sparse a model is, kernel by kernel, and what calls changed of it."""
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_weightmods.core import seam
 from keras_weightmods.core.targets import quantized_kernels, resolve_targets
-from keras_weightmods.ops.nm import nm_violations, parse_pattern
-from keras_weightmods.utils.tables import PrintsAsTable
+from keras_weightmods.ops.nm import Pattern, nm_violations, parse_pattern
+from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 
 @dataclasses.dataclass(frozen=True)
-class SparsityRow:
+class ChangedKernel:
+    """One kernel of a `ChangeReport`.
+
+    Attributes:
+        key: String, place and path of the kernel among the weights.
+        path: String.
+        shape: Tuple of ints.
+    """
+
+    key: str
+    path: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChangeReport(Report):
+    """The kernels that a call changed.
+
+    Attributes:
+        title: String, what was done to them.
+        kernels: Tuple of `ChangedKernel`.
+        skipped: Tuple of `Skipped(path, reason)`: kernels left as they are.
+    """
+
+    title: str
+    kernels: tuple[ChangedKernel, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        weights: Iterable[Any],
+        changed: Iterable[Any],
+        skipped: Iterable[Skipped] = (),
+    ) -> "ChangeReport":
+        """Report that of `weights`, all of a model, those `changed` were."""
+        ids = set(map(id, changed))
+        kernels = tuple(
+            ChangedKernel(f"{place}:{v.path}", v.path, tuple(v.shape))
+            for place, v in enumerate(weights)
+            if id(v) in ids
+        )
+        return cls(title, kernels, tuple(skipped))
+
+    def tables(self) -> Iterator[Table]:
+        rows = tuple((k.path, shape_text(k.shape)) for k in self.kernels)
+        title = f"{self.title}: {len(rows)} kernels"
+        yield Table(title, ("kernel", "shape"), rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSparsity:
     """One kernel of a `SparsityReport`.
 
     Attributes:
         key: String, place and path of the kernel in the model.
         path: String.
         shape: Tuple of ints.
-        pattern: String, the pattern that was checked, `"n:m"`.
         groups: Int, groups of m weights; 0 where the contraction size is no
             multiple of m.
         violations: Int, groups that hold more than n nonzeros.
@@ -31,115 +85,97 @@ class SparsityRow:
     key: str
     path: str
     shape: tuple[int, ...]
-    pattern: str
     groups: int
     violations: int
     zero_share: float
     size: int
 
     @property
-    def is_exact(self):
+    def is_exact(self) -> bool:
         """Whether every group holds at most n nonzeros."""
         return self.groups > 0 and self.violations == 0
 
+    @property
+    def bad_groups(self) -> str:
+        """The violations among the groups, in words."""
+        if not self.groups:
+            return "does not fit"
+        return f"{self.violations:,} of {self.groups:,}"
+
 
 @dataclasses.dataclass(frozen=True)
-class SparsityReport(PrintsAsTable):
-    """What `sparsity_report` found. Prints as a table.
+class SparsityReport(Report):
+    """What `sparsity_report` found. Prints as a table, the worst first.
 
     Attributes:
         pattern: String, `"n:m"`.
-        rows: Tuple of `SparsityRow`, in the order of execution.
+        kernels: Tuple of `KernelSparsity`, in the order of execution.
         skipped: Tuple of `Skipped(path, reason)`: kernels left dense.
         model_size: Int, all weights of the model, packed and quantized ones
             as if dense.
     """
 
     pattern: str
-    rows: tuple[SparsityRow, ...]
-    skipped: tuple
+    kernels: tuple[KernelSparsity, ...]
+    skipped: tuple[Skipped, ...]
     model_size: int
 
     @property
-    def totals(self):
-        """Sums over the rows, as a dict."""
-        size = sum(row.size for row in self.rows)
-        zeros = sum(row.zero_share * row.size for row in self.rows)
+    def totals(self) -> dict[str, Any]:
+        """Sums over the kernels, as a dict."""
+        size = sum(kernel.size for kernel in self.kernels)
+        zeros = sum(kernel.zero_share * kernel.size for kernel in self.kernels)
         return {
-            "kernels": len(self.rows),
-            "exact": sum(row.is_exact for row in self.rows),
-            "violations": sum(row.violations for row in self.rows),
+            "kernels": len(self.kernels),
+            "exact": sum(kernel.is_exact for kernel in self.kernels),
+            "violations": sum(kernel.violations for kernel in self.kernels),
             "zero_share": zeros / size if size else 0.0,
             "size": size,
             "model_size": self.model_size,
         }
 
-    def to_dict(self):
-        """The whole report as plain Python values, ready for JSON."""
-        return {
-            "pattern": self.pattern,
-            "targets": [
-                {**dataclasses.asdict(row), "shape": list(row.shape)}
-                for row in self.rows
-            ],
-            "skipped": [
-                {"path": s.path, "reason": s.reason} for s in self.skipped
-            ],
-            "totals": self.totals,
-        }
-
-    def __rich_console__(self, console, options):
-        from rich.table import Table
-
+    def tables(self) -> Iterator[Table]:
         totals = self.totals
-        table = Table(
+        share = totals["size"] / max(1, self.model_size)
+        yield Table(
             title=f"Sparsity, pattern {self.pattern}",
+            columns=("kernel", "shape", "weights", "zeros", "bad groups"),
+            rows=tuple(
+                (
+                    kernel.path,
+                    shape_text(kernel.shape),
+                    f"{kernel.size:,}",
+                    f"{kernel.zero_share:.1%}",
+                    kernel.bad_groups,
+                )
+                for kernel in _worst_first(self.kernels)
+            ),
+            total=(
+                "total",
+                "",
+                f"{totals['size']:,}",
+                f"{totals['zero_share']:.1%}",
+                f"{totals['violations']:,}",
+            ),
             caption=(
-                f"{totals['exact']} of {totals['kernels']} kernels are "
-                f"exactly {self.pattern}; they hold "
-                f"{totals['size'] / max(1, self.model_size):.1%} of the "
-                "model's weights"
+                f"{totals['exact']} of {totals['kernels']} kernels are exactly "
+                f"{self.pattern}; they hold {share:.1%} of the model's weights"
             ),
         )
-        table.add_column("kernel")
-        for name in ("shape", "weights", "zeros", "bad groups"):
-            table.add_column(name, justify="right")
-        for row in self.rows:
-            bad = f"{row.violations:,} of {row.groups:,}"
-            table.add_row(
-                row.path,
-                "x".join(map(str, row.shape)),
-                f"{row.size:,}",
-                f"{row.zero_share:.1%}",
-                bad if row.groups else "does not fit",
-            )
-        table.add_section()
-        table.add_row(
-            "total",
-            "",
-            f"{totals['size']:,}",
-            f"{totals['zero_share']:.1%}",
-            f"{totals['violations']:,}",
-        )
-        yield table
-        if self.skipped:
-            dense = Table(title="Left dense")
-            dense.add_column("weight")
-            dense.add_column("reason")
-            for skip in self.skipped:
-                dense.add_row(skip.path, skip.reason)
-            yield dense
 
 
-def sparsity_report(model, pattern="2:4", targets=None):
-    """Reports, for each kernel, how far it is in an N:M pattern.
+def sparsity_report(
+    model: keras.Model, pattern: Pattern = "2:4", *, targets: Any = None
+) -> SparsityReport:
+    """Report, for each kernel, how far it is in an N:M pattern.
 
     Args:
         model: A built `keras.Model`. It is not changed.
         pattern: String `"n:m"` or pair of ints. Defaults to `"2:4"`.
-        targets: A list from `find_targets(model)`, or `None` for all, which
-            counts the kernels in that are packed, or that Keras has quantized
-            to int8 or int4, after the others.
+        targets: The kernels, as `find_targets(model)` returns them or in a
+            form that its `include` takes; `None` for all, which counts those
+            in that are packed, or that Keras has quantized to int8 or int4,
+            after the others. Defaults to `None`.
 
     Returns:
         A `SparsityReport`: print it for a table, or take `to_dict()`.
@@ -167,21 +203,22 @@ def sparsity_report(model, pattern="2:4", targets=None):
         packed = [item for item in items if item.pattern is not None]
         quantized = quantized_kernels(model)
     targets = resolve_targets(model, targets)
-    rows = [_row(target, target.variable.value, n, m) for target in targets]
-    rows += [_row(item.target, item.folded(), n, m) for item in packed]
-    rows += [_row(target, steps, n, m) for target, steps in quantized]
+    values = [(target, target.variable.value) for target in targets]
+    values += [(item.target, item.folded()) for item in packed] + quantized
     paths = {item.target.path for item in packed}
     paths |= {target.path for target, _ in quantized}
     return SparsityReport(
         pattern=f"{n}:{m}",
-        rows=tuple(rows),
+        kernels=tuple(_sparsity(*pair, n, m) for pair in values),
         skipped=tuple(s for s in targets.skipped if s.path not in paths),
         model_size=_model_size(model, packed, quantized),
     )
 
 
-def assert_sparse(model, pattern="2:4", targets=None):
-    """Raises unless every kernel is exactly N:M.
+def assert_sparse(
+    model: keras.Model, pattern: Pattern = "2:4", *, targets: Any = None
+) -> None:
+    """Raise unless every kernel is exactly N:M.
 
     Args:
         model, pattern, targets: As in `sparsity_report`. With
@@ -204,29 +241,28 @@ def assert_sparse(model, pattern="2:4", targets=None):
     kwm.assert_sparse(model, "2:4")
     ```
     """
-    report = sparsity_report(model, pattern, targets)
-    rows = [r for r in report.rows if r.groups or targets is not None]
-    if not rows:
+    report = sparsity_report(model, pattern, targets=targets)
+    kernels = [k for k in report.kernels if k.groups or targets is not None]
+    if not kernels:
         raise ValueError(
             f"`assert_sparse` found no kernel that fits pattern "
             f"{report.pattern}. Skipped: {report.skipped}"
         )
-    bad = [row for row in rows if not row.is_exact]
+    bad = [kernel for kernel in kernels if not kernel.is_exact]
     if bad:
-        bad.sort(key=lambda row: row.violations, reverse=True)
         listed = "\n".join(
-            f"  {row.path} {row.shape}: "
-            + (
-                f"{row.violations:,} of {row.groups:,} groups"
-                if row.groups
-                else "does not fit the pattern"
-            )
-            for row in bad[:5]
+            f"  {kernel.path} {kernel.shape}: {kernel.bad_groups}"
+            + (" groups" if kernel.groups else " the pattern")
+            for kernel in _worst_first(bad)[:5]
         )
         raise AssertionError(
-            f"{len(bad)} of {len(rows)} kernels are not exactly "
+            f"{len(bad)} of {len(kernels)} kernels are not exactly "
             f"{report.pattern}; worst:\n{listed}"
         )
+
+
+def _worst_first(kernels):
+    return sorted(kernels, key=lambda k: (k.violations, not k.groups))[::-1]
 
 
 def _model_size(model, packed, quantized):
@@ -247,18 +283,17 @@ def _model_size(model, packed, quantized):
     return sum(map(math.prod, shapes))
 
 
-def _row(target, value, n, m):
+def _sparsity(target, value, n, m):
     # Not the target's shape: two int4 values are stored in one.
     shape = tuple(value.shape)
     axes = target.contraction_axes
     size = math.prod(shape)
     fits = math.prod(shape[axis] for axis in axes) % m == 0
     zeros = int(np.sum(ops.convert_to_numpy(ops.equal(value, 0))))
-    return SparsityRow(
+    return KernelSparsity(
         key=target.key,
         path=target.path,
         shape=shape,
-        pattern=f"{n}:{m}",
         groups=size // m if fits else 0,
         violations=int(nm_violations(value, (n, m), axes)) if fits else 0,
         zero_share=zeros / size,

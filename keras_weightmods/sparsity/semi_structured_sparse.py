@@ -1,8 +1,7 @@
 """SemiStructuredSparse: N:M sparsity as a weight constraint."""
 
-import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -11,34 +10,18 @@ from keras import ops
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.seam import check_model
-from keras_weightmods.core.targets import Skipped, Target, resolve_targets
+from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.ops.nm import (
+    Pattern,
     nm_mask,
     nm_project,
     pack_bits,
     parse_pattern,
     unpack_bits,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class AttachReport:
-    """What `SemiStructuredSparse.attach` changed and what it left alone.
-
-    Attributes:
-        attached: Keys of the kernels that are now constrained.
-        skipped: `Skipped(path, reason)` for every kernel that is not.
-    """
-
-    attached: tuple[str, ...]
-    skipped: tuple[Skipped, ...]
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.attached)} kernels attached"]
-        lines += [
-            f"skipped {skip.path}: {skip.reason}" for skip in self.skipped
-        ]
-        return "\n".join(lines)
+from keras_weightmods.sparsity.report import ChangeReport
+from keras_weightmods.utils import checks
+from keras_weightmods.utils.report import Skipped
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
@@ -69,8 +52,8 @@ class SemiStructuredSparse(keras.constraints.Constraint):
     variables that this class constrains, and no others.
 
     Args:
-        n: Int, weights KEPT in every group. Defaults to 2.
-        m: Int, size of a group. Defaults to 4.
+        pattern: String `"n:m"` or pair of ints: n weights KEPT of every m.
+            Defaults to `"2:4"`.
         axis: Int or tuple of ints, the contraction axes of the kernel. With
             `None`, axis 0 of a rank-2 kernel `(inputs, units)`; a kernel of
             another rank is an error. Defaults to `None`.
@@ -82,9 +65,8 @@ class SemiStructuredSparse(keras.constraints.Constraint):
             from the zeros. Defaults to `False`.
 
     Raises:
-        ValueError: If `1 <= n <= m` does not hold or `axis` is malformed; and
-            when applied to a kernel whose contraction size is not a multiple
-            of m.
+        ValueError: If `pattern` or `axis` is malformed; and when applied to a
+            kernel whose contraction size is not a multiple of m.
 
     Example:
 
@@ -98,7 +80,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         [
             keras.Input((8,)),
             keras.layers.Dense(
-                4, kernel_constraint=SemiStructuredSparse(n=2, m=4)
+                4, kernel_constraint=SemiStructuredSparse("2:4")
             ),
         ]
     )
@@ -113,14 +95,13 @@ class SemiStructuredSparse(keras.constraints.Constraint):
 
     def __init__(
         self,
-        n: int = 2,
-        m: int = 4,
+        pattern: Pattern = "2:4",
         axis: int | Iterable[int] | None = None,
         frozen: bool = False,
     ):
-        self.n, self.m = parse_pattern((n, m))
+        self.pattern = "{}:{}".format(*parse_pattern(pattern))
         self.axis = _standardize_axis(axis)
-        self.frozen = bool(frozen)
+        self.frozen = checks.check_bool("frozen", frozen)
         self._packed_mask: Any = None
         self._mask_shape: tuple[int, ...] | None = None
         _install_reprojection()
@@ -129,7 +110,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         w = ops.convert_to_tensor(w)
         axis = self._axis_for(tuple(w.shape))
         if not self.frozen:
-            return nm_project(w, (self.n, self.m), axis)
+            return nm_project(w, self.pattern, axis)
         if self._packed_mask is None:
             # Keras calls a constraint after the update only, when the zeros
             # that would give the mask away are overwritten.
@@ -137,9 +118,9 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 "A frozen `SemiStructuredSparse` needs its mask before the "
                 "first training step, which `kernel_constraint` cannot give "
                 "it. Call `SemiStructuredSparse.attach(model, "
-                f"n={self.n}, m={self.m}, frozen=True)` after the weights are "
-                "built or loaded, or pass `frozen=False`. Received: "
-                "frozen=True in a constraint that was not made by `attach`"
+                f"{self.pattern!r}, frozen=True)` after the weights are built "
+                "or loaded, or pass `frozen=False`. Received: frozen=True in "
+                "a constraint that was not made by `attach`"
             )
         if tuple(w.shape) != self._mask_shape:
             raise ValueError(
@@ -152,8 +133,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
 
     def get_config(self) -> dict[str, Any]:
         return {
-            "n": self.n,
-            "m": self.m,
+            "pattern": self.pattern,
             "axis": self.axis,
             "frozen": self.frozen,
         }
@@ -162,12 +142,12 @@ class SemiStructuredSparse(keras.constraints.Constraint):
     def attach(
         cls,
         model: keras.Model,
-        targets: Sequence[Target] | None = None,
-        n: int = 2,
-        m: int = 4,
+        pattern: Pattern = "2:4",
+        *,
+        targets: Any = None,
         frozen: bool = False,
-    ) -> AttachReport:
-        """Constrains the kernels of a built model, and projects them at once.
+    ) -> ChangeReport:
+        """Constrain the kernels of a built model, and project them at once.
 
         Every target gets a constraint of its own, with its own contraction
         axes, and is exactly N:M from now on, before any training. An earlier
@@ -179,10 +159,11 @@ class SemiStructuredSparse(keras.constraints.Constraint):
 
         Args:
             model: A built Keras model or layer.
-            targets: The kernels, as `find_targets` returns them, or `None`
-                for all that `find_targets(model)` finds.
-            n: Int, weights KEPT in every group. Defaults to 2.
-            m: Int, size of a group. Defaults to 4.
+            pattern: String `"n:m"` or pair of ints: n weights KEPT of every
+                m. Defaults to `"2:4"`.
+            targets: The kernels, as `find_targets(model)` returns them or in
+                a form that its `include` takes; `None` for all. Defaults to
+                `None`.
             frozen: If `True`, the mask of this moment stays: exactly n
                 weights of every group train and all others remain exactly
                 zero under any optimizer. On JAX, the mask is a constant of
@@ -190,9 +171,9 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 `False`.
 
         Returns:
-            An `AttachReport`. Kernels whose contraction size is not a
-            multiple of m, or that have a constraint of another class, are
-            skipped and named there.
+            A `ChangeReport`. Kernels whose contraction size is not a multiple
+            of m, or that have a constraint of another class, are skipped and
+            named there.
 
         Raises:
             ValueError: If the pattern is malformed, the targets do not
@@ -209,25 +190,27 @@ class SemiStructuredSparse(keras.constraints.Constraint):
             [keras.Input((8,)), keras.layers.Dense(4, name="dense")],
             name="net",
         )
-        report = SemiStructuredSparse.attach(model, n=2, m=4)
-        assert report.attached == ("0:net/dense/kernel",)
+        report = SemiStructuredSparse.attach(model, "2:4")
+        assert report.kernels[0].path == "net/dense/kernel"
         model.layers[0].enable_lora(2)
         ```
         """
-        n, m = parse_pattern((n, m))
+        n, m = parse_pattern(pattern)
         resolved = resolve_targets(model, targets)
         skipped = list(resolved.skipped)
         pairs = []
         for target in resolved:
             reason = _reason_to_skip(target, m)
             if reason is None:
-                pairs.append(
-                    (target, cls(n, m, target.contraction_axes, frozen))
-                )
+                constraint = cls((n, m), target.contraction_axes, frozen)
+                pairs.append((target, constraint))
             else:
                 skipped.append(Skipped(target.path, reason))
-        report = AttachReport(
-            tuple(target.key for target, _ in pairs), tuple(skipped)
+        report = ChangeReport.of(
+            f"Constrained to {n}:{m}",
+            model.weights,
+            (target.variable for target, _ in pairs),
+            skipped,
         )
         if not pairs:
             raise ValueError(
@@ -251,8 +234,8 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         return report
 
     @classmethod
-    def detach(cls, model: keras.Model) -> tuple[str, ...]:
-        """Removes every `SemiStructuredSparse` from a model.
+    def detach(cls, model: keras.Model) -> ChangeReport:
+        """Remove every `SemiStructuredSparse` from a model.
 
         The weights stay as they are, N:M or not. Constraints given to layers
         as `kernel_constraint` go too, so that `enable_lora` is possible.
@@ -261,7 +244,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
             model: A Keras model or layer.
 
         Returns:
-            Keys of the variables that were constrained, as `Target.key`.
+            A `ChangeReport` of the variables that were constrained.
 
         Raises:
             ValueError: If `model` is no Keras model or layer.
@@ -279,11 +262,12 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         ```
         """
         check_model(model)
-        detached = []
-        for position, variable in enumerate(model.weights):
-            if _is_ours(variable):
-                variable.constraint = None
-                detached.append(f"{position}:{variable.path}")
+        constrained = [v for v in model.weights if _is_ours(v)]
+        report = ChangeReport.of(
+            "Freed of a pattern", model.weights, constrained
+        )
+        for variable in constrained:
+            variable.constraint = None
         for layer in keras_private.layers_of(model):
             # Attention layers keep theirs under a private name, recurrent
             # ones under several.
@@ -291,7 +275,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 if isinstance(value, SemiStructuredSparse):
                     setattr(layer, name, None)
         _forget_train_step(model)
-        return tuple(detached)
+        return report
 
     def _axis_for(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self.axis is not None:
@@ -320,10 +304,7 @@ def _standardize_axis(
         or not all(type(i) is int for i in axes)
         or len(set(axes)) != len(axes)
     ):
-        raise ValueError(
-            "`axis` must be `None`, an int or a tuple of different ints. "
-            f"Received: axis={axis}"
-        )
+        raise checks.error("axis", "None, an int or different ints", axis)
     return axes
 
 

@@ -1,6 +1,6 @@
 """Shows how far the training is on its way to the pattern."""
 
-import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_weightmods.ops.nm import unpack_bits
 from keras_weightmods.sparsity.adam_s import AdamS
+from keras_weightmods.utils import checks
 
 
 class SparsityMonitor(keras.callbacks.Callback):
@@ -51,37 +52,30 @@ class SparsityMonitor(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, every=None):
+    def __init__(self, every: int | None = None):
         super().__init__()
-        if every is not None and (type(every) is not int or every < 1):
-            raise ValueError(
-                "`every` must be a positive int, the batches between two "
-                f"looks, or None. Received: every={every!r}"
-            )
-        self.every = every
-        self._last_bits = None
+        self.every = checks.check_int("every", every, 1, optional=True)
+        self._last: tuple[np.ndarray, int] | None = None
 
-    def on_train_begin(self, logs=None):
-        if not isinstance(self._adam_s, AdamS):
+    def on_train_begin(self, logs: Any = None) -> None:
+        if not isinstance(self._adam_s(), AdamS):
             raise ValueError(
                 "`SparsityMonitor` reads the masks of an `AdamS` optimizer. "
-                f"Received: a model compiled with {self._adam_s!r}"
+                f"Received: a model compiled with {self._adam_s()!r}"
             )
-        self._last_bits = None
+        self._last = None
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self.every and (batch + 1) % self.every == 0 and logs is not None:
             logs.update(self.measure())
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if logs is not None:
             logs.update(self.measure())
 
-    def measure(self):
-        """Reads the model now; returns the three numbers as a dict."""
-        # The property brings the model up to date, on JAX.
-        optimizer = self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    def measure(self) -> dict[str, float]:
+        """Read the model now; return the three numbers as a dict."""
+        optimizer = self._adam_s()
         total = kept = largest = 0.0
         all_bits = []
         for variable, spec, bits in optimizer.sparsified_state:
@@ -94,27 +88,24 @@ class SparsityMonitor(keras.callbacks.Callback):
             largest = max(largest, _to_float(ops.max(masked)))
             all_bits.append(ops.convert_to_numpy(bits.value))
         bits = np.concatenate(all_bits)
-        size = sum(math.prod(v.shape) for v in optimizer.sparsified)
-        refreshes = -(
-            -int(ops.convert_to_numpy(optimizer.iterations))
-            // optimizer.mask_every
-        )
+        size = sum(int(np.prod(v.shape)) for v in optimizer.sparsified)
+        steps = int(ops.convert_to_numpy(optimizer.iterations))
+        masks_set = -(-steps // optimizer.mask_every)
         flips = 0.0
-        if self._last_bits is not None:
-            changed = np.unpackbits(bits ^ self._last_bits[0]).sum()
-            since = max(1, refreshes - self._last_bits[1])
-            flips = float(changed) / size / since
-        self._last_bits = (bits, refreshes)
+        if self._last is not None:
+            last_bits, last_set = self._last
+            changed = np.unpackbits(bits ^ last_bits).sum()
+            flips = float(changed) / size / max(1, masks_set - last_set)
+        self._last = (bits, masks_set)
         return {
             "kept_share": kept / total if total else 1.0,
             "largest_masked": largest,
             "mask_flips": flips,
         }
 
-    @property
-    def _adam_s(self):
-        # `_model`, since the property would synchronize the state for JAX.
-        optimizer = self._model.optimizer
+    def _adam_s(self) -> Any:
+        # On JAX the property brings the model up to date.
+        optimizer = self.model.optimizer
         return getattr(optimizer, "inner_optimizer", optimizer)
 
 

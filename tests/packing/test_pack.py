@@ -452,7 +452,7 @@ def test_constraints_other_than_the_pattern_forbid_training():
     assert state(model) == before
     pack(model)
     unpack(model)
-    layer._kernel.constraint = SemiStructuredSparse(2, 4)
+    layer._kernel.constraint = SemiStructuredSparse("2:4")
     pack(model, trainable=True)
 
 

@@ -73,8 +73,8 @@ def test_dense_merge_computes_the_same():
     expected = adapt(model)
     before = ops.convert_to_numpy(model(X))
     names = [v.path for v in make_model().weights]
-    keys = kwm.merge_lora(model)
-    assert [key.split("/")[-2] for key in keys] == list(ADAPTED)
+    report = kwm.merge_lora(model)
+    assert [k.path.split("/")[-2] for k in report.kernels] == list(ADAPTED)
     for name, kernel in kernels(model).items():
         np.testing.assert_allclose(kernel, expected[name][1], atol=1e-5)
     np.testing.assert_allclose(
@@ -97,7 +97,7 @@ def test_merge_ends_exactly_sparse(keep):
     expected = adapt(model)
     kwm.merge_lora(model, pattern="2:4", keep=keep)
     targets = kwm.find_targets(model, exclude="odd")
-    kwm.assert_sparse(model, "2:4", targets)
+    kwm.assert_sparse(model, "2:4", targets=targets)
     for name, kernel in kernels(model).items():
         base, merged = expected[name]
         if keep == "mask":
@@ -139,6 +139,23 @@ def test_fit_merge_save_and_adapt_again(tmp_path):
     kwm.assert_sparse(model)
 
 
+def test_merge_of_some_targets():
+    model = make_model()
+    expected = adapt(model)
+    report = kwm.merge_lora(
+        model, targets=kwm.find_targets(model, include="dense|joined")
+    )
+    assert len(report.kernels) == 2
+    enabled = [layer.name for layer in model.layers if is_adapted(layer)]
+    assert enabled == ["conv", "heads"]
+    kernel = model.get_layer("dense").kernel
+    np.testing.assert_allclose(kernel, expected["dense"][1], atol=1e-5)
+
+
+def is_adapted(layer):
+    return getattr(layer, "lora_enabled", False)
+
+
 def test_embedding_and_mixed_precision():
     model = keras.Sequential(
         [
@@ -177,6 +194,8 @@ def test_errors_leave_the_model_alone():
     with pytest.raises(ValueError, match="without any"):
         kwm.merge_lora(model)
     adapt(model)
+    with pytest.raises(ValueError, match="without any"):
+        kwm.merge_lora(model, targets=kwm.find_targets(model, include="odd"))
     before = model.get_weights()
     with pytest.raises(ValueError, match=r"exactly 2:4.*4 that are not"):
         kwm.merge_lora(model, pattern="2:4")

@@ -48,7 +48,7 @@ def test_zeros_stay_zeros(mode, tmp_path):
     model = make_model()
     # Of (h, k) = (2, 9), flattened, 18 is no multiple of four.
     targets = kwm.find_targets(model, exclude="joined")
-    kwm.SemiStructuredSparse.attach(model, targets)
+    kwm.SemiStructuredSparse.attach(model, targets=targets)
     kwm.SemiStructuredSparse.detach(model)
     before = {
         t.layer.name: ops.convert_to_numpy(t.variable).reshape(
@@ -63,7 +63,7 @@ def test_zeros_stay_zeros(mode, tmp_path):
         assert not kernel[expected == 0].any()
         assert np.abs(kernel - expected).max() < 0.2 * np.abs(expected).max()
     report = kwm.sparsity_report(model)
-    rows = {row.path.split("/")[-2]: row for row in report.rows}
+    rows = {row.path.split("/")[-2]: row for row in report.kernels}
     assert list(rows) == ["dense", "heads", "joined", "head"]
     assert rows["heads"].shape == (24, 2, 9)
     assert rows["joined"].groups == 0
@@ -96,15 +96,15 @@ def test_named_targets_are_looked_at_alone():
     model.layers[0].quantize("int8")
     targets = kwm.find_targets(model, include="head/")
     assert [
-        r.path for r in kwm.sparsity_report(model, targets=targets).rows
+        r.path for r in kwm.sparsity_report(model, targets=targets).kernels
     ] == [targets[0].path]
-    assert len(kwm.sparsity_report(model).rows) == 4
+    assert len(kwm.sparsity_report(model).kernels) == 4
 
 
 def test_packed_int8_is_exact_and_reloads(tmp_path):
     model = make_model()
     targets = kwm.find_targets(model, exclude="joined")
-    kwm.SemiStructuredSparse.attach(model, targets)
+    kwm.SemiStructuredSparse.attach(model, targets=targets)
     kwm.SemiStructuredSparse.detach(model)
     zeros = [ops.convert_to_numpy(t.variable) == 0 for t in targets]
     kwm.pack(model, dtype="int8", targets=targets)

@@ -38,7 +38,7 @@ def test_rows_against_numpy():
     before = [ops.convert_to_numpy(v) for v in model.weights]
     report = kwm.sparsity_report(model, (2, 4))
     assert report.pattern == "2:4"
-    rows = {row.path.split("/")[-2]: row for row in report.rows}
+    rows = {row.path.split("/")[-2]: row for row in report.kernels}
     assert list(rows) == ["misfit", "sparse", "slightly", "dense"]
     for name, row in rows.items():
         w = ops.convert_to_numpy(model.get_layer(name).kernel)
@@ -81,8 +81,8 @@ def test_as_plain_values():
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain == report.to_dict()
     assert plain["pattern"] == "1:4"
-    assert [t["shape"] for t in plain["targets"]] == [[8, 4]]
-    assert plain["targets"][0]["key"].endswith(plain["targets"][0]["path"])
+    assert [t["shape"] for t in plain["kernels"]] == [[8, 4]]
+    assert plain["kernels"][0]["key"].endswith(plain["kernels"][0]["path"])
     assert plain["totals"] == report.totals
     (skipped,) = [s for s in plain["skipped"] if "table" in s["path"]]
     assert skipped["reason"]
@@ -108,7 +108,20 @@ def test_prints_as_a_table():
     )
     report = kwm.sparsity_report(plain)
     assert report.totals["kernels"] == 0
-    assert "Left dense" in str(report)
+    assert "Left as they are" in str(report)
+
+
+def test_a_model_of_many_kernels_prints_the_worst_first():
+    layers = [keras.layers.Dense(4, name=f"layer_{i}") for i in range(210)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    for layer in layers:
+        if layer.name != "layer_150":
+            layer.kernel.assign(np.zeros((4, 4)))
+    report = kwm.sparsity_report(model)
+    lines = str(report).splitlines()
+    assert len(lines) <= 30
+    assert "layer_150" in next(line for line in lines if "layer_" in line)
+    assert sum("layer_" in line for line in report.table().splitlines()) == 210
 
 
 def test_assert_sparse_names_the_worst():
@@ -141,10 +154,10 @@ def test_packed_kernels_count(dtype):
     after = kwm.sparsity_report(model).to_dict()
     assert after["totals"] == before["totals"]
     assert after["skipped"] == before["skipped"]
-    rows = {row["path"]: row for row in before["targets"]}
-    for row in after["targets"]:
+    rows = {row["path"]: row for row in before["kernels"]}
+    for row in after["kernels"]:
         assert {**row, "key": None} == {**rows[row["path"]], "key": None}
-    assert after["targets"][-1]["path"] == kernel[0].path
+    assert after["kernels"][-1]["path"] == kernel[0].path
     kwm.assert_sparse(
         keras.Sequential([keras.Input((16,)), model.get_layer("sparse")])
     )

@@ -15,7 +15,7 @@ Y = RNG.normal(size=(32, 4)).astype("float32")
 
 def dense_model(n=2, constrained=True):
     keras.utils.set_random_seed(1)
-    constraint = SemiStructuredSparse(n=n, m=4) if constrained else None
+    constraint = SemiStructuredSparse(f"{n}:4") if constrained else None
     return keras.Sequential(
         [
             keras.Input((8,)),
@@ -64,7 +64,7 @@ def numpy(x):
 
 
 def violations(kernel, n, axis=0):
-    return int(nm_violations(kernel, (n, 4), axis))
+    return int(nm_violations(kernel, f"{n}:4", axis))
 
 
 def weights_of(model):
@@ -237,7 +237,7 @@ def test_resume_after_save_and_load(tmp_path):
     for now, before in zip(weights_of(loaded), weights_of(model), strict=True):
         np.testing.assert_array_equal(now, before)
     constraint = loaded.layers[0].kernel_constraint
-    assert constraint.get_config() == SemiStructuredSparse(1, 4).get_config()
+    assert constraint.get_config() == SemiStructuredSparse("1:4").get_config()
     loaded.fit(X, Y, verbose=0)
     assert violations(loaded.layers[0].kernel, 1) == 0
 
@@ -246,8 +246,8 @@ def test_resume_after_save_and_load(tmp_path):
     "arguments",
     [
         {},
-        {"n": 1, "m": 8, "axis": 1},
-        {"n": 3, "m": 4, "axis": (0, 1, 2), "frozen": True},
+        {"pattern": "1:8", "axis": 1},
+        {"pattern": (3, 4), "axis": (0, 1, 2), "frozen": True},
     ],
 )
 def test_config_round_trip(arguments):
@@ -257,7 +257,7 @@ def test_config_round_trip(arguments):
     again = keras.saving.deserialize_keras_object(config)
     assert again.get_config() == constraint.get_config()
     from_json = SemiStructuredSparse.from_config(
-        {"n": 1, "m": 4, "axis": [0, 1], "frozen": False}
+        {"pattern": "1:4", "axis": [0, 1], "frozen": False}
     )
     assert from_json.axis == (0, 1)
 
@@ -265,9 +265,10 @@ def test_config_round_trip(arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": 4, "m": 2}, "pattern"),
-        ({"n": 0, "m": 4}, "pattern"),
-        ({"n": 2.0, "m": 4}, "pattern"),
+        ({"pattern": "4:2"}, "pattern"),
+        ({"pattern": (0, 4)}, "pattern"),
+        ({"pattern": 2}, "pattern"),
+        ({"frozen": "yes"}, "frozen"),
         ({"axis": "0"}, "axis"),
         ({"axis": ()}, "axis"),
         ({"axis": (0, 0)}, "axis"),
@@ -285,7 +286,7 @@ def test_axis():
         SemiStructuredSparse()(kernel)
     with pytest.raises(ValueError, match="multiple"):
         SemiStructuredSparse(axis=3)(kernel)
-    projected = SemiStructuredSparse(n=1, axis=(0, 1, 2))(kernel)
+    projected = SemiStructuredSparse("1:4", axis=(0, 1, 2))(kernel)
     np.testing.assert_array_equal(
         numpy(projected), numpy(nm_project(kernel, "1:4", (0, 1, 2)))
     )
@@ -294,9 +295,12 @@ def test_axis():
 def test_attach_projects_skips_and_reports():
     model = mixed_model()
     before = {w.path: numpy(w) for w in model.weights}
-    report = SemiStructuredSparse.attach(model, n=1, m=4)
+    report = SemiStructuredSparse.attach(model, "1:4")
     conv, einsum, odd = model.layers[0], model.layers[2], model.layers[3]
-    assert report.attached == ("0:net/conv/kernel", "2:net/einsum/kernel")
+    assert [k.key for k in report.kernels] == [
+        "0:net/conv/kernel",
+        "2:net/einsum/kernel",
+    ]
     (reason,) = [s.reason for s in report.skipped if s.path == "net/odd/kernel"]
     assert "6" in reason
     assert "m=4" in reason
@@ -311,10 +315,10 @@ def test_attach_projects_skips_and_reports():
     assert violations(conv.kernel, 1, (0, 1, 2)) == 0
     assert violations(einsum.kernel, 1, (0, 1)) == 0
     # A second attach replaces the pattern; detach keeps the weights.
-    SemiStructuredSparse.attach(model, find_targets(model)[:1], n=2, m=2)
-    assert (conv.kernel.constraint.n, conv.kernel.constraint.m) == (2, 2)
+    SemiStructuredSparse.attach(model, "2:2", targets=find_targets(model)[:1])
+    assert conv.kernel.constraint.pattern == "2:2"
     weights = weights_of(model)
-    assert SemiStructuredSparse.detach(model) == report.attached
+    assert SemiStructuredSparse.detach(model).kernels == report.kernels
     assert_unchanged(model, weights)
 
 
@@ -322,7 +326,7 @@ def test_attach_leaves_a_foreign_constraint_alone():
     model = mixed_model()
     model.layers[0].kernel.constraint = keras.constraints.NonNeg()
     report = SemiStructuredSparse.attach(model)
-    assert report.attached == ("2:net/einsum/kernel",)
+    assert [k.path for k in report.kernels] == ["net/einsum/kernel"]
     assert any("NonNeg" in s.reason for s in report.skipped)
     assert isinstance(
         model.layers[0].kernel.constraint, keras.constraints.NonNeg
@@ -333,18 +337,18 @@ def test_errors_leave_the_model_unchanged():
     model = mixed_model()
     weights = weights_of(model)
     with pytest.raises(ValueError, match="pattern"):
-        SemiStructuredSparse.attach(model, n=5, m=4)
+        SemiStructuredSparse.attach(model, "5:4")
     with pytest.raises(ValueError, match="5:1000"):
-        SemiStructuredSparse.attach(model, n=5, m=1000)
+        SemiStructuredSparse.attach(model, "5:1000")
     with pytest.raises(ValueError):
-        SemiStructuredSparse.attach(model, find_targets(dense_model()))
+        SemiStructuredSparse.attach(model, targets=find_targets(dense_model()))
     assert_unchanged(model, weights)
 
 
 def test_attach_takes_hold_of_a_model_trained_before():
     model = dense_model(constrained=False)
     fit(model, keras.optimizers.Adam(0.1), epochs=1)
-    SemiStructuredSparse.attach(model, n=1, m=4)
+    SemiStructuredSparse.attach(model, "1:4")
     model.fit(X, Y, verbose=0)
     assert violations(model.layers[0].kernel, 1) == 0
     SemiStructuredSparse.detach(model)
@@ -364,7 +368,7 @@ def test_attach_to_a_keras_hub_llama():
         intermediate_dim=12,
     )
     report = SemiStructuredSparse.attach(model)
-    assert len(report.attached) == 14
+    assert len(report.kernels) == 14
     step(model, keras.optimizers.Adam(0.1))
     for target in find_targets(model):
         assert violations(target.variable, 2, target.contraction_axes) == 0
@@ -373,7 +377,7 @@ def test_attach_to_a_keras_hub_llama():
 @pytest.mark.parametrize("name", ["adamw", "ema", "momentum"])
 def test_frozen_mask_survives_fit(name, tmp_path):
     model = dense_model(constrained=False)
-    SemiStructuredSparse.attach(model, n=1, m=4, frozen=True)
+    SemiStructuredSparse.attach(model, "1:4", frozen=True)
     kernel = model.layers[0].kernel
     before = numpy(kernel)
     fit(model, OPTIMIZERS[name](keras.optimizers))
@@ -383,7 +387,7 @@ def test_frozen_mask_survives_fit(name, tmp_path):
         model.save(tmp_path / "model.keras")
         loaded = keras.saving.load_model(tmp_path / "model.keras")
         assert loaded.layers[0].kernel.constraint is None
-        SemiStructuredSparse.attach(loaded, n=1, m=4, frozen=True)
+        SemiStructuredSparse.attach(loaded, "1:4", frozen=True)
         step(loaded, keras.optimizers.Adam(1.0))
         np.testing.assert_array_equal(
             numpy(loaded.layers[0].kernel) != 0, before != 0
@@ -394,7 +398,7 @@ def test_frozen_keeps_exactly_n_where_a_group_is_zero():
     model = mixed_model()
     conv = model.layers[0]
     conv.kernel.assign(np.zeros(conv.kernel.shape))
-    SemiStructuredSparse.attach(model, n=2, m=4, frozen=True)
+    SemiStructuredSparse.attach(model, "2:4", frozen=True)
     for _ in range(3):
         step(model, keras.optimizers.Adam(0.1))
     expected = numpy(nm_mask(np.zeros(conv.kernel.shape), "2:4", (0, 1, 2)))
@@ -440,7 +444,7 @@ def test_lora_trains_on_an_exactly_nm_base(route):
 
 
 def test_detach_reaches_nested_and_private_constraints():
-    constraint = SemiStructuredSparse(n=1, m=2, axis=0)
+    constraint = SemiStructuredSparse("1:2", axis=0)
     inputs = keras.Input((3, 4))
     attention = keras.layers.MultiHeadAttention(
         2, 2, kernel_constraint=constraint
@@ -453,6 +457,6 @@ def test_detach_reaches_nested_and_private_constraints():
     )
     outputs = inner(attention(inputs, inputs))
     model = keras.Model(inputs, outputs)
-    assert len(SemiStructuredSparse.detach(model)) == 6
-    assert SemiStructuredSparse.detach(model) == ()
+    assert len(SemiStructuredSparse.detach(model).kernels) == 6
+    assert SemiStructuredSparse.detach(model).kernels == ()
     assert "SemiStructuredSparse" not in model.to_json()
