@@ -12,24 +12,7 @@ from keras_weightmods.ops import (
     parse_pattern,
     unpack_bits,
 )
-
-
-def reference_mask(x, n, m, axis):
-    """Sorts every group, one after the other."""
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    axes = tuple(a % x.ndim for a in axes)
-    order = axes + tuple(a for a in range(x.ndim) if a not in axes)
-    moved = np.transpose(x, order)
-    k = int(np.prod([x.shape[a] for a in axes]))
-    matrix = np.abs(moved.reshape(k, -1)).astype("float64")
-    matrix[np.isnan(matrix)] = -1.0
-    mask = np.zeros(matrix.shape, bool)
-    for column in range(matrix.shape[1]):
-        for start in range(0, k, m):
-            group = matrix[start : start + m, column]
-            best = sorted(range(m), key=lambda i: (-group[i], i))[:n]
-            mask[start + np.array(best), column] = True
-    return np.transpose(mask.reshape(moved.shape), np.argsort(order))
+from tests import references
 
 
 @st.composite
@@ -54,7 +37,7 @@ def test_mask_equals_reference_and_projection_is_idempotent(case):
     x, n, m, axis = case
     mask = keras.ops.convert_to_numpy(nm_mask(x, (n, m), axis))
     assert mask.dtype == bool
-    np.testing.assert_array_equal(mask, reference_mask(x, n, m, axis))
+    np.testing.assert_array_equal(mask, references.nm_mask(x, n, m, axis))
     assert mask.sum() * m == mask.size * n
     projected = keras.ops.convert_to_numpy(nm_project(x, (n, m), axis))
     np.testing.assert_array_equal(projected, np.where(mask, x, 0))
