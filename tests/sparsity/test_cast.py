@@ -1,47 +1,36 @@
-import json
 import zipfile
 
 import keras
 import keras_hub
 import numpy as np
 import pytest
-from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.core.seam import is_reparameterized
-from keras_weightmods.sparsity.schedules import WarmupLinearDecay
 from tests.models import (
     Subclassed,
     assert_same,
     causal_lm,
     gpt2_preprocessor,
-    mlp,
     numpy,
-    randomize,
     sequential,
-    token_net,
-    two_heads,
     weights_of,
+)
+from tests.sparsity.casts import (
+    Batches,
+    Interrupt,
+    Interrupted,
+    compiled_cast,
+    cross_entropy,
+    make_data,
+    make_mlp,
+    started,
 )
 
 LENGTH = 10
 
 # Most runs here are too short for the published pull, and say so.
 pytestmark = pytest.mark.filterwarnings("ignore:AdamS. this schedule")
-
-
-def cross_entropy():
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-def make_mlp(seed=0, **kwargs):
-    return randomize(mlp(8, 16, 4, **kwargs), seed, 0.3)
-
-
-def make_data(samples=16, seed=1):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(samples, 8)).astype("float32")
-    return x, rng.integers(4, size=(samples,))
 
 
 def make_tokens(samples=8, seed=2):
@@ -62,39 +51,6 @@ def kernels_of(cast):
 
 def steps_of(cast):
     return int(numpy(cast.adam_s.iterations.value))
-
-
-class Interrupt(keras.callbacks.Callback):
-    """Raises `Interrupted` at the end of an epoch, or before the first."""
-
-    def __init__(self, epoch=None):
-        super().__init__()
-        self.epoch = epoch
-
-    def on_train_begin(self, logs=None):
-        if self.epoch is None:
-            raise Interrupted
-
-    def on_epoch_end(self, epoch, logs=None):
-        if epoch == self.epoch:
-            raise Interrupted
-
-
-class Interrupted(Exception):
-    pass
-
-
-class Batches(keras.utils.PyDataset):
-    def __init__(self, x, y, batch_size):
-        super().__init__()
-        self.data, self.size = (x, y), batch_size
-
-    def __len__(self):
-        return len(self.data[0]) // self.size
-
-    def __getitem__(self, index):
-        part = slice(index * self.size, (index + 1) * self.size)
-        return tuple(a[part] for a in self.data)
 
 
 # The main job, on each family of KerasHub
@@ -140,6 +96,8 @@ def test_a_causal_lm_becomes_sparse(family, pattern, dtype, tmp_path):
     sparse = cast.finalize()
     assert sparse is model
     kwm.assert_sparse(sparse, pattern)
+    assert cast.report.totals["exact"] == len(cast.targets)
+    assert cast.report.skipped == cast.targets.skipped
     assert [type(layer) for layer in sparse._flatten_layers()] == classes
     assert [tuple(v.shape) for v in sparse.weights] == shapes
     after = numpy(model(x))
@@ -211,20 +169,6 @@ def test_raw_strings():
 
 
 # What fit takes
-
-
-def started(cast, *args, **kwargs):
-    """Runs all of `fit` up to the first step."""
-    with pytest.raises(Interrupted):
-        cast.fit(*args, callbacks=[Interrupt()], verbose=0, **kwargs)
-    importance = [numpy(v) for v in cast.adam_s._importance if v is not None]
-    return cast.adam_s.total_steps, importance
-
-
-def compiled_cast(**kwargs):
-    cast = kwm.CAST(make_mlp(), teacher=None, **kwargs)
-    cast.compile(loss=cross_entropy())
-    return cast
 
 
 @pytest.mark.parametrize("kind", ["tf.data", "PyDataset", "generator", "split"])
@@ -396,204 +340,6 @@ def test_a_start_that_fails_leaves_the_model_alone():
     kwm.assert_sparse(cast.finalize(), "2:4")
 
 
-# Losses
-
-
-def reference_losses(student, teacher, y, weight, temperature):
-    """Cross-entropy and KL with the weights, over the number of positions."""
-
-    def log_softmax(z):
-        z = z.astype("float64")
-        z = z - z.max(axis=-1, keepdims=True)
-        return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
-
-    rows = log_softmax(student)
-    entropy = -np.take_along_axis(rows, y[..., None], axis=-1)[..., 0]
-    p, q = (
-        log_softmax(teacher / temperature),
-        log_softmax(student / temperature),
-    )
-    kl = temperature**2 * (np.exp(p) * (p - q)).sum(axis=-1)
-    return (entropy * weight).mean(), (kl * weight).mean()
-
-
-@pytest.mark.parametrize("mask_zero", [False, True])
-def test_both_losses_honour_weights_and_masks(mask_zero):
-    model = token_net(mask_zero=mask_zero)
-    cast = kwm.CAST(model, distillation_weight=0.25, temperature=2.0)
-    cast.compile(loss=cross_entropy())
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 20, size=(3, 5))
-    x[:, -1] = 0
-    y = rng.integers(4, size=(3, 5))
-    weight = rng.uniform(0, 2, size=(3, 5)).astype("float32")
-    taught = numpy(model(x))
-    for variable in model.trainable_variables:
-        variable.assign_add(
-            rng.normal(size=variable.shape).astype("float32") * 0.5
-        )
-    total = weight.astype("float64")
-    if mask_zero:
-        # Keras takes the mean over what is not masked.
-        total = total * (x != 0) * x.size / (x != 0).sum()
-    y_pred = cast(x, training=True)
-    entropy, kl = reference_losses(numpy(y_pred), taught, y, total, 2.0)
-    loss = cast.compute_loss(x, y, y_pred, weight)
-    assert float(numpy(loss)) == pytest.approx(
-        0.75 * entropy + 0.25 * kl, rel=1e-5
-    )
-    results = {m.name: float(m.result()) for m in cast.metrics if m.variables}
-    assert results["student_loss"] == pytest.approx(entropy, rel=1e-5)
-    assert results["distillation_loss"] == pytest.approx(kl, rel=1e-5)
-    assert kl > 0.01
-
-
-def test_positions_of_weight_zero_change_nothing(tmp_path):
-    cast = kwm.CAST(token_net())
-    cast.compile(loss=cross_entropy())
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 10, size=(8, 6))
-    y = rng.integers(4, size=(8, 6))
-    weight = (rng.uniform(size=(8, 6)) < 0.6).astype("float32")
-    start = tmp_path / "start.weights.h5"
-    cast.adam_s.total_steps = 12
-    cast.optimizer.build(cast.trainable_variables)
-    cast.save_weights(start)
-
-    def train(x, y):
-        cast.load_weights(start)
-        cast.fit(
-            x,
-            y,
-            sample_weight=weight,
-            batch_size=4,
-            epochs=6,
-            shuffle=False,
-            verbose=0,
-        )
-        return weights_of(cast) + [numpy(v) for v in cast.optimizer.variables]
-
-    clean = train(x, y)
-    # Other tokens than any in use, so that their embeddings get no gradient.
-    garbage = rng.integers(10, 20, size=x.shape)
-    used = weight != 0
-    dirty = train(np.where(used, x, garbage), np.where(used, y, (y + 1) % 4))
-    assert_same(clean, dirty)
-
-
-def test_the_models_own_losses_count_once():
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((8,))
-    hidden = keras.layers.Dense(
-        8, activity_regularizer="l2", kernel_regularizer="l2"
-    )(inputs)
-    outputs = {
-        "a": keras.layers.Dense(4, name="a")(hidden),
-        "b": keras.layers.Dense(4, name="b")(hidden),
-    }
-    model = keras.Model(inputs, outputs)
-    cast = kwm.CAST(model, distillation_weight=0.5)
-    cast.compile(loss={"a": cross_entropy(), "b": cross_entropy()})
-    x, label = make_data(4)
-    y = {"a": label, "b": label[::-1]}
-    weight = {
-        "a": np.array([1, 0, 1, 1], "float32"),
-        "b": np.array([0, 0, 0, 2], "float32"),
-    }
-    for _ in range(2):
-        y_pred = cast(x, training=True)
-        loss = cast.compute_loss(x, y, y_pred, weight)
-    predicted = {k: numpy(v) for k, v in y_pred.items()}
-    expected = sum(
-        reference_losses(
-            predicted[k], predicted[k], y[k].astype("int64"), weight[k], 1.0
-        )[0]
-        for k in y
-    )
-    own = sum(float(numpy(v)) for v in model.losses)
-    assert len(model.losses) == 2
-    assert float(numpy(loss)) == pytest.approx(0.5 * (expected + own), rel=1e-5)
-
-
-@pytest.mark.parametrize("as_dict", [False, True])
-def test_losses_and_metrics_by_name(as_dict):
-    x, y = make_data()
-    cast = kwm.CAST(two_heads(as_dict))
-    cast.compile(
-        loss={"z": cross_entropy(), "a": cross_entropy()},
-        loss_weights={"z": 1.0, "a": 0.5},
-        metrics={"a": ["accuracy"]},
-    )
-    labels = {"z": y, "a": y[::-1]}
-    history = cast.fit(x, labels, batch_size=8, verbose=0).history
-    assert {"a_accuracy", "a_loss", "z_loss"} <= set(history)
-
-
-@pytest.mark.parametrize("as_dict", [False, True])
-def test_outputs_are_paired_by_name(as_dict):
-    x, _ = make_data()
-    # The same weights: nothing to learn, if z is taught by z.
-    teacher = two_heads()
-    if not as_dict:
-        teacher = keras.Model(teacher.inputs[0], teacher.outputs[::-1])
-    cast = kwm.CAST(two_heads(as_dict), teacher=teacher)
-    cast.compile(loss={"z": cross_entropy(), "a": cross_entropy()})
-    labels = np.zeros(len(x), "int64")
-    labels = {"z": labels, "a": labels}
-    cast.compute_loss(x, labels if as_dict else [*labels.values()], cast(x))
-    distilled = cast.distillation_loss_tracker.result()
-    assert float(numpy(distilled)) == pytest.approx(0, abs=1e-6)
-
-
-# Teachers
-
-
-def test_the_teacher_is_the_frozen_start():
-    model = make_mlp()
-    x, y = make_data()
-    start = numpy(model(x))
-    cast = kwm.CAST(model)
-    cast.compile(loss=cross_entropy())
-    frozen = model.layers[-1]
-    frozen_bias = numpy(frozen.bias)
-    # Freezing after the copy was taken moves variables to another list.
-    frozen.bias.trainable = False
-    cast.fit(x, y, batch_size=8, epochs=3, verbose=0)
-    np.testing.assert_array_equal(numpy(cast.teacher(x)), start)
-    np.testing.assert_array_equal(numpy(frozen.bias), frozen_bias)
-    assert np.abs(numpy(model(x)) - start).max() > 1e-4
-    assert not cast.teacher.trainable_variables
-    cast.finalize()
-    # The scales are gone from the model, not from the teacher.
-    np.testing.assert_array_equal(numpy(cast.teacher(x)), start)
-
-
-def test_the_memory_of_the_teacher():
-    whole = kwm.CAST(make_mlp())
-    scales = sum(int(np.prod(t.shape[1:])) * 2 for t in whole.targets)
-    weights = 8 * 16 + 16 + 16 * 4 + 4 + scales
-    seed_state = 2 * 4
-    assert whole.teacher_bytes in (4 * weights, 4 * weights + seed_state)
-    half = kwm.CAST(make_mlp(), teacher_dtype="bfloat16")
-    assert half.teacher_bytes - whole.teacher_bytes == -2 * weights
-    assert kwm.CAST(make_mlp(), teacher=None).teacher_bytes == 0
-
-
-def test_another_model_as_teacher():
-    teacher = make_mlp(seed=5, name="teacher")
-    x, y = make_data()
-    before = weights_of(teacher)
-    cast = kwm.CAST(make_mlp(), teacher=teacher, distillation_weight=1.0)
-    assert cast.teacher is teacher
-    cast.compile(kwm.AdamS(1e-2, decay="relative"), loss=cross_entropy())
-    history = cast.fit(x, y, batch_size=16, epochs=20, verbose=0).history
-    assert_same(weights_of(teacher), before)
-    losses = history["distillation_loss"]
-    assert losses[-1] < losses[0]
-    # `loss` is the distillation loss alone.
-    np.testing.assert_allclose(history["loss"], losses, rtol=1e-5)
-
-
 # Wrong use
 
 
@@ -652,23 +398,6 @@ def test_wrong_models():
         kwm.CAST(model, teacher=other)
     assert other.trainable
     assert all(layer.trainable for layer in other.layers)
-
-
-@pytest.mark.parametrize("ending", ["softmax", "Softmax", "one unit", None])
-def test_outputs_that_are_no_logits(ending, recwarn):
-    inputs = keras.Input((8,))
-    outputs = keras.layers.Dense(
-        1 if ending == "one unit" else 4,
-        activation="softmax" if ending == "softmax" else None,
-    )(inputs)
-    if ending == "Softmax":
-        outputs = keras.layers.Softmax()(outputs)
-    model = keras.Model(inputs, outputs)
-    kwm.CAST(model, teacher=None, scaling_groups=0)
-    assert not [w for w in recwarn if "logits" in str(w.message)]
-    kwm.CAST(model)
-    warned = [w for w in recwarn if "`teacher=None`" in str(w.message)]
-    assert len(warned) == (ending is not None)
 
 
 def test_a_frozen_kernel_stays_dense():
@@ -747,6 +476,19 @@ def test_finalize_multiplies_the_pruned_weights(pattern, scaling_groups):
     for call in (cast.finalize, lambda: cast.fit(x, y)):
         with pytest.raises(ValueError, match=r"after `finalize\(\)`"):
             call()
+
+
+def test_finalize_folds_the_scales_alone():
+    model = sequential((8,), keras.layers.Dense(8), kwm.CompanderDense(4))
+    x, y = make_data()
+    cast = kwm.CAST(model, targets=kwm.find_targets(model)[:1])
+    assert [t.layer for t in cast.targets] == [model.layers[0]]
+    cast.compile(loss=cross_entropy())
+    cast.fit(x, y, batch_size=4, verbose=0)
+    assert cast.report is None
+    cast.finalize()
+    assert type(model.layers[0]) is keras.layers.Dense
+    assert type(model.layers[1]) is kwm.CompanderDense
 
 
 def test_predict_and_evaluate_follow_finalize():
@@ -886,17 +628,6 @@ def test_a_random_state_that_does_not_fit(state):
     np.testing.assert_array_equal(cast._run.random_stream.states["cpu"], before)
 
 
-def test_a_schedule_to_zero():
-    schedule = WarmupLinearDecay(2.0, 4, 12)
-    rates = [float(numpy(schedule(t))) for t in range(14)]
-    np.testing.assert_allclose(rates[:4], [0.5, 1.0, 1.5, 2.0])
-    np.testing.assert_allclose(
-        rates[4:], [2, 1.75, 1.5, 1.25, 1, 0.75, 0.5, 0.25, 0, 0]
-    )
-    config = json.loads(json.dumps(schedule.get_config()))
-    assert WarmupLinearDecay.from_config(config).get_config() == config
-
-
 # Precision and backends
 
 
@@ -949,45 +680,6 @@ def test_mixed_float16(globally):
     assert np.isfinite(history["loss"]).all()
     assert history["kept_share"][-1] == pytest.approx(1.0, abs=1e-3)
     kwm.assert_sparse(cast.finalize(), "2:4")
-
-
-class TwoOfOneName(keras.layers.Layer):
-    """Its two kernels have the same path, as in some KerasHub backbones."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.pair = [keras.layers.Dense(8, name="o_proj") for _ in range(2)]
-        for layer in self.pair:
-            layer.build((None, 8))
-
-    def call(self, x):
-        first, second = self.pair
-        return second(ops.tanh(first(x)))
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-
-def test_gradients_do_not_add_up():
-    inputs = keras.Input((8,))
-    outputs = TwoOfOneName(name="two")(inputs)
-    model = keras.Model(inputs, keras.layers.Dense(4)(outputs))
-    paths = [v.path for v in model.trainable_variables]
-    assert len(set(paths)) < len(paths)
-    cast = kwm.CAST(model)
-    # The first moment is the gradient, and the weights do not move.
-    cast.compile(
-        kwm.AdamS(0.0, beta_1=0.0, l1=1e-9, total_steps=4),
-        loss=cross_entropy(),
-    )
-    x, y = make_data(8)
-    gradients = []
-    for _ in range(2):
-        cast.fit(x, y, batch_size=8, verbose=0)
-        gradients.append([numpy(v) for v in cast.adam_s._momentums])
-    for first, second in zip(*gradients, strict=True):
-        assert np.abs(first).max() > 0
-        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-8)
 
 
 def test_jit_compile_is_the_users_choice():

@@ -1,0 +1,69 @@
+"""What the tests of `CAST` share."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_weightmods as kwm
+from tests.models import mlp, numpy, randomize
+
+
+def cross_entropy():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def make_mlp(seed=0, **kwargs):
+    return randomize(mlp(8, 16, 4, **kwargs), seed, 0.3)
+
+
+def make_data(samples=16, seed=1):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(samples, 8)).astype("float32")
+    return x, rng.integers(4, size=(samples,))
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Raises `Interrupted` at the end of an epoch, or before the first."""
+
+    def __init__(self, epoch=None):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_train_begin(self, logs=None):
+        if self.epoch is None:
+            raise Interrupted
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == self.epoch:
+            raise Interrupted
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, x, y, batch_size):
+        super().__init__()
+        self.data, self.size = (x, y), batch_size
+
+    def __len__(self):
+        return len(self.data[0]) // self.size
+
+    def __getitem__(self, index):
+        part = slice(index * self.size, (index + 1) * self.size)
+        return tuple(a[part] for a in self.data)
+
+
+def started(cast, *args, **kwargs):
+    """Runs all of `fit` up to the first step."""
+    with pytest.raises(Interrupted):
+        cast.fit(*args, callbacks=[Interrupt()], verbose=0, **kwargs)
+    importance = [numpy(v) for v in cast.adam_s._importance if v is not None]
+    return cast.adam_s.total_steps, importance
+
+
+def compiled_cast(**kwargs):
+    cast = kwm.CAST(make_mlp(), teacher=None, **kwargs)
+    cast.compile(loss=cross_entropy())
+    return cast

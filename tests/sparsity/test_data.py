@@ -1,0 +1,92 @@
+"""Data as `fit` takes them; strings are in the tests of CAST and sparsify."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+
+from keras_weightmods.sparsity.data import (
+    batch_count,
+    batches,
+    first_batches,
+    holds_strings,
+)
+from tests.models import assert_same, normal
+
+X, WEIGHT = normal(10, 3), np.arange(10.0)
+
+
+class Parts(keras.utils.PyDataset):
+    """Batches of four rows, or no end of them."""
+
+    def __init__(self, count=3):
+        super().__init__()
+        self.count = count
+
+    @property
+    def num_batches(self):
+        return self.count
+
+    def __getitem__(self, index):
+        part = slice(4 * (index % 3), 4 * (index % 3) + 4)
+        return X[part], X[part], WEIGHT[part]
+
+
+def generator():
+    return (Parts()[i] for i in range(3))
+
+
+def dataset():
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices((X, X, WEIGHT)).batch(4)
+
+
+@pytest.mark.parametrize("kind", [None, Parts, generator, dataset])
+def test_batches_of_all_kinds_are_the_same(kind):
+    expected = [(X[i : i + 4], WEIGHT[i : i + 4]) for i in range(0, 10, 4)]
+    data = batches(X, 4, WEIGHT) if kind is None else batches(kind())
+    assert_same(list(data), expected)
+
+
+def test_batches_of_nested_arrays():
+    first, _ = next(batches({"a": X, "b": WEIGHT}, 4))
+    assert_same(first, {"a": X[:4], "b": WEIGHT[:4]})
+    assert len(list(batches(normal(70, 2)))) == 3
+
+
+def test_batch_count():
+    assert batch_count(X, 4) == 3
+    assert batch_count(X) == 1
+    assert batch_count(X, 4, validation_split=0.25) == 2
+    assert batch_count(Parts()) == batch_count(dataset()) == 3
+    assert batch_count([1, 2]) == 2
+    assert batch_count(Parts(None)) == math.inf
+    assert batch_count(dataset().repeat()) == math.inf
+    assert batch_count(dataset().filter(lambda *_: True)) is None
+    assert batch_count(generator()) is None
+
+
+@pytest.mark.parametrize(
+    ("least", "rows", "read", "enough"),
+    [(1, 0, 1, 0), (2, 3, 2, 1), (1, 5, 2, 2), (9, 5, 3, 2), (1, 99, 3, 3)],
+)
+@pytest.mark.parametrize("kind", [Parts, generator])
+def test_first_batches(kind, least, rows, read, enough):
+    first, found, x = first_batches(kind(), least, rows)
+    expected = list(batches(Parts()))
+    assert_same(first, expected[:read])
+    assert found == enough
+    assert_same(list(batches(x)), expected)
+
+
+def test_holds_strings():
+    import tensorflow as tf
+
+    texts = ["a", "b"]
+    for x in (texts, np.array(texts), np.array(texts, object), {"x": texts}):
+        assert holds_strings(x)
+    assert holds_strings(tf.data.Dataset.from_tensor_slices(texts))
+    for x in (X, {"x": X}, generator(), dataset(), None):
+        assert not holds_strings(x)

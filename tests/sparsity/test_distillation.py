@@ -1,0 +1,261 @@
+"""Distillation, as `CAST` does it."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+from tests.models import assert_same, numpy, token_net, two_heads, weights_of
+from tests.sparsity.casts import cross_entropy, make_data, make_mlp
+
+# Most runs here are too short for the published pull, and say so.
+pytestmark = pytest.mark.filterwarnings("ignore:AdamS. this schedule")
+
+
+def reference_losses(student, teacher, y, weight, temperature):
+    """Cross-entropy and KL with the weights, over the number of positions."""
+
+    def log_softmax(z):
+        z = z.astype("float64")
+        z = z - z.max(axis=-1, keepdims=True)
+        return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+
+    rows = log_softmax(student)
+    entropy = -np.take_along_axis(rows, y[..., None], axis=-1)[..., 0]
+    p, q = (
+        log_softmax(teacher / temperature),
+        log_softmax(student / temperature),
+    )
+    kl = temperature**2 * (np.exp(p) * (p - q)).sum(axis=-1)
+    return (entropy * weight).mean(), (kl * weight).mean()
+
+
+@pytest.mark.parametrize("mask_zero", [False, True])
+def test_both_losses_honour_weights_and_masks(mask_zero):
+    model = token_net(mask_zero=mask_zero)
+    cast = kwm.CAST(model, distillation_weight=0.25, temperature=2.0)
+    cast.compile(loss=cross_entropy())
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 20, size=(3, 5))
+    x[:, -1] = 0
+    y = rng.integers(4, size=(3, 5))
+    weight = rng.uniform(0, 2, size=(3, 5)).astype("float32")
+    taught = numpy(model(x))
+    for variable in model.trainable_variables:
+        variable.assign_add(
+            rng.normal(size=variable.shape).astype("float32") * 0.5
+        )
+    total = weight.astype("float64")
+    if mask_zero:
+        # Keras takes the mean over what is not masked.
+        total = total * (x != 0) * x.size / (x != 0).sum()
+    y_pred = cast(x, training=True)
+    entropy, kl = reference_losses(numpy(y_pred), taught, y, total, 2.0)
+    loss = cast.compute_loss(x, y, y_pred, weight)
+    assert float(numpy(loss)) == pytest.approx(
+        0.75 * entropy + 0.25 * kl, rel=1e-5
+    )
+    results = {m.name: float(m.result()) for m in cast.metrics if m.variables}
+    assert results["student_loss"] == pytest.approx(entropy, rel=1e-5)
+    assert results["distillation_loss"] == pytest.approx(kl, rel=1e-5)
+    assert kl > 0.01
+
+
+def test_positions_of_weight_zero_change_nothing(tmp_path):
+    cast = kwm.CAST(token_net())
+    cast.compile(loss=cross_entropy())
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 10, size=(8, 6))
+    y = rng.integers(4, size=(8, 6))
+    weight = (rng.uniform(size=(8, 6)) < 0.6).astype("float32")
+    start = tmp_path / "start.weights.h5"
+    cast.adam_s.total_steps = 12
+    cast.optimizer.build(cast.trainable_variables)
+    cast.save_weights(start)
+
+    def train(x, y):
+        cast.load_weights(start)
+        cast.fit(
+            x,
+            y,
+            sample_weight=weight,
+            batch_size=4,
+            epochs=6,
+            shuffle=False,
+            verbose=0,
+        )
+        return weights_of(cast) + [numpy(v) for v in cast.optimizer.variables]
+
+    clean = train(x, y)
+    # Other tokens than any in use, so that their embeddings get no gradient.
+    garbage = rng.integers(10, 20, size=x.shape)
+    used = weight != 0
+    dirty = train(np.where(used, x, garbage), np.where(used, y, (y + 1) % 4))
+    assert_same(clean, dirty)
+
+
+def test_the_models_own_losses_count_once():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8,))
+    hidden = keras.layers.Dense(
+        8, activity_regularizer="l2", kernel_regularizer="l2"
+    )(inputs)
+    outputs = {
+        "a": keras.layers.Dense(4, name="a")(hidden),
+        "b": keras.layers.Dense(4, name="b")(hidden),
+    }
+    model = keras.Model(inputs, outputs)
+    cast = kwm.CAST(model, distillation_weight=0.5)
+    cast.compile(loss={"a": cross_entropy(), "b": cross_entropy()})
+    x, label = make_data(4)
+    y = {"a": label, "b": label[::-1]}
+    weight = {
+        "a": np.array([1, 0, 1, 1], "float32"),
+        "b": np.array([0, 0, 0, 2], "float32"),
+    }
+    for _ in range(2):
+        y_pred = cast(x, training=True)
+        loss = cast.compute_loss(x, y, y_pred, weight)
+    predicted = {k: numpy(v) for k, v in y_pred.items()}
+    expected = sum(
+        reference_losses(
+            predicted[k], predicted[k], y[k].astype("int64"), weight[k], 1.0
+        )[0]
+        for k in y
+    )
+    own = sum(float(numpy(v)) for v in model.losses)
+    assert len(model.losses) == 2
+    assert float(numpy(loss)) == pytest.approx(0.5 * (expected + own), rel=1e-5)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_losses_and_metrics_by_name(as_dict):
+    x, y = make_data()
+    cast = kwm.CAST(two_heads(as_dict))
+    cast.compile(
+        loss={"z": cross_entropy(), "a": cross_entropy()},
+        loss_weights={"z": 1.0, "a": 0.5},
+        metrics={"a": ["accuracy"]},
+    )
+    labels = {"z": y, "a": y[::-1]}
+    history = cast.fit(x, labels, batch_size=8, verbose=0).history
+    assert {"a_accuracy", "a_loss", "z_loss"} <= set(history)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_outputs_are_paired_by_name(as_dict):
+    x, _ = make_data()
+    # The same weights: nothing to learn, if z is taught by z.
+    teacher = two_heads()
+    if not as_dict:
+        teacher = keras.Model(teacher.inputs[0], teacher.outputs[::-1])
+    cast = kwm.CAST(two_heads(as_dict), teacher=teacher)
+    cast.compile(loss={"z": cross_entropy(), "a": cross_entropy()})
+    labels = np.zeros(len(x), "int64")
+    labels = {"z": labels, "a": labels}
+    cast.compute_loss(x, labels if as_dict else [*labels.values()], cast(x))
+    distilled = cast.distillation_loss_tracker.result()
+    assert float(numpy(distilled)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_teacher_is_the_frozen_start():
+    model = make_mlp()
+    x, y = make_data()
+    start = numpy(model(x))
+    cast = kwm.CAST(model)
+    cast.compile(loss=cross_entropy())
+    frozen = model.layers[-1]
+    frozen_bias = numpy(frozen.bias)
+    # Freezing after the copy was taken moves variables to another list.
+    frozen.bias.trainable = False
+    cast.fit(x, y, batch_size=8, epochs=3, verbose=0)
+    np.testing.assert_array_equal(numpy(cast.teacher(x)), start)
+    np.testing.assert_array_equal(numpy(frozen.bias), frozen_bias)
+    assert np.abs(numpy(model(x)) - start).max() > 1e-4
+    assert not cast.teacher.trainable_variables
+    cast.finalize()
+    # The scales are gone from the model, not from the teacher.
+    np.testing.assert_array_equal(numpy(cast.teacher(x)), start)
+
+
+def test_the_memory_of_the_teacher():
+    whole = kwm.CAST(make_mlp())
+    scales = sum(int(np.prod(t.shape[1:])) * 2 for t in whole.targets)
+    weights = 8 * 16 + 16 + 16 * 4 + 4 + scales
+    seed_state = 2 * 4
+    assert whole.teacher_bytes in (4 * weights, 4 * weights + seed_state)
+    half = kwm.CAST(make_mlp(), teacher_dtype="bfloat16")
+    assert half.teacher_bytes - whole.teacher_bytes == -2 * weights
+    assert kwm.CAST(make_mlp(), teacher=None).teacher_bytes == 0
+
+
+def test_another_model_as_teacher():
+    teacher = make_mlp(seed=5, name="teacher")
+    x, y = make_data()
+    before = weights_of(teacher)
+    cast = kwm.CAST(make_mlp(), teacher=teacher, distillation_weight=1.0)
+    assert cast.teacher is teacher
+    cast.compile(kwm.AdamS(1e-2, decay="relative"), loss=cross_entropy())
+    history = cast.fit(x, y, batch_size=16, epochs=20, verbose=0).history
+    assert_same(weights_of(teacher), before)
+    losses = history["distillation_loss"]
+    assert losses[-1] < losses[0]
+    # `loss` is the distillation loss alone.
+    np.testing.assert_allclose(history["loss"], losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ending", ["softmax", "Softmax", "one unit", None])
+def test_outputs_that_are_no_logits(ending, recwarn):
+    inputs = keras.Input((8,))
+    outputs = keras.layers.Dense(
+        1 if ending == "one unit" else 4,
+        activation="softmax" if ending == "softmax" else None,
+    )(inputs)
+    if ending == "Softmax":
+        outputs = keras.layers.Softmax()(outputs)
+    model = keras.Model(inputs, outputs)
+    kwm.CAST(model, teacher=None, scaling_groups=0)
+    assert not [w for w in recwarn if "logits" in str(w.message)]
+    kwm.CAST(model)
+    warned = [w for w in recwarn if "`teacher=None`" in str(w.message)]
+    assert len(warned) == (ending is not None)
+
+
+class TwoOfOneName(keras.layers.Layer):
+    """Its two kernels have the same path, as in some KerasHub backbones."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.pair = [keras.layers.Dense(8, name="o_proj") for _ in range(2)]
+        for layer in self.pair:
+            layer.build((None, 8))
+
+    def call(self, x):
+        first, second = self.pair
+        return second(ops.tanh(first(x)))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+def test_gradients_do_not_add_up():
+    inputs = keras.Input((8,))
+    outputs = TwoOfOneName(name="two")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(4)(outputs))
+    paths = [v.path for v in model.trainable_variables]
+    assert len(set(paths)) < len(paths)
+    cast = kwm.CAST(model)
+    # The first moment is the gradient, and the weights do not move.
+    cast.compile(
+        kwm.AdamS(0.0, beta_1=0.0, l1=1e-9, total_steps=4),
+        loss=cross_entropy(),
+    )
+    x, y = make_data(8)
+    gradients = []
+    for _ in range(2):
+        cast.fit(x, y, batch_size=8, verbose=0)
+        gradients.append([numpy(v) for v in cast.adam_s._momentums])
+    for first, second in zip(*gradients, strict=True):
+        assert np.abs(first).max() > 0
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-8)

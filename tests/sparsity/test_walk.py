@@ -1,0 +1,219 @@
+"""The walk of `sparsify` through a model."""
+
+import weakref
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+from keras_weightmods.core import keras_private
+from keras_weightmods.sparsity import walk
+from tests import references
+from tests.models import (
+    Subclassed,
+    attention_net,
+    causal_lm,
+    mlp,
+    nested_net,
+    normal,
+    numpy,
+    randomize,
+    sequential,
+    shared_net,
+    weights_of,
+)
+
+
+def branching():
+    inputs = keras.Input((16,))
+    first = keras.layers.Dense(16, activation="relu")(inputs)
+    left = keras.layers.Dense(16, activation="tanh")(first)
+    right = keras.layers.Dense(16)(first) * 0.5
+    joined = keras.layers.Add()([left, right, first])
+    outputs = {"a": keras.layers.Dense(4)(joined), "b": left}
+    return keras.Model(inputs, outputs)
+
+
+def masked():
+    return sequential(
+        (6,),
+        keras.layers.Embedding(20, 16, mask_zero=True),
+        keras.layers.Dense(16, activation="relu"),
+        keras.layers.GlobalAveragePooling1D(),
+        keras.layers.Dense(4),
+        dtype="int32",
+    )
+
+
+def convolutions():
+    return sequential(
+        (9, 8, 4),
+        keras.layers.Conv2D(8, 3, padding="same", strides=2),
+        keras.layers.BatchNormalization(),
+        keras.layers.Conv2D(8, (3, 2), groups=2, activation="relu"),
+        keras.layers.DepthwiseConv2D(2),
+        keras.layers.Flatten(),
+        keras.layers.Dense(4),
+    )
+
+
+def half():
+    dtype = "mixed_bfloat16"
+    return sequential(
+        (16,),
+        keras.layers.Dense(16, activation="relu", dtype=dtype),
+        keras.layers.Dense(16, dtype=dtype),
+        keras.layers.Dense(4),
+    )
+
+
+def subclassed():
+    model = Subclassed(16)
+    model(normal(1, 16))
+    return model
+
+
+def llm(layers=2):
+    return causal_lm(hidden_dim=8, intermediate_dim=12, num_layers=layers)
+
+
+def make_tokens(samples=6, length=5):
+    ids = np.random.default_rng(0).integers(1, 20, (samples, length))
+    return {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+
+
+MODELS = {
+    branching: normal(20, 16, seed=1),
+    llm: make_tokens(),
+    lambda: nested_net(16): normal(20, 16, seed=1),
+    lambda: shared_net(16): normal(20, 16, seed=1),
+    masked: np.random.default_rng(0).integers(0, 3, (20, 6)),
+    convolutions: normal(20, 9, 8, 4, seed=1),
+    half: normal(20, 16, seed=1),
+    subclassed: normal(20, 16, seed=1),
+    attention_net: normal(8, 5, 16, seed=1),
+}
+if keras.backend.backend() != "torch":
+    # The walk is the same on all; to compile its parts takes the time.
+    MODELS = dict(list(MODELS.items())[:2])
+
+
+@pytest.mark.parametrize(("make", "x"), MODELS.items())
+def test_the_walk_is_the_model_run_for_each_kernel(make, x, monkeypatch):
+    """What is cached between layers is what the whole model would give."""
+    results = []
+    for whole in (False, True):
+        model = randomize(make())
+        if whole:
+            monkeypatch.setattr(keras_private, "graph_of", lambda _: None)
+            monkeypatch.setattr(walk.SharedInputs, "places", lambda _: [0])
+        report = kwm.sparsify(
+            model, "2:4", "sparsegpt", x, batch_size=8, verbose=0
+        )
+        assert {k.method for k in report.kernels} == {"sparsegpt"}
+        kwm.assert_sparse(model, "2:4")
+        results.append(weights_of(model))
+        for layer in model._flatten_layers():
+            assert "call" not in vars(layer)
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def count_calls(layer):
+    """Counts the calls of a layer, past Keras' attribute tracking."""
+    calls = []
+    call = layer.call
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return call(*args, **kwargs)
+
+    object.__setattr__(layer, "call", counting)
+    return calls
+
+
+def test_blocks_are_run_as_often_as_they_must():
+    model = llm(layers=3)
+    targets = kwm.find_targets(model)
+    blocks = [count_calls(b) for b in model.backbone.transformer_layers]
+    head = count_calls(model.backbone.token_embedding)
+    output = [
+        count_calls(b._feedforward_output_dense)
+        for b in model.backbone.transformer_layers
+    ]
+    data = make_tokens()
+    options = {"targets": targets, "batch_size": 2, "verbose": 0}
+    kwm.sparsify(model, "2:4", "sparsegpt", data, **options)
+    # Query, key and value share their inputs, and gate and value: 4 passes,
+    # and one for the outputs, which nothing after the last block needs.
+    batches = 3
+    assert [len(c) for c in blocks] == [5 * batches, 5 * batches, 4 * batches]
+    assert len(head) == batches
+    # A pass ends where its kernels have been reached, once the first batch
+    # has shown where that is.
+    assert [len(c) for c in output] == [4 + batches, 4 + batches, 4]
+
+
+def test_only_what_is_needed_is_kept(monkeypatch):
+    model = mlp(*[8] * 9)
+    outputs, alive = [], []
+    run = walk.Walk.run
+
+    def watched(self, operation, calls):
+        result = run(self, operation, calls)
+        alive.append(sum(ref() is not None for ref in outputs))
+        outputs.extend(map(weakref.ref, result or []))
+        return result
+
+    monkeypatch.setattr(walk.Walk, "run", watched)
+    kwm.sparsify(model, "2:4", "wanda", normal(4, 8), verbose=0)
+    assert len(alive) == 9
+    assert max(alive) <= 2
+
+
+class Square(keras.layers.Layer):
+    """Known to `find_targets`, but not what its inputs are."""
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(8, 8), name="kernel")
+
+    def call(self, x):
+        return ops.matmul(x, self.kernel)
+
+
+class Partly(keras.Model):
+    """Runs two layers of four."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = [keras.layers.Dense(4) for _ in range(2)]
+        self.square = Square()
+        self.dense = keras.layers.Dense(4)
+        for layer in self.unused:
+            layer.build((None, 8))
+
+    def call(self, x):
+        return self.dense(self.square(x))
+
+
+def test_layers_that_no_data_reach_or_nobody_can_read():
+    kwm.register_target(Square, contraction_axes=(0,))
+    model = Partly()
+    model(normal(1, 8))
+    randomize(model)
+    notes = {model.square: "cannot be read"}
+    notes.update(dict.fromkeys(model.unused, "do not reach"))
+    before = {layer: numpy(layer.kernel) for layer in notes}
+    report = kwm.sparsify(model, "2:4", "wanda", normal(5, 8), verbose=0)
+    assert [k.method for k in report.kernels].count("wanda") == 1
+    rows = {k.path: k for k in report.kernels}
+    for layer, note in notes.items():
+        kept = references.nm_mask(before[layer], 2, 4, 0)
+        expected = np.where(kept, before[layer], 0.0)
+        np.testing.assert_array_equal(numpy(layer.kernel), expected)
+        row = rows[layer.kernel.path]
+        assert row.method == "magnitude"
+        assert note in row.note
+    assert "magnitude:" in report.table()
