@@ -22,11 +22,13 @@ from keras_weightmods.lift.sparse_adamw import SparseAdamW as SparseAdamW
 from keras_weightmods.packing.pack import pack as pack
 from keras_weightmods.packing.pack import unpack as unpack
 from keras_weightmods.packing.report import PackReport as PackReport
-from keras_weightmods.patches.combine import sum_signatures as sum_signatures
 from keras_weightmods.patches.delta import apply_delta as apply_delta
 from keras_weightmods.patches.delta import remove_delta as remove_delta
 from keras_weightmods.patches.delta import save_delta as save_delta
 from keras_weightmods.patches.patches import Patches as Patches
+from keras_weightmods.patches.sum_signatures import (
+    sum_signatures as sum_signatures,
+)
 from keras_weightmods.patches.weight_signature import (
     WeightSignature as WeightSignature,
 )

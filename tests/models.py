@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods import find_targets
+from keras_weightmods import WeightSignature, find_targets
 from keras_weightmods.ops import nm_project
 
 
@@ -52,6 +52,33 @@ def conv_net(classes=3, dtype="float32", name=None):
         keras.layers.Dense(classes, dtype=dtype),
         name=name,
     )
+
+
+# The weights of `conv_net`, under simple names, and places among them.
+PATHS = [
+    f"{layer}/{name}"
+    for layer, names in {
+        "conv": ("kernel", "bias"),
+        "norm": ("gamma", "beta", "moving_mean", "moving_variance"),
+        "conv_b": ("kernel", "bias"),
+        "norm_b": ("gamma", "beta", "moving_mean", "moving_variance"),
+        "dense": ("kernel", "bias"),
+        "head": ("kernel", "bias"),
+    }.items()
+    for name in names
+]
+CONV, CONV_B, DENSE, HEAD = 0, 6, 12, 14
+STATISTICS = (4, 5, 10, 11)
+
+
+def make_signature(model, seed=1, **kwargs):
+    """Return a signature from random checkpoints; depth 2 by default."""
+    if "targets" not in kwargs:
+        kwargs.setdefault("depth", 2)
+    init, clean, robust = (
+        random_weights(model, 100 * seed + i) for i in range(3)
+    )
+    return WeightSignature.extract(init, clean, robust, like=model, **kwargs)
 
 
 def einsum_net(time=None, width=8, heads=2, head_size=4, **kwargs):

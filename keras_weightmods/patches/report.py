@@ -1,10 +1,83 @@
-"""What a signature holds, as tables."""
+"""What signatures and deltas hold, and what they changed on a model."""
 
 import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 
 @dataclasses.dataclass(frozen=True)
-class Similarity:
+class PatchReport(Report):
+    """What a call changed on a model.
+
+    Attributes:
+        action: String: `"add"`, `"rescale"`, `"remove"` or `"clear"`.
+        name: String, the patch; `None` where all were removed.
+        scale: Float, its scale; the last one where it was removed.
+        changed: Tuple of the keys of the weights that were written, from
+            what they are without any patch.
+        subtracted: Tuple of the keys of weights that had been changed since
+            they were patched, from which the patch was subtracted.
+        active: Dict from the names of the patches now on the model to their
+            scales.
+        clean_nbytes: Int, the memory that the clean values take.
+        skipped: Tuple of `Skipped`: statistics that had been changed since
+            they were replaced.
+    """
+
+    action: str
+    name: str | None
+    scale: float | None
+    changed: tuple[str, ...]
+    subtracted: tuple[str, ...]
+    active: dict[str, float]
+    clean_nbytes: int
+    skipped: tuple[Skipped, ...] = ()
+
+    def tables(self) -> Iterator[Table]:
+        """The `Table`s to print."""
+        patch = "" if self.name is None else f" {self.name} x {self.scale:g}"
+        active = ", ".join(f"{k} x {v:g}" for k, v in self.active.items())
+        yield Table(
+            title=f"{self.action}{patch}: {len(self.changed)} weights written",
+            columns=("subtracted from",),
+            rows=tuple((key,) for key in self.subtracted),
+            caption=f"On the model: {active or 'nothing'}; clean values take "
+            f"{self.clean_nbytes:,} bytes",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaReport(Report):
+    """What `save_delta` stored.
+
+    Attributes:
+        filepath: String, the file.
+        weights: Tuple of strings, the keys of the weights with changes.
+        entries: Int, the number of entries changed in them.
+        index_bits: Float, the bits that the place of an entry takes.
+        nbytes: Int, the size of the file.
+    """
+
+    filepath: str
+    weights: tuple[str, ...]
+    entries: int
+    index_bits: float
+    nbytes: int
+
+    def tables(self) -> Iterator[Table]:
+        """The `Table`s to print."""
+        yield Table(
+            f"{self.filepath}: {self.entries:,} entries of "
+            f"{len(self.weights)} weights, {self.index_bits:.2f} bits a place, "
+            f"{self.nbytes:,} bytes"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity(Report):
     """What `WeightSignature.cosine_similarity` found.
 
     Attributes:
@@ -14,6 +87,15 @@ class Similarity:
 
     whole: float
     layers: dict[str, float]
+
+    def tables(self) -> Iterator[Table]:
+        """The `Table`s to print."""
+        yield Table(
+            "Cosine similarity",
+            ("layer", "similarity"),
+            tuple((k, f"{v:.3f}") for k, v in self.layers.items()),
+            total=("whole", f"{self.whole:.3f}"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +110,7 @@ class SignatureRow:
         bits: Int, bits of a weight: 32, 8, 4 or 2.
         nbytes: Int.
         norm: Float, the Euclidean norm of what is added at scale 1.
-        pull: Float, 0, or the share of a statistic that is replaced.
+        replaced: Float, 0, or the share of a statistic that is replaced.
     """
 
     key: str
@@ -38,12 +120,12 @@ class SignatureRow:
     bits: int
     nbytes: int
     norm: float
-    pull: float
+    replaced: float
 
 
 @dataclasses.dataclass(frozen=True)
-class SignatureReport:
-    """What `WeightSignature.report` found. Prints as a table.
+class SignatureReport(Report):
+    """What `WeightSignature.report` found.
 
     Attributes:
         name: String or None.
@@ -63,44 +145,103 @@ class SignatureReport:
     model_nbytes: int
     rows: tuple[SignatureRow, ...]
 
-    def to_dict(self):
-        """The whole report as plain Python values, ready for JSON."""
-        plain = dataclasses.asdict(self)
-        plain["rows"] = [
-            {**row, "shape": list(row["shape"])} for row in plain["rows"]
-        ]
-        return plain
-
-    def __rich_console__(self, console, options):
-        from rich.table import Table
-
+    def tables(self) -> Iterator[Table]:
+        """The `Table`s to print."""
         times = self.model_nbytes / max(1, self.nbytes)
-        table = Table(
+        yield Table(
             title=f"Signature {self.name or '(no name)'}, {self.method}, depth "
             f"{self.depth}",
-            caption=(
-                f"{self.nbytes:,} bytes, {times:.1f} times smaller than the "
-                f"model's {self.model_nbytes:,}"
+            columns=("weight", "depth", "shape", "bits", "bytes", "norm"),
+            rows=tuple(
+                (
+                    row.path,
+                    str(row.depth + 1),
+                    shape_text(row.shape),
+                    str(row.bits),
+                    f"{row.nbytes:,}",
+                    f"replaces {row.replaced:.0%}"
+                    if row.replaced
+                    else f"{row.norm:.3g}",
+                )
+                for row in self.rows
             ),
+            caption=f"{self.nbytes:,} bytes, {times:.1f} times smaller than "
+            f"the model's {self.model_nbytes:,}",
         )
-        table.add_column("weight", overflow="fold")
-        for name in ("depth", "shape", "bits", "bytes", "norm"):
-            table.add_column(name, justify="right")
-        for row in self.rows:
-            table.add_row(
-                row.path,
-                str(row.depth + 1),
-                "x".join(map(str, row.shape)),
-                str(row.bits),
-                f"{row.nbytes:,}",
-                f"replaces {row.pull:.0%}" if row.pull else f"{row.norm:.3g}",
+
+
+def signature_report(signature):
+    """Return the `SignatureReport` of a `WeightSignature`."""
+    return SignatureReport(
+        name=signature.name,
+        method=signature.method,
+        model_class=signature.model_class,
+        depth=signature.depth,
+        nbytes=signature.nbytes,
+        model_nbytes=signature.model_nbytes,
+        rows=tuple(
+            SignatureRow(
+                key=entry.key,
+                path=entry.info.path,
+                shape=entry.info.shape,
+                depth=entry.depth,
+                bits=entry.bits,
+                nbytes=entry.nbytes,
+                norm=float(np.linalg.norm(entry.dequantized("float64"))),
+                replaced=entry.replaced,
             )
-        yield table
+            for entry in signature
+        ),
+    )
 
-    def __str__(self):
-        from rich.console import Console
 
-        console = Console(width=100)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+@dataclasses.dataclass(frozen=True)
+class WeightRow:
+    """One weight of a `WeightsReport`.
+
+    Attributes:
+        key: String, place and path of the weight in the model.
+        depth: Int, place of its layer among the weighted layers.
+        shape: Tuple of ints.
+        dtype: String.
+        role: String, `"weight"`, `"statistic"` or `"other"`.
+    """
+
+    key: str
+    depth: int
+    shape: tuple[int, ...]
+    dtype: str
+    role: str
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsReport(Report):
+    """The weights of a model, as signatures see them.
+
+    Attributes:
+        name: String, class and name of the model.
+        nbytes: Int, bytes of all weights.
+        rows: Tuple of `WeightRow`.
+    """
+
+    name: str
+    nbytes: int
+    rows: tuple[WeightRow, ...]
+
+    def tables(self) -> Iterator[Table]:
+        """The `Table`s to print."""
+        yield Table(
+            title=self.name,
+            columns=("weight", "depth", "shape", "dtype", "role"),
+            rows=tuple(
+                (
+                    row.key,
+                    str(row.depth + 1),
+                    shape_text(row.shape),
+                    row.dtype,
+                    row.role,
+                )
+                for row in self.rows
+            ),
+            caption=f"{self.nbytes:,} bytes",
+        )

@@ -12,6 +12,7 @@ not survive if the file is cut meanwhile: here arrays are written and read one
 at a time. Nothing in a file is code.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,6 +20,7 @@ import math
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -102,6 +104,23 @@ def check_filepath(filepath: Any, overwrite: bool = True) -> str:
             f"filepath={os.fspath(filepath)!r}, overwrite=False"
         )
     return path
+
+
+@contextlib.contextmanager
+def replacing(filepath: str) -> Iterator[str]:
+    """Yield the path of a file to write, which then replaces `filepath`.
+
+    Of the same ending. On an error it is removed, and `filepath` stays.
+    """
+    folder, name = os.path.split(filepath)
+    # Not by `tempfile`, which makes files that only their owner may read.
+    temporary = os.path.join(folder, f".{secrets.token_hex(8)}.{name}")
+    try:
+        yield temporary
+        os.replace(temporary, filepath)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def write_arrays(
@@ -196,12 +215,10 @@ class Writer:
             )
 
     def __enter__(self) -> "Writer":
-        folder, name = os.path.split(self.filepath)
-        # Not by `tempfile`, which makes files that only their owner may read.
-        self._temporary = os.path.join(
-            folder, f".{name}.{secrets.token_hex(8)}.tmp"
-        )
-        self._file = open(self._temporary, "xb")
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self.filepath))
+            self._file = stack.enter_context(open(temporary, "xb"))
+            self._open = stack.pop_all()
         return self
 
     def write(self, name: str, array: np.ndarray) -> None:
@@ -220,28 +237,24 @@ class Writer:
         self._checksums[name] = hashlib.sha256(view).hexdigest()
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        try:
-            if kind is None:
-                missing = [
-                    name
-                    for name, checksum in self._checksums.items()
-                    if checksum == _NO_CHECKSUM
-                ]
-                if missing:
-                    raise ValueError(
-                        f"Every entry must be written. Missing: {missing}"
-                    )
-                checksum = hashlib.sha256(self._header(_NO_CHECKSUM))
-                self._file.seek(0)
-                self._file.write(self._header(checksum.hexdigest()))
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                os.replace(self._temporary, self.filepath)
-        finally:
-            self._file.close()
-            if os.path.exists(self._temporary):
-                os.remove(self._temporary)
+        if kind is not None:
+            self._open.__exit__(kind, error, traceback)
+            return
+        with self._open:
+            missing = [
+                name
+                for name, checksum in self._checksums.items()
+                if checksum == _NO_CHECKSUM
+            ]
+            if missing:
+                raise ValueError(
+                    f"Every entry must be written. Missing: {missing}"
+                )
+            checksum = hashlib.sha256(self._header(_NO_CHECKSUM))
+            self._file.seek(0)
+            self._file.write(self._header(checksum.hexdigest()))
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _header(self, checksum: str) -> bytes:
         metadata = {
@@ -313,7 +326,7 @@ class Reader:
         if self.entries[name].dtype != "uint8":
             raise self.error(name, "must be JSON, of dtype U8")
         try:
-            return _parse_json(self.read(name).tobytes())
+            return parse_json(self.read(name).tobytes())
         except ValueError as error:
             raise self.error(name, f"must be JSON ({error})") from error
 
@@ -343,7 +356,7 @@ class Reader:
         try:
             # Compares the header with the file's size, and reads no array.
             with safetensors.safe_open(self.filepath, framework="np"):
-                header = _parse_json(text)
+                header = parse_json(text)
         except (safetensors.SafetensorError, ValueError) as error:
             raise self._error(
                 f"The header is not valid ({str(error)[:300]})"
@@ -362,7 +375,7 @@ class Reader:
             self.entries[name] = self._entry(name, fields)
             self._offsets[name] = fields["data_offsets"][0]
         try:
-            checksums = _parse_json(metadata["sha256"])
+            checksums = parse_json(metadata["sha256"])
         except ValueError:
             checksums = None
         if not isinstance(checksums, dict) or set(checksums) != set(header):
@@ -435,7 +448,9 @@ def _bytes_of(array):
     return memoryview(array.reshape(-1).view("uint8"))
 
 
-def _parse_json(text):
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; raise ValueError if it is not valid."""
+
     def unique(pairs):
         once = dict(pairs)
         if len(once) != len(pairs):

@@ -57,8 +57,8 @@ class Report:
         raise NotImplementedError
 
     def table(self) -> str:
-        """Returns the tables with all rows, as text."""
-        return _text(self._all_tables())
+        """Returns the tables with all rows and whole paths, as text."""
+        return _text(self._all_tables(), width=1000)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain Python values, ready for JSON."""
@@ -137,12 +137,12 @@ def _shortened(tables):
         yield dataclasses.replace(table, rows=shown)
 
 
-def _text(tables):
+def _text(tables, width=100):
     import rich.box
     import rich.console
     import rich.table
 
-    console = rich.console.Console(width=100, color_system=None)
+    console = rich.console.Console(width=width, color_system=None)
     with console.capture() as capture:
         for table in tables:
             if not table.rows:

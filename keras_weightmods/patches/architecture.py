@@ -1,0 +1,204 @@
+"""Which weights a model has: their layers, depths and roles."""
+
+import re
+from typing import Any
+
+import keras
+
+from keras_weightmods.core import keras_private
+from keras_weightmods.core.targets import execution_order
+from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
+from keras_weightmods.patches.report import WeightRow, WeightsReport
+
+# Of BatchNormalization. They are estimates from data, not trained.
+STATISTICS = ("moving_mean", "moving_variance")
+# Of Normalization, which `adapt` fills. Never touched.
+_ADAPTED = ("mean", "variance", "count")
+
+
+def owners(model):
+    """Return {id of variable: layer that holds it}, the first one if shared."""
+    found: dict[int, keras.layers.Layer] = {}
+    for layer in keras_private.layers_of(model):
+        # Not `layer.weights`, which counts those of inner layers in.
+        for variable in keras_private.own_variables(layer):
+            found.setdefault(id(variable), layer)
+    return found
+
+
+def roles(checkpoint, infos):
+    """Return for each weight `"weight"`, `"statistic"` or `"other"`.
+
+    Statistics are those of batch normalization. Other is what is not trained:
+    no floats, the state of Normalization, and with a model at hand whatever
+    is not trainable in a layer that is.
+    """
+    layers = {} if checkpoint.model is None else owners(checkpoint.model)
+    found = []
+    for info in infos:
+        name = info.path.rpartition("/")[2]
+        role = "weight"
+        if name in STATISTICS:
+            role = "statistic"
+        elif info.dtype not in FLOATS or name in _ADAPTED:
+            role = "other"
+        elif layers:
+            variable = checkpoint.variables[info.position]
+            layer = layers.get(id(variable))
+            if not variable.trainable and (layer is None or layer.trainable):
+                role = "other"
+        found.append(role)
+    return found
+
+
+def depths(checkpoint, infos, roles):
+    """Return for each weight its depth: the place of its layer, from 0.
+
+    What counts are the layers with a kernel: a weight of two axes or more. A
+    layer without one, such as a normalization, has the depth of the layer with
+    a kernel that runs before it. The order is that of execution with a model,
+    and that of the list without.
+    """
+    groups = _layer_groups(checkpoint, infos)
+    found = [0] * len(infos)
+    depth = -1
+    for group in groups:
+        if any(roles[i] == "weight" and len(infos[i].shape) > 1 for i in group):
+            depth += 1
+        for i in group:
+            found[i] = max(depth, 0)
+    return found
+
+
+def layer_groups(infos):
+    """Return lists of positions, one for each layer, by paths alone.
+
+    Neighbours with the same path up to the last slash are of one layer, until
+    a name comes again: paths are not unique.
+    """
+    groups: list[list[int]] = []
+    names: set[str] = set()
+    previous = None
+    for place, info in enumerate(infos):
+        layer, _, name = info.path.rpartition("/")
+        if layer != previous or name in names:
+            groups.append([])
+            names = set()
+        groups[-1].append(place)
+        names.add(name)
+        previous = layer
+    return groups
+
+
+def _layer_groups(checkpoint, infos):
+    if checkpoint.model is None:
+        return layer_groups(infos)
+    holders = owners(checkpoint.model)
+    groups: dict[int, list[int]] = {}
+    layers = {}
+    for info, variable in zip(infos, checkpoint.variables):
+        layer = holders[id(variable)]
+        layers[id(layer)] = layer
+        groups.setdefault(id(layer), []).append(info.position)
+    order = execution_order(checkpoint.model, list(layers.values()))
+    # Sorting is stable: what never runs comes last, as declared.
+    return [
+        groups[key]
+        for key in sorted(groups, key=lambda key: order.get(key, len(order)))
+    ]
+
+
+def same_path(a, b):
+    """Return whether two paths name the same weight of one architecture.
+
+    Keras numbers layers through a process ("dense_7"), and the paths of some
+    models begin with the model's own name; both are passed over.
+    """
+    a, b = (re.sub(r"_\d+(?=/|$)", "", path) for path in (a, b))
+    return a == b or a.endswith(f"/{b}") or b.endswith(f"/{a}")
+
+
+def architecture_problems(expected, infos, argument):
+    """Return what keeps `infos` from being of the architecture `expected`.
+
+    Compares count, order, names and numbers of axes. Sizes may differ, as
+    those of heads do: they are compared where weights are combined.
+
+    Args:
+        expected, infos: Sequences of `WeightInfo`.
+        argument: String, what `infos` are in messages.
+
+    Returns:
+        List of strings, empty if nothing is wrong.
+    """
+    named = all(info.path for info in (*expected, *infos))
+    if len(expected) != len(infos):
+        missing = [
+            f"{argument} has no weight {a.path!r}"
+            for a in expected
+            if not any(same_path(a.path, b.path) for b in infos)
+        ]
+        return [
+            *(missing if named else ()),
+            f"{argument} has {len(infos)} weights, and {len(expected)} are "
+            "expected: another architecture",
+        ]
+    return [
+        f"{argument}, weight {a.position}: {b.path!r}, and {a.path!r} is "
+        "expected"
+        for a, b in zip(expected, infos)
+        if named and not same_path(a.path, b.path)
+    ] + [
+        f"{argument}, {a.key}: shape {b.shape}, and {len(a.shape)} axes are "
+        "expected"
+        for a, b in zip(expected, infos)
+        if len(a.shape) != len(b.shape)
+    ]
+
+
+def weight_problems(expected, infos):
+    """Return what keeps weights from being changed as `expected`.
+
+    Args:
+        expected: Sequence of `WeightInfo`, some weights of an architecture.
+        infos: Sequence of `WeightInfo`, all weights of a model.
+
+    Returns:
+        List of strings, empty if nothing is wrong.
+    """
+    problems = []
+    for info in expected:
+        if info.position >= len(infos):
+            continue
+        found = infos[info.position]
+        if found.shape != info.shape:
+            problems.append(
+                f"{info.key}: shape {found.shape}, and {info.shape} is expected"
+            )
+        if found.dtype not in FLOATS:
+            problems.append(
+                f"{info.key}: dtype {found.dtype}, and one of "
+                f"{', '.join(FLOATS)} is expected"
+            )
+    return problems
+
+
+def weights_report(model: Any) -> WeightsReport:
+    """Return the weights of a model, as signatures see them.
+
+    Args:
+        model: A built Keras model.
+    """
+    checkpoint = Checkpoint("model", model)
+    infos = checkpoint.infos
+    found = roles(checkpoint, infos)
+    return WeightsReport(
+        name=f"{type(model).__name__} {model.name}",
+        nbytes=sum(info.nbytes for info in infos),
+        rows=tuple(
+            WeightRow(info.key, depth, info.shape, info.dtype, role)
+            for info, role, depth in zip(
+                infos, found, depths(checkpoint, infos, found)
+            )
+        ),
+    )

@@ -1,0 +1,233 @@
+"""Signatures from checkpoints: which weights are taken, and what of them."""
+
+import dataclasses
+import re
+
+import numpy as np
+
+from keras_weightmods.core.targets import resolve_targets
+from keras_weightmods.patches import architecture, tensors
+from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
+from keras_weightmods.patches.entry import SignatureEntry, float32
+from keras_weightmods.utils import checks
+
+_REPLACED = {"keep": 0.0, "average": 0.5, "replace": 1.0}
+_MISMATCH = "The checkpoints do not match:"
+
+
+def extract(init, clean, robust, depth, targets, statistics, name, like):
+    """Return the fields of a signature; see `WeightSignature.extract`."""
+    checks.check_choice("statistics", statistics, tuple(_REPLACED))
+    if depth is not None and targets is not None:
+        raise ValueError(
+            "Give `depth` or `targets`, not both. Received: "
+            f"depth={depth!r}, targets={targets!r}"
+        )
+    sources = {"init": init, "clean": clean, "robust": robust}
+    checkpoints = {
+        argument: Checkpoint(argument, source)
+        for argument, source in sources.items()
+        if source is not None or argument != "init"
+    }
+    layout, infos = _layout(checkpoints, like)
+    problems = [
+        problem
+        for argument, each in checkpoints.items()
+        for problem in architecture.architecture_problems(
+            infos, each.infos, argument
+        )
+    ]
+    checks.raise_all(_MISMATCH, problems)
+    roles = architecture.roles(layout, infos)
+    depths = architecture.depths(layout, infos, roles)
+    usable = [
+        i
+        for i, role in enumerate(roles)
+        if role == "weight" or (role == "statistic" and statistics != "keep")
+    ]
+    if targets is None:
+        taken = _taken_by_depth(usable, depths, depth)
+    else:
+        taken = _taken_by_targets(layout, infos, usable, targets)
+    problems = [
+        problem
+        for position in taken
+        for problem in _tensor_problems(checkpoints, infos[position])
+    ]
+    checks.raise_all(_MISMATCH, problems)
+    entries = []
+    for position in taken:
+        values = {
+            argument: each.read(position).astype("float64")
+            for argument, each in checkpoints.items()
+        }
+        replaced = 0.0
+        if roles[position] == "statistic":
+            replaced = _REPLACED[statistics]
+            tensor = replaced * values["robust"]
+        elif init is None:
+            tensor = values["robust"] - values["clean"]
+        else:
+            tensor = residual(
+                values["robust"] - values["init"],
+                values["clean"] - values["init"],
+            )
+        entries.append(
+            SignatureEntry(
+                infos[position], depths[position], float32(tensor), replaced
+            )
+        )
+    return {
+        "entries": entries,
+        "architecture": infos,
+        "method": "difference" if init is None else "rws",
+        "name": name,
+        "model_class": layout.model and type(layout.model).__name__,
+        "fingerprints": {
+            argument: each.fingerprint()
+            for argument, each in checkpoints.items()
+        },
+    }
+
+
+def residual(change, reference):
+    """Return `change` less its projection on `reference`, both flattened.
+
+    RWS (arXiv 2302.12480): what a robust checkpoint learned beyond what clean
+    training learned. Where `reference` is zero, that is all of `change`.
+
+    Args:
+        change, reference: Arrays of one shape.
+
+    Returns:
+        A float64 array of that shape.
+    """
+    change = np.asarray(change, "float64")
+    reference = np.asarray(reference, "float64")
+    # Against the overflow of squares, and their underflow.
+    largest = np.max(np.abs(reference), initial=0.0)
+    if largest == 0.0:
+        return change
+    unit = reference / largest
+    share = np.vdot(change, unit) / np.vdot(unit, unit)
+    return change - share * unit
+
+
+def _layout(checkpoints, like):
+    """Return the checkpoint whose layers count, and infos with paths."""
+    for argument in ("clean", "robust", "init"):
+        if argument in checkpoints and checkpoints[argument].model is not None:
+            return checkpoints[argument], checkpoints[argument].infos
+    if like is None:
+        raise ValueError(
+            "Lists do not have the names of their weights. Give `like`: a "
+            "model of the architecture, or the list of its weights' paths. "
+            "Received: like=None"
+        )
+    layout = clean = checkpoints["clean"]
+    if isinstance(like, (list, tuple)):
+        if len(like) != len(clean.infos) or not all(
+            isinstance(path, str) and path for path in like
+        ):
+            raise checks.error(
+                "like",
+                f"a list of one path for each of the {len(clean.infos)} "
+                "weights of `clean`",
+                like,
+            )
+        paths = like
+    else:
+        layout = Checkpoint("like", like)
+        problems = architecture.architecture_problems(
+            layout.infos, clean.infos, "clean"
+        )
+        checks.raise_all(_MISMATCH, problems)
+        paths = [info.path for info in layout.infos]
+    # Shapes and dtypes are the checkpoint's: `like` may have others.
+    return layout, tuple(
+        dataclasses.replace(info, path=path)
+        for info, path in zip(clean.infos, paths)
+    )
+
+
+def _taken_by_depth(usable, depths, depth):
+    depth = checks.check_int("depth", 7 if depth is None else depth, least=1)
+    layers = 1 + max(depths)
+    if depth > layers:
+        raise ValueError(
+            "`depth` must be at most the number of layers with a kernel. "
+            f"Received: depth={depth}, and there are {layers}"
+        )
+    return [i for i in usable if depths[i] < depth]
+
+
+def _taken_by_targets(layout, infos, usable, targets):
+    patterns = targets if isinstance(targets, (list, tuple)) else [targets]
+    if patterns and all(isinstance(p, (str, re.Pattern)) for p in patterns):
+        return _taken_by_paths(infos, usable, patterns)
+    if layout.model is None:
+        raise checks.error(
+            "targets",
+            "a regular expression for the weights' paths, or a list of these, "
+            "where no checkpoint is a model",
+            targets,
+        )
+    holders = architecture.owners(layout.model)
+    layers = {
+        id(holders[id(target.variable)])
+        for target in resolve_targets(layout.model, targets)
+    }
+    taken = [
+        i for i in usable if id(holders[id(layout.variables[i])]) in layers
+    ]
+    if not taken:
+        raise checks.error("targets", "of at least one weight", targets)
+    return taken
+
+
+def _taken_by_paths(infos, usable, patterns):
+    taken = set()
+    for pattern in patterns:
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise checks.error(
+                "targets", f"valid regular expressions ({error})", pattern
+            ) from error
+        found = [i for i in usable if regex.search(infos[i].path)]
+        if not found:
+            paths = ", ".join(infos[i].path for i in usable[:5])
+            raise ValueError(
+                "Each of `targets` must match a weight. Received: "
+                f"targets={pattern!r}, which matches none of {len(usable)}, "
+                f"among them {paths}"
+            )
+        taken.update(found)
+    return sorted(taken)
+
+
+def _tensor_problems(checkpoints, info):
+    """Return what is wrong with one weight, as a list of strings."""
+    problems = []
+    dtypes = {}
+    for argument, each in checkpoints.items():
+        found = each.infos[info.position]
+        dtypes[argument] = found.dtype
+        if found.shape != info.shape:
+            problems.append(
+                f"{argument}, {info.key}: shape {found.shape}, and "
+                f"{info.shape} is expected"
+            )
+        if found.dtype not in FLOATS:
+            problems.append(
+                f"{argument}, {info.key}: dtype {found.dtype}, and one of "
+                f"{', '.join(FLOATS)} is expected"
+            )
+        elif not tensors.is_finite(each.read(info.position)):
+            problems.append(
+                f"{argument}, {info.key}: values that are not finite"
+            )
+    if len(set(dtypes.values())) > 1:
+        listed = ", ".join(f"{k} {v}" for k, v in dtypes.items())
+        problems.append(f"{info.key}: one dtype is expected, not {listed}")
+    return problems

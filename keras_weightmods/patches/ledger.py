@@ -1,0 +1,315 @@
+"""The changes on a model, and what its weights are without them."""
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from keras_weightmods.patches import tensors
+from keras_weightmods.patches.checkpoint import Checkpoint, Snapshot
+from keras_weightmods.patches.sums import Sum, compute, write
+from keras_weightmods.patches.tensors import Sparse
+from keras_weightmods.utils.checks import raise_all
+
+
+class Change:
+    """What can be added to the weights of a model and taken off again.
+
+    Iterating gives its entries, one for each weight that it changes, with the
+    attributes `position` in the model's weights, `tensor` (an array,
+    `Quantized` or `Sparse`) and `replaced`: at scale s the weight w becomes
+    `w + s * (tensor - replaced * w)`.
+    """
+
+    @property
+    def digest(self) -> str:
+        """String, equal for changes that do the same."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def problems(self, checkpoint: Checkpoint) -> list[str]:
+        """Return what keeps the change from fitting a `Checkpoint`."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Patch:
+    """A change on a model, and its scale.
+
+    Attributes:
+        change: `WeightSignature`, or the content of a delta file.
+        scale: Float.
+    """
+
+    change: Change
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Weight:
+    """What the ledger holds of one weight.
+
+    Attributes:
+        clean: `Snapshot` of what it is without any change.
+        places: Array, the places of `clean` in the weight flattened; `None`
+            where `clean` is all of it.
+        entries: Dict from the names of the patches on it to their entries.
+    """
+
+    clean: Snapshot
+    places: np.ndarray | None
+    entries: dict[str, Any]
+
+
+class Ledger:
+    """The patches on a model by name, and the clean values of its weights.
+
+    A changed weight is always computed anew, `clean + sum of scale * change`.
+    Clean values are kept of changed weights alone: of all entries, or, where
+    all that changes a weight is `Sparse`, of the entries at its places.
+
+    Attributes:
+        patches: Dict from names to `Patch`.
+    """
+
+    def __init__(self):
+        self.patches: dict[str, Patch] = {}
+        self._weights: dict[int, _Weight] = {}
+
+    @property
+    def nbytes(self):
+        """Int, the bytes of the clean values."""
+        return sum(each.clean.array.nbytes for each in self._weights.values())
+
+    def fingerprint(self, model):
+        """Return that of a `Checkpoint` of the model without its patches."""
+
+        def read(position):
+            present = model.read(position)
+            weight = self._weights.get(position)
+            return present if weight is None else _with_clean(present, weight)
+
+        return model.fingerprint(read)
+
+    def check_unchanged(self, model, positions=None, force=False):
+        """Return the positions of weights that something else has changed.
+
+        Args:
+            model: `Checkpoint` of the model.
+            positions: Where to look. Defaults to all weights in the ledger.
+            force: Bool, whether such weights are fine.
+
+        Raises:
+            ValueError: If there are any and `force` is not set; lists all.
+        """
+        weights = {
+            p: weight
+            for p, weight in sorted(self._weights.items())
+            if positions is None or p in positions
+        }
+        arrays = {p: model.read(p).reshape(-1) for p in weights}
+        terms = {}
+        for position, weight in weights.items():
+            terms[position] = _terms(
+                self.patches, weight.entries, weight.places
+            )
+            if weight.places is not None:
+                arrays[position] = arrays[position][weight.places]
+        unchanged = tensors.over_parts(
+            lambda p, part: tensors.is_rebuilt(
+                arrays[p], weights[p].clean.array.reshape(-1), terms[p], part
+            ),
+            arrays,
+        )
+        changed = [p for p in weights if not all(unchanged[p])]
+        if not force:
+            raise_all(
+                "Weights were changed since they were patched, by training "
+                "for instance; `force=True` takes patches off all the same.",
+                [model.infos[position].key for position in changed],
+            )
+        return changed
+
+    def update(self, model, after, force=False):
+        """Bring a model from the present patches to those in `after`.
+
+        Args:
+            model: `Checkpoint` of the model.
+            after: Dict from names to `Patch`.
+            force: Bool, whether to take patches off weights that were changed
+                since: off their clean values where these are kept of a few
+                entries, and off what they are now where of all of them.
+
+        Returns:
+            Three lists of positions: of the weights that were written from
+            clean values, of those from which patches were subtracted, and of
+            changed statistics, which are left as they are.
+
+        Raises:
+            ValueError: Listing all weights that were changed since, or whose
+                result is not finite. The model is unchanged then.
+        """
+        entries = self._entries_after(after)
+        known = {p: self._weights[p] for p in entries if p in self._weights}
+        changed = self.check_unchanged(model, entries, force)
+        left = [
+            p
+            for p in changed
+            if any(entry.replaced for entry in known[p].entries.values())
+        ]
+        subtracted = [
+            p for p in changed if p not in left and known[p].places is None
+        ]
+        written = [p for p in entries if p not in left]
+        keys = {p: model.infos[p].key for p in written}
+        entries_before = {
+            p: known[p].entries if p in known else {} for p in written
+        }
+        places = {
+            p: _union({**entries_before[p], **entries[p]}) for p in written
+        }
+        terms_before = {
+            p: _terms(self.patches, entries_before[p], places[p])
+            for p in written
+        }
+        # What is kept whole, and still there, is computed and not read.
+        computed = [
+            p
+            for p in written
+            if p in known and known[p].places is None and p not in subtracted
+        ]
+        present = self._present(model, places, computed)
+        clean = {p: known[p].clean for p in computed}
+        for p, values in present.items():
+            clean[p] = values
+            if p in known and p not in subtracted:
+                array = _with_clean(values.array, known[p], places[p])
+                clean[p] = Snapshot(array)
+        opposite = {
+            p: Sum(keys[p], present[p], [(-s, t, r) for s, t, r in terms])
+            for p, terms in terms_before.items()
+            if p in subtracted
+        }
+        values, problems = compute(opposite)
+        raise_all("The change cannot be written:", problems)
+        clean.update(values)
+        before = {
+            p: Sum(keys[p], clean[p], terms_before[p])
+            if p in computed
+            else Sum(keys[p], present[p], [], places[p])
+            for p in written
+        }
+        new = {
+            p: Sum(
+                keys[p],
+                clean[p],
+                _terms(after, entries[p], places[p]),
+                places[p],
+            )
+            for p in written
+        }
+        write(model, new, before)
+        self.patches = after
+        for p in entries:
+            self._weights.pop(p, None)
+            if p in new and entries[p]:
+                kept = _union(entries[p])
+                self._weights[p] = _Weight(
+                    _restricted(clean[p], places[p], kept), kept, entries[p]
+                )
+        return [p for p in written if p not in subtracted], subtracted, left
+
+    def _present(self, model, places, computed):
+        """Return {position: `Snapshot`} of all weights but those computed."""
+        present = model.snapshots(
+            p for p in places if places[p] is None and p not in computed
+        )
+        for p, where in places.items():
+            if where is not None:
+                present[p] = Snapshot(model.read(p).reshape(-1)[where])
+        return present
+
+    def _entries_after(self, after):
+        """Return {position: {name: entry}} of the weights that change."""
+        found: dict[int, dict[str, Any]] = {}
+        for name, patch in {**self.patches, **after}.items():
+            if self.patches.get(name) is after.get(name):
+                continue
+            for entry in patch.change:
+                weight = self._weights.get(entry.position)
+                present = {} if weight is None else weight.entries
+                # A statistic that was left as it is has no patch any more.
+                if name in self.patches and name not in present:
+                    continue
+                entries = found.setdefault(entry.position, dict(present))
+                if name in after:
+                    entries[name] = entry
+                else:
+                    del entries[name]
+        return dict(sorted(found.items()))
+
+
+# One for each model, so that two callers never take each other's changes for
+# the clean model. Not in the model, which would save and copy it.
+_LEDGERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def ledger_of(model):
+    """Return the `Ledger` of a model."""
+    return _LEDGERS.setdefault(model, Ledger())
+
+
+def _terms(patches, entries, places):
+    """Return the terms of a weight's sum, in an order of their own.
+
+    The sum of two does not depend on their order; that of more does.
+    """
+    names = list(entries)
+    if len(names) > 2:
+        names.sort(key=lambda name: patches[name].change.digest)
+    found = []
+    for name in names:
+        tensor, replaced = entries[name].tensor, entries[name].replaced
+        if places is not None:
+            tensor = tensor.at(places)
+        found.append((patches[name].scale, tensor, replaced))
+    return found
+
+
+def _union(entries):
+    """Return the places of all entries, or None if one is not `Sparse`."""
+    found = [entry.tensor for entry in entries.values()]
+    if not all(isinstance(tensor, Sparse) for tensor in found):
+        return None
+    return functools.reduce(np.union1d, [tensor.places for tensor in found])
+
+
+def _with_clean(present, weight, places=None):
+    """Return `present` with the clean values of a `_Weight` in their places.
+
+    Args:
+        present: Array, the present values at `places`.
+        weight: `_Weight`.
+        places: Array, or `None` for all.
+    """
+    if weight.places is None:
+        return weight.clean.array
+    where = weight.places
+    if places is not None:
+        where = np.searchsorted(places, where)
+    whole = np.array(present, order="C")
+    whole.reshape(-1)[where] = weight.clean.array
+    return whole
+
+
+def _restricted(clean, places, kept):
+    """Return a `Snapshot` at `places`, `None` for all, at `kept` alone."""
+    if kept is None:
+        return clean
+    where = kept if places is None else np.searchsorted(places, kept)
+    return Snapshot(clean.array.reshape(-1)[where])

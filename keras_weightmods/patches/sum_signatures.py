@@ -1,0 +1,111 @@
+"""Several signatures made into one."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from keras_weightmods.patches import combine
+from keras_weightmods.patches.weight_signature import WeightSignature
+from keras_weightmods.utils import checks
+
+_METHODS = ("sum", "mean", "ties", "dare")
+
+
+def sum_signatures(
+    signatures: Sequence[WeightSignature],
+    method: str = "sum",
+    weights: Sequence[float] | None = None,
+    *,
+    density: float = 0.2,
+    drop_rate: float = 0.9,
+    seed: int = 0,
+) -> WeightSignature:
+    """Make one signature of several of the same architecture.
+
+    Where a signature has nothing for a weight that another one has, it counts
+    as zero. Batch-norm statistics are always summed with the weights, or
+    averaged where the method takes a mean.
+
+    Args:
+        signatures: List of `WeightSignature`.
+        method: String:
+            `"sum"`: the sum of `weight * signature` (task arithmetic, arXiv
+            2212.04089). `"mean"`: that divided by the sum of the weights; with
+            equal weights what RWS (arXiv 2302.12480) does with several.
+            `"ties"` (arXiv 2306.01708): each signature times its weight is
+            trimmed to its largest entries, and of these each entry's mean is
+            taken over those that have the sign of their sum.
+            `"dare"` (arXiv 2311.03099): of each signature entries are dropped
+            at random and the others rescaled; then the sum.
+        weights: List of floats, one for each signature. Defaults to ones.
+        density: Float in (0, 1], for `"ties"`: the share of entries that the
+            trimming keeps, over all of a signature's weights together.
+        drop_rate: Float in [0, 1), for `"dare"`: the share that is dropped.
+        seed: Int, for `"dare"`.
+
+    Returns:
+        A `WeightSignature` in float32.
+
+    Raises:
+        ValueError: If an argument is wrong or the signatures are not of one
+            architecture; all mismatches are listed.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods import WeightSignature, sum_signatures
+
+    rng = np.random.default_rng(0)
+    clean, noise, blur = (
+        [rng.normal(size=(3, 2)), rng.normal(size=2)] for _ in range(3)
+    )
+    signatures = [
+        WeightSignature.extract(
+            None, clean, robust, depth=1, like=["dense/kernel", "dense/bias"]
+        )
+        for robust in (noise, blur)
+    ]
+    both = sum_signatures(signatures, method="ties", density=0.5)
+    ```
+    """
+    if (
+        not isinstance(signatures, (list, tuple))
+        or not signatures
+        or not all(isinstance(each, WeightSignature) for each in signatures)
+    ):
+        raise checks.error(
+            "signatures",
+            "a list of `WeightSignature`, of one at least",
+            signatures,
+        )
+    checks.check_choice("method", method, _METHODS)
+    if weights is None:
+        weights = [1.0] * len(signatures)
+    if not isinstance(weights, (list, tuple, np.ndarray)) or len(
+        weights
+    ) != len(signatures):
+        raise checks.error(
+            "weights",
+            f"a list of one number for each of the {len(signatures)} "
+            "signatures",
+            weights,
+        )
+    weights = [float(checks.check_float("weights", each)) for each in weights]
+    if method == "sum":
+        return combine.linear_combination(signatures, weights, "sum")
+    if method == "dare":
+        checks.check_float("drop_rate", drop_rate, least=0, below=1)
+        seed = checks.check_int("seed", seed, least=0)
+        return combine.dare(signatures, weights, drop_rate, seed)
+    total = sum(weights)
+    if total == 0:
+        raise ValueError(
+            f"The `weights` of method {method!r} must not sum to 0. Received: "
+            f"weights={weights}"
+        )
+    if method == "mean":
+        shares = [weight / total for weight in weights]
+        return combine.linear_combination(signatures, shares, "mean")
+    checks.check_float("density", density, above=0, most=1)
+    return combine.ties(signatures, weights, density)

@@ -1,0 +1,140 @@
+"""Weights as sums of clean values and changes: computed, checked, written."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from keras_weightmods.patches import tensors
+from keras_weightmods.patches.checkpoint import Checkpoint, Snapshot
+from keras_weightmods.utils.checks import raise_all
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sum:
+    """What a weight is to be.
+
+    Attributes:
+        key: String, the weight's key.
+        clean: `Snapshot` of what to add to.
+        terms: List of triples as in `tensors.rebuilt_pieces`; may be empty.
+        places: Array of the places of `clean` in the weight flattened; `None`
+            where `clean` is all of it.
+    """
+
+    key: str
+    clean: Snapshot
+    terms: list[Any] = dataclasses.field(default_factory=list)
+    places: np.ndarray | None = None
+
+
+def changed_list(weights, change, scale_for):
+    """Return a list of arrays, changed; those given are not touched.
+
+    Args:
+        weights: List of arrays, as from `model.get_weights()`.
+        change: `Change`.
+        scale_for: Callable from the `replaced` of an entry to its scale.
+    """
+    checkpoint = Checkpoint("weights", weights)
+    raise_all(
+        "The change does not fit the weights:", change.problems(checkpoint)
+    )
+    sums = {}
+    for entry in change:
+        clean = Snapshot(checkpoint.arrays[entry.position])
+        term = scale_for(entry.replaced), entry.tensor, entry.replaced
+        sums[entry.position] = Sum(entry.key, clean, [term])
+    values, problems = compute(sums)
+    raise_all("The change cannot be written:", problems)
+    new = list(checkpoint.arrays)
+    for position, snapshot in values.items():
+        new[position] = snapshot.array
+    return new
+
+
+def compute(sums, memories=()):
+    """Compute sums in one pass, and check the results.
+
+    Args:
+        sums: Dict from positions to `Sum`.
+        memories: Dict from positions to arrays, where to write these sums.
+
+    Returns:
+        Dict from positions to `Snapshot`, and a list of strings, what is
+        wrong.
+    """
+    values = {}
+    for position, each in sums.items():
+        clean = each.clean.array
+        if position in memories:
+            values[position] = Snapshot(memories[position])
+        elif each.terms:
+            out = tensors.empty_aligned(clean.shape, clean.dtype)
+            values[position] = Snapshot(out)
+        else:
+            values[position] = each.clean
+    sources = {p: each.clean.array.reshape(-1) for p, each in sums.items()}
+    targets = {
+        p: values[p].array.reshape(-1)
+        for p, each in sums.items()
+        if values[p] is not each.clean
+    }
+
+    def compute_part(position, part):
+        each, source = sums[position], sources[position]
+        target = targets[position]
+        if not each.terms:
+            target[part] = source[part]
+            return None
+        pieces = tensors.rebuilt_pieces(source, each.terms, part, target)
+        problems = (_problem(each.key, source, piece) for _, piece in pieces)
+        return next(filter(None, problems), None)
+
+    found = tensors.over_parts(compute_part, targets).values()
+    first = [next(filter(None, parts), None) for parts in found]
+    return values, [problem for problem in first if problem is not None]
+
+
+def write(model, new, before):
+    """Bring weights to the sums `new`; all or, on an error, none.
+
+    Args:
+        model: `Checkpoint` of a model.
+        new, before: Dicts from positions to `Sum`, what to write and what is
+            there.
+    """
+    memories = {p: model.memory(p) for p in new if new[p].places is None}
+    memories = {p: m for p, m in memories.items() if m is not None}
+    started = list(memories)
+    try:
+        values, problems = compute(new, memories)
+        raise_all("The change cannot be written:", problems)
+        for position in new:
+            if position not in memories:
+                started.append(position)
+                _assign(model, position, new[position], values[position])
+    except BaseException:
+        values, _ = compute({p: before[p] for p in started}, memories)
+        for position in started:
+            if position not in memories:
+                _assign(model, position, before[position], values[position])
+        raise
+
+
+def _assign(model, position, each, values):
+    if each.places is None:
+        model.assign(position, values)
+    else:
+        model.assign_at(position, each.places, values.array)
+
+
+def _problem(key, clean, result):
+    """Return what is wrong with a part of the result for a weight, or None."""
+    if not tensors.is_finite(result):
+        if not tensors.is_finite(clean):
+            return f"{key}: values that are not finite"
+        return f"{key}: the result is not finite in {clean.dtype}"
+    if key.endswith("moving_variance") and (result < 0).any():
+        return f"{key}: the result is a negative variance"
+    return None

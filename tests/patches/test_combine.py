@@ -1,0 +1,154 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_weightmods import sum_signatures
+from keras_weightmods.patches import combine
+from tests.models import make_signature
+from tests.patches import references
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(1, 4),
+    density=st.sampled_from([0.05, 0.2, 0.5, 1.0]),
+)
+def test_ties(seed, count, density):
+    vectors = np.random.default_rng(seed).normal(size=(count, 10))
+    split = [[v[:4].reshape(2, 2), v[4:]] for v in vectors]
+    trimmed = [combine.trimmed(arrays, density) for arrays in split]
+    got = [combine.elected_mean(arrays) for arrays in zip(*trimmed)]
+    np.testing.assert_allclose(
+        np.concatenate([x.reshape(-1) for x in got]),
+        references.ties(vectors, density),
+    )
+
+
+def test_ties_without_a_majority():
+    a = np.array([1.0, 0.0, 3.0])
+    np.testing.assert_array_equal(
+        combine.elected_mean([a, -a + [0, 0, 1]]), [0.0, 0.0, 3.0]
+    )
+
+
+def test_dare():
+    x = np.random.default_rng(0).normal(size=(20, 30))
+    got = combine.dropped(x, 0.9, np.random.default_rng(5))
+    uniform = np.random.default_rng(5).random((20, 30))
+    expected = references.dare(x.flat, 0.9, uniform.flat)
+    np.testing.assert_allclose(got, np.reshape(expected, x.shape))
+    assert 0.05 < np.mean(got != 0) < 0.15
+
+
+def test_algebra(model):
+    a, b = (make_signature(model, seed) for seed in (1, 2))
+    c = a.truncate(1)
+
+    def whole(signature):
+        found = np.zeros(200)
+        for entry in signature:
+            start = 10 * entry.info.position
+            flat = entry.dequantized().reshape(-1)[:10]
+            found[start : start + flat.size] = flat
+        return found
+
+    cases = [
+        (a + b, whole(a) + whole(b)),
+        (a - c, whole(a) - whole(c)),
+        (c - a, whole(c) - whole(a)),
+        (2 * a, 2 * whole(a)),
+        (np.float64(0.5) * a, whole(a) / 2),
+        (a * 3, 3 * whole(a)),
+        (a / 4, whole(a) / 4),
+        (-a, -whole(a)),
+        (sum_signatures([a, b, c]), whole(a) + whole(b) + whole(c)),
+        (
+            sum_signatures([a, b], weights=[2, -1]),
+            2 * whole(a) - whole(b),
+        ),
+        (
+            sum_signatures((a, b), "mean", np.array([3, 1])),
+            0.75 * whole(a) + 0.25 * whole(b),
+        ),
+        (sum_signatures([a], "dare", drop_rate=0), whole(a)),
+        (sum_signatures([a], "ties", density=1), whole(a)),
+        (
+            a.quantize(8) + b.quantize(4, per_channel=True),
+            whole(a.quantize(8)) + whole(b.quantize(4, per_channel=True)),
+        ),
+    ]
+    for got, expected in cases:
+        np.testing.assert_allclose(whole(got), expected, rtol=1e-5, atol=1e-6)
+        assert got.architecture == a.architecture
+    assert not np.any(whole(a - a))
+    assert (2 * a).method == "rws"
+    assert (a + b).method == "sum"
+    assert (a + a).fingerprints == a.fingerprints
+    assert (a + b).fingerprints == {}
+
+
+@pytest.mark.parametrize("density", [0.1, 0.4])
+def test_ties_merges_whole_signatures(model, density):
+    parts = [make_signature(model, seed) for seed in (1, 2, 3)]
+    weights = [1.0, 2.0, 0.5]
+    vectors = [
+        np.concatenate([w * e.tensor.reshape(-1) for e in each])
+        for each, w in zip(parts, weights)
+    ]
+    got = sum_signatures(parts, "ties", weights, density=density)
+    np.testing.assert_allclose(
+        np.concatenate([e.tensor.reshape(-1) for e in got]),
+        references.ties(vectors, density),
+        rtol=1e-5,
+    )
+
+
+def test_dare_is_seeded(model):
+    a, b = (make_signature(model, seed) for seed in (1, 2))
+    got, again, other = (
+        sum_signatures([a, b], "dare", drop_rate=0.5, seed=seed)
+        for seed in (3, 3, 4)
+    )
+    assert got.digest == again.digest != other.digest
+    generator = np.random.default_rng(3)
+    expected = [
+        [
+            np.reshape(
+                references.dare(
+                    e.tensor.flat, 0.5, generator.random(e.tensor.shape).flat
+                ),
+                e.tensor.shape,
+            )
+            for e in each
+        ]
+        for each in (a, b)
+    ]
+    for entry, x, y in zip(got, *expected):
+        np.testing.assert_allclose(entry.tensor, x + y, rtol=1e-5, atol=1e-6)
+
+
+def test_cosine_similarity(model):
+    a, b = (make_signature(model, seed) for seed in (1, 2))
+    got = a.cosine_similarity(b)
+    x, y = (
+        np.concatenate([e.tensor.reshape(-1) for e in each]) for each in (a, b)
+    )
+    expected = x @ y / np.sqrt((x @ x) * (y @ y))
+    assert got.whole == pytest.approx(expected, rel=1e-5)
+    x, y = (
+        np.concatenate([e.tensor.reshape(-1) for e in each.entries[:2]])
+        for each in (a, b)
+    )
+    first = next(iter(got.layers.values()))
+    assert first == pytest.approx(x @ y / np.sqrt((x @ x) * (y @ y)), rel=1e-5)
+    assert [key.split(":")[0] for key in got.layers] == ["0", "2", "6", "8"]
+    assert a.cosine_similarity(-3 * a).whole == pytest.approx(-1)
+    # What one of them lacks counts as zero.
+    part = a.truncate(1).cosine_similarity(a)
+    assert 0 < part.whole < 1
+    assert list(part.layers.values()) == pytest.approx([1, 1, 0, 0])
+    assert (a - a).cosine_similarity(b).whole == 0
+    shifted = make_signature(model, 1, statistics="replace")
+    assert shifted.cosine_similarity(a).whole == pytest.approx(1)

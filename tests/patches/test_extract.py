@@ -1,0 +1,263 @@
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import keras_weightmods as kwm
+from keras_weightmods import WeightSignature, sum_signatures
+from keras_weightmods.patches.extract import residual
+from keras_weightmods.patches.quantized import Quantized
+from tests.models import (
+    CONV,
+    DENSE,
+    HEAD,
+    PATHS,
+    STATISTICS,
+    assert_same_bits,
+    conv_net,
+    random_weights,
+    weights_of,
+)
+from tests.patches import references
+
+WEIGHTS_OF_TWO = [0, 1, 2, 3, 6, 7, 8, 9]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), exponent=st.sampled_from([-170, 0, 150]))
+def test_residual(seed, exponent):
+    rng = np.random.default_rng(seed)
+    init = np.zeros((3, 2))
+    clean, robust = rng.normal(size=(2, 3, 2))
+    got = residual(robust, clean * 10.0**exponent)
+    np.testing.assert_allclose(
+        got, references.rws(init, clean, robust), rtol=1e-9, atol=1e-12
+    )
+    # What is left has nothing of the reference, and once is enough.
+    assert abs(np.vdot(got, clean)) < 1e-12
+    np.testing.assert_allclose(residual(got, clean), got, rtol=1e-9, atol=1e-12)
+
+
+def test_residual_of_nothing():
+    change = np.array([1.0, -2.0])
+    np.testing.assert_array_equal(residual(change, np.zeros(2)), change)
+    assert residual(np.zeros((0, 2)), np.zeros((0, 2))).shape == (0, 2)
+
+
+def positions(signature):
+    return [entry.info.position for entry in signature]
+
+
+def test_definition(model, trio):
+    init, clean, robust = trio
+    # A tensor that clean training did not move keeps all of its change.
+    clean[1] = init[1].copy()
+    signature = WeightSignature.extract(*trio, depth=2, like=model)
+    assert positions(signature) == WEIGHTS_OF_TWO
+    assert signature.depth == 2
+    for entry in signature:
+        place = entry.info.position
+        expected = references.rws(init[place], clean[place], robust[place])
+        np.testing.assert_allclose(
+            signature[entry.key], expected, rtol=1e-5, atol=1e-6
+        )
+    np.testing.assert_allclose(
+        signature.entries[1].tensor, robust[1] - init[1], rtol=1e-6
+    )
+
+
+def test_models_and_lists_are_one(trio):
+    checkpoints = [conv_net(name=name) for name in ("a", "b", None)]
+    for checkpoint, weights in zip(checkpoints, trio):
+        checkpoint.set_weights(weights)
+    before = [weights_of(m) for m in checkpoints]
+    signature = WeightSignature.extract(*checkpoints, depth=3)
+    lists = WeightSignature.extract(*trio, depth=3, like=PATHS)
+    mixed = WeightSignature.extract(
+        checkpoints[0], trio[1], checkpoints[2], depth=3
+    )
+    for other in (lists, mixed):
+        assert positions(other) == positions(signature)
+        assert other.fingerprints == signature.fingerprints
+        for a, b in zip(signature, other):
+            assert a.depth == b.depth
+            np.testing.assert_array_equal(a.tensor, b.tensor)
+    assert signature.model_class == "Sequential"
+    assert lists.model_class is None
+    assert signature.method == "rws"
+    assert set(signature.fingerprints) == {"init", "clean", "robust"}
+    assert len(set(signature.fingerprints.values())) == 3
+    for checkpoint, weights in zip(checkpoints, before):
+        assert_same_bits(weights_of(checkpoint), weights)
+
+
+def test_two_checkpoints(model, trio):
+    _, clean, robust = trio
+    signature = WeightSignature.extract(None, clean, robust, 4, like=model)
+    assert signature.method == "difference"
+    assert set(signature.fingerprints) == {"clean", "robust"}
+    patched = signature.apply(clean)
+    for place, (a, b, c) in enumerate(zip(patched, robust, clean)):
+        if place in STATISTICS:
+            assert a is c
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_depth_follows_execution():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.last = keras.layers.Dense(2, name="last")
+            self.norm = keras.layers.LayerNormalization(name="norm")
+            self.first = keras.layers.Dense(3, name="first")
+
+        def build(self, input_shape):
+            self.first.build(input_shape)
+            self.norm.build((None, 3))
+            self.last.build((None, 3))
+            self.built = True
+
+        def call(self, x):
+            return self.last(self.norm(self.first(x)))
+
+    model = Model()
+    model(np.zeros((1, 4), "float32"))
+    paths = [variable.path for variable in model.weights]
+    assert "last" in paths[0]
+    weights = weights_of(model)
+    for depth, expected in ((1, {"first", "norm"}), (2, None)):
+        signature = WeightSignature.extract(None, model, weights, depth=depth)
+        found = {e.info.path.split("/")[-2] for e in signature}
+        assert found == (expected or {"first", "norm", "last"})
+        assert signature.depth == depth
+    with pytest.raises(ValueError, match="there are 2"):
+        WeightSignature.extract(None, model, weights, depth=3)
+
+
+def test_targets(model, trio):
+    targets = kwm.find_targets(model, include="dense")
+    models = [model, trio[1], trio[2]]
+    by_target = WeightSignature.extract(*models, targets=targets[:1])
+    assert positions(by_target) == [DENSE, DENSE + 1]
+    assert [e.depth for e in by_target] == [2, 2]
+    for pattern in (r"^norm_b/", ["norm_b/gamma", "norm_b/beta"]):
+        by_path = WeightSignature.extract(*trio, targets=pattern, like=PATHS)
+        assert positions(by_path) == [8, 9]
+    everything = WeightSignature.extract(
+        *trio, targets="", statistics="replace", like=PATHS
+    )
+    assert len(everything) == len(PATHS)
+    wrong = (
+        ("(", "valid regular"),
+        ("nothing", "matches none of 12"),
+        ([], "targets"),
+        (7, "targets"),
+        (kwm.find_targets(conv_net()), "weights of the model"),
+    )
+    for value, message in wrong[:4]:
+        with pytest.raises(ValueError, match=message):
+            WeightSignature.extract(*models, targets=value)
+    with pytest.raises(ValueError, match="weights of the model"):
+        WeightSignature.extract(*models, targets=wrong[4][0])
+    with pytest.raises(ValueError, match="where no checkpoint is a model"):
+        WeightSignature.extract(*trio, targets=targets, like=PATHS)
+
+
+@pytest.mark.parametrize("statistics", ["keep", "average", "replace"])
+def test_statistics(model, trio, statistics):
+    _, clean, robust = trio
+    signature = WeightSignature.extract(
+        *trio, depth=2, statistics=statistics, like=model
+    )
+    other = random_weights(model, 7)
+    patched = signature.apply(other)
+    for place in STATISTICS:
+        pair = {"keep": (1, 0), "average": (0.5, 0.5), "replace": (0, 1)}
+        own, theirs = pair[statistics]
+        np.testing.assert_allclose(
+            patched[place],
+            own * other[place] + theirs * robust[place],
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    # Quantizing leaves them alone, and a mean of signatures is their mean.
+    eight = signature.quantize(8)
+    for entry in eight:
+        packed = isinstance(entry.tensor, Quantized)
+        assert packed == (entry.info.position not in STATISTICS)
+    if statistics == "replace":
+        second = WeightSignature.extract(
+            trio[0], clean, other, depth=2, statistics="replace", like=model
+        )
+        for method in ("mean", "ties"):
+            mean = sum_signatures([eight, second], method)
+            for place in STATISTICS:
+                np.testing.assert_allclose(
+                    mean.apply(clean)[place],
+                    (robust[place] + other[place]) / 2,
+                    rtol=1e-5,
+                    atol=1e-6,
+                )
+        with pytest.raises(ValueError, match="negative variance"):
+            signature.apply(other, scale=-30.0)
+
+
+def test_state_is_not_touched():
+    inputs = keras.Input((3,))
+    x = keras.layers.Normalization(mean=None)(inputs)
+    x = keras.layers.Dropout(0.5, seed=1)(x)
+    model = keras.Model(inputs, keras.layers.Dense(2)(x))
+    weights = random_weights(model, 0)
+    signature = WeightSignature.extract(
+        None, model, weights, targets="", statistics="replace"
+    )
+    assert [e.info.path.split("/")[-1] for e in signature] == ["kernel", "bias"]
+    # Without a model, names and dtypes tell.
+    paths = [variable.path for variable in model.weights]
+    by_name = WeightSignature.extract(
+        None, model.get_weights(), weights, targets="", like=paths
+    )
+    assert positions(by_name) == positions(signature)
+    # A frozen layer is a layer like another.
+    model.trainable = False
+    frozen = WeightSignature.extract(None, model, weights, targets="")
+    assert positions(frozen) == positions(signature)
+
+
+def test_extract_lists_all_that_is_wrong(model, trio):
+    init, clean, robust = ([w.copy() for w in each] for each in trio)
+    init[CONV][0, 0, 0, 0] = np.nan
+    clean[1] = clean[1].astype(ml_dtypes.bfloat16)
+    robust[2] = np.zeros(5, "float32")
+    robust[3] = robust[3].astype("int32")
+    # What is not taken does not count.
+    robust[HEAD] = np.full((9, 9), np.nan, "float32")
+    with pytest.raises(ValueError) as error:
+        WeightSignature.extract(init, clean, robust, depth=1, like=PATHS)
+    message = str(error.value)
+    for part in (
+        "init, 0:conv/kernel: values that are not finite",
+        "1:conv/bias: one dtype is expected, not init float32, clean bfloat16",
+        "robust, 2:norm/gamma: shape (5,), and (2,) is expected",
+        "robust, 3:norm/beta: dtype int32",
+    ):
+        assert part in message, part
+    assert str(9) not in message
+    robust[HEAD] = robust[HEAD][0]
+    with pytest.raises(ValueError, match=r"14:head/kernel.*2 axes"):
+        WeightSignature.extract(*trio[:2], robust, depth=1, like=PATHS)
+    with pytest.raises(ValueError, match="has 3 weights, and 16 are"):
+        WeightSignature.extract(init[:3], *trio[1:], depth=1, like=PATHS)
+    other = keras.Sequential(
+        [
+            keras.Input((6, 6, 1)),
+            keras.layers.Conv2D(2, 3, name="renamed"),
+            *conv_net().layers[1:],
+        ]
+    )
+    with pytest.raises(ValueError, match=r"renamed/kernel', and 'conv2d") as e:
+        WeightSignature.extract(model, model, other, depth=1)
+    assert "2 problems" in str(e.value)
