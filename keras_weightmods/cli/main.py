@@ -134,7 +134,7 @@ def _report(args):
       keras-weightmods report model.keras
       keras-weightmods report model.keras --pattern 1:4
     """
-    print(sparsity_report(_load_model(args.model), pattern=args.pattern))
+    print(sparsity_report(_load_model(args.model), args.pattern).table())
 
 
 @_command(
