@@ -2,14 +2,25 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_weightmods.core import seam
-from keras_weightmods.core.attach import attach_to_targets
-from keras_weightmods.core.targets import Skipped, resolve_targets
-from keras_weightmods.ops.nm import from_matrix, parse_pattern, to_matrix
+from keras_weightmods.core.attach import (
+    ReparameterizationReport,
+    attach_to_targets,
+)
+from keras_weightmods.core.targets import Target, resolve_targets
+from keras_weightmods.ops.nm import (
+    Pattern,
+    from_matrix,
+    parse_pattern,
+    to_matrix,
+)
+from keras_weightmods.utils import checks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,52 +33,14 @@ class ScaledKernel:
     scale: keras.Variable
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ScalingReport:
-    """What `attach_scaling` changed and skipped.
-
-    Attributes:
-        kernels: Tuple of `ScaledKernel`, the kernels changed.
-        skipped: Tuple of `Skipped`, path and reason.
-        groups: Int, the number of groups asked for.
-    """
-
-    kernels: tuple[ScaledKernel, ...]
-    skipped: tuple[Skipped, ...] = ()
-    groups: int | None = None
-
-    @property
-    def scales(self):
-        """List of the scale variables."""
-        return [kernel.scale for kernel in self.kernels]
-
-    @property
-    def reduced(self):
-        """Tuple of the kernels that got fewer groups than asked for."""
-        return tuple(
-            kernel
-            for kernel in self.kernels
-            if self.groups is not None and kernel.groups < self.groups
-        )
-
-    def __str__(self):
-        reduced = [
-            f"  {kernel.path}: {kernel.groups} group(s) of {self.groups}"
-            for kernel in self.reduced
-        ]
-        skipped = [f"  {item.path}: {item.reason}" for item in self.skipped]
-        return "\n".join(
-            [
-                f"{len(self.kernels)} kernels, {len(self.reduced)} with fewer "
-                f"groups, {len(self.skipped)} skipped",
-                *reduced,
-                *skipped,
-            ]
-        )
-
-
-def attach_scaling(model, *, targets=None, groups=2, pattern="2:4"):
-    """Gives each output unit of each target `groups` learnable scales.
+def attach_scaling(
+    model: keras.Model,
+    *,
+    targets: Any = None,
+    groups: int = 2,
+    pattern: Pattern = "2:4",
+) -> ReparameterizationReport:
+    """Give each output unit of each target `groups` learnable scales.
 
     The effective weight is `scale * kernel`, with one scale, one at the start,
     for each output unit and each of `groups` contiguous blocks of the
@@ -103,7 +76,7 @@ def attach_scaling(model, *, targets=None, groups=2, pattern="2:4"):
         pattern: The N:M pattern, `"n:m"` or `(n, m)`. Only m matters.
 
     Returns:
-        A `ScalingReport`.
+        A `ReparameterizationReport`, whose `kernels` are `ScaledKernel`s.
 
     Raises:
         ValueError: If `groups` or `pattern` is wrong, no target can be
@@ -118,36 +91,36 @@ def attach_scaling(model, *, targets=None, groups=2, pattern="2:4"):
 
     model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
     report = kwm.attach_scaling(model, groups=2)
-    assert report.scales[0].shape == (2, 4)
+    assert report.kernels[0].scale.shape == (2, 4)
     kwm.fold(model)
     assert len(model.weights) == 2
     ```
     """
-    if type(groups) is not int or groups < 1:
-        raise ValueError(
-            "`groups` must be an int of at least 1, the number of scales of "
-            f"an output unit. Received: groups={groups!r}"
-        )
+    checks.check_int("groups", groups, 1)
     _, m = parse_pattern(pattern)
 
     def make_item(target):
         if target.contraction_size % m:
-            return (
-                f"contraction size {target.contraction_size} is not a "
-                f"multiple of {m}"
-            )
-        return Scaling(target, _fitting_groups(target, groups, m))
+            return f"contraction size is no multiple of {m}"
+        fitting = (
+            count
+            for count in range(groups, 0, -1)
+            if target.contraction_size % (count * m) == 0
+        )
+        return Scaling(target, next(fitting))
 
     items, skipped = attach_to_targets(
         model, resolve_targets(model, targets), make_item, "scaled"
     )
-    return ScalingReport(
-        tuple(item.summary() for item in items), tuple(skipped), groups
+    return ReparameterizationReport(
+        tuple(item.summary() for item in items), tuple(skipped)
     )
 
 
-def compute_scaled(kernel, scale, contraction_axes):
-    """Multiplies a kernel by its scales: A * W of CAST (arXiv 2509.25996).
+def compute_scaled(
+    kernel: Any, scale: Any, contraction_axes: int | tuple[int, ...]
+) -> Any:
+    """Multiply a kernel by its scales: A * W of CAST (arXiv 2509.25996).
 
     Args:
         kernel: Tensor or variable.
@@ -175,12 +148,9 @@ def compute_scaled(kernel, scale, contraction_axes):
     kernel = ops.convert_to_tensor(kernel)
     scale = ops.convert_to_tensor(scale)
     shape = tuple(kernel.shape)
-    axes = (
-        (contraction_axes,)
-        if isinstance(contraction_axes, int)
-        else tuple(contraction_axes)
-    )
-    axes = tuple(axis % len(shape) for axis in axes)
+    if isinstance(contraction_axes, int):
+        contraction_axes = (contraction_axes,)
+    axes = tuple(axis % len(shape) for axis in contraction_axes)
     size = math.prod(shape[axis] for axis in axes)
     groups = scale.shape[0] if len(scale.shape) else 0
     others = tuple(d for i, d in enumerate(shape) if i not in axes)
@@ -206,18 +176,20 @@ def compute_scaled(kernel, scale, contraction_axes):
 
 
 class Scaling(seam.Reparameterization):
+    """The scales of one target; see `attach_scaling`."""
+
     name = "scaling"
 
-    def __init__(self, target, groups):
+    def __init__(self, target: Target, groups: int) -> None:
         super().__init__(target)
         self.groups = groups
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"groups": self.groups}
 
     @classmethod
-    def from_config(cls, target, config):
-        groups = config.get("groups")
+    def from_config(cls, target: Target, config: dict[str, Any]) -> "Scaling":
+        groups: Any = config.get("groups")
         size = target.contraction_size
         valid = type(groups) is int and groups > 0 and size % groups == 0
         if not valid or len(config) != 1:
@@ -228,7 +200,7 @@ class Scaling(seam.Reparameterization):
             )
         return cls(target, groups)
 
-    def create_parameters(self, add_weight):
+    def create_parameters(self, add_weight: Callable[..., Any]) -> None:
         shape, axes = self.target.shape, self.target.contraction_axes
         others = tuple(d for i, d in enumerate(shape) if i not in axes)
         add_weight(
@@ -239,22 +211,12 @@ class Scaling(seam.Reparameterization):
             dtype=keras.backend.result_type(self.dtype, "float32"),
         )
 
-    def effective(self, stored):
+    def effective(self, stored: Any) -> Any:
         (scale,) = self.parameters
         return compute_scaled(stored, scale, self.target.contraction_axes)
 
-    def summary(self):
+    def summary(self) -> ScaledKernel:
+        (scale,) = self.parameters
         return ScaledKernel(
-            self.target.path,
-            tuple(self.target.shape),
-            self.groups,
-            self.parameters[0],
+            self.target.path, self.target.shape, self.groups, scale
         )
-
-
-def _fitting_groups(target, groups, m):
-    return next(
-        count
-        for count in range(groups, 0, -1)
-        if target.contraction_size % (count * m) == 0
-    )
