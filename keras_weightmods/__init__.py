@@ -35,22 +35,22 @@ from keras_weightmods.patches.weight_signature import (
 from keras_weightmods.reparameterize.compander import (
     attach_compander as attach_compander,
 )
-from keras_weightmods.reparameterize.compander_conv1d import (
+from keras_weightmods.reparameterize.compander_layers import (
     CompanderConv1D as CompanderConv1D,
 )
-from keras_weightmods.reparameterize.compander_conv2d import (
+from keras_weightmods.reparameterize.compander_layers import (
     CompanderConv2D as CompanderConv2D,
 )
-from keras_weightmods.reparameterize.compander_conv3d import (
+from keras_weightmods.reparameterize.compander_layers import (
     CompanderConv3D as CompanderConv3D,
 )
-from keras_weightmods.reparameterize.compander_dense import (
+from keras_weightmods.reparameterize.compander_layers import (
     CompanderDense as CompanderDense,
 )
-from keras_weightmods.reparameterize.compander_depthwise_conv2d import (
+from keras_weightmods.reparameterize.compander_layers import (
     CompanderDepthwiseConv2D as CompanderDepthwiseConv2D,
 )
-from keras_weightmods.reparameterize.compander_einsum_dense import (
+from keras_weightmods.reparameterize.compander_layers import (
     CompanderEinsumDense as CompanderEinsumDense,
 )
 from keras_weightmods.reparameterize.compander_optimizer import (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,12 +16,12 @@ from keras_weightmods.core.attach import (
 from keras_weightmods.core.targets import find_targets, resolve_targets
 from keras_weightmods.ops.compand import (
     check_function,
-    check_pair,
     compand,
     compand_derivative,
     compand_inverse,
     compand_limit,
 )
+from keras_weightmods.utils import checks
 
 # The share of the range in which weights may start. In the rest the slope of
 # the arc tangent is below 1/4000 of that at zero: a weight there is stuck.
@@ -74,15 +75,16 @@ class CompandedKernel:
 
 
 def attach_compander(
-    model,
-    a=0.5,
-    b=1.0,
-    learnable=True,
-    function="arctan",
-    out_of_range="raise_a",
-    targets=None,
-):
-    """Trains the kernels of a model through a compander, w = a f(v / b).
+    model: keras.layers.Layer,
+    *,
+    targets: Any = None,
+    a: float = 0.5,
+    b: float = 1.0,
+    learnable: bool = True,
+    function: str = "arctan",
+    out_of_range: str = "raise_a",
+) -> ReparameterizationReport:
+    """Train the kernels of a model through a compander, w = a f(v / b).
 
     Weight Compander (arXiv 2306.16993): the layers store v and compute with w,
     which keeps weights from growing large. Each kernel becomes the v that
@@ -183,27 +185,11 @@ class Compander(seam.Reparameterization):
     ):
         super().__init__(target)
         check_function(function)
-        check_pair(a, b)
-        for name, value in (("a", a), ("b", b)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(
-                    f"`{name}` must be a float. Received: {name}={value!r}"
-                )
-            if value <= _LEAST:
-                raise ValueError(
-                    f"`{name}` must be above {_LEAST}. "
-                    f"Received: {name}={value!r}"
-                )
-        if not isinstance(learnable, bool):
-            raise ValueError(
-                f"`learnable` must be a bool. Received: learnable={learnable!r}"
-            )
-        if out_of_range not in ("clip", "raise_a", "error"):
-            raise ValueError(
-                '`out_of_range` must be "clip", "raise_a" or "error". '
-                f"Received: out_of_range={out_of_range!r}"
-            )
-        self.a, self.b = float(a), float(b)
+        self.a = float(checks.check_float("a", a, above=_LEAST))
+        self.b = float(checks.check_float("b", b, above=_LEAST))
+        checks.check_bool("learnable", learnable)
+        choices = ("clip", "raise_a", "error")
+        checks.check_choice("out_of_range", out_of_range, choices)
         self.learnable = learnable
         self.function = function
         self.out_of_range = out_of_range
@@ -212,29 +198,27 @@ class Compander(seam.Reparameterization):
 
     def get_config(self):
         return {
+            **self.settings(),
+            "outside": self.outside,
+            "raised": self.raised,
+        }
+
+    def settings(self):
+        """The arguments, as a copy of the layer would take them."""
+        return {
             "a": self.a,
             "b": self.b,
             "learnable": self.learnable,
             "function": self.function,
             "out_of_range": self.out_of_range,
-            "outside": self.outside,
-            "raised": self.raised,
         }
 
     @classmethod
     def from_config(cls, target, config):
-        config = dict(config)
-        outside, raised = (
-            config.pop("outside", None),
-            config.pop("raised", None),
-        )
-        if type(outside) is not int or type(raised) is not bool:
-            raise ValueError(
-                "A compander's settings must say how many weights were "
-                "`outside` and whether `a` was `raised`. Received: "
-                f"outside={outside!r}, raised={raised!r}"
-            )
-        item = super().from_config(target, config)
+        settings = dict(config)
+        outside = checks.check_int("outside", settings.pop("outside", None), 0)
+        raised = checks.check_bool("raised", settings.pop("raised", None))
+        item = super().from_config(target, settings)
         item.outside, item.raised = outside, raised
         return item
 

@@ -10,6 +10,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.ops import compand
+from tests.models import normal, numpy, outputs, sequential
 
 # Within the range of every function at a = 0.5.
 DRAW = keras.initializers.RandomUniform(-0.48, 0.48, seed=1)
@@ -41,16 +42,11 @@ def make(name, companded=True, **kwargs):
         else getattr(keras.layers, name)
     )
     layer = cls(*args, **own, **kwargs)
-    return keras.Sequential([keras.Input(shape), layer])
+    return sequential(shape, layer)
 
 
 def inputs_for(model):
-    shape = (4, *model.input_shape[1:])
-    return np.random.default_rng(0).normal(size=shape).astype("float32")
-
-
-def outputs(model, x):
-    return np.float64(ops.convert_to_numpy(ops.cast(model(x), "float32")))
+    return normal(4, *model.input_shape[1:])
 
 
 def train(model, steps=1):
@@ -133,9 +129,9 @@ def test_kernel_is_the_companded_variable(function, learnable):
         3, a=0.8, b=0.6, function=function, learnable=learnable
     )
     layer.build((None, 5))
-    w = ops.convert_to_numpy(layer.kernel)
+    w = numpy(layer.kernel)
     expected = compand(layer._kernel.value, 0.8, 0.6, function)
-    np.testing.assert_allclose(w, ops.convert_to_numpy(expected), rtol=1e-6)
+    np.testing.assert_allclose(w, numpy(expected), rtol=1e-6)
     assert len(layer.weights) == (3 if learnable else 2)
     assert len(layer.trainable_weights) == len(layer.weights)
     assert layer.compander.learnable is learnable
@@ -163,9 +159,7 @@ def test_built_by_fit():
     assert layer.compander.outside == 20
     assert layer.compander.raised
     assert layer.compander.a > 3.0 / (np.pi / 2)
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(layer.kernel), 3.0, rtol=1e-5
-    )
+    np.testing.assert_allclose(numpy(layer.kernel), 3.0, rtol=1e-5)
 
 
 LIMIT = 0.5 * np.pi / 2
@@ -190,7 +184,7 @@ def test_draws_at_and_beyond_the_range(largest):
     assert not clipped.compander.raised
     limit = 0.99 * LIMIT
     np.testing.assert_allclose(
-        ops.convert_to_numpy(clipped.kernel),
+        numpy(clipped.kernel),
         np.clip(draw, -limit, limit),
         atol=1e-6,
     )
@@ -201,8 +195,7 @@ def test_draws_at_and_beyond_the_range(largest):
         assert raised.compander.a == pytest.approx(
             largest / (0.99 * np.pi / 2), rel=1e-5
         )
-        kernel = ops.convert_to_numpy(raised.kernel)
-        np.testing.assert_allclose(kernel, draw, rtol=1e-5)
+        np.testing.assert_allclose(numpy(raised.kernel), draw, rtol=1e-5)
         config = raised.get_config()
         assert config["a"] > 0.5
         assert config["out_of_range"] == "clip"
@@ -223,20 +216,17 @@ def test_range_of_the_other_functions():
     layer.build((None, 2))
     # sinh(0.9 / 0.01) is beyond the largest float16.
     assert layer.compander.outside == 4
-    assert np.isfinite(ops.convert_to_numpy(layer._kernel.value)).all()
+    assert np.isfinite(numpy(layer._kernel.value)).all()
+
+
+BAD = (0, -1.0, 1e-4, float("nan"), float("inf"), "1", True, None)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"a": 0.0}, "`a` must be positive"),
-        ({"a": -1.0}, "`a` must be positive"),
-        ({"a": float("nan")}, "`a` must be positive"),
-        ({"b": 0}, "`b` must be positive"),
-        ({"b": float("inf")}, "`b` must be positive"),
-        ({"b": "1"}, "`b` must be a float"),
-        ({"a": True}, "`a` must be a float"),
-        ({"a": 1e-4}, "`a` must be above"),
+        *(({"a": bad}, r"`a` must be a finite float > 0\.001") for bad in BAD),
+        *(({"b": bad}, r"`b` must be a finite float > 0\.001") for bad in BAD),
         ({"function": "tanh"}, "`function` must be one of"),
         ({"learnable": 1}, "`learnable` must be a bool"),
         ({"out_of_range": "wrap"}, "`out_of_range` must be"),
@@ -245,38 +235,32 @@ def test_range_of_the_other_functions():
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         kwm.CompanderDense(3, **arguments)
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    model = sequential((4,), keras.layers.Dense(3))
     with pytest.raises(ValueError, match=message):
         kwm.attach_compander(model, **arguments)
     assert type(model.layers[0]) is keras.layers.Dense
 
 
-@pytest.mark.filterwarnings("ignore:Layer InputLayer")
-def test_quantize_and_lora():
-    model = make("Dense", kernel_regularizer="l2")
-    layer = model.layers[0]
-    x = inputs_for(model)
-    before = outputs(model, x)
-    with pytest.raises(NotImplementedError, match=r"kwm\.fold\(model\)"):
-        layer.quantize("int8", type_check=False)
-    with pytest.warns(UserWarning, match=r"kwm\.fold\(model\)"):
-        model.quantize("int8")
-    np.testing.assert_array_equal(outputs(model, x), before)
+def test_a_quantized_dtype_is_refused():
     with pytest.raises(ValueError, match="cannot be built quantized"):
         make("Dense", dtype="int8_from_float32")
 
+
+@pytest.mark.filterwarnings("ignore:Layer InputLayer")
+def test_lora_and_quantize_as_after_attach():
+    model = make("Dense", kernel_regularizer="l2")
+    (layer,) = model.layers
+    x = inputs_for(model)
+    with pytest.warns(UserWarning, match=r"kwm\.fold\(model\)"):
+        model.quantize("int8")
     layer.enable_lora(2)
-    assert layer.kernel.shape == (6, 3)
     trainable = [w.name for w in layer.trainable_weights]
     assert trainable == ["bias", "lora_kernel_a", "lora_kernel_b"]
-    np.testing.assert_allclose(outputs(model, x), before, atol=1e-6)
     layer.lora_kernel_b.assign(np.ones((2, 3)))
     adapted = outputs(model, x)
-    assert np.abs(adapted - before).max() > 1e-3
     kwm.fold(model)
     np.testing.assert_allclose(outputs(model, x), adapted, atol=1e-6)
     model.quantize("int8")
-    assert layer.quantization_mode == "int8"
     np.testing.assert_allclose(outputs(model, x), adapted, atol=0.05)
 
 
@@ -306,8 +290,7 @@ def test_half_precision_trains_without_a_nonfinite_value(
         y = np.ones(model(x).shape, "float32")
         model.fit(x, y, epochs=2, verbose=0)
         for w in model.weights:
-            value = ops.convert_to_numpy(ops.cast(w, "float32"))
-            assert np.isfinite(value).all()
+            assert np.isfinite(numpy(w.value)).all()
         layer = model.layers[0]
         assert layer._kernel.dtype == dtype.replace("mixed_bfloat16", "float32")
         assert outputs(model, x).shape == y.shape
@@ -323,16 +306,13 @@ def test_half_precision_is_finite_where_the_plain_layer_is(policy):
         keras.utils.set_random_seed(0)
         hidden = keras.layers.Dense(32, "relu", dtype=policy)
         output = keras.layers.Dense(1, dtype=policy)
-        model = keras.Sequential([keras.Input((16,)), hidden, output])
+        model = sequential((16,), hidden, output)
         if pair:
             kwm.attach_compander(model, **pair)
         model.compile(optimizer(), "mse", jit_compile=False)
         for _ in range(10):
             model.train_on_batch(scale * x, y)
-        return all(
-            np.isfinite(ops.convert_to_numpy(ops.cast(w, "float32"))).all()
-            for w in model.weights
-        )
+        return all(np.isfinite(numpy(w.value)).all() for w in model.weights)
 
     pairs = [
         {"function": "arctan", "learnable": True},
@@ -364,7 +344,7 @@ def test_subclass_folds_only_with_a_plain_class_to_go_back_to():
         def call(self, x):
             return 2 * super().call(x)
 
-    model = keras.Sequential([keras.Input((4,)), Own(3), keras.layers.Dense(2)])
+    model = sequential((4,), Own(3), keras.layers.Dense(2))
     kwm.attach_compander(model, targets=kwm.find_targets(model)[1:])
     classes = [type(layer) for layer in model.layers]
     with pytest.raises(ValueError, match="a subclass of CompanderDense"):

@@ -1,0 +1,245 @@
+"""Dense, EinsumDense and convolutions with a compander."""
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core.targets import Target
+from keras_weightmods.reparameterize.compander import (
+    CompandedKernel,
+    Compander,
+)
+
+# What a type checker is told of the class behind.
+_Layer: Any = keras.layers.Layer if TYPE_CHECKING else object
+
+
+class CompanderLayer(_Layer):
+    """Puts a `Compander` on the kernel of the layer class behind it.
+
+    The arguments are those of the layer class, and those that
+    `CompanderDense` documents.
+    """
+
+    kernel = seam.effective_weight("kernel")
+
+    def __init__(
+        self,
+        *args: Any,
+        a: float = 0.5,
+        b: float = 1.0,
+        learnable: bool = True,
+        function: str = "arctan",
+        out_of_range: str = "clip",
+        **kwargs: Any,
+    ):
+        item = Compander(None, a, b, learnable, function, out_of_range)
+        super().__init__(*args, **kwargs)
+        self._compander_to_build = item
+
+    @property
+    def compander(self) -> CompandedKernel:
+        """The `CompandedKernel` of the built layer, with its a and b."""
+        return seam.reparameterization(self, "kernel").summary()
+
+    def build(self, input_shape: Any) -> None:
+        if self.quantization_mode is not None:
+            raise ValueError(
+                "A layer with a compander cannot be built quantized. Received: "
+                f"dtype={self.dtype_policy.name!r} for layer {self.name!r}. "
+                "Train it in floating point, `fold` it, then quantize."
+            )
+        super().build(input_shape)
+        item = keras_private.attributes(self).pop("_compander_to_build")
+        variable = self.kernel  # the stored one, until the item is installed
+        item.bind(
+            Target(self, variable, "kernel", (), (), (), 0, variable.path)
+        )
+        seam.install(item)
+
+    def add_weight(self, *args: Any, **kwargs: Any) -> keras.Variable:
+        # Here and not after the build, where the value may not be there yet.
+        if kwargs.get("name") == "kernel":
+            item = self._compander_to_build
+            draw = keras.initializers.get(
+                kwargs.get("initializer") or "glorot_uniform"
+            )
+
+            def start(shape, dtype):
+                value = draw(shape, dtype=dtype)
+                # There it is asked for once more, as a mere placeholder.
+                if keras_private.in_stateless_scope():
+                    return value
+                return item.start(value)
+
+            kwargs["initializer"] = start
+        return super().add_weight(*args, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        item = keras_private.attributes(self).get("_compander_to_build")
+        if item is None:
+            item = seam.reparameterization(self, "kernel")
+        config = {**super().get_config(), **item.settings()}
+        if item.raised:
+            # The same `a` in a copy, whatever is drawn there.
+            config["out_of_range"] = "clip"
+        return config
+
+
+@keras.saving.register_keras_serializable(package="keras_weightmods")
+class CompanderDense(
+    CompanderLayer, seam.ReparameterizedLoraLayer, keras.layers.Dense
+):
+    """`keras.layers.Dense` that trains its kernel through w = a f(v / b).
+
+    Weight Compander (arXiv 2306.16993). The layer starts as the plain one
+    does: what its initializer draws becomes the v that gives it. `kernel` is
+    w; `fold` makes the layer a plain `Dense` again. `attach_compander` does
+    the same to the layers of an existing model; see there for weight decay.
+
+    Args:
+        *args, **kwargs: As in `keras.layers.Dense`.
+        a: Float above 0.001, the height of the function, or its start if
+            learnable. Defaults to `0.5`.
+        b: Float above 0.001, the width of the function, or its start if
+            learnable. Defaults to `1.0`.
+        learnable: Bool, whether a and b are trained. Defaults to `True`.
+        function: `"arctan"`, `"arsinh"` or `"erf"`, as in `ops.compand`.
+            Defaults to `"arctan"`.
+        out_of_range: What to do if the initializer draws weights beyond 0.99
+            of the range, which is a pi / 2 for `"arctan"`: `"clip"` them,
+            `"raise_a"`, or `"error"`. `layer.compander` counts them. Defaults
+            to `"clip"`.
+
+    Raises:
+        ValueError: If an argument is wrong; on build, if a weight is out of
+            range with `out_of_range="error"`, or the dtype is quantized.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_weightmods as kwm
+
+    layer = kwm.CompanderDense(4, a=0.5, b=1.0)
+    layer.build((2, 16))
+    assert round(layer.compander.a, 6) == 0.5
+    assert layer.compander.outside == 0
+    ```
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_weightmods")
+class CompanderEinsumDense(
+    CompanderLayer, seam.ReparameterizedLoraLayer, keras.layers.EinsumDense
+):
+    """`keras.layers.EinsumDense` with the compander of `CompanderDense`.
+
+    Args:
+        *args, **kwargs: As in `keras.layers.EinsumDense`.
+        a, b, learnable, function, out_of_range: As in `CompanderDense`.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_weightmods as kwm
+
+    layer = kwm.CompanderEinsumDense("abc,cd->abd", (None, 4))
+    layer.build((2, 3, 16))
+    assert round(layer.compander.a, 6) == 0.5
+    ```
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_weightmods")
+class CompanderConv1D(
+    CompanderLayer, seam.ReparameterizedLoraLayer, keras.layers.Conv1D
+):
+    """`keras.layers.Conv1D` with the compander of `CompanderDense`.
+
+    Args:
+        *args, **kwargs: As in `keras.layers.Conv1D`.
+        a, b, learnable, function, out_of_range: As in `CompanderDense`.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_weightmods as kwm
+
+    layer = kwm.CompanderConv1D(4, 3)
+    layer.build((2, 8, 3))
+    assert round(layer.compander.a, 6) == 0.5
+    ```
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_weightmods")
+class CompanderConv2D(
+    CompanderLayer, seam.ReparameterizedLoraLayer, keras.layers.Conv2D
+):
+    """`keras.layers.Conv2D` with the compander of `CompanderDense`.
+
+    Args:
+        *args, **kwargs: As in `keras.layers.Conv2D`.
+        a, b, learnable, function, out_of_range: As in `CompanderDense`.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_weightmods as kwm
+
+    layer = kwm.CompanderConv2D(4, 3)
+    layer.build((2, 8, 8, 3))
+    assert round(layer.compander.a, 6) == 0.5
+    ```
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_weightmods")
+class CompanderConv3D(
+    CompanderLayer, seam.ReparameterizedLoraLayer, keras.layers.Conv3D
+):
+    """`keras.layers.Conv3D` with the compander of `CompanderDense`.
+
+    Args:
+        *args, **kwargs: As in `keras.layers.Conv3D`.
+        a, b, learnable, function, out_of_range: As in `CompanderDense`.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_weightmods as kwm
+
+    layer = kwm.CompanderConv3D(4, 3)
+    layer.build((2, 8, 8, 8, 3))
+    assert round(layer.compander.a, 6) == 0.5
+    ```
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_weightmods")
+class CompanderDepthwiseConv2D(
+    CompanderLayer, seam.ReparameterizedLayer, keras.layers.DepthwiseConv2D
+):
+    """`keras.layers.DepthwiseConv2D` with the compander of `CompanderDense`.
+
+    Args:
+        *args, **kwargs: As in `keras.layers.DepthwiseConv2D`.
+        a, b, learnable, function, out_of_range: As in `CompanderDense`.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_weightmods as kwm
+
+    layer = kwm.CompanderDepthwiseConv2D(3)
+    layer.build((2, 8, 8, 3))
+    assert round(layer.compander.a, 6) == 0.5
+    ```
+    """
