@@ -1,1 +1,18 @@
 """Code for one backend only; imported where it is used."""
+
+import importlib
+from typing import Any
+
+import keras
+
+
+def backend_module(name: str) -> Any:
+    """Return the module `name` of the folder of the backend that runs.
+
+    Args:
+        name: String, such as `"compand"`, a module in the folder of every
+            backend that may ask for it.
+    """
+    return importlib.import_module(
+        f"keras_weightmods.backend.{keras.backend.backend()}.{name}"
+    )

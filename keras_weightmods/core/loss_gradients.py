@@ -1,9 +1,9 @@
 """The gradients of a compiled model's loss on one batch."""
 
-import importlib
-
 import keras
 from keras import ops
+
+from keras_weightmods.backend import backend_module
 
 
 def loss_gradients(model, variables, data):
@@ -32,10 +32,6 @@ def loss_gradients(model, variables, data):
     ```
     """
     x, y, *weight = keras.tree.map_structure(ops.convert_to_tensor, data)
-    name = keras.backend.backend()
-    module = importlib.import_module(
-        f"keras_weightmods.backend.{name}.loss_gradients"
-    )
-    return module.loss_gradients(
+    return backend_module("loss_gradients").loss_gradients(
         model, variables, x, y, weight[0] if weight else None
     )

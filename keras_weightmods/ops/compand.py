@@ -3,7 +3,6 @@
 import collections.abc
 import dataclasses
 import functools
-import importlib
 import math
 from typing import Any
 
@@ -12,12 +11,13 @@ import ml_dtypes  # a dependency of keras
 import numpy as np
 from keras import ops
 
-# Not in the public API.
-from keras.src.backend.common.global_state import get_global_attribute
+from keras_weightmods.backend import backend_module
 
 
-def compand(v, a, b, function="arctan"):
-    """Maps stored values to weights, `w = a * f(v / b)`.
+def compand(
+    v: Any, a: Any, b: Any, function: str = "arctan", training: bool = False
+) -> Any:
+    """Map stored values to weights, `w = a * f(v / b)`.
 
     The function of Weight Compander (arXiv 2306.16993) and its alternatives.
     Large values are compressed, and with them their gradients. Values of 16
@@ -29,6 +29,9 @@ def compand(v, a, b, function="arctan"):
         b: Positive float, or tensor that broadcasts to `v`: the width.
         function: `"arctan"`, with `|w| < a * pi / 2`; `"erf"`, with `|w| < a`;
             or `"arsinh"`, which is unbounded. Defaults to `"arctan"`.
+        training: Bool, whether compiled kernels may serve on JAX and
+            TensorFlow, which tie a graph that is traced to this package.
+            Defaults to `False`.
 
     Returns:
         Tensor of the shape and dtype of `v`.
@@ -55,9 +58,15 @@ def compand(v, a, b, function="arctan"):
         from keras_weightmods.backend.torch.compand import compand as fused
 
         w = fused(v, a, b, function)
-    elif function == "arctan" and _is_training() and _native().is_native(v):
+    elif (
+        function == "arctan"
+        and training
+        and backend_module("compand").is_native(v)
+    ):
         a, b = (ops.convert_to_tensor(p, v.dtype) for p in (a, b))
-        w = _native().compand(v, a, b, _arctan_forward, _arctan_backward)
+        w = backend_module("compand").compand(
+            v, a, b, _arctan_forward, _arctan_backward
+        )
     else:
         w = _compand_by_scalars(v, a, b, function)
     return ops.cast(w, dtype)
@@ -191,22 +200,6 @@ def _backward(v, w, upstream, a, b, function):
 
 _arctan_forward = functools.partial(_forward, function="arctan")
 _arctan_backward = functools.partial(_backward, function="arctan")
-
-
-def _is_training():
-    """Whether a layer is called with `training=True`.
-
-    Other calls may be traced for an export, which the compiled kernels would
-    tie to this package.
-    """
-    context = get_global_attribute("current_call_ctx")
-    return context is not None and context.get_value("training") is True
-
-
-def _native():
-    return importlib.import_module(
-        f"keras_weightmods.backend.{keras.backend.backend()}.compand"
-    )
 
 
 @functools.cache

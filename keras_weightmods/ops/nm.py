@@ -5,12 +5,12 @@ others to R. A group is m consecutive entries of one column; n of them are
 kept.
 """
 
-import collections.abc
 import math
 from typing import Any
 
 from keras import ops
 
+from keras_weightmods.ops.matrix import Axes, from_matrix, to_matrix
 from keras_weightmods.utils import checks
 
 # Up to this group size every pair of entries is compared; beyond it a sort
@@ -19,7 +19,6 @@ _MAX_COMPARED_GROUP = 8
 
 
 Pattern = str | tuple[int, int]
-Axes = int | collections.abc.Sequence[int]
 
 
 def parse_pattern(pattern: Pattern) -> tuple[int, int]:
@@ -199,30 +198,6 @@ def packed_size(size):
     return -(-size // 8)
 
 
-def to_matrix(x, axis):
-    """Moves `axis` (int or tuple) first and flattens: (K, R)."""
-    x = ops.convert_to_tensor(x)
-    order = _axis_order(len(x.shape), axis)
-    if order != sorted(order):
-        x = ops.transpose(x, order)
-    return ops.reshape(x, (contraction_size(x.shape, range(_count(axis))), -1))
-
-
-def from_matrix(matrix, shape, axis):
-    """Undoes `to_matrix` for a tensor of `shape`."""
-    order = _axis_order(len(shape), axis)
-    x = ops.reshape(matrix, [shape[i] for i in order])
-    if order != sorted(order):
-        x = ops.transpose(x, [order.index(i) for i in range(len(order))])
-    return x
-
-
-def contraction_size(shape, axis):
-    """Number of entries along `axis`, an int or several."""
-    axes = (axis,) if isinstance(axis, int) else axis
-    return math.prod(shape[i] for i in axes)
-
-
 def _to_groups(x, m, axis):
     matrix = to_matrix(x, axis)
     size, columns = matrix.shape
@@ -259,21 +234,3 @@ def _trailing_size(shape):
         if math.prod(shape[:i]) % 8 == 0:
             return math.prod(shape[i:])
     return 1
-
-
-def _axis_order(rank, axis):
-    axes = [axis] if isinstance(axis, int) else axis
-    axes = list(axes) if isinstance(axes, (list, tuple, range)) else [None]
-    if not all(isinstance(i, int) and -rank <= i < rank for i in axes):
-        raise ValueError(
-            f"`axis` must be an int or a tuple of ints in [-{rank}, {rank}) "
-            f"for a tensor of rank {rank}. Received: axis={axis}"
-        )
-    axes = [i % rank for i in axes]
-    if len(set(axes)) != len(axes):
-        raise ValueError(f"`axis` names an axis twice. Received: axis={axis}")
-    return axes + [i for i in range(rank) if i not in axes]
-
-
-def _count(axis):
-    return 1 if isinstance(axis, int) else len(axis)

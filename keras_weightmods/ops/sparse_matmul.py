@@ -1,12 +1,12 @@
 """The product of an activation and a packed 2:4 kernel."""
 
-import importlib
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_weightmods import native
+from keras_weightmods.backend import backend_module
 from keras_weightmods.native.packed import check_packed, dense_matmul
 
 
@@ -74,7 +74,7 @@ def why_dense():
     print(why_dense() or "by compiled kernels")
     ```
     """
-    return _backend().why_not()
+    return backend_module("sparse_matmul").why_not()
 
 
 def gpu_plan(shape, x_dtype, value_dtype):
@@ -98,22 +98,12 @@ def gpu_plan(shape, x_dtype, value_dtype):
     print("no GPU" if plan is None else plan.choose(rows=1))
     ```
     """
-    backend = keras.backend.backend()
-    if backend not in ("jax", "torch"):
+    if keras.backend.backend() not in ("jax", "torch"):
         return None
-    module = importlib.import_module(
-        f"keras_weightmods.backend.{backend}.sparse_matmul_gpu"
-    )
+    module = backend_module("sparse_matmul_gpu")
     if module.device_name() is None:
         return None
     return module.plan(shape, x_dtype, value_dtype)
-
-
-def _backend():
-    name = keras.backend.backend()
-    return importlib.import_module(
-        f"keras_weightmods.backend.{name}.sparse_matmul"
-    )
 
 
 # A dict and not a cached function, which torch.compile would look into.
@@ -128,6 +118,8 @@ def _implementation():
         if reason:
             native.warn_dense(reason)
         _implementations[name] = (
-            dense_matmul if reason else _backend().sparse_matmul
+            dense_matmul
+            if reason
+            else backend_module("sparse_matmul").sparse_matmul
         )
     return _implementations[name]

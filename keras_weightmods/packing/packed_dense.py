@@ -17,7 +17,7 @@ from keras_weightmods.native.packed import (
     unpack_kernel,
     unpack_tensor,
 )
-from keras_weightmods.ops.nm import from_matrix, to_matrix
+from keras_weightmods.ops.matrix import from_matrix, stack_shape, to_matrix
 from keras_weightmods.ops.sparse_matmul import (
     gpu_plan,
     sparse_matmul,
@@ -49,7 +49,11 @@ def packed_kernel(target, dtype, trainable=False):
     # Training changes the values in each step: nothing to prepare once.
     if not trainable:
         plan = gpu_plan(
-            _matrix_shape(target), target.layer.compute_dtype, dtype
+            stack_shape(
+                target.shape, target.contraction_axes, target.stack_axes
+            )[1:],
+            target.layer.compute_dtype,
+            dtype,
         )
         if why_dense() or (plan and not plan.is_sparse):
             kernel_class = UnpackedKernel
@@ -122,7 +126,9 @@ class PackedKernel(seam.Reparameterization):
 
     def __init__(self, target, dtype, trainable=False):
         super().__init__(target)
-        self.matrix_shape = _matrix_shape(target)
+        self.matrix_shape = stack_shape(
+            target.shape, target.contraction_axes, target.stack_axes
+        )[1:]
         self.value_dtype = dtype
         self.trainable = trainable
         self.arrays = packed_arrays(self.matrix_shape, dtype)
@@ -397,11 +403,6 @@ def _reshape_last(x, batch, last):
     if reshape is None:
         return ops.reshape(x, (*leading, *last))
     return reshape((*leading, *last))
-
-
-def _matrix_shape(target):
-    columns = math.prod(target.shape[axis] for axis in target.output_axes)
-    return target.contraction_size, columns
 
 
 def _permutation(axes, wanted):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import math
 from typing import Any
@@ -11,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.backend import backend_module
 from keras_weightmods.patches import tensors
 from keras_weightmods.utils import checks
 
@@ -127,7 +127,7 @@ class Checkpoint:
         """
         if self.model is None:
             return self.arrays[position]
-        view = _host_memory().view_of(self._tensor(position))
+        view = backend_module("host_memory").view_of(self._tensor(position))
         if view is None:
             return ops.convert_to_numpy(self.variables[position].value)
         return view
@@ -140,7 +140,7 @@ class Checkpoint:
         """
         if keras.backend.backend() in _COPY_ON_WRITE:
             return None
-        view = _host_memory().view_of(self._tensor(position))
+        view = backend_module("host_memory").view_of(self._tensor(position))
         return None if view is None or not view.flags.c_contiguous else view
 
     def snapshots(self, positions):
@@ -148,7 +148,7 @@ class Checkpoint:
         found, views = {}, {}
         for position in positions:
             tensor = self._tensor(position)
-            view = _host_memory().view_of(tensor)
+            view = backend_module("host_memory").view_of(tensor)
             if view is None:
                 found[position] = Snapshot(self.read(position))
             elif keras.backend.backend() in _COPY_ON_WRITE:
@@ -170,7 +170,7 @@ class Checkpoint:
         """
         tensor = values.tensor
         if tensor is None:
-            tensor = _host_memory().tensor_of(values.array)
+            tensor = backend_module("host_memory").tensor_of(values.array)
         self.variables[position].assign(tensor)
 
     def assign_at(self, position, places, values):
@@ -216,10 +216,3 @@ def digest_of(config, arrays):
 def _update(digest, array):
     # Dtypes of ml_dtypes offer no buffer; bytes do.
     digest.update(np.ascontiguousarray(array).reshape(-1).view("uint8"))
-
-
-def _host_memory():
-    name = keras.backend.backend()
-    return importlib.import_module(
-        f"keras_weightmods.backend.{name}.host_memory"
-    )

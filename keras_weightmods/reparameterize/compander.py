@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import seam
+from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.attach import (
     ReparameterizationReport,
     attach_to_targets,
@@ -258,7 +258,8 @@ class Compander(seam.Reparameterization):
 
     def effective(self, stored):
         a, b = self._pair()
-        return compand(stored, a, b, self.function)
+        training = keras_private.is_training_call()
+        return compand(stored, a, b, self.function, training)
 
     def derivative(self, stored):
         """The derivative of `effective`."""

@@ -9,13 +9,12 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core.targets import Target, Targets, find_targets
+from keras_weightmods.ops.matrix import along, contraction_size, to_matrix
 from keras_weightmods.ops.nm import (
-    contraction_size,
     nm_mask,
     pack_bits,
     packed_size,
     parse_pattern,
-    to_matrix,
     unpack_bits,
 )
 
@@ -575,7 +574,7 @@ class AdamS(keras.optimizers.Optimizer):
             scores = w
             if self.criterion == "activation":
                 importance = ops.cast(state["importance"], w.dtype)
-                scores = w * _broadcast(importance, tuple(w.shape), axes)
+                scores = w * along(importance, w.shape, axes)
             return pack_bits(nm_mask(scores, (self.n, self.m), axes))
 
         is_due = ops.equal(ops.mod(step, self.mask_every), 0)
@@ -847,16 +846,6 @@ def _warn_about_low_precision(specs):
             'bits: load the model with dtype="mixed_bfloat16".',
             stacklevel=3,
         )
-
-
-def _broadcast(importance, shape, axes):
-    """Lays a vector over the contraction axes out for the kernel."""
-    sizes = [shape[i] for i in axes]
-    order = sorted(range(len(sizes)), key=axes.__getitem__)
-    laid_out = ops.transpose(ops.reshape(importance, sizes), order)
-    return ops.reshape(
-        laid_out, [s if i in axes else 1 for i, s in enumerate(shape)]
-    )
 
 
 def _bias_correction(beta, step):

@@ -15,7 +15,7 @@ from keras import ops
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.targets import Target
-from keras_weightmods.ops.nm import contraction_size
+from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.sparsity.adam_s import AdamS
 
 _CONVOLUTIONS = (
@@ -181,21 +181,6 @@ class InputReader:
         return ops.transpose(x, (1, 0, 2)), count
 
 
-def to_stack(kernel, target, stacks):
-    """A target's kernel as its matrices, a tensor of shape (S, K, R)."""
-    kernel = ops.transpose(ops.convert_to_tensor(kernel), _stack_order(target))
-    kernel = ops.reshape(kernel, (target.contraction_size, stacks, -1))
-    return ops.transpose(kernel, (1, 0, 2))
-
-
-def from_stack(matrices, target):
-    """Undoes `to_stack`."""
-    order = _stack_order(target)
-    kernel = ops.transpose(matrices, (1, 0, 2))
-    kernel = ops.reshape(kernel, [target.shape[axis] for axis in order])
-    return ops.transpose(kernel, [order.index(i) for i in range(len(order))])
-
-
 def inputs_seen(
     layer: Any, record: Callable[[Any], None]
 ) -> contextlib.AbstractContextManager[None]:
@@ -313,11 +298,3 @@ def _patches(x, layer):
             part.append(slice(offset * dilation, end, stride))
         taps.append(x[tuple(part)])
     return ops.stack(taps, axis=-2)
-
-
-def _stack_order(target):
-    return [
-        *target.contraction_axes,
-        *target.stack_axes,
-        *target.output_axes,
-    ]

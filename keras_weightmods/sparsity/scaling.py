@@ -14,11 +14,10 @@ from keras_weightmods.core.attach import (
     attach_to_targets,
 )
 from keras_weightmods.core.targets import Target, resolve_targets
+from keras_weightmods.ops.matrix import from_matrix, to_matrix
 from keras_weightmods.ops.nm import (
     Pattern,
-    from_matrix,
     parse_pattern,
-    to_matrix,
 )
 from keras_weightmods.utils import checks
 

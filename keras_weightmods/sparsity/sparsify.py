@@ -16,6 +16,7 @@ from keras_weightmods.core.targets import (
     Targets,
     resolve_targets,
 )
+from keras_weightmods.ops.matrix import from_stack, to_stack
 from keras_weightmods.ops.nm import Pattern, nm_project, parse_pattern
 from keras_weightmods.ops.sparsegpt import (
     inverse_factor,
@@ -23,7 +24,6 @@ from keras_weightmods.ops.sparsegpt import (
     sparsegpt,
     wanda,
 )
-from keras_weightmods.sparsity.calibration import from_stack, to_stack
 from keras_weightmods.sparsity.data import batch_count, batches, preprocess
 from keras_weightmods.sparsity.walk import Walk
 from keras_weightmods.utils import checks
@@ -336,7 +336,8 @@ class OneShot:
             ]
         for target in group:
             stacks = 1 if moment is None else moment.shape[0]
-            before = to_stack(target.variable.value, target, stacks)
+            axes = target.contraction_axes, target.stack_axes
+            before = to_stack(target.variable.value, *axes, stacks)
             after = []
             for i in range(stacks):
                 if method == "sparsegpt":
@@ -353,7 +354,7 @@ class OneShot:
             error = None
             if moment is not None:
                 error = _relative_error(before, after, moment)
-            target.variable.assign(from_stack(after, target))
+            target.variable.assign(from_stack(after, target.shape, *axes))
             yield SparsifiedKernel(
                 target.key, target.path, target.shape, method, error, note
             )

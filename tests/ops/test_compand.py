@@ -1,6 +1,5 @@
 """The functions of Weight Compander against NumPy float64."""
 
-import importlib
 import math
 
 import keras
@@ -12,11 +11,9 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods import native
+from keras_weightmods.backend import backend_module
 from keras_weightmods.ops import compand, compand_derivative, compand_inverse
 from keras_weightmods.ops.compand import compand_limit
-
-# The function has taken the module's name.
-module = importlib.import_module("keras_weightmods.ops.compand")
 
 FUNCTIONS = ("arctan", "arsinh", "erf")
 TOLERANCE = {"float32": 3e-7, "bfloat16": 2**-8, "float16": 2**-11}
@@ -44,13 +41,11 @@ def reference_derivative(v, a, b, function):
 @pytest.fixture(params=["native", "without", "inference"])
 def kernels(request, monkeypatch):
     """With the compiled kernels, without them, and outside of training."""
-    monkeypatch.setattr(
-        module, "_is_training", lambda: request.param != "inference"
-    )
     if request.param == "without":
         monkeypatch.setattr(native, "_loaded", (None, "it is switched off."))
     elif not native.has_vectors():
         pytest.skip(native.why_not() or "no vector unit")
+    return request.param != "inference"
 
 
 def values(dtype, largest=None):
@@ -78,7 +73,7 @@ def close(actual, expected, dtype, absolute=1e-7):
 def test_compand_equals_reference(function, dtype, kernels):
     v, exact = values(dtype)
     for a, b in PAIRS:
-        w = compand(v, a, b, function)
+        w = compand(v, a, b, function, kernels)
         assert keras.backend.standardize_dtype(w.dtype) == dtype
         close(w, reference(exact, a, b, function), dtype)
 
@@ -131,13 +126,14 @@ def test_inverse_at_and_beyond_the_range_is_nan(function, limit):
         assert (np.sign(v) == [1, -1]).all()
 
 
-def gradients(v, a, b, function, upstream):
+def gradients(v, a, b, function, upstream, training):
     """Of sum(upstream * compand(v, a, b)), by the backend."""
     variables = [keras.Variable(x, dtype="float32") for x in (v, a, b)]
 
     def loss(v, a, b):
         return ops.sum(
-            ops.convert_to_tensor(upstream) * compand(v, a, b, function)
+            ops.convert_to_tensor(upstream)
+            * compand(v, a, b, function, training)
         )
 
     backend = keras.backend.backend()
@@ -164,7 +160,7 @@ def test_gradients_equal_reference(function, scale, kernels):
     v = np.float32(rng.normal(size=(7, 5)) * scale)
     upstream = np.float32(rng.normal(size=(7, 5)))
     a, b = 0.7, 1.3
-    to_v, to_a, to_b = gradients(v, a, b, function, upstream)
+    to_v, to_a, to_b = gradients(v, a, b, function, upstream, kernels)
     slope = reference_derivative(v, a, b, function)
     close(to_v, upstream * slope, "float32", 1e-6)
     close(
@@ -180,7 +176,7 @@ def test_gradients_equal_reference(function, scale, kernels):
 def test_gradients_of_any_shape(shape, kernels):
     rng = np.random.default_rng(0)
     v, upstream = (np.float32(rng.normal(size=shape)) for _ in range(2))
-    to_v, to_a, to_b = gradients(v, 0.7, 1.3, "arctan", upstream)
+    to_v, to_a, to_b = gradients(v, 0.7, 1.3, "arctan", upstream, kernels)
     assert to_v.shape == shape
     slope = reference_derivative(v, 0.7, 1.3, "arctan")
     close(to_v, upstream * slope, "float32", 1e-6)
@@ -194,8 +190,10 @@ def test_gradients_of_any_shape(shape, kernels):
 def test_gradients_are_the_same_each_time(kernels):
     rng = np.random.default_rng(0)
     v, upstream = np.float32(rng.normal(size=(2, 300, 111)))
-    first = gradients(v, 0.7, 1.3, "arctan", upstream)
-    for got, expected in zip(gradients(v, 0.7, 1.3, "arctan", upstream), first):
+    first = gradients(v, 0.7, 1.3, "arctan", upstream, kernels)
+    for got, expected in zip(
+        gradients(v, 0.7, 1.3, "arctan", upstream, kernels), first
+    ):
         np.testing.assert_array_equal(got, expected)
 
 
@@ -212,7 +210,9 @@ def test_second_derivatives(kernels):
     if keras.backend.backend() == "jax":
         import jax
 
-        inner = jax.grad(lambda v, b: ops.sum(compand(v, a, b)))
+        inner = jax.grad(
+            lambda v, b: ops.sum(compand(v, a, b, training=kernels))
+        )
         found = jax.grad(lambda v, b: penalty(inner, v, b), (0, 1))(v, b)
     else:
         import tensorflow as tf
@@ -220,7 +220,7 @@ def test_second_derivatives(kernels):
         def inner(v, b):
             with tf.GradientTape() as tape:
                 tape.watch(v)
-                w = ops.sum(compand(v, a, b))
+                w = ops.sum(compand(v, a, b, training=kernels))
             return tape.gradient(w, v)
 
         pair = tf.constant(v), tf.constant(b)
@@ -242,7 +242,7 @@ def test_compiled_kernels_train_and_do_not_infer(monkeypatch):
         pytest.skip(native.why_not() or "no vector unit")
     if keras.backend.backend() == "torch":
         pytest.skip("torch takes them always")
-    implementation = module._native()
+    implementation = backend_module("compand")
     called, compand = [], implementation.compand
 
     def spy(*args):
@@ -290,7 +290,7 @@ def test_float64_is_kept():
 def test_nan_and_infinity_pass_through(kernels):
     v = np.float32([np.nan, np.inf, -np.inf])
     for function in ("arctan", "erf"):
-        w = to_numpy(compand(v, 0.5, 1.0, function))
+        w = to_numpy(compand(v, 0.5, 1.0, function, kernels))
         assert np.isnan(w[0])
         limit = np.pi / 4 if function == "arctan" else 0.5
         np.testing.assert_allclose(w[1:], [limit, -limit], rtol=1e-6)

@@ -5,12 +5,11 @@ import pytest
 from keras import ops
 
 from keras_weightmods.core.targets import find_targets
+from keras_weightmods.ops.matrix import from_stack, to_stack
 from keras_weightmods.reparameterize.fold import fold
 from keras_weightmods.sparsity.calibration import (
     InputReader,
-    from_stack,
     input_norms,
-    to_stack,
 )
 from keras_weightmods.sparsity.scaling import attach_scaling
 
@@ -135,7 +134,8 @@ def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
     rows, count = reader.rows(x)
     kernel = normal(target.shape, 1)
     target.variable.assign(kernel)
-    matrices = to_stack(kernel, target, reader.stacks)
+    axes = target.contraction_axes, target.stack_axes
+    matrices = to_stack(kernel, *axes, reader.stacks)
     assert rows.shape[:2] == (reader.stacks, count)
     products = ops.convert_to_numpy(ops.matmul(rows, matrices))
     outputs = ops.convert_to_numpy(model(x))
@@ -148,7 +148,7 @@ def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
         products.reshape(outputs.shape), outputs, rtol=1e-4, atol=1e-5
     )
     np.testing.assert_array_equal(
-        ops.convert_to_numpy(from_stack(matrices, target)), kernel
+        ops.convert_to_numpy(from_stack(matrices, target.shape, *axes)), kernel
     )
 
 
