@@ -259,7 +259,8 @@ class CAST(LogitsDistiller):
         ):
             # Keras goes by the policy of the outermost model, this wrapper.
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        # Past Distiller.compile, which takes no loss by name.
+        # Past Distiller.compile and its compute_loss, which leave out sample
+        # weights, masks and the layers' own losses.
         keras.Model.compile(self, optimizer=optimizer, loss=loss, **kwargs)
         self._optimizer_is_default = is_default
         self._run.planned_batches = None
@@ -306,10 +307,9 @@ class CAST(LogitsDistiller):
         x, y, sample_weight = preprocess(
             self.student, x, y, kwargs.pop("sample_weight", None)
         )
-        if kwargs.get("validation_data") is not None:
-            kwargs["validation_data"] = preprocess_pairs(
-                self.student, kwargs["validation_data"]
-            )
+        validation_data = preprocess_pairs(
+            self.student, kwargs.pop("validation_data", None)
+        )
 
         def count_batches(epochs):
             steps = kwargs.get("steps_per_epoch")
@@ -336,6 +336,7 @@ class CAST(LogitsDistiller):
             batch_size=batch_size,
             epochs=epochs,
             verbose=verbose,
+            validation_data=validation_data,
             sample_weight=sample_weight,
             **kwargs,
         )
@@ -489,11 +490,10 @@ class CAST(LogitsDistiller):
         if left_out:
             raise ValueError(
                 "Each target of `CAST` must be trained by its `AdamS`. "
-                f"Received: {len(left_out)} that are not, frozen since or "
-                "missing in the `targets` of the optimizer: "
-                f"{left_out[:5]}. Set `trainable = True` on their layers and "
-                "call `compile()` and `fit()` again, or make the `CAST` with "
-                "`targets=` that leave them out."
+                f"Received: {len(left_out)} that are not, frozen since or not "
+                f"among the optimizer's targets: {left_out[:5]}. Set "
+                "`trainable = True` on their layers, then `compile()` and "
+                "`fit()` again, or leave them out of `targets`."
             )
 
     def _check_not_finalized(self, what: str) -> None:
