@@ -19,10 +19,7 @@ from keras_weightmods.sparsity.data import (
     preprocess,
     preprocess_pairs,
 )
-from keras_weightmods.sparsity.distillation import (
-    LogitsDistiller,
-    check_distillation,
-)
+from keras_weightmods.sparsity.distillation import LogitsDistiller
 from keras_weightmods.sparsity.recipes import default_recipe, default_schedule
 from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
 from keras_weightmods.sparsity.run_state import RunState
@@ -172,9 +169,6 @@ class CAST(LogitsDistiller):
                 "a built `keras.Model`. Build it by calling it on data first",
                 model,
             )
-        check_distillation(
-            model, teacher, teacher_dtype, distillation_weight, temperature
-        )
         found = resolve_targets(model, targets)
         usable = fitting_targets("CAST", found, pattern, trainable=True)
         if scaling_groups:
@@ -191,8 +185,8 @@ class CAST(LogitsDistiller):
                 name,
             )
         except ValueError:
-            # A teacher that does not fit. It is frozen only once it does, so
-            # the scales, all ones, have to come first.
+            # A teacher is frozen once it fits, so that the scales, which
+            # change nothing yet, have to come first.
             if scaling_groups:
                 seam.fold(model, Scaling)
             raise

@@ -19,33 +19,6 @@ _TEACHER_DTYPES = (None, "float32", "bfloat16", "float16")
 _TRANSPARENT = {"dtype": "float32", "autocast": False}
 
 
-def check_distillation(
-    model: keras.Model,
-    teacher: Any,
-    teacher_dtype: str | None,
-    distillation_weight: float,
-    temperature: float,
-) -> None:
-    """Check the arguments of `LogitsDistiller`, which begins to change things.
-
-    Raises:
-        ValueError: If one is outside its range.
-    """
-    is_self = isinstance(teacher, str) and teacher == "self"
-    is_other = isinstance(teacher, keras.Model) and teacher is not model
-    if not (is_self or is_other or teacher is None):
-        raise checks.error(
-            "teacher",
-            '"self" for a frozen copy, a `keras.Model` other than the one '
-            "that is trained, whose weights change with it, or None",
-            teacher,
-        )
-    dtypes = _TEACHER_DTYPES if is_self else (None,)
-    checks.check_choice("teacher_dtype", teacher_dtype, dtypes)
-    checks.check_float("distillation_weight", distillation_weight, 0, 1)
-    checks.check_float("temperature", temperature, above=0)
-
-
 class LogitsDistiller(keras.distillation.Distiller):
     """Train a student on labels and on the logits of a teacher.
 
@@ -64,8 +37,8 @@ class LogitsDistiller(keras.distillation.Distiller):
         name: String.
 
     Raises:
-        ValueError: If `teacher` does not fit `model`. Both are unchanged
-            then. The other arguments are for `check_distillation`.
+        ValueError: If an argument is outside these ranges, or `teacher` does
+            not fit `model`. Both are unchanged then.
     """
 
     def __init__(
@@ -77,6 +50,19 @@ class LogitsDistiller(keras.distillation.Distiller):
         teacher_dtype: str | None,
         name: str,
     ) -> None:
+        is_self = isinstance(teacher, str) and teacher == "self"
+        is_other = isinstance(teacher, keras.Model) and teacher is not model
+        if not (is_self or is_other or teacher is None):
+            raise checks.error(
+                "teacher",
+                '"self" for a frozen copy, a `keras.Model` other than the one '
+                "that is trained, whose weights change with it, or None",
+                teacher,
+            )
+        dtypes = _TEACHER_DTYPES if is_self else (None,)
+        checks.check_choice("teacher_dtype", teacher_dtype, dtypes)
+        checks.check_float("distillation_weight", distillation_weight, 0, 1)
+        checks.check_float("temperature", temperature, above=0)
         if teacher is None:
             # A Distiller needs a teacher; without one this is a plain Model.
             keras.Model.__init__(self, name=name, **_TRANSPARENT)
@@ -84,7 +70,7 @@ class LogitsDistiller(keras.distillation.Distiller):
             self.teacher = None
             self.student_loss_weight = 1.0
         else:
-            if isinstance(teacher, str):
+            if is_self:
                 teacher = FrozenTwin(model, teacher_dtype)
             super().__init__(
                 teacher=teacher,
@@ -221,10 +207,6 @@ class LogitsDistillation(keras.distillation.LogitsDistillation):
         temperature: Float > 0.
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__(temperature=temperature)
-        self._kl = LogitsKL(temperature)
-
     def compute_loss(
         self,
         teacher_outputs: Any,
@@ -237,7 +219,7 @@ class LogitsDistillation(keras.distillation.LogitsDistillation):
         weights = keras.tree.flatten(sample_weight)
         if len(weights) == 1:
             weights = weights * len(learned)
-        return sum(map(self._kl, taught, learned, weights))
+        return sum(map(LogitsKL(self.temperature), taught, learned, weights))
 
 
 class LogitsKL(keras.losses.Loss):

@@ -157,12 +157,15 @@ class SharedInputs:
         ]
         self.count = 0
         self.total: Any = 0.0
-        self.calls = [0] * len(self.targets)
-        self.same = [0] * len(self.targets)
         self.inputs: Any = None
         self.used: np.ndarray | None = None
-        self.sharing: set[int] = set()
-        self.left = 0
+        # Of each target: calls, those with the inputs of the first target,
+        # and the place of the last one among all calls of a batch.
+        self.calls = [0] * len(self.targets)
+        self.same = [0] * len(self.targets)
+        self.last = [0] * len(self.targets)
+        self.seen = 0
+        self.enough: int | None = None
 
     @property
     def group(self) -> list[Target]:
@@ -180,15 +183,13 @@ class SharedInputs:
             for place, target in enumerate(self.targets):
                 see = functools.partial(self._see, place)
                 stack.enter_context(inputs_seen(target.layer, see))
-            for done, (args, kwargs) in enumerate(calls):
-                # As often as in each batch so far; the first one is run to
-                # its end to find out.
-                expected = self.calls[0] // done if done else 0
-                self.sharing = set(self.places())
-                self.left = expected * len(self.sharing)
-                self.used = used[done]
+            for self.used, (args, kwargs) in zip(used, calls):
+                self.seen = 0
                 with contextlib.suppress(_Enough):
                     call(*args, **kwargs)
+                if self.enough is None:
+                    # The first batch is run to its end to find out.
+                    self.enough = max(self.last[i] for i in self.places())
 
     def places(self) -> list[int]:
         """Return the places of `group` among the targets."""
@@ -207,10 +208,10 @@ class SharedInputs:
             self.count += count
         self.calls[place] += 1
         self.same[place] += inputs is self.inputs
-        if place in self.sharing:
-            self.left -= 1
-            if self.left == 0:
-                raise _Enough
+        self.seen += 1
+        self.last[place] = self.seen
+        if self.seen == self.enough:
+            raise _Enough
 
 
 class _Enough(BaseException):
