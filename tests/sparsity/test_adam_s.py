@@ -1,12 +1,11 @@
-import functools
-
 import keras
 import numpy as np
 import pytest
 
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.sparsity.adam_s import AdamS
-from tests import references
+from tests import models, references
+from tests.models import numpy
 
 TOTAL = 60
 
@@ -34,15 +33,19 @@ def make_variables(seed=0):
     return variables
 
 
-def configs(variables):
+def config(index, variable, axes):
+    return {
+        "index": index,
+        "path": variable.path,
+        "shape": tuple(variable.shape),
+        "contraction_axes": axes,
+    }
+
+
+def configs(pairs):
     return [
-        {
-            "index": i,
-            "path": v.path,
-            "shape": tuple(v.shape),
-            "contraction_axes": axes,
-        }
-        for i, (v, axes) in enumerate(variables)
+        config(i, v, axes)
+        for i, (v, axes) in enumerate(pairs)
         if axes is not None
     ]
 
@@ -93,7 +96,7 @@ def test_equals_float64_reference(kwargs):
     kwargs = {"pattern": "2:4", **kwargs}
     pairs = [pair for pair in make_variables() if pair[1] is not None]
     variables = [v for v, _ in pairs]
-    starts = [keras.ops.convert_to_numpy(v) for v in variables]
+    starts = [numpy(v) for v in variables]
     rng = np.random.default_rng(1)
     # A gradient with a direction, so that no weight hovers about a decision.
     bias = [rng.normal(size=v.shape) for v in variables]
@@ -130,7 +133,7 @@ def test_equals_float64_reference(kwargs):
             importance=importance[i],
             **kwargs,
         )
-        error = np.abs(keras.ops.convert_to_numpy(variable) - expected)
+        error = np.abs(numpy(variable) - expected)
         assert error.max() <= 1e-5 * np.abs(expected).max(), variable.path
         np.testing.assert_array_equal(optimizer.masks[i], mask)
 
@@ -167,65 +170,46 @@ def test_without_a_target_equals_keras_adam(kwargs, decay):
         for _ in range(TOTAL)
     ]
     results = []
-    for make in (
-        functools.partial(
-            AdamS,
-            total_steps=TOTAL,
-            decay=decay,
-            targets=[
-                {
-                    "index": 0,
-                    "path": "kernel",
-                    "shape": (8, 4),
-                    "contraction_axes": (0,),
-                }
-            ],
-        ),
-        keras.optimizers.Adam,
-    ):
+    for cls in (keras.optimizers.Adam, AdamS):
         variables = [keras.Variable(v, name=k) for k, v in starts.items()]
+        if cls is AdamS:
+            targets = [config(0, variables[0], (0,))]
+            kwargs = {
+                **kwargs,
+                "total_steps": TOTAL,
+                "decay": decay,
+                "targets": targets,
+            }
         rate = keras.optimizers.schedules.PolynomialDecay(2e-3, TOTAL, 1e-4)
-        optimizer = make(rate, **{"epsilon": 1e-7, **kwargs})
+        optimizer = cls(rate, **{"epsilon": 1e-7, **kwargs})
         optimizer.exclude_from_weight_decay(var_names=["gamma"])
         apply_steps(optimizer, variables, gradients)
-        stepped = [keras.ops.convert_to_numpy(v) for v in variables[1:]]
+        stepped = [numpy(v) for v in variables[1:]]
         optimizer.finalize_variable_values(variables)  # The averages.
-        stepped += [keras.ops.convert_to_numpy(v) for v in variables[1:]]
+        stepped += [numpy(v) for v in variables[1:]]
         results.append(stepped)
-    for actual, expected in zip(*results):
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+    for expected, received in zip(*results):
+        np.testing.assert_allclose(received, expected, rtol=0, atol=1e-6)
 
 
 def test_state_is_adams_and_one_bit_a_weight():
-    def state_bytes(optimizer):
-        return sum(
-            keras.ops.convert_to_numpy(v).nbytes for v in optimizer.variables
-        )
-
     kernel = keras.Variable(np.ones((256, 512), "float32"), name="kernel")
-    ours, adam = AdamS(1e-3, total_steps=10), keras.optimizers.Adam(1e-3)
-    ours.build([kernel])
-    adam.build([kernel])
-    budget = state_bytes(adam) + 256 * 512 // 8
-    assert state_bytes(ours) <= 1.02 * budget
-    assert state_bytes(ours) >= budget - 16
+    sizes = []
+    for optimizer in (AdamS(1e-3, total_steps=10), keras.optimizers.Adam()):
+        optimizer.build([kernel])
+        sizes.append(sum(numpy(v).nbytes for v in optimizer.variables))
+    budget = sizes[1] + 256 * 512 // 8
+    assert budget - 16 <= sizes[0] <= 1.02 * budget
 
 
 def tiny_model(**kwargs):
-    return keras.Sequential(
-        [
-            keras.Input((8,)),
-            keras.layers.Dense(8, activation="relu", **kwargs),
-            keras.layers.Dense(4),
-        ]
-    )
+    return models.mlp(8, 8, 4, **kwargs)
 
 
-def fit(model, optimizer, epochs=3, **kwargs):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(32, 8)).astype("float32")
+def fit(model, optimizer, epochs=3):
+    x = models.normal(32, 8)
     model.compile(optimizer, "mse")
-    model.fit(x, x[:, :4], batch_size=8, epochs=epochs, verbose=0, **kwargs)
+    model.fit(x, x[:, :4], batch_size=8, epochs=epochs, verbose=0)
 
 
 @pytest.mark.parametrize(
@@ -243,9 +227,12 @@ def test_fit_with_keras_arguments(kwargs):
         1e-2, total_steps=12, decay="relative", ramp=0.5, **kwargs
     )
     fit(model, optimizer)
-    optimizer.prune()
+    report = optimizer.prune()
+    paths = [kernel.path for kernel in report.kernels]
+    assert paths == [v.path for v in optimizer.sparsified]
+    assert len(paths) == 2
     for variable, mask in zip(optimizer.sparsified, optimizer.masks):
-        w = keras.ops.convert_to_numpy(variable)
+        w = numpy(variable)
         assert np.all(w[~mask] == 0)
         assert mask.mean() == optimizer.n / optimizer.m
 
@@ -255,10 +242,7 @@ def test_loss_scaling_and_mixed_precision():
     inner = AdamS(1e-2, total_steps=12, decay="relative", ramp=0.3)
     fit(model, keras.optimizers.LossScaleOptimizer(inner))
     inner.prune()
-    assert all(
-        np.isfinite(keras.ops.convert_to_numpy(v)).all()
-        for v in model.variables
-    )
+    assert all(np.isfinite(numpy(v)).all() for v in model.variables)
 
 
 def test_config_and_state_round_trip(tmp_path):
@@ -271,47 +255,31 @@ def test_config_and_state_round_trip(tmp_path):
     for config in (*expected["targets"], *received["targets"]):
         del config["path"]  # Keras names a reloaded Sequential anew.
     assert received == expected
-    for a, b in zip(model.optimizer.variables, loaded.optimizer.variables):
-        np.testing.assert_array_equal(
-            keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
-        )
+    assert_same(model.optimizer.variables, loaded.optimizer.variables)
     x = np.ones((8, 8), "float32")
     for m in (model, loaded):
         m.fit(x, x[:, :4], batch_size=8, epochs=2, verbose=0)
-    for a, b in zip(model.variables, loaded.variables):
-        np.testing.assert_array_equal(
-            keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
-        )
+    assert_same(model.variables, loaded.variables)
 
 
-def two_of_one_shape(kind):
-    if kind == "sequential":
-        return tiny_model()
-    inputs = keras.Input((8,))
-    hidden = inputs
-    for name in ("a", "b"):
-        inner = keras.Sequential(
-            [keras.Input((8,)), keras.layers.Dense(8, name="same")], name=name
-        )
-        hidden = inner(hidden)
-    return keras.Model(inputs, keras.layers.Dense(4)(hidden))
+def assert_same(received, expected):
+    models.assert_same(
+        [numpy(v) for v in received], [numpy(v) for v in expected]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
-@pytest.mark.parametrize("kind", ["sequential", "nested"])
+@pytest.mark.parametrize("make", [tiny_model, models.nested_net])
 @pytest.mark.parametrize("targets", ["model", "list", None])
-def test_saved_before_the_first_step(kind, targets, tmp_path):
-    model = two_of_one_shape(kind)
+def test_saved_before_the_first_step(make, targets, tmp_path):
+    model = make()
     if targets is not None:
         targets = model if targets == "model" else find_targets(model)
     optimizer = AdamS(1e-2, total_steps=4, targets=targets, decay="relative")
     model.compile(optimizer, "mse")
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    for a, b in zip(model.weights, loaded.weights):
-        np.testing.assert_array_equal(
-            keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
-        )
+    assert_same(model.weights, loaded.weights)
     # Again, since loading may have changed the paths.
     loaded.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -325,10 +293,10 @@ def test_restored_targets_that_cannot_be_told_apart():
         keras.Variable(np.ones((8, 4), "float32"), name="kernel")
         for _ in range(2)
     ]
-    config = {**configs([(kernels[0], (0,))])[0], "index": None}
+    target = config(None, kernels[0], (0,))
     with pytest.raises(ValueError, match="Received: 2 such variables"):
-        AdamS(total_steps=4, targets=[config]).build(kernels)
-    both = AdamS(total_steps=4, targets=[config, config])
+        AdamS(total_steps=4, targets=[target]).build(kernels)
+    both = AdamS(total_steps=4, targets=[target, target])
     both.build(kernels)
     assert both.sparsified == kernels
 
@@ -339,7 +307,7 @@ def test_ramp_stays_at_one_past_the_end():
     zero = keras.ops.zeros((4, 1))
     for _ in range(8):
         optimizer.apply([zero], [kernel])
-    w = keras.ops.convert_to_numpy(kernel)[:, 0]
+    w = numpy(kernel)[:, 0]
     np.testing.assert_array_equal(w[:2], 0.5)
     assert np.all(w[2:] < 0.5 - 0.03)
 
@@ -356,34 +324,63 @@ def test_masks_follow_the_importance():
             optimizer.set_importance(wrong)
 
 
+@pytest.mark.parametrize("targets", ["regex", "layer", "targets", "config"])
+def test_forms_of_targets(targets):
+    model = models.mlp(8, 8, 8, 4)
+    second = model.layers[1]
+    optimizer = AdamS(
+        total_steps=4,
+        decay="relative",
+        targets={
+            "regex": f"{second.name}/",
+            "layer": second,
+            "targets": find_targets(model)[1:2],
+            "config": [config(2, second.kernel, (0,))],
+        }[targets],
+    )
+    again = AdamS.from_config(optimizer.get_config())
+    for each in (optimizer, again):
+        each.build(model.trainable_variables)
+        assert each.sparsified == [second.kernel]
+    with pytest.raises(ValueError, match=r"no kernel.*targets='other'"):
+        AdamS(total_steps=4, targets="other").build(model.trainable_variables)
+    with pytest.raises(ValueError, match=r"targets=find_targets\(model, incl"):
+        AdamS(targets=keras.layers.Dense)
+
+
+def test_name():
+    assert AdamS(name="mine").name == "mine"
+    assert AdamS().name == "adam_s"
+
+
 @pytest.mark.parametrize(
-    ("kwargs", "match"),
+    "kwargs",
     [
-        ({"total_steps": 0}, "`total_steps` must be a positive int"),
-        ({"total_steps": -3}, "`total_steps` must be a positive int"),
-        ({"total_steps": 2.5}, "`total_steps` must be a positive int"),
-        ({"pattern": "4:2"}, "`pattern` must be"),
-        ({"pattern": "5:4"}, "`pattern` must be"),
-        ({"pattern": "0:4"}, "`pattern` must be"),
-        ({"l1": -1.0}, "`l1` must be"),
-        ({"l1": "big"}, "`l1` must be"),
-        ({"l1_scale": 0}, "`l1_scale` must be"),
-        ({"ramp": 0.0}, "`ramp` is"),
-        ({"ramp": 1.5}, "`ramp` is"),
-        ({"ramp": -0.5, "decay": "relative"}, "`ramp` is"),
-        ({"decay": "cosine"}, "`decay` must be one of"),
-        ({"criterion": "random"}, "`criterion` must be one of"),
-        ({"mask_every": 0}, "`mask_every` must be"),
-        ({"targets": "all"}, "`targets` must be"),
-        ({"targets": []}, "`targets` must be"),
-        ({"beta_1": 1.0}, "`beta_1` must be"),
-        ({"beta_2": -0.1}, "`beta_2` must be"),
-        ({"epsilon": 0.0}, "`epsilon` must be"),
+        {"total_steps": 0},
+        {"total_steps": 2.5},
+        {"pattern": "4:2"},
+        {"pattern": "0:4"},
+        {"l1": -1.0},
+        {"l1": "big"},
+        {"l1_scale": 0},
+        {"ramp": 0.0},
+        {"ramp": 1.5},
+        {"ramp": -0.5, "decay": "relative"},
+        {"decay": "cosine"},
+        {"criterion": "random"},
+        {"mask_every": 0},
+        {"targets": "("},
+        {"targets": []},
+        {"beta_1": 1.0},
+        {"beta_2": -0.1},
+        {"epsilon": 0.0},
     ],
+    ids=str,
 )
-def test_wrong_arguments(kwargs, match):
-    with pytest.raises(ValueError, match=match):
-        AdamS(**{"total_steps": 10, **kwargs})
+def test_wrong_arguments(kwargs):
+    name = next(iter(kwargs))
+    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: "):
+        AdamS(**kwargs)
 
 
 def test_total_steps_of_numpy():
@@ -396,8 +393,7 @@ def test_missing_total_steps_is_an_error_at_build():
     before = model.get_weights()
     with pytest.raises(ValueError, match="needs `total_steps`"):
         fit(model, AdamS(1e-3))
-    for a, b in zip(before, model.get_weights()):
-        np.testing.assert_array_equal(a, b)
+    models.assert_same(model.get_weights(), before)
 
 
 def test_axes_that_cannot_be_inferred():
@@ -424,20 +420,16 @@ def test_state_that_does_not_fit_changes_nothing():
         return optimizer
 
     small, large = built((4, 2)), built((8, 2))
-    before = [keras.ops.convert_to_numpy(v).copy() for v in small.variables]
-    store = {
-        str(i): keras.ops.convert_to_numpy(v)
-        for i, v in enumerate(large.variables)
-    }
+    before = [numpy(v).copy() for v in small.variables]
+    store = {str(i): numpy(v) for i, v in enumerate(large.variables)}
     with pytest.raises(ValueError, match="does not fit this `AdamS`"):
         small.load_own_variables(store)
     with pytest.raises(ValueError, match="does not fit this `AdamS`"):
         small.set_weights(list(store.values()))
-    for strange in ({"a": np.zeros(3)}, {}):
+    for other in ({"a": np.zeros(3)}, {}):
         with pytest.raises(ValueError, match="does not fit this `AdamS`"):
-            small.load_own_variables(strange)
-    for a, b in zip(before, small.variables):
-        np.testing.assert_array_equal(a, keras.ops.convert_to_numpy(b))
+            small.load_own_variables(other)
+    assert_same(small.variables, before)
 
 
 def test_warnings_tell_the_way_out():
@@ -496,9 +488,9 @@ def test_weight_decay_is_decoupled_with_exclusions():
         )
         optimizer.exclude_from_weight_decay(var_names=["query"])
         apply_steps(optimizer, [v for v, _ in pairs], [gradients])
-        results.append([keras.ops.convert_to_numpy(v) for v, _ in pairs])
+        results.append([numpy(v) for v, _ in pairs])
     for (variable, _), plain, decayed in zip(make_variables(), *results):
-        initial = keras.ops.convert_to_numpy(variable)
+        initial = numpy(variable)
         share = 0.0 if variable.name == "query" else 0.1 * 0.5
         np.testing.assert_allclose(
             decayed, plain - share * initial, rtol=1e-5, atol=1e-7

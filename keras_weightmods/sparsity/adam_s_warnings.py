@@ -1,0 +1,90 @@
+"""Warnings of `AdamS` before the first step: what will not reach zero."""
+
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_weightmods.ops.matrix import to_matrix
+from keras_weightmods.sparsity.adam_s_targets import Spec
+
+# Travel that masked weights need, in units of their mean magnitude: below
+# about 3 the largest of them do not arrive.
+_TRAVEL_NEEDED = 3.0
+
+
+def warn_about_low_precision(specs: list[Spec]) -> None:
+    """Warn of kernels that are stored in 16 bits."""
+    low = [
+        spec.path
+        for spec in specs
+        if keras.backend.standardize_dtype(spec.variable.dtype)
+        in ("bfloat16", "float16")
+    ]
+    if low:
+        warnings.warn(
+            f"AdamS: {len(low)} kernels are stored in 16 bits, which rounds "
+            "the pull to zero away as weights get small: "
+            f"{low[:3]}. Keep the variables in float32 and compute in 16 "
+            'bits: load the model with dtype="mixed_bfloat16".',
+            stacklevel=3,
+        )
+
+
+def warn_about_travel(optimizer: Any, specs: list[Spec]) -> None:
+    """Warn if the published pull cannot bring masked weights to zero."""
+    if _is_tracing():
+        return
+    allowed = _travel_allowed(optimizer)
+    masked = (_mean_masked(spec, optimizer.n, optimizer.m) for spec in specs)
+    needed = _TRAVEL_NEEDED * max(masked)
+    if allowed < needed:
+        warnings.warn(
+            "AdamS: this schedule is too short to reach zero. Over "
+            f"{optimizer.total_steps} steps it lets a masked weight travel "
+            f"sum(learning rate x ramp) = {allowed:.3g}, and the masked "
+            f"weights need about {needed:.3g} ({_TRAVEL_NEEDED:g} times their "
+            "mean magnitude). The prune at the end will then cost quality. "
+            'Use decay="relative", which is scaled to arrive, or more steps, '
+            "or a higher learning rate.",
+            stacklevel=3,
+        )
+
+
+def _travel_allowed(optimizer):
+    """Integrates lr * a over the run, by the trapezoid rule."""
+    total = optimizer.total_steps
+    steps = np.unique(np.linspace(0, total - 1, 200).round().astype("int64"))
+    batches = optimizer.gradient_accumulation_steps or 1
+    schedule = getattr(optimizer, "_learning_rate", None)
+    if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+        rates = [schedule(int(step) * batches) for step in steps]
+    else:
+        rates = [optimizer.learning_rate] * len(steps)
+    floats = [float(ops.convert_to_numpy(rate)) for rate in rates]
+    heights = np.array(floats) * np.minimum(
+        steps / (optimizer.ramp * total), 1.0
+    )
+    if len(steps) == 1:
+        return float(heights[0])
+    means = (heights[1:] + heights[:-1]) / 2
+    return float(np.sum(means * np.diff(steps)))
+
+
+def _mean_masked(spec, n, m):
+    """Mean |w| of the entries outside the mask, over a sample of columns."""
+    w = np.abs(ops.convert_to_numpy(to_matrix(spec.variable, spec.axes)))
+    w = w[:, :: max(1, w.size // 2**18)].astype("float32")
+    groups = np.sort(w.reshape(w.shape[0] // m, m, w.shape[1]), axis=1)
+    return float(groups[:, : m - n].mean()) if m > n else 0.0
+
+
+def _is_tracing():
+    """Whether values cannot be read now, while a graph is traced."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()
