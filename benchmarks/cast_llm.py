@@ -21,6 +21,7 @@ import time
 
 from benchmarks import harness
 from examples.command_line import add_preset, check
+from examples.data.prose import load_rows, model_inputs
 
 QUANTIZED = ("packed_int8", "int8", "int4")
 LOGS = harness.RESULTS / "cast_llm"
@@ -94,7 +95,14 @@ def run(args):
 
     keras.utils.set_random_seed(args.seed)
     model = load_causal_lm(args.preset, args.dtype)
-    train, held_out, unrelated = load_tokens(args, model)
+    train, held_out, unrelated = load_rows(
+        model.preprocessor.tokenizer,
+        args.length + 1,
+        args.text,
+        train=None,
+        held_out=args.rows,
+        unrelated=args.rows // 2 or 1,
+    )
     # Not a part of the state that a checkpoint holds.
     model.preprocessor = None
     measured = {}
@@ -187,21 +195,6 @@ def make_optimizer(args, recipe):
     )
 
 
-def load_tokens(args, model):
-    """Rows of tokens to train on, held-out rows, rows of other text."""
-    from examples.data.prose import load_prose, load_unrelated, token_blocks
-
-    tokenizer = model.preprocessor.tokenizer
-    width = args.length + 1
-    return (
-        token_blocks(load_prose("train", args.text), tokenizer, width),
-        token_blocks(
-            load_prose("held_out", args.text), tokenizer, width, args.rows
-        ),
-        token_blocks(load_unrelated(), tokenizer, width, args.rows // 2 or 1),
-    )
-
-
 def train_resumably(cast, rows, args):
     """Trains, from the last checkpoint on; returns the seconds it took."""
     import keras
@@ -256,11 +249,7 @@ def make_batches(rows, args, steps_per_epoch):
             batch = np.stack(
                 [rows[row_of(i)] for i in range(first, first + args.batch_size)]
             )
-            inputs = batch[:, :-1]
-            return (
-                {"token_ids": inputs, "padding_mask": np.ones_like(inputs)},
-                batch[:, 1:],
-            )
+            return model_inputs(batch[:, :-1]), batch[:, 1:]
 
     orders = {}
 

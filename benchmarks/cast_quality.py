@@ -15,6 +15,7 @@ import platform
 import time
 
 from benchmarks import harness
+from examples.data.prose import load_rows, model_inputs
 
 
 def main():
@@ -43,7 +44,6 @@ def run(args):
     import keras
 
     import keras_weightmods as kwm
-    from examples.data.prose import load_prose, load_unrelated, token_blocks
     from examples.data.smollm2 import load_smollm2
 
     methods = make_methods(args.steps)
@@ -54,23 +54,14 @@ def run(args):
     model = load_smollm2(dtype=args.dtype)
     model.preprocessor, tokenizer = None, model.preprocessor.tokenizer
     dense = model.get_weights()
-    held_out, unrelated = (
-        token_blocks(sections, tokenizer, args.length + 1, count, seed=0)
-        for sections, count in (
-            (load_prose("held_out"), args.rows),
-            (load_unrelated(), args.rows // 2),
-        )
+    length = args.length + 1
+    held_out, unrelated = load_rows(
+        tokenizer, length, held_out=args.rows, unrelated=args.rows // 2
     )
     old = harness.read_json(args.json) if args.resume else None
     rows = old["rows"] if old else []
     for seed in map(int, args.seeds.split(",")):
-        train = token_blocks(
-            load_prose("train"),
-            tokenizer,
-            args.length + 1,
-            args.steps,
-            seed=seed + 1,
-        )
+        (train,) = load_rows(tokenizer, length, seed=seed + 1, train=args.steps)
         for name in chosen:
             if any(r["method"] == name and r["seed"] == seed for r in rows):
                 continue
@@ -141,8 +132,7 @@ class OneShot:
     def __call__(self, model, train):
         import keras_weightmods as kwm
 
-        inputs = train[:128, :-1]
-        data = {"token_ids": inputs, "padding_mask": inputs == inputs}
+        data = model_inputs(train[:128, :-1])
         kwm.sparsify(model, "2:4", self.method, data, verbose=0)
         kwm.assert_sparse(model)
 
@@ -380,9 +370,8 @@ def distil(model, teacher, optimizer, train, callbacks=()):
 
 
 def fit(model, train, callbacks=()):
-    inputs = train[:, :-1]
     return model.fit(
-        {"token_ids": inputs, "padding_mask": inputs == inputs},
+        model_inputs(train[:, :-1]),
         train[:, 1:],
         batch_size=1,
         verbose=0,

@@ -3,11 +3,9 @@
 import argparse
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,6 +15,8 @@ from examples.command_line import BACKENDS as BACKENDS
 from examples.command_line import add_backend as add_backend
 from examples.command_line import choose_backend as choose_backend
 from examples.command_line import make_parser as make_parser
+from examples.sizes import nbytes as nbytes
+from examples.sizes import peak_bytes as peak_bytes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -213,33 +213,17 @@ def wait_for(model):
         jax.block_until_ready([v.value for v in [*model.variables, *state]])
 
 
-def nbytes(variables):
-    """Return the bytes that these variables hold."""
-    sizes = {"bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1, "bool": 1}
-    return sum(
-        math.prod(v.shape) * (8 if "64" in v.dtype else sizes.get(v.dtype, 4))
-        for v in variables
-    )
-
-
-def peak_bytes():
-    """Return the largest size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)
-
-
 def token_batch(vocabulary, batch, length):
     """Return random tokens as inputs and labels of a language model."""
     import numpy as np
 
+    # Not before a worker has chosen its cores: NumPy starts threads.
+    from examples.data.prose import model_inputs
+
     tokens = np.random.default_rng(0).integers(
         vocabulary, size=(batch, length + 1), dtype="int32"
     )
-    x = {
-        "token_ids": tokens[:, :-1],
-        "padding_mask": np.ones((batch, length), "int32"),
-    }
-    return x, tokens[:, 1:]
+    return model_inputs(tokens[:, :-1]), tokens[:, 1:]
 
 
 def make_llama(**sizes):

@@ -104,7 +104,7 @@ def train(args, method, rate, seed):
 
     import keras_weightmods as kwm
     from benchmarks.lift_step import enable_lora
-    from examples.data.prose import load_unrelated, token_blocks
+    from examples.data.prose import load_rows
     from examples.data.word_problems import encode, make_problems
     from examples.finetune_lift import (
         Measure,
@@ -128,7 +128,7 @@ def train(args, method, rate, seed):
             ("test", args.held_out),
         )
     }
-    unrelated = token_blocks(load_unrelated(), tokenizer, 257, 8, 0)
+    (unrelated,) = load_rows(tokenizer, 257, unrelated=8)
     result = {}
     if method == "full" and seed == 0:
         result["before"] = Measure(model, rows["test"], unrelated)()

@@ -53,22 +53,20 @@ def quality(args):
     import numpy as np
 
     import keras_weightmods as kwm
-    from examples.data.prose import load_prose, load_unrelated, token_blocks
+    from examples.data.prose import load_rows, model_inputs
     from examples.data.smollm2 import load_smollm2
 
     model = load_smollm2(dtype="float32")
     model.preprocessor, tokenizer = None, model.preprocessor.tokenizer
     dense = model.get_weights()
-    held_out, unrelated, calibration = (
-        token_blocks(sections, tokenizer, args.length + 1, count, seed)
-        for sections, count, seed in (
-            (load_prose("held_out"), args.rows, 0),
-            (load_unrelated(), args.rows // 2, 0),
-            (load_prose("train"), args.calibration_rows, 1),
-        )
+    length = args.length + 1
+    held_out, unrelated = load_rows(
+        tokenizer, length, held_out=args.rows, unrelated=args.rows // 2
     )
-    inputs = calibration[:, :-1]
-    data = {"token_ids": inputs, "padding_mask": np.ones_like(inputs)}
+    (calibration,) = load_rows(
+        tokenizer, length, seed=1, train=args.calibration_rows
+    )
+    data = model_inputs(calibration[:, :-1])
     measure = kwm.Perplexity(model)
     table = harness.table(
         "SmolLM2-135M-Instruct, all 210 in-block kernels, 2:4",
@@ -105,7 +103,7 @@ def quality(args):
     harness.print_all(table)
     return {
         "model": "SmolLM2-135M-Instruct, all 210 in-block kernels, 2:4",
-        "calibration_tokens": int(inputs.size),
+        "calibration_tokens": data["token_ids"].size,
         "evaluated_rows": args.rows,
         "tokens_per_row": args.length,
         "note": "`seconds` includes the evaluation.",

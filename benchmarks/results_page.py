@@ -39,43 +39,19 @@ def make_page(logs):
         json.loads(file.read_text())
         for file in sorted((logs / "cast_llm").glob("*.json"))
     ]
-    parts = [
-        "# Results",
-        "Written by `python -m benchmarks.results_page` from the logs in "
-        "`benchmarks/results/`; do not edit. Perplexity (lower is better) on "
-        "held-out text of the kind trained on, and on unrelated text: English "
-        "prose, and the reference of the Python language, in SmolLM2's own "
-        "runs. All sparse models are exactly 2:4 unless said otherwise.",
-        "## At equal tokens",
-        methods(harness.read_json(logs / "cast_quality.json")),
-        "## One-shot, without training",
-        one_shot(harness.read_json(logs / "one_shot.json")),
-        "## CAST by budget",
-        budgets(runs),
-        "## Scaling law",
-        laws(runs),
-        "## Quantized",
-        quantized(runs),
-        "## Fine-tuned",
-        fine_tuned(harness.read_json(logs / "finetune_sparse.json")),
-        "## Packed: speed and size",
-        packed(harness.read_json(logs / "packed_llm.json")),
-        "## Packed: the product by shape and rows",
-        products(harness.read_json(logs / "sparse_matmul.json")),
-        "## LIFT: quality",
-        lift_quality(harness.read_json(logs / "lift_quality.json")),
-        "## LIFT: step and memory",
-        lift_step(harness.read_json(logs / "lift_step.json")),
-        "## LIFT: masks",
-        principal_mask(harness.read_json(logs / "principal_mask.json")),
-    ]
+    parts = [HEAD]
+    for title, name, write in PARTS:
+        log = runs if name == "cast_llm" else read(logs, name)
+        parts += [f"## {title}", write(log) if log else missing(name)]
     return "\n\n".join(parts) + "\n"
+
+
+def read(logs, name):
+    return harness.read_json(logs / f"{name}.json")
 
 
 def methods(log):
     """Every method of cast_quality.py."""
-    if log is None:
-        return missing("cast_quality.py")
     groups = collections.defaultdict(list)
     for row in log["rows"]:
         groups[row["method"]].append(row)
@@ -97,15 +73,8 @@ def methods(log):
             f"{log['tokens_per_step']} tokens, the same rows in the same "
             f"order; {log['dtype']}, {log['backend']}; {'; '.join(machines)}.",
             table(
-                [
-                    "method",
-                    "tokens",
-                    "held-out",
-                    "x dense",
-                    "unrelated",
-                    "seeds",
-                    "minutes",
-                ],
+                "method | tokens | held-out | x dense | "
+                "unrelated | seeds | minutes",
                 rows,
             ),
         ]
@@ -113,12 +82,12 @@ def methods(log):
 
 
 def one_shot(log):
-    if log is None or "quality" not in log:
-        return missing("one_shot.py")
+    if "quality" not in log:
+        return missing("one_shot")
     rows = log["quality"]["rows"]
     dense = next((row for row in rows if row["method"] == "dense"), None)
     return table(
-        ["method", "held-out", "x dense", "unrelated", "seconds"],
+        "method | held-out | x dense | unrelated | seconds",
         [
             [row["method"], *quality([row], dense), f"{row['seconds']:.0f}"]
             for row in rows
@@ -128,8 +97,6 @@ def one_shot(log):
 
 def budgets(runs):
     """Every run of cast_llm.py."""
-    if not runs:
-        return missing("cast_llm.py")
     parts = []
     for (model, pattern, start, evaluated, recipe), group in grouped(runs):
         rows = []
@@ -162,15 +129,8 @@ def budgets(runs):
         )
         parts.append(
             table(
-                [
-                    "tokens",
-                    "before the prune",
-                    "after",
-                    "x dense",
-                    "unrelated",
-                    "seeds",
-                    "minutes",
-                ],
+                "tokens | before the prune | after | x dense | "
+                "unrelated | seeds | minutes",
                 rows,
             )
         )
@@ -258,7 +218,7 @@ def law(points):
         [
             "`L(D) = L_inf + B * D**-beta`, loss in nats a token on the "
             "held-out text, after the prune:",
-            table(["fitted to", "L_inf", "B", "beta"], rows),
+            table("fitted to | L_inf | B | beta", rows),
             f"At {largest:,} tokens the law of the smaller budgets says "
             f"{prediction.loss:.3f} ({prediction.low:.3f} to "
             f"{prediction.high:.3f}); the run gave {found:.3f}: an error of "
@@ -269,7 +229,7 @@ def law(points):
             f"{unknown} To take the loss at {last[0]:,} tokens for that at "
             f"{largest:,} would be an error of {naive:.1%}.",
             table(
-                ["tokens", "loss", "law"],
+                "tokens | loss | law",
                 [
                     [
                         f"{tokens:,}",
@@ -298,13 +258,8 @@ def quantized(runs):
             continue
         parts.append(
             table(
-                [
-                    f"{run['model']}, {run['tokens']:,} tokens, "
-                    f"seed {run['seed']}",
-                    "held-out",
-                    "x dense",
-                    "unrelated",
-                ],
+                f"{run['model']}, {run['tokens']:,} tokens, seed "
+                f"{run['seed']} | held-out | x dense | unrelated",
                 [
                     [label, *quality([found[name]], found["dense"])]
                     for name, label in names.items()
@@ -312,16 +267,11 @@ def quantized(runs):
                 ],
             )
         )
-    return "\n\n".join(parts) or missing("cast_llm.py")
+    return "\n\n".join(parts) or missing("cast_llm")
 
 
 def fine_tuned(log):
     """Every method of examples/finetune_sparse.py."""
-    if log is None:
-        return (
-            "No log yet: `python -m examples.finetune_sparse --json "
-            "benchmarks/results/finetune_sparse.json` writes it."
-        )
     start = next(r for r in log["rows"] if r["method"] == "2:4, as it was")
     return "\n\n".join(
         [
@@ -329,7 +279,7 @@ def fine_tuned(log):
             "is the held-out text here; the unrelated text is the prose; "
             f"{log['backend']}. Every model is exactly 2:4 at the end.",
             table(
-                ["method", "held-out", "x start", "unrelated", "minutes"],
+                "method | held-out | x start | unrelated | minutes",
                 [
                     [
                         row["method"],
@@ -344,8 +294,6 @@ def fine_tuned(log):
 
 
 def packed(log):
-    if log is None:
-        return missing("packed_llm.py")
     rows = [
         [
             backend,
@@ -364,14 +312,7 @@ def packed(log):
             f"{log['new_tokens']} tokens; {log['machine']['cpu']}, "
             f"{log['machine']['cores_used']} cores.",
             table(
-                [
-                    "backend",
-                    "model",
-                    "memory, MB",
-                    "file, MB",
-                    "tokens/s",
-                    "x dense",
-                ],
+                "backend | model | memory, MB | file, MB | tokens/s | x dense",
                 rows,
                 text_columns=2,
             ),
@@ -381,8 +322,6 @@ def packed(log):
 
 def products(log):
     """Speed-ups of sparse_matmul.py, by the first instruction set of each."""
-    if log is None:
-        return missing("sparse_matmul.py")
     parts = [
         "Time of the dense float32 product over that of the packed one, above "
         f"1 the packed one is faster; {log['machine']['cpu']}. The log has the "
@@ -403,7 +342,9 @@ def products(log):
         parts += [
             f"{found['peer']}, {threads}, {isa}:",
             table(
-                ["kernel", "values", *(f"B={batch}" for batch in batches)],
+                " | ".join(
+                    ["kernel", "values", *(f"B={batch}" for batch in batches)]
+                ),
                 [[*key, *cells] for key, cells in rows.items()],
                 text_columns=2,
             ),
@@ -412,8 +353,8 @@ def products(log):
 
 
 def lift_quality(log):
-    if log is None or "summary" not in log:
-        return missing("lift_quality.py")
+    if "summary" not in log:
+        return missing("lift_quality")
 
     def cell(pair, form):
         value, spread = pair
@@ -473,18 +414,8 @@ def lift_quality(log):
             f"problems; {setting['backend']}, {log['machine']['cpu']}, "
             f"{log['machine']['cores']} cores.",
             table(
-                [
-                    "method",
-                    "rate",
-                    "solved",
-                    "tokens",
-                    "loss",
-                    "unrelated",
-                    "trained",
-                    "state, MB",
-                    "peak, MB",
-                    "file, MB",
-                ],
+                "method | rate | solved | tokens | loss | "
+                "unrelated | trained | state, MB | peak, MB | file, MB",
                 rows,
             ),
             "LIFT less the other; whether it exceeds the seeds' spread (twice "
@@ -495,8 +426,6 @@ def lift_quality(log):
 
 
 def lift_step(log):
-    if log is None:
-        return missing("lift_step.py")
     rows = []
     for backend, found in log["backends"].items():
         for method, memory in found.get("memory", {}).items():
@@ -520,15 +449,8 @@ def lift_step(log):
             "refresh of the masks every 200 steps is counted in the ratio; "
             f"{log['machine']['cpu']}, {log['machine']['cores']} cores.",
             table(
-                [
-                    "backend",
-                    "method",
-                    "trained",
-                    "seconds",
-                    "x AdamW",
-                    "state, MB",
-                    "peak, MB",
-                ],
+                "backend | method | trained | seconds | x AdamW | "
+                "state, MB | peak, MB",
                 rows,
                 text_columns=2,
             ),
@@ -537,8 +459,6 @@ def lift_step(log):
 
 
 def principal_mask(log):
-    if log is None:
-        return missing("principal_mask.py")
     parts = []
     rows = [
         [
@@ -560,8 +480,8 @@ def principal_mask(log):
             f"Share of the exact rule's {log['density']:.0%} that others find "
             "in SmolLM2-135M's matrices; medians beside the least."
         )
-        header = ["backend", "rank", "matrices", "least", "median"]
-        parts.append(table([*header, "randomized SVD", "magnitude"], rows))
+        header = "backend | rank | matrices | least | median"
+        parts.append(table(f"{header} | randomized SVD | magnitude", rows))
     rows = [
         [
             backend,
@@ -585,7 +505,7 @@ def principal_mask(log):
             f"seconds; {log['machine']['cpu']}, {log['machine']['cores']} "
             "cores."
         )
-        header = ["backend", "exact SVD", "default", "ratio", "share"]
+        header = "backend | exact SVD | default | ratio | share"
         parts.append(table(header, rows))
     return "\n\n".join(parts)
 
@@ -633,6 +553,8 @@ def mean(values):
 
 
 def table(header, rows, text_columns=1):
+    """Return a table; `header` has bars between the columns' names."""
+    header = header.split(" | ")
     right = len(header) - text_columns
     lines = [header, ["---"] * text_columns + ["---:"] * right, *rows]
     return "\n".join(
@@ -640,8 +562,37 @@ def table(header, rows, text_columns=1):
     )
 
 
-def missing(program):
-    return f"No log yet: `python benchmarks/{program}` writes it."
+def missing(name):
+    program = f"python -m benchmarks.{name}"
+    if name == "finetune_sparse":
+        file = f"benchmarks/results/{name}.json"
+        program = f"python -m examples.{name} --json {file}"
+    return f"No log yet: `{program}` writes it."
+
+
+HEAD = """\
+# Results
+
+Written by `python -m benchmarks.results_page` from the logs in \
+`benchmarks/results/`; do not edit. Perplexity (lower is better) on held-out \
+text of the kind trained on, and on unrelated text: English prose, and the \
+reference of the Python language, in SmolLM2's own runs. All sparse models are \
+exactly 2:4 unless said otherwise."""
+
+# Title, log, and the function that makes a part of it.
+PARTS = (
+    ("At equal tokens", "cast_quality", methods),
+    ("One-shot, without training", "one_shot", one_shot),
+    ("CAST by budget", "cast_llm", budgets),
+    ("Scaling law", "cast_llm", laws),
+    ("Quantized", "cast_llm", quantized),
+    ("Fine-tuned", "finetune_sparse", fine_tuned),
+    ("Packed: speed and size", "packed_llm", packed),
+    ("Packed: the product by shape and rows", "sparse_matmul", products),
+    ("LIFT: quality", "lift_quality", lift_quality),
+    ("LIFT: step and memory", "lift_step", lift_step),
+    ("LIFT: masks", "principal_mask", principal_mask),
+)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ whole worked answer, token by token.
 import json
 import math
 import pathlib
-import resource
 import time
 
 from examples import command_line
+from examples.sizes import nbytes, peak_bytes
 
 
 def main():
@@ -105,8 +105,8 @@ def run(args):
         callbacks=[masks],
     )
     seconds = time.monotonic() - began
-    state = optimizer_bytes(model)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    state = nbytes(model.optimizer.variables)
+    memory = peak_bytes() / 2**30
     results.append({"model": "after", **measure()})
 
     delta = kwm.save_delta(model, base, args.output)
@@ -171,7 +171,7 @@ def load_model(preset=None, dtype="float32"):
 
 def load_rows(args, model):
     """Rows to train on, rows of held-out problems, rows of other text."""
-    from examples.data.prose import load_unrelated, token_blocks
+    from examples.data.prose import load_rows
     from examples.data.word_problems import encode, load_problems, make_problems
 
     count = args.steps * args.batch_size
@@ -183,9 +183,7 @@ def load_rows(args, model):
         train = make_problems("train", count, args.seed)
         held_out = make_problems("test", args.held_out)
     tokenizer = model.tokenizer
-    unrelated = token_blocks(
-        load_unrelated(), tokenizer, 257, 2 if args.smoke else 8, 0
-    )
+    (unrelated,) = load_rows(tokenizer, 257, unrelated=2 if args.smoke else 8)
     return (
         encode(train, tokenizer, args.length + 1),
         encode(held_out, tokenizer, args.length + 1),
@@ -258,6 +256,7 @@ def generate(model, args):
     import keras
     import numpy as np
 
+    from examples.data.prose import model_inputs
     from examples.data.word_problems import (
         load_problems,
         make_problems,
@@ -274,24 +273,12 @@ def generate(model, args):
     end = model.tokenizer.end_token_id
     for _ in range(4 if args.smoke else 40):
         row = np.int32([ids])
-        logits = model(
-            {"token_ids": row, "padding_mask": np.ones_like(row)},
-            training=False,
-        )
+        logits = model(model_inputs(row), training=False)
         best = int(keras.ops.argmax(logits[0, -1]))
         if best == end:
             break
         ids.append(best)
     return str(model.tokenizer.detokenize(ids))
-
-
-def optimizer_bytes(model):
-    import numpy as np
-
-    return sum(
-        math.prod(v.shape) * np.dtype(v.dtype).itemsize
-        for v in model.optimizer.variables
-    )
 
 
 if __name__ == "__main__":

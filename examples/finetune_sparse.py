@@ -15,6 +15,7 @@ import pathlib
 import time
 
 from examples import command_line
+from examples.data.prose import load_rows, model_inputs
 
 
 def main():
@@ -51,20 +52,21 @@ def run(args):
     from rich.table import Table
 
     import keras_weightmods as kwm
-    from examples.data.prose import load_prose, load_unrelated, token_blocks
 
     console = Console()
     model = load_model(args)
     tokenizer = model.preprocessor.tokenizer
     width = args.length + 1
-    code = token_blocks(
-        load_unrelated(), tokenizer, width, args.steps + args.rows
+    code, prose = load_rows(
+        tokenizer,
+        width,
+        unrelated=args.steps + args.rows,
+        held_out=args.rows,
     )
     train, held_out = code[: args.steps], code[args.steps :]
-    prose = token_blocks(load_prose("held_out"), tokenizer, width, args.rows)
     if not args.model:
-        calibration = token_blocks(load_prose(), tokenizer, args.length, 64)
-        kwm.sparsify(model, "2:4", "sparsegpt", inputs_of(calibration))
+        (calibration,) = load_rows(tokenizer, args.length, train=64)
+        kwm.sparsify(model, "2:4", "sparsegpt", model_inputs(calibration))
     kwm.assert_sparse(model, "2:4")
     start = model.get_weights()
     rows = []
@@ -171,7 +173,7 @@ def fit(model, train, learning_rate, callbacks=()):
     )
     model.preprocessor, preprocessor = None, model.preprocessor
     model.fit(
-        inputs_of(train[:, :-1]),
+        model_inputs(train[:, :-1]),
         train[:, 1:],
         batch_size=1,
         shuffle=False,
@@ -179,10 +181,6 @@ def fit(model, train, learning_rate, callbacks=()):
         callbacks=list(callbacks),
     )
     model.preprocessor = preprocessor
-
-
-def inputs_of(tokens):
-    return {"token_ids": tokens, "padding_mask": tokens == tokens}
 
 
 METHODS = {

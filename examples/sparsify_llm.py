@@ -13,13 +13,13 @@ that it writes are printed beside those of the dense form.
 """
 
 import json
-import math
 import pathlib
-import resource
 import statistics
 import time
 
 from examples import command_line
+from examples.data.prose import load_rows, model_inputs
+from examples.sizes import nbytes, peak_bytes
 
 PROMPT = "The most important task of the government is"
 
@@ -95,7 +95,16 @@ def run(args):
         f"{len(kwm.find_targets(model))} kernels to make {args.pattern}; Keras "
         f"{keras.__version__} on {keras.backend.backend()}"
     )
-    train, held_out, unrelated = load_tokens(args, model)
+    rows = 2 if args.smoke else 16
+    train, held_out, unrelated = load_rows(
+        model.preprocessor.tokenizer,
+        args.length + 1,
+        args.text,
+        args.seed,
+        train=args.steps * args.batch_size,
+        held_out=rows,
+        unrelated=rows // 2,
+    )
     measure = kwm.Perplexity(model)
     results = []
 
@@ -133,10 +142,10 @@ def run(args):
         f"recipe: {cast.default_recipe(args.init)}"
     )
     cast.compile()
-    inputs, labels = train[:, :-1], train[:, 1:]
+    inputs, labels = model_inputs(train[:, :-1]), train[:, 1:]
     began = time.monotonic()
     cast.fit(
-        {"token_ids": inputs, "padding_mask": inputs == inputs},
+        inputs,
         labels,
         batch_size=args.batch_size,
         callbacks=[kwm.SparsityMonitor()],
@@ -172,7 +181,7 @@ def run(args):
     for row in results:
         if row["text"]:
             console.print(f"[bold]{row['model']}[/bold]: {row['text']}")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = peak_bytes() / 2**30
     sparse.save(args.output)
     console.print(
         f"{totals['exact']} of {totals['kernels']} kernels are exactly "
@@ -202,22 +211,6 @@ def load_model(args):
     return model
 
 
-def load_tokens(args, model):
-    """Rows of tokens to train on, held-out rows, rows of other text."""
-    from examples.data.prose import load_prose, load_unrelated, token_blocks
-
-    rows = 2 if args.smoke else 16
-    tokenizer = model.preprocessor.tokenizer
-    return [
-        token_blocks(sections, tokenizer, args.length + 1, limit, args.seed)
-        for sections, limit in (
-            (load_prose("train", args.text), args.steps * args.batch_size),
-            (load_prose("held_out", args.text), rows),
-            (load_unrelated(), rows // 2),
-        )
-    ]
-
-
 def generate(model, args):
     new_tokens = 4 if args.smoke else 24
     prompt_length = len(model.preprocessor.tokenizer(PROMPT))
@@ -242,7 +235,7 @@ def pack(model, held_out, args, console):
         rows.append(
             {
                 "model": name,
-                "weights_bytes": weights_bytes(model),
+                "weights_bytes": nbytes(model.weights),
                 "file_bytes": path.stat().st_size,
                 "tokens_per_second": tokens_per_second(model, args),
                 "held_out": measure(held_out, "held-out"),
@@ -277,13 +270,6 @@ def pack(model, held_out, args, console):
     console.print(table)
     console.print(f"The last one is in {file}; kwm.load_model brings it back.")
     return rows
-
-
-def weights_bytes(model):
-    sizes = {"int8": 1, "bfloat16": 2, "float16": 2}
-    return sum(
-        math.prod(v.shape) * sizes.get(v.dtype, 4) for v in model.weights
-    )
 
 
 def tokens_per_second(model, args):

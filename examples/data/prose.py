@@ -132,6 +132,35 @@ def token_blocks(sections, tokenizer, length=256, limit=None, seed=0):
     return blocks[random.permutation(count)[:limit]]
 
 
+def load_rows(tokenizer, length, path=None, seed=0, **limits):
+    """Return rows of tokens of several texts, as `token_blocks` cuts them.
+
+    Args:
+        tokenizer, length, seed: As in `token_blocks`.
+        path: As in `load_prose`.
+        **limits: Number of rows of `train`, `held_out` and `unrelated`; None
+            for all there are.
+
+    Returns:
+        A list of int32 arrays, in the order of `limits`.
+    """
+    return [
+        token_blocks(
+            load_unrelated() if name == "unrelated" else load_prose(name, path),
+            tokenizer,
+            length,
+            limit,
+            seed,
+        )
+        for name, limit in limits.items()
+    ]
+
+
+def model_inputs(tokens):
+    """Return what a KerasHub backbone takes, none of the tokens masked."""
+    return {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+
+
 def _messages(split):
     # find_spec locates a top-level module without running it.
     spec = importlib.util.find_spec(PACKAGE)

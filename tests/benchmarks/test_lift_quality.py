@@ -77,4 +77,4 @@ def test_page_has_the_spread_and_the_verdict(report):
     assert "| LIFT | 0.0001 | 71.0% ± 1.0% |" in page
     assert "- full: solved +0.5000 (exceeds), loss +0.0000 (within)" in page
     del report["summary"]
-    assert "benchmarks/lift_quality.py" in results_page.lift_quality(report)
+    assert "benchmarks.lift_quality" in results_page.lift_quality(report)

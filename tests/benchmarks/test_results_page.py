@@ -51,7 +51,7 @@ def test_parts_without_logs_name_the_program(tmp_path):
         "lift_step",
         "principal_mask",
     ):
-        assert f"benchmarks/{program}.py" in page
+        assert f"python -m benchmarks.{program}" in page
 
 
 def test_seeds_are_put_together_and_the_law_is_judged(tmp_path):
