@@ -1,5 +1,7 @@
 """The loss of each token, with the logits of few positions at a time."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -11,7 +13,7 @@ _ELEMENTWISE = ("Divide", "Multiply", "Tanh", "TrueDivide")
 
 
 class TokenScorer:
-    """Scores tokens by a causal language model.
+    """Score tokens by a causal language model.
 
     The model runs up to its head, and the head on `chunk_size` positions at a
     time. Both are compiled once for each shape and used again for changed
@@ -42,13 +44,15 @@ class TokenScorer:
     ```
     """
 
-    def __init__(self, model, chunk_size=256):
+    def __init__(self, model: keras.Model, chunk_size: int = 256) -> None:
         self.model = model
         self.chunk_size = chunk_size
         self._built_for = None
 
-    def __call__(self, tokens, padding_mask=None):
-        """Scores each token after the first of its row.
+    def __call__(
+        self, tokens: Any, padding_mask: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Score each token after the first of its row.
 
         Args:
             tokens: Int array of shape `(rows, length + 1)`.
@@ -86,7 +90,7 @@ class TokenScorer:
         return np.concatenate(losses, 1), np.concatenate(is_greedy, 1)
 
     def score_windows(self, windows, rows, length):
-        """Scores a batch of windows of different lengths.
+        """Score a batch of windows of different lengths.
 
         Args:
             windows: List of int vectors, of two tokens or more.
@@ -131,13 +135,13 @@ class TokenScorer:
 
 
 def fixed_length(model):
-    """The length that the model's inputs must have, or None."""
+    """Return the length that the model's inputs must have, or None."""
     shapes = [tensor.shape for tensor in getattr(model, "inputs", None) or ()]
     return next((shape[1] for shape in shapes if len(shape) == 2), None)
 
 
 def longest_input(model, length):
-    """`length`, or less where the model says that it takes less."""
+    """Return `length`, or less where the model takes less."""
     limits = [
         fixed_length(model),
         # Of KerasHub's backbones, those with an embedding of positions.
@@ -191,7 +195,7 @@ class _Head(keras.Model):
 
 
 def _find_head(model):
-    """The `keras.Function` of the head alone; None if it is not known."""
+    """Return the `keras.Function` of the head alone; None if not known."""
     outputs = getattr(model, "outputs", None) or []
     if len(outputs) != 1:
         return None
@@ -211,14 +215,14 @@ def _find_head(model):
 
 
 def _input_of(model):
-    """The structure of a model's symbolic inputs, or None."""
+    """Return the structure of a model's symbolic inputs, or None."""
     if isinstance(model, keras.Sequential):
         return model.inputs[0]
     return model.input if getattr(model, "inputs", None) else None
 
 
 def _as_taken(model, token_ids, padding_mask):
-    """The inputs in the form in which the model takes them."""
+    """Return the inputs in the form in which the model takes them."""
     inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
     structure = _input_of(model)
     if structure is None:

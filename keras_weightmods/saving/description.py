@@ -1,6 +1,7 @@
 """What a file records of a model beside its arrays, and how to build it."""
 
 import contextlib
+import copy
 import functools
 import inspect
 import itertools
@@ -187,7 +188,8 @@ def reason_against(preprocessor):
 
 def _build(description, custom_objects):
     # A copy: `from_config` changes the config that it gets.
-    config = _without_compile_config(description["config"])
+    config = copy.deepcopy(description["config"])
+    config.pop("compile_config", None)
     with keras_private.SafeModeScope(True), keras_private.ObjectSharingScope():
         model = keras.saving.deserialize_keras_object(config, custom_objects)
     if not isinstance(model, keras.Model) or not model.built:
@@ -353,7 +355,7 @@ def _change(model, parts, rows):
 
 @contextlib.contextmanager
 def _complete_configs(model, left_out):
-    """Makes configs tell the arguments that they forget, and no compilation.
+    """Make configs hold the arguments that they forget, and no compilation.
 
     `LlamaBackbone.get_config()` forgets `tie_word_embeddings`, for instance.
     """
@@ -362,13 +364,12 @@ def _complete_configs(model, left_out):
             complete = functools.partial(
                 _complete_config, layer, layer.get_config
             )
-            stack.enter_context(
-                keras_private.replaced_attributes(
-                    layer,
-                    get_config=dict if layer in left_out else complete,
-                    get_compile_config=lambda: None,
-                )
+            scope = keras_private.replaced_attributes(
+                layer,
+                get_config=dict if layer in left_out else complete,
+                get_compile_config=lambda: None,
             )
+            stack.enter_context(scope)
         yield
 
 
@@ -387,16 +388,4 @@ def _complete_config(layer, get_config):
         # Recorded beside the config, and enabled in its turn.
         config.pop("lora_rank", None)
         config.pop("lora_alpha", None)
-    return config
-
-
-def _without_compile_config(config):
-    if isinstance(config, dict):
-        return {
-            key: _without_compile_config(value)
-            for key, value in config.items()
-            if key != "compile_config" or "class_name" not in config
-        }
-    if isinstance(config, (list, tuple)):
-        return [_without_compile_config(value) for value in config]
     return config

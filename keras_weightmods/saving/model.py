@@ -121,7 +121,7 @@ def load_model(
 ) -> keras.Model:
     """Load a model that `save_model` saved.
 
-    The whole file is checked first: sizes, names, dtypes, shapes, places and
+    The whole file is checked first: sizes, names, dtypes, shapes, offsets and
     the SHA-256 of every entry and of the header. Then the model is built
     without values, its changes in place are made again, and what it would
     save is compared with what the file holds. Only then are the values read,
@@ -193,10 +193,8 @@ def load_model(
 def _read_description(reader):
     if _MODEL not in reader.entries:
         raise reader.error(_MODEL, "is missing")
-    for name in reader.entries:
-        if not (
-            name == _MODEL or states.is_weight(name) or states.is_asset(name)
-        ):
+    for name in reader.entries.keys() - {_MODEL}:
+        if not (states.is_weight(name) or states.is_asset(name)):
             raise reader.error(name, "is not one of a model")
     described = reader.read_json(_MODEL)
     try:
