@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -89,7 +90,7 @@ def lm_eval_model(
 
 
 @functools.cache
-def _class_for(base):
+def _class_for(base: Any) -> Any:
     # lm-eval is imported where it is used.
     return type("KerasLM", (_KerasLM, base), {})
 
@@ -99,7 +100,9 @@ class _KerasLM:
 
     cache_hook: Any
 
-    def __init__(self, model, length, batch_size, chunk_size):
+    def __init__(
+        self, model: Any, length: int, batch_size: int, chunk_size: int
+    ) -> None:
         super().__init__()
         self.model = model
         self.length = longest_input(model, length)
@@ -107,20 +110,22 @@ class _KerasLM:
         self._scorer = TokenScorer(model, chunk_size)
 
     @property
-    def eot_token_id(self):
+    def eot_token_id(self) -> int:
         return int(self.model.preprocessor.tokenizer.end_token_id)
 
     @property
-    def prefix_token_id(self):
+    def prefix_token_id(self) -> int:
         start = start_token(self.model)
         return self.eot_token_id if start is None else int(start)
 
     @property
-    def tokenizer_name(self):
+    def tokenizer_name(self) -> str:
         # Requests are cached under it.
         return f"keras_{type(self.model).__name__}_{self.model.name}"
 
-    def tok_encode(self, string, add_special_tokens=None, **kwargs):
+    def tok_encode(
+        self, string: str, add_special_tokens: Any = None, **kwargs: Any
+    ) -> Any:
         del kwargs
         tokens = tokenize(self.model, string).tolist()
         start = start_token(self.model)
@@ -131,7 +136,7 @@ class _KerasLM:
             tokens = tokens[1:]
         return tokens
 
-    def _loglikelihood_tokens(self, requests, **kwargs):
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
         del kwargs
         pairs = [(context, scored) for _, context, scored in requests]
         results = self._log_probabilities(pairs)
@@ -139,7 +144,9 @@ class _KerasLM:
             self.cache_hook.add_partial("loglikelihood", strings, result)
         return results
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+    def loglikelihood_rolling(
+        self, requests: Any, disable_tqdm: bool = False
+    ) -> list[float]:
         from lm_eval.utils import (
             get_rolling_token_windows,
             make_disjoint_window,
@@ -163,7 +170,9 @@ class _KerasLM:
             )
         return totals
 
-    def generate_until(self, requests, disable_tqdm=False):
+    def generate_until(
+        self, requests: Any, disable_tqdm: bool = False
+    ) -> list[str]:
         del disable_tqdm
         progress = _progress(len(requests), "generate_until")
         results = []
@@ -178,7 +187,7 @@ class _KerasLM:
                 progress.update(len(results))
         return results
 
-    def _log_probabilities(self, pairs):
+    def _log_probabilities(self, pairs: Any) -> Any:
         """Return (log probability, greedy or not) of each pair's second."""
         windows = []
         for context, scored in pairs:
@@ -208,7 +217,7 @@ class _KerasLM:
             progress.update(first + len(batch))
         return results
 
-    def _generate(self, generate, context, options):
+    def _generate(self, generate: Any, context: Any, options: Any) -> Any:
         if options.get("do_sample"):
             raise ValueError(
                 "`generate_until` decodes greedily. Set `do_sample: false` in "
@@ -220,8 +229,9 @@ class _KerasLM:
         tokenizer = self.model.preprocessor.tokenizer
         prompt = self.tok_encode(context)[-(self.length - count) :]
         prompt = prompt or [self.prefix_token_id]
-        ends = {self.eot_token_id, getattr(tokenizer, "end_token2_id", None)}
-        ends.discard(None)
+        ends = {self.eot_token_id}
+        if getattr(tokenizer, "end_token2_id", None) is not None:
+            ends.add(tokenizer.end_token2_id)
         # A text that ends at such a token needs no more of them.
         stops = ends.union(
             int(tokens[0])
@@ -239,13 +249,13 @@ class _KerasLM:
 
 
 @contextlib.contextmanager
-def _greedy(model):
+def _greedy(model: Any) -> Iterator[Any]:
     """Yield a function (prompt, count, stops) -> new tokens, the likeliest."""
     import keras_hub
 
     step = 1 if keras.backend.backend() == "torch" else _LENGTH_STEP
 
-    def generate(prompt, count, stops):
+    def generate(prompt: Any, count: int, stops: Any) -> Any:
         total = len(prompt) + count
         width = max(total, longest_input(model, -(-total // step) * step))
         # Generation ends where it sees a stop, also in what is not written yet.
@@ -271,5 +281,5 @@ def _greedy(model):
         yield generate
 
 
-def _progress(count, name):
+def _progress(count: int, name: str) -> Any:
     return keras.utils.Progbar(count, unit_name=name)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -175,11 +176,13 @@ class Perplexity:
             that was passed over.
         """
         sums, counts = self._totals(texts, name, verbose)
-        return np.divide(
-            sums, counts, out=np.full(len(sums), np.nan), where=counts > 0
-        )
+        means = np.full(len(sums), np.nan)
+        np.divide(sums, counts, out=means, where=counts > 0)
+        return means
 
-    def _totals(self, texts, name, verbose):
+    def _totals(
+        self, texts: Any, name: str, verbose: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the sums of losses, and numbers of tokens scored."""
         texts = [texts] if isinstance(texts, str) else texts
         sequences = token_sequences(self.model, texts)
@@ -196,7 +199,7 @@ class Perplexity:
         sums: list[float] = []
         counts: list[int] = []
 
-        def all_windows():
+        def all_windows() -> Iterator[Any]:
             for index, tokens in enumerate(sequences):
                 sums.append(0.0)
                 counts.append(0)
@@ -221,7 +224,7 @@ class Perplexity:
             )
         return np.asarray(sums), np.asarray(counts)
 
-    def _windows(self, tokens):
+    def _windows(self, tokens: Any) -> Iterator[tuple[Any, int]]:
         """Yield windows of a text, and the first position to score."""
         scored, start = 1, 0
         while scored < len(tokens):
@@ -231,7 +234,7 @@ class Perplexity:
             start += self.stride
 
 
-def token_sequences(model, texts):
+def token_sequences(model: Any, texts: Any) -> Iterator[np.ndarray]:
     """Yield the token ids of each text, as int32 vectors."""
     if keras.ops.is_tensor(texts):
         texts = keras.ops.convert_to_numpy(texts)
@@ -247,7 +250,7 @@ def token_sequences(model, texts):
         yield tokens.astype("int32")
 
 
-def tokenize(model, text):
+def tokenize(model: Any, text: str) -> np.ndarray:
     """Return the token ids of a string, the start token included."""
     preprocessor = getattr(model, "preprocessor", None)
     if preprocessor is None:
@@ -261,7 +264,7 @@ def tokenize(model, text):
     return tokens if start is None else np.insert(tokens, 0, start)
 
 
-def start_token(model):
+def start_token(model: Any) -> Any:
     """Return the token that the model's preprocessor puts first, or None."""
     preprocessor = model.preprocessor
     if not getattr(preprocessor, "add_start_token", True):
@@ -269,7 +272,7 @@ def start_token(model):
     return preprocessor.tokenizer.start_token_id
 
 
-def _not_texts(received):
+def _not_texts(received: Any) -> ValueError:
     return error(
         "texts",
         "strings, vectors of token ids, or an int array of shape "
@@ -278,6 +281,6 @@ def _not_texts(received):
     )
 
 
-def _exp(mean):
+def _exp(mean: float) -> float:
     # `math.exp` raises where the result is too large for a float.
     return math.exp(mean) if mean < 700 else math.inf

@@ -215,14 +215,14 @@ def fit_scaling_law(
     )
 
 
-def _positive(name, values):
+def _positive(name: str, values: Any) -> np.ndarray:
     array = np.asarray(values, dtype="float64")
     if not array.size or not np.all(np.isfinite(array) & (array > 0)):
         raise checks.error(name, "positive, finite numbers", values)
     return array
 
 
-def _gradient(x, size, beta):
+def _gradient(x: Any, size: Any, beta: Any) -> np.ndarray:
     """Return that of `floor + size * x**-beta` by floor, size and beta."""
     power = x**-beta
     return np.stack(
@@ -230,7 +230,7 @@ def _gradient(x, size, beta):
     )
 
 
-def _start(x, losses, nnls):
+def _start(x: Any, losses: Any, nnls: Any) -> Any:
     """Return the best of many exponents, with its best other parameters."""
     best = None
     for beta in np.geomspace(0.01, _LARGEST_BETA, 100):

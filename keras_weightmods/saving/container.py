@@ -92,7 +92,7 @@ def check_filepath(filepath: Any, overwrite: bool = True) -> str:
         ValueError: If `filepath` is no place for a file.
         FileExistsError: If there is a file and `overwrite` is False.
     """
-    path = os.path.realpath(filepath)
+    path: str = os.path.realpath(filepath)
     if not os.path.isdir(os.path.dirname(path)) or os.path.isdir(path):
         raise ValueError(
             "`filepath` must name a file in a folder that exists. Received: "
@@ -334,13 +334,13 @@ class Reader:
         """Return a `ValueError` to raise: what is wrong with an entry."""
         return self._error(f"Entry `{name}` {reason}")
 
-    def _error(self, reason):
+    def _error(self, reason: str) -> ValueError:
         return ValueError(
             f"{reason}. The file is truncated, altered or of another kind: "
             f"get or save it again. Received: filepath={self.filepath!r}"
         )
 
-    def _check_header(self, format, versions):
+    def _check_header(self, format: str, versions: Any) -> dict[str, str]:
         """Set the entries and return their checksums."""
         status = os.fstat(self._file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -384,7 +384,9 @@ class Reader:
             )
         return checksums
 
-    def _check_metadata(self, metadata, format, versions):
+    def _check_metadata(
+        self, metadata: Any, format: str, versions: Any
+    ) -> None:
         if metadata.get("format") != format:
             raise self._error(f"The header does not state format {format!r}")
         version = metadata.get("version")
@@ -399,7 +401,7 @@ class Reader:
                 f"The header must have the metadata {sorted(_METADATA_KEYS)}"
             )
 
-    def _entry(self, name, fields):
+    def _entry(self, name: str, fields: Any) -> Entry:
         """Return an `Entry`, checked where the library is more lenient."""
         if not _is_name(name):
             raise self.error(name[:80], f"must have {_NAME_RULE}")
@@ -414,7 +416,7 @@ class Reader:
             raise self.error(name, "has a shape that is too large")
         return Entry(tuple(shape), _NAMES[dtype])
 
-    def _check_data(self, checksums):
+    def _check_data(self, checksums: Any) -> None:
         chunk = memoryview(bytearray(_CHUNK))
         for name, entry in self.entries.items():
             self._file.seek(self._start + self._offsets[name])
@@ -430,28 +432,28 @@ class Reader:
             if digest.hexdigest() != checksums[name]:
                 raise self._error(f"The checksum of `{name}` does not match")
 
-    def _read_into(self, view, name):
+    def _read_into(self, view: Any, name: str) -> None:
         if self._file.readinto(view) != len(view):
             raise self.error(name, "ends early")
 
 
-def _open(path, flags):
+def _open(path: str, flags: int) -> int:
     # Without waiting for the other end of a pipe.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _is_name(name):
+def _is_name(name: str) -> bool:
     return 0 < len(name) <= 1024 and name.isprintable()
 
 
-def _bytes_of(array):
+def _bytes_of(array: Any) -> memoryview:
     return memoryview(array.reshape(-1).view("uint8"))
 
 
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text; raise ValueError if it is not valid."""
 
-    def unique(pairs):
+    def unique(pairs: Any) -> dict[str, Any]:
         once = dict(pairs)
         if len(once) != len(pairs):
             raise ValueError("a key appears twice in an object")

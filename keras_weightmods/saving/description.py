@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -16,7 +17,7 @@ from keras_weightmods.saving import states
 from keras_weightmods.version import __version__
 
 
-def describe(model, parts, left_out):
+def describe(model: Any, parts: Any, left_out: Any) -> dict[str, Any]:
     """Describe a model whose layers have their plain classes, as JSON.
 
     Args:
@@ -50,7 +51,7 @@ def describe(model, parts, left_out):
     }
 
 
-def check(description):
+def check(description: Any) -> None:
     """Raise ValueError if a description from a file has another form."""
     if not isinstance(description, dict) or set(description) != set(_FORMS):
         raise ValueError(f"must have the keys {sorted(_FORMS)}")
@@ -81,7 +82,7 @@ _FORMS: dict[str, Any] = {
 }
 
 
-def build(description, custom_objects=None):
+def build(description: Any, custom_objects: Any = None) -> tuple[Any, Any, Any]:
     """Build the model, with its changes in place, mostly without values.
 
     Args:
@@ -105,7 +106,7 @@ def build(description, custom_objects=None):
     return (*_build(description, custom_objects), [])
 
 
-def give_values(part):
+def give_values(part: Any) -> None:
     """Initializes the part's own variables, to be overwritten."""
     if isinstance(part, keras.layers.Layer):
         for variable in keras_private.own_variables(part):
@@ -113,7 +114,7 @@ def give_values(part):
                 keras_private.initialize(variable, keras.initializers.Zeros())
 
 
-def finish(description, model, pending):
+def finish(description: Any, model: Any, pending: Any) -> None:
     """Initialize what no part saves, and compile what compiles itself."""
     released = {
         id(item.target.variable)
@@ -130,7 +131,7 @@ def finish(description, model, pending):
         model.compile()
 
 
-def check_same(entries, parts):
+def check_same(entries: Any, parts: Any) -> None:
     """Raise ValueError unless `entries` is what the parts would save."""
     saved, built = (
         {name: f"{entry.dtype} {entry.shape}" for name, entry in each.items()}
@@ -139,7 +140,7 @@ def check_same(entries, parts):
     _check_equal("weights", saved, built)
 
 
-def rehearse(description, parts, entries):
+def rehearse(description: Any, parts: Any, entries: Any) -> None:
     """Raise ValueError if the model would not be built again as it is.
 
     Args:
@@ -161,14 +162,14 @@ def rehearse(description, parts, entries):
             ) from error
 
 
-def message(error):
+def message(error: Exception) -> str:
     """Return what an error of Keras says, without the whole config in it."""
     text = str(error).rpartition("Exception encountered: ")[2]
     text = text.partition("Full object config:")[0].strip()
     return text if len(text) <= 2000 else f"{text[:2000]}..."
 
 
-def reason_against(preprocessor):
+def reason_against(preprocessor: Any) -> str | None:
     """Return why a preprocessor cannot be restored; None if it can be."""
     try:
         with keras_private.without_traces():
@@ -186,7 +187,7 @@ def reason_against(preprocessor):
     return None
 
 
-def _build(description, custom_objects):
+def _build(description: Any, custom_objects: Any) -> tuple[Any, Any]:
     # A copy: `from_config` changes the config that it gets.
     config = copy.deepcopy(description["config"])
     config.pop("compile_config", None)
@@ -208,13 +209,13 @@ def _build(description, custom_objects):
     return model, parts
 
 
-def _enable_lora(parts, rows, first):
+def _enable_lora(parts: Any, rows: Any, first: bool) -> None:
     for name, rank, alpha, is_first in rows:
         if is_first == first:
             parts[name].enable_lora(rank, lora_alpha=alpha)
 
 
-def _lora_is_first(layer):
+def _lora_is_first(layer: Any) -> bool:
     """Return whether LoRA came before the change of the weight in place."""
     own = [id(variable) for variable in layer.weights]
     lora = min(
@@ -229,13 +230,13 @@ def _lora_is_first(layer):
     )
 
 
-def _classes(parts):
+def _classes(parts: Any) -> dict[str, type]:
     """Return {name: class}: what a user gives `load_model` if need be."""
     classes = {type(part) for part in parts.values()}
     return {keras.saving.get_registered_name(cls): cls for cls in classes}
 
 
-def _rows(parts):
+def _rows(parts: Any) -> list[list[Any]]:
     """Return [name, class, own name, trainable or not] of each part."""
     return [
         [name, type(part).__name__]
@@ -246,7 +247,7 @@ def _rows(parts):
     ]
 
 
-def _check_parts(rows, parts):
+def _check_parts(rows: Any, parts: Any) -> None:
     """Raise ValueError if the parts are not those of `rows`.
 
     Their own names may differ in the numbers that Keras gives to layers
@@ -273,12 +274,12 @@ def _check_parts(rows, parts):
             )
 
 
-def _numbered(name):
+def _numbered(name: str) -> tuple[str, int]:
     base, _, number = str(name).rpartition("_")
     return (base, int(number)) if number.isdecimal() else (str(name), 0)
 
 
-def _check_equal(kind, saved, built):
+def _check_equal(kind: str, saved: Any, built: Any) -> None:
     """Raise ValueError unless two dicts of strings are equal."""
     problems = {
         "not built": [name for name in saved if name not in built],
@@ -301,7 +302,7 @@ def _check_equal(kind, saved, built):
         )
 
 
-def _changes(model, parts):
+def _changes(model: Any, parts: Any) -> list[Any]:
     """Return [part, attribute, kind, config] of each change in place."""
     names = {id(part): name for name, part in parts.items()}
     rows = []
@@ -320,12 +321,12 @@ def _changes(model, parts):
     return rows
 
 
-def _change(model, parts, rows):
+def _change(model: Any, parts: Any, rows: Any) -> None:
     kinds = seam.kinds()
     items: dict[Any, Any] = {}
 
     @functools.cache
-    def targets_of(cls):
+    def targets_of(cls: Any) -> dict[Any, Any]:
         return {
             (id(target.layer), target.attribute): target
             for target in cls.find_targets(model)
@@ -354,7 +355,7 @@ def _change(model, parts, rows):
 
 
 @contextlib.contextmanager
-def _complete_configs(model, left_out):
+def _complete_configs(model: Any, left_out: Any) -> Iterator[None]:
     """Make configs hold the arguments that they forget, and no compilation.
 
     `LlamaBackbone.get_config()` forgets `tie_word_embeddings`, for instance.
@@ -373,8 +374,8 @@ def _complete_configs(model, left_out):
         yield
 
 
-def _complete_config(layer, get_config):
-    config = get_config()
+def _complete_config(layer: Any, get_config: Any) -> dict[str, Any]:
+    config: dict[str, Any] = get_config()
     arguments = inspect.signature(type(layer).__init__).parameters
     for name, argument in arguments.items():
         value = keras_private.attributes(layer).get(name)

@@ -190,7 +190,7 @@ def load_model(
     return model
 
 
-def _read_description(reader):
+def _read_description(reader: Any) -> Any:
     if _MODEL not in reader.entries:
         raise reader.error(_MODEL, "is missing")
     for name in reader.entries.keys() - {_MODEL}:
@@ -204,7 +204,7 @@ def _read_description(reader):
     return described
 
 
-def _preprocessor_to_leave_out(model):
+def _preprocessor_to_leave_out(model: Any) -> list[Any]:
     """Return [preprocessor] where that of the model cannot be saved, or []."""
     preprocessor = getattr(model, "preprocessor", None)
     if preprocessor is None:

@@ -28,7 +28,7 @@ _OF_TRAINING = (
 )
 
 
-def walk(model, left_out=()):
+def walk(model: Any, left_out: Any = ()) -> dict[str, Any]:
     """Find the parts of a model that may keep something.
 
     Optimizers, losses and metrics are not among them.
@@ -40,7 +40,7 @@ def walk(model, left_out=()):
     # The objects, and not only their ids, which are free again after them.
     visited = {id(each): each for each in left_out}
 
-    def visit(name, part):
+    def visit(name: str, part: Any) -> None:
         is_part = isinstance(part, keras_private.KerasSaveable)
         if not is_part and not isinstance(part, _CONTAINERS):
             return
@@ -67,7 +67,7 @@ def walk(model, left_out=()):
     return found
 
 
-def weight_entries(parts):
+def weight_entries(parts: Any) -> dict[str, Entry]:
     """Return a dict from name to `Entry` of all that the parts would save."""
     entries = {}
     for part_name, part in parts.items():
@@ -92,7 +92,7 @@ def weight_entries(parts):
     return entries
 
 
-def write_weights(parts, writer):
+def write_weights(parts: Any, writer: Any) -> None:
     """Write all that the parts save, one part after another."""
     for part_name, part in parts.items():
         for key, value in _saved(part).items():
@@ -100,7 +100,7 @@ def write_weights(parts, writer):
             writer.write(name, keras.ops.convert_to_numpy(value))
 
 
-def load(parts, reader, folder, prepare):
+def load(parts: Any, reader: Any, folder: str, prepare: Any) -> None:
     """Give the parts their weights and assets, one part after another.
 
     Args:
@@ -130,17 +130,17 @@ def load(parts, reader, folder, prepare):
             ) from error
 
 
-def is_weight(entry):
+def is_weight(entry: str) -> bool:
     """Return whether an entry of a file, by its name, is a weight."""
     return entry.startswith(_WEIGHTS)
 
 
-def is_asset(entry):
+def is_asset(entry: str) -> bool:
     """Return whether an entry of a file, by its name, is an asset."""
     return entry.startswith(_ASSETS)
 
 
-def save_assets(parts, folder):
+def save_assets(parts: Any, folder: str) -> dict[str, pathlib.Path]:
     """Save what the parts keep in files, and return {entry: file}."""
     for name, part in parts.items():
         if hasattr(part, "save_assets"):
@@ -152,7 +152,7 @@ def save_assets(parts, folder):
     }
 
 
-def copy_assets(parts, others):
+def copy_assets(parts: Any, others: Any) -> None:
     """Load into `others` what `parts`, of the same names, keep in files."""
     with tempfile.TemporaryDirectory() as folder:
         save_assets(parts, folder)
@@ -160,7 +160,7 @@ def copy_assets(parts, others):
             _load_assets(name, part, folder)
 
 
-def extract_assets(reader, folder):
+def extract_assets(reader: Any, folder: str) -> None:
     """Write the assets of a file to `folder`, where `load` looks for them."""
     for name in filter(is_asset, reader.entries):
         steps = name.removeprefix(_ASSETS).split("/")
@@ -179,7 +179,7 @@ def extract_assets(reader, folder):
             ) from error
 
 
-def check_assets(parts, reader):
+def check_assets(parts: Any, reader: Any) -> None:
     """Raise ValueError if an asset belongs to none of the parts."""
     folders = tuple(
         _ASSETS + _join(name, "")
@@ -191,7 +191,7 @@ def check_assets(parts, reader):
             raise reader.error(name, "belongs to no part of the model")
 
 
-def _saved(part) -> dict[str, Any]:
+def _saved(part: Any) -> dict[str, Any]:
     """Return {key: variable or array} of what `part` saves."""
     saved: dict[str, Any] = {}
     if hasattr(part, "save_own_variables"):
@@ -202,16 +202,16 @@ def _saved(part) -> dict[str, Any]:
     }
 
 
-def _load_assets(name, part, folder):
+def _load_assets(name: str, part: Any, folder: str) -> None:
     if hasattr(part, "load_assets"):
         part.load_assets(_folder_of(name, folder))
 
 
-def _folder_of(name, folder):
+def _folder_of(name: str, folder: str) -> str:
     place = os.path.join(folder, name)
     os.makedirs(place, exist_ok=True)
     return place
 
 
-def _join(name, *more):
+def _join(name: str, *more: Any) -> str:
     return "/".join(([name] if name else []) + list(more))
