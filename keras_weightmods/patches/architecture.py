@@ -36,11 +36,10 @@ def roles(checkpoint, infos):
     layers = {} if checkpoint.model is None else owners(checkpoint.model)
     found = []
     for info in infos:
-        name = info.path.rpartition("/")[2]
         role = "weight"
-        if name in STATISTICS:
+        if info.name in STATISTICS:
             role = "statistic"
-        elif info.dtype not in FLOATS or name in _ADAPTED:
+        elif info.dtype not in FLOATS or info.name in _ADAPTED:
             role = "other"
         elif layers:
             variable = checkpoint.variables[info.position]
@@ -156,12 +155,13 @@ def architecture_problems(expected, infos, argument):
     ]
 
 
-def weight_problems(expected, infos):
-    """Return what keeps weights from being changed as `expected`.
+def weight_problems(expected, infos, argument):
+    """Return what keeps single weights from being changed.
 
     Args:
         expected: Sequence of `WeightInfo`, some weights of an architecture.
         infos: Sequence of `WeightInfo`, all weights of a model.
+        argument: String, what `infos` are in messages.
 
     Returns:
         List of strings, empty if nothing is wrong.
@@ -173,11 +173,12 @@ def weight_problems(expected, infos):
         found = infos[info.position]
         if found.shape != info.shape:
             problems.append(
-                f"{info.key}: shape {found.shape}, and {info.shape} is expected"
+                f"{argument}, {info.key}: shape {found.shape}, and "
+                f"{info.shape} is expected"
             )
         if found.dtype not in FLOATS:
             problems.append(
-                f"{info.key}: dtype {found.dtype}, and one of "
+                f"{argument}, {info.key}: dtype {found.dtype}, and one of "
                 f"{', '.join(FLOATS)} is expected"
             )
     return problems

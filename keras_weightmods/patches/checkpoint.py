@@ -48,6 +48,11 @@ class WeightInfo:
         return f"{self.position}:{self.path}"
 
     @property
+    def name(self):
+        """String, the last part of the path."""
+        return self.path.rpartition("/")[2]
+
+    @property
     def nbytes(self):
         """Int, the bytes of the values."""
         # Keras has registered bfloat16 with NumPy.
@@ -206,9 +211,9 @@ class Checkpoint:
 
 
 def digest_of(config, arrays):
-    """Return the SHA-256 of a JSON value and a dict of arrays, in order."""
+    """Return the SHA-256 of a JSON value and arrays."""
     found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for array in arrays.values():
+    for array in arrays:
         _update(found, array)
     return found.hexdigest()
 

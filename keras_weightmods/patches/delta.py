@@ -10,10 +10,10 @@ from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.patches.delta_file import (
     DTYPES,
     Delta,
-    DeltaEntry,
     read_delta,
     write_delta,
 )
+from keras_weightmods.patches.entry import ChangeEntry
 from keras_weightmods.patches.patches import Patches
 from keras_weightmods.patches.report import DeltaReport, PatchReport
 from keras_weightmods.patches.tensors import Sparse
@@ -106,7 +106,7 @@ def save_delta(
             change = (after - before).astype(numpy_dtype(dtype))
         if not np.all(np.isfinite(change.astype("float32"))):
             problems.append(f"{info.key}: a change that is not finite")
-        entries.append(DeltaEntry(info, Sparse(places, change)))
+        entries.append(ChangeEntry(info, Sparse(places, change)))
     checks.raise_all("The change cannot be stored:", problems)
     if not entries:
         raise ValueError(
@@ -119,7 +119,7 @@ def save_delta(
     )
     return DeltaReport(
         filepath=os.fspath(filepath),
-        weights=tuple(entry.info.key for entry in entries),
+        weights=tuple(entry.key for entry in entries),
         entries=sum(entry.tensor.places.size for entry in entries),
         index_bits=index_bits,
         nbytes=os.path.getsize(filepath),

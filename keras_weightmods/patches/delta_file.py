@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from keras_weightmods.patches.checkpoint import (
     WeightInfo,
     digest_of,
 )
-from keras_weightmods.patches.ledger import Change
+from keras_weightmods.patches.entry import Change, ChangeEntry
 from keras_weightmods.patches.places import pack_places, unpack_places
 from keras_weightmods.patches.tensors import Sparse
 from keras_weightmods.saving.container import Reader, json_array, write_arrays
@@ -25,62 +24,39 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DeltaEntry:
-    """What a delta holds for one weight.
-
-    Attributes:
-        info: `WeightInfo` of the weight; without its dtype in one from a file.
-        tensor: `Sparse`, the differences.
-        replaced: 0.0.
-    """
-
-    info: WeightInfo
-    tensor: Sparse
-    replaced: float = 0.0
-
-    @property
-    def position(self) -> int:
-        """Int, place of the weight in `model.get_weights()`."""
-        return self.info.position
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class Delta(Change):
     """What a delta file holds.
 
     Attributes:
-        entries: Tuple of `DeltaEntry`.
+        entries: Tuple of `ChangeEntry`; their infos have no dtype.
         count: Int, the number of weights of the model.
         fingerprint: String, the SHA-256 of the base model's weights.
     """
 
-    entries: tuple[DeltaEntry, ...]
+    entries: tuple[ChangeEntry, ...]
     count: int
     fingerprint: str
 
     @functools.cached_property
     def digest(self) -> str:
         """String, the SHA-256 of the changes."""
-        keys = [entry.info.key for entry in self.entries]
-        arrays = {
-            (key, name): getattr(entry.tensor, name)
-            for key, entry in zip(keys, self.entries)
-            for name in ("places", "values")
-        }
+        keys = [entry.key for entry in self.entries]
+        arrays = [
+            array
+            for entry in self.entries
+            for array in (entry.tensor.places, entry.tensor.values)
+        ]
         return digest_of(keys, arrays)
-
-    def __iter__(self) -> Iterator[DeltaEntry]:
-        return iter(self.entries)
 
     def problems(self, checkpoint: Checkpoint) -> list[str]:
         """Return what keeps the delta from fitting a `Checkpoint`."""
-        infos = checkpoint.infos
+        infos, argument = checkpoint.infos, f"`{checkpoint.argument}`"
         if self.count != len(infos):
             return [f"{len(infos)} weights, and {self.count} are expected"]
         expected = [entry.info for entry in self.entries]
-        return weight_problems(expected, infos) + [
-            f"weight {info.position}: {infos[info.position].path!r}, and "
-            f"{info.path!r} is expected"
+        return weight_problems(expected, infos, argument) + [
+            f"{argument}, weight {info.position}: "
+            f"{infos[info.position].path!r}, and {info.path!r} is expected"
             for info in expected
             if not same_path(info.path, infos[info.position].path)
         ]
@@ -138,7 +114,7 @@ def _parse(description, places, values):
         name: type(value) for name, value in description.items()
     }:
         raise ValueError(f"must have {sorted(types)}")
-    entries: list[DeltaEntry] = []
+    entries: list[ChangeEntry] = []
     first_byte = first_value = 0
     previous = -1
     for weight in description["weights"]:
@@ -153,7 +129,7 @@ def _parse(description, places, values):
         if not np.all(np.isfinite(change.astype("float32"))):
             raise ValueError(f"has changes of {path!r} that are not finite")
         info = WeightInfo(previous, path, tuple(shape), "")
-        entries.append(DeltaEntry(info, Sparse(where, change)))
+        entries.append(ChangeEntry(info, Sparse(where, change)))
         first_byte += nbytes
         first_value += count
     if first_byte != places.size or first_value != values.size:

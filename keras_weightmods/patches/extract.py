@@ -49,11 +49,7 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
         taken = _taken_by_depth(usable, depths, depth)
     else:
         taken = _taken_by_targets(layout, infos, usable, targets)
-    problems = [
-        problem
-        for position in taken
-        for problem in _tensor_problems(checkpoints, infos[position])
-    ]
+    problems = _weight_problems(checkpoints, [infos[i] for i in taken])
     checks.raise_all(_MISMATCH, problems)
     entries = []
     for position in taken:
@@ -74,7 +70,10 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
             )
         entries.append(
             SignatureEntry(
-                infos[position], depths[position], float32(tensor), replaced
+                infos[position],
+                float32(tensor),
+                replaced,
+                depth=depths[position],
             )
         )
     return {
@@ -206,28 +205,22 @@ def _taken_by_paths(infos, usable, patterns):
     return sorted(taken)
 
 
-def _tensor_problems(checkpoints, info):
-    """Return what is wrong with one weight, as a list of strings."""
+def _weight_problems(checkpoints, infos):
+    """Return what is wrong with the weights taken, as a list of strings."""
     problems = []
-    dtypes = {}
     for argument, each in checkpoints.items():
-        found = each.infos[info.position]
-        dtypes[argument] = found.dtype
-        if found.shape != info.shape:
-            problems.append(
-                f"{argument}, {info.key}: shape {found.shape}, and "
-                f"{info.shape} is expected"
-            )
-        if found.dtype not in FLOATS:
-            problems.append(
-                f"{argument}, {info.key}: dtype {found.dtype}, and one of "
-                f"{', '.join(FLOATS)} is expected"
-            )
-        elif not tensors.is_finite(each.read(info.position)):
-            problems.append(
-                f"{argument}, {info.key}: values that are not finite"
-            )
-    if len(set(dtypes.values())) > 1:
-        listed = ", ".join(f"{k} {v}" for k, v in dtypes.items())
-        problems.append(f"{info.key}: one dtype is expected, not {listed}")
+        problems += architecture.weight_problems(infos, each.infos, argument)
+        problems += [
+            f"{argument}, {info.key}: values that are not finite"
+            for info in infos
+            if each.infos[info.position].dtype in FLOATS
+            and not tensors.is_finite(each.read(info.position))
+        ]
+    for info in infos:
+        dtypes = {
+            k: c.infos[info.position].dtype for k, c in checkpoints.items()
+        }
+        if len(set(dtypes.values())) > 1:
+            listed = ", ".join(f"{k} {v}" for k, v in dtypes.items())
+            problems.append(f"{info.key}: one dtype is expected, not {listed}")
     return problems

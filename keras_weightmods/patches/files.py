@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any
 
 import numpy as np
-import safetensors
+import safetensors.numpy
 
 from keras_weightmods.patches.architecture import STATISTICS
 from keras_weightmods.patches.checkpoint import (
@@ -41,7 +41,12 @@ _CONFIG_TYPES: dict[str, tuple[type, ...]] = {
     "architecture": (list,),
     "entries": (list,),
 }
-_ENTRY_TYPES = {"position": int, "depth": int, "replaced": float, "bits": int}
+_ENTRY_TYPES = {
+    "position": (int,),
+    "depth": (int,),
+    "replaced": (float,),
+    "bits": (int,),
+}
 
 
 def save(filepath, signature, overwrite):
@@ -128,7 +133,7 @@ def _fields(config, arrays):
     )
     for each in config["entries"]:
         _check(
-            _has_types(each, {k: (v,) for k, v in _ENTRY_TYPES.items()})
+            _has_types(each, _ENTRY_TYPES)
             and 0 <= each["position"] < len(infos)
             and 0 <= each["depth"] < len(infos),
             "entries",
@@ -144,7 +149,7 @@ def _fields(config, arrays):
 def _entry(config, infos, arrays):
     info = infos[config["position"]]
     bits, replaced = config["bits"], config["replaced"]
-    statistic = info.path.rpartition("/")[2] in STATISTICS
+    statistic = info.name in STATISTICS
     _check(
         info.dtype in FLOATS
         and bits in ((32,) if statistic else (32, 8, 4, 2))
@@ -165,7 +170,7 @@ def _entry(config, infos, arrays):
             np.all(scales >= 0) and np.all(tensor.codes < 2**bits - 1),
             f"codes of {info.key}",
         )
-    return SignatureEntry(info, config["depth"], tensor, replaced)
+    return SignatureEntry(info, tensor, replaced, depth=config["depth"])
 
 
 def _taken(arrays, name, dtype, shapes):
@@ -215,27 +220,20 @@ def _load_version_1(filepath, metadata):
         if metadata["format_version"] != "1":
             raise ValueError(f"version {metadata['format_version']!r}")
         config = parse_json(metadata["signature"])
-        with safetensors.safe_open(filepath, framework="np") as file:
-            names = list(file.keys())
-            arrays = {name: file.get_tensor(name) for name in names}
-        in_order = {
-            name: arrays[name]
-            for each in config["entries"]
-            for name in (str(each["position"]), f"{each['position']}.scales")
-            if name in arrays
-        }
-        _check(digest_of(config, in_order) == metadata["digest"], "digest")
-        for each in config["entries"]:
-            each["replaced"] = each.pop("pull")
-        return _fields(config, arrays)
-    # The digest tells damage; what else may be wrong was not checked yet.
-    except (
-        safetensors.SafetensorError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:
+        renamed = [
+            {{"pull": "replaced"}.get(k, k): v for k, v in entry.items()}
+            for entry in config["entries"]
+        ]
+        fields = _fields(
+            {**config, "entries": renamed},
+            safetensors.numpy.load_file(filepath),
+        )
+        arrays = arrays_of(fields["entries"]).values()
+        if digest_of(config, arrays) != metadata["digest"]:
+            raise ValueError("the digest does not match")
+        return fields
+    # What is in the metadata is not known before.
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"The file is not a whole signature of version 1 ({error}). "
             f"Received: filepath={os.fspath(filepath)!r}"

@@ -3,38 +3,16 @@
 import dataclasses
 import functools
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from keras_weightmods.patches import tensors
-from keras_weightmods.patches.checkpoint import Checkpoint, Snapshot
+from keras_weightmods.patches.checkpoint import Snapshot
+from keras_weightmods.patches.entry import Change
 from keras_weightmods.patches.sums import Sum, compute, write
 from keras_weightmods.patches.tensors import Sparse
 from keras_weightmods.utils.checks import raise_all
-
-
-class Change:
-    """What can be added to the weights of a model and taken off again.
-
-    Iterating gives its entries, one for each weight that it changes, with the
-    attributes `position` in the model's weights, `tensor` (an array,
-    `Quantized` or `Sparse`) and `replaced`: at scale s the weight w becomes
-    `w + s * (tensor - replaced * w)`.
-    """
-
-    @property
-    def digest(self) -> str:
-        """String, equal for changes that do the same."""
-        raise NotImplementedError
-
-    def __iter__(self) -> Iterator[Any]:
-        raise NotImplementedError
-
-    def problems(self, checkpoint: Checkpoint) -> list[str]:
-        """Return what keeps the change from fitting a `Checkpoint`."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from keras_weightmods.patches.checkpoint import Checkpoint
-from keras_weightmods.patches.ledger import Change, Patch, ledger_of
+from keras_weightmods.patches.entry import Change
+from keras_weightmods.patches.ledger import Patch, ledger_of
 from keras_weightmods.patches.report import PatchReport
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Skipped

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,8 @@ from keras_weightmods.patches.checkpoint import (
     WeightInfo,
     digest_of,
 )
-from keras_weightmods.patches.entry import SignatureEntry
+from keras_weightmods.patches.entry import Change, SignatureEntry
 from keras_weightmods.patches.extract import extract
-from keras_weightmods.patches.ledger import Change
 from keras_weightmods.patches.patches import Patches
 from keras_weightmods.patches.quantized import Quantized, quantize
 from keras_weightmods.patches.report import (
@@ -208,7 +207,7 @@ class WeightSignature(Change):
     @functools.cached_property
     def digest(self) -> str:
         """String, the SHA-256 of all that the signature is."""
-        return digest_of(files.config_of(self), files.arrays_of(self))
+        return digest_of(files.config_of(self), files.arrays_of(self).values())
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -424,9 +423,10 @@ class WeightSignature(Change):
 
     def problems(self, checkpoint: Checkpoint) -> list[str]:
         """Return what keeps the signature from fitting a `Checkpoint`."""
+        infos, argument = checkpoint.infos, f"`{checkpoint.argument}`"
         return architecture_problems(
-            self.architecture, checkpoint.infos, f"`{checkpoint.argument}`"
-        ) + weight_problems([entry.info for entry in self], checkpoint.infos)
+            self.architecture, infos, argument
+        ) + weight_problems([entry.info for entry in self], infos, argument)
 
     def with_entries(
         self, entries: Iterable[SignatureEntry]
@@ -440,9 +440,6 @@ class WeightSignature(Change):
             model_class=self.model_class,
             fingerprints=self.fingerprints,
         )
-
-    def __iter__(self) -> Iterator[SignatureEntry]:
-        return iter(self.entries)
 
     def __add__(self, other: "WeightSignature") -> "WeightSignature":
         if not isinstance(other, WeightSignature):

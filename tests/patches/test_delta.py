@@ -76,31 +76,6 @@ def test_file_is_small(tmp_path):
     assert report.nbytes <= 1.45 * 2 * report.entries
 
 
-def test_several_in_any_order(base, tmp_path):
-    paths = [delta_file(base, tmp_path, seed)[1] for seed in (1, 2, 3)]
-    a, b = make(), make()
-    for path in paths:
-        kwm.apply_delta(a, path, scale=0.5)
-    for path in reversed(paths):
-        kwm.apply_delta(b, path, scale=0.5)
-    assert_same_bits(weights_of(a), weights_of(b))
-    float64 = [array.astype("float64") for array in base]
-    for seed in (1, 2, 3):
-        for total, new, old in zip(float64, changed(base, seed), base):
-            total += 0.5 * (new.astype("float64") - old)
-    for total, brought in zip(float64, weights_of(a)):
-        np.testing.assert_allclose(brought, total, rtol=0, atol=3e-4)
-    kwm.remove_delta(a, "task_2")
-    kwm.remove_delta(b, "task_1")
-    kwm.apply_delta(b, paths[0], scale=0.5)
-    kwm.remove_delta(b, "task_2")
-    assert_same_bits(weights_of(a), weights_of(b))
-    kwm.remove_delta(a, "task_1")
-    report = kwm.remove_delta(a, "task_3")
-    assert report.active == {}
-    assert_same_bits(weights_of(a), base)
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_other_dtypes(tmp_path, dtype):
     if dtype == "float64" and keras.backend.backend() == "jax":

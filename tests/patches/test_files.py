@@ -263,9 +263,10 @@ def test_version_1_that_is_damaged(tmp_path):
     config = json.loads(header["__metadata__"]["signature"])
     arrays = load_file(VERSION_1)
     names = ("0", "0.scales", "1", "1.scales", "2", "3")
-    in_order = {name: arrays[name] for name in names}
+    in_order = [arrays[name] for name in names]
     config["entries"][0]["bits"] = 8
     message = check(
-        signature=json.dumps(config), digest=digest_of(config, in_order)
+        signature=json.dumps(config),
+        digest=digest_of(config, in_order),
     )
     assert "array '0'" in message
