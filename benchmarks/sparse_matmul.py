@@ -90,7 +90,7 @@ def measure(args):
     from keras_weightmods import native
 
     if not native.is_available():
-        raise SystemExit(native.why_not())
+        raise SystemExit(native.reason_unavailable())
     best = native.library().kwm_isa()
     isas = [
         name

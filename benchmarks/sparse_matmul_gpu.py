@@ -329,7 +329,7 @@ class Jax(Bench):
     def describe(self):
         name = self.products.device_name()
         reasons = {
-            method: self.products.why_not(method)
+            method: self.products.reason_unavailable(method)
             for method in ("decode", "cusparselt")
         }
         version = None
@@ -465,7 +465,7 @@ class Torch(Bench):
 
     def describe(self):
         reasons = {
-            method: self.products.why_not(method)
+            method: self.products.reason_unavailable(method)
             for method in ("decode", "cusparselt")
         }
         return {
@@ -491,8 +491,8 @@ class Torch(Bench):
         name, value_dtype = method
         packed = kernel_of(size)[0][value_dtype]
         if name == "decode":
-            if self.products.why_not("decode") and not self.dry_run:
-                raise RuntimeError(self.products.why_not("decode"))
+            if self.products.reason_unavailable("decode") and not self.dry_run:
+                raise RuntimeError(self.products.reason_unavailable("decode"))
             return tuple(
                 None if a is None else self.tensor(a)
                 for a in (packed.values, packed.meta, packed.scale)

@@ -9,6 +9,7 @@ import functools
 import os
 import pathlib
 import warnings
+from typing import Any
 
 _ABI_VERSION = 2
 _SCALAR = 0  # KWM_ISA_SCALAR
@@ -49,7 +50,6 @@ _SIGNATURES = {
         None,
         [*[_POINTER] * 3, _SIZE, _FLOAT, _FLOAT, *[_POINTER] * 3, *_THREADS],
     ),
-    "kwm_is_faster_than_dense": (_INT, [_SIZE, _SIZE, _SIZE, _INT]),
 }
 
 _WAY_OUT = (
@@ -73,81 +73,58 @@ NO_XLA = (
 )
 
 
-def is_available():
-    """Whether the compiled 2:4 kernels are there.
-
-    Returns:
-        Bool. If False, `why_not()` says why.
+def is_available() -> bool:
+    """Return whether the compiled kernels are there.
 
     Example:
 
     ```python
     from keras_weightmods import native
 
-    print(native.is_available() or native.why_not())
+    print(native.is_available() or native.reason_unavailable())
     ```
     """
     return _load()[0] is not None
 
 
-def why_not():
-    """Says why the compiled 2:4 kernels are not there.
+def reason_unavailable() -> str:
+    """Return why there are no compiled kernels, and the way out.
 
-    Returns:
-        String: the reason and the way out; empty if they are there.
+    Empty if there are.
     """
     return _load()[1]
 
 
-def is_faster_than_dense(rows, k, n, dtype="float32"):
-    """Whether the packed product should beat the dense one on this CPU.
-
-    Args:
-        rows: Int, the rows of the activation, that is batch times positions.
-        k: Int, size of the contraction.
-        n: Int, number of outputs.
-        dtype: String, type of the packed values: `"float32"`, `"bfloat16"` or
-            `"int8"`.
-
-    Returns:
-        Bool, False if the compiled kernels are not there.
-    """
-    if not is_available():
-        return False
-    faster = library().kwm_is_faster_than_dense(rows, k, n, type_code(dtype))
-    return bool(faster)
-
-
-def has_vectors():
-    """Whether the compiled kernels use a vector unit on this CPU.
+def has_vectors() -> bool:
+    """Return whether the compiled kernels use a vector unit on this CPU.
 
     Without, those of the companders are slower than the backends' functions.
-
-    Returns:
-        Bool, False if the compiled kernels are not there.
     """
     return is_available() and library().kwm_isa() != _SCALAR
 
 
-def library():
-    """The `ctypes.CDLL`, with its functions typed; None if not available."""
+def library() -> Any:
+    """Return the `ctypes.CDLL`, with its functions typed, or None."""
     return _load()[0]
 
 
-def xla_handler(name):
-    """The address of an XLA handler; None in a library built without them."""
-    handler = getattr(library(), name, None)
+def xla_handler(name: str, loaded: Any = None) -> ctypes.c_void_p | None:
+    """Return the address of an XLA handler of a library, or None.
+
+    A library that was built without XLA's headers has none.
+    """
+    handler = getattr(loaded or library(), name, None)
     return handler and ctypes.cast(handler, ctypes.c_void_p)
 
 
-def type_code(dtype):
-    """The library's number for a type of packed values."""
+def type_code(dtype: str) -> int:
+    """Return the library's number for a type of packed values."""
     return _TYPES[dtype]
 
 
 @functools.cache
-def warn_dense(reason):
-    """Warns, once for each reason, that products will be dense."""
+def warn_dense(reason: str) -> None:
+    """Warn, once for each reason, that products will be dense."""
     warnings.warn(
         "2:4 weights are multiplied by dense kernels, which is correct but "
         f"saves neither time nor memory: {reason}"
@@ -187,16 +164,39 @@ def _find():
             f"when the package was installed, or it failed. {_WAY_OUT}"
         )
     try:
-        loaded = ctypes.CDLL(os.fspath(found[0]))
-        version = loaded.kwm_abi_version()
+        name = "kwm_abi_version"
+        return open_library(found[0], name, _ABI_VERSION, _SIGNATURES), ""
     except (OSError, AttributeError) as error:
         return None, f"{found[0]} cannot be loaded: {error}. {_WAY_OUT}"
-    if version != _ABI_VERSION:
-        return None, (
-            f"{found[0]} is of another release: its interface has version "
-            f"{version}, expected {_ABI_VERSION}. {_WAY_OUT}"
+
+
+def open_library(
+    path: str | os.PathLike[str],
+    version_function: str,
+    version: int,
+    signatures: dict[str, Any],
+) -> ctypes.CDLL:
+    """Open a C library and type its functions.
+
+    Args:
+        path: Path of the library.
+        version_function: String, the function that returns its version.
+        version: Int, the version that it must have.
+        signatures: Dict from names to pairs of the type of the result and a
+            list of those of the arguments.
+
+    Raises:
+        OSError: If it cannot be opened, or is of another release.
+        AttributeError: If it lacks a function.
+    """
+    loaded = ctypes.CDLL(os.fspath(path))
+    found = getattr(loaded, version_function)()
+    if found != version:
+        raise OSError(
+            "it is of another release: its interface has version "
+            f"{found}, expected {version}"
         )
-    for name, (result, arguments) in _SIGNATURES.items():
+    for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
-    return loaded, ""
+    return loaded

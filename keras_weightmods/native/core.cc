@@ -523,11 +523,3 @@ void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
         });
   }
 }
-
-int kwm_is_faster_than_dense(int64_t, int64_t k, int64_t n, int) {
-  // With vectors it was, for any number of rows and all types of values; but a
-  // small kernel is mostly padding.
-  const int64_t padded = kwm::ceil_div(k, kBlockRows) * kBlockRows *
-                         kwm::ceil_div(n, kLanes) * kLanes;
-  return kwm_isa() != KWM_ISA_SCALAR && 5 * padded <= 7 * k * n;
-}

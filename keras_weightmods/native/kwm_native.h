@@ -106,11 +106,6 @@ KWM_API void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
                                  float* dvalues, kwm_parallel_for parallel_for,
                                  void* pool);
 
-// Whether kwm_matmul is expected to beat a good dense float32 product of the
-// same shape on this CPU with the instruction set in use; 0 or 1.
-KWM_API int kwm_is_faster_than_dense(int64_t rows, int64_t k, int64_t n,
-                                     int type);
-
 // w = a arctan(v / b), `count` floats; b and its inverse must be normal numbers.
 KWM_API void kwm_compand(const float* v, int64_t count, float a, float b,
                          float* w, kwm_parallel_for parallel_for, void* pool);

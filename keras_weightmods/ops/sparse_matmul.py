@@ -60,7 +60,7 @@ def sparse_matmul(x, packed):
     return _implementation()(x, packed)
 
 
-def why_dense():
+def reason_for_dense():
     """Says why products with packed kernels would be dense on this backend.
 
     Returns:
@@ -69,12 +69,12 @@ def why_dense():
     Example:
 
     ```python
-    from keras_weightmods.ops.sparse_matmul import why_dense
+    from keras_weightmods.ops.sparse_matmul import reason_for_dense
 
-    print(why_dense() or "by compiled kernels")
+    print(reason_for_dense() or "by compiled kernels")
     ```
     """
-    return backend_module("sparse_matmul").why_not()
+    return backend_module("sparse_matmul").reason_unavailable()
 
 
 def gpu_plan(shape, x_dtype, value_dtype):
@@ -114,7 +114,7 @@ def _implementation():
     """What multiplies on this backend, chosen in the first call."""
     name = keras.backend.backend()
     if name not in _implementations:
-        reason = why_dense()
+        reason = reason_for_dense()
         if reason:
             native.warn_dense(reason)
         _implementations[name] = (

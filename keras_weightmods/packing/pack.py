@@ -115,7 +115,7 @@ def pack(model, dtype=None, targets=None, head=None, trainable=False):
     seam.check_unattached(model, items)
     _check_kernels(items[: len(kernels)])
     _check_finite(item for item in items if item.value_dtype == "int8")
-    reason = packed_dense.why_dense()
+    reason = packed_dense.reason_for_dense()
     if reason:
         native.warn_dense(reason)
     before = _model_bytes(model)

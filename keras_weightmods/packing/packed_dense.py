@@ -20,8 +20,8 @@ from keras_weightmods.native.packed import (
 from keras_weightmods.ops.matrix import from_matrix, stack_shape, to_matrix
 from keras_weightmods.ops.sparse_matmul import (
     gpu_plan,
+    reason_for_dense,
     sparse_matmul,
-    why_dense,
 )
 
 
@@ -55,7 +55,7 @@ def packed_kernel(target, dtype, trainable=False):
             target.layer.compute_dtype,
             dtype,
         )
-        if why_dense() or (plan and not plan.is_sparse):
+        if reason_for_dense() or (plan and not plan.is_sparse):
             kernel_class = UnpackedKernel
         elif plan and keras.backend.backend() == "jax":
             kernel_class = PreparedKernel

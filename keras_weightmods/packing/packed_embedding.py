@@ -69,7 +69,7 @@ def embedding_class():
     """The class of packed embeddings to use here."""
     # On a GPU nothing multiplies by a packed table at any number of rows.
     on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
-    dense = on_gpu or packed_dense.why_dense()
+    dense = on_gpu or packed_dense.reason_for_dense()
     return UnpackedEmbedding if dense else PackedEmbedding
 
 

@@ -41,7 +41,7 @@ void run(int warps, const void* x, int rows, int k, int n, const void* values,
 @pytest.fixture(scope="session")
 def library():
     if gpu.library() is None:
-        pytest.skip(gpu.why_not())
+        pytest.skip(gpu.reason_unavailable())
     return gpu.library()
 
 

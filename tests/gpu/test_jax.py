@@ -170,7 +170,9 @@ def test_mapped_weights():
 def test_without_a_gpu_it_says_so():
     if sparse_matmul_gpu.device_name() is not None:
         pytest.skip("there is a GPU")
-    assert "finds no NVIDIA GPU" in sparse_matmul_gpu.why_not("decode")
+    assert "finds no NVIDIA GPU" in sparse_matmul_gpu.reason_unavailable(
+        "decode"
+    )
     with pytest.raises(RuntimeError, match="finds no NVIDIA GPU"):
         sparse_matmul_gpu.prepare(make(), "bfloat16", "cusparselt")
 

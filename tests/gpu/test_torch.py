@@ -82,7 +82,7 @@ def test_companion_goes_with_the_packed_values():
 
 
 def test_operators_have_them_on_cuda():
-    assert operators.why_not() == ""
+    assert operators.reason_unavailable() == ""
     for name in (
         "sparse_matmul",
         "sparse_matmul_transposed",
@@ -96,5 +96,7 @@ def test_operators_have_them_on_cuda():
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert "finds no NVIDIA GPU" in sparse_matmul_gpu.why_not("decode")
+    assert "finds no NVIDIA GPU" in sparse_matmul_gpu.reason_unavailable(
+        "decode"
+    )
     assert sparse_matmul_gpu.device_name() is None

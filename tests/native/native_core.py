@@ -79,7 +79,6 @@ def load():
             None,
             [array] * 3 + [size, number, number] + [array] * 5,
         ),
-        ("kwm_is_faster_than_dense", kind, [size, size, size, kind]),
     ]:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

@@ -166,15 +166,6 @@ def test_set_isa_refuses_what_is_not_there():
     assert library.kwm_isa() == before
 
 
-def test_is_faster_than_dense():
-    faster = native_core.load().kwm_is_faster_than_dense
-    for name in ISAS:
-        with isa(name):
-            for rows, kind in [(1, 0), (64, 1), (512, 2)]:
-                assert faster(rows, 576, 1536, kind) == (name != "scalar")
-                assert not faster(rows, 576, 4, kind)
-
-
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("k", "n"), SHAPES)

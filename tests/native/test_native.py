@@ -13,15 +13,14 @@ FOLDER = pathlib.Path(native.__file__).parent / "lib"
 
 
 def reason_in(folder, **environment):
-    """`why_not()` of a copy of the module with the library in `folder`."""
+    """What a copy of the module, with the library in `folder`, says."""
     shutil.copy(native.__file__, folder.parent / "native_copy.py")
     code = (
         "import native_copy as native\n"
         "assert native.is_available() == (native.library() is not None)\n"
-        "assert native.is_available() == (not native.why_not())\n"
-        "assert native.is_available() or (\n"
-        "    not native.is_faster_than_dense(1, 4096, 4096))\n"
-        "print(native.why_not())\n"
+        "assert native.is_available() == (not native.reason_unavailable())\n"
+        "assert native.is_available() or not native.has_vectors()\n"
+        "print(native.reason_unavailable())\n"
     )
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -46,7 +45,7 @@ def library():
         if path.suffix in (".so", ".dylib", ".dll")
     ]
     if not found:
-        pytest.skip(native.why_not())
+        pytest.skip(native.reason_unavailable())
     return found[0]
 
 
@@ -88,8 +87,3 @@ def test_of_another_release(folder, source, reason):
         check=True,
     )
     assert re.search(reason, reason_in(folder))
-
-
-def test_faster_than_dense():
-    library()
-    assert native.is_faster_than_dense(1, 4096, 4096, "int8") in (True, False)

@@ -24,7 +24,7 @@ def packer(request, monkeypatch):
     if request.param == "numpy":
         monkeypatch.setattr(native, "_loaded", (None, "switched off"))
     elif not native.is_available():
-        pytest.skip(native.why_not())
+        pytest.skip(native.reason_unavailable())
 
 
 def kernel_of(k, n, seed=0, density=1.0):

@@ -44,7 +44,7 @@ def kernels(request, monkeypatch):
     if request.param == "without":
         monkeypatch.setattr(native, "_loaded", (None, "it is switched off."))
     elif not native.has_vectors():
-        pytest.skip(native.why_not() or "no vector unit")
+        pytest.skip(native.reason_unavailable() or "no vector unit")
     return request.param != "inference"
 
 
@@ -239,7 +239,7 @@ def test_second_derivatives(kernels):
 
 def test_compiled_kernels_train_and_do_not_infer(monkeypatch):
     if not native.has_vectors():
-        pytest.skip(native.why_not() or "no vector unit")
+        pytest.skip(native.reason_unavailable() or "no vector unit")
     if keras.backend.backend() == "torch":
         pytest.skip("torch takes them always")
     implementation = backend_module("compand")

@@ -21,8 +21,8 @@ module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
 
 @pytest.fixture
 def compiled():
-    if module.why_dense():
-        pytest.skip(module.why_dense())
+    if module.reason_for_dense():
+        pytest.skip(module.reason_for_dense())
 
 
 @pytest.fixture

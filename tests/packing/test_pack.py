@@ -23,7 +23,8 @@ from keras_weightmods.reparameterize.fold import fold
 from keras_weightmods.sparsity.scaling import attach_scaling
 
 needs_native = pytest.mark.skipif(
-    bool(packed_dense.why_dense()), reason="no compiled kernels here: dense"
+    bool(packed_dense.reason_for_dense()),
+    reason="no compiled kernels here: dense",
 )
 
 
@@ -575,7 +576,7 @@ def leave_out_native(monkeypatch, reason):
     module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
     backend = keras.backend.backend()
     monkeypatch.setitem(module._implementations, backend, module.dense_matmul)
-    monkeypatch.setattr(packed_dense, "why_dense", lambda: reason)
+    monkeypatch.setattr(packed_dense, "reason_for_dense", lambda: reason)
     monkeypatch.setattr(native, "is_available", lambda: False)
 
 

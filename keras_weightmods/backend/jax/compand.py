@@ -21,7 +21,7 @@ def is_native(v):
         # XLA cannot split a custom call over devices.
         and len(xla_handlers.cpu_devices()) == 1
         and not jax.sharding.get_abstract_mesh().manual_axes
-        and not xla_handlers.why_not()
+        and not xla_handlers.reason_unavailable()
     )
 
 

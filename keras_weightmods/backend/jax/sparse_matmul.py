@@ -14,9 +14,13 @@ from keras_weightmods.backend.jax import sparse_matmul_gpu, xla_handlers
 from keras_weightmods.native.packed import dense_matmul
 
 
-def why_not():
+def reason_unavailable():
     """Why the compiled kernels cannot be used; empty if they can."""
-    return "" if jax.default_backend() == "gpu" else xla_handlers.why_not()
+    return (
+        ""
+        if jax.default_backend() == "gpu"
+        else xla_handlers.reason_unavailable()
+    )
 
 
 def sparse_matmul(x, packed):
@@ -26,7 +30,11 @@ def sparse_matmul(x, packed):
         return _sparse_matmul_on_cpu(x, packed)
     # Arrays may be placed on the CPU of a machine with a GPU too.
     dense = functools.partial(dense_matmul, packed=packed)
-    choices = {} if xla_handlers.why_not() else {"cpu": _sparse_matmul_on_cpu}
+    choices = (
+        {}
+        if xla_handlers.reason_unavailable()
+        else {"cpu": _sparse_matmul_on_cpu}
+    )
     if platform == "gpu":
         choices["cuda"] = sparse_matmul_gpu.matmul
     choices = {

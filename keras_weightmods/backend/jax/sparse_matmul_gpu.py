@@ -175,7 +175,7 @@ class _Product:
         method, algorithm = plan(self.shape, x_dtype, self.value_dtype).choose(
             rows, self.companion_kind
         )
-        reason = why_not(method)
+        reason = reason_unavailable(method)
         if reason:
             native.warn_dense(reason)
             return "dense", -1
@@ -299,14 +299,14 @@ def device_name():
 
 
 @functools.cache
-def why_not(method):
+def reason_unavailable(method):
     """Why a method cannot be used; empty if it can."""
     if method == "dense":
         return ""
     if device_name() is None:
         return "JAX finds no NVIDIA GPU."
     if gpu.library() is None:
-        return gpu.why_not()
+        return gpu.reason_unavailable()
     if gpu.xla_handler("kwm_gpu_xla_decode") is None:
         return native.NO_XLA
     load = gpu.load_decode if method == "decode" else gpu.load_cusparselt
@@ -314,7 +314,7 @@ def why_not(method):
 
 
 def _require(method):
-    reason = why_not(method)
+    reason = reason_unavailable(method)
     if reason:
         raise RuntimeError(reason)
     _register()

@@ -7,10 +7,10 @@ import jax
 from keras_weightmods import native
 
 
-def why_not():
+def reason_unavailable():
     """Why there are none on the CPU; empty if there are."""
     if not native.is_available():
-        return native.why_not()
+        return native.reason_unavailable()
     return "" if _register() else native.NO_XLA
 
 

@@ -13,7 +13,7 @@ def is_native(v):
         v.dtype == tf.float32
         and v.shape.is_fully_defined()
         and native.has_vectors()
-        and not sparse_matmul.why_not()
+        and not sparse_matmul.reason_unavailable()
     )
 
 

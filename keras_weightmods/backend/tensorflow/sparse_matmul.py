@@ -1,8 +1,8 @@
 """`sparse_matmul` on TensorFlow: XLA custom calls through XlaCallModule.
 
 Eager, in `tf.function` with or without `jit_compile`, with a batch of any
-size, and in a SavedModel, which runs where a product, or `why_dense`, was
-called before. XLA's thread pool shares the work.
+size, and in a SavedModel, which runs where a product, or `reason_for_dense`,
+was called before. XLA's thread pool shares the work.
 """
 
 import functools
@@ -22,10 +22,10 @@ _TARGETS = (
 )
 
 
-def why_not():
+def reason_unavailable():
     """Why the compiled kernels cannot be used; empty if they can."""
     if not native.is_available():
-        return native.why_not()
+        return native.reason_unavailable()
     if native.xla_handler(_TARGETS[0]) is None:
         return native.NO_XLA
     if tf.config.list_physical_devices("GPU"):

@@ -21,9 +21,9 @@ _TYPES = {
 }
 
 
-def why_not():
+def reason_unavailable():
     """Why the compiled kernels cannot be used; empty if they can."""
-    return "" if torch.cuda.is_available() else native.why_not()
+    return "" if torch.cuda.is_available() else native.reason_unavailable()
 
 
 def sparse_matmul(x, packed):

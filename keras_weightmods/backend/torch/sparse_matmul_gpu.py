@@ -99,7 +99,7 @@ def _choose(rows, x, packed):
         return "dense"
     chosen = plan(packed.shape, _NAMES.get(x.dtype), packed.dtype)
     method, _ = chosen.choose(rows, chosen.companion)
-    reason = why_not(method)
+    reason = reason_unavailable(method)
     if reason:
         native.warn_dense(reason)
         return "dense"
@@ -177,7 +177,7 @@ def device_name():
 
 
 @functools.cache
-def why_not(method):
+def reason_unavailable(method):
     """Why a method cannot be used; empty if it can."""
     if method == "dense":
         return ""

@@ -11,6 +11,9 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+from typing import Any
+
+from keras_weightmods import native
 
 ABI_VERSION = 1
 
@@ -64,73 +67,54 @@ _SIGNATURES = {
 }
 
 
-def library():
-    """The `ctypes.CDLL`, with its functions typed; None if not available."""
+def library() -> Any:
+    """Return the `ctypes.CDLL`, with its functions typed, or None."""
     return _load()[0]
 
 
-def why_not():
-    """Says why the GPU library is not there; empty if it is.
+def reason_unavailable() -> str:
+    """Return why there is no GPU library; empty if there is one.
 
     It says nothing of a GPU: the library loads without one.
     """
     return _load()[1]
 
 
-def xla_handler(name):
-    """The address of an XLA handler; None in a library built without them."""
-    handler = getattr(library(), name, None)
-    return handler and ctypes.cast(handler, ctypes.c_void_p)
+def xla_handler(name: str) -> ctypes.c_void_p | None:
+    """Return the address of an XLA handler; None where XLA was left out."""
+    return native.xla_handler(name, library())
 
 
 @functools.cache
-def load_decode(cuda):
-    """Opens NVRTC for the decode kernel.
+def load_decode(cuda: int) -> str:
+    """Open NVRTC for the decode kernel.
 
     Args:
         cuda: Int, CUDA's major version: 12 or 13.
 
     Returns:
-        String: why the decode kernel cannot be used; empty if it can.
+        String: the reason why the decode kernel cannot be used; empty if it
+        can.
     """
-    if library() is None:
-        return why_not()
     source = pathlib.Path(__file__).with_name("decode.cu").read_bytes()
-    path = _cuda_library("nvrtc", cuda)
-    failure = library().kwm_gpu_load_driver(_DRIVER)
-    if failure is None:
-        failure = library().kwm_gpu_load_decode(source, path.encode())
-    return _reason(failure, cuda)
+    return _open("nvrtc", cuda, "kwm_gpu_load_decode", source)
 
 
 @functools.cache
-def load_cusparselt(cuda):
-    """Opens cuSPARSELt.
-
-    Args:
-        cuda: Int, CUDA's major version: 12 or 13.
-
-    Returns:
-        String: why cuSPARSELt cannot be used; empty if it can.
-    """
-    if library() is None:
-        return why_not()
-    path = _cuda_library("cusparseLt", cuda)
-    failure = library().kwm_gpu_load_driver(_DRIVER)
-    if failure is None:
-        failure = library().kwm_gpu_load_cusparselt(path.encode())
-    return _reason(failure, cuda)
+def load_cusparselt(cuda: int) -> str:
+    """Open cuSPARSELt, as `load_decode` does NVRTC."""
+    return _open("cusparseLt", cuda, "kwm_gpu_load_cusparselt")
 
 
-def decode_rows(x_dtype):
-    """The most rows that the decode kernel takes; 0 if it takes none."""
+def decode_rows(x_dtype: str) -> int:
+    """Return the most rows that the decode kernel takes; 0 for none."""
     if library() is None:
         return 0
     return library().kwm_gpu_decode_rows(X_TYPES.get(x_dtype, -1))
 
 
-def compressed_size(device, shape, dtype):
-    """Bytes of a kernel that cuSPARSELt has compressed.
+def compressed_size(device: int, shape: tuple[int, int], dtype: str) -> int:
+    """Return the bytes of a kernel that cuSPARSELt has compressed.
 
     Args:
         device: Int, ordinal of the GPU.
@@ -152,8 +136,10 @@ def compressed_size(device, shape, dtype):
     return size.value
 
 
-def cusparselt_algorithms(device, rows, shape, dtype):
-    """How many algorithms cuSPARSELt has for a product.
+def cusparselt_algorithms(
+    device: int, rows: int, shape: tuple[int, int], dtype: str
+) -> int:
+    """Return how many algorithms cuSPARSELt has for a product.
 
     Raises:
         RuntimeError: If cuSPARSELt cannot do it.
@@ -166,14 +152,14 @@ def cusparselt_algorithms(device, rows, shape, dtype):
     return count.value
 
 
-def check(failure):
-    """Raises RuntimeError for what a function of the library returned."""
+def check(failure: bytes | None) -> None:
+    """Raise RuntimeError for what a function of the library returned."""
     if failure is not None:
         raise RuntimeError(f"keras_weightmods: {failure.decode()}")
 
 
-def cuda_of_wheels():
-    """CUDA's major version by the installed plugin of JAX; None if unclear."""
+def cuda_of_wheels() -> int | None:
+    """Return CUDA's major version by JAX's plugin; None if unclear."""
     for cuda in (13, 12):
         try:
             importlib.metadata.distribution(f"jax-cuda{cuda}-plugin")
@@ -198,7 +184,14 @@ def _cuda_library(name, cuda):
     return file
 
 
-def _reason(failure, cuda):
+def _open(name, cuda, load, *arguments):
+    """Opens the driver and a library of CUDA; the reason if it cannot."""
+    if library() is None:
+        return reason_unavailable()
+    path = _cuda_library(name, cuda).encode()
+    failure = library().kwm_gpu_load_driver(_DRIVER)
+    if failure is None:
+        failure = getattr(library(), load)(*arguments, path)
     if failure is None:
         return ""
     return (
@@ -222,20 +215,7 @@ def _load():
         return None, f"{path} cannot be loaded: {error}."
 
 
-def open_library(path):
-    """Opens a GPU library and types its functions.
-
-    Raises:
-        OSError: If it cannot be opened, or is of another release.
-    """
-    loaded = ctypes.CDLL(os.fspath(path))
-    version = loaded.kwm_gpu_abi_version()
-    if version != ABI_VERSION:
-        raise OSError(
-            f"it is of another release: its interface has version {version}, "
-            f"expected {ABI_VERSION}"
-        )
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-    return loaded
+def open_library(path: str | os.PathLike[str]) -> ctypes.CDLL:
+    """Open a GPU library and type its functions; see `native.open_library`."""
+    name = "kwm_gpu_abi_version"
+    return native.open_library(path, name, ABI_VERSION, _SIGNATURES)

@@ -22,7 +22,7 @@ from keras_weightmods.backend.jax.sparse_matmul import column_parallel_matmul
 module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
 
 pytestmark = pytest.mark.skipif(
-    module.why_dense() != "", reason=module.why_dense()
+    module.reason_for_dense() != "", reason=module.reason_for_dense()
 )
 
 K, N = 36, 20
@@ -135,9 +135,9 @@ from keras_weightmods.backend.jax.sparse_matmul import column_parallel_matmul
 from keras_weightmods.ops import Packed, pack_kernel, unpack_kernel
 from tests.native.test_packed import kernel_of
 from tests.ops.test_sparse_matmul import activation, assert_close
-from keras_weightmods.ops.sparse_matmul import why_dense
+from keras_weightmods.ops.sparse_matmul import reason_for_dense
 
-assert why_dense() == ""
+assert reason_for_dense() == ""
 mesh = jax.make_mesh((2,), ("model",))
 split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
 whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

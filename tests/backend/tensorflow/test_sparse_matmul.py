@@ -22,7 +22,7 @@ from keras_weightmods.backend.tensorflow import sparse_matmul as implementation
 module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
 
 pytestmark = pytest.mark.skipif(
-    module.why_dense() != "", reason=module.why_dense()
+    module.reason_for_dense() != "", reason=module.reason_for_dense()
 )
 
 K, N = 36, 20
@@ -113,8 +113,8 @@ try:
     loaded.serve(tf.ones((5, 36)))
 except tf.errors.OpError as error:
     print(error)
-from keras_weightmods.ops.sparse_matmul import why_dense
-assert why_dense() == ""
+from keras_weightmods.ops.sparse_matmul import reason_for_dense
+assert reason_for_dense() == ""
 print(loaded.serve(tf.ones((5, 36))).numpy().sum())
 """
 

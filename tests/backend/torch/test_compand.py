@@ -11,7 +11,9 @@ if keras.backend.backend() != "torch":
 import torch
 
 if not native.has_vectors():
-    pytest.skip(native.why_not() or "no vector unit", allow_module_level=True)
+    pytest.skip(
+        native.reason_unavailable() or "no vector unit", allow_module_level=True
+    )
 
 
 def tensors(shape=(40, 30)):

@@ -17,7 +17,7 @@ import torch
 module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
 
 pytestmark = pytest.mark.skipif(
-    module.why_dense() != "", reason=module.why_dense()
+    module.reason_for_dense() != "", reason=module.reason_for_dense()
 )
 
 K, N = 36, 20
