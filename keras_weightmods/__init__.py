@@ -1,10 +1,12 @@
 """Changes to a Keras model's weights, on JAX, TensorFlow and torch."""
 
 from keras_weightmods import ops as ops
+from keras_weightmods.core.target_rules import (
+    register_target as register_target,
+)
 from keras_weightmods.core.targets import Target as Target
 from keras_weightmods.core.targets import Targets as Targets
 from keras_weightmods.core.targets import find_targets as find_targets
-from keras_weightmods.core.targets import register_target as register_target
 from keras_weightmods.evaluation.lm_eval import lm_eval_model as lm_eval_model
 from keras_weightmods.evaluation.perplexity import Perplexity as Perplexity
 from keras_weightmods.evaluation.perplexity import perplexity as perplexity

@@ -95,12 +95,11 @@ def replaced_attributes(obj: Any, **replacements: Any) -> Iterator[None]:
         own.update(before)
 
 
-def calls_seen(
-    layer: Any, see: Callable[..., Any]
-) -> contextlib.AbstractContextManager[None]:
-    """Call `see(*args, **kwargs)` before each `layer.call` in a scope.
+def see_calls(layer: Any, see: Callable[..., Any]) -> None:
+    """Have `see(*args, **kwargs)` called before each `layer.call`.
 
-    On the instance, because Keras has no hooks on calls.
+    On the instance, as Keras has no hooks on calls; ends with
+    `replaced_attributes` or `restored_attributes`.
     """
     call = layer.call
 
@@ -108,7 +107,15 @@ def calls_seen(
         see(*args, **kwargs)
         return call(*args, **kwargs)
 
-    return replaced_attributes(layer, call=seen_call)
+    vars(layer)["call"] = seen_call
+
+
+@contextlib.contextmanager
+def calls_seen(layer: Any, see: Callable[..., Any]) -> Iterator[None]:
+    """Call `see(*args, **kwargs)` before each `layer.call` in a scope."""
+    with replaced_attributes(layer, call=layer.call):
+        see_calls(layer, see)
+        yield
 
 
 @contextlib.contextmanager

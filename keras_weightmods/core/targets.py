@@ -1,24 +1,28 @@
 """Which weights of a model a method acts on, and along which axes."""
 
 import collections.abc
-import contextlib
 import dataclasses
 import math
-import re
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
-from keras import ops
 
-from keras_weightmods.core.seam import (
-    check_model,
-    is_reparameterized,
+from keras_weightmods.core import filters, keras_private
+from keras_weightmods.core.execution_order import execution_order
+from keras_weightmods.core.reparameterization import (
     reparameterization,
     reparameterizations,
 )
-from keras_weightmods.utils.report import Skipped as Skipped
+from keras_weightmods.core.target_rules import (
+    EMBEDDING,
+    Rule,
+    axes_of,
+    rules_of,
+)
+from keras_weightmods.core.weight_keys import weight_keys
+from keras_weightmods.utils.checks import check_model, error
+from keras_weightmods.utils.report import Report, Skipped, Table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,8 +45,8 @@ class Target:
             `model.weights`. Unique where paths are not.
     """
 
-    layer: keras.layers.Layer = dataclasses.field(repr=False)
-    variable: keras.Variable = dataclasses.field(repr=False)
+    layer: Any = dataclasses.field(repr=False)
+    variable: Any = dataclasses.field(repr=False)
     attribute: str
     contraction_axes: tuple[int, ...]
     output_axes: tuple[int, ...]
@@ -51,73 +55,105 @@ class Target:
     key: str
 
     @property
-    def path(self):
+    def path(self) -> str:
         """String, the path of the variable."""
         return self.variable.path
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """Tuple of ints, the shape of the kernel."""
         return tuple(self.variable.shape)
 
     @property
-    def contraction_size(self):
+    def contraction_size(self) -> int:
         """Int, the number of weights that one output unit sums over."""
         return math.prod(self.shape[axis] for axis in self.contraction_axes)
 
+    def reason_not_nm(self, m: int) -> str | None:
+        """Return why the kernel has no whole groups of m; None if it has."""
+        if self.contraction_size % m == 0:
+            return None
+        return (
+            f"its contraction size {self.contraction_size} is not a multiple "
+            f"of m={m}"
+        )
 
-class Targets(collections.abc.Sequence):
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Targets(Report, collections.abc.Sequence):
     """An immutable sequence of `Target`, in the order of execution.
 
-    Indexed by place, slice or `Target.key`. Prints as a table.
+    Indexed by place, slice or `Target.key`. Prints as a table of at most 30
+    lines; `table()` has all rows.
 
     Args:
-        targets: Iterable of `Target`.
-        skipped: Iterable of `Skipped`: the weights left out, with reasons.
+        targets: Sequence of `Target`.
+        skipped: Sequence of `Skipped`: the weights left out, with reasons.
     """
 
-    def __init__(self, targets, skipped=()):
-        self._targets = tuple(targets)
-        self._skipped = tuple(skipped)
+    targets: tuple[Target, ...]
+    skipped: tuple[Skipped, ...] = ()
 
-    @property
-    def skipped(self):
-        """Tuple of `Skipped`: the weights left out, with reasons."""
-        return self._skipped
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "skipped", tuple(self.skipped))
 
-    def __len__(self):
-        return len(self._targets)
+    def __len__(self) -> int:
+        return len(self.targets)
 
-    def __getitem__(self, index):
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self.targets)
+
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, str):
-            for target in self._targets:
+            for target in self.targets:
                 if target.key == index:
                     return target
             raise KeyError(index)
-        if isinstance(index, slice):
-            return Targets(self._targets[index], self._skipped)
-        return self._targets[index]
+        found = self.targets[index]
+        return Targets(found, self.skipped) if type(index) is slice else found
 
-    def __repr__(self):
-        rows = [
+    def select(self, reason: Callable[[Target], str | None]) -> "Targets":
+        """Return those that have no reason to be skipped.
+
+        Args:
+            reason: Callable from a `Target` to why it is skipped, or to None.
+
+        Returns:
+            `Targets`, the others of which are in `skipped`.
+        """
+        reasons = [(target, reason(target)) for target in self]
+        return Targets(
+            tuple(target for target, reason in reasons if not reason),
             (
-                str(t.depth),
-                t.path,
-                str(t.shape),
-                f"contracts {t.contraction_axes}"
-                + (f", stacks {t.stack_axes}" if t.stack_axes else ""),
+                *self.skipped,
+                *(Skipped(t.path, reason) for t, reason in reasons if reason),
+            ),
+        )
+
+    def tables(self) -> Iterable[Table]:
+        columns = "kernel", "shape", "contracts", "stacks"
+        rows = tuple(
+            (
+                target.path,
+                str(target.shape),
+                str(target.contraction_axes),
+                str(target.stack_axes or ""),
             )
-            for t in self._targets
-        ]
-        lines = [f"{len(self)} targets", *_columns(rows)]
-        if self._skipped:
-            rows = [("-", s.path, s.reason) for s in self._skipped]
-            lines += [f"{len(rows)} skipped", *_columns(rows)]
-        return "\n".join(lines)
+            for target in self
+        )
+        yield Table(f"{len(rows)} targets", columns, rows)
+
+    __repr__ = Report.__str__
 
 
-def find_targets(model, include=None, exclude=None, depthwise=False):
-    """Finds the kernels of a model that a method may act on.
+def find_targets(
+    model: Any,
+    include: Any = None,
+    exclude: Any = None,
+    depthwise: bool = False,
+) -> Targets:
+    """Find the kernels of a model that a method may act on.
 
     Known are Dense, EinsumDense (the axes come from its equation), Conv1D,
     Conv2D, Conv3D, the pointwise part of separable convolutions, what is
@@ -164,148 +200,29 @@ def find_targets(model, include=None, exclude=None, depthwise=False):
     assert second.contraction_axes == (0, 1)
     ```
     """
-    _check_built(model)
-    layers = _layers_of(model)
-    candidates, skipped = _candidates(layers, depthwise)
-    order = execution_order(model, [c["layer"] for c in candidates])
-    position = {id(v): place for place, v in enumerate(model.weights)}
-    candidates.sort(
-        key=lambda c: (
-            order.get(id(c["layer"]), len(order)),
-            position[id(c["variable"])],
-        )
-    )
-    targets = [
-        Target(
-            **candidate,
-            depth=depth,
-            key=f"{position[id(candidate['variable'])]}"
-            f":{candidate['variable'].path}",
-        )
-        for depth, candidate in enumerate(candidates)
-    ]
-    included = _tests("include", include, layers)
-    excluded = _tests("exclude", exclude, layers)
-    if included is not None:
-        for pattern, test in included:
-            if not any(test(target) for target in targets):
-                raise ValueError(_nothing_matches(pattern, targets, skipped))
-        targets = [t for t in targets if any(test(t) for _, test in included)]
-    if excluded is not None:
-        targets = [
-            t for t in targets if not any(test(t) for _, test in excluded)
-        ]
-    return Targets(targets, skipped)
+    found = _find_all(model, depthwise)
+    taken = filters.included("include", include, model, *found)
+    taken = filters.excluded("exclude", exclude, model, taken)
+    return Targets(tuple(taken), tuple(found[1]))
 
 
-def register_target(
-    layer_class,
-    attribute="kernel",
-    *,
-    contraction_axes,
-    output_axes=None,
-    stack_axes=(),
-):
-    """Makes a kernel of a layer class known to `find_targets`.
-
-    Serves the subclasses too; where several classes say something of one
-    attribute, the most derived one is heard. Overrides what the library knows
-    itself. Call it once for each attribute that holds a kernel.
-
-    Args:
-        layer_class: A subclass of `keras.layers.Layer`.
-        attribute: String, the attribute that holds the `keras.Variable`, or
-            the property that returns what the layer keeps under the same name
-            with an underscore in front, as in Keras' own layers. Defaults to
-            `"kernel"`.
-        contraction_axes: Tuple of ints, or a callable from the built layer
-            to one: the axes that the layer sums over. Negative ones count
-            from the end.
-        output_axes: The same, for the axes of the output units. `None` takes
-            all that remain.
-        stack_axes: The same, for the axes that index whole kernels, such as
-            the experts of a mixture. Defaults to none.
-
-    Raises:
-        ValueError: If `layer_class` is no layer class, `attribute` no string,
-            or the axes are not tuples of different ints, with one to
-            contract at least.
-
-    Example:
-
-    ```python
-    import keras
-    from keras_weightmods import find_targets, register_target
-
-    class Experts(keras.layers.Layer):
-        def build(self, input_shape):
-            self.up = self.add_weight(shape=(2, input_shape[-1], 3), name="up")
-
-        def call(self, x):
-            return keras.ops.einsum("ebi,eio->ebo", x, self.up)
-
-    register_target(Experts, "up", contraction_axes=(1,), stack_axes=(0,))
-    layer = Experts()
-    layer.build((2, None, 8))
-    (target,) = find_targets(layer)
-    assert target.output_axes == (2,)
-    ```
-    """
-    if not (
-        isinstance(layer_class, type)
-        and issubclass(layer_class, keras.layers.Layer)
-    ):
-        raise ValueError(
-            "`layer_class` must be a subclass of `keras.layers.Layer`. "
-            f"Received: layer_class={layer_class!r}"
-        )
-    if not isinstance(attribute, str) or not attribute.isidentifier():
-        raise ValueError(
-            "`attribute` must be the name of an attribute of the layer. "
-            f"Received: attribute={attribute!r}"
-        )
-    axes = {
-        "contraction_axes": contraction_axes,
-        "output_axes": output_axes,
-        "stack_axes": stack_axes,
-    }
-    fixed: list[int] = []
-    for name, value in axes.items():
-        if callable(value) or (name == "output_axes" and value is None):
-            continue
-        if not _are_ints(value):
-            raise ValueError(
-                f"`{name}` must be a tuple of ints, or a callable from the "
-                f"layer to one. Received: {name}={value!r}"
-            )
-        fixed.extend(value)
-    if not callable(contraction_axes) and not contraction_axes:
-        raise ValueError(
-            "`contraction_axes` must name the axes that the layer sums over, "
-            f"one at least. Received: contraction_axes={contraction_axes!r}"
-        )
-    if len(set(fixed)) != len(fixed):
-        raise ValueError(
-            "An axis must be named once. Received: "
-            + ", ".join(f"{name}={value!r}" for name, value in axes.items())
-        )
-    _RULES.setdefault(layer_class, {})[attribute] = _Rule(**axes)
-
-
-def resolve_targets(model, targets=None):
-    """Returns `targets` as the `Targets` of `model` that they should be.
+def resolve_targets(
+    model: Any, targets: Any = None, depthwise: bool = False
+) -> Targets:
+    """Return the `Targets` of `model` that an argument `targets` stands for.
 
     Args:
         model: A built `keras.Model` or layer.
-        targets: `Targets`, or a list of `Target`; `None` for all that
-            `find_targets(model)` finds.
+        targets: `Targets`, or a list of `Target`; or what `find_targets` takes
+            as `include`. `None` for all that it finds.
+        depthwise: Bool, as in `find_targets`.
 
     Returns:
         `Targets`, each weight once.
 
     Raises:
-        ValueError: If `targets` is something else, or one of them is not a
-            weight of `model`.
+        ValueError: If `targets` is something else, one of them is not a
+            weight of `model`, or matches none.
 
     Example:
 
@@ -317,195 +234,94 @@ def resolve_targets(model, targets=None):
     model = keras.Sequential(
         [keras.Input((8,)), keras.layers.Dense(4), keras.layers.Dense(2)]
     )
-    first, second = resolve_targets(model, None)
+    first, second = resolve_targets(model)
     assert resolve_targets(model, [second])[0] is second
+    assert resolve_targets(model, "dense_1")[0].path == second.path
     ```
     """
-    if targets is None:
-        return find_targets(model)
-    if not isinstance(targets, (list, tuple, Targets)) or not all(
-        isinstance(target, Target) for target in targets
-    ):
-        raise ValueError(
-            "`targets` must be what `find_targets(model)` returns, a list of "
-            f"its elements, or None. Received: targets={targets!r}"
-        )
+    given = isinstance(targets, (list, tuple, Targets))
+    if not given or not all(isinstance(each, Target) for each in targets):
+        found = _find_all(model, depthwise)
+        taken = filters.included("targets", targets, model, *found)
+        return Targets(tuple(taken), tuple(found[1]))
+    check_model(model)
     known = {id(variable) for variable in model.weights}
-    strange = [t.path for t in targets if id(t.variable) not in known]
-    if strange:
+    foreign = [t.path for t in targets if id(t.variable) not in known]
+    if foreign:
         raise ValueError(
             "`targets` must be weights of the model. Received: "
-            f"model={model.name!r} and {len(strange)} targets that it does "
-            f"not hold, the first being {strange[0]!r}. Call "
+            f"model={model.name!r} and {len(foreign)} targets that it does "
+            f"not hold, the first being {foreign[0]!r}. Call "
             "`find_targets(model)` on this model, and again after it was "
             "quantized or packed."
         )
     once: dict[int, Target] = {}
     for target in targets:
         once.setdefault(id(target.variable), target)
-    return Targets(once.values(), getattr(targets, "skipped", ()))
+    return Targets(tuple(once.values()), getattr(targets, "skipped", ()))
 
 
-def quantized_kernels(model):
-    """The kernels that Keras has quantized to int8 or int4, as they act.
+def target_of(
+    layer: Any,
+    attribute: str = "kernel",
+    *,
+    keys: dict[int, str] | None = None,
+    depth: int = 0,
+) -> Target:
+    """Return the `Target` of one weight, also one that is none by default.
+
+    Such as a depthwise kernel; an embedding contracts what a head tied to it
+    does.
 
     Args:
-        model: A built `keras.Model` or layer.
+        layer: A layer that holds the weight.
+        attribute: String, the name under which the layer reads it. Defaults
+            to `"kernel"`.
+        keys: `weight_keys(model)` of the model that holds the layer; `None`
+            for a layer by itself.
+        depth: Int, `Target.depth`, where it is known. Defaults to `0`.
 
-    Returns:
-        List of pairs of a `Target`, whose `variable` holds the codes, and a
-        tensor of the kernel's shape: the codes, unpacked and less the zero
-        points. It is zero exactly where the weight is.
+    Raises:
+        ValueError: If nothing is known of the axes, or there is no such
+            variable.
 
     Example:
 
     ```python
     import keras
-    from keras_weightmods.core.targets import quantized_kernels
+    from keras_weightmods.core.targets import target_of
 
-    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
-    model.quantize("int4")
-    ((target, steps),) = quantized_kernels(model)
-    assert target.contraction_axes == (0,)
-    assert steps.shape == (8, 4)
+    layer = keras.layers.Embedding(16, 4)
+    layer.build()
+    target = target_of(layer, "embeddings")
+    assert target.contraction_axes == (1,)
     ```
     """
-    _check_built(model)
-    position = {id(v): place for place, v in enumerate(model.weights)}
-    found: list[tuple[Target, Any]] = []
-    for layer in _layers_of(model):
-        rule = _rules_of(layer).get("kernel")
-        if (
-            rule is None
-            or rule.reason is not None
-            or layer.quantization_mode not in ("int8", "int4")
-        ):
-            continue
-        variable, steps = layer._kernel, _steps(layer)
-        target = Target(
-            layer=layer,
-            variable=variable,
-            attribute="kernel",
-            **_axes(layer, "kernel", rule, len(steps.shape)),
-            depth=len(found),
-            key=f"{position[id(variable)]}:{variable.path}",
-        )
-        found.append((target, steps))
-    return found
+    rule = rules_of(layer).get(attribute)
+    variable = _stored_variable(layer, attribute)
+    if rule is None or variable is None:
+        expected = "the name of a weight whose axes are known"
+        raise error("attribute", f"{expected} in {layer!r}", attribute)
+    return Target(
+        layer=layer,
+        variable=variable,
+        attribute=attribute,
+        **axes_of(layer, attribute, rule, len(variable.shape)),
+        depth=depth,
+        key=(keys or weight_keys(layer))[id(variable)],
+    )
 
 
-def _steps(layer):
-    """The weights of a quantized layer in multiples of its scales."""
-    codes = layer._kernel.value
-    if layer.quantization_mode == "int4":
-        columns = layer.kernel_scale.shape[-1]
-        codes = keras.quantizers.unpack_int4(codes, columns, axis=-1)
-        if hasattr(layer, "kernel_zero"):
-            group = ops.cast(layer.g_idx, "int32")
-            codes = ops.subtract(
-                ops.cast(codes, "int32"),
-                ops.take(ops.cast(layer.kernel_zero, "int32"), group, axis=0),
-            )
-        # Two-dimensional for EinsumDense too.
-        shape = getattr(layer, "original_kernel_shape", codes.shape)
-        codes = ops.reshape(codes, shape)
-    return ops.cast(codes, "int32")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rule:
-    """How a layer class uses one attribute: the axes, or why it is left out.
-
-    Axes are tuples, or callables from the layer to one.
-    """
-
-    contraction_axes: Any = ()
-    output_axes: Any = None
-    stack_axes: Any = ()
-    reason: str | None = None
-    depthwise: bool = False
-
-
-def _einsum_axes(role):
-    """A callable from an EinsumDense to the axes that play `role` in it.
-
-    A letter of the kernel is contracted where it stands in the input and not
-    in the output, is a stack of kernels where it stands in both, and is of
-    the output units otherwise.
-    """
-
-    def axes(layer):
-        operands, output = layer.equation.replace(" ", "").split("->")
-        inputs, kernel = operands.split(",")
-        return tuple(
-            axis
-            for axis, letter in enumerate(kernel)
-            if (letter in inputs, letter in output) == role
-        )
-
-    return axes
-
-
-_DEPTHWISE = _Rule(
-    contraction_axes=lambda layer: tuple(range(layer.rank)),
-    reason="a depthwise kernel contracts no channels",
-    depthwise=True,
-)
-_POINTWISE = _Rule(contraction_axes=lambda layer: tuple(range(layer.rank + 1)))
-_EMBEDDING = "an embedding, whose rows are looked up and not contracted"
-
-# {layer class: {attribute: rule}}; `register_target` adds to it.
-_RULES: dict[type, dict[str, _Rule]] = {
-    keras.layers.Dense: {"kernel": _Rule(contraction_axes=(0,))},
-    keras.layers.EinsumDense: {
-        "kernel": _Rule(
-            contraction_axes=_einsum_axes((True, False)),
-            stack_axes=_einsum_axes((True, True)),
-        )
-    },
-    # (spatial..., in, out), whatever the data format.
-    keras.layers.Conv1D: {"kernel": _POINTWISE},
-    keras.layers.Conv2D: {"kernel": _POINTWISE},
-    keras.layers.Conv3D: {"kernel": _POINTWISE},
-    keras.layers.SeparableConv1D: {
-        "depthwise_kernel": _DEPTHWISE,
-        "pointwise_kernel": _POINTWISE,
-    },
-    keras.layers.SeparableConv2D: {
-        "depthwise_kernel": _DEPTHWISE,
-        "pointwise_kernel": _POINTWISE,
-    },
-    keras.layers.DepthwiseConv1D: {"kernel": _DEPTHWISE},
-    keras.layers.DepthwiseConv2D: {"kernel": _DEPTHWISE},
-    # The heads tied to an embedding are in this class as well.
-    keras.layers.Embedding: {
-        "embeddings": _Rule(reason=_EMBEDDING),
-        "reverse_embeddings": _Rule(reason="the reverse of an embedding"),
-    },
-}
-
-
-def _rules_of(layer):
-    rules: dict[str, _Rule] = {}
-    for cls in reversed(type(layer).__mro__):
-        rules.update(_RULES.get(cls, {}))
-    return rules
-
-
-def _layers_of(layer):
-    # Not in the public API, where `Model.layers` stops at the first level.
-    return layer._flatten_layers()
-
-
-def _check_built(model):
+def check_built(model: Any) -> None:
+    """Raise ValueError unless `model` and what may hold a target is built."""
     check_model(model)
     unbuilt = [
         layer
-        for layer in _layers_of(model)
+        for layer in keras_private.layers_of(model)
         if not layer.built
         and (
             layer is model
-            or any(rule.reason is None for rule in _rules_of(layer).values())
+            or any(rule.reason is None for rule in rules_of(layer).values())
         )
     ]
     if unbuilt:
@@ -519,142 +335,95 @@ def _check_built(model):
         )
 
 
-def _candidates(layers, depthwise=False):
-    """What `layers` hold: targets without their place, and the skipped.
-
-    Returns:
-        Pair of a list of dicts with the first fields of `Target`, in the
-        declared order, and a list of `Skipped`.
-    """
-    candidates: dict[int, dict[str, Any]] = {}
-    left_out: dict[Any, Skipped] = {}
+def _find_all(model, depthwise):
+    """Return the list of all targets and the one of what is skipped."""
+    check_built(model)
+    targets: dict[int, Target] = {}
+    skipped: dict[Any, Skipped] = {}
     unknown: dict[int, Skipped] = {}
-    for layer in layers:
-        rules = _rules_of(layer)
+    keys = weight_keys(model)
+    for layer in keras_private.layers_of(model):
+        rules = rules_of(layer)
         known = set()
         for attribute, rule in rules.items():
             variable = _stored_variable(layer, attribute)
             known.add(id(variable))
-            reason = None if depthwise and rule.depthwise else rule.reason
-            if reason is None and layer.quantization_mode is not None:
-                reason = f"quantized to {layer.quantization_mode}"
-            if variable is None and is_reparameterized(layer, attribute):
-                variable = reparameterization(layer, attribute).target.variable
-                reason = "packed; `unpack(model)` makes it dense again"
-            if reason is not None:
-                # A quantized layer may hold its kernel under another name,
-                # and an embedding that is tied has no reverse one.
-                if variable is not None:
-                    left_out[id(variable)] = Skipped(variable.path, reason)
-                elif layer.quantization_mode is not None:
-                    path = f"{layer.path}/{attribute}"
-                    left_out[id(layer), attribute] = Skipped(path, reason)
-                continue
-            if variable is None:
-                raise ValueError(
-                    f"`register_target` was told that {type(layer).__name__} "
-                    f"holds a `keras.Variable` in `{attribute}`. Received: "
-                    f"{attribute}={getattr(layer, attribute, None)!r} in "
-                    f"layer {layer.name!r}"
-                )
-            axes = _axes(layer, attribute, rule, len(variable.shape))
-            if axes is None:
-                reason = "its layer contracts none of the axes"
-                left_out[id(variable)] = Skipped(variable.path, reason)
-                continue
-            candidates.setdefault(
-                id(variable),
-                {
-                    "layer": layer,
-                    "variable": variable,
-                    "attribute": attribute,
-                    **axes,
-                },
-            )
-        if layer.quantization_mode is not None:
-            continue
-        for variable in _other_matrices(layer, known):
-            reason = _unknown_reason(layer, variable, rules)
-            unknown[id(variable)] = Skipped(variable.path, reason)
+            reason = _reason_to_skip(layer, attribute, rule, depthwise)
+            if reason is None:
+                if variable is None:
+                    raise ValueError(
+                        f"`register_target` was told that "
+                        f"{type(layer).__name__} holds a `keras.Variable` in "
+                        f"`{attribute}`. Received: {attribute}="
+                        f"{getattr(layer, attribute, None)!r} in layer "
+                        f"{layer.name!r}"
+                    )
+                target = target_of(layer, attribute, keys=keys)
+                targets.setdefault(id(variable), target)
+                if not target.contraction_axes:
+                    reason = "its layer contracts none of the axes"
+            # A quantized layer may hold its kernel under another name, and an
+            # embedding that is tied has no reverse one.
+            if reason and variable is not None:
+                skipped[id(variable)] = Skipped(variable.path, reason)
+            elif reason and layer.quantization_mode is not None:
+                path = f"{layer.path}/{attribute}"
+                skipped[id(layer), attribute] = Skipped(path, reason)
+        if layer.quantization_mode is None:
+            for variable in _other_matrices(layer, known):
+                reason = _unknown_reason(layer, variable, rules)
+                unknown[id(variable)] = Skipped(variable.path, reason)
     # What is shared with an embedding is left out; what an unknown layer
     # shares with a known one is known.
-    return (
-        [c for key, c in candidates.items() if key not in left_out],
-        [
-            *left_out.values(),
-            *(
-                skip
-                for key, skip in unknown.items()
-                if key not in left_out and key not in candidates
-            ),
-        ],
+    found = [target for key, target in targets.items() if key not in skipped]
+    for key, skip in unknown.items():
+        if key not in targets:
+            skipped.setdefault(key, skip)
+    order = execution_order(model, [target.layer for target in found])
+    places = {key: place for place, key in enumerate(keys)}
+    found.sort(
+        key=lambda target: (
+            order.get(id(target.layer), len(order)),
+            places[id(target.variable)],
+        )
     )
+    return [
+        dataclasses.replace(target, depth=depth)
+        for depth, target in enumerate(found)
+    ], list(skipped.values())
+
+
+def _reason_to_skip(layer, attribute, rule, depthwise):
+    item = reparameterization(layer, attribute)
+    if item is not None and not item.keeps_stored:
+        return f"packed; `{item.finish}` makes it dense again"
+    if rule.reason is not None and not (depthwise and rule.depthwise):
+        return rule.reason
+    if layer.quantization_mode is not None:
+        return f"quantized to {layer.quantization_mode}"
+    return None
 
 
 def _stored_variable(layer, attribute):
+    item = reparameterization(layer, attribute)
+    if item is not None:
+        return item.target.variable
     # Not `getattr` first: it may compute an effective weight.
-    for name in (f"_{attribute}", attribute):
-        value = vars(layer).get(name)
-        if isinstance(value, keras.Variable):
-            return value
-    if attribute in vars(layer) or layer.quantization_mode is not None:
-        return None
-    value = getattr(layer, attribute, None)
-    return value if isinstance(value, keras.Variable) else None
-
-
-def _axes(layer, attribute, rule, rank):
-    """The three kinds of axes as a dict; None where none is contracted."""
-
-    def resolved(axes):
-        axes = axes(layer) if callable(axes) else axes
-        if not _are_ints(axes):
-            return axes
-        return tuple(sorted(a + rank if -rank <= a < 0 else a for a in axes))
-
-    contraction = resolved(rule.contraction_axes)
-    stack = resolved(rule.stack_axes)
-    output = resolved(rule.output_axes)
-    if contraction == ():
-        return None
-    valid = _are_ints(contraction) and _are_ints(stack)
-    if valid and output is None:
-        taken = contraction + stack
-        output = tuple(axis for axis in range(rank) if axis not in taken)
-    if (
-        not valid
-        or not _are_ints(output)
-        or sorted(contraction + output + stack) != list(range(rank))
-    ):
-        raise ValueError(
-            f"The axes registered for `{attribute}` of "
-            f"{type(layer).__name__} must be tuples of ints that name each of "
-            f"its {rank} axes once. Received: "
-            f"contraction_axes={contraction}, output_axes={output}, "
-            f"stack_axes={stack} for layer {layer.name!r}"
-        )
-    return {
-        "contraction_axes": contraction,
-        "output_axes": output,
-        "stack_axes": stack,
-    }
-
-
-def _are_ints(value):
-    return isinstance(value, (tuple, list)) and all(
-        isinstance(axis, int) and not isinstance(axis, bool) for axis in value
-    )
+    variable = keras_private.stored_variable(layer, attribute)
+    if variable is None and layer.quantization_mode is None:
+        variable = getattr(layer, attribute, None)
+    return variable if isinstance(variable, keras.Variable) else None
 
 
 def _other_matrices(layer, known):
-    """The trainable weights of rank 2 or more of `layer` itself, but biases.
+    """Return the trainable weights of rank 2 or more of `layer`, but biases.
 
     Where the layer is frozen, what could be trained cannot be told, and all
     of them count.
     """
     inner = {
         id(variable)
-        for child in layer._flatten_layers(include_self=False, recursive=False)
+        for child in keras_private.inner_layers(layer)
         for variable in child.weights
     }
     inner.update(
@@ -674,9 +443,9 @@ def _other_matrices(layer, known):
     ]
 
 
-def _unknown_reason(layer, variable, rules):
+def _unknown_reason(layer, variable, rules: dict[str, Rule]):
     if "embedding" in variable.name or "embedding" in layer.name:
-        return _EMBEDDING
+        return EMBEDDING
     name = type(layer).__name__
     if rules:
         return (
@@ -684,172 +453,3 @@ def _unknown_reason(layer, variable, rules):
             "register_target makes this one known"
         )
     return f"find_targets does not know {name}; register_target makes it known"
-
-
-def _tests(name, patterns, layers):
-    """List of pairs (pattern, callable from Target to bool), or None."""
-    if patterns is None:
-        return None
-    if not isinstance(patterns, (list, tuple, set, frozenset)):
-        patterns = [patterns]
-    return [(pattern, _test(name, pattern, layers)) for pattern in patterns]
-
-
-def _test(name, pattern, layers) -> Callable[[Target], bool]:
-    if isinstance(pattern, (str, re.Pattern)):
-        try:
-            regex = re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"`{name}` must be a valid regular expression ({error}). "
-                f"Received: {name}={pattern!r}"
-            ) from error
-        return lambda target: regex.search(target.path) is not None
-    is_type = isinstance(pattern, type)
-    if isinstance(pattern, keras.layers.Layer) or (
-        is_type and issubclass(pattern, keras.layers.Layer)
-    ):
-        outer = [
-            layer
-            for layer in layers
-            if (isinstance(layer, pattern) if is_type else layer is pattern)
-        ]
-        inside = {id(layer) for each in outer for layer in _layers_of(each)}
-        return lambda target: id(target.layer) in inside
-    if callable(pattern) and not is_type:
-        return lambda target: bool(pattern(target))
-    raise ValueError(
-        f"`{name}` must be a regular expression for the path, a layer, a "
-        "layer type, a callable from Target to bool, or a list of these. "
-        f"Received: {name}={pattern!r}"
-    )
-
-
-def _nothing_matches(pattern, targets, skipped):
-    message = (
-        "Each element of `include` must match a target. Received: "
-        f"include={pattern!r}, which matches none of {len(targets)}"
-    )
-    if targets:
-        message += ", among them " + ", ".join(
-            repr(target.path) for target in targets[:5]
-        )
-    if isinstance(pattern, (str, re.Pattern)):
-        for skip in skipped:
-            if re.search(pattern, skip.path):
-                return f"{message}. Left out: {skip.path} ({skip.reason})"
-    return f"{message}. `find_targets(model)` lists them all."
-
-
-def execution_order(model, watched):
-    """{id of layer: place} of the `watched` layers that run, as they run.
-
-    The declared order is another: a block often creates its output
-    projection before its query. So the model is run once on symbols.
-    """
-    for size in (4, 64, 256):
-        order: dict[int, int] = {}
-        try:
-            inputs = _symbolic_inputs(model, size)
-            if inputs is None:
-                break
-            args, kwargs = inputs
-            with _untouched(_layers_of(model)):
-                for layer in watched:
-                    vars(layer)["call"] = _noting_call(layer, order)
-                _Run(model).compute_output_spec(*args, **kwargs)
-        # What a model's own code raises on symbols or on this size is not
-        # known. Without an order, the declared one remains.
-        except Exception:
-            continue
-        return order
-    return {}
-
-
-class _Run(keras.Operation):
-    """A model as an operation whose `call` runs it, without a trace in it."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def call(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
-
-
-def _noting_call(layer, order):
-    call = layer.call
-
-    def noting_call(*args, **kwargs):
-        order.setdefault(id(layer), len(order))
-        return call(*args, **kwargs)
-
-    return noting_call
-
-
-@contextlib.contextmanager
-def _untouched(layers):
-    """Restores the attributes of `layers`, and keeps warnings to itself.
-
-    Past Keras' attribute tracking, which is locked on built layers. Keras
-    notes in layers that they were called, and models' own code may keep
-    symbols.
-    """
-    saved = [(vars(layer), dict(vars(layer))) for layer in layers]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for attributes, before in saved:
-            for name in attributes.keys() - before.keys():
-                del attributes[name]
-            for name, value in before.items():
-                if attributes.get(name, attributes) is not value:
-                    attributes[name] = value
-
-
-def _symbolic_inputs(model, size):
-    """Pair (args, kwargs) to call `model` with, or None if not known.
-
-    Open dimensions become `size`, an open batch 1. Keras itself would put in
-    large numbers, and two of them; on torch, where a model that cannot run
-    on the meta device runs eagerly, that takes minutes for an LLM.
-    """
-
-    def symbol(shape, dtype):
-        filled = [size if dim is None else dim for dim in shape]
-        if shape and shape[0] is None:
-            filled[0] = 1
-        return keras.KerasTensor(filled, dtype=dtype)
-
-    def of_tensor(x):
-        return symbol(x.shape, x.dtype)
-
-    def of_shape(shape):
-        if isinstance(shape, dict):
-            return {name: of_shape(each) for name, each in shape.items()}
-        if any(isinstance(each, (tuple, list, dict)) for each in shape):
-            return [of_shape(each) for each in shape]
-        return symbol(shape, model.compute_dtype)
-
-    if isinstance(model, keras.Sequential):
-        return [of_tensor(model.inputs[0])], {}
-    if getattr(model, "inputs", None):
-        return [keras.tree.map_structure(of_tensor, model.input)], {}
-    config = model.get_build_config() or {}
-    if config.get("input_shape"):
-        return [of_shape(config["input_shape"])], {}
-    if config.get("shapes_dict"):
-        return [], {
-            name.removesuffix("_shape"): of_shape(shape)
-            for name, shape in config["shapes_dict"].items()
-        }
-    return None
-
-
-def _columns(rows):
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
-    ]

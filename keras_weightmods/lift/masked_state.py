@@ -7,6 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.core.weight_keys import same_path
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
@@ -81,7 +83,7 @@ class MaskedState(keras.optimizers.Optimizer):
         if not all(
             place < len(variables)
             and tuple(variables[place].shape) == spec.shape
-            and _same_path(variables[place].path, spec.path)
+            and same_path(variables[place].path, spec.path)
             for place, spec in zip(places, specs)
         ):
             raise ValueError(
@@ -231,8 +233,3 @@ def moved_entries(old_indices, new_indices, values):
     moved = np.zeros_like(values)
     moved[after] = values[before]
     return moved
-
-
-def _same_path(a, b):
-    # A model that is loaded may have another name, which begins the paths.
-    return a == b or a.endswith(f"/{b}") or b.endswith(f"/{a}")

@@ -10,10 +10,7 @@ from keras import ops
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.loss_gradients import loss_gradients
-from keras_weightmods.core.seam import (
-    check_model,
-    is_reparameterized,
-)
+from keras_weightmods.core.seam import is_reparameterized
 from keras_weightmods.core.targets import Skipped, resolve_targets
 from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
 from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
@@ -22,6 +19,7 @@ from keras_weightmods.ops.principal_mask import (
     mask_indices,
     principal_mask,
 )
+from keras_weightmods.utils.checks import check_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from keras_weightmods.core.targets import Skipped, Target, resolve_targets
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.packing import packed_dense, packed_embedding
 from keras_weightmods.packing.report import PackedWeight, PackReport
+from keras_weightmods.utils.checks import check_model
 
 _KINDS = packed_dense.PackedKernel, packed_embedding.PackedEmbedding
 
@@ -157,7 +158,7 @@ def unpack(model):
         assert np.array_equal(old, new)
     ```
     """
-    seam.check_model(model)
+    check_model(model)
     before = _model_bytes(model)
     items = seam.fold(model, _KINDS)
     return PackReport(tuple(map(_row, items)), (), before, _model_bytes(model))

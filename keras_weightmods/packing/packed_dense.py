@@ -84,7 +84,7 @@ def obstacle(target):
         return "float64, where packed values have float32 at most"
     if not _Product.knows(equation_of(layer)):
         return f"its equation {layer.equation!r} is more than a matrix product"
-    return seam.obstacle(target)
+    return seam.reason_to_skip(target)
 
 
 def equation_of(layer):

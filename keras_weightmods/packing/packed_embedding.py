@@ -13,7 +13,8 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private, seam
-from keras_weightmods.core.targets import Target
+from keras_weightmods.core.targets import target_of
+from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.native.packed import Packed, packed_arrays
 from keras_weightmods.ops.sparse_matmul import gpu_plan, sparse_matmul
 from keras_weightmods.packing import packed_dense
@@ -28,27 +29,13 @@ def find_embeddings(model):
 
     The contraction is that of the head, a product with the table's transpose.
     """
-    position = {id(v): place for place, v in enumerate(model.weights)}
-    targets = []
-    for layer in keras_private.layers_of(model):
-        table = keras_private.stored_variable(layer, "embeddings")
-        if (
-            isinstance(layer, keras.layers.ReversibleEmbedding)
-            and table is not None
-        ):
-            targets.append(
-                Target(
-                    layer=layer,
-                    variable=table,
-                    attribute="embeddings",
-                    contraction_axes=(1,),
-                    output_axes=(0,),
-                    stack_axes=(),
-                    depth=0,
-                    key=f"{position[id(table)]}:{table.path}",
-                )
-            )
-    return targets
+    keys = weight_keys(model)
+    return [
+        target_of(layer, "embeddings", keys=keys)
+        for layer in keras_private.layers_of(model)
+        if isinstance(layer, keras.layers.ReversibleEmbedding)
+        and keras_private.stored_variable(layer, "embeddings") is not None
+    ]
 
 
 def obstacle(target):
@@ -62,7 +49,7 @@ def obstacle(target):
         return "LoRA is enabled"
     if layer.mask_zero:
         return "mask_zero is set"
-    return seam.obstacle(target)
+    return seam.reason_to_skip(target)
 
 
 def embedding_class():
@@ -116,10 +103,6 @@ class PackedEmbedding(seam.Reparameterization):
         # An odd width gets a column of zeros.
         self.matrix_shape = (4 * -(-self.width // 2), self.vocabulary)
         self.packed: Packed | None = None
-
-    @classmethod
-    def find_targets(cls, model):
-        return find_embeddings(model)
 
     @classmethod
     def from_config(cls, target, config):

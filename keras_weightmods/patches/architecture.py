@@ -1,12 +1,12 @@
 """Which weights a model has: their layers, depths and roles."""
 
-import re
 from typing import Any
 
 import keras
 
 from keras_weightmods.core import keras_private
-from keras_weightmods.core.targets import execution_order
+from keras_weightmods.core.execution_order import execution_order
+from keras_weightmods.core.weight_keys import same_path
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.patches.report import WeightRow, WeightsReport
 
@@ -105,16 +105,6 @@ def _layer_groups(checkpoint, infos):
         groups[key]
         for key in sorted(groups, key=lambda key: order.get(key, len(order)))
     ]
-
-
-def same_path(a, b):
-    """Return whether two paths name the same weight of one architecture.
-
-    Keras numbers layers through a process ("dense_7"), and the paths of some
-    models begin with the model's own name; both are passed over.
-    """
-    a, b = (re.sub(r"_\d+(?=/|$)", "", path) for path in (a, b))
-    return a == b or a.endswith(f"/{b}") or b.endswith(f"/{a}")
 
 
 def architecture_problems(expected, infos, argument):

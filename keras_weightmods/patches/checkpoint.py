@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.backend import backend_module
+from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.patches import tensors
 from keras_weightmods.utils import checks
 
@@ -45,7 +46,7 @@ class WeightInfo:
     @property
     def key(self):
         """String `"{position}:{path}"`, unique in the model."""
-        return f"{self.position}:{self.path}"
+        return weight_key(self.position, self.path)
 
     @property
     def name(self):

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_weightmods.patches.architecture import same_path, weight_problems
+from keras_weightmods.core.weight_keys import same_path
+from keras_weightmods.patches.architecture import weight_problems
 from keras_weightmods.patches.checkpoint import (
     Checkpoint,
     WeightInfo,

@@ -9,11 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private, seam
-from keras_weightmods.core.attach import (
-    ReparameterizationReport,
-    attach_to_targets,
-)
-from keras_weightmods.core.targets import find_targets, resolve_targets
+from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.ops.compand import (
     check_function,
     compand,
@@ -66,8 +62,10 @@ class CompandedKernel:
         """Float, the present value of `b`."""
         return self._item.pair[1]
 
-    def __str__(self):
-        line = f"{self.path}: a = {self.a:.4g}, b = {self.b:.4g}"
+    @property
+    def detail(self):
+        """String, for a report."""
+        line = f"a = {self.a:.4g}, b = {self.b:.4g}"
         if self.outside:
             done = "a raised for" if self.raised else "clipped"
             line += f", {done} {self.outside} weight(s)"
@@ -83,7 +81,7 @@ def attach_compander(
     learnable: bool = True,
     function: str = "arctan",
     out_of_range: str = "raise_a",
-) -> ReparameterizationReport:
+) -> seam.ReparameterizationReport:
     """Train the kernels of a model through a compander, w = a f(v / b).
 
     Weight Compander (arXiv 2306.16993): the layers store v and compute with w,
@@ -151,16 +149,11 @@ def attach_compander(
         "out_of_range": out_of_range,
     }
     Compander(None, **settings)
-    if targets is None:
-        targets = find_targets(model, depthwise=True)
-    items, skipped = attach_to_targets(
+    return seam.attach_to_targets(
         model,
-        resolve_targets(model, targets),
+        resolve_targets(model, targets, depthwise=True),
         lambda target: Compander(target, **settings),
         "companded",
-    )
-    return ReparameterizationReport(
-        tuple(item.summary() for item in items), tuple(skipped)
     )
 
 
@@ -221,10 +214,6 @@ class Compander(seam.Reparameterization):
         item = super().from_config(target, settings)
         item.outside, item.raised = outside, raised
         return item
-
-    @classmethod
-    def find_targets(cls, model):
-        return find_targets(model, depthwise=True)
 
     def start(self, weight):
         if self.is_empty:

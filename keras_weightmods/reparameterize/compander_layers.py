@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from keras_weightmods.core import keras_private, seam
-from keras_weightmods.core.targets import Target
+from keras_weightmods.core.targets import target_of
 from keras_weightmods.reparameterize.compander import (
     CompandedKernel,
     Compander,
@@ -52,10 +52,7 @@ class CompanderLayer(_Layer):
             )
         super().build(input_shape)
         item = keras_private.attributes(self).pop("_compander_to_build")
-        variable = self.kernel  # the stored one, until the item is installed
-        item.bind(
-            Target(self, variable, "kernel", (), (), (), 0, variable.path)
-        )
+        item.bind(target_of(self))
         seam.install(item)
 
     def add_weight(self, *args: Any, **kwargs: Any) -> keras.Variable:

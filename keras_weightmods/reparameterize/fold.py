@@ -1,7 +1,6 @@
 """`fold`: the end of every reparameterization."""
 
 from keras_weightmods.core import seam
-from keras_weightmods.core.attach import ReparameterizationReport
 
 
 def fold(model):
@@ -44,4 +43,5 @@ def fold(model):
         if item.keeps_stored
     }
     items = seam.fold(model, tuple(kinds))
-    return ReparameterizationReport(tuple(item.summary() for item in items))
+    kernels = tuple(item.summary() for item in items)
+    return seam.ReparameterizationReport(kernels)

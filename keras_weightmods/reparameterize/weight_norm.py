@@ -1,16 +1,13 @@
 """Weight normalization (arXiv 1602.07868) as a reparameterization."""
 
 import dataclasses
+import math
 
 import keras
 from keras import ops
 
 from keras_weightmods.core import seam
-from keras_weightmods.core.attach import (
-    ReparameterizationReport,
-    attach_to_targets,
-)
-from keras_weightmods.core.targets import find_targets, resolve_targets
+from keras_weightmods.core.targets import resolve_targets
 
 # A vector of zeros has no direction; its square norm counts as this.
 _LEAST_SQUARE = 1e-12
@@ -24,8 +21,10 @@ class NormalizedKernel:
     shape: tuple[int, ...]
     g: keras.Variable
 
-    def __str__(self):
-        return f"{self.path}: {self.g.shape} norms"
+    @property
+    def detail(self):
+        """String, for a report."""
+        return f"{math.prod(self.g.shape)} norms"
 
 
 def attach_weight_norm(model, targets=None):
@@ -68,24 +67,14 @@ def attach_weight_norm(model, targets=None):
     kwm.fold(model)
     ```
     """
-    if targets is None:
-        targets = find_targets(model, depthwise=True)
-    items, skipped = attach_to_targets(
-        model, resolve_targets(model, targets), WeightNorm, "normalized"
-    )
-    return ReparameterizationReport(
-        tuple(item.summary() for item in items), tuple(skipped)
-    )
+    targets = resolve_targets(model, targets, depthwise=True)
+    return seam.attach_to_targets(model, targets, WeightNorm, "normalized")
 
 
 class WeightNorm(seam.Reparameterization):
     """w = g v / |v|, with the norm over the contraction axes of `target`."""
 
     name = "weight_norm"
-
-    @classmethod
-    def find_targets(cls, model):
-        return find_targets(model, depthwise=True)
 
     def create_parameters(self, add_weight):
         contracted = self.target.contraction_axes

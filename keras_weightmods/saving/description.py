@@ -13,6 +13,9 @@ from typing import Any
 import keras
 
 from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core.execution_order import execution_order
+from keras_weightmods.core.targets import target_of
+from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.saving import states
 from keras_weightmods.version import __version__
 
@@ -323,30 +326,29 @@ def _changes(model: Any, parts: Any) -> list[Any]:
 
 def _change(model: Any, parts: Any, rows: Any) -> None:
     kinds = seam.kinds()
+    keys = weight_keys(model)
+    layers = [parts.get(name) for name, *_ in rows]
+    order = execution_order(
+        model, [x for x in layers if isinstance(x, keras.layers.Layer)]
+    )
     items: dict[Any, Any] = {}
 
-    @functools.cache
-    def targets_of(cls: Any) -> dict[Any, Any]:
-        return {
-            (id(target.layer), target.attribute): target
-            for target in cls.find_targets(model)
-        }
-
-    for name, attribute, kind, config in rows:
+    for layer, (name, attribute, kind, config) in zip(layers, rows):
         if kind not in kinds:
             raise ValueError(
                 f"Expected one of the changes {sorted(kinds)} for layer "
                 f"{name!r}. Received: {kind!r}. If it is of your own, import "
                 "its module first"
             )
-        key = (id(parts.get(name)), attribute)
-        target = targets_of(kinds[kind]).get(key)
-        if target is None or key in items:
+        key = (id(layer), attribute)
+        if not isinstance(layer, keras.layers.Layer) or key in items:
             raise ValueError(
                 f"Expected one change of a weight {attribute!r} in layer "
                 f"{name!r}"
             )
-        reason = seam.obstacle(target)
+        depth = order.get(id(layer), len(order))
+        target = target_of(layer, attribute, keys=keys, depth=depth)
+        reason = seam.reason_to_skip(target)
         if reason is not None:
             raise ValueError(f"Layer {name!r} cannot be changed: {reason}")
         items[key] = kinds[kind].from_config(target, config)

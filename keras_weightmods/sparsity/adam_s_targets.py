@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from keras_weightmods.core.targets import Target, Targets, find_targets
+from keras_weightmods.core.weight_keys import matching_places
 from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.utils import checks
 
@@ -183,20 +184,10 @@ def _restored(configs, variables):
 
 def _places(config, variables):
     """Where among `variables` the restored target may be."""
-    index, path = config["index"], config["path"]
-    fitting = [
-        i
-        for i, v in enumerate(variables)
-        if tuple(v.shape) == tuple(config["shape"])
-    ]
+    index, shape = config["index"], tuple(config["shape"])
+    if index is None:
+        return matching_places(config["path"], shape, variables)
     # A path can change when a model is rebuilt, by the name of what it was
     # built in; its place and shape among the variables do not.
-    if index is not None:
-        return [i for i in fitting if i == index]
-    equal = [i for i in fitting if variables[i].path == path]
-    return equal or [
-        i
-        for i in fitting
-        if path.endswith(f"/{variables[i].path}")
-        or variables[i].path.endswith(f"/{path}")
-    ]
+    fits = index < len(variables) and tuple(variables[index].shape) == shape
+    return [index] if fits else []

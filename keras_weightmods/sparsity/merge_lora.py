@@ -81,7 +81,7 @@ def merge_lora(
     Reference:
         LoRA (arXiv 2106.09685), section 4.1: `W + alpha / rank * A B`.
     """
-    seam.check_model(model)
+    checks.check_model(model)
     n, m = (1, 1) if pattern is None else parse_pattern(pattern)
     checks.check_choice("keep", keep, ("mask", "magnitude"))
     layers = [
@@ -99,7 +99,7 @@ def merge_lora(
         axes = {
             id(target.variable): target.contraction_axes
             for target in found
-            if target.contraction_size % m == 0
+            if target.reason_not_nm(m) is None
         }
         if keep == "mask":
             _check_bases(layers, axes, n, m)
@@ -191,7 +191,8 @@ def _merged(layer, variable):
 
 def _take_off(layer: Any) -> None:
     variable = _base(layer)
-    seam.remove_weights(layer, _factors(layer))
+    for name in _factors(layer):
+        keras_private.remove_variable(layer, getattr(layer, name), name)
     layer.lora_enabled = False
     layer.lora_rank = layer.lora_alpha = None
     # LoRA froze it.

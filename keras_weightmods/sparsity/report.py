@@ -10,7 +10,9 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import seam
-from keras_weightmods.core.targets import quantized_kernels, resolve_targets
+from keras_weightmods.core.quantized import quantized_kernels
+from keras_weightmods.core.targets import resolve_targets
+from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.ops.nm import Pattern, nm_violations, parse_pattern
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
@@ -55,7 +57,7 @@ class ChangeReport(Report):
         """Report that of `weights`, all of a model, those `changed` were."""
         ids = set(map(id, changed))
         kernels = tuple(
-            ChangedKernel(f"{place}:{v.path}", v.path, tuple(v.shape))
+            ChangedKernel(weight_key(place, v.path), v.path, tuple(v.shape))
             for place, v in enumerate(weights)
             if id(v) in ids
         )

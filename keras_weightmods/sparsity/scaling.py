@@ -9,10 +9,6 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import seam
-from keras_weightmods.core.attach import (
-    ReparameterizationReport,
-    attach_to_targets,
-)
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.ops.matrix import from_matrix, to_matrix
 from keras_weightmods.ops.nm import (
@@ -31,6 +27,11 @@ class ScaledKernel:
     groups: int
     scale: keras.Variable
 
+    @property
+    def detail(self):
+        """String, for a report."""
+        return f"scales for {self.groups} groups"
+
 
 def attach_scaling(
     model: keras.Model,
@@ -38,7 +39,7 @@ def attach_scaling(
     targets: Any = None,
     groups: int = 2,
     pattern: Pattern = "2:4",
-) -> ReparameterizationReport:
+) -> seam.ReparameterizationReport:
     """Give each output unit of each target `groups` learnable scales.
 
     The effective weight is `scale * kernel`, with one scale, one at the start,
@@ -99,20 +100,15 @@ def attach_scaling(
     _, m = parse_pattern(pattern)
 
     def make_item(target):
-        if target.contraction_size % m:
-            return f"contraction size is no multiple of {m}"
         fitting = (
             count
             for count in range(groups, 0, -1)
-            if target.contraction_size % (count * m) == 0
+            if target.reason_not_nm(count * m) is None
         )
-        return Scaling(target, next(fitting))
+        return target.reason_not_nm(m) or Scaling(target, next(fitting))
 
-    items, skipped = attach_to_targets(
+    return seam.attach_to_targets(
         model, resolve_targets(model, targets), make_item, "scaled"
-    )
-    return ReparameterizationReport(
-        tuple(item.summary() for item in items), tuple(skipped)
     )
 
 

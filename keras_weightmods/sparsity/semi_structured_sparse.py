@@ -9,7 +9,6 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private
-from keras_weightmods.core.seam import check_model
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.ops.nm import (
     Pattern,
@@ -261,7 +260,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         layer.enable_lora(2)
         ```
         """
-        check_model(model)
+        checks.check_model(model)
         constrained = [v for v in model.weights if _is_ours(v)]
         report = ChangeReport.of(
             "Freed of a pattern", model.weights, constrained
@@ -309,11 +308,9 @@ def _standardize_axis(
 
 
 def _reason_to_skip(target: Target, m: int) -> str | None:
-    if target.contraction_size % m:
-        return (
-            f"its contraction size {target.contraction_size} is not a "
-            f"multiple of m={m}"
-        )
+    reason = target.reason_not_nm(m)
+    if reason is not None:
+        return reason
     constraint = target.variable.constraint
     if constraint is not None and not _is_ours(target.variable):
         return f"it has the constraint {type(constraint).__name__} already"

@@ -218,23 +218,20 @@ def fitting_targets(
         ValueError: If none does.
     """
     n, m = parse_pattern(pattern)
-    fitting, skipped = [], list(targets.skipped)
-    for target in targets:
-        if target.contraction_size % m:
-            reason = f"contraction size is no multiple of {m}"
-        elif trainable and not target.variable.trainable:
-            reason = "frozen"
-        else:
-            fitting.append(target)
-            continue
-        skipped.append(Skipped(target.path, reason))
+    fitting = targets.select(
+        lambda target: (
+            target.reason_not_nm(m)
+            or (trainable and not target.variable.trainable and "frozen")
+            or None
+        )
+    )
     if not fitting:
         raise ValueError(
             f"`{caller}` found no kernel that fits pattern {n}:{m}. "
             f"Received: targets {[(t.path, t.shape) for t in targets]}, "
-            f"skipped {skipped}"
+            f"skipped {fitting.skipped}"
         )
-    return Targets(fitting, skipped)
+    return fitting
 
 
 @dataclasses.dataclass(frozen=True)

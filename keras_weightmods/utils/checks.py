@@ -98,6 +98,14 @@ def check_string(name, value, optional=False):
     return value
 
 
+def check_model(model: Any) -> None:
+    """Raise ValueError if `model` is no Keras model or layer."""
+    import keras
+
+    if not isinstance(model, keras.layers.Layer):
+        raise error("model", "a Keras model or layer", model)
+
+
 def is_number(value):
     """Whether a value is an int or a float, of Python or NumPy."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -65,7 +65,7 @@ class Report:
         fields = {
             field.name: _plain(getattr(self, field.name))
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
-            if not field.name.startswith("_")
+            if field.repr
         }
         totals = getattr(self, "totals", None)
         return (
@@ -200,7 +200,7 @@ def _plain(value):
         return {
             field.name: _plain(getattr(value, field.name))
             for field in dataclasses.fields(value)
-            if not field.name.startswith("_")
+            if field.repr
         }
     if isinstance(value, collections.abc.Mapping):
         return {str(key): _plain(each) for key, each in value.items()}

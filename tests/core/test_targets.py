@@ -3,15 +3,16 @@ import keras_hub
 import numpy as np
 import pytest
 
-import keras_weightmods.core.targets as targets_module
+from keras_weightmods.core import target_rules
+from keras_weightmods.core.target_rules import register_target
 from keras_weightmods.core.targets import (
     Skipped,
-    Target,
     Targets,
     find_targets,
-    register_target,
     resolve_targets,
+    target_of,
 )
+from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.sparsity.scaling import attach_scaling
 
 
@@ -85,8 +86,8 @@ class Experts(keras.layers.Layer):
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
     """What a test registers is gone after it."""
-    rules = {cls: dict(r) for cls, r in targets_module._RULES.items()}
-    monkeypatch.setattr(targets_module, "_RULES", rules)
+    rules = {cls: dict(r) for cls, r in target_rules._RULES.items()}
+    monkeypatch.setattr(target_rules, "_RULES", rules)
 
 
 @pytest.mark.parametrize(
@@ -806,7 +807,7 @@ def test_registration_overrides_what_is_left_out():
         ((Experts, "a.b"), {"contraction_axes": (0,)}, "`attribute` must be"),
         ((Experts,), {"contraction_axes": 0}, "`contraction_axes` must be a"),
         ((Experts,), {"contraction_axes": ("0",)}, "`contraction_axes` must"),
-        ((Experts,), {"contraction_axes": ()}, "one at least"),
+        ((Experts,), {"contraction_axes": ()}, "at least one axis"),
         (
             (Experts,),
             {"contraction_axes": (1,), "stack_axes": None},
@@ -822,7 +823,7 @@ def test_registration_overrides_what_is_left_out():
 def test_register_target_errors(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         register_target(*args, **kwargs)
-    assert Experts not in targets_module._RULES
+    assert Experts not in target_rules._RULES
 
 
 @pytest.mark.parametrize(
@@ -869,9 +870,46 @@ def test_resolve_targets():
     assert len(resolve_targets(model, [])) == 0
     with pytest.raises(ValueError, match=r"4 targets that it does not hold"):
         resolve_targets(other, targets)
-    for wrong in ("kernel", first, [first, first.variable], 3):
-        with pytest.raises(ValueError, match="`targets` must be what"):
+    assert [t.key for t in resolve_targets(model, ["gate", "up"])] == [
+        first.key,
+        second.key,
+    ]
+    assert list(names(resolve_targets(model, Block))) == ["gate", "up", "down"]
+    with pytest.raises(ValueError, match="`targets` must match a target"):
+        resolve_targets(model, "typo")
+    for wrong in (first, [first, first.variable], 3):
+        with pytest.raises(ValueError, match="`targets` must be a regular"):
             resolve_targets(model, wrong)
+
+
+def test_target_of():
+    embedding = keras.layers.Embedding(6, 4)
+    embedding.build()
+    target = target_of(embedding, "embeddings")
+    assert target.contraction_axes == (1,)
+    assert target.key == f"0:{embedding.embeddings.path}"
+    depthwise = keras.layers.DepthwiseConv2D(2)
+    model = keras.Sequential(
+        [keras.Input((6, 6, 1)), keras.layers.Conv2D(2, 3), depthwise]
+    )
+    target = target_of(depthwise, keys=weight_keys(model), depth=1)
+    (_, expected) = find_targets(model, depthwise=True)
+    assert vars(target) == vars(expected)
+    for attribute in ("bias", "reverse_embeddings", 3):
+        with pytest.raises(ValueError, match="whose axes are known"):
+            target_of(embedding, attribute)
+
+
+def test_select():
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(6), keras.layers.Dense(4)]
+    )
+    first, second = targets = find_targets(model)
+    assert first.reason_not_nm(4) is None
+    fitting = targets.select(lambda target: target.reason_not_nm(4))
+    assert list(fitting) == [first]
+    assert fitting.skipped == (Skipped(second.path, second.reason_not_nm(4)),)
+    assert "6 is not a multiple of m=4" in second.reason_not_nm(4)
 
 
 def test_targets_sequence():
@@ -894,18 +932,20 @@ def test_targets_sequence():
         targets[0].depth = 3
 
 
-def test_repr():
+def test_print():
     model = keras.Sequential([keras.Input((4,)), Block(), Experts()])
-    lines = repr(find_targets(model)).splitlines()
-    assert lines[0] == "3 targets"
-    assert "gate/kernel" in lines[1]
-    assert "(4, 8)" in lines[1]
-    assert "contracts (0,)" in lines[1]
-    assert lines[4] == "2 skipped"
-    assert "register_target" in lines[5]
-    assert repr(Targets([])) == "0 targets"
-    assert repr(find_targets(model)[0]).startswith("Target(attribute='kernel'")
-    assert isinstance(find_targets(model)[0], Target)
+    text = repr(find_targets(model))
+    for part in ("3 targets", "gate/kernel", "(4, 8)", "register_target"):
+        assert part in text
+    layers = [keras.layers.Dense(4, name=f"dense_{i}") for i in range(210)]
+    targets = find_targets(keras.Sequential([keras.Input((4,)), *layers]))
+    assert len(str(targets).splitlines()) <= 30
+    assert all(f"dense_{i}/" in targets.table() for i in range(210))
+    assert str(Targets(())) == "0 targets"
+    assert repr(targets[0]).startswith("Target(attribute='kernel'")
+    first = targets.to_dict()["targets"][0]
+    assert first["key"] == targets[0].key
+    assert first["contraction_axes"] == [0]
 
 
 def test_depthwise_kernels_where_asked_for():

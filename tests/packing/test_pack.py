@@ -293,7 +293,7 @@ def test_an_inexact_kernel_is_named_and_nothing_changes():
         ({"trainable": True, "dtype": "int8"}, "Only float32 values"),
         ({"head": "int8"}, "no tied embedding and head"),
         ({"targets": []}, "no kernel that can be packed"),
-        ({"targets": "kernel"}, "`targets` must be"),
+        ({"targets": 3}, "`targets` must be"),
     ],
 )
 def test_wrong_arguments_change_nothing(arguments, message):

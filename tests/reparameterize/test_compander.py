@@ -54,7 +54,7 @@ def test_pretrained_outliers():
     assert (first.outside, first.raised) == (2, True)
     assert first.a > 1.9
     assert (second.outside, second.raised, second.a) == (0, False, 0.5)
-    assert "a raised for 2 weight(s)" in str(first)
+    assert "a raised for 2 weight(s)" in first.detail
     np.testing.assert_allclose(outputs(model, X), before, rtol=0, atol=3e-6)
 
     model = outlying()

@@ -90,7 +90,7 @@ def test_groups_are_reduced_or_the_kernel_skipped():
     report = attach_scaling(model, groups=2)
     assert [k.groups for k in report.kernels] == [1, 1]
     (skipped,) = report.skipped
-    assert "multiple of 4" in skipped.reason
+    assert "multiple of m=4" in skipped.reason
     assert "multiple" in str(report)
     kwm.fold(model)
     report = attach_scaling(model, groups=3, pattern="1:2")

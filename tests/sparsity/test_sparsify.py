@@ -217,7 +217,7 @@ def test_what_does_not_fit_stays_dense():
     report = kwm.sparsify(model, "2:4", "wanda", normal(9, 6), verbose=0)
     assert_same(weights_of(model)[:2], before[:2])
     assert [k.shape for k in report.kernels] == [(8, 4)]
-    assert "multiple of 4" in report.skipped[-1].reason
+    assert "multiple of m=4" in report.skipped[-1].reason
     model = randomize(model)
     targets = kwm.find_targets(model)[1:]
     kwm.sparsify(model, "2:4", targets=targets, verbose=0)
@@ -258,7 +258,7 @@ def endless():
         ({"batch_size": 0}, "`batch_size`"),
         ({"block_size": 1.5}, "`block_size`"),
         ({"damping": 0}, "`damping`"),
-        ({"targets": ["kernel"]}, "`targets`"),
+        ({"targets": ["kernle"]}, "`targets`"),
         (
             {
                 "method": "sparsegpt",

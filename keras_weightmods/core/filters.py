@@ -1,0 +1,95 @@
+"""Filters of targets: what `include`, `exclude` and `targets` can be."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from keras_weightmods.core.keras_private import layers_of
+
+
+def included(name: str, patterns: Any, model: Any, targets: Any, skipped: Any):
+    """Return those of `targets` that one of the patterns matches.
+
+    Args:
+        name: String, the argument that the patterns were given as.
+        patterns: A regex searched for in the path; a layer or a layer type,
+            which stand for all layers inside of them too; a callable from
+            `Target` to bool; or a list of these. `None` for all targets.
+        model: The model or layer that holds the targets.
+        targets: List of `Target`.
+        skipped: List of `Skipped`, for the error message.
+
+    Raises:
+        ValueError: If a pattern has another form, or matches no target.
+    """
+    if patterns is None:
+        return targets
+    tests = _tests(name, patterns, model)
+    for pattern, test in tests:
+        if not any(map(test, targets)):
+            raise ValueError(_nothing_matches(name, pattern, targets, skipped))
+    return [t for t in targets if any(test(t) for _, test in tests)]
+
+
+def excluded(name: str, patterns: Any, model: Any, targets: Any):
+    """Return those of `targets` that none of the patterns matches."""
+    if patterns is None:
+        return targets
+    tests = _tests(name, patterns, model)
+    return [t for t in targets if not any(test(t) for _, test in tests)]
+
+
+def _tests(name, patterns, model) -> Sequence[tuple[Any, Callable]]:
+    if not isinstance(patterns, (list, tuple, set, frozenset)):
+        patterns = [patterns]
+    return [(pattern, _test(name, pattern, model)) for pattern in patterns]
+
+
+def _test(name, pattern, model):
+    """Return a pattern as a callable from `Target` to bool."""
+    if isinstance(pattern, (str, re.Pattern)):
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"`{name}` must be a valid regular expression ({error}). "
+                f"Received: {name}={pattern!r}"
+            ) from error
+        return lambda target: regex.search(target.path) is not None
+    is_type = isinstance(pattern, type)
+    if isinstance(pattern, keras.layers.Layer) or (
+        is_type and issubclass(pattern, keras.layers.Layer)
+    ):
+        outer = [
+            layer
+            for layer in layers_of(model)
+            if (isinstance(layer, pattern) if is_type else layer is pattern)
+        ]
+        inside = {id(layer) for each in outer for layer in layers_of(each)}
+        return lambda target: id(target.layer) in inside
+    if callable(pattern) and not is_type:
+        return lambda target: bool(pattern(target))
+    raise ValueError(
+        f"`{name}` must be a regular expression for the path, a layer, a "
+        "layer type, a callable from Target to bool, or a list of these"
+        f"{'; or what `find_targets` returns' if name == 'targets' else ''}. "
+        f"Received: {name}={pattern!r}"
+    )
+
+
+def _nothing_matches(name, pattern, targets, skipped):
+    message = (
+        f"Each element of `{name}` must match a target. Received: "
+        f"{name}={pattern!r}, which matches none of {len(targets)}"
+    )
+    if targets:
+        message += ", among them " + ", ".join(
+            repr(target.path) for target in targets[:5]
+        )
+    if isinstance(pattern, (str, re.Pattern)):
+        for skip in skipped:
+            if re.search(pattern, skip.path):
+                return f"{message}. Left out: {skip.path} ({skip.reason})"
+    return f"{message}. `find_targets(model)` lists them all."

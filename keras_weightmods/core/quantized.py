@@ -1,0 +1,78 @@
+"""The kernels that Keras has quantized."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_weightmods.core import keras_private
+from keras_weightmods.core.target_rules import axes_of, rules_of
+from keras_weightmods.core.targets import Target, check_built
+from keras_weightmods.core.weight_keys import weight_keys
+
+
+def quantized_kernels(model: Any) -> list[tuple[Target, Any]]:
+    """Return the kernels that Keras has quantized to int8 or int4.
+
+    Args:
+        model: A built `keras.Model` or layer.
+
+    Returns:
+        List of pairs of a `Target`, whose `variable` holds the codes, and a
+        tensor of the kernel's shape: the codes, unpacked and less the zero
+        points. It is zero exactly where the weight is.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_weightmods.core.quantized import quantized_kernels
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.quantize("int4")
+    ((target, steps),) = quantized_kernels(model)
+    assert target.contraction_axes == (0,)
+    assert steps.shape == (8, 4)
+    ```
+    """
+    check_built(model)
+    keys = weight_keys(model)
+    found: list[tuple[Target, Any]] = []
+    for layer in keras_private.layers_of(model):
+        rule = rules_of(layer).get("kernel")
+        if (
+            rule is None
+            or rule.reason is not None
+            or layer.quantization_mode not in ("int8", "int4")
+        ):
+            continue
+        # Not the shape of the variable: two int4 codes are stored in one.
+        variable: Any = keras_private.stored_variable(layer, "kernel")
+        steps = _steps(layer, variable.value)
+        target = Target(
+            layer=layer,
+            variable=variable,
+            attribute="kernel",
+            **axes_of(layer, "kernel", rule, len(steps.shape)),
+            depth=len(found),
+            key=keys[id(variable)],
+        )
+        found.append((target, steps))
+    return found
+
+
+def _steps(layer, codes):
+    """Return the weights of a quantized layer in multiples of its scales."""
+    if layer.quantization_mode == "int4":
+        columns = layer.kernel_scale.shape[-1]
+        codes = keras.quantizers.unpack_int4(codes, columns, axis=-1)
+        if hasattr(layer, "kernel_zero"):
+            group = ops.cast(layer.g_idx, "int32")
+            codes = ops.subtract(
+                ops.cast(codes, "int32"),
+                ops.take(ops.cast(layer.kernel_zero, "int32"), group, axis=0),
+            )
+        # Two-dimensional for EinsumDense too.
+        shape = getattr(layer, "original_kernel_shape", codes.shape)
+        codes = ops.reshape(codes, shape)
+    return ops.cast(codes, "int32")

@@ -1,0 +1,180 @@
+"""How an effective weight follows from stored variables, and which layers
+have one.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+from keras import ops
+
+from keras_weightmods.core import keras_private
+from keras_weightmods.utils.checks import check_model
+
+# The attribute of a layer with its {attribute: Reparameterization}.
+_SLOT = "_reparameterizations"
+# {name: class}, for files.
+_KINDS: dict[str, type["Reparameterization"]] = {}
+
+
+class Reparameterization:
+    """How the effective weight of one target follows from stored variables.
+
+    Subclasses implement `create_parameters` and `effective`.
+
+    Attributes:
+        name: String, unique, under which `save_model` records it. Without
+            one, a model with it cannot be saved by `save_model`.
+        finish: String, the call that ends the reparameterization, named in
+            error messages.
+        keeps_stored: Bool. If False, the parameters stand for the stored
+            variable, the first of them for its values: the variable leaves the
+            layer and gives back its memory, until the fold. It must be an
+            attribute of the layer, named with an underscore in front.
+        pattern: String, the N:M pattern of the weights that the parameters
+            can hold; None for any weights.
+        mixin: A class to put in front of the layer's, with another `call`.
+        is_empty: Bool, whether it was made from a file, see `from_config`.
+        is_own: Bool, whether the layer's own class made it, and not `attach`.
+
+    Args:
+        target: The `Target` to reparameterize; None if `bind` is to give it,
+            as for a layer that is not built yet.
+    """
+
+    name: str | None = None
+    finish = "kwm.fold(model)"
+    keeps_stored = True
+    pattern: str | None = None
+    mixin: type | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.name is not None and "name" in cls.__dict__:
+            _KINDS[cls.name] = cls
+
+    def __init__(self, target: Any = None) -> None:
+        self.parameters: tuple[Any, ...] = ()
+        self.is_empty = self.is_own = False
+        self.own_constraint: Any = None
+        self.our_constraint: Any = None
+        self.place: Any = None
+        if target is not None:
+            self.bind(target)
+
+    def bind(self, target: Any) -> None:
+        """Set the target."""
+        self.target = target
+        # Not read later: inside of an autocast scope it is another one.
+        self.dtype = target.variable.dtype
+
+    def start(self, weight: Any) -> Any:
+        """Return what to store so that the effective weight is `weight`.
+
+        Called once, before `create_parameters`. Raises ValueError where
+        nothing gives the weight; the model is unchanged then.
+        """
+        return weight
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` needs beside the target, as JSON."""
+        return {}
+
+    @classmethod
+    def from_config(cls, target: Any, config: dict[str, Any]) -> Self:
+        """Create it for the same target of a new model.
+
+        `config` comes from a file: raises ValueError if it is not one that
+        `get_config` returns for this target. The item is marked `is_empty`:
+        variables have no values yet, so that nothing reads one until those of
+        the parameters are loaded.
+        """
+        item = cls(target, **config)
+        item.is_empty = True
+        return item
+
+    def create_parameters(self, add_weight: Callable[..., None]) -> None:
+        """Create the parameters through the layer's `add_weight`.
+
+        They become `self.parameters`, in this order. Their names must be
+        unique in the layer, as they are keys in checkpoints.
+        """
+        raise NotImplementedError
+
+    def effective(self, stored: Any) -> Any:
+        """Return the effective weight for the value `stored` of the variable.
+
+        `stored` is not to be read where `keeps_stored` is False.
+        """
+        raise NotImplementedError
+
+    def constraint(self, constraint: Any) -> Any:
+        """Return what to call in place of the variable's `constraint`."""
+        return constraint
+
+    def summary(self) -> Any:
+        """Return what reports say of it."""
+        raise NotImplementedError
+
+    def folded(self) -> Any:
+        """Return the value that the fold leaves in the variable."""
+        return ops.cast(self.effective(self.target.variable), self.dtype)
+
+    def saved_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return {key: (shape, dtype)} of what `saved` does; read no value."""
+        return {
+            parameter.name: (tuple(parameter.shape), parameter.dtype)
+            for parameter in self.parameters
+        }
+
+    def saved(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of it, {key: variable or array}."""
+        return {parameter.name: parameter for parameter in self.parameters}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take what `saved` returned, as NumPy arrays."""
+        for parameter in self.parameters:
+            parameter.assign(saved[parameter.name])
+
+
+def reparameterizations(
+    model: Any, kind: type | tuple[type, ...] = Reparameterization
+) -> list[Any]:
+    """Return the `Reparameterization`s of class `kind` in `model`."""
+    check_model(model)
+    items = [
+        item
+        for layer in keras_private.layers_of(model)
+        for item in slots(layer).values()
+        if isinstance(item, kind)
+    ]
+    return sorted(items, key=lambda item: item.target.depth)
+
+
+def reparameterization(layer: Any, attribute: str) -> Any:
+    """Return the `Reparameterization` of an attribute; None without one."""
+    return slots(layer).get(attribute)
+
+
+def is_reparameterized(layer: Any, attribute: str | None = None) -> bool:
+    """Return whether `layer`, or one attribute of it, is reparameterized."""
+    own = slots(layer)
+    return bool(own) if attribute is None else attribute in own
+
+
+def kinds() -> dict[str, type[Reparameterization]]:
+    """Return {name: class} of the kinds that have a name."""
+    return dict(_KINDS)
+
+
+def slots(layer: Any) -> dict[str, Reparameterization]:
+    """Return {attribute: Reparameterization} of a layer."""
+    return keras_private.attributes(layer).get(_SLOT, {})
+
+
+def put_slots(layer: Any, items: dict[str, Reparameterization]) -> None:
+    """Set what `slots` returns, past attribute tracking."""
+    own = keras_private.attributes(layer)
+    if items:
+        own[_SLOT] = items
+    else:
+        del own[_SLOT]

@@ -1,0 +1,218 @@
+"""The classes of reparameterized layers, and their effective weights.
+
+A reparameterized layer keeps its object, name, paths and stored variables; its
+class becomes a generated subclass whose weight attribute (`kernel`) returns
+the effective weight. Layer classes that are reparameterized from the start,
+as `CompanderDense`, are made of the same parts.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_weightmods.core import keras_private
+from keras_weightmods.core.reparameterization import put_slots, slots
+
+
+class ReparameterizedLayer:
+    """What reparameterized classes put in front of the plain one.
+
+    The plain class is the last of the bases.
+    """
+
+    name: str
+
+    def save_own_variables(self, store):
+        # Keras' layers save `kernel`, which is the effective weight here, and
+        # merge LoRA into it. Other keys than theirs make sure that a plain
+        # layer fails on this checkpoint and never loads half of it.
+        for key, variable in _stored_items(self).items():
+            store[key] = variable
+        for item in slots(self).values():
+            for key, value in item.saved().items():
+                store[key] = value
+
+    def load_own_variables(self, store):
+        expected = {
+            key: shape for key, (shape, _) in checkpoint_arrays(self).items()
+        }
+        received = {k: tuple(store[k].shape) for k in list(store.keys())}
+        if received != expected:
+            raise ValueError(
+                f"Layer '{self.name}' is reparameterized and expected a "
+                "checkpoint of a model reparameterized in the same way, with "
+                f"the weights {expected}. Received: {received}. Load a "
+                "checkpoint of the plain model before attaching, or after "
+                f"`{_finish(self)}`."
+            )
+        for item in slots(self).values():
+            keys = item.saved_arrays()
+            item.load({key: np.asarray(store[key]) for key in keys})
+        for key, variable in _stored_items(self).items():
+            variable.assign(store[key])
+
+    # `quantize` itself is wrapped on the instance; this hook of the wrapper is
+    # looked up on the class. Model.quantize turns it into a warning.
+    def _check_quantize_args(self, mode, compute_dtype):
+        raise NotImplementedError(
+            f"Layer '{self.name}' is reparameterized and cannot be quantized: "
+            f"its stored weight is not the effective one. Call "
+            f"`{_finish(self)}` first. Received: mode={mode!r}"
+        )
+
+
+class ReparameterizedLoraLayer(ReparameterizedLayer):
+    """The same for a plain class that has `enable_lora`."""
+
+    def enable_lora(self, *args, **kwargs):
+        super().enable_lora(*args, **kwargs)
+        # LoRA freezes what it adapts.
+        for item in slots(self).values():
+            for parameter in item.parameters:
+                parameter.trainable = False
+
+
+class _AttachedLayer:
+    """What the generated classes put before all: they have no config."""
+
+    name: str
+
+    # Reached by `model.save` and not by `model.save_weights`.
+    def save_assets(self, inner_path):
+        raise ValueError(self._not_serializable())
+
+    def get_config(self):
+        raise ValueError(self._not_serializable())
+
+    def _not_serializable(self):
+        return (
+            f"Layer '{self.name}' is reparameterized, and Keras cannot save, "
+            "clone or copy a reparameterized model as a whole. Save it with "
+            "`keras_weightmods.save_model(model, path)`, call "
+            f"`{_finish(self)}` first, or keep a checkpoint by "
+            "`model.save_weights`, which holds all its variables."
+        )
+
+
+@functools.cache
+def _generated_class(cls: Any, attributes, released, mixins):
+    has_lora = hasattr(cls, "enable_lora")
+    front = ReparameterizedLoraLayer if has_lora else ReparameterizedLayer
+    namespace: dict[str, Any] = {
+        attribute: effective_weight(attribute) for attribute in attributes
+    }
+    for attribute in released:
+        namespace[f"_{attribute}"] = property(
+            functools.partial(_stored_variable, attribute)
+        )
+    namespace["__module__"] = cls.__module__
+    namespace["__qualname__"] = cls.__qualname__
+    # The same name, because checkpoints derive paths from class names.
+    return type(cls.__name__, (*mixins, _AttachedLayer, front, cls), namespace)
+
+
+def effective_weight(attribute: str) -> property:
+    """Return a property that computes the effective weight of `attribute`.
+
+    Until the reparameterization is installed it is the stored one. Setting it
+    sets the stored one, for layers that keep it under the same name.
+    """
+
+    def set_stored(layer, value):
+        keras_private.attributes(layer)[attribute] = value
+
+    return property(functools.partial(_effective_weight, attribute), set_stored)
+
+
+def _stored_variable(attribute, layer):
+    return slots(layer)[attribute].target.variable
+
+
+def _effective_weight(attribute, layer):
+    item = slots(layer).get(attribute)
+    if item is None:
+        variable = keras_private.stored_variable(layer, attribute)
+        if variable is None:
+            raise AttributeError(
+                f"Layer '{layer.name}' has a `{attribute}` once it is built."
+            )
+        return variable
+    variable = item.target.variable
+    # In the variables' own precision, outside of the autocast scope of a
+    # mixed-precision layer: a scale near 1 has steps of 2**-7 in bfloat16, too
+    # coarse to be trained.
+    scope = keras_private.get_autocast_scope()
+    with keras_private.AutocastScope(None):
+        weight = ops.cast(item.effective(variable), item.dtype)
+        if attribute == "kernel" and getattr(layer, "lora_enabled", False):
+            delta = ops.matmul(layer.lora_kernel_a, layer.lora_kernel_b)
+            rate = layer.lora_alpha / layer.lora_rank
+            weight = ops.cast(
+                ops.add(weight, ops.multiply(rate, delta)), layer.compute_dtype
+            )
+    return weight if scope is None else scope.maybe_cast(weight)
+
+
+def set_reparameterizations(layer: Any, items: dict[str, Any]) -> None:
+    """Give a layer {attribute: Reparameterization}, and the class for it."""
+    cls = type(layer)
+    is_own = issubclass(cls, ReparameterizedLayer)
+    plain = cls.__bases__[-1] if is_own else cls
+    put_slots(layer, items)
+    if not items:
+        layer.__class__ = plain
+    elif not is_own or issubclass(cls, _AttachedLayer):
+        ordered = [items[attribute] for attribute in sorted(items)]
+        layer.__class__ = _generated_class(
+            plain,
+            tuple(sorted(items)),
+            tuple(i.target.attribute for i in ordered if not i.keeps_stored),
+            tuple(i.mixin for i in ordered if i.mixin is not None),
+        )
+
+
+def checkpoint_arrays(
+    layer: Any,
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return {key: (shape, dtype)} of what a checkpoint holds."""
+    arrays = {
+        key: (tuple(variable.shape), variable.dtype)
+        for key, variable in _stored_items(layer).items()
+    }
+    for item in slots(layer).values():
+        arrays.update(item.saved_arrays())
+    return arrays
+
+
+@contextlib.contextmanager
+def plain_classes(model: Any) -> Iterator[None]:
+    """Give the layers their own classes in a scope, to be serialized."""
+    generated = {
+        layer: type(layer)
+        for layer in keras_private.layers_of(model)
+        if isinstance(layer, _AttachedLayer)
+    }
+    try:
+        for layer, cls in generated.items():
+            layer.__class__ = cls.__bases__[-1]
+        yield
+    finally:
+        for layer, cls in generated.items():
+            layer.__class__ = cls
+
+
+def _stored_items(layer):
+    known: set[int] = set()
+    for item in slots(layer).values():
+        known.update(id(parameter) for parameter in item.parameters)
+    own = keras_private.own_variables(layer)
+    stored = [variable for variable in own if id(variable) not in known]
+    return {f"stored_{i}": variable for i, variable in enumerate(stored)}
+
+
+def _finish(layer):
+    return next(iter(slots(layer).values())).finish
