@@ -298,7 +298,7 @@ def target_of(
     ```
     """
     rule = rules_of(layer).get(attribute)
-    variable = _stored_variable(layer, attribute)
+    variable = None if rule is None else _stored_variable(layer, attribute)
     if rule is None or variable is None:
         expected = "the name of a weight whose axes are known"
         raise error("attribute", f"{expected} in {layer!r}", attribute)

@@ -1,0 +1,177 @@
+import ast
+import pathlib
+
+import keras
+import pytest
+
+import keras_weightmods
+from keras_weightmods.core import keras_private
+
+ROOT = pathlib.Path(keras_weightmods.__file__).parent
+# What the package may touch elsewhere, with the reason.
+ALLOWED = {
+    # The update of AdamS on torch: `optimizer` is what calls it, an AdamS.
+    "backend/torch/adam_s.py": {"_get_variable_index"},
+    # Of a tensor of torch.
+    "backend/torch/sparse_matmul_gpu.py": {"_version"},
+    # A dataclass of the package.
+    "packing/packed_dense.py": {"vars"},
+}
+KERAS_CLASSES = (
+    keras.Model,
+    keras.Sequential,
+    keras.optimizers.Optimizer,
+    keras.Variable,
+    keras.KerasTensor,
+    keras.callbacks.Callback,
+)
+
+
+def private(name):
+    return name.startswith("_") and not name.endswith("__")
+
+
+def own_names(trees):
+    """The private names that the package's own classes define."""
+    names = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(
+            node.target, ast.Name
+        ):
+            names.add(node.target.id)
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and of_self(node.value)
+        ):
+            names.add(node.attr)
+    return {
+        name
+        for name in names
+        if not any(hasattr(cls, name) for cls in KERAS_CLASSES)
+    }
+
+
+def of_self(node):
+    """Whether an expression is `self`, `cls` or `super()`."""
+    if isinstance(node, ast.Call):
+        node = node.func
+    return isinstance(node, ast.Name) and node.id in ("self", "cls", "super")
+
+
+def touched(tree, own=()):
+    """What a file touches of private Keras, as names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("keras.src"):
+                    yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            if (node.module or "").startswith("keras.src"):
+                yield node.module
+        elif isinstance(node, ast.Attribute):
+            private_read = private(node.attr) and not of_self(node.value)
+            if private_read and node.attr not in own:
+                yield node.attr
+            if node.attr == "__dict__" and not of_self(node.value):
+                yield node.attr
+            if ast.unparse(node) in ("keras.src", "object.__setattr__"):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call):
+            if ast.unparse(node.func) == "vars":
+                yield "vars"
+            if (
+                ast.unparse(node.func) in ("getattr", "setattr", "hasattr")
+                and isinstance(node.args[1], ast.Constant)
+                and private(node.args[1].value)
+                and node.args[1].value not in own
+            ):
+                yield node.args[1].value
+
+
+def test_private_keras_is_in_one_file():
+    trees = {
+        file.relative_to(ROOT).as_posix(): ast.parse(file.read_text())
+        for file in ROOT.rglob("*.py")
+    }
+    own = own_names(trees.values())
+    found = {}
+    for name, tree in trees.items():
+        names = set(touched(tree, own)) - ALLOWED.get(name, set())
+        if name.startswith(("backend/", "native/")):
+            # Private attributes of the backend's own library.
+            names = {
+                each
+                for each in names
+                if each.startswith("keras")
+                or any(hasattr(cls, each) for cls in KERAS_CLASSES)
+            }
+        if names:
+            found[name] = names
+    del found["core/keras_private.py"]
+    # It sets the fields of a frozen dataclass.
+    assert found.pop("core/targets.py") == {"object.__setattr__"}
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from keras.src import tree",
+        "import keras.src.backend",
+        "keras.src.tree",
+        "layer._kernel",
+        "getattr(layer, '_kernel', None)",
+        "vars(layer)['call'] = 0",
+        "layer.__dict__",
+        "object.__setattr__(layer, 'call', 0)",
+        "model.optimizer._iterations",
+    ],
+)
+def test_the_check_finds(text):
+    assert list(touched(ast.parse(text)))
+
+
+def test_see_calls():
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    before, seen = dict(vars(layer)), []
+    x = keras.ops.ones((1, 3))
+    with keras_private.calls_seen(layer, lambda *args: seen.append(args)):
+        y = layer(x)
+        with keras_private.calls_seen(layer, lambda *args: seen.append(0)):
+            layer(x)
+    layer(x)
+    assert len(seen) == 3
+    assert seen[1] == 0
+    assert y.shape == (1, 2)
+    assert "call" not in vars(layer)
+    assert vars(layer).keys() == before.keys()
+
+
+def test_a_variable_leaves_and_comes_back():
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    kernel, bias = layer.weights
+    value = keras.ops.convert_to_numpy(kernel)
+    place = keras_private.remove_variable(layer, kernel, "_kernel")
+    keras_private.release_value(kernel, "gone until then")
+    assert layer.weights == [bias]
+    assert not keras_private.has_value(kernel)
+    with pytest.raises(ValueError, match="gone until then"):
+        keras.ops.convert_to_numpy(kernel)
+    keras_private.restore_value(kernel, value)
+    keras_private.put_variable_back(layer, kernel, "_kernel", place)
+    assert [id(v) for v in layer.weights] == [id(kernel), id(bias)]
+    assert (keras.ops.convert_to_numpy(kernel) == value).all()
+    with pytest.raises(ValueError, match="cannot add new"):
+        layer.extra = keras.Variable(1.0)
+
+
+def test_the_names_of_layers_are_as_if_none_was_made():
+    keras_private.layers_of(keras.Sequential())
+    with keras_private.without_traces():
+        inside = keras.layers.Dense(2).name
+    assert keras.layers.Dense(2).name == inside

@@ -1,0 +1,82 @@
+import pathlib
+
+import pytest
+
+import keras_weightmods
+from tests import layout
+
+ROOT = pathlib.Path(keras_weightmods.__file__).parent
+
+
+def test_a_file_imports_only_from_floors_below_its_own():
+    assert layout.problems(ROOT, {"keras_weightmods.version"}) == []
+
+
+def test_every_folder_has_a_floor():
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert folders == {name for row in layout.FLOORS for name in row} - {""}
+
+
+TREE = {
+    "__init__.py": "from kwm.lift.mask import mask",
+    "utils/checks.py": "",
+    "native/packed.py": "from kwm.utils import checks",
+    "backend/jax/order.py": "from kwm.native import packed",
+    "ops/order.py": "import importlib\n"
+    "def order(name):\n"
+    "    return importlib.import_module(f'kwm.backend.{name}.order')",
+    "core/targets.py": "from kwm.core.rules import rule",
+    "core/rules.py": "from .. import ops\nfrom ..ops.order import order",
+    "lift/mask.py": "import kwm.core.targets",
+    "packing/pack.py": "from kwm.core import targets, rules",
+}
+
+
+def tree(folder, **changes):
+    root = folder / "kwm"
+    for name, text in (TREE | changes).items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        for parent in file.relative_to(root).parents:
+            if not (root / parent / "__init__.py").exists():
+                (root / parent / "__init__.py").write_text("")
+    return root
+
+
+def test_the_checker_reads_all_forms_of_imports(tmp_path):
+    root = tree(tmp_path)
+    assert layout.problems(root) == []
+    arrows = layout.imports(root)
+    assert arrows["kwm.ops.order"] == {"kwm.backend.jax.order"}
+    assert arrows["kwm.core.rules"] == {"kwm.ops", "kwm.ops.order"}
+    assert arrows["kwm.packing.pack"] == {
+        "kwm.core.targets",
+        "kwm.core.rules",
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("core/rules.py", "from kwm.lift import mask", "not below"),
+        ("core/rules.py", "def f():\n    import kwm.lift.mask", "not below"),
+        ("core/rules.py", "from ..lift.mask import mask", "not below"),
+        ("native/packed.py", "x = 'kwm.backend.jax.order'", "not below"),
+        ("utils/checks.py", "x = f'kwm.backend.{name}.order'", "not below"),
+        ("lift/mask.py", "from kwm.packing import pack", "not below"),
+        ("lift/mask.py", "from kwm import packing", "not below"),
+        ("lift/mask.py", "import kwm", "whole package"),
+        ("lift/mask.py", "from kwm import Name", "whole package"),
+        ("lift/mask.py", "from .. import Name", "whole package"),
+        ("core/rules.py", "from .targets import Target", "circle"),
+        (
+            "core/rules.py",
+            "def f():\n    from kwm.core.targets import Target",
+            "circle: kwm.core.targets > kwm.core.rules > kwm.core.targets",
+        ),
+    ],
+)
+def test_the_checker_finds_wrong_arrows(file, text, problem, tmp_path):
+    found = layout.problems(tree(tmp_path, **{file: text}))
+    assert problem in " ".join(found)
