@@ -228,12 +228,8 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
                 "step, or call `optimizer.build(model.trainable_variables)`."
             )
         return [
-            (variable, spec, bits)
-            for variable, spec, bits in zip(
-                keras_private.optimizer_variables(self),
-                self._specs,
-                self._mask_bits,
-            )
+            (spec.variable, spec, bits)
+            for spec, bits in zip(self._specs, self._mask_bits)
             if spec is not None
         ]
 
@@ -269,16 +265,18 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
             variables, ["momentum", "velocity"]
         )
         self._mask_bits = self._add_states(
-            "mask", lambda spec: packed_size(math.prod(spec.shape)), "uint8"
+            "mask", lambda spec: (packed_size(math.prod(spec.shape)),), "uint8"
         )
         self._gradient_squares: list = [None] * len(variables)
         self._importance: list = [None] * len(variables)
         if self._measures_gradients:
-            self._gradient_squares = self._add_states("gradient_square")
+            self._gradient_squares = self._add_states(
+                "gradient_square", lambda spec: ()
+            )
         if self.criterion == "activation":
             self._importance = self._add_states(
                 "importance",
-                lambda spec: contraction_size(spec.shape, spec.axes),
+                lambda spec: (contraction_size(spec.shape, spec.axes),),
                 initializer="ones",
             )
 
@@ -376,24 +374,19 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
                 with another criterion.
         """
         if self.criterion != "activation":
-            raise ValueError(
-                '`set_importance` is for AdamS(criterion="activation"). '
-                f"Received: criterion={self.criterion!r}"
-            )
+            expected = '"activation" where an importance is set'
+            raise checks.error("criterion", expected, self.criterion)
         arrays = [np.asarray(a, "float32") for a in importance]
         indices = map(self._get_variable_index, self.sparsified)
         variables = [self._importance[index] for index in indices]
-        expected = [tuple(v.shape) for v in variables]
-        received = [a.shape for a in arrays]
-        if expected != received:
-            raise ValueError(
-                "`importance` must hold one vector for each sparsified "
-                f"kernel. Expected shapes: {expected}. Received: {received}"
-            )
-        if not all(np.isfinite(a).all() and (a >= 0).all() for a in arrays):
-            raise ValueError(
-                "`importance` must be finite and not negative. Received: "
-                "an array with other values."
+        shapes = [tuple(v.shape) for v in variables]
+        if shapes != [a.shape for a in arrays] or not all(
+            np.isfinite(a).all() and (a >= 0).all() for a in arrays
+        ):
+            raise checks.error(
+                "importance",
+                f"finite arrays, not negative, of shapes {shapes}",
+                arrays,
             )
         for variable, array in zip(variables, arrays):
             variable.assign(array)
@@ -443,12 +436,11 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
             "epsilon": self.epsilon,
         }
 
-    def _add_states(self, name, size=None, dtype="float32", **kwargs):
+    def _add_states(self, name, shape, dtype="float32", **kwargs):
         return [
-            None
-            if spec is None
-            else self.add_variable(
-                shape=() if size is None else (size(spec),),
+            spec
+            and self.add_variable(
+                shape=shape(spec),
                 dtype=dtype,
                 name=f"{spec.path.replace('/', '_')}_{name}",
                 **kwargs,

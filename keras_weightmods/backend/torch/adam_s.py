@@ -5,7 +5,6 @@ kernels through memory a dozen times. The numbers are the same.
 """
 
 import math
-import typing
 
 import torch
 from keras import ops
@@ -28,29 +27,24 @@ def update_variable(optimizer, gradient, variable, scalars):
     spec = optimizer._specs[index]
     state = {"weight": variable, **optimizer._state_of(index)}
     state = {name: v.value.data for name, v in state.items()}
-    w = state["weight"]
-    gradient = gradient.to(w.dtype)
-    bits, pull = None, 0.0
-    if spec is not None:
-        bits = optimizer._new_bits(state, scalars["step"], spec.axes)
-        state["mask"].copy_(bits)
-    if spec is not None and optimizer.decay == "published":
-        pull = scalars["ramp"] * _pull(optimizer, state, gradient, scalars)
-    scalars = {
-        **scalars,
-        "pull": pull,
-        "weight_decay": optimizer._decay_rate_of(variable) or 0.0,
-    }
+    weight_decay = optimizer._decay_rate_of(variable) or 0.0
+    scalars = {**scalars, "weight_decay": weight_decay}
+    gradient = gradient.to(state["weight"].dtype)
 
     # A layout that is not contiguous is worked on as a copy, then written.
-    updated = (w, state["momentum"], state["velocity"])
+    updated = [state[name] for name in ("weight", "momentum", "velocity")]
     flat = [t.contiguous().view(-1) for t in (gradient, *updated)]
-    for part, plane in _pieces(flat[0].numel(), bits, flat[0].device):
-        pieces = [t[part] for t in flat]
-        mask = None
-        if bits is not None:
-            mask = bits[plane.part].bitwise_and(plane.bit)
-        _update_piece(pieces, optimizer, scalars, mask)
+    if spec is None:
+        g, w, momentum, v = flat
+        _adam(w, g, momentum, v, optimizer, scalars, sparsified=False)
+    else:
+        bits = optimizer._new_bits(state, scalars["step"], spec.axes)
+        state["mask"].copy_(bits)
+        if optimizer.decay == "published":
+            pull = _pull(optimizer, state, gradient, scalars)
+            scalars["pull"] = scalars["ramp"] * pull
+        for part, mask in _pieces(flat[0], bits):
+            _update_piece([t[part] for t in flat], mask, optimizer, scalars)
     for original, new in zip(updated, flat[1:]):
         if not original.is_contiguous():
             original.copy_(new.view(original.shape))
@@ -84,38 +78,24 @@ def _pull(optimizer, state, gradient, scalars):
     return optimizer.l1_scale * float(square) ** 0.5
 
 
-class _Plane(typing.NamedTuple):
-    """Where the mask of a piece is: bit `bit` of the bytes `part`."""
-
-    part: slice
-    bit: int
-
-
-def _pieces(size, bits, device):
-    """Yields slices of the flat kernel, with the bits that hold its mask.
+def _pieces(flat, bits):
+    """Yields slices of a flat kernel, with their masks, nonzero where kept.
 
     `pack_bits` keeps entry `b * planes + i` in bit b of byte i.
     """
-    piece = _PIECE if device.type == "cpu" else size
-    if bits is None:
-        for start in range(0, size, piece):
-            yield slice(start, min(start + piece, size)), None
-        return
-    plane_size = bits.numel()
+    size, planes = flat.numel(), bits.numel()
+    piece = _PIECE if flat.device.type == "cpu" else size
     for bit in range(8):
-        first, last = bit * plane_size, min((bit + 1) * plane_size, size)
+        first, last = bit * planes, min((bit + 1) * planes, size)
         for start in range(first, last, piece):
             stop = min(start + piece, last)
-            plane = _Plane(slice(start - first, stop - first), 1 << bit)
-            yield slice(start, stop), plane
+            mask = bits[start - first : stop - first].bitwise_and(1 << bit)
+            yield slice(start, stop), mask
 
 
-def _update_piece(pieces, optimizer, scalars, mask):
-    """One step of a flat piece; `mask` is nonzero where kept, or None."""
+def _update_piece(pieces, mask, optimizer, scalars):
+    """One step of a flat piece of a sparsified kernel."""
     g, w, momentum, v = pieces
-    if mask is None:
-        _adam(w, g, momentum, v, optimizer, scalars, sparsified=False)
-        return
     momentum.lerp_(g, 1 - optimizer.beta_1)
     # On a CPU `torch.where` takes some 20 times as long as a product, so the
     # mask acts through a factor, which is exactly 1 where kept.
