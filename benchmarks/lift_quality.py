@@ -144,7 +144,7 @@ def train(args, method, rate, seed):
         masks = kwm.PrincipalMaskCallback(
             density=DENSITY,
             filter_rank=args.filter_rank,
-            selection="principal" if method == "LIFT" else method,
+            criterion="principal" if method == "LIFT" else method,
             refresh_every=None
             if method == "random"
             else max(1, args.steps // 3),
@@ -172,7 +172,7 @@ def train(args, method, rate, seed):
         result["trained"] = masks.attach(model).entries
         result["file_bytes"] = report.nbytes
         result["index_bits"] = report.index_bits
-        result["changed"] = report.entries
+        result["changed"] = report.totals["trained"]
         file.unlink()
     else:
         trained = sum(math.prod(v.shape) for v in model.trainable_variables)

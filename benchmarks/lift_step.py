@@ -105,7 +105,7 @@ def measure_steps(args):
     return {
         "versions": harness.versions("keras-hub"),
         "parameters": models["AdamW"].count_params(),
-        "trained": callback.attach(models["LIFT"]).entries,
+        "trained": callback.attach(models["LIFT"]).totals["trained"],
         "seconds": seconds,
         "medians": medians,
         "refresh": seconds_of_refresh,
@@ -135,7 +135,7 @@ def measure_memory(args):
         harness.timed_step(model, *batch)
     trained = sum(math.prod(v.shape) for v in model.trainable_variables)
     if callback is not None:
-        trained = callback.attach(model).entries
+        trained = callback.attach(model).totals["trained"]
     return {
         "peak_bytes": harness.peak_bytes(),
         "state_bytes": harness.nbytes(model.optimizer.variables),

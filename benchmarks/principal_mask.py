@@ -64,7 +64,7 @@ def measure_agreement(args):
     for target in track(targets[: args.matrices], description=args.worker):
         axes = target.contraction_axes
         matrix = ops.convert_to_numpy(to_matrix(target.variable, axes))
-        magnitudes = select(matrix, selection="magnitude")
+        magnitudes = select(matrix, criterion="magnitude")
         for rank in RANKS:
             exact = select(matrix, filter_rank=rank, method="exact")
             shares = {

@@ -92,8 +92,9 @@ def run(args):
     console.rule("LIFT")
     began = time.monotonic()
     report = masks.attach(model)
+    totals = report.totals
     console.print(
-        f"{report.entries:,} of {report.total:,} entries of "
+        f"{totals['trained']:,} of {totals['entries']:,} entries of "
         f"{len(report.kernels)} kernels, chosen in "
         f"{time.monotonic() - began:.0f} s"
     )
@@ -146,7 +147,7 @@ def run(args):
             "backend": keras.backend.backend(),
             "arguments": vars(args),
             "results": results,
-            "entries": report.entries,
+            "entries": totals["trained"],
             "optimizer_bytes": state,
             "file_bytes": delta.nbytes,
             "index_bits": delta.index_bits,

@@ -11,45 +11,65 @@ from keras import ops
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.loss_gradients import loss_gradients
 from keras_weightmods.core.seam import is_reparameterized
-from keras_weightmods.core.targets import Skipped, resolve_targets
+from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
 from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
+from keras_weightmods.ops.matrix import stack_shape
 from keras_weightmods.ops.principal_mask import (
     Selection,
     mask_indices,
     principal_mask,
 )
-from keras_weightmods.utils.checks import check_model
+from keras_weightmods.utils import checks
+from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 
 @dataclasses.dataclass(frozen=True)
-class PrincipalMaskReport:
-    """What is trained, and what is not. Prints as a list.
+class MaskedKernel:
+    """A kernel of which single entries are trained.
 
     Attributes:
-        kernels: Dict from the key of each kernel to the number of entries
-            that are trained.
-        total: Int, the entries of these kernels.
+        key: String, the key of its target.
+        shape: Tuple of ints.
+        trained: Int, the entries that are trained.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    trained: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PrincipalMaskReport(Report):
+    """What is trained, and what is not. Prints as a table.
+
+    Attributes:
+        kernels: Tuple of `MaskedKernel`.
         skipped: Tuple of `Skipped`, path and reason.
     """
 
-    kernels: dict[str, int]
-    total: int
-    skipped: tuple[Skipped, ...]
+    kernels: tuple[MaskedKernel, ...]
+    skipped: tuple[Skipped, ...] = ()
 
     @property
-    def entries(self):
-        """Int, the entries that are trained."""
-        return sum(self.kernels.values())
+    def totals(self) -> dict[str, int]:
+        """Dict of `"trained"`, entries, and of `"entries"` of the kernels."""
+        return {
+            "trained": sum(kernel.trained for kernel in self.kernels),
+            "entries": sum(math.prod(kernel.shape) for kernel in self.kernels),
+        }
 
-    def __str__(self):
-        return "\n".join(
-            [
-                f"{self.entries:,} of {self.total:,} entries of "
-                f"{len(self.kernels)} kernels are trained",
-                *(f"  skipped {s.path}: {s.reason}" for s in self.skipped),
-            ]
+    def tables(self) -> list[Table]:
+        trained, entries = self.totals.values()
+        title = (
+            f"{trained:,} of {entries:,} entries of {len(self.kernels)} "
+            "kernels are trained"
         )
+        rows = tuple(
+            (each.key, shape_text(each.shape), f"{each.trained:,}")
+            for each in self.kernels
+        )
+        return [Table(title, ("kernel", "shape", "trained"), rows)]
 
 
 class PrincipalMaskCallback(keras.callbacks.Callback):
@@ -82,11 +102,11 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             only once. Counts updates, not batches, where gradients are
             accumulated; a step that comes due within one execution of several
             (`steps_per_execution`) is made up for after it. Defaults to 200.
-        selection: `"principal"`, or for comparison `"magnitude"`,
+        criterion: `"principal"`, or for comparison `"magnitude"`,
             `"gradient"` (needs `data`) or `"random"` (drawn anew at each
             refresh). Defaults to `"principal"`.
-        targets: The kernels, as from `find_targets(model, include=...)`.
-            Defaults to all that `find_targets` finds.
+        targets: The kernels, as `find_targets(model)` returns them or in a
+            form that its `include` takes. Defaults to all that it finds.
         freeze_rest: Bool, whether all other weights are frozen during the
             training. Their flags are given back at its end. If `False` they
             are trained as ever. Defaults to `True`.
@@ -98,7 +118,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         block: Int, 4 trains whole blocks of 4 x 4. Defaults to 1.
         method: As in `ops.principal_mask`. Defaults to `"auto"`.
         data: Pair `(x, y)` or triple with sample weights, one batch to take
-            the gradients of the loss on, for `selection="gradient"`.
+            the gradients of the loss on, for `criterion="gradient"`.
 
     Raises:
         ValueError: For an argument outside the ranges above. When the training
@@ -129,55 +149,49 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
 
     def __init__(
         self,
-        density=None,
-        rank=None,
-        filter_rank=None,
-        refresh_every=200,
-        selection="principal",
-        targets=None,
-        freeze_rest=True,
-        seed=None,
-        keep_pattern=False,
-        block=1,
-        method="auto",
-        data=None,
+        density: float | None = None,
+        rank: int | None = None,
+        filter_rank: int | None = None,
+        refresh_every: int | None = 200,
+        *,
+        criterion: str = "principal",
+        targets: Any = None,
+        freeze_rest: bool = True,
+        seed: int | None = None,
+        keep_pattern: bool = False,
+        block: int = 1,
+        method: str = "auto",
+        data: Any = None,
     ):
         super().__init__()
         if density is None and rank is None:
             density = 0.05
-        if refresh_every is not None and not (
-            type(refresh_every) is int and refresh_every >= 1
-        ):
-            raise ValueError(
-                "`refresh_every` must be an int of at least 1, the updates "
-                "between two choices, or None. "
-                f"Received: refresh_every={refresh_every!r}"
-            )
-        if selection == "gradient" and not (
+        if seed is None:
+            seed = random.randrange(2**31)
+        self._selection = Selection(
+            rank, density, filter_rank, criterion, method, block, seed
+        )
+        self.refresh_every: Any = checks.check_int(
+            "refresh_every", refresh_every, 1, optional=True
+        )
+        self.freeze_rest = checks.check_bool("freeze_rest", freeze_rest)
+        self.keep_pattern = checks.check_bool("keep_pattern", keep_pattern)
+        if criterion == "gradient" and not (
             isinstance(data, (tuple, list)) and len(data) in (2, 3)
         ):
             raise ValueError(
-                '`selection="gradient"` needs `data`, a batch `(x, y)` to take '
+                '`criterion="gradient"` needs `data`, a batch `(x, y)` to take '
                 f"gradients on. Received: data={type(data).__name__}"
             )
-        if seed is None:
-            seed = random.randrange(2**31)
-        self._how = Selection(
-            rank, density, filter_rank, selection, method, block, seed
-        )
-        self.refresh_every: Any = refresh_every
-        self.freeze_rest = freeze_rest
-        self.keep_pattern = keep_pattern
         self._data = data
-        # Closures and a dict, so that Keras tracks none of them.
-        self._get_targets = lambda: targets
-        self._frozen: list = []
+        self._targets = targets
+        self._frozen: list[keras.Variable] = []
         self._batches: Any = None
         self._mask_step = -1
         self._accumulated = 1
 
-    def attach(self, model):
-        """Makes a compiled model ready to train the masked entries alone.
+    def attach(self, model: keras.Model) -> PrincipalMaskReport:
+        """Make a compiled model ready to train the masked entries alone.
 
         Called when `fit` begins. Call it yourself before a checkpoint with the
         optimizer's state is loaded, or for a training loop of your own, which
@@ -195,13 +209,13 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         self._attach(model)
         return self._report
 
-    def detach(self):
-        """Gives the trainable flags back; called when `fit` ends."""
+    def detach(self) -> None:
+        """Give the trainable flags back; called when `fit` ends."""
         for variable in self._frozen:
             variable.trainable = True
         self._frozen = []
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
         is_new = self._attach(model)
         # Others find out by themselves what is to be trained.
@@ -209,7 +223,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             model.make_train_function(force=True)
         self._batches = None
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._first_batch = batch
         if self.refresh_every is None:
             return
@@ -222,18 +236,18 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         if self._is_due():
             self._refresh()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self._batches is not None:
             self._batches += batch - self._first_batch + 1
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Any = None) -> None:
         if self._frozen and keras.backend.backend() == "tensorflow":
             # It was made for what is trained now.
             self._model.train_function = None
         self.detach()
 
     def _look(self):
-        """Reads from the optimizer what is counted here after it."""
+        """Read from the optimizer what is counted here after it."""
         optimizer = _inner_optimizer(self.model.optimizer)
         self._batches = int(
             ops.convert_to_numpy(keras_private.applied_steps(optimizer))
@@ -252,7 +266,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         optimizer = _inner_optimizer(model.optimizer)
         step = self._batches // self._accumulated
         targets = [
-            self._targets[id(variable)]
+            self._chosen_from[id(variable)]
             for variable in optimizer.masked_variables
         ]
         # One at a time: nothing is held of the others.
@@ -266,8 +280,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         self._mask_step = step
 
     def _attach(self, model):
-        """Does what `attach` does; whether the optimizer was built for it."""
-        check_model(model)
+        """Attach; return whether the optimizer was built for it."""
+        checks.check_model(model)
         if getattr(model, "optimizer", None) is None:
             raise ValueError(
                 "The model must be compiled with an optimizer. Received: "
@@ -294,37 +308,38 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                 for target, gradient in self._with_gradients(model, ordered)
             ]
 
-        if self.freeze_rest:
-            rest = [v for v in trainable if id(v) not in sizes]
-            for variable in rest:
-                variable.trainable = False
-            self._frozen += rest
         if is_new:
             if not isinstance(optimizer, MaskedState):
                 optimizer = MaskedOptimizer(optimizer)
             optimizer.build_masked(variables, specs, trainable)
             _install(model, optimizer, variables)
+        if self.freeze_rest:
+            rest = [v for v in trainable if id(v) not in sizes]
+            for variable in rest:
+                variable.trainable = False
+            self._frozen += rest
         if chosen is not None:
             optimizer.set_masks(chosen, 0)
-        self._targets = by_id
+        self._chosen_from = by_id
         self._report = PrincipalMaskReport(
-            kernels={
-                target.key: sizes[id(target.variable)] for target in ordered
-            },
-            total=sum(math.prod(target.shape) for target in ordered),
-            skipped=tuple(skipped),
+            tuple(
+                MaskedKernel(each.key, each.shape, sizes[id(each.variable)])
+                for each in ordered
+            ),
+            tuple(skipped),
         )
         return is_new
 
     def _usable_targets(self, model):
-        found = resolve_targets(model, self._get_targets())
+        found = resolve_targets(model, self._targets)
         skipped, usable = list(found.skipped), []
         for target in found:
-            reason = None
+            dtype = target.variable.dtype
             if not target.variable.trainable:
-                reason = "frozen"
-            elif "float" not in target.variable.dtype:
-                reason = f"not a float variable ({target.variable.dtype})"
+                skipped.append(Skipped(target.path, "frozen"))
+            elif "float" not in dtype:
+                reason = f"not a float variable ({dtype})"
+                skipped.append(Skipped(target.path, reason))
             elif is_reparameterized(target.layer, target.attribute):
                 raise ValueError(
                     "The stored weight of a layer that is reparameterized is "
@@ -332,43 +347,37 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                     "first, or leave it out of `targets`. Received: "
                     f"{target.path!r}"
                 )
-            if reason is None:
-                usable.append(target)
             else:
-                skipped.append(Skipped(target.path, reason))
+                usable.append(target)
         if not usable:
+            reasons = [f"{each.path}: {each.reason}" for each in skipped]
             raise ValueError(
                 "`PrincipalMaskCallback` found no kernel to train in the "
                 f"model. Received: model={model.name!r}, skipped: "
-                + (
-                    "; ".join(f"{s.path}: {s.reason}" for s in skipped)
-                    or "none"
-                )
+                + ("; ".join(reasons) or "none")
             )
-        if self.keep_pattern:
-            dense = [
-                target.path
-                for target in usable
-                if bool(
-                    ops.convert_to_numpy(ops.all(target.variable.value != 0))
-                )
-            ]
-            if dense:
-                raise ValueError(
-                    "`keep_pattern=True` is for a sparse model, whose zeros "
-                    f"stay zeros. Received: {len(dense)} kernels without a "
-                    f"zero, the first being {dense[0]!r}. Make the model "
-                    "sparse first, or leave them out of `targets`."
-                )
+        dense = [
+            target.path
+            for target in usable
+            if self.keep_pattern
+            and ops.convert_to_numpy(ops.all(target.variable.value != 0))
+        ]
+        if dense:
+            raise ValueError(
+                "`keep_pattern=True` is for a sparse model, whose zeros stay "
+                f"zeros. Received: {len(dense)} kernels without a zero, the "
+                f"first being {dense[0]!r}. Make the model sparse first, or "
+                "leave them out of `targets`."
+            )
         return usable, skipped
 
     def _size(self, target):
-        """Int, the entries of a target to train."""
-        stacks = math.prod(target.shape[axis] for axis in target.stack_axes)
-        size = math.prod(target.shape) // stacks
-        rows = target.contraction_size
+        """The number of entries of a target to train."""
+        stacks, rows, columns = stack_shape(
+            target.shape, target.contraction_axes, target.stack_axes
+        )
         try:
-            return stacks * self._how.size(rows, size // rows)
+            return stacks * self._selection.size(rows, columns)
         except ValueError as error:
             raise ValueError(f"{target.path}: {error}") from error
 
@@ -380,23 +389,22 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             candidates = ops.convert_to_numpy(value) != 0
             if optimizer is not None:
                 # One that has become zero by its training is still in.
-                candidates.reshape(-1)[
-                    optimizer.indices_of(target.variable)
-                ] = True
-        how = dataclasses.asdict(self._how)
-        return mask_indices(
-            principal_mask(
-                value,
-                **{**how, "seed": how["seed"] + step},
-                contraction_axes=target.contraction_axes,
-                stack_axes=target.stack_axes,
-                gradient=gradient,
-                candidates=candidates,
-            )
+                inside = optimizer.indices_of(target.variable)
+                candidates.reshape(-1)[inside] = True
+        selection = dataclasses.asdict(self._selection)
+        selection["seed"] += step
+        mask = principal_mask(
+            value,
+            **selection,
+            contraction_axes=target.contraction_axes,
+            stack_axes=target.stack_axes,
+            gradient=gradient,
+            candidates=candidates,
         )
+        return mask_indices(mask)
 
     def _with_gradients(self, model, targets):
-        if self._how.selection != "gradient":
+        if self._selection.criterion != "gradient":
             return [(target, None) for target in targets]
         variables = [target.variable for target in targets]
         return zip(targets, loss_gradients(model, variables, self._data))
@@ -409,7 +417,7 @@ def _inner_optimizer(optimizer):
 
 
 def _check_optimizer(optimizer, variables, specs):
-    """Raises ValueError where the optimizer cannot train these variables."""
+    """Raise ValueError where the optimizer cannot train these variables."""
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise ValueError(
             "`PrincipalMaskCallback` works with one optimizer. Received: a "
@@ -439,7 +447,7 @@ def _check_optimizer(optimizer, variables, specs):
 
 
 def _install(model, optimizer, variables):
-    """Makes an optimizer with masks the model's, for these variables."""
+    """Make an optimizer with masks the model's, for these variables."""
     outer = model.optimizer
     if isinstance(outer, keras.optimizers.LossScaleOptimizer):
         # That one was built for all variables.

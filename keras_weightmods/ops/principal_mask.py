@@ -6,52 +6,44 @@ of W_r that are largest in magnitude (LIFT, arXiv 2506.00772).
 """
 
 import dataclasses
-import importlib
 import math
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.ops.nm import from_matrix, to_matrix
+from keras_weightmods.backend import backend_module
+from keras_weightmods.ops.low_rank import (
+    METHODS,
+    choose_method,
+    low_rank_factors,
+)
+from keras_weightmods.ops.matrix import (
+    Axes,
+    from_matrix,
+    from_stack,
+    to_matrix,
+    to_stack,
+)
+from keras_weightmods.utils import checks
 
-SELECTIONS = ("principal", "magnitude", "gradient", "random")
-METHODS = ("auto", "gram", "krylov", "exact")
-
-# Below this size the eigendecomposition of the Gram matrix takes less time
-# than the many small products of the Krylov method.
-_LARGE = 1024
-# The mask has settled when it agrees, on this share of a sample, with the mask
-# without the last blocks of the Krylov space, this share of it and at least so
-# many. The method converges faster than linearly: the blocks to come would
-# change less than those did. After a start from near directions there may be
-# one block alone to leave out.
-_SETTLED, _SETTLED_WARM = 0.985, 0.995
-_LEFT_OUT = 0.08
-_BLOCKS_LEFT_OUT, _BLOCKS_LEFT_OUT_WARM = 2, 1
-_SAMPLE = 2**17
-# How much larger a space to look at next, for the share that is missing.
-_GROWTH = 2.8
-# Blocks of a space of the rank. More are narrower, which makes slower
-# products, and need a smaller space.
-_BLOCKS_PER_RANK = 4
-# Products with a matrix are fastest where the other side is a multiple.
-_LANES = 16
+CRITERIA = ("principal", "magnitude", "gradient", "random")
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """How to select entries of a kernel; see `principal_mask`.
+    """Which entries to select of a kernel; see `principal_mask`.
 
     Attributes:
-        rank, density, filter_rank, selection, method, block, seed: The
+        rank, density, filter_rank, criterion, method, block, seed: The
             arguments of `principal_mask`, checked when it is made.
     """
 
     rank: int | None = None
     density: float | None = None
     filter_rank: int | None = None
-    selection: str = "principal"
+    criterion: str = "principal"
     method: str = "auto"
     block: int = 1
     seed: int = 0
@@ -63,41 +55,23 @@ class Selection:
                 "rank has numbers, and `density`, for a share of the entries. "
                 f"Received: rank={self.rank}, density={self.density}"
             )
-        for name in ("rank", "filter_rank", "block"):
-            value = getattr(self, name)
-            if value is not None and not (_is_int(value) and value >= 1):
-                raise ValueError(
-                    f"`{name}` must be an int of at least 1. "
-                    f"Received: {name}={value!r}"
-                )
-        if self.density is not None and not (
-            isinstance(self.density, (int, float))
-            and not isinstance(self.density, bool)
-            and 0 < self.density <= 1
-        ):
-            raise ValueError(
-                "`density` must be a share of the entries, in (0, 1]. "
-                f"Received: density={self.density!r}"
-            )
-        for name, choices in (("selection", SELECTIONS), ("method", METHODS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"`{name}` must be one of {choices}. "
-                    f"Received: {name}={getattr(self, name)!r}"
-                )
-        if not (_is_int(self.seed) and self.seed >= 0):
-            raise ValueError(
-                "`seed` must be an int of at least 0. "
-                f"Received: seed={self.seed!r}"
-            )
+        checks.check_int("rank", self.rank, 1, optional=True)
+        checks.check_int("filter_rank", self.filter_rank, 1, optional=True)
+        checks.check_int("block", self.block, 1)
+        checks.check_int("seed", self.seed, 0)
+        checks.check_float(
+            "density", self.density, above=0, most=1, optional=True
+        )
+        checks.check_choice("criterion", self.criterion, CRITERIA)
+        checks.check_choice("method", self.method, METHODS)
 
-    def size(self, rows, columns):
-        """Int, the entries to select of a matrix."""
+    def size(self, rows: int, columns: int) -> int:
+        """Return how many entries to select of a matrix."""
         size = rows * columns
-        if self.rank is not None:
-            count = min((rows + columns) * self.rank, size)
-        else:
+        if self.density is not None:
             count = round(self.density * size)
+        else:
+            count = min((rows + columns) * (self.rank or 0), size)
         area = self.block**2
         if self.block > 1 and (rows % self.block or columns % self.block):
             raise ValueError(
@@ -115,33 +89,33 @@ class Selection:
             )
         return min(count, size)
 
-    def rank_of_filter(self, rows, columns):
-        """Int, the rank r of the approximation."""
+    def rank_of_filter(self, rows: int, columns: int) -> int:
+        """Return the rank r of the approximation."""
+        # Without one, that of the LoRA with as many numbers.
+        entries = (self.density or 0) * rows * columns
         rank = self.filter_rank or self.rank
-        if rank is None:
-            # The rank of the LoRA with as many numbers.
-            rank = round(self.density * rows * columns / (rows + columns))
+        rank = rank or round(entries / (rows + columns))
         return min(max(rank, 1), rows, columns)
 
 
 def principal_mask(
-    kernel,
-    rank=None,
-    density=None,
-    filter_rank=None,
+    kernel: Any,
+    rank: int | None = None,
+    density: float | None = None,
+    filter_rank: int | None = None,
     *,
-    contraction_axes=0,
-    stack_axes=(),
-    selection="principal",
-    method="auto",
-    block=1,
-    gradient=None,
-    candidates=None,
-    start=None,
-    return_basis=False,
-    seed=0,
-):
-    r"""Marks the principal weights of a kernel.
+    contraction_axes: Axes = 0,
+    stack_axes: Axes = (),
+    criterion: str = "principal",
+    method: str = "auto",
+    block: int = 1,
+    gradient: Any = None,
+    candidates: Any = None,
+    start: Any = None,
+    return_basis: bool = False,
+    seed: int = 0,
+) -> Any:
+    r"""Mark the principal weights of a kernel.
 
     For a matrix `W` of m x n, these are the k largest magnitudes of `W_r`, the
     truncated singular value decomposition of rank r (LIFT, arXiv 2506.00772,
@@ -162,9 +136,6 @@ def principal_mask(
     - `"auto"`: `"krylov"` for matrices of more than 1,024 on their smaller
       side, where the rank is at most an eighth of it, `"gram"` for others.
 
-    Randomized decompositions with a few power iterations are not among them:
-    spectra of language models are flat, and half of their entries are wrong.
-
     Args:
         kernel: Tensor or variable, finite.
         rank: Int, marks as many entries as a LoRA of this rank has numbers.
@@ -177,28 +148,28 @@ def principal_mask(
             the rows of the matrix. Defaults to 0.
         stack_axes: Tuple of ints, the axes that index whole matrices. Defaults
             to none.
-        selection: `"principal"`, or for comparison `"magnitude"` for the
+        criterion: `"principal"`, or for comparison `"magnitude"` for the
             largest `|W|`, `"gradient"` for the largest `|gradient|`, or
             `"random"`. Defaults to `"principal"`.
         method: See above. Defaults to `"auto"`.
         block: Int, 4 marks whole blocks of 4 x 4, by the sum of their
             magnitudes. The sizes of the matrix must be multiples. Defaults
             to 1.
-        gradient: Tensor of the kernel's shape, for `selection="gradient"`.
+        gradient: Tensor of the kernel's shape, for `criterion="gradient"`.
         candidates: Boolean tensor of the kernel's shape: only these are
             marked. Defaults to all.
         start: What `return_basis` gave for a kernel that has changed little
             since. Defaults to a random start.
         return_basis: Bool, whether to return the basis too. Defaults to
             `False`.
-        seed: Int, of the random start and of `selection="random"`. Defaults
+        seed: Int, of the random start and of `criterion="random"`. Defaults
             to 0.
 
     Returns:
         Boolean tensor of the shape of `kernel`; with `return_basis` a pair of
         it and a list with the leading directions of each matrix, on its
         smaller side, shape `(min(m, n), r)`; an empty list for the other
-        selections.
+        criteria.
 
     Raises:
         ValueError: If an argument is outside the ranges above, not one entry
@@ -216,96 +187,45 @@ def principal_mask(
     assert np.array(mask).sum() == 77
     ```
     """
-    how = Selection(rank, density, filter_rank, selection, method, block, seed)
-    kernel = _as_float(kernel)
-    matrices = _matrices(kernel, contraction_axes, stack_axes)
-    if selection == "gradient":
-        if gradient is None or tuple(gradient.shape) != tuple(kernel.shape):
+    selection = Selection(
+        rank, density, filter_rank, criterion, method, block, seed
+    )
+    ranked = kernel = _as_float(kernel)
+    shape = tuple(kernel.shape)
+    if criterion == "gradient":
+        if gradient is None or tuple(gradient.shape) != shape:
             raise ValueError(
-                '`selection="gradient"` needs `gradient`, of the shape of the '
-                f"kernel, {tuple(kernel.shape)}. Received: gradient of shape "
+                '`criterion="gradient"` needs `gradient`, of the shape of the '
+                f"kernel, {shape}. Received: gradient of shape "
                 f"{None if gradient is None else tuple(gradient.shape)}"
             )
-        matrices = _matrices(_as_float(gradient), contraction_axes, stack_axes)
+        ranked = _as_float(gradient)
+    axes = contraction_axes, stack_axes
+    matrices = _matrices(ranked, *axes)
     allowed = [None] * len(matrices)
     if candidates is not None:
-        candidates = ops.convert_to_tensor(candidates)
-        allowed = _matrices(candidates, contraction_axes, stack_axes)
+        allowed = _matrices(candidates, *axes)
     masks, bases = [], []
-    with full_precision():
+    with backend_module("precision").full_precision():
         for place, matrix in enumerate(matrices):
             scores, basis = _scores(
-                matrix, how, place, None if start is None else start[place]
+                matrix,
+                selection,
+                place,
+                None if start is None else start[place],
             )
-            masks.append(_mask_of(scores, how, allowed[place]))
+            masks.append(_mask_of(scores, selection, allowed[place]))
             if basis is not None:
                 bases.append(basis)
-    mask = _kernel_of(masks, kernel.shape, contraction_axes, stack_axes)
+    if stack_axes:
+        mask = from_stack(ops.stack(masks), shape, *axes)
+    else:
+        mask = from_matrix(masks[0], shape, contraction_axes)
     return (mask, bases) if return_basis else mask
 
 
-def low_rank_factors(
-    matrix, rank, method="auto", start=None, seed=0, share=0.05
-):
-    """Factors of the best approximation of a matrix of a given rank.
-
-    Args:
-        matrix: Tensor of shape `(m, n)`.
-        rank: Int, at most `min(m, n)`.
-        method: As in `principal_mask`. Defaults to `"auto"`.
-        start: Tensor of shape `(min(m, n), any)`, directions near the leading
-            ones, for `"krylov"`. Defaults to a random start.
-        seed: Int, of the random start. Defaults to 0.
-        share: Float, the share of entries whose places must have settled, for
-            `"krylov"`. Defaults to 0.05.
-
-    Returns:
-        Pair of tensors of shapes `(m, rank)` and `(rank, n)`, whose product is
-        the approximation. The columns of the first are orthonormal where
-        `m <= n`, the rows of the second elsewhere.
-
-    Raises:
-        ValueError: If `rank` or `method` is none of these.
-
-    Example:
-
-    ```python
-    import numpy as np
-    from keras_weightmods.ops.principal_mask import low_rank_factors
-
-    x = np.random.default_rng(0).normal(size=(30, 20)).astype("float32")
-    left, right = low_rank_factors(x, 20)
-    assert np.allclose(np.array(left) @ np.array(right), x, atol=1e-4)
-    ```
-    """
-    rows, columns = matrix.shape
-    if not (_is_int(rank) and 1 <= rank <= min(rows, columns)):
-        raise ValueError(
-            "`rank` must be an int from 1 to the smaller side of the matrix. "
-            f"Received: rank={rank!r}, for a matrix of {rows} x {columns}"
-        )
-    if method not in METHODS:
-        raise ValueError(
-            f"`method` must be one of {METHODS}. Received: method={method!r}"
-        )
-    method = _method_for(method, rows, columns, rank)
-    if method == "exact":
-        u, s, vh = ops.linalg.svd(matrix, full_matrices=False)
-        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-        return (u, s[:, None] * vh) if rows <= columns else (u * s, vh)
-    found = None
-    if method == "krylov":
-        found = _krylov_basis(matrix, rank, start, seed, share)
-    if found is None:
-        found = _gram_basis(matrix, rank)
-    basis, image = found
-    if rows <= columns:
-        return ops.transpose(basis), image
-    return ops.transpose(image), basis
-
-
-def mask_indices(mask):
-    """The places of a mask's entries in the flattened kernel, rising.
+def mask_indices(mask: Any) -> np.ndarray:
+    """Return the places of a mask's entries in the flattened kernel, rising.
 
     Args:
         mask: Boolean tensor.
@@ -334,30 +254,26 @@ def mask_indices(mask):
     return np.flatnonzero(ops.convert_to_numpy(mask)).astype("int32")
 
 
-def full_precision():
-    """A context in which products of float32 matrices are not rounded.
-
-    On a GPU, JAX and TensorFlow take factors of 10 bits otherwise.
-    """
-    name = keras.backend.backend()
-    return importlib.import_module(
-        f"keras_weightmods.backend.{name}.precision"
-    ).full_precision()
+def _matrices(x, contraction_axes, stack_axes):
+    """The matrices of a tensor as a list; one alone is not copied."""
+    if stack_axes:
+        return list(to_stack(x, contraction_axes, stack_axes))
+    return [to_matrix(x, contraction_axes)]
 
 
-def _scores(matrix, how, place, start):
+def _scores(matrix, selection, place, start):
     """What to rank the entries by, and the basis it was computed from."""
-    if how.selection in ("magnitude", "gradient"):
+    if selection.criterion in ("magnitude", "gradient"):
         return ops.abs(matrix), None
-    if how.selection == "random":
-        generator = np.random.default_rng([how.seed, place])
+    if selection.criterion == "random":
+        generator = np.random.default_rng([selection.seed, place])
         return ops.convert_to_tensor(
             generator.random(tuple(matrix.shape), dtype="float32")
         ), None
     rows, columns = matrix.shape
-    rank = how.rank_of_filter(rows, columns)
-    share = how.size(rows, columns) / (rows * columns)
-    method = _method_for(how.method, rows, columns, rank)
+    rank = selection.rank_of_filter(rows, columns)
+    share = selection.size(rows, columns) / (rows * columns)
+    method = choose_method(selection.method, rows, columns, rank)
     if method == "gram" and keras.backend.backend() == "jax":
         from keras_weightmods.backend.jax.compiled_call import compiled
 
@@ -365,7 +281,7 @@ def _scores(matrix, how, place, start):
         find = compiled(_low_rank_scores, static=(1, 2))
         return find(matrix, rank, method)
     return _low_rank_scores(
-        matrix, rank, method, start, how.seed + place, share
+        matrix, rank, method, start, selection.seed + place, share
     )
 
 
@@ -376,22 +292,16 @@ def _low_rank_scores(matrix, rank, method, start=None, seed=0, share=0.05):
     return ops.abs(ops.matmul(left, right)), basis
 
 
-def _method_for(method, rows, columns, rank):
-    side = min(rows, columns)
-    if method == "auto":
-        is_large = side > _LARGE and 8 * rank <= side
-        method = "krylov" if is_large else "gram"
-    return method
-
-
-def _mask_of(scores, how, allowed):
+def _mask_of(scores, selection, allowed):
     rows, columns = scores.shape
-    count = how.size(rows, columns)
-    if how.block > 1:
-        count //= how.block**2
-        scores = _block_sums(scores, how.block)
+    count = selection.size(rows, columns)
+    if selection.block > 1:
+        count //= selection.block**2
+        scores = _block_sums(scores, selection.block)
         if allowed is not None:
-            allowed = _block_sums(ops.cast(allowed, "float32"), how.block) > 0
+            allowed = (
+                _block_sums(ops.cast(allowed, "float32"), selection.block) > 0
+            )
     if allowed is not None:
         there = _count(allowed)
         if there < count:
@@ -402,8 +312,10 @@ def _mask_of(scores, how, allowed):
             )
         scores = ops.where(allowed, scores, ops.cast(-1, scores.dtype))
     mask = _largest(scores, count)
-    if how.block > 1:
-        mask = ops.repeat(ops.repeat(mask, how.block, 0), how.block, 1)
+    if selection.block > 1:
+        mask = ops.repeat(
+            ops.repeat(mask, selection.block, 0), selection.block, 1
+        )
     return mask
 
 
@@ -481,205 +393,6 @@ def _block_sums(x, block):
     return ops.sum(x, axis=(1, 3))
 
 
-def _gram_basis(matrix, rank):
-    """The leading directions of the smaller side, and their images.
-
-    Both as rows. From the Gram matrix of that side.
-    """
-    rows, columns = matrix.shape
-    other = ops.transpose(matrix)
-    gram = ops.matmul(
-        *((matrix, other) if rows <= columns else (other, matrix))
-    )
-    _, vectors = ops.linalg.eigh(gram)
-    basis = ops.transpose(vectors[:, -rank:])
-    return basis, ops.matmul(basis, matrix if rows <= columns else other)
-
-
-def _krylov_basis(matrix, rank, start, seed, share):
-    """The same by block Lanczos; None if half the space was not enough.
-
-    With the rows of Q an orthonormal basis of the Krylov space of `W W^T` and
-    P = Q W, the best approximation within it comes from the eigenvectors of
-    `P P^T`.
-    """
-    rows, columns = matrix.shape
-    side = min(rows, columns)
-    generator = np.random.default_rng(seed)
-    places = _sample(generator, side), _sample(generator, max(rows, columns))
-    if start is None:
-        settled, fewest = _SETTLED, _BLOCKS_LEFT_OUT
-        width = max(2, -(-rank // _BLOCKS_PER_RANK))
-        if width > _LANES:
-            width = -(-width // _LANES) * _LANES
-        noise = generator.normal(size=(width, side)).astype("float32")
-        block = ops.convert_to_tensor(noise)
-    else:
-        settled, fewest = _SETTLED_WARM, _BLOCKS_LEFT_OUT_WARM
-        block = ops.transpose(ops.cast(start, matrix.dtype))
-    width = block.shape[0]
-
-    check = max(2 * rank, (fewest + 1) * width)
-    if 2 * check > side:
-        return None
-    # In both orders, since of a matrix in memory as it is read a product with
-    # few vectors takes half as long. `concatenate`, for torch's is a view.
-    flipped = ops.concatenate([ops.transpose(matrix)], axis=0)
-    forth, back = flipped, matrix
-    if rows > columns:
-        forth, back = back, forth
-
-    basis = ops.zeros((0, side), "float32")  # Q
-    image = ops.zeros((0, max(rows, columns)), "float32")  # P
-    gram = ops.zeros((0, 0), "float32")  # P P^T
-    near: list = []
-    while True:
-        blocks: list = []
-        images: list = []
-        while basis.shape[0] + len(blocks) * width < check:
-            block = _orthonormal(block, near, [basis, *blocks])
-            blocks.append(block)
-            images.append(_images(forth, block))
-            near = [*near[-1:], block]
-            block = _images(back, images[-1])
-        basis = ops.concatenate([basis, *blocks], axis=0)
-        new = ops.concatenate(images, axis=0)
-        image = ops.concatenate([image, new], axis=0)
-        gram = _bordered(gram, _inner(image, new))
-        found = basis.shape[0]
-        _, vectors = ops.linalg.eigh(gram)
-        vectors = ops.transpose(vectors[:, -rank:])
-        left_out = max(fewest, round(_LEFT_OUT * found / width)) * width
-        sides = ops.take(basis, places[0], 1), ops.take(image, places[1], 1)
-        full, short = (
-            _sample_mask(vectors, *sides, size, share)
-            for size in (found, found - left_out)
-        )
-        agreement = np.count_nonzero(full & short) / np.count_nonzero(full)
-        if agreement >= settled:
-            return ops.matmul(vectors, basis), ops.matmul(vectors, image)
-        if 2 * found > side:
-            return None
-        # From how the share that is missing shrinks, in trained matrices and
-        # in random ones: seldom too far, and rarely more than four checks.
-        missing = round(_GROWTH * (settled - agreement) * found)
-        check = min(found + max(left_out, missing), side // 2 + 1)
-
-
-def _images(matrix, vectors):
-    """The products of a matrix with vectors, both as rows."""
-    return ops.transpose(_inner(matrix, vectors))
-
-
-def _sample(generator, size):
-    """Some of the places from 0 to `size`, as a tensor."""
-    count = min(size, math.isqrt(_SAMPLE))
-    places = generator.choice(size, count, replace=False)
-    return ops.convert_to_tensor(np.sort(places).astype("int32"))
-
-
-def _bordered(gram, new):
-    """A symmetric matrix with more rows and columns, of which it has one."""
-    upper = ops.concatenate([gram, new[: gram.shape[0]]], axis=1)
-    return ops.concatenate([upper, ops.transpose(new)], axis=0)
-
-
-def _inner(x, y):
-    """The inner products of the rows of x with those of y."""
-    return ops.tensordot(x, y, axes=[[1], [1]])
-
-
-def _orthonormal(block, near, bases):
-    """The block's part outside of the bases, with orthonormal rows.
-
-    First its part outside of `near`, the last two blocks: in a Krylov space
-    little but rounding is inside of the others. Then as often as it takes until
-    next to nothing was inside: twice where one direction outweighs the others
-    so much that they are next to nothing themselves.
-    """
-    outside = near
-    for _ in range(5):
-        for basis in outside:
-            block = block - ops.matmul(_inner(block, basis), basis)
-        # It is small: the host is the fastest.
-        gram = ops.convert_to_numpy(_inner(block, block))
-        inverse, skew = _inverse_root(gram)
-        block = ops.matmul(ops.convert_to_tensor(inverse), block)
-        # Of the squares of the rows, which were ones or zeros.
-        inside = (1 - np.diag(gram)[np.diag(gram) > 0]).max(initial=0)
-        if outside is bases and inside < 1e-4 and skew < 0.01:
-            break
-        outside = bases
-    return block
-
-
-def _inverse_root(gram):
-    """A matrix A with `A gram A^T = 1`, or nearly where that is singular.
-
-    And how far the rows of which it holds the products were from orthogonal. A
-    row of zeros stays one.
-    """
-    scale = 1 / np.sqrt(np.maximum(np.diag(gram), 1e-30, dtype="float64"))
-    cosines = gram * scale * scale[:, None]
-    skew = np.abs(cosines - np.diag(np.diag(cosines))).max()
-    # More than rounding may have made of eigenvalues of zero.
-    rounding = 1e-6 * len(gram) * np.eye(len(gram))
-    factor = np.linalg.cholesky(cosines + rounding)
-    return (np.linalg.inv(factor) * scale).astype("float32"), skew
-
-
-def _sample_mask(vectors, basis, image, size, share):
-    """The mask in a sample, by the first vectors of the Krylov space."""
-    left, right = (
-        ops.matmul(vectors[:, :size], x[:size]) for x in (basis, image)
-    )
-    scores = ops.abs(ops.tensordot(left, right, axes=[[0], [0]]))
-    scores = ops.convert_to_numpy(scores).reshape(-1)
-    count = max(1, round(share * scores.size))
-    return scores >= np.partition(scores, -count)[-count]
-
-
-def _matrices(kernel, contraction_axes, stack_axes):
-    """The matrices of a kernel, contraction x output, as a list."""
-    stack_axes = tuple(stack_axes)
-    if not stack_axes:
-        return [to_matrix(kernel, contraction_axes)]
-    rank = len(kernel.shape)
-    stacks = [axis % rank for axis in stack_axes]
-    contracted = (
-        (contraction_axes,)
-        if isinstance(contraction_axes, int)
-        else contraction_axes
-    )
-    others = [axis for axis in range(rank) if axis not in stacks]
-    kernel = ops.transpose(kernel, stacks + others)
-    kernel = ops.reshape(kernel, (-1, *kernel.shape[len(stacks) :]))
-    axes = tuple(others.index(axis % rank) for axis in contracted)
-    return [to_matrix(kernel[i], axes) for i in range(kernel.shape[0])]
-
-
-def _kernel_of(matrices, shape, contraction_axes, stack_axes):
-    """Undoes `_matrices`."""
-    stack_axes = tuple(stack_axes)
-    shape = tuple(shape)
-    if not stack_axes:
-        return from_matrix(matrices[0], shape, contraction_axes)
-    rank = len(shape)
-    stacks = [axis % rank for axis in stack_axes]
-    contracted = (
-        (contraction_axes,)
-        if isinstance(contraction_axes, int)
-        else contraction_axes
-    )
-    others = [axis for axis in range(rank) if axis not in stacks]
-    axes = tuple(others.index(axis % rank) for axis in contracted)
-    inner = [shape[axis] for axis in others]
-    kernel = ops.stack([from_matrix(m, inner, axes) for m in matrices])
-    kernel = ops.reshape(kernel, [shape[axis] for axis in stacks] + inner)
-    order = stacks + others
-    return ops.transpose(kernel, [order.index(axis) for axis in range(rank)])
-
-
 def _as_float(x):
     """In float32, also from more bits: where the bisection counts them."""
     x = ops.stop_gradient(ops.cast(ops.convert_to_tensor(x), "float32"))
@@ -694,7 +407,3 @@ def _as_float(x):
 
 def _is_finite(x):
     return bool(ops.convert_to_numpy(ops.all(ops.isfinite(x))))
-
-
-def _is_int(value):
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -1,0 +1,256 @@
+"""The best approximation of a matrix of low rank, exact enough to rank by.
+
+Randomized decompositions with a few power iterations are not among the
+methods: spectra of language models are flat, and half of the entries that they
+put first are others than those of the exact one.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_weightmods.utils import checks
+
+METHODS = ("auto", "gram", "krylov", "exact")
+
+# Below this size the eigendecomposition of the Gram matrix takes less time
+# than the many small products of the Krylov method.
+_LARGE = 1024
+# The mask has settled when it agrees, on this share of a sample, with the mask
+# without the last blocks of the Krylov space, this share of it and at least so
+# many. The method converges faster than linearly: the blocks to come would
+# change less than those did. After a start from near directions there may be
+# one block alone to leave out.
+_SETTLED, _SETTLED_WARM = 0.985, 0.995
+_LEFT_OUT = 0.08
+_BLOCKS_LEFT_OUT, _BLOCKS_LEFT_OUT_WARM = 2, 1
+_SAMPLE = 2**17
+# How much larger a space to look at next, for the share that is missing.
+_GROWTH = 2.8
+# Blocks of a space of the rank. More are narrower, which makes slower
+# products, and need a smaller space.
+_BLOCKS_PER_RANK = 4
+# Products with a matrix are fastest where the other side is a multiple.
+_LANES = 16
+
+
+def low_rank_factors(
+    matrix: Any,
+    rank: int,
+    method: str = "auto",
+    start: Any = None,
+    seed: int = 0,
+    share: float = 0.05,
+) -> tuple[Any, Any]:
+    """Return factors of the best approximation of a matrix of a given rank.
+
+    Args:
+        matrix: Tensor of shape `(m, n)`.
+        rank: Int, at most `min(m, n)`.
+        method: As in `principal_mask`. Defaults to `"auto"`.
+        start: Tensor of shape `(min(m, n), any)`, directions near the leading
+            ones, for `"krylov"`. Defaults to a random start.
+        seed: Int, of the random start. Defaults to 0.
+        share: Float, the share of entries whose places must have settled, for
+            `"krylov"`. Defaults to 0.05.
+
+    Returns:
+        Pair of tensors of shapes `(m, rank)` and `(rank, n)`, whose product is
+        the approximation. The columns of the first are orthonormal where
+        `m <= n`, the rows of the second elsewhere.
+
+    Raises:
+        ValueError: If `rank` or `method` is none of these.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.ops.low_rank import low_rank_factors
+
+    x = np.random.default_rng(0).normal(size=(30, 20)).astype("float32")
+    left, right = low_rank_factors(x, 20)
+    assert np.allclose(np.array(left) @ np.array(right), x, atol=1e-4)
+    ```
+    """
+    rows, columns = matrix.shape
+    checks.check_int("rank", rank, 1, min(rows, columns))
+    checks.check_choice("method", method, METHODS)
+    method = choose_method(method, rows, columns, rank)
+    if method == "exact":
+        u, s, vh = ops.linalg.svd(matrix, full_matrices=False)
+        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+        return (u, s[:, None] * vh) if rows <= columns else (u * s, vh)
+    found = None
+    if method == "krylov":
+        found = _krylov_basis(matrix, rank, start, seed, share)
+    if found is None:
+        found = _gram_basis(matrix, rank)
+    basis, image = found
+    if rows <= columns:
+        return ops.transpose(basis), image
+    return ops.transpose(image), basis
+
+
+def choose_method(method: str, rows: int, columns: int, rank: int) -> str:
+    """Return what `"auto"` stands for, and any other method as it is."""
+    side = min(rows, columns)
+    if method == "auto":
+        is_large = side > _LARGE and 8 * rank <= side
+        method = "krylov" if is_large else "gram"
+    return method
+
+
+def _gram_basis(matrix, rank):
+    """The leading directions of the smaller side, and their images.
+
+    Both as rows. From the Gram matrix of that side.
+    """
+    rows, columns = matrix.shape
+    other = ops.transpose(matrix)
+    gram = ops.matmul(
+        *((matrix, other) if rows <= columns else (other, matrix))
+    )
+    _, vectors = ops.linalg.eigh(gram)
+    basis = ops.transpose(vectors[:, -rank:])
+    return basis, ops.matmul(basis, matrix if rows <= columns else other)
+
+
+def _krylov_basis(matrix, rank, start, seed, share):
+    """The same by block Lanczos; None if half the space was not enough.
+
+    With the rows of Q an orthonormal basis of the Krylov space of `W W^T` and
+    P = Q W, the best approximation within it comes from the eigenvectors of
+    `P P^T`.
+    """
+    rows, columns = matrix.shape
+    side = min(rows, columns)
+    generator = np.random.default_rng(seed)
+    places = _sample(generator, side), _sample(generator, max(rows, columns))
+    if start is None:
+        settled, fewest = _SETTLED, _BLOCKS_LEFT_OUT
+        width = max(2, -(-rank // _BLOCKS_PER_RANK))
+        if width > _LANES:
+            width = -(-width // _LANES) * _LANES
+        noise = generator.normal(size=(width, side)).astype("float32")
+        block = ops.convert_to_tensor(noise)
+    else:
+        settled, fewest = _SETTLED_WARM, _BLOCKS_LEFT_OUT_WARM
+        block = ops.transpose(ops.cast(start, matrix.dtype))
+    width = block.shape[0]
+
+    check = max(2 * rank, (fewest + 1) * width)
+    if 2 * check > side:
+        return None
+    # In both orders, since of a matrix in memory as it is read a product with
+    # few vectors takes half as long. `concatenate`, for torch's is a view.
+    flipped = ops.concatenate([ops.transpose(matrix)], axis=0)
+    forth, back = flipped, matrix
+    if rows > columns:
+        forth, back = back, forth
+
+    basis = ops.zeros((0, side), "float32")  # Q
+    image = ops.zeros((0, max(rows, columns)), "float32")  # P
+    gram = ops.zeros((0, 0), "float32")  # P P^T
+    near: list = []
+    while True:
+        blocks: list = []
+        images: list = []
+        while basis.shape[0] + len(blocks) * width < check:
+            block = _orthonormal(block, near, [basis, *blocks])
+            blocks.append(block)
+            images.append(ops.transpose(_inner(forth, block)))
+            near = [*near[-1:], block]
+            block = ops.transpose(_inner(back, images[-1]))
+        basis = ops.concatenate([basis, *blocks], axis=0)
+        new = ops.concatenate(images, axis=0)
+        image = ops.concatenate([image, new], axis=0)
+        gram = _bordered(gram, _inner(image, new))
+        found = basis.shape[0]
+        _, vectors = ops.linalg.eigh(gram)
+        vectors = ops.transpose(vectors[:, -rank:])
+        left_out = max(fewest, round(_LEFT_OUT * found / width)) * width
+        sides = ops.take(basis, places[0], 1), ops.take(image, places[1], 1)
+        full, short = (
+            _sample_mask(vectors, *sides, size, share)
+            for size in (found, found - left_out)
+        )
+        agreement = np.count_nonzero(full & short) / np.count_nonzero(full)
+        if agreement >= settled:
+            return ops.matmul(vectors, basis), ops.matmul(vectors, image)
+        if 2 * found > side:
+            return None
+        # From how the share that is missing shrinks, in trained matrices and
+        # in random ones: seldom too far, and rarely more than four checks.
+        missing = round(_GROWTH * (settled - agreement) * found)
+        check = min(found + max(left_out, missing), side // 2 + 1)
+
+
+def _sample(generator, size):
+    """Some of the places from 0 to `size`, as a tensor."""
+    count = min(size, math.isqrt(_SAMPLE))
+    places = generator.choice(size, count, replace=False)
+    return ops.convert_to_tensor(np.sort(places).astype("int32"))
+
+
+def _bordered(gram, new):
+    """A symmetric matrix with more rows and columns, of which it has one."""
+    upper = ops.concatenate([gram, new[: gram.shape[0]]], axis=1)
+    return ops.concatenate([upper, ops.transpose(new)], axis=0)
+
+
+def _inner(x, y):
+    """The inner products of the rows of x with those of y."""
+    return ops.tensordot(x, y, axes=[[1], [1]])
+
+
+def _orthonormal(block, near, bases):
+    """The block's part outside of the bases, with orthonormal rows.
+
+    First its part outside of `near`, the last two blocks: in a Krylov space
+    little but rounding is inside of the others. Then as often as it takes until
+    next to nothing was inside: twice where one direction outweighs the others
+    so much that they are next to nothing themselves.
+    """
+    outside = near
+    for _ in range(5):
+        for basis in outside:
+            block = block - ops.matmul(_inner(block, basis), basis)
+        # It is small: the host is the fastest.
+        gram = ops.convert_to_numpy(_inner(block, block))
+        inverse, skew = _inverse_root(gram)
+        block = ops.matmul(ops.convert_to_tensor(inverse), block)
+        # Of the squares of the rows, which were ones or zeros.
+        inside = (1 - np.diag(gram)[np.diag(gram) > 0]).max(initial=0)
+        if outside is bases and inside < 1e-4 and skew < 0.01:
+            break
+        outside = bases
+    return block
+
+
+def _inverse_root(gram):
+    """A matrix A with `A gram A^T = 1`, or nearly where that is singular.
+
+    And how far the rows of which it holds the products were from orthogonal. A
+    row of zeros stays one.
+    """
+    scale = 1 / np.sqrt(np.maximum(np.diag(gram), 1e-30, dtype="float64"))
+    cosines = gram * scale * scale[:, None]
+    skew = np.abs(cosines - np.diag(np.diag(cosines))).max()
+    # More than rounding may have made of eigenvalues of zero.
+    rounding = 1e-6 * len(gram) * np.eye(len(gram))
+    factor = np.linalg.cholesky(cosines + rounding)
+    return (np.linalg.inv(factor) * scale).astype("float32"), skew
+
+
+def _sample_mask(vectors, basis, image, size, share):
+    """The mask in a sample, by the first vectors of the Krylov space."""
+    left, right = (
+        ops.matmul(vectors[:, :size], x[:size]) for x in (basis, image)
+    )
+    scores = ops.abs(ops.tensordot(left, right, axes=[[0], [0]]))
+    scores = ops.convert_to_numpy(scores).reshape(-1)
+    count = max(1, round(share * scores.size))
+    return scores >= np.partition(scores, -count)[-count]

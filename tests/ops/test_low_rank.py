@@ -1,0 +1,30 @@
+"""Factors of low rank against the singular value decomposition."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_weightmods.ops.low_rank import low_rank_factors
+from tests.models import normal
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30)])
+@pytest.mark.parametrize("method", ["gram", "krylov", "exact"])
+def test_factors(shape, method):
+    x = normal(*shape)
+    left, right = low_rank_factors(x, 4, method)
+    u, s, vh = np.linalg.svd(x.astype("float64"), full_matrices=False)
+    expected = (u[:, :4] * s[:4]) @ vh[:4]
+    product = ops.convert_to_numpy(left) @ ops.convert_to_numpy(right)
+    # The Krylov method stops when places have settled, not values.
+    error = np.linalg.norm(product - expected) / np.linalg.norm(expected)
+    assert error < (0.1 if method == "krylov" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((9,), "rank"), ((0,), "rank"), ((2, "svd"), "method")],
+)
+def test_factors_of_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=f"`{message}` must be"):
+        low_rank_factors(normal(8, 12), *arguments)
