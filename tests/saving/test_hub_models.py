@@ -5,21 +5,20 @@ import os
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.saving.container import Reader
-from tests.saving.test_model import make_sparse, states_of
+from tests.models import (
+    assert_same,
+    causal_lm,
+    gpt2_preprocessor,
+    make_sparse,
+    normal,
+    outputs,
+)
+from tests.saving.test_model import randomize_lora, states_of
 
 hub = pytest.importorskip("keras_hub")
-
-SIZES = {
-    "vocabulary_size": 48,
-    "num_layers": 2,
-    "hidden_dim": 16,
-    "intermediate_dim": 32,
-}
-GROUPED = {"num_query_heads": 4, "num_key_value_heads": 2}
 X = {
     "token_ids": np.array([[3, 1, 4, 1, 5, 0]]),
     "padding_mask": np.array([[1, 1, 1, 1, 1, 0]]),
@@ -27,27 +26,16 @@ X = {
 
 
 def llama(**kwargs):
-    backbone = hub.models.LlamaBackbone(**SIZES, **GROUPED, **kwargs)
-    return hub.models.LlamaCausalLM(backbone, preprocessor=None)
-
-
-def gemma():
-    backbone = hub.models.GemmaBackbone(
-        **SIZES,
-        num_query_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        use_post_ffw_norm=True,
-        final_logit_soft_cap=30.0,
-        attention_logit_soft_cap=5.0,
-    )
-    return hub.models.GemmaCausalLM(backbone, preprocessor=None)
+    return causal_lm("llama", num_layers=2, **kwargs)
 
 
 def smollm3():
     # All of its output projections have the path "o_proj/kernel".
     backbone = hub.models.SmolLM3Backbone(
-        **SIZES,
+        vocabulary_size=20,
+        num_layers=2,
+        hidden_dim=16,
+        intermediate_dim=24,
         num_attention_heads=4,
         num_key_value_heads=2,
         attention_bias=False,
@@ -63,42 +51,22 @@ def smollm3():
     return hub.models.SmolLM3CausalLM(backbone, preprocessor=None)
 
 
-def tokenizer():
-    merges = ["a i", "ai r", "p l", "pl a", "n e", "pla ne", "\u0120 a"]
-    words = {*"\u0120airplnetov!", *(m.replace(" ", "") for m in merges)}
-    words = [*sorted(words), "<|endoftext|>"]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    return hub.tokenizers.GPT2Tokenizer(vocabulary, merges)
-
-
-def gpt2(preprocessor=None):
-    backbone = hub.models.GPT2Backbone(
-        **SIZES, num_heads=2, max_sequence_length=8
-    )
-    return hub.models.GPT2CausalLM(backbone, preprocessor=preprocessor)
-
-
-def gpt2_with_tokenizer():
-    preprocessor = hub.models.GPT2CausalLMPreprocessor(
-        tokenizer(), sequence_length=8, add_end_token=False
-    )
-    return gpt2(preprocessor)
-
-
 MODELS = {
     "llama": llama,
     "llama tied": lambda: llama(tie_word_embeddings=True),
     "llama tied bfloat16": lambda: llama(
         tie_word_embeddings=True, dtype="bfloat16"
     ),
-    "gemma": gemma,
-    "gpt2": gpt2,
+    "gemma": lambda: causal_lm(
+        "gemma",
+        num_layers=2,
+        use_post_ffw_norm=True,
+        final_logit_soft_cap=30.0,
+        attention_logit_soft_cap=5.0,
+    ),
+    "gpt2": lambda: causal_lm("gpt2"),
     "smollm3": smollm3,
 }
-
-
-def outputs(model):
-    return ops.convert_to_numpy(model(X))
 
 
 def round_trip(model, path):
@@ -117,19 +85,18 @@ def test_plain_scaled_and_packed(name, tmp_path):
     model = MODELS[name]()
     path = tmp_path / "model"
     loaded = round_trip(model, path)
-    np.testing.assert_array_equal(outputs(loaded), outputs(model))
+    assert_same(outputs(loaded, X), outputs(model, X))
     assert loaded.compiled
     kwm.attach_scaling(model)
-    rng = np.random.default_rng(0)
     for weight in model.weights:
         if weight.name.endswith("_scale"):
-            weight.assign(rng.uniform(0.5, 2, weight.shape))
+            weight.assign(np.exp(normal(*weight.shape)))
     loaded = round_trip(model, path)
     kwm.fold(model)
     make_sparse(model)
     kwm.pack(model, head="int8" if "tied" in name else None)
     loaded = round_trip(model, path)
-    np.testing.assert_array_equal(outputs(loaded), outputs(model))
+    assert_same(outputs(loaded, X), outputs(model, X))
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
@@ -147,31 +114,28 @@ def test_lora_inside_of_a_scaled_model(tmp_path):
     model = llama()
     kwm.attach_scaling(model)
     model.backbone.enable_lora(2)
-    rng = np.random.default_rng(0)
-    for weight in model.weights:
-        if "lora" in weight.name:
-            weight.assign(rng.normal(size=weight.shape))
+    randomize_lora(model)
     loaded = round_trip(model, tmp_path / "model")
     assert len(loaded.trainable_weights) == len(model.trainable_weights)
 
 
 def test_the_tokenizer_comes_back_and_generate_works(tmp_path):
     path = tmp_path / "model"
-    model = gpt2_with_tokenizer()
-    make_sparse(model)
+    preprocessor = gpt2_preprocessor(add_end_token=False)
+    model = make_sparse(causal_lm("gpt2", preprocessor))
     kwm.pack(model, dtype="int8")
     model.compile(sampler="greedy")
     # Before the file is written: it makes parts of the preprocessor.
-    expected = model.generate("air", max_length=6)
+    expected = model.generate("ab", max_length=6)
     kwm.save_model(model, path)
     loaded = kwm.load_model(path)
-    text = "airplane! a"
+    text = "abcd ab"
     np.testing.assert_array_equal(
         loaded.preprocessor.tokenizer(text), model.preprocessor.tokenizer(text)
     )
     assert loaded.preprocessor.get_config() == model.preprocessor.get_config()
     loaded.compile(sampler="greedy")
-    assert loaded.generate("air", max_length=6) == expected
+    assert loaded.generate("ab", max_length=6) == expected
     with Reader(path, "keras_weightmods.model", (1,)) as reader:
         vocabulary = reader.read_json(
             "assets/preprocessor/tokenizer/vocabulary.json"
@@ -188,15 +152,15 @@ class Forgetful(hub.tokenizers.GPT2Tokenizer):
 
 def test_a_preprocessor_that_cannot_be_saved_is_left_out(tmp_path):
     path = tmp_path / "model"
-    good = tokenizer()
+    good = gpt2_preprocessor().tokenizer
     preprocessor = hub.models.GPT2CausalLMPreprocessor(
         Forgetful(good.vocabulary, good.merges), sequence_length=8
     )
-    model = gpt2(preprocessor)
+    model = causal_lm("gpt2", preprocessor)
     with pytest.warns(UserWarning, match=r"preprocessor .* is not saved"):
         kwm.save_model(model, path)
     assert model.preprocessor is preprocessor
     loaded = kwm.load_model(path)
     assert loaded.preprocessor is None
-    np.testing.assert_array_equal(outputs(loaded), outputs(model))
+    assert_same(outputs(loaded, X), outputs(model, X))
     assert os.listdir(tmp_path) == ["model"]
