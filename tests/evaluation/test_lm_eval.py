@@ -1,52 +1,36 @@
 import json
 import types
 
-import keras
 import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from tests.models import causal_lm, gpt2_preprocessor, numpy, randomize
 
-keras_hub = pytest.importorskip("keras_hub")
-
-LETTERS = "abcdefgh"
+pytest.importorskip("keras_hub")
 
 
 @pytest.fixture(scope="module", params=["start token", "no start token"])
 def model(request):
-    keras.utils.set_random_seed(0)
-    special = ["<|endoftext|>"]
-    # "Ġ" is how byte-pair encoding writes a space, "Ċ" a line break.
-    tokens = [*special, *LETTERS, "Ġ", "Ċ", "ab", "Ġab"]
-    tokenizer = keras_hub.tokenizers.GPT2Tokenizer(
-        {token: i for i, token in enumerate(tokens)}, ["a b", "Ġ ab"]
+    preprocessor = gpt2_preprocessor(
+        add_start_token=request.param == "start token"
     )
-    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
-        tokenizer,
-        sequence_length=16,
-        add_start_token=request.param == "start token",
+    model = causal_lm(
+        "gpt2", preprocessor, hidden_dim=8, max_sequence_length=32
     )
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=len(tokens),
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=32,
-        dropout=0.0,
-    )
-    model = keras_hub.models.GPT2CausalLM(backbone, preprocessor)
     model.compile(sampler="top_k")
-    for variable in model.weights:
-        variable.assign(keras.random.normal(variable.shape))
-    return model
+    return randomize(model, scale=1.0)
+
+
+def logits_of(model, tokens):
+    inputs = np.asarray(tokens, dtype="int32")[None]
+    inputs = {"token_ids": inputs, "padding_mask": np.ones_like(inputs)}
+    return numpy(model(inputs))[0].astype("float64")
 
 
 def log_probabilities(model, tokens):
     """Of each token after the first, and whether it is the likeliest."""
-    inputs = np.asarray(tokens[:-1], dtype="int32")[None]
-    logits = model({"token_ids": inputs, "padding_mask": np.ones_like(inputs)})
-    logits = keras.ops.convert_to_numpy(logits)[0].astype("float64")
+    logits = logits_of(model, tokens[:-1])
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     places = np.arange(len(logits))
     return logits[places, tokens[1:]], logits.argmax(-1) == tokens[1:]
@@ -60,11 +44,7 @@ def encode(model, text):
 def greedy(model, tokens, count):
     tokens = list(tokens)
     for _ in range(count):
-        inputs = np.asarray(tokens, dtype="int32")[None]
-        logits = model(
-            {"token_ids": inputs, "padding_mask": np.ones_like(inputs)}
-        )
-        tokens.append(int(keras.ops.argmax(logits[0, -1])))
+        tokens.append(int(logits_of(model, tokens)[-1].argmax()))
     return tokens
 
 

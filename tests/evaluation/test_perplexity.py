@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from tests.models import causal_lm, numpy, randomize, token_net
 
-keras_hub = pytest.importorskip("keras_hub")
+pytest.importorskip("keras_hub")
 
 VOCABULARY = 11
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (5, 7))
@@ -12,27 +13,25 @@ TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (5, 7))
 
 @pytest.fixture(scope="module")
 def model():
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.Llama3Backbone(
+    return randomize(llama(), scale=1.0)
+
+
+def llama(**kwargs):
+    return causal_lm(
+        "llama3",
         vocabulary_size=VOCABULARY,
-        num_layers=1,
-        num_query_heads=2,
-        num_key_value_heads=1,
         hidden_dim=8,
         intermediate_dim=8,
         tie_word_embeddings=True,
+        **kwargs,
     )
-    model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
-    for variable in model.weights:
-        variable.assign(keras.random.normal(variable.shape))
-    return model
 
 
 def logits_of(model, tokens):
     tokens = np.asarray(tokens, dtype="int32")[None]
     if hasattr(model, "backbone"):
         tokens = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-    return keras.ops.convert_to_numpy(model(tokens))[0].astype("float64")
+    return numpy(model(tokens))[0].astype("float64")
 
 
 def reference_losses(model, text, length=1024, stride=None):
@@ -91,27 +90,20 @@ def test_packed_model(model):
     assert measure(TOKENS, verbose=0) == pytest.approx(before, rel=1e-5)
 
 
-def sequential(length=None):
-    return keras.Sequential(
-        [
-            keras.Input((length,), dtype="int32"),
-            keras.layers.Embedding(VOCABULARY, 4),
-            keras.layers.Dense(VOCABULARY),
-        ]
-    )
+def plain(length=None):
+    return token_net(VOCABULARY, 4, length)
 
 
 def with_soft_cap():
-    tokens = keras.Input((None,), dtype="int32")
-    x = keras.layers.Embedding(VOCABULARY, 4)(tokens)
-    x = keras.layers.Dense(VOCABULARY)(x)
-    return keras.Model(tokens, keras.ops.tanh(x / 2.0) * 2.0)
+    model = plain()
+    capped = keras.ops.tanh(model.outputs[0] / 2.0) * 2.0
+    return keras.Model(model.inputs[0], capped)
 
 
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()
-        self.inner = sequential()
+        self.inner = plain()
 
     def call(self, tokens):
         return self.inner(tokens)
@@ -119,7 +111,7 @@ class Subclassed(keras.Model):
 
 @pytest.mark.parametrize(
     "make",
-    [sequential, lambda: sequential(9), with_soft_cap, Subclassed],
+    [plain, lambda: plain(9), with_soft_cap, Subclassed],
     ids=["sequential", "fixed length", "soft cap", "subclassed"],
 )
 def test_other_models(make):
@@ -157,15 +149,7 @@ def test_logits_of_few_positions_are_held(model):
 
 
 def test_windows_are_no_longer_than_positions_are_embedded():
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=VOCABULARY,
-        num_layers=1,
-        num_heads=1,
-        hidden_dim=4,
-        intermediate_dim=4,
-        max_sequence_length=6,
-    )
-    model = keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+    model = causal_lm("gpt2", vocabulary_size=VOCABULARY, max_sequence_length=6)
     text = np.random.default_rng(0).integers(0, VOCABULARY, 15)
     (loss,) = kwm.Perplexity(model).losses([text], verbose=0)
     expected = reference_losses(model, text, length=6).mean()
@@ -187,7 +171,7 @@ class Words:
 
 
 def test_strings_get_the_start_token_of_the_preprocessor(monkeypatch):
-    model = sequential()
+    model = plain()
     object.__setattr__(model, "preprocessor", Words())
     texts = ["one three a", "", "two"]
     tokens = [[1, 3, 5, 1], [1], [1, 3]]
@@ -203,10 +187,7 @@ def test_strings_get_the_start_token_of_the_preprocessor(monkeypatch):
 
 
 def test_half_precision(model):
-    config = model.backbone.get_config()
-    config.update(dtype="bfloat16", tie_word_embeddings=True)
-    backbone = keras_hub.models.Llama3Backbone(**config)
-    half = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    half = llama(dtype="bfloat16")
     half.set_weights(model.get_weights())
     expected = kwm.perplexity(model, TOKENS, verbose=0)
     value = kwm.perplexity(half, TOKENS, verbose=0)
