@@ -8,7 +8,6 @@ from tests import layout
 ROOT = pathlib.Path(keras_weightmods.__file__).parent
 
 
-@pytest.mark.xfail(reason="signature files construct signatures")
 def test_a_file_imports_only_from_floors_below_its_own():
     assert layout.problems(ROOT, {"keras_weightmods.version"}) == []
 

@@ -356,6 +356,11 @@ def applied_steps(optimizer: Any) -> keras.Variable:
     return optimizer._iterations
 
 
+def given_learning_rate(optimizer: Any) -> Any:
+    """Return the schedule, if there is one; `learning_rate` is its value."""
+    return optimizer._learning_rate
+
+
 def decays(optimizer: Any, variable: Any) -> bool:
     """Return whether an optimizer applies weight decay to a variable."""
     return optimizer._use_weight_decay(variable)

@@ -232,11 +232,15 @@ def resolve_targets(
     from keras_weightmods.core.targets import resolve_targets
 
     model = keras.Sequential(
-        [keras.Input((8,)), keras.layers.Dense(4), keras.layers.Dense(2)]
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(4),
+            keras.layers.Dense(2, name="head"),
+        ]
     )
     first, second = resolve_targets(model)
     assert resolve_targets(model, [second])[0] is second
-    assert resolve_targets(model, "dense_1")[0].path == second.path
+    assert resolve_targets(model, "head/")[0].path == second.path
     ```
     """
     given = isinstance(targets, (list, tuple, Targets))

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.core import keras_private
 from keras_weightmods.ops.matrix import to_matrix
 from keras_weightmods.sparsity.adam_s_targets import Spec
 
@@ -58,7 +59,7 @@ def _travel_allowed(optimizer):
     total = optimizer.total_steps
     steps = np.unique(np.linspace(0, total - 1, 200).round().astype("int64"))
     batches = optimizer.gradient_accumulation_steps or 1
-    schedule = getattr(optimizer, "_learning_rate", None)
+    schedule = keras_private.given_learning_rate(optimizer)
     if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
         rates = [schedule(int(step) * batches) for step in steps]
     else:

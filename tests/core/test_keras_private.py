@@ -91,7 +91,6 @@ def touched(tree, own=()):
                 yield node.args[1].value
 
 
-@pytest.mark.xfail(reason="AdamS reads its learning rate")
 def test_private_keras_is_in_one_file():
     trees = {
         file.relative_to(ROOT).as_posix(): ast.parse(file.read_text())
