@@ -71,7 +71,7 @@ def input_norms(
     counts = [0] * len(targets)
     used = None
 
-    def see(index, reader, inputs):
+    def see(index: int, reader: InputReader, inputs: Any) -> None:
         rows, count = reader.rows(inputs, used)
         squares = ops.mean(ops.sum(ops.square(rows), axis=1), axis=0)
         squares = ops.convert_to_numpy(squares).astype("float64")
@@ -142,7 +142,7 @@ class InputReader:
     """
 
     arrange: Callable[[Any], tuple[Any, int]]
-    layout: tuple
+    layout: tuple[Any, ...]
     stacks: int = 1
 
     @classmethod
@@ -187,8 +187,7 @@ def inputs_seen(
     """Call `record(inputs)` before each call of `layer` in a scope."""
     # Keras passes the inputs by keyword if the caller did.
     return keras_private.calls_seen(
-        layer,
-        lambda *args, **kwargs: record([*args, *kwargs.values()][0]),
+        layer, lambda *args, **kwargs: record([*args, *kwargs.values()][0])
     )
 
 
@@ -196,7 +195,7 @@ def used_positions(sample_weight: Any) -> np.ndarray | None:
     """Return where weights are not 0; None if there are none or several."""
     if sample_weight is None or keras.tree.is_nested(sample_weight):
         return None
-    used = ops.convert_to_numpy(sample_weight) != 0
+    used: np.ndarray = ops.convert_to_numpy(sample_weight) != 0
     return used[..., 0] if used.ndim > 1 and used.shape[-1] == 1 else used
 
 
@@ -212,7 +211,7 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
-def _einsum_reader(layer, target):
+def _einsum_reader(layer: Any, target: Target) -> InputReader:
     operands, output = layer.equation.replace(" ", "").split("->")
     inputs, kernel = operands.split(",")
     before, _, after = inputs.partition("...")
@@ -229,7 +228,7 @@ def _einsum_reader(layer, target):
     )
     stacks = math.prod(target.shape[axis] for axis in target.stack_axes)
 
-    def arrange(x):
+    def arrange(x: Any) -> tuple[Any, int]:
         rank = len(x.shape)
         last, middle, gone = ([i % rank for i in axes] for axes in layout)
         rest = [i for i in range(rank) if i not in last + middle + gone]
@@ -243,11 +242,11 @@ def _einsum_reader(layer, target):
     return InputReader(arrange, layout, stacks)
 
 
-def _convolution_reader(layer, target):
+def _convolution_reader(layer: Any, target: Target) -> InputReader:
     # One matrix for each group, or for each channel of a depthwise kernel.
     stacks = getattr(layer, "groups", None) or target.shape[layer.rank]
 
-    def arrange(x):
+    def arrange(x: Any) -> tuple[Any, int]:
         if layer.data_format == "channels_first":
             x = ops.moveaxis(x, 1, -1)
         patches = _patches(x, layer)
@@ -269,7 +268,7 @@ def _convolution_reader(layer, target):
     return InputReader(arrange, layout, stacks)
 
 
-def _patches(x, layer):
+def _patches(x: Any, layer: Any) -> Any:
     """Return what output positions see: (batch, positions, taps, channels)."""
     rank = layer.rank
     geometry = list(

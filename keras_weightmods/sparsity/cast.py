@@ -204,7 +204,8 @@ class CAST(LogitsDistiller):
     def adam_s(self) -> AdamS:
         """The `AdamS` in `optimizer`, also inside a loss-scaling wrapper."""
         optimizer: Any = getattr(self, "optimizer", None)
-        return getattr(optimizer, "inner_optimizer", optimizer)
+        inner: AdamS = getattr(optimizer, "inner_optimizer", optimizer)
+        return inner
 
     def compile(
         self, optimizer: Any = None, loss: Any = None, **kwargs: Any
@@ -267,7 +268,7 @@ class CAST(LogitsDistiller):
         if self._run.random_stream is not None:
             step = self.train_function
 
-            def train_function(data):
+            def train_function(data: Any) -> Any:
                 with self._run.random_stream.active():
                     return step(data)
 
@@ -305,7 +306,7 @@ class CAST(LogitsDistiller):
             self.student, kwargs.pop("validation_data", None)
         )
 
-        def count_batches(epochs):
+        def count_batches(epochs: int) -> int:
             steps = kwargs.get("steps_per_epoch")
             split = kwargs.get("validation_split", 0.0)
             return epochs * (steps or _batch_count(x, batch_size, split))
@@ -335,7 +336,9 @@ class CAST(LogitsDistiller):
             **kwargs,
         )
 
-    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any):
+    def evaluate(
+        self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Evaluate as `keras.Model` does; takes raw strings as `fit` does."""
         x, y, sample_weight = preprocess(
             self.student, x, y, kwargs.pop("sample_weight", None)

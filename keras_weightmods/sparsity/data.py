@@ -14,7 +14,7 @@ from keras import ops
 
 def preprocess(
     model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None
-) -> tuple[Any, Any, Any]:
+) -> Any:
     """Turn raw strings into what the model takes; leave all else alone.
 
     Args:

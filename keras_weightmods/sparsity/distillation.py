@@ -263,7 +263,7 @@ def _warn_about_outputs(model: keras.Model) -> None:
         )
 
 
-def _in_order_of(names: Any, outputs: Any, own_names: Any) -> list[Any]:
+def _in_order_of(names: Any, outputs: Any, own_names: Any) -> Any:
     """Return the leaves of `outputs`, by name where the names are the same."""
     leaves = keras.tree.flatten(outputs)
     if own_names and sorted(own_names) == sorted(names or ()):

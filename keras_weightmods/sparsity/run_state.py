@@ -5,6 +5,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_weightmods.backend import backend_module
+
 
 class RunState:
     """The length of a run, whether it is started, and its random numbers.
@@ -27,11 +29,7 @@ class RunState:
         self.planned_batches: int | None = None
         self.random_stream: Any = None
         if keras.backend.backend() == "torch":
-            from keras_weightmods.backend.torch.random_stream import (
-                RandomStream,
-            )
-
-            self.random_stream = RandomStream()
+            self.random_stream = backend_module("random_stream").RandomStream()
 
     def save(self, store: Any) -> None:
         """Write the state into a store of `save_own_variables`."""

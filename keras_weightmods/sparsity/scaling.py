@@ -11,10 +11,7 @@ from keras import ops
 from keras_weightmods.core import seam
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.ops.matrix import from_matrix, to_matrix
-from keras_weightmods.ops.nm import (
-    Pattern,
-    parse_pattern,
-)
+from keras_weightmods.ops.nm import Pattern, parse_pattern
 from keras_weightmods.utils import checks
 
 
@@ -99,7 +96,7 @@ def attach_scaling(
     checks.check_int("groups", groups, 1)
     _, m = parse_pattern(pattern)
 
-    def make_item(target):
+    def make_item(target: Target) -> Scaling:
         fitting = (
             count
             for count in range(groups, 0, -1)

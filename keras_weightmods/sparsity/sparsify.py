@@ -291,7 +291,7 @@ class OneShot:
         )
         kernels: list[SparsifiedKernel] = []
 
-        def visit(group, moment, note=""):
+        def visit(group: list[Target], moment: Any, note: str = "") -> None:
             for kernel in self._pruned(group, moment, note):
                 kernels.append(kernel)
                 error = kernel.error
