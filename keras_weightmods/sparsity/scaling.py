@@ -25,7 +25,7 @@ class ScaledKernel:
     scale: keras.Variable
 
     @property
-    def detail(self):
+    def detail(self) -> str:
         """String, for a report."""
         return f"scales for {self.groups} groups"
 
@@ -96,7 +96,7 @@ def attach_scaling(
     checks.check_int("groups", groups, 1)
     _, m = parse_pattern(pattern)
 
-    def make_item(target: Target) -> Scaling:
+    def make_item(target: Target) -> Scaling | str:
         fitting = (
             count
             for count in range(groups, 0, -1)
