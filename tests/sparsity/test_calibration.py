@@ -1,5 +1,4 @@
 import keras
-import keras_hub
 import numpy as np
 import pytest
 from keras import ops
@@ -12,6 +11,7 @@ from keras_weightmods.sparsity.calibration import (
     input_norms,
 )
 from keras_weightmods.sparsity.scaling import attach_scaling
+from tests.models import causal_lm, normal
 
 
 def root_mean_square(x, kept):
@@ -19,10 +19,6 @@ def root_mean_square(x, kept):
     x = np.moveaxis(np.asarray(x, "float64"), kept, range(len(kept)))
     x = x.reshape(*x.shape[: len(kept)], -1)
     return np.sqrt((x**2).mean(axis=-1)).reshape(-1)
-
-
-def normal(shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
 def norms_over(model, *batches):
@@ -43,7 +39,7 @@ def test_dense_over_several_batches():
             keras.layers.Dense(2),
         ]
     )
-    batches = [normal((2, 3, 4)), normal((5, 3, 4), 1) * 3]
+    batches = [normal(2, 3, 4), normal(5, 3, 4, seed=1) * 3]
     x = np.concatenate(batches)
     before = [ops.convert_to_numpy(v) for v in model.weights]
     norms = norms_over(model, *batches)
@@ -73,7 +69,7 @@ def test_dense_over_several_batches():
 def test_einsum_dense(equation, output_shape, input_shape, kept):
     layer = keras.layers.EinsumDense(equation, output_shape)
     model = keras.Sequential([keras.Input(input_shape), layer])
-    x = normal((7, *input_shape))
+    x = normal(7, *input_shape)
     (norms,) = norms_over(model, x[:4], x[4:])
     np.testing.assert_allclose(norms, root_mean_square(x, kept), rtol=1e-5)
 
@@ -86,7 +82,7 @@ def test_convolutions():
             keras.layers.Conv2D(8, 1, groups=2, data_format="channels_last"),
         ]
     )
-    x = normal((2, 6, 6, 4))
+    x = normal(2, 6, 6, 4)
     norms = norms_over(model, x)
     # Each tap sees all but the rows and columns that it does not get to.
     expected = [
@@ -129,10 +125,10 @@ LAYERS = [
 def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
     model = keras.Sequential([keras.Input(shape), layer])
     (target,) = find_targets(model, depthwise=True)
-    x = normal((3, *shape))
+    x = normal(3, *shape)
     reader = InputReader.of(target)
     rows, count = reader.rows(x)
-    kernel = normal(target.shape, 1)
+    kernel = normal(*target.shape, seed=1)
     target.variable.assign(kernel)
     axes = target.contraction_axes, target.stack_axes
     matrices = to_stack(kernel, *axes, reader.stacks)
@@ -153,16 +149,8 @@ def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
 
 
 def test_a_nested_model_with_and_without_scales():
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.LlamaBackbone(
-        vocabulary_size=16,
-        num_layers=1,
-        num_query_heads=2,
-        num_key_value_heads=1,
-        hidden_dim=8,
-        intermediate_dim=12,
-    )
-    model = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+    model = causal_lm(hidden_dim=8, intermediate_dim=12)
+    backbone = model.backbone
     x = {
         "token_ids": np.arange(12, dtype="int32").reshape(2, 6),
         "padding_mask": np.ones((2, 6), "int32"),
@@ -207,7 +195,7 @@ class ByKeyword(keras.layers.Layer):
 
 def test_inputs_by_keyword():
     model = keras.Sequential([keras.Input((4,)), ByKeyword()])
-    x = normal((5, 4))
+    x = normal(5, 4)
     (norms,) = norms_over(model, x)
     np.testing.assert_allclose(norms, root_mean_square(x, [1]), rtol=1e-5)
     assert_untouched(model)
@@ -222,7 +210,7 @@ def test_positions_of_weight_zero_are_left_out():
             keras.layers.Dense(2),
         ]
     )
-    x = normal((4, 3, 4))
+    x = normal(4, 3, 4)
     weight = np.array([[1, 1, 0], [1, 0, 0], [2, 1, 1], [0, 0, 0]], "float32")
     padded = np.where(weight[..., None] != 0, x, np.nan)
     pairs = [(padded[:3], weight[:3]), (x[3:], weight[3:])]
@@ -264,7 +252,7 @@ def test_an_error_leaves_no_trace():
 
     broken.call = fail
     with pytest.raises(RuntimeError, match="broken"):
-        norms_over(model, normal((2, 4)))
+        norms_over(model, normal(2, 4))
     assert "call" not in vars(model.layers[0])
 
 

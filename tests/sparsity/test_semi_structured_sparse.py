@@ -7,6 +7,7 @@ from keras_weightmods.ops import nm_mask, nm_project, nm_violations
 from keras_weightmods.sparsity.semi_structured_sparse import (
     SemiStructuredSparse,
 )
+from tests.models import backbone, numpy
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 8)).astype("float32")
@@ -57,10 +58,6 @@ def step(model, optimizer):
         for v in model.trainable_variables
     ]
     optimizer.apply(gradients, model.trainable_variables)
-
-
-def numpy(x):
-    return np.array(keras.ops.convert_to_numpy(getattr(x, "value", x)))
 
 
 def violations(kernel, n, axis=0):
@@ -357,16 +354,8 @@ def test_attach_takes_hold_of_a_model_trained_before():
 
 
 def test_attach_to_a_keras_hub_llama():
-    keras_hub = pytest.importorskip("keras_hub")
-    keras.utils.set_random_seed(3)
-    model = keras_hub.models.LlamaBackbone(
-        vocabulary_size=11,
-        num_layers=2,
-        num_query_heads=2,
-        num_key_value_heads=1,
-        hidden_dim=8,
-        intermediate_dim=12,
-    )
+    pytest.importorskip("keras_hub")
+    model = backbone(num_layers=2, hidden_dim=8, intermediate_dim=12)
     report = SemiStructuredSparse.attach(model)
     assert len(report.kernels) == 14
     step(model, keras.optimizers.Adam(0.1))

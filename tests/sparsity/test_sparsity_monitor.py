@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
+from tests.models import mlp, normal
 
 
 class CountingMonitor(kwm.SparsityMonitor):
@@ -33,25 +34,14 @@ class BatchLogs(keras.callbacks.Callback):
         self.logs.append(dict(logs))
 
 
-def make_model():
-    keras.utils.set_random_seed(0)
-    return keras.Sequential(
-        [
-            keras.Input((8,)),
-            keras.layers.Dense(16, activation="relu"),
-            keras.layers.Dense(4),
-        ]
-    )
-
-
 def make_data():
-    x = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+    x = normal(32, 8)
     return x, np.sin(3 * x[:, :4])
 
 
 def test_values_and_logs(tmp_path):
     x, y = make_data()
-    model = make_model()
+    model = mlp()
     model.compile(
         kwm.AdamS(0.05, total_steps=24, decay="relative", mask_every=2), "mse"
     )
@@ -102,7 +92,7 @@ def test_values_and_logs(tmp_path):
 
 def test_with_loss_scaling():
     x, y = make_data()
-    model = make_model()
+    model = mlp()
     optimizer = kwm.AdamS(0.05, total_steps=2, decay="relative")
     model.compile(keras.optimizers.LossScaleOptimizer(optimizer), "mse")
     history = model.fit(
@@ -115,7 +105,7 @@ def test_with_loss_scaling():
 @pytest.mark.parametrize("optimizer", ["adam", None])
 def test_another_optimizer(optimizer):
     x, y = make_data()
-    model = make_model()
+    model = mlp()
     model.compile(optimizer or keras.optimizers.SGD(), "mse")
     with pytest.raises(ValueError, match="`AdamS`"):
         model.fit(x, y, verbose=0, callbacks=[kwm.SparsityMonitor()])
