@@ -24,12 +24,13 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods import native
+from keras_weightmods.utils import checks
 
 _COLUMNS = 16
 _ROWS = 32
 _SLOTS = 16
 
-_VALUE_TYPES = ("float32", "bfloat16", "int8")
+VALUE_TYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,11 +130,7 @@ def packed_arrays(shape, dtype):
             "`shape` must be a pair (K, N) of ints, the contraction and the "
             f"outputs. Received: shape={shape!r}"
         )
-    if dtype not in _VALUE_TYPES:
-        raise ValueError(
-            "`dtype` must be 'float32', 'bfloat16' or 'int8'. Received: "
-            f"dtype={dtype!r}"
-        )
+    checks.check_choice("dtype", dtype, VALUE_TYPES)
     rows, columns = -(-shape[0] // _ROWS), -(-shape[1] // _COLUMNS)
     values = {
         "float32": (columns, rows * _SLOTS, _COLUMNS),

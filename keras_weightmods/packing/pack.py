@@ -3,22 +3,31 @@
 import collections
 import math
 import re
+from typing import Any
 
+import keras
 from keras import ops
 
 from keras_weightmods import native
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.targets import Skipped, Target, resolve_targets
 from keras_weightmods.ops.nm import nm_violations
+from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from keras_weightmods.packing import packed_dense, packed_embedding
+from keras_weightmods.packing.packed_parameters import PackedParameters
 from keras_weightmods.packing.report import PackedWeight, PackReport
-from keras_weightmods.utils.checks import check_model
-
-_KINDS = packed_dense.PackedKernel, packed_embedding.PackedEmbedding
+from keras_weightmods.utils import checks
 
 
-def pack(model, dtype=None, targets=None, head=None, trainable=False):
-    """Packs the 2:4 kernels of a finished model, in place.
+def pack(
+    model: keras.layers.Layer,
+    dtype: str | None = None,
+    *,
+    targets: Any = None,
+    head: str | None = None,
+    trainable: bool = False,
+) -> PackReport:
+    """Pack the 2:4 kernels of a finished model, in place.
 
     The Dense and EinsumDense kernels that are exactly 2:4 are replaced by
     their kept values and two bits for the place of each: 0.53 times the bytes
@@ -46,9 +55,10 @@ def pack(model, dtype=None, targets=None, head=None, trainable=False):
             `"int8"` rounds to multiples of max |w| / 127, one scale for each
             output unit. By default, `None`, they are kept as they are:
             bfloat16 for a bfloat16 kernel, float32 for any other.
-        targets: A list from `find_targets(model)`, or `None` for all. Those
-            that are no kernels of Dense or EinsumDense, or do not divide
-            into groups of four, are skipped and reported.
+        targets: `Targets`, a list of `Target`, or what `find_targets` takes
+            as `include`; `None` for all. Those that are no kernels of Dense
+            or EinsumDense, or do not divide into groups of four, are skipped
+            and reported.
         head: `"int8"` rounds the embeddings that serve as the head as well
             (`keras.layers.ReversibleEmbedding` with tied weights, as in
             KerasHub's language models) and serves both the look-up and the
@@ -84,19 +94,15 @@ def pack(model, dtype=None, targets=None, head=None, trainable=False):
     ```
     """
     packed_dense.check_values("float32" if dtype is None else dtype, trainable)
-    if head not in (None, "int8"):
-        raise ValueError(
-            "`head` must be None or 'int8', the type of the table that "
-            f"serves the embedding and the head. Received: head={head!r}"
-        )
+    checks.check_choice("head", head, (None, "int8"))
     resolved = resolve_targets(model, targets)
     shared = _shared_variables(model)
-    kernels, left = _sort_out(resolved, packed_dense.obstacle, shared)
+    kernels, left = _sort_out(resolved, packed_dense.reason_to_skip, shared)
     skipped = [*resolved.skipped, *left]
     tables: list[Target] = []
     if head is not None:
         found = packed_embedding.find_embeddings(model)
-        tables, left = _sort_out(found, packed_embedding.obstacle, shared)
+        tables, left = _sort_out(found, packed_embedding.reason_to_skip, shared)
         paths = {target.path for target in found}
         skipped = [s for s in skipped if s.path not in paths] + left
     if not tables and (head is not None or not kernels):
@@ -116,7 +122,7 @@ def pack(model, dtype=None, targets=None, head=None, trainable=False):
     seam.check_unattached(model, items)
     _check_kernels(items[: len(kernels)])
     _check_finite(item for item in items if item.value_dtype == "int8")
-    reason = packed_dense.reason_for_dense()
+    reason = reason_for_dense()
     if reason:
         native.warn_dense(reason)
     before = _model_bytes(model)
@@ -126,8 +132,8 @@ def pack(model, dtype=None, targets=None, head=None, trainable=False):
     )
 
 
-def unpack(model):
-    """Gives a packed model its dense weights back, in place.
+def unpack(model: keras.layers.Layer) -> PackReport:
+    """Give a packed model its dense weights back, in place.
 
     They are bit for bit what was packed where the values are float32, or
     bfloat16 of a bfloat16 kernel; otherwise what rounding made of it. (A
@@ -158,17 +164,17 @@ def unpack(model):
         assert np.array_equal(old, new)
     ```
     """
-    check_model(model)
+    checks.check_model(model)
     before = _model_bytes(model)
-    items = seam.fold(model, _KINDS)
+    items = seam.fold(model, PackedParameters)
     return PackReport(tuple(map(_row, items)), (), before, _model_bytes(model))
 
 
-def _sort_out(targets, obstacle, shared):
+def _sort_out(targets, reason_to_skip, shared):
     """Those that can be packed, and the others as `Skipped`."""
     packable, skipped = [], []
     for target in targets:
-        reason = obstacle(target)
+        reason = reason_to_skip(target)
         if reason is None and id(target.variable) in shared:
             reason = "shared by several layers"
         if reason is None:

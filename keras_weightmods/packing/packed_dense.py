@@ -1,16 +1,15 @@
 """Dense and EinsumDense with a packed 2:4 kernel."""
 
-import math
-import re
-import string
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.backend import backend_module
 from keras_weightmods.core import seam
 from keras_weightmods.native.packed import (
+    VALUE_TYPES,
     Packed,
     pack_kernel,
     packed_arrays,
@@ -18,24 +17,21 @@ from keras_weightmods.native.packed import (
     unpack_tensor,
 )
 from keras_weightmods.ops.matrix import from_matrix, stack_shape, to_matrix
-from keras_weightmods.ops.sparse_matmul import (
-    gpu_plan,
-    reason_for_dense,
-    sparse_matmul,
+from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
+from keras_weightmods.packing.packed_parameters import PackedParameters
+from keras_weightmods.packing.product import (
+    PackedProduct,
+    equation_of,
+    is_matrix_product,
+    lora_product,
 )
+from keras_weightmods.utils import checks
 
 
-def check_values(dtype, trainable):
-    """Raises ValueError unless such values can be packed."""
-    if dtype not in ("float32", "bfloat16", "int8"):
-        raise ValueError(
-            "`dtype` must be None, 'float32', 'bfloat16' or 'int8', the type "
-            f"of the kept values. Received: dtype={dtype!r}"
-        )
-    if not isinstance(trainable, bool):
-        raise ValueError(
-            f"`trainable` must be a bool. Received: trainable={trainable!r}"
-        )
+def check_values(dtype: str, trainable: bool) -> None:
+    """Raise ValueError unless such values can be packed."""
+    checks.check_choice("dtype", dtype, VALUE_TYPES)
+    checks.check_bool("trainable", trainable)
     if trainable and dtype != "float32":
         raise ValueError(
             "Only float32 values can be trained. Received: trainable=True, "
@@ -43,17 +39,13 @@ def check_values(dtype, trainable):
         )
 
 
-def packed_kernel(target, dtype, trainable=False):
-    """The `PackedKernel` of a target, of the class to use here."""
+def packed_kernel(target: Any, dtype: str, trainable: bool = False) -> Any:
+    """Return the `PackedKernel` of a target, of the class to use here."""
     kernel_class: type[PackedKernel] = PackedKernel
     # Training changes the values in each step: nothing to prepare once.
     if not trainable:
         plan = gpu_plan(
-            stack_shape(
-                target.shape, target.contraction_axes, target.stack_axes
-            )[1:],
-            target.layer.compute_dtype,
-            dtype,
+            _matrix_shape(target), target.layer.compute_dtype, dtype
         )
         if reason_for_dense() or (plan and not plan.is_sparse):
             kernel_class = UnpackedKernel
@@ -62,8 +54,8 @@ def packed_kernel(target, dtype, trainable=False):
     return kernel_class(target, dtype, trainable)
 
 
-def obstacle(target):
-    """Says why a kernel cannot be packed; None if it can."""
+def reason_to_skip(target: Any) -> str | None:
+    """Return why a kernel cannot be packed; None if it can."""
     layer = target.layer
     # A layer with a call of its own may do anything with its kernel.
     if target.attribute != "kernel" or type(layer).call not in (
@@ -82,26 +74,19 @@ def obstacle(target):
         )
     if target.variable.dtype == "float64":
         return "float64, where packed values have float32 at most"
-    if not _Product.knows(equation_of(layer)):
+    if not is_matrix_product(equation_of(layer)):
         return f"its equation {layer.equation!r} is more than a matrix product"
     return seam.reason_to_skip(target)
 
 
-def equation_of(layer):
-    """The einsum equation of a Dense or EinsumDense."""
-    if isinstance(layer, keras.layers.Dense):
-        return "...a,ab->...b"
-    return layer.equation.replace(" ", "")
-
-
-class PackedDenseCall:
+class _PackedDenseCall:
     """The `call` of a Dense or EinsumDense with a packed kernel."""
 
     def call(self: Any, inputs, training=None):
         item = seam.reparameterization(self, "kernel")
         x = item.product(inputs, item.packed)
         if self.lora_enabled:
-            x = ops.add(x, _lora_product(self, inputs))
+            x = ops.add(x, lora_product(self, inputs))
         if self.bias is not None:
             x = ops.add(x, self.bias)
         if self.activation is not None:
@@ -109,30 +94,26 @@ class PackedDenseCall:
         return x
 
 
-class PackedKernel(seam.Reparameterization):
+class PackedKernel(PackedParameters):
     """A kernel as packed values and their places.
 
     Args:
-        target: `Target`, without an `obstacle`.
+        target: `Target` without a `reason_to_skip`.
         dtype: String, type of the kept values.
         trainable: Bool, whether the values are trained.
     """
 
     name = "packed"
-    finish = "unpack(model)"
-    keeps_stored = False
     pattern = "2:4"
-    mixin: type | None = PackedDenseCall
+    mixin: type | None = _PackedDenseCall
 
     def __init__(self, target, dtype, trainable=False):
         super().__init__(target)
-        self.matrix_shape = stack_shape(
-            target.shape, target.contraction_axes, target.stack_axes
-        )[1:]
+        self.matrix_shape = _matrix_shape(target)
         self.value_dtype = dtype
         self.trainable = trainable
         self.arrays = packed_arrays(self.matrix_shape, dtype)
-        self.product = _Product(
+        self.product = PackedProduct(
             equation_of(target.layer), target.contraction_axes, target.shape
         )
         self.packed: Packed | None = None
@@ -142,7 +123,7 @@ class PackedKernel(seam.Reparameterization):
 
     @classmethod
     def from_config(cls, target, config):
-        reason = obstacle(target)
+        reason = reason_to_skip(target)
         if reason is not None:
             raise ValueError(f"{target.path!r} cannot be packed: {reason}")
         if set(config) != {"dtype", "trainable"}:
@@ -157,24 +138,11 @@ class PackedKernel(seam.Reparameterization):
 
     def create_parameters(self, add_weight):
         packed = None if self.is_empty else self.pack(self.target.variable)
-        for name, (shape, dtype) in self.arrays.items():
-            add_weight(
-                name=self._key(name),
-                shape=shape,
-                dtype=dtype,
-                initializer=Given(getattr(packed, name, None)),
-                trainable=self.trainable and name == "values",
-                # Half precision would change what was packed.
-                autocast=False,
-            )
-        values, meta, *scale = self.parameters
-        self.packed = Packed(
-            values,
-            meta,
-            scale[0] if scale else None,
-            self.matrix_shape,
-            self.value_dtype,
-        )
+        for name, spec in self.arrays.items():
+            trainable = self.trainable and name == "values"
+            array = getattr(packed, name, None)
+            self.add(add_weight, name, spec, array, trainable=trainable)
+        self.packed = self.packed_of(*self.parameters)
 
     def effective(self, stored):
         del stored
@@ -189,14 +157,18 @@ class PackedKernel(seam.Reparameterization):
         matrix = to_matrix(kernel, self.target.contraction_axes)
         return pack_kernel(matrix, self.value_dtype)
 
+    def packed_of(self, values, meta, scale=None):
+        """The `Packed` of these arrays."""
+        return Packed(values, meta, scale, self.matrix_shape, self.value_dtype)
+
     def to_kernel(self, matrix):
         """A kernel of the target's shape and type."""
         target = self.target
         kernel = from_matrix(matrix, target.shape, target.contraction_axes)
         return ops.cast(kernel, self.dtype)
 
-    def _key(self, name):
-        return f"{self.target.attribute}_{name}"
+    def saved_arrays(self):
+        return {self.key(name): spec for name, spec in self.arrays.items()}
 
 
 class UnpackedKernel(PackedKernel):
@@ -216,60 +188,32 @@ class UnpackedKernel(PackedKernel):
         if not self.is_empty:
             packed = self.pack(self.target.variable)
             kernel, scale = self.to_kernel(unpack_kernel(packed)), packed.scale
-        add_weight(
-            name=self._key("unpacked"),
-            shape=self.target.shape,
-            dtype=self.dtype,
-            initializer=Given(kernel),
-            trainable=False,
-        )
+        spec = self.target.shape, self.dtype
+        self.add(add_weight, "unpacked", spec, kernel, autocast=True)
         if "scale" in self.arrays:
-            shape, dtype = self.arrays["scale"]
-            add_weight(
-                name=self._key("scale"),
-                shape=shape,
-                dtype=dtype,
-                initializer=Given(scale),
-                trainable=False,
-                autocast=False,
-            )
+            self.add(add_weight, "scale", self.arrays["scale"], scale)
 
     def effective(self, stored):
         del stored
         return ops.convert_to_tensor(self.parameters[0])
-
-    def saved_arrays(self):
-        return {self._key(name): spec for name, spec in self.arrays.items()}
 
     def saved(self):
         kernel, *scale = self.parameters
         matrix = to_matrix(kernel, self.target.contraction_axes)
         if not scale:
             packed = pack_kernel(matrix, self.value_dtype)
-            return {
-                self._key("values"): packed.values,
-                self._key("meta"): packed.meta,
-            }
-        # Not `pack_kernel(matrix, "int8")`, which would choose new scales.
-        steps = ops.convert_to_numpy(matrix)
-        scale = ops.convert_to_numpy(scale[0])
-        steps = steps / scale.reshape(-1)[: steps.shape[1]]
-        packed = pack_kernel(np.rint(steps), "float32")
-        return {
-            self._key("values"): _int8_layout(packed.values),
-            self._key("meta"): packed.meta,
-            self._key("scale"): scale,
-        }
+            arrays = [packed.values, packed.meta]
+        else:
+            # Not `pack_kernel(matrix, "int8")`, which would choose new scales.
+            steps = ops.convert_to_numpy(matrix)
+            scale = ops.convert_to_numpy(scale[0])
+            steps = steps / scale.reshape(-1)[: steps.shape[1]]
+            packed = pack_kernel(np.rint(steps), "float32")
+            arrays = [_int8_layout(packed.values), packed.meta, scale]
+        return dict(zip(self.saved_arrays(), arrays))
 
     def load(self, saved):
-        arrays = {name: saved[self._key(name)] for name in self.arrays}
-        packed = Packed(
-            arrays["values"],
-            arrays["meta"],
-            arrays.get("scale"),
-            self.matrix_shape,
-            self.value_dtype,
-        )
+        packed = self.packed_of(*(saved[key] for key in self.saved_arrays()))
         self.parameters[0].assign(self.to_kernel(unpack_kernel(packed)))
         if packed.scale is not None:
             self.parameters[1].assign(packed.scale)
@@ -284,35 +228,20 @@ class PreparedKernel(PackedKernel):
     """
 
     def create_parameters(self, add_weight):
-        from keras_weightmods.backend.jax import sparse_matmul_gpu
-
         super().create_parameters(add_weight)
+        gpu = backend_module("sparse_matmul_gpu")
         plain, x_dtype = self.packed, self.target.layer.compute_dtype
-        plan = sparse_matmul_gpu.plan(
-            self.matrix_shape, x_dtype, self.value_dtype
-        )
-        shape, dtype = sparse_matmul_gpu.companion_spec(
-            plan.companion, self.matrix_shape, x_dtype
-        )
-        add_weight(
-            name=self._key("companion"),
-            shape=shape,
-            dtype=dtype,
-            initializer=Given(None),
-            trainable=False,
-            autocast=False,
-        )
-        self.packed = sparse_matmul_gpu.PreparedPacked(
+        kind = gpu.plan(self.matrix_shape, x_dtype, self.value_dtype).companion
+        spec = gpu.companion_spec(kind, self.matrix_shape, x_dtype)
+        self.add(add_weight, "companion", spec)
+        self.packed = gpu.PreparedPacked(
             **vars(plain),
             companion=self.parameters[-1],
-            companion_kind=plan.companion,
+            companion_kind=kind,
             x_dtype=x_dtype,
         )
         if not self.is_empty:
             self._prepare()
-
-    def saved_arrays(self):
-        return {self._key(name): spec for name, spec in self.arrays.items()}
 
     def saved(self):
         return {p.name: p for p in self.parameters[:-1]}
@@ -323,134 +252,15 @@ class PreparedKernel(PackedKernel):
         self._prepare()
 
     def _prepare(self):
-        from keras_weightmods.backend.jax import sparse_matmul_gpu
-
-        self.parameters[-1].assign(sparse_matmul_gpu.companion(self.packed))
-
-
-class _Product:
-    """An einsum with one kernel, as a product with a packed matrix.
-
-    Args:
-        equation: String, such as `"bquh,uhm->bqm"`.
-        contraction_axes: Tuple of ints, axes of the kernel, rising.
-        kernel_shape: Tuple of ints.
-    """
-
-    def __init__(self, equation, contraction_axes, kernel_shape):
-        self.inputs, kernel, self.outputs = _terms(equation)
-        others = [i for i in range(len(kernel)) if i not in contraction_axes]
-        self.contracted = [kernel[axis] for axis in contraction_axes]
-        self.units = [kernel[axis] for axis in others]
-        self.contraction_size = math.prod(
-            kernel_shape[axis] for axis in contraction_axes
-        )
-        self.units_shape = tuple(kernel_shape[axis] for axis in others)
-        self.orders = {}
-
-    @staticmethod
-    def knows(equation):
-        """Whether the equation is a matrix product but for transposes."""
-        terms = _terms(equation)
-        inputs, kernel, outputs = terms
-        return (
-            all(len(set(term)) == len(term) for term in terms)
-            and all((axis in inputs) != (axis in outputs) for axis in kernel)
-            and all((axis in kernel) != (axis in outputs) for axis in inputs)
-        )
-
-    def __call__(self, x, packed):
-        rank = len(x.shape)
-        if rank not in self.orders:
-            self.orders[rank] = self._order(rank)
-        before, batch, after = self.orders[rank]
-        if before is not None:
-            x = ops.transpose(x, before)
-        if len(self.contracted) > 1:
-            x = _reshape_last(x, batch, (self.contraction_size,))
-        y = sparse_matmul(x, packed)
-        if len(self.units) != 1:
-            y = _reshape_last(y, batch, self.units_shape)
-        return y if after is None else ops.transpose(y, after)
-
-    def _order(self, rank):
-        """Transposes before and after, None for none; number of batch axes."""
-        open_axes = [("...", i) for i in range(rank - len(self.inputs) + 1)]
-
-        def expand(term):
-            return [
-                axis
-                for each in term
-                for axis in (open_axes if each == "..." else [each])
-            ]
-
-        inputs, outputs = expand(self.inputs), expand(self.outputs)
-        batch = [axis for axis in outputs if axis in inputs]
-        return (
-            _permutation(inputs, batch + self.contracted),
-            len(batch),
-            _permutation(batch + self.units, outputs),
-        )
+        gpu = backend_module("sparse_matmul_gpu")
+        self.parameters[-1].assign(gpu.companion(self.packed))
 
 
-def _reshape_last(x, batch, last):
-    """`x` with its axes from `batch` on in the shape `last`."""
-    leading = tuple(x.shape[:batch])
-    if None in leading:
-        leading = ops.shape(x)[:batch]
-    # On torch the bookkeeping of Keras' op takes as long as a small product.
-    reshape = getattr(x, "reshape", None)
-    if reshape is None:
-        return ops.reshape(x, (*leading, *last))
-    return reshape((*leading, *last))
-
-
-def _permutation(axes, wanted):
-    order = [axes.index(axis) for axis in wanted]
-    return None if order == sorted(order) else order
-
-
-def _terms(equation):
-    """The axes of input, kernel and output, each a letter or `...`."""
-    return [
-        re.findall(r"\.\.\.|\w", term) for term in re.split(",|->", equation)
-    ]
-
-
-def _lora_product(layer, inputs):
-    """`inputs` times the two low-rank factors, one after the other.
-
-    Keras adds their product to the kernel: a dense kernel of all zeros'
-    places, which is what packing has saved.
-    """
-    equation = equation_of(layer)
-    operands, output = equation.split("->")
-    inner, kernel = operands.split(",")
-    rank = next(c for c in string.ascii_letters if c not in equation)
-    a, b = layer.lora_kernel_a, layer.lora_kernel_b
-    *first, last = kernel
-    left, right = "".join(first) + rank, rank + last
-    if last in output:
-        middle = output.replace(last, rank)
-        x = ops.einsum(f"{inner},{left}->{middle}", inputs, a)
-        x = ops.einsum(f"{middle},{right}->{output}", x, b)
-    else:
-        middle = inner.replace(last, rank)
-        x = ops.einsum(f"{inner},{right}->{middle}", inputs, b)
-        x = ops.einsum(f"{middle},{left}->{output}", x, a)
-    return ops.multiply(x, layer.lora_alpha / layer.lora_rank)
-
-
-class Given:
-    """Initializer that gives an array; zeros where it is None."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __call__(self, shape, dtype=None):
-        if self.array is None:
-            return ops.zeros(shape, dtype)
-        return ops.convert_to_tensor(self.array, dtype)
+def _matrix_shape(target):
+    _, *shape = stack_shape(
+        target.shape, target.contraction_axes, target.stack_axes
+    )
+    return tuple(shape)
 
 
 def _int8_layout(values):

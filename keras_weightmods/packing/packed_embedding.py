@@ -16,9 +16,12 @@ from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.targets import target_of
 from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.native.packed import Packed, packed_arrays
-from keras_weightmods.ops.sparse_matmul import gpu_plan, sparse_matmul
-from keras_weightmods.packing import packed_dense
-from keras_weightmods.packing.packed_dense import Given
+from keras_weightmods.ops.sparse_matmul import (
+    gpu_plan,
+    reason_for_dense,
+    sparse_matmul,
+)
+from keras_weightmods.packing.packed_parameters import PackedParameters
 
 # Places 0 and 1 in each of the eight groups of a word.
 _PLACES = 0x44444444
@@ -38,8 +41,8 @@ def find_embeddings(model):
     ]
 
 
-def obstacle(target):
-    """Says why a table cannot be packed; None if it can."""
+def reason_to_skip(target: Any) -> str | None:
+    """Return why a table cannot be packed; None if it can."""
     layer = target.layer
     if type(layer).call is not keras.layers.ReversibleEmbedding.call:
         return f"{type(layer).__name__} has a call of its own"
@@ -52,11 +55,11 @@ def obstacle(target):
     return seam.reason_to_skip(target)
 
 
-def embedding_class():
-    """The class of packed embeddings to use here."""
+def embedding_class() -> type:
+    """Return the class of packed embeddings to use here."""
     # On a GPU nothing multiplies by a packed table at any number of rows.
     on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
-    dense = on_gpu or packed_dense.reason_for_dense()
+    dense = on_gpu or reason_for_dense()
     return UnpackedEmbedding if dense else PackedEmbedding
 
 
@@ -84,16 +87,14 @@ class _PackedEmbeddingCall(_FrozenEmbedding):
         return logits
 
 
-class PackedEmbedding(seam.Reparameterization):
+class PackedEmbedding(PackedParameters):
     """A table (vocabulary, dim) in int8, with a scale for each row.
 
     Args:
-        target: `Target` from `find_embeddings`, without an `obstacle`.
+        target: `Target` from `find_embeddings`, without a `reason_to_skip`.
     """
 
     name = "int8_embedding"
-    finish = "unpack(model)"
-    keeps_stored = False
     mixin: type | None = _PackedEmbeddingCall
     value_dtype = "int8"
 
@@ -106,7 +107,7 @@ class PackedEmbedding(seam.Reparameterization):
 
     @classmethod
     def from_config(cls, target, config):
-        reason = obstacle(target)
+        reason = reason_to_skip(target)
         if reason is not None or config:
             raise ValueError(
                 f"{target.path!r} cannot be packed: {reason or config}"
@@ -119,15 +120,8 @@ class PackedEmbedding(seam.Reparameterization):
         arrays = {}
         if not self.is_empty:
             arrays = self._pack(*_quantize(self.target.variable))
-        for name, (shape, dtype) in self._arrays().items():
-            add_weight(
-                name=f"embeddings_{name}",
-                shape=shape,
-                dtype=dtype,
-                initializer=Given(arrays.get(name)),
-                trainable=False,
-                autocast=False,
-            )
+        for name, spec in self._arrays().items():
+            self.add(add_weight, name, spec, arrays.get(name))
         values, meta, scale = self.parameters
         self.packed = Packed(values, meta, scale, self.matrix_shape, "int8")
 
@@ -215,21 +209,9 @@ class UnpackedEmbedding(PackedEmbedding):
         if not self.is_empty:
             steps, scale = _quantize(self.target.variable)
             table = steps * scale[:, None]
-        add_weight(
-            name="embeddings_unpacked",
-            shape=self.target.shape,
-            dtype=self.dtype,
-            initializer=Given(table),
-            trainable=False,
-        )
-        add_weight(
-            name="embeddings_scale",
-            shape=(self.vocabulary,),
-            dtype="float32",
-            initializer=Given(scale),
-            trainable=False,
-            autocast=False,
-        )
+        spec = self.target.shape, self.dtype
+        self.add(add_weight, "unpacked", spec, table, autocast=True)
+        self.add(add_weight, "scale", ((self.vocabulary,), "float32"), scale)
 
     def effective(self, stored):
         del stored

@@ -1,9 +1,16 @@
 """What `pack` and `unpack` did."""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
-from keras_weightmods.core.targets import Skipped
-from keras_weightmods.utils.tables import PrintsAsTable
+from keras_weightmods.utils.report import (
+    Report,
+    Skipped,
+    Table,
+    shape_text,
+    size_text,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +34,8 @@ class PackedWeight:
 
 
 @dataclasses.dataclass(frozen=True)
-class PackReport(PrintsAsTable):
-    """What `pack` or `unpack` changed. Prints as a table.
+class PackReport(Report):
+    """What `pack` or `unpack` changed.
 
     Attributes:
         weights: Tuple of `PackedWeight`: packed, or unpacked again.
@@ -43,7 +50,7 @@ class PackReport(PrintsAsTable):
     model_bytes: int
 
     @property
-    def totals(self):
+    def totals(self) -> dict[str, Any]:
         """Sums over the weights, as a dict."""
         dense = sum(weight.dense_bytes for weight in self.weights)
         packed = sum(weight.packed_bytes for weight in self.weights)
@@ -56,64 +63,27 @@ class PackReport(PrintsAsTable):
             "model_bytes": self.model_bytes,
         }
 
-    def to_dict(self):
-        """The whole report as plain Python values, ready for JSON."""
-        return {
-            "weights": [
-                {**dataclasses.asdict(weight), "shape": list(weight.shape)}
-                for weight in self.weights
-            ],
-            "skipped": [
-                {"path": s.path, "reason": s.reason} for s in self.skipped
-            ],
-            "totals": self.totals,
-        }
-
-    def __rich_console__(self, console, options):
-        from rich.table import Table
-
-        totals = self.totals
-        table = Table(
-            title="Packed weights",
-            caption=(
-                f"the model in memory: {_size(self.model_bytes_before)} "
-                f"before, {_size(self.model_bytes)} now"
-            ),
-        )
-        table.add_column("weight")
-        table.add_column("shape", justify="right")
-        table.add_column("values")
-        for name in ("dense", "packed", "share"):
-            table.add_column(name, justify="right")
-        for weight in self.weights:
-            table.add_row(
+    def tables(self) -> Iterable[Table]:
+        rows = [
+            (
                 weight.path,
-                "x".join(map(str, weight.shape)),
+                shape_text(weight.shape),
                 weight.dtype,
-                _size(weight.dense_bytes),
-                _size(weight.packed_bytes),
-                f"{weight.packed_bytes / weight.dense_bytes:.3f}",
+                *_sizes(weight.dense_bytes, weight.packed_bytes),
             )
-        table.add_section()
-        table.add_row(
-            f"{totals['weights']} weights",
-            "",
-            "",
-            _size(totals["dense_bytes"]),
-            _size(totals["packed_bytes"]),
-            f"{totals['packed_share']:.3f}",
+            for weight in self.weights
+        ]
+        sums = self.totals["dense_bytes"], self.totals["packed_bytes"]
+        yield Table(
+            f"{len(rows)} packed weights",
+            ("weight", "shape", "values", "dense", "packed", "share"),
+            tuple(rows),
+            ("all", "", "", *_sizes(*sums)),
+            f"the model in memory: {size_text(self.model_bytes_before)} "
+            f"before, {size_text(self.model_bytes)} now",
         )
-        yield table
-        if self.skipped:
-            dense = Table(title="Left dense")
-            dense.add_column("weight")
-            dense.add_column("reason")
-            for skip in self.skipped:
-                dense.add_row(skip.path, skip.reason)
-            yield dense
 
 
-def _size(count):
-    if count < 2**20:
-        return f"{count / 2**10:,.1f} KiB"
-    return f"{count / 2**20:,.1f} MiB"
+def _sizes(dense, packed):
+    share = packed / dense if dense else 1.0
+    return size_text(dense), size_text(packed), f"{share:.3f}"

@@ -425,8 +425,16 @@ def test_parameters_of_frozen_kernels_are_frozen(kind):
 
 def same_targets(model):
     """The first target, in the forms in which it may be given."""
-    targets = kwm.find_targets(model)
-    return [targets[:1], [targets[0]], (targets[0], targets[0])]
+    targets, layer = kwm.find_targets(model), model.layers[0]
+    return [
+        targets[:1],
+        [targets[0]],
+        (targets[0], targets[0]),
+        layer.name + "/",
+        layer,
+        [layer, layer.name + "/"],
+        lambda target: target.shape == (16, 8),
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -447,6 +455,7 @@ def test_errors_change_nothing(kind):
     for arguments, message in (
         ({"targets": foreign}, "`targets` must be"),
         ({"targets": [None]}, "`targets` must be"),
+        ({"targets": "nothing"}, "must match a target"),
         ({"targets": []}, "no kernel that can be"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -17,13 +17,14 @@ from keras_weightmods import (
     pack,
     unpack,
 )
+from keras_weightmods.backend import backend_module
 from keras_weightmods.ops import nm_project
-from keras_weightmods.packing import packed_dense
+from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from keras_weightmods.reparameterize.fold import fold
 from keras_weightmods.sparsity.scaling import attach_scaling
 
 needs_native = pytest.mark.skipif(
-    bool(packed_dense.reason_for_dense()),
+    bool(reason_for_dense()),
     reason="no compiled kernels here: dense",
 )
 
@@ -576,7 +577,8 @@ def leave_out_native(monkeypatch, reason):
     module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
     backend = keras.backend.backend()
     monkeypatch.setitem(module._implementations, backend, module.dense_matmul)
-    monkeypatch.setattr(packed_dense, "reason_for_dense", lambda: reason)
+    implementation = backend_module("sparse_matmul")
+    monkeypatch.setattr(implementation, "reason_unavailable", lambda: reason)
     monkeypatch.setattr(native, "is_available", lambda: False)
 
 
