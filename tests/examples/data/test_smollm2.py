@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from examples.data import smollm2
+from tests.models import assert_same, outputs
 
 keras_hub = pytest.importorskip("keras_hub")
 gguf = pytest.importorskip("gguf")
@@ -67,9 +68,15 @@ def write_gguf(path, architecture="llama", drop=None):
     return weights
 
 
-def test_weights_land_where_they_belong(tmp_path):
-    path = str(tmp_path / "small.gguf")
-    weights = write_gguf(path)
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A file, and its weights."""
+    path = str(tmp_path_factory.mktemp("gguf") / "small.gguf")
+    return path, write_gguf(path)
+
+
+def test_weights_land_where_they_belong(small):
+    path, weights = small
     model = smollm2.load_smollm2(path=path)
     backbone = model.backbone
     assert len(backbone.weights) == len(weights)
@@ -97,30 +104,24 @@ def test_weights_land_where_they_belong(tmp_path):
     )
 
 
-def test_reloaded_model_is_still_tied(tmp_path):
-    path = str(tmp_path / "small.gguf")
-    write_gguf(path)
-    model = smollm2.load_smollm2(path=path, dtype="float32")
+def test_reloaded_model_is_still_tied(small, tmp_path):
+    model = smollm2.load_smollm2(path=small[0], dtype="float32")
     model.save(tmp_path / "model.keras")
     model.save_to_preset(tmp_path / "preset")
     tokens = np.array([[2, 3, 7, 4]], "int32")
     inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-    expected = keras.ops.convert_to_numpy(model(inputs))
+    expected = outputs(model, inputs)
     for copy in (
         keras.models.load_model(tmp_path / "model.keras"),
         keras_hub.models.CausalLM.from_preset(str(tmp_path / "preset")),
     ):
-        np.testing.assert_array_equal(
-            keras.ops.convert_to_numpy(copy(inputs)), expected
-        )
+        assert_same(outputs(copy, inputs), expected)
         assert copy.backbone.count_params() == model.backbone.count_params()
         assert copy.preprocessor.tokenizer("ab a").tolist() == [7, 5, 2]
 
 
-def test_tokenizer_splits_as_smollm2(tmp_path):
-    path = str(tmp_path / "small.gguf")
-    write_gguf(path)
-    tokenizer = smollm2.load_tokenizer(path)
+def test_tokenizer_splits_as_smollm2(small):
+    tokenizer = smollm2.load_tokenizer(small[0])
     assert tokenizer("ab11").tolist() == [7, 4, 4]
     # Two line ends before a word are two tokens, at the end of a text one.
     assert tokenizer("a\n\nb").tolist() == [2, 6, 6, 3]
@@ -133,10 +134,8 @@ def test_tokenizer_splits_as_smollm2(tmp_path):
     assert tokenizer.pad_token_id == 0
 
 
-def test_raw_strings_are_packed_without_an_end(tmp_path):
-    path = str(tmp_path / "small.gguf")
-    write_gguf(path)
-    model = smollm2.load_smollm2(path=path, sequence_length=4)
+def test_raw_strings_are_packed_without_an_end(small):
+    model = smollm2.load_smollm2(path=small[0], sequence_length=4)
     x, y, weight = model.preprocessor(["ab1"])
     assert np.asarray(x["token_ids"]).tolist() == [[7, 4, 0, 0]]
     assert np.asarray(y).tolist() == [[4, 0, 0, 0]]
