@@ -7,11 +7,19 @@ neither.
 
 import math
 import numbers
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 
-def check_int(name, value, least=None, most=None, optional=False):
-    """Returns an int in [least, most].
+def check_int(
+    name: str,
+    value: Any,
+    least: int | None = None,
+    most: int | None = None,
+    optional: bool = False,
+) -> Any:
+    """Return an int in [least, most].
 
     Args:
         name: String, the argument.
@@ -24,28 +32,23 @@ def check_int(name, value, least=None, most=None, optional=False):
     """
     if optional and value is None:
         return None
-    valid = (
-        isinstance(value, numbers.Integral)
-        and not isinstance(value, bool)
-        and (least is None or value >= least)
-        and (most is None or value <= most)
-    )
-    if not valid:
-        expected = "an int" + _bounds(least, None, most, None)
-        raise error(name, expected + _or_none(optional), value)
+    is_int = isinstance(value, numbers.Integral) and is_number(value)
+    bounds = {">=": least, "<=": most}
+    if not is_int or not _inside(value, bounds):
+        raise error(name, _expected("an int", bounds, optional), value)
     return int(value)
 
 
 def check_float(
-    name,
-    value,
-    least=None,
-    most=None,
-    above=None,
-    below=None,
-    optional=False,
-):
-    """Returns a finite float in the interval.
+    name: str,
+    value: Any,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    optional: bool = False,
+) -> Any:
+    """Return a finite float in the interval; an int stays one.
 
     Args:
         name: String, the argument.
@@ -59,42 +62,34 @@ def check_float(
     """
     if optional and value is None:
         return None
-    valid = (
-        is_number(value)
-        and math.isfinite(value)
-        and (least is None or value >= least)
-        and (most is None or value <= most)
-        and (above is None or value > above)
-        and (below is None or value < below)
-    )
-    if not valid:
-        expected = "a finite float" + _bounds(least, above, most, below)
-        raise error(name, expected + _or_none(optional), value)
+    bounds = {">=": least, ">": above, "<=": most, "<": below}
+    is_finite = is_number(value) and math.isfinite(value)
+    if not is_finite or not _inside(value, bounds):
+        raise error(name, _expected("a finite float", bounds, optional), value)
     return value
 
 
-def check_bool(name, value):
-    """Returns a bool; raises ValueError for anything else."""
+def check_bool(name: str, value: Any) -> bool:
+    """Return a bool; raise ValueError for anything else."""
     if not isinstance(value, bool):
         raise error(name, "a bool", value)
     return value
 
 
-def check_choice(name, value, choices):
-    """Returns one of `choices`; raises ValueError for anything else."""
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
+    """Return one of `choices`; raise ValueError for anything else."""
     # Not by `in`: an array compares elementwise.
     if not any(type(value) is type(each) and value == each for each in choices):
-        listed = ", ".join(map(repr, choices))
-        raise error(name, f"one of {listed}", value)
+        raise error(name, f"one of {', '.join(map(repr, choices))}", value)
     return value
 
 
-def check_string(name, value, optional=False):
-    """Returns a string that is not empty; raises ValueError otherwise."""
+def check_string(name: str, value: Any, optional: bool = False) -> Any:
+    """Return a string that is not empty; raise ValueError otherwise."""
     if optional and value is None:
         return None
     if not isinstance(value, str) or not value:
-        raise error(name, "a non-empty string" + _or_none(optional), value)
+        raise error(name, _expected("a non-empty string", {}, optional), value)
     return value
 
 
@@ -106,41 +101,44 @@ def check_model(model: Any) -> None:
         raise error("model", "a Keras model or layer", model)
 
 
-def is_number(value):
-    """Whether a value is an int or a float, of Python or NumPy."""
+def is_number(value: Any) -> bool:
+    """Return whether a value is an int or a float, of Python or NumPy."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def error(name: str, expected: str, value: Any) -> ValueError:
-    """A `ValueError` to raise: what was expected and what was received."""
+    """Return a `ValueError` to raise: what was expected and received."""
     return ValueError(
         f"`{name}` must be {expected}. Received: {name}={value!r}"
     )
 
 
-def raise_all(summary, problems):
-    """Raises a ValueError that lists all of `problems`, if there are any."""
-    if problems:
+def raise_all(summary: str, problems: Iterable[str]) -> None:
+    """Raise a ValueError that lists all of `problems`, if there are any."""
+    lines = [f"  {problem}" for problem in problems]
+    if lines:
+        plural = "s" if len(lines) > 1 else ""
         raise ValueError(
-            f"{summary} {len(problems)} problem"
-            f"{'s' if len(problems) > 1 else ''}:\n"
-            + "\n".join(f"  {problem}" for problem in problems)
+            "\n".join([f"{summary} {len(lines)} problem{plural}:", *lines])
         )
 
 
-def _bounds(least, above, most, below):
-    parts = [
-        f"{sign} {bound}"
-        for sign, bound in (
-            (">=", least),
-            (">", above),
-            ("<=", most),
-            ("<", below),
-        )
-        if bound is not None
-    ]
-    return f" {' and '.join(parts)}" if parts else ""
+_COMPARISONS = {
+    ">=": operator.ge,
+    ">": operator.gt,
+    "<=": operator.le,
+    "<": operator.lt,
+}
 
 
-def _or_none(optional):
-    return " or None" if optional else ""
+def _inside(value: Any, bounds: dict[str, Any]) -> bool:
+    return all(
+        bound is None or _COMPARISONS[sign](value, bound)
+        for sign, bound in bounds.items()
+    )
+
+
+def _expected(kind: str, bounds: dict[str, Any], optional: bool) -> str:
+    parts = [f"{sign} {x}" for sign, x in bounds.items() if x is not None]
+    text = " ".join([kind, " and ".join(parts)]).rstrip()
+    return f"{text} or None" if optional else text

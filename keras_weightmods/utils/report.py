@@ -1,15 +1,15 @@
 """Reports: what a call found or changed, as a table, a dict or HTML."""
 
-import collections
-import collections.abc
 import dataclasses
 import html
+import itertools
+import textwrap
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Lines that `str(report)` takes at most.
-_MOST_LINES = 30
-# What a printed table takes beside its rows: title, frame, head, caption.
-_FRAME_LINES = 7
+# Lines that `str(report)` takes at most, and characters that they have.
+_LINES, _WIDTH = 30, 100
+_LEFT = "Left as they are"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,157 +52,150 @@ class Report:
     of at most 30 lines; `table()` has all rows.
     """
 
-    def tables(self) -> collections.abc.Iterable[Table]:
-        """The `Table`s to print, less the one of what was skipped."""
+    def tables(self) -> Iterable[Table]:
+        """Return the `Table`s to print, without the one of what is skipped."""
         raise NotImplementedError
 
     def table(self) -> str:
-        """Returns the tables with all rows and whole paths, as text."""
-        return _text(self._all_tables(), width=1000)
+        """Return the tables with all rows and whole paths, as text."""
+        return "\n".join(line for t in self._all_tables() for line in _lines(t))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain Python values, ready for JSON."""
-        fields = {
-            field.name: _plain(getattr(self, field.name))
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
-            if field.repr
-        }
+        """Return the report as plain Python values, ready for JSON."""
         totals = getattr(self, "totals", None)
-        return (
-            fields if totals is None else {**fields, "totals": _plain(totals)}
+        return _plain(self) | (
+            {} if totals is None else {"totals": _plain(totals)}
         )
 
     def __str__(self) -> str:
         tables = list(self.tables())
-        skipped = getattr(self, "skipped", ())
-        if skipped:
-            tables.append(_by_reason(skipped))
-        return _text(_shortened(tables))
+        groups: dict[str, list[str]] = {}
+        for skip in getattr(self, "skipped", ()):
+            groups.setdefault(skip.reason, []).append(skip.path)
+        if groups:
+            rows = [(str(len(p)), p[0], reason) for reason, p in groups.items()]
+            columns = "weights", "the first", "reason"
+            tables.append(Table(_LEFT, columns, tuple(rows)))
+        lines = [_lines(table, _WIDTH) for table in _shortened(tables)]
+        return "\n".join(itertools.chain(*lines))
 
     def _repr_html_(self) -> str:
         return "".join(map(_html, self._all_tables()))
 
-    def _all_tables(self):
+    def _all_tables(self) -> Iterable[Table]:
         yield from self.tables()
-        skipped = getattr(self, "skipped", ())
-        if skipped:
-            rows = tuple((skip.path, skip.reason) for skip in skipped)
-            yield Table(_LEFT, ("weight", "reason"), rows)
+        rows = [
+            (skip.path, skip.reason) for skip in getattr(self, "skipped", ())
+        ]
+        if rows:
+            yield Table(_LEFT, ("weight", "reason"), tuple(rows))
 
 
-_LEFT = "Left as they are"
-
-
-def shape_text(shape):
-    """`(64, 32)` as `"64x32"`."""
+def shape_text(shape: Iterable[int]) -> str:
+    """Return `(64, 32)` as `"64x32"`."""
     return "x".join(map(str, shape)) or "scalar"
 
 
-def size_text(nbytes):
-    """A number of bytes in KiB or MiB."""
+def size_text(nbytes: float) -> str:
+    """Return a number of bytes in KiB or MiB."""
     if nbytes < 2**20:
         return f"{nbytes / 2**10:,.1f} KiB"
     return f"{nbytes / 2**20:,.1f} MiB"
 
 
-def _by_reason(skipped):
-    groups: dict[str, list[str]] = collections.defaultdict(list)
-    for skip in skipped:
-        groups[skip.reason].append(skip.path)
-    rows = tuple(
-        (str(len(paths)), paths[0], reason) for reason, paths in groups.items()
+def _shortened(tables: list[Table]) -> list[Table]:
+    """Return the tables with as many rows as fit, alike for each."""
+    frames = [
+        len(_lines(dataclasses.replace(table, rows=table.rows[:1]), _WIDTH))
+        for table in tables
+    ]
+    left = _LINES - sum(frames) + sum(bool(table.rows) for table in tables)
+    shares = {}
+    for rank, (place, table) in enumerate(
+        sorted(enumerate(tables), key=lambda pair: len(pair[1].rows))
+    ):
+        share = max(2, left // (len(tables) - rank))
+        shares[place] = min(len(table.rows), share)
+        left -= shares[place]
+    return [_first(table, shares[place]) for place, table in enumerate(tables)]
+
+
+def _first(table: Table, count: int) -> Table:
+    """Return a table with `count` lines for its rows."""
+    if count == len(table.rows):
+        return table
+    more = f"... {len(table.rows) - count + 1} more: `report.table()`"
+    return dataclasses.replace(
+        table,
+        rows=table.rows[: count - 1],
+        caption=f"{more}\n{table.caption}",
     )
-    return Table(_LEFT, ("weights", "the first", "reason"), rows)
 
 
-def _shortened(tables):
-    """The same tables with as many rows as fit into `_MOST_LINES`."""
-    filled = [table for table in tables if table.rows]
-    frames = _FRAME_LINES * len(filled) + len(tables) - len(filled)
-    left = max(_MOST_LINES - frames, 2 * len(filled))
-    for place, table in enumerate(tables):
-        if not table.rows:
-            yield table
-            continue
-        after = sum(len(t.rows) for t in tables[place + 1 :])
-        later = sum(1 for t in tables[place + 1 :] if t.rows)
-        most = max(2, left - min(after, left // 2 if later else 0))
-        shown = table.rows
-        if len(shown) > most:
-            rest = len(shown) - (most - 1)
-            shown = shown[: most - 1]
-            more = (f"... {rest} more: `report.table()`",)
-            shown += (more + ("",) * (len(table.columns) - 1),)
-        left -= len(shown)
-        yield dataclasses.replace(table, rows=shown)
+def _lines(table: Table, width: int | None = None) -> list[str]:
+    """Return a table as lines, of at most `width` characters if given."""
 
+    def wrapped(text: str) -> list[str]:
+        lines = text.splitlines()
+        return [
+            part
+            for line in lines
+            for part in (textwrap.wrap(line, width) if width else [line])
+        ]
 
-def _text(tables, width=100):
-    import rich.box
-    import rich.console
-    import rich.table
-
-    console = rich.console.Console(width=width, color_system=None)
-    with console.capture() as capture:
-        for table in tables:
-            if not table.rows:
-                console.print(
-                    "\n".join(filter(None, (table.title, table.caption))),
-                    markup=False,
-                    highlight=False,
+    lines = wrapped(table.title)
+    if table.rows:
+        body = [*table.rows, *([table.total] if table.total else [])]
+        columns = list(zip(table.columns, *body))
+        widths = [max(map(len, column)) for column in columns]
+        while width and sum(widths) + 2 * len(widths) - 2 > width:
+            widths[widths.index(max(widths))] -= 1
+        aligned = [
+            str.rjust
+            if all(cell[:1].isdigit() or not cell for cell in column[1:])
+            else str.ljust
+            for column in columns
+        ]
+        text = [
+            "  ".join(
+                align(
+                    cell if len(cell) <= size else f"{cell[: size - 1]}…", size
                 )
-                continue
-            drawn = rich.table.Table(
-                title=table.title,
-                caption=table.caption or None,
-                box=rich.box.SIMPLE_HEAD,
-                show_edge=False,
-                title_justify="left",
-                caption_justify="left",
-            )
-            for name, cells in zip(table.columns, zip(*table.rows)):
-                numeric = all(c[:1].isdigit() or not c for c in cells)
-                drawn.add_column(
-                    name,
-                    justify="right" if numeric else "left",
-                    no_wrap=True,
-                    overflow="ellipsis",
-                )
-            for row in table.rows:
-                drawn.add_row(*map(rich.text.Text, row))
-            if table.total:
-                drawn.add_section()
-                drawn.add_row(*map(rich.text.Text, table.total))
-            console.print(drawn)
-    lines = capture.get().splitlines()
-    return "\n".join(line.rstrip() for line in lines)
+                for align, cell, size in zip(aligned, row, widths)
+            ).rstrip()
+            for row in zip(*columns)
+        ]
+        rule = "─" * (sum(widths) + 2 * len(widths) - 2)
+        text.insert(1, rule)
+        if table.total:
+            text.insert(-1, rule)
+        lines += text
+    return lines + wrapped(table.caption)
 
 
-def _html(table):
-    def line(tag, cells):
-        cells = "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells)
-        return f"<tr>{cells}</tr>"
+def _html(table: Table) -> str:
+    def line(tag: str, cells: Iterable[str]) -> str:
+        row = "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells)
+        return f"<tr>{row}</tr>"
 
     lines = [f"<caption>{html.escape(table.title)}</caption>"]
     if table.rows:
         lines += [line("th", table.columns)]
         lines += [line("td", row) for row in table.rows]
-        if table.total:
-            lines += [line("th", table.total)]
+        lines += [line("th", table.total)] if table.total else []
     text = f"<table>{''.join(lines)}</table>"
-    return text + (
-        f"<p>{html.escape(table.caption)}</p>" if table.caption else ""
-    )
+    caption = html.escape(table.caption)
+    return f"{text}<p>{caption}</p>" if caption else text
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: _plain(getattr(value, field.name))
             for field in dataclasses.fields(value)
             if field.repr
         }
-    if isinstance(value, collections.abc.Mapping):
+    if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (tuple, list)):
         return [_plain(each) for each in value]

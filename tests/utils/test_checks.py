@@ -1,0 +1,83 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_weightmods.utils import checks
+
+
+@pytest.mark.parametrize(
+    ("value", "arguments", "expected"),
+    [
+        (True, {}, "an int"),
+        (1.0, {}, "an int"),
+        ("1", {}, "an int"),
+        (None, {}, "an int"),
+        (np.bool_(True), {}, "an int"),
+        (0, {"least": 1}, "an int >= 1"),
+        (3, {"least": 1, "most": 2}, "an int >= 1 and <= 2"),
+        (0, {"least": 1, "optional": True}, "an int >= 1 or None"),
+    ],
+)
+def test_what_is_no_int(value, arguments, expected):
+    with pytest.raises(ValueError) as info:
+        checks.check_int("n", value, **arguments)
+    text = f"`n` must be {expected}. Received: n={value!r}"
+    assert str(info.value) == text
+
+
+def test_ints():
+    for value in (1, np.int8(1), np.uint64(1)):
+        assert type(checks.check_int("n", value, 1, 1)) is int
+    assert checks.check_int("n", None, 1, optional=True) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "arguments", "expected"),
+    [
+        (True, {}, "a finite float"),
+        ("1", {}, "a finite float"),
+        (float("nan"), {}, "a finite float"),
+        (float("inf"), {"least": 0}, "a finite float >= 0"),
+        (0, {"above": 0}, "a finite float > 0"),
+        (1.0, {"least": 0, "below": 1}, "a finite float >= 0 and < 1"),
+        (2, {"most": 1, "optional": True}, "a finite float <= 1 or None"),
+    ],
+)
+def test_what_is_no_float(value, arguments, expected):
+    with pytest.raises(ValueError) as info:
+        checks.check_float("x", value, **arguments)
+    text = f"`x` must be {expected}. Received: x={value!r}"
+    assert str(info.value) == text
+
+
+def test_floats():
+    for value in (0, 0.0, np.float32(0), np.int64(0), np.float64(1)):
+        assert checks.check_float("x", value, least=0, most=1) is value
+    assert checks.check_float("x", None, optional=True) is None
+
+
+def test_others():
+    assert checks.check_bool("b", False) is False
+    assert checks.check_choice("c", "a", ("a", None)) == "a"
+    assert checks.check_choice("c", None, ("a", None)) is None
+    assert checks.check_string("s", "a") == "a"
+    assert checks.check_string("s", None, optional=True) is None
+    checks.check_model(keras.layers.Dense(1))
+    for call, message in (
+        (lambda: checks.check_bool("b", 1), "`b` must be a bool"),
+        (lambda: checks.check_choice("c", 1, (True, 2)), "one of True, 2. "),
+        (lambda: checks.check_choice("c", np.ones(2), ("a",)), "one of 'a'"),
+        (lambda: checks.check_string("s", ""), "a non-empty string. "),
+        (lambda: checks.check_string("s", 1, True), "string or None. "),
+        (lambda: checks.check_model([1]), r"a Keras model or layer.*=\[1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_raise_all():
+    checks.raise_all("The file has", [])
+    with pytest.raises(ValueError, match=r"^It has 1 problem:\n  a$"):
+        checks.raise_all("It has", ["a"])
+    with pytest.raises(ValueError, match=r"2 problems:\n  a\n  b$"):
+        checks.raise_all("It has", iter("ab"))

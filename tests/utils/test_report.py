@@ -1,0 +1,111 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from keras_weightmods.utils.report import (
+    Report,
+    Skipped,
+    Table,
+    shape_text,
+    size_text,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes(Report):
+    sizes: dict[str, int]
+    skipped: tuple[Skipped, ...] = ()
+    array: object = None
+    hidden: object = dataclasses.field(default=None, repr=False)
+    title: str = "Sizes"
+    caption: str = "in bytes"
+
+    @property
+    def totals(self):
+        return {"size": np.int64(sum(self.sizes.values()))}
+
+    def tables(self):
+        rows = tuple((name, str(size)) for name, size in self.sizes.items())
+        total = "whole", str(self.totals["size"])
+        yield Table(self.title, ("kernel", "size"), rows, total, self.caption)
+
+
+def make(count, skipped=0, reasons=1, **kwargs):
+    return Sizes(
+        {f"layer_{i}/kernel": i for i in range(count)},
+        tuple(
+            Skipped(f"norm_{i}/gamma", f"reason <{i % reasons}>")
+            for i in range(skipped)
+        ),
+        **kwargs,
+    )
+
+
+def test_print():
+    assert str(make(2, 3)) == (
+        "Sizes\n"
+        "kernel          size\n"
+        "────────────────────\n"
+        "layer_0/kernel     0\n"
+        "layer_1/kernel     1\n"
+        "────────────────────\n"
+        "whole              1\n"
+        "in bytes\n"
+        "Left as they are\n"
+        "weights  the first     reason\n"
+        "─────────────────────────────────\n"
+        "      3  norm_0/gamma  reason <0>"
+    )
+    assert str(make(0)) == "Sizes\nin bytes"
+
+
+@pytest.mark.parametrize("reasons", [1, 40])
+@pytest.mark.parametrize("words", [1, 60])
+@pytest.mark.parametrize("count", [0, 1, 20, 210])
+def test_prints_of_at_most_30_lines_lose_no_row(count, words, reasons):
+    report = make(count, 210, reasons, title="title " * words)
+    lines = str(report).splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 100
+    more = sum(int(x.split()[1]) for x in lines if x.startswith("... "))
+    shown = sum("/" in line for line in lines)
+    assert shown + more == count + reasons
+    text = report.table()
+    assert sum("layer_" in line for line in text.splitlines()) == count
+    assert sum("norm_" in line for line in text.splitlines()) == 210
+
+
+def test_long_cells_are_cut_in_print_alone():
+    report = Sizes({"x" * 300: 5})
+    assert max(map(len, str(report).splitlines())) == 100
+    assert "…  " in str(report)
+    assert "x" * 300 in report.table()
+
+
+def test_to_dict():
+    values = make(1, 1, array=np.zeros((2, 3)), hidden=object()).to_dict()
+    assert values == {
+        "sizes": {"layer_0/kernel": 0},
+        "skipped": [{"path": "norm_0/gamma", "reason": "reason <0>"}],
+        "array": {"shape": [2, 3], "dtype": "float64"},
+        "title": "Sizes",
+        "caption": "in bytes",
+        "totals": {"size": 0},
+    }
+    json.dumps(values)
+
+
+def test_html():
+    text = make(1, 1)._repr_html_()
+    assert text.startswith("<table><caption>Sizes</caption><tr><th>kernel</th>")
+    assert "<td>reason &lt;0&gt;</td>" in text
+    assert "<p>in bytes</p>" in text
+
+
+def test_units():
+    assert shape_text((64, 32)) == "64x32"
+    assert shape_text(()) == "scalar"
+    assert size_text(1536) == "1.5 KiB"
+    assert size_text(3 * 2**20) == "3.0 MiB"
