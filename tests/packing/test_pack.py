@@ -22,6 +22,7 @@ from keras_weightmods.ops import nm_project
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from keras_weightmods.reparameterize.fold import fold
 from keras_weightmods.sparsity.scaling import attach_scaling
+from tests.models import attention_net, make_sparse, outputs, sequential
 
 needs_native = pytest.mark.skipif(
     bool(reason_for_dense()),
@@ -30,12 +31,11 @@ needs_native = pytest.mark.skipif(
 
 
 def dense_model():
-    return keras.Sequential(
-        [
-            keras.Input((16,)),
-            keras.layers.Dense(24, activation="relu"),
-            keras.layers.Dense(4, use_bias=False),
-        ]
+    layers = keras.layers
+    return sequential(
+        (16,),
+        layers.Dense(24, activation="relu"),
+        layers.Dense(4, use_bias=False),
     )
 
 
@@ -43,15 +43,12 @@ def einsum_model(equation, shape, output, bias=None):
     layer = keras.layers.EinsumDense(
         equation, output, bias_axes=bias, activation="tanh"
     )
-    return keras.Sequential([keras.Input(shape), layer])
+    return sequential(shape, layer)
 
 
 def nested_model():
-    inputs = keras.Input((5, 16))
-    attention = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8)
-    inner = keras.Model(inputs, attention(inputs, inputs), name="inner")
     outer = keras.Input((5, 16))
-    x = keras.layers.Dense(16)(inner(outer))
+    x = keras.layers.Dense(16)(attention_net()(outer))
     return keras.Model(outer, keras.layers.Add()([x, outer]))
 
 
@@ -74,24 +71,9 @@ MODELS = {
 }
 
 
-def make_sparse(model, seed=0):
-    rng = np.random.default_rng(seed)
-    for target in find_targets(model):
-        kernel = rng.normal(size=target.shape) / target.contraction_size**0.5
-        kernel = kernel.astype("float32")
-        target.variable.assign(
-            nm_project(kernel, "2:4", target.contraction_axes)
-        )
-    return model
-
-
 def inputs_for(model, batch=2):
     rng = np.random.default_rng(1)
     return rng.normal(size=(batch, *model.input_shape[1:])).astype("float32")
-
-
-def outputs(model, x):
-    return ops.convert_to_numpy(ops.cast(model(x), "float32"))
 
 
 def state(model):

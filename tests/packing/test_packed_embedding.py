@@ -4,12 +4,8 @@ import pytest
 from keras import ops
 
 from keras_weightmods import native, pack, unpack
-from tests.packing.test_pack import (
-    leave_out_native,
-    make_sparse,
-    outputs,
-    state,
-)
+from tests.models import causal_lm, make_sparse, outputs
+from tests.packing.test_pack import leave_out_native, state
 
 
 class LanguageModel(keras.Model):
@@ -191,48 +187,14 @@ def test_checkpoints_with_and_without_the_library(tmp_path, monkeypatch):
         np.testing.assert_array_equal(old, new)
 
 
-def tiny_llama():
-    keras_hub = pytest.importorskip("keras_hub")
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.Llama3Backbone(
-        vocabulary_size=48,
-        num_layers=1,
-        num_query_heads=4,
-        num_key_value_heads=2,
-        hidden_dim=32,
-        intermediate_dim=48,
-        tie_word_embeddings=True,
-    )
-    return keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
-
-
-def tiny_gpt2():
-    keras_hub = pytest.importorskip("keras_hub")
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=48,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-        max_sequence_length=12,
-    )
-    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
-
-
-def tiny_gemma():
-    keras_hub = pytest.importorskip("keras_hub")
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.GemmaBackbone(
-        vocabulary_size=48,
-        num_layers=1,
-        num_query_heads=2,
-        num_key_value_heads=1,
-        hidden_dim=16,
-        intermediate_dim=32,
-        head_dim=8,
-    )
-    return keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
+def tiny(family):
+    pytest.importorskip("keras_hub")
+    sizes = {"intermediate_dim": 32}
+    if family == "llama3":
+        sizes = {"num_query_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"hidden_dim": 32, "intermediate_dim": 48}
+        sizes["tie_word_embeddings"] = True
+    return causal_lm(family, vocabulary_size=48, **sizes)
 
 
 def prompt(length=10, known=4):
@@ -248,7 +210,7 @@ def generated(model):
 
 
 def test_a_packed_llama_generates_what_the_sparse_one_does():
-    model = make_sparse(tiny_llama())
+    model = make_sparse(tiny("llama3"))
     # Logits far apart, so that rounding decides nothing.
     table = model.backbone.token_embedding._embeddings
     table.assign(np.random.default_rng(0).normal(size=table.shape))
@@ -263,9 +225,9 @@ def test_a_packed_llama_generates_what_the_sparse_one_does():
 @pytest.mark.skipif(
     keras.backend.backend() == "jax", reason="JAX compiles a minute"
 )
-@pytest.mark.parametrize("create", [tiny_llama, tiny_gpt2, tiny_gemma])
-def test_language_models_compute_with_what_unpack_gives(create):
-    model = make_sparse(create())
+@pytest.mark.parametrize("family", ["llama3", "gpt2", "gemma"])
+def test_language_models_compute_with_what_unpack_gives(family):
+    model = make_sparse(tiny(family))
     inputs = prompt()
     expected, before = outputs(model, inputs), state(model)
     pack(model)
