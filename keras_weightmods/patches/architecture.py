@@ -1,5 +1,6 @@
 """Which weights a model has: their layers, depths and roles."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -7,9 +8,10 @@ import keras
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.weight_keys import same_path
-from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
+from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint, WeightInfo
 from keras_weightmods.patches.report import WeightRow, WeightsReport
 
+Infos = Sequence[WeightInfo]
 # Of BatchNormalization. They are estimates from data, not trained.
 STATISTICS = ("moving_mean", "moving_variance")
 # Of Normalization, which `adapt` fills. Never touched.
@@ -107,7 +109,9 @@ def _layer_groups(checkpoint, infos):
     ]
 
 
-def architecture_problems(expected, infos, argument):
+def architecture_problems(
+    expected: Infos, infos: Infos, argument: str
+) -> list[str]:
     """Return what keeps `infos` from being of the architecture `expected`.
 
     Compares count, order, names and numbers of axes. Sizes may differ, as
@@ -145,7 +149,7 @@ def architecture_problems(expected, infos, argument):
     ]
 
 
-def weight_problems(expected, infos, argument):
+def weight_problems(expected: Infos, infos: Infos, argument: str) -> list[str]:
     """Return what keeps single weights from being changed.
 
     Args:

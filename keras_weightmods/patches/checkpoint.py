@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -44,17 +45,17 @@ class WeightInfo:
     dtype: str
 
     @property
-    def key(self):
+    def key(self) -> str:
         """String `"{position}:{path}"`, unique in the model."""
         return weight_key(self.position, self.path)
 
     @property
-    def name(self):
+    def name(self) -> str:
         """String, the last part of the path."""
         return self.path.rpartition("/")[2]
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Int, the bytes of the values."""
         # Keras has registered bfloat16 with NumPy.
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
@@ -197,7 +198,7 @@ class Checkpoint:
         is_variable = callable(getattr(value, "value", None))
         return value.value() if is_variable else value
 
-    def fingerprint(self, read=None):
+    def fingerprint(self, read: Any = None) -> str:
         """Return the SHA-256 of all values, shapes and dtypes.
 
         Args:
@@ -211,7 +212,7 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def digest_of(config, arrays):
+def digest_of(config: Any, arrays: Iterable[np.ndarray]) -> str:
     """Return the SHA-256 of a JSON value and arrays."""
     found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for array in arrays:

@@ -1,6 +1,8 @@
 """The arithmetic of signatures: sums, TIES, DARE, similarity."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -8,18 +10,25 @@ from keras_weightmods.patches import architecture
 from keras_weightmods.patches.report import Similarity
 from keras_weightmods.utils.checks import raise_all
 
+S = TypeVar("S")
 
-def linear_combination(signatures, weights, method):
+
+def linear_combination(
+    signatures: Sequence[S], weights: Sequence[float], method: str
+) -> S:
     """Return the sum of `weights[i] * signatures[i]`, computed in float64."""
-    return combined(
+    found: S = combined(
         signatures,
         lambda parts: sum(w * x for w, x in zip(weights, parts)),
         weights,
         method,
     )
+    return found
 
 
-def ties(signatures, weights, density):
+def ties(
+    signatures: Sequence[S], weights: Sequence[float], density: float
+) -> S:
     """Return the TIES merge (arXiv 2306.01708) of weighted signatures."""
     parts = [
         map_weights(
@@ -30,10 +39,16 @@ def ties(signatures, weights, density):
     ]
     # Statistics carry their weights already, as the others do.
     shares = [1 / sum(weights)] * len(parts)
-    return combined(parts, elected_mean, shares, "ties")
+    found: S = combined(parts, elected_mean, shares, "ties")
+    return found
 
 
-def dare(signatures, weights, drop_rate, seed):
+def dare(
+    signatures: Sequence[S],
+    weights: Sequence[float],
+    drop_rate: float,
+    seed: int,
+) -> S:
     """Return the sum of signatures of which entries were dropped at random."""
     generator = np.random.default_rng(seed)
     parts = [
@@ -130,7 +145,7 @@ def check_compatible(signatures):
     raise_all("The signatures do not match:", problems)
 
 
-def cosine_similarity(first, second):
+def cosine_similarity(first: Any, second: Any) -> Similarity:
     """Return the `Similarity` of two signatures."""
     check_compatible([first, second])
     lookups = [_by_position(signature) for signature in (first, second)]

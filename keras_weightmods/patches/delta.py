@@ -251,5 +251,5 @@ def remove_delta(
     return patches.remove(name, force)
 
 
-def _bits(array):
+def _bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(f"u{array.itemsize}")

@@ -63,7 +63,13 @@ class Delta(Change):
         ]
 
 
-def write_delta(filepath, entries, count, fingerprint, overwrite):
+def write_delta(
+    filepath: Any,
+    entries: list[ChangeEntry],
+    count: int,
+    fingerprint: str,
+    overwrite: bool,
+) -> float:
     """Write a delta file; return the number of bits that a place takes."""
     packed = [pack_places(entry.tensor.places) for entry in entries]
     description = {
@@ -90,7 +96,7 @@ def write_delta(filepath, entries, count, fingerprint, overwrite):
     return 8 * arrays["places"].size / arrays["values"].size
 
 
-def read_delta(filepath):
+def read_delta(filepath: Any) -> Delta:
     """Return the `Delta` in a file, all of it checked."""
     with Reader(filepath, FORMAT, (VERSION,)) as reader:
         dtypes = {name: entry.dtype for name, entry in reader.entries.items()}

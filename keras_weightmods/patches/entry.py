@@ -74,7 +74,7 @@ class SignatureEntry(ChangeEntry):
     @property
     def bits(self) -> int:
         """Int, bits of a weight: 32, 8, 4 or 2."""
-        return getattr(self.tensor, "bits", 32)
+        return self.tensor.bits if isinstance(self.tensor, Quantized) else 32
 
     @property
     def is_statistic(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_weightmods.patches import tensors
-from keras_weightmods.patches.checkpoint import Snapshot
+from keras_weightmods.patches.checkpoint import Checkpoint, Snapshot
 from keras_weightmods.patches.entry import Change
 from keras_weightmods.patches.sums import Sum, compute, write
 from keras_weightmods.patches.tensors import Sparse
@@ -55,16 +55,16 @@ class Ledger:
         patches: Dict from names to `Patch`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.patches: dict[str, Patch] = {}
         self._weights: dict[int, _Weight] = {}
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Int, the bytes of the clean values."""
         return sum(each.clean.array.nbytes for each in self._weights.values())
 
-    def fingerprint(self, model):
+    def fingerprint(self, model: Checkpoint) -> str:
         """Return that of a `Checkpoint` of the model without its patches."""
 
         def read(position):
@@ -237,7 +237,7 @@ class Ledger:
 _LEDGERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def ledger_of(model):
+def ledger_of(model: Any) -> Ledger:
     """Return the `Ledger` of a model."""
     return _LEDGERS.setdefault(model, Ledger())
 

@@ -230,7 +230,7 @@ class Patches:
     def __repr__(self) -> str:
         return f"<Patches on {self.model.name!r}: {self.scales}>"
 
-    def _named(self, name):
+    def _named(self, name: str) -> Patch:
         if name not in self:
             raise ValueError(
                 "`name` must be that of a patch on the model. Received: "
@@ -238,7 +238,7 @@ class Patches:
             )
         return self[name]
 
-    def _find(self, change):
+    def _find(self, change: Change) -> str | None:
         patches = self._ledger.patches
         for name, patch in patches.items():
             if patch.change is change:
@@ -248,7 +248,14 @@ class Patches:
                 return name
         return None
 
-    def _update(self, action, name, scale, after, force=False):
+    def _update(
+        self,
+        action: str,
+        name: str | None,
+        scale: float | None,
+        after: dict[str, Patch],
+        force: bool = False,
+    ) -> PatchReport:
         ledger = self._ledger
         model = Checkpoint("model", self.model)
         problems = [
@@ -261,7 +268,7 @@ class Patches:
             model, after, checks.check_bool("force", force)
         )
 
-        def keys(positions):
+        def keys(positions: list[int]) -> tuple[str, ...]:
             return tuple(model.infos[p].key for p in positions)
 
         return PatchReport(
@@ -279,7 +286,7 @@ class Patches:
         )
 
 
-def _check_signature(signature):
+def _check_signature(signature: Any) -> None:
     if not isinstance(signature, Change):
         raise ValueError(
             "`signature` must be a `WeightSignature`. Received: "
@@ -287,7 +294,7 @@ def _check_signature(signature):
         )
 
 
-def _free_name(patches):
+def _free_name(patches: dict[str, Patch]) -> str:
     number = len(patches)
     while f"patch_{number}" in patches:
         number += 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -170,7 +171,7 @@ class SignatureReport(Report):
         )
 
 
-def signature_report(signature):
+def signature_report(signature: Any) -> SignatureReport:
     """Return the `SignatureReport` of a `WeightSignature`."""
     return SignatureReport(
         name=signature.name,

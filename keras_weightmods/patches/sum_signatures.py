@@ -79,6 +79,7 @@ def sum_signatures(
             "a list of `WeightSignature`, of one at least",
             signatures,
         )
+    parts: list[WeightSignature] = list(signatures)
     checks.check_choice("method", method, _METHODS)
     if weights is None:
         weights = [1.0] * len(signatures)
@@ -93,11 +94,11 @@ def sum_signatures(
         )
     weights = [float(checks.check_float("weights", each)) for each in weights]
     if method == "sum":
-        return combine.linear_combination(signatures, weights, "sum")
+        return combine.linear_combination(parts, weights, "sum")
     if method == "dare":
         checks.check_float("drop_rate", drop_rate, least=0, below=1)
         seed = checks.check_int("seed", seed, least=0)
-        return combine.dare(signatures, weights, drop_rate, seed)
+        return combine.dare(parts, weights, drop_rate, seed)
     total = sum(weights)
     if total == 0:
         raise ValueError(
@@ -106,6 +107,6 @@ def sum_signatures(
         )
     if method == "mean":
         shares = [weight / total for weight in weights]
-        return combine.linear_combination(signatures, shares, "mean")
+        return combine.linear_combination(parts, shares, "mean")
     checks.check_float("density", density, above=0, most=1)
-    return combine.ties(signatures, weights, density)
+    return combine.ties(parts, weights, density)

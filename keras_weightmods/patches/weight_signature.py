@@ -97,7 +97,9 @@ class WeightSignature(Change):
         model_class: str | None = None,
         fingerprints: dict[str, str] | None = None,
     ) -> None:
-        self.entries = tuple(sorted(entries, key=lambda entry: entry.position))
+        self.entries: tuple[SignatureEntry, ...] = tuple(
+            sorted(entries, key=lambda entry: entry.position)
+        )
         self.architecture = tuple(architecture)
         self.method = method
         self.name = name
