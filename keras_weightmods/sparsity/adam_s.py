@@ -267,8 +267,8 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
         self._mask_bits = self._add_states(
             "mask", lambda spec: (packed_size(math.prod(spec.shape)),), "uint8"
         )
-        self._gradient_squares: list = [None] * len(variables)
-        self._importance: list = [None] * len(variables)
+        self._gradient_squares: list[Any] = [None] * len(variables)
+        self._importance: list[Any] = [None] * len(variables)
         if self._measures_gradients:
             self._gradient_squares = self._add_states(
                 "gradient_square", lambda spec: ()
@@ -280,18 +280,20 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
                 initializer="ones",
             )
 
-    def _apply_weight_decay(self, variables):
+    def _apply_weight_decay(self, variables: Any) -> None:
         """Nothing: the decay is part of the update, in the same pass.
 
         Keras would write every weight and read it again, as it decays them
         before the update.
         """
 
-    def _decay_rate_of(self, variable):
+    def _decay_rate_of(self, variable: Any) -> Any:
         decays = self.weight_decay and keras_private.decays(self, variable)
         return self.weight_decay if decays else None
 
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+    def _backend_update_step(
+        self, grads: Any, trainable_variables: Any, learning_rate: Any
+    ) -> None:
         if keras.backend.backend() != "torch":
             super()._backend_update_step(
                 grads, trainable_variables, learning_rate
@@ -321,7 +323,7 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
         for name, value in stepped.items():
             self.assign(state[name], value)
 
-    def _compiled_step(self):
+    def _compiled_step(self) -> Any:
         """`_stepped`, which TensorFlow may run outside of a compiled step."""
         if keras.backend.backend() != "tensorflow":
             return self._stepped
@@ -436,7 +438,9 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
             "epsilon": self.epsilon,
         }
 
-    def _add_states(self, name, shape, dtype="float32", **kwargs):
+    def _add_states(
+        self, name: Any, shape: Any, dtype: Any = "float32", **kwargs: Any
+    ) -> Any:
         return [
             spec
             and self.add_variable(
@@ -448,7 +452,7 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
             for spec in self._specs
         ]
 
-    def _state_of(self, index):
+    def _state_of(self, index: Any) -> Any:
         """The variables of the state of one variable, by name."""
         lists = {
             "momentum": self._momentums,
@@ -463,7 +467,7 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
             if variables[index] is not None
         }
 
-    def _check_state(self, arrays):
+    def _check_state(self, arrays: Any) -> None:
         expected = [tuple(v.shape) for v in self.variables]
         received = [tuple(np.shape(a)) for a in arrays]
         if expected != received:

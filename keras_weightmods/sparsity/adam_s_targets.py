@@ -120,7 +120,7 @@ def targets_config(targets: Any) -> Any:
     ]
 
 
-def _inferred(pattern, variables):
+def _inferred(pattern: Any, variables: Any) -> Any:
     specs: list[Spec | None] = []
     for variable in variables:
         rank = len(variable.shape)
@@ -141,7 +141,7 @@ def _inferred(pattern, variables):
     return specs
 
 
-def _of_targets(targets, variables):
+def _of_targets(targets: Any, variables: Any) -> Any:
     if isinstance(targets, keras.layers.Layer):
         targets = find_targets(targets)
     by_id = {id(target.variable): target for target in targets}
@@ -157,7 +157,7 @@ def _of_targets(targets, variables):
     return [t and Spec.of(t.variable, t.contraction_axes) for t in found]
 
 
-def _restored(configs, variables):
+def _restored(configs: Any, variables: Any) -> Any:
     specs: list[Spec | None] = [None] * len(variables)
     found = [
         (_places(config, variables), tuple(config["contraction_axes"]))
@@ -180,7 +180,7 @@ def _restored(configs, variables):
     return specs
 
 
-def _places(config, variables):
+def _places(config: Any, variables: Any) -> Any:
     """Where among `variables` the restored target may be."""
     index, shape = config["index"], tuple(config["shape"])
     if index is None:

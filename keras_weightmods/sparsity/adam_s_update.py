@@ -28,7 +28,15 @@ class AdamSUpdate:
     beta_2: float
     epsilon: float
 
-    def _stepped(self, state, gradient, rate, step, axes, decay_rate):
+    def _stepped(
+        self,
+        state: Any,
+        gradient: Any,
+        rate: Any,
+        step: Any,
+        axes: Any,
+        decay_rate: Any,
+    ) -> Any:
         """Take one step of one variable, as a pure function of tensors.
 
         Args:
@@ -86,10 +94,10 @@ class AdamSUpdate:
             w = ops.where(mask, w, shrunk)
         return {**new, "weight": w, "momentum": mu, "velocity": v}
 
-    def _new_bits(self, state, step, axes):
+    def _new_bits(self, state: Any, step: Any, axes: Any) -> Any:
         w, bits = state["weight"], state["mask"]
 
-        def refresh():
+        def refresh() -> Any:
             scores = w
             if self.criterion == "activation":
                 importance = ops.cast(state["importance"], w.dtype)
@@ -100,30 +108,30 @@ class AdamSUpdate:
         return ops.cond(is_due, refresh, lambda: bits)
 
     @property
-    def _measures_gradients(self):
+    def _measures_gradients(self) -> Any:
         return self.decay == "published" and self.l1 == "auto"
 
-    def _new_gradient_square(self, state, g, step):
+    def _new_gradient_square(self, state: Any, g: Any, step: Any) -> Any:
         """Mean over the first steps of the mean square of the gradient."""
         old = state["gradient_square"]
 
-        def measure():
+        def measure() -> Any:
             square = ops.mean(ops.square(ops.cast(g, "float32")))
             return old + (square - old) / (step + 1)
 
         return ops.cond(step < _AUTO_L1_STEPS, measure, lambda: old)
 
-    def _ramp_at(self, step):
+    def _ramp_at(self, step: Any) -> Any:
         if not self.ramp:
             return ops.ones_like(step)
         return ops.minimum(step / (self.ramp * self.total_steps), 1.0)
 
-    def _shrink_at(self, step):
+    def _shrink_at(self, step: Any) -> Any:
         """(1 - a_next) / (1 - a); 0 once the ramp is done."""
         left = self.ramp * self.total_steps - step
         return ops.maximum(left - 1, 0.0) / ops.maximum(left, 1.0)
 
 
-def _bias_correction(beta, step):
+def _bias_correction(beta: Any, step: Any) -> Any:
     """1 - beta**(step + 1), exact in float32 also where beta is near 1."""
     return -ops.expm1((step + 1) * math.log(beta)) if beta else 1.0

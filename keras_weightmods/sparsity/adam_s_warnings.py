@@ -54,7 +54,7 @@ def warn_about_travel(optimizer: Any, specs: list[Spec]) -> None:
         )
 
 
-def _travel_allowed(optimizer):
+def _travel_allowed(optimizer: Any) -> Any:
     """Integrates lr * a over the run, by the trapezoid rule."""
     total = optimizer.total_steps
     steps = np.unique(np.linspace(0, total - 1, 200).round().astype("int64"))
@@ -74,7 +74,7 @@ def _travel_allowed(optimizer):
     return float(np.sum(means * np.diff(steps)))
 
 
-def _mean_masked(spec, n, m):
+def _mean_masked(spec: Any, n: Any, m: Any) -> Any:
     """Mean |w| of the entries outside the mask, over a sample of columns."""
     w = np.abs(ops.convert_to_numpy(to_matrix(spec.variable, spec.axes)))
     w = w[:, :: max(1, w.size // 2**18)].astype("float32")
@@ -82,7 +82,7 @@ def _mean_masked(spec, n, m):
     return float(groups[:, : m - n].mean()) if m > n else 0.0
 
 
-def _is_tracing():
+def _is_tracing() -> Any:
     """Whether values cannot be read now, while a graph is traced."""
     if keras.backend.backend() != "tensorflow":
         return False

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core.reparameterization import is_reparameterized
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.ops.nm import (
     Pattern,
@@ -84,15 +85,14 @@ def merge_lora(
     checks.check_model(model)
     n, m = (1, 1) if pattern is None else parse_pattern(pattern)
     checks.check_choice("keep", keep, ("mask", "magnitude"))
+    found = resolve_targets(model, targets)
+    chosen = {id(target.layer) for target in found}
     layers = [
         layer
         for layer in keras_private.layers_of(model)
         if getattr(layer, "lora_enabled", False)
+        and (targets is None or id(layer) in chosen)
     ]
-    found = resolve_targets(model, targets)
-    if targets is not None:
-        chosen = {id(target.layer) for target in found}
-        layers = [layer for layer in layers if id(layer) in chosen]
     _check(model, layers)
     axes = {}
     if pattern is not None:
@@ -118,7 +118,7 @@ def merge_lora(
     return ChangeReport.of("LoRA merged", model.weights, merged)
 
 
-def _check(model, layers):
+def _check(model: Any, layers: Any) -> None:
     if not layers:
         raise ValueError(
             "`merge_lora` needs LoRA on some layer: call `enable_lora` and "
@@ -127,25 +127,20 @@ def _check(model, layers):
         )
     for layer in layers:
         if layer.quantization_mode is not None:
-            raise ValueError(
-                "LoRA cannot be merged into codes. Call `merge_lora` before "
-                f"`quantize`. Received: layer {layer.path!r}, quantized to "
-                f"{layer.quantization_mode}"
-            )
-        if seam.is_reparameterized(layer):
-            raise ValueError(
-                "LoRA is merged into a layer's stored weight. Call `unpack` or "
-                f"`fold` first. Received: layer {layer.path!r}, whose weight "
-                "is packed or reparameterized"
-            )
-        if _base(layer) is None:
-            raise ValueError(
-                "`merge_lora` knows the LoRA of Keras' own layers. Received: "
-                f"layer {layer.path!r} of class {type(layer).__name__}"
-            )
+            expected = "merged before `quantize`, not into codes"
+        elif is_reparameterized(layer):
+            expected = "merged after `unpack` or `fold`, into stored weights"
+        elif _base(layer) is None:
+            expected = "that of Keras' own layers"
+        else:
+            continue
+        raise ValueError(
+            f"LoRA must be {expected}. Received: layer {layer.path!r} of class "
+            f"{type(layer).__name__}"
+        )
 
 
-def _check_bases(layers, axes, n, m):
+def _check_bases(layers: Any, axes: Any, n: Any, m: Any) -> None:
     bad = []
     for variable in map(_base, layers):
         if id(variable) in axes:
@@ -161,7 +156,7 @@ def _check_bases(layers, axes, n, m):
         )
 
 
-def _attribute(layer):
+def _attribute(layer: Any) -> Any:
     """The attribute that LoRA adapts, or None."""
     for name in ("kernel", "embeddings"):
         if hasattr(layer, f"lora_{name}_a"):
@@ -169,16 +164,16 @@ def _attribute(layer):
     return None
 
 
-def _base(layer):
+def _base(layer: Any) -> Any:
     name = _attribute(layer)
     return name and keras_private.stored_variable(layer, name)
 
 
-def _factors(layer):
+def _factors(layer: Any) -> Any:
     return [f"lora_{_attribute(layer)}_{which}" for which in "ab"]
 
 
-def _merged(layer, variable):
+def _merged(layer: Any, variable: Any) -> Any:
     # Not `layer.kernel`, which is rounded to the compute dtype.
     a, b = (
         ops.cast(getattr(layer, name).value, "float32")

@@ -263,11 +263,11 @@ def assert_sparse(
         )
 
 
-def _worst_first(kernels):
+def _worst_first(kernels: Any) -> Any:
     return sorted(kernels, key=lambda k: (k.violations, not k.groups))[::-1]
 
 
-def _model_size(model, packed, quantized):
+def _model_size(model: Any, packed: Any, quantized: Any) -> Any:
     """The weights of a model, counted as if none were packed or quantized."""
     arrays = {id(v) for item in packed for v in item.parameters}
     shapes = [item.target.shape for item in packed]
@@ -285,7 +285,7 @@ def _model_size(model, packed, quantized):
     return sum(map(math.prod, shapes))
 
 
-def _sparsity(target, value, n, m):
+def _sparsity(target: Any, value: Any, n: Any, m: Any) -> Any:
     # Not the target's shape: two int4 values are stored in one.
     shape = tuple(value.shape)
     axes = target.contraction_axes

@@ -20,7 +20,6 @@ from keras_weightmods.ops.nm import (
 )
 from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
-from keras_weightmods.utils.report import Skipped
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
@@ -195,38 +194,31 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         ```
         """
         n, m = parse_pattern(pattern)
-        resolved = resolve_targets(model, targets)
-        skipped = list(resolved.skipped)
-        pairs = []
-        for target in resolved:
-            reason = _reason_to_skip(target, m)
-            if reason is None:
-                constraint = cls((n, m), target.contraction_axes, frozen)
-                pairs.append((target, constraint))
-            else:
-                skipped.append(Skipped(target.path, reason))
+        found = resolve_targets(model, targets).select(
+            lambda target: _reason_to_skip(target, m)
+        )
         report = ChangeReport.of(
             f"Constrained to {n}:{m}",
             model.weights,
-            (target.variable for target, _ in pairs),
-            skipped,
+            [target.variable for target in found],
+            found.skipped,
         )
-        if not pairs:
+        if not found:
             raise ValueError(
                 f"`model` has no kernel that can be made {n}:{m} sparse. "
                 f"Received: model={model}, targets={targets}\n{report}"
             )
-        for target, constraint in pairs:
-            variable = target.variable
+        for target in found:
             axes = target.contraction_axes
+            constraint = cls((n, m), axes, frozen)
+            variable = target.variable
             projected = nm_project(variable, (n, m), axes)
             if frozen:
                 constraint._mask_shape = tuple(variable.shape)
                 # From the projected kernel, so that the weights alone
                 # determine the mask and attaching after a reload finds it.
-                constraint._packed_mask = pack_bits(
-                    nm_mask(projected, (n, m), axes)
-                )
+                mask = nm_mask(projected, (n, m), axes)
+                constraint._packed_mask = pack_bits(mask)
             variable.assign(projected)
             variable.constraint = constraint
         _forget_train_step(model)
@@ -283,11 +275,9 @@ class SemiStructuredSparse(keras.constraints.Constraint):
             return (0,)
         raise ValueError(
             "`SemiStructuredSparse` knows the contraction axis of a rank-2 "
-            "kernel only, axis 0. For another one pass `axis=`: `axis=(0, 1, "
-            "2)` for a Conv2D kernel (height, width, in, out); for an "
-            "EinsumDense kernel the letters of the equation that the input "
-            "has and the output has not, `axis=(0, 1)` in 'abc,bcd->ad'. Or "
-            "let `SemiStructuredSparse.attach(model)` find the axes. "
+            "kernel only, axis 0. For another one pass `axis=`, such as "
+            "`axis=(0, 1, 2)` for a Conv2D kernel (height, width, in, out), "
+            "or let `SemiStructuredSparse.attach(model)` find the axes. "
             f"Received: axis=None for a kernel of shape {shape}"
         )
 
@@ -298,23 +288,16 @@ def _standardize_axis(
     if axis is None:
         return None
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
-    if (
-        not axes
-        or not all(type(i) is int for i in axes)
-        or len(set(axes)) != len(axes)
-    ):
+    if not axes or len({i for i in axes if type(i) is int}) != len(axes):
         raise checks.error("axis", "None, an int or different ints", axis)
     return axes
 
 
 def _reason_to_skip(target: Target, m: int) -> str | None:
-    reason = target.reason_not_nm(m)
-    if reason is not None:
-        return reason
     constraint = target.variable.constraint
     if constraint is not None and not _is_ours(target.variable):
         return f"it has the constraint {type(constraint).__name__} already"
-    return None
+    return target.reason_not_nm(m)
 
 
 def _is_ours(variable: Any) -> bool:
@@ -400,7 +383,7 @@ def _project_shown(model: keras.Model) -> list[tuple[Any, np.ndarray]]:
     return changed
 
 
-def _still_shown(callback: Any, averages: list) -> Iterator[tuple]:
+def _still_shown(callback: Any, averages: Any) -> Iterator[Any]:
     """Yields the averages whose projection is still in the model."""
     # On JAX, reading `model` brings the state back into the variables.
     if averages and callback.model is not None:
@@ -412,6 +395,6 @@ def _still_shown(callback: Any, averages: list) -> Iterator[tuple]:
                 yield variable, average
 
 
-def _project(variable: Any, value: np.ndarray) -> np.ndarray:
+def _project(variable: Any, value: np.ndarray) -> Any:
     tensor = ops.convert_to_tensor(value, dtype=variable.dtype)
     return ops.convert_to_numpy(variable.constraint(tensor))

@@ -109,5 +109,5 @@ class SparsityMonitor(keras.callbacks.Callback):
         return getattr(optimizer, "inner_optimizer", optimizer)
 
 
-def _to_float(x):
+def _to_float(x: Any) -> Any:
     return float(ops.convert_to_numpy(x))
