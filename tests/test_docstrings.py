@@ -14,48 +14,47 @@ from tests.test_package import PUBLIC
 
 
 def examples():
+    """Return the code in docstrings of functions, classes and methods."""
     found = {}
-    modules = [keras_weightmods] + [
-        importlib.import_module(info.name)
-        for info in pkgutil.walk_packages(
-            keras_weightmods.__path__, "keras_weightmods."
-        )
+    for info in pkgutil.walk_packages(
+        keras_weightmods.__path__, "keras_weightmods."
+    ):
         # The native libraries look like modules.
-        if ".backend." not in info.name and ".kwm_" not in info.name
-    ]
-    for module in modules:
-        for name, value in vars(module).items():
-            if name.startswith("_") or not (
-                inspect.isclass(value) or inspect.isfunction(value)
-            ):
+        if ".backend." in info.name or ".kwm_" in info.name:
+            continue
+        for value in vars(importlib.import_module(info.name)).values():
+            if getattr(value, "__module__", None) != info.name:
                 continue
-            if value.__module__.startswith("keras_weightmods"):
-                found[f"{value.__module__}.{value.__qualname__}"] = value
+            methods = vars(value).values() if inspect.isclass(value) else ()
+            for part in (value, *methods):
+                part = getattr(part, "__func__", part)
+                if blocks := code_blocks(getattr(part, "__doc__", None)):
+                    found[f"{info.name}.{part.__qualname__}"] = blocks
     return found
 
 
 def code_blocks(text):
     return [
         textwrap.dedent(block)
-        for block in re.findall(r"```python\n(.*?)```", text or "", re.DOTALL)
+        for block in re.findall(
+            r"^ *```python\n(.*?)^ *```", text or "", re.DOTALL | re.MULTILINE
+        )
     ]
 
 
-@pytest.mark.parametrize("name", sorted(examples()))
+EXAMPLES = examples()
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
 @pytest.mark.filterwarnings("ignore:AdamS. this schedule")
 def test_example_runs(name):
-    blocks = code_blocks(inspect.getdoc(examples()[name]))
-    if not blocks:
-        pytest.skip("no example in the docstring")
-    for block in blocks:
+    for block in EXAMPLES[name]:
         exec(compile(block, name, "exec"), {})
 
 
 def test_public_names_have_examples():
     missing = [
-        name
-        for name, value in PUBLIC.items()
-        if not code_blocks(inspect.getdoc(value))
+        name for name, value in PUBLIC.items() if not code_blocks(value.__doc__)
     ]
     # What users receive, never make; and what `pack_bits` has in its example.
     received = ("Report", "Target", "Targets")
