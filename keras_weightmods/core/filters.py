@@ -19,7 +19,8 @@ def included(name: str, patterns: Any, model: Any, targets: Any, skipped: Any):
             `Target` to bool; or a list of these. `None` for all targets.
         model: The model or layer that holds the targets.
         targets: List of `Target`.
-        skipped: List of `Skipped`, for the error message.
+        skipped: List of `Skipped`, for the error message. `None` where the
+            targets are not those of `find_targets`.
 
     Raises:
         ValueError: If a pattern has another form, or matches no target.
@@ -89,7 +90,9 @@ def _nothing_matches(name, pattern, targets, skipped):
             repr(target.path) for target in targets[:5]
         )
     if isinstance(pattern, (str, re.Pattern)):
-        for skip in skipped:
+        for skip in skipped or ():
             if re.search(pattern, skip.path):
                 return f"{message}. Left out: {skip.path} ({skip.reason})"
+    if skipped is None:
+        return message
     return f"{message}. `find_targets(model)` lists them all."

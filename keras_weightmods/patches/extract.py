@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 
+from keras_weightmods.core import filters
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.patches import architecture, tensors
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
@@ -163,7 +164,9 @@ def _taken_by_depth(usable, depths, depth):
 def _taken_by_targets(layout, infos, usable, targets):
     patterns = targets if isinstance(targets, (list, tuple)) else [targets]
     if patterns and all(isinstance(p, (str, re.Pattern)) for p in patterns):
-        return _taken_by_paths(infos, usable, patterns)
+        usable_infos = [infos[i] for i in usable]
+        taken = filters.included("targets", patterns, None, usable_infos, None)
+        return [info.position for info in taken]
     if layout.model is None:
         raise checks.error(
             "targets",
@@ -182,27 +185,6 @@ def _taken_by_targets(layout, infos, usable, targets):
     if not taken:
         raise checks.error("targets", "of at least one weight", targets)
     return taken
-
-
-def _taken_by_paths(infos, usable, patterns):
-    taken = set()
-    for pattern in patterns:
-        try:
-            regex = re.compile(pattern)
-        except re.error as error:
-            raise checks.error(
-                "targets", f"valid regular expressions ({error})", pattern
-            ) from error
-        found = [i for i in usable if regex.search(infos[i].path)]
-        if not found:
-            paths = ", ".join(infos[i].path for i in usable[:5])
-            raise ValueError(
-                "Each of `targets` must match a weight. Received: "
-                f"targets={pattern!r}, which matches none of {len(usable)}, "
-                f"among them {paths}"
-            )
-        taken.update(found)
-    return sorted(taken)
 
 
 def _weight_problems(checkpoints, infos):

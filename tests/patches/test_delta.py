@@ -108,28 +108,6 @@ def test_another_base(base, tmp_path):
     assert_same_bits(weights_of(other), before)
 
 
-def test_weights_changed_since(base, tmp_path):
-    _, path, _ = delta_file(base, tmp_path)
-    _, second, _ = delta_file(base, tmp_path, 2)
-    model = make()
-    kwm.apply_delta(model, path)
-    kernel = model.layers[0].kernel
-    kernel.assign(kernel * 1.5)
-    before = weights_of(model)
-    for call in (
-        lambda: kwm.remove_delta(model),
-        lambda: kwm.apply_delta(model, second),
-    ):
-        with pytest.raises(ValueError, match="changed since") as error:
-            call()
-        assert "0:" in str(error.value)
-        assert_same_bits(weights_of(model), before)
-    kwm.remove_delta(model, force=True)
-    at = changed(base, 1)[0] != base[0]
-    assert np.array_equal(weights_of(model)[0][at], base[0][at])
-    assert np.array_equal(weights_of(model)[0][~at], before[0][~at])
-
-
 def test_errors(base, tmp_path):
     tuned, path, _ = delta_file(base, tmp_path)
     target = tmp_path / "other.safetensors"
@@ -168,23 +146,6 @@ def _added(model, number):
     kernel = model.layers[0].kernel
     kernel.assign(kernel + number)
     return model
-
-
-def test_corrupt_files_change_nothing(base, tmp_path):
-    _, path, _ = delta_file(base, tmp_path)
-    model = make()
-    data = path.read_bytes()
-    random = np.random.default_rng(0)
-    for place in random.integers(len(data), size=40):
-        broken = bytearray(data)
-        broken[place] ^= 1 << int(random.integers(8))
-        path.write_bytes(broken)
-        with pytest.raises(ValueError, match="truncated, altered"):
-            kwm.apply_delta(model, path)
-    path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="truncated, altered"):
-        kwm.apply_delta(model, path)
-    assert_same_bits(weights_of(model), base)
 
 
 @pytest.mark.parametrize(
