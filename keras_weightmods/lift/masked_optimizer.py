@@ -15,7 +15,7 @@ from keras_weightmods.ops.nm import pack_bits, packed_size, unpack_bits
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
 class MaskedOptimizer(MaskedState, WrappingOptimizer):
-    """Lets an optimizer change the masked entries of kernels alone.
+    """Let an optimizer change the masked entries of kernels alone.
 
     The wrapped optimizer sees gradients that are zero outside of the mask;
     after its step, all entries outside are what they were before, bit for
@@ -92,25 +92,17 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
         if not inner.built:
             inner.build(known if self.inner_on_all and known else variables)
 
-    def indices_of(self, variable):
-        """The mask of a variable.
-
-        Args:
-            variable: One of `masked_variables`.
-
-        Returns:
-            Rising int32 NumPy array, places in the flattened variable.
-        """
+    def indices_of(self, variable: keras.Variable) -> Any:
         mask = ops.convert_to_numpy(self._mask_of(variable))
         return np.flatnonzero(mask).astype("int32")
 
-    def set_indices(self, variable, indices):
+    def set_indices(self, variable: keras.Variable, indices: Any) -> None:
         mask = np.zeros(math.prod(variable.shape), bool)
         mask[indices] = True
         self._bits[self._get_variable_index(variable)].assign(pack_bits(mask))
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        """Has the wrapped optimizer step, then puts the rest back."""
+        """Have the wrapped optimizer step, then put the rest back."""
         grads, masked = list(grads), []
         for i, variable in enumerate(trainable_variables):
             mask = self._mask_of(variable)

@@ -1,6 +1,7 @@
 """What the optimizers that train single entries of kernels have in common."""
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -51,7 +52,7 @@ class MaskedState(keras.optimizers.Optimizer):
         self._specs = []
 
     @property
-    def masked_variables(self):
+    def masked_variables(self) -> list[keras.Variable]:
         """The variables of which single entries are trained, in order."""
         return [
             variable
@@ -60,26 +61,26 @@ class MaskedState(keras.optimizers.Optimizer):
         ]
 
     @property
-    def specs(self):
+    def specs(self) -> tuple[MaskSpec, ...]:
         """One `MaskSpec` for each variable it was built on."""
         return tuple(self._specs)
 
     @property
-    def mask_step(self):
+    def mask_step(self) -> int:
         """The updates made when the masks were last set, -1 for never."""
         if not self.built:
             return -1
         return int(ops.convert_to_numpy(self._mask_step.value))
 
-    def build(self, variables):
-        """Builds the state, if the masks are known from a file."""
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Build the state, if the masks are known from a file."""
         if self.built or self._configured_specs is None:
             return
         specs = self._configured_specs
-        variables = list(variables)
-        places = [spec.place for spec in specs]
-        if len(variables) == len(specs):
-            places = list(range(len(specs)))
+        all_are_masked = len(variables) == len(specs)
+        places = [
+            i if all_are_masked else spec.place for i, spec in enumerate(specs)
+        ]
         if not all(
             place < len(variables)
             and tuple(variables[place].shape) == spec.shape
@@ -96,8 +97,13 @@ class MaskedState(keras.optimizers.Optimizer):
             )
         self.build_masked([variables[p] for p in places], specs, variables)
 
-    def build_masked(self, variables, specs, known=None):
-        """Builds the state.
+    def build_masked(
+        self,
+        variables: Sequence[keras.Variable],
+        specs: Sequence[MaskSpec],
+        known: Sequence[keras.Variable] | None = None,
+    ) -> None:
+        """Build the state.
 
         Args:
             variables: List of the `keras.Variable`s to train.
@@ -122,8 +128,8 @@ class MaskedState(keras.optimizers.Optimizer):
         )
         self.built = True
 
-    def set_masks(self, all_indices, step):
-        """Moves the masks.
+    def set_masks(self, all_indices: Iterable[Any], step: int) -> None:
+        """Move the masks.
 
         Args:
             all_indices: Iterable of rising int32 NumPy arrays, the entries of
@@ -134,18 +140,20 @@ class MaskedState(keras.optimizers.Optimizer):
             self.set_indices(variable, indices)
         self._mask_step.assign(step)
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         self._check_masks()
         super().apply(grads, trainable_variables)
 
-    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+    def stateless_apply(
+        self, optimizer_variables: Any, grads: Any, trainable_variables: Any
+    ) -> Any:
         self._check_masks()
         return super().stateless_apply(
             optimizer_variables, grads, trainable_variables
         )
 
-    def load_own_variables(self, store):
-        """Restores the state, which must have been built."""
+    def load_own_variables(self, store: Any) -> None:
+        """Restore the state, which must have been built."""
         keys = list(store.keys())
         if not self.built and len(keys) > len(self.variables):
             raise ValueError(
@@ -169,7 +177,7 @@ class MaskedState(keras.optimizers.Optimizer):
     def _spec_of(self, variable):
         return self._specs[self._get_variable_index(variable)]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         specs = self._specs if self.built else self._configured_specs
         return {
             **super().get_config(),
@@ -204,12 +212,19 @@ class MaskedState(keras.optimizers.Optimizer):
     def _create_state(self, variables, known):
         raise NotImplementedError
 
-    def set_indices(self, variable, indices):
-        """Moves the mask of one variable."""
+    def set_indices(self, variable: keras.Variable, indices: Any) -> None:
+        """Move the mask of one variable."""
         raise NotImplementedError
 
-    def indices_of(self, variable) -> Any:
-        """The mask of one variable: rising int32 NumPy array of places."""
+    def indices_of(self, variable: keras.Variable) -> Any:
+        """Return the mask of a variable.
+
+        Args:
+            variable: One of `masked_variables`.
+
+        Returns:
+            Rising int32 NumPy array, places in the flattened variable.
+        """
         raise NotImplementedError
 
     def _only_masked(self, variable, new, old):
@@ -217,8 +232,8 @@ class MaskedState(keras.optimizers.Optimizer):
         raise NotImplementedError
 
 
-def moved_entries(old_indices, new_indices, values):
-    """What each entry had under the old mask, zero for new ones.
+def moved_entries(old_indices: Any, new_indices: Any, values: Any) -> Any:
+    """Return what each entry had under the old mask, zero for new ones.
 
     Args:
         old_indices, new_indices: Rising int NumPy arrays of one length.

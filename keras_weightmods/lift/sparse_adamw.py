@@ -1,10 +1,13 @@
 """SparseAdamW: AdamW with state for the entries that it trains alone."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_weightmods.lift.masked_state import MaskedState, moved_entries
+from keras_weightmods.utils import checks
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
@@ -44,11 +47,10 @@ class SparseAdamW(MaskedState):
         beta_1: Float in [0, 1). Defaults to `0.9`.
         beta_2: Float in [0, 1). Defaults to `0.95`.
         epsilon: Float, added to the square root. Defaults to `1e-6`.
-        clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
-            ema_overwrite_frequency, loss_scale_factor,
-            gradient_accumulation_steps, name: As in
-            `keras.optimizers.Optimizer`.
+        name: String. Defaults to `"sparse_adamw"`.
         masks: Of the config; leave it out.
+        **kwargs: As in `keras.optimizers.Optimizer`: `clipnorm`, `use_ema`,
+            `gradient_accumulation_steps` and others.
 
     Raises:
         ValueError: If an argument is outside of its range; when it is to step
@@ -74,51 +76,26 @@ class SparseAdamW(MaskedState):
 
     def __init__(
         self,
-        learning_rate=1e-4,
-        weight_decay=None,
-        beta_1=0.9,
-        beta_2=0.95,
-        epsilon=1e-6,
-        clipnorm=None,
-        clipvalue=None,
-        global_clipnorm=None,
-        use_ema=False,
-        ema_momentum=0.99,
-        ema_overwrite_frequency=None,
-        loss_scale_factor=None,
-        gradient_accumulation_steps=None,
-        name="sparse_adamw",
-        masks=None,
-        **kwargs,
+        learning_rate: Any = 1e-4,
+        weight_decay: float | None = None,
+        beta_1: float = 0.9,
+        beta_2: float = 0.95,
+        epsilon: float = 1e-6,
+        *,
+        name: str = "sparse_adamw",
+        masks: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
     ):
-        for key, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
-            if not (isinstance(beta, (int, float)) and 0 <= beta < 1):
-                raise ValueError(
-                    f"`{key}` must be in [0, 1). Received: {key}={beta!r}"
-                )
-        if not (isinstance(epsilon, (int, float)) and epsilon > 0):
-            raise ValueError(
-                "`epsilon` must be a positive float. "
-                f"Received: epsilon={epsilon!r}"
-            )
         super().__init__(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
-            clipnorm=clipnorm,
-            clipvalue=clipvalue,
-            global_clipnorm=global_clipnorm,
-            use_ema=use_ema,
-            ema_momentum=ema_momentum,
-            ema_overwrite_frequency=ema_overwrite_frequency,
-            loss_scale_factor=loss_scale_factor,
-            gradient_accumulation_steps=gradient_accumulation_steps,
             name=name,
             masks=masks,
             **kwargs,
         )
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
+        self.beta_1 = checks.check_float("beta_1", beta_1, 0, below=1)
+        self.beta_2 = checks.check_float("beta_2", beta_2, 0, below=1)
+        self.epsilon = checks.check_float("epsilon", epsilon, above=0)
 
     def _create_state(self, variables, known):
         sizes = {id(v): spec.size for v, spec in zip(variables, self._specs)}
@@ -126,29 +103,27 @@ class SparseAdamW(MaskedState):
         # gradients that are accumulated are compact.
         self._size_of = sizes.get
         keras.optimizers.Optimizer.build(self, variables)
-        self._momentums: list = []
-        self._velocities: list = []
-        self._indices: list = []
+        self._indices: list[Any] = []
+        self._moments: list[tuple[Any, Any]] = []
         for place, (variable, spec) in enumerate(zip(variables, self._specs)):
-            is_masked = spec.size is not None
-            shape = (spec.size,) if is_masked else tuple(variable.shape)
-            # No paths in the names: a layout map of kernels is not for these.
-            self._indices.append(
-                self.add_variable(shape, dtype="int32", name=f"indices_{place}")
-                if is_masked
-                else None
-            )
-            for name, states in (
-                ("momentum", self._momentums),
-                ("velocity", self._velocities),
-            ):
-                states.append(
-                    self.add_variable(
-                        shape, dtype=variable.dtype, name=f"{name}_{place}"
-                    )
-                    if is_masked
-                    else self.add_variable_from_reference(variable, name)
+            names = "momentum", "velocity"
+            if spec.size is None:
+                new = self.add_variable_from_reference
+                indices, moments = None, [new(variable, n) for n in names]
+            else:
+                # No paths in the names: a layout map of kernels is not for
+                # these.
+                indices = self.add_variable(
+                    (spec.size,), dtype="int32", name=f"indices_{place}"
                 )
+                moments = [
+                    self.add_variable(
+                        (spec.size,), dtype=variable.dtype, name=f"{n}_{place}"
+                    )
+                    for n in names
+                ]
+            self._indices.append(indices)
+            self._moments.append(tuple(moments))
 
     def add_variable_from_reference(
         self, reference_variable, name=None, initializer="zeros"
@@ -165,23 +140,15 @@ class SparseAdamW(MaskedState):
             reference_variable, name, initializer
         )
 
-    def indices_of(self, variable):
-        """The mask of a variable.
-
-        Args:
-            variable: One of `masked_variables`.
-
-        Returns:
-            Rising int32 NumPy array, places in the flattened variable.
-        """
+    def indices_of(self, variable: keras.Variable) -> Any:
         place = self._get_variable_index(variable)
         return ops.convert_to_numpy(self._indices[place].value)
 
-    def set_indices(self, variable, indices):
+    def set_indices(self, variable: keras.Variable, indices: Any) -> None:
         place = self._get_variable_index(variable)
         if self.mask_step >= 0:
             old = self.indices_of(variable)
-            for state in (self._momentums[place], self._velocities[place]):
+            for state in self._moments[place]:
                 values = ops.convert_to_numpy(state.value)
                 state.assign(moved_entries(old, indices, values))
         self._indices[place].assign(np.asarray(indices, "int32"))
@@ -203,20 +170,21 @@ class SparseAdamW(MaskedState):
     def _apply_weight_decay(self, variables):
         """Nothing: the decay is a part of the update of masked entries."""
 
-    def update_step(self, gradient, variable, learning_rate):
-        """Updates one variable and its state; the gradient is compact."""
+    def update_step(
+        self, gradient: Any, variable: Any, learning_rate: Any
+    ) -> None:
+        """Update one variable and its state; the gradient is compact."""
         place = self._get_variable_index(variable)
         keras_variable = self._trainable_variables[place]
-        decay = self.weight_decay
-        if not decay or not self._use_weight_decay(keras_variable):
+        decay = self.weight_decay or 0.0
+        if decay and not self._use_weight_decay(keras_variable):
             decay = 0.0
-        indices = self._indices[place]
-        state = (self._momentums[place], self._velocities[place])
+        indices, moments = self._indices[place], self._moments[place]
         if keras.backend.backend() == "torch":
             from keras_weightmods.backend.torch import sparse_adamw
 
             sparse_adamw.update(
-                self, keras_variable, gradient, indices, state, decay
+                self, keras_variable, gradient, indices, moments, decay
             )
             return
         whole = ops.convert_to_tensor(variable)
@@ -225,20 +193,25 @@ class SparseAdamW(MaskedState):
 
             whole = after(whole, gradient)
         weight = whole if indices is None else _taken(whole, indices)
-        weight, *moments = adamw_step(
-            weight,
-            ops.convert_to_tensor(state[0]),
-            ops.convert_to_tensor(state[1]),
-            gradient,
-            learning_rate,
-            self.iterations,
-            decay,
-            self.beta_1,
-            self.beta_2,
-            self.epsilon,
-        )
-        for each, value in zip(state, moments):
-            self.assign(each, value)
+        dtype = weight.dtype
+        rate = ops.cast(learning_rate, dtype)
+        gradient = ops.cast(gradient, dtype)
+        count = ops.cast(self.iterations + 1, "float32")
+        corrected = []
+        for moment, beta, target in zip(
+            moments,
+            (self.beta_1, self.beta_2),
+            (gradient, ops.square(gradient)),
+        ):
+            old = ops.convert_to_tensor(moment)
+            new = old + (target - old) * (1 - beta)
+            self.assign(moment, new)
+            share = 1 - ops.power(ops.cast(beta, "float32"), count)
+            corrected.append(new / ops.cast(share, dtype))
+        if decay:
+            weight = weight - weight * (rate * ops.cast(decay, dtype))
+        mean, square = corrected
+        weight = weight - rate * mean / (ops.sqrt(square) + self.epsilon)
         if indices is not None:
             weight = _put(whole, indices, weight)
         self.assign(variable, weight)
@@ -249,50 +222,13 @@ class SparseAdamW(MaskedState):
             return new
         return _put(old, indices, _taken(new, indices))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "beta_1": self.beta_1,
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
         }
-
-
-def adamw_step(
-    weight,
-    momentum,
-    velocity,
-    gradient,
-    learning_rate,
-    step,
-    weight_decay,
-    beta_1,
-    beta_2,
-    epsilon,
-):
-    """One step of AdamW on tensors of one shape; see `SparseAdamW`.
-
-    Args:
-        step: Int tensor, the steps taken before.
-
-    Returns:
-        Triple of tensors, the new `weight`, `momentum` and `velocity`.
-    """
-    dtype = weight.dtype
-    rate = ops.cast(learning_rate, dtype)
-    gradient = ops.cast(gradient, dtype)
-    count = ops.cast(step + 1, "float32")
-    momentum = momentum + (gradient - momentum) * (1 - beta_1)
-    velocity = velocity + (ops.square(gradient) - velocity) * (1 - beta_2)
-    mean, square = (
-        moment
-        / ops.cast(1 - ops.power(ops.cast(beta, "float32"), count), dtype)
-        for moment, beta in ((momentum, beta_1), (velocity, beta_2))
-    )
-    if weight_decay:
-        weight = weight - weight * (rate * ops.cast(weight_decay, dtype))
-    weight = weight - rate * mean / (ops.sqrt(square) + epsilon)
-    return weight, momentum, velocity
 
 
 def _taken(x, indices):
