@@ -32,7 +32,10 @@ def fixed_compander(model, **kwargs):
     return kwm.attach_compander(model, a=2.0, learnable=False, **kwargs)
 
 
-PRODUCTS = ("dense", "first axis", "middle axis", "two axes", "axes apart")
+PRODUCTS = (
+    *("dense", "first axis", "middle axis", "two axes"),
+    *("axes apart", "axes swapped", "ellipsis", "transposed"),
+)
 PACKED = (*PRODUCTS, "attention")
 CONTRACTED = (*PACKED, "conv1d", "conv2d", "separable", "experts")
 ALL = (*CONTRACTED, "depthwise")
@@ -94,6 +97,9 @@ LAYERS = {
     "middle axis": ((5, 8), lambda: [einsum("bqm,umh->bquh", (None, 2, 3))]),
     "two axes": ((5, 2, 4), lambda: [einsum("bquh,uhm->bqm", (None, 3), "m")]),
     "axes apart": ((5, 2, 4), lambda: [einsum("bquh,umh->bqm", (None, 3))]),
+    "axes swapped": ((5, 4, 2), lambda: [einsum("bqhu,umh->bqm", (None, 3))]),
+    "ellipsis": ((3, 5, 8), lambda: [einsum("...x,xy->...y", 7, "y")]),
+    "transposed": ((5, 8), lambda: [einsum("bqx,xyz->bzqy", (3, None, 2))]),
     "conv1d": ((7, 4), lambda: [keras.layers.Conv1D(3, 3)]),
     "conv2d": ((5, 5, 4), lambda: [keras.layers.Conv2D(3, 3, padding="same")]),
     "separable": ((5, 5, 8), lambda: [keras.layers.SeparableConv2D(3, 3)]),

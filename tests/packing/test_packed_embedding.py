@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 from keras_weightmods import native, pack, unpack
-from tests.models import causal_lm, make_sparse, outputs
+from tests.models import causal_lm, make_sparse, normal, numpy, outputs
 from tests.packing.test_pack import leave_out_native, state
 
 
@@ -31,9 +31,8 @@ class LanguageModel(keras.Model):
 
 def make_model(**kwargs):
     model = LanguageModel(**kwargs)
-    rng = np.random.default_rng(0)
     table = model.embedding._embeddings
-    table.assign(rng.normal(size=table.shape))
+    table.assign(normal(*table.shape))
     return make_sparse(model)
 
 
@@ -54,8 +53,8 @@ def test_one_table_is_looked_up_and_multiplied(arguments):
     model = make_model(**arguments)
     tokens = TOKENS % arguments.get("vocabulary", 37)
     layer, before = model.embedding, state(model)
-    table = rounded_table(ops.convert_to_numpy(layer.embeddings))
-    kernel = np.float64(ops.convert_to_numpy(model.dense.kernel))
+    table = rounded_table(numpy(layer.embeddings))
+    kernel = np.float64(numpy(model.dense.kernel))
     report = pack(model, head="int8")
     assert [w.dtype for w in report.weights] == ["float32", "int8"]
     vocabulary, width = table.shape
@@ -65,7 +64,7 @@ def test_one_table_is_looked_up_and_multiplied(arguments):
 
     found = ops.convert_to_numpy(layer(tokens))
     np.testing.assert_array_equal(found, table[tokens])
-    np.testing.assert_array_equal(ops.convert_to_numpy(layer.embeddings), table)
+    np.testing.assert_array_equal(numpy(layer.embeddings), table)
     expected = np.float64(table)[tokens] @ kernel @ table.T
     if layer.logit_soft_cap:
         expected = np.tanh(expected / 2) * 2
@@ -73,7 +72,7 @@ def test_one_table_is_looked_up_and_multiplied(arguments):
         outputs(model, tokens), expected, rtol=1e-4, atol=1e-4
     )
     unpack(model)
-    np.testing.assert_array_equal(ops.convert_to_numpy(layer.embeddings), table)
+    np.testing.assert_array_equal(numpy(layer.embeddings), table)
     after = state(model)
     assert after[:2] == before[:2]
 
@@ -81,14 +80,14 @@ def test_one_table_is_looked_up_and_multiplied(arguments):
 def test_an_odd_width_is_padded():
     layer = keras.layers.ReversibleEmbedding(20, 7)
     layer.build()
-    table = np.random.default_rng(0).normal(size=(20, 7)).astype("float32")
+    table = normal(20, 7)
     layer._embeddings.assign(table)
     table = rounded_table(table)
     pack(layer, head="int8")
     np.testing.assert_array_equal(
         ops.convert_to_numpy(layer(np.arange(20))), table
     )
-    x = np.random.default_rng(1).normal(size=(3, 7)).astype("float32")
+    x = normal(3, 7, seed=1)
     np.testing.assert_allclose(
         ops.convert_to_numpy(layer(x, reverse=True)), x @ table.T, atol=1e-4
     )
@@ -97,13 +96,11 @@ def test_an_odd_width_is_padded():
 def test_mixed_precision_keeps_its_types():
     model = make_model(dtype="mixed_bfloat16", reverse_dtype="float32")
     layer = model.embedding
-    expected = ops.convert_to_numpy(ops.cast(layer(TOKENS), "float32"))
+    expected = numpy(layer(TOKENS))
     pack(model, head="int8")
     found = layer(TOKENS)
     assert keras.backend.standardize_dtype(found.dtype) == "bfloat16"
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(ops.cast(found, "float32")), expected, atol=0.05
-    )
+    np.testing.assert_allclose(numpy(found), expected, atol=0.05)
     logits = layer(found, reverse=True)
     assert keras.backend.standardize_dtype(logits.dtype) == "float32"
 
@@ -115,17 +112,17 @@ def test_gradients_flow_through_the_head():
     x = keras.layers.Dense(8, use_bias=False)(inputs)
     model = keras.Model(inputs, layer(x, reverse=True))
     make_sparse(model)
-    layer._embeddings.assign(np.random.default_rng(0).normal(size=(9, 8)))
+    layer._embeddings.assign(normal(9, 8))
     pack(model, head="int8", targets=[])
-    table = np.float64(ops.convert_to_numpy(layer.embeddings))
-    x = np.random.default_rng(1).normal(size=(5, 4)).astype("float32")
+    table = np.float64(numpy(layer.embeddings))
+    x = normal(5, 4, seed=1)
     (kernel,) = model.trainable_weights
-    w = np.float64(ops.convert_to_numpy(kernel))
+    w = np.float64(numpy(kernel))
     error = 2 * (x @ w @ table.T - 1) / (5 * 9)
     model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
     model.fit(x, np.ones((5, 9), "float32"), verbose=0)
     np.testing.assert_allclose(
-        ops.convert_to_numpy(kernel),
+        numpy(kernel),
         w - 0.1 * x.T @ error @ table,
         rtol=1e-4,
         atol=1e-5,
@@ -176,8 +173,8 @@ def test_checkpoints_with_and_without_the_library(tmp_path, monkeypatch):
         dense.save_weights(paths[1])
         unpack(dense)
         np.testing.assert_array_equal(
-            ops.convert_to_numpy(dense.embedding.embeddings),
-            ops.convert_to_numpy(model.embedding.embeddings),
+            numpy(dense.embedding.embeddings),
+            numpy(model.embedding.embeddings),
         )
     before = model.get_weights()
     for weight in model.weights:
@@ -187,14 +184,12 @@ def test_checkpoints_with_and_without_the_library(tmp_path, monkeypatch):
         np.testing.assert_array_equal(old, new)
 
 
-def tiny(family):
+SIZES = {"vocabulary_size": 48, "hidden_dim": 32, "intermediate_dim": 48}
+
+
+def language_model(family, **sizes):
     pytest.importorskip("keras_hub")
-    sizes = {"intermediate_dim": 32}
-    if family == "llama3":
-        sizes = {"num_query_heads": 4, "num_key_value_heads": 2}
-        sizes |= {"hidden_dim": 32, "intermediate_dim": 48}
-        sizes["tie_word_embeddings"] = True
-    return causal_lm(family, vocabulary_size=48, **sizes)
+    return make_sparse(causal_lm(family, **SIZES, **sizes))
 
 
 def prompt(length=10, known=4):
@@ -206,14 +201,14 @@ def prompt(length=10, known=4):
 
 def generated(model):
     tokens = model.generate(prompt(), stop_token_ids=None)["token_ids"]
-    return ops.convert_to_numpy(tokens)
+    return numpy(tokens)
 
 
 def test_a_packed_llama_generates_what_the_sparse_one_does():
-    model = make_sparse(tiny("llama3"))
+    model = language_model("llama3", tie_word_embeddings=True)
     # Logits far apart, so that rounding decides nothing.
     table = model.backbone.token_embedding._embeddings
-    table.assign(np.random.default_rng(0).normal(size=table.shape))
+    table.assign(normal(*table.shape))
     model.compile(sampler="greedy")
     dense = generated(model)
     report = pack(model)
@@ -227,7 +222,8 @@ def test_a_packed_llama_generates_what_the_sparse_one_does():
 )
 @pytest.mark.parametrize("family", ["llama3", "gpt2", "gemma"])
 def test_language_models_compute_with_what_unpack_gives(family):
-    model = make_sparse(tiny(family))
+    tied = {"tie_word_embeddings": True} if family == "llama3" else {}
+    model = language_model(family, **tied)
     inputs = prompt()
     expected, before = outputs(model, inputs), state(model)
     pack(model)
