@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -199,16 +199,13 @@ def used_positions(sample_weight: Any) -> np.ndarray | None:
     return used[..., 0] if used.ndim > 1 and used.shape[-1] == 1 else used
 
 
-@contextlib.contextmanager
-def without_gradients() -> Iterator[None]:
-    """Keep torch from holding all activations of a forward pass."""
+def without_gradients() -> contextlib.AbstractContextManager[Any]:
+    """Keep torch from holding all activations of forward passes in a scope."""
     if keras.backend.backend() != "torch":
-        yield
-        return
+        return contextlib.nullcontext()
     import torch
 
-    with torch.no_grad():
-        yield
+    return torch.no_grad()
 
 
 def _einsum_reader(layer: Any, target: Target) -> InputReader:
