@@ -144,47 +144,35 @@ class Ledger:
             p for p in changed if p not in left and known[p].places is None
         ]
         written = [p for p in entries if p not in left]
-        keys = {p: model.infos[p].key for p in written}
-        entries_before = {
-            p: known[p].entries if p in known else {} for p in written
-        }
         places = {
-            p: _union({**entries_before[p], **entries[p]}) for p in written
+            p: _union({**_entries(known.get(p)), **entries[p]}) for p in written
         }
-        terms_before = {
-            p: _terms(self.patches, entries_before[p], places[p])
-            for p in written
-        }
-        # What is kept whole, and still there, is computed and not read.
-        computed = [
-            p
-            for p in written
-            if p in known and known[p].places is None and p not in subtracted
-        ]
-        present = self._present(model, places, computed)
-        clean = {p: known[p].clean for p in computed}
-        for p, values in present.items():
-            clean[p] = values
-            if p in known and p not in subtracted:
-                array = _with_clean(values.array, known[p], places[p])
+        present = self._present(model, places, subtracted)
+        clean, before, opposite = {}, {}, {}
+        for p in written:
+            key = model.infos[p].key
+            weight: Any = known.get(p)
+            terms = _terms(self.patches, _entries(weight), places[p])
+            if p in present:
+                before[p] = Sum(key, present[p], [], places[p])
+            else:
+                before[p] = Sum(key, weight.clean, terms)
+            if weight is None:
+                clean[p] = present[p]
+            elif p in subtracted:
+                negated = [(-scale, *tensor) for scale, *tensor in terms]
+                opposite[p] = Sum(key, present[p], negated)
+            elif p in present:
+                array = _with_clean(present[p].array, weight, places[p])
                 clean[p] = Snapshot(array)
-        opposite = {
-            p: Sum(keys[p], present[p], [(-s, t, r) for s, t, r in terms])
-            for p, terms in terms_before.items()
-            if p in subtracted
-        }
+            else:
+                clean[p] = weight.clean
         values, problems = compute(opposite)
         raise_all("The change cannot be written:", problems)
         clean.update(values)
-        before = {
-            p: Sum(keys[p], clean[p], terms_before[p])
-            if p in computed
-            else Sum(keys[p], present[p], [], places[p])
-            for p in written
-        }
         new = {
             p: Sum(
-                keys[p],
+                model.infos[p].key,
                 clean[p],
                 _terms(after, entries[p], places[p]),
                 places[p],
@@ -202,10 +190,20 @@ class Ledger:
                 )
         return [p for p in written if p not in subtracted], subtracted, left
 
-    def _present(self, model, places, computed):
-        """Return {position: `Snapshot`} of all weights but those computed."""
+    def _present(self, model, places, subtracted):
+        """Return {position: `Snapshot`} of the present values at `places`.
+
+        Less those that are kept whole, and still there: they are computed.
+        """
         present = model.snapshots(
-            p for p in places if places[p] is None and p not in computed
+            p
+            for p, where in places.items()
+            if where is None
+            and (
+                p in subtracted
+                or p not in self._weights
+                or self._weights[p].places is not None
+            )
         )
         for p, where in places.items():
             if where is not None:
@@ -219,8 +217,7 @@ class Ledger:
             if self.patches.get(name) is after.get(name):
                 continue
             for entry in patch.change:
-                weight = self._weights.get(entry.position)
-                present = {} if weight is None else weight.entries
+                present = _entries(self._weights.get(entry.position))
                 # A statistic that was left as it is has no patch any more.
                 if name in self.patches and name not in present:
                     continue
@@ -240,6 +237,10 @@ _LEDGERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def ledger_of(model: Any) -> Ledger:
     """Return the `Ledger` of a model."""
     return _LEDGERS.setdefault(model, Ledger())
+
+
+def _entries(weight):
+    return {} if weight is None else weight.entries
 
 
 def _terms(patches, entries, places):
