@@ -1,0 +1,73 @@
+"""Layers, and what the tests of targets compare."""
+
+import keras
+import numpy as np
+
+from keras_weightmods.core.keras_private import layers_of
+
+
+def paths(targets):
+    return [target.path for target in targets]
+
+
+def names(targets):
+    return [target.layer.name for target in targets]
+
+
+def reasons(targets):
+    return {skip.path: skip.reason for skip in targets.skipped}
+
+
+def state_of(model):
+    """All that the layers hold, by identity, and the weights by value."""
+    layers = layers_of(model)
+    return (
+        [(layer, type(layer), dict(vars(layer))) for layer in layers],
+        model.get_weights(),
+    )
+
+
+def assert_unchanged(model, state):
+    layers, weights = state
+    assert [layer for layer, _, _ in layers] == layers_of(model)
+    for layer, cls, attributes in layers:
+        assert type(layer) is cls
+        assert vars(layer).keys() == attributes.keys()
+        for name, value in attributes.items():
+            assert vars(layer)[name] is value, f"{layer.name}.{name}"
+        assert "call" not in vars(layer)
+    for before, after in zip(weights, model.get_weights()):
+        np.testing.assert_array_equal(before, after)
+
+
+class Block(keras.layers.Layer):
+    """Declares its parts, and so its weights, against the order of use."""
+
+    def __init__(self, width=4, **kwargs):
+        super().__init__(**kwargs)
+        self.down = keras.layers.Dense(width, name="down")
+        self.up = keras.layers.Dense(2 * width, name="up")
+        self.gate = keras.layers.Dense(2 * width, name="gate")
+
+    def build(self, input_shape):
+        wide = (*input_shape[:-1], 2 * input_shape[-1])
+        self.down.build(wide)
+        self.up.build(input_shape)
+        self.gate.build(input_shape)
+        super().build(input_shape)
+
+    def call(self, x):
+        return self.down(keras.ops.silu(self.gate(x)) * self.up(x))
+
+
+class Experts(keras.layers.Layer):
+    def build(self, input_shape):
+        width = input_shape[-1]
+        self.gate = self.add_weight(shape=(2, width, 3), name="gate")
+        self.bank = self.add_weight(shape=(2, 3, width), name="bank")
+        self.bank_bias = self.add_weight(shape=(2, width), name="bank_bias")
+
+    def call(self, x):
+        hidden = keras.ops.einsum("bi,eio->ebo", x, self.gate)
+        out = keras.ops.einsum("ebo,eoi->ebi", hidden, self.bank)
+        return keras.ops.sum(out + self.bank_bias[:, None], axis=0)

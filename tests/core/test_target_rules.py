@@ -1,0 +1,254 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_weightmods.core import target_rules
+from keras_weightmods.core.target_rules import register_target
+from keras_weightmods.core.targets import find_targets
+from keras_weightmods.utils.report import Skipped
+from tests.core.layers import Block, Experts
+from tests.models import normal, numpy
+
+
+@pytest.mark.parametrize(
+    ("equation", "input_shape", "output_shape", "contraction", "out", "stack"),
+    [
+        ("bqm,muh->bquh", (3, 4), (None, 2, 5), (0,), (1, 2), ()),
+        ("bquh,uhm->bqm", (3, 2, 5), (None, 4), (0, 1), (2,), ()),
+        ("btd,df->btf", (3, 4), (None, 6), (0,), (1,), ()),
+        ("btd,fd->btf", (3, 4), (None, 6), (1,), (0,), ()),
+        ("btd,hdk->bthk", (3, 4), (None, 2, 5), (1,), (0, 2), ()),
+        ("btd,dhk->bthk", (3, 4), (None, 2, 15), (0,), (1, 2), ()),
+        ("bthk,hdk->btd", (3, 2, 5), (None, 4), (0, 2), (1,), ()),
+        ("...x,xy->...y", (3, 4), (6,), (0,), (1,), ()),
+        ("...xz,zxy->...y", (3, 4, 2), (6,), (0, 1), (2,), ()),
+        ("ab...,bc->ac...", (4, 3), (6,), (0,), (1,), ()),
+        ("bte,etf->btf", (3, 4), (3, 6), (0,), (2,), (1,)),
+        ("ebd, edf -> ebf", (3, 4), (3, 6), (1,), (2,), (0,)),
+    ],
+)
+def test_einsum_dense_axes(
+    equation, input_shape, output_shape, contraction, out, stack
+):
+    # Keras takes no blanks when it builds the layer.
+    layer = keras.layers.EinsumDense(equation.replace(" ", ""), output_shape)
+    batch = 2
+    x = np.random.default_rng(0).normal(size=(batch, *input_shape))
+    layer.build(x.shape)
+    layer.equation = equation
+    (target,) = find_targets(layer)
+    assert target.variable is layer._kernel
+    assert target.contraction_axes == contraction
+    assert target.output_axes == out
+    assert target.stack_axes == stack
+    assert target.contraction_size == np.prod(
+        [layer.kernel.shape[axis] for axis in contraction]
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (keras.layers.Dense(5), (4,)),
+        (keras.layers.EinsumDense("bqm,muh->bquh", (3, 2, 5)), (3, 4)),
+        (keras.layers.EinsumDense("bquh,uhm->bqm", (None, 4)), (3, 2, 5)),
+        (keras.layers.EinsumDense("...x,xy->...y", (6,)), (3, 4)),
+        (keras.layers.EinsumDense("bthk,hdk->btd", (3, 4)), (3, 2, 5)),
+        # Each kernel is as large as its input: one position.
+        (keras.layers.Conv1D(5, 3, data_format="channels_last"), (3, 4)),
+        (
+            keras.layers.Conv2D(5, (2, 3), data_format="channels_last"),
+            (2, 3, 4),
+        ),
+    ],
+)
+def test_contraction_axes_compute_the_output(layer, shape):
+    x = normal(2, *shape)
+    y = numpy(layer(x))
+    (target,) = find_targets(layer)
+    assert target.variable is layer._kernel
+    count = len(target.contraction_axes)
+    last = tuple(range(x.ndim - count, x.ndim))
+    kernel = np.float64(numpy(target.variable))
+    reference = np.tensordot(x, kernel, (last, target.contraction_axes))
+    np.testing.assert_allclose(y.reshape(reference.shape), reference, atol=1e-5)
+
+
+def test_stack_axes_compute_the_output():
+    layer = keras.layers.EinsumDense("ebd,edf->ebf", (None, 6))
+    x = normal(3, 2, 4)
+    y = numpy(layer(x))
+    (target,) = find_targets(layer)
+    assert (target.stack_axes, target.contraction_axes) == ((0,), (1,))
+    for expert, kernel in enumerate(np.float64(numpy(target.variable))):
+        np.testing.assert_allclose(y[expert], x[expert] @ kernel, atol=1e-5)
+
+
+def test_einsum_dense_without_contraction_is_skipped():
+    layer = keras.layers.EinsumDense("abc,bc->abc", (3, 4))
+    layer.build((2, 3, 4))
+    targets = find_targets(layer)
+    assert len(targets) == 0
+    assert "contracts none" in targets.skipped[0].reason
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_conv(rank, data_format):
+    cls = getattr(keras.layers, f"Conv{rank}D")
+    layer = cls(6, 2, groups=2, data_format=data_format)
+    spatial = (6,) * rank
+    layer.build(
+        (1, *spatial, 4) if data_format == "channels_last" else (1, 4, *spatial)
+    )
+    (target,) = find_targets(layer)
+    assert target.shape == (2,) * rank + (2, 6)
+    assert target.contraction_axes == tuple(range(rank + 1))
+    assert target.output_axes == (rank + 1,)
+    assert target.contraction_size == 2**rank * 2
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_separable_conv(rank):
+    cls = getattr(keras.layers, f"SeparableConv{rank}D")
+    layer = cls(5, 2, depth_multiplier=2, data_format="channels_last")
+    layer.build((1, *(6,) * rank, 4))
+    targets = find_targets(layer)
+    (target,) = targets
+    assert target.variable is layer.pointwise_kernel
+    assert target.attribute == "pointwise_kernel"
+    assert target.contraction_axes == tuple(range(rank + 1))
+    assert target.output_axes == (rank + 1,)
+    assert target.contraction_size == 8
+    assert targets.skipped == (
+        Skipped(
+            layer.depthwise_kernel.path,
+            "a depthwise kernel contracts no channels",
+        ),
+    )
+
+
+def test_depthwise_kernels_where_asked_for():
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 4)),
+            keras.layers.DepthwiseConv2D(3, depth_multiplier=2),
+            keras.layers.SeparableConv2D(5, 2),
+        ]
+    )
+    assert [t.attribute for t in find_targets(model)] == ["pointwise_kernel"]
+    found = find_targets(model, depthwise=True)
+    assert [(t.shape, t.contraction_axes, t.output_axes) for t in found] == [
+        ((3, 3, 4, 2), (0, 1), (2, 3)),
+        ((2, 2, 8, 1), (0, 1), (2, 3)),
+        ((1, 1, 8, 5), (0, 1, 2), (3,)),
+    ]
+    assert not found.skipped
+
+
+def test_register_stack_of_experts():
+    register_target(
+        Experts,
+        "gate",
+        contraction_axes=(1,),
+        output_axes=(-1,),
+        stack_axes=(0,),
+    )
+    register_target(
+        Experts,
+        "bank",
+        contraction_axes=lambda layer: (len(layer.bank.shape) - 2,),
+        stack_axes=lambda layer: [0],
+    )
+    inputs = keras.Input((4,))
+    layer = Experts()
+    model = keras.Model(inputs, layer(Block()(inputs)))
+    targets = find_targets(model)
+    assert [t.attribute for t in targets] == ["kernel"] * 3 + ["gate", "bank"]
+    for target in targets[3:]:
+        assert target.layer is layer
+        assert target.variable is getattr(layer, target.attribute)
+        assert target.contraction_axes == (1,)
+        assert target.output_axes == (2,)
+        assert target.stack_axes == (0,)
+    assert targets.skipped == ()
+
+
+def test_most_derived_registration_wins():
+    class Transposed(keras.layers.Dense):
+        pass
+
+    class Further(Transposed):
+        pass
+
+    layer = Further(3)
+    layer.build((None, 4))
+    register_target(Transposed, contraction_axes=(1,))
+    assert find_targets(layer)[0].contraction_axes == (1,)
+    register_target(Further, contraction_axes=(0, 1))
+    assert find_targets(layer)[0].contraction_axes == (0, 1)
+    register_target(keras.layers.Dense, contraction_axes=(1,))
+    assert find_targets(layer)[0].contraction_axes == (0, 1)
+    plain = keras.layers.Dense(3)
+    plain.build((None, 4))
+    assert find_targets(plain)[0].contraction_axes == (1,)
+
+
+def test_registration_overrides_what_is_left_out():
+    layer = keras.layers.Embedding(6, 4)
+    layer.build((None,))
+    register_target(keras.layers.Embedding, "embeddings", contraction_axes=(1,))
+    targets = find_targets(layer)
+    assert [t.variable for t in targets] == [layer._embeddings]
+    assert targets.skipped == ()
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        (("Dense",), {"contraction_axes": (0,)}, "`layer_class` must be"),
+        ((int,), {"contraction_axes": (0,)}, "`layer_class` must be"),
+        ((Experts, 3), {"contraction_axes": (0,)}, "`attribute` must be"),
+        ((Experts, "a.b"), {"contraction_axes": (0,)}, "`attribute` must be"),
+        ((Experts,), {"contraction_axes": 0}, "`contraction_axes` must be a"),
+        ((Experts,), {"contraction_axes": ("0",)}, "`contraction_axes` must"),
+        ((Experts,), {"contraction_axes": ()}, "at least one axis"),
+        (
+            (Experts,),
+            {"contraction_axes": (1,), "stack_axes": None},
+            "`stack_axes` must be",
+        ),
+        (
+            (Experts,),
+            {"contraction_axes": (1,), "stack_axes": (1,)},
+            "named once",
+        ),
+    ],
+)
+def test_register_target_errors(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        register_target(*args, **kwargs)
+    assert Experts not in target_rules._RULES
+
+
+@pytest.mark.parametrize(
+    ("attribute", "kwargs", "message"),
+    [
+        ("gate", {"contraction_axes": (3,)}, "each of its 3 axes once"),
+        (
+            "gate",
+            {"contraction_axes": (1,), "output_axes": (2,)},
+            r"stack_axes=\(\) for layer 'experts'",
+        ),
+        ("gate", {"contraction_axes": (-2, 1)}, "each of its 3 axes once"),
+        ("gate", {"contraction_axes": lambda layer: 1}, "must be tuples"),
+        ("gaet", {"contraction_axes": (1,)}, r"`keras.Variable` in `gaet`"),
+        ("name", {"contraction_axes": (1,)}, r"name='experts'"),
+    ],
+)
+def test_registrations_that_do_not_fit(attribute, kwargs, message):
+    layer = Experts(name="experts")
+    layer.build((None, 4))
+    register_target(Experts, attribute, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        find_targets(layer)
