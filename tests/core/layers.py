@@ -10,6 +10,10 @@ def paths(targets):
     return [target.path for target in targets]
 
 
+def keys(targets):
+    return [target.key for target in targets]
+
+
 def names(targets):
     return [target.layer.name for target in targets]
 

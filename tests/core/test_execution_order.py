@@ -4,13 +4,12 @@ import pytest
 
 from keras_weightmods.core.targets import find_targets
 from tests.core.layers import Block, assert_unchanged, names, paths, state_of
+from tests.models import sequential
 
 
 def test_order_of_execution_in_nested_models():
     inputs = keras.Input((4,))
-    inner = keras.Sequential(
-        [keras.Input((4,)), Block(name="a"), keras.layers.Dense(4, name="b")]
-    )
+    inner = sequential((4,), Block(name="a"), keras.layers.Dense(4, name="b"))
     nested = keras.Model(inputs, inner(Block(name="c")(inputs)), name="nested")
     model = keras.Model(inputs, Block(name="d")(nested(inputs)))
     targets = find_targets(model)
@@ -88,8 +87,7 @@ def test_layers_that_do_not_run_come_last():
         def call(self, x):
             return self.block(x)
 
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, Partial()(inputs))
+    model = sequential((4,), Partial())
     assert names(find_targets(model)) == ["gate", "up", "down", "unused"]
 
 
@@ -110,9 +108,7 @@ def test_declared_order_where_the_model_does_not_run():
                 raise RuntimeError("not on symbols")
             return x
 
-    layer = Broken()
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, layer(inputs))
+    model = sequential((4,), Broken())
     assert names(find_targets(model)) == ["gate", "up", "down"]
     Broken.fails = True
     state = state_of(model)

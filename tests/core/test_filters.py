@@ -2,6 +2,7 @@ import keras
 import pytest
 
 from keras_weightmods.core.targets import find_targets
+from tests.core.layers import keys
 from tests.models import backbone
 
 
@@ -10,10 +11,10 @@ def test_include_and_exclude():
     everything = find_targets(model)
 
     def found(**kwargs):
-        return [target.key for target in find_targets(model, **kwargs)]
+        return keys(find_targets(model, **kwargs))
 
     def expected(test):
-        return [target.key for target in everything if test(target)]
+        return keys(filter(test, everything))
 
     block = model.get_layer("transformer_layer_1")
     attention = type(block._self_attention_layer)

@@ -15,12 +15,13 @@ from tests.core.layers import (
     Block,
     Experts,
     assert_unchanged,
+    keys,
     names,
     paths,
     reasons,
     state_of,
 )
-from tests.models import backbone, causal_lm
+from tests.models import backbone, causal_lm, mlp, sequential
 
 
 @pytest.mark.parametrize(
@@ -95,16 +96,11 @@ def test_shared_variable_appears_once():
 
 
 def test_keys_tell_equal_paths_apart():
-    inputs = keras.Input((4,))
     # Built by themselves, both are named from the root.
     layers = [keras.layers.Dense(4, name="o_proj") for _ in range(2)]
     for layer in layers:
         layer.build((None, 4))
-    inner = [
-        keras.Model(inputs, layer(inputs), name=f"block_{i}")
-        for i, layer in enumerate(layers)
-    ]
-    model = keras.Model(inputs, inner[1](inner[0](inputs)))
+    model = sequential((4,), *(sequential((4,), layer) for layer in layers))
     targets = find_targets(model)
     assert paths(targets) == ["o_proj/kernel", "o_proj/kernel"]
     assert len({target.key for target in targets}) == 2
@@ -189,13 +185,10 @@ def test_keras_hub_causal_lm():
 
 
 def test_lora_leaves_the_stored_kernel():
-    inputs = keras.Input((4,))
-    layer = keras.layers.Dense(3)
-    model = keras.Model(inputs, layer(inputs))
+    model = sequential((4,), layer := keras.layers.Dense(3))
     layer.enable_lora(2)
     targets = find_targets(model)
-    (target,) = targets
-    assert target.variable is layer._kernel
+    assert [t.variable for t in targets] == [layer._kernel]
     assert targets.skipped == ()
 
 
@@ -203,23 +196,13 @@ def test_subclasses_and_exchanged_classes():
     class MyDense(keras.layers.Dense):
         pass
 
-    inputs = keras.Input((4,))
-    layer = MyDense(3)
-    other = Block()
-    model = keras.Model(inputs, layer(other(inputs)))
-    other.gate.__class__ = type("Dense", (keras.layers.Dense,), {})
-    targets = find_targets(model)
-    assert [t.layer for t in targets] == [
-        other.gate,
-        other.up,
-        other.down,
-        layer,
-    ]
+    model = sequential((4,), Block(), MyDense(3, name="mine"))
+    model.layers[0].gate.__class__ = type("Dense", (keras.layers.Dense,), {})
+    assert names(find_targets(model)) == ["gate", "up", "down", "mine"]
 
 
 def test_scaled_layers():
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, Block()(inputs))
+    model = sequential((4,), Block())
     before = find_targets(model)
     attach_scaling(model, groups=2)
     after = find_targets(model)
@@ -252,9 +235,7 @@ def test_second_kernel_of_a_subclass_is_skipped_with_a_way_out():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_unknown_layers_are_skipped_with_a_way_out(frozen):
-    inputs = keras.Input((4,))
-    layer = Experts(name="experts")
-    model = keras.Model(inputs, layer(inputs))
+    model = sequential((4,), layer := Experts(name="experts"))
     model.trainable = not frozen
     targets = find_targets(model)
     assert len(targets) == 0
@@ -266,13 +247,9 @@ def test_unknown_layers_are_skipped_with_a_way_out(frozen):
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_layers_are_skipped(mode):
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, Block()(inputs))
-    kept = keras.layers.Dense(4, name="kept")
-    model = keras.Model(inputs, kept(model(inputs)))
-    for layer in model._flatten_layers():
-        if layer.name in ("gate", "up"):
-            layer.quantize(mode)
+    model = sequential((4,), Block(), keras.layers.Dense(4, name="kept"))
+    model.layers[0].gate.quantize(mode)
+    model.layers[0].up.quantize(mode)
     targets = find_targets(model)
     assert names(targets) == ["down", "kept"]
     assert list(reasons(targets).values()) == [f"quantized to {mode}"] * 2
@@ -302,30 +279,22 @@ def test_unbuilt_models():
 
 def test_resolve_targets():
     model, other = (
-        keras.Sequential([keras.Input((4,)), Block(), keras.layers.Dense(2)])
-        for _ in range(2)
+        sequential((4,), Block(), keras.layers.Dense(2)) for _ in range(2)
     )
     targets = find_targets(model)
-    assert [t.key for t in resolve_targets(model, None)] == [
-        t.key for t in targets
-    ]
+    assert keys(resolve_targets(model)) == keys(targets)
     same = resolve_targets(model, targets)
     assert isinstance(same, Targets)
     assert list(same) == list(targets)
     assert same.skipped == targets.skipped
     first, second = targets[:2]
-    assert list(resolve_targets(model, [second, first, second])) == [
-        second,
-        first,
-    ]
+    twice = [second, first, second]
+    assert list(resolve_targets(model, twice)) == [second, first]
     assert len(resolve_targets(model, [])) == 0
     with pytest.raises(ValueError, match=r"4 targets that it does not hold"):
         resolve_targets(other, targets)
-    assert [t.key for t in resolve_targets(model, ["gate", "up"])] == [
-        first.key,
-        second.key,
-    ]
-    assert list(names(resolve_targets(model, Block))) == ["gate", "up", "down"]
+    assert keys(resolve_targets(model, ["gate", "up"])) == keys(targets[:2])
+    assert names(resolve_targets(model, Block)) == ["gate", "up", "down"]
     with pytest.raises(ValueError, match="`targets` must match a target"):
         resolve_targets(model, "typo")
     for wrong in (first, [first, first.variable], 3):
@@ -340,9 +309,7 @@ def test_target_of():
     assert target.contraction_axes == (1,)
     assert target.key == f"0:{embedding.embeddings.path}"
     depthwise = keras.layers.DepthwiseConv2D(2)
-    model = keras.Sequential(
-        [keras.Input((6, 6, 1)), keras.layers.Conv2D(2, 3), depthwise]
-    )
+    model = sequential((6, 6, 1), keras.layers.Conv2D(2, 3), depthwise)
     target = target_of(depthwise, keys=weight_keys(model), depth=1)
     (_, expected) = find_targets(model, depthwise=True)
     assert vars(target) == vars(expected)
@@ -352,10 +319,7 @@ def test_target_of():
 
 
 def test_select():
-    model = keras.Sequential(
-        [keras.Input((8,)), keras.layers.Dense(6), keras.layers.Dense(4)]
-    )
-    first, second = targets = find_targets(model)
+    first, second = targets = find_targets(mlp(8, 6, 4))
     assert first.reason_not_nm(4) is None
     fitting = targets.select(lambda target: target.reason_not_nm(4))
     assert list(fitting) == [first]
@@ -364,8 +328,7 @@ def test_select():
 
 
 def test_targets_sequence():
-    model = keras.Sequential([keras.Input((4,)), Block(), Experts()])
-    targets = find_targets(model)
+    targets = find_targets(sequential((4,), Block(), Experts()))
     assert len(targets) == 3
     assert [targets[i] for i in range(3)] == list(targets)
     assert targets[-1] is targets[2]
@@ -384,12 +347,11 @@ def test_targets_sequence():
 
 
 def test_print():
-    model = keras.Sequential([keras.Input((4,)), Block(), Experts()])
-    text = repr(find_targets(model))
+    text = repr(find_targets(sequential((4,), Block(), Experts())))
     for part in ("3 targets", "gate/kernel", "(4, 8)", "register_target"):
         assert part in text
     layers = [keras.layers.Dense(4, name=f"dense_{i}") for i in range(210)]
-    targets = find_targets(keras.Sequential([keras.Input((4,)), *layers]))
+    targets = find_targets(sequential((4,), *layers))
     assert len(str(targets).splitlines()) <= 30
     assert all(f"dense_{i}/" in targets.table() for i in range(210))
     assert str(Targets(())) == "0 targets"
