@@ -1,28 +1,28 @@
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 import keras_weightmods as kwm
+from tests import models, references
+from tests.models import make_sparse, normal, numpy, sequential
 
 
-def make_model(dtype=None):
+def make_model():
     keras.utils.set_random_seed(0)
-    return keras.Sequential(
-        [
-            keras.Input((3, 8, 4), dtype=dtype),
-            keras.layers.Conv2D(8, 2, padding="same", dtype=dtype, name="conv"),
-            keras.layers.Reshape((24, 8)),
-            keras.layers.EinsumDense("btd,dhk->bthk", (24, 2, 4), name="heads"),
-            keras.layers.EinsumDense("bthk,hkd->btd", (24, 8), name="joined"),
-            keras.layers.Dense(6, dtype=dtype, name="dense"),
-            keras.layers.Dense(3, dtype=dtype, name="odd"),
-        ]
+    return sequential(
+        (3, 8, 4),
+        keras.layers.Conv2D(8, 2, padding="same", name="conv"),
+        keras.layers.Reshape((24, 8)),
+        keras.layers.EinsumDense("btd,dhk->bthk", (24, 2, 4), name="heads"),
+        keras.layers.EinsumDense("bthk,hkd->btd", (24, 8), name="joined"),
+        keras.layers.Dense(6, name="dense"),
+        keras.layers.Dense(3, name="odd"),
     )
 
 
-ADAPTED = ("conv", "heads", "joined", "dense")
-X = np.random.default_rng(0).normal(size=(4, 3, 8, 4)).astype("float32")
+AXES = {"conv": (0, 1, 2), "heads": (0,), "joined": (0, 1), "dense": (0,)}
+ADAPTED = tuple(AXES)
+X = normal(4, 3, 8, 4)
 
 
 def adapt(model):
@@ -31,7 +31,7 @@ def adapt(model):
     expected = {}
     for name in ADAPTED:
         layer = model.get_layer(name)
-        base = ops.convert_to_numpy(layer.kernel).astype("float64")
+        base = numpy(layer.kernel).astype("float64")
         layer.enable_lora(2, lora_alpha=3)
         a, b = (
             random.normal(size=v.shape) * 0.3
@@ -45,41 +45,19 @@ def adapt(model):
 
 
 def kernels(model):
-    return {
-        name: ops.convert_to_numpy(model.get_layer(name).kernel)
-        for name in ADAPTED
-    }
-
-
-def magnitude(kernel, axes, n=2, m=4):
-    """The n largest of every m along the flattened contraction, slowly."""
-    rest = [a for a in range(kernel.ndim) if a not in axes]
-    moved = kernel.transpose(*axes, *rest)
-    flat = moved.reshape(-1, moved.size // np.prod(moved.shape[: len(axes)]))
-    flat = flat.copy()
-    for column in flat.T:
-        for start in range(0, len(column), m):
-            group = column[start : start + m]
-            group[np.argsort(-np.abs(group), kind="stable")[n:]] = 0
-    moved = flat.reshape(moved.shape)
-    return moved.transpose(np.argsort([*axes, *rest]))
-
-
-AXES = {"conv": (0, 1, 2), "heads": (0,), "joined": (0, 1), "dense": (0,)}
+    return {name: numpy(model.get_layer(name).kernel) for name in ADAPTED}
 
 
 def test_dense_merge_computes_the_same():
     model = make_model()
     expected = adapt(model)
-    before = ops.convert_to_numpy(model(X))
+    before = numpy(model(X))
     names = [v.path for v in make_model().weights]
     report = kwm.merge_lora(model)
     assert [k.path.split("/")[-2] for k in report.kernels] == list(ADAPTED)
     for name, kernel in kernels(model).items():
         np.testing.assert_allclose(kernel, expected[name][1], atol=1e-5)
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(model(X)), before, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(numpy(model(X)), before, rtol=1e-4, atol=1e-5)
     assert [v.path.split("/", 1)[1] for v in model.weights] == [
         name.split("/", 1)[1] for name in names
     ]
@@ -92,8 +70,7 @@ def test_dense_merge_computes_the_same():
 @pytest.mark.parametrize("keep", ["mask", "magnitude"])
 def test_merge_ends_exactly_sparse(keep):
     model = make_model()
-    kwm.SemiStructuredSparse.attach(model)
-    kwm.SemiStructuredSparse.detach(model)
+    make_sparse(model)
     expected = adapt(model)
     kwm.merge_lora(model, pattern="2:4", keep=keep)
     targets = kwm.find_targets(model, exclude="odd")
@@ -103,35 +80,34 @@ def test_merge_ends_exactly_sparse(keep):
         if keep == "mask":
             wanted = np.where(base != 0, merged, 0)
         else:
-            wanted = magnitude(merged, AXES[name])
+            wanted = merged * references.nm_mask(merged, 2, 4, AXES[name])
         np.testing.assert_allclose(kernel, wanted, atol=1e-5)
 
 
 def test_fit_merge_save_and_adapt_again(tmp_path):
     model = make_model()
-    kwm.SemiStructuredSparse.attach(model)
-    kwm.SemiStructuredSparse.detach(model)
+    make_sparse(model)
     y = np.random.default_rng(2).normal(size=(4, 24, 3)).astype("float32")
     for _ in range(2):
         for name in ADAPTED:
             model.get_layer(name).enable_lora(2)
         model.compile(keras.optimizers.Adam(1e-2), "mse")
-        frozen = ops.convert_to_numpy(model.get_layer("dense")._kernel)
+        frozen = numpy(model.get_layer("dense")._kernel)
         model.fit(X, y, epochs=2, verbose=0)
         np.testing.assert_array_equal(
-            ops.convert_to_numpy(model.get_layer("dense")._kernel), frozen
+            numpy(model.get_layer("dense")._kernel), frozen
         )
         kwm.merge_lora(model, pattern="2:4")
         assert not model.compiled
         kwm.assert_sparse(model)
-        changed = ops.convert_to_numpy(model.get_layer("dense").kernel)
+        changed = numpy(model.get_layer("dense").kernel)
         assert np.abs(changed - frozen).max() > 0
         np.testing.assert_array_equal(changed[frozen == 0], 0)
-    expected = ops.convert_to_numpy(model(X))
+    expected = numpy(model(X))
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     kwm.assert_sparse(loaded)
-    np.testing.assert_array_equal(ops.convert_to_numpy(loaded(X)), expected)
+    np.testing.assert_array_equal(numpy(loaded(X)), expected)
     # It trains as any model does, under the same mask if wanted.
     kwm.SemiStructuredSparse.attach(model, frozen=True)
     model.compile("adam", "mse")
@@ -157,36 +133,23 @@ def is_adapted(layer):
 
 
 def test_embedding_and_mixed_precision():
-    model = keras.Sequential(
-        [
-            keras.Input((None,), dtype="int32"),
-            keras.layers.Embedding(7, 8, dtype="mixed_bfloat16"),
-            keras.layers.Dense(4, dtype="mixed_bfloat16"),
-        ]
-    )
-    embedding, dense = model.layers
+    layers = keras.layers.Embedding(7, 8), keras.layers.Dense(4)
+    model = sequential((None,), *layers, dtype="int32")
+    bases = []
     wanted = []
-    for layer, name in ((embedding, "embeddings"), (dense, "kernel")):
+    for layer, name in zip(model.layers, ("embeddings", "kernel")):
+        layer.dtype_policy = keras.DTypePolicy("mixed_bfloat16")
         layer.enable_lora(2)
-        a, b = (
-            np.random.default_rng(3).normal(size=v.shape).astype("float32")
-            for v in (
-                getattr(layer, f"lora_{name}_a"),
-                getattr(layer, f"lora_{name}_b"),
-            )
-        )
-        getattr(layer, f"lora_{name}_a").assign(a)
-        getattr(layer, f"lora_{name}_b").assign(b)
-        base = ops.convert_to_numpy(getattr(layer, f"_{name}"))
-        wanted.append(base + a.astype("float64") @ b)
+        factors = [getattr(layer, f"lora_{name}_{which}") for which in "ab"]
+        a, b = (normal(*v.shape, seed=3) for v in factors)
+        factors[0].assign(a)
+        factors[1].assign(b)
+        bases.append(getattr(layer, f"_{name}"))
+        wanted.append(numpy(bases[-1]) + a.astype("float64") @ b)
     kwm.merge_lora(model)
     # Not rounded to bfloat16, which the layers compute in.
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(embedding._embeddings), wanted[0], rtol=1e-5
-    )
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(dense._kernel), wanted[1], rtol=1e-5
-    )
+    for base, value in zip(bases, wanted):
+        np.testing.assert_allclose(numpy(base), value, rtol=1e-5)
 
 
 def test_errors_leave_the_model_alone():
@@ -203,14 +166,12 @@ def test_errors_leave_the_model_alone():
         kwm.merge_lora(model, pattern="2:4", keep="largest")
     with pytest.raises(ValueError, match="pattern"):
         kwm.merge_lora(model, pattern="4")
-    for old, new in zip(before, model.get_weights()):
-        np.testing.assert_array_equal(old, new)
+    models.assert_same(model.get_weights(), before)
 
 
 def test_packed_and_quantized_layers_are_refused():
-    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
-    kwm.SemiStructuredSparse.attach(model)
-    kwm.SemiStructuredSparse.detach(model)
+    model = models.mlp(8, 4)
+    make_sparse(model)
     kwm.pack(model)
     model.layers[0].enable_lora(2)
     with pytest.raises(ValueError, match="unpack"):

@@ -3,23 +3,17 @@ import json
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 import keras_weightmods as kwm
+from tests import models
+from tests.models import numpy, sequential
 
 
 def make_model():
     keras.utils.set_random_seed(0)
-    return keras.Sequential(
-        [
-            keras.Input((6,)),
-            keras.layers.Dense(16, name="misfit"),
-            keras.layers.Dense(8, name="sparse"),
-            keras.layers.Dense(8, name="slightly"),
-            keras.layers.Dense(4, name="dense"),
-        ],
-        name="model",
-    )
+    units = {"misfit": 16, "sparse": 8, "slightly": 8, "dense": 4}
+    layers = [keras.layers.Dense(n, name=name) for name, n in units.items()]
+    return sequential((6,), *layers, name="model")
 
 
 def sparsify(model):
@@ -27,7 +21,7 @@ def sparsify(model):
     for name in ("sparse", "slightly"):
         kernel = model.get_layer(name).kernel
         kernel.assign(kwm.ops.nm_project(kernel.value, "2:4", 0))
-    w = np.array(ops.convert_to_numpy(model.get_layer("slightly").kernel))
+    w = numpy(model.get_layer("slightly").kernel)
     w[:4, 0] = [1.0, 2.0, 3.0, 0.0]
     model.get_layer("slightly").kernel.assign(w)
 
@@ -35,13 +29,13 @@ def sparsify(model):
 def test_rows_against_numpy():
     model = make_model()
     sparsify(model)
-    before = [ops.convert_to_numpy(v) for v in model.weights]
+    before = models.weights_of(model)
     report = kwm.sparsity_report(model, (2, 4))
     assert report.pattern == "2:4"
     rows = {row.path.split("/")[-2]: row for row in report.kernels}
     assert list(rows) == ["misfit", "sparse", "slightly", "dense"]
     for name, row in rows.items():
-        w = ops.convert_to_numpy(model.get_layer(name).kernel)
+        w = numpy(model.get_layer(name).kernel)
         assert row.shape == w.shape
         assert row.size == w.size
         assert row.zero_share == (w == 0).mean()
@@ -65,18 +59,12 @@ def test_rows_against_numpy():
         "size": sum(w.size for w in kernels),
         "model_size": sum(sizes),
     }
-    for a, b in zip(before, model.weights, strict=True):
-        np.testing.assert_array_equal(a, ops.convert_to_numpy(b))
+    models.assert_same(models.weights_of(model), before)
 
 
 def test_as_plain_values():
-    model = keras.Sequential(
-        [
-            keras.Input((4,), dtype="int32"),
-            keras.layers.Embedding(8, 8, name="table"),
-            keras.layers.Dense(4, name="head"),
-        ]
-    )
+    layers = keras.layers.Embedding(8, 8, name="table"), keras.layers.Dense(4)
+    model = sequential((4,), *layers, dtype="int32")
     report = kwm.sparsity_report(model, "1:4")
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain == report.to_dict()
@@ -103,9 +91,7 @@ def test_prints_as_a_table():
         "1 of 4 kernels are exactly 2:4",
     ):
         assert part in text, part
-    plain = keras.Sequential(
-        [keras.Input((4,), dtype="int32"), keras.layers.Embedding(8, 8)]
-    )
+    plain = sequential((4,), keras.layers.Embedding(8, 8), dtype="int32")
     report = kwm.sparsity_report(plain)
     assert report.totals["kernels"] == 0
     assert "Left as they are" in str(report)
@@ -113,7 +99,7 @@ def test_prints_as_a_table():
 
 def test_a_model_of_many_kernels_prints_the_worst_first():
     layers = [keras.layers.Dense(4, name=f"layer_{i}") for i in range(210)]
-    model = keras.Sequential([keras.Input((4,)), *layers])
+    model = sequential((4,), *layers)
     for layer in layers:
         if layer.name != "layer_150":
             layer.kernel.assign(np.zeros((4, 4)))
@@ -158,9 +144,7 @@ def test_packed_kernels_count(dtype):
     for row in after["kernels"]:
         assert {**row, "key": None} == {**rows[row["path"]], "key": None}
     assert after["kernels"][-1]["path"] == kernel[0].path
-    kwm.assert_sparse(
-        keras.Sequential([keras.Input((16,)), model.get_layer("sparse")])
-    )
+    kwm.assert_sparse(sequential((16,), model.get_layer("sparse")))
 
 
 def test_wrong_use():

@@ -7,37 +7,34 @@ from keras_weightmods.ops import nm_mask, nm_project, nm_violations
 from keras_weightmods.sparsity.semi_structured_sparse import (
     SemiStructuredSparse,
 )
-from tests.models import backbone, numpy
+from tests.models import (
+    assert_same,
+    backbone,
+    mlp,
+    normal,
+    numpy,
+    sequential,
+    weights_of,
+)
 
 RNG = np.random.default_rng(0)
-X = RNG.normal(size=(32, 8)).astype("float32")
-Y = RNG.normal(size=(32, 4)).astype("float32")
+X, Y = normal(32, 8), normal(32, 4, seed=1)
 
 
 def dense_model(n=2, constrained=True):
-    keras.utils.set_random_seed(1)
     constraint = SemiStructuredSparse(f"{n}:4") if constrained else None
-    return keras.Sequential(
-        [
-            keras.Input((8,)),
-            keras.layers.Dense(4, kernel_constraint=constraint, name="dense"),
-        ]
-    )
+    return mlp(8, 4, kernel_constraint=constraint)
 
 
 def mixed_model():
     """A Conv2D, an EinsumDense that contracts two axes, and one skipped."""
     keras.utils.set_random_seed(2)
-    return keras.Sequential(
-        [
-            keras.Input((4, 4, 3)),
-            keras.layers.Conv2D(8, 2, name="conv"),
-            keras.layers.Reshape((9, 2, 4)),
-            keras.layers.EinsumDense(
-                "bquh,uhm->bqm", output_shape=(None, 6), name="einsum"
-            ),
-            keras.layers.Dense(4, name="odd"),
-        ],
+    return sequential(
+        (4, 4, 3),
+        keras.layers.Conv2D(8, 2, name="conv"),
+        keras.layers.Reshape((9, 2, 4)),
+        keras.layers.EinsumDense("bquh,uhm->bqm", (None, 6), name="einsum"),
+        keras.layers.Dense(4, name="odd"),
         name="net",
     )
 
@@ -52,9 +49,7 @@ def fit(model, optimizer, epochs=2, **kwargs):
 def step(model, optimizer):
     """One optimizer step on random gradients, without compiling a model."""
     gradients = [
-        keras.ops.convert_to_tensor(
-            RNG.normal(size=tuple(v.shape)), dtype=v.dtype
-        )
+        keras.ops.convert_to_tensor(RNG.normal(size=v.shape), dtype=v.dtype)
         for v in model.trainable_variables
     ]
     optimizer.apply(gradients, model.trainable_variables)
@@ -64,13 +59,8 @@ def violations(kernel, n, axis=0):
     return int(nm_violations(kernel, f"{n}:4", axis))
 
 
-def weights_of(model):
-    return [numpy(w) for w in model.weights]
-
-
 def assert_unchanged(model, weights):
-    for now, before in zip(weights_of(model), weights, strict=True):
-        np.testing.assert_array_equal(now, before)
+    assert_same(weights_of(model), weights)
     assert all(w.constraint is None for w in model.weights)
 
 
@@ -142,28 +132,26 @@ class Recorder(keras.callbacks.Callback):
     on_test_begin = on_train_end = lambda self, logs=None: self.on_epoch_end(0)
 
 
+def fit_with_averages(*callbacks):
+    model = dense_model()
+    fit(
+        model,
+        # A fresh mask at most steps makes the average dense.
+        keras.optimizers.Adam(0.4, use_ema=True, ema_momentum=0.9),
+        epochs=3,
+        validation_data=(X, Y),
+        callbacks=list(callbacks),
+    )
+    return model
+
+
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_swap_ema_weights(swap_on_epoch):
-    def train(callbacks):
-        model = dense_model()
-        # A fresh mask at most steps makes the average dense.
-        fit(
-            model,
-            keras.optimizers.Adam(0.4, use_ema=True, ema_momentum=0.9),
-            epochs=3,
-            validation_data=(X, Y),
-            callbacks=callbacks,
-        )
-        return model
-
-    plain, recorder = train([]), Recorder()
-    swapped = train(
-        [
-            keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch),
-            keras.callbacks.EarlyStopping(restore_best_weights=True),
-            recorder,
-        ]
-    )
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
+    stop = keras.callbacks.EarlyStopping(restore_best_weights=True)
+    recorder = Recorder()
+    plain = fit_with_averages()
+    swapped = fit_with_averages(swap, stop, recorder)
     assert violations(average_of(plain), 2) > 0, "the test shows nothing"
     assert len(recorder.seen) >= 5
     assert recorder.seen == [0] * len(recorder.seen)
@@ -173,29 +161,13 @@ def test_swap_ema_weights(swap_on_epoch):
 
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_showing_the_average_does_not_change_it(swap_on_epoch):
-    def train(callbacks):
-        model = dense_model()
-        fit(
-            model,
-            keras.optimizers.Adam(0.4, use_ema=True, ema_momentum=0.9),
-            epochs=3,
-            validation_data=(X, Y),
-            callbacks=callbacks,
-        )
-        return model
-
     callback = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
-    plain, swapped = train([]), train([callback])
-    # TensorFlow swaps by addition, which rounds.
-    tolerance = {"rtol": 1e-4, "atol": 1e-5}
-    np.testing.assert_allclose(
-        average_of(swapped), average_of(plain), **tolerance
-    )
-    np.testing.assert_allclose(
-        numpy(swapped.layers[0].kernel),
-        numpy(plain.layers[0].kernel),
-        **tolerance,
-    )
+    plain, swapped = fit_with_averages(), fit_with_averages(callback)
+    for value in (average_of, lambda model: numpy(model.layers[0].kernel)):
+        # TensorFlow swaps by addition, which rounds.
+        np.testing.assert_allclose(
+            value(swapped), value(plain), rtol=1e-4, atol=1e-5
+        )
     # Weights written between two fits win over a remembered average.
     swapped.layers[0].kernel.assign(np.zeros((8, 4)))
     callback.on_epoch_begin(0)
@@ -231,8 +203,7 @@ def test_resume_after_save_and_load(tmp_path):
     fit(model, keras.optimizers.Adam(0.2, use_ema=True, ema_momentum=0.8))
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    for now, before in zip(weights_of(loaded), weights_of(model), strict=True):
-        np.testing.assert_array_equal(now, before)
+    assert_same(weights_of(loaded), weights_of(model))
     constraint = loaded.layers[0].kernel_constraint
     assert constraint.get_config() == SemiStructuredSparse("1:4").get_config()
     loaded.fit(X, Y, verbose=0)
@@ -253,27 +224,22 @@ def test_config_round_trip(arguments):
     assert config["registered_name"] == "keras_weightmods>SemiStructuredSparse"
     again = keras.saving.deserialize_keras_object(config)
     assert again.get_config() == constraint.get_config()
-    from_json = SemiStructuredSparse.from_config(
-        {"pattern": "1:4", "axis": [0, 1], "frozen": False}
-    )
-    assert from_json.axis == (0, 1)
+    config = {"pattern": "1:4", "axis": [0, 1], "frozen": False}
+    assert SemiStructuredSparse.from_config(config).axis == (0, 1)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments",
     [
-        ({"pattern": "4:2"}, "pattern"),
-        ({"pattern": (0, 4)}, "pattern"),
-        ({"pattern": 2}, "pattern"),
-        ({"frozen": "yes"}, "frozen"),
-        ({"axis": "0"}, "axis"),
-        ({"axis": ()}, "axis"),
-        ({"axis": (0, 0)}, "axis"),
-        ({"axis": True}, "axis"),
+        *({"pattern": pattern} for pattern in ("4:2", (0, 4), 2)),
+        *({"axis": axis} for axis in ("0", (), (0, 0), True)),
+        {"frozen": "yes"},
     ],
+    ids=str,
 )
-def test_wrong_arguments(arguments, message):
-    with pytest.raises(ValueError, match=f"{message}.*(?s:.)*Received"):
+def test_wrong_arguments(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"`{name}`.*(?s:.)*Received"):
         SemiStructuredSparse(**arguments)
 
 
@@ -411,7 +377,7 @@ def test_lora_trains_on_an_exactly_nm_base(route):
     einsum = keras.layers.EinsumDense(
         "ab,bc->ac", output_shape=4, kernel_constraint=constraint
     )
-    model = keras.Sequential([keras.Input((8,)), dense, einsum])
+    model = sequential((8,), dense, einsum)
     if route == "attach":
         SemiStructuredSparse.attach(model)
     else:
@@ -435,13 +401,12 @@ def test_lora_trains_on_an_exactly_nm_base(route):
 def test_detach_reaches_nested_and_private_constraints():
     constraint = SemiStructuredSparse("1:2", axis=0)
     inputs = keras.Input((3, 4))
-    attention = keras.layers.MultiHeadAttention(
-        2, 2, kernel_constraint=constraint
-    )
+    layers = keras.layers
+    attention = layers.MultiHeadAttention(2, 2, kernel_constraint=constraint)
     inner = keras.Sequential(
         [
-            keras.layers.SeparableConv1D(2, 1, pointwise_constraint=constraint),
-            keras.layers.LSTM(2, recurrent_constraint=constraint),
+            layers.SeparableConv1D(2, 1, pointwise_constraint=constraint),
+            layers.LSTM(2, recurrent_constraint=constraint),
         ]
     )
     outputs = inner(attention(inputs, inputs))
