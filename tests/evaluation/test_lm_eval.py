@@ -158,34 +158,29 @@ def test_local_tasks_of_a_dense_a_sparse_and_a_packed_model(
         "test_split": "test",
         "doc_to_text": "{{question}}",
     }
-    tasks = [
-        {
-            **common,
-            "task": "letters_choice",
+    tasks = {
+        "letters_choice": {
             "output_type": "multiple_choice",
             "doc_to_target": "{{answer}}",
             "doc_to_choice": "{{choices}}",
             "metric_list": [{"metric": "acc"}],
         },
-        {
-            **common,
-            "task": "letters_rolling",
+        "letters_rolling": {
             "output_type": "loglikelihood_rolling",
             "doc_to_text": "",
             "doc_to_target": "{{question}}",
             "metric_list": [{"metric": "word_perplexity"}],
         },
-        {
-            **common,
-            "task": "letters_generate",
+        "letters_generate": {
             "output_type": "generate_until",
             "doc_to_target": "{{choices[answer]}}",
             "generation_kwargs": {"until": ["\n"], "max_gen_toks": 2},
             "metric_list": [{"metric": "exact_match"}],
         },
-    ]
-    for task in tasks:
-        (tmp_path / f"{task['task']}.yaml").write_text(json.dumps(task))
+    }
+    for name, task in tasks.items():
+        task = {"task": name, **common, **task}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
 
     def evaluate():
         manager = TaskManager(
@@ -193,7 +188,7 @@ def test_local_tasks_of_a_dense_a_sparse_and_a_packed_model(
         )
         results = lm_eval.simple_evaluate(
             model=kwm.lm_eval_model(model),
-            tasks=[task["task"] for task in tasks],
+            tasks=list(tasks),
             task_manager=manager,
             bootstrap_iters=0,
         )["results"]
@@ -219,25 +214,26 @@ def test_local_tasks_of_a_dense_a_sparse_and_a_packed_model(
             words += len(document["question"].split())
         return hits / len(documents), np.exp(-total / words)
 
+    def check():
+        found = evaluate()
+        accuracy, perplexity = expected()
+        assert found["acc"] == accuracy
+        assert found["perplexity"] == pytest.approx(perplexity, 1e-4)
+        return found
+
     weights = model.get_weights()
     try:
-        found = {"dense": evaluate()}
-        accuracy, perplexity = expected()
-        assert found["dense"]["acc"] == accuracy
-        assert found["dense"]["perplexity"] == pytest.approx(perplexity, 1e-4)
+        dense = check()
         kwm.SemiStructuredSparse.attach(model)
         kwm.SemiStructuredSparse.detach(model)
-        found["sparse"] = evaluate()
-        accuracy, perplexity = expected()
-        assert found["sparse"]["acc"] == accuracy
-        assert found["sparse"]["perplexity"] == pytest.approx(perplexity, 1e-4)
+        sparse = check()
         kwm.pack(model)
-        found["packed"] = evaluate()
+        packed = evaluate()
         kwm.unpack(model)
     finally:
         model.set_weights(weights)
-    assert found["packed"] == pytest.approx(found["sparse"], rel=1e-3)
-    assert found["sparse"]["perplexity"] != found["dense"]["perplexity"]
+    assert packed == pytest.approx(sparse, rel=1e-3)
+    assert sparse["perplexity"] != dense["perplexity"]
 
 
 def test_wrong_arguments(model):
