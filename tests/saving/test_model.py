@@ -82,7 +82,9 @@ def functional():
 
 def tower():
     model = Tower(depth=3, wide=True)
-    model(normal(2, 8))
+    # Before a call, in which JAX keeps tracers of what is found.
+    model.normalization.adapt(inputs_for(model))
+    model(inputs_for(model))
     return randomize(model)
 
 
