@@ -1,3 +1,5 @@
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -13,24 +15,29 @@ TOTAL = 60
 pytestmark = pytest.mark.filterwarnings("ignore:AdamS. this schedule")
 
 
-def make_variables(seed=0):
-    """Kernels of each kind, and a bias: (variable, contraction axes)."""
-    rng = np.random.default_rng(seed)
-    shapes = [
-        ("dense", (16, 6), (0,)),
-        ("query", (8, 2, 4), (0,)),
-        ("output", (2, 4, 8), (0, 1)),
-        ("experts", (2, 8, 3), (1,)),
-        ("conv", (2, 2, 4, 3), (0, 1, 2)),
-        ("bias", (6,), None),
+def ones(*shape, name="kernel", dtype="float32"):
+    return keras.Variable(np.ones(shape), dtype=dtype, name=name)
+
+
+AXES = {
+    "dense": ((16, 6), (0,)),
+    "query": ((8, 2, 4), (0,)),
+    "output": ((2, 4, 8), (0, 1)),
+    "experts": ((2, 8, 3), (1,)),
+    "conv": ((2, 2, 4, 3), (0, 1, 2)),
+}
+
+
+def make_kernels():
+    """Return kernels of each kind, and their configs as targets."""
+    kernels = [
+        keras.Variable(0.1 * models.normal(*shape, seed=i), name=name)
+        for i, (name, (shape, _)) in enumerate(AXES.items())
     ]
-    variables = []
-    for name, shape, axes in shapes:
-        variable = keras.Variable(
-            rng.normal(size=shape).astype("float32") * 0.1, name=name
-        )
-        variables.append((variable, axes))
-    return variables
+    axes = [axes for _, axes in AXES.values()]
+    return kernels, [
+        config(i, v, a) for i, (v, a) in enumerate(zip(kernels, axes))
+    ]
 
 
 def config(index, variable, axes):
@@ -40,14 +47,6 @@ def config(index, variable, axes):
         "shape": tuple(variable.shape),
         "contraction_axes": axes,
     }
-
-
-def configs(pairs):
-    return [
-        config(i, v, axes)
-        for i, (v, axes) in enumerate(pairs)
-        if axes is not None
-    ]
 
 
 def apply_steps(optimizer, variables, gradients):
@@ -94,38 +93,30 @@ def rate_at(t):
 )
 def test_equals_float64_reference(kwargs):
     kwargs = {"pattern": "2:4", **kwargs}
-    pairs = [pair for pair in make_variables() if pair[1] is not None]
-    variables = [v for v, _ in pairs]
-    starts = [numpy(v) for v in variables]
+    kernels, targets = make_kernels()
+    starts = [numpy(v) for v in kernels]
     rng = np.random.default_rng(1)
     # A gradient with a direction, so that no weight hovers about a decision.
-    bias = [rng.normal(size=v.shape) for v in variables]
+    bias = [rng.normal(size=v.shape) for v in kernels]
     gradients = [
         [(b + 0.3 * rng.normal(size=b.shape)).astype("float32") for b in bias]
         for _ in range(TOTAL)
     ]
-    optimizer = AdamS(
-        schedule(), total_steps=TOTAL, targets=configs(pairs), **kwargs
-    )
-    importance = [None] * len(pairs)
-    if "criterion" in kwargs:
-        importance = [
-            rng.uniform(
-                0.2, 2.0, size=int(np.prod([v.shape[a] for a in axes]))
-            ).astype("float32")
-            for v, axes in pairs
-        ]
-        optimizer.build(variables)
+    optimizer = AdamS(schedule(), TOTAL, targets=targets, **kwargs)
+    optimizer.build(kernels)
+    importance = [None] * len(kernels)
+    if kwargs.pop("criterion", None):
+        sizes = [16, 8, 8, 8, 16]
+        importance = [rng.uniform(0.2, 2.0, size=size) for size in sizes]
         optimizer.set_importance(importance)
-    apply_steps(optimizer, variables, gradients)
+    apply_steps(optimizer, kernels, gradients)
 
     n, m = map(int, kwargs.pop("pattern").split(":"))
-    kwargs.pop("criterion", None)
-    for i, (variable, axes) in enumerate(pairs):
+    for i, (kernel, target) in enumerate(zip(kernels, targets)):
         expected, mask = references.adam_s(
             starts[i],
             [grads[i] for grads in gradients],
-            axes,
+            target["contraction_axes"],
             n,
             m,
             rate_at,
@@ -133,8 +124,8 @@ def test_equals_float64_reference(kwargs):
             importance=importance[i],
             **kwargs,
         )
-        error = np.abs(numpy(variable) - expected)
-        assert error.max() <= 1e-5 * np.abs(expected).max(), variable.path
+        error = np.abs(numpy(kernel) - expected)
+        assert error.max() <= 1e-5 * np.abs(expected).max(), kernel.path
         np.testing.assert_array_equal(optimizer.masks[i], mask)
 
 
@@ -154,34 +145,24 @@ def test_equals_float64_reference(kwargs):
     ids=str,
 )
 def test_without_a_target_equals_keras_adam(kwargs, decay):
+    shapes = {"bias": (4,), "gamma": (4,), "embeddings": (8, 4), "scale": ()}
     rng = np.random.default_rng(0)
-    shapes = {
-        "kernel": (8, 4),
-        "bias": (4,),
-        "gamma": (4,),
-        "embeddings": (8, 4),
-        "scale": (),
-    }
-    starts = {
-        k: rng.normal(size=s).astype("float32") for k, s in shapes.items()
-    }
     gradients = [
-        [np.asarray(rng.normal(size=s), "float32") for s in shapes.values()]
+        [
+            np.asarray(rng.normal(size=shape), "float32")
+            for shape in ((8, 4), *shapes.values())
+        ]
         for _ in range(TOTAL)
     ]
     results = []
-    for cls in (keras.optimizers.Adam, AdamS):
-        variables = [keras.Variable(v, name=k) for k, v in starts.items()]
-        if cls is AdamS:
-            targets = [config(0, variables[0], (0,))]
-            kwargs = {
-                **kwargs,
-                "total_steps": TOTAL,
-                "decay": decay,
-                "targets": targets,
-            }
+    for make in (
+        keras.optimizers.Adam,
+        functools.partial(AdamS, total_steps=TOTAL, decay=decay),
+    ):
+        variables = [ones(8, 4)]
+        variables += [ones(*s, name=name) for name, s in shapes.items()]
         rate = keras.optimizers.schedules.PolynomialDecay(2e-3, TOTAL, 1e-4)
-        optimizer = cls(rate, **{"epsilon": 1e-7, **kwargs})
+        optimizer = make(rate, **{"epsilon": 1e-7, **kwargs})
         optimizer.exclude_from_weight_decay(var_names=["gamma"])
         apply_steps(optimizer, variables, gradients)
         stepped = [numpy(v) for v in variables[1:]]
@@ -193,7 +174,7 @@ def test_without_a_target_equals_keras_adam(kwargs, decay):
 
 
 def test_state_is_adams_and_one_bit_a_weight():
-    kernel = keras.Variable(np.ones((256, 512), "float32"), name="kernel")
+    kernel = ones(256, 512)
     sizes = []
     for optimizer in (AdamS(1e-3, total_steps=10), keras.optimizers.Adam()):
         optimizer.build([kernel])
@@ -289,10 +270,7 @@ def test_saved_before_the_first_step(make, targets, tmp_path):
 
 
 def test_restored_targets_that_cannot_be_told_apart():
-    kernels = [
-        keras.Variable(np.ones((8, 4), "float32"), name="kernel")
-        for _ in range(2)
-    ]
+    kernels = [ones(8, 4), ones(8, 4)]
     target = config(None, kernels[0], (0,))
     with pytest.raises(ValueError, match="Received: 2 such variables"):
         AdamS(total_steps=4, targets=[target]).build(kernels)
@@ -313,7 +291,7 @@ def test_ramp_stays_at_one_past_the_end():
 
 
 def test_masks_follow_the_importance():
-    kernel = keras.Variable(np.ones((4, 2), "float32"), name="kernel")
+    kernel = ones(4, 2)
     optimizer = AdamS(1e-3, total_steps=4, criterion="activation")
     optimizer.build([kernel])
     optimizer.set_importance([np.array([0.0, 1.0, 3.0, 2.0])])
@@ -396,25 +374,22 @@ def test_missing_total_steps_is_an_error_at_build():
     models.assert_same(model.get_weights(), before)
 
 
-def test_axes_that_cannot_be_inferred():
-    kernel = keras.Variable(np.ones((3, 4, 8), "float32"), name="kernel")
-    with pytest.raises(ValueError, match="Pass `targets=model`"):
-        AdamS(1e-3, total_steps=5).build([kernel])
-
-
 def test_nothing_to_sparsify():
-    bias = keras.Variable(np.ones((4,), "float32"), name="bias")
+    def build(variable):
+        AdamS(1e-3, total_steps=5).build([variable])
+
+    with pytest.raises(ValueError, match="Pass `targets=model`"):
+        build(ones(3, 4, 8))
     with pytest.raises(ValueError, match="found no kernel to sparsify"):
-        AdamS(1e-3, total_steps=5).build([bias])
-    odd = keras.Variable(np.ones((6, 4), "float32"), name="kernel")
+        build(ones(4, name="bias"))
     with pytest.warns(UserWarning, match="leaves 1 kernels dense"):
         with pytest.raises(ValueError, match="found no kernel to sparsify"):
-            AdamS(1e-3, total_steps=5).build([odd])
+            build(ones(6, 4))
 
 
 def test_state_that_does_not_fit_changes_nothing():
     def built(shape):
-        kernel = keras.Variable(np.ones(shape, "float32"), name="kernel")
+        kernel = ones(*shape)
         optimizer = AdamS(0.5, total_steps=5)
         optimizer.apply([keras.ops.ones(shape)], [kernel])
         return optimizer
@@ -433,10 +408,10 @@ def test_state_that_does_not_fit_changes_nothing():
 
 
 def test_warnings_tell_the_way_out():
-    low = keras.Variable(np.ones((4, 2)), dtype="bfloat16", name="kernel")
+    low = ones(4, 2, dtype="bfloat16")
     with pytest.warns(UserWarning, match="mixed_bfloat16"):
         AdamS(1.0, total_steps=100).build([low])
-    kernel = keras.Variable(np.ones((4, 2), "float32"), name="kernel")
+    kernel = ones(4, 2)
     with pytest.warns(UserWarning, match="too short to reach zero") as all_seen:
         AdamS(1e-3, total_steps=100).build([kernel])
     seen = [w for w in all_seen if "AdamS" in str(w.message)]
@@ -446,7 +421,7 @@ def test_warnings_tell_the_way_out():
 
 
 def test_no_warning_where_the_travel_suffices(recwarn):
-    kernel = keras.Variable(np.ones((4, 2), "float32"), name="kernel")
+    kernel = ones(4, 2)
     AdamS(0.1, total_steps=100).build([kernel])
     AdamS(1e-6, total_steps=100, decay="relative").build([kernel])
     assert not [w for w in recwarn if "AdamS" in str(w.message)]
@@ -463,7 +438,7 @@ def test_frozen_targets_are_named():
 
 
 def test_prune_needs_a_step():
-    kernel = keras.Variable(np.ones((4, 2), "float32"), name="kernel")
+    kernel = ones(4, 2)
     optimizer = AdamS(1.0, total_steps=5)
     with pytest.raises(ValueError, match="there once it is built"):
         optimizer.prune()
@@ -474,24 +449,18 @@ def test_prune_needs_a_step():
 
 def test_weight_decay_is_decoupled_with_exclusions():
     results = []
-    rng = np.random.default_rng(1)
-    gradients = [
-        rng.normal(size=v.shape).astype("float32") for v, _ in make_variables()
-    ]
+    gradients = [models.normal(*shape) for shape, _ in AXES.values()]
     for weight_decay in (None, 0.5):
-        pairs = make_variables()
+        kernels, targets = make_kernels()
+        starts = [numpy(v) for v in kernels]
         optimizer = AdamS(
-            0.1,
-            total_steps=TOTAL,
-            targets=configs(pairs),
-            weight_decay=weight_decay,
+            0.1, TOTAL, targets=targets, weight_decay=weight_decay
         )
         optimizer.exclude_from_weight_decay(var_names=["query"])
-        apply_steps(optimizer, [v for v, _ in pairs], [gradients])
-        results.append([numpy(v) for v, _ in pairs])
-    for (variable, _), plain, decayed in zip(make_variables(), *results):
-        initial = numpy(variable)
-        share = 0.0 if variable.name == "query" else 0.1 * 0.5
+        apply_steps(optimizer, kernels, [gradients])
+        results.append([numpy(v) for v in kernels])
+    for name, start, plain, decayed in zip(AXES, starts, *results):
+        share = 0.0 if name == "query" else 0.1 * 0.5
         np.testing.assert_allclose(
-            decayed, plain - share * initial, rtol=1e-5, atol=1e-7
+            decayed, plain - share * start, rtol=1e-5, atol=1e-7
         )
