@@ -246,11 +246,9 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
         variables = list(variables)
         if self.total_steps is None:
             raise ValueError(
-                "`AdamS` needs `total_steps`, the number of optimizer steps "
-                "of the whole run, for its ramp. Pass "
-                "`AdamS(..., total_steps=steps_per_epoch * epochs)`, or train "
-                "through `CAST`, whose `fit` fills it in. "
-                "Received: total_steps=None"
+                "`AdamS` needs `total_steps`, for its ramp. Pass `AdamS(..., "
+                "total_steps=steps_per_epoch * epochs)`, or train through "
+                "`CAST`, whose `fit` fills it in. Received: total_steps=None"
             )
         specs = adam_s_targets.find_specs(
             self._get_targets(), variables, self.m
@@ -468,18 +466,17 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
         }
 
     def _check_state(self, arrays: Any) -> None:
-        expected = [tuple(v.shape) for v in self.variables]
-        received = [tuple(np.shape(a)) for a in arrays]
-        if expected != received:
-            misfits = [
-                f"{v.path}: expected {e}, received {r}"
-                for v, e, r in zip(self.variables, expected, received)
-                if e != r
-            ]
+        shapes = [np.shape(array) for array in arrays]
+        misfits = [
+            f"{v.path} of shape {tuple(v.shape)}, received {shape}"
+            for v, shape in zip(self.variables, shapes)
+            if tuple(v.shape) != shape
+        ]
+        if misfits or len(shapes) != len(self.variables):
             raise ValueError(
                 "The saved state does not fit this `AdamS`; nothing was "
-                f"restored. Expected {len(expected)} arrays, received "
-                f"{len(received)}. First misfits: {misfits[:5]}. Use the "
-                "model, `targets`, `pattern`, `l1`, `decay` and `criterion` "
-                "that the state was saved with."
+                "restored. Use the model, `targets`, `pattern`, `l1`, `decay` "
+                "and `criterion` that it was saved with. Expected "
+                f"{len(self.variables)} arrays, received {len(shapes)}; first "
+                f"misfits: {misfits[:5]}"
             )

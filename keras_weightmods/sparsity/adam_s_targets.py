@@ -131,11 +131,10 @@ def _inferred(pattern: Any, variables: Any) -> Any:
         )
         if is_kernel and rank > 2:
             raise ValueError(
-                "`AdamS(targets=None)` takes kernels of rank 2; the "
-                f"contraction axes of {variable.path!r} with shape "
-                f"{tuple(variable.shape)} cannot be told from its rank. Pass "
-                "`targets=model`, or `targets=find_targets(model, "
-                "include=..., exclude=...)`."
+                "`AdamS` without a model takes kernels of rank 2. Pass "
+                "`targets=model` or `targets=find_targets(model, include=..., "
+                f"exclude=...)`. Received: {variable.path!r} of shape "
+                f"{tuple(variable.shape)}"
             )
         specs.append(Spec.of(variable, (0,)) if is_kernel else None)
     return specs
