@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_weightmods.backend.jax import sparse_matmul_gpu, xla_handlers
+from keras_weightmods.backend.jax.batching import batches_as_rows
 from keras_weightmods.native.packed import dense_matmul
 
 
@@ -62,51 +63,34 @@ def _no_scale():
 
 
 def _multiply(x, values, meta, scale, n):
-    y = _matmul(x.astype(jnp.float32), values, meta, scale, n)
+    y = _matmul(x.astype(jnp.float32), values, meta, scale, n, False)
     return y.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _matmul(x, values, meta, scale, n):
-    return _call("kwm_xla_matmul", n)(x, values, meta, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _matmul(x, values, meta, scale, size, transposed):
+    """By the kernel or its transpose; `size` entries in the last axis."""
+    return _call(size, transposed)(x, values, meta, scale)
 
 
-def _matmul_forward(x, values, meta, scale, n):
-    return _matmul(x, values, meta, scale, n), (x, values, meta, scale)
+def _matmul_forward(x, values, meta, scale, size, transposed):
+    y = _matmul(x, values, meta, scale, size, transposed)
+    return y, (x, values, meta, scale)
 
 
-def _matmul_backward(n, saved, dy):
+def _matmul_backward(size, transposed, saved, dy):
+    del size
     x, values, meta, scale = saved
-    dx = _transposed(dy, values, meta, scale, x.shape[-1])
+    dx = _matmul(dy, values, meta, scale, x.shape[-1], not transposed)
     # XLA drops the call if nobody asks for its result.
     dvalues = None
     if values.dtype == jnp.float32:
-        dvalues = _values_gradient(x, dy, meta)
+        pair = (dy, x) if transposed else (x, dy)
+        dvalues = _values_gradient(*pair, meta)
     return dx, dvalues, None, None
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _transposed(dy, values, meta, scale, k):
-    return _call("kwm_xla_matmul_transposed", k)(dy, values, meta, scale)
-
-
-def _transposed_forward(dy, values, meta, scale, k):
-    return _transposed(dy, values, meta, scale, k), (dy, values, meta, scale)
-
-
-def _transposed_backward(k, saved, ddx):
-    dy, values, meta, scale = saved
-    ddy = _matmul(ddx, values, meta, scale, dy.shape[-1])
-    dvalues = None
-    if values.dtype == jnp.float32:
-        dvalues = _values_gradient(ddx, dy, meta)
-    return ddy, dvalues, None, None
-
-
-_transposed.defvjp(_transposed_forward, _transposed_backward)
 
 
 @jax.custom_vjp
@@ -126,41 +110,23 @@ def _values_gradient_forward(x, dy, meta):
 def _values_gradient_backward(saved, ddvalues):
     x, dy, meta = saved
     weights = ddvalues, meta, _no_scale()
-    dx = _transposed(dy, *weights, x.shape[-1])
-    return dx, _matmul(x, *weights, dy.shape[-1]), None
+    dx = _matmul(dy, *weights, x.shape[-1], True)
+    return dx, _matmul(x, *weights, dy.shape[-1], False), None
 
 
 _values_gradient.defvjp(_values_gradient_forward, _values_gradient_backward)
 
 
 @functools.cache
-def _call(target, size):
+def _call(size, transposed):
     """The custom call with `size` entries in the last axis of its result."""
+    target = "kwm_xla_matmul_transposed" if transposed else "kwm_xla_matmul"
 
-    @jax.custom_batching.custom_vmap
     def call(x, values, meta, scale):
         result = jax.ShapeDtypeStruct((*x.shape[:-1], size), jnp.float32)
         return jax.ffi.ffi_call(target, result)(x, values, meta, scale)
 
-    @call.def_vmap
-    def batched(axis_size, in_batched, *arguments):
-        if not any(in_batched[1:]):
-            # A batch of activations is only more rows.
-            return call(*arguments), True
-
-        def one(mapped):
-            mapped = iter(mapped)
-            return call(
-                *(
-                    next(mapped) if is_mapped else argument
-                    for argument, is_mapped in zip(arguments, in_batched)
-                )
-            )
-
-        mapped = [a for a, is_mapped in zip(arguments, in_batched) if is_mapped]
-        return jax.lax.map(one, mapped), True
-
-    return call
+    return batches_as_rows(call)
 
 
 def column_parallel_matmul(x, packed, mesh, axis_name):

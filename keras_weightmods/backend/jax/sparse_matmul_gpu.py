@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_weightmods import native
+from keras_weightmods.backend.jax.batching import batches_as_rows
 from keras_weightmods.native import gpu
 from keras_weightmods.native.gpu import dispatch
 from keras_weightmods.native.packed import Packed, dense_matmul, unpack_kernel
@@ -213,37 +214,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @functools.cache
 def _mapped(product):
-    """The product, with its rule for `vmap`."""
-
-    @jax.custom_batching.custom_vmap
-    def call(x, *weights):
-        return _multiply(product, x, *weights)
-
-    @call.def_vmap
-    def batched(axis_size, in_batched, *arguments):
-        _, *weights_batched = in_batched
-        if not any(jax.tree.leaves(weights_batched)):
-            # A batch of activations is only more rows.
-            return call(*arguments), True
-        leaves, structure = jax.tree.flatten(arguments)
-        is_batched = jax.tree.leaves(in_batched)
-
-        def one(mapped):
-            mapped = iter(mapped)
-            return call(
-                *jax.tree.unflatten(
-                    structure,
-                    [
-                        next(mapped) if batched else leaf
-                        for leaf, batched in zip(leaves, is_batched)
-                    ],
-                )
-            )
-
-        mapped = [leaf for leaf, b in zip(leaves, is_batched) if b]
-        return jax.lax.map(one, mapped), True
-
-    return call
+    return batches_as_rows(functools.partial(_multiply, product))
 
 
 def _multiply(product, x, values, meta, scale, companion):

@@ -15,18 +15,12 @@ from keras_weightmods import native
 from keras_weightmods.backend.tensorflow import xla_calls
 from keras_weightmods.native.packed import pack_kernel
 
-_TARGETS = (
-    "kwm_xla_matmul",
-    "kwm_xla_matmul_transposed",
-    "kwm_xla_values_gradient",
-)
-
 
 def reason_unavailable():
     """Why the compiled kernels cannot be used; empty if they can."""
     if not native.is_available():
         return native.reason_unavailable()
-    if native.xla_handler(_TARGETS[0]) is None:
+    if native.xla_handler(native.XLA_TARGETS[0]) is None:
         return native.NO_XLA
     if tf.config.list_physical_devices("GPU"):
         return (
@@ -82,50 +76,36 @@ def _tensor(array):
     return tf.convert_to_tensor(value)
 
 
-def _matmul(x, values, meta, scale, n):
+def _matmul(x, values, meta, scale, size, transposed=False):
+    """By the kernel or its transpose; `size` entries in the last axis."""
+
     @tf.custom_gradient
     def matmul(x, values, meta, scale):
         def gradient(dy):
-            k = x.shape[-1]
-            dx = _transposed(dy, values, meta, scale, k)
+            dx = _matmul(dy, values, meta, scale, x.shape[-1], not transposed)
             dvalues = None
             if values.dtype == tf.float32:
-                dvalues = _values_gradient(x, dy, meta)
+                pair = (dy, x) if transposed else (x, dy)
+                dvalues = _values_gradient(*pair, meta)
             return dx, dvalues, None, None
 
-        shape = [*x.shape[:-1], n]
-        return _call(_TARGETS[0], shape, x, values, meta, scale), gradient
+        target = "kwm_xla_matmul_transposed" if transposed else "kwm_xla_matmul"
+        shape = [*x.shape[:-1], size]
+        return _call(target, shape, x, values, meta, scale), gradient
 
     return matmul(x, values, meta, scale)
-
-
-def _transposed(dy, values, meta, scale, k):
-    @tf.custom_gradient
-    def transposed(dy, values, meta, scale):
-        def gradient(ddx):
-            n = dy.shape[-1]
-            ddy = _matmul(ddx, values, meta, scale, n)
-            dvalues = None
-            if values.dtype == tf.float32:
-                dvalues = _values_gradient(ddx, dy, meta)
-            return ddy, dvalues, None, None
-
-        shape = [*dy.shape[:-1], k]
-        return _call(_TARGETS[1], shape, dy, values, meta, scale), gradient
-
-    return transposed(dy, values, meta, scale)
 
 
 @tf.custom_gradient
 def _values_gradient(x, dy, meta):
     def gradient(ddvalues):
         weights = ddvalues, meta, tf.zeros((0,))
-        dx = _transposed(dy, *weights, x.shape[-1])
+        dx = _matmul(dy, *weights, x.shape[-1], transposed=True)
         return dx, _matmul(x, *weights, dy.shape[-1]), None
 
     blocks, rows, columns = meta.shape
     shape = [blocks, 16 * rows, columns]
-    return _call(_TARGETS[2], shape, x, dy, meta), gradient
+    return _call("kwm_xla_values_gradient", shape, x, dy, meta), gradient
 
 
 def _call(target, shape, *arguments):

@@ -128,19 +128,17 @@ class _Rule:
         """The gradients of v, and of a and b where they are needed."""
         needs_a, needs_b = needed
         to_v = torch.empty_like(v)
-        to_a = to_b = None
+        to_a, to_b = v.new_zeros(()), v.new_zeros(())
         for stored, weight, up, piece in _pieces(v, w, upstream, to_v):
             self.slope(stored, up, piece)
             if needs_a:
-                dot = torch.dot(up.reshape(-1), weight.reshape(-1))
-                to_a = dot if to_a is None else to_a + dot
+                to_a += torch.dot(up.reshape(-1), weight.reshape(-1))
             if needs_b:
-                dot = torch.dot(piece.reshape(-1), stored.reshape(-1))
-                to_b = dot if to_b is None else to_b + dot
+                to_b += torch.dot(piece.reshape(-1), stored.reshape(-1))
         return (
             to_v,
-            None if to_a is None else to_a / self.a,
-            None if to_b is None else to_b / -self.b,
+            to_a / self.a if needs_a else None,
+            to_b / -self.b if needs_b else None,
         )
 
     def apply(self, v, out):
@@ -184,47 +182,45 @@ def _native_compand(v, a, b):
     v = v.contiguous()
     w = torch.empty_like(v)
     native.library().kwm_compand(
-        v.data_ptr(), v.numel(), a, b, w.data_ptr(), *_threads(v)
+        v.data_ptr(),
+        v.numel(),
+        a,
+        b,
+        w.data_ptr(),
+        *threads(_WORK * v.numel()),
     )
     return w
 
 
 @torch.library.impl(_library, "compand_slope", "CPU")
 def _native_slope(v, upstream, a, b):
-    v, upstream = v.contiguous(), upstream.contiguous()
-    to_v = torch.empty_like(v)
-    native.library().kwm_compand_gradient(
-        v.data_ptr(),
-        None,
-        upstream.data_ptr(),
-        v.numel(),
-        a,
-        b,
-        to_v.data_ptr(),
-        None,
-        None,
-        *_threads(v),
-    )
-    return to_v
+    return _differentiate(v, None, upstream, a, b, None, None)
 
 
 @torch.library.impl(_library, "compand_gradient", "CPU")
 def _native_gradient(v, w, upstream, a, b):
-    v, w, upstream = v.contiguous(), w.contiguous(), upstream.contiguous()
-    to_v, to_a, to_b = torch.empty_like(v), v.new_empty(()), v.new_empty(())
+    to_a, to_b = v.new_empty(()), v.new_empty(())
+    w = w.contiguous()
+    return _differentiate(v, w, upstream, a, b, to_a, to_b), to_a, to_b
+
+
+def _differentiate(v, w, upstream, a, b, to_a, to_b):
+    """Returns the gradient of v, and fills in those of a and b."""
+    v, upstream = v.contiguous(), upstream.contiguous()
+    to_v = torch.empty_like(v)
     native.library().kwm_compand_gradient(
         v.data_ptr(),
-        w.data_ptr(),
+        None if w is None else w.data_ptr(),
         upstream.data_ptr(),
         v.numel(),
         a,
         b,
         to_v.data_ptr(),
-        to_a.data_ptr(),
-        to_b.data_ptr(),
-        *_threads(v),
+        None if to_a is None else to_a.data_ptr(),
+        None if to_b is None else to_b.data_ptr(),
+        *threads(_WORK * v.numel()),
     )
-    return to_v, to_a, to_b
+    return to_v
 
 
 @torch.library.register_fake("keras_weightmods::compand")
@@ -240,10 +236,6 @@ def _fake_slope(v, upstream, a, b):
 @torch.library.register_fake("keras_weightmods::compand_gradient")
 def _fake_gradient(v, w, upstream, a, b):
     return torch.empty_like(v), v.new_empty(()), v.new_empty(())
-
-
-def _threads(v):
-    return threads(_WORK * v.numel())
 
 
 class _SmallArctan(_Rule):
