@@ -70,7 +70,7 @@ class Packed:
     shape: tuple[int, int]
     dtype: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, (shape, dtype) in packed_arrays(
             self.shape, self.dtype
         ).items():
@@ -95,8 +95,10 @@ class Packed:
             )
 
 
-def packed_arrays(shape, dtype):
-    """The arrays of a packed kernel.
+def packed_arrays(
+    shape: tuple[int, int], dtype: str
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shapes and types of the arrays of a packed kernel.
 
     Args:
         shape: Pair of ints (K, N), the shape of the kernel.
@@ -146,8 +148,8 @@ def packed_arrays(shape, dtype):
     return arrays
 
 
-def pack_kernel(kernel, dtype=None):
-    """Packs a 2:4 kernel.
+def pack_kernel(kernel: Any, dtype: str | None = None) -> Packed:
+    """Pack a 2:4 kernel.
 
     float32 values are kept as they are. bfloat16 rounds them to the nearest;
     int8 rounds to multiples of a scale, max |w| / 127 of the column.
@@ -204,8 +206,8 @@ def pack_kernel(kernel, dtype=None):
     )
 
 
-def unpack_kernel(packed):
-    """Undoes `pack_kernel`.
+def unpack_kernel(packed: Packed) -> Any:
+    """Undo `pack_kernel`.
 
     Args:
         packed: `Packed`, of NumPy arrays, tensors or variables.
@@ -250,8 +252,8 @@ def unpack_kernel(packed):
     return kernel
 
 
-def check_packed(packed):
-    """Raises ValueError unless this is `Packed`."""
+def check_packed(packed: Any) -> None:
+    """Raise ValueError unless this is `Packed`."""
     if not isinstance(packed, Packed):
         raise ValueError(
             "`packed` must be what `pack_kernel` returns. Received: "
@@ -259,8 +261,8 @@ def check_packed(packed):
         )
 
 
-def unpack_tensor(packed):
-    """`unpack_kernel` by `keras.ops`: a tensor, also where one is traced."""
+def unpack_tensor(packed: Packed) -> Any:
+    """Return `unpack_kernel` by `keras.ops`, as a tensor, traced or not."""
     values, meta, scale = (
         None if array is None else ops.convert_to_tensor(array)
         for array in (packed.values, packed.meta, packed.scale)
@@ -268,13 +270,13 @@ def unpack_tensor(packed):
     return _unpack(ops, packed, ops.cast(values, "float32"), meta, scale)
 
 
-def dense_matmul(x, packed):
-    """`ops.sparse_matmul` by a kernel that is unpacked in this call."""
+def dense_matmul(x: Any, packed: Packed) -> Any:
+    """Return `ops.sparse_matmul` by a kernel that is unpacked in this call."""
     y = ops.matmul(ops.cast(x, "float32"), unpack_tensor(packed))
     return ops.cast(y, x.dtype)
 
 
-def _unpack(xp, packed, values, meta, scale):
+def _unpack(xp: Any, packed: Packed, values: Any, meta: Any, scale: Any) -> Any:
     """By the functions of `xp`, which is NumPy or `keras.ops`."""
     blocks, rows, _ = meta.shape
     shifts = xp.arange(0, 2 * _SLOTS, 2, dtype="int32")
@@ -301,7 +303,7 @@ def _unpack(xp, packed, values, meta, scale):
     return kernel[: packed.shape[0], : packed.shape[1]]
 
 
-def _pack_native(kernel, dtype, specs):
+def _pack_native(kernel: Any, dtype: str, specs: Any) -> Any:
     arrays = {
         name: np.empty(shape, _numpy_type(array_dtype))
         for name, (shape, array_dtype) in specs.items()
@@ -317,7 +319,7 @@ def _pack_native(kernel, dtype, specs):
     return arrays, bad
 
 
-def _pack_numpy(kernel, dtype, specs):
+def _pack_numpy(kernel: Any, dtype: str, specs: Any) -> Any:
     columns, rows, _ = specs["meta"][0]
     padded = np.zeros((rows * _ROWS, columns * _COLUMNS), np.float32)
     padded[: kernel.shape[0], : kernel.shape[1]] = kernel
@@ -355,12 +357,12 @@ def _pack_numpy(kernel, dtype, specs):
     return arrays, bad
 
 
-def _to_numpy(array, dtype):
+def _to_numpy(array: Any, dtype: Any) -> np.ndarray[Any, Any]:
     # On torch a bfloat16 tensor becomes a float32 array.
     if not isinstance(array, np.ndarray):
         array = ops.convert_to_numpy(array)
     return np.ascontiguousarray(array, dtype)
 
 
-def _numpy_type(dtype):
+def _numpy_type(dtype: str) -> Any:
     return ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)

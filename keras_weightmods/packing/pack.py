@@ -170,7 +170,7 @@ def unpack(model: keras.layers.Layer) -> PackReport:
     return PackReport(tuple(map(_row, items)), (), before, _model_bytes(model))
 
 
-def _sort_out(targets, reason_to_skip, shared):
+def _sort_out(targets: Any, reason_to_skip: Any, shared: set[int]) -> Any:
     """Those that can be packed, and the others as `Skipped`."""
     packable, skipped = [], []
     for target in targets:
@@ -184,7 +184,7 @@ def _sort_out(targets, reason_to_skip, shared):
     return packable, skipped
 
 
-def _shared_variables(model):
+def _shared_variables(model: Any) -> set[int]:
     """Ids of the variables that several layers hold as their own."""
     held = collections.Counter(
         id(variable)
@@ -196,11 +196,11 @@ def _shared_variables(model):
     return {key for key, count in held.items() if count > 1}
 
 
-def _lossless(target):
+def _lossless(target: Target) -> str:
     return "bfloat16" if target.variable.dtype == "bfloat16" else "float32"
 
 
-def _check_kernels(items):
+def _check_kernels(items: list[Any]) -> None:
     bad = []
     for item in items:
         target = item.target
@@ -237,7 +237,7 @@ def _check_kernels(items):
         )
 
 
-def _check_finite(items):
+def _check_finite(items: Any) -> None:
     for item in items:
         value = item.target.variable.value
         if not bool(ops.all(ops.isfinite(value))):
@@ -247,7 +247,7 @@ def _check_finite(items):
             )
 
 
-def _row(item):
+def _row(item: Any) -> PackedWeight:
     variable = item.target.variable
     size = math.prod(item.target.shape)
     return PackedWeight(
@@ -262,13 +262,13 @@ def _row(item):
     )
 
 
-def _model_bytes(model):
+def _model_bytes(model: Any) -> int:
     return sum(
         math.prod(variable.shape) * _item_bytes(variable.dtype)
         for variable in model.weights
     )
 
 
-def _item_bytes(dtype):
+def _item_bytes(dtype: str) -> int:
     bits = re.search(r"\d+", dtype)
     return int(bits.group()) // 8 if bits else 1

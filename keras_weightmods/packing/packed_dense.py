@@ -116,7 +116,7 @@ class PackedKernel(PackedParameters):
         self.product = PackedProduct(
             equation_of(target.layer), target.contraction_axes, target.shape
         )
-        self.packed: Packed | None = None
+        self.packed: Any = None
 
     def get_config(self):
         return {"dtype": self.value_dtype, "trainable": self.trainable}

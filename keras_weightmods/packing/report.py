@@ -84,6 +84,6 @@ class PackReport(Report):
         )
 
 
-def _sizes(dense, packed):
+def _sizes(dense: int, packed: int) -> tuple[str, str, str]:
     share = packed / dense if dense else 1.0
     return size_text(dense), size_text(packed), f"{share:.3f}"

@@ -53,17 +53,17 @@ class CompandedKernel:
     _item: "Compander" = dataclasses.field(repr=False)
 
     @property
-    def a(self):
+    def a(self) -> float:
         """Float, the present value of `a`."""
         return self._item.pair[0]
 
     @property
-    def b(self):
+    def b(self) -> float:
         """Float, the present value of `b`."""
         return self._item.pair[1]
 
     @property
-    def detail(self):
+    def detail(self) -> str:
         """String, for a report."""
         line = f"a = {self.a:.4g}, b = {self.b:.4g}"
         if self.outside:
@@ -106,6 +106,9 @@ def attach_compander(
 
     Args:
         model: A built Keras model; give the outermost one that you train.
+        targets: `Targets`, a list of `Target`, or what `find_targets` takes
+            as `include`. Defaults to all that
+            `find_targets(model, depthwise=True)` finds.
         a: Float above 0.001, the height of the function, or its start.
         b: Float above 0.001, the width of the function, or its start.
         learnable: Bool, whether a and b are trained. Defaults to `True`.
@@ -114,8 +117,6 @@ def attach_compander(
             the range, which is a pi / 2 for `"arctan"`: `"raise_a"` for this
             kernel, `"clip"` the weights, which changes the model, or
             `"error"`. The report counts them. Defaults to `"raise_a"`.
-        targets: The kernels, from `find_targets`. Defaults to all that
-            `find_targets(model, depthwise=True)` finds.
 
     Returns:
         A `ReparameterizationReport` of `CompandedKernel`s; their `a` and `b`
@@ -141,20 +142,13 @@ def attach_compander(
     kwm.fold(model)
     ```
     """
-    settings = {
-        "a": a,
-        "b": b,
-        "learnable": learnable,
-        "function": function,
-        "out_of_range": out_of_range,
-    }
-    Compander(None, **settings)
-    return seam.attach_to_targets(
-        model,
-        resolve_targets(model, targets, depthwise=True),
-        lambda target: Compander(target, **settings),
-        "companded",
-    )
+
+    def make_item(target: Any) -> Compander:
+        return Compander(target, a, b, learnable, function, out_of_range)
+
+    make_item(None)
+    resolved = resolve_targets(model, targets, depthwise=True)
+    return seam.attach_to_targets(model, resolved, make_item, "companded")
 
 
 class Compander(seam.Reparameterization):
@@ -169,12 +163,12 @@ class Compander(seam.Reparameterization):
 
     def __init__(
         self,
-        target=None,
-        a=0.5,
-        b=1.0,
-        learnable=True,
-        function="arctan",
-        out_of_range="clip",
+        target: Any = None,
+        a: float = 0.5,
+        b: float = 1.0,
+        learnable: bool = True,
+        function: str = "arctan",
+        out_of_range: str = "clip",
     ):
         super().__init__(target)
         check_function(function)
@@ -189,14 +183,14 @@ class Compander(seam.Reparameterization):
         self.outside = 0
         self.raised = False
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **self.settings(),
             "outside": self.outside,
             "raised": self.raised,
         }
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         """The arguments, as a copy of the layer would take them."""
         return {
             "a": self.a,
@@ -207,7 +201,7 @@ class Compander(seam.Reparameterization):
         }
 
     @classmethod
-    def from_config(cls, target, config):
+    def from_config(cls, target: Any, config: Any) -> "Compander":
         settings = dict(config)
         outside = checks.check_int("outside", settings.pop("outside", None), 0)
         raised = checks.check_bool("raised", settings.pop("raised", None))
@@ -215,7 +209,7 @@ class Compander(seam.Reparameterization):
         item.outside, item.raised = outside, raised
         return item
 
-    def start(self, weight):
+    def start(self, weight: Any) -> Any:
         if self.is_empty:
             return weight
         weight = ops.stop_gradient(ops.convert_to_tensor(weight))
@@ -227,12 +221,12 @@ class Compander(seam.Reparameterization):
             largest = float(ops.max(magnitudes))
             least_a = largest / self._limit(1.0, dtype)
             if self.out_of_range == "error":
-                raise ValueError(self._out_of_range(limit, largest, least_a))
+                raise ValueError(self._range_error(limit, largest, least_a))
             if self.out_of_range == "raise_a":
                 self.a, self.raised = least_a, True
         return self._inverse(weight)
 
-    def create_parameters(self, add_weight):
+    def create_parameters(self, add_weight: Any) -> None:
         if not self.learnable:
             return
         add_weight(
@@ -245,34 +239,34 @@ class Compander(seam.Reparameterization):
             dtype=keras.backend.result_type(self.dtype, "float32"),
         )
 
-    def effective(self, stored):
+    def effective(self, stored: Any) -> Any:
         a, b = self._pair()
         training = keras_private.is_training_call()
         return compand(stored, a, b, self.function, training)
 
-    def derivative(self, stored):
-        """The derivative of `effective`."""
+    def derivative(self, stored: Any) -> Any:
+        """Return the derivative of `effective`."""
         a, b = self._pair()
         return compand_derivative(stored, a, b, self.function)
 
-    def constraint(self, constraint):
+    def constraint(self, constraint: Any) -> Any:
         # An N:M pattern ranks magnitudes, which are in the same order, and is
         # looked for in the variable when it is to be detached.
         if getattr(constraint, "keeps_pattern", False):
             return constraint
         return _OnCompanded(constraint, self)
 
-    def saved_arrays(self):
+    def saved_arrays(self) -> dict[str, Any]:
         if self.learnable:
             return super().saved_arrays()
         return {self._key(): ((2,), "float64")}
 
-    def saved(self):
+    def saved(self) -> dict[str, Any]:
         if self.learnable:
             return super().saved()
         return {self._key(): np.array([self.a, self.b])}
 
-    def load(self, saved):
+    def load(self, saved: Any) -> None:
         if self.learnable:
             super().load(saved)
             return
@@ -285,7 +279,7 @@ class Compander(seam.Reparameterization):
                 "the model with the checkpoint's pair."
             )
 
-    def summary(self):
+    def summary(self) -> CompandedKernel:
         return CompandedKernel(
             self.target.path,
             tuple(self.target.shape),
@@ -297,22 +291,22 @@ class Compander(seam.Reparameterization):
         )
 
     @property
-    def pair(self):
+    def pair(self) -> tuple[float, float]:
         """The present a and b, as floats."""
         if not self.learnable or not self.parameters:
             return self.a, self.b
         a, b = ops.convert_to_numpy(_positive(self.parameters[0].value))
         return float(a), float(b)
 
-    def _pair(self):
+    def _pair(self) -> Any:
         if not self.learnable:
             return self.a, self.b
         return ops.unstack(_positive(self.parameters[0]))
 
-    def _limit(self, a, dtype):
+    def _limit(self, a: Any, dtype: str) -> Any:
         return _USABLE * compand_limit(a, self.b, self.function, dtype)
 
-    def _inverse(self, weight):
+    def _inverse(self, weight: Any) -> Any:
         """The stored values for `weight`, clipped into the range."""
         dtype = keras.backend.standardize_dtype(weight.dtype)
         wide = keras.backend.result_type(dtype, "float32")
@@ -321,13 +315,13 @@ class Compander(seam.Reparameterization):
         weight = ops.clip(ops.cast(weight, wide), -limit, limit)
         return ops.cast(compand_inverse(weight, a, b, self.function), dtype)
 
-    def _key(self):
+    def _key(self) -> str:
         # Says all that is not in the values, lest a checkpoint of another
         # compander be taken for one of this.
         fixed = "" if self.learnable else "_fixed"
         return f"{self.target.attribute}_compander_{self.function}{fixed}"
 
-    def _out_of_range(self, limit, largest, least_a):
+    def _range_error(self, limit: Any, largest: Any, least_a: Any) -> str:
         return (
             f"With `a={self.a}`, `b={self.b}` and "
             f"`function={self.function!r}` weights must be at most {limit:.4g} "
@@ -340,11 +334,11 @@ class Compander(seam.Reparameterization):
 class _OnCompanded:
     """Applies a constraint of the stored weight to the effective one."""
 
-    def __init__(self, constraint, item):
+    def __init__(self, constraint: Any, item: Compander):
         self.constraint = constraint
         self.item = item
 
-    def __call__(self, stored):
+    def __call__(self, stored: Any) -> Any:
         stored = ops.convert_to_tensor(stored)
         weight = self.item.effective(stored)
         constrained = self.constraint(weight)
@@ -354,10 +348,10 @@ class _OnCompanded:
         )
 
 
-def _positive(raw):
+def _positive(raw: Any) -> Any:
     # The sum of the comment above; as it stands there it would cancel.
     return _LEAST + ops.exp(ops.arcsinh(raw)) / 2
 
 
-def _raw(value):
+def _raw(value: float) -> float:
     return math.sinh(math.log(2 * (value - _LEAST)))

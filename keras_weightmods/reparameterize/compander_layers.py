@@ -41,7 +41,8 @@ class CompanderLayer(_Layer):
     @property
     def compander(self) -> CompandedKernel:
         """The `CompandedKernel` of the built layer, with its a and b."""
-        return seam.reparameterization(self, "kernel").summary()
+        item: Compander = seam.reparameterization(self, "kernel")
+        return item.summary()
 
     def build(self, input_shape: Any) -> None:
         if self.quantization_mode is not None:
@@ -63,7 +64,7 @@ class CompanderLayer(_Layer):
                 kwargs.get("initializer") or "glorot_uniform"
             )
 
-            def start(shape, dtype):
+            def start(shape: Any, dtype: Any) -> Any:
                 value = draw(shape, dtype=dtype)
                 # There it is asked for once more, as a mere placeholder.
                 if keras_private.in_stateless_scope():

@@ -1,10 +1,12 @@
 """`fold`: the end of every reparameterization."""
 
+import keras
+
 from keras_weightmods.core import seam
 
 
-def fold(model):
-    """Bakes every effective weight in, and makes the layers plain again.
+def fold(model: keras.layers.Layer) -> seam.ReparameterizationReport:
+    """Bake every effective weight in, and make the layers plain again.
 
     Ends what `attach_compander`, `attach_weight_norm` and `attach_scaling`
     began, and turns a `CompanderDense` and its kin into the Keras layers that

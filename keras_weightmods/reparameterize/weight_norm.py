@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import keras
 from keras import ops
@@ -22,13 +23,15 @@ class NormalizedKernel:
     g: keras.Variable
 
     @property
-    def detail(self):
+    def detail(self) -> str:
         """String, for a report."""
         return f"{math.prod(self.g.shape)} norms"
 
 
-def attach_weight_norm(model, targets=None):
-    """Gives each output unit of each target a norm of its own, w = g v / |v|.
+def attach_weight_norm(
+    model: keras.layers.Layer, *, targets: Any = None
+) -> seam.ReparameterizationReport:
+    """Give each output unit of each target a norm of its own, w = g v / |v|.
 
     Weight Normalization (arXiv 1602.07868, equation 2): length and direction
     of the weights of an output unit are trained apart. The norm is taken over
@@ -44,7 +47,8 @@ def attach_weight_norm(model, targets=None):
 
     Args:
         model: A built Keras model; give the outermost one that you train.
-        targets: The kernels, from `find_targets`. Defaults to all that
+        targets: `Targets`, a list of `Target`, or what `find_targets` takes
+            as `include`. Defaults to all that
             `find_targets(model, depthwise=True)` finds.
 
     Returns:
@@ -76,7 +80,7 @@ class WeightNorm(seam.Reparameterization):
 
     name = "weight_norm"
 
-    def create_parameters(self, add_weight):
+    def create_parameters(self, add_weight: Any) -> None:
         contracted = self.target.contraction_axes
         add_weight(
             name=f"{self.target.attribute}_g",
@@ -89,20 +93,20 @@ class WeightNorm(seam.Reparameterization):
             dtype=keras.backend.result_type(self.dtype, "float32"),
         )
 
-    def effective(self, stored):
+    def effective(self, stored: Any) -> Any:
         (g,) = self.parameters
         return stored * (g * ops.rsqrt(self._square_norm(stored)))
 
-    def summary(self):
+    def summary(self) -> NormalizedKernel:
         return NormalizedKernel(
             self.target.path, tuple(self.target.shape), self.parameters[0]
         )
 
-    def _norms(self, shape, dtype):
+    def _norms(self, shape: Any, dtype: Any) -> Any:
         square = ops.stop_gradient(self._square_norm(self.target.variable))
         return ops.cast(ops.sqrt(square), dtype)
 
-    def _square_norm(self, stored):
+    def _square_norm(self, stored: Any) -> Any:
         wide = keras.backend.result_type(self.dtype, "float32")
         square = ops.sum(
             ops.square(ops.cast(stored, wide)),

@@ -330,7 +330,7 @@ def test_other_weights_are_updated_as_ever():
             [keras.Input((4,)), keras.layers.Dense(4), keras.layers.Dense(3)]
         )
         targets = kwm.find_targets(model)
-        kwm.attach_weight_norm(model, targets[:1])
+        kwm.attach_weight_norm(model, targets=targets[:1])
         kwm.attach_compander(model, targets=targets[1:])
         model.compile(optimizer, "mse", jit_compile=False)
         train(model, 1)
