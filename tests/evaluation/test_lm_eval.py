@@ -136,6 +136,13 @@ def test_generate_until_is_greedy_and_leaves_the_model_alone(model, adapted):
     assert model.sampler is sampler
 
 
+def test_only_end_tokens_end_a_text(adapted, monkeypatch):
+    # Token 0 is an ordinary one in most vocabularies.
+    monkeypatch.setattr(type(adapted), "eot_token_id", 3)
+    text = adapted._generate(lambda *_: [1, 0, 2, 3, 1], "c", {})
+    assert text == "a<|endoftext|>b"
+
+
 def test_local_tasks_of_a_dense_a_sparse_and_a_packed_model(
     model, tmp_path, monkeypatch
 ):
