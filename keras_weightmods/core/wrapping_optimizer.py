@@ -36,7 +36,9 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
 
     refused: tuple[type, ...] = ()
 
-    def __init__(self, optimizer: keras.optimizers.Optimizer, name: str):
+    def __init__(
+        self, optimizer: keras.optimizers.Optimizer, name: str
+    ) -> None:
         refused = (
             WrappingOptimizer,
             keras.optimizers.LossScaleOptimizer,
@@ -60,7 +62,7 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
         for key in _MOVED:
             setattr(optimizer, key, None)
 
-    def _apply_wrapped(self, grads, variables):
+    def _apply_wrapped(self, grads: Any, variables: Any) -> None:
         """Have the wrapped optimizer step; constraints apply later, once."""
         constraints = [variable.constraint for variable in variables]
         for variable in variables:
@@ -74,7 +76,7 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
     @property
     def variables(self) -> list[keras.Variable]:
         """All variables, those of the wrapped optimizer last."""
-        return self._variables + self.optimizer.variables
+        return [*self._variables, *self.optimizer.variables]
 
     @property
     def learning_rate(self) -> Any:

@@ -67,11 +67,11 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
         name: str = "masked_optimizer",
         masks: list[dict[str, Any]] | None = None,
         inner_on_all: bool = False,
-    ):
+    ) -> None:
         super().__init__(optimizer, name=name, masks=masks)
         self.inner_on_all = inner_on_all
 
-    def _create_state(self, variables, known):
+    def _create_state(self, variables: Any, known: Any) -> None:
         inner = self.optimizer
         if inner.built:
             # By Keras, before the masks were known.
@@ -101,7 +101,9 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
         mask[indices] = True
         self._bits[self._get_variable_index(variable)].assign(pack_bits(mask))
 
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+    def _backend_update_step(
+        self, grads: Any, trainable_variables: Any, learning_rate: Any
+    ) -> None:
         """Have the wrapped optimizer step, then put the rest back."""
         grads, masked = list(grads), []
         for i, variable in enumerate(trainable_variables):
@@ -116,7 +118,7 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
             after = ops.convert_to_tensor(variable)
             variable.assign(ops.where(mask, after, before))
 
-    def _mask_of(self, variable):
+    def _mask_of(self, variable: Any) -> Any:
         bits = self._bits[self._get_variable_index(variable)]
         if bits is None:
             return None
@@ -124,7 +126,7 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
             ops.convert_to_tensor(bits), self._spec_of(variable).shape
         )
 
-    def _only_masked(self, variable, new, old):
+    def _only_masked(self, variable: Any, new: Any, old: Any) -> Any:
         mask = self._mask_of(variable)
         return new if mask is None else ops.where(mask, new, old)
 

@@ -43,13 +43,13 @@ class MaskedState(keras.optimizers.Optimizer):
 
     built: bool
 
-    def __init__(self, *args, masks=None, **kwargs):
+    def __init__(self, *args: Any, masks: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._configured_specs = masks and [
             MaskSpec(**{**each, "shape": tuple(each["shape"])})
             for each in masks
         ]
-        self._specs = []
+        self._specs: list[MaskSpec] = []
 
     @property
     def masked_variables(self) -> list[keras.Variable]:
@@ -165,7 +165,7 @@ class MaskedState(keras.optimizers.Optimizer):
             )
         super().load_own_variables(store)
 
-    def _check_masks(self):
+    def _check_masks(self) -> None:
         if not self.built:
             raise ValueError(
                 f"`{type(self).__name__}` has no masks yet. Train with "
@@ -174,7 +174,7 @@ class MaskedState(keras.optimizers.Optimizer):
                 "training loop of your own."
             )
 
-    def _spec_of(self, variable):
+    def _spec_of(self, variable: Any) -> Any:
         return self._specs[self._get_variable_index(variable)]
 
     def get_config(self) -> dict[str, Any]:
@@ -188,7 +188,9 @@ class MaskedState(keras.optimizers.Optimizer):
             ],
         }
 
-    def _update_model_variables_moving_average(self, trainable_variables):
+    def _update_model_variables_moving_average(
+        self, trainable_variables: Any
+    ) -> None:
         """As Keras, of masked entries; the average of others is their value.
 
         Computed, it would be off by a rounding, and they are to stay as they
@@ -209,7 +211,7 @@ class MaskedState(keras.optimizers.Optimizer):
             new = momentum * old + (1 - momentum) * value
             average.assign(self._only_masked(variable, new, value))
 
-    def _create_state(self, variables, known):
+    def _create_state(self, variables: Any, known: Any) -> Any:
         raise NotImplementedError
 
     def set_indices(self, variable: keras.Variable, indices: Any) -> None:
@@ -227,7 +229,7 @@ class MaskedState(keras.optimizers.Optimizer):
         """
         raise NotImplementedError
 
-    def _only_masked(self, variable, new, old):
+    def _only_masked(self, variable: Any, new: Any, old: Any) -> Any:
         """Tensor `old` with the masked entries of tensor `new`."""
         raise NotImplementedError
 

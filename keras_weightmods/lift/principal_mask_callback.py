@@ -162,7 +162,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         block: int = 1,
         method: str = "auto",
         data: Any = None,
-    ):
+    ) -> None:
         super().__init__()
         if density is None and rank is None:
             density = 0.05
@@ -246,7 +246,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             self._model.train_function = None
         self.detach()
 
-    def _look(self):
+    def _look(self) -> None:
         """Read from the optimizer what is counted here after it."""
         optimizer = _inner_optimizer(self.model.optimizer)
         self._batches = int(
@@ -256,12 +256,12 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         inner = getattr(optimizer, "optimizer", optimizer)
         self._accumulated = inner.gradient_accumulation_steps or 1
 
-    def _is_due(self):
+    def _is_due(self) -> Any:
         updates, rest = divmod(self._batches, self._accumulated)
         periods = updates // self.refresh_every
         return not rest and periods > self._mask_step // self.refresh_every
 
-    def _refresh(self):
+    def _refresh(self) -> None:
         model = self.model
         optimizer = _inner_optimizer(model.optimizer)
         step = self._batches // self._accumulated
@@ -279,7 +279,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         )
         self._mask_step = step
 
-    def _attach(self, model):
+    def _attach(self, model: Any) -> Any:
         """Attach; return whether the optimizer was built for it."""
         checks.check_model(model)
         if getattr(model, "optimizer", None) is None:
@@ -330,7 +330,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         )
         return is_new
 
-    def _usable_targets(self, model):
+    def _usable_targets(self, model: Any) -> Any:
         found = resolve_targets(model, self._targets)
         skipped, usable = list(found.skipped), []
         for target in found:
@@ -371,7 +371,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             )
         return usable, skipped
 
-    def _size(self, target):
+    def _size(self, target: Any) -> Any:
         """The number of entries of a target to train."""
         stacks, rows, columns = stack_shape(
             target.shape, target.contraction_axes, target.stack_axes
@@ -381,7 +381,13 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         except ValueError as error:
             raise ValueError(f"{target.path}: {error}") from error
 
-    def _choose(self, target, step, gradient=None, optimizer=None):
+    def _choose(
+        self,
+        target: Any,
+        step: Any,
+        gradient: Any = None,
+        optimizer: Any = None,
+    ) -> Any:
         """The entries of a target to train from this step on."""
         value = target.variable.value
         candidates = None
@@ -403,20 +409,20 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         )
         return mask_indices(mask)
 
-    def _with_gradients(self, model, targets):
+    def _with_gradients(self, model: Any, targets: Any) -> Any:
         if self._selection.criterion != "gradient":
             return [(target, None) for target in targets]
         variables = [target.variable for target in targets]
         return zip(targets, loss_gradients(model, variables, self._data))
 
 
-def _inner_optimizer(optimizer):
+def _inner_optimizer(optimizer: Any) -> Any:
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return optimizer.inner_optimizer
     return optimizer
 
 
-def _check_optimizer(optimizer, variables, specs):
+def _check_optimizer(optimizer: Any, variables: Any, specs: Any) -> None:
     """Raise ValueError where the optimizer cannot train these variables."""
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise ValueError(
@@ -446,7 +452,7 @@ def _check_optimizer(optimizer, variables, specs):
         )
 
 
-def _install(model, optimizer, variables):
+def _install(model: Any, optimizer: Any, variables: Any) -> None:
     """Make an optimizer with masks the model's, for these variables."""
     outer = model.optimizer
     if isinstance(outer, keras.optimizers.LossScaleOptimizer):

@@ -85,7 +85,7 @@ class SparseAdamW(MaskedState):
         name: str = "sparse_adamw",
         masks: list[dict[str, Any]] | None = None,
         **kwargs: Any,
-    ):
+    ) -> None:
         super().__init__(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -97,7 +97,7 @@ class SparseAdamW(MaskedState):
         self.beta_2 = checks.check_float("beta_2", beta_2, 0, below=1)
         self.epsilon = checks.check_float("epsilon", epsilon, above=0)
 
-    def _create_state(self, variables, known):
+    def _create_state(self, variables: Any, known: Any) -> None:
         sizes = {id(v): spec.size for v, spec in zip(variables, self._specs)}
         # While the base class makes its variables, of which only those for
         # gradients that are accumulated are compact.
@@ -126,8 +126,11 @@ class SparseAdamW(MaskedState):
             self._moments.append(tuple(moments))
 
     def add_variable_from_reference(
-        self, reference_variable, name=None, initializer="zeros"
-    ):
+        self,
+        reference_variable: Any,
+        name: Any = None,
+        initializer: Any = "zeros",
+    ) -> Any:
         size = self._size_of(id(reference_variable))
         if name == "gradient_accumulator" and size is not None:
             return self.add_variable(
@@ -153,7 +156,9 @@ class SparseAdamW(MaskedState):
                 state.assign(moved_entries(old, indices, values))
         self._indices[place].assign(np.asarray(indices, "int32"))
 
-    def _backend_apply_gradients(self, grads, trainable_variables):
+    def _backend_apply_gradients(
+        self, grads: Any, trainable_variables: Any
+    ) -> None:
         compact = []
         for gradient, variable in zip(grads, trainable_variables):
             place = self._get_variable_index(variable)
@@ -167,7 +172,7 @@ class SparseAdamW(MaskedState):
             compact = after_all(compact)
         super()._backend_apply_gradients(compact, trainable_variables)
 
-    def _apply_weight_decay(self, variables):
+    def _apply_weight_decay(self, variables: Any) -> None:
         """Nothing: the decay is a part of the update of masked entries."""
 
     def update_step(
@@ -216,7 +221,7 @@ class SparseAdamW(MaskedState):
             weight = _put(whole, indices, weight)
         self.assign(variable, weight)
 
-    def _only_masked(self, variable, new, old):
+    def _only_masked(self, variable: Any, new: Any, old: Any) -> Any:
         indices = self._indices[self._get_variable_index(variable)]
         if indices is None:
             return new
@@ -231,13 +236,13 @@ class SparseAdamW(MaskedState):
         }
 
 
-def _taken(x, indices):
+def _taken(x: Any, indices: Any) -> Any:
     """The entries of a tensor at places in its flattened form."""
     flat = ops.reshape(ops.convert_to_tensor(x), (-1,))
     return ops.take(flat, ops.convert_to_tensor(indices))
 
 
-def _put(x, indices, values):
+def _put(x: Any, indices: Any, values: Any) -> Any:
     """The tensor with other entries at these places."""
     flat = ops.reshape(x, (-1,))
     places = ops.expand_dims(ops.convert_to_tensor(indices), -1)

@@ -1,9 +1,9 @@
 """The reparameterization functions of Weight Compander (arXiv 2306.16993)."""
 
-import collections.abc
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.backend import backend_module
+from keras_weightmods.utils import checks
 
 
 def compand(
@@ -72,8 +73,8 @@ def compand(
     return ops.cast(w, dtype)
 
 
-def compand_inverse(w, a, b, function="arctan"):
-    """Maps weights to the values that `compand` makes them of.
+def compand_inverse(w: Any, a: Any, b: Any, function: str = "arctan") -> Any:
+    """Map weights to the values that `compand` makes them of.
 
     Args:
         w: Float tensor of any shape, the weights.
@@ -104,14 +105,16 @@ def compand_inverse(w, a, b, function="arctan"):
     x = w / a
     # The largest float below the limit: the float nearest to pi / 2 can be
     # above it, where the tangent is negative.
-    limit = np.nextafter(np.array(rule.limit, _numpy_dtype(x)), 0)
+    limit = np.nextafter(
+        np.array(rule.limit, keras.backend.standardize_dtype(x.dtype)), 0
+    )
     inside = ops.abs(x) <= limit
     v = b * rule.invert(ops.where(inside, x, ops.zeros_like(x)))
     return ops.cast(ops.where(inside, v, math.nan), dtype)
 
 
-def compand_derivative(v, a, b, function="arctan"):
-    """The derivative of `compand` with respect to `v`.
+def compand_derivative(v: Any, a: Any, b: Any, function: str = "arctan") -> Any:
+    """Return the derivative of `compand` with respect to `v`.
 
     For `"arctan"` it is `a / (b * (1 + (v / b)**2))`, as in Weight Compander
     (arXiv 2306.16993).
@@ -140,8 +143,10 @@ def compand_derivative(v, a, b, function="arctan"):
     return ops.cast(a / b * rule.derivative(v / b), dtype)
 
 
-def compand_limit(a, b, function, dtype="float32"):
-    """The largest weight, a Python float, that a finite `v` of `dtype` gives.
+def compand_limit(
+    a: float, b: float, function: str, dtype: str = "float32"
+) -> float:
+    """Return the largest weight that a finite `v` of `dtype` gives.
 
     Args:
         a, b: Positive floats.
@@ -150,50 +155,53 @@ def compand_limit(a, b, function, dtype="float32"):
     """
     rule = _checked(function, a, b)
     largest = float(ml_dtypes.finfo(dtype).max)
-    return a * rule.python(largest / b)
+    return float(a * rule.python(largest / b))
 
 
-def _compand_by_scalars(v, a, b, function):
+def _compand_by_scalars(v: Any, a: Any, b: Any, function: Any) -> Any:
     """`compand` for scalars `a` and `b`, each direction in one pass."""
-    forward, backward = map(_compiled, (_forward, _backward))
+    forward, backward, slope = map(_compiled, (_forward, _backward, _slope))
     if not (ops.is_tensor(a) or ops.is_tensor(b)):
         # Numbers stay constants of the program.
+        return _with_gradient(
+            lambda v: forward(v, a, b, function),
+            lambda v, w, upstream: slope(v, upstream, a, b, function),
+        )(v)
+    a, b = (ops.convert_to_tensor(p, v.dtype) for p in (a, b))
+    return _with_gradient(
+        lambda v, a, b: forward(v, a, b, function),
+        lambda v, a, b, w, upstream: backward(v, w, upstream, a, b, function),
+    )(v, a, b)
 
-        @ops.custom_gradient
-        def apply_fixed(v):
-            def gradient(*args, upstream=None):
-                if upstream is None:
-                    (upstream,) = args
-                return _compiled(_slope)(v, upstream, a, b, function)
 
-            return forward(v, a, b, function), gradient
-
-        return apply_fixed(v)
+def _with_gradient(forward: Any, backward: Any) -> Any:
+    """The function `forward` with `backward(*inputs, output, upstream)`."""
 
     @ops.custom_gradient
-    def apply(v, a, b):
-        w = forward(v, a, b, function)
+    def apply(*inputs: Any) -> Any:
+        output = forward(*inputs)
 
-        def gradient(*args, upstream=None):
+        def gradient(*args: Any, upstream: Any = None) -> Any:
             if upstream is None:
                 (upstream,) = args
-            return backward(v, w, upstream, a, b, function)
+            return backward(*inputs, output, upstream)
 
-        return w, gradient
+        return output, gradient
 
-    a, b = (ops.convert_to_tensor(p, v.dtype) for p in (a, b))
-    return apply(v, a, b)
+    return apply
 
 
-def _forward(v, a, b, function):
+def _forward(v: Any, a: Any, b: Any, function: Any) -> Any:
     return a * _FUNCTIONS[function].apply(v / b)
 
 
-def _slope(v, upstream, a, b, function):
+def _slope(v: Any, upstream: Any, a: Any, b: Any, function: Any) -> Any:
     return upstream * (a / b * _FUNCTIONS[function].derivative(v / b))
 
 
-def _backward(v, w, upstream, a, b, function):
+def _backward(
+    v: Any, w: Any, upstream: Any, a: Any, b: Any, function: Any
+) -> Any:
     to_v = _slope(v, upstream, a, b, function)
     return to_v, _dot(upstream, w) / a, -_dot(to_v, v) / b
 
@@ -203,7 +211,7 @@ _arctan_backward = functools.partial(_backward, function="arctan")
 
 
 @functools.cache
-def _compiled(function):
+def _compiled(function: Any) -> Any:
     if keras.backend.backend() != "tensorflow":
         return function
     from keras_weightmods.backend.tensorflow.compiled import compiled
@@ -211,7 +219,7 @@ def _compiled(function):
     return compiled(function)
 
 
-def _dot(x, y):
+def _dot(x: Any, y: Any) -> Any:
     """Sum of the products; its first rows by halves, which XLA vectorizes."""
     rows = ops.reshape(x * y, (-1, x.shape[-1] if len(x.shape) else 1))
     while rows.shape[0] and rows.shape[0] % 2 == 0:
@@ -220,8 +228,7 @@ def _dot(x, y):
     return ops.sum(ops.sum(rows, axis=0))
 
 
-@ops.custom_gradient
-def _arctan(u):
+def _arctan_value(u: Any) -> Any:
     """The arc tangent, which XLA on a CPU takes 10 times as long for.
 
     By the half-angle formula its argument is t in [0, 1], and there
@@ -234,14 +241,12 @@ def _arctan(u):
     series: Any = _COEFFICIENTS[0]
     for coefficient in _COEFFICIENTS[1:]:
         series = series * square + coefficient
+    return 2 * t * series
 
-    def gradient(*args, upstream=None):
-        if upstream is None:
-            (upstream,) = args
-        return upstream / (1 + u * u)
 
-    return 2 * t * series, gradient
-
+_arctan = _with_gradient(
+    _arctan_value, lambda u, _, upstream: upstream / (1 + u * u)
+)
 
 # Of the polynomial with the least relative error on [0, 1], highest first.
 _COEFFICIENTS = (
@@ -257,7 +262,7 @@ _COEFFICIENTS = (
 )
 
 
-def _any_arctan(u):
+def _any_arctan(u: Any) -> Any:
     wide = keras.backend.standardize_dtype(u.dtype) == "float64"
     return ops.arctan(u) if wide else _arctan(u)
 
@@ -267,10 +272,10 @@ class _Function:
     """A function f of `compand`, with `limit` the supremum of f."""
 
     limit: float
-    apply: collections.abc.Callable
-    invert: collections.abc.Callable
-    derivative: collections.abc.Callable
-    python: collections.abc.Callable
+    apply: Callable[..., Any]
+    invert: Callable[..., Any]
+    derivative: Callable[..., Any]
+    python: Callable[..., Any]
 
 
 _FUNCTIONS = {
@@ -298,36 +303,22 @@ _FUNCTIONS = {
 }
 
 
-def check_pair(a, b):
-    """Raises ValueError for a number `a` or `b` that is not positive."""
+def check_function(function: str) -> None:
+    """Raise ValueError if `function` is not one of `compand`."""
+    checks.check_choice("function", function, tuple(_FUNCTIONS))
+
+
+def _checked(function: Any, a: Any, b: Any) -> Any:
+    check_function(function)
     for name, value in (("a", a), ("b", b)):
-        if isinstance(value, bool) or not isinstance(
-            value, (int, float, np.ndarray, np.generic)
-        ):
+        if not (checks.is_number(value) or isinstance(value, np.ndarray)):
             continue
         if not np.all(np.isfinite(value) & (np.asarray(value) > 0)):
-            raise ValueError(
-                f"`{name}` must be positive and finite. "
-                f"Received: {name}={value!r}"
-            )
-
-
-def check_function(function):
-    """Raises ValueError if `function` is not one of `compand`."""
-    if function not in _FUNCTIONS:
-        raise ValueError(
-            f"`function` must be one of {tuple(_FUNCTIONS)}. "
-            f"Received: function={function!r}"
-        )
-
-
-def _checked(function, a, b):
-    check_function(function)
-    check_pair(a, b)
+            raise checks.error(name, "positive and finite", value)
     return _FUNCTIONS[function]
 
 
-def _widened(x, a, b):
+def _widened(x: Any, a: Any, b: Any) -> Any:
     """The three in float32 at least, and the dtype of the result."""
     x = ops.convert_to_tensor(x)
     dtype = keras.backend.standardize_dtype(x.dtype)
@@ -344,9 +335,5 @@ def _widened(x, a, b):
     return ops.cast(x, wide), a, b, dtype
 
 
-def _is_scalar(x):
+def _is_scalar(x: Any) -> Any:
     return isinstance(x, (int, float)) or len(x.shape) == 0
-
-
-def _numpy_dtype(x):
-    return keras.backend.standardize_dtype(x.dtype)

@@ -103,7 +103,7 @@ def choose_method(method: str, rows: int, columns: int, rank: int) -> str:
     return method
 
 
-def _gram_basis(matrix, rank):
+def _gram_basis(matrix: Any, rank: Any) -> Any:
     """The leading directions of the smaller side, and their images.
 
     Both as rows. From the Gram matrix of that side.
@@ -118,7 +118,9 @@ def _gram_basis(matrix, rank):
     return basis, ops.matmul(basis, matrix if rows <= columns else other)
 
 
-def _krylov_basis(matrix, rank, start, seed, share):
+def _krylov_basis(
+    matrix: Any, rank: Any, start: Any, seed: Any, share: Any
+) -> Any:
     """The same by block Lanczos; None if half the space was not enough.
 
     With the rows of Q an orthonormal basis of the Krylov space of `W W^T` and
@@ -154,10 +156,10 @@ def _krylov_basis(matrix, rank, start, seed, share):
     basis = ops.zeros((0, side), "float32")  # Q
     image = ops.zeros((0, max(rows, columns)), "float32")  # P
     gram = ops.zeros((0, 0), "float32")  # P P^T
-    near: list = []
+    near: list[Any] = []
     while True:
-        blocks: list = []
-        images: list = []
+        blocks: list[Any] = []
+        images: list[Any] = []
         while basis.shape[0] + len(blocks) * width < check:
             block = _orthonormal(block, near, [basis, *blocks])
             blocks.append(block)
@@ -188,25 +190,25 @@ def _krylov_basis(matrix, rank, start, seed, share):
         check = min(found + max(left_out, missing), side // 2 + 1)
 
 
-def _sample(generator, size):
+def _sample(generator: Any, size: Any) -> Any:
     """Some of the places from 0 to `size`, as a tensor."""
     count = min(size, math.isqrt(_SAMPLE))
     places = generator.choice(size, count, replace=False)
     return ops.convert_to_tensor(np.sort(places).astype("int32"))
 
 
-def _bordered(gram, new):
+def _bordered(gram: Any, new: Any) -> Any:
     """A symmetric matrix with more rows and columns, of which it has one."""
     upper = ops.concatenate([gram, new[: gram.shape[0]]], axis=1)
     return ops.concatenate([upper, ops.transpose(new)], axis=0)
 
 
-def _inner(x, y):
+def _inner(x: Any, y: Any) -> Any:
     """The inner products of the rows of x with those of y."""
     return ops.tensordot(x, y, axes=[[1], [1]])
 
 
-def _orthonormal(block, near, bases):
+def _orthonormal(block: Any, near: Any, bases: Any) -> Any:
     """The block's part outside of the bases, with orthonormal rows.
 
     First its part outside of `near`, the last two blocks: in a Krylov space
@@ -230,7 +232,7 @@ def _orthonormal(block, near, bases):
     return block
 
 
-def _inverse_root(gram):
+def _inverse_root(gram: Any) -> Any:
     """A matrix A with `A gram A^T = 1`, or nearly where that is singular.
 
     And how far the rows of which it holds the products were from orthogonal. A
@@ -245,7 +247,9 @@ def _inverse_root(gram):
     return (np.linalg.inv(factor) * scale).astype("float32"), skew
 
 
-def _sample_mask(vectors, basis, image, size, share):
+def _sample_mask(
+    vectors: Any, basis: Any, image: Any, size: Any, share: Any
+) -> Any:
     """The mask in a sample, by the first vectors of the Krylov space."""
     left, right = (
         ops.matmul(vectors[:, :size], x[:size]) for x in (basis, image)

@@ -84,7 +84,7 @@ def along(vector: Any, shape: Sequence[int], axis: Axes) -> Any:
     return from_matrix(vector, sizes, axes)
 
 
-def _regrouped(stack, stacks):
+def _regrouped(stack: Any, stacks: Any) -> Any:
     """Matrices with the same columns, as another number of them."""
     if stacks is None or stacks == stack.shape[0]:
         return stack
@@ -93,14 +93,14 @@ def _regrouped(stack, stacks):
     return ops.transpose(rows, (1, 0, 2))
 
 
-def _transposed(x, axes):
+def _transposed(x: Any, axes: Any) -> Any:
     """The tensor with `axes` first."""
     x = ops.convert_to_tensor(x)
     order = _order(len(x.shape), axes)
     return x if order == sorted(order) else ops.transpose(x, order)
 
 
-def _order(rank, axis):
+def _order(rank: Any, axis: Any) -> Any:
     axes = _tuple(axis)
     if not all(isinstance(i, int) and -rank <= i < rank for i in axes):
         raise ValueError(
@@ -113,6 +113,6 @@ def _order(rank, axis):
     return axes + [i for i in range(rank) if i not in axes]
 
 
-def _tuple(axis):
+def _tuple(axis: Any) -> Any:
     is_several = isinstance(axis, Iterable)
     return tuple(axis) if is_several else (axis,)

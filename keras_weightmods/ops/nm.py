@@ -143,7 +143,7 @@ def nm_violations(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     return ops.sum(ops.cast(ops.greater(counts, n), "int32"))
 
 
-def pack_bits(mask):
+def pack_bits(mask: Any) -> Any:
     """Packs a boolean tensor to one bit an entry.
 
     Args:
@@ -178,7 +178,7 @@ def pack_bits(mask):
     return packed
 
 
-def unpack_bits(packed, shape):
+def unpack_bits(packed: Any, shape: Any) -> Any:
     """Undoes `pack_bits` for a mask of `shape`; returns a boolean tensor."""
     size = math.prod(shape)
     # The planes split the leading axes only, where these can be split in 8;
@@ -193,12 +193,12 @@ def unpack_bits(packed, shape):
     return ops.reshape(mask, shape)
 
 
-def packed_size(size):
+def packed_size(size: Any) -> Any:
     """Bytes that `pack_bits` needs for `size` entries."""
     return -(-size // 8)
 
 
-def _to_groups(x, m, axis):
+def _to_groups(x: Any, m: Any, axis: Any) -> Any:
     matrix = to_matrix(x, axis)
     size, columns = matrix.shape
     if size % m:
@@ -211,7 +211,7 @@ def _to_groups(x, m, axis):
     return ops.reshape(matrix, (size // m, m, columns))
 
 
-def _ranks(scores, m):
+def _ranks(scores: Any, m: Any) -> Any:
     """Place of each score in its group (axis 1), 0 for the largest."""
     if m > _MAX_COMPARED_GROUP:
         order = ops.argsort(ops.negative(scores), axis=1)
@@ -228,7 +228,7 @@ def _ranks(scores, m):
     return ops.stack(ranks, axis=1)
 
 
-def _trailing_size(shape):
+def _trailing_size(shape: Any) -> Any:
     """Size of the most trailing axes that leave a multiple of 8 before."""
     for i in range(1, len(shape) + 1):
         if math.prod(shape[:i]) % 8 == 0:

@@ -48,7 +48,7 @@ class Selection:
     block: int = 1
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.rank is None) == (self.density is None):
             raise ValueError(
                 "Give one of `rank`, for as many entries as a LoRA of that "
@@ -254,14 +254,14 @@ def mask_indices(mask: Any) -> np.ndarray:
     return np.flatnonzero(ops.convert_to_numpy(mask)).astype("int32")
 
 
-def _matrices(x, contraction_axes, stack_axes):
+def _matrices(x: Any, contraction_axes: Any, stack_axes: Any) -> Any:
     """The matrices of a tensor as a list; one alone is not copied."""
     if stack_axes:
         return list(to_stack(x, contraction_axes, stack_axes))
     return [to_matrix(x, contraction_axes)]
 
 
-def _scores(matrix, selection, place, start):
+def _scores(matrix: Any, selection: Any, place: Any, start: Any) -> Any:
     """What to rank the entries by, and the basis it was computed from."""
     if selection.criterion in ("magnitude", "gradient"):
         return ops.abs(matrix), None
@@ -285,14 +285,21 @@ def _scores(matrix, selection, place, start):
     )
 
 
-def _low_rank_scores(matrix, rank, method, start=None, seed=0, share=0.05):
+def _low_rank_scores(
+    matrix: Any,
+    rank: Any,
+    method: Any,
+    start: Any = None,
+    seed: Any = 0,
+    share: Any = 0.05,
+) -> Any:
     left, right = low_rank_factors(matrix, rank, method, start, seed, share)
     is_wide = matrix.shape[0] <= matrix.shape[1]
     basis = left if is_wide else ops.transpose(right)
     return ops.abs(ops.matmul(left, right)), basis
 
 
-def _mask_of(scores, selection, allowed):
+def _mask_of(scores: Any, selection: Any, allowed: Any) -> Any:
     rows, columns = scores.shape
     count = selection.size(rows, columns)
     if selection.block > 1:
@@ -319,7 +326,7 @@ def _mask_of(scores, selection, allowed):
     return mask
 
 
-def _largest(scores, count):
+def _largest(scores: Any, count: Any) -> Any:
     """Marks the `count` largest of a float32 matrix, ties in their order."""
     # Of JAX, TensorFlow and torch alike.
     if "cpu" in str(scores.device).lower():
@@ -330,7 +337,7 @@ def _largest(scores, count):
     return ops.reshape(mask, scores.shape)
 
 
-def _largest_on_host(flat, count):
+def _largest_on_host(flat: Any, count: Any) -> Any:
     # Most entries are below what a sample says of their order.
     sample = flat[:: flat.size // 2**16 | 1]
     share = 1.2 * count / flat.size
@@ -349,7 +356,7 @@ def _largest_on_host(flat, count):
     return mask
 
 
-def _largest_by_bisection(flat, count):
+def _largest_by_bisection(flat: Any, count: Any) -> Any:
     """The smallest value marked is found by bisection on its bits.
 
     That counts some thirty times and never sorts or copies.
@@ -379,21 +386,21 @@ def _largest_by_bisection(flat, count):
     return ops.logical_or(above, ops.logical_and(ties, place <= wanted))
 
 
-def _float_of(bits):
+def _float_of(bits: Any) -> Any:
     return np.int32(bits).view("float32")
 
 
-def _count(mask):
+def _count(mask: Any) -> Any:
     return int(ops.convert_to_numpy(ops.sum(ops.cast(mask, "int32"))))
 
 
-def _block_sums(x, block):
+def _block_sums(x: Any, block: Any) -> Any:
     rows, columns = x.shape
     x = ops.reshape(x, (rows // block, block, columns // block, block))
     return ops.sum(x, axis=(1, 3))
 
 
-def _as_float(x):
+def _as_float(x: Any) -> Any:
     """In float32, also from more bits: where the bisection counts them."""
     x = ops.stop_gradient(ops.cast(ops.convert_to_tensor(x), "float32"))
     # A sum that is finite tells it in a sixth of the time.
@@ -405,5 +412,5 @@ def _as_float(x):
     return x
 
 
-def _is_finite(x):
+def _is_finite(x: Any) -> Any:
     return bool(ops.convert_to_numpy(ops.all(ops.isfinite(x))))

@@ -10,7 +10,7 @@ from keras_weightmods.backend import backend_module
 from keras_weightmods.native.packed import check_packed, dense_matmul
 
 
-def sparse_matmul(x, packed):
+def sparse_matmul(x: Any, packed: Any) -> Any:
     """Multiplies by a packed 2:4 kernel: `x @ unpack_kernel(packed)`.
 
     On a CPU by compiled kernels, which read the packed weights alone, with
@@ -60,7 +60,7 @@ def sparse_matmul(x, packed):
     return _implementation()(x, packed)
 
 
-def reason_for_dense():
+def reason_for_dense() -> Any:
     """Says why products with packed kernels would be dense on this backend.
 
     Returns:
@@ -77,7 +77,7 @@ def reason_for_dense():
     return backend_module("sparse_matmul").reason_unavailable()
 
 
-def gpu_plan(shape, x_dtype, value_dtype):
+def gpu_plan(shape: Any, x_dtype: Any, value_dtype: Any) -> Any:
     """How to multiply by a kernel on the GPU that the backend uses.
 
     Args:
@@ -110,7 +110,7 @@ def gpu_plan(shape, x_dtype, value_dtype):
 _implementations: dict[str, Any] = {}
 
 
-def _implementation():
+def _implementation() -> Any:
     """What multiplies on this backend, chosen in the first call."""
     name = keras.backend.backend()
     if name not in _implementations:

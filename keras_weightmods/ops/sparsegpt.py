@@ -47,7 +47,7 @@ def wanda(matrix: Any, norms: Any, pattern: Pattern = "2:4") -> Any:
     return ops.where(mask, matrix, ops.zeros_like(matrix))
 
 
-def inverse_factor(second_moment, damping=0.01):
+def inverse_factor(second_moment: Any, damping: Any = 0.01) -> Any:
     """Factorizes the inverse of the damped second moment.
 
     `U` is upper triangular with `U^T U = (H + d I)^-1`, where d is `damping`
@@ -167,7 +167,7 @@ def sparsegpt(
     return ops.cast(ops.concatenate(done), matrix.dtype)
 
 
-def reconstruction_error(before, after, second_moment):
+def reconstruction_error(before: Any, after: Any, second_moment: Any) -> Any:
     """What pruning changes of the outputs: `|X W' - X W|^2 / |X W|^2`.
 
     Args:
@@ -190,7 +190,7 @@ def reconstruction_error(before, after, second_moment):
     ```
     """
 
-    def energy(matrix):
+    def energy(matrix: Any) -> Any:
         product = ops.matmul(second_moment, matrix)
         return float(ops.convert_to_numpy(ops.sum(matrix * product)))
 
@@ -198,7 +198,7 @@ def reconstruction_error(before, after, second_moment):
     return energy(ops.cast(after, "float32") - before), energy(before)
 
 
-def _pruned_block(block, factor, n, m):
+def _pruned_block(block: Any, factor: Any, n: Any, m: Any) -> Any:
     """Groups of rows, pruned, and as many of their scaled errors."""
     size, units = block.shape
     roots = ops.convert_to_tensor(factor.diagonal().copy()[:, None])
@@ -227,7 +227,7 @@ def _pruned_block(block, factor, n, m):
     return kept, errors
 
 
-def _inverse_of_upper(r):
+def _inverse_of_upper(r: Any) -> Any:
     """By halves: five times as fast as the inverse of any matrix."""
     size = len(r)
     if size <= 64:
