@@ -143,7 +143,7 @@ def _load():
 
 
 def _find():
-    """The library, or None and why."""
+    """Return the library, or None and why."""
     # Mostly for tests, and to compare.
     if os.environ.get("KERAS_WEIGHTMODS_NATIVE") == "0":
         return None, (

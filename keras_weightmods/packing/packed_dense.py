@@ -153,16 +153,16 @@ class PackedKernel(PackedParameters):
         return self.to_kernel(unpack_kernel(self.packed))
 
     def pack(self, kernel):
-        """Packs a dense kernel of the target's shape."""
+        """Pack a dense kernel of the target's shape."""
         matrix = to_matrix(kernel, self.target.contraction_axes)
         return pack_kernel(matrix, self.value_dtype)
 
     def packed_of(self, values, meta, scale=None):
-        """The `Packed` of these arrays."""
+        """Return the `Packed` of these arrays."""
         return Packed(values, meta, scale, self.matrix_shape, self.value_dtype)
 
     def to_kernel(self, matrix):
-        """A kernel of the target's shape and type."""
+        """Return a kernel of the target's shape and type."""
         target = self.target
         kernel = from_matrix(matrix, target.shape, target.contraction_axes)
         return ops.cast(kernel, self.dtype)

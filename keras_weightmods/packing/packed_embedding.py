@@ -135,7 +135,7 @@ class PackedEmbedding(PackedParameters):
         return ops.cast(table[: self.vocabulary, : self.width], self.dtype)
 
     def rows(self, indices):
-        """Looks up rows: float32 of shape (..., dim)."""
+        """Look up rows: float32 of shape (..., dim)."""
         values, _, scale = self.parameters
         _, blocks, planes, columns, run = values.shape
         indices = ops.expand_dims(ops.cast(indices, "int32"), -1)
@@ -184,7 +184,7 @@ class PackedEmbedding(PackedParameters):
         return packed_arrays(self.matrix_shape, "int8")
 
     def _pack(self, table, scale):
-        """The packed arrays of a table (vocabulary, dim) of int8."""
+        """Return the packed arrays of a table (vocabulary, dim) of int8."""
         shapes = self._arrays()
         (columns, blocks, planes, width, run), _ = shapes["values"]
         padded = np.zeros((columns * width, blocks * planes * run), np.int8)

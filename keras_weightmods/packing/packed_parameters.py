@@ -19,11 +19,11 @@ class PackedParameters(seam.Reparameterization):
     value_dtype: str
 
     def key(self, name):
-        """The name of the parameter that holds the array `name`."""
+        """Return the name of the parameter that holds the array `name`."""
         return f"{self.target.attribute}_{name}"
 
     def add(self, add_weight, name, spec, array=None, **kwargs: Any):
-        """Adds a parameter of `spec`, a shape and a dtype; zeros for None."""
+        """Add a parameter of `spec`, a shape and a dtype; zeros for None."""
         # In half precision, what was packed would change.
         arguments = {"trainable": False, "autocast": False, **kwargs}
         shape, dtype = spec

@@ -123,7 +123,7 @@ def _permutation(axes, wanted):
 
 
 def _terms(equation):
-    """The axes of input, kernel and output, each a letter or `...`."""
+    """Return the axes of input, kernel and output, each a letter or `...`."""
     return [
         re.findall(r"\.\.\.|\w", term) for term in re.split(",|->", equation)
     ]

@@ -191,7 +191,7 @@ class Compander(seam.Reparameterization):
         }
 
     def settings(self) -> dict[str, Any]:
-        """The arguments, as a copy of the layer would take them."""
+        """Return the arguments, as a copy of the layer would take them."""
         return {
             "a": self.a,
             "b": self.b,
@@ -307,7 +307,7 @@ class Compander(seam.Reparameterization):
         return _USABLE * compand_limit(a, self.b, self.function, dtype)
 
     def _inverse(self, weight: Any) -> Any:
-        """The stored values for `weight`, clipped into the range."""
+        """Return the stored values for `weight`, clipped into the range."""
         dtype = keras.backend.standardize_dtype(weight.dtype)
         wide = keras.backend.result_type(dtype, "float32")
         a, b = self._pair() if self.parameters else (self.a, self.b)

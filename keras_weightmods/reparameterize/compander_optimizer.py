@@ -158,7 +158,7 @@ class CompanderOptimizer(WrappingOptimizer):
             variable.assign(ops.cast(new, variable.dtype))
 
     def _decay(self):
-        """The share of v that this step takes off; None for no decay."""
+        """Return the share of v that this step takes off; None for no decay."""
         inner = self.optimizer
         if not inner.weight_decay:
             return None
@@ -172,7 +172,7 @@ class CompanderOptimizer(WrappingOptimizer):
 
 
 def _item(variable):
-    """The compander of a variable; None if it has none."""
+    """Return the compander of a variable; None if it has none."""
     item = getattr(variable, "reparameterization", None)
     return item if isinstance(item, Compander) else None
 

@@ -14,7 +14,7 @@ from keras_weightmods.backend.jax import xla_handlers
 
 
 def is_native(v):
-    """Whether `compand` can be taken."""
+    """Return whether `compand` can be taken."""
     return (
         v.dtype == jnp.float32
         and native.has_vectors()

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 
 def after(x, first):
-    """A tensor as it is, but not before another is there.
+    """Return a tensor as it is, but not before another is there.
 
     Before a step changes some entries of a weight in place, XLA copies it: once
     for what still reads it, once more for the change, all weights at the start.
@@ -24,7 +24,7 @@ def after(x, first):
 
 
 def after_all(tensors):
-    """The tensors as they are, but not before the last of them is there.
+    """Return the tensors as they are, but not before the last of them is there.
 
     Args:
         tensors: List of tensors that are not empty.

@@ -4,5 +4,5 @@ import jax
 
 
 def full_precision():
-    """A context in which JAX rounds no factor of a product."""
+    """Return a context in which JAX rounds no factor of a product."""
     return jax.default_matmul_precision("highest")

@@ -16,7 +16,7 @@ from keras_weightmods.native.packed import dense_matmul
 
 
 def reason_unavailable():
-    """Why the compiled kernels cannot be used; empty if they can."""
+    """Return why the compiled kernels cannot be used; empty if they can."""
     return (
         ""
         if jax.default_backend() == "gpu"

@@ -57,7 +57,7 @@ class PreparedPacked(Packed):
 
 
 def plan(shape, x_dtype, value_dtype):
-    """The `dispatch.Plan` for a kernel on the GPU that is there."""
+    """Return the `dispatch.Plan` for a kernel on the GPU that is there."""
     return dispatch.plan("jax", device_name(), shape, x_dtype, value_dtype)
 
 
@@ -84,7 +84,7 @@ def companion_spec(kind, shape, x_dtype):
 
 
 def prepare(packed, x_dtype, kind=None):
-    """Makes the companion of a packed kernel.
+    """Make the companion of a packed kernel.
 
     Args:
         packed: `Packed`, of concrete arrays.
@@ -122,7 +122,7 @@ def companion(packed):
 
 
 def packed_scale(packed):
-    """The scale of each column of a packed kernel with int8 values."""
+    """Return the scale of each column of a packed kernel with int8 values."""
     scale = keras.ops.convert_to_tensor(packed.scale)
     return jnp.ravel(scale)[: packed.shape[1]]
 
@@ -167,7 +167,7 @@ class _Product:
     algorithm: int
 
     def choose(self, rows, x_dtype):
-        """The method and cuSPARSELt's algorithm."""
+        """Return the method and cuSPARSELt's algorithm."""
         if self.method is not None:
             return self.method, self.algorithm
         # An exported program may leave the number of rows open.
@@ -262,7 +262,7 @@ def _cusparselt(x, compressed, n, algorithm):
 
 @functools.cache
 def device_name():
-    """The name of the GPU; None where JAX has none."""
+    """Return the name of the GPU; None where JAX has none."""
     try:
         return jax.devices("cuda")[0].device_name
     except RuntimeError:
@@ -271,7 +271,7 @@ def device_name():
 
 @functools.cache
 def reason_unavailable(method):
-    """Why a method cannot be used; empty if it can."""
+    """Return why a method cannot be used; empty if it can."""
     if method == "dense":
         return ""
     if device_name() is None:
@@ -293,7 +293,7 @@ def _require(method):
 
 @functools.cache
 def _register():
-    """Registers the custom calls for CUDA; there need not be a GPU."""
+    """Register the custom calls for CUDA; there need not be a GPU."""
     for target, stages in _TARGETS.items():
         handlers = {
             stage: jax.ffi.pycapsule(gpu.xla_handler(name))

@@ -8,7 +8,7 @@ from keras_weightmods import native
 
 
 def reason_unavailable():
-    """Why there are none on the CPU; empty if there are."""
+    """Return why there are none on the CPU; empty if there are."""
     if not native.is_available():
         return native.reason_unavailable()
     return "" if _register() else native.NO_XLA
@@ -24,7 +24,7 @@ def cpu_devices():
 
 @functools.cache
 def _register():
-    """Registers the handlers; False if that cannot be."""
+    """Register the handlers; False if that cannot be."""
     # Registered before the backend is there, a handler that XLA refuses would
     # end the process.
     if native.xla_handler(native.XLA_TARGETS[0]) is None or not cpu_devices():

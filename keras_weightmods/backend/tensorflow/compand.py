@@ -8,7 +8,7 @@ from keras_weightmods.backend.tensorflow.xla_calls import call
 
 
 def is_native(v):
-    """Whether `compand` can be taken."""
+    """Return whether `compand` can be taken."""
     return (
         v.dtype == tf.float32
         and v.shape.is_fully_defined()

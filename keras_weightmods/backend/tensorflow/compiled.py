@@ -4,7 +4,7 @@ import tensorflow as tf
 
 
 def compiled(function):
-    """Compiles a pure function of tensors with XLA.
+    """Compile a pure function of tensors with XLA.
 
     Keras compiles the train step of only some models. Op by op, each
     operation would read and write whole kernels through memory.

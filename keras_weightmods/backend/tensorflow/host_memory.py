@@ -14,7 +14,7 @@ def view_of(tensor):
 
 
 def tensor_of(array):
-    """A tensor, on the CPU in the memory of the array."""
+    """Return a tensor, on the CPU in the memory of the array."""
     if array.dtype == "bfloat16":
         # Dtypes of ml_dtypes are not part of DLPack's interface in NumPy.
         return tf.bitcast(tensor_of(array.view("uint16")), tf.bfloat16)

@@ -4,7 +4,7 @@ import tensorflow as tf
 
 
 def after(earlier, tensors):
-    """The tensors, at hand only once `earlier` are computed.
+    """Return the tensors, at hand only once `earlier` are computed.
 
     What is computed from a variable may otherwise still be under way when the
     variable is updated in its place; seen in the branch of a condition.

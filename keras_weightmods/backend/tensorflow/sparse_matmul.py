@@ -17,7 +17,7 @@ from keras_weightmods.native.packed import pack_kernel
 
 
 def reason_unavailable():
-    """Why the compiled kernels cannot be used; empty if they can."""
+    """Return why the compiled kernels cannot be used; empty if they can."""
     if not native.is_available():
         return native.reason_unavailable()
     if native.xla_handler(native.XLA_TARGETS[0]) is None:
@@ -109,6 +109,6 @@ def _values_gradient(x, dy, meta):
 
 
 def _call(target, shape, *arguments):
-    """A custom call with the result float32 of `shape`."""
+    """Return a custom call with the result float32 of `shape`."""
     (result,) = xla_calls.call(target, [shape], *arguments)
     return result

@@ -13,7 +13,7 @@ _TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int32": "i32"}
 
 
 def register():
-    """Registers the handlers with the XLA in TensorFlow.
+    """Register the handlers with the XLA in TensorFlow.
 
     Raises:
         AttributeError, OSError: If there is no way into XLA.
@@ -40,7 +40,7 @@ def register():
 
 
 def call(target, shapes, *arguments):
-    """A custom call with float32 results of `shapes`, as a list.
+    """Return a custom call with float32 results of `shapes`, as a list.
 
     A shape with entries that are None is that of the only result; they are
     those of the first argument.
@@ -67,7 +67,7 @@ def _xla_ops():
 
 @functools.lru_cache(maxsize=4096)
 def _module(target, results, arguments):
-    """The StableHLO of a custom call.
+    """Return the StableHLO of a custom call.
 
     Args:
         target: String, the name of the handler.

@@ -125,7 +125,7 @@ class _Rule:
         return w
 
     def backward(self, v, w, upstream, needed):
-        """The gradients of v, and of a and b where they are needed."""
+        """Return the gradients of v, and of a and b where they are needed."""
         needs_a, needs_b = needed
         to_v = torch.empty_like(v)
         to_a, to_b = v.new_zeros(()), v.new_zeros(())
@@ -205,7 +205,7 @@ def _native_gradient(v, w, upstream, a, b):
 
 
 def _differentiate(v, w, upstream, a, b, to_a, to_b):
-    """Returns the gradient of v, and fills in those of a and b."""
+    """Return the gradient of v, and fill in those of a and b."""
     v, upstream = v.contiguous(), upstream.contiguous()
     to_v = torch.empty_like(v)
     native.library().kwm_compand_gradient(

@@ -18,7 +18,7 @@ def view_of(tensor):
 
 
 def tensor_of(array):
-    """A tensor, in the memory of the array."""
+    """Return a tensor, in the memory of the array."""
     if array.dtype == "bfloat16":
         return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -22,7 +22,7 @@ _TYPES = {
 
 
 def reason_unavailable():
-    """Why the compiled kernels cannot be used; empty if they can."""
+    """Return why the compiled kernels cannot be used; empty if they can."""
     return "" if torch.cuda.is_available() else native.reason_unavailable()
 
 
@@ -169,7 +169,7 @@ torch.library.register_autograd(
 
 
 def _rows(x):
-    """A contiguous float32 activation, and its number of rows."""
+    """Return a contiguous float32 activation, and its number of rows."""
     if x.dtype is not torch.float32:
         raise ValueError(
             "The activation of a packed product must be float32. Received: "
@@ -182,7 +182,7 @@ def _rows(x):
 
 
 def _weights(k, n, values, meta, scale):
-    """The arguments of the library for the weights, checked."""
+    """Return the arguments of the library for the weights, checked."""
     dtype = _TYPES.get(values.dtype)
     if dtype is None:
         raise ValueError(

@@ -30,7 +30,7 @@ _NAMES = {
 
 
 def sparse_matmul(x, values, meta, scale, n, method=None):
-    """The operator of this name on a GPU; see `keras_weightmods.ops`.
+    """Run the operator of this name on a GPU; see `keras_weightmods.ops`.
 
     float32 activations are multiplied in float32. 16-bit ones are multiplied
     by the kernel rounded to their type, with sums in float32, as a dense layer
@@ -66,14 +66,14 @@ def sparse_matmul(x, values, meta, scale, n, method=None):
 
 
 def sparse_matmul_transposed(dy, values, meta, scale, k):
-    """The operator of this name on a GPU, dense."""
+    """Run the operator of this name on a GPU, dense."""
     shape = k, dy.shape[-1]
     packed = Packed(values, meta, scale, shape, _NAMES[values.dtype])
     return dy @ _companions.get(packed, dy.dtype, "dense").T
 
 
 def sparse_values_gradient(x, dy, meta):
-    """The operator of this name on a GPU, dense."""
+    """Run the operator of this name on a GPU, dense."""
     k, n = x.shape[-1], dy.shape[-1]
     blocks, rows, _ = meta.shape
     kernel = x.reshape(-1, k).T @ dy.reshape(-1, n)
@@ -90,7 +90,7 @@ def sparse_values_gradient(x, dy, meta):
 
 
 def plan(shape, x_dtype, value_dtype):
-    """The `dispatch.Plan` for a kernel on the current GPU."""
+    """Return the `dispatch.Plan` for a kernel on the current GPU."""
     return dispatch.plan("torch", device_name(), shape, x_dtype, value_dtype)
 
 
@@ -170,7 +170,7 @@ def _version(tensor):
 
 
 def device_name():
-    """The name of the current GPU; None where torch has none."""
+    """Return the name of the current GPU; None where torch has none."""
     if not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_name()
@@ -178,7 +178,7 @@ def device_name():
 
 @functools.cache
 def reason_unavailable(method):
-    """Why a method cannot be used; empty if it can."""
+    """Return why a method cannot be used; empty if it can."""
     if method == "dense":
         return ""
     if not torch.cuda.is_available():

@@ -13,7 +13,7 @@ _ALONE = 2**22
 
 
 def threads(work):
-    """The last two arguments of a function of the library.
+    """Return the last two arguments of a function of the library.
 
     Args:
         work: Int, the multiply-adds to do.

@@ -185,7 +185,7 @@ def _cuda_library(name, cuda):
 
 
 def _open(name, cuda, load, *arguments):
-    """Opens the driver and a library of CUDA; the reason if it cannot."""
+    """Open the driver and a library of CUDA; the reason if it cannot."""
     if library() is None:
         return reason_unavailable()
     path = _cuda_library(name, cuda).encode()
@@ -202,7 +202,7 @@ def _open(name, cuda, load, *arguments):
 
 @functools.cache
 def _load():
-    """The library, or None and why."""
+    """Return the library, or None and why."""
     path = pathlib.Path(__file__).parents[1] / "lib" / "kwm_gpu.so"
     if not path.exists():
         return None, (

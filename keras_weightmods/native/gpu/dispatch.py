@@ -72,7 +72,7 @@ class Plan:
         )
 
     def choose(self, rows, companion=None):
-        """The method for a number of rows.
+        """Return the method for a number of rows.
 
         Args:
             rows: Int.
@@ -105,7 +105,7 @@ class Plan:
 
 
 def fits(method, shape, x_dtype):
-    """Whether a method can multiply by a kernel of a shape.
+    """Return whether a method can multiply by a kernel of a shape.
 
     Args:
         method: String, one of `METHODS`.
@@ -125,7 +125,7 @@ def fits(method, shape, x_dtype):
 
 @functools.cache
 def plan(framework, device, shape, x_dtype, value_dtype):
-    """The plan for a kernel.
+    """Return the plan for a kernel.
 
     Args:
         framework: String, `"jax"` or `"torch"`.
@@ -166,7 +166,7 @@ def plan(framework, device, shape, x_dtype, value_dtype):
 
 @functools.cache
 def table():
-    """The measured times: dict of lists of entries by the GPU's name.
+    """Return the measured times: dict of lists of entries by the GPU's name.
 
     Raises:
         ValueError: If the file is no such table.
@@ -178,7 +178,7 @@ def table():
 
 
 def read_table(path):
-    """Reads and checks a table.
+    """Read and check a table.
 
     Args:
         path: String or path of a JSON file, as the benchmark writes it.
