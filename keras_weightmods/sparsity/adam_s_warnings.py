@@ -55,7 +55,7 @@ def warn_about_travel(optimizer: Any, specs: list[Spec]) -> None:
 
 
 def _travel_allowed(optimizer: Any) -> Any:
-    """Integrates lr * a over the run, by the trapezoid rule."""
+    """Integrate lr * a over the run, by the trapezoid rule."""
     total = optimizer.total_steps
     steps = np.unique(np.linspace(0, total - 1, 200).round().astype("int64"))
     batches = optimizer.gradient_accumulation_steps or 1

@@ -323,7 +323,7 @@ _HOOKS_THAT_HIDE = ("on_epoch_begin", "on_test_end", "on_predict_end")
 
 
 def _install_reprojection() -> None:
-    """Extends the two places of Keras, once in a process."""
+    """Extend the two places of Keras, once in a process."""
     # The common base of the optimizers of all backends; LossScaleOptimizer
     # and MultiOptimizer delegate to inner optimizers.
     optimizer = keras.optimizers.Optimizer
@@ -349,7 +349,7 @@ def _install_reprojection() -> None:
 
 
 def _projecting_hook(hook: Any, shows: bool) -> Any:
-    """Lets SwapEMAWeights show a projected average and keep the true one.
+    """Let SwapEMAWeights show a projected average and keep the true one.
 
     Without it, an evaluation runs on dense weights, and a ModelCheckpoint or
     EarlyStopping beside `swap_on_epoch=True` takes them home.
@@ -371,7 +371,7 @@ def _projecting_hook(hook: Any, shows: bool) -> Any:
 
 
 def _project_shown(model: keras.Model) -> list[tuple[Any, np.ndarray]]:
-    """Projects the constrained variables; returns what they were before."""
+    """Project the constrained variables; return what they were before."""
     changed = []
     for variable in model.trainable_variables:
         if _is_ours(variable):
@@ -384,7 +384,7 @@ def _project_shown(model: keras.Model) -> list[tuple[Any, np.ndarray]]:
 
 
 def _still_shown(callback: Any, averages: Any) -> Iterator[Any]:
-    """Yields the averages whose projection is still in the model."""
+    """Yield the averages whose projection is still in the model."""
     # On JAX, reading `model` brings the state back into the variables.
     if averages and callback.model is not None:
         for variable, average in averages:

@@ -15,7 +15,7 @@ _PIECE = 2**17
 
 @torch.no_grad()
 def update_variable(optimizer, gradient, variable, scalars):
-    """Updates one variable and its state, in place.
+    """Update one variable and its state, in place.
 
     Args:
         optimizer: A built `AdamS`.
@@ -51,7 +51,7 @@ def update_variable(optimizer, gradient, variable, scalars):
 
 
 def step_scalars(optimizer, learning_rate):
-    """What all variables share in one step: two tensors, and floats."""
+    """Return what all variables share in one step: tensors and floats."""
     step = int(optimizer.iterations)
     device = optimizer.variables[0].value.device
     return {
@@ -79,7 +79,7 @@ def _pull(optimizer, state, gradient, scalars):
 
 
 def _pieces(flat, bits):
-    """Yields slices of a flat kernel, with their masks, nonzero where kept.
+    """Yield slices of a flat kernel, with their masks, nonzero where kept.
 
     `pack_bits` keeps entry `b * planes + i` in bit b of byte i.
     """
@@ -94,7 +94,7 @@ def _pieces(flat, bits):
 
 
 def _update_piece(pieces, mask, optimizer, scalars):
-    """One step of a flat piece of a sparsified kernel."""
+    """Take one step of a flat piece of a sparsified kernel."""
     g, w, momentum, v = pieces
     momentum.lerp_(g, 1 - optimizer.beta_1)
     # On a CPU `torch.where` takes some 20 times as long as a product, so the
@@ -110,7 +110,7 @@ def _update_piece(pieces, mask, optimizer, scalars):
 
 
 def _adam(w, g, momentum, v, optimizer, scalars, sparsified):
-    """Updates `w` and its moments in one pass.
+    """Update `w` and its moments in one pass.
 
     By the kernel of `torch.optim.AdamW(fused=True)`, whose public form would
     count the steps by itself. Where sparsified, `g` and `momentum` are both
