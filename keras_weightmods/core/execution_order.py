@@ -45,21 +45,21 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
 class _Run(keras.Operation):
     """A model as an operation whose `call` runs it, without a trace in it."""
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def call(self, *args, **kwargs):
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
 
-def _note_calls(layer, order):
+def _note_calls(layer: Any, order: dict[int, int]) -> None:
     keras_private.see_calls(
         layer, lambda *_, **__: order.setdefault(id(layer), len(order))
     )
 
 
-def _symbolic_inputs(model, size):
+def _symbolic_inputs(model: Any, size: int) -> Any:
     """Return the pair (args, kwargs) to call `model` with, or None.
 
     Open dimensions become `size`, an open batch 1. Keras itself would put in
@@ -67,16 +67,16 @@ def _symbolic_inputs(model, size):
     on the meta device runs eagerly, that takes minutes for an LLM.
     """
 
-    def symbol(shape, dtype):
+    def symbol(shape: Any, dtype: Any) -> keras.KerasTensor:
         filled = [size if dim is None else dim for dim in shape]
         if shape and shape[0] is None:
             filled[0] = 1
         return keras.KerasTensor(filled, dtype=dtype)
 
-    def of_tensor(x):
+    def of_tensor(x: Any) -> keras.KerasTensor:
         return symbol(x.shape, x.dtype)
 
-    def of_shape(shape):
+    def of_shape(shape: Any) -> Any:
         if isinstance(shape, dict):
             return {name: of_shape(each) for name, each in shape.items()}
         if any(isinstance(each, (tuple, list, dict)) for each in shape):

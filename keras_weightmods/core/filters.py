@@ -1,15 +1,19 @@
 """Filters of targets: what `include`, `exclude` and `targets` can be."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
 from keras_weightmods.core.keras_private import layers_of
 
+_Test = Callable[[Any], bool]
 
-def included(name: str, patterns: Any, model: Any, targets: Any, skipped: Any):
+
+def included(
+    name: str, patterns: Any, model: Any, targets: list[Any], skipped: Any
+) -> list[Any]:
     """Return those of `targets` that one of the patterns matches.
 
     Args:
@@ -34,7 +38,9 @@ def included(name: str, patterns: Any, model: Any, targets: Any, skipped: Any):
     return [t for t in targets if any(test(t) for _, test in tests)]
 
 
-def excluded(name: str, patterns: Any, model: Any, targets: Any):
+def excluded(
+    name: str, patterns: Any, model: Any, targets: list[Any]
+) -> list[Any]:
     """Return those of `targets` that none of the patterns matches."""
     if patterns is None:
         return targets
@@ -42,13 +48,13 @@ def excluded(name: str, patterns: Any, model: Any, targets: Any):
     return [t for t in targets if not any(test(t) for _, test in tests)]
 
 
-def _tests(name, patterns, model) -> Sequence[tuple[Any, Callable]]:
+def _tests(name: str, patterns: Any, model: Any) -> list[tuple[Any, _Test]]:
     if not isinstance(patterns, (list, tuple, set, frozenset)):
         patterns = [patterns]
     return [(pattern, _test(name, pattern, model)) for pattern in patterns]
 
 
-def _test(name, pattern, model):
+def _test(name: str, pattern: Any, model: Any) -> _Test:
     """Return a pattern as a callable from `Target` to bool."""
     if isinstance(pattern, (str, re.Pattern)):
         try:
@@ -80,7 +86,9 @@ def _test(name, pattern, model):
     )
 
 
-def _nothing_matches(name, pattern, targets, skipped):
+def _nothing_matches(
+    name: str, pattern: Any, targets: list[Any], skipped: Any
+) -> str:
     message = (
         f"Each element of `{name}` must match a target. Received: "
         f"{name}={pattern!r}, which matches none of {len(targets)}"

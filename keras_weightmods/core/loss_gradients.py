@@ -1,13 +1,15 @@
 """The gradients of a compiled model's loss on one batch."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_weightmods.backend import backend_module
 
 
-def loss_gradients(model, variables, data):
-    """Gradients of the loss, with the model as it infers.
+def loss_gradients(model: Any, variables: list[Any], data: Any) -> list[Any]:
+    """Return the gradients of the loss, with the model as it infers.
 
     Args:
         model: A compiled Keras model.

@@ -61,7 +61,7 @@ def quantized_kernels(model: Any) -> list[tuple[Target, Any]]:
     return found
 
 
-def _steps(layer, codes):
+def _steps(layer: Any, codes: Any) -> Any:
     """Return the weights of a quantized layer in multiples of its scales."""
     if layer.quantization_mode == "int4":
         columns = layer.kernel_scale.shape[-1]

@@ -26,7 +26,7 @@ class ReparameterizedLayer:
 
     name: str
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         # Keras' layers save `kernel`, which is the effective weight here, and
         # merge LoRA into it. Other keys than theirs make sure that a plain
         # layer fails on this checkpoint and never loads half of it.
@@ -36,7 +36,7 @@ class ReparameterizedLayer:
             for key, value in item.saved().items():
                 store[key] = value
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         expected = {
             key: shape for key, (shape, _) in checkpoint_arrays(self).items()
         }
@@ -57,7 +57,7 @@ class ReparameterizedLayer:
 
     # `quantize` itself is wrapped on the instance; this hook of the wrapper is
     # looked up on the class. Model.quantize turns it into a warning.
-    def _check_quantize_args(self, mode, compute_dtype):
+    def _check_quantize_args(self, mode: Any, compute_dtype: Any) -> None:
         raise NotImplementedError(
             f"Layer '{self.name}' is reparameterized and cannot be quantized: "
             f"its stored weight is not the effective one. Call "
@@ -82,13 +82,13 @@ class _AttachedLayer:
     name: str
 
     # Reached by `model.save` and not by `model.save_weights`.
-    def save_assets(self, inner_path):
+    def save_assets(self, inner_path: Any) -> None:
         raise ValueError(self._not_serializable())
 
-    def get_config(self):
+    def get_config(self) -> Any:
         raise ValueError(self._not_serializable())
 
-    def _not_serializable(self):
+    def _not_serializable(self) -> str:
         return (
             f"Layer '{self.name}' is reparameterized, and Keras cannot save, "
             "clone or copy a reparameterized model as a whole. Save it with "

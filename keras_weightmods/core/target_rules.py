@@ -115,15 +115,15 @@ class Rule:
     depthwise: bool = False
 
 
-def _einsum_axes(role):
-    """A callable from an EinsumDense to the axes that play `role` in it.
+def _einsum_axes(role: tuple[bool, bool]) -> _Axes:
+    """Return a callable from an EinsumDense to the axes that play `role` in it.
 
     A letter of the kernel is contracted where it stands in the input and not
     in the output, is a stack of kernels where it stands in both, and is of
     the output units otherwise.
     """
 
-    def axes(layer):
+    def axes(layer: Any) -> tuple[int, ...]:
         operands, output = layer.equation.replace(" ", "").split("->")
         inputs, kernel = operands.split(",")
         return tuple(
@@ -192,7 +192,7 @@ def axes_of(
         ValueError: If they do not fit a weight of `rank` axes.
     """
 
-    def resolved(axes):
+    def resolved(axes: Any) -> Any:
         axes = axes(layer) if callable(axes) else axes
         if not _are_ints(axes):
             return axes
@@ -224,7 +224,7 @@ def axes_of(
     }
 
 
-def _are_ints(value):
+def _are_ints(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(
         isinstance(axis, int) and not isinstance(axis, bool) for axis in value
     )

@@ -57,7 +57,7 @@ class Target:
     @property
     def path(self) -> str:
         """String, the path of the variable."""
-        return self.variable.path
+        return str(self.variable.path)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Targets(Report, collections.abc.Sequence):
+class Targets(Report, collections.abc.Sequence[Any]):
     """An immutable sequence of `Target`, in the order of execution.
 
     Indexed by place, slice or `Target.key`. Prints as a table of at most 30
@@ -94,7 +94,7 @@ class Targets(Report, collections.abc.Sequence):
     targets: tuple[Target, ...]
     skipped: tuple[Skipped, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "skipped", tuple(self.skipped))
 
@@ -339,7 +339,9 @@ def check_built(model: Any) -> None:
         )
 
 
-def _find_all(model, depthwise):
+def _find_all(
+    model: Any, depthwise: bool
+) -> tuple[list[Target], list[Skipped]]:
     """Return the list of all targets and the one of what is skipped."""
     check_built(model)
     targets: dict[int, Target] = {}
@@ -397,7 +399,9 @@ def _find_all(model, depthwise):
     ], list(skipped.values())
 
 
-def _reason_to_skip(layer, attribute, rule, depthwise):
+def _reason_to_skip(
+    layer: Any, attribute: str, rule: Rule, depthwise: bool
+) -> str | None:
     item = reparameterization(layer, attribute)
     if item is not None and not item.keeps_stored:
         return f"packed; `{item.finish}` makes it dense again"
@@ -408,7 +412,7 @@ def _reason_to_skip(layer, attribute, rule, depthwise):
     return None
 
 
-def _stored_variable(layer, attribute):
+def _stored_variable(layer: Any, attribute: str) -> Any:
     item = reparameterization(layer, attribute)
     if item is not None:
         return item.target.variable
@@ -419,7 +423,7 @@ def _stored_variable(layer, attribute):
     return variable if isinstance(variable, keras.Variable) else None
 
 
-def _other_matrices(layer, known):
+def _other_matrices(layer: Any, known: set[int]) -> list[Any]:
     """Return the trainable weights of rank 2 or more of `layer`, but biases.
 
     Where the layer is frozen, what could be trained cannot be told, and all
@@ -447,7 +451,7 @@ def _other_matrices(layer, known):
     ]
 
 
-def _unknown_reason(layer, variable, rules: dict[str, Rule]):
+def _unknown_reason(layer: Any, variable: Any, rules: dict[str, Rule]) -> str:
     if "embedding" in variable.name or "embedding" in layer.name:
         return EMBEDDING
     name = type(layer).__name__

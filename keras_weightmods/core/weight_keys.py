@@ -30,7 +30,8 @@ def same_path(a: str, b: str) -> bool:
     Keras numbers layers through a process ("dense_7"), and the paths of some
     models begin with the model's own name; both are ignored.
     """
-    return _same_end(*(re.sub(r"_\d+(?=/|$)", "", path) for path in (a, b)))
+    numbers = re.compile(r"_\d+(?=/|$)")
+    return _same_end(numbers.sub("", a), numbers.sub("", b))
 
 
 def matching_places(
@@ -60,5 +61,5 @@ def matching_places(
     return found
 
 
-def _same_end(a, b):
+def _same_end(a: str, b: str) -> bool:
     return a == b or a.endswith(f"/{b}") or b.endswith(f"/{a}")

@@ -10,13 +10,14 @@ from keras import ops
 
 from keras_weightmods import native
 from keras_weightmods.core import keras_private, seam
-from keras_weightmods.core.targets import Skipped, Target, resolve_targets
+from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from keras_weightmods.packing import packed_dense, packed_embedding
 from keras_weightmods.packing.packed_parameters import PackedParameters
 from keras_weightmods.packing.report import PackedWeight, PackReport
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.report import Skipped
 
 
 def pack(

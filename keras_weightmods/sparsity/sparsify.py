@@ -11,7 +11,6 @@ from keras import ops
 
 from keras_weightmods.core.seam import is_reparameterized
 from keras_weightmods.core.targets import (
-    Skipped,
     Target,
     Targets,
     resolve_targets,
@@ -27,7 +26,7 @@ from keras_weightmods.ops.sparsegpt import (
 from keras_weightmods.sparsity.data import batch_count, batches, preprocess
 from keras_weightmods.sparsity.walk import Walk
 from keras_weightmods.utils import checks
-from keras_weightmods.utils.report import Report, Table, shape_text
+from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
