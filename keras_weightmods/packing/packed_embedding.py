@@ -103,7 +103,7 @@ class PackedEmbedding(PackedParameters):
         self.vocabulary, self.width = target.shape
         # An odd width gets a column of zeros.
         self.matrix_shape = (4 * -(-self.width // 2), self.vocabulary)
-        self.packed: Packed | None = None
+        self.packed: Any = None
 
     @classmethod
     def from_config(cls, target, config):

@@ -1,5 +1,7 @@
 """CompanderOptimizer: the rule for adaptive optimizers and companders."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -67,7 +69,7 @@ class CompanderOptimizer(WrappingOptimizer):
         self,
         optimizer: keras.optimizers.Optimizer,
         name: str = "compander_optimizer",
-    ):
+    ) -> None:
         if getattr(optimizer, "built", False):
             raise ValueError(
                 "`optimizer` must not be built. Received: "
@@ -76,7 +78,7 @@ class CompanderOptimizer(WrappingOptimizer):
             )
         super().__init__(optimizer, name)
 
-    def build(self, variables):
+    def build(self, variables: list[keras.Variable]) -> None:
         """Builds the wrapped optimizer, once the companders are found."""
         if self.built:
             return
@@ -119,7 +121,9 @@ class CompanderOptimizer(WrappingOptimizer):
         )
         inner.build(variables)
 
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+    def _backend_update_step(
+        self, grads: Any, trainable_variables: Any, learning_rate: Any
+    ) -> None:
         """Has the wrapped optimizer step on w where v is, then puts v back."""
         inner = self.optimizer
         decay = self._decay()
@@ -157,7 +161,7 @@ class CompanderOptimizer(WrappingOptimizer):
                 new = new - decay * v
             variable.assign(ops.cast(new, variable.dtype))
 
-    def _decay(self):
+    def _decay(self) -> Any:
         """Return the share of v that this step takes off; None for no decay."""
         inner = self.optimizer
         if not inner.weight_decay:
@@ -171,12 +175,12 @@ class CompanderOptimizer(WrappingOptimizer):
         return decay
 
 
-def _item(variable):
+def _item(variable: Any) -> Any:
     """Return the compander of a variable; None if it has none."""
     item = getattr(variable, "reparameterization", None)
     return item if isinstance(item, Compander) else None
 
 
-def _widened(x):
+def _widened(x: Any) -> Any:
     dtype = keras.backend.standardize_dtype(x.dtype)
     return x if dtype == "float64" else ops.cast(x, "float32")

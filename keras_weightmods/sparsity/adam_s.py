@@ -149,7 +149,7 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
         epsilon: float = 1e-8,
         name: str = "adam_s",
         **kwargs: Any,
-    ):
+    ) -> None:
         n, m = parse_pattern(pattern)
         if l1 != "auto":
             checks.check_float("l1", l1, above=0)

@@ -96,7 +96,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         pattern: Pattern = "2:4",
         axis: int | Iterable[int] | None = None,
         frozen: bool = False,
-    ):
+    ) -> None:
         self.pattern = "{}:{}".format(*parse_pattern(pattern))
         self.axis = _standardize_axis(axis)
         self.frozen = checks.check_bool("frozen", frozen)

@@ -52,7 +52,7 @@ class SparsityMonitor(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, every: int | None = None):
+    def __init__(self, every: int | None = None) -> None:
         super().__init__()
         self.every = checks.check_int("every", every, 1, optional=True)
         self._last: tuple[np.ndarray, int] | None = None

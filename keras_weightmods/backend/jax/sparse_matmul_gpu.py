@@ -108,7 +108,7 @@ def prepare(packed, x_dtype, kind=None):
 
 def companion(packed):
     """The companion that belongs to a `PreparedPacked`, of concrete arrays."""
-    kernel = unpack_kernel(packed)
+    kernel: Any = unpack_kernel(packed)
     if packed.x_dtype == "int8":
         # What is multiplied are the steps; the scale follows.
         kernel = jnp.rint(kernel / packed_scale(packed))
