@@ -12,6 +12,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from tests import references
+from tests.models import weights_of
 
 BACKEND = keras.backend.backend()
 RANDOM = np.random.default_rng(0)
@@ -63,10 +64,6 @@ def fit(model, *callbacks, epochs=1, **kwargs):
     )
 
 
-def values(model):
-    return [ops.convert_to_numpy(v.value).copy() for v in model.weights]
-
-
 def expected_masks(weights, counts=COUNTS, rank=2):
     return [
         references.principal_mask(weights[2 * i], counts[i], rank)
@@ -90,9 +87,9 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_trains_the_principal_weights_alone(name):
     model = make(OPTIMIZERS[name]())
-    before = values(model)
+    before = weights_of(model)
     history = fit(model, callback(), epochs=2)
-    assert_only_masks_changed(before, values(model), expected_masks(before))
+    assert_only_masks_changed(before, weights_of(model), expected_masks(before))
     loss = history.history["loss"]
     assert loss[-1] < loss[0]
     assert len(model.trainable_variables) == 4
@@ -102,7 +99,7 @@ def test_trains_the_principal_weights_alone(name):
 @pytest.mark.parametrize("name", ["SparseAdamW", "AdamW"])
 def test_refresh_follows_the_rule_without_a_retrace(name):
     model = make(OPTIMIZERS[name]())
-    before = values(model)
+    before = weights_of(model)
     Traced.calls = 0
     fit(model, callback(refresh_every=1), epochs=2)
     if BACKEND != "torch":
@@ -112,7 +109,7 @@ def test_refresh_follows_the_rule_without_a_retrace(name):
         assert refreshed == Traced.calls
     optimizer = model.optimizer
     assert optimizer.mask_step == 7
-    after = values(model)
+    after = weights_of(model)
     # More has changed by now than one mask holds, and no bias.
     assert np.sum(after[0] != before[0]) > COUNTS[0]
     assert np.array_equal(after[1], before[1])
@@ -153,7 +150,7 @@ def test_one_fit_equals_two():
     fit(model, callback(refresh_every=3), epochs=2)
     fit(other, callback(refresh_every=3))
     fit(other, callback(refresh_every=3))
-    for a, b in zip(values(model), values(other)):
+    for a, b in zip(weights_of(model), weights_of(other)):
         assert np.array_equal(a, b)
 
 
@@ -186,7 +183,7 @@ def test_resumes_bit_equal(name, tmp_path):
         backup(),
         epochs=2,
     )
-    for a, b in zip(values(whole), values(resumed)):
+    for a, b in zip(weights_of(whole), weights_of(resumed)):
         assert np.array_equal(a, b)
 
 
@@ -203,7 +200,7 @@ def test_checkpoint_needs_attach_first(tmp_path):
     other.load_weights(path)
     fit(model, callback(refresh_every=3))
     fit(other, callback(refresh_every=3), masks)
-    for a, b in zip(values(model), values(other)):
+    for a, b in zip(weights_of(model), weights_of(other)):
         assert np.array_equal(a, b)
 
 
@@ -217,16 +214,16 @@ def test_saved_model_goes_on(name, tmp_path):
     assert other.optimizer.mask_step == 0
     fit(model, callback(refresh_every=5))
     fit(other, callback(refresh_every=5))
-    for a, b in zip(values(model), values(other)):
+    for a, b in zip(weights_of(model), weights_of(other)):
         assert np.array_equal(a, b)
 
 
 def test_accumulation_counts_updates():
     model = make(kwm.SparseAdamW(0.05, gradient_accumulation_steps=2))
-    before = values(model)
+    before = weights_of(model)
     fit(model, callback(refresh_every=3))
     assert model.optimizer.mask_step == 0
-    assert_only_masks_changed(before, values(model), expected_masks(before))
+    assert_only_masks_changed(before, weights_of(model), expected_masks(before))
     fit(model, callback(refresh_every=3))
     assert model.optimizer.mask_step == 3
     assert int(model.optimizer.iterations) == 4
@@ -251,9 +248,9 @@ def test_mixed_precision(dtype, name):
             optimizer, initial_scale=8.0
         )
     model = make(optimizer, dtype)
-    before = values(model)
+    before = weights_of(model)
     fit(model, callback())
-    assert_only_masks_changed(before, values(model), expected_masks(before))
+    assert_only_masks_changed(before, weights_of(model), expected_masks(before))
     inner = model.optimizer
     if dtype == "mixed_float16":
         assert isinstance(inner, keras.optimizers.LossScaleOptimizer)
@@ -275,12 +272,12 @@ def test_averages_and_schedules(name):
         kwm.SparseAdamW if name == "SparseAdamW" else keras.optimizers.AdamW
     )
     model = make(make_optimizer(**kwargs))
-    before = values(model)
+    before = weights_of(model)
     masks = expected_masks(before)
 
     class Check(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            assert_only_masks_changed(before, values(self.model), masks)
+            assert_only_masks_changed(before, weights_of(self.model), masks)
 
     fit(
         model,
@@ -290,14 +287,14 @@ def test_averages_and_schedules(name):
         Check(),
         epochs=2,
     )
-    assert_only_masks_changed(before, values(model), masks)
+    assert_only_masks_changed(before, weights_of(model), masks)
 
 
 def test_the_rest_may_be_trained():
     model = make()
-    before = values(model)
+    before = weights_of(model)
     fit(model, callback(freeze_rest=False))
-    after = values(model)
+    after = weights_of(model)
     for i, mask in enumerate(expected_masks(before)):
         assert np.array_equal(before[2 * i] != after[2 * i], mask)
         assert np.all(before[2 * i + 1] != after[2 * i + 1])
@@ -314,7 +311,7 @@ def test_flags_are_given_back():
 def test_targets_and_report():
     model = make()
     targets = kwm.find_targets(model)[1:]
-    before = values(model)
+    before = weights_of(model)
     masks = callback(targets=targets)
     report = masks.attach(model)
     assert [(k.key, k.trained) for k in report.kernels] == [
@@ -323,7 +320,7 @@ def test_targets_and_report():
     assert report.totals == {"trained": 12, "entries": 48}
     assert "12 of 48 entries of 1 kernels" in str(report)
     fit(model, masks)
-    after = values(model)
+    after = weights_of(model)
     assert np.array_equal(before[0], after[0])
     assert np.array_equal(before[2] != after[2], expected_masks(before)[1])
 
@@ -337,9 +334,9 @@ def test_rank_sets_the_count():
 @pytest.mark.parametrize("criterion", ["magnitude", "gradient", "random"])
 def test_other_criteria(criterion):
     model = make()
-    before = values(model)
+    before = weights_of(model)
     fit(model, callback(criterion=criterion, data=(X[:6], Y[:6])))
-    changed = [values(model)[2 * i] != before[2 * i] for i in range(2)]
+    changed = [weights_of(model)[2 * i] != before[2 * i] for i in range(2)]
     assert [int(c.sum()) for c in changed] == COUNTS
     scores = {"magnitude": np.abs(before[2])}
     hidden = np.tanh(X[:6] @ before[0] + before[1])
@@ -355,11 +352,11 @@ def test_sparse_model_stays_sparse():
     targets = kwm.find_targets(model)
     for target in targets:
         target.variable.assign(kwm.ops.nm_project(target.variable, "2:4"))
-    before = values(model)
+    before = weights_of(model)
     fit(model, callback(keep_pattern=True, refresh_every=2), epochs=2)
     kwm.assert_sparse(model, "2:4")
     for i in (0, 2):
-        changed = before[i] != values(model)[i]
+        changed = before[i] != weights_of(model)[i]
         assert changed.sum() >= before[i].size * DENSITY
         assert np.all(before[i][changed] != 0)
     model.compile(kwm.SparseAdamW(), "mse")
@@ -383,9 +380,9 @@ def test_each_expert_has_its_own_mask():
     layer = Experts()
     model = keras.Sequential([keras.Input((8,)), layer])
     model.compile(kwm.SparseAdamW(0.1), "mse")
-    before = values(model)[0]
+    before = weights_of(model)[0]
     model.fit(X, Y[:, :1], verbose=0, callbacks=[callback()])
-    changed = values(model)[0] != before
+    changed = weights_of(model)[0] != before
     for i in range(2):
         expected = references.principal_mask(before[i], 12, 2)
         assert np.array_equal(changed[i], expected)
@@ -405,9 +402,9 @@ def test_subclassed_and_nested():
     model = Subclassed()
     model(X)
     model.compile("adam", "mse")
-    before = values(model)
+    before = weights_of(model)
     fit(model, callback())
-    changed = [int(np.sum(a != b)) for a, b in zip(values(model), before)]
+    changed = [int(np.sum(a != b)) for a, b in zip(weights_of(model), before)]
     assert changed == [24, 0, 12, 0, 4, 0]
 
 
@@ -428,11 +425,11 @@ def test_arguments():
 
 def test_errors_leave_the_model_as_it_was():
     def check(match, model, **kwargs):
-        before, optimizer = values(model), model.optimizer
+        before, optimizer = weights_of(model), model.optimizer
         flags = [v.trainable for v in model.weights]
         with pytest.raises(ValueError, match=match):
             fit(model, callback(**kwargs))
-        assert all(map(np.array_equal, before, values(model)))
+        assert all(map(np.array_equal, before, weights_of(model)))
         assert [v.trainable for v in model.weights] == flags
         assert model.optimizer is optimizer
 
@@ -462,6 +459,10 @@ def test_errors_leave_the_model_as_it_was():
     sgd = keras.optimizers.SGD()
     several.optimizer = keras.optimizers.MultiOptimizer(lambda v: sgd)
     check("one optimizer", several)
+    wrapping = make(kwm.CompanderOptimizer(keras.optimizers.Adam()))
+    with pytest.raises(ValueError, match="wraps no other"):
+        callback().attach(wrapping)
+    assert all(v.trainable for v in wrapping.weights)
 
 
 def test_training_without_the_callback_is_an_error():
@@ -491,10 +492,10 @@ def test_distributed(kind):
                     layout_map=layout, batch_dim_name="batch"))
         from tests.lift import test_principal_mask_callback as t
         model = t.make()
-        before = t.values(model)
+        before = t.weights_of(model)
         t.fit(model, t.callback())
         t.assert_only_masks_changed(
-            before, t.values(model), t.expected_masks(before))
+            before, t.weights_of(model), t.expected_masks(before))
         t.fit(model, t.callback(refresh_every=2))
         assert model.optimizer.mask_step == 6
         print("fine")

@@ -7,7 +7,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.lift.masked_state import MaskSpec, moved_entries
-from tests.models import normal
+from tests.models import normal, numpy
 
 RATE = 0.05
 
@@ -64,10 +64,6 @@ def choice(size, count, seed=0):
     return np.sort(random.choice(size, count, replace=False))
 
 
-def value_of(variable):
-    return ops.convert_to_numpy(variable.value)
-
-
 @pytest.mark.parametrize("decay", [None, 0.1])
 def test_equals_algorithm_1(decay):
     kernel, bias = normal(6, 5), normal(4, seed=1)
@@ -92,12 +88,12 @@ def test_equals_algorithm_1(decay):
             reference.step(gradient)
     for variable, reference in zip(variables, references):
         np.testing.assert_allclose(
-            value_of(variable).reshape(-1), reference.w, rtol=0, atol=3e-6
+            numpy(variable).reshape(-1), reference.w, rtol=0, atol=3e-6
         )
     outside = np.ones(30, bool)
     outside[np.union1d(old, new)] = False
     assert np.array_equal(
-        value_of(variables[0]).reshape(-1)[outside], kernel.reshape(-1)[outside]
+        numpy(variables[0]).reshape(-1)[outside], kernel.reshape(-1)[outside]
     )
     assert optimizer.indices_of(variables[0]).tolist() == new.tolist()
 
@@ -139,19 +135,19 @@ def test_a_full_mask_is_the_adamw_of_keras(name):
     expected.finalize_variable_values(others)
     for variable, other in zip(variables, others):
         np.testing.assert_allclose(
-            value_of(variable), value_of(other), rtol=0, atol=1e-6
+            numpy(variable), numpy(other), rtol=0, atol=1e-6
         )
 
 
 def test_moments_move_with_the_mask():
     optimizer, (variable,) = built([[1, 3, 5]], [normal(8)])
     optimizer.apply([ops.convert_to_tensor(normal(8, seed=1))], [variable])
-    before = value_of(optimizer._moments[0][0])
+    before = numpy(optimizer._moments[0][0])
     assert np.all(before != 0)
     optimizer.set_masks([np.int32([0, 3, 5])], 1)
-    after = value_of(optimizer._moments[0][0])
+    after = numpy(optimizer._moments[0][0])
     assert after.tolist() == [0.0, before[1], before[2]]
-    assert value_of(optimizer._moments[0][1])[0] == 0
+    assert numpy(optimizer._moments[0][1])[0] == 0
     assert optimizer.mask_step == 1
 
 
@@ -185,25 +181,8 @@ def test_clipping_measures_masked_entries():
     )
     optimizer.apply([ops.convert_to_tensor(gradient)], [variable])
     np.testing.assert_allclose(
-        value_of(optimizer._moments[0][0]), [0.06, 0.08], rtol=1e-5
+        numpy(optimizer._moments[0][0]), [0.06, 0.08], rtol=1e-5
     )
-
-
-def test_gradient_accumulation():
-    masks, kernel = [choice(12, 5)], normal(3, 4)
-    gradients = [normal(3, 4, seed=s) for s in (1, 2)]
-    optimizer, (variable,) = built(
-        masks, [kernel], gradient_accumulation_steps=2
-    )
-    optimizer.apply([ops.convert_to_tensor(gradients[0])], [variable])
-    assert np.array_equal(value_of(variable), kernel)
-    optimizer.apply([ops.convert_to_tensor(gradients[1])], [variable])
-    reference = Reference(kernel, masks[0])
-    reference.step((gradients[0] + gradients[1]) / 2)
-    np.testing.assert_allclose(
-        value_of(variable).reshape(-1), reference.w, rtol=0, atol=1e-6
-    )
-    assert int(optimizer.iterations) == 1
 
 
 def test_average_of_unmasked_entries_is_exact():
@@ -215,9 +194,9 @@ def test_average_of_unmasked_entries_is_exact():
     for step in range(5):
         gradient = normal(20, 20, seed=step)
         optimizer.apply([ops.convert_to_tensor(gradient)], [variable])
-    trained = value_of(variable).reshape(-1).copy()
+    trained = numpy(variable).reshape(-1).copy()
     optimizer.finalize_variable_values([variable])
-    averaged = value_of(variable).reshape(-1)
+    averaged = numpy(variable).reshape(-1)
     changed = np.flatnonzero(averaged != kernel.reshape(-1))
     assert changed.tolist() == masks[0].tolist()
     assert not np.array_equal(averaged, trained)
