@@ -1,6 +1,5 @@
 """Which weights a model has: their layers, depths and roles."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -8,10 +7,9 @@ import keras
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.weight_keys import same_path
-from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint, WeightInfo
+from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.patches.report import WeightRow, WeightsReport
 
-Infos = Sequence[WeightInfo]
 # Of BatchNormalization. They are estimates from data, not trained.
 STATISTICS = ("moving_mean", "moving_variance")
 # Of Normalization, which `adapt` fills. Never touched.
@@ -45,8 +43,8 @@ def roles(checkpoint, infos):
             role = "other"
         elif layers:
             variable = checkpoint.variables[info.position]
-            layer = layers.get(id(variable))
-            if not variable.trainable and (layer is None or layer.trainable):
+            layer_trains = getattr(layers.get(id(variable)), "trainable", True)
+            if layer_trains and not variable.trainable:
                 role = "other"
         found.append(role)
     return found
@@ -60,10 +58,9 @@ def depths(checkpoint, infos, roles):
     a kernel that runs before it. The order is that of execution with a model,
     and that of the list without.
     """
-    groups = _layer_groups(checkpoint, infos)
     found = [0] * len(infos)
     depth = -1
-    for group in groups:
+    for group in _layer_groups(checkpoint, infos):
         if any(roles[i] == "weight" and len(infos[i].shape) > 1 for i in group):
             depth += 1
         for i in group:
@@ -95,23 +92,19 @@ def _layer_groups(checkpoint, infos):
     if checkpoint.model is None:
         return layer_groups(infos)
     holders = owners(checkpoint.model)
-    groups: dict[int, list[int]] = {}
     layers = {}
+    groups: dict[int, list[int]] = {}
     for info, variable in zip(infos, checkpoint.variables):
         layer = holders[id(variable)]
         layers[id(layer)] = layer
         groups.setdefault(id(layer), []).append(info.position)
     order = execution_order(checkpoint.model, list(layers.values()))
     # Sorting is stable: what never runs comes last, as declared.
-    return [
-        groups[key]
-        for key in sorted(groups, key=lambda key: order.get(key, len(order)))
-    ]
+    keys = sorted(groups, key=lambda key: order.get(key, len(order)))
+    return [groups[key] for key in keys]
 
 
-def architecture_problems(
-    expected: Infos, infos: Infos, argument: str
-) -> list[str]:
+def architecture_problems(expected, infos, argument) -> list[str]:
     """Return what keeps `infos` from being of the architecture `expected`.
 
     Compares count, order, names and numbers of axes. Sizes may differ, as
@@ -126,15 +119,13 @@ def architecture_problems(
     """
     named = all(info.path for info in (*expected, *infos))
     if len(expected) != len(infos):
-        missing = [
+        return [
             f"{argument} has no weight {a.path!r}"
             for a in expected
-            if not any(same_path(a.path, b.path) for b in infos)
-        ]
-        return [
-            *(missing if named else ()),
+            if named and not any(same_path(a.path, b.path) for b in infos)
+        ] + [
             f"{argument} has {len(infos)} weights, and {len(expected)} are "
-            "expected: another architecture",
+            "expected: another architecture"
         ]
     return [
         f"{argument}, weight {a.position}: {b.path!r}, and {a.path!r} is "
@@ -149,7 +140,7 @@ def architecture_problems(
     ]
 
 
-def weight_problems(expected: Infos, infos: Infos, argument: str) -> list[str]:
+def weight_problems(expected, infos, argument) -> list[str]:
     """Return what keeps single weights from being changed.
 
     Args:
@@ -187,13 +178,12 @@ def weights_report(model: Any) -> WeightsReport:
     checkpoint = Checkpoint("model", model)
     infos = checkpoint.infos
     found = roles(checkpoint, infos)
+    places = depths(checkpoint, infos, found)
     return WeightsReport(
         name=f"{type(model).__name__} {model.name}",
         nbytes=sum(info.nbytes for info in infos),
         rows=tuple(
             WeightRow(info.key, depth, info.shape, info.dtype, role)
-            for info, role, depth in zip(
-                infos, found, depths(checkpoint, infos, found)
-            )
+            for info, role, depth in zip(infos, found, places)
         ),
     )

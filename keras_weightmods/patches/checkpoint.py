@@ -14,16 +14,10 @@ from keras import ops
 from keras_weightmods.backend import backend_module
 from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.patches import tensors
+from keras_weightmods.saving.container import DTYPES
 from keras_weightmods.utils import checks
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-DTYPES = (
-    *FLOATS,
-    *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
-    "bool",
-    "float8_e4m3fn",
-    "float8_e5m2",
-)
 _COPY_ON_WRITE = ("jax", "tensorflow")
 
 
@@ -101,31 +95,27 @@ class Checkpoint:
             self.infos = tuple(
                 WeightInfo(
                     position,
-                    variable.path.removeprefix(f"{source.name}/"),
-                    tuple(variable.shape),
-                    keras.backend.standardize_dtype(variable.dtype),
+                    v.path.removeprefix(f"{source.name}/"),
+                    tuple(v.shape),
+                    keras.backend.standardize_dtype(v.dtype),
                 )
-                for position, variable in enumerate(self.variables)
+                for position, v in enumerate(self.variables)
             )
             return
         if not isinstance(source, (list, tuple)) or not source:
-            raise checks.error(
-                argument,
-                "a built Keras model, or the list that `model.get_weights()` "
-                "returns",
-                source,
-            )
+            expected = "a built Keras model, or a list as of `get_weights()`"
+            raise checks.error(argument, expected, source)
         self.arrays = [np.asarray(array) for array in source]
         self.infos = tuple(
             WeightInfo(position, "", array.shape, array.dtype.name)
             for position, array in enumerate(self.arrays)
         )
-        for info in self.infos:
-            if info.dtype not in DTYPES:
-                raise ValueError(
-                    f"`{argument}` must be a list of arrays of numbers. "
-                    f"Received: {argument} with an array of {info.dtype}"
-                )
+        wrong = {info.dtype for info in self.infos} - set(DTYPES)
+        if wrong:
+            raise ValueError(
+                f"`{argument}` must be a list of arrays of numbers. Received: "
+                f"{argument} with arrays of {', '.join(sorted(wrong))}"
+            )
 
     def read(self, position):
         """Return the values at `position`, an array not to be written to.
@@ -134,10 +124,9 @@ class Checkpoint:
         """
         if self.model is None:
             return self.arrays[position]
-        view = backend_module("host_memory").view_of(self._tensor(position))
-        if view is None:
-            return ops.convert_to_numpy(self.variables[position].value)
-        return view
+        view = _view(self._tensor(position))
+        value = self.variables[position].value
+        return ops.convert_to_numpy(value) if view is None else view
 
     def memory(self, position):
         """Return a view of the variable's own memory to write to, or None.
@@ -147,7 +136,7 @@ class Checkpoint:
         """
         if keras.backend.backend() in _COPY_ON_WRITE:
             return None
-        view = backend_module("host_memory").view_of(self._tensor(position))
+        view = _view(self._tensor(position))
         return None if view is None or not view.flags.c_contiguous else view
 
     def snapshots(self, positions):
@@ -155,7 +144,7 @@ class Checkpoint:
         found, views = {}, {}
         for position in positions:
             tensor = self._tensor(position)
-            view = backend_module("host_memory").view_of(tensor)
+            view = _view(tensor)
             if view is None:
                 found[position] = Snapshot(self.read(position))
             elif keras.backend.backend() in _COPY_ON_WRITE:
@@ -183,14 +172,14 @@ class Checkpoint:
     def assign_at(self, position, places, values):
         """Put an array of values at `places` in the variable, flattened."""
         memory = self.memory(position)
-        if memory is None:
-            present = self.read(position)
-            memory = tensors.empty_aligned(present.shape, present.dtype)
-            memory[...] = present
+        if memory is not None:
             memory.reshape(-1)[places] = values
-            self.assign(position, Snapshot(memory))
-        else:
-            memory.reshape(-1)[places] = values
+            return
+        present = self.read(position)
+        memory = tensors.empty_aligned(present.shape, present.dtype)
+        memory[...] = present
+        memory.reshape(-1)[places] = values
+        self.assign(position, Snapshot(memory))
 
     def _tensor(self, position):
         value = self.variables[position].value
@@ -218,6 +207,10 @@ def digest_of(config: Any, arrays: Iterable[np.ndarray]) -> str:
     for array in arrays:
         _update(found, array)
     return found.hexdigest()
+
+
+def _view(tensor):
+    return backend_module("host_memory").view_of(tensor)
 
 
 def _update(digest, array):

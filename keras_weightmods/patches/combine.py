@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.patches import architecture
 from keras_weightmods.patches.report import Similarity
 from keras_weightmods.utils.checks import raise_all
@@ -13,22 +14,12 @@ from keras_weightmods.utils.checks import raise_all
 S = TypeVar("S")
 
 
-def linear_combination(
-    signatures: Sequence[S], weights: Sequence[float], method: str
-) -> S:
+def linear_combination(signatures: Sequence[S], weights, method) -> S:
     """Return the sum of `weights[i] * signatures[i]`, computed in float64."""
-    found: S = combined(
-        signatures,
-        lambda parts: sum(w * x for w, x in zip(weights, parts)),
-        weights,
-        method,
-    )
-    return found
+    return combined(signatures, _weighted_sum(weights), weights, method)
 
 
-def ties(
-    signatures: Sequence[S], weights: Sequence[float], density: float
-) -> S:
+def ties(signatures: Sequence[S], weights, density) -> S:
     """Return the TIES merge (arXiv 2306.01708) of weighted signatures."""
     parts = [
         map_weights(
@@ -39,16 +30,10 @@ def ties(
     ]
     # Statistics carry their weights already, as the others do.
     shares = [1 / sum(weights)] * len(parts)
-    found: S = combined(parts, elected_mean, shares, "ties")
-    return found
+    return combined(parts, elected_mean, shares, "ties")
 
 
-def dare(
-    signatures: Sequence[S],
-    weights: Sequence[float],
-    drop_rate: float,
-    seed: int,
-) -> S:
+def dare(signatures: Sequence[S], weights, drop_rate, seed) -> S:
     """Return the sum of signatures of which entries were dropped at random."""
     generator = np.random.default_rng(seed)
     parts = [
@@ -75,40 +60,21 @@ def combined(signatures, function, weights, method):
     Returns:
         A signature in float32, of the type of the first.
     """
-    check_compatible(signatures)
-    lookups = [_by_position(signature) for signature in signatures]
     entries = []
-    for position in sorted(set().union(*lookups)):
-        found = [lookup.get(position) for lookup in lookups]
-        first = next(entry for entry in found if entry is not None)
-        parts = [
-            np.zeros(first.info.shape)
-            if entry is None
-            else entry.dequantized("float64")
-            for entry in found
-        ]
-        if first.is_statistic:
-            tensor = sum(w * x for w, x in zip(weights, parts))
-        else:
-            tensor = function(parts)
-        replaced = math.fsum(
-            w * entry.replaced
-            for w, entry in zip(weights, found)
-            if entry is not None
-        )
-        entries.append(first.with_tensor(tensor, replaced=replaced))
-    first = signatures[0]
-    return type(first)(
-        entries,
-        first.architecture,
-        method=method,
-        name=first.name if len(signatures) == 1 else None,
-        model_class=first.model_class,
-        fingerprints={
-            key: value
-            for key, value in first.fingerprints.items()
-            if all(s.fingerprints.get(key) == value for s in signatures)
-        },
+    for found in _aligned(signatures):
+        merge = _weighted_sum(weights) if found[0].is_statistic else function
+        tensor = merge([entry.dequantized("float64") for entry in found])
+        replaced = math.fsum(w * e.replaced for w, e in zip(weights, found))
+        entries.append(found[0].with_tensor(tensor, replaced=replaced))
+    first, *others = signatures
+    shared = {
+        key: value
+        for key, value in first.fingerprints.items()
+        if all(other.fingerprints.get(key) == value for other in others)
+    }
+    name = None if others else first.name
+    return first.with_entries(
+        entries, method=method, name=name, fingerprints=shared
     )
 
 
@@ -125,56 +91,24 @@ def map_weights(signature, function):
     )
 
 
-def check_compatible(signatures):
-    """Raise ValueError unless all signatures are of one architecture."""
-    first = signatures[0]
-    shapes = {e.position: e.info.shape for e in first}
-    problems = []
-    for number, other in enumerate(signatures[1:], start=2):
-        argument = f"signature {number}"
-        problems += architecture.architecture_problems(
-            first.architecture, other.architecture, argument
-        )
-        for entry in other:
-            shape = shapes.setdefault(entry.position, entry.info.shape)
-            if shape != entry.info.shape:
-                problems.append(
-                    f"{argument}, {entry.key}: shape {entry.info.shape}, and "
-                    f"{shape} is expected"
-                )
-    raise_all("The signatures do not match:", problems)
-
-
 def cosine_similarity(first: Any, second: Any) -> Similarity:
     """Return the `Similarity` of two signatures."""
-    check_compatible([first, second])
-    lookups = [_by_position(signature) for signature in (first, second)]
-    whole = np.zeros(3)
+    products = {}
+    for pair in _aligned([first, second]):
+        a, b = (entry.dequantized("float64").ravel() for entry in pair)
+        counts = not pair[0].is_statistic
+        products[pair[0].position] = counts * np.array([a @ b, a @ a, b @ b])
     layers = {}
     for group in architecture.layer_groups(first.architecture):
-        products = np.zeros(3)
-        taken = [p for p in group if p in lookups[0] or p in lookups[1]]
-        for position in taken:
-            pair = [lookup.get(position) for lookup in lookups]
-            if any(entry is not None and entry.is_statistic for entry in pair):
-                continue
-            a, b = (
-                np.zeros(1) if e is None else e.dequantized("float64").ravel()
-                for e in pair
-            )
-            if None not in pair:
-                products[0] += a @ b
-            products[1:] += a @ a, b @ b
+        taken = [products[place] for place in group if place in products]
         if taken:
-            info = first.architecture[group[0]]
-            layer = info.path.rpartition("/")[0]
-            layers[f"{info.position}:{layer}"] = _cosine(products)
-            whole += products
-    return Similarity(_cosine(whole), layers)
+            layer = first.architecture[group[0]].path.rpartition("/")[0]
+            layers[weight_key(group[0], layer)] = _cosine(taken)
+    return Similarity(_cosine(list(products.values())), layers)
 
 
 def trimmed(arrays, density):
-    """The `density` of the weights that are largest; zero for the rest.
+    """Return the `density` of the weights that are largest, else zeros.
 
     TIES (arXiv 2306.01708), step 1, over all arrays of one signature together.
     Weights that are as large as the smallest one kept are kept as well.
@@ -194,7 +128,7 @@ def trimmed(arrays, density):
 
 
 def elected_mean(arrays):
-    """The mean of those entries that have the sign of their sum.
+    """Return the mean of those entries that have the sign of their sum.
 
     TIES (arXiv 2306.01708), steps 2 and 3: zeros have no vote and do not
     count in the mean; zero where the votes cancel out.
@@ -213,7 +147,7 @@ def elected_mean(arrays):
 
 
 def dropped(x, drop_rate, generator):
-    """Drops entries at random and rescales the rest by `1 / (1 - rate)`.
+    """Drop entries at random and rescale the rest by `1 / (1 - rate)`.
 
     DARE (arXiv 2311.03099), equation 1: the expectation stays.
 
@@ -229,10 +163,42 @@ def dropped(x, drop_rate, generator):
     return np.where(keep, np.asarray(x, "float64"), 0.0) / (1.0 - drop_rate)
 
 
-def _by_position(signature):
-    return {entry.position: entry for entry in signature}
+def _weighted_sum(weights):
+    return lambda parts: sum(w * x for w, x in zip(weights, parts))
+
+
+def _aligned(signatures):
+    """Return for each weight its entries, zero where a signature has none.
+
+    Raises:
+        ValueError: If the signatures are not of one architecture.
+    """
+    first, problems = signatures[0], []
+    shapes = {entry.position: entry.info.shape for entry in first}
+    for number, other in enumerate(signatures[1:], start=2):
+        argument = f"signature {number}"
+        problems += architecture.architecture_problems(
+            first.architecture, other.architecture, argument
+        )
+        for entry in other:
+            shape = shapes.setdefault(entry.position, entry.info.shape)
+            if shape != entry.info.shape:
+                problems.append(
+                    f"{argument}, {entry.key}: shape {entry.info.shape}, and "
+                    f"{shape} is expected"
+                )
+    raise_all("The signatures do not match:", problems)
+    lookups = [{entry.position: entry for entry in s} for s in signatures]
+    aligned = []
+    for position, shape in sorted(shapes.items()):
+        found = [lookup.get(position) for lookup in lookups]
+        present = next(entry for entry in found if entry is not None)
+        zero = present.with_tensor(np.zeros(shape), replaced=0.0)
+        aligned.append([entry or zero for entry in found])
+    return aligned
 
 
 def _cosine(products):
-    norms = math.sqrt(products[1] * products[2])
-    return float(products[0] / norms) if norms else 0.0
+    ab, aa, bb = np.sum(products, axis=0) if products else np.zeros(3)
+    norm = math.sqrt(aa * bb)
+    return float(ab / norm) if norm else 0.0

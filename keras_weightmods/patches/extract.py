@@ -25,27 +25,20 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
             f"depth={depth!r}, targets={targets!r}"
         )
     sources = {"init": init, "clean": clean, "robust": robust}
-    checkpoints = {
-        argument: Checkpoint(argument, source)
-        for argument, source in sources.items()
-        if source is not None or argument != "init"
-    }
+    if init is None:
+        del sources["init"]
+    checkpoints = {name: Checkpoint(name, x) for name, x in sources.items()}
     layout, infos = _layout(checkpoints, like)
-    problems = [
-        problem
-        for argument, each in checkpoints.items()
-        for problem in architecture.architecture_problems(
+    problems = []
+    for argument, each in checkpoints.items():
+        problems += architecture.architecture_problems(
             infos, each.infos, argument
         )
-    ]
     checks.raise_all(_MISMATCH, problems)
     roles = architecture.roles(layout, infos)
     depths = architecture.depths(layout, infos, roles)
-    usable = [
-        i
-        for i, role in enumerate(roles)
-        if role == "weight" or (role == "statistic" and statistics != "keep")
-    ]
+    usable_roles = ["weight"] + ["statistic"] * (statistics != "keep")
+    usable = [i for i, role in enumerate(roles) if role in usable_roles]
     if targets is None:
         taken = _taken_by_depth(usable, depths, depth)
     else:
@@ -53,29 +46,23 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
     problems = _weight_problems(checkpoints, [infos[i] for i in taken])
     checks.raise_all(_MISMATCH, problems)
     entries = []
-    for position in taken:
+    for i in taken:
         values = {
-            argument: each.read(position).astype("float64")
+            argument: each.read(i).astype("float64")
             for argument, each in checkpoints.items()
         }
         replaced = 0.0
-        if roles[position] == "statistic":
+        if roles[i] == "statistic":
             replaced = _REPLACED[statistics]
             tensor = replaced * values["robust"]
         elif init is None:
             tensor = values["robust"] - values["clean"]
         else:
-            tensor = residual(
-                values["robust"] - values["init"],
-                values["clean"] - values["init"],
-            )
+            start = values["init"]
+            tensor = residual(values["robust"] - start, values["clean"] - start)
+        tensor = float32(tensor)
         entries.append(
-            SignatureEntry(
-                infos[position],
-                float32(tensor),
-                replaced,
-                depth=depths[position],
-            )
+            SignatureEntry(infos[i], tensor, replaced, depth=depths[i])
         )
     return {
         "entries": entries,
@@ -83,10 +70,7 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
         "method": "difference" if init is None else "rws",
         "name": name,
         "model_class": layout.model and type(layout.model).__name__,
-        "fingerprints": {
-            argument: each.fingerprint()
-            for argument, each in checkpoints.items()
-        },
+        "fingerprints": {k: c.fingerprint() for k, c in checkpoints.items()},
     }
 
 
@@ -116,8 +100,9 @@ def residual(change, reference):
 def _layout(checkpoints, like):
     """Return the checkpoint whose layers count, and infos with paths."""
     for argument in ("clean", "robust", "init"):
-        if argument in checkpoints and checkpoints[argument].model is not None:
-            return checkpoints[argument], checkpoints[argument].infos
+        layout = checkpoints.get(argument)
+        if layout is not None and layout.model is not None:
+            return layout, layout.infos
     if like is None:
         raise ValueError(
             "Lists do not have the names of their weights. Give `like`: a "
@@ -126,16 +111,11 @@ def _layout(checkpoints, like):
         )
     layout = clean = checkpoints["clean"]
     if isinstance(like, (list, tuple)):
-        if len(like) != len(clean.infos) or not all(
-            isinstance(path, str) and path for path in like
-        ):
-            raise checks.error(
-                "like",
-                f"a list of one path for each of the {len(clean.infos)} "
-                "weights of `clean`",
-                like,
-            )
-        paths = like
+        paths, count = like, len(clean.infos)
+        are_paths = all(isinstance(path, str) and path for path in paths)
+        if len(paths) != count or not are_paths:
+            expected = f"a list of one path for each of the {count} weights"
+            raise checks.error("like", f"{expected} of `clean`", like)
     else:
         layout = Checkpoint("like", like)
         problems = architecture.architecture_problems(
@@ -164,24 +144,16 @@ def _taken_by_depth(usable, depths, depth):
 def _taken_by_targets(layout, infos, usable, targets):
     patterns = targets if isinstance(targets, (list, tuple)) else [targets]
     if patterns and all(isinstance(p, (str, re.Pattern)) for p in patterns):
-        usable_infos = [infos[i] for i in usable]
-        taken = filters.included("targets", patterns, None, usable_infos, None)
-        return [info.position for info in taken]
+        found = [infos[i] for i in usable]
+        found = filters.included("targets", patterns, None, found, None)
+        return [info.position for info in found]
     if layout.model is None:
-        raise checks.error(
-            "targets",
-            "a regular expression for the weights' paths, or a list of these, "
-            "where no checkpoint is a model",
-            targets,
-        )
+        expected = "one regular expression or more where no checkpoint is a "
+        raise checks.error("targets", f"{expected}model", targets)
     holders = architecture.owners(layout.model)
-    layers = {
-        id(holders[id(target.variable)])
-        for target in resolve_targets(layout.model, targets)
-    }
-    taken = [
-        i for i in usable if id(holders[id(layout.variables[i])]) in layers
-    ]
+    resolved = resolve_targets(layout.model, targets)
+    layers = {holders[id(target.variable)] for target in resolved}
+    taken = [i for i in usable if holders[id(layout.variables[i])] in layers]
     if not taken:
         raise checks.error("targets", "of at least one weight", targets)
     return taken

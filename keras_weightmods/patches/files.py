@@ -13,22 +13,12 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from keras_weightmods.patches import checkpoint
 from keras_weightmods.patches.architecture import STATISTICS
-from keras_weightmods.patches.checkpoint import (
-    DTYPES,
-    FLOATS,
-    WeightInfo,
-    digest_of,
-)
 from keras_weightmods.patches.entry import SignatureEntry
 from keras_weightmods.patches.quantized import Quantized, code_bytes
 from keras_weightmods.patches.tensors import is_finite
-from keras_weightmods.saving.container import (
-    Reader,
-    json_array,
-    parse_json,
-    write_arrays,
-)
+from keras_weightmods.saving import container
 
 FORMAT = "keras_weightmods.signature"
 VERSION = 2
@@ -51,8 +41,9 @@ _ENTRY_TYPES = {
 
 def save(filepath, signature, overwrite):
     """Write a signature; see `WeightSignature.save`."""
-    arrays = {_CONFIG: json_array(config_of(signature)), **arrays_of(signature)}
-    write_arrays(filepath, FORMAT, VERSION, arrays, overwrite)
+    config = container.json_array(config_of(signature))
+    arrays = {_CONFIG: config, **arrays_of(signature)}
+    container.write_arrays(filepath, FORMAT, VERSION, arrays, overwrite)
 
 
 def load(filepath):
@@ -60,15 +51,12 @@ def load(filepath):
     metadata = _metadata(filepath)
     if metadata.get("format") == FORMAT and "format_version" in metadata:
         return _load_version_1(filepath, metadata)
-    with Reader(filepath, FORMAT, (VERSION,)) as reader:
+    with container.Reader(filepath, FORMAT, (VERSION,)) as reader:
         if _CONFIG not in reader.entries:
             raise reader.error(_CONFIG, "is missing")
         config = reader.read_json(_CONFIG)
-        arrays = {
-            name: reader.read(name)
-            for name in reader.entries
-            if name != _CONFIG
-        }
+        names = [name for name in reader.entries if name != _CONFIG]
+        arrays = {name: reader.read(name) for name in names}
         try:
             return _fields(config, arrays)
         except ValueError as error:
@@ -80,12 +68,10 @@ def config_of(signature):
     return {
         **{name: getattr(signature, name) for name in list(_CONFIG_TYPES)[:4]},
         "architecture": [
-            [info.path, list(info.shape), info.dtype]
-            for info in signature.architecture
+            [i.path, list(i.shape), i.dtype] for i in signature.architecture
         ],
         "entries": [
-            {name: getattr(entry, name) for name in _ENTRY_TYPES}
-            for entry in signature
+            {k: getattr(e, k) for k in _ENTRY_TYPES} for e in signature
         ],
     }
 
@@ -124,18 +110,19 @@ def _fields(config, arrays):
             and [type(each) for each in weight] == [str, list, str]
             and all(type(n) is int and 0 <= n < 2**48 for n in weight[1])
             and math.prod(n or 1 for n in weight[1]) < 2**60
-            and weight[2] in DTYPES,
+            and weight[2] in checkpoint.DTYPES,
             "architecture",
         )
     infos = tuple(
-        WeightInfo(position, path, tuple(shape), dtype)
+        checkpoint.WeightInfo(position, path, tuple(shape), dtype)
         for position, (path, shape, dtype) in enumerate(config["architecture"])
     )
+    places = range(len(infos))
     for each in config["entries"]:
         _check(
             _has_types(each, _ENTRY_TYPES)
-            and 0 <= each["position"] < len(infos)
-            and 0 <= each["depth"] < len(infos),
+            and each["position"] in places
+            and each["depth"] in places,
             "entries",
         )
     positions = [each["position"] for each in config["entries"]]
@@ -151,7 +138,7 @@ def _entry(config, infos, arrays):
     bits, replaced = config["bits"], config["replaced"]
     statistic = info.name in STATISTICS
     _check(
-        info.dtype in FLOATS
+        info.dtype in checkpoint.FLOATS
         and bits in ((32,) if statistic else (32, 8, 4, 2))
         and math.isfinite(replaced)
         and (statistic or replaced == 0.0),
@@ -200,14 +187,14 @@ def _check(condition, what):
 
 def _metadata(filepath):
     """Return the metadata of a safetensors file; empty for other files."""
-    # Opening a pipe would wait for its other end.
-    if not os.path.isfile(filepath):
-        return {}
     try:
-        with safetensors.safe_open(filepath, framework="np") as file:
-            return file.metadata() or {}
+        # Opening a pipe would wait for its other end.
+        if os.path.isfile(filepath):
+            with safetensors.safe_open(filepath, framework="np") as file:
+                return file.metadata() or {}
     except (safetensors.SafetensorError, OSError):
-        return {}
+        pass
+    return {}
 
 
 def _load_version_1(filepath, metadata):
@@ -219,17 +206,15 @@ def _load_version_1(filepath, metadata):
     try:
         if metadata["format_version"] != "1":
             raise ValueError(f"version {metadata['format_version']!r}")
-        config = parse_json(metadata["signature"])
+        config = container.parse_json(metadata["signature"])
         renamed = [
             {{"pull": "replaced"}.get(k, k): v for k, v in entry.items()}
             for entry in config["entries"]
         ]
-        fields = _fields(
-            {**config, "entries": renamed},
-            safetensors.numpy.load_file(filepath),
-        )
-        arrays = arrays_of(fields["entries"]).values()
-        if digest_of(config, arrays) != metadata["digest"]:
+        arrays = safetensors.numpy.load_file(filepath)
+        fields = _fields({**config, "entries": renamed}, arrays)
+        in_order = arrays_of(fields["entries"]).values()
+        if checkpoint.digest_of(config, in_order) != metadata["digest"]:
             raise ValueError("the digest does not match")
         return fields
     # What is in the metadata is not known before.

@@ -65,7 +65,12 @@ class Ledger:
         return sum(each.clean.array.nbytes for each in self._weights.values())
 
     def fingerprint(self, model: Checkpoint) -> str:
-        """Return that of a `Checkpoint` of the model without its patches."""
+        """Return that of a `Checkpoint` of the model without its patches.
+
+        Raises:
+            ValueError: If weights were changed since they were patched.
+        """
+        self._changed(model, self._weights)
 
         def read(position):
             present = model.read(position)
@@ -74,42 +79,35 @@ class Ledger:
 
         return model.fingerprint(read)
 
-    def check_unchanged(self, model, positions=None, force=False):
+    def _changed(self, model, weights, force=False):
         """Return the positions of weights that something else has changed.
 
         Args:
             model: `Checkpoint` of the model.
-            positions: Where to look. Defaults to all weights in the ledger.
+            weights: Dict from positions to `_Weight`, where to look.
             force: Bool, whether such weights are fine.
 
         Raises:
             ValueError: If there are any and `force` is not set; lists all.
         """
-        weights = {
-            p: weight
-            for p, weight in sorted(self._weights.items())
-            if positions is None or p in positions
-        }
-        arrays = {p: model.read(p).reshape(-1) for p in weights}
-        terms = {}
-        for position, weight in weights.items():
-            terms[position] = _terms(
-                self.patches, weight.entries, weight.places
-            )
+        arrays, terms = {}, {}
+        for p, weight in sorted(weights.items()):
+            terms[p] = _terms(self.patches, weight.entries, weight.places)
+            arrays[p] = model.read(p).reshape(-1)
             if weight.places is not None:
-                arrays[position] = arrays[position][weight.places]
+                arrays[p] = arrays[p][weight.places]
         unchanged = tensors.over_parts(
             lambda p, part: tensors.is_rebuilt(
                 arrays[p], weights[p].clean.array.reshape(-1), terms[p], part
             ),
             arrays,
         )
-        changed = [p for p in weights if not all(unchanged[p])]
+        changed = [p for p, parts in unchanged.items() if not all(parts)]
         if not force:
             raise_all(
                 "Weights were changed since they were patched, by training "
                 "for instance; `force=True` takes patches off all the same.",
-                [model.infos[position].key for position in changed],
+                [model.infos[p].key for p in changed],
             )
         return changed
 
@@ -134,7 +132,7 @@ class Ledger:
         """
         entries = self._entries_after(after)
         known = {p: self._weights[p] for p in entries if p in self._weights}
-        changed = self.check_unchanged(model, entries, force)
+        changed = self._changed(model, known, force)
         left = [
             p
             for p in changed
@@ -153,41 +151,34 @@ class Ledger:
             key = model.infos[p].key
             weight: Any = known.get(p)
             terms = _terms(self.patches, _entries(weight), places[p])
-            if p in present:
-                before[p] = Sum(key, present[p], [], places[p])
-            else:
+            if p not in present:
                 before[p] = Sum(key, weight.clean, terms)
+                clean[p] = weight.clean
+                continue
+            before[p] = Sum(key, present[p], [], places[p])
             if weight is None:
                 clean[p] = present[p]
             elif p in subtracted:
                 negated = [(-scale, *tensor) for scale, *tensor in terms]
                 opposite[p] = Sum(key, present[p], negated)
-            elif p in present:
+            else:
                 array = _with_clean(present[p].array, weight, places[p])
                 clean[p] = Snapshot(array)
-            else:
-                clean[p] = weight.clean
         values, problems = compute(opposite)
         raise_all("The change cannot be written:", problems)
-        clean.update(values)
-        new = {
-            p: Sum(
-                model.infos[p].key,
-                clean[p],
-                _terms(after, entries[p], places[p]),
-                places[p],
-            )
-            for p in written
-        }
+        clean |= values
+        new = {}
+        for p in written:
+            terms = _terms(after, entries[p], places[p])
+            new[p] = Sum(model.infos[p].key, clean[p], terms, places[p])
         write(model, new, before)
         self.patches = after
         for p in entries:
             self._weights.pop(p, None)
             if p in new and entries[p]:
                 kept = _union(entries[p])
-                self._weights[p] = _Weight(
-                    _restricted(clean[p], places[p], kept), kept, entries[p]
-                )
+                values = _restricted(clean[p], places[p], kept)
+                self._weights[p] = _Weight(values, kept, entries[p])
         return [p for p in written if p not in subtracted], subtracted, left
 
     def _present(self, model, places, subtracted):
@@ -195,16 +186,13 @@ class Ledger:
 
         Less those that are kept whole, and still there: they are computed.
         """
-        present = model.snapshots(
+        computed = {
             p
-            for p, where in places.items()
-            if where is None
-            and (
-                p in subtracted
-                or p not in self._weights
-                or self._weights[p].places is not None
-            )
-        )
+            for p, weight in self._weights.items()
+            if weight.places is None and p not in subtracted
+        }
+        whole = [p for p, where in places.items() if where is None]
+        present = model.snapshots(p for p in whole if p not in computed)
         for p, where in places.items():
             if where is not None:
                 present[p] = Snapshot(model.read(p).reshape(-1)[where])
@@ -278,11 +266,8 @@ def _with_clean(present, weight, places=None):
     """
     if weight.places is None:
         return weight.clean.array
-    where = weight.places
-    if places is not None:
-        where = np.searchsorted(places, where)
     whole = np.array(present, order="C")
-    whole.reshape(-1)[where] = weight.clean.array
+    whole.reshape(-1)[_within(places, weight.places)] = weight.clean.array
     return whole
 
 
@@ -290,5 +275,9 @@ def _restricted(clean, places, kept):
     """Return a `Snapshot` at `places`, `None` for all, at `kept` alone."""
     if kept is None:
         return clean
-    where = kept if places is None else np.searchsorted(places, kept)
-    return Snapshot(clean.array.reshape(-1)[where])
+    return Snapshot(clean.array.reshape(-1)[_within(places, kept)])
+
+
+def _within(places, some):
+    """Return where `some` of the `places`, `None` for all, are among them."""
+    return some if places is None else np.searchsorted(places, some)

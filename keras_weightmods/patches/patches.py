@@ -1,6 +1,7 @@
 """Several changes on one model, and off it again bit for bit."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,8 +67,7 @@ class Patches:
         if isinstance(model, (list, tuple)):
             raise ValueError(
                 "`model` must be a built Keras model; lists of arrays go into "
-                "`WeightSignature.apply`. Received: "
-                f"model={type(model).__name__}"
+                "`WeightSignature.apply`. Received: a list"
             )
         Checkpoint("model", model)
         self.model = model
@@ -89,9 +89,7 @@ class Patches:
         Raises:
             ValueError: If weights were changed since they were patched.
         """
-        model = Checkpoint("model", self.model)
-        self._ledger.check_unchanged(model)
-        return self._ledger.fingerprint(model)
+        return self._ledger.fingerprint(Checkpoint("model", self.model))
 
     def add(
         self, signature: Change, scale: float = 1.0, name: str | None = None
@@ -112,18 +110,19 @@ class Patches:
                 already, weights were changed since they were patched, or as
                 in `WeightSignature.apply`. The model is unchanged then.
         """
-        _check_signature(signature)
+        present = self._find(signature)
         scale = float(checks.check_float("scale", scale))
         patches = self._ledger.patches
         if name is None:
-            name = getattr(signature, "name", None) or _free_name(patches)
+            free = map("patch_{}".format, itertools.count(len(patches)))
+            unused = next(each for each in free if each not in patches)
+            name = getattr(signature, "name", None) or unused
         if checks.check_string("name", name) in patches:
             raise ValueError(
                 "`name` must be one that no patch has; `rescale` changes the "
                 f"scale of one. Received: name={name!r}, and there are "
                 f"{list(patches)}"
             )
-        present = self._find(signature)
         if present is not None:
             raise ValueError(
                 "The change is on the model already; `rescale` changes its "
@@ -199,7 +198,6 @@ class Patches:
         Raises:
             ValueError: If it is not on the model.
         """
-        _check_signature(signature)
         name = self._find(signature)
         if name is None:
             raise ValueError(
@@ -238,64 +236,40 @@ class Patches:
             )
         return self[name]
 
-    def _find(self, change: Change) -> str | None:
+    def _find(self, signature: Change) -> str | None:
+        if not isinstance(signature, Change):
+            raise checks.error("signature", "a `WeightSignature`", signature)
         patches = self._ledger.patches
         for name, patch in patches.items():
-            if patch.change is change:
+            if patch.change is signature:
                 return name
         for name, patch in patches.items():
-            if patch.change.digest == change.digest:
+            if patch.change.digest == signature.digest:
                 return name
         return None
 
     def _update(
-        self,
-        action: str,
-        name: str | None,
-        scale: float | None,
-        after: dict[str, Patch],
-        force: bool = False,
+        self, action: str, name: Any, scale: Any, after: Any, force: Any = False
     ) -> PatchReport:
         ledger = self._ledger
         model = Checkpoint("model", self.model)
-        problems = [
-            problem
-            for patch in {**ledger.patches, **after}.values()
-            for problem in patch.change.problems(model)
-        ]
+        problems = []
+        for patch in {**ledger.patches, **after}.values():
+            problems += patch.change.problems(model)
         checks.raise_all("The change does not fit the model:", problems)
-        written, subtracted, left = ledger.update(
-            model, after, checks.check_bool("force", force)
+        checks.check_bool("force", force)
+        written, subtracted, left = (
+            tuple(model.infos[position].key for position in positions)
+            for positions in ledger.update(model, after, force)
         )
-
-        def keys(positions: list[int]) -> tuple[str, ...]:
-            return tuple(model.infos[p].key for p in positions)
-
+        reason = "changed since, and not known from before"
         return PatchReport(
             action=action,
             name=name,
             scale=scale,
-            changed=keys(written),
-            subtracted=keys(subtracted),
+            changed=written,
+            subtracted=subtracted,
             active=self.scales,
             clean_nbytes=self.clean_nbytes,
-            skipped=tuple(
-                Skipped(key, "changed since, and not known from before")
-                for key in keys(left)
-            ),
+            skipped=tuple(Skipped(key, reason) for key in left),
         )
-
-
-def _check_signature(signature: Any) -> None:
-    if not isinstance(signature, Change):
-        raise ValueError(
-            "`signature` must be a `WeightSignature`. Received: "
-            f"signature={type(signature).__name__}"
-        )
-
-
-def _free_name(patches: dict[str, Patch]) -> str:
-    number = len(patches)
-    while f"patch_{number}" in patches:
-        number += 1
-    return f"patch_{number}"

@@ -235,14 +235,8 @@ class WeightsReport(Report):
             title=self.name,
             columns=("weight", "depth", "shape", "dtype", "role"),
             rows=tuple(
-                (
-                    row.key,
-                    str(row.depth + 1),
-                    shape_text(row.shape),
-                    row.dtype,
-                    row.role,
-                )
-                for row in self.rows
+                (r.key, str(r.depth + 1), shape_text(r.shape), r.dtype, r.role)
+                for r in self.rows
             ),
             caption=f"{self.nbytes:,} bytes",
         )

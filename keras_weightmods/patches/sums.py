@@ -37,9 +37,8 @@ def changed_list(weights, change, scale_for):
         scale_for: Callable from the `replaced` of an entry to its scale.
     """
     checkpoint = Checkpoint("weights", weights)
-    raise_all(
-        "The change does not fit the weights:", change.problems(checkpoint)
-    )
+    problems = change.problems(checkpoint)
+    raise_all("The change does not fit the weights:", problems)
     sums = {}
     for entry in change:
         clean = Snapshot(checkpoint.arrays[entry.position])
@@ -53,37 +52,34 @@ def changed_list(weights, change, scale_for):
     return new
 
 
-def compute(sums, memories=()):
+def compute(sums, memories=None):
     """Compute sums in one pass, and check the results.
 
     Args:
         sums: Dict from positions to `Sum`.
         memories: Dict from positions to arrays, where to write these sums.
+            Defaults to `None`, for new arrays.
 
     Returns:
         Dict from positions to `Snapshot`, and a list of strings, what is
         wrong.
     """
-    values = {}
+    memories = memories or {}
+    values, targets = {}, {}
     for position, each in sums.items():
         clean = each.clean.array
-        if position in memories:
-            values[position] = Snapshot(memories[position])
-        elif each.terms:
-            out = tensors.empty_aligned(clean.shape, clean.dtype)
-            values[position] = Snapshot(out)
-        else:
+        if position not in memories and not each.terms:
             values[position] = each.clean
-    sources = {p: each.clean.array.reshape(-1) for p, each in sums.items()}
-    targets = {
-        p: values[p].array.reshape(-1)
-        for p, each in sums.items()
-        if values[p] is not each.clean
-    }
+            continue
+        out = memories.get(position)
+        if out is None:
+            out = tensors.empty_aligned(clean.shape, clean.dtype)
+        values[position] = Snapshot(out)
+        targets[position] = out.reshape(-1)
 
     def compute_part(position, part):
-        each, source = sums[position], sources[position]
-        target = targets[position]
+        each, target = sums[position], targets[position]
+        source = each.clean.array.reshape(-1)
         if not each.terms:
             target[part] = source[part]
             return None
@@ -93,7 +89,7 @@ def compute(sums, memories=()):
 
     found = tensors.over_parts(compute_part, targets).values()
     first = [next(filter(None, parts), None) for parts in found]
-    return values, [problem for problem in first if problem is not None]
+    return values, list(filter(None, first))
 
 
 def write(model, new, before):

@@ -1,5 +1,6 @@
 """Robust weight signatures, and the arithmetic of weights."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -7,30 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from keras_weightmods.patches import combine, files
-from keras_weightmods.patches.architecture import (
-    architecture_problems,
-    weight_problems,
-)
-from keras_weightmods.patches.checkpoint import (
-    Checkpoint,
-    WeightInfo,
-    digest_of,
-)
+from keras_weightmods.patches import architecture, checkpoint, combine, files
+from keras_weightmods.patches import report as reports
 from keras_weightmods.patches.entry import Change, SignatureEntry
 from keras_weightmods.patches.extract import extract
 from keras_weightmods.patches.patches import Patches
 from keras_weightmods.patches.quantized import Quantized, quantize
-from keras_weightmods.patches.report import (
-    SignatureReport,
-    Similarity,
-    signature_report,
-)
 from keras_weightmods.patches.sums import changed_list
 from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.utils import checks
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class WeightSignature(Change):
     """What to add to a few weights of a model, to patch it and to unpatch it.
 
@@ -87,24 +76,16 @@ class WeightSignature(Change):
     ```
     """
 
-    def __init__(
-        self,
-        entries: Iterable[SignatureEntry],
-        architecture: Iterable[WeightInfo],
-        *,
-        method: str,
-        name: str | None = None,
-        model_class: str | None = None,
-        fingerprints: dict[str, str] | None = None,
-    ) -> None:
-        self.entries: tuple[SignatureEntry, ...] = tuple(
-            sorted(entries, key=lambda entry: entry.position)
-        )
-        self.architecture = tuple(architecture)
-        self.method = method
-        self.name = name
-        self.model_class = model_class
-        self.fingerprints = dict(fingerprints or {})
+    entries: tuple[SignatureEntry, ...]
+    architecture: tuple[checkpoint.WeightInfo, ...]
+    _: dataclasses.KW_ONLY
+    method: str
+    name: str | None = None
+    model_class: str | None = None
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.entries = tuple(sorted(self.entries, key=lambda e: e.position))
         broken = []
         for entry in self.entries:
             tensor = entry.tensor
@@ -185,11 +166,8 @@ class WeightSignature(Change):
         patched = signature.apply(clean)  # a new list
         ```
         """
-        return cls(
-            **extract(
-                init, clean, robust, depth, targets, statistics, name, like
-            )
-        )
+        taken = depth, targets, statistics
+        return cls(**extract(init, clean, robust, *taken, name, like))
 
     @property
     def depth(self) -> int:
@@ -209,7 +187,9 @@ class WeightSignature(Change):
     @functools.cached_property
     def digest(self) -> str:
         """String, the SHA-256 of all that the signature is."""
-        return digest_of(files.config_of(self), files.arrays_of(self).values())
+        return checkpoint.digest_of(
+            files.config_of(self), files.arrays_of(self).values()
+        )
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -370,7 +350,7 @@ class WeightSignature(Change):
             for entry in self.entries
         )
 
-    def cosine_similarity(self, other: "WeightSignature") -> Similarity:
+    def cosine_similarity(self, other: "WeightSignature") -> reports.Similarity:
         """Return how far two signatures point in one direction, in [-1, 1].
 
         Over all weights but statistics. Where only one of them has a weight,
@@ -390,9 +370,9 @@ class WeightSignature(Change):
             raise checks.error("other", "a `WeightSignature`", other)
         return combine.cosine_similarity(self, other)
 
-    def report(self) -> SignatureReport:
+    def report(self) -> reports.SignatureReport:
         """Return what the signature holds, as a table to print."""
-        return signature_report(self)
+        return reports.signature_report(self)
 
     def save(self, filepath: Any, overwrite: bool = True) -> None:
         """Write the signature to a safetensors file.
@@ -423,25 +403,19 @@ class WeightSignature(Change):
         """
         return cls(**files.load(filepath))
 
-    def problems(self, checkpoint: Checkpoint) -> list[str]:
+    def problems(self, model: checkpoint.Checkpoint) -> list[str]:
         """Return what keeps the signature from fitting a `Checkpoint`."""
-        infos, argument = checkpoint.infos, f"`{checkpoint.argument}`"
-        return architecture_problems(
+        infos, argument = model.infos, f"`{model.argument}`"
+        expected = [entry.info for entry in self]
+        return architecture.architecture_problems(
             self.architecture, infos, argument
-        ) + weight_problems([entry.info for entry in self], infos, argument)
+        ) + architecture.weight_problems(expected, infos, argument)
 
     def with_entries(
-        self, entries: Iterable[SignatureEntry]
+        self, entries: Iterable[SignatureEntry], **fields: Any
     ) -> "WeightSignature":
         """Return the same with other entries."""
-        return type(self)(
-            entries,
-            self.architecture,
-            method=self.method,
-            name=self.name,
-            model_class=self.model_class,
-            fingerprints=self.fingerprints,
-        )
+        return dataclasses.replace(self, entries=tuple(entries), **fields)
 
     def __add__(self, other: "WeightSignature") -> "WeightSignature":
         if not isinstance(other, WeightSignature):
