@@ -53,23 +53,22 @@ def compand(
     """
     rule = _checked(function, a, b)
     v, a, b, dtype = _widened(v, a, b)
-    if not (_is_scalar(a) and _is_scalar(b)):
-        w = a * rule.apply(v / b)
-    elif keras.backend.backend() == "torch":
-        from keras_weightmods.backend.torch.compand import compand as fused
-
-        w = fused(v, a, b, function)
-    elif (
-        function == "arctan"
-        and training
+    on_torch = keras.backend.backend() == "torch"
+    scalars = _is_scalar(a) and _is_scalar(b)
+    if (
+        scalars
+        and function == "arctan"
+        and (training or on_torch)
         and backend_module("compand").is_native(v)
     ):
         a, b = (ops.convert_to_tensor(p, v.dtype) for p in (a, b))
         w = backend_module("compand").compand(
             v, a, b, _arctan_forward, _arctan_backward
         )
-    else:
+    elif scalars and not on_torch:
         w = _compand_by_scalars(v, a, b, function)
+    else:
+        w = a * rule.apply(v / b)
     return ops.cast(w, dtype)
 
 
@@ -264,7 +263,8 @@ _COEFFICIENTS = (
 
 def _any_arctan(u: Any) -> Any:
     wide = keras.backend.standardize_dtype(u.dtype) == "float64"
-    return ops.arctan(u) if wide else _arctan(u)
+    on_torch = keras.backend.backend() == "torch"
+    return ops.arctan(u) if wide or on_torch else _arctan(u)
 
 
 @dataclasses.dataclass(frozen=True)
