@@ -169,7 +169,7 @@ def train(args, method, rate, seed):
     if callbacks:
         file = args.json.with_suffix(".safetensors")
         report = kwm.save_delta(model, base, file)
-        result["trained"] = masks.attach(model).entries
+        result["trained"] = masks.attach(model).totals["trained"]
         result["file_bytes"] = report.nbytes
         result["index_bits"] = report.index_bits
         result["changed"] = report.totals["trained"]
