@@ -192,8 +192,9 @@ class StraightThroughTraining:
         import keras_weightmods as kwm
         from keras_weightmods import ops as kwm_ops
         from keras_weightmods.core import seam
+        from keras_weightmods.core.reparameterization import Reparameterization
 
-        class StraightThrough(seam.Reparameterization):
+        class StraightThrough(Reparameterization):
             finish = "fold"
 
             def create_parameters(self, add_weight):

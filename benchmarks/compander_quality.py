@@ -266,12 +266,12 @@ def effective_weights(model):
 
 def pairs(model):
     """[a, b] of every kernel with a compander, in the order of execution."""
-    from keras_weightmods.core import seam
+    from keras_weightmods.core.reparameterization import reparameterizations
     from keras_weightmods.reparameterize.compander import Compander
 
     return [
         [round(value, 4) for value in item.pair]
-        for item in seam.reparameterizations(model, Compander)
+        for item in reparameterizations(model, Compander)
     ]
 
 

@@ -150,28 +150,17 @@ def reparameterizations(
     return sorted(items, key=lambda item: item.target.depth)
 
 
-def reparameterization(layer: Any, attribute: str) -> Any:
-    """Return the `Reparameterization` of an attribute; None without one."""
-    return slots(layer).get(attribute)
-
-
-def is_reparameterized(layer: Any, attribute: str | None = None) -> bool:
-    """Return whether `layer`, or one attribute of it, is reparameterized."""
-    own = slots(layer)
-    return bool(own) if attribute is None else attribute in own
-
-
 def kinds() -> dict[str, type[Reparameterization]]:
     """Return {name: class} of the kinds that have a name."""
     return dict(_KINDS)
 
 
-def slots(layer: Any) -> dict[str, Reparameterization]:
+def slots(layer: Any) -> dict[str, Any]:
     """Return {attribute: Reparameterization} of a layer."""
     return keras_private.attributes(layer).get(_SLOT, {})
 
 
-def put_slots(layer: Any, items: dict[str, Reparameterization]) -> None:
+def put_slots(layer: Any, items: dict[str, Any]) -> None:
     """Set what `slots` returns, past attribute tracking."""
     own = keras_private.attributes(layer)
     if items:

@@ -12,44 +12,15 @@ from typing import Any
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.reparameterization import (
     Reparameterization,
-    is_reparameterized,
-    kinds,
-    reparameterization,
     reparameterizations,
     slots,
 )
 from keras_weightmods.core.reparameterized_layer import (
     ReparameterizedLayer,
-    ReparameterizedLoraLayer,
-    checkpoint_arrays,
-    effective_weight,
-    plain_classes,
     set_reparameterizations,
 )
 from keras_weightmods.core.targets import Target, Targets
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
-
-__all__ = [
-    "Reparameterization",
-    "ReparameterizationReport",
-    "ReparameterizedLayer",
-    "ReparameterizedLoraLayer",
-    "attach",
-    "attach_to_targets",
-    "check_attachable",
-    "check_unattached",
-    "checkpoint_arrays",
-    "effective_weight",
-    "fold",
-    "forget_variables",
-    "install",
-    "is_reparameterized",
-    "kinds",
-    "plain_classes",
-    "reason_to_skip",
-    "reparameterization",
-    "reparameterizations",
-]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

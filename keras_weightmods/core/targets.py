@@ -10,10 +10,7 @@ import keras
 
 from keras_weightmods.core import filters, keras_private
 from keras_weightmods.core.execution_order import execution_order
-from keras_weightmods.core.reparameterization import (
-    reparameterization,
-    reparameterizations,
-)
+from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.target_rules import (
     EMBEDDING,
     Rule,
@@ -402,7 +399,7 @@ def _find_all(
 def _reason_to_skip(
     layer: Any, attribute: str, rule: Rule, depthwise: bool
 ) -> str | None:
-    item = reparameterization(layer, attribute)
+    item = slots(layer).get(attribute)
     if item is not None and not item.keeps_stored:
         return f"packed; `{item.finish}` makes it dense again"
     if rule.reason is not None and not (depthwise and rule.depthwise):
@@ -413,7 +410,7 @@ def _reason_to_skip(
 
 
 def _stored_variable(layer: Any, attribute: str) -> Any:
-    item = reparameterization(layer, attribute)
+    item = slots(layer).get(attribute)
     if item is not None:
         return item.target.variable
     # Not `getattr` first: it may compute an effective weight.
@@ -436,7 +433,7 @@ def _other_matrices(layer: Any, known: set[int]) -> list[Any]:
     }
     inner.update(
         id(parameter)
-        for item in reparameterizations(layer)
+        for item in slots(layer).values()
         for parameter in item.parameters
     )
     return [

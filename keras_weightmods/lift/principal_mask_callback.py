@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.loss_gradients import loss_gradients
-from keras_weightmods.core.seam import is_reparameterized
+from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
 from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
@@ -340,7 +340,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             elif "float" not in dtype:
                 reason = f"not a float variable ({dtype})"
                 skipped.append(Skipped(target.path, reason))
-            elif is_reparameterized(target.layer, target.attribute):
+            elif target.attribute in slots(target.layer):
                 raise ValueError(
                     "The stored weight of a layer that is reparameterized is "
                     "not the one it computes with. Call `kwm.fold(model)` "

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_weightmods.backend import backend_module
 from keras_weightmods.core import seam
+from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.native.packed import (
     VALUE_TYPES,
     Packed,
@@ -83,7 +84,7 @@ class _PackedDenseCall:
     """The `call` of a Dense or EinsumDense with a packed kernel."""
 
     def call(self: Any, inputs, training=None):
-        item = seam.reparameterization(self, "kernel")
+        item = slots(self)["kernel"]
         x = item.product(inputs, item.packed)
         if self.lora_enabled:
             x = ops.add(x, lora_product(self, inputs))

@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import target_of
 from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.native.packed import Packed, packed_arrays
@@ -75,7 +76,7 @@ class _PackedEmbeddingCall(_FrozenEmbedding):
     """The `call` of a ReversibleEmbedding with a packed table."""
 
     def call(self: Any, inputs, reverse=False):
-        item = seam.reparameterization(self, "embeddings")
+        item = slots(self)["embeddings"]
         if not reverse:
             return ops.cast(item.rows(inputs), self.compute_dtype)
         if self.reverse_dtype is not None:

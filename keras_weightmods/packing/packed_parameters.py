@@ -4,10 +4,10 @@ from typing import Any
 
 from keras import ops
 
-from keras_weightmods.core import seam
+from keras_weightmods.core.reparameterization import Reparameterization
 
 
-class PackedParameters(seam.Reparameterization):
+class PackedParameters(Reparameterization):
     """A weight whose parameters stand for it: the packed arrays.
 
     Args:

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.ops.compand import (
     check_function,
@@ -151,7 +152,7 @@ def attach_compander(
     return seam.attach_to_targets(model, resolved, make_item, "companded")
 
 
-class Compander(seam.Reparameterization):
+class Compander(Reparameterization):
     """w = a f(v / b) of one kernel.
 
     Args:

@@ -5,6 +5,12 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.core.reparameterized_layer import (
+    ReparameterizedLayer,
+    ReparameterizedLoraLayer,
+    effective_weight,
+)
 from keras_weightmods.core.targets import target_of
 from keras_weightmods.reparameterize.compander import (
     CompandedKernel,
@@ -22,7 +28,7 @@ class CompanderLayer(_Layer):
     `CompanderDense` documents.
     """
 
-    kernel = seam.effective_weight("kernel")
+    kernel = effective_weight("kernel")
 
     def __init__(
         self,
@@ -41,7 +47,7 @@ class CompanderLayer(_Layer):
     @property
     def compander(self) -> CompandedKernel:
         """The `CompandedKernel` of the built layer, with its a and b."""
-        item: Compander = seam.reparameterization(self, "kernel")
+        item: Any = slots(self).get("kernel")
         return item.summary()
 
     def build(self, input_shape: Any) -> None:
@@ -77,7 +83,7 @@ class CompanderLayer(_Layer):
     def get_config(self) -> dict[str, Any]:
         item = keras_private.attributes(self).get("_compander_to_build")
         if item is None:
-            item = seam.reparameterization(self, "kernel")
+            item = slots(self)["kernel"]
         config = {**super().get_config(), **item.settings()}
         if item.raised:
             # The same `a` in a copy, whatever is drawn there.
@@ -87,7 +93,7 @@ class CompanderLayer(_Layer):
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
 class CompanderDense(
-    CompanderLayer, seam.ReparameterizedLoraLayer, keras.layers.Dense
+    CompanderLayer, ReparameterizedLoraLayer, keras.layers.Dense
 ):
     """`keras.layers.Dense` that trains its kernel through w = a f(v / b).
 
@@ -130,7 +136,7 @@ class CompanderDense(
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
 class CompanderEinsumDense(
-    CompanderLayer, seam.ReparameterizedLoraLayer, keras.layers.EinsumDense
+    CompanderLayer, ReparameterizedLoraLayer, keras.layers.EinsumDense
 ):
     """`keras.layers.EinsumDense` with the compander of `CompanderDense`.
 
@@ -153,7 +159,7 @@ class CompanderEinsumDense(
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
 class CompanderConv1D(
-    CompanderLayer, seam.ReparameterizedLoraLayer, keras.layers.Conv1D
+    CompanderLayer, ReparameterizedLoraLayer, keras.layers.Conv1D
 ):
     """`keras.layers.Conv1D` with the compander of `CompanderDense`.
 
@@ -176,7 +182,7 @@ class CompanderConv1D(
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
 class CompanderConv2D(
-    CompanderLayer, seam.ReparameterizedLoraLayer, keras.layers.Conv2D
+    CompanderLayer, ReparameterizedLoraLayer, keras.layers.Conv2D
 ):
     """`keras.layers.Conv2D` with the compander of `CompanderDense`.
 
@@ -199,7 +205,7 @@ class CompanderConv2D(
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
 class CompanderConv3D(
-    CompanderLayer, seam.ReparameterizedLoraLayer, keras.layers.Conv3D
+    CompanderLayer, ReparameterizedLoraLayer, keras.layers.Conv3D
 ):
     """`keras.layers.Conv3D` with the compander of `CompanderDense`.
 
@@ -222,7 +228,7 @@ class CompanderConv3D(
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
 class CompanderDepthwiseConv2D(
-    CompanderLayer, seam.ReparameterizedLayer, keras.layers.DepthwiseConv2D
+    CompanderLayer, ReparameterizedLayer, keras.layers.DepthwiseConv2D
 ):
     """`keras.layers.DepthwiseConv2D` with the compander of `CompanderDense`.
 

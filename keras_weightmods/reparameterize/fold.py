@@ -3,6 +3,7 @@
 import keras
 
 from keras_weightmods.core import seam
+from keras_weightmods.core.reparameterization import reparameterizations
 
 
 def fold(model: keras.layers.Layer) -> seam.ReparameterizationReport:
@@ -40,9 +41,7 @@ def fold(model: keras.layers.Layer) -> seam.ReparameterizationReport:
     ```
     """
     kinds = {
-        type(item)
-        for item in seam.reparameterizations(model)
-        if item.keeps_stored
+        type(item) for item in reparameterizations(model) if item.keeps_stored
     }
     items = seam.fold(model, tuple(kinds))
     kernels = tuple(item.summary() for item in items)

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import seam
+from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.core.targets import resolve_targets
 
 # A vector of zeros has no direction; its square norm counts as this.
@@ -75,7 +76,7 @@ def attach_weight_norm(
     return seam.attach_to_targets(model, targets, WeightNorm, "normalized")
 
 
-class WeightNorm(seam.Reparameterization):
+class WeightNorm(Reparameterization):
     """w = g v / |v|, with the norm over the contraction axes of `target`."""
 
     name = "weight_norm"

@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core import keras_private, reparameterization, seam
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.targets import target_of
 from keras_weightmods.core.weight_keys import weight_keys
@@ -48,7 +48,7 @@ def describe(model: Any, parts: Any, left_out: Any) -> dict[str, Any]:
         "lora": [
             [name, part.lora_rank, part.lora_alpha, _lora_is_first(part)]
             for name, part in parts.items()
-            if seam.is_reparameterized(part)
+            if reparameterization.slots(part)
             and getattr(part, "lora_enabled", False)
         ],
     }
@@ -121,7 +121,7 @@ def finish(description: Any, model: Any, pending: Any) -> None:
     """Initialize what no part saves, and compile what compiles itself."""
     released = {
         id(item.target.variable)
-        for item in seam.reparameterizations(model)
+        for item in reparameterization.reparameterizations(model)
         if not item.keeps_stored
     }
     for variable in pending:
@@ -228,7 +228,7 @@ def _lora_is_first(layer: Any) -> bool:
     )
     return all(
         lora < own.index(id(parameter))
-        for item in seam.reparameterizations(layer)
+        for item in reparameterization.reparameterizations(layer)
         for parameter in item.parameters
     )
 
@@ -309,7 +309,7 @@ def _changes(model: Any, parts: Any) -> list[Any]:
     """Return [part, attribute, kind, config] of each change in place."""
     names = {id(part): name for name, part in parts.items()}
     rows = []
-    for item in seam.reparameterizations(model):
+    for item in reparameterization.reparameterizations(model):
         if item.is_own:
             continue
         if item.name is None:
@@ -325,7 +325,7 @@ def _changes(model: Any, parts: Any) -> list[Any]:
 
 
 def _change(model: Any, parts: Any, rows: Any) -> None:
-    kinds = seam.kinds()
+    kinds = reparameterization.kinds()
     keys = weight_keys(model)
     layers = [parts.get(name) for name, *_ in rows]
     order = execution_order(
@@ -387,7 +387,7 @@ def _complete_config(layer: Any, get_config: Any) -> dict[str, Any]:
             and value != argument.default
         ):
             config[name] = value
-    if seam.is_reparameterized(layer):
+    if reparameterization.slots(layer):
         # Recorded beside the config, and enabled in its turn.
         config.pop("lora_rank", None)
         config.pop("lora_alpha", None)

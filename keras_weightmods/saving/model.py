@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_weightmods.core import seam
+from keras_weightmods.core.reparameterized_layer import plain_classes
 from keras_weightmods.saving import description, states
 from keras_weightmods.saving.container import (
     Entry,
@@ -99,7 +99,7 @@ def save_model(
     check_filepath(filepath, overwrite)
     left_out = _preprocessor_to_leave_out(model)
     with tempfile.TemporaryDirectory() as folder:
-        with seam.plain_classes(model):
+        with plain_classes(model):
             parts = states.walk(model, left_out)
             described = description.describe(model, parts, left_out)
             assets = states.save_assets(parts, folder)

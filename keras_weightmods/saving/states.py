@@ -15,7 +15,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core import keras_private
+from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.core.reparameterized_layer import checkpoint_arrays
 from keras_weightmods.saving.container import Entry
 
 _WEIGHTS = "weights/"
@@ -72,8 +74,8 @@ def weight_entries(parts: Any) -> dict[str, Entry]:
     entries = {}
     for part_name, part in parts.items():
         # Without computing what it would save, or reading a value.
-        if seam.is_reparameterized(part):
-            arrays = seam.checkpoint_arrays(part)
+        if slots(part):
+            arrays = checkpoint_arrays(part)
         else:
             arrays = {
                 key: (value.shape, value.dtype)

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import keras_private, seam
-from keras_weightmods.core.reparameterization import is_reparameterized
+from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.ops.nm import (
     Pattern,
@@ -128,7 +128,7 @@ def _check(model: Any, layers: Any) -> None:
     for layer in layers:
         if layer.quantization_mode is not None:
             expected = "merged before `quantize`, not into codes"
-        elif is_reparameterized(layer):
+        elif slots(layer):
             expected = "merged after `unpack` or `fold`, into stored weights"
         elif _base(layer) is None:
             expected = "that of Keras' own layers"

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import seam
 from keras_weightmods.core.quantized import quantized_kernels
+from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.ops.nm import Pattern, nm_violations, parse_pattern
@@ -201,7 +201,7 @@ def sparsity_report(
     n, m = parse_pattern(pattern)
     packed, quantized = [], []
     if targets is None:
-        items = seam.reparameterizations(model)
+        items = reparameterizations(model)
         packed = [item for item in items if item.pattern is not None]
         quantized = quantized_kernels(model)
     targets = resolve_targets(model, targets)

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import seam
+from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.ops.matrix import from_matrix, to_matrix
 from keras_weightmods.ops.nm import Pattern, parse_pattern
@@ -167,7 +168,7 @@ def compute_scaled(
     return from_matrix(ops.multiply(blocks, scale), shape, axes)
 
 
-class Scaling(seam.Reparameterization):
+class Scaling(Reparameterization):
     """The scales of one target; see `attach_scaling`."""
 
     name = "scaling"

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core.seam import is_reparameterized
+from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import (
     Target,
     Targets,
@@ -184,7 +184,7 @@ def sparsify(
         )
     found = resolve_targets(model, targets)
     usable = fitting_targets("sparsify", found, pattern)
-    taken = [t.path for t in usable if is_reparameterized(t.layer, t.attribute)]
+    taken = [t.path for t in usable if t.attribute in slots(t.layer)]
     if taken:
         raise ValueError(
             "`sparsify` prunes stored kernels, which are not what these "

@@ -14,7 +14,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.core import keras_private
-from keras_weightmods.core.seam import reparameterizations
+from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.saving import description
 from keras_weightmods.saving.container import (
     Reader,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.core.seam import is_reparameterized
+from keras_weightmods.core.reparameterization import slots
 from tests.models import (
     Subclassed,
     assert_same,
@@ -385,7 +385,7 @@ def test_wrong_models():
         kwm.CAST(model, teacher=other)
     assert other.trainable
     assert type(model.layers[0]) is keras.layers.Dense
-    assert not is_reparameterized(model.layers[0])
+    assert not slots(model.layers[0])
     model.trainable = False
     with pytest.raises(ValueError, match="frozen"):
         kwm.CAST(model)
