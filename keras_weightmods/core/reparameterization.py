@@ -155,7 +155,7 @@ def kinds() -> dict[str, type[Reparameterization]]:
     return dict(_KINDS)
 
 
-def slots(layer: Any) -> dict[str, Any]:
+def slots(layer: Any) -> Any:
     """Return {attribute: Reparameterization} of a layer."""
     return keras_private.attributes(layer).get(_SLOT, {})
 

@@ -47,7 +47,7 @@ class CompanderLayer(_Layer):
     @property
     def compander(self) -> CompandedKernel:
         """The `CompandedKernel` of the built layer, with its a and b."""
-        item: Any = slots(self).get("kernel")
+        item: Compander = slots(self).get("kernel")
         return item.summary()
 
     def build(self, input_shape: Any) -> None:
