@@ -1,6 +1,5 @@
 """The loss of each token, with the logits of few positions at a time."""
 
-from typing import Any
 
 import keras
 import numpy as np
@@ -44,14 +43,12 @@ class TokenScorer:
     ```
     """
 
-    def __init__(self, model: keras.Model, chunk_size: int = 256) -> None:
+    def __init__(self, model, chunk_size=256):
         self.model = model
         self.chunk_size = chunk_size
         self._built_for: list[int] | None = None
 
-    def __call__(
-        self, tokens: Any, padding_mask: Any = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, tokens, padding_mask=None):
         """Score each token after the first of its row.
 
         Args:
@@ -89,9 +86,7 @@ class TokenScorer:
             is_greedy.append(np.asarray(scores["is_greedy"])[:, new])
         return np.concatenate(losses, 1), np.concatenate(is_greedy, 1)
 
-    def score_windows(
-        self, windows: Any, rows: int, length: int
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
+    def score_windows(self, windows, rows, length):
         """Score a batch of windows of different lengths.
 
         Args:
@@ -121,7 +116,7 @@ class TokenScorer:
             for i, window in enumerate(windows)
         ]
 
-    def _build(self) -> None:
+    def _build(self):
         variables = [id(variable) for variable in self.model.variables]
         if variables == self._built_for:
             return
@@ -136,13 +131,13 @@ class TokenScorer:
         self._built_for = variables
 
 
-def fixed_length(model: Any) -> int | None:
+def fixed_length(model):
     """Return the length that the model's inputs must have, or None."""
     shapes = [tensor.shape for tensor in getattr(model, "inputs", None) or ()]
     return next((shape[1] for shape in shapes if len(shape) == 2), None)
 
 
-def longest_input(model: Any, length: int) -> int:
+def longest_input(model, length):
     """Return `length`, or less where the model takes less."""
     limits = [
         fixed_length(model),
@@ -155,7 +150,7 @@ def longest_input(model: Any, length: int) -> int:
 class _Body(keras.Model):
     """From tokens to what enters the head; to the logits without a body."""
 
-    def __init__(self, model: Any, body: Any) -> None:
+    def __init__(self, model, body):
         # TensorFlow takes no name that begins with an underscore. The model's
         # own layers cast what they are given.
         super().__init__(name="body", dtype="float32", autocast=False)
@@ -163,7 +158,7 @@ class _Body(keras.Model):
         self.body = body
         self.built = True
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs, training=False):
         if self.body is None:
             return self.model(inputs, training=training)
         # A `Function` has no `training`; its layers find it in the context.
@@ -173,7 +168,7 @@ class _Body(keras.Model):
 class _Head(keras.Model):
     """From what enters the head, and the targets, to their scores."""
 
-    def __init__(self, head: Any) -> None:
+    def __init__(self, head):
         super().__init__(name="head", dtype="float32", autocast=False)
         self.head = head
         self.tracked = [
@@ -183,7 +178,7 @@ class _Head(keras.Model):
         ]
         self.built = True
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs, training=False):
         logits, targets = inputs["hidden"], inputs["targets"]
         if self.head is not None:
             logits = self.head(logits)
@@ -196,7 +191,7 @@ class _Head(keras.Model):
         }
 
 
-def _find_head(model: Any) -> Any:
+def _find_head(model):
     """Return the `keras.Function` of the head alone; None if not known."""
     outputs = getattr(model, "outputs", None) or []
     if len(outputs) != 1:
@@ -216,14 +211,14 @@ def _find_head(model: Any) -> Any:
             return keras.Function(tensor, outputs[0])
 
 
-def _input_of(model: Any) -> Any:
+def _input_of(model):
     """Return the structure of a model's symbolic inputs, or None."""
     if isinstance(model, keras.Sequential):
         return model.inputs[0]
     return model.input if getattr(model, "inputs", None) else None
 
 
-def _as_taken(model: Any, token_ids: Any, padding_mask: Any) -> Any:
+def _as_taken(model, token_ids, padding_mask):
     """Return the inputs in the form in which the model takes them."""
     inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
     structure = _input_of(model)
@@ -241,7 +236,7 @@ def _as_taken(model: Any, token_ids: Any, padding_mask: Any) -> Any:
     return {name: inputs[name] for name in structure}
 
 
-def _compiled(model: Any) -> Any:
+def _compiled(model):
     if keras.backend.backend() == "jax":
         from keras_weightmods.backend.jax.compiled_call import compiled_call
 

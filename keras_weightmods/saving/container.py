@@ -20,7 +20,6 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -70,22 +69,22 @@ class Entry:
     dtype: str
 
     @property
-    def size(self) -> int:
+    def size(self):
         """Int, in bytes."""
         return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
 
 
-def numpy_dtype(name: str) -> np.dtype:
+def numpy_dtype(name):
     """Return the NumPy dtype that Keras calls `name`."""
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def json_array(value: Any) -> np.ndarray:
+def json_array(value):
     """Return the array of bytes that `Reader.read_json` reads `value` from."""
     return np.frombuffer(json.dumps(value).encode(), "uint8")
 
 
-def check_filepath(filepath: Any, overwrite: bool = True) -> str:
+def check_filepath(filepath, overwrite=True):
     """Return the path of the file to write, links followed.
 
     Raises:
@@ -107,7 +106,7 @@ def check_filepath(filepath: Any, overwrite: bool = True) -> str:
 
 
 @contextlib.contextmanager
-def replacing(filepath: str) -> Iterator[str]:
+def replacing(filepath):
     """Yield the path of a file to write, which then replaces `filepath`.
 
     Of the same ending. On an error it is removed, and `filepath` stays.
@@ -123,13 +122,7 @@ def replacing(filepath: str) -> Iterator[str]:
             os.remove(temporary)
 
 
-def write_arrays(
-    filepath: Any,
-    format: str,
-    version: int,
-    arrays: dict[str, np.ndarray],
-    overwrite: bool = True,
-) -> None:
+def write_arrays(filepath, format, version, arrays, overwrite=True):
     """Write a file of arrays that are in memory; see `Writer`."""
     entries = {
         name: Entry(array.shape, array.dtype.name)
@@ -178,14 +171,7 @@ class Writer:
     ```
     """
 
-    def __init__(
-        self,
-        filepath: Any,
-        format: str,
-        version: int,
-        entries: dict[str, Entry],
-        overwrite: bool = True,
-    ) -> None:
+    def __init__(self, filepath, format, version, entries, overwrite=True):
         self.filepath = check_filepath(filepath, overwrite)
         self.entries = dict(entries)
         for name, entry in self.entries.items():
@@ -214,14 +200,14 @@ class Writer:
                 f"{len(order)} entries, whose header takes {self._start}"
             )
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self):
         with contextlib.ExitStack() as stack:
             temporary = stack.enter_context(replacing(self.filepath))
             self._file = stack.enter_context(open(temporary, "xb"))
             self._open = stack.pop_all()
         return self
 
-    def write(self, name: str, array: np.ndarray) -> None:
+    def write(self, name, array):
         """Write the array of one entry, once."""
         entry = self.entries[name]
         array = np.asarray(array)
@@ -236,7 +222,7 @@ class Writer:
         self._file.write(view)
         self._checksums[name] = hashlib.sha256(view).hexdigest()
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+    def __exit__(self, kind, error, traceback):
         if kind is not None:
             self._open.__exit__(kind, error, traceback)
             return
@@ -256,7 +242,7 @@ class Writer:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def _header(self, checksum: str) -> bytes:
+    def _header(self, checksum):
         metadata = {
             **self._metadata,
             "sha256": json.dumps(self._checksums),
@@ -296,9 +282,7 @@ class Reader:
         OSError: If the file cannot be read.
     """
 
-    def __init__(
-        self, filepath: Any, format: str, versions: tuple[int, ...]
-    ) -> None:
+    def __init__(self, filepath, format, versions):
         self.filepath = os.fspath(filepath)
         self._file = open(filepath, "rb", opener=_open)  # noqa: SIM115
         try:
@@ -307,13 +291,13 @@ class Reader:
             self._file.close()
             raise
 
-    def __enter__(self) -> "Reader":
+    def __enter__(self):
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error):
         self._file.close()
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name):
         """Return the array of one entry, in memory of its own."""
         entry = self.entries[name]
         array = np.empty(entry.shape, numpy_dtype(entry.dtype))
@@ -321,7 +305,7 @@ class Reader:
         self._read_into(_bytes_of(array), name)
         return array
 
-    def read_json(self, name: str) -> Any:
+    def read_json(self, name):
         """Return the value of an entry that holds JSON; see `json_array`."""
         if self.entries[name].dtype != "uint8":
             raise self.error(name, "must be JSON, of dtype U8")
@@ -330,17 +314,17 @@ class Reader:
         except ValueError as error:
             raise self.error(name, f"must be JSON ({error})") from error
 
-    def error(self, name: str, reason: str) -> ValueError:
+    def error(self, name, reason):
         """Return a `ValueError` to raise: what is wrong with an entry."""
         return self._error(f"Entry `{name}` {reason}")
 
-    def _error(self, reason: str) -> ValueError:
+    def _error(self, reason):
         return ValueError(
             f"{reason}. The file is truncated, altered or of another kind: "
             f"get or save it again. Received: filepath={self.filepath!r}"
         )
 
-    def _check_header(self, format: str, versions: Any) -> dict[str, str]:
+    def _check_header(self, format, versions):
         """Set the entries and return their checksums."""
         status = os.fstat(self._file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -384,9 +368,7 @@ class Reader:
             )
         return checksums
 
-    def _check_metadata(
-        self, metadata: Any, format: str, versions: Any
-    ) -> None:
+    def _check_metadata(self, metadata, format, versions):
         if metadata.get("format") != format:
             raise self._error(f"The header does not state format {format!r}")
         version = metadata.get("version")
@@ -401,7 +383,7 @@ class Reader:
                 f"The header must have the metadata {sorted(_METADATA_KEYS)}"
             )
 
-    def _entry(self, name: str, fields: Any) -> Entry:
+    def _entry(self, name, fields):
         """Return an `Entry`, checked where the library is more lenient."""
         if not _is_name(name):
             raise self.error(name[:80], f"must have {_NAME_RULE}")
@@ -416,7 +398,7 @@ class Reader:
             raise self.error(name, "has a shape that is too large")
         return Entry(tuple(shape), _NAMES[dtype])
 
-    def _check_data(self, checksums: Any) -> None:
+    def _check_data(self, checksums):
         chunk = memoryview(bytearray(_CHUNK))
         for name, entry in self.entries.items():
             self._file.seek(self._start + self._offsets[name])
@@ -432,28 +414,28 @@ class Reader:
             if digest.hexdigest() != checksums[name]:
                 raise self._error(f"The checksum of `{name}` does not match")
 
-    def _read_into(self, view: Any, name: str) -> None:
+    def _read_into(self, view, name):
         if self._file.readinto(view) != len(view):
             raise self.error(name, "ends early")
 
 
-def _open(path: str, flags: int) -> int:
+def _open(path, flags):
     # Without waiting for the other end of a pipe.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _is_name(name: str) -> bool:
+def _is_name(name):
     return 0 < len(name) <= 1024 and name.isprintable()
 
 
-def _bytes_of(array: Any) -> memoryview:
+def _bytes_of(array):
     return memoryview(array.reshape(-1).view("uint8"))
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text):
     """Return the value of a JSON text; raise ValueError if it is not valid."""
 
-    def unique(pairs: Any) -> dict[str, Any]:
+    def unique(pairs):
         once = dict(pairs)
         if len(once) != len(pairs):
             raise ValueError("a key appears twice in an object")

@@ -7,7 +7,6 @@ import inspect
 import itertools
 import json
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -20,7 +19,7 @@ from keras_weightmods.saving import states
 from keras_weightmods.version import __version__
 
 
-def describe(model: Any, parts: Any, left_out: Any) -> dict[str, Any]:
+def describe(model, parts, left_out):
     """Describe a model whose layers have their plain classes, as JSON.
 
     Args:
@@ -54,7 +53,7 @@ def describe(model: Any, parts: Any, left_out: Any) -> dict[str, Any]:
     }
 
 
-def check(description: Any) -> None:
+def check(description):
     """Raise ValueError if a description from a file has another form."""
     if not isinstance(description, dict) or set(description) != set(_FORMS):
         raise ValueError(f"must have the keys {sorted(_FORMS)}")
@@ -85,7 +84,7 @@ _FORMS: dict[str, Any] = {
 }
 
 
-def build(description: Any, custom_objects: Any = None) -> tuple[Any, Any, Any]:
+def build(description, custom_objects=None):
     """Build the model, with its changes in place, mostly without values.
 
     Args:
@@ -109,7 +108,7 @@ def build(description: Any, custom_objects: Any = None) -> tuple[Any, Any, Any]:
     return (*_build(description, custom_objects), [])
 
 
-def give_values(part: Any) -> None:
+def give_values(part):
     """Initializes the part's own variables, to be overwritten."""
     if isinstance(part, keras.layers.Layer):
         for variable in keras_private.own_variables(part):
@@ -117,7 +116,7 @@ def give_values(part: Any) -> None:
                 keras_private.initialize(variable, keras.initializers.Zeros())
 
 
-def finish(description: Any, model: Any, pending: Any) -> None:
+def finish(description, model, pending):
     """Initialize what no part saves, and compile what compiles itself."""
     released = {
         id(item.target.variable)
@@ -134,7 +133,7 @@ def finish(description: Any, model: Any, pending: Any) -> None:
         model.compile()
 
 
-def check_same(entries: Any, parts: Any) -> None:
+def check_same(entries, parts):
     """Raise ValueError unless `entries` is what the parts would save."""
     saved, built = (
         {name: f"{entry.dtype} {entry.shape}" for name, entry in each.items()}
@@ -143,7 +142,7 @@ def check_same(entries: Any, parts: Any) -> None:
     _check_equal("weights", saved, built)
 
 
-def rehearse(description: Any, parts: Any, entries: Any) -> None:
+def rehearse(description, parts, entries):
     """Raise ValueError if the model would not be built again as it is.
 
     Args:
@@ -165,14 +164,14 @@ def rehearse(description: Any, parts: Any, entries: Any) -> None:
             ) from error
 
 
-def message(error: Exception) -> str:
+def message(error):
     """Return what an error of Keras says, without the whole config in it."""
     text = str(error).rpartition("Exception encountered: ")[2]
     text = text.partition("Full object config:")[0].strip()
     return text if len(text) <= 2000 else f"{text[:2000]}..."
 
 
-def reason_against(preprocessor: Any) -> str | None:
+def reason_against(preprocessor):
     """Return why a preprocessor cannot be restored; None if it can be."""
     try:
         with keras_private.without_traces():
@@ -190,7 +189,7 @@ def reason_against(preprocessor: Any) -> str | None:
     return None
 
 
-def _build(description: Any, custom_objects: Any) -> tuple[Any, Any]:
+def _build(description, custom_objects):
     # A copy: `from_config` changes the config that it gets.
     config = copy.deepcopy(description["config"])
     config.pop("compile_config", None)
@@ -212,13 +211,13 @@ def _build(description: Any, custom_objects: Any) -> tuple[Any, Any]:
     return model, parts
 
 
-def _enable_lora(parts: Any, rows: Any, first: bool) -> None:
+def _enable_lora(parts, rows, first):
     for name, rank, alpha, is_first in rows:
         if is_first == first:
             parts[name].enable_lora(rank, lora_alpha=alpha)
 
 
-def _lora_is_first(layer: Any) -> bool:
+def _lora_is_first(layer):
     """Return whether LoRA came before the change of the weight in place."""
     own = [id(variable) for variable in layer.weights]
     lora = min(
@@ -233,13 +232,13 @@ def _lora_is_first(layer: Any) -> bool:
     )
 
 
-def _classes(parts: Any) -> dict[str, type]:
+def _classes(parts):
     """Return {name: class}: what a user gives `load_model` if need be."""
     classes = {type(part) for part in parts.values()}
     return {keras.saving.get_registered_name(cls): cls for cls in classes}
 
 
-def _rows(parts: Any) -> list[list[Any]]:
+def _rows(parts):
     """Return [name, class, own name, trainable or not] of each part."""
     return [
         [name, type(part).__name__]
@@ -250,7 +249,7 @@ def _rows(parts: Any) -> list[list[Any]]:
     ]
 
 
-def _check_parts(rows: Any, parts: Any) -> None:
+def _check_parts(rows, parts):
     """Raise ValueError if the parts are not those of `rows`.
 
     Their own names may differ in the numbers that Keras gives to layers
@@ -277,12 +276,12 @@ def _check_parts(rows: Any, parts: Any) -> None:
             )
 
 
-def _numbered(name: str) -> tuple[str, int]:
+def _numbered(name):
     base, _, number = str(name).rpartition("_")
     return (base, int(number)) if number.isdecimal() else (str(name), 0)
 
 
-def _check_equal(kind: str, saved: Any, built: Any) -> None:
+def _check_equal(kind, saved, built):
     """Raise ValueError unless two dicts of strings are equal."""
     problems = {
         "not built": [name for name in saved if name not in built],
@@ -305,7 +304,7 @@ def _check_equal(kind: str, saved: Any, built: Any) -> None:
         )
 
 
-def _changes(model: Any, parts: Any) -> list[Any]:
+def _changes(model, parts):
     """Return [part, attribute, kind, config] of each change in place."""
     names = {id(part): name for name, part in parts.items()}
     rows = []
@@ -324,7 +323,7 @@ def _changes(model: Any, parts: Any) -> list[Any]:
     return rows
 
 
-def _change(model: Any, parts: Any, rows: Any) -> None:
+def _change(model, parts, rows):
     kinds = reparameterization.kinds()
     keys = weight_keys(model)
     layers = [parts.get(name) for name, *_ in rows]
@@ -357,7 +356,7 @@ def _change(model: Any, parts: Any, rows: Any) -> None:
 
 
 @contextlib.contextmanager
-def _complete_configs(model: Any, left_out: Any) -> Iterator[None]:
+def _complete_configs(model, left_out):
     """Make configs hold the arguments that they forget, and no compilation.
 
     `LlamaBackbone.get_config()` forgets `tie_word_embeddings`, for instance.
@@ -376,7 +375,7 @@ def _complete_configs(model: Any, left_out: Any) -> Iterator[None]:
         yield
 
 
-def _complete_config(layer: Any, get_config: Any) -> dict[str, Any]:
+def _complete_config(layer, get_config):
     config: dict[str, Any] = get_config()
     arguments = inspect.signature(type(layer).__init__).parameters
     for name, argument in arguments.items():

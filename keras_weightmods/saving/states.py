@@ -30,7 +30,7 @@ _OF_TRAINING = (
 )
 
 
-def walk(model: Any, left_out: Any = ()) -> dict[str, Any]:
+def walk(model, left_out=()):
     """Find the parts of a model that may keep something.
 
     Optimizers, losses and metrics are not among them.
@@ -42,7 +42,7 @@ def walk(model: Any, left_out: Any = ()) -> dict[str, Any]:
     # The objects, and not only their ids, which are free again after them.
     visited = {id(each): each for each in left_out}
 
-    def visit(name: str, part: Any) -> None:
+    def visit(name, part):
         is_part = isinstance(part, keras_private.KerasSaveable)
         if not is_part and not isinstance(part, _CONTAINERS):
             return
@@ -69,7 +69,7 @@ def walk(model: Any, left_out: Any = ()) -> dict[str, Any]:
     return found
 
 
-def weight_entries(parts: Any) -> dict[str, Entry]:
+def weight_entries(parts):
     """Return a dict from name to `Entry` of all that the parts would save."""
     entries = {}
     for part_name, part in parts.items():
@@ -94,7 +94,7 @@ def weight_entries(parts: Any) -> dict[str, Entry]:
     return entries
 
 
-def write_weights(parts: Any, writer: Any) -> None:
+def write_weights(parts, writer):
     """Write all that the parts save, one part after another."""
     for part_name, part in parts.items():
         for key, value in _saved(part).items():
@@ -102,7 +102,7 @@ def write_weights(parts: Any, writer: Any) -> None:
             writer.write(name, keras.ops.convert_to_numpy(value))
 
 
-def load(parts: Any, reader: Any, folder: str, prepare: Any) -> None:
+def load(parts, reader, folder, prepare):
     """Give the parts their weights and assets, one part after another.
 
     Args:
@@ -132,17 +132,17 @@ def load(parts: Any, reader: Any, folder: str, prepare: Any) -> None:
             ) from error
 
 
-def is_weight(entry: str) -> bool:
+def is_weight(entry):
     """Return whether an entry of a file, by its name, is a weight."""
     return entry.startswith(_WEIGHTS)
 
 
-def is_asset(entry: str) -> bool:
+def is_asset(entry):
     """Return whether an entry of a file, by its name, is an asset."""
     return entry.startswith(_ASSETS)
 
 
-def save_assets(parts: Any, folder: str) -> dict[str, pathlib.Path]:
+def save_assets(parts, folder):
     """Save what the parts keep in files, and return {entry: file}."""
     for name, part in parts.items():
         if hasattr(part, "save_assets"):
@@ -154,7 +154,7 @@ def save_assets(parts: Any, folder: str) -> dict[str, pathlib.Path]:
     }
 
 
-def copy_assets(parts: Any, others: Any) -> None:
+def copy_assets(parts, others):
     """Load into `others` what `parts`, of the same names, keep in files."""
     with tempfile.TemporaryDirectory() as folder:
         save_assets(parts, folder)
@@ -162,7 +162,7 @@ def copy_assets(parts: Any, others: Any) -> None:
             _load_assets(name, part, folder)
 
 
-def extract_assets(reader: Any, folder: str) -> None:
+def extract_assets(reader, folder):
     """Write the assets of a file to `folder`, where `load` looks for them."""
     for name in filter(is_asset, reader.entries):
         steps = name.removeprefix(_ASSETS).split("/")
@@ -181,7 +181,7 @@ def extract_assets(reader: Any, folder: str) -> None:
             ) from error
 
 
-def check_assets(parts: Any, reader: Any) -> None:
+def check_assets(parts, reader):
     """Raise ValueError if an asset belongs to none of the parts."""
     folders = tuple(
         _ASSETS + _join(name, "")
@@ -193,7 +193,7 @@ def check_assets(parts: Any, reader: Any) -> None:
             raise reader.error(name, "belongs to no part of the model")
 
 
-def _saved(part: Any) -> dict[str, Any]:
+def _saved(part):
     """Return {key: variable or array} of what `part` saves."""
     saved: dict[str, Any] = {}
     if hasattr(part, "save_own_variables"):
@@ -204,16 +204,16 @@ def _saved(part: Any) -> dict[str, Any]:
     }
 
 
-def _load_assets(name: str, part: Any, folder: str) -> None:
+def _load_assets(name, part, folder):
     if hasattr(part, "load_assets"):
         part.load_assets(_folder_of(name, folder))
 
 
-def _folder_of(name: str, folder: str) -> str:
+def _folder_of(name, folder):
     place = os.path.join(folder, name)
     os.makedirs(place, exist_ok=True)
     return place
 
 
-def _join(name: str, *more: Any) -> str:
+def _join(name, *more):
     return "/".join(([name] if name else []) + list(more))
