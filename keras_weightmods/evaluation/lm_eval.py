@@ -126,7 +126,6 @@ class _KerasLM:
     def tok_encode(
         self, string: str, add_special_tokens: Any = None, **kwargs: Any
     ) -> Any:
-        del kwargs
         tokens = tokenize(self.model, string).tolist()
         start = start_token(self.model)
         if start is not None and (
@@ -137,7 +136,6 @@ class _KerasLM:
         return tokens
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
-        del kwargs
         pairs = [(context, scored) for _, context, scored in requests]
         results = self._log_probabilities(pairs)
         for (strings, _, _), result in zip(requests, results):
@@ -147,19 +145,15 @@ class _KerasLM:
     def loglikelihood_rolling(
         self, requests: Any, disable_tqdm: bool = False
     ) -> list[float]:
-        from lm_eval.utils import (
-            get_rolling_token_windows,
-            make_disjoint_window,
-        )
+        from lm_eval import utils
 
-        del disable_tqdm
         pairs, owners = [], []
         for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
-            for window in get_rolling_token_windows(
+            for window in utils.get_rolling_token_windows(
                 tokens, self.prefix_token_id, self.length, context_len=1
             ):
-                pairs.append(make_disjoint_window(window))
+                pairs.append(utils.make_disjoint_window(window))
                 owners.append(index)
         totals = [0.0] * len(requests)
         for index, (value, _) in zip(owners, self._log_probabilities(pairs)):
@@ -173,8 +167,7 @@ class _KerasLM:
     def generate_until(
         self, requests: Any, disable_tqdm: bool = False
     ) -> list[str]:
-        del disable_tqdm
-        progress = _progress(len(requests), "generate_until")
+        progress = keras.utils.Progbar(len(requests))
         results = []
         with _greedy(self.model) as generate:
             for request in requests:
@@ -200,7 +193,7 @@ class _KerasLM:
         results: list[Any] = [None] * len(pairs)
         # Those of one length together; the longest first, for its memory.
         order = sorted(range(len(pairs)), key=lambda i: -len(windows[i]))
-        progress = _progress(len(pairs), "loglikelihood")
+        progress = keras.utils.Progbar(len(pairs))
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
             scores = self._scorer.score_windows(
@@ -279,7 +272,3 @@ def _greedy(model: Any) -> Iterator[Any]:
         generate_function=None,
     ):
         yield generate
-
-
-def _progress(count: int, name: str) -> Any:
-    return keras.utils.Progbar(count, unit_name=name)

@@ -9,7 +9,9 @@ import keras
 import numpy as np
 
 from keras_weightmods.evaluation.token_scorer import TokenScorer, longest_input
-from keras_weightmods.utils.checks import check_int, error
+from keras_weightmods.utils import checks
+
+_TEXTS = "strings, vectors of token ids, or an int array (rows, tokens)"
 
 
 def perplexity(
@@ -124,9 +126,11 @@ class Perplexity:
         batch_size: int = 1,
         chunk_size: int = 256,
     ) -> None:
-        check_int("length", length, least=1)
-        stride = check_int("stride", length if stride is None else stride, 1)
-        check_int("chunk_size", chunk_size, least=1)
+        checks.check_int("length", length, least=1)
+        stride = checks.check_int(
+            "stride", length if stride is None else stride, 1
+        )
+        checks.check_int("chunk_size", chunk_size, least=1)
         if stride > length:
             raise ValueError(
                 "`stride` must be at most `length`, or tokens between two "
@@ -137,7 +141,7 @@ class Perplexity:
         self.model = model
         self.length = length
         self.stride = min(stride, length)
-        self.batch_size = check_int("batch_size", batch_size, least=1)
+        self.batch_size = checks.check_int("batch_size", batch_size, least=1)
         self._score = TokenScorer(model, chunk_size)
 
     def __call__(
@@ -239,14 +243,14 @@ def token_sequences(model: Any, texts: Any) -> Iterator[np.ndarray]:
     if keras.ops.is_tensor(texts):
         texts = keras.ops.convert_to_numpy(texts)
     if not hasattr(texts, "__iter__") or isinstance(texts, (bytes, dict)):
-        raise _not_texts(texts)
+        raise checks.error("texts", _TEXTS, texts)
     for text in texts:
         if isinstance(text, str):
             yield tokenize(model, text)
             continue
         tokens = np.asarray(text)
         if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-            raise _not_texts(text)
+            raise checks.error("texts", _TEXTS, text)
         yield tokens.astype("int32")
 
 
@@ -270,15 +274,6 @@ def start_token(model: Any) -> Any:
     if not getattr(preprocessor, "add_start_token", True):
         return None
     return preprocessor.tokenizer.start_token_id
-
-
-def _not_texts(received: Any) -> ValueError:
-    return error(
-        "texts",
-        "strings, vectors of token ids, or an int array of shape "
-        "(rows, tokens)",
-        received,
-    )
 
 
 def _exp(mean: float) -> float:

@@ -1,6 +1,5 @@
 """The loss of each token, with the logits of few positions at a time."""
 
-
 import keras
 import numpy as np
 from keras import ops

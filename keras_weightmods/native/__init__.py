@@ -15,41 +15,26 @@ _ABI_VERSION = 2
 _SCALAR = 0  # KWM_ISA_SCALAR
 _TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 
-_INT = ctypes.c_int
-_SIZE = ctypes.c_int64
-_FLOAT = ctypes.c_float
-_POINTER = ctypes.c_void_p
-_WEIGHTS = [_SIZE, _SIZE, _INT, _POINTER, _POINTER, _POINTER]
-_THREADS = [_POINTER, _POINTER]
+# C's types, by the letters of Python's `struct`.
+_C_TYPES = {
+    "i": ctypes.c_int,
+    "q": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "P": ctypes.c_void_p,
+    "s": ctypes.c_char_p,
+}
+# The result and the arguments of each function, as in kwm_native.h.
 _SIGNATURES = {
-    "kwm_abi_version": (_INT, []),
-    "kwm_isa": (_INT, []),
-    "kwm_set_isa": (_INT, [_INT]),
-    "kwm_pack": (
-        _SIZE,
-        [_POINTER, _SIZE, _SIZE, _INT, _POINTER, _POINTER, _POINTER],
-    ),
-    "kwm_unpack": (
-        None,
-        [_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _POINTER],
-    ),
-    "kwm_matmul": (None, [_POINTER, _SIZE, *_WEIGHTS, _POINTER, *_THREADS]),
-    "kwm_matmul_transposed": (
-        None,
-        [_POINTER, _SIZE, *_WEIGHTS, _POINTER, *_THREADS],
-    ),
-    "kwm_values_gradient": (
-        None,
-        [_POINTER, _POINTER, *[_SIZE] * 3, _POINTER, _POINTER, *_THREADS],
-    ),
-    "kwm_compand": (
-        None,
-        [_POINTER, _SIZE, _FLOAT, _FLOAT, _POINTER, *_THREADS],
-    ),
-    "kwm_compand_gradient": (
-        None,
-        [*[_POINTER] * 3, _SIZE, _FLOAT, _FLOAT, *[_POINTER] * 3, *_THREADS],
-    ),
+    "kwm_abi_version": ("i", ""),
+    "kwm_isa": ("i", ""),
+    "kwm_set_isa": ("i", "i"),
+    "kwm_pack": ("q", "PqqiPPP"),
+    "kwm_unpack": ("", "PPPqqiP"),
+    "kwm_matmul": ("", "PqqqiPPPPPP"),
+    "kwm_matmul_transposed": ("", "PqqqiPPPPPP"),
+    "kwm_values_gradient": ("", "PPqqqPPPP"),
+    "kwm_compand": ("", "PqffPPP"),
+    "kwm_compand_gradient": ("", "PPPqffPPPPP"),
 }
 
 _WAY_OUT = (
@@ -170,20 +155,15 @@ def _find():
         return None, f"{found[0]} cannot be loaded: {error}. {_WAY_OUT}"
 
 
-def open_library(
-    path: str | os.PathLike[str],
-    version_function: str,
-    version: int,
-    signatures: dict[str, Any],
-) -> ctypes.CDLL:
+def open_library(path, version_function, version, signatures):
     """Open a C library and type its functions.
 
     Args:
         path: Path of the library.
         version_function: String, the function that returns its version.
         version: Int, the version that it must have.
-        signatures: Dict from names to pairs of the type of the result and a
-            list of those of the arguments.
+        signatures: Dict from names to pairs of strings, with a letter for
+            the type of the result and one for that of each argument.
 
     Raises:
         OSError: If it cannot be opened, or is of another release.
@@ -193,10 +173,10 @@ def open_library(
     found = getattr(loaded, version_function)()
     if found != version:
         raise OSError(
-            "it is of another release: its interface has version "
-            f"{found}, expected {version}"
+            f"it is of another release: version {found}, expected {version}"
         )
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
+        function.restype = _C_TYPES.get(result)
+        function.argtypes = [_C_TYPES[letter] for letter in arguments]
     return loaded

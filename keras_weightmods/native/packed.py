@@ -75,13 +75,10 @@ class Packed:
             self.shape, self.dtype
         ).items():
             array = getattr(self, name)
-            if array is None:
-                received = None
-            else:
-                received = (
-                    tuple(array.shape),
-                    keras.backend.standardize_dtype(array.dtype),
-                )
+            received: Any = None
+            if array is not None:
+                kind = keras.backend.standardize_dtype(array.dtype)
+                received = tuple(array.shape), kind
             if received != (shape, dtype):
                 raise ValueError(
                     f"`{name}` of a packed kernel of shape {self.shape} and "
@@ -89,10 +86,7 @@ class Packed:
                     f"type {dtype}. Received: {received}"
                 )
         if self.dtype != "int8" and self.scale is not None:
-            raise ValueError(
-                "`scale` must be None unless the values are int8. Received: "
-                f"dtype={self.dtype!r}, scale={self.scale!r}"
-            )
+            raise checks.error("scale", "None without int8 values", self.scale)
 
 
 def packed_arrays(
@@ -255,10 +249,7 @@ def unpack_kernel(packed: Packed) -> Any:
 def check_packed(packed: Any) -> None:
     """Raise ValueError unless this is `Packed`."""
     if not isinstance(packed, Packed):
-        raise ValueError(
-            "`packed` must be what `pack_kernel` returns. Received: "
-            f"packed={type(packed).__name__}"
-        )
+        raise checks.error("packed", "what `pack_kernel` returns", packed)
 
 
 def unpack_tensor(packed: Packed) -> Any:

@@ -59,12 +59,7 @@ def adapted(model):
 
 
 def test_loglikelihood(model, adapted):
-    pairs = [
-        ("ab cd", " ab"),
-        ("c", "b"),
-        ("c d ", "ef"),
-        ("defgh" * 4, "h"),
-    ]
+    pairs = [("ab cd", " ab"), ("c", "b"), ("c d ", "ef"), ("defgh" * 4, "h")]
     results = adapted.loglikelihood(requests(*pairs))
     for (context, continuation), (value, is_greedy) in zip(pairs, results):
         whole = encode(model, context + continuation)

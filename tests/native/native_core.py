@@ -22,12 +22,7 @@ VALUES_DTYPE = {"float32": "float32", "bfloat16": "uint16", "int8": "int8"}
 
 Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 ParallelFor = ctypes.CFUNCTYPE(
-    None,
-    ctypes.c_void_p,
-    ctypes.c_int64,
-    ctypes.c_int64,
-    Task,
-    ctypes.c_void_p,
+    None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, Task, ctypes.c_void_p
 )
 
 
@@ -68,11 +63,7 @@ def load():
         ("kwm_unpack", None, [array] * 3 + [size, size, kind, array]),
         ("kwm_matmul", None, [array, *packed, array, array, array]),
         ("kwm_matmul_transposed", None, [array, *packed, array, array, array]),
-        (
-            "kwm_values_gradient",
-            None,
-            [array] * 2 + [size] * 3 + [array] * 4,
-        ),
+        ("kwm_values_gradient", None, [array] * 2 + [size] * 3 + [array] * 4),
         ("kwm_compand", None, [array, size, number, number] + [array] * 3),
         (
             "kwm_compand_gradient",

@@ -105,11 +105,7 @@ def test_tensors_and_variables_unpack_alike(dtype):
 
 @pytest.mark.parametrize(
     ("given", "packed"),
-    [
-        ("float32", "float32"),
-        ("float16", "float32"),
-        ("bfloat16", "bfloat16"),
-    ],
+    [("float32", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16")],
 )
 def test_type_of_values_follows_the_kernel(given, packed):
     kernel = keras.ops.cast(kernel_of(8, 3), given)

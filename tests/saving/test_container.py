@@ -419,7 +419,7 @@ HOSTILE = {
         "shape long": set_matrix(shape=[1] * 10**5 + [12]),
     },
     "`e/empty` has a shape that is too large": {
-        "shape huge empty": set_empty(shape=[0, 2**62]),
+        "shape huge empty": set_empty(shape=[0, 2**62])
     },
     "1024 printable characters": {
         "name empty": rename(""),

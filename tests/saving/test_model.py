@@ -608,7 +608,7 @@ HOSTILE = {
         "no model": edit(lambda d: d.update(config=layers_of(d)[1]))
     },
     "one change of a weight 'kernel' in layer 'layers/dense'": {
-        "change twice": edit(lambda d: d["changes"].append(d["changes"][0])),
+        "change twice": edit(lambda d: d["changes"].append(d["changes"][0]))
     },
     "layers/none": {"change of no layer": put_change(0, "layers/none")},
     "'bias'": {"change of bias": put_change(1, "bias")},
@@ -650,15 +650,15 @@ HOSTILE = {
         ),
     },
     "eval": {
-        "layer eval": replace_layer("builtins", "eval", registered_name="eval"),
+        "layer eval": replace_layer("builtins", "eval", registered_name="eval")
     },
     "Popen": {
         "layer of subprocess": replace_layer(
             "subprocess", "Popen", registered_name=None
-        ),
+        )
     },
     "get_file": {
-        "layer of keras.utils": replace_layer("keras.utils", "get_file"),
+        "layer of keras.utils": replace_layer("keras.utils", "get_file")
     },
     "arbitrary code": {
         "layer lambda": replace_layer(
@@ -675,11 +675,11 @@ HOSTILE = {
         "weight renamed": lambda a: a.update({f"{KERNEL}/x": a.pop(KERNEL)}),
     },
     "weights/layers/dense/2": {
-        "weight more": add("weights/layers/dense/2", np.ones(1)),
+        "weight more": add("weights/layers/dense/2", np.ones(1))
     },
     r"code\.py": {"entry unknown": add("code.py", as_bytes(b"import os"))},
     "assets/layers/dense/x": {
-        "asset of no part": add("assets/layers/dense/x", as_bytes(b"x")),
+        "asset of no part": add("assets/layers/dense/x", as_bytes(b"x"))
     },
     "named as a file|no part|temporary": {
         f"asset {name[:20]}": add(name, as_bytes(b"x"))

@@ -16,7 +16,6 @@ def batches_as_rows(product: Callable[..., Any]) -> Callable[..., Any]:
 
     @call.def_vmap
     def batched(axis_size, in_batched, *arguments):
-        del axis_size
         if not any(jax.tree.leaves(in_batched[1:])):
             return call(*arguments), True
         leaves, structure = jax.tree.flatten(arguments)

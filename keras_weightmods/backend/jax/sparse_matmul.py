@@ -17,11 +17,9 @@ from keras_weightmods.native.packed import dense_matmul
 
 def reason_unavailable():
     """Return why the compiled kernels cannot be used; empty if they can."""
-    return (
-        ""
-        if jax.default_backend() == "gpu"
-        else xla_handlers.reason_unavailable()
-    )
+    if jax.default_backend() == "gpu":
+        return ""
+    return xla_handlers.reason_unavailable()
 
 
 def sparse_matmul(x, packed):
@@ -30,19 +28,16 @@ def sparse_matmul(x, packed):
     if platform == "cpu":
         return _sparse_matmul_on_cpu(x, packed)
     # Arrays may be placed on the CPU of a machine with a GPU too.
-    dense = functools.partial(dense_matmul, packed=packed)
-    choices = (
-        {}
-        if xla_handlers.reason_unavailable()
-        else {"cpu": _sparse_matmul_on_cpu}
-    )
+    choices = {"default": dense_matmul}
+    if not xla_handlers.reason_unavailable():
+        choices["cpu"] = _sparse_matmul_on_cpu
     if platform == "gpu":
         choices["cuda"] = sparse_matmul_gpu.matmul
     choices = {
         name: functools.partial(choice, packed=packed)
         for name, choice in choices.items()
     }
-    return jax.lax.platform_dependent(x, **choices, default=dense)
+    return jax.lax.platform_dependent(x, **choices)
 
 
 def _sparse_matmul_on_cpu(x, packed):
@@ -79,7 +74,6 @@ def _matmul_forward(x, values, meta, scale, size, transposed):
 
 
 def _matmul_backward(size, transposed, saved, dy):
-    del size
     x, values, meta, scale = saved
     dx = _matmul(dy, values, meta, scale, x.shape[-1], not transposed)
     # XLA drops the call if nobody asks for its result.

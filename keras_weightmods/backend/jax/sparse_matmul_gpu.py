@@ -35,7 +35,6 @@ _TARGETS = {
         "execute": "kwm_gpu_xla_cusparselt",
     },
 }
-_FIELDS = dataclasses.fields(Packed)
 # cuSPARSELt wants this many rows, or a multiple.
 _ROWS = 16
 
@@ -101,7 +100,9 @@ def prepare(packed, x_dtype, kind=None):
     """
     if kind is None:
         kind = plan(packed.shape, x_dtype, packed.dtype).companion
-    fields = {f.name: getattr(packed, f.name) for f in _FIELDS}
+    fields = {
+        f.name: getattr(packed, f.name) for f in dataclasses.fields(Packed)
+    }
     prepared = PreparedPacked(**fields, companion_kind=kind, x_dtype=x_dtype)
     return dataclasses.replace(prepared, companion=companion(prepared))
 

@@ -24,7 +24,6 @@ def is_native(v):
 
 def compand(v, a, b, *by_torch):
     """`a * arctan(v / b)`; the arguments are those of `compand` on JAX."""
-    del by_torch
     return _Compand.apply(v, a, b)
 
 
@@ -62,12 +61,7 @@ def _native_compand(v, a, b):
     v = v.contiguous()
     w = torch.empty_like(v)
     native.library().kwm_compand(
-        v.data_ptr(),
-        v.numel(),
-        a,
-        b,
-        w.data_ptr(),
-        *threads(_WORK * v.numel()),
+        v.data_ptr(), v.numel(), a, b, w.data_ptr(), *threads(_WORK * v.numel())
     )
     return w
 

@@ -5,6 +5,7 @@ torch's own, as many as `torch.get_num_threads()`; one for small products.
 """
 
 import functools
+import math
 
 import keras
 import torch
@@ -13,6 +14,7 @@ from keras_weightmods import native
 from keras_weightmods.backend.torch import sparse_matmul_gpu
 from keras_weightmods.backend.torch.threads import threads
 from keras_weightmods.native.packed import dense_matmul, packed_arrays
+from keras_weightmods.utils import checks
 
 _TYPES = {
     torch.float32: "float32",
@@ -155,7 +157,10 @@ def _backward(ctx, dy):
     if ctx.needs_input_grad[0]:
         dx = ops.sparse_matmul_transposed(dy, values, meta, scale, ctx.k)
     if ctx.needs_input_grad[1]:
-        _check_trainable(values)
+        if values.dtype is not torch.float32:
+            raise ValueError(
+                f"Only float32 values have gradients. Received: {values.dtype}"
+            )
         dvalues = ops.sparse_values_gradient(x, dy, meta)
     return dx, dvalues, None, None, None
 
@@ -171,24 +176,15 @@ torch.library.register_autograd(
 def _rows(x):
     """Return a contiguous float32 activation, and its number of rows."""
     if x.dtype is not torch.float32:
-        raise ValueError(
-            "The activation of a packed product must be float32. Received: "
-            f"{x.dtype}"
-        )
-    rows = 1
-    for size in x.shape[:-1]:
-        rows *= size
-    return x.contiguous(), rows
+        raise checks.error("x", "float32", x.dtype)
+    return x.contiguous(), math.prod(x.shape[:-1])
 
 
 def _weights(k, n, values, meta, scale):
     """Return the arguments of the library for the weights, checked."""
     dtype = _TYPES.get(values.dtype)
     if dtype is None:
-        raise ValueError(
-            "`values` must be float32, bfloat16 or int8. Received: "
-            f"{values.dtype}"
-        )
+        raise checks.error("values", f"of {[*_TYPES]}", values.dtype)
     arrays = _arrays(k, n, dtype)
     _check("values", values, *arrays["values"])
     _check("meta", meta, *arrays["meta"])
@@ -223,15 +219,5 @@ def _check(name, tensor, shape, dtype):
         or not tensor.is_contiguous()
     ):
         received = tensor if tensor is None else (tensor.shape, tensor.dtype)
-        raise ValueError(
-            f"`{name}` must be a contiguous tensor on the CPU of shape "
-            f"{tuple(shape)} and type {dtype}. Received: {received}"
-        )
-
-
-def _check_trainable(values):
-    if values.dtype is not torch.float32:
-        raise ValueError(
-            "Only float32 values of a packed kernel have gradients. Received: "
-            f"values of type {values.dtype} that require a gradient"
-        )
+        expected = f"contiguous, on the CPU, of {shape} and {dtype}"
+        raise checks.error(name, expected, received)

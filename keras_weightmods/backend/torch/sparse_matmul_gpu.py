@@ -21,12 +21,7 @@ from keras_weightmods.native import gpu
 from keras_weightmods.native.gpu import dispatch
 from keras_weightmods.native.packed import Packed, unpack_tensor
 
-_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.int8: "int8",
-}
+_NAMES = {getattr(torch, name): name for name in gpu.X_TYPES}
 
 
 def sparse_matmul(x, values, meta, scale, n, method=None):

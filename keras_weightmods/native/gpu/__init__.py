@@ -22,48 +22,22 @@ X_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
 
 _DRIVER = b"libcuda.so.1"
 
-_INT = ctypes.c_int
-_SIZE = ctypes.c_int64
-_POINTER = ctypes.c_void_p
-_TEXT = ctypes.c_char_p
-_SIZE_POINTER = ctypes.POINTER(_SIZE)
+# The result and the arguments of each function; see `native.open_library`.
 _SIGNATURES = {
-    "kwm_gpu_abi_version": (_INT, []),
-    "kwm_gpu_load_driver": (_TEXT, [_TEXT]),
-    "kwm_gpu_load_decode": (_TEXT, [_TEXT, _TEXT]),
-    "kwm_gpu_load_cusparselt": (_TEXT, [_TEXT]),
-    "kwm_gpu_decode_rows": (_SIZE, [_INT]),
-    "kwm_gpu_compile_decode": (_TEXT, [_INT] * 4 + [_SIZE, _SIZE_POINTER]),
-    "kwm_gpu_prepare_decode": (_TEXT, [_INT] * 3 + [_SIZE]),
-    "kwm_gpu_decode": (
-        _TEXT,
-        [_INT, _POINTER, _INT, _INT, _POINTER]
-        + [_SIZE] * 3
-        + [_POINTER, _POINTER, _POINTER, _POINTER],
-    ),
-    "kwm_gpu_cusparselt_version": (_INT, [_INT]),
-    "kwm_gpu_compressed_size": (
-        _TEXT,
-        [_INT, _SIZE, _SIZE, _INT, _SIZE_POINTER, _SIZE_POINTER],
-    ),
-    "kwm_gpu_compress": (
-        _TEXT,
-        [_INT, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _POINTER, _POINTER],
-    ),
-    "kwm_gpu_prepare_cusparselt": (
-        _TEXT,
-        [_INT] + [_SIZE] * 3 + [_INT, _SIZE, _SIZE_POINTER],
-    ),
-    "kwm_gpu_cusparselt": (
-        _TEXT,
-        [_INT, _POINTER, _POINTER]
-        + [_SIZE] * 3
-        + [_INT, _SIZE, _POINTER, _POINTER, _POINTER],
-    ),
-    "kwm_gpu_cusparselt_algorithms": (
-        _TEXT,
-        [_INT, _SIZE, _SIZE, _SIZE, _INT, _SIZE_POINTER],
-    ),
+    "kwm_gpu_abi_version": ("i", ""),
+    "kwm_gpu_load_driver": ("s", "s"),
+    "kwm_gpu_load_decode": ("s", "ss"),
+    "kwm_gpu_load_cusparselt": ("s", "s"),
+    "kwm_gpu_decode_rows": ("q", "i"),
+    "kwm_gpu_compile_decode": ("s", "iiiiqP"),
+    "kwm_gpu_prepare_decode": ("s", "iiiq"),
+    "kwm_gpu_decode": ("s", "iPiiPqqqPPPP"),
+    "kwm_gpu_cusparselt_version": ("i", "i"),
+    "kwm_gpu_compressed_size": ("s", "iqqiPP"),
+    "kwm_gpu_compress": ("s", "iPPqqiPP"),
+    "kwm_gpu_prepare_cusparselt": ("s", "iqqqiqP"),
+    "kwm_gpu_cusparselt": ("s", "iPPqqqiqPPP"),
+    "kwm_gpu_cusparselt_algorithms": ("s", "iqqqiP"),
 }
 
 
@@ -124,15 +98,13 @@ def compressed_size(device: int, shape: tuple[int, int], dtype: str) -> int:
     Raises:
         RuntimeError: If cuSPARSELt cannot compress it.
     """
-    size, workspace = _SIZE(), _SIZE()
-    failure = library().kwm_gpu_compressed_size(
-        device,
-        *shape,
-        X_TYPES[dtype],
-        ctypes.byref(size),
-        ctypes.byref(workspace),
+    size, workspace = ctypes.c_int64(), ctypes.c_int64()
+    sizes = ctypes.byref(size), ctypes.byref(workspace)
+    check(
+        library().kwm_gpu_compressed_size(
+            device, *shape, X_TYPES[dtype], *sizes
+        )
     )
-    check(failure)
     return size.value
 
 
@@ -144,7 +116,7 @@ def cusparselt_algorithms(
     Raises:
         RuntimeError: If cuSPARSELt cannot do it.
     """
-    count = _SIZE()
+    count = ctypes.c_int64()
     failure = library().kwm_gpu_cusparselt_algorithms(
         device, rows, *shape, X_TYPES[dtype], ctypes.byref(count)
     )

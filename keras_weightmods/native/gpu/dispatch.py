@@ -20,6 +20,9 @@ _MARGIN = 0.95
 _REACH = 2.0
 
 METHODS = ("dense", "decode", "cusparselt")
+# The keys of an entry of the table, beside its times and algorithm.
+_TEXTS = ("framework", "x_dtype", "value_dtype")
+_SIZES = ("k", "n", "rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +91,9 @@ class Plan:
         if companion == "cusparselt":
             if m is None:
                 return "cusparselt", -1
-            times = m.microseconds
-            if times.get("decode", math.inf) < times.get(
-                "cusparselt", math.inf
-            ):
+            times = {"decode": math.inf, "cusparselt": math.inf}
+            times.update(m.microseconds)
+            if times["decode"] < times["cusparselt"]:
                 return "decode", -1
             return "cusparselt", m.algorithm
         if m is not None and self._gain(m, "decode"):
@@ -211,13 +213,8 @@ def read_table(path):
 def _is_entry(entry):
     times = entry["microseconds"]
     return (
-        isinstance(entry["framework"], str)
-        and isinstance(entry["x_dtype"], str)
-        and isinstance(entry["value_dtype"], str)
-        and all(
-            type(entry[key]) is int and entry[key] > 0
-            for key in ("k", "n", "rows")
-        )
+        all(isinstance(entry[k], str) for k in _TEXTS)
+        and all(type(entry[k]) is int and entry[k] > 0 for k in _SIZES)
         and type(entry["algorithm"]) is int
         and "dense" in times
         and set(times) <= set(METHODS)

@@ -172,11 +172,7 @@ def test_columns_split_over_two_devices_without_a_gather():
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
-    subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        check=True,
-        env=environment,
-    )
+    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=environment)
 
 
 def test_columns_that_cannot_be_split(packed):

@@ -83,13 +83,8 @@ def test_compiled_as_one_graph():
 
 def test_on_the_meta_device():
     packed = tensors()
-    packed = Packed(
-        packed.values.to("meta"),
-        packed.meta.to("meta"),
-        None,
-        (K, N),
-        "float32",
-    )
+    arrays = packed.values.to("meta"), packed.meta.to("meta"), None
+    packed = Packed(*arrays, (K, N), "float32")
     y = sparse_matmul(torch.empty((3, K), device="meta"), packed)
     assert y.shape == (3, N)
     assert y.device.type == "meta"
@@ -136,17 +131,12 @@ def test_the_operator_reads_no_more_than_there_is(name, change):
 
 def test_the_operator_wants_float32_and_a_scale():
     packed = tensors("int8")
-    multiply = operator().sparse_matmul
+    arrays = packed.values, packed.meta
+    x = torch.ones((2, K))
     with pytest.raises(ValueError, match="must be float32"):
-        multiply(
-            torch.ones((2, K)).double(),
-            packed.values,
-            packed.meta,
-            packed.scale,
-            N,
-        )
-    with pytest.raises(ValueError, match=r"`scale` .*Received: None"):
-        multiply(torch.ones((2, K)), packed.values, packed.meta, None, N)
+        operator().sparse_matmul(x.double(), *arrays, packed.scale, N)
+    with pytest.raises(ValueError, match=r"`scale` .*Received: scale=None"):
+        operator().sparse_matmul(x, *arrays, None, N)
 
 
 def test_rounded_values_have_no_gradient():
