@@ -71,17 +71,15 @@ def _command(words, *arguments):
 
 def _parser():
     parser = argparse.ArgumentParser("keras-weightmods", **_help(_DESCRIPTION))
-    groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    about = "Extract, apply and combine signatures."
+    inner = commands.add_parser("signature", help=about).add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     for words, (run, arguments) in _COMMANDS.items():
         group, _, name = words.rpartition(" ")
-        if group not in groups:
-            about = "Extract, apply and combine signatures."
-            inner = groups[""].add_parser(group, help=about)
-            groups[group] = inner.add_subparsers(
-                required=True, metavar="COMMAND"
-            )
         about = _help(run.__doc__)
-        command = groups[group].add_parser(
+        command = (inner if group else commands).add_parser(
             name, help=about["description"], **about
         )
         for names, kwargs in arguments:
@@ -101,6 +99,9 @@ def _help(text):
 
 _MODEL = _argument("model", help="a .keras file")
 _SIGNATURE = _argument("signature", help="a .safetensors file")
+_STATISTICS = ("keep", "average", "replace")
+_METHODS = ("sum", "mean", "ties", "dare")
+_PATTERN = _argument("--pattern", default="2:4", help="default: 2:4")
 _SCALE = _argument("--scale", type=float, default=1.0, help="default: 1")
 _OUTPUT = (
     _argument("-o", "--output", required=True, help="the new file to write"),
@@ -122,11 +123,7 @@ def _inspect(args):
         print(weights_report(_load_model(args.file)).table())
 
 
-@_command(
-    "report",
-    _MODEL,
-    _argument("--pattern", default="2:4", help="default: 2:4"),
-)
+@_command("report", _MODEL, _PATTERN)
 def _report(args):
     """Report the sparsity of a model.
 
@@ -143,12 +140,8 @@ def _report(args):
     _argument("--clean", required=True),
     _argument("--robust", required=True),
     _argument("--depth", type=int, help="shallow layers; default: 7"),
-    _argument(
-        "--targets", nargs="+", help="regular expressions for paths instead"
-    ),
-    _argument(
-        "--statistics", default="keep", choices=("keep", "average", "replace")
-    ),
+    _argument("--targets", nargs="+", help="regexes for paths instead"),
+    _argument("--statistics", default="keep", choices=_STATISTICS),
     _argument("--name", help="what to call it in tables"),
     *_OUTPUT,
 )
@@ -162,14 +155,10 @@ def _extract(args):
           --robust noise.keras --targets 'block[12]_' -o noise.safetensors
     """
     _check_output(args, ".safetensors")
-    init, clean, robust = (
-        None if path is None else _load_model(path)
-        for path in (args.init, args.clean, args.robust)
-    )
     signature = WeightSignature.extract(
-        init,
-        clean,
-        robust,
+        args.init and _load_model(args.init),
+        _load_model(args.clean),
+        _load_model(args.robust),
         args.depth,
         targets=args.targets,
         statistics=args.statistics,
@@ -203,10 +192,7 @@ def _remove(args):
           -o old.keras
     """
     model, signature = _change_model(
-        args,
-        lambda signature, weights: signature.remove(
-            weights, force=True, scale=args.scale
-        ),
+        args, lambda signature, w: signature.remove(w, True, args.scale)
     )
     clean = signature.fingerprints.get("clean")
     if clean == Checkpoint("model", model).fingerprint():
@@ -216,9 +202,7 @@ def _remove(args):
 @_command(
     "signature add",
     _argument("signatures", nargs="+"),
-    _argument(
-        "--method", default="sum", choices=("sum", "mean", "ties", "dare")
-    ),
+    _argument("--method", default="sum", choices=_METHODS),
     _argument("--weights", type=float, nargs="+"),
     _argument("--density", type=float, default=0.2, help="of ties"),
     _argument("--drop-rate", type=float, default=0.9, help="of dare"),
@@ -298,10 +282,8 @@ def _change_model(args, change):
     model.set_weights(change(signature, model.get_weights()))
     with replacing(os.path.realpath(args.output)) as path:
         model.save(path)
-    print(
-        f"{len(signature)} of {len(model.weights)} weights changed; wrote "
-        f"{args.output}"
-    )
+    changed = f"{len(signature)} of {len(model.weights)} weights changed"
+    print(f"{changed}; wrote {args.output}")
     return model, signature
 
 

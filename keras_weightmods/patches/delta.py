@@ -5,14 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from keras_weightmods.patches import delta_file
 from keras_weightmods.patches.architecture import architecture_problems
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
-from keras_weightmods.patches.delta_file import (
-    DTYPES,
-    Delta,
-    read_delta,
-    write_delta,
-)
 from keras_weightmods.patches.entry import ChangeEntry
 from keras_weightmods.patches.patches import Patches
 from keras_weightmods.patches.report import DeltaReport, PatchReport
@@ -78,7 +73,7 @@ def save_delta(
     assert np.array_equal(model.get_weights()[0], base[0])
     ```
     """
-    checks.check_choice("dtype", dtype, DTYPES)
+    checks.check_choice("dtype", dtype, delta_file.DTYPES)
     check_filepath(filepath, overwrite)
     new, old = Checkpoint("model", model), Checkpoint("base", base)
     problems = architecture_problems(new.infos, old.infos, "`base`")
@@ -114,7 +109,7 @@ def save_delta(
             "weights. Pass the list that `model.get_weights()` returned "
             "before the training."
         )
-    index_bits = write_delta(
+    index_bits = delta_file.write_delta(
         filepath, entries, len(new.infos), old.fingerprint(), overwrite
     )
     return DeltaReport(
@@ -180,7 +175,7 @@ def apply_delta(
     """
     patches = Patches(model)
     checks.check_bool("force", force)
-    delta = read_delta(filepath)
+    delta = delta_file.read_delta(filepath)
     checks.raise_all(
         "The delta does not fit the model:",
         delta.problems(Checkpoint("model", model)),
@@ -239,7 +234,9 @@ def remove_delta(
     """
     patches = Patches(model)
     deltas = [
-        each for each in patches if isinstance(patches[each].change, Delta)
+        each
+        for each in patches
+        if isinstance(patches[each].change, delta_file.Delta)
     ]
     if name is None and len(deltas) == 1:
         (name,) = deltas

@@ -8,16 +8,12 @@ from typing import Any
 import numpy as np
 
 from keras_weightmods.core.weight_keys import same_path
+from keras_weightmods.patches import checkpoint
 from keras_weightmods.patches.architecture import weight_problems
-from keras_weightmods.patches.checkpoint import (
-    Checkpoint,
-    WeightInfo,
-    digest_of,
-)
 from keras_weightmods.patches.entry import Change, ChangeEntry
 from keras_weightmods.patches.places import pack_places, unpack_places
 from keras_weightmods.patches.tensors import Sparse
-from keras_weightmods.saving.container import Reader, json_array, write_arrays
+from keras_weightmods.saving import container
 
 FORMAT = "keras_weightmods.delta"
 VERSION = 1
@@ -41,17 +37,13 @@ class Delta(Change):
     @functools.cached_property
     def digest(self) -> str:
         """String, the SHA-256 of the changes."""
-        keys = [entry.key for entry in self.entries]
-        arrays = [
-            array
-            for entry in self.entries
-            for array in (entry.tensor.places, entry.tensor.values)
-        ]
-        return digest_of(keys, arrays)
+        tensors = [entry.tensor for entry in self.entries]
+        arrays = [array for t in tensors for array in (t.places, t.values)]
+        return checkpoint.digest_of([e.key for e in self.entries], arrays)
 
-    def problems(self, checkpoint: Checkpoint) -> list[str]:
+    def problems(self, model: checkpoint.Checkpoint) -> list[str]:
         """Return what keeps the delta from fitting a `Checkpoint`."""
-        infos, argument = checkpoint.infos, f"`{checkpoint.argument}`"
+        infos, argument = model.infos, f"`{model.argument}`"
         if self.count != len(infos):
             return [f"{len(infos)} weights, and {self.count} are expected"]
         expected = [entry.info for entry in self.entries]
@@ -63,55 +55,40 @@ class Delta(Change):
         ]
 
 
-def write_delta(
-    filepath: Any,
-    entries: list[ChangeEntry],
-    count: int,
-    fingerprint: str,
-    overwrite: bool,
-) -> float:
+def write_delta(filepath, entries, count, fingerprint, overwrite) -> float:
     """Write a delta file; return the number of bits that a place takes."""
-    packed = [pack_places(entry.tensor.places) for entry in entries]
-    description = {
-        "weights": [
-            [
-                entry.position,
-                entry.info.path,
-                list(entry.info.shape),
-                int(entry.tensor.places.size),
-                bits,
-                int(places.size),
-            ]
-            for entry, (bits, places) in zip(entries, packed)
-        ],
-        "count": count,
-        "fingerprint": fingerprint,
-    }
+    weights, packed = [], []
+    for entry in entries:
+        info, tensor = entry.info, entry.tensor
+        bits, places = pack_places(tensor.places)
+        sizes = tensor.places.size, bits, places.size
+        weights.append([info.position, info.path, list(info.shape), *sizes])
+        packed.append(places)
+    about = {"weights": weights, "count": count, "fingerprint": fingerprint}
     arrays = {
-        "description": json_array(description),
-        "places": np.concatenate([places for _, places in packed]),
+        "description": container.json_array(about),
+        "places": np.concatenate(packed),
         "values": np.concatenate([entry.tensor.values for entry in entries]),
     }
-    write_arrays(filepath, FORMAT, VERSION, arrays, overwrite)
+    container.write_arrays(filepath, FORMAT, VERSION, arrays, overwrite)
     return 8 * arrays["places"].size / arrays["values"].size
 
 
 def read_delta(filepath: Any) -> Delta:
     """Return the `Delta` in a file, all of it checked."""
-    with Reader(filepath, FORMAT, (VERSION,)) as reader:
+    with container.Reader(filepath, FORMAT, (VERSION,)) as reader:
         dtypes = {name: entry.dtype for name, entry in reader.entries.items()}
-        if dtypes not in [
-            {"description": "uint8", "places": "uint8", "values": dtype}
-            for dtype in DTYPES
-        ]:
+        expected = {"description": "uint8", "places": "uint8"}
+        if dtypes not in [{**expected, "values": dtype} for dtype in DTYPES]:
             raise reader.error("values", "must be beside the others of a delta")
-        description = reader.read_json("description")
-        arrays = {name: reader.read(name) for name in ("places", "values")}
+        about = reader.read_json("description")
         try:
-            entries = _parse(description, **arrays)
+            entries = _parse(
+                about, reader.read("places"), reader.read("values")
+            )
         except ValueError as error:
             raise reader.error("description", str(error)) from error
-    return Delta(entries, description["count"], description["fingerprint"])
+    return Delta(entries, about["count"], about["fingerprint"])
 
 
 def _parse(description, places, values):
@@ -122,29 +99,26 @@ def _parse(description, places, values):
     }:
         raise ValueError(f"must have {sorted(types)}")
     entries: list[ChangeEntry] = []
-    first_byte = first_value = 0
     previous = -1
     for weight in description["weights"]:
         if not _is_weight(weight, previous, description["count"]):
             raise ValueError(f"has a weight that is not: {str(weight)[:200]}")
         previous, path, shape, count, bits, nbytes = weight
-        packed = places[first_byte : first_byte + nbytes]
-        change = values[first_value : first_value + count]
+        packed, places = places[:nbytes], places[nbytes:]
+        change, values = values[:count], values[count:]
         if packed.size != nbytes or change.size != count:
             raise ValueError(f"has more of {path!r} than the file")
         where = unpack_places(packed, count, bits, math.prod(shape))
         if not np.all(np.isfinite(change.astype("float32"))):
             raise ValueError(f"has changes of {path!r} that are not finite")
-        info = WeightInfo(previous, path, tuple(shape), "")
+        info = checkpoint.WeightInfo(previous, path, tuple(shape), "")
         entries.append(ChangeEntry(info, Sparse(where, change)))
-        first_byte += nbytes
-        first_value += count
-    if first_byte != places.size or first_value != values.size:
+    if places.size or values.size:
         raise ValueError("has less than the file")
     return tuple(entries)
 
 
-def _is_weight(value: Any, previous: int, count: int) -> bool:
+def _is_weight(value, previous, count):
     return (
         isinstance(value, list)
         and [type(each) for each in value] == [int, str, list, int, int, int]

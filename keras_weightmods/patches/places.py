@@ -11,7 +11,7 @@ _MAX_BITS = 31
 
 
 def pack_places(places):
-    """Packs rising places.
+    """Pack rising places.
 
     Args:
         places: int array of shape `(n,)`, rising, from 0, below 2**31.
@@ -47,7 +47,7 @@ def pack_places(places):
 
 
 def unpack_places(packed, count, bits, size):
-    """Undoes `pack_places`; checks what it is given, as from a file.
+    """Undo `pack_places`; checks what it is given, as from a file.
 
     Args:
         packed: uint8 array.
@@ -80,9 +80,8 @@ def unpack_places(packed, count, bits, size):
         raise ValueError(f"does not hold {count} places as it tells")
     digits = low[: count * bits].reshape(count, bits).astype("int64")
     gaps = np.diff(ends, prepend=-1) - 1
-    # Before the shift, which could overflow.
-    if np.any(gaps > size >> bits):
-        raise ValueError(f"holds places beyond {size}")
+    # What is too large stays so, and the shift does not overflow.
+    gaps = np.minimum(gaps, (size >> bits) + 1)
     gaps = (gaps << bits) + digits @ (1 << np.arange(bits, dtype="int64"))
     places = np.cumsum(gaps + 1) - 1
     if count and places[-1] >= size:

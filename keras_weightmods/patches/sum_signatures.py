@@ -8,8 +8,6 @@ from keras_weightmods.patches import combine
 from keras_weightmods.patches.weight_signature import WeightSignature
 from keras_weightmods.utils import checks
 
-_METHODS = ("sum", "mean", "ties", "dare")
-
 
 def sum_signatures(
     signatures: Sequence[WeightSignature],
@@ -69,36 +67,25 @@ def sum_signatures(
     both = sum_signatures(signatures, method="ties", density=0.5)
     ```
     """
-    if (
-        not isinstance(signatures, (list, tuple))
-        or not signatures
-        or not all(isinstance(each, WeightSignature) for each in signatures)
+    is_list = isinstance(signatures, (list, tuple)) and len(signatures) > 0
+    if not is_list or not all(
+        isinstance(s, WeightSignature) for s in signatures
     ):
-        raise checks.error(
-            "signatures",
-            "a list of `WeightSignature`, of one at least",
-            signatures,
-        )
-    parts: list[WeightSignature] = list(signatures)
-    checks.check_choice("method", method, _METHODS)
-    if weights is None:
-        weights = [1.0] * len(signatures)
-    if not isinstance(weights, (list, tuple, np.ndarray)) or len(
-        weights
-    ) != len(signatures):
-        raise checks.error(
-            "weights",
-            f"a list of one number for each of the {len(signatures)} "
-            "signatures",
-            weights,
-        )
+        expected = "a list of `WeightSignature`, of one at least"
+        raise checks.error("signatures", expected, signatures)
+    checks.check_choice("method", method, ("sum", "mean", "ties", "dare"))
+    count = len(signatures)
+    weights = [1.0] * count if weights is None else weights
+    is_list = isinstance(weights, (list, tuple, np.ndarray))
+    if not is_list or len(weights) != count:
+        raise checks.error("weights", f"a list of {count} numbers", weights)
     weights = [float(checks.check_float("weights", each)) for each in weights]
     if method == "sum":
-        return combine.linear_combination(parts, weights, "sum")
+        return combine.linear_combination(signatures, weights, "sum")
     if method == "dare":
         checks.check_float("drop_rate", drop_rate, least=0, below=1)
         seed = checks.check_int("seed", seed, least=0)
-        return combine.dare(parts, weights, drop_rate, seed)
+        return combine.dare(signatures, weights, drop_rate, seed)
     total = sum(weights)
     if total == 0:
         raise ValueError(
@@ -107,6 +94,6 @@ def sum_signatures(
         )
     if method == "mean":
         shares = [weight / total for weight in weights]
-        return combine.linear_combination(parts, shares, "mean")
+        return combine.linear_combination(signatures, shares, "mean")
     checks.check_float("density", density, above=0, most=1)
-    return combine.ties(parts, weights, density)
+    return combine.ties(signatures, weights, density)
