@@ -104,7 +104,7 @@ def _layer_groups(checkpoint, infos):
     return [groups[key] for key in keys]
 
 
-def architecture_problems(expected, infos, argument) -> list[str]:
+def problems(expected, infos, argument) -> list[str]:
     """Return what keeps `infos` from being of the architecture `expected`.
 
     Compares count, order, names and numbers of axes. Sizes may differ, as
@@ -151,22 +151,22 @@ def weight_problems(expected, infos, argument) -> list[str]:
     Returns:
         List of strings, empty if nothing is wrong.
     """
-    problems = []
+    wrong = []
     for info in expected:
         if info.position >= len(infos):
             continue
         found = infos[info.position]
         if found.shape != info.shape:
-            problems.append(
+            wrong.append(
                 f"{argument}, {info.key}: shape {found.shape}, and "
                 f"{info.shape} is expected"
             )
         if found.dtype not in FLOATS:
-            problems.append(
+            wrong.append(
                 f"{argument}, {info.key}: dtype {found.dtype}, and one of "
                 f"{', '.join(FLOATS)} is expected"
             )
-    return problems
+    return wrong
 
 
 def weights_report(model: Any) -> WeightsReport:

@@ -84,12 +84,8 @@ class Checkpoint:
         self.model = None
         if isinstance(source, keras.layers.Layer):
             if not source.built or not source.weights:
-                raise ValueError(
-                    f"`{argument}` must be built and hold weights: call it on "
-                    "data once, or `build(input_shape)`. Received: "
-                    f"{argument}={source.name!r}, built={source.built}, with "
-                    f"{len(source.weights)} weights"
-                )
+                expected = "built and hold weights: call it on data once"
+                raise checks.error(argument, expected, source)
             self.model = source
             self.variables = source.weights
             self.infos = tuple(
@@ -112,10 +108,7 @@ class Checkpoint:
         )
         wrong = {info.dtype for info in self.infos} - set(DTYPES)
         if wrong:
-            raise ValueError(
-                f"`{argument}` must be a list of arrays of numbers. Received: "
-                f"{argument} with arrays of {', '.join(sorted(wrong))}"
-            )
+            raise checks.error(argument, "a list of arrays of numbers", wrong)
 
     def read(self, position):
         """Return the values at `position`, an array not to be written to.
@@ -159,27 +152,26 @@ class Checkpoint:
         tensors.over_parts(copy, views)
         return found
 
-    def assign(self, position, values):
+    def assign(self, position, values, places=None):
         """Put the values of a `Snapshot` into the variable at `position`.
 
-        The snapshot's memory may be the variable's from then on.
+        At `places` of it, flattened, if these are given. If not, the
+        snapshot's memory may be the variable's from then on.
         """
+        if places is not None:
+            memory = self.memory(position)
+            if memory is not None:
+                memory.reshape(-1)[places] = values.array
+                return
+            present = self.read(position)
+            memory = tensors.empty_aligned(present.shape, present.dtype)
+            memory[...] = present
+            memory.reshape(-1)[places] = values.array
+            values = Snapshot(memory)
         tensor = values.tensor
         if tensor is None:
             tensor = backend_module("host_memory").tensor_of(values.array)
         self.variables[position].assign(tensor)
-
-    def assign_at(self, position, places, values):
-        """Put an array of values at `places` in the variable, flattened."""
-        memory = self.memory(position)
-        if memory is not None:
-            memory.reshape(-1)[places] = values
-            return
-        present = self.read(position)
-        memory = tensors.empty_aligned(present.shape, present.dtype)
-        memory[...] = present
-        memory.reshape(-1)[places] = values
-        self.assign(position, Snapshot(memory))
 
     def _tensor(self, position):
         value = self.variables[position].value

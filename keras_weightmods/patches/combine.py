@@ -177,7 +177,7 @@ def _aligned(signatures):
     shapes = {entry.position: entry.info.shape for entry in first}
     for number, other in enumerate(signatures[1:], start=2):
         argument = f"signature {number}"
-        problems += architecture.architecture_problems(
+        problems += architecture.problems(
             first.architecture, other.architecture, argument
         )
         for entry in other:

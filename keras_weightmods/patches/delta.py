@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_weightmods.patches import delta_file
-from keras_weightmods.patches.architecture import architecture_problems
+from keras_weightmods.patches import architecture, delta_file
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.patches.entry import ChangeEntry
 from keras_weightmods.patches.patches import Patches
@@ -76,7 +75,7 @@ def save_delta(
     checks.check_choice("dtype", dtype, delta_file.DTYPES)
     check_filepath(filepath, overwrite)
     new, old = Checkpoint("model", model), Checkpoint("base", base)
-    problems = architecture_problems(new.infos, old.infos, "`base`")
+    problems = architecture.problems(new.infos, old.infos, "`base`")
     problems += [
         f"`base`, {a.key}: {b.dtype} of shape {b.shape}, and {a.dtype} of "
         f"{a.shape} is expected"
@@ -88,14 +87,13 @@ def save_delta(
     for info in new.infos:
         before, after = old.read(info.position), new.read(info.position)
         places = np.flatnonzero(_bits(before) != _bits(after))
-        if not places.size:
-            continue
-        if info.dtype not in FLOATS:
+        if places.size and info.dtype not in FLOATS:
             problems.append(f"{info.key}: {info.dtype}, which has changed")
+        if not places.size or info.dtype not in FLOATS:
             continue
         wide = "float64" if info.dtype == "float64" else "float32"
         before, after = (
-            array.reshape(-1)[places].astype(wide) for array in (before, after)
+            x.reshape(-1)[places].astype(wide) for x in (before, after)
         )
         with np.errstate(over="ignore", invalid="ignore"):
             change = (after - before).astype(numpy_dtype(dtype))
@@ -241,10 +239,8 @@ def remove_delta(
     if name is None and len(deltas) == 1:
         (name,) = deltas
     if name not in deltas:
-        raise ValueError(
-            "`name` must be that of a delta on this model object. Received: "
-            f"name={name!r}, and there are {deltas}"
-        )
+        expected = f"that of a delta on this model object: there are {deltas}"
+        raise checks.error("name", expected, name)
     return patches.remove(name, force)
 
 

@@ -20,10 +20,8 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
     """Return the fields of a signature; see `WeightSignature.extract`."""
     checks.check_choice("statistics", statistics, tuple(_REPLACED))
     if depth is not None and targets is not None:
-        raise ValueError(
-            "Give `depth` or `targets`, not both. Received: "
-            f"depth={depth!r}, targets={targets!r}"
-        )
+        expected = f"None where `depth` is given, which is {depth!r}, not both"
+        raise checks.error("targets", expected, targets)
     sources = {"init": init, "clean": clean, "robust": robust}
     if init is None:
         del sources["init"]
@@ -31,9 +29,7 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
     layout, infos = _layout(checkpoints, like)
     problems = []
     for argument, each in checkpoints.items():
-        problems += architecture.architecture_problems(
-            infos, each.infos, argument
-        )
+        problems += architecture.problems(infos, each.infos, argument)
     checks.raise_all(_MISMATCH, problems)
     roles = architecture.roles(layout, infos)
     depths = architecture.depths(layout, infos, roles)
@@ -48,8 +44,7 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
     entries = []
     for i in taken:
         values = {
-            argument: each.read(i).astype("float64")
-            for argument, each in checkpoints.items()
+            k: c.read(i).astype("float64") for k, c in checkpoints.items()
         }
         replaced = 0.0
         if roles[i] == "statistic":
@@ -60,10 +55,8 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
         else:
             start = values["init"]
             tensor = residual(values["robust"] - start, values["clean"] - start)
-        tensor = float32(tensor)
-        entries.append(
-            SignatureEntry(infos[i], tensor, replaced, depth=depths[i])
-        )
+        fields = infos[i], float32(tensor), replaced
+        entries.append(SignatureEntry(*fields, depth=depths[i]))
     return {
         "entries": entries,
         "architecture": infos,
@@ -104,11 +97,8 @@ def _layout(checkpoints, like):
         if layout is not None and layout.model is not None:
             return layout, layout.infos
     if like is None:
-        raise ValueError(
-            "Lists do not have the names of their weights. Give `like`: a "
-            "model of the architecture, or the list of its weights' paths. "
-            "Received: like=None"
-        )
+        expected = "a model, or the list of its weights' paths: lists have none"
+        raise checks.error("like", expected, like)
     layout = clean = checkpoints["clean"]
     if isinstance(like, (list, tuple)):
         paths, count = like, len(clean.infos)
@@ -118,9 +108,7 @@ def _layout(checkpoints, like):
             raise checks.error("like", f"{expected} of `clean`", like)
     else:
         layout = Checkpoint("like", like)
-        problems = architecture.architecture_problems(
-            layout.infos, clean.infos, "clean"
-        )
+        problems = architecture.problems(layout.infos, clean.infos, "clean")
         checks.raise_all(_MISMATCH, problems)
         paths = [info.path for info in layout.infos]
     # Shapes and dtypes are the checkpoint's: `like` may have others.
@@ -134,10 +122,8 @@ def _taken_by_depth(usable, depths, depth):
     depth = checks.check_int("depth", 7 if depth is None else depth, least=1)
     layers = 1 + max(depths)
     if depth > layers:
-        raise ValueError(
-            "`depth` must be at most the number of layers with a kernel. "
-            f"Received: depth={depth}, and there are {layers}"
-        )
+        expected = f"at most the number of layers with a kernel, {layers}"
+        raise checks.error("depth", expected, depth)
     return [i for i in usable if depths[i] < depth]
 
 
@@ -171,9 +157,8 @@ def _weight_problems(checkpoints, infos):
             and not tensors.is_finite(each.read(info.position))
         ]
     for info in infos:
-        dtypes = {
-            k: c.infos[info.position].dtype for k, c in checkpoints.items()
-        }
+        i = info.position
+        dtypes = {k: c.infos[i].dtype for k, c in checkpoints.items()}
         if len(set(dtypes.values())) > 1:
             listed = ", ".join(f"{k} {v}" for k, v in dtypes.items())
             problems.append(f"{info.key}: one dtype is expected, not {listed}")

@@ -7,7 +7,6 @@ everything else.
 import math
 import os
 import re
-from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -23,20 +22,15 @@ from keras_weightmods.saving import container
 FORMAT = "keras_weightmods.signature"
 VERSION = 2
 _CONFIG = "signature.json"
-_CONFIG_TYPES: dict[str, tuple[type, ...]] = {
-    "method": (str,),
-    "name": (str, NoneType),
-    "model_class": (str, NoneType),
-    "fingerprints": (dict,),
-    "architecture": (list,),
-    "entries": (list,),
+_CONFIG_TYPES = {
+    "method": str,
+    "name": str | None,
+    "model_class": str | None,
+    "fingerprints": dict,
+    "architecture": list,
+    "entries": list,
 }
-_ENTRY_TYPES = {
-    "position": (int,),
-    "depth": (int,),
-    "replaced": (float,),
-    "bits": (int,),
-}
+_ENTRY_TYPES = {"position": int, "depth": int, "replaced": float, "bits": int}
 
 
 def save(filepath, signature, overwrite):
@@ -65,11 +59,10 @@ def load(filepath):
 
 def config_of(signature):
     """Return all of a signature but the tensors, as plain Python values."""
+    infos = signature.architecture
     return {
         **{name: getattr(signature, name) for name in list(_CONFIG_TYPES)[:4]},
-        "architecture": [
-            [i.path, list(i.shape), i.dtype] for i in signature.architecture
-        ],
+        "architecture": [[i.path, list(i.shape), i.dtype] for i in infos],
         "entries": [
             {k: getattr(e, k) for k in _ENTRY_TYPES} for e in signature
         ],
@@ -176,7 +169,8 @@ def _has_types(value, types):
     return (
         isinstance(value, dict)
         and set(value) == set(types)
-        and all(type(value[name]) in types[name] for name in types)
+        and all(isinstance(value[name], types[name]) for name in types)
+        and not any(isinstance(each, bool) for each in value.values())
     )
 
 

@@ -164,9 +164,7 @@ class Ledger:
             else:
                 array = _with_clean(present[p].array, weight, places[p])
                 clean[p] = Snapshot(array)
-        values, problems = compute(opposite)
-        raise_all("The change cannot be written:", problems)
-        clean |= values
+        clean |= compute(opposite)
         new = {}
         for p in written:
             terms = _terms(after, entries[p], places[p])

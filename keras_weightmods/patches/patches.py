@@ -65,10 +65,8 @@ class Patches:
 
     def __init__(self, model: Any) -> None:
         if isinstance(model, (list, tuple)):
-            raise ValueError(
-                "`model` must be a built Keras model; lists of arrays go into "
-                "`WeightSignature.apply`. Received: a list"
-            )
+            expected = "a model; lists of arrays go into `signature.apply`"
+            raise checks.error("model", expected, type(model))
         Checkpoint("model", model)
         self.model = model
         self._ledger = ledger_of(model)
@@ -118,15 +116,12 @@ class Patches:
             unused = next(each for each in free if each not in patches)
             name = getattr(signature, "name", None) or unused
         if checks.check_string("name", name) in patches:
-            raise ValueError(
-                "`name` must be one that no patch has; `rescale` changes the "
-                f"scale of one. Received: name={name!r}, and there are "
-                f"{list(patches)}"
-            )
+            expected = "one that no patch has; `rescale` changes their scale"
+            raise checks.error("name", expected, name)
         if present is not None:
             raise ValueError(
-                "The change is on the model already; `rescale` changes its "
-                f"scale. Received: one that is there as {present!r}"
+                f"The change is on the model already, as {present!r}. "
+                "`rescale` changes its scale."
             )
         after = {**patches, name: Patch(signature, scale)}
         return self._update("add", name, scale, after)
@@ -201,8 +196,7 @@ class Patches:
         name = self._find(signature)
         if name is None:
             raise ValueError(
-                "The signature is not on this model object. Received: "
-                f"{signature!r}, and there are {list(self)}"
+                f"{signature!r} is not on this model object, but {list(self)}"
             )
         return name
 
@@ -216,9 +210,6 @@ class Patches:
         """Return the `Patch` of this name: its `change` and `scale`."""
         return self._ledger.patches[name]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._ledger.patches
-
     def __enter__(self) -> "Patches":
         return self
 
@@ -230,21 +221,16 @@ class Patches:
 
     def _named(self, name: str) -> Patch:
         if name not in self:
-            raise ValueError(
-                "`name` must be that of a patch on the model. Received: "
-                f"name={name!r}, and there are {list(self)}"
-            )
+            expected = f"that of a patch on the model: there are {list(self)}"
+            raise checks.error("name", expected, name)
         return self[name]
 
     def _find(self, signature: Change) -> str | None:
         if not isinstance(signature, Change):
             raise checks.error("signature", "a `WeightSignature`", signature)
-        patches = self._ledger.patches
-        for name, patch in patches.items():
-            if patch.change is signature:
-                return name
-        for name, patch in patches.items():
-            if patch.change.digest == signature.digest:
+        for name in self:
+            present = self[name].change
+            if present is signature or present.digest == signature.digest:
                 return name
         return None
 

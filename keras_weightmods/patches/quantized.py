@@ -85,7 +85,8 @@ def quantize(x, bits, per_channel):
         A `Quantized`.
     """
     levels = 2 ** (bits - 1) - 1
-    channels = x.shape[-1] if per_channel and x.ndim >= 2 else 1
+    per_channel = per_channel and x.ndim >= 2
+    channels = x.shape[-1] if per_channel else 1
     columns = x.reshape(-1, channels).astype("float64")
     largest = np.max(np.abs(columns), axis=0, initial=0.0)
     best = np.full(channels, np.inf)
@@ -102,10 +103,8 @@ def quantize(x, bits, per_channel):
     padded = np.zeros(code_bytes(x.size, bits) * per_byte, "uint8")
     padded[: x.size] = codes.reshape(-1)
     shifts = np.arange(per_byte, dtype="uint8") * np.uint8(bits)
-    packed = np.bitwise_or.reduce(
-        padded.reshape(-1, per_byte) << shifts, axis=1
-    )
-    shape = () if channels == 1 and not (per_channel and x.ndim >= 2) else (-1,)
+    packed = np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, 1)
+    shape = (-1,) if per_channel else ()
     return Quantized(packed, scales.reshape(shape), bits, x.shape)
 
 

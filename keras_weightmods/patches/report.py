@@ -173,13 +173,9 @@ class SignatureReport(Report):
 
 def signature_report(signature: Any) -> SignatureReport:
     """Return the `SignatureReport` of a `WeightSignature`."""
+    about = "name", "method", "model_class", "depth", "nbytes", "model_nbytes"
     return SignatureReport(
-        name=signature.name,
-        method=signature.method,
-        model_class=signature.model_class,
-        depth=signature.depth,
-        nbytes=signature.nbytes,
-        model_nbytes=signature.model_nbytes,
+        **{name: getattr(signature, name) for name in about},
         rows=tuple(
             SignatureRow(
                 key=entry.key,

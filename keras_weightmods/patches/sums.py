@@ -44,25 +44,24 @@ def changed_list(weights, change, scale_for):
         clean = Snapshot(checkpoint.arrays[entry.position])
         term = scale_for(entry.replaced), entry.tensor, entry.replaced
         sums[entry.position] = Sum(entry.key, clean, [term])
-    values, problems = compute(sums)
-    raise_all("The change cannot be written:", problems)
-    new = list(checkpoint.arrays)
-    for position, snapshot in values.items():
-        new[position] = snapshot.array
-    return new
+    values = {p: snapshot.array for p, snapshot in compute(sums).items()}
+    return [values.get(p, array) for p, array in enumerate(checkpoint.arrays)]
 
 
-def compute(sums, memories=None):
-    """Compute sums in one pass, and check the results.
+def compute(sums, memories=None, check=True):
+    """Compute sums, in one pass with the check of the results.
 
     Args:
         sums: Dict from positions to `Sum`.
         memories: Dict from positions to arrays, where to write these sums.
             Defaults to `None`, for new arrays.
+        check: Bool, whether to look for what is not finite, and the like.
 
     Returns:
-        Dict from positions to `Snapshot`, and a list of strings, what is
-        wrong.
+        Dict from positions to `Snapshot`.
+
+    Raises:
+        ValueError: Listing all that `check` has found.
     """
     memories = memories or {}
     values, targets = {}, {}
@@ -89,7 +88,9 @@ def compute(sums, memories=None):
 
     found = tensors.over_parts(compute_part, targets).values()
     first = [next(filter(None, parts), None) for parts in found]
-    return values, list(filter(None, first))
+    if check:
+        raise_all("The change cannot be written:", filter(None, first))
+    return values
 
 
 def write(model, new, before):
@@ -104,25 +105,17 @@ def write(model, new, before):
     memories = {p: m for p, m in memories.items() if m is not None}
     started = list(memories)
     try:
-        values, problems = compute(new, memories)
-        raise_all("The change cannot be written:", problems)
-        for position in new:
-            if position not in memories:
-                started.append(position)
-                _assign(model, position, new[position], values[position])
+        values = compute(new, memories)
+        for p in new:
+            if p not in memories:
+                started.append(p)
+                model.assign(p, values[p], new[p].places)
     except BaseException:
-        values, _ = compute({p: before[p] for p in started}, memories)
-        for position in started:
-            if position not in memories:
-                _assign(model, position, before[position], values[position])
+        values = compute({p: before[p] for p in started}, memories, False)
+        for p in started:
+            if p not in memories:
+                model.assign(p, values[p], before[p].places)
         raise
-
-
-def _assign(model, position, each, values):
-    if each.places is None:
-        model.assign(position, values)
-    else:
-        model.assign_at(position, each.places, values.array)
 
 
 def _problem(key, clean, result):

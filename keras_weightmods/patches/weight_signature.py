@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -109,7 +108,7 @@ class WeightSignature(Change):
         statistics: str = "keep",
         name: str | None = None,
         like: Any = None,
-    ) -> "WeightSignature":
+    ) -> Self:
         """Return what leads from a clean checkpoint to a robust one.
 
         Each checkpoint is a built Keras model, or the list that its
@@ -187,9 +186,8 @@ class WeightSignature(Change):
     @functools.cached_property
     def digest(self) -> str:
         """String, the SHA-256 of all that the signature is."""
-        return checkpoint.digest_of(
-            files.config_of(self), files.arrays_of(self).values()
-        )
+        arrays = files.arrays_of(self).values()
+        return checkpoint.digest_of(files.config_of(self), arrays)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -303,28 +301,20 @@ class WeightSignature(Change):
             model, self, lambda replaced: -scale / (1.0 - scale * replaced)
         )
 
-    def truncate(self, depth: int) -> "WeightSignature":
+    def truncate(self, depth: int) -> Self:
         """Return the part of the signature in the `depth` shallowest layers.
 
         Args:
-            depth: Int, at least 1, as in `extract`.
+            depth: Int, as in `extract`, and large enough for one weight.
 
         Raises:
-            ValueError: If `depth` is wrong, or nothing remains.
+            ValueError: If `depth` is something else.
         """
-        checks.check_int("depth", depth, least=1)
-        remaining = [entry for entry in self.entries if entry.depth < depth]
-        if not remaining:
-            raise ValueError(
-                "The signature holds nothing at this depth. Received: "
-                f"depth={depth}, and the shallowest weight has depth "
-                f"{min(entry.depth for entry in self.entries) + 1}"
-            )
-        return self.with_entries(remaining)
+        shallowest = 1 + min((entry.depth for entry in self), default=0)
+        checks.check_int("depth", depth, least=shallowest)
+        return self.with_entries(e for e in self if e.depth < depth)
 
-    def quantize(
-        self, bits: int = 8, per_channel: bool = False
-    ) -> "WeightSignature":
+    def quantize(self, bits: int = 8, per_channel: bool = False) -> Self:
         """Return the signature in integers of `bits` bits.
 
         Symmetric around zero. Statistics stay in float32: small variances
@@ -341,14 +331,13 @@ class WeightSignature(Change):
         """
         checks.check_choice("bits", bits, (8, 4, 2))
         checks.check_bool("per_channel", per_channel)
-        return self.with_entries(
-            entry
-            if entry.is_statistic
-            else entry.with_tensor(
-                quantize(entry.dequantized(), bits, per_channel)
-            )
-            for entry in self.entries
-        )
+        entries = []
+        for entry in self:
+            if not entry.is_statistic:
+                tensor = quantize(entry.dequantized(), bits, per_channel)
+                entry = entry.with_tensor(tensor)
+            entries.append(entry)
+        return self.with_entries(entries)
 
     def cosine_similarity(self, other: "WeightSignature") -> reports.Similarity:
         """Return how far two signatures point in one direction, in [-1, 1].
@@ -390,7 +379,7 @@ class WeightSignature(Change):
         files.save(filepath, self, overwrite)
 
     @classmethod
-    def load(cls, filepath: Any) -> "WeightSignature":
+    def load(cls, filepath: Any) -> Self:
         """Read a signature that `save` has written.
 
         Args:
@@ -407,27 +396,23 @@ class WeightSignature(Change):
         """Return what keeps the signature from fitting a `Checkpoint`."""
         infos, argument = model.infos, f"`{model.argument}`"
         expected = [entry.info for entry in self]
-        return architecture.architecture_problems(
+        return architecture.problems(
             self.architecture, infos, argument
         ) + architecture.weight_problems(expected, infos, argument)
 
-    def with_entries(
-        self, entries: Iterable[SignatureEntry], **fields: Any
-    ) -> "WeightSignature":
+    def with_entries(self, entries: Any, **fields: Any) -> Self:
         """Return the same with other entries."""
         return dataclasses.replace(self, entries=tuple(entries), **fields)
 
-    def __add__(self, other: "WeightSignature") -> "WeightSignature":
+    def __add__(self, other: Self) -> Self:
         if not isinstance(other, WeightSignature):
             return NotImplemented
         return combine.linear_combination([self, other], [1.0, 1.0], "sum")
 
-    def __sub__(self, other: "WeightSignature") -> "WeightSignature":
-        if not isinstance(other, WeightSignature):
-            return NotImplemented
-        return combine.linear_combination([self, other], [1.0, -1.0], "sum")
+    def __sub__(self, other: Self) -> Self:
+        return self + -other
 
-    def __mul__(self, factor: float) -> "WeightSignature":
+    def __mul__(self, factor: float) -> Self:
         if not checks.is_number(factor):
             return NotImplemented
         factor = float(checks.check_float("factor", factor))
@@ -437,12 +422,12 @@ class WeightSignature(Change):
     # NumPy scalars on the left would make an array of it.
     __array_ufunc__ = None
 
-    def __truediv__(self, divisor: float) -> "WeightSignature":
+    def __truediv__(self, divisor: float) -> Self:
         if not checks.is_number(divisor):
             return NotImplemented
         return self * (1.0 / float(checks.check_float("divisor", divisor)))
 
-    def __neg__(self) -> "WeightSignature":
+    def __neg__(self) -> Self:
         return self * -1.0
 
     def __repr__(self) -> str:

@@ -133,7 +133,7 @@ def test_depth_follows_execution():
         found = {e.info.path.split("/")[-2] for e in signature}
         assert found == (expected or {"first", "norm", "last"})
         assert signature.depth == depth
-    with pytest.raises(ValueError, match="there are 2"):
+    with pytest.raises(ValueError, match="kernel, 2"):
         WeightSignature.extract(None, model, weights, depth=3)
 
 

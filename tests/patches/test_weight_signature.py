@@ -149,10 +149,10 @@ def test_wrong_use(model, trio):
             lambda: extract(*trio, depth=2.0, like=PATHS),
             "`depth` must be an",
         ),
-        (lambda: extract(*trio, depth=5, like=PATHS), "there are 4"),
+        (lambda: extract(*trio, depth=5, like=PATHS), "kernel, 4"),
         (
             lambda: extract(*trio, like=PATHS),
-            "depth=7, and there are 4",
+            "kernel, 4. Received: depth=7",
         ),
         (
             lambda: extract(*trio, depth=1, targets="a", like=PATHS),
@@ -172,7 +172,7 @@ def test_wrong_use(model, trio):
         ),
         (lambda: extract("a", *trio[1:], like=PATHS), "`init`"),
         (lambda: signature.truncate(0), "`depth`"),
-        (lambda: other.truncate(1), "holds nothing at this depth"),
+        (lambda: other.truncate(1), "`depth` must be an int >= 3"),
         (lambda: signature.quantize(3), "`bits`"),
         (lambda: signature.quantize(8.0), "`bits`"),
         (lambda: signature.cosine_similarity(3), "`other`"),
