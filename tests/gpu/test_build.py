@@ -71,29 +71,15 @@ def check_headers(tmp_path, needed, declared, includes, checks):
 
 
 def test_cusparselt_is_declared_as_in_its_header(tmp_path):
-    functions = [
-        "GetErrorString",
-        "Init",
-        "GetVersion",
-        "DenseDescriptorInit",
-        "StructuredDescriptorInit",
-        "MatmulDescriptorInit",
-        "MatmulAlgSelectionInit",
-        "MatmulAlgSetAttribute",
-        "MatmulAlgGetAttribute",
-        "MatmulPlanInit",
-        "MatmulGetWorkspace",
-        "Matmul",
-        "SpMMACompressedSize2",
-        "SpMMACompress2",
-    ]
-    structures = [
-        "Handle",
-        "MatDescriptor",
-        "MatmulDescriptor",
-        "MatmulAlgSelection",
-        "MatmulPlan",
-    ]
+    functions = (
+        "GetErrorString Init GetVersion DenseDescriptorInit "
+        "StructuredDescriptorInit MatmulDescriptorInit MatmulAlgSelectionInit "
+        "MatmulAlgSetAttribute MatmulAlgGetAttribute MatmulPlanInit "
+        "MatmulGetWorkspace Matmul SpMMACompressedSize2 SpMMACompress2"
+    )
+    structures = (
+        "Handle MatDescriptor MatmulDescriptor MatmulAlgSelection MatmulPlan"
+    )
     constants = {
         "kNonTranspose": "CUSPARSE_OPERATION_NON_TRANSPOSE",
         "kOrderColumn": "CUSPARSE_ORDER_COL",
@@ -110,26 +96,20 @@ def test_cusparselt_is_declared_as_in_its_header(tmp_path):
         "kR32I": "CUDA_R_32I",
     }
     lt = "kwm::cusparselt"
-    functions_are_alike = [
-        f"alike(decltype(&cusparseLt{name}){{}}, decltype({lt}::Functions::"
-        f"{name}){{}})"
-        for name in functions
-    ]
+    checks = ["CUSPARSE_STATUS_SUCCESS == 0"]
+    for name in functions.split():
+        ours = f"decltype({lt}::Functions::{name}){{}}"
+        checks.append(f"alike(decltype(&cusparseLt{name}){{}}, {ours})")
+    for name in structures.split():
+        checks.append(f"sizeof(cusparseLt{name}_t) <= sizeof({lt}::Opaque)")
+    for ours, theirs in constants.items():
+        checks.append(f"int({theirs}) == {lt}::{ours}")
     check_headers(
         tmp_path,
         ["cusparseLt.h", "library_types.h", "crt/host_defines.h"],
         "cusparselt_api.h",
         ["cuda_runtime_api.h", "cusparseLt.h"],
-        functions_are_alike
-        + [
-            f"sizeof(cusparseLt{s}_t) <= sizeof({lt}::Opaque)"
-            for s in structures
-        ]
-        + [
-            f"int({theirs}) == {lt}::{ours}"
-            for ours, theirs in constants.items()
-        ]
-        + ["CUSPARSE_STATUS_SUCCESS == 0"],
+        checks,
     )
 
 
@@ -146,21 +126,15 @@ def test_driver_is_declared_as_in_its_header(tmp_path):
         "ModuleGetFunction": "cuModuleGetFunction",
         "LaunchKernel": "cuLaunchKernel",
     }
-    check_headers(
-        tmp_path,
-        ["cuda.h"],
-        "driver.h",
-        ["cuda.h"],
-        [
-            f"alike(decltype(&{theirs}){{}}, decltype(kwm::Driver::{ours}){{}})"
-            for ours, theirs in functions.items()
-        ]
-        + [
-            "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR == 75",
-            "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR == 76",
-            "CUDA_SUCCESS == 0",
-        ],
-    )
+    checks = [
+        "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR == 75",
+        "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR == 76",
+        "CUDA_SUCCESS == 0",
+    ]
+    for ours, theirs in functions.items():
+        ours = f"decltype(kwm::Driver::{ours}){{}}"
+        checks.append(f"alike(decltype(&{theirs}){{}}, {ours})")
+    check_headers(tmp_path, ["cuda.h"], "driver.h", ["cuda.h"], checks)
 
 
 @pytest.fixture
@@ -173,25 +147,15 @@ def nvrtc(library):
     return library
 
 
-@pytest.mark.parametrize(
-    ("x_dtype", "capability"),
-    [
-        ("float32", (8, 0)),
-        ("bfloat16", (8, 0)),
-        ("bfloat16", (9, 0)),
-        ("float16", (9, 0)),
-    ],
-)
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
 def test_nvrtc_compiles_the_decode_kernel(nvrtc, x_dtype, capability):
     x_type = gpu.X_TYPES[x_dtype]
     for value_type in range(3):
         size = ctypes.c_int64()
+        rows = nvrtc.kwm_gpu_decode_rows(x_type)
         failure = nvrtc.kwm_gpu_compile_decode(
-            *capability,
-            x_type,
-            value_type,
-            nvrtc.kwm_gpu_decode_rows(x_type),
-            ctypes.byref(size),
+            *capability, x_type, value_type, rows, ctypes.byref(size)
         )
         assert failure is None
         assert size.value > 0

@@ -39,6 +39,10 @@ def lowered(function, *arguments):
     return exported(*arguments).mlir_module()
 
 
+def arrays_of(packed):
+    return packed.values, packed.meta, packed.scale
+
+
 def decode(x, values, meta, scale, packed):
     arrays = Packed(values, meta, scale, packed.shape, packed.dtype)
     return sparse_matmul_gpu.matmul(x, arrays, method="decode")
@@ -46,9 +50,7 @@ def decode(x, values, meta, scale, packed):
 
 def cusparselt(x, packed, compressed, algorithm=-1):
     prepared = sparse_matmul_gpu.PreparedPacked(
-        packed.values,
-        packed.meta,
-        packed.scale,
+        *arrays_of(packed),
         packed.shape,
         packed.dtype,
         compressed,
@@ -70,9 +72,7 @@ def test_decode_lowers_for_cuda(x_dtype, value_dtype):
     text = lowered(
         lambda x, *arrays: decode(x, *arrays, packed),
         jnp.ones((2, 3, K), x_dtype),
-        packed.values,
-        packed.meta,
-        packed.scale,
+        *arrays_of(packed),
     )
     element = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[x_dtype]
     assert "custom_call @kwm_gpu_decode" in text
@@ -97,11 +97,7 @@ def test_cusparselt_lowers_for_cuda(x_dtype):
 def test_mapped_activations_are_rows():
     packed = make()
     text = lowered(
-        lambda x: jax.vmap(
-            lambda x: decode(
-                x, packed.values, packed.meta, packed.scale, packed
-            )
-        )(x),
+        jax.vmap(lambda x: decode(x, *arrays_of(packed), packed)),
         jnp.ones((4, 2, K)),
     )
     assert f"-> tensor<8x{N}xf32>" in text
@@ -170,9 +166,8 @@ def test_mapped_weights():
 def test_without_a_gpu_it_says_so():
     if sparse_matmul_gpu.device_name() is not None:
         pytest.skip("there is a GPU")
-    assert "finds no NVIDIA GPU" in sparse_matmul_gpu.reason_unavailable(
-        "decode"
-    )
+    reason = sparse_matmul_gpu.reason_unavailable("decode")
+    assert "finds no NVIDIA GPU" in reason
     with pytest.raises(RuntimeError, match="finds no NVIDIA GPU"):
         sparse_matmul_gpu.prepare(make(), "bfloat16", "cusparselt")
 
@@ -180,23 +175,16 @@ def test_without_a_gpu_it_says_so():
 def test_custom_calls_take_what_they_are_given():
     """On a CPU the stream alone is missing of all that a call binds."""
     packed = make("int8")
-    handlers = {
-        "decode": "kwm_gpu_xla_decode",
-        "cusparselt": "kwm_gpu_xla_cusparselt",
-    }
-    for name, handler in handlers.items():
+    for name in ("decode", "cusparselt"):
+        handler = sparse_matmul_gpu.gpu.xla_handler(f"kwm_gpu_xla_{name}")
         jax.ffi.register_ffi_target(
-            f"on_a_cpu_{name}",
-            jax.ffi.pycapsule(sparse_matmul_gpu.gpu.xla_handler(handler)),
-            platform="cpu",
+            f"on_a_cpu_{name}", jax.ffi.pycapsule(handler), platform="cpu"
         )
     x = jnp.ones((16, K), "bfloat16")
     result = jax.ShapeDtypeStruct((16, N), x.dtype)
     stream_is_missing = r"bad operands at: 0\)\nDiagnostics:\n.*stream"
     with pytest.raises(jax.errors.JaxRuntimeError, match=stream_is_missing):
-        jax.ffi.ffi_call("on_a_cpu_decode", result)(
-            x, packed.values, packed.meta, packed.scale
-        )
+        jax.ffi.ffi_call("on_a_cpu_decode", result)(x, *arrays_of(packed))
     with pytest.raises(jax.errors.JaxRuntimeError, match=stream_is_missing):
         jax.ffi.ffi_call("on_a_cpu_cusparselt", result)(
             x, jnp.zeros((10,), "uint8"), algorithm=-1

@@ -9,7 +9,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.native.gpu import dispatch
-from keras_weightmods.native.packed import pack_kernel, unpack_kernel
+from keras_weightmods.ops import pack_kernel, packed_arrays, unpack_kernel
 from tests.gpu.kernels import error, sparse_kernel
 from tests.models import make_sparse, mlp, normal, numpy
 
@@ -35,10 +35,8 @@ VALUE_DTYPES = ("float32", "bfloat16", "int8")
 def make(k, n, value_dtype):
     packed = pack_kernel(sparse_kernel(k, n), value_dtype)
     on_gpu = {
-        f.name: ops.convert_to_tensor(getattr(packed, f.name))
-        for f in dataclasses.fields(packed)
-        if f.name in ("values", "meta", "scale")
-        and getattr(packed, f.name) is not None
+        name: ops.convert_to_tensor(getattr(packed, name))
+        for name in packed_arrays(packed.shape, value_dtype)
     }
     return dataclasses.replace(packed, **on_gpu), unpack_kernel(packed)
 

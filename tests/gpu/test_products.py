@@ -51,10 +51,7 @@ def decode(library, x, packed, device=0):
         address(x),
         x.shape[0],
         *packed.shape,
-        address(packed.values),
-        address(packed.meta),
-        address(packed.scale),
-        address(y),
+        *map(address, [packed.values, packed.meta, packed.scale, y]),
     )
     return failure, y
 
@@ -120,15 +117,9 @@ def compress(library, kernel):
     transposed = np.ascontiguousarray(kernel.T)
     compressed = np.empty(size.value, np.uint8)
     workspace = np.empty(room.value, np.uint8)
+    arrays = map(address, [compressed, workspace])
     failure = library.kwm_gpu_compress(
-        0,
-        None,
-        address(transposed),
-        k,
-        n,
-        dtype,
-        address(compressed),
-        address(workspace),
+        0, None, address(transposed), k, n, dtype, *arrays
     )
     return failure, compressed
 
@@ -144,15 +135,9 @@ def cusparselt(library, x, compressed, n, algorithm=-1):
     if failure is not None:
         return failure, None
     workspace = np.empty(room.value, np.uint8)
+    arrays = map(address, [compressed, y, workspace])
     failure = library.kwm_gpu_cusparselt(
-        0,
-        None,
-        address(x),
-        *product,
-        algorithm,
-        address(compressed),
-        address(y),
-        address(workspace),
+        0, None, address(x), *product, algorithm, *arrays
     )
     return failure, y
 

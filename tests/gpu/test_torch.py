@@ -22,12 +22,10 @@ K, N = 70, 21
 
 def make(value_dtype="float32"):
     packed = pack_kernel(sparse_kernel(K, N), value_dtype)
-    arrays = packed.values, packed.meta, packed.scale
-    with torch.device("cpu"):
-        tensors = [
-            None if a is None else keras.ops.convert_to_tensor(a).cpu()
-            for a in arrays
-        ]
+    tensors = [
+        None if a is None else keras.ops.convert_to_tensor(a).cpu()
+        for a in (packed.values, packed.meta, packed.scale)
+    ]
     return unpack_kernel(packed).astype("float64"), tensors
 
 
@@ -83,20 +81,14 @@ def test_companion_goes_with_the_packed_values():
 
 def test_operators_have_them_on_cuda():
     assert operators.reason_unavailable() == ""
-    for name in (
-        "sparse_matmul",
-        "sparse_matmul_transposed",
-        "sparse_values_gradient",
-    ):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"keras_weightmods::{name}", "CUDA"
-        )
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in ("matmul", "matmul_transposed", "values_gradient"):
+        assert has_kernel(f"keras_weightmods::sparse_{name}", "CUDA")
 
 
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert "finds no NVIDIA GPU" in sparse_matmul_gpu.reason_unavailable(
-        "decode"
-    )
+    reason = sparse_matmul_gpu.reason_unavailable("decode")
+    assert "finds no NVIDIA GPU" in reason
     assert sparse_matmul_gpu.device_name() is None

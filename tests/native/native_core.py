@@ -9,6 +9,8 @@ import tempfile
 
 import numpy as np
 
+from keras_weightmods import native
+
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE.parents[1] / "keras_weightmods" / "native"
 CORE = [
@@ -19,6 +21,14 @@ CORE = [
 TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ISAS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
 VALUES_DTYPE = {"float32": "float32", "bfloat16": "uint16", "int8": "int8"}
+
+# As `native.open_library` takes them; the sizes are for the tests alone.
+SIGNATURES = {
+    **native._SIGNATURES,
+    "kwm_values_bytes": ("q", "qqi"),
+    "kwm_meta_bytes": ("q", "qq"),
+    "kwm_scale_bytes": ("q", "qqi"),
+}
 
 Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 ParallelFor = ctypes.CFUNCTYPE(
@@ -33,7 +43,7 @@ def compiler():
 
 
 def build(target, *flags, command=None, sources=()):
-    """Compiles the core and `sources`; returns the path of `target`."""
+    """Compile the core and `sources`, and return the path of `target`."""
     core = [str(SOURCES / f"{name}.cc") for name in CORE]
     command = command or [compiler()]
     subprocess.run(
@@ -51,29 +61,7 @@ def load():
         path = build(
             pathlib.Path(folder) / "core.so", "-O2", "-shared", "-fPIC"
         )
-        library = ctypes.CDLL(str(path))
-    size, kind, array = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
-    number = ctypes.c_float
-    packed = [size, size, size, kind, array, array, array]
-    for name, result, arguments in [
-        ("kwm_values_bytes", size, [size, size, kind]),
-        ("kwm_meta_bytes", size, [size, size]),
-        ("kwm_scale_bytes", size, [size, size, kind]),
-        ("kwm_pack", size, [array, size, size, kind, array, array, array]),
-        ("kwm_unpack", None, [array] * 3 + [size, size, kind, array]),
-        ("kwm_matmul", None, [array, *packed, array, array, array]),
-        ("kwm_matmul_transposed", None, [array, *packed, array, array, array]),
-        ("kwm_values_gradient", None, [array] * 2 + [size] * 3 + [array] * 4),
-        ("kwm_compand", None, [array, size, number, number] + [array] * 3),
-        (
-            "kwm_compand_gradient",
-            None,
-            [array] * 3 + [size, number, number] + [array] * 5,
-        ),
-    ]:
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
+        return native.open_library(path, "kwm_abi_version", 2, SIGNATURES)
 
 
 def isas():
@@ -89,7 +77,7 @@ def pointer(array):
 
 
 def pack(kernel, dtype="float32"):
-    """Returns values, meta, scale and the number of bad groups."""
+    """Return values, meta, scale and the number of bad groups."""
     kernel = np.ascontiguousarray(kernel, "float32")
     k, n = kernel.shape
     kind = TYPES[dtype]
@@ -100,21 +88,15 @@ def pack(kernel, dtype="float32"):
     scale = None
     if dtype == "int8":
         scale = np.full(library.kwm_scale_bytes(k, n, kind) // 4, -1, "float32")
-    bad = library.kwm_pack(
-        *map(pointer, [kernel]),
-        k,
-        n,
-        kind,
-        *map(pointer, [values, meta, scale]),
-    )
+    packed = map(pointer, [values, meta, scale])
+    bad = library.kwm_pack(pointer(kernel), k, n, kind, *packed)
     return values.view(VALUES_DTYPE[dtype]), meta, scale, bad
 
 
 def unpack(packed, k, n, dtype="float32"):
     kernel = np.full((k, n), np.nan, "float32")
-    load().kwm_unpack(
-        *map(pointer, packed), k, n, TYPES[dtype], kernel.ctypes.data
-    )
+    arrays = map(pointer, packed)
+    load().kwm_unpack(*arrays, k, n, TYPES[dtype], pointer(kernel))
     return kernel
 
 
@@ -124,18 +106,11 @@ def matmul(x, packed, n, dtype="float32", parallel_for=None, transposed=False):
     rows, inner = x.shape
     out = np.full((rows, n), np.nan, "float32")
     library = load()
-    function = (
-        library.kwm_matmul_transposed if transposed else library.kwm_matmul
-    )
-    function(
-        x.ctypes.data,
-        rows,
-        *((n, inner) if transposed else (inner, n)),
-        TYPES[dtype],
-        *map(pointer, packed),
-        out.ctypes.data,
-        parallel_for,
-        None,
+    shape = (n, inner) if transposed else (inner, n)
+    weights = *shape, TYPES[dtype], *map(pointer, packed)
+    name = "kwm_matmul_transposed" if transposed else "kwm_matmul"
+    getattr(library, name)(
+        pointer(x), rows, *weights, pointer(out), parallel_for, None
     )
     return out
 
@@ -145,26 +120,16 @@ def values_gradient(x, dy, meta, parallel_for=None):
     dy = np.ascontiguousarray(dy, "float32")
     k, n = x.shape[1], dy.shape[1]
     out = np.full(load().kwm_values_bytes(k, n, 0) // 4, np.nan, "float32")
-    load().kwm_values_gradient(
-        x.ctypes.data,
-        dy.ctypes.data,
-        len(x),
-        k,
-        n,
-        meta.ctypes.data,
-        out.ctypes.data,
-        parallel_for,
-        None,
-    )
+    arrays = *map(pointer, [x, dy]), len(x), k, n, *map(pointer, [meta, out])
+    load().kwm_values_gradient(*arrays, parallel_for, None)
     return out
 
 
 def compand(v, a, b, parallel_for=None):
     """a arctan(v / b)"""
     w = np.full_like(v, np.nan)
-    load().kwm_compand(
-        v.ctypes.data, v.size, a, b, w.ctypes.data, parallel_for, None
-    )
+    arguments = pointer(v), v.size, a, b, pointer(w)
+    load().kwm_compand(*arguments, parallel_for, None)
     return w
 
 
@@ -174,13 +139,10 @@ def compand_gradient(v, w, upstream, a, b, parallel_for=None, out=None):
     da = db = None
     if w is not None:
         da, db = np.full((2, 1), np.nan, "float32")
+    inputs, results = (
+        map(pointer, x) for x in ([v, w, upstream], [dv, da, db])
+    )
     load().kwm_compand_gradient(
-        *map(pointer, [v, w, upstream]),
-        v.size,
-        a,
-        b,
-        *map(pointer, [dv, da, db]),
-        parallel_for,
-        None,
+        *inputs, v.size, a, b, *results, parallel_for, None
     )
     return (dv, None, None) if w is None else (dv, da[0], db[0])
