@@ -333,7 +333,7 @@ class Cast:
 
 
 def schedule(peak, steps):
-    from keras_weightmods.sparsity.schedules import WarmupLinearDecay
+    from keras_weightmods.sparsity.recipes import WarmupLinearDecay
 
     return WarmupLinearDecay(peak, max(1, steps // 10), steps)
 

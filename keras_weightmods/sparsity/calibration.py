@@ -3,10 +3,9 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -14,9 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private
-from keras_weightmods.core.targets import Target
 from keras_weightmods.ops.matrix import contraction_size
-from keras_weightmods.sparsity.adam_s import AdamS
 
 _CONVOLUTIONS = (
     keras.layers.Conv1D,
@@ -27,11 +24,7 @@ _CONVOLUTIONS = (
 )
 
 
-def input_norms(
-    model: keras.layers.Layer,
-    targets: Sequence[Target],
-    batches: Iterable[tuple[Any, Any]],
-) -> list[np.ndarray | None]:
+def input_norms(model, targets, batches):
     """Measure the norm of every input that a target contracts.
 
     The input factor of Wanda's score `|W_ij| * ||x_j||_2`
@@ -71,11 +64,10 @@ def input_norms(
     counts = [0] * len(targets)
     used = None
 
-    def see(index: int, reader: InputReader, inputs: Any) -> None:
+    def see(index, reader, inputs):
         rows, count = reader.rows(inputs, used)
         squares = ops.mean(ops.sum(ops.square(rows), axis=1), axis=0)
-        squares = ops.convert_to_numpy(squares).astype("float64")
-        sums[index] = sums[index] + squares
+        sums[index] += ops.convert_to_numpy(squares).astype("float64")
         counts[index] += count
 
     with contextlib.ExitStack() as stack:
@@ -95,12 +87,7 @@ def input_norms(
     ]
 
 
-def measure_importance(
-    optimizer: AdamS,
-    model: keras.Model,
-    targets: Sequence[Target],
-    batches: Iterable[tuple[Any, Any]],
-) -> None:
+def measure_importance(optimizer, model, targets, batches):
     """Give an `AdamS(criterion="activation")` the norms of the inputs.
 
     Args:
@@ -141,12 +128,12 @@ class InputReader:
         stacks: Int, S.
     """
 
-    arrange: Callable[[Any], tuple[Any, int]]
-    layout: tuple[Any, ...]
+    arrange: Callable
+    layout: tuple
     stacks: int = 1
 
     @classmethod
-    def of(cls, target: Target) -> "InputReader | None":
+    def of(cls, target):
         """Return the reader of a target; None if its layer has none."""
         layer = target.layer
         if isinstance(layer, keras.layers.EinsumDense):
@@ -159,9 +146,7 @@ class InputReader:
             return _convolution_reader(layer, target)
         return None
 
-    def rows(
-        self, inputs: Any, used: np.ndarray | None = None
-    ) -> tuple[Any, int]:
+    def rows(self, inputs, used=None):
         """Return a float32 tensor (S, rows, K) and the number of rows.
 
         Rows that `used`, a boolean array over the leading axes or None, leaves
@@ -181,9 +166,7 @@ class InputReader:
         return ops.transpose(x, (1, 0, 2)), count
 
 
-def inputs_seen(
-    layer: Any, record: Callable[[Any], None]
-) -> contextlib.AbstractContextManager[None]:
+def inputs_seen(layer, record):
     """Call `record(inputs)` before each call of `layer` in a scope."""
     # Keras passes the inputs by keyword if the caller did.
     return keras_private.calls_seen(
@@ -191,15 +174,15 @@ def inputs_seen(
     )
 
 
-def used_positions(sample_weight: Any) -> np.ndarray | None:
+def used_positions(sample_weight):
     """Return where weights are not 0; None if there are none or several."""
     if sample_weight is None or keras.tree.is_nested(sample_weight):
         return None
-    used: np.ndarray = ops.convert_to_numpy(sample_weight) != 0
+    used = ops.convert_to_numpy(sample_weight) != 0
     return used[..., 0] if used.ndim > 1 and used.shape[-1] == 1 else used
 
 
-def without_gradients() -> contextlib.AbstractContextManager[Any]:
+def without_gradients():
     """Keep torch from holding all activations of forward passes in a scope."""
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()
@@ -208,7 +191,7 @@ def without_gradients() -> contextlib.AbstractContextManager[Any]:
     return torch.no_grad()
 
 
-def _einsum_reader(layer: Any, target: Target) -> InputReader:
+def _einsum_reader(layer, target):
     operands, output = layer.equation.replace(" ", "").split("->")
     inputs, kernel = operands.split(",")
     before, _, after = inputs.partition("...")
@@ -225,7 +208,7 @@ def _einsum_reader(layer: Any, target: Target) -> InputReader:
     )
     stacks = math.prod(target.shape[axis] for axis in target.stack_axes)
 
-    def arrange(x: Any) -> tuple[Any, int]:
+    def arrange(x):
         rank = len(x.shape)
         last, middle, gone = ([i % rank for i in axes] for axes in layout)
         rest = [i for i in range(rank) if i not in last + middle + gone]
@@ -239,58 +222,48 @@ def _einsum_reader(layer: Any, target: Target) -> InputReader:
     return InputReader(arrange, layout, stacks)
 
 
-def _convolution_reader(layer: Any, target: Target) -> InputReader:
+def _convolution_reader(layer, target):
     # One matrix for each group, or for each channel of a depthwise kernel.
     stacks = getattr(layer, "groups", None) or target.shape[layer.rank]
-
-    def arrange(x: Any) -> tuple[Any, int]:
-        if layer.data_format == "channels_first":
-            x = ops.moveaxis(x, 1, -1)
-        patches = _patches(x, layer)
-        *positions, taps, channels = patches.shape
-        patches = ops.reshape(
-            patches, (*positions, taps, stacks, channels // stacks)
-        )
-        patches = ops.moveaxis(patches, -2, -3)
-        return ops.reshape(patches, (*positions, stacks, -1)), layer.rank + 1
-
-    layout = (
-        layer.data_format,
+    window, strides, dilation = (
         layer.kernel_size,
         layer.strides,
         layer.dilation_rate,
+    )
+    reach = [(size - 1) * step for size, step in zip(window, dilation)]
+
+    def arrange(x):
+        """Return (batch, positions, stacks, taps * channels of a stack)."""
+        # Not by `ops.image.extract_patches`: a convolution with an identity,
+        # which GPUs round to TF32, and for which no stride goes with dilation.
+        if layer.data_format == "channels_first":
+            x = ops.moveaxis(x, 1, -1)
+        padding = [(0, 0)]
+        for size, far, stride in zip(x.shape[1:], reach, strides):
+            total = max(0, far - (size - 1) % stride)
+            same = total // 2, total - total // 2
+            pads = {"same": same, "causal": (far, 0), "valid": (0, 0)}
+            padding.append(pads[layer.padding])
+        x = ops.pad(x, [*padding, (0, 0)])
+        x = ops.reshape(x, (*x.shape[:-1], stacks, -1))
+        taps = []
+        for offsets in np.ndindex(window):
+            starts = [i * step for i, step in zip(offsets, dilation)]
+            ends = [
+                start + size - far
+                for start, size, far in zip(starts, x.shape[1:], reach)
+            ]
+            part = map(slice, starts, ends, strides)
+            taps.append(x[(slice(None), *part)])
+        x = ops.stack(taps, axis=-2)
+        return ops.reshape(x, (*x.shape[:-2], -1)), layer.rank + 1
+
+    layout = (
+        layer.data_format,
+        window,
+        strides,
+        dilation,
         layer.padding,
         stacks,
     )
     return InputReader(arrange, layout, stacks)
-
-
-def _patches(x: Any, layer: Any) -> Any:
-    """Return what output positions see: (batch, positions, taps, channels)."""
-    rank = layer.rank
-    geometry = list(
-        zip(
-            x.shape[1 : rank + 1],
-            layer.kernel_size,
-            layer.strides,
-            layer.dilation_rate,
-        )
-    )
-    padding = [(0, 0)]
-    for size, window, stride, dilation in geometry:
-        reach = (window - 1) * dilation
-        total = 0
-        if layer.padding == "same":
-            total = max(0, (-(-size // stride) - 1) * stride + reach + 1 - size)
-        before = reach if layer.padding == "causal" else total // 2
-        padding.append((before, total - total // 2))
-    x = ops.pad(x, [*padding, (0, 0)])
-    taps = []
-    for offsets in itertools.product(*map(range, layer.kernel_size)):
-        part = [slice(None)]
-        for axis, offset in enumerate(offsets):
-            _, window, stride, dilation = geometry[axis]
-            end = x.shape[axis + 1] - (window - 1 - offset) * dilation
-            part.append(slice(offset * dilation, end, stride))
-        taps.append(x[tuple(part)])
-    return ops.stack(taps, axis=-2)

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -11,25 +10,13 @@ from keras import ops
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.ops.nm import Pattern, parse_pattern
+from keras_weightmods.sparsity import data, recipes, sparsify
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.calibration import measure_importance
-from keras_weightmods.sparsity.data import (
-    batch_count,
-    first_batches,
-    preprocess,
-    preprocess_pairs,
-)
 from keras_weightmods.sparsity.distillation import LogitsDistiller
-from keras_weightmods.sparsity.recipes import default_recipe, default_schedule
 from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
 from keras_weightmods.sparsity.run_state import RunState
 from keras_weightmods.sparsity.scaling import Scaling, attach_scaling
-from keras_weightmods.sparsity.sparsify import (
-    METHODS,
-    OneShot,
-    SparsifyReport,
-    fitting_targets,
-)
 from keras_weightmods.utils import checks
 
 # The importance of inputs is measured on so many batches.
@@ -139,10 +126,8 @@ class CAST(LogitsDistiller):
 
     optimizer: Any
     train_function: Any
-    test_function: Any
-    predict_function: Any
 
-    default_recipe = staticmethod(default_recipe)
+    default_recipe = staticmethod(recipes.default_recipe)
 
     def __init__(
         self,
@@ -160,7 +145,7 @@ class CAST(LogitsDistiller):
         name: str = "cast",
     ) -> None:
         n, m = parse_pattern(pattern)
-        checks.check_choice("init", init, ("dense", *METHODS))
+        checks.check_choice("init", init, ("dense", *sparsify.METHODS))
         checks.check_int("init_rows", init_rows, 1)
         checks.check_int("scaling_groups", scaling_groups, 0)
         if not isinstance(model, keras.Model) or not model.built:
@@ -169,8 +154,9 @@ class CAST(LogitsDistiller):
                 "a built `keras.Model`. Build it by calling it on data first",
                 model,
             )
-        found = resolve_targets(model, targets)
-        usable = fitting_targets("CAST", found, pattern, trainable=True)
+        usable = sparsify.fitting_targets(
+            "CAST", resolve_targets(model, targets), pattern, trainable=True
+        )
         if scaling_groups:
             attach_scaling(
                 model, targets=usable, groups=scaling_groups, pattern=pattern
@@ -195,7 +181,7 @@ class CAST(LogitsDistiller):
         self.init_rows = init_rows
         self.scaling_groups = scaling_groups
         self.targets = usable
-        self.init_report: SparsifyReport | None = None
+        self.init_report: sparsify.SparsifyReport | None = None
         self.report: SparsityReport | None = None
         self._run = RunState(model, is_started=init == "dense")
         self._optimizer_is_default = False
@@ -203,8 +189,7 @@ class CAST(LogitsDistiller):
     @property
     def adam_s(self) -> AdamS:
         """The `AdamS` in `optimizer`, also inside a loss-scaling wrapper."""
-        optimizer: Any = getattr(self, "optimizer", None)
-        inner: AdamS = getattr(optimizer, "inner_optimizer", optimizer)
+        inner: AdamS = _inner(self.optimizer)
         return inner
 
     def compile(
@@ -233,17 +218,16 @@ class CAST(LogitsDistiller):
         """
         is_default = optimizer is None
         if is_default:
-            optimizer = AdamS(pattern=self.pattern, **default_recipe(self.init))
-        inner = getattr(optimizer, "inner_optimizer", optimizer)
+            recipe = recipes.default_recipe(self.init)
+            optimizer = AdamS(pattern=self.pattern, **recipe)
+        inner = _inner(optimizer)
         if not isinstance(inner, AdamS) or inner.pattern != self.pattern:
             expected = f"an `AdamS` of pattern {self.pattern!r}, or None"
             raise checks.error("optimizer", expected, optimizer)
         if loss is None:
             if not hasattr(self.student, "backbone"):
-                raise ValueError(
-                    "`loss` is missing. Pass the loss on the labels, as in "
-                    "`keras.Model.compile`. Received: loss=None"
-                )
+                expected = "the loss on the labels, as in `keras.Model.compile`"
+                raise checks.error("loss", expected, loss)
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         inner.use_targets(self.targets)
         layers = keras_private.layers_of(self.student)
@@ -268,9 +252,9 @@ class CAST(LogitsDistiller):
         if self._run.random_stream is not None:
             step = self.train_function
 
-            def train_function(data: Any) -> Any:
+            def train_function(batches: Any) -> Any:
                 with self._run.random_stream.active():
-                    return step(data)
+                    return step(batches)
 
             self.train_function = train_function
 
@@ -299,48 +283,41 @@ class CAST(LogitsDistiller):
         self._check_not_finalized("fit")
         if not self.compiled:
             raise ValueError("Call `compile()` before `fit()`.")
-        x, y, sample_weight = preprocess(
-            self.student, x, y, kwargs.pop("sample_weight", None)
+        x, y, kwargs["sample_weight"] = data.preprocess(
+            self.student, x, y, kwargs.get("sample_weight")
         )
-        validation_data = preprocess_pairs(
-            self.student, kwargs.pop("validation_data", None)
+        kwargs["validation_data"] = data.preprocess_pairs(
+            self.student, kwargs.get("validation_data")
         )
-
-        def count_batches(epochs: int) -> int:
-            steps = kwargs.get("steps_per_epoch")
-            split = kwargs.get("validation_split", 0.0)
-            return epochs * (steps or _batch_count(x, batch_size, split))
-
+        split = kwargs.get("validation_split", 0.0)
+        steps = kwargs.get("steps_per_epoch")
+        steps = steps or data.batch_count(x, batch_size, split) or math.inf
         taken = int(ops.convert_to_numpy(self.adam_s.iterations))
         if self.adam_s.total_steps is None or (
             self._run.planned_batches is not None and not taken
         ):
-            self._plan(count_batches(epochs))
+            if steps == math.inf:
+                raise ValueError(
+                    "`fit` cannot tell how many batches there are, which the "
+                    "ramp of `AdamS` needs. Pass `steps_per_epoch`, or "
+                    "`AdamS(total_steps=...)`. Received: x of type "
+                    f"{type(x).__name__}"
+                )
+            self._plan(epochs * int(steps))
         elif taken:
-            left = epochs - kwargs.get("initial_epoch", 0)
-            self._warn_about_the_end(
-                taken, lambda: count_batches(left), kwargs.get("callbacks")
-            )
+            left = steps * (epochs - kwargs.get("initial_epoch", 0))
+            self._warn_about_the_end(taken, left, kwargs.get("callbacks"))
         self.optimizer.build(self.trainable_variables)
         self._check_all_sparsified()
         if not taken:
-            x = self._start(x, batch_size, sample_weight, verbose)
-        return super().fit(
-            x=x,
-            y=y,
-            batch_size=batch_size,
-            epochs=epochs,
-            verbose=verbose,
-            validation_data=validation_data,
-            sample_weight=sample_weight,
-            **kwargs,
-        )
+            x = self._start(x, batch_size, kwargs["sample_weight"], verbose)
+        return super().fit(x, y, batch_size, epochs, verbose, **kwargs)
 
     def evaluate(
         self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Evaluate as `keras.Model` does; takes raw strings as `fit` does."""
-        x, y, sample_weight = preprocess(
+        x, y, sample_weight = data.preprocess(
             self.student, x, y, kwargs.pop("sample_weight", None)
         )
         if sample_weight is not None:
@@ -381,9 +358,7 @@ class CAST(LogitsDistiller):
             self.student, self.pattern, targets=self.targets
         )
         # As TensorFlow traced them, they hold the scales of that time.
-        self.train_function = None
-        self.test_function = None
-        self.predict_function = None
+        self.train_function = self.test_function = self.predict_function = None
         return self.student
 
     def get_config(self) -> Any:
@@ -413,36 +388,31 @@ class CAST(LogitsDistiller):
         accumulated = optimizer.gradient_accumulation_steps or 1
         optimizer.total_steps = max(1, batches // accumulated)
         if self._optimizer_is_default:
-            optimizer.learning_rate = default_schedule(self.init, batches)
+            schedule = recipes.default_schedule(self.init, batches)
+            optimizer.learning_rate = schedule
         self._run.planned_batches = batches
         # Compiled, it holds the length of an earlier plan.
         self.train_function = None
 
     def _warn_about_the_end(
-        self, taken: int, count_batches: Callable[[], int], callbacks: Any
+        self, taken: int, left: float, callbacks: Any
     ) -> None:
-        """Warn where a fit goes beyond the planned run."""
+        """Warn where a fit of `left` batches goes beyond the planned run."""
         planned = self.adam_s.total_steps
-        accumulated = self.adam_s.gradient_accumulation_steps or 1
+        wanted = taken + left // (self.adam_s.gradient_accumulation_steps or 1)
         if taken >= planned:
             message = f"the run of {planned} steps that was planned is over"
-        elif any(
+        elif planned < wanted < math.inf and not any(
+            # Which epoch it begins with is not known yet.
             isinstance(callback, keras.callbacks.BackupAndRestore)
             for callback in keras.tree.flatten(callbacks)
         ):
-            # Which epoch it begins with is not known yet.
-            return
-        else:
-            try:
-                wanted = taken + count_batches() // accumulated
-            except ValueError:
-                return
-            if wanted <= planned:
-                return
             message = (
                 f"this fit goes to step {wanted}, beyond the {planned} that "
                 "were planned at its start"
             )
+        else:
+            return
         warnings.warn(
             f"CAST: {message}. From there on the pull is done, and the "
             "learning rate of the default optimizer is 0. To resume an "
@@ -462,21 +432,17 @@ class CAST(LogitsDistiller):
         if is_started and not is_ranked_by_inputs:
             return x
         rows = 0 if is_started else self.init_rows
-        first, enough, x = first_batches(
+        first, enough, x = data.first_batches(
             x, _MEASURED_BATCHES, rows, batch_size, sample_weight
         )
         if not is_started:
             shown = 1 if verbose in ("auto", 1) else 0
-            start = OneShot(self.pattern, self.init, verbose=shown)
+            start = sparsify.OneShot(self.pattern, self.init, verbose=shown)
             self.init_report = start(self.student, self.targets, first[:enough])
             self._run.is_started = True
         if is_ranked_by_inputs:
-            measure_importance(
-                self.adam_s,
-                self.student,
-                self.targets,
-                first[:_MEASURED_BATCHES],
-            )
+            first = first[:_MEASURED_BATCHES]
+            measure_importance(self.adam_s, self.student, self.targets, first)
         return x
 
     def _check_all_sparsified(self) -> None:
@@ -501,13 +467,6 @@ class CAST(LogitsDistiller):
             )
 
 
-def _batch_count(x: Any, batch_size: int | None, split: float) -> int:
-    count = batch_count(x, batch_size, split)
-    if not count or count == math.inf:
-        raise ValueError(
-            "`fit` cannot tell how many batches there are, which the ramp of "
-            "`AdamS` needs. Pass `steps_per_epoch`, or "
-            "`AdamS(total_steps=...)`. "
-            f"Received: x of type {type(x).__name__}"
-        )
-    return int(count)
+def _inner(optimizer: Any) -> Any:
+    """Return the optimizer inside of a loss-scaling wrapper, if it is one."""
+    return getattr(optimizer, "inner_optimizer", optimizer)

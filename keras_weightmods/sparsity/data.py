@@ -4,17 +4,13 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 
-def preprocess(
-    model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None
-) -> Any:
+def preprocess(model, x, y=None, sample_weight=None):
     """Turn raw strings into what the model takes; leave all else alone.
 
     Args:
@@ -46,7 +42,7 @@ def preprocess(
     return keras.utils.unpack_x_y_sample_weight(outputs)
 
 
-def preprocess_pairs(model: keras.Model, data: Any) -> Any:
+def preprocess_pairs(model, data):
     """Do the same with `validation_data`: a tuple, a dataset or inputs."""
     if isinstance(data, tuple):
         # Not a list, which may be one of strings or of several inputs.
@@ -56,9 +52,7 @@ def preprocess_pairs(model: keras.Model, data: Any) -> Any:
     return data if y is None else (data, y, sample_weight)
 
 
-def batches(
-    x: Any, batch_size: int | None = None, sample_weight: Any = None
-) -> Iterator[tuple[Any, Any]]:
+def batches(x, batch_size=None, sample_weight=None):
     """Yield pairs (inputs, sample weights) of one pass over `x`.
 
     Args:
@@ -70,10 +64,9 @@ def batches(
     if _are_arrays(x):
         size = batch_size or 32
         for start in range(0, _row_count(x), size):
+            part = slice(start, start + size)
             yield keras.tree.map_structure(
-                lambda a, start=start: (
-                    None if a is None else a[start : start + size]
-                ),
+                lambda a, part=part: None if a is None else a[part],
                 (x, sample_weight),
             )
         return
@@ -87,9 +80,7 @@ def batches(
         yield keras.tree.map_structure(_to_numpy, (inputs, weights))
 
 
-def batch_count(
-    x: Any, batch_size: int | None = None, validation_split: float = 0.0
-) -> float | None:
+def batch_count(x, batch_size=None, validation_split=0.0):
     """Return the batches of one pass: `inf` if endless, None if unknown.
 
     Args:
@@ -111,13 +102,7 @@ def batch_count(
     return None
 
 
-def first_batches(
-    x: Any,
-    least: int,
-    rows: int = 0,
-    batch_size: int | None = None,
-    sample_weight: Any = None,
-) -> tuple[list[tuple[Any, Any]], int, Any]:
+def first_batches(x, least, rows=0, batch_size=None, sample_weight=None):
     """Read the first batches of `x`, without losing those of a generator.
 
     Args:
@@ -134,7 +119,7 @@ def first_batches(
         source, copy = itertools.tee(x)
         # The trainers of Keras want a generator.
         x = (item for item in copy)
-    first: list[tuple[Any, Any]] = []
+    first = []
     held = enough = 0
     for batch in batches(source, batch_size, sample_weight):
         first.append(batch)
@@ -146,30 +131,25 @@ def first_batches(
     return first, enough, x
 
 
-def holds_strings(x: Any) -> bool:
+def holds_strings(x):
     """Whether data, or the elements of a dataset, are strings."""
-    for leaf in keras.tree.flatten(getattr(x, "element_spec", x)):
-        dtype = getattr(leaf, "dtype", None)
-        if (
-            isinstance(leaf, (str, bytes))
-            or getattr(dtype, "kind", "") in ("U", "S", "O")
-            or "string" in str(dtype)
-        ):
-            return True
-    return False
+    return any(
+        isinstance(leaf, (str, bytes))
+        or getattr(getattr(leaf, "dtype", None), "kind", "") in ("U", "S", "O")
+        or "string" in str(getattr(leaf, "dtype", ""))
+        for leaf in keras.tree.flatten(getattr(x, "element_spec", x))
+    )
 
 
-def _are_arrays(x: Any) -> bool:
+def _are_arrays(x):
     leaves = keras.tree.flatten(x)
     return bool(leaves) and all(hasattr(leaf, "shape") for leaf in leaves)
 
 
-def _row_count(x: Any) -> int:
+def _row_count(x):
     return len(keras.tree.flatten(x)[0])
 
 
-def _to_numpy(x: Any) -> Any:
+def _to_numpy(x):
     # Also of a TensorFlow tensor, on every backend.
-    if x is None or not ops.is_tensor(x):
-        return None if x is None else np.asarray(x)
-    return ops.convert_to_numpy(x)
+    return None if x is None else ops.convert_to_numpy(x)

@@ -43,13 +43,13 @@ class LogitsDistiller(keras.distillation.Distiller):
 
     def __init__(
         self,
-        model: keras.Model,
-        teacher: Any,
-        distillation_weight: float,
-        temperature: float,
-        teacher_dtype: str | None,
-        name: str,
-    ) -> None:
+        model,
+        teacher,
+        distillation_weight,
+        temperature,
+        teacher_dtype,
+        name,
+    ):
         is_self = isinstance(teacher, str) and teacher == "self"
         is_other = isinstance(teacher, keras.Model) and teacher is not model
         if not (is_self or is_other or teacher is None):
@@ -91,20 +91,15 @@ class LogitsDistiller(keras.distillation.Distiller):
     @property
     def teacher_bytes(self) -> int:
         """The memory of the teacher's weights, in bytes."""
-        variables: list[Any] = self.teacher.variables if self.teacher else []
+        variables = self.teacher.variables if self.teacher else []
         return sum(
-            math.prod(variable.shape) * numpy_dtype(variable.dtype).itemsize
-            for variable in variables
+            math.prod(v.shape) * numpy_dtype(v.dtype).itemsize
+            for v in variables
         )
 
     def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
-    ) -> Any:
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
         """Return the weighted sum of the label and the distillation loss."""
         if y_pred is None:
             y_pred = self(x, training=training)
@@ -124,10 +119,8 @@ class LogitsDistiller(keras.distillation.Distiller):
             list(map(ops.stop_gradient, taught)), y_pred, sample_weight
         )
         self.distillation_loss_tracker.update_state(distillation_loss)
-        total = (
-            self.student_loss_weight * label_loss
-            + (1 - self.student_loss_weight) * distillation_loss
-        )
+        weight = self.student_loss_weight
+        total = weight * label_loss + (1 - weight) * distillation_loss
         self.total_loss_tracker.update_state(total)
         return total
 
@@ -155,23 +148,19 @@ class FrozenTwin(keras.Model):
         dtype: Dtype of the floats in the copy, or `None` for the model's own.
     """
 
-    def __init__(self, model: keras.Model, dtype: str | None = None) -> None:
+    def __init__(self, model, dtype=None):
         super().__init__(name="teacher", **_TRANSPARENT)
         # In a closure, or Keras would track, save and freeze the original.
         self._get_model = lambda: model
-        self._copies = [self._copy(v, dtype) for v in model.variables]
-        self._place = {id(v): i for i, v in enumerate(model.variables)}
+        self._copies = {id(v): self._copy(v, dtype) for v in model.variables}
         self.built = True
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs, training=False):
         model = self._get_model()
         # By variable: which are trainable, and whether there still are
         # scales, can change after the copy was taken.
         values = [
-            [
-                ops.convert_to_tensor(self._copies[self._place[id(v)]])
-                for v in variables
-            ]
+            [ops.convert_to_tensor(self._copies[id(v)]) for v in variables]
             for variables in (
                 model.trainable_variables,
                 model.non_trainable_variables,
@@ -180,7 +169,7 @@ class FrozenTwin(keras.Model):
         outputs, _ = model.stateless_call(*values, inputs, training=False)
         return outputs
 
-    def _copy(self, variable: Any, dtype: str | None) -> Any:
+    def _copy(self, variable, dtype):
         own_dtype = keras.backend.standardize_dtype(variable.dtype)
         if dtype is None or "float" not in own_dtype:
             dtype = own_dtype
@@ -208,11 +197,8 @@ class LogitsDistillation(keras.distillation.LogitsDistillation):
     """
 
     def compute_loss(
-        self,
-        teacher_outputs: Any,
-        student_outputs: Any,
-        sample_weight: Any = None,
-    ) -> Any:
+        self, teacher_outputs, student_outputs, sample_weight=None
+    ):
         """Return the sum over the outputs."""
         taught = keras.tree.flatten(teacher_outputs)
         learned = keras.tree.flatten(student_outputs)
@@ -230,18 +216,18 @@ class LogitsKL(keras.losses.Loss):
             Hinton et al. (arXiv 1503.02531).
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature=1.0):
         super().__init__(name="logits_kl")
         self.temperature = temperature
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
+    def call(self, y_true, y_pred):
         teacher = ops.log_softmax(y_true / self.temperature, axis=-1)
         student = ops.log_softmax(y_pred / self.temperature, axis=-1)
         kl = ops.sum(ops.exp(teacher) * (teacher - student), axis=-1)
         return self.temperature**2 * kl
 
 
-def _warn_about_outputs(model: keras.Model) -> None:
+def _warn_about_outputs(model):
     """Warn where the last layer shows that outputs are no logits."""
     for output in keras.tree.flatten(getattr(model, "outputs", None) or []):
         operation, _ = keras_private.producer(output)
@@ -263,7 +249,7 @@ def _warn_about_outputs(model: keras.Model) -> None:
         )
 
 
-def _in_order_of(names: Any, outputs: Any, own_names: Any) -> Any:
+def _in_order_of(names, outputs, own_names):
     """Return the leaves of `outputs`, by name where the names are the same."""
     leaves = keras.tree.flatten(outputs)
     if own_names and sorted(own_names) == sorted(names or ()):

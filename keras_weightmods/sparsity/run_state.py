@@ -23,26 +23,26 @@ class RunState:
             on the other backends, whose random numbers are in the variables.
     """
 
-    def __init__(self, model: keras.Model, is_started: bool) -> None:
+    def __init__(self, model, is_started):
         self.model = model
         self.is_started = is_started
-        self.planned_batches: int | None = None
+        self.planned_batches = None
         self.random_stream: Any = None
         if keras.backend.backend() == "torch":
             self.random_stream = backend_module("random_stream").RandomStream()
 
-    def save(self, store: Any) -> None:
+    def save(self, store):
         """Write the state into a store of `save_own_variables`."""
         store["is_started"] = np.asarray(self.is_started)
         if self.planned_batches is not None:
             store["planned_batches"] = np.asarray(self.planned_batches)
-        for i, variable in enumerate(self._seed_states()):
-            store[f"seed_state_{i}"] = variable
+        for key, variable in self._seed_states().items():
+            store[key] = variable
         if self.random_stream is not None:
             for device, state in self.random_stream.states.items():
                 store[f"random_state_{device}"] = state
 
-    def load(self, store: Any) -> int | None:
+    def load(self, store):
         """Take the state, or as much of it as there is, from a store.
 
         Returns:
@@ -60,18 +60,18 @@ class RunState:
         }
         if self.random_stream is not None and states:
             self.random_stream.states = states
-        for i, variable in enumerate(self._seed_states()):
-            if f"seed_state_{i}" in saved:
-                variable.assign(saved[f"seed_state_{i}"])
-        if "is_started" in saved:
-            self.is_started = bool(saved["is_started"])
+        for key, variable in self._seed_states().items():
+            if key in saved:
+                variable.assign(saved[key])
+        self.is_started = bool(saved.get("is_started", self.is_started))
         planned = saved.get("planned_batches")
         return None if planned is None else int(planned)
 
-    def _seed_states(self) -> list[keras.Variable]:
+    def _seed_states(self):
         # Of dropout; Keras leaves them out of checkpoints.
-        return [
+        states = [
             variable
             for variable in self.model.non_trainable_variables
             if variable.name == "seed_generator_state"
         ]
+        return {f"seed_state_{i}": state for i, state in enumerate(states)}

@@ -11,7 +11,7 @@ from keras import ops
 from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.core.targets import Target, resolve_targets
-from keras_weightmods.ops.matrix import from_matrix, to_matrix
+from keras_weightmods.ops.matrix import contraction_size, from_matrix, to_matrix
 from keras_weightmods.ops.nm import Pattern, parse_pattern
 from keras_weightmods.utils import checks
 
@@ -98,16 +98,13 @@ def attach_scaling(
     _, m = parse_pattern(pattern)
 
     def make_item(target: Target) -> Scaling | str:
-        fitting = (
-            count
-            for count in range(groups, 0, -1)
-            if target.reason_not_nm(count * m) is None
-        )
-        return target.reason_not_nm(m) or Scaling(target, next(fitting))
+        for count in range(groups, 0, -1):
+            if target.reason_not_nm(count * m) is None:
+                return Scaling(target, count)
+        return str(target.reason_not_nm(m))
 
-    return seam.attach_to_targets(
-        model, resolve_targets(model, targets), make_item, "scaled"
-    )
+    found = resolve_targets(model, targets)
+    return seam.attach_to_targets(model, found, make_item, "scaled")
 
 
 def compute_scaled(
@@ -144,7 +141,7 @@ def compute_scaled(
     if isinstance(contraction_axes, int):
         contraction_axes = (contraction_axes,)
     axes = tuple(axis % len(shape) for axis in contraction_axes)
-    size = math.prod(shape[axis] for axis in axes)
+    size = contraction_size(shape, axes)
     groups = scale.shape[0] if len(scale.shape) else 0
     others = tuple(d for i, d in enumerate(shape) if i not in axes)
     if tuple(scale.shape[1:]) != others or not groups or size % groups:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -10,20 +10,11 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.core.targets import (
-    Target,
-    Targets,
-    resolve_targets,
-)
+from keras_weightmods.core.targets import Target, Targets, resolve_targets
+from keras_weightmods.ops import sparsegpt
 from keras_weightmods.ops.matrix import from_stack, to_stack
 from keras_weightmods.ops.nm import Pattern, nm_project, parse_pattern
-from keras_weightmods.ops.sparsegpt import (
-    inverse_factor,
-    reconstruction_error,
-    sparsegpt,
-    wanda,
-)
-from keras_weightmods.sparsity.data import batch_count, batches, preprocess
+from keras_weightmods.sparsity import data as fit_data
 from keras_weightmods.sparsity.walk import Walk
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
@@ -177,11 +168,8 @@ def sparsify(
     pruner = OneShot(pattern, method, damping, block_size, verbose)
     checks.check_int("batch_size", batch_size, 1)
     if data is None and method != "magnitude":
-        raise ValueError(
-            f"`method={method!r}` ranks weights by what their inputs are like "
-            "and needs calibration data, about 100 rows of text or more. "
-            'Pass `data=`, or take `method="magnitude"`. Received: data=None'
-        )
+        expected = f"calibration data for `method={method!r}`, some 100 rows"
+        raise checks.error("data", expected, data)
     found = resolve_targets(model, targets)
     usable = fitting_targets("sparsify", found, pattern)
     taken = [t.path for t in usable if t.attribute in slots(t.layer)]
@@ -191,15 +179,9 @@ def sparsify(
             f"layers compute with: {taken[:5]}. Call `kwm.fold(model)` first, "
             "or leave them out of `targets`."
         )
-    calibration = None
     if data is not None:
-        calibration = list(_calibration_batches(model, data, batch_size))
-        if not calibration:
-            raise ValueError(
-                "`data` must hold one batch at least. Received: "
-                f"data of type {type(data).__name__}, which is empty"
-            )
-    return pruner(model, usable, calibration)
+        data = _calibration_batches(model, data, batch_size)
+    return pruner(model, usable, data)
 
 
 def fitting_targets(
@@ -282,20 +264,20 @@ class OneShot:
         Returns:
             A `SparsifyReport`.
         """
+        metric = "output error"
         progress = keras.utils.Progbar(
             len(targets),
             unit_name="kernel",
             verbose=self.verbose,
-            stateful_metrics=["output error"],
+            stateful_metrics=[metric],
         )
         kernels: list[SparsifiedKernel] = []
 
         def visit(group: list[Target], moment: Any, note: str = "") -> None:
             for kernel in self._pruned(group, moment, note):
                 kernels.append(kernel)
-                error = kernel.error
-                shown = [] if error is None else [("output error", error)]
-                progress.update(len(kernels), shown)
+                errors = [] if moment is None else [(metric, kernel.error)]
+                progress.update(len(kernels), errors)
 
         ordered = sorted(targets, key=lambda target: target.depth)
         # Copies: on torch an array shares the memory of the variable.
@@ -323,30 +305,26 @@ class OneShot:
                 "The calibration data must give finite activations. Received: "
                 f"NaN or infinite ones at the input of {group[0].path}"
             )
-        method = self.method if moment is not None else "magnitude"
-        factors: list[Any] = []
+        prune = {
+            "magnitude": lambda w, _: nm_project(w, self.pattern),
+            "wanda": lambda w, h: sparsegpt.wanda(
+                w, ops.sqrt(ops.diagonal(h)), self.pattern
+            ),
+            "sparsegpt": lambda w, factor: sparsegpt.sparsegpt(
+                w, factor, self.pattern, self.block_size
+            ),
+        }
+        method = "magnitude" if moment is None else self.method
+        inputs = [None] if moment is None else moment
         if method == "sparsegpt":
-            factors = [
-                inverse_factor(h, self.damping)
+            inputs = [
+                sparsegpt.inverse_factor(h, self.damping)
                 for h in ops.convert_to_numpy(moment)
             ]
         for target in group:
-            stacks = 1 if moment is None else moment.shape[0]
             axes = target.contraction_axes, target.stack_axes
-            before = to_stack(target.variable.value, *axes, stacks)
-            after = []
-            for i in range(stacks):
-                if method == "sparsegpt":
-                    matrix = sparsegpt(
-                        before[i], factors[i], self.pattern, self.block_size
-                    )
-                elif method == "wanda":
-                    norms = ops.sqrt(ops.diagonal(moment[i]))
-                    matrix = wanda(before[i], norms, self.pattern)
-                else:
-                    matrix = nm_project(before[i], self.pattern)
-                after.append(matrix)
-            after = ops.stack(after)
+            before = to_stack(target.variable.value, *axes, len(inputs))
+            after = ops.stack(list(map(prune[method], before, inputs)))
             error = None
             if moment is not None:
                 error = _relative_error(before, after, moment)
@@ -358,22 +336,22 @@ class OneShot:
 
 def _calibration_batches(
     model: Any, data: Any, batch_size: int
-) -> Iterable[tuple[Any, Any]]:
+) -> list[tuple[Any, Any]]:
     x, weights = data, None
     if isinstance(data, tuple):
         # Not of a list, which may be one of strings or of several inputs.
         x, _, weights = keras.utils.unpack_x_y_sample_weight(data)
-    x, _, weights = preprocess(model, x, None, weights)
-    if batch_count(x, batch_size) == math.inf:
-        raise ValueError(
-            "`data` must end. Received: endless data of type "
-            f"{type(x).__name__}; take a part of it, with `.take(batches)` or "
-            "`itertools.islice`"
-        )
-    return batches(x, batch_size, weights)
+    x, _, weights = fit_data.preprocess(model, x, None, weights)
+    if fit_data.batch_count(x, batch_size) == math.inf:
+        expected = "finite, not endless: take a part, with `.take(batches)`"
+        raise checks.error("data", expected, type(x))
+    batches = list(fit_data.batches(x, batch_size, weights))
+    if not batches:
+        raise checks.error("data", "one batch at least", type(x))
+    return batches
 
 
 def _relative_error(before: Any, after: Any, moment: Any) -> float:
-    pairs = map(reconstruction_error, before, after, moment)
+    pairs = map(sparsegpt.reconstruction_error, before, after, moment)
     change, whole = map(sum, zip(*pairs))
     return change / whole if whole > 0 else 0.0

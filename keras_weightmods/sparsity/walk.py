@@ -2,21 +2,12 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private
-from keras_weightmods.core.targets import Target
-from keras_weightmods.sparsity.calibration import (
-    InputReader,
-    inputs_seen,
-    used_positions,
-    without_gradients,
-)
+from keras_weightmods.sparsity import calibration
 
 _UNREACHED = "the data do not reach it"
 
@@ -35,29 +26,22 @@ class Walk:
             there is no moment, `None`, the note says why.
     """
 
-    def __init__(
-        self,
-        targets: list[Target],
-        batches: list[tuple[Any, Any]],
-        visit: Callable[[list[Target], Any, str], None],
-    ) -> None:
+    def __init__(self, targets, batches, visit):
         self.pending = list(targets)
         self.batches = batches
-        self.used = [used_positions(weights) for _, weights in batches]
+        self.used = [calibration.used_positions(w) for _, w in batches]
         self.visit = visit
 
-    def __call__(self, model: keras.layers.Layer) -> None:
+    def __call__(self, model):
         """Go through `model`, a built Keras model or layer, once."""
-        calls: list[Any] = [
-            ((keras.tree.map_structure(ops.convert_to_tensor, inputs),), {})
-            for inputs, _ in self.batches
-        ]
-        with without_gradients():
-            self.run(model, calls)
+        inputs = [x for x, _ in self.batches]
+        inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
+        with calibration.without_gradients():
+            self.run(model, [((x,), {}) for x in inputs])
         for target in self.pending:
             self.visit([target], None, _UNREACHED)
 
-    def run(self, operation: Any, calls: list[Any]) -> list[Any] | None:
+    def run(self, operation, calls):
         """Visit what is pending in an operation, then run it.
 
         Args:
@@ -83,7 +67,7 @@ class Walk:
             return None
         return [call(*args, **kwargs) for args, kwargs in calls]
 
-    def _each_once(self, graph: Any) -> bool:
+    def _each_once(self, graph):
         """Whether each pending target is in one place of the graph."""
         nodes = keras_private.nodes_of(graph)
         places = [_layers_inside(node.operation) for node in nodes]
@@ -92,7 +76,7 @@ class Walk:
             for t in self.pending
         )
 
-    def _run_graph(self, graph: Any, inputs: list[Any]) -> list[Any] | None:
+    def _run_graph(self, graph, inputs):
         nodes = keras_private.nodes_of(graph)
         last_use = {
             id(x): place
@@ -105,15 +89,13 @@ class Walk:
             for flat in (keras_private.graph_inputs(graph, x) for x in inputs)
         ]
         for place, node in enumerate(nodes):
-            outputs = self.run(
-                node.operation,
-                [node.arguments.fill_in(known) for known in values],
-            )
+            calls = [node.arguments.fill_in(known) for known in values]
+            outputs = self.run(node.operation, calls)
             if outputs is None:
                 return None
             for known, output in zip(values, outputs):
-                names = map(id, node.outputs)
-                known.update(zip(names, keras.tree.flatten(output)))
+                flat = keras.tree.flatten(output)
+                known.update(zip(map(id, node.outputs), flat))
                 for x in node.input_tensors:
                     if last_use[id(x)] == place:
                         known.pop(id(x), None)
@@ -124,16 +106,15 @@ class Walk:
             for known in values
         ]
 
-    def _visit_next(self, call: Any, calls: list[Any], here: Any) -> None:
+    def _visit_next(self, call, calls, here):
         """Visit the first of `here`, with all that have the same inputs."""
         leader = here[0]
-        reader = InputReader.of(leader)
+        reader = calibration.InputReader.of(leader)
         group, moment = [leader], None
         note = f"the inputs of {type(leader.layer).__name__} cannot be read"
         if reader is not None:
             shared = SharedInputs(reader, here)
-            shared.observe(call, calls, self.used)
-            group, moment = shared.group, shared.second_moment
+            group, moment = shared.observe(call, calls, self.used)
             note = _UNREACHED if moment is None else ""
         self.pending = [t for t in self.pending if t not in group]
         self.visit(group, moment, note)
@@ -148,41 +129,35 @@ class SharedInputs:
             turn out to share its inputs.
     """
 
-    def __init__(self, reader: InputReader, targets: list[Target]) -> None:
+    def __init__(self, reader, targets):
         self.reader = reader
+        readers = map(calibration.InputReader.of, targets)
         self.targets = [
             target
-            for target in targets
-            if getattr(InputReader.of(target), "layout", None) == reader.layout
+            for target, other in zip(targets, readers)
+            if other is not None and other.layout == reader.layout
         ]
-        self.count = 0
-        self.total: Any = 0.0
-        self.inputs: Any = None
-        self.used: np.ndarray | None = None
-        # Of each target: calls, those with the inputs of the first target,
-        # and the place of the last one among all calls of a batch.
+        self.count, self.total = 0, 0.0
+        self.inputs = self.used = None
+        # By the place of a target: its calls, those with the inputs of the
+        # first target, and which of all calls of a batch was its last.
         self.calls = [0] * len(self.targets)
-        self.same = [0] * len(self.targets)
-        self.last = [0] * len(self.targets)
+        self.same = list(self.calls)
+        self.last = list(self.calls)
         self.seen = 0
-        self.enough: int | None = None
+        self.enough = None
 
-    @property
-    def group(self) -> list[Target]:
-        """The targets that have the same inputs in every call so far."""
-        return [self.targets[place] for place in self.places()]
+    def observe(self, call, calls, used):
+        """Run the calls, each to where all that is to be seen has been.
 
-    @property
-    def second_moment(self) -> Any:
-        """Tensor of shape (S, K, K); None if there was no call."""
-        return self.total / self.count if self.count else None
-
-    def observe(self, call: Any, calls: list[Any], used: list[Any]) -> None:
-        """Run the calls, each to where all that is to be seen has been."""
+        Returns:
+            The targets with the same inputs in every call, and the second
+            moment of these, of shape (S, K, K); None if there was no call.
+        """
         with contextlib.ExitStack() as stack:
             for place, target in enumerate(self.targets):
                 see = functools.partial(self._see, place)
-                stack.enter_context(inputs_seen(target.layer, see))
+                stack.enter_context(calibration.inputs_seen(target.layer, see))
             for self.used, (args, kwargs) in zip(used, calls):
                 self.seen = 0
                 with contextlib.suppress(_Enough):
@@ -190,21 +165,22 @@ class SharedInputs:
                 if self.enough is None:
                     # The first batch is run to its end to find out.
                     self.enough = max(self.last[i] for i in self.places())
+        group = [self.targets[place] for place in self.places()]
+        return group, self.total / self.count if self.count else None
 
-    def places(self) -> list[int]:
-        """Return the places of `group` among the targets."""
+    def places(self):
+        """Return which targets had the same inputs in every call so far."""
         return [
             place
-            for place, (calls, same) in enumerate(zip(self.calls, self.same))
-            if same == calls == self.calls[0]
+            for place in range(len(self.targets))
+            if self.same[place] == self.calls[place] == self.calls[0]
         ]
 
-    def _see(self, place: int, inputs: Any) -> None:
+    def _see(self, place, inputs):
         if place == 0:
             self.inputs = inputs
             rows, count = self.reader.rows(inputs, self.used)
-            square = ops.matmul(ops.transpose(rows, (0, 2, 1)), rows)
-            self.total = self.total + square
+            self.total += ops.matmul(ops.transpose(rows, (0, 2, 1)), rows)
             self.count += count
         self.calls[place] += 1
         self.same[place] += inputs is self.inputs
@@ -223,14 +199,14 @@ class _Enough(BaseException):
     """
 
 
-def _has_inputs_alone(call: Any) -> bool:
+def _has_inputs_alone(call):
     """Whether a call has one argument, but for masks that are not there."""
     args, kwargs = call
     rest = keras.tree.flatten(kwargs)
     return len(args) == 1 and all(value is None for value in rest)
 
 
-def _layers_inside(operation: Any) -> frozenset[int]:
+def _layers_inside(operation):
     if not isinstance(operation, keras.layers.Layer):
         return frozenset()
     return frozenset(map(id, keras_private.layers_of(operation)))

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 
-from keras_weightmods.sparsity.schedules import WarmupLinearDecay
+from keras_weightmods.sparsity.recipes import WarmupLinearDecay
 from tests.models import numpy
 
 
