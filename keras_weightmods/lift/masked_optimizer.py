@@ -79,16 +79,13 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
             self.inner_on_all = len(trained) > len(variables)
             keras_private.check_known(inner, variables)
         keras.optimizers.Optimizer.build(self, variables)
-        self._bits = [
-            None
-            if spec.size is None
-            else self.add_variable(
-                (packed_size(math.prod(spec.shape)),),
-                dtype="uint8",
-                name=f"mask_{place}",
-            )
-            for place, spec in enumerate(self._specs)
-        ]
+        self._bits: list[Any] = [None] * len(variables)
+        for place, spec in enumerate(self._specs):
+            if spec.size is not None:
+                shape = (packed_size(math.prod(spec.shape)),)
+                name = f"mask_{place}"
+                bits = self.add_variable(shape, dtype="uint8", name=name)
+                self._bits[place] = bits
         if not inner.built:
             inner.build(known if self.inner_on_all and known else variables)
 
@@ -101,19 +98,17 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
         mask[indices] = True
         self._bits[self._get_variable_index(variable)].assign(pack_bits(mask))
 
-    def _backend_update_step(
-        self, grads: Any, trainable_variables: Any, learning_rate: Any
-    ) -> None:
+    def _backend_update_step(self, grads: Any, variables: Any, _: Any) -> None:
         """Have the wrapped optimizer step, then put the rest back."""
         grads, masked = list(grads), []
-        for i, variable in enumerate(trainable_variables):
+        for i, variable in enumerate(variables):
             mask = self._mask_of(variable)
             if mask is None:
                 continue
             grads[i] = ops.where(mask, grads[i], ops.zeros_like(grads[i]))
             before = ops.stop_gradient(ops.convert_to_tensor(variable))
             masked.append((variable, mask, ops.copy(before)))
-        self._apply_wrapped(grads, trainable_variables)
+        self._apply_wrapped(grads, variables)
         for variable, mask, before in masked:
             after = ops.convert_to_tensor(variable)
             variable.assign(ops.where(mask, after, before))
@@ -122,9 +117,8 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
         bits = self._bits[self._get_variable_index(variable)]
         if bits is None:
             return None
-        return unpack_bits(
-            ops.convert_to_tensor(bits), self._spec_of(variable).shape
-        )
+        shape = self._spec_of(variable).shape
+        return unpack_bits(ops.convert_to_tensor(bits), shape)
 
     def _only_masked(self, variable: Any, new: Any, old: Any) -> Any:
         mask = self._mask_of(variable)

@@ -1,11 +1,9 @@
 """What the optimizers that train single entries of kernels have in common."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_weightmods.core.weight_keys import same_path
@@ -43,16 +41,16 @@ class MaskedState(keras.optimizers.Optimizer):
 
     built: bool
 
-    def __init__(self, *args: Any, masks: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *args, masks=None, **kwargs):
         super().__init__(*args, **kwargs)
         self._configured_specs = masks and [
             MaskSpec(**{**each, "shape": tuple(each["shape"])})
             for each in masks
         ]
-        self._specs: list[MaskSpec] = []
+        self._specs: Any = []
 
     @property
-    def masked_variables(self) -> list[keras.Variable]:
+    def masked_variables(self):
         """The variables of which single entries are trained, in order."""
         return [
             variable
@@ -61,26 +59,25 @@ class MaskedState(keras.optimizers.Optimizer):
         ]
 
     @property
-    def specs(self) -> tuple[MaskSpec, ...]:
+    def specs(self):
         """One `MaskSpec` for each variable it was built on."""
         return tuple(self._specs)
 
     @property
-    def mask_step(self) -> int:
+    def mask_step(self):
         """The updates made when the masks were last set, -1 for never."""
         if not self.built:
             return -1
         return int(ops.convert_to_numpy(self._mask_step.value))
 
-    def build(self, variables: Sequence[keras.Variable]) -> None:
+    def build(self, variables):
         """Build the state, if the masks are known from a file."""
-        if self.built or self._configured_specs is None:
-            return
         specs = self._configured_specs
-        all_are_masked = len(variables) == len(specs)
-        places = [
-            i if all_are_masked else spec.place for i, spec in enumerate(specs)
-        ]
+        if self.built or specs is None:
+            return
+        places = [spec.place for spec in specs]
+        if len(variables) == len(specs):
+            places = list(range(len(specs)))
         if not all(
             place < len(variables)
             and tuple(variables[place].shape) == spec.shape
@@ -89,20 +86,13 @@ class MaskedState(keras.optimizers.Optimizer):
         ):
             raise ValueError(
                 f"`{type(self).__name__}` was restored with masks of "
-                f"{len(specs)} variables, the first being "
-                f"{specs[0].path!r}, and must be built on the variables of "
-                "the model that it was saved with. Received: "
-                f"{len(variables)} variables that do not hold them. Compile "
-                "the model with a new optimizer."
+                f"{len(specs)} variables, the first being {specs[0].path!r}. "
+                f"Received: {len(variables)} variables that do not hold them. "
+                "Compile the model with a new optimizer."
             )
         self.build_masked([variables[p] for p in places], specs, variables)
 
-    def build_masked(
-        self,
-        variables: Sequence[keras.Variable],
-        specs: Sequence[MaskSpec],
-        known: Sequence[keras.Variable] | None = None,
-    ) -> None:
+    def build_masked(self, variables, specs, known=None):
         """Build the state.
 
         Args:
@@ -128,7 +118,7 @@ class MaskedState(keras.optimizers.Optimizer):
         )
         self.built = True
 
-    def set_masks(self, all_indices: Iterable[Any], step: int) -> None:
+    def set_masks(self, all_indices, step):
         """Move the masks.
 
         Args:
@@ -140,32 +130,26 @@ class MaskedState(keras.optimizers.Optimizer):
             self.set_indices(variable, indices)
         self._mask_step.assign(step)
 
-    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+    def apply(self, grads, trainable_variables=None):
         self._check_masks()
         super().apply(grads, trainable_variables)
 
-    def stateless_apply(
-        self, optimizer_variables: Any, grads: Any, trainable_variables: Any
-    ) -> Any:
+    def stateless_apply(self, *args, **kwargs):
         self._check_masks()
-        return super().stateless_apply(
-            optimizer_variables, grads, trainable_variables
-        )
+        return super().stateless_apply(*args, **kwargs)
 
-    def load_own_variables(self, store: Any) -> None:
+    def load_own_variables(self, store):
         """Restore the state, which must have been built."""
-        keys = list(store.keys())
-        if not self.built and len(keys) > len(self.variables):
+        if not self.built and len(store.keys()) > len(self.variables):
             raise ValueError(
                 f"The file holds the state of a `{type(self).__name__}` with "
                 "masks, and this one has none yet. Call "
                 "`PrincipalMaskCallback.attach(model)` before the weights are "
-                "loaded; put the callback in front of `BackupAndRestore`. "
-                f"Received: {len(keys)} variables for {len(self.variables)}."
+                "loaded; put the callback in front of `BackupAndRestore`."
             )
         super().load_own_variables(store)
 
-    def _check_masks(self) -> None:
+    def _check_masks(self):
         if not self.built:
             raise ValueError(
                 f"`{type(self).__name__}` has no masks yet. Train with "
@@ -174,23 +158,18 @@ class MaskedState(keras.optimizers.Optimizer):
                 "training loop of your own."
             )
 
-    def _spec_of(self, variable: Any) -> Any:
+    def _spec_of(self, variable):
         return self._specs[self._get_variable_index(variable)]
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self):
         specs = self._specs if self.built else self._configured_specs
-        return {
-            **super().get_config(),
-            "masks": specs
-            and [
-                {**dataclasses.asdict(spec), "shape": list(spec.shape)}
-                for spec in specs
-            ],
-        }
+        masks = specs and [
+            {**dataclasses.asdict(spec), "shape": list(spec.shape)}
+            for spec in specs
+        ]
+        return {**super().get_config(), "masks": masks}
 
-    def _update_model_variables_moving_average(
-        self, trainable_variables: Any
-    ) -> None:
+    def _update_model_variables_moving_average(self, trainable_variables):
         """As Keras, of masked entries; the average of others is their value.
 
         Computed, it would be off by a rounding, and they are to stay as they
@@ -211,14 +190,14 @@ class MaskedState(keras.optimizers.Optimizer):
             new = momentum * old + (1 - momentum) * value
             average.assign(self._only_masked(variable, new, value))
 
-    def _create_state(self, variables: Any, known: Any) -> Any:
+    def _create_state(self, variables, known):
         raise NotImplementedError
 
-    def set_indices(self, variable: keras.Variable, indices: Any) -> None:
+    def set_indices(self, variable, indices):
         """Move the mask of one variable."""
         raise NotImplementedError
 
-    def indices_of(self, variable: keras.Variable) -> Any:
+    def indices_of(self, variable):
         """Return the mask of a variable.
 
         Args:
@@ -229,24 +208,6 @@ class MaskedState(keras.optimizers.Optimizer):
         """
         raise NotImplementedError
 
-    def _only_masked(self, variable: Any, new: Any, old: Any) -> Any:
+    def _only_masked(self, variable, new, old):
         """Tensor `old` with the masked entries of tensor `new`."""
         raise NotImplementedError
-
-
-def moved_entries(old_indices: Any, new_indices: Any, values: Any) -> Any:
-    """Return what each entry had under the old mask, zero for new ones.
-
-    Args:
-        old_indices, new_indices: Rising int NumPy arrays of one length.
-        values: NumPy array of that length, for the old indices.
-
-    Returns:
-        NumPy array of the dtype of `values`, for the new indices.
-    """
-    _, before, after = np.intersect1d(
-        old_indices, new_indices, assume_unique=True, return_indices=True
-    )
-    moved = np.zeros_like(values)
-    moved[after] = values[before]
-    return moved

@@ -15,11 +15,7 @@ from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
 from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
 from keras_weightmods.ops.matrix import stack_shape
-from keras_weightmods.ops.principal_mask import (
-    Selection,
-    mask_indices,
-    principal_mask,
-)
+from keras_weightmods.ops.principal_mask import Selection, mask_indices
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
@@ -61,10 +57,8 @@ class PrincipalMaskReport(Report):
 
     def tables(self) -> list[Table]:
         trained, entries = self.totals.values()
-        title = (
-            f"{trained:,} of {entries:,} entries of {len(self.kernels)} "
-            "kernels are trained"
-        )
+        count = len(self.kernels)
+        title = f"{trained:,} of {entries:,} entries of {count} kernels trained"
         rows = tuple(
             (each.key, shape_text(each.shape), f"{each.trained:,}")
             for each in self.kernels
@@ -176,9 +170,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         )
         self.freeze_rest = checks.check_bool("freeze_rest", freeze_rest)
         self.keep_pattern = checks.check_bool("keep_pattern", keep_pattern)
-        if criterion == "gradient" and not (
-            isinstance(data, (tuple, list)) and len(data) in (2, 3)
-        ):
+        is_batch = isinstance(data, (tuple, list)) and len(data) in (2, 3)
+        if criterion == "gradient" and not is_batch:
             raise ValueError(
                 '`criterion="gradient"` needs `data`, a batch `(x, y)` to take '
                 f"gradients on. Received: data={type(data).__name__}"
@@ -206,8 +199,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         Raises:
             ValueError: As the class. The model is unchanged then.
         """
-        self._attach(model)
-        return self._report
+        report: PrincipalMaskReport = self._attach(model)[0]
+        return report
 
     def detach(self) -> None:
         """Give the trainable flags back; called when `fit` ends."""
@@ -217,7 +210,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
-        is_new = self._attach(model)
+        _, is_new = self._attach(model)
         # Others find out by themselves what is to be trained.
         if is_new or keras.backend.backend() == "tensorflow":
             model.make_train_function(force=True)
@@ -249,9 +242,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     def _look(self) -> None:
         """Read from the optimizer what is counted here after it."""
         optimizer = _inner_optimizer(self.model.optimizer)
-        self._batches = int(
-            ops.convert_to_numpy(keras_private.applied_steps(optimizer))
-        )
+        applied = keras_private.applied_steps(optimizer)
+        self._batches = int(ops.convert_to_numpy(applied))
         self._mask_step = optimizer.mask_step
         inner = getattr(optimizer, "optimizer", optimizer)
         self._accumulated = inner.gradient_accumulation_steps or 1
@@ -265,22 +257,14 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         model = self.model
         optimizer = _inner_optimizer(model.optimizer)
         step = self._batches // self._accumulated
-        targets = [
-            self._chosen_from[id(variable)]
-            for variable in optimizer.masked_variables
-        ]
+        targets = [self._target_of[id(v)] for v in optimizer.masked_variables]
         # One at a time: nothing is held of the others.
-        optimizer.set_masks(
-            (
-                self._choose(target, step, gradient, optimizer)
-                for target, gradient in self._with_gradients(model, targets)
-            ),
-            step,
-        )
+        chosen = self._choose(model, targets, step, optimizer)
+        optimizer.set_masks(chosen, step)
         self._mask_step = step
 
     def _attach(self, model: Any) -> Any:
-        """Attach; return whether the optimizer was built for it."""
+        """Attach; return a report, and whether an optimizer was built."""
         checks.check_model(model)
         if getattr(model, "optimizer", None) is None:
             raise ValueError(
@@ -300,13 +284,10 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         by_id = {id(target.variable): target for target in targets}
         ordered = [by_id[id(v)] for v in variables if id(v) in by_id]
         _check_optimizer(optimizer, variables, specs)
-        chosen = None
         is_new = not (isinstance(optimizer, MaskedState) and optimizer.built)
+        chosen = None
         if is_new or optimizer.mask_step < 0:
-            chosen = [
-                self._choose(target, 0, gradient)
-                for target, gradient in self._with_gradients(model, ordered)
-            ]
+            chosen = list(self._choose(model, ordered, 0, None))
 
         if is_new:
             if not isinstance(optimizer, MaskedState):
@@ -320,25 +301,22 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             self._frozen += rest
         if chosen is not None:
             optimizer.set_masks(chosen, 0)
-        self._chosen_from = by_id
-        self._report = PrincipalMaskReport(
-            tuple(
-                MaskedKernel(each.key, each.shape, sizes[id(each.variable)])
-                for each in ordered
-            ),
-            tuple(skipped),
+        self._target_of = by_id
+        kernels = tuple(
+            MaskedKernel(each.key, each.shape, sizes[id(each.variable)])
+            for each in ordered
         )
-        return is_new
+        return PrincipalMaskReport(kernels, tuple(skipped)), is_new
 
     def _usable_targets(self, model: Any) -> Any:
         found = resolve_targets(model, self._targets)
         skipped, usable = list(found.skipped), []
         for target in found:
-            dtype = target.variable.dtype
-            if not target.variable.trainable:
+            variable = target.variable
+            if not variable.trainable:
                 skipped.append(Skipped(target.path, "frozen"))
-            elif "float" not in dtype:
-                reason = f"not a float variable ({dtype})"
+            elif "float" not in variable.dtype:
+                reason = f"not a float variable ({variable.dtype})"
                 skipped.append(Skipped(target.path, reason))
             elif target.attribute in slots(target.layer):
                 raise ValueError(
@@ -356,19 +334,14 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                 f"model. Received: model={model.name!r}, skipped: "
                 + ("; ".join(reasons) or "none")
             )
-        dense = [
-            target.path
-            for target in usable
-            if self.keep_pattern
-            and ops.convert_to_numpy(ops.all(target.variable.value != 0))
-        ]
-        if dense:
-            raise ValueError(
-                "`keep_pattern=True` is for a sparse model, whose zeros stay "
-                f"zeros. Received: {len(dense)} kernels without a zero, the "
-                f"first being {dense[0]!r}. Make the model sparse first, or "
-                "leave them out of `targets`."
-            )
+        for target in usable if self.keep_pattern else ():
+            if ops.convert_to_numpy(ops.all(target.variable.value != 0)):
+                raise ValueError(
+                    "`keep_pattern=True` is for a sparse model, whose zeros "
+                    "stay zeros. Make the model sparse first, or leave this "
+                    f"kernel out of `targets`. Received: {target.path!r}, "
+                    "which has no zero"
+                )
         return usable, skipped
 
     def _size(self, target: Any) -> Any:
@@ -381,39 +354,26 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         except ValueError as error:
             raise ValueError(f"{target.path}: {error}") from error
 
-    def _choose(
-        self,
-        target: Any,
-        step: Any,
-        gradient: Any = None,
-        optimizer: Any = None,
-    ) -> Any:
-        """The entries of a target to train from this step on."""
-        value = target.variable.value
-        candidates = None
-        if self.keep_pattern:
-            candidates = ops.convert_to_numpy(value) != 0
-            if optimizer is not None:
-                # One that has become zero by its training is still in.
-                inside = optimizer.indices_of(target.variable)
-                candidates.reshape(-1)[inside] = True
-        selection = dataclasses.asdict(self._selection)
-        selection["seed"] += step
-        mask = principal_mask(
-            value,
-            **selection,
-            contraction_axes=target.contraction_axes,
-            stack_axes=target.stack_axes,
-            gradient=gradient,
-            candidates=candidates,
-        )
-        return mask_indices(mask)
-
-    def _with_gradients(self, model: Any, targets: Any) -> Any:
-        if self._selection.criterion != "gradient":
-            return [(target, None) for target in targets]
-        variables = [target.variable for target in targets]
-        return zip(targets, loss_gradients(model, variables, self._data))
+    def _choose(self, model: Any, targets: Any, step: int, before: Any) -> Any:
+        """Yield the entries of each target to train from this step on."""
+        own = self._selection
+        selection = dataclasses.replace(own, seed=own.seed + step)
+        gradients = [None] * len(targets)
+        if own.criterion == "gradient":
+            variables = [target.variable for target in targets]
+            gradients = loss_gradients(model, variables, self._data)
+        for target, gradient in zip(targets, gradients):
+            value, candidates = target.variable.value, None
+            if self.keep_pattern:
+                candidates = ops.convert_to_numpy(value) != 0
+                if before is not None:
+                    # One that has become zero by its training is still in.
+                    inside = before.indices_of(target.variable)
+                    candidates.reshape(-1)[inside] = True
+            axes = target.contraction_axes, target.stack_axes
+            yield mask_indices(
+                selection.mask(value, *axes, gradient, candidates)
+            )
 
 
 def _inner_optimizer(optimizer: Any) -> Any:
@@ -434,21 +394,18 @@ def _check_optimizer(optimizer: Any, variables: Any, specs: Any) -> None:
     if not isinstance(optimizer, MaskedState):
         keras_private.check_known(optimizer, variables)
         return
-    expected = {id(v): spec.size for v, spec in zip(variables, specs)}
-    received = {
-        id(v): spec.size
-        for v, spec in zip(
-            keras_private.optimizer_variables(optimizer), optimizer.specs
-        )
-    }
+    trained = keras_private.optimizer_variables(optimizer)
+    received = {id(v): s.size for v, s in zip(trained, optimizer.specs)}
+    expected = {id(v): s.size for v, s in zip(variables, specs)}
     if expected != received:
+        entries, known = (
+            f"{sum(filter(None, sizes.values()))} entries of {len(sizes)}"
+            for sizes in (expected, received)
+        )
         raise ValueError(
             "The model's optimizer has masks of other kernels or sizes: "
-            f"{sum(s or 0 for s in received.values())} entries of "
-            f"{len(received)} variables. Received: a `PrincipalMaskCallback` "
-            f"for {sum(s or 0 for s in expected.values())} entries of "
-            f"{len(expected)} variables. Compile the model with a new "
-            "optimizer."
+            f"{known} variables. Received: a `PrincipalMaskCallback` for "
+            f"{entries} variables. Compile the model with a new optimizer."
         )
 
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.lift.masked_state import MaskedState, moved_entries
+from keras_weightmods.lift.masked_state import MaskedState
 from keras_weightmods.utils import checks
 
 
@@ -98,32 +98,17 @@ class SparseAdamW(MaskedState):
         self.epsilon = checks.check_float("epsilon", epsilon, above=0)
 
     def _create_state(self, variables: Any, known: Any) -> None:
-        sizes = {id(v): spec.size for v, spec in zip(variables, self._specs)}
-        # While the base class makes its variables, of which only those for
-        # gradients that are accumulated are compact.
-        self._size_of = sizes.get
         keras.optimizers.Optimizer.build(self, variables)
         self._indices: list[Any] = []
-        self._moments: list[tuple[Any, Any]] = []
+        self._moments: list[Any] = []
+        names, new = ("momentum", "velocity"), self.add_variable_from_reference
         for place, (variable, spec) in enumerate(zip(variables, self._specs)):
-            names = "momentum", "velocity"
-            if spec.size is None:
-                new = self.add_variable_from_reference
-                indices, moments = None, [new(variable, n) for n in names]
-            else:
-                # No paths in the names: a layout map of kernels is not for
-                # these.
-                indices = self.add_variable(
-                    (spec.size,), dtype="int32", name=f"indices_{place}"
-                )
-                moments = [
-                    self.add_variable(
-                        (spec.size,), dtype=variable.dtype, name=f"{n}_{place}"
-                    )
-                    for n in names
-                ]
+            indices = None
+            if spec.size is not None:
+                name, shape = f"indices_{place}", (spec.size,)
+                indices = self.add_variable(shape, dtype="int32", name=name)
             self._indices.append(indices)
-            self._moments.append(tuple(moments))
+            self._moments.append(tuple(new(variable, n) for n in names))
 
     def add_variable_from_reference(
         self,
@@ -131,17 +116,16 @@ class SparseAdamW(MaskedState):
         name: Any = None,
         initializer: Any = "zeros",
     ) -> Any:
-        size = self._size_of(id(reference_variable))
-        if name == "gradient_accumulator" and size is not None:
-            return self.add_variable(
-                (size,),
-                initializer,
-                reference_variable.dtype,
-                name=f"{name}_{len(self.variables)}",
+        # The average of a kernel is as large as the kernel.
+        size = name != "average" and self._spec_of(reference_variable).size
+        if not size:
+            return super().add_variable_from_reference(
+                reference_variable, name, initializer
             )
-        return super().add_variable_from_reference(
-            reference_variable, name, initializer
-        )
+        # No path in the name: a layout map of kernels is not for these.
+        name = f"{name}_{len(self.variables)}"
+        dtype = reference_variable.dtype
+        return self.add_variable((size,), initializer, dtype, name=name)
 
     def indices_of(self, variable: keras.Variable) -> Any:
         place = self._get_variable_index(variable)
@@ -153,24 +137,22 @@ class SparseAdamW(MaskedState):
             old = self.indices_of(variable)
             for state in self._moments[place]:
                 values = ops.convert_to_numpy(state.value)
-                state.assign(moved_entries(old, indices, values))
+                state.assign(_moved(values, old, indices))
         self._indices[place].assign(np.asarray(indices, "int32"))
 
-    def _backend_apply_gradients(
-        self, grads: Any, trainable_variables: Any
-    ) -> None:
+    def _backend_apply_gradients(self, grads: Any, variables: Any) -> None:
         compact = []
-        for gradient, variable in zip(grads, trainable_variables):
-            place = self._get_variable_index(variable)
-            if self._indices[place] is not None:
-                gradient = _taken(gradient, self._indices[place])
-            compact.append(gradient)
+        for gradient, variable in zip(grads, variables):
+            indices = self._indices[self._get_variable_index(variable)]
+            compact.append(
+                gradient if indices is None else _taken(gradient, indices)
+            )
         if keras.backend.backend() == "jax":
             from keras_weightmods.backend.jax.order import after_all
 
             # No step on a weight while a gradient still needs it.
             compact = after_all(compact)
-        super()._backend_apply_gradients(compact, trainable_variables)
+        super()._backend_apply_gradients(compact, variables)
 
     def _apply_weight_decay(self, variables: Any) -> None:
         """Nothing: the decay is a part of the update of masked entries."""
@@ -180,17 +162,13 @@ class SparseAdamW(MaskedState):
     ) -> None:
         """Update one variable and its state; the gradient is compact."""
         place = self._get_variable_index(variable)
-        keras_variable = self._trainable_variables[place]
-        decay = self.weight_decay or 0.0
-        if decay and not self._use_weight_decay(keras_variable):
-            decay = 0.0
         indices, moments = self._indices[place], self._moments[place]
+        known = self._trainable_variables[place]
+        decay = (self._use_weight_decay(known) and self.weight_decay) or 0.0
         if keras.backend.backend() == "torch":
-            from keras_weightmods.backend.torch import sparse_adamw
+            from keras_weightmods.backend.torch.sparse_adamw import update
 
-            sparse_adamw.update(
-                self, keras_variable, gradient, indices, moments, decay
-            )
+            update(self, known, gradient, indices, moments, decay)
             return
         whole = ops.convert_to_tensor(variable)
         if keras.backend.backend() == "jax" and indices is not None:
@@ -203,11 +181,9 @@ class SparseAdamW(MaskedState):
         gradient = ops.cast(gradient, dtype)
         count = ops.cast(self.iterations + 1, "float32")
         corrected = []
-        for moment, beta, target in zip(
-            moments,
-            (self.beta_1, self.beta_2),
-            (gradient, ops.square(gradient)),
-        ):
+        betas = self.beta_1, self.beta_2
+        targets = gradient, ops.square(gradient)
+        for moment, beta, target in zip(moments, betas, targets):
             old = ops.convert_to_tensor(moment)
             new = old + (target - old) * (1 - beta)
             self.assign(moment, new)
@@ -234,6 +210,14 @@ class SparseAdamW(MaskedState):
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
         }
+
+
+def _moved(values: Any, old: Any, new: Any) -> Any:
+    """The values of rising indices at others, zero where these are new."""
+    _, before, after = np.intersect1d(old, new, True, return_indices=True)
+    moved = np.zeros_like(values)
+    moved[after] = values[before]
+    return moved
 
 
 def _taken(x: Any, indices: Any) -> Any:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -55,16 +54,11 @@ def compand(
     v, a, b, dtype = _widened(v, a, b)
     on_torch = keras.backend.backend() == "torch"
     scalars = _is_scalar(a) and _is_scalar(b)
-    if (
-        scalars
-        and function == "arctan"
-        and (training or on_torch)
-        and backend_module("compand").is_native(v)
-    ):
+    compiled = scalars and function == "arctan" and (training or on_torch)
+    if compiled and backend_module("compand").is_native(v):
         a, b = (ops.convert_to_tensor(p, v.dtype) for p in (a, b))
-        w = backend_module("compand").compand(
-            v, a, b, _arctan_forward, _arctan_backward
-        )
+        kernels = backend_module("compand").compand
+        w = kernels(v, a, b, _arctan_forward, _arctan_backward)
     elif scalars and not on_torch:
         w = _compand_by_scalars(v, a, b, function)
     else:
@@ -142,9 +136,7 @@ def compand_derivative(v: Any, a: Any, b: Any, function: str = "arctan") -> Any:
     return ops.cast(a / b * rule.derivative(v / b), dtype)
 
 
-def compand_limit(
-    a: float, b: float, function: str, dtype: str = "float32"
-) -> float:
+def compand_limit(a: float, b: float, function: str, dtype: str) -> float:
     """Return the largest weight that a finite `v` of `dtype` gives.
 
     Args:
@@ -198,11 +190,9 @@ def _slope(v: Any, upstream: Any, a: Any, b: Any, function: Any) -> Any:
     return upstream * (a / b * _FUNCTIONS[function].derivative(v / b))
 
 
-def _backward(
-    v: Any, w: Any, upstream: Any, a: Any, b: Any, function: Any
-) -> Any:
-    to_v = _slope(v, upstream, a, b, function)
-    return to_v, _dot(upstream, w) / a, -_dot(to_v, v) / b
+def _backward(v: Any, w: Any, up: Any, a: Any, b: Any, function: Any) -> Any:
+    to_v = _slope(v, up, a, b, function)
+    return to_v, _dot(up, w) / a, -_dot(to_v, v) / b
 
 
 _arctan_forward = functools.partial(_forward, function="arctan")
@@ -237,9 +227,7 @@ def _arctan_value(u: Any) -> Any:
     bounded = ops.clip(u, -1e9, 1e9)
     t = bounded / (1 + ops.sqrt(1 + bounded * bounded))
     square = t * t
-    series: Any = _COEFFICIENTS[0]
-    for coefficient in _COEFFICIENTS[1:]:
-        series = series * square + coefficient
+    series = functools.reduce(lambda x, c: x * square + c, _COEFFICIENTS)
     return 2 * t * series
 
 
@@ -272,10 +260,10 @@ class _Function:
     """A function f of `compand`, with `limit` the supremum of f."""
 
     limit: float
-    apply: Callable[..., Any]
-    invert: Callable[..., Any]
-    derivative: Callable[..., Any]
-    python: Callable[..., Any]
+    apply: Any
+    invert: Any
+    derivative: Any
+    python: Any
 
 
 _FUNCTIONS = {

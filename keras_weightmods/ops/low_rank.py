@@ -6,12 +6,9 @@ put first are others than those of the exact one.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 from keras import ops
-
-from keras_weightmods.utils import checks
 
 METHODS = ("auto", "gram", "krylov", "exact")
 
@@ -21,11 +18,10 @@ _LARGE = 1024
 # The mask has settled when it agrees, on this share of a sample, with the mask
 # without the last blocks of the Krylov space, this share of it and at least so
 # many. The method converges faster than linearly: the blocks to come would
-# change less than those did. After a start from near directions there may be
-# one block alone to leave out.
-_SETTLED, _SETTLED_WARM = 0.985, 0.995
+# change less than those did.
+_SETTLED = 0.985
 _LEFT_OUT = 0.08
-_BLOCKS_LEFT_OUT, _BLOCKS_LEFT_OUT_WARM = 2, 1
+_BLOCKS_LEFT_OUT = 2
 _SAMPLE = 2**17
 # How much larger a space to look at next, for the share that is missing.
 _GROWTH = 2.8
@@ -36,22 +32,13 @@ _BLOCKS_PER_RANK = 4
 _LANES = 16
 
 
-def low_rank_factors(
-    matrix: Any,
-    rank: int,
-    method: str = "auto",
-    start: Any = None,
-    seed: int = 0,
-    share: float = 0.05,
-) -> tuple[Any, Any]:
+def low_rank_factors(matrix, rank, method, seed=0, share=0.05):
     """Return factors of the best approximation of a matrix of a given rank.
 
     Args:
         matrix: Tensor of shape `(m, n)`.
         rank: Int, at most `min(m, n)`.
-        method: As in `principal_mask`. Defaults to `"auto"`.
-        start: Tensor of shape `(min(m, n), any)`, directions near the leading
-            ones, for `"krylov"`. Defaults to a random start.
+        method: As in `principal_mask`, but for `"auto"`.
         seed: Int, of the random start. Defaults to 0.
         share: Float, the share of entries whose places must have settled, for
             `"krylov"`. Defaults to 0.05.
@@ -61,9 +48,6 @@ def low_rank_factors(
         the approximation. The columns of the first are orthonormal where
         `m <= n`, the rows of the second elsewhere.
 
-    Raises:
-        ValueError: If `rank` or `method` is none of these.
-
     Example:
 
     ```python
@@ -71,56 +55,45 @@ def low_rank_factors(
     from keras_weightmods.ops.low_rank import low_rank_factors
 
     x = np.random.default_rng(0).normal(size=(30, 20)).astype("float32")
-    left, right = low_rank_factors(x, 20)
+    left, right = low_rank_factors(x, 20, "gram")
     assert np.allclose(np.array(left) @ np.array(right), x, atol=1e-4)
     ```
     """
     rows, columns = matrix.shape
-    checks.check_int("rank", rank, 1, min(rows, columns))
-    checks.check_choice("method", method, METHODS)
-    method = choose_method(method, rows, columns, rank)
     if method == "exact":
         u, s, vh = ops.linalg.svd(matrix, full_matrices=False)
         u, s, vh = u[:, :rank], s[:rank], vh[:rank]
         return (u, s[:, None] * vh) if rows <= columns else (u * s, vh)
     found = None
     if method == "krylov":
-        found = _krylov_basis(matrix, rank, start, seed, share)
-    if found is None:
-        found = _gram_basis(matrix, rank)
-    basis, image = found
+        found = _krylov_basis(matrix, rank, seed, share)
+    basis, image = found or _gram_basis(matrix, rank)
     if rows <= columns:
         return ops.transpose(basis), image
     return ops.transpose(image), basis
 
 
-def choose_method(method: str, rows: int, columns: int, rank: int) -> str:
+def choose_method(method, rows, columns, rank):
     """Return what `"auto"` stands for, and any other method as it is."""
+    if method != "auto":
+        return method
     side = min(rows, columns)
-    if method == "auto":
-        is_large = side > _LARGE and 8 * rank <= side
-        method = "krylov" if is_large else "gram"
-    return method
+    return "krylov" if side > _LARGE and 8 * rank <= side else "gram"
 
 
-def _gram_basis(matrix: Any, rank: Any) -> Any:
+def _gram_basis(matrix, rank):
     """The leading directions of the smaller side, and their images.
 
     Both as rows. From the Gram matrix of that side.
     """
     rows, columns = matrix.shape
-    other = ops.transpose(matrix)
-    gram = ops.matmul(
-        *((matrix, other) if rows <= columns else (other, matrix))
-    )
-    _, vectors = ops.linalg.eigh(gram)
+    wide = matrix if rows <= columns else ops.transpose(matrix)
+    _, vectors = ops.linalg.eigh(ops.matmul(wide, ops.transpose(wide)))
     basis = ops.transpose(vectors[:, -rank:])
-    return basis, ops.matmul(basis, matrix if rows <= columns else other)
+    return basis, ops.matmul(basis, wide)
 
 
-def _krylov_basis(
-    matrix: Any, rank: Any, start: Any, seed: Any, share: Any
-) -> Any:
+def _krylov_basis(matrix, rank, seed, share):
     """The same by block Lanczos; None if half the space was not enough.
 
     With the rows of Q an orthonormal basis of the Krylov space of `W W^T` and
@@ -131,35 +104,28 @@ def _krylov_basis(
     side = min(rows, columns)
     generator = np.random.default_rng(seed)
     places = _sample(generator, side), _sample(generator, max(rows, columns))
-    if start is None:
-        settled, fewest = _SETTLED, _BLOCKS_LEFT_OUT
-        width = max(2, -(-rank // _BLOCKS_PER_RANK))
-        if width > _LANES:
-            width = -(-width // _LANES) * _LANES
-        noise = generator.normal(size=(width, side)).astype("float32")
-        block = ops.convert_to_tensor(noise)
-    else:
-        settled, fewest = _SETTLED_WARM, _BLOCKS_LEFT_OUT_WARM
-        block = ops.transpose(ops.cast(start, matrix.dtype))
-    width = block.shape[0]
+    width = max(2, -(-rank // _BLOCKS_PER_RANK))
+    if width > _LANES:
+        width = -(-width // _LANES) * _LANES
+    noise = generator.normal(size=(width, side)).astype("float32")
+    block = ops.convert_to_tensor(noise)
 
-    check = max(2 * rank, (fewest + 1) * width)
+    check = max(2 * rank, (_BLOCKS_LEFT_OUT + 1) * width)
     if 2 * check > side:
         return None
     # In both orders, since of a matrix in memory as it is read a product with
     # few vectors takes half as long. `concatenate`, for torch's is a view.
     flipped = ops.concatenate([ops.transpose(matrix)], axis=0)
-    forth, back = flipped, matrix
-    if rows > columns:
-        forth, back = back, forth
+    both = flipped, matrix
+    forth, back = both if rows <= columns else both[::-1]
 
     basis = ops.zeros((0, side), "float32")  # Q
     image = ops.zeros((0, max(rows, columns)), "float32")  # P
     gram = ops.zeros((0, 0), "float32")  # P P^T
-    near: list[Any] = []
+    near: list = []
     while True:
-        blocks: list[Any] = []
-        images: list[Any] = []
+        blocks: list = []
+        images: list = []
         while basis.shape[0] + len(blocks) * width < check:
             block = _orthonormal(block, near, [basis, *blocks])
             blocks.append(block)
@@ -173,42 +139,43 @@ def _krylov_basis(
         found = basis.shape[0]
         _, vectors = ops.linalg.eigh(gram)
         vectors = ops.transpose(vectors[:, -rank:])
-        left_out = max(fewest, round(_LEFT_OUT * found / width)) * width
+        left_out = round(_LEFT_OUT * found / width)
+        left_out = width * max(_BLOCKS_LEFT_OUT, left_out)
         sides = ops.take(basis, places[0], 1), ops.take(image, places[1], 1)
         full, short = (
             _sample_mask(vectors, *sides, size, share)
             for size in (found, found - left_out)
         )
         agreement = np.count_nonzero(full & short) / np.count_nonzero(full)
-        if agreement >= settled:
+        if agreement >= _SETTLED:
             return ops.matmul(vectors, basis), ops.matmul(vectors, image)
         if 2 * found > side:
             return None
         # From how the share that is missing shrinks, in trained matrices and
         # in random ones: seldom too far, and rarely more than four checks.
-        missing = round(_GROWTH * (settled - agreement) * found)
+        missing = round(_GROWTH * (_SETTLED - agreement) * found)
         check = min(found + max(left_out, missing), side // 2 + 1)
 
 
-def _sample(generator: Any, size: Any) -> Any:
+def _sample(generator, size):
     """Some of the places from 0 to `size`, as a tensor."""
     count = min(size, math.isqrt(_SAMPLE))
     places = generator.choice(size, count, replace=False)
     return ops.convert_to_tensor(np.sort(places).astype("int32"))
 
 
-def _bordered(gram: Any, new: Any) -> Any:
+def _bordered(gram, new):
     """A symmetric matrix with more rows and columns, of which it has one."""
     upper = ops.concatenate([gram, new[: gram.shape[0]]], axis=1)
     return ops.concatenate([upper, ops.transpose(new)], axis=0)
 
 
-def _inner(x: Any, y: Any) -> Any:
+def _inner(x, y):
     """The inner products of the rows of x with those of y."""
     return ops.tensordot(x, y, axes=[[1], [1]])
 
 
-def _orthonormal(block: Any, near: Any, bases: Any) -> Any:
+def _orthonormal(block, near, bases):
     """The block's part outside of the bases, with orthonormal rows.
 
     First its part outside of `near`, the last two blocks: in a Krylov space
@@ -232,7 +199,7 @@ def _orthonormal(block: Any, near: Any, bases: Any) -> Any:
     return block
 
 
-def _inverse_root(gram: Any) -> Any:
+def _inverse_root(gram):
     """A matrix A with `A gram A^T = 1`, or nearly where that is singular.
 
     And how far the rows of which it holds the products were from orthogonal. A
@@ -247,9 +214,7 @@ def _inverse_root(gram: Any) -> Any:
     return (np.linalg.inv(factor) * scale).astype("float32"), skew
 
 
-def _sample_mask(
-    vectors: Any, basis: Any, image: Any, size: Any, share: Any
-) -> Any:
+def _sample_mask(vectors, basis, image, size, share):
     """The mask in a sample, by the first vectors of the Krylov space."""
     left, right = (
         ops.matmul(vectors[:, :size], x[:size]) for x in (basis, image)

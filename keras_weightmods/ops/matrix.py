@@ -6,35 +6,26 @@ do, is a stack (S, K, R).
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from keras import ops
 
 Axes = int | Sequence[int]
 
 
-def to_matrix(x: Any, axis: Axes) -> Any:
+def to_matrix(x, axis):
     """Return a tensor as a matrix (K, R), `axis` (int or ints) as its rows."""
     return ops.reshape(_transposed(x, axis), stack_shape(x.shape, axis)[1:])
 
 
-def from_matrix(matrix: Any, shape: Sequence[int], axis: Axes) -> Any:
+def from_matrix(matrix, shape, axis):
     """Undo `to_matrix` for a tensor of `shape`."""
     order = _order(len(shape), axis)
     x = ops.reshape(matrix, [shape[i] for i in order])
-    return (
-        x
-        if order == sorted(order)
-        else ops.transpose(x, [order.index(i) for i in range(len(order))])
-    )
+    back = [order.index(i) for i in range(len(order))]
+    return x if back == sorted(back) else ops.transpose(x, back)
 
 
-def to_stack(
-    x: Any,
-    contraction_axes: Axes,
-    stack_axes: Axes = (),
-    stacks: int | None = None,
-) -> Any:
+def to_stack(x, contraction_axes, stack_axes=(), stacks=None):
     """Return a kernel as its matrices, a tensor of shape (S, K, R).
 
     Args:
@@ -48,43 +39,34 @@ def to_stack(
     return _regrouped(ops.reshape(_transposed(x, axes), shape), stacks)
 
 
-def from_stack(
-    stack: Any,
-    shape: Sequence[int],
-    contraction_axes: Axes,
-    stack_axes: Axes = (),
-) -> Any:
+def from_stack(stack, shape, contraction_axes, stack_axes=()):
     """Undo `to_stack` for a kernel of `shape`."""
     stack = _regrouped(stack, contraction_size(shape, stack_axes))
     axes = _tuple(stack_axes) + _tuple(contraction_axes)
     return from_matrix(stack, shape, axes)
 
 
-def stack_shape(
-    shape: Sequence[int],
-    contraction_axes: Axes,
-    stack_axes: Axes = (),
-) -> tuple[int, int, int]:
+def stack_shape(shape, contraction_axes, stack_axes=()):
     """Return the shape (S, K, R) of the matrices of a kernel of `shape`."""
     stacks, rows = _tuple(stack_axes), _tuple(contraction_axes)
     columns = _order(len(shape), stacks + rows)[len(stacks + rows) :]
-    sizes = (math.prod(shape[i] for i in a) for a in (stacks, rows, columns))
-    return tuple(sizes)
+    axes = stacks, rows, columns
+    return tuple(math.prod(shape[i] for i in each) for each in axes)
 
 
-def contraction_size(shape: Sequence[int], axis: Axes) -> int:
+def contraction_size(shape, axis):
     """Return the number of entries along `axis`, an int or several."""
     return math.prod(shape[i] for i in _tuple(axis))
 
 
-def along(vector: Any, shape: Sequence[int], axis: Axes) -> Any:
+def along(vector, shape, axis):
     """Lay a vector over `axis` out so that it broadcasts to `shape`."""
     axes = _tuple(axis)
     sizes = tuple(size if i in axes else 1 for i, size in enumerate(shape))
     return from_matrix(vector, sizes, axes)
 
 
-def _regrouped(stack: Any, stacks: Any) -> Any:
+def _regrouped(stack, stacks):
     """Matrices with the same columns, as another number of them."""
     if stacks is None or stacks == stack.shape[0]:
         return stack
@@ -93,14 +75,14 @@ def _regrouped(stack: Any, stacks: Any) -> Any:
     return ops.transpose(rows, (1, 0, 2))
 
 
-def _transposed(x: Any, axes: Any) -> Any:
+def _transposed(x, axes):
     """The tensor with `axes` first."""
     x = ops.convert_to_tensor(x)
     order = _order(len(x.shape), axes)
     return x if order == sorted(order) else ops.transpose(x, order)
 
 
-def _order(rank: Any, axis: Any) -> Any:
+def _order(rank, axis):
     axes = _tuple(axis)
     if not all(isinstance(i, int) and -rank <= i < rank for i in axes):
         raise ValueError(
@@ -113,6 +95,5 @@ def _order(rank: Any, axis: Any) -> Any:
     return axes + [i for i in range(rank) if i not in axes]
 
 
-def _tuple(axis: Any) -> Any:
-    is_several = isinstance(axis, Iterable)
-    return tuple(axis) if is_several else (axis,)
+def _tuple(axis):
+    return tuple(axis) if isinstance(axis, Iterable) else (axis,)

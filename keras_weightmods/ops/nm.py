@@ -91,9 +91,7 @@ def nm_mask(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     groups = _to_groups(x, m, axis)
     scores = ops.abs(groups)
     scores = ops.where(ops.isnan(scores), ops.cast(-1, scores.dtype), scores)
-    ranks = _ranks(scores, m)
-    kept = ops.less(ranks, n)
-    kept = ops.reshape(kept, (-1, groups.shape[-1]))
+    kept = ops.reshape(_ranks(scores, m) < n, (-1, groups.shape[-1]))
     return from_matrix(kept, tuple(x.shape), axis)
 
 
@@ -172,23 +170,20 @@ def pack_bits(mask: Any) -> Any:
     planes = ops.reshape(flat, (8, packed_size(size)))
     packed = planes[0]
     for bit in range(1, 8):
-        packed = ops.bitwise_or(
-            packed, ops.left_shift(planes[bit], ops.cast(bit, "uint8"))
-        )
+        plane = ops.left_shift(planes[bit], ops.cast(bit, "uint8"))
+        packed = ops.bitwise_or(packed, plane)
     return packed
 
 
 def unpack_bits(packed: Any, shape: Any) -> Any:
     """Undoes `pack_bits` for a mask of `shape`; returns a boolean tensor."""
-    size = math.prod(shape)
     # The planes split the leading axes only, where these can be split in 8;
     # XLA then needs no division for each entry to find its bit.
-    columns = _trailing_size(shape)
-    packed = ops.reshape(packed, (1, -1, columns))
+    packed = ops.reshape(packed, (1, -1, _trailing_size(shape)))
     bits = ops.cast([1, 2, 4, 8, 16, 32, 64, 128], "uint8")
     planes = ops.bitwise_and(packed, ops.reshape(bits, (8, 1, 1)))
     mask = ops.not_equal(planes, 0)
-    if size % 8:
+    if (size := math.prod(shape)) % 8:
         mask = ops.reshape(mask, (-1,))[:size]
     return ops.reshape(mask, shape)
 
@@ -217,14 +212,12 @@ def _ranks(scores: Any, m: Any) -> Any:
         order = ops.argsort(ops.negative(scores), axis=1)
         return ops.argsort(order, axis=1)
     columns = [scores[:, i] for i in range(m)]
-    ranks = [0] * m
+    ranks = [ops.zeros_like(columns[0], dtype="uint8")] * m
     for i in range(m):
         for j in range(i + 1, m):
             later_wins = ops.cast(ops.greater(columns[j], columns[i]), "uint8")
             ranks[i] = ranks[i] + later_wins
             ranks[j] = ranks[j] + (1 - later_wins)
-    if m == 1:
-        return ops.zeros_like(scores, dtype="uint8")
     return ops.stack(ranks, axis=1)
 
 

@@ -14,18 +14,8 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.backend import backend_module
-from keras_weightmods.ops.low_rank import (
-    METHODS,
-    choose_method,
-    low_rank_factors,
-)
-from keras_weightmods.ops.matrix import (
-    Axes,
-    from_matrix,
-    from_stack,
-    to_matrix,
-    to_stack,
-)
+from keras_weightmods.ops import low_rank
+from keras_weightmods.ops.matrix import Axes, from_stack, to_matrix, to_stack
 from keras_weightmods.utils import checks
 
 CRITERIA = ("principal", "magnitude", "gradient", "random")
@@ -59,11 +49,10 @@ class Selection:
         checks.check_int("filter_rank", self.filter_rank, 1, optional=True)
         checks.check_int("block", self.block, 1)
         checks.check_int("seed", self.seed, 0)
-        checks.check_float(
-            "density", self.density, above=0, most=1, optional=True
-        )
+        if self.density is not None:
+            checks.check_float("density", self.density, above=0, most=1)
         checks.check_choice("criterion", self.criterion, CRITERIA)
-        checks.check_choice("method", self.method, METHODS)
+        checks.check_choice("method", self.method, low_rank.METHODS)
 
     def size(self, rows: int, columns: int) -> int:
         """Return how many entries to select of a matrix."""
@@ -97,6 +86,37 @@ class Selection:
         rank = rank or round(entries / (rows + columns))
         return min(max(rank, 1), rows, columns)
 
+    def mask(
+        self,
+        kernel: Any,
+        contraction_axes: Axes = 0,
+        stack_axes: Axes = (),
+        gradient: Any = None,
+        candidates: Any = None,
+    ) -> Any:
+        """Return the mask of a kernel; see `principal_mask`."""
+        ranked = kernel = _as_float(kernel)
+        shape, axes = tuple(kernel.shape), (contraction_axes, stack_axes)
+        if self.criterion == "gradient":
+            received = gradient if gradient is None else tuple(gradient.shape)
+            if received != shape:
+                raise ValueError(
+                    '`criterion="gradient"` needs `gradient`, of the shape of '
+                    f"the kernel, {shape}. Received: gradient of shape "
+                    f"{received}"
+                )
+            ranked = _as_float(gradient)
+        matrices = _matrices(ranked, *axes)
+        allowed = [None] * len(matrices)
+        if candidates is not None:
+            allowed = _matrices(candidates, *axes)
+        with backend_module("precision").full_precision():
+            masks = [
+                _mask_of(_scores(matrix, self, place), self, allowed[place])
+                for place, matrix in enumerate(matrices)
+            ]
+        return from_stack(ops.stack(masks), shape, *axes)
+
 
 def principal_mask(
     kernel: Any,
@@ -111,8 +131,6 @@ def principal_mask(
     block: int = 1,
     gradient: Any = None,
     candidates: Any = None,
-    start: Any = None,
-    return_basis: bool = False,
     seed: int = 0,
 ) -> Any:
     r"""Mark the principal weights of a kernel.
@@ -158,18 +176,11 @@ def principal_mask(
         gradient: Tensor of the kernel's shape, for `criterion="gradient"`.
         candidates: Boolean tensor of the kernel's shape: only these are
             marked. Defaults to all.
-        start: What `return_basis` gave for a kernel that has changed little
-            since. Defaults to a random start.
-        return_basis: Bool, whether to return the basis too. Defaults to
-            `False`.
         seed: Int, of the random start and of `criterion="random"`. Defaults
             to 0.
 
     Returns:
-        Boolean tensor of the shape of `kernel`; with `return_basis` a pair of
-        it and a list with the leading directions of each matrix, on its
-        smaller side, shape `(min(m, n), r)`; an empty list for the other
-        criteria.
+        Boolean tensor of the shape of `kernel`.
 
     Raises:
         ValueError: If an argument is outside the ranges above, not one entry
@@ -190,38 +201,8 @@ def principal_mask(
     selection = Selection(
         rank, density, filter_rank, criterion, method, block, seed
     )
-    ranked = kernel = _as_float(kernel)
-    shape = tuple(kernel.shape)
-    if criterion == "gradient":
-        if gradient is None or tuple(gradient.shape) != shape:
-            raise ValueError(
-                '`criterion="gradient"` needs `gradient`, of the shape of the '
-                f"kernel, {shape}. Received: gradient of shape "
-                f"{None if gradient is None else tuple(gradient.shape)}"
-            )
-        ranked = _as_float(gradient)
     axes = contraction_axes, stack_axes
-    matrices = _matrices(ranked, *axes)
-    allowed = [None] * len(matrices)
-    if candidates is not None:
-        allowed = _matrices(candidates, *axes)
-    masks, bases = [], []
-    with backend_module("precision").full_precision():
-        for place, matrix in enumerate(matrices):
-            scores, basis = _scores(
-                matrix,
-                selection,
-                place,
-                None if start is None else start[place],
-            )
-            masks.append(_mask_of(scores, selection, allowed[place]))
-            if basis is not None:
-                bases.append(basis)
-    if stack_axes:
-        mask = from_stack(ops.stack(masks), shape, *axes)
-    else:
-        mask = from_matrix(masks[0], shape, contraction_axes)
-    return (mask, bases) if return_basis else mask
+    return selection.mask(kernel, *axes, gradient, candidates)
 
 
 def mask_indices(mask: Any) -> np.ndarray:
@@ -261,54 +242,40 @@ def _matrices(x: Any, contraction_axes: Any, stack_axes: Any) -> Any:
     return [to_matrix(x, contraction_axes)]
 
 
-def _scores(matrix: Any, selection: Any, place: Any, start: Any) -> Any:
-    """What to rank the entries by, and the basis it was computed from."""
+def _scores(matrix: Any, selection: Any, place: int) -> Any:
+    """What to rank the entries by."""
     if selection.criterion in ("magnitude", "gradient"):
-        return ops.abs(matrix), None
+        return ops.abs(matrix)
     if selection.criterion == "random":
         generator = np.random.default_rng([selection.seed, place])
-        return ops.convert_to_tensor(
-            generator.random(tuple(matrix.shape), dtype="float32")
-        ), None
+        noise = generator.random(tuple(matrix.shape), dtype="float32")
+        return ops.convert_to_tensor(noise)
     rows, columns = matrix.shape
     rank = selection.rank_of_filter(rows, columns)
-    share = selection.size(rows, columns) / (rows * columns)
-    method = choose_method(selection.method, rows, columns, rank)
+    method = low_rank.choose_method(selection.method, rows, columns, rank)
     if method == "gram" and keras.backend.backend() == "jax":
         from keras_weightmods.backend.jax.compiled_call import compiled
 
         # One program for a shape, where each op would be one and be kept.
-        find = compiled(_low_rank_scores, static=(1, 2))
-        return find(matrix, rank, method)
-    return _low_rank_scores(
-        matrix, rank, method, start, selection.seed + place, share
-    )
+        return compiled(_low_rank_scores, static=(1, 2))(matrix, rank, method)
+    share = selection.size(rows, columns) / (rows * columns)
+    seed = selection.seed + place
+    return _low_rank_scores(matrix, rank, method, seed, share)
 
 
-def _low_rank_scores(
-    matrix: Any,
-    rank: Any,
-    method: Any,
-    start: Any = None,
-    seed: Any = 0,
-    share: Any = 0.05,
-) -> Any:
-    left, right = low_rank_factors(matrix, rank, method, start, seed, share)
-    is_wide = matrix.shape[0] <= matrix.shape[1]
-    basis = left if is_wide else ops.transpose(right)
-    return ops.abs(ops.matmul(left, right)), basis
+def _low_rank_scores(matrix: Any, *arguments: Any) -> Any:
+    left, right = low_rank.low_rank_factors(matrix, *arguments)
+    return ops.abs(ops.matmul(left, right))
 
 
 def _mask_of(scores: Any, selection: Any, allowed: Any) -> Any:
     rows, columns = scores.shape
-    count = selection.size(rows, columns)
-    if selection.block > 1:
-        count //= selection.block**2
-        scores = _block_sums(scores, selection.block)
+    count, block = selection.size(rows, columns), selection.block
+    if block > 1:
+        count //= block**2
+        scores = _block_sums(scores, block)
         if allowed is not None:
-            allowed = (
-                _block_sums(ops.cast(allowed, "float32"), selection.block) > 0
-            )
+            allowed = _block_sums(ops.cast(allowed, "float32"), block) > 0
     if allowed is not None:
         there = _count(allowed)
         if there < count:
@@ -319,10 +286,8 @@ def _mask_of(scores: Any, selection: Any, allowed: Any) -> Any:
             )
         scores = ops.where(allowed, scores, ops.cast(-1, scores.dtype))
     mask = _largest(scores, count)
-    if selection.block > 1:
-        mask = ops.repeat(
-            ops.repeat(mask, selection.block, 0), selection.block, 1
-        )
+    if block > 1:
+        mask = ops.repeat(ops.repeat(mask, block, 0), block, 1)
     return mask
 
 
@@ -347,8 +312,7 @@ def _largest_on_host(flat: Any, count: Any) -> Any:
         some = flat[flat >= np.partition(sample, below)[below]]
     if some.size < count:
         some = flat
-    first = some.size - count
-    threshold = np.partition(some, first)[first]
+    threshold = np.partition(some, -count)[-count]
     mask = flat >= threshold
     surplus = np.count_nonzero(mask) - count
     if surplus:
@@ -362,10 +326,8 @@ def _largest_by_bisection(flat: Any, count: Any) -> Any:
     That counts some thirty times and never sorts or copies.
     """
     # Negative entries are no candidates: their bits are not looked at.
-    low, high = (
-        0,
-        int(np.float32(ops.convert_to_numpy(ops.max(flat))).view("int32")),
-    )
+    low = 0
+    high = int(np.float32(ops.convert_to_numpy(ops.max(flat))).view("int32"))
     # More than `high` has fewer than `count`; from `low` on has enough.
     while low < high:
         middle = (low + high + 1) // 2

@@ -114,12 +114,8 @@ def _implementation() -> Any:
     """What multiplies on this backend, chosen in the first call."""
     name = keras.backend.backend()
     if name not in _implementations:
-        reason = reason_for_dense()
-        if reason:
+        _implementations[name] = backend_module("sparse_matmul").sparse_matmul
+        if reason := reason_for_dense():
             native.warn_dense(reason)
-        _implementations[name] = (
-            dense_matmul
-            if reason
-            else backend_module("sparse_matmul").sparse_matmul
-        )
+            _implementations[name] = dense_matmul
     return _implementations[name]

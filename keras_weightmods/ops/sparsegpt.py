@@ -4,15 +4,13 @@ A matrix is (K, R): K inputs, R units. Its inputs are known by their second
 moment `H = X^T X / rows`, of shape (K, K).
 """
 
-from typing import Any
-
 import numpy as np
 from keras import ops
 
-from keras_weightmods.ops.nm import Pattern, nm_mask, parse_pattern
+from keras_weightmods.ops.nm import nm_mask, parse_pattern
 
 
-def wanda(matrix: Any, norms: Any, pattern: Pattern = "2:4") -> Any:
+def wanda(matrix, norms, pattern="2:4"):
     """Keeps the n largest `|W_ij| * ||x_j||` in every group of m inputs.
 
     Equation 1 of Wanda (arXiv 2306.11695), with the groups of its N:M form.
@@ -47,7 +45,7 @@ def wanda(matrix: Any, norms: Any, pattern: Pattern = "2:4") -> Any:
     return ops.where(mask, matrix, ops.zeros_like(matrix))
 
 
-def inverse_factor(second_moment: Any, damping: Any = 0.01) -> Any:
+def inverse_factor(second_moment, damping=0.01):
     """Factorizes the inverse of the damped second moment.
 
     `U` is upper triangular with `U^T U = (H + d I)^-1`, where d is `damping`
@@ -95,9 +93,7 @@ def inverse_factor(second_moment: Any, damping: Any = 0.01) -> Any:
     return _inverse_of_upper(r)
 
 
-def sparsegpt(
-    matrix: Any, factor: Any, pattern: Pattern = "2:4", block_size: int = 128
-) -> Any:
+def sparsegpt(matrix, factor, pattern="2:4", block_size=128):
     """Prunes to N:M and lets the weights that are left make up for it.
 
     SparseGPT (arXiv 2301.00774, algorithm 1), with the groups of its N:M form:
@@ -151,23 +147,18 @@ def sparsegpt(
     done = []
     for start in range(0, size, block):
         stop = min(start + block, size)
-        kept, errors = _pruned_block(
-            ops.slice(tail, (0, 0), (stop - start, units)),
-            factor[start:stop, start:stop],
-            n,
-            m,
-        )
+        head = ops.slice(tail, (0, 0), (stop - start, units))
+        own = factor[start:stop, start:stop]
+        kept, errors = _pruned_block(head, own, n, m)
         done += kept
         if stop < size:
-            spread = ops.convert_to_tensor(
-                np.ascontiguousarray(factor[start:stop, stop:].T)
-            )
             rest = ops.slice(tail, (stop - start, 0), (size - stop, units))
+            spread = _transposed(factor[start:stop, stop:])
             tail = rest - ops.matmul(spread, ops.concatenate(errors))
     return ops.cast(ops.concatenate(done), matrix.dtype)
 
 
-def reconstruction_error(before: Any, after: Any, second_moment: Any) -> Any:
+def reconstruction_error(before, after, second_moment):
     """What pruning changes of the outputs: `|X W' - X W|^2 / |X W|^2`.
 
     Args:
@@ -190,7 +181,7 @@ def reconstruction_error(before: Any, after: Any, second_moment: Any) -> Any:
     ```
     """
 
-    def energy(matrix: Any) -> Any:
+    def energy(matrix):
         product = ops.matmul(second_moment, matrix)
         return float(ops.convert_to_numpy(ops.sum(matrix * product)))
 
@@ -198,7 +189,7 @@ def reconstruction_error(before: Any, after: Any, second_moment: Any) -> Any:
     return energy(ops.cast(after, "float32") - before), energy(before)
 
 
-def _pruned_block(block: Any, factor: Any, n: Any, m: Any) -> Any:
+def _pruned_block(block, factor, n, m):
     """Groups of rows, pruned, and as many of their scaled errors."""
     size, units = block.shape
     roots = ops.convert_to_tensor(factor.diagonal().copy()[:, None])
@@ -220,14 +211,17 @@ def _pruned_block(block: Any, factor: Any, n: Any, m: Any) -> Any:
         errors.append(ops.stack(group_errors))
         if start + m < size:
             # Zero to the left of the group: what is done stays as it is.
-            spread = np.ascontiguousarray(factor[start : start + m].T)
-            block = block - ops.matmul(
-                ops.convert_to_tensor(spread), errors[-1]
-            )
+            spread = _transposed(factor[start : start + m])
+            block = block - ops.matmul(spread, errors[-1])
     return kept, errors
 
 
-def _inverse_of_upper(r: Any) -> Any:
+def _transposed(rows):
+    """As a tensor, in memory too."""
+    return ops.convert_to_tensor(np.ascontiguousarray(rows.T))
+
+
+def _inverse_of_upper(r):
     """By halves: five times as fast as the inverse of any matrix."""
     size = len(r)
     if size <= 64:

@@ -318,7 +318,7 @@ def test_targets_and_report():
         (targets[0].key, 12)
     ]
     assert report.totals == {"trained": 12, "entries": 48}
-    assert "12 of 48 entries of 1 kernels" in str(report)
+    assert "12 of 48 entries of 1 kernels trained" in str(report)
     fit(model, masks)
     after = weights_of(model)
     assert np.array_equal(before[0], after[0])

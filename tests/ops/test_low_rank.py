@@ -19,12 +19,3 @@ def test_factors(shape, method):
     # The Krylov method stops when places have settled, not values.
     error = np.linalg.norm(product - expected) / np.linalg.norm(expected)
     assert error < (0.1 if method == "krylov" else 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [((9,), "rank"), ((0,), "rank"), ((2, "svd"), "method")],
-)
-def test_factors_of_wrong_arguments(arguments, message):
-    with pytest.raises(ValueError, match=f"`{message}` must be"):
-        low_rank_factors(normal(8, 12), *arguments)
