@@ -176,7 +176,13 @@ def open_library(path, version_function, version, signatures):
             f"it is of another release: version {found}, expected {version}"
         )
     for name, (result, arguments) in signatures.items():
-        function = getattr(loaded, name)
-        function.restype = _C_TYPES.get(result)
-        function.argtypes = [_C_TYPES[letter] for letter in arguments]
+        typed(loaded, name, result, arguments)
     return loaded
+
+
+def typed(loaded, name, result, arguments):
+    """Return a function of a library, its types set as in `open_library`."""
+    function = getattr(loaded, name)
+    function.restype = _C_TYPES.get(result)
+    function.argtypes = [_C_TYPES[letter] for letter in arguments]
+    return function

@@ -10,14 +10,7 @@ import keras
 import numpy as np
 
 from keras_weightmods.core.reparameterized_layer import plain_classes
-from keras_weightmods.saving import description, states
-from keras_weightmods.saving.container import (
-    Entry,
-    Reader,
-    Writer,
-    check_filepath,
-    json_array,
-)
+from keras_weightmods.saving import container, description, states
 
 _FORMAT = "keras_weightmods.model"
 _VERSION = 1
@@ -96,7 +89,7 @@ def save_model(
             "`model` must be a built Keras model. Call it on data once, or "
             f"`model.build(input_shape)`. Received: model={model!r}"
         )
-    check_filepath(filepath, overwrite)
+    container.check_filepath(filepath, overwrite)
     left_out = _preprocessor_to_leave_out(model)
     with tempfile.TemporaryDirectory() as folder:
         with plain_classes(model):
@@ -104,12 +97,13 @@ def save_model(
             described = description.describe(model, parts, left_out)
             assets = states.save_assets(parts, folder)
         weights = states.weight_entries(parts)
-        text = json_array(described)
+        text = container.json_array(described)
         description.rehearse(json.loads(text.tobytes()), parts, weights)
-        entries = {_MODEL: Entry(text.shape, "uint8"), **weights}
+        entries = {_MODEL: container.Entry(text.shape, "uint8"), **weights}
         for name, file in assets.items():
-            entries[name] = Entry((file.stat().st_size,), "uint8")
-        with Writer(filepath, _FORMAT, _VERSION, entries, overwrite) as writer:
+            entries[name] = container.Entry((file.stat().st_size,), "uint8")
+        arguments = filepath, _FORMAT, _VERSION, entries, overwrite
+        with container.Writer(*arguments) as writer:
             writer.write(_MODEL, text)
             for name, file in assets.items():
                 writer.write(name, np.fromfile(file, "uint8"))
@@ -164,7 +158,7 @@ def load_model(
     ```
     """
     with (
-        Reader(filepath, _FORMAT, versions=(_VERSION,)) as reader,
+        container.Reader(filepath, _FORMAT, versions=(_VERSION,)) as reader,
         tempfile.TemporaryDirectory() as folder,
     ):
         described = _read_description(reader)

@@ -6,13 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keras_weightmods import native
-from keras_weightmods.native.packed import unpack_tensor
-from keras_weightmods.ops import (
-    Packed,
-    pack_kernel,
-    packed_arrays,
-    unpack_kernel,
-)
+from keras_weightmods.native import packed as module
+from keras_weightmods.ops import Packed, pack_kernel, unpack_kernel
 from tests import references
 
 DTYPES = ["float32", "bfloat16", "int8"]
@@ -84,7 +79,7 @@ def test_tensors_and_variables_unpack_alike(dtype):
         name: keras.ops.convert_to_tensor(array)
         for name, array in arrays.items()
     }
-    specs = packed_arrays((36, 20), dtype)
+    specs = module.packed_arrays((36, 20), dtype)
     of_variables = {
         name: keras.Variable(
             keras.ops.convert_to_tensor(array),
@@ -99,7 +94,7 @@ def test_tensors_and_variables_unpack_alike(dtype):
         )
         np.testing.assert_array_equal(unpack_kernel(same), expected)
         np.testing.assert_array_equal(
-            keras.ops.convert_to_numpy(unpack_tensor(same)), expected
+            keras.ops.convert_to_numpy(module.unpack_tensor(same)), expected
         )
 
 
@@ -125,7 +120,7 @@ def test_not_finite_values_stay_in_their_place():
         packed = pack_kernel(kernel, dtype)
         np.testing.assert_array_equal(unpack_kernel(packed), kernel)
         np.testing.assert_array_equal(
-            keras.ops.convert_to_numpy(unpack_tensor(packed)), kernel
+            keras.ops.convert_to_numpy(module.unpack_tensor(packed)), kernel
         )
     # A scale has no room for them: the column says so.
     unpacked = unpack_kernel(pack_kernel(kernel, "int8"))
@@ -151,7 +146,7 @@ def test_wrong_arguments():
         pack_kernel(np.zeros((4, 4)), "int4")
     for shape in [(4,), [4, 4], (4, -1), (4.0, 4)]:
         with pytest.raises(ValueError, match="`shape` must be a pair"):
-            packed_arrays(shape, "float32")
+            module.packed_arrays(shape, "float32")
 
 
 @pytest.mark.parametrize(

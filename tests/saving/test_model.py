@@ -15,13 +15,7 @@ from keras import ops
 import keras_weightmods as kwm
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.reparameterization import reparameterizations
-from keras_weightmods.saving import description
-from keras_weightmods.saving.container import (
-    Reader,
-    Writer,
-    json_array,
-    write_arrays,
-)
+from keras_weightmods.saving import container, description
 from tests import models
 from tests.models import einsum_net, make_sparse, mlp, normal, outputs
 
@@ -455,7 +449,7 @@ def test_a_full_disk_leaves_nothing(path, monkeypatch):
         raise OSError("No space left on device")
 
     randomize(model)
-    monkeypatch.setattr(Writer, "write", full)
+    monkeypatch.setattr(container.Writer, "write", full)
     with pytest.raises(OSError, match="No space left"):
         kwm.save_model(model, path)
     assert os.listdir(path.parent) == [path.name]
@@ -466,12 +460,12 @@ def test_a_full_disk_leaves_nothing(path, monkeypatch):
 
 
 def contents(path):
-    with Reader(path, "keras_weightmods.model", (1,)) as reader:
+    with container.Reader(path, "keras_weightmods.model", (1,)) as reader:
         return {name: reader.read(name) for name in reader.entries}
 
 
 def rewrite(path, arrays):
-    write_arrays(path, "keras_weightmods.model", 1, arrays)
+    container.write_arrays(path, "keras_weightmods.model", 1, arrays)
 
 
 def as_bytes(text):
@@ -496,7 +490,7 @@ def edit(change):
     def edited(arrays):
         described = json.loads(arrays["model.json"].tobytes())
         result = change(described)
-        arrays["model.json"] = json_array(
+        arrays["model.json"] = container.json_array(
             result if isinstance(result, list) else described
         )
 

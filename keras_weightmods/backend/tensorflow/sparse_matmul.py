@@ -91,7 +91,8 @@ def _matmul(x, values, meta, scale, size, transposed=False):
 
         target = "kwm_xla_matmul_transposed" if transposed else "kwm_xla_matmul"
         shape = [*x.shape[:-1], size]
-        return _call(target, shape, x, values, meta, scale), gradient
+        (y,) = xla_calls.call(target, [shape], x, values, meta, scale)
+        return y, gradient
 
     return matmul(x, values, meta, scale)
 
@@ -104,11 +105,6 @@ def _values_gradient(x, dy, meta):
         return dx, _matmul(x, *weights, dy.shape[-1]), None
 
     blocks, rows, columns = meta.shape
-    shape = [blocks, 16 * rows, columns]
-    return _call("kwm_xla_values_gradient", shape, x, dy, meta), gradient
-
-
-def _call(target, shape, *arguments):
-    """Return a custom call with the result float32 of `shape`."""
-    (result,) = xla_calls.call(target, [shape], *arguments)
-    return result
+    shapes = [[blocks, 16 * rows, columns]]
+    (y,) = xla_calls.call("kwm_xla_values_gradient", shapes, x, dy, meta)
+    return y, gradient

@@ -23,16 +23,9 @@ def register():
     if path is None:
         raise OSError(f"there is no libtensorflow_cc in {folder}")
     # xla::ffi::GetXlaFfiApi()
-    get_api = ctypes.CDLL(str(path))._ZN3xla3ffi12GetXlaFfiApiEv
-    get_api.restype = ctypes.c_void_p
-    register = native.library().kwm_xla_register
-    register.restype = ctypes.c_int
-    register.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_char_p,
-        ctypes.c_char_p,
-        ctypes.c_void_p,
-    ]
+    name = "_ZN3xla3ffi12GetXlaFfiApiEv"
+    get_api = native.typed(ctypes.CDLL(str(path)), name, "P", "")
+    register = native.typed(native.library(), "kwm_xla_register", "i", "PssP")
     for name in native.XLA_TARGETS:
         handler = native.xla_handler(name)
         if register(get_api(), name.encode(), b"Host", handler):

@@ -160,8 +160,8 @@ def test_a_call_that_does_not_fit_is_an_error_of_xla():
     packed = pack_kernel(kernel_of(K, N))
     arguments = [packed.values, packed.meta, np.zeros(0, "float32")]
     with pytest.raises(tf.errors.OpError, match="packed weights do not fit"):
-        implementation._call(
+        implementation.xla_calls.call(
             "kwm_xla_matmul",
-            [2, 4 * N],
+            [[2, 4 * N]],
             *map(tf.constant, [activation(2, K), *arguments]),
         )
