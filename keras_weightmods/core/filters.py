@@ -7,13 +7,14 @@ from typing import Any
 import keras
 
 from keras_weightmods.core.keras_private import layers_of
+from keras_weightmods.utils import checks
 
 _Test = Callable[[Any], bool]
 
 
 def included(
-    name: str, patterns: Any, model: Any, targets: list[Any], skipped: Any
-) -> list[Any]:
+    name: str, patterns: Any, model: Any, targets: Any, skipped: Any
+) -> Any:
     """Return those of `targets` that one of the patterns matches.
 
     Args:
@@ -22,8 +23,8 @@ def included(
             which stand for all layers inside of them too; a callable from
             `Target` to bool; or a list of these. `None` for all targets.
         model: The model or layer that holds the targets.
-        targets: List of `Target`.
-        skipped: List of `Skipped`, for the error message. `None` where the
+        targets: Sequence of `Target`.
+        skipped: Sequence of `Skipped`, for the error message. `None` where the
             targets are not those of `find_targets`.
 
     Raises:
@@ -38,9 +39,7 @@ def included(
     return [t for t in targets if any(test(t) for _, test in tests)]
 
 
-def excluded(
-    name: str, patterns: Any, model: Any, targets: list[Any]
-) -> list[Any]:
+def excluded(name: str, patterns: Any, model: Any, targets: Any) -> Any:
     """Return those of `targets` that none of the patterns matches."""
     if patterns is None:
         return targets
@@ -60,10 +59,8 @@ def _test(name: str, pattern: Any, model: Any) -> _Test:
         try:
             regex = re.compile(pattern)
         except re.error as error:
-            raise ValueError(
-                f"`{name}` must be a valid regular expression ({error}). "
-                f"Received: {name}={pattern!r}"
-            ) from error
+            expected = f"a valid regular expression ({error})"
+            raise checks.error(name, expected, pattern) from error
         return lambda target: regex.search(target.path) is not None
     is_type = isinstance(pattern, type)
     if isinstance(pattern, keras.layers.Layer) or (
@@ -78,29 +75,27 @@ def _test(name: str, pattern: Any, model: Any) -> _Test:
         return lambda target: id(target.layer) in inside
     if callable(pattern) and not is_type:
         return lambda target: bool(pattern(target))
-    raise ValueError(
-        f"`{name}` must be a regular expression for the path, a layer, a "
-        "layer type, a callable from Target to bool, or a list of these"
-        f"{'; or what `find_targets` returns' if name == 'targets' else ''}. "
-        f"Received: {name}={pattern!r}"
+    expected = (
+        "a regular expression for the path, a layer, a layer type, a callable "
+        "from Target to bool, or a list of these"
     )
+    if name == "targets":
+        expected += "; or what `find_targets` returns"
+    raise checks.error(name, expected, pattern)
 
 
 def _nothing_matches(
-    name: str, pattern: Any, targets: list[Any], skipped: Any
+    name: str, pattern: Any, targets: Any, skipped: Any
 ) -> str:
+    paths = ", ".join(repr(target.path) for target in targets[:5])
     message = (
         f"Each element of `{name}` must match a target. Received: "
         f"{name}={pattern!r}, which matches none of {len(targets)}"
-    )
-    if targets:
-        message += ", among them " + ", ".join(
-            repr(target.path) for target in targets[:5]
-        )
-    if isinstance(pattern, (str, re.Pattern)):
-        for skip in skipped or ():
-            if re.search(pattern, skip.path):
-                return f"{message}. Left out: {skip.path} ({skip.reason})"
+    ) + (f", among them {paths}" if paths else "")
     if skipped is None:
         return message
+    if isinstance(pattern, (str, re.Pattern)):
+        for skip in skipped:
+            if re.search(pattern, skip.path):
+                return f"{message}. Left out: {skip.path} ({skip.reason})"
     return f"{message}. `find_targets(model)` lists them all."

@@ -29,13 +29,14 @@ from keras.src.backend.common import global_state
 from keras.src.models.functional import Functional, operation_fn
 
 # How Keras finds and names the parts of a model for its own files.
+from keras.src.saving import saving_lib, serialization_lib
 from keras.src.saving.keras_saveable import KerasSaveable as KerasSaveable
-from keras.src.saving.saving_lib import _walk_saveable
-from keras.src.saving.serialization_lib import (
-    ObjectSharingScope as ObjectSharingScope,
-)
-from keras.src.saving.serialization_lib import SafeModeScope as SafeModeScope
 from keras.src.utils.naming import to_snake_case as to_snake_case
+
+SafeModeScope = serialization_lib.SafeModeScope
+ObjectSharingScope = serialization_lib.ObjectSharingScope
+# Yields the attributes of a part that Keras looks into when it saves.
+walk_saveable = saving_lib._walk_saveable
 
 # Layers and their attributes.
 
@@ -48,11 +49,6 @@ def layers_of(layer: Any, own: bool = True) -> list[keras.layers.Layer]:
         own: Bool, whether `layer` itself is one of them. Defaults to `True`.
     """
     return layer._flatten_layers(include_self=own)
-
-
-def inner_layers(layer: Any) -> list[keras.layers.Layer]:
-    """Return the layers that `layer` holds itself; only models list them."""
-    return layer._flatten_layers(include_self=False, recursive=False)
 
 
 def own_variables(layer: Any) -> list[keras.Variable]:
@@ -69,7 +65,7 @@ def attributes(obj: Any) -> dict[str, Any]:
     return vars(obj)
 
 
-def stored_variable(layer: Any, attribute: str) -> keras.Variable | None:
+def stored_variable(layer: Any, attribute: str) -> Any:
     """Return the variable behind the property `attribute`, such as `kernel`.
 
     Keras' layers keep it under the same name with an underscore in front.
@@ -154,9 +150,7 @@ def unlocked(layer: Any) -> Iterator[None]:
             layer._tracker.lock()
 
 
-def remove_variable(
-    layer: Any, variable: keras.Variable, name: str | None = None
-) -> tuple[str, int] | None:
+def remove_variable(layer: Any, variable: Any, name: str | None = None) -> Any:
     """Take a variable out of a layer.
 
     Keras' public way, `del layer.name`, collects garbage each time, which
@@ -175,18 +169,16 @@ def remove_variable(
     for store in ("trainable_variables", "non_trainable_variables"):
         if layer._tracker.is_in_store(store, variable):
             own = [id(each) for each in layer._tracker.config[store][1]]
-            place = store, own.index(id(variable))
+            place = name, store, own.index(id(variable))
     layer._untrack_variable(variable)
     if name is not None:
         super(keras.layers.Layer, layer).__delattr__(name)
     return place
 
 
-def put_variable_back(
-    layer: Any, variable: keras.Variable, name: str, place: tuple[str, int]
-) -> None:
+def put_variable_back(layer: Any, variable: Any, place: Any) -> None:
     """Undo `remove_variable`: the order of the weights is the former one."""
-    store, index = place
+    name, store, index = place
     with unlocked(layer):
         layer._tracker.add_to_store(store, variable)
         own = layer._tracker.config[store][1]
@@ -331,11 +323,6 @@ def inference_call(operation: Any) -> Callable[..., Any]:
     With `training=False` for those that take it.
     """
     return operation_fn(operation, training=False)
-
-
-def walk_saveable(part: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes of a part that Keras looks into when it saves."""
-    yield from _walk_saveable(part)
 
 
 # Optimizers of others.

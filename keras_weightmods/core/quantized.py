@@ -6,8 +6,8 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import keras_private
-from keras_weightmods.core.target_rules import axes_of, rules_of
-from keras_weightmods.core.targets import Target, check_built
+from keras_weightmods.core.target_rules import rules_of
+from keras_weightmods.core.targets import Target, check_built, target_of
 from keras_weightmods.core.weight_keys import weight_keys
 
 
@@ -40,23 +40,14 @@ def quantized_kernels(model: Any) -> list[tuple[Target, Any]]:
     found: list[tuple[Target, Any]] = []
     for layer in keras_private.layers_of(model):
         rule = rules_of(layer).get("kernel")
-        if (
-            rule is None
-            or rule.reason is not None
-            or layer.quantization_mode not in ("int8", "int4")
-        ):
+        is_known = rule is not None and rule.reason is None
+        if not is_known or layer.quantization_mode not in ("int8", "int4"):
             continue
         # Not the shape of the variable: two int4 codes are stored in one.
-        variable: Any = keras_private.stored_variable(layer, "kernel")
-        steps = _steps(layer, variable.value)
-        target = Target(
-            layer=layer,
-            variable=variable,
-            attribute="kernel",
-            **axes_of(layer, "kernel", rule, len(steps.shape)),
-            depth=len(found),
-            key=keys[id(variable)],
-        )
+        codes = keras_private.stored_variable(layer, "kernel").value
+        steps = _steps(layer, codes)
+        rank = len(steps.shape)
+        target = target_of(layer, keys=keys, depth=len(found), rank=rank)
         found.append((target, steps))
     return found
 

@@ -12,8 +12,8 @@ from keras_weightmods.utils.checks import check_model
 
 # The attribute of a layer with its {attribute: Reparameterization}.
 _SLOT = "_reparameterizations"
-# {name: class}, for files.
-_KINDS: dict[str, type["Reparameterization"]] = {}
+# {name: class} of those that have a name, for files.
+KINDS: dict[str, type["Reparameterization"]] = {}
 
 
 class Reparameterization:
@@ -50,7 +50,7 @@ class Reparameterization:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.name is not None and "name" in cls.__dict__:
-            _KINDS[cls.name] = cls
+            KINDS[cls.name] = cls
 
     def __init__(self, target: Any = None) -> None:
         self.parameters: tuple[Any, ...] = ()
@@ -150,17 +150,12 @@ def reparameterizations(
     return sorted(items, key=lambda item: item.target.depth)
 
 
-def kinds() -> dict[str, type[Reparameterization]]:
-    """Return {name: class} of the kinds that have a name."""
-    return dict(_KINDS)
-
-
 def slots(layer: Any) -> Any:
     """Return {attribute: Reparameterization} of a layer."""
     return keras_private.attributes(layer).get(_SLOT, {})
 
 
-def put_slots(layer: Any, items: dict[str, Any]) -> None:
+def put_slots(layer: Any, items: Any) -> None:
     """Set what `slots` returns, past attribute tracking."""
     own = keras_private.attributes(layer)
     if items:

@@ -24,9 +24,7 @@ class ReparameterizedLayer:
     The plain class is the last of the bases.
     """
 
-    name: str
-
-    def save_own_variables(self, store: Any) -> None:
+    def save_own_variables(self, store):
         # Keras' layers save `kernel`, which is the effective weight here, and
         # merge LoRA into it. Other keys than theirs make sure that a plain
         # layer fails on this checkpoint and never loads half of it.
@@ -36,10 +34,9 @@ class ReparameterizedLayer:
             for key, value in item.saved().items():
                 store[key] = value
 
-    def load_own_variables(self, store: Any) -> None:
-        expected = {
-            key: shape for key, (shape, _) in checkpoint_arrays(self).items()
-        }
+    def load_own_variables(self: Any, store):
+        arrays = checkpoint_arrays(self)
+        expected = {key: shape for key, (shape, _) in arrays.items()}
         received = {k: tuple(store[k].shape) for k in list(store.keys())}
         if received != expected:
             raise ValueError(
@@ -57,7 +54,7 @@ class ReparameterizedLayer:
 
     # `quantize` itself is wrapped on the instance; this hook of the wrapper is
     # looked up on the class. Model.quantize turns it into a warning.
-    def _check_quantize_args(self, mode: Any, compute_dtype: Any) -> None:
+    def _check_quantize_args(self: Any, mode, compute_dtype):
         raise NotImplementedError(
             f"Layer '{self.name}' is reparameterized and cannot be quantized: "
             f"its stored weight is not the effective one. Call "
@@ -79,17 +76,8 @@ class ReparameterizedLoraLayer(ReparameterizedLayer):
 class _AttachedLayer:
     """What the generated classes put before all: they have no config."""
 
-    name: str
-
-    # Reached by `model.save` and not by `model.save_weights`.
-    def save_assets(self, inner_path: Any) -> None:
-        raise ValueError(self._not_serializable())
-
-    def get_config(self) -> Any:
-        raise ValueError(self._not_serializable())
-
-    def _not_serializable(self) -> str:
-        return (
+    def get_config(self: Any):
+        raise ValueError(
             f"Layer '{self.name}' is reparameterized, and Keras cannot save, "
             "clone or copy a reparameterized model as a whole. Save it with "
             "`keras_weightmods.save_model(model, path)`, call "
@@ -97,20 +85,24 @@ class _AttachedLayer:
             "`model.save_weights`, which holds all its variables."
         )
 
+    # Reached by `model.save` and not by `model.save_weights`.
+    def save_assets(self, inner_path):
+        self.get_config()
+
 
 @functools.cache
 def _generated_class(cls: Any, attributes, released, mixins):
     has_lora = hasattr(cls, "enable_lora")
     front = ReparameterizedLoraLayer if has_lora else ReparameterizedLayer
-    namespace: dict[str, Any] = {
-        attribute: effective_weight(attribute) for attribute in attributes
+    namespace = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        **{name: effective_weight(name) for name in attributes},
+        **{
+            f"_{name}": property(functools.partial(_stored_variable, name))
+            for name in released
+        },
     }
-    for attribute in released:
-        namespace[f"_{attribute}"] = property(
-            functools.partial(_stored_variable, attribute)
-        )
-    namespace["__module__"] = cls.__module__
-    namespace["__qualname__"] = cls.__qualname__
     # The same name, because checkpoints derive paths from class names.
     return type(cls.__name__, (*mixins, _AttachedLayer, front, cls), namespace)
 
@@ -175,9 +167,7 @@ def set_reparameterizations(layer: Any, items: dict[str, Any]) -> None:
         )
 
 
-def checkpoint_arrays(
-    layer: Any,
-) -> dict[str, tuple[tuple[int, ...], str]]:
+def checkpoint_arrays(layer: Any) -> dict[str, tuple[Any, str]]:
     """Return {key: (shape, dtype)} of what a checkpoint holds."""
     arrays = {
         key: (tuple(variable.shape), variable.dtype)
@@ -206,9 +196,8 @@ def plain_classes(model: Any) -> Iterator[None]:
 
 
 def _stored_items(layer):
-    known: set[int] = set()
-    for item in slots(layer).values():
-        known.update(id(parameter) for parameter in item.parameters)
+    items = slots(layer).values()
+    known = {id(x) for item in items for x in item.parameters}
     own = keras_private.own_variables(layer)
     stored = [variable for variable in own if id(variable) not in known]
     return {f"stored_{i}": variable for i, variable in enumerate(stored)}

@@ -19,7 +19,7 @@ from keras_weightmods.core.reparameterized_layer import (
     ReparameterizedLayer,
     set_reparameterizations,
 )
-from keras_weightmods.core.targets import Target, Targets
+from keras_weightmods.core.targets import Target
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 
@@ -46,10 +46,7 @@ class ReparameterizationReport(Report):
 
 
 def attach_to_targets(
-    model: Any,
-    targets: Targets,
-    make_item: Callable[[Target], Reparameterization | str],
-    participle: str,
+    model: Any, targets: Any, make_item: Callable[[Any], Any], participle: str
 ) -> ReparameterizationReport:
     """Reparameterize each of `targets` that can be.
 
@@ -64,8 +61,7 @@ def attach_to_targets(
         ValueError: If no target can be reparameterized, or as
             `attach`. The model is unchanged then.
     """
-    skipped = list(targets.skipped)
-    items: list[Any] = []
+    items, skipped = [], list(targets.skipped)
     for target in targets:
         made = reason_to_skip(target) or make_item(target)
         if isinstance(made, str):
@@ -91,18 +87,18 @@ def reason_to_skip(target: Target) -> str | None:
         return f"quantized ({layer.quantization_mode})"
     if "float" not in target.variable.dtype:
         return f"not a float variable ({target.variable.dtype})"
-    saver = type(layer).save_own_variables
-    if not issubclass(
-        type(layer), ReparameterizedLayer
-    ) and not saver.__module__.startswith(("keras.", "keras_hub.")):
-        return (
-            f"{type(layer).__name__} overrides save_own_variables, so its "
-            "extra state would be lost in checkpoints"
-        )
-    return None
+    saver = type(layer).save_own_variables.__module__
+    if isinstance(layer, ReparameterizedLayer) or saver.startswith(
+        ("keras.", "keras_hub.")
+    ):
+        return None
+    return (
+        f"{type(layer).__name__} overrides save_own_variables, so its extra "
+        "state would be lost in checkpoints"
+    )
 
 
-def check_unattached(model: Any, items: Sequence[Reparameterization]) -> None:
+def check_unattached(model: Any, items: Sequence[Any]) -> None:
     """Raise ValueError if a target of `items` is reparameterized already."""
     taken = [
         item.target.path
@@ -119,10 +115,16 @@ def check_unattached(model: Any, items: Sequence[Reparameterization]) -> None:
         )
 
 
-def check_attachable(model: Any, items: Sequence[Reparameterization]) -> None:
-    """Raise ValueError if `items` cannot be attached to `model` now."""
+def attach(
+    model: Any, items: Sequence[Any], drop_optimizer: bool = False
+) -> None:
+    """Install the reparameterizations; all of them or, on an error, none.
+
+    With `drop_optimizer` a built optimizer is no error: it holds state of
+    weights that are no longer trained, so the model is left uncompiled.
+    """
     check_unattached(model, items)
-    if _has_built_optimizer(model):
+    if not drop_optimizer and _has_built_optimizer(model):
         raise ValueError(
             "The model's optimizer has already been built for the present "
             "weights and would not update new ones. Compile the model with a "
@@ -130,22 +132,6 @@ def check_attachable(model: Any, items: Sequence[Reparameterization]) -> None:
             f"model={model.name!r}, optimizer={model.optimizer.name!r} at "
             f"step {int(model.optimizer.iterations)}"
         )
-
-
-def attach(
-    model: Any,
-    items: Sequence[Reparameterization],
-    drop_optimizer: bool = False,
-) -> None:
-    """Install the reparameterizations; all of them or, on an error, none.
-
-    With `drop_optimizer` a built optimizer is no error: it holds state of
-    weights that are no longer trained, so the model is left uncompiled.
-    """
-    if drop_optimizer:
-        check_unattached(model, items)
-    else:
-        check_attachable(model, items)
     stored = [item.start(item.target.variable) for item in items]
     try:
         for item in items:
@@ -158,9 +144,7 @@ def attach(
         if value is not item.target.variable:
             item.target.variable.assign(value)
         _install(item)
-    _forget_compiled_functions(model)
-    if drop_optimizer:
-        _drop_built_optimizer(model)
+    forget_variables(model)
 
 
 def install(item: Reparameterization) -> None:
@@ -196,17 +180,25 @@ def fold(
         if item.keeps_stored:
             variable.assign(value)
         else:
-            _put_back(item, value)
+            keras_private.restore_value(variable, value)
+            keras_private.put_variable_back(
+                item.target.layer, variable, item.place
+            )
     if items:
-        _forget_compiled_functions(model)
-        _drop_built_optimizer(model)
+        forget_variables(model)
     return items
 
 
 def forget_variables(model: Any) -> None:
     """Drop what was compiled for, and trained with, other variables."""
-    _forget_compiled_functions(model)
-    _drop_built_optimizer(model)
+    for layer in keras_private.layers_of(model):
+        for name in ("train", "test", "predict", "generate"):
+            if getattr(layer, f"{name}_function", None) is not None:
+                setattr(layer, f"{name}_function", None)
+    keras_private.track_torch_parameters(model)
+    if _has_built_optimizer(model):
+        model.optimizer = None
+        model.compiled = False
 
 
 class _OnEffectiveWeight:
@@ -232,18 +224,16 @@ def _install(item):
         variable.constraint = item.our_constraint
     if not item.keeps_stored:
         _take_out(item)
-    set_reparameterizations(
-        layer, {**slots(layer), item.target.attribute: item}
-    )
+    items = {**slots(layer), item.target.attribute: item}
+    set_reparameterizations(layer, items)
     # Where optimizers find it, which know variables only.
     variable.reparameterization = item
 
 
 def _uninstall(item):
     layer, variable = item.target.layer, item.target.variable
-    items = dict(slots(layer))
-    del items[item.target.attribute]
-    set_reparameterizations(layer, items)
+    others = {a: x for a, x in slots(layer).items() if x is not item}
+    set_reparameterizations(layer, others)
     del variable.reparameterization
     if isinstance(variable.regularizer, _OnEffectiveWeight):
         variable.regularizer = variable.regularizer.regularizer
@@ -271,21 +261,12 @@ def _take_out(item):
     `Target` for instance, finds it alive after the fold.
     """
     layer, variable = item.target.layer, item.target.variable
-    item.place = keras_private.remove_variable(
-        layer, variable, f"_{item.target.attribute}"
-    )
+    name = f"_{item.target.attribute}"
+    item.place = keras_private.remove_variable(layer, variable, name)
     keras_private.release_value(
         variable,
         f"The variable {variable.path!r} has been replaced by packed ones and "
         f"has no value until `{item.finish}`.",
-    )
-
-
-def _put_back(item, value):
-    layer, variable = item.target.layer, item.target.variable
-    keras_private.restore_value(variable, value)
-    keras_private.put_variable_back(
-        layer, variable, f"_{item.target.attribute}", item.place
     )
 
 
@@ -311,22 +292,3 @@ def _drop_parameters(item):
 def _has_built_optimizer(model):
     optimizer = getattr(model, "optimizer", None)
     return optimizer is not None and getattr(optimizer, "built", False)
-
-
-def _drop_built_optimizer(model):
-    if _has_built_optimizer(model):
-        model.optimizer = None
-        model.compiled = False
-
-
-def _forget_compiled_functions(model):
-    for layer in keras_private.layers_of(model):
-        for name in (
-            "train_function",
-            "test_function",
-            "predict_function",
-            "generate_function",
-        ):
-            if getattr(layer, name, None) is not None:
-                setattr(layer, name, None)
-    keras_private.track_torch_parameters(model)

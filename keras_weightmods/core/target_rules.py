@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
+from keras import layers
 
 from keras_weightmods.utils.checks import error
 
@@ -12,7 +12,7 @@ _Axes = Sequence[int] | Callable[[Any], Sequence[int]]
 
 
 def register_target(
-    layer_class: type[keras.layers.Layer],
+    layer_class: type[layers.Layer],
     attribute: str = "kernel",
     *,
     contraction_axes: _Axes,
@@ -64,10 +64,8 @@ def register_target(
     assert target.output_axes == (2,)
     ```
     """
-    if not (
-        isinstance(layer_class, type)
-        and issubclass(layer_class, keras.layers.Layer)
-    ):
+    is_class = isinstance(layer_class, type)
+    if not is_class or not issubclass(layer_class, layers.Layer):
         expected = "a subclass of `keras.layers.Layer`"
         raise error("layer_class", expected, layer_class)
     if not isinstance(attribute, str) or not attribute.isidentifier():
@@ -82,19 +80,19 @@ def register_target(
     for name, value in axes.items():
         if callable(value) or (name == "output_axes" and value is None):
             continue
-        if not _are_ints(value):
-            expected = "a tuple of ints, or a callable from the layer to one"
+        if not _are_ints(value) or (name == "contraction_axes" and not value):
+            expected = (
+                "a tuple of ints (at least one in `contraction_axes`), or a "
+                "callable from the layer to one"
+            )
             raise error(name, expected, value)
         fixed.extend(value)
-    if not callable(contraction_axes) and not contraction_axes:
-        expected = "at least one axis, which the layer sums over"
-        raise error("contraction_axes", expected, contraction_axes)
     if len(set(fixed)) != len(fixed):
         raise ValueError(
             "An axis must be named once. Received: "
             + ", ".join(f"{name}={value!r}" for name, value in axes.items())
         )
-    _RULES.setdefault(layer_class, {})[attribute] = Rule(**axes)
+    _RULES[layer_class, attribute] = Rule(**axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,38 +138,32 @@ _DEPTHWISE = Rule(
     reason="a depthwise kernel contracts no channels",
     depthwise=True,
 )
-_POINTWISE = Rule(contraction_axes=lambda layer: tuple(range(layer.rank + 1)))
+# (spatial..., in, out), whatever the data format.
+_CONV = Rule(contraction_axes=lambda layer: tuple(range(layer.rank + 1)))
 EMBEDDING = "an embedding, whose rows are looked up and not contracted"
 
-# {layer class: {attribute: rule}}; `register_target` adds to it.
-_RULES: dict[type, dict[str, Rule]] = {
-    keras.layers.Dense: {"kernel": Rule(contraction_axes=(0,))},
-    keras.layers.EinsumDense: {
-        "kernel": Rule(
-            contraction_axes=_einsum_axes((True, False)),
-            stack_axes=_einsum_axes((True, True)),
-        )
-    },
-    # (spatial..., in, out), whatever the data format.
-    keras.layers.Conv1D: {"kernel": _POINTWISE},
-    keras.layers.Conv2D: {"kernel": _POINTWISE},
-    keras.layers.Conv3D: {"kernel": _POINTWISE},
-    keras.layers.SeparableConv1D: {
-        "depthwise_kernel": _DEPTHWISE,
-        "pointwise_kernel": _POINTWISE,
-    },
-    keras.layers.SeparableConv2D: {
-        "depthwise_kernel": _DEPTHWISE,
-        "pointwise_kernel": _POINTWISE,
-    },
-    keras.layers.DepthwiseConv1D: {"kernel": _DEPTHWISE},
-    keras.layers.DepthwiseConv2D: {"kernel": _DEPTHWISE},
-    # The heads tied to an embedding are in this class as well.
-    keras.layers.Embedding: {
-        # The axes are those of the head that is tied to it.
-        "embeddings": Rule(contraction_axes=(1,), reason=EMBEDDING),
-        "reverse_embeddings": Rule(reason="the reverse of an embedding"),
-    },
+# {(layer class, attribute): rule}; `register_target` adds to it.
+_RULES: dict[tuple[type, str], Rule] = {
+    (layers.Dense, "kernel"): Rule(contraction_axes=(0,)),
+    (layers.EinsumDense, "kernel"): Rule(
+        contraction_axes=_einsum_axes((True, False)),
+        stack_axes=_einsum_axes((True, True)),
+    ),
+    (layers.Conv1D, "kernel"): _CONV,
+    (layers.Conv2D, "kernel"): _CONV,
+    (layers.Conv3D, "kernel"): _CONV,
+    (layers.SeparableConv1D, "depthwise_kernel"): _DEPTHWISE,
+    (layers.SeparableConv1D, "pointwise_kernel"): _CONV,
+    (layers.SeparableConv2D, "depthwise_kernel"): _DEPTHWISE,
+    (layers.SeparableConv2D, "pointwise_kernel"): _CONV,
+    (layers.DepthwiseConv1D, "kernel"): _DEPTHWISE,
+    (layers.DepthwiseConv2D, "kernel"): _DEPTHWISE,
+    # The heads tied to an embedding are in this class as well; the axes are
+    # those of the head.
+    (layers.Embedding, "embeddings"): Rule((1,), reason=EMBEDDING),
+    (layers.Embedding, "reverse_embeddings"): Rule(
+        reason="the reverse of an embedding"
+    ),
 }
 
 
@@ -179,7 +171,9 @@ def rules_of(layer: Any) -> dict[str, Rule]:
     """Return {attribute: rule} of what is known of a layer."""
     rules: dict[str, Rule] = {}
     for cls in reversed(type(layer).__mro__):
-        rules.update(_RULES.get(cls, {}))
+        for (owner, attribute), rule in _RULES.items():
+            if owner is cls:
+                rules[attribute] = rule
     return rules
 
 
@@ -191,37 +185,28 @@ def axes_of(
     Raises:
         ValueError: If they do not fit a weight of `rank` axes.
     """
-
-    def resolved(axes: Any) -> Any:
-        axes = axes(layer) if callable(axes) else axes
-        if not _are_ints(axes):
-            return axes
-        return tuple(sorted(a + rank if -rank <= a < 0 else a for a in axes))
-
-    contraction = resolved(rule.contraction_axes)
-    stack = resolved(rule.stack_axes)
-    output = resolved(rule.output_axes)
-    valid = _are_ints(contraction) and _are_ints(stack)
-    if valid and output is None:
-        taken = contraction + stack
-        output = tuple(axis for axis in range(rank) if axis not in taken)
-    if (
-        not valid
-        or not _are_ints(output)
-        or sorted(contraction + output + stack) != list(range(rank))
-    ):
+    axes: dict[str, Any] = {}
+    for name in ("contraction_axes", "stack_axes", "output_axes"):
+        value = getattr(rule, name)
+        value = value(layer) if callable(value) else value
+        if value is None and all(map(_are_ints, axes.values())):
+            taken = sum(axes.values(), ())
+            value = tuple(axis for axis in range(rank) if axis not in taken)
+        if _are_ints(value):
+            value = (a + rank if -rank <= a < 0 else a for a in value)
+            value = tuple(sorted(value))
+        axes[name] = value
+    if not all(map(_are_ints, axes.values())) or sorted(
+        sum(axes.values(), ())
+    ) != list(range(rank)):
+        received = ", ".join(f"{name}={axes[name]}" for name in axes)
         raise ValueError(
             f"The axes registered for `{attribute}` of "
             f"{type(layer).__name__} must be tuples of ints that name each of "
-            f"its {rank} axes once. Received: "
-            f"contraction_axes={contraction}, output_axes={output}, "
-            f"stack_axes={stack} for layer {layer.name!r}"
+            f"its {rank} axes once. Received: {received} for layer "
+            f"{layer.name!r}"
         )
-    return {
-        "contraction_axes": contraction,
-        "output_axes": output,
-        "stack_axes": stack,
-    }
+    return axes
 
 
 def _are_ints(value: Any) -> bool:

@@ -84,16 +84,12 @@ class Targets(Report, collections.abc.Sequence[Any]):
     lines; `table()` has all rows.
 
     Args:
-        targets: Sequence of `Target`.
-        skipped: Sequence of `Skipped`: the weights left out, with reasons.
+        targets: Tuple of `Target`.
+        skipped: Tuple of `Skipped`: the weights left out, with reasons.
     """
 
     targets: tuple[Target, ...]
     skipped: tuple[Skipped, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
-        object.__setattr__(self, "skipped", tuple(self.skipped))
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -103,10 +99,7 @@ class Targets(Report, collections.abc.Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, str):
-            for target in self.targets:
-                if target.key == index:
-                    return target
-            raise KeyError(index)
+            return {target.key: target for target in self}[index]
         found = self.targets[index]
         return Targets(found, self.skipped) if type(index) is slice else found
 
@@ -119,25 +112,20 @@ class Targets(Report, collections.abc.Sequence[Any]):
         Returns:
             `Targets`, the others of which are in `skipped`.
         """
-        reasons = [(target, reason(target)) for target in self]
+        left = {target: why for target in self if (why := reason(target))}
         return Targets(
-            tuple(target for target, reason in reasons if not reason),
-            (
-                *self.skipped,
-                *(Skipped(t.path, reason) for t, reason in reasons if reason),
-            ),
+            tuple(target for target in self if target not in left),
+            self.skipped + tuple(Skipped(t.path, left[t]) for t in left),
         )
 
     def tables(self) -> Iterable[Table]:
         columns = "kernel", "shape", "contracts", "stacks"
         rows = tuple(
             (
-                target.path,
-                str(target.shape),
-                str(target.contraction_axes),
-                str(target.stack_axes or ""),
+                t.path,
+                *map(str, (t.shape, t.contraction_axes, t.stack_axes or "")),
             )
-            for target in self
+            for t in self
         )
         yield Table(f"{len(rows)} targets", columns, rows)
 
@@ -198,9 +186,9 @@ def find_targets(
     ```
     """
     found = _find_all(model, depthwise)
-    taken = filters.included("include", include, model, *found)
+    taken = filters.included("include", include, model, found, found.skipped)
     taken = filters.excluded("exclude", exclude, model, taken)
-    return Targets(tuple(taken), tuple(found[1]))
+    return Targets(tuple(taken), found.skipped)
 
 
 def resolve_targets(
@@ -243,8 +231,9 @@ def resolve_targets(
     given = isinstance(targets, (list, tuple, Targets))
     if not given or not all(isinstance(each, Target) for each in targets):
         found = _find_all(model, depthwise)
-        taken = filters.included("targets", targets, model, *found)
-        return Targets(tuple(taken), tuple(found[1]))
+        left = found.skipped
+        taken = filters.included("targets", targets, model, found, left)
+        return Targets(tuple(taken), left)
     check_model(model)
     known = {id(variable) for variable in model.weights}
     foreign = [t.path for t in targets if id(t.variable) not in known]
@@ -268,6 +257,7 @@ def target_of(
     *,
     keys: dict[int, str] | None = None,
     depth: int = 0,
+    rank: int | None = None,
 ) -> Target:
     """Return the `Target` of one weight, also one that is none by default.
 
@@ -281,6 +271,8 @@ def target_of(
         keys: `weight_keys(model)` of the model that holds the layer; `None`
             for a layer by itself.
         depth: Int, `Target.depth`, where it is known. Defaults to `0`.
+        rank: Int, the number of axes of the kernel; `None` for that of the
+            variable, which stores some quantized kernels in another shape.
 
     Raises:
         ValueError: If nothing is known of the axes, or there is no such
@@ -301,13 +293,13 @@ def target_of(
     rule = rules_of(layer).get(attribute)
     variable = None if rule is None else _stored_variable(layer, attribute)
     if rule is None or variable is None:
-        expected = "the name of a weight whose axes are known"
-        raise error("attribute", f"{expected} in {layer!r}", attribute)
+        expected = "the name of a `keras.Variable` that `register_target` knows"
+        raise error("attribute", f"{expected} in {layer.name!r}", attribute)
     return Target(
         layer=layer,
         variable=variable,
         attribute=attribute,
-        **axes_of(layer, attribute, rule, len(variable.shape)),
+        **axes_of(layer, attribute, rule, rank or len(variable.shape)),
         depth=depth,
         key=(keys or weight_keys(layer))[id(variable)],
     )
@@ -317,7 +309,7 @@ def check_built(model: Any) -> None:
     """Raise ValueError unless `model` and what may hold a target is built."""
     check_model(model)
     unbuilt = [
-        layer
+        layer.name
         for layer in keras_private.layers_of(model)
         if not layer.built
         and (
@@ -326,20 +318,16 @@ def check_built(model: Any) -> None:
         )
     ]
     if unbuilt:
-        names = [layer.name for layer in unbuilt[:5]]
         raise ValueError(
             "The model must be built, so that its weights exist. Call it on "
             "data once, or `model.build(input_shape)`. Received: "
             f"model={model.name!r}, of which {len(unbuilt)} layers are not "
-            f"built: {', '.join(names)}"
-            + (", ..." if len(unbuilt) > len(names) else "")
+            f"built: {', '.join(unbuilt[:5])}"
         )
 
 
-def _find_all(
-    model: Any, depthwise: bool
-) -> tuple[list[Target], list[Skipped]]:
-    """Return the list of all targets and the one of what is skipped."""
+def _find_all(model: Any, depthwise: bool) -> Targets:
+    """Return all targets of a model."""
     check_built(model)
     targets: dict[int, Target] = {}
     skipped: dict[Any, Skipped] = {}
@@ -353,14 +341,6 @@ def _find_all(
             known.add(id(variable))
             reason = _reason_to_skip(layer, attribute, rule, depthwise)
             if reason is None:
-                if variable is None:
-                    raise ValueError(
-                        f"`register_target` was told that "
-                        f"{type(layer).__name__} holds a `keras.Variable` in "
-                        f"`{attribute}`. Received: {attribute}="
-                        f"{getattr(layer, attribute, None)!r} in layer "
-                        f"{layer.name!r}"
-                    )
                 target = target_of(layer, attribute, keys=keys)
                 targets.setdefault(id(variable), target)
                 if not target.contraction_axes:
@@ -378,22 +358,16 @@ def _find_all(
                 unknown[id(variable)] = Skipped(variable.path, reason)
     # What is shared with an embedding is left out; what an unknown layer
     # shares with a known one is known.
-    found = [target for key, target in targets.items() if key not in skipped]
+    found = [targets[k] for k in keys if k in targets and k not in skipped]
     for key, skip in unknown.items():
         if key not in targets:
             skipped.setdefault(key, skip)
     order = execution_order(model, [target.layer for target in found])
-    places = {key: place for place, key in enumerate(keys)}
-    found.sort(
-        key=lambda target: (
-            order.get(id(target.layer), len(order)),
-            places[id(target.variable)],
-        )
+    found.sort(key=lambda target: order.get(id(target.layer), len(order)))
+    return Targets(
+        tuple(dataclasses.replace(t, depth=i) for i, t in enumerate(found)),
+        tuple(skipped.values()),
     )
-    return [
-        dataclasses.replace(target, depth=depth)
-        for depth, target in enumerate(found)
-    ], list(skipped.values())
 
 
 def _reason_to_skip(
@@ -410,9 +384,8 @@ def _reason_to_skip(
 
 
 def _stored_variable(layer: Any, attribute: str) -> Any:
-    item = slots(layer).get(attribute)
-    if item is not None:
-        return item.target.variable
+    if attribute in slots(layer):
+        return slots(layer)[attribute].target.variable
     # Not `getattr` first: it may compute an effective weight.
     variable = keras_private.stored_variable(layer, attribute)
     if variable is None and layer.quantization_mode is None:
@@ -426,21 +399,12 @@ def _other_matrices(layer: Any, known: set[int]) -> list[Any]:
     Where the layer is frozen, what could be trained cannot be told, and all
     of them count.
     """
-    inner = {
-        id(variable)
-        for child in keras_private.inner_layers(layer)
-        for variable in child.weights
-    }
-    inner.update(
-        id(parameter)
-        for item in slots(layer).values()
-        for parameter in item.parameters
-    )
+    for item in slots(layer).values():
+        known = known.union(map(id, item.parameters))
     return [
         variable
-        for variable in layer.weights
-        if id(variable) not in inner
-        and id(variable) not in known
+        for variable in keras_private.own_variables(layer)
+        if id(variable) not in known
         and len(variable.shape) >= 2
         and (variable.trainable or not layer.trainable)
         and not variable.name.endswith("bias")

@@ -324,7 +324,7 @@ def _changes(model, parts):
 
 
 def _change(model, parts, rows):
-    kinds = reparameterization.kinds()
+    kinds = reparameterization.KINDS
     keys = weight_keys(model)
     layers = [parts.get(name) for name, *_ in rows]
     order = execution_order(

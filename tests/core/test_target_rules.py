@@ -212,7 +212,7 @@ def test_registration_overrides_what_is_left_out():
         ((Experts, "a.b"), {"contraction_axes": (0,)}, "`attribute` must be"),
         ((Experts,), {"contraction_axes": 0}, "`contraction_axes` must be a"),
         ((Experts,), {"contraction_axes": ("0",)}, "`contraction_axes` must"),
-        ((Experts,), {"contraction_axes": ()}, "at least one axis"),
+        ((Experts,), {"contraction_axes": ()}, "at least one in"),
         (
             (Experts,),
             {"contraction_axes": (1,), "stack_axes": None},
@@ -228,7 +228,7 @@ def test_registration_overrides_what_is_left_out():
 def test_register_target_errors(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         register_target(*args, **kwargs)
-    assert Experts not in target_rules._RULES
+    assert Experts not in {cls for cls, _ in target_rules._RULES}
 
 
 @pytest.mark.parametrize(
@@ -238,12 +238,12 @@ def test_register_target_errors(args, kwargs, message):
         (
             "gate",
             {"contraction_axes": (1,), "output_axes": (2,)},
-            r"stack_axes=\(\) for layer 'experts'",
+            r"output_axes=\(2,\) for layer 'experts'",
         ),
         ("gate", {"contraction_axes": (-2, 1)}, "each of its 3 axes once"),
         ("gate", {"contraction_axes": lambda layer: 1}, "must be tuples"),
-        ("gaet", {"contraction_axes": (1,)}, r"`keras.Variable` in `gaet`"),
-        ("name", {"contraction_axes": (1,)}, r"name='experts'"),
+        ("gaet", {"contraction_axes": (1,)}, "`keras.Variable` .*'gaet'"),
+        ("name", {"contraction_axes": (1,)}, "knows in 'experts'"),
     ],
 )
 def test_registrations_that_do_not_fit(attribute, kwargs, message):

@@ -314,7 +314,7 @@ def test_target_of():
     (_, expected) = find_targets(model, depthwise=True)
     assert vars(target) == vars(expected)
     for attribute in ("bias", "reverse_embeddings", 3):
-        with pytest.raises(ValueError, match="whose axes are known"):
+        with pytest.raises(ValueError, match="`register_target` knows"):
             target_of(embedding, attribute)
 
 
