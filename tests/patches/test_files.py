@@ -1,4 +1,6 @@
+import functools
 import json
+import operator
 import os
 import pathlib
 import pickle
@@ -10,24 +12,17 @@ from safetensors.numpy import load_file
 from keras_weightmods import WeightSignature
 from keras_weightmods.patches import files
 from keras_weightmods.patches.checkpoint import digest_of
-from keras_weightmods.saving.container import (
-    Reader,
-    json_array,
-    write_arrays,
-)
+from keras_weightmods.saving import container
 from tests.models import make_signature
 
-VERSION_1 = (
-    pathlib.Path(__file__).parent / "data/signature_version_1.safetensors"
-)
+DATA = pathlib.Path(__file__).parent / "data"
+VERSION_1 = DATA / "signature_version_1.safetensors"
 
 
 @pytest.fixture(scope="module")
 def signature(model):
     """All kinds of tensors: float32, 4 bits per channel, statistics."""
-    packed = make_signature(model, statistics="replace").quantize(
-        4, per_channel=True
-    )
+    packed = make_signature(model, statistics="replace").quantize(4, True)
     plain = make_signature(model, depth=3, name="noise")
     # The third layer stays in float32.
     return plain.with_entries([*packed, *(e for e in plain if e.depth == 2)])
@@ -41,10 +36,8 @@ def path(signature, tmp_path):
 
 
 def test_round_trip(signature, tmp_path):
-    for each in (
-        signature,
-        *(signature.truncate(1).quantize(bits) for bits in (8, 4, 2)),
-    ):
+    shallow = signature.truncate(1)
+    for each in (signature, *(shallow.quantize(bits) for bits in (8, 4, 2))):
         path = tmp_path / "file.safetensors"
         each.save(path)
         loaded = WeightSignature.load(str(path))
@@ -82,22 +75,17 @@ def test_overwriting(signature, path, monkeypatch):
     assert len(WeightSignature.load(path)) < len(signature)
 
 
-def setter(*keys, value):
-    def change(tree):
-        for key in keys[:-1]:
-            tree = tree[key]
-        tree[keys[-1]] = value
+def inside(tree, keys):
+    return functools.reduce(operator.getitem, keys, tree)
 
-    return change
+
+def setter(*keys, value):
+    last = keys[-1]
+    return lambda tree: operator.setitem(inside(tree, keys[:-1]), last, value)
 
 
 def remover(*keys):
-    def change(tree):
-        for key in keys[:-1]:
-            tree = tree[key]
-        del tree[keys[-1]]
-
-    return change
+    return lambda tree: operator.delitem(inside(tree, keys[:-1]), keys[-1])
 
 
 def config_attacks():
@@ -148,14 +136,10 @@ def array_attacks():
     for extra in ("999", "0.other", "../0"):
         yield setter(extra, value=np.zeros(0, "uint8"))
     # Not finite, and codes that no quantizer writes.
-    for name, value in (
-        ("4", np.nan),
-        ("4", np.inf),
-        ("0.scales", np.nan),
-        ("0.scales", -1),
-        ("0", 255),
-    ):
-        yield lambda arrays, name=name, value=value: arrays[name].fill(value)
+    wrong = {"4": (np.nan, np.inf), "0.scales": (np.nan, -1), "0": (255,)}
+    for name, values in wrong.items():
+        for value in values:
+            yield lambda arrays, n=name, value=value: arrays[n].fill(value)
     # JSON that is none, or deep, or with a name twice.
     for text in (b"", b"[" * 100_000, b"\xff\xfe", b"null", b'{"a":1,"a":1}'):
         yield setter(files._CONFIG, value=np.frombuffer(text, "uint8"))
@@ -172,16 +156,16 @@ def refuses(path):
 @pytest.mark.parametrize("attacks", [config_attacks, array_attacks])
 def test_right_checksums_and_wrong_contents(path, attacks):
     for attack in attacks():
-        with Reader(path, files.FORMAT, (files.VERSION,)) as reader:
+        with container.Reader(path, files.FORMAT, (files.VERSION,)) as reader:
             arrays = {name: reader.read(name) for name in reader.entries}
             config = reader.read_json(files._CONFIG)
         if attacks is config_attacks:
             attack(config)
-            arrays[files._CONFIG] = json_array(config)
+            arrays[files._CONFIG] = container.json_array(config)
         else:
             attack(arrays)
         attacked = path.parent / "attacked.safetensors"
-        write_arrays(attacked, files.FORMAT, files.VERSION, arrays)
+        container.write_arrays(attacked, files.FORMAT, files.VERSION, arrays)
         assert "truncated, altered or" in refuses(attacked)
 
 
@@ -203,11 +187,13 @@ def test_other_files(path):
         path.write_bytes(other)
         refuses(path)
     path.write_bytes(content)
-    with Reader(path, files.FORMAT, (files.VERSION,)) as reader:
+    with container.Reader(path, files.FORMAT, (files.VERSION,)) as reader:
         arrays = {name: reader.read(name) for name in reader.entries}
-    write_arrays(path, files.FORMAT, 3, arrays)
+    container.write_arrays(path, files.FORMAT, 3, arrays)
     assert "version '3'" in refuses(path)
-    write_arrays(path, "keras_weightmods.delta", files.VERSION, arrays)
+    container.write_arrays(
+        path, "keras_weightmods.delta", files.VERSION, arrays
+    )
     assert "does not state format" in refuses(path)
     if hasattr(os, "mkfifo"):
         os.mkfifo(path.parent / "pipe")
@@ -218,12 +204,8 @@ def test_version_1():
     """A file of the first format, written by the code of that time."""
     signature = WeightSignature.load(VERSION_1)
     assert (signature.name, signature.method) == ("noise", "rws")
-    assert signature.keys() == [
-        "0:conv/kernel",
-        "1:conv/bias",
-        "2:norm/moving_mean",
-        "3:dense/kernel",
-    ]
+    keys = "0:conv/kernel 1:conv/bias 2:norm/moving_mean 3:dense/kernel"
+    assert signature.keys() == keys.split()
     assert [e.bits for e in signature] == [4, 4, 32, 32]
     assert [e.replaced for e in signature] == [0, 0, 0.5, 0]
     np.testing.assert_allclose(
@@ -241,12 +223,8 @@ def test_version_1_that_is_damaged(tmp_path):
     path = tmp_path / "attacked.safetensors"
 
     def check(**metadata):
-        text = json.dumps(
-            {
-                **header,
-                "__metadata__": {**header["__metadata__"], **metadata},
-            }
-        ).encode()
+        changed = {"__metadata__": {**header["__metadata__"], **metadata}}
+        text = json.dumps({**header, **changed}).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + data)
         return refuses(path)
 
@@ -265,8 +243,5 @@ def test_version_1_that_is_damaged(tmp_path):
     names = ("0", "0.scales", "1", "1.scales", "2", "3")
     in_order = [arrays[name] for name in names]
     config["entries"][0]["bits"] = 8
-    message = check(
-        signature=json.dumps(config),
-        digest=digest_of(config, in_order),
-    )
-    assert "array '0'" in message
+    digest = digest_of(config, in_order)
+    assert "array '0'" in check(signature=json.dumps(config), digest=digest)
