@@ -21,6 +21,7 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
     Returns:
         Dict, empty where the model cannot be run on symbols.
     """
+    parts = keras_private.layers_of(model)
     for size in (4, 64, 256):
         order: dict[int, int] = {}
         try:
@@ -28,9 +29,7 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
             if inputs is None:
                 break
             args, kwargs = inputs
-            with keras_private.restored_attributes(
-                keras_private.layers_of(model)
-            ):
+            with keras_private.restored_attributes(parts):
                 for layer in layers:
                     _note_calls(layer, order)
                 _Run(model).compute_output_spec(*args, **kwargs)

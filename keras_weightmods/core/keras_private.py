@@ -41,14 +41,9 @@ walk_saveable = saving_lib._walk_saveable
 # Layers and their attributes.
 
 
-def layers_of(layer: Any, own: bool = True) -> list[keras.layers.Layer]:
-    """Return a layer and all layers in it; `Model.layers` are one level.
-
-    Args:
-        layer: A Keras model or layer.
-        own: Bool, whether `layer` itself is one of them. Defaults to `True`.
-    """
-    return layer._flatten_layers(include_self=own)
+def layers_of(layer: Any) -> list[Any]:
+    """Return a layer and all layers in it; `Model.layers` are one level."""
+    return layer._flatten_layers()
 
 
 def own_variables(layer: Any) -> list[keras.Variable]:
@@ -128,11 +123,8 @@ def restored_attributes(layers: list[Any]) -> Iterator[None]:
             yield
     finally:
         for own, before in saved:
-            for name in own.keys() - before.keys():
-                del own[name]
-            for name, value in before.items():
-                if own.get(name, own) is not value:
-                    own[name] = value
+            own.clear()
+            own.update(before)
 
 
 # Variables of built layers.

@@ -137,7 +137,7 @@ class Reparameterization:
 
 
 def reparameterizations(
-    model: Any, kind: type | tuple[type, ...] = Reparameterization
+    model: Any, kind: Any = Reparameterization
 ) -> list[Any]:
     """Return the `Reparameterization`s of class `kind` in `model`."""
     check_model(model)

@@ -158,9 +158,7 @@ def install(item: Reparameterization) -> None:
     _install(item)
 
 
-def fold(
-    model: Any, kind: type | tuple[type, ...] = Reparameterization
-) -> list[Any]:
+def fold(model: Any, kind: Any = Reparameterization) -> list[Any]:
     """Bake all reparameterizations of class `kind` into the stored weights.
 
     The layers are again what they were before. A built optimizer holds state
@@ -290,5 +288,4 @@ def _drop_parameters(item):
 
 
 def _has_built_optimizer(model):
-    optimizer = getattr(model, "optimizer", None)
-    return optimizer is not None and getattr(optimizer, "built", False)
+    return getattr(getattr(model, "optimizer", None), "built", False)

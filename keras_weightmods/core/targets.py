@@ -8,15 +8,9 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.core import filters, keras_private
+from keras_weightmods.core import filters, keras_private, target_rules
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.core.target_rules import (
-    EMBEDDING,
-    Rule,
-    axes_of,
-    rules_of,
-)
 from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.utils.checks import check_model, error
 from keras_weightmods.utils.report import Report, Skipped, Table
@@ -68,12 +62,9 @@ class Target:
 
     def reason_not_nm(self, m: int) -> str | None:
         """Return why the kernel has no whole groups of m; None if it has."""
-        if self.contraction_size % m == 0:
-            return None
-        return (
-            f"its contraction size {self.contraction_size} is not a multiple "
-            f"of m={m}"
-        )
+        size = self.contraction_size
+        reason = f"its contraction size {size} is not a multiple of m={m}"
+        return reason if size % m else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -290,7 +281,7 @@ def target_of(
     assert target.contraction_axes == (1,)
     ```
     """
-    rule = rules_of(layer).get(attribute)
+    rule = target_rules.rules_of(layer).get(attribute)
     variable = None if rule is None else _stored_variable(layer, attribute)
     if rule is None or variable is None:
         expected = "the name of a `keras.Variable` that `register_target` knows"
@@ -299,7 +290,9 @@ def target_of(
         layer=layer,
         variable=variable,
         attribute=attribute,
-        **axes_of(layer, attribute, rule, rank or len(variable.shape)),
+        **target_rules.axes_of(
+            layer, attribute, rule, rank or len(variable.shape)
+        ),
         depth=depth,
         key=(keys or weight_keys(layer))[id(variable)],
     )
@@ -314,7 +307,10 @@ def check_built(model: Any) -> None:
         if not layer.built
         and (
             layer is model
-            or any(rule.reason is None for rule in rules_of(layer).values())
+            or any(
+                rule.reason is None
+                for rule in target_rules.rules_of(layer).values()
+            )
         )
     ]
     if unbuilt:
@@ -334,7 +330,7 @@ def _find_all(model: Any, depthwise: bool) -> Targets:
     unknown: dict[int, Skipped] = {}
     keys = weight_keys(model)
     for layer in keras_private.layers_of(model):
-        rules = rules_of(layer)
+        rules = target_rules.rules_of(layer)
         known = set()
         for attribute, rule in rules.items():
             variable = _stored_variable(layer, attribute)
@@ -371,8 +367,8 @@ def _find_all(model: Any, depthwise: bool) -> Targets:
 
 
 def _reason_to_skip(
-    layer: Any, attribute: str, rule: Rule, depthwise: bool
-) -> str | None:
+    layer: Any, attribute: str, rule: Any, depthwise: Any
+) -> Any:
     item = slots(layer).get(attribute)
     if item is not None and not item.keeps_stored:
         return f"packed; `{item.finish}` makes it dense again"
@@ -412,9 +408,9 @@ def _other_matrices(layer: Any, known: set[int]) -> list[Any]:
     ]
 
 
-def _unknown_reason(layer: Any, variable: Any, rules: dict[str, Rule]) -> str:
+def _unknown_reason(layer: Any, variable: Any, rules: Any) -> str:
     if "embedding" in variable.name or "embedding" in layer.name:
-        return EMBEDDING
+        return target_rules.EMBEDDING
     name = type(layer).__name__
     if rules:
         return (

@@ -36,9 +36,7 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
 
     refused: tuple[type, ...] = ()
 
-    def __init__(
-        self, optimizer: keras.optimizers.Optimizer, name: str
-    ) -> None:
+    def __init__(self, optimizer: Any, name: str) -> None:
         refused = (
             WrappingOptimizer,
             keras.optimizers.LossScaleOptimizer,
@@ -96,9 +94,7 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
             return ops.floor_divide(self._iterations, every)
         return self._iterations
 
-    def exclude_from_weight_decay(
-        self, var_list: Any = None, var_names: Any = None
-    ) -> None:
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
         """Exclude variables as the wrapped optimizer does, before it is built.
 
         Args:
@@ -113,9 +109,7 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
         return {"optimizer": wrapped, "name": self.name}
 
     @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: Any = None
-    ) -> "WrappingOptimizer":
+    def from_config(cls, config, custom_objects=None):
         optimizer = keras.saving.deserialize_keras_object(
             config["optimizer"], custom_objects=custom_objects
         )

@@ -12,13 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def check_int(
-    name: str,
-    value: Any,
-    least: int | None = None,
-    most: int | None = None,
-    optional: bool = False,
-) -> Any:
+def check_int(name, value, least=None, most=None, optional=False):
     """Return an int in [least, most].
 
     Args:
@@ -40,14 +34,8 @@ def check_int(
 
 
 def check_float(
-    name: str,
-    value: Any,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    optional: bool = False,
-) -> Any:
+    name, value, least=None, most=None, above=None, below=None, optional=False
+):
     """Return a finite float in the interval; an int stays one.
 
     Args:

@@ -63,9 +63,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python values, ready for JSON."""
         totals = getattr(self, "totals", None)
-        return _plain(self) | (
-            {} if totals is None else {"totals": _plain(totals)}
-        )
+        return _plain(self) | ({"totals": _plain(totals)} if totals else {})
 
     def __str__(self) -> str:
         tables = list(self.tables())
@@ -84,11 +82,10 @@ class Report:
 
     def _all_tables(self) -> Iterable[Table]:
         yield from self.tables()
-        rows = [
-            (skip.path, skip.reason) for skip in getattr(self, "skipped", ())
-        ]
+        skipped = getattr(self, "skipped", ())
+        rows = tuple((skip.path, skip.reason) for skip in skipped)
         if rows:
-            yield Table(_LEFT, ("weight", "reason"), tuple(rows))
+            yield Table(_LEFT, ("weight", "reason"), rows)
 
 
 def shape_text(shape: Iterable[int]) -> str:
