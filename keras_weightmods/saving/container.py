@@ -93,10 +93,8 @@ def check_filepath(filepath, overwrite=True):
     """
     path: str = os.path.realpath(filepath)
     if not os.path.isdir(os.path.dirname(path)) or os.path.isdir(path):
-        raise ValueError(
-            "`filepath` must name a file in a folder that exists. Received: "
-            f"filepath={os.fspath(filepath)!r}"
-        )
+        expected = "a file in a folder that exists"
+        raise checks.error("filepath", expected, os.fspath(filepath))
     if not checks.check_bool("overwrite", overwrite) and os.path.exists(path):
         raise FileExistsError(
             "The file exists. Pass `overwrite=True` to replace it. Received: "
@@ -182,10 +180,8 @@ class Writer:
                     f"{entry.dtype}"
                 )
         # The widest first, as safetensors does: each array is then aligned.
-        order = sorted(
-            self.entries,
-            key=lambda name: -numpy_dtype(self.entries[name].dtype).itemsize,
-        )
+        width = {n: numpy_dtype(e.dtype).itemsize for n, e in entries.items()}
+        order = sorted(entries, key=width.__getitem__, reverse=True)
         self._offsets: dict[str, int] = {}
         end = 0
         for name in order:
@@ -227,15 +223,10 @@ class Writer:
             self._open.__exit__(kind, error, traceback)
             return
         with self._open:
-            missing = [
-                name
-                for name, checksum in self._checksums.items()
-                if checksum == _NO_CHECKSUM
-            ]
+            sums = self._checksums
+            missing = [name for name in sums if sums[name] == _NO_CHECKSUM]
             if missing:
-                raise ValueError(
-                    f"Every entry must be written. Missing: {missing}"
-                )
+                raise ValueError(f"Not all is written. Missing: {missing}")
             checksum = hashlib.sha256(self._header(_NO_CHECKSUM))
             self._file.seek(0)
             self._file.write(self._header(checksum.hexdigest()))

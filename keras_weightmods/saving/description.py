@@ -293,14 +293,13 @@ def _check_equal(kind, saved, built):
         ],
     }
     if any(problems.values()):
+        lists = "; ".join(
+            f"{len(names)} {problem}: {', '.join(names[:5])}"
+            for problem, names in problems.items()
+            if names
+        )
         raise ValueError(
-            f"Expected the {len(saved)} {kind} that were saved. "
-            + "; ".join(
-                f"{problem}: {', '.join(names[:5])}"
-                + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                for problem, names in problems.items()
-                if names
-            )
+            f"Expected the {len(saved)} {kind} that were saved. {lists}"
         )
 
 

@@ -1,4 +1,4 @@
-import builtins
+import sys
 
 import numpy as np
 import pytest
@@ -131,13 +131,6 @@ def test_predict_takes_positive_tokens_only():
 
 
 def test_without_scipy(monkeypatch):
-    real = builtins.__import__
-
-    def missing(name, *args, **kwargs):
-        if name.startswith("scipy"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ImportError, match=r"keras-weightmods\[law\]"):
         kwm.fit_scaling_law(TOKENS, truth(TOKENS))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from keras_weightmods import native
 from keras_weightmods.native import packed as module
-from keras_weightmods.ops import Packed, pack_kernel, unpack_kernel
+from keras_weightmods.ops import pack_kernel, unpack_kernel
 from tests import references
 
 DTYPES = ["float32", "bfloat16", "int8"]
@@ -72,26 +74,17 @@ def test_pack_equals_reference_and_comes_back(shape, dtype, density, seed):
 def test_tensors_and_variables_unpack_alike(dtype):
     packed = pack_kernel(kernel_of(36, 20), dtype)
     expected = unpack_kernel(packed)
-    arrays = {"values": packed.values, "meta": packed.meta}
-    if packed.scale is not None:
-        arrays["scale"] = packed.scale
-    of_tensors = {
-        name: keras.ops.convert_to_tensor(array)
-        for name, array in arrays.items()
-    }
     specs = module.packed_arrays((36, 20), dtype)
-    of_variables = {
-        name: keras.Variable(
-            keras.ops.convert_to_tensor(array),
-            dtype=specs[name][1],
-            trainable=False,
-        )
-        for name, array in arrays.items()
+    tensors = {
+        name: keras.ops.convert_to_tensor(getattr(packed, name))
+        for name in specs
     }
-    for each in (of_tensors, of_variables):
-        same = Packed(
-            each["values"], each["meta"], each.get("scale"), (36, 20), dtype
-        )
+    variables = {
+        name: keras.Variable(tensor, dtype=specs[name][1], trainable=False)
+        for name, tensor in tensors.items()
+    }
+    for arrays in (tensors, variables):
+        same = dataclasses.replace(packed, **arrays)
         np.testing.assert_array_equal(unpack_kernel(same), expected)
         np.testing.assert_array_equal(
             keras.ops.convert_to_numpy(module.unpack_tensor(same)), expected
@@ -162,20 +155,14 @@ def test_wrong_arguments():
 )
 def test_arrays_that_do_not_fit(name, change):
     packed = pack_kernel(kernel_of(36, 20))
-    arrays = {
-        "values": packed.values,
-        "meta": packed.meta,
-        "scale": packed.scale,
-    }
-    arrays[name] = change(arrays[name])
     with pytest.raises(ValueError, match=f"`{name}`.*Received"):
-        Packed(**arrays, shape=(36, 20), dtype="float32")
+        dataclasses.replace(packed, **{name: change(getattr(packed, name))})
 
 
 def test_int8_needs_its_scale():
     packed = pack_kernel(kernel_of(36, 20), "int8")
     with pytest.raises(ValueError, match=r"`scale` .* must be an array"):
-        Packed(packed.values, packed.meta, None, (36, 20), "int8")
+        dataclasses.replace(packed, scale=None)
 
 
 def test_unpack_of_what_is_not_packed():

@@ -137,7 +137,7 @@ def test_writer_refuses(tmp_path, entries, match):
 
 def test_writer_refuses_what_is_no_place_for_a_file(tmp_path):
     for wrong in (tmp_path, tmp_path / "none" / "file"):
-        with pytest.raises(ValueError, match="`filepath` must name a file"):
+        with pytest.raises(ValueError, match="`filepath` must be a file"):
             write(wrong, arrays())
     container.write_arrays(tmp_path / "new", FORMAT, 1, {}, overwrite=False)
     assert os.listdir(tmp_path) == ["new"]
@@ -183,15 +183,14 @@ def pack(header, data, text=None, fix=True):
     prefix = len(text).to_bytes(8, "little")
     if fix:
         digest = hashlib.sha256(prefix + text).hexdigest()
-        text = text.replace(b'_sha256": "' + b"0" * 64, digest_bytes(digest))
+        key = b'_sha256": "'
+        text = text.replace(key + b"0" * 64, key + digest.encode())
     return prefix + text + data
 
 
-def digest_bytes(digest):
-    return b'_sha256": "' + digest.encode()
-
-
-def original(tmp_path):
+@pytest.fixture
+def data(tmp_path):
+    """The bytes of a file of `arrays()`."""
     path = tmp_path / "original"
     write(path, arrays())
     data = path.read_bytes()
@@ -209,16 +208,14 @@ def assert_refused(path, data, match="."):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_pack_of_an_unchanged_header_is_the_file(tmp_path):
-    data = original(tmp_path)
+def test_pack_of_an_unchanged_header_is_the_file(tmp_path, data):
     header, start = parse(data)
     path = tmp_path / "file"
     path.write_bytes(pack(header, data[start:]))
     assert_equal(read(path), arrays())
 
 
-def test_truncated_files(tmp_path):
-    data = original(tmp_path)
+def test_truncated_files(tmp_path, data):
     _, start = parse(data)
     cuts = {*range(9), start - 1, start, start + 1, len(data) - 1}
     cuts.update(range(9, len(data), 37))
@@ -226,14 +223,12 @@ def test_truncated_files(tmp_path):
         assert_refused(tmp_path / "file", data[:cut])
 
 
-def test_longer_files(tmp_path):
-    data = original(tmp_path)
+def test_longer_files(tmp_path, data):
     assert_refused(tmp_path / "file", data + b"\0", "not fully covered")
     assert_refused(tmp_path / "file", b"\0" + data)
 
 
-def test_flipped_bits(tmp_path):
-    data = original(tmp_path)
+def test_flipped_bits(tmp_path, data):
     _, start = parse(data)
     for place in [*range(9), *range(9, start, 11), *range(start, len(data))]:
         changed = bytearray(data)
@@ -241,8 +236,7 @@ def test_flipped_bits(tmp_path):
         assert_refused(tmp_path / "file", bytes(changed))
 
 
-def test_a_flipped_bit_of_an_array_names_the_entry(tmp_path):
-    data = original(tmp_path)
+def test_a_flipped_bit_of_an_array_names_the_entry(tmp_path, data):
     header, start = parse(data)
     for name in arrays():
         begin, end = header[name]["data_offsets"]
@@ -435,8 +429,7 @@ HOSTILE = {
     ("match", "name"),
     [(match, name) for match, changes in HOSTILE.items() for name in changes],
 )
-def test_hostile_headers(tmp_path, match, name):
-    data = original(tmp_path)
+def test_hostile_headers(tmp_path, data, match, name):
     header, start = parse(data)
     HOSTILE[match][name](header)
     assert_refused(tmp_path / "file", pack(header, data[start:]), match)
@@ -480,9 +473,8 @@ def test_keys_that_appear_twice(tmp_path, text):
     assert_refused(tmp_path / "file", pack({}, b"", text, fix=False), "twice")
 
 
-def test_lengths_of_the_header(tmp_path):
+def test_lengths_of_the_header(tmp_path, data):
     path = tmp_path / "file"
-    data = original(tmp_path)
     for length in (2**64 - 1, 2**63, 2**40, len(data), len(data) - 7):
         changed = length.to_bytes(8, "little") + data[8:]
         assert_refused(path, changed, "must take at most")
@@ -498,8 +490,7 @@ def test_a_header_that_is_too_long_is_not_parsed(tmp_path, monkeypatch):
         Reader(path, FORMAT, (VERSION,))
 
 
-def test_a_wrong_checksum(tmp_path):
-    data = original(tmp_path)
+def test_a_wrong_checksum(tmp_path, data):
     header, start = parse(data)
     for checksum in ("0" * 64, "1" * 64, "", "x", "0", "\\" * 64):
         header["__metadata__"]["header_sha256"] = checksum

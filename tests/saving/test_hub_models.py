@@ -8,14 +8,7 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.saving.container import Reader
-from tests.models import (
-    assert_same,
-    causal_lm,
-    gpt2_preprocessor,
-    make_sparse,
-    normal,
-    outputs,
-)
+from tests import models
 from tests.saving.test_model import randomize_lora, states_of
 
 hub = pytest.importorskip("keras_hub")
@@ -26,7 +19,7 @@ X = {
 
 
 def llama(**kwargs):
-    return causal_lm("llama", num_layers=2, **kwargs)
+    return models.causal_lm("llama", num_layers=2, **kwargs)
 
 
 def smollm3():
@@ -57,14 +50,14 @@ MODELS = {
     "llama tied bfloat16": lambda: llama(
         tie_word_embeddings=True, dtype="bfloat16"
     ),
-    "gemma": lambda: causal_lm(
+    "gemma": lambda: models.causal_lm(
         "gemma",
         num_layers=2,
         use_post_ffw_norm=True,
         final_logit_soft_cap=30.0,
         attention_logit_soft_cap=5.0,
     ),
-    "gpt2": lambda: causal_lm("gpt2"),
+    "gpt2": lambda: models.causal_lm("gpt2"),
     "smollm3": smollm3,
 }
 
@@ -85,18 +78,18 @@ def test_plain_scaled_and_packed(name, tmp_path):
     model = MODELS[name]()
     path = tmp_path / "model"
     loaded = round_trip(model, path)
-    assert_same(outputs(loaded, X), outputs(model, X))
+    models.assert_same(models.outputs(loaded, X), models.outputs(model, X))
     assert loaded.compiled
     kwm.attach_scaling(model)
     for weight in model.weights:
         if weight.name.endswith("_scale"):
-            weight.assign(np.exp(normal(*weight.shape)))
+            weight.assign(np.exp(models.normal(*weight.shape)))
     loaded = round_trip(model, path)
     kwm.fold(model)
-    make_sparse(model)
+    models.make_sparse(model)
     kwm.pack(model, head="int8" if "tied" in name else None)
     loaded = round_trip(model, path)
-    assert_same(outputs(loaded, X), outputs(model, X))
+    models.assert_same(models.outputs(loaded, X), models.outputs(model, X))
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
@@ -121,8 +114,8 @@ def test_lora_inside_of_a_scaled_model(tmp_path):
 
 def test_the_tokenizer_comes_back_and_generate_works(tmp_path):
     path = tmp_path / "model"
-    preprocessor = gpt2_preprocessor(add_end_token=False)
-    model = make_sparse(causal_lm("gpt2", preprocessor))
+    preprocessor = models.gpt2_preprocessor(add_end_token=False)
+    model = models.make_sparse(models.causal_lm("gpt2", preprocessor))
     kwm.pack(model, dtype="int8")
     model.compile(sampler="greedy")
     # Before the file is written: it makes parts of the preprocessor.
@@ -152,15 +145,15 @@ class Forgetful(hub.tokenizers.GPT2Tokenizer):
 
 def test_a_preprocessor_that_cannot_be_saved_is_left_out(tmp_path):
     path = tmp_path / "model"
-    good = gpt2_preprocessor().tokenizer
+    good = models.gpt2_preprocessor().tokenizer
     preprocessor = hub.models.GPT2CausalLMPreprocessor(
         Forgetful(good.vocabulary, good.merges), sequence_length=8
     )
-    model = causal_lm("gpt2", preprocessor)
+    model = models.causal_lm("gpt2", preprocessor)
     with pytest.warns(UserWarning, match=r"preprocessor .* is not saved"):
         kwm.save_model(model, path)
     assert model.preprocessor is preprocessor
     loaded = kwm.load_model(path)
     assert loaded.preprocessor is None
-    assert_same(outputs(loaded, X), outputs(model, X))
+    models.assert_same(models.outputs(loaded, X), models.outputs(model, X))
     assert os.listdir(tmp_path) == ["model"]

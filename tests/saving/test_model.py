@@ -207,10 +207,8 @@ def test_packed_in_part_trainable_and_scaled_in_part(path):
     kwm.pack(model, targets=[second], trainable=True)
     model.layers[1].trainable = False
     loaded = round_trip(model, path)
-    assert [item.name for item in reparameterizations(loaded)] == [
-        "scaling",
-        "packed",
-    ]
+    names = [item.name for item in reparameterizations(loaded)]
+    assert names == ["scaling", "packed"]
     assert len(loaded.trainable_weights) == len(model.trainable_weights) == 2
 
 
@@ -262,9 +260,7 @@ def test_equal_paths(path):
         [layer for layer in each.layers[1:] if len(layer.weights) == 3]
         for each in (model, loaded)
     ]
-    assert [layer.name for layer in places[0]] == [
-        layer.name for layer in places[1]
-    ]
+    assert len({tuple(x.name for x in each) for each in places}) == 1
 
 
 def test_the_optimizer_is_not_saved_and_the_model_stays_compiled(path):
@@ -364,12 +360,8 @@ def test_a_file_of_version_1_made_on_torch():
     model = kwm.load_model(
         pathlib.Path(__file__).parent / "data" / "version_1.safetensors"
     )
-    assert [item.name for item in reparameterizations(model)] == [
-        "scaling",
-        "packed",
-        "packed",
-        "packed",
-    ]
+    names = [item.name for item in reparameterizations(model)]
+    assert names == ["scaling", "packed", "packed", "packed"]
     x = np.linspace(-1, 1, 16).reshape(2, 8).astype("float32")
     expected = [
         [-0.93487412, 0.40822130, -2.0335119, 5.1786723],
@@ -387,7 +379,7 @@ def test_wrong_arguments(tmp_path):
         with pytest.raises(ValueError, match="`model` must be a built"):
             kwm.save_model(wrong, tmp_path / "file")
     for wrong in (tmp_path, tmp_path / "none" / "file"):
-        with pytest.raises(ValueError, match="`filepath` must name a file"):
+        with pytest.raises(ValueError, match="`filepath` must be a file"):
             kwm.save_model(model, wrong)
     with pytest.raises(FileNotFoundError):
         kwm.load_model(tmp_path / "none")
@@ -540,6 +532,8 @@ def swap_parts(described):
 
 
 KERNEL = "weights/layers/dense/stored_0"
+MORE = "weights/layers/dense/2"
+ASSET = "assets/layers/dense/x"
 LAST = "weights/layers/dense_1/stored_0"
 CODE = {"class_name": "__lambda__", "config": {"value": ["4wA=", None, None]}}
 # {what the error says: {name: change of the arrays}}
@@ -633,7 +627,7 @@ HOSTILE = {
     "units": {"layer negative": put_layer(units=-8)},
     "code": {"layer unknown argument": put_layer(code=1)},
     "system": {
-        "layer os.system": replace_layer("os", "system", registered_name=None),
+        "layer os.system": replace_layer("os", "system"),
         "function of os": put_layer(
             activation={
                 "module": "os",
@@ -646,11 +640,7 @@ HOSTILE = {
     "eval": {
         "layer eval": replace_layer("builtins", "eval", registered_name="eval")
     },
-    "Popen": {
-        "layer of subprocess": replace_layer(
-            "subprocess", "Popen", registered_name=None
-        )
-    },
+    "Popen": {"layer of subprocess": replace_layer("subprocess", "Popen")},
     "get_file": {
         "layer of keras.utils": replace_layer("keras.utils", "get_file")
     },
@@ -668,13 +658,9 @@ HOSTILE = {
         "weight as bits": put_kernel(lambda kernel: kernel.view("int32")),
         "weight renamed": lambda a: a.update({f"{KERNEL}/x": a.pop(KERNEL)}),
     },
-    "weights/layers/dense/2": {
-        "weight more": add("weights/layers/dense/2", np.ones(1))
-    },
+    MORE: {"weight more": add(MORE, np.ones(1))},
     r"code\.py": {"entry unknown": add("code.py", as_bytes(b"import os"))},
-    "assets/layers/dense/x": {
-        "asset of no part": add("assets/layers/dense/x", as_bytes(b"x"))
-    },
+    ASSET: {"asset of no part": add(ASSET, as_bytes(b"x"))},
     "named as a file|no part|temporary": {
         f"asset {name[:20]}": add(name, as_bytes(b"x"))
         for name in (
