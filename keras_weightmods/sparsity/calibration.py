@@ -73,8 +73,7 @@ def input_norms(model, targets, batches):
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_gradients())
         for index, target in enumerate(targets):
-            reader = InputReader.of(target)
-            if reader is not None:
+            if reader := InputReader.of(target):
                 record = functools.partial(see, index, reader)
                 stack.enter_context(inputs_seen(target.layer, record))
         for batch, weights in batches:
@@ -96,9 +95,9 @@ def measure_importance(optimizer, model, targets, batches):
             that are not among `targets`, or whose inputs could not be read,
             of which a warning tells, are ranked by magnitude alone.
     """
-    norms = input_norms(model, targets, batches)
-    by_id = {id(t.variable): norm for t, norm in zip(targets, norms)}
-    unknown = [t.path for t, norm in zip(targets, norms) if norm is None]
+    norms = list(zip(targets, input_norms(model, targets, batches)))
+    by_id = {id(target.variable): norm for target, norm in norms}
+    unknown = [target.path for target, norm in norms if norm is None]
     if unknown:
         warnings.warn(
             "CAST ranks the weights of these kernels by magnitude alone, "
@@ -225,11 +224,9 @@ def _einsum_reader(layer, target):
 def _convolution_reader(layer, target):
     # One matrix for each group, or for each channel of a depthwise kernel.
     stacks = getattr(layer, "groups", None) or target.shape[layer.rank]
-    window, strides, dilation = (
-        layer.kernel_size,
-        layer.strides,
-        layer.dilation_rate,
-    )
+    window, strides = layer.kernel_size, layer.strides
+    dilation, padding = layer.dilation_rate, layer.padding
+    layout = window, strides, dilation, padding, layer.data_format, stacks
     reach = [(size - 1) * step for size, step in zip(window, dilation)]
 
     def arrange(x):
@@ -238,13 +235,13 @@ def _convolution_reader(layer, target):
         # which GPUs round to TF32, and for which no stride goes with dilation.
         if layer.data_format == "channels_first":
             x = ops.moveaxis(x, 1, -1)
-        padding = [(0, 0)]
+        pads = [(0, 0)]
         for size, far, stride in zip(x.shape[1:], reach, strides):
             total = max(0, far - (size - 1) % stride)
             same = total // 2, total - total // 2
-            pads = {"same": same, "causal": (far, 0), "valid": (0, 0)}
-            padding.append(pads[layer.padding])
-        x = ops.pad(x, [*padding, (0, 0)])
+            kinds = {"same": same, "causal": (far, 0), "valid": (0, 0)}
+            pads.append(kinds[padding])
+        x = ops.pad(x, [*pads, (0, 0)])
         x = ops.reshape(x, (*x.shape[:-1], stacks, -1))
         taps = []
         for offsets in np.ndindex(window):
@@ -258,12 +255,4 @@ def _convolution_reader(layer, target):
         x = ops.stack(taps, axis=-2)
         return ops.reshape(x, (*x.shape[:-2], -1)), layer.rank + 1
 
-    layout = (
-        layer.data_format,
-        window,
-        strides,
-        dilation,
-        layer.padding,
-        stacks,
-    )
     return InputReader(arrange, layout, stacks)

@@ -149,11 +149,8 @@ class CAST(LogitsDistiller):
         checks.check_int("init_rows", init_rows, 1)
         checks.check_int("scaling_groups", scaling_groups, 0)
         if not isinstance(model, keras.Model) or not model.built:
-            raise checks.error(
-                "model",
-                "a built `keras.Model`. Build it by calling it on data first",
-                model,
-            )
+            expected = "a built `keras.Model`. Call it on data first"
+            raise checks.error("model", expected, model)
         usable = sparsify.fitting_targets(
             "CAST", resolve_targets(model, targets), pattern, trainable=True
         )

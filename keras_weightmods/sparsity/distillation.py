@@ -31,7 +31,7 @@ class LogitsDistiller(keras.distillation.Distiller):
         model: The student, a built `keras.Model`.
         teacher: `"self"` for a frozen copy of `model` as it is now, another
             `keras.Model`, or `None` for the label loss alone.
-        distillation_weight: Float in [0, 1].
+        weight: Float in [0, 1], of the distillation.
         temperature: Float > 0, of the distillation.
         teacher_dtype: Dtype of the copy. `None` keeps the model's own.
         name: String.
@@ -42,26 +42,16 @@ class LogitsDistiller(keras.distillation.Distiller):
     """
 
     def __init__(
-        self,
-        model,
-        teacher,
-        distillation_weight,
-        temperature,
-        teacher_dtype,
-        name,
+        self, model, teacher, weight, temperature, teacher_dtype, name
     ):
         is_self = isinstance(teacher, str) and teacher == "self"
         is_other = isinstance(teacher, keras.Model) and teacher is not model
         if not (is_self or is_other or teacher is None):
-            raise checks.error(
-                "teacher",
-                '"self" for a frozen copy, a `keras.Model` other than the one '
-                "that is trained, whose weights change with it, or None",
-                teacher,
-            )
+            expected = '"self" for a frozen copy, another `keras.Model` or None'
+            raise checks.error("teacher", expected, teacher)
         dtypes = _TEACHER_DTYPES if is_self else (None,)
         checks.check_choice("teacher_dtype", teacher_dtype, dtypes)
-        checks.check_float("distillation_weight", distillation_weight, 0, 1)
+        checks.check_float("distillation_weight", weight, 0, 1)
         checks.check_float("temperature", temperature, above=0)
         if teacher is None:
             # A Distiller needs a teacher; without one this is a plain Model.
@@ -76,7 +66,7 @@ class LogitsDistiller(keras.distillation.Distiller):
                 teacher=teacher,
                 student=model,
                 distillation_losses=[LogitsDistillation(temperature)],
-                student_loss_weight=1 - distillation_weight,
+                student_loss_weight=1 - weight,
                 name=name,
                 **_TRANSPARENT,
             )
@@ -114,10 +104,9 @@ class LogitsDistiller(keras.distillation.Distiller):
             self.teacher(x, training=False),
             getattr(self.teacher, "output_names", None),
         )
+        taught = list(map(ops.stop_gradient, taught))
         (loss,) = self.distillation_losses
-        distillation_loss = loss.compute_loss(
-            list(map(ops.stop_gradient, taught)), y_pred, sample_weight
-        )
+        distillation_loss = loss.compute_loss(taught, y_pred, sample_weight)
         self.distillation_loss_tracker.update_state(distillation_loss)
         weight = self.student_loss_weight
         total = weight * label_loss + (1 - weight) * distillation_loss

@@ -1,6 +1,7 @@
 """The settings that `CAST.compile()` takes by default."""
 
 import dataclasses
+from typing import Any
 
 import keras
 from keras import ops
@@ -13,7 +14,7 @@ _FROM_SPARSE = 2.5e-4, 0.0, "magnitude"
 _WARMUP = 0.1
 
 
-def default_recipe(init="dense"):
+def default_recipe(init: str = "dense") -> dict[str, Any]:
     """Return the arguments of the default `AdamS` for a start of `CAST`."""
     rate, ramp, criterion = _FROM_DENSE if init == "dense" else _FROM_SPARSE
     recipe = {"decay": "relative", "ramp": ramp, "criterion": criterion}

@@ -183,11 +183,8 @@ class Scaling(Reparameterization):
         size = target.contraction_size
         valid = type(groups) is int and groups > 0 and size % groups == 0
         if not valid or len(config) != 1:
-            raise ValueError(
-                "Scaling has one setting, `groups`, an int that divides the "
-                f"contraction size {size} of {target.path!r}. Received: "
-                f"config={config!r}"
-            )
+            expected = f"`groups` alone, a divisor of {size} for {target.path}"
+            raise checks.error("config", expected, config)
         return cls(target, groups)
 
     def create_parameters(self, add_weight: Callable[..., Any]) -> None:

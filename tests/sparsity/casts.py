@@ -63,7 +63,14 @@ def started(cast, *args, **kwargs):
     return cast.adam_s.total_steps, importance
 
 
-def compiled_cast(**kwargs):
-    cast = kwm.CAST(make_mlp(), teacher=None, **kwargs)
-    cast.compile(loss=cross_entropy())
+def compiled(optimizer=None, model=None, teacher=None, **kwargs):
+    cast = kwm.CAST(model or make_mlp(), teacher=teacher, **kwargs)
+    cast.compile(optimizer, loss=cross_entropy())
     return cast
+
+
+def fit(cast, data=None, batch_size=4, **kwargs):
+    """Fit without progress or shuffling; return the history."""
+    x, y = make_data() if data is None else data
+    kwargs = {"shuffle": False, "verbose": 0, **kwargs}
+    return cast.fit(x, y, batch_size=batch_size, **kwargs).history

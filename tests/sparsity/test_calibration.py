@@ -6,12 +6,17 @@ from keras import ops
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.ops.matrix import from_stack, to_stack
 from keras_weightmods.reparameterize.fold import fold
-from keras_weightmods.sparsity.calibration import (
-    InputReader,
-    input_norms,
-)
+from keras_weightmods.sparsity.calibration import InputReader, input_norms
 from keras_weightmods.sparsity.scaling import attach_scaling
-from tests.models import causal_lm, normal
+from tests.models import (
+    assert_same,
+    causal_lm,
+    mlp,
+    normal,
+    numpy,
+    sequential,
+    weights_of,
+)
 
 
 def root_mean_square(x, kept):
@@ -32,25 +37,18 @@ def assert_untouched(model):
 
 
 def test_dense_over_several_batches():
-    model = keras.Sequential(
-        [
-            keras.Input((None, 4)),
-            keras.layers.Dense(8, activation="relu"),
-            keras.layers.Dense(2),
-        ]
-    )
+    dense = keras.layers.Dense(8, activation="relu"), keras.layers.Dense(2)
+    model = sequential((None, 4), *dense)
     batches = [normal(2, 3, 4), normal(5, 3, 4, seed=1) * 3]
     x = np.concatenate(batches)
-    before = [ops.convert_to_numpy(v) for v in model.weights]
+    before = weights_of(model)
     norms = norms_over(model, *batches)
-    hidden = ops.convert_to_numpy(model.layers[0](x))
-    np.testing.assert_allclose(norms[0], root_mean_square(x, [2]), rtol=1e-5)
-    np.testing.assert_allclose(
-        norms[1], root_mean_square(hidden, [2]), rtol=1e-5
-    )
-    assert all(v.dtype == np.float32 for v in norms)
-    for a, b in zip(before, model.weights, strict=True):
-        np.testing.assert_array_equal(a, ops.convert_to_numpy(b))
+    hidden = numpy(dense[0](x))
+    for norm, inputs in zip(norms, (x, hidden), strict=True):
+        expected = root_mean_square(inputs, [2])
+        np.testing.assert_allclose(norm, expected, rtol=1e-5)
+        assert norm.dtype == np.float32
+    assert_same(weights_of(model), before)
     assert_untouched(model)
 
 
@@ -68,34 +66,17 @@ def test_dense_over_several_batches():
 )
 def test_einsum_dense(equation, output_shape, input_shape, kept):
     layer = keras.layers.EinsumDense(equation, output_shape)
-    model = keras.Sequential([keras.Input(input_shape), layer])
     x = normal(7, *input_shape)
-    (norms,) = norms_over(model, x[:4], x[4:])
+    (norms,) = norms_over(sequential(input_shape, layer), x[:4], x[4:])
     np.testing.assert_allclose(norms, root_mean_square(x, kept), rtol=1e-5)
 
 
-def test_convolutions():
-    model = keras.Sequential(
-        [
-            keras.Input((6, 6, 4)),
-            keras.layers.Conv2D(8, 3, data_format="channels_last"),
-            keras.layers.Conv2D(8, 1, groups=2, data_format="channels_last"),
-        ]
-    )
-    x = normal(2, 6, 6, 4)
-    norms = norms_over(model, x)
-    # Each tap sees all but the rows and columns that it does not get to.
-    expected = [
-        root_mean_square(x[:, i : i + 4, j : j + 4], [3])
-        for i in range(3)
-        for j in range(3)
-    ]
-    np.testing.assert_allclose(norms[0], np.concatenate(expected), rtol=1e-5)
-    hidden = ops.convert_to_numpy(model.layers[0](x))
-    squares = root_mean_square(hidden, [3]).reshape(2, 4) ** 2
-    np.testing.assert_allclose(
-        norms[1], np.sqrt(squares.mean(axis=0)), rtol=1e-5
-    )
+def test_convolutions_in_groups():
+    layer = keras.layers.Conv2D(8, 1, groups=2, data_format="channels_last")
+    x = normal(2, 6, 6, 8)
+    (norms,) = norms_over(sequential((6, 6, 8), layer), x)
+    squares = root_mean_square(x, [3]).reshape(2, 4) ** 2
+    np.testing.assert_allclose(norms, np.sqrt(squares.mean(axis=0)), rtol=1e-5)
 
 
 LAST = {"data_format": "channels_last"}
@@ -113,17 +94,14 @@ LAYERS = [
     (keras.layers.Conv2D(6, 3, (3, 2), **LAST), (8, 9, 4)),
     (keras.layers.Conv2D(6, 2, groups=2, **LAST), (5, 5, 4)),
     (keras.layers.Conv3D(3, 2, padding="same", **LAST), (3, 4, 3, 2)),
-    (
-        keras.layers.DepthwiseConv2D(2, depth_multiplier=3, **LAST),
-        (5, 4, 2),
-    ),
+    (keras.layers.DepthwiseConv2D(2, depth_multiplier=3, **LAST), (5, 4, 2)),
     (keras.layers.DepthwiseConv1D(3, strides=2, **LAST), (8, 4)),
 ]
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS)
 def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
-    model = keras.Sequential([keras.Input(shape), layer])
+    model = sequential(shape, layer)
     (target,) = find_targets(model, depthwise=True)
     x = normal(3, *shape)
     reader = InputReader.of(target)
@@ -133,8 +111,8 @@ def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
     axes = target.contraction_axes, target.stack_axes
     matrices = to_stack(kernel, *axes, reader.stacks)
     assert rows.shape[:2] == (reader.stacks, count)
-    products = ops.convert_to_numpy(ops.matmul(rows, matrices))
-    outputs = ops.convert_to_numpy(model(x))
+    products = numpy(ops.matmul(rows, matrices))
+    outputs = numpy(model(x))
     # (stacks, rows, units) in the order of the layer's own axes.
     if reader.stacks > 1 and outputs.shape[-1] != products.shape[2]:
         products = np.moveaxis(products, 0, 1)
@@ -143,9 +121,8 @@ def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
     np.testing.assert_allclose(
         products.reshape(outputs.shape), outputs, rtol=1e-4, atol=1e-5
     )
-    np.testing.assert_array_equal(
-        ops.convert_to_numpy(from_stack(matrices, target.shape, *axes)), kernel
-    )
+    restored = numpy(from_stack(matrices, target.shape, *axes))
+    np.testing.assert_array_equal(restored, kernel)
 
 
 def test_a_nested_model_with_and_without_scales():
@@ -157,24 +134,15 @@ def test_a_nested_model_with_and_without_scales():
     }
     targets = find_targets(model)
     norms = norms_over(model, x)
-    sizes = [
-        int(np.prod([t.shape[i] for i in t.contraction_axes])) for t in targets
-    ]
-    assert [v.shape for v in norms] == [(k,) for k in sizes]
+    assert [v.shape for v in norms] == [(t.contraction_size,) for t in targets]
     layer = backbone.transformer_layers[0]
     embedded = backbone.token_embedding(x["token_ids"])
     normed = layer._self_attention_layernorm(embedded)
-    query = next(
-        v for t, v in zip(targets, norms, strict=True) if "query" in t.path
-    )
-    np.testing.assert_allclose(
-        query,
-        root_mean_square(ops.convert_to_numpy(normed), [2]),
-        rtol=1e-5,
-    )
+    (query,) = (v for t, v in zip(targets, norms) if "query" in t.path)
+    expected = root_mean_square(numpy(normed), [2])
+    np.testing.assert_allclose(query, expected, rtol=1e-5)
     attach_scaling(model, targets=targets)
-    scaled = norms_over(model, x)
-    for a, b in zip(norms, scaled, strict=True):
+    for a, b in zip(norms, norms_over(model, x), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
     assert_untouched(model)
     fold(model)
@@ -194,7 +162,7 @@ class ByKeyword(keras.layers.Layer):
 
 
 def test_inputs_by_keyword():
-    model = keras.Sequential([keras.Input((4,)), ByKeyword()])
+    model = sequential((4,), ByKeyword())
     x = normal(5, 4)
     (norms,) = norms_over(model, x)
     np.testing.assert_allclose(norms, root_mean_square(x, [1]), rtol=1e-5)
@@ -202,14 +170,8 @@ def test_inputs_by_keyword():
 
 
 def test_positions_of_weight_zero_are_left_out():
-    model = keras.Sequential(
-        [
-            keras.Input((3, 4)),
-            keras.layers.Dense(8),
-            keras.layers.Flatten(),
-            keras.layers.Dense(2),
-        ]
-    )
+    dense = keras.layers.Dense(8), keras.layers.Dense(2)
+    model = sequential((3, 4), dense[0], keras.layers.Flatten(), dense[1])
     x = normal(4, 3, 4)
     weight = np.array([[1, 1, 0], [1, 0, 0], [2, 1, 1], [0, 0, 0]], "float32")
     padded = np.where(weight[..., None] != 0, x, np.nan)
@@ -221,41 +183,24 @@ def test_positions_of_weight_zero_are_left_out():
     assert np.isnan(second).any()
 
     rows = np.array([1, 0, 1, 0], "float32")
-    first, second = input_norms(
-        model, find_targets(model), [(x, rows[:, None])]
-    )
-    np.testing.assert_allclose(
-        first, root_mean_square(x[rows != 0], [2]), rtol=1e-5
-    )
-    flat = ops.convert_to_numpy(model.layers[1](model.layers[0](x)))
-    np.testing.assert_allclose(
-        second, root_mean_square(flat[rows != 0], [1]), rtol=1e-5
-    )
-    (unweighted, _) = input_norms(model, find_targets(model), [(x, None)])
-    np.testing.assert_allclose(unweighted, root_mean_square(x, [2]), rtol=1e-5)
-
-
-class Broken(keras.layers.Layer):
-    def call(self, x):
-        return x
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
+    norms = input_norms(model, find_targets(model), [(x, rows[:, None])])
+    flat = numpy(dense[0](x)).reshape(4, -1)
+    for norm, inputs in zip(norms, (x, flat), strict=True):
+        expected = root_mean_square(inputs[rows != 0], [-1])
+        np.testing.assert_allclose(norm, expected, rtol=1e-5)
 
 
 def test_an_error_leaves_no_trace():
-    broken = Broken()
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), broken])
+    model = mlp(4, 4, 4)
 
-    def fail(x):
+    def fail(*args, **kwargs):
         raise RuntimeError("broken")
 
-    broken.call = fail
+    model.layers[1].call = fail
     with pytest.raises(RuntimeError, match="broken"):
         norms_over(model, normal(2, 4))
     assert "call" not in vars(model.layers[0])
 
 
 def test_without_batches():
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
-    assert input_norms(model, find_targets(model), []) == [None]
+    assert norms_over(mlp(4, 4)) == [None]

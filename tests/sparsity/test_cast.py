@@ -20,8 +20,9 @@ from tests.sparsity.casts import (
     Batches,
     Interrupt,
     Interrupted,
-    compiled_cast,
+    compiled,
     cross_entropy,
+    fit,
     make_data,
     make_mlp,
     started,
@@ -77,16 +78,14 @@ def test_a_causal_lm_becomes_sparse(family, pattern, dtype, tmp_path):
     np.testing.assert_array_equal(numpy(model(x)), start)
     perplexity = keras_hub.metrics.Perplexity(from_logits=True, mask_token_id=0)
     cast.compile(weighted_metrics=[perplexity])
-    history = cast.fit(
-        x,
-        y,
+    history = fit(
+        cast,
+        (x, y),
         sample_weight=weight,
-        batch_size=4,
         epochs=8,
         validation_data=(x, y, weight) if family == "llama" else None,
         callbacks=[kwm.SparsityMonitor()],
-        verbose=0,
-    ).history
+    )
     assert {"loss", "perplexity", "kept_share"} <= set(history)
     assert ("val_perplexity" in history) == (family == "llama")
     assert cast.adam_s.total_steps == 16
@@ -111,61 +110,32 @@ def test_a_causal_lm_becomes_sparse(family, pattern, dtype, tmp_path):
     loaded = keras.saving.load_model(path)
     np.testing.assert_array_equal(numpy(loaded(x)), after)
 
-    loaded.compile(sampler="greedy")
-    prompt = {
-        "token_ids": x["token_ids"],
-        "padding_mask": (np.arange(LENGTH) < 4).astype("int32")
-        + np.zeros_like(x["token_ids"]),
-    }
-    generated = loaded.generate(prompt, stop_token_ids=None)["token_ids"]
-    generated = np.asarray(generated)
-    np.testing.assert_array_equal(generated[:, :4], x["token_ids"][:, :4])
-    if dtype is None:
-        logits = loaded(
-            {
-                "token_ids": generated,
-                "padding_mask": np.ones_like(generated),
-            }
-        )
-        greedy = numpy(logits).argmax(axis=-1)
-        np.testing.assert_array_equal(generated[:, 4:], greedy[:, 3:-1])
-
 
 def test_raw_strings():
     import tensorflow as tf
 
     texts = ["abcdef", "fedcba abc", "a b c d", "hgfedcba"]
     preprocessor = gpt2_preprocessor(LENGTH)
-    model = causal_lm("gpt2", preprocessor)
-    cast = kwm.CAST(model, teacher=None)
+    cast = kwm.CAST(causal_lm("gpt2", preprocessor), teacher=None)
     cast.compile()
     dataset = tf.data.Dataset.from_tensor_slices(texts).batch(2)
-    history = cast.fit(
-        dataset, validation_data=texts, epochs=2, verbose=0
-    ).history
+    history = fit(cast, (dataset, None), None, validation_data=texts, epochs=2)
     assert cast.adam_s.total_steps == 4
     assert "distillation_loss" not in history
 
     with pytest.warns(UserWarning, match="the run of 4 steps .* is over"):
-        history = cast.fit(
-            texts, batch_size=2, validation_data=dataset, verbose=0
-        ).history
+        history = fit(cast, (texts, None), 2, validation_data=dataset)
     assert history["loss"][0] > 0
     expected = history["val_loss"][0]
-    tokens = preprocessor(texts)
-    tokens = keras.tree.map_structure(np.asarray, tokens)
+    x, y, w = keras.tree.map_structure(np.asarray, preprocessor(texts))
     for data in (texts, np.array(texts), np.array(texts, dtype=object)):
         loss = cast.evaluate(data, batch_size=2, verbose=0)
         assert loss == pytest.approx(expected, rel=1e-6)
-    loss = cast.evaluate(
-        tokens[0], tokens[1], sample_weight=tokens[2], batch_size=2, verbose=0
-    )
+    loss = cast.evaluate(x, y, sample_weight=w, batch_size=2, verbose=0)
     assert loss == pytest.approx(expected, rel=1e-6)
 
     with pytest.raises(ValueError, match="preprocessor"):
-        plain = kwm.CAST(make_mlp())
-        plain.compile(loss=cross_entropy())
-        plain.fit(texts)
+        compiled().fit(texts)
 
 
 # What fit takes
@@ -174,44 +144,35 @@ def test_raw_strings():
 @pytest.mark.parametrize("kind", ["tf.data", "PyDataset", "generator", "split"])
 def test_the_length_of_the_run_and_the_importance(kind):
     x, y = make_data(24)
-    steps, expected = started(compiled_cast(), x, y, batch_size=4, epochs=3)
+    steps, expected = started(compiled(), x, y, batch_size=4, epochs=3)
     assert steps == 18
-    cast = compiled_cast()
+    cast, data, options, steps = compiled(), (x, y), {}, 18
     if kind == "tf.data":
         import tensorflow as tf
 
-        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
-        steps, importance = started(cast, data, epochs=3)
-        assert steps == 18
+        data = (tf.data.Dataset.from_tensor_slices(data).batch(4),)
     elif kind == "PyDataset":
-        steps, importance = started(cast, Batches(x, y, 4), epochs=3)
-        assert steps == 18
+        data = (Batches(x, y, 4),)
     elif kind == "generator":
-        data = ((x[i : i + 4], y[i : i + 4]) for i in range(0, 24, 4))
+        data = (((x[i : i + 4], y[i : i + 4]) for i in range(0, 24, 4)),)
         with pytest.raises(ValueError, match="steps_per_epoch"):
-            cast.fit(data, epochs=3)
-        steps, importance = started(cast, data, epochs=3, steps_per_epoch=2)
-        assert steps == 6
+            cast.fit(*data, epochs=3)
+        options, steps = {"steps_per_epoch": 2}, 6
     else:
-        steps, importance = started(
-            cast, x, y, batch_size=4, epochs=3, validation_split=0.5
-        )
-        assert steps == 9
+        options, steps = {"batch_size": 4, "validation_split": 0.5}, 9
+    found, importance = started(cast, *data, epochs=3, **options)
+    assert found == steps
     for a, b in zip(importance, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def test_total_steps_counts_updates():
-    x, y = make_data(24)
-    cast = kwm.CAST(make_mlp())
-    optimizer = kwm.AdamS(gradient_accumulation_steps=2, criterion="activation")
-    cast.compile(optimizer, loss=cross_entropy())
-    assert started(cast, x, y, batch_size=4, epochs=3)[0] == 9
-    cast = kwm.CAST(make_mlp())
-    cast.compile(
-        kwm.AdamS(total_steps=7, criterion="activation"), loss=cross_entropy()
-    )
-    assert started(cast, x, y, batch_size=4, epochs=3)[0] == 7
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"gradient_accumulation_steps": 2}, 9), ({"total_steps": 7}, 7)],
+)
+def test_total_steps_counts_updates(options, steps):
+    cast = compiled(kwm.AdamS(criterion="activation", **options))
+    assert started(cast, *make_data(24), batch_size=4, epochs=3)[0] == steps
 
 
 @pytest.mark.parametrize("init", ["dense", "wanda"])
@@ -219,8 +180,8 @@ def test_no_batch_of_a_generator_is_lost(init):
     data = Batches(*make_data(24), 4)
     finals = []
     for x in (data, (data[i] for i in range(6))):
-        cast = compiled_cast(init=init)
-        cast.fit(x, epochs=3, steps_per_epoch=2, shuffle=False, verbose=0)
+        cast = compiled(init=init)
+        fit(cast, (x, None), None, epochs=3, steps_per_epoch=2)
         assert steps_of(cast) == 6
         finals.append(weights_of(cast.finalize()))
     assert_same(*finals)
@@ -228,11 +189,11 @@ def test_no_batch_of_a_generator_is_lost(init):
 
 def test_a_fit_that_failed_is_planned_anew():
     x, y = make_data()
-    cast = compiled_cast()
+    cast = compiled()
     with pytest.raises(ValueError, match="Input 0"):
-        cast.fit(x[:, :7], y, batch_size=4, verbose=0)
+        fit(cast, (x[:, :7], y))
     assert cast.adam_s.total_steps == 4
-    cast.fit(x, y, batch_size=4, epochs=2, verbose=0)
+    fit(cast, epochs=2)
     assert cast.adam_s.total_steps == 8
     rate = cast.adam_s.get_config()["learning_rate"]["config"]
     assert rate["total_steps"] == 8
@@ -242,18 +203,17 @@ def test_a_fit_that_failed_is_planned_anew():
 
 def test_a_fit_beyond_the_plan_is_warned_about(recwarn):
     x, y = make_data()
-    data = {"batch_size": 4, "shuffle": False, "verbose": 0}
-    cast = compiled_cast()
+    cast = compiled()
     started(cast, x, y, epochs=3, batch_size=4)
-    cast.fit(x[:4], y[:4], initial_epoch=11, epochs=12, **data)
-    cast.fit(x, y, epochs=2, **data)
+    fit(cast, (x[:4], y[:4]), initial_epoch=11, epochs=12)
+    fit(cast, epochs=2)
     assert cast.adam_s.total_steps == 12
     assert not [w for w in recwarn if "CAST" in str(w.message)]
     with pytest.warns(UserWarning, match="goes to step 13, beyond the 12"):
-        cast.fit(x, y, **data)
+        fit(cast)
     before = weights_of(cast.student)
     with pytest.warns(UserWarning, match="the run of 12 steps .* is over"):
-        cast.fit(x, y, **data)
+        fit(cast)
     assert_same(weights_of(cast.student), before)
 
 
@@ -267,8 +227,7 @@ def test_a_start_is_sparsify_on_the_first_rows(init):
     kwm.sparsify(expected, "2:4", init, x[:20], batch_size=4, verbose=0)
     model = make_mlp()
     dense = numpy(model(x))
-    cast = kwm.CAST(model, init=init, init_rows=18)
-    cast.compile(loss=cross_entropy())
+    cast = compiled(model=model, teacher="self", init=init, init_rows=18)
     assert cast.init_report is None
     started(cast, x, y, batch_size=4)
     sparse = kernels_of(cast)
@@ -281,7 +240,7 @@ def test_a_start_is_sparsify_on_the_first_rows(init):
     started(cast, x[20:], y[20:], batch_size=4)
     assert_same(kernels_of(cast), sparse)
 
-    cast.fit(x, y, batch_size=4, epochs=2, verbose=0)
+    fit(cast, (x, y), epochs=2)
     final = weights_of(cast.finalize())
     kwm.assert_sparse(model, "2:4")
     kernels = [w for w in final if w.ndim == 2]
@@ -292,17 +251,16 @@ def test_a_start_is_sparsify_on_the_first_rows(init):
 
 def test_a_start_whose_mask_goes_on_changing():
     x, y = make_data(40)
-    cast = kwm.CAST(make_mlp(), init="sparsegpt", scaling_groups=0)
-    cast.compile(
-        kwm.AdamS(3e-2, decay="relative", ramp=0.5, criterion="activation"),
-        loss=cross_entropy(),
+    optimizer = kwm.AdamS(
+        3e-2, decay="relative", ramp=0.5, criterion="activation"
     )
+    cast = compiled(optimizer, init="sparsegpt", scaling_groups=0)
     _, importance = started(cast, x, y, batch_size=4, epochs=4)
     # Of the sparse model's inputs, where the first layer sees the data.
     expected = np.sqrt((x[:32] ** 2).mean(axis=0))
     np.testing.assert_allclose(importance[0], expected, rtol=1e-5)
     before = [numpy(t.variable) != 0 for t in cast.targets]
-    cast.fit(x, y, batch_size=4, epochs=4, verbose=0)
+    fit(cast, (x, y), epochs=4)
     sparse = cast.finalize()
     kwm.assert_sparse(sparse, "2:4")
     after = [w != 0 for w in weights_of(sparse) if w.ndim == 2]
@@ -310,33 +268,26 @@ def test_a_start_whose_mask_goes_on_changing():
 
 
 def test_a_start_is_in_the_checkpoint(tmp_path):
-    x, y = make_data()
     path = tmp_path / "start.weights.h5"
-
-    def make():
-        return compiled_cast(init="sparsegpt")
-
-    cast = make()
-    started(cast, x, y, batch_size=4, epochs=2)
+    cast = compiled(init="sparsegpt")
+    started(cast, *make_data(), batch_size=4, epochs=2)
     cast.save_weights(path)
-    fit = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
-    cast.fit(x, y, **fit)
-    whole = weights_of(cast)
-    cast = make()
-    cast.load_weights(path)
-    cast.fit(x, y, **fit)
-    assert_same(weights_of(cast), whole)
-    assert cast.init_report is None
+    fit(cast, epochs=2)
+    resumed = compiled(init="sparsegpt")
+    resumed.load_weights(path)
+    fit(resumed, epochs=2)
+    assert_same(weights_of(resumed), weights_of(cast))
+    assert resumed.init_report is None
 
 
 def test_a_start_that_fails_leaves_the_model_alone():
     x, y = make_data()
-    cast = compiled_cast(init="sparsegpt")
+    cast = compiled(init="sparsegpt")
     before = weights_of(cast.student)
     with pytest.raises(ValueError, match="finite"):
-        cast.fit(np.full_like(x, np.nan), y, batch_size=4, verbose=0)
+        fit(cast, (np.full_like(x, np.nan), y))
     assert_same(weights_of(cast.student), before)
-    cast.fit(x, y, batch_size=4, verbose=0)
+    fit(cast)
     kwm.assert_sparse(cast.finalize(), "2:4")
 
 
@@ -411,12 +362,13 @@ def test_a_frozen_kernel_stays_dense():
 def test_wrong_compile_and_order():
     x, y = make_data()
     cast = kwm.CAST(make_mlp())
-    with pytest.raises(ValueError, match="`AdamS`"):
-        cast.compile("adam", loss=cross_entropy())
-    with pytest.raises(ValueError, match="`AdamS`"):
-        cast.compile(keras.optimizers.Adam(), loss=cross_entropy())
-    with pytest.raises(ValueError, match=r"`AdamS` of pattern .2:4"):
-        cast.compile(kwm.AdamS(pattern="1:4"), loss=cross_entropy())
+    for optimizer in (
+        "adam",
+        keras.optimizers.Adam(),
+        kwm.AdamS(pattern="1:4"),
+    ):
+        with pytest.raises(ValueError, match=r"`AdamS` of pattern .2:4"):
+            cast.compile(optimizer, loss=cross_entropy())
     with pytest.raises(ValueError, match="`loss`"):
         cast.compile()
     with pytest.raises(ValueError, match="compile"):
@@ -440,36 +392,30 @@ def test_wrong_compile_and_order():
 @pytest.mark.parametrize("scaling_groups", [0, 2])
 def test_finalize_multiplies_the_pruned_weights(pattern, scaling_groups):
     model = make_mlp()
-    cast = kwm.CAST(model, pattern, scaling_groups=scaling_groups)
-    cast.compile(loss=cross_entropy())
+    cast = compiled(model=model, pattern=pattern, scaling_groups=scaling_groups)
     rng = np.random.default_rng(0)
     x, y = make_data()
     started(cast, x, y, epochs=4)
     # As after a training: any weights, scales, masks and steps.
-    kernels, expected = [], []
-    for variable, _, _ in cast.adam_s.sparsified_state:
+    masks, expected = [], []
+    for target, (variable, _, bits) in zip(
+        cast.targets, cast.adam_s.sparsified_state, strict=True
+    ):
         w = rng.normal(size=variable.shape).astype("float32")
         variable.assign(w)
-        kernels.append(w)
-    n, m = kwm.ops.parse_pattern(pattern)
-    masks = [np.asarray(numpy(kwm.ops.nm_mask(w, (n, m), 0))) for w in kernels]
-    for (_, _, bits), mask in zip(
-        cast.adam_s.sparsified_state, masks, strict=True
-    ):
+        mask = numpy(kwm.ops.nm_mask(w, pattern, 0))
         bits.assign(kwm.ops.pack_bits(mask))
-    assert_same(cast.adam_s.masks, masks)
-    cast.adam_s.iterations.assign(16)
-    for target, w, mask in zip(cast.targets, kernels, masks, strict=True):
+        masks.append(mask)
         scale = np.ones((1, w.shape[1]), "float32")
         if scaling_groups:
             scale = rng.normal(size=(2, w.shape[1])).astype("float32")
             target.layer.trainable_weights[-1].assign(scale)
         expected.append(w * mask * np.repeat(scale, len(w) // len(scale), 0))
+    assert_same(cast.adam_s.masks, masks)
+    cast.adam_s.iterations.assign(16)
     sparse = cast.finalize()
     assert sparse is model
-    for layer, w in zip(
-        (model.layers[0], model.layers[-1]), expected, strict=True
-    ):
+    for layer, w in zip(model.layers, expected, strict=True):
         assert type(layer) is keras.layers.Dense
         np.testing.assert_allclose(numpy(layer.kernel), w, rtol=1e-6)
     kwm.assert_sparse(model, pattern)
@@ -480,11 +426,9 @@ def test_finalize_multiplies_the_pruned_weights(pattern, scaling_groups):
 
 def test_finalize_folds_the_scales_alone():
     model = sequential((8,), keras.layers.Dense(8), kwm.CompanderDense(4))
-    x, y = make_data()
-    cast = kwm.CAST(model, targets=model.layers[0])
+    cast = compiled(model=model, targets=model.layers[0])
     assert [t.layer for t in cast.targets] == [model.layers[0]]
-    cast.compile(loss=cross_entropy())
-    cast.fit(x, y, batch_size=4, verbose=0)
+    fit(cast)
     assert cast.report is None
     cast.finalize()
     assert type(model.layers[0]) is keras.layers.Dense
@@ -493,11 +437,9 @@ def test_finalize_folds_the_scales_alone():
 
 def test_predict_and_evaluate_follow_finalize():
     x, y = make_data()
-    cast = kwm.CAST(make_mlp())
-    cast.compile(
-        kwm.AdamS(0.05, decay="relative", ramp=1.0), loss=cross_entropy()
-    )
-    cast.fit(x, y, batch_size=8, epochs=2, verbose=0)
+    optimizer = kwm.AdamS(0.05, decay="relative", ramp=1.0)
+    cast = compiled(optimizer, teacher="self")
+    fit(cast, epochs=2)
     cast.predict(x, verbose=0)
     cast.evaluate(x, y, verbose=0)
     sparse = cast.finalize()
@@ -538,17 +480,13 @@ STEPS = 16
 def resumable():
     keras.utils.set_random_seed(0)
     dropout = keras.layers.Dropout(0.25)
-    dense = keras.layers.Dense(16, "relu"), keras.layers.Dense(4)
-    cast = kwm.CAST(sequential((8,), dense[0], dropout, dense[1]))
-    cast.compile(loss=cross_entropy())
-    return cast
+    first, last = keras.layers.Dense(16, "relu"), keras.layers.Dense(4)
+    model = sequential((8,), first, dropout, last)
+    return compiled(model=model, teacher="self")
 
 
 def run(cast, **kwargs):
-    x, y = make_data()
-    cast.fit(
-        x, y, batch_size=16, epochs=STEPS, shuffle=False, verbose=0, **kwargs
-    )
+    fit(cast, batch_size=16, epochs=STEPS, **kwargs)
     return weights_of(cast) + [numpy(v) for v in cast.optimizer.variables]
 
 
@@ -574,19 +512,12 @@ def test_a_resumed_run_is_the_same(tmp_path):
     cast.load_weights(tmp_path / "end.weights.h5")
     assert_same(weights_of(cast.finalize()), final)
 
-    backup = tmp_path / "backup"
-    cast = resumable()
+    backup, restore = (
+        keras.callbacks.BackupAndRestore(tmp_path / "backup") for _ in range(2)
+    )
     with pytest.raises(Interrupted):
-        run(
-            cast,
-            callbacks=[
-                keras.callbacks.BackupAndRestore(backup),
-                Interrupt(epoch=6),
-            ],
-        )
-    cast = resumable()
-    restore = keras.callbacks.BackupAndRestore(backup)
-    assert_same(run(cast, callbacks=[restore]), whole)
+        run(resumable(), callbacks=[backup, Interrupt(epoch=6)])
+    assert_same(run(resumable(), callbacks=[restore]), whole)
 
 
 def test_interrupted_in_the_middle_of_an_epoch(tmp_path):
@@ -598,19 +529,14 @@ def test_interrupted_in_the_middle_of_an_epoch(tmp_path):
             if steps_of(self.model) == 9:
                 self.model.save_weights(path)
 
-    def fit(cast, x, y, **kwargs):
-        cast.fit(
-            x, y, batch_size=4, epochs=3, shuffle=False, verbose=0, **kwargs
-        )
-
     cast = resumable()
-    fit(cast, x, y, callbacks=[Save()])
+    fit(cast, (x, y), epochs=3, callbacks=[Save()])
     whole = weights_of(cast)
     cast = resumable()
     cast.load_weights(path)
     keras.utils.set_random_seed(5)
-    fit(cast, x[12:], y[12:], initial_epoch=2)
-    fit(cast, x, y, initial_epoch=2)
+    fit(cast, (x[12:], y[12:]), epochs=3, initial_epoch=2)
+    fit(cast, (x, y), epochs=3, initial_epoch=2)
     assert_same(weights_of(cast), whole)
 
 
@@ -633,9 +559,8 @@ def test_a_random_state_that_does_not_fit(state):
 
 def test_a_checkpoint_with_loss_scaling(tmp_path):
     def scaled():
-        cast = kwm.CAST(make_mlp(dtype="mixed_float16"))
-        cast.compile(loss=cross_entropy())
-        return cast
+        model = make_mlp(dtype="mixed_float16")
+        return compiled(model=model, teacher="self")
 
     rng = np.random.default_rng(0)
     cast = scaled()
@@ -647,10 +572,10 @@ def test_a_checkpoint_with_loss_scaling(tmp_path):
     restored = scaled()
     restored.load_weights(tmp_path / "scaled.weights.h5")
     assert restored.adam_s.total_steps == cast.adam_s.total_steps == 8
-    for a, b in zip(
-        cast.optimizer.variables, restored.optimizer.variables, strict=True
-    ):
-        np.testing.assert_array_equal(numpy(a), numpy(b))
+    states = [
+        list(map(numpy, each.optimizer.variables)) for each in (restored, cast)
+    ]
+    assert_same(*states)
 
 
 @pytest.mark.parametrize("globally", [False, True])
@@ -661,22 +586,14 @@ def test_mixed_float16(globally):
         if globally:
             keras.config.set_dtype_policy("mixed_float16")
         model = make_mlp(dtype=None if globally else "mixed_float16")
-        cast = kwm.CAST(model)
-        cast.compile(loss=cross_entropy())
+        cast = compiled(model=model, teacher="self")
     finally:
         keras.config.set_dtype_policy(before)
     assert isinstance(cast.optimizer, keras.optimizers.LossScaleOptimizer)
     if globally:
         assert started(cast, x, y, epochs=4)[0] == 4
         return
-    history = cast.fit(
-        x,
-        y,
-        batch_size=4,
-        epochs=4,
-        callbacks=[kwm.SparsityMonitor()],
-        verbose=0,
-    ).history
+    history = fit(cast, epochs=4, callbacks=[kwm.SparsityMonitor()])
     assert np.isfinite(history["loss"]).all()
     assert history["kept_share"][-1] == pytest.approx(1.0, abs=1e-3)
     kwm.assert_sparse(cast.finalize(), "2:4")

@@ -6,8 +6,21 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from tests.models import assert_same, numpy, token_net, two_heads, weights_of
-from tests.sparsity.casts import cross_entropy, make_data, make_mlp
+from tests.models import (
+    assert_same,
+    numpy,
+    sequential,
+    token_net,
+    two_heads,
+    weights_of,
+)
+from tests.sparsity.casts import (
+    compiled,
+    cross_entropy,
+    fit,
+    make_data,
+    make_mlp,
+)
 
 # Most runs here are too short for the published pull, and say so.
 pytestmark = pytest.mark.filterwarnings("ignore:AdamS. this schedule")
@@ -23,10 +36,7 @@ def reference_losses(student, teacher, y, weight, temperature):
 
     rows = log_softmax(student)
     entropy = -np.take_along_axis(rows, y[..., None], axis=-1)[..., 0]
-    p, q = (
-        log_softmax(teacher / temperature),
-        log_softmax(student / temperature),
-    )
+    p, q = (log_softmax(z / temperature) for z in (teacher, student))
     kl = temperature**2 * (np.exp(p) * (p - q)).sum(axis=-1)
     return (entropy * weight).mean(), (kl * weight).mean()
 
@@ -34,8 +44,8 @@ def reference_losses(student, teacher, y, weight, temperature):
 @pytest.mark.parametrize("mask_zero", [False, True])
 def test_both_losses_honour_weights_and_masks(mask_zero):
     model = token_net(mask_zero=mask_zero)
-    cast = kwm.CAST(model, distillation_weight=0.25, temperature=2.0)
-    cast.compile(loss=cross_entropy())
+    options = {"distillation_weight": 0.25, "temperature": 2.0}
+    cast = compiled(model=model, teacher="self", **options)
     rng = np.random.default_rng(0)
     x = rng.integers(0, 20, size=(3, 5))
     x[:, -1] = 0
@@ -43,9 +53,7 @@ def test_both_losses_honour_weights_and_masks(mask_zero):
     weight = rng.uniform(0, 2, size=(3, 5)).astype("float32")
     taught = numpy(model(x))
     for variable in model.trainable_variables:
-        variable.assign_add(
-            rng.normal(size=variable.shape).astype("float32") * 0.5
-        )
+        variable.assign_add(rng.normal(size=variable.shape) * 0.5)
     total = weight.astype("float64")
     if mask_zero:
         # Keras takes the mean over what is not masked.
@@ -53,9 +61,8 @@ def test_both_losses_honour_weights_and_masks(mask_zero):
     y_pred = cast(x, training=True)
     entropy, kl = reference_losses(numpy(y_pred), taught, y, total, 2.0)
     loss = cast.compute_loss(x, y, y_pred, weight)
-    assert float(numpy(loss)) == pytest.approx(
-        0.75 * entropy + 0.25 * kl, rel=1e-5
-    )
+    expected = 0.75 * entropy + 0.25 * kl
+    assert float(numpy(loss)) == pytest.approx(expected, rel=1e-5)
     results = {m.name: float(m.result()) for m in cast.metrics if m.variables}
     assert results["student_loss"] == pytest.approx(entropy, rel=1e-5)
     assert results["distillation_loss"] == pytest.approx(kl, rel=1e-5)
@@ -63,8 +70,7 @@ def test_both_losses_honour_weights_and_masks(mask_zero):
 
 
 def test_positions_of_weight_zero_change_nothing(tmp_path):
-    cast = kwm.CAST(token_net())
-    cast.compile(loss=cross_entropy())
+    cast = compiled(model=token_net(), teacher="self")
     rng = np.random.default_rng(0)
     x = rng.integers(0, 10, size=(8, 6))
     y = rng.integers(4, size=(8, 6))
@@ -76,15 +82,7 @@ def test_positions_of_weight_zero_change_nothing(tmp_path):
 
     def train(x, y):
         cast.load_weights(start)
-        cast.fit(
-            x,
-            y,
-            sample_weight=weight,
-            batch_size=4,
-            epochs=6,
-            shuffle=False,
-            verbose=0,
-        )
+        fit(cast, (x, y), sample_weight=weight, epochs=6)
         return weights_of(cast) + [numpy(v) for v in cast.optimizer.variables]
 
     clean = train(x, y)
@@ -101,29 +99,20 @@ def test_the_models_own_losses_count_once():
     hidden = keras.layers.Dense(
         8, activity_regularizer="l2", kernel_regularizer="l2"
     )(inputs)
-    outputs = {
-        "a": keras.layers.Dense(4, name="a")(hidden),
-        "b": keras.layers.Dense(4, name="b")(hidden),
-    }
-    model = keras.Model(inputs, outputs)
+    heads = {name: keras.layers.Dense(4, name=name)(hidden) for name in "ab"}
+    model = keras.Model(inputs, heads)
     cast = kwm.CAST(model, distillation_weight=0.5)
     cast.compile(loss={"a": cross_entropy(), "b": cross_entropy()})
     x, label = make_data(4)
     y = {"a": label, "b": label[::-1]}
-    weight = {
-        "a": np.array([1, 0, 1, 1], "float32"),
-        "b": np.array([0, 0, 0, 2], "float32"),
-    }
+    weight = {"a": np.float32([1, 0, 1, 1]), "b": np.float32([0, 0, 0, 2])}
     for _ in range(2):
         y_pred = cast(x, training=True)
         loss = cast.compute_loss(x, y, y_pred, weight)
-    predicted = {k: numpy(v) for k, v in y_pred.items()}
-    expected = sum(
-        reference_losses(
-            predicted[k], predicted[k], y[k].astype("int64"), weight[k], 1.0
-        )[0]
-        for k in y
-    )
+    expected = 0
+    for k, label in y.items():
+        z = numpy(y_pred[k])
+        expected += reference_losses(z, z, label, weight[k], 1.0)[0]
     own = sum(float(numpy(v)) for v in model.losses)
     assert len(model.losses) == 2
     assert float(numpy(loss)) == pytest.approx(0.5 * (expected + own), rel=1e-5)
@@ -139,7 +128,7 @@ def test_losses_and_metrics_by_name(as_dict):
         metrics={"a": ["accuracy"]},
     )
     labels = {"z": y, "a": y[::-1]}
-    history = cast.fit(x, labels, batch_size=8, verbose=0).history
+    history = fit(cast, (x, labels))
     assert {"a_accuracy", "a_loss", "z_loss"} <= set(history)
 
 
@@ -161,15 +150,14 @@ def test_outputs_are_paired_by_name(as_dict):
 
 def test_the_teacher_is_the_frozen_start():
     model = make_mlp()
-    x, y = make_data()
+    x, _ = make_data()
     start = numpy(model(x))
-    cast = kwm.CAST(model)
-    cast.compile(loss=cross_entropy())
+    cast = compiled(model=model, teacher="self")
     frozen = model.layers[-1]
     frozen_bias = numpy(frozen.bias)
     # Freezing after the copy was taken moves variables to another list.
     frozen.bias.trainable = False
-    cast.fit(x, y, batch_size=8, epochs=3, verbose=0)
+    fit(cast, epochs=3)
     np.testing.assert_array_equal(numpy(cast.teacher(x)), start)
     np.testing.assert_array_equal(numpy(frozen.bias), frozen_bias)
     assert np.abs(numpy(model(x)) - start).max() > 1e-4
@@ -192,12 +180,11 @@ def test_the_memory_of_the_teacher():
 
 def test_another_model_as_teacher():
     teacher = make_mlp(seed=5, name="teacher")
-    x, y = make_data()
     before = weights_of(teacher)
-    cast = kwm.CAST(make_mlp(), teacher=teacher, distillation_weight=1.0)
+    optimizer = kwm.AdamS(1e-2, decay="relative")
+    cast = compiled(optimizer, teacher=teacher, distillation_weight=1.0)
     assert cast.teacher is teacher
-    cast.compile(kwm.AdamS(1e-2, decay="relative"), loss=cross_entropy())
-    history = cast.fit(x, y, batch_size=16, epochs=20, verbose=0).history
+    history = fit(cast, batch_size=16, epochs=20)
     assert_same(weights_of(teacher), before)
     losses = history["distillation_loss"]
     assert losses[-1] < losses[0]
@@ -207,14 +194,13 @@ def test_another_model_as_teacher():
 
 @pytest.mark.parametrize("ending", ["softmax", "Softmax", "one unit", None])
 def test_outputs_that_are_no_logits(ending, recwarn):
-    inputs = keras.Input((8,))
-    outputs = keras.layers.Dense(
-        1 if ending == "one unit" else 4,
-        activation="softmax" if ending == "softmax" else None,
-    )(inputs)
-    if ending == "Softmax":
-        outputs = keras.layers.Softmax()(outputs)
-    model = keras.Model(inputs, outputs)
+    last = {
+        "softmax": keras.layers.Dense(4, activation="softmax"),
+        "Softmax": keras.layers.Softmax(),
+        "one unit": keras.layers.Dense(1),
+        None: keras.layers.Dense(4),
+    }[ending]
+    model = sequential((8,), keras.layers.Dense(4), last)
     kwm.CAST(model, teacher=None, scaling_groups=0)
     assert not [w for w in recwarn if "logits" in str(w.message)]
     kwm.CAST(model)
@@ -240,21 +226,15 @@ class TwoOfOneName(keras.layers.Layer):
 
 
 def test_gradients_do_not_add_up():
-    inputs = keras.Input((8,))
-    outputs = TwoOfOneName(name="two")(inputs)
-    model = keras.Model(inputs, keras.layers.Dense(4)(outputs))
+    model = sequential((8,), TwoOfOneName(name="two"), keras.layers.Dense(4))
     paths = [v.path for v in model.trainable_variables]
     assert len(set(paths)) < len(paths)
-    cast = kwm.CAST(model)
     # The first moment is the gradient, and the weights do not move.
-    cast.compile(
-        kwm.AdamS(0.0, beta_1=0.0, l1=1e-9, total_steps=4),
-        loss=cross_entropy(),
-    )
-    x, y = make_data(8)
+    optimizer = kwm.AdamS(0.0, beta_1=0.0, l1=1e-9, total_steps=4)
+    cast = compiled(optimizer, model, teacher="self")
     gradients = []
     for _ in range(2):
-        cast.fit(x, y, batch_size=8, verbose=0)
+        fit(cast, make_data(8), batch_size=8)
         gradients.append([numpy(v) for v in cast.adam_s._momentums])
     for first, second in zip(*gradients, strict=True):
         assert np.abs(first).max() > 0
