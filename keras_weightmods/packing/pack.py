@@ -2,7 +2,6 @@
 
 import collections
 import math
-import re
 from typing import Any
 
 import keras
@@ -10,12 +9,13 @@ from keras import ops
 
 from keras_weightmods import native
 from keras_weightmods.core import keras_private, seam
-from keras_weightmods.core.targets import Target, resolve_targets
+from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from keras_weightmods.packing import packed_dense, packed_embedding
 from keras_weightmods.packing.packed_parameters import PackedParameters
 from keras_weightmods.packing.report import PackedWeight, PackReport
+from keras_weightmods.saving.container import numpy_dtype
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Skipped
 
@@ -100,37 +100,34 @@ def pack(
     shared = _shared_variables(model)
     kernels, left = _sort_out(resolved, packed_dense.reason_to_skip, shared)
     skipped = [*resolved.skipped, *left]
-    tables: list[Target] = []
+    tables: list[Any] = []
     if head is not None:
         found = packed_embedding.find_embeddings(model)
         tables, left = _sort_out(found, packed_embedding.reason_to_skip, shared)
         paths = {target.path for target in found}
         skipped = [s for s in skipped if s.path not in paths] + left
     if not tables and (head is not None or not kernels):
+        missing = "kernel" if head is None else "tied embedding and head"
+        reasons = "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped)
         raise ValueError(
-            "The model has no "
-            + ("kernel" if head is None else "tied embedding and head")
-            + f" that can be packed. Received: model={model.name!r}, skipped: "
-            + "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped)
+            f"The model has no {missing} that can be packed. Received: "
+            f"model={model.name!r}, skipped: {reasons}"
         )
     items = [
-        *(
-            packed_dense.packed_kernel(t, dtype or _lossless(t), trainable)
-            for t in kernels
-        ),
-        *map(packed_embedding.embedding_class(), tables),
+        packed_dense.packed_kernel(t, dtype or _lossless(t), trainable)
+        for t in kernels
     ]
-    seam.check_unattached(model, items)
-    _check_kernels(items[: len(kernels)])
-    _check_finite(item for item in items if item.value_dtype == "int8")
+    embeddings = list(map(packed_embedding.packed_embedding, tables))
+    seam.check_unattached(model, [*items, *embeddings])
+    _check_kernels(items)
+    items += embeddings
+    _check_finite(items)
     reason = reason_for_dense()
     if reason:
         native.warn_dense(reason)
     before = _model_bytes(model)
     seam.attach(model, items, drop_optimizer=True)
-    return PackReport(
-        tuple(map(_row, items)), tuple(skipped), before, _model_bytes(model)
-    )
+    return _report(model, items, skipped, before)
 
 
 def unpack(model: keras.layers.Layer) -> PackReport:
@@ -168,7 +165,7 @@ def unpack(model: keras.layers.Layer) -> PackReport:
     checks.check_model(model)
     before = _model_bytes(model)
     items = seam.fold(model, PackedParameters)
-    return PackReport(tuple(map(_row, items)), (), before, _model_bytes(model))
+    return _report(model, items, (), before)
 
 
 def _sort_out(targets: Any, reason_to_skip: Any, shared: set[int]) -> Any:
@@ -188,16 +185,14 @@ def _sort_out(targets: Any, reason_to_skip: Any, shared: set[int]) -> Any:
 def _shared_variables(model: Any) -> set[int]:
     """Ids of the variables that several layers hold as their own."""
     held = collections.Counter(
-        id(variable)
+        key
         for layer in keras_private.layers_of(model)
-        for variable in {
-            id(v): v for v in keras_private.own_variables(layer)
-        }.values()
+        for key in {id(v) for v in keras_private.own_variables(layer)}
     )
     return {key for key, count in held.items() if count > 1}
 
 
-def _lossless(target: Target) -> str:
+def _lossless(target: Any) -> str:
     return "bfloat16" if target.variable.dtype == "bfloat16" else "float32"
 
 
@@ -205,30 +200,25 @@ def _check_kernels(items: list[Any]) -> None:
     bad = []
     for item in items:
         target = item.target
-        packed_dense.check_values(item.value_dtype, item.trainable)
         constraint = target.variable.constraint
-        if (
-            item.trainable
-            and constraint is not None
-            and not getattr(constraint, "keeps_pattern", False)
-        ):
+        keeps = constraint is None or getattr(
+            constraint, "keeps_pattern", False
+        )
+        if item.trainable and not keeps:
             raise ValueError(
                 "The values of a packed kernel cannot be trained under a "
                 f"constraint of the kernel. Received: {target.path!r} with "
                 f"the constraint {constraint!r}. Set its `constraint` to None."
             )
-        count = int(
-            nm_violations(target.variable.value, "2:4", target.contraction_axes)
-        )
+        kernel, axes = target.variable.value, target.contraction_axes
+        count = int(nm_violations(kernel, "2:4", axes))
         if count:
-            bad.append((count, target))
+            groups = math.prod(target.shape) // 4
+            line = f"{target.path} {target.shape}: {count:,} of {groups:,}"
+            bad.append((count, f"\n  {line} groups"))
     if bad:
-        bad.sort(key=lambda each: each[0], reverse=True)
-        listed = "".join(
-            f"\n  {target.path} {target.shape}: {count:,} of "
-            f"{math.prod(target.shape) // 4:,} groups"
-            for count, target in bad[:10]
-        )
+        bad.sort(reverse=True)
+        listed = "".join(line for _, line in bad[:10])
         raise ValueError(
             "The kernels must be exactly 2:4, at most two nonzeros in each "
             f"group of four along the contraction. Received: {len(bad)} of "
@@ -241,35 +231,35 @@ def _check_kernels(items: list[Any]) -> None:
 def _check_finite(items: Any) -> None:
     for item in items:
         value = item.target.variable.value
-        if not bool(ops.all(ops.isfinite(value))):
+        is_finite = item.value_dtype != "int8" or ops.all(ops.isfinite(value))
+        if not bool(is_finite):
             raise ValueError(
                 "int8 values need finite weights. Received: "
                 f"{item.target.path!r}, which holds NaN or infinity."
             )
 
 
-def _row(item: Any) -> PackedWeight:
-    variable = item.target.variable
-    size = math.prod(item.target.shape)
-    return PackedWeight(
-        item.target.path,
-        item.target.shape,
-        item.value_dtype,
-        size * _item_bytes(variable.dtype),
-        sum(
-            math.prod(shape) * _item_bytes(dtype)
-            for shape, dtype in item.saved_arrays().values()
-        ),
+def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
+    weights = tuple(
+        PackedWeight(
+            item.target.path,
+            item.target.shape,
+            item.value_dtype,
+            _bytes([(item.target.shape, item.dtype)]),
+            _bytes(item.saved_arrays().values()),
+        )
+        for item in items
     )
+    return PackReport(weights, tuple(skipped), before, _model_bytes(model))
 
 
 def _model_bytes(model: Any) -> int:
+    return _bytes((weight.shape, weight.dtype) for weight in model.weights)
+
+
+def _bytes(arrays: Any) -> int:
+    """The size of arrays, given as pairs of a shape and a dtype."""
     return sum(
-        math.prod(variable.shape) * _item_bytes(variable.dtype)
-        for variable in model.weights
+        math.prod(shape) * int(numpy_dtype(dtype).itemsize)
+        for shape, dtype in arrays
     )
-
-
-def _item_bytes(dtype: str) -> int:
-    bits = re.search(r"\d+", dtype)
-    return int(bits.group()) // 8 if bits else 1

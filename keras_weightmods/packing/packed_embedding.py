@@ -22,7 +22,10 @@ from keras_weightmods.ops.sparse_matmul import (
     reason_for_dense,
     sparse_matmul,
 )
-from keras_weightmods.packing.packed_parameters import PackedParameters
+from keras_weightmods.packing.packed_parameters import (
+    HeldDense,
+    PackedParameters,
+)
 
 # Places 0 and 1 in each of the eight groups of a word.
 _PLACES = 0x44444444
@@ -42,7 +45,7 @@ def find_embeddings(model):
     ]
 
 
-def reason_to_skip(target: Any) -> str | None:
+def reason_to_skip(target):
     """Return why a table cannot be packed; None if it can."""
     layer = target.layer
     if type(layer).call is not keras.layers.ReversibleEmbedding.call:
@@ -56,12 +59,12 @@ def reason_to_skip(target: Any) -> str | None:
     return seam.reason_to_skip(target)
 
 
-def embedding_class() -> type:
-    """Return the class of packed embeddings to use here."""
+def packed_embedding(target):
+    """Return the `PackedEmbedding` of a target, of the class to use here."""
     # On a GPU nothing multiplies by a packed table at any number of rows.
     on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
-    dense = on_gpu or reason_for_dense()
-    return UnpackedEmbedding if dense else PackedEmbedding
+    is_dense = on_gpu or reason_for_dense()
+    return (UnpackedEmbedding if is_dense else PackedEmbedding)(target)
 
 
 class _FrozenEmbedding:
@@ -98,42 +101,31 @@ class PackedEmbedding(PackedParameters):
     name = "int8_embedding"
     mixin: type | None = _PackedEmbeddingCall
     value_dtype = "int8"
+    make = staticmethod(packed_embedding)
+    reason_to_skip = staticmethod(reason_to_skip)
 
     def __init__(self, target):
         super().__init__(target)
         self.vocabulary, self.width = target.shape
         # An odd width gets a column of zeros.
         self.matrix_shape = (4 * -(-self.width // 2), self.vocabulary)
+        self.arrays = packed_arrays(self.matrix_shape, "int8")
         self.packed: Any = None
-
-    @classmethod
-    def from_config(cls, target, config):
-        reason = reason_to_skip(target)
-        if reason is not None or config:
-            raise ValueError(
-                f"{target.path!r} cannot be packed: {reason or config}"
-            )
-        item = embedding_class()(target)
-        item.is_empty = True
-        return item
 
     def create_parameters(self, add_weight):
         arrays = {}
         if not self.is_empty:
             arrays = self._pack(*_quantize(self.target.variable))
-        for name, spec in self._arrays().items():
+        for name, spec in self.arrays.items():
             self.add(add_weight, name, spec, arrays.get(name))
-        values, meta, scale = self.parameters
-        self.packed = Packed(values, meta, scale, self.matrix_shape, "int8")
+        self.packed = Packed(
+            *self.parameters, shape=self.matrix_shape, dtype="int8"
+        )
 
     def effective(self, stored):
-        del stored
-        values, _, scale = self.parameters
-        scale = ops.reshape(scale, (-1, 1))
-        table = ops.transpose(values, (0, 3, 1, 4, 2))
-        table = ops.reshape(table, (scale.shape[0], -1))
-        table = ops.multiply(ops.cast(table, "float32"), scale)
-        return ops.cast(table[: self.vocabulary, : self.width], self.dtype)
+        table, scale = self._table()
+        table = ops.cast(table, "float32") * ops.expand_dims(scale, 1)
+        return ops.cast(table, self.dtype)
 
     def rows(self, indices):
         """Look up rows: float32 of shape (..., dim)."""
@@ -141,9 +133,8 @@ class PackedEmbedding(PackedParameters):
         _, blocks, planes, columns, run = values.shape
         indices = ops.expand_dims(ops.cast(indices, "int32"), -1)
         block = ops.floor_divide(indices, columns)
-        places = block * (blocks * planes) + ops.arange(
-            blocks * planes, dtype="int32"
-        )
+        places = ops.arange(blocks * planes, dtype="int32")
+        places = block * (blocks * planes) + places
         places = places * columns + ops.mod(indices, columns)
         found = ops.take(ops.reshape(values, (-1, run)), places, axis=0)
         leading = ops.shape(indices)[:-1]
@@ -169,25 +160,26 @@ class PackedEmbedding(PackedParameters):
         }
 
     def saved(self):
-        values, _, scale = map(ops.convert_to_numpy, self.parameters)
-        table = values.transpose(0, 3, 1, 4, 2).reshape(scale.size, -1)
-        return {
-            "embeddings_values": table[: self.vocabulary, : self.width],
-            "embeddings_scale": scale.reshape(-1)[: self.vocabulary],
-        }
+        return dict(
+            zip(self.saved_arrays(), map(ops.convert_to_numpy, self._table()))
+        )
 
     def load(self, saved):
         arrays = self._pack(*(saved[key] for key in self.saved_arrays()))
-        for parameter, name in zip(self.parameters, self._arrays()):
+        for parameter, name in zip(self.parameters, self.arrays):
             parameter.assign(arrays[name])
 
-    def _arrays(self):
-        return packed_arrays(self.matrix_shape, "int8")
+    def _table(self):
+        """Return the table (vocabulary, dim) of int8, and its scales."""
+        values, _, scale = self.parameters
+        scale = ops.reshape(scale, (-1,))
+        table = ops.transpose(values, (0, 3, 1, 4, 2))
+        table = ops.reshape(table, (scale.shape[0], -1))
+        return table[: self.vocabulary, : self.width], scale[: self.vocabulary]
 
     def _pack(self, table, scale):
         """Return the packed arrays of a table (vocabulary, dim) of int8."""
-        shapes = self._arrays()
-        (columns, blocks, planes, width, run), _ = shapes["values"]
+        (columns, blocks, planes, width, run), _ = self.arrays["values"]
         padded = np.zeros((columns * width, blocks * planes * run), np.int8)
         padded[: self.vocabulary, : self.width] = table
         values = padded.reshape(columns, width, blocks, run, planes)
@@ -195,13 +187,13 @@ class PackedEmbedding(PackedParameters):
         scales[: self.vocabulary] = scale
         return {
             "values": np.ascontiguousarray(values.transpose(0, 2, 4, 1, 3)),
-            "meta": np.full(shapes["meta"][0], _PLACES, np.int32),
+            "meta": np.full(self.arrays["meta"][0], _PLACES, np.int32),
             "scale": scales.reshape(columns, width),
         }
 
 
-class UnpackedEmbedding(PackedEmbedding):
-    """The table where nothing can multiply by it: rounded, and held dense."""
+class UnpackedEmbedding(HeldDense, PackedEmbedding):
+    """A packed table where nothing can multiply by it: held dense."""
 
     mixin = _FrozenEmbedding
 
@@ -214,17 +206,10 @@ class UnpackedEmbedding(PackedEmbedding):
         self.add(add_weight, "unpacked", spec, table, autocast=True)
         self.add(add_weight, "scale", ((self.vocabulary,), "float32"), scale)
 
-    def effective(self, stored):
-        del stored
-        return ops.convert_to_tensor(self.parameters[0])
-
     def saved(self):
         table, scale = map(ops.convert_to_numpy, self.parameters)
         steps = np.rint(table.astype("float32") / scale[:, None])
-        return {
-            "embeddings_values": steps.astype(np.int8),
-            "embeddings_scale": scale,
-        }
+        return dict(zip(self.saved_arrays(), (steps.astype(np.int8), scale)))
 
     def load(self, saved):
         table, scale = (saved[key] for key in self.saved_arrays())

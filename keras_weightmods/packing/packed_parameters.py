@@ -10,38 +10,60 @@ from keras_weightmods.core.reparameterization import Reparameterization
 class PackedParameters(Reparameterization):
     """A weight whose parameters stand for it: the packed arrays.
 
+    Subclasses have `reason_to_skip(target)` and `make(target, **config)`,
+    which chooses the class to use here.
+
     Args:
         target: The `Target` to pack.
     """
 
     finish = "unpack(model)"
     keeps_stored = False
-    value_dtype: str
+    make: Any
+    reason_to_skip: Any
+
+    @classmethod
+    def from_config(cls, target, config):
+        reason = cls.reason_to_skip(target)
+        if reason is not None:
+            raise ValueError(f"{target.path!r} cannot be packed: {reason}")
+        try:
+            item = cls.make(target, **config)
+        except TypeError as error:
+            raise ValueError(
+                f"{target.path!r} cannot be packed with the config {config!r}"
+            ) from error
+        item.is_empty = True
+        return item
 
     def key(self, name):
         """Return the name of the parameter that holds the array `name`."""
         return f"{self.target.attribute}_{name}"
 
-    def add(self, add_weight, name, spec, array=None, **kwargs: Any):
+    def add(self, add_weight, name, spec, array=None, **kwargs):
         """Add a parameter of `spec`, a shape and a dtype; zeros for None."""
+
+        def initializer(shape, dtype):
+            return ops.convert_to_tensor(array, dtype)
+
         # In half precision, what was packed would change.
         arguments = {"trainable": False, "autocast": False, **kwargs}
-        shape, dtype = spec
-        initializer = "zeros" if array is None else _Fixed(array)
         add_weight(
             name=self.key(name),
-            shape=shape,
-            dtype=dtype,
-            initializer=initializer,
+            shape=spec[0],
+            dtype=spec[1],
+            initializer="zeros" if array is None else initializer,
             **arguments,
         )
 
 
-class _Fixed:
-    """Initializer that returns an array."""
+class HeldDense(PackedParameters):
+    """What nothing can multiply by here: rounded alike, and held dense."""
 
-    def __init__(self, array):
-        self.array = array
+    mixin: type | None = None
 
-    def __call__(self, shape, dtype=None):
-        return ops.convert_to_tensor(self.array, dtype)
+    def effective(self, stored):
+        return ops.convert_to_tensor(self.parameters[0])
+
+    def folded(self):
+        return self.effective(None)

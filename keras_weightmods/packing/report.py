@@ -4,13 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from keras_weightmods.utils.report import (
-    Report,
-    Skipped,
-    Table,
-    shape_text,
-    size_text,
-)
+from keras_weightmods.utils import report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +28,7 @@ class PackedWeight:
 
 
 @dataclasses.dataclass(frozen=True)
-class PackReport(Report):
+class PackReport(report.Report):
     """What `pack` or `unpack` changed.
 
     Attributes:
@@ -45,7 +39,7 @@ class PackReport(Report):
     """
 
     weights: tuple[PackedWeight, ...]
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[report.Skipped, ...]
     model_bytes_before: int
     model_bytes: int
 
@@ -63,27 +57,27 @@ class PackReport(Report):
             "model_bytes": self.model_bytes,
         }
 
-    def tables(self) -> Iterable[Table]:
+    def tables(self) -> Iterable[report.Table]:
         rows = [
             (
                 weight.path,
-                shape_text(weight.shape),
+                report.shape_text(weight.shape),
                 weight.dtype,
                 *_sizes(weight.dense_bytes, weight.packed_bytes),
             )
             for weight in self.weights
         ]
         sums = self.totals["dense_bytes"], self.totals["packed_bytes"]
-        yield Table(
+        yield report.Table(
             f"{len(rows)} packed weights",
             ("weight", "shape", "values", "dense", "packed", "share"),
             tuple(rows),
             ("all", "", "", *_sizes(*sums)),
-            f"the model in memory: {size_text(self.model_bytes_before)} "
-            f"before, {size_text(self.model_bytes)} now",
+            f"the model in memory: {report.size_text(self.model_bytes_before)} "
+            f"before, {report.size_text(self.model_bytes)} now",
         )
 
 
 def _sizes(dense: int, packed: int) -> tuple[str, str, str]:
     share = packed / dense if dense else 1.0
-    return size_text(dense), size_text(packed), f"{share:.3f}"
+    return report.size_text(dense), report.size_text(packed), f"{share:.3f}"

@@ -1,7 +1,6 @@
 """Weight Compander (arXiv 2306.16993) as a reparameterization of kernels."""
 
 import dataclasses
-import math
 from typing import Any
 
 import keras
@@ -185,21 +184,13 @@ class Compander(Reparameterization):
         self.raised = False
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **self.settings(),
-            "outside": self.outside,
-            "raised": self.raised,
-        }
+        found = {"outside": self.outside, "raised": self.raised}
+        return self.settings() | found
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments, as a copy of the layer would take them."""
-        return {
-            "a": self.a,
-            "b": self.b,
-            "learnable": self.learnable,
-            "function": self.function,
-            "out_of_range": self.out_of_range,
-        }
+        names = "a", "b", "learnable", "function", "out_of_range"
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_config(cls, target: Any, config: Any) -> "Compander":
@@ -222,7 +213,13 @@ class Compander(Reparameterization):
             largest = float(ops.max(magnitudes))
             least_a = largest / self._limit(1.0, dtype)
             if self.out_of_range == "error":
-                raise ValueError(self._range_error(limit, largest, least_a))
+                raise ValueError(
+                    f"With `a={self.a}`, `b={self.b}` and `function="
+                    f"{self.function!r}` weights must be at most {limit:.4g} "
+                    f"in magnitude. Received: {self.outside} larger ones, up "
+                    f"to {largest:.4g}. Take `a` of at least {least_a:.4g}, "
+                    'or `out_of_range="raise_a"` or "clip".'
+                )
             if self.out_of_range == "raise_a":
                 self.a, self.raised = least_a, True
         return self._inverse(weight)
@@ -230,12 +227,16 @@ class Compander(Reparameterization):
     def create_parameters(self, add_weight: Any) -> None:
         if not self.learnable:
             return
+
+        def initializer(shape: Any, dtype: Any) -> Any:
+            # Not before: a fit that builds the layer raises `a` in between.
+            raw = np.sinh(np.log(2 * (np.array([self.a, self.b]) - _LEAST)))
+            return ops.convert_to_tensor(raw, dtype)
+
         add_weight(
             name=self._key(),
             shape=(2,),
-            initializer=lambda shape, dtype: ops.convert_to_tensor(
-                [_raw(self.a), _raw(self.b)], dtype
-            ),
+            initializer=initializer,
             # In half precision the steps near 1 are too coarse to train.
             dtype=keras.backend.result_type(self.dtype, "float32"),
         )
@@ -281,15 +282,9 @@ class Compander(Reparameterization):
             )
 
     def summary(self) -> CompandedKernel:
-        return CompandedKernel(
-            self.target.path,
-            tuple(self.target.shape),
-            self.function,
-            self.learnable,
-            self.outside,
-            self.raised,
-            self,
-        )
+        path, shape = self.target.path, tuple(self.target.shape)
+        found = self.function, self.learnable, self.outside, self.raised
+        return CompandedKernel(path, shape, *found, self)
 
     @property
     def pair(self) -> tuple[float, float]:
@@ -322,15 +317,6 @@ class Compander(Reparameterization):
         fixed = "" if self.learnable else "_fixed"
         return f"{self.target.attribute}_compander_{self.function}{fixed}"
 
-    def _range_error(self, limit: Any, largest: Any, least_a: Any) -> str:
-        return (
-            f"With `a={self.a}`, `b={self.b}` and "
-            f"`function={self.function!r}` weights must be at most {limit:.4g} "
-            f"in magnitude. Received: {self.outside} larger ones, up to "
-            f"{largest:.4g}. Take `a` of at least {least_a:.4g}, or "
-            '`out_of_range="raise_a"` or "clip".'
-        )
-
 
 class _OnCompanded:
     """Applies a constraint of the stored weight to the effective one."""
@@ -352,7 +338,3 @@ class _OnCompanded:
 def _positive(raw: Any) -> Any:
     # The sum of the comment above; as it stands there it would cancel.
     return _LEAST + ops.exp(ops.arcsinh(raw)) / 2
-
-
-def _raw(value: float) -> float:
-    return math.sinh(math.log(2 * (value - _LEAST)))

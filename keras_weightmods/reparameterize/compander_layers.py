@@ -4,13 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core import keras_private, reparameterized_layer, seam
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.core.reparameterized_layer import (
-    ReparameterizedLayer,
-    ReparameterizedLoraLayer,
-    effective_weight,
-)
 from keras_weightmods.core.targets import target_of
 from keras_weightmods.reparameterize.compander import (
     CompandedKernel,
@@ -28,7 +23,7 @@ class CompanderLayer(_Layer):
     `CompanderDense` documents.
     """
 
-    kernel = effective_weight("kernel")
+    kernel = reparameterized_layer.effective_weight("kernel")
 
     def __init__(
         self,
@@ -91,10 +86,14 @@ class CompanderLayer(_Layer):
         return config
 
 
-@keras.saving.register_keras_serializable(package="keras_weightmods")
-class CompanderDense(
-    CompanderLayer, ReparameterizedLoraLayer, keras.layers.Dense
+class _CompanderLoraLayer(
+    CompanderLayer, reparameterized_layer.ReparameterizedLoraLayer
 ):
+    pass
+
+
+@keras.saving.register_keras_serializable(package="keras_weightmods")
+class CompanderDense(_CompanderLoraLayer, keras.layers.Dense):
     """`keras.layers.Dense` that trains its kernel through w = a f(v / b).
 
     Weight Compander (arXiv 2306.16993). The layer starts as the plain one
@@ -135,9 +134,7 @@ class CompanderDense(
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
-class CompanderEinsumDense(
-    CompanderLayer, ReparameterizedLoraLayer, keras.layers.EinsumDense
-):
+class CompanderEinsumDense(_CompanderLoraLayer, keras.layers.EinsumDense):
     """`keras.layers.EinsumDense` with the compander of `CompanderDense`.
 
     Args:
@@ -158,9 +155,7 @@ class CompanderEinsumDense(
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
-class CompanderConv1D(
-    CompanderLayer, ReparameterizedLoraLayer, keras.layers.Conv1D
-):
+class CompanderConv1D(_CompanderLoraLayer, keras.layers.Conv1D):
     """`keras.layers.Conv1D` with the compander of `CompanderDense`.
 
     Args:
@@ -181,9 +176,7 @@ class CompanderConv1D(
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
-class CompanderConv2D(
-    CompanderLayer, ReparameterizedLoraLayer, keras.layers.Conv2D
-):
+class CompanderConv2D(_CompanderLoraLayer, keras.layers.Conv2D):
     """`keras.layers.Conv2D` with the compander of `CompanderDense`.
 
     Args:
@@ -204,9 +197,7 @@ class CompanderConv2D(
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
-class CompanderConv3D(
-    CompanderLayer, ReparameterizedLoraLayer, keras.layers.Conv3D
-):
+class CompanderConv3D(_CompanderLoraLayer, keras.layers.Conv3D):
     """`keras.layers.Conv3D` with the compander of `CompanderDense`.
 
     Args:
@@ -228,7 +219,9 @@ class CompanderConv3D(
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
 class CompanderDepthwiseConv2D(
-    CompanderLayer, ReparameterizedLayer, keras.layers.DepthwiseConv2D
+    CompanderLayer,
+    reparameterized_layer.ReparameterizedLayer,
+    keras.layers.DepthwiseConv2D,
 ):
     """`keras.layers.DepthwiseConv2D` with the compander of `CompanderDense`.
 

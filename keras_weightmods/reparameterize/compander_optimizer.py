@@ -8,6 +8,7 @@ from keras import ops
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.wrapping_optimizer import WrappingOptimizer
 from keras_weightmods.reparameterize.compander import Compander
+from keras_weightmods.utils import checks
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
@@ -71,54 +72,47 @@ class CompanderOptimizer(WrappingOptimizer):
         name: str = "compander_optimizer",
     ) -> None:
         if getattr(optimizer, "built", False):
-            raise ValueError(
-                "`optimizer` must not be built. Received: "
-                f"{optimizer.name!r} at step {int(optimizer.iterations)}. "
-                "Make a new one."
-            )
+            raise checks.error("optimizer", "one not built yet", optimizer)
         super().__init__(optimizer, name)
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Builds the wrapped optimizer, once the companders are found."""
         if self.built:
             return
-        variables = list(variables)
-        known = {id(variable) for variable in variables}
-        items = [_item(variable) for variable in variables]
-        found = [item for item in items if item is not None]
-        if not found:
+        items = {
+            self._var_key(variable): item
+            for variable in variables
+            if (item := _item(variable)) is not None
+        }
+        if not items:
             raise ValueError(
                 "`CompanderOptimizer` found no weight with a compander "
                 f"among the {len(variables)} variables it was built on. Build "
                 "it after `attach_compander`, or use "
                 f"{type(self.optimizer).__name__} as it is."
             )
-        for item in found:
-            if any(id(each) not in known for each in item.parameters):
+        keys = set(map(self._var_key, variables))
+        pairs: set[Any] = set()
+        for item in items.values():
+            pair = set(map(self._var_key, item.parameters))
+            if not pair <= keys:
                 raise ValueError(
                     "a and b of a kernel that is trained must be trained too. "
                     f"Received: frozen ones for {item.target.path!r}. Use "
                     "`learnable=False`."
                 )
+            pairs |= pair
         super().build(variables)
         inner = self.optimizer
-        keys = [self._var_key(variable) for variable in variables]
+        learnable = {key for key, item in items.items() if item.learnable}
         # Closures, because Keras would track the layers behind.
-        self._get_item = dict(zip(keys, items)).get
+        self._get_item = items.get
         self._is_decayed = {
             key
-            for key, variable, item in zip(keys, variables, items)
-            if item is not None
-            and item.learnable
-            and keras_private.decays(inner, variable)
+            for key in learnable
+            if keras_private.decays(inner, items[key].target.variable)
         }.__contains__
-        keras_private.exclude_from_decay(
-            inner,
-            {
-                *(k for k, item in zip(keys, items) if item and item.learnable),
-                *(self._var_key(p) for item in found for p in item.parameters),
-            },
-        )
+        keras_private.exclude_from_decay(inner, learnable | pairs)
         inner.build(variables)
 
     def _backend_update_step(
