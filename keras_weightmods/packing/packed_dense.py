@@ -94,6 +94,7 @@ class PackedKernel(PackedParameters):
 
     name = "packed"
     pattern = "2:4"
+    settings = "dtype", "trainable"
     mixin = _PackedDenseCall
     make = staticmethod(packed_kernel)
     reason_to_skip = staticmethod(reason_to_skip)

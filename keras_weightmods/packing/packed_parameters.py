@@ -5,13 +5,14 @@ from typing import Any
 from keras import ops
 
 from keras_weightmods.core.reparameterization import Reparameterization
+from keras_weightmods.utils import checks
 
 
 class PackedParameters(Reparameterization):
     """A weight whose parameters stand for it: the packed arrays.
 
-    Subclasses have `reason_to_skip(target)` and `make(target, **config)`,
-    which chooses the class to use here.
+    Subclasses have `reason_to_skip(target)`, and `make(target, **config)`,
+    which chooses the class to use here; `settings` are the keys of the config.
 
     Args:
         target: The `Target` to pack.
@@ -19,6 +20,7 @@ class PackedParameters(Reparameterization):
 
     finish = "unpack(model)"
     keeps_stored = False
+    settings: tuple[str, ...] = ()
     make: Any
     reason_to_skip: Any
 
@@ -27,12 +29,10 @@ class PackedParameters(Reparameterization):
         reason = cls.reason_to_skip(target)
         if reason is not None:
             raise ValueError(f"{target.path!r} cannot be packed: {reason}")
-        try:
-            item = cls.make(target, **config)
-        except TypeError as error:
-            raise ValueError(
-                f"{target.path!r} cannot be packed with the config {config!r}"
-            ) from error
+        if set(config) != set(cls.settings):
+            expected = f"a dict with the keys {cls.settings}"
+            raise checks.error("config", expected, config)
+        item = cls.make(target, **config)
         item.is_empty = True
         return item
 
