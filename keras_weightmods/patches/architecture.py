@@ -92,16 +92,13 @@ def _layer_groups(checkpoint, infos):
     if checkpoint.model is None:
         return layer_groups(infos)
     holders = owners(checkpoint.model)
-    layers = {}
-    groups: dict[int, list[int]] = {}
+    groups: dict[keras.layers.Layer, list[int]] = {}
     for info, variable in zip(infos, checkpoint.variables):
-        layer = holders[id(variable)]
-        layers[id(layer)] = layer
-        groups.setdefault(id(layer), []).append(info.position)
-    order = execution_order(checkpoint.model, list(layers.values()))
+        groups.setdefault(holders[id(variable)], []).append(info.position)
+    order = execution_order(checkpoint.model, list(groups))
     # Sorting is stable: what never runs comes last, as declared.
-    keys = sorted(groups, key=lambda key: order.get(key, len(order)))
-    return [groups[key] for key in keys]
+    ranked = sorted(groups, key=lambda layer: order.get(id(layer), len(order)))
+    return [groups[layer] for layer in ranked]
 
 
 def problems(expected, infos, argument) -> list[str]:

@@ -21,13 +21,12 @@ def linear_combination(signatures: Sequence[S], weights, method) -> S:
 
 def ties(signatures: Sequence[S], weights, density) -> S:
     """Return the TIES merge (arXiv 2306.01708) of weighted signatures."""
-    parts = [
-        map_weights(
-            linear_combination([signature], [weight], "ties"),
-            lambda arrays: trimmed(arrays, density),
-        )
-        for signature, weight in zip(signatures, weights)
-    ]
+
+    def trim(signature, weight):
+        weighted = linear_combination([signature], [weight], "ties")
+        return map_weights(weighted, lambda arrays: trimmed(arrays, density))
+
+    parts = [trim(each, weight) for each, weight in zip(signatures, weights)]
     # Statistics carry their weights already, as the others do.
     shares = [1 / sum(weights)] * len(parts)
     return combined(parts, elected_mean, shares, "ties")
@@ -36,13 +35,11 @@ def ties(signatures: Sequence[S], weights, density) -> S:
 def dare(signatures: Sequence[S], weights, drop_rate, seed) -> S:
     """Return the sum of signatures of which entries were dropped at random."""
     generator = np.random.default_rng(seed)
-    parts = [
-        map_weights(
-            signature,
-            lambda arrays: [dropped(x, drop_rate, generator) for x in arrays],
-        )
-        for signature in signatures
-    ]
+
+    def drop(arrays):
+        return [dropped(x, drop_rate, generator) for x in arrays]
+
+    parts = [map_weights(signature, drop) for signature in signatures]
     return linear_combination(parts, weights, "dare")
 
 

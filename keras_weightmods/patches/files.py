@@ -120,7 +120,6 @@ def _fields(config, arrays):
         )
     positions = [each["position"] for each in config["entries"]]
     _check(positions == sorted(set(positions)), "order of entries")
-    arrays = dict(arrays)
     entries = [_entry(each, infos, arrays) for each in config["entries"]]
     _check(not arrays, f"entry for the arrays {sorted(arrays)[:5]}")
     return {**config, "architecture": infos, "entries": entries}

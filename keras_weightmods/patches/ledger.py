@@ -174,8 +174,10 @@ class Ledger:
         for p in entries:
             self._weights.pop(p, None)
             if p in new and entries[p]:
-                kept = _union(entries[p])
-                values = _restricted(clean[p], places[p], kept)
+                kept, values = _union(entries[p]), clean[p]
+                if kept is not None:
+                    where = _within(places[p], kept)
+                    values = Snapshot(values.array.reshape(-1)[where])
                 self._weights[p] = _Weight(values, kept, entries[p])
         return [p for p in written if p not in subtracted], subtracted, left
 
@@ -267,13 +269,6 @@ def _with_clean(present, weight, places=None):
     whole = np.array(present, order="C")
     whole.reshape(-1)[_within(places, weight.places)] = weight.clean.array
     return whole
-
-
-def _restricted(clean, places, kept):
-    """Return a `Snapshot` at `places`, `None` for all, at `kept` alone."""
-    if kept is None:
-        return clean
-    return Snapshot(clean.array.reshape(-1)[_within(places, kept)])
 
 
 def _within(places, some):

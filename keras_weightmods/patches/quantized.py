@@ -55,10 +55,8 @@ class Quantized:
         scales = self.scales
         if scales.size > 1:
             # They come again with each index of the axes before the last.
-            first = start % scales.size
-            rows = -(-(first + stop - start) // scales.size)
-            scales = np.broadcast_to(scales, (rows, scales.size)).reshape(-1)
-            scales = scales[first : first + stop - start]
+            rows = -(-(stop - start) // scales.size)
+            scales = np.tile(np.roll(scales, -start), rows)[: stop - start]
         levels = np.float32(2 ** (self.bits - 1) - 1)
         return (codes[start:stop] - levels) * scales
 

@@ -149,23 +149,18 @@ class SignatureReport(Report):
     def tables(self) -> Iterator[Table]:
         """The `Table`s to print."""
         times = self.model_nbytes / max(1, self.nbytes)
+        rows = []
+        for row in self.rows:
+            norm = f"{row.norm:.3g}"
+            if row.replaced:
+                norm = f"replaces {row.replaced:.0%}"
+            sizes = f"{row.depth + 1}", shape_text(row.shape), f"{row.bits}"
+            rows.append((row.path, *sizes, f"{row.nbytes:,}", norm))
         yield Table(
             title=f"Signature {self.name or '(no name)'}, {self.method}, depth "
             f"{self.depth}",
             columns=("weight", "depth", "shape", "bits", "bytes", "norm"),
-            rows=tuple(
-                (
-                    row.path,
-                    str(row.depth + 1),
-                    shape_text(row.shape),
-                    str(row.bits),
-                    f"{row.nbytes:,}",
-                    f"replaces {row.replaced:.0%}"
-                    if row.replaced
-                    else f"{row.norm:.3g}",
-                )
-                for row in self.rows
-            ),
+            rows=tuple(rows),
             caption=f"{self.nbytes:,} bytes, {times:.1f} times smaller than "
             f"the model's {self.model_nbytes:,}",
         )

@@ -88,10 +88,8 @@ def sum_signatures(
         return combine.dare(signatures, weights, drop_rate, seed)
     total = sum(weights)
     if total == 0:
-        raise ValueError(
-            f"The `weights` of method {method!r} must not sum to 0. Received: "
-            f"weights={weights}"
-        )
+        expected = f"numbers that do not sum to 0 for method {method!r}"
+        raise checks.error("weights", expected, weights)
     if method == "mean":
         shares = [weight / total for weight in weights]
         return combine.linear_combination(signatures, shares, "mean")

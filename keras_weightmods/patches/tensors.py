@@ -83,11 +83,8 @@ def rebuilt_pieces(clean, terms, part=slice(None), out=None):
                 np.multiply(base, replaced, out=scratch)
                 delta = np.subtract(delta, scratch, out=sums)
             values = rounded[: base.size] if target is None else target[piece]
-            if values.dtype == dtype:
-                np.add(base, delta, out=values)
-            else:
-                np.add(base, delta, out=sums)
-                np.copyto(values, sums, casting="same_kind")
+            # Adds in the dtype of both, and then rounds.
+            np.add(base, delta, out=values, casting="same_kind")
         yield piece, values
 
 

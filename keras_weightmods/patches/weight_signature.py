@@ -12,7 +12,7 @@ from keras_weightmods.patches import report as reports
 from keras_weightmods.patches.entry import Change, SignatureEntry
 from keras_weightmods.patches.extract import extract
 from keras_weightmods.patches.patches import Patches
-from keras_weightmods.patches.quantized import Quantized, quantize
+from keras_weightmods.patches.quantized import quantize
 from keras_weightmods.patches.sums import changed_list
 from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.utils import checks
@@ -87,12 +87,9 @@ class WeightSignature(Change):
         self.entries = tuple(sorted(self.entries, key=lambda e: e.position))
         broken = []
         for entry in self.entries:
-            tensor = entry.tensor
-            if isinstance(tensor, Quantized):
-                tensor = tensor.scales
-            else:
-                tensor.flags.writeable = False
-            if not (is_finite(tensor) and math.isfinite(entry.replaced)):
+            numbers: Any = getattr(entry.tensor, "scales", entry.tensor)
+            numbers.flags.writeable = False
+            if not (is_finite(numbers) and math.isfinite(entry.replaced)):
                 broken.append(f"{entry.key}: not finite in float32")
         checks.raise_all("The signature cannot be made:", broken)
 
