@@ -235,14 +235,8 @@ def unpack_kernel(packed: Packed) -> Any:
         values = arrays["values"].astype(np.float32)
         return _unpack(np, packed, values, arrays["meta"], arrays.get("scale"))
     kernel = np.empty(packed.shape, np.float32)
-    native.library().kwm_unpack(
-        arrays["values"].ctypes.data,
-        arrays["meta"].ctypes.data,
-        arrays["scale"].ctypes.data if "scale" in arrays else None,
-        *packed.shape,
-        native.type_code(packed.dtype),
-        kernel.ctypes.data,
-    )
+    kind = *packed.shape, native.type_code(packed.dtype)
+    native.library().kwm_unpack(*_pointers(arrays), *kind, kernel.ctypes.data)
     return kernel
 
 
@@ -299,15 +293,16 @@ def _pack_native(kernel: Any, dtype: str, specs: Any) -> Any:
         name: np.empty(shape, _numpy_type(array_dtype))
         for name, (shape, array_dtype) in specs.items()
     }
+    kind = *kernel.shape, native.type_code(dtype)
     bad = native.library().kwm_pack(
-        kernel.ctypes.data,
-        *kernel.shape,
-        native.type_code(dtype),
-        arrays["values"].ctypes.data,
-        arrays["meta"].ctypes.data,
-        arrays["scale"].ctypes.data if "scale" in arrays else None,
+        kernel.ctypes.data, *kind, *_pointers(arrays)
     )
     return arrays, bad
+
+
+def _pointers(arrays: Any) -> Any:
+    names = ("values", "meta", "scale")
+    return [arrays[n].ctypes.data if n in arrays else None for n in names]
 
 
 def _pack_numpy(kernel: Any, dtype: str, specs: Any) -> Any:

@@ -197,11 +197,11 @@ def _matmul_forward(product, *arrays):
 
 
 def _matmul_backward(product, saved, dy):
-    x, values, meta, scale, companion = saved
+    x, values, *others = saved
     if product.value_dtype != "float32":
-        dense = functools.partial(_dense, product)
-        _, pull = jax.vjp(lambda x: dense(x, values, meta, scale, companion), x)
+        _, pull = jax.vjp(lambda x: _dense(product, x, values, *others), x)
         return *pull(dy), None, None, None, None
+    meta, scale, _ = others
     _, pull = jax.vjp(
         lambda x, values: dense_matmul(x, product.packed(values, meta, scale)),
         x,

@@ -82,18 +82,13 @@ def _differentiate(v, w, upstream, a, b, to_a, to_b):
     """Return the gradient of v, and fill in those of a and b."""
     v, upstream = v.contiguous(), upstream.contiguous()
     to_v = torch.empty_like(v)
-    native.library().kwm_compand_gradient(
-        v.data_ptr(),
-        None if w is None else w.data_ptr(),
-        upstream.data_ptr(),
-        v.numel(),
-        a,
-        b,
-        to_v.data_ptr(),
-        None if to_a is None else to_a.data_ptr(),
-        None if to_b is None else to_b.data_ptr(),
-        *threads(_WORK * v.numel()),
+    inputs, results = (
+        [None if x is None else x.data_ptr() for x in tensors]
+        for tensors in ((v, w, upstream), (to_v, to_a, to_b))
     )
+    arguments = *inputs, v.numel(), a, b, *results
+    work = _WORK * v.numel()
+    native.library().kwm_compand_gradient(*arguments, *threads(work))
     return to_v
 
 

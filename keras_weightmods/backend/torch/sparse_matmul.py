@@ -114,15 +114,9 @@ def _values_gradient(x, dy, meta):
     arrays = _arrays(k, n, "float32")
     _check("meta", meta, *arrays["meta"])
     dvalues = x.new_empty(arrays["values"][0])
+    arguments = x.data_ptr(), dy.data_ptr(), rows, k, n, meta.data_ptr()
     native.library().kwm_values_gradient(
-        x.data_ptr(),
-        dy.data_ptr(),
-        rows,
-        k,
-        n,
-        meta.data_ptr(),
-        dvalues.data_ptr(),
-        *threads(rows * k * n),
+        *arguments, dvalues.data_ptr(), *threads(rows * k * n)
     )
     return dvalues
 
@@ -190,14 +184,10 @@ def _weights(k, n, values, meta, scale):
     _check("meta", meta, *arrays["meta"])
     if "scale" in arrays:
         _check("scale", scale, *arrays["scale"])
-    return (
-        k,
-        n,
-        native.type_code(dtype),
-        values.data_ptr(),
-        meta.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-    )
+    pointers = [
+        None if x is None else x.data_ptr() for x in (values, meta, scale)
+    ]
+    return k, n, native.type_code(dtype), *pointers
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
-from typing import Any
 
 from keras_weightmods import native
 
@@ -41,12 +40,12 @@ _SIGNATURES = {
 }
 
 
-def library() -> Any:
+def library():
     """Return the `ctypes.CDLL`, with its functions typed, or None."""
     return _load()[0]
 
 
-def reason_unavailable() -> str:
+def reason_unavailable():
     """Return why there is no GPU library; empty if there is one.
 
     It says nothing of a GPU: the library loads without one.
@@ -54,13 +53,13 @@ def reason_unavailable() -> str:
     return _load()[1]
 
 
-def xla_handler(name: str) -> ctypes.c_void_p | None:
+def xla_handler(name):
     """Return the address of an XLA handler; None where XLA was left out."""
     return native.xla_handler(name, library())
 
 
 @functools.cache
-def load_decode(cuda: int) -> str:
+def load_decode(cuda):
     """Open NVRTC for the decode kernel.
 
     Args:
@@ -75,19 +74,19 @@ def load_decode(cuda: int) -> str:
 
 
 @functools.cache
-def load_cusparselt(cuda: int) -> str:
+def load_cusparselt(cuda):
     """Open cuSPARSELt, as `load_decode` does NVRTC."""
     return _open("cusparseLt", cuda, "kwm_gpu_load_cusparselt")
 
 
-def decode_rows(x_dtype: str) -> int:
+def decode_rows(x_dtype):
     """Return the most rows that the decode kernel takes; 0 for none."""
     if library() is None:
         return 0
     return library().kwm_gpu_decode_rows(X_TYPES.get(x_dtype, -1))
 
 
-def compressed_size(device: int, shape: tuple[int, int], dtype: str) -> int:
+def compressed_size(device, shape, dtype):
     """Return the bytes of a kernel that cuSPARSELt has compressed.
 
     Args:
@@ -108,9 +107,7 @@ def compressed_size(device: int, shape: tuple[int, int], dtype: str) -> int:
     return size.value
 
 
-def cusparselt_algorithms(
-    device: int, rows: int, shape: tuple[int, int], dtype: str
-) -> int:
+def cusparselt_algorithms(device, rows, shape, dtype):
     """Return how many algorithms cuSPARSELt has for a product.
 
     Raises:
@@ -124,13 +121,13 @@ def cusparselt_algorithms(
     return count.value
 
 
-def check(failure: bytes | None) -> None:
+def check(failure):
     """Raise RuntimeError for what a function of the library returned."""
     if failure is not None:
         raise RuntimeError(f"keras_weightmods: {failure.decode()}")
 
 
-def cuda_of_wheels() -> int | None:
+def cuda_of_wheels():
     """Return CUDA's major version by JAX's plugin; None if unclear."""
     for cuda in (13, 12):
         try:
@@ -187,7 +184,7 @@ def _load():
         return None, f"{path} cannot be loaded: {error}."
 
 
-def open_library(path: str | os.PathLike[str]) -> ctypes.CDLL:
+def open_library(path):
     """Open a GPU library and type its functions; see `native.open_library`."""
     name = "kwm_gpu_abi_version"
     return native.open_library(path, name, ABI_VERSION, _SIGNATURES)
