@@ -3,37 +3,19 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_weightmods import native, pack, unpack
+from keras_weightmods import pack, unpack
 from tests.models import causal_lm, make_sparse, normal, numpy, outputs
-from tests.packing.test_pack import leave_out_native, state
+from tests.packing.test_pack import check_checkpoints, fit_step, state
 
 
-class LanguageModel(keras.Model):
-    """Embedding, one projection and the tied head."""
-
-    def __init__(self, width=16, vocabulary=37, **kwargs):
-        super().__init__()
-        self.embedding = keras.layers.ReversibleEmbedding(
-            vocabulary, width, **kwargs
-        )
-        self.dense = keras.layers.Dense(width, use_bias=False)
-        self.build((None, None))
-
-    def build(self, input_shape):
-        self.embedding.build(input_shape)
-        self.dense.build((None, self.embedding.output_dim))
-        self.built = True
-
-    def call(self, tokens):
-        x = self.dense(self.embedding(tokens))
-        return self.embedding(x, reverse=True)
-
-
-def make_model(**kwargs):
-    model = LanguageModel(**kwargs)
-    table = model.embedding._embeddings
-    table.assign(normal(*table.shape))
-    return make_sparse(model)
+def make_model(width=16, vocabulary=37, seed=0, **kwargs):
+    """An embedding, one projection and the tied head."""
+    embedding = keras.layers.ReversibleEmbedding(vocabulary, width, **kwargs)
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Dense(width, use_bias=False)(embedding(tokens))
+    model = keras.Model(tokens, embedding(x, reverse=True))
+    embedding._embeddings.assign(normal(vocabulary, width, seed=seed))
+    return make_sparse(model, seed=seed)
 
 
 def rounded_table(table):
@@ -52,9 +34,9 @@ TOKENS = np.array([[0, 36, 5, 17, 16], [15, 1, 1, 33, 32]])
 def test_one_table_is_looked_up_and_multiplied(arguments):
     model = make_model(**arguments)
     tokens = TOKENS % arguments.get("vocabulary", 37)
-    layer, before = model.embedding, state(model)
+    (_, layer, dense), before = model.layers, state(model)
     table = rounded_table(numpy(layer.embeddings))
-    kernel = np.float64(numpy(model.dense.kernel))
+    kernel = np.float64(numpy(dense.kernel))
     report = pack(model, head="int8")
     assert [w.dtype for w in report.weights] == ["float32", "int8"]
     vocabulary, width = table.shape
@@ -95,7 +77,7 @@ def test_an_odd_width_is_padded():
 
 def test_mixed_precision_keeps_its_types():
     model = make_model(dtype="mixed_bfloat16", reverse_dtype="float32")
-    layer = model.embedding
+    layer = model.layers[1]
     expected = numpy(layer(TOKENS))
     pack(model, head="int8")
     found = layer(TOKENS)
@@ -110,23 +92,16 @@ def test_gradients_flow_through_the_head():
     layer = keras.layers.ReversibleEmbedding(9, 8)
     layer.build()
     x = keras.layers.Dense(8, use_bias=False)(inputs)
-    model = keras.Model(inputs, layer(x, reverse=True))
-    make_sparse(model)
+    model = make_sparse(keras.Model(inputs, layer(x, reverse=True)))
     layer._embeddings.assign(normal(9, 8))
     pack(model, head="int8", targets=[])
     table = np.float64(numpy(layer.embeddings))
     x = normal(5, 4, seed=1)
     (kernel,) = model.trainable_weights
     w = np.float64(numpy(kernel))
-    error = 2 * (x @ w @ table.T - 1) / (5 * 9)
-    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
-    model.fit(x, np.ones((5, 9), "float32"), verbose=0)
-    np.testing.assert_allclose(
-        numpy(kernel),
-        w - 0.1 * x.T @ error @ table,
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    expected = w - 0.1 * x.T @ (2 * (x @ w @ table.T - 1) / (5 * 9)) @ table
+    fit_step(model, x, np.ones((5, 9), "float32"))
+    np.testing.assert_allclose(numpy(kernel), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -148,40 +123,20 @@ def test_lora_and_the_table_exclude_each_other():
     model = make_model()
     pack(model, head="int8")
     with pytest.raises(ValueError, match=r"int8.*unpack\(model\)"):
-        model.embedding.enable_lora(2)
+        model.layers[1].enable_lora(2)
     unpack(model)
-    model.embedding.enable_lora(2)
+    model.layers[1].enable_lora(2)
     with pytest.raises(ValueError, match="LoRA is enabled"):
         pack(model, head="int8")
 
 
 def test_checkpoints_with_and_without_the_library(tmp_path, monkeypatch):
-    paths = [str(tmp_path / f"{i}.weights.h5") for i in range(2)]
-    model = make_model()
-    pack(model, head="int8")
-    expected = outputs(model, TOKENS)
-    model.save_weights(paths[0])
-    with monkeypatch.context() as patch:
-        leave_out_native(patch, "a test wants it so.")
-        patch.setattr(native, "warn_dense", lambda reason: None)
-        dense = make_sparse(LanguageModel(), seed=5)
-        pack(dense, head="int8")
-        dense.load_weights(paths[0])
-        np.testing.assert_allclose(
-            outputs(dense, TOKENS), expected, rtol=1e-5, atol=1e-4
-        )
-        dense.save_weights(paths[1])
-        unpack(dense)
-        np.testing.assert_array_equal(
-            numpy(dense.embedding.embeddings),
-            numpy(model.embedding.embeddings),
-        )
-    before = model.get_weights()
-    for weight in model.weights:
-        weight.assign(np.zeros(weight.shape))
-    model.load_weights(paths[1])
-    for old, new in zip(before, model.get_weights(), strict=True):
-        np.testing.assert_array_equal(old, new)
+    def make(seed):
+        model = make_model(seed=seed)
+        pack(model, head="int8")
+        return model
+
+    check_checkpoints(make, TOKENS, tmp_path, monkeypatch)
 
 
 SIZES = {"vocabulary_size": 48, "hidden_dim": 32, "intermediate_dim": 48}
