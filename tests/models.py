@@ -249,6 +249,27 @@ def numpy(value):
     return np.array(ops.convert_to_numpy(value))
 
 
+def gradients(function, *inputs):
+    """Return those of a scalar function, by the backend, as NumPy arrays."""
+    inputs = [ops.convert_to_tensor(each) for each in inputs]
+    if keras.backend.backend() == "jax":
+        import jax
+
+        found = jax.grad(function, tuple(range(len(inputs))))(*inputs)
+    elif keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            total = function(*inputs)
+        found = tape.gradient(total, inputs)
+    else:
+        inputs = [each.detach().requires_grad_() for each in inputs]
+        function(*inputs).backward()
+        found = [each.grad for each in inputs]
+    return [numpy(each) for each in found]
+
+
 def outputs(model, x):
     """Return what `model` makes of `x` as NumPy arrays."""
     return keras.tree.map_structure(numpy, model(x))

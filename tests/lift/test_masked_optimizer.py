@@ -7,7 +7,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.lift.masked_state import MaskSpec
-from tests.models import normal
+from tests.models import normal, numpy
 
 OPTIMIZERS = {
     "SGD with momentum": lambda: keras.optimizers.SGD(
@@ -24,9 +24,12 @@ KERNEL = normal(6, 5)
 MASK = np.int32([0, 3, 4, 11, 12, 25, 29])
 
 
-def built(inner, **kwargs):
-    variables = [keras.Variable(KERNEL), keras.Variable(np.ones(4, "float32"))]
-    optimizer = kwm.MaskedOptimizer(inner, **kwargs)
+def make_variables():
+    return [keras.Variable(KERNEL), keras.Variable(np.ones(4, "float32"))]
+
+
+def built(inner):
+    variables, optimizer = make_variables(), kwm.MaskedOptimizer(inner)
     specs = [MaskSpec("w", (6, 5), 7, 0), MaskSpec("b", (4,), None, 1)]
     optimizer.build_masked(variables, specs, variables)
     optimizer.set_masks([MASK], 0)
@@ -36,17 +39,13 @@ def built(inner, **kwargs):
 def step(optimizer, variables, steps=4):
     random = np.random.default_rng(1)
     for _ in range(steps):
-        optimizer.apply(
-            [
-                ops.convert_to_tensor(random.normal(size=v.shape), "float32")
-                for v in variables
-            ],
-            variables,
-        )
+        gradients = [np.float32(random.normal(size=v.shape)) for v in variables]
+        gradients = [ops.convert_to_tensor(each) for each in gradients]
+        optimizer.apply(gradients, variables)
 
 
 def changed(variable, before=KERNEL):
-    after = ops.convert_to_numpy(variable.value)
+    after = numpy(variable)
     return np.flatnonzero(after != before).tolist()
 
 
@@ -57,7 +56,7 @@ def test_only_masked_entries_change(name):
     assert changed(variables[0]) == MASK.tolist()
     assert changed(variables[1], np.ones(4)) == [0, 1, 2, 3]
     # Also where it has momentum for entries that are no longer masked.
-    before = ops.convert_to_numpy(variables[0].value).copy()
+    before = numpy(variables[0])
     other = np.int32([1, 2, 3, 5, 6, 7, 8])
     optimizer.set_masks([other], 4)
     step(optimizer, variables)
@@ -86,9 +85,8 @@ SETTINGS = {
 def test_a_full_mask_changes_nothing(name):
     results = []
     for everything in (None, np.arange(30, dtype="int32")):
-        optimizer = keras.optimizers.AdamW(
-            0.05, weight_decay=0.1, **SETTINGS[name]
-        )
+        settings = {"weight_decay": 0.1, **SETTINGS[name]}
+        optimizer = keras.optimizers.AdamW(0.05, **settings)
         variable = keras.Variable(KERNEL)
         if everything is None:
             optimizer.build([variable])
@@ -100,36 +98,28 @@ def test_a_full_mask_changes_nothing(name):
         every = SETTINGS[name].get("gradient_accumulation_steps", 1)
         assert int(optimizer.iterations) == 60 // every
         optimizer.finalize_variable_values([variable])
-        results.append(ops.convert_to_numpy(variable.value))
+        results.append(numpy(variable))
     np.testing.assert_allclose(*results, rtol=0, atol=1e-6)
 
 
 def test_equals_sparse_adamw():
     """But for where Adam adds its epsilon."""
-    inner = keras.optimizers.AdamW(
-        0.01, beta_2=0.95, epsilon=1e-12, weight_decay=0.1, clipnorm=0.5
-    )
+    settings = {"epsilon": 1e-12, "weight_decay": 0.1, "clipnorm": 0.5}
+    inner = keras.optimizers.AdamW(0.01, beta_2=0.95, **settings)
     optimizer, variables = built(inner)
-    sparse = kwm.SparseAdamW(
-        0.01, epsilon=1e-12, weight_decay=0.1, clipnorm=0.5
-    )
-    others = [keras.Variable(KERNEL), keras.Variable(np.ones(4, "float32"))]
+    sparse = kwm.SparseAdamW(0.01, **settings)
+    others = make_variables()
     sparse.build_masked(others, optimizer.specs)
     sparse.set_masks([MASK], 0)
     step(optimizer, variables)
     step(sparse, others)
-    for a, b in zip(variables, others):
-        np.testing.assert_allclose(
-            ops.convert_to_numpy(a.value),
-            ops.convert_to_numpy(b.value),
-            rtol=0,
-            atol=1e-6,
-        )
+    for pair in zip(variables, others):
+        np.testing.assert_allclose(*map(numpy, pair), rtol=0, atol=1e-6)
 
 
 def test_wraps_an_optimizer_built_on_more():
     inner = keras.optimizers.Adam(0.1)
-    variables = [keras.Variable(KERNEL), keras.Variable(np.ones(4, "float32"))]
+    variables = make_variables()
     inner.build(variables)
     optimizer = kwm.MaskedOptimizer(inner)
     optimizer.build_masked(

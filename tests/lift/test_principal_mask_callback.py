@@ -11,13 +11,11 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from tests import references
-from tests.models import weights_of
+from tests import models, references
+from tests.models import assert_same, normal, sequential, weights_of
 
 BACKEND = keras.backend.backend()
-RANDOM = np.random.default_rng(0)
-X = RANDOM.normal(size=(24, 8)).astype("float32")
-Y = RANDOM.normal(size=(24, 4)).astype("float32")
+X, Y = normal(24, 8), normal(24, 4, seed=1)
 DENSITY = 0.25
 COUNTS = [24, 12]  # of 8 x 12 and 12 x 4
 
@@ -34,34 +32,26 @@ class Traced(keras.layers.Layer):
 
 def make(optimizer=None, dtype="float32", **kwargs):
     keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [
-            keras.Input((8,)),
-            keras.layers.Dense(12, activation="tanh", dtype=dtype),
-            Traced(dtype=dtype),
-            keras.layers.Dense(4, dtype=dtype),
-        ]
+    model = sequential(
+        (8,),
+        keras.layers.Dense(12, activation="tanh", dtype=dtype),
+        Traced(dtype=dtype),
+        keras.layers.Dense(4, dtype=dtype),
     )
     model.compile(optimizer or kwm.SparseAdamW(0.05), "mse", **kwargs)
     return model
 
 
-def callback(**kwargs):
-    arguments = {"density": DENSITY, "filter_rank": 2, "refresh_every": None}
-    return kwm.PrincipalMaskCallback(**{**arguments, "seed": 0, **kwargs})
+def callback(density=DENSITY, refresh_every=None, **kwargs):
+    return kwm.PrincipalMaskCallback(
+        density, None, 2, refresh_every, seed=0, **kwargs
+    )
 
 
 def fit(model, *callbacks, epochs=1, **kwargs):
-    return model.fit(
-        X,
-        Y,
-        batch_size=6,  # four steps an epoch
-        epochs=epochs,
-        verbose=0,
-        shuffle=False,
-        callbacks=list(callbacks),
-        **kwargs,
-    )
+    # Four steps an epoch.
+    options = {"batch_size": 6, "verbose": 0, "shuffle": False, **kwargs}
+    return model.fit(X, Y, epochs=epochs, callbacks=list(callbacks), **options)
 
 
 def expected_masks(weights, counts=COUNTS, rank=2):
@@ -119,11 +109,8 @@ def test_refresh_follows_the_rule_without_a_retrace(name):
     masks.set_model(model)
     masks.on_train_batch_begin(0)
     assert optimizer.mask_step == 8
-    for variable, mask in zip(
-        optimizer.masked_variables, expected_masks(after)
-    ):
-        indices = optimizer.indices_of(variable)
-        assert indices.tolist() == np.flatnonzero(mask).tolist()
+    found = map(optimizer.indices_of, optimizer.masked_variables)
+    assert_same(list(found), [*map(np.flatnonzero, expected_masks(after))])
     assert len(model.trainable_variables) == 2
     masks.detach()
     assert len(model.trainable_variables) == 4
@@ -131,13 +118,13 @@ def test_refresh_follows_the_rule_without_a_retrace(name):
 
 @pytest.mark.skipif(BACKEND != "jax", reason="only JAX has a state to sync")
 def test_touches_the_model_at_refreshes_alone(monkeypatch):
-    synced = []
-    sync = keras.Model.jax_state_sync
-    monkeypatch.setattr(
-        keras.Model,
-        "jax_state_sync",
-        lambda self: synced.append(1) or sync(self),
-    )
+    synced, sync = [], keras.Model.jax_state_sync
+
+    def counted(model):
+        synced.append(1)
+        return sync(model)
+
+    monkeypatch.setattr(keras.Model, "jax_state_sync", counted)
     fit(make("adam"), epochs=2)
     plain, synced[:] = len(synced), []
     fit(make(), callback(refresh_every=5), epochs=2)
@@ -150,41 +137,30 @@ def test_one_fit_equals_two():
     fit(model, callback(refresh_every=3), epochs=2)
     fit(other, callback(refresh_every=3))
     fit(other, callback(refresh_every=3))
-    for a, b in zip(weights_of(model), weights_of(other)):
-        assert np.array_equal(a, b)
+    assert_same(weights_of(model), weights_of(other))
 
 
 @pytest.mark.parametrize("name", ["SparseAdamW", "AdamW"])
 def test_resumes_bit_equal(name, tmp_path):
-    whole = make(OPTIMIZERS[name]())
-    fit(whole, callback(refresh_every=3, criterion="random"), epochs=2)
-
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 1:
                 raise KeyboardInterrupt
 
+    def run(*callbacks):
+        model = make(OPTIMIZERS[name]())
+        masks = callback(refresh_every=3, criterion="random")
+        fit(model, masks, *callbacks, epochs=2)
+        return model
+
     def backup():
         return keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
 
-    stopped = make(OPTIMIZERS[name]())
+    whole = run()
     with pytest.raises(KeyboardInterrupt):
-        fit(
-            stopped,
-            callback(refresh_every=3, criterion="random"),
-            backup(),
-            Stop(),
-            epochs=2,
-        )
-    resumed = make(OPTIMIZERS[name]())
-    fit(
-        resumed,
-        callback(refresh_every=3, criterion="random"),
-        backup(),
-        epochs=2,
-    )
-    for a, b in zip(weights_of(whole), weights_of(resumed)):
-        assert np.array_equal(a, b)
+        run(backup(), Stop())
+    resumed = run(backup())
+    assert_same(weights_of(whole), weights_of(resumed))
 
 
 def test_checkpoint_needs_attach_first(tmp_path):
@@ -200,8 +176,7 @@ def test_checkpoint_needs_attach_first(tmp_path):
     other.load_weights(path)
     fit(model, callback(refresh_every=3))
     fit(other, callback(refresh_every=3), masks)
-    for a, b in zip(weights_of(model), weights_of(other)):
-        assert np.array_equal(a, b)
+    assert_same(weights_of(model), weights_of(other))
 
 
 @pytest.mark.parametrize("name", ["SparseAdamW", "AdamW"])
@@ -214,8 +189,7 @@ def test_saved_model_goes_on(name, tmp_path):
     assert other.optimizer.mask_step == 0
     fit(model, callback(refresh_every=5))
     fit(other, callback(refresh_every=5))
-    for a, b in zip(weights_of(model), weights_of(other)):
-        assert np.array_equal(a, b)
+    assert_same(weights_of(model), weights_of(other))
 
 
 def test_accumulation_counts_updates():
@@ -242,18 +216,17 @@ def test_several_steps_in_one_execution():
 @pytest.mark.parametrize("name", ["SparseAdamW", "AdamW"])
 def test_mixed_precision(dtype, name):
     optimizer = OPTIMIZERS[name]()
+    scaled = keras.optimizers.LossScaleOptimizer
     if dtype == "mixed_float16":
         # As Keras does where the model as a whole has this policy.
-        optimizer = keras.optimizers.LossScaleOptimizer(
-            optimizer, initial_scale=8.0
-        )
+        optimizer = scaled(optimizer, initial_scale=8.0)
     model = make(optimizer, dtype)
     before = weights_of(model)
     fit(model, callback())
     assert_only_masks_changed(before, weights_of(model), expected_masks(before))
     inner = model.optimizer
     if dtype == "mixed_float16":
-        assert isinstance(inner, keras.optimizers.LossScaleOptimizer)
+        assert isinstance(inner, scaled)
         assert float(inner.dynamic_scale) == 8.0
         inner = inner.inner_optimizer
     kind = kwm.SparseAdamW if name == "SparseAdamW" else kwm.MaskedOptimizer
@@ -268,10 +241,8 @@ def test_averages_and_schedules(name):
         "ema_momentum": 0.5,
         "ema_overwrite_frequency": 3,
     }
-    make_optimizer = (
-        kwm.SparseAdamW if name == "SparseAdamW" else keras.optimizers.AdamW
-    )
-    model = make(make_optimizer(**kwargs))
+    module = kwm if name == "SparseAdamW" else keras.optimizers
+    model = make(getattr(module, name)(**kwargs))
     before = weights_of(model)
     masks = expected_masks(before)
 
@@ -279,14 +250,9 @@ def test_averages_and_schedules(name):
         def on_epoch_end(self, epoch, logs=None):
             assert_only_masks_changed(before, weights_of(self.model), masks)
 
-    fit(
-        model,
-        callback(),
-        # In the epochs' ends it shows the averages.
-        keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
-        Check(),
-        epochs=2,
-    )
+    # In the epochs' ends it shows the averages.
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    fit(model, callback(), swap, Check(), epochs=2)
     assert_only_masks_changed(before, weights_of(model), masks)
 
 
@@ -314,9 +280,8 @@ def test_targets_and_report():
     before = weights_of(model)
     masks = callback(targets=targets)
     report = masks.attach(model)
-    assert [(k.key, k.trained) for k in report.kernels] == [
-        (targets[0].key, 12)
-    ]
+    (kernel,) = report.kernels
+    assert (kernel.key, kernel.trained) == (targets[0].key, 12)
     assert report.totals == {"trained": 12, "entries": 48}
     assert "12 of 48 entries of 1 kernels trained" in str(report)
     fit(model, masks)
@@ -338,19 +303,17 @@ def test_other_criteria(criterion):
     fit(model, callback(criterion=criterion, data=(X[:6], Y[:6])))
     changed = [weights_of(model)[2 * i] != before[2 * i] for i in range(2)]
     assert [int(c.sum()) for c in changed] == COUNTS
-    scores = {"magnitude": np.abs(before[2])}
     hidden = np.tanh(X[:6] @ before[0] + before[1])
     error = 2 * (hidden @ before[2] + before[3] - Y[:6]) / 24
-    scores["gradient"] = np.abs(hidden.T @ error)
     if criterion != "random":
-        score = scores[criterion]
+        ranked = before[2] if criterion == "magnitude" else hidden.T @ error
+        score = np.abs(ranked)
         assert score[changed[1]].min() > score[~changed[1]].max()
 
 
 def test_sparse_model_stays_sparse():
     model = make()
-    targets = kwm.find_targets(model)
-    for target in targets:
+    for target in kwm.find_targets(model):
         target.variable.assign(kwm.ops.nm_project(target.variable, "2:4"))
     before = weights_of(model)
     fit(model, callback(keep_pattern=True, refresh_every=2), epochs=2)
@@ -377,8 +340,7 @@ class Experts(keras.layers.Layer):
 def test_each_expert_has_its_own_mask():
     kwm.register_target(Experts, "up", contraction_axes=(1,), stack_axes=(0,))
     keras.utils.set_random_seed(0)
-    layer = Experts()
-    model = keras.Sequential([keras.Input((8,)), layer])
+    model = sequential((8,), Experts())
     model.compile(kwm.SparseAdamW(0.1), "mse")
     before = weights_of(model)[0]
     model.fit(X, Y[:, :1], verbose=0, callbacks=[callback()])
@@ -388,24 +350,14 @@ def test_each_expert_has_its_own_mask():
         assert np.array_equal(changed[i], expected)
 
 
-class Subclassed(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.inner = make()
-        self.head = keras.layers.Dense(4)
-
-    def call(self, x):
-        return self.head(self.inner(x))
-
-
 def test_subclassed_and_nested():
-    model = Subclassed()
+    model = models.Subclassed()
     model(X)
     model.compile("adam", "mse")
     before = weights_of(model)
     fit(model, callback())
     changed = [int(np.sum(a != b)) for a, b in zip(weights_of(model), before)]
-    assert changed == [24, 0, 12, 0, 4, 0]
+    assert changed == [8, 0, 16, 0, 16, 0]
 
 
 def test_arguments():
@@ -436,14 +388,12 @@ def test_errors_leave_the_model_as_it_was():
     check("Not one entry is selected", make(), density=0.001)
     check("multiples of `block`", make(), block=5)
     frozen = make()
-    for layer in frozen.layers:
-        layer.trainable = False
-    frozen.layers[-1].trainable = True
-    frozen.layers[-1].kernel.trainable = False
+    for layer in (frozen.layers[0], frozen.layers[-1]):
+        layer.kernel.trainable = False
     check("found no kernel", frozen)
     broken = make()
     kernel = broken.layers[0].kernel
-    kernel.assign(ops.convert_to_numpy(kernel) * np.nan)
+    kernel.assign(kernel * np.nan)
     with pytest.raises(ValueError, match="must be finite"):
         fit(broken, callback())
     scaled = make()
@@ -468,6 +418,9 @@ def test_errors_leave_the_model_as_it_was():
 def test_training_without_the_callback_is_an_error():
     with pytest.raises(ValueError, match="no masks yet"):
         fit(make())
+
+
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is for JAX")
@@ -502,10 +455,7 @@ def test_distributed(kind):
     """)
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        },
+        env={**os.environ, "XLA_FLAGS": TWO_DEVICES},
         capture_output=True,
         text=True,
     )

@@ -15,9 +15,10 @@ RATE = 0.05
 class Reference:
     """Algorithm 1 of LIFT, with weight decay, for one matrix."""
 
-    def __init__(self, w, indices, decay=0.0, b1=0.9, b2=0.95, eps=1e-6):
-        self.w = w.astype("float64").reshape(-1)
-        self.decay, self.b1, self.b2, self.eps = decay, b1, b2, eps
+    b1, b2, eps = 0.9, 0.95, 1e-6
+
+    def __init__(self, w, indices, decay=0.0):
+        self.w, self.decay = w.astype("float64").reshape(-1), decay
         self.m, self.v = np.zeros_like(self.w), np.zeros_like(self.w)
         self.t = 0
         self.move(indices)
@@ -34,11 +35,8 @@ class Reference:
         v = self.b2 * self.v + (1 - self.b2) * g**2
         mean = m / (1 - self.b1**self.t)
         root = np.sqrt(v / (1 - self.b2**self.t))
-        w = (
-            self.w
-            - RATE * self.decay * self.w
-            - RATE * mean / (root + self.eps)
-        )
+        step = mean / (root + self.eps) + self.decay * self.w
+        w = self.w - RATE * step
         for name, new in (("m", m), ("v", v), ("w", w)):
             old = getattr(self, name)
             setattr(self, name, np.where(self.mask, new, old))
@@ -48,15 +46,17 @@ def built(masks, values=(), **kwargs):
     """An optimizer with variables of these masks; None for all entries."""
     variables = [keras.Variable(value) for value in values]
     optimizer = kwm.SparseAdamW(RATE, **kwargs)
-    optimizer.build_masked(
-        variables,
-        [
-            MaskSpec(v.path, tuple(v.shape), None if m is None else len(m), i)
-            for i, (v, m) in enumerate(zip(variables, masks))
-        ],
-    )
+    specs = [
+        MaskSpec(v.path, tuple(v.shape), None if m is None else len(m), i)
+        for i, (v, m) in enumerate(zip(variables, masks))
+    ]
+    optimizer.build_masked(variables, specs)
     optimizer.set_masks([np.int32(m) for m in masks if m is not None], 0)
     return optimizer, variables
+
+
+def step(optimizer, variables, *gradients):
+    optimizer.apply([ops.convert_to_tensor(g) for g in gradients], variables)
 
 
 def choice(size, count, seed=0):
@@ -76,25 +76,19 @@ def test_equals_algorithm_1(decay):
         Reference(kernel, old, decay or 0.0),
         Reference(bias, np.arange(4), decay or 0.0),
     ]
-    for step in range(6):
-        if step == 3:
+    for i in range(6):
+        if i == 3:
             optimizer.set_masks([np.int32(new)], 3)
             references[0].move(new)
-        gradients = [normal(6, 5, seed=10 + step), normal(4, seed=20 + step)]
-        optimizer.apply(
-            [ops.convert_to_tensor(g) for g in gradients], variables
-        )
+        gradients = [normal(6, 5, seed=10 + i), normal(4, seed=20 + i)]
+        step(optimizer, variables, *gradients)
         for reference, gradient in zip(references, gradients):
             reference.step(gradient)
     for variable, reference in zip(variables, references):
-        np.testing.assert_allclose(
-            numpy(variable).reshape(-1), reference.w, rtol=0, atol=3e-6
-        )
-    outside = np.ones(30, bool)
-    outside[np.union1d(old, new)] = False
-    assert np.array_equal(
-        numpy(variables[0]).reshape(-1)[outside], kernel.reshape(-1)[outside]
-    )
+        found = numpy(variable).reshape(-1)
+        np.testing.assert_allclose(found, reference.w, rtol=0, atol=3e-6)
+    changed = np.flatnonzero(numpy(variables[0]) != kernel)
+    assert changed.tolist() == np.union1d(old, new).tolist()
     assert optimizer.indices_of(variables[0]).tolist() == new.tolist()
 
 
@@ -124,24 +118,19 @@ def test_a_full_mask_is_the_adamw_of_keras(name):
     expected = keras.optimizers.AdamW(RATE, beta_2=0.95, **settings)
     others = [keras.Variable(kernel), keras.Variable(bias)]
     expected.build(others)
-    for step in range(60):
-        gradients = [
-            ops.convert_to_tensor(normal(*v.shape, seed=100 * i + step))
-            for i, v in enumerate(variables)
-        ]
-        optimizer.apply(gradients, variables)
-        expected.apply(gradients, others)
+    for i in range(60):
+        gradients = normal(6, 5, seed=i), normal(4, seed=100 + i)
+        step(optimizer, variables, *gradients)
+        step(expected, others, *gradients)
     optimizer.finalize_variable_values(variables)
     expected.finalize_variable_values(others)
-    for variable, other in zip(variables, others):
-        np.testing.assert_allclose(
-            numpy(variable), numpy(other), rtol=0, atol=1e-6
-        )
+    for pair in zip(variables, others):
+        np.testing.assert_allclose(*map(numpy, pair), rtol=0, atol=1e-6)
 
 
 def test_moments_move_with_the_mask():
     optimizer, (variable,) = built([[1, 3, 5]], [normal(8)])
-    optimizer.apply([ops.convert_to_tensor(normal(8, seed=1))], [variable])
+    step(optimizer, [variable], normal(8, seed=1))
     before = numpy(optimizer._moments[0][0])
     assert np.all(before != 0)
     optimizer.set_masks([np.int32([0, 3, 5])], 1)
@@ -172,7 +161,7 @@ def test_clipping_measures_masked_entries():
     optimizer, (variable,) = built(
         [[1, 3]], [np.zeros(4, "float32")], global_clipnorm=1.0
     )
-    optimizer.apply([ops.convert_to_tensor(gradient)], [variable])
+    step(optimizer, [variable], gradient)
     np.testing.assert_allclose(
         numpy(optimizer._moments[0][0]), [0.06, 0.08], rtol=1e-5
     )
@@ -184,9 +173,8 @@ def test_average_of_unmasked_entries_is_exact():
     optimizer, (variable,) = built(
         masks, [kernel], use_ema=True, ema_momentum=0.7
     )
-    for step in range(5):
-        gradient = normal(20, 20, seed=step)
-        optimizer.apply([ops.convert_to_tensor(gradient)], [variable])
+    for i in range(5):
+        step(optimizer, [variable], normal(20, 20, seed=i))
     trained = numpy(variable).reshape(-1).copy()
     optimizer.finalize_variable_values([variable])
     averaged = numpy(variable).reshape(-1)
@@ -196,15 +184,12 @@ def test_average_of_unmasked_entries_is_exact():
 
 
 def test_half_precision():
-    kernel = normal(4, 4)
-    variable = keras.Variable(kernel, dtype="bfloat16")
-    optimizer = kwm.SparseAdamW(RATE)
-    optimizer.build_masked([variable], [MaskSpec("w", (4, 4), 3, 0)])
-    optimizer.set_masks([np.int32([0, 5, 9])], 0)
-    before = ops.convert_to_numpy(ops.cast(variable.value, "float32"))
+    kernel = ops.cast(normal(4, 4), "bfloat16")
+    optimizer, (variable,) = built([[0, 5, 9]], [kernel])
+    before = numpy(variable)
     for _ in range(300):  # more steps than bfloat16 can count
         optimizer.apply([ops.ones((4, 4), dtype="bfloat16")], [variable])
-    after = ops.convert_to_numpy(ops.cast(variable.value, "float32"))
+    after = numpy(variable)
     assert np.flatnonzero(after != before).tolist() == [0, 5, 9]
     # A gradient of 1 is a step of the learning rate, up to rounding.
     assert np.all(np.abs((before - after)[after != before] / 300 - RATE) < 0.02)

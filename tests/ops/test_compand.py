@@ -14,6 +14,8 @@ from keras_weightmods import native
 from keras_weightmods.backend import backend_module
 from keras_weightmods.ops import compand, compand_derivative, compand_inverse
 from keras_weightmods.ops.compand import compand_limit
+from tests import models
+from tests.models import normal, numpy
 
 FUNCTIONS = ("arctan", "arsinh", "erf")
 TOLERANCE = {"float32": 3e-7, "bfloat16": 2**-8, "float16": 2**-11}
@@ -55,16 +57,12 @@ def values(dtype, largest=None):
     x = np.geomspace(1e-4, largest, 301)
     x = np.concatenate([-x, [0.0], x, np.linspace(-3, 3, 401)])
     x = ops.cast(ops.convert_to_tensor(x, "float32"), dtype)
-    return x, np.float64(to_numpy(x))
-
-
-def to_numpy(x):
-    return ops.convert_to_numpy(ops.cast(x, "float32"))
+    return x, np.float64(numpy(x))
 
 
 def close(actual, expected, dtype, absolute=1e-7):
     np.testing.assert_allclose(
-        to_numpy(actual), expected, rtol=TOLERANCE[dtype], atol=absolute
+        numpy(actual), expected, rtol=TOLERANCE[dtype], atol=absolute
     )
 
 
@@ -86,13 +84,8 @@ def test_derivative_equals_reference(function, dtype):
     for a, b in PAIRS:
         slope = compand_derivative(v, a, b, function)
         expected = reference_derivative(exact, a, b, function)
-        close(
-            slope,
-            expected,
-            dtype,
-            absolute=1e-7 if dtype != "float16" else 6e-8,
-        )
-        assert to_numpy(slope).min() >= 0
+        close(slope, expected, dtype, 6e-8 if dtype == "float16" else 1e-7)
+        assert numpy(slope).min() >= 0
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -103,10 +96,10 @@ def test_inverse_gives_the_weight_again(function, dtype):
         limit = min(limit, 5 * a)
         w = ops.cast(np.linspace(-limit, limit, 801, dtype="float32"), dtype)
         v = compand_inverse(w, a, b, function)
-        assert np.isfinite(to_numpy(v)).all()
-        again = reference(np.float64(to_numpy(v)), a, b, function)
+        assert np.isfinite(numpy(v)).all()
+        again = reference(np.float64(numpy(v)), a, b, function)
         # The rounding of v, in 16 bits, is the one error there is.
-        close(again, np.float64(to_numpy(w)), dtype, a * TOLERANCE[dtype])
+        close(again, np.float64(numpy(w)), dtype, a * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
@@ -114,87 +107,50 @@ def test_inverse_gives_the_weight_again(function, dtype):
 )
 def test_inverse_at_and_beyond_the_range_is_nan(function, limit):
     for a in (0.5, 1.0, 0.7):
-        beyond = np.float32([1.0, 1.0001, 1.5, 2.0, 3.0, 1e6]) * np.float32(
-            a * limit * (1 + 1e-7)
-        )
+        first = np.float32(a * limit * (1 + 1e-7))
+        beyond = np.float32([1.0, 1.0001, 1.5, 2.0, 3.0, 1e6]) * first
         for w in (beyond, -beyond):
-            assert np.isnan(
-                to_numpy(compand_inverse(w, a, 1.0, function))
-            ).all()
+            v = numpy(compand_inverse(w, a, 1.0, function))
+            assert np.isnan(v).all()
         inside = np.float32([a * limit * 0.999, -a * limit * 0.999])
-        v = to_numpy(compand_inverse(inside, a, 1.0, function))
+        v = numpy(compand_inverse(inside, a, 1.0, function))
         assert (np.sign(v) == [1, -1]).all()
 
 
-def gradients(v, a, b, function, upstream, training):
+def gradients(v, function, upstream, training, a=0.7, b=1.3):
     """Of sum(upstream * compand(v, a, b)), by the backend."""
-    variables = [keras.Variable(x, dtype="float32") for x in (v, a, b)]
 
     def loss(v, a, b):
-        return ops.sum(
-            ops.convert_to_tensor(upstream)
-            * compand(v, a, b, function, training)
-        )
+        w = compand(v, a, b, function, training)
+        return ops.sum(ops.convert_to_tensor(upstream) * w)
 
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
-
-        grads = jax.grad(loss, (0, 1, 2))(*[x.value for x in variables])
-    elif backend == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            result = loss(*[x.value for x in variables])
-        grads = tape.gradient(result, [x.value for x in variables])
-    else:
-        loss(*[x.value for x in variables]).backward()
-        grads = [x.value.grad for x in variables]
-    return [np.float64(ops.convert_to_numpy(g)) for g in grads]
+    return models.gradients(loss, *map(np.float32, (v, a, b)))
 
 
-@pytest.mark.parametrize("scale", [0.1, 3.0, 1e12])
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_gradients_equal_reference(function, scale, kernels):
-    rng = np.random.default_rng(0)
-    v = np.float32(rng.normal(size=(7, 5)) * scale)
-    upstream = np.float32(rng.normal(size=(7, 5)))
-    a, b = 0.7, 1.3
-    to_v, to_a, to_b = gradients(v, a, b, function, upstream, kernels)
-    slope = reference_derivative(v, a, b, function)
-    close(to_v, upstream * slope, "float32", 1e-6)
-    close(
-        to_a,
-        np.sum(upstream * reference(v, a, b, function)) / a,
-        "float32",
-        1e-5,
-    )
-    close(to_b, np.sum(-upstream * slope * np.float64(v)) / b, "float32", 1e-5)
+SHAPES = [(), (0, 4), (1,), (130, 70), (3, 2, 5)]
+GRADIENT_CASES = [
+    *[(f, scale, (7, 5)) for f in FUNCTIONS for scale in (0.1, 3.0, 1e12)],
+    *[("arctan", 1.0, shape) for shape in SHAPES],
+]
 
 
-@pytest.mark.parametrize("shape", [(), (0, 4), (1,), (130, 70), (3, 2, 5)])
-def test_gradients_of_any_shape(shape, kernels):
-    rng = np.random.default_rng(0)
-    v, upstream = (np.float32(rng.normal(size=shape)) for _ in range(2))
-    to_v, to_a, to_b = gradients(v, 0.7, 1.3, "arctan", upstream, kernels)
+@pytest.mark.parametrize(("function", "scale", "shape"), GRADIENT_CASES)
+def test_gradients_equal_reference(function, scale, shape, kernels):
+    v, upstream = np.float32(scale) * normal(*shape), normal(*shape, seed=1)
+    to_v, *found = gradients(v, function, upstream, kernels)
     assert to_v.shape == shape
-    slope = reference_derivative(v, 0.7, 1.3, "arctan")
+    slope = reference_derivative(v, 0.7, 1.3, function)
     close(to_v, upstream * slope, "float32", 1e-6)
-    for got, terms in [
-        (to_a, upstream * reference(v, 0.7, 1.3, "arctan") / 0.7),
-        (to_b, -upstream * slope * v / 1.3),
-    ]:
+    to_a = upstream * reference(v, 0.7, 1.3, function) / 0.7
+    to_b = -upstream * slope * np.float64(v) / 1.3
+    for got, terms in zip(found, (to_a, to_b)):
         assert abs(got - terms.sum()) <= 1e-6 * np.abs(terms).sum()
 
 
 def test_gradients_are_the_same_each_time(kernels):
-    rng = np.random.default_rng(0)
-    v, upstream = np.float32(rng.normal(size=(2, 300, 111)))
-    first = gradients(v, 0.7, 1.3, "arctan", upstream, kernels)
-    for got, expected in zip(
-        gradients(v, 0.7, 1.3, "arctan", upstream, kernels), first
-    ):
-        np.testing.assert_array_equal(got, expected)
+    v, upstream = normal(2, 300, 111)
+    again = (gradients(v, "arctan", upstream, kernels) for _ in range(2))
+    models.assert_same_bits(*again)
 
 
 @pytest.mark.skipif(
@@ -250,9 +206,8 @@ def test_compiled_kernels_train_and_do_not_infer(monkeypatch):
         return compand(*args)
 
     monkeypatch.setattr(implementation, "compand", spy)
-    model = keras.Sequential(
-        [keras.Input((6,)), kwm.CompanderDense(4, learnable=False)]
-    )
+    layer = kwm.CompanderDense(4, learnable=False)
+    model = models.sequential((6,), layer)
     model.compile("sgd", "mse")
     x, y = np.ones((8, 6), "float32"), np.ones((8, 4), "float32")
     model.evaluate(x, y, verbose=0)
@@ -266,14 +221,12 @@ def test_compiled_kernels_train_and_do_not_infer(monkeypatch):
 
 def test_tensors_for_a_and_b_broadcast():
     v = np.float32(np.random.default_rng(0).normal(size=(4, 3)))
-    a, b = (
-        np.float32([[0.5, 1.0, 2.0]]),
-        np.float32([[1.0], [2.0], [3.0], [4.0]]),
-    )
+    a = np.float32([[0.5, 1.0, 2.0]])
+    b = np.float32([[1.0], [2.0], [3.0], [4.0]])
     w = compand(v, ops.convert_to_tensor(a), ops.convert_to_tensor(b))
     close(w, reference(v, a, b, "arctan"), "float32")
     v = compand_inverse(w, a, b)
-    close(reference(to_numpy(v), a, b, "arctan"), to_numpy(w), "float32")
+    close(reference(numpy(v), a, b, "arctan"), numpy(w), "float32")
 
 
 def test_float64_is_kept():
@@ -283,14 +236,14 @@ def test_float64_is_kept():
     w = compand(ops.convert_to_tensor(v, "float64"), 0.5, 1.0)
     assert keras.backend.standardize_dtype(w.dtype) == "float64"
     np.testing.assert_allclose(
-        ops.convert_to_numpy(w), reference(v, 0.5, 1.0, "arctan"), rtol=1e-14
+        numpy(w), reference(v, 0.5, 1.0, "arctan"), rtol=1e-14
     )
 
 
 def test_nan_and_infinity_pass_through(kernels):
     v = np.float32([np.nan, np.inf, -np.inf])
     for function in ("arctan", "erf"):
-        w = to_numpy(compand(v, 0.5, 1.0, function, kernels))
+        w = numpy(compand(v, 0.5, 1.0, function, kernels))
         assert np.isnan(w[0])
         limit = np.pi / 4 if function == "arctan" else 0.5
         np.testing.assert_allclose(w[1:], [limit, -limit], rtol=1e-6)
@@ -305,8 +258,8 @@ def test_nan_and_infinity_pass_through(kernels):
 )
 def test_odd_rising_and_within_the_range(v, a, b, function):
     v = np.sort(np.float32(v))
-    w = to_numpy(compand(v, a, b, function))
-    np.testing.assert_array_equal(to_numpy(compand(-v, a, b, function)), -w)
+    w = numpy(compand(v, a, b, function))
+    np.testing.assert_array_equal(numpy(compand(-v, a, b, function)), -w)
     step = np.abs(w).max() * 1e-6
     assert (np.diff(w) >= -step).all()
     limit = {"arctan": np.pi / 2, "erf": 1, "arsinh": np.inf}[function]
@@ -314,19 +267,13 @@ def test_odd_rising_and_within_the_range(v, a, b, function):
 
 
 @pytest.mark.parametrize("f", [compand, compand_inverse, compand_derivative])
-@pytest.mark.parametrize(
-    "wrong", [0, -1.0, math.nan, math.inf, np.array([1, 0])]
-)
-def test_wrong_a_and_b(f, wrong):
+def test_wrong_arguments(f):
     x = np.zeros(2, "float32")
-    with pytest.raises(ValueError, match=r"`a` must be positive.*Received: a="):
-        f(x, wrong, 1.0)
-    with pytest.raises(ValueError, match=r"`b` must be positive.*Received: b="):
-        f(x, 1.0, wrong)
-
-
-@pytest.mark.parametrize("f", [compand, compand_inverse, compand_derivative])
-@pytest.mark.parametrize("wrong", ["tanh", None, "Arctan"])
-def test_unknown_function(f, wrong):
-    with pytest.raises(ValueError, match="`function` must be one of"):
-        f(np.zeros(2, "float32"), 1.0, 1.0, wrong)
+    for wrong in (0, -1.0, math.nan, math.inf, np.array([1, 0])):
+        for name in "ab":
+            message = f"`{name}` must be positive.*Received: {name}="
+            with pytest.raises(ValueError, match=message):
+                f(x, **{"a": 1.0, "b": 1.0, name: wrong})
+    for wrong in ("tanh", None, "Arctan"):
+        with pytest.raises(ValueError, match="`function` must be one of"):
+            f(x, 1.0, 1.0, wrong)

@@ -2,17 +2,9 @@
 
 import numpy as np
 import pytest
-from keras import ops
 
-from keras_weightmods.ops.matrix import (
-    along,
-    from_matrix,
-    from_stack,
-    stack_shape,
-    to_matrix,
-    to_stack,
-)
-from tests.models import normal
+from keras_weightmods.ops import matrix as m
+from tests.models import normal, numpy
 
 AXES = [((0,), ()), ((1, 0), (3,)), ((2,), (3, 1)), ((0, 1, 2), ()), ((3,), ())]
 
@@ -21,8 +13,8 @@ AXES = [((0,), ()), ((1, 0), (3,)), ((2,), (3, 1)), ((0, 1, 2), ()), ((3,), ())]
 def test_stack(rows, stacks):
     shape = (2, 3, 4, 5)
     x = normal(*shape)
-    stack = ops.convert_to_numpy(to_stack(x, rows, stacks))
-    assert stack.shape == stack_shape(shape, rows, stacks)
+    stack = numpy(m.to_stack(x, rows, stacks))
+    assert stack.shape == m.stack_shape(shape, rows, stacks)
     columns = [i for i in range(4) if i not in (*rows, *stacks)]
     for index in np.ndindex(*shape):
         place = tuple(
@@ -34,31 +26,31 @@ def test_stack(rows, stacks):
             for axes in (stacks, rows, columns)
         )
         assert stack[place] == x[index]
-    back = ops.convert_to_numpy(from_stack(stack, shape, rows, stacks))
+    back = numpy(m.from_stack(stack, shape, rows, stacks))
     np.testing.assert_array_equal(back, x)
     if not stacks:
-        matrix = to_matrix(x, rows)
-        np.testing.assert_array_equal(ops.convert_to_numpy(matrix), stack[0])
-        back = ops.convert_to_numpy(from_matrix(matrix, shape, rows))
+        matrix = m.to_matrix(x, rows)
+        np.testing.assert_array_equal(numpy(matrix), stack[0])
+        back = numpy(m.from_matrix(matrix, shape, rows))
         np.testing.assert_array_equal(back, x)
 
 
 def test_groups_split_or_join_the_columns():
     x = normal(6, 8)
-    groups = ops.convert_to_numpy(to_stack(x, 0, (), 2))
+    groups = numpy(m.to_stack(x, 0, (), 2))
     np.testing.assert_array_equal(groups, [x[:, :4], x[:, 4:]])
-    back = ops.convert_to_numpy(from_stack(groups, (6, 8), 0))
+    back = numpy(m.from_stack(groups, (6, 8), 0))
     np.testing.assert_array_equal(back, x)
     experts = normal(2, 6, 4)
-    (joined,) = ops.convert_to_numpy(to_stack(experts, 1, 0, 1))
+    (joined,) = numpy(m.to_stack(experts, 1, 0, 1))
     np.testing.assert_array_equal(joined, np.concatenate([*experts], axis=1))
-    back = ops.convert_to_numpy(from_stack(joined[None], (2, 6, 4), 1, 0))
+    back = numpy(m.from_stack(joined[None], (2, 6, 4), 1, 0))
     np.testing.assert_array_equal(back, experts)
 
 
 def test_along():
     vector = normal(6)
-    laid_out = ops.convert_to_numpy(along(vector, (2, 5, 3), (2, 0)))
+    laid_out = numpy(m.along(vector, (2, 5, 3), (2, 0)))
     expected = vector.reshape(3, 2).T[:, None, :]
     np.testing.assert_array_equal(laid_out, expected)
 
@@ -66,4 +58,4 @@ def test_along():
 @pytest.mark.parametrize("axis", [2, (0, -2), None, 0.5])
 def test_wrong_axes(axis):
     with pytest.raises(ValueError, match="`axis`"):
-        to_matrix(np.ones((8, 2)), axis)
+        m.to_matrix(np.ones((8, 2)), axis)

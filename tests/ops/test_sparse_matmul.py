@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import warnings
 
@@ -6,13 +7,10 @@ import numpy as np
 import pytest
 
 from keras_weightmods import native
-from keras_weightmods.ops import (
-    Packed,
-    pack_kernel,
-    packed_arrays,
-    sparse_matmul,
-    unpack_kernel,
-)
+from keras_weightmods.native.packed import Packed, packed_arrays
+from keras_weightmods.ops import pack_kernel, sparse_matmul, unpack_kernel
+from tests import models
+from tests.models import normal, numpy
 from tests.native.test_packed import DTYPES, kernel_of
 
 # The function has taken the module's name.
@@ -36,38 +34,13 @@ def without_library(monkeypatch):
 
 def gradients(function, *inputs):
     """Gradients of the sum of `function` times fixed numbers."""
-    inputs = [keras.ops.convert_to_tensor(each) for each in inputs]
 
     def loss(*inputs):
         y = function(*inputs)
-        dy = keras.ops.convert_to_tensor(output_gradient(y.shape))
+        dy = keras.ops.convert_to_tensor(normal(*y.shape, seed=7))
         return keras.ops.sum(y * dy)
 
-    if keras.backend.backend() == "jax":
-        import jax
-
-        found = jax.grad(loss, tuple(range(len(inputs))))(*inputs)
-    elif keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            total = loss(*inputs)
-        found = tape.gradient(total, inputs)
-    else:
-        inputs = [each.detach().requires_grad_() for each in inputs]
-        loss(*inputs).backward()
-        found = [each.grad for each in inputs]
-    return [keras.ops.convert_to_numpy(each) for each in found]
-
-
-def output_gradient(shape):
-    rng = np.random.default_rng(7)
-    return rng.normal(size=tuple(shape)).astype("float32")
-
-
-def activation(*shape):
-    return np.random.default_rng(1).normal(size=shape).astype("float32")
+    return models.gradients(loss, *inputs)
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -97,26 +70,27 @@ def check_product(sparse_matmul, leading, k, n, dtype):
     kernel = kernel_of(k, n)
     packed = pack_kernel(kernel, dtype)
     w = unpack_kernel(packed).astype("float64")
-    x = activation(*leading, k)
-    dy = output_gradient((*leading, n)).astype("float64")
+    x = normal(*leading, k)
+    dy = normal(*leading, n, seed=7).astype("float64")
 
-    y = keras.ops.convert_to_numpy(sparse_matmul(x, packed))
+    y = numpy(sparse_matmul(x, packed))
     assert y.dtype == np.float32
     assert_close(y, x.astype("float64") @ w)
     if dtype != "float32":
         (dx,) = gradients(lambda x: sparse_matmul(x, packed), x)
         assert_close(dx, dy @ w.T)
         return
-    dx, dvalues = gradients(
-        lambda x, values: sparse_matmul(
-            x, Packed(values, packed.meta, None, (k, n), dtype)
-        ),
-        x,
-        packed.values,
-    )
+
+    def with_values(values):
+        return dataclasses.replace(packed, values=values)
+
+    def product(x, values):
+        return sparse_matmul(x, with_values(values))
+
+    dx, dvalues = gradients(product, x, packed.values)
     assert_close(dx, dy @ w.T)
     dw = x.reshape(-1, k).T.astype("float64") @ dy.reshape(-1, n)
-    found = unpack_kernel(Packed(dvalues, packed.meta, None, (k, n), dtype))
+    found = unpack_kernel(with_values(dvalues))
     kept = kernel != 0
     assert_close(found * kept, dw * kept)
 
@@ -125,12 +99,10 @@ def check_product(sparse_matmul, leading, k, n, dtype):
 def test_weights_may_be_variables(dtype):
     packed = pack_kernel(kernel_of(64, 48), dtype)
     layer = SparseDense(packed)
-    x = activation(3, 64)
-    y = keras.ops.convert_to_numpy(layer(keras.ops.convert_to_tensor(x)))
-    np.testing.assert_array_equal(
-        y, keras.ops.convert_to_numpy(sparse_matmul(x, packed))
-    )
-    y = keras.ops.convert_to_numpy(sparse_matmul(x, layer.packed))
+    x = normal(3, 64)
+    y = numpy(layer(keras.ops.convert_to_tensor(x)))
+    np.testing.assert_array_equal(y, numpy(sparse_matmul(x, packed)))
+    y = numpy(sparse_matmul(x, layer.packed))
     assert_close(y, x.astype("float64") @ unpack_kernel(packed))
 
 
@@ -138,28 +110,25 @@ def test_weights_may_be_variables(dtype):
 def test_empty(shape):
     rows, k, n = shape
     packed = pack_kernel(kernel_of(k, n))
-    y = keras.ops.convert_to_numpy(sparse_matmul(activation(rows, k), packed))
+    y = numpy(sparse_matmul(normal(rows, k), packed))
     np.testing.assert_array_equal(y, np.zeros((rows, n)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_activation_gives_the_type(dtype):
     packed = pack_kernel(kernel_of(64, 48))
-    x = keras.ops.cast(activation(3, 64), dtype)
+    x = keras.ops.cast(normal(3, 64), dtype)
     y = sparse_matmul(x, packed)
     assert keras.backend.standardize_dtype(y.dtype) == dtype
-    x, y = (
-        keras.ops.convert_to_numpy(keras.ops.cast(each, "float32"))
-        for each in (x, y)
-    )
+    x, y = (numpy(keras.ops.cast(each, "float32")) for each in (x, y))
     assert_close(y, x.astype("float64") @ unpack_kernel(packed), 2**-8)
-    (dx,) = gradients(
-        lambda x: keras.ops.cast(
-            sparse_matmul(keras.ops.cast(x, dtype), packed), "float32"
-        ),
-        x,
-    )
-    expected = output_gradient((3, 48)).astype("float64")
+
+    def product(x):
+        y = sparse_matmul(keras.ops.cast(x, dtype), packed)
+        return keras.ops.cast(y, "float32")
+
+    (dx,) = gradients(product, x)
+    expected = normal(3, 48, seed=7).astype("float64")
     assert_close(dx, expected @ unpack_kernel(packed).T, 2**-6)
 
 
@@ -184,13 +153,9 @@ class SparseDense(keras.layers.Layer):
             )
             weight.assign(getattr(self.given, name))
             weights.append(weight)
-        self.packed = Packed(
-            weights[0],
-            weights[1],
-            weights[2] if len(weights) > 2 else None,
-            self.given.shape,
-            self.given.dtype,
-        )
+        scale = weights[2:] or [None]
+        shape, dtype = self.given.shape, self.given.dtype
+        self.packed = Packed(*weights[:2], *scale, shape, dtype)
 
     def call(self, x):
         return sparse_matmul(x, self.packed)
@@ -201,17 +166,15 @@ class SparseDense(keras.layers.Layer):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_in_a_compiled_model(jit_compile):
-    backend = keras.backend.backend()
-    if jit_compile and backend == "torch":
+    if jit_compile and keras.backend.backend() == "torch":
         pytest.skip("torch.compile has tests of its own")
     kernel = kernel_of(24, 40)
     layer = SparseDense(pack_kernel(kernel))
     last = SparseDense(pack_kernel(kernel_of(40, 3, 1), "int8"))
-    model = keras.Sequential([keras.Input((5, 24)), layer, last])
-    model.compile(
-        keras.optimizers.SGD(0.1), loss="mse", jit_compile=jit_compile
-    )
-    x = activation(3, 5, 24)
+    model = models.sequential((5, 24), layer, last)
+    sgd = keras.optimizers.SGD(0.1)
+    model.compile(sgd, "mse", jit_compile=jit_compile)
+    x = normal(3, 5, 24)
     # The last batch is a smaller one.
     y = model.predict(x, batch_size=2, verbose=0)
     last_kernel = unpack_kernel(last.given)
@@ -227,14 +190,14 @@ def test_in_a_compiled_model(jit_compile):
 
 def test_without_the_library(without_library):
     packed = pack_kernel(kernel_of(64, 48), "int8")
-    x = activation(3, 64)
+    x = normal(3, 64)
     with pytest.warns(UserWarning, match="dense kernels.*switched off"):
         y = sparse_matmul(x, packed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sparse_matmul(x, packed)
     expected = x.astype("float64") @ unpack_kernel(packed)
-    assert_close(keras.ops.convert_to_numpy(y), expected)
+    assert_close(numpy(y), expected)
 
 
 def test_compiled_model_without_the_library(without_library):
@@ -244,7 +207,7 @@ def test_compiled_model_without_the_library(without_library):
 
 def test_wrong_shapes():
     packed = pack_kernel(kernel_of(64, 48))
-    for x in (activation(3, 63), activation(3, 64, 1), np.float32(1)):
+    for x in (normal(3, 63), normal(3, 64, 1), np.float32(1)):
         with pytest.raises(ValueError, match="must have 64 entries in its"):
             sparse_matmul(x, packed)
 

@@ -4,14 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_weightmods.ops import nm_violations
-from keras_weightmods.ops.sparsegpt import (
-    inverse_factor,
-    reconstruction_error,
-    sparsegpt,
-    wanda,
-)
+from keras_weightmods.ops import nm_violations, sparsegpt
 from tests import references
+from tests.models import numpy
 
 
 def make(size, units, rows=200, seed=0):
@@ -23,8 +18,8 @@ def make(size, units, rows=200, seed=0):
 
 
 def pruned(w, h, n=2, m=4, damping=0.01, **kwargs):
-    factor = inverse_factor(h, damping)
-    return ops.convert_to_numpy(sparsegpt(w, factor, (n, m), **kwargs))
+    factor = sparsegpt.inverse_factor(h, damping)
+    return numpy(sparsegpt.sparsegpt(w, factor, (n, m), **kwargs))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +41,7 @@ def test_sparsegpt_is_the_reference(size, n, m, block_size):
 def test_the_factor(size):
     x, _ = make(size, 1)
     h = x.T @ x / len(x)
-    u = inverse_factor(h, 0.1)
+    u = sparsegpt.inverse_factor(h, 0.1)
     damped = h + 0.1 * np.trace(h) / size * np.eye(size)
     np.testing.assert_allclose(u.T @ u, np.linalg.inv(damped), rtol=1e-8)
     np.testing.assert_array_equal(u, np.triu(u))
@@ -84,13 +79,13 @@ def test_it_beats_what_does_not_compensate():
     h = (x.T @ x / len(x)).astype("float32")
 
     def error(result):
-        change, whole = reconstruction_error(w, result, h)
+        change, whole = sparsegpt.reconstruction_error(w, result, h)
         direct = np.sum((x @ (result - w)) ** 2) / np.sum((x @ w) ** 2)
         assert change / whole == pytest.approx(direct, rel=1e-3)
         return change / whole
 
     norms = np.sqrt(np.diag(h))
-    by_wanda = ops.convert_to_numpy(wanda(w, norms, "2:4"))
+    by_wanda = numpy(sparsegpt.wanda(w, norms, "2:4"))
     by_magnitude = w * references.nm_mask(w, 2, 4, 0)
     assert error(pruned(w, h)) < 0.7 * error(by_wanda)
     assert error(by_wanda) < error(by_magnitude)
@@ -100,7 +95,7 @@ def test_wanda_is_the_reference():
     x, w = make(24, 5)
     norms = np.sqrt((x**2).mean(axis=0))
     for n, m in ((2, 4), (1, 4), (3, 8)):
-        actual = ops.convert_to_numpy(wanda(w, norms, (n, m)))
+        actual = numpy(sparsegpt.wanda(w, norms, (n, m)))
         np.testing.assert_array_equal(actual, references.wanda(w, x, n, m))
 
 
@@ -121,19 +116,19 @@ def test_inputs_that_are_always_zero(size):
 def test_low_precision_keeps_its_dtype():
     x, w = make(16, 4)
     half = ops.cast(w, "bfloat16")
-    result = sparsegpt(half, inverse_factor(x.T @ x), "2:4")
+    result = sparsegpt.sparsegpt(half, sparsegpt.inverse_factor(x.T @ x), "2:4")
     assert "bfloat16" in str(result.dtype)
     assert int(nm_violations(result, "2:4")) == 0
 
 
 def test_wrong_arguments():
     x, w = make(8, 2)
-    factor = inverse_factor(x.T @ x)
+    factor = sparsegpt.inverse_factor(x.T @ x)
     with pytest.raises(ValueError, match="finite"):
-        inverse_factor(np.full((4, 4), np.nan))
+        sparsegpt.inverse_factor(np.full((4, 4), np.nan))
     with pytest.raises(ValueError, match="multiple of m"):
-        sparsegpt(w, factor, "2:3")
+        sparsegpt.sparsegpt(w, factor, "2:3")
     with pytest.raises(ValueError, match=r"factor\.shape"):
-        sparsegpt(w, factor[:4, :4], "2:4")
+        sparsegpt.sparsegpt(w, factor[:4, :4], "2:4")
     with pytest.raises(ValueError, match="`pattern`"):
-        sparsegpt(w, factor, (5, 4))
+        sparsegpt.sparsegpt(w, factor, (5, 4))
