@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import keras
-
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.weight_keys import same_path
@@ -18,7 +16,7 @@ _ADAPTED = ("mean", "variance", "count")
 
 def owners(model):
     """Return {id of variable: layer that holds it}, the first one if shared."""
-    found: dict[int, keras.layers.Layer] = {}
+    found: dict[int, Any] = {}
     for layer in keras_private.layers_of(model):
         # Not `layer.weights`, which counts those of inner layers in.
         for variable in keras_private.own_variables(layer):
@@ -92,7 +90,7 @@ def _layer_groups(checkpoint, infos):
     if checkpoint.model is None:
         return layer_groups(infos)
     holders = owners(checkpoint.model)
-    groups: dict[keras.layers.Layer, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for info, variable in zip(infos, checkpoint.variables):
         groups.setdefault(holders[id(variable)], []).append(info.position)
     order = execution_order(checkpoint.model, list(groups))

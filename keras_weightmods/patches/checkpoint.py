@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -193,7 +192,7 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def digest_of(config: Any, arrays: Iterable[np.ndarray]) -> str:
+def digest_of(config, arrays) -> str:
     """Return the SHA-256 of a JSON value and arrays."""
     found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for array in arrays:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import numpy as np
 
@@ -74,7 +73,7 @@ def write_delta(filepath, entries, count, fingerprint, overwrite) -> float:
     return 8 * arrays["places"].size / arrays["values"].size
 
 
-def read_delta(filepath: Any) -> Delta:
+def read_delta(filepath) -> Delta:
     """Return the `Delta` in a file, all of it checked."""
     with container.Reader(filepath, FORMAT, (VERSION,)) as reader:
         dtypes = {name: entry.dtype for name, entry in reader.entries.items()}

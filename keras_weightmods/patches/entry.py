@@ -1,7 +1,6 @@
 """What changes of a model do to single weights."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ class Change:
     entries: tuple[Any, ...]
     digest: Any
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         return iter(self.entries)
 
     def problems(self, checkpoint: Checkpoint) -> list[str]:

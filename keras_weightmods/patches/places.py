@@ -62,10 +62,7 @@ def unpack_places(packed, count, bits, size):
         ValueError: If `packed` does not hold such places.
     """
     if not (0 <= bits <= _MAX_BITS and 0 <= count <= size):
-        raise ValueError(
-            f"must hold up to {size} places of at most {_MAX_BITS} low bits, "
-            f"and tells {count} of {bits}"
-        )
+        raise ValueError(f"must hold at most {size} places of {_MAX_BITS} bits")
     split = -(-count * bits // 8)
     low = np.unpackbits(packed[:split])
     unary = np.unpackbits(packed[split:])
@@ -77,7 +74,7 @@ def unpack_places(packed, count, bits, size):
         or unary.size != -(-used // 8) * 8
         or np.any(low[count * bits :])
     ):
-        raise ValueError(f"does not hold {count} places as it tells")
+        raise ValueError(f"does not hold {count} places")
     digits = low[: count * bits].reshape(count, bits).astype("int64")
     gaps = np.diff(ends, prepend=-1) - 1
     # What is too large stays so, and the shift does not overflow.

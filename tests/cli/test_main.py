@@ -39,6 +39,8 @@ def run(folder, monkeypatch, capsys):
     return run
 
 
+DAMAGED = "truncated, altered or of another kind"
+ADD = "signature add noise.safetensors"
 APPLY = "signature apply noise.safetensors"
 EXTRACT = (
     "signature extract --init init.keras --clean clean.keras "
@@ -94,10 +96,7 @@ def test_apply_and_remove(run, noise, folder):
 
 def test_add_and_quantize(run, noise, folder):
     signature = WeightSignature.load(noise)
-    run(
-        "signature add noise.safetensors noise.safetensors --weights 2 -0.5 "
-        "-o sum.safetensors"
-    )
+    run(f"{ADD} noise.safetensors --weights 2 -0.5 -o sum.safetensors")
     total = WeightSignature.load(folder / "sum.safetensors")
     assert total.cosine_similarity(signature).whole == pytest.approx(1)
     np.testing.assert_allclose(
@@ -105,7 +104,7 @@ def test_add_and_quantize(run, noise, folder):
     )
     for method in ("mean", "ties", "dare"):
         run(
-            f"signature add noise.safetensors sum.safetensors --method {method}"
+            f"{ADD} sum.safetensors --method {method}"
             f" --density .5 --drop-rate .5 --seed 3 -o {method}.safetensors"
         )
         made = WeightSignature.load(folder / f"{method}.safetensors")
@@ -134,10 +133,10 @@ def test_errors_have_no_traceback(run, noise, folder):
     cases = {
         "inspect nothing.keras": "there is no file nothing.keras",
         "inspect broken.keras": "Keras cannot load broken.keras",
-        "inspect broken.safetensors": "truncated, altered or of another kind",
+        "inspect broken.safetensors": DAMAGED,
         "inspect nothing.safetensors": "nothing.safetensors",
         "report clean.keras --pattern 4:2": "pattern",
-        "signature info clean.keras": "truncated, altered or of another kind",
+        "signature info clean.keras": DAMAGED,
         f"{EXTRACT} -o a.safetensors": "kernel, 4",
         f"{EXTRACT} --targets ( -o a.safetensors": "valid regular",
         f"{EXTRACT} --depth 1 -o a.npz": "must end in .safetensors",
@@ -147,12 +146,8 @@ def test_errors_have_no_traceback(run, noise, folder):
         f"{APPLY} clean.keras -o clean.keras": "clean.keras exists; --overwr",
         "signature remove noise.safetensors clean.keras --scale nan "
         "-o a.keras": "`scale`",
-        "signature add noise.safetensors -o a.safetensors --weights 1 2": (
-            "`weights`"
-        ),
-        "signature quantize broken.safetensors -o a.safetensors": (
-            "truncated, altered or of another kind"
-        ),
+        f"{ADD} -o a.safetensors --weights 1 2": "`weights`",
+        "signature quantize broken.safetensors -o a.safetensors": DAMAGED,
     }
     before = {p: p.read_bytes() for p in folder.iterdir()}
     for line, message in cases.items():

@@ -23,6 +23,7 @@ from tests.models import (
 )
 from tests.patches import references
 
+extract = WeightSignature.extract
 WEIGHTS_OF_TWO = [0, 1, 2, 3, 6, 7, 8, 9]
 
 
@@ -55,7 +56,7 @@ def test_definition(model, trio):
     init, clean, robust = trio
     # A tensor that clean training did not move keeps all of its change.
     clean[1] = init[1].copy()
-    signature = WeightSignature.extract(*trio, depth=2, like=model)
+    signature = extract(*trio, depth=2, like=model)
     assert positions(signature) == WEIGHTS_OF_TWO
     assert signature.depth == 2
     for entry in signature:
@@ -73,10 +74,10 @@ def test_models_and_lists_are_one(trio):
     for checkpoint, weights in zip(checkpoints, trio):
         checkpoint.set_weights(weights)
     before = [weights_of(m) for m in checkpoints]
-    signature = WeightSignature.extract(*checkpoints, depth=3)
-    lists = WeightSignature.extract(*trio, depth=3, like=PATHS)
+    signature = extract(*checkpoints, depth=3)
+    lists = extract(*trio, depth=3, like=PATHS)
     first, _, third = checkpoints
-    mixed = WeightSignature.extract(first, trio[1], third, depth=3)
+    mixed = extract(first, trio[1], third, depth=3)
     for other in (lists, mixed):
         assert positions(other) == positions(signature)
         assert other.fingerprints == signature.fingerprints
@@ -93,7 +94,7 @@ def test_models_and_lists_are_one(trio):
 
 def test_two_checkpoints(model, trio):
     _, clean, robust = trio
-    signature = WeightSignature.extract(None, clean, robust, 4, like=model)
+    signature = extract(None, clean, robust, 4, like=model)
     assert signature.method == "difference"
     assert set(signature.fingerprints) == {"clean", "robust"}
     patched = signature.apply(clean)
@@ -120,26 +121,24 @@ def test_depth_follows_execution():
     assert "last" in model.weights[0].path
     weights = weights_of(model)
     for depth, layers in enumerate(("first norm", "first last norm"), start=1):
-        signature = WeightSignature.extract(None, model, weights, depth=depth)
+        signature = extract(None, model, weights, depth=depth)
         found = {e.info.path.split("/")[-2] for e in signature}
         assert sorted(found) == layers.split()
         assert signature.depth == depth
     with pytest.raises(ValueError, match="kernel, 2"):
-        WeightSignature.extract(None, model, weights, depth=3)
+        extract(None, model, weights, depth=3)
 
 
 def test_targets(model, trio):
     targets = kwm.find_targets(model, include="dense")
     models = [model, trio[1], trio[2]]
-    by_target = WeightSignature.extract(*models, targets=targets[:1])
+    by_target = extract(*models, targets=targets[:1])
     assert positions(by_target) == [DENSE, DENSE + 1]
     assert [e.depth for e in by_target] == [2, 2]
     for pattern in (r"^norm_b/", ["norm_b/gamma", "norm_b/beta"]):
-        by_path = WeightSignature.extract(*trio, targets=pattern, like=PATHS)
+        by_path = extract(*trio, targets=pattern, like=PATHS)
         assert positions(by_path) == [8, 9]
-    everything = WeightSignature.extract(
-        *trio, targets="", statistics="replace", like=PATHS
-    )
+    everything = extract(*trio, targets="", statistics="replace", like=PATHS)
     assert len(everything) == len(PATHS)
     for value, message in (
         ("(", "valid regular"),
@@ -149,16 +148,16 @@ def test_targets(model, trio):
         (kwm.find_targets(conv_net()), "weights of the model"),
     ):
         with pytest.raises(ValueError, match=message):
-            WeightSignature.extract(*models, targets=value)
+            extract(*models, targets=value)
     with pytest.raises(ValueError, match="where no checkpoint is a model"):
-        WeightSignature.extract(*trio, targets=targets, like=PATHS)
+        extract(*trio, targets=targets, like=PATHS)
 
 
 @pytest.mark.parametrize("statistics", ["keep", "average", "replace"])
 def test_statistics(model, trio, statistics):
     _, clean, robust = trio
     fields = {"depth": 2, "statistics": statistics, "like": model}
-    signature = WeightSignature.extract(*trio, **fields)
+    signature = extract(*trio, **fields)
     other = random_weights(model, 7)
     patched = signature.apply(other)
     share = {"keep": 0, "average": 0.5, "replace": 1}[statistics]
@@ -173,7 +172,7 @@ def test_statistics(model, trio, statistics):
         packed = isinstance(entry.tensor, Quantized)
         assert packed == (entry.position not in STATISTICS)
     if statistics == "replace":
-        second = WeightSignature.extract(*trio[:2], other, **fields)
+        second = extract(*trio[:2], other, **fields)
         for method in ("mean", "ties"):
             found = sum_signatures([eight, second], method).apply(clean)
             for place in STATISTICS:
@@ -191,19 +190,17 @@ def test_state_is_not_touched():
     x = keras.layers.Dropout(0.5, seed=1)(x)
     model = keras.Model(inputs, keras.layers.Dense(2)(x))
     weights = random_weights(model, 0)
-    signature = WeightSignature.extract(
-        None, model, weights, targets="", statistics="replace"
-    )
+    signature = extract(None, model, weights, targets="", statistics="replace")
     assert [e.info.path.split("/")[-1] for e in signature] == ["kernel", "bias"]
     # Without a model, names and dtypes tell.
     paths = [variable.path for variable in model.weights]
-    by_name = WeightSignature.extract(
+    by_name = extract(
         None, model.get_weights(), weights, targets="", like=paths
     )
     assert positions(by_name) == positions(signature)
     # A frozen layer is a layer like another.
     model.trainable = False
-    frozen = WeightSignature.extract(None, model, weights, targets="")
+    frozen = extract(None, model, weights, targets="")
     assert positions(frozen) == positions(signature)
 
 
@@ -216,7 +213,7 @@ def test_extract_lists_all_that_is_wrong(model, trio):
     # What is not taken does not count.
     robust[HEAD] = np.full((9, 9), np.nan, "float32")
     with pytest.raises(ValueError, match="not finite") as error:
-        WeightSignature.extract(init, clean, robust, depth=1, like=PATHS)
+        extract(init, clean, robust, depth=1, like=PATHS)
     for part in (
         "init, 0:conv/kernel: values that are not finite",
         "1:conv/bias: one dtype is expected, not init float32, clean bfloat16",
@@ -227,11 +224,11 @@ def test_extract_lists_all_that_is_wrong(model, trio):
     assert "9" not in str(error.value)
     robust[HEAD] = robust[HEAD][0]
     with pytest.raises(ValueError, match=r"14:head/kernel.*2 axes"):
-        WeightSignature.extract(*trio[:2], robust, depth=1, like=PATHS)
+        extract(*trio[:2], robust, depth=1, like=PATHS)
     with pytest.raises(ValueError, match="has 3 weights, and 16 are"):
-        WeightSignature.extract(init[:3], *trio[1:], depth=1, like=PATHS)
+        extract(init[:3], *trio[1:], depth=1, like=PATHS)
     renamed = keras.layers.Conv2D(2, 3, name="renamed")
     other = sequential((6, 6, 1), renamed, *conv_net().layers[1:])
     message = r"2 problems[\s\S]*renamed/kernel', and 'conv2d"
     with pytest.raises(ValueError, match=message):
-        WeightSignature.extract(model, model, other, depth=1)
+        extract(model, model, other, depth=1)

@@ -1,7 +1,6 @@
 import _thread
 import dataclasses
 import gc
-import importlib
 import itertools
 import signal
 import time
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 import keras_weightmods as kwm
 from keras_weightmods import Patches, WeightSignature
+from keras_weightmods.backend import backend_module
 from keras_weightmods.patches import tensors
 from keras_weightmods.patches.checkpoint import Checkpoint
 from tests.models import (
@@ -48,13 +48,6 @@ def signatures(models):
     )
     fourth = make_signature(model, 4, statistics="average", depth=2)
     return [first, second, third.quantize(4), fourth]
-
-
-def host_memory():
-    name = keras.backend.backend()
-    return importlib.import_module(
-        f"keras_weightmods.backend.{name}.host_memory"
-    )
 
 
 def awkward_weights(model, seed):
@@ -392,7 +385,7 @@ def test_assigning_to_memory_that_numpy_cannot_see(
     expected = []
     for hidden in (False, True):
         if hidden:
-            memory = host_memory()
+            memory = backend_module("host_memory")
             monkeypatch.setattr(memory, "view_of", lambda tensor: None)
         for scale, signature in zip((1.0, 0.3, 1.0), signatures):
             signature.apply(model, scale)
