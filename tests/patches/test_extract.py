@@ -34,9 +34,8 @@ def test_residual(seed, exponent):
     init = np.zeros((3, 2))
     clean, robust = rng.normal(size=(2, 3, 2))
     got = residual(robust, clean * 10.0**exponent)
-    np.testing.assert_allclose(
-        got, references.rws(init, clean, robust), rtol=1e-9, atol=1e-12
-    )
+    expected = references.rws(init, clean, robust)
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
     # What is left has nothing of the reference, and once is enough.
     assert abs(np.vdot(got, clean)) < 1e-12
     np.testing.assert_allclose(residual(got, clean), got, rtol=1e-9, atol=1e-12)

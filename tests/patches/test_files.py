@@ -191,9 +191,7 @@ def test_other_files(path):
         arrays = {name: reader.read(name) for name in reader.entries}
     container.write_arrays(path, files.FORMAT, 3, arrays)
     assert "version '3'" in refuses(path)
-    container.write_arrays(
-        path, "keras_weightmods.delta", files.VERSION, arrays
-    )
+    container.write_arrays(path, "another.format", files.VERSION, arrays)
     assert "does not state format" in refuses(path)
     if hasattr(os, "mkfifo"):
         os.mkfifo(path.parent / "pipe")

@@ -18,9 +18,8 @@ def test_quantize(bits, seed, rows):
     assert whole.packed.tobytes() == references.pack(codes, bits)
     assert whole.packed.size == code_bytes(x.size, bits)
     assert whole.scales == np.float32(scale)
-    np.testing.assert_allclose(
-        whole.dequantized(), np.reshape(codes, x.shape) * scale, rtol=1e-6
-    )
+    expected = np.reshape(codes, x.shape) * scale
+    np.testing.assert_allclose(whole.dequantized(), expected, rtol=1e-6)
     channels = quantize(x, bits, per_channel=True)
     for column in range(3):
         codes, scale = references.quantize(list(x[:, column]), bits)

@@ -185,10 +185,8 @@ def test_apply_lists_all_that_is_wrong(model):
     assert_same_bits(weights, before)
 
 
-def test_lists_with_statistics(model, trio):
-    half = WeightSignature.extract(
-        *trio, depth=2, statistics="average", like=model
-    )
+def test_lists_with_statistics(model):
+    half = make_signature(model, statistics="average")
     clean = random_weights(model, 4)
     back = half.remove(half.apply(clean, 1.5), force=True, scale=1.5)
     for a, b in zip(back, clean):
