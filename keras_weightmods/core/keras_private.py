@@ -9,6 +9,7 @@ stays in the subclass.
 
 import contextlib
 import copy
+import itertools
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -246,10 +247,8 @@ def track_torch_parameters(model: Any) -> None:
     """
     if keras.backend.backend() != "torch":
         return
-    modules = {
-        module: None for layer in layers_of(model) for module in layer.modules()
-    }
-    for module in modules:
+    modules = (each.modules() for each in layers_of(model))
+    for module in dict.fromkeys(itertools.chain(*modules)):
         if "_torch_params" in module._modules:
             module._track_variables()
 

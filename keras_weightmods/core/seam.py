@@ -98,19 +98,16 @@ def reason_to_skip(target: Target) -> str | None:
     )
 
 
-def check_unattached(model: Any, items: Sequence[Any]) -> None:
+def check_unattached(items: Sequence[Any]) -> None:
     """Raise ValueError if a target of `items` is reparameterized already."""
-    taken = [
-        item.target.path
-        for item in items
-        if item.target.attribute in slots(item.target.layer)
-    ]
+    targets = [item.target for item in items]
+    taken = [t for t in targets if t.attribute in slots(t.layer)]
     if taken:
-        first = reparameterizations(model)[0]
+        finish = slots(taken[0].layer)[taken[0].attribute].finish
         raise ValueError(
             "A weight can be reparameterized only once. Received: a model "
             f"with {len(taken)} of the targets reparameterized already, the "
-            f"first being {taken[0]!r}. Call `{first.finish}` first, or leave "
+            f"first being {taken[0].path!r}. Call `{finish}` first, or leave "
             "these targets out."
         )
 
@@ -123,7 +120,7 @@ def attach(
     With `drop_optimizer` a built optimizer is no error: it holds state of
     weights that are no longer trained, so the model is left uncompiled.
     """
-    check_unattached(model, items)
+    check_unattached(items)
     if not drop_optimizer and _has_built_optimizer(model):
         raise ValueError(
             "The model's optimizer has already been built for the present "

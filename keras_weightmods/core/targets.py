@@ -286,16 +286,10 @@ def target_of(
     if rule is None or variable is None:
         expected = "the name of a `keras.Variable` that `register_target` knows"
         raise error("attribute", f"{expected} in {layer.name!r}", attribute)
-    return Target(
-        layer=layer,
-        variable=variable,
-        attribute=attribute,
-        **target_rules.axes_of(
-            layer, attribute, rule, rank or len(variable.shape)
-        ),
-        depth=depth,
-        key=(keys or weight_keys(layer))[id(variable)],
-    )
+    rank = rank or len(variable.shape)
+    axes = target_rules.axes_of(layer, attribute, rule, rank)
+    key = (keys or weight_keys(layer))[id(variable)]
+    return Target(layer, variable, attribute, **axes, depth=depth, key=key)
 
 
 def check_built(model: Any) -> None:
@@ -305,13 +299,7 @@ def check_built(model: Any) -> None:
         layer.name
         for layer in keras_private.layers_of(model)
         if not layer.built
-        and (
-            layer is model
-            or any(
-                rule.reason is None
-                for rule in target_rules.rules_of(layer).values()
-            )
-        )
+        and (layer is model or _holds_target(target_rules.rules_of(layer)))
     ]
     if unbuilt:
         raise ValueError(
@@ -320,6 +308,10 @@ def check_built(model: Any) -> None:
             f"model={model.name!r}, of which {len(unbuilt)} layers are not "
             f"built: {', '.join(unbuilt[:5])}"
         )
+
+
+def _holds_target(rules: Any) -> bool:
+    return any(rule.reason is None for rule in rules.values())
 
 
 def _find_all(model: Any, depthwise: bool) -> Targets:
@@ -366,10 +358,8 @@ def _find_all(model: Any, depthwise: bool) -> Targets:
     )
 
 
-def _reason_to_skip(
-    layer: Any, attribute: str, rule: Any, depthwise: Any
-) -> Any:
-    item = slots(layer).get(attribute)
+def _reason_to_skip(layer: Any, name: str, rule: Any, depthwise: bool) -> Any:
+    item = slots(layer).get(name)
     if item is not None and not item.keeps_stored:
         return f"packed; `{item.finish}` makes it dense again"
     if rule.reason is not None and not (depthwise and rule.depthwise):

@@ -118,7 +118,7 @@ def pack(
         for t in kernels
     ]
     embeddings = list(map(packed_embedding.packed_embedding, tables))
-    seam.check_unattached(model, [*items, *embeddings])
+    seam.check_unattached([*items, *embeddings])
     _check_kernels(items)
     items += embeddings
     _check_finite(items)

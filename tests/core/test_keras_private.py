@@ -27,68 +27,56 @@ KERAS_CLASSES = (
 )
 
 
-def private(name):
-    return name.startswith("_") and not name.endswith("__")
-
-
 def own_names(trees):
-    """The private names that the package's own classes define."""
+    """Return the names that the package's own classes define."""
     names = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef):
-            names.add(node.name)
-        elif isinstance(node, ast.AnnAssign) and isinstance(
-            node.target, ast.Name
-        ):
-            names.add(node.target.id)
-        elif (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.ctx, ast.Store)
-            and of_self(node.value)
-        ):
-            names.add(node.attr)
-    return {
-        name
-        for name in names
-        if not any(hasattr(cls, name) for cls in KERAS_CLASSES)
-    }
+        match node:
+            case (
+                ast.FunctionDef(name=name)
+                | ast.AnnAssign(target=ast.Name(id=name))
+                | ast.Attribute(ast.Name("self" | "cls"), name, ast.Store())
+            ):
+                names.add(name)
+    return {n for n in names if not any(hasattr(c, n) for c in KERAS_CLASSES)}
 
 
-def of_self(node):
-    """Whether an expression is `self`, `cls` or `super()`."""
-    if isinstance(node, ast.Call):
-        node = node.func
-    return isinstance(node, ast.Name) and node.id in ("self", "cls", "super")
+def read_names(tree):
+    """Yield the names that a file imports, reads, sets or asks for."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(str(name)):
+                yield name
+            case ast.Attribute(
+                ast.Name("self" | "cls") | ast.Call(ast.Name("super"))
+            ):
+                pass
+            case ast.Attribute(ast.Name("keras" | "object" as owner), name):
+                yield f"{owner}.{name}"
+            case (
+                ast.Attribute(_, name)
+                | ast.Call(
+                    ast.Name("getattr" | "setattr" | "hasattr"),
+                    [_, ast.Constant(str(name)), *_],
+                )
+                | ast.Call(ast.Name("vars" as name))
+            ):
+                yield name
 
 
 def touched(tree, own=()):
-    """What a file touches of private Keras, as names."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("keras.src"):
-                    yield alias.name
-        elif isinstance(node, ast.ImportFrom):
-            if (node.module or "").startswith("keras.src"):
-                yield node.module
-        elif isinstance(node, ast.Attribute):
-            private_read = private(node.attr) and not of_self(node.value)
-            if private_read and node.attr not in own:
-                yield node.attr
-            if node.attr == "__dict__" and not of_self(node.value):
-                yield node.attr
-            if ast.unparse(node) in ("keras.src", "object.__setattr__"):
-                yield ast.unparse(node)
-        elif isinstance(node, ast.Call):
-            if ast.unparse(node.func) == "vars":
-                yield "vars"
-            if (
-                ast.unparse(node.func) in ("getattr", "setattr", "hasattr")
-                and isinstance(node.args[1], ast.Constant)
-                and private(node.args[1].value)
-                and node.args[1].value not in own
-            ):
-                yield node.args[1].value
+    """Return what a file touches of private Keras, as names."""
+    return {
+        name
+        for name in read_names(tree)
+        if name.startswith("keras.src")
+        or name in ("vars", "__dict__", "object.__setattr__")
+        or (
+            name.startswith("_") and not name.endswith("__") and name not in own
+        )
+    }
 
 
 def test_private_keras_is_in_one_file():
@@ -99,7 +87,7 @@ def test_private_keras_is_in_one_file():
     own = own_names(trees.values())
     found = {}
     for name, tree in trees.items():
-        names = set(touched(tree, own)) - ALLOWED.get(name, set())
+        names = touched(tree, own) - ALLOWED.get(name, set())
         if name.startswith(("backend/", "native/")):
             # Private attributes of the backend's own library.
             names = {
@@ -129,7 +117,7 @@ def test_private_keras_is_in_one_file():
     ],
 )
 def test_the_check_finds(text):
-    assert list(touched(ast.parse(text)))
+    assert touched(ast.parse(text))
 
 
 def test_see_calls():

@@ -7,7 +7,7 @@ from keras_weightmods.core.target_rules import register_target
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.utils.report import Skipped
 from tests.core.layers import Block, Experts
-from tests.models import normal, numpy
+from tests.models import normal, numpy, sequential
 
 
 @pytest.mark.parametrize(
@@ -128,20 +128,27 @@ def test_separable_conv(rank):
     )
 
 
-def test_depthwise_kernels_where_asked_for():
-    model = keras.Sequential(
-        [
-            keras.Input((6, 6, 4)),
-            keras.layers.DepthwiseConv2D(3, depth_multiplier=2),
-            keras.layers.SeparableConv2D(5, 2),
-        ]
+@pytest.mark.parametrize("rank", [1, 2])
+def test_depthwise_kernels_where_asked_for(rank):
+    depthwise = getattr(keras.layers, f"DepthwiseConv{rank}D")
+    separable = getattr(keras.layers, f"SeparableConv{rank}D")
+    options = {"data_format": "channels_last"}
+    model = sequential(
+        (6,) * rank + (4,),
+        depthwise(3, depth_multiplier=2, **options),
+        separable(5, 2, **options),
     )
-    assert [t.attribute for t in find_targets(model)] == ["pointwise_kernel"]
+    targets = find_targets(model)
+    assert [t.attribute for t in targets] == ["pointwise_kernel"]
+    assert {s.reason for s in targets.skipped} == {
+        "a depthwise kernel contracts no channels"
+    }
     found = find_targets(model, depthwise=True)
+    axes, channels = tuple(range(rank)), (rank, rank + 1)
     assert [(t.shape, t.contraction_axes, t.output_axes) for t in found] == [
-        ((3, 3, 4, 2), (0, 1), (2, 3)),
-        ((2, 2, 8, 1), (0, 1), (2, 3)),
-        ((1, 1, 8, 5), (0, 1, 2), (3,)),
+        ((3,) * rank + (4, 2), axes, channels),
+        ((2,) * rank + (8, 1), axes, channels),
+        ((1,) * rank + (8, 5), (*axes, rank), (rank + 1,)),
     ]
     assert not found.skipped
 

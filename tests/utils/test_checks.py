@@ -16,24 +16,6 @@ from keras_weightmods.utils import checks
         (0, {"least": 1}, "an int >= 1"),
         (3, {"least": 1, "most": 2}, "an int >= 1 and <= 2"),
         (0, {"least": 1, "optional": True}, "an int >= 1 or None"),
-    ],
-)
-def test_what_is_no_int(value, arguments, expected):
-    with pytest.raises(ValueError) as info:
-        checks.check_int("n", value, **arguments)
-    text = f"`n` must be {expected}. Received: n={value!r}"
-    assert str(info.value) == text
-
-
-def test_ints():
-    for value in (1, np.int8(1), np.uint64(1)):
-        assert type(checks.check_int("n", value, 1, 1)) is int
-    assert checks.check_int("n", None, 1, optional=True) is None
-
-
-@pytest.mark.parametrize(
-    ("value", "arguments", "expected"),
-    [
         (True, {}, "a finite float"),
         ("1", {}, "a finite float"),
         (float("nan"), {}, "a finite float"),
@@ -43,11 +25,19 @@ def test_ints():
         (2, {"most": 1, "optional": True}, "a finite float <= 1 or None"),
     ],
 )
-def test_what_is_no_float(value, arguments, expected):
+def test_what_is_no_number(value, arguments, expected):
+    is_int = expected.startswith("an int")
+    check = checks.check_int if is_int else checks.check_float
     with pytest.raises(ValueError) as info:
-        checks.check_float("x", value, **arguments)
-    text = f"`x` must be {expected}. Received: x={value!r}"
+        check("n", value, **arguments)
+    text = f"`n` must be {expected}. Received: n={value!r}"
     assert str(info.value) == text
+
+
+def test_ints():
+    for value in (1, np.int8(1), np.uint64(1)):
+        assert type(checks.check_int("n", value, 1, 1)) is int
+    assert checks.check_int("n", None, 1, optional=True) is None
 
 
 def test_floats():
