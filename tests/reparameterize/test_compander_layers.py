@@ -10,7 +10,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.ops import compand
-from tests.models import normal, numpy, outputs, sequential
+from tests.models import mlp, normal, numpy, outputs, sequential
 
 # Within the range of every function at a = 0.5.
 DRAW = keras.initializers.RandomUniform(-0.48, 0.48, seed=1)
@@ -26,22 +26,14 @@ LAYERS = {
     "Conv1D": ((4, 3), {"padding": "causal", **KERNEL}, (7, 2)),
     "Conv2D": ((4, 3), {"groups": 2, **KERNEL}, (6, 6, 4)),
     "Conv3D": ((2, 2), {"strides": 2, **KERNEL}, (4, 4, 4, 2)),
-    "DepthwiseConv2D": (
-        (3,),
-        {"depth_multiplier": 2, **DEPTHWISE},
-        (5, 5, 2),
-    ),
+    "DepthwiseConv2D": ((3,), {"depth_multiplier": 2, **DEPTHWISE}, (5, 5, 2)),
 }
 
 
 def make(name, companded=True, **kwargs):
     args, own, shape = LAYERS[name]
-    cls = (
-        getattr(kwm, f"Compander{name}")
-        if companded
-        else getattr(keras.layers, name)
-    )
-    layer = cls(*args, **own, **kwargs)
+    module, prefix = (kwm, "Compander") if companded else (keras.layers, "")
+    layer = getattr(module, prefix + name)(*args, **own, **kwargs)
     return sequential(shape, layer)
 
 
@@ -129,9 +121,8 @@ def test_kernel_is_the_companded_variable(function, learnable):
         3, a=0.8, b=0.6, function=function, learnable=learnable
     )
     layer.build((None, 5))
-    w = numpy(layer.kernel)
-    expected = compand(layer._kernel.value, 0.8, 0.6, function)
-    np.testing.assert_allclose(w, numpy(expected), rtol=1e-6)
+    expected = numpy(compand(layer._kernel.value, 0.8, 0.6, function))
+    np.testing.assert_allclose(numpy(layer.kernel), expected, rtol=1e-6)
     assert len(layer.weights) == (3 if learnable else 2)
     assert len(layer.trainable_weights) == len(layer.weights)
     assert layer.compander.learnable is learnable
@@ -139,23 +130,15 @@ def test_kernel_is_the_companded_variable(function, learnable):
     assert layer.compander.b == pytest.approx(0.6, rel=1e-6)
 
 
-class Subclassed(keras.Model):
-    """Built while its fit traces it, when no variable has a value."""
-
-    def __init__(self, **kwargs):
-        super().__init__()
-        self.dense = kwm.CompanderDense(4, **kwargs)
-
-    def call(self, x):
-        return self.dense(x)
-
-
 def test_built_by_fit():
+    """While it traces, when no variable has a value."""
     draw = keras.initializers.Constant(3.0)
-    model = Subclassed(kernel_initializer=draw, out_of_range="raise_a")
+    layer = kwm.CompanderDense(
+        4, kernel_initializer=draw, out_of_range="raise_a"
+    )
+    model = keras.Sequential([layer])
     model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
     model.fit(np.ones((2, 5)), np.ones((2, 4)), verbose=0)
-    layer = model.dense
     assert layer.compander.outside == 20
     assert layer.compander.raised
     assert layer.compander.a > 3.0 / (np.pi / 2)
@@ -173,28 +156,21 @@ def test_draws_at_and_beyond_the_range(largest):
         return ops.convert_to_tensor(draw, dtype)
 
     def build(**kwargs):
-        layer = kwm.CompanderDense(
-            2, kernel_initializer=initializer, use_bias=False, **kwargs
-        )
+        layer = kwm.CompanderDense(2, kernel_initializer=initializer, **kwargs)
         layer.build((None, 2))
         return layer
 
     clipped = build()
     assert clipped.compander.outside == 2
     assert not clipped.compander.raised
-    limit = 0.99 * LIMIT
-    np.testing.assert_allclose(
-        numpy(clipped.kernel),
-        np.clip(draw, -limit, limit),
-        atol=1e-6,
-    )
+    expected = np.clip(draw, -0.99 * LIMIT, 0.99 * LIMIT)
+    np.testing.assert_allclose(numpy(clipped.kernel), expected, atol=1e-6)
     for learnable in (True, False):
         raised = build(out_of_range="raise_a", learnable=learnable)
         assert raised.compander.outside == 2
         assert raised.compander.raised
-        assert raised.compander.a == pytest.approx(
-            largest / (0.99 * np.pi / 2), rel=1e-5
-        )
+        a = largest / (0.99 * np.pi / 2)
+        assert raised.compander.a == pytest.approx(a, rel=1e-5)
         np.testing.assert_allclose(numpy(raised.kernel), draw, rtol=1e-5)
         config = raised.get_config()
         assert config["a"] > 0.5
@@ -205,18 +181,18 @@ def test_draws_at_and_beyond_the_range(largest):
 
 def test_range_of_the_other_functions():
     draw = keras.initializers.Constant(0.9)
-    arguments = {"kernel_initializer": draw, "a": 0.5}
-    for function, outside in (("erf", 4), ("arsinh", 0)):
-        layer = kwm.CompanderDense(2, function=function, **arguments)
+    for function, a, dtype, outside in (
+        ("erf", 0.5, "float32", 4),
+        ("arsinh", 0.5, "float32", 0),
+        # sinh(0.9 / 0.01) is beyond the largest float16.
+        ("arsinh", 0.01, "float16", 4),
+    ):
+        layer = kwm.CompanderDense(
+            2, a=a, function=function, kernel_initializer=draw, dtype=dtype
+        )
         layer.build((None, 2))
         assert layer.compander.outside == outside
-    layer = kwm.CompanderDense(
-        2, function="arsinh", dtype="float16", a=0.01, kernel_initializer=draw
-    )
-    layer.build((None, 2))
-    # sinh(0.9 / 0.01) is beyond the largest float16.
-    assert layer.compander.outside == 4
-    assert np.isfinite(numpy(layer._kernel.value)).all()
+        assert np.isfinite(numpy(layer._kernel)).all()
 
 
 BAD = (0, -1.0, 1e-4, float("nan"), float("inf"), "1", True, None)
@@ -272,47 +248,44 @@ def test_lora_rank_in_the_constructor():
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "functions"),
+    ("name", "dtype", "function"),
     [
-        ("Dense", "float16", ("arctan", "arsinh", "erf")),
-        ("Dense", "bfloat16", ("arctan",)),
-        ("Dense", "mixed_bfloat16", ("arctan",)),
-        ("Conv2D", "float16", ("arctan",)),
+        ("Dense", "float16", "arctan"),
+        ("Dense", "float16", "arsinh"),
+        ("Dense", "float16", "erf"),
+        ("Dense", "bfloat16", "arctan"),
+        ("Dense", "mixed_bfloat16", "arctan"),
+        ("Conv2D", "float16", "arctan"),
     ],
 )
-def test_half_precision_trains_without_a_nonfinite_value(
-    name, dtype, functions
-):
-    for function in functions:
-        model = make(name, dtype=dtype, function=function)
-        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
-        x = 10 * inputs_for(model)
-        y = np.ones(model(x).shape, "float32")
-        model.fit(x, y, epochs=2, verbose=0)
-        for w in model.weights:
-            assert np.isfinite(numpy(w.value)).all()
-        layer = model.layers[0]
-        assert layer._kernel.dtype == dtype.replace("mixed_bfloat16", "float32")
-        assert outputs(model, x).shape == y.shape
+def test_half_precision_trains_without_a_nonfinite_value(name, dtype, function):
+    model = make(name, dtype=dtype, function=function)
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    x = 10 * inputs_for(model)
+    y = np.ones(model(x).shape, "float32")
+    model.fit(x, y, epochs=2, verbose=0)
+    assert is_finite(model)
+    stored = model.layers[0]._kernel
+    assert stored.dtype == dtype.replace("mixed_bfloat16", "float32")
+    assert outputs(model, x).shape == y.shape
+
+
+def is_finite(model):
+    return all(np.isfinite(numpy(w)).all() for w in model.weights)
 
 
 @pytest.mark.parametrize("policy", ["float16", "mixed_bfloat16"])
 def test_half_precision_is_finite_where_the_plain_layer_is(policy):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(32, 16)).astype("float32")
-    y = rng.normal(size=(32, 1)).astype("float32")
+    x, y = normal(32, 16), normal(32, 1, seed=1)
 
     def stays_finite(optimizer, scale, **pair):
-        keras.utils.set_random_seed(0)
-        hidden = keras.layers.Dense(32, "relu", dtype=policy)
-        output = keras.layers.Dense(1, dtype=policy)
-        model = sequential((16,), hidden, output)
+        model = mlp(16, 32, 1, dtype=policy)
         if pair:
             kwm.attach_compander(model, **pair)
         model.compile(optimizer(), "mse", jit_compile=False)
         for _ in range(10):
             model.train_on_batch(scale * x, y)
-        return all(np.isfinite(numpy(w.value)).all() for w in model.weights)
+        return is_finite(model)
 
     pairs = [
         {"function": "arctan", "learnable": True},
