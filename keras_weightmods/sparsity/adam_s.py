@@ -1,7 +1,8 @@
 """AdamS: Adam with a pull that drives weights into an N:M pattern."""
 
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -9,22 +10,19 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private
+from keras_weightmods.ops import nm
 from keras_weightmods.ops.matrix import contraction_size
-from keras_weightmods.ops.nm import (
-    Pattern,
-    packed_size,
-    parse_pattern,
-    unpack_bits,
-)
-from keras_weightmods.sparsity import adam_s_targets, adam_s_warnings
-from keras_weightmods.sparsity.adam_s_targets import Spec
-from keras_weightmods.sparsity.adam_s_update import AdamSUpdate
+from keras_weightmods.sparsity import adam_s_targets as targets_of
+from keras_weightmods.sparsity import adam_s_update, adam_s_warnings
 from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
 
+_DECAYS = "published", "relative"
+_CRITERIA = "magnitude", "activation"
+
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
-class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
+class AdamS(keras.optimizers.Optimizer):
     r"""Adam that trains kernels into an N:M sparse pattern.
 
     Implements algorithm 1 of CAST (Continuous Adaptive Sparse Trainer,
@@ -135,7 +133,7 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
         self,
         learning_rate: Any = 1e-4,
         total_steps: int | None = None,
-        pattern: Pattern = "2:4",
+        pattern: nm.Pattern = "2:4",
         *,
         targets: Any = None,
         l1: float | str = "auto",
@@ -150,40 +148,25 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
         name: str = "adam_s",
         **kwargs: Any,
     ) -> None:
-        n, m = parse_pattern(pattern)
-        if l1 != "auto":
-            checks.check_float("l1", l1, above=0)
-        checks.check_float("l1_scale", l1_scale, above=0)
-        checks.check_choice("decay", decay, ("published", "relative"))
-        checks.check_choice("criterion", criterion, ("magnitude", "activation"))
-        checks.check_float("ramp", ramp, 0, 1)
+        super().__init__(learning_rate=learning_rate, name=name, **kwargs)
+        self.total_steps = total_steps
+        self.n, self.m = nm.parse_pattern(pattern)
+        self.pattern = f"{self.n}:{self.m}"
+        targets = targets_of.check_targets(targets)
+        # A closure, because Keras would track a model held as an attribute.
+        self._get_targets = lambda: targets
+        is_number = l1 != "auto"
+        self.l1 = checks.check_float("l1", l1, above=0) if is_number else l1
+        self.l1_scale = checks.check_float("l1_scale", l1_scale, above=0)
+        self.decay = checks.check_choice("decay", decay, _DECAYS)
+        self.ramp = checks.check_float("ramp", ramp, 0, 1)
         if not ramp and decay == "published":
             raise checks.error("ramp", 'above 0 with decay="published"', ramp)
-        checks.check_int("mask_every", mask_every, 1)
-        checks.check_float("beta_1", beta_1, 0, below=1)
-        checks.check_float("beta_2", beta_2, 0, below=1)
-        checks.check_float("epsilon", epsilon, above=0)
-        targets = adam_s_targets.check_targets(targets)
-        super().__init__(learning_rate=learning_rate, name=name, **kwargs)
-        self.n, self.m = n, m
-        self.total_steps = total_steps
-        self.l1 = l1
-        self.l1_scale = l1_scale
-        self.ramp = ramp
-        self.decay = decay
-        self.criterion = criterion
-        self.mask_every = mask_every
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        # A closure, because Keras would track a model held as an attribute.
-        self._get_targets: Callable[[], Any] = lambda: targets
-        self._specs: list[Spec | None] = []
-
-    @property
-    def pattern(self) -> str:
-        """The pattern as a string, `"n:m"`."""
-        return f"{self.n}:{self.m}"
+        self.criterion = checks.check_choice("criterion", criterion, _CRITERIA)
+        self.mask_every = checks.check_int("mask_every", mask_every, 1)
+        self.beta_1 = checks.check_float("beta_1", beta_1, 0, below=1)
+        self.beta_2 = checks.check_float("beta_2", beta_2, 0, below=1)
+        self.epsilon = checks.check_float("epsilon", epsilon, above=0)
 
     @property
     def total_steps(self) -> Any:
@@ -195,10 +178,11 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
 
     @total_steps.setter
     def total_steps(self, total_steps: Any) -> None:
-        checks.check_int("total_steps", total_steps, 1, optional=True)
-        self._total_steps = None if total_steps is None else int(total_steps)
+        self._total_steps = checks.check_int(
+            "total_steps", total_steps, 1, optional=True
+        )
         # On TensorFlow it is a constant of the compiled update.
-        self._get_compiled_step: Callable[[], Any] | None = None
+        self._compiled_update: Any = None
 
     @property
     def sparsified(self) -> list[Any]:
@@ -212,31 +196,26 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
         One for each of `sparsified`, in the same order.
         """
         return [
-            ops.convert_to_numpy(unpack_bits(bits.value, spec.shape))
-            for _, spec, bits in self.sparsified_state
+            ops.convert_to_numpy(nm.unpack_bits(bits.value, variable.shape))
+            for variable, _, bits in self.sparsified_state
         ]
 
     @property
-    def sparsified_state(self) -> list[tuple[Any, Spec, Any]]:
-        """Triples (variable, its spec, its packed mask), in order.
-
-        A spec has `path`, `shape` and the contraction `axes`.
-        """
+    def sparsified_state(self) -> list[tuple[Any, tuple[int, ...], Any]]:
+        """Triples (variable, contraction axes, packed mask), in order."""
         if not self.built:
             raise ValueError(
                 "The masks of `AdamS` are there once it is built. Train a "
                 "step, or call `optimizer.build(model.trainable_variables)`."
             )
-        return [
-            (spec.variable, spec, bits)
-            for spec, bits in zip(self._specs, self._mask_bits)
-            if spec is not None
-        ]
+        variables = keras_private.optimizer_variables(self)
+        rows = zip(variables, self._axes, self._states)
+        return [(v, axes, own["mask"]) for v, axes, own in rows if axes]
 
     def use_targets(self, targets: Any) -> None:
         """Set `targets` where none were given; only before `build`."""
         if self._get_targets() is None and not self.built:
-            targets = adam_s_targets.check_targets(targets)
+            targets = targets_of.check_targets(targets)
             self._get_targets = lambda: targets
 
     def build(self, variables: Iterable[Any]) -> None:
@@ -250,33 +229,40 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
                 "total_steps=steps_per_epoch * epochs)`, or train through "
                 "`CAST`, whose `fit` fills it in. Received: total_steps=None"
             )
-        specs = adam_s_targets.find_specs(
-            self._get_targets(), variables, self.m
-        )
-        found = [spec for spec in specs if spec is not None]
+        axes = targets_of.find_axes(self._get_targets(), variables, self.m)
+        found = [pair for pair in zip(variables, axes) if pair[1]]
         adam_s_warnings.warn_about_low_precision(found)
         if self.decay == "published":
             adam_s_warnings.warn_about_travel(self, found)
         super().build(variables)
-        self._specs = specs
-        self._momentums, self._velocities = self.add_optimizer_variables(
-            variables, ["momentum", "velocity"]
-        )
-        self._mask_bits = self._add_states(
-            "mask", lambda spec: (packed_size(math.prod(spec.shape)),), "uint8"
-        )
-        self._gradient_squares: list[Any] = [None] * len(variables)
-        self._importance: list[Any] = [None] * len(variables)
-        if self._measures_gradients:
-            self._gradient_squares = self._add_states(
-                "gradient_square", lambda spec: ()
-            )
+        self._axes = axes
+        self._states = list(map(self._new_state, variables, axes))
+
+    def _new_state(self, variable: Any, axes: Any) -> dict[str, Any]:
+        """What the update keeps of a variable, by name."""
+        names = ["momentum", "velocity"]
+        moments = self.add_optimizer_variables([variable], names)
+        state = {name: own for name, (own,) in zip(names, moments)}
+        if axes is None:
+            return state
+
+        def add(name: str, shape: Any, dtype: str, init: str) -> None:
+            path = f"{variable.path.replace('/', '_')}_{name}"
+            state[name] = self.add_variable(shape, init, dtype, name=path)
+
+        size = nm.packed_size(math.prod(variable.shape))
+        add("mask", (size,), "uint8", "zeros")
+        if self.measures_gradients:
+            add("gradient_square", (), "float32", "zeros")
         if self.criterion == "activation":
-            self._importance = self._add_states(
-                "importance",
-                lambda spec: (contraction_size(spec.shape, spec.axes),),
-                initializer="ones",
-            )
+            size = contraction_size(variable.shape, axes)
+            add("importance", (size,), "float32", "ones")
+        return state
+
+    @property
+    def measures_gradients(self) -> bool:
+        """Whether the pull is found from the gradients of the first steps."""
+        return self.decay == "published" and self.l1 == "auto"
 
     def _apply_weight_decay(self, variables: Any) -> None:
         """Nothing: the decay is part of the update, in the same pass.
@@ -292,46 +278,36 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
     def _backend_update_step(
         self, grads: Any, trainable_variables: Any, learning_rate: Any
     ) -> None:
-        if keras.backend.backend() != "torch":
-            super()._backend_update_step(
-                grads, trainable_variables, learning_rate
-            )
-            return
-        from keras_weightmods.backend.torch import adam_s
+        update = super()._backend_update_step
+        if keras.backend.backend() == "torch":
+            from keras_weightmods.backend.torch import adam_s
 
-        scalars = adam_s.step_scalars(self, learning_rate)
-        for gradient, variable in zip(grads, trainable_variables):
-            adam_s.update_variable(self, gradient, variable, scalars)
+            update = functools.partial(adam_s.update, self, adam_s_update)
+        update(grads, trainable_variables, learning_rate)
 
     def update_step(
         self, gradient: Any, variable: Any, learning_rate: Any
     ) -> None:
         """Update one variable and its state."""
+        if self._compiled_update is None:
+            update = functools.partial(adam_s_update.updated, self)
+            if keras.backend.backend() == "tensorflow":
+                from keras_weightmods.backend.tensorflow import compiled
+
+                update = compiled.compiled(update)
+            self._compiled_update = update
         index = self._get_variable_index(variable)
-        spec = self._specs[index]
-        state = {"weight": variable, **self._state_of(index)}
-        stepped = self._compiled_step()(
+        state = {"weight": variable, **self._states[index]}
+        values = self._compiled_update(
             {name: ops.convert_to_tensor(v) for name, v in state.items()},
             gradient,
             ops.cast(learning_rate, variable.dtype),
             ops.cast(self.iterations, "float32"),
-            None if spec is None else spec.axes,
+            self._axes[index],
             self._decay_rate_of(variable),
         )
-        for name, value in stepped.items():
+        for name, value in values.items():
             self.assign(state[name], value)
-
-    def _compiled_step(self) -> Any:
-        """`_stepped`, which TensorFlow may run outside of a compiled step."""
-        if keras.backend.backend() != "tensorflow":
-            return self._stepped
-        if self._get_compiled_step is None:
-            from keras_weightmods.backend.tensorflow.compiled import compiled
-
-            step = compiled(self._stepped)
-            # A closure, because Keras would track it for the export.
-            self._get_compiled_step = lambda: step
-        return self._get_compiled_step()
 
     def prune(self) -> ChangeReport:
         """Set the masked weights of the built variables to zero.
@@ -351,9 +327,9 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
                 "`AdamS.prune()` needs the mask of a training run. Received: "
                 "an optimizer that has taken no step. Call it after `fit`."
             )
-        for variable, spec, bits in state:
+        for variable, _, bits in state:
             value = ops.convert_to_tensor(variable)
-            mask = unpack_bits(bits.value, spec.shape)
+            mask = nm.unpack_bits(bits.value, variable.shape)
             variable.assign(ops.where(mask, value, ops.zeros_like(value)))
         return ChangeReport.of(
             f"Pruned to {self.pattern}",
@@ -377,17 +353,13 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
             expected = '"activation" where an importance is set'
             raise checks.error("criterion", expected, self.criterion)
         arrays = [np.asarray(a, "float32") for a in importance]
-        indices = map(self._get_variable_index, self.sparsified)
-        variables = [self._importance[index] for index in indices]
+        variables = [s["importance"] for s in self._states if "mask" in s]
         shapes = [tuple(v.shape) for v in variables]
         if shapes != [a.shape for a in arrays] or not all(
-            np.isfinite(a).all() and (a >= 0).all() for a in arrays
+            np.all((a >= 0) & np.isfinite(a)) for a in arrays
         ):
-            raise checks.error(
-                "importance",
-                f"finite arrays, not negative, of shapes {shapes}",
-                arrays,
-            )
+            expected = f"finite arrays, not negative, of shapes {shapes}"
+            raise checks.error("importance", expected, arrays)
         for variable, array in zip(variables, arrays):
             variable.assign(array)
 
@@ -413,13 +385,13 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         if self.built:
+            index_of = self._get_variable_index
             targets = [
-                spec.to_config(index)
-                for index, spec in enumerate(self._specs)
-                if spec is not None
+                targets_of.target_config(variable, axes, index_of(variable))
+                for variable, axes, _ in self.sparsified_state
             ]
         else:
-            targets = adam_s_targets.targets_config(self._get_targets())
+            targets = targets_of.targets_config(self._get_targets())
         return {
             **super().get_config(),
             "total_steps": self.total_steps,
@@ -434,35 +406,6 @@ class AdamS(AdamSUpdate, keras.optimizers.Optimizer):
             "beta_1": self.beta_1,
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
-        }
-
-    def _add_states(
-        self, name: Any, shape: Any, dtype: Any = "float32", **kwargs: Any
-    ) -> Any:
-        return [
-            spec
-            and self.add_variable(
-                shape=shape(spec),
-                dtype=dtype,
-                name=f"{spec.path.replace('/', '_')}_{name}",
-                **kwargs,
-            )
-            for spec in self._specs
-        ]
-
-    def _state_of(self, index: Any) -> Any:
-        """The variables of the state of one variable, by name."""
-        lists = {
-            "momentum": self._momentums,
-            "velocity": self._velocities,
-            "mask": self._mask_bits,
-            "gradient_square": self._gradient_squares,
-            "importance": self._importance,
-        }
-        return {
-            name: variables[index]
-            for name, variables in lists.items()
-            if variables[index] is not None
         }
 
     def _check_state(self, arrays: Any) -> None:

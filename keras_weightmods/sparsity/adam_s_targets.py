@@ -1,11 +1,8 @@
 """Which variables of an optimizer `AdamS` sparsifies, saved ones included."""
 
 import contextlib
-import dataclasses
 import re
 import warnings
-from collections.abc import Sequence
-from typing import Any
 
 import keras
 
@@ -15,38 +12,7 @@ from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.utils import checks
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Spec:
-    """What the optimizer knows of one sparsified variable.
-
-    Attributes:
-        path: String, the path of the variable.
-        shape: Tuple of ints.
-        axes: Tuple of ints, the contraction axes.
-        variable: `keras.Variable`.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    axes: tuple[int, ...]
-    variable: Any
-
-    @classmethod
-    def of(cls, variable: Any, axes: Sequence[int]) -> "Spec":
-        """Return the spec of a variable that is contracted along `axes`."""
-        return cls(variable.path, tuple(variable.shape), tuple(axes), variable)
-
-    def to_config(self, index: int | None) -> dict[str, Any]:
-        """Return what restores it; `index` is its place, None if unknown."""
-        return {
-            "index": index,
-            "path": self.path,
-            "shape": list(self.shape),
-            "contraction_axes": list(self.axes),
-        }
-
-
-def check_targets(targets: Any) -> Any:
+def check_targets(targets):
     """Return the argument `targets` of `AdamS` if it is one."""
     if isinstance(targets, str):
         with contextlib.suppress(re.error):
@@ -66,47 +32,58 @@ def check_targets(targets: Any) -> Any:
     )
 
 
-def find_specs(targets: Any, variables: list[Any], m: int) -> list[Spec | None]:
-    """Return a `Spec` or None for each of `variables`, in their order.
+def find_axes(targets, variables, m):
+    """Return the contraction axes of what is sparsified of `variables`.
 
     Args:
         targets: As `check_targets` returns it.
         variables: List of `keras.Variable`, those the optimizer is built on.
         m: Int, the size of a group.
 
+    Returns:
+        List with a tuple of ints or None for each of `variables`.
+
     Raises:
         ValueError: If the targets cannot be told or there are none.
     """
     if targets is None or isinstance(targets, str):
-        specs = _inferred(targets or "", variables)
+        axes = [_inferred(targets or "", variable) for variable in variables]
     elif isinstance(targets, tuple) and isinstance(targets[0], dict):
-        specs = _restored(targets, variables)
+        axes = _restored(targets, variables)
     else:
-        specs = _of_targets(targets, variables)
-    unusable = [
-        spec
-        for spec in specs
-        if spec and contraction_size(spec.shape, spec.axes) % m
-    ]
+        axes = _of_targets(targets, variables)
+    unusable = []
+    for place, variable in enumerate(variables):
+        if axes[place] and contraction_size(variable.shape, axes[place]) % m:
+            unusable.append((variable.path, tuple(variable.shape)))
+            axes[place] = None
     if unusable:
         warnings.warn(
             f"AdamS leaves {len(unusable)} kernels dense, because the size of "
-            f"their contraction axes is no multiple of m={m}: "
-            f"{[(spec.path, spec.shape) for spec in unusable[:5]]}",
+            f"their contraction axes is no multiple of m={m}: {unusable[:5]}",
             stacklevel=3,
         )
-    usable = [None if spec in unusable else spec for spec in specs]
-    if not any(usable):
+    if not any(axes):
         raise ValueError(
             f"`AdamS` found no kernel to sparsify among the {len(variables)} "
             "variables it was built on. Pass `targets=model` or "
             "`targets=find_targets(model)`, or use Adam. "
             f"Received: targets={targets!r}"
         )
-    return usable
+    return axes
 
 
-def targets_config(targets: Any) -> Any:
+def target_config(variable, axes, index=None):
+    """Return what restores a target; `index` is its place, None if unknown."""
+    return {
+        "index": index,
+        "path": variable.path,
+        "shape": list(variable.shape),
+        "contraction_axes": list(axes),
+    }
+
+
+def targets_config(targets):
     """Return `targets`, as `check_targets` returns it, ready to be saved."""
     if isinstance(targets, keras.layers.Layer):
         targets = find_targets(targets)
@@ -115,32 +92,26 @@ def targets_config(targets: Any) -> Any:
     return [
         target
         if isinstance(target, dict)
-        else Spec.of(target.variable, target.contraction_axes).to_config(None)
+        else target_config(target.variable, target.contraction_axes)
         for target in targets
     ]
 
 
-def _inferred(pattern: Any, variables: Any) -> Any:
-    specs: list[Spec | None] = []
-    for variable in variables:
-        rank = len(variable.shape)
-        is_kernel = (
-            variable.name == "kernel"
-            and rank >= 2
-            and re.search(pattern, variable.path)
-        )
-        if is_kernel and rank > 2:
-            raise ValueError(
-                "`AdamS` without a model takes kernels of rank 2. Pass "
-                "`targets=model` or `targets=find_targets(model, include=..., "
-                f"exclude=...)`. Received: {variable.path!r} of shape "
-                f"{tuple(variable.shape)}"
-            )
-        specs.append(Spec.of(variable, (0,)) if is_kernel else None)
-    return specs
+def _inferred(pattern, variable):
+    rank = len(variable.shape)
+    is_kernel = variable.name == "kernel" and rank >= 2
+    if not is_kernel or not re.search(pattern, variable.path):
+        return None
+    if rank == 2:
+        return (0,)
+    raise ValueError(
+        "`AdamS` without a model takes kernels of rank 2. Pass `targets=model` "
+        "or `targets=find_targets(model, include=..., exclude=...)`. "
+        f"Received: {variable.path!r} of shape {tuple(variable.shape)}"
+    )
 
 
-def _of_targets(targets: Any, variables: Any) -> Any:
+def _of_targets(targets, variables):
     if isinstance(targets, keras.layers.Layer):
         targets = find_targets(targets)
     by_id = {id(target.variable): target for target in targets}
@@ -153,18 +124,18 @@ def _of_targets(targets: Any, variables: Any) -> Any:
             f"another model): {missing[:5]}",
             stacklevel=4,
         )
-    return [t and Spec.of(t.variable, t.contraction_axes) for t in found]
+    return [target and target.contraction_axes for target in found]
 
 
-def _restored(configs: Any, variables: Any) -> Any:
-    specs: list[Spec | None] = [None] * len(variables)
+def _restored(configs, variables):
+    axes = [None] * len(variables)
     found = [
         (_places(config, variables), tuple(config["contraction_axes"]))
         for config in configs
     ]
-    for config, (places, axes) in zip(configs, found):
+    for config, (places, own) in zip(configs, found):
         # Variables that cannot be told apart must all be targets.
-        if not places or found.count((places, axes)) != len(places):
+        if not places or found.count((places, own)) != len(places):
             index = config["index"]
             where = "" if index is None else f", at position {index}"
             raise ValueError(
@@ -175,11 +146,11 @@ def _restored(configs: Any, variables: Any) -> Any:
                 "saved with, or pass new `targets`."
             )
         for place in places:
-            specs[place] = Spec.of(variables[place], axes)
-    return specs
+            axes[place] = own
+    return axes
 
 
-def _places(config: Any, variables: Any) -> Any:
+def _places(config, variables):
     """Where among `variables` the restored target may be."""
     index, shape = config["index"], tuple(config["shape"])
     if index is None:

@@ -1,7 +1,6 @@
 """Warnings of `AdamS` before the first step: what will not reach zero."""
 
 import warnings
-from typing import Any
 
 import keras
 import numpy as np
@@ -9,21 +8,15 @@ from keras import ops
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.ops.matrix import to_matrix
-from keras_weightmods.sparsity.adam_s_targets import Spec
 
 # Travel that masked weights need, in units of their mean magnitude: below
 # about 3 the largest of them do not arrive.
 _TRAVEL_NEEDED = 3.0
 
 
-def warn_about_low_precision(specs: list[Spec]) -> None:
-    """Warn of kernels that are stored in 16 bits."""
-    low = [
-        spec.path
-        for spec in specs
-        if keras.backend.standardize_dtype(spec.variable.dtype)
-        in ("bfloat16", "float16")
-    ]
+def warn_about_low_precision(kernels):
+    """Warn of kernels, pairs (variable, axes), that are stored in 16 bits."""
+    low = [v.path for v, _ in kernels if v.dtype in ("bfloat16", "float16")]
     if low:
         warnings.warn(
             f"AdamS: {len(low)} kernels are stored in 16 bits, which rounds "
@@ -34,12 +27,12 @@ def warn_about_low_precision(specs: list[Spec]) -> None:
         )
 
 
-def warn_about_travel(optimizer: Any, specs: list[Spec]) -> None:
+def warn_about_travel(optimizer, kernels):
     """Warn if the published pull cannot bring masked weights to zero."""
     if _is_tracing():
         return
     allowed = _travel_allowed(optimizer)
-    masked = (_mean_masked(spec, optimizer.n, optimizer.m) for spec in specs)
+    masked = (_mean_masked(v, axes, optimizer) for v, axes in kernels)
     needed = _TRAVEL_NEEDED * max(masked)
     if allowed < needed:
         warnings.warn(
@@ -54,7 +47,7 @@ def warn_about_travel(optimizer: Any, specs: list[Spec]) -> None:
         )
 
 
-def _travel_allowed(optimizer: Any) -> Any:
+def _travel_allowed(optimizer):
     """Integrate lr * a over the run, by the trapezoid rule."""
     total = optimizer.total_steps
     steps = np.unique(np.linspace(0, total - 1, 200).round().astype("int64"))
@@ -65,24 +58,22 @@ def _travel_allowed(optimizer: Any) -> Any:
     else:
         rates = [optimizer.learning_rate] * len(steps)
     floats = [float(ops.convert_to_numpy(rate)) for rate in rates]
-    heights = np.array(floats) * np.minimum(
-        steps / (optimizer.ramp * total), 1.0
-    )
-    if len(steps) == 1:
-        return float(heights[0])
+    ramps = np.minimum(steps / (optimizer.ramp * total), 1.0)
+    heights = np.array(floats) * ramps
     means = (heights[1:] + heights[:-1]) / 2
     return float(np.sum(means * np.diff(steps)))
 
 
-def _mean_masked(spec: Any, n: Any, m: Any) -> Any:
+def _mean_masked(variable, axes, optimizer):
     """Mean |w| of the entries outside the mask, over a sample of columns."""
-    w = np.abs(ops.convert_to_numpy(to_matrix(spec.variable, spec.axes)))
+    n, m = optimizer.n, optimizer.m
+    w = np.abs(ops.convert_to_numpy(to_matrix(variable, axes)))
     w = w[:, :: max(1, w.size // 2**18)].astype("float32")
     groups = np.sort(w.reshape(w.shape[0] // m, m, w.shape[1]), axis=1)
     return float(groups[:, : m - n].mean()) if m > n else 0.0
 
 
-def _is_tracing() -> Any:
+def _is_tracing():
     """Whether values cannot be read now, while a graph is traced."""
     if keras.backend.backend() != "tensorflow":
         return False

@@ -105,9 +105,9 @@ def measure_importance(optimizer, model, targets, batches):
             stacklevel=4,
         )
     importance = []
-    for variable, spec, _ in optimizer.sparsified_state:
+    for variable, axes, _ in optimizer.sparsified_state:
         norm = by_id.get(id(variable))
-        size = contraction_size(spec.shape, spec.axes)
+        size = contraction_size(variable.shape, axes)
         importance.append(np.ones(size) if norm is None else norm)
     optimizer.set_importance(importance)
 

@@ -8,19 +8,14 @@ from keras import ops
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import resolve_targets
-from keras_weightmods.ops.nm import (
-    Pattern,
-    nm_project,
-    nm_violations,
-    parse_pattern,
-)
+from keras_weightmods.ops import nm
 from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
 
 
 def merge_lora(
     model: keras.Model,
-    pattern: Pattern | None = None,
+    pattern: nm.Pattern | None = None,
     *,
     targets: Any = None,
     keep: str = "mask",
@@ -83,8 +78,8 @@ def merge_lora(
         LoRA (arXiv 2106.09685), section 4.1: `W + alpha / rank * A B`.
     """
     checks.check_model(model)
-    n, m = (1, 1) if pattern is None else parse_pattern(pattern)
     checks.check_choice("keep", keep, ("mask", "magnitude"))
+    n, m = (1, 1) if pattern is None else nm.parse_pattern(pattern)
     found = resolve_targets(model, targets)
     chosen = {id(target.layer) for target in found}
     layers = [
@@ -94,28 +89,33 @@ def merge_lora(
         and (targets is None or id(layer) in chosen)
     ]
     _check(model, layers)
-    axes = {}
-    if pattern is not None:
-        axes = {
-            id(target.variable): target.contraction_axes
-            for target in found
-            if target.reason_not_nm(m) is None
-        }
-        if keep == "mask":
-            _check_bases(layers, axes, n, m)
-    merged = [_base(layer) for layer in layers]
-    for layer, variable in zip(layers, merged):
+    bases = list(map(_base, layers))
+    ids = set(map(id, bases))
+    axes = {
+        id(target.variable): target.contraction_axes
+        for target in found
+        if pattern is not None
+        and id(target.variable) in ids
+        and target.reason_not_nm(m) is None
+    }
+    if keep == "mask":
+        _check_bases(bases, axes, n, m)
+    for layer, variable in zip(layers, bases):
         value = _merged(layer, variable)
-        if id(variable) in axes:
-            if keep == "mask":
-                kept = ops.not_equal(variable, 0)
-                value = ops.where(kept, value, ops.zeros_like(value))
-            else:
-                value = nm_project(value, (n, m), axes[id(variable)])
+        if id(variable) in axes and keep == "mask":
+            kept = ops.not_equal(variable, 0)
+            value = ops.where(kept, value, ops.zeros_like(value))
+        elif id(variable) in axes:
+            value = nm.nm_project(value, (n, m), axes[id(variable)])
         variable.assign(value)
-        _take_off(layer)
+        for name in _factors(layer):
+            keras_private.remove_variable(layer, getattr(layer, name), name)
+        layer.lora_enabled = False
+        layer.lora_rank = layer.lora_alpha = None
+        # LoRA froze it.
+        variable.trainable = True
     seam.forget_variables(model)
-    return ChangeReport.of("LoRA merged", model.weights, merged)
+    return ChangeReport.of("LoRA merged", model.weights, bases)
 
 
 def _check(model: Any, layers: Any) -> None:
@@ -140,13 +140,13 @@ def _check(model: Any, layers: Any) -> None:
         )
 
 
-def _check_bases(layers: Any, axes: Any, n: Any, m: Any) -> None:
+def _check_bases(bases: Any, axes: Any, n: int, m: int) -> None:
     bad = []
-    for variable in map(_base, layers):
+    for variable in bases:
         if id(variable) in axes:
-            count = nm_violations(variable.value, (n, m), axes[id(variable)])
-            if int(count):
-                bad.append(f"{variable.path} ({int(count):,} groups)")
+            own = axes[id(variable)]
+            count = int(nm.nm_violations(variable.value, (n, m), own))
+            bad += [f"{variable.path} ({count:,} groups)"] if count else []
     if bad:
         raise ValueError(
             "`merge_lora(keep='mask')` needs kernels that were exactly "
@@ -182,13 +182,3 @@ def _merged(layer: Any, variable: Any) -> Any:
     change = ops.multiply(layer.lora_alpha / layer.lora_rank, ops.matmul(a, b))
     value = ops.add(ops.cast(variable.value, "float32"), change)
     return ops.cast(value, variable.dtype)
-
-
-def _take_off(layer: Any) -> None:
-    variable = _base(layer)
-    for name in _factors(layer):
-        keras_private.remove_variable(layer, getattr(layer, name), name)
-    layer.lora_enabled = False
-    layer.lora_rank = layer.lora_alpha = None
-    # LoRA froze it.
-    variable.trainable = True

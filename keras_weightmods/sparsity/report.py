@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -13,7 +13,8 @@ from keras_weightmods.core.quantized import quantized_kernels
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.weight_keys import weight_key
-from keras_weightmods.ops.nm import Pattern, nm_violations, parse_pattern
+from keras_weightmods.ops import nm
+from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 
@@ -48,11 +49,7 @@ class ChangeReport(Report):
 
     @classmethod
     def of(
-        cls,
-        title: str,
-        weights: Iterable[Any],
-        changed: Iterable[Any],
-        skipped: Iterable[Skipped] = (),
+        cls, title: str, weights: Any, changed: Any, skipped: Any = ()
     ) -> "ChangeReport":
         """Report that of `weights`, all of a model, those `changed` were."""
         ids = set(map(id, changed))
@@ -138,7 +135,10 @@ class SparsityReport(Report):
 
     def tables(self) -> Iterator[Table]:
         totals = self.totals
-        share = totals["size"] / max(1, self.model_size)
+        size, zeros, bad = (
+            totals[name] for name in ("size", "zero_share", "violations")
+        )
+        share = size / max(1, self.model_size)
         yield Table(
             title=f"Sparsity, pattern {self.pattern}",
             columns=("kernel", "shape", "weights", "zeros", "bad groups"),
@@ -152,13 +152,7 @@ class SparsityReport(Report):
                 )
                 for kernel in _worst_first(self.kernels)
             ),
-            total=(
-                "total",
-                "",
-                f"{totals['size']:,}",
-                f"{totals['zero_share']:.1%}",
-                f"{totals['violations']:,}",
-            ),
+            total=("total", "", f"{size:,}", f"{zeros:.1%}", f"{bad:,}"),
             caption=(
                 f"{totals['exact']} of {totals['kernels']} kernels are exactly "
                 f"{self.pattern}; they hold {share:.1%} of the model's weights"
@@ -167,7 +161,7 @@ class SparsityReport(Report):
 
 
 def sparsity_report(
-    model: keras.Model, pattern: Pattern = "2:4", *, targets: Any = None
+    model: keras.Model, pattern: nm.Pattern = "2:4", *, targets: Any = None
 ) -> SparsityReport:
     """Report, for each kernel, how far it is in an N:M pattern.
 
@@ -198,7 +192,7 @@ def sparsity_report(
     print(report)
     ```
     """
-    n, m = parse_pattern(pattern)
+    n, m = nm.parse_pattern(pattern)
     packed, quantized = [], []
     if targets is None:
         items = reparameterizations(model)
@@ -218,7 +212,7 @@ def sparsity_report(
 
 
 def assert_sparse(
-    model: keras.Model, pattern: Pattern = "2:4", *, targets: Any = None
+    model: keras.Model, pattern: nm.Pattern = "2:4", *, targets: Any = None
 ) -> None:
     """Raise unless every kernel is exactly N:M.
 
@@ -272,14 +266,9 @@ def _model_size(model: Any, packed: Any, quantized: Any) -> Any:
     arrays = {id(v) for item in packed for v in item.parameters}
     shapes = [item.target.shape for item in packed]
     for target, steps in quantized:
-        layer = target.layer
-        parts = (target.variable, layer.kernel_scale)
-        parts += tuple(
-            getattr(layer, name)
-            for name in ("kernel_zero", "g_idx")
-            if hasattr(layer, name)
-        )
-        arrays.update(map(id, parts))
+        names = "kernel_scale", "kernel_zero", "g_idx"
+        parts = [getattr(target.layer, name, None) for name in names]
+        arrays.update(map(id, [target.variable, *parts]))
         shapes.append(steps.shape)
     shapes += [v.shape for v in model.weights if id(v) not in arrays]
     return sum(map(math.prod, shapes))
@@ -290,14 +279,9 @@ def _sparsity(target: Any, value: Any, n: Any, m: Any) -> Any:
     shape = tuple(value.shape)
     axes = target.contraction_axes
     size = math.prod(shape)
-    fits = math.prod(shape[axis] for axis in axes) % m == 0
+    groups = 0 if contraction_size(shape, axes) % m else size // m
+    bad = int(nm.nm_violations(value, (n, m), axes)) if groups else 0
     zeros = int(np.sum(ops.convert_to_numpy(ops.equal(value, 0))))
     return KernelSparsity(
-        key=target.key,
-        path=target.path,
-        shape=shape,
-        groups=size // m if fits else 0,
-        violations=int(nm_violations(value, (n, m), axes)) if fits else 0,
-        zero_share=zeros / size,
-        size=size,
+        target.key, target.path, shape, groups, bad, zeros / size, size
     )

@@ -1,23 +1,15 @@
 """SemiStructuredSparse: N:M sparsity as a weight constraint."""
 
-import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.targets import Target, resolve_targets
-from keras_weightmods.ops.nm import (
-    Pattern,
-    nm_mask,
-    nm_project,
-    pack_bits,
-    parse_pattern,
-    unpack_bits,
-)
+from keras_weightmods.ops import nm
+from keras_weightmods.sparsity.averages import install_projections
 from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
 
@@ -93,41 +85,39 @@ class SemiStructuredSparse(keras.constraints.Constraint):
 
     def __init__(
         self,
-        pattern: Pattern = "2:4",
+        pattern: nm.Pattern = "2:4",
         axis: int | Iterable[int] | None = None,
         frozen: bool = False,
     ) -> None:
-        self.pattern = "{}:{}".format(*parse_pattern(pattern))
+        self.pattern = "{}:{}".format(*nm.parse_pattern(pattern))
         self.axis = _standardize_axis(axis)
         self.frozen = checks.check_bool("frozen", frozen)
-        self._packed_mask: Any = None
-        self._mask_shape: tuple[int, ...] | None = None
-        _install_reprojection()
+        # One bit a weight, and the shape of the kernel.
+        self._mask: tuple[Any, tuple[int, ...]] | None = None
+        install_projections()
 
     def __call__(self, w: Any) -> Any:
         w = ops.convert_to_tensor(w)
         axis = self._axis_for(tuple(w.shape))
         if not self.frozen:
-            return nm_project(w, self.pattern, axis)
-        if self._packed_mask is None:
+            return nm.nm_project(w, self.pattern, axis)
+        if self._mask is None:
             # Keras calls a constraint after the update only, when the zeros
             # that would give the mask away are overwritten.
             raise ValueError(
                 "A frozen `SemiStructuredSparse` needs its mask before the "
-                "first training step, which `kernel_constraint` cannot give "
-                "it. Call `SemiStructuredSparse.attach(model, "
+                "first step. Call `SemiStructuredSparse.attach(model, "
                 f"{self.pattern!r}, frozen=True)` after the weights are built "
-                "or loaded, or pass `frozen=False`. Received: frozen=True in "
-                "a constraint that was not made by `attach`"
+                "or loaded. Received: frozen=True in a constraint that was "
+                "not made by `attach`"
             )
-        if tuple(w.shape) != self._mask_shape:
+        bits, shape = self._mask
+        if tuple(w.shape) != shape:
             raise ValueError(
-                "A frozen `SemiStructuredSparse` belongs to the one kernel it "
-                f"was attached to, of shape {self._mask_shape}. Received: "
-                f"w.shape={tuple(w.shape)}"
+                "A frozen `SemiStructuredSparse` belongs to one kernel, of "
+                f"shape {shape}. Received: w.shape={tuple(w.shape)}"
             )
-        mask = unpack_bits(self._packed_mask, self._mask_shape)
-        return ops.where(mask, w, ops.zeros_like(w))
+        return ops.where(nm.unpack_bits(bits, shape), w, ops.zeros_like(w))
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -140,7 +130,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
     def attach(
         cls,
         model: keras.Model,
-        pattern: Pattern = "2:4",
+        pattern: nm.Pattern = "2:4",
         *,
         targets: Any = None,
         frozen: bool = False,
@@ -193,7 +183,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         model.layers[0].enable_lora(2)
         ```
         """
-        n, m = parse_pattern(pattern)
+        n, m = nm.parse_pattern(pattern)
         found = resolve_targets(model, targets).select(
             lambda target: _reason_to_skip(target, m)
         )
@@ -209,17 +199,14 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 f"Received: model={model}, targets={targets}\n{report}"
             )
         for target in found:
-            axes = target.contraction_axes
-            constraint = cls((n, m), axes, frozen)
-            variable = target.variable
-            projected = nm_project(variable, (n, m), axes)
+            axes, variable = target.contraction_axes, target.variable
+            constraint = cls(pattern, axes, frozen)
+            variable.assign(nm.nm_project(variable, pattern, axes))
             if frozen:
-                constraint._mask_shape = tuple(variable.shape)
-                # From the projected kernel, so that the weights alone
-                # determine the mask and attaching after a reload finds it.
-                mask = nm_mask(projected, (n, m), axes)
-                constraint._packed_mask = pack_bits(mask)
-            variable.assign(projected)
+                # Of the projected kernel, so that the weights alone determine
+                # the mask and attaching after a reload finds it.
+                mask = nm.nm_mask(variable, pattern, axes)
+                constraint._mask = nm.pack_bits(mask), target.shape
             variable.constraint = constraint
         _forget_train_step(model)
         return report
@@ -268,23 +255,20 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         _forget_train_step(model)
         return report
 
-    def _axis_for(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def _axis_for(self, shape: Any) -> Any:
         if self.axis is not None:
             return self.axis
         if len(shape) == 2:
             return (0,)
         raise ValueError(
-            "`SemiStructuredSparse` knows the contraction axis of a rank-2 "
-            "kernel only, axis 0. For another one pass `axis=`, such as "
-            "`axis=(0, 1, 2)` for a Conv2D kernel (height, width, in, out), "
-            "or let `SemiStructuredSparse.attach(model)` find the axes. "
+            "`SemiStructuredSparse` knows the axis of a rank-2 kernel only. "
+            "Pass `axis=`, such as `axis=(0, 1, 2)` for a Conv2D, or let "
+            "`SemiStructuredSparse.attach(model)` find it. "
             f"Received: axis=None for a kernel of shape {shape}"
         )
 
 
-def _standardize_axis(
-    axis: int | Iterable[int] | None,
-) -> tuple[int, ...] | None:
+def _standardize_axis(axis: Any) -> Any:
     if axis is None:
         return None
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
@@ -301,9 +285,8 @@ def _reason_to_skip(target: Target, m: int) -> str | None:
 
 
 def _is_ours(variable: Any) -> bool:
-    return isinstance(
-        getattr(variable, "constraint", None), SemiStructuredSparse
-    )
+    constraint = getattr(variable, "constraint", None)
+    return isinstance(constraint, SemiStructuredSparse)
 
 
 def _forget_train_step(model: keras.Model) -> None:
@@ -311,90 +294,3 @@ def _forget_train_step(model: keras.Model) -> None:
     # of that time.
     if getattr(model, "train_function", None) is not None:
         model.train_function = None
-
-
-# Optimizer.apply ends with `variable.assign(variable.constraint(variable))`,
-# which covers `ema_overwrite_frequency`. Two places of Keras write averaged
-# weights afterwards and apply no constraint. Neither offers a hook that a
-# constraint could use: it knows neither the model nor the optimizer.
-_MARK = "_keras_weightmods_reprojects"
-_HOOKS_THAT_SHOW = ("on_epoch_end", "on_test_begin", "on_predict_begin")
-_HOOKS_THAT_HIDE = ("on_epoch_begin", "on_test_end", "on_predict_end")
-
-
-def _install_reprojection() -> None:
-    """Extend the two places of Keras, once in a process."""
-    # The common base of the optimizers of all backends; LossScaleOptimizer
-    # and MultiOptimizer delegate to inner optimizers.
-    optimizer = keras.optimizers.Optimizer
-    if hasattr(optimizer.finalize_variable_values, _MARK):
-        return
-    finalize = optimizer.finalize_variable_values
-
-    @functools.wraps(finalize)
-    def finalize_and_project(self: Any, var_list: Any) -> None:
-        finalize(self, var_list)
-        for variable in var_list:
-            if _is_ours(variable):
-                variable.assign(variable.constraint(variable))
-
-    setattr(finalize_and_project, _MARK, True)
-    optimizer.finalize_variable_values = finalize_and_project
-    callback = keras.callbacks.SwapEMAWeights
-    for name in _HOOKS_THAT_SHOW + _HOOKS_THAT_HIDE:
-        hook = _projecting_hook(
-            getattr(callback, name), shows=name in _HOOKS_THAT_SHOW
-        )
-        setattr(callback, name, hook)
-
-
-def _projecting_hook(hook: Any, shows: bool) -> Any:
-    """Let SwapEMAWeights show a projected average and keep the true one.
-
-    Without it, an evaluation runs on dense weights, and a ModelCheckpoint or
-    EarlyStopping beside `swap_on_epoch=True` takes them home.
-    """
-
-    @functools.wraps(hook)
-    def projecting_hook(self: Any, *args: Any, **kwargs: Any) -> None:
-        averages = self.__dict__.pop("_keras_weightmods_averages", [])
-        for variable, average in _still_shown(self, averages):
-            variable.assign(average)
-        hook(self, *args, **kwargs)
-        # Keras' on_predict_end leaves the average in the model, so what was
-        # put back above may still be there. The weights before the first
-        # step, which no hook has averaged, are not ours to project.
-        if shows or averages:
-            self._keras_weightmods_averages = _project_shown(self.model)
-
-    return projecting_hook
-
-
-def _project_shown(model: keras.Model) -> list[tuple[Any, np.ndarray]]:
-    """Project the constrained variables; return what they were before."""
-    changed = []
-    for variable in model.trainable_variables:
-        if _is_ours(variable):
-            value = ops.convert_to_numpy(variable.value)
-            projected = _project(variable, value)
-            if not np.array_equal(value, projected):
-                changed.append((variable, value))
-                variable.assign(projected)
-    return changed
-
-
-def _still_shown(callback: Any, averages: Any) -> Iterator[Any]:
-    """Yield the averages whose projection is still in the model."""
-    # On JAX, reading `model` brings the state back into the variables.
-    if averages and callback.model is not None:
-        for variable, average in averages:
-            if _is_ours(variable) and np.array_equal(
-                ops.convert_to_numpy(variable.value),
-                _project(variable, average),
-            ):
-                yield variable, average
-
-
-def _project(variable: Any, value: np.ndarray) -> Any:
-    tensor = ops.convert_to_tensor(value, dtype=variable.dtype)
-    return ops.convert_to_numpy(variable.constraint(tensor))

@@ -1,12 +1,13 @@
 """Shows how far the training is on its way to the pattern."""
 
+import math
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.ops.nm import unpack_bits
+from keras_weightmods.ops import nm
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.utils import checks
 
@@ -76,19 +77,17 @@ class SparsityMonitor(keras.callbacks.Callback):
     def measure(self) -> dict[str, float]:
         """Read the model now; return the three numbers as a dict."""
         optimizer = self._adam_s()
-        total = kept = largest = 0.0
-        all_bits = []
-        for variable, spec, bits in optimizer.sparsified_state:
+        rows, all_bits = [], []
+        for variable, _, packed in optimizer.sparsified_state:
+            mask = nm.unpack_bits(packed.value, variable.shape)
             magnitude = ops.abs(ops.cast(variable.value, "float32"))
-            mask = unpack_bits(bits.value, spec.shape)
             masked = ops.where(mask, 0.0, magnitude)
-            whole = _to_float(ops.sum(magnitude))
-            total += whole
-            kept += whole - _to_float(ops.sum(masked))
-            largest = max(largest, _to_float(ops.max(masked)))
-            all_bits.append(ops.convert_to_numpy(bits.value))
-        bits = np.concatenate(all_bits)
-        size = sum(int(np.prod(v.shape)) for v in optimizer.sparsified)
+            parts = ops.sum(magnitude), ops.sum(masked), ops.max(masked)
+            rows.append([float(ops.convert_to_numpy(part)) for part in parts])
+            all_bits.append(ops.convert_to_numpy(packed.value))
+        sums, masked_sums, largest = zip(*rows)
+        total, bits = sum(sums), np.concatenate(all_bits)
+        size = sum(math.prod(v.shape) for v in optimizer.sparsified)
         steps = int(ops.convert_to_numpy(optimizer.iterations))
         masks_set = -(-steps // optimizer.mask_every)
         flips = 0.0
@@ -98,8 +97,8 @@ class SparsityMonitor(keras.callbacks.Callback):
             flips = float(changed) / size / max(1, masks_set - last_set)
         self._last = (bits, masks_set)
         return {
-            "kept_share": kept / total if total else 1.0,
-            "largest_masked": largest,
+            "kept_share": 1 - sum(masked_sums) / total if total else 1.0,
+            "largest_masked": max(largest),
             "mask_flips": flips,
         }
 
@@ -107,7 +106,3 @@ class SparsityMonitor(keras.callbacks.Callback):
         # On JAX the property brings the model up to date.
         optimizer = self.model.optimizer
         return getattr(optimizer, "inner_optimizer", optimizer)
-
-
-def _to_float(x: Any) -> Any:
-    return float(ops.convert_to_numpy(x))

@@ -14,34 +14,57 @@ _PIECE = 2**17
 
 
 @torch.no_grad()
-def update_variable(optimizer, gradient, variable, scalars):
-    """Update one variable and its state, in place.
+def update(optimizer, rules, gradients, variables, learning_rate):
+    """Take one step of the variables of a built `AdamS`, in place.
 
     Args:
-        optimizer: A built `AdamS`.
-        gradient: Tensor of the variable's shape.
-        variable: `keras.Variable`.
-        scalars: The dict from `step_scalars`.
+        optimizer: `AdamS`.
+        rules: The module `adam_s_update`.
+        gradients: List of tensors.
+        variables: List of `keras.Variable`.
+        learning_rate: Scalar.
     """
+    step = int(optimizer.iterations)
+    device = optimizer.variables[0].value.device
+    steps = ops.cast(step, "float32")
+    shared = {
+        "step": torch.tensor(float(step), device=device),
+        "count": torch.tensor(step + 1.0, device=device),
+        "learning_rate": float(ops.convert_to_numpy(learning_rate)),
+        "ramp": float(rules.ramp_at(optimizer, steps)),
+        "shrink": float(rules.shrink_at(optimizer, steps)),
+        "correction_1": _bias_correction(optimizer.beta_1, step),
+        "correction_2": _bias_correction(optimizer.beta_2, step),
+    }
+    for gradient, variable in zip(gradients, variables):
+        decay = optimizer._decay_rate_of(variable) or 0.0
+        scalars = {**shared, "weight_decay": decay}
+        _update_variable(optimizer, rules, gradient, variable, scalars)
+
+
+def _update_variable(optimizer, rules, gradient, variable, scalars):
     index = optimizer._get_variable_index(variable)
-    spec = optimizer._specs[index]
-    state = {"weight": variable, **optimizer._state_of(index)}
+    axes = optimizer._axes[index]
+    state = {"weight": variable, **optimizer._states[index]}
     state = {name: v.value.data for name, v in state.items()}
-    weight_decay = optimizer._decay_rate_of(variable) or 0.0
-    scalars = {**scalars, "weight_decay": weight_decay}
     gradient = gradient.to(state["weight"].dtype)
 
     # A layout that is not contiguous is worked on as a copy, then written.
     updated = [state[name] for name in ("weight", "momentum", "velocity")]
     flat = [t.contiguous().view(-1) for t in (gradient, *updated)]
-    if spec is None:
+    if axes is None:
         g, w, momentum, v = flat
         _adam(w, g, momentum, v, optimizer, scalars, sparsified=False)
     else:
-        bits = optimizer._new_bits(state, scalars["step"], spec.axes)
+        step = scalars["step"]
+        bits = rules.new_bits(optimizer, state, step, axes)
         state["mask"].copy_(bits)
         if optimizer.decay == "published":
-            pull = _pull(optimizer, state, gradient, scalars)
+            pull = optimizer.l1
+            if optimizer.measures_gradients:
+                square = state["gradient_square"]
+                new = rules.new_gradient_square(state, gradient, step)
+                pull = optimizer.l1_scale * float(square.copy_(new)) ** 0.5
             scalars["pull"] = scalars["ramp"] * pull
         for part, mask in _pieces(flat[0], bits):
             _update_piece([t[part] for t in flat], mask, optimizer, scalars)
@@ -50,32 +73,9 @@ def update_variable(optimizer, gradient, variable, scalars):
             original.copy_(new.view(original.shape))
 
 
-def step_scalars(optimizer, learning_rate):
-    """Return what all variables share in one step: tensors and floats."""
-    step = int(optimizer.iterations)
-    device = optimizer.variables[0].value.device
-    return {
-        "step": torch.tensor(float(step), device=device),
-        "count": torch.tensor(step + 1.0, device=device),
-        "learning_rate": float(ops.convert_to_numpy(learning_rate)),
-        "ramp": float(optimizer._ramp_at(ops.cast(step, "float32"))),
-        "shrink": float(optimizer._shrink_at(ops.cast(step, "float32"))),
-        "correction_1": _bias_correction(optimizer.beta_1, step),
-        "correction_2": _bias_correction(optimizer.beta_2, step),
-    }
-
-
 def _bias_correction(beta, step):
     """1 - beta**(step + 1), exact also where beta is near 1."""
     return -math.expm1((step + 1) * math.log(beta)) if beta else 1.0
-
-
-def _pull(optimizer, state, gradient, scalars):
-    if not optimizer._measures_gradients:
-        return optimizer.l1
-    square = optimizer._new_gradient_square(state, gradient, scalars["step"])
-    state["gradient_square"].copy_(square)
-    return optimizer.l1_scale * float(square) ** 0.5
 
 
 def _pieces(flat, bits):
