@@ -60,7 +60,7 @@ def started(cast, *args, **kwargs):
     with pytest.raises(Interrupted):
         cast.fit(*args, callbacks=[Interrupt()], verbose=0, **kwargs)
     states = cast.adam_s._states
-    importance = [numpy(s["importance"]) for s in states if "mask" in s]
+    importance = [numpy(s["importance"]) for s in states if "importance" in s]
     return cast.adam_s.total_steps, importance
 
 

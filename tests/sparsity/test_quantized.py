@@ -19,16 +19,14 @@ def make_model():
     )
 
 
-def config(mode):
-    if mode == "int4, by channel":
-        return keras.quantizers.Int4QuantizationConfig(block_size=None)
-    if mode == "int4, by 8":
-        return keras.quantizers.Int4QuantizationConfig(block_size=8)
-    return None
-
-
-def quantize(model, mode):
-    model.quantize(mode[:4], config=config(mode))
+INT4 = keras.quantizers.Int4QuantizationConfig
+MODES = [
+    ("int8", None),
+    ("int4", None),
+    ("int4", INT4(block_size=None)),
+    ("int4", INT4(block_size=8)),
+]
+EACH_MODE = pytest.mark.parametrize(("mode", "config"), MODES)
 
 
 def effective_kernel(layer, inputs):
@@ -38,11 +36,8 @@ def effective_kernel(layer, inputs):
     return numpy(outputs).reshape(inputs, -1)
 
 
-MODES = ["int8", "int4", "int4, by channel", "int4, by 8"]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_zeros_stay_zeros(mode, tmp_path):
+@EACH_MODE
+def test_zeros_stay_zeros(mode, config, tmp_path):
     model = make_sparse(make_model())
     # Of (h, k) = (2, 9), flattened, 18 is no multiple of four.
     targets = kwm.find_targets(model, exclude="joined")
@@ -51,7 +46,7 @@ def test_zeros_stay_zeros(mode, tmp_path):
         for t in targets
     }
     size = kwm.sparsity_report(model).totals["model_size"]
-    quantize(model, mode)
+    model.quantize(mode, config=config)
     for name, expected in before.items():
         kernel = effective_kernel(model.get_layer(name), len(expected))
         assert not kernel[expected == 0].any()
@@ -75,10 +70,10 @@ def test_zeros_stay_zeros(mode, tmp_path):
     np.testing.assert_array_equal(numpy(loaded(x)), expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_dense_model_is_seen_as_dense(mode):
+@EACH_MODE
+def test_a_dense_model_is_seen_as_dense(mode, config):
     model = make_model()
-    quantize(model, mode)
+    model.quantize(mode, config=config)
     with pytest.raises(AssertionError, match="3 of 3 kernels are not exactly"):
         kwm.assert_sparse(model)
     zeros = kwm.sparsity_report(model).totals["zero_share"]
