@@ -47,7 +47,7 @@ def _projecting(hook, shows):
     def projecting_hook(self, *args, **kwargs):
         # On JAX, reading `model` brings the state back into the variables.
         model = self.model
-        averages = vars(self).pop("_keras_weightmods_averages", [])
+        averages = self.__dict__.pop("_keras_weightmods_averages", [])
         for variable, average, projection in averages:
             # Weights written since then stay.
             if np.array_equal(_numpy(variable), _numpy(projection(average))):
