@@ -267,10 +267,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         """Attach; return a report, and whether an optimizer was built."""
         checks.check_model(model)
         if getattr(model, "optimizer", None) is None:
-            raise ValueError(
-                "The model must be compiled with an optimizer. Received: "
-                f"model={model.name!r}"
-            )
+            expected = "compiled with an optimizer"
+            raise checks.error("model", expected, model.name)
         targets, skipped = self._usable_targets(model)
         sizes = {id(t.variable): self._size(t) for t in targets}
         optimizer = _inner_optimizer(model.optimizer)

@@ -100,11 +100,8 @@ class Selection:
         if self.criterion == "gradient":
             received = gradient if gradient is None else tuple(gradient.shape)
             if received != shape:
-                raise ValueError(
-                    '`criterion="gradient"` needs `gradient`, of the shape of '
-                    f"the kernel, {shape}. Received: gradient of shape "
-                    f"{received}"
-                )
+                expected = f"a tensor of the kernel's shape, {shape}"
+                raise checks.error("gradient", expected, received)
             ranked = _as_float(gradient)
         matrices = _matrices(ranked, *axes)
         allowed = [None] * len(matrices)

@@ -7,6 +7,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.lift.masked_state import MaskSpec
+from tests.lift.test_sparse_adamw import SETTINGS
 from tests.models import normal, numpy
 
 OPTIMIZERS = {
@@ -62,23 +63,6 @@ def test_only_masked_entries_change(name):
     step(optimizer, variables)
     assert set(changed(variables[0], before)) <= set(other.tolist())
     assert optimizer.indices_of(variables[0]).tolist() == other.tolist()
-
-
-SETTINGS = {
-    "plain": {},
-    "clipping": {"global_clipnorm": 0.5},
-    "average": {"use_ema": True},
-    "overwriting average": {
-        "use_ema": True,
-        "ema_momentum": 0.9,
-        "ema_overwrite_frequency": 7,
-    },
-    "accumulation": {"gradient_accumulation_steps": 3},
-    "average and accumulation": {
-        "use_ema": True,
-        "gradient_accumulation_steps": 3,
-    },
-}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -54,11 +54,9 @@ def fit(model, *callbacks, epochs=1, **kwargs):
     return model.fit(X, Y, epochs=epochs, callbacks=list(callbacks), **options)
 
 
-def expected_masks(weights, counts=COUNTS, rank=2):
-    return [
-        references.principal_mask(weights[2 * i], counts[i], rank)
-        for i in range(2)
-    ]
+def expected_masks(weights):
+    kernels = zip(weights[::2], COUNTS)
+    return [references.principal_mask(w, count, 2) for w, count in kernels]
 
 
 def assert_only_masks_changed(before, after, masks):

@@ -189,7 +189,7 @@ def test_default_rank_of_the_filter():
         ({"rank": 1, "method": "svd"}, "`method` must be one of"),
         ({"rank": 1, "seed": -1}, "`seed` must be"),
         ({"rank": 1, "block": 4}, "must be multiples of `block`"),
-        ({"rank": 1, "criterion": "gradient"}, "needs `gradient`"),
+        ({"rank": 1, "criterion": "gradient"}, "`gradient` must be a tensor"),
     ],
 )
 def test_errors(arguments, match):
