@@ -130,15 +130,23 @@ def test_kernel_is_the_companded_variable(function, learnable):
     assert layer.compander.b == pytest.approx(0.6, rel=1e-6)
 
 
+class Subclassed(keras.Model):
+    """Built while its fit traces it, when no variable has a value."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.dense = kwm.CompanderDense(4, **kwargs)
+
+    def call(self, x):
+        return self.dense(x)
+
+
 def test_built_by_fit():
-    """While it traces, when no variable has a value."""
     draw = keras.initializers.Constant(3.0)
-    layer = kwm.CompanderDense(
-        4, kernel_initializer=draw, out_of_range="raise_a"
-    )
-    model = keras.Sequential([layer])
+    model = Subclassed(kernel_initializer=draw, out_of_range="raise_a")
     model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
     model.fit(np.ones((2, 5)), np.ones((2, 4)), verbose=0)
+    layer = model.dense
     assert layer.compander.outside == 20
     assert layer.compander.raised
     assert layer.compander.a > 3.0 / (np.pi / 2)
