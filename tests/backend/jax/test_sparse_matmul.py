@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from keras_weightmods.ops import Packed, pack_kernel, sparse_matmul
+from tests.models import normal
 from tests.native.test_packed import kernel_of
-from tests.ops.test_sparse_matmul import activation, assert_close
+from tests.ops.test_sparse_matmul import assert_close
 
 if keras.backend.backend() != "jax":
     pytest.skip("needs JAX", allow_module_level=True)
@@ -41,7 +42,7 @@ def product(x, values, packed):
 
 
 def test_vmap_folds_the_batch_into_the_rows(packed):
-    x = activation(3, 2, 4, K)
+    x = normal(3, 2, 4, K)
     batched = jax.vmap(jax.vmap(lambda x: sparse_matmul(x, packed), 1, 1))
     lowered = jax.jit(batched).lower(x).as_text()
     assert lowered.count("custom_call @kwm_xla_matmul") == 1
@@ -53,7 +54,7 @@ def test_vmap_folds_the_batch_into_the_rows(packed):
 def test_vmap_over_kernels(packed, x_batched):
     factors = np.array([1.0, -2.0, 0.5], "float32")
     values = factors[:, None, None, None] * packed.values
-    x = activation(3, 2, K) if x_batched else activation(2, K)
+    x = normal(3, 2, K) if x_batched else normal(2, K)
     y = jax.vmap(
         lambda x, values: product(x, values, packed),
         (0 if x_batched else None, 0),
@@ -63,7 +64,7 @@ def test_vmap_over_kernels(packed, x_batched):
 
 
 def test_gradients_for_each_example(packed):
-    x, kernel = activation(3, 2, K), kernel_of(K, N)
+    x, kernel = normal(3, 2, K), kernel_of(K, N)
     gradient = jax.vmap(
         jax.grad(lambda v, x: jnp.sum(product(x, v, packed) ** 2)), (None, 0)
     )
@@ -78,7 +79,7 @@ def test_gradients_for_each_example(packed):
 
 
 def test_second_derivatives_equal_those_of_the_dense_product(packed):
-    x, kernel = jnp.asarray(activation(3, K)), jnp.asarray(kernel_of(K, N))
+    x, kernel = jnp.asarray(normal(3, K)), jnp.asarray(kernel_of(K, N))
 
     def norm_of_gradient(multiply, w):
         gradient = jax.grad(lambda x: jnp.sum(multiply(x, w) ** 3))
@@ -98,7 +99,7 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed(packed):
     def loss(x, values):
         return jnp.sum(product(x, values, packed))
 
-    compiled = jax.jit(jax.grad(loss)).lower(activation(2, K), packed.values)
+    compiled = jax.jit(jax.grad(loss)).lower(normal(2, K), packed.values)
     text = compiled.compile().as_text()
     assert "kwm_xla_matmul_transposed" in text
     assert "kwm_xla_values_gradient" not in text
@@ -116,7 +117,7 @@ def test_exported_program_runs(packed):
     )
     again = jax.export.deserialize(exported.serialize())
     for rows in (1, 5):
-        x = activation(rows, K)
+        x = normal(rows, K)
         assert_close(again.call(x), x.astype("float64") @ kernel_of(K, N))
 
 
@@ -126,7 +127,7 @@ def test_a_call_that_does_not_fit_is_an_error_of_xla(packed):
     )
     no_scale = jnp.zeros((0,), jnp.float32)
     with pytest.raises(Exception, match="packed weights do not fit"):
-        wrong(activation(2, K), packed.values, packed.meta, no_scale)
+        wrong(normal(2, K), packed.values, packed.meta, no_scale)
 
 
 SHARDED = """
@@ -134,7 +135,8 @@ import jax, numpy as np
 from keras_weightmods.backend.jax.sparse_matmul import column_parallel_matmul
 from keras_weightmods.ops import Packed, pack_kernel, unpack_kernel
 from tests.native.test_packed import kernel_of
-from tests.ops.test_sparse_matmul import activation, assert_close
+from tests.models import normal
+from tests.ops.test_sparse_matmul import assert_close
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
 
 assert reason_for_dense() == ""
@@ -146,7 +148,7 @@ for dtype in ("float32", "int8"):
     w = unpack_kernel(packed).astype("float64")
     arrays = [packed.values, packed.meta, packed.scale]
     arrays = [None if a is None else jax.device_put(a, split) for a in arrays]
-    x = activation(3, 2, 36)
+    x = normal(3, 2, 36)
 
     def multiply(x, *arrays):
         packed = Packed(*arrays, (36, 64), dtype)
@@ -178,4 +180,4 @@ def test_columns_split_over_two_devices_without_a_gather():
 def test_columns_that_cannot_be_split(packed):
     mesh = jax.make_mesh((1,), ("model",))
     with pytest.raises(ValueError, match="20 columns for 1 devices"):
-        column_parallel_matmul(activation(2, K), packed, mesh, "model")
+        column_parallel_matmul(normal(2, K), packed, mesh, "model")

@@ -9,8 +9,9 @@ import pytest
 
 from keras_weightmods import native
 from keras_weightmods.ops import Packed, pack_kernel, sparse_matmul
+from tests.models import normal
 from tests.native.test_packed import kernel_of
-from tests.ops.test_sparse_matmul import activation, assert_close
+from tests.ops.test_sparse_matmul import assert_close
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("needs TensorFlow", allow_module_level=True)
@@ -52,7 +53,7 @@ def test_one_function_for_batches_of_any_size(jit_compile):
         product, jit_compile=jit_compile, input_signature=product.signature
     )
     for leading in ((1, 1), (3, 2), (2, 7)):
-        x = activation(*leading, K)
+        x = normal(*leading, K)
         assert_close(function(x), x.astype("float64") @ kernel_of(K, N))
     operators = {
         node.op
@@ -74,7 +75,7 @@ def test_gradients_in_a_function(jit_compile):
             loss = tf.reduce_sum(product(x) ** 2)
         return tape.gradient(loss, [x, product.values])
 
-    x, w = activation(3, 2, K), kernel_of(K, N).astype("float64")
+    x, w = normal(3, 2, K), kernel_of(K, N).astype("float64")
     dx, dvalues = gradients(x)
     y = x @ w
     assert_close(dx, 2 * y @ w.T)
@@ -86,7 +87,7 @@ def test_gradients_in_a_function(jit_compile):
 
 def test_second_derivatives_equal_those_of_the_dense_product():
     product = Product()
-    x = tf.constant(activation(3, K))
+    x = tf.constant(normal(3, K))
     kernel = tf.constant(kernel_of(K, N))
 
     def derivative(multiply, weights):
@@ -146,7 +147,7 @@ def test_where_the_way_into_xla_is_missing(monkeypatch):
     monkeypatch.setattr(module, "_implementations", {})
     implementation._refusal.cache_clear()
     native.warn_dense.cache_clear()
-    x = activation(3, K)
+    x = normal(3, K)
     try:
         with pytest.warns(UserWarning, match=r"TensorFlow .* undefined symb"):
             y = sparse_matmul(x, pack_kernel(kernel_of(K, N)))
@@ -163,5 +164,5 @@ def test_a_call_that_does_not_fit_is_an_error_of_xla():
         implementation.xla_calls.call(
             "kwm_xla_matmul",
             [[2, 4 * N]],
-            *map(tf.constant, [activation(2, K), *arguments]),
+            *map(tf.constant, [normal(2, K), *arguments]),
         )

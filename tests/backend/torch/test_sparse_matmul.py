@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from keras_weightmods.ops import Packed, pack_kernel, sparse_matmul
+from tests.models import normal
 from tests.native.test_packed import DTYPES, kernel_of
-from tests.ops.test_sparse_matmul import activation, assert_close
+from tests.ops.test_sparse_matmul import assert_close
 
 if keras.backend.backend() != "torch":
     pytest.skip("needs torch", allow_module_level=True)
@@ -36,14 +37,14 @@ def tensors(dtype="float32"):
 
 def operator():
     # There once a product was made.
-    sparse_matmul(activation(1, K), tensors())
+    sparse_matmul(normal(1, K), tensors())
     return torch.ops.keras_weightmods
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_operators_pass_the_checks_of_torch(dtype):
     packed = tensors(dtype)
-    x = torch.from_numpy(activation(3, 2, K)).requires_grad_()
+    x = torch.from_numpy(normal(3, 2, K)).requires_grad_()
     values = packed.values.requires_grad_(dtype == "float32")
     weights = values, packed.meta, packed.scale
     dy = torch.ones((3, 2, N))
@@ -64,7 +65,7 @@ def test_operators_pass_the_checks_of_torch(dtype):
 def test_compiled_as_one_graph():
     packed = tensors()
     packed.values.requires_grad_()
-    x = torch.from_numpy(activation(3, K))
+    x = torch.from_numpy(normal(3, K))
     w = kernel_of(K, N).astype("float64")
 
     def function(x):
@@ -73,7 +74,7 @@ def test_compiled_as_one_graph():
     operator()
     compiled = torch.compile(function, fullgraph=True)
     y = compiled(x)
-    assert_close(y.detach(), np.maximum(2 * activation(3, K) @ w, 0))
+    assert_close(y.detach(), np.maximum(2 * normal(3, K) @ w, 0))
     y.sum().backward()
     found, packed.values.grad = packed.values.grad, None
     function(x).sum().backward()
@@ -94,7 +95,7 @@ def test_on_the_meta_device():
 def test_any_number_of_threads(threads):
     k, n = 256, 500
     packed = pack_kernel(kernel_of(k, n))
-    x = activation(40, k)
+    x = normal(40, k)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -106,7 +107,7 @@ def test_any_number_of_threads(threads):
 
 
 def test_activations_that_are_not_contiguous():
-    x = activation(K, 3)
+    x = normal(K, 3)
     y = sparse_matmul(torch.from_numpy(x).T, tensors())
     assert_close(y, x.T.astype("float64") @ kernel_of(K, N))
 
@@ -142,6 +143,6 @@ def test_the_operator_wants_float32_and_a_scale():
 def test_rounded_values_have_no_gradient():
     packed = tensors("bfloat16")
     packed.values.requires_grad_()
-    y = sparse_matmul(activation(2, K), packed)
+    y = sparse_matmul(normal(2, K), packed)
     with pytest.raises(ValueError, match="Only float32 values"):
         y.sum().backward()
