@@ -1,6 +1,9 @@
 """Changes to a Keras model's weights, on JAX, TensorFlow and torch."""
 
 from keras_weightmods import ops as ops
+from keras_weightmods.core.report import (
+    ReparameterizationReport as ReparameterizationReport,
+)
 from keras_weightmods.core.target_rules import (
     register_target as register_target,
 )
@@ -20,6 +23,9 @@ from keras_weightmods.lift.masked_optimizer import (
 from keras_weightmods.lift.principal_mask_callback import (
     PrincipalMaskCallback as PrincipalMaskCallback,
 )
+from keras_weightmods.lift.principal_mask_callback import (
+    PrincipalMaskReport as PrincipalMaskReport,
+)
 from keras_weightmods.lift.sparse_adamw import SparseAdamW as SparseAdamW
 from keras_weightmods.packing.pack import pack as pack
 from keras_weightmods.packing.pack import unpack as unpack
@@ -28,6 +34,9 @@ from keras_weightmods.patches.delta import apply_delta as apply_delta
 from keras_weightmods.patches.delta import remove_delta as remove_delta
 from keras_weightmods.patches.delta import save_delta as save_delta
 from keras_weightmods.patches.patches import Patches as Patches
+from keras_weightmods.patches.report import DeltaReport as DeltaReport
+from keras_weightmods.patches.report import PatchReport as PatchReport
+from keras_weightmods.patches.report import SignatureReport as SignatureReport
 from keras_weightmods.patches.sum_signatures import (
     sum_signatures as sum_signatures,
 )
@@ -67,6 +76,7 @@ from keras_weightmods.saving.model import save_model as save_model
 from keras_weightmods.sparsity.adam_s import AdamS as AdamS
 from keras_weightmods.sparsity.cast import CAST as CAST
 from keras_weightmods.sparsity.merge_lora import merge_lora as merge_lora
+from keras_weightmods.sparsity.report import ChangeReport as ChangeReport
 from keras_weightmods.sparsity.report import SparsityReport as SparsityReport
 from keras_weightmods.sparsity.report import assert_sparse as assert_sparse
 from keras_weightmods.sparsity.report import sparsity_report as sparsity_report
@@ -79,4 +89,5 @@ from keras_weightmods.sparsity.sparsify import sparsify as sparsify
 from keras_weightmods.sparsity.sparsity_monitor import (
     SparsityMonitor as SparsityMonitor,
 )
+from keras_weightmods.utils.report import Report as Report
 from keras_weightmods.version import __version__ as __version__

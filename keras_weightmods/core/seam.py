@@ -5,8 +5,7 @@ where the parameters take the place of the stored variable; any other
 w = f(v, parameters) fits by one more subclass of `Reparameterization`.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keras_weightmods.core import keras_private
@@ -19,30 +18,9 @@ from keras_weightmods.core.reparameterized_layer import (
     ReparameterizedLayer,
     set_reparameterizations,
 )
+from keras_weightmods.core.report import ReparameterizationReport
 from keras_weightmods.core.targets import Target
-from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ReparameterizationReport(Report):
-    """What a call that reparameterizes a model, or folds it, changed.
-
-    Attributes:
-        kernels: Tuple with one summary for each kernel changed, with a `path`,
-            a `shape` and a string `detail`.
-        skipped: Tuple of `Skipped`, path and reason.
-    """
-
-    kernels: tuple[Any, ...]
-    skipped: tuple[Skipped, ...] = ()
-
-    def tables(self) -> Iterable[Table]:
-        columns = "kernel", "shape", "detail"
-        rows = tuple(
-            (kernel.path, shape_text(kernel.shape), kernel.detail)
-            for kernel in self.kernels
-        )
-        yield Table(f"{len(rows)} kernels", columns, rows)
+from keras_weightmods.utils.report import Skipped
 
 
 def attach_to_targets(

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.reparameterization import Reparameterization
+from keras_weightmods.core.report import ReparameterizationReport
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.ops.compand import (
     check_function,
@@ -81,7 +82,7 @@ def attach_compander(
     learnable: bool = True,
     function: str = "arctan",
     out_of_range: str = "raise_a",
-) -> seam.ReparameterizationReport:
+) -> ReparameterizationReport:
     """Train the kernels of a model through a compander, w = a f(v / b).
 
     Weight Compander (arXiv 2306.16993): the layers store v and compute with w,

@@ -4,9 +4,10 @@ import keras
 
 from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import reparameterizations
+from keras_weightmods.core.report import ReparameterizationReport
 
 
-def fold(model: keras.layers.Layer) -> seam.ReparameterizationReport:
+def fold(model: keras.layers.Layer) -> ReparameterizationReport:
     """Bake every effective weight in, and make the layers plain again.
 
     Ends what `attach_compander`, `attach_weight_norm` and `attach_scaling`
@@ -45,4 +46,4 @@ def fold(model: keras.layers.Layer) -> seam.ReparameterizationReport:
     }
     items = seam.fold(model, tuple(kinds))
     kernels = tuple(item.summary() for item in items)
-    return seam.ReparameterizationReport(kernels)
+    return ReparameterizationReport(kernels)

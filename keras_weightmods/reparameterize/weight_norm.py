@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import Reparameterization
+from keras_weightmods.core.report import ReparameterizationReport
 from keras_weightmods.core.targets import resolve_targets
 
 # A vector of zeros has no direction; its square norm counts as this.
@@ -31,7 +32,7 @@ class NormalizedKernel:
 
 def attach_weight_norm(
     model: keras.layers.Layer, *, targets: Any = None
-) -> seam.ReparameterizationReport:
+) -> ReparameterizationReport:
     """Give each output unit of each target a norm of its own, w = g v / |v|.
 
     Weight Normalization (arXiv 1602.07868, equation 2): length and direction

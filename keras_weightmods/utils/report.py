@@ -62,8 +62,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python values, ready for JSON."""
+        fields: dict[str, Any] = _plain(self)
         totals = getattr(self, "totals", None)
-        return _plain(self) | ({"totals": _plain(totals)} if totals else {})
+        return {**fields, "totals": _plain(totals)} if totals else fields
 
     def __str__(self) -> str:
         tables = list(self.tables())
