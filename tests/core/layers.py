@@ -22,6 +22,11 @@ def reasons(targets):
     return {skip.path: skip.reason for skip in targets.skipped}
 
 
+def built(layer, *shape):
+    layer.build((None, *shape))
+    return layer
+
+
 def state_of(model):
     """All that the layers hold, by identity, and the weights by value."""
     layers = layers_of(model)

@@ -1,10 +1,9 @@
 import keras
 import numpy as np
-import pytest
 
 from keras_weightmods.core.targets import find_targets
 from tests.core.layers import Block, assert_unchanged, names, paths, state_of
-from tests.models import sequential
+from tests.models import Subclassed, sequential
 
 
 def test_order_of_execution_in_nested_models():
@@ -13,25 +12,14 @@ def test_order_of_execution_in_nested_models():
     nested = keras.Model(inputs, inner(Block(name="c")(inputs)), name="nested")
     model = keras.Model(inputs, Block(name="d")(nested(inputs)))
     targets = find_targets(model)
-    for path, end in zip(
-        paths(targets),
-        [
-            *("c/gate", "c/up", "c/down"),
-            *("a/gate", "a/up", "a/down", "b"),
-            *("d/gate", "d/up", "d/down"),
-        ],
-    ):
+    ends = [
+        *("c/gate", "c/up", "c/down"),
+        *("a/gate", "a/up", "a/down", "b"),
+        *("d/gate", "d/up", "d/down"),
+    ]
+    for path, end in zip(paths(targets), ends, strict=True):
         assert path.endswith(f"{end}/kernel")
     assert [target.depth for target in targets] == list(range(10))
-
-
-class OneInput(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.block = Block()
-
-    def call(self, x):
-        return self.block(x)
 
 
 class TwoInputs(keras.Model):
@@ -51,15 +39,16 @@ class TwoInputs(keras.Model):
         return self.last(self.block(first) + second["x"])
 
 
-@pytest.mark.parametrize("functional", [True, False])
-def test_order_of_execution_in_subclassed_models(functional):
-    x = np.zeros((2, 4), "float32")
-    if functional:
-        inputs = keras.Input((4,), name="x")
-        model = keras.Model({"x": inputs}, Block()(inputs))
-    else:
-        model = OneInput()
-        model(x)
+def test_order_of_execution_in_subclassed_models():
+    model = Subclassed()
+    model(np.zeros((2, 8), "float32"))
+    expected = [*model.block.layers, model.last]
+    assert [target.layer for target in find_targets(model)] == expected
+
+
+def test_order_of_execution_with_inputs_by_name():
+    inputs = keras.Input((4,), name="x")
+    model = keras.Model({"x": inputs}, Block()(inputs))
     assert names(find_targets(model)) == ["gate", "up", "down"]
 
 
@@ -73,57 +62,44 @@ def test_order_of_execution_with_several_inputs():
     assert_unchanged(model, state)
 
 
+class Partial(keras.layers.Layer):
+    fails = False
+
+    def __init__(self):
+        super().__init__()
+        self.unused = keras.layers.Dense(4, name="unused")
+        self.block = Block()
+
+    def build(self, input_shape):
+        self.unused.build(input_shape)
+        self.block.build(input_shape)
+
+    def call(self, x):
+        x = self.block(x)
+        if self.fails:
+            raise RuntimeError("not on symbols")
+        return x
+
+
 def test_layers_that_do_not_run_come_last():
-    class Partial(keras.layers.Layer):
-        def __init__(self):
-            super().__init__()
-            self.unused = keras.layers.Dense(4, name="unused")
-            self.block = Block()
-
-        def build(self, input_shape):
-            self.unused.build(input_shape)
-            self.block.build(input_shape)
-
-        def call(self, x):
-            return self.block(x)
-
     model = sequential((4,), Partial())
     assert names(find_targets(model)) == ["gate", "up", "down", "unused"]
 
 
-def test_declared_order_where_the_model_does_not_run():
-    class Broken(keras.layers.Layer):
-        fails = False
-
-        def __init__(self):
-            super().__init__()
-            self.block = Block()
-
-        def build(self, input_shape):
-            self.block.build(input_shape)
-
-        def call(self, x):
-            x = self.block(x)
-            if self.fails:
-                raise RuntimeError("not on symbols")
-            return x
-
-    model = sequential((4,), Broken())
-    assert names(find_targets(model)) == ["gate", "up", "down"]
-    Broken.fails = True
+def test_declared_order_where_the_model_does_not_run(monkeypatch):
+    model = sequential((4,), Partial())
+    monkeypatch.setattr(Partial, "fails", True)
     state = state_of(model)
-    assert names(find_targets(model)) == ["down", "up", "gate"]
+    assert names(find_targets(model)) == ["unused", "down", "up", "gate"]
     assert_unchanged(model, state)
 
 
 def test_open_dimensions():
-    inputs = keras.Input((None, None, 3))
-    x = inputs
-    for width in (4, 6, 8):
-        x = keras.layers.Conv2D(
-            width, 3, strides=2, data_format="channels_last"
-        )(x)
-    x = keras.layers.GlobalAveragePooling2D(data_format="channels_last")(x)
-    model = keras.Model(inputs, Block(8)(x))
-    found = names(find_targets(model))
-    assert found[-3:] == ["gate", "up", "down"]
+    form = {"data_format": "channels_last"}
+    model = sequential(
+        (None, None, 3),
+        *(keras.layers.Conv2D(w, 3, strides=2, **form) for w in (4, 6, 8)),
+        keras.layers.GlobalAveragePooling2D(**form),
+        Block(8),
+    )
+    assert names(find_targets(model))[-3:] == ["gate", "up", "down"]

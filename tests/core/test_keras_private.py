@@ -6,6 +6,7 @@ import pytest
 
 import keras_weightmods
 from keras_weightmods.core import keras_private
+from tests.core.layers import built
 
 ROOT = pathlib.Path(keras_weightmods.__file__).parent
 # What the package may touch elsewhere, with the reason.
@@ -27,6 +28,10 @@ KERAS_CLASSES = (
 )
 
 
+def of_keras(name):
+    return any(hasattr(cls, name) for cls in KERAS_CLASSES)
+
+
 def own_names(trees):
     """Return the names that the package's own classes define."""
     names = set()
@@ -38,7 +43,7 @@ def own_names(trees):
                 | ast.Attribute(ast.Name("self" | "cls"), name, ast.Store())
             ):
                 names.add(name)
-    return {n for n in names if not any(hasattr(c, n) for c in KERAS_CLASSES)}
+    return {name for name in names if not of_keras(name)}
 
 
 def read_names(tree):
@@ -90,12 +95,7 @@ def test_private_keras_is_in_one_file():
         names = touched(tree, own) - ALLOWED.get(name, set())
         if name.startswith(("backend/", "native/")):
             # Private attributes of the backend's own library.
-            names = {
-                each
-                for each in names
-                if each.startswith("keras")
-                or any(hasattr(cls, each) for cls in KERAS_CLASSES)
-            }
+            names = {n for n in names if n.startswith("keras") or of_keras(n)}
         if names:
             found[name] = names
     del found["core/keras_private.py"]
@@ -121,9 +121,8 @@ def test_the_check_finds(text):
 
 
 def test_see_calls():
-    layer = keras.layers.Dense(2)
-    layer.build((None, 3))
-    before, seen = dict(vars(layer)), []
+    layer = built(keras.layers.Dense(2), 3)
+    before, seen = set(vars(layer)), []
     x = keras.ops.ones((1, 3))
     with keras_private.calls_seen(layer, lambda *args: seen.append(args)):
         y = layer(x)
@@ -133,13 +132,11 @@ def test_see_calls():
     assert len(seen) == 3
     assert seen[1] == 0
     assert y.shape == (1, 2)
-    assert "call" not in vars(layer)
-    assert vars(layer).keys() == before.keys()
+    assert set(vars(layer)) == before
 
 
 def test_a_variable_leaves_and_comes_back():
-    layer = keras.layers.Dense(2)
-    layer.build((None, 3))
+    layer = built(keras.layers.Dense(2), 3)
     kernel, bias = layer.weights
     value = keras.ops.convert_to_numpy(kernel)
     place = keras_private.remove_variable(layer, kernel, "_kernel")

@@ -6,8 +6,11 @@ from keras_weightmods.core import target_rules
 from keras_weightmods.core.target_rules import register_target
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.utils.report import Skipped
-from tests.core.layers import Block, Experts
+from tests.core.layers import Block, Experts, built
 from tests.models import normal, numpy, sequential
+
+LAST = {"data_format": "channels_last"}
+DEPTHWISE = "a depthwise kernel contracts no channels"
 
 
 @pytest.mark.parametrize(
@@ -32,9 +35,7 @@ def test_einsum_dense_axes(
 ):
     # Keras takes no blanks when it builds the layer.
     layer = keras.layers.EinsumDense(equation.replace(" ", ""), output_shape)
-    batch = 2
-    x = np.random.default_rng(0).normal(size=(batch, *input_shape))
-    layer.build(x.shape)
+    layer.build((2, *input_shape))
     layer.equation = equation
     (target,) = find_targets(layer)
     assert target.variable is layer._kernel
@@ -55,11 +56,8 @@ def test_einsum_dense_axes(
         (keras.layers.EinsumDense("...x,xy->...y", (6,)), (3, 4)),
         (keras.layers.EinsumDense("bthk,hdk->btd", (3, 4)), (3, 2, 5)),
         # Each kernel is as large as its input: one position.
-        (keras.layers.Conv1D(5, 3, data_format="channels_last"), (3, 4)),
-        (
-            keras.layers.Conv2D(5, (2, 3), data_format="channels_last"),
-            (2, 3, 4),
-        ),
+        (keras.layers.Conv1D(5, 3, **LAST), (3, 4)),
+        (keras.layers.Conv2D(5, (2, 3), **LAST), (2, 3, 4)),
     ],
 )
 def test_contraction_axes_compute_the_output(layer, shape):
@@ -97,11 +95,9 @@ def test_einsum_dense_without_contraction_is_skipped():
 def test_conv(rank, data_format):
     cls = getattr(keras.layers, f"Conv{rank}D")
     layer = cls(6, 2, groups=2, data_format=data_format)
-    spatial = (6,) * rank
-    layer.build(
-        (1, *spatial, 4) if data_format == "channels_last" else (1, 4, *spatial)
-    )
-    (target,) = find_targets(layer)
+    shape = [6] * rank
+    shape.insert(rank if data_format == "channels_last" else 0, 4)
+    (target,) = find_targets(built(layer, *shape))
     assert target.shape == (2,) * rank + (2, 6)
     assert target.contraction_axes == tuple(range(rank + 1))
     assert target.output_axes == (rank + 1,)
@@ -111,38 +107,25 @@ def test_conv(rank, data_format):
 @pytest.mark.parametrize("rank", [1, 2])
 def test_separable_conv(rank):
     cls = getattr(keras.layers, f"SeparableConv{rank}D")
-    layer = cls(5, 2, depth_multiplier=2, data_format="channels_last")
-    layer.build((1, *(6,) * rank, 4))
-    targets = find_targets(layer)
-    (target,) = targets
+    layer = built(cls(5, 2, depth_multiplier=2, **LAST), *(6,) * rank, 4)
+    (target,) = targets = find_targets(layer)
     assert target.variable is layer.pointwise_kernel
     assert target.attribute == "pointwise_kernel"
     assert target.contraction_axes == tuple(range(rank + 1))
     assert target.output_axes == (rank + 1,)
     assert target.contraction_size == 8
-    assert targets.skipped == (
-        Skipped(
-            layer.depthwise_kernel.path,
-            "a depthwise kernel contracts no channels",
-        ),
-    )
+    assert targets.skipped == (Skipped(layer.depthwise_kernel.path, DEPTHWISE),)
 
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_depthwise_kernels_where_asked_for(rank):
     depthwise = getattr(keras.layers, f"DepthwiseConv{rank}D")
     separable = getattr(keras.layers, f"SeparableConv{rank}D")
-    options = {"data_format": "channels_last"}
-    model = sequential(
-        (6,) * rank + (4,),
-        depthwise(3, depth_multiplier=2, **options),
-        separable(5, 2, **options),
-    )
+    layers = depthwise(3, depth_multiplier=2, **LAST), separable(5, 2, **LAST)
+    model = sequential((6,) * rank + (4,), *layers)
     targets = find_targets(model)
     assert [t.attribute for t in targets] == ["pointwise_kernel"]
-    assert {s.reason for s in targets.skipped} == {
-        "a depthwise kernel contracts no channels"
-    }
+    assert {s.reason for s in targets.skipped} == {DEPTHWISE}
     found = find_targets(model, depthwise=True)
     axes, channels = tuple(range(rank)), (rank, rank + 1)
     assert [(t.shape, t.contraction_axes, t.output_axes) for t in found] == [
@@ -154,23 +137,15 @@ def test_depthwise_kernels_where_asked_for(rank):
 
 
 def test_register_stack_of_experts():
-    register_target(
-        Experts,
-        "gate",
-        contraction_axes=(1,),
-        output_axes=(-1,),
-        stack_axes=(0,),
-    )
+    axes = {"output_axes": (-1,), "stack_axes": (0,)}
+    register_target(Experts, "gate", contraction_axes=(1,), **axes)
     register_target(
         Experts,
         "bank",
         contraction_axes=lambda layer: (len(layer.bank.shape) - 2,),
         stack_axes=lambda layer: [0],
     )
-    inputs = keras.Input((4,))
-    layer = Experts()
-    model = keras.Model(inputs, layer(Block()(inputs)))
-    targets = find_targets(model)
+    targets = find_targets(sequential((4,), Block(), layer := Experts()))
     assert [t.attribute for t in targets] == ["kernel"] * 3 + ["gate", "bank"]
     for target in targets[3:]:
         assert target.layer is layer
@@ -188,22 +163,19 @@ def test_most_derived_registration_wins():
     class Further(Transposed):
         pass
 
-    layer = Further(3)
-    layer.build((None, 4))
+    layer = built(Further(3), 4)
     register_target(Transposed, contraction_axes=(1,))
     assert find_targets(layer)[0].contraction_axes == (1,)
     register_target(Further, contraction_axes=(0, 1))
     assert find_targets(layer)[0].contraction_axes == (0, 1)
     register_target(keras.layers.Dense, contraction_axes=(1,))
     assert find_targets(layer)[0].contraction_axes == (0, 1)
-    plain = keras.layers.Dense(3)
-    plain.build((None, 4))
+    plain = built(keras.layers.Dense(3), 4)
     assert find_targets(plain)[0].contraction_axes == (1,)
 
 
 def test_registration_overrides_what_is_left_out():
-    layer = keras.layers.Embedding(6, 4)
-    layer.build((None,))
+    layer = built(keras.layers.Embedding(6, 4))
     register_target(keras.layers.Embedding, "embeddings", contraction_axes=(1,))
     targets = find_targets(layer)
     assert [t.variable for t in targets] == [layer._embeddings]
@@ -213,28 +185,20 @@ def test_registration_overrides_what_is_left_out():
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        (("Dense",), {"contraction_axes": (0,)}, "`layer_class` must be"),
-        ((int,), {"contraction_axes": (0,)}, "`layer_class` must be"),
-        ((Experts, 3), {"contraction_axes": (0,)}, "`attribute` must be"),
-        ((Experts, "a.b"), {"contraction_axes": (0,)}, "`attribute` must be"),
+        (("Dense",), {}, "`layer_class` must be"),
+        ((int,), {}, "`layer_class` must be"),
+        ((Experts, 3), {}, "`attribute` must be"),
+        ((Experts, "a.b"), {}, "`attribute` must be"),
         ((Experts,), {"contraction_axes": 0}, "`contraction_axes` must be a"),
         ((Experts,), {"contraction_axes": ("0",)}, "`contraction_axes` must"),
         ((Experts,), {"contraction_axes": ()}, "at least one in"),
-        (
-            (Experts,),
-            {"contraction_axes": (1,), "stack_axes": None},
-            "`stack_axes` must be",
-        ),
-        (
-            (Experts,),
-            {"contraction_axes": (1,), "stack_axes": (1,)},
-            "named once",
-        ),
+        ((Experts,), {"stack_axes": None}, "`stack_axes` must be"),
+        ((Experts,), {"stack_axes": (1,)}, "named once"),
     ],
 )
 def test_register_target_errors(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        register_target(*args, **kwargs)
+        register_target(*args, **{"contraction_axes": (1,)} | kwargs)
     assert Experts not in {cls for cls, _ in target_rules._RULES}
 
 
@@ -242,20 +206,15 @@ def test_register_target_errors(args, kwargs, message):
     ("attribute", "kwargs", "message"),
     [
         ("gate", {"contraction_axes": (3,)}, "each of its 3 axes once"),
-        (
-            "gate",
-            {"contraction_axes": (1,), "output_axes": (2,)},
-            r"output_axes=\(2,\) for layer 'experts'",
-        ),
+        ("gate", {"output_axes": (2,)}, r"output_axes=\(2,\) for .* 'experts'"),
         ("gate", {"contraction_axes": (-2, 1)}, "each of its 3 axes once"),
         ("gate", {"contraction_axes": lambda layer: 1}, "must be tuples"),
-        ("gaet", {"contraction_axes": (1,)}, "`keras.Variable` .*'gaet'"),
-        ("name", {"contraction_axes": (1,)}, "knows in 'experts'"),
+        ("gaet", {}, "`keras.Variable` .*'gaet'"),
+        ("name", {}, "knows in 'experts'"),
     ],
 )
 def test_registrations_that_do_not_fit(attribute, kwargs, message):
-    layer = Experts(name="experts")
-    layer.build((None, 4))
-    register_target(Experts, attribute, **kwargs)
+    layer = built(Experts(name="experts"), 4)
+    register_target(Experts, attribute, **{"contraction_axes": (1,)} | kwargs)
     with pytest.raises(ValueError, match=message):
         find_targets(layer)

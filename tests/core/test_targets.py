@@ -15,6 +15,7 @@ from tests.core.layers import (
     Block,
     Experts,
     assert_unchanged,
+    built,
     keys,
     names,
     paths,
@@ -25,15 +26,12 @@ from tests.models import backbone, causal_lm, mlp, sequential
 
 
 @pytest.mark.parametrize(
-    "layer",
-    [
-        keras.layers.MultiHeadAttention(2, 4),
-        keras.layers.GroupQueryAttention(4, 2, 1),
-    ],
-    ids=["mha", "gqa"],
+    ("kind", "sizes"),
+    [("MultiHeadAttention", (2, 4)), ("GroupQueryAttention", (4, 2, 1))],
 )
-def test_attention(layer):
+def test_attention(kind, sizes):
     inputs = keras.Input((5, 8))
+    layer = getattr(keras.layers, kind)(*sizes)
     model = keras.Model(inputs, layer(inputs, inputs))
     targets = find_targets(model)
     assert names(targets) == ["query", "key", "value", "attention_output"]
@@ -45,29 +43,27 @@ def test_attention(layer):
 
 def test_embeddings_and_norms_are_left_out():
     inputs = keras.Input((5,), dtype="int32")
-    x = keras.layers.Embedding(7, 4, name="tokens")(inputs)
+    x = (tokens := keras.layers.Embedding(7, 4))(inputs)
     x = keras.layers.LayerNormalization()(x)
-    head = keras.layers.ReversibleEmbedding(7, 4, tie_weights=False)
-    head.build((None, 5))
-    model = keras.Model(inputs, head(x, reverse=True))
-    targets = find_targets(model)
+    head = built(keras.layers.ReversibleEmbedding(7, 4, tie_weights=False), 5)
+    targets = find_targets(keras.Model(inputs, head(x, reverse=True)))
     assert len(targets) == 0
-    assert set(reasons(targets)) == {
-        "tokens/embeddings",
-        head.embeddings.path,
-        head.reverse_embeddings.path,
-    }
+    weights = tokens.embeddings, head.embeddings, head.reverse_embeddings
+    assert set(reasons(targets)) == {weight.path for weight in weights}
     assert all("embedding" in reason for reason in reasons(targets).values())
+
+
+def share_kernel(layer, variable):
+    layer._tracker.unlock()
+    layer._kernel = variable
+    layer._tracker.lock()
 
 
 def test_kernel_tied_to_an_embedding_is_left_out():
     tokens = keras.layers.Embedding(7, 4)
     head = keras.layers.EinsumDense("btd,vd->btv", (None, 7))
-    inputs = keras.Input((5,), dtype="int32")
-    model = keras.Model(inputs, head(tokens(inputs)))
-    head._tracker.unlock()
-    head._kernel = tokens._embeddings
-    head._tracker.lock()
+    model = sequential((5,), tokens, head, dtype="int32")
+    share_kernel(head, tokens._embeddings)
     targets = find_targets(model)
     assert len(targets) == 0
     assert "embedding" in reasons(targets)[tokens._embeddings.path]
@@ -75,21 +71,16 @@ def test_kernel_tied_to_an_embedding_is_left_out():
 
 def test_shared_layer_appears_once_at_its_first_use():
     shared = keras.layers.Dense(4, name="shared")
+    between = keras.layers.Dense(4, name="between")
     inputs = keras.Input((4,))
-    x = shared(inputs)
-    x = keras.layers.Dense(4, name="between")(x)
-    model = keras.Model(inputs, shared(x))
+    model = keras.Model(inputs, shared(between(shared(inputs))))
     assert names(find_targets(model)) == ["shared", "between"]
 
 
 def test_shared_variable_appears_once():
-    first = keras.layers.Dense(4, use_bias=False, name="first")
-    second = keras.layers.Dense(4, use_bias=False, name="second")
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, second(first(inputs)))
-    second._tracker.unlock()
-    second._kernel = first._kernel
-    second._tracker.lock()
+    model = mlp(4, 4, 4, use_bias=False)
+    first, second = model.layers
+    share_kernel(second, first._kernel)
     targets = find_targets(model)
     assert targets[0].variable is first._kernel
     assert len([t for t in targets if t.variable is first._kernel]) == 1
@@ -97,9 +88,7 @@ def test_shared_variable_appears_once():
 
 def test_keys_tell_equal_paths_apart():
     # Built by themselves, both are named from the root.
-    layers = [keras.layers.Dense(4, name="o_proj") for _ in range(2)]
-    for layer in layers:
-        layer.build((None, 4))
+    layers = [built(keras.layers.Dense(4, name="o_proj"), 4) for _ in "ab"]
     model = sequential((4,), *(sequential((4,), layer) for layer in layers))
     targets = find_targets(model)
     assert paths(targets) == ["o_proj/kernel", "o_proj/kernel"]
@@ -111,56 +100,56 @@ def test_keys_tell_equal_paths_apart():
         assert targets[target.key] is target
 
 
-@pytest.mark.parametrize(
-    ("family", "block", "kernels", "left_out"),
-    [
-        (
-            "llama3",
-            "transformer_layer_",
-            {
-                "self_attention/query": ((16, 2, 8), (0,)),
-                "self_attention/key": ((16, 1, 8), (0,)),
-                "self_attention/value": ((16, 1, 8), (0,)),
-                "self_attention/attention_output": ((2, 8, 16), (0, 1)),
-                "feedforward_gate_dense": ((16, 24), (0,)),
-                "feedforward_intermediate_dense": ((16, 24), (0,)),
-                "feedforward_output_dense": ((24, 16), (0,)),
-            },
-            [
-                "token_embedding/embeddings",
-                "token_embedding/reverse_embeddings",
-            ],
-        ),
-        (
-            "gpt2",
-            "transformer_layer_",
-            {
-                "self_attention/query": ((16, 2, 8), (0,)),
-                "self_attention/key": ((16, 2, 8), (0,)),
-                "self_attention/value": ((16, 2, 8), (0,)),
-                "self_attention/attention_output": ((2, 8, 16), (0, 1)),
-                "feedforward_intermediate_dense": ((16, 24), (0,)),
-                "feedforward_output_dense": ((24, 16), (0,)),
-            },
-            ["token_embedding/embeddings", "position_embedding/embeddings"],
-        ),
-        (
-            "gemma",
-            "decoder_block_",
-            {
-                "attention/query": ((2, 16, 8), (1,)),
-                "attention/key": ((1, 16, 8), (1,)),
-                "attention/value": ((1, 16, 8), (1,)),
-                "attention/attention_output": ((2, 8, 16), (0, 1)),
-                "ffw_gating": ((16, 12), (0,)),
-                "ffw_gating_2": ((16, 12), (0,)),
-                "ffw_linear": ((12, 16), (0,)),
-            },
-            ["token_embedding/embeddings"],
-        ),
-    ],
-)
-def test_keras_hub_backbones(family, block, kernels, left_out):
+def attention(kv_heads):
+    """The kernels of an attention of two heads over 16 units."""
+    return {
+        "self_attention/query": ((16, 2, 8), (0,)),
+        "self_attention/key": ((16, kv_heads, 8), (0,)),
+        "self_attention/value": ((16, kv_heads, 8), (0,)),
+        "self_attention/attention_output": ((2, 8, 16), (0, 1)),
+    }
+
+
+# {family: the name of a block, its kernels, the embeddings left out}
+BACKBONES = {
+    "llama3": (
+        "transformer_layer_",
+        {
+            **attention(1),
+            "feedforward_gate_dense": ((16, 24), (0,)),
+            "feedforward_intermediate_dense": ((16, 24), (0,)),
+            "feedforward_output_dense": ((24, 16), (0,)),
+        },
+        ["token_embedding/embeddings", "token_embedding/reverse_embeddings"],
+    ),
+    "gpt2": (
+        "transformer_layer_",
+        {
+            **attention(2),
+            "feedforward_intermediate_dense": ((16, 24), (0,)),
+            "feedforward_output_dense": ((24, 16), (0,)),
+        },
+        ["position_embedding/embeddings", "token_embedding/embeddings"],
+    ),
+    "gemma": (
+        "decoder_block_",
+        {
+            "attention/query": ((2, 16, 8), (1,)),
+            "attention/key": ((1, 16, 8), (1,)),
+            "attention/value": ((1, 16, 8), (1,)),
+            "attention/attention_output": ((2, 8, 16), (0, 1)),
+            "ffw_gating": ((16, 12), (0,)),
+            "ffw_gating_2": ((16, 12), (0,)),
+            "ffw_linear": ((12, 16), (0,)),
+        },
+        ["token_embedding/embeddings"],
+    ),
+}
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_keras_hub_backbones(family):
+    block, kernels, left_out = BACKBONES[family]
     model = backbone(family, num_layers=2)
     state = state_of(model)
     targets = find_targets(model)
@@ -170,18 +159,16 @@ def test_keras_hub_backbones(family, block, kernels, left_out):
         for i in range(2)
         for name, (shape, axes) in kernels.items()
     ]
-    for target in targets:
-        assert sorted(target.contraction_axes + target.output_axes) == list(
-            range(len(target.shape))
-        )
-    assert sorted(reasons(targets)) == sorted(left_out)
+    for t in targets:
+        axes = sorted(t.contraction_axes + t.output_axes)
+        assert axes == list(range(len(t.shape)))
+    assert sorted(reasons(targets)) == left_out
 
 
 def test_keras_hub_causal_lm():
     task = causal_lm()
-    assert [t.variable for t in find_targets(task)] == [
-        t.variable for t in find_targets(task.backbone)
-    ]
+    whole, inner = find_targets(task), find_targets(task.backbone)
+    assert [t.variable for t in whole] == [t.variable for t in inner]
 
 
 def test_lora_leaves_the_stored_kernel():
@@ -213,16 +200,13 @@ def test_scaled_layers():
 def test_second_kernel_of_a_subclass_is_skipped_with_a_way_out():
     class Gated(keras.layers.Dense):
         def build(self, input_shape):
-            self.gate = self.add_weight(
-                shape=(input_shape[-1], self.units), name="gate"
-            )
+            self.gate = self.add_weight((input_shape[-1], self.units))
             super().build(input_shape)
 
         def call(self, x):
             return super().call(x) * keras.ops.matmul(x, self.gate)
 
-    layer = Gated(3)
-    layer.build((None, 4))
+    layer = built(Gated(3), 4)
     targets = find_targets(layer)
     assert [t.variable for t in targets] == [layer._kernel]
     assert "register_target" in reasons(targets)[layer.gate.path]
@@ -269,8 +253,7 @@ def test_unbuilt_models():
             self.made.build(input_shape)
             self.built = True
 
-    model = Half()
-    model.build((None, 4))
+    model = built(Half(), 4)
     with pytest.raises(ValueError, match=r"1 layers are not built: missing"):
         find_targets(model)
     with pytest.raises(ValueError, match="Keras model or layer"):
@@ -303,8 +286,7 @@ def test_resolve_targets():
 
 
 def test_target_of():
-    embedding = keras.layers.Embedding(6, 4)
-    embedding.build()
+    embedding = built(keras.layers.Embedding(6, 4))
     target = target_of(embedding, "embeddings")
     assert target.contraction_axes == (1,)
     assert target.key == f"0:{embedding.embeddings.path}"
