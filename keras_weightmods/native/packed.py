@@ -174,10 +174,11 @@ def pack_kernel(kernel: Any, dtype: str | None = None) -> Packed:
     assert np.array_equal(unpack_kernel(packed), kernel)
     ```
     """
-    if len(kernel.shape) != 2:
+    rank = len(getattr(kernel, "shape", ()))
+    if rank != 2:
         raise ValueError(
             "`kernel` must be a matrix (K, N), the contraction axis first. "
-            f"Received: an array of shape {tuple(kernel.shape)}"
+            f"Received: {type(kernel).__name__} with {rank} axes"
         )
     if dtype is None:
         given = keras.backend.standardize_dtype(kernel.dtype)

@@ -352,6 +352,11 @@ class AdamS(keras.optimizers.Optimizer):
         if self.criterion != "activation":
             expected = '"activation" where an importance is set'
             raise checks.error("criterion", expected, self.criterion)
+        if not self.built:
+            raise ValueError(
+                "`set_importance` needs a built optimizer. Call "
+                "`optimizer.build(model.trainable_variables)` first."
+            )
         arrays = [np.asarray(a, "float32") for a in importance]
         variables = [s["importance"] for s in self._states if "mask" in s]
         shapes = [tuple(v.shape) for v in variables]
@@ -359,7 +364,8 @@ class AdamS(keras.optimizers.Optimizer):
             np.all((a >= 0) & np.isfinite(a)) for a in arrays
         ):
             expected = f"finite arrays, not negative, of shapes {shapes}"
-            raise checks.error("importance", expected, arrays)
+            received = [array.shape for array in arrays]
+            raise checks.error("importance", expected, received)
         for variable, array in zip(variables, arrays):
             variable.assign(array)
 

@@ -269,6 +269,8 @@ def test_ramp_stays_at_one_past_the_end():
 def test_masks_follow_the_importance():
     kernel = ones(4, 2)
     optimizer = AdamS(1e-3, total_steps=4, criterion="activation")
+    with pytest.raises(ValueError, match="needs a built optimizer"):
+        optimizer.set_importance([])
     optimizer.build([kernel])
     optimizer.set_importance([np.array([0.0, 1.0, 3.0, 2.0])])
     optimizer.apply([keras.ops.ones((4, 2))], [kernel])
