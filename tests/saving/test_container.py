@@ -1,5 +1,6 @@
 """The container: exact arrays, whole files, and no mutated file gets in."""
 
+import functools
 import hashlib
 import json
 import os
@@ -30,12 +31,21 @@ def arrays():
     }
 
 
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "file"
+
+
 def write(path, values):
     container.write_arrays(path, FORMAT, VERSION, values)
 
 
+def reader_of(path):
+    return Reader(path, FORMAT, versions=(VERSION,))
+
+
 def read(path):
-    with Reader(path, FORMAT, versions=(VERSION,)) as reader:
+    with reader_of(path) as reader:
         return {name: reader.read(name) for name in reader.entries}
 
 
@@ -44,19 +54,19 @@ def assert_equal(received, expected):
     assert_same_bits([received[name] for name in expected], expected.values())
 
 
-def test_round_trip_is_exact(tmp_path):
-    write(tmp_path / "file", arrays())
-    assert_equal(read(tmp_path / "file"), arrays())
+def test_round_trip_is_exact(tmp_path, path):
+    write(path, arrays())
+    assert_equal(read(path), arrays())
     assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("dtype", container.DTYPES)
-def test_every_dtype(tmp_path, dtype):
+def test_every_dtype(path, dtype):
     rng = np.random.default_rng(1)
     kind = container.numpy_dtype(dtype)
     value = rng.integers(0, 2, size=(3, 2)).astype(kind)
-    write(tmp_path / "file", {"x": value})
-    assert_equal(read(tmp_path / "file"), {"x": value})
+    write(path, {"x": value})
+    assert_equal(read(path), {"x": value})
 
 
 @given(
@@ -79,18 +89,18 @@ def test_any_shapes(tmp_path_factory, specs):
     assert_equal(read(path), values)
 
 
-def test_safetensors_reads_it(tmp_path):
-    write(tmp_path / "file", arrays())
-    with safetensors.safe_open(tmp_path / "file", "np") as file:
+def test_safetensors_reads_it(path):
+    write(path, arrays())
+    with safetensors.safe_open(path, "np") as file:
         assert set(file.keys()) == set(arrays())
         for name, value in arrays().items():
             if value.dtype != ml_dtypes.bfloat16:
                 np.testing.assert_array_equal(file.get_tensor(name), value)
 
 
-def test_the_widest_come_first_so_that_each_is_aligned(tmp_path):
-    write(tmp_path / "file", arrays())
-    data = (tmp_path / "file").read_bytes()
+def test_the_widest_come_first_so_that_each_is_aligned(path):
+    write(path, arrays())
+    data = path.read_bytes()
     header, start = parse(data)
     assert start % 8 == 0
     for name, tells in header.items():
@@ -99,8 +109,7 @@ def test_the_widest_come_first_so_that_each_is_aligned(tmp_path):
             assert tells["data_offsets"][0] % itemsize == 0
 
 
-def test_writer_leaves_nothing_on_an_error(tmp_path):
-    path = tmp_path / "file"
+def test_writer_leaves_nothing_on_an_error(tmp_path, path):
     path.write_text("before")
     entries = {"x": Entry((2,), "float32"), "y": Entry((), "int8")}
     with pytest.raises(ValueError, match=r"Missing: \['y'\]"):
@@ -130,9 +139,9 @@ def test_writer_leaves_nothing_on_an_error(tmp_path):
     ],
     ids=["empty", "newline", "long", "dtype", "many"],
 )
-def test_writer_refuses(tmp_path, entries, match):
+def test_writer_refuses(path, entries, match):
     with pytest.raises(ValueError, match=match):
-        Writer(tmp_path / "file", FORMAT, 1, entries)
+        Writer(path, FORMAT, 1, entries)
 
 
 def test_writer_refuses_what_is_no_place_for_a_file(tmp_path):
@@ -143,23 +152,23 @@ def test_writer_refuses_what_is_no_place_for_a_file(tmp_path):
     assert os.listdir(tmp_path) == ["new"]
 
 
-def test_the_file_has_the_rights_of_any_new_file(tmp_path):
-    write(tmp_path / "file", arrays())
+def test_the_file_has_the_rights_of_any_new_file(tmp_path, path):
+    write(path, arrays())
     (tmp_path / "other").write_text("")
     modes = {os.stat(tmp_path / name).st_mode for name in ("file", "other")}
     assert len(modes) == 1
 
 
-def test_a_link_stays_one(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "file")
+def test_a_link_stays_one(tmp_path, path):
+    (tmp_path / "link").symlink_to(path)
     write(tmp_path / "link", arrays())
     assert (tmp_path / "link").is_symlink()
-    assert_equal(read(tmp_path / "file"), arrays())
+    assert_equal(read(path), arrays())
 
 
-def test_read_returns_memory_of_its_own(tmp_path):
-    write(tmp_path / "file", arrays())
-    with Reader(tmp_path / "file", FORMAT, (VERSION,)) as reader:
+def test_read_returns_memory_of_its_own(path):
+    write(path, arrays())
+    with reader_of(path) as reader:
         first, second = reader.read("a/matrix"), reader.read("a/matrix")
     first[:] = 0
     np.testing.assert_array_equal(second, arrays()["a/matrix"])
@@ -188,55 +197,57 @@ def pack(header, data, text=None, fix=True):
     return prefix + text + data
 
 
-@pytest.fixture
-def data(tmp_path):
-    """The bytes of a file of `arrays()`."""
-    path = tmp_path / "original"
-    write(path, arrays())
+def bytes_of(path, values):
+    """Return the bytes of a file of these arrays, which is gone then."""
+    write(path, values)
     data = path.read_bytes()
     path.unlink()
     return data
 
 
+@pytest.fixture
+def data(path):
+    return bytes_of(path, arrays())
+
+
 def assert_refused(path, data, match="."):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=match) as error:
-        Reader(path, FORMAT, versions=(VERSION,))
+        reader_of(path)
     message = str(error.value)
     assert f"Received: filepath={str(path)!r}" in message
     assert len(message) < 1000
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_pack_of_an_unchanged_header_is_the_file(tmp_path, data):
+def test_pack_of_an_unchanged_header_is_the_file(path, data):
     header, start = parse(data)
-    path = tmp_path / "file"
     path.write_bytes(pack(header, data[start:]))
     assert_equal(read(path), arrays())
 
 
-def test_truncated_files(tmp_path, data):
+def test_truncated_files(path, data):
     _, start = parse(data)
     cuts = {*range(9), start - 1, start, start + 1, len(data) - 1}
     cuts.update(range(9, len(data), 37))
     for cut in sorted(cuts):
-        assert_refused(tmp_path / "file", data[:cut])
+        assert_refused(path, data[:cut])
 
 
-def test_longer_files(tmp_path, data):
-    assert_refused(tmp_path / "file", data + b"\0", "not fully covered")
-    assert_refused(tmp_path / "file", b"\0" + data)
+def test_longer_files(path, data):
+    assert_refused(path, data + b"\0", "not fully covered")
+    assert_refused(path, b"\0" + data)
 
 
-def test_flipped_bits(tmp_path, data):
+def test_flipped_bits(path, data):
     _, start = parse(data)
     for place in [*range(9), *range(9, start, 11), *range(start, len(data))]:
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
-        assert_refused(tmp_path / "file", bytes(changed))
+        assert_refused(path, bytes(changed))
 
 
-def test_a_flipped_bit_of_an_array_names_the_entry(tmp_path, data):
+def test_a_flipped_bit_of_an_array_names_the_entry(path, data):
     header, start = parse(data)
     for name in arrays():
         begin, end = header[name]["data_offsets"]
@@ -244,67 +255,62 @@ def test_a_flipped_bit_of_an_array_names_the_entry(tmp_path, data):
             continue
         changed = bytearray(data)
         changed[start + begin] ^= 1
-        assert_refused(
-            tmp_path / "file", bytes(changed), f"checksum of `{name}`"
-        )
+        assert_refused(path, bytes(changed), f"checksum of `{name}`")
 
 
-def test_swapped_entries(tmp_path):
-    values = {
-        "one": np.ones(4, "float32"),
-        "two": np.arange(4, dtype="float32"),
-    }
-    write(tmp_path / "original", values)
-    data = (tmp_path / "original").read_bytes()
-    (tmp_path / "original").unlink()
+def test_swapped_entries(path):
+    one, two = np.ones(4, "float32"), np.arange(4, dtype="float32")
+    data = bytes_of(path, {"one": one, "two": two})
     header, start = parse(data)
-    names = data.replace(b'"one": {', b'"???": {').replace(
-        b'"two": {', b'"one": {'
-    )
+    names = data.replace(b'"one": {', b'"???": {')
+    names = names.replace(b'"two": {', b'"one": {')
     names = names.replace(b'"???": {', b'"two": {')
-    assert_refused(tmp_path / "file", names, "checksum of the header")
+    assert_refused(path, names, "checksum of the header")
     moved = data[:start] + data[start + 16 :] + data[start : start + 16]
-    assert_refused(tmp_path / "file", moved, "checksum of `one`")
+    assert_refused(path, moved, "checksum of `one`")
     # With a header that is right in itself.
     header["one"], header["two"] = header["two"], header["one"]
-    assert_refused(
-        tmp_path / "file", pack(header, data[start:]), "checksum of `one`"
-    )
+    swapped = pack(header, data[start:])
+    assert_refused(path, swapped, "checksum of `one`")
 
 
 def set_entry(name, **values):
     return lambda header: header[name].update(values)
 
 
-def set_metadata(**values):
-    return lambda header: header["__metadata__"].update(values)
+set_metadata = functools.partial(set_entry, "__metadata__")
+set_matrix = functools.partial(set_entry, "a/matrix")
+set_empty = functools.partial(set_entry, "e/empty")
+
+
+def set_each(field, *values):
+    """Return a change of the matrix for each of these values of a field."""
+    return {f"{field} {str(x)[:30]}": set_matrix(**{field: x}) for x in values}
+
+
+def put_matrix(value):
+    return lambda header: header.update({"a/matrix": value})
+
+
+def edit_checksums(change):
+    def edited(header):
+        checksums = json.loads(header["__metadata__"]["sha256"])
+        change(checksums)
+        header["__metadata__"]["sha256"] = json.dumps(checksums)
+
+    return edited
+
+
+def set_checksum(value):
+    return edit_checksums(lambda sums: sums.update({"a/matrix": value}))
 
 
 def rename(new):
     def change(header):
         header[new] = header.pop("e/empty")
-        checksums = json.loads(header["__metadata__"]["sha256"])
-        checksums[new] = checksums.pop("e/empty")
-        header["__metadata__"]["sha256"] = json.dumps(checksums)
+        edit_checksums(lambda s: s.update({new: s.pop("e/empty")}))(header)
 
     return change
-
-
-def set_checksum(value):
-    def change(header):
-        checksums = json.loads(header["__metadata__"]["sha256"])
-        checksums["a/matrix"] = value
-        header["__metadata__"]["sha256"] = json.dumps(checksums)
-
-    return change
-
-
-def set_matrix(**values):
-    return set_entry("a/matrix", **values)
-
-
-def set_empty(**values):
-    return set_entry("e/empty", **values)
 
 
 def drop(*keys):
@@ -326,9 +332,7 @@ HOSTILE = {
     },
     "states version": {
         "no version": drop("__metadata__", "version"),
-        "version 4": set_metadata(version="4"),
-        "version float": set_metadata(version="3.0"),
-        "version -3": set_metadata(version="-3"),
+        **{f"version {x}": set_metadata(version=x) for x in ("4", "3.0", "-3")},
     },
     "must have the metadata": {
         "no checksums": drop("__metadata__", "sha256"),
@@ -336,17 +340,12 @@ HOSTILE = {
         "more metadata": set_metadata(code="print()"),
     },
     "one checksum for each entry": {
-        "checksums no JSON": set_metadata(sha256="{"),
-        "checksums deep": set_metadata(sha256="[" * 100_000),
-        "checksums list": set_metadata(sha256="[]"),
-        "checksums empty": set_metadata(sha256="{}"),
+        f"checksums {text[:3]}": set_metadata(sha256=text)
+        for text in ("{", "[" * 100_000, "[]", "{}")
     },
     "checksum of `a/matrix` does not match": {
-        "checksum int": set_checksum(0),
-        "checksum list": set_checksum([]),
-        "checksum short": set_checksum("00"),
-        "checksum upper": set_checksum("A" * 64),
-        "checksum other": set_checksum("1" * 64),
+        f"checksum {str(value)[:3]}": set_checksum(value)
+        for value in (0, [], "00", "A" * 64, "1" * 64)
     },
     # As the safetensors library finds.
     "header is not valid": {
@@ -355,52 +354,31 @@ HOSTILE = {
         "version int": set_metadata(version=3),
         "version list": set_metadata(version=["3"]),
         "metadata int": set_metadata(sha256=1),
-        "entry empty": lambda h: h.update({"a/matrix": []}),
-        "entry null": lambda h: h.update({"a/matrix": None}),
-        "entry text": lambda h: h.update({"a/matrix": "F32"}),
+        **{f"entry {x}": put_matrix(x) for x in ([], None, "F32")},
         "entry missing": drop("a/matrix"),
         "no dtype": drop("a/matrix", "dtype"),
         "no shape": drop("a/matrix", "shape"),
         "no offsets": drop("a/matrix", "data_offsets"),
-        "dtype unknown": set_matrix(dtype="F31"),
-        "dtype object": set_matrix(dtype="O"),
-        "dtype numpy": set_matrix(dtype="float32"),
+        **set_each("dtype", "F31", "O", "float32", "F64", ["F32"], None),
         "dtype long": set_matrix(dtype="F" * 10**6),
-        "dtype list": set_matrix(dtype=["F32"]),
-        "dtype null": set_matrix(dtype=None),
-        "dtype wider": set_matrix(dtype="F64"),
-        "shape other": set_matrix(shape=[4, 4]),
+        # Other than the offsets, no sizes, no list, no list of sizes, huge.
+        **set_each("shape", [4, 4], [-3, -4], [3.0, 4.0], [True, 12]),
+        **set_each("shape", "34", None, {"3": 4}, ["3", "4"], [[3, 4]]),
+        **set_each("shape", [2**62, 2**62], [2**62 + 3, 4]),
         "shape reversed": set_empty(shape=[3, 1]),
-        "shape negative": set_matrix(shape=[-3, -4]),
-        "shape float": set_matrix(shape=[3.0, 4.0]),
-        "shape text": set_matrix(shape="34"),
-        "shape texts": set_matrix(shape=["3", "4"]),
-        "shape bools": set_matrix(shape=[True, 12]),
-        "shape nested": set_matrix(shape=[[3, 4]]),
-        "shape null": set_matrix(shape=None),
-        "shape dict": set_matrix(shape={"3": 4}),
-        "shape huge": set_matrix(shape=[2**62, 2**62]),
-        "shape wraps": set_matrix(shape=[2**62 + 3, 4]),
         "shape digits": set_empty(shape=[0, 10**4000]),
-        "offsets reversed": set_matrix(data_offsets=[56, 8]),
-        "offsets negative": set_matrix(data_offsets=[-40, 8]),
-        "offsets float": set_matrix(data_offsets=[8.0, 56.0]),
+        # Of the wrong order, type or number, outside of the file, overlaps.
+        **set_each("data_offsets", [56, 8], [-40, 8], [8.0, 56.0]),
+        **set_each("data_offsets", [8, 56, 1], [8], None),
+        **set_each("data_offsets", [10**6, 10**6 + 48], [2**70, 2**70 + 48]),
+        **set_each("data_offsets", [4, 52], [0, 48]),
         "offsets bools": set_empty(data_offsets=[False, False]),
-        "offsets three": set_matrix(data_offsets=[8, 56, 1]),
-        "offsets one": set_matrix(data_offsets=[8]),
-        "offsets null": set_matrix(data_offsets=None),
-        "offsets outside": set_matrix(data_offsets=[10**6, 10**6 + 48]),
-        "offsets absurd": set_matrix(data_offsets=[2**70, 2**70 + 48]),
-        "offsets overlap": set_matrix(data_offsets=[4, 52]),
-        "offsets overlap all": set_matrix(data_offsets=[0, 48]),
         "offsets inside": set_empty(data_offsets=[20, 20]),
         "name surrogate": rename("\ud800"),
     },
     # What the library lets pass.
     "Entry `a/matrix` must have the fields": {
-        "entry list": lambda h: h.update(
-            {"a/matrix": ["F32", [3, 4], [8, 56]]}
-        ),
+        "entry list": put_matrix(["F32", [3, 4], [8, 56]]),
         "entry more keys": set_matrix(code=1),
     },
     "Entry `a/matrix` has the unknown dtype": {
@@ -429,29 +407,19 @@ HOSTILE = {
     ("match", "name"),
     [(match, name) for match, changes in HOSTILE.items() for name in changes],
 )
-def test_hostile_headers(tmp_path, data, match, name):
+def test_hostile_headers(path, data, match, name):
     header, start = parse(data)
     HOSTILE[match][name](header)
-    assert_refused(tmp_path / "file", pack(header, data[start:]), match)
+    assert_refused(path, pack(header, data[start:]), match)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        b"",
-        b" ",
-        b"{",
-        b"[]",
-        b"null",
-        b"NaN",
-        b"1e999",
-        b'"\xff"',
-        b"\xef\xbb\xbf{}",
-        b"{}{}",
-        b"{} x",
+        *(b"", b" ", b"{", b"[]", b"null", b"NaN", b"1e999", b'"\xff"'),
+        *(b"\xef\xbb\xbf{}", b"{}{}", b"{} x", b"1" * 10**5),
         b"[" * 10**6,
         b'{"a":' * 10**6,
-        b"1" * 10**5,
         b'{"a": 1, "a": 1}',
         b'{"__metadata__": {}, "__metadata__": {}}',
         b"\x80\x04K\x01.",  # a pickle
@@ -459,46 +427,43 @@ def test_hostile_headers(tmp_path, data, match, name):
     ],
     ids=lambda text: str(text[:20]),
 )
-def test_headers_that_are_no_json_object(tmp_path, text):
-    path = tmp_path / "file"
+def test_headers_that_are_no_json_object(path, text):
     assert_refused(path, pack({}, b"", text, fix=False), "header is not valid")
 
 
 @pytest.mark.parametrize(
     "text", [b'{"a": %s, "a": %s}', b'{"__metadata__": {"b": "", "b": ""}}']
 )
-def test_keys_that_appear_twice(tmp_path, text):
+def test_keys_that_appear_twice(path, text):
     entry = b'{"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}'
     text = text.replace(b"%s", entry)
-    assert_refused(tmp_path / "file", pack({}, b"", text, fix=False), "twice")
+    assert_refused(path, pack({}, b"", text, fix=False), "twice")
 
 
-def test_lengths_of_the_header(tmp_path, data):
-    path = tmp_path / "file"
+def test_lengths_of_the_header(path, data):
     for length in (2**64 - 1, 2**63, 2**40, len(data), len(data) - 7):
         changed = length.to_bytes(8, "little") + data[8:]
         assert_refused(path, changed, "must take at most")
 
 
-def test_a_header_that_is_too_long_is_not_parsed(tmp_path, monkeypatch):
+def test_a_header_that_is_too_long_is_not_parsed(path, monkeypatch):
     monkeypatch.setattr(safetensors, "safe_open", None)
-    path = tmp_path / "file"
     with open(path, "wb") as file:
         file.write((2**24 + 8).to_bytes(8, "little"))
         file.truncate(2**24 + 100)
     with pytest.raises(ValueError, match="must take at most"):
-        Reader(path, FORMAT, (VERSION,))
+        reader_of(path)
 
 
-def test_a_wrong_checksum(tmp_path, data):
+def test_a_wrong_checksum(path, data):
     header, start = parse(data)
     for checksum in ("0" * 64, "1" * 64, "", "x", "0", "\\" * 64):
         header["__metadata__"]["header_sha256"] = checksum
         changed = pack(header, data[start:], fix=False)
-        assert_refused(tmp_path / "file", changed, "checksum of the header")
+        assert_refused(path, changed, "checksum of the header")
 
 
-def test_booleans_are_0_and_1(tmp_path):
+def test_booleans_are_0_and_1(path):
     data = bytes([0, 1, 2])
     header = {
         "__metadata__": {
@@ -509,20 +474,18 @@ def test_booleans_are_0_and_1(tmp_path):
         },
         "b": {"dtype": "BOOL", "shape": [3], "data_offsets": [0, 3]},
     }
-    assert_refused(tmp_path / "file", pack(header, data), "other than 0 and 1")
+    assert_refused(path, pack(header, data), "other than 0 and 1")
 
 
-def test_a_file_that_shrinks_while_it_is_open(tmp_path):
-    path = tmp_path / "file"
+def test_a_file_that_shrinks_while_it_is_open(path):
     write(path, arrays())
-    with Reader(path, FORMAT, (VERSION,)) as reader:
+    with reader_of(path) as reader:
         os.truncate(path, 100)
         with pytest.raises(ValueError, match="`f/bytes` ends early"):
             reader.read("f/bytes")
 
 
-def test_what_is_no_json(tmp_path):
-    path = tmp_path / "file"
+def test_what_is_no_json(path):
     values = {
         "bytes": np.frombuffer(b"{", "uint8"),
         "deep": np.frombuffer(b"[" * 10**5, "uint8"),
@@ -530,7 +493,7 @@ def test_what_is_no_json(tmp_path):
         "json": np.frombuffer(b'{"a": [1]}', "uint8"),
     }
     write(path, values)
-    with Reader(path, FORMAT, (VERSION,)) as reader:
+    with reader_of(path) as reader:
         assert reader.read_json("json") == {"a": [1]}
         for name in ("bytes", "deep", "floats"):
             with pytest.raises(ValueError, match=f"Entry `{name}` must be"):
