@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_weightmods.core.targets import find_targets
-from keras_weightmods.sparsity.adam_s import AdamS
+from keras_weightmods import AdamS, find_targets
 from tests import models, references
 from tests.models import numpy
 
@@ -30,12 +29,12 @@ AXES = {
 
 def make_kernels():
     """Return kernels of each kind, and their configs as targets."""
-    kernels = [
-        keras.Variable(0.1 * models.normal(*shape, seed=i), name=name)
-        for i, (name, (shape, _)) in enumerate(AXES.items())
-    ]
-    rows = enumerate(zip(kernels, AXES.values()))
-    return kernels, [config(i, v, axes) for i, (v, (_, axes)) in rows]
+    kernels, targets = [], []
+    for i, (name, (shape, axes)) in enumerate(AXES.items()):
+        value = 0.1 * models.normal(*shape, seed=i)
+        kernels.append(keras.Variable(value, name=name))
+        targets.append(config(i, kernels[-1], axes))
+    return kernels, targets
 
 
 def config(index, variable, axes):
@@ -137,10 +136,8 @@ def test_without_a_target_equals_keras_adam(kwargs, decay):
         for seed in range(TOTAL)
     ]
     results = []
-    for make in (
-        keras.optimizers.Adam,
-        functools.partial(AdamS, total_steps=TOTAL, decay=decay),
-    ):
+    adam_s = functools.partial(AdamS, total_steps=TOTAL, decay=decay)
+    for make in (keras.optimizers.Adam, adam_s):
         variables = [ones(8, 4)]
         variables += [ones(*s, name=name) for name, s in shapes.items()]
         rate = keras.optimizers.schedules.PolynomialDecay(2e-3, TOTAL, 1e-4)
@@ -411,6 +408,5 @@ def test_weight_decay_is_decoupled_with_exclusions():
         results.append([numpy(v) for v in kernels])
     for name, start, plain, decayed in zip(AXES, starts, *results):
         share = 0.0 if name == "query" else 0.1 * 0.5
-        np.testing.assert_allclose(
-            decayed, plain - share * start, rtol=1e-5, atol=1e-7
-        )
+        expected = plain - share * start
+        np.testing.assert_allclose(decayed, expected, rtol=1e-5, atol=1e-7)

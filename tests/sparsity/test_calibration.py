@@ -3,20 +3,12 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_weightmods.core.targets import find_targets
+from keras_weightmods import find_targets, fold
 from keras_weightmods.ops.matrix import from_stack, to_stack
-from keras_weightmods.reparameterize.fold import fold
 from keras_weightmods.sparsity.calibration import InputReader, input_norms
 from keras_weightmods.sparsity.scaling import attach_scaling
-from tests.models import (
-    assert_same,
-    causal_lm,
-    mlp,
-    normal,
-    numpy,
-    sequential,
-    weights_of,
-)
+from tests import models
+from tests.models import mlp, normal, numpy, sequential
 
 
 def root_mean_square(x, kept):
@@ -41,14 +33,14 @@ def test_dense_over_several_batches():
     model = sequential((None, 4), *dense)
     batches = [normal(2, 3, 4), normal(5, 3, 4, seed=1) * 3]
     x = np.concatenate(batches)
-    before = weights_of(model)
+    before = models.weights_of(model)
     norms = norms_over(model, *batches)
     hidden = numpy(dense[0](x))
     for norm, inputs in zip(norms, (x, hidden), strict=True):
         expected = root_mean_square(inputs, [2])
         np.testing.assert_allclose(norm, expected, rtol=1e-5)
         assert norm.dtype == np.float32
-    assert_same(weights_of(model), before)
+    models.assert_same(models.weights_of(model), before)
     assert_untouched(model)
 
 
@@ -126,7 +118,7 @@ def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
 
 
 def test_a_nested_model_with_and_without_scales():
-    model = causal_lm(hidden_dim=8, intermediate_dim=12)
+    model = models.causal_lm(hidden_dim=8, intermediate_dim=12)
     backbone = model.backbone
     x = {
         "token_ids": np.arange(12, dtype="int32").reshape(2, 6),
@@ -153,9 +145,6 @@ class ByKeyword(keras.layers.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.dense = keras.layers.Dense(3)
-
-    def build(self, input_shape):
-        self.dense.build(input_shape)
 
     def call(self, x):
         return self.dense(inputs=x)

@@ -6,12 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_weightmods.sparsity.data import (
-    batch_count,
-    batches,
-    first_batches,
-    holds_strings,
-)
+from keras_weightmods.sparsity import data
 from tests.models import assert_same, normal
 
 X, WEIGHT = normal(10, 3), np.arange(10.0)
@@ -46,26 +41,26 @@ def dataset():
 @pytest.mark.parametrize("kind", [None, Parts, generator, dataset])
 def test_batches_of_all_kinds_are_the_same(kind):
     expected = [(X[i : i + 4], WEIGHT[i : i + 4]) for i in range(0, 10, 4)]
-    data = batches(X, 4, WEIGHT) if kind is None else batches(kind())
-    assert_same(list(data), expected)
+    found = data.batches(X, 4, WEIGHT) if kind is None else data.batches(kind())
+    assert_same(list(found), expected)
 
 
 def test_batches_of_nested_arrays():
-    first, _ = next(batches({"a": X, "b": WEIGHT}, 4))
+    first, _ = next(data.batches({"a": X, "b": WEIGHT}, 4))
     assert_same(first, {"a": X[:4], "b": WEIGHT[:4]})
-    assert len(list(batches(normal(70, 2)))) == 3
+    assert len(list(data.batches(normal(70, 2)))) == 3
 
 
 def test_batch_count():
-    assert batch_count(X, 4) == 3
-    assert batch_count(X) == 1
-    assert batch_count(X, 4, validation_split=0.25) == 2
-    assert batch_count(Parts()) == batch_count(dataset()) == 3
-    assert batch_count([1, 2]) == 2
-    assert batch_count(Parts(None)) == math.inf
-    assert batch_count(dataset().repeat()) == math.inf
-    assert batch_count(dataset().filter(lambda *_: True)) is None
-    assert batch_count(generator()) is None
+    assert data.batch_count(X, 4) == 3
+    assert data.batch_count(X) == 1
+    assert data.batch_count(X, 4, validation_split=0.25) == 2
+    assert data.batch_count(Parts()) == data.batch_count(dataset()) == 3
+    assert data.batch_count([1, 2]) == 2
+    assert data.batch_count(Parts(None)) == math.inf
+    assert data.batch_count(dataset().repeat()) == math.inf
+    assert data.batch_count(dataset().filter(lambda *_: True)) is None
+    assert data.batch_count(generator()) is None
 
 
 @pytest.mark.parametrize(
@@ -74,11 +69,11 @@ def test_batch_count():
 )
 @pytest.mark.parametrize("kind", [Parts, generator])
 def test_first_batches(kind, least, rows, read, enough):
-    first, found, x = first_batches(kind(), least, rows)
-    expected = list(batches(Parts()))
+    first, found, x = data.first_batches(kind(), least, rows)
+    expected = list(data.batches(Parts()))
     assert_same(first, expected[:read])
     assert found == enough
-    assert_same(list(batches(x)), expected)
+    assert_same(list(data.batches(x)), expected)
 
 
 def test_holds_strings():
@@ -86,7 +81,7 @@ def test_holds_strings():
 
     texts = ["a", "b"]
     for x in (texts, np.array(texts), np.array(texts, object), {"x": texts}):
-        assert holds_strings(x)
-    assert holds_strings(tf.data.Dataset.from_tensor_slices(texts))
+        assert data.holds_strings(x)
+    assert data.holds_strings(tf.data.Dataset.from_tensor_slices(texts))
     for x in (X, {"x": X}, generator(), dataset(), None):
-        assert not holds_strings(x)
+        assert not data.holds_strings(x)

@@ -6,21 +6,10 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from tests.models import (
-    assert_same,
-    numpy,
-    sequential,
-    token_net,
-    two_heads,
-    weights_of,
-)
-from tests.sparsity.casts import (
-    compiled,
-    cross_entropy,
-    fit,
-    make_data,
-    make_mlp,
-)
+from tests import models
+from tests.models import assert_same, numpy, two_heads, weights_of
+from tests.sparsity import casts
+from tests.sparsity.casts import compiled, cross_entropy, fit, make_data
 
 # Most runs here are too short for the published pull, and say so.
 pytestmark = pytest.mark.filterwarnings("ignore:AdamS. this schedule")
@@ -43,7 +32,7 @@ def reference_losses(student, teacher, y, weight, temperature):
 
 @pytest.mark.parametrize("mask_zero", [False, True])
 def test_both_losses_honour_weights_and_masks(mask_zero):
-    model = token_net(mask_zero=mask_zero)
+    model = models.token_net(mask_zero=mask_zero)
     options = {"distillation_weight": 0.25, "temperature": 2.0}
     cast = compiled(model=model, teacher="self", **options)
     rng = np.random.default_rng(0)
@@ -70,7 +59,7 @@ def test_both_losses_honour_weights_and_masks(mask_zero):
 
 
 def test_positions_of_weight_zero_change_nothing(tmp_path):
-    cast = compiled(model=token_net(), teacher="self")
+    cast = compiled(model=models.token_net(), teacher="self")
     rng = np.random.default_rng(0)
     x = rng.integers(0, 10, size=(8, 6))
     y = rng.integers(4, size=(8, 6))
@@ -96,9 +85,8 @@ def test_positions_of_weight_zero_change_nothing(tmp_path):
 def test_the_models_own_losses_count_once():
     keras.utils.set_random_seed(0)
     inputs = keras.Input((8,))
-    hidden = keras.layers.Dense(
-        8, activity_regularizer="l2", kernel_regularizer="l2"
-    )(inputs)
+    l2 = {"activity_regularizer": "l2", "kernel_regularizer": "l2"}
+    hidden = keras.layers.Dense(8, **l2)(inputs)
     heads = {name: keras.layers.Dense(4, name=name)(hidden) for name in "ab"}
     model = keras.Model(inputs, heads)
     cast = kwm.CAST(model, distillation_weight=0.5)
@@ -141,15 +129,14 @@ def test_outputs_are_paired_by_name(as_dict):
         teacher = keras.Model(teacher.inputs[0], teacher.outputs[::-1])
     cast = kwm.CAST(two_heads(as_dict), teacher=teacher)
     cast.compile(loss={"z": cross_entropy(), "a": cross_entropy()})
-    labels = np.zeros(len(x), "int64")
-    labels = {"z": labels, "a": labels}
+    labels = dict.fromkeys("za", np.zeros(len(x), "int64"))
     cast.compute_loss(x, labels if as_dict else [*labels.values()], cast(x))
     distilled = cast.distillation_loss_tracker.result()
     assert float(numpy(distilled)) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_teacher_is_the_frozen_start():
-    model = make_mlp()
+    model = casts.make_mlp()
     x, _ = make_data()
     start = numpy(model(x))
     cast = compiled(model=model, teacher="self")
@@ -168,18 +155,18 @@ def test_the_teacher_is_the_frozen_start():
 
 
 def test_the_memory_of_the_teacher():
-    whole = kwm.CAST(make_mlp())
+    whole = kwm.CAST(casts.make_mlp())
     scales = sum(int(np.prod(t.shape[1:])) * 2 for t in whole.targets)
     weights = 8 * 16 + 16 + 16 * 4 + 4 + scales
     seed_state = 2 * 4
     assert whole.teacher_bytes in (4 * weights, 4 * weights + seed_state)
-    half = kwm.CAST(make_mlp(), teacher_dtype="bfloat16")
+    half = kwm.CAST(casts.make_mlp(), teacher_dtype="bfloat16")
     assert half.teacher_bytes - whole.teacher_bytes == -2 * weights
-    assert kwm.CAST(make_mlp(), teacher=None).teacher_bytes == 0
+    assert kwm.CAST(casts.make_mlp(), teacher=None).teacher_bytes == 0
 
 
 def test_another_model_as_teacher():
-    teacher = make_mlp(seed=5, name="teacher")
+    teacher = casts.make_mlp(seed=5, name="teacher")
     before = weights_of(teacher)
     optimizer = kwm.AdamS(1e-2, decay="relative")
     cast = compiled(optimizer, teacher=teacher, distillation_weight=1.0)
@@ -200,7 +187,7 @@ def test_outputs_that_are_no_logits(ending, recwarn):
         "one unit": keras.layers.Dense(1),
         None: keras.layers.Dense(4),
     }[ending]
-    model = sequential((8,), keras.layers.Dense(4), last)
+    model = models.sequential((8,), keras.layers.Dense(4), last)
     kwm.CAST(model, teacher=None, scaling_groups=0)
     assert not [w for w in recwarn if "logits" in str(w.message)]
     kwm.CAST(model)
@@ -221,12 +208,11 @@ class TwoOfOneName(keras.layers.Layer):
         first, second = self.pair
         return second(ops.tanh(first(x)))
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
 
 def test_gradients_do_not_add_up():
-    model = sequential((8,), TwoOfOneName(name="two"), keras.layers.Dense(4))
+    model = models.sequential(
+        (8,), TwoOfOneName(name="two"), keras.layers.Dense(4)
+    )
     paths = [v.path for v in model.trainable_variables]
     assert len(set(paths)) < len(paths)
     # The first moment is the gradient, and the weights do not move.

@@ -58,9 +58,8 @@ def test_dense_merge_computes_the_same():
     np.testing.assert_allclose(numpy(model(X)), before, rtol=1e-4, atol=1e-5)
     assert [v.path.split("/", 1)[1] for v in model.weights] == names
     assert all(v.trainable for v in model.weights)
-    assert not any(
-        layer.get_config().get("lora_rank") for layer in model.layers
-    )
+    configs = [layer.get_config() for layer in model.layers]
+    assert not any(config.get("lora_rank") for config in configs)
 
 
 @pytest.mark.parametrize("keep", ["mask", "magnitude"])
@@ -83,7 +82,7 @@ def test_merge_ends_exactly_sparse(keep):
 def test_fit_merge_save_and_adapt_again(tmp_path):
     model = make_model()
     make_sparse(model)
-    y = np.random.default_rng(2).normal(size=(4, 24, 3)).astype("float32")
+    y = normal(4, 24, 3, seed=2)
     for _ in range(2):
         for name in ADAPTED:
             model.get_layer(name).enable_lora(2)
@@ -115,8 +114,7 @@ def test_merge_of_some_targets():
     expected = adapt(model)
     report = kwm.merge_lora(model, targets="dense|joined")
     assert len(report.kernels) == 2
-    layers = map(model.get_layer, ADAPTED)
-    enabled = [layer.name for layer in layers if layer.lora_enabled]
+    enabled = [n for n in ADAPTED if model.get_layer(n).lora_enabled]
     assert enabled == ["conv", "heads"]
     kernel = model.get_layer("dense").kernel
     np.testing.assert_allclose(kernel, expected["dense"][1], atol=1e-5)

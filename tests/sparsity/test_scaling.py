@@ -7,16 +7,8 @@ import pytest
 import keras_weightmods as kwm
 from keras_weightmods.ops.nm import nm_mask, nm_project
 from keras_weightmods.sparsity.scaling import attach_scaling, compute_scaled
-from tests.models import (
-    assert_same,
-    mlp,
-    normal,
-    numpy,
-    outputs,
-    randomize,
-    sequential,
-    weights_of,
-)
+from tests import models
+from tests.models import assert_same, mlp, normal, numpy, weights_of
 
 
 def reference_scaled(kernel, scale, axes):
@@ -99,10 +91,10 @@ def test_groups_are_reduced_or_the_kernel_skipped():
 
 NETS = {
     "dense": lambda: mlp(16, 8, 4),
-    "einsum": lambda: sequential(
+    "einsum": lambda: models.sequential(
         (5, 2, 4), keras.layers.EinsumDense("bquh,umh->bqm", (None, 3))
     ),
-    "conv2d": lambda: sequential((5, 5, 4), keras.layers.Conv2D(3, 3)),
+    "conv2d": lambda: models.sequential((5, 5, 4), keras.layers.Conv2D(3, 3)),
 }
 
 
@@ -124,7 +116,7 @@ def test_the_mask_is_unchanged(name, pattern):
 
 
 def test_fit_trains_scales_and_kernels_by_the_gradient():
-    model = sequential((8,), keras.layers.Dense(3, use_bias=False))
+    model = models.sequential((8,), keras.layers.Dense(3, use_bias=False))
     (kernel,) = model.weights
     (scale,) = scales_of(attach_scaling(model), seed=2)
     w, a = np.float64(numpy(kernel)), np.float64(numpy(scale))
@@ -157,11 +149,11 @@ def test_scales_can_be_left_out_of_weight_decay():
 def test_mixed_precision_computes_the_product_in_float32(policy):
     einsum = keras.layers.EinsumDense("bx,xy->by", 8, dtype=policy)
     layers = [keras.layers.Dense(8, dtype=policy), einsum]
-    model, x = sequential((16,), *layers), normal(2, 16)
+    model, x = models.sequential((16,), *layers), normal(2, 16)
     scales_of(attach_scaling(model), seed=2)
-    expected = outputs(model, x)
+    expected = models.outputs(model, x)
     kwm.fold(model)
-    np.testing.assert_array_equal(outputs(model, x), expected)
+    np.testing.assert_array_equal(models.outputs(model, x), expected)
 
 
 def test_mixed_precision_trains_steps_too_small_for_bfloat16():
@@ -179,7 +171,7 @@ def test_a_checkpoint_of_other_groups_is_an_error(tmp_path):
     attach_scaling(other, groups=1)
     other.save_weights(tmp_path / "one.weights.h5")
     attach_scaling(model)
-    before = weights_of(randomize(model))
+    before = weights_of(models.randomize(model))
     with pytest.raises(ValueError, match=r"kwm\.fold\(model\)"):
         model.load_weights(tmp_path / "one.weights.h5")
     assert_same(weights_of(model), before)
@@ -220,6 +212,6 @@ def test_a_stack_of_kernels_has_scales_of_its_own():
     axes = {"contraction_axes": (1,), "stack_axes": (0,)}
     for name in ("up", "down"):
         kwm.register_target(Experts, name, **axes)
-    scales = scales_of(attach_scaling(sequential((8,), Experts())))
+    scales = scales_of(attach_scaling(models.sequential((8,), Experts())))
     shapes = {scale.name: tuple(scale.shape) for scale in scales}
     assert shapes == {"up_scale": (2, 2, 4), "down_scale": (1, 2, 8)}

@@ -6,18 +6,8 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.sparsity.scaling import attach_scaling
-from tests import references
-from tests.models import (
-    assert_same,
-    causal_lm,
-    gpt2_preprocessor,
-    mlp,
-    normal,
-    outputs,
-    randomize,
-    sequential,
-    weights_of,
-)
+from tests import models, references
+from tests.models import assert_same, normal, randomize, weights_of
 from tests.sparsity.casts import Batches
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -26,7 +16,7 @@ METHODS = ("magnitude", "wanda", "sparsegpt")
 def make_mlp():
     units = {24: "relu", 8: "tanh", 3: None}
     layers = (keras.layers.Dense(n, activation=a) for n, a in units.items())
-    return randomize(sequential((16,), *layers))
+    return randomize(models.sequential((16,), *layers))
 
 
 def by_method(method, w, x, n, m):
@@ -55,13 +45,11 @@ def test_layer_by_layer_on_the_sparse_prefix(method, pattern):
     for i, activation in enumerate(activations):
         w, bias = weights[2 * i : 2 * i + 2]
         sparse = by_method(method, w, hidden, n, m)
-        np.testing.assert_allclose(
-            weights_of(model)[2 * i], sparse, rtol=5e-3, atol=5e-4
-        )
+        found = weights_of(model)[2 * i]
+        np.testing.assert_allclose(found, sparse, rtol=5e-3, atol=5e-4)
         change = np.sum((hidden @ (sparse - w)) ** 2)
-        assert report.kernels[i].error == pytest.approx(
-            change / np.sum((hidden @ w) ** 2), rel=1e-2
-        )
+        error = change / np.sum((hidden @ w) ** 2)
+        assert report.kernels[i].error == pytest.approx(error, rel=1e-2)
         hidden = activation(hidden @ sparse + bias)
     kwm.assert_sparse(model, pattern)
     assert [k.method for k in report.kernels] == [method] * 3
@@ -84,7 +72,7 @@ EINSUMS = [
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_einsum_dense(method, equation, output, shape, rows):
     layer = keras.layers.EinsumDense(equation, output)
-    model = randomize(sequential(shape, layer))
+    model = randomize(models.sequential(shape, layer))
     (target,) = kwm.find_targets(model)
     kernel = weights_of(model)[0].astype("float64")
     x = normal(30, *shape, seed=1)
@@ -105,12 +93,12 @@ def test_einsum_dense(method, equation, output, shape, rows):
 def test_sparsegpt_is_the_best_start_of_a_model():
     errors = {}
     for method in METHODS:
-        model = randomize(mlp(32, 64, 16))
+        model = randomize(models.mlp(32, 64, 16))
         mix = normal(32, 32, seed=2) * np.linspace(0.1, 4, 32)
         x = (normal(400, 32, seed=1) @ mix).astype("float32")
-        dense = outputs(model, x)
+        dense = models.outputs(model, x)
         kwm.sparsify(model, "2:4", method, x, verbose=0)
-        changes = outputs(model, x) - dense
+        changes = models.outputs(model, x) - dense
         errors[method] = np.mean(changes**2)
     assert errors["sparsegpt"] < 0.8 * errors["wanda"]
     assert errors["wanda"] < errors["magnitude"]
@@ -127,21 +115,18 @@ def test_data(kind):
     expected = make_mlp()
     kwm.sparsify(expected, "2:4", "wanda", x, verbose=0)
     batches = Batches(x, y, 4)
+    # Rows of weight 0 are left out, whatever they hold.
+    padded = np.concatenate([x, np.full((3, 16), 1e3, "float32")])
+    data = {
+        "PyDataset": batches,
+        "generator": (batches[i] for i in range(6)),
+        "labels": (x, y),
+        "weights": (padded, np.zeros(27), np.array([1] * 24 + [0] * 3)),
+    }.get(kind)
     if kind == "tf.data":
         import tensorflow as tf
 
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
-    elif kind == "weights":
-        # Rows of weight 0 are left out, whatever they hold.
-        garbage = np.full((3, 16), 1e3, "float32")
-        weights = np.array([1] * 24 + [0] * 3)
-        data = (np.concatenate([x, garbage]), np.zeros(27), weights)
-    else:
-        data = {
-            "PyDataset": batches,
-            "generator": (batches[i] for i in range(6)),
-            "labels": (x, y),
-        }[kind]
     model = make_mlp()
     kwm.sparsify(model, "2:4", "wanda", data, verbose=0)
     for a, b in zip(weights_of(model), weights_of(expected), strict=True):
@@ -149,13 +134,13 @@ def test_data(kind):
 
 
 def test_raw_strings():
-    preprocessor = gpt2_preprocessor(6)
+    preprocessor = models.gpt2_preprocessor(6)
     texts = ["abcdef", "fed abc", "a b", "hgfedcba"]
     x, _, weights = keras.tree.map_structure(np.asarray, preprocessor(texts))
     assert (weights == 0).any()
     results = []
     for data in (texts, np.array(texts), (x, None, weights)):
-        model = randomize(causal_lm("gpt2", preprocessor))
+        model = randomize(models.causal_lm("gpt2", preprocessor))
         kwm.sparsify(model, "2:4", "sparsegpt", data, verbose=0)
         results.append(weights_of(model))
     assert_same(results[1:], results[:1] * 2)
@@ -186,7 +171,7 @@ def test_the_progress_bar(capsys):
 
 
 def test_what_does_not_fit_stays_dense():
-    model = randomize(mlp(6, 8, 4))
+    model = randomize(models.mlp(6, 8, 4))
     before = weights_of(model)
     report = kwm.sparsify(model, "2:4", "wanda", normal(9, 6), verbose=0)
     assert_same(weights_of(model)[:2], before[:2])

@@ -10,20 +10,8 @@ from keras import ops
 import keras_weightmods as kwm
 from keras_weightmods.core import keras_private
 from keras_weightmods.sparsity import walk
-from tests import references
-from tests.models import (
-    Subclassed,
-    attention_net,
-    causal_lm,
-    mlp,
-    nested_net,
-    normal,
-    numpy,
-    randomize,
-    sequential,
-    shared_net,
-    weights_of,
-)
+from tests import models, references
+from tests.models import normal, numpy, randomize, sequential, weights_of
 
 
 def branching():
@@ -32,8 +20,7 @@ def branching():
     left = keras.layers.Dense(16, activation="tanh")(first)
     right = keras.layers.Dense(16)(first) * 0.5
     joined = keras.layers.Add()([left, right, first])
-    outputs = {"a": keras.layers.Dense(4)(joined), "b": left}
-    return keras.Model(inputs, outputs)
+    return keras.Model(inputs, {"a": keras.layers.Dense(4)(joined), "b": left})
 
 
 def masked():
@@ -70,13 +57,15 @@ def half():
 
 
 def subclassed():
-    model = Subclassed(16)
+    model = models.Subclassed(16)
     model(normal(1, 16))
     return model
 
 
 def llm(layers=2):
-    return causal_lm(hidden_dim=8, intermediate_dim=12, num_layers=layers)
+    return models.causal_lm(
+        hidden_dim=8, intermediate_dim=12, num_layers=layers
+    )
 
 
 def make_tokens(samples=6, length=5):
@@ -87,13 +76,13 @@ def make_tokens(samples=6, length=5):
 MODELS = {
     branching: normal(20, 16, seed=1),
     llm: make_tokens(),
-    lambda: nested_net(16): normal(20, 16, seed=1),
-    lambda: shared_net(16): normal(20, 16, seed=1),
+    lambda: models.nested_net(16): normal(20, 16, seed=1),
+    lambda: models.shared_net(16): normal(20, 16, seed=1),
     masked: np.random.default_rng(0).integers(0, 3, (20, 6)),
     convolutions: normal(20, 9, 8, 4, seed=1),
     half: normal(20, 16, seed=1),
     subclassed: normal(20, 16, seed=1),
-    attention_net: normal(8, 5, 16, seed=1),
+    models.attention_net: normal(8, 5, 16, seed=1),
 }
 if keras.backend.backend() != "torch":
     # The walk is the same on all; to compile its parts takes the time.
@@ -135,11 +124,9 @@ def count_calls(layer):
 def test_blocks_are_run_as_often_as_they_must():
     model = llm(layers=3)
     targets = kwm.find_targets(model)
-    blocks = [count_calls(b) for b in model.backbone.transformer_layers]
-    output = [
-        count_calls(b._feedforward_output_dense)
-        for b in model.backbone.transformer_layers
-    ]
+    layers = model.backbone.transformer_layers
+    blocks = [count_calls(layer) for layer in layers]
+    output = [count_calls(b._feedforward_output_dense) for b in layers]
     head = count_calls(model.backbone.token_embedding)
     options = {"targets": targets, "batch_size": 2, "verbose": 0}
     kwm.sparsify(model, "2:4", "sparsegpt", make_tokens(), **options)
@@ -154,7 +141,7 @@ def test_blocks_are_run_as_often_as_they_must():
 
 
 def test_only_what_is_needed_is_kept(monkeypatch):
-    model = mlp(*[8] * 9)
+    model = models.mlp(*[8] * 9)
     outputs, alive = [], []
     run = walk.Walk.run
 
