@@ -579,9 +579,10 @@ text of the kind trained on, and on unrelated text: English prose, and the \
 reference of the Python language, in SmolLM2's own runs. All sparse models are \
 exactly 2:4 unless said otherwise.
 
-The runs of CAST by budget, their scaling law, and the quantized and fine-tuned \
-models made from them are older than a fix of `AdamS` (what it does not sparsify \
-now takes Adam's steps) and were not repeated; so are the rows that say it."""
+The runs of CAST by budget, their scaling law, and the quantized and \
+fine-tuned models made from them are older than a fix of `AdamS` (what it \
+does not sparsify now takes Adam's steps) and were not repeated; so are the \
+rows that say it."""
 
 # Title, log, and the function that makes a part of it.
 PARTS = (

@@ -134,7 +134,7 @@ def test_not_2_4():
 
 def test_wrong_arguments():
     for wrong in np.zeros((4, 4, 4)), [[1.0, 0.0]], None:
-        with pytest.raises(ValueError, match="must be a matrix .* axes"):
+        with pytest.raises(ValueError, match=r"must be a matrix .* axes"):
             pack_kernel(wrong)
     with pytest.raises(ValueError, match=r"`dtype` must be .*dtype='int4'"):
         pack_kernel(np.zeros((4, 4)), "int4")
