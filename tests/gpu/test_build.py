@@ -41,11 +41,8 @@ constexpr bool alike(R (*)(A...), S (*)(B...)) {{
 def include_folders():
     spec = importlib.util.find_spec("nvidia")
     places = (spec and spec.submodule_search_locations) or ()
-    return [
-        folder
-        for place in places
-        for folder in pathlib.Path(place).glob("*/include")
-    ]
+    found = (pathlib.Path(place).glob("*/include") for place in places)
+    return [folder for folders in found for folder in folders]
 
 
 def check_headers(tmp_path, needed, declared, includes, checks):
@@ -57,13 +54,11 @@ def check_headers(tmp_path, needed, declared, includes, checks):
     if compiler is None:
         pytest.skip("needs g++")
     source = tmp_path / "headers.cc"
-    source.write_text(
-        _HEADERS.format(
-            declared=declared,
-            includes="\n".join(f"#include <{name}>" for name in includes),
-            checks="\n".join(f"static_assert({check});" for check in checks),
-        )
-    )
+    parts = {
+        "includes": "\n".join(f"#include <{name}>" for name in includes),
+        "checks": "\n".join(f"static_assert({check});" for check in checks),
+    }
+    source.write_text(_HEADERS.format(declared=declared, **parts))
     search = [f"-I{folder}" for folder in [GPU, *folders]]
     subprocess.run(
         [compiler, "-std=c++17", "-fsyntax-only", *search, source], check=True
@@ -114,17 +109,14 @@ def test_cusparselt_is_declared_as_in_its_header(tmp_path):
 
 
 def test_driver_is_declared_as_in_its_header(tmp_path):
-    functions = {
-        "Init": "cuInit",
-        "GetErrorString": "cuGetErrorString",
-        "DeviceGet": "cuDeviceGet",
-        "DeviceGetAttribute": "cuDeviceGetAttribute",
+    same = (
+        "Init GetErrorString DeviceGet DeviceGetAttribute ModuleLoadData "
+        "ModuleGetFunction LaunchKernel"
+    )
+    functions = {name: f"cu{name}" for name in same.split()} | {
         "PrimaryContextRetain": "cuDevicePrimaryCtxRetain",
         "ContextPush": "cuCtxPushCurrent_v2",
         "ContextPop": "cuCtxPopCurrent_v2",
-        "ModuleLoadData": "cuModuleLoadData",
-        "ModuleGetFunction": "cuModuleGetFunction",
-        "LaunchKernel": "cuLaunchKernel",
     }
     checks = [
         "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR == 75",
@@ -177,11 +169,11 @@ def test_without_cuda_every_call_says_why(library, tmp_path, monkeypatch):
     size = ctypes.c_int64()
     failure = fresh.kwm_gpu_compile_decode(8, 0, 0, 0, 1, ctypes.byref(size))
     assert failure == b"NVRTC is not loaded"
-    failure = fresh.kwm_gpu_prepare_decode(0, 1, 1, 1)
-    assert failure == b"the CUDA driver is not loaded"
-    with pytest.raises(RuntimeError, match="the CUDA driver is not loaded"):
+    no_driver = "the CUDA driver is not loaded"
+    assert fresh.kwm_gpu_prepare_decode(0, 1, 1, 1) == no_driver.encode()
+    with pytest.raises(RuntimeError, match=no_driver):
         gpu.compressed_size(0, (64, 64), "bfloat16")
-    with pytest.raises(RuntimeError, match="the CUDA driver is not loaded"):
+    with pytest.raises(RuntimeError, match=no_driver):
         gpu.cusparselt_algorithms(0, 16, (64, 64), "bfloat16")
     assert fresh.kwm_gpu_cusparselt_version(0) == -1
     for load in (gpu.load_decode, gpu.load_cusparselt):

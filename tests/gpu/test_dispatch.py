@@ -8,24 +8,14 @@ from keras_weightmods.native.gpu.dispatch import Measured, Plan
 
 def entries(**times):
     """Entries of one product: for each method its times by rows."""
-    rows = (1, 16, 256)
-    return [
-        {
-            "framework": "jax",
-            "k": 4096,
-            "n": 4096,
-            "rows": count,
-            "x_dtype": "bfloat16",
-            "value_dtype": "bfloat16",
-            "algorithm": 3,
-            "microseconds": {
-                method: by_rows[i]
-                for method, by_rows in times.items()
-                if by_rows[i] is not None
-            },
-        }
-        for i, count in enumerate(rows)
-    ]
+    sizes = {"framework": "jax", "k": 4096, "n": 4096, "algorithm": 3}
+    dtypes = {"x_dtype": "bfloat16", "value_dtype": "bfloat16"}
+    found = []
+    for i, rows in enumerate((1, 16, 256)):
+        measured = {k: t[i] for k, t in times.items() if t[i] is not None}
+        own = {"rows": rows, "microseconds": measured}
+        found.append({**sizes, **dtypes, **own})
+    return found
 
 
 @pytest.fixture
@@ -46,9 +36,8 @@ def plan(tmp_path, monkeypatch):
 
 
 def test_table_of_the_package_is_valid():
-    dispatch.read_table(
-        dispatch.pathlib.Path(dispatch.__file__).with_name("dispatch.json")
-    )
+    package = dispatch.pathlib.Path(dispatch.__file__)
+    dispatch.read_table(package.with_name("dispatch.json"))
 
 
 def test_unmeasured_is_dense(plan):
@@ -78,9 +67,8 @@ def test_method_that_does_not_fit_is_left_out(plan):
 
 
 def test_decode_and_cusparselt(plan):
-    both = plan(
-        entries(dense=[9, 9, 9], decode=[4, 8, None], cusparselt=[8, 7, 5])
-    )
+    times = {"decode": [4, 8, None], "cusparselt": [8, 7, 5]}
+    both = plan(entries(dense=[9, 9, 9], **times))
     assert both.is_sparse
     assert both.companion == "cusparselt"
     assert both.choose(1, "cusparselt") == ("decode", -1)
@@ -95,9 +83,8 @@ def test_decode_and_cusparselt(plan):
 
 
 def test_companion_is_dense_where_cusparselt_would_lose_somewhere(plan):
-    some = plan(
-        entries(dense=[9, 9, 9], decode=[4, 12, None], cusparselt=[9, 11, 5])
-    )
+    times = {"decode": [4, 12, None], "cusparselt": [9, 11, 5]}
+    some = plan(entries(dense=[9, 9, 9], **times))
     assert some.is_sparse
     assert some.companion == "dense"
     assert some.choose(1, "dense") == ("decode", -1)

@@ -1,7 +1,6 @@
 """The XLA handlers, called as XLA calls them, over the fake CUDA."""
 
 import ctypes
-import importlib.util
 import pathlib
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from keras_weightmods.native.packed import pack_kernel
+from tests.gpu import test_products
 from tests.gpu.kernels import error
 from tests.gpu.test_products import TOLERANCE, compress, decode_reference, make
 
@@ -22,7 +22,6 @@ DTYPES = {
     "float32": 11,
     "bfloat16": 16,
 }
-COMMAND_BUFFER_COMPATIBLE = 1
 
 
 class Array(ctypes.Structure):
@@ -45,10 +44,8 @@ def xla(faked, tmp_path_factory):
     library, fake = faked
     if not hasattr(library, "kwm_gpu_xla_decode"):
         pytest.skip("the library was built without the XLA handlers")
-    spec = importlib.util.find_spec("jaxlib")
-    if spec is None:
-        pytest.skip("needs the headers of jaxlib")
-    include = pathlib.Path(spec.submodule_search_locations[0], "include")
+    jaxlib = pytest.importorskip("jaxlib", reason="needs its headers")
+    include = pathlib.Path(jaxlib.__file__).with_name("include")
     built = tmp_path_factory.mktemp("fake_xla") / "fake_xla.so"
     source = pathlib.Path(__file__).with_name("fake_xla.cc")
     subprocess.run(
@@ -86,9 +83,8 @@ def test_decode(xla, x_dtype, value_dtype):
     _, _, call = xla
     x, kernel = make(3, 70, 21, x_dtype)
     packed = pack_kernel(kernel, value_dtype)
-    scale = packed.scale
-    if scale is None:
-        scale = np.zeros((0,), "float32")
+    empty = np.zeros((0,), "float32")
+    scale = empty if packed.scale is None else packed.scale
     y = np.full((3, 21), np.nan, x.dtype)
     inputs = x, packed.values, packed.meta, scale
     assert call("decode_initialize", inputs, [y], initialize=True) is None
@@ -99,23 +95,19 @@ def test_decode(xla, x_dtype, value_dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
 def test_compress_and_multiply(xla, dtype):
     _, library, call = xla
-    x, kernel = make(16, 64, 32, "float32")
-    if dtype == "int8":
-        x, kernel = np.rint(20 * x), np.rint(20 * kernel)
-    dtype = make(1, 4, 1, dtype)[0].dtype
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    x, kernel = test_products.operands(dtype)
     _, expected = compress(library, kernel)
     compressed = np.zeros_like(expected)
     transposed = np.ascontiguousarray(kernel.T)
     assert call("compress", [transposed], [compressed]) is None
     np.testing.assert_array_equal(compressed, expected)
 
-    y = np.zeros((16, 32), "int32" if dtype == np.int8 else dtype)
+    y = np.zeros((16, 32), "int32" if dtype == "int8" else x.dtype)
     product = [x, compressed], [y], 2
     assert call("cusparselt_initialize", *product, initialize=True) is None
     assert call("cusparselt", *product) is None
     reference = x.astype("float64") @ kernel.astype("float64")
-    assert error(y, reference) <= TOLERANCE.get(dtype.name, 0)
+    assert error(y, reference) <= TOLERANCE[dtype]
 
 
 def test_wrong_shapes(xla):
@@ -132,29 +124,22 @@ def test_wrong_shapes(xla):
     ):
         failure = call("decode", [bad_x, packed.values, meta, empty], [bad_y])
         assert "do not fit the activations" in failure
-    short = np.zeros(10, "uint8")
-    _, compressed = compress(library, kernel.astype("float16"))
-    assert "of another shape or device" in call(
-        "cusparselt", [x, short], [y], -1
-    )
-    assert "does not fit" in call(
-        "cusparselt", [x, compressed], [y.astype("float32")], -1
-    )
-    assert "of another size" in call(
-        "compress", [kernel.astype("float16").T.copy()], [short]
-    )
-    assert "choice of the algorithm" in call(
-        "cusparselt_initialize", [x, compressed], [y], 9, initialize=True
-    )
+    kernel, short = kernel.astype("float16"), np.zeros(10, "uint8")
+    _, compressed = compress(library, kernel)
+    failure = call("cusparselt", [x, short], [y], -1)
+    assert "of another shape or device" in failure
+    failure = call("cusparselt", [x, compressed], [y.astype("float32")], -1)
+    assert "does not fit" in failure
+    assert "of another size" in call("compress", [kernel.T.copy()], [short])
+    product = [x, compressed], [y], 9
+    failure = call("cusparselt_initialize", *product, initialize=True)
+    assert "choice of the algorithm" in failure
 
 
 def test_traits(xla):
     harness, library, _ = xla
-    for name, traits in {
-        "decode": COMMAND_BUFFER_COMPATIBLE,
-        "cusparselt": COMMAND_BUFFER_COMPATIBLE,
-        "compress": 0,
-    }.items():
+    # 1: may be recorded into a command buffer.
+    for name, traits in (("decode", 1), ("cusparselt", 1), ("compress", 0)):
         handler = getattr(library, f"kwm_gpu_xla_{name}")
         found = harness.fake_xla_traits(ctypes.cast(handler, ctypes.c_void_p))
         assert found == traits

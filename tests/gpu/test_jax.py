@@ -3,6 +3,8 @@
 Programs are lowered for CUDA, and run with the products that a CPU can do.
 """
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from keras_weightmods.backend.jax import sparse_matmul_gpu
 from keras_weightmods.native.gpu.dispatch import Measured, Plan
 
 K, N = 64, 32
+pytestmark = pytest.mark.usefixtures("library")
 
 
 def make(value_dtype="float32"):
@@ -48,32 +51,21 @@ def decode(x, values, meta, scale, packed):
     return sparse_matmul_gpu.matmul(x, arrays, method="decode")
 
 
-def cusparselt(x, packed, compressed, algorithm=-1):
+def cusparselt(x, compressed, packed, algorithm=-1):
+    own = *arrays_of(packed), packed.shape, packed.dtype
     prepared = sparse_matmul_gpu.PreparedPacked(
-        *arrays_of(packed),
-        packed.shape,
-        packed.dtype,
-        compressed,
-        "cusparselt",
-        x.dtype.name,
+        *own, compressed, "cusparselt", x.dtype.name
     )
     return sparse_matmul_gpu.matmul(x, prepared, "cusparselt", algorithm)
-
-
-@pytest.fixture(autouse=True)
-def needs_library(library):
-    del library
 
 
 @pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
 def test_decode_lowers_for_cuda(x_dtype, value_dtype):
     packed = make(value_dtype)
-    text = lowered(
-        lambda x, *arrays: decode(x, *arrays, packed),
-        jnp.ones((2, 3, K), x_dtype),
-        *arrays_of(packed),
-    )
+    product = functools.partial(decode, packed=packed)
+    x = jnp.ones((2, 3, K), x_dtype)
+    text = lowered(product, x, *arrays_of(packed))
     element = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[x_dtype]
     assert "custom_call @kwm_gpu_decode" in text
     assert f"-> tensor<6x{N}x{element}>" in text
@@ -82,11 +74,9 @@ def test_decode_lowers_for_cuda(x_dtype, value_dtype):
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float16", "int8"])
 def test_cusparselt_lowers_for_cuda(x_dtype):
     packed = make("int8" if x_dtype == "int8" else "bfloat16")
-    text = lowered(
-        lambda x, compressed: cusparselt(x, packed, compressed, algorithm=3),
-        jnp.ones((5, K), x_dtype),
-        jnp.zeros((1000,), "uint8"),
-    )
+    product = functools.partial(cusparselt, packed=packed, algorithm=3)
+    x, compressed = jnp.ones((5, K), x_dtype), jnp.zeros((1000,), "uint8")
+    text = lowered(product, x, compressed)
     assert "custom_call @kwm_gpu_cusparselt" in text
     assert "algorithm = 3 : i64" in text
     # 5 rows become 16.
@@ -96,10 +86,8 @@ def test_cusparselt_lowers_for_cuda(x_dtype):
 
 def test_mapped_activations_are_rows():
     packed = make()
-    text = lowered(
-        jax.vmap(lambda x: decode(x, *arrays_of(packed), packed)),
-        jnp.ones((4, 2, K)),
-    )
+    mapped = jax.vmap(lambda x: decode(x, *arrays_of(packed), packed))
+    text = lowered(mapped, jnp.ones((4, 2, K)))
     assert f"-> tensor<8x{N}xf32>" in text
 
 
@@ -109,13 +97,10 @@ def test_gradients_lower_for_cuda():
     def loss(x, values):
         return decode(x, values, packed.meta, None, packed).sum()
 
-    text = lowered(
-        jax.grad(loss, argnums=(0, 1)), jnp.ones((2, K)), packed.values
-    )
+    arguments = jnp.ones((2, K)), jnp.asarray(packed.values)
+    text = lowered(jax.grad(loss, argnums=(0, 1)), *arguments)
     assert text.count("custom_call") == 0
-    text = lowered(
-        jax.value_and_grad(loss), jnp.ones((2, K)), jnp.asarray(packed.values)
-    )
+    text = lowered(jax.value_and_grad(loss), *arguments)
     assert text.count("custom_call @kwm_gpu_decode") == 1
 
 
@@ -175,20 +160,19 @@ def test_without_a_gpu_it_says_so():
 def test_custom_calls_take_what_they_are_given():
     """On a CPU the stream alone is missing of all that a call binds."""
     packed = make("int8")
-    for name in ("decode", "cusparselt"):
-        handler = sparse_matmul_gpu.gpu.xla_handler(f"kwm_gpu_xla_{name}")
-        jax.ffi.register_ffi_target(
-            f"on_a_cpu_{name}", jax.ffi.pycapsule(handler), platform="cpu"
-        )
     x = jnp.ones((16, K), "bfloat16")
     result = jax.ShapeDtypeStruct((16, N), x.dtype)
     stream_is_missing = r"bad operands at: 0\)\nDiagnostics:\n.*stream"
-    with pytest.raises(jax.errors.JaxRuntimeError, match=stream_is_missing):
-        jax.ffi.ffi_call("on_a_cpu_decode", result)(x, *arrays_of(packed))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=stream_is_missing):
-        jax.ffi.ffi_call("on_a_cpu_cusparselt", result)(
-            x, jnp.zeros((10,), "uint8"), algorithm=-1
-        )
+    for name, inputs, attributes in (
+        ("decode", arrays_of(packed), {}),
+        ("cusparselt", [jnp.zeros((10,), "uint8")], {"algorithm": -1}),
+    ):
+        handler = sparse_matmul_gpu.gpu.xla_handler(f"kwm_gpu_xla_{name}")
+        capsule, target = jax.ffi.pycapsule(handler), f"on_a_cpu_{name}"
+        jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+        call = jax.ffi.ffi_call(target, result)
+        with pytest.raises(jax.errors.JaxRuntimeError, match=stream_is_missing):
+            call(x, *inputs, **attributes)
 
 
 @pytest.fixture
@@ -226,9 +210,8 @@ def test_layer_with_a_companion(pretend, tmp_path):
     other.load_weights(path)
     item = other.layers[0]._reparameterizations["kernel"]
     assert "kernel_companion" not in item.saved()
-    np.testing.assert_array_equal(
-        item.packed.companion, unpack_kernel(item.packed)
-    )
+    kernel = unpack_kernel(item.packed)
+    np.testing.assert_array_equal(item.packed.companion, kernel)
     np.testing.assert_allclose(other.predict(x, verbose=0), expected, 1e-5)
     kwm.unpack(other)
     np.testing.assert_allclose(other(x), expected, 1e-5)

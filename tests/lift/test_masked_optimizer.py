@@ -41,13 +41,11 @@ def step(optimizer, variables, steps=4):
     random = np.random.default_rng(1)
     for _ in range(steps):
         gradients = [np.float32(random.normal(size=v.shape)) for v in variables]
-        gradients = [ops.convert_to_tensor(each) for each in gradients]
-        optimizer.apply(gradients, variables)
+        optimizer.apply([*map(ops.convert_to_tensor, gradients)], variables)
 
 
 def changed(variable, before=KERNEL):
-    after = numpy(variable)
-    return np.flatnonzero(after != before).tolist()
+    return np.flatnonzero(numpy(variable) != before).tolist()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -106,9 +104,8 @@ def test_wraps_an_optimizer_built_on_more():
     variables = make_variables()
     inner.build(variables)
     optimizer = kwm.MaskedOptimizer(inner)
-    optimizer.build_masked(
-        variables[:1], [MaskSpec("w", (6, 5), 7, 0)], variables
-    )
+    specs = [MaskSpec("w", (6, 5), 7, 0)]
+    optimizer.build_masked(variables[:1], specs, variables)
     optimizer.set_masks([MASK], 0)
     step(optimizer, variables[:1])
     assert changed(variables[0]) == MASK.tolist()

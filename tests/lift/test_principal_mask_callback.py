@@ -59,8 +59,9 @@ def expected_masks(weights):
     return [references.principal_mask(w, count, 2) for w, count in kernels]
 
 
-def assert_only_masks_changed(before, after, masks):
-    for i, mask in enumerate(masks):
+def assert_only_masks_changed(before, model):
+    after = weights_of(model)
+    for i, mask in enumerate(expected_masks(before)):
         assert np.array_equal(before[2 * i] != after[2 * i], mask)
         assert np.array_equal(before[2 * i + 1], after[2 * i + 1])
 
@@ -76,9 +77,8 @@ OPTIMIZERS = {
 def test_trains_the_principal_weights_alone(name):
     model = make(OPTIMIZERS[name]())
     before = weights_of(model)
-    history = fit(model, callback(), epochs=2)
-    assert_only_masks_changed(before, weights_of(model), expected_masks(before))
-    loss = history.history["loss"]
+    loss = fit(model, callback(), epochs=2).history["loss"]
+    assert_only_masks_changed(before, model)
     assert loss[-1] < loss[0]
     assert len(model.trainable_variables) == 4
     assert all(v.trainable for v in model.trainable_variables)
@@ -133,8 +133,8 @@ def test_touches_the_model_at_refreshes_alone(monkeypatch):
 def test_one_fit_equals_two():
     model, other = make(), make()
     fit(model, callback(refresh_every=3), epochs=2)
-    fit(other, callback(refresh_every=3))
-    fit(other, callback(refresh_every=3))
+    for _ in range(2):
+        fit(other, callback(refresh_every=3))
     assert_same(weights_of(model), weights_of(other))
 
 
@@ -195,7 +195,7 @@ def test_accumulation_counts_updates():
     before = weights_of(model)
     fit(model, callback(refresh_every=3))
     assert model.optimizer.mask_step == 0
-    assert_only_masks_changed(before, weights_of(model), expected_masks(before))
+    assert_only_masks_changed(before, model)
     fit(model, callback(refresh_every=3))
     assert model.optimizer.mask_step == 3
     assert int(model.optimizer.iterations) == 4
@@ -221,7 +221,7 @@ def test_mixed_precision(dtype, name):
     model = make(optimizer, dtype)
     before = weights_of(model)
     fit(model, callback())
-    assert_only_masks_changed(before, weights_of(model), expected_masks(before))
+    assert_only_masks_changed(before, model)
     inner = model.optimizer
     if dtype == "mixed_float16":
         assert isinstance(inner, scaled)
@@ -233,25 +233,20 @@ def test_mixed_precision(dtype, name):
 
 @pytest.mark.parametrize("name", ["SparseAdamW", "AdamW"])
 def test_averages_and_schedules(name):
-    kwargs = {
-        "learning_rate": keras.optimizers.schedules.CosineDecay(0.05, 8),
-        "use_ema": True,
-        "ema_momentum": 0.5,
-        "ema_overwrite_frequency": 3,
-    }
+    schedule = keras.optimizers.schedules.CosineDecay(0.05, 8)
+    ema = {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3}
     module = kwm if name == "SparseAdamW" else keras.optimizers
-    model = make(getattr(module, name)(**kwargs))
+    model = make(getattr(module, name)(schedule, **ema))
     before = weights_of(model)
-    masks = expected_masks(before)
 
     class Check(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            assert_only_masks_changed(before, weights_of(self.model), masks)
+            assert_only_masks_changed(before, self.model)
 
     # In the epochs' ends it shows the averages.
     swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
     fit(model, callback(), swap, Check(), epochs=2)
-    assert_only_masks_changed(before, weights_of(model), masks)
+    assert_only_masks_changed(before, model)
 
 
 def test_the_rest_may_be_trained():
@@ -268,8 +263,7 @@ def test_flags_are_given_back():
     model = make()
     model.layers[-1].bias.trainable = False
     fit(model, callback())
-    flags = [v.trainable for v in model.weights]
-    assert flags == [True, True, True, False]
+    assert [v.trainable for v in model.weights] == [True, True, True, False]
 
 
 def test_targets_and_report():
@@ -289,8 +283,7 @@ def test_targets_and_report():
 
 
 def test_rank_sets_the_count():
-    model = make()
-    report = kwm.PrincipalMaskCallback(rank=1).attach(model)
+    report = kwm.PrincipalMaskCallback(rank=1).attach(make())
     assert [k.trained for k in report.kernels] == [20, 16]
 
 
@@ -445,8 +438,7 @@ def test_distributed(kind):
         model = t.make()
         before = t.weights_of(model)
         t.fit(model, t.callback())
-        t.assert_only_masks_changed(
-            before, t.weights_of(model), t.expected_masks(before))
+        t.assert_only_masks_changed(before, model)
         t.fit(model, t.callback(refresh_every=2))
         assert model.optimizer.mask_step == 6
         print("fine")

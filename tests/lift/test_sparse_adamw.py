@@ -69,13 +69,10 @@ def test_equals_algorithm_1(decay):
     kernel, bias = normal(6, 5), normal(4, seed=1)
     old, new = choice(30, 9), choice(30, 9, seed=1)
     assert 0 < len(np.intersect1d(old, new)) < 9
-    optimizer, variables = built(
-        [old, None], [kernel, bias], weight_decay=decay
-    )
-    references = [
-        Reference(kernel, old, decay or 0.0),
-        Reference(bias, np.arange(4), decay or 0.0),
-    ]
+    masks, values = [old, None], [kernel, bias]
+    optimizer, variables = built(masks, values, weight_decay=decay)
+    pairs = zip(values, [old, np.arange(4)])
+    references = [Reference(*pair, decay or 0.0) for pair in pairs]
     for i in range(6):
         if i == 3:
             optimizer.set_masks([np.int32(new)], 3)
@@ -100,23 +97,18 @@ SETTINGS = {
     "weight decay": {"weight_decay": 0.1},
     "average": {"use_ema": True, "ema_overwrite_frequency": 7},
     "accumulation": {"gradient_accumulation_steps": 3, "weight_decay": 0.1},
-    "average and accumulation": {
-        "use_ema": True,
-        "gradient_accumulation_steps": 3,
-    },
+    "both of these": {"use_ema": True, "gradient_accumulation_steps": 3},
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_full_mask_is_the_adamw_of_keras(name):
     """And so is a variable without a mask."""
-    kernel, bias = normal(6, 5), normal(4, seed=1)
+    values = [normal(6, 5), normal(4, seed=1)]
     settings = {"weight_decay": 0.0, "epsilon": 1e-12, **SETTINGS[name]}
-    optimizer, variables = built(
-        [np.arange(30), None], [kernel, bias], **settings
-    )
+    optimizer, variables = built([np.arange(30), None], values, **settings)
     expected = keras.optimizers.AdamW(RATE, beta_2=0.95, **settings)
-    others = [keras.Variable(kernel), keras.Variable(bias)]
+    others = [keras.Variable(value) for value in values]
     expected.build(others)
     for i in range(60):
         gradients = normal(6, 5, seed=i), normal(4, seed=100 + i)
@@ -142,44 +134,33 @@ def test_moments_move_with_the_mask():
 
 def test_state_is_compact():
     """0.075 of Adam's two moments at 5 %, besides a few scalars."""
-    optimizer, _ = built(
-        [choice(10_000, 500)], [normal(100, 100)], gradient_accumulation_steps=2
-    )
-    sizes = {
-        v.path.rpartition("/")[2]: tuple(v.shape) for v in optimizer.variables
-    }
-    assert {k: s for k, s in sizes.items() if s} == {
-        "gradient_accumulator_2": (500,),
-        "indices_0": (500,),
-        "momentum_4": (500,),
-        "velocity_5": (500,),
-    }
+    masks, settings = [choice(10_000, 500)], {"gradient_accumulation_steps": 2}
+    optimizer, _ = built(masks, [normal(100, 100)], **settings)
+    large = [v for v in optimizer.variables if len(v.shape)]
+    assert [tuple(v.shape) for v in large] == [(500,)] * 4
+    names = {v.path.rpartition("/")[2].rpartition("_")[0] for v in large}
+    assert names == {"gradient_accumulator", "indices", "momentum", "velocity"}
 
 
 def test_clipping_measures_masked_entries():
     gradient = np.float32([100.0, 3.0, 100.0, 4.0])
-    optimizer, (variable,) = built(
-        [[1, 3]], [np.zeros(4, "float32")], global_clipnorm=1.0
-    )
-    step(optimizer, [variable], gradient)
-    np.testing.assert_allclose(
-        numpy(optimizer._moments[0][0]), [0.06, 0.08], rtol=1e-5
-    )
+    optimizer, variables = built([[1, 3]], [gradient], global_clipnorm=1.0)
+    step(optimizer, variables, gradient)
+    moment = numpy(optimizer._moments[0][0])
+    np.testing.assert_allclose(moment, [0.06, 0.08], rtol=1e-5)
 
 
 def test_average_of_unmasked_entries_is_exact():
-    kernel = normal(20, 20)
-    masks = [choice(400, 20)]
-    optimizer, (variable,) = built(
-        masks, [kernel], use_ema=True, ema_momentum=0.7
-    )
+    kernel, mask = normal(20, 20), choice(400, 20)
+    settings = {"use_ema": True, "ema_momentum": 0.7}
+    optimizer, (variable,) = built([mask], [kernel], **settings)
     for i in range(5):
         step(optimizer, [variable], normal(20, 20, seed=i))
     trained = numpy(variable).reshape(-1).copy()
     optimizer.finalize_variable_values([variable])
     averaged = numpy(variable).reshape(-1)
     changed = np.flatnonzero(averaged != kernel.reshape(-1))
-    assert changed.tolist() == masks[0].tolist()
+    assert changed.tolist() == mask.tolist()
     assert not np.array_equal(averaged, trained)
 
 
@@ -212,9 +193,8 @@ def test_errors():
 
 
 def test_config_builds_the_state():
-    optimizer, variables = built(
-        [[0, 2], None], [normal(2, 2), normal(3)], weight_decay=0.1
-    )
+    masks, values = [[0, 2], None], [normal(2, 2), normal(3)]
+    optimizer, variables = built(masks, values, weight_decay=0.1)
     config = optimizer.get_config()
     copy = kwm.SparseAdamW.from_config(config)
     copy.build(variables)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from keras import ops
+from numpy.testing import assert_allclose, assert_array_equal
 
 import keras_weightmods as kwm
 from keras_weightmods import find_targets, native, pack, unpack
@@ -34,9 +35,7 @@ def einsum_model(equation, shape, output, bias=None):
 
 MODELS = {
     "dense": dense_model,
-    "middle axis": lambda: einsum_model(
-        "bqm,umh->bquh", (5, 8), (None, 2, 3), "h"
-    ),
+    "middle": lambda: einsum_model("bqm,umh->bquh", (5, 8), (None, 2, 3), "h"),
     "axes apart": lambda: einsum_model("bquh,umh->bqm", (5, 2, 4), (None, 3)),
 }
 
@@ -64,7 +63,7 @@ def rounded(kernel, dtype, axes):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["dense", "middle axis", "axes apart"])
+@pytest.mark.parametrize("name", MODELS)
 def test_unpack_gives_the_rounded_kernel(name, dtype):
     model = make_sparse(MODELS[name]())
     targets = find_targets(model)
@@ -77,7 +76,7 @@ def test_unpack_gives_the_rounded_kernel(name, dtype):
     packed = outputs(model, x)
     unpack(model)
     models.assert_same([numpy(t.variable) for t in targets], expected)
-    np.testing.assert_allclose(outputs(model, x), packed, atol=2e-6)
+    assert_allclose(outputs(model, x), packed, atol=2e-6)
 
 
 @st.composite
@@ -96,11 +95,8 @@ def products(draw):
     outer = ["i", *draw(st.permutations(batch + units))]
     kernel = draw(st.permutations(contracted + units))
     equation = f"{''.join(inner)},{''.join(kernel)}->{''.join(outer)}"
-    return (
-        equation,
-        [sizes[axis] for axis in inner[1:]],
-        [sizes[axis] for axis in outer[1:]],
-    )
+    shapes = ([sizes[axis] for axis in each[1:]] for each in (inner, outer))
+    return equation, *shapes
 
 
 # Each new shape compiles anew, but on torch.
@@ -117,11 +113,10 @@ def test_any_einsum_product_equals_numpy(product):
     kernel = numpy(layer.kernel).astype("float64")
     x = inputs_for(model)
     pack(model)
-    np.testing.assert_allclose(
-        outputs(model, x), np.einsum(equation, x, kernel), rtol=1e-5, atol=1e-5
-    )
+    expected = np.einsum(equation, x, kernel)
+    assert_allclose(outputs(model, x), expected, rtol=1e-5, atol=1e-5)
     unpack(model)
-    np.testing.assert_array_equal(numpy(layer.kernel), kernel)
+    assert_array_equal(numpy(layer.kernel), kernel)
 
 
 @needs_native
@@ -136,9 +131,7 @@ def test_the_dense_kernel_is_gone():
         numpy(targets[0].variable.value)
     assert all(w.dtype in ("float32", "int32") for w in model.weights)
     totals = report.totals
-    assert totals["model_bytes"] == 4 * sum(
-        np.size(w) for w in model.get_weights()
-    )
+    assert totals["model_bytes"] == 4 * sum(map(np.size, model.get_weights()))
     assert totals["packed_bytes"] == totals["model_bytes"] - 4 * (24 + 4)
     unpack(model)
     assert numpy(targets[0].variable).shape == (16, 24)
@@ -163,19 +156,13 @@ def test_the_report_prints_and_is_json():
     assert "Conv1D" in text
 
 
-def spoil(model):
-    """Puts a third nonzero into one group of the first kernel."""
-    target = find_targets(model)[0]
-    kernel = numpy(target.variable).copy()
-    group = kernel.reshape(-1, kernel.shape[-1])[:4, 0]
-    kernel[np.flatnonzero(group == 0)[0], 0] = 1.0
-    target.variable.assign(kernel)
-    return target
-
-
 def test_an_inexact_kernel_is_named_and_nothing_changes():
     model = make_sparse(dense_model())
-    target = spoil(model)
+    target = find_targets(model)[0]
+    # A third nonzero in its first group.
+    kernel = numpy(target.variable)
+    kernel[np.flatnonzero(kernel[:4, 0] == 0)[0], 0] = 1.0
+    target.variable.assign(kernel)
     before = state(model)
     with pytest.raises(ValueError, match="exactly 2:4") as error:
         pack(model)
@@ -210,8 +197,8 @@ def test_wrong_arguments_change_nothing(arguments, message):
 def test_int8_wants_finite_weights():
     model = make_sparse(dense_model())
     kernel = model.layers[1].kernel
-    value = numpy(kernel).copy()
-    value[np.nonzero(value)[0][0], np.nonzero(value)[1][0]] = np.inf
+    value = numpy(kernel)
+    value[tuple(np.argwhere(value)[0])] = np.inf
     kernel.assign(value)
     before = state(model)
     with pytest.raises(ValueError, match=r"finite.*dense.*NaN or infinity"):
@@ -241,7 +228,7 @@ def test_shared_kernels_and_own_calls_are_skipped():
     reasons = [skip.reason for skip in report.skipped]
     assert reasons[0] == "shared by several layers"
     assert reasons[1].startswith("of Custom; packed are")
-    np.testing.assert_allclose(outputs(model, x), before, atol=2e-6)
+    assert_allclose(outputs(model, x), before, atol=2e-6)
 
 
 def test_a_built_optimizer_is_dropped():
@@ -256,11 +243,6 @@ def test_a_built_optimizer_is_dropped():
     assert model.optimizer is None
 
 
-def fit_step(model, x, y, rate=0.1):
-    model.compile(keras.optimizers.SGD(rate), "mse", jit_compile=False)
-    model.fit(x, y, batch_size=len(x), verbose=0)
-
-
 def test_gradients_flow_to_the_inputs_and_not_to_frozen_values():
     model = make_sparse(mlp(8, 8, 4, activation=None, use_bias=False))
     first, second = find_targets(model)
@@ -269,12 +251,10 @@ def test_gradients_flow_to_the_inputs_and_not_to_frozen_values():
     x = inputs_for(model, batch=8)
     error = 2 * (np.float64(x) @ w @ v - 1) / (8 * 4)
     frozen = numpy(model.layers[1].kernel)
-    fit_step(model, x, np.ones((8, 4), "float32"))
+    models.fit_step(model, x, np.ones((8, 4), "float32"))
     expected = w - 0.1 * np.float64(x).T @ error @ v.T
-    np.testing.assert_allclose(
-        numpy(first.variable), expected, rtol=1e-4, atol=1e-5
-    )
-    np.testing.assert_array_equal(numpy(model.layers[1].kernel), frozen)
+    assert_allclose(numpy(first.variable), expected, rtol=1e-4, atol=1e-5)
+    assert_array_equal(numpy(model.layers[1].kernel), frozen)
 
 
 @pytest.mark.parametrize("name", ["dense", "axes apart"])
@@ -285,30 +265,29 @@ def test_trained_values_take_the_masked_step_of_the_dense_kernel(name):
     y = np.ones(model(x).shape, "float32")
     targets = find_targets(model)
     masks = [numpy(t.variable) != 0 for t in targets]
-    fit_step(model, x, y)
+    models.fit_step(model, x, y)
     expected = [numpy(t.variable) for t in targets]
 
     model.set_weights(weights)
     pack(model, trainable=True)
     values = [v for v in model.trainable_variables if "values" in v.path]
     assert len(values) == len(targets)
-    fit_step(model, x, y)
+    models.fit_step(model, x, y)
     for target, mask, kernel in zip(targets, masks, expected, strict=True):
         trained = numpy(target.layer.kernel)
-        np.testing.assert_allclose(trained, kernel * mask, rtol=1e-4, atol=1e-6)
+        assert_allclose(trained, kernel * mask, rtol=1e-4, atol=1e-6)
     trained = outputs(model, x)
     unpack(model)
     assert all(t.variable.trainable for t in targets)
-    np.testing.assert_allclose(outputs(model, x), trained, rtol=1e-5, atol=1e-5)
+    assert_allclose(outputs(model, x), trained, rtol=1e-5, atol=1e-5)
 
 
 def test_a_regularizer_sees_the_trained_kernel():
     regularizer = keras.regularizers.OrthogonalRegularizer(0.1)
     model = make_sparse(mlp(8, 4, kernel_regularizer=regularizer))
-    (expected,) = (float(loss) for loss in model.losses)
+    expected = float(*model.losses)
     pack(model, trainable=True)
-    (loss,) = (float(loss) for loss in model.losses)
-    assert loss == pytest.approx(expected, rel=1e-5)
+    assert float(*model.losses) == pytest.approx(expected, rel=1e-5)
     unpack(model)
     pack(model)
     assert model.losses == []
@@ -337,24 +316,20 @@ def test_lora_trains_on_a_packed_base():
     x = inputs_for(model, batch=4)
     before = outputs(model, x)
     frozen = [numpy(v) for v in layer.non_trainable_variables]
-    fit_step(model, x, np.ones(before.shape, "float32"))
+    models.fit_step(model, x, np.ones(before.shape, "float32"))
     trained = outputs(model, x)
     assert np.abs(trained - before).max() > 1e-4
-    models.assert_same(
-        [numpy(v) for v in layer.non_trainable_variables], frozen
-    )
+    models.assert_same([*map(numpy, layer.non_trainable_variables)], frozen)
     unpack(model)
-    np.testing.assert_allclose(outputs(model, x), trained, rtol=1e-5, atol=1e-5)
+    assert_allclose(outputs(model, x), trained, rtol=1e-5, atol=1e-5)
 
 
 def leave_out_native(monkeypatch):
     module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
     backend = keras.backend.backend()
     monkeypatch.setitem(module._implementations, backend, module.dense_matmul)
-    implementation = backend_module("sparse_matmul")
-    monkeypatch.setattr(
-        implementation, "reason_unavailable", lambda: "a test wants it so."
-    )
+    ours, reason = backend_module("sparse_matmul"), "a test wants it so."
+    monkeypatch.setattr(ours, "reason_unavailable", lambda: reason)
     monkeypatch.setattr(native, "is_available", lambda: False)
 
 
@@ -380,7 +355,7 @@ def test_without_the_native_library_kernels_are_held_dense(
         report = pack(model, dtype=dtype)
     assert report.totals["model_bytes"] >= report.totals["dense_bytes"]
     assert model.trainable_weights == []
-    np.testing.assert_array_equal(numpy(target.layer.kernel), kernel)
+    assert_array_equal(numpy(target.layer.kernel), kernel)
     x = inputs_for(model)
     expected = outputs(model, x)
     model.save_weights(path)
@@ -390,9 +365,9 @@ def test_without_the_native_library_kernels_are_held_dense(
     # One warning is enough.
     pack(other, dtype=dtype)
     other.load_weights(path)
-    np.testing.assert_array_equal(outputs(other, x), expected)
+    assert_array_equal(outputs(other, x), expected)
     unpack(other)
-    np.testing.assert_array_equal(numpy(target.variable), kernel)
+    assert_array_equal(numpy(target.variable), kernel)
 
 
 @needs_native
@@ -419,9 +394,8 @@ def check_checkpoints(make, x, folder, monkeypatch):
         patch.setattr(native, "warn_dense", lambda reason: None)
         held_dense = make(5)
         held_dense.load_weights(paths[0])
-        np.testing.assert_allclose(
-            outputs(held_dense, x), expected, rtol=1e-5, atol=1e-5
-        )
+        found = outputs(held_dense, x)
+        assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
         held_dense.save_weights(paths[1])
     for weight in packed.weights:
         weight.assign(np.zeros(weight.shape))
@@ -438,7 +412,7 @@ def test_training_without_the_native_library(without_native):
     with pytest.warns(UserWarning, match="a test wants it so"):
         pack(model, trainable=True)
     x = inputs_for(model, batch=4)
-    fit_step(model, x, np.ones((4, 4), "float32"))
+    models.fit_step(model, x, np.ones((4, 4), "float32"))
     kernel = numpy(model.layers[0].kernel)
     assert not np.any(kernel[~mask])
 
@@ -454,4 +428,4 @@ def test_an_exported_model_serves(tmp_path):
     x = inputs_for(model, batch=3)
     model.export(path, verbose=False)
     served = tf.saved_model.load(path)
-    np.testing.assert_allclose(served.serve(x), outputs(model, x), atol=2e-6)
+    assert_allclose(served.serve(x), outputs(model, x), atol=2e-6)

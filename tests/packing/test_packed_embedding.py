@@ -2,10 +2,12 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from numpy.testing import assert_allclose, assert_array_equal
 
 from keras_weightmods import pack, unpack
-from tests.models import causal_lm, make_sparse, normal, numpy, outputs
-from tests.packing.test_pack import check_checkpoints, fit_step, state
+from tests import models
+from tests.models import make_sparse, normal, numpy, outputs
+from tests.packing.test_pack import check_checkpoints, state
 
 
 def make_model(width=16, vocabulary=37, seed=0, **kwargs):
@@ -45,16 +47,14 @@ def test_one_table_is_looked_up_and_multiplied(arguments):
     assert model.trainable_weights == []
 
     found = ops.convert_to_numpy(layer(tokens))
-    np.testing.assert_array_equal(found, table[tokens])
-    np.testing.assert_array_equal(numpy(layer.embeddings), table)
+    assert_array_equal(found, table[tokens])
+    assert_array_equal(numpy(layer.embeddings), table)
     expected = np.float64(table)[tokens] @ kernel @ table.T
     if layer.logit_soft_cap:
         expected = np.tanh(expected / 2) * 2
-    np.testing.assert_allclose(
-        outputs(model, tokens), expected, rtol=1e-4, atol=1e-4
-    )
+    assert_allclose(outputs(model, tokens), expected, rtol=1e-4, atol=1e-4)
     unpack(model)
-    np.testing.assert_array_equal(numpy(layer.embeddings), table)
+    assert_array_equal(numpy(layer.embeddings), table)
     after = state(model)
     assert after[:2] == before[:2]
 
@@ -66,11 +66,9 @@ def test_an_odd_width_is_padded():
     layer._embeddings.assign(table)
     table = rounded_table(table)
     pack(layer, head="int8")
-    np.testing.assert_array_equal(
-        ops.convert_to_numpy(layer(np.arange(20))), table
-    )
+    assert_array_equal(ops.convert_to_numpy(layer(np.arange(20))), table)
     x = normal(3, 7, seed=1)
-    np.testing.assert_allclose(
+    assert_allclose(
         ops.convert_to_numpy(layer(x, reverse=True)), x @ table.T, atol=1e-4
     )
 
@@ -82,7 +80,7 @@ def test_mixed_precision_keeps_its_types():
     pack(model, head="int8")
     found = layer(TOKENS)
     assert keras.backend.standardize_dtype(found.dtype) == "bfloat16"
-    np.testing.assert_allclose(numpy(found), expected, atol=0.05)
+    assert_allclose(numpy(found), expected, atol=0.05)
     logits = layer(found, reverse=True)
     assert keras.backend.standardize_dtype(logits.dtype) == "float32"
 
@@ -100,8 +98,8 @@ def test_gradients_flow_through_the_head():
     (kernel,) = model.trainable_weights
     w = np.float64(numpy(kernel))
     expected = w - 0.1 * x.T @ (2 * (x @ w @ table.T - 1) / (5 * 9)) @ table
-    fit_step(model, x, np.ones((5, 9), "float32"))
-    np.testing.assert_allclose(numpy(kernel), expected, rtol=1e-4, atol=1e-5)
+    models.fit_step(model, x, np.ones((5, 9), "float32"))
+    assert_allclose(numpy(kernel), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +142,7 @@ SIZES = {"vocabulary_size": 48, "hidden_dim": 32, "intermediate_dim": 48}
 
 def language_model(family, **sizes):
     pytest.importorskip("keras_hub")
-    return make_sparse(causal_lm(family, **SIZES, **sizes))
+    return make_sparse(models.causal_lm(family, **SIZES, **sizes))
 
 
 def prompt(length=10, known=4):
@@ -168,7 +166,7 @@ def test_a_packed_llama_generates_what_the_sparse_one_does():
     dense = generated(model)
     report = pack(model)
     assert report.totals["weights"] == 7
-    np.testing.assert_array_equal(generated(model), dense)
+    assert_array_equal(generated(model), dense)
 
 
 # Nothing here depends on the backend that the tests above do not show.
@@ -182,15 +180,11 @@ def test_language_models_compute_with_what_unpack_gives(family):
     inputs = prompt()
     expected, before = outputs(model, inputs), state(model)
     pack(model)
-    np.testing.assert_allclose(
-        outputs(model, inputs), expected, rtol=1e-4, atol=1e-5
-    )
+    assert_allclose(outputs(model, inputs), expected, rtol=1e-4, atol=1e-5)
     unpack(model)
     assert state(model) == before
     report = pack(model, dtype="int8", head="int8")
     assert {w.dtype for w in report.weights} == {"int8"}
     rounded = outputs(model, inputs)
     unpack(model)
-    np.testing.assert_allclose(
-        outputs(model, inputs), rounded, rtol=1e-4, atol=1e-4
-    )
+    assert_allclose(outputs(model, inputs), rounded, rtol=1e-4, atol=1e-4)

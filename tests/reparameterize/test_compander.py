@@ -7,7 +7,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.ops import compand
-from tests.models import normal, numpy, outputs, sequential
+from tests.models import fit_step, normal, numpy, outputs, sequential
 
 
 # Within the range of every function at a = 0.5.
@@ -40,15 +40,11 @@ def test_starts_with_the_pair_and_the_function_of_the_model(
 
 
 def test_pretrained_outliers():
-    def outlying():
-        model = dense_model()
-        kernel = model.weights[0].numpy()
-        kernel[0, 0], kernel[1, 1] = 3.0, -LIMIT
-        model.weights[0].assign(kernel)
-        return model
-
-    LIMIT = 0.5 * np.pi / 2
-    model = outlying()
+    limit = 0.5 * np.pi / 2
+    model = dense_model()
+    plain = model.weights[0].numpy()
+    plain[0, 0], plain[1, 1] = 3.0, -limit
+    model.weights[0].assign(plain)
     before = outputs(model, X)
     first, second = kwm.attach_compander(model, learnable=False).kernels
     assert (first.outside, first.raised) == (2, True)
@@ -57,26 +53,20 @@ def test_pretrained_outliers():
     assert "a raised for 2 weight(s)" in first.detail
     np.testing.assert_allclose(outputs(model, X), before, rtol=0, atol=3e-6)
 
-    model = outlying()
-    plain = model.weights[0].numpy()
+    model = dense_model()
+    model.weights[0].assign(plain)
     report = kwm.attach_compander(model, out_of_range="clip")
     assert "clipped 2 weight(s)" in str(report)
-    clipped = np.clip(plain, -0.99 * LIMIT, 0.99 * LIMIT)
-    np.testing.assert_allclose(
-        numpy(model.layers[0].kernel), clipped, atol=1e-6
-    )
+    clipped = np.clip(plain, -0.99 * limit, 0.99 * limit)
+    kernel = numpy(model.layers[0].kernel)
+    np.testing.assert_allclose(kernel, clipped, atol=1e-6)
 
-    model = outlying()
-    plain = model.weights[0].numpy()
+    model = dense_model()
+    model.weights[0].assign(plain)
     with pytest.raises(ValueError, match=r"2 larger ones, up to 3\."):
         kwm.attach_compander(model, out_of_range="error")
     np.testing.assert_array_equal(model.weights[0].numpy(), plain)
     assert type(model.layers[1]) is keras.layers.Dense
-
-
-def step(model, optimizer, x, y):
-    model.compile(optimizer, "mse", jit_compile=False)
-    model.fit(x, y, batch_size=len(x), verbose=0)
 
 
 def test_fit_follows_the_gradient_of_all_three():
@@ -85,7 +75,8 @@ def test_fit_follows_the_gradient_of_all_three():
     (kernel,) = kwm.attach_compander(model, a=a, b=b).kernels
     v = np.float64(model.weights[0].numpy())
     x = np.float64(normal(4, 4))
-    step(model, keras.optimizers.SGD(rate), np.float32(x), np.ones((4, 3)))
+    optimizer = keras.optimizers.SGD(rate)
+    fit_step(model, np.float32(x), np.ones((4, 3)), optimizer)
     w = a * np.arctan(v / b)
     to_w = x.T @ (2 * (x @ w - 1) / 12)
     slope = a / (b * (1 + (v / b) ** 2))
@@ -108,7 +99,7 @@ def test_a_and_b_come_back_from_a_step_too_far():
     model.layers[0].weights[-1].assign([-2.0, -2.0])
     assert kernel.a < 0.2
     small = kernel.a, kernel.b
-    step(model, keras.optimizers.SGD(0.1), X, 10 * np.ones((4, 3)))
+    fit_step(model, X, 10 * np.ones((4, 3)))
     assert (kernel.a, kernel.b) != small
 
 
@@ -121,7 +112,7 @@ def test_a_and_b_stay_positive_whatever_becomes_of_the_raw_pair(value):
     assert kernel.b > 0
     assert np.isfinite(outputs(model, X)).all()
     optimizer = keras.optimizers.SGD(1e3, use_ema=True)
-    step(model, optimizer, X, np.ones((4, 3)))
+    fit_step(model, X, np.ones((4, 3)), optimizer)
     assert kernel.a > 0
     assert kernel.b > 0
 
@@ -153,28 +144,28 @@ def test_regularizer_and_constraint_see_the_effective_weight():
     stored.assign(stored.constraint(stored))
     expected = numpy(keras.constraints.MaxNorm(0.3)(w))
     np.testing.assert_allclose(numpy(layer.kernel), expected, atol=1e-6)
-    step(model, keras.optimizers.SGD(1.0), X, np.ones((4, 3)))
+    fit_step(model, X, np.ones((4, 3)), keras.optimizers.SGD(1.0))
     assert np.linalg.norm(numpy(layer.kernel), axis=0).max() <= 0.3 + 1e-5
 
 
 def test_checkpoints_of_fixed_pairs_hold_them(tmp_path):
-    model, other = dense_model(), dense_model()
-    kwm.attach_compander(model, learnable=False, a=0.6)
+    def attached(**arguments):
+        model = dense_model()
+        kwm.attach_compander(model, **arguments)
+        return model
+
+    model, other = (attached(learnable=False, a=0.6) for _ in range(2))
     model.save_weights(tmp_path / "a.weights.h5")
-    kwm.attach_compander(other, learnable=False, a=0.6)
     other.load_weights(tmp_path / "a.weights.h5")
     np.testing.assert_array_equal(outputs(other, X), outputs(model, X))
-    other = dense_model()
-    kwm.attach_compander(other, learnable=False, a=0.7)
+    other = attached(learnable=False, a=0.7)
     before = outputs(other, X)
     with pytest.raises(ValueError, match=r"fixed pairs.*\(0\.6, 1\.0\)"):
         other.load_weights(tmp_path / "a.weights.h5")
     np.testing.assert_array_equal(outputs(other, X), before)
     for arguments in ({"function": "erf", "learnable": False}, {}):
-        other = dense_model()
-        kwm.attach_compander(other, **arguments)
         with pytest.raises(ValueError, match="reparameterized in the same way"):
-            other.load_weights(tmp_path / "a.weights.h5")
+            attached(**arguments).load_weights(tmp_path / "a.weights.h5")
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -94,9 +94,8 @@ def eager(model, steps):
 
 
 def wrapped(inner="Adam", *args, **kwargs):
-    return kwm.CompanderOptimizer(
-        getattr(keras.optimizers, inner)(*args, **kwargs)
-    )
+    inner = getattr(keras.optimizers, inner)(*args, **kwargs)
+    return kwm.CompanderOptimizer(inner)
 
 
 def adam_w(**kwargs):

