@@ -37,9 +37,7 @@ def imports(root):
     found = {}
     for module, file in modules.items():
         names = set()
-        package = (
-            module if file.stem == "__init__" else module.rpartition(".")[0]
-        )
+        package = ".".join((root.name, *file.parent.relative_to(root).parts))
         for node in ast.walk(ast.parse(file.read_text())):
             names.update(_names(node, package, root.name, modules))
         found[module] = names - {"", module}
@@ -98,9 +96,7 @@ def problems(root, allowed=()):
                     found.append(f"{module} imports the whole package")
             elif here != there and _RANK[there] >= _RANK[here]:
                 found.append(f"{module} imports {name}, not below it")
-    return found + [
-        f"circle: {' > '.join(circle)}" for circle in circles(arrows)
-    ]
+    return found + [f"circle: {' > '.join(way)}" for way in circles(arrows)]
 
 
 def _folder(module, arrows):

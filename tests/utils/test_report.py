@@ -4,13 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from keras_weightmods.utils.report import (
-    Report,
-    Skipped,
-    Table,
-    shape_text,
-    size_text,
-)
+from keras_weightmods.utils import report
+from keras_weightmods.utils.report import Report, Skipped, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +28,12 @@ class Sizes(Report):
 
 
 def make(count, skipped=0, reasons=1, **kwargs):
-    return Sizes(
-        {f"layer_{i}/kernel": i for i in range(count)},
-        tuple(
-            Skipped(f"norm_{i}/gamma", f"reason <{i % reasons}>")
-            for i in range(skipped)
-        ),
-        **kwargs,
+    sizes = {f"layer_{i}/kernel": i for i in range(count)}
+    left_out = tuple(
+        Skipped(f"norm_{i}/gamma", f"reason <{i % reasons}>")
+        for i in range(skipped)
     )
+    return Sizes(sizes, left_out, **kwargs)
 
 
 def test_print():
@@ -65,23 +58,23 @@ def test_print():
 @pytest.mark.parametrize("words", [1, 60])
 @pytest.mark.parametrize("count", [0, 1, 20, 210])
 def test_prints_of_at_most_30_lines_lose_no_row(count, words, reasons):
-    report = make(count, 210, reasons, title="title " * words)
-    lines = str(report).splitlines()
+    sizes = make(count, 210, reasons, title="title " * words)
+    lines = str(sizes).splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 100
     more = sum(int(x.split()[1]) for x in lines if x.startswith("... "))
     shown = sum("/" in line for line in lines)
     assert shown + more == count + reasons
-    text = report.table()
-    assert sum("layer_" in line for line in text.splitlines()) == count
-    assert sum("norm_" in line for line in text.splitlines()) == 210
+    lines = sizes.table().splitlines()
+    assert sum("layer_" in line for line in lines) == count
+    assert sum("norm_" in line for line in lines) == 210
 
 
 def test_long_cells_are_cut_in_print_alone():
-    report = Sizes({"x" * 300: 5})
-    assert max(map(len, str(report).splitlines())) == 100
-    assert "…  " in str(report)
-    assert "x" * 300 in report.table()
+    sizes = Sizes({"x" * 300: 5})
+    assert max(map(len, str(sizes).splitlines())) == 100
+    assert "…  " in str(sizes)
+    assert "x" * 300 in sizes.table()
 
 
 def test_to_dict():
@@ -105,7 +98,7 @@ def test_html():
 
 
 def test_units():
-    assert shape_text((64, 32)) == "64x32"
-    assert shape_text(()) == "scalar"
-    assert size_text(1536) == "1.5 KiB"
-    assert size_text(3 * 2**20) == "3.0 MiB"
+    assert report.shape_text((64, 32)) == "64x32"
+    assert report.shape_text(()) == "scalar"
+    assert report.size_text(1536) == "1.5 KiB"
+    assert report.size_text(3 * 2**20) == "3.0 MiB"
