@@ -104,11 +104,9 @@ def test_equals_float64_reference(kwargs):
     n, m = map(int, kwargs.pop("pattern").split(":"))
     for i, (kernel, target) in enumerate(zip(kernels, targets)):
         own = [grads[i] for grads in gradients]
-        axes = target["contraction_axes"]
+        run = starts[i], own, target["contraction_axes"], n, m, rate_at, TOTAL
         kwargs["importance"] = importance[i]
-        expected, mask = references.adam_s(
-            starts[i], own, axes, n, m, rate_at, TOTAL, **kwargs
-        )
+        expected, mask = references.adam_s(*run, **kwargs)
         error = np.abs(numpy(kernel) - expected)
         assert error.max() <= 1e-5 * np.abs(expected).max(), kernel.path
         np.testing.assert_array_equal(optimizer.masks[i], mask)

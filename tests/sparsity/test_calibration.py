@@ -110,9 +110,8 @@ def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
         products = np.moveaxis(products, 0, 1)
     elif reader.stacks > 1:
         outputs = np.moveaxis(outputs, 1, 0)
-    np.testing.assert_allclose(
-        products.reshape(outputs.shape), outputs, rtol=1e-4, atol=1e-5
-    )
+    products = products.reshape(outputs.shape)
+    np.testing.assert_allclose(products, outputs, rtol=1e-4, atol=1e-5)
     restored = numpy(from_stack(matrices, target.shape, *axes))
     np.testing.assert_array_equal(restored, kernel)
 
@@ -120,15 +119,13 @@ def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
 def test_a_nested_model_with_and_without_scales():
     model = models.causal_lm(hidden_dim=8, intermediate_dim=12)
     backbone = model.backbone
-    x = {
-        "token_ids": np.arange(12, dtype="int32").reshape(2, 6),
-        "padding_mask": np.ones((2, 6), "int32"),
-    }
+    ids = np.arange(12, dtype="int32").reshape(2, 6)
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     targets = find_targets(model)
     norms = norms_over(model, x)
     assert [v.shape for v in norms] == [(t.contraction_size,) for t in targets]
     layer = backbone.transformer_layers[0]
-    embedded = backbone.token_embedding(x["token_ids"])
+    embedded = backbone.token_embedding(ids)
     normed = layer._self_attention_layernorm(embedded)
     (query,) = (v for t, v in zip(targets, norms) if "query" in t.path)
     expected = root_mean_square(numpy(normed), [2])

@@ -317,11 +317,8 @@ def test_a_frozen_kernel_stays_dense():
 def test_wrong_compile_and_order():
     x, y = make_data()
     cast = kwm.CAST(make_mlp())
-    for optimizer in (
-        "adam",
-        keras.optimizers.Adam(),
-        kwm.AdamS(pattern="1:4"),
-    ):
+    adam, other = keras.optimizers.Adam(), kwm.AdamS(pattern="1:4")
+    for optimizer in ("adam", adam, other):
         with pytest.raises(ValueError, match=r"`AdamS` of pattern .2:4"):
             cast.compile(optimizer, loss=casts.cross_entropy())
     with pytest.raises(ValueError, match="`loss`"):
@@ -353,9 +350,8 @@ def test_finalize_multiplies_the_pruned_weights(pattern, scaling_groups):
     started(cast, x, y, epochs=4)
     # As after a training: any weights, scales, masks and steps.
     masks, expected = [], []
-    for target, (variable, _, bits) in zip(
-        cast.targets, cast.adam_s.sparsified_state, strict=True
-    ):
+    states = cast.adam_s.sparsified_state
+    for target, (variable, _, bits) in zip(cast.targets, states, strict=True):
         w = rng.normal(size=variable.shape).astype("float32")
         variable.assign(w)
         mask = numpy(kwm.ops.nm_mask(w, pattern, 0))
@@ -472,9 +468,8 @@ def test_a_resumed_run_is_the_same(tmp_path):
 def test_interrupted_in_the_middle_of_an_epoch(tmp_path):
     x, y = make_data(24)
     path = str(tmp_path / "{epoch}-{batch}.weights.h5")
-    save = keras.callbacks.ModelCheckpoint(
-        path, save_freq=9, save_weights_only=True
-    )
+    options = {"save_freq": 9, "save_weights_only": True}
+    save = keras.callbacks.ModelCheckpoint(path, **options)
     cast = resumable()
     fit(cast, (x, y), epochs=3, callbacks=[save])
     whole = weights_of(cast)
@@ -542,9 +537,8 @@ def test_mixed_float16(globally):
 
 def test_jit_compile_is_the_users_choice():
     cast = kwm.CAST(make_mlp(), teacher=None)
-    cast.compile(
-        loss=casts.cross_entropy(), jit_compile=False, metrics=["accuracy"]
-    )
+    loss = casts.cross_entropy()
+    cast.compile(loss=loss, jit_compile=False, metrics=["accuracy"])
     assert not cast.jit_compile
     x, y = make_data()
     results = cast.evaluate(x, y, 4, verbose=0, return_dict=True)

@@ -210,9 +210,8 @@ class TwoOfOneName(keras.layers.Layer):
 
 
 def test_gradients_do_not_add_up():
-    model = models.sequential(
-        (8,), TwoOfOneName(name="two"), keras.layers.Dense(4)
-    )
+    layers = TwoOfOneName(name="two"), keras.layers.Dense(4)
+    model = models.sequential((8,), *layers)
     paths = [v.path for v in model.trainable_variables]
     assert len(set(paths)) < len(paths)
     # The first moment is the gradient, and the weights do not move.

@@ -37,11 +37,9 @@ def fit(model, optimizer, epochs=2, **kwargs):
 
 def step(model, optimizer):
     """One optimizer step on random gradients, without compiling a model."""
-    gradients = [
-        keras.ops.convert_to_tensor(RNG.normal(size=v.shape), dtype=v.dtype)
-        for v in model.trainable_variables
-    ]
-    optimizer.apply(gradients, model.trainable_variables)
+    variables = model.trainable_variables
+    values = [RNG.normal(size=v.shape).astype("float32") for v in variables]
+    optimizer.apply(list(map(keras.ops.convert_to_tensor, values)), variables)
 
 
 def violations(kernel, n, axis=0):

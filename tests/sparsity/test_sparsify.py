@@ -81,10 +81,8 @@ def test_einsum_dense(method, equation, output, shape, rows):
     stacks = int(np.prod([target.shape[i] for i in target.stack_axes]))
     size = (stacks, target.contraction_size, -1)
     rows = np.einsum(rows, x).reshape(stacks, -1, size[1])
-    expected = [
-        by_method(method, w, r, 2, 4)
-        for w, r in zip(np.transpose(kernel, order).reshape(size), rows)
-    ]
+    kernels = np.transpose(kernel, order).reshape(size)
+    expected = [by_method(method, w, r, 2, 4) for w, r in zip(kernels, rows)]
     actual = np.transpose(weights_of(model)[0], order).reshape(size)
     np.testing.assert_allclose(actual, expected, rtol=5e-3, atol=5e-4)
     kwm.assert_sparse(model, "2:4")

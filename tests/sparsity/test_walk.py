@@ -62,10 +62,8 @@ def subclassed():
     return model
 
 
-def llm(layers=2):
-    return models.causal_lm(
-        hidden_dim=8, intermediate_dim=12, num_layers=layers
-    )
+def llm(depth=2):
+    return models.causal_lm(hidden_dim=8, intermediate_dim=12, num_layers=depth)
 
 
 def make_tokens(samples=6, length=5):
@@ -122,7 +120,7 @@ def count_calls(layer):
 
 
 def test_blocks_are_run_as_often_as_they_must():
-    model = llm(layers=3)
+    model = llm(depth=3)
     targets = kwm.find_targets(model)
     layers = model.backbone.transformer_layers
     blocks = [count_calls(layer) for layer in layers]
