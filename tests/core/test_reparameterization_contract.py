@@ -287,10 +287,11 @@ def test_keras_saves_clones_and_quantizes_after_the_end(kind, model, tmp_path):
     kind.attach(wrapper)
     trained(model)
     expected = outputs(model)
+    either = rf"keras_weightmods\.save_model.*{kind.finish}"
     for each in (model, wrapper):
-        with pytest.raises(ValueError, match=kind.finish):
+        with pytest.raises(ValueError, match=either):
             each.save(tmp_path / "a.keras")
-    with pytest.raises(ValueError, match=kind.finish):
+    with pytest.raises(ValueError, match=either):
         keras.models.clone_model(model)
     with pytest.raises(NotImplementedError, match=kind.finish):
         model.layers[0].quantize("int8", type_check=False)

@@ -324,15 +324,6 @@ def test_classes_that_are_not_registered(path):
     assert_same(loaded, model)
 
 
-@pytest.mark.parametrize("change", [kwm.attach_scaling, kwm.pack])
-def test_keras_names_save_model(change):
-    model = make_sparse(sequential())
-    change(model)
-    for save in (keras.models.clone_model, lambda m: m.save("nowhere.keras")):
-        with pytest.raises(ValueError, match=r"keras_weightmods\.save_model"):
-            save(model)
-
-
 def test_vocabularies_are_saved(path):
     lookup = keras.layers.IntegerLookup(vocabulary=[5, 7, 9])
     embedding = keras.layers.Embedding(5, 2)
