@@ -7,7 +7,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.lift.masked_state import MaskSpec
-from tests.lift.test_sparse_adamw import SETTINGS
+from tests.lift.test_sparse_adamw import SETTINGS, steps_of
 from tests.models import normal, numpy
 
 OPTIMIZERS = {
@@ -76,9 +76,9 @@ def test_a_full_mask_changes_nothing(name):
             optimizer = kwm.MaskedOptimizer(optimizer)
             optimizer.build_masked([variable], [MaskSpec("w", (6, 5), 30, 0)])
             optimizer.set_masks([everything], 0)
-        step(optimizer, [variable], 60)
+        step(optimizer, [variable], steps_of(name))
         every = SETTINGS[name].get("gradient_accumulation_steps", 1)
-        assert int(optimizer.iterations) == 60 // every
+        assert int(optimizer.iterations) == steps_of(name) // every
         optimizer.finalize_variable_values([variable])
         results.append(numpy(variable))
     np.testing.assert_allclose(*results, rtol=0, atol=1e-6)
