@@ -308,12 +308,12 @@ def graph_outputs(graph: Any, flat: list[Any]) -> Any:
     return keras.tree.pack_sequence_as(graph._outputs_struct, flat)
 
 
-def inference_call(operation: Any) -> Callable[..., Any]:
-    """Return `operation` as a functional model calls it to infer.
+def graph_call(operation: Any, training: bool = False) -> Callable[..., Any]:
+    """Return `operation` as a functional model calls it.
 
-    With `training=False` for those that take it.
+    With `training` for those that take it.
     """
-    return operation_fn(operation, training=False)
+    return operation_fn(operation, training=training)
 
 
 # Optimizers of others.

@@ -4,10 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_private
-
-# Operations that KerasHub's models put after the head, such as a soft cap.
-_ELEMENTWISE = ("Divide", "Multiply", "Tanh", "TrueDivide")
+from keras_weightmods.core.head import find_head, input_of
 
 
 class TokenScorer:
@@ -69,8 +66,6 @@ class TokenScorer:
         hidden = self._run_body(_as_taken(self.model, inputs, padding_mask))
         rows, length = inputs.shape
         width = min(length, max(1, self.chunk_size // rows))
-        if self._fixed_length:
-            width = length
         losses, is_greedy = [], []
         for start in range(0, length, width):
             # All chunks have one shape, or the last would compile anew: it
@@ -119,13 +114,9 @@ class TokenScorer:
         variables = [id(variable) for variable in self.model.variables]
         if variables == self._built_for:
             return
-        head = _find_head(self.model)
-        body = None
-        self._fixed_length = False
-        if head is not None:
-            body = keras.Function(_input_of(self.model), head.inputs[0])
-            self._fixed_length = head.inputs[0].shape[1] is not None
-        self._run_body = _compiled(_Body(self.model, body))
+        head = find_head(self.model)
+        body = self.model if head is None else head.body
+        self._run_body = _compiled(_Body(body))
         self._run_head = _compiled(_Head(head))
         self._built_for = variables
 
@@ -149,19 +140,15 @@ def longest_input(model, length):
 class _Body(keras.Model):
     """From tokens to what enters the head; to the logits without a body."""
 
-    def __init__(self, model, body):
+    def __init__(self, body):
         # TensorFlow takes no name that begins with an underscore. The model's
         # own layers cast what they are given.
         super().__init__(name="body", dtype="float32", autocast=False)
-        self.model = model
         self.body = body
         self.built = True
 
     def call(self, inputs, training=False):
-        if self.body is None:
-            return self.model(inputs, training=training)
-        # A `Function` has no `training`; its layers find it in the context.
-        return self.body(inputs)
+        return self.body(inputs, training=training)
 
 
 class _Head(keras.Model):
@@ -170,11 +157,7 @@ class _Head(keras.Model):
     def __init__(self, head):
         super().__init__(name="head", dtype="float32", autocast=False)
         self.head = head
-        self.tracked = [
-            operation
-            for operation in (head.operations if head is not None else ())
-            if isinstance(operation, keras.layers.Layer)
-        ]
+        self.tracked = [] if head is None else list(head.layers)
         self.built = True
 
     def call(self, inputs, training=False):
@@ -190,37 +173,10 @@ class _Head(keras.Model):
         }
 
 
-def _find_head(model):
-    """Return the `keras.Function` of the head alone; None if not known."""
-    outputs = getattr(model, "outputs", None) or []
-    if len(outputs) != 1:
-        return None
-    (tensor,) = outputs
-    while True:
-        operation, inputs = keras_private.producer(tensor)
-        is_head = isinstance(
-            operation, (keras.layers.ReversibleEmbedding, keras.layers.Dense)
-        )
-        if not is_head and type(operation).__name__ not in _ELEMENTWISE:
-            return None
-        if len(inputs) != 1 or len(inputs[0].shape) != 3:
-            return None
-        (tensor,) = inputs
-        if is_head:
-            return keras.Function(tensor, outputs[0])
-
-
-def _input_of(model):
-    """Return the structure of a model's symbolic inputs, or None."""
-    if isinstance(model, keras.Sequential):
-        return model.inputs[0]
-    return model.input if getattr(model, "inputs", None) else None
-
-
 def _as_taken(model, token_ids, padding_mask):
     """Return the inputs in the form in which the model takes them."""
     inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
-    structure = _input_of(model)
+    structure = input_of(model)
     if structure is None:
         return inputs if hasattr(model, "backbone") else token_ids
     if not isinstance(structure, dict):

@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private
+from keras_weightmods.core.head import find_head
 from keras_weightmods.ops.matrix import contraction_size
 
 _CONVOLUTIONS = (
@@ -62,14 +63,20 @@ def input_norms(model, targets, batches):
     """
     sums: list[Any] = [0.0] * len(targets)
     counts = [0] * len(targets)
-    used = None
+    used = enough = None
+    seen = 0
 
     def see(index, reader, inputs):
+        nonlocal seen
         rows, count = reader.rows(inputs, used)
         squares = ops.mean(ops.sum(ops.square(rows), axis=1), axis=0)
         sums[index] += ops.convert_to_numpy(squares).astype("float64")
         counts[index] += count
+        seen += 1
+        if seen == enough:
+            raise Enough
 
+    body = _until_head(model, targets)
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_gradients())
         for index, target in enumerate(targets):
@@ -79,11 +86,26 @@ def input_norms(model, targets, batches):
         for batch, weights in batches:
             used = used_positions(weights)
             batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
-            model(batch, training=False)
+            seen = 0
+            with contextlib.suppress(Enough):
+                body(batch, training=False)
+            # The first batch is run to its end to find out.
+            enough = seen
     return [
         np.sqrt(total / count).astype("float32") if count else None
         for total, count in zip(sums, counts)
     ]
+
+
+def _until_head(model, targets):
+    """Return the model up to its head, if that can be told and has no target.
+
+    The head takes as long as many layers, and makes logits for nothing.
+    """
+    head = find_head(model) if keras_private.graph_of(model) else None
+    if head is None or any(t.layer in head.layers for t in targets):
+        return model
+    return head.body
 
 
 def measure_importance(optimizer, model, targets, batches):
@@ -171,6 +193,15 @@ def inputs_seen(layer, record):
     return keras_private.calls_seen(
         layer, lambda *args, **kwargs: record([*args, *kwargs.values()][0])
     )
+
+
+class Enough(BaseException):
+    """Ends a forward pass where all that is to be seen has been.
+
+    The rest of a block, up to half of the time, would be computed for
+    nothing, and there is no other way out of the code of a layer. Not an
+    `Exception`, which Keras would rewrite at each level and a layer may catch.
+    """
 
 
 def used_positions(sample_weight):

@@ -60,7 +60,7 @@ class Walk:
             and self._each_once(graph)
         ):
             return self._run_graph(graph, [args[0] for args, _ in calls])
-        call = keras_private.inference_call(operation)
+        call = keras_private.graph_call(operation)
         while here := [t for t in self.pending if id(t.layer) in inside]:
             self._visit_next(call, calls, here)
         if not self.pending:
@@ -160,7 +160,7 @@ class SharedInputs:
                 stack.enter_context(calibration.inputs_seen(target.layer, see))
             for self.used, (args, kwargs) in zip(used, calls):
                 self.seen = 0
-                with contextlib.suppress(_Enough):
+                with contextlib.suppress(calibration.Enough):
                     call(*args, **kwargs)
                 if self.enough is None:
                     # The first batch is run to its end to find out.
@@ -187,16 +187,7 @@ class SharedInputs:
         self.seen += 1
         self.last[place] = self.seen
         if self.seen == self.enough:
-            raise _Enough
-
-
-class _Enough(BaseException):
-    """Ends a forward pass where all that is to be seen has been.
-
-    The rest of a block, up to half of the time, would be computed for
-    nothing, and there is no other way out of the code of a layer. Not an
-    `Exception`, which Keras would rewrite at each level and a layer may catch.
-    """
+            raise calibration.Enough
 
 
 def _has_inputs_alone(call):

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_weightmods import find_targets, fold
+from keras_weightmods import find_targets, fold, sparsify
+from keras_weightmods.core import keras_private
 from keras_weightmods.ops.matrix import from_stack, to_stack
 from keras_weightmods.sparsity.calibration import InputReader, input_norms
 from keras_weightmods.sparsity.scaling import attach_scaling
@@ -186,6 +187,51 @@ def test_an_error_leaves_no_trace():
     with pytest.raises(RuntimeError, match="broken"):
         norms_over(model, normal(2, 4))
     assert "call" not in vars(model.layers[0])
+
+
+def token_batches(*rows):
+    ids = [np.arange(5 * n, dtype="int32").reshape(n, 5) % 20 for n in rows]
+    return [{"token_ids": x, "padding_mask": np.ones_like(x)} for x in ids]
+
+
+@pytest.mark.parametrize("pass_", ["norms", "walk"])
+def test_the_head_is_never_run(pass_):
+    model = models.causal_lm(hidden_dim=8, intermediate_dim=12)
+    batches = token_batches(2, 3)
+    targets = find_targets(model)
+    tied = model.backbone.token_embedding
+    calls = []
+    with keras_private.calls_seen(tied, lambda *_, **kw: calls.append(kw)):
+        if pass_ == "norms":
+            input_norms(model, targets, [(x, None) for x in batches])
+        else:
+            options = {"targets": targets, "verbose": 0}
+            sparsify(model, "2:4", "wanda", batches[1], **options)
+    assert calls
+    assert not [call for call in calls if call.get("reverse")]
+
+
+def test_a_pass_ends_with_the_last_target():
+    layer = keras.layers.Dense(8, name="shared")
+    after = keras.layers.Dense(3)
+    model = sequential((8,), layer, layer, after)
+    targets = find_targets(model, include="shared")
+    x, calls = normal(6, 8), []
+    with keras_private.calls_seen(after, lambda *_, **__: calls.append(1)):
+        (norm,) = input_norms(model, targets, [(x[:4], None), (x[4:], None)])
+    # The first batch shows how often the target is called.
+    assert len(calls) == 1
+    both = np.concatenate([x, numpy(layer(x))])
+    np.testing.assert_allclose(norm, root_mean_square(both, [1]), rtol=1e-5)
+
+
+def test_a_target_in_the_head():
+    model = models.token_net(mask_zero=False)
+    x = np.arange(10).reshape(2, 5)
+    norms = norms_over(model, x)
+    hidden = numpy(model.layers[1](model.layers[0](x)))
+    expected = root_mean_square(hidden, [2])
+    np.testing.assert_allclose(norms[-1], expected, rtol=1e-5)
 
 
 def test_without_batches():

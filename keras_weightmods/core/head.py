@@ -1,0 +1,108 @@
+"""Where a language model's head begins, which makes hidden states logits."""
+
+from typing import Any
+
+import keras
+
+from keras_weightmods.core import keras_private
+
+# Operations that KerasHub's models put after the head, such as a soft cap.
+_ELEMENTWISE = ("Divide", "Multiply", "Tanh", "TrueDivide")
+
+
+class Head:
+    """The end of a functional model, from its last hidden states to logits.
+
+    Attributes:
+        body: `keras.Model`, from the model's inputs to what enters the head.
+        layers: List of the layers in the head.
+    """
+
+    def __init__(self, model: Any, graph: keras.Function) -> None:
+        (entry,) = graph.inputs
+        self.body = keras.Model(input_of(model), entry, name="body")
+        self._entry, (self._exit,) = id(entry), map(id, graph.outputs)
+        self._nodes = keras_private.nodes_of(graph)
+        operations = [node.operation for node in self._nodes]
+        self.layers = [
+            each for each in operations if isinstance(each, keras.layers.Layer)
+        ]
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The variables of its layers; changes of these show."""
+        found = [v for layer in self.layers for v in layer.variables]
+        return list({id(variable): variable for variable in found}.values())
+
+    def __call__(self, hidden: Any, training: bool = False) -> Any:
+        """Return the logits of any number of positions.
+
+        Past the check of a `keras.Function` that there are as many as in the
+        whole model.
+        """
+        known = {self._entry: hidden}
+        for node in self._nodes:
+            args, kwargs = node.arguments.fill_in(known)
+            call = keras_private.graph_call(node.operation, training)
+            known[id(node.outputs[0])] = call(*args, **kwargs)
+        return known[self._exit]
+
+    def compute_mask(self, mask: Any) -> Any:
+        """Return the mask that the logits have where `hidden` has `mask`."""
+        for node in self._nodes:
+            if mask is None or node.operation not in self.layers:
+                return None
+            mask = node.operation.compute_mask(None, mask)
+        return mask
+
+
+def find_head(model: Any) -> Head | None:
+    """Return the head of a language model; None if it is not known.
+
+    Known are a `ReversibleEmbedding` and a `Dense`, and what KerasHub's models
+    put after them.
+
+    Args:
+        model: A Keras model.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_weightmods.core.head import find_head
+
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            keras.layers.Embedding(7, 4),
+            keras.layers.Dense(7),
+        ]
+    )
+    head = find_head(model)
+    assert head.layers == [model.layers[-1]]
+    assert head.body.output.shape == (None, None, 4)
+    ```
+    """
+    outputs = getattr(model, "outputs", None) or []
+    if len(outputs) != 1:
+        return None
+    (tensor,) = outputs
+    while True:
+        operation, inputs = keras_private.producer(tensor)
+        is_head = isinstance(
+            operation, (keras.layers.ReversibleEmbedding, keras.layers.Dense)
+        )
+        if not is_head and type(operation).__name__ not in _ELEMENTWISE:
+            return None
+        if len(inputs) != 1 or len(inputs[0].shape) != 3:
+            return None
+        (tensor,) = inputs
+        if is_head:
+            return Head(model, keras.Function(tensor, outputs[0]))
+
+
+def input_of(model: Any) -> Any:
+    """Return the structure of a model's symbolic inputs, or None."""
+    if isinstance(model, keras.Sequential):
+        return model.inputs[0]
+    return model.input if getattr(model, "inputs", None) else None
