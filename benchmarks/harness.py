@@ -226,7 +226,7 @@ def token_batch(vocabulary, batch, length):
     return model_inputs(tokens[:, :-1]), tokens[:, 1:]
 
 
-def make_llama(**sizes):
+def make_llama(dtype="float32", **sizes):
     """Return a Llama of these sizes, embeddings tied, that takes tokens."""
     import warnings
 
@@ -235,9 +235,7 @@ def make_llama(**sizes):
         warnings.simplefilter("ignore")
         from keras_hub.models import LlamaBackbone, LlamaCausalLM
 
-        backbone = LlamaBackbone(
-            **sizes, tie_word_embeddings=True, dtype="float32"
-        )
+        backbone = LlamaBackbone(**sizes, tie_word_embeddings=True, dtype=dtype)
         return LlamaCausalLM(backbone=backbone, preprocessor=None)
 
 

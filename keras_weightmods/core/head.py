@@ -16,12 +16,14 @@ class Head:
     Attributes:
         body: `keras.Model`, from the model's inputs to what enters the head.
         layers: List of the layers in the head.
+        classes: Int, the size of the vocabulary.
     """
 
     def __init__(self, model: Any, graph: keras.Function) -> None:
         (entry,) = graph.inputs
         self.body = keras.Model(input_of(model), entry, name="body")
-        self._entry, (self._exit,) = id(entry), map(id, graph.outputs)
+        self.classes = graph.outputs[0].shape[-1]
+        self._entry, self._exit = id(entry), id(graph.outputs[0])
         self._nodes = keras_private.nodes_of(graph)
         operations = [node.operation for node in self._nodes]
         self.layers = [

@@ -22,8 +22,12 @@ import keras
 from keras.src.backend import AutocastScope as AutocastScope
 from keras.src.backend import get_autocast_scope as get_autocast_scope
 
+# The mask of predictions, where the losses of Keras find it.
+from keras.src.backend import get_keras_mask as get_keras_mask
+
 # Whether Keras is in a stateless scope decides how it initializes variables.
 from keras.src.backend import in_stateless_scope as in_stateless_scope
+from keras.src.backend import set_keras_mask as set_keras_mask
 from keras.src.backend.common import global_state
 
 # How a functional model calls its layers.

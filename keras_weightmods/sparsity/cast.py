@@ -235,9 +235,7 @@ class CAST(LogitsDistiller):
         ):
             # Keras goes by the policy of the outermost model, this wrapper.
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        # Past Distiller.compile and its compute_loss, which leave out sample
-        # weights, masks and the layers' own losses.
-        keras.Model.compile(self, optimizer=optimizer, loss=loss, **kwargs)
+        super().compile(optimizer, loss, **kwargs)
         self._optimizer_is_default = is_default
         self._run.planned_batches = None
 

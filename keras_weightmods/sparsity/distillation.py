@@ -1,5 +1,6 @@
 """Distillation of logits, with sample weights and masks, by a frozen twin."""
 
+import contextlib
 import math
 import warnings
 from typing import Any
@@ -9,14 +10,12 @@ from keras import ops
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.saving.container import numpy_dtype
+from keras_weightmods.sparsity.frozen_twin import TRANSPARENT, FrozenTwin
+from keras_weightmods.sparsity.split_loss import SplitLoss
 from keras_weightmods.utils import checks
 
 # Of a copy; another model has its own.
 _TEACHER_DTYPES = (None, "float32", "bfloat16", "float16")
-
-# For the wrappers around the model: its own layers cast what they are given,
-# and a global mixed-precision policy must not cast it before.
-_TRANSPARENT = {"dtype": "float32", "autocast": False}
 
 
 class LogitsDistiller(keras.distillation.Distiller):
@@ -26,6 +25,10 @@ class LogitsDistiller(keras.distillation.Distiller):
 
     Keras' own `Distiller` leaves out sample weights, masks and the losses of
     the student's layers, and has no frozen twin as a teacher.
+
+    Where the models end in a head that is known, and the loss is the plain
+    cross-entropy from logits, the losses of a step are taken from the last
+    hidden states, with the logits of a few positions at a time.
 
     Args:
         model: The student, a built `keras.Model`.
@@ -55,7 +58,7 @@ class LogitsDistiller(keras.distillation.Distiller):
         checks.check_float("temperature", temperature, above=0)
         if teacher is None:
             # A Distiller needs a teacher; without one this is a plain Model.
-            keras.Model.__init__(self, name=name, **_TRANSPARENT)
+            keras.Model.__init__(self, name=name, **TRANSPARENT)
             self.student = model
             self.teacher = None
             self.student_loss_weight = 1.0
@@ -68,9 +71,12 @@ class LogitsDistiller(keras.distillation.Distiller):
                 distillation_losses=[LogitsDistillation(temperature)],
                 student_loss_weight=1 - weight,
                 name=name,
-                **_TRANSPARENT,
+                **TRANSPARENT,
             )
             _warn_about_outputs(model)
+        self._temperature = temperature
+        self._split: Any = None
+        self._is_split = False
         self.built = True
 
     @property
@@ -87,18 +93,61 @@ class LogitsDistiller(keras.distillation.Distiller):
             for v in variables
         )
 
+    def compile(self, optimizer=None, loss=None, **kwargs):
+        """Configure the training, as `keras.Model.compile` does."""
+        # Past Distiller.compile and its compute_loss, which leave out sample
+        # weights, masks and the layers' own losses.
+        keras.Model.compile(self, optimizer=optimizer, loss=loss, **kwargs)
+        self._split = SplitLoss.of(
+            self.student, self.teacher, self._temperature, loss, kwargs
+        )
+
+    def train_step(self, *args, **kwargs):
+        """Train on a batch, with the models split where they can be."""
+        with self._splitting():
+            return super().train_step(*args, **kwargs)
+
+    def test_step(self, *args, **kwargs):
+        """Evaluate on a batch, with the models split where they can be."""
+        with self._splitting():
+            return super().test_step(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _splitting(self):
+        self._is_split = self._split is not None
+        try:
+            yield
+        finally:
+            self._is_split = False
+
+    def call(self, inputs, training=None, **kwargs):
+        """Return the logits; within a split step, what enters the head."""
+        if self._is_split:
+            return self._split.body(inputs, training=training)
+        return super().call(inputs, training=training, **kwargs)
+
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
         """Return the weighted sum of the label and the distillation loss."""
+        weight = self.student_loss_weight
+        if self._is_split:
+            if self._split.takes(y, sample_weight):
+                total, label_loss, distillation_loss = self._split(
+                    x, y, y_pred, sample_weight, 1 - weight, training
+                )
+                own = sum(map(ops.sum, self.losses))
+                label_loss, total = label_loss + own, total + weight * own
+                return self._track_losses(label_loss, distillation_loss, total)
+            y_pred = self._split.logits(y_pred, training)
         if y_pred is None:
             y_pred = self(x, training=training)
+        # Copies, since Keras multiplies masks into them, on torch in place.
         label_loss = keras.Model.compute_loss(
-            self, x, y, y_pred, sample_weight, training
+            self, x, y, y_pred, _copied(sample_weight), training
         )
         if self.teacher is None:
             return label_loss
-        self.student_loss_tracker.update_state(label_loss)
         taught = _in_order_of(
             getattr(self, "output_names", None),
             self.teacher(x, training=False),
@@ -106,11 +155,17 @@ class LogitsDistiller(keras.distillation.Distiller):
         )
         taught = list(map(ops.stop_gradient, taught))
         (loss,) = self.distillation_losses
-        distillation_loss = loss.compute_loss(taught, y_pred, sample_weight)
-        self.distillation_loss_tracker.update_state(distillation_loss)
-        weight = self.student_loss_weight
+        distillation_loss = loss.compute_loss(
+            taught, y_pred, _copied(sample_weight)
+        )
         total = weight * label_loss + (1 - weight) * distillation_loss
-        self.total_loss_tracker.update_state(total)
+        return self._track_losses(label_loss, distillation_loss, total)
+
+    def _track_losses(self, label_loss, distillation_loss, total):
+        if self.teacher is not None:
+            self.student_loss_tracker.update_state(label_loss)
+            self.distillation_loss_tracker.update_state(distillation_loss)
+            self.total_loss_tracker.update_state(total)
         return total
 
     def reset_metrics(self) -> None:
@@ -124,55 +179,6 @@ class LogitsDistiller(keras.distillation.Distiller):
         # would add up over the steps.
         for variable in self.trainable_variables:
             variable.value.grad = None
-
-
-class FrozenTwin(keras.Model):
-    """The model as it was: its own graph, run on a frozen copy of weights.
-
-    Rebuilding a model from its config can change it (some backbones drop
-    tied embeddings from theirs), so the graph is shared.
-
-    Args:
-        model: A built `keras.Model`.
-        dtype: Dtype of the floats in the copy, or `None` for the model's own.
-    """
-
-    def __init__(self, model, dtype=None):
-        super().__init__(name="teacher", **_TRANSPARENT)
-        # In a closure, or Keras would track, save and freeze the original.
-        self._get_model = lambda: model
-        self._copies = {id(v): self._copy(v, dtype) for v in model.variables}
-        self.built = True
-
-    def call(self, inputs, training=False):
-        model = self._get_model()
-        # By variable: which are trainable, and whether there still are
-        # scales, can change after the copy was taken.
-        values = [
-            [ops.convert_to_tensor(self._copies[id(v)]) for v in variables]
-            for variables in (
-                model.trainable_variables,
-                model.non_trainable_variables,
-            )
-        ]
-        outputs, _ = model.stateless_call(*values, inputs, training=False)
-        return outputs
-
-    def _copy(self, variable, dtype):
-        own_dtype = keras.backend.standardize_dtype(variable.dtype)
-        if dtype is None or "float" not in own_dtype:
-            dtype = own_dtype
-        copy = self.add_weight(
-            shape=variable.shape,
-            dtype=dtype,
-            initializer="zeros",
-            trainable=False,
-            autocast=False,
-            name=variable.name,
-        )
-        # A copy indeed: JAX would share the buffer, then donate it in training.
-        copy.assign(ops.copy(ops.cast(variable.value, dtype)))
-        return copy
 
 
 class LogitsDistillation(keras.distillation.LogitsDistillation):
@@ -236,6 +242,12 @@ def _warn_about_outputs(model):
             "distillation: `teacher=None`.",
             stacklevel=4,
         )
+
+
+def _copied(weights):
+    return keras.tree.map_structure(
+        lambda each: None if each is None else ops.copy(each), weights
+    )
 
 
 def _in_order_of(names, outputs, own_names):

@@ -1,0 +1,132 @@
+"""What a step of CAST costs, with and without the logits in chunks.
+
+    python -m benchmarks.cast_step
+    python -m benchmarks.cast_step --backends torch --steps 4 --json FILE
+
+Steps: forward, backward and update of a Llama with the shapes of SmolLM2-135M,
+through `train_on_batch`: `CAST` as it is, which takes its losses from chunks
+of logits; `CAST` with the logits of all positions in memory ("whole"), as it
+was before; and Keras' own fit step of the same model, with AdamW. Each is a
+process of its own, for its peak of memory; one process a dtype runs the three
+in turn for the times. The ratios are of the medians.
+
+Times and peaks are only good on a machine that does nothing else.
+"""
+
+import argparse
+import statistics
+
+from benchmarks import harness
+
+CONTENDERS = ("CAST", "whole", "Keras")
+DTYPES = ("float32", "mixed_bfloat16")
+TIME_BAR, MEMORY_BAR = 0.7, 0.6
+# SmolLM2-135M.
+SHAPES = {
+    "num_layers": 30,
+    "hidden_dim": 576,
+    "intermediate_dim": 1536,
+    "num_query_heads": 9,
+    "num_key_value_heads": 3,
+    "vocabulary_size": 49152,
+}
+
+
+def main():
+    args = parse_arguments()
+    about = {"model": SHAPES, "batch": [args.batch, args.length]}
+    harness.compare_backends(args, measure, about, print_report)
+
+
+def parse_arguments():
+    parser = harness.parser_of_workers(__doc__, "cast_step.json")
+    parser.add_argument("--dtypes", type=harness.subset(DTYPES), default=DTYPES)
+    parser.add_argument("--steps", type=int, default=4, help="of each")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1: {args.steps}")
+    return args
+
+
+def measure(args):
+    if args.one:
+        return measure_one(args, *args.one)
+    return {
+        "versions": harness.versions("keras-hub"),
+        "rows": {
+            dtype: {
+                name: harness.run_worker(args.worker, "--one", name, dtype)
+                for name in CONTENDERS
+            }
+            for dtype in args.dtypes
+        },
+    }
+
+
+def measure_one(args, name, dtype):
+    """Return the seconds of steps, and the peak of the process."""
+    model = make(name, dtype)
+    batch = harness.token_batch(
+        SHAPES["vocabulary_size"], args.batch, args.length
+    )
+    seconds = [harness.timed_step(model, *batch) for _ in range(args.steps + 1)]
+    return {
+        # The first compiles.
+        "seconds": seconds,
+        "median": statistics.median(seconds[1:]),
+        "peak_bytes": harness.peak_bytes(),
+    }
+
+
+def make(name, dtype):
+    """Return a compiled model, or `CAST` of one."""
+    import keras
+
+    import keras_weightmods as kwm
+
+    keras.utils.set_random_seed(0)
+    model = harness.make_llama(**SHAPES, dtype=dtype)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    if name == "Keras":
+        model.compile(keras.optimizers.AdamW(1e-4), loss, weighted_metrics=None)
+        return model
+    cast = kwm.CAST(model)
+    cast.compile(kwm.AdamS(1e-4, total_steps=1000), loss)
+    if name == "whole":
+        # As for a loss that cannot be taken in chunks.
+        cast._split = None
+    return cast
+
+
+def print_report(report):
+    batch = " x ".join(map(str, report["batch"]))
+    table = harness.table(
+        f"A step of CAST, {batch} tokens",
+        text=("backend", "dtype", "step"),
+        numbers=("seconds", "of whole", "peak MB", "of whole"),
+    )
+    for backend, result in report["backends"].items():
+        for dtype, rows in result["rows"].items():
+            for name, row in rows.items():
+                bars = (TIME_BAR, MEMORY_BAR) if name == "CAST" else (None,) * 2
+                ratios = [
+                    harness.verdict(row[key] / rows["whole"][key], bar)
+                    for key, bar in zip(("median", "peak_bytes"), bars)
+                ]
+                table.add_row(
+                    backend,
+                    dtype,
+                    name,
+                    f"{row['median']:.2f}",
+                    ratios[0],
+                    f"{row['peak_bytes'] / 1e6:.0f}",
+                    ratios[1],
+                )
+    harness.print_all(table, harness.describe(report))
+
+
+if __name__ == "__main__":
+    main()
