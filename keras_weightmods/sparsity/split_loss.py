@@ -164,9 +164,11 @@ def _splittable_head(model):
         return None
     head = find_head(model)
     if head is None or any(
-        # Some quantized layers have gradients that are no sums of those of
-        # parts, and the loss of activities is a mean over the batch.
-        getattr(layer, "quantization_mode", None)
+        # Gradients in float16 vanish, as they are taken before the loss is
+        # scaled; those of quantized layers may be no sums of those of parts;
+        # and the loss of activities is a mean over the batch.
+        layer.compute_dtype == "float16"
+        or getattr(layer, "quantization_mode", None)
         or getattr(layer, "activity_regularizer", None)
         for layer in head.layers
     ):

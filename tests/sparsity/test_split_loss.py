@@ -196,7 +196,9 @@ def test_what_is_not_split(options):
         assert "accuracy" in logs
 
 
-@pytest.mark.parametrize("kind", ["classifier", "subclassed", "penalty"])
+@pytest.mark.parametrize(
+    "kind", ["classifier", "subclassed", "penalty", "float16"]
+)
 def test_models_that_are_not_split(kind):
     if kind == "classifier":
         model = models.mlp()
@@ -204,7 +206,10 @@ def test_models_that_are_not_split(kind):
         model = models.Subclassed()
         model(models.normal(1, 8))
     else:
-        head = keras.layers.Dense(CLASSES, activity_regularizer="l2")
+        options = {"dtype": "mixed_float16"}
+        if kind == "penalty":
+            options = {"activity_regularizer": "l2"}
+        head = keras.layers.Dense(CLASSES, **options)
         inner = keras.layers.Embedding(CLASSES, 8)
         model = models.sequential((None,), inner, head, dtype="int32")
     cast = kwm.CAST(model)
