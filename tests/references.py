@@ -193,3 +193,54 @@ def distillation(student, teacher, labels, weights, share, temperature):
         kl += weight * temperature**2 * (q * np.log(q / p)).sum()
         slopes[place] += share * weight * temperature * (p - q)
     return [share * kl + (1 - share) * entropy, entropy, kl], slopes
+
+
+def swap_mask(w, pruned, h, n, m, sweeps=1):
+    """Tries every 1-swap of a group of a unit, by the error itself.
+
+    Swaps the weight p for the weight q, which gets the value at which the
+    parabola through three errors is lowest (SparseSwaps swaps to w_q). A kept
+    weight of 0 may also be swapped for itself.
+    """
+    w, result = w.astype("float64"), pruned.astype("float64").copy()
+
+    def error(column, unit):
+        rest = w[:, unit] - column
+        return rest @ h @ rest
+
+    for _ in range(sweeps):
+        for start in range(0, len(w), m):
+            kept = nm_mask(result[start : start + m], n, m, 0)
+            for unit in range(w.shape[1]):
+                best, choice = error(result[:, unit], unit), None
+                for p, q in np.ndindex(m, m):
+                    again = p == q and result[start + p, unit] == 0
+                    if not kept[p, unit] or (kept[q, unit] and not again):
+                        continue
+                    column = result[:, unit].copy()
+                    column[start + p] = 0.0
+                    errors = []
+                    for value in (-1.0, 0.0, 1.0):
+                        column[start + q] = value
+                        errors.append(error(column, unit))
+                    slope = (errors[2] - errors[0]) / 2
+                    curvature = errors[0] + errors[2] - 2 * errors[1]
+                    flat = curvature <= 1e-9 * np.mean(np.diag(h))
+                    value = w[start + q, unit] if flat else -slope / curvature
+                    column[start + q] = value
+                    if error(column, unit) < best - 1e-9 * (1 + best):
+                        best, choice = error(column, unit), column
+                if choice is not None:
+                    result[:, unit] = choice
+    return result
+
+
+def refit(w, pruned, h, damping=0.01):
+    """Solves the normal equations of each unit, for its nonzero weights."""
+    h = h + damping * np.mean(np.diag(h)) * np.eye(len(h))
+    result = np.zeros(w.shape)
+    for unit in range(w.shape[1]):
+        kept = np.flatnonzero(pruned[:, unit])
+        right = h[kept] @ w[:, unit].astype("float64")
+        result[kept, unit] = np.linalg.solve(h[np.ix_(kept, kept)], right)
+    return result

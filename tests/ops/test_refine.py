@@ -1,0 +1,178 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_weightmods.ops import nm_project, nm_violations, refine
+from tests import references
+from tests.models import numpy
+
+
+def make(size, units, rows=200, seed=0, pattern="2:4"):
+    """A second moment with large correlations, a matrix, and it pruned."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(size, size)) * rng.uniform(0.2, 3, size)
+    x = rng.normal(size=(rows, size)) @ mix
+    w = rng.normal(size=(size, units)).astype("float32")
+    return x.T @ x / rows, w, numpy(nm_project(w, pattern))
+
+
+def errors(w, after, h, damping=0.0):
+    """Of each unit."""
+    h = h + damping * np.mean(np.diag(h)) * np.eye(len(h))
+    rest = w.astype("float64") - after
+    return np.sum(rest * (h @ rest), axis=0)
+
+
+def swapped(w, pruned, h, pattern="2:4", sweeps=1):
+    return numpy(refine.swap_mask(w, pruned, h, pattern, sweeps))
+
+
+@pytest.mark.parametrize(
+    ("size", "n", "m"), [(24, 2, 4), (24, 1, 4), (24, 3, 8), (136, 2, 4)]
+)
+def test_swaps_are_the_reference(size, n, m):
+    h, w, pruned = make(size, 4, pattern=(n, m))
+    expected = references.swap_mask(w, pruned, h, n, m, sweeps=2)
+    actual = swapped(w, pruned, h, (n, m), sweeps=2)
+    np.testing.assert_array_equal(actual == 0, expected == 0)
+    np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-3)
+    assert (actual != pruned).any()
+    assert actual.dtype == np.float32
+
+
+def test_swaps_end_where_none_is_left():
+    h, w, pruned = make(16, 5)
+    result = swapped(w, pruned, h, sweeps=100)
+    again = references.swap_mask(w, result, h, 2, 4)
+    before = errors(w, result, h)
+    np.testing.assert_allclose(errors(w, again, h), before, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [8, 24])
+def test_refit_is_the_reference(size):
+    h, w, pruned = make(size, 5)
+    expected = references.refit(w, pruned, h, 0.1)
+    actual = numpy(refine.refit(w, pruned, h, 0.1, iterations=3 * size))
+    np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-3)
+    np.testing.assert_array_equal(actual == 0, pruned == 0)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6), st.data())
+def test_invariants(groups, units, seed, data):
+    m = data.draw(st.sampled_from([2, 4, 8]))
+    n = data.draw(st.integers(1, m))
+    # Also fewer rows than inputs: the second moment is singular then.
+    rows = data.draw(st.integers(1, 40))
+    h, w, pruned = make(groups * m, units, rows, seed, (n, m))
+    # Kept weights may be zero, too.
+    pruned[np.random.default_rng(seed).random(pruned.shape) < 0.2] = 0
+    slack = 1e-5 * errors(w, 0 * w, h, 0.01)
+    by_swaps = swapped(w, pruned, h, (n, m), 2)
+    assert (errors(w, by_swaps, h) <= errors(w, pruned, h) + slack).all()
+    by_refit = numpy(refine.refit(w, pruned, h, 0.01, 5))
+    np.testing.assert_array_equal(by_refit[pruned == 0], 0)
+    before = errors(w, pruned, h, 0.01)
+    assert (errors(w, by_refit, h, 0.01) <= before + slack).all()
+    both = numpy(refine.refined(w, pruned, h, (n, m), rounds=2))
+    assert (errors(w, both, h, 0.01) <= before + slack).all()
+    for result in (by_swaps, by_refit, both):
+        assert np.isfinite(result).all()
+        assert int(nm_violations(result, (n, m))) == 0
+
+
+def test_more_steps_never_hurt():
+    h, w, pruned = make(64, 8)
+    last = errors(w, pruned, h, 0.01)
+    for iterations in range(1, 8):
+        result = numpy(refine.refit(w, pruned, h, 0.01, iterations))
+        now = errors(w, result, h, 0.01)
+        assert (now <= last * (1 + 1e-5)).all()
+        last = now
+    last = errors(w, pruned, h)
+    for sweeps in range(1, 4):
+        now = errors(w, swapped(w, pruned, h, sweeps=sweeps), h)
+        assert (now <= last * (1 + 1e-5)).all()
+        last = now
+
+
+def test_both_beat_either():
+    h, w, pruned = make(64, 32)
+    by_swaps = errors(w, swapped(w, pruned, h, sweeps=3), h).sum()
+    by_refit = errors(w, numpy(refine.refit(w, pruned, h)), h).sum()
+    both = errors(w, numpy(refine.refined(w, pruned, h)), h).sum()
+    assert both < 0.95 * by_refit < 0.9 * errors(w, pruned, h).sum()
+    assert both < 0.95 * by_swaps
+
+
+def test_a_kept_weight_of_zero_comes_back():
+    w = np.array([[1.0], [2.0], [3.0], [4.0]], "float32")
+    pruned = w * [[0], [0], [0], [1]]
+    # The group has room for one more, and the third gains most.
+    result = swapped(w, pruned, np.eye(4))
+    np.testing.assert_allclose(result, w * [[0], [0], [1], [1]])
+    # The room is in the place that nm_mask takes first: swapped for itself.
+    h = np.diag([100.0, 1.0, 1.0, 1.0])
+    np.testing.assert_allclose(swapped(w, pruned, h), w * [[1], [0], [0], [1]])
+    np.testing.assert_array_equal(
+        numpy(refine.refit(w, 0 * w, np.eye(4))), 0 * w
+    )
+
+
+def test_the_dense_pattern():
+    h, w, _ = make(8, 3)
+    np.testing.assert_array_equal(swapped(w, w, h, "4:4"), w)
+    np.testing.assert_allclose(numpy(refine.refit(w, w, h)), w, rtol=1e-6)
+
+
+def test_inputs_that_are_always_zero():
+    h, w, pruned = make(8, 3)
+    np.testing.assert_array_equal(swapped(w, pruned, 0 * h), pruned)
+    # Pulled to the dense weights, where the inputs do not matter.
+    result = numpy(refine.refit(w, 2 * pruned, 0 * h))
+    np.testing.assert_allclose(result, pruned, rtol=1e-6)
+    h[[0, 2]] = 0
+    h[:, [0, 2]] = 0
+    result = swapped(w, pruned, h, sweeps=9)
+    # Both live inputs of the first group end up kept.
+    assert (result[[1, 3]] != 0).all()
+    # The damping alone makes a dead input count.
+    both = numpy(refine.refined(w, pruned, h, rounds=3))
+    for after in (result, both):
+        assert np.isfinite(after).all()
+        assert int(nm_violations(after, "2:4")) == 0
+
+
+def test_low_precision_keeps_its_dtype():
+    h, w, pruned = make(16, 4)
+    half = ops.cast(w, "bfloat16")
+    kept = ops.cast(pruned, "bfloat16")
+    for result in (
+        refine.swap_mask(half, kept, h, "2:4", 2),
+        refine.refit(half, kept, h),
+        refine.refined(half, kept, h),
+    ):
+        assert "bfloat16" in str(result.dtype)
+        assert int(nm_violations(result, "2:4")) == 0
+        after = errors(numpy(half), numpy(result), h).sum()
+        assert after < errors(numpy(half), numpy(kept), h).sum()
+
+
+def test_wrong_arguments():
+    h, w, pruned = make(8, 2)
+    with pytest.raises(ValueError, match=r"second_moment\.shape=\(4, 4\)"):
+        refine.refit(w, pruned, h[:4, :4])
+    with pytest.raises(ValueError, match=r"pruned\.shape=\(4, 2\)"):
+        refine.swap_mask(w, pruned[:4], h)
+    with pytest.raises(ValueError, match="Received: 4 groups"):
+        refine.swap_mask(w, w, h)
+    with pytest.raises(ValueError, match="multiple of the group"):
+        refine.swap_mask(w, pruned, h, "2:3")
+    with pytest.raises(ValueError, match="`sweeps`"):
+        refine.swap_mask(w, pruned, h, sweeps=0)
+    with pytest.raises(ValueError, match="`iterations`"):
+        refine.refit(w, pruned, h, iterations=0)
+    with pytest.raises(ValueError, match="`rounds`"):
+        refine.refined(w, pruned, h, rounds=0)
