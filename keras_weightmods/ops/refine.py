@@ -42,10 +42,9 @@ def swap_mask(
         2 w'_p c_p + w'_p**2 H_pp - (c_q + w'_p H_pq)**2 / H_qq
 
     A sweep goes through the groups in order; in each, every unit makes the
-    swap that lowers its error most, if one does, and `c` is updated. The swaps
-    are those of SparseSwaps (arXiv 2512.10922), which bring q back to `w_q`
-    and take one group of a unit at a time, the best of all: some 15 times as
-    slow on the CPU, and no better once the weights are fitted (`refit`).
+    swap that lowers its error most, if one does, and `c` is updated. After
+    SparseSwaps (arXiv 2512.10922), but cyclic over the groups and with q set
+    to its best value.
 
     A kept weight of 0 is swapped for any other of its group, or itself. An
     input whose variance float32 does not resolve never improves a unit; a
@@ -100,7 +99,7 @@ def refit(
     Minimizes `tr((W - W')^T (H + d I) (W - W'))` over the nonzero weights of
     W', d being `damping` times the mean of H's diagonal, by conjugate
     gradients on all units at once, with the diagonal as preconditioner: the
-    update of the weights in ALPS (arXiv 2406.07831, section 3.3). Where H
+    update of the weights in ALPS (arXiv 2406.07831). Where H
     does not matter, weights go to their dense values.
 
     Args:
