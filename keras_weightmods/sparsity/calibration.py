@@ -221,6 +221,15 @@ def without_gradients():
     return torch.no_grad()
 
 
+def gradients():
+    """Let torch take gradients in a scope inside `without_gradients`."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.enable_grad()
+
+
 def _einsum_reader(layer, target):
     operands, output = layer.equation.replace(" ", "").split("->")
     inputs, kernel = operands.split(",")

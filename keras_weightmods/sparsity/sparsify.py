@@ -15,11 +15,13 @@ from keras_weightmods.ops import sparsegpt
 from keras_weightmods.ops.matrix import from_stack, to_stack
 from keras_weightmods.ops.nm import Pattern, nm_project, parse_pattern
 from keras_weightmods.sparsity import data as fit_data
+from keras_weightmods.sparsity.block_reconstruction import BlockReconstruction
 from keras_weightmods.sparsity.walk import Walk
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
+REFINEMENTS = ("swaps", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,24 @@ class SparsifiedKernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReconstructedBlock:
+    """One block of a `SparsifyReport` with `refine="blocks"`.
+
+    Attributes:
+        name: String, of the layer.
+        kernels: Int, how many of its kernels were trained.
+        before, after: Floats, `|Y' - Y|^2 / |Y|^2`, the mean over the
+            positions: Y are the outputs of the dense model there, Y' those of
+            the pruned one.
+    """
+
+    name: str
+    kernels: int
+    before: float
+    after: float
+
+
+@dataclasses.dataclass(frozen=True)
 class SparsifyReport(Report):
     """What `sparsify` did.
 
@@ -52,13 +72,16 @@ class SparsifyReport(Report):
         pattern: String, `"n:m"`.
         method: String.
         kernels: Tuple of `SparsifiedKernel`, in the order they were pruned.
+            Their errors are those before blocks were reconstructed.
         skipped: Tuple of `Skipped(path, reason)`: kernels left dense.
+        blocks: Tuple of `ReconstructedBlock`, with `refine="blocks"`.
     """
 
     pattern: str
     method: str
     kernels: tuple[SparsifiedKernel, ...]
     skipped: tuple[Skipped, ...]
+    blocks: tuple[ReconstructedBlock, ...] = ()
 
     def tables(self) -> Iterator[Table]:
         errors = [r.error for r in self.kernels if r.error is not None]
@@ -77,6 +100,20 @@ class SparsifyReport(Report):
             caption=f"{len(self.kernels)} kernels"
             + (f"; mean error {np.mean(errors):.1%}" if errors else ""),
         )
+        if self.blocks:
+            yield Table(
+                "Blocks, reconstructed",
+                ("block", "kernels", "error before", "after"),
+                tuple(
+                    (
+                        b.name,
+                        str(b.kernels),
+                        f"{b.before:.2%}",
+                        f"{b.after:.2%}",
+                    )
+                    for b in self.blocks
+                ),
+            )
 
 
 def sparsify(
@@ -85,10 +122,13 @@ def sparsify(
     method: str = "magnitude",
     data: Any = None,
     *,
+    refine: Any = None,
     targets: Any = None,
     batch_size: int = 8,
     damping: float = 0.01,
     block_size: int = 128,
+    epochs: int = 4,
+    learning_rate: float = 1e-3,
     verbose: int = 1,
 ) -> SparsifyReport:
     """Make a model N:M sparse in one shot, in place, without training.
@@ -100,6 +140,16 @@ def sparsify(
       up for it, and changes the others so that they do (arXiv 2301.00774). It
       is the strongest of the three; give it some 100 rows of text or more.
 
+    What a method gives can be refined:
+
+    - `"swaps"` swaps kept weights for removed ones of the same group, and
+      fits those that are kept to the outputs of the dense kernel
+      (arXiv 2512.10922, arXiv 2406.07831).
+    - `"blocks"` trains the kept weights of one layer or transformer block
+      after the other, to give the outputs of the dense model there
+      (arXiv 2510.14444). No gradient goes through more than a block. This
+      takes most of the time, and gains most.
+
     Kernels are pruned one after the other, in the order of execution, each
     for the inputs that the pruned layers before it give. Only these are kept
     between two layers: a functional model (KerasHub's, ResNets, `Sequential`)
@@ -109,7 +159,8 @@ def sparsify(
 
     For SparseGPT and Wanda a kernel with K inputs takes `4 * K**2` bytes
     while it is worked on. A copy of all targets is held to the end, for the
-    case of an error.
+    case of an error. With `"blocks"` the inputs and outputs of a block are
+    held for all data, of the dense and of the pruned model.
 
     Args:
         model: A built `keras.Model` or layer.
@@ -124,14 +175,21 @@ def sparsify(
             raw strings, for a KerasHub task with a preprocessor. With
             `"magnitude"` it serves the errors in the report alone. Defaults
             to `None`.
+        refine: `"swaps"`, `"blocks"`, both in a tuple, or `None`. They need
+            `data`, and `"blocks"` a functional model, such as KerasHub's.
+            Defaults to `None`.
         targets: The kernels to prune: `Targets`, or what `include=` of
             `find_targets` takes. Defaults to `None`, for all of them.
         batch_size: Int, the rows run at a time where `data` are arrays or
-            strings. Defaults to `8`.
-        damping: Float > 0, for `"sparsegpt"`: the share of the mean of the
-            second moment's diagonal that is added to it. Defaults to `0.01`.
+            strings, and the rows of a step of `"blocks"`. Defaults to `8`.
+        damping: Float > 0, for `"sparsegpt"` and `"swaps"`: the share of the
+            mean of the second moment's diagonal that is added to it. Defaults
+            to `0.01`.
         block_size: Int, for `"sparsegpt"`: see
             `keras_weightmods.ops.sparsegpt.sparsegpt`. Defaults to `128`.
+        epochs: Int, passes of `"blocks"` over the data. Defaults to `4`.
+        learning_rate: Float > 0, the peak rate of Adam for `"blocks"`.
+            Defaults to `1e-3`.
         verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
 
     Returns:
@@ -165,10 +223,22 @@ def sparsify(
     print(report)
     ```
     """
-    pruner = OneShot(pattern, method, damping, block_size, verbose)
+    pruner = OneShot(
+        pattern,
+        method,
+        damping,
+        block_size,
+        verbose,
+        refine,
+        epochs,
+        learning_rate,
+    )
     checks.check_int("batch_size", batch_size, 1)
-    if data is None and method != "magnitude":
-        expected = f"calibration data for `method={method!r}`, some 100 rows"
+    if data is None and (method != "magnitude" or pruner.refinements):
+        expected = (
+            f"calibration data for `method={method!r}, refine={refine!r}`, "
+            "some 100 rows"
+        )
         raise checks.error("data", expected, data)
     found = resolve_targets(model, targets)
     usable = fitting_targets("sparsify", found, pattern)
@@ -220,7 +290,8 @@ class OneShot:
     """The pruning that `sparsify` does.
 
     Args:
-        pattern, method, damping, block_size, verbose: As in `sparsify`.
+        pattern, method, damping, block_size, verbose, refine, epochs,
+            learning_rate: As in `sparsify`.
 
     Example:
 
@@ -241,12 +312,28 @@ class OneShot:
     damping: float = 0.01
     block_size: int = 128
     verbose: int = 1
+    refine: Any = None
+    epochs: int = 4
+    learning_rate: float = 1e-3
+
+    @property
+    def refinements(self) -> tuple[str, ...]:
+        """The names in `refine`."""
+        if self.refine is None:
+            return ()
+        if isinstance(self.refine, str):
+            return (self.refine,)
+        return tuple(self.refine)
 
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
         checks.check_choice("method", self.method, METHODS)
         checks.check_float("damping", self.damping, above=0)
         checks.check_int("block_size", self.block_size, 1)
+        checks.check_int("epochs", self.epochs, 1)
+        checks.check_float("learning_rate", self.learning_rate, above=0)
+        for name in self.refinements:
+            checks.check_choice("refine", name, REFINEMENTS)
 
     def __call__(
         self,
@@ -279,6 +366,15 @@ class OneShot:
                 errors = [] if moment is None else [(metric, kernel.error)]
                 progress.update(len(kernels), errors)
 
+        blocks: list[ReconstructedBlock] = []
+        train = BlockReconstruction(self.epochs, self.learning_rate)
+
+        def rebuild(operation: Any, group: list[Target], *calls: Any) -> None:
+            if errors := train(operation, group, *calls):
+                blocks.append(
+                    ReconstructedBlock(operation.name, len(group), *errors)
+                )
+
         ordered = sorted(targets, key=lambda target: target.depth)
         # Copies: on torch an array shares the memory of the variable.
         before = [np.array(ops.convert_to_numpy(t.variable)) for t in ordered]
@@ -286,14 +382,21 @@ class OneShot:
             if calibration is None:
                 visit(ordered, None)
             else:
-                Walk(ordered, calibration, visit)(model)
+                is_rebuilt = "blocks" in self.refinements
+                Walk(
+                    ordered, calibration, visit, rebuild if is_rebuilt else None
+                )(model)
         except BaseException:
             for target, value in zip(ordered, before):
                 target.variable.assign(value)
             raise
         n, m = parse_pattern(self.pattern)
         return SparsifyReport(
-            f"{n}:{m}", self.method, tuple(kernels), targets.skipped
+            f"{n}:{m}",
+            self.method,
+            tuple(kernels),
+            targets.skipped,
+            tuple(blocks),
         )
 
     def _pruned(

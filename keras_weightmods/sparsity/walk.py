@@ -24,20 +24,36 @@ class Walk:
         visit: Callable from a list of targets that share their inputs, the
             second moment of these, of shape (S, K, K), and a note. Where
             there is no moment, `None`, the note says why.
+        rebuild: Callable for each operation (layer or block) once its
+            targets have been visited, from the operation, these targets, its
+            calls, the outputs that it would have in the unchanged model, and
+            the positions that count. Its changes are in the inputs of the
+            later ones, too. Defaults to `None`.
     """
 
-    def __init__(self, targets, batches, visit):
+    def __init__(self, targets, batches, visit, rebuild=None):
         self.pending = list(targets)
         self.batches = batches
         self.used = [calibration.used_positions(w) for _, w in batches]
         self.visit = visit
+        self.rebuild = rebuild
 
     def __call__(self, model):
         """Go through `model`, a built Keras model or layer, once."""
         inputs = [x for x, _ in self.batches]
         inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
+        calls = [((x,), {}) for x in inputs]
+        if self.rebuild is not None:
+            if keras_private.graph_of(model) is None:
+                raise ValueError(
+                    "Blocks are found in the graph of a functional model. "
+                    f"Received: {model.name!r} of type {type(model).__name__}, "
+                    "which has none. Leave 'blocks' out of `refine`."
+                )
+            # What the unchanged model computes runs beside it.
+            calls *= 2
         with calibration.without_gradients():
-            self.run(model, [((x,), {}) for x in inputs])
+            self.run(model, calls)
         for target in self.pending:
             self.visit([target], None, _UNREACHED)
 
@@ -46,7 +62,8 @@ class Walk:
 
         Args:
             operation: Keras operation, such as a layer or a model.
-            calls: List of pairs (args, kwargs), one for each batch.
+            calls: List of pairs (args, kwargs), one for each batch; with
+                `rebuild` the same again for the unchanged model.
 
         Returns:
             List of outputs, one for each call; None once nothing is pending.
@@ -61,11 +78,20 @@ class Walk:
         ):
             return self._run_graph(graph, [args[0] for args, _ in calls])
         call = keras_private.graph_call(operation)
+
+        def outputs_of(calls):
+            return [call(*args, **kwargs) for args, kwargs in calls]
+
+        targets = [t for t in self.pending if id(t.layer) in inside]
+        own, taught = calls[: len(self.batches)], calls[len(self.batches) :]
+        taught = outputs_of(taught)
         while here := [t for t in self.pending if id(t.layer) in inside]:
-            self._visit_next(call, calls, here)
+            self._visit_next(call, own, here)
+        if targets and self.rebuild is not None:
+            self.rebuild(operation, targets, own, taught, self.used)
         if not self.pending:
             return None
-        return [call(*args, **kwargs) for args, kwargs in calls]
+        return outputs_of(own) + taught
 
     def _each_once(self, graph):
         """Whether each pending target is in one place of the graph."""

@@ -1,0 +1,215 @@
+"""Training a pruned block to give the outputs of the dense one."""
+
+import contextlib
+import dataclasses
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_weightmods.core import keras_private
+from keras_weightmods.sparsity import calibration
+from keras_weightmods.sparsity.recipes import WarmupLinearDecay
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReconstruction:
+    """Trains the kept weights of one block after the other.
+
+    A block gets what the pruned blocks before it give, and is trained by Adam
+    to give what the dense block gives after dense ones: so it makes up for
+    what was lost before it, too. Zeros stay zero. Such windows, with one
+    nonlinear block in each, are compared in arXiv 2510.14444.
+
+    The loss is the squared error at each position over the energy of the
+    dense output there: a language model has a few positions of a hundred
+    times the norm of the others.
+
+    Args:
+        epochs: Int, passes over the calibration data.
+        learning_rate: Float > 0, the peak; it rises over a tenth of the steps
+            and falls to zero.
+    """
+
+    epochs: int
+    learning_rate: float
+
+    def __call__(self, operation, targets, calls, taught, used):
+        """Train the nonzero weights of `targets`.
+
+        Args:
+            operation: Keras operation, the block.
+            targets: List of `Target` in it, pruned.
+            calls: List of pairs (args, kwargs) for it, one for each batch.
+            taught: List of the dense block's outputs.
+            used: List of boolean arrays over leading axes of the outputs, or
+                None: the positions that count.
+
+        Returns:
+            Pair of floats, the loss before and after; None for a block
+            without a float in its outputs.
+        """
+        data = _Batches(calls, taught, used)
+        if not data.places:
+            return None
+        steps = self.epochs * len(calls)
+        schedule = WarmupLinearDecay(
+            self.learning_rate, max(1, steps // 10), steps
+        )
+        with _alone_trainable(operation, targets), calibration.gradients():
+            block = _Block(operation, data)
+            block.compile(keras.optimizers.Adam(schedule), loss=_given)
+            before = block.evaluate(data, verbose=0)
+            block.fit(data, epochs=self.epochs, verbose=0)
+            after = block.evaluate(data, verbose=0)
+        if not math.isfinite(after):
+            raise ValueError(
+                "The loss of a block must stay finite while it is trained. "
+                f"Received: {after}, at {targets[0].path}, with a learning "
+                f"rate of {self.learning_rate}. Give a smaller one, or leave "
+                "'blocks' out of `refine`."
+            )
+        return before, after
+
+
+class _Batches(keras.utils.PyDataset):
+    """What a block is called on, what it is to give, and where that counts."""
+
+    def __init__(self, calls, taught, used):
+        super().__init__()
+        self.example = calls[0]
+        self.calls = [
+            list(filter(_varies, keras.tree.flatten(call))) for call in calls
+        ]
+        flat = [keras.tree.flatten(outputs) for outputs in taught]
+        # Of several outputs each float counts.
+        self.places = [i for i, x in enumerate(flat[0]) if _is_float(x)]
+        self.taught = [[outputs[i] for i in self.places] for outputs in flat]
+        self.weights = [
+            [_weights(x, mask) for x in outputs]
+            for outputs, mask in zip(self.taught, used)
+        ]
+        self.order = np.arange(len(calls))
+        self.random = np.random.default_rng(0)
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, index):
+        place = self.order[index]
+        # A flat dict, for tf.data.
+        inputs = {
+            f"{name}_{i}": x
+            for name, values in (
+                ("call", self.calls[place]),
+                ("taught", self.taught[place]),
+                ("weights", self.weights[place]),
+            )
+            for i, x in enumerate(values)
+        }
+        return inputs, np.zeros((1,), "float32")
+
+    def on_epoch_end(self):
+        self.random.shuffle(self.order)
+
+
+class _Block(keras.Model):
+    """From the inputs of a block, and its dense outputs, to its loss."""
+
+    def __init__(self, operation, data):
+        # Its own layers cast what they are given.
+        super().__init__(name="block", dtype="float32", autocast=False)
+        self.operation = operation
+        self.run = keras_private.graph_call(operation)
+        self.example, self.places = data.example, data.places
+        self.built = True
+
+    def call(self, inputs):
+        leaves, place = [], 0
+        for x in keras.tree.flatten(self.example):
+            if _varies(x):
+                x = inputs[f"call_{place}"]
+                place += 1
+            leaves.append(x)
+        args, kwargs = keras.tree.pack_sequence_as(self.example, leaves)
+        outputs = keras.tree.flatten(self.run(*args, **kwargs))
+        losses = [
+            _relative_error(
+                outputs[place], inputs[f"taught_{i}"], inputs[f"weights_{i}"]
+            )
+            for i, place in enumerate(self.places)
+        ]
+        return ops.reshape(sum(losses), (1,))
+
+
+def _relative_error(outputs, taught, weights):
+    taught = ops.cast(taught, "float32")
+    change = ops.cast(outputs, "float32") - taught
+    energy = ops.sum(ops.square(taught), axis=-1)
+    # Where all outputs are zero, as after a ReLU, by the mean of the others.
+    floor = 1e-3 * ops.mean(energy) + keras.config.epsilon()
+    errors = ops.sum(ops.square(change), axis=-1) / (energy + floor)
+    total = ops.maximum(ops.sum(weights), 1.0)
+    return ops.sum(errors * weights) / total
+
+
+def _given(_, loss):
+    return loss
+
+
+@contextlib.contextmanager
+def _alone_trainable(operation, targets):
+    """Let the nonzero weights of targets be all that is trained in a scope."""
+    layers = keras_private.layers_of(operation)
+    variables = operation.variables
+    layers_before = [layer.trainable for layer in layers]
+    before = [variable.trainable for variable in variables]
+    constraints = [target.variable.constraint for target in targets]
+    trained = {id(target.variable) for target in targets}
+    try:
+        for layer in layers:
+            layer.trainable = True
+        for variable in variables:
+            variable.trainable = id(variable) in trained
+        for target in targets:
+            target.variable.constraint = _Zeros(target.variable)
+        yield
+    finally:
+        for target, constraint in zip(targets, constraints):
+            target.variable.constraint = constraint
+        # From the outside in, since a layer passes it on to those inside.
+        for layer, trainable in zip(layers, layers_before):
+            layer.trainable = trainable
+        for variable, trainable in zip(variables, before):
+            variable.trainable = trainable
+
+
+class _Zeros(keras.constraints.Constraint):
+    """Keeps the zeros that a variable has now."""
+
+    def __init__(self, variable):
+        self.kept = ops.not_equal(variable.value, 0)
+
+    def __call__(self, value):
+        value = ops.convert_to_tensor(value)
+        return ops.where(self.kept, value, ops.zeros_like(value))
+
+
+def _varies(x):
+    """Whether a leaf of a call is data; Keras takes no scalars as such."""
+    return ops.is_tensor(x) and len(x.shape) > 0
+
+
+def _is_float(x):
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    return "float" in dtype and len(x.shape) > 1
+
+
+def _weights(x, used):
+    """One weight for each position of an output."""
+    shape = tuple(x.shape[:-1])
+    weights = np.ones(shape, "float32")
+    if used is not None and used.shape == shape[: used.ndim]:
+        weights *= used.reshape(used.shape + (1,) * (len(shape) - used.ndim))
+    return weights
