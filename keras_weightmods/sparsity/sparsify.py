@@ -1,6 +1,7 @@
 """One-shot N:M sparsity: magnitude, Wanda and SparseGPT."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from keras_weightmods.core.targets import Target, Targets, resolve_targets
 from keras_weightmods.ops import sparsegpt
 from keras_weightmods.ops.matrix import from_stack, to_stack
 from keras_weightmods.ops.nm import Pattern, nm_project, parse_pattern
+from keras_weightmods.ops.refine import refined
 from keras_weightmods.sparsity import data as fit_data
 from keras_weightmods.sparsity.block_reconstruction import BlockReconstruction
 from keras_weightmods.sparsity.walk import Walk
@@ -427,7 +429,13 @@ class OneShot:
         for target in group:
             axes = target.contraction_axes, target.stack_axes
             before = to_stack(target.variable.value, *axes, len(inputs))
-            after = ops.stack(list(map(prune[method], before, inputs)))
+            after = list(map(prune[method], before, inputs))
+            if moment is not None and "swaps" in self.refinements:
+                refine = functools.partial(
+                    refined, pattern=self.pattern, damping=self.damping
+                )
+                after = list(map(refine, before, after, moment))
+            after = ops.stack(after)
             error = None
             if moment is not None:
                 error = _relative_error(before, after, moment)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import keras
 from keras import ops
@@ -42,7 +43,7 @@ class Walk:
         """Go through `model`, a built Keras model or layer, once."""
         inputs = [x for x, _ in self.batches]
         inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
-        calls = [((x,), {}) for x in inputs]
+        calls: list[Any] = [((x,), {}) for x in inputs]
         if self.rebuild is not None:
             if keras_private.graph_of(model) is None:
                 raise ValueError(
