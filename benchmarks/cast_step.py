@@ -5,10 +5,10 @@
 
 Steps: forward, backward and update of a Llama with the shapes of SmolLM2-135M,
 through `train_on_batch`: `CAST` as it is, which takes its losses from chunks
-of logits; `CAST` with the logits of all positions in memory ("whole"), as it
-was before; and Keras' own fit step of the same model, with AdamW. Each is a
-process of its own, for its peak of memory; one process a dtype runs the three
-in turn for the times. The ratios are of the medians.
+of logits; `CAST` with the logits of all positions in memory ("whole"), as for
+a loss that cannot be taken in chunks; and Keras' own step of the same model,
+with AdamW. Each is a process of its own, for its peak of memory. The ratios
+are of the medians, without the first step, which compiles.
 
 Times and peaks are only good on a machine that does nothing else.
 """

@@ -1,5 +1,8 @@
 """The losses of distillation, and their gradient, from logits."""
 
+import functools
+
+import keras
 from keras import ops
 
 from keras_weightmods.backend import backend_module
@@ -24,7 +27,7 @@ def logits_losses(student, teacher, labels, weights, share, temperature=1.0):
 
     Returns:
         The cross-entropy and the divergence, both as weighted sums, and a
-        function without arguments: the gradient of
+        function without arguments, to be called once: the gradient of
         `share * divergence + (1 - share) * cross_entropy` by `student`.
 
     Example:
@@ -48,23 +51,47 @@ def logits_losses(student, teacher, labels, weights, share, temperature=1.0):
     picked = ops.take_along_axis(log_p, labels, axis=-1)[:, 0]
     entropy = -ops.sum(known * picked)
     by_label = ((1 - share) * known)[:, None]
+    soft = q = by_teacher = None
+    kl = ops.zeros_like(entropy)
+    if teacher is not None:
+        is_soft = temperature != 1
+        soft = ops.log_softmax(student / temperature) if is_soft else log_p
+        taught = teacher / temperature if is_soft else teacher
+        taught = ops.log_softmax(taught, axis=-1)
+        q = ops.exp(taught)
+        kl = ops.sum(weights * ops.sum(q * (taught - soft), axis=-1))
+        by_teacher = (share * temperature * weights)[:, None]
+    function = _gradient
+    if keras.backend.backend() == "torch":
+        function = backend_module("distillation").gradient
+    return (
+        entropy,
+        temperature**2 * kl,
+        functools.partial(
+            function, log_p, soft, q, labels, by_label, by_teacher
+        ),
+    )
 
-    def gradient_of_entropy():
-        is_label = ops.arange(classes)[None] == labels
-        return by_label * ops.exp(log_p) - ops.where(is_label, by_label, 0.0)
 
-    if teacher is None:
-        return entropy, ops.zeros_like(entropy), gradient_of_entropy
-    soft = ops.log_softmax(student / temperature, axis=-1)
-    taught = ops.log_softmax(teacher / temperature, axis=-1)
-    q = ops.exp(taught)
-    kl = ops.sum(weights * ops.sum(q * (taught - soft), axis=-1))
-    by_teacher = (share * temperature * weights)[:, None]
+def _gradient(log_p, soft, q, labels, by_label, by_teacher):
+    """Return the gradient that `logits_losses` describes.
 
-    def gradient():
-        return gradient_of_entropy() + by_teacher * (ops.exp(soft) - q)
-
-    return entropy, temperature**2 * kl, gradient
+    Args:
+        log_p, soft: The student's log-probabilities, and those at the
+            temperature: the same tensor where it is 1.
+        q: The teacher's probabilities, or `None`; then `soft` is `None`, too.
+        labels: Int tensor `(positions, 1)`.
+        by_label, by_teacher: Tensors `(positions, 1)`, the factors of the
+            two losses.
+    """
+    is_label = ops.arange(log_p.shape[-1])[None] == labels
+    picked = ops.where(is_label, by_label, 0.0)
+    p = ops.exp(log_p)
+    if q is None:
+        return by_label * p - picked
+    if soft is log_p:
+        return (by_label + by_teacher) * p - by_teacher * q - picked
+    return by_label * p + by_teacher * (ops.exp(soft) - q) - picked
 
 
 def chunked_losses(
