@@ -10,6 +10,10 @@ from keras import ops
 from keras_weightmods import WeightSignature, find_targets
 from keras_weightmods.ops import nm_project
 
+# `jit_compile` for a fit of few steps. Without it JAX compiles each operation
+# by itself, and each `cond` anew at each step.
+JIT = keras.backend.backend() == "jax"
+
 
 def normal(*shape, seed=0):
     """Return normal float32 numbers."""

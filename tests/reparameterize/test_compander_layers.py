@@ -11,7 +11,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.ops import compand
-from tests.models import fit_step, mlp, normal, numpy, outputs, sequential
+from tests.models import JIT, fit_step, mlp, normal, numpy, outputs, sequential
 
 # Within the range of every function at a = 0.5.
 DRAW = keras.initializers.RandomUniform(-0.48, 0.48, seed=1)
@@ -282,7 +282,7 @@ def test_half_precision_is_finite_where_the_plain_layer_is(policy):
         model = mlp(16, 32, 1, dtype=policy)
         if pair:
             kwm.attach_compander(model, **pair)
-        model.compile(optimizer(rate), "mse", jit_compile=False)
+        model.compile(optimizer(rate), "mse", jit_compile=JIT)
         for _ in range(10):
             model.train_on_batch(scale * x, y)
         return is_finite(model)

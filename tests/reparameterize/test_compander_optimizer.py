@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from tests.models import backbone, normal, numpy, sequential
+from tests.models import JIT, backbone, normal, numpy, sequential
 
 A, B = 0.7, 1.2
 RATE, DECAY = 0.05, 0.1
@@ -51,7 +51,7 @@ def make(optimizer, learnable=False, **kwargs):
         3, a=A, b=B, learnable=learnable, use_bias=False, **kwargs
     )
     model = sequential((4,), layer)
-    model.compile(optimizer, "mse", jit_compile=False)
+    model.compile(optimizer, "mse", jit_compile=JIT)
     return model, layer
 
 
@@ -289,7 +289,7 @@ def test_other_weights_are_updated_as_ever():
         targets = kwm.find_targets(model)
         kwm.attach_weight_norm(model, targets=targets[:1])
         kwm.attach_compander(model, targets=targets[1:])
-        model.compile(optimizer, "mse", jit_compile=False)
+        model.compile(optimizer, "mse", jit_compile=JIT)
         train(model, 1)
         return model.get_weights()[:2]
 
@@ -304,7 +304,7 @@ def test_a_language_model_takes_the_first_step_of_adam():
     report = kwm.attach_compander(model, a=A, b=B, learnable=False)
     kernels = [t.variable for t in kwm.find_targets(model)]
     before = [np.float64(numpy(kernel)) for kernel in kernels]
-    model.compile(wrapped("Adam", RATE), "mse", jit_compile=False)
+    model.compile(wrapped("Adam", RATE), "mse", jit_compile=JIT)
     tokens = np.arange(12).reshape(2, 6)
     x = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
     model.fit(x, np.ones((2, 6, 16)), verbose=0)

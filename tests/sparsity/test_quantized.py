@@ -22,6 +22,9 @@ def make_model():
 INT4 = keras.quantizers.Int4QuantizationConfig
 MODES = [("int8", None), ("int4", None)]
 MODES += [("int4", INT4(block_size=size)) for size in (None, 8)]
+if keras.backend.backend() != "torch":  # which is the fastest here
+    # By default blocks of 128: the way of blocks of 8, with one block here.
+    MODES.remove(("int4", None))
 EACH_MODE = pytest.mark.parametrize(("mode", "config"), MODES)
 
 
@@ -64,7 +67,7 @@ def test_zeros_stay_zeros(mode, config, tmp_path):
     np.testing.assert_array_equal(numpy(loaded(x)), expected)
 
 
-@EACH_MODE
+@pytest.mark.parametrize(("mode", "config"), [MODES[0], MODES[-1]])
 def test_a_dense_model_is_seen_as_dense(mode, config):
     model = make_model()
     model.quantize(mode, config=config)
