@@ -5,6 +5,8 @@ import pytest
 import keras_weightmods
 from tests import layout
 
+pytestmark = pytest.mark.one_backend
+
 ROOT = pathlib.Path(keras_weightmods.__file__).parent
 
 

@@ -5,6 +5,8 @@ import pytest
 
 from benchmarks import results_page
 
+pytestmark = pytest.mark.one_backend
+
 pytest.importorskip("scipy")
 
 BUDGETS = [1000, 2000, 4000, 8000, 16000]

@@ -5,6 +5,8 @@ import pytest
 
 import keras_weightmods as kwm
 
+pytestmark = pytest.mark.one_backend
+
 pytest.importorskip("scipy")
 
 TOKENS = np.array([3.2e3, 6.4e3, 1.28e4, 2.56e4, 5.12e4, 1.024e5])

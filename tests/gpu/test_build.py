@@ -6,15 +6,11 @@ import pathlib
 import shutil
 import subprocess
 
-import keras
 import pytest
 
 from keras_weightmods.native import gpu
 
-if keras.backend.backend() != "torch":
-    pytest.skip(
-        "not about the backend: run once, on torch", allow_module_level=True
-    )
+pytestmark = pytest.mark.one_backend
 
 GPU = pathlib.Path(gpu.__file__).parent
 

@@ -5,6 +5,8 @@ import pytest
 from keras_weightmods.native.gpu import dispatch
 from keras_weightmods.native.gpu.dispatch import Measured, Plan
 
+pytestmark = pytest.mark.one_backend
+
 
 def entries(**times):
     """Entries of one product: for each method its times by rows."""

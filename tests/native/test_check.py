@@ -14,6 +14,8 @@ import pytest
 
 from tests.native import native_core
 
+pytestmark = pytest.mark.one_backend
+
 SECONDS = float(os.environ.get("KWM_CHECK_SECONDS", "3"))
 SANITIZE = [
     "-O1",

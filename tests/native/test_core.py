@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from tests.native import native_core
 
+pytestmark = pytest.mark.one_backend
+
 if native_core.compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 

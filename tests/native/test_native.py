@@ -9,6 +9,8 @@ import pytest
 
 from keras_weightmods import native
 
+pytestmark = pytest.mark.one_backend
+
 FOLDER = pathlib.Path(native.__file__).parent / "lib"
 
 

@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 from keras_weightmods.patches.places import pack_places, unpack_places
 
+pytestmark = pytest.mark.one_backend
+
 
 def reference_bits(places, bits):
     """The code, a bit after the other."""

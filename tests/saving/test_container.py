@@ -16,6 +16,8 @@ from keras_weightmods.saving import container
 from keras_weightmods.saving.container import Entry, Reader, Writer
 from tests.models import assert_same_bits
 
+pytestmark = pytest.mark.one_backend
+
 FORMAT, VERSION = "test.numbers", 3
 
 

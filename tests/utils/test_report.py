@@ -7,6 +7,8 @@ import pytest
 from keras_weightmods.utils import report
 from keras_weightmods.utils.report import Report, Skipped, Table
 
+pytestmark = pytest.mark.one_backend
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes(Report):

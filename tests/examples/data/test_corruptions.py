@@ -4,6 +4,8 @@ import pytest
 from examples.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from examples.data.digits import load_digits
 
+pytestmark = pytest.mark.one_backend
+
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_corruptions(name):

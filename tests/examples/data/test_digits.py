@@ -1,6 +1,9 @@
 import numpy as np
+import pytest
 
 from examples.data.digits import load_digits, load_mnist
+
+pytestmark = pytest.mark.one_backend
 
 
 def test_images():

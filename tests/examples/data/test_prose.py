@@ -3,6 +3,8 @@ import pytest
 
 from examples.data import prose
 
+pytestmark = pytest.mark.one_backend
+
 
 class WordTokenizer:
     """Maps each word to its length."""

@@ -6,6 +6,8 @@ import pytest
 
 from examples.data import word_problems
 
+pytestmark = pytest.mark.one_backend
+
 
 class Tokenizer:
     """One token a character; 0 ends a text."""
