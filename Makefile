@@ -31,7 +31,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.optimizer_step
-	$(BIN)/python -m benchmarks.cast_quality
+	$(BIN)/python -m benchmarks.quality
 
 # On a machine with an NVIDIA GPU: tests, timings and the dispatcher's table, in
 # less than 10 minutes once the packages are there. CUDA=12 for older drivers.

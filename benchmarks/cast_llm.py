@@ -101,7 +101,7 @@ def run(args):
         args.text,
         train=None,
         held_out=args.rows,
-        unrelated=args.rows // 2 or 1,
+        reference=args.rows // 2 or 1,
     )
     # Not a part of the state that a checkpoint holds.
     model.preprocessor = None

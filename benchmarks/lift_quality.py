@@ -128,7 +128,7 @@ def train(args, method, rate, seed):
             ("test", args.held_out),
         )
     }
-    (unrelated,) = load_rows(tokenizer, 257, unrelated=8)
+    (unrelated,) = load_rows(tokenizer, 257, reference=8)
     result = {}
     if method == "full" and seed == 0:
         result["before"] = Measure(model, rows["test"], unrelated)()

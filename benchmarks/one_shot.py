@@ -61,7 +61,7 @@ def quality(args):
     dense = model.get_weights()
     length = args.length + 1
     held_out, unrelated = load_rows(
-        tokenizer, length, held_out=args.rows, unrelated=args.rows // 2
+        tokenizer, length, held_out=args.rows, reference=args.rows // 2
     )
     (calibration,) = load_rows(
         tokenizer, length, seed=1, train=args.calibration_rows

@@ -184,7 +184,7 @@ def load_rows(args, model):
         train = make_problems("train", count, args.seed)
         held_out = make_problems("test", args.held_out)
     tokenizer = model.tokenizer
-    (unrelated,) = load_rows(tokenizer, 257, unrelated=2 if args.smoke else 8)
+    (unrelated,) = load_rows(tokenizer, 257, reference=2 if args.smoke else 8)
     return (
         encode(train, tokenizer, args.length + 1),
         encode(held_out, tokenizer, args.length + 1),

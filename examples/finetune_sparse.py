@@ -60,7 +60,7 @@ def run(args):
     code, prose = load_rows(
         tokenizer,
         width,
-        unrelated=args.steps + args.rows,
+        reference=args.steps + args.rows,
         held_out=args.rows,
     )
     train, held_out = code[: args.steps], code[args.steps :]

@@ -103,7 +103,7 @@ def run(args):
         args.seed,
         train=args.steps * args.batch_size,
         held_out=rows,
-        unrelated=rows // 2,
+        reference=rows // 2,
     )
     measure = kwm.Perplexity(model)
     results = []

@@ -81,6 +81,9 @@ from keras_weightmods.sparsity.report import SparsityReport as SparsityReport
 from keras_weightmods.sparsity.report import assert_sparse as assert_sparse
 from keras_weightmods.sparsity.report import sparsity_report as sparsity_report
 from keras_weightmods.sparsity.scaling import attach_scaling as attach_scaling
+from keras_weightmods.sparsity.self_generated import (
+    self_generated as self_generated,
+)
 from keras_weightmods.sparsity.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )

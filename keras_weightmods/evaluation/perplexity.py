@@ -71,7 +71,9 @@ class Perplexity:
     """Measure the perplexity of one model, as often as needed.
 
     A text is cut into windows of `length` tokens, and each of its tokens but
-    the first is scored once, given those before it in its window. What is
+    the first is scored once, given those before it in its window. Where a text
+    begins with the start token of the model's preprocessor, each window does,
+    at the expense of the oldest token in it. What is
     held at a time is the activations of one batch of windows, and the logits
     of `chunk_size` positions. The functions are compiled at the first call
     and used again for changed weights; they are built anew if the model's set
@@ -231,8 +233,14 @@ class Perplexity:
     def _windows(self, tokens: Any) -> Iterator[tuple[Any, int]]:
         """Yield windows of a text, and the first position to score."""
         scored, start = 1, 0
+        first = start_token(self.model)
+        is_started = first is not None and len(tokens) and tokens[0] == first
         while scored < len(tokens):
             window = tokens[start : start + self.length + 1]
+            if is_started and start:
+                # In the place of the oldest token, in every window: models
+                # that were trained with it are lost without.
+                window = np.insert(window[1:], 0, first)
             yield window, scored - start - 1
             scored = start + len(window)
             start += self.stride
@@ -270,10 +278,12 @@ def tokenize(model: Any, text: str) -> np.ndarray:
 
 def start_token(model: Any) -> Any:
     """Return the token that the model's preprocessor puts first, or None."""
-    preprocessor = model.preprocessor
-    if not getattr(preprocessor, "add_start_token", True):
+    preprocessor = getattr(model, "preprocessor", None)
+    if preprocessor is None or not getattr(
+        preprocessor, "add_start_token", True
+    ):
         return None
-    return preprocessor.tokenizer.start_token_id
+    return getattr(preprocessor.tokenizer, "start_token_id", None)
 
 
 def _exp(mean: float) -> float:

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 # Learning rate, ramp and criterion. The first chosen by
-# benchmarks/cast_quality.py, the second with the rate of Adam that is best
+# benchmarks/quality.py, the second with the rate of Adam that is best
 # under a fixed mask, over four, and not searched for.
 _FROM_DENSE = 1.5e-4, 0.4, "activation"
 _FROM_SPARSE = 2.5e-4, 0.0, "magnitude"

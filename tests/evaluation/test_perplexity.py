@@ -186,6 +186,25 @@ def test_strings_get_the_start_token_of_the_preprocessor(monkeypatch):
     )
 
 
+def test_each_window_begins_with_the_start_token():
+    model = plain()
+    object.__setattr__(model, "preprocessor", Words())
+    tokens = np.array([1, 3, 5, 2, 4, 6, 3])
+    measure = kwm.Perplexity(model, length=3)
+    # Windows of three inputs; the second one's oldest gives way.
+    parts = [[1, 3, 5, 2], [1, 4, 6, 3]]
+    losses = [measure.losses([part], verbose=0)[0] * 3 for part in parts]
+    sums = measure.losses([tokens], verbose=0)[0] * 6
+    np.testing.assert_allclose(sums, sum(losses), rtol=1e-5)
+    # Without the start token at its begin a text is cut as it is.
+    other = measure.losses([tokens[1:]], verbose=0)[0] * 5
+    parts = [[3, 5, 2, 4], [4, 6, 3]]
+    losses = [
+        measure.losses([part], verbose=0)[0] * (len(part) - 1) for part in parts
+    ]
+    np.testing.assert_allclose(other, sum(losses), rtol=1e-5)
+
+
 def test_half_precision(model):
     half = llama(dtype="bfloat16")
     half.set_weights(model.get_weights())

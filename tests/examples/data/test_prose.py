@@ -62,10 +62,24 @@ def test_installed_messages():
     assert not lines[0] & lines[1]
 
 
-def test_unrelated_text_comes_with_python():
-    sections = prose.load_unrelated()
+@pytest.mark.parametrize("name", prose.UNSEEN)
+def test_texts_that_are_never_trained_on(name):
+    try:
+        sections = prose.UNSEEN[name]()
+    except ImportError as error:
+        pytest.skip(str(error))
     assert sum(map(len, sections)) > 200_000
-    assert max(map(len, sections)) < 20_000
+    assert max(map(len, sections)) < 60_000
+
+
+def test_rows_begin_with_the_start_token():
+    sections = [("w" * (i + 2) + " ") * 25 for i in range(8)]
+    tokenizer = WordTokenizer()
+    plain = prose.token_blocks(sections, tokenizer, length=9)
+    tokenizer.start_token_id = 1
+    blocks = prose.token_blocks(sections, tokenizer, length=10)
+    np.testing.assert_array_equal(blocks[:, 0], 1)
+    np.testing.assert_array_equal(blocks[:, 1:], plain)
 
 
 def test_user_file_is_split_in_ten(tmp_path):

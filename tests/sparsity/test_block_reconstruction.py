@@ -1,0 +1,188 @@
+"""`sparsify(refine=...)`: swaps, and blocks trained one after the other."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_weightmods as kwm
+from keras_weightmods.sparsity import block_reconstruction
+from keras_weightmods.sparsity.walk import Walk
+from tests import models
+from tests.models import numpy, sequential
+
+
+def data(rows=64, size=16, seed=0):
+    rng = np.random.default_rng(seed)
+    mixing = rng.normal(size=(size, size))
+    return (rng.normal(size=(rows, size)) @ mixing).astype("float32")
+
+
+def make_net():
+    net = sequential(
+        (16,),
+        keras.layers.Dense(24, activation="relu"),
+        keras.layers.LayerNormalization(),
+        keras.layers.Dense(16, activation="tanh"),
+        keras.layers.Dense(8),
+    )
+    return models.randomize(net)
+
+
+def weights_of(model):
+    return [np.array(w) for w in model.get_weights()]
+
+
+def refine(model, x, refine="blocks", **options):
+    options = {"batch_size": 16, "epochs": 10, "verbose": 0, **options}
+    return kwm.sparsify(model, "2:4", "sparsegpt", x, refine=refine, **options)
+
+
+def test_a_linear_layer_ends_at_its_least_squares():
+    """Weighted by the energy of each position, on the support it has."""
+    model = models.randomize(
+        sequential((16,), keras.layers.Dense(8, use_bias=False))
+    )
+    (dense,) = weights_of(model)
+    x = data(128)
+    report = refine(model, x, epochs=150, learning_rate=3e-2)
+    (pruned,) = weights_of(model)
+    y = x.astype("float64") @ dense
+    energy = (y**2).sum(1)
+    batches = energy.reshape(-1, 16)
+    floor = np.repeat(1e-3 * batches.mean(1) + keras.config.epsilon(), 16)
+    root = 1 / np.sqrt(energy + floor)
+    best = 0.0
+    for unit in range(8):
+        kept = pruned[:, unit] != 0
+        a, b = x[:, kept] * root[:, None], y[:, unit] * root
+        solution = np.linalg.lstsq(a, b, rcond=None)[0]
+        best += ((a @ solution - b) ** 2).sum() / len(x)
+    (block,) = report.blocks
+    assert best <= block.after * (1 + 1e-4)
+    assert block.after < 1.03 * best < 0.8 * block.before
+
+
+@pytest.mark.parametrize("kind", ["swaps", "blocks", ("swaps", "blocks")])
+def test_outputs_get_nearer_and_nothing_else_changes(kind):
+    x = data()
+    errors = {}
+    for name in (None, kind):
+        model = make_net()
+        dense = numpy(model(x))
+        others = [v for v in model.variables if "kernel" not in v.name]
+        before = [numpy(v.value).copy() for v in others]
+        flags = [v.trainable for v in model.variables]
+        report = refine(model, x, name)
+        kwm.assert_sparse(model, "2:4")
+        errors[name] = np.square(numpy(model(x)) - dense).mean()
+        for variable, value in zip(others, before):
+            np.testing.assert_array_equal(numpy(variable.value), value)
+        assert flags == [v.trainable for v in model.variables]
+        assert not any(v.constraint for v in model.trainable_variables)
+    assert errors[kind] < 0.9 * errors[None]
+    with_blocks = "blocks" in kind
+    assert len(report.blocks) == (3 if with_blocks else 0)
+    assert all(b.after < b.before and b.kernels == 1 for b in report.blocks)
+    assert ("Blocks, reconstructed" in str(report)) == with_blocks
+
+
+def test_blocks_learn_from_the_dense_model():
+    model, x = make_net(), data(32)
+    layers = [layer for layer in model.layers if layer.weights]
+    parts = keras.Model(model.inputs, [layer.output for layer in layers])
+    dense = [numpy(y) for y in parts(x)]
+    seen = {}
+
+    def visit(group, moment, note):
+        for target in group:
+            target.variable.assign(target.variable.value * 0.5)
+
+    def rebuild(operation, targets, calls, taught, used):
+        outputs = np.concatenate([numpy(y) for y in taught])
+        inputs = np.concatenate([numpy(args[0]) for args, _ in calls])
+        seen[operation.name] = inputs, outputs, len(targets)
+        assert used == [None, None]
+
+    targets = list(kwm.find_targets(model))
+    Walk(targets, [(x[:16], None), (x[16:], None)], visit, rebuild)(model)
+    after = [numpy(y) for y in parts(x)]
+    assert list(seen) == [model.layers[i].name for i in (0, 2, 3)]
+    for place, (inputs, outputs, count) in zip((0, 2, 3), seen.values()):
+        assert count == 1
+        np.testing.assert_allclose(outputs, dense[place], atol=1e-5)
+        expected = after[place - 1] if place else x
+        np.testing.assert_allclose(inputs, expected, atol=1e-5)
+
+
+def test_a_language_model_and_its_padding():
+    """A block of seven kernels; what is in padding does not matter."""
+    results = []
+    for filling in (1, 7):
+        model = models.randomize(models.causal_lm("llama"), scale=0.2)
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(2, 16, size=(8, 12))
+        mask = np.broadcast_to(np.arange(12) < 9, tokens.shape)
+        tokens = np.where(mask, tokens, filling)
+        inputs = {"token_ids": tokens, "padding_mask": mask.astype("int32")}
+        report = refine(
+            model,
+            (inputs, None, mask.astype("float32")),
+            batch_size=4,
+            epochs=2,
+        )
+        kwm.assert_sparse(model, "2:4")
+        results.append(weights_of(model))
+    blocks = report.blocks
+    assert sum(b.kernels for b in blocks) == len(report.kernels)
+    assert len(blocks) == model.backbone.num_layers
+    assert all(block.after < block.before for block in blocks)
+    for a, b in zip(*results):
+        np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def test_a_frozen_model_is_trained_and_stays_frozen():
+    model = make_net()
+    model.trainable = False
+    report = refine(model, data())
+    assert all(b.after < b.before for b in report.blocks)
+    assert not model.trainable
+    assert not model.trainable_variables
+    assert not any(layer.trainable for layer in model.layers)
+
+
+def test_refused_or_failed_the_model_is_as_it_was(monkeypatch):
+    model, x = make_net(), data()
+    before = weights_of(model)
+    for options, message in (
+        ({"refine": "both"}, "refine"),
+        ({"epochs": 0}, "epochs"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refine(model, x, **options)
+    with pytest.raises(ValueError, match="data"):
+        kwm.sparsify(model, refine="swaps")
+    with pytest.raises(ValueError, match="must stay finite"):
+        refine(model, x, learning_rate=1e30)
+    flags = [v.trainable for v in model.variables]
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(block_reconstruction, "_relative_error", fail)
+    with pytest.raises(KeyboardInterrupt):
+        refine(model, x)
+    for a, b in zip(before, weights_of(model)):
+        np.testing.assert_array_equal(a, b)
+    assert flags == [v.trainable for v in model.variables]
+    assert not any(v.constraint for v in model.variables)
+
+
+def test_a_subclassed_model_is_refused():
+    model = models.Subclassed(16)
+    model(data())
+    before = weights_of(model)
+    with pytest.raises(ValueError, match="functional model"):
+        refine(model, data())
+    for a, b in zip(before, weights_of(model)):
+        np.testing.assert_array_equal(a, b)
