@@ -50,8 +50,46 @@ def read(logs, name):
     return harness.read_json(logs / f"{name}.json")
 
 
+def texts(log):
+    """Every method of quality.py, on each of its texts."""
+    groups = collections.defaultdict(list)
+    for row in log["rows"]:
+        groups[row["method"]].append(row)
+    names = list(log["rows"][0]["perplexity"])
+    rows = [
+        [
+            name,
+            f"{group[0]['tokens']:,}",
+            *(mean([r["perplexity"][text] for r in group]) for text in names),
+            mean([row["x_dense"] for row in group], ".2f"),
+            f"{np.mean([list(r['divergence'].values()) for r in group]):.2f}",
+            len({row["seed"] for row in group}),
+            f"{np.mean([row['seconds'] for row in group]) / 60:.1f}",
+        ]
+        for name, group in groups.items()
+    ]
+    return "\n\n".join(
+        [
+            f"{log['model']}; {log['steps']} rows of "
+            f"{log['tokens_per_step']} tokens, of which a share of "
+            f"{log['self_share']} was written by the dense model; the same "
+            f"rows in the same order; {log['dtype']}, {log['backend']}; "
+            f"{log['machine']}. *x dense* is the geometric mean of the four "
+            "ratios to the dense model, *nats* the mean divergence from it "
+            "per token. Only the held-out text is of the kind trained on.",
+            table(
+                " | ".join(
+                    ["method", "tokens", *(n.replace("_", " ") for n in names)]
+                    + ["x dense", "nats", "seeds", "minutes"]
+                ),
+                rows,
+            ),
+        ]
+    )
+
+
 def methods(log):
-    """Every method of cast_quality.py."""
+    """Every method of an older form of quality.py, with two texts."""
     groups = collections.defaultdict(list)
     for row in log["rows"]:
         groups[row["method"]].append(row)
@@ -547,9 +585,9 @@ def megabytes(count):
     return "" if count is None else f"{count / 1e6:.0f}"
 
 
-def mean(values):
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
+def mean(values, form=".1f"):
+    spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{spread}"
 
 
 def table(header, rows, text_columns=1):
@@ -586,7 +624,8 @@ rows that say it."""
 
 # Title, log, and the function that makes a part of it.
 PARTS = (
-    ("At equal tokens", "cast_quality", methods),
+    ("Four texts, three never trained on", "quality", texts),
+    ("At equal tokens, on two texts (an older log)", "cast_quality", methods),
     ("One-shot, without training", "one_shot", one_shot),
     ("CAST by budget", "cast_llm", budgets),
     ("Scaling law", "cast_llm", laws),

@@ -102,7 +102,7 @@ def load_code():
     sections = []
     for name in _MODULES:
         source = importlib.util.find_spec(name).loader.get_source(name)
-        sections.extend(_sections(source.split("\n\n\n"), "\n\n\n"))
+        sections.extend(_sections(source.split("\n\n"), "\n\n"))
     return sections
 
 

@@ -46,7 +46,7 @@ def write(folder, runs):
 def test_parts_without_logs_name_the_program(tmp_path):
     page = results_page.make_page(tmp_path)
     for program in (
-        "cast_quality",
+        "quality",
         "cast_llm",
         "packed_llm",
         "sparse_matmul",
@@ -56,6 +56,36 @@ def test_parts_without_logs_name_the_program(tmp_path):
         "principal_mask",
     ):
         assert f"python -m benchmarks.{program}" in page
+
+
+def test_four_texts_and_their_seeds(tmp_path):
+    def row(seed, x_dense):
+        perplexity = {"held_out": 40.0, "reference": 20.0, "news": 30.0}
+        return {
+            "method": "CAST",
+            "seed": seed,
+            "tokens": 2560,
+            "seconds": 60.0,
+            "perplexity": perplexity,
+            "x_dense": x_dense,
+            "divergence": dict.fromkeys(perplexity, 0.5),
+        }
+
+    log = {
+        "model": "small",
+        "machine": "one",
+        "steps": 10,
+        "tokens_per_step": 256,
+        "self_share": 0.5,
+        "dtype": "float32",
+        "backend": "torch",
+        "rows": [row(0, 2.0), row(1, 3.0)],
+    }
+    (tmp_path / "quality.json").write_text(json.dumps(log))
+    page = results_page.make_page(tmp_path)
+    assert "| method | tokens | held out | reference | news | x dense" in page
+    assert "| CAST | 2,560 | 40.0 ± 0.0 | 20.0 ± 0.0 | 30.0 ± 0.0 " in page
+    assert "| 2.50 ± 0.71 | 0.50 | 2 | 1.0 |" in page
 
 
 def test_seeds_are_put_together_and_the_law_is_judged(tmp_path):
