@@ -206,6 +206,16 @@ def make_methods(steps):
         "CAST from SparseGPT, mask free": Cast(
             steps, init="sparsegpt", ramp=0.4, criterion="activation"
         ),
+        "CAST from SparseGPT, blocks": Cast(
+            steps, init="sparsegpt", init_refine="blocks"
+        ),
+        "CAST from SparseGPT, blocks, mask free": Cast(
+            steps,
+            init="sparsegpt",
+            init_refine="blocks",
+            ramp=0.4,
+            criterion="activation",
+        ),
         "CAST from SparseGPT, eta 2/3": Cast(
             steps, init="sparsegpt", distillation_weight=2 / 3
         ),
@@ -382,6 +392,7 @@ class Cast:
         teacher="self",
         scaling_groups=2,
         init="dense",
+        init_refine=None,
         distillation_weight=1 / 3,
         **recipe,
     ):
@@ -390,6 +401,7 @@ class Cast:
             "teacher": teacher,
             "scaling_groups": scaling_groups,
             "init": init,
+            "init_refine": init_refine,
             "distillation_weight": distillation_weight,
         }
         self.recipe = recipe

@@ -74,6 +74,8 @@ class CAST(LogitsDistiller):
             that start; the teacher is the dense model still. On SmolLM2 with
             30,720 tokens that is as good on text of the kind trained on, and
             worse on other text. Defaults to `"dense"`.
+        init_refine: As `refine` of `sparsify`, for a one-shot start. Defaults
+            to `None`.
         init_rows: Int, the rows (texts, images) that the one-shot start is
             made on, rounded up to whole batches. Defaults to `128`, as many
             as SparseGPT's authors take.
@@ -140,6 +142,7 @@ class CAST(LogitsDistiller):
         temperature: float = 1.0,
         scaling_groups: int = 2,
         init: str = "dense",
+        init_refine: Any = None,
         init_rows: int = 128,
         teacher_dtype: str | None = None,
         name: str = "cast",
@@ -147,6 +150,8 @@ class CAST(LogitsDistiller):
         n, m = parse_pattern(pattern)
         checks.check_choice("init", init, ("dense", *sparsify.METHODS))
         checks.check_int("init_rows", init_rows, 1)
+        # Raises for what is no refinement.
+        sparsify.OneShot(pattern, "magnitude", refine=init_refine)
         checks.check_int("scaling_groups", scaling_groups, 0)
         if not isinstance(model, keras.Model) or not model.built:
             expected = "a built `keras.Model`. Call it on data first"
@@ -175,6 +180,7 @@ class CAST(LogitsDistiller):
             raise
         self.pattern = f"{n}:{m}"
         self.init = init
+        self.init_refine = init_refine
         self.init_rows = init_rows
         self.scaling_groups = scaling_groups
         self.targets = usable
@@ -432,7 +438,12 @@ class CAST(LogitsDistiller):
         )
         if not is_started:
             shown = 1 if verbose in ("auto", 1) else 0
-            start = sparsify.OneShot(self.pattern, self.init, verbose=shown)
+            start = sparsify.OneShot(
+                self.pattern,
+                self.init,
+                verbose=shown,
+                refine=self.init_refine,
+            )
             self.init_report = start(self.student, self.targets, first[:enough])
             self._run.is_started = True
         if is_ranked_by_inputs:

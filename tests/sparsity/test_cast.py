@@ -231,6 +231,22 @@ def test_a_start_whose_mask_goes_on_changing():
     assert any((a != b).any() for a, b in zip(after, before, strict=True))
 
 
+def test_a_start_is_refined():
+    x, y = make_data(40)
+    options = {"init": "magnitude", "init_refine": "blocks", "init_rows": 16}
+    cast = compiled(model=make_mlp(), teacher="self", **options)
+    dense = numpy(cast.teacher(x))
+    started(cast, x, y, batch_size=4)
+    blocks = cast.init_report.blocks
+    assert len(blocks) == 2
+    assert all(block.after < block.before for block in blocks)
+    np.testing.assert_array_equal(numpy(cast.teacher(x)), dense)
+    fit(cast, (x, y))
+    kwm.assert_sparse(cast.finalize(), "2:4")
+    with pytest.raises(ValueError, match="refine"):
+        kwm.CAST(make_mlp(), init="wanda", init_refine="all")
+
+
 def test_a_start_is_in_the_checkpoint(tmp_path):
     path = tmp_path / "start.weights.h5"
     cast = compiled(init="sparsegpt")
