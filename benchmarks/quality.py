@@ -1,7 +1,7 @@
 """What is left of a real LLM's quality when it is made 2:4, by method.
 
     python -m benchmarks.quality
-    python -m benchmarks.quality --methods cast,fixed --seeds 0,1 --resume
+    python -m benchmarks.quality --methods CAST,SR-STE --seeds 0,1 --resume
 
 Every method trains SmolLM2-135M-Instruct on the same rows, in the same order,
 for the same number of tokens, and ends exactly 2:4; one-shot methods are
@@ -187,10 +187,10 @@ def make_methods(steps):
         "one-shot magnitude": OneShot("magnitude"),
         "one-shot Wanda": OneShot("wanda"),
         "one-shot SparseGPT": OneShot("sparsegpt"),
-        "one-shot SparseGPT, swaps": OneShot("sparsegpt", "swaps"),
-        "one-shot magnitude, blocks": OneShot("magnitude", "blocks"),
-        "one-shot SparseGPT, blocks": OneShot("sparsegpt", "blocks"),
-        "one-shot SparseGPT, swaps, blocks": OneShot(
+        "one-shot SparseGPT + swaps": OneShot("sparsegpt", "swaps"),
+        "one-shot magnitude + blocks": OneShot("magnitude", "blocks"),
+        "one-shot SparseGPT + blocks": OneShot("sparsegpt", "blocks"),
+        "one-shot SparseGPT + swaps + blocks": OneShot(
             "sparsegpt", ("swaps", "blocks")
         ),
         "dense fine-tuned": DenseFineTuning(2e-4),
@@ -203,20 +203,20 @@ def make_methods(steps):
         "CAST from SparseGPT without distillation": Cast(
             steps, init="sparsegpt", teacher=None
         ),
-        "CAST from SparseGPT, mask free": Cast(
+        "CAST from SparseGPT + free mask": Cast(
             steps, init="sparsegpt", ramp=0.4, criterion="activation"
         ),
-        "CAST from SparseGPT, blocks": Cast(
+        "CAST from SparseGPT + blocks": Cast(
             steps, init="sparsegpt", init_refine="blocks"
         ),
-        "CAST from SparseGPT, blocks, mask free": Cast(
+        "CAST from SparseGPT + blocks + free mask": Cast(
             steps,
             init="sparsegpt",
             init_refine="blocks",
             ramp=0.4,
             criterion="activation",
         ),
-        "CAST from SparseGPT, eta 2/3": Cast(
+        "CAST from SparseGPT + eta 2/3": Cast(
             steps, init="sparsegpt", distillation_weight=2 / 3
         ),
         "CAST without distillation": Cast(steps, teacher=None),
