@@ -87,6 +87,10 @@ from keras_weightmods.sparsity.self_generated import (
 from keras_weightmods.sparsity.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )
+from keras_weightmods.sparsity.sensitivity import (
+    SensitivityReport as SensitivityReport,
+)
+from keras_weightmods.sparsity.sensitivity import sensitivity as sensitivity
 from keras_weightmods.sparsity.sparsify import SparsifyReport as SparsifyReport
 from keras_weightmods.sparsity.sparsify import sparsify as sparsify
 from keras_weightmods.sparsity.sparsity_monitor import (

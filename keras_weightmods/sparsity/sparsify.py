@@ -244,15 +244,9 @@ def sparsify(
         raise checks.error("data", expected, data)
     found = resolve_targets(model, targets)
     usable = fitting_targets("sparsify", found, pattern)
-    taken = [t.path for t in usable if t.attribute in slots(t.layer)]
-    if taken:
-        raise ValueError(
-            "`sparsify` prunes stored kernels, which are not what these "
-            f"layers compute with: {taken[:5]}. Call `kwm.fold(model)` first, "
-            "or leave them out of `targets`."
-        )
+    check_stored("sparsify", usable)
     if data is not None:
-        data = _calibration_batches(model, data, batch_size)
+        data = calibration_batches(model, data, batch_size)
     return pruner(model, usable, data)
 
 
@@ -285,6 +279,17 @@ def fitting_targets(
             f"skipped {fitting.skipped}"
         )
     return fitting
+
+
+def check_stored(caller: str, targets: Targets) -> None:
+    """Raise ValueError for a target that is reparameterized."""
+    taken = [t.path for t in targets if t.attribute in slots(t.layer)]
+    if taken:
+        raise ValueError(
+            f"`{caller}` prunes stored kernels, which are not what these "
+            f"layers compute with: {taken[:5]}. Call `kwm.fold(model)` first, "
+            "or leave them out of `targets`."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -445,9 +450,10 @@ class OneShot:
             )
 
 
-def _calibration_batches(
+def calibration_batches(
     model: Any, data: Any, batch_size: int
 ) -> list[tuple[Any, Any]]:
+    """Return `data` as a list of pairs (inputs, sample weights or None)."""
     x, weights = data, None
     if isinstance(data, tuple):
         # Not of a list, which may be one of strings or of several inputs.
