@@ -61,11 +61,13 @@ def self_generated(
     import keras_hub
     import keras_weightmods as kwm
 
-    letters = {token: i for i, token in enumerate(["<|endoftext|>", *"abc"])}
+    tokens = ["<|endoftext|>", "a", "b", "c", "ab"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     model = keras_hub.models.GPT2CausalLM(
-        keras_hub.models.GPT2Backbone(4, 1, 1, 8, 8, max_sequence_length=8),
+        keras_hub.models.GPT2Backbone(5, 1, 1, 8, 8, max_sequence_length=8),
         keras_hub.models.GPT2CausalLMPreprocessor(
-            keras_hub.tokenizers.GPT2Tokenizer(letters, []), sequence_length=8
+            keras_hub.tokenizers.GPT2Tokenizer(vocabulary, ["a b"]),
+            sequence_length=8,
         ),
     )
     tokens = kwm.self_generated(model, rows=3, length=8, verbose=0)

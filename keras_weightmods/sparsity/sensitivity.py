@@ -181,8 +181,10 @@ def sensitivity(
     run = _output_function(model, usable)
     dense = [run(x) for x, _ in batches]
     energy = sum(np.square(y).sum() for y in dense)
-    if not np.isfinite(energy):
-        expected = "inputs for which the outputs are finite"
+    # A ReLU may turn NaN into zero.
+    measured = [energy, *(norm.sum() for norm in norms if norm is not None)]
+    if not np.isfinite(measured).all():
+        expected = "inputs for which activations and outputs are finite"
         raise checks.error("data", expected, "ones with NaN or infinite ones")
     progress = keras.utils.Progbar(
         len(usable), unit_name="kernel", verbose=verbose
