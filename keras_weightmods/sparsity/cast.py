@@ -152,6 +152,9 @@ class CAST(LogitsDistiller):
         checks.check_int("init_rows", init_rows, 1)
         # Raises for what is no refinement.
         sparsify.OneShot(pattern, "magnitude", refine=init_refine)
+        if init_refine and init == "dense":
+            expected = "None where `init` is 'dense': nothing is pruned"
+            raise checks.error("init_refine", expected, init_refine)
         checks.check_int("scaling_groups", scaling_groups, 0)
         if not isinstance(model, keras.Model) or not model.built:
             expected = "a built `keras.Model`. Call it on data first"

@@ -339,6 +339,9 @@ class OneShot:
         checks.check_int("block_size", self.block_size, 1)
         checks.check_int("epochs", self.epochs, 1)
         checks.check_float("learning_rate", self.learning_rate, above=0)
+        if not isinstance(self.refine, (str, tuple, list, type(None))):
+            expected = f"one of {REFINEMENTS}, a tuple of them, or None"
+            raise checks.error("refine", expected, self.refine)
         for name in self.refinements:
             checks.check_choice("refine", name, REFINEMENTS)
 

@@ -155,6 +155,7 @@ def test_refused_or_failed_the_model_is_as_it_was(monkeypatch):
     before = weights_of(model)
     for options, message in (
         ({"refine": "both"}, "refine"),
+        ({"refine": 3}, "refine"),
         ({"epochs": 0}, "epochs"),
         ({"learning_rate": 0.0}, "learning_rate"),
     ):

@@ -245,6 +245,8 @@ def test_a_start_is_refined():
     kwm.assert_sparse(cast.finalize(), "2:4")
     with pytest.raises(ValueError, match="refine"):
         kwm.CAST(make_mlp(), init="wanda", init_refine="all")
+    with pytest.raises(ValueError, match="init_refine"):
+        kwm.CAST(make_mlp(), init_refine="blocks")
 
 
 def test_a_start_is_in_the_checkpoint(tmp_path):
