@@ -172,6 +172,8 @@ def sensitivity(
     """
     n, m = parse_pattern(pattern)
     checks.check_int("batch_size", batch_size, 1)
+    if data is None:
+        raise checks.error("data", "calibration data, a row or two", data)
     usable = sparsify.fitting_targets(
         "sensitivity", resolve_targets(model, targets), pattern
     )

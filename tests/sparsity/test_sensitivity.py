@@ -92,6 +92,8 @@ def test_wrong_use():
     x = np.ones((2, 16))
     with pytest.raises(ValueError, match="batch_size"):
         kwm.sensitivity(model, x, batch_size=0)
+    with pytest.raises(ValueError, match="`data`"):
+        kwm.sensitivity(model, None)
     with pytest.raises(ValueError, match="finite"):
         kwm.sensitivity(model, x * np.nan, verbose=0)
     report = kwm.sensitivity(model, x, verbose=0)
