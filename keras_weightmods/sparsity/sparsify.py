@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -380,7 +381,15 @@ class OneShot:
         train = BlockReconstruction(self.epochs, self.learning_rate)
 
         def rebuild(operation: Any, group: list[Target], *calls: Any) -> None:
-            if errors := train(operation, group, *calls):
+            errors = train(operation, group, *calls)
+            if errors is None:
+                warnings.warn(
+                    f"The block {operation.name!r} gives no float, so that its "
+                    f"{len(group)} kernels are pruned by {self.method!r} and "
+                    "not reconstructed.",
+                    stacklevel=2,
+                )
+            else:
                 blocks.append(
                     ReconstructedBlock(operation.name, len(group), *errors)
                 )
