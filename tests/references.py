@@ -1,5 +1,6 @@
 """Slow NumPy float64 references, written from the equations."""
 
+import ml_dtypes
 import numpy as np
 
 
@@ -110,10 +111,56 @@ def pack_24(kernel, dtype):
         values = np.rint(values.astype("float32") / scale[:, None])
         values = values.reshape(blocks, rows, 4, 4, 16)
         values = values.transpose(0, 1, 3, 4, 2)
+    if dtype == "int4":
+        scale = np.ones((blocks, -(-rows // 2), 16), ml_dtypes.bfloat16)
+        kept, values = values, np.zeros((blocks, rows, 2, 16, 4), np.uint8)
+        for block, group, lane in np.ndindex(scale.shape):
+            slots = range(32 * group, min(32 * group + 32, 16 * rows))
+            steps, scale[block, group, lane] = round_int4(
+                kept[block, slots, lane]
+            )
+            for slot, step in zip(slots, steps):
+                row, place = divmod(slot, 16)
+                q, word = divmod(place, 4)
+                byte = (int(step) & 15) << (4 if word > 1 else 0)
+                values[block, row, word % 2, lane, q] |= byte
     if dtype == "bfloat16":
         values = values.reshape(blocks, rows * 8, 2, 16)
         values = values.transpose(0, 1, 3, 2)
-    return values, meta.view(np.int32), scale if dtype == "int8" else None
+    has_scale = dtype in ("int8", "int4")
+    return values, meta.view(np.int32), scale if has_scale else None
+
+
+def round_int4(weights):
+    """int4 steps of weights with one scale, and that scale."""
+    weights = np.asarray(weights, "float64")
+    largest = np.float32(np.abs(weights).max(initial=0))
+    found = [(np.inf, np.zeros(len(weights)), ml_dtypes.bfloat16(1))]
+    for step in (1, 2, 3, 4, 5, 6, 7, 7.5, 8, 8.5, 9, -7.5, -8, -8.5, -9):
+        scale = ml_dtypes.bfloat16(largest / np.float32(step))
+        if scale == 0 or not np.isfinite(scale):
+            continue
+        quotients = weights.astype("float32") / np.float32(scale)
+        steps = np.clip(np.rint(quotients), -8, 7)
+        error = sum((weights - steps * np.float64(scale)) ** 2)
+        found.append((error, steps, scale))
+    # The first of the best.
+    _, steps, scale = min(found, key=lambda each: each[0])
+    return steps, scale
+
+
+def round_activations(x):
+    """Each row in blocks of 32 entries, to 127 steps either way."""
+    x = np.asarray(x, "float64")
+    rounded = np.zeros_like(x)
+    for row in np.ndindex(x.shape[:-1]):
+        for start in range(0, x.shape[-1], 32):
+            block = x[row][start : start + 32]
+            scale = np.abs(block).max() / 127
+            if scale != 0:
+                steps = np.rint(block / scale)
+                rounded[row][start : start + 32] = steps * scale
+    return rounded
 
 
 def principal_mask(x, count, rank, axes=(0,), candidates=None):

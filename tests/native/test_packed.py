@@ -12,7 +12,7 @@ from keras_weightmods.native import packed as module
 from keras_weightmods.ops import pack_kernel, unpack_kernel
 from tests import references
 
-DTYPES = ["float32", "bfloat16", "int8"]
+DTYPES = ["float32", "bfloat16", "int8", "int4"]
 
 
 @pytest.fixture(params=["library", "numpy"], autouse=True)
@@ -40,7 +40,7 @@ def kernel_of(k, n, seed=0, density=1.0):
 )
 @given(
     # Few, as JAX compiles for each.
-    shape=st.sampled_from([(64, 16), (37, 21), (5, 2), (0, 3), (4, 0)]),
+    shape=st.sampled_from([(64, 16), (101, 21), (5, 2), (0, 3), (4, 0)]),
     dtype=st.sampled_from(DTYPES),
     density=st.sampled_from([0.3, 1.0]),
     seed=st.integers(0, 99),
@@ -65,6 +65,12 @@ def test_pack_equals_reference_and_comes_back(shape, dtype, density, seed):
         scale = packed.scale.reshape(-1)[:n]
         expected = np.rint(kernel / scale) * scale
         assert np.all(np.abs(expected - kernel) <= 0.5001 * scale)
+    if dtype == "int4":
+        np.testing.assert_array_equal(packed.scale, scale)
+        scale = np.repeat(scale.transpose(1, 0, 2), 64, axis=0)
+        scale = scale.reshape(len(scale), 16 * scale.shape[1])[:k, :n]
+        scale = scale.astype("float32")
+        expected = np.clip(np.rint(kernel / scale), -8, 7) * scale
     unpacked = unpack_kernel(packed)
     assert unpacked.dtype == np.float32
     np.testing.assert_array_equal(unpacked, expected)
@@ -72,9 +78,13 @@ def test_pack_equals_reference_and_comes_back(shape, dtype, density, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_and_variables_unpack_alike(dtype):
-    packed = pack_kernel(kernel_of(36, 20), dtype)
+    packed = pack_kernel(kernel_of(100, 20), dtype)
+    check_tensors_and_variables(packed)
+
+
+def check_tensors_and_variables(packed):
     expected = unpack_kernel(packed)
-    specs = module.packed_arrays((36, 20), dtype)
+    specs = module.packed_arrays(packed.shape, packed.dtype, packed.is_dense)
     tensors = {
         name: keras.ops.convert_to_tensor(getattr(packed, name))
         for name in specs
@@ -116,9 +126,118 @@ def test_not_finite_values_stay_in_their_place():
             keras.ops.convert_to_numpy(module.unpack_tensor(packed)), kernel
         )
     # A scale has no room for them: the column says so.
-    unpacked = unpack_kernel(pack_kernel(kernel, "int8"))
-    assert np.isnan(unpacked[[1, 5], [0, 1]]).all()
-    np.testing.assert_array_equal(unpacked[:, 2], 0)
+    for dtype in ("int8", "int4"):
+        unpacked = unpack_kernel(pack_kernel(kernel, dtype))
+        assert np.isnan(unpacked[[1, 5], [0, 1]]).all()
+        np.testing.assert_array_equal(unpacked[:, 2], 0)
+
+
+def grid(k, n, seed=0):
+    """-8 to 7 times a bfloat16 scale, of either sign, a group and column."""
+    rng = np.random.default_rng(seed)
+    scale = rng.normal(size=(-(-k // 64), n)) * 2.0 ** rng.integers(-9, 9, n)
+    scale = scale.astype(ml_dtypes.bfloat16).astype("float32")
+    least = rng.integers(-8, 1, scale.shape)
+    steps = [rng.integers(low, 1 - low) for low in np.repeat(least, 64, 0)[:k]]
+    return np.clip(steps, -8, 7) * np.repeat(scale, 64, axis=0)[:k]
+
+
+@pytest.mark.parametrize("shape", [(192, 40), (132, 17), (3, 5)])
+def test_what_lies_on_a_grid_of_int4_is_kept(shape):
+    matrix = grid(*shape).astype("float32")
+    kernel = matrix * (kernel_of(*shape) != 0)
+    np.testing.assert_array_equal(
+        unpack_kernel(pack_kernel(kernel, "int4")), kernel
+    )
+    np.testing.assert_array_equal(
+        unpack_kernel(module.pack_dense(matrix, "int4")), matrix
+    )
+
+
+def test_int4_at_the_ends_of_float32():
+    largest = np.finfo("float32").max
+    for size in (largest, largest / 2, 1e-38, 1e-44):
+        kernel = kernel_of(64, 16) * (kernel_of(64, 16) > 0)
+        kernel = (kernel / kernel.max() * size).astype("float32")
+        packed = pack_kernel(kernel, "int4")
+        values, _, scale = references.pack_24(kernel, "int4")
+        np.testing.assert_array_equal(packed.values, values)
+        np.testing.assert_array_equal(packed.scale, scale)
+        if size < largest:
+            assert np.isfinite(unpack_kernel(packed)).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [(64, 16), (101, 21), (5, 2), (0, 3), (4, 0)])
+def test_dense_matrices(shape, dtype):
+    k, n = shape
+    matrix = np.random.default_rng(1).normal(size=shape).astype("float32")
+    packed = module.pack_dense(matrix, dtype)
+    assert packed.activations == "int8"
+    words = packed.values
+    if dtype == "int4":
+        nibbles = (words & 15, words >> 4)
+        words = np.concatenate(nibbles, 2).astype("int32")
+        words = np.where(words > 7, words - 16, words)
+    expected = np.zeros(shape, "float32")
+    for column in range(n):
+        block, lane = divmod(column, 16)
+        for row in range(k):
+            g, q = divmod(row % 32, 4)
+            scale = packed.scale[block]
+            scale = scale[row // 64, lane] if dtype == "int4" else scale[lane]
+            step = words[block, row // 32, g, lane, q]
+            expected[row, column] = step * np.float32(scale)
+        if dtype == "int4":
+            for start in range(0, k, 64):
+                group = matrix[start : start + 64, column]
+                _, scale = references.round_int4(group)
+                assert packed.scale[block, start // 64, lane] == scale
+    np.testing.assert_array_equal(unpack_kernel(packed), expected)
+    if dtype == "int8":
+        largest = np.abs(matrix).max(axis=0, initial=0)
+        assert np.all(np.abs(expected - matrix) <= largest / 253)
+    again = module.dense_of_steps(*module.steps_of_dense(packed), dtype)
+    for name in ("values", "scale"):
+        np.testing.assert_array_equal(
+            getattr(again, name), getattr(packed, name)
+        )
+    if shape == (101, 21):
+        check_tensors_and_variables(packed)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_values_at_known_places(dtype):
+    kernel = kernel_of(101, 21, density=0.9)
+    packed = pack_kernel(kernel, dtype)
+    scale = packed.scale.astype("float32")
+    scale = scale.reshape(2, -1, 16).transpose(1, 0, 2)
+    scale = np.repeat(scale.reshape(len(scale), -1), 64, axis=0)
+    scale = scale[: 101 if dtype == "int4" else 1, :21]
+    steps = np.rint(unpack_kernel(packed) / scale)
+    values = module.values_at(steps, packed.meta, dtype)
+    np.testing.assert_array_equal(values, packed.values)
+
+
+@pytest.mark.parametrize("size", [1, 32, 77])
+def test_activations_are_rounded_in_blocks(size):
+    x = np.random.default_rng(0).normal(size=(2, 3, size)).astype("float32")
+    x[0, 0] = 0
+    # An outlier has its own block alone.
+    x[1, 1, -1] = 1e6
+    found = module.round_activations(keras.ops.convert_to_tensor(x))
+    found = keras.ops.convert_to_numpy(found)
+    expected = references.round_activations(x)
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-6)
+    bound = np.abs(x).max() / 253 if size < 77 else np.inf
+    assert np.abs(found - x).max() <= bound
+    assert np.abs(found - x)[..., :64].max() < 0.02 or size == 32
+    x[0, 1, 0], x[0, 2, -1] = np.nan, np.inf
+    found = module.round_activations(keras.ops.convert_to_tensor(x))
+    found = np.isnan(keras.ops.convert_to_numpy(found))
+    assert found[0, 1, :32].all()
+    assert found[0, 2, (size - 1) // 32 * 32 :].all()
+    assert found.sum() == min(size, 32) + (size - 1) % 32 + 1
 
 
 def test_not_2_4():
@@ -136,8 +255,14 @@ def test_wrong_arguments():
     for wrong in np.zeros((4, 4, 4)), [[1.0, 0.0]], None:
         with pytest.raises(ValueError, match=r"must be a matrix .* axes"):
             pack_kernel(wrong)
-    with pytest.raises(ValueError, match=r"`dtype` must be .*dtype='int4'"):
-        pack_kernel(np.zeros((4, 4)), "int4")
+    with pytest.raises(ValueError, match=r"`dtype` must be .*dtype='int2'"):
+        pack_kernel(np.zeros((4, 4)), "int2")
+    with pytest.raises(ValueError, match=r"`dtype` must be .*'bfloat16'"):
+        module.pack_dense(np.zeros((4, 4)), "bfloat16")
+    with pytest.raises(ValueError, match=r"`activations` .*'bfloat16'"):
+        pack_kernel(np.zeros((4, 4)), "int8", "bfloat16")
+    with pytest.raises(ValueError, match=r"need int8 or int4 .*bfloat16"):
+        pack_kernel(np.zeros((4, 4)), "bfloat16", "int8")
     for shape in [(4,), [4, 4], (4, -1), (4.0, 4)]:
         with pytest.raises(ValueError, match="`shape` must be a pair"):
             module.packed_arrays(shape, "float32")
@@ -160,10 +285,13 @@ def test_arrays_that_do_not_fit(name, change):
         dataclasses.replace(packed, **{name: change(getattr(packed, name))})
 
 
-def test_int8_needs_its_scale():
-    packed = pack_kernel(kernel_of(36, 20), "int8")
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_integers_need_their_scale(dtype):
+    packed = pack_kernel(kernel_of(36, 20), dtype)
     with pytest.raises(ValueError, match=r"`scale` .* must be an array"):
         dataclasses.replace(packed, scale=None)
+    with pytest.raises(ValueError, match=r"`meta` can be None.*float32"):
+        dataclasses.replace(packed, meta=None)
 
 
 def test_unpack_of_what_is_not_packed():

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from keras_weightmods import native
-from keras_weightmods.native.packed import Packed, packed_arrays
+from keras_weightmods.native.packed import Packed, pack_dense, packed_arrays
 from keras_weightmods.ops import pack_kernel, sparse_matmul, unpack_kernel
-from tests import models
+from tests import models, references
 from tests.models import normal, numpy
 from tests.native.test_packed import DTYPES, kernel_of
 
@@ -52,30 +52,45 @@ def assert_close(actual, expected, tolerance=1e-5):
         assert np.abs(actual - expected).max() <= tolerance * largest
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+ROUNDED = ["int8", "int4", "int8 dense", "int4 dense"]
+CASES = [
+    *((dtype, "float32") for dtype in DTYPES),
+    *((dtype, "int8") for dtype in ROUNDED),
+]
+
+
+@pytest.mark.parametrize(("dtype", "activations"), CASES)
 @pytest.mark.parametrize(
     ("leading", "k", "n"),
     [((1,), 64, 48), ((3, 2), 37, 21), ((19,), 132, 17), ((), 5, 2)],
 )
-def test_equals_reference_with_gradients(compiled, leading, k, n, dtype):
-    check_product(sparse_matmul, leading, k, n, dtype)
+def test_equals_reference_with_gradients(
+    compiled, leading, k, n, dtype, activations
+):
+    check_product(sparse_matmul, leading, k, n, dtype, activations)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dense_product_equals_reference_too(dtype):
-    check_product(module.dense_matmul, (3, 2), 37, 21, dtype)
+@pytest.mark.parametrize(("dtype", "activations"), CASES)
+def test_dense_product_equals_reference_too(dtype, activations):
+    check_product(module.dense_matmul, (3, 2), 37, 21, dtype, activations)
 
 
-def check_product(sparse_matmul, leading, k, n, dtype):
+def check_product(sparse_matmul, leading, k, n, dtype, activations):
     kernel = kernel_of(k, n)
-    packed = pack_kernel(kernel, dtype)
+    if dtype.endswith("dense"):
+        packed = pack_dense(normal(k, n, seed=2), dtype.removesuffix(" dense"))
+    else:
+        packed = pack_kernel(kernel, dtype, activations)
     w = unpack_kernel(packed).astype("float64")
     x = normal(*leading, k)
     dy = normal(*leading, n, seed=7).astype("float64")
 
     y = numpy(sparse_matmul(x, packed))
     assert y.dtype == np.float32
-    assert_close(y, x.astype("float64") @ w)
+    rounded = x.astype("float64")
+    if activations == "int8":
+        rounded = references.round_activations(x)
+    assert_close(y, rounded @ w)
     if dtype != "float32":
         (dx,) = gradients(lambda x: sparse_matmul(x, packed), x)
         assert_close(dx, dy @ w.T)
