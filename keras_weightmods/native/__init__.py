@@ -11,9 +11,9 @@ import pathlib
 import warnings
 from typing import Any
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _SCALAR = 0  # KWM_ISA_SCALAR
-_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 
 # C's types, by the letters of Python's `struct`.
 _C_TYPES = {
@@ -31,6 +31,7 @@ _SIGNATURES = {
     "kwm_pack": ("q", "PqqiPPP"),
     "kwm_unpack": ("", "PPPqqiP"),
     "kwm_matmul": ("", "PqqqiPPPPPP"),
+    "kwm_matmul_int8": ("", "PqqqiPPPPPP"),
     "kwm_matmul_transposed": ("", "PqqqiPPPPPP"),
     "kwm_values_gradient": ("", "PPqqqPPPP"),
     "kwm_compand": ("", "PqffPPP"),
@@ -47,6 +48,7 @@ _WAY_OUT = (
 # The custom calls that XLA has to be told of, on JAX and on TensorFlow.
 XLA_TARGETS = (
     "kwm_xla_matmul",
+    "kwm_xla_matmul_int8",
     "kwm_xla_matmul_transposed",
     "kwm_xla_values_gradient",
     "kwm_xla_compand",

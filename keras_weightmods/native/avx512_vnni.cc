@@ -144,8 +144,7 @@ void multiply_tile(const uint8_t* x, const float* steps, const Packed& w,
     }
   }
   for (int c = 0; c < C; ++c) {
-    const float* scale_at = w.scale + (column_block + c) * kLanes;
-    const __m512 scale = _mm512_loadu_ps(scale_at);
+    const __m512 scale = _mm512_loadu_ps(w.int8_scale(column_block + c));
     for (int r = 0; r < R; ++r) {
       const __m512i high =
           _mm512_sub_epi32(sum[c][r][2], _mm512_slli_epi32(value_sum[c], 7));

@@ -4,7 +4,7 @@
 #include <atomic>
 
 #include "kernels.h"
-#include "work.h"
+#include "tiles.h"
 
 namespace {
 
@@ -15,6 +15,7 @@ using kwm::Kernels;
 using kwm::Packed;
 using kwm::Scratch;
 using kwm::Threads;
+using kwm::Tiling;
 using kwm::grain;
 
 constexpr int64_t kPanelRows = 512;  // rows of activations packed at a time
@@ -127,24 +128,47 @@ void pack_transposed(const Kernels& kernels, const float* in, int64_t stride,
   transpose(kernels, in, stride, rows, columns, panel, lanes);
 }
 
-// `rows` rows in `count` tiles of up to `step`, padded to `padded`.
-struct Tiling {
-  Tiling(int64_t rows, const int* sizes) : rows(rows) {
-    const int* most = sizes;
-    while (most[1] != 0) ++most;
-    count = kwm::ceil_div(rows, *most);
-    step = kwm::ceil_div(rows, count);
-    while (*sizes < step) ++sizes;
-    padded = *sizes;
+// A kernel as it is or, of int4 values, with float32 ones.
+class FloatCopy {
+ public:
+  FloatCopy(const Packed& w, Threads threads)
+      : w_(w), values_(w.type == KWM_INT4 ? places(w) * kPlaceFloats : 0) {
+    if (w.type != KWM_INT4) return;
+    threads.run(places(w), kwm::grain(kPlaceFloats / kLanes),
+                [&](int64_t begin, int64_t end) {
+                  for (int64_t place = begin; place < end; ++place) {
+                    copy(w, place);
+                  }
+                });
+    w_.type = KWM_FLOAT32;
+    w_.values = values_.get();
+    w_.scale = nullptr;
   }
 
-  int64_t first(int64_t tile) const { return tile * step; }
-  int64_t rows_of(int64_t tile) const {
-    return kwm::min(step, rows - first(tile));
+  const Packed& packed() const { return w_; }
+
+ private:
+  static constexpr int64_t kPlaceFloats = kBlockSlots * kLanes;
+
+  static int64_t places(const Packed& w) {
+    return w.row_blocks() * w.column_blocks();
   }
 
-  int64_t rows, count, step;
-  int padded;
+  void copy(const Packed& w, int64_t place) const {
+    const int64_t row_block = place % w.row_blocks();
+    const int64_t column_block = place / w.row_blocks();
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float scale = w.scale_at(column_block, row_block, lane);
+      for (int slot = 0; slot < kBlockSlots; ++slot) {
+        values_.get()[place * kPlaceFloats + slot * kLanes + lane] =
+            scale *
+            kwm::stored_value(w.values, KWM_INT4, place, slot, lane);
+      }
+    }
+  }
+
+  Packed w_;
+  const Scratch<float> values_;
 };
 
 class Matmul {
@@ -270,17 +294,19 @@ class Matmul {
                        panel.get() + tile * tile_floats);
           }
         });
-    multiply(tiling, y, [&](int64_t tile, int64_t column_block, float* out,
-                            int64_t out_stride) {
-      kernels_.multiply[w_.type](panel.get() + tile * tile_floats,
-                                 tiling.padded, w_, column_block, out,
-                                 out_stride);
-    });
+    kwm::multiply_tiles(
+        threads_, tiling, w_, tiling.padded, y,
+        [&](int64_t tile, int64_t column_block, float* out,
+            int64_t out_stride) {
+          kernels_.multiply[w_.type](panel.get() + tile * tile_floats,
+                                     tiling.padded, w_, column_block, out,
+                                     out_stride);
+        });
   }
 
   void scale_columns(int64_t column_block, int64_t size, float* slots) const {
     for (int lane = 0; lane < kLanes; ++lane) {
-      const float scale = w_.scale[column_block * kLanes + lane];
+      const float scale = w_.int8_scale(column_block)[lane];
       for (int64_t i = 0; i < size; ++i) slots[lane * size + i] *= scale;
     }
   }
@@ -317,44 +343,15 @@ class Matmul {
           }
         });
     if (!all) return false;
-    multiply(tiling, y, [&](int64_t tile, int64_t column_block, float* out,
-                            int64_t out_stride) {
-      digits->multiply(panel.get() + tile * tile_bytes,
-                       steps.get() + tile * tiling.padded, tiling.padded, w_,
-                       column_block, out, out_stride);
-    });
-    return true;
-  }
-
-  // multiply_tile(tile, column block, out, its stride) of all into y.
-  template <class MultiplyTile>
-  void multiply(const Tiling& tiling, float* y,
-                const MultiplyTile& multiply_tile) const {
-    constexpr int64_t kColumns = kwm::kCallBlocks * kLanes;
-    // Tiles innermost: the values of these columns stay in the cache.
-    // Fetching the values costs as much as three rows more.
-    threads_.run(
-        kwm::ceil_div(w_.n, kColumns) * tiling.count,
-        grain(w_.padded_k() / 2 * (tiling.padded + 3) * kwm::kCallBlocks),
-        [&](int64_t begin, int64_t end) {
-          alignas(64) float padded[16 * kColumns];
-          for (int64_t item = begin; item < end; ++item) {
-            const int64_t tile = item % tiling.count;
-            const int64_t rows = tiling.rows_of(tile);
-            const int64_t column = item / tiling.count * kColumns;
-            const int64_t columns = kwm::min(kColumns, w_.n - column);
-            float* out = y + tiling.first(tile) * w_.n + column;
-            if (rows == tiling.padded && columns % kLanes == 0) {
-              multiply_tile(tile, column / kLanes, out, w_.n);
-              continue;
-            }
-            multiply_tile(tile, column / kLanes, padded, kColumns);
-            for (int64_t row = 0; row < rows; ++row) {
-              memcpy(out + row * w_.n, padded + row * kColumns,
-                     static_cast<size_t>(columns) * sizeof(float));
-            }
-          }
+    kwm::multiply_tiles(
+        threads_, tiling, w_, tiling.padded, y,
+        [&](int64_t tile, int64_t column_block, float* out,
+            int64_t out_stride) {
+          digits->multiply(panel.get() + tile * tile_bytes,
+                           steps.get() + tile * tiling.padded, tiling.padded,
+                           w_, column_block, out, out_stride);
         });
+    return true;
   }
 
   const Kernels& kernels_;
@@ -440,7 +437,7 @@ class MatmulTransposed {
     kernels_.expand[w_.type](w_.values_at(place), w_.meta + place * kLanes,
                              dense);
     if (w_.type != KWM_INT8) return;
-    const float* scale = w_.scale + column_block * kLanes;
+    const float* scale = w_.int8_scale(column_block);
     for (int i = 0; i < kBlockRows * kLanes; ++i) dense[i] *= scale[i % kLanes];
   }
 
@@ -475,18 +472,22 @@ int kwm_set_isa(int isa) {
 }
 
 void kwm_matmul(const float* x, int64_t rows, int64_t k, int64_t n, int type,
-                const void* values, const uint32_t* meta, const float* scale,
+                const void* values, const uint32_t* meta, const void* scale,
                 float* y, kwm_parallel_for parallel_for, void* pool) {
   const Packed w{k, n, type, values, meta, scale};
-  Matmul(*in_use().load(), w, {parallel_for, pool}).run(x, rows, y);
+  const Threads threads{parallel_for, pool};
+  const FloatCopy copy(w, threads);
+  Matmul(*in_use().load(), copy.packed(), threads).run(x, rows, y);
 }
 
 void kwm_matmul_transposed(const float* dy, int64_t rows, int64_t k, int64_t n,
                            int type, const void* values, const uint32_t* meta,
-                           const float* scale, float* dx,
+                           const void* scale, float* dx,
                            kwm_parallel_for parallel_for, void* pool) {
   const Packed w{k, n, type, values, meta, scale};
-  MatmulTransposed(*in_use().load(), w, {parallel_for, pool}).run(dy, rows, dx);
+  const Threads threads{parallel_for, pool};
+  const FloatCopy copy(w, threads);
+  MatmulTransposed(*in_use().load(), copy.packed(), threads).run(dy, rows, dx);
 }
 
 void kwm_values_gradient(const float* x, const float* dy, int64_t rows,

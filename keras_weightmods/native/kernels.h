@@ -27,6 +27,33 @@ constexpr int kDigits = 3;
 constexpr int kDigitColumns = 64;
 constexpr int64_t kMostRowBlocks = 4096;
 
+// Rows of activations as int8: 32 entries are a block, x = step * q. Each
+// instruction set has an order of its own for the bytes. `rows` is one of
+// Int8Kernels::tile_rows.
+struct Int8Rows {
+  static int64_t size_of_bytes(int64_t row_blocks, int rows) {
+    return (row_blocks + row_blocks % 2) * kBlockRows * rows;
+  }
+
+  int rows;
+  uint8_t* bytes;    // size_of_bytes
+  float* steps;      // [row_blocks, rows]; NaN where not all is finite
+  int32_t* offsets;  // [row_blocks, rows], if the kernels ask for them
+};
+
+// The kernels for one type of values, sparse or dense.
+struct Int8Kernels {
+  const int* tile_rows;  // as below; at most kMostTileRows
+
+  // Row `row` of `out`, from x (k,).
+  void (*quantize)(const float* x, int64_t k, int row, const Int8Rows& out);
+
+  // As Kernels::multiply.
+  void (*multiply)(const Int8Rows& x, const Packed& w, int64_t column_block,
+                   float* y, int64_t y_stride);
+};
+constexpr int kMostTileRows = 16;
+
 // Blocks of columns for a call: memory gives more when asked for several.
 constexpr int64_t kCallBlocks = 4;
 
@@ -95,6 +122,9 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
 const DigitKernels* avx512_vnni_kernels();
+
+// Those of int8 activations, likewise.
+const Int8Kernels* scalar_int8_kernels(int type, bool dense);
 
 }  // namespace kwm
 

@@ -139,7 +139,7 @@ void multiply_tile(const float* x, const Packed& w, int64_t column_block,
           total = S::add(total, sum[c][r][part][i]);
         }
         if constexpr (V::kSize == 1) {
-          const float* scale = w.scale + column_block * kLanes + column;
+          const float* scale = w.int8_scale(column_block) + column;
           total = S::mul(total, S::load(scale));
         }
         S::store(y + r * y_stride + column, total);

@@ -13,9 +13,21 @@
 //   values    float32  [NB, KP/2, 16]
 //             bfloat16 [NB, KP/4, 16, 2]      the pair of a group side by side
 //             int8     [NB, KP/32, 4, 16, 4]  byte q of word p is slot p + 4q
-//   scale     float32  [NB, 16]               int8 only: value = byte * scale
+//             int4     [NB, KP/32, 2, 16, 4]  byte q of word p: the low four
+//                                             bits are slot p + 4q, the high
+//                                             ones slot p + 2 + 4q; two's
+//                                             complement, -8 to 7
+//   scale     float32  [NB, 16]               int8: value = byte * scale
+//             bfloat16 [NB, ceil(KP/64), 16]  int4, one for 64 rows of a column
 //
-// Rows and columns beyond k and n hold zero values and scale 1. The indices of
+// Rows and columns beyond k and n hold zero values and scale 1. A matrix that
+// is not sparse may be quantized too, for kwm_matmul_int8 alone: it has no meta,
+// the same scale, and all of its values,
+//
+//   values    int8     [NB, KP/32, 8, 16, 4]  byte q of word p is row p * 4 + q
+//             int4     [NB, KP/32, 4, 16, 4]  low bits that, high bits 16 on
+//
+// The indices of
 // a group are strictly rising when made by kwm_pack. Any bits are safe to read:
 // an index cannot leave its group, and where it names a row beyond k the value
 // is multiplied by zero or skipped. Two equal indices add.
@@ -38,9 +50,9 @@
 extern "C" {
 #endif
 
-#define KWM_ABI_VERSION 2
+#define KWM_ABI_VERSION 3
 
-enum { KWM_FLOAT32 = 0, KWM_BFLOAT16 = 1, KWM_INT8 = 2 };
+enum { KWM_FLOAT32 = 0, KWM_BFLOAT16 = 1, KWM_INT8 = 2, KWM_INT4 = 3 };
 
 enum {
   KWM_ISA_SCALAR = 0,
@@ -66,8 +78,10 @@ KWM_API int kwm_isa(void);
 // Returns the one set, or -1 and changes nothing if this CPU lacks it.
 KWM_API int kwm_set_isa(int isa);
 
-// Sizes of the arrays of a (k, n) kernel in bytes; -1 for an unknown type.
+// Sizes of the arrays of a (k, n) kernel in bytes; -1 for an unknown type. Of a
+// dense matrix: of the values without meta, which are int8 or int4.
 KWM_API int64_t kwm_values_bytes(int64_t k, int64_t n, int type);
+KWM_API int64_t kwm_dense_values_bytes(int64_t k, int64_t n, int type);
 KWM_API int64_t kwm_meta_bytes(int64_t k, int64_t n);
 KWM_API int64_t kwm_scale_bytes(int64_t k, int64_t n, int type);
 
@@ -76,26 +90,44 @@ KWM_API int64_t kwm_scale_bytes(int64_t k, int64_t n, int type);
 //
 // float32 values are kept as they are, NaN and infinity too. bfloat16 rounds to
 // nearest even. int8 rounds w / scale with scale = max |w| / 127 over a column;
-// a column that holds a NaN or an infinity gets the scale NaN.
+// a column that holds a NaN or an infinity gets the scale NaN. int4 takes of
+// several scales, max |w| of 64 rows of a column over a divisor, the one with
+// the least squared error: see pack.cc.
 KWM_API int64_t kwm_pack(const float* kernel, int64_t k, int64_t n, int type,
-                         void* values, uint32_t* meta, float* scale);
+                         void* values, uint32_t* meta, void* scale);
 
 KWM_API void kwm_unpack(const void* values, const uint32_t* meta,
-                        const float* scale, int64_t k, int64_t n, int type,
+                        const void* scale, int64_t k, int64_t n, int type,
                         float* kernel);
 
 // y (rows, n) = x (rows, k) @ W, both row-major. rows, k and n may be zero.
-// scale may be NULL unless type is KWM_INT8. Without a parallel_for (NULL) the
-// caller's thread does all the work.
+// scale may be NULL unless type is KWM_INT8 or KWM_INT4. Without a parallel_for
+// (NULL) the caller's thread does all the work.
+//
+// The sums are of float32. int8 values may be multiplied in integers, by each
+// activation rounded to a multiple of step = max |x| / 8388600 of its row: that
+// adds an error of at most step / 2 * sum |W[:, column]| to an output. int4
+// values are made float32 in each call, which is slow.
 KWM_API void kwm_matmul(const float* x, int64_t rows, int64_t k, int64_t n,
                         int type, const void* values, const uint32_t* meta,
-                        const float* scale, float* y,
+                        const void* scale, float* y,
                         kwm_parallel_for parallel_for, void* pool);
+
+// y (rows, n) = x (rows, k) @ W with int8 activations: of every 32 entries of a
+// row, s = max |x| / 127 (1 where that is 0) and q = x / s rounded to nearest
+// even. type is KWM_INT8 or KWM_INT4; meta is NULL where W is dense. The sum
+// over 32 rows of W is one of integers and exact; those are scaled and added in
+// float32. So |y - x @ W| <= sum over the entries of s / 2 * |W[:, column]|,
+// but for the rounding of that sum. A row with a NaN or an infinity is NaN.
+KWM_API void kwm_matmul_int8(const float* x, int64_t rows, int64_t k, int64_t n,
+                             int type, const void* values, const uint32_t* meta,
+                             const void* scale, float* y,
+                             kwm_parallel_for parallel_for, void* pool);
 
 // dx (rows, k) = dy (rows, n) @ W^T
 KWM_API void kwm_matmul_transposed(const float* dy, int64_t rows, int64_t k,
                                    int64_t n, int type, const void* values,
-                                   const uint32_t* meta, const float* scale,
+                                   const uint32_t* meta, const void* scale,
                                    float* dx, kwm_parallel_for parallel_for,
                                    void* pool);
 

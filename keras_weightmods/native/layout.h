@@ -20,27 +20,40 @@ inline int64_t clamp(int64_t a, int64_t low, int64_t high) {
   return a < low ? low : min(a, high);
 }
 
-// Bytes of a value; -1 for an unknown type.
-inline int64_t value_size(int type) {
+inline float bfloat16_to_float(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Bytes of the values of 32 rows of 16 columns; -1 for an unknown type.
+inline int64_t block_bytes(int type) {
   switch (type) {
     case KWM_FLOAT32:
-      return 4;
+      return kBlockSlots * kLanes * 4;
     case KWM_BFLOAT16:
-      return 2;
+      return kBlockSlots * kLanes * 2;
     case KWM_INT8:
-      return 1;
+      return kBlockSlots * kLanes;
+    case KWM_INT4:
+      return kBlockSlots * kLanes / 2;
     default:
       return -1;
   }
 }
 
-// A packed kernel; `values` as the type says.
+// Blocks of rows that share an int4 scale.
+constexpr int kScaleBlocks = 2;
+
+// A packed kernel; `values` and `scale` as the type says. Without meta it is
+// dense, with twice the values.
 struct Packed {
   int64_t k, n;
   int type;
   const void* values;
   const uint32_t* meta;
-  const float* scale;
+  const void* scale;
 
   int64_t padded_k() const { return row_blocks() * kBlockRows; }
   int64_t row_blocks() const { return ceil_div(k, kBlockRows); }
@@ -49,13 +62,35 @@ struct Packed {
   // `place` counts the blocks of rows of all blocks of columns.
   const void* values_at(int64_t place) const {
     return static_cast<const char*>(values) +
-           place * kBlockSlots * kLanes * value_size(type);
+           place * block_bytes(type) * (meta == nullptr ? 2 : 1);
   }
   const void* values_of(int64_t column_block) const {
     return values_at(column_block * row_blocks());
   }
   const uint32_t* meta_of(int64_t column_block) const {
     return meta + column_block * row_blocks() * kLanes;
+  }
+  // The 16 scales of int8 columns.
+  const float* int8_scale(int64_t column_block) const {
+    return static_cast<const float*>(scale) + column_block * kLanes;
+  }
+  // Those of int4 columns, bfloat16, 16 for every 2 blocks of rows. Not always
+  // aligned.
+  const uint16_t* int4_scale(int64_t column_block) const {
+    return static_cast<const uint16_t*>(scale) +
+           column_block * ceil_div(row_blocks(), kScaleBlocks) * kLanes;
+  }
+  // Of a value, which is 1 without scales.
+  float scale_at(int64_t column_block, int64_t row_block, int lane) const {
+    switch (type) {
+      case KWM_INT8:
+        return int8_scale(column_block)[lane];
+      case KWM_INT4:
+        return bfloat16_to_float(
+            int4_scale(column_block)[row_block / kScaleBlocks * kLanes + lane]);
+      default:
+        return 1;
+    }
   }
 };
 
@@ -67,7 +102,8 @@ inline int64_t row_block_ahead(int64_t b, int64_t ahead, int64_t row_blocks,
   return next < row_blocks ? next : next + (columns_together - 1) * row_blocks;
 }
 
-// Position of a kept value in the array of values, in elements.
+// Position of a kept value in the array of values, in elements. Two int4 ones
+// share a byte: it is the low half where slot % 4 < 2.
 inline int64_t value_offset(int type, int64_t place, int slot, int lane) {
   const int64_t start = place * kBlockSlots * kLanes;
   switch (type) {
@@ -75,27 +111,33 @@ inline int64_t value_offset(int type, int64_t place, int slot, int lane) {
       return start + slot * kLanes + lane;
     case KWM_BFLOAT16:
       return start + ((slot / 2) * kLanes + lane) * 2 + slot % 2;
+    case KWM_INT4:
+      return start / 2 + ((slot % 2) * kLanes + lane) * 4 + slot / 4;
     default:
       return start + ((slot % 4) * kLanes + lane) * 4 + slot / 4;
   }
 }
 
-inline float bfloat16_to_float(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
+// Half of a byte as a signed number.
+inline int low_four(uint8_t byte) { return ((byte & 15) ^ 8) - 8; }
+inline int high_four(uint8_t byte) { return ((byte >> 4) ^ 8) - 8; }
 
-// A kept value as stored: an int8 one without its scale.
-inline float stored_value(const void* values, int type, int64_t offset) {
+// A kept value as stored: one of int8 or int4 without its scale.
+inline float stored_value(const void* values, int type, int64_t place, int slot,
+                          int lane) {
+  const int64_t offset = value_offset(type, place, slot, lane);
   switch (type) {
     case KWM_FLOAT32:
       return static_cast<const float*>(values)[offset];
     case KWM_BFLOAT16:
       return bfloat16_to_float(static_cast<const uint16_t*>(values)[offset]);
-    default:
+    case KWM_INT8:
       return static_cast<const int8_t*>(values)[offset];
+    default: {
+      const uint8_t byte = static_cast<const uint8_t*>(values)[offset];
+      return static_cast<float>(slot % 4 < 2 ? low_four(byte)
+                                             : high_four(byte));
+    }
   }
 }
 

@@ -18,6 +18,61 @@ uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + round) >> 16);
 }
 
+// Scales of int4 are max |w| over one of these. The first eight find the grid of
+// values that lie on one: their largest is 1 to 8 steps. The others round it, or
+// clip it so that the rest is finer.
+constexpr float kDivisors[] = {8,    7,    6,   5,   4,   3,   2,   1,
+                               6.5f, 7.5f, 8.5, 9, 9.5f, 10, 11, 12};
+constexpr int kCandidates = sizeof(kDivisors) / sizeof(float);
+constexpr int kGroupSlots = kwm::kScaleBlocks * kBlockSlots;
+
+// Rounded to nearest even, in -8 to 7.
+float int4_steps(float value, float scale) {
+  float steps = value / scale;
+  // In this order a NaN becomes 7.
+  steps = steps < 7 ? steps : 7;
+  steps = steps > -8 ? steps : -8;
+  constexpr float kNoFraction = 12582912;  // 1.5 * 2^23
+  return steps + kNoFraction - kNoFraction;
+}
+
+// The bfloat16 scale of the 32 kept values of a column in 64 rows: the candidate
+// with the least squared error, the first of equal ones. 1 where all are zero or
+// next to it, NaN where not all are finite.
+//
+// The terms are added up slot by slot in double, unfused, so that any other
+// program that does the same finds the same bits.
+uint16_t int4_scale(const float values[kGroupSlots]) {
+  constexpr uint16_t kOne = 0x3f80, kNan = 0x7fc0, kInfinity = 0x7f80;
+  float largest = 0;
+  for (int i = 0; i < kGroupSlots; ++i) {
+    const float size = fabsf(values[i]);
+    if (!isfinite(size)) return kNan;
+    if (size > largest) largest = size;
+  }
+  uint16_t scales[kCandidates];
+  float floats[kCandidates];
+  double errors[kCandidates] = {};
+  for (int c = 0; c < kCandidates; ++c) {
+    scales[c] = float_to_bfloat16(largest / kDivisors[c]);
+    floats[c] = kwm::bfloat16_to_float(scales[c]);
+  }
+  for (int i = 0; i < kGroupSlots; ++i) {
+    for (int c = 0; c < kCandidates; ++c) {
+      const float rounded = int4_steps(values[i], floats[c]);
+      const double error =
+          values[i] - static_cast<double>(rounded) * floats[c];
+      errors[c] += error * error;
+    }
+  }
+  int best = -1;
+  for (int c = 0; c < kCandidates; ++c) {
+    if (scales[c] == 0 || scales[c] == kInfinity) continue;
+    if (best < 0 || errors[c] < errors[best]) best = c;
+  }
+  return best < 0 ? kOne : scales[best];
+}
+
 // max |w| / 127 of a column; NaN where it holds a NaN or an infinity.
 float column_scale(const float* kernel, int64_t k, int64_t n, int64_t column) {
   float largest = 0;
@@ -41,6 +96,26 @@ void store_value(void* values, int type, int64_t offset, float value,
     const float steps = isnan(scale) ? 0 : nearbyintf(value / scale);
     static_cast<int8_t*>(values)[offset] =
         static_cast<int8_t>(fmaxf(-127, fminf(127, steps)));
+  }
+}
+
+// The values of a column in 64 rows, of which `blocks` blocks are there, and
+// their scale.
+void store_int4(void* values, uint16_t* scale, int64_t place, int blocks,
+                int lane, const float kept[kGroupSlots]) {
+  const uint16_t bits = int4_scale(kept);
+  const float step = kwm::bfloat16_to_float(bits);
+  memcpy(scale, &bits, sizeof bits);
+  for (int i = 0; i < blocks * kBlockSlots; ++i) {
+    const int slot = i % kBlockSlots;
+    const float steps = isnan(step) ? 0 : int4_steps(kept[i], step);
+    const unsigned half = static_cast<unsigned>(static_cast<int>(steps)) & 15;
+    unsigned char* byte =
+        static_cast<unsigned char*>(values) +
+        kwm::value_offset(KWM_INT4, place + i / kBlockSlots, slot, lane);
+    // The low half of a byte is written first.
+    *byte = static_cast<unsigned char>(
+        slot % 4 < 2 ? half : (*byte & 15) | half << 4);
   }
 }
 
@@ -68,22 +143,34 @@ bool choose(const float group[4], int rows[2]) {
 }  // namespace
 
 int64_t kwm_values_bytes(int64_t k, int64_t n, int type) {
-  const int64_t size = kwm::value_size(type);
+  const int64_t size = kwm::block_bytes(type);
   if (size < 0) return -1;
-  return kwm::ceil_div(n, kLanes) * kwm::ceil_div(k, kBlockRows) *
-         kBlockSlots * kLanes * size;
+  return kwm::ceil_div(n, kLanes) * kwm::ceil_div(k, kBlockRows) * size;
+}
+
+int64_t kwm_dense_values_bytes(int64_t k, int64_t n, int type) {
+  if (type != KWM_INT8 && type != KWM_INT4) return -1;
+  return 2 * kwm_values_bytes(k, n, type);
 }
 
 int64_t kwm_meta_bytes(int64_t k, int64_t n) {
   return kwm::ceil_div(n, kLanes) * kwm::ceil_div(k, kBlockRows) * kLanes * 4;
 }
 
-int64_t kwm_scale_bytes(int64_t, int64_t n, int type) {
-  return type == KWM_INT8 ? kwm::ceil_div(n, kLanes) * kLanes * 4 : 0;
+int64_t kwm_scale_bytes(int64_t k, int64_t n, int type) {
+  const int64_t lanes = kwm::ceil_div(n, kLanes) * kLanes;
+  switch (type) {
+    case KWM_INT8:
+      return lanes * 4;
+    case KWM_INT4:
+      return lanes * kwm::ceil_div(k, kwm::kScaleBlocks * kBlockRows) * 2;
+    default:
+      return kwm::block_bytes(type) < 0 ? -1 : 0;
+  }
 }
 
 int64_t kwm_pack(const float* kernel, int64_t k, int64_t n, int type,
-                 void* values, uint32_t* meta, float* scale) {
+                 void* values, uint32_t* meta, void* scale) {
   const int64_t row_blocks = kwm::ceil_div(k, kBlockRows);
   int64_t bad_groups = 0;
   for (int64_t column = 0; column < kwm::ceil_div(n, kLanes) * kLanes;
@@ -92,8 +179,12 @@ int64_t kwm_pack(const float* kernel, int64_t k, int64_t n, int type,
     float column_step = 1;
     if (type == KWM_INT8) {
       if (real) column_step = column_scale(kernel, k, n, column);
-      scale[column] = column_step;
+      static_cast<float*>(scale)[column] = column_step;
     }
+    float kept[kGroupSlots] = {};
+    uint16_t* scales =
+        static_cast<uint16_t*>(scale) +
+        column / kLanes * kwm::ceil_div(row_blocks, kwm::kScaleBlocks) * kLanes;
     for (int64_t block = 0; block < row_blocks; ++block) {
       const int64_t place = column / kLanes * row_blocks + block;
       const int lane = static_cast<int>(column % kLanes);
@@ -109,33 +200,46 @@ int64_t kwm_pack(const float* kernel, int64_t k, int64_t n, int type,
         for (int t = 0; t < 2; ++t) {
           const int slot = 2 * g + t;
           word |= static_cast<uint32_t>(rows[t]) << (2 * slot);
+          const float value = group[rows[t]];
+          if (type == KWM_INT4) {
+            kept[block % kwm::kScaleBlocks * kBlockSlots + slot] = value;
+            continue;
+          }
           store_value(values, type,
                       kwm::value_offset(type, place, slot, lane),
-                      group[rows[t]], column_step);
+                      value, column_step);
         }
       }
       meta[place * kLanes + lane] = word;
+      if (type != KWM_INT4) continue;
+      const int64_t here = block % kwm::kScaleBlocks;
+      if (here + 1 == kwm::kScaleBlocks || block + 1 == row_blocks) {
+        store_int4(values, scales + block / kwm::kScaleBlocks * kLanes + lane,
+                   place - here, static_cast<int>(here) + 1, lane, kept);
+        memset(kept, 0, sizeof kept);
+      }
     }
   }
   return bad_groups;
 }
 
-void kwm_unpack(const void* values, const uint32_t* meta, const float* scale,
+void kwm_unpack(const void* values, const uint32_t* meta, const void* scale,
                 int64_t k, int64_t n, int type, float* kernel) {
-  const int64_t row_blocks = kwm::ceil_div(k, kBlockRows);
+  const kwm::Packed w{k, n, type, values, meta, scale};
+  const int64_t row_blocks = w.row_blocks();
   memset(kernel, 0, static_cast<size_t>(k) * static_cast<size_t>(n) * 4);
   for (int64_t column = 0; column < n; ++column) {
-    const float step = type == KWM_INT8 ? scale[column] : 1;
+    const int lane = static_cast<int>(column % kLanes);
     for (int64_t block = 0; block < row_blocks; ++block) {
       const int64_t place = column / kLanes * row_blocks + block;
-      const int lane = static_cast<int>(column % kLanes);
+      const float step = w.scale_at(column / kLanes, block, lane);
       const uint32_t word = meta[place * kLanes + lane];
       for (int slot = 0; slot < kBlockSlots; ++slot) {
         const int64_t row =
             block * kBlockRows + kwm::slot_row(word, slot);
         if (row >= k) continue;
-        const float value = kwm::stored_value(
-            values, type, kwm::value_offset(type, place, slot, lane));
+        const float value =
+            kwm::stored_value(values, type, place, slot, lane);
         kernel[row * n + column] += value * step;
       }
     }

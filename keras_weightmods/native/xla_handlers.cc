@@ -2,9 +2,10 @@
 // kwm_xla_register. Built with the oldest FFI header in use, they run under
 // all later versions.
 //
-// The weights of the three products are `values`, whose element type is the type
+// The weights of the products are `values`, whose element type is the type
 // of the packed weights, `meta` as int32, and `scale` as float32, empty unless
-// the values are int8. All leading axes of an activation are rows.
+// the values are int8, or as bfloat16 for int4, which is uint8 here. Without
+// meta (empty) the matrix is dense. All leading axes of an activation are rows.
 
 #include <cstring>
 #include <functional>
@@ -23,7 +24,7 @@ namespace {
 using Activations = ffi::Buffer<ffi::F32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 using Meta = ffi::Buffer<ffi::S32>;
-using Scale = ffi::Buffer<ffi::F32>;
+using Scale = ffi::AnyBuffer;
 
 // The rows (m, size) of an activation of shape (..., size).
 struct Rows {
@@ -72,6 +73,8 @@ int TypeOf(ffi::DataType type) {
       return KWM_BFLOAT16;
     case ffi::S8:
       return KWM_INT8;
+    case ffi::U8:
+      return KWM_INT4;
     default:
       return -1;
   }
@@ -79,16 +82,23 @@ int TypeOf(ffi::DataType type) {
 
 ffi::Error Check(const Rows& x, const Rows& y, int64_t k, int64_t n,
                  const ffi::AnyBuffer& values, const Meta& meta,
-                 const Scale& scale) {
+                 const Scale& scale, bool dense = false) {
   const int type = TypeOf(values.element_type());
-  if (type < 0) return Invalid("values are float32, bfloat16 or int8");
+  if (type < 0) return Invalid("values are float32, bfloat16, int8 or uint8");
   if (x.count != y.count) return Invalid("as many rows must come out as go in");
-  if (static_cast<int64_t>(values.size_bytes()) !=
-          kwm_values_bytes(k, n, type) ||
-      static_cast<int64_t>(meta.size_bytes()) != kwm_meta_bytes(k, n) ||
-      (type == KWM_INT8 && static_cast<int64_t>(scale.size_bytes()) !=
-                               kwm_scale_bytes(k, n, type))) {
+  const int64_t values_bytes = dense ? kwm_dense_values_bytes(k, n, type)
+                                     : kwm_values_bytes(k, n, type);
+  const bool scaled = type == KWM_INT8 || type == KWM_INT4;
+  if (static_cast<int64_t>(values.size_bytes()) != values_bytes ||
+      static_cast<int64_t>(meta.size_bytes()) !=
+          (dense ? 0 : kwm_meta_bytes(k, n)) ||
+      (scaled && static_cast<int64_t>(scale.size_bytes()) !=
+                     kwm_scale_bytes(k, n, type))) {
     return Invalid("the packed weights do not fit the activations' shapes");
+  }
+  if (scaled &&
+      scale.element_type() != (type == KWM_INT8 ? ffi::F32 : ffi::BF16)) {
+    return Invalid("scales are float32 for int8 values, bfloat16 for int4");
   }
   return ffi::Error::Success();
 }
@@ -105,8 +115,26 @@ ffi::Error Matmul(ffi::ThreadPool threads, Activations x,
   if (error.failure()) return error;
   kwm_matmul(x.typed_data(), in.count, in.size, out.size,
              TypeOf(values.element_type()), values.untyped_data(), Words(meta),
-             scale.typed_data(), y->typed_data(), ParallelForOf(threads),
+             scale.untyped_data(), y->typed_data(), ParallelForOf(threads),
              &threads);
+  return ffi::Error::Success();
+}
+
+ffi::Error MatmulInt8(ffi::ThreadPool threads, Activations x,
+                      ffi::AnyBuffer values, Meta meta, Scale scale, Result y) {
+  const Rows in(x), out(*y);
+  const int type = TypeOf(values.element_type());
+  if (type != KWM_INT8 && type != KWM_INT4) {
+    return Invalid("int8 activations need values of int8 or uint8");
+  }
+  const bool dense = meta.element_count() == 0;
+  const ffi::Error error =
+      Check(in, out, in.size, out.size, values, meta, scale, dense);
+  if (error.failure()) return error;
+  kwm_matmul_int8(x.typed_data(), in.count, in.size, out.size, type,
+                  values.untyped_data(), dense ? nullptr : Words(meta),
+                  scale.untyped_data(), y->typed_data(), ParallelForOf(threads),
+                  &threads);
   return ffi::Error::Success();
 }
 
@@ -119,7 +147,7 @@ ffi::Error MatmulTransposed(ffi::ThreadPool threads, Activations dy,
   if (error.failure()) return error;
   kwm_matmul_transposed(dy.typed_data(), in.count, out.size, in.size,
                         TypeOf(values.element_type()), values.untyped_data(),
-                        Words(meta), scale.typed_data(), dx->typed_data(),
+                        Words(meta), scale.untyped_data(), dx->typed_data(),
                         ParallelForOf(threads), &threads);
   return ffi::Error::Success();
 }
@@ -174,6 +202,7 @@ ffi::Error CompandGradient(ffi::ThreadPool threads, Array v, Array w,
 
 extern "C" {
 KWM_API XLA_FFI_Error* kwm_xla_matmul(XLA_FFI_CallFrame*);
+KWM_API XLA_FFI_Error* kwm_xla_matmul_int8(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_matmul_transposed(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_values_gradient(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_compand(XLA_FFI_CallFrame*);
@@ -181,6 +210,15 @@ KWM_API XLA_FFI_Error* kwm_xla_compand_gradient(XLA_FFI_CallFrame*);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul, Matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Activations>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Meta>()
+                                  .Arg<Scale>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_int8, MatmulInt8,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Activations>()

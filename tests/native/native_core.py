@@ -14,18 +14,25 @@ from keras_weightmods import native
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE.parents[1] / "keras_weightmods" / "native"
 CORE = [
-    *["core", "pack", "compand"],
+    *["core", "pack", "compand", "matmul_int8"],
     *["scalar", "avx2", "avx512", "avx512_vnni", "neon"],
+    *["int8_scalar"],
 ]
 
-TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 ISAS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
-VALUES_DTYPE = {"float32": "float32", "bfloat16": "uint16", "int8": "int8"}
+VALUES_DTYPE = {
+    **{"float32": "float32", "bfloat16": "uint16"},
+    **{"int8": "int8", "int4": "uint8"},
+}
+# bfloat16 by its bits.
+SCALE_DTYPE = {"int8": "float32", "int4": "uint16"}
 
 # As `native.open_library` takes them; the sizes are for the tests alone.
 SIGNATURES = {
     **native._SIGNATURES,
     "kwm_values_bytes": ("q", "qqi"),
+    "kwm_dense_values_bytes": ("q", "qqi"),
     "kwm_meta_bytes": ("q", "qq"),
     "kwm_scale_bytes": ("q", "qqi"),
 }
@@ -61,7 +68,7 @@ def load():
         path = build(
             pathlib.Path(folder) / "core.so", "-O2", "-shared", "-fPIC"
         )
-        return native.open_library(path, "kwm_abi_version", 2, SIGNATURES)
+        return native.open_library(path, "kwm_abi_version", 3, SIGNATURES)
 
 
 def isas():
@@ -86,8 +93,9 @@ def pack(kernel, dtype="float32"):
     values = np.full(library.kwm_values_bytes(k, n, kind), 0xA5, "uint8")
     meta = np.full(library.kwm_meta_bytes(k, n) // 4, 0xA5A5A5A5, "uint32")
     scale = None
-    if dtype == "int8":
-        scale = np.full(library.kwm_scale_bytes(k, n, kind) // 4, -1, "float32")
+    if dtype in SCALE_DTYPE:
+        scale = np.full(library.kwm_scale_bytes(k, n, kind), 0xA5, "uint8")
+        scale = scale.view(SCALE_DTYPE[dtype])
     packed = map(pointer, [values, meta, scale])
     bad = library.kwm_pack(pointer(kernel), k, n, kind, *packed)
     return values.view(VALUES_DTYPE[dtype]), meta, scale, bad
@@ -110,6 +118,18 @@ def matmul(x, packed, n, dtype="float32", parallel_for=None, transposed=False):
     weights = *shape, TYPES[dtype], *map(pointer, packed)
     name = "kwm_matmul_transposed" if transposed else "kwm_matmul"
     getattr(library, name)(
+        pointer(x), rows, *weights, pointer(out), parallel_for, None
+    )
+    return out
+
+
+def matmul_int8(x, packed, n, dtype, parallel_for=None):
+    """x @ W with int8 activations; without meta W is dense."""
+    x = np.ascontiguousarray(x, "float32")
+    rows, k = x.shape
+    out = np.full((rows, n), np.nan, "float32")
+    weights = k, n, TYPES[dtype], *map(pointer, packed)
+    load().kwm_matmul_int8(
         pointer(x), rows, *weights, pointer(out), parallel_for, None
     )
     return out

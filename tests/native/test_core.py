@@ -69,10 +69,18 @@ def reference_unpack(packed, k, n, dtype):
                     v = values.reshape(-1, row_blocks, 8, 16, 2)
                     half = v[block, row_block, slot // 2, lane, slot % 2]
                     value = np.uint32(int(half) << 16).view("float32")
-                else:
+                elif dtype == "int8":
                     v = values.reshape(-1, row_blocks, 4, 16, 4)
                     value = v[block, row_block, slot % 4, lane, slot // 4]
                     value = float(value) * scale[column]
+                else:
+                    v = values.reshape(-1, row_blocks, 2, 16, 4)
+                    byte = v[block, row_block, slot % 2, lane, slot // 4]
+                    half = int(byte) >> 4 if slot % 4 >= 2 else int(byte) & 15
+                    s = scale.reshape(-1, -(-row_blocks // 2), 16)
+                    bits = np.uint32(int(s[block, row_block // 2, lane]) << 16)
+                    step = bits.view("float32")
+                    value = (half - 16 if half > 7 else half) * float(step)
                 kernel[row, column] += value
     return kernel
 
@@ -104,6 +112,10 @@ def test_pack(k, n, dtype, rng):
         np.testing.assert_array_equal(got, kernel)
     elif dtype == "bfloat16":
         np.testing.assert_array_equal(got, bfloat16(kernel))
+    elif dtype == "int4":
+        values, scale = reference_int4(kernel, packed[1])
+        np.testing.assert_array_equal(packed[0], values)
+        np.testing.assert_array_equal(packed[2], scale)
     else:
         step = np.abs(kernel).max(0) / 127
         np.testing.assert_allclose(packed[2][:n], np.where(step, step, 1))
@@ -115,6 +127,91 @@ def test_pack(k, n, dtype, rng):
     assert np.count_nonzero(values) <= np.count_nonzero(kernel)
     slots = meta[:, None] >> np.arange(0, 32, 2, dtype="uint32") & 3
     assert (slots[:, ::2] < slots[:, 1::2]).all()
+
+
+def reference_int4(kernel, meta):
+    """The values and scales of int4 for these places, as pack.cc says."""
+    k, n = kernel.shape
+    row_blocks, blocks = -(-k // 32), -(-n // 16)
+    meta = meta.reshape(blocks, row_blocks, 16)
+    values = np.zeros((blocks, row_blocks, 2, 16, 4), "uint8")
+    scales = np.zeros((blocks, -(-row_blocks // 2), 16), "uint16")
+    padded = np.zeros((32 * row_blocks, 16 * blocks), "float32")
+    padded[:k, :n] = kernel
+    divisors = [*range(8, 0, -1), 6.5, 7.5, 8.5, 9, 9.5, 10, 11, 12]
+    for column in range(16 * blocks):
+        block, lane = divmod(column, 16)
+        for group in range(scales.shape[1]):
+            here = range(2 * group, min(2 * group + 2, row_blocks))
+            kept = np.array(
+                [
+                    padded[
+                        32 * b
+                        + slot // 2 * 4
+                        + (int(meta[block, b, lane]) >> (2 * slot) & 3),
+                        column,
+                    ]
+                    for b in here
+                    for slot in range(16)
+                ]
+            )
+            best = None
+            for divisor in divisors:
+                scale = bfloat16(np.abs(kept).max() / np.float32(divisor))
+                if scale == 0:
+                    continue
+                steps = np.clip(np.rint(kept / scale), -8, 7)
+                error = 0.0
+                for w, q in zip(kept.astype("float64"), steps):
+                    error += (w - float(q) * float(scale)) ** 2
+                if best is None or error < best[0]:
+                    best = error, scale, steps
+            scale, steps = best[1:] if best else (np.float32(1), 0 * kept)
+            scales[block, group, lane] = scale.view("uint32") >> 16
+            for i, q in enumerate(steps.astype(int)):
+                slot = i % 16
+                shift = 4 if slot % 4 >= 2 else 0
+                values[block, here[i // 16], slot % 2, lane, slot // 4] |= (
+                    q & 15
+                ) << shift
+    return values.ravel(), scales.ravel()
+
+
+@pytest.mark.parametrize("largest", range(1, 9))
+def test_int4_on_its_own_grid_is_exact(largest, rng):
+    # Integers times a bfloat16 for each column and 64 rows.
+    k, n = 260, 31
+    kernel = sparse_kernel(rng, k, n) != 0
+    kernel = kernel * rng.integers(-largest, min(largest, 7) + 1, (k, n))
+    kernel[::64] = -largest  # next to it three rows, of which one is kept
+    kernel[1::64] = kernel[2::64] = 0
+    scale = bfloat16(np.exp(rng.standard_normal((5, n))))
+    kernel = (kernel * scale.repeat(64, axis=0)[:k]).astype("float32")
+    *packed, bad = native_core.pack(kernel, "int4")
+    assert bad == 0
+    np.testing.assert_array_equal(
+        native_core.unpack(packed, k, n, "int4"), kernel
+    )
+
+
+def test_int4_group_that_is_not_finite_is_nan_and_no_other():
+    kernel = np.zeros((128, 3), "float32")
+    kernel[::4] = 1
+    kernel[64, 1] = np.nan
+    *packed, _ = native_core.pack(kernel, "int4")
+    got = native_core.unpack(packed, 128, 3, "int4")
+    assert np.isnan(got[64:, 1]).any()
+    np.testing.assert_array_equal(got[:64, 1], kernel[:64, 1])
+    np.testing.assert_array_equal(got[:, [0, 2]], kernel[:, [0, 2]])
+
+
+@pytest.mark.parametrize("value", [1e-45, 1e-40, 1e-38, 3e38])
+def test_int4_of_extreme_values(value):
+    kernel = np.zeros((8, 1), "float32")
+    kernel[0], kernel[1], kernel[6] = value, -value / 2, value / 7
+    *packed, _ = native_core.pack(kernel, "int4")
+    got = native_core.unpack(packed, 8, 1, "int4")
+    assert (np.abs(got - kernel) <= value / 7 + 1e-40).all()
 
 
 def test_pack_counts_groups_of_more_than_two(rng):
@@ -146,14 +243,23 @@ def test_int8_column_that_is_not_finite_is_nan_and_no_other():
 
 def test_sizes():
     library = native_core.load()
-    assert library.kwm_abi_version() == 2
+    assert library.kwm_abi_version() == 3
     # 576 x 1536: bytes over those of dense float32.
     dense = 576 * 1536 * 4
     meta = library.kwm_meta_bytes(576, 1536)
     for kind, share in [(0, 0.53125), (1, 0.28125), (2, 0.15625)]:
         size = library.kwm_values_bytes(576, 1536, kind) + meta
         assert size == share * dense
-    assert library.kwm_values_bytes(576, 1536, 3) == -1
+    size = library.kwm_values_bytes(576, 1536, 3) + meta
+    assert 8 * (size + library.kwm_scale_bytes(576, 1536, 3)) == (
+        3.25 * 576 * 1536
+    )
+    assert library.kwm_dense_values_bytes(576, 1536, 2) == 576 * 1536
+    assert library.kwm_dense_values_bytes(576, 1536, 3) == 576 * 1536 // 2
+    assert library.kwm_dense_values_bytes(576, 1536, 0) == -1
+    assert library.kwm_scale_bytes(65, 17, 2) == 4 * 32
+    assert library.kwm_scale_bytes(65, 17, 3) == 2 * 2 * 32
+    assert library.kwm_values_bytes(576, 1536, 4) == -1
     assert library.kwm_values_bytes(0, 5, 0) == 0
 
 

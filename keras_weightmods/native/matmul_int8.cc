@@ -1,0 +1,70 @@
+// The product with int8 activations: choice of the kernels, panels of
+// activations, split of the work.
+
+#include "kernels.h"
+#include "tiles.h"
+
+namespace {
+
+using kwm::Int8Kernels;
+using kwm::Int8Rows;
+using kwm::Packed;
+using kwm::Scratch;
+using kwm::Threads;
+using kwm::Tiling;
+using kwm::kBlockRows;
+
+constexpr int64_t kPanelRows = 512;  // rows of activations rounded at a time
+
+const Int8Kernels& int8_kernels(int type, bool dense) {
+  return *kwm::scalar_int8_kernels(type, dense);
+}
+
+void run_panel(const Int8Kernels& kernels, const float* x, int64_t rows,
+               const Packed& w, float* y, const Threads& threads) {
+  const Tiling tiling(rows, kernels.tile_rows);
+  const int64_t row_blocks = w.row_blocks();
+  const int64_t tile_bytes = Int8Rows::size_of_bytes(row_blocks, tiling.padded);
+  const int64_t tile_steps = row_blocks * tiling.padded;
+  const Scratch<uint8_t> bytes(tiling.count * tile_bytes);
+  const Scratch<float> steps(tiling.count * tile_steps);
+  const Scratch<int32_t> offsets(tiling.count * tile_steps);
+  const auto rows_of = [&](int64_t tile) {
+    return Int8Rows{tiling.padded, bytes.get() + tile * tile_bytes,
+                    steps.get() + tile * tile_steps,
+                    offsets.get() + tile * tile_steps};
+  };
+  threads.run(tiling.count, kwm::grain(tile_bytes / 4),
+              [&](int64_t begin, int64_t end) {
+                for (int64_t tile = begin; tile < end; ++tile) {
+                  for (int row = 0; row < tiling.padded; ++row) {
+                    // What pads a tile may be any row.
+                    const int64_t from =
+                        kwm::min(row, tiling.rows_of(tile) - 1);
+                    kernels.quantize(x + (tiling.first(tile) + from) * w.k,
+                                     w.k, row, rows_of(tile));
+                  }
+                }
+              });
+  // An integer costs a quarter of a float.
+  kwm::multiply_tiles(
+      threads, tiling, w, kwm::ceil_div(tiling.padded, 4), y,
+      [&](int64_t tile, int64_t column_block, float* out, int64_t out_stride) {
+        kernels.multiply(rows_of(tile), w, column_block, out, out_stride);
+      });
+}
+
+}  // namespace
+
+void kwm_matmul_int8(const float* x, int64_t rows, int64_t k, int64_t n,
+                     int type, const void* values, const uint32_t* meta,
+                     const void* scale, float* y, kwm_parallel_for parallel_for,
+                     void* pool) {
+  if (n == 0) return;
+  const Packed w{k, n, type, values, meta, scale};
+  const Int8Kernels& kernels = int8_kernels(type, meta == nullptr);
+  for (int64_t row = 0; row < rows; row += kPanelRows) {
+    run_panel(kernels, x + row * k, kwm::min(kPanelRows, rows - row), w,
+              y + row * n, {parallel_for, pool});
+  }
+}
