@@ -18,11 +18,11 @@ uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + round) >> 16);
 }
 
-// Scales of int4 are max |w| over one of these. The first eight find the grid of
-// values that lie on one: their largest is 1 to 8 steps. The others round it, or
-// clip it so that the rest is finer.
-constexpr float kDivisors[] = {8,    7,    6,   5,   4,   3,   2,   1,
-                               6.5f, 7.5f, 8.5, 9, 9.5f, 10, 11, 12};
+// Scales of int4 are max |w| over one of these. 1 to 8 find the grid of values
+// that lie on one. The others round the largest, or clip it so that the rest is
+// finer. With a negative scale the largest can be -8 times it.
+constexpr float kDivisors[] = {1, 2,    3, 4,     5,  6,     7, 7.5f,
+                               8, 8.5f, 9, -7.5f, -8, -8.5f, -9};
 constexpr int kCandidates = sizeof(kDivisors) / sizeof(float);
 constexpr int kGroupSlots = kwm::kScaleBlocks * kBlockSlots;
 
@@ -40,10 +40,10 @@ float int4_steps(float value, float scale) {
 // with the least squared error, the first of equal ones. 1 where all are zero or
 // next to it, NaN where not all are finite.
 //
-// The terms are added up slot by slot in double, unfused, so that any other
-// program that does the same finds the same bits.
+// The terms are added up slot by slot in double, unfused: packed.py does the
+// same, and finds the same bits.
 uint16_t int4_scale(const float values[kGroupSlots]) {
-  constexpr uint16_t kOne = 0x3f80, kNan = 0x7fc0, kInfinity = 0x7f80;
+  constexpr uint16_t kOne = 0x3f80, kNan = 0x7fc0;
   float largest = 0;
   for (int i = 0; i < kGroupSlots; ++i) {
     const float size = fabsf(values[i]);
@@ -67,7 +67,7 @@ uint16_t int4_scale(const float values[kGroupSlots]) {
   }
   int best = -1;
   for (int c = 0; c < kCandidates; ++c) {
-    if (scales[c] == 0 || scales[c] == kInfinity) continue;
+    if (floats[c] == 0 || !isfinite(floats[c])) continue;
     if (best < 0 || errors[c] < errors[best]) best = c;
   }
   return best < 0 ? kOne : scales[best];

@@ -248,7 +248,7 @@ def pack_kernel(
     check_activations(activations, dtype)
     specs = packed_arrays(shape, dtype)
     kernel = _to_numpy(kernel, np.float32)
-    pack = _pack_native if _has_native(dtype) else _pack_numpy
+    pack = _pack_native if native.is_available() else _pack_numpy
     arrays, bad = pack(kernel, dtype, specs)
     if bad:
         raise ValueError(
@@ -373,7 +373,7 @@ def unpack_kernel(packed: Packed) -> Any:
             packed.shape, packed.dtype, packed.is_dense
         ).items()
     }
-    if packed.is_dense or not _has_native(packed.dtype):
+    if packed.is_dense or not native.is_available():
         return _unpack(np, packed, **arrays)
     kernel = np.empty(packed.shape, np.float32)
     kind = *packed.shape, native.type_code(packed.dtype)
@@ -532,11 +532,6 @@ def values_at(steps: Any, meta: Any, dtype: str) -> Any:
     places = places.transpose(1, 2, 0, 3).reshape(len(groups), 2, -1)
     slots = np.take_along_axis(groups, places, axis=1)
     return values_of_slots(slots.reshape(-1, groups.shape[2]), dtype)
-
-
-def _has_native(dtype: str) -> bool:
-    # int4: once the library has it.
-    return native.is_available() and dtype != "int4"
 
 
 def _matrix_shape(matrix: Any) -> tuple[int, int]:

@@ -64,9 +64,6 @@ def sparse_matmul(x: Any, packed: Any) -> Any:
             f"contraction of the packed kernel of shape {packed.shape}. "
             f"Received: x of shape {tuple(x.shape)}"
         )
-    if packed.activations == "int8" or packed.dtype == "int4":
-        # Until the compiled kernels take them.
-        return dense_matmul(x, packed)
     return _implementation()(x, packed)
 
 

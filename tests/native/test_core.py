@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests import references
 from tests.native import native_core
 
 pytestmark = pytest.mark.one_backend
@@ -113,9 +114,10 @@ def test_pack(k, n, dtype, rng):
     elif dtype == "bfloat16":
         np.testing.assert_array_equal(got, bfloat16(kernel))
     elif dtype == "int4":
-        values, scale = reference_int4(kernel, packed[1])
-        np.testing.assert_array_equal(packed[0], values)
-        np.testing.assert_array_equal(packed[2], scale)
+        for got, want in zip(packed, references.pack_24(kernel, dtype)):
+            np.testing.assert_array_equal(
+                got.view("uint8"), want.ravel().view("uint8")
+            )
     else:
         step = np.abs(kernel).max(0) / 127
         np.testing.assert_allclose(packed[2][:n], np.where(step, step, 1))
@@ -127,54 +129,6 @@ def test_pack(k, n, dtype, rng):
     assert np.count_nonzero(values) <= np.count_nonzero(kernel)
     slots = meta[:, None] >> np.arange(0, 32, 2, dtype="uint32") & 3
     assert (slots[:, ::2] < slots[:, 1::2]).all()
-
-
-def reference_int4(kernel, meta):
-    """The values and scales of int4 for these places, as pack.cc says."""
-    k, n = kernel.shape
-    row_blocks, blocks = -(-k // 32), -(-n // 16)
-    meta = meta.reshape(blocks, row_blocks, 16)
-    values = np.zeros((blocks, row_blocks, 2, 16, 4), "uint8")
-    scales = np.zeros((blocks, -(-row_blocks // 2), 16), "uint16")
-    padded = np.zeros((32 * row_blocks, 16 * blocks), "float32")
-    padded[:k, :n] = kernel
-    divisors = [*range(8, 0, -1), 6.5, 7.5, 8.5, 9, 9.5, 10, 11, 12]
-    for column in range(16 * blocks):
-        block, lane = divmod(column, 16)
-        for group in range(scales.shape[1]):
-            here = range(2 * group, min(2 * group + 2, row_blocks))
-            kept = np.array(
-                [
-                    padded[
-                        32 * b
-                        + slot // 2 * 4
-                        + (int(meta[block, b, lane]) >> (2 * slot) & 3),
-                        column,
-                    ]
-                    for b in here
-                    for slot in range(16)
-                ]
-            )
-            best = None
-            for divisor in divisors:
-                scale = bfloat16(np.abs(kept).max() / np.float32(divisor))
-                if scale == 0:
-                    continue
-                steps = np.clip(np.rint(kept / scale), -8, 7)
-                error = 0.0
-                for w, q in zip(kept.astype("float64"), steps):
-                    error += (w - float(q) * float(scale)) ** 2
-                if best is None or error < best[0]:
-                    best = error, scale, steps
-            scale, steps = best[1:] if best else (np.float32(1), 0 * kept)
-            scales[block, group, lane] = scale.view("uint32") >> 16
-            for i, q in enumerate(steps.astype(int)):
-                slot = i % 16
-                shift = 4 if slot % 4 >= 2 else 0
-                values[block, here[i // 16], slot % 2, lane, slot // 4] |= (
-                    q & 15
-                ) << shift
-    return values.ravel(), scales.ravel()
 
 
 @pytest.mark.parametrize("largest", range(1, 9))

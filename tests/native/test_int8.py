@@ -56,8 +56,10 @@ def random_weights(rng, k, n, dtype, dense):
     scale = np.exp(rng.standard_normal(size)).astype("float32")
     if dtype == "int8":
         return values, meta, scale[: size // 4]
-    return values, meta, (scale[: size // 2].view("uint32") >> 16).astype(
-        "uint16"
+    return (
+        values,
+        meta,
+        (scale[: size // 2].view("uint32") >> 16).astype("uint16"),
     )
 
 

@@ -12,7 +12,11 @@ import keras
 
 from keras_weightmods.backend.jax import sparse_matmul_gpu, xla_handlers
 from keras_weightmods.backend.jax.batching import batches_as_rows
-from keras_weightmods.native.packed import dense_matmul
+from keras_weightmods.native.packed import (
+    Packed,
+    dense_matmul,
+    unpack_tensor,
+)
 
 
 def reason_unavailable():
@@ -31,7 +35,7 @@ def sparse_matmul(x, packed):
     choices = {"default": dense_matmul}
     if not xla_handlers.reason_unavailable():
         choices["cpu"] = _sparse_matmul_on_cpu
-    if platform == "gpu":
+    if platform == "gpu" and not _for_cpu_alone(packed):
         choices["cuda"] = sparse_matmul_gpu.matmul
     choices = {
         name: functools.partial(choice, packed=packed)
@@ -40,32 +44,44 @@ def sparse_matmul(x, packed):
     return jax.lax.platform_dependent(x, **choices)
 
 
+def _for_cpu_alone(packed):
+    return packed.activations == "int8" or packed.dtype == "int4"
+
+
 def _sparse_matmul_on_cpu(x, packed):
     values, meta, scale = _arrays(packed)
-    return _multiply(x, values, meta, scale, packed.shape[1])
+    n = packed.shape[1]
+    return _multiply(x, values, meta, scale, n, packed.activations)
 
 
 def _arrays(packed):
-    values = keras.ops.convert_to_tensor(packed.values)
-    meta = keras.ops.convert_to_tensor(packed.meta)
-    if packed.scale is None:
-        return values, meta, _no_scale()
-    return values, meta, keras.ops.convert_to_tensor(packed.scale)
+    """Return values, meta and scale, empty where there is none."""
+    arrays = packed.values, packed.meta, packed.scale
+    missing = None, jnp.zeros((0,), jnp.int32), _no_scale()
+    return tuple(
+        none if array is None else keras.ops.convert_to_tensor(array)
+        for array, none in zip(arrays, missing)
+    )
 
 
 def _no_scale():
     return jnp.zeros((0,), jnp.float32)
 
 
-def _multiply(x, values, meta, scale, n):
-    y = _matmul(x.astype(jnp.float32), values, meta, scale, n, False)
+def _multiply(x, values, meta, scale, n, activations):
+    weights = values, meta, scale
+    if activations == "int8":
+        y = _matmul_int8(x.astype(jnp.float32), *weights, n)
+    else:
+        y = _matmul(x.astype(jnp.float32), *weights, n, False)
     return y.astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _matmul(x, values, meta, scale, size, transposed):
     """By the kernel or its transpose; `size` entries in the last axis."""
-    return _call(size, transposed)(x, values, meta, scale)
+    target = "kwm_xla_matmul_transposed" if transposed else "kwm_xla_matmul"
+    return _call(target, size)(x, values, meta, scale)
 
 
 def _matmul_forward(x, values, meta, scale, size, transposed):
@@ -85,6 +101,31 @@ def _matmul_backward(size, transposed, saved, dy):
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _matmul_int8(x, values, meta, scale, n):
+    """By int8 activations; an empty meta, in one axis, is a dense matrix."""
+    return _call("kwm_xla_matmul_int8", n)(x, values, meta, scale)
+
+
+def _matmul_int8_forward(x, values, meta, scale, n):
+    y = _matmul_int8(x, values, meta, scale, n)
+    return y, (x.shape[-1], values, meta, scale)
+
+
+def _matmul_int8_backward(n, saved, dy):
+    k, values, meta, scale = saved
+    if meta.ndim == 1:
+        dtype = "int8" if values.dtype == jnp.int8 else "int4"
+        packed = Packed(values, None, scale, (k, n), dtype, "int8")
+        dx = dy @ unpack_tensor(packed).T
+    else:
+        dx = _matmul(dy, values, meta, scale, k, True)
+    return dx, None, None, None
+
+
+_matmul_int8.defvjp(_matmul_int8_forward, _matmul_int8_backward)
 
 
 @jax.custom_vjp
@@ -112,9 +153,8 @@ _values_gradient.defvjp(_values_gradient_forward, _values_gradient_backward)
 
 
 @functools.cache
-def _call(size, transposed):
+def _call(target, size):
     """The custom call with `size` entries in the last axis of its result."""
-    target = "kwm_xla_matmul_transposed" if transposed else "kwm_xla_matmul"
 
     def call(x, values, meta, scale):
         result = jax.ShapeDtypeStruct((*x.shape[:-1], size), jnp.float32)
@@ -154,9 +194,14 @@ def column_parallel_matmul(x, packed, mesh, axis_name):
     split = jax.sharding.PartitionSpec(axis_name)
     whole = jax.sharding.PartitionSpec()
     multiply = jax.shard_map(
-        functools.partial(_multiply, n=n // devices),
+        functools.partial(
+            _multiply, n=n // devices, activations=packed.activations
+        ),
         mesh=mesh,
-        in_specs=(whole, split, split, whole if scale.size == 0 else split),
+        in_specs=(
+            *(whole, split),
+            *(whole if a.size == 0 else split for a in (meta, scale)),
+        ),
         out_specs=jax.sharding.PartitionSpec(
             *(None,) * (x.ndim - 1), axis_name
         ),

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_weightmods import native
 from keras_weightmods.backend.tensorflow import xla_calls
-from keras_weightmods.native.packed import pack_kernel
+from keras_weightmods.native.packed import Packed, pack_kernel, unpack_tensor
 
 
 def reason_unavailable():
@@ -60,10 +60,11 @@ def _refusal():
 @tf.autograph.experimental.do_not_convert
 def sparse_matmul(x, packed):
     """See `keras_weightmods.ops.sparse_matmul`."""
-    y = _matmul(
+    multiply = _matmul_int8 if packed.activations == "int8" else _matmul
+    y = multiply(
         tf.cast(x, tf.float32),
         _tensor(packed.values),
-        _tensor(packed.meta),
+        tf.zeros((0,), "int32") if packed.is_dense else _tensor(packed.meta),
         tf.zeros((0,)) if packed.scale is None else _tensor(packed.scale),
         packed.shape[1],
     )
@@ -92,6 +93,30 @@ def _matmul(x, values, meta, scale, size, transposed=False):
         target = "kwm_xla_matmul_transposed" if transposed else "kwm_xla_matmul"
         shape = [*x.shape[:-1], size]
         (y,) = xla_calls.call(target, [shape], x, values, meta, scale)
+        return y, gradient
+
+    return matmul(x, values, meta, scale)
+
+
+def _matmul_int8(x, values, meta, scale, n):
+    """By int8 activations; an empty meta, in one axis, is a dense matrix."""
+
+    @tf.custom_gradient
+    def matmul(x, values, meta, scale):
+        def gradient(dy):
+            k = x.shape[-1]
+            if len(meta.shape) == 1:
+                dtype = "int8" if values.dtype == tf.int8 else "int4"
+                packed = Packed(values, None, scale, (k, n), dtype, "int8")
+                axes = [[len(dy.shape) - 1], [1]]
+                dx = tf.tensordot(dy, unpack_tensor(packed), axes)
+            else:
+                dx = _matmul(dy, values, meta, scale, k, transposed=True)
+            return dx, None, None, None
+
+        shape = [*x.shape[:-1], n]
+        weights = values, meta, scale
+        (y,) = xla_calls.call("kwm_xla_matmul_int8", [shape], x, *weights)
         return y, gradient
 
     return matmul(x, values, meta, scale)

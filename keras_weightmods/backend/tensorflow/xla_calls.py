@@ -9,7 +9,10 @@ import tensorflow as tf
 
 from keras_weightmods import native
 
-_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int32": "i32"}
+_TYPES = {
+    **{"float32": "f32", "bfloat16": "bf16"},
+    **{"int8": "i8", "uint8": "ui8", "int32": "i32"},
+}
 
 
 def register():

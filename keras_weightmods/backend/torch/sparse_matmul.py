@@ -13,13 +13,19 @@ import torch
 from keras_weightmods import native
 from keras_weightmods.backend.torch import sparse_matmul_gpu
 from keras_weightmods.backend.torch.threads import threads
-from keras_weightmods.native.packed import dense_matmul, packed_arrays
+from keras_weightmods.native.packed import (
+    Packed,
+    dense_matmul,
+    packed_arrays,
+    unpack_tensor,
+)
 from keras_weightmods.utils import checks
 
 _TYPES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.int8: "int8",
+    torch.uint8: "int4",
 }
 
 
@@ -35,13 +41,19 @@ def sparse_matmul(x, packed):
         device == "cpu" and not native.is_available()
     ):
         return dense_matmul(x, packed)
+    rounded = packed.activations == "int8"
+    if device == "cuda" and (rounded or packed.dtype == "int4"):
+        return dense_matmul(x, packed)
     weights = (
         _tensor(packed.values),
-        _tensor(packed.meta),
+        None if packed.meta is None else _tensor(packed.meta),
         None if packed.scale is None else _tensor(packed.scale),
         packed.shape[1],
     )
-    multiply = torch.ops.keras_weightmods.sparse_matmul
+    operators = torch.ops.keras_weightmods
+    multiply = (
+        operators.sparse_matmul_int8 if rounded else operators.sparse_matmul
+    )
     if x.dtype is torch.float32 or device == "cuda":
         return multiply(x, *weights)
     return multiply(x.to(torch.float32), *weights).to(x.dtype)
@@ -62,8 +74,12 @@ _library.define(
     "Tensor x, Tensor values, Tensor meta, Tensor? scale, SymInt n) -> Tensor"
 )
 _library.define(
+    "sparse_matmul_int8("
+    "Tensor x, Tensor values, Tensor? meta, Tensor scale, SymInt n) -> Tensor"
+)
+_library.define(
     "sparse_matmul_transposed("
-    "Tensor dy, Tensor values, Tensor meta, Tensor? scale, SymInt k) -> Tensor"
+    "Tensor dy, Tensor values, Tensor? meta, Tensor? scale, SymInt k) -> Tensor"
 )
 _library.define(
     "sparse_values_gradient(Tensor x, Tensor dy, Tensor meta) -> Tensor"
@@ -89,9 +105,28 @@ def _matmul(x, values, meta, scale, n):
     return y
 
 
+@torch.library.impl(_library, "sparse_matmul_int8", "CPU")
+def _matmul_int8(x, values, meta, scale, n):
+    k = x.shape[-1]
+    x, rows = _rows(x)
+    if values.dtype not in (torch.int8, torch.uint8):
+        raise checks.error("values", "of int8 or uint8", values.dtype)
+    weights = _weights(k, n, values, meta, scale, dense=meta is None)
+    y = x.new_empty((*x.shape[:-1], n))
+    native.library().kwm_matmul_int8(
+        x.data_ptr(), rows, *weights, y.data_ptr(), *threads(rows * k * n)
+    )
+    return y
+
+
 @torch.library.impl(_library, "sparse_matmul_transposed", "CPU")
 def _matmul_transposed(dy, values, meta, scale, k):
     n = dy.shape[-1]
+    if meta is None:
+        packed = Packed(
+            values, None, scale, (k, n), _TYPES[values.dtype], "int8"
+        )
+        return dy @ unpack_tensor(packed).T
     dy, rows = _rows(dy)
     weights = _weights(k, n, values, meta, scale)
     dx = dy.new_empty((*dy.shape[:-1], k))
@@ -123,6 +158,11 @@ def _values_gradient(x, dy, meta):
 
 @torch.library.register_fake("keras_weightmods::sparse_matmul")
 def _fake_matmul(x, values, meta, scale, n):
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("keras_weightmods::sparse_matmul_int8")
+def _fake_matmul_int8(x, values, meta, scale, n):
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -167,6 +207,29 @@ torch.library.register_autograd(
 )
 
 
+def _save_int8(ctx, inputs, output):
+    x, values, meta, scale, _ = inputs
+    ctx.k = x.shape[-1]
+    ctx.save_for_backward(values, meta, scale)
+
+
+def _backward_int8(ctx, dy):
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.keras_weightmods.sparse_matmul_transposed(
+            dy, *ctx.saved_tensors, ctx.k
+        )
+    return dx, None, None, None, None
+
+
+torch.library.register_autograd(
+    "keras_weightmods::sparse_matmul_int8",
+    _backward_int8,
+    setup_context=_save_int8,
+    lib=_library,
+)
+
+
 def _rows(x):
     """Return a contiguous float32 activation, and its number of rows."""
     if x.dtype is not torch.float32:
@@ -174,14 +237,15 @@ def _rows(x):
     return x.contiguous(), math.prod(x.shape[:-1])
 
 
-def _weights(k, n, values, meta, scale):
+def _weights(k, n, values, meta, scale, dense=False):
     """Return the arguments of the library for the weights, checked."""
     dtype = _TYPES.get(values.dtype)
     if dtype is None:
         raise checks.error("values", f"of {[*_TYPES]}", values.dtype)
-    arrays = _arrays(k, n, dtype)
+    arrays = _arrays(k, n, dtype, dense)
     _check("values", values, *arrays["values"])
-    _check("meta", meta, *arrays["meta"])
+    if not dense:
+        _check("meta", meta, *arrays["meta"])
     if "scale" in arrays:
         _check("scale", scale, *arrays["scale"])
     pointers = [
@@ -191,11 +255,12 @@ def _weights(k, n, values, meta, scale):
 
 
 @functools.lru_cache(maxsize=1024)
-def _arrays(k, n, dtype):
+def _arrays(k, n, dtype, dense=False):
     """`packed_arrays` with sizes and types of torch."""
+    arrays = packed_arrays((k, n), dtype, dense)
     return {
         name: (torch.Size(shape), getattr(torch, array_dtype))
-        for name, (shape, array_dtype) in packed_arrays((k, n), dtype).items()
+        for name, (shape, array_dtype) in arrays.items()
     }
 
 

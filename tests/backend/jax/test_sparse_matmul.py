@@ -7,7 +7,14 @@ import keras
 import numpy as np
 import pytest
 
-from keras_weightmods.ops import Packed, pack_kernel, sparse_matmul
+from keras_weightmods.native.packed import pack_dense
+from keras_weightmods.ops import (
+    Packed,
+    pack_kernel,
+    sparse_matmul,
+    unpack_kernel,
+)
+from tests import references
 from tests.models import normal
 from tests.native.test_packed import kernel_of
 from tests.ops.test_sparse_matmul import assert_close
@@ -48,6 +55,25 @@ def test_vmap_folds_the_batch_into_the_rows(packed):
     assert lowered.count("custom_call @kwm_xla_matmul") == 1
     assert "while" not in lowered
     assert_close(batched(x), x.astype("float64") @ kernel_of(K, N))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_int8_activations_mapped_with_gradients(dtype, dense):
+    if dense:
+        packed = pack_dense(normal(K, N), dtype)
+    else:
+        packed = pack_kernel(kernel_of(K, N), dtype, "int8")
+    w = unpack_kernel(packed).astype("float64")
+    x = normal(3, 2, K)
+    batched = jax.jit(jax.vmap(lambda x: sparse_matmul(x, packed)))
+    lowered = batched.lower(x).as_text()
+    assert lowered.count("custom_call @kwm_xla_matmul_int8") == 1
+    assert "while" not in lowered
+    assert_close(batched(x), references.round_activations(x) @ w)
+    # As if `x` was not rounded, an example at a time.
+    gradient = jax.vmap(jax.grad(lambda x: jnp.sum(sparse_matmul(x, packed))))
+    assert_close(gradient(x), np.broadcast_to(w.sum(1), x.shape))
 
 
 @pytest.mark.parametrize("x_batched", [True, False])
@@ -128,6 +154,19 @@ def test_a_call_that_does_not_fit_is_an_error_of_xla(packed):
     no_scale = jnp.zeros((0,), jnp.float32)
     with pytest.raises(Exception, match="packed weights do not fit"):
         wrong(normal(2, K), packed.values, packed.meta, no_scale)
+
+    packed = pack_kernel(kernel_of(K, N), "int4")
+    wrong = jax.ffi.ffi_call(
+        "kwm_xla_matmul_int8", jax.ShapeDtypeStruct((2, N), jnp.float32)
+    )
+    arrays = packed.values, packed.meta
+    x = normal(2, K)
+    with pytest.raises(Exception, match="packed weights do not fit"):
+        wrong(x, *arrays, packed.scale.astype("float32"))
+    with pytest.raises(Exception, match="packed weights do not fit"):
+        wrong(x, packed.values, jnp.zeros((0,), jnp.int32), packed.scale)
+    with pytest.raises(Exception, match="bfloat16 for int4"):
+        wrong(x, *arrays, packed.scale.view("float16"))
 
 
 SHARDED = """

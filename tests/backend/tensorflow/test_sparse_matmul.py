@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from keras_weightmods import native
-from keras_weightmods.ops import Packed, pack_kernel, sparse_matmul
+from keras_weightmods.native.packed import pack_dense
+from keras_weightmods.ops import (
+    Packed,
+    pack_kernel,
+    sparse_matmul,
+    unpack_kernel,
+)
+from tests import references
 from tests.models import normal
 from tests.native.test_packed import kernel_of
 from tests.ops.test_sparse_matmul import assert_close
@@ -83,6 +90,32 @@ def test_gradients_in_a_function(jit_compile):
     expected = pack_kernel(np.where(w != 0, dw, 0)).values
     kept = product.values.numpy() != 0
     assert_close(dvalues * kept, expected.astype("float64") * kept)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_int8_activations_in_a_function(dense, dtype, jit_compile):
+    if dense:
+        packed = pack_dense(normal(K, N), dtype)
+    else:
+        packed = pack_kernel(kernel_of(K, N), dtype, "int8")
+    w = unpack_kernel(packed).astype("float64")
+    signature = [tf.TensorSpec((None, None, K))]
+
+    @tf.function(jit_compile=jit_compile, input_signature=signature)
+    def product(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = sparse_matmul(x, packed)
+        return y, tape.gradient(y, x)
+
+    for leading in ((1, 1), (2, 7)):
+        x = normal(*leading, K)
+        y, dx = product(x)
+        assert_close(y, references.round_activations(x) @ w)
+        assert_close(dx, np.broadcast_to(w.sum(1), x.shape))
+    assert product.experimental_get_tracing_count() == 1
 
 
 def test_second_derivatives_equal_those_of_the_dense_product():

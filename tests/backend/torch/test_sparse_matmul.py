@@ -5,7 +5,14 @@ import keras
 import numpy as np
 import pytest
 
-from keras_weightmods.ops import Packed, pack_kernel, sparse_matmul
+from keras_weightmods.native.packed import pack_dense
+from keras_weightmods.ops import (
+    Packed,
+    pack_kernel,
+    sparse_matmul,
+    unpack_kernel,
+)
+from tests import references
 from tests.models import normal
 from tests.native.test_packed import DTYPES, kernel_of
 from tests.ops.test_sparse_matmul import assert_close
@@ -24,15 +31,16 @@ pytestmark = pytest.mark.skipif(
 K, N = 36, 20
 
 
-def tensors(dtype="float32"):
-    packed = pack_kernel(kernel_of(K, N), dtype)
-    return Packed(
-        keras.ops.convert_to_tensor(packed.values),
-        torch.from_numpy(packed.meta),
-        None if packed.scale is None else torch.from_numpy(packed.scale),
-        packed.shape,
-        packed.dtype,
+def tensors(dtype="float32", activations="float32"):
+    return with_tensors(pack_kernel(kernel_of(K, N), dtype, activations))
+
+
+def with_tensors(packed):
+    arrays = (
+        None if array is None else keras.ops.convert_to_tensor(array)
+        for array in (packed.values, packed.meta, packed.scale)
     )
+    return Packed(*arrays, packed.shape, packed.dtype, packed.activations)
 
 
 def operator():
@@ -59,6 +67,40 @@ def test_operators_pass_the_checks_of_torch(dtype):
         torch.library.opcheck(
             operators.sparse_values_gradient, (x, dy, packed.meta)
         )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_operator_of_int8_activations_passes_the_checks(dtype, dense):
+    packed = tensors(dtype)
+    if dense:
+        packed = with_tensors(pack_dense(normal(K, N), dtype))
+    x = torch.from_numpy(normal(3, 2, K)).requires_grad_()
+    arguments = x, packed.values, packed.meta, packed.scale, N
+    torch.library.opcheck(operator().sparse_matmul_int8, arguments)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_int8_activations_compiled_as_one_graph():
+    kernels = [
+        tensors("int8", "int8"),
+        with_tensors(pack_dense(normal(K, N), "int4")),
+    ]
+
+    def function(x):
+        return sum(torch.relu(sparse_matmul(2 * x, k)) for k in kernels)
+
+    operator()
+    compiled = torch.compile(function, fullgraph=True)
+    x = torch.from_numpy(normal(3, K)).requires_grad_()
+    y = compiled(x)
+    rounded = references.round_activations(2 * normal(3, K))
+    products = [rounded @ unpack_kernel(k).astype("float64") for k in kernels]
+    assert_close(y.detach(), sum(np.maximum(p, 0) for p in products))
+    y.sum().backward()
+    found, x.grad = x.grad, None
+    function(x).sum().backward()
+    assert_close(found, x.grad.numpy().astype("float64"))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -138,6 +180,21 @@ def test_the_operator_wants_float32_and_a_scale():
         operator().sparse_matmul(x.double(), *arrays, packed.scale, N)
     with pytest.raises(ValueError, match=r"`scale` .*Received: scale=None"):
         operator().sparse_matmul(x, *arrays, None, N)
+
+
+def test_the_operator_of_int8_activations_reads_no_more_than_there_is():
+    multiply = operator().sparse_matmul_int8
+    x = torch.ones((2, K))
+    sparse = tensors("int4")
+    dense = with_tensors(pack_dense(normal(K, N), "int4"))
+    with pytest.raises(ValueError, match="`values`"):
+        multiply(x, sparse.values, None, sparse.scale, N)
+    with pytest.raises(ValueError, match="`values`"):
+        multiply(x, dense.values, sparse.meta, dense.scale, N)
+    with pytest.raises(ValueError, match="`scale`"):
+        multiply(x, dense.values, None, dense.scale.float(), N)
+    with pytest.raises(ValueError, match="`values` must be of int8 or uint8"):
+        multiply(x, dense.values.float(), None, dense.scale, N)
 
 
 def test_rounded_values_have_no_gradient():
