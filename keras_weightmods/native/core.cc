@@ -51,13 +51,8 @@ const Kernels* supported(int isa) {
 
 // Null where there are none for this instruction set or CPU.
 const kwm::DigitKernels* digit_kernels(const Kernels& kernels) {
-  if (kernels.isa != KWM_ISA_AVX512) return nullptr;
-#if defined(__x86_64__)
-  static const bool here = __builtin_cpu_supports("avx512vnni") &&
-                           __builtin_cpu_supports("avx512vbmi");
-  if (here) return kwm::avx512_vnni_kernels();
-#endif
-  return nullptr;
+  if (kernels.isa != KWM_ISA_AVX512 || !kwm::has_avx512_vnni()) return nullptr;
+  return kwm::avx512_vnni_kernels();
 }
 
 const Kernels* best() {
@@ -459,6 +454,16 @@ class MatmulTransposed {
 }  // namespace
 
 const Kernels& kwm::kernels_in_use() { return *in_use().load(); }
+
+bool kwm::has_avx512_vnni() {
+#if defined(__x86_64__)
+  static const bool here = __builtin_cpu_supports("avx512vnni") &&
+                           __builtin_cpu_supports("avx512vbmi");
+  return here;
+#else
+  return false;
+#endif
+}
 
 int kwm_abi_version(void) { return KWM_ABI_VERSION; }
 

@@ -17,6 +17,13 @@ using kwm::kBlockRows;
 constexpr int64_t kPanelRows = 512;  // rows of activations rounded at a time
 
 const Int8Kernels& int8_kernels(int type, bool dense) {
+  switch (kwm_isa()) {
+    case KWM_ISA_AVX512:
+      if (kwm::has_avx512_vnni()) {
+        return *kwm::avx512_int8_kernels(type, dense);
+      }
+      break;
+  }
   return *kwm::scalar_int8_kernels(type, dense);
 }
 

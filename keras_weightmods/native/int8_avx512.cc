@@ -1,0 +1,335 @@
+// int8 activations on AVX-512 with VNNI and VBMI: 64 products in one
+// instruction, of unsigned bytes and signed ones.
+//
+// Sparse: of two blocks of rows the 64 activations, plus 128, are the table
+// from which a permutation picks; the sums of the values, which all rows of
+// activations share, undo the 128. int4 values are multiplied by 16 where they
+// stand in their byte, and their scales divided by it.
+//
+// Dense: the values are made unsigned, and four activations are read into all
+// lanes. Their sums, one for a block, undo that.
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni," \
+                          "avx512vbmi,avx2,fma"))), \
+    apply_to = function)
+#else
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma")
+#endif
+
+namespace {
+
+using kwm::Int8Kernels;
+using kwm::Int8Rows;
+using kwm::Packed;
+using kwm::kBlockRows;
+using kwm::kLanes;
+
+constexpr int64_t kPrefetchBytes = 8192;
+
+__mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= 16  ? 0xffff
+                                : count <= 0 ? 0
+                                             : (1 << count) - 1);
+}
+
+// kOffset: what makes the values unsigned, 0 for a sparse matrix.
+template <int kOffset>
+void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
+  constexpr bool kSparse = kOffset == 0;
+  const int64_t row_blocks = kwm::ceil_div(k, kBlockRows);
+  for (int64_t block = 0; block < row_blocks; ++block) {
+    const int64_t left = k - block * kBlockRows;
+    const float* from = x + block * kBlockRows;
+    const __m512 a = _mm512_maskz_loadu_ps(first_lanes(left), from);
+    const __m512 b = _mm512_maskz_loadu_ps(first_lanes(left - 16), from + 16);
+    const __m512 a_size = _mm512_abs_ps(a), b_size = _mm512_abs_ps(b);
+    const __m512 most = _mm512_set1_ps(3.4028235e38f);
+    const bool finite =
+        (_mm512_cmp_ps_mask(a_size, most, _CMP_LE_OQ) &
+         _mm512_cmp_ps_mask(b_size, most, _CMP_LE_OQ)) == 0xffff;
+    float step = _mm512_reduce_max_ps(_mm512_max_ps(a_size, b_size)) / 127;
+    if (!(step > 0)) step = 1;
+    out.steps[block * out.rows + row] = finite ? step : __builtin_nanf("");
+
+    const __mmask16 kept = finite ? 0xffff : 0;
+    const __m512 steps = _mm512_set1_ps(step);
+    const auto rounded = [&](__m512 v) {
+      const __m512i q =
+          _mm512_maskz_cvtps_epi32(kept, _mm512_div_ps(v, steps));
+      // Where the largest is denormal the step is coarse: hence the bounds.
+      return _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(127)),
+                              _mm512_set1_epi32(-127));
+    };
+    const __m512i a_q = rounded(a), b_q = rounded(b);
+    const __m128i sign = _mm_set1_epi8(kSparse ? -128 : 0);
+    const __m128i a_bytes = _mm_xor_si128(_mm512_cvtepi32_epi8(a_q), sign);
+    const __m128i b_bytes = _mm_xor_si128(_mm512_cvtepi32_epi8(b_q), sign);
+    uint8_t* to = out.bytes;
+    if (kSparse) {
+      to += (block / 2 * out.rows + row) * 64 + block % 2 * kBlockRows;
+    } else {
+      to += (block * out.rows + row) * kBlockRows;
+      out.offsets[block * out.rows + row] =
+          -kOffset * _mm512_reduce_add_epi32(_mm512_add_epi32(a_q, b_q));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), a_bytes);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), b_bytes);
+  }
+}
+
+// 16 scales of bfloat16, times `factor`.
+__m512 int4_scale(const uint16_t* scale, float factor) {
+  const __m256i halves =
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scale));
+  const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(factor));
+}
+
+// total + sum * step, and * scale. In this order denormal steps lose nothing.
+template <bool kInt4>
+__m512 add_block(__m512 total, __m512i sum, float step, __m512 scale) {
+  const __m512 floats = _mm512_cvtepi32_ps(sum), steps = _mm512_set1_ps(step);
+  if (!kInt4) return _mm512_fmadd_ps(floats, steps, total);
+  return _mm512_fmadd_ps(_mm512_mul_ps(floats, steps), scale, total);
+}
+
+// R rows, C blocks of columns.
+template <bool kInt4, int R, int C>
+void sparse_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
+                 float* y, int64_t y_stride) {
+  constexpr int64_t kBytes = kInt4 ? 128 : 256;
+  constexpr int64_t kAhead = kPrefetchBytes / kBytes;
+  const int64_t row_blocks = w.row_blocks();
+  auto values = static_cast<const char*>(w.values_of(column_block));
+  auto meta = reinterpret_cast<const char*>(w.meta_of(column_block));
+  const uint8_t* bytes = x.bytes;
+  const float* steps = x.steps;
+  __m512 total[C][R];
+  for (int c = 0; c < C; ++c) {
+    for (int r = 0; r < R; ++r) total[c][r] = _mm512_setzero_ps();
+  }
+  const auto multiply_block = [&](int64_t b, __m512i half) {
+    const int64_t next = kwm::row_block_ahead(b, kAhead, row_blocks, C);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const char* block = values + (c * row_blocks + b) * kBytes;
+      const char* next_block = values + (c * row_blocks + next) * kBytes;
+      _mm_prefetch(meta + (c * row_blocks + next) * 64, _MM_HINT_T1);
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < kBytes; line += 64) {
+        _mm_prefetch(next_block + line, _MM_HINT_T1);
+      }
+      __m512i value[4], index[4];
+      if (kInt4) {
+        const __m512i high = _mm512_set1_epi8(-16);
+        for (int p = 0; p < 2; ++p) {
+          const __m512i pair = _mm512_loadu_si512(block + 64 * p);
+          value[p] = _mm512_and_si512(_mm512_slli_epi32(pair, 4), high);
+          value[p + 2] = _mm512_and_si512(pair, high);
+        }
+      } else {
+        for (int p = 0; p < 4; ++p) {
+          value[p] = _mm512_loadu_si512(block + 64 * p);
+        }
+      }
+      const __m512i words =
+          _mm512_loadu_si512(meta + (c * row_blocks + b) * 64);
+      __m512i value_sum = _mm512_setzero_si512();
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        value_sum =
+            _mm512_dpbusd_epi32(value_sum, _mm512_set1_epi8(-128), value[p]);
+        // Byte q is slot p + 4q, of group p / 2 + 2q.
+        const __m512i group = _mm512_or_si512(
+            half, _mm512_set1_epi32(0x18100800 + p / 2 * 0x04040404));
+        constexpr int kAndOr = 0xea;  // (a & b) | c
+        index[p] = _mm512_ternarylogic_epi32(
+            _mm512_srli_epi32(words, 2 * p), _mm512_set1_epi32(0x03030303),
+            group, kAndOr);
+      }
+      const __m512i start =
+          _mm512_sub_epi32(_mm512_setzero_si512(), value_sum);
+      __m512 scale = _mm512_setzero_ps();
+      if (kInt4) {
+        const uint16_t* scales = w.int4_scale(column_block + c);
+        scale = int4_scale(scales + b / kwm::kScaleBlocks * kLanes, 1.0f / 16);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const __m512i table = _mm512_loadu_si512(bytes + r * 64);
+        __m512i sum = start;
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) {
+          sum = _mm512_dpbusd_epi32(
+              sum, _mm512_permutexvar_epi8(index[p], table), value[p]);
+        }
+        total[c][r] = add_block<kInt4>(total[c][r], sum, steps[b * R + r], scale);
+      }
+    }
+  };
+  const __m512i first = _mm512_setzero_si512(), second = _mm512_set1_epi8(32);
+  for (int64_t b = 0; b < row_blocks; b += 2) {
+    multiply_block(b, first);
+    if (b + 1 < row_blocks) multiply_block(b + 1, second);
+    bytes += R * 64;
+  }
+  for (int c = 0; c < C; ++c) {
+    for (int r = 0; r < R; ++r) {
+      __m512 sum = total[c][r];
+      if (!kInt4) {
+        const float* scale = w.int8_scale(column_block + c);
+        sum = _mm512_mul_ps(sum, _mm512_loadu_ps(scale));
+      }
+      _mm512_storeu_ps(y + r * y_stride + c * kLanes, sum);
+    }
+  }
+}
+
+template <bool kInt4, int R, int C>
+void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
+                float* y, int64_t y_stride) {
+  constexpr int64_t kBytes = kInt4 ? 256 : 512;
+  constexpr int64_t kAhead = kPrefetchBytes / kBytes;
+  const int64_t row_blocks = w.row_blocks();
+  auto values = static_cast<const char*>(w.values_of(column_block));
+  __m512 total[C][R];
+  for (int c = 0; c < C; ++c) {
+    for (int r = 0; r < R; ++r) total[c][r] = _mm512_setzero_ps();
+  }
+  for (int64_t b = 0; b < row_blocks; ++b) {
+    const int64_t next = kwm::row_block_ahead(b, kAhead, row_blocks, C);
+    const uint8_t* bytes = x.bytes + b * R * kBlockRows;
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const char* block = values + (c * row_blocks + b) * kBytes;
+      const char* next_block = values + (c * row_blocks + next) * kBytes;
+      __m512i sum[R];
+      for (int r = 0; r < R; ++r) {
+        sum[r] = _mm512_set1_epi32(x.offsets[b * R + r]);
+      }
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < kBytes; line += 64) {
+        _mm_prefetch(next_block + line, _MM_HINT_T1);
+        const __m512i four = _mm512_loadu_si512(block + line);
+        // Words `line / 64` and, of int4 values, the one 4 on.
+        __m512i value[2];
+        if (kInt4) {
+          const __m512i eights = _mm512_set1_epi8(8);
+          const __m512i low = _mm512_set1_epi8(15);
+          constexpr int kAndXor = 0x6a;  // (a & b) ^ c
+          value[0] = _mm512_ternarylogic_epi32(four, low, eights, kAndXor);
+          value[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(four, 4), low,
+                                               eights, kAndXor);
+        } else {
+          value[0] = _mm512_xor_si512(four, _mm512_set1_epi8(-128));
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < (kInt4 ? 2 : 1); ++i) {
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) {
+            int32_t activations;
+            memcpy(&activations,
+                   bytes + r * kBlockRows + line / 16 + 16 * i, 4);
+            sum[r] = _mm512_dpbusd_epi32(sum[r], value[i],
+                                         _mm512_set1_epi32(activations));
+          }
+        }
+      }
+      __m512 scale = _mm512_setzero_ps();
+      if (kInt4) {
+        const uint16_t* scales = w.int4_scale(column_block + c);
+        scale = int4_scale(scales + b / kwm::kScaleBlocks * kLanes, 1);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        total[c][r] =
+            add_block<kInt4>(total[c][r], sum[r], x.steps[b * R + r], scale);
+      }
+    }
+  }
+  for (int c = 0; c < C; ++c) {
+    for (int r = 0; r < R; ++r) {
+      __m512 sum = total[c][r];
+      if (!kInt4) {
+        const float* scale = w.int8_scale(column_block + c);
+        sum = _mm512_mul_ps(sum, _mm512_loadu_ps(scale));
+      }
+      _mm512_storeu_ps(y + r * y_stride + c * kLanes, sum);
+    }
+  }
+}
+
+template <bool kDense, bool kInt4, int R>
+void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
+                      float* y, int64_t y_stride) {
+  constexpr int C = R <= 2 ? 2 : 1;
+  constexpr auto tile =
+      kDense ? dense_tile<kInt4, R, C> : sparse_tile<kInt4, R, C>;
+  constexpr auto last =
+      kDense ? dense_tile<kInt4, R, 1> : sparse_tile<kInt4, R, 1>;
+  const int64_t end =
+      kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
+  for (; column_block + C <= end; column_block += C) {
+    tile(x, w, column_block, y, y_stride);
+    y += C * kLanes;
+  }
+  for (; C > 1 && column_block < end; ++column_block) {
+    last(x, w, column_block, y, y_stride);
+    y += kLanes;
+  }
+}
+
+template <bool kDense, bool kInt4>
+void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
+              float* y, int64_t y_stride) {
+  const auto run = [&](auto columns) { columns(x, w, column_block, y, y_stride); };
+  switch (x.rows) {
+    case 1:
+      return run(multiply_columns<kDense, kInt4, 1>);
+    case 2:
+      return run(multiply_columns<kDense, kInt4, 2>);
+    case 4:
+      return run(multiply_columns<kDense, kInt4, 4>);
+    case 6:
+      return run(multiply_columns<kDense, kInt4, 6>);
+    case 8:
+      return run(multiply_columns<kDense, kInt4, 8>);
+    case 12:
+      return run(multiply_columns<kDense, kInt4, 12>);
+    case 16:
+      return run(multiply_columns<kDense, kInt4, 16>);
+  }
+}
+
+constexpr int kTileRows[] = {1, 2, 4, 6, 8, 12, 16, 0};
+
+}  // namespace
+
+const Int8Kernels* kwm::avx512_int8_kernels(int type, bool dense) {
+  static const Int8Kernels kernels[2][2] = {
+      {{kTileRows, quantize<0>, multiply<false, false>},
+       {kTileRows, quantize<0>, multiply<false, true>}},
+      {{kTileRows, quantize<128>, multiply<true, false>},
+       {kTileRows, quantize<8>, multiply<true, true>}},
+  };
+  return &kernels[dense][type == KWM_INT4];
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#else
+
+const kwm::Int8Kernels* kwm::avx512_int8_kernels(int, bool) { return nullptr; }
+
+#endif
