@@ -51,7 +51,7 @@ _COLUMNS = 16
 _ROWS = 32
 _SLOTS = 16
 
-_GROUP = 64  # rows of a scale of int4 values
+GROUP = 64  # rows of a scale of int4 values
 
 VALUE_TYPES = ("float32", "bfloat16", "int8", "int4")
 INTEGERS = ("int8", "int4")
@@ -307,7 +307,7 @@ def round_matrix(matrix: Any, dtype: str) -> Any:
     if dtype == "int8":
         scale = _int8_scale(matrix)
         return _int8_steps(matrix, scale), scale[None]
-    return _round_groups(matrix, _GROUP)
+    return _round_groups(matrix, GROUP)
 
 
 def dense_of_steps(steps: Any, scale: Any, dtype: str) -> Packed:
@@ -319,7 +319,7 @@ def dense_of_steps(steps: Any, scale: Any, dtype: str) -> Packed:
     padded = padded.reshape(rows, 8, 4, columns, _COLUMNS)
     arrays = {
         "values": _halves(padded.transpose(3, 0, 1, 4, 2), dtype),
-        "scale": _lay_out_scale(scale, specs["scale"]),
+        "scale": lay_out_scale(scale, specs["scale"]),
     }
     return Packed(
         **_fields(arrays), shape=shape, dtype=dtype, activations="int8"
@@ -335,11 +335,9 @@ def steps_of_dense(packed: Packed) -> Any:
         ).items()
     )
     (k, n), width = packed.shape, len(values) * _COLUMNS
-    steps = _words(np, packed.dtype, values).transpose(1, 2, 4, 0, 3)
+    steps = words(np, values, packed.dtype).transpose(1, 2, 4, 0, 3)
     steps = steps.reshape(-(-k // _ROWS) * _ROWS, width)[:k, :n]
-    count = 1 if packed.dtype == "int8" else -(-k // _GROUP)
-    scale = scale.reshape(len(values), count, _COLUMNS).transpose(1, 0, 2)
-    return steps.astype(np.int8), scale.reshape(count, width)[:, :n]
+    return steps.astype(np.int8), _rows_of_scale(scale, packed.dtype, k, n)
 
 
 def unpack_kernel(packed: Packed) -> Any:
@@ -441,20 +439,20 @@ def _unpack(
     rows = -(-packed.shape[0] // _ROWS)
     if packed.dtype in INTEGERS:
         # (column block, row block, slot, column)
-        values = _words(xp, packed.dtype, values)
+        values = words(xp, values, packed.dtype)
         # Slot p + 4q is at [:, :, p, :, q], row 4g + q at [:, :, g, :, q].
         order = (0, 1, 2, 4, 3) if packed.is_dense else (0, 1, 4, 2, 3)
         values = xp.transpose(values, order)
         values = xp.reshape(values, (blocks, rows, slots, _COLUMNS))
-        scale = _cast(xp, scale, "float32")
+        scale = cast(xp, scale, "float32")
         count = 1 if packed.dtype == "int8" else -(-rows // 2)
         scale = xp.reshape(scale, (blocks, count, 1, _COLUMNS))
         if packed.dtype == "int4":
             scale = xp.repeat(scale, 2, axis=1)[:, :rows]
-        values = _cast(xp, values, "float32") * scale
+        values = cast(xp, values, "float32") * scale
     elif packed.dtype == "bfloat16":
         values = xp.transpose(values, (0, 1, 3, 2))
-    values = _cast(xp, values, "float32")
+    values = cast(xp, values, "float32")
     if packed.is_dense:
         kernel = xp.transpose(values, (1, 2, 0, 3))
     else:
@@ -475,23 +473,24 @@ def _unpack(
     return kernel[: packed.shape[0], : packed.shape[1]]
 
 
-def _words(xp: Any, dtype: str, values: Any) -> Any:
+def words(xp: Any, values: Any, dtype: str) -> Any:
     """int8 values as they are, int4 ones as int32 in the layout of int8."""
     if dtype == "int8":
         return values
-    values = _cast(xp, values, "int32")
+    values = cast(xp, values, "int32")
     low = xp.bitwise_and(values, xp.full((1,), 15, dtype="int32"))
     high = xp.right_shift(values, xp.full((1,), 4, dtype="int32"))
     halves = xp.concatenate([low, high], axis=2)
-    return halves - 16 * _cast(xp, xp.greater(halves, 7), "int32")
+    return halves - 16 * cast(xp, xp.greater(halves, 7), "int32")
 
 
-def _cast(xp: Any, array: Any, dtype: str) -> Any:
+def cast(xp: Any, array: Any, dtype: str) -> Any:
+    """Cast an array by NumPy, or a tensor by `keras.ops`."""
     return array.astype(dtype) if xp is np else ops.cast(array, dtype)
 
 
 def _halves(words: Any, dtype: str) -> Any:
-    """What `_words` undoes, by NumPy, of int8 words."""
+    """What `words` undoes, by NumPy, of int8 words."""
     words = np.ascontiguousarray(words, np.int8)
     if dtype == "int8":
         return words
@@ -517,14 +516,21 @@ def values_of_slots(slots: Any, dtype: str) -> Any:
     return np.ascontiguousarray(slots, _numpy_type(dtype))
 
 
-def values_at(steps: Any, meta: Any, dtype: str) -> Any:
-    """Return the array `values` of a kernel whose places are known.
+def values_at(kernel: Any, meta: Any, dtype: str, scale: Any) -> Any:
+    """Return the array `values` of a kernel that was unpacked.
 
     Args:
-        steps: NumPy array of shape (K, N), the integers.
-        meta: int32 NumPy array of the places.
+        kernel: NumPy array of shape (K, N), what `unpack_kernel` returned, in
+            half precision maybe.
+        meta: int32 NumPy array, its places.
         dtype: String, `"int8"` or `"int4"`.
+        scale: NumPy array, its scales.
     """
+    k, n = kernel.shape
+    scale = _rows_of_scale(scale.astype(np.float32), dtype, k, n)
+    if dtype == "int4":
+        scale = np.repeat(scale, GROUP, axis=0)[:k]
+    steps = np.nan_to_num(np.rint(kernel.astype(np.float32) / scale))
     groups = _padded(steps, np.int8, len(meta), meta.shape[1])
     groups = groups.reshape(-1, 4, groups.shape[1])
     shifts = np.arange(0, 2 * _SLOTS, 2, dtype=np.int32)[:, None]
@@ -591,8 +597,8 @@ def _pack_numpy(kernel: Any, dtype: str, specs: Any) -> Any:
         slots = _int8_steps(slots, scale)
     elif dtype == "int4":
         # Half as many kept values as rows in a group.
-        steps, scale = _round_groups(slots, _GROUP // 2)
-        arrays["scale"] = _lay_out_scale(scale, specs["scale"])
+        steps, scale = _round_groups(slots, GROUP // 2)
+        arrays["scale"] = lay_out_scale(scale, specs["scale"])
         slots = steps
     arrays["values"] = values_of_slots(slots, dtype)
     return arrays, bad
@@ -626,7 +632,7 @@ def _round_groups(matrix: Any, size: int) -> Any:
         rows = slice(group * size, (group + 1) * size)
         for start in range(0, matrix.shape[1], _INT4_CHUNK):
             columns = slice(start, start + _INT4_CHUNK)
-            chosen = _round_int4(matrix[rows, columns])
+            chosen = _round_int4(np.ascontiguousarray(matrix[rows, columns]))
             steps[rows, columns], scale[group, columns] = chosen
     return steps, scale
 
@@ -655,7 +661,7 @@ def _int4_steps(values: Any, scale: Any) -> Any:
     return np.clip(np.rint(values / scale), -8, 7)
 
 
-def _lay_out_scale(scale: Any, spec: Any) -> Any:
+def lay_out_scale(scale: Any, spec: Any) -> Any:
     """Scales (groups or 1, columns) in the layout of `spec`, padded by ones."""
     shape, dtype = spec
     blocks, groups = shape[0], math.prod(shape[1:-1])
@@ -663,6 +669,13 @@ def _lay_out_scale(scale: Any, spec: Any) -> Any:
     padded[: len(scale), : scale.shape[1]] = scale
     padded = padded.reshape(groups, blocks, _COLUMNS).transpose(1, 0, 2)
     return np.ascontiguousarray(padded).reshape(shape)
+
+
+def _rows_of_scale(scale: Any, dtype: str, k: int, n: int) -> Any:
+    """Undo `lay_out_scale`: (1 or groups, N)."""
+    count = 1 if dtype == "int8" else -(-k // GROUP)
+    scale = scale.reshape(len(scale), count, _COLUMNS).transpose(1, 0, 2)
+    return scale.reshape(count, scale.shape[1] * _COLUMNS)[:, :n]
 
 
 def _to_numpy(array: Any, dtype: Any) -> np.ndarray[Any, Any]:

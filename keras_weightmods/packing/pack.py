@@ -10,8 +10,9 @@ from keras import ops
 from keras_weightmods import native
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.targets import resolve_targets
+from keras_weightmods.native.packed import ACTIVATIONS, INTEGERS
 from keras_weightmods.ops.nm import nm_violations
-from keras_weightmods.ops.sparse_matmul import reason_for_dense
+from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing import packed_dense, packed_embedding
 from keras_weightmods.packing.packed_parameters import PackedParameters
 from keras_weightmods.packing.report import PackedWeight, PackReport
@@ -26,18 +27,20 @@ def pack(
     *,
     targets: Any = None,
     head: str | None = None,
+    activations: str | None = None,
     trainable: bool = False,
 ) -> PackReport:
     """Pack the 2:4 kernels of a finished model, in place.
 
     The Dense and EinsumDense kernels that are exactly 2:4 are replaced by
     their kept values and two bits for the place of each: 0.53 times the bytes
-    of float32, 0.28 with `dtype="bfloat16"`, 0.16 with `dtype="int8"`. Their
-    layers multiply by these with `ops.sparse_matmul`. Each layer stays the
+    of float32, 0.28 with `dtype="bfloat16"`, 0.16 with `dtype="int8"`, 0.10
+    with `dtype="int4"`. Their layers multiply by these with
+    `ops.sparse_matmul`. Each layer stays the
     same object with the same name; the dense weight is gone from it, and it
-    has `kernel_values`, `kernel_meta` and, for int8, `kernel_scale` instead,
-    frozen weights like any other. `layer.kernel` gives the dense kernel,
-    computed anew each time.
+    has `kernel_values`, `kernel_meta` and, for int8 and int4, `kernel_scale`
+    instead, frozen weights like any other. `layer.kernel` gives the dense
+    kernel, computed anew each time.
 
     Bias, activation and LoRA work as before: `enable_lora` before or after
     trains adapters on the packed base. `save_weights` and `load_weights` hold
@@ -54,17 +57,28 @@ def pack(
         model: A built `keras.Model`. It is changed.
         dtype: String, type of the kept values. `"bfloat16"` rounds them;
             `"int8"` rounds to multiples of max |w| / 127, one scale for each
-            output unit. By default, `None`, they are kept as they are:
-            bfloat16 for a bfloat16 kernel, float32 for any other.
+            output unit; `"int4"` to -8 to 7 times a bfloat16 scale, the best
+            of several for each output unit and 64 inputs. This rounds each
+            value by itself, which costs quality in int4: see the rounding
+            errors in the report. By default, `None`, they are kept as they
+            are: bfloat16 for a bfloat16 kernel, float32 for any other.
         targets: `Targets`, a list of `Target`, or what `find_targets` takes
             as `include`; `None` for all. Those that are no kernels of Dense
             or EinsumDense, or do not divide into groups of four, are skipped
             and reported.
-        head: `"int8"` rounds the embeddings that serve as the head as well
-            (`keras.layers.ReversibleEmbedding` with tied weights, as in
-            KerasHub's language models) and serves both the look-up and the
-            logits from one int8 table with a scale for each row. By default,
+        head: `"int8"` or `"int4"` rounds the embeddings that serve as the
+            head as well (`keras.layers.ReversibleEmbedding` with tied weights,
+            as in KerasHub's language models) and serves both the look-up and
+            the logits from one table: int8 with a scale for each row, or int4
+            with a bfloat16 scale for each 64 entries of a row. By default,
             `None`, they stay as they are.
+        activations: String, what weights in int8 and int4 are multiplied by,
+            the head too. `"int8"` rounds the inputs of these layers, in blocks
+            of 32 entries to multiples of max |x| / 127, and multiplies
+            integers, which is faster; on a CPU alone. `"float32"` leaves the
+            inputs as they are. By default, `None`, it is `"int8"` on a CPU and
+            `"float32"` on a GPU. Weights in float32 and bfloat16 always have
+            inputs in float.
         trainable: Bool. If True, the kept values get gradients, their places
             never; float32 values only. Defaults to False.
 
@@ -73,9 +87,9 @@ def pack(
 
     Raises:
         ValueError: If a kernel is not exactly 2:4, or not finite where int8
-            is asked for; if a weight is scaled (fold first); if there is
-            nothing to pack; or if an argument is none of the above. The model
-            is unchanged then.
+            or int4 is asked for; if a weight is scaled (fold first); if there
+            is nothing to pack; or if an argument is none of the above. The
+            model is unchanged then.
 
     Example:
 
@@ -95,7 +109,17 @@ def pack(
     ```
     """
     packed_dense.check_values("float32" if dtype is None else dtype, trainable)
-    checks.check_choice("head", head, (None, "int8"))
+    checks.check_choice("head", head, (None, *INTEGERS))
+    checks.check_choice("activations", activations, (None, *ACTIVATIONS))
+    if activations == "int8" and not {dtype, head} & {*INTEGERS}:
+        raise ValueError(
+            "int8 activations need int8 or int4 weights. Received: "
+            f"activations='int8', dtype={dtype!r}, head={head!r}"
+        )
+    if activations is None:
+        # No product of a GPU takes them in int8 here.
+        on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
+        activations = "float32" if on_gpu else "int8"
     resolved = resolve_targets(model, targets)
     shared = _shared_variables(model)
     kernels, left = _sort_out(resolved, packed_dense.reason_to_skip, shared)
@@ -114,10 +138,17 @@ def pack(
             f"model={model.name!r}, skipped: {reasons}"
         )
     items = [
-        packed_dense.packed_kernel(t, dtype or _lossless(t), trainable)
+        packed_dense.packed_kernel(
+            t,
+            dtype or _lossless(t),
+            trainable,
+            activations if dtype in INTEGERS else "float32",
+        )
         for t in kernels
     ]
-    embeddings = list(map(packed_embedding.packed_embedding, tables))
+    embeddings = [
+        packed_embedding.packed_embedding(t, head, activations) for t in tables
+    ]
     seam.check_unattached([*items, *embeddings])
     _check_kernels(items)
     items += embeddings
@@ -231,10 +262,9 @@ def _check_kernels(items: list[Any]) -> None:
 def _check_finite(items: Any) -> None:
     for item in items:
         value = item.target.variable.value
-        is_finite = item.value_dtype != "int8" or ops.all(ops.isfinite(value))
-        if not bool(is_finite):
+        if item.value_dtype in INTEGERS and not ops.all(ops.isfinite(value)):
             raise ValueError(
-                "int8 values need finite weights. Received: "
+                f"{item.value_dtype} values need finite weights. Received: "
                 f"{item.target.path!r}, which holds NaN or infinity."
             )
 
@@ -246,7 +276,9 @@ def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
             item.target.shape,
             item.value_dtype,
             _bytes([(item.target.shape, item.dtype)]),
-            _bytes(item.saved_arrays().values()),
+            _bytes((p.shape, p.dtype) for p in item.parameters),
+            item.activations,
+            item.rounding_error,
         )
         for item in items
     )

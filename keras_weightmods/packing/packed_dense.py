@@ -3,7 +3,6 @@
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_weightmods.backend import backend_module
@@ -11,18 +10,23 @@ from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.native import packed as packed_format
 from keras_weightmods.ops.matrix import from_matrix, stack_shape, to_matrix
-from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
+from keras_weightmods.ops.sparse_matmul import (
+    gpu_plan,
+    reason_for_dense,
+    sparse_matmul,
+)
 from keras_weightmods.packing import product
 from keras_weightmods.packing.packed_parameters import (
     HeldDense,
     PackedParameters,
+    relative_error,
 )
 from keras_weightmods.utils import checks
 
 
-def check_values(dtype, trainable):
+def check_values(dtype, trainable, activations="float32"):
     """Raise ValueError unless such values can be packed."""
-    checks.check_choice("dtype", dtype, packed_format.VALUE_TYPES)
+    packed_format.check_activations(activations, dtype)
     checks.check_bool("trainable", trainable)
     if trainable and dtype != "float32":
         raise ValueError(
@@ -31,19 +35,21 @@ def check_values(dtype, trainable):
         )
 
 
-def packed_kernel(target, dtype, trainable):
+def packed_kernel(target, dtype, trainable, activations="float32"):
     """Return the `PackedKernel` of a target, of the class to use here."""
-    check_values(dtype, trainable)
+    check_values(dtype, trainable, activations)
     kernel_class = PackedKernel
     # Training changes the values in each step: nothing to prepare once.
     if not trainable:
         shape = _matrix_shape(target)
         plan = gpu_plan(shape, target.layer.compute_dtype, dtype)
-        if reason_for_dense() or (plan and not plan.is_sparse):
+        # On a GPU nothing multiplies by int8 activations.
+        is_dense = plan and (not plan.is_sparse or activations == "int8")
+        if reason_for_dense() or is_dense:
             kernel_class = UnpackedKernel
         elif plan and keras.backend.backend() == "jax":
             kernel_class = PreparedKernel
-    return kernel_class(target, dtype, trainable)
+    return kernel_class(target, dtype, trainable, activations)
 
 
 def reason_to_skip(target):
@@ -73,7 +79,7 @@ class _PackedDenseCall:
 
     def call(self: Any, inputs, training=None):
         item = slots(self)["kernel"]
-        x = item.product(inputs, item.packed)
+        x = item.product(inputs, item.multiply)
         if self.lora_enabled:
             x = ops.add(x, product.lora_product(self, inputs))
         if self.bias is not None:
@@ -90,20 +96,22 @@ class PackedKernel(PackedParameters):
         target: `Target` without a `reason_to_skip`.
         dtype: String, type of the kept values.
         trainable: Bool, whether the values are trained.
+        activations: String, what they are multiplied by, see `Packed`.
     """
 
     name = "packed"
     pattern = "2:4"
     settings = "dtype", "trainable"
-    mixin = _PackedDenseCall
+    mixin: type | None = _PackedDenseCall
     make = staticmethod(packed_kernel)
     reason_to_skip = staticmethod(reason_to_skip)
 
-    def __init__(self, target, dtype, trainable):
+    def __init__(self, target, dtype, trainable, activations):
         super().__init__(target)
         self.matrix_shape = _matrix_shape(target)
         self.value_dtype = dtype
         self.trainable = trainable
+        self.activations = activations
         self.arrays = packed_format.packed_arrays(self.matrix_shape, dtype)
         equation = product.equation_of(target.layer)
         self.product = product.PackedProduct(
@@ -112,7 +120,8 @@ class PackedKernel(PackedParameters):
         self.packed: Any = None
 
     def get_config(self):
-        return {"dtype": self.value_dtype, "trainable": self.trainable}
+        config = {"dtype": self.value_dtype, "trainable": self.trainable}
+        return self.with_activations(config)
 
     def create_parameters(self, add_weight):
         packed = None if self.is_empty else self.pack(self.target.variable)
@@ -121,6 +130,10 @@ class PackedKernel(PackedParameters):
             array = getattr(packed, name, None)
             self.add(add_weight, name, spec, array, trainable=trainable)
         self.packed = self.packed_of(*self.parameters)
+
+    def multiply(self, x):
+        """Return `x`, of shape (..., K), times the packed matrix."""
+        return sparse_matmul(x, self.packed)
 
     def effective(self, stored):
         return self.to_kernel(packed_format.unpack_tensor(self.packed))
@@ -131,14 +144,29 @@ class PackedKernel(PackedParameters):
 
     def pack(self, kernel):
         """Pack a dense kernel of the target's shape."""
-        matrix = to_matrix(kernel, self.target.contraction_axes)
-        return packed_format.pack_kernel(matrix, self.value_dtype)
+        matrix = self.to_matrix(kernel)
+        packed = packed_format.pack_kernel(
+            matrix, self.value_dtype, self.activations
+        )
+        if self.value_dtype != "float32":
+            kept = packed_format.unpack_kernel(packed)
+            self.rounding_error = relative_error(kept, matrix)
+        return packed
 
     def packed_of(self, values, meta, scale=None):
         """Return the `Packed` of these arrays."""
         return packed_format.Packed(
-            values, meta, scale, self.matrix_shape, self.value_dtype
+            values,
+            meta,
+            scale,
+            self.matrix_shape,
+            self.value_dtype,
+            self.activations,
         )
+
+    def to_matrix(self, kernel):
+        """Return a kernel of the target's shape as the matrix (K, N)."""
+        return to_matrix(kernel, self.target.contraction_axes)
 
     def to_kernel(self, matrix):
         """Return a kernel of the target's shape and type."""
@@ -154,41 +182,58 @@ class UnpackedKernel(HeldDense, PackedKernel):
     """A packed kernel where nothing can multiply by it: held dense.
 
     It differs in memory only. The values are rounded alike and frozen alike,
-    and a checkpoint holds the packed arrays.
+    and so are int8 activations; a checkpoint holds the packed arrays. Integers
+    keep their scales and places, which the kernel does not tell: a kept value
+    may be zero.
     """
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        if self.activations == "float32":
+            self.mixin = None
+        self.kept = [name for name in ("scale", "meta") if name in self.arrays]
+        if self.value_dtype not in packed_format.INTEGERS:
+            self.kept = []
+
     def create_parameters(self, add_weight):
-        kernel = scale = None
+        kernel = packed = None
         if not self.is_empty:
             packed = self.pack(self.target.variable)
             kernel = self.to_kernel(packed_format.unpack_kernel(packed))
-            scale = packed.scale
         spec = self.target.shape, self.dtype
-        self.add(add_weight, "unpacked", spec, kernel, autocast=True)
-        if "scale" in self.arrays:
-            self.add(add_weight, "scale", self.arrays["scale"], scale)
+        # Without int8 activations the layer's own call casts it.
+        autocast = self.activations == "float32"
+        self.add(add_weight, "unpacked", spec, kernel, autocast=autocast)
+        for name in self.kept:
+            array = getattr(packed, name, None)
+            self.add(add_weight, name, self.arrays[name], array)
+
+    def multiply(self, x):
+        matrix = ops.cast(self.to_matrix(self.parameters[0]), "float32")
+        rounded = packed_format.round_activations(ops.cast(x, "float32"))
+        return ops.cast(ops.matmul(rounded, matrix), x.dtype)
 
     def saved(self):
-        kernel, *scale = self.parameters
-        matrix = to_matrix(kernel, self.target.contraction_axes)
-        if not scale:
+        kernel, *kept = self.parameters
+        matrix = self.to_matrix(kernel)
+        if not kept:
             packed = packed_format.pack_kernel(matrix, self.value_dtype)
             arrays = [packed.values, packed.meta]
         else:
-            # Not `pack_kernel(matrix, "int8")`, which would choose new scales.
-            steps = ops.convert_to_numpy(matrix)
-            scale = ops.convert_to_numpy(scale[0])
-            steps = steps / scale.reshape(-1)[: steps.shape[1]]
-            packed = packed_format.pack_kernel(np.rint(steps), "float32")
-            arrays = [_int8_layout(packed.values), packed.meta, scale]
+            # Not `pack_kernel`, which would choose new scales and places.
+            scale, meta = map(ops.convert_to_numpy, kept)
+            values = packed_format.values_at(
+                ops.convert_to_numpy(matrix), meta, self.value_dtype, scale
+            )
+            arrays = [values, meta, scale]
         return dict(zip(self.saved_arrays(), arrays))
 
     def load(self, saved):
         packed = self.packed_of(*(saved[key] for key in self.saved_arrays()))
         kernel = packed_format.unpack_kernel(packed)
         self.parameters[0].assign(self.to_kernel(kernel))
-        if packed.scale is not None:
-            self.parameters[1].assign(packed.scale)
+        for parameter, name in zip(self.parameters[1:], self.kept):
+            parameter.assign(getattr(packed, name))
 
 
 class PreparedKernel(PackedKernel):
@@ -230,10 +275,3 @@ class PreparedKernel(PackedKernel):
 
 def _matrix_shape(target):
     return stack_shape(target.shape, target.contraction_axes)[1:]
-
-
-def _int8_layout(values):
-    """Values in the layout of float32 ones in that of int8 ones."""
-    blocks, slots, columns = values.shape
-    values = values.reshape(blocks, slots // 16, 4, 4, columns)
-    return values.transpose(0, 1, 3, 4, 2).astype(np.int8)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_weightmods.core.reparameterization import Reparameterization
@@ -12,7 +13,14 @@ class PackedParameters(Reparameterization):
     """A weight whose parameters stand for it: the packed arrays.
 
     Subclasses have `reason_to_skip(target)`, and `make(target, **config)`,
-    which chooses the class to use here; `settings` are the keys of the config.
+    which chooses the class to use here; `settings` are the keys of the config,
+    beside `"activations"`, which is left out where it is `"float32"`, as in the
+    files of earlier releases.
+
+    Attributes:
+        activations: String, what the values are multiplied by, see `Packed`.
+        rounding_error: Float, what rounding changed: the norm of the difference
+            over that of the weights. None without rounding, or from a file.
 
     Args:
         target: The `Target` to pack.
@@ -21,6 +29,8 @@ class PackedParameters(Reparameterization):
     finish = "unpack(model)"
     keeps_stored = False
     settings: tuple[str, ...] = ()
+    activations = "float32"
+    rounding_error: float | None = None
     make: Any
     reason_to_skip: Any
 
@@ -29,12 +39,18 @@ class PackedParameters(Reparameterization):
         reason = cls.reason_to_skip(target)
         if reason is not None:
             raise ValueError(f"{target.path!r} cannot be packed: {reason}")
-        if set(config) != set(cls.settings):
+        if set(config) - {"activations"} != set(cls.settings):
             expected = f"a dict with the keys {cls.settings}"
             raise checks.error("config", expected, config)
         item = cls.make(target, **config)
         item.is_empty = True
         return item
+
+    def with_activations(self, config):
+        """Return the config with the activations, unless they are floats."""
+        if self.activations == "float32":
+            return config
+        return {**config, "activations": self.activations}
 
     def key(self, name):
         """Return the name of the parameter that holds the array `name`."""
@@ -60,10 +76,26 @@ class PackedParameters(Reparameterization):
 class HeldDense(PackedParameters):
     """What nothing can multiply by here: rounded alike, and held dense."""
 
-    mixin: type | None = None
-
     def effective(self, stored):
         return ops.convert_to_tensor(self.parameters[0])
 
     def folded(self):
         return self.effective(None)
+
+
+def relative_error(rounded, weights):
+    """Return the norm of `rounded - weights` over that of `weights`.
+
+    Args:
+        rounded: NumPy array of shape (rows, ...).
+        weights: Array, tensor or variable of the same shape.
+    """
+    weights = ops.convert_to_numpy(weights)
+    error = norm = 0.0
+    # Not all at once: a table may be the largest array of a model.
+    for start in range(0, len(weights), 256):
+        part = weights[start : start + 256].astype("float32")
+        difference = rounded[start : start + 256] - part
+        error += float(np.sum(np.square(difference, dtype="float64")))
+        norm += float(np.sum(np.square(part, dtype="float64")))
+    return float(np.sqrt(error / norm)) if norm else 0.0

@@ -8,8 +8,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.ops.sparse_matmul import sparse_matmul
-
 
 def equation_of(layer: Any) -> str:
     """Return the einsum equation of a Dense or EinsumDense."""
@@ -48,7 +46,8 @@ class PackedProduct:
         self.units_shape = tuple(kernel_shape[axis] for axis in others)
         self.orders = {}
 
-    def __call__(self, x, packed):
+    def __call__(self, x, multiply):
+        """Return the product; `multiply` takes (..., K) to (..., N)."""
         rank = len(x.shape)
         if rank not in self.orders:
             self.orders[rank] = self._order(rank)
@@ -57,7 +56,7 @@ class PackedProduct:
             x = ops.transpose(x, before)
         if len(self.contracted) > 1:
             x = _reshape_last(x, batch, (self.contraction_size,))
-        y = sparse_matmul(x, packed)
+        y = multiply(x)
         if len(self.units) != 1:
             y = _reshape_last(y, batch, self.units_shape)
         return y if after is None else ops.transpose(y, after)

@@ -1,6 +1,7 @@
 """What `pack` and `unpack` did."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,10 +15,15 @@ class PackedWeight:
     Attributes:
         path: String, the path of the dense weight.
         shape: Tuple of ints, its shape.
-        dtype: String, type of the kept values: `"float32"`, `"bfloat16"` or
-            `"int8"`.
+        dtype: String, type of the kept values: `"float32"`, `"bfloat16"`,
+            `"int8"` or `"int4"`.
         dense_bytes: Int.
-        packed_bytes: Int, values, places and scales.
+        packed_bytes: Int, all that stands for it in memory: values, places and
+            scales, or the dense weight where nothing can multiply by these.
+        activations: String, what it is multiplied by: `"float32"` for floats
+            of any type, or `"int8"`.
+        rounding_error: Float, the norm of what rounding changed over that of
+            the weight; None without rounding, or if it came from a file.
     """
 
     path: str
@@ -25,6 +31,14 @@ class PackedWeight:
     dtype: str
     dense_bytes: int
     packed_bytes: int
+    activations: str = "float32"
+    rounding_error: float | None = None
+
+    @property
+    def bits(self) -> float:
+        """Bits in memory for each weight of the dense one."""
+        size = math.prod(self.shape)
+        return 8 * self.packed_bytes / size if size else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +76,42 @@ class PackReport(report.Report):
             (
                 weight.path,
                 report.shape_text(weight.shape),
-                weight.dtype,
+                f"{weight.dtype} x {weight.activations}",
+                f"{weight.bits:.2f}",
+                _error_text(weight.rounding_error),
                 *_sizes(weight.dense_bytes, weight.packed_bytes),
             )
             for weight in self.weights
         ]
         sums = self.totals["dense_bytes"], self.totals["packed_bytes"]
+        columns = "weight", "shape", "values x inputs", "bits", "error"
         yield report.Table(
             f"{len(rows)} packed weights",
-            ("weight", "shape", "values", "dense", "packed", "share"),
+            (*columns, "dense", "packed", "share"),
             tuple(rows),
-            ("all", "", "", *_sizes(*sums)),
+            ("all", "", "", "", "", *_sizes(*sums)),
             f"the model in memory: {report.size_text(self.model_bytes_before)} "
-            f"before, {report.size_text(self.model_bytes)} now",
+            f"before, {report.size_text(self.model_bytes)} now"
+            + self._advice(),
         )
+
+    def _advice(self) -> str:
+        worst = max(
+            (w.rounding_error or 0 for w in self.weights if w.dtype == "int4"),
+            default=0,
+        )
+        if worst < 0.01:
+            return ""
+        return (
+            "\nint4: each value was rounded by itself, which changed a weight "
+            f"by up to {worst:.1%} (error: norm of the change over that of the "
+            "weight) and costs quality: measure it, for a language model by "
+            "`kwm.perplexity`. int8 costs next to nothing."
+        )
+
+
+def _error_text(error: float | None) -> str:
+    return "" if error is None else f"{error:.2%}"
 
 
 def _sizes(dense: int, packed: int) -> tuple[str, str, str]:

@@ -210,13 +210,10 @@ def test_dense_matrices(shape, dtype):
 def test_values_at_known_places(dtype):
     kernel = kernel_of(101, 21, density=0.9)
     packed = pack_kernel(kernel, dtype)
-    scale = packed.scale.astype("float32")
-    scale = scale.reshape(2, -1, 16).transpose(1, 0, 2)
-    scale = np.repeat(scale.reshape(len(scale), -1), 64, axis=0)
-    scale = scale[: 101 if dtype == "int4" else 1, :21]
-    steps = np.rint(unpack_kernel(packed) / scale)
-    values = module.values_at(steps, packed.meta, dtype)
-    np.testing.assert_array_equal(values, packed.values)
+    for held in ("float32", "bfloat16"):
+        kernel = unpack_kernel(packed).astype(held)
+        values = module.values_at(kernel, packed.meta, dtype, packed.scale)
+        np.testing.assert_array_equal(values, packed.values)
 
 
 @pytest.mark.parametrize("size", [1, 32, 77])

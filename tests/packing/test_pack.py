@@ -1,5 +1,6 @@
 import gc
 import importlib
+import math
 import weakref
 
 import hypothesis
@@ -16,7 +17,7 @@ from keras_weightmods import find_targets, native, pack, unpack
 from keras_weightmods.backend import backend_module
 from keras_weightmods.ops import nm_project
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
-from tests import models
+from tests import models, references
 from tests.models import make_sparse, mlp, normal, numpy, outputs, sequential
 
 needs_native = pytest.mark.skipif(
@@ -54,29 +55,78 @@ def state(model):
     )
 
 
+# Arguments of `pack`, and how far inputs in int8 may take an output.
+ROUNDED = [
+    ({"dtype": "bfloat16"}, 2e-6),
+    ({"dtype": "int8", "activations": "float32"}, 2e-6),
+    ({"dtype": "int8"}, 0.03),
+    ({"dtype": "int4", "activations": "float32"}, 2e-6),
+    ({"dtype": "int4"}, 0.03),
+]
+
+
 def rounded(kernel, dtype, axes):
     """What packing makes of a kernel, in NumPy."""
     if dtype == "bfloat16":
         return kernel.astype(ml_dtypes.bfloat16).astype("float32")
+    if dtype == "int4":
+        # Of the tiny models, a column is one group.
+        moved = np.moveaxis(kernel, axes, range(len(axes)))
+        columns = moved.reshape(-1, math.prod(moved.shape[len(axes) :]))
+        assert len(columns) <= 64
+        for column in columns.T:
+            steps, scale = references.round_int4(column)
+            column[:] = steps * np.float64(scale)
+        moved = columns.reshape(moved.shape)
+        return np.moveaxis(moved, range(len(axes)), axes)
     scale = np.abs(kernel).max(axis=axes, keepdims=True) / np.float32(127)
     return np.rint(kernel / scale).astype("float32") * scale
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(("arguments", "tolerance"), ROUNDED)
 @pytest.mark.parametrize("name", MODELS)
-def test_unpack_gives_the_rounded_kernel(name, dtype):
+def test_unpack_gives_the_rounded_kernel(name, arguments, tolerance):
     model = make_sparse(MODELS[name]())
     targets = find_targets(model)
+    before = [numpy(t.variable) for t in targets]
+    dtype = arguments["dtype"]
     expected = [
-        rounded(numpy(t.variable), dtype, t.contraction_axes) for t in targets
+        rounded(kernel.copy(), dtype, t.contraction_axes)
+        for kernel, t in zip(before, targets)
     ]
-    report = pack(model, dtype=dtype)
+    report = pack(model, **arguments)
     assert {w.dtype for w in report.weights} == {dtype}
+    for weight, kernel, kept in zip(report.weights, before, expected):
+        error = np.linalg.norm(kept - kernel) / np.linalg.norm(kernel)
+        assert weight.rounding_error == pytest.approx(error, rel=1e-4)
     x = inputs_for(model)
     packed = outputs(model, x)
     unpack(model)
     models.assert_same([numpy(t.variable) for t in targets], expected)
-    assert_allclose(outputs(model, x), packed, atol=2e-6)
+    found = outputs(model, x)
+    assert_allclose(found, packed, atol=tolerance)
+    # Inputs in int8 by default.
+    is_float = arguments.get("activations") == "float32" or dtype == "bfloat16"
+    assert np.allclose(found, packed, atol=2e-6) == is_float
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("name", ["middle", "axes apart"])
+def test_inputs_are_rounded_along_the_contraction(name, library, monkeypatch):
+    if not library:
+        leave_out_native(monkeypatch)
+        monkeypatch.setattr(native, "warn_dense", lambda reason: None)
+    model = make_sparse(MODELS[name]())
+    (layer,) = model.layers
+    pack(model, dtype="int8")
+    x = inputs_for(model)
+    flat = x.reshape(*x.shape[:2], -1)
+    rounded_x = references.round_activations(flat).reshape(x.shape)
+    kernel = numpy(layer.kernel)
+    expected = np.einsum(layer.equation, rounded_x, kernel)
+    if layer.bias is not None:
+        expected += numpy(layer.bias)
+    assert_allclose(outputs(model, x), np.tanh(expected), atol=2e-6)
 
 
 @st.composite
@@ -137,6 +187,7 @@ def test_the_dense_kernel_is_gone():
     assert numpy(targets[0].variable).shape == (16, 24)
 
 
+@needs_native
 def test_the_report_prints_and_is_json():
     layers = keras.layers.Dense(32), keras.layers.Dense(16)
     model = sequential((32, 8), keras.layers.Conv1D(6, 1), *layers)
@@ -154,6 +205,21 @@ def test_the_report_prints_and_is_json():
     text = str(report)
     assert "0.531" in text
     assert "Conv1D" in text
+    assert "float32 x float32" in text
+    assert "17.00" in text
+    assert "int4:" not in text
+    unpack(model)
+    report = pack(model, dtype="int4", targets=[last])
+    (row,) = report.weights
+    assert row.bits == 8 * row.packed_bytes / (32 * 16) == 3.5
+    assert f"{row.rounding_error:.2%}" in str(report)
+    assert "int4 x int8" in str(report)
+    assert "int4: each value was rounded by itself" in str(report)
+    # What lies on a grid is not rounded.
+    unpack(model)
+    report = pack(model, dtype="int4", targets=[last])
+    assert report.weights[0].rounding_error == 0
+    assert "int4:" not in str(report)
 
 
 def test_an_inexact_kernel_is_named_and_nothing_changes():
@@ -180,7 +246,10 @@ def test_an_inexact_kernel_is_named_and_nothing_changes():
     [
         ({"dtype": "float16"}, r"`dtype`.*Received: dtype='float16'"),
         ({"dtype": ""}, r"`dtype`.*Received: dtype=''"),
-        ({"head": "int4"}, r"`head`.*Received: head='int4'"),
+        ({"head": "int2"}, r"`head`.*Received: head='int2'"),
+        ({"activations": 8}, r"`activations`.*Received: activations=8"),
+        ({"activations": "int8"}, "int8 activations need int8 or int4"),
+        ({"trainable": True, "dtype": "int4"}, "Only float32 values"),
         ({"trainable": 1}, r"`trainable`.*Received: trainable=1"),
         ({"trainable": True, "dtype": "int8"}, "Only float32 values"),
         ({"head": "int8"}, "no tied embedding and head"),
@@ -194,7 +263,8 @@ def test_wrong_arguments_change_nothing(arguments, message):
     assert state(model) == before
 
 
-def test_int8_wants_finite_weights():
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_integers_want_finite_weights(dtype):
     model = make_sparse(dense_model())
     kernel = model.layers[1].kernel
     value = numpy(kernel)
@@ -202,7 +272,7 @@ def test_int8_wants_finite_weights():
     kernel.assign(value)
     before = state(model)
     with pytest.raises(ValueError, match=r"finite.*dense.*NaN or infinity"):
-        pack(model, dtype="int8")
+        pack(model, dtype=dtype)
     assert state(model) == before
     pack(model)
     unpack(model)
@@ -341,19 +411,20 @@ def without_native(monkeypatch):
     native.warn_dense.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("arguments", [{}, *(case for case, _ in ROUNDED)])
 def test_without_the_native_library_kernels_are_held_dense(
-    dtype, tmp_path, without_native
+    arguments, tmp_path, without_native
 ):
-    path = tmp_path / "packed.weights.h5"
+    path, dtype = tmp_path / "packed.weights.h5", arguments.get("dtype")
     model = make_sparse(MODELS["axes apart"]())
     (target,) = find_targets(model)
     kernel = numpy(target.variable)
     if dtype is not None:
         kernel = rounded(kernel, dtype, target.contraction_axes)
     with pytest.warns(UserWarning, match="a test wants it so"):
-        report = pack(model, dtype=dtype)
+        report = pack(model, **arguments)
     assert report.totals["model_bytes"] >= report.totals["dense_bytes"]
+    assert report.totals["packed_share"] >= 1
     assert model.trainable_weights == []
     assert_array_equal(numpy(target.layer.kernel), kernel)
     x = inputs_for(model)
@@ -363,7 +434,7 @@ def test_without_the_native_library_kernels_are_held_dense(
     other = make_sparse(MODELS["axes apart"](), seed=5)
     (target,) = find_targets(other)
     # One warning is enough.
-    pack(other, dtype=dtype)
+    pack(other, **arguments)
     other.load_weights(path)
     assert_array_equal(outputs(other, x), expected)
     unpack(other)
@@ -371,13 +442,13 @@ def test_without_the_native_library_kernels_are_held_dense(
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("arguments", [{}, *(case for case, _ in ROUNDED)])
 def test_checkpoints_are_the_same_with_and_without_the_library(
-    dtype, tmp_path, monkeypatch
+    arguments, tmp_path, monkeypatch
 ):
     def make(seed):
         model = make_sparse(dense_model(), seed=seed)
-        pack(model, dtype=dtype)
+        pack(model, **arguments)
         return model
 
     check_checkpoints(make, inputs_for(dense_model()), tmp_path, monkeypatch)

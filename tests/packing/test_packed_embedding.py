@@ -5,9 +5,9 @@ from keras import ops
 from numpy.testing import assert_allclose, assert_array_equal
 
 from keras_weightmods import pack, unpack
-from tests import models
+from tests import models, references
 from tests.models import make_sparse, normal, numpy, outputs
-from tests.packing.test_pack import check_checkpoints, state
+from tests.packing.test_pack import check_checkpoints, needs_native, state
 
 
 def make_model(width=16, vocabulary=37, seed=0, **kwargs):
@@ -20,36 +20,60 @@ def make_model(width=16, vocabulary=37, seed=0, **kwargs):
     return make_sparse(model, seed=seed)
 
 
-def rounded_table(table):
-    scale = np.abs(table).max(axis=1, keepdims=True) / np.float32(127)
-    return np.rint(table / scale).astype("float32") * scale
+# Arguments of `pack`.
+HEADS = [
+    {"head": head, "activations": activations}
+    for head in ("int8", "int4")
+    for activations in ("float32", "int8")
+]
+
+
+def rounded_table(table, head):
+    if head == "int8":
+        scale = np.abs(table).max(axis=1, keepdims=True) / np.float32(127)
+        return np.rint(table / scale).astype("float32") * scale
+    result = table.copy()
+    for row in result:
+        for start in range(0, len(row), 64):
+            steps, scale = references.round_int4(row[start : start + 64])
+            row[start : start + 64] = steps * np.float64(scale)
+    return result
+
+
+def rounded_inputs(x, activations):
+    return references.round_activations(x) if activations == "int8" else x
 
 
 TOKENS = np.array([[0, 36, 5, 17, 16], [15, 1, 1, 33, 32]])
 
 
+@pytest.mark.parametrize("packing", HEADS, ids=lambda x: "-".join(x.values()))
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"logit_soft_cap": 2.0}, {"vocabulary": 16}, {"width": 36}],
+    [{"logit_soft_cap": 2.0}, {"vocabulary": 16}, {"width": 132}],
     ids=str,
 )
-def test_one_table_is_looked_up_and_multiplied(arguments):
+def test_one_table_is_looked_up_and_multiplied(arguments, packing):
     model = make_model(**arguments)
     tokens = TOKENS % arguments.get("vocabulary", 37)
     (_, layer, dense), before = model.layers, state(model)
-    table = rounded_table(numpy(layer.embeddings))
+    plain = numpy(layer.embeddings)
+    table = rounded_table(plain, packing["head"])
     kernel = np.float64(numpy(dense.kernel))
-    report = pack(model, head="int8")
-    assert [w.dtype for w in report.weights] == ["float32", "int8"]
-    vocabulary, width = table.shape
-    assert report.weights[1].packed_bytes == vocabulary * (width + 4)
+    report = pack(model, **packing)
+    assert [w.dtype for w in report.weights] == ["float32", packing["head"]]
+    weight = report.weights[1]
+    assert weight.activations == packing["activations"]
+    error = np.linalg.norm(table - plain) / np.linalg.norm(plain)
+    assert weight.rounding_error == pytest.approx(error, rel=1e-4)
     assert not any(s.path == layer.path for s in report.skipped)
     assert model.trainable_weights == []
 
     found = ops.convert_to_numpy(layer(tokens))
     assert_array_equal(found, table[tokens])
     assert_array_equal(numpy(layer.embeddings), table)
-    expected = np.float64(table)[tokens] @ kernel @ table.T
+    x = np.float64(table)[tokens] @ kernel
+    expected = rounded_inputs(x, packing["activations"]) @ table.T
     if layer.logit_soft_cap:
         expected = np.tanh(expected / 2) * 2
     assert_allclose(outputs(model, tokens), expected, rtol=1e-4, atol=1e-4)
@@ -59,18 +83,39 @@ def test_one_table_is_looked_up_and_multiplied(arguments):
     assert after[:2] == before[:2]
 
 
-def test_an_odd_width_is_padded():
+@needs_native
+@pytest.mark.parametrize(
+    ("head", "activations", "row"),
+    [
+        ("int8", "int8", 128 + 4),
+        ("int4", "int8", 64 + 2 * 2),
+        # Places of a 2:4 kernel of 256 rows.
+        ("int8", "float32", 128 + 32 + 4),
+        ("int4", "float32", 64 + 32 + 4 * 2),
+    ],
+)
+def test_all_bytes_are_counted(head, activations, row):
+    model = make_model(width=128, vocabulary=32)
+    report = pack(model, dtype="int8", head=head, activations=activations)
+    assert report.weights[1].packed_bytes == 32 * row
+    size = sum(models.numpy(w).nbytes for w in model.layers[2].weights)
+    assert report.totals["model_bytes"] == 32 * row + size
+    assert report.totals["packed_bytes"] == report.totals["model_bytes"]
+
+
+@pytest.mark.parametrize("packing", HEADS, ids=lambda x: "-".join(x.values()))
+def test_an_odd_width_is_padded(packing):
     layer = keras.layers.ReversibleEmbedding(20, 7)
     layer.build()
     table = normal(20, 7)
     layer._embeddings.assign(table)
-    table = rounded_table(table)
-    pack(layer, head="int8")
+    table = rounded_table(table, packing["head"])
+    pack(layer, **packing)
     assert_array_equal(ops.convert_to_numpy(layer(np.arange(20))), table)
     x = normal(3, 7, seed=1)
-    assert_allclose(
-        ops.convert_to_numpy(layer(x, reverse=True)), x @ table.T, atol=1e-4
-    )
+    found = ops.convert_to_numpy(layer(x, reverse=True))
+    x = rounded_inputs(x, packing["activations"])
+    assert_allclose(found, x @ table.T, atol=1e-4)
 
 
 def test_mixed_precision_keeps_its_types():
@@ -85,19 +130,22 @@ def test_mixed_precision_keeps_its_types():
     assert keras.backend.standardize_dtype(logits.dtype) == "float32"
 
 
-def test_gradients_flow_through_the_head():
+@pytest.mark.parametrize("packing", HEADS[:2] + HEADS[3:])
+def test_gradients_flow_through_the_head(packing):
     inputs = keras.Input((4,))
     layer = keras.layers.ReversibleEmbedding(9, 8)
     layer.build()
     x = keras.layers.Dense(8, use_bias=False)(inputs)
     model = make_sparse(keras.Model(inputs, layer(x, reverse=True)))
     layer._embeddings.assign(normal(9, 8))
-    pack(model, head="int8", targets=[])
+    pack(model, targets=[], **packing)
     table = np.float64(numpy(layer.embeddings))
     x = normal(5, 4, seed=1)
     (kernel,) = model.trainable_weights
     w = np.float64(numpy(kernel))
-    expected = w - 0.1 * x.T @ (2 * (x @ w @ table.T - 1) / (5 * 9)) @ table
+    y = rounded_inputs(x @ w, packing["activations"]) @ table.T
+    # As if the inputs were not rounded.
+    expected = w - 0.1 * x.T @ (2 * (y - 1) / (5 * 9)) @ table
     models.fit_step(model, x, np.ones((5, 9), "float32"))
     assert_allclose(numpy(kernel), expected, rtol=1e-4, atol=1e-5)
 
@@ -128,10 +176,13 @@ def test_lora_and_the_table_exclude_each_other():
         pack(model, head="int8")
 
 
-def test_checkpoints_with_and_without_the_library(tmp_path, monkeypatch):
+@pytest.mark.parametrize("packing", HEADS, ids=lambda x: "-".join(x.values()))
+def test_checkpoints_with_and_without_the_library(
+    packing, tmp_path, monkeypatch
+):
     def make(seed):
-        model = make_model(seed=seed)
-        pack(model, head="int8")
+        model = make_model(seed=seed, width=100)
+        pack(model, **packing)
         return model
 
     check_checkpoints(make, TOKENS, tmp_path, monkeypatch)
@@ -183,8 +234,13 @@ def test_language_models_compute_with_what_unpack_gives(family):
     assert_allclose(outputs(model, inputs), expected, rtol=1e-4, atol=1e-5)
     unpack(model)
     assert state(model) == before
-    report = pack(model, dtype="int8", head="int8")
-    assert {w.dtype for w in report.weights} == {"int8"}
-    rounded = outputs(model, inputs)
-    unpack(model)
-    assert_allclose(outputs(model, inputs), rounded, rtol=1e-4, atol=1e-4)
+    for dtype in ("int8", "int4"):
+        report = pack(model, dtype=dtype, head=dtype, activations="float32")
+        assert {w.dtype for w in report.weights} == {dtype}
+        rounded = outputs(model, inputs)
+        unpack(model)
+        dense = outputs(model, inputs)
+        assert_allclose(dense, rounded, rtol=1e-4, atol=1e-4)
+        pack(model, dtype=dtype, head=dtype)
+        assert_allclose(outputs(model, inputs), dense, atol=0.05 * dense.max())
+        unpack(model)

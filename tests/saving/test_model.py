@@ -13,6 +13,7 @@ import safetensors.numpy
 from keras import ops
 
 import keras_weightmods as kwm
+from keras_weightmods import native
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.saving import container, description
@@ -184,7 +185,7 @@ def test_scaled_models(name, path):
     assert_same(loaded, model)
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("name", [*CHANGED, "held dense"])
 def test_packed_models(name, dtype, path, monkeypatch):
     if name == "held dense":
@@ -198,6 +199,65 @@ def test_packed_models(name, dtype, path, monkeypatch):
     kwm.unpack(loaded)
     kwm.unpack(model)
     assert_same(loaded, model)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("activations", ["int8", "float32"])
+@pytest.mark.parametrize("head", ["int8", "int4"])
+def test_packed_heads(head, activations, is_native, path, monkeypatch):
+    if not is_native:
+        monkeypatch.setattr(native, "_loaded", (None, "switched off"))
+    model = tied_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kwm.pack(model, head=head, activations=activations)
+        loaded = round_trip(model, path, TOKENS)
+    changes = [(name, config) for name, _, config in changes_of(loaded)]
+    config = {"dtype": head}
+    if activations == "int8":
+        config["activations"] = "int8"
+    assert ("packed_embedding", config) in changes
+    before = saved_weights(path)
+    found = {
+        name.rpartition("/")[2]: (array.shape, array.dtype.name)
+        for name, array in before.items()
+        if "embeddings" in name
+    }
+    if head == "int8":
+        expected = ((5, 70), "int8"), ((5,), "float32")
+    else:
+        expected = ((5, 35), "uint8"), ((5, 2), "bfloat16")
+    assert found == dict(
+        zip(("embeddings_values", "embeddings_scale"), expected)
+    )
+    # With the library and without, the file is the same.
+    monkeypatch.undo()
+    again = kwm.load_model(path)
+    kwm.save_model(again, path)
+    models.assert_same([*saved_weights(path).values()], [*before.values()])
+    kwm.unpack(again)
+    kwm.unpack(loaded)
+    assert_same(again, loaded, TOKENS)
+
+
+def saved_weights(path):
+    with container.Reader(path, "keras_weightmods.model", (1,)) as reader:
+        return {
+            name: reader.read(name)
+            for name in reader.entries
+            if name.startswith("weights/")
+        }
+
+
+def tied_model():
+    embedding = keras.layers.ReversibleEmbedding(5, 70)
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Dense(70, use_bias=False)(embedding(tokens))
+    model = keras.Model(tokens, embedding(x, reverse=True))
+    return make_sparse(randomize(model))
+
+
+TOKENS = np.array([[0, 4, 2]])
 
 
 def test_packed_in_part_trainable_and_scaled_in_part(path):
@@ -332,7 +392,8 @@ def test_vocabularies_are_saved(path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "share"), [(None, 0.54), ("bfloat16", 0.29), ("int8", 0.17)]
+    ("dtype", "share"),
+    [(None, 0.54), ("bfloat16", 0.29), ("int8", 0.17), ("int4", 0.103)],
 )
 def test_the_file_of_a_packed_model_has_the_packed_size(dtype, share, path):
     model = make_sparse(mlp(512, 512, use_bias=False))
@@ -353,6 +414,22 @@ def test_a_file_of_version_1_made_on_torch():
         [-3.4952483, 1.2282960, -6.1796441, -2.1173186],
     ]
     np.testing.assert_allclose(outputs(model, x), expected, rtol=1e-4)
+
+
+def test_a_head_in_a_file_of_an_earlier_release():
+    folder = pathlib.Path(__file__).parent / "data"
+    model = kwm.load_model(folder / "version_1_head.safetensors")
+    configs = {name: config for name, _, config in changes_of(model)}
+    assert configs == {
+        "packed": {"dtype": "int8", "trainable": False},
+        "packed_embedding": {"dtype": "int8"},
+    }
+    expected = [
+        [1.0547704, -2.7004905, -1.2686093, 0.27082202, 0.848664],
+        [-0.26068714, 1.097786, -2.0708106, 1.21341, -0.5389879],
+        [1.5103967, -2.5747933, 0.17201017, -2.194093, 2.165226],
+    ]
+    np.testing.assert_allclose(outputs(model, TOKENS)[0], expected, rtol=1e-4)
 
 
 # What cannot be saved.
