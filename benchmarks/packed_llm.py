@@ -30,12 +30,17 @@ from benchmarks import harness
 
 PROMPT = "The most important task of the government is"
 DENSE = "dense float32"
-# Row: arguments of `pack`.
-PACKED = {
+# Row: arguments of `pack`. Integers are multiplied by int8 inputs, unless the
+# row says otherwise.
+PACKED: dict[str, dict[str, str]] = {
     "packed float32": {},
     "packed bfloat16": {"dtype": "bfloat16"},
+    "packed int8, float inputs": {"dtype": "int8", "activations": "float32"},
     "packed int8": {"dtype": "int8"},
     "packed int8, int8 head": {"dtype": "int8", "head": "int8"},
+    "packed int4": {"dtype": "int4"},
+    "packed int4, int8 head": {"dtype": "int4", "head": "int8"},
+    "packed int4, int4 head": {"dtype": "int4", "head": "int4"},
 }
 PEERS = ("dense bfloat16", "Keras int8", "torch dynamic int8")
 
@@ -53,6 +58,7 @@ SHARE_BARS = {
     "packed float32": 0.57,
     "packed bfloat16": 0.31,
     "packed int8": 0.2,
+    "packed int4": 0.12,
 }
 
 

@@ -83,8 +83,11 @@ def rounded(kernel, dtype, axes):
     return np.rint(kernel / scale).astype("float32") * scale
 
 
-@pytest.mark.parametrize(("arguments", "tolerance"), ROUNDED)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "arguments", "tolerance"),
+    [("dense", *case) for case in ROUNDED]
+    + [("middle", *ROUNDED[1]), ("axes apart", *ROUNDED[4])],
+)
 def test_unpack_gives_the_rounded_kernel(name, arguments, tolerance):
     model = make_sparse(MODELS[name]())
     targets = find_targets(model)
@@ -411,7 +414,7 @@ def without_native(monkeypatch):
     native.warn_dense.cache_clear()
 
 
-@pytest.mark.parametrize("arguments", [{}, *(case for case, _ in ROUNDED)])
+@pytest.mark.parametrize("arguments", [{}, *(ROUNDED[i][0] for i in (0, 2, 3))])
 def test_without_the_native_library_kernels_are_held_dense(
     arguments, tmp_path, without_native
 ):
@@ -442,7 +445,7 @@ def test_without_the_native_library_kernels_are_held_dense(
 
 
 @needs_native
-@pytest.mark.parametrize("arguments", [{}, *(case for case, _ in ROUNDED)])
+@pytest.mark.parametrize("arguments", [{}, *(ROUNDED[i][0] for i in (0, 2, 3))])
 def test_checkpoints_are_the_same_with_and_without_the_library(
     arguments, tmp_path, monkeypatch
 ):

@@ -1,5 +1,6 @@
 """save_model and load_model: the same model, or one clear error."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -185,12 +186,22 @@ def test_scaled_models(name, path):
     assert_same(loaded, model)
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("name", [*CHANGED, "held dense"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *itertools.product(
+            [*CHANGED, "held sequential"], [None, "bfloat16", "int8"]
+        ),
+        *itertools.product(
+            ["sequential", "bfloat16", "held mixed", "held bfloat16"], ["int4"]
+        ),
+    ],
+)
 def test_packed_models(name, dtype, path, monkeypatch):
-    if name == "held dense":
-        monkeypatch.setenv("KERAS_WEIGHTMODS_NATIVE", "0")
-        name = "sequential"
+    if name.startswith("held "):
+        # Dense, without the library.
+        monkeypatch.setattr(native, "_loaded", (None, "switched off"))
+        name = name.removeprefix("held ")
     model = make_sparse(randomize(MODELS[name]()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -201,9 +212,15 @@ def test_packed_models(name, dtype, path, monkeypatch):
     assert_same(loaded, model)
 
 
-@pytest.mark.parametrize("is_native", [True, False])
-@pytest.mark.parametrize("activations", ["int8", "float32"])
-@pytest.mark.parametrize("head", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("head", "activations", "is_native"),
+    [
+        ("int8", "int8", True),
+        ("int8", "float32", False),
+        ("int4", "float32", True),
+        ("int4", "int8", False),
+    ],
+)
 def test_packed_heads(head, activations, is_native, path, monkeypatch):
     if not is_native:
         monkeypatch.setattr(native, "_loaded", (None, "switched off"))
