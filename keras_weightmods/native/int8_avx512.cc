@@ -4,7 +4,7 @@
 // Sparse: of two blocks of rows the 64 activations, plus 128, are the table
 // from which a permutation picks; the sums of the values, which all rows of
 // activations share, undo the 128. int4 values are multiplied by 16 where they
-// stand in their byte, and their scales divided by it.
+// stand in their byte, and the sums divided by it.
 //
 // Dense: the values are made unsigned, and four activations are read into all
 // lanes. Their sums, one for a block, undo that.
@@ -34,6 +34,14 @@ using kwm::kBlockRows;
 using kwm::kLanes;
 
 constexpr int64_t kPrefetchBytes = 8192;
+
+// A load that stays in a register. Compilers fold a load into every instruction
+// that reads it, and a 64-byte one takes a cycle each time.
+inline __m512i load_once(const void* from) {
+  __m512i v = _mm512_loadu_si512(from);
+  asm("" : "+v"(v));
+  return v;
+}
 
 __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>(count >= 16  ? 0xffff
@@ -86,12 +94,14 @@ void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
   }
 }
 
-// 16 scales of bfloat16, times `factor`.
-__m512 int4_scale(const uint16_t* scale, float factor) {
+// The scales of a block of int4 columns in 64 rows.
+__m512 int4_scale(const Packed& w, int64_t column_block, int64_t b) {
+  const uint16_t* scale =
+      w.int4_scale(column_block) + b / kwm::kScaleBlocks * kLanes;
   const __m256i halves =
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scale));
-  const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
-  return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(factor));
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
 // total + sum * step, and * scale. In this order denormal steps lose nothing.
@@ -117,6 +127,7 @@ void sparse_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
   for (int c = 0; c < C; ++c) {
     for (int r = 0; r < R; ++r) total[c][r] = _mm512_setzero_ps();
   }
+  __m512 scale[C] = {};
   const auto multiply_block = [&](int64_t b, __m512i half) {
     const int64_t next = kwm::row_block_ahead(b, kAhead, row_blocks, C);
 #pragma GCC unroll 4
@@ -132,17 +143,16 @@ void sparse_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
       if (kInt4) {
         const __m512i high = _mm512_set1_epi8(-16);
         for (int p = 0; p < 2; ++p) {
-          const __m512i pair = _mm512_loadu_si512(block + 64 * p);
+          const __m512i pair = load_once(block + 64 * p);
           value[p] = _mm512_and_si512(_mm512_slli_epi32(pair, 4), high);
           value[p + 2] = _mm512_and_si512(pair, high);
         }
       } else {
         for (int p = 0; p < 4; ++p) {
-          value[p] = _mm512_loadu_si512(block + 64 * p);
+          value[p] = load_once(block + 64 * p);
         }
       }
-      const __m512i words =
-          _mm512_loadu_si512(meta + (c * row_blocks + b) * 64);
+      const __m512i words = load_once(meta + (c * row_blocks + b) * 64);
       __m512i value_sum = _mm512_setzero_si512();
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
@@ -158,38 +168,35 @@ void sparse_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
       }
       const __m512i start =
           _mm512_sub_epi32(_mm512_setzero_si512(), value_sum);
-      __m512 scale = _mm512_setzero_ps();
-      if (kInt4) {
-        const uint16_t* scales = w.int4_scale(column_block + c);
-        scale = int4_scale(scales + b / kwm::kScaleBlocks * kLanes, 1.0f / 16);
-      }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const __m512i table = _mm512_loadu_si512(bytes + r * 64);
+        const __m512i table = load_once(bytes + r * 64);
         __m512i sum = start;
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
           sum = _mm512_dpbusd_epi32(
               sum, _mm512_permutexvar_epi8(index[p], table), value[p]);
         }
-        total[c][r] = add_block<kInt4>(total[c][r], sum, steps[b * R + r], scale);
+        total[c][r] = add_block<kInt4>(total[c][r], sum, steps[b * R + r],
+                                      scale[c]);
       }
     }
   };
   const __m512i first = _mm512_setzero_si512(), second = _mm512_set1_epi8(32);
-  for (int64_t b = 0; b < row_blocks; b += 2) {
+  for (int64_t b = 0; b < row_blocks; b += kwm::kScaleBlocks) {
+    for (int c = 0; kInt4 && c < C; ++c) {
+      scale[c] = int4_scale(w, column_block + c, b);
+    }
     multiply_block(b, first);
     if (b + 1 < row_blocks) multiply_block(b + 1, second);
     bytes += R * 64;
   }
   for (int c = 0; c < C; ++c) {
     for (int r = 0; r < R; ++r) {
-      __m512 sum = total[c][r];
-      if (!kInt4) {
-        const float* scale = w.int8_scale(column_block + c);
-        sum = _mm512_mul_ps(sum, _mm512_loadu_ps(scale));
-      }
-      _mm512_storeu_ps(y + r * y_stride + c * kLanes, sum);
+      __m512 last = _mm512_set1_ps(1.0f / 16);
+      if (!kInt4) last = _mm512_loadu_ps(w.int8_scale(column_block + c));
+      _mm512_storeu_ps(y + r * y_stride + c * kLanes,
+                       _mm512_mul_ps(total[c][r], last));
     }
   }
 }
@@ -219,7 +226,7 @@ void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
 #pragma GCC unroll 8
       for (int64_t line = 0; line < kBytes; line += 64) {
         _mm_prefetch(next_block + line, _MM_HINT_T1);
-        const __m512i four = _mm512_loadu_si512(block + line);
+        const __m512i four = load_once(block + line);
         // Words `line / 64` and, of int4 values, the one 4 on.
         __m512i value[2];
         if (kInt4) {
@@ -245,10 +252,7 @@ void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
         }
       }
       __m512 scale = _mm512_setzero_ps();
-      if (kInt4) {
-        const uint16_t* scales = w.int4_scale(column_block + c);
-        scale = int4_scale(scales + b / kwm::kScaleBlocks * kLanes, 1);
-      }
+      if (kInt4) scale = int4_scale(w, column_block + c, b);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         total[c][r] =
@@ -260,8 +264,8 @@ void dense_tile(const Int8Rows& x, const Packed& w, int64_t column_block,
     for (int r = 0; r < R; ++r) {
       __m512 sum = total[c][r];
       if (!kInt4) {
-        const float* scale = w.int8_scale(column_block + c);
-        sum = _mm512_mul_ps(sum, _mm512_loadu_ps(scale));
+        const __m512 scale = _mm512_loadu_ps(w.int8_scale(column_block + c));
+        sum = _mm512_mul_ps(sum, scale);
       }
       _mm512_storeu_ps(y + r * y_stride + c * kLanes, sum);
     }

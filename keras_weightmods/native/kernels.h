@@ -125,6 +125,7 @@ const DigitKernels* avx512_vnni_kernels();
 
 // Those of int8 activations, likewise.
 const Int8Kernels* scalar_int8_kernels(int type, bool dense);
+const Int8Kernels* avx2_int8_kernels(int type, bool dense);
 const Int8Kernels* avx512_int8_kernels(int type, bool dense);
 
 // Whether this CPU has AVX-512 VNNI and VBMI, which both of the above need.

@@ -22,7 +22,9 @@ const Int8Kernels& int8_kernels(int type, bool dense) {
       if (kwm::has_avx512_vnni()) {
         return *kwm::avx512_int8_kernels(type, dense);
       }
-      break;
+      return *kwm::avx2_int8_kernels(type, dense);
+    case KWM_ISA_AVX2:
+      return *kwm::avx2_int8_kernels(type, dense);
   }
   return *kwm::scalar_int8_kernels(type, dense);
 }
