@@ -127,6 +127,8 @@ const DigitKernels* avx512_vnni_kernels();
 const Int8Kernels* scalar_int8_kernels(int type, bool dense);
 const Int8Kernels* avx2_int8_kernels(int type, bool dense);
 const Int8Kernels* avx512_int8_kernels(int type, bool dense);
+const Int8Kernels* neon_int8_kernels(int type, bool dense);
+const Int8Kernels* neon_dot_int8_kernels(int type, bool dense);
 
 // Whether this CPU has AVX-512 VNNI and VBMI, which both of the above need.
 bool has_avx512_vnni();

@@ -23,6 +23,8 @@ const Int8Kernels& int8_kernels(int type, bool dense) {
         return *kwm::avx512_int8_kernels(type, dense);
       }
       return *kwm::avx2_int8_kernels(type, dense);
+    case KWM_ISA_NEON:
+      return *kwm::neon_int8_kernels(type, dense);
     case KWM_ISA_AVX2:
       return *kwm::avx2_int8_kernels(type, dense);
   }

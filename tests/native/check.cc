@@ -67,9 +67,11 @@ void parallel_for(void* pool, int64_t count, int64_t grain, kwm_task task,
   for (auto& thread : threads) thread.join();
 }
 
-bool close(const char* what, float got, double expected, double size) {
-  // A sum of terms of this size, rounded in float32 at every step.
-  if (fabs(got - expected) <= 1e-5 * size + 1e-30) return true;
+bool close(const char* what, float got, double expected, double size,
+           double rounding = 0) {
+  // A sum of terms of this size, rounded in float32 at every step; and what
+  // the rounding of its activations may add.
+  if (fabs(got - expected) <= 1e-5 * size + rounding + 1e-30) return true;
   printf("%s: %.9g, expected %.9g (terms sum up to %.3g)\n", what, got,
          expected, size);
   return false;
@@ -80,7 +82,7 @@ struct Case {
     k = any_size(random, 300);
     n = any_size(random, 150);
     rows = any_size(random, between(random, 0, 9) ? 70 : 600);
-    type = static_cast<int>(between(random, 0, 2));
+    type = static_cast<int>(between(random, 0, 3));
     valid = between(random, 0, 1) == 1;
     pool.threads = static_cast<int>(between(random, 1, 4));
     threaded = between(random, 0, 1) == 1;
@@ -88,6 +90,7 @@ struct Case {
 
   bool run();
   bool run_products();
+  bool run_int8(bool dense);
   bool run_compand();
 
   Random random;
@@ -104,7 +107,138 @@ bool Case::run() {
   }
   kwm_set_isa(sets[static_cast<size_t>(
       between(random, 0, static_cast<int64_t>(sets.size()) - 1))]);
+  if (type >= KWM_INT8 && !(run_int8(false) && run_int8(true))) return false;
   return run_products() && run_compand();
+}
+
+// int8 activations by random bits, in exact integers.
+bool Case::run_int8(bool dense) {
+  const int64_t row_blocks = (k + 31) / 32;
+  Array<unsigned char> values(dense ? kwm_dense_values_bytes(k, n, type)
+                                    : kwm_values_bytes(k, n, type));
+  Array<uint32_t> meta(dense ? 0 : kwm_meta_bytes(k, n) / 4);
+  for (int64_t i = 0; i < values.size; ++i) {
+    values[i] = static_cast<unsigned char>(random());
+    if (type == KWM_INT8 && values[i] == 128) values[i] = 127;
+  }
+  for (int64_t i = 0; i < meta.size; ++i) {
+    meta[i] = static_cast<uint32_t>(random());
+  }
+  const int64_t scales =
+      kwm_scale_bytes(k, n, type) / (type == KWM_INT8 ? 4 : 2);
+  Array<float> scale(type == KWM_INT8 ? scales : 0);
+  Array<uint16_t> halves(type == KWM_INT8 ? 0 : scales);
+  for (int64_t i = 0; i < scale.size; ++i) scale[i] = normal(random);
+  for (int64_t i = 0; i < halves.size; ++i) {
+    const float value = normal(random);
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    halves[i] = static_cast<uint16_t>(bits >> 16);
+  }
+
+  // The integers of W, and their scales, from the layout.
+  Array<int> kernel(32 * row_blocks * n);
+  Array<double> scale_of(row_blocks * n);
+  for (int64_t column = 0; column < n; ++column) {
+    const int64_t lane = column % 16;
+    for (int64_t b = 0; b < row_blocks; ++b) {
+      const int64_t place = column / 16 * row_blocks + b;
+      const int64_t words = (dense ? 8 : 4) / (type == KWM_INT4 ? 2 : 1);
+      for (int slot = 0; slot < (dense ? 32 : 16); ++slot) {
+        int64_t word = dense ? slot / 4 : slot % 4;
+        const int64_t q = dense ? slot % 4 : slot / 4;
+        const bool high = type == KWM_INT4 && word >= words;
+        if (high) word -= words;
+        const int byte = values[((place * words + word) * 16 + lane) * 4 + q];
+        int value = byte < 128 ? byte : byte - 256;
+        if (type == KWM_INT4) {
+          const int half = high ? byte >> 4 : byte & 15;
+          value = half < 8 ? half : half - 16;
+        }
+        int64_t row = 32 * b + slot;
+        if (!dense) {
+          const uint32_t bits = meta[place * 16 + lane];
+          row = 32 * b + slot / 2 * 4 + (bits >> (2 * slot) & 3);
+        }
+        kernel[row * n + column] += value;
+      }
+      if (type == KWM_INT8) {
+        scale_of[b * n + column] = scale[column];
+      } else {
+        const int64_t group = column / 16 * ((row_blocks + 1) / 2) + b / 2;
+        const uint32_t bits = static_cast<uint32_t>(halves[group * 16 + lane])
+                              << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        scale_of[b * n + column] = value;
+      }
+    }
+  }
+
+  Array<float> x(rows * k), y(rows * n);
+  for (int64_t i = 0; i < x.size; ++i) x[i] = normal(random);
+  // A row of zeros, an outlier and something that is not finite, at times.
+  const int64_t bad_row = rows > 1 ? between(random, 0, 4 * rows) : rows;
+  if (bad_row < rows && k > 0) {
+    const float odd[] = {INFINITY, -INFINITY, NAN};
+    x[bad_row * k + between(random, 0, k - 1)] = odd[between(random, 0, 2)];
+  }
+  if (k > 0 && rows > 0) {
+    const int64_t row = between(random, 0, rows - 1);
+    if (row != bad_row) {
+      const bool zeros = between(random, 0, 1) == 1;
+      for (int64_t i = 0; zeros && i < k; ++i) x[row * k + i] = 0;
+      x[row * k + between(random, 0, k - 1)] = 1e4f * normal(random);
+    }
+  }
+  for (int64_t i = 0; i < y.size; ++i) y[i] = 0.125f;
+  kwm_matmul_int8(x.get(), rows, k, n, type, values.get(),
+                  dense ? nullptr : meta.get(),
+                  type == KWM_INT8 ? static_cast<const void*>(scale.get())
+                                   : halves.get(),
+                  y.get(), threaded ? parallel_for : nullptr, &pool);
+
+  Array<int> q(32);
+  Array<double> sum(n), size(n);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < n; ++column) sum[column] = size[column] = 0;
+    for (int64_t b = 0; b < row_blocks; ++b) {
+      const int64_t here = std::min<int64_t>(32, k - 32 * b);
+      const float* from = x.get() + row * k + 32 * b;
+      float largest = 0;
+      for (int64_t i = 0; i < here; ++i) {
+        largest = std::max(largest, fabsf(from[i]));
+      }
+      const float step = largest > 0 ? largest / 127 : 1;
+      for (int64_t i = 0; i < here; ++i) {
+        const float steps = nearbyintf(from[i] / step);
+        q[i] = row == bad_row ? 0 : static_cast<int>(steps);
+      }
+      for (int64_t column = 0; column < n; ++column) {
+        int64_t exact = 0;
+        for (int64_t i = 0; i < here; ++i) {
+          exact += q[i] * kernel[(32 * b + i) * n + column];
+        }
+        const double term = static_cast<double>(exact) * step *
+                            scale_of[b * n + column];
+        sum[column] += term;
+        size[column] += fabs(term);
+      }
+    }
+    for (int64_t column = 0; column < n; ++column) {
+      const float got = y[row * n + column];
+      if (row == bad_row && k > 0) {
+        if (got != got) continue;
+        printf("int8: a row that is not finite gave %.9g\n", got);
+        return false;
+      }
+      if (!close(dense ? "dense int8" : "int8", got, sum[column],
+                 size[column])) {
+        return false;
+      }
+    }
+  }
+  return true;
 }
 
 bool Case::run_compand() {
@@ -154,14 +288,24 @@ bool Case::run_products() {
   }
   Array<unsigned char> values(kwm_values_bytes(k, n, type));
   Array<uint32_t> meta(kwm_meta_bytes(k, n) / 4);
-  Array<float> scale(kwm_scale_bytes(k, n, type) / 4);
-  float* scale_or_null = type == KWM_INT8 ? scale.get() : nullptr;
+  Array<float> floats(type == KWM_INT8 ? kwm_scale_bytes(k, n, type) / 4 : 0);
+  Array<uint16_t> halves(type == KWM_INT4 ? kwm_scale_bytes(k, n, type) / 2
+                                          : 0);
+  void* scale_or_null = nullptr;
+  if (type == KWM_INT8) scale_or_null = floats.get();
+  if (type == KWM_INT4) scale_or_null = halves.get();
   if (kwm_pack(kernel.get(), k, n, type, values.get(), meta.get(),
                scale_or_null) != 0) {
     printf("a valid kernel was refused\n");
     return false;
   }
+  // Where two values of a group meet in one row they may cancel, but not their
+  // roundings.
+  double meeting = 0;
   if (!valid) {
+    for (int64_t i = 0; i < kernel.size; ++i) {
+      meeting = std::max(meeting, fabs(1e-7 * kernel[i]));
+    }
     for (int64_t i = 0; i < meta.size; ++i) {
       meta[i] = static_cast<uint32_t>(random());
     }
@@ -178,15 +322,25 @@ bool Case::run_products() {
   kwm_matmul(x.get(), rows, k, n, type, values.get(), meta.get(), scale_or_null,
              y.get(), loop, &pool);
   for (int64_t row = 0; row < rows; ++row) {
+    double largest = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      largest = std::max(largest, fabs(static_cast<double>(x[row * k + i])));
+    }
     for (int64_t column = 0; column < n; ++column) {
-      double sum = 0, size = 0;
+      double sum = 0, size = 0, weights = 0, activations = 0;
       for (int64_t i = 0; i < k; ++i) {
-        const double term =
-            static_cast<double>(x[row * k + i]) * kernel[i * n + column];
-        sum += term;
-        size += fabs(term);
+        const double w = kernel[i * n + column];
+        activations += fabs(x[row * k + i]);
+        sum += x[row * k + i] * w;
+        size += fabs(x[row * k + i] * w);
+        weights += fabs(w);
       }
-      if (!close("matmul", y[row * n + column], sum, size)) return false;
+      // int8 values may be multiplied by activations of 24 bits.
+      const double half_a_step = type == KWM_INT8 ? largest / 8388600 / 2 : 0;
+      if (!close("matmul", y[row * n + column], sum, size,
+                 half_a_step * weights + meeting * activations)) {
+        return false;
+      }
     }
   }
 
@@ -194,14 +348,18 @@ bool Case::run_products() {
                         scale_or_null, dx.get(), loop, &pool);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < k; ++i) {
-      double sum = 0, size = 0;
+      double sum = 0, size = 0, activations = 0;
       for (int64_t column = 0; column < n; ++column) {
+        activations += fabs(dy[row * n + column]);
         const double term =
             static_cast<double>(dy[row * n + column]) * kernel[i * n + column];
         sum += term;
         size += fabs(term);
       }
-      if (!close("transposed", dx[row * k + i], sum, size)) return false;
+      if (!close("transposed", dx[row * k + i], sum, size,
+                 meeting * activations)) {
+        return false;
+      }
     }
   }
 

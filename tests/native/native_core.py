@@ -17,6 +17,7 @@ CORE = [
     *["core", "pack", "compand", "matmul_int8"],
     *["scalar", "avx2", "avx512", "avx512_vnni", "neon"],
     *["int8_scalar", "int8_avx2", "int8_avx512"],
+    *["int8_neon", "int8_neon_dot"],
 ]
 
 TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
