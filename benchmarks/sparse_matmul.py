@@ -8,7 +8,8 @@ x (B, K) times a kernel (K, N), on the CPU. Under JAX the dense product is
 XLA's dot and the sparse one `ops.sparse_matmul`, both in `jax.jit`; under
 torch they are `torch.mm` and the same op. A peer and a number of threads have
 a process of their own, in which dense and sparse, every type of values and
-every instruction set that the machine has, take turns. Shown is the median
+every instruction set that the machine has, take turns; "int8/int8" are int8
+values with int8 activations. Shown is the median
 time of the dense float32 product over that of the sparse one: above 1 the
 sparse one is faster. One thread is one core: the process is bound to it.
 
@@ -25,7 +26,8 @@ from benchmarks import harness
 SHAPES = [(576, 1536), (2048, 5632), (4096, 4096), (4096, 11008)]
 BATCHES = [1, 2, 4, 8, 16, 64, 128, 512]
 QUICK = {"shapes": SHAPES[:1], "batches": [1, 8, 64], "seconds": 0.2}
-DTYPES = ["float32", "bfloat16", "int8"]
+# Types of values, and of activations where these are rounded too.
+DTYPES = ["float32", "bfloat16", "int8", "int8/int8", "int4/int8"]
 ISAS = {"avx512": 2, "avx2": 1, "neon": 3}
 PEERS = {"jax": "XLA dot", "torch": "torch.mm"}
 
@@ -141,14 +143,14 @@ class Kernels:
         kernel *= mask
         self.dense = keras.ops.convert_to_tensor(kernel)
         self.packed = {}
-        for dtype in dtypes:
-            packed = pack_kernel(kernel, dtype)
+        for name in dtypes:
+            packed = pack_kernel(kernel, *name.split("/"))
             arrays = [packed.values, packed.meta, packed.scale]
             arrays = [
                 None if a is None else keras.ops.convert_to_tensor(a)
                 for a in arrays
             ]
-            self.packed[dtype] = Packed(*arrays, packed.shape, packed.dtype)
+            self.packed[name] = Packed(*arrays, *_kind(packed))
 
     def contenders(self, batch, isas):
         """Functions without arguments that run one product and wait for it."""
@@ -174,9 +176,7 @@ class Kernels:
         def run(packed):
             @jax.jit
             def sparse(x, *arrays):
-                return sparse_matmul(
-                    x, Packed(*arrays, packed.shape, packed.dtype)
-                )
+                return sparse_matmul(x, Packed(*arrays, *_kind(packed)))
 
             arrays = (packed.values, packed.meta, packed.scale)
             return lambda: sparse(x, *arrays).block_until_ready()
@@ -203,6 +203,10 @@ class Kernels:
                 return torch.mm(x, self.dense)
 
         return dense, {d: run(packed) for d, packed in self.packed.items()}
+
+
+def _kind(packed):
+    return packed.shape, packed.dtype, packed.activations
 
 
 def interleaved(contenders, seconds):
