@@ -5,7 +5,7 @@ BACKENDS := jax tensorflow torch
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint setup bench gpu clean
+.PHONY: demo test lint setup bench bench-runtimes gpu clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
 # are freed, and every step pays for their pages again.
@@ -34,6 +34,19 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --no-deps 'gensim>=4.3'
 	$(BIN)/python -m benchmarks.optimizer_step
 	$(BIN)/python -m benchmarks.quality
+
+# Other runtimes beside ours; what cannot be installed is left out. Without
+# LLAMA, llama.cpp is the wheel for any processor with AVX2.
+# LLAMA=llama-cpp-python compiles it for this one, for minutes, and counts.
+LLAMA ?= llama-cpp-py-sync
+
+bench-runtimes: setup
+	$(BIN)/python -m pip install --quiet --no-deps 'gensim>=4.3'
+	-$(BIN)/python -m pip install --quiet $(LLAMA)
+	-$(BIN)/python -m pip install --quiet 'torchao>=0.18'
+	-$(BIN)/python -m pip install --quiet openvino-genai
+	$(BIN)/python -m benchmarks.runtimes $(ARGS)
+	$(BIN)/python -m benchmarks.results_page
 
 # On a machine with an NVIDIA GPU: tests, timings and the dispatcher's table, in
 # less than 10 minutes once the packages are there. CUDA=12 for older drivers.

@@ -17,6 +17,7 @@ from examples.command_line import choose_backend as choose_backend
 from examples.command_line import make_parser as make_parser
 from examples.sizes import nbytes as nbytes
 from examples.sizes import peak_bytes as peak_bytes
+from examples.sizes import resident_bytes as resident_bytes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -20,13 +20,12 @@ does nothing else.
 """
 
 import functools
-import math
 import pathlib
 import statistics
 import tempfile
 import warnings
 
-from benchmarks import harness
+from benchmarks import harness, peers
 
 PROMPT = "The most important task of the government is"
 DENSE = "dense float32"
@@ -160,7 +159,8 @@ def make_row(name, dense):
         model.backbone.quantize("int8")
         row = {"memory_bytes": harness.nbytes(model.weights)}
     elif name == "torch dynamic int8":
-        row = {"memory_bytes": quantize_dynamically(model)}
+        held = peers.quantize_products(model, peers.dynamic_int8)
+        row = {"memory_bytes": held}
     else:
         row = {"memory_bytes": harness.nbytes(model.weights)}
     model.compile(sampler="greedy")
@@ -181,58 +181,6 @@ def file_bytes(model, name):
             path = path.with_suffix(".keras")
             model.save(path)
         return path.stat().st_size
-
-
-def quantize_dynamically(model):
-    """int8 weights, a scale for each output, and int8 activations on the fly.
-
-    The operator is the one of `torch.ao.nn.quantized.dynamic.Linear`.
-
-    Returns:
-        Bytes of the weights.
-    """
-    import keras
-    import torch
-
-    import keras_weightmods as kwm
-
-    def linear(matrix):
-        scale = matrix.abs().amax(1).clamp(min=1e-9) / 127
-        zeros = torch.zeros(len(scale), dtype=torch.long)
-        quantized = torch.quantize_per_channel(
-            matrix, scale, zeros, 0, torch.qint8
-        )
-        packed = torch.ops.quantized.linear_prepack(quantized, None)
-        return lambda x: torch.ops.quantized.linear_dynamic(x, packed)
-
-    def projection(layer, kernel, axes):
-        # The contraction comes first in these kernels, and last in the input.
-        size = math.prod(kernel.shape[axis] for axis in axes)
-        units = kernel.shape[len(axes) :]
-        product = linear(kernel.detach().reshape(size, -1).T.contiguous())
-
-        def call(x, training=None):
-            leading = x.shape[: x.ndim - len(axes)]
-            y = product(x.reshape(*leading, size))
-            return y.reshape(*leading, *units)
-
-        vars(layer)["call"] = call
-        return kernel.numel() + 4 * math.prod(units) - 4 * kernel.numel()
-
-    saved = 0
-    for target in kwm.find_targets(model):
-        kernel = target.variable.value
-        saved += projection(target.layer, kernel, target.contraction_axes)
-    embedding = model.backbone.token_embedding
-    assert isinstance(embedding, keras.layers.ReversibleEmbedding)
-    table, look_up = embedding.embeddings.value.detach(), embedding.call
-    head = linear(table)
-    vars(embedding)["call"] = lambda x, reverse=False: (
-        head(x) if reverse else look_up(x)
-    )
-    # The table itself is still looked up.
-    saved += table.numel() + 4 * len(table)
-    return harness.nbytes(model.weights) + saved
 
 
 def print_report(report):

@@ -16,6 +16,7 @@ import pathlib
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.runtimes import cells as runtime_cells
 
 LOGS = harness.RESULTS
 PAGE = harness.ROOT / "docs" / "results.md"
@@ -390,6 +391,33 @@ def products(log):
     return "\n\n".join(parts)
 
 
+def runtimes(log):
+    """Every form of runtimes.py: its speed, memory and quality."""
+    prompts, about = log["prompts"], log["machine"]
+    header = (
+        "form | weights | write | write, batch 8 | read | resident, MB | "
+        "of the model, MB | file, MB | x dense"
+    )
+    parts = [
+        f"SmolLM2-135M-Instruct; tokens a second: {log['new_tokens']} new "
+        f"ones after a prompt of {prompts['short']}, and a prompt of "
+        f"{prompts['long']} read up to the first new token; a process for "
+        f"each form, {log['together']} of them in turns, medians of "
+        f"{log['rounds']} rounds; {about['cpu']}, {about['threads']} of "
+        f"{about['cores']} cores. *x dense* is the perplexity over that of "
+        "the dense model, geometric mean of the four texts. The dense "
+        "weights come from a file in Q4_1, which is why that format loses "
+        "nothing here, and other formats of 4 bits round a second time.",
+        table(header, [runtime_cells(row) for row in log["rows"]], 2),
+    ]
+    parts += [f"- left out: {k}: {v}" for k, v in log["left_out"].items()]
+    if log["shape"] == "135m" and (PAGE.parent / "runtimes.png").exists():
+        parts.append("![Speed against perplexity](runtimes.png)")
+    found = dict.fromkeys(row["about"] for row in log["rows"])
+    parts.append("Versions: " + "; ".join(found) + ".")
+    return "\n\n".join(parts)
+
+
 def lift_quality(log):
     if "summary" not in log:
         return missing("lift_quality")
@@ -632,6 +660,7 @@ PARTS = (
     ("Quantized", "cast_llm", quantized),
     ("Fine-tuned", "finetune_sparse", fine_tuned),
     ("Packed: speed and size", "packed_llm", packed),
+    ("Runtimes: speed, memory and quality", "runtimes", runtimes),
     ("Packed: the product by shape and rows", "sparse_matmul", products),
     ("LIFT: quality", "lift_quality", lift_quality),
     ("LIFT: step and memory", "lift_step", lift_step),

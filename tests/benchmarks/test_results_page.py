@@ -49,6 +49,7 @@ def test_parts_without_logs_name_the_program(tmp_path):
         "quality",
         "cast_llm",
         "packed_llm",
+        "runtimes",
         "sparse_matmul",
         "one_shot",
         "lift_quality",

@@ -1,0 +1,328 @@
+"""What others run a language model with, for the benchmarks.
+
+Two kinds: products of torch to put into the layers of a Keras model, and whole
+runtimes that read a GGUF file: llama.cpp and OpenVINO. A runtime has
+
+    generate(rows, count)   int array (batch, prompt) -> (batch, count), greedy
+    perplexity(rows)        of int array (rows, tokens); not of the first ones
+"""
+
+import math
+import os
+import pathlib
+
+import numpy as np
+
+
+def quantize_products(model, make):
+    """Replace all products of a Keras model on torch, and drop its kernels.
+
+    Keras' layers are no `torch.nn.Linear`, so what torch has for these is put
+    into the layers' `call`.
+
+    Args:
+        model: A KerasHub language model with tied embeddings.
+        make: Function from a matrix (out, in) to its product, a function, and
+            to the bytes that this holds: `dynamic_int8` or `torchao_int4`.
+
+    Returns:
+        Bytes of the weights.
+    """
+    import keras
+    import torch
+
+    import keras_weightmods as kwm
+    from benchmarks import harness
+
+    def projection(layer, kernel, axes):
+        # The contraction comes first in these kernels, and last in the input.
+        size = math.prod(kernel.shape[axis] for axis in axes)
+        units = kernel.shape[len(axes) :]
+        matrix = kernel.detach().reshape(size, -1).T.contiguous()
+        product, held = make(matrix)
+
+        def call(x, training=None):
+            leading = x.shape[: x.ndim - len(axes)]
+            y = product(x.reshape(*leading, size))
+            return y.reshape(*leading, *units)
+
+        vars(layer)["call"] = call
+        return held - kernel.nbytes
+
+    total = harness.nbytes(model.weights)
+    for target in kwm.find_targets(model):
+        kernel = target.variable.value
+        total += projection(target.layer, kernel, target.contraction_axes)
+        kernel.data = torch.empty(0)
+    embedding = model.backbone.token_embedding
+    assert isinstance(embedding, keras.layers.ReversibleEmbedding)
+    # The table itself is still looked up.
+    table, look_up = embedding.embeddings.value.detach(), embedding.call
+    head, held = make(table)
+    vars(embedding)["call"] = lambda x, reverse=False: (
+        head(x) if reverse else look_up(x)
+    )
+    return total + held
+
+
+def dynamic_int8(matrix):
+    """int8 weights, a scale for each output, and int8 activations on the fly.
+
+    The operator is the one of `torch.ao.nn.quantized.dynamic.Linear`.
+    """
+    import torch
+
+    scale = matrix.abs().amax(1).clamp(min=1e-9) / 127
+    zeros = torch.zeros(len(scale), dtype=torch.long)
+    quantized = torch.quantize_per_channel(matrix, scale, zeros, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(quantized, None)
+    return (
+        lambda x: torch.ops.quantized.linear_dynamic(x, packed),
+        matrix.numel() + 4 * len(matrix),
+    )
+
+
+def torchao_int4(matrix):
+    """int4 weights in groups of 32, each with a scale and a zero point."""
+    import torch
+    from torchao.prototype.quantization.int4 import (
+        PrototypeInt4WeightOnlyConfig,
+    )
+    from torchao.quantization import quantize_
+
+    units, size = matrix.shape
+    linear = torch.nn.Linear(size, units, bias=False, dtype=matrix.dtype)
+    linear.weight = torch.nn.Parameter(matrix, requires_grad=False)
+    quantize_(linear, PrototypeInt4WeightOnlyConfig(group_size=32))
+    weight = linear.weight
+    names = weight.tensor_data_names
+    return linear, sum(getattr(weight, name).nbytes for name in names)
+
+
+class LlamaCpp:
+    """llama.cpp by its C interface, on a GGUF file.
+
+    From the package llama-cpp-python, which pip compiles for this machine, or
+    else from llama-cpp-py-sync, a wheel for any with AVX2. Their structures
+    have the same names. Without `mmap`, so that the memory is the process's.
+
+    Args:
+        path: Of the GGUF file.
+        threads: Int.
+    """
+
+    def __init__(self, path, threads):
+        self.lib, self.address, self.package = _llama_library()
+        lib = self.lib
+        lib.llama_backend_init()
+        options = lib.llama_model_default_params()
+        _no_mmap(options)
+        self.model = lib.llama_model_load_from_file(os.fsencode(path), options)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        self.threads, self.contexts, self.context = threads, {}, None
+        vocabulary = lib.llama_model_get_vocab(self.model)
+        self.vocabulary = lib.llama_vocab_n_tokens(vocabulary)
+        self.batch = lib.llama_batch_init(512, 0, 1)
+
+    def about(self):
+        """What was built into the library, as a string."""
+        import importlib.metadata
+
+        address = self.address(self.lib.llama_print_system_info())
+        import ctypes
+
+        info = ctypes.string_at(address).decode()
+        version = importlib.metadata.version(self.package)
+        return f"{self.package} {version}; {info.strip(' |')}"
+
+    def generate(self, rows, count):
+        length = len(rows[0])
+        self.begin(len(rows), length + count)
+        logits = self.decode(rows, 0)
+        found = [logits.argmax(-1)]
+        for step in range(count - 1):
+            logits = self.decode(found[-1][:, None], length + step)
+            found.append(logits.argmax(-1))
+        return np.stack(found, 1)
+
+    def perplexity(self, rows):
+        def logits_of(row):
+            self.begin(1, len(row))
+            return self.decode(row[None], 0, every=True)
+
+        return perplexity_of(rows, logits_of)
+
+    def begin(self, rows, length):
+        """Take a context of this size, and forget what is in it."""
+        if (rows, length) not in self.contexts:
+            options = self.lib.llama_context_default_params()
+            options.n_ctx = rows * length
+            options.n_batch = options.n_ubatch = 512
+            options.n_seq_max = rows
+            options.n_threads = options.n_threads_batch = self.threads
+            self.contexts[rows, length] = self.lib.llama_init_from_model(
+                self.model, options
+            )
+        self.context = self.contexts[rows, length]
+        self.lib.llama_memory_clear(
+            self.lib.llama_get_memory(self.context), True
+        )
+
+    def decode(self, rows, start, every=False):
+        """Logits of the last token of each row, or of every token."""
+        batch, wanted = self.batch, []
+        count, length = np.shape(rows)
+        for index in range(count * length):
+            row, place = divmod(index, length)
+            batch.token[index] = int(rows[row][place])
+            batch.pos[index] = start + place
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = row
+            batch.logits[index] = every or place == length - 1
+            if batch.logits[index]:
+                wanted.append(index)
+        batch.n_tokens = count * length
+        if self.lib.llama_decode(self.context, batch):
+            raise RuntimeError("llama_decode failed")
+        return np.stack([self.logits(index) for index in wanted])
+
+    def logits(self, index):
+        import ctypes
+
+        address = self.address(
+            self.lib.llama_get_logits_ith(self.context, index)
+        )
+        array = (ctypes.c_float * self.vocabulary).from_address(address)
+        return np.frombuffer(array, "float32").copy()
+
+
+def _llama_library():
+    """The functions of llama.cpp, `address(pointer)`, and their package."""
+    import ctypes
+    import importlib.util
+
+    if importlib.util.find_spec("llama_cpp"):
+        import llama_cpp
+
+        quiet = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+        _KEPT.append(quiet)
+
+        def address(pointer):
+            if isinstance(pointer, bytes):
+                return ctypes.cast(pointer, ctypes.c_void_p).value
+            return ctypes.addressof(pointer.contents)
+
+        return llama_cpp, address, "llama-cpp-python"
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+    ffi, lib = get_ffi(), get_lib()
+    quiet = ffi.callback(
+        "void(enum ggml_log_level, const char *, void *)", lambda *_: None
+    )
+    lib.llama_log_set(quiet, ffi.NULL)
+    _KEPT.append(quiet)
+    return (
+        lib,
+        lambda pointer: int(ffi.cast("uintptr_t", pointer)),
+        "llama-cpp-py-sync",
+    )
+
+
+# What C calls must stay.
+_KEPT: list = []
+
+
+def _no_mmap(options):
+    # The older and the newer name.
+    if hasattr(options, "use_mmap"):
+        options.use_mmap = False
+    else:
+        options.load_mode = 0  # LLAMA_LOAD_MODE_NONE
+
+
+class OpenVino:
+    """OpenVINO GenAI, on the folder that `convert_to_openvino` has made.
+
+    Everything by default, as is the precision: int8 activations where the
+    weights are integers, bfloat16 on a processor that has it.
+    """
+
+    def __init__(self, folder, threads):
+        import openvino_genai
+
+        self.folder, self.genai = pathlib.Path(folder), openvino_genai
+        # "SDPA" keeps no prompts: "PA" would read one that it knows for free.
+        self.options = {"INFERENCE_NUM_THREADS": threads}
+        self.pipeline = openvino_genai.LLMPipeline(
+            str(folder), "CPU", ATTENTION_BACKEND="SDPA", **self.options
+        )
+        self.compiled = None
+
+    def about(self):
+        return f"OpenVINO GenAI {self.genai.__version__}"
+
+    def generate(self, rows, count):
+        import openvino
+
+        config = self.genai.GenerationConfig()
+        config.ignore_eos = True
+        config.max_new_tokens = config.min_new_tokens = count
+        rows = np.asarray(rows, "int64")
+        inputs = self.genai.TokenizedInputs(
+            openvino.Tensor(rows), openvino.Tensor(np.ones_like(rows))
+        )
+        return np.asarray(self.pipeline.generate(inputs, config).tokens)
+
+    def perplexity(self, rows):
+        import openvino
+
+        if self.compiled is None:
+            # The pipeline gives no logits of a prompt; the model does.
+            self.compiled = openvino.Core().compile_model(
+                self.folder / "openvino_model.xml", "CPU", self.options
+            )
+        request = self.compiled.create_infer_request()
+
+        def logits_of(row):
+            request.reset_state()
+            row = np.asarray(row, "int64")[None]
+            feeds = {
+                "input_ids": row,
+                "attention_mask": np.ones_like(row),
+                "position_ids": np.arange(row.size)[None],
+                "beam_idx": np.zeros(1, "int32"),
+            }
+            names = {name for x in self.compiled.inputs for name in x.names}
+            feeds = {n: feeds[n] for n in feeds if n in names}
+            return request.infer(feeds)["logits"][0]
+
+        return perplexity_of(rows, logits_of)
+
+
+def convert_to_openvino(gguf, folder):
+    """Convert a GGUF file, its integers kept; it must be in `folder`."""
+    import openvino_genai
+
+    openvino_genai.LLMPipeline(
+        str(gguf), "CPU", enable_save_ov_model=True, ATTENTION_BACKEND="SDPA"
+    )
+    return pathlib.Path(folder) / "openvino_model.xml"
+
+
+def perplexity_of(rows, logits_of):
+    """Perplexity of int array (rows, tokens), of all but the first tokens.
+
+    Args:
+        rows: Int array of shape (rows, tokens).
+        logits_of: Function from a row without its last token, of shape
+            (tokens - 1,), to logits of shape (tokens - 1, vocabulary).
+    """
+    losses = []
+    for row in np.asarray(rows):
+        logits = np.asarray(logits_of(row[:-1]), "float64")
+        logits -= logits.max(-1, keepdims=True)
+        norm = np.log(np.exp(logits).sum(-1))
+        losses.append(norm - logits[np.arange(len(logits)), row[1:]])
+    return float(np.exp(np.mean(losses)))

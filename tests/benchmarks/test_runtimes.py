@@ -1,0 +1,106 @@
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import peers, results_page, runtimes
+
+pytestmark = pytest.mark.one_backend
+
+
+def fake_report():
+    def row(form, weights, speed, perplexity):
+        return {
+            "form": form,
+            "weights": weights,
+            "about": "made up",
+            "resident_bytes": 900e6,
+            "model_bytes": 300e6,
+            "file_bytes": 100e6,
+            "tokens_per_second": dict.fromkeys(runtimes.TASKS, speed),
+            "ratios": dict.fromkeys(runtimes.TASKS, speed / 20),
+            "perplexity": {"held_out": perplexity, "code": 2 * perplexity},
+        }
+
+    rows = [
+        row("jax: dense float32", "dense", 20.0, 10.0),
+        row("jax: packed int8", "2:4", 60.0, 25.0),
+    ]
+    runtimes.add_ratios(rows)
+    return {
+        "machine": {
+            "cpu": "one",
+            "cores": 2,
+            "cores_used": 2,
+            "threads": "2",
+            "system": "Linux",
+            "python": "3.11",
+        },
+        "shape": "135m",
+        "new_tokens": 128,
+        "rounds": 5,
+        "together": 8,
+        "prompts": {"short": 8, "long": 512},
+        "rows": rows,
+        "left_out": {"OpenVINO Q8_0": "not installed: openvino_genai"},
+    }
+
+
+def test_forms_begin_with_the_dense_model_of_the_first_backend():
+    found = runtimes.forms(["torch", "jax"])
+    assert found[0].label == "torch: dense float32"
+    labels = [form.label for form in found]
+    assert len(set(labels)) == len(labels)
+    assert {"jax: packed int8", "llama.cpp Q4_0", "torchao int4"} < set(labels)
+    chosen = runtimes.forms(["jax"], rows=["packed int8", "Q8_0"])
+    assert [form.label for form in chosen] == [
+        "jax: dense float32",
+        *(f"jax: {name}" for name in runtimes.PACKED if "packed int8" in name),
+        "llama.cpp Q8_0",
+        "OpenVINO Q8_0",
+    ]
+
+
+def test_ratios_are_geometric_means_and_medians():
+    rows = fake_report()["rows"]
+    assert rows[0]["x_dense"] == pytest.approx(1)
+    assert rows[1]["x_dense"] == pytest.approx(2.5)
+    assert runtimes.ratio([4.0, 6.0, 9.0], [2.0, 2.0, 1.0]) == 3.0
+    assert runtimes.tokens_of("write 8", 128) == 1024
+    assert runtimes.tokens_of("read 1", 128) == runtimes.LONG
+
+
+def test_perplexity_of_logits():
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
+    found = peers.perplexity_of(
+        np.array([[0, 1, 2]]), lambda row: logits[: len(row)] + 7
+    )
+    assert found == pytest.approx(math.exp(-(math.log(0.25 * 0.8)) / 2))
+
+
+def test_report_names_what_was_left_out(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    runtimes.print_report(fake_report())
+    printed = capsys.readouterr().out
+    assert "left out: OpenVINO Q8_0: not installed: openvino_genai" in printed
+    assert "jax: packed int8" in printed
+    assert "2.500" in printed
+
+
+def test_page_and_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    page = results_page.runtimes(fake_report())
+    assert (
+        "| jax: packed int8 | 2:4 | 60.0 | 60.0 | 60.0 | 900 | 300 | 100 "
+        "| 2.500 |" in page
+    )
+    assert "not installed" in page
+    runtimes.plot(fake_report(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_smoke_leaves_the_results_alone():
+    args = runtimes.parse_arguments(["--smoke"])
+    assert runtimes.harness.RESULTS not in args.json.parents
+    assert args.calibration == 0
+    assert runtimes.parse_arguments([]).calibration == 32
