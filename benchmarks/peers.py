@@ -83,7 +83,10 @@ def dynamic_int8(matrix):
 
 
 def torchao_int4(matrix):
-    """int4 weights in groups of 32, each with a scale and a zero point."""
+    """int4 weights in groups of 32, each with a scale and a zero point.
+
+    For bfloat16: its product of float32 is many times as slow.
+    """
     import torch
     from torchao.prototype.quantization.int4 import (
         PrototypeInt4WeightOnlyConfig,

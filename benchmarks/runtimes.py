@@ -115,7 +115,9 @@ class Form:
 KERAS = (DENSE, "dense bfloat16", *PACKED, "Keras int8", "Keras int4")
 OTHERS = (
     Form("torch dynamic int8", DENSE, "torch", "dynamic_int8", ("torch",)),
-    Form("torchao int4", DENSE, "torch", "torchao_int4", ("torchao",)),
+    Form(
+        "torchao int4", "dense bfloat16", "torch", "torchao_int4", ("torchao",)
+    ),
     *(
         Form(
             f"llama.cpp {kind}",
@@ -443,8 +445,10 @@ class KerasRuntime:
                 link.unlink()
         else:
             self.model = kwm.load_model(path)
+        self.held = None
         if form.option:
-            peers.quantize_products(self.model, getattr(peers, form.option))
+            make = getattr(peers, form.option)
+            self.held = peers.quantize_products(self.model, make)
         self.model.compile(sampler="greedy")
 
     def about(self):
@@ -517,11 +521,17 @@ def work(args):
         # Compiled, where that is done.
         for task in TASKS:
             seconds(task)
-        files = path.parent.glob("openvino_model.*")
+        files = [path]
+        if form.runtime == "openvino":
+            files = path.parent.glob("openvino_model.*")
+        # What is made of a loaded model has no file of its own.
+        made = getattr(runtime, "held", None)
         return {
             "about": runtime.about(),
             "file_bytes": sum(f.stat().st_size for f in files)
-            or path.stat().st_size,
+            if made is None
+            else None,
+            "weight_bytes": made,
             "resident_bytes": resident,
             "model_bytes": resident - before,
         }
@@ -755,7 +765,7 @@ def cells(row):
         row["weights"],
         *(f"{speeds[task]:.1f}" for task in TASKS),
         *(
-            f"{row[name] / 1e6:.0f}"
+            "" if row[name] is None else f"{row[name] / 1e6:.0f}"
             for name in ("resident_bytes", "model_bytes", "file_bytes")
         ),
         f"{row['x_dense']:.3f}" if "x_dense" in row else "",
@@ -780,7 +790,9 @@ def plot(report, path):
         axes.scatter(
             [row["x_dense"] for row in same],
             [row["tokens_per_second"]["write 1"] for row in same],
-            s=[row["file_bytes"] / 1e6 for row in same],
+            s=[
+                (row["file_bytes"] or row["weight_bytes"]) / 1e6 for row in same
+            ],
             color=color,
             alpha=0.5,
             label=f"{weights} weights",

@@ -17,6 +17,7 @@ def fake_report():
             "resident_bytes": 900e6,
             "model_bytes": 300e6,
             "file_bytes": 100e6,
+            "weight_bytes": None,
             "tokens_per_second": dict.fromkeys(runtimes.TASKS, speed),
             "ratios": dict.fromkeys(runtimes.TASKS, speed / 20),
             "perplexity": {"held_out": perplexity, "code": 2 * perplexity},
@@ -26,6 +27,8 @@ def fake_report():
         row("jax: dense float32", "dense", 20.0, 10.0),
         row("jax: packed int8", "2:4", 60.0, 25.0),
     ]
+    rows.append(row("torch dynamic int8", "dense", 50.0, 10.1))
+    rows[-1] |= {"file_bytes": None, "weight_bytes": 150e6}
     runtimes.add_ratios(rows)
     return {
         "machine": {
@@ -94,6 +97,7 @@ def test_page_and_plot(tmp_path):
         "| jax: packed int8 | 2:4 | 60.0 | 60.0 | 60.0 | 900 | 300 | 100 "
         "| 2.500 |" in page
     )
+    assert "| 900 | 300 |  | 1.010 |" in page
     assert "not installed" in page
     runtimes.plot(fake_report(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
