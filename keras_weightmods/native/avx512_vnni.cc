@@ -7,7 +7,7 @@
 //   sum w x = step * (65536 (sum w a - 128 sum w) + 256 sum w b + sum w c)
 //
 // Each entry is off by half a step at most: a sum, by step / 2 * sum |w|, which
-// may be many times 1e-7 of sum |w x| where x is small next to its row's largest.
+// may be far more than float32 loses where x is small next to its row's most.
 
 #include "kernels.h"
 

@@ -7,8 +7,8 @@
 // The instruction multiplies unsigned bytes by signed ones, and adds two
 // products in 16 bits. So that this does not overflow, int8 values are |w|, and
 // the activations take their signs. int4 values are small: sparse, they are
-// multiplied by activations plus 128; dense, they are w + 8 themselves; and sums
-// of one factor undo that. 16 bits hold the sum of all their products in a block.
+// multiplied by activations plus 128; dense, they are w + 8 themselves; sums of
+// one factor undo that. 16 bits hold the sum of their products in a block.
 
 #include <math.h>
 
@@ -120,11 +120,13 @@ void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
   }
 }
 
-// Four columns' worth of 8-bit products, as 32-bit sums.
+// sum + the products of four bytes each; w_size is |w|.
 inline __m256i add_signed(__m256i sum, __m256i x, __m256i w, __m256i w_size) {
   const __m256i pairs = _mm256_maddubs_epi16(w_size, _mm256_sign_epi8(x, w));
-  return _mm256_add_epi32(sum,
-                          _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  // Added here: compilers put it off, and run out of registers.
+  asm("" : "+x"(sum));
+  return sum;
 }
 
 inline __m256i spread(const uint8_t* four) {
@@ -145,7 +147,8 @@ inline void multiply_block(const uint8_t* x, const int32_t* offsets,
       const __m256i w = load(block + 64 * g), size = _mm256_abs_epi8(w);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        sum[r] = add_signed(sum[r], spread(x + r * kBlockRows + 4 * g), w, size);
+        const __m256i four = spread(x + r * kBlockRows + 4 * g);
+        sum[r] = add_signed(sum[r], four, w, size);
       }
     }
     return;

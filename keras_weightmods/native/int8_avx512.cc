@@ -295,7 +295,9 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
 template <bool kDense, bool kInt4>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
-  const auto run = [&](auto columns) { columns(x, w, column_block, y, y_stride); };
+  const auto run = [&](auto columns) {
+    columns(x, w, column_block, y, y_stride);
+  };
   switch (x.rows) {
     case 1:
       return run(multiply_columns<kDense, kInt4, 1>);

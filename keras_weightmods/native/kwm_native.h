@@ -20,17 +20,17 @@
 //   scale     float32  [NB, 16]               int8: value = byte * scale
 //             bfloat16 [NB, ceil(KP/64), 16]  int4, one for 64 rows of a column
 //
-// Rows and columns beyond k and n hold zero values and scale 1. A matrix that
-// is not sparse may be quantized too, for kwm_matmul_int8 alone: it has no meta,
-// the same scale, and all of its values,
-//
-//   values    int8     [NB, KP/32, 8, 16, 4]  byte q of word p is row p * 4 + q
-//             int4     [NB, KP/32, 4, 16, 4]  low bits that, high bits 16 on
-//
-// The indices of
+// Rows and columns beyond k and n hold zero values and scale 1. The indices of
 // a group are strictly rising when made by kwm_pack. Any bits are safe to read:
 // an index cannot leave its group, and where it names a row beyond k the value
 // is multiplied by zero or skipped. Two equal indices add.
+//
+// A matrix that is not sparse may be of integers too, for kwm_matmul_int8 alone.
+// It has no meta, the same scale, and all of its values:
+//
+//   values    int8     [NB, KP/32, 8, 16, 4]  byte q of word p is row 4p + q
+//             int4     [NB, KP/32, 4, 16, 4]  the low four bits are row 4p + q,
+//                                             the high ones row 4 (p + 4) + q
 //
 // Arrays need no alignment beyond that of their elements. Nothing here keeps
 // state between calls but the choice of kwm_set_isa.

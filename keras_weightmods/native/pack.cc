@@ -36,8 +36,8 @@ float int4_steps(float value, float scale) {
   return steps + kNoFraction - kNoFraction;
 }
 
-// The bfloat16 scale of the 32 kept values of a column in 64 rows: the candidate
-// with the least squared error, the first of equal ones. 1 where all are zero or
+// The bfloat16 scale of the 32 kept values of a column in 64 rows: of the
+// candidates the first with the least squared error. 1 where all are zero or
 // next to it, NaN where not all are finite.
 //
 // The terms are added up slot by slot in double, unfused: packed.py does the

@@ -8,8 +8,8 @@
 
 namespace kwm {
 
-// `rows` rows in `count` tiles of up to `step`, padded to `padded`, which is one
-// of `sizes` (rising, ends with 0).
+// `rows` rows in `count` tiles of up to `step`, padded to `padded`, one of
+// `sizes` (rising, ends with 0).
 struct Tiling {
   Tiling(int64_t rows, const int* sizes) : rows(rows) {
     const int* most = sizes;

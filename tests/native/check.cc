@@ -201,7 +201,7 @@ bool Case::run_int8(bool dense) {
   Array<int> q(32);
   Array<double> sum(n), size(n);
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t column = 0; column < n; ++column) sum[column] = size[column] = 0;
+    for (int64_t i = 0; i < n; ++i) sum[i] = size[i] = 0;
     for (int64_t b = 0; b < row_blocks; ++b) {
       const int64_t here = std::min<int64_t>(32, k - 32 * b);
       const float* from = x.get() + row * k + 32 * b;

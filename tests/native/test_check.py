@@ -58,7 +58,9 @@ def test_clean_under_the_sanitizers(tmp_path):
 @pytest.mark.skipif(
     platform.machine() == "aarch64", reason="Arm is native here"
 )
-def test_neon(tmp_path):
+@pytest.mark.parametrize("cpu", ["max", "cortex-a53"])
+def test_neon(tmp_path, cpu):
+    """With the dot products of bytes, and without."""
     emulator = shutil.which("qemu-aarch64") or shutil.which(
         "qemu-aarch64-static"
     )
@@ -71,4 +73,4 @@ def test_neon(tmp_path):
         command = [*zig, "-target", "aarch64-linux-musl"]
     else:
         pytest.skip("no compiler for Arm (g++-aarch64-linux-gnu or ziglang)")
-    check(tmp_path, "-O2", command=command, runner=[emulator])
+    check(tmp_path, "-O2", command=command, runner=[emulator, "-cpu", cpu])
