@@ -41,6 +41,8 @@ PACKED: dict[str, dict[str, str]] = {
     "packed int4, int8 head": {"dtype": "int4", "head": "int8"},
     "packed int4, int4 head": {"dtype": "int4", "head": "int4"},
 }
+# Added to the name of a row: the same, with `compile_generate`.
+COMPILED = ", compiled"
 PEERS = ("dense bfloat16", "Keras int8", "torch dynamic int8")
 
 # Seconds for a text.
@@ -79,6 +81,11 @@ def parse_arguments():
     parser.add_argument(
         "--rows", help="names, with semicolons between; by default all"
     )
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="each row also with compile_generate",
+    )
     return parser.parse_args()
 
 
@@ -91,6 +98,8 @@ def measure(args):
     if args.rows:
         chosen = {DENSE, *args.rows.split(";")}
         names = [name for name in names if name in chosen]
+    if args.compiled:
+        names = [n for name in names for n in (name, name + COMPILED)]
     rows = {}
     models: dict = {}
     with warnings.catch_warnings():
@@ -137,6 +146,7 @@ def make_row(name, dense):
     import keras_weightmods as kwm
     from examples.data.smollm2 import load_smollm2
 
+    is_compiled, name = name.endswith(COMPILED), name.removesuffix(COMPILED)
     model = load_smollm2("bfloat16" if name == "dense bfloat16" else "float32")
     if dense is None:
         kwm.sparsify(model, "2:4", "magnitude", verbose=0)
@@ -164,6 +174,8 @@ def make_row(name, dense):
     else:
         row = {"memory_bytes": harness.nbytes(model.weights)}
     model.compile(sampler="greedy")
+    if is_compiled:
+        kwm.compile_generate(model)
     row["file_bytes"] = file_bytes(model, name)
     return model, row
 

@@ -17,6 +17,15 @@ from keras_weightmods.evaluation.scaling_law import ScalingLaw as ScalingLaw
 from keras_weightmods.evaluation.scaling_law import (
     fit_scaling_law as fit_scaling_law,
 )
+from keras_weightmods.generation.compile_generate import (
+    GenerateReport as GenerateReport,
+)
+from keras_weightmods.generation.compile_generate import (
+    compile_generate as compile_generate,
+)
+from keras_weightmods.generation.compile_generate import (
+    uncompile_generate as uncompile_generate,
+)
 from keras_weightmods.lift.masked_optimizer import (
     MaskedOptimizer as MaskedOptimizer,
 )

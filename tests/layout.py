@@ -9,7 +9,7 @@ import re
 FLOORS = (
     ("", "cli"),
     ("sparsity", "packing", "lift", "reparameterize"),
-    ("patches", "evaluation"),
+    ("patches", "evaluation", "generation"),
     ("saving",),
     ("core",),
     ("ops",),

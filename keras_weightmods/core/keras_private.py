@@ -17,6 +17,9 @@ from typing import Any
 
 import keras
 
+# The module of the backend that `keras.ops` calls.
+from keras.src import backend
+
 # The autocast scope of a mixed-precision layer; `autocast=False` of a variable
 # is the public way, but for one variable alone.
 from keras.src.backend import AutocastScope as AutocastScope
@@ -369,3 +372,21 @@ def set_optimizer(model: Any, optimizer: Any) -> None:
     if config is not None and "optimizer" in config.config:
         config.config["optimizer"] = optimizer
     model.train_function = None
+
+
+# The ops of the backend.
+
+
+@contextlib.contextmanager
+def slices_by(slice: Any, slice_update: Any) -> Iterator[None]:
+    """Run `keras.ops.slice` and `slice_update` by other functions in a scope.
+
+    Those of torch read the start out of a tensor, which cannot be recorded.
+    """
+    core = backend.core
+    before = core.slice, core.slice_update
+    core.slice, core.slice_update = slice, slice_update
+    try:
+        yield
+    finally:
+        core.slice, core.slice_update = before

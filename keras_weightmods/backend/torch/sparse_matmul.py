@@ -59,6 +59,37 @@ def sparse_matmul(x, packed):
     return multiply(x.to(torch.float32), *weights).to(x.dtype)
 
 
+def prepared(k, n, values, meta, scale):
+    """The product with one kernel, without what torch does for an operator.
+
+    Args:
+        k: Int, the last axis of the activations.
+        n: Int, the last axis of the result.
+        values, meta, scale: Tensors, checked here and held; `scale` may be
+            None.
+
+    Returns:
+        Function of a float32 tensor of shape (..., k). No gradients.
+    """
+    if not values.is_cpu or not native.is_available():
+        multiply = torch.ops.keras_weightmods.sparse_matmul
+        return lambda x: multiply(x, values, meta, scale, n)
+    tensors = values, meta, scale
+    weights = _weights(k, n, *tensors)
+    function = native.library().kwm_matmul
+
+    def product(x, _held=tensors):
+        x = x.contiguous()
+        rows = x.numel() // k
+        y = x.new_empty((*x.shape[:-1], n))
+        function(
+            x.data_ptr(), rows, *weights, y.data_ptr(), *threads(rows * k * n)
+        )
+        return y
+
+    return product
+
+
 def _tensor(array):
     if isinstance(array, torch.Tensor):
         return array

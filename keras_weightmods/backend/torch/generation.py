@@ -1,0 +1,273 @@
+"""`generate` of KerasHub's language models on torch, without Keras in a step.
+
+The model's `call_with_cache` is recorded (see `recorded_call`) for one shape,
+and what was recorded stands in for it while KerasHub's own `generate_step`
+runs. The keys and values are written into the one cache in place.
+"""
+
+import contextlib
+
+import torch
+
+from keras_weightmods.backend.torch import recorded_call
+
+# How far the logits may be off, as a share of the largest, by their type.
+_TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
+_TOLERANCE = 0.05
+
+
+class CannotCompile(Exception):
+    """The model does what a recording cannot repeat."""
+
+
+class CompiledGenerate:
+    """`generate` on a batch of tokens, for a model as it is now.
+
+    Args:
+        model: A `keras_hub.models.CausalLM`.
+        slices_by: Context manager that has `keras.ops.slice` and
+            `slice_update` run by other functions.
+    """
+
+    def __init__(self, model, slices_by):
+        self.model = model
+        self.slices_by = slices_by
+        self.recorded = {}
+
+    def __call__(self, tokens, mask, length, known, prefill, stop_token_ids):
+        """Generate; the tokens are padded past `length`.
+
+        Args:
+            tokens: int32 array of shape (batch, padded length).
+            mask: Bool array of that shape, True for the prompts' tokens.
+            length: Int, the length to generate to.
+            known: Int, the length of the shortest prompt.
+            prefill: Int from `known` to `length`, the tokens to read at first.
+            stop_token_ids: As of `generate`.
+
+        Returns:
+            Dict of tensors of shape (batch, length).
+
+        Raises:
+            CannotCompile: Before any random number is drawn.
+        """
+        model = self.model
+        run = _Run(self, length, prefill)
+        sampler = model.sampler
+        stand_ins = {
+            "call_with_cache": run.call_with_cache,
+            "sampler": lambda **kwargs: run.sample(sampler, **kwargs),
+        }
+        inputs = {"token_ids": tokens, "padding_mask": mask}
+        device = model.variables[0].value.device
+        inputs = {
+            name: torch.from_numpy(x).to(device) for name, x in inputs.items()
+        }
+        with torch.no_grad(), _attributes(model, stand_ins):
+            outputs = model.generate_step(inputs, stop_token_ids)
+        return {name: x[:, :length] for name, x in outputs.items()}
+
+
+@contextlib.contextmanager
+def _attributes(model, values):
+    """Give a model other attributes, past Keras' tracking of them."""
+    own = vars(model)
+    before = {name: own[name] for name in values if name in own}
+    own.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            own.pop(name)
+        own.update(before)
+
+
+class _Run:
+    """One batch: what stands in for parts of the model, and its state."""
+
+    def __init__(self, compiled, length, prefill):
+        self.recorded = compiled.recorded
+        self.model = compiled.model
+        self.slices_by = compiled.slices_by
+        self.length = length
+        self.prefill = prefill
+        self.expected_cache = None
+        # That of the class: the attribute is this object's.
+        self.plain = type(self.model).call_with_cache.__get__(self.model)
+
+    def call_with_cache(
+        self, token_ids, cache=None, cache_update_index=None, *args, **kwargs
+    ):
+        given = [*args, *kwargs.values()]
+        if any(x is not None for x in given) or not _is_tensor(cache):
+            raise CannotCompile(
+                "its `call_with_cache` gets more than tokens, one cache and a "
+                "place in it"
+            )
+        if _is_tensor(cache_update_index):
+            return self._step(token_ids, cache, cache_update_index)
+        if cache_update_index != 0:
+            raise CannotCompile("it does not begin at the start of its cache")
+        return self._first(token_ids, cache)
+
+    def _first(self, token_ids, cache):
+        """Read the prompts, up to the length of the shortest and some more.
+
+        What follows in the others is read as the tokens are generated.
+        """
+        size = token_ids.shape[1]
+        step_key = _key(token_ids[:, :1], cache)
+        if step_key not in self.recorded:
+            # Nothing generated depends on what lies past `length`.
+            tokens = token_ids[:, : self.length]
+            _, _, self.expected_cache = self.plain(
+                tokens, torch.zeros_like(cache), 0
+            )
+        token_ids = token_ids[:, : self.prefill]
+        key = _key(token_ids, cache)
+        if key not in self.recorded:
+            self.recorded[key] = self._record(
+                # The logits are not used.
+                lambda tokens, cache: self.plain(tokens, cache, 0)[1:],
+                # Other tokens: their numbers must not be part of it.
+                token_ids.flip(1).contiguous(),
+                cache.clone(),
+            )
+        hidden_states, cache = self.recorded[key](token_ids, cache)
+        if hidden_states.shape[1] != size:
+            hidden_states = torch.nn.functional.pad(
+                hidden_states, (0, 0, 0, size - hidden_states.shape[1])
+            )
+        return None, hidden_states, cache
+
+    def _step(self, token_ids, cache, index):
+        key = _key(token_ids, cache)
+        if key in self.recorded:
+            return self.recorded[key](token_ids, cache, index)
+        if self.expected_cache is None:
+            raise CannotCompile("it does not read the prompt at first")
+        other_index = index - 1 if index > 0 else index + 1
+        recorded = self._record(
+            self.plain, torch.zeros_like(token_ids), cache.clone(), other_index
+        )
+        expected, _, _ = self.plain(token_ids, self.expected_cache, index)
+        outputs = recorded(token_ids, cache, index)
+        _check(outputs[0], expected)
+        self.expected_cache = None
+        self.recorded[key] = recorded
+        return outputs
+
+    def _record(self, function, *inputs):
+        def recordable(recorder, *inputs):
+            with self.slices_by(_slice, _SliceUpdate(recorder)):
+                return function(*inputs)
+
+        weights = [v.value for v in self.model.variables]
+        try:
+            recorded, _ = recorded_call.record(recordable, inputs, weights)
+        except Exception as error:
+            # Keras changes the type of an error that goes through a layer.
+            raise CannotCompile(str(error)) from error
+        return recorded
+
+    def sample(
+        self,
+        sampler,
+        next,
+        prompt,
+        cache,
+        index,
+        mask,
+        stop_token_ids,
+        **kwargs,
+    ):
+        """As `Sampler.__call__` does, to `length`, the loop alone by torch."""
+        padded = prompt
+        prompt = prompt[:, : self.length].clone()
+        mask = mask[:, : self.length].bool()
+        stops = None
+        if stop_token_ids is not None:
+            stops = torch.tensor([*stop_token_ids], device=prompt.device)
+        for i in range(int(index), self.length):
+            if stops is not None:
+                ended = torch.isin(prompt, stops) & ~mask
+                if bool(ended.any(-1).all()):
+                    break
+            place = torch.tensor(i, dtype=torch.int32, device=prompt.device)
+            logits, _, cache = next(prompt, cache, place)
+            probabilities = sampler.compute_probabilities(logits)
+            token = sampler.get_next_token(probabilities).to(prompt.dtype)
+            prompt[:, i] = torch.where(mask[:, i], prompt[:, i], token)
+        rest = padded[:, self.length :]
+        return torch.cat([prompt, rest], 1)
+
+
+def _is_tensor(x):
+    return isinstance(x, torch.Tensor)
+
+
+def _key(token_ids, cache):
+    return tuple(token_ids.shape), tuple(cache.shape), cache.dtype
+
+
+def _check(logits, expected):
+    """Raise CannotCompile unless the logits are those expected."""
+    largest = expected.float().abs().max()
+    tolerance = _TOLERANCES.get(expected.dtype, _TOLERANCE) * float(largest)
+    off = (logits.float() - expected.float()).abs().max()
+    # Where the model gives NaN, there is nothing to compare.
+    if off > tolerance:
+        raise CannotCompile(
+            "a recorded step gives other logits than the model: they differ "
+            f"by {float(off):.3g}, where the largest is {float(largest):.3g}"
+        )
+
+
+# Keras' own read the numbers of the start out of a tensor, or write by an
+# index for each entry.
+
+
+def _slice(inputs, start_indices, shape):
+    for axis, (start, size) in enumerate(zip(start_indices, shape)):
+        if _is_tensor(start):
+            places = _places(start, size)
+            inputs = inputs.index_select(axis, places)
+        else:
+            inputs = inputs.narrow(axis, start, size)
+    return inputs
+
+
+class _SliceUpdate:
+    """`slice_update`, in place where it is the cache that is updated."""
+
+    def __init__(self, recorder):
+        self.recorder = recorder
+
+    def __call__(self, inputs, start_indices, updates):
+        if not self.recorder.is_in_input(inputs):
+            inputs = inputs.clone()
+        view, moving = inputs, []
+        for axis, start in enumerate(start_indices):
+            size = updates.shape[axis]
+            if _is_tensor(start):
+                moving.append((axis, _places(start, size)))
+            else:
+                view = view.narrow(axis, int(start), size)
+        updates = updates.to(inputs.dtype)
+        if not moving:
+            view.copy_(updates)
+        elif len(moving) == 1:
+            view.index_copy_(*moving[0], updates)
+        else:
+            raise recorded_call.NotRecordable(
+                "`slice_update` starts at more than one place that is known "
+                "only as it runs"
+            )
+        return inputs
+
+
+def _places(start, size):
+    places = start.to(torch.int64)
+    if size == 1:
+        return places.reshape(1)
+    return places + torch.arange(size, device=start.device)

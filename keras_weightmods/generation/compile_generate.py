@@ -1,0 +1,162 @@
+"""`generate` of KerasHub's language models without Keras' work for each op."""
+
+import dataclasses
+import functools
+import importlib
+import types
+
+import keras
+
+from keras_weightmods.core import keras_private
+from keras_weightmods.generation.generate_function import GenerateFunction
+from keras_weightmods.utils.report import Report, Table
+
+_HOOK = "make_generate_function"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateReport(Report):
+    """What `compile_generate` did.
+
+    Attributes:
+        model: String, the name of the model.
+        backend: String.
+        compiled: Bool, whether `generate` now runs in another way.
+        reason: String, why not, or what is done.
+    """
+
+    model: str
+    backend: str
+    compiled: bool
+    reason: str
+
+    def tables(self) -> list[Table]:
+        done = "is compiled" if self.compiled else "stays as it is"
+        title = f"generate of {self.model!r} on {self.backend} {done}"
+        return [Table(title, caption=self.reason)]
+
+
+def compile_generate(model: keras.Model) -> GenerateReport:
+    """Have `generate` of a KerasHub language model run faster, in place.
+
+    On torch most of the time of `generate` at batch 1 is Keras' own work for
+    each op, and copies of the cache of keys and values. From now on the
+    model's step is recorded at its first use as a flat list of torch's
+    operations, which writes into the cache in place, and replayed for each
+    token; the prompt is read in the same way, and only as long as it is. On
+    JAX and TensorFlow KerasHub compiles all of it: nothing is changed.
+
+    `model.generate` takes and returns what it did: strings or tokens,
+    `max_length`, stop tokens, any sampler of KerasHub that goes through the
+    tokens once (greedy, top-k, top-p, random, your own `get_next_token`), with
+    the same random numbers. The tokens are the same but where two are equally
+    probable up to rounding: the kernels run on fewer rows.
+
+    Shapes are recorded when they first occur, which takes as long as a few
+    tokens without it: the batch size, `max_length` rounded up to a multiple of
+    64 (by a quarter where it is long), and the length of the shortest prompt,
+    rounded up likewise. The first step of each batch size and length is
+    compared with the model's own.
+
+    New numbers in the weights are seen (`fit`, `set_weights`, `load_weights`).
+    After a change of the model's variables or layers (`pack`, `enable_lora`,
+    `fold`, `quantize`) all is recorded anew by itself. After any other change
+    of what the layers compute, an attribute for example, call this again.
+
+    Where `generate` cannot be done so it runs as before, and a warning says
+    why: with beam search and other samplers that keep several caches, with
+    images, and with a model that does what cannot be repeated.
+
+    Nothing of it is saved with the model: call it again after loading.
+
+    Args:
+        model: A `keras_hub.models.CausalLM`. It is changed; see
+            `uncompile_generate`.
+
+    Returns:
+        A `GenerateReport`: print it.
+
+    Raises:
+        ValueError: If the model is no `keras_hub.models.CausalLM`.
+
+    Example:
+
+    ```python
+    import keras_hub
+    import keras_weightmods as kwm
+    import numpy as np
+
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=20, num_layers=1, num_query_heads=2,
+        num_key_value_heads=1, hidden_dim=8, intermediate_dim=16,
+    )
+    model = keras_hub.models.LlamaCausalLM(backbone)
+    model.compile(sampler="greedy")
+    print(kwm.compile_generate(model))
+
+    prompt = {
+        "token_ids": np.array([[3, 5, 0, 0, 0, 0]]),
+        "padding_mask": np.array([[1, 1, 0, 0, 0, 0]]),
+    }
+    tokens = model.generate(prompt, stop_token_ids=None)["token_ids"]
+    kwm.uncompile_generate(model)
+    ```
+    """
+    _check_causal_lm(model)
+    backend = keras.backend.backend()
+    report = functools.partial(GenerateReport, model.name, backend)
+    if backend not in _DONE:
+        return report(False, "KerasHub compiles all of `generate` by itself.")
+    attributes = keras_private.attributes(model)
+    sampler_base = _hub().samplers.Sampler
+    attributes[_HOOK] = GenerateFunction(model, sampler_base)
+    return report(True, _DONE[backend])
+
+
+def uncompile_generate(model: keras.Model) -> None:
+    """Undo `compile_generate`; nothing happens where it was not called.
+
+    Args:
+        model: The model. It is changed.
+
+    Raises:
+        ValueError: If the model is no `keras_hub.models.CausalLM`.
+
+    Example:
+
+    ```python
+    import keras_hub
+    import keras_weightmods as kwm
+
+    backbone = keras_hub.models.GPT2Backbone(20, 1, 2, 8, 16)
+    model = keras_hub.models.GPT2CausalLM(backbone)
+    kwm.compile_generate(model)
+    kwm.uncompile_generate(model)
+    ```
+    """
+    _check_causal_lm(model)
+    keras_private.attributes(model).pop(_HOOK, None)
+
+
+_DONE = {
+    "torch": "Steps are recorded at their first use, and replayed without "
+    "Keras.",
+}
+
+
+def _check_causal_lm(model: keras.Model) -> None:
+    if not isinstance(model, _hub().models.CausalLM):
+        raise ValueError(
+            "`model` must be a keras_hub.models.CausalLM, which has a "
+            f"`generate`. Received: {type(model).__name__}"
+        )
+
+
+def _hub() -> types.ModuleType:
+    try:
+        return importlib.import_module("keras_hub")
+    except ImportError as error:
+        raise ImportError(
+            "`compile_generate` is for models of KerasHub. Install it with: "
+            "pip install 'keras-weightmods[hub]'"
+        ) from error
