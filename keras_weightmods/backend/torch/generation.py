@@ -164,10 +164,14 @@ class _Run:
 
         weights = [v.value for v in self.model.variables]
         try:
-            recorded, _ = recorded_call.record(recordable, inputs, weights)
+            recorded, expected = recorded_call.record(
+                recordable, inputs, weights
+            )
+            received = recorded(*inputs)
         except Exception as error:
             # Keras changes the type of an error that goes through a layer.
             raise CannotCompile(str(error)) from error
+        _check(received[0], expected[0])
         return recorded
 
     def sample(

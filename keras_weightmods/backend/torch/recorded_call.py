@@ -21,6 +21,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from keras_weightmods.backend.torch import sparse_matmul
 
 _aten = torch.ops.aten
+_PRODUCTS = (
+    torch.ops.keras_weightmods.sparse_matmul.default,
+    torch.ops.keras_weightmods.sparse_matmul_int8.default,
+)
 _COPIES = (_aten.clone, _aten._to_copy, _aten.lift_fresh_copy)
 # Entries of a constant that is compared with others.
 _SMALL = 2**14
@@ -416,12 +420,12 @@ def _fast(op):
     which they lead.
     """
     function, arguments = op.function, (op.args, op.kwargs)
-    if function is torch.ops.keras_weightmods.sparse_matmul.default:
+    if function in _PRODUCTS:
         x, *weights, n = op.args
         if all(w is None or w.tensor is not None for w in weights):
             tensors = [w if w is None else w.tensor for w in weights]
             k = x.geometry[0][-1]
-            return sparse_matmul.prepared(k, n, *tensors), ((x,), {})
+            return sparse_matmul.prepared(function, k, n, *tensors), ((x,), {})
     namespace, name = function._schema.name.split("::")
     if namespace == "aten":
         for place in _PLACES:

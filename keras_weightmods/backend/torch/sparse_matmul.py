@@ -59,24 +59,27 @@ def sparse_matmul(x, packed):
     return multiply(x.to(torch.float32), *weights).to(x.dtype)
 
 
-def prepared(k, n, values, meta, scale):
+def prepared(operator, k, n, values, meta, scale):
     """The product with one kernel, without what torch does for an operator.
 
     Args:
+        operator: `sparse_matmul` or `sparse_matmul_int8` of torch.ops.
         k: Int, the last axis of the activations.
         n: Int, the last axis of the result.
-        values, meta, scale: Tensors, checked here and held; `scale` may be
-            None.
+        values, meta, scale: Tensors, checked here and held, or None.
 
     Returns:
         Function of a float32 tensor of shape (..., k). No gradients.
     """
     if not values.is_cpu or not native.is_available():
-        multiply = torch.ops.keras_weightmods.sparse_matmul
-        return lambda x: multiply(x, values, meta, scale, n)
+        return lambda x: operator(x, values, meta, scale, n)
     tensors = values, meta, scale
-    weights = _weights(k, n, *tensors)
-    function = native.library().kwm_matmul
+    if operator is torch.ops.keras_weightmods.sparse_matmul.default:
+        function = native.library().kwm_matmul
+        weights = _weights(k, n, *tensors)
+    else:
+        function = native.library().kwm_matmul_int8
+        weights = _weights(k, n, *tensors, dense=meta is None)
 
     def product(x, _held=tensors):
         x = x.contiguous()
