@@ -59,8 +59,9 @@ def pack(
             `"int8"` rounds to multiples of max |w| / 127, one scale for each
             output unit; `"int4"` to -8 to 7 times a bfloat16 scale, the best
             of several for each output unit and 64 inputs. This rounds each
-            value by itself, which costs quality in int4: see the rounding
-            errors in the report. By default, `None`, they are kept as they
+            value by itself, which costs quality in int4: a 2:4 SmolLM2-135M
+            went from a perplexity of 72 to 91 on prose, and to 72.5 in int8.
+            The report has the rounding errors. By default, `None`, they are kept as they
             are: bfloat16 for a bfloat16 kernel, float32 for any other.
         targets: `Targets`, a list of `Target`, or what `find_targets` takes
             as `include`; `None` for all. Those that are no kernels of Dense
@@ -70,12 +71,14 @@ def pack(
             head as well (`keras.layers.ReversibleEmbedding` with tied weights,
             as in KerasHub's language models) and serves both the look-up and
             the logits from one table: int8 with a scale for each row, or int4
-            with a bfloat16 scale for each 64 entries of a row. By default,
-            `None`, they stay as they are.
+            with a bfloat16 scale for each 64 entries of a row, less the mean
+            of the rows, which stays in float32. By default, `None`, they stay
+            as they are.
         activations: String, what weights in int8 and int4 are multiplied by,
             the head too. `"int8"` rounds the inputs of these layers, in blocks
             of 32 entries to multiples of max |x| / 127, and multiplies
-            integers, which is faster; on a CPU alone. `"float32"` leaves the
+            integers, which is faster, and moved the perplexity of the same
+            model by less than 0.2 %; on a CPU alone. `"float32"` leaves the
             inputs as they are. By default, `None`, it is `"int8"` on a CPU and
             `"float32"` on a GPU. Weights in float32 and bfloat16 always have
             inputs in float.
