@@ -61,8 +61,9 @@ def pack(
             of several for each output unit and 64 inputs. This rounds each
             value by itself, which costs quality in int4: a 2:4 SmolLM2-135M
             went from a perplexity of 72 to 91 on prose, and to 72.5 in int8.
-            The report has the rounding errors. By default, `None`, they are kept as they
-            are: bfloat16 for a bfloat16 kernel, float32 for any other.
+            The report has the rounding errors. By default, `None`, they are
+            kept as they are: bfloat16 for a bfloat16 kernel, float32 for any
+            other.
         targets: `Targets`, a list of `Target`, or what `find_targets` takes
             as `include`; `None` for all. Those that are no kernels of Dense
             or EinsumDense, or do not divide into groups of four, are skipped
