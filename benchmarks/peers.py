@@ -130,12 +130,13 @@ class LlamaCpp:
 
     def about(self):
         """What was built into the library, as a string."""
+        import ctypes
         import importlib.metadata
 
-        address = self.address(self.lib.llama_print_system_info())
-        import ctypes
-
-        info = ctypes.string_at(address).decode()
+        info = self.lib.llama_print_system_info()
+        if not isinstance(info, bytes):
+            info = ctypes.string_at(self.address(info))
+        info = info.decode()
         version = importlib.metadata.version(self.package)
         return f"{self.package} {version}; {info.strip(' |')}"
 
@@ -212,12 +213,11 @@ def _llama_library():
         llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
         _KEPT.append(quiet)
 
-        def address(pointer):
-            if isinstance(pointer, bytes):
-                return ctypes.cast(pointer, ctypes.c_void_p).value
-            return ctypes.addressof(pointer.contents)
-
-        return llama_cpp, address, "llama-cpp-python"
+        return (
+            llama_cpp,
+            lambda pointer: ctypes.addressof(pointer.contents),
+            "llama-cpp-python",
+        )
     from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
     ffi, lib = get_ffi(), get_lib()
