@@ -43,24 +43,28 @@ def compile_generate(model: keras.Model) -> GenerateReport:
     each op, and copies of the cache of keys and values. From now on the
     model's step is recorded at its first use as a flat list of torch's
     operations, which writes into the cache in place, and replayed for each
-    token; the prompt is read in the same way, and only as long as it is. On
-    JAX and TensorFlow KerasHub compiles all of it: nothing is changed.
+    token. On TensorFlow XLA compiles all of `generate`, which Keras runs op by
+    op on a CPU unless told otherwise. On both, only as many tokens are read at
+    first as the shortest prompt has. On JAX KerasHub compiles all of it, and
+    nothing is changed.
 
     `model.generate` takes and returns what it did: strings or tokens,
     `max_length`, stop tokens, any sampler of KerasHub that goes through the
-    tokens once (greedy, top-k, top-p, random, your own `get_next_token`), with
-    the same random numbers. The tokens are the same but where two are equally
-    probable up to rounding: the kernels run on fewer rows.
+    tokens once (greedy, top-k, top-p, random, your own `get_next_token`). The
+    tokens are the same but where two are equally probable up to rounding,
+    which differs as kernels run on fewer rows or are fused. On torch samplers
+    draw the same random numbers; XLA draws others from the same seed.
 
-    Shapes are recorded when they first occur, which takes as long as a few
-    tokens without it: the batch size, `max_length` rounded up to a multiple of
-    64 (by a quarter where it is long), and the length of the shortest prompt,
-    rounded up likewise. The first step of each batch size and length is
-    compared with the model's own.
+    Shapes are compiled when they first occur, on torch in the time of a few
+    tokens without it, on TensorFlow in that of a `generate` compiled by XLA:
+    the batch size, `max_length` rounded up to a multiple of 64 (by a quarter
+    where it is long), and the length of the shortest prompt, rounded up to a
+    multiple of 16 likewise; on TensorFlow the stop tokens too. On torch the
+    first step of each batch size and length is compared with the model's own.
 
     New numbers in the weights are seen (`fit`, `set_weights`, `load_weights`).
     After a change of the model's variables or layers (`pack`, `enable_lora`,
-    `fold`, `quantize`) all is recorded anew by itself. After any other change
+    `fold`, `quantize`) all is compiled anew by itself. After any other change
     of what the layers compute, an attribute for example, call this again.
 
     Where `generate` cannot be done so it runs as before, and a warning says
@@ -141,6 +145,7 @@ def uncompile_generate(model: keras.Model) -> None:
 _DONE = {
     "torch": "Steps are recorded at their first use, and replayed without "
     "Keras.",
+    "tensorflow": "All of it is compiled by XLA at its first use.",
 }
 
 

@@ -59,15 +59,17 @@ class GenerateFunction:
 
     def _compiled(self, inputs, stop_token_ids):
         tokens, mask = (
-            np.array(keras.ops.convert_to_numpy(inputs[name]), dtype)
-            for name, dtype in (("token_ids", "int32"), ("padding_mask", bool))
+            keras.ops.convert_to_numpy(inputs[name])
+            for name in ("token_ids", "padding_mask")
         )
+        mask = mask.astype(bool)
         length = tokens.shape[1]
         known = int(mask.sum(-1).min())
         prefill = min(_rounded(known, _SHORTEST_PREFILL), length)
         padding = (0, 0), (0, _rounded(length, _STEP) - length)
         return self.compiled(
-            np.pad(tokens, padding),
+            # No stop token, and never read.
+            np.pad(tokens, padding, constant_values=-1),
             np.pad(mask, padding),
             length=length,
             known=known,

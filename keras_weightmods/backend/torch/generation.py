@@ -38,7 +38,7 @@ class CompiledGenerate:
         """Generate; the tokens are padded past `length`.
 
         Args:
-            tokens: int32 array of shape (batch, padded length).
+            tokens: Integer array of shape (batch, padded length).
             mask: Bool array of that shape, True for the prompts' tokens.
             length: Int, the length to generate to.
             known: Int, the length of the shortest prompt.
@@ -211,7 +211,7 @@ def _is_tensor(x):
 
 
 def _key(token_ids, cache):
-    return tuple(token_ids.shape), tuple(cache.shape), cache.dtype
+    return token_ids.shape, token_ids.dtype, cache.shape, cache.dtype
 
 
 def _check(logits, expected):
