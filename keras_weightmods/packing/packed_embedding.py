@@ -1,15 +1,11 @@
 """A tied embedding and head, looked up and multiplied from one table.
 
 The table is in int8 with a scale for each row, or in int4 with one for each 64
-entries of a row, less the mean of the rows: a vector that the rows of language
-models have in common, and that would take most of the 16 steps. It is added
-again to the rows, and to the logits times the input.
-
-With int8 activations the compiled kernels multiply by the dense table. With
-float ones the product uses those for 2:4 kernels: a dense matrix W is a 2:4 one
-of twice the rows, every group of four of which holds two rows of W and two of
-zeros, for an activation spread out alike. The places of these cost two bits a
-weight in memory. A file holds the table, its scales and the mean.
+entries of a row. With int8 activations the compiled kernels multiply by the
+dense table. With float ones the product uses those for 2:4 kernels: a dense
+matrix W is a 2:4 one of twice the rows, every group of four of which holds two
+rows of W and two of zeros, for an activation spread out alike. The places of
+these cost two bits a weight in memory. A file holds the table and its scales.
 """
 
 from typing import Any
@@ -140,53 +136,26 @@ class PackedEmbedding(PackedParameters):
         return self.with_activations({"dtype": self.value_dtype})
 
     def create_parameters(self, add_weight):
-        values = {} if self.is_empty else self._values_of(self.round())
-        for name, spec in self.parameter_specs().items():
-            # What the layer's own call is to cast.
-            autocast = name == "unpacked" and self.mixin is _FrozenEmbedding
-            value = values.get(name)
-            self.add(add_weight, name, spec, value, autocast=autocast)
-        self.packed = self.packed_of()
-
-    def parameter_specs(self):
-        """Return {name: (shape, dtype)} of the parameters, in order."""
-        return {**self.arrays, **self.center_spec()}
-
-    def center_spec(self):
-        """The same of the mean of the rows; empty without."""
-        if self.value_dtype == "int8":
-            return {}
-        return {"center": ((self.width,), "float32")}
-
-    def parameter(self, name):
-        """Return the parameter of this name; None if there is none."""
-        return dict(zip(self.parameter_specs(), self.parameters)).get(name)
-
-    def packed_of(self):
-        """Return the `Packed` of the parameters."""
-        return self._packed(
-            {name: self.parameter(name) for name in self.arrays}
-        )
+        packed = None
+        if not self.is_empty:
+            packed = self._pack(*self.round())
+        for name, spec in self.arrays.items():
+            self.add(add_weight, name, spec, getattr(packed, name, None))
+        arrays = dict(zip(self.arrays, self.parameters))
+        self.packed = self._packed(arrays)
 
     def round(self):
-        """Return what a file holds of the target's table."""
+        """Return the rounded table (vocabulary, dim), and its scales."""
         table = ops.convert_to_numpy(self.target.variable).astype("float32")
-        center = None
-        residual = table
-        if self.value_dtype == "int4":
-            center = table.mean(axis=0, dtype="float64").astype("float32")
-            residual = table - center
-        steps, scale = packed_format.round_matrix(residual.T, self.value_dtype)
+        steps, scale = packed_format.round_matrix(table.T, self.value_dtype)
         steps, scale = np.ascontiguousarray(steps.T), scale.T
-        rounded = self._times(steps, scale, np)
-        if center is not None:
-            rounded += center
-        self.rounding_error = relative_error(rounded, table)
-        return self._saved(steps, scale, center)
+        self.rounding_error = relative_error(
+            self._times(steps, scale, np), table
+        )
+        return steps, scale
 
     def effective(self, stored):
-        table = self._times(*self._table())
-        return ops.cast(self._centered(table), self.dtype)
+        return ops.cast(self._times(*self._table()), self.dtype)
 
     def rows(self, indices):
         """Look up rows: float32 of shape (..., dim)."""
@@ -208,19 +177,10 @@ class PackedEmbedding(PackedParameters):
         found = self._in_order(found)
         found = ops.reshape(found, (*leading, found.shape[-1]))
         scale = take(scale, scale.shape[1], 1)[..., 0]
-        return self._centered(self._times(found[..., : self.width], scale))
+        return self._times(found[..., : self.width], scale)
 
     def logits(self, x):
         """`x`, of shape (..., dim), times the transposed table."""
-        y = self.multiply(x)
-        center = self.parameter("center")
-        if center is None:
-            return y
-        shift = ops.sum(ops.cast(x, "float32") * center, -1, keepdims=True)
-        return ops.cast(ops.cast(y, "float32") + shift, y.dtype)
-
-    def multiply(self, x):
-        """`x` times the transposed table, without the mean of its rows."""
         if self.is_spread:
             leading = ops.shape(x)[:-1]
             if self.width % 2:
@@ -230,31 +190,25 @@ class PackedEmbedding(PackedParameters):
         return sparse_matmul(x, self.packed)
 
     def saved_arrays(self):
-        values: Any = (self.vocabulary, self.width), "int8"
-        scale: Any = (self.vocabulary,), "float32"
+        values = self.width, "int8"
+        scales: Any = ((self.vocabulary,), "float32")
         if self.value_dtype == "int4":
-            values = (self.vocabulary, -(-self.width // 2)), "uint8"
-            scale = (self.vocabulary, -(-self.width // _GROUP)), "bfloat16"
-        arrays = {"values": values, "scale": scale, **self.center_spec()}
-        return {self.key(name): spec for name, spec in arrays.items()}
+            values = -(-self.width // 2), "uint8"
+            scales = (self.vocabulary, -(-self.width // _GROUP)), "bfloat16"
+        return {
+            "embeddings_values": ((self.vocabulary, values[0]), values[1]),
+            "embeddings_scale": scales,
+        }
 
     def saved(self):
-        steps, scale = map(ops.convert_to_numpy, self._table())
-        return self._saved(steps, scale, self.parameter("center"))
+        return self._saved(*map(ops.convert_to_numpy, self._table()))
 
     def load(self, saved):
-        values = self._values_of(saved)
-        for parameter, name in zip(self.parameters, self.parameter_specs()):
-            parameter.assign(values[name])
+        packed = self._pack(*self._loaded(saved))
+        for parameter, name in zip(self.parameters, self.arrays):
+            parameter.assign(getattr(packed, name))
 
-    def _values_of(self, saved):
-        """Return {name: array} of the parameters, from what a file holds."""
-        steps, scale = self._loaded(saved)
-        packed = self._pack(steps, scale)
-        values = {name: getattr(packed, name) for name in self.arrays}
-        return {**values, "center": saved.get(self.key("center"))}
-
-    def _saved(self, steps, scale, center):
+    def _saved(self, steps, scale):
         """What a file holds of a table (vocabulary, dim) and its scales."""
         if self.value_dtype == "int8":
             steps, scale = steps.astype(np.int8), scale[:, 0]
@@ -264,20 +218,16 @@ class PackedEmbedding(PackedParameters):
             steps = steps.view(np.uint8) & 15
             steps = steps[:, ::2] | (steps[:, 1::2] << 4)
             scale = scale.astype(ml_dtypes.bfloat16)
-        return dict(zip(self.saved_arrays(), (steps, scale, center)))
+        return dict(zip(self.saved_arrays(), (steps, scale)))
 
     def _loaded(self, saved):
-        """Return the table (vocabulary, dim) and scales of `_saved`."""
-        steps, scale = (saved[self.key(name)] for name in ("values", "scale"))
+        """Undo `_saved`."""
+        steps, scale = (saved[key] for key in self.saved_arrays())
         if self.value_dtype == "int8":
             return steps, scale[:, None]
         steps = np.stack([steps & 15, steps >> 4], axis=-1).view(np.int8)
         steps = steps.reshape(self.vocabulary, -1)[:, : self.width]
         return steps - 16 * (steps > 7).astype(np.int8), scale
-
-    def _centered(self, rows):
-        center = self.parameter("center")
-        return rows if center is None else rows + center
 
     def _times(self, steps, scale, xp=ops):
         """Return a table (..., dim) from its steps and scales, as float32.
@@ -315,13 +265,14 @@ class PackedEmbedding(PackedParameters):
 
     def _values_and_scale(self):
         """Return the arrays, the scales as (NB, 1 or groups of a row, 16)."""
-        scale = ops.convert_to_tensor(self.parameter("scale"))
+        arrays = dict(zip(self.arrays, self.parameters))
+        scale = ops.convert_to_tensor(arrays["scale"])
         if self.value_dtype == "int8":
             scale = ops.expand_dims(scale, 1)
         elif self.is_spread:
             # 64 rows of the table are 128 of the matrix.
             scale = scale[:, ::2]
-        return ops.convert_to_tensor(self.parameter("values")), scale
+        return ops.convert_to_tensor(arrays["values"]), scale
 
     def _pack(self, steps, scale):
         """Return the `Packed` of a rounded table (vocabulary, dim)."""
@@ -358,55 +309,47 @@ class PackedEmbedding(PackedParameters):
 
 
 class UnpackedEmbedding(HeldDense, PackedEmbedding):
-    """A packed table where nothing can multiply by it: held dense.
-
-    Without the mean of its rows, beside which its steps may be small.
-    """
+    """A packed table where nothing can multiply by it: held dense."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        if self.is_spread and self.value_dtype == "int8":
+        if self.activations == "float32":
             self.mixin = _FrozenEmbedding
 
-    def parameter_specs(self):
-        return {
-            "unpacked": (self.target.shape, self.dtype),
-            "scale": self.saved_arrays()[self.key("scale")],
-            **self.center_spec(),
-        }
-
-    def packed_of(self):
-        return None
-
-    def effective(self, stored):
-        table = ops.convert_to_tensor(self.parameter("unpacked"))
-        return ops.cast(self._centered(table), self.dtype)
+    def create_parameters(self, add_weight):
+        table = scale = None
+        if not self.is_empty:
+            steps, scale = self.round()
+            table = self._times(steps, scale, np)
+            scale = self._saved(steps, scale)["embeddings_scale"]
+        spec = self.target.shape, self.dtype
+        # Without int8 activations the layer's own call casts it.
+        autocast = self.activations == "float32"
+        self.add(add_weight, "unpacked", spec, table, autocast=autocast)
+        spec = self.saved_arrays()["embeddings_scale"]
+        self.add(add_weight, "scale", spec, scale)
 
     def rows(self, indices):
         indices = ops.cast(indices, "int32")
-        return self._centered(ops.take(self.parameters[0], indices, axis=0))
+        return ops.take(self.parameters[0], indices, axis=0)
 
-    def multiply(self, x):
-        y = ops.cast(x, "float32")
-        if self.activations == "int8":
-            y = packed_format.round_activations(y)
+    def logits(self, x):
+        rounded = packed_format.round_activations(ops.cast(x, "float32"))
         table = ops.cast(self.parameters[0], "float32")
-        return ops.cast(ops.matmul(y, ops.transpose(table)), x.dtype)
+        return ops.cast(ops.matmul(rounded, ops.transpose(table)), x.dtype)
 
     def saved(self):
-        table, scale, *center = map(ops.convert_to_numpy, self.parameters)
+        table, scale = map(ops.convert_to_numpy, self.parameters)
         scale = scale.reshape(self.vocabulary, -1)
         ones = np.ones(table.shape, "float32")
         steps = table.astype("float32") / self._times(ones, scale, np)
-        return self._saved(np.rint(steps), scale, *(center or [None]))
+        return self._saved(np.rint(steps), scale)
 
-    def _values_of(self, saved):
+    def load(self, saved):
         steps, scale = self._loaded(saved)
-        return {
-            "unpacked": self._times(steps, scale, np),
-            "scale": saved[self.key("scale")],
-            "center": saved.get(self.key("center")),
-        }
+        table = self._times(steps, scale, np)
+        self.parameters[0].assign(table)
+        self.parameters[1].assign(saved["embeddings_scale"])
 
 
 class _Int8Embedding(PackedEmbedding):

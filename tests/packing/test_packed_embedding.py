@@ -32,25 +32,16 @@ def rounded_table(table, head):
     if head == "int8":
         scale = np.abs(table).max(axis=1, keepdims=True) / np.float32(127)
         return np.rint(table / scale).astype("float32") * scale
-    center = np.mean(table, axis=0, dtype="float64").astype("float32")
-    result = table - center
+    result = table.copy()
     for row in result:
         for start in range(0, len(row), 64):
             steps, scale = references.round_int4(row[start : start + 64])
             row[start : start + 64] = steps * np.float64(scale)
-    return result + center
+    return result
 
 
-def product(x, plain, head, activations):
-    """`x` times the rounded table. The mean of the rows takes floats."""
-    table = np.float64(rounded_table(plain, head))
-    if activations == "float32":
-        return x @ table.T
-    center = 0
-    if head == "int4":
-        center = np.mean(plain, axis=0, dtype="float64")
-    rounded = references.round_activations(x)
-    return rounded @ (table - center).T + (x * center).sum(-1, keepdims=True)
+def rounded_inputs(x, activations):
+    return references.round_activations(x) if activations == "int8" else x
 
 
 TOKENS = np.array([[0, 36, 5, 17, 16], [15, 1, 1, 33, 32]])
@@ -86,7 +77,7 @@ def test_one_table_is_looked_up_and_multiplied(packing, arguments):
     assert_array_equal(found, table[tokens])
     assert_array_equal(numpy(layer.embeddings), table)
     x = np.float64(table)[tokens] @ kernel
-    expected = product(x, plain, **packing)
+    expected = rounded_inputs(x, packing["activations"]) @ table.T
     if layer.logit_soft_cap:
         expected = np.tanh(expected / 2) * 2
     assert_allclose(outputs(model, tokens), expected, rtol=1e-4, atol=1e-4)
@@ -110,11 +101,9 @@ def test_one_table_is_looked_up_and_multiplied(packing, arguments):
 def test_all_bytes_are_counted(head, activations, row):
     model = make_model(width=128, vocabulary=32)
     report = pack(model, dtype="int8", head=head, activations=activations)
-    # One vector is the mean of the rows.
-    total = 32 * row + (4 * 128 if head == "int4" else 0)
-    assert report.weights[1].packed_bytes == total
+    assert report.weights[1].packed_bytes == 32 * row
     size = sum(models.numpy(w).nbytes for w in model.layers[2].weights)
-    assert report.totals["model_bytes"] == total + size
+    assert report.totals["model_bytes"] == 32 * row + size
     assert report.totals["packed_bytes"] == report.totals["model_bytes"]
 
 
@@ -124,26 +113,13 @@ def test_an_odd_width_is_padded(packing):
     layer.build()
     table = normal(20, 7)
     layer._embeddings.assign(table)
+    table = rounded_table(table, packing["head"])
     pack(layer, **packing)
-    rows = ops.convert_to_numpy(layer(np.arange(20)))
-    assert_array_equal(rows, rounded_table(table, packing["head"]))
+    assert_array_equal(ops.convert_to_numpy(layer(np.arange(20))), table)
     x = normal(3, 7, seed=1)
     found = ops.convert_to_numpy(layer(x, reverse=True))
-    assert_allclose(found, product(x, table, **packing), atol=1e-4)
-
-
-def test_what_the_rows_of_a_table_have_in_common_costs_int4_nothing():
-    layer = keras.layers.ReversibleEmbedding(40, 64)
-    layer.build()
-    table = normal(40, 64) + 100 * normal(64, seed=1)
-    layer._embeddings.assign(table)
-    x = normal(3, 64, seed=2)
-    expected = x @ np.float64(table).T
-    pack(layer, head="int4")
-    rows = ops.convert_to_numpy(layer(np.arange(40)))
-    assert np.abs(rows - table).max() < 0.6
-    found = ops.convert_to_numpy(layer(x, reverse=True))
-    assert np.abs(found - expected).max() < 5
+    x = rounded_inputs(x, packing["activations"])
+    assert_allclose(found, x @ table.T, atol=1e-4)
 
 
 def test_mixed_precision_keeps_its_types():
@@ -165,14 +141,13 @@ def test_gradients_flow_through_the_head(packing):
     layer.build()
     x = keras.layers.Dense(8, use_bias=False)(inputs)
     model = make_sparse(keras.Model(inputs, layer(x, reverse=True)))
-    plain = normal(9, 8)
-    layer._embeddings.assign(plain)
+    layer._embeddings.assign(normal(9, 8))
     pack(model, targets=[], **packing)
     table = np.float64(numpy(layer.embeddings))
     x = normal(5, 4, seed=1)
     (kernel,) = model.trainable_weights
     w = np.float64(numpy(kernel))
-    y = product(x @ w, plain, **packing)
+    y = rounded_inputs(x @ w, packing["activations"]) @ table.T
     # As if the inputs were not rounded.
     expected = w - 0.1 * x.T @ (2 * (y - 1) / (5 * 9)) @ table
     models.fit_step(model, x, np.ones((5, 9), "float32"))
@@ -271,5 +246,5 @@ def test_language_models_compute_with_what_unpack_gives(family):
         dense = outputs(model, inputs)
         assert_allclose(dense, rounded, rtol=1e-4, atol=1e-4)
         pack(model, dtype=dtype, head=dtype)
-        assert_allclose(outputs(model, inputs), dense, atol=0.1 * dense.max())
+        assert_allclose(outputs(model, inputs), dense, atol=0.05 * dense.max())
         unpack(model)
