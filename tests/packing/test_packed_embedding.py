@@ -246,5 +246,5 @@ def test_language_models_compute_with_what_unpack_gives(family):
         dense = outputs(model, inputs)
         assert_allclose(dense, rounded, rtol=1e-4, atol=1e-4)
         pack(model, dtype=dtype, head=dtype)
-        assert_allclose(outputs(model, inputs), dense, atol=0.05 * dense.max())
+        assert_allclose(outputs(model, inputs), dense, atol=0.1 * dense.max())
         unpack(model)
