@@ -7,10 +7,10 @@ matrix W is a 2:4 one of twice the rows, every group of four of which holds two
 rows of W and two of zeros, for an activation spread out alike. The places of
 these cost two bits a weight in memory. A file holds the table and its scales.
 
-Tried for int4, and no better: to keep the mean of the rows apart, in floats. The
-rounding error of SmolLM2's table falls from 12.9 % to 7.3 %, and its perplexity
-rises from 37.7 to 44.1. The columns where the mean is large, which the scales
-fit best, are those where the hidden states are large.
+Tried for int4, and no better: to keep the mean of the rows apart, in floats.
+The rounding error of SmolLM2's table falls from 12.9 % to 7.3 %, and its
+perplexity rises from 37.7 to 44.1. The columns where the mean is large, which
+the scales fit best, are those where the hidden states are large.
 """
 
 from typing import Any
