@@ -378,15 +378,27 @@ def set_optimizer(model: Any, optimizer: Any) -> None:
 
 
 @contextlib.contextmanager
-def slices_by(slice: Any, slice_update: Any) -> Iterator[None]:
-    """Run `keras.ops.slice` and `slice_update` by other functions in a scope.
+def functions_by(**makers: Any) -> Iterator[None]:
+    """Run some of `keras.ops` by other functions in a scope.
 
-    Those of torch read the start out of a tensor, which cannot be recorded.
+    What KerasHub asks `keras.ops` for cannot always be compiled well: on torch
+    `slice` reads its start out of a tensor, and before an attention keys and
+    values are repeated for each group of heads.
+
+    Args:
+        **makers: Callables by the name of the function, as `core_slice` for
+            `slice` in the backend's module `core`; each gets the backend's
+            own function and returns what stands in for it.
     """
-    core = backend.core
-    before = core.slice, core.slice_update
-    core.slice, core.slice_update = slice, slice_update
+    places = []
+    for name in makers:
+        module, _, function = name.partition("_")
+        places.append((getattr(backend, module), function))
+    before = [getattr(*place) for place in places]
     try:
+        for place, plain, make in zip(places, before, makers.values()):
+            setattr(*place, make(plain))
         yield
     finally:
-        core.slice, core.slice_update = before
+        for place, plain in zip(places, before):
+            setattr(*place, plain)

@@ -44,22 +44,25 @@ def compile_generate(model: keras.Model) -> GenerateReport:
     model's step is recorded at its first use as a flat list of torch's
     operations, which writes into the cache in place, and replayed for each
     token. On TensorFlow XLA compiles all of `generate`, which Keras runs op by
-    op on a CPU unless told otherwise. On both, only as many tokens are read at
-    first as the shortest prompt has. On JAX KerasHub compiles all of it, and
-    nothing is changed.
+    op on a CPU unless told otherwise. On JAX, where KerasHub compiles all of
+    it, the cache stays in parts, one for each layer, in place of being stacked
+    anew for each token, and heads that share keys and values read them once.
+    On all three, only as many tokens are read at first as the shortest prompt
+    has.
 
     `model.generate` takes and returns what it did: strings or tokens,
     `max_length`, stop tokens, any sampler of KerasHub that goes through the
     tokens once (greedy, top-k, top-p, random, your own `get_next_token`). The
     tokens are the same but where two are equally probable up to rounding,
     which differs as kernels run on fewer rows or are fused. On torch samplers
-    draw the same random numbers; XLA draws others from the same seed.
+    and JAX draw the same random numbers; on TensorFlow XLA draws others from
+    the same seed.
 
     Shapes are compiled when they first occur, on torch in the time of a few
-    tokens without it, on TensorFlow in that of a `generate` compiled by XLA:
+    tokens without it, else in that of a `generate` compiled by XLA:
     the batch size, `max_length` rounded up to a multiple of 64 (by a quarter
     where it is long), and the length of the shortest prompt, rounded up to a
-    multiple of 16 likewise; on TensorFlow the stop tokens too. On torch the
+    multiple of 16 likewise; and but on torch the stop tokens. On torch the
     first step of each batch size and length is compared with the model's own.
 
     New numbers in the weights are seen (`fit`, `set_weights`, `load_weights`).
@@ -109,8 +112,6 @@ def compile_generate(model: keras.Model) -> GenerateReport:
     _check_causal_lm(model)
     backend = keras.backend.backend()
     report = functools.partial(GenerateReport, model.name, backend)
-    if backend not in _DONE:
-        return report(False, "KerasHub compiles all of `generate` by itself.")
     attributes = keras_private.attributes(model)
     sampler_base = _hub().samplers.Sampler
     attributes[_HOOK] = GenerateFunction(model, sampler_base)
@@ -146,6 +147,8 @@ _DONE = {
     "torch": "Steps are recorded at their first use, and replayed without "
     "Keras.",
     "tensorflow": "All of it is compiled by XLA at its first use.",
+    "jax": "The cache is kept in parts, and prompts are read as long as they "
+    "are.",
 }
 
 

@@ -13,9 +13,6 @@ pytest.importorskip("keras_hub")
 import keras_hub
 
 BACKEND = keras.backend.backend()
-compiles = pytest.mark.skipif(
-    BACKEND == "jax", reason="nothing is changed on JAX"
-)
 
 
 def prompts(*lengths, size=12):
@@ -55,14 +52,15 @@ def check_same(model, *batches, **kwargs):
     return expected
 
 
-@compiles
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gemma"] if BACKEND == "torch" else ["llama"]
+)
 def test_tokens_are_equal(family):
     model = language_model(family)
     check_same(model, prompts(3), prompts(2, 5), prompts(6), prompts(4, size=9))
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="XLA draws others")
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="XLA draws others")
 @pytest.mark.parametrize("sampler", ["top_k", "top_p", "random"])
 def test_random_numbers_are_the_same(sampler):
     model = language_model()
@@ -82,7 +80,6 @@ def test_random_numbers_are_the_same(sampler):
         models.assert_same(samples(), expected)
 
 
-@compiles
 def test_another_sampler():
     model = language_model()
     expected = generated(model, prompts(3))
@@ -94,7 +91,6 @@ def test_another_sampler():
         models.assert_same(generated(model, prompts(3)), expected)
 
 
-@compiles
 def test_stop_tokens():
     model = language_model()
     whole = generated(model, prompts(3, 5))["token_ids"]
@@ -103,9 +99,9 @@ def test_stop_tokens():
     assert not found["padding_mask"].all()
 
 
-@compiles
 @pytest.mark.parametrize(
-    "pack", [{}, {"dtype": "int8", "head": "int8"}], ids=["float32", "int8"]
+    "pack",
+    [{}, {"dtype": "int8", "head": "int8"}][BACKEND != "torch" :],
 )
 def test_packed_and_lora(pack):
     model = language_model(tie_word_embeddings=True)
@@ -125,7 +121,6 @@ def test_packed_and_lora(pack):
     models.assert_same(received, generated(model, prompts(4)))
 
 
-@compiles
 def test_new_weights_are_seen():
     model = language_model()
     kwm.compile_generate(model)
@@ -138,7 +133,6 @@ def test_new_weights_are_seen():
     models.assert_same(after, generated(model, prompts(3)))
 
 
-@compiles
 def test_bfloat16():
     model = language_model(dtype="bfloat16")
     kwm.compile_generate(model)
@@ -146,7 +140,6 @@ def test_bfloat16():
         generated(model, prompts(3))
 
 
-@compiles
 def test_strings_and_length():
     preprocessor = models.gpt2_preprocessor()
     model = models.causal_lm("gpt2", preprocessor)
@@ -159,7 +152,6 @@ def test_strings_and_length():
     assert received == expected
 
 
-@compiles
 def test_a_saved_model_is_plain(tmp_path):
     model = language_model()
     kwm.compile_generate(model)
@@ -181,7 +173,6 @@ def check_falls_back(model, match, **kwargs):
         generated(model, prompts(3), **kwargs)
 
 
-@compiles
 def test_beam_search_falls_back():
     model = language_model(sampler="beam")
     check_falls_back(model, "BeamSampler has a loop of its own")
@@ -210,7 +201,6 @@ def test_what_cannot_be_repeated_falls_back(read, match):
     check_falls_back(model, match)
 
 
-@compiles
 def test_uncompile():
     model = language_model()
     plain = model.make_generate_function
@@ -224,7 +214,7 @@ def test_uncompile():
 def test_report():
     model = models.causal_lm()
     report = kwm.compile_generate(model)
-    assert report.compiled == (BACKEND != "jax")
+    assert report.compiled
     assert report.backend == BACKEND
     assert model.name in str(report)
 

@@ -4,21 +4,16 @@ Keras compiles with XLA only where it is told to, so that KerasHub's `generate`
 runs op by op on a CPU.
 """
 
-import contextlib
 import functools
 
-import keras
-import numpy as np
 import tensorflow as tf
 from keras import ops
 
-# How far the logits may be off, as a share of the largest, by their type.
-_TOLERANCES = {"float32": 1e-3, "float64": 1e-3}
-_TOLERANCE = 0.05
+from keras_weightmods.utils.stand_ins import stand_ins
 
 
 class CannotCompile(Exception):
-    """XLA cannot compile the model, or it reads prompts in another way."""
+    """XLA cannot compile the model."""
 
 
 class CompiledGenerate:
@@ -28,7 +23,7 @@ class CompiledGenerate:
         model: A `keras_hub.models.CausalLM`.
     """
 
-    def __init__(self, model, slices_by=None):
+    def __init__(self, model, functions_by=None):
         self.model = model
         self.functions = {}
 
@@ -38,8 +33,6 @@ class CompiledGenerate:
         key = tokens.shape, tokens.dtype, prefill, stops, self.model.sampler
         inputs = tf.constant(tokens), tf.constant(mask), tf.constant(length)
         is_new = key not in self.functions
-        if not self.functions:
-            self._check_prefill(tokens, mask, length, known, prefill)
         if is_new:
             self.functions[key] = tf.function(
                 functools.partial(self._generate, prefill, stops),
@@ -83,64 +76,11 @@ class CompiledGenerate:
 
         inputs = {"token_ids": tokens, "padding_mask": mask}
         with (
-            _attributes(model, call_with_cache=call_with_cache),
-            _attributes(sampler, run_loop=until_length),
+            stand_ins(model, call_with_cache=call_with_cache),
+            stand_ins(sampler, run_loop=until_length),
         ):
             return model.generate_step(inputs, stops)
-
-    def _check_prefill(self, tokens, mask, length, known, prefill):
-        """Raise CannotCompile if a prompt cannot be read by its own length."""
-        plain = _plain(self.model)
-
-        def call_with_cache(token_ids, cache, cache_update_index):
-            if ops.is_tensor(cache_update_index):
-                raise CannotCompile("it does not read the prompt at first")
-            found = [
-                plain(token_ids[:, :size], cache, cache_update_index)[0]
-                for size in (length, prefill)
-            ]
-            raise _Read(*(x[:, :known] for x in found))
-
-        inputs = {
-            "token_ids": tf.constant(tokens),
-            "padding_mask": tf.constant(mask),
-        }
-        try:
-            with _attributes(self.model, call_with_cache=call_with_cache):
-                self.model.generate_step(inputs, None)
-        except _Read as read:
-            expected, received = read.args
-        except (TypeError, ValueError, tf.errors.OpError) as error:
-            raise CannotCompile(str(error)) from error
-        dtype = keras.backend.standardize_dtype(expected.dtype)
-        expected, received = (
-            np.array(tf.cast(x, tf.float32)) for x in (expected, received)
-        )
-        largest, off = np.abs(expected).max(), np.abs(received - expected).max()
-        if off > _TOLERANCES.get(dtype, _TOLERANCE) * largest:
-            raise CannotCompile(
-                "the first tokens give other logits where fewer follow: they "
-                f"differ by {off:.3g}, where the largest is {largest:.3g}"
-            )
-
-
-class _Read(Exception):
-    """Carries logits out of `generate_step`."""
 
 
 def _plain(model):
     return type(model).call_with_cache.__get__(model)
-
-
-@contextlib.contextmanager
-def _attributes(owner, **values):
-    """Give an object other attributes, past Keras' tracking of them."""
-    own = vars(owner)
-    before = {name: own[name] for name in values if name in own}
-    own.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            own.pop(name)
-        own.update(before)

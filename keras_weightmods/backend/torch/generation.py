@@ -5,11 +5,10 @@ and what was recorded stands in for it while KerasHub's own `generate_step`
 runs. The keys and values are written into the one cache in place.
 """
 
-import contextlib
-
 import torch
 
 from keras_weightmods.backend.torch import recorded_call
+from keras_weightmods.utils.stand_ins import stand_ins
 
 # How far the logits may be off, as a share of the largest, by their type.
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -25,13 +24,12 @@ class CompiledGenerate:
 
     Args:
         model: A `keras_hub.models.CausalLM`.
-        slices_by: Context manager that has `keras.ops.slice` and
-            `slice_update` run by other functions.
+        functions_by: `core.keras_private.functions_by`.
     """
 
-    def __init__(self, model, slices_by):
+    def __init__(self, model, functions_by):
         self.model = model
-        self.slices_by = slices_by
+        self.functions_by = functions_by
         self.recorded = {}
 
     def __call__(self, tokens, mask, length, known, prefill, stop_token_ids):
@@ -54,7 +52,7 @@ class CompiledGenerate:
         model = self.model
         run = _Run(self, length, prefill)
         sampler = model.sampler
-        stand_ins = {
+        others = {
             "call_with_cache": run.call_with_cache,
             "sampler": lambda **kwargs: run.sample(sampler, **kwargs),
         }
@@ -63,23 +61,9 @@ class CompiledGenerate:
         inputs = {
             name: torch.from_numpy(x).to(device) for name, x in inputs.items()
         }
-        with torch.no_grad(), _attributes(model, stand_ins):
+        with torch.no_grad(), stand_ins(model, **others):
             outputs = model.generate_step(inputs, stop_token_ids)
         return {name: x[:, :length] for name, x in outputs.items()}
-
-
-@contextlib.contextmanager
-def _attributes(model, values):
-    """Give a model other attributes, past Keras' tracking of them."""
-    own = vars(model)
-    before = {name: own[name] for name in values if name in own}
-    own.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            own.pop(name)
-        own.update(before)
 
 
 class _Run:
@@ -88,7 +72,7 @@ class _Run:
     def __init__(self, compiled, length, prefill):
         self.recorded = compiled.recorded
         self.model = compiled.model
-        self.slices_by = compiled.slices_by
+        self.functions_by = compiled.functions_by
         self.length = length
         self.prefill = prefill
         self.expected_cache = None
@@ -159,7 +143,10 @@ class _Run:
 
     def _record(self, function, *inputs):
         def recordable(recorder, *inputs):
-            with self.slices_by(_slice, _SliceUpdate(recorder)):
+            update = _SliceUpdate(recorder)
+            with self.functions_by(
+                core_slice=lambda _: _slice, core_slice_update=lambda _: update
+            ):
                 return function(*inputs)
 
         weights = [v.value for v in self.model.variables]

@@ -1,0 +1,212 @@
+"""`generate` of KerasHub's language models on JAX, with a cache in parts.
+
+KerasHub compiles `generate_step` as a whole. It reads prompts as long as the
+text is to become, and stacks the caches of the layers anew for each token.
+"""
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from keras_weightmods.backend.jax import stacks
+from keras_weightmods.utils.stand_ins import stand_ins
+
+
+class CannotCompile(Exception):
+    """The model does what this cannot do."""
+
+
+class CompiledGenerate:
+    """`generate` on a batch of tokens, for a model as it is now.
+
+    Args:
+        model: A `keras_hub.models.CausalLM`.
+        functions_by: `core.keras_private.functions_by`.
+    """
+
+    def __init__(self, model, functions_by):
+        self.model = model
+        self.functions_by = functions_by
+        self.done = set()
+        self.function = jax.jit(
+            self._generate,
+            static_argnames=("prefill", "stop_token_ids", "sampler"),
+        )
+
+    def __call__(self, tokens, mask, length, known, prefill, stop_token_ids):
+        """Generate; see `backend.torch.generation`."""
+        sampler = self.model.sampler
+        if stop_token_ids is not None:
+            stop_token_ids = tuple(map(int, stop_token_ids))
+        key = tokens.shape, prefill, stop_token_ids, sampler
+        try:
+            outputs, values = self.function(
+                {"token_ids": tokens, "padding_mask": mask},
+                length,
+                [v.value for v in sampler.variables],
+                [v.value for v in self.model.variables],
+                prefill=prefill,
+                stop_token_ids=stop_token_ids,
+                sampler=sampler,
+            )
+        except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
+            if key in self.done:
+                raise
+            raise CannotCompile(str(error).strip().splitlines()[0]) from error
+        self.done.add(key)
+        for variable, value in zip(sampler.variables, values):
+            variable.assign(value)
+        return {name: x[:, :length] for name, x in outputs.items()}
+
+    def _generate(
+        self,
+        inputs,
+        length,
+        sampler_values,
+        values,
+        prefill,
+        stop_token_ids,
+        sampler,
+    ):
+        model = self.model
+        run = _Run(model, length, prefill, values)
+        others = {
+            "call_with_cache": run.call_with_cache,
+            "sampler": lambda **kwargs: run.sample(sampler, **kwargs),
+        }
+        with (
+            _variables(zip(sampler.variables, sampler_values), run) as scope,
+            stand_ins(model, **others),
+            _heads_shared(self.functions_by),
+        ):
+            outputs = model.generate_step(inputs, stop_token_ids)
+        return outputs, _values_of(sampler, scope)
+
+
+class _Run:
+    """One batch, as it is traced: what stands in for parts of the model."""
+
+    def __init__(self, model, length, prefill, values):
+        self.model = model
+        self.length = length
+        self.prefill = prefill
+        self.weights = list(zip(model.variables, values))
+        # That of the class: the attribute is this object's.
+        self.plain = type(model).call_with_cache.__get__(model)
+
+    def call_with_cache(
+        self, token_ids, cache=None, cache_update_index=None, *args, **kwargs
+    ):
+        given = [*args, *kwargs.values()]
+        if any(x is not None for x in given) or cache is None:
+            raise CannotCompile(
+                "its `call_with_cache` gets more than tokens, one cache and a "
+                "place in it"
+            )
+        inputs = token_ids, cache, cache_update_index
+        if isinstance(cache_update_index, jax.Array):
+            return stacks.call(self.plain, *inputs)
+        if cache_update_index != 0:
+            raise CannotCompile("it does not begin at the start of its cache")
+        return self._first(token_ids, cache)
+
+    def _first(self, token_ids, cache):
+        """Read the prompts, up to the length of the shortest and some more.
+
+        What follows in the others is read as the tokens are generated.
+        """
+        size = token_ids.shape[1]
+        token_ids = token_ids[:, : self.prefill]
+        logits, hidden_states, cache = self.plain(token_ids, cache, 0)
+        rest = (0, 0), (0, size - self.prefill), (0, 0)
+        # A step says in which parts it makes the next cache.
+        _, _, stack = jax.eval_shape(
+            lambda *inputs: stacks.call(self.plain, *inputs),
+            token_ids[:, :1],
+            cache,
+            jnp.int32(0),
+        )
+        return (
+            logits,
+            jnp.pad(hidden_states, rest),
+            stacks.split_like(cache, stack),
+        )
+
+    def sample(
+        self,
+        sampler,
+        next,
+        prompt,
+        cache,
+        index,
+        mask,
+        stop_token_ids,
+        **kwargs,
+    ):
+        """As `Sampler.__call__` does, to `length`."""
+        mask = mask.astype(bool)
+
+        def goes_on(state):
+            prompt, _, index, _ = state
+            goes_on = index < self.length
+            if stop_token_ids is None:
+                return goes_on
+            ended = jnp.isin(prompt, jnp.array(stop_token_ids)) & ~mask
+            ended &= jnp.arange(prompt.shape[1]) < self.length
+            return goes_on & ~ended.any(-1).all()
+
+        def add(state):
+            prompt, cache, index, values = state
+            with _variables(zip(sampler.variables, values), self) as scope:
+                logits, _, cache = next(prompt, cache, index)
+                probabilities = sampler.compute_probabilities(logits)
+                token = sampler.get_next_token(probabilities)
+            token = token.astype(prompt.dtype)
+            token = jnp.where(mask[:, index], prompt[:, index], token)
+            prompt = prompt.at[:, index].set(token)
+            return prompt, cache, index + 1, _values_of(sampler, scope)
+
+        values = [v.value for v in sampler.variables]
+        state = prompt, cache, jnp.int32(index), values
+        prompt, _, _, values = jax.lax.while_loop(goes_on, add, state)
+        for variable, value in zip(sampler.variables, values):
+            variable.assign(value)
+        return prompt
+
+
+def _variables(own, run):
+    return keras.StatelessScope(state_mapping=[*own, *run.weights])
+
+
+def _values_of(sampler, scope):
+    return [scope.get_current_value(v) for v in sampler.variables]
+
+
+def _heads_shared(functions_by):
+    """Leave out the repetition of keys and values before an attention.
+
+    jax.nn.dot_product_attention shares a key among heads by itself.
+    """
+    repeated = {}
+
+    def repeat_by(plain):
+        def repeat(x, repeats, axis=None):
+            y = plain(x, repeats, axis=axis)
+            if axis == 2 and len(x.shape) == 4:
+                # Held, so that no other gets the id.
+                repeated[id(y)] = y, x
+            return y
+
+        return repeat
+
+    def attention_by(plain):
+        def attention(query, key, value, *args, **kwargs):
+            if id(key) in repeated and id(value) in repeated:
+                key, value = repeated[id(key)][1], repeated[id(value)][1]
+            return plain(query, key, value, *args, **kwargs)
+
+        return attention
+
+    return functions_by(
+        numpy_repeat=repeat_by, nn_dot_product_attention=attention_by
+    )
