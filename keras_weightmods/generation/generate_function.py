@@ -44,7 +44,7 @@ class GenerateFunction:
             self.is_checked = keras.backend.backend() == "torch"
             module = backend_module("generation")
             self.compiled = module.CompiledGenerate(
-                self.model, keras_private.functions_by
+                self.model, keras_private.functions_by, keras_private.stand_ins
             )
         reason = self.refusal or self._reason_against(inputs)
         if not reason:

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.utils.stand_ins import stand_ins
+from keras_weightmods.core.keras_private import stand_ins
 
 # How far the logits may be off, as a share of the largest, by their type.
 _TOLERANCES = {"float32": 1e-3, "float64": 1e-3}

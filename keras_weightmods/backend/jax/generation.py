@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import keras
 
 from keras_weightmods.backend.jax import stacks
-from keras_weightmods.utils.stand_ins import stand_ins
 
 
 class CannotCompile(Exception):
@@ -21,11 +20,12 @@ class CompiledGenerate:
 
     Args:
         model: A `keras_hub.models.CausalLM`.
-        functions_by: `core.keras_private.functions_by`.
+        functions_by, stand_ins: Of `core.keras_private`.
     """
 
-    def __init__(self, model, functions_by):
+    def __init__(self, model, functions_by, stand_ins):
         self.model = model
+        self.stand_ins = stand_ins
         self.functions_by = functions_by
         self.done = set()
         self.function = jax.jit(
@@ -76,7 +76,7 @@ class CompiledGenerate:
         }
         with (
             _variables(zip(sampler.variables, sampler_values), run) as scope,
-            stand_ins(model, **others),
+            self.stand_ins(model, **others),
             _heads_shared(self.functions_by),
         ):
             outputs = model.generate_step(inputs, stop_token_ids)

@@ -9,8 +9,6 @@ import functools
 import tensorflow as tf
 from keras import ops
 
-from keras_weightmods.utils.stand_ins import stand_ins
-
 
 class CannotCompile(Exception):
     """XLA cannot compile the model."""
@@ -21,10 +19,12 @@ class CompiledGenerate:
 
     Args:
         model: A `keras_hub.models.CausalLM`.
+        functions_by, stand_ins: Of `core.keras_private`.
     """
 
-    def __init__(self, model, functions_by=None):
+    def __init__(self, model, functions_by, stand_ins):
         self.model = model
+        self.stand_ins = stand_ins
         self.functions = {}
 
     def __call__(self, tokens, mask, length, known, prefill, stop_token_ids):
@@ -76,8 +76,8 @@ class CompiledGenerate:
 
         inputs = {"token_ids": tokens, "padding_mask": mask}
         with (
-            stand_ins(model, call_with_cache=call_with_cache),
-            stand_ins(sampler, run_loop=until_length),
+            self.stand_ins(model, call_with_cache=call_with_cache),
+            self.stand_ins(sampler, run_loop=until_length),
         ):
             return model.generate_step(inputs, stops)
 

@@ -8,7 +8,6 @@ runs. The keys and values are written into the one cache in place.
 import torch
 
 from keras_weightmods.backend.torch import recorded_call
-from keras_weightmods.utils.stand_ins import stand_ins
 
 # How far the logits may be off, as a share of the largest, by their type.
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -24,11 +23,12 @@ class CompiledGenerate:
 
     Args:
         model: A `keras_hub.models.CausalLM`.
-        functions_by: `core.keras_private.functions_by`.
+        functions_by, stand_ins: Of `core.keras_private`.
     """
 
-    def __init__(self, model, functions_by):
+    def __init__(self, model, functions_by, stand_ins):
         self.model = model
+        self.stand_ins = stand_ins
         self.functions_by = functions_by
         self.recorded = {}
 
@@ -61,7 +61,7 @@ class CompiledGenerate:
         inputs = {
             name: torch.from_numpy(x).to(device) for name, x in inputs.items()
         }
-        with torch.no_grad(), stand_ins(model, **others):
+        with torch.no_grad(), self.stand_ins(model, **others):
             outputs = model.generate_step(inputs, stop_token_ids)
         return {name: x[:, :length] for name, x in outputs.items()}
 
