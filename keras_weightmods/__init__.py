@@ -85,6 +85,12 @@ from keras_weightmods.saving.model import save_model as save_model
 from keras_weightmods.sparsity.adam_s import AdamS as AdamS
 from keras_weightmods.sparsity.cast import CAST as CAST
 from keras_weightmods.sparsity.merge_lora import merge_lora as merge_lora
+from keras_weightmods.sparsity.quantize_sparse import (
+    QuantizeReport as QuantizeReport,
+)
+from keras_weightmods.sparsity.quantize_sparse import (
+    quantize_sparse as quantize_sparse,
+)
 from keras_weightmods.sparsity.report import ChangeReport as ChangeReport
 from keras_weightmods.sparsity.report import SparsityReport as SparsityReport
 from keras_weightmods.sparsity.report import assert_sparse as assert_sparse

@@ -291,3 +291,120 @@ def refit(w, pruned, h, damping=0.01):
         right = h[kept] @ w[:, unit].astype("float64")
         result[kept, unit] = np.linalg.solve(h[np.ix_(kept, kept)], right)
     return result
+
+
+def bfloat16(x):
+    """The nearest floats with 8 significant bits; of two, the even one."""
+    mantissa, exponent = np.frexp(np.asarray(x, "float64"))
+    return np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+
+
+def round_group(values, scale, bits):
+    """The nearest of all multiples of a scale, for each value."""
+    multiples = scale * np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    best = np.abs(np.subtract.outer(values, multiples)).argmin(axis=-1)
+    return multiples[best]
+
+
+def search_scales(w, weights, bits, group_size, shares):
+    """Tries every scale of every group of every unit."""
+    w = w.astype("float64")
+    scales = np.ones((-(-len(w) // group_size), w.shape[1]))
+    for group, unit in np.ndindex(scales.shape):
+        part = slice(group * group_size, (group + 1) * group_size)
+        largest = np.abs(w[part, unit]).max()
+        tried = bfloat16(largest * shares / (2 ** (bits - 1) - 1))
+        errors = [
+            weights[part]
+            @ (round_group(w[part, unit], scale, bits) - w[part, unit]) ** 2
+            for scale in tried
+            if scale > 0
+        ]
+        if errors:
+            scales[group, unit] = tried[np.argmin(errors)]
+    return scales
+
+
+def gptq(w, scales, h, bits, group_size, damping=0.01):
+    """GPTQ, an input after the other, each with an inverse of its own.
+
+    Rounding weight j when those before it are settled moves the rest by the
+    first row of the inverse of what is left of the damped `h`; what is zero
+    stays zero.
+    """
+    w = w.astype("float64").copy()
+    kept = w != 0
+    h = h + damping * np.mean(np.diag(h)) * np.eye(len(h))
+    for j in range(len(w)):
+        row = np.linalg.inv(h[j:, j:])[0]
+        for unit in np.flatnonzero(kept[j]):
+            scale = scales[j // group_size, unit]
+            error = w[j, unit] - round_group(w[j, unit], scale, bits)
+            w[j:, unit] -= error / row[0] * row * kept[j:, unit]
+    return w
+
+
+def descend(w, rounded, scales, h, bits, group_size, sweeps=1):
+    """Tries every integer of every weight, and fits every scale.
+
+    The best scale is where the parabola through three errors is lowest.
+    """
+    w, result = w.astype("float64"), rounded.astype("float64").copy()
+    scales = scales.astype("float64").copy()
+
+    def error(column, unit):
+        rest = w[:, unit] - column
+        return rest @ h @ rest
+
+    for _ in range(sweeps):
+        for group, unit in np.ndindex(scales.shape):
+            part = slice(group * group_size, (group + 1) * group_size)
+            column = result[:, unit].copy()
+            integers = np.rint(column[part] / scales[group, unit])
+            errors = []
+            for scale in (-1.0, 0.0, 1.0):
+                column[part] = scale * integers
+                errors.append(error(column, unit))
+            curvature = errors[0] + errors[2] - 2 * errors[1]
+            if integers.any():
+                best = (errors[0] - errors[2]) / 2 / curvature
+                if best > 0:
+                    scales[group, unit] = bfloat16(best)
+                    result[part, unit] = scales[group, unit] * integers
+        for j, unit in zip(*np.nonzero(w)):
+            column = result[:, unit].copy()
+            tried = scales[j // group_size, unit] * np.arange(
+                -(2 ** (bits - 1)), 2 ** (bits - 1)
+            )
+            errors = []
+            for value in tried:
+                column[j] = value
+                errors.append(error(column, unit))
+            result[j, unit] = tried[np.argmin(errors)]
+    return result, scales
+
+
+def is_on_grid(w, bits, group_size):
+    """Whether the largest weight of each group tells a scale of all of it.
+
+    That is, divided by an integer it is a bfloat16 of which all weights of the
+    group are multiples within range.
+    """
+    w = np.asarray(w, "float32")
+    for unit in range(w.shape[1]):
+        for start in range(0, len(w), group_size):
+            group = w[start : start + group_size, unit]
+            found = not group.any()
+            for q in range(1, 2 ** (bits - 1) + 1):
+                scale = np.abs(group).max() / np.float32(q)
+                if scale == 0 or scale != bfloat16(scale):
+                    continue
+                integers = np.rint(group / scale)
+                found |= (
+                    (integers.astype("float32") * scale == group).all()
+                    and integers.min() >= -(2 ** (bits - 1))
+                    and integers.max() < 2 ** (bits - 1)
+                )
+            if not found:
+                return False
+    return True

@@ -134,7 +134,7 @@ def refit(
     checks.check_float("damping", damping, above=0)
     checks.check_int("iterations", iterations, 1)
     w, weights, h = _float32(dense, pruned, second_moment)
-    fitted = _fitted(w, weights, _damped(h, damping), iterations)
+    fitted = _fitted(w, weights, damped(h, damping), iterations)
     return ops.cast(fitted, _dtype(pruned))
 
 
@@ -187,7 +187,7 @@ def refined(
     checks.check_int("iterations", iterations, 1)
     w, weights, h = _float32(dense, pruned, second_moment)
     n, m = _checked_pattern(weights, pattern)
-    h = _damped(h, damping)
+    h = damped(h, damping)
     for _ in range(rounds):
         weights = _swept(w, weights, h, n, m, sweeps)
         weights = _fitted(w, weights, h, iterations)
@@ -317,7 +317,7 @@ def _ratio(a: Any, b: Any) -> Any:
     return ops.where(b > tiny, a / ops.maximum(b, tiny), 0.0)
 
 
-def _damped(h: Any, damping: float) -> Any:
+def damped(h: Any, damping: float) -> Any:
     """As in `inverse_factor`."""
     mean = ops.mean(ops.diagonal(h))
     d = ops.where(mean > 0, damping * mean, ops.ones_like(mean))

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private
+from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.sparsity import calibration
 from keras_weightmods.sparsity.recipes import WarmupLinearDecay
 
@@ -160,13 +161,19 @@ def _given(_, loss):
 
 @contextlib.contextmanager
 def _alone_trainable(operation, targets):
-    """Let the nonzero weights of targets be all that is trained in a scope."""
+    """Let the nonzero weights of targets be all that is trained in a scope.
+
+    With the parameters of those that are reparameterized.
+    """
     layers = keras_private.layers_of(operation)
     variables = operation.variables
     layers_before = [layer.trainable for layer in layers]
     before = [variable.trainable for variable in variables]
     constraints = [target.variable.constraint for target in targets]
     trained = {id(target.variable) for target in targets}
+    for target in targets:
+        item = slots(target.layer).get(target.attribute)
+        trained.update(map(id, item.parameters if item else ()))
     try:
         for layer in layers:
             layer.trainable = True

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -19,7 +19,7 @@ from keras_weightmods.ops.nm import Pattern, nm_project, parse_pattern
 from keras_weightmods.ops.refine import refined
 from keras_weightmods.sparsity import data as fit_data
 from keras_weightmods.sparsity.block_reconstruction import BlockReconstruction
-from keras_weightmods.sparsity.walk import Walk
+from keras_weightmods.sparsity.walk import change_kernels
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
@@ -104,19 +104,19 @@ class SparsifyReport(Report):
             + (f"; mean error {np.mean(errors):.1%}" if errors else ""),
         )
         if self.blocks:
-            yield Table(
-                "Blocks, reconstructed",
-                ("block", "kernels", "error before", "after"),
-                tuple(
-                    (
-                        b.name,
-                        str(b.kernels),
-                        f"{b.before:.2%}",
-                        f"{b.after:.2%}",
-                    )
-                    for b in self.blocks
-                ),
-            )
+            yield blocks_table(self.blocks)
+
+
+def blocks_table(blocks: Sequence[ReconstructedBlock]) -> Table:
+    """Return the `Table` of a report on reconstructed blocks."""
+    return Table(
+        "Blocks, reconstructed",
+        ("block", "kernels", "error before", "after"),
+        tuple(
+            (b.name, str(b.kernels), f"{b.before:.2%}", f"{b.after:.2%}")
+            for b in blocks
+        ),
+    )
 
 
 def sparsify(
@@ -362,21 +362,6 @@ class OneShot:
         Returns:
             A `SparsifyReport`.
         """
-        metric = "output error"
-        progress = keras.utils.Progbar(
-            len(targets),
-            unit_name="kernel",
-            verbose=self.verbose,
-            stateful_metrics=[metric],
-        )
-        kernels: list[SparsifiedKernel] = []
-
-        def visit(group: list[Target], moment: Any, note: str = "") -> None:
-            for kernel in self._pruned(group, moment, note):
-                kernels.append(kernel)
-                errors = [] if moment is None else [(metric, kernel.error)]
-                progress.update(len(kernels), errors)
-
         blocks: list[ReconstructedBlock] = []
         train = BlockReconstruction(self.epochs, self.learning_rate)
 
@@ -394,21 +379,14 @@ class OneShot:
                     ReconstructedBlock(operation.name, len(group), *errors)
                 )
 
-        ordered = sorted(targets, key=lambda target: target.depth)
-        # Copies: on torch an array shares the memory of the variable.
-        before = [np.array(ops.convert_to_numpy(t.variable)) for t in ordered]
-        try:
-            if calibration is None:
-                visit(ordered, None)
-            else:
-                is_rebuilt = "blocks" in self.refinements
-                Walk(
-                    ordered, calibration, visit, rebuild if is_rebuilt else None
-                )(model)
-        except BaseException:
-            for target, value in zip(ordered, before):
-                target.variable.assign(value)
-            raise
+        kernels = change_kernels(
+            model,
+            targets,
+            calibration,
+            self._pruned,
+            rebuild if "blocks" in self.refinements else None,
+            self.verbose,
+        )
         n, m = parse_pattern(self.pattern)
         return SparsifyReport(
             f"{n}:{m}",
@@ -422,11 +400,6 @@ class OneShot:
         self, group: list[Target], moment: Any, note: str
     ) -> Iterator[SparsifiedKernel]:
         """Prune kernels that share their inputs; yield what was done."""
-        if moment is not None and not bool(ops.all(ops.isfinite(moment))):
-            raise ValueError(
-                "The calibration data must give finite activations. Received: "
-                f"NaN or infinite ones at the input of {group[0].path}"
-            )
         prune = {
             "magnitude": lambda w, _: nm_project(w, self.pattern),
             "wanda": lambda w, h: sparsegpt.wanda(
@@ -455,7 +428,7 @@ class OneShot:
             after = ops.stack(after)
             error = None
             if moment is not None:
-                error = _relative_error(before, after, moment)
+                error = relative_error(before, after, moment)
             target.variable.assign(from_stack(after, target.shape, *axes))
             yield SparsifiedKernel(
                 target.key, target.path, target.shape, method, error, note
@@ -480,7 +453,8 @@ def calibration_batches(
     return batches
 
 
-def _relative_error(before: Any, after: Any, moment: Any) -> float:
+def relative_error(before: Any, after: Any, moment: Any) -> float:
+    """Return `|X W' - X W|^2 / |X W|^2` of stacks of matrices."""
     pairs = map(sparsegpt.reconstruction_error, before, after, moment)
     change, whole = map(sum, zip(*pairs))
     return change / whole if whole > 0 else 0.0

@@ -5,12 +5,70 @@ import functools
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.sparsity import calibration
 
 _UNREACHED = "the data do not reach it"
+_METRIC = "output error"
+
+
+def change_kernels(model, targets, batches, change, rebuild=None, verbose=1):
+    """Change each of `targets`, in the order of execution, or none.
+
+    Args:
+        model: A built Keras model or layer.
+        targets: Iterable of `Target`.
+        batches: List of pairs (inputs, sample weights or None) to walk on, or
+            None: all targets are changed at once then, without a moment.
+        change: Callable from a list of targets that share their inputs, the
+            second moment of these, or None, and a note, as `visit` of `Walk`.
+            It changes them and returns or yields a row for each, with an
+            attribute `error`.
+        rebuild: As in `Walk`. Defaults to `None`.
+        verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
+
+    Returns:
+        List of the rows.
+
+    Raises:
+        ValueError: If inputs are not finite. All targets are as they were
+            then, as they are after any other error.
+    """
+    ordered = sorted(targets, key=lambda target: target.depth)
+    progress = keras.utils.Progbar(
+        len(ordered),
+        unit_name="kernel",
+        verbose=verbose,
+        stateful_metrics=[_METRIC],
+    )
+    rows: list[Any] = []
+
+    def visit(group, moment, note=""):
+        if moment is not None and not bool(ops.all(ops.isfinite(moment))):
+            raise ValueError(
+                "The calibration data must give finite activations. Received: "
+                f"NaN or infinite ones at the input of {group[0].path}"
+            )
+        for row in change(group, moment, note):
+            rows.append(row)
+            errors = [] if moment is None else [(_METRIC, row.error)]
+            progress.update(len(rows), errors)
+
+    # Copies: on torch an array shares the memory of the variable.
+    before = [np.array(ops.convert_to_numpy(t.variable)) for t in ordered]
+    try:
+        if batches is None:
+            visit(ordered, None)
+        else:
+            Walk(ordered, batches, visit, rebuild)(model)
+    except BaseException:
+        for target, value in zip(ordered, before):
+            target.variable.assign(value)
+        raise
+    return rows
 
 
 class Walk:

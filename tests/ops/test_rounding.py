@@ -1,0 +1,153 @@
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_weightmods.ops import nm_project, rounding
+from keras_weightmods.ops.rounding import Grid, round_kept
+from keras_weightmods.ops.sparsegpt import inverse_factor
+from tests import references
+from tests.models import numpy
+
+
+def make(size, units, rows=200, seed=0, pattern="2:4"):
+    """A second moment with large correlations, and a sparse matrix."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(size, size)) * rng.uniform(0.2, 3, size)
+    x = rng.normal(size=(rows, size)) @ mix
+    w = rng.normal(size=(size, units)).astype("float32")
+    h = (x.T @ x / rows).astype("float32")
+    return h, numpy(nm_project(w, pattern))
+
+
+def damped(h, damping=0.01):
+    return h + damping * np.mean(np.diag(h)) * np.eye(len(h), dtype="float32")
+
+
+def errors(w, after, h):
+    """Of each unit."""
+    rest = w.astype("float64") - after
+    return np.sum(rest * (h @ rest), axis=0)
+
+
+CASES = [(24, 3, 8), (72, 4, 64), (136, 4, 24)]
+
+
+@pytest.mark.parametrize(("size", "bits", "group_size"), CASES)
+def test_each_step_is_its_reference(size, bits, group_size):
+    h, w = make(size, 4)
+    grid = Grid(bits, group_size)
+    tensor, weights = map(ops.convert_to_tensor, (w, np.diag(h).copy()))
+    scales = numpy(rounding.search_scales(tensor, weights, grid))
+    expected = references.search_scales(
+        w, np.diag(h), bits, group_size, np.linspace(0.5, 1.0, 16)
+    )
+    np.testing.assert_array_equal(scales, expected)
+    scales = ops.convert_to_tensor(scales)
+    values = rounding.gptq(tensor, scales, inverse_factor(h), grid)
+    expected = references.gptq(w, numpy(scales), h, bits, group_size)
+    np.testing.assert_allclose(numpy(values), expected, rtol=1e-6)
+    moment = ops.convert_to_tensor(damped(h))
+    found = rounding.descend(tensor, values, scales, moment, grid, 2)
+    expected = references.descend(
+        w, numpy(values), numpy(scales), damped(h), bits, group_size, 2
+    )
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(numpy(one), other, rtol=1e-6)
+    assert (numpy(found[0]) != numpy(values)).any()
+
+
+# Few shapes, as JAX compiles for each. Also fewer rows than inputs: the second
+# moment is singular then.
+SHAPES = [
+    (72, 1, 200, "2:4", 4, 64),
+    (36, 4, 20, "1:4", 3, 10),
+    (16, 2, 1, "2:2", 2, 64),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("size", "units", "rows", "pattern", "bits", "group_size"), SHAPES
+)
+def test_invariants(size, units, rows, pattern, bits, group_size, seed):
+    h, w = make(size, units, rows, seed, pattern)
+    w[np.random.default_rng(seed).random(w.shape) < 0.2] = 0
+    rounded = round_kept(w, h, Grid(bits, group_size))
+    values, nearest = numpy(rounded.values), numpy(rounded.nearest)
+    for matrix in (values, nearest):
+        assert references.is_on_grid(matrix, bits, group_size)
+        assert not matrix[w == 0].any()
+    slack = 1e-5 * errors(w, 0 * w, damped(h))
+    limit = errors(w, nearest, damped(h)) + slack
+    assert (errors(w, values, damped(h)) <= limit).all()
+    scales = numpy(rounded.scales)
+    np.testing.assert_array_equal(scales, references.bfloat16(scales))
+    spread = np.repeat(scales, group_size, axis=0)[: len(w)]
+    integers = np.rint(values / spread)
+    np.testing.assert_array_equal(integers.astype("float32") * spread, values)
+
+
+def test_sweeps_lower_the_error_and_end():
+    h, w = make(72, 8)
+    grid = Grid()
+    last = np.inf
+    for sweeps in range(1, 4):
+        values = numpy(round_kept(w, h, grid, sweeps=sweeps).values)
+        now = errors(w, values, damped(h)).sum()
+        assert now <= last * (1 + 1e-5)
+        last = now
+    end = round_kept(w, h, grid, sweeps=100)
+    again, _ = references.descend(
+        w, numpy(end.values), numpy(end.scales), damped(h), 4, 64
+    )
+    before = errors(w, numpy(end.values), damped(h)).sum()
+    after = errors(w, again, damped(h)).sum()
+    assert after == pytest.approx(before, rel=1e-4)
+    assert before < 0.7 * errors(w, numpy(end.nearest), damped(h)).sum()
+
+
+def test_what_is_on_the_grid_stays():
+    h, w = make(128, 4)
+    first = round_kept(w, None)
+    np.testing.assert_array_equal(numpy(first.values), numpy(first.nearest))
+    again = numpy(round_kept(numpy(first.values), h).values)
+    np.testing.assert_array_equal(again, numpy(first.values))
+
+
+def test_inputs_that_are_always_zero():
+    h, w = make(16, 3)
+    rounded = round_kept(w, 0 * h)
+    change = numpy(rounded.values) - w
+    assert np.sum(change**2) <= np.sum((numpy(rounded.nearest) - w) ** 2)
+    h[:4] = h[:, :4] = 0
+    values = numpy(round_kept(w, h).values)
+    assert np.isfinite(values).all()
+    assert references.is_on_grid(values, 4, 64)
+    zeros = round_kept(0 * w, h)
+    assert not numpy(zeros.values).any()
+
+
+def test_scales_of_fewer_bits():
+    """A bfloat16 holds such weights without rounding."""
+    h, w = make(64, 4)
+    values = numpy(round_kept(w, h, Grid(4, 64, 5)).values)
+    np.testing.assert_array_equal(values, references.bfloat16(values))
+    assert references.is_on_grid(values, 4, 64)
+
+
+def test_wrong_arguments():
+    h, w = make(8, 2)
+    for arguments, name in (
+        ({"bits": 1}, "bits"),
+        ({"bits": 9}, "bits"),
+        ({"group_size": 0}, "group_size"),
+        ({"precision": 9}, "precision"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            Grid(**arguments)
+    with pytest.raises(ValueError, match="damping"):
+        round_kept(w, h, damping=0)
+    with pytest.raises(ValueError, match="sweeps"):
+        round_kept(w, h, sweeps=0)
+    with pytest.raises(ValueError, match=r"second_moment\.shape=\(4, 4\)"):
+        round_kept(w, h[:4, :4])
