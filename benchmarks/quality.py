@@ -193,6 +193,15 @@ def make_methods(steps):
         "one-shot SparseGPT + swaps + blocks": OneShot(
             "sparsegpt", ("swaps", "blocks")
         ),
+        "one-shot SparseGPT + swaps + 4-bit": Rounded(
+            OneShot("sparsegpt", "swaps")
+        ),
+        "one-shot SparseGPT + swaps + blocks + 4-bit": Rounded(
+            OneShot("sparsegpt", ("swaps", "blocks"))
+        ),
+        "one-shot SparseGPT + swaps + blocks + 4-bit blocks": Rounded(
+            OneShot("sparsegpt", ("swaps", "blocks")), "blocks"
+        ),
         "dense fine-tuned": DenseFineTuning(2e-4),
         "fixed magnitude mask": FixedMask(5e-4),
         "SR-STE": StraightThroughTraining(3e-4, pull=2e-4, on_gradient=True),
@@ -245,6 +254,23 @@ class OneShot:
         options = {"refine": self.refine, "batch_size": 4, "verbose": 0}
         kwm.sparsify(model, "2:4", self.method, data, **options)
         kwm.assert_sparse(model)
+
+
+class Rounded:
+    """Another method, and its kept weights rounded to four bits."""
+
+    def __init__(self, method, refine=None):
+        self.method, self.refine = method, refine
+
+    def __call__(self, model, train):
+        import keras_weightmods as kwm
+
+        details = self.method(model, train)
+        data = model_inputs(train[:128, :-1])
+        options = {"refine": self.refine, "batch_size": 4, "verbose": 0}
+        kwm.quantize_sparse(model, data, **options)
+        kwm.assert_sparse(model)
+        return details
 
 
 class DenseFineTuning:

@@ -81,8 +81,11 @@ class Grid:
         return 2 ** (self.bits - 1) - 1
 
     def rounded_scales(self, scales: Any) -> Any:
-        """Round floats to the significant bits of a scale."""
-        # Of Dekker (1971). A compiler may drop a cast to bfloat16 and back.
+        """Round floats to the significant bits of a scale.
+
+        Not within compiled functions: compilers contract, and drop casts.
+        """
+        # As Dekker (1971), for any number of bits.
         shifted = scales * float(2 ** (24 - self.precision) + 1)
         return shifted - (shifted - scales)
 
@@ -135,7 +138,9 @@ def gptq(matrix: Any, scales: Any, factor: Any, grid: Grid) -> Any:
 
     GPTQ (arXiv 2210.17323, algorithm 1), for a sparse matrix: the error of
     each weight is spread over all later inputs by row j of the factor, and
-    what falls onto weights that are not kept is lost.
+    what falls onto weights that are not kept is lost. To fit those kept anew
+    after each block of inputs would lose nothing, and ends no better once
+    `descend` has been through the matrix.
 
     Args:
         matrix: float32 tensor of shape `(K, R)`.
@@ -173,7 +178,7 @@ def descend(
     scales: Any,
     second_moment: Any,
     grid: Grid,
-    sweeps: int = 4,
+    sweeps: int = 8,
 ) -> tuple[Any, Any]:
     """Improve one scale, and one integer, after the other.
 
@@ -190,6 +195,7 @@ def descend(
             diagonal.
         grid: `Grid`.
         sweeps: Int, at most how often. It ends when a sweep changes nothing.
+            Defaults to `8`.
 
     Returns:
         Pair of tensors, the new W' and the new scales.
@@ -198,16 +204,18 @@ def descend(
     h = second_moment
     kept = ops.cast(ops.not_equal(matrix, 0), "float32")
     inverse = 1.0 / ops.diagonal(h)
-    rescale, move = _compiled(_best_scale, 4), _compiled(_best_integers, 6)
+    rescale, move = _compiled(_best_scale), _compiled(_best_integers, 6)
     c = ops.matmul(h, matrix - rounded)
     for _ in range(sweeps):
         before = rounded
         parts, new_scales = [], []
         for group, start in enumerate(range(0, size, grid.group_size)):
             part = slice(start, min(start + grid.group_size, size))
-            scale, values = rescale(
-                rounded[part], scales[group], h[part, part], c[part], grid
+            scale, integers = rescale(
+                rounded[part], scales[group], h[part, part], c[part]
             )
+            scale = grid.rounded_scales(scale)
+            values = integers * scale
             c = c - ops.matmul(h[:, part], values - rounded[part])
             parts.append(values)
             new_scales.append(scale)
@@ -238,7 +246,7 @@ def round_kept(
     second_moment: Any,
     grid: Grid | None = None,
     damping: float = 0.01,
-    sweeps: int = 4,
+    sweeps: int = 8,
 ) -> Rounded:
     """Round the nonzero weights of a matrix, by what its inputs are like.
 
@@ -252,7 +260,7 @@ def round_kept(
         damping: Float > 0, the share of the mean of H's diagonal that is
             added to it. Defaults to `0.01`.
         sweeps: Int, at most how often `descend` goes through the matrix.
-            Defaults to `4`.
+            Defaults to `8`.
 
     Returns:
         `Rounded`. No unit's damped error is above that of rounding to
@@ -328,15 +336,14 @@ def _gptq_block(
     return _scan(step, block, (places, scales, kept, factor))
 
 
-def _best_scale(values: Any, scale: Any, own: Any, c: Any, grid: Grid) -> Any:
-    """Return the best scale of a group, for its integers, and its values."""
+def _best_scale(values: Any, scale: Any, own: Any, c: Any) -> Any:
+    """Return the best scale of a group for its integers, and these."""
     integers = ops.round(values / scale)
     curvature = ops.sum(integers * ops.matmul(own, integers), axis=0)
     slope = ops.sum(integers * c, axis=0)
     best = scale + slope / ops.maximum(curvature, _TINY)
-    best = grid.rounded_scales(best)
     best = ops.where((curvature > _TINY) & (best > _TINY), best, scale)
-    return best, integers * best
+    return best, integers
 
 
 def _best_integers(
@@ -373,10 +380,10 @@ def _scan(step: Any, carry: Any, rows: tuple[Any, ...]) -> Any:
 
 
 @functools.cache
-def _compiled(function: Any, static: int) -> Any:
+def _compiled(function: Any, *static: int) -> Any:
     """On JAX one program for a shape, where each op would be one."""
     if keras.backend.backend() != "jax":
         return function
     from keras_weightmods.backend.jax.compiled_call import compiled
 
-    return compiled(function, (static,))
+    return compiled(function, static)

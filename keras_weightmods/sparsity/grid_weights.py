@@ -50,7 +50,7 @@ class GridWeights(Reparameterization):
     def reset(self) -> None:
         """Undo the training."""
         (factor,) = self.parameters
-        factor.assign(ops.ones_like(factor))
+        factor.assign(ops.ones(factor.shape))
         self.target.variable.assign(self.start(None))
 
     def create_parameters(self, add_weight: Callable[..., Any]) -> None:

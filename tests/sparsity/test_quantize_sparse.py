@@ -96,12 +96,12 @@ EINSUMS = [
 
 
 @pytest.mark.parametrize(("equation", "output", "shape"), EINSUMS)
-@pytest.mark.parametrize("refine", [None, "blocks"])
-def test_kernels_of_any_shape(equation, output, shape, refine):
+def test_kernels_of_any_shape(equation, output, shape):
     layer = keras.layers.EinsumDense(equation, output)
     model = make_sparse(models.randomize(models.sequential(shape, layer)))
     before = numpy(layer.kernel).copy()
-    report = quantize(model, normal(40, *shape), refine=refine, epochs=1)
+    x = normal(40, *shape)
+    report = quantize(model, x, refine="blocks", epochs=1)
     (target,) = kwm.find_targets(model)
     order = [*target.stack_axes, *target.contraction_axes, *target.output_axes]
     after = numpy(layer.kernel)
@@ -112,8 +112,7 @@ def test_kernels_of_any_shape(equation, output, shape, refine):
     assert report.kernels[0].error < report.kernels[0].nearest
 
 
-@pytest.mark.parametrize("refine", [None, "blocks"])
-def test_a_language_model(refine):
+def test_a_language_model():
     model = models.randomize(models.causal_lm("llama"), scale=0.2)
     make_sparse(model)
     rng = np.random.default_rng(0)
@@ -124,7 +123,7 @@ def test_a_language_model(refine):
     kept = [numpy(v.value).copy() for v in others]
     variables = [id(v) for v in model.variables]
     flags = [v.trainable for v in model.variables]
-    report = quantize(model, inputs, refine=refine, batch_size=4, epochs=2)
+    report = quantize(model, inputs, refine="blocks", batch_size=4, epochs=2)
     assert variables == [id(v) for v in model.variables]
     assert flags == [v.trainable for v in model.variables]
     assert not any(v.constraint for v in model.variables)
@@ -140,15 +139,16 @@ def test_a_language_model(refine):
         np.testing.assert_array_equal(numpy(variable.value), value)
     kwm.assert_sparse(model)
     assert len(report.kernels) == len(before)
-    assert len(report.blocks) == (model.backbone.num_layers if refine else 0)
+    assert len(report.blocks) == model.backbone.num_layers
     assert all(b.after <= b.before for b in report.blocks)
-    assert sum(b.kernels for b in report.blocks) in (0, len(before))
+    assert sum(b.kernels for b in report.blocks) == len(before)
 
 
 def test_training_a_block_gains():
     """With three bits; what does not gain is left as it was rounded."""
     errors = {}
-    model = make_sparse(models.causal_lm("llama"))
+    model = models.randomize(models.causal_lm("llama"), scale=0.2)
+    make_sparse(model)
     tokens = np.random.default_rng(0).integers(2, 16, size=(64, 12))
     x = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
     before = weights_of(model)
@@ -165,7 +165,7 @@ def test_training_a_block_gains():
         )
         errors[rate] = [(b.before, b.after) for b in report.blocks]
     (first,), (second,) = errors.values()
-    assert first[1] < 0.9 * first[0]
+    assert first[1] < 0.95 * first[0]
     assert second[1] == second[0] == pytest.approx(first[0], rel=1e-2)
     assert "Blocks, reconstructed" in str(report)
 
