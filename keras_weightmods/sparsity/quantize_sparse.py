@@ -1,6 +1,7 @@
 """Rounding the kept weights of a sparse model to four bits."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -303,7 +304,13 @@ class Quantizer:
         seam.attach(operation, items)
         try:
             errors = self.fit(operation, group, *calls)
-            if errors and errors[1] > errors[0]:
+            if errors is None:
+                warnings.warn(
+                    f"The block {operation.name!r} gives no float, so that its "
+                    f"{len(group)} kernels are rounded and not trained.",
+                    stacklevel=2,
+                )
+            elif errors[1] > errors[0]:
                 # Nothing was gained: as it was rounded.
                 for item in items:
                     item.reset()

@@ -87,6 +87,15 @@ def largest_scale(group):
     raise AssertionError
 
 
+def test_packing_stores_it_without_loss():
+    model = make_mlp()
+    quantize(model, data())
+    before = weights_of(model)
+    kwm.pack(model, dtype="int4")
+    kwm.unpack(model)
+    assert_same(weights_of(model), before)
+
+
 EINSUMS = [
     ("btd,dhk->bthk", (3, 2, 9), (3, 72)),
     ("bquh,uhm->bqm", (3, 6), (3, 2, 36)),
