@@ -18,6 +18,9 @@ weights. For each form, in a process of its own that loads it from a file:
   by the logits of the runtime itself; *x dense* is the geometric mean of the
   ratios to the dense model. A speed says nothing without it.
 
+On torch and TensorFlow `generate` is compiled by `compile_generate`, for the
+peers too; the dense model is there both ways.
+
 The processes take turns on the same cores, in rotating order. Not all fit in
 memory: `--together` of them live at a time, the dense model (which the ratios
 are over) with each of these groups. Speeds are medians.
@@ -52,7 +55,7 @@ import traceback
 import warnings
 
 from benchmarks import harness
-from benchmarks.packed_llm import PACKED
+from benchmarks.packed_llm import COMPILED, PACKED
 
 PLOT = harness.ROOT / "docs" / "runtimes.png"
 CACHE = harness.ROOT / "build" / "runtimes"
@@ -97,6 +100,7 @@ class Form:
         option: Of the runtime: name of a function of `peers`.
         needs: Modules, of which one must be there.
         backend: String, of Keras; None where the runtime is no Keras.
+        compiled: Bool, whether `compile_generate` is called.
     """
 
     name: str
@@ -105,19 +109,26 @@ class Form:
     option: str | None = None
     needs: tuple = ()
     backend: str | None = None
+    compiled: bool = False
 
     @property
     def label(self):
-        return f"{self.backend}: {self.name}" if self.backend else self.name
+        name = self.name + (COMPILED if self.compiled else "")
+        return f"{self.backend}: {name}" if self.backend else name
 
 
 # On each backend. A name is a file: DENSE and "dense bfloat16", what `pack`
 # makes with these arguments, and Keras' own quantization.
 KERAS = (DENSE, "dense bfloat16", *PACKED, "Keras int8", "Keras int4")
+# Its packed weights are objects that torch cannot write into a record.
+NOT_COMPILED = "dynamic int8"
 OTHERS = (
-    Form("torch dynamic int8", DENSE, "torch", "dynamic_int8", ("torch",)),
-    Form(
-        "torchao int4", "dense bfloat16", "torch", "torchao_int4", ("torchao",)
+    *(
+        Form(name, file, "torch", option, (module,), "torch")
+        for name, file, option, module in (
+            (NOT_COMPILED, DENSE, "dynamic_int8", "torch"),
+            ("torchao int4", "dense bfloat16", "torchao_int4", "torchao"),
+        )
     ),
     *(
         Form(
@@ -140,20 +151,32 @@ OTHERS = (
 )
 
 
-def forms(backends, rows=None):
+def forms(backends, rows=None, plain=False):
     """Return the forms that are wanted, the anchor of the ratios first.
+
+    Where `compile_generate` has something to do, it is called; the dense
+    float32 model is there both ways.
 
     Args:
         backends: Strings, backends of Keras.
         rows: Strings; those forms whose label has one of them in it, and the
             dense model. By default all.
+        plain: Bool, whether to have all of them both ways.
     """
-    found = [
+    made = [
         Form(name, name, needs=(backend,), backend=backend)
         for backend in backends
         for name in KERAS
     ]
-    found += OTHERS
+    found = []
+    for form in (*made, *OTHERS):
+        if form.backend in (None, "jax"):
+            found.append(form)
+            continue
+        if plain or form.name in (DENSE, NOT_COMPILED):
+            found.append(form)
+        if form.name != NOT_COMPILED:
+            found.append(dataclasses.replace(form, compiled=True))
     return found[:1] + [
         form
         for form in found[1:]
@@ -187,6 +210,11 @@ def parse_arguments(arguments=None):
         "--rows",
         type=lambda text: text.split(";"),
         help="parts of names, with semicolons between; by default all",
+    )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="all rows also without compile_generate",
     )
     parser.add_argument("--shape", choices=SHAPES, default="135m")
     parser.add_argument(
@@ -455,6 +483,10 @@ class KerasRuntime:
             make = getattr(peers, form.option)
             self.held = peers.quantize_products(self.model, make)
         self.model.compile(sampler="greedy")
+        if form.compiled:
+            # Where it cannot be done, the row would be another one.
+            warnings.filterwarnings("error", ".*compile_generate")
+            kwm.compile_generate(self.model)
 
     def about(self):
         found = harness.versions("keras-hub")
@@ -511,7 +543,9 @@ def work(args):
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
     (form,) = (
-        f for f in forms(args.backends, args.rows) if f.label == args.worker
+        form
+        for form in forms(args.backends, args.rows, args.plain)
+        if form.label == args.worker
     )
     with np.load(folder_of(args) / "tokens.npz") as file:
         tokens = {name: file[name] for name in file.files}
@@ -606,7 +640,7 @@ class Worker:
 
 def compare(args):
     os.sched_setaffinity(0, cores()[: args.cores])
-    wanted, left_out = forms(args.backends, args.rows), {}
+    wanted, left_out = forms(args.backends, args.rows, args.plain), {}
 
     def leave_out(form, reason):
         left_out[form.label] = reason
@@ -758,7 +792,7 @@ def print_report(report):
         *(f"left out: {k}: {v}" for k, v in report["left_out"].items()),
         harness.describe(report),
         *dict.fromkeys(row["about"] for row in report["rows"]),
-        width=120,
+        width=140,
     )
 
 

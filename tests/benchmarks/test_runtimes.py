@@ -27,7 +27,7 @@ def fake_report():
         row("jax: dense float32", "dense", 20.0, 10.0),
         row("jax: packed int8", "2:4", 60.0, 25.0),
     ]
-    rows.append(row("torch dynamic int8", "dense", 50.0, 10.1))
+    rows.append(row("torch: dynamic int8", "dense", 50.0, 10.1))
     rows[-1] |= {"file_bytes": None, "weight_bytes": 150e6}
     runtimes.add_ratios(rows)
     return {
@@ -54,7 +54,17 @@ def test_forms_begin_with_the_dense_model_of_the_first_backend():
     assert found[0].label == "torch: dense float32"
     labels = [form.label for form in found]
     assert len(set(labels)) == len(labels)
-    assert {"jax: packed int8", "llama.cpp Q4_0", "torchao int4"} < set(labels)
+    assert {
+        "jax: packed int8",
+        "llama.cpp Q4_0",
+        "torch: packed int8, compiled",
+        "torch: torchao int4, compiled",
+    } < set(labels)
+    assert "torch: packed int8" not in labels
+    assert "torch: dynamic int8" in labels
+    assert "torch: dynamic int8, compiled" not in labels
+    both = {form.label for form in runtimes.forms(["torch"], plain=True)}
+    assert {"torch: packed int8", "torch: packed int8, compiled"} < both
     chosen = runtimes.forms(["jax"], rows=["packed int8", "Q8_0"])
     assert [form.label for form in chosen] == [
         "jax: dense float32",
