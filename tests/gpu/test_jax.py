@@ -54,7 +54,10 @@ def decode(x, values, meta, scale, packed):
 def cusparselt(x, compressed, packed, algorithm=-1):
     own = *arrays_of(packed), packed.shape, packed.dtype
     prepared = sparse_matmul_gpu.PreparedPacked(
-        *own, compressed, "cusparselt", x.dtype.name
+        *own,
+        companion=compressed,
+        companion_kind="cusparselt",
+        x_dtype=x.dtype.name,
     )
     return sparse_matmul_gpu.matmul(x, prepared, "cusparselt", algorithm)
 
