@@ -52,18 +52,21 @@ def compile_generate(model: keras.Model) -> GenerateReport:
 
     `model.generate` takes and returns what it did: strings or tokens,
     `max_length`, stop tokens, any sampler of KerasHub that goes through the
-    tokens once (greedy, top-k, top-p, random, your own `get_next_token`). The
-    tokens are the same but where two are equally probable up to rounding,
-    which differs as kernels run on fewer rows or are fused. On torch samplers
-    and JAX draw the same random numbers; on TensorFlow XLA draws others from
-    the same seed.
+    tokens once (greedy, top-k, top-p, random, your own `get_next_token`). On
+    torch the same kernels run on the same numbers; only a prompt is read in
+    fewer rows. On JAX and TensorFlow other operations are fused, which rounds
+    in another way. Where two tokens are about equally probable the text can
+    then go another way, and sooner with int8 activations (`pack` has them by
+    default with int8 weights), which make steps of roundings. Samplers draw
+    the same random numbers on torch and JAX; on TensorFlow XLA draws others
+    from the same seed.
 
-    Shapes are compiled when they first occur, on torch in the time of a few
-    tokens without it, else in that of a `generate` compiled by XLA:
-    the batch size, `max_length` rounded up to a multiple of 64 (by a quarter
-    where it is long), and the length of the shortest prompt, rounded up to a
-    multiple of 16 likewise; and but on torch the stop tokens. On torch the
+    Shapes are compiled when they first occur: the batch size, `max_length`
+    and the length of the shortest prompt, rounded up to a multiple of 16 (by
+    a quarter where it is long). On torch that takes some seconds, and the
     first step of each batch size and length is compared with the model's own.
+    Elsewhere it takes as long as XLA does; `max_length` is rounded up too, to
+    a multiple of 64, and other stop tokens or samplers are compiled anew.
 
     New numbers in the weights are seen (`fit`, `set_weights`, `load_weights`).
     After a change of the model's variables or layers (`pack`, `enable_lora`,

@@ -11,8 +11,6 @@ from keras_weightmods.backend import backend_module
 from keras_weightmods.core import keras_private
 from keras_weightmods.generation import short_prefill
 
-# Lengths are rounded up to multiples of this, so that few are compiled.
-_STEP = 64
 _SHORTEST_PREFILL = 16
 
 
@@ -70,7 +68,9 @@ class GenerateFunction:
         length = tokens.shape[1]
         known = int(mask.sum(-1).min())
         prefill = min(_rounded(known, _SHORTEST_PREFILL), length)
-        padding = (0, 0), (0, _rounded(length, _STEP) - length)
+        step = backend_module("generation").LENGTH_STEP
+        padded = length if step is None else _rounded(length, step)
+        padding = (0, 0), (0, padded - length)
         arguments = {
             # No stop token, and never read.
             "tokens": np.pad(tokens, padding, constant_values=-1),

@@ -10,6 +10,9 @@ import keras
 
 from keras_weightmods.backend.jax import stacks
 
+# XLA takes long: `max_length` is rounded up to multiples of this.
+LENGTH_STEP = 64
+
 
 class CannotCompile(Exception):
     """The model does what this cannot do."""

@@ -9,6 +9,9 @@ import functools
 import tensorflow as tf
 from keras import ops
 
+# XLA takes long: `max_length` is rounded up to multiples of this.
+LENGTH_STEP = 64
+
 
 class CannotCompile(Exception):
     """XLA cannot compile the model."""
