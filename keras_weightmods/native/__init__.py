@@ -11,7 +11,7 @@ import pathlib
 import warnings
 from typing import Any
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _SCALAR = 0  # KWM_ISA_SCALAR
 _TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 
@@ -34,6 +34,7 @@ _SIGNATURES = {
     "kwm_matmul_int8": ("", "PqqqiPPPPPP"),
     "kwm_matmul_transposed": ("", "PqqqiPPPPPP"),
     "kwm_values_gradient": ("", "PPqqqPPPP"),
+    "kwm_attend": ("", "PPPPqqqqqfPPP"),
     "kwm_compand": ("", "PqffPPP"),
     "kwm_compand_gradient": ("", "PPPqffPPPPP"),
 }
@@ -51,6 +52,7 @@ XLA_TARGETS = (
     "kwm_xla_matmul_int8",
     "kwm_xla_matmul_transposed",
     "kwm_xla_values_gradient",
+    "kwm_xla_attend",
     "kwm_xla_compand",
     "kwm_xla_compand_gradient",
 )

@@ -57,6 +57,27 @@ constexpr int kMostTileRows = 16;
 // Blocks of columns for a call: memory gives more when asked for several.
 constexpr int64_t kCallBlocks = 4;
 
+// The keys and values of one head of a sequence: `size` floats at each place,
+// `stride` apart; size is a multiple of kLanes.
+struct HeadOfKeys {
+  static int64_t room(int64_t count) {
+    return (count + kLanes - 1) / kLanes * kLanes;
+  }
+  // Floats to work in: two squares, and scores.
+  static int64_t scratch(int64_t queries, int64_t places) {
+    return 2 * kLanes * kLanes + room(queries) + queries * room(places);
+  }
+
+  const float* keys;
+  const float* values;
+  const uint8_t* mask;  // [places], 0 where nothing is to be seen; or null
+  int64_t places;
+  int64_t stride;
+  int64_t size;
+};
+// A score that leaves a place without weight, unless all have it.
+constexpr float kHidden = 1e38f;
+
 constexpr int kManyVectors = 4;
 constexpr int kDenseVectors = 3;
 
@@ -111,6 +132,10 @@ struct Kernels {
   void (*compand_gradient[2])(const float* v, const float* w,
                               const float* upstream, int64_t count, float a,
                               float b, float* dv, double* sums);
+
+  // out [queries, size] = softmax(scale * q @ keys^T) @ values.
+  void (*attend)(const float* q, int queries, const HeadOfKeys& head,
+                 float scale, float* scratch, float* out);
 };
 
 // Those of kwm_isa.

@@ -29,6 +29,7 @@
 #define KWM_UNROLL(n) KWM_PRAGMA(GCC unroll n)
 #endif
 
+#include "attend_impl.h"
 #include "compand_impl.h"
 
 namespace {
@@ -417,6 +418,7 @@ const kwm::Kernels* kernels(int isa) {
       gradient<S>,
       compand<S>,
       {compand_gradient<S, false>, compand_gradient<S, true>},
+      attend<S>,
   };
   return &table;
 }

@@ -1,4 +1,4 @@
-// 2:4 sparse matmul and the compander on the CPU: a plain C interface, no
+// 2:4 sparse matmul, attention and the compander on the CPU: a plain C interface, no
 // Python, no framework.
 //
 // A kernel W of shape (k, n) is packed in groups of 4 along k, the contraction
@@ -50,7 +50,7 @@
 extern "C" {
 #endif
 
-#define KWM_ABI_VERSION 3
+#define KWM_ABI_VERSION 4
 
 enum { KWM_FLOAT32 = 0, KWM_BFLOAT16 = 1, KWM_INT8 = 2, KWM_INT4 = 3 };
 
@@ -137,6 +137,17 @@ KWM_API void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
                                  int64_t k, int64_t n, const uint32_t* meta,
                                  float* dvalues, kwm_parallel_for parallel_for,
                                  void* pool);
+
+// out (batch, heads, size): the attention of one query of each sequence and head,
+// q, to the places of keys and values (batch, places, key_heads, size):
+// softmax(scale * q @ keys^T) @ values. heads / key_heads queries after one
+// another share a key. mask (batch, places) is 0 where a place is not seen; NULL
+// shows all; where it shows none, all are. size is a multiple of 16.
+KWM_API void kwm_attend(const float* q, const float* keys, const float* values,
+                        const uint8_t* mask, int64_t batch, int64_t places,
+                        int64_t heads, int64_t key_heads, int64_t size,
+                        float scale, float* out, kwm_parallel_for parallel_for,
+                        void* pool);
 
 // w = a arctan(v / b), `count` floats; b and its inverse must be normal numbers.
 KWM_API void kwm_compand(const float* v, int64_t count, float a, float b,

@@ -13,7 +13,7 @@
 #include <numeric>
 #include <string>
 
-#include "chunks.h"
+#include "helpers.h"
 #include "kwm_native.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -43,17 +43,15 @@ struct Rows {
 
 void ParallelFor(void* pool, int64_t count, int64_t grain, kwm_task task,
                  void* context) {
+  // Never destroyed: threads of XLA may look at it until the process is gone.
+  static auto& helpers = *new kwm::Helpers;
   auto* threads = static_cast<ffi::ThreadPool*>(pool);
   const int64_t size = threads->num_threads();
   // Threads that come late find no chunk, when this call is long over.
   auto chunks =
       std::make_shared<kwm::Chunks>(count, grain, size, task, context);
-  const int64_t helpers = std::min(size, chunks->total()) - 1;
-  for (int64_t i = 0; i < helpers; ++i) {
-    threads->Schedule([chunks] { chunks->Work(); });
-  }
-  chunks->Work();
-  chunks->Wait();
+  helpers.Run(chunks, std::min(size, chunks->total()) - 1,
+              [threads](auto help) { threads->Schedule(std::move(help)); });
 }
 
 kwm_parallel_for ParallelForOf(const ffi::ThreadPool& threads) {
@@ -168,6 +166,25 @@ ffi::Error ValuesGradient(ffi::ThreadPool threads, Activations x,
   return ffi::Error::Success();
 }
 
+// q and out are of shape (batch, 1, heads, size); mask (batch, places).
+ffi::Error Attend(ffi::ThreadPool threads, Activations q, Activations keys,
+                  Activations values, ffi::Buffer<ffi::PRED> mask, float scale,
+                  Result out) {
+  const auto of = q.dimensions(), to = keys.dimensions();
+  if (of.size() != 4 || to.size() != 4 || of[0] != to[0] || of[1] != 1 ||
+      of[3] != to[3] || to[2] == 0 || of[2] % to[2] != 0 || of[3] % 16 != 0 ||
+      values.element_count() != keys.element_count() ||
+      mask.element_count() != static_cast<size_t>(to[0] * to[1]) ||
+      out->element_count() != q.element_count()) {
+    return Invalid("queries, keys, values and mask do not fit each other");
+  }
+  kwm_attend(q.typed_data(), keys.typed_data(), values.typed_data(),
+             reinterpret_cast<const uint8_t*>(mask.typed_data()), to[0], to[1],
+             of[2], to[2], of[3], scale, out->typed_data(),
+             ParallelForOf(threads), &threads);
+  return ffi::Error::Success();
+}
+
 using Array = ffi::Buffer<ffi::F32>;
 using Scalar = ffi::BufferR0<ffi::F32>;
 
@@ -205,6 +222,7 @@ KWM_API XLA_FFI_Error* kwm_xla_matmul(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_matmul_int8(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_matmul_transposed(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_values_gradient(XLA_FFI_CallFrame*);
+KWM_API XLA_FFI_Error* kwm_xla_attend(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_compand(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_compand_gradient(XLA_FFI_CallFrame*);
 }
@@ -242,6 +260,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_values_gradient, ValuesGradient,
                                   .Arg<Activations>()
                                   .Arg<Activations>()
                                   .Arg<Meta>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_attend, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Activations>()
+                                  .Arg<Activations>()
+                                  .Arg<Activations>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Attr<float>("scale")
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_compand, Compand,

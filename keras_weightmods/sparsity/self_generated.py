@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_weightmods.evaluation.perplexity import Perplexity, start_token
+from keras_weightmods.generation.compile_generate import compiled
 from keras_weightmods.utils import checks
 
 
@@ -31,9 +32,8 @@ def self_generated(
     has one, and a token at random; the rest is sampled. Of what is written,
     the rows of the highest perplexity are thrown away.
 
-    This is `model.generate` with a sampler of its own. It takes as long as
-    that takes: for SmolLM2-135M on two cores some minutes for 64 rows of 256
-    tokens. Call it on the dense model, before it is made sparse.
+    This is `model.generate`, compiled as by `compile_generate`, with a sampler
+    of its own. Call it on the dense model, before it is made sparse.
 
     Args:
         model: A `keras_hub.models.CausalLM` that takes nothing but tokens.
@@ -130,7 +130,8 @@ def _writing(model: Any, sampler: Any) -> Iterator[None]:
     try:
         for name, value in zip(names, (None, sampler, None)):
             setattr(model, name, value)
-        yield
+        with compiled(model):
+            yield
     finally:
         for name, value in zip(names, before):
             setattr(model, name, value)

@@ -91,6 +91,7 @@ struct Case {
   bool run();
   bool run_products();
   bool run_int8(bool dense);
+  bool run_attend();
   bool run_compand();
 
   Random random;
@@ -108,7 +109,7 @@ bool Case::run() {
   kwm_set_isa(sets[static_cast<size_t>(
       between(random, 0, static_cast<int64_t>(sets.size()) - 1))]);
   if (type >= KWM_INT8 && !(run_int8(false) && run_int8(true))) return false;
-  return run_products() && run_compand();
+  return run_products() && run_attend() && run_compand();
 }
 
 // int8 activations by random bits, in exact integers.
@@ -236,6 +237,60 @@ bool Case::run_int8(bool dense) {
                  size[column])) {
         return false;
       }
+    }
+  }
+  return true;
+}
+
+// One query of each sequence; what the mask hides at the end is not there.
+bool Case::run_attend() {
+  const int64_t batch = between(random, 0, 3), places = any_size(random, 80),
+                key_heads = between(random, 1, 3),
+                heads = key_heads * between(random, 1, 5),
+                size = 16 * between(random, 1, 5);
+  const float scale = static_cast<float>(between(random, 0, 4)) / 8;
+  Array<float> q(batch * heads * size), out(q.size);
+  Array<float> keys(batch * places * key_heads * size), values(keys.size);
+  Array<unsigned char> mask(batch * places);
+  for (auto* array : {&q, &keys, &values}) {
+    for (int64_t i = 0; i < array->size; ++i) (*array)[i] = normal(random);
+  }
+  for (int64_t i = 0; i < mask.size; ++i) mask[i] = between(random, 0, 2) > 0;
+  const bool masked = between(random, 0, 3) > 0;
+  kwm_attend(q.get(), keys.get(), values.get(), masked ? mask.get() : nullptr,
+             batch, places, heads, key_heads, size, scale, out.get(),
+             threaded ? parallel_for : nullptr, &pool);
+  if (places == 0) return true;
+  for (int64_t item = 0; item < batch * heads; ++item) {
+    const int64_t row = item / heads,
+                  head = item % heads / (heads / key_heads);
+    const auto at = [&](int64_t place) {
+      return ((row * places + place) * key_heads + head) * size;
+    };
+    std::vector<double> weights;
+    bool any = false;
+    for (int64_t place = 0; place < places; ++place) {
+      any = any || mask[row * places + place];
+    }
+    double sum = 0;
+    for (int64_t place = 0; place < places; ++place) {
+      double score = 0;
+      for (int64_t i = 0; i < size; ++i) {
+        score += double{q[item * size + i]} * keys[at(place) + i];
+      }
+      const bool seen = !masked || mask[row * places + place];
+      weights.push_back(masked && !any ? 1 : seen ? exp(scale * score) : 0);
+      sum += weights.back();
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      double exact = 0, terms = 0;
+      for (int64_t place = 0; place < places; ++place) {
+        const double term =
+            weights[static_cast<size_t>(place)] / sum * values[at(place) + i];
+        exact += term;
+        terms += fabs(term);
+      }
+      if (!close("attend", out[item * size + i], exact, terms)) return false;
     }
   }
   return true;

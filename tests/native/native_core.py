@@ -14,7 +14,7 @@ from keras_weightmods import native
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE.parents[1] / "keras_weightmods" / "native"
 CORE = [
-    *["core", "pack", "compand", "matmul_int8"],
+    *["core", "pack", "compand", "matmul_int8", "attend"],
     *["scalar", "avx2", "avx512", "avx512_vnni", "neon"],
     *["int8_scalar", "int8_avx2", "int8_avx512"],
     *["int8_neon", "int8_neon_dot"],
@@ -69,7 +69,9 @@ def load():
         path = build(
             pathlib.Path(folder) / "core.so", "-O2", "-shared", "-fPIC"
         )
-        return native.open_library(path, "kwm_abi_version", 3, SIGNATURES)
+        return native.open_library(
+            path, "kwm_abi_version", native._ABI_VERSION, SIGNATURES
+        )
 
 
 def isas():
@@ -143,6 +145,16 @@ def values_gradient(x, dy, meta, parallel_for=None):
     out = np.full(load().kwm_values_bytes(k, n, 0) // 4, np.nan, "float32")
     arrays = *map(pointer, [x, dy]), len(x), k, n, *map(pointer, [meta, out])
     load().kwm_values_gradient(*arrays, parallel_for, None)
+    return out
+
+
+def attend(q, keys, values, mask, scale, parallel_for=None):
+    """softmax(scale * q @ keys^T) @ values, for one query of a sequence."""
+    out = np.full_like(q, np.nan)
+    batch, places, key_heads, size = keys.shape
+    arrays = *map(pointer, [q, keys, values, mask]), batch, places
+    arguments = *arrays, q.shape[1], key_heads, size, scale, pointer(out)
+    load().kwm_attend(*arguments, parallel_for, None)
     return out
 
 

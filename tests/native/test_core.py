@@ -197,7 +197,7 @@ def test_int8_column_that_is_not_finite_is_nan_and_no_other():
 
 def test_sizes():
     library = native_core.load()
-    assert library.kwm_abi_version() == 3
+    assert library.kwm_abi_version() == native_core.native._ABI_VERSION
     # 576 x 1536: bytes over those of dense float32.
     dense = 576 * 1536 * 4
     meta = library.kwm_meta_bytes(576, 1536)
@@ -363,6 +363,16 @@ def test_split_of_the_work_does_not_change_the_result(name, rows, rng):
         ):
             np.testing.assert_array_equal(got, want)
     assert len(calls) == 2
+
+    calls.clear()
+    q = np.float32(rng.standard_normal((3, 8, 64)))
+    keys, values = np.float32(rng.standard_normal((2, 3, 700, 4, 64)))
+    arguments = q, keys, values, None, 0.125
+    with isa(name):
+        expected = native_core.attend(*arguments)
+        got = native_core.attend(*arguments, loop)
+    np.testing.assert_array_equal(got, expected)
+    assert len(calls) == 1
 
 
 def compand_cases(rng):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_weightmods.backend.jax import stacks
+from keras_weightmods.backend.jax.attention import attend_by
 
 # XLA takes long: `max_length` is rounded up to multiples of this.
 LENGTH_STEP = 64
@@ -188,7 +189,8 @@ def _values_of(sampler, scope):
 def _heads_shared(functions_by):
     """Leave out the repetition of keys and values before an attention.
 
-    jax.nn.dot_product_attention shares a key among heads by itself.
+    The kernel of `attend_by` shares a key among heads, and so does
+    jax.nn.dot_product_attention.
     """
     repeated = {}
 
@@ -203,6 +205,8 @@ def _heads_shared(functions_by):
         return repeat
 
     def attention_by(plain):
+        plain = attend_by(plain)
+
         def attention(query, key, value, *args, **kwargs):
             if id(key) in repeated and id(value) in repeated:
                 key, value = repeated[id(key)][1], repeated[id(value)][1]
