@@ -55,6 +55,27 @@ def test_clean_under_the_sanitizers(tmp_path):
     check(tmp_path, *SANITIZE)
 
 
+@pytest.mark.skipif(native_core.compiler() is None, reason="no C++ compiler")
+def test_threads_that_help_several_callers(tmp_path):
+    sanitize = ["-O1", "-g", "-fsanitize=thread"]
+    for flags in (sanitize, ["-O2"]):
+        command = [native_core.compiler(), "-std=c++17", *flags, "-pthread"]
+        source = native_core.HERE / "check_helpers.cc"
+        program = tmp_path / "check_helpers"
+        command += [f"-I{native_core.SOURCES}", source, "-o", program]
+        built = subprocess.run(command, capture_output=True, text=True)
+        if built.returncode == 0:
+            break
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run(
+        [program, str(SECONDS / 3)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.skipif(
     platform.machine() == "aarch64", reason="Arm is native here"
 )
