@@ -53,7 +53,7 @@ def test_it_is_what_keras_gives(masked, scale):
 
 
 @pytest.mark.parametrize(
-    "shapes, options",
+    ("shapes", "options"),
     [
         ({"queries": 2}, {}),
         ({"size": 24}, {}),
