@@ -18,8 +18,8 @@ weights. For each form, in a process of its own that loads it from a file:
   by the logits of the runtime itself; *x dense* is the geometric mean of the
   ratios to the dense model. A speed says nothing without it.
 
-On torch and TensorFlow `generate` is compiled by `compile_generate`, for the
-peers too; the dense model is there both ways.
+`generate` is compiled by `compile_generate`, for the peers too; the dense model
+is there both ways.
 
 The processes take turns on the same cores, in rotating order. Not all fit in
 memory: `--together` of them live at a time, the dense model (which the ratios
@@ -154,8 +154,7 @@ OTHERS = (
 def forms(backends, rows=None, plain=False):
     """Return the forms that are wanted, the anchor of the ratios first.
 
-    Where `compile_generate` has something to do, it is called; the dense
-    float32 model is there both ways.
+    `compile_generate` is called; the dense float32 model is there both ways.
 
     Args:
         backends: Strings, backends of Keras.
@@ -170,7 +169,7 @@ def forms(backends, rows=None, plain=False):
     ]
     found = []
     for form in (*made, *OTHERS):
-        if form.backend in (None, "jax"):
+        if form.backend is None:
             found.append(form)
             continue
         if plain or form.name in (DENSE, NOT_COMPILED):

@@ -48,19 +48,19 @@ def compile_generate(model: keras.Model) -> GenerateReport:
     token. On TensorFlow XLA compiles all of `generate`, which Keras runs op by
     op on a CPU unless told otherwise. On JAX, where KerasHub compiles all of
     it, the cache stays in parts, one for each layer, in place of being stacked
-    anew for each token, and heads that share keys and values read them once.
-    On all three, only as many tokens are read at first as the shortest prompt
-    has.
+    anew for each token. On JAX and torch a compiled kernel is the attention of
+    a new token, on a CPU in float32: it reads each key and value that is seen
+    once, for all heads that share it. On all three, only as many tokens are
+    read at first as the shortest prompt has.
 
     `model.generate` takes and returns what it did: strings or tokens,
     `max_length`, stop tokens, any sampler of KerasHub that goes through the
-    tokens once (greedy, top-k, top-p, random, your own `get_next_token`). On
-    torch the same kernels run on the same numbers; only a prompt is read in
-    fewer rows. On JAX and TensorFlow other operations are fused, which rounds
-    in another way. Where two tokens are about equally probable the text can
-    then go another way, and sooner with int8 activations (`pack` has them by
-    default with int8 weights), which make steps of roundings. Samplers draw
-    the same random numbers on torch and JAX; on TensorFlow XLA draws others
+    tokens once (greedy, top-k, top-p, random, your own `get_next_token`). The
+    numbers are rounded in other places, at 1e-6 of the logits in float32. Where
+    two tokens are about equally probable the text can then go another way, and
+    sooner with int8 activations (`pack` has them by default with int8
+    weights), which make steps of some percent out of any rounding. Samplers
+    draw the same random numbers on torch and JAX; on TensorFlow XLA draws others
     from the same seed.
 
     Shapes are compiled when they first occur: the batch size, `max_length`

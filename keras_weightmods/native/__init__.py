@@ -13,6 +13,7 @@ from typing import Any
 
 _ABI_VERSION = 4
 _SCALAR = 0  # KWM_ISA_SCALAR
+LANES = 16  # what the size of a head is a multiple of
 _TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 
 # C's types, by the letters of Python's `struct`.
@@ -34,7 +35,7 @@ _SIGNATURES = {
     "kwm_matmul_int8": ("", "PqqqiPPPPPP"),
     "kwm_matmul_transposed": ("", "PqqqiPPPPPP"),
     "kwm_values_gradient": ("", "PPqqqPPPP"),
-    "kwm_attend": ("", "PPPPqqqqqfPPP"),
+    "kwm_attend": ("", "PPPqPqqqqqfPPP"),
     "kwm_compand": ("", "PqffPPP"),
     "kwm_compand_gradient": ("", "PPPqffPPPPP"),
 }

@@ -179,6 +179,7 @@ ffi::Error Attend(ffi::ThreadPool threads, Activations q, Activations keys,
     return Invalid("queries, keys, values and mask do not fit each other");
   }
   kwm_attend(q.typed_data(), keys.typed_data(), values.typed_data(),
+             to[1] * to[2] * to[3],
              reinterpret_cast<const uint8_t*>(mask.typed_data()), to[0], to[1],
              of[2], to[2], of[3], scale, out->typed_data(),
              ParallelForOf(threads), &threads);

@@ -250,22 +250,26 @@ bool Case::run_attend() {
                 size = 16 * between(random, 1, 5);
   const float scale = static_cast<float>(between(random, 0, 4)) / 8;
   Array<float> q(batch * heads * size), out(q.size);
-  Array<float> keys(batch * places * key_heads * size), values(keys.size);
+  // More than that of a sequence, but for the last one.
+  const int64_t sequence = places * key_heads * size,
+                stride = sequence + between(random, 0, 40);
+  Array<float> keys(batch ? (batch - 1) * stride + sequence : 0),
+      values(keys.size);
   Array<unsigned char> mask(batch * places);
   for (auto* array : {&q, &keys, &values}) {
     for (int64_t i = 0; i < array->size; ++i) (*array)[i] = normal(random);
   }
   for (int64_t i = 0; i < mask.size; ++i) mask[i] = between(random, 0, 2) > 0;
   const bool masked = between(random, 0, 3) > 0;
-  kwm_attend(q.get(), keys.get(), values.get(), masked ? mask.get() : nullptr,
-             batch, places, heads, key_heads, size, scale, out.get(),
+  kwm_attend(q.get(), keys.get(), values.get(), stride,
+             masked ? mask.get() : nullptr, batch, places, heads, key_heads, size, scale, out.get(),
              threaded ? parallel_for : nullptr, &pool);
   if (places == 0) return true;
   for (int64_t item = 0; item < batch * heads; ++item) {
     const int64_t row = item / heads,
                   head = item % heads / (heads / key_heads);
     const auto at = [&](int64_t place) {
-      return ((row * places + place) * key_heads + head) * size;
+      return row * stride + (place * key_heads + head) * size;
     };
     std::vector<double> weights;
     bool any = false;

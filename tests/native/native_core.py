@@ -152,9 +152,10 @@ def attend(q, keys, values, mask, scale, parallel_for=None):
     """softmax(scale * q @ keys^T) @ values, for one query of a sequence."""
     out = np.full_like(q, np.nan)
     batch, places, key_heads, size = keys.shape
-    arrays = *map(pointer, [q, keys, values, mask]), batch, places
-    arguments = *arrays, q.shape[1], key_heads, size, scale, pointer(out)
-    load().kwm_attend(*arguments, parallel_for, None)
+    stride = places * key_heads * size
+    arrays = *map(pointer, [q, keys, values]), stride, pointer(mask)
+    sizes = batch, places, q.shape[1], key_heads, size
+    load().kwm_attend(*arrays, *sizes, scale, pointer(out), parallel_for, None)
     return out
 
 

@@ -12,26 +12,24 @@ from keras_weightmods import native
 from keras_weightmods.backend.jax import xla_handlers
 
 
-def attend_by(plain):
-    """Return a `dot_product_attention` that takes the kernel where it can.
+def attend(query, key, value, bias=None, mask=None, scale=None, **options):
+    """Return what Keras' `dot_product_attention` does, or None.
 
     Args:
-        plain: That of Keras' backend. It shares a key among heads too.
+        query: Array of shape (batch, 1, heads, size).
+        key, value: Arrays of shape (batch, places, key heads, size).
+        bias, mask, scale, **options: As in Keras; None for what the kernel
+            is not made for.
     """
-
-    def attention(
-        query, key, value, bias=None, mask=None, scale=None, **options
-    ):
-        seen = _seen(query, key, mask)
-        is_plain = bias is not None or any(options.values())
-        if is_plain or seen is None or not _fits(query, key, value):
-            return plain(query, key, value, bias, mask, scale, **options)
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        result = jax.ShapeDtypeStruct(query.shape, query.dtype)
-        call = jax.ffi.ffi_call("kwm_xla_attend", result)
-        return call(query, key, value, seen, scale=np.float32(scale))
-
-    return attention
+    if bias is not None or any(options.values()):
+        return None
+    seen = _seen(query, key, mask)
+    if seen is None or not _fits(query, key, value):
+        return None
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    result = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    call = jax.ffi.ffi_call("kwm_xla_attend", result)
+    return call(query, key, value, seen, scale=np.float32(scale))
 
 
 def _fits(query, key, value):
@@ -41,7 +39,7 @@ def _fits(query, key, value):
         and query.dtype == key.dtype == value.dtype == jnp.float32
         and key.shape == value.shape
         and query.shape[-1] == key.shape[-1]
-        and query.shape[-1] % 16 == 0
+        and query.shape[-1] % native.LANES == 0
         and query.shape[2] % key.shape[2] == 0
         and jax.default_backend() == "cpu"
         # XLA cannot split a custom call over devices.

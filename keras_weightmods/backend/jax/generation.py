@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import keras
 
 from keras_weightmods.backend.jax import stacks
-from keras_weightmods.backend.jax.attention import attend_by
+from keras_weightmods.backend.jax.attention import attend
+from keras_weightmods.backend.shared_heads import shared_heads
 
 # XLA takes long: `max_length` is rounded up to multiples of this.
 LENGTH_STEP = 64
@@ -81,7 +82,7 @@ class CompiledGenerate:
         with (
             _variables(zip(sampler.variables, sampler_values), run) as scope,
             self.stand_ins(model, **others),
-            _heads_shared(self.functions_by),
+            shared_heads(self.functions_by, attend, plain_shares=True),
         ):
             outputs = model.generate_step(inputs, stop_token_ids)
         return outputs, _values_of(sampler, scope)
@@ -184,36 +185,3 @@ def _variables(own, run):
 
 def _values_of(sampler, scope):
     return [scope.get_current_value(v) for v in sampler.variables]
-
-
-def _heads_shared(functions_by):
-    """Leave out the repetition of keys and values before an attention.
-
-    The kernel of `attend_by` shares a key among heads, and so does
-    jax.nn.dot_product_attention.
-    """
-    repeated = {}
-
-    def repeat_by(plain):
-        def repeat(x, repeats, axis=None):
-            y = plain(x, repeats, axis=axis)
-            if axis == 2 and len(x.shape) == 4:
-                # Held, so that no other gets the id.
-                repeated[id(y)] = y, x
-            return y
-
-        return repeat
-
-    def attention_by(plain):
-        plain = attend_by(plain)
-
-        def attention(query, key, value, *args, **kwargs):
-            if id(key) in repeated and id(value) in repeated:
-                key, value = repeated[id(key)][1], repeated[id(value)][1]
-            return plain(query, key, value, *args, **kwargs)
-
-        return attention
-
-    return functions_by(
-        numpy_repeat=repeat_by, nn_dot_product_attention=attention_by
-    )

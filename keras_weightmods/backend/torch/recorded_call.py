@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-from keras_weightmods.backend.torch import sparse_matmul
+from keras_weightmods.backend.torch import attention, sparse_matmul
 
 _aten = torch.ops.aten
 _PRODUCTS = (
@@ -70,10 +70,14 @@ class Recorded:
         held: List of tensors.
         inputs: List of the tensors that were recorded.
         spec: Tree of the results.
+
+    Attributes:
+        rounds_inputs: Bool, whether it multiplies by inputs rounded to int8.
     """
 
-    def __init__(self, graph, held, inputs, spec):
+    def __init__(self, graph, held, inputs, spec, rounds_inputs):
         self.graph = graph
+        self.rounds_inputs = rounds_inputs
         self._forward = graph.forward
         self._held = held
         self._strides = [x.stride() for x in inputs]
@@ -118,7 +122,8 @@ def record(function, inputs, weights):
     values = [_input_for(v, makers) for v in values]
     values = [standing_for(v) for v in values]
     graph, held = _graph(operations, recorder.inputs, values)
-    return Recorded(graph, held, inputs, spec), results
+    rounds_inputs = any(op.function is _PRODUCTS[1] for op in operations)
+    return Recorded(graph, held, inputs, spec, rounds_inputs), results
 
 
 class Recorder(TorchDispatchMode):
@@ -426,6 +431,8 @@ def _fast(op):
             tensors = [w if w is None else w.tensor for w in weights]
             k = x.geometry[0][-1]
             return sparse_matmul.prepared(function, k, n, *tensors), ((x,), {})
+    if function is torch.ops.keras_weightmods.attend.default:
+        return attention.native_attend, arguments
     namespace, name = function._schema.name.split("::")
     if namespace == "aten":
         for place in _PLACES:

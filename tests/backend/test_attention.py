@@ -1,0 +1,101 @@
+"""The attention of one query, by the kernel and by Keras."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_weightmods import native
+from keras_weightmods.backend import backend_module
+from keras_weightmods.backend.shared_heads import shared_heads
+from keras_weightmods.core import keras_private
+
+BACKEND = keras.backend.backend()
+if BACKEND == "tensorflow":
+    pytest.skip("Keras' own serves TensorFlow", allow_module_level=True)
+if not native.has_vectors():
+    pytest.skip("no compiled kernels", allow_module_level=True)
+
+attend = backend_module("attention").attend
+# Keras repeats keys for JAX and torch by itself.
+plain = ops.dot_product_attention
+
+
+def inputs(batch=2, queries=1, heads=6, places=21, key_heads=3, size=32):
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((batch, queries, heads, size), "float32")
+    keys, values = rng.standard_normal(
+        (2, batch, places, key_heads, size), "float32"
+    )
+    return [ops.convert_to_tensor(x) for x in (q, keys, values)]
+
+
+def numbers(x):
+    return ops.convert_to_numpy(x)
+
+
+def prompt_mask():
+    mask = np.arange(21) < np.array([[5], [21]])
+    return ops.convert_to_tensor(mask[:, None, None])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_it_is_what_keras_gives(masked, scale):
+    options = {"mask": prompt_mask() if masked else None, "scale": scale}
+    got = attend(*inputs(), **options)
+    assert got is not None
+    expected = plain(*inputs(), **options)
+    np.testing.assert_allclose(
+        numbers(got), numbers(expected), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        ({"queries": 2}, {}),
+        ({"size": 24}, {}),
+        ({}, {"bias": np.zeros((1, 1, 1, 21))}),
+        ({}, {"attn_logits_soft_cap": 5.0}),
+        ({}, {"is_causal": True}),
+        ({}, {"mask": np.ones((1, 6, 1, 21), bool)}),
+    ],
+)
+def test_what_it_is_not_made_for_goes_to_keras(shapes, options):
+    assert attend(*inputs(**shapes), **options) is None
+
+
+def test_other_types_go_to_keras():
+    assert attend(*[ops.cast(x, "bfloat16") for x in inputs()]) is None
+
+
+def test_keys_in_a_cache_of_all_layers_are_read_where_they_are():
+    q, keys, values = inputs()
+    cache = ops.stack([keys, values, keys, values], axis=1)
+    got = attend(q, cache[:, 0], cache[:, 3])
+    expected = attend(q, keys, values)
+    np.testing.assert_array_equal(numbers(got), numbers(expected))
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_repeated_keys_are_read_once(queries):
+    q, keys, values = inputs(queries=queries)
+    seen = []
+
+    def watched(query, key, value, **options):
+        seen.append(key.shape[2])
+        return attend(query, key, value, **options)
+
+    def attention():
+        repeated = (ops.repeat(x, 2, axis=2) for x in (keys, values))
+        return plain(q, *repeated, scale=0.2)
+
+    expected = attention()
+    shares = BACKEND == "jax"
+    with shared_heads(keras_private.functions_by, watched, shares):
+        got = attention()
+    assert seen == [3]
+    np.testing.assert_allclose(
+        numbers(got), numbers(expected), rtol=1e-5, atol=1e-6
+    )
