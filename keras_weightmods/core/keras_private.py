@@ -272,6 +272,14 @@ def is_training_call() -> bool:
     return context is not None and context.get_value("training") is True
 
 
+def takes_training(layer: Any) -> bool:
+    """Return whether a layer's `call` has an argument `training`.
+
+    A call of the layer drops one that it has not; `stateless_call` does not.
+    """
+    return bool(layer._call_has_training_arg)
+
+
 def producer(tensor: Any) -> tuple[Any, list[Any]]:
     """Return the operation that made a symbolic tensor, and its inputs."""
     operation, index, _ = tensor._keras_history

@@ -44,8 +44,8 @@ def sparse_matmul(x: Any, packed: Any) -> Any:
         Tensor of shape (..., N), in the type of `x`.
 
     Raises:
-        ValueError: If the last axis of `x` is not K, or `packed` is not
-            `Packed`.
+        ValueError: If `x` is not of floats, its last axis is not K, or
+            `packed` is not `Packed`.
 
     Example:
 
@@ -61,6 +61,13 @@ def sparse_matmul(x: Any, packed: Any) -> Any:
     check_packed(packed)
     if not ops.is_tensor(x):
         x = ops.convert_to_tensor(x)
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if not keras.backend.is_float_dtype(dtype):
+        raise ValueError(
+            "`x` must be a float tensor, since the products are of float32. "
+            f"Received: x of type {dtype}. Cast it: "
+            "`keras.ops.cast(x, 'float32')`"
+        )
     if len(x.shape) < 1 or x.shape[-1] != packed.shape[0]:
         raise ValueError(
             f"`x` must have {packed.shape[0]} entries in its last axis, the "

@@ -98,7 +98,11 @@ def lora_product(layer: Any, inputs: Any) -> Any:
     else:
         middle = inner.replace(kernel[-1], rank)
         factors.reverse()
-    (one, a), (other, b) = factors
+    # In a pure bfloat16 policy Keras makes them float32.
+    (one, a), (other, b) = (
+        (axes, ops.cast(factor, layer.compute_dtype))
+        for axes, factor in factors
+    )
     x = ops.einsum(f"{inner},{one}->{middle}", inputs, a)
     x = ops.einsum(f"{middle},{other}->{output}", x, b)
     return ops.multiply(x, layer.lora_alpha / layer.lora_rank)

@@ -344,8 +344,8 @@ class CAST(LogitsDistiller):
 
         Raises:
             ValueError: If the model was not trained, a target was frozen when
-                it was, or it is finalized already. The model is unchanged
-                then.
+                it was, it is finalized already, or the training made NaN. The
+                model is unchanged then.
         """
         self._check_not_finalized("finalize")
         if not self.compiled or not self.adam_s.built:
@@ -355,6 +355,12 @@ class CAST(LogitsDistiller):
                 "and `fit()` first."
             )
         self._check_all_sparsified()
+        sparsify.check_finite(
+            self.targets,
+            "The training diverged: go back to a checkpoint or load the "
+            "weights again, and train with a lower learning rate or "
+            "`global_clipnorm`, and finite data.",
+        )
         self.adam_s.prune()
         if self.scaling_groups:
             seam.fold(self.student, Scaling)

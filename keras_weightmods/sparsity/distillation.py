@@ -49,6 +49,10 @@ class LogitsDistiller(keras.distillation.Distiller):
     ):
         is_self = isinstance(teacher, str) and teacher == "self"
         is_other = isinstance(teacher, keras.Model) and teacher is not model
+        if is_other and not teacher.built:
+            # It would be built in training, by random weights.
+            expected = "a built `keras.Model`. Call it on data, and load it"
+            raise checks.error("teacher", expected, teacher)
         if not (is_self or is_other or teacher is None):
             expected = '"self" for a frozen copy, another `keras.Model` or None'
             raise checks.error("teacher", expected, teacher)

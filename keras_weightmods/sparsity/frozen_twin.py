@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_weightmods.core import keras_private
+
 # For the wrappers around the model: its own layers cast what they are given,
 # and a global mixed-precision policy must not cast it before.
 TRANSPARENT = {"dtype": "float32", "autocast": False}
@@ -37,7 +39,10 @@ class FrozenTwin(keras.Model):
             self.values_of,
             (part.trainable_variables, part.non_trainable_variables),
         )
-        outputs, _ = part.stateless_call(*values, inputs, training=False)
+        # Unlike a call of the model, this passes on what `call` cannot take.
+        takes = keras_private.takes_training(part)
+        options = {"training": False} if takes else {}
+        outputs, _ = part.stateless_call(*values, inputs, **options)
         return outputs
 
     def values_of(self, variables):

@@ -9,6 +9,7 @@ from keras import ops
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.ops import nm
+from keras_weightmods.sparsity import sparsify
 from keras_weightmods.sparsity.averages import install_projections
 from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
@@ -198,6 +199,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 f"`model` has no kernel that can be made {n}:{m} sparse. "
                 f"Received: model={model}, targets={targets}\n{report}"
             )
+        sparsify.check_finite(found, "Load weights that are.")
         for target in found:
             axes, variable = target.contraction_axes, target.variable
             constraint = cls(pattern, axes, frozen)

@@ -246,6 +246,7 @@ def sparsify(
     found = resolve_targets(model, targets)
     usable = fitting_targets("sparsify", found, pattern)
     check_stored("sparsify", usable)
+    check_finite(usable, "Load weights that are.")
     if data is not None:
         data = calibration_batches(model, data, batch_size)
     return pruner(model, usable, data)
@@ -290,6 +291,26 @@ def check_stored(caller: str, targets: Targets) -> None:
             f"`{caller}` prunes stored kernels, which are not what these "
             f"layers compute with: {taken[:5]}. Call `kwm.fold(model)` first, "
             "or leave them out of `targets`."
+        )
+
+
+def check_finite(targets: Targets, way_out: str) -> None:
+    """Raise ValueError for kernels with NaN or infinity.
+
+    Args:
+        targets: `Targets`.
+        way_out: String, what to do then.
+    """
+    bad = [
+        target.path
+        for target in targets
+        if not bool(ops.all(ops.isfinite(target.variable.value)))
+    ]
+    if bad:
+        raise ValueError(
+            "Kernels must be finite to be made sparse: NaN has no magnitude. "
+            f"Received: NaN or infinity in {len(bad)} kernels, {bad[:5]}. "
+            f"{way_out}"
         )
 
 

@@ -227,6 +227,13 @@ def test_wrong_shapes():
             sparse_matmul(x, packed)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "bool"])
+def test_inputs_that_are_no_floats_are_refused(dtype):
+    packed = pack_kernel(kernel_of(64, 48))
+    with pytest.raises(ValueError, match=f"float tensor.*{dtype}"):
+        sparse_matmul(np.ones((2, 64), dtype), packed)
+
+
 def test_a_kernel_that_is_not_packed_is_refused():
     with pytest.raises(ValueError, match="what `pack_kernel` returns"):
         sparse_matmul(np.ones((2, 4), "float32"), np.ones((4, 3), "float32"))

@@ -397,6 +397,16 @@ def test_lora_trains_on_a_packed_base():
     assert_allclose(outputs(model, x), trained, rtol=1e-5, atol=1e-5)
 
 
+def test_lora_on_a_packed_base_in_pure_bfloat16():
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(8, dtype="bfloat16")]
+    )
+    kwm.sparsify(model, verbose=0)
+    pack(model)
+    model.layers[0].enable_lora(2)
+    assert "bfloat16" in str(model(np.ones((2, 8))).dtype)
+
+
 def leave_out_native(monkeypatch):
     module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
     backend = keras.backend.backend()

@@ -309,6 +309,9 @@ def test_wrong_models():
     for unbuilt in (models.Subclassed(), "model"):
         with pytest.raises(ValueError, match="built"):
             kwm.CAST(unbuilt)
+    unbuilt = keras.Sequential([keras.layers.Dense(4)])
+    with pytest.raises(ValueError, match="`teacher` must be a built"):
+        kwm.CAST(model, teacher=unbuilt)
     with pytest.raises(ValueError, match=r"[Oo]utput"):
         kwm.CAST(model, teacher=other)
     assert other.trainable
@@ -325,6 +328,35 @@ def test_wrong_models():
             kwm.CAST(model, teacher=teacher)
     assert other.trainable
     assert all(layer.trainable for layer in other.layers)
+
+
+def test_a_call_without_training():
+    class Plain(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(4)
+
+        def call(self, x):
+            return self.dense(x)
+
+    model, (x, y) = Plain(), make_data()
+    model(x)
+    cast = kwm.CAST(model)
+    cast.compile(loss=casts.cross_entropy())
+    cast.fit(x, y, verbose=0)
+    kwm.assert_sparse(cast.finalize(), "2:4")
+
+
+def test_a_run_that_made_nan_is_not_finalized():
+    cast = kwm.CAST(make_mlp())
+    cast.compile(loss=casts.cross_entropy())
+    cast.fit(*make_data(), verbose=0)
+    kernel = cast.targets[0].variable
+    kernel.assign(np.full(kernel.shape, np.nan))
+    before = weights_of(cast.student)
+    with pytest.raises(ValueError, match=rf"{kernel.path}.*diverged"):
+        cast.finalize()
+    assert_same(weights_of(cast.student), before)
 
 
 def test_a_frozen_kernel_stays_dense():

@@ -229,13 +229,13 @@ def test_an_error_on_the_way_leaves_the_model_alone():
     model = make_mlp()
     before = weights_of(model)
     # The first kernel is pruned when this is found.
-    big = model.layers[1].kernel
-    big.assign(np.full(big.shape, np.inf))
+    bias = model.layers[1].bias
+    bias.assign(np.full(bias.shape, np.nan))
     infinite = weights_of(model)
     with pytest.raises(ValueError, match=model.layers[2].kernel.path):
         kwm.sparsify(model, "2:4", "wanda", normal(9, 16), verbose=0)
     assert_same(weights_of(model), infinite)
-    big.assign(before[2])
+    bias.assign(before[3])
 
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -245,6 +245,18 @@ def test_an_error_on_the_way_leaves_the_model_alone():
         kwm.sparsify(model, "2:4", "sparsegpt", normal(9, 16), verbose=0)
     assert_same(weights_of(model), before)
     assert "call" not in vars(model.layers[0])
+
+
+def test_a_kernel_with_nan_is_refused():
+    model = make_mlp()
+    kernel = model.layers[1].kernel
+    kernel.assign(np.full(kernel.shape, np.nan))
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=kernel.path):
+        kwm.sparsify(model)
+    with pytest.raises(ValueError, match=kernel.path):
+        kwm.SemiStructuredSparse.attach(model)
+    assert_same(weights_of(model), before)
 
 
 def test_a_scaled_kernel_is_refused():
