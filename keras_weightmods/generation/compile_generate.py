@@ -60,8 +60,8 @@ def compile_generate(model: keras.Model) -> GenerateReport:
     two tokens are about equally probable the text can then go another way, and
     sooner with int8 activations (`pack` has them by default with int8
     weights), which make steps of some percent out of any rounding. Samplers
-    draw the same random numbers on torch and JAX; on TensorFlow XLA draws others
-    from the same seed.
+    draw the same random numbers on torch and JAX; on TensorFlow XLA draws
+    others from the same seed.
 
     Shapes are compiled when they first occur: the batch size, `max_length`
     and the length of the shortest prompt, rounded up to a multiple of 16 (by
