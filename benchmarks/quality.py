@@ -17,6 +17,7 @@ they are no part of the library.
 
 import math
 import os
+import pathlib
 import platform
 import time
 
@@ -46,6 +47,12 @@ def parse_arguments():
     parser.add_argument(
         "--rows", type=int, default=16, help="of each text, to evaluate on"
     )
+    parser.add_argument(
+        "--save",
+        type=pathlib.Path,
+        help="folder for the weights of each row, as `runtimes --sparse` "
+        "takes them",
+    )
     harness.add_json(parser, "quality.json")
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that are there"
@@ -55,6 +62,7 @@ def parse_arguments():
 
 def run(args):
     import keras
+    import numpy as np
 
     from examples.data.smollm2 import load_smollm2
 
@@ -95,6 +103,10 @@ def run(args):
                 }
             )
             print(rows[-1], flush=True)
+            if args.save:
+                args.save.mkdir(parents=True, exist_ok=True)
+                file = args.save / f"{name} {seed}.npz"
+                np.savez(file, *model.get_weights())
             harness.write_json(args.json, report(args, rows))
     print_table(report(args, rows))
 
@@ -224,6 +236,14 @@ def make_methods(steps):
             init_refine="blocks",
             ramp=0.4,
             criterion="activation",
+        ),
+        "CAST from SparseGPT + swaps + blocks, KL alone": Cast(
+            steps,
+            init="sparsegpt",
+            init_refine=("swaps", "blocks"),
+            distillation_weight=1.0,
+            scaling_groups=0,
+            learning_rate=7e-5,
         ),
         "CAST from SparseGPT + eta 2/3": Cast(
             steps, init="sparsegpt", distillation_weight=2 / 3
