@@ -237,7 +237,7 @@ def make_methods(steps):
             ramp=0.4,
             criterion="activation",
         ),
-        "CAST from SparseGPT + swaps + blocks, KL alone": Cast(
+        "CAST from SparseGPT + swaps + blocks + KL alone": Cast(
             steps,
             init="sparsegpt",
             init_refine=("swaps", "blocks"),

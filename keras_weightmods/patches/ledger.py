@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 import weakref
 from typing import Any
 
@@ -53,9 +54,11 @@ class Ledger:
 
     Attributes:
         patches: Dict from names to `Patch`.
+        lock: To be held from the look at `patches` to the end of a change.
     """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self.patches: dict[str, Patch] = {}
         self._weights: dict[int, _Weight] = {}
 

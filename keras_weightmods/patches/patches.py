@@ -1,9 +1,10 @@
 """Several changes on one model, and off it again bit for bit."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from keras_weightmods.patches.checkpoint import Checkpoint
 from keras_weightmods.patches.entry import Change
@@ -11,6 +12,19 @@ from keras_weightmods.patches.ledger import Patch, ledger_of
 from keras_weightmods.patches.report import PatchReport
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Skipped
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _one_at_a_time(method: _Method) -> _Method:
+    """Let no two threads change a model at once."""
+
+    @functools.wraps(method)
+    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._ledger.lock:
+            return method(self, *args, **kwargs)
+
+    return locked  # type: ignore[return-value]
 
 
 class Patches:
@@ -25,7 +39,8 @@ class Patches:
     entries that they change), until the last patch on them is gone.
 
     All `Patches(model)` of one model are the same patches, those of
-    `WeightSignature.apply` and `apply_delta` too. They live in memory, with
+    `WeightSignature.apply` and `apply_delta` too; threads change them one
+    after the other. They live in memory, with
     the model object: files hold the patched weights alone.
 
     Weights that something else has changed since, such as training, are
@@ -81,6 +96,7 @@ class Patches:
         """Int, the bytes of the clean values that are kept."""
         return self._ledger.nbytes
 
+    @_one_at_a_time
     def clean_fingerprint(self) -> str:
         """Return the SHA-256 of the weights as they are without patches.
 
@@ -89,6 +105,7 @@ class Patches:
         """
         return self._ledger.fingerprint(Checkpoint("model", self.model))
 
+    @_one_at_a_time
     def add(
         self, signature: Change, scale: float = 1.0, name: str | None = None
     ) -> PatchReport:
@@ -126,6 +143,7 @@ class Patches:
         after = {**patches, name: Patch(signature, scale)}
         return self._update("add", name, scale, after)
 
+    @_one_at_a_time
     def rescale(self, name: str, scale: float) -> PatchReport:
         """Change the scale of a patch.
 
@@ -146,6 +164,7 @@ class Patches:
         after = {**self._ledger.patches, name: patch}
         return self._update("rescale", name, scale, after)
 
+    @_one_at_a_time
     def remove(self, name: str, force: bool = False) -> PatchReport:
         """Take a patch off.
 
@@ -170,6 +189,7 @@ class Patches:
         del after[name]
         return self._update("remove", name, scale, after, force)
 
+    @_one_at_a_time
     def clear(self, force: bool = False) -> PatchReport:
         """Take all patches off, or none if one of them cannot be.
 
@@ -184,6 +204,7 @@ class Patches:
         """
         return self._update("clear", None, None, {}, force)
 
+    @_one_at_a_time
     def name_of(self, signature: Change) -> str:
         """Return the name under which a signature is on the model.
 

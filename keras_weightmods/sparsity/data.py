@@ -37,9 +37,17 @@ def preprocess(model, x, y=None, sample_weight=None):
     strings = keras.tree.map_structure(
         lambda a: a.tolist() if isinstance(a, np.ndarray) else a, x
     )
-    outputs = model.preprocess_samples(strings, y, sample_weight)
+    labels = map(_array_of_numbers, (y, sample_weight))
+    outputs = model.preprocess_samples(strings, *labels)
     outputs = keras.tree.map_structure(_to_numpy, outputs)
     return keras.utils.unpack_x_y_sample_weight(outputs)
+
+
+def _array_of_numbers(x):
+    """A list of numbers as an array; one of arrays is several outputs."""
+    if isinstance(x, list) and all(map(np.isscalar, x)):
+        return np.asarray(x)
+    return x
 
 
 def preprocess_pairs(model, data):

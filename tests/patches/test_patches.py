@@ -1,4 +1,5 @@
 import _thread
+import concurrent.futures
 import dataclasses
 import gc
 import itertools
@@ -393,6 +394,25 @@ def test_assigning_to_memory_that_numpy_cannot_see(
         Patches(model).clear()
         assert_same_bits(weights_of(model), before)
     assert_same_bits(*expected)
+
+
+def test_threads_change_a_model_one_after_the_other():
+    model = sequential((16,), keras.layers.Dense(8), keras.layers.Dense(4))
+    clean = weights_of(model)
+    changes = [make_signature(model, seed) for seed in range(4)]
+
+    def work(change):
+        for _ in range(20):
+            patches = Patches(model)
+            patches.add(change, 0.5, name=str(id(change)))
+            patches.rescale(str(id(change)), 0.7)
+            patches.remove(str(id(change)))
+
+    with concurrent.futures.ThreadPoolExecutor(len(changes)) as pool:
+        for done in [pool.submit(work, change) for change in changes]:
+            done.result()
+    assert len(Patches(model)) == 0
+    assert_same_bits(weights_of(model), clean)
 
 
 def test_the_books_do_not_keep_models_alive(signatures):

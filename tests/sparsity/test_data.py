@@ -85,3 +85,16 @@ def test_holds_strings():
     assert data.holds_strings(tf.data.Dataset.from_tensor_slices(texts))
     for x in (X, {"x": X}, generator(), dataset(), None):
         assert not data.holds_strings(x)
+
+
+def test_labels_of_strings_may_be_a_list():
+    class Task:
+        name = "task"
+        preprocessor = "there is one"
+
+        def preprocess_samples(self, x, y=None, sample_weight=None):
+            return np.array([list(map(ord, x)), y]).T, y, sample_weight
+
+    x, y, weights = data.preprocess(Task(), ["a", "b"], [0, 1], [1.0, 0.5])
+    assert data.batch_count((x, y)) == 1
+    assert [each.shape for each in (y, weights)] == [(2,), (2,)]
