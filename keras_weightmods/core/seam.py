@@ -5,8 +5,11 @@ where the parameters take the place of the stored variable; any other
 w = f(v, parameters) fits by one more subclass of `Reparameterization`.
 """
 
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import keras
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.reparameterization import (
@@ -120,6 +123,35 @@ def attach(
             item.target.variable.assign(value)
         _install(item)
     forget_variables(model)
+    _guard_presets(model)
+
+
+def _guard_presets(model: Any) -> None:
+    """Have a model of KerasHub refuse a preset that would not load.
+
+    It would hold the arrays of the reparameterized layers, and a config that
+    builds plain ones.
+    """
+    for part in keras_private.layers_of(model):
+        if hasattr(type(part), _PRESET) and isinstance(part, keras.Model):
+            guarded = types.MethodType(_save_to_preset, part)
+            keras_private.attributes(part)[_PRESET] = guarded
+
+
+_PRESET = "save_to_preset"
+
+
+def _save_to_preset(model: Any, *args: Any, **kwargs: Any) -> None:
+    left = reparameterizations(model)
+    if left:
+        raise ValueError(
+            "A preset holds no reparameterized weights, and would not load. "
+            f"Call `{left[0].finish}` first, or save the model with "
+            "`keras_weightmods.save_model(model, path)`. Received: "
+            f"model={model.name!r}, of which {len(left)} weights are "
+            f"reparameterized, the first being {left[0].target.path!r}"
+        )
+    getattr(type(model), _PRESET)(model, *args, **kwargs)
 
 
 def install(item: Reparameterization) -> None:

@@ -407,6 +407,19 @@ def test_lora_on_a_packed_base_in_pure_bfloat16():
     assert "bfloat16" in str(model(np.ones((2, 8))).dtype)
 
 
+def test_a_preset_that_would_not_load_is_refused(tmp_path):
+    model = models.randomize(models.causal_lm("llama"))
+    kwm.sparsify(model, verbose=0)
+    pack(model)
+    for part in (model, model.backbone):
+        with pytest.raises(ValueError, match=r"unpack\(model\).*save_model"):
+            part.save_to_preset(tmp_path / "preset")
+    assert not (tmp_path / "preset").exists()
+    unpack(model)
+    model.backbone.save_to_preset(tmp_path / "preset")
+    assert (tmp_path / "preset").exists()
+
+
 def leave_out_native(monkeypatch):
     module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
     backend = keras.backend.backend()
