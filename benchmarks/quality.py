@@ -243,7 +243,6 @@ def make_methods(steps):
             init_refine=("swaps", "blocks"),
             distillation_weight=1.0,
             scaling_groups=0,
-            learning_rate=7e-5,
         ),
         "CAST from SparseGPT + eta 2/3": Cast(
             steps, init="sparsegpt", distillation_weight=2 / 3
@@ -457,7 +456,9 @@ class Cast:
 
         cast = kwm.CAST(model, **self.settings)
         recipe = {
-            **kwm.CAST.default_recipe(self.settings["init"]),
+            **kwm.CAST.default_recipe(
+                self.settings["init"], self.settings["init_refine"]
+            ),
             **self.recipe,
         }
         if self.recipe:

@@ -653,6 +653,7 @@ rows that say it."""
 # Title, log, and the function that makes a part of it.
 PARTS = (
     ("Four texts, three never trained on", "quality", texts),
+    ("The same, 51,200 tokens from the best start", "quality_200", texts),
     ("At equal tokens, on two texts (an older log)", "cast_quality", methods),
     ("One-shot, without training", "one_shot", one_shot),
     ("CAST by budget", "cast_llm", budgets),

@@ -74,8 +74,12 @@ class CAST(LogitsDistiller):
             that start; the teacher is the dense model still. On SmolLM2 with
             30,720 tokens that is as good on text of the kind trained on, and
             worse on other text. Defaults to `"dense"`.
-        init_refine: As `refine` of `sparsify`, for a one-shot start. Defaults
-            to `None`.
+        init_refine: As `refine` of `sparsify`, for a one-shot start. With
+            `"blocks"` the default learning rate is lower. The best recipe
+            that we know for text that is not trained on is
+            `init="sparsegpt", init_refine=("swaps", "blocks"),
+            distillation_weight=1.0, scaling_groups=0`, on rows of which half
+            are of `self_generated`. Defaults to `None`.
         init_rows: Int, the rows (texts, images) that the one-shot start is
             made on, rounded up to whole batches. Defaults to `128`, as many
             as SparseGPT's authors take.
@@ -224,7 +228,7 @@ class CAST(LogitsDistiller):
         """
         is_default = optimizer is None
         if is_default:
-            recipe = recipes.default_recipe(self.init)
+            recipe = recipes.default_recipe(self.init, self.init_refine)
             optimizer = AdamS(pattern=self.pattern, **recipe)
         inner = _inner(optimizer)
         if not isinstance(inner, AdamS) or inner.pattern != self.pattern:
@@ -398,7 +402,9 @@ class CAST(LogitsDistiller):
         accumulated = optimizer.gradient_accumulation_steps or 1
         optimizer.total_steps = max(1, batches // accumulated)
         if self._optimizer_is_default:
-            schedule = recipes.default_schedule(self.init, batches)
+            schedule = recipes.default_schedule(
+                self.init, self.init_refine, batches
+            )
             optimizer.learning_rate = schedule
         self._run.planned_batches = batches
         # Compiled, it holds the length of an earlier plan.
