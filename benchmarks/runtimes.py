@@ -44,6 +44,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -819,7 +820,7 @@ def plot(report, path):
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     marks = {"2:4": "tab:blue", "dense": "tab:gray"}
@@ -835,17 +836,24 @@ def plot(report, path):
             alpha=0.5,
             label=f"{weights} weights",
         )
+    middle = sum(math.log(row["x_dense"]) for row in rows) / len(rows)
     for row in rows:
         place = row["x_dense"], row["tokens_per_second"]["write 1"]
+        on_the_left = math.log(row["x_dense"]) > middle
         axes.annotate(
             row["form"],
             place,
-            xytext=(6, 3),
+            xytext=(-8 if on_the_left else 8, 6),
             textcoords="offset points",
             fontsize=7,
+            ha="right" if on_the_left else "left",
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("perplexity over that of the dense model (four texts)")
     axes.set_ylabel("new tokens a second, batch 1")
     axes.set_title(
