@@ -661,6 +661,11 @@ PARTS = (
     ("Quantized", "cast_llm", quantized),
     ("Fine-tuned", "finetune_sparse", fine_tuned),
     ("Packed: speed and size", "packed_llm", packed),
+    (
+        "Packed: int8 inputs, with and without compile_generate",
+        "packed_llm_compiled",
+        packed,
+    ),
     ("Runtimes: speed, memory and quality", "runtimes", runtimes),
     ("Packed: the product by shape and rows", "sparse_matmul", products),
     ("LIFT: quality", "lift_quality", lift_quality),
