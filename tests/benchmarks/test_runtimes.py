@@ -55,7 +55,7 @@ def test_forms_begin_with_the_dense_model_of_the_first_backend():
     labels = [form.label for form in found]
     assert len(set(labels)) == len(labels)
     assert {
-        "jax: packed int8",
+        "jax: packed int8, compiled",
         "llama.cpp Q4_0",
         "torch: packed int8, compiled",
         "torch: torchao int4, compiled",
@@ -66,9 +66,10 @@ def test_forms_begin_with_the_dense_model_of_the_first_backend():
     both = {form.label for form in runtimes.forms(["torch"], plain=True)}
     assert {"torch: packed int8", "torch: packed int8, compiled"} < both
     chosen = runtimes.forms(["jax"], rows=["packed int8", "Q8_0"])
+    names = [name for name in runtimes.PACKED if "packed int8" in name]
     assert [form.label for form in chosen] == [
         "jax: dense float32",
-        *(f"jax: {name}" for name in runtimes.PACKED if "packed int8" in name),
+        *(f"jax: {name}, compiled" for name in names),
         "llama.cpp Q8_0",
         "OpenVINO Q8_0",
     ]
