@@ -57,22 +57,25 @@ def test_clean_under_the_sanitizers(tmp_path):
 
 @pytest.mark.skipif(native_core.compiler() is None, reason="no C++ compiler")
 def test_threads_that_help_several_callers(tmp_path):
-    sanitize = ["-O1", "-g", "-fsanitize=thread"]
-    for flags in (sanitize, ["-O2"]):
+    program = tmp_path / "check_helpers"
+    source = native_core.HERE / "check_helpers.cc"
+    for flags in (["-O1", "-g", "-fsanitize=thread"], ["-O2"]):
         command = [native_core.compiler(), "-std=c++17", *flags, "-pthread"]
-        source = native_core.HERE / "check_helpers.cc"
-        program = tmp_path / "check_helpers"
         command += [f"-I{native_core.SOURCES}", source, "-o", program]
         built = subprocess.run(command, capture_output=True, text=True)
-        if built.returncode == 0:
+        if built.returncode:
+            # This compiler may have no such sanitizer.
+            continue
+        done = subprocess.run(
+            [program, str(SECONDS / 3)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        # Nor does it run where the kernel spreads memory too far.
+        if "unexpected memory mapping" not in done.stdout:
             break
     assert built.returncode == 0, built.stderr
-    done = subprocess.run(
-        [program, str(SECONDS / 3)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
     assert done.returncode == 0, done.stdout
 
 
