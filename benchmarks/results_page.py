@@ -630,9 +630,13 @@ def table(header, rows, text_columns=1):
 
 def missing(name):
     program = f"python -m benchmarks.{name}"
+    file = f"benchmarks/results/{name}.json"
     if name == "finetune_sparse":
-        file = f"benchmarks/results/{name}.json"
         program = f"python -m examples.{name} --json {file}"
+    elif name == "quality_200":
+        program = f"python -m benchmarks.quality --steps 200 --json {file}"
+    elif name == "packed_llm_compiled":
+        program = f"python -m benchmarks.packed_llm --compiled --json {file}"
     return f"No log yet: `{program}` writes it."
 
 

@@ -199,7 +199,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 f"`model` has no kernel that can be made {n}:{m} sparse. "
                 f"Received: model={model}, targets={targets}\n{report}"
             )
-        sparsify.check_finite(found, "Load weights that are.")
+        sparsify.check_finite(found, sparsify.FINITE_FIRST)
         for target in found:
             axes, variable = target.contraction_axes, target.variable
             constraint = cls(pattern, axes, frozen)

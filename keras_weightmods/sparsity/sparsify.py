@@ -246,7 +246,6 @@ def sparsify(
     found = resolve_targets(model, targets)
     usable = fitting_targets("sparsify", found, pattern)
     check_stored("sparsify", usable)
-    check_finite(usable, "Load weights that are.")
     if data is not None:
         data = calibration_batches(model, data, batch_size)
     return pruner(model, usable, data)
@@ -292,6 +291,9 @@ def check_stored(caller: str, targets: Targets) -> None:
             f"layers compute with: {taken[:5]}. Call `kwm.fold(model)` first, "
             "or leave them out of `targets`."
         )
+
+
+FINITE_FIRST = "Load finite weights first."
 
 
 def check_finite(targets: Targets, way_out: str) -> None:
@@ -383,6 +385,7 @@ class OneShot:
         Returns:
             A `SparsifyReport`.
         """
+        check_finite(targets, FINITE_FIRST)
         blocks: list[ReconstructedBlock] = []
         train = BlockReconstruction(self.epochs, self.learning_rate)
 

@@ -347,6 +347,17 @@ def test_a_call_without_training():
     kwm.assert_sparse(cast.finalize(), "2:4")
 
 
+def test_a_one_shot_start_from_nan_is_refused():
+    cast = kwm.CAST(make_mlp(), init="magnitude")
+    cast.compile(loss=casts.cross_entropy())
+    kernel = cast.targets[0].variable
+    kernel.assign(np.full(kernel.shape, np.nan))
+    before = weights_of(cast.student)
+    with pytest.raises(ValueError, match=kernel.path):
+        cast.fit(*make_data(), verbose=0)
+    assert_same(weights_of(cast.student), before)
+
+
 def test_a_run_that_made_nan_is_not_finalized():
     cast = kwm.CAST(make_mlp())
     cast.compile(loss=casts.cross_entropy())
