@@ -13,7 +13,7 @@ from typing import Any
 
 _ABI_VERSION = 4
 _SCALAR = 0  # KWM_ISA_SCALAR
-LANES = 16  # what the size of a head is a multiple of
+HEAD_SIZE_MULTIPLE = 16  # of `kwm_attend`
 _TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 
 # C's types, by the letters of Python's `struct`.

@@ -1,5 +1,7 @@
 // Attention of one query of each sequence: what is seen, split of the work.
 
+#include <algorithm>
+
 #include "kernels.h"
 #include "work.h"
 
@@ -21,6 +23,7 @@ void kwm_attend(const float* q, const float* keys, const float* values,
                 int64_t places, int64_t heads, int64_t key_heads, int64_t size,
                 float scale, float* out, kwm_parallel_for parallel_for,
                 void* pool) {
+  if (places == 0) std::fill_n(out, batch * heads * size, 0.0f);
   if (batch == 0 || places == 0) return;
   const kwm::Kernels& kernels = kwm::kernels_in_use();
   const int64_t queries = heads / key_heads;

@@ -143,7 +143,8 @@ KWM_API void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
 // softmax(scale * q @ keys^T) @ values. heads / key_heads queries after one
 // another share a key. The sequences of keys, and those of values, are `stride`
 // floats apart. mask (batch, places) is 0 where a place is not seen; NULL shows
-// all; where it shows none, all are. size is a multiple of 16.
+// all; where it shows none, all are. size is a multiple of 16. Without places
+// out is zero.
 KWM_API void kwm_attend(const float* q, const float* keys, const float* values,
                         int64_t stride, const uint8_t* mask, int64_t batch,
                         int64_t places, int64_t heads, int64_t key_heads,

@@ -1,13 +1,14 @@
 """The attention of one query, by the kernel and by Keras."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_weightmods import native
-from keras_weightmods.backend import backend_module
-from keras_weightmods.backend.shared_heads import shared_heads
+from keras_weightmods.backend import attention, backend_module
 from keras_weightmods.core import keras_private
 
 BACKEND = keras.backend.backend()
@@ -16,7 +17,8 @@ if BACKEND == "tensorflow":
 if not native.has_vectors():
     pytest.skip("no compiled kernels", allow_module_level=True)
 
-attend = backend_module("attention").attend
+kernel = backend_module("attention").kernel
+attend = functools.partial(attention.attend, kernel)
 # Keras repeats keys for JAX and torch by itself.
 plain = ops.dot_product_attention
 
@@ -83,19 +85,21 @@ def test_repeated_keys_are_read_once(queries):
     q, keys, values = inputs(queries=queries)
     seen = []
 
-    def watched(query, key, value, **options):
+    def watched(query, key, *rest):
         seen.append(key.shape[2])
-        return attend(query, key, value, **options)
+        return kernel(query, key, *rest)
 
-    def attention():
+    def repeated_attention():
         repeated = (ops.repeat(x, 2, axis=2) for x in (keys, values))
         return plain(q, *repeated, scale=0.2)
 
-    expected = attention()
+    expected = repeated_attention()
     shares = BACKEND == "jax"
-    with shared_heads(keras_private.functions_by, watched, shares):
-        got = attention()
-    assert seen == [3]
+    with attention.one_query_by_kernel(
+        keras_private.functions_by, watched, shares
+    ):
+        got = repeated_attention()
+    assert seen == ([3] if queries == 1 else [])
     np.testing.assert_allclose(
         numbers(got), numbers(expected), rtol=1e-5, atol=1e-6
     )

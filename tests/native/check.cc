@@ -250,6 +250,7 @@ bool Case::run_attend() {
                 size = 16 * between(random, 1, 5);
   const float scale = static_cast<float>(between(random, 0, 4)) / 8;
   Array<float> q(batch * heads * size), out(q.size);
+  for (int64_t i = 0; i < out.size; ++i) out[i] = 1;
   // More than that of a sequence, but for the last one.
   const int64_t sequence = places * key_heads * size,
                 stride = sequence + between(random, 0, 40);
@@ -264,7 +265,12 @@ bool Case::run_attend() {
   kwm_attend(q.get(), keys.get(), values.get(), stride,
              masked ? mask.get() : nullptr, batch, places, heads, key_heads, size, scale, out.get(),
              threaded ? parallel_for : nullptr, &pool);
-  if (places == 0) return true;
+  if (places == 0) {
+    for (int64_t i = 0; i < out.size; ++i) {
+      if (out[i] != 0) return false;
+    }
+    return true;
+  }
   for (int64_t item = 0; item < batch * heads; ++item) {
     const int64_t row = item / heads,
                   head = item % heads / (heads / key_heads);

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_weightmods.backend.attention import one_query_by_kernel
 from keras_weightmods.backend.jax import stacks
-from keras_weightmods.backend.jax.attention import attend
-from keras_weightmods.backend.shared_heads import shared_heads
+from keras_weightmods.backend.jax.attention import kernel
 
 # XLA takes long: `max_length` is rounded up to multiples of this.
 LENGTH_STEP = 64
@@ -82,7 +82,7 @@ class CompiledGenerate:
         with (
             _variables(zip(sampler.variables, sampler_values), run) as scope,
             self.stand_ins(model, **others),
-            shared_heads(self.functions_by, attend, plain_shares=True),
+            one_query_by_kernel(self.functions_by, kernel, plain_shares=True),
         ):
             outputs = model.generate_step(inputs, stop_token_ids)
         return outputs, _values_of(sampler, scope)

@@ -7,9 +7,9 @@ runs. The keys and values are written into the one cache in place.
 
 import torch
 
-from keras_weightmods.backend.shared_heads import shared_heads
+from keras_weightmods.backend.attention import one_query_by_kernel
 from keras_weightmods.backend.torch import recorded_call
-from keras_weightmods.backend.torch.attention import attend
+from keras_weightmods.backend.torch.attention import kernel
 
 # `max_length` is not rounded up: to record anew takes seconds.
 LENGTH_STEP = None
@@ -155,8 +155,10 @@ class _Run:
             slices = self.functions_by(
                 core_slice=lambda _: _slice, core_slice_update=lambda _: update
             )
-            heads = shared_heads(self.functions_by, attend, plain_shares=False)
-            with slices, heads:
+            attention = one_query_by_kernel(
+                self.functions_by, kernel, plain_shares=False
+            )
+            with slices, attention:
                 return function(*inputs)
 
         weights = [v.value for v in self.model.variables]

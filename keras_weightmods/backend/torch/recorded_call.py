@@ -432,7 +432,7 @@ def _fast(op):
             k = x.geometry[0][-1]
             return sparse_matmul.prepared(function, k, n, *tensors), ((x,), {})
     if function is torch.ops.keras_weightmods.attend.default:
-        return attention.native_attend, arguments
+        return attention.attend, arguments
     namespace, name = function._schema.name.split("::")
     if namespace == "aten":
         for place in _PLACES:

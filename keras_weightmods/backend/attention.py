@@ -1,0 +1,106 @@
+"""The attention of one query of each sequence, by a compiled kernel on a CPU.
+
+KerasHub repeats keys and values for each group of heads that shares them, and
+backends then read all places of the cache, in another order. The kernel reads
+those that are seen, once.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_weightmods import native
+
+
+@contextlib.contextmanager
+def one_query_by_kernel(
+    functions_by: Any, kernel: Callable[..., Any], plain_shares: bool
+) -> Iterator[None]:
+    """Let `keras.ops.dot_product_attention` take the kernel in a scope.
+
+    Args:
+        functions_by: Of `core.keras_private`.
+        kernel: Callable, see `attend`.
+        plain_shares: Bool, whether the backend's own attention takes keys
+            that are not repeated; it then gets them so.
+    """
+    repeated = {}
+
+    def repeat_by(plain):
+        def repeat(x, repeats, axis=None):
+            y = plain(x, repeats, axis=axis)
+            if axis == 2 and len(x.shape) == 4:
+                # Held, so that no other gets the id.
+                repeated[id(y)] = y, x
+            return y
+
+        return repeat
+
+    def attention_by(plain):
+        def attention(query, key, value, *args, **kwargs):
+            own = key, value
+            if id(key) in repeated and id(value) in repeated:
+                own = repeated[id(key)][1], repeated[id(value)][1]
+            result = attend(kernel, query, *own, *args, **kwargs)
+            if result is not None:
+                return result
+            given = own if plain_shares else (key, value)
+            return plain(query, *given, *args, **kwargs)
+
+        return attention
+
+    with functions_by(
+        numpy_repeat=repeat_by, nn_dot_product_attention=attention_by
+    ):
+        yield
+
+
+def attend(
+    kernel: Callable[..., Any],
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    scale: Any = None,
+    **options: Any,
+) -> Any:
+    """Return what Keras' `dot_product_attention` does, or None.
+
+    Args:
+        kernel: Callable from query, key, value, a bool mask of shape (batch,
+            places) or None, and the scale.
+        query: Tensor of shape (batch, 1, heads, size).
+        key, value: Tensors of shape (batch, places, key heads, size).
+        bias, mask, scale, **options: As in Keras; None for what the kernel
+            is not made for.
+    """
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    if {len(shape) for shape in shapes} != {4} or shapes[1] != shapes[2]:
+        return None
+    (_, queries, heads, size), (batch, places, key_heads, _) = shapes[:2]
+    dtype_of = keras.backend.standardize_dtype
+    if (
+        bias is not None
+        or any(options.values())
+        or queries != 1
+        or shapes[0][0] != batch
+        or size != shapes[1][3]
+        or size % native.HEAD_SIZE_MULTIPLE
+        or heads % key_heads
+        or {dtype_of(x.dtype) for x in (query, key, value)} != {"float32"}
+        or not native.has_vectors()
+    ):
+        return None
+    if mask is not None:
+        # The same for all heads.
+        if len(mask.shape) != 4 or tuple(mask.shape[1:3]) != (1, 1):
+            return None
+        if dtype_of(mask.dtype) != "bool":
+            return None
+        mask = ops.broadcast_to(mask[:, 0, 0], (batch, places))
+    scale = size**-0.5 if scale is None else scale
+    return kernel(query, key, value, mask, float(scale))
