@@ -83,7 +83,13 @@ def run(args):
     old = harness.read_json(args.json) if args.resume else None
     rows = old["rows"] if old else []
     for seed in map(int, args.seeds.split(",")):
-        train = training_rows(args, preprocessor, seed)
+        train = mixed_rows(
+            preprocessor.tokenizer,
+            args.length + 1,
+            args.steps,
+            args.self_share,
+            seed,
+        )
         for name in chosen:
             if any(r["method"] == name and r["seed"] == seed for r in rows):
                 continue
@@ -111,18 +117,15 @@ def run(args):
     print_table(report(args, rows))
 
 
-def training_rows(args, preprocessor, seed):
+def mixed_rows(tokenizer, length, count, self_share, seed):
     """Rows of prose and of self-generated text, in random order."""
     import numpy as np
 
-    length = args.length + 1
-    own = round(args.self_share * args.steps)
-    (train,) = load_rows(
-        preprocessor.tokenizer, length, seed=seed + 1, train=args.steps
-    )
+    own = round(self_share * count)
+    (rows,) = load_rows(tokenizer, length, seed=seed + 1, train=count)
     if own:
-        train[:own] = own_rows(own, length, seed)
-    return np.random.default_rng(seed).permutation(train)
+        rows[:own] = own_rows(own, length, seed)
+    return np.random.default_rng(seed).permutation(rows)
 
 
 def own_rows(rows, length, seed):

@@ -391,6 +391,14 @@ def products(log):
     return "\n\n".join(parts)
 
 
+def _rounding(log):
+    rows = log.get("rounding_rows")
+    if not rows:
+        return "What is packed in int4 was rounded to nearest."
+    return f"""What is packed in int4 was rounded by `quantize_sparse` on {rows}
+rows of 256 tokens, half prose and half text that the dense model wrote."""
+
+
 def runtimes(log):
     """Every form of runtimes.py: its speed, memory and quality."""
     prompts, about = log["prompts"], log["machine"]
@@ -408,6 +416,7 @@ def runtimes(log):
         "the dense model, geometric mean of the four texts. The dense "
         "weights come from a file in Q4_1, so that these are exact in "
         "llama.cpp, and other formats of 4 bits round a second time.",
+        _rounding(log),
         table(header, [runtime_cells(row) for row in log["rows"]], 2),
     ]
     parts += [f"- left out: {k}: {v}" for k, v in log["left_out"].items()]

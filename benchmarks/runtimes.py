@@ -5,9 +5,10 @@
     python -m benchmarks.runtimes --shape 1b
     python -m benchmarks.runtimes --report     (the log there is, once more)
 
-SmolLM2-135M-Instruct: dense, packed 2:4 in every form of `pack`, quantized by
-Keras and on torch, and by llama.cpp and OpenVINO on GGUF files of the same
-weights. For each form, in a process of its own that loads it from a file:
+SmolLM2-135M-Instruct: dense, packed 2:4 in every form of `pack`, packed dense
+in integers, quantized by Keras and on torch, and by llama.cpp and OpenVINO on
+GGUF files of the same weights. For each form, in a process of its own that
+loads it from a file:
 
 - write: new tokens per second, greedy, after a short prompt, batch 1 and 8;
 - read: tokens of a long prompt over the seconds to the first new token;
@@ -34,7 +35,10 @@ pip installs of llama.cpp without compiling is for any machine with AVX2;
 is there (`make bench-runtimes LLAMA=llama-cpp-python`). The log says which.
 
 The sparse weights are made by SparseGPT, or come `--sparse FILE.npz`, arrays in
-the order of `get_weights()`. `--shape 1b` has random weights: speeds alone.
+the order of `get_weights()`. What `pack` holds in int4 is rounded before by
+`quantize_sparse`, on rows of prose and as many that the dense model wrote
+itself (`--rounding 0` for rounding to nearest). `--shape 1b` has random
+weights: speeds alone.
 
 The times are only good on a machine that does nothing else.
 """
@@ -118,9 +122,22 @@ class Form:
         return f"{self.backend}: {name}" if self.backend else name
 
 
+# All weights held, in integers. Row: arguments of `pack`.
+INTEGERS: dict[str, dict[str, str]] = {
+    f"dense {dtype}, int8 head": {"dense": dtype, "head": "int8"}
+    for dtype in ("int8", "int4")
+}
+FORMS = {**PACKED, **INTEGERS}
 # On each backend. A name is a file: DENSE and "dense bfloat16", what `pack`
 # makes with these arguments, and Keras' own quantization.
-KERAS = (DENSE, "dense bfloat16", *PACKED, "Keras int8", "Keras int4")
+KERAS = (
+    DENSE,
+    "dense bfloat16",
+    *PACKED,
+    *INTEGERS,
+    "Keras int8",
+    "Keras int4",
+)
 # Its packed weights are objects that torch cannot write into a record.
 NOT_COMPILED = "dynamic int8"
 OTHERS = (
@@ -226,6 +243,12 @@ def parse_arguments(arguments=None):
         help="rows of SparseGPT's data; 0 prunes by magnitude, as is done "
         "for random weights and --smoke. Default: 32",
     )
+    parser.add_argument(
+        "--rounding",
+        type=int,
+        help="rows that int4 is rounded on; 0 rounds to nearest, as is done "
+        "for random weights and --smoke. Default: 48",
+    )
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -252,6 +275,8 @@ def parse_arguments(arguments=None):
     large = args.shape != "135m"
     if args.calibration is None:
         args.calibration = 0 if large or args.smoke else 32
+    if args.rounding is None:
+        args.rounding = 0 if large or args.smoke else 48
     name = f"runtimes_{args.shape}" if large else "runtimes"
     args.together = args.together or (2 if large else 8)
     # A smoke run leaves the results alone.
@@ -290,6 +315,8 @@ def write_files(names, args):
             write = write_tokens
         elif name.startswith("sparse"):
             write = write_sparse
+        elif name.startswith("rounded"):
+            write = write_rounded
         elif name.endswith(".xml"):
             write = write_openvino
         elif name.endswith(".gguf"):
@@ -356,24 +383,62 @@ def write_sparse(path, args):
     np.savez(path, *model.get_weights())
 
 
-def write_keras(path, args):
+def write_rounded(path, args):
+    """The weights that int4 forms of "sparse" or "dense" ones start from."""
     import numpy as np
 
+    import keras_weightmods as kwm
+    from benchmarks.quality import mixed_rows
+    from examples.data.prose import model_inputs
+    from examples.data.smollm2 import load_tokenizer
+
+    model = make_model(args)
+    is_dense = "dense" in path.name
+    if not is_dense:
+        assign(model, sparse_file(args))
+    rows = mixed_rows(load_tokenizer(), 257, args.rounding, 0.5, seed=0)
+    report = kwm.quantize_sparse(
+        model, model_inputs(rows[:, :-1]), dense=is_dense, batch_size=4
+    )
+    print(report)
+    np.savez(path, *model.get_weights())
+
+
+def rounded_file(name, args):
+    """The file of `write_rounded` for a form; None where it needs none."""
+    if not args.rounding or "int4" not in name:
+        return None
+    kind = "dense" if name in INTEGERS else f"of {sparse_file(args).stem}"
+    return folder_of(args) / f"rounded_{args.rounding} {kind}.npz"
+
+
+def assign(model, path):
+    """Give a model the arrays of an npz file."""
+    import numpy as np
+
+    with np.load(path) as arrays:
+        names = arrays.files
+        if len(names) != len(model.weights):
+            raise SystemExit(
+                f"{path} must hold {len(model.weights)} arrays, in the order "
+                f"of get_weights(). Received: {len(names)}"
+            )
+        for variable, key in zip(model.weights, names):
+            variable.assign(arrays[key])
+
+
+def write_keras(path, args):
     import keras_weightmods as kwm
 
     name = path.name
     model = make_model(args, "bfloat16" if "dense bf" in name else "float32")
-    if name in PACKED:
-        with np.load(sparse_file(args)) as arrays:
-            names = arrays.files
-            if len(names) != len(model.weights):
-                raise SystemExit(
-                    f"--sparse must hold {len(model.weights)} arrays, in the "
-                    f"order of get_weights(). Received: {len(names)}"
-                )
-            for variable, key in zip(model.weights, names):
-                variable.assign(arrays[key])
-        kwm.pack(model, **PACKED[name])
+    if name in FORMS:
+        source = rounded_file(name, args)
+        if source is None and name in PACKED:
+            source = sparse_file(args)
+        if source is not None:
+            assign(model, source)
+        kwm.pack(model, **FORMS[name])
     if name.startswith("Keras"):
         model.quantize(name.split()[1])
         model.save(path.with_name(f"{name}.keras"))
@@ -415,15 +480,17 @@ def make_files(wanted, args):
     sources = ["tokens.npz"]
     if not args.sparse and any(file in PACKED for file in files):
         sources.append(sparse_file(args).name)
+    rounded = [rounded_file(file, args) for file in files if file in FORMS]
+    sources += [path.name for path in rounded if path]
     sources += [
         file.split(".")[0] + ".gguf" for file in files if file.endswith(".xml")
     ]
     missing = [
         file
         for file in dict.fromkeys([*sources, *files])
-        # SparseGPT's minutes are not spent twice.
+        # Minutes are not spent twice.
         if not (folder_of(args) / file).exists()
-        or not (args.keep or file.startswith("sparse"))
+        or not (args.keep or file.startswith(("sparse", "rounded")))
     ]
     if missing:
         subprocess.run(
@@ -465,7 +532,7 @@ class KerasRuntime:
         from benchmarks import peers
         from keras_weightmods.ops.sparse_matmul import reason_for_dense
 
-        if form.file in PACKED and (reason := reason_for_dense()):
+        if form.file in FORMS and (reason := reason_for_dense()):
             # The kernels would be held dense: not what the row says.
             raise RuntimeError(reason)
         if form.file.startswith("Keras"):
@@ -661,6 +728,7 @@ def compare(args):
         "shape": args.shape,
         "sparse": str(args.sparse.name) if args.sparse else None,
         "calibration_rows": args.calibration,
+        "rounding_rows": args.rounding,
         "prompts": {"short": SHORT, "long": LONG},
         "new_tokens": args.new_tokens,
         "rounds": args.rounds,

@@ -522,15 +522,16 @@ def values_at(kernel: Any, meta: Any, dtype: str, scale: Any) -> Any:
     Args:
         kernel: NumPy array of shape (K, N), what `unpack_kernel` returned, in
             half precision maybe.
-        meta: int32 NumPy array, its places.
+        meta: int32 NumPy array, its places; None of a dense matrix.
         dtype: String, `"int8"` or `"int4"`.
         scale: NumPy array, its scales.
     """
     k, n = kernel.shape
-    scale = _rows_of_scale(scale.astype(np.float32), dtype, k, n)
-    if dtype == "int4":
-        scale = np.repeat(scale, GROUP, axis=0)[:k]
-    steps = np.nan_to_num(np.rint(kernel.astype(np.float32) / scale))
+    rows = _rows_of_scale(scale.astype(np.float32), dtype, k, n)
+    spread = np.repeat(rows, GROUP, axis=0)[:k] if dtype == "int4" else rows
+    steps = np.nan_to_num(np.rint(kernel.astype(np.float32) / spread))
+    if meta is None:
+        return dense_of_steps(steps.astype(np.int8), rows, dtype).values
     groups = _padded(steps, np.int8, len(meta), meta.shape[1])
     groups = groups.reshape(-1, 4, groups.shape[1])
     shifts = np.arange(0, 2 * _SLOTS, 2, dtype=np.int32)[:, None]

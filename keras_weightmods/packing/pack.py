@@ -26,11 +26,12 @@ def pack(
     dtype: str | None = None,
     *,
     targets: Any = None,
+    dense: str | None = None,
     head: str | None = None,
     activations: str | None = None,
     trainable: bool = False,
 ) -> PackReport:
-    """Pack the 2:4 kernels of a finished model, in place.
+    """Pack the kernels of a finished model, in place.
 
     The Dense and EinsumDense kernels that are exactly 2:4 are replaced by
     their kept values and two bits for the place of each: 0.53 times the bytes
@@ -68,6 +69,11 @@ def pack(
             as `include`; `None` for all. Those that are no kernels of Dense
             or EinsumDense, or do not divide into groups of four, are skipped
             and reported.
+        dense: `"int8"` or `"int4"` packs the kernels that are not 2:4 as well:
+            all their weights in integers, rounded as by `dtype`, and multiplied
+            by int8 activations, in 8.1 or 4.25 bits a weight. So a model can be
+            sparse in part, or not at all. By default, `None`, such a kernel is
+            an error.
         head: `"int8"` or `"int4"` rounds the embeddings that serve as the
             head as well (`keras.layers.ReversibleEmbedding` with tied weights,
             as in KerasHub's language models) and serves both the look-up and
@@ -91,10 +97,10 @@ def pack(
         A `PackReport`: print it for a table, or take `to_dict()`.
 
     Raises:
-        ValueError: If a kernel is not exactly 2:4, or not finite where int8
-            or int4 is asked for; if a weight is scaled (fold first); if there
-            is nothing to pack; or if an argument is none of the above. The
-            model is unchanged then.
+        ValueError: If a kernel is not exactly 2:4 and `dense` is `None`; if one
+            is not finite where int8 or int4 is asked for; if a weight is
+            scaled (fold first); if there is nothing to pack; or if an argument
+            is none of the above. The model is unchanged then.
 
     Example:
 
@@ -114,20 +120,42 @@ def pack(
     ```
     """
     packed_dense.check_values("float32" if dtype is None else dtype, trainable)
+    checks.check_choice("dense", dense, (None, *INTEGERS))
     checks.check_choice("head", head, (None, *INTEGERS))
     checks.check_choice("activations", activations, (None, *ACTIVATIONS))
-    if activations == "int8" and not {dtype, head} & {*INTEGERS}:
+    if activations == "int8" and not {dtype, dense, head} & {*INTEGERS}:
         raise ValueError(
             "int8 activations need int8 or int4 weights. Received: "
-            f"activations='int8', dtype={dtype!r}, head={head!r}"
+            f"activations='int8', dtype={dtype!r}, dense={dense!r}, "
+            f"head={head!r}"
+        )
+    if dense and trainable:
+        raise ValueError(
+            "Integers cannot be trained, so `dense` and `trainable` exclude "
+            f"each other. Received: dense={dense!r}, trainable=True"
         )
     if activations is None:
         # No product of a GPU takes them in int8 here.
         on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
         activations = "float32" if on_gpu else "int8"
+    elif activations == "float32" and dense and not reason_for_dense():
+        raise ValueError(
+            "Kernels that are not 2:4 are multiplied in integers alone. "
+            f"Received: dense={dense!r}, activations='float32'. Leave "
+            "`activations` out, or these kernels."
+        )
     resolved = resolve_targets(model, targets)
     shared = _shared_variables(model)
     kernels, left = _sort_out(resolved, packed_dense.reason_to_skip, shared)
+    integers: list[Any] = []
+    if dense:
+        kernels = [t for t in kernels if not _violations(t)]
+        sparse = {target.key for target in kernels}
+        integers, left = _sort_out(
+            [target for target in resolved if target.key not in sparse],
+            packed_dense.integers_reason_to_skip,
+            shared,
+        )
     skipped = [*resolved.skipped, *left]
     tables: list[Any] = []
     if head is not None:
@@ -135,7 +163,7 @@ def pack(
         tables, left = _sort_out(found, packed_embedding.reason_to_skip, shared)
         paths = {target.path for target in found}
         skipped = [s for s in skipped if s.path not in paths] + left
-    if not tables and (head is not None or not kernels):
+    if not tables and (head is not None or not (kernels or integers)):
         missing = "kernel" if head is None else "tied embedding and head"
         reasons = "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped)
         raise ValueError(
@@ -150,6 +178,9 @@ def pack(
             activations if dtype in INTEGERS else "float32",
         )
         for t in kernels
+    ]
+    items += [
+        packed_dense.integer_kernel(t, dense, activations) for t in integers
     ]
     embeddings = [
         packed_embedding.packed_embedding(t, head, activations) for t in tables
@@ -246,8 +277,7 @@ def _check_kernels(items: list[Any]) -> None:
                 f"constraint of the kernel. Received: {target.path!r} with "
                 f"the constraint {constraint!r}. Set its `constraint` to None."
             )
-        kernel, axes = target.variable.value, target.contraction_axes
-        count = int(nm_violations(kernel, "2:4", axes))
+        count = 0 if item.is_dense else _violations(target)
         if count:
             groups = math.prod(target.shape) // 4
             line = f"{target.path} {target.shape}: {count:,} of {groups:,}"
@@ -259,9 +289,14 @@ def _check_kernels(items: list[Any]) -> None:
             "The kernels must be exactly 2:4, at most two nonzeros in each "
             f"group of four along the contraction. Received: {len(bad)} of "
             f"{len(items)} kernels with groups that hold more:{listed}\nMake "
-            "them 2:4 first, or leave them out by `targets=find_targets(model, "
-            "exclude=...)`."
+            "them 2:4 first, or pack them in integers by `dense='int8'`, or "
+            "leave them out by `targets=find_targets(model, exclude=...)`."
         )
+
+
+def _violations(target: Any) -> int:
+    kernel, axes = target.variable.value, target.contraction_axes
+    return int(nm_violations(kernel, "2:4", axes))
 
 
 def _check_finite(items: Any) -> None:
@@ -284,6 +319,7 @@ def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
             _bytes((p.shape, p.dtype) for p in item.parameters),
             item.activations,
             item.rounding_error,
+            item.pattern,
         )
         for item in items
     )

@@ -1,4 +1,4 @@
-"""Dense and EinsumDense with a packed 2:4 kernel."""
+"""Dense and EinsumDense with a packed kernel, 2:4 or in integers."""
 
 from typing import Any
 
@@ -52,8 +52,30 @@ def packed_kernel(target, dtype, trainable, activations="float32"):
     return kernel_class(target, dtype, trainable, activations)
 
 
+def integer_kernel(target, dtype, activations):
+    """Return the `IntegerKernel` of a target, of the class to use here."""
+    checks.check_choice("dtype", dtype, packed_format.INTEGERS)
+    packed_format.check_activations(activations, dtype)
+    # Compiled kernels multiply by it with int8 activations alone, on a CPU.
+    is_held = activations == "float32" or reason_for_dense()
+    shape = _matrix_shape(target)
+    if gpu_plan(shape, target.layer.compute_dtype, dtype) is not None:
+        is_held = True
+    kernel_class = UnpackedIntegerKernel if is_held else IntegerKernel
+    return kernel_class(target, dtype, False, activations)
+
+
 def reason_to_skip(target):
-    """Return why a kernel cannot be packed; None if it can."""
+    """Return why a kernel cannot be packed as 2:4; None if it can."""
+    reason = integers_reason_to_skip(target)
+    if reason is None and target.contraction_size % 4:
+        size = target.contraction_size
+        return f"contraction size {size} is not a multiple of 4"
+    return reason
+
+
+def integers_reason_to_skip(target):
+    """Return why a kernel cannot be packed in integers; None if it can."""
     layer = target.layer
     # A layer with a call of its own may do anything with its kernel.
     if target.attribute != "kernel" or type(layer).call not in (
@@ -64,9 +86,6 @@ def reason_to_skip(target):
         return f"of {name}; packed are the kernels of Dense and EinsumDense"
     if target.stack_axes:
         return "a stack of kernels"
-    if target.contraction_size % 4:
-        size = target.contraction_size
-        return f"contraction size {size} is not a multiple of 4"
     if target.variable.dtype == "float64":
         return "float64, where packed values have float32 at most"
     if not product.is_matrix_product(product.equation_of(layer)):
@@ -100,10 +119,11 @@ class PackedKernel(PackedParameters):
     """
 
     name = "packed"
-    pattern = "2:4"
-    settings = "dtype", "trainable"
+    pattern: str | None = "2:4"
+    settings: tuple[str, ...] = ("dtype", "trainable")
     mixin: type | None = _PackedDenseCall
-    make = staticmethod(packed_kernel)
+    is_dense = False
+    make: Any = staticmethod(packed_kernel)
     reason_to_skip = staticmethod(reason_to_skip)
 
     def __init__(self, target, dtype, trainable, activations):
@@ -112,7 +132,9 @@ class PackedKernel(PackedParameters):
         self.value_dtype = dtype
         self.trainable = trainable
         self.activations = activations
-        self.arrays = packed_format.packed_arrays(self.matrix_shape, dtype)
+        self.arrays = packed_format.packed_arrays(
+            self.matrix_shape, dtype, self.is_dense
+        )
         equation = product.equation_of(target.layer)
         self.product = product.PackedProduct(
             equation, target.contraction_axes, target.shape
@@ -145,23 +167,28 @@ class PackedKernel(PackedParameters):
     def pack(self, kernel):
         """Pack a dense kernel of the target's shape."""
         matrix = self.to_matrix(kernel)
-        packed = packed_format.pack_kernel(
-            matrix, self.value_dtype, self.activations
-        )
+        packed = self.pack_matrix(matrix)
         if self.value_dtype != "float32":
             kept = packed_format.unpack_kernel(packed)
             self.rounding_error = relative_error(kept, matrix)
         return packed
 
-    def packed_of(self, values, meta, scale=None):
-        """Return the `Packed` of these arrays."""
+    def pack_matrix(self, matrix):
+        """Return the `Packed` of a matrix (K, N)."""
+        return packed_format.pack_kernel(
+            matrix, self.value_dtype, self.activations
+        )
+
+    def packed_of(self, *arrays):
+        """Return the `Packed` of these, in the order of `self.arrays`."""
+        named = dict(zip(self.arrays, arrays))
         return packed_format.Packed(
-            values,
-            meta,
-            scale,
+            named["values"],
+            named.get("meta"),
+            named.get("scale"),
             self.matrix_shape,
             self.value_dtype,
-            self.activations,
+            "int8" if self.is_dense else self.activations,
         )
 
     def to_matrix(self, kernel):
@@ -176,6 +203,23 @@ class PackedKernel(PackedParameters):
 
     def saved_arrays(self):
         return {self.key(name): spec for name, spec in self.arrays.items()}
+
+
+class IntegerKernel(PackedKernel):
+    """A kernel of any pattern, all its weights in int8 or int4."""
+
+    name = "packed_integers"
+    pattern = None
+    settings = ("dtype",)
+    is_dense = True
+    make = staticmethod(integer_kernel)
+    reason_to_skip = staticmethod(integers_reason_to_skip)
+
+    def get_config(self):
+        return self.with_activations({"dtype": self.value_dtype})
+
+    def pack_matrix(self, matrix):
+        return packed_format.pack_dense(matrix, self.value_dtype)
 
 
 class UnpackedKernel(HeldDense, PackedKernel):
@@ -221,11 +265,14 @@ class UnpackedKernel(HeldDense, PackedKernel):
             arrays = [packed.values, packed.meta]
         else:
             # Not `pack_kernel`, which would choose new scales and places.
-            scale, meta = map(ops.convert_to_numpy, kept)
-            values = packed_format.values_at(
-                ops.convert_to_numpy(matrix), meta, self.value_dtype, scale
+            named = dict(zip(self.kept, map(ops.convert_to_numpy, kept)))
+            named["values"] = packed_format.values_at(
+                ops.convert_to_numpy(matrix),
+                named.get("meta"),
+                self.value_dtype,
+                named["scale"],
             )
-            arrays = [values, meta, scale]
+            arrays = [named[name] for name in self.arrays]
         return dict(zip(self.saved_arrays(), arrays))
 
     def load(self, saved):
@@ -234,6 +281,10 @@ class UnpackedKernel(HeldDense, PackedKernel):
         self.parameters[0].assign(self.to_kernel(kernel))
         for parameter, name in zip(self.parameters[1:], self.kept):
             parameter.assign(getattr(packed, name))
+
+
+class UnpackedIntegerKernel(UnpackedKernel, IntegerKernel):
+    """Integers where nothing can multiply by them: held dense."""
 
 
 class PreparedKernel(PackedKernel):

@@ -24,6 +24,7 @@ class PackedWeight:
             of any type, or `"int8"`.
         rounding_error: Float, the norm of what rounding changed over that of
             the weight; None without rounding, or if it came from a file.
+        pattern: String, `"2:4"`; None where all weights are held.
     """
 
     path: str
@@ -33,6 +34,7 @@ class PackedWeight:
     packed_bytes: int
     activations: str = "float32"
     rounding_error: float | None = None
+    pattern: str | None = None
 
     @property
     def bits(self) -> float:
@@ -76,6 +78,7 @@ class PackReport(report.Report):
             (
                 weight.path,
                 report.shape_text(weight.shape),
+                weight.pattern or "dense",
                 f"{weight.dtype} x {weight.activations}",
                 f"{weight.bits:.2f}",
                 _error_text(weight.rounding_error),
@@ -84,12 +87,13 @@ class PackReport(report.Report):
             for weight in self.weights
         ]
         sums = self.totals["dense_bytes"], self.totals["packed_bytes"]
-        columns = "weight", "shape", "values x inputs", "bits", "error"
+        values = "pattern", "values x inputs"
+        columns = "weight", "shape", *values, "bits", "error"
         yield report.Table(
             f"{len(rows)} packed weights",
             (*columns, "dense", "packed", "share"),
             tuple(rows),
-            ("all", "", "", "", "", *_sizes(*sums)),
+            ("all", *[""] * 5, *_sizes(*sums)),
             f"the model in memory: {report.size_text(self.model_bytes_before)} "
             f"before, {report.size_text(self.model_bytes)} now"
             + self._advice(),

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import seam
-from keras_weightmods.core.targets import Target, resolve_targets
+from keras_weightmods.core.targets import Target, Targets, resolve_targets
 from keras_weightmods.ops.matrix import to_stack
 from keras_weightmods.ops.nm import Pattern, nm_violations, parse_pattern
 from keras_weightmods.ops.rounding import Grid, round_kept
@@ -111,6 +111,7 @@ def quantize_sparse(
     *,
     group_size: int = 64,
     pattern: Pattern = "2:4",
+    dense: bool = False,
     refine: str | None = None,
     targets: Any = None,
     batch_size: int = 8,
@@ -148,6 +149,10 @@ def quantize_sparse(
             has 64. Defaults to `64`.
         pattern: String `"n:m"` or pair of ints, the pattern that the kernels
             have. Defaults to `"2:4"`.
+        dense: Bool, whether kernels that do not have the pattern are rounded
+            too, of which all weights are kept: for `pack(model,
+            dtype="int4", dense="int4")`. The model may then be dense
+            throughout. Defaults to `False`.
         refine: `"blocks"` or `None`. It needs a functional model, such as
             KerasHub's. Defaults to `None`.
         targets: The kernels to round: `Targets`, or what `include=` of
@@ -164,8 +169,8 @@ def quantize_sparse(
     Returns:
         A `QuantizeReport`. Kernels whose layers' inputs cannot be read
         (`register_target`), or that the data do not reach, are rounded to
-        nearest; the report names them. Those that do not have the pattern are
-        left as they are, and among its `skipped`.
+        nearest; the report names them. Without `dense`, those that do not have
+        the pattern are left as they are, and among its `skipped`.
 
     Raises:
         ValueError: If an argument is outside the ranges above, `data` is
@@ -198,30 +203,24 @@ def quantize_sparse(
     n, m = parse_pattern(pattern)
     quantizer = Quantizer(bits, group_size, damping, epochs, learning_rate)
     checks.check_int("bits", bits, 2, 4)
+    checks.check_bool("dense", dense)
     checks.check_int("batch_size", batch_size, 1)
     if refine is not None:
         checks.check_choice("refine", refine, ("blocks",))
     if data is None:
         raise checks.error("data", "calibration data, some 100 rows", data)
     found = resolve_targets(model, targets)
-    usable = sparsify.fitting_targets("quantize_sparse", found, pattern)
-    sparsify.check_stored("quantize_sparse", usable)
-    sparse = usable.select(
-        lambda target: (
-            f"not {n}:{m} sparse" if _violations(target, (n, m)) else None
-        )
-    )
-    if not sparse:
+    chosen = found if dense else _with_pattern(found, (n, m))
+    if not chosen:
         raise ValueError(
-            f"`quantize_sparse` rounds kernels that are {n}:{m} sparse. "
-            f"Received: a model with none of {len(usable)} that is. Call "
-            f"`kwm.sparsify(model, '{n}:{m}', ...)` first, or pass the "
-            "`pattern` that it has."
+            "`quantize_sparse` found no kernel. Received: targets that are all "
+            f"skipped, {found.skipped}"
         )
+    sparsify.check_stored("quantize_sparse", chosen)
     batches = sparsify.calibration_batches(model, data, batch_size)
     kernels = change_kernels(
         model,
-        sparse,
+        chosen,
         batches,
         quantizer.round,
         None if refine is None else quantizer.train,
@@ -232,7 +231,7 @@ def quantize_sparse(
         bits,
         group_size,
         tuple(kernels),
-        sparse.skipped,
+        chosen.skipped,
         tuple(quantizer.blocks),
     )
 
@@ -328,6 +327,25 @@ def _grid_for(target: Target, grid: Grid) -> Grid:
     significant = _SIGNIFICANT.get(target.variable.dtype, 24)
     precision = min(grid.precision, significant - (grid.bits - 1))
     return dataclasses.replace(grid, precision=precision)
+
+
+def _with_pattern(found: Targets, pattern: tuple[int, int]) -> Targets:
+    """Those that are N:M sparse; the others are skipped."""
+    n, m = pattern
+    usable = sparsify.fitting_targets("quantize_sparse", found, pattern)
+    sparse = usable.select(
+        lambda target: (
+            f"not {n}:{m} sparse" if _violations(target, pattern) else None
+        )
+    )
+    if not sparse:
+        raise ValueError(
+            f"`quantize_sparse` rounds kernels that are {n}:{m} sparse. "
+            f"Received: a model with none of {len(usable)} that is. Call "
+            f"`kwm.sparsify(model, '{n}:{m}', ...)` first, pass the `pattern` "
+            "that it has, or `dense=True` to round all kernels."
+        )
+    return sparse
 
 
 def _violations(target: Target, pattern: tuple[int, int]) -> int:

@@ -118,4 +118,21 @@ def test_smoke_leaves_the_results_alone():
     args = runtimes.parse_arguments(["--smoke"])
     assert runtimes.harness.RESULTS not in args.json.parents
     assert args.calibration == 0
-    assert runtimes.parse_arguments([]).calibration == 32
+    assert args.rounding == 0
+    args = runtimes.parse_arguments([])
+    assert (args.calibration, args.rounding) == (32, 48)
+
+
+def test_int4_is_rounded_from_the_weights_of_its_form():
+    args = runtimes.parse_arguments(["--sparse", "some/mine.npz"])
+    files = {
+        name: path and path.name
+        for name in runtimes.FORMS
+        for path in [runtimes.rounded_file(name, args)]
+    }
+    assert files["packed int8, int8 head"] is None
+    assert files["packed int4, int8 head"] == "rounded_48 of mine.npz"
+    assert files["dense int4, int8 head"] == "rounded_48 dense.npz"
+    assert files["dense int8, int8 head"] is None
+    args = runtimes.parse_arguments(["--rounding", "0"])
+    assert runtimes.rounded_file("packed int4", args) is None

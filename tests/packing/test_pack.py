@@ -83,22 +83,36 @@ def rounded(kernel, dtype, axes):
     return np.rint(kernel / scale).astype("float32") * scale
 
 
+def make_for(name, arguments, seed=0):
+    """One of `MODELS`, 2:4 unless the arguments allow for more."""
+    keras.utils.set_random_seed(seed)
+    model = MODELS[name]()
+    return model if "dense" in arguments else make_sparse(model, seed=seed)
+
+
+# Kernels that are not 2:4.
+DENSE = [({"dense": dtype}, 0.03) for dtype in ("int8", "int4")]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "tolerance"),
-    [("dense", *case) for case in ROUNDED]
-    + [("middle", *ROUNDED[1]), ("axes apart", *ROUNDED[4])],
+    [("dense", *case) for case in (*ROUNDED, *DENSE)]
+    + [("middle", *ROUNDED[1]), ("axes apart", *ROUNDED[4])]
+    + [("middle", *DENSE[0]), ("axes apart", *DENSE[1])],
 )
 def test_unpack_gives_the_rounded_kernel(name, arguments, tolerance):
-    model = make_sparse(MODELS[name]())
+    model = make_for(name, arguments)
     targets = find_targets(model)
     before = [numpy(t.variable) for t in targets]
-    dtype = arguments["dtype"]
+    dtype = arguments.get("dtype") or arguments["dense"]
     expected = [
         rounded(kernel.copy(), dtype, t.contraction_axes)
         for kernel, t in zip(before, targets)
     ]
     report = pack(model, **arguments)
     assert {w.dtype for w in report.weights} == {dtype}
+    pattern = None if "dense" in arguments else "2:4"
+    assert {w.pattern for w in report.weights} == {pattern}
     for weight, kernel, kept in zip(report.weights, before, expected):
         error = np.linalg.norm(kept - kernel) / np.linalg.norm(kernel)
         assert weight.rounding_error == pytest.approx(error, rel=1e-4)
@@ -256,6 +270,8 @@ def test_an_inexact_kernel_is_named_and_nothing_changes():
         ({"trainable": 1}, r"`trainable`.*Received: trainable=1"),
         ({"trainable": True, "dtype": "int8"}, "Only float32 values"),
         ({"head": "int8"}, "no tied embedding and head"),
+        ({"dense": "float32"}, r"`dense`.*Received: dense='float32'"),
+        ({"dense": "int8", "trainable": True}, "exclude each other"),
     ],
 )
 def test_wrong_arguments_change_nothing(arguments, message):
@@ -264,6 +280,36 @@ def test_wrong_arguments_change_nothing(arguments, message):
     with pytest.raises(ValueError, match=message):
         pack(model, **arguments)
     assert state(model) == before
+
+
+@needs_native
+def test_kernels_that_are_not_sparse_are_not_multiplied_in_floats():
+    model = make_sparse(dense_model())
+    before = state(model)
+    with pytest.raises(ValueError, match=r"integers alone.*dense='int4'"):
+        pack(model, dense="int4", activations="float32")
+    assert state(model) == before
+
+
+@needs_native
+def test_a_model_may_be_sparse_in_part(tmp_path):
+    # The contraction of the last is no multiple of four.
+    model = mlp(16, 24, 6, 5)
+    kernel = model.layers[0].kernel
+    kernel.assign(nm_project(kernel.value, "2:4"))
+    x = inputs_for(model)
+    expected = outputs(model, x)
+    report = pack(model, dense="int8")
+    kinds = [(w.pattern, w.dtype, w.activations) for w in report.weights]
+    dense = (None, "int8", "int8")
+    assert kinds == [("2:4", "float32", "float32"), dense, dense]
+    assert not report.skipped
+    assert_allclose(outputs(model, x), expected, atol=0.03)
+    kwm.save_model(model, tmp_path / "mixed")
+    loaded = kwm.load_model(tmp_path / "mixed")
+    assert_array_equal(outputs(loaded, x), outputs(model, x))
+    unpack(loaded)
+    assert_allclose(outputs(loaded, x), expected, atol=0.03)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -437,12 +483,16 @@ def without_native(monkeypatch):
     native.warn_dense.cache_clear()
 
 
-@pytest.mark.parametrize("arguments", [{}, *(ROUNDED[i][0] for i in (0, 2, 3))])
+HELD = [{}, *(ROUNDED[i][0] for i in (0, 2, 3)), *(a for a, _ in DENSE)]
+
+
+@pytest.mark.parametrize("arguments", HELD)
 def test_without_the_native_library_kernels_are_held_dense(
     arguments, tmp_path, without_native
 ):
-    path, dtype = tmp_path / "packed.weights.h5", arguments.get("dtype")
-    model = make_sparse(MODELS["axes apart"]())
+    path = tmp_path / "packed.weights.h5"
+    dtype = arguments.get("dtype") or arguments.get("dense")
+    model = make_for("axes apart", arguments)
     (target,) = find_targets(model)
     kernel = numpy(target.variable)
     if dtype is not None:
@@ -457,7 +507,7 @@ def test_without_the_native_library_kernels_are_held_dense(
     expected = outputs(model, x)
     model.save_weights(path)
 
-    other = make_sparse(MODELS["axes apart"](), seed=5)
+    other = make_for("axes apart", arguments, seed=5)
     (target,) = find_targets(other)
     # One warning is enough.
     pack(other, **arguments)
@@ -468,12 +518,12 @@ def test_without_the_native_library_kernels_are_held_dense(
 
 
 @needs_native
-@pytest.mark.parametrize("arguments", [{}, *(ROUNDED[i][0] for i in (0, 2, 3))])
+@pytest.mark.parametrize("arguments", HELD)
 def test_checkpoints_are_the_same_with_and_without_the_library(
     arguments, tmp_path, monkeypatch
 ):
     def make(seed):
-        model = make_sparse(dense_model(), seed=seed)
+        model = make_for("dense", arguments, seed)
         pack(model, **arguments)
         return model
 

@@ -96,6 +96,31 @@ def test_packing_stores_it_without_loss():
         np.testing.assert_array_equal(kwm.ops.unpack_kernel(packed), kernel)
 
 
+def test_a_model_that_is_dense_or_dense_in_part():
+    model, x = models.randomize(models.mlp(72, 24, 6)), data()
+    before = [numpy(t.variable).copy() for t in kwm.find_targets(model)]
+    with pytest.raises(ValueError, match="dense=True"):
+        quantize(model, x)
+    report = quantize(model, x, dense=True)
+    assert not report.skipped
+    for w, row, target in zip(before, report.kernels, kwm.find_targets(model)):
+        assert row.error < 0.8 * row.nearest < 0.01
+        after = numpy(target.variable)
+        assert references.is_on_grid(after, 4, 64)
+        assert not np.array_equal(after, w)
+    packed = kwm.pack(model, dense="int4")
+    assert [w.rounding_error for w in packed.weights] == [0, 0]
+
+    kwm.unpack(model)
+    kernel = model.layers[0].kernel
+    kernel.assign(kwm.ops.nm_project(kernel.value, "2:4"))
+    report = quantize(model, x, dense=True)
+    assert len(report.kernels) == 2
+    packed = kwm.pack(model, "int4", dense="int4")
+    assert [w.pattern for w in packed.weights] == ["2:4", None]
+    assert [w.rounding_error for w in packed.weights] == [0, 0]
+
+
 EINSUMS = [
     ("btd,dhk->bthk", (3, 2, 9), (3, 72)),
     ("bquh,uhm->bqm", (3, 6), (3, 2, 36)),
