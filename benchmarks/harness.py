@@ -129,6 +129,21 @@ def read_json(path):
     return json.loads(file.read_text()) if file.exists() else None
 
 
+def load_weights(model, path):
+    """Give a model the arrays of an npz file, in order of get_weights()."""
+    import numpy as np
+
+    with np.load(path) as arrays:
+        names = arrays.files
+        if len(names) != len(model.weights):
+            raise SystemExit(
+                f"{path} must hold {len(model.weights)} arrays, in the order "
+                f"of get_weights(). Received: {len(names)}"
+            )
+        for variable, key in zip(model.weights, names):
+            variable.assign(arrays[key])
+
+
 def machine():
     """Return what the times depend on, as a dict."""
     return {

@@ -53,6 +53,12 @@ def parse_arguments():
         help="folder for the weights of each row, as `runtimes --sparse` "
         "takes them",
     )
+    parser.add_argument(
+        "--start",
+        type=pathlib.Path,
+        help="weights of a one-shot row, that --save has written: what CAST "
+        "methods begin with, for the start that their names say",
+    )
     harness.add_json(parser, "quality.json")
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that are there"
@@ -66,7 +72,7 @@ def run(args):
 
     from examples.data.smollm2 import load_smollm2
 
-    methods = make_methods(args.steps)
+    methods = make_methods(args.steps, args.start)
     chosen = args.methods.split(",") if args.methods else list(methods)
     unknown = set(chosen) - set(methods)
     if unknown:
@@ -195,9 +201,9 @@ class Measure:
         return sum(sums) / len(rows)
 
 
-def make_methods(steps):
+def make_methods(steps, start=None):
     """{name: function(model, rows) -> details, or None if nothing trains}."""
-    return {
+    methods = {
         "dense": lambda model, train: None,
         "one-shot magnitude": OneShot("magnitude"),
         "one-shot Wanda": OneShot("wanda"),
@@ -261,6 +267,10 @@ def make_methods(steps):
             ramp=1.0,
         ),
     }
+    for method in methods.values():
+        if isinstance(method, Cast):
+            method.start = start
+    return methods
 
 
 class OneShot:
@@ -432,7 +442,12 @@ def make_pulled_adam(rate, masks, pull, on_gradient, ramp_steps):
 
 
 class Cast:
-    """The library's CAST; without arguments, its default recipe."""
+    """The library's CAST; without arguments, its default recipe.
+
+    `start` is a file of weights that were made as `init` says.
+    """
+
+    start = None
 
     def __init__(
         self,
@@ -457,14 +472,20 @@ class Cast:
     def __call__(self, model, train):
         import keras_weightmods as kwm
 
-        cast = kwm.CAST(model, **self.settings)
+        settings = dict(self.settings)
+        if self.start:
+            settings |= {"init": "dense", "init_refine": None}
+            if settings["teacher"] == "self":
+                settings["teacher"] = make_teacher(model)
+            harness.load_weights(model, self.start)
+        cast = kwm.CAST(model, **settings)
         recipe = {
             **kwm.CAST.default_recipe(
                 self.settings["init"], self.settings["init_refine"]
             ),
             **self.recipe,
         }
-        if self.recipe:
+        if self.recipe or self.start:
             peak = recipe.pop("learning_rate")
             optimizer = kwm.AdamS(
                 schedule(peak, len(train)),
@@ -490,6 +511,7 @@ class Cast:
             "kept_share": history.history["kept_share"][-1],
             "scale_spread": round(spread, 4),
             "settings": self.settings,
+            "start": self.start and self.start.name,
             "recipe": recipe,
         }
 

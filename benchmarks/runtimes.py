@@ -395,7 +395,7 @@ def write_rounded(path, args):
     model = make_model(args)
     is_dense = "dense" in path.name
     if not is_dense:
-        assign(model, sparse_file(args))
+        harness.load_weights(model, sparse_file(args))
     rows = mixed_rows(load_tokenizer(), 257, args.rounding, 0.5, seed=0)
     report = kwm.quantize_sparse(
         model, model_inputs(rows[:, :-1]), dense=is_dense, batch_size=4
@@ -412,21 +412,6 @@ def rounded_file(name, args):
     return folder_of(args) / f"rounded_{args.rounding} {kind}.npz"
 
 
-def assign(model, path):
-    """Give a model the arrays of an npz file."""
-    import numpy as np
-
-    with np.load(path) as arrays:
-        names = arrays.files
-        if len(names) != len(model.weights):
-            raise SystemExit(
-                f"{path} must hold {len(model.weights)} arrays, in the order "
-                f"of get_weights(). Received: {len(names)}"
-            )
-        for variable, key in zip(model.weights, names):
-            variable.assign(arrays[key])
-
-
 def write_keras(path, args):
     import keras_weightmods as kwm
 
@@ -437,7 +422,7 @@ def write_keras(path, args):
         if source is None and name in PACKED:
             source = sparse_file(args)
         if source is not None:
-            assign(model, source)
+            harness.load_weights(model, source)
         kwm.pack(model, **FORMS[name])
     if name.startswith("Keras"):
         model.quantize(name.split()[1])
