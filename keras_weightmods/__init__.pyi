@@ -15,6 +15,7 @@ from .evaluation.scaling_law import ScalingLaw as ScalingLaw
 from .evaluation.scaling_law import (
     fit_scaling_law as fit_scaling_law,
 )
+from .exporting.export import export as export
 from .generation.compile_generate import (
     GenerateReport as GenerateReport,
 )

@@ -5,8 +5,9 @@ where the parameters take the place of the stored variable; any other
 w = f(v, parameters) fits by one more subclass of `Reparameterization`.
 """
 
+import contextlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -194,6 +195,45 @@ def fold(model: Any, kind: Any = Reparameterization) -> list[Any]:
     return items
 
 
+@contextlib.contextmanager
+def stored_weights(model: Any) -> Iterator[list[Any]]:
+    """Give layers back, in a scope, the weights that parameters stand for.
+
+    Afterwards the very same parameters are there again, so that the model is
+    as it was, bit for bit, with its optimizer and what was compiled for it.
+
+    Yields:
+        The list of the items, those whose `keeps_stored` is False.
+    """
+    items = [i for i in reparameterizations(model) if not i.keeps_stored]
+    with contextlib.ExitStack() as stack:
+        stack.callback(keras_private.track_torch_parameters, model)
+        for item in items:
+            stack.enter_context(_stored_weight(item))
+        keras_private.track_torch_parameters(model)
+        yield items
+
+
+@contextlib.contextmanager
+def _stored_weight(item):
+    layer, variable = item.target.layer, item.target.variable
+    value = item.folded()
+    _uninstall(item)
+    places = [
+        (parameter, keras_private.remove_variable(layer, parameter))
+        for parameter in item.parameters
+    ]
+    keras_private.restore_value(variable, value)
+    keras_private.put_variable_back(layer, variable, item.place)
+    try:
+        yield
+    finally:
+        _take_out(item)
+        for parameter, place in reversed(places):
+            keras_private.put_variable_back(layer, parameter, place)
+        _put_in(item)
+
+
 def forget_variables(model: Any) -> None:
     """Drop what was compiled for, and trained with, other variables."""
     for layer in keras_private.layers_of(model):
@@ -218,6 +258,12 @@ class _OnEffectiveWeight:
 
 
 def _install(item):
+    if not item.keeps_stored:
+        _take_out(item)
+    _put_in(item)
+
+
+def _put_in(item):
     layer, variable = item.target.layer, item.target.variable
     if variable.regularizer is not None:
         regularizer = _OnEffectiveWeight(variable.regularizer, item)
@@ -227,8 +273,6 @@ def _install(item):
         item.own_constraint = variable.constraint
         item.our_constraint = item.constraint(variable.constraint)
         variable.constraint = item.our_constraint
-    if not item.keeps_stored:
-        _take_out(item)
     items = {**slots(layer), item.target.attribute: item}
     set_reparameterizations(layer, items)
     # Where optimizers find it, which know variables only.

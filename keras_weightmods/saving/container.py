@@ -79,6 +79,14 @@ def numpy_dtype(name):
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
+def bytes_of(arrays: Any) -> int:
+    """Return the size of arrays, given as pairs of a shape and a dtype."""
+    return sum(
+        math.prod(shape) * int(numpy_dtype(dtype).itemsize)
+        for shape, dtype in arrays
+    )
+
+
 def json_array(value):
     """Return the array of bytes that `Reader.read_json` reads `value` from."""
     return np.frombuffer(json.dumps(value).encode(), "uint8")
