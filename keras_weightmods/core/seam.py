@@ -124,22 +124,22 @@ def attach(
             item.target.variable.assign(value)
         _install(item)
     forget_variables(model)
-    _guard_presets(model)
+    _guard_files(model)
 
 
-def _guard_presets(model: Any) -> None:
-    """Have a model of KerasHub refuse a preset that would not load.
+def _guard_files(model: Any) -> None:
+    """Have a model refuse files that would not load.
 
-    It would hold the arrays of the reparameterized layers, and a config that
-    builds plain ones.
+    A preset of KerasHub would hold the arrays of the reparameterized layers,
+    and a config that builds plain ones. Most formats of `export` have no
+    operation for the parameters that stand for a weight.
     """
     for part in keras_private.layers_of(model):
-        if hasattr(type(part), _PRESET) and isinstance(part, keras.Model):
-            guarded = types.MethodType(_save_to_preset, part)
-            keras_private.attributes(part)[_PRESET] = guarded
-
-
-_PRESET = "save_to_preset"
+        if isinstance(part, keras.Model):
+            own = keras_private.attributes(part)
+            for name, guard in _GUARDS.items():
+                if hasattr(type(part), name):
+                    own[name] = types.MethodType(guard, part)
 
 
 def _save_to_preset(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -152,7 +152,29 @@ def _save_to_preset(model: Any, *args: Any, **kwargs: Any) -> None:
             f"model={model.name!r}, of which {len(left)} weights are "
             f"reparameterized, the first being {left[0].target.path!r}"
         )
-    getattr(type(model), _PRESET)(model, *args, **kwargs)
+    type(model).save_to_preset(model, *args, **kwargs)
+
+
+# (format, backend) of `export` in which parameters can stand for a weight.
+KEEP_PARAMETERS = (("tf_saved_model", "tensorflow"), ("torch", "torch"))
+
+
+def _export(
+    model: Any, filepath: Any, format: Any = "tf_saved_model", **kwargs: Any
+) -> Any:
+    left = [i for i in reparameterizations(model) if not i.keeps_stored]
+    backend = keras.backend.backend()
+    if left and (format, backend) not in KEEP_PARAMETERS:
+        raise ValueError(
+            f"The format {format!r} holds no packed weights, on {backend}. "
+            f"`keras_weightmods.export(model, {str(filepath)!r}, "
+            f"{format!r})` writes them in dense form. Received: "
+            f"model={model.name!r}, of which {len(left)} weights are packed"
+        )
+    return type(model).export(model, filepath, format, **kwargs)
+
+
+_GUARDS = {"save_to_preset": _save_to_preset, "export": _export}
 
 
 def install(item: Reparameterization) -> None:

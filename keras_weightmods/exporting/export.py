@@ -29,7 +29,8 @@ _ENDINGS = {
     "gguf": ".gguf",
 }
 # What a format needs, by backend ("" for any): the backends that can write it
-# at all, each with the modules to import and how to install them.
+# at all, each with the modules to import and how to install them. OpenVINO does
+# not convert the calls of XLA that JAX 0.10 gives.
 _NEEDS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "tf_saved_model": {
         "tensorflow": ((), ""),
@@ -43,7 +44,6 @@ _NEEDS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     },
     "openvino": {
         "tensorflow": (("openvino",), "openvino"),
-        "jax": (("openvino", "tensorflow"), "openvino tensorflow"),
         "torch": (("openvino",), "openvino"),
     },
     "litert": {
@@ -54,8 +54,6 @@ _NEEDS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "transformers": {"": (("keras_hub",), "keras-hub")},
     "gguf": {"": (("gguf",), "'keras-weightmods[gguf]'")},
 }
-# Where a file can call the packed products: (format, backend).
-_KEEPS_PACKED = (("tf_saved_model", "tensorflow"), ("torch", "torch"))
 
 
 def export(
@@ -80,7 +78,7 @@ def export(
     |---|---|---|---|
     | `"tf_saved_model"` | a folder | TensorFlow, JAX | tensorflow |
     | `"onnx"` | `.onnx` | all | tf2onnx, jax2onnx, or onnx and onnxscript |
-    | `"openvino"` | `.xml`, `.bin` | all | openvino |
+    | `"openvino"` | `.xml`, `.bin` | TensorFlow, torch | openvino |
     | `"litert"` | `.tflite` | TensorFlow, torch | on torch litert-torch |
     | `"torch"` | `.pt2` | torch | |
     | `"transformers"` | a folder | all | a KerasHub model it can export |
@@ -206,7 +204,7 @@ def _check_needs(format, keep_packed):
             f"alone. Received: the backend {backend!r}. Save the model by "
             "`kwm.save_model`, and load it under another KERAS_BACKEND."
         )
-    if keep_packed and (format, backend) not in _KEEPS_PACKED:
+    if keep_packed and (format, backend) not in seam.KEEP_PARAMETERS:
         raise ValueError(
             "Packed kernels can be kept in 'tf_saved_model' on TensorFlow and "
             "in 'torch' on torch alone. Received: keep_packed=True, "
