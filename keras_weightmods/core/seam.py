@@ -103,7 +103,7 @@ def attach(
     weights that are no longer trained, so the model is left uncompiled.
     """
     check_unattached(items)
-    if not drop_optimizer and _has_built_optimizer(model):
+    if not drop_optimizer and has_built_optimizer(model):
         raise ValueError(
             "The model's optimizer has already been built for the present "
             "weights and would not update new ones. Compile the model with a "
@@ -263,7 +263,7 @@ def forget_variables(model: Any) -> None:
             if getattr(layer, f"{name}_function", None) is not None:
                 setattr(layer, f"{name}_function", None)
     keras_private.track_torch_parameters(model)
-    if _has_built_optimizer(model):
+    if has_built_optimizer(model):
         model.optimizer = None
         model.compiled = False
 
@@ -360,5 +360,7 @@ def _drop_parameters(item):
         keras_private.remove_variable(item.target.layer, parameter)
 
 
-def _has_built_optimizer(model):
-    return getattr(getattr(model, "optimizer", None), "built", False)
+def has_built_optimizer(model: Any) -> bool:
+    """Return whether a model has trained, with state of its weights."""
+    optimizer = getattr(model, "optimizer", None)
+    return bool(getattr(optimizer, "built", False))
