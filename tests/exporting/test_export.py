@@ -1,6 +1,7 @@
 import contextlib
 import os
 import pathlib
+import warnings
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ from tests import models
 
 BACKEND = keras.backend.backend()
 X = models.normal(1, 64)
+FLOATS = "float32"  # int8 activations are not exported
 
 
 @contextlib.contextmanager
@@ -32,7 +34,7 @@ def left_alone(model):
 
 def packed(dtype="int8", **kwargs):
     model = models.make_sparse(models.mlp(64, 32, 8))
-    kwargs = {"activations": "float32", **kwargs}
+    kwargs = {"activations": FLOATS, **kwargs}
     kwm.pack(model, dtype=dtype, **kwargs)
     return model
 
@@ -121,6 +123,42 @@ def test_packed_kernels_are_kept_where_they_can_be(format, tmp_path):
     with left_alone(model) as expected:
         kwm.export(model, path, format=format, keep_packed=True)
         found = RUNNERS[format][0](str(path))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep_packed", [False, True])
+def test_a_language_model(keep_packed, tmp_path):
+    pytest.importorskip("keras_hub")
+    format = "torch" if BACKEND == "torch" else "tf_saved_model"
+    skip_where_it_cannot_be_run(format)
+    if keep_packed and BACKEND == "jax":
+        pytest.skip("a SavedModel of JAX has no packed kernels")
+    model = models.causal_lm("llama3", tie_word_embeddings=True)
+    kwm.pack(models.make_sparse(model), "int8", head="int8", activations=FLOATS)
+    ids = np.array([[3, 1, 4, 1, 5]], "int32")
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    expected = models.outputs(model, x)
+    specs = {n: keras.InputSpec("int32", (1, 5), name=n) for n in x}
+    path = str(tmp_path / ("model" + module._ENDINGS[format]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*dense form")
+        kwm.export(
+            model,
+            path,
+            format,
+            keep_packed=keep_packed,
+            input_signature=[specs],
+        )
+    if format == "torch":
+        import torch
+
+        inputs = {name: torch.from_numpy(each) for name, each in x.items()}
+        found = models.numpy(torch.export.load(path).module()(inputs))
+    else:
+        import tensorflow as tf
+
+        loaded = tf.saved_model.load(path)
+        found = loaded.serve(x).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
