@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -162,7 +163,7 @@ def export(
             _replace(path.parent / each.name, each)
 
 
-def _check_path(filepath, format, overwrite):
+def _check_path(filepath: Any, format: str, overwrite: bool) -> pathlib.Path:
     path = pathlib.Path(os.path.abspath(filepath))
     ending = _ENDINGS[format]
     if not path.parent.is_dir() or (ending and path.suffix != ending):
@@ -180,7 +181,7 @@ def _check_path(filepath, format, overwrite):
     return path
 
 
-def _check_overwrite(path, overwrite):
+def _check_overwrite(path: pathlib.Path, overwrite: bool) -> None:
     if not overwrite and path.exists():
         raise FileExistsError(
             "Pass `overwrite=True` to replace what is there. Received: "
@@ -188,13 +189,13 @@ def _check_overwrite(path, overwrite):
         )
 
 
-def _is_export(folder):
+def _is_export(folder: pathlib.Path) -> bool:
     """Whether a folder may be replaced: not any folder by a slip."""
     names = {each.name for each in folder.iterdir()}
     return not names or bool(names & {"saved_model.pb", "model.safetensors"})
 
 
-def _check_needs(format, keep_packed):
+def _check_needs(format: str, keep_packed: bool) -> None:
     backend = keras.backend.backend()
     by_backend = _NEEDS[format]
     needed = by_backend.get(backend, by_backend.get(""))
@@ -219,7 +220,9 @@ def _check_needs(format, keep_packed):
         )
 
 
-def _writer(model, format, kwargs):
+def _writer(
+    model: Any, format: str, kwargs: dict[str, Any]
+) -> Callable[[str], Any]:
     """Return what writes a file of the format, once all is checked."""
     if format in ("gguf", "transformers"):
         _check_plain(model, format)
@@ -231,13 +234,13 @@ def _writer(model, format, kwargs):
     return lambda path: model.export(path, format=format, **kwargs)
 
 
-def _transformers_writer(model):
+def _transformers_writer(model: Any) -> Callable[[str], Any]:
     write = getattr(model, "export_to_transformers", None)
     if write is None:
         expected = "a KerasHub model with `export_to_transformers`"
         raise checks.error("model", expected, model)
 
-    def write_folder(path):
+    def write_folder(path: str) -> None:
         try:
             write(path)
         except ValueError as error:
@@ -252,7 +255,7 @@ def _transformers_writer(model):
     return write_folder
 
 
-def _check_plain(model, format):
+def _check_plain(model: Any, format: str) -> None:
     """Raise ValueError unless weights are what layers compute with."""
     found = {
         item.target.path: f"reparameterized: call `{item.finish}` first"
@@ -273,7 +276,7 @@ def _check_plain(model, format):
         )
 
 
-def _warn_about_sizes(model):
+def _warn_about_sizes(model: Any) -> None:
     items = [i for i in reparameterizations(model) if not i.keeps_stored]
     if not items:
         return
@@ -288,7 +291,7 @@ def _warn_about_sizes(model):
     )
 
 
-def _replace(path, made):
+def _replace(path: pathlib.Path, made: pathlib.Path) -> None:
     """Put a file or folder that was made in its place."""
     if path.is_dir():
         shutil.rmtree(path)

@@ -73,7 +73,7 @@ def writer(
     tokenizer = _tokenizer_of(model, tokenizer_from)
     _check_rows(backbone, dtype)
 
-    def write(path):
+    def write(path: str) -> None:
         gguf = importlib.import_module("gguf")
         file = gguf.GGUFWriter(path, "llama")
         prefix = "ALL" if dtype == "f32" else "MOSTLY"
@@ -164,7 +164,7 @@ def rope_factors(backbone: Any) -> Any:
     return (1 / ((1 - share) / factor + share)).astype("float32")
 
 
-def _kind_of(name, shape, dtype):
+def _kind_of(name: str, shape: tuple[int, ...], dtype: str) -> str:
     """Return the name of the type of a tensor."""
     if len(shape) == 1:
         return "F32"
@@ -173,7 +173,7 @@ def _kind_of(name, shape, dtype):
     return dtype.upper()
 
 
-def _check_rows(backbone, dtype):
+def _check_rows(backbone: Any, dtype: str) -> None:
     """Raise ValueError where the rows of a matrix have no whole groups."""
     sizes = {
         "hidden_dim": backbone.hidden_dim,
@@ -193,7 +193,7 @@ def _check_rows(backbone, dtype):
         )
 
 
-def _add_config(file, backbone, context_length):
+def _add_config(file: Any, backbone: Any, context_length: int) -> None:
     head_size = backbone.hidden_dim // backbone.num_query_heads
     file.add_vocab_size(backbone.vocabulary_size)
     file.add_context_length(context_length)
@@ -207,7 +207,7 @@ def _add_config(file, backbone, context_length):
     file.add_layer_norm_rms_eps(backbone.layer_norm_epsilon)
 
 
-def _tokenizer_of(model, tokenizer_from):
+def _tokenizer_of(model: Any, tokenizer_from: Any) -> Any:
     import keras_hub
 
     preprocessor = getattr(model, "preprocessor", None)
@@ -224,7 +224,7 @@ def _tokenizer_of(model, tokenizer_from):
     return tokenizer
 
 
-def _add_tokenizer(file, tokenizer):
+def _add_tokenizer(file: Any, tokenizer: Any) -> None:
     if tokenizer is None:
         file.add_tokenizer_model("none")
         return
@@ -247,7 +247,7 @@ def _add_tokenizer(file, tokenizer):
     file.add_add_bos_token(True)
 
 
-def _copy_tokenizer(file, path):
+def _copy_tokenizer(file: Any, path: Any) -> None:
     gguf = importlib.import_module("gguf")
     for name, field in gguf.GGUFReader(pathlib.Path(path)).fields.items():
         if name.startswith("tokenizer."):
