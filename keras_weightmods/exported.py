@@ -36,26 +36,33 @@ def when_imported(name: str, function: Callable[[], None]) -> None:
 
 
 class _Waiting(importlib.abc.MetaPathFinder):
-    """Finds one module as the others would, and has it call a function."""
+    """Finds one module as the others would, and has it call a function.
+
+    It stays until the module is imported, as some only ask whether it is there.
+    """
 
     def __init__(self, name, function):
         self.name = name
         self.function = function
+        self._is_asking = False
 
     def find_spec(self, name, path, target=None):
-        if name != self.name:
+        if name != self.name or self._is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._is_asking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._is_asking = False
         if spec is None or spec.loader is None:
-            # There is none; but it may be installed yet.
-            sys.meta_path.insert(0, self)
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
-            self.function()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.function()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

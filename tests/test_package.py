@@ -40,6 +40,7 @@ def test_names_bring_keras_and_its_backend_alone():
     )
 
 
+@pytest.mark.one_backend
 def test_keras_finds_the_registered_classes_in_any_order():
     find = "keras.saving.get_registered_object('keras_weightmods>AdamS')"
     run(

@@ -160,7 +160,11 @@ KEEP_PARAMETERS = (("tf_saved_model", "tensorflow"), ("torch", "torch"))
 
 
 def _export(
-    model: Any, filepath: Any, format: Any = "tf_saved_model", **kwargs: Any
+    model: Any,
+    filepath: Any,
+    format: Any = "tf_saved_model",
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     left = [i for i in reparameterizations(model) if not i.keeps_stored]
     backend = keras.backend.backend()
@@ -171,7 +175,7 @@ def _export(
             f"{format!r})` writes them in dense form. Received: "
             f"model={model.name!r}, of which {len(left)} weights are packed"
         )
-    return type(model).export(model, filepath, format, **kwargs)
+    return type(model).export(model, filepath, format, *args, **kwargs)
 
 
 _GUARDS = {"save_to_preset": _save_to_preset, "export": _export}

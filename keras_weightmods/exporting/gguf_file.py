@@ -71,6 +71,7 @@ def writer(
     if tokenizer_from is not None and not os.path.isfile(tokenizer_from):
         raise checks.error("tokenizer_from", "a GGUF file", tokenizer_from)
     tokenizer = _tokenizer_of(model, tokenizer_from)
+    _check_vocabulary(backbone, tokenizer, tokenizer_from)
     _check_rows(backbone, dtype)
 
     def write(path: str) -> None:
@@ -222,6 +223,27 @@ def _tokenizer_of(model: Any, tokenizer_from: Any) -> Any:
             "`model.backbone` for prompts of token ids."
         )
     return tokenizer
+
+
+def _check_vocabulary(
+    backbone: Any, tokenizer: Any, tokenizer_from: Any
+) -> None:
+    """Raise ValueError where there is not a token for each embedding."""
+    if tokenizer is not None:
+        count = tokenizer.vocabulary_size()
+    elif tokenizer_from is not None:
+        gguf = importlib.import_module("gguf")
+        fields = gguf.GGUFReader(pathlib.Path(tokenizer_from)).fields
+        field = fields.get("tokenizer.ggml.tokens")
+        count = len(field.contents()) if field else 0
+    else:
+        return
+    if count != backbone.vocabulary_size:
+        raise ValueError(
+            "llama.cpp needs a token for each row of the embeddings. Received: "
+            f"a tokenizer of {count} tokens, and a model with vocabulary_size="
+            f"{backbone.vocabulary_size}"
+        )
 
 
 def _add_tokenizer(file: Any, tokenizer: Any) -> None:

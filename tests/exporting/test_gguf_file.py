@@ -220,8 +220,10 @@ def refused(model, path, match, **kwargs):
     assert not path.exists()
 
 
-def test_what_the_file_cannot_hold_is_refused(backbone, tmp_path):
+def test_what_the_file_cannot_hold_is_refused(backbone, tokenizer, tmp_path):
     path = tmp_path / "model.gguf"
+    small = models.backbone("llama3")
+    refused(small, path, "of 96 tokens, and .*=20", tokenizer_from=tokenizer)
     refused(models.mlp(), path, "a KerasHub Llama")
     odd = models.backbone("llama3", hidden_dim=48, num_query_heads=2)
     refused(odd, path, "hidden_dim=48. Use dtype='f16'", dtype="q8_0")
