@@ -27,9 +27,13 @@ def public_names():
     return {
         f"{prefix}{name}": value
         for prefix, module in (("", kwm), ("ops.", kwm.ops))
-        for name, value in sorted(vars(module).items(), key=by_name)
+        for name, value in sorted(names_of(module).items(), key=by_name)
         if not name.startswith("_") and is_documented(value)
     }
+
+
+def names_of(module):
+    return {name: getattr(module, name) for name in dir(module)}
 
 
 def by_name(item):

@@ -62,8 +62,10 @@ def test_public_names_have_examples():
     assert missing == ["ops.unpack_bits"]
 
 
-def test_readme_examples_run(tmp_path, monkeypatch):
-    readme = pathlib.Path(__file__).absolute().parent.parent / "README.md"
+@pytest.mark.parametrize("page", ["README.md", "docs/ship.md"])
+@pytest.mark.filterwarnings("ignore:.*exported in dense form")
+def test_examples_of_pages_run(page, tmp_path, monkeypatch):
+    root = pathlib.Path(__file__).absolute().parent.parent
     monkeypatch.chdir(tmp_path)
-    for block in code_blocks(readme.read_text()):
-        exec(compile(block, "README.md", "exec"), {})
+    for block in code_blocks((root / page).read_text()):
+        exec(compile(block, page, "exec"), {})

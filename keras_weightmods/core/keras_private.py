@@ -183,7 +183,8 @@ def put_variable_back(layer: Any, variable: Any, place: Any) -> None:
         layer._tracker.add_to_store(store, variable)
         own = layer._tracker.config[store][1]
         own.insert(index, own.pop())
-        setattr(layer, name, variable)
+        if name is not None:
+            setattr(layer, name, variable)
 
 
 def release_value(variable: Any, message: str) -> None:

@@ -16,7 +16,7 @@ from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing import packed_dense, packed_embedding
 from keras_weightmods.packing.packed_parameters import PackedParameters
 from keras_weightmods.packing.report import PackedWeight, PackReport
-from keras_weightmods.saving.container import numpy_dtype
+from keras_weightmods.saving.container import bytes_of
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Skipped
 
@@ -315,8 +315,8 @@ def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
             item.target.path,
             item.target.shape,
             item.value_dtype,
-            _bytes([(item.target.shape, item.dtype)]),
-            _bytes((p.shape, p.dtype) for p in item.parameters),
+            bytes_of([(item.target.shape, item.dtype)]),
+            bytes_of((p.shape, p.dtype) for p in item.parameters),
             item.activations,
             item.rounding_error,
             item.pattern,
@@ -327,12 +327,4 @@ def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
 
 
 def _model_bytes(model: Any) -> int:
-    return _bytes((weight.shape, weight.dtype) for weight in model.weights)
-
-
-def _bytes(arrays: Any) -> int:
-    """The size of arrays, given as pairs of a shape and a dtype."""
-    return sum(
-        math.prod(shape) * int(numpy_dtype(dtype).itemsize)
-        for shape, dtype in arrays
-    )
+    return bytes_of((weight.shape, weight.dtype) for weight in model.weights)

@@ -20,6 +20,7 @@ import math
 import os
 import secrets
 import stat
+import zipfile
 from typing import Any
 
 import ml_dtypes
@@ -47,6 +48,31 @@ DTYPES = {
     "float64": "F64",
 }
 _NAMES = {code: name for name, code in DTYPES.items()}
+# What reads the files of this package, by format.
+_READERS = {
+    "keras_weightmods.model": "`keras_weightmods.load_model`",
+    "keras_weightmods.delta": "`keras_weightmods.apply_delta`",
+    "keras_weightmods.signature": "`keras_weightmods.WeightSignature.load`",
+}
+# How files of other kinds begin, what they are, and what reads them.
+_OTHERS = (
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "`model.load_weights`"),
+    (b"GGUF", "a GGUF file", "llama.cpp"),
+    (b"\x93NUMPY", "a .npy file", "`numpy.load`"),
+)
+# The same for ZIP archives, by a file that is in them.
+_ARCHIVES = (
+    ("model.weights.h5", "a .keras file", "`keras.models.load_model`"),
+    ("archive_format", "a .pt2 file", "`torch.export.load`"),
+    ("data.pkl", "a file of torch", "`torch.load`"),
+    (".npy", "an .npz file", "`numpy.load`"),
+)
+# And for folders.
+_FOLDERS = (
+    ("saved_model.pb", "a SavedModel", "`tf.saved_model.load`"),
+    ("task.json", "a preset", "`keras_hub.models.Task.from_preset`"),
+    ("config.json", "a preset", "`keras_hub.models.Task.from_preset`"),
+)
 # JSON becomes some thirty times larger in memory. About 40,000 entries fit.
 _MAX_HEADER = 16 * 2**20
 _MAX_RANK = 32
@@ -77,6 +103,44 @@ class Entry:
 def numpy_dtype(name):
     """Return the NumPy dtype that Keras calls `name`."""
     return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def bytes_of(arrays: Any) -> int:
+    """Return the size of arrays, given as pairs of a shape and a dtype."""
+    return sum(
+        math.prod(shape) * int(numpy_dtype(dtype).itemsize)
+        for shape, dtype in arrays
+    )
+
+
+def other_kind(filepath):
+    """Return what a file or folder is that is not of this package.
+
+    Returns:
+        String with an article, and what reads it; None if it is not known.
+    """
+    if os.path.isdir(filepath):
+        names = os.listdir(filepath)
+        for name, kind, reader in _FOLDERS:
+            if name in names:
+                return f"{kind}, which {reader} reads"
+        return "a folder"
+    with open(filepath, "rb") as file:
+        start = file.read(16)
+    for magic, kind, reader in _OTHERS:
+        if start.startswith(magic):
+            return f"{kind}, which {reader} reads"
+    if not start.startswith(b"PK"):
+        return None
+    try:
+        with zipfile.ZipFile(filepath) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return "a damaged ZIP archive"
+    for end, kind, reader in _ARCHIVES:
+        if any(name.endswith(end) for name in names):
+            return f"{kind}, which {reader} reads"
+    return "a ZIP archive"
 
 
 def json_array(value):
@@ -275,6 +339,9 @@ class Reader:
 
     def __init__(self, filepath, format, versions):
         self.filepath = os.fspath(filepath)
+        self._format = format
+        if os.path.isdir(filepath):
+            raise self._other(other_kind(filepath))
         self._file = open(filepath, "rb", opener=_open)  # noqa: SIM115
         try:
             self._check_data(self._check_header(format, versions))
@@ -315,6 +382,14 @@ class Reader:
             f"get or save it again. Received: filepath={self.filepath!r}"
         )
 
+    def _other(self, kind):
+        """Return a `ValueError` to raise: the file is of another kind."""
+        reader = _READERS.get(self._format, "this")
+        return ValueError(
+            f"A file of {self._format!r} was expected, for {reader}. "
+            f"Received: filepath={self.filepath!r}, {kind}"
+        )
+
     def _check_header(self, format, versions):
         """Set the entries and return their checksums."""
         status = os.fstat(self._file.fileno())
@@ -323,6 +398,8 @@ class Reader:
         prefix = self._file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(status.st_size - 8, _MAX_HEADER):
+            if kind := other_kind(self.filepath):
+                raise self._other(kind)
             raise self._error(
                 f"The header of {length} bytes must take at most {_MAX_HEADER} "
                 f"bytes, and lie within the {status.st_size} bytes of the file"
@@ -360,7 +437,13 @@ class Reader:
         return checksums
 
     def _check_metadata(self, metadata, format, versions):
-        if metadata.get("format") != format:
+        found = metadata.get("format")
+        if found != format and found in _READERS:
+            kind = f"a file of {found!r}, which {_READERS[found]} reads"
+            raise self._other(kind)
+        if found != format and "sha256" not in metadata:
+            raise self._other("a safetensors file of another program")
+        if found != format:
             raise self._error(f"The header does not state format {format!r}")
         version = metadata.get("version")
         if version not in map(str, versions):

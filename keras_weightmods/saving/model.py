@@ -15,6 +15,7 @@ from keras_weightmods.saving import container, description, states
 _FORMAT = "keras_weightmods.model"
 _VERSION = 1
 _MODEL = "model.json"
+_ENDINGS_OF_KERAS = (".keras", ".h5", ".hdf5")
 
 
 def save_model(
@@ -88,6 +89,14 @@ def save_model(
         raise ValueError(
             "`model` must be a built Keras model. Call it on data once, or "
             f"`model.build(input_shape)`. Received: model={model!r}"
+        )
+    ending = os.path.splitext(filepath)[1].lower()
+    if ending in _ENDINGS_OF_KERAS:
+        raise ValueError(
+            f"Files that end in {ending!r} are those of Keras, and this is "
+            "another format, which `load_model` of this package reads. Name it "
+            "'.safetensors'; for a plain model there is `model.save`. "
+            f"Received: filepath={os.fspath(filepath)!r}"
         )
     container.check_filepath(filepath, overwrite)
     left_out = _preprocessor_to_leave_out(model)

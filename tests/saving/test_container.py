@@ -326,9 +326,11 @@ def drop(*keys):
 
 # {what the error says: {name: change of the header}}
 HOSTILE = {
-    "state format": {
+    "safetensors file of another program": {
         "no metadata": drop("__metadata__"),
         "metadata null": lambda h: h.update(__metadata__=None),
+    },
+    "state format": {
         "no format": drop("__metadata__", "format"),
         "other format": set_metadata(format="other"),
     },
@@ -505,9 +507,44 @@ def test_what_is_no_json(path):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         Reader(tmp_path / "none", FORMAT, (VERSION,))
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="a folder"):
         Reader(tmp_path, FORMAT, (VERSION,))
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(ValueError, match="not that of a regular file"):
             Reader(tmp_path / "pipe", FORMAT, (VERSION,))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reader"),
+    [
+        ("model.h5", b"\x89HDF\r\n\x1a\n" + bytes(99), "`model.load_weights`"),
+        ("model.gguf", b"GGUF" + bytes(99), "llama.cpp"),
+        ("array.npy", b"\x93NUMPY" + bytes(99), "`numpy.load`"),
+    ],
+)
+def test_files_of_other_kinds_are_named(name, content, reader, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"Received: .* {reader}") as caught:
+        read(tmp_path / name)
+    assert "header of" not in str(caught.value)
+
+
+def test_archives_and_folders_are_named(tmp_path):
+    np.savez(tmp_path / "arrays.npz", x=np.ones(2))
+    with pytest.raises(ValueError, match=r"an \.npz file, which `numpy"):
+        read(tmp_path / "arrays.npz")
+    (tmp_path / "cut.keras").write_bytes(b"PK\x03\x04" + bytes(99))
+    with pytest.raises(ValueError, match="a damaged ZIP archive"):
+        read(tmp_path / "cut.keras")
+    (tmp_path / "saved_model.pb").touch()
+    with pytest.raises(ValueError, match="a SavedModel, which `tf"):
+        read(tmp_path)
+
+
+def test_another_format_of_ours_is_named_with_its_reader(tmp_path):
+    path = tmp_path / "file"
+    container.write_arrays(path, "keras_weightmods.delta", 1, {"x": np.ones(2)})
+    expected = "'keras_weightmods.delta', which `keras_weightmods.apply_delta`"
+    with pytest.raises(ValueError, match=expected):
+        Reader(path, "keras_weightmods.model", (1,))

@@ -807,8 +807,19 @@ def test_a_lambda_is_refused_where_keras_was_told_to_allow_it(
 def test_other_files_are_refused(tmp_path):
     model = sequential()
     model.save(tmp_path / "model.keras")
-    with pytest.raises(ValueError, match="The header"):
+    expected = r"a \.keras file, which `keras\.models\.load_model` reads"
+    with pytest.raises(ValueError, match=expected):
         kwm.load_model(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match="HDF5 file, which `model"):
+        kwm.load_model(tmp_path / "model.weights.h5")
     safetensors.numpy.save_file({"x": np.ones(3)}, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"format 'keras_weightmods\.model'"):
+    with pytest.raises(ValueError, match="safetensors file of another prog"):
         kwm.load_model(tmp_path / "other")
+
+
+@pytest.mark.parametrize("ending", [".keras", ".h5", ".KERAS"])
+def test_the_endings_of_keras_are_refused(ending, tmp_path):
+    with pytest.raises(ValueError, match=r"those of Keras.*'\.safetensors'"):
+        kwm.save_model(sequential(), tmp_path / f"model{ending}")
+    assert os.listdir(tmp_path) == []
