@@ -163,7 +163,8 @@ def set_reparameterizations(layer: Any, items: dict[str, Any]) -> None:
             plain,
             tuple(sorted(items)),
             tuple(i.target.attribute for i in ordered if not i.keeps_stored),
-            tuple(i.mixin for i in ordered if i.mixin is not None),
+            # Once each: a layer may hold several stacks of kernels.
+            tuple(dict.fromkeys(i.mixin for i in ordered if i.mixin)),
         )
 
 

@@ -266,7 +266,7 @@ def _take_out(item):
     `Target` for instance, finds it alive after the fold.
     """
     layer, variable = item.target.layer, item.target.variable
-    name = f"_{item.target.attribute}"
+    name = keras_private.stored_name(layer, item.target.attribute)
     item.place = keras_private.remove_variable(layer, variable, name)
     keras_private.release_value(
         variable,

@@ -6,6 +6,7 @@ from typing import Any
 
 from keras import layers
 
+from keras_weightmods.core.expert_banks import bank_of
 from keras_weightmods.utils.checks import error
 
 _Axes = Sequence[int] | Callable[[Any], Sequence[int]]
@@ -140,6 +141,8 @@ _DEPTHWISE = Rule(
 )
 # (spatial..., in, out), whatever the data format.
 _CONV = Rule(contraction_axes=lambda layer: tuple(range(layer.rank + 1)))
+# (experts, in, out)
+_EXPERTS = Rule(contraction_axes=(1,), stack_axes=(0,))
 EMBEDDING = "an embedding, whose rows are looked up and not contracted"
 
 # {(layer class, attribute): rule}; `register_target` adds to it.
@@ -171,6 +174,8 @@ def rules_of(layer: Any) -> dict[str, Rule]:
     """Return {attribute: rule} of what is known of a layer."""
     rules: dict[str, Rule] = {}
     for cls in reversed(type(layer).__mro__):
+        if (bank := bank_of(cls)) is not None:
+            rules.update(dict.fromkeys(bank.stacks, _EXPERTS))
         for (owner, attribute), rule in _RULES.items():
             if owner is cls:
                 rules[attribute] = rule

@@ -41,7 +41,7 @@ def packed_kernel(target, dtype, trainable, activations="float32"):
     kernel_class = PackedKernel
     # Training changes the values in each step: nothing to prepare once.
     if not trainable:
-        shape = _matrix_shape(target)
+        shape = PackedKernel.shape_of(target)
         plan = gpu_plan(shape, target.layer.compute_dtype, dtype)
         # On a GPU nothing multiplies by int8 activations.
         is_dense = plan and (not plan.is_sparse or activations == "int8")
@@ -108,16 +108,26 @@ class PackedKernel(PackedParameters):
 
     def __init__(self, target, dtype, trainable, activations):
         super().__init__(target)
-        self.matrix_shape = _matrix_shape(target)
+        self.matrix_shape = self.shape_of(target)
         self.value_dtype = dtype
         self.trainable = trainable
         self.activations = activations
         self.arrays = packed_format.packed_arrays(self.matrix_shape, dtype)
-        equation = product.equation_of(target.layer)
-        self.product = product.PackedProduct(
-            equation, target.contraction_axes, target.shape
-        )
+        self.product = self.product_of(target)
         self.packed: Any = None
+
+    @staticmethod
+    def shape_of(target):
+        """Return the shape (K, N) of the matrix that is packed."""
+        return stack_shape(target.shape, target.contraction_axes)[1:]
+
+    def product_of(self, target):
+        """Return what turns the layer's einsum into that of the matrix."""
+        return product.PackedProduct(
+            product.equation_of(target.layer),
+            target.contraction_axes,
+            target.shape,
+        )
 
     def get_config(self):
         config = {"dtype": self.value_dtype, "trainable": self.trainable}
@@ -209,9 +219,15 @@ class UnpackedKernel(HeldDense, PackedKernel):
             self.add(add_weight, name, self.arrays[name], array)
 
     def multiply(self, x):
-        matrix = ops.cast(self.to_matrix(self.parameters[0]), "float32")
-        rounded = packed_format.round_activations(ops.cast(x, "float32"))
-        return ops.cast(ops.matmul(rounded, matrix), x.dtype)
+        return self.multiply_by(x, self.to_matrix(self.parameters[0]))
+
+    def multiply_by(self, x, matrix):
+        """Return the product with a dense matrix, `x` rounded if it is so."""
+        rounded = ops.cast(x, "float32")
+        if self.activations == "int8":
+            rounded = packed_format.round_activations(rounded)
+        y = ops.matmul(rounded, ops.cast(matrix, "float32"))
+        return ops.cast(y, x.dtype)
 
     def saved(self):
         kernel, *kept = self.parameters
@@ -271,7 +287,3 @@ class PreparedKernel(PackedKernel):
     def _prepare(self):
         gpu = backend_module("sparse_matmul_gpu")
         self.parameters[-1].assign(gpu.companion(self.packed))
-
-
-def _matrix_shape(target):
-    return stack_shape(target.shape, target.contraction_axes)[1:]

@@ -6,7 +6,7 @@ from keras import ops
 from keras_weightmods import find_targets, fold, sparsify
 from keras_weightmods.core import keras_private
 from keras_weightmods.ops.matrix import from_stack, to_stack
-from keras_weightmods.sparsity.calibration import InputReader, input_norms
+from keras_weightmods.sparsity.calibration import input_norms, input_reader
 from keras_weightmods.sparsity.scaling import attach_scaling
 from tests import models
 from tests.models import mlp, normal, numpy, sequential
@@ -97,7 +97,7 @@ def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
     model = sequential(shape, layer)
     (target,) = find_targets(model, depthwise=True)
     x = normal(3, *shape)
-    reader = InputReader.of(target)
+    reader = input_reader(target)
     rows, count = reader.rows(x)
     kernel = normal(*target.shape, seed=1)
     target.variable.assign(kernel)
