@@ -133,8 +133,8 @@ def find_targets(
 
     Known are Dense, EinsumDense (the axes come from its equation), Conv1D,
     Conv2D, Conv3D, the pointwise part of separable convolutions, what is
-    built of these (MultiHeadAttention, KerasHub backbones, nested models),
-    and layers made known with `register_target`. Embeddings, heads tied to
+    built of these (MultiHeadAttention, KerasHub backbones, nested models), the
+    experts of KerasHub's mixtures (stacks of kernels), and layers made known with `register_target`. Embeddings, heads tied to
     them, norms and biases are left out, and depthwise kernels unless asked for.
 
     Args:
