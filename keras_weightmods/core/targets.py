@@ -132,7 +132,9 @@ def find_targets(
     """Find the kernels of a model that a method may act on.
 
     Known are Dense, EinsumDense (the axes come from its equation), Conv1D,
-    Conv2D, Conv3D, the pointwise part of separable convolutions, what is
+    Conv2D, Conv3D and their transposes (which contract the channels of the
+    input), the pointwise part of separable convolutions, both kernels of the
+    cells of SimpleRNN, LSTM and GRU, what is
     built of these (MultiHeadAttention, KerasHub backbones, nested models), the
     experts of KerasHub's mixtures (stacks of kernels), and layers made known with `register_target`. Embeddings, heads tied to
     them, norms and biases are left out, and depthwise kernels unless asked for.
@@ -327,6 +329,8 @@ def _find_all(model: Any, depthwise: bool) -> Targets:
         for attribute, rule in rules.items():
             variable = _stored_variable(layer, attribute)
             known.add(id(variable))
+            if variable is None and rule.optional:
+                continue
             reason = _reason_to_skip(layer, attribute, rule, depthwise)
             if reason is None:
                 target = target_of(layer, attribute, keys=keys)

@@ -23,6 +23,12 @@ _CONVOLUTIONS = (
     keras.layers.DepthwiseConv1D,
     keras.layers.DepthwiseConv2D,
 )
+_SEPARABLE = keras.layers.SeparableConv1D, keras.layers.SeparableConv2D
+_TRANSPOSES = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
 
 
 def input_norms(model, targets, batches):
@@ -258,8 +264,14 @@ def input_reader(target, routers=None):
         return _einsum_reader(layer, target)
     if target.attribute in expert_banks.stacks_of(layer):
         return ExpertReader((routers or {}).get(id(layer)), target.shape[0])
+    if isinstance(layer, _SEPARABLE):
+        if target.attribute == "depthwise_kernel":
+            return _convolution_reader(layer, target)
+        return _pointwise_reader(layer)
     if target.attribute != "kernel":
         return None
+    if isinstance(layer, _TRANSPOSES):
+        return _pixel_reader(layer)
     if isinstance(layer, keras.layers.Dense):
         return InputReader(lambda x: (x[..., None, :], len(x.shape) - 1), (-1,))
     if isinstance(layer, _CONVOLUTIONS):
@@ -339,6 +351,36 @@ def _einsum_reader(layer, target):
         return ops.reshape(x, (*shape, stacks, -1)), leading
 
     return InputReader(arrange, layout, stacks)
+
+
+def _pixel_reader(layer):
+    """Each pixel of the input is a row, of its channels."""
+
+    def arrange(x):
+        if layer.data_format == "channels_first":
+            x = ops.moveaxis(x, 1, -1)
+        return x[..., None, :], layer.rank + 1
+
+    return InputReader(arrange, (layer.data_format,))
+
+
+def _pointwise_reader(layer):
+    """The rows are what the depthwise part of the layer gives."""
+    pixels = _pixel_reader(layer)
+
+    def arrange(x):
+        x = ops.depthwise_conv(
+            x,
+            ops.cast(layer.depthwise_kernel, x.dtype),
+            strides=layer.strides,
+            padding=layer.padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+        return pixels.arrange(x)
+
+    # No other layer reads the same.
+    return InputReader(arrange, (id(layer),))
 
 
 def _convolution_reader(layer, target):
