@@ -132,12 +132,13 @@ def find_targets(
     """Find the kernels of a model that a method may act on.
 
     Known are Dense, EinsumDense (the axes come from its equation), Conv1D,
-    Conv2D, Conv3D and their transposes (which contract the channels of the
-    input), the pointwise part of separable convolutions, both kernels of the
-    cells of SimpleRNN, LSTM and GRU, what is
-    built of these (MultiHeadAttention, KerasHub backbones, nested models), the
-    experts of KerasHub's mixtures (stacks of kernels), and layers made known with `register_target`. Embeddings, heads tied to
-    them, norms and biases are left out, and depthwise kernels unless asked for.
+    Conv2D, Conv3D and their transposes (which contract the channels of a
+    pixel of the input), the pointwise part of separable convolutions, both
+    kernels of the cells of SimpleRNN, LSTM and GRU, what is built of these
+    (MultiHeadAttention, KerasHub backbones, nested models), the experts of
+    KerasHub's mixtures (stacks of kernels), and layers made known with
+    `register_target`. Embeddings, heads tied to them, norms and biases are
+    left out, and depthwise kernels unless asked for.
 
     Args:
         model: A built `keras.Model` or layer. It is not changed.
