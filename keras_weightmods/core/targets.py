@@ -298,12 +298,16 @@ def target_of(
 def check_built(model: Any) -> None:
     """Raise ValueError unless `model` and what may hold a target is built."""
     check_model(model)
-    unbuilt = [
-        layer.name
-        for layer in keras_private.layers_of(model)
-        if not layer.built
-        and (layer is model or _holds_target(target_rules.rules_of(layer)))
-    ]
+    unbuilt = [layer.name for layer in _unbuilt_layers(model)]
+    if not model.built:
+        unbuilt.insert(0, model.name)
+    elif unbuilt:
+        unused = set(map(id, _unused_layers(model)))
+        unbuilt = [
+            layer.name
+            for layer in _unbuilt_layers(model)
+            if id(layer) not in unused
+        ]
     if unbuilt:
         raise ValueError(
             "The model must be built, so that its weights exist. Call it on "
@@ -311,6 +315,32 @@ def check_built(model: Any) -> None:
             f"model={model.name!r}, of which {len(unbuilt)} layers are not "
             f"built: {', '.join(unbuilt[:5])}"
         )
+
+
+def _unbuilt_layers(model: Any) -> list[Any]:
+    """Return the layers in a model that may hold a target and are not built."""
+    return [
+        layer
+        for layer in keras_private.layers_of(model)
+        if layer is not model
+        and not layer.built
+        and _holds_target(target_rules.rules_of(layer))
+    ]
+
+
+def _unused_layers(model: Any) -> list[Any]:
+    """Return those of `_unbuilt_layers` that the model never calls.
+
+    As in the blocks of KerasHub's EfficientNet, which hold layers for each way
+    to use them.
+    """
+    unbuilt = _unbuilt_layers(model)
+    if not unbuilt:
+        return []
+    parts = keras_private.layers_of(model)
+    order = execution_order(model, [x for x in parts if x is not model])
+    # Without an order nothing is known.
+    return [x for x in unbuilt if order and id(x) not in order]
 
 
 def _holds_target(rules: Any) -> bool:
@@ -325,7 +355,8 @@ def _find_all(model: Any, depthwise: bool) -> Targets:
     unknown: dict[int, Skipped] = {}
     keys = weight_keys(model)
     for layer in keras_private.layers_of(model):
-        rules = target_rules.rules_of(layer)
+        # Without weights there is nothing to know.
+        rules = target_rules.rules_of(layer) if layer.built else {}
         known = set()
         for attribute, rule in rules.items():
             variable = _stored_variable(layer, attribute)
@@ -349,6 +380,9 @@ def _find_all(model: Any, depthwise: bool) -> Targets:
             for variable in _other_matrices(layer, known):
                 reason = _unknown_reason(layer, variable, rules)
                 unknown[id(variable)] = Skipped(variable.path, reason)
+    for layer in _unused_layers(model):
+        skip = Skipped(layer.path, "not built, as the model does not call it")
+        skipped[id(layer), ""] = skip
     # What is shared with an embedding is left out; what an unknown layer
     # shares with a known one is known.
     found = [targets[k] for k in keys if k in targets and k not in skipped]
