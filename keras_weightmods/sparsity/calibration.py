@@ -122,8 +122,24 @@ def measure_importance(optimizer, model, targets, batches):
         model, targets, batches: As in `input_norms`. Kernels of the optimizer
             that are not among `targets`, or whose inputs could not be read,
             of which a warning tells, are ranked by magnitude alone.
+
+    Raises:
+        ValueError: If inputs are not finite; it names the kernel.
     """
     norms = list(zip(targets, input_norms(model, targets, batches)))
+    bad = [
+        target.path
+        for target, norm in norms
+        if norm is not None and not np.isfinite(norm).all()
+    ]
+    if bad:
+        raise ValueError(
+            "CAST ranks weights by the inputs of their layers, which must be "
+            f"finite. Received: NaN or infinity in those of {len(bad)} "
+            f"kernels, the first being {bad[0]!r}. Look for what comes in "
+            "the data or what the layers before it compute, or pass "
+            "`AdamS(criterion='magnitude')`."
+        )
     by_id = {id(target.variable): norm for target, norm in norms}
     unknown = [target.path for target, norm in norms if norm is None]
     if unknown:
