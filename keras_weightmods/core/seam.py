@@ -9,8 +9,6 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
-
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.reparameterization import (
     Reparameterization,
@@ -18,6 +16,7 @@ from keras_weightmods.core.reparameterization import (
     slots,
 )
 from keras_weightmods.core.reparameterized_layer import (
+    AttachedLayer,
     ReparameterizedLayer,
     set_reparameterizations,
 )
@@ -123,22 +122,31 @@ def attach(
             item.target.variable.assign(value)
         _install(item)
     forget_variables(model)
-    _guard_presets(model)
+    _guard(model)
 
 
-def _guard_presets(model: Any) -> None:
-    """Have a model of KerasHub refuse a preset that would not load.
+def _guard(model: Any) -> None:
+    """Have what holds reparameterized layers refuse to be copied as plain.
 
-    It would hold the arrays of the reparameterized layers, and a config that
-    builds plain ones.
+    Its config would build plain layers, and a preset of KerasHub would hold
+    that config beside the arrays of the reparameterized ones. A layer refuses
+    by itself, but not all that hold it ask for its config.
     """
     for part in keras_private.layers_of(model):
-        if hasattr(type(part), _PRESET) and isinstance(part, keras.Model):
-            guarded = types.MethodType(_save_to_preset, part)
-            keras_private.attributes(part)[_PRESET] = guarded
+        own = keras_private.attributes(part)
+        for name, guard in _GUARDS.items():
+            method = own.get(name)
+            is_ours = getattr(method, "__func__", None) is guard
+            if _attached_in(part) and not isinstance(part, AttachedLayer):
+                if method is None and hasattr(type(part), name):
+                    own[name] = types.MethodType(guard, part)
+            elif is_ours:
+                del own[name]
 
 
-_PRESET = "save_to_preset"
+def _attached_in(part: Any) -> list[Any]:
+    parts = keras_private.layers_of(part)
+    return [each for each in parts if isinstance(each, AttachedLayer)]
 
 
 def _save_to_preset(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -151,7 +159,20 @@ def _save_to_preset(model: Any, *args: Any, **kwargs: Any) -> None:
             f"model={model.name!r}, of which {len(left)} weights are "
             f"reparameterized, the first being {left[0].target.path!r}"
         )
-    getattr(type(model), _PRESET)(model, *args, **kwargs)
+    type(model).save_to_preset(model, *args, **kwargs)
+
+
+def _get_config(part: Any) -> Any:
+    # Within `plain_classes` there are none.
+    for layer in _attached_in(part):
+        layer.get_config()
+    return type(part).get_config(part)
+
+
+_GUARDS: dict[str, Callable[..., Any]] = {
+    "save_to_preset": _save_to_preset,
+    "get_config": _get_config,
+}
 
 
 def install(item: Reparameterization) -> None:
@@ -191,6 +212,7 @@ def fold(model: Any, kind: Any = Reparameterization) -> list[Any]:
             )
     if items:
         forget_variables(model)
+        _guard(model)
     return items
 
 
