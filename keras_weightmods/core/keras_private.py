@@ -12,6 +12,7 @@ import copy
 import itertools
 import random
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,6 +55,11 @@ def layers_of(layer: Any) -> list[Any]:
     return layer._flatten_layers()
 
 
+def parts_of(layer: Any) -> list[Any]:
+    """Return the layers that a layer holds itself."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
 def own_variables(layer: Any) -> list[keras.Variable]:
     """Return the variables of `layer`; `weights` adds those of its layers."""
     return layer._trainable_variables + layer._non_trainable_variables
@@ -73,10 +79,15 @@ def stored_variable(layer: Any, attribute: str) -> Any:
 
     Keras' layers keep it under the same name with an underscore in front.
     """
+    name = stored_name(layer, attribute)
+    return None if name is None else vars(layer)[name]
+
+
+def stored_name(layer: Any, attribute: str) -> Any:
+    """Return the name under which `stored_variable` is kept, or None."""
     for name in (f"_{attribute}", attribute):
-        value = vars(layer).get(name)
-        if isinstance(value, keras.Variable):
-            return value
+        if isinstance(vars(layer).get(name), keras.Variable):
+            return name
     return None
 
 
@@ -168,8 +179,9 @@ def remove_variable(layer: Any, variable: Any, name: str | None = None) -> Any:
     place = None
     for store in ("trainable_variables", "non_trainable_variables"):
         if layer._tracker.is_in_store(store, variable):
-            own = [id(each) for each in layer._tracker.config[store][1]]
-            place = name, store, own.index(id(variable))
+            own = layer._tracker.config[store][1]
+            index = next(i for i, each in enumerate(own) if each is variable)
+            place = name, store, [weakref.ref(v) for v in own[index + 1 :]]
     layer._untrack_variable(variable)
     if name is not None:
         super(keras.layers.Layer, layer).__delattr__(name)
@@ -177,12 +189,17 @@ def remove_variable(layer: Any, variable: Any, name: str | None = None) -> Any:
 
 
 def put_variable_back(layer: Any, variable: Any, place: Any) -> None:
-    """Undo `remove_variable`: the order of the weights is the former one."""
-    name, store, index = place
+    """Undo `remove_variable`: the order of the weights is the former one.
+
+    Also where others have been removed since, or put back.
+    """
+    name, store, followers = place
     with unlocked(layer):
         layer._tracker.add_to_store(store, variable)
         own = layer._tracker.config[store][1]
-        own.insert(index, own.pop())
+        places = {id(each): i for i, each in enumerate(own)}
+        known = [places[id(v())] for v in followers if id(v()) in places]
+        own.insert(min(known, default=len(own) - 1), own.pop())
         if name is not None:
             setattr(layer, name, variable)
 

@@ -19,6 +19,7 @@ from keras_weightmods.core.reparameterization import (
     slots,
 )
 from keras_weightmods.core.reparameterized_layer import (
+    AttachedLayer,
     ReparameterizedLayer,
     set_reparameterizations,
 )
@@ -124,22 +125,31 @@ def attach(
             item.target.variable.assign(value)
         _install(item)
     forget_variables(model)
-    _guard_files(model)
+    _guard(model)
 
 
-def _guard_files(model: Any) -> None:
-    """Have a model refuse files that would not load.
+def _guard(model: Any) -> None:
+    """Have what holds reparameterized layers refuse to be copied as plain.
 
-    A preset of KerasHub would hold the arrays of the reparameterized layers,
-    and a config that builds plain ones. Most formats of `export` have no
-    operation for the parameters that stand for a weight.
+    Its config would build plain layers, and a preset of KerasHub would hold
+    that config beside the arrays of the reparameterized ones. A layer refuses
+    by itself, but not all that hold it ask for its config.
     """
     for part in keras_private.layers_of(model):
-        if isinstance(part, keras.Model):
-            own = keras_private.attributes(part)
-            for name, guard in _GUARDS.items():
-                if hasattr(type(part), name):
+        own = keras_private.attributes(part)
+        for name, guard in _GUARDS.items():
+            method = own.get(name)
+            is_ours = getattr(method, "__func__", None) is guard
+            if _attached_in(part) and not isinstance(part, AttachedLayer):
+                if method is None and hasattr(type(part), name):
                     own[name] = types.MethodType(guard, part)
+            elif is_ours:
+                del own[name]
+
+
+def _attached_in(part: Any) -> list[Any]:
+    parts = keras_private.layers_of(part)
+    return [each for each in parts if isinstance(each, AttachedLayer)]
 
 
 def _save_to_preset(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -178,7 +188,18 @@ def _export(
     return type(model).export(model, filepath, format, *args, **kwargs)
 
 
-_GUARDS = {"save_to_preset": _save_to_preset, "export": _export}
+def _get_config(part: Any) -> Any:
+    # Within `plain_classes` there are none.
+    for layer in _attached_in(part):
+        layer.get_config()
+    return type(part).get_config(part)
+
+
+_GUARDS: dict[str, Callable[..., Any]] = {
+    "save_to_preset": _save_to_preset,
+    "export": _export,
+    "get_config": _get_config,
+}
 
 
 def install(item: Reparameterization) -> None:
@@ -218,6 +239,7 @@ def fold(model: Any, kind: Any = Reparameterization) -> list[Any]:
             )
     if items:
         forget_variables(model)
+        _guard(model)
     return items
 
 
@@ -336,7 +358,7 @@ def _take_out(item):
     `Target` for instance, finds it alive after the fold.
     """
     layer, variable = item.target.layer, item.target.variable
-    name = f"_{item.target.attribute}"
+    name = keras_private.stored_name(layer, item.target.attribute)
     item.place = keras_private.remove_variable(layer, variable, name)
     keras_private.release_value(
         variable,

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import warnings
 from typing import Any
 
 import keras
@@ -84,6 +85,9 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     Put this callback in front of `BackupAndRestore`; to load the weights of a
     checkpoint yourself, call `attach(model)` before. Continuing with another
     `fit` continues with the masks.
+
+    A kernel so small that not one of its entries would be chosen is left as
+    the other weights are, and a warning names it.
 
     Args:
         density: Float in (0, 1], the share of the entries of each kernel that
@@ -309,6 +313,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     def _usable_targets(self, model: Any) -> Any:
         found = resolve_targets(model, self._targets)
         skipped, usable = list(found.skipped), []
+        tiny: list[str] = []
         for target in found:
             variable = target.variable
             if not variable.trainable:
@@ -323,6 +328,9 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                     "first, or leave it out of `targets`. Received: "
                     f"{target.path!r}"
                 )
+            elif (why := self._reason_without_entries(target)) is not None:
+                skipped.append(Skipped(target.path, why))
+                tiny.append(target.path)
             else:
                 usable.append(target)
         if not usable:
@@ -331,6 +339,15 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                 "`PrincipalMaskCallback` found no kernel to train in the "
                 f"model. Received: model={model.name!r}, skipped: "
                 + ("; ".join(reasons) or "none")
+            )
+        if tiny:
+            state = "frozen" if self.freeze_rest else "trained as ever"
+            warnings.warn(
+                f"`PrincipalMaskCallback` leaves {len(tiny)} kernels {state}, "
+                f"as they have no entries to select: {tiny[:5]}. Select more, "
+                "or single entries, to train entries of these too. The report "
+                "of `attach(model)` has the reasons.",
+                stacklevel=2,
             )
         for target in usable if self.keep_pattern else ():
             if ops.convert_to_numpy(ops.all(target.variable.value != 0)):
@@ -347,10 +364,15 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         stacks, rows, columns = stack_shape(
             target.shape, target.contraction_axes, target.stack_axes
         )
+        return stacks * self._selection.size(rows, columns)
+
+    def _reason_without_entries(self, target: Any) -> str | None:
+        """Why not one entry of a target, or block, is to be trained."""
         try:
-            return stacks * self._selection.size(rows, columns)
+            self._size(target)
         except ValueError as error:
-            raise ValueError(f"{target.path}: {error}") from error
+            return str(error)
+        return None
 
     def _choose(self, model: Any, targets: Any, step: int, before: Any) -> Any:
         """Yield the entries of each target to train from this step on."""

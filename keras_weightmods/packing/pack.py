@@ -13,7 +13,11 @@ from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.native.packed import ACTIVATIONS, INTEGERS
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
-from keras_weightmods.packing import packed_dense, packed_embedding
+from keras_weightmods.packing import (
+    packed_dense,
+    packed_embedding,
+    packed_stack,
+)
 from keras_weightmods.packing.packed_parameters import PackedParameters
 from keras_weightmods.packing.report import PackedWeight, PackReport
 from keras_weightmods.saving.container import bytes_of
@@ -33,8 +37,9 @@ def pack(
 ) -> PackReport:
     """Pack the kernels of a finished model, in place.
 
-    The Dense and EinsumDense kernels that are exactly 2:4 are replaced by
-    their kept values and two bits for the place of each: 0.53 times the bytes
+    The kernels of Dense, EinsumDense and the experts of KerasHub's mixtures
+    (on a GPU these are held dense) that are exactly 2:4 are replaced by their
+    kept values and two bits for the place of each: 0.53 times the bytes
     of float32, 0.28 with `dtype="bfloat16"`, 0.16 with `dtype="int8"`, 0.10
     with `dtype="int4"`. Their layers multiply by these with
     `ops.sparse_matmul`. Each layer stays the
@@ -66,9 +71,9 @@ def pack(
             kept as they are: bfloat16 for a bfloat16 kernel, float32 for any
             other.
         targets: `Targets`, a list of `Target`, or what `find_targets` takes
-            as `include`; `None` for all. Those that are no kernels of Dense
-            or EinsumDense, or do not divide into groups of four, are skipped
-            and reported.
+            as `include`; `None` for all. Those that are no kernels of Dense,
+            EinsumDense or KerasHub's experts, or do not divide into groups of
+            four, are skipped and reported.
         dense: `"int8"` or `"int4"` packs the kernels that are not 2:4 as well:
             all their weights in integers, rounded as by `dtype`, and multiplied
             by int8 activations, in 8.1 or 4.25 bits a weight. So a model can be
@@ -146,7 +151,7 @@ def pack(
         )
     resolved = resolve_targets(model, targets)
     shared = _shared_variables(model)
-    kernels, left = _sort_out(resolved, packed_dense.reason_to_skip, shared)
+    kernels, left = _sort_out(resolved, _reason_to_skip, shared)
     integers: list[Any] = []
     if dense:
         kernels = [t for t in kernels if not _violations(t)]
@@ -171,7 +176,7 @@ def pack(
             f"model={model.name!r}, skipped: {reasons}"
         )
     items = [
-        packed_dense.packed_kernel(
+        _packed(
             t,
             dtype or _lossless(t),
             trainable,
@@ -233,6 +238,17 @@ def unpack(model: keras.layers.Layer) -> PackReport:
     before = _model_bytes(model)
     items = seam.fold(model, PackedParameters)
     return _report(model, items, (), before)
+
+
+def _reason_to_skip(target: Any) -> Any:
+    kind = packed_stack if target.stack_axes else packed_dense
+    return kind.reason_to_skip(target)
+
+
+def _packed(target: Any, *args: Any) -> Any:
+    if target.stack_axes:
+        return packed_stack.packed_stack(target, *args)
+    return packed_dense.packed_kernel(target, *args)
 
 
 def _sort_out(targets: Any, reason_to_skip: Any, shared: set[int]) -> Any:

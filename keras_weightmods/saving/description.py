@@ -142,14 +142,51 @@ def check_same(entries, parts):
     _check_equal("weights", saved, built)
 
 
-def rehearse(description, parts, entries):
-    """Raise ValueError if the model would not be built again as it is.
+def rehearsed(description, parts, entries):
+    """Return a description from which the model is built again as it is.
 
     Args:
         description: Dict as from `describe`, of JSON.
         parts: Dict from name to part, from `states.walk`.
         entries: Dict from name to `Entry`, of the weights of the parts.
+
+    Raises:
+        ValueError: If there is none.
     """
+    try:
+        _rehearse(description, parts, entries)
+        return description
+    except ValueError as error:
+        # A model that was made without a name returns the one that Keras gave
+        # it, and some of KerasHub name their layers by a name that is given.
+        classes = {
+            keras.saving.get_registered_name(type(part))
+            for part in parts.values()
+            if isinstance(part, keras.Model)
+        }
+        for unnamed in (classes, *({each} for each in sorted(classes))):
+            config = _without_names(description["config"], unnamed)
+            changed = {**description, "config": config}
+            with contextlib.suppress(ValueError):
+                _rehearse(changed, parts, entries)
+                return changed
+        raise error
+
+
+def _without_names(config, classes):
+    """Return a config without the names of objects of these classes."""
+    if isinstance(config, list):
+        return [_without_names(each, classes) for each in config]
+    if not isinstance(config, dict):
+        return config
+    config = {k: _without_names(v, classes) for k, v in config.items()}
+    inner = config.get("config")
+    if config.get("registered_name") in classes and isinstance(inner, dict):
+        config["config"] = {**inner, "name": None}
+    return config
+
+
+def _rehearse(description, parts, entries):
     with keras_private.without_traces():
         try:
             _, built, _ = build(description, _classes(parts))
@@ -201,7 +238,10 @@ def _build(description, custom_objects):
         )
     parts = states.walk(model)
     _check_parts(description["parts"], parts)
-    for name, _, _, trainable in description["parts"]:
+    for name, _, own, trainable in description["parts"]:
+        if isinstance(parts[name], keras.Model) and own is not None:
+            # Keras numbers those without a name anew.
+            parts[name].name = own
         if getattr(parts[name], "trainable", None) != trainable:
             parts[name].trainable = trainable
     # In the order in which they came, so that the weights are in order too.

@@ -107,7 +107,10 @@ def save_model(
             assets = states.save_assets(parts, folder)
         weights = states.weight_entries(parts)
         text = container.json_array(described)
-        description.rehearse(json.loads(text.tobytes()), parts, weights)
+        described = description.rehearsed(
+            json.loads(text.tobytes()), parts, weights
+        )
+        text = container.json_array(described)
         entries = {_MODEL: container.Entry(text.shape, "uint8"), **weights}
         for name, file in assets.items():
             entries[name] = container.Entry((file.stat().st_size,), "uint8")

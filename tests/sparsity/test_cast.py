@@ -681,3 +681,28 @@ def test_finalize_says_once_that_a_fit_loses_the_pattern():
     model.compile("adam", casts.cross_entropy())
     model.fit(*casts.make_data(), verbose=0)
     kwm.assert_sparse(model, "2:4")
+
+
+class Log(keras.layers.Layer):
+    """Makes NaN of what is negative."""
+
+    def call(self, x):
+        return keras.ops.log(x)
+
+
+@pytest.mark.parametrize("init", ["dense", "wanda"])
+def test_activations_that_are_not_finite_are_named(init):
+    model = models.sequential(
+        (8,),
+        keras.layers.Dense(8, name="first"),
+        Log(),
+        keras.layers.Dense(4, name="second"),
+    )
+    before = models.weights_of(model)
+    cast = kwm.CAST(model, init=init)
+    cast.compile(loss="mse")
+    x = models.normal(8, 8)
+    with pytest.raises(ValueError, match=r"NaN or infinit.*second/kernel"):
+        cast.fit(x, models.normal(8, 4), batch_size=4, verbose=0)
+    kernels = [t.variable for t in cast.targets]
+    models.assert_same([models.numpy(k) for k in kernels], before[::2])
