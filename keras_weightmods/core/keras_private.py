@@ -349,6 +349,16 @@ def graph_call(operation: Any, training: bool = False) -> Callable[..., Any]:
     return operation_fn(operation, training=training)
 
 
+def strategy_scope(model: Any) -> Any:
+    """Return the scope of the strategy that a model was made in.
+
+    On TensorFlow, where `fit` of Keras runs in it by itself. Variables made
+    outside of it are one for each replica, and drift apart.
+    """
+    strategy = getattr(model, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
 # Optimizers of others.
 
 

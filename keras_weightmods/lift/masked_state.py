@@ -68,7 +68,7 @@ class MaskedState(keras.optimizers.Optimizer):
         """The updates made when the masks were last set, -1 for never."""
         if not self.built:
             return -1
-        return int(ops.convert_to_numpy(self._mask_step.value))
+        return int(ops.convert_to_numpy(self._mask_step))
 
     def build(self, variables):
         """Build the state, if the masks are known from a file."""

@@ -264,12 +264,17 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         targets = [self._target_of[id(v)] for v in optimizer.masked_variables]
         # One at a time: nothing is held of the others.
         chosen = self._choose(model, targets, step, optimizer)
-        optimizer.set_masks(chosen, step)
+        with keras_private.strategy_scope(model):
+            optimizer.set_masks(chosen, step)
         self._mask_step = step
 
     def _attach(self, model: Any) -> Any:
         """Attach; return a report, and whether an optimizer was built."""
         checks.check_model(model)
+        with keras_private.strategy_scope(model):
+            return self._attach_in_scope(model)
+
+    def _attach_in_scope(self, model: Any) -> Any:
         if getattr(model, "optimizer", None) is None:
             expected = "compiled with an optimizer"
             raise checks.error("model", expected, model.name)

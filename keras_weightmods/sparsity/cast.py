@@ -336,10 +336,12 @@ class CAST(LogitsDistiller):
         elif taken:
             left = steps * (epochs - kwargs.get("initial_epoch", 0))
             self._warn_about_the_end(taken, left, kwargs.get("callbacks"))
-        self.optimizer.build(self.trainable_variables)
-        self._check_all_sparsified()
-        if not taken:
-            x = self._start(x, batch_size, kwargs["sample_weight"], verbose)
+        with keras_private.strategy_scope(self):
+            self.optimizer.build(self.trainable_variables)
+            self._check_all_sparsified()
+            if not taken:
+                weight = kwargs["sample_weight"]
+                x = self._start(x, batch_size, weight, verbose)
         return super().fit(x, y, batch_size, epochs, verbose, **kwargs)
 
     def evaluate(
