@@ -46,18 +46,20 @@ class _Waiting(importlib.abc.MetaPathFinder):
         if name != self.name:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            # There is none; but it may be installed yet.
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            # It may have been asked for without being imported.
             sys.meta_path.insert(0, self)
-            return spec
-        execute = spec.loader.exec_module
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
-        def exec_module(module):
-            execute(module)
-            self.function()
+            def exec_module(module):
+                execute(module)
+                sys.meta_path.remove(self)
+                self.function()
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
