@@ -113,14 +113,7 @@ def pack(
     assert np.allclose(model.predict(x, verbose=0), before, atol=1e-5)
     ```
     """
-    packed_dense.check_values("float32" if dtype is None else dtype, trainable)
-    checks.check_choice("head", head, (None, *INTEGERS))
-    checks.check_choice("activations", activations, (None, *ACTIVATIONS))
-    if activations == "int8" and not {dtype, head} & {*INTEGERS}:
-        raise ValueError(
-            "int8 activations need int8 or int4 weights. Received: "
-            f"activations='int8', dtype={dtype!r}, head={head!r}"
-        )
+    check_arguments(dtype, head, activations, trainable)
     if activations is None:
         # No product of a GPU takes them in int8 here.
         on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
@@ -202,6 +195,23 @@ def unpack(model: keras.layers.Layer) -> PackReport:
     before = _model_bytes(model)
     items = seam.fold(model, PackedParameters)
     return _report(model, items, (), before)
+
+
+def check_arguments(
+    dtype: Any = None,
+    head: Any = None,
+    activations: Any = None,
+    trainable: Any = False,
+) -> None:
+    """Raise ValueError for arguments that `pack` does not take."""
+    packed_dense.check_values("float32" if dtype is None else dtype, trainable)
+    checks.check_choice("head", head, (None, *INTEGERS))
+    checks.check_choice("activations", activations, (None, *ACTIVATIONS))
+    if activations == "int8" and not {dtype, head} & {*INTEGERS}:
+        raise ValueError(
+            "int8 activations need int8 or int4 weights. Received: "
+            f"activations='int8', dtype={dtype!r}, head={head!r}"
+        )
 
 
 def _sort_out(targets: Any, reason_to_skip: Any, shared: set[int]) -> Any:
