@@ -1,38 +1,43 @@
 """Changes to a Keras model's weights, on JAX, TensorFlow and torch.
 
-To import this package loads neither Keras nor a backend. All public names are
-loaded with Keras: once it has been imported, by this package when the first of
-them is used, or by anyone else. Keras then finds the classes that are
-registered with it.
+To import this package loads neither Keras nor a backend. The public names, all
+of `public.py`, are loaded with Keras: once it has been imported, by this
+package when the first of them is used, or by anyone else. Keras then finds the
+classes that are registered with it.
 
 What exported models need is there as soon as TensorFlow or torch is, see
 `exported.py`.
 """
 
+import importlib
 import sys
-
-import lazy_loader
+from typing import TYPE_CHECKING
 
 from keras_weightmods import exported
 from keras_weightmods.version import __version__ as __version__
 
-_get, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+if TYPE_CHECKING:
+    from keras_weightmods.public import *  # noqa: F403
+else:
 
-# What no public name needs to be complete.
-_APART = {"backend", "cli", "exported", "native", "utils", "version"}
+    def __getattr__(name):
+        # Not for what others ask any module for, as `__wrapped__`.
+        if name == "__all__" or not name.startswith("_"):
+            _load()
+        if name not in globals():
+            message = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(message)
+        return globals()[name]
 
-
-def __getattr__(name):
-    if name in __all__:
-        import keras  # noqa: F401
-
+    def __dir__():
         _load()
-    return _get(name)
+        return sorted(globals())
 
 
 def _load():
-    for name in __all__:
-        globals()[name] = _get(name)
+    public = vars(importlib.import_module(f"{__name__}.public"))
+    names = {name: public[name] for name in public if not name.startswith("_")}
+    globals().update(names, __all__=[*names])
 
 
 def _load_with_keras():
@@ -40,14 +45,10 @@ def _load_with_keras():
 
     That module is not complete yet. `__getattr__` comes later.
     """
-    begun = [
-        name.split(".")[1:]
-        for name in sys.modules
-        if name.startswith(f"{__name__}.")
-    ]
-    if ["native", "packed"] in begun or {name for name, *_ in begun} - _APART:
-        return
-    _load()
+    ours = f"{__name__}."
+    specs = [m.__spec__ for n, m in sys.modules.items() if n.startswith(ours)]
+    if not any(getattr(spec, "_initializing", False) for spec in specs):
+        _load()
 
 
 exported.register()

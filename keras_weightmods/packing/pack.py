@@ -124,21 +124,7 @@ def pack(
     assert np.allclose(model.predict(x, verbose=0), before, atol=1e-5)
     ```
     """
-    packed_dense.check_values("float32" if dtype is None else dtype, trainable)
-    checks.check_choice("dense", dense, (None, *INTEGERS))
-    checks.check_choice("head", head, (None, *INTEGERS))
-    checks.check_choice("activations", activations, (None, *ACTIVATIONS))
-    if activations == "int8" and not {dtype, dense, head} & {*INTEGERS}:
-        raise ValueError(
-            "int8 activations need int8 or int4 weights. Received: "
-            f"activations='int8', dtype={dtype!r}, dense={dense!r}, "
-            f"head={head!r}"
-        )
-    if dense and trainable:
-        raise ValueError(
-            "Integers cannot be trained, so `dense` and `trainable` exclude "
-            f"each other. Received: dense={dense!r}, trainable=True"
-        )
+    check_arguments(dtype, dense, head, activations, trainable)
     if activations is None:
         # No product of a GPU takes them in int8 here.
         on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
@@ -249,6 +235,31 @@ def _packed(target: Any, *args: Any) -> Any:
     if target.stack_axes:
         return packed_stack.packed_stack(target, *args)
     return packed_dense.packed_kernel(target, *args)
+
+
+def check_arguments(
+    dtype: Any = None,
+    dense: Any = None,
+    head: Any = None,
+    activations: Any = None,
+    trainable: Any = False,
+) -> None:
+    """Raise ValueError for arguments that `pack` does not take."""
+    packed_dense.check_values("float32" if dtype is None else dtype, trainable)
+    checks.check_choice("dense", dense, (None, *INTEGERS))
+    checks.check_choice("head", head, (None, *INTEGERS))
+    checks.check_choice("activations", activations, (None, *ACTIVATIONS))
+    if activations == "int8" and not {dtype, dense, head} & {*INTEGERS}:
+        raise ValueError(
+            "int8 activations need int8 or int4 weights. Received: "
+            f"activations='int8', dtype={dtype!r}, dense={dense!r}, "
+            f"head={head!r}"
+        )
+    if dense and trainable:
+        raise ValueError(
+            "Integers cannot be trained, so `dense` and `trainable` exclude "
+            f"each other. Received: dense={dense!r}, trainable=True"
+        )
 
 
 def _sort_out(targets: Any, reason_to_skip: Any, shared: set[int]) -> Any:

@@ -70,8 +70,8 @@ _ARCHIVES = (
 # And for folders.
 _FOLDERS = (
     ("saved_model.pb", "a SavedModel", "`tf.saved_model.load`"),
-    ("task.json", "a preset", "`keras_hub.models.Task.from_preset`"),
-    ("config.json", "a preset", "`keras_hub.models.Task.from_preset`"),
+    ("task.json", "a preset", "`from_preset` of KerasHub"),
+    ("config.json", "a preset", "`from_preset` of KerasHub"),
 )
 # JSON becomes some thirty times larger in memory. About 40,000 entries fit.
 _MAX_HEADER = 16 * 2**20
@@ -113,34 +113,60 @@ def bytes_of(arrays: Any) -> int:
     )
 
 
-def other_kind(filepath):
-    """Return what a file or folder is that is not of this package.
+def kind_of(filepath):
+    """Return what a file or folder is, and what reads it.
 
     Returns:
-        String with an article, and what reads it; None if it is not known.
+        Pair of strings: the kind, with an article, and the call. Empty where
+        they are not known.
     """
     if os.path.isdir(filepath):
         names = os.listdir(filepath)
         for name, kind, reader in _FOLDERS:
             if name in names:
-                return f"{kind}, which {reader} reads"
-        return "a folder"
+                return kind, reader
+        return "a folder", ""
     with open(filepath, "rb") as file:
         start = file.read(16)
     for magic, kind, reader in _OTHERS:
         if start.startswith(magic):
-            return f"{kind}, which {reader} reads"
-    if not start.startswith(b"PK"):
-        return None
+            return kind, reader
+    if start.startswith(b"PK"):
+        return _kind_of_archive(filepath)
+    format = metadata_of(filepath).get("format")
+    if format in _READERS:
+        return f"a file of {format!r}", _READERS[format]
+    return "", ""
+
+
+def _kind_of_archive(filepath):
     try:
         with zipfile.ZipFile(filepath) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        return "a damaged ZIP archive"
+        return "a damaged ZIP archive", ""
     for end, kind, reader in _ARCHIVES:
         if any(name.endswith(end) for name in names):
-            return f"{kind}, which {reader} reads"
-    return "a ZIP archive"
+            return kind, reader
+    return "a ZIP archive", ""
+
+
+def other_kind(filepath):
+    """Return what `kind_of` does, in words; None if it is not known."""
+    kind, reader = kind_of(filepath)
+    return f"{kind}, which {reader} reads" if reader else kind or None
+
+
+def metadata_of(filepath):
+    """Return the metadata of a safetensors file; empty for other files."""
+    try:
+        # Opening a pipe would wait for its other end.
+        if os.path.isfile(filepath):
+            with safetensors.safe_open(filepath, framework="np") as file:
+                return file.metadata() or {}
+    except (safetensors.SafetensorError, OSError):
+        pass
+    return {}
 
 
 def json_array(value):

@@ -1,3 +1,5 @@
+"""All public names: the one list of them."""
+
 from . import ops as ops
 from .core.report import (
     ReparameterizationReport as ReparameterizationReport,
@@ -111,4 +113,3 @@ from .sparsity.sparsity_monitor import (
     SparsityMonitor as SparsityMonitor,
 )
 from .utils.report import Report as Report
-from .version import __version__ as __version__
