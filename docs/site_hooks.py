@@ -71,9 +71,7 @@ def reference_pages():
     pages = {}
     for name, value in PUBLIC.items():
         path = page_of(name)
-        title = path.rpartition("/")[2].removesuffix(".md")
-        pages.setdefault(path, f"# {title}\n")
-        pages[path] += (
+        pages[path] = pages.get(path, "") + (
             f"\n::: {full_name(value)}\n"
             f"    options:\n"
             f"      heading: kwm.{name}\n"
