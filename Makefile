@@ -5,7 +5,7 @@ BACKENDS := jax tensorflow torch
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint setup bench bench-runtimes gpu clean
+.PHONY: demo test lint docs setup bench bench-runtimes gpu clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
 # are freed, and every step pays for their pages again.
@@ -28,6 +28,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A warning, a broken link or a public name without a docstring ends it.
+docs: setup
+	KERAS_BACKEND=torch NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # gensim carries the news that quality.py measures on; it is not imported.
 bench: setup

@@ -44,8 +44,14 @@ def is_documented(value):
     return inspect.isclass(value) or inspect.isroutine(value)
 
 
-def make_page():
-    """Return the page as a string."""
+def make_page(module_of=None):
+    """Return the page as a string.
+
+    Args:
+        module_of: Function from a class or function to what stands in the
+            last column. By default the link to its file.
+    """
+    module_of = module_of or module_link
     return HEAD + "".join(
         f"| `kwm.{name}` | {first_line(value)} | {module_of(value)} |\n"
         for name, value in public_names().items()
@@ -57,7 +63,7 @@ def first_line(value):
     return " ".join(paragraph.split()).replace("|", r"\|")
 
 
-def module_of(value):
+def module_link(value):
     path = value.__module__.replace(".", "/")
     text = value.__module__.removeprefix("keras_weightmods.")
     return f"[{text}](../{path}.py)"

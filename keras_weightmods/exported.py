@@ -64,8 +64,7 @@ class _Waiting(importlib.abc.MetaPathFinder):
                 sys.meta_path.remove(self)
                 self.function()
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -112,6 +112,7 @@ def _pack(args):
         model,
         args.dtype,
         targets=args.targets,
+        dense=args.dense,
         head=args.head,
         activations=args.activations,
     )
