@@ -331,6 +331,14 @@ def nodes_of(graph: Any) -> list[Any]:
     return nodes
 
 
+def constants_of(graph: Any) -> list[Any]:
+    """Return the tensors of values that the calls of a graph are given."""
+    given = [
+        (node.arguments.args, node.arguments.kwargs) for node in nodes_of(graph)
+    ]
+    return [x for x in keras.tree.flatten(given) if backend.is_tensor(x)]
+
+
 def graph_inputs(graph: Any, inputs: Any) -> list[Any]:
     """Return `inputs` as the flat list that `graph.inputs` stand for."""
     return graph._standardize_inputs(inputs)

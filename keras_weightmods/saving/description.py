@@ -191,6 +191,7 @@ def _rehearse(description, parts, entries):
         try:
             _, built, _ = build(description, _classes(parts))
             check_same(entries, built)
+            _check_constants(parts, built)
         # What the code of a model's classes raises is not known.
         except Exception as error:
             raise ValueError(
@@ -199,6 +200,43 @@ def _rehearse(description, parts, entries):
                 "registered by `keras.saving.register_keras_serializable`, and "
                 f"`get_config` must return all arguments. {message(error)}"
             ) from error
+
+
+def _check_constants(parts, built):
+    """Raise ValueError if graphs compute with other tensors than before.
+
+    A graph keeps what was made of a variable's value outside of a layer, as
+    it was in that moment: it is no weight, and follows none.
+    """
+    for name, part in parts.items():
+        graphs = [keras_private.graph_of(x) for x in (part, built.get(name))]
+        if None in graphs:
+            continue
+        before, after = (
+            [
+                keras.ops.convert_to_numpy(x)
+                for x in keras_private.constants_of(graph)
+            ]
+            for graph in graphs
+        )
+        if len(before) != len(after) or not all(
+            map(_same_values, before, after)
+        ):
+            raise ValueError(
+                f"The graph of {part.name!r} computes with a tensor that is "
+                "none of its weights, such as what an operation outside of a "
+                "layer makes of a variable: it would have other values. "
+                "Compute it in the `call` of a layer"
+            )
+
+
+def _same_values(first, second):
+    # Bits: NaN is equal to itself.
+    return (
+        first.dtype == second.dtype
+        and first.shape == second.shape
+        and (first.tobytes() == second.tobytes())
+    )
 
 
 def message(error):

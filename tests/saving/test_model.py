@@ -823,3 +823,32 @@ def test_the_endings_of_keras_are_refused(ending, tmp_path):
     with pytest.raises(ValueError, match=r"those of Keras.*'\.safetensors'"):
         kwm.save_model(sequential(), tmp_path / f"model{ending}")
     assert os.listdir(tmp_path) == []
+
+
+@keras.saving.register_keras_serializable("tests")
+class Tied(keras.Model):
+    """A functional model that multiplies by a kernel outside of a layer."""
+
+    def __init__(self, initializer="glorot_uniform", **kwargs):
+        inputs = keras.Input((8,))
+        layer = keras.layers.Dense(8, kernel_initializer=initializer)
+        x = layer(inputs)
+        outputs = keras.ops.matmul(x, keras.ops.transpose(layer.kernel))
+        super().__init__(inputs, outputs, **kwargs)
+        self.initializer = initializer
+
+    def get_config(self):
+        return {"initializer": self.initializer}
+
+
+def test_a_graph_that_keeps_the_value_of_a_variable_is_refused(tmp_path):
+    path = tmp_path / "model"
+    with pytest.raises(ValueError, match="none of its weights"):
+        kwm.save_model(Tied(), path)
+    assert not path.exists()
+    # One that would be the same again is fine.
+    model = Tied("ones")
+    kwm.save_model(model, path)
+    x = models.normal(2, 8)
+    loaded = kwm.load_model(path)
+    models.assert_same(models.outputs(loaded, x), models.outputs(model, x))
