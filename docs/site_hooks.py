@@ -20,6 +20,14 @@ PUBLIC = API["public_names"]()
 AT_THE_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md")
 # Pages that the navigation names and that need not be there.
 OPTIONAL = ("cli.md", "ship.md")
+# Of folders whose pages are not called as they are.
+TITLES = {
+    "core": "Targets",
+    "lift": "Principal weights",
+    "ops": "ops",
+    "reparameterize": "Reparameterization",
+    "utils": "Reports",
+}
 
 FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
 NAME = re.compile(r"(?<!\[)`kwm\.([\w.]+)(\([^`\n]*\))?`")
@@ -30,11 +38,19 @@ def on_config(config):
     return config
 
 
+def reference_entries():
+    for path in sorted({page_of(name) for name in PUBLIC}):
+        folder = pathlib.PurePosixPath(path).stem
+        yield {TITLES.get(folder, folder.capitalize()): path}
+
+
 def existing(entries):
     for entry in entries:
         if isinstance(entry, dict):
             ((title, value),) = entry.items()
-            if isinstance(value, list):
+            if value == "reference":
+                entry = {title: ["api.md", *reference_entries()]}
+            elif isinstance(value, list):
                 entry = {title: [*existing(value)]}
             elif value in OPTIONAL and not (DOCS / value).exists():
                 continue
