@@ -80,6 +80,7 @@ from keras_weightmods.reparameterize.fold import fold as fold
 from keras_weightmods.reparameterize.weight_norm import (
     attach_weight_norm as attach_weight_norm,
 )
+from keras_weightmods.saving.checkpoint import Checkpoint as Checkpoint
 from keras_weightmods.saving.model import load_model as load_model
 from keras_weightmods.saving.model import save_model as save_model
 from keras_weightmods.sparsity.adam_s import AdamS as AdamS

@@ -115,9 +115,24 @@ def replacing(filepath):
     try:
         yield temporary
         os.replace(temporary, filepath)
+        _sync_folder(folder)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _sync_folder(folder):
+    """Have the names in a folder survive a power cut, where that exists."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder or ".", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Some file systems, of networks mostly, have no such thing.
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def write_arrays(filepath, format, version, arrays, overwrite=True):
