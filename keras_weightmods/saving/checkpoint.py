@@ -281,6 +281,7 @@ class Checkpoint(keras.callbacks.Callback):
             for name, value in {**arrays, **variables}.items()
         }
         os.makedirs(self.path, exist_ok=True)
+        container.remove_leftovers(self.path)
         name = f"step-{self._taken:010d}.safetensors"
         file = os.path.join(self.path, name)
         with container.Writer(file, _FORMAT, _VERSION, entries) as writer:
