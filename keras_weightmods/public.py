@@ -81,6 +81,7 @@ from .reparameterize.fold import fold as fold
 from .reparameterize.weight_norm import (
     attach_weight_norm as attach_weight_norm,
 )
+from .saving.checkpoint import Checkpoint as Checkpoint
 from .saving.model import load_model as load_model
 from .saving.model import save_model as save_model
 from .sparsity.adam_s import AdamS as AdamS

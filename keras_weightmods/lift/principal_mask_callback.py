@@ -108,7 +108,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         freeze_rest: Bool, whether all other weights are frozen during the
             training. Their flags are given back at its end. If `False` they
             are trained as ever. Defaults to `True`.
-        seed: Int, of random choices. Defaults to one drawn with Python's
+        seed: Int in [0, 2**31), of random choices; a run that is continued
+            keeps the one it began with. Defaults to one drawn with Python's
             `random`, which `keras.utils.set_random_seed` governs.
         keep_pattern: Bool, whether zeros stay zeros: on a 2:4 model only the
             weights that were kept are trained, and it stays exactly 2:4.
@@ -166,6 +167,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             density = 0.05
         if seed is None:
             seed = random.randrange(2**31)
+        checks.check_int("seed", seed, 0, 2**31 - 1)
         self._selection = Selection(
             rank, density, filter_rank, criterion, method, block, seed
         )
@@ -249,6 +251,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         applied = keras_private.applied_steps(optimizer)
         self._batches = int(ops.convert_to_numpy(applied))
         self._mask_step = optimizer.mask_step
+        self._seed = optimizer.mask_seed
         inner = getattr(optimizer, "optimizer", optimizer)
         self._accumulated = inner.gradient_accumulation_steps or 1
 
@@ -307,7 +310,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                 variable.trainable = False
             self._frozen += rest
         if chosen is not None:
-            optimizer.set_masks(chosen, 0)
+            optimizer.set_masks(chosen, 0, self._selection.seed)
         self._target_of = by_id
         kernels = tuple(
             MaskedKernel(each.key, each.shape, sizes[id(each.variable)])
@@ -382,7 +385,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     def _choose(self, model: Any, targets: Any, step: int, before: Any) -> Any:
         """Yield the entries of each target to train from this step on."""
         own = self._selection
-        selection = dataclasses.replace(own, seed=own.seed + step)
+        seed = own.seed if before is None else self._seed
+        selection = dataclasses.replace(own, seed=seed + step)
         gradients = [None] * len(targets)
         if own.criterion == "gradient":
             variables = [target.variable for target in targets]

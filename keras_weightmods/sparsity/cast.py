@@ -11,6 +11,7 @@ from keras import ops
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.ops.nm import Pattern, parse_pattern
+from keras_weightmods.saving.checkpoint import Checkpoint
 from keras_weightmods.sparsity import data, recipes, sparsify
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.calibration import measure_importance
@@ -45,9 +46,10 @@ class CAST(LogitsDistiller):
     early. To fit the finished model again as it is loses the pattern, unless
     `SemiStructuredSparse.attach(model, pattern, frozen=True)` holds it.
 
-    An interrupted run is resumed in a `CAST` made and compiled in the same
-    way, by `load_weights` of what `save_weights` wrote and `fit` with the
-    same `epochs`:
+    With `Checkpoint` among the callbacks, a run that was interrupted anywhere
+    goes on by running the same program again. Without it, a run is resumed in
+    a `CAST` made and compiled in the same way, by `load_weights` of what
+    `save_weights` wrote and `fit` with the same `epochs`:
 
     - saved at the end of an epoch: `fit(..., initial_epoch=...)`, which
       `keras.callbacks.BackupAndRestore` does by itself. With its
@@ -321,6 +323,10 @@ class CAST(LogitsDistiller):
         split = kwargs.get("validation_split", 0.0)
         steps = kwargs.get("steps_per_epoch")
         steps = steps or data.batch_count(x, batch_size, split) or math.inf
+        for callback in keras.tree.flatten(kwargs.get("callbacks")):
+            if isinstance(callback, Checkpoint):
+                # Before the start of the run, which is not made again then.
+                callback.restore(self)
         taken = int(ops.convert_to_numpy(self.adam_s.iterations))
         if self.adam_s.total_steps is None or (
             self._run.planned_batches is not None and not taken
@@ -448,7 +454,7 @@ class CAST(LogitsDistiller):
             message = f"the run of {planned} steps that was planned is over"
         elif planned < wanted < math.inf and not any(
             # Which epoch it begins with is not known yet.
-            isinstance(callback, keras.callbacks.BackupAndRestore)
+            isinstance(callback, (Checkpoint, keras.callbacks.BackupAndRestore))
             for callback in keras.tree.flatten(callbacks)
         ):
             message = (
