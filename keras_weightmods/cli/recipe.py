@@ -278,15 +278,15 @@ def _check_export(options, has_data, stages):
     from keras_weightmods.exporting import export, gguf_file
 
     values = _bound(kwm.export, options)
-    checks.check_choice("format", values["format"], tuple(export._ENDINGS))
+    checks.check_choice("format", values["format"], tuple(export.ENDINGS))
     checks.check_bool("keep_packed", values["keep_packed"])
     checks.check_string("filepath", options.get("filepath"))
-    ending = export._ENDINGS[values["format"]]
+    ending = export.ENDINGS[values["format"]]
     name = pathlib.Path(options["filepath"])
     if name.name != str(name) or (ending and name.suffix != ending):
         expected = f"the name of a file in the output, ending in {ending!r}"
         raise checks.error("filepath", expected, options["filepath"])
-    export._check_needs(values["format"], values["keep_packed"])
+    export.check_needs(values["format"], values["keep_packed"])
     if values["format"] != "gguf" and _GGUF_KEYS & {*options}:
         raise ValueError(f"{sorted(_GGUF_KEYS)} are for the format 'gguf'")
     if values["format"] == "gguf":

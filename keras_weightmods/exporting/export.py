@@ -20,7 +20,7 @@ from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import size_text
 
 # The ending that a format asks for, if it does.
-_ENDINGS = {
+ENDINGS = {
     "tf_saved_model": "",
     "onnx": ".onnx",
     "openvino": ".xml",
@@ -138,14 +138,14 @@ def export(
         assert sorted(os.listdir(path)) == ["config.json", "model.safetensors"]
     ```
     """
-    checks.check_choice("format", format, tuple(_ENDINGS))
+    checks.check_choice("format", format, tuple(ENDINGS))
     checks.check_bool("keep_packed", keep_packed)
     checks.check_bool("overwrite", overwrite)
     path = _check_path(filepath, format, overwrite)
     if not isinstance(model, keras.Model) or not model.built:
         expected = "a built `keras.Model`. Call it on data once"
         raise checks.error("model", expected, model)
-    _check_needs(format, keep_packed)
+    check_needs(format, keep_packed)
     write = _writer(model, format, kwargs)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         target = str(pathlib.Path(folder) / path.name)
@@ -165,7 +165,7 @@ def export(
 
 def _check_path(filepath: Any, format: str, overwrite: bool) -> pathlib.Path:
     path = pathlib.Path(os.path.abspath(filepath))
-    ending = _ENDINGS[format]
+    ending = ENDINGS[format]
     if not path.parent.is_dir() or (ending and path.suffix != ending):
         expected = f"in a folder that exists, with the ending {ending!r}"
         raise checks.error("filepath", expected, os.fspath(filepath))
@@ -195,7 +195,8 @@ def _is_export(folder: pathlib.Path) -> bool:
     return not names or bool(names & {"saved_model.pb", "model.safetensors"})
 
 
-def _check_needs(format: str, keep_packed: bool) -> None:
+def check_needs(format: str, keep_packed: bool) -> None:
+    """Raise ValueError or ImportError where a format cannot be written."""
     backend = keras.backend.backend()
     by_backend = _NEEDS[format]
     needed = by_backend.get(backend, by_backend.get(""))

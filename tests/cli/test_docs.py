@@ -19,6 +19,8 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
+# The commands are tested on each backend in `test_models.py`.
+@pytest.mark.one_backend
 @pytest.mark.filterwarnings("ignore:AdamS. this schedule")
 def test_the_commands_of_the_page_run(run, tmp_path):
     models.mlp(16, 16, 4).save("model.keras")

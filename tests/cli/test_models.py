@@ -86,6 +86,8 @@ def language_model():
     return models.causal_lm("gpt2", models.gpt2_preprocessor())
 
 
+# What it calls is tested on each backend: to compile it again takes a minute.
+@pytest.mark.one_backend
 def test_language_models(run, language_model, tmp_path):
     language_model.save_to_preset("preset")
     (tmp_path / "text.txt").write_text("abc ab cdefgh " * 40)

@@ -59,6 +59,8 @@ NAMES = [
 ]
 
 
+# The stages themselves are tested on each backend, where they are made.
+@pytest.mark.one_backend
 def test_a_run_and_one_that_is_killed_between(run, folder, monkeypatch):
     name = write(RECIPE)
     found = json.loads(run(f"run {name} --quiet --json"))
@@ -232,6 +234,7 @@ def test_yaml(folder, monkeypatch):
         read_recipe("a.yaml")
 
 
+@pytest.mark.one_backend
 def test_a_language_model(run, folder):
     """Rows that it writes itself, CAST from a one-shot start, perplexity."""
     model = models.causal_lm("gpt2", models.gpt2_preprocessor())

@@ -98,7 +98,7 @@ def skip_where_it_cannot_be_run(format):
 def test_a_packed_model_runs_dense(format, tmp_path):
     skip_where_it_cannot_be_run(format)
     model = packed()
-    path = tmp_path / ("model" + module._ENDINGS[format])
+    path = tmp_path / ("model" + module.ENDINGS[format])
     with left_alone(model) as expected:
         with pytest.warns(UserWarning, match="2 packed weights .* dense form"):
             kwm.export(model, path, format=format)
@@ -112,7 +112,7 @@ def test_a_packed_model_runs_dense(format, tmp_path):
 def test_packed_kernels_are_kept_where_they_can_be(format, tmp_path):
     skip_where_it_cannot_be_run(format)
     model = packed(activations="int8")
-    path = tmp_path / ("model" + module._ENDINGS[format])
+    path = tmp_path / ("model" + module.ENDINGS[format])
     if (format, BACKEND) not in (
         ("tf_saved_model", "tensorflow"),
         ("torch", "torch"),
@@ -139,7 +139,7 @@ def test_a_language_model(keep_packed, tmp_path):
     x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     expected = models.outputs(model, x)
     specs = {n: keras.InputSpec("int32", (1, 5), name=n) for n in x}
-    path = str(tmp_path / ("model" + module._ENDINGS[format]))
+    path = str(tmp_path / ("model" + module.ENDINGS[format]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*dense form")
         kwm.export(
@@ -186,7 +186,7 @@ def test_an_error_leaves_the_model_and_the_folder(tmp_path, monkeypatch):
     format = {"jax": "tf_saved_model"}.get(BACKEND, "openvino")
     skip_where_it_cannot_be_run(format)
     model = packed()
-    path = tmp_path / ("model" + module._ENDINGS[format])
+    path = tmp_path / ("model" + module.ENDINGS[format])
 
     def fail(self, path, *args, **kwargs):
         pathlib.Path(path).touch()
