@@ -65,7 +65,12 @@ def state_of(recipe: Recipe) -> list:
             "or pass another --output"
         )
     state = parse_json(path.read_bytes())
-    if state["recipe"] != _comparable(recipe):
+    # What is still to be done may have been changed, after an error in it.
+    old, new = (
+        {**each, "stages": each["stages"][: len(state["done"]) - 1]}
+        for each in (state["recipe"], _comparable(recipe))
+    )
+    if old != new:
         raise FileExistsError(
             f"{folder} is the output of another recipe, which is in {_STATE} "
             "there. Remove it, or pass another --output"

@@ -53,6 +53,7 @@ def results(output="out"):
     return {path.name: path.read_bytes() for path in found}
 
 
+PACKED = "2-pack.safetensors"
 NAMES = [
     f"{i + 1}-{name}.safetensors"
     for i, name in enumerate(("sparsify", "cast", "quantize", "pack"))
@@ -129,6 +130,12 @@ def test_what_is_there_is_not_overwritten(run, folder):
     other = write({**RECIPE, "seed": 4, "stages": ["sparsify"]}, "other.json")
     error = run(f"run {other} --quiet", code=1)
     assert "the output of another recipe" in error
+    more = {**RECIPE, "stages": ["sparsify", {"pack": {"dtype": "int8"}}]}
+    run(f"run {write(more, 'more.json')} --quiet")
+    assert results() == before | {PACKED: results()[PACKED]}
+    error = run(f"run {name} --quiet", code=1)
+    assert "the output of another recipe" in error
+    before = results()
     pathlib.Path("mine").mkdir()
     pathlib.Path("mine/file").touch()
     error = run(f"run {name} -o mine", code=1)
