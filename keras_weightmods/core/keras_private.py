@@ -479,8 +479,23 @@ class FitData:
         self._iterator._enumerate_iterator = steps
 
     def new_batches(self) -> Any:
-        """Return a new iterator of batches, as `fit` would without us."""
-        return iter(self._new())
+        """Return a new iterator of batches, as `fit` would without us.
+
+        But on TensorFlow Keras draws from Python's data ahead, in a thread,
+        when random numbers may be any. Here it happens when asked for.
+        """
+        is_python = not self.is_arrays and self.kind != "TFDatasetAdapter"
+        if keras.backend.backend() != "tensorflow" or not is_python:
+            return iter(self._new())
+        import tensorflow as tf
+
+        def tensor(leaf):
+            return None if leaf is None else tf.convert_to_tensor(leaf)
+
+        return (
+            keras.tree.map_structure(tensor, batch)
+            for batch in self.adapter.get_numpy_iterator()
+        )
 
     def steps(self) -> Any:
         """Return the iterator of the steps of an epoch, as `fit` would."""

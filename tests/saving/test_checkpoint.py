@@ -204,7 +204,7 @@ def as_loader():
 
 DATA = {
     "torch": [as_generator, as_py_dataset, as_tf_data, as_loader],
-    "tensorflow": [as_tf_data],
+    "tensorflow": [as_py_dataset, as_tf_data],
 }
 
 
