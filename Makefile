@@ -5,7 +5,7 @@ BACKENDS := jax tensorflow torch
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint setup bench bench-runtimes gpu clean
+.PHONY: demo test lint docs setup bench bench-runtimes faults gpu clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
 # are freed, and every step pays for their pages again.
@@ -24,10 +24,23 @@ test-%: setup
 	@echo "== $*"
 	@KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# Trainings that are killed at random moments, on each backend: some 20 minutes.
+KILLS ?= 25
+
+faults: setup
+	@for backend in $(BACKENDS); do \
+	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m tests.faults.kills --kills $(KILLS) || exit 1; \
+	done
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A warning, a broken link or a public name without a docstring ends it.
+docs: setup
+	KERAS_BACKEND=torch NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # gensim carries the news that quality.py measures on; it is not imported.
 bench: setup

@@ -433,7 +433,7 @@ def write_keras(path, args):
 
 
 def write_gguf(path, args):
-    from benchmarks import gguf_file
+    import keras_weightmods as kwm
     from examples.data import smollm2
 
     if path.stem == "Q4_1" and args.shape == "135m":
@@ -441,7 +441,14 @@ def write_gguf(path, args):
         shutil.copy(smollm2.find_gguf(), path)
         return
     model = make_model(args)
-    gguf_file.write_gguf(path, model.backbone, path.stem)
+    tokenizer = smollm2.find_gguf()
+    kwm.export(
+        model,
+        path,
+        format="gguf",
+        dtype=path.stem.lower(),
+        tokenizer_from=tokenizer,
+    )
 
 
 def write_openvino(path, args):

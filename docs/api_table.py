@@ -27,9 +27,13 @@ def public_names():
     return {
         f"{prefix}{name}": value
         for prefix, module in (("", kwm), ("ops.", kwm.ops))
-        for name, value in sorted(vars(module).items(), key=by_name)
+        for name, value in sorted(names_of(module).items(), key=by_name)
         if not name.startswith("_") and is_documented(value)
     }
+
+
+def names_of(module):
+    return {name: getattr(module, name) for name in dir(module)}
 
 
 def by_name(item):
@@ -40,8 +44,14 @@ def is_documented(value):
     return inspect.isclass(value) or inspect.isroutine(value)
 
 
-def make_page():
-    """Return the page as a string."""
+def make_page(module_of=None):
+    """Return the page as a string.
+
+    Args:
+        module_of: Function from a class or function to what stands in the
+            last column. By default the link to its file.
+    """
+    module_of = module_of or module_link
     return HEAD + "".join(
         f"| `kwm.{name}` | {first_line(value)} | {module_of(value)} |\n"
         for name, value in public_names().items()
@@ -53,7 +63,7 @@ def first_line(value):
     return " ".join(paragraph.split()).replace("|", r"\|")
 
 
-def module_of(value):
+def module_link(value):
     path = value.__module__.replace(".", "/")
     text = value.__module__.removeprefix("keras_weightmods.")
     return f"[{text}](../{path}.py)"

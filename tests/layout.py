@@ -9,7 +9,7 @@ import re
 FLOORS = (
     ("", "cli"),
     ("sparsity", "packing", "lift", "reparameterize"),
-    ("patches", "evaluation", "generation"),
+    ("patches", "evaluation", "generation", "exporting"),
     ("saving",),
     ("core",),
     ("ops",),

@@ -163,17 +163,55 @@ class Subclassed(keras.Model):
         return self.last(self.block(x) + x)
 
 
+# The families of `backbone` that are mixtures of experts.
+MIXTURES = ("mixtral", "qwen_moe", "qwen3_moe", "qwen3_5_moe", "gpt_oss")
+
+
 def backbone(family="llama", **sizes):
-    """Return a KerasHub backbone: "llama", "llama3", "gpt2" or "gemma"."""
+    """Return a KerasHub backbone.
+
+    "llama", "llama3", "gpt2", "gemma", "gemma4_moe" or one of `MIXTURES`.
+    """
     from keras_hub import models
 
     keras.utils.set_random_seed(0)
     heads = {"num_query_heads": 2, "num_key_value_heads": 1}
+    # Stacks with whole blocks of 16 units and without.
+    experts = {"num_experts": 4, "top_k": 2}
+    shared = {**heads, **experts, "moe_intermediate_dim": 12}
     name, own = {
         "llama": ("Llama", heads),
         "llama3": ("Llama3", heads),
         "gpt2": ("GPT2", {"num_heads": 2, "max_sequence_length": 16}),
         "gemma": ("Gemma", {**heads, "head_dim": 8}),
+        "mixtral": ("Mixtral", {**heads, **experts}),
+        "qwen_moe": (
+            "QwenMoe",
+            {**shared, "shared_expert_intermediate_dim": 12},
+        ),
+        "qwen3_moe": ("Qwen3Moe", {**shared, "head_dim": 8}),
+        "qwen3_5_moe": (
+            "Qwen3_5Moe",
+            {
+                **shared,
+                "head_dim": 8,
+                "shared_expert_intermediate_size": 12,
+                "layer_types": ["full_attention"] * sizes.get("num_layers", 1),
+            },
+        ),
+        "gemma4_moe": (
+            "Gemma4",
+            {
+                **heads,
+                "head_dim": 8,
+                "image_size": 16,
+                "enable_moe_block": True,
+                "num_experts": 4,
+                "num_experts_per_token": 2,
+                "expert_intermediate_dim": 12,
+            },
+        ),
+        "gpt_oss": ("GptOss", {**heads, **experts, "head_dim": 8}),
     }[family]
     arguments = {
         "vocabulary_size": 20,

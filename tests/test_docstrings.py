@@ -1,4 +1,4 @@
-"""Runs the example of every public docstring."""
+"""Runs the examples of all public docstrings, and of the pages."""
 
 import importlib
 import inspect
@@ -7,6 +7,7 @@ import pkgutil
 import re
 import textwrap
 
+import keras
 import pytest
 
 import keras_weightmods
@@ -62,8 +63,26 @@ def test_public_names_have_examples():
     assert missing == ["ops.unpack_bits"]
 
 
-def test_readme_examples_run(tmp_path, monkeypatch):
-    readme = pathlib.Path(__file__).absolute().parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).absolute().parent.parent
+# A block of code, and the block of text behind it: what it prints.
+STEP = re.compile(
+    r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?",
+    re.DOTALL | re.MULTILINE,
+)
+PAGES = [
+    path
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if STEP.search(path.read_text())
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*exported in dense form")
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_examples_of_pages_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for block in code_blocks(readme.read_text()):
-        exec(compile(block, "README.md", "exec"), {})
+    for code, expected in STEP.findall(page.read_text()):
+        keras.utils.clear_session()  # layers are named from the start
+        exec(compile(code, page.name, "exec"), {})
+        printed = capsys.readouterr().out
+        if expected:
+            assert printed.split() == expected.split(), printed

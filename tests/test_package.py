@@ -15,14 +15,74 @@ API = runpy.run_path(str(DOCS / "api_table.py"))
 PUBLIC = API["public_names"]()
 
 
-def test_import_brings_keras_and_its_backend_alone():
-    code = (
-        "import sys, keras; before = set(sys.modules)\n"
-        "import keras_weightmods\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "assert new <= {'keras_weightmods', 'safetensors'}, new\n"
+def run(*lines):
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+
+
+def test_import_brings_no_keras_and_no_backend():
+    run(
+        "import sys; before = set(sys.modules)",
+        "import keras_weightmods",
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}",
+        "new -= set(sys.stdlib_module_names)",
+        "assert new <= {'keras_weightmods'}, new",
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_bring_keras_and_its_backend_alone():
+    run(
+        "import sys, keras; before = set(sys.modules)",
+        "import keras_weightmods",
+        "assert 'CAST' in vars(keras_weightmods)",
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}",
+        "allowed = {'keras_weightmods', 'safetensors'}",
+        "assert new <= allowed, new",
+    )
+
+
+@pytest.mark.one_backend
+def test_keras_finds_the_registered_classes_in_any_order():
+    find = "keras.saving.get_registered_object('keras_weightmods>AdamS')"
+    run(
+        "import keras_weightmods",
+        "import keras",
+        f"assert {find} is keras_weightmods.AdamS",
+    )
+    # Where a module of the package is what imports Keras.
+    run(
+        "from keras_weightmods.native.packed import Packed",
+        "import keras, keras_weightmods",
+        "keras_weightmods.find_targets",
+        f"assert {find} is keras_weightmods.AdamS",
+    )
+
+
+def test_to_look_for_a_module_is_not_to_import_it():
+    run(
+        "import sys, importlib.util, keras_weightmods",
+        "assert importlib.util.find_spec('keras')",
+        "import keras",
+        "assert 'CAST' in vars(keras_weightmods)",
+        "finders = [type(finder).__name__ for finder in sys.meta_path]",
+        "assert finders.count('_Waiting') <= 2, finders",
+    )
+
+
+def test_names_that_are_not_there_load_nothing():
+    run(
+        "import sys, keras_weightmods",
+        "assert not hasattr(keras_weightmods, '__wrapped__')",
+        "assert 'keras' not in sys.modules",
+        "from keras_weightmods import *",
+        "assert CAST is keras_weightmods.CAST",
+    )
+
+
+def test_unknown_names():
+    with pytest.raises(AttributeError, match="Nothing"):
+        _ = kwm.Nothing
+    assert {*PUBLIC} >= {"CAST", "pack", "ops.nm_mask"}
+    assert "CAST" in dir(kwm)
 
 
 def test_version():

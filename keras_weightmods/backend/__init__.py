@@ -3,8 +3,6 @@
 import importlib
 from typing import Any
 
-import keras
-
 
 def backend_module(name: str) -> Any:
     """Return the module `name` of the folder of the backend that runs.
@@ -13,6 +11,9 @@ def backend_module(name: str) -> Any:
         name: String, such as `"compand"`, a module in the folder of every
             backend that may ask for it.
     """
+    # Here, as exported models take what is in this folder without Keras.
+    import keras
+
     return importlib.import_module(
         f"keras_weightmods.backend.{keras.backend.backend()}.{name}"
     )

@@ -9,9 +9,11 @@ stays in the subclass.
 
 import contextlib
 import copy
+import inspect
 import itertools
 import random
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,10 +37,15 @@ from keras.src.backend.common import global_state
 
 # How a functional model calls its layers.
 from keras.src.models.functional import Functional, operation_fn
+from keras.src.random.seed_generator import (
+    GLOBAL_SEED_GENERATOR,
+    global_seed_generator,
+)
 
 # How Keras finds and names the parts of a model for its own files.
 from keras.src.saving import saving_lib, serialization_lib
 from keras.src.saving.keras_saveable import KerasSaveable as KerasSaveable
+from keras.src.trainers.epoch_iterator import EpochIterator
 from keras.src.utils.naming import to_snake_case as to_snake_case
 
 SafeModeScope = serialization_lib.SafeModeScope
@@ -52,6 +59,11 @@ walk_saveable = saving_lib._walk_saveable
 def layers_of(layer: Any) -> list[Any]:
     """Return a layer and all layers in it; `Model.layers` are one level."""
     return layer._flatten_layers()
+
+
+def parts_of(layer: Any) -> list[Any]:
+    """Return the layers that a layer holds itself."""
+    return layer._flatten_layers(include_self=False, recursive=False)
 
 
 def own_variables(layer: Any) -> list[keras.Variable]:
@@ -73,10 +85,15 @@ def stored_variable(layer: Any, attribute: str) -> Any:
 
     Keras' layers keep it under the same name with an underscore in front.
     """
+    name = stored_name(layer, attribute)
+    return None if name is None else vars(layer)[name]
+
+
+def stored_name(layer: Any, attribute: str) -> Any:
+    """Return the name under which `stored_variable` is kept, or None."""
     for name in (f"_{attribute}", attribute):
-        value = vars(layer).get(name)
-        if isinstance(value, keras.Variable):
-            return value
+        if isinstance(vars(layer).get(name), keras.Variable):
+            return name
     return None
 
 
@@ -168,8 +185,9 @@ def remove_variable(layer: Any, variable: Any, name: str | None = None) -> Any:
     place = None
     for store in ("trainable_variables", "non_trainable_variables"):
         if layer._tracker.is_in_store(store, variable):
-            own = [id(each) for each in layer._tracker.config[store][1]]
-            place = name, store, own.index(id(variable))
+            own = layer._tracker.config[store][1]
+            index = next(i for i, each in enumerate(own) if each is variable)
+            place = name, store, [weakref.ref(v) for v in own[index + 1 :]]
     layer._untrack_variable(variable)
     if name is not None:
         super(keras.layers.Layer, layer).__delattr__(name)
@@ -177,13 +195,19 @@ def remove_variable(layer: Any, variable: Any, name: str | None = None) -> Any:
 
 
 def put_variable_back(layer: Any, variable: Any, place: Any) -> None:
-    """Undo `remove_variable`: the order of the weights is the former one."""
-    name, store, index = place
+    """Undo `remove_variable`: the order of the weights is the former one.
+
+    Also where others have been removed since, or put back.
+    """
+    name, store, followers = place
     with unlocked(layer):
         layer._tracker.add_to_store(store, variable)
         own = layer._tracker.config[store][1]
-        own.insert(index, own.pop())
-        setattr(layer, name, variable)
+        places = {id(each): i for i, each in enumerate(own)}
+        known = [places[id(v())] for v in followers if id(v()) in places]
+        own.insert(min(known, default=len(own) - 1), own.pop())
+        if name is not None:
+            setattr(layer, name, variable)
 
 
 def release_value(variable: Any, message: str) -> None:
@@ -313,6 +337,14 @@ def nodes_of(graph: Any) -> list[Any]:
     return nodes
 
 
+def constants_of(graph: Any) -> list[Any]:
+    """Return the tensors of values that the calls of a graph are given."""
+    given = [
+        (node.arguments.args, node.arguments.kwargs) for node in nodes_of(graph)
+    ]
+    return [x for x in keras.tree.flatten(given) if backend.is_tensor(x)]
+
+
 def graph_inputs(graph: Any, inputs: Any) -> list[Any]:
     """Return `inputs` as the flat list that `graph.inputs` stand for."""
     return graph._standardize_inputs(inputs)
@@ -329,6 +361,16 @@ def graph_call(operation: Any, training: bool = False) -> Callable[..., Any]:
     With `training` for those that take it.
     """
     return operation_fn(operation, training=training)
+
+
+def strategy_scope(model: Any) -> Any:
+    """Return the scope of the strategy that a model was made in.
+
+    On TensorFlow, where `fit` of Keras runs in it by itself. Variables made
+    outside of it are one for each replica, and drift apart.
+    """
+    strategy = getattr(model, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
 # Optimizers of others.
@@ -380,6 +422,163 @@ def set_optimizer(model: Any, optimizer: Any) -> None:
     if config is not None and "optimizer" in config.config:
         config.config["optimizer"] = optimizer
     model.train_function = None
+
+
+# A running `fit`.
+
+
+class FitData:
+    """What a running `fit` of Keras draws its batches from.
+
+    Keras hands it to no callback: it is a local variable of `fit`, and its
+    order and place cannot be set from outside.
+
+    Args:
+        model: The model whose `fit` calls us, through a callback.
+
+    Raises:
+        ValueError: If there is no such `fit`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        frame = inspect.currentframe()
+        while frame is not None:
+            own = frame.f_locals
+            iterator = own.get("epoch_iterator")
+            if own.get("self") is model and isinstance(iterator, EpochIterator):
+                break
+            frame = frame.f_back
+        else:
+            raise ValueError(
+                "The data of this `fit` cannot be found, which works with "
+                f"Keras' own `fit` alone. Received: {type(model).__name__}"
+            )
+        # Batches go on while callbacks run in another thread, where `fit` is
+        # given no list of callbacks but a single one.
+        if hasattr(own["callbacks"], "_async_train"):
+            own["callbacks"]._async_train = False
+        self._iterator: Any = iterator
+        self._new = iterator._get_iterator
+        self._steps = iterator._enumerate_iterator
+        self.adapter = iterator.data_adapter
+        self.kind = type(self.adapter).__name__
+        self.is_arrays = self.kind == "ArrayDataAdapter"
+        # What is shuffled only when an epoch begins draws nothing later.
+        self.draws_at_start = (
+            self.is_arrays and self.adapter._shuffle != "batch"
+        )
+        self.steps_per_execution = iterator.steps_per_execution
+        self.steps_per_epoch = iterator.steps_per_epoch
+
+    def install(self, new: Any, steps: Any) -> None:
+        """Have `fit` take iterators from `new()`, and its steps from `steps()`.
+
+        Each step is a triple (first, last, iterator to draw the batches of).
+        """
+        self._iterator._get_iterator = new
+        self._iterator._enumerate_iterator = steps
+
+    def new_batches(self) -> Any:
+        """Return a new iterator of batches, as `fit` would without us.
+
+        But on TensorFlow Keras draws from Python's data ahead, in a thread,
+        when random numbers may be any. Here it happens when asked for.
+        """
+        is_python = not self.is_arrays and self.kind != "TFDatasetAdapter"
+        if keras.backend.backend() != "tensorflow" or not is_python:
+            return iter(self._new())
+        import tensorflow as tf
+
+        def tensor(leaf):
+            return None if leaf is None else tf.convert_to_tensor(leaf)
+
+        return (
+            keras.tree.map_structure(tensor, batch)
+            for batch in self.adapter.get_numpy_iterator()
+        )
+
+    def steps(self) -> Any:
+        """Return the iterator of the steps of an epoch, as `fit` would."""
+        return self._steps()
+
+    @property
+    def steps_of_epoch(self) -> int | None:
+        """The steps of an epoch; None where they are not known yet."""
+        return self._iterator.num_batches
+
+    @property
+    def num_batches(self) -> int | None:
+        """The batches of a pass; None where they are not known yet."""
+        return self._iterator._num_batches
+
+    @num_batches.setter
+    def num_batches(self, count: int | None) -> None:
+        if self._iterator._num_batches is None:
+            self._iterator._num_batches = count
+
+    @property
+    def steps_seen(self) -> int:
+        """The steps made with the iterator that is in use."""
+        return int(self._iterator._steps_seen)
+
+    def go_on_with(self, batches: Any, steps_seen: int) -> None:
+        """Put an iterator into use, where it outlives an epoch."""
+        self._iterator._current_iterator = batches
+        self._iterator._steps_seen = steps_seen
+
+    def shuffle_by_seed(self) -> Any:
+        """Return a variable of two ints that sets the order, on TensorFlow.
+
+        Keras shuffles arrays there with `tf.random.shuffle` within `tf.data`,
+        whose state cannot be read or set. None where nothing is shuffled.
+        """
+        is_tensorflow = keras.backend.backend() == "tensorflow"
+        if not (is_tensorflow and self.is_arrays and self.adapter._shuffle):
+            return None
+        import tensorflow as tf
+
+        seed = tf.Variable([0, 0], dtype="int64", trainable=False)
+
+        def shuffle(indices):
+            # The batch too, of which with `shuffle="batch"` there are many.
+            words = seed + tf.stack([0, indices[0]])
+            return tf.random.experimental.stateless_shuffle(indices, words)
+
+        plain, tf.random.shuffle = tf.random.shuffle, shuffle
+        try:
+            dataset = self.adapter.get_tf_dataset()
+        finally:
+            tf.random.shuffle = plain
+        self._iterator._distributed_dataset = dataset
+        return seed
+
+
+def begin_with_epoch(model: Any, epoch: int | None) -> None:
+    """Have the `fit` that is starting begin with an epoch, counted from 0."""
+    model._initial_epoch = epoch
+
+
+def build_metrics(model: Any, batch: Any) -> None:
+    """Build metrics and loss; TensorFlow's trainer does it in the first step.
+
+    Args:
+        model: A compiled model.
+        batch: What `fit` draws from its data.
+    """
+    model._symbolic_build(data_batch=batch)
+
+
+def global_seed(create: bool = False) -> Any:
+    """Return the state of Keras' seed generator for where none is given.
+
+    Args:
+        create: Bool, whether to make it where there is none yet; else `None`
+            is returned then.
+    """
+    found = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    if found is None and create:
+        found = global_seed_generator()
+    return None if found is None else found.state
 
 
 # The ops of the backend.

@@ -29,7 +29,7 @@ class Reparameterization:
         keeps_stored: Bool. If False, the parameters stand for the stored
             variable, the first of them for its values: the variable leaves the
             layer and gives back its memory, until the fold. It must be an
-            attribute of the layer, named with an underscore in front.
+            attribute of the layer.
         pattern: String, the N:M pattern of the weights that the parameters
             can hold; None for any weights.
         mixin: A class to put in front of the layer's, with another `call`.

@@ -73,7 +73,7 @@ class ReparameterizedLoraLayer(ReparameterizedLayer):
                 parameter.trainable = False
 
 
-class _AttachedLayer:
+class AttachedLayer:
     """What the generated classes put before all: they have no config."""
 
     def get_config(self: Any):
@@ -104,7 +104,7 @@ def _generated_class(cls: Any, attributes, released, mixins):
         },
     }
     # The same name, because checkpoints derive paths from class names.
-    return type(cls.__name__, (*mixins, _AttachedLayer, front, cls), namespace)
+    return type(cls.__name__, (*mixins, AttachedLayer, front, cls), namespace)
 
 
 def effective_weight(attribute: str) -> property:
@@ -157,13 +157,14 @@ def set_reparameterizations(layer: Any, items: dict[str, Any]) -> None:
     put_slots(layer, items)
     if not items:
         layer.__class__ = plain
-    elif not is_own or issubclass(cls, _AttachedLayer):
+    elif not is_own or issubclass(cls, AttachedLayer):
         ordered = [items[attribute] for attribute in sorted(items)]
         layer.__class__ = _generated_class(
             plain,
             tuple(sorted(items)),
             tuple(i.target.attribute for i in ordered if not i.keeps_stored),
-            tuple(i.mixin for i in ordered if i.mixin is not None),
+            # Once each: a layer may hold several stacks of kernels.
+            tuple(dict.fromkeys(i.mixin for i in ordered if i.mixin)),
         )
 
 
@@ -184,7 +185,7 @@ def plain_classes(model: Any) -> Iterator[None]:
     generated = {
         layer: type(layer)
         for layer in keras_private.layers_of(model)
-        if isinstance(layer, _AttachedLayer)
+        if isinstance(layer, AttachedLayer)
     }
     try:
         for layer, cls in generated.items():

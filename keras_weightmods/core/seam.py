@@ -5,8 +5,9 @@ where the parameters take the place of the stored variable; any other
 w = f(v, parameters) fits by one more subclass of `Reparameterization`.
 """
 
+import contextlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -18,6 +19,7 @@ from keras_weightmods.core.reparameterization import (
     slots,
 )
 from keras_weightmods.core.reparameterized_layer import (
+    AttachedLayer,
     ReparameterizedLayer,
     set_reparameterizations,
 )
@@ -102,7 +104,7 @@ def attach(
     weights that are no longer trained, so the model is left uncompiled.
     """
     check_unattached(items)
-    if not drop_optimizer and _has_built_optimizer(model):
+    if not drop_optimizer and has_built_optimizer(model):
         raise ValueError(
             "The model's optimizer has already been built for the present "
             "weights and would not update new ones. Compile the model with a "
@@ -123,22 +125,31 @@ def attach(
             item.target.variable.assign(value)
         _install(item)
     forget_variables(model)
-    _guard_presets(model)
+    _guard(model)
 
 
-def _guard_presets(model: Any) -> None:
-    """Have a model of KerasHub refuse a preset that would not load.
+def _guard(model: Any) -> None:
+    """Have what holds reparameterized layers refuse to be copied as plain.
 
-    It would hold the arrays of the reparameterized layers, and a config that
-    builds plain ones.
+    Its config would build plain layers, and a preset of KerasHub would hold
+    that config beside the arrays of the reparameterized ones. A layer refuses
+    by itself, but not all that hold it ask for its config.
     """
     for part in keras_private.layers_of(model):
-        if hasattr(type(part), _PRESET) and isinstance(part, keras.Model):
-            guarded = types.MethodType(_save_to_preset, part)
-            keras_private.attributes(part)[_PRESET] = guarded
+        own = keras_private.attributes(part)
+        for name, guard in _GUARDS.items():
+            method = own.get(name)
+            is_ours = getattr(method, "__func__", None) is guard
+            if _attached_in(part) and not isinstance(part, AttachedLayer):
+                if method is None and hasattr(type(part), name):
+                    own[name] = types.MethodType(guard, part)
+            elif is_ours:
+                del own[name]
 
 
-_PRESET = "save_to_preset"
+def _attached_in(part: Any) -> list[Any]:
+    parts = keras_private.layers_of(part)
+    return [each for each in parts if isinstance(each, AttachedLayer)]
 
 
 def _save_to_preset(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -151,7 +162,44 @@ def _save_to_preset(model: Any, *args: Any, **kwargs: Any) -> None:
             f"model={model.name!r}, of which {len(left)} weights are "
             f"reparameterized, the first being {left[0].target.path!r}"
         )
-    getattr(type(model), _PRESET)(model, *args, **kwargs)
+    type(model).save_to_preset(model, *args, **kwargs)
+
+
+# (format, backend) of `export` in which parameters can stand for a weight.
+KEEP_PARAMETERS = (("tf_saved_model", "tensorflow"), ("torch", "torch"))
+
+
+def _export(
+    model: Any,
+    filepath: Any,
+    format: Any = "tf_saved_model",
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    left = [i for i in reparameterizations(model) if not i.keeps_stored]
+    backend = keras.backend.backend()
+    if left and (format, backend) not in KEEP_PARAMETERS:
+        raise ValueError(
+            f"The format {format!r} holds no packed weights, on {backend}. "
+            f"`keras_weightmods.export(model, {str(filepath)!r}, "
+            f"{format!r})` writes them in dense form. Received: "
+            f"model={model.name!r}, of which {len(left)} weights are packed"
+        )
+    return type(model).export(model, filepath, format, *args, **kwargs)
+
+
+def _get_config(part: Any) -> Any:
+    # Within `plain_classes` there are none.
+    for layer in _attached_in(part):
+        layer.get_config()
+    return type(part).get_config(part)
+
+
+_GUARDS: dict[str, Callable[..., Any]] = {
+    "save_to_preset": _save_to_preset,
+    "export": _export,
+    "get_config": _get_config,
+}
 
 
 def install(item: Reparameterization) -> None:
@@ -191,7 +239,47 @@ def fold(model: Any, kind: Any = Reparameterization) -> list[Any]:
             )
     if items:
         forget_variables(model)
+        _guard(model)
     return items
+
+
+@contextlib.contextmanager
+def stored_weights(model: Any) -> Iterator[list[Any]]:
+    """Give layers back, in a scope, the weights that parameters stand for.
+
+    Afterwards the very same parameters are there again, so that the model is
+    as it was, bit for bit, with its optimizer and what was compiled for it.
+
+    Yields:
+        The list of the items, those whose `keeps_stored` is False.
+    """
+    items = [i for i in reparameterizations(model) if not i.keeps_stored]
+    with contextlib.ExitStack() as stack:
+        stack.callback(keras_private.track_torch_parameters, model)
+        for item in items:
+            stack.enter_context(_stored_weight(item))
+        keras_private.track_torch_parameters(model)
+        yield items
+
+
+@contextlib.contextmanager
+def _stored_weight(item):
+    layer, variable = item.target.layer, item.target.variable
+    value = item.folded()
+    _uninstall(item)
+    places = [
+        (parameter, keras_private.remove_variable(layer, parameter))
+        for parameter in item.parameters
+    ]
+    keras_private.restore_value(variable, value)
+    keras_private.put_variable_back(layer, variable, item.place)
+    try:
+        yield
+    finally:
+        _take_out(item)
+        for parameter, place in reversed(places):
+            keras_private.put_variable_back(layer, parameter, place)
+        _put_in(item)
 
 
 def forget_variables(model: Any) -> None:
@@ -201,7 +289,7 @@ def forget_variables(model: Any) -> None:
             if getattr(layer, f"{name}_function", None) is not None:
                 setattr(layer, f"{name}_function", None)
     keras_private.track_torch_parameters(model)
-    if _has_built_optimizer(model):
+    if has_built_optimizer(model):
         model.optimizer = None
         model.compiled = False
 
@@ -218,6 +306,12 @@ class _OnEffectiveWeight:
 
 
 def _install(item):
+    if not item.keeps_stored:
+        _take_out(item)
+    _put_in(item)
+
+
+def _put_in(item):
     layer, variable = item.target.layer, item.target.variable
     if variable.regularizer is not None:
         regularizer = _OnEffectiveWeight(variable.regularizer, item)
@@ -227,8 +321,6 @@ def _install(item):
         item.own_constraint = variable.constraint
         item.our_constraint = item.constraint(variable.constraint)
         variable.constraint = item.our_constraint
-    if not item.keeps_stored:
-        _take_out(item)
     items = {**slots(layer), item.target.attribute: item}
     set_reparameterizations(layer, items)
     # Where optimizers find it, which know variables only.
@@ -266,7 +358,7 @@ def _take_out(item):
     `Target` for instance, finds it alive after the fold.
     """
     layer, variable = item.target.layer, item.target.variable
-    name = f"_{item.target.attribute}"
+    name = keras_private.stored_name(layer, item.target.attribute)
     item.place = keras_private.remove_variable(layer, variable, name)
     keras_private.release_value(
         variable,
@@ -294,5 +386,7 @@ def _drop_parameters(item):
         keras_private.remove_variable(item.target.layer, parameter)
 
 
-def _has_built_optimizer(model):
-    return getattr(getattr(model, "optimizer", None), "built", False)
+def has_built_optimizer(model: Any) -> bool:
+    """Return whether a model has trained, with state of its weights."""
+    optimizer = getattr(model, "optimizer", None)
+    return bool(getattr(optimizer, "built", False))

@@ -6,6 +6,7 @@ from typing import Any
 
 from keras import layers
 
+from keras_weightmods.core.expert_banks import bank_of
 from keras_weightmods.utils.checks import error
 
 _Axes = Sequence[int] | Callable[[Any], Sequence[int]]
@@ -104,6 +105,7 @@ class Rule:
             from the layer to one; see `register_target`.
         reason: String, why it is no target; None if it is one.
         depthwise: Bool, whether it is one where depthwise kernels are.
+        optional: Bool, whether some layers of the class do without it.
     """
 
     contraction_axes: Any = ()
@@ -111,6 +113,7 @@ class Rule:
     stack_axes: Any = ()
     reason: str | None = None
     depthwise: bool = False
+    optional: bool = False
 
 
 def _einsum_axes(role: tuple[bool, bool]) -> _Axes:
@@ -140,6 +143,13 @@ _DEPTHWISE = Rule(
 )
 # (spatial..., in, out), whatever the data format.
 _CONV = Rule(contraction_axes=lambda layer: tuple(range(layer.rank + 1)))
+# (spatial..., out, in). Of a pixel of the output each sums over other taps, so
+# that the product is of a pixel of the input: its channels are contracted.
+_CONV_TRANSPOSE = Rule(contraction_axes=(-1,))
+# (in, gates * units) and (units, gates * units).
+_MATRIX = Rule(contraction_axes=(0,))
+# (experts, in, out)
+_EXPERTS = Rule(contraction_axes=(1,), stack_axes=(0,))
 EMBEDDING = "an embedding, whose rows are looked up and not contracted"
 
 # {(layer class, attribute): rule}; `register_target` adds to it.
@@ -152,6 +162,19 @@ _RULES: dict[tuple[type, str], Rule] = {
     (layers.Conv1D, "kernel"): _CONV,
     (layers.Conv2D, "kernel"): _CONV,
     (layers.Conv3D, "kernel"): _CONV,
+    **{
+        (cls, "kernel"): _CONV_TRANSPOSE
+        for cls in (
+            layers.Conv1DTranspose,
+            layers.Conv2DTranspose,
+            layers.Conv3DTranspose,
+        )
+    },
+    **{
+        (cls, name): _MATRIX
+        for cls in (layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell)
+        for name in ("kernel", "recurrent_kernel")
+    },
     (layers.SeparableConv1D, "depthwise_kernel"): _DEPTHWISE,
     (layers.SeparableConv1D, "pointwise_kernel"): _CONV,
     (layers.SeparableConv2D, "depthwise_kernel"): _DEPTHWISE,
@@ -167,10 +190,30 @@ _RULES: dict[tuple[type, str], Rule] = {
 }
 
 
+_SCALE = Rule(reason="multiplied entry by entry, and not contracted")
+_LOW_RANK = Rule(contraction_axes=(0,), optional=True)
+# By names of classes of KerasHub, which is no dependency.
+_HUB_RULES: dict[str, dict[str, Rule]] = {
+    # (channels, taps)
+    "Qwen3_5GatedDeltaNet": {
+        "conv1d_weight": dataclasses.replace(_DEPTHWISE, contraction_axes=(1,))
+    },
+    # The first layer has no v1 and v2.
+    "RWKV7TimeMix": {
+        **{f"{name}{i}": _LOW_RANK for name in "wavg" for i in (1, 2)},
+        "r_k": _SCALE,
+    },
+}
+
+
 def rules_of(layer: Any) -> dict[str, Rule]:
     """Return {attribute: rule} of what is known of a layer."""
     rules: dict[str, Rule] = {}
     for cls in reversed(type(layer).__mro__):
+        if (bank := bank_of(cls)) is not None:
+            rules.update(dict.fromkeys(bank.stacks, _EXPERTS))
+        if cls.__module__.startswith("keras_hub."):
+            rules.update(_HUB_RULES.get(cls.__name__, {}))
         for (owner, attribute), rule in _RULES.items():
             if owner is cls:
                 rules[attribute] = rule

@@ -132,10 +132,13 @@ def find_targets(
     """Find the kernels of a model that a method may act on.
 
     Known are Dense, EinsumDense (the axes come from its equation), Conv1D,
-    Conv2D, Conv3D, the pointwise part of separable convolutions, what is
-    built of these (MultiHeadAttention, KerasHub backbones, nested models),
-    and layers made known with `register_target`. Embeddings, heads tied to
-    them, norms and biases are left out, and depthwise kernels unless asked for.
+    Conv2D, Conv3D and their transposes (which contract the channels of a
+    pixel of the input), the pointwise part of separable convolutions, both
+    kernels of the cells of SimpleRNN, LSTM and GRU, what is built of these
+    (MultiHeadAttention, KerasHub backbones, nested models), the experts of
+    KerasHub's mixtures (stacks of kernels), and layers made known with
+    `register_target`. Embeddings, heads tied to them, norms and biases are
+    left out, and depthwise kernels unless asked for.
 
     Args:
         model: A built `keras.Model` or layer. It is not changed.
@@ -295,12 +298,16 @@ def target_of(
 def check_built(model: Any) -> None:
     """Raise ValueError unless `model` and what may hold a target is built."""
     check_model(model)
-    unbuilt = [
-        layer.name
-        for layer in keras_private.layers_of(model)
-        if not layer.built
-        and (layer is model or _holds_target(target_rules.rules_of(layer)))
-    ]
+    unbuilt = [layer.name for layer in _unbuilt_layers(model)]
+    if not model.built:
+        unbuilt.insert(0, model.name)
+    elif unbuilt:
+        unused = set(map(id, _unused_layers(model)))
+        unbuilt = [
+            layer.name
+            for layer in _unbuilt_layers(model)
+            if id(layer) not in unused
+        ]
     if unbuilt:
         raise ValueError(
             "The model must be built, so that its weights exist. Call it on "
@@ -308,6 +315,32 @@ def check_built(model: Any) -> None:
             f"model={model.name!r}, of which {len(unbuilt)} layers are not "
             f"built: {', '.join(unbuilt[:5])}"
         )
+
+
+def _unbuilt_layers(model: Any) -> list[Any]:
+    """Return the layers in a model that may hold a target and are not built."""
+    return [
+        layer
+        for layer in keras_private.layers_of(model)
+        if layer is not model
+        and not layer.built
+        and _holds_target(target_rules.rules_of(layer))
+    ]
+
+
+def _unused_layers(model: Any) -> list[Any]:
+    """Return those of `_unbuilt_layers` that the model never calls.
+
+    As in the blocks of KerasHub's EfficientNet, which hold layers for each way
+    to use them.
+    """
+    unbuilt = _unbuilt_layers(model)
+    if not unbuilt:
+        return []
+    parts = keras_private.layers_of(model)
+    order = execution_order(model, [x for x in parts if x is not model])
+    # Without an order nothing is known.
+    return [x for x in unbuilt if order and id(x) not in order]
 
 
 def _holds_target(rules: Any) -> bool:
@@ -322,11 +355,14 @@ def _find_all(model: Any, depthwise: bool) -> Targets:
     unknown: dict[int, Skipped] = {}
     keys = weight_keys(model)
     for layer in keras_private.layers_of(model):
-        rules = target_rules.rules_of(layer)
+        # Without weights there is nothing to know.
+        rules = target_rules.rules_of(layer) if layer.built else {}
         known = set()
         for attribute, rule in rules.items():
             variable = _stored_variable(layer, attribute)
             known.add(id(variable))
+            if variable is None and rule.optional:
+                continue
             reason = _reason_to_skip(layer, attribute, rule, depthwise)
             if reason is None:
                 target = target_of(layer, attribute, keys=keys)
@@ -344,6 +380,9 @@ def _find_all(model: Any, depthwise: bool) -> Targets:
             for variable in _other_matrices(layer, known):
                 reason = _unknown_reason(layer, variable, rules)
                 unknown[id(variable)] = Skipped(variable.path, reason)
+    for layer in _unused_layers(model):
+        skip = Skipped(layer.path, "not built, as the model does not call it")
+        skipped[id(layer), ""] = skip
     # What is shared with an embedding is left out; what an unknown layer
     # shares with a known one is known.
     found = [targets[k] for k in keys if k in targets and k not in skipped]

@@ -68,7 +68,12 @@ class MaskedState(keras.optimizers.Optimizer):
         """The updates made when the masks were last set, -1 for never."""
         if not self.built:
             return -1
-        return int(ops.convert_to_numpy(self._mask_step.value))
+        return int(ops.convert_to_numpy(self._mask_step))
+
+    @property
+    def mask_seed(self):
+        """The seed of the choices of masks, which a checkpoint so holds."""
+        return int(ops.convert_to_numpy(self._mask_seed.value))
 
     def build(self, variables):
         """Build the state, if the masks are known from a file."""
@@ -109,26 +114,34 @@ class MaskedState(keras.optimizers.Optimizer):
         self._configured_specs = None
         with keras.name_scope(self.name, caller=self):
             self._create_state(list(variables), known)
-        self._mask_step = self.add_variable(
-            shape=(),
-            initializer=keras.initializers.Constant(-1),
-            dtype="int32",
-            aggregation="only_first_replica",
-            name="mask_step",
-        )
+        self._mask_step = self._add_count("mask_step", -1)
+        self._mask_seed = self._add_count("mask_seed", 0)
         self.built = True
 
-    def set_masks(self, all_indices, step):
+    def _add_count(self, name, value):
+        return self.add_variable(
+            shape=(),
+            initializer=keras.initializers.Constant(value),
+            dtype="int32",
+            aggregation="only_first_replica",
+            name=name,
+        )
+
+    def set_masks(self, all_indices, step, seed=None):
         """Move the masks.
 
         Args:
             all_indices: Iterable of rising int32 NumPy arrays, the entries of
                 each of `masked_variables` in the flattened variable.
             step: Int, the updates made so far.
+            seed: Int below 2**31, of the choices to come. Defaults to `None`,
+                for the one that is set.
         """
         for variable, indices in zip(self.masked_variables, all_indices):
             self.set_indices(variable, indices)
         self._mask_step.assign(step)
+        if seed is not None:
+            self._mask_seed.assign(seed)
 
     def apply(self, grads, trainable_variables=None):
         self._check_masks()

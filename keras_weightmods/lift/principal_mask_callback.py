@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import warnings
 from typing import Any
 
 import keras
@@ -85,6 +86,9 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     checkpoint yourself, call `attach(model)` before. Continuing with another
     `fit` continues with the masks.
 
+    A kernel so small that not one of its entries would be chosen is left as
+    the other weights are, and a warning names it.
+
     Args:
         density: Float in (0, 1], the share of the entries of each kernel that
             is trained. Defaults to 0.05 where `rank` is not given.
@@ -104,7 +108,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         freeze_rest: Bool, whether all other weights are frozen during the
             training. Their flags are given back at its end. If `False` they
             are trained as ever. Defaults to `True`.
-        seed: Int, of random choices. Defaults to one drawn with Python's
+        seed: Int in [0, 2**31), of random choices; a run that is continued
+            keeps the one it began with. Defaults to one drawn with Python's
             `random`, which `keras.utils.set_random_seed` governs.
         keep_pattern: Bool, whether zeros stay zeros: on a 2:4 model only the
             weights that were kept are trained, and it stays exactly 2:4.
@@ -162,6 +167,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             density = 0.05
         if seed is None:
             seed = random.randrange(2**31)
+        checks.check_int("seed", seed, 0, 2**31 - 1)
         self._selection = Selection(
             rank, density, filter_rank, criterion, method, block, seed
         )
@@ -245,6 +251,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         applied = keras_private.applied_steps(optimizer)
         self._batches = int(ops.convert_to_numpy(applied))
         self._mask_step = optimizer.mask_step
+        self._seed = optimizer.mask_seed
         inner = getattr(optimizer, "optimizer", optimizer)
         self._accumulated = inner.gradient_accumulation_steps or 1
 
@@ -260,12 +267,17 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         targets = [self._target_of[id(v)] for v in optimizer.masked_variables]
         # One at a time: nothing is held of the others.
         chosen = self._choose(model, targets, step, optimizer)
-        optimizer.set_masks(chosen, step)
+        with keras_private.strategy_scope(model):
+            optimizer.set_masks(chosen, step)
         self._mask_step = step
 
     def _attach(self, model: Any) -> Any:
         """Attach; return a report, and whether an optimizer was built."""
         checks.check_model(model)
+        with keras_private.strategy_scope(model):
+            return self._attach_in_scope(model)
+
+    def _attach_in_scope(self, model: Any) -> Any:
         if getattr(model, "optimizer", None) is None:
             expected = "compiled with an optimizer"
             raise checks.error("model", expected, model.name)
@@ -298,7 +310,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                 variable.trainable = False
             self._frozen += rest
         if chosen is not None:
-            optimizer.set_masks(chosen, 0)
+            optimizer.set_masks(chosen, 0, self._selection.seed)
         self._target_of = by_id
         kernels = tuple(
             MaskedKernel(each.key, each.shape, sizes[id(each.variable)])
@@ -309,6 +321,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     def _usable_targets(self, model: Any) -> Any:
         found = resolve_targets(model, self._targets)
         skipped, usable = list(found.skipped), []
+        tiny: list[str] = []
         for target in found:
             variable = target.variable
             if not variable.trainable:
@@ -323,6 +336,9 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                     "first, or leave it out of `targets`. Received: "
                     f"{target.path!r}"
                 )
+            elif (why := self._reason_without_entries(target)) is not None:
+                skipped.append(Skipped(target.path, why))
+                tiny.append(target.path)
             else:
                 usable.append(target)
         if not usable:
@@ -331,6 +347,15 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                 "`PrincipalMaskCallback` found no kernel to train in the "
                 f"model. Received: model={model.name!r}, skipped: "
                 + ("; ".join(reasons) or "none")
+            )
+        if tiny:
+            state = "frozen" if self.freeze_rest else "trained as ever"
+            warnings.warn(
+                f"`PrincipalMaskCallback` leaves {len(tiny)} kernels {state}, "
+                f"as they have no entries to select: {tiny[:5]}. Select more, "
+                "or single entries, to train entries of these too. The report "
+                "of `attach(model)` has the reasons.",
+                stacklevel=2,
             )
         for target in usable if self.keep_pattern else ():
             if ops.convert_to_numpy(ops.all(target.variable.value != 0)):
@@ -347,15 +372,21 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         stacks, rows, columns = stack_shape(
             target.shape, target.contraction_axes, target.stack_axes
         )
+        return stacks * self._selection.size(rows, columns)
+
+    def _reason_without_entries(self, target: Any) -> str | None:
+        """Why not one entry of a target, or block, is to be trained."""
         try:
-            return stacks * self._selection.size(rows, columns)
+            self._size(target)
         except ValueError as error:
-            raise ValueError(f"{target.path}: {error}") from error
+            return str(error)
+        return None
 
     def _choose(self, model: Any, targets: Any, step: int, before: Any) -> Any:
         """Yield the entries of each target to train from this step on."""
         own = self._selection
-        selection = dataclasses.replace(own, seed=own.seed + step)
+        seed = own.seed if before is None else self._seed
+        selection = dataclasses.replace(own, seed=seed + step)
         gradients = [None] * len(targets)
         if own.criterion == "gradient":
             variables = [target.variable for target in targets]

@@ -129,14 +129,14 @@ class SparseAdamW(MaskedState):
 
     def indices_of(self, variable: keras.Variable) -> Any:
         place = self._get_variable_index(variable)
-        return ops.convert_to_numpy(self._indices[place].value)
+        return ops.convert_to_numpy(self._indices[place])
 
     def set_indices(self, variable: keras.Variable, indices: Any) -> None:
         place = self._get_variable_index(variable)
         if self.mask_step >= 0:
             old = self.indices_of(variable)
             for state in self._moments[place]:
-                values = ops.convert_to_numpy(state.value)
+                values = ops.convert_to_numpy(state)
                 state.assign(_moved(values, old, indices))
         self._indices[place].assign(np.asarray(indices, "int32"))
 

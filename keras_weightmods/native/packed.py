@@ -45,17 +45,16 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods import native
+from keras_weightmods.native.layout import ACTIVATIONS as ACTIVATIONS
+from keras_weightmods.native.layout import COLUMNS, ROWS, SLOTS
+from keras_weightmods.native.layout import GROUP as GROUP
+from keras_weightmods.native.layout import INTEGERS as INTEGERS
+from keras_weightmods.native.layout import VALUE_TYPES as VALUE_TYPES
+from keras_weightmods.native.layout import (
+    check_activations as check_activations,
+)
+from keras_weightmods.native.layout import packed_arrays as packed_arrays
 from keras_weightmods.utils import checks
-
-_COLUMNS = 16
-_ROWS = 32
-_SLOTS = 16
-
-GROUP = 64  # rows of a scale of int4 values
-
-VALUE_TYPES = ("float32", "bfloat16", "int8", "int4")
-INTEGERS = ("int8", "int4")
-ACTIVATIONS = ("float32", "int8")
 
 # Largest |w| over scale. With a negative scale the largest can be -8 times it.
 _INT4_STEPS = (1, 2, 3, 4, 5, 6, 7, 7.5, 8, 8.5, 9, -7.5, -8, -8.5, -9)
@@ -130,77 +129,6 @@ class Packed:
     def is_dense(self) -> bool:
         """Whether it is a dense matrix and not a 2:4 kernel."""
         return self.meta is None
-
-
-def check_activations(activations: Any, dtype: str) -> None:
-    """Raise ValueError unless values of this type take such activations."""
-    checks.check_choice("dtype", dtype, VALUE_TYPES)
-    checks.check_choice("activations", activations, ACTIVATIONS)
-    if activations == "int8" and dtype not in INTEGERS:
-        raise ValueError(
-            "int8 activations need int8 or int4 values. Received: "
-            f"activations='int8' with values of type {dtype}"
-        )
-
-
-def packed_arrays(
-    shape: tuple[int, int], dtype: str, is_dense: bool = False
-) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the shapes and types of the arrays of a packed kernel.
-
-    Args:
-        shape: Pair of ints (K, N), the shape of the kernel.
-        dtype: String, type of the kept values: `"float32"`, `"bfloat16"`,
-            `"int8"` or `"int4"`.
-        is_dense: Bool, True for a dense matrix without `"meta"`, in int8 or
-            int4. Defaults to False.
-
-    Returns:
-        Dict of `(shape, dtype)` for `"values"`, `"meta"` and, with int8 and
-        int4, `"scale"`.
-
-    Raises:
-        ValueError: If `shape` or `dtype` is none of these.
-
-    Example:
-
-    ```python
-    from keras_weightmods.ops import packed_arrays
-
-    arrays = packed_arrays((576, 1536), "int8")
-    assert arrays["values"] == ((96, 18, 4, 16, 4), "int8")
-    assert arrays["meta"] == ((96, 18, 16), "int32")
-    assert arrays["scale"] == ((96, 16), "float32")
-    ```
-    """
-    if not (
-        isinstance(shape, tuple)
-        and len(shape) == 2
-        and all(isinstance(size, int) and size >= 0 for size in shape)
-    ):
-        raise ValueError(
-            "`shape` must be a pair (K, N) of ints, the contraction and the "
-            f"outputs. Received: shape={shape!r}"
-        )
-    checks.check_choice("dtype", dtype, INTEGERS if is_dense else VALUE_TYPES)
-    rows, columns = -(-shape[0] // _ROWS), -(-shape[1] // _COLUMNS)
-    slots = _ROWS if is_dense else _SLOTS
-    values = {
-        "float32": ((columns, rows * slots, _COLUMNS), "float32"),
-        "bfloat16": ((columns, rows * slots // 2, _COLUMNS, 2), "bfloat16"),
-        "int8": ((columns, rows, slots // 4, _COLUMNS, 4), "int8"),
-        "int4": ((columns, rows, slots // 8, _COLUMNS, 4), "uint8"),
-    }
-    scales = {
-        "int8": ((columns, _COLUMNS), "float32"),
-        "int4": ((columns, -(-rows // 2), _COLUMNS), "bfloat16"),
-    }
-    arrays: dict[str, Any] = {"values": values[dtype]}
-    if not is_dense:
-        arrays["meta"] = (columns, rows, _COLUMNS), "int32"
-    if dtype in scales:
-        arrays["scale"] = scales[dtype]
-    return arrays
 
 
 def pack_kernel(
@@ -316,7 +244,7 @@ def dense_of_steps(steps: Any, scale: Any, dtype: str) -> Packed:
     specs = packed_arrays(shape, dtype, is_dense=True)
     columns, rows = specs["values"][0][:2]
     padded = _padded(steps, np.int8, columns, rows)
-    padded = padded.reshape(rows, 8, 4, columns, _COLUMNS)
+    padded = padded.reshape(rows, 8, 4, columns, COLUMNS)
     arrays = {
         "values": _halves(padded.transpose(3, 0, 1, 4, 2), dtype),
         "scale": lay_out_scale(scale, specs["scale"]),
@@ -334,9 +262,9 @@ def steps_of_dense(packed: Packed) -> Any:
             packed.shape, packed.dtype, is_dense=True
         ).items()
     )
-    (k, n), width = packed.shape, len(values) * _COLUMNS
+    (k, n), width = packed.shape, len(values) * COLUMNS
     steps = words(np, values, packed.dtype).transpose(1, 2, 4, 0, 3)
-    steps = steps.reshape(-(-k // _ROWS) * _ROWS, width)[:k, :n]
+    steps = steps.reshape(-(-k // ROWS) * ROWS, width)[:k, :n]
     return steps.astype(np.int8), _rows_of_scale(scale, packed.dtype, k, n)
 
 
@@ -416,18 +344,18 @@ def round_activations(x: Any) -> Any:
         float32 tensor of the same shape.
     """
     size = x.shape[-1]
-    missing = -size % _ROWS
+    missing = -size % ROWS
     blocks = ops.stop_gradient(x)
     if missing:
         pads = [(0, 0)] * (len(x.shape) - 1) + [(0, missing)]
         blocks = ops.pad(blocks, pads)
     leading = ops.shape(x)[:-1]
-    count = (size + missing) // _ROWS
-    blocks = ops.reshape(blocks, (*leading, count, _ROWS))
+    count = (size + missing) // ROWS
+    blocks = ops.reshape(blocks, (*leading, count, ROWS))
     scale = ops.max(ops.abs(blocks), axis=-1, keepdims=True) / 127
     scale = ops.where(ops.equal(scale, 0), ops.ones_like(scale), scale)
     rounded = ops.round(blocks / scale) * scale
-    rounded = ops.reshape(rounded, (*leading, count * _ROWS))[..., :size]
+    rounded = ops.reshape(rounded, (*leading, count * ROWS))[..., :size]
     return x + (rounded - ops.stop_gradient(x))
 
 
@@ -435,18 +363,18 @@ def _unpack(
     xp: Any, packed: Packed, values: Any, meta: Any = None, scale: Any = None
 ) -> Any:
     """By the functions of `xp`, which is NumPy or `keras.ops`."""
-    blocks, slots = values.shape[0], _ROWS if packed.is_dense else _SLOTS
-    rows = -(-packed.shape[0] // _ROWS)
+    blocks, slots = values.shape[0], ROWS if packed.is_dense else SLOTS
+    rows = -(-packed.shape[0] // ROWS)
     if packed.dtype in INTEGERS:
         # (column block, row block, slot, column)
         values = words(xp, values, packed.dtype)
         # Slot p + 4q is at [:, :, p, :, q], row 4g + q at [:, :, g, :, q].
         order = (0, 1, 2, 4, 3) if packed.is_dense else (0, 1, 4, 2, 3)
         values = xp.transpose(values, order)
-        values = xp.reshape(values, (blocks, rows, slots, _COLUMNS))
+        values = xp.reshape(values, (blocks, rows, slots, COLUMNS))
         scale = cast(xp, scale, "float32")
         count = 1 if packed.dtype == "int8" else -(-rows // 2)
-        scale = xp.reshape(scale, (blocks, count, 1, _COLUMNS))
+        scale = xp.reshape(scale, (blocks, count, 1, COLUMNS))
         if packed.dtype == "int4":
             scale = xp.repeat(scale, 2, axis=1)[:, :rows]
         values = cast(xp, values, "float32") * scale
@@ -456,20 +384,20 @@ def _unpack(
     if packed.is_dense:
         kernel = xp.transpose(values, (1, 2, 0, 3))
     else:
-        shifts = xp.arange(0, 2 * _SLOTS, 2, dtype="int32")
-        shifts = xp.reshape(shifts, (_SLOTS, 1))
+        shifts = xp.arange(0, 2 * SLOTS, 2, dtype="int32")
+        shifts = xp.reshape(shifts, (SLOTS, 1))
         places = xp.bitwise_and(
             xp.right_shift(xp.expand_dims(meta, 2), shifts),
             xp.full((1,), 3, dtype="int32"),
         )
         # (column block, row block, group, kept value, place in it, column)
-        shape = (blocks, rows, _SLOTS // 2, 2, 1, _COLUMNS)
+        shape = (blocks, rows, SLOTS // 2, 2, 1, COLUMNS)
         places, values = xp.reshape(places, shape), xp.reshape(values, shape)
         here = xp.reshape(xp.arange(4, dtype="int32"), (4, 1))
         # Selected, not multiplied: a NaN stays in its place.
         kernel = xp.where(xp.equal(places, here), values, xp.zeros_like(values))
         kernel = xp.transpose(xp.sum(kernel, axis=3), (1, 2, 3, 0, 4))
-    kernel = xp.reshape(kernel, (rows * _ROWS, blocks * _COLUMNS))
+    kernel = xp.reshape(kernel, (rows * ROWS, blocks * COLUMNS))
     return kernel[: packed.shape[0], : packed.shape[1]]
 
 
@@ -503,15 +431,15 @@ def values_of_slots(slots: Any, dtype: str) -> Any:
 
     Slot s of block b is row 16 b + s.
     """
-    rows, columns = slots.shape[0] // _SLOTS, slots.shape[1] // _COLUMNS
+    rows, columns = slots.shape[0] // SLOTS, slots.shape[1] // COLUMNS
     if dtype in INTEGERS:
-        slots = slots.reshape(rows, 4, 4, columns, _COLUMNS)
+        slots = slots.reshape(rows, 4, 4, columns, COLUMNS)
         return _halves(slots.transpose(3, 0, 2, 4, 1), dtype)
     if dtype == "bfloat16":
-        slots = slots.reshape(rows * _SLOTS // 2, 2, columns, _COLUMNS)
+        slots = slots.reshape(rows * SLOTS // 2, 2, columns, COLUMNS)
         slots = slots.transpose(2, 0, 3, 1)
     else:
-        slots = slots.reshape(rows * _SLOTS, columns, _COLUMNS)
+        slots = slots.reshape(rows * SLOTS, columns, COLUMNS)
         slots = slots.transpose(1, 0, 2)
     return np.ascontiguousarray(slots, _numpy_type(dtype))
 
@@ -534,7 +462,7 @@ def values_at(kernel: Any, meta: Any, dtype: str, scale: Any) -> Any:
         return dense_of_steps(steps.astype(np.int8), rows, dtype).values
     groups = _padded(steps, np.int8, len(meta), meta.shape[1])
     groups = groups.reshape(-1, 4, groups.shape[1])
-    shifts = np.arange(0, 2 * _SLOTS, 2, dtype=np.int32)[:, None]
+    shifts = np.arange(0, 2 * SLOTS, 2, dtype=np.int32)[:, None]
     places = (meta[:, :, None] >> shifts) & 3
     places = places.transpose(1, 2, 0, 3).reshape(len(groups), 2, -1)
     slots = np.take_along_axis(groups, places, axis=1)
@@ -577,24 +505,24 @@ def _fields(arrays: Any) -> Any:
 def _pack_numpy(kernel: Any, dtype: str, specs: Any) -> Any:
     columns, rows, _ = specs["meta"][0]
     padded = _padded(kernel, np.float32, columns, rows)
-    groups = padded.reshape(rows * _ROWS // 4, 4, columns * _COLUMNS)
+    groups = padded.reshape(rows * ROWS // 4, 4, columns * COLUMNS)
     nonzero = groups != 0
     bad = int(np.sum(nonzero.sum(axis=1) > 2))
     # The nonzeros, filled up by the first free places.
     places = np.argsort(~nonzero, axis=1, kind="stable")[:, :2]
     places = np.sort(places, axis=1)
     slots = np.take_along_axis(groups, places, axis=1)
-    slots = slots.reshape(rows * _SLOTS, columns * _COLUMNS)
+    slots = slots.reshape(rows * SLOTS, columns * COLUMNS)
 
-    shifts = 2 * np.arange(_SLOTS, dtype=np.uint32)[:, None]
-    bits = places.astype(np.uint32).reshape(rows, _SLOTS, columns * _COLUMNS)
+    shifts = 2 * np.arange(SLOTS, dtype=np.uint32)[:, None]
+    bits = places.astype(np.uint32).reshape(rows, SLOTS, columns * COLUMNS)
     words = np.bitwise_or.reduce(bits << shifts, axis=1)
-    words = words.reshape(rows, columns, _COLUMNS).transpose(1, 0, 2)
+    words = words.reshape(rows, columns, COLUMNS).transpose(1, 0, 2)
     arrays = {"meta": np.ascontiguousarray(words).view(np.int32)}
 
     if dtype == "int8":
         scale = _int8_scale(padded)
-        arrays["scale"] = scale.reshape(columns, _COLUMNS)
+        arrays["scale"] = scale.reshape(columns, COLUMNS)
         slots = _int8_steps(slots, scale)
     elif dtype == "int4":
         # Half as many kept values as rows in a group.
@@ -606,7 +534,7 @@ def _pack_numpy(kernel: Any, dtype: str, specs: Any) -> Any:
 
 
 def _padded(matrix: Any, dtype: Any, columns: int, rows: int) -> Any:
-    padded = np.zeros((rows * _ROWS, columns * _COLUMNS), dtype)
+    padded = np.zeros((rows * ROWS, columns * COLUMNS), dtype)
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix
     return padded
 
@@ -666,17 +594,17 @@ def lay_out_scale(scale: Any, spec: Any) -> Any:
     """Scales (groups or 1, columns) in the layout of `spec`, padded by ones."""
     shape, dtype = spec
     blocks, groups = shape[0], math.prod(shape[1:-1])
-    padded = np.ones((groups, blocks * _COLUMNS), _numpy_type(dtype))
+    padded = np.ones((groups, blocks * COLUMNS), _numpy_type(dtype))
     padded[: len(scale), : scale.shape[1]] = scale
-    padded = padded.reshape(groups, blocks, _COLUMNS).transpose(1, 0, 2)
+    padded = padded.reshape(groups, blocks, COLUMNS).transpose(1, 0, 2)
     return np.ascontiguousarray(padded).reshape(shape)
 
 
 def _rows_of_scale(scale: Any, dtype: str, k: int, n: int) -> Any:
     """Undo `lay_out_scale`: (1 or groups, N)."""
     count = 1 if dtype == "int8" else -(-k // GROUP)
-    scale = scale.reshape(len(scale), count, _COLUMNS).transpose(1, 0, 2)
-    return scale.reshape(count, scale.shape[1] * _COLUMNS)[:, :n]
+    scale = scale.reshape(len(scale), count, COLUMNS).transpose(1, 0, 2)
+    return scale.reshape(count, scale.shape[1] * COLUMNS)[:, :n]
 
 
 def _to_numpy(array: Any, dtype: Any) -> np.ndarray[Any, Any]:

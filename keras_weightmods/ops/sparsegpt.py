@@ -18,7 +18,8 @@ def wanda(matrix, norms, pattern="2:4"):
     Args:
         matrix: Float tensor of shape `(K, R)`.
         norms: Array of shape `(K,)`, the norm of each input over the
-            calibration rows; only their ratios matter.
+            calibration rows; only their ratios matter. If all are zero, every
+            input counts alike.
         pattern: String `"n:m"`, n weights kept in every group of m inputs, or
             a pair of ints; m divides K. Defaults to `"2:4"`.
 
@@ -40,7 +41,9 @@ def wanda(matrix, norms, pattern="2:4"):
     ```
     """
     matrix = ops.convert_to_tensor(matrix)
-    scores = matrix * ops.cast(norms, matrix.dtype)[:, None]
+    norms = ops.cast(norms, matrix.dtype)
+    norms = ops.where(ops.any(ops.not_equal(norms, 0)), norms, 1)
+    scores = matrix * norms[:, None]
     mask = nm_mask(scores, pattern, axis=0)
     return ops.where(mask, matrix, ops.zeros_like(matrix))
 

@@ -13,10 +13,14 @@ from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.native.packed import ACTIVATIONS, INTEGERS
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
-from keras_weightmods.packing import packed_dense, packed_embedding
+from keras_weightmods.packing import (
+    packed_dense,
+    packed_embedding,
+    packed_stack,
+)
 from keras_weightmods.packing.packed_parameters import PackedParameters
 from keras_weightmods.packing.report import PackedWeight, PackReport
-from keras_weightmods.saving.container import numpy_dtype
+from keras_weightmods.saving.container import bytes_of
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Skipped
 
@@ -33,8 +37,9 @@ def pack(
 ) -> PackReport:
     """Pack the kernels of a finished model, in place.
 
-    The Dense and EinsumDense kernels that are exactly 2:4 are replaced by
-    their kept values and two bits for the place of each: 0.53 times the bytes
+    The kernels of Dense, EinsumDense and the experts of KerasHub's mixtures
+    (on a GPU these are held dense) that are exactly 2:4 are replaced by their
+    kept values and two bits for the place of each: 0.53 times the bytes
     of float32, 0.28 with `dtype="bfloat16"`, 0.16 with `dtype="int8"`, 0.10
     with `dtype="int4"`. Their layers multiply by these with
     `ops.sparse_matmul`. Each layer stays the
@@ -66,9 +71,9 @@ def pack(
             kept as they are: bfloat16 for a bfloat16 kernel, float32 for any
             other.
         targets: `Targets`, a list of `Target`, or what `find_targets` takes
-            as `include`; `None` for all. Those that are no kernels of Dense
-            or EinsumDense, or do not divide into groups of four, are skipped
-            and reported.
+            as `include`; `None` for all. Those that are no kernels of Dense,
+            EinsumDense or KerasHub's experts, or do not divide into groups of
+            four, are skipped and reported.
         dense: `"int8"` or `"int4"` packs the kernels that are not 2:4 as well:
             all their weights in integers, rounded as by `dtype`, and multiplied
             by int8 activations, in 8.1 or 4.25 bits a weight. So a model can be
@@ -119,21 +124,7 @@ def pack(
     assert np.allclose(model.predict(x, verbose=0), before, atol=1e-5)
     ```
     """
-    packed_dense.check_values("float32" if dtype is None else dtype, trainable)
-    checks.check_choice("dense", dense, (None, *INTEGERS))
-    checks.check_choice("head", head, (None, *INTEGERS))
-    checks.check_choice("activations", activations, (None, *ACTIVATIONS))
-    if activations == "int8" and not {dtype, dense, head} & {*INTEGERS}:
-        raise ValueError(
-            "int8 activations need int8 or int4 weights. Received: "
-            f"activations='int8', dtype={dtype!r}, dense={dense!r}, "
-            f"head={head!r}"
-        )
-    if dense and trainable:
-        raise ValueError(
-            "Integers cannot be trained, so `dense` and `trainable` exclude "
-            f"each other. Received: dense={dense!r}, trainable=True"
-        )
+    check_arguments(dtype, dense, head, activations, trainable)
     if activations is None:
         # No product of a GPU takes them in int8 here.
         on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
@@ -146,7 +137,7 @@ def pack(
         )
     resolved = resolve_targets(model, targets)
     shared = _shared_variables(model)
-    kernels, left = _sort_out(resolved, packed_dense.reason_to_skip, shared)
+    kernels, left = _sort_out(resolved, _reason_to_skip, shared)
     integers: list[Any] = []
     if dense:
         kernels = [t for t in kernels if not _violations(t)]
@@ -171,7 +162,7 @@ def pack(
             f"model={model.name!r}, skipped: {reasons}"
         )
     items = [
-        packed_dense.packed_kernel(
+        _packed(
             t,
             dtype or _lossless(t),
             trainable,
@@ -233,6 +224,42 @@ def unpack(model: keras.layers.Layer) -> PackReport:
     before = _model_bytes(model)
     items = seam.fold(model, PackedParameters)
     return _report(model, items, (), before)
+
+
+def _reason_to_skip(target: Any) -> Any:
+    kind = packed_stack if target.stack_axes else packed_dense
+    return kind.reason_to_skip(target)
+
+
+def _packed(target: Any, *args: Any) -> Any:
+    if target.stack_axes:
+        return packed_stack.packed_stack(target, *args)
+    return packed_dense.packed_kernel(target, *args)
+
+
+def check_arguments(
+    dtype: Any = None,
+    dense: Any = None,
+    head: Any = None,
+    activations: Any = None,
+    trainable: Any = False,
+) -> None:
+    """Raise ValueError for arguments that `pack` does not take."""
+    packed_dense.check_values("float32" if dtype is None else dtype, trainable)
+    checks.check_choice("dense", dense, (None, *INTEGERS))
+    checks.check_choice("head", head, (None, *INTEGERS))
+    checks.check_choice("activations", activations, (None, *ACTIVATIONS))
+    if activations == "int8" and not {dtype, dense, head} & {*INTEGERS}:
+        raise ValueError(
+            "int8 activations need int8 or int4 weights. Received: "
+            f"activations='int8', dtype={dtype!r}, dense={dense!r}, "
+            f"head={head!r}"
+        )
+    if dense and trainable:
+        raise ValueError(
+            "Integers cannot be trained, so `dense` and `trainable` exclude "
+            f"each other. Received: dense={dense!r}, trainable=True"
+        )
 
 
 def _sort_out(targets: Any, reason_to_skip: Any, shared: set[int]) -> Any:
@@ -315,8 +342,8 @@ def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
             item.target.path,
             item.target.shape,
             item.value_dtype,
-            _bytes([(item.target.shape, item.dtype)]),
-            _bytes((p.shape, p.dtype) for p in item.parameters),
+            bytes_of([(item.target.shape, item.dtype)]),
+            bytes_of((p.shape, p.dtype) for p in item.parameters),
             item.activations,
             item.rounding_error,
             item.pattern,
@@ -327,12 +354,4 @@ def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
 
 
 def _model_bytes(model: Any) -> int:
-    return _bytes((weight.shape, weight.dtype) for weight in model.weights)
-
-
-def _bytes(arrays: Any) -> int:
-    """The size of arrays, given as pairs of a shape and a dtype."""
-    return sum(
-        math.prod(shape) * int(numpy_dtype(dtype).itemsize)
-        for shape, dtype in arrays
-    )
+    return bytes_of((weight.shape, weight.dtype) for weight in model.weights)

@@ -41,7 +41,7 @@ def packed_kernel(target, dtype, trainable, activations="float32"):
     kernel_class = PackedKernel
     # Training changes the values in each step: nothing to prepare once.
     if not trainable:
-        shape = _matrix_shape(target)
+        shape = PackedKernel.shape_of(target)
         plan = gpu_plan(shape, target.layer.compute_dtype, dtype)
         # On a GPU nothing multiplies by int8 activations.
         is_dense = plan and (not plan.is_sparse or activations == "int8")
@@ -58,7 +58,7 @@ def integer_kernel(target, dtype, activations):
     packed_format.check_activations(activations, dtype)
     # Compiled kernels multiply by it with int8 activations alone, on a CPU.
     is_held = activations == "float32" or reason_for_dense()
-    shape = _matrix_shape(target)
+    shape = PackedKernel.shape_of(target)
     if gpu_plan(shape, target.layer.compute_dtype, dtype) is not None:
         is_held = True
     kernel_class = UnpackedIntegerKernel if is_held else IntegerKernel
@@ -85,7 +85,7 @@ def integers_reason_to_skip(target):
         name = type(layer).__name__
         return f"of {name}; packed are the kernels of Dense and EinsumDense"
     if target.stack_axes:
-        return "a stack of kernels"
+        return "a stack of kernels, which is packed as 2:4 alone"
     if target.variable.dtype == "float64":
         return "float64, where packed values have float32 at most"
     if not product.is_matrix_product(product.equation_of(layer)):
@@ -128,18 +128,28 @@ class PackedKernel(PackedParameters):
 
     def __init__(self, target, dtype, trainable, activations):
         super().__init__(target)
-        self.matrix_shape = _matrix_shape(target)
+        self.matrix_shape = self.shape_of(target)
         self.value_dtype = dtype
         self.trainable = trainable
         self.activations = activations
         self.arrays = packed_format.packed_arrays(
             self.matrix_shape, dtype, self.is_dense
         )
-        equation = product.equation_of(target.layer)
-        self.product = product.PackedProduct(
-            equation, target.contraction_axes, target.shape
-        )
+        self.product = self.product_of(target)
         self.packed: Any = None
+
+    @staticmethod
+    def shape_of(target):
+        """Return the shape (K, N) of the matrix that is packed."""
+        return stack_shape(target.shape, target.contraction_axes)[1:]
+
+    def product_of(self, target):
+        """Return what turns the layer's einsum into that of the matrix."""
+        return product.PackedProduct(
+            product.equation_of(target.layer),
+            target.contraction_axes,
+            target.shape,
+        )
 
     def get_config(self):
         config = {"dtype": self.value_dtype, "trainable": self.trainable}
@@ -253,9 +263,15 @@ class UnpackedKernel(HeldDense, PackedKernel):
             self.add(add_weight, name, self.arrays[name], array)
 
     def multiply(self, x):
-        matrix = ops.cast(self.to_matrix(self.parameters[0]), "float32")
-        rounded = packed_format.round_activations(ops.cast(x, "float32"))
-        return ops.cast(ops.matmul(rounded, matrix), x.dtype)
+        return self.multiply_by(x, self.to_matrix(self.parameters[0]))
+
+    def multiply_by(self, x, matrix):
+        """Return the product with a dense matrix, `x` rounded if it is so."""
+        rounded = ops.cast(x, "float32")
+        if self.activations == "int8":
+            rounded = packed_format.round_activations(rounded)
+        y = ops.matmul(rounded, ops.cast(matrix, "float32"))
+        return ops.cast(y, x.dtype)
 
     def saved(self):
         kernel, *kept = self.parameters
@@ -322,7 +338,3 @@ class PreparedKernel(PackedKernel):
     def _prepare(self):
         gpu = backend_module("sparse_matmul_gpu")
         self.parameters[-1].assign(gpu.companion(self.packed))
-
-
-def _matrix_shape(target):
-    return stack_shape(target.shape, target.contraction_axes)[1:]

@@ -1,5 +1,6 @@
 """The einsum of a layer as a product with a packed matrix."""
 
+import functools
 import math
 import re
 import string
@@ -79,6 +80,74 @@ class PackedProduct:
             len(batch),
             _permutation(batch + self.units, outputs),
         )
+
+
+class StackProduct:
+    """An einsum with a stack of kernels, as products with packed matrices.
+
+    Args:
+        equation: String, such as `"bge,geh->bgh"` or `"th,ehm->etm"`.
+        contraction_axes: Tuple of ints, axes of the stack, rising.
+        stack_axis: Int, the axis that indexes the kernels.
+        shape: Tuple of ints, the shape of the stack.
+    """
+
+    def __init__(self, equation, contraction_axes, stack_axis, shape):
+        inputs, kernel, outputs = _terms(equation)
+        letter = kernel[stack_axis]
+        self.count = shape[stack_axis]
+        self.whole = self.each = None
+        if letter not in inputs:
+            # All have the same inputs: one product, with the kernels side by
+            # side, as the units of one.
+            self.whole = PackedProduct(equation, contraction_axes, shape)
+            return
+        self.axes = _place(letter, inputs), _place(letter, outputs)
+        self.each = PackedProduct(
+            equation.replace(letter, ""),
+            tuple(axis - (axis > stack_axis) for axis in contraction_axes),
+            (*shape[:stack_axis], *shape[stack_axis + 1 :]),
+        )
+
+    def __call__(self, x, multiply):
+        """Return the einsum.
+
+        Args:
+            x: Tensor.
+            multiply: Callable from a tensor (..., K) to (..., S * R), the
+                products with all S kernels; with an int as a second argument
+                to (..., R), that with one of them.
+        """
+        if self.whole is not None:
+            return self.whole(x, multiply)
+        before, after = self.axes
+        before %= len(x.shape)
+        parts = []
+        for index in range(self.count):
+            part = x[(slice(None),) * before + (index,)]
+            own = functools.partial(multiply, index=index)
+            parts.append(self.each(part, own))
+        return ops.stack(parts, axis=after)
+
+
+def is_stack_product(
+    equation: str, stack_axes: tuple[int, ...], output_axes: tuple[int, ...]
+) -> bool:
+    """Return whether an einsum is as many matrix products as kernels."""
+    inputs, kernel, outputs = _terms(equation)
+    if len(stack_axes) != 1 or kernel[stack_axes[0]] not in outputs:
+        return False
+    letter = kernel[stack_axes[0]]
+    if letter not in inputs:
+        # Then the kernels side by side are one matrix.
+        return stack_axes < output_axes and is_matrix_product(equation)
+    return is_matrix_product(equation.replace(letter, ""))
+
+
+def _place(letter, term):
+    """The axis of a letter, from the end where an ellipsis is before it."""
+    place = term.index(letter)
+    return place - len(term) if "..." in term[:place] else place
 
 
 def lora_product(layer: Any, inputs: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_weightmods.backend import backend_module
 from keras_weightmods.core.weight_keys import weight_key
@@ -117,8 +116,10 @@ class Checkpoint:
         if self.model is None:
             return self.arrays[position]
         view = _view(self._tensor(position))
+        if view is not None:
+            return view
         value = self.variables[position].value
-        return ops.convert_to_numpy(value) if view is None else view
+        return backend_module("host_memory").array_of(value)
 
     def memory(self, position):
         """Return a view of the variable's own memory to write to, or None.

@@ -42,7 +42,7 @@ def save(filepath, signature, overwrite):
 
 def load(filepath):
     """Return the fields of a signature; see `WeightSignature.load`."""
-    metadata = _metadata(filepath)
+    metadata = container.metadata_of(filepath)
     if metadata.get("format") == FORMAT and "format_version" in metadata:
         return _load_version_1(filepath, metadata)
     with container.Reader(filepath, FORMAT, (VERSION,)) as reader:
@@ -176,18 +176,6 @@ def _has_types(value, types):
 def _check(condition, what):
     if not condition:
         raise ValueError(f"has no valid {what}")
-
-
-def _metadata(filepath):
-    """Return the metadata of a safetensors file; empty for other files."""
-    try:
-        # Opening a pipe would wait for its other end.
-        if os.path.isfile(filepath):
-            with safetensors.safe_open(filepath, framework="np") as file:
-                return file.metadata() or {}
-    except (safetensors.SafetensorError, OSError):
-        pass
-    return {}
 
 
 def _load_version_1(filepath, metadata):

@@ -18,8 +18,13 @@ import hashlib
 import json
 import math
 import os
+import pathlib
+import platform
+import re
 import secrets
 import stat
+import time
+import zipfile
 from typing import Any
 
 import ml_dtypes
@@ -47,10 +52,38 @@ DTYPES = {
     "float64": "F64",
 }
 _NAMES = {code: name for name, code in DTYPES.items()}
+# What reads the files of this package, by format.
+_READERS = {
+    "keras_weightmods.model": "`keras_weightmods.load_model`",
+    "keras_weightmods.delta": "`keras_weightmods.apply_delta`",
+    "keras_weightmods.signature": "`keras_weightmods.WeightSignature.load`",
+}
+# How files of other kinds begin, what they are, and what reads them.
+_OTHERS = (
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "`model.load_weights`"),
+    (b"GGUF", "a GGUF file", "llama.cpp"),
+    (b"\x93NUMPY", "a .npy file", "`numpy.load`"),
+)
+# The same for ZIP archives, by a file that is in them.
+_ARCHIVES = (
+    ("model.weights.h5", "a .keras file", "`keras.models.load_model`"),
+    ("archive_format", "a .pt2 file", "`torch.export.load`"),
+    ("data.pkl", "a file of torch", "`torch.load`"),
+    (".npy", "an .npz file", "`numpy.load`"),
+)
+# And for folders.
+_FOLDERS = (
+    ("saved_model.pb", "a SavedModel", "`tf.saved_model.load`"),
+    ("task.json", "a preset", "`from_preset` of KerasHub"),
+    ("config.json", "a preset", "`from_preset` of KerasHub"),
+)
 # JSON becomes some thirty times larger in memory. About 40,000 entries fit.
 _MAX_HEADER = 16 * 2**20
 _MAX_RANK = 32
 _CHUNK = 4 * 2**20
+_DAY = 24 * 60 * 60
+# The digest of a name, that of the machine, the process.
+_LEFTOVER = re.compile(r"\.kwm-[0-9a-f]{16}-([0-9a-f]{8})-(\d+)-")
 _NO_CHECKSUM = "0" * 64
 _NAME_RULE = "a name of 1 to 1024 printable characters"
 _METADATA_KEYS = {"format", "version", "sha256", "header_sha256"}
@@ -79,6 +112,70 @@ def numpy_dtype(name):
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
+def bytes_of(arrays: Any) -> int:
+    """Return the size of arrays, given as pairs of a shape and a dtype."""
+    return sum(
+        math.prod(shape) * int(numpy_dtype(dtype).itemsize)
+        for shape, dtype in arrays
+    )
+
+
+def kind_of(filepath):
+    """Return what a file or folder is, and what reads it.
+
+    Returns:
+        Pair of strings: the kind, with an article, and the call. Empty where
+        they are not known.
+    """
+    if os.path.isdir(filepath):
+        names = os.listdir(filepath)
+        for name, kind, reader in _FOLDERS:
+            if name in names:
+                return kind, reader
+        return "a folder", ""
+    with open(filepath, "rb") as file:
+        start = file.read(16)
+    for magic, kind, reader in _OTHERS:
+        if start.startswith(magic):
+            return kind, reader
+    if start.startswith(b"PK"):
+        return _kind_of_archive(filepath)
+    format = metadata_of(filepath).get("format")
+    if format in _READERS:
+        return f"a file of {format!r}", _READERS[format]
+    return "", ""
+
+
+def _kind_of_archive(filepath):
+    try:
+        with zipfile.ZipFile(filepath) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return "a damaged ZIP archive", ""
+    for end, kind, reader in _ARCHIVES:
+        if any(name.endswith(end) for name in names):
+            return kind, reader
+    return "a ZIP archive", ""
+
+
+def other_kind(filepath):
+    """Return what `kind_of` does, in words; None if it is not known."""
+    kind, reader = kind_of(filepath)
+    return f"{kind}, which {reader} reads" if reader else kind or None
+
+
+def metadata_of(filepath):
+    """Return the metadata of a safetensors file; empty for other files."""
+    try:
+        # Opening a pipe would wait for its other end.
+        if os.path.isfile(filepath):
+            with safetensors.safe_open(filepath, framework="np") as file:
+                return file.metadata() or {}
+    except (safetensors.SafetensorError, OSError):
+        pass
+    return {}
+
+
 def json_array(value):
     """Return the array of bytes that `Reader.read_json` reads `value` from."""
     return np.frombuffer(json.dumps(value).encode(), "uint8")
@@ -92,8 +189,10 @@ def check_filepath(filepath, overwrite=True):
         FileExistsError: If there is a file and `overwrite` is False.
     """
     path: str = os.path.realpath(filepath)
-    if not os.path.isdir(os.path.dirname(path)) or os.path.isdir(path):
-        expected = "a file in a folder that exists"
+    is_other = os.path.lexists(path) and not os.path.isfile(path)
+    if not os.path.isdir(os.path.dirname(path)) or is_other:
+        # A device or a pipe would be replaced by a file, where that is allowed.
+        expected = "a regular file, or a new one in a folder that exists"
         raise checks.error("filepath", expected, os.fspath(filepath))
     if not checks.check_bool("overwrite", overwrite) and os.path.exists(path):
         raise FileExistsError(
@@ -107,17 +206,88 @@ def check_filepath(filepath, overwrite=True):
 def replacing(filepath):
     """Yield the path of a file to write, which then replaces `filepath`.
 
-    Of the same ending. On an error it is removed, and `filepath` stays.
+    Of the same ending, and with the rights of the file that it replaces. On an
+    error it is removed, and `filepath` stays. What a process that was killed
+    has left of an earlier one is removed first.
     """
+    filepath = check_filepath(filepath)
     folder, name = os.path.split(filepath)
-    # Not by `tempfile`, which makes files that only their owner may read.
-    temporary = os.path.join(folder, f".{secrets.token_hex(8)}.{name}")
+    remove_leftovers(folder, name)
+    # Short, where the name is as long as the file system allows. Not by
+    # `tempfile`, which makes files that only their owner may read.
+    ending = "".join(pathlib.Path(name).suffixes[-2:])[-32:]
+    unique = f"{os.getpid()}-{secrets.token_hex(8)}"
+    temporary = os.path.join(folder, f"{_beginning(name)}{unique}{ending}")
     try:
         yield temporary
+        if os.path.exists(filepath):
+            os.chmod(temporary, stat.S_IMODE(os.stat(filepath).st_mode))
         os.replace(temporary, filepath)
+        _sync_folder(folder)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def remove_leftovers(folder, name=None):
+    """Remove the unfinished files of processes that were killed.
+
+    Of this machine, whose processes can be asked for; those of others once
+    they are a day old.
+
+    Args:
+        folder: String.
+        name: String, the name of the file that they were to replace; `None`
+            for any.
+    """
+    beginning = ".kwm-" if name is None else _beginning(name, host="")
+    for each in os.listdir(folder or "."):
+        found = _LEFTOVER.match(each)
+        if found is None or not each.startswith(beginning):
+            continue
+        path = os.path.join(folder, each)
+        host, process = found.groups()
+        with contextlib.suppress(OSError):
+            if host == _host() and _runs(int(process)):
+                continue
+            is_old = time.time() - os.path.getmtime(path) > _DAY
+            if host == _host() or is_old:
+                os.remove(path)
+
+
+def _beginning(name, host=None):
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+    return f".kwm-{digest[:16]}-{_host() + '-' if host is None else host}"
+
+
+def _host():
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _runs(process):
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _sync_folder(folder):
+    """Have the names in a folder survive a power cut, where that exists."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder or ".", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Some file systems, of networks mostly, have no such thing.
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def write_arrays(filepath, format, version, arrays, overwrite=True):
@@ -275,6 +445,9 @@ class Reader:
 
     def __init__(self, filepath, format, versions):
         self.filepath = os.fspath(filepath)
+        self._format = format
+        if os.path.isdir(filepath):
+            raise self._other(other_kind(filepath))
         self._file = open(filepath, "rb", opener=_open)  # noqa: SIM115
         try:
             self._check_data(self._check_header(format, versions))
@@ -315,6 +488,14 @@ class Reader:
             f"get or save it again. Received: filepath={self.filepath!r}"
         )
 
+    def _other(self, kind):
+        """Return a `ValueError` to raise: the file is of another kind."""
+        reader = _READERS.get(self._format, "this")
+        return ValueError(
+            f"A file of {self._format!r} was expected, for {reader}. "
+            f"Received: filepath={self.filepath!r}, {kind}"
+        )
+
     def _check_header(self, format, versions):
         """Set the entries and return their checksums."""
         status = os.fstat(self._file.fileno())
@@ -323,6 +504,8 @@ class Reader:
         prefix = self._file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(status.st_size - 8, _MAX_HEADER):
+            if kind := other_kind(self.filepath):
+                raise self._other(kind)
             raise self._error(
                 f"The header of {length} bytes must take at most {_MAX_HEADER} "
                 f"bytes, and lie within the {status.st_size} bytes of the file"
@@ -360,7 +543,13 @@ class Reader:
         return checksums
 
     def _check_metadata(self, metadata, format, versions):
-        if metadata.get("format") != format:
+        found = metadata.get("format")
+        if found != format and found in _READERS:
+            kind = f"a file of {found!r}, which {_READERS[found]} reads"
+            raise self._other(kind)
+        if found != format and "sha256" not in metadata:
+            raise self._other("a safetensors file of another program")
+        if found != format:
             raise self._error(f"The header does not state format {format!r}")
         version = metadata.get("version")
         if version not in map(str, versions):

@@ -142,18 +142,56 @@ def check_same(entries, parts):
     _check_equal("weights", saved, built)
 
 
-def rehearse(description, parts, entries):
-    """Raise ValueError if the model would not be built again as it is.
+def rehearsed(description, parts, entries):
+    """Return a description from which the model is built again as it is.
 
     Args:
         description: Dict as from `describe`, of JSON.
         parts: Dict from name to part, from `states.walk`.
         entries: Dict from name to `Entry`, of the weights of the parts.
+
+    Raises:
+        ValueError: If there is none.
     """
+    try:
+        _rehearse(description, parts, entries)
+        return description
+    except ValueError as error:
+        # A model that was made without a name returns the one that Keras gave
+        # it, and some of KerasHub name their layers by a name that is given.
+        classes = {
+            keras.saving.get_registered_name(type(part))
+            for part in parts.values()
+            if isinstance(part, keras.Model)
+        }
+        for unnamed in (classes, *({each} for each in sorted(classes))):
+            config = _without_names(description["config"], unnamed)
+            changed = {**description, "config": config}
+            with contextlib.suppress(ValueError):
+                _rehearse(changed, parts, entries)
+                return changed
+        raise error
+
+
+def _without_names(config, classes):
+    """Return a config without the names of objects of these classes."""
+    if isinstance(config, list):
+        return [_without_names(each, classes) for each in config]
+    if not isinstance(config, dict):
+        return config
+    config = {k: _without_names(v, classes) for k, v in config.items()}
+    inner = config.get("config")
+    if config.get("registered_name") in classes and isinstance(inner, dict):
+        config["config"] = {**inner, "name": None}
+    return config
+
+
+def _rehearse(description, parts, entries):
     with keras_private.without_traces():
         try:
             _, built, _ = build(description, _classes(parts))
             check_same(entries, built)
+            _check_constants(parts, built)
         # What the code of a model's classes raises is not known.
         except Exception as error:
             raise ValueError(
@@ -162,6 +200,43 @@ def rehearse(description, parts, entries):
                 "registered by `keras.saving.register_keras_serializable`, and "
                 f"`get_config` must return all arguments. {message(error)}"
             ) from error
+
+
+def _check_constants(parts, built):
+    """Raise ValueError if graphs compute with other tensors than before.
+
+    A graph keeps what was made of a variable's value outside of a layer, as
+    it was in that moment: it is no weight, and follows none.
+    """
+    for name, part in parts.items():
+        graphs = [keras_private.graph_of(x) for x in (part, built.get(name))]
+        if None in graphs:
+            continue
+        before, after = (
+            [
+                keras.ops.convert_to_numpy(x)
+                for x in keras_private.constants_of(graph)
+            ]
+            for graph in graphs
+        )
+        if len(before) != len(after) or not all(
+            map(_same_values, before, after)
+        ):
+            raise ValueError(
+                f"The graph of {part.name!r} computes with a tensor that is "
+                "none of its weights, such as what an operation outside of a "
+                "layer makes of a variable: it would have other values. "
+                "Compute it in the `call` of a layer"
+            )
+
+
+def _same_values(first, second):
+    # Bits: NaN is equal to itself.
+    return (
+        first.dtype == second.dtype
+        and first.shape == second.shape
+        and (first.tobytes() == second.tobytes())
+    )
 
 
 def message(error):
@@ -201,7 +276,10 @@ def _build(description, custom_objects):
         )
     parts = states.walk(model)
     _check_parts(description["parts"], parts)
-    for name, _, _, trainable in description["parts"]:
+    for name, _, own, trainable in description["parts"]:
+        if isinstance(parts[name], keras.Model) and own is not None:
+            # Keras numbers those without a name anew.
+            parts[name].name = own
         if getattr(parts[name], "trainable", None) != trainable:
             parts[name].trainable = trainable
     # In the order in which they came, so that the weights are in order too.

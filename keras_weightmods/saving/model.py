@@ -15,6 +15,7 @@ from keras_weightmods.saving import container, description, states
 _FORMAT = "keras_weightmods.model"
 _VERSION = 1
 _MODEL = "model.json"
+_ENDINGS_OF_KERAS = (".keras", ".h5", ".hdf5")
 
 
 def save_model(
@@ -89,6 +90,14 @@ def save_model(
             "`model` must be a built Keras model. Call it on data once, or "
             f"`model.build(input_shape)`. Received: model={model!r}"
         )
+    ending = os.path.splitext(filepath)[1].lower()
+    if ending in _ENDINGS_OF_KERAS:
+        raise ValueError(
+            f"Files that end in {ending!r} are those of Keras, and this is "
+            "another format, which `load_model` of this package reads. Name it "
+            "'.safetensors'; for a plain model there is `model.save`. "
+            f"Received: filepath={os.fspath(filepath)!r}"
+        )
     container.check_filepath(filepath, overwrite)
     left_out = _preprocessor_to_leave_out(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +107,10 @@ def save_model(
             assets = states.save_assets(parts, folder)
         weights = states.weight_entries(parts)
         text = container.json_array(described)
-        description.rehearse(json.loads(text.tobytes()), parts, weights)
+        described = description.rehearsed(
+            json.loads(text.tobytes()), parts, weights
+        )
+        text = container.json_array(described)
         entries = {_MODEL: container.Entry(text.shape, "uint8"), **weights}
         for name, file in assets.items():
             entries[name] = container.Entry((file.stat().st_size,), "uint8")

@@ -99,9 +99,10 @@ class AdamS(keras.optimizers.Optimizer):
             and as in `keras.optimizers.Adam` for all other variables.
             Defaults to `1e-8`.
         weight_decay: Float or `None`, as in `keras.optimizers.AdamW`.
-        clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
-            ema_overwrite_frequency, loss_scale_factor,
-            gradient_accumulation_steps, name: As in
+        name: String. Defaults to `"adam_s"`.
+        **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`,
+            `ema_momentum`, `ema_overwrite_frequency`, `loss_scale_factor`
+            and `gradient_accumulation_steps`, as in
             `keras.optimizers.Optimizer`. With accumulation, `total_steps`
             and `mask_every` count updates, not batches.
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import expert_banks, keras_private
 from keras_weightmods.core.head import find_head
 from keras_weightmods.ops.matrix import contraction_size
 
@@ -22,6 +22,12 @@ _CONVOLUTIONS = (
     keras.layers.Conv3D,
     keras.layers.DepthwiseConv1D,
     keras.layers.DepthwiseConv2D,
+)
+_SEPARABLE = keras.layers.SeparableConv1D, keras.layers.SeparableConv2D
+_TRANSPOSES = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
 )
 
 
@@ -68,8 +74,7 @@ def input_norms(model, targets, batches):
 
     def see(index, reader, inputs):
         nonlocal seen
-        rows, count = reader.rows(inputs, used)
-        squares = ops.mean(ops.sum(ops.square(rows), axis=1), axis=0)
+        squares, count = reader.squares(inputs, used)
         sums[index] += ops.convert_to_numpy(squares).astype("float64")
         counts[index] += count
         seen += 1
@@ -77,12 +82,13 @@ def input_norms(model, targets, batches):
             raise Enough
 
     body = _until_head(model, targets)
+    routers = expert_banks.routers_of(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_gradients())
         for index, target in enumerate(targets):
-            if reader := InputReader.of(target):
+            if reader := input_reader(target, routers):
                 record = functools.partial(see, index, reader)
-                stack.enter_context(inputs_seen(target.layer, record))
+                stack.enter_context(reader.inputs_seen(target, record))
         for batch, weights in batches:
             used = used_positions(weights)
             batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
@@ -116,8 +122,24 @@ def measure_importance(optimizer, model, targets, batches):
         model, targets, batches: As in `input_norms`. Kernels of the optimizer
             that are not among `targets`, or whose inputs could not be read,
             of which a warning tells, are ranked by magnitude alone.
+
+    Raises:
+        ValueError: If inputs are not finite; it names the kernel.
     """
     norms = list(zip(targets, input_norms(model, targets, batches)))
+    bad = [
+        target.path
+        for target, norm in norms
+        if norm is not None and not np.isfinite(norm).all()
+    ]
+    if bad:
+        raise ValueError(
+            "CAST ranks weights by the inputs of their layers, which must be "
+            f"finite. Received: NaN or infinity in those of {len(bad)} "
+            f"kernels, the first being {bad[0]!r}. Look for what comes in "
+            "the data or what the layers before it compute, or pass "
+            "`AdamS(criterion='magnitude')`."
+        )
     by_id = {id(target.variable): norm for target, norm in norms}
     unknown = [target.path for target, norm in norms if norm is None]
     if unknown:
@@ -153,19 +175,19 @@ class InputReader:
     layout: tuple
     stacks: int = 1
 
-    @classmethod
-    def of(cls, target):
-        """Return the reader of a target; None if its layer has none."""
-        layer = target.layer
-        if isinstance(layer, keras.layers.EinsumDense):
-            return _einsum_reader(layer, target)
-        if target.attribute != "kernel":
-            return None
-        if isinstance(layer, keras.layers.Dense):
-            return cls(lambda x: (x[..., None, :], len(x.shape) - 1), (-1,))
-        if isinstance(layer, _CONVOLUTIONS):
-            return _convolution_reader(layer, target)
-        return None
+    def inputs_seen(self, target, record):
+        """Call `record(inputs)` before each use of the target in a scope."""
+        return inputs_seen(target.layer, record)
+
+    def moment(self, inputs, used=None):
+        """Return `X^T X` of the rows, (S, K, K), and their number."""
+        rows, count = self.rows(inputs, used)
+        return ops.matmul(ops.transpose(rows, (0, 2, 1)), rows), count
+
+    def squares(self, inputs, used=None):
+        """Return the sums of squares, (K,), of a mean stack, and the number."""
+        rows, count = self.rows(inputs, used)
+        return ops.mean(ops.sum(ops.square(rows), axis=1), axis=0), count
 
     def rows(self, inputs, used=None):
         """Return a float32 tensor (S, rows, K) and the number of rows.
@@ -185,6 +207,92 @@ class InputReader:
             count = count // used.size * int(used.sum())
         x = ops.reshape(x, (-1, *shape[-2:]))
         return ops.transpose(x, (1, 0, 2)), count
+
+
+class ExpertReader:
+    """Reads the inputs of a stack of experts: of each, its own tokens'.
+
+    Its methods are those of `InputReader`.
+
+    Args:
+        route: Callable from the arguments of the bank's call to a boolean
+            tensor (tokens, experts), or None if nothing tells: then each
+            expert has all tokens.
+        stacks: Int, the number of experts.
+    """
+
+    layout = ("experts",)
+
+    def __init__(self, route, stacks):
+        self.route = route
+        self.stacks = stacks
+        # What the bank was called with last.
+        self.args = ()
+
+    def inputs_seen(self, target, record):
+        def see(x, *args):
+            self.args = args
+            record(x)
+
+        return expert_banks.inputs_seen(target.layer, target.attribute, see)
+
+    def moment(self, inputs, used=None):
+        rows, count = self._rows(inputs, used)
+        moments = [ops.matmul(ops.transpose(own), own) for own in rows]
+        return ops.stack(moments), count
+
+    def squares(self, inputs, used=None):
+        rows, count = self._rows(inputs, used)
+        sums = [ops.sum(ops.square(own), axis=0) for own in rows]
+        return ops.mean(ops.stack(sums), axis=0), count
+
+    def _rows(self, x, used):
+        """Return the rows of each expert, one by one, and the tokens.
+
+        Of `x` of shape (tokens, K), or (experts, tokens, K).
+        """
+        mask = np.ones((x.shape[-2], self.stacks), bool)
+        # The tokens of all sequences, one after the other.
+        if used is not None and used.size == len(mask):
+            mask &= used.reshape(-1, 1)
+        count = int(mask[:, 0].sum())
+        if self.route is not None:
+            mask &= ops.convert_to_numpy(self.route(*self.args))
+
+        def rows_of(index):
+            (places,) = np.nonzero(mask[:, index])
+            own = x if len(x.shape) == 2 else x[index]
+            own = ops.take(own, places.astype("int32"), axis=0)
+            return ops.cast(own, "float32")
+
+        return map(rows_of, range(self.stacks)), count
+
+
+def input_reader(target, routers=None):
+    """Return the reader of a target; None if its layer has none.
+
+    Args:
+        target: `Target`.
+        routers: `expert_banks.routers_of(model)`. Defaults to `None`.
+    """
+    layer = target.layer
+    if isinstance(layer, keras.layers.EinsumDense):
+        return _einsum_reader(layer, target)
+    if target.attribute in expert_banks.stacks_of(layer):
+        return ExpertReader((routers or {}).get(id(layer)), target.shape[0])
+    if isinstance(layer, _SEPARABLE):
+        if target.attribute == "depthwise_kernel":
+            return _convolution_reader(layer, target)
+        return _pointwise_reader(layer)
+    if target.attribute != "kernel":
+        return None
+    if isinstance(layer, _TRANSPOSES):
+        return _pixel_reader(layer)
+    if isinstance(layer, keras.layers.Dense):
+        return InputReader(lambda x: (x[..., None, :], len(x.shape) - 1), (-1,))
+    if isinstance(layer, _CONVOLUTIONS):
+        return _convolution_reader(layer, target)
+    return None
 
 
 def inputs_seen(layer, record):
@@ -259,6 +367,36 @@ def _einsum_reader(layer, target):
         return ops.reshape(x, (*shape, stacks, -1)), leading
 
     return InputReader(arrange, layout, stacks)
+
+
+def _pixel_reader(layer):
+    """Each pixel of the input is a row, of its channels."""
+
+    def arrange(x):
+        if layer.data_format == "channels_first":
+            x = ops.moveaxis(x, 1, -1)
+        return x[..., None, :], layer.rank + 1
+
+    return InputReader(arrange, (layer.data_format,))
+
+
+def _pointwise_reader(layer):
+    """The rows are what the depthwise part of the layer gives."""
+    pixels = _pixel_reader(layer)
+
+    def arrange(x):
+        x = ops.depthwise_conv(
+            x,
+            ops.cast(layer.depthwise_kernel, x.dtype),
+            strides=layer.strides,
+            padding=layer.padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+        return pixels.arrange(x)
+
+    # No other layer reads the same.
+    return InputReader(arrange, (id(layer),))
 
 
 def _convolution_reader(layer, target):

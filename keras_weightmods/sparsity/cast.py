@@ -1,5 +1,6 @@
 """CAST: train a model into exact N:M sparsity."""
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -10,15 +11,19 @@ from keras import ops
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.ops.nm import Pattern, parse_pattern
+from keras_weightmods.saving.checkpoint import Checkpoint
 from keras_weightmods.sparsity import data, recipes, sparsify
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.calibration import measure_importance
 from keras_weightmods.sparsity.distillation import LogitsDistiller
+from keras_weightmods.sparsity.kept_share import kept_share
 from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
 from keras_weightmods.sparsity.run_state import RunState
 from keras_weightmods.sparsity.scaling import Scaling, attach_scaling
 from keras_weightmods.utils import checks
 
+# The share of the sum of all |w| below which a prune changes next to nothing.
+_NO_CUT = 1e-3
 # The importance of inputs is measured on so many batches.
 _MEASURED_BATCHES = 8
 
@@ -34,11 +39,17 @@ class CAST(LogitsDistiller):
     `loss = eta * KL(teacher || student) + (1 - eta) * cross-entropy`
 
     Usage is `compile`, `fit`, `finalize`. The model itself is trained, in
-    place; `finalize` returns it as a plain model.
+    place; `finalize` returns it as a plain model. One that was trained before
+    is left uncompiled, as its optimizer has state of another training.
 
-    An interrupted run is resumed in a `CAST` made and compiled in the same
-    way, by `load_weights` of what `save_weights` wrote and `fit` with the
-    same `epochs`:
+    The weights arrive in the pattern at the end of the run: do not stop it
+    early. To fit the finished model again as it is loses the pattern, unless
+    `SemiStructuredSparse.attach(model, pattern, frozen=True)` holds it.
+
+    With `Checkpoint` among the callbacks, a run that was interrupted anywhere
+    goes on by running the same program again. Without it, a run is resumed in
+    a `CAST` made and compiled in the same way, by `load_weights` of what
+    `save_weights` wrote and `fit` with the same `epochs`:
 
     - saved at the end of an epoch: `fit(..., initial_epoch=...)`, which
       `keras.callbacks.BackupAndRestore` does by itself. With its
@@ -166,11 +177,20 @@ class CAST(LogitsDistiller):
         usable = sparsify.fitting_targets(
             "CAST", resolve_targets(model, targets), pattern, trainable=True
         )
-        if scaling_groups:
-            attach_scaling(
-                model, targets=usable, groups=scaling_groups, pattern=pattern
-            )
+        former = model.optimizer if seam.has_built_optimizer(model) else None
+        if former is not None:
+            # It would not know the scales, and `compile` brings another one.
+            model.optimizer, model.compiled = None, False
+        is_scaled = False
         try:
+            if scaling_groups:
+                attach_scaling(
+                    model,
+                    targets=usable,
+                    groups=scaling_groups,
+                    pattern=pattern,
+                )
+                is_scaled = True
             super().__init__(
                 model,
                 teacher,
@@ -182,8 +202,10 @@ class CAST(LogitsDistiller):
         except ValueError:
             # A teacher is frozen once it fits, so that the scales, which
             # change nothing yet, have to come first.
-            if scaling_groups:
+            if is_scaled:
                 seam.fold(model, Scaling)
+            if former is not None:
+                model.optimizer, model.compiled = former, True
             raise
         self.pattern = f"{n}:{m}"
         self.init = init
@@ -291,6 +313,7 @@ class CAST(LogitsDistiller):
         self._check_not_finalized("fit")
         if not self.compiled:
             raise ValueError("Call `compile()` before `fit()`.")
+        _warn_about_early_stopping(kwargs.get("callbacks"))
         x, y, kwargs["sample_weight"] = data.preprocess(
             self.student, x, y, kwargs.get("sample_weight")
         )
@@ -300,6 +323,10 @@ class CAST(LogitsDistiller):
         split = kwargs.get("validation_split", 0.0)
         steps = kwargs.get("steps_per_epoch")
         steps = steps or data.batch_count(x, batch_size, split) or math.inf
+        for callback in keras.tree.flatten(kwargs.get("callbacks")):
+            if isinstance(callback, Checkpoint):
+                # Before the start of the run, which is not made again then.
+                callback.restore(self)
         taken = int(ops.convert_to_numpy(self.adam_s.iterations))
         if self.adam_s.total_steps is None or (
             self._run.planned_batches is not None and not taken
@@ -315,10 +342,12 @@ class CAST(LogitsDistiller):
         elif taken:
             left = steps * (epochs - kwargs.get("initial_epoch", 0))
             self._warn_about_the_end(taken, left, kwargs.get("callbacks"))
-        self.optimizer.build(self.trainable_variables)
-        self._check_all_sparsified()
-        if not taken:
-            x = self._start(x, batch_size, kwargs["sample_weight"], verbose)
+        with keras_private.strategy_scope(self):
+            self.optimizer.build(self.trainable_variables)
+            self._check_all_sparsified()
+            if not taken:
+                weight = kwargs["sample_weight"]
+                x = self._start(x, batch_size, weight, verbose)
         return super().fit(x, y, batch_size, epochs, verbose, **kwargs)
 
     def evaluate(
@@ -341,6 +370,9 @@ class CAST(LogitsDistiller):
 
     def finalize(self) -> keras.Model:
         """Prune by the last mask, fold the scales, and return the model.
+
+        Before the end of the run that cuts weights that still matter: a
+        warning says how much, and how to go on.
 
         Returns:
             The model given to `CAST`, now exactly N:M in its targets, as
@@ -365,6 +397,7 @@ class CAST(LogitsDistiller):
             "weights again, and train with a lower learning rate or "
             "`global_clipnorm`, and finite data.",
         )
+        self._warn_about_an_early_end()
         self.adam_s.prune()
         if self.scaling_groups:
             seam.fold(self.student, Scaling)
@@ -373,6 +406,7 @@ class CAST(LogitsDistiller):
         )
         # As TensorFlow traced them, they hold the scales of that time.
         self.train_function = self.test_function = self.predict_function = None
+        _say_that_a_fit_loses_the_pattern(self.pattern)
         return self.student
 
     def get_config(self) -> Any:
@@ -420,7 +454,7 @@ class CAST(LogitsDistiller):
             message = f"the run of {planned} steps that was planned is over"
         elif planned < wanted < math.inf and not any(
             # Which epoch it begins with is not known yet.
-            isinstance(callback, keras.callbacks.BackupAndRestore)
+            isinstance(callback, (Checkpoint, keras.callbacks.BackupAndRestore))
             for callback in keras.tree.flatten(callbacks)
         ):
             message = (
@@ -436,6 +470,27 @@ class CAST(LogitsDistiller):
             "train in several calls of `fit`, pass the sum of their steps as "
             "`AdamS(total_steps=...)`. For another run, `finalize()` and make "
             "a new `CAST`.",
+            stacklevel=3,
+        )
+
+    def _warn_about_an_early_end(self) -> None:
+        """Warn where the run is not over, and the prune cuts what matters."""
+        taken = int(ops.convert_to_numpy(self.adam_s.iterations))
+        planned = self.adam_s.total_steps
+        if not 0 < taken < planned:
+            return
+        share, largest = kept_share(self.adam_s)
+        if 1 - share < _NO_CUT:
+            return
+        warnings.warn(
+            f"CAST: this cuts weights that the training has not brought to "
+            f"zero, after {taken} of {planned} steps: {1 - share:.1%} of the "
+            f"sum of all |w|, the largest being {largest:.2g}. The model "
+            "returned is much worse than the one that was trained. `finalize` "
+            "at the end of the run: go on by `fit` with the same `epochs`, and "
+            "`initial_epoch` where it stopped, from a checkpoint by "
+            "`save_weights` if this model is finalized now. For a shorter run "
+            "make a new `CAST` and fit it for fewer epochs.",
             stacklevel=3,
         )
 
@@ -491,3 +546,27 @@ class CAST(LogitsDistiller):
 def _inner(optimizer: Any) -> Any:
     """Return the optimizer inside of a loss-scaling wrapper, if it is one."""
     return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def _warn_about_early_stopping(callbacks: Any) -> None:
+    stops = keras.callbacks.EarlyStopping
+    if any(isinstance(each, stops) for each in keras.tree.flatten(callbacks)):
+        warnings.warn(
+            "CAST: `EarlyStopping` ends the run before the weights have "
+            "arrived in the pattern, and the loss rises on the way there, so "
+            "that it stops soon. Leave it out; fit for fewer epochs instead.",
+            stacklevel=3,
+        )
+
+
+@functools.cache
+def _say_that_a_fit_loses_the_pattern(pattern: str) -> None:
+    """Say it once in a process, for each pattern."""
+    warnings.warn(
+        f"The finished model is {pattern}, and a plain one: to fit it again "
+        "as it is loses the pattern. Before, call `SemiStructuredSparse."
+        f"attach(model, {pattern!r}, frozen=True)`, which holds it; "
+        "`PrincipalMaskCallback(keep_pattern=True)` holds it too. This is "
+        "said once.",
+        stacklevel=3,
+    )

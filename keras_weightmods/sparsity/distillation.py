@@ -1,7 +1,6 @@
 """Distillation of logits, with sample weights and masks, by a frozen twin."""
 
 import contextlib
-import math
 import warnings
 from typing import Any
 
@@ -9,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import keras_private
-from keras_weightmods.saving.container import numpy_dtype
+from keras_weightmods.saving.container import bytes_of
 from keras_weightmods.sparsity.frozen_twin import TRANSPARENT, FrozenTwin
 from keras_weightmods.sparsity.split_loss import SplitLoss
 from keras_weightmods.utils import checks
@@ -92,10 +91,7 @@ class LogitsDistiller(keras.distillation.Distiller):
     def teacher_bytes(self) -> int:
         """The memory of the teacher's weights, in bytes."""
         variables = self.teacher.variables if self.teacher else []
-        return sum(
-            math.prod(v.shape) * numpy_dtype(v.dtype).itemsize
-            for v in variables
-        )
+        return bytes_of((v.shape, v.dtype) for v in variables)
 
     def compile(self, optimizer=None, loss=None, **kwargs):
         """Configure the training, as `keras.Model.compile` does."""

@@ -202,11 +202,8 @@ def quantize_sparse(
     """
     n, m = parse_pattern(pattern)
     quantizer = Quantizer(bits, group_size, damping, epochs, learning_rate)
-    checks.check_int("bits", bits, 2, 4)
     checks.check_bool("dense", dense)
-    checks.check_int("batch_size", batch_size, 1)
-    if refine is not None:
-        checks.check_choice("refine", refine, ("blocks",))
+    check_arguments(bits, refine, batch_size)
     if data is None:
         raise checks.error("data", "calibration data, some 100 rows", data)
     found = resolve_targets(model, targets)
@@ -234,6 +231,14 @@ def quantize_sparse(
         chosen.skipped,
         tuple(quantizer.blocks),
     )
+
+
+def check_arguments(bits: Any, refine: Any, batch_size: Any) -> None:
+    """Raise ValueError for what `Quantizer` does not check."""
+    checks.check_int("bits", bits, 2, 4)
+    checks.check_int("batch_size", batch_size, 1)
+    if refine is not None:
+        checks.check_choice("refine", refine, ("blocks",))
 
 
 class Quantizer:

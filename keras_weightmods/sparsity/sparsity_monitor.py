@@ -7,8 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.ops import nm
 from keras_weightmods.sparsity.adam_s import AdamS
+from keras_weightmods.sparsity.kept_share import kept_share
 from keras_weightmods.utils import checks
 
 
@@ -77,16 +77,13 @@ class SparsityMonitor(keras.callbacks.Callback):
     def measure(self) -> dict[str, float]:
         """Read the model now; return the three numbers as a dict."""
         optimizer = self._adam_s()
-        rows, all_bits = [], []
-        for variable, _, packed in optimizer.sparsified_state:
-            mask = nm.unpack_bits(packed.value, variable.shape)
-            magnitude = ops.abs(ops.cast(variable.value, "float32"))
-            masked = ops.where(mask, 0.0, magnitude)
-            parts = ops.sum(magnitude), ops.sum(masked), ops.max(masked)
-            rows.append([float(ops.convert_to_numpy(part)) for part in parts])
-            all_bits.append(ops.convert_to_numpy(packed.value))
-        sums, masked_sums, largest = zip(*rows)
-        total, bits = sum(sums), np.concatenate(all_bits)
+        share, largest = kept_share(optimizer)
+        bits = np.concatenate(
+            [
+                ops.convert_to_numpy(packed.value)
+                for _, _, packed in optimizer.sparsified_state
+            ]
+        )
         size = sum(math.prod(v.shape) for v in optimizer.sparsified)
         steps = int(ops.convert_to_numpy(optimizer.iterations))
         masks_set = -(-steps // optimizer.mask_every)
@@ -97,8 +94,8 @@ class SparsityMonitor(keras.callbacks.Callback):
             flips = float(changed) / size / max(1, masks_set - last_set)
         self._last = (bits, masks_set)
         return {
-            "kept_share": 1 - sum(masked_sums) / total if total else 1.0,
-            "largest_masked": max(largest),
+            "kept_share": share,
+            "largest_masked": largest,
             "mask_flips": flips,
         }
 

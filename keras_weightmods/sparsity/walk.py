@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import expert_banks, keras_private
 from keras_weightmods.sparsity import calibration
 
 _UNREACHED = "the data do not reach it"
@@ -96,9 +96,11 @@ class Walk:
         self.used = [calibration.used_positions(w) for _, w in batches]
         self.visit = visit
         self.rebuild = rebuild
+        self.routers: dict[int, Any] = {}
 
     def __call__(self, model):
         """Go through `model`, a built Keras model or layer, once."""
+        self.routers = expert_banks.routers_of(model)
         inputs = [x for x, _ in self.batches]
         inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
         calls: list[Any] = [((x,), {}) for x in inputs]
@@ -194,13 +196,13 @@ class Walk:
     def _visit_next(self, call, calls, here):
         """Visit the first of `here`, with all that have the same inputs."""
         leader = here[0]
-        reader = calibration.InputReader.of(leader)
+        reader = calibration.input_reader(leader, self.routers)
         group, moment = [leader], None
         note = f"the inputs of {type(leader.layer).__name__} cannot be read"
         if reader is not None:
             shared = SharedInputs(reader, here)
             group, moment = shared.observe(call, calls, self.used)
-            note = _UNREACHED if moment is None else ""
+            note = _UNREACHED if moment is None else _idle_note(moment)
         self.pending = [t for t in self.pending if t not in group]
         self.visit(group, moment, note)
 
@@ -216,12 +218,15 @@ class SharedInputs:
 
     def __init__(self, reader, targets):
         self.reader = reader
-        readers = map(calibration.InputReader.of, targets)
-        self.targets = [
-            target
-            for target, other in zip(targets, readers)
+        # The first itself: what its layer is called with goes through it.
+        others = [calibration.input_reader(target) for target in targets[1:]]
+        pairs = [
+            (target, other)
+            for target, other in zip(targets, [reader, *others])
             if other is not None and other.layout == reader.layout
         ]
+        self.targets = [target for target, _ in pairs]
+        self.readers = [other for _, other in pairs]
         self.count, self.total = 0, 0.0
         self.inputs = self.used = None
         # By the place of a target: its calls, those with the inputs of the
@@ -242,7 +247,8 @@ class SharedInputs:
         with contextlib.ExitStack() as stack:
             for place, target in enumerate(self.targets):
                 see = functools.partial(self._see, place)
-                stack.enter_context(calibration.inputs_seen(target.layer, see))
+                reader = self.readers[place]
+                stack.enter_context(reader.inputs_seen(target, see))
             for self.used, (args, kwargs) in zip(used, calls):
                 self.seen = 0
                 with contextlib.suppress(calibration.Enough):
@@ -264,8 +270,8 @@ class SharedInputs:
     def _see(self, place, inputs):
         if place == 0:
             self.inputs = inputs
-            rows, count = self.reader.rows(inputs, self.used)
-            self.total += ops.matmul(ops.transpose(rows, (0, 2, 1)), rows)
+            total, count = self.reader.moment(inputs, self.used)
+            self.total += total
             self.count += count
         self.calls[place] += 1
         self.same[place] += inputs is self.inputs
@@ -273,6 +279,20 @@ class SharedInputs:
         self.last[place] = self.seen
         if self.seen == self.enough:
             raise calibration.Enough
+
+
+def _idle_note(moment):
+    """Say of how many experts no token was seen."""
+    if len(moment) == 1:
+        return ""
+    energy = ops.convert_to_numpy(ops.sum(ops.diagonal(moment, 0, 1, 2), 1))
+    idle = int((energy == 0).sum())
+    if not idle:
+        return ""
+    return (
+        f"{idle} of its {len(moment)} matrices had no input but zeros, and go "
+        "by magnitude"
+    )
 
 
 def _has_inputs_alone(call):

@@ -6,6 +6,7 @@ from keras_weightmods.core import target_rules
 from keras_weightmods.core.target_rules import register_target
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.utils.report import Skipped
+from tests import models
 from tests.core.layers import Block, Experts, built
 from tests.models import normal, numpy, sequential
 
@@ -218,3 +219,58 @@ def test_registrations_that_do_not_fit(attribute, kwargs, message):
     register_target(Experts, attribute, **{"contraction_axes": (1,)} | kwargs)
     with pytest.raises(ValueError, match=message):
         find_targets(layer)
+
+
+@pytest.mark.parametrize("name", ["SimpleRNN", "LSTM", "GRU"])
+def test_recurrent_cells(name):
+    layer = getattr(keras.layers, name)(8)
+    model = sequential((5, 4), keras.layers.Bidirectional(layer))
+    targets = find_targets(model)
+    gates = {"SimpleRNN": 1, "LSTM": 4, "GRU": 3}[name]
+    shapes = [(4, 8 * gates), (8, 8 * gates)] * 2
+    assert [target.shape for target in targets] == shapes
+    assert {target.contraction_axes for target in targets} == {(0,)}
+    assert not targets.skipped
+
+
+def test_low_rank_parts_of_rwkv7():
+    hub = pytest.importorskip("keras_hub")
+    model = hub.models.RWKV7Backbone(
+        vocabulary_size=20,
+        num_layers=2,
+        hidden_size=16,
+        head_size=8,
+        intermediate_dim=32,
+        gate_lora=8,
+        mv_lora=8,
+        aaa_lora=8,
+        decay_lora=8,
+    )
+    targets = find_targets(model)
+    own = [t.attribute for t in targets if t.attribute != "kernel"]
+    first = ["w1", "w2", "a1", "a2", "g1", "g2"]
+    second = ["w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2"]
+    assert own == first + second
+    reasons = [s.reason for s in targets.skipped if "embedding" not in s.reason]
+    assert reasons == ["multiplied entry by entry, and not contracted"] * 2
+
+
+def test_gated_delta_net_has_a_depthwise_kernel():
+    pytest.importorskip("keras_hub")
+    model = models.backbone(
+        "qwen3_5_moe",
+        layer_types=["linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    targets = find_targets(model)
+    (skipped,) = [s for s in targets.skipped if "conv1d" in s.path]
+    assert skipped.reason == DEPTHWISE
+    (target,) = [
+        target
+        for target in find_targets(model, depthwise=True)
+        if target.attribute == "conv1d_weight"
+    ]
+    assert target.contraction_axes == (1,)

@@ -341,3 +341,41 @@ def test_print():
     first = targets.to_dict()["targets"][0]
     assert first["key"] == targets[0].key
     assert first["contraction_axes"] == [0]
+
+
+class TwoWays(keras.layers.Layer):
+    """Holds two layers, and uses one, or both where Keras cannot see it."""
+
+    def __init__(self, hidden=False, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = hidden
+        self.used, self.unused = (keras.layers.Dense(8) for _ in range(2))
+
+    def build(self, input_shape):
+        self.used.build(input_shape)
+
+    def call(self, x):
+        return self.unused(self.used(x)) if self.hidden else self.used(x)
+
+    # Keras does not run `call` on symbols then.
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+def test_a_layer_that_is_never_called_is_no_target():
+    layer = TwoWays()
+    inner = sequential((8,), layer)
+    model = sequential((8,), inner, keras.layers.Dense(2))
+    assert not layer.unused.built
+    targets = find_targets(model)
+    assert [t.layer for t in targets] == [layer.used, model.layers[-1]]
+    reason = "not built, as the model does not call it"
+    assert targets.skipped == (Skipped(layer.unused.path, reason),)
+
+
+def test_a_layer_that_is_called_must_be_built():
+    layer = TwoWays(hidden=True)
+    model = sequential((8,), layer, keras.layers.Dense(2))
+    with pytest.raises(ValueError, match="1 layers are not built"):
+        find_targets(model)
+    assert not layer.unused.built

@@ -406,6 +406,26 @@ def test_errors_leave_the_model_as_it_was():
     assert all(v.trainable for v in wrapping.weights)
 
 
+@pytest.mark.parametrize("freeze_rest", [True, False])
+def test_a_kernel_too_small_for_an_entry_is_left_and_named(freeze_rest):
+    # One in a hundred of 8 x 12 is an entry; of 12 x 4 it is none.
+    model = make()
+    before = weights_of(model)
+    mask = callback(0.01, freeze_rest=freeze_rest)
+    last = model.layers[-1].kernel
+    with pytest.warns(UserWarning, match=f"leaves 1 kernels.*{last.path}"):
+        fit(model, mask)
+    moved = [int(np.sum(a != b)) for a, b in zip(before, weights_of(model))]
+    assert moved[0] == 1
+    assert (moved[2] > 1) == (not freeze_rest)
+    model = make()
+    with pytest.warns(UserWarning, match="leaves 1 kernels"):
+        report = callback(0.01).attach(model)
+    assert [kernel.trained for kernel in report.kernels] == [1]
+    (skipped,) = [s for s in report.skipped if s.path.endswith("kernel")]
+    assert "Not one entry is selected" in skipped.reason
+
+
 def test_training_without_the_callback_is_an_error():
     with pytest.raises(ValueError, match="no masks yet"):
         fit(make())

@@ -576,3 +576,53 @@ def test_an_exported_model_serves(tmp_path):
     model.export(path, verbose=False)
     served = tf.saved_model.load(path)
     assert_allclose(served.serve(x), outputs(model, x), atol=2e-6)
+
+
+class Holder(keras.layers.Layer):
+    """A layer whose config does not ask its parts for theirs."""
+
+    def __init__(self, units=8, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.inner = keras.layers.Dense(units)
+
+    def build(self, input_shape):
+        self.inner.build(input_shape)
+
+    def call(self, x):
+        return self.inner(x)
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+@pytest.mark.parametrize("name", ["holder", "gpt2"])
+def test_a_copy_is_never_silently_dense(name, tmp_path):
+    if name == "gpt2":
+        pytest.importorskip("keras_hub")
+        model = models.causal_lm(name)
+        part = model.backbone
+    else:
+        part = Holder()
+        model = models.sequential((8,), part, keras.layers.Dense(4))
+    models.make_sparse(model)
+    config = part.get_config()
+    kwm.pack(model)
+    match = "cannot save, clone or copy a reparameterized model"
+    copied = model if name == "holder" else part
+    with pytest.raises(ValueError, match=match):
+        keras.models.clone_model(copied)
+    for each in (model, part):
+        with pytest.raises(ValueError, match=match):
+            each.get_config()
+    # Our own file still holds the config.
+    kwm.save_model(model, tmp_path / "model")
+    custom = {"Holder": Holder}
+    loaded = kwm.load_model(tmp_path / "model", custom_objects=custom)
+    with pytest.raises(ValueError, match=match):
+        loaded.get_config()
+    kwm.unpack(model)
+    assert part.get_config() == config
+    assert "get_config" not in vars(part)
+    clone = keras.models.clone_model(copied)
+    assert [w.shape for w in clone.weights] == [w.shape for w in copied.weights]

@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from keras_weightmods.backend import backend_module
+from keras_weightmods.patches import checkpoint
 from keras_weightmods.patches.delta_file import FORMAT
 from keras_weightmods.saving import container
 from tests.models import assert_same_bits, mlp, sequential, weights_of
@@ -170,3 +172,34 @@ def test_files_with_right_hashes_and_wrong_contents(base, tmp_path, attack):
     with pytest.raises(ValueError, match="truncated, altered"):
         kwm.apply_delta(model, path)
     assert_same_bits(weights_of(model), base)
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_nan_outside_of_a_delta_keeps_its_bits(visible, tmp_path, monkeypatch):
+    if not visible:
+        # As on a device whose memory NumPy does not see.
+        monkeypatch.setattr(checkpoint, "_view", lambda tensor: None)
+    model = mlp(8, 4, dtype="bfloat16")
+    kernel = model.layers[0].kernel
+    tensor_of = backend_module("host_memory").tensor_of
+
+    def read():
+        return checkpoint.Checkpoint("model", model).read(0).view("uint16")
+
+    # NaN quiet and signaling, of either sign.
+    bits = np.full((8, 4), 0x3F80, "uint16")
+    bits[0] = [0x7F81, 0xFF85, 0x7FC1, 0xFFFF]
+    kernel.assign(tensor_of(bits.view("bfloat16")))
+    before = np.array(read())
+    np.testing.assert_array_equal(before, bits)
+    base = [before.view("bfloat16"), model.get_weights()[1]]
+    tuned = bits.copy()
+    tuned[3, 2] = 0x4000
+    kernel.assign(tensor_of(tuned.view("bfloat16")))
+    path = tmp_path / "delta"
+    kwm.save_delta(model, base, path)
+    kernel.assign(tensor_of(bits.view("bfloat16")))
+    kwm.apply_delta(model, path)
+    np.testing.assert_array_equal(read(), tuned)
+    kwm.remove_delta(model)
+    np.testing.assert_array_equal(read(), bits)

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import signal
 
 import ml_dtypes
 import numpy as np
@@ -148,7 +149,9 @@ def test_writer_refuses(path, entries, match):
 
 def test_writer_refuses_what_is_no_place_for_a_file(tmp_path):
     for wrong in (tmp_path, tmp_path / "none" / "file"):
-        with pytest.raises(ValueError, match="`filepath` must be a file"):
+        with pytest.raises(
+            ValueError, match="`filepath` must be a regular file"
+        ):
             write(wrong, arrays())
     container.write_arrays(tmp_path / "new", FORMAT, 1, {}, overwrite=False)
     assert os.listdir(tmp_path) == ["new"]
@@ -159,6 +162,57 @@ def test_the_file_has_the_rights_of_any_new_file(tmp_path, path):
     (tmp_path / "other").write_text("")
     modes = {os.stat(tmp_path / name).st_mode for name in ("file", "other")}
     assert len(modes) == 1
+
+
+def test_the_rights_of_a_file_stay(path):
+    path.write_text("before")
+    path.chmod(0o640)
+    write(path, arrays())
+    assert os.stat(path).st_mode & 0o777 == 0o640
+
+
+def test_no_pipe_is_replaced_or_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="must be a regular file"):
+        write(tmp_path / "pipe", arrays())
+    with pytest.raises(ValueError, match="must be a regular file"):
+        with container.replacing(tmp_path / "pipe"):
+            pass
+    with pytest.raises(ValueError, match="not that of a regular file"):
+        read(tmp_path / "pipe")
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_name_as_long_as_the_file_system_allows(tmp_path):
+    path = tmp_path / ("n" * 243 + ".safetensors")
+    write(path, arrays())
+    assert_equal(read(path), arrays())
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, path):
+    def begin(name):
+        process = os.fork()
+        if not process:
+            with container.replacing(tmp_path / name) as temporary:
+                with open(temporary, "w") as file:
+                    file.write("half of it")
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(process, 0)
+
+    begin("other")
+    begin("file")
+    with container.replacing(tmp_path / "third") as at_work:
+        with open(at_work, "w"):
+            pass
+        left = set(os.listdir(tmp_path))
+        assert len(left) == 3
+        write(path, arrays())
+        # That of another file stays, and that of a process that runs.
+        now = set(os.listdir(tmp_path))
+        assert len(now & left) == 2
+        container.remove_leftovers(str(tmp_path))
+        assert set(os.listdir(tmp_path)) == {"file", os.path.basename(at_work)}
+    assert sorted(os.listdir(tmp_path)) == ["file", "third"]
 
 
 def test_a_link_stays_one(tmp_path, path):
@@ -326,9 +380,11 @@ def drop(*keys):
 
 # {what the error says: {name: change of the header}}
 HOSTILE = {
-    "state format": {
+    "safetensors file of another program": {
         "no metadata": drop("__metadata__"),
         "metadata null": lambda h: h.update(__metadata__=None),
+    },
+    "state format": {
         "no format": drop("__metadata__", "format"),
         "other format": set_metadata(format="other"),
     },
@@ -505,9 +561,44 @@ def test_what_is_no_json(path):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         Reader(tmp_path / "none", FORMAT, (VERSION,))
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="a folder"):
         Reader(tmp_path, FORMAT, (VERSION,))
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(ValueError, match="not that of a regular file"):
             Reader(tmp_path / "pipe", FORMAT, (VERSION,))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reader"),
+    [
+        ("model.h5", b"\x89HDF\r\n\x1a\n" + bytes(99), "`model.load_weights`"),
+        ("model.gguf", b"GGUF" + bytes(99), "llama.cpp"),
+        ("array.npy", b"\x93NUMPY" + bytes(99), "`numpy.load`"),
+    ],
+)
+def test_files_of_other_kinds_are_named(name, content, reader, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"Received: .* {reader}") as caught:
+        read(tmp_path / name)
+    assert "header of" not in str(caught.value)
+
+
+def test_archives_and_folders_are_named(tmp_path):
+    np.savez(tmp_path / "arrays.npz", x=np.ones(2))
+    with pytest.raises(ValueError, match=r"an \.npz file, which `numpy"):
+        read(tmp_path / "arrays.npz")
+    (tmp_path / "cut.keras").write_bytes(b"PK\x03\x04" + bytes(99))
+    with pytest.raises(ValueError, match="a damaged ZIP archive"):
+        read(tmp_path / "cut.keras")
+    (tmp_path / "saved_model.pb").touch()
+    with pytest.raises(ValueError, match="a SavedModel, which `tf"):
+        read(tmp_path)
+
+
+def test_another_format_of_ours_is_named_with_its_reader(tmp_path):
+    path = tmp_path / "file"
+    container.write_arrays(path, "keras_weightmods.delta", 1, {"x": np.ones(2)})
+    expected = "'keras_weightmods.delta', which `keras_weightmods.apply_delta`"
+    with pytest.raises(ValueError, match=expected):
+        Reader(path, "keras_weightmods.model", (1,))

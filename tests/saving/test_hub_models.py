@@ -152,3 +152,72 @@ def test_a_preprocessor_that_cannot_be_saved_is_left_out(tmp_path):
     assert loaded.preprocessor is None
     models.assert_same(models.outputs(loaded, X), models.outputs(model, X))
     assert os.listdir(tmp_path) == ["model"]
+
+
+def hgnet_v2(**kwargs):
+    return hub.models.HGNetV2Backbone(
+        depths=[1, 1],
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        stem_channels=[3, 8, 8],
+        hidden_act="relu",
+        use_learnable_affine_block=False,
+        stackwise_stage_filters=[[8, 8, 8, 1, 1, 3], [8, 8, 16, 1, 1, 3]],
+        apply_downsample=[False, True],
+        use_lightweight_conv_block=[False, False],
+        image_shape=(32, 32, 3),
+        **kwargs,
+    )
+
+
+def d_fine(**kwargs):
+    stages = ["stage1", "stage2"]
+    return hub.models.DFineBackbone(
+        backbone=hgnet_v2(out_features=stages),
+        decoder_in_channels=[16, 16],
+        encoder_hidden_dim=16,
+        num_labels=3,
+        num_denoising=0,
+        learn_initial_query=False,
+        num_queries=4,
+        anchor_image_size=(32, 32),
+        feat_strides=[4, 8],
+        num_feature_levels=2,
+        hidden_dim=16,
+        encoder_in_channels=[8, 16],
+        encode_proj_layers=[1],
+        num_attention_heads=2,
+        encoder_ffn_dim=16,
+        num_encoder_layers=1,
+        hidden_expansion=0.5,
+        depth_multiplier=0.5,
+        eval_idx=-1,
+        num_decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        decoder_n_points=[2, 2],
+        lqe_hidden_dim=8,
+        num_lqe_layers=1,
+        image_shape=(32, 32, 3),
+        out_features=stages,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("make", [hgnet_v2, d_fine])
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_layers_named_by_the_name_of_the_model(make, name, tmp_path):
+    if keras.config.backend() != "torch" and make is d_fine:
+        pytest.skip("the breadth is tested on torch, the fastest to start")
+    # With a name that is given HGNetV2 names its layers otherwise than with
+    # the one that Keras gives.
+    model = make() if name is None else make(name=name)
+    x = models.normal(1, 32, 32, 3)
+    kwm.save_model(model, tmp_path / "model")
+    loaded = kwm.load_model(tmp_path / "model")
+    assert loaded.name == model.name
+    if make is hgnet_v2:
+        # D-FINE has layers that Keras numbers.
+        paths = [weight.path for weight in model.weights]
+        assert [weight.path for weight in loaded.weights] == paths
+    models.assert_same(models.outputs(loaded, x), models.outputs(model, x))

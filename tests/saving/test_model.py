@@ -807,8 +807,48 @@ def test_a_lambda_is_refused_where_keras_was_told_to_allow_it(
 def test_other_files_are_refused(tmp_path):
     model = sequential()
     model.save(tmp_path / "model.keras")
-    with pytest.raises(ValueError, match="The header"):
+    expected = r"a \.keras file, which `keras\.models\.load_model` reads"
+    with pytest.raises(ValueError, match=expected):
         kwm.load_model(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match="HDF5 file, which `model"):
+        kwm.load_model(tmp_path / "model.weights.h5")
     safetensors.numpy.save_file({"x": np.ones(3)}, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"format 'keras_weightmods\.model'"):
+    with pytest.raises(ValueError, match="safetensors file of another prog"):
         kwm.load_model(tmp_path / "other")
+
+
+@pytest.mark.parametrize("ending", [".keras", ".h5", ".KERAS"])
+def test_the_endings_of_keras_are_refused(ending, tmp_path):
+    with pytest.raises(ValueError, match=r"those of Keras.*'\.safetensors'"):
+        kwm.save_model(sequential(), tmp_path / f"model{ending}")
+    assert os.listdir(tmp_path) == []
+
+
+@keras.saving.register_keras_serializable("tests")
+class Tied(keras.Model):
+    """A functional model that multiplies by a kernel outside of a layer."""
+
+    def __init__(self, initializer="glorot_uniform", **kwargs):
+        inputs = keras.Input((8,))
+        layer = keras.layers.Dense(8, kernel_initializer=initializer)
+        x = layer(inputs)
+        outputs = keras.ops.matmul(x, keras.ops.transpose(layer.kernel))
+        super().__init__(inputs, outputs, **kwargs)
+        self.initializer = initializer
+
+    def get_config(self):
+        return {"initializer": self.initializer}
+
+
+def test_a_graph_that_keeps_the_value_of_a_variable_is_refused(tmp_path):
+    path = tmp_path / "model"
+    with pytest.raises(ValueError, match="none of its weights"):
+        kwm.save_model(Tied(), path)
+    assert not path.exists()
+    # One that would be the same again is fine.
+    model = Tied("ones")
+    kwm.save_model(model, path)
+    x = models.normal(2, 8)
+    loaded = kwm.load_model(path)
+    models.assert_same(models.outputs(loaded, x), models.outputs(model, x))

@@ -38,6 +38,17 @@ class Interrupt(keras.callbacks.Callback):
             raise Interrupted
 
 
+class Stop(keras.callbacks.Callback):
+    """Stops at the end of an epoch, as `EarlyStopping` does."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch >= self.after
+
+
 class Interrupted(Exception):
     pass
 

@@ -6,7 +6,7 @@ from keras import ops
 from keras_weightmods import find_targets, fold, sparsify
 from keras_weightmods.core import keras_private
 from keras_weightmods.ops.matrix import from_stack, to_stack
-from keras_weightmods.sparsity.calibration import InputReader, input_norms
+from keras_weightmods.sparsity.calibration import input_norms, input_reader
 from keras_weightmods.sparsity.scaling import attach_scaling
 from tests import models
 from tests.models import mlp, normal, numpy, sequential
@@ -89,15 +89,22 @@ LAYERS = [
     (keras.layers.Conv3D(3, 2, padding="same", **LAST), (3, 4, 3, 2)),
     (keras.layers.DepthwiseConv2D(2, depth_multiplier=3, **LAST), (5, 4, 2)),
     (keras.layers.DepthwiseConv1D(3, strides=2, **LAST), (8, 4)),
+    (keras.layers.SeparableConv2D(5, 3, **LAST), (6, 7, 4)),
+    (
+        keras.layers.SeparableConv2D(5, 2, 2, "same", depth_multiplier=2),
+        (5, 6, 4),
+    ),
+    (keras.layers.SeparableConv1D(5, 3, dilation_rate=2, **LAST), (9, 4)),
 ]
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS)
 def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
     model = sequential(shape, layer)
-    (target,) = find_targets(model, depthwise=True)
+    # A separable convolution has two.
+    target = find_targets(model, depthwise=True)[-1]
     x = normal(3, *shape)
-    reader = InputReader.of(target)
+    reader = input_reader(target)
     rows, count = reader.rows(x)
     kernel = normal(*target.shape, seed=1)
     target.variable.assign(kernel)
@@ -115,6 +122,32 @@ def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
     np.testing.assert_allclose(products, outputs, rtol=1e-4, atol=1e-5)
     restored = numpy(from_stack(matrices, target.shape, *axes))
     np.testing.assert_array_equal(restored, kernel)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_transposed_convolutions_contract_the_channels_of_a_pixel(rank):
+    cls = getattr(keras.layers, f"Conv{rank}DTranspose")
+    layer = cls(3, 2, strides=2, **LAST)
+    model = sequential((4,) * rank + (8,), layer)
+    (target,) = find_targets(model)
+    assert target.contraction_axes == (rank + 1,)
+    x = normal(2, *(4,) * rank, 8)
+    rows, count = input_reader(target).rows(x)
+    assert rows.shape == (1, 2 * 4**rank, 8)
+    assert count == 2 * 4**rank
+    # Windows that do not overlap: one product for each pixel of the input.
+    matrix = to_stack(target.variable, target.contraction_axes)[0]
+    products = numpy(ops.matmul(rows[0], matrix))
+    shape = (2, *(4,) * rank, *(2,) * rank, 3)
+    products = products.reshape(shape)
+    order = [0]
+    for i in range(rank):
+        order += [1 + i, 1 + rank + i]
+    products = products.transpose(*order, 2 * rank + 1)
+    outputs = numpy(model(x))
+    np.testing.assert_allclose(
+        products.reshape(outputs.shape), outputs, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_nested_model_with_and_without_scales():

@@ -1,3 +1,4 @@
+import warnings
 import zipfile
 
 import keras
@@ -7,8 +8,9 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.sparsity import cast as cast_module
 from tests import models
-from tests.models import assert_same, numpy, weights_of
+from tests.models import assert_same, mlp, numpy, weights_of
 from tests.sparsity import casts
 from tests.sparsity.casts import compiled, fit, make_data, make_mlp, started
 
@@ -607,3 +609,100 @@ def test_jit_compile_is_the_users_choice():
     x, y = make_data()
     results = cast.evaluate(x, y, 4, verbose=0, return_dict=True)
     assert set(results) == {"loss", "accuracy"}
+
+
+def trained_before():
+    model = casts.make_mlp()
+    model.compile("adam", casts.cross_entropy())
+    model.fit(*casts.make_data(), verbose=0)
+    return model
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+def test_a_model_that_was_trained_with_another_optimizer(groups):
+    cast = kwm.CAST(trained_before(), scaling_groups=groups, teacher=None)
+    cast.compile(loss=casts.cross_entropy())
+    fit(cast, epochs=2)
+    kwm.assert_sparse(cast.finalize(), "2:4")
+
+
+def test_an_error_leaves_the_optimizer_of_a_model():
+    model = trained_before()
+    optimizer = model.optimizer
+    for arguments in ({"teacher": mlp(9, 4)}, {"pattern": "15:30"}):
+        with pytest.raises(ValueError, match=r"incompatible|15:30"):
+            kwm.CAST(model, **arguments)
+        assert model.optimizer is optimizer
+        assert model.compiled
+        model.fit(*casts.make_data(), verbose=0)
+
+
+EARLY = "CAST: this cuts"
+
+
+def test_an_early_stop_is_warned_about():
+    cast = compiled()
+    # Of 8 epochs.
+    fit(cast, epochs=8, callbacks=[casts.Stop(after=1)])
+    steps = int(cast.optimizer.iterations)
+    assert steps == 8
+    with pytest.warns(UserWarning, match=EARLY) as caught:
+        cast.finalize()
+    text = str(next(w for w in caught if EARLY in str(w.message)).message)
+    assert "after 8 of 32 steps" in text
+    assert "initial_epoch" in text
+    # The whole run cuts nothing.
+    cast = compiled()
+    fit(cast, epochs=8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", EARLY)
+        cast.finalize()
+
+
+def test_early_stopping_is_warned_about():
+    stop = keras.callbacks.EarlyStopping("loss")
+    with pytest.warns(UserWarning, match="CAST: `EarlyStopping`"):
+        fit(compiled(), callbacks=[stop])
+
+
+def test_finalize_says_once_that_a_fit_loses_the_pattern():
+    cast_module._say_that_a_fit_loses_the_pattern.cache_clear()
+    for times in (1, 0):
+        cast = compiled()
+        fit(cast)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = cast.finalize()
+        found = [w for w in caught if "frozen=True" in str(w.message)]
+        assert len(found) == times
+        assert all(w.filename == __file__ for w in found)
+    # What it says to do keeps the pattern.
+    kwm.SemiStructuredSparse.attach(model, "2:4", frozen=True)
+    model.compile("adam", casts.cross_entropy())
+    model.fit(*casts.make_data(), verbose=0)
+    kwm.assert_sparse(model, "2:4")
+
+
+class Log(keras.layers.Layer):
+    """Makes NaN of what is negative."""
+
+    def call(self, x):
+        return keras.ops.log(x)
+
+
+@pytest.mark.parametrize("init", ["dense", "wanda"])
+def test_activations_that_are_not_finite_are_named(init):
+    model = models.sequential(
+        (8,),
+        keras.layers.Dense(8, name="first"),
+        Log(),
+        keras.layers.Dense(4, name="second"),
+    )
+    before = models.weights_of(model)
+    cast = kwm.CAST(model, init=init)
+    cast.compile(loss="mse")
+    x = models.normal(8, 8)
+    with pytest.raises(ValueError, match=r"NaN or infinit.*second/kernel"):
+        cast.fit(x, models.normal(8, 4), batch_size=4, verbose=0)
+    kernels = [t.variable for t in cast.targets]
+    models.assert_same([models.numpy(k) for k in kernels], before[::2])

@@ -1,6 +1,7 @@
 """Tensors and NumPy arrays of one memory."""
 
 import jax.numpy as jnp
+import keras
 import numpy as np
 
 
@@ -9,6 +10,11 @@ def view_of(tensor):
     if [device.platform for device in tensor.devices()] == ["cpu"]:
         return np.asarray(tensor)
     return None
+
+
+def array_of(tensor):
+    """Return the values of a tensor as a NumPy array, bit for bit."""
+    return keras.ops.convert_to_numpy(tensor)
 
 
 def tensor_of(array):

@@ -1,5 +1,6 @@
 """Tensors and NumPy arrays of one memory."""
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -11,6 +12,11 @@ def view_of(tensor):
     if device != "CPU" or not tensor.shape.rank:
         return None
     return np.asarray(tensor)
+
+
+def array_of(tensor):
+    """Return the values of a tensor as a NumPy array, bit for bit."""
+    return keras.ops.convert_to_numpy(tensor)
 
 
 def tensor_of(array):

@@ -1,8 +1,8 @@
 """`sparse_matmul` on TensorFlow: XLA custom calls through XlaCallModule.
 
 Eager, in `tf.function` with or without `jit_compile`, with a batch of any
-size, and in a SavedModel, which runs where a product, or `reason_for_dense`,
-was called before. XLA's thread pool shares the work.
+size, and in a SavedModel, which runs where the package was imported. XLA's
+thread pool shares the work.
 """
 
 import functools

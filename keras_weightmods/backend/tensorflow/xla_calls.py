@@ -15,8 +15,18 @@ _TYPES = {
 }
 
 
+def name_of(target):
+    """Return the name of a custom call.
+
+    XLA's error names a call that it does not know: where a SavedModel runs
+    without this package.
+    """
+    return f"{target} (`import keras_weightmods` registers it)"
+
+
+@functools.cache
 def register():
-    """Register the handlers with the XLA in TensorFlow.
+    """Register the handlers with the XLA in TensorFlow, once.
 
     Raises:
         AttributeError, OSError: If there is no way into XLA.
@@ -31,7 +41,7 @@ def register():
     register = native.typed(native.library(), "kwm_xla_register", "i", "PssP")
     for name in native.XLA_TARGETS:
         handler = native.xla_handler(name)
-        if register(get_api(), name.encode(), b"Host", handler):
+        if register(get_api(), name_of(name).encode(), b"Host", handler):
             raise OSError(f"XLA refuses the handler {name}")
 
 
@@ -109,7 +119,8 @@ def _module(target, results, arguments):
     result_types = ", ".join(_type(shape, "float32") for shape in results)
     lines += [
         f"%y:{len(results)} = stablehlo.custom_call "
-        f"@{target}({', '.join(operands)}) {{{', '.join(attributes)}}} : "
+        f'@"{name_of(target)}"'
+        f"({', '.join(operands)}) {{{', '.join(attributes)}}} : "
         f"({', '.join(operand_types)}) -> ({result_types})",
         f"return {', '.join(returned)} : {result_types}",
     ]

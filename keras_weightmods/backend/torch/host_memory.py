@@ -1,5 +1,6 @@
 """Tensors and NumPy arrays of one memory."""
 
+import keras
 import torch
 
 
@@ -15,6 +16,16 @@ def view_of(tensor):
         return tensor.numpy()
     except TypeError:  # of 8 bits
         return None
+
+
+def array_of(tensor):
+    """Return the values of a tensor as a NumPy array, bit for bit.
+
+    Keras' own way goes through float32, which changes NaN of bfloat16.
+    """
+    tensor = tensor.detach().cpu()
+    view = view_of(tensor)
+    return keras.ops.convert_to_numpy(tensor) if view is None else view
 
 
 def tensor_of(array):

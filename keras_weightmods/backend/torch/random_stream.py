@@ -21,12 +21,12 @@ class RandomStream:
     def states(self):
         """Dict of uint8 arrays by device type; starts at torch's state."""
         if self._states is None:
-            self._states = _global_states()
+            self._states = global_states()
         return self._states
 
     @states.setter
     def states(self, states):
-        current = _global_states()
+        current = global_states()
         for device, state in states.items():
             if device in current and (
                 state.dtype != np.uint8 or state.shape != current[device].shape
@@ -45,18 +45,24 @@ class RandomStream:
         states = self.states
         devices = _cuda_devices()
         with torch.random.fork_rng(devices):
-            torch.set_rng_state(torch.from_numpy(states["cpu"]))
-            if devices and "cuda" in states:
-                torch.cuda.set_rng_state(torch.from_numpy(states["cuda"]))
+            set_global_states(states)
             yield
-            self._states = _global_states()
+            self._states = global_states()
 
 
-def _global_states():
+def global_states():
+    """Return the state of torch's generators: uint8 arrays by device type."""
     states = {"cpu": torch.get_rng_state().numpy()}
     if _cuda_devices():
         states["cuda"] = torch.cuda.get_rng_state().numpy()
     return states
+
+
+def set_global_states(states):
+    """Give torch's generators, of the devices in use, these states."""
+    torch.set_rng_state(torch.from_numpy(states["cpu"]))
+    if _cuda_devices() and "cuda" in states:
+        torch.cuda.set_rng_state(torch.from_numpy(states["cuda"]))
 
 
 def _cuda_devices():

@@ -4,29 +4,13 @@ Eager and under `torch.compile`, with gradients. On a CPU the threads are
 torch's own, as many as `torch.get_num_threads()`; one for small products.
 """
 
-import functools
-import math
-
 import keras
 import torch
 
 from keras_weightmods import native
-from keras_weightmods.backend.torch import sparse_matmul_gpu
+from keras_weightmods.backend.torch import operators
 from keras_weightmods.backend.torch.threads import threads
-from keras_weightmods.native.packed import (
-    Packed,
-    dense_matmul,
-    packed_arrays,
-    unpack_tensor,
-)
-from keras_weightmods.utils import checks
-
-_TYPES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.int8: "int8",
-    torch.uint8: "int4",
-}
+from keras_weightmods.native.packed import dense_matmul
 
 
 def reason_unavailable():
@@ -50,10 +34,8 @@ def sparse_matmul(x, packed):
         None if packed.scale is None else _tensor(packed.scale),
         packed.shape[1],
     )
-    operators = torch.ops.keras_weightmods
-    multiply = (
-        operators.sparse_matmul_int8 if rounded else operators.sparse_matmul
-    )
+    ops = torch.ops.keras_weightmods
+    multiply = ops.sparse_matmul_int8 if rounded else ops.sparse_matmul
     if x.dtype is torch.float32 or device == "cuda":
         return multiply(x, *weights)
     return multiply(x.to(torch.float32), *weights).to(x.dtype)
@@ -76,10 +58,10 @@ def prepared(operator, k, n, values, meta, scale):
     tensors = values, meta, scale
     if operator is torch.ops.keras_weightmods.sparse_matmul.default:
         function = native.library().kwm_matmul
-        weights = _weights(k, n, *tensors)
+        weights = operators.weights_of(k, n, *tensors)
     else:
         function = native.library().kwm_matmul_int8
-        weights = _weights(k, n, *tensors, dense=meta is None)
+        weights = operators.weights_of(k, n, *tensors, dense=meta is None)
 
     def product(x, _held=tensors):
         x = x.contiguous()
@@ -100,213 +82,3 @@ def _tensor(array):
     if isinstance(array, keras.Variable):
         return array.value
     return keras.ops.convert_to_tensor(array)
-
-
-_library = torch.library.Library("keras_weightmods", "DEF")
-_library.define(
-    "sparse_matmul("
-    "Tensor x, Tensor values, Tensor meta, Tensor? scale, SymInt n) -> Tensor"
-)
-_library.define(
-    "sparse_matmul_int8("
-    "Tensor x, Tensor values, Tensor? meta, Tensor scale, SymInt n) -> Tensor"
-)
-_library.define(
-    "sparse_matmul_transposed("
-    "Tensor dy, Tensor values, Tensor? meta, Tensor? scale, SymInt k) -> Tensor"
-)
-_library.define(
-    "sparse_values_gradient(Tensor x, Tensor dy, Tensor meta) -> Tensor"
-)
-
-for _name in (
-    "sparse_matmul",
-    "sparse_matmul_transposed",
-    "sparse_values_gradient",
-):
-    _library.impl(_name, getattr(sparse_matmul_gpu, _name), "CUDA")
-
-
-@torch.library.impl(_library, "sparse_matmul", "CPU")
-def _matmul(x, values, meta, scale, n):
-    k = x.shape[-1]
-    x, rows = _rows(x)
-    weights = _weights(k, n, values, meta, scale)
-    y = x.new_empty((*x.shape[:-1], n))
-    native.library().kwm_matmul(
-        x.data_ptr(), rows, *weights, y.data_ptr(), *threads(rows * k * n)
-    )
-    return y
-
-
-@torch.library.impl(_library, "sparse_matmul_int8", "CPU")
-def _matmul_int8(x, values, meta, scale, n):
-    k = x.shape[-1]
-    x, rows = _rows(x)
-    if values.dtype not in (torch.int8, torch.uint8):
-        raise checks.error("values", "of int8 or uint8", values.dtype)
-    weights = _weights(k, n, values, meta, scale, dense=meta is None)
-    y = x.new_empty((*x.shape[:-1], n))
-    native.library().kwm_matmul_int8(
-        x.data_ptr(), rows, *weights, y.data_ptr(), *threads(rows * k * n)
-    )
-    return y
-
-
-@torch.library.impl(_library, "sparse_matmul_transposed", "CPU")
-def _matmul_transposed(dy, values, meta, scale, k):
-    n = dy.shape[-1]
-    if meta is None:
-        packed = Packed(
-            values, None, scale, (k, n), _TYPES[values.dtype], "int8"
-        )
-        return dy @ unpack_tensor(packed).T
-    dy, rows = _rows(dy)
-    weights = _weights(k, n, values, meta, scale)
-    dx = dy.new_empty((*dy.shape[:-1], k))
-    native.library().kwm_matmul_transposed(
-        dy.data_ptr(), rows, *weights, dx.data_ptr(), *threads(rows * k * n)
-    )
-    return dx
-
-
-@torch.library.impl(_library, "sparse_values_gradient", "CPU")
-def _values_gradient(x, dy, meta):
-    k, n = x.shape[-1], dy.shape[-1]
-    x, rows = _rows(x)
-    dy, dy_rows = _rows(dy)
-    if rows != dy_rows:
-        raise ValueError(
-            "`x` and `dy` must have as many rows. Received: shapes "
-            f"{tuple(x.shape)} and {tuple(dy.shape)}"
-        )
-    arrays = _arrays(k, n, "float32")
-    _check("meta", meta, *arrays["meta"])
-    dvalues = x.new_empty(arrays["values"][0])
-    arguments = x.data_ptr(), dy.data_ptr(), rows, k, n, meta.data_ptr()
-    native.library().kwm_values_gradient(
-        *arguments, dvalues.data_ptr(), *threads(rows * k * n)
-    )
-    return dvalues
-
-
-@torch.library.register_fake("keras_weightmods::sparse_matmul")
-def _fake_matmul(x, values, meta, scale, n):
-    return x.new_empty((*x.shape[:-1], n))
-
-
-@torch.library.register_fake("keras_weightmods::sparse_matmul_int8")
-def _fake_matmul_int8(x, values, meta, scale, n):
-    return x.new_empty((*x.shape[:-1], n))
-
-
-@torch.library.register_fake("keras_weightmods::sparse_matmul_transposed")
-def _fake_matmul_transposed(dy, values, meta, scale, k):
-    return dy.new_empty((*dy.shape[:-1], k))
-
-
-@torch.library.register_fake("keras_weightmods::sparse_values_gradient")
-def _fake_values_gradient(x, dy, meta):
-    blocks, rows, columns = meta.shape
-    return x.new_empty((blocks, 16 * rows, columns))
-
-
-def _save(ctx, inputs, output):
-    x, values, meta, scale, _ = inputs
-    ctx.k = x.shape[-1]
-    needs_x = ctx.needs_input_grad[1]
-    ctx.save_for_backward(x if needs_x else None, values, meta, scale)
-
-
-def _backward(ctx, dy):
-    x, values, meta, scale = ctx.saved_tensors
-    ops = torch.ops.keras_weightmods
-    dx = dvalues = None
-    if ctx.needs_input_grad[0]:
-        dx = ops.sparse_matmul_transposed(dy, values, meta, scale, ctx.k)
-    if ctx.needs_input_grad[1]:
-        if values.dtype is not torch.float32:
-            raise ValueError(
-                f"Only float32 values have gradients. Received: {values.dtype}"
-            )
-        dvalues = ops.sparse_values_gradient(x, dy, meta)
-    return dx, dvalues, None, None, None
-
-
-torch.library.register_autograd(
-    "keras_weightmods::sparse_matmul",
-    _backward,
-    setup_context=_save,
-    lib=_library,
-)
-
-
-def _save_int8(ctx, inputs, output):
-    x, values, meta, scale, _ = inputs
-    ctx.k = x.shape[-1]
-    ctx.save_for_backward(values, meta, scale)
-
-
-def _backward_int8(ctx, dy):
-    dx = None
-    if ctx.needs_input_grad[0]:
-        dx = torch.ops.keras_weightmods.sparse_matmul_transposed(
-            dy, *ctx.saved_tensors, ctx.k
-        )
-    return dx, None, None, None, None
-
-
-torch.library.register_autograd(
-    "keras_weightmods::sparse_matmul_int8",
-    _backward_int8,
-    setup_context=_save_int8,
-    lib=_library,
-)
-
-
-def _rows(x):
-    """Return a contiguous float32 activation, and its number of rows."""
-    if x.dtype is not torch.float32:
-        raise checks.error("x", "float32", x.dtype)
-    return x.contiguous(), math.prod(x.shape[:-1])
-
-
-def _weights(k, n, values, meta, scale, dense=False):
-    """Return the arguments of the library for the weights, checked."""
-    dtype = _TYPES.get(values.dtype)
-    if dtype is None:
-        raise checks.error("values", f"of {[*_TYPES]}", values.dtype)
-    arrays = _arrays(k, n, dtype, dense)
-    _check("values", values, *arrays["values"])
-    if not dense:
-        _check("meta", meta, *arrays["meta"])
-    if "scale" in arrays:
-        _check("scale", scale, *arrays["scale"])
-    pointers = [
-        None if x is None else x.data_ptr() for x in (values, meta, scale)
-    ]
-    return k, n, native.type_code(dtype), *pointers
-
-
-@functools.lru_cache(maxsize=1024)
-def _arrays(k, n, dtype, dense=False):
-    """`packed_arrays` with sizes and types of torch."""
-    arrays = packed_arrays((k, n), dtype, dense)
-    return {
-        name: (torch.Size(shape), getattr(torch, array_dtype))
-        for name, (shape, array_dtype) in arrays.items()
-    }
-
-
-def _check(name, tensor, shape, dtype):
-    # The library reads this much memory, whatever is there.
-    if (
-        tensor is None
-        or tensor.shape != shape
-        or tensor.dtype != dtype
-        or not tensor.is_cpu
-        or not tensor.is_contiguous()
-    ):
-        received = tensor if tensor is None else (tensor.shape, tensor.dtype)
-        expected = f"contiguous, on the CPU, of {shape} and {dtype}"
-        raise checks.error(name, expected, received)

@@ -1,7 +1,4 @@
 import importlib
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -137,39 +134,6 @@ def test_second_derivatives_equal_those_of_the_dense_product():
     expected = pack_kernel(np.where(kernel != 0, dense, 0)).values
     kept = product.values.numpy() != 0
     assert_close(found * kept, expected.astype("float64") * kept, 1e-4)
-
-
-SERVE = """
-import sys
-import tensorflow as tf
-loaded = tf.saved_model.load(sys.argv[1])
-try:
-    loaded.serve(tf.ones((5, 36)))
-except tf.errors.OpError as error:
-    print(error)
-from keras_weightmods.ops.sparse_matmul import reason_for_dense
-assert reason_for_dense() == ""
-print(loaded.serve(tf.ones((5, 36))).numpy().sum())
-"""
-
-
-def test_saved_model_in_another_process(tmp_path):
-    product = Product("int8", rank=2)
-    exported = tf.Module()
-    exported.product = product
-    exported.serve = tf.function(product, input_signature=product.signature)
-    tf.saved_model.save(exported, tmp_path / "saved")
-    printed = subprocess.run(
-        [sys.executable, "-c", SERVE, str(tmp_path / "saved")],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-    ).stdout
-    # Before this library is there, and after.
-    assert "No FFI handler registered for kwm_xla_matmul" in printed
-    expected = product(tf.ones((5, K))).numpy().sum()
-    assert float(printed.splitlines()[-1]) == pytest.approx(expected)
 
 
 def test_where_the_way_into_xla_is_missing(monkeypatch):

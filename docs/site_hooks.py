@@ -1,0 +1,130 @@
+"""What MkDocs runs beside its plugins; see mkdocs.yml.
+
+- The pages of the API reference are made from the public names; a name or a
+  public method without a docstring ends the build.
+- `kwm.name` in the text of a page links to the reference, and must be there.
+- CHANGELOG.md and CONTRIBUTING.md become pages.
+"""
+
+import inspect
+import pathlib
+import re
+import runpy
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+DOCS = pathlib.Path(__file__).absolute().parent
+API = runpy.run_path(str(DOCS / "api_table.py"))
+PUBLIC = API["public_names"]()
+AT_THE_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md")
+# Pages that the navigation names and that need not be there.
+OPTIONAL = ("cli.md", "ship.md")
+# Of folders whose pages are not called as they are.
+TITLES = {
+    "core": "Targets",
+    "lift": "Principal weights",
+    "ops": "ops",
+    "reparameterize": "Reparameterization",
+    "utils": "Reports",
+}
+
+FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
+NAME = re.compile(r"(?<!\[)`kwm\.([\w.]+)(\([^`\n]*\))?`")
+
+
+def on_config(config):
+    config.nav = [*existing(config.nav)]
+    return config
+
+
+def reference_entries():
+    for path in sorted({page_of(name) for name in PUBLIC}):
+        folder = pathlib.PurePosixPath(path).stem
+        yield {TITLES.get(folder, folder.capitalize()): path}
+
+
+def existing(entries):
+    for entry in entries:
+        if isinstance(entry, dict):
+            ((title, value),) = entry.items()
+            if value == "reference":
+                entry = {title: ["api.md", *reference_entries()]}
+            elif isinstance(value, list):
+                entry = {title: [*existing(value)]}
+            elif value in OPTIONAL and not (DOCS / value).exists():
+                continue
+        yield entry
+
+
+def on_files(files, config):
+    check_docstrings()
+    pages = reference_pages()
+    for name in AT_THE_ROOT:
+        pages[name.lower()] = (DOCS.parent / name).read_text()
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def check_docstrings():
+    missing = [name for name in PUBLIC if not inspect.getdoc(PUBLIC[name])]
+    for name, value in PUBLIC.items():
+        for member in vars(value) if inspect.isclass(value) else ():
+            part = getattr(value, member, None)
+            if (
+                not member.startswith("_")
+                and (inspect.isroutine(part) or isinstance(part, property))
+                and not inspect.getdoc(part)
+            ):
+                missing.append(f"{name}.{member}")
+    if missing:
+        raise PluginError(f"Public names without a docstring: {missing}")
+
+
+def reference_pages():
+    """Return a dict from paths to pages, one for each folder of the package."""
+    pages = {}
+    for name, value in PUBLIC.items():
+        path = page_of(name)
+        pages[path] = pages.get(path, "") + (
+            f"\n::: {full_name(value)}\n"
+            f"    options:\n"
+            f"      heading: kwm.{name}\n"
+            f"      toc_label: {name}\n"
+        )
+    return pages
+
+
+def page_of(name):
+    folder = PUBLIC[name].__module__.split(".")[1]
+    return f"reference/{'ops' if name.startswith('ops.') else folder}.md"
+
+
+def full_name(value):
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def on_page_markdown(markdown, page, config, files):
+    path = page.file.src_uri
+    if path == "api.md":
+        markdown = API["make_page"](lambda value: f"`{value.__module__}`")
+    if path.startswith("reference/"):
+        return markdown
+    parts = FENCE.split(markdown)
+    parts[::2] = [
+        NAME.sub(lambda match: link(match, path), part) for part in parts[::2]
+    ]
+    return "".join(parts)
+
+
+def link(match, path):
+    """Return the link of a name, or of what is called on it."""
+    name = match[1]
+    while name not in PUBLIC and "." in name:
+        name = name.rpartition(".")[0]
+    if name not in PUBLIC:
+        if inspect.ismodule(getattr(API["kwm"], name, None)):
+            return match[0]
+        raise PluginError(f"{path}: {match[0]} is no public name")
+    return f"[{match[0]}][{full_name(PUBLIC[name])}]"

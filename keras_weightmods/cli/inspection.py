@@ -1,0 +1,183 @@
+"""What a file holds, without Keras."""
+
+import dataclasses
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+from keras_weightmods.cli.command import argument, command, reported
+from keras_weightmods.saving import container
+from keras_weightmods.utils.report import Report, Table, shape_text, size_text
+
+
+@dataclasses.dataclass(frozen=True)
+class FileReport(Report):
+    """What a file holds.
+
+    Attributes:
+        filepath: String.
+        kind: String, what the file is.
+        reader: String, the call that reads it.
+        about: Dict, what it says of itself.
+        arrays: Tuple of (name, shape, dtype).
+        nbytes: Int, of the file.
+    """
+
+    filepath: str
+    kind: str
+    reader: str
+    about: dict[str, Any]
+    arrays: tuple[tuple[str, tuple[int, ...], str], ...]
+    nbytes: int
+
+    def tables(self) -> Iterator[Table]:
+        yield Table(f"{self.filepath}: {self.kind}, which {self.reader} reads")
+        facts = tuple((str(k), str(v)) for k, v in self.about.items())
+        yield Table("", ("about it", ""), facts)
+        entries = sum(1 for _ in self.arrays)
+        yield Table(
+            "",
+            ("array", "shape", "dtype"),
+            tuple((n, shape_text(s), d) for n, s, d in self.arrays),
+            caption=f"{entries} arrays; the file has {size_text(self.nbytes)}",
+        )
+
+
+@command(
+    "inspect",
+    argument("file", help="a model, a delta, a signature, a preset"),
+    argument(
+        "--weights",
+        action="store_true",
+        help="load the model, and tell the names, depths and roles of its "
+        "weights, as signatures see them",
+    ),
+)
+def _inspect(args):
+    """Say what a file holds.
+
+    It loads no Keras, but with --weights. A file of this library is checked
+    as a whole.
+
+    examples:
+      keras-weightmods inspect model.keras
+      keras-weightmods inspect model.keras --weights
+      keras-weightmods inspect noise.safetensors
+    """
+    if args.weights:
+        from keras_weightmods.cli.files import load_model
+        from keras_weightmods.patches.architecture import weights_report
+
+        return reported(weights_report(load_model(args.file)))
+    if not os.path.exists(args.file):
+        raise FileNotFoundError(f"there is no file {args.file}")
+    return reported(file_report(args.file))
+
+
+def file_report(path) -> FileReport:
+    """Return the `FileReport` of a file."""
+    kind, reader = container.kind_of(path)
+    if kind == "a preset":
+        about, arrays = _in_preset(path)
+    elif kind == "a .keras file":
+        about, arrays = _in_keras(path)
+    elif kind == "an HDF5 file":
+        about, arrays = {}, _in_hdf5(path)
+    elif path.endswith(".keras"):
+        reason = kind or "no ZIP archive"
+        raise ValueError(f"Keras cannot load {path}: it is {reason}")
+    elif kind and "keras_weightmods" not in kind:
+        read = f", which {reader} reads" if reader else ""
+        raise ValueError(f"{path} is {kind}{read}: there is no more to say")
+    else:
+        kind, reader, about, arrays = _in_container(path)
+    size = os.path.getsize(path) if os.path.isfile(path) else _size(path)
+    return FileReport(path, kind, reader, about, tuple(arrays), size)
+
+
+def _size(folder):
+    files = (file for file in os.scandir(folder) if file.is_file())
+    return sum(file.stat().st_size for file in files)
+
+
+def _in_container(path):
+    """Read a file of this library, all of it checked."""
+    metadata = container.metadata_of(path)
+    format = metadata.get("format", "keras_weightmods.model")
+    if "format_version" in metadata:
+        # A signature of the first version, which `safetensors` wrote.
+        kind, reader = container.kind_of(path)
+        return kind, reader, {"version": 1}, _in_safetensors(path)
+    version = metadata.get("version", "1")
+    versions = (int(version),) if version.isdigit() else (1,)
+    with container.Reader(path, format, versions) as reader:
+        about = {"version": int(version)}
+        for name in reader.entries:
+            if name.endswith(".json") or name == "description":
+                about.update(_facts(reader.read_json(name)))
+        arrays = [(n, e.shape, e.dtype) for n, e in reader.entries.items()]
+    kind, call = container.kind_of(path)
+    return kind, call, about, arrays
+
+
+def _in_safetensors(path):
+    import safetensors
+
+    with safetensors.safe_open(path, framework="np") as file:
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            yield name, tuple(part.get_shape()), part.get_dtype()
+
+
+def _in_keras(path):
+    with zipfile.ZipFile(path) as archive:
+        about = json.loads(archive.read("metadata.json"))
+        about = {**_facts(json.loads(archive.read("config.json"))), **about}
+        with archive.open("model.weights.h5") as file:
+            return about, _in_hdf5(file)
+
+
+def _in_hdf5(file):
+    import h5py
+
+    found = []
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset):
+            found.append((name, item.shape, item.dtype.name))
+
+    with h5py.File(file) as opened:
+        opened.visititems(visit)
+    return found
+
+
+def _in_preset(folder):
+    about, arrays = {}, []
+    for name in ("metadata.json", "config.json", "task.json"):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            with open(path) as file:
+                about.update(_facts(json.load(file)))
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if name.endswith(".h5"):
+            arrays += _in_hdf5(path)
+        elif name.endswith(".safetensors"):
+            arrays += _in_safetensors(path)
+    return about, arrays
+
+
+def _facts(described):
+    """Return what is short in a JSON object, two levels deep."""
+    simple = str, int, float, bool
+    found = {}
+    for key, value in described.items():
+        if isinstance(value, simple):
+            found[key] = value
+        elif isinstance(value, dict):
+            for inner, each in value.items():
+                if isinstance(each, simple):
+                    found[f"{key}.{inner}"] = each
+    return found

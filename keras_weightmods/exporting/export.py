@@ -1,0 +1,299 @@
+"""A model as a file for other runtimes."""
+
+import importlib
+import importlib.util
+import os
+import pathlib
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core.reparameterization import reparameterizations
+from keras_weightmods.exporting import gguf_file
+from keras_weightmods.saving.container import bytes_of
+from keras_weightmods.utils import checks
+from keras_weightmods.utils.report import size_text
+
+# The ending that a format asks for, if it does.
+ENDINGS = {
+    "tf_saved_model": "",
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "litert": ".tflite",
+    "torch": ".pt2",
+    "transformers": "",
+    "gguf": ".gguf",
+}
+# What a format needs, by backend ("" for any): the backends that can write it
+# at all, each with the modules to import and how to install them. OpenVINO does
+# not convert the calls of XLA that JAX 0.10 gives.
+_NEEDS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
+    "tf_saved_model": {
+        "tensorflow": ((), ""),
+        "jax": (("tensorflow",), "tensorflow"),
+        "torch": (("torch_xla", "tensorflow"), "torch_xla tensorflow"),
+    },
+    "onnx": {
+        "tensorflow": (("tf2onnx",), "tf2onnx"),
+        "jax": (("jax2onnx",), "jax2onnx"),
+        "torch": (("onnx", "onnxscript"), "onnx onnxscript"),
+    },
+    "openvino": {
+        "tensorflow": (("openvino",), "openvino"),
+        "torch": (("openvino",), "openvino"),
+    },
+    "litert": {
+        "tensorflow": ((), ""),
+        "torch": (("litert_torch",), "litert-torch"),
+    },
+    "torch": {"torch": ((), "")},
+    "transformers": {"": (("keras_hub",), "keras-hub")},
+    "gguf": {"": (("gguf",), "'keras-weightmods[gguf]'")},
+}
+
+
+def export(
+    model: keras.Model,
+    filepath: Any,
+    format: str = "tf_saved_model",
+    *,
+    keep_packed: bool = False,
+    overwrite: bool = True,
+    **kwargs: Any,
+) -> None:
+    """Write a model for another runtime, packed kernels in dense form.
+
+    No other runtime reads packed kernels: they are given their dense form for
+    the time of the export, and a warning tells the sizes. Afterwards the model
+    is as it was. int8 activations are a matter of the packed product, so that
+    a model packed with them is exported with float ones.
+
+    The files appear whole, once all is written, or not at all.
+
+    | `format` | file | backends | needs |
+    |---|---|---|---|
+    | `"tf_saved_model"` | a folder | TensorFlow, JAX | tensorflow |
+    | `"onnx"` | `.onnx` | all | tf2onnx, jax2onnx, or onnx and onnxscript |
+    | `"openvino"` | `.xml`, `.bin` | TensorFlow, torch | openvino |
+    | `"litert"` | `.tflite` | TensorFlow, torch | on torch litert-torch |
+    | `"torch"` | `.pt2` | torch | |
+    | `"transformers"` | a folder | all | a KerasHub model it can export |
+    | `"gguf"` | `.gguf` | all | gguf, a KerasHub Llama model |
+
+    The first five are those of `keras.Model.export`, which writes them.
+    `"transformers"` is KerasHub's `export_to_transformers`: `config.json`,
+    `model.safetensors` and the tokenizer. `"gguf"` is for llama.cpp.
+
+    Args:
+        model: A built `keras.Model`.
+        filepath: String or path of the file or folder to write, with the
+            ending above.
+        format: String, one of the above. Defaults to `"tf_saved_model"`.
+        keep_packed: Bool, whether packed kernels stay packed in the file, for
+            `"tf_saved_model"` on TensorFlow and `"torch"` alone. The process
+            that runs the file must `import keras_weightmods`, with its
+            compiled kernels; that loads no Keras. Defaults to `False`.
+        overwrite: Bool, whether to replace what is there. Defaults to `True`.
+        **kwargs: What the format takes. For `"gguf"` these are
+
+            - `dtype`: `"f32"`, `"f16"`, `"bf16"`, `"q8_0"`, `"q4_1"` or
+              `"q4_0"`, the type of matrices; the embeddings of a 4-bit file
+              are in q8_0. Defaults to `"f16"`.
+            - `tokenizer_from`: path of a GGUF file whose tokenizer is copied.
+              By default it is that of the model's preprocessor, where this is
+              a `Llama3Tokenizer`, and none, for prompts of token ids, where
+              the model has no preprocessor.
+            - `context_length`: int, the positions that the file tells of.
+              Defaults to `8192`.
+
+            `"transformers"` takes none, and the others what
+            `keras.Model.export` does, as `input_signature`.
+
+    Raises:
+        ValueError: If the format cannot be written of this model or on this
+            backend, or `filepath` is no place for it. Nothing is written then.
+        ImportError: If a package is missing; the message says which.
+        FileExistsError: If there is a file and `overwrite` is `False`.
+
+    Example:
+
+    ```python
+    import os
+    import tempfile
+    import keras
+    import keras_weightmods as kwm
+    from keras_hub import models
+
+    model = models.Llama3CausalLM(
+        models.Llama3Backbone(96, 1, 4, 32, 64, 2), preprocessor=None
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model")
+        kwm.export(model, path, format="transformers")
+        assert sorted(os.listdir(path)) == ["config.json", "model.safetensors"]
+    ```
+    """
+    checks.check_choice("format", format, tuple(ENDINGS))
+    checks.check_bool("keep_packed", keep_packed)
+    checks.check_bool("overwrite", overwrite)
+    path = _check_path(filepath, format, overwrite)
+    if not isinstance(model, keras.Model) or not model.built:
+        expected = "a built `keras.Model`. Call it on data once"
+        raise checks.error("model", expected, model)
+    check_needs(format, keep_packed)
+    write = _writer(model, format, kwargs)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        target = str(pathlib.Path(folder) / path.name)
+        if keep_packed:
+            write(target)
+        else:
+            _warn_about_sizes(model)
+            with seam.stored_weights(model):
+                write(target)
+        made = [*pathlib.Path(folder).iterdir()]
+        for each in made:
+            # More than one file is there for OpenVINO, or a large ONNX model.
+            _check_overwrite(path.parent / each.name, overwrite)
+        for each in made:
+            _replace(path.parent / each.name, each)
+
+
+def _check_path(filepath: Any, format: str, overwrite: bool) -> pathlib.Path:
+    path = pathlib.Path(os.path.abspath(filepath))
+    ending = ENDINGS[format]
+    if not path.parent.is_dir() or (ending and path.suffix != ending):
+        expected = f"in a folder that exists, with the ending {ending!r}"
+        raise checks.error("filepath", expected, os.fspath(filepath))
+    if not path.exists():
+        return path
+    _check_overwrite(path, overwrite)
+    if path.is_dir() is bool(ending):
+        expected = "a file" if ending else "a folder, or nothing yet"
+        raise checks.error("filepath", expected, os.fspath(filepath))
+    if path.is_dir() and not _is_export(path):
+        expected = "empty, or a folder that was exported"
+        raise checks.error("filepath", expected, os.fspath(filepath))
+    return path
+
+
+def _check_overwrite(path: pathlib.Path, overwrite: bool) -> None:
+    if not overwrite and path.exists():
+        raise FileExistsError(
+            "Pass `overwrite=True` to replace what is there. Received: "
+            f"filepath={os.fspath(path)!r}, overwrite=False"
+        )
+
+
+def _is_export(folder: pathlib.Path) -> bool:
+    """Whether a folder may be replaced: not any folder by a slip."""
+    names = {each.name for each in folder.iterdir()}
+    return not names or bool(names & {"saved_model.pb", "model.safetensors"})
+
+
+def check_needs(format: str, keep_packed: bool) -> None:
+    """Raise ValueError or ImportError where a format cannot be written."""
+    backend = keras.backend.backend()
+    by_backend = _NEEDS[format]
+    needed = by_backend.get(backend, by_backend.get(""))
+    if needed is None:
+        raise ValueError(
+            f"The format {format!r} is written on {' and '.join(by_backend)} "
+            f"alone. Received: the backend {backend!r}. Save the model by "
+            "`kwm.save_model`, and load it under another KERAS_BACKEND."
+        )
+    if keep_packed and (format, backend) not in seam.KEEP_PARAMETERS:
+        raise ValueError(
+            "Packed kernels can be kept in 'tf_saved_model' on TensorFlow and "
+            "in 'torch' on torch alone. Received: keep_packed=True, "
+            f"format={format!r} on {backend!r}"
+        )
+    modules, install = needed
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if missing:
+        raise ImportError(
+            f"The format {format!r} needs {', '.join(missing)} on {backend}. "
+            f"Install with: pip install {install}"
+        )
+
+
+def _writer(
+    model: Any, format: str, kwargs: dict[str, Any]
+) -> Callable[[str], Any]:
+    """Return what writes a file of the format, once all is checked."""
+    if format in ("gguf", "transformers"):
+        _check_plain(model, format)
+    if format == "gguf":
+        return gguf_file.writer(model, **kwargs)
+    if format == "transformers":
+        return _transformers_writer(model, **kwargs)
+    kwargs = {"verbose": False, **kwargs}
+    return lambda path: model.export(path, format=format, **kwargs)
+
+
+def _transformers_writer(model: Any) -> Callable[[str], Any]:
+    write = getattr(model, "export_to_transformers", None)
+    if write is None:
+        expected = "a KerasHub model with `export_to_transformers`"
+        raise checks.error("model", expected, model)
+
+    def write_folder(path: str) -> None:
+        try:
+            write(path)
+        except ValueError as error:
+            if "ransformer" not in str(error):
+                raise
+            raise ValueError(
+                f"KerasHub says: {error}. Where it is the tokenizer that it "
+                "cannot export, set `model.preprocessor = None`, and keep the "
+                f"tokenizer elsewhere. Received: model={model.name!r}"
+            ) from error
+
+    return write_folder
+
+
+def _check_plain(model: Any, format: str) -> None:
+    """Raise ValueError unless weights are what layers compute with."""
+    found = {
+        item.target.path: f"reparameterized: call `{item.finish}` first"
+        for item in reparameterizations(model)
+        if item.keeps_stored
+    }
+    for layer in keras_private.layers_of(model):
+        if getattr(layer, "quantization_mode", None) is not None:
+            found[layer.path] = "quantized by Keras: export before `quantize`"
+        elif getattr(layer, "lora_enabled", False):
+            found[layer.path] = "with LoRA: call `kwm.merge_lora(model)` first"
+    if found:
+        path, reason = next(iter(found.items()))
+        raise ValueError(
+            f"The format {format!r} takes the weights of plain layers. "
+            f"Received: {len(found)} that are not, the first being {path!r}, "
+            f"{reason}."
+        )
+
+
+def _warn_about_sizes(model: Any) -> None:
+    items = [i for i in reparameterizations(model) if not i.keeps_stored]
+    if not items:
+        return
+    now = bytes_of((weight.shape, weight.dtype) for weight in model.weights)
+    packed = bytes_of((p.shape, p.dtype) for i in items for p in i.parameters)
+    dense = bytes_of((i.target.shape, i.dtype) for i in items)
+    warnings.warn(
+        f"{len(items)} packed weights are exported in dense form: "
+        f"{size_text(now - packed + dense)} of weights, where the packed model "
+        f"has {size_text(now)}. `kwm.save_model` keeps them packed.",
+        stacklevel=3,
+    )
+
+
+def _replace(path: pathlib.Path, made: pathlib.Path) -> None:
+    """Put a file or folder that was made in its place."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(made, path)

@@ -1,0 +1,282 @@
+"""KerasHub's Llama models as GGUF files, which llama.cpp reads."""
+
+import importlib
+import math
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_weightmods.utils import checks
+
+DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0")
+# Entries of a row that share a scale in the quantized types.
+_GROUP = 32
+# GGUF tensor of a block -> path of the KerasHub variable in that block.
+BLOCK_TENSORS = {
+    "attn_norm": "self_attention_layernorm/scale",
+    "attn_q": "self_attention/query/kernel",
+    "attn_k": "self_attention/key/kernel",
+    "attn_v": "self_attention/value/kernel",
+    "attn_output": "self_attention/attention_output/kernel",
+    "ffn_norm": "feedforward_layernorm/scale",
+    "ffn_gate": "feedforward_gate_dense/kernel",
+    "ffn_up": "feedforward_intermediate_dense/kernel",
+    "ffn_down": "feedforward_output_dense/kernel",
+}
+_TENSORS = {
+    "token_embd": "token_embedding/embeddings",
+    "output": "token_embedding/reverse_embeddings",
+    "output_norm": "sequence_output_layernorm/scale",
+}
+_EMBEDDINGS = ("token_embd.weight", "output.weight")
+
+
+def writer(
+    model: Any,
+    dtype: str = "f16",
+    tokenizer_from: Any = None,
+    context_length: int = 8192,
+) -> Callable[[str], None]:
+    """Return a function that writes a model to a path, once all is checked.
+
+    Matrices are rounded as `dtype` says, by the package `gguf`; in the types
+    of 4 bits the embeddings and the head become q8_0, as they do by
+    llama.cpp's own program where their rows are not of a length that Q6_K
+    takes. Vectors stay float32.
+
+    Args:
+        model: A `keras_hub.models.LlamaCausalLM` or `Llama3CausalLM`, or the
+            backbone of one.
+        dtype: String, one of `DTYPES`.
+        tokenizer_from: Path of a GGUF file whose tokenizer is copied. By
+            default that of the model, a `Llama3Tokenizer`; none without a
+            preprocessor.
+        context_length: Int, the positions that the file tells of.
+
+    Raises:
+        ValueError: If the model is no such model, or an argument not as above.
+    """
+    import keras_hub
+
+    checks.check_choice("dtype", dtype, DTYPES)
+    checks.check_int("context_length", context_length, 1)
+    backbone = getattr(model, "backbone", model)
+    if not isinstance(backbone, keras_hub.models.LlamaBackbone):
+        expected = "a KerasHub Llama or Llama3 model"
+        raise checks.error("model", expected, model)
+    if tokenizer_from is not None and not os.path.isfile(tokenizer_from):
+        raise checks.error("tokenizer_from", "a GGUF file", tokenizer_from)
+    tokenizer = _tokenizer_of(model, tokenizer_from)
+    _check_vocabulary(backbone, tokenizer, tokenizer_from)
+    _check_rows(backbone, dtype)
+
+    def write(path: str) -> None:
+        gguf = importlib.import_module("gguf")
+        file = gguf.GGUFWriter(path, "llama")
+        prefix = "ALL" if dtype == "f32" else "MOSTLY"
+        types = gguf.LlamaFileType
+        file.add_file_type(types[f"{prefix}_{dtype.upper()}"])
+        _add_config(file, backbone, context_length)
+        if tokenizer_from is not None:
+            _copy_tokenizer(file, tokenizer_from)
+        else:
+            _add_tokenizer(file, tokenizer)
+        kinds = gguf.GGMLQuantizationType
+        for name, variable in tensors(backbone).items():
+            value = tensor_value(name, variable)
+            kind = kinds[_kind_of(name, value.shape, dtype)]
+            data = gguf.quants.quantize(value, kind)
+            file.add_tensor(name, data, raw_dtype=kind)
+        factors = rope_factors(backbone)
+        if factors is not None:
+            file.add_tensor("rope_freqs.weight", factors)
+        file.write_header_to_file()
+        file.write_kv_data_to_file()
+        file.write_tensors_to_file()
+        file.close()
+
+    return write
+
+
+def tensors(backbone: Any) -> dict[str, Any]:
+    """Return {name of a GGUF tensor: variable} of a Llama backbone."""
+    variables = {variable.path: variable for variable in backbone.weights}
+    names = [*_TENSORS]
+    names += [
+        f"blk.{block}.{tensor}"
+        for block in range(backbone.num_layers)
+        for tensor in BLOCK_TENSORS
+    ]
+    if backbone.token_embedding.tie_weights:
+        names.remove("output")
+    names = [f"{name}.weight" for name in names]
+    return {name: variables[variable_path(name)] for name in names}
+
+
+def variable_path(name: str) -> str:
+    """Return the path of the KerasHub variable of a GGUF tensor."""
+    block, *rest = name.removesuffix(".weight").split(".")
+    if not rest:
+        return _TENSORS[block]
+    index, tensor = rest
+    return f"transformer_layer_{index}/{BLOCK_TENSORS[tensor]}"
+
+
+def tensor_value(name: str, variable: Any) -> Any:
+    """Return the float32 array that GGUF keeps of a variable."""
+    value = ops.convert_to_numpy(ops.cast(variable.value, "float32"))
+    if value.ndim == 1 or name == "token_embd.weight":
+        return value
+    inputs = 2 if name.endswith("attn_output.weight") else 1
+    heads = value.shape[1]
+    value = value.reshape(math.prod(value.shape[:inputs]), -1).T
+    if name.endswith(("attn_q.weight", "attn_k.weight")):
+        value = permute(value, heads)
+    return np.ascontiguousarray(value)
+
+
+def permute(value: Any, heads: int) -> Any:
+    """Interleave the two halves of each head, as llama.cpp rotates pairs."""
+    rows, columns = value.shape
+    value = value.reshape(heads, 2, rows // heads // 2, columns)
+    return value.swapaxes(1, 2).reshape(rows, columns)
+
+
+def rope_factors(backbone: Any) -> Any:
+    """Return what llama.cpp divides the frequencies by; None for nothing.
+
+    Those of Llama 3.1 and later: low ones by the factor, high ones not at all,
+    those between by something between.
+    """
+    factor = backbone.rope_frequency_adjustment_factor
+    if factor is None:
+        return None
+    size = backbone.hidden_dim // backbone.num_query_heads
+    exponents = np.arange(0, size, 2) / size
+    turns = backbone.rope_pretraining_sequence_length / (
+        2 * np.pi * float(backbone.rope_max_wavelength) ** exponents
+    )
+    low, high = backbone.rope_low_freq_factor, backbone.rope_high_freq_factor
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - share) / factor + share)).astype("float32")
+
+
+def _kind_of(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    """Return the name of the type of a tensor."""
+    if len(shape) == 1:
+        return "F32"
+    if name in _EMBEDDINGS and dtype.startswith("q4"):
+        return "Q8_0"
+    return dtype.upper()
+
+
+def _check_rows(backbone: Any, dtype: str) -> None:
+    """Raise ValueError where the rows of a matrix have no whole groups."""
+    sizes = {
+        "hidden_dim": backbone.hidden_dim,
+        "intermediate_dim": backbone.intermediate_dim,
+    }
+    for name, size in sizes.items():
+        if dtype.startswith("q") and size % _GROUP:
+            raise ValueError(
+                f"dtype={dtype!r} takes rows of a multiple of {_GROUP} entries."
+                f" Received: a model with {name}={size}. Use dtype='f16'."
+            )
+    if backbone.rope_position_scaling_factor != 1:
+        raise ValueError(
+            "A GGUF file of this kind has no linear scaling of positions. "
+            "Received: a model with rope_position_scaling_factor="
+            f"{backbone.rope_position_scaling_factor}"
+        )
+
+
+def _add_config(file: Any, backbone: Any, context_length: int) -> None:
+    head_size = backbone.hidden_dim // backbone.num_query_heads
+    file.add_vocab_size(backbone.vocabulary_size)
+    file.add_context_length(context_length)
+    file.add_block_count(backbone.num_layers)
+    file.add_embedding_length(backbone.hidden_dim)
+    file.add_feed_forward_length(backbone.intermediate_dim)
+    file.add_head_count(backbone.num_query_heads)
+    file.add_head_count_kv(backbone.num_key_value_heads)
+    file.add_rope_dimension_count(head_size)
+    file.add_rope_freq_base(float(backbone.rope_max_wavelength))
+    file.add_layer_norm_rms_eps(backbone.layer_norm_epsilon)
+
+
+def _tokenizer_of(model: Any, tokenizer_from: Any) -> Any:
+    import keras_hub
+
+    preprocessor = getattr(model, "preprocessor", None)
+    if tokenizer_from is not None or preprocessor is None:
+        return None
+    tokenizer = preprocessor.tokenizer
+    if not isinstance(tokenizer, keras_hub.tokenizers.Llama3Tokenizer):
+        raise ValueError(
+            "The tokenizer that can be written is a `Llama3Tokenizer`. "
+            f"Received: a {type(tokenizer).__name__}. Pass `tokenizer_from=`, "
+            "a GGUF file that has the model's tokenizer, or export "
+            "`model.backbone` for prompts of token ids."
+        )
+    return tokenizer
+
+
+def _check_vocabulary(
+    backbone: Any, tokenizer: Any, tokenizer_from: Any
+) -> None:
+    """Raise ValueError where there is not a token for each embedding."""
+    if tokenizer is not None:
+        count = tokenizer.vocabulary_size()
+    elif tokenizer_from is not None:
+        gguf = importlib.import_module("gguf")
+        fields = gguf.GGUFReader(pathlib.Path(tokenizer_from)).fields
+        field = fields.get("tokenizer.ggml.tokens")
+        count = len(field.contents()) if field else 0
+    else:
+        return
+    if count != backbone.vocabulary_size:
+        raise ValueError(
+            "llama.cpp needs a token for each row of the embeddings. Received: "
+            f"a tokenizer of {count} tokens, and a model with vocabulary_size="
+            f"{backbone.vocabulary_size}"
+        )
+
+
+def _add_tokenizer(file: Any, tokenizer: Any) -> None:
+    if tokenizer is None:
+        file.add_tokenizer_model("none")
+        return
+    gguf = importlib.import_module("gguf")
+    tokens = tokenizer.vocabulary
+    if isinstance(tokens, dict):
+        tokens = sorted(tokens, key=tokens.__getitem__)
+    special = {*tokenizer.special_tokens}
+    kinds = gguf.TokenType
+    file.add_tokenizer_model("gpt2")
+    # How text is split before the merges: as Llama 3 does.
+    file.add_tokenizer_pre("llama-bpe")
+    file.add_token_list(tokens)
+    file.add_token_types(
+        [kinds.CONTROL if t in special else kinds.NORMAL for t in tokens]
+    )
+    file.add_token_merges([*tokenizer.merges])
+    file.add_bos_token_id(tokenizer.start_token_id)
+    file.add_eos_token_id(tokenizer.end_token_id)
+    file.add_add_bos_token(True)
+
+
+def _copy_tokenizer(file: Any, path: Any) -> None:
+    gguf = importlib.import_module("gguf")
+    for name, field in gguf.GGUFReader(pathlib.Path(path)).fields.items():
+        if name.startswith("tokenizer."):
+            kind, *element = field.types
+            file.add_key_value(
+                name,
+                field.contents(),
+                kind,
+                sub_type=element[0] if element else None,
+            )

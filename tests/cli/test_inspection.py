@@ -1,0 +1,131 @@
+"""`inspect` and `--help`: what they say, and that they load no backend."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import keras_weightmods as kwm
+from keras_weightmods.cli import inspection
+from tests import models
+
+HEAVY = {"keras", "jax", "tensorflow", "torch", "keras_hub"}
+
+
+def light(*words, code=0):
+    """Runs the command in a process of its own; no backend may be loaded."""
+    program = (
+        "import sys\n"
+        "from keras_weightmods.cli.main import main\n"
+        "try:\n"
+        "    code = main(sys.argv[1:])\n"
+        "except SystemExit as error:\n"
+        "    code = error.code\n"
+        f"assert not {HEAVY} & {{*sys.modules}}\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A file of each kind that `inspect` reads."""
+    folder = tmp_path_factory.mktemp("files")
+    model = models.make_sparse(models.mlp(8, 4, name="net"))
+    model.save(folder / "model.keras")
+    base = model.get_weights()
+    model.set_weights([w + 1 for w in base])
+    kwm.save_delta(model, base, folder / "delta.safetensors")
+    model.set_weights(base)
+    signature = models.make_signature(model, depth=1)
+    signature.save(folder / "signature.safetensors")
+    model.save_weights(folder / "a.weights.h5")
+    kwm.pack(model)
+    kwm.save_model(model, folder / "packed.safetensors")
+    np.save(folder / "x.npy", np.ones(3))
+    return folder
+
+
+def test_help_version_and_inspect_load_no_backend(files):
+    assert light("--version").strip() == kwm.__version__
+    assert "sparsify" in light("--help")
+    assert "net" in light("inspect", str(files / "model.keras"))
+    found = light("inspect", str(files / "packed.safetensors"), "--json")
+    assert json.loads(found)["about"]["version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("model.keras", ("a .keras file", "`keras.models.load_model`", "8x4")),
+        ("packed.safetensors", ("`keras_weightmods.load_model`", "uint8")),
+        ("delta.safetensors", ("`keras_weightmods.apply_delta`", "places")),
+        (
+            "signature.safetensors",
+            ("`keras_weightmods.WeightSignature.load`", "8x4"),
+        ),
+        ("a.weights.h5", ("an HDF5 file", "8x4")),
+    ],
+)
+def test_what_is_in_a_file(name, parts, files, run):
+    printed = run(f"inspect {files / name}")
+    for part in parts:
+        assert part in printed, printed
+
+
+def test_what_cannot_be_inspected(files, run, tmp_path):
+    error = run(f"inspect {files / 'x.npy'}", code=1)
+    assert "a .npy file, which `numpy.load` reads" in error
+    whole = (files / "packed.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "truncated" in run("inspect half.safetensors", code=1)
+    altered = whole[:-1] + bytes([whole[-1] ^ 1])
+    (tmp_path / "other.safetensors").write_bytes(altered)
+    assert "checksum" in run("inspect other.safetensors", code=1)
+
+
+def test_presets(run):
+    model = models.causal_lm("gpt2", models.gpt2_preprocessor())
+    model.save_to_preset("preset")
+    report = inspection.file_report("preset")
+    assert report.kind == "a preset"
+    assert report.nbytes > sum(1 for _ in report.arrays) > 5
+    assert report.about["class_name"]
+
+
+def test_a_backend_that_is_installed_is_taken(files, tmp_path):
+    code = (
+        "import sys, importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: (\n"
+        "    None if name == 'tensorflow' else find(name, *rest))\n"
+        "from keras_weightmods.cli.main import choose_backend\n"
+        "choose_backend(None)\n"
+        "import os; print(os.environ['KERAS_BACKEND'])\n"
+        "assert 'keras' not in sys.modules\n"
+    )
+    environment = {**os.environ, "KERAS_HOME": str(tmp_path)}
+    del environment["KERAS_BACKEND"]
+
+    def chosen(backend):
+        text = json.dumps({"backend": backend})
+        (tmp_path / "keras.json").write_text(text)
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
+        ).stdout.strip()
+
+    assert chosen("torch") == "torch"
+    assert chosen("tensorflow") == "jax"

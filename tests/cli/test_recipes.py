@@ -1,0 +1,276 @@
+"""Recipes: what is refused before a model is loaded, runs, and resumed ones."""
+
+import json
+import pathlib
+import re
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import keras_weightmods as kwm
+from keras_weightmods.cli import files, recipes
+from keras_weightmods.cli.recipe import check_recipe, read_recipe
+from tests import models
+
+# A few steps are enough here.
+pytestmark = pytest.mark.filterwarnings("ignore:AdamS. this schedule")
+
+STAGES = [
+    {"sparsify": {"method": "wanda"}},
+    {"cast": {"epochs": 2, "batch_size": 8, "loss": "mse"}},
+    {"quantize": {"group_size": 8}},
+    {"pack": {"dtype": "int8"}},
+]
+RECIPE = {
+    "model": "model.keras",
+    "output": "out",
+    "seed": 3,
+    "data": {"file": "data.npz", "rows": 32},
+    "stages": STAGES,
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A model and its data."""
+    monkeypatch.chdir(tmp_path)
+    models.mlp(16, 16, 4).save("model.keras")
+    x = models.normal(40, 16)
+    np.savez("data.npz", x=x, y=x[:, :4])
+    np.savez("inputs.npz", x=x)
+    return tmp_path
+
+
+def write(recipe, name="recipe.json"):
+    pathlib.Path(name).write_text(json.dumps(recipe))
+    return name
+
+
+def results(output="out"):
+    found = sorted(pathlib.Path(output).glob("*.safetensors"))
+    return {path.name: path.read_bytes() for path in found}
+
+
+PACKED = "2-pack.safetensors"
+NAMES = [
+    f"{i + 1}-{name}.safetensors"
+    for i, name in enumerate(("sparsify", "cast", "quantize", "pack"))
+]
+
+
+# The stages themselves are tested on each backend, where they are made.
+@pytest.mark.one_backend
+def test_a_run_and_one_that_is_killed_between(run, folder, monkeypatch):
+    name = write(RECIPE)
+    found = json.loads(run(f"run {name} --quiet --json"))
+    assert [each["stage"] for each in found["done"]] == [
+        "source",
+        *(next(iter(stage)) for stage in STAGES),
+    ]
+    whole = results()
+    assert [*whole] == NAMES
+    kwm.assert_sparse(kwm.load_model("out/3-quantize.safetensors"), "2:4")
+    kwm.load_model("out/4-pack.safetensors")
+    report = json.loads(pathlib.Path("out/1-sparsify.json").read_text())
+    assert report["method"] == "wanda"
+    # Once more is nothing to do.
+    run(f"run {name} --quiet")
+
+    for killed in ("cast", "quantize"):
+        output = f"again-{killed}"
+        with monkeypatch.context() as patched:
+
+            def kill(self, options):
+                raise KeyboardInterrupt
+
+            patched.setitem(recipes._STAGES, killed, kill)
+            error = run(f"run {name} --quiet -o {output}", code=130)
+            assert "interrupted" in error
+            stages = [*NAMES][: [*recipes._STAGES].index(killed) - 1]
+            assert [*results(output)] == stages
+        run(f"run {name} --quiet -o {output}")
+        assert results(output) == whole
+
+
+def test_the_stages_are_calls_of_the_library(run, folder):
+    run(f"run {write({**RECIPE, 'stages': STAGES[:1]})} --quiet")
+    model = keras.saving.load_model("model.keras")
+    x = np.load("data.npz")["x"][:32]
+    kwm.sparsify(model, "2:4", "wanda", x, verbose=0)
+    sparse = kwm.load_model("out/1-sparsify.safetensors")
+    models.assert_same(models.weights_of(sparse), models.weights_of(model))
+
+
+def test_the_card_and_the_state(run, folder):
+    stages = ["sparsify", {"pack": {"dtype": "bfloat16"}}]
+    run(f"run {write({**RECIPE, 'stages': stages})} --quiet")
+    card = pathlib.Path("out/README.md").read_text()
+    for part in (
+        "| pack | dtype='bfloat16' |",
+        'kwm.load_model("2-pack.safetensors")',
+        f"- keras {keras.__version__}",
+        f"- backend {keras.backend.backend()}",
+        f"- keras-weightmods {kwm.__version__}",
+        "Seed 3",
+        '"model": "model.keras"',
+    ):
+        assert part in card, part
+    state = json.loads(pathlib.Path("out/state.json").read_text())
+    assert state["seed"] == 3
+    sizes = [each["bytes"] for each in state["done"]]
+    assert sizes[0] == sizes[1] > sizes[2]
+
+
+def test_what_is_there_is_not_overwritten(run, folder):
+    name = write({**RECIPE, "stages": ["sparsify"]})
+    run(f"run {name} --quiet")
+    before = results()
+    other = write({**RECIPE, "seed": 4, "stages": ["sparsify"]}, "other.json")
+    error = run(f"run {other} --quiet", code=1)
+    assert "the output of another recipe" in error
+    more = {**RECIPE, "stages": ["sparsify", {"pack": {"dtype": "int8"}}]}
+    run(f"run {write(more, 'more.json')} --quiet")
+    assert results() == before | {PACKED: results()[PACKED]}
+    error = run(f"run {name} --quiet", code=1)
+    assert "the output of another recipe" in error
+    before = results()
+    pathlib.Path("mine").mkdir()
+    pathlib.Path("mine/file").touch()
+    error = run(f"run {name} -o mine", code=1)
+    assert "not the output of a recipe" in error
+    assert results() == before
+
+
+PROBLEMS = {
+    "model: ": {"model": "nothing.keras"},
+    "`seed` must be": {"seed": -1},
+    "unknown: ['colour']": {"colour": 1},
+    "data: unknown: ['path']": {"data": {"path": "data.npz"}},
+    "data: `file` must be a file that is there": {"data": {"file": "no.npz"}},
+    "data: `rows` must be": {"data": {"rows": 0}},
+    "evaluate: `data` must be": {"evaluate": {}},
+    "stages: `stages` must be a list": {"stages": {}},
+    "stages: `stage` must be one of": {"stages": ["prune"]},
+    "in the order": {"stages": ["pack", "sparsify"]},
+    "stages: unknown: ['patern']": {"stages": [{"sparsify": {"patern": 1}}]},
+    "sparsify: Expected|sparsify: `pattern`|sparsify: A pattern": {
+        "stages": [{"sparsify": {"pattern": "4:2"}}]
+    },
+    "sparsify: `method` must be": {"stages": [{"sparsify": {"method": "x"}}]},
+    "sparsify: `targets` must be": {"stages": [{"sparsify": {"targets": "("}}]},
+    "sparsify: needs `data`": {
+        "data": {},
+        "stages": [{"sparsify": {"method": "wanda"}}],
+    },
+    "cast: `temperature` must be": {"stages": [{"cast": {"temperature": 0}}]},
+    "cast: `epochs` must be": {"stages": [{"cast": {"epochs": 0}}]},
+    "cast: Could not interpret|cast: Unknown": {
+        "stages": [{"cast": {"loss": "none such"}}]
+    },
+    "cast: `init` is that of the stage": {
+        "stages": ["sparsify", {"cast": {"init": "wanda"}}]
+    },
+    "quantize: `bits` must be": {"stages": [{"quantize": {"bits": 9}}]},
+    "pack: int8 activations need": {
+        "stages": [{"pack": {"activations": "int8"}}]
+    },
+    "export: `filepath` must be": {"stages": ["export"]},
+    "export: `dtype` must be|export: The format 'gguf' needs": {
+        "stages": [
+            {"export": {"format": "gguf", "filepath": "a.gguf", "dtype": "x"}}
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("message", PROBLEMS)
+def test_all_is_checked_before_a_model_is_loaded(message, folder, monkeypatch):
+    monkeypatch.setattr(files, "load_model", None)
+    with pytest.raises(ValueError) as error:
+        check_recipe({**RECIPE, **PROBLEMS[message]})
+    parts = message.split("|")
+    assert any(part in str(error.value) for part in parts), str(error.value)
+    assert not pathlib.Path("out").exists()
+
+
+def test_all_problems_are_listed_at_once(folder):
+    recipe = {**RECIPE, "seed": "a", "stages": [{"pack": {"dtype": "int1"}}]}
+    with pytest.raises(ValueError, match="2 problems") as error:
+        check_recipe({**recipe})
+    assert "`seed`" in str(error.value)
+    assert "pack: `dtype`" in str(error.value)
+
+
+def test_a_recipe_that_does_not_fit_the_model(run, folder):
+    stages = ["sparsify", "cast"]
+    error = run(f"run {write({**RECIPE, 'stages': stages})} --quiet", code=1)
+    assert "needs a `loss`" in error
+    assert results() == {}
+
+
+def test_check_runs_nothing(run, folder):
+    printed = run(f"run {write(RECIPE)} --check")
+    assert "The recipe can be run: sparsify, cast, quantize, pack" in printed
+    assert not pathlib.Path("out").exists()
+
+
+def test_yaml(folder, monkeypatch):
+    text = (
+        "model: model.keras\n"
+        "output: out\n"
+        "stages:\n"
+        "  - sparsify: {learning_rate: 1e-3, refine: [swaps]}\n"
+        "  - pack:\n"
+        "data: {file: data.npz}\n"
+    )
+    pathlib.Path("a.yaml").write_text(text)
+    recipe = check_recipe(read_recipe("a.yaml"))
+    assert recipe.stages[0][1]["learning_rate"] == 1e-3
+    assert recipe.options_of("pack") == {}
+    for more, message in (("model: b\n", "duplicate"), ("a: [\n", "valid")):
+        pathlib.Path("b.yaml").write_text(text + more)
+        with pytest.raises(ValueError, match=message):
+            read_recipe("b.yaml")
+    pathlib.Path("b.json").write_text('{"seed": 1, "seed": 2}')
+    with pytest.raises(ValueError, match="twice"):
+        read_recipe("b.json")
+    monkeypatch.setitem(sys.modules, "ruamel.yaml", None)
+    with pytest.raises(ImportError, match=re.escape("[cli]")):
+        read_recipe("a.yaml")
+
+
+@pytest.mark.one_backend
+def test_a_language_model(run, folder):
+    """Rows that it writes itself, CAST from a one-shot start, perplexity."""
+    model = models.causal_lm("gpt2", models.gpt2_preprocessor())
+    kwm.save_model(model, "llm.safetensors")
+    pathlib.Path("text.txt").write_text("abc ab cdefgh hgf ed " * 20)
+    recipe = {
+        "model": "llm.safetensors",
+        "output": "llm",
+        "data": {
+            "file": "text.txt",
+            "rows": 6,
+            "length": 8,
+            "self_generated": 2,
+        },
+        "stages": [
+            "sparsify",
+            {"cast": {"batch_size": 4, "scaling_groups": 0}},
+            {"export": {"format": "transformers", "filepath": "hf"}},
+        ],
+        "evaluate": {"data": "text.txt", "length": 8, "batch_size": 8},
+    }
+    run(f"run {write(recipe)} --quiet")
+    rows = np.load("llm/rows.npy")
+    assert rows.shape == (8, 8)
+    sparse = kwm.load_model("llm/2-cast.safetensors")
+    kwm.assert_sparse(sparse, "2:4")
+    state = json.loads(pathlib.Path("llm/state.json").read_text())
+    text = pathlib.Path("text.txt").read_text()
+    expected = kwm.perplexity(sparse, [text], 8, batch_size=8, verbose=0)
+    assert state["done"][2]["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert "perplexity" in pathlib.Path("llm/README.md").read_text()
+    assert pathlib.Path("llm/hf/model.safetensors").is_file()

@@ -1,0 +1,243 @@
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+from benchmarks import harness
+from examples.data import smollm2
+from keras_weightmods.exporting import gguf_file
+from tests import models
+
+pytestmark = pytest.mark.one_backend
+
+pytest.importorskip("keras_hub")
+gguf = pytest.importorskip("gguf")
+
+SIZES = {
+    "vocabulary_size": 96,
+    "num_layers": 2,
+    "hidden_dim": 64,
+    "intermediate_dim": 96,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    keras.utils.set_random_seed(0)
+    return harness.make_llama(**SIZES).backbone
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tokenizer.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{index}" for index in range(96)])
+    writer.add_token_types([1] * 96)
+    writer.add_token_merges(["t 1", "t 2"])
+    writer.add_eos_token_id(3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def written(path, model, dtype, **kwargs):
+    kwm.export(model, path, format="gguf", dtype=dtype, **kwargs)
+    return gguf.GGUFReader(path)
+
+
+def weights(backbone):
+    return [ops.convert_to_numpy(v) for v in backbone.weights]
+
+
+def test_what_is_written_is_read_back(backbone, tokenizer, tmp_path):
+    path = tmp_path / "model.gguf"
+    reader = written(path, backbone, "f32", tokenizer_from=tokenizer)
+    config = smollm2._backbone_config(reader)
+    assert config == {
+        **SIZES,
+        "rope_max_wavelength": 10000,
+        "layer_norm_epsilon": pytest.approx(1e-6),
+        "tie_word_embeddings": True,
+    }
+    other = harness.make_llama(**SIZES).backbone
+    smollm2._assign_weights(other, reader)
+    for expected, found in zip(weights(backbone), weights(other)):
+        np.testing.assert_array_equal(found, expected)
+    assert reader.fields["tokenizer.ggml.tokens"].contents()[7] == "t7"
+    assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == 3
+
+
+def dequantized(tensor):
+    """By the formats' definition: 32 values share a float16 scale."""
+    blocks = np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
+    rows = []
+    for data in blocks:
+        row = []
+        size = {"Q8_0": 34, "Q4_0": 18}[tensor.tensor_type.name]
+        for start in range(0, len(data), size):
+            block = data[start : start + size]
+            scale = float(block[:2].copy().view("float16")[0])
+            if size == 34:
+                whole = block[2:].copy().view("int8")
+            else:
+                whole = np.concatenate([block[2:] & 15, block[2:] >> 4]) - 8.0
+            row.extend(scale * float(each) for each in whole)
+        rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("quantization", ["Q8_0", "Q4_0"])
+def test_rounding_is_within_the_format(backbone, tmp_path, quantization):
+    path = tmp_path / "model.gguf"
+    reader = written(path, backbone, quantization.lower())
+    variables = gguf_file.tensors(backbone)
+    assert {t.name for t in reader.tensors} == set(variables)
+    for tensor in reader.tensors:
+        exact = gguf_file.tensor_value(tensor.name, variables[tensor.name])
+        if exact.ndim == 1:
+            assert tensor.tensor_type.name == "F32"
+            continue
+        head = tensor.name == "token_embd.weight"
+        assert tensor.tensor_type.name == ("Q8_0" if head else quantization)
+        groups = exact.reshape(-1, 32)
+        largest = np.abs(groups).max(1, keepdims=True)
+        error = np.abs(dequantized(tensor).reshape(-1, 32) - groups)
+        # Half a step, of a scale that is rounded to 11 bits. Q4_0 has no +8,
+        # so the largest value of the other sign loses half a step more.
+        levels = {"Q8_0": 127, "Q4_0": 8}[tensor.tensor_type.name]
+        steps = (1 if levels == 8 else 0.5) + levels / 2**11
+        assert (error <= 1.001 * steps * largest / levels).all()
+
+
+def test_rows_are_permuted_so_that_pairs_rotate():
+    # Row 2 i + j of a head of llama.cpp is row i + j size / 2 of KerasHub.
+    rows = np.arange(2 * 6)[:, None]
+    found = gguf_file.permute(rows, heads=2)[:, 0]
+    assert found.tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    np.testing.assert_array_equal(smollm2._unpermute(found[:, None], 2), rows)
+
+
+def greedy(model, prompt, count):
+    """Continue a list of tokens, without a cache."""
+    tokens = list(prompt)
+    for _ in range(count):
+        x = {
+            "token_ids": np.array([tokens]),
+            "padding_mask": np.ones((1, len(tokens)), "int32"),
+        }
+        logits = models.numpy(model(x))[0, -1]
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :], logits
+
+
+@pytest.mark.parametrize(
+    "kind", ["tied", "untied", "long", "packed", "f16", "q8_0"]
+)
+def test_llama_cpp_writes_the_same_tokens(kind, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    scaling = {
+        "rope_frequency_adjustment_factor": 8.0,
+        "rope_low_freq_factor": 1.0,
+        "rope_high_freq_factor": 4.0,
+        "rope_pretraining_sequence_length": 32,
+    }
+    extra = scaling if kind == "long" else {}
+    tied = kind != "untied"
+    model = models.causal_lm(
+        "llama3", **SIZES, **extra, tie_word_embeddings=tied
+    )
+    # So large that places of tokens matter.
+    models.randomize(model, scale=0.2)
+    for variable in model.weights:
+        if variable.name == "scale":
+            variable.assign(np.ones(64))
+    prompt = [1, 7, 20, 33, 5, 64, 12, 90, 3, 8]
+    if kind == "packed":
+        models.make_sparse(model)
+        # The dense form has inputs in floats.
+        kwm.pack(model, dtype="int8", head="int8", activations="float32")
+    dtype = kind if kind in gguf_file.DTYPES else "f32"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*exported in dense form")
+        path = tmp_path / "model.gguf"
+        kwm.export(model, path, format="gguf", dtype=dtype)
+    llama = llama_cpp.Llama(
+        str(path),
+        n_ctx=64,
+        logits_all=True,
+        verbose=False,
+        n_threads=1,
+        # Else its cache is in float16.
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+    )
+    tokens = list(prompt)
+    for _ in range(6):
+        llama.reset()
+        llama.eval(tokens)
+        scores = np.array(llama.scores[len(tokens) - 1])
+        tokens.append(int(scores.argmax()))
+    expected, logits = greedy(model, prompt, 6)
+    assert tokens[len(prompt) :] == expected
+    error = np.abs(scores - logits).max() / np.abs(logits).max()
+    assert error < {"q8_0": 0.05, "f16": 0.005}.get(dtype, 1e-4), error
+
+
+def test_the_tokenizer_of_a_llama3_model(tmp_path):
+    from keras_hub import models as hub
+
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    special += ["<|start_header_id|>", "<|end_header_id|>"]
+    tokens = [*"abcdefgh", "Ġ", "ab", "Ġab", *special]
+    tokens += [f"unused{i}" for i in range(96 - len(tokens))]
+    tokenizer = hub.Llama3Tokenizer(
+        {token: i for i, token in enumerate(tokens)}, ["a b", "Ġ ab"]
+    )
+    preprocessor = hub.Llama3CausalLMPreprocessor(tokenizer, sequence_length=8)
+    model = models.causal_lm("llama3", preprocessor, **SIZES)
+    reader = written(tmp_path / "model.gguf", model, "f32")
+    fields = {name: f.contents() for name, f in reader.fields.items()}
+    assert fields["tokenizer.ggml.tokens"] == tokens
+    assert fields["tokenizer.ggml.merges"] == ["a b", "Ġ ab"]
+    assert fields["tokenizer.ggml.token_type"][8:13] == [1, 1, 1, 3, 3]
+    llama_cpp = pytest.importorskip("llama_cpp")
+    llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), verbose=False)
+    text = "ab abcd ab"
+    expected = [tokenizer.start_token_id, *map(int, tokenizer(text))]
+    assert llama.tokenize(text.encode()) == expected
+
+
+def refused(model, path, match, **kwargs):
+    with pytest.raises(ValueError, match=match):
+        kwm.export(model, path, format="gguf", **kwargs)
+    assert not path.exists()
+
+
+def test_what_the_file_cannot_hold_is_refused(backbone, tokenizer, tmp_path):
+    path = tmp_path / "model.gguf"
+    small = models.backbone("llama3")
+    refused(small, path, "of 96 tokens, and .*=20", tokenizer_from=tokenizer)
+    refused(models.mlp(), path, "a KerasHub Llama")
+    odd = models.backbone("llama3", hidden_dim=48, num_query_heads=2)
+    refused(odd, path, "hidden_dim=48. Use dtype='f16'", dtype="q8_0")
+    refused(backbone, path, "one of", dtype="int3")
+    missing = tmp_path / "none.gguf"
+    refused(backbone, path, "a GGUF file", tokenizer_from=missing)
+    scaled = models.backbone("llama3", rope_position_scaling_factor=2.0)
+    refused(scaled, path, "rope_position_scaling_factor=2.0")
+    own = models.backbone("llama3")
+    kwm.attach_scaling(own)
+    refused(own, path, r"kwm.fold\(model\)")
+    own = models.backbone("llama3")
+    own.enable_lora(2)
+    refused(own, path, "kwm.merge_lora")
+    own = models.backbone("llama3")
+    own.quantize("int8")
+    refused(own, path, "quantized by Keras")

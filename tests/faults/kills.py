@@ -1,0 +1,208 @@
+"""Kill trainings at random moments; each must end as if nothing had happened.
+
+KERAS_BACKEND=torch python -m tests.faults.kills --kills 20
+
+A worker trains a tiny model with Dropout on shuffled arrays, under
+`Checkpoint`, and is killed by `kill -9` again and again: after a random time
+from the moment when it has begun to train, or within a save, at a random byte.
+A last worker runs to the end. Its weights and optimizer must be, bit for bit,
+those of a worker that nobody killed.
+
+The workers are forks of this process, which has imported all there is and
+computed nothing. Not for Windows.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+
+import keras
+import numpy as np
+
+import keras_weightmods as kwm
+from keras_weightmods.saving import container
+
+# Keras would import it in each worker anew, to set its seed.
+with contextlib.suppress(ImportError):
+    import tensorflow  # noqa: F401
+
+METHODS = ("plain", "cast", "lift")
+EPOCHS, ROWS, BATCH, SAVE_FREQ = 6, 48, 4, 2
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--method", choices=METHODS, default=None)
+    parser.add_argument("--kills", type=int, default=5, help="of each method")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for method in [args.method] if args.method else METHODS:
+        result = survive(method, args.kills, args.seed)
+        print(json.dumps(result), flush=True)
+        if not result["equal"]:
+            sys.exit(f"{method}: a run that was killed ends with other weights")
+
+
+def survive(method, kills, seed=0):
+    """Kill runs of one method so many times.
+
+    Returns:
+        Dict with the number of kills, those within saves, the runs that were
+        brought to their end, and whether all ended like one without a kill.
+    """
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        run(method, folder / "whole")
+        whole = (folder / "whole" / "end.npz").read_bytes()
+        done = within_saves = runs = 0
+        equal = True
+        while done < kills:
+            runs += 1
+            place = folder / f"run{runs}"
+            while not (place / "end.npz").exists():
+                kill = {}
+                if done < kills:
+                    # Every other kill comes from within a save.
+                    kill = {"seconds": rng.uniform(0, 0.4)}
+                    if done % 2:
+                        size = rng.randrange(20_000)
+                        kill = {"save": rng.randrange(1, 6), "byte": size}
+                if run(method, place, **kill):
+                    done += 1
+                    within_saves += "save" in kill
+            equal &= (place / "end.npz").read_bytes() == whole
+    return {
+        "backend": keras.backend.backend(),
+        "method": method,
+        "kills": done,
+        "within_saves": within_saves,
+        "runs": runs,
+        "equal": equal,
+    }
+
+
+def run(method, place, seconds=None, save=None, byte=None):
+    """Run a worker, and kill it or have it kill itself.
+
+    Args:
+        method: One of `METHODS`.
+        place: Path of the folder of the run.
+        seconds: Float, when to kill it, from its first step on.
+        save, byte: Ints, in which of its saves, and after how many bytes.
+
+    Returns:
+        Bool, whether it was killed before it was done.
+    """
+    place.mkdir(exist_ok=True)
+    reads, writes = os.pipe()
+    worker = os.fork()
+    if not worker:
+        status = 1
+        try:
+            os.close(reads)
+            if save is not None:
+                die_within_a_save(save, byte)
+            train(method, place, writes)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writes)
+    with open(reads, "rb") as told:
+        if seconds is not None and told.read(1):
+            time.sleep(seconds)
+            os.kill(worker, signal.SIGKILL)
+        status = os.waitpid(worker, 0)[1]
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return True
+    if status:
+        raise RuntimeError(f"A worker of {method!r} failed: status {status}")
+    return False
+
+
+class Tell(keras.callbacks.Callback):
+    """Writes to a pipe after the first step."""
+
+    def __init__(self, pipe):
+        super().__init__()
+        self.pipe = pipe
+
+    def on_train_batch_begin(self, batch, logs=None):
+        # So that kills come in all epochs, on a fast machine too.
+        time.sleep(0.005)
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.pipe is not None:
+            os.write(self.pipe, b".")
+            self.pipe = None
+
+
+def train(method, place, pipe):
+    """Train to the end, from the checkpoints that there are."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, "relu"),
+            keras.layers.Dropout(0.25),
+            keras.layers.Dense(4),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    callbacks = []
+    # TensorFlow's XLA takes seconds to compile.
+    jit = keras.backend.backend() == "jax"
+    if method == "cast":
+        model = kwm.CAST(model)
+        model.compile(loss=loss, jit_compile=jit)
+    elif method == "lift":
+        model.compile(kwm.SparseAdamW(0.01), loss, jit_compile=jit)
+        callbacks = [kwm.PrincipalMaskCallback(0.3, refresh_every=5)]
+    else:
+        model.compile("adam", loss, jit_compile=jit)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(ROWS, 8)).astype("float32")
+    y = rng.integers(4, size=(ROWS,))
+    checkpoint = kwm.Checkpoint(place / "checkpoints", SAVE_FREQ)
+    callbacks += [checkpoint, Tell(pipe)]
+    model.fit(x, y, BATCH, EPOCHS, verbose=0, callbacks=callbacks)
+    arrays = [*model.variables, *model.optimizer.variables]
+    end = place / "end.part"
+    with open(end, "wb") as file:
+        np.savez(file, *map(keras.ops.convert_to_numpy, arrays))
+    os.replace(end, place / "end.npz")
+
+
+def die_within_a_save(save, byte):
+    """Have this process kill itself while a save writes a certain byte."""
+    write, enter = container.Writer.write, container.Writer.__enter__
+
+    def counted_enter(self):
+        nonlocal save
+        save -= 1
+        return enter(self)
+
+    def dying_write(self, name, array):
+        nonlocal byte
+        write(self, name, array)
+        byte -= array.nbytes
+        if save <= 0 and byte < 0:
+            self._file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    container.Writer.write = dying_write
+    container.Writer.__enter__ = counted_enter
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The sparsity methods on mixtures of experts."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+import keras_weightmods as kwm
+from keras_weightmods.core import expert_banks
+from keras_weightmods.ops import sparsegpt
+from keras_weightmods.sparsity.calibration import input_norms
+from tests import models
+
+pytest.importorskip("keras_hub")
+ON_TORCH = keras.backend.backend() == "torch"
+IDS = np.random.default_rng(0).integers(1, 20, (4, 8))
+X = {"token_ids": IDS, "padding_mask": np.ones_like(IDS)}
+
+
+def skip_most(family, chosen="gpt_oss"):
+    if not ON_TORCH and family != chosen:
+        pytest.skip("the breadth is tested on torch, the fastest to start")
+
+
+def stacks_of(model):
+    return [t for t in kwm.find_targets(model) if t.stack_axes]
+
+
+@pytest.mark.parametrize("family", models.MIXTURES)
+def test_all_matrices_are_targets(family):
+    skip_most(family)
+    model = models.backbone(family)
+    targets = kwm.find_targets(model)
+    ours = {id(target.variable) for target in targets}
+    matrices = [
+        weight
+        for weight in model.weights
+        if len(weight.shape) > 1
+        and "embedding" not in weight.path
+        and not weight.path.endswith("bias")
+    ]
+    sizes = [np.prod(weight.shape) for weight in matrices]
+    known = [id(weight) in ours for weight in matrices]
+    assert np.dot(sizes, known) >= 0.95 * sum(sizes)
+    for target in stacks_of(model):
+        assert target.contraction_axes == (1,)
+        assert target.output_axes == (2,)
+
+
+@pytest.mark.parametrize("family", models.MIXTURES)
+def test_each_expert_sees_its_own_tokens(family):
+    skip_most(family)
+    model = models.randomize(models.backbone(family), scale=1.0)
+    routers = expert_banks.routers_of(model)
+    targets = stacks_of(model)
+    layer = targets[0].layer
+    assert set(routers) == {id(layer)}
+    # What an expert gives counts for a token exactly if it is routed to it.
+    tokens = models.normal(32, 16)
+    routed = np.array(models.numpy(routers[id(layer)](tokens)))
+    assert (routed.sum(axis=1) == 2).all()
+    block = next(
+        part
+        for part in model._flatten_layers()
+        if layer in part._flatten_layers(False, False)
+    )
+    out = block(tokens[None])
+    before = models.numpy(out[0] if isinstance(out, tuple) else out)[0]
+    last = targets[-1].variable
+    for expert in range(4):
+        kernel = models.numpy(last)
+        changed = kernel.copy()
+        changed[expert] += 1
+        last.assign(changed)
+        out = block(tokens[None])
+        after = models.numpy(out[0] if isinstance(out, tuple) else out)[0]
+        last.assign(kernel)
+        moved = np.abs(after - before).max(axis=1) > 1e-6
+        np.testing.assert_array_equal(moved, routed[:, expert])
+
+
+def expected_moments(model, target, tokens):
+    """The second moment of each expert's tokens, in float64."""
+    routed = expert_banks.routers_of(model)[id(target.layer)](tokens)
+    routed = np.array(models.numpy(routed))
+    rows = [tokens[routed[:, e]].astype("float64") for e in range(4)]
+    return [each.T @ each for each in rows]
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("family", models.MIXTURES)
+def test_one_shot_by_each_experts_own_inputs(family, method):
+    skip_most(family)
+    if not ON_TORCH and method == "wanda":
+        pytest.skip("the same inputs as with 'sparsegpt'")
+    model = models.randomize(models.backbone(family))
+    stacks = stacks_of(model)
+    first = stacks[0]
+    before = models.numpy(first.variable)
+    seen = []
+
+    def record(x, *args):
+        seen.append(models.numpy(x))
+
+    # Only the experts, so that their inputs stay the same.
+    with expert_banks.inputs_seen(first.layer, first.attribute, record):
+        model(X)
+    (tokens,) = seen
+    report = kwm.sparsify(
+        model, "2:4", method, data=X, targets=stacks, verbose=0
+    )
+    assert [k.method for k in report.kernels] == [method] * len(stacks)
+    kwm.assert_sparse(model, "2:4", targets=stacks)
+    after = models.numpy(first.variable)
+    for expert, moment in enumerate(expected_moments(model, first, tokens)):
+        if method == "wanda":
+            norms = np.sqrt(np.diagonal(moment)).astype("float32")
+            pruned = sparsegpt.wanda(before[expert], norms)
+        else:
+            moment = moment / len(tokens)
+            factor = sparsegpt.inverse_factor(moment, 0.01)
+            pruned = sparsegpt.sparsegpt(before[expert], factor)
+        pruned = models.numpy(pruned)
+        np.testing.assert_allclose(after[expert], pruned, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_is_left_out():
+    model = models.randomize(models.backbone("qwen3_moe"))
+    weights = np.ones(IDS.shape, "float32")
+    weights[:, 5:] = 0
+    targets = stacks_of(model)
+    short = {key: value[:, :5] for key, value in X.items()}
+    for norms, expected in zip(
+        input_norms(model, targets, [(X, weights)]),
+        input_norms(model, targets, [(short, None)]),
+    ):
+        np.testing.assert_allclose(norms, expected, rtol=1e-4)
+
+
+def test_an_expert_without_tokens_goes_by_magnitude():
+    model = models.randomize(models.backbone("gpt_oss"))
+    bias = next(w for w in model.weights if w.path.endswith("dense/bias"))
+    # The router never chooses expert 2.
+    bias.assign([0, 0, -1e3, 0])
+    up = stacks_of(model)[0]
+    before = models.numpy(up.variable)
+    for method in ("wanda", "sparsegpt"):
+        up.variable.assign(before)
+        report = kwm.sparsify(
+            model, "2:4", method, data=X, targets=[up], verbose=0
+        )
+        assert "1 of its 4 matrices" in report.kernels[0].note
+        magnitude = kwm.ops.nm_project(before[2], "2:4")
+        after = models.numpy(up.variable)
+        models.assert_same(after[2], models.numpy(magnitude))
+        other = models.numpy(kwm.ops.nm_project(before[0], "2:4"))
+        assert not np.array_equal(after[0] != 0, other != 0)
+
+
+@pytest.mark.parametrize("family", models.MIXTURES)
+def test_adam_s_and_cast(family):
+    skip_most(family)
+    model = models.causal_lm(family)
+    cast = kwm.CAST(model)
+    cast.compile(jit_compile=models.JIT)
+    with warnings.catch_warnings():
+        # Of kernels whose inputs cannot be read.
+        warnings.filterwarnings("error", "CAST ranks the weights")
+        y = np.roll(IDS, -1, axis=1)
+        cast.fit(X, y, batch_size=4, epochs=2, verbose=0)
+    cast.finalize()
+    kwm.assert_sparse(model, "2:4")
+    report = kwm.sparsity_report(model)
+    named = {row.path for row in report.kernels}
+    assert {t.path for t in stacks_of(model)} <= named
+
+
+@pytest.mark.parametrize("family", models.MIXTURES)
+def test_lift(family):
+    skip_most(family)
+    model = models.backbone(family)
+    stacks = stacks_of(model)
+    before = [models.numpy(t.variable) for t in stacks]
+    model.compile(kwm.SparseAdamW(0.1), "mse", jit_compile=models.JIT)
+    lift = kwm.PrincipalMaskCallback(0.1, filter_rank=2)
+    y = models.normal(*model(X).shape)
+    model.fit(X, y, batch_size=4, verbose=0, callbacks=[lift])
+    for target, old in zip(stacks, before):
+        moved = (models.numpy(target.variable) != old).mean(axis=(1, 2))
+        assert (moved > 0).all()
+        assert (moved < 0.2).all()
+
+
+def test_gemma4_routes_by_an_argument():
+    model = models.randomize(models.backbone("gemma4_moe"))
+    x = {**X, "position_ids": np.broadcast_to(np.arange(8), IDS.shape)}
+    stacks = stacks_of(model)
+    assert len(stacks) == 3
+    dense = models.outputs(model, x)
+    report = kwm.sparsify(model, "2:4", "wanda", data=x, verbose=0)
+    methods = {k.method for k in report.kernels if "expert_bank" in k.path}
+    assert methods == {"wanda"}
+    sparse = models.outputs(model, x)
+    assert not np.allclose(sparse, dense)
+    kwm.pack(model)
+    np.testing.assert_allclose(models.outputs(model, x), sparse, atol=1e-3)
