@@ -642,8 +642,9 @@ def missing(name):
     file = f"benchmarks/results/{name}.json"
     if name == "finetune_sparse":
         program = f"python -m examples.{name} --json {file}"
-    elif name == "quality_200":
-        program = f"python -m benchmarks.quality --steps 200 --json {file}"
+    elif name.startswith("quality_"):
+        steps = name.removeprefix("quality_")
+        program = f"python -m benchmarks.quality --steps {steps} --json {file}"
     elif name == "packed_llm_compiled":
         program = f"python -m benchmarks.packed_llm --compiled --json {file}"
     return f"No log yet: `{program}` writes it."
@@ -667,6 +668,7 @@ rows that say it."""
 PARTS = (
     ("Four texts, three never trained on", "quality", texts),
     ("The same, 51,200 tokens from the best start", "quality_200", texts),
+    ("The same, 256,000 tokens", "quality_1000", texts),
     ("At equal tokens, on two texts (an older log)", "cast_quality", methods),
     ("One-shot, without training", "one_shot", one_shot),
     ("CAST by budget", "cast_llm", budgets),
