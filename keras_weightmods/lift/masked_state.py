@@ -73,7 +73,7 @@ class MaskedState(keras.optimizers.Optimizer):
     @property
     def mask_seed(self):
         """The seed of the choices of masks, which a checkpoint so holds."""
-        return int(ops.convert_to_numpy(self._mask_seed.value))
+        return int(ops.convert_to_numpy(self._mask_seed))
 
     def build(self, variables):
         """Build the state, if the masks are known from a file."""

@@ -11,6 +11,9 @@ import keras_weightmods as kwm
 from keras_weightmods.cli import main as cli
 from tests import models
 
+# What the commands call is tested on all of them.
+pytestmark = pytest.mark.one_backend
+
 PAGE = pathlib.Path(__file__).absolute().parents[2] / "docs" / "cli.md"
 
 
@@ -20,7 +23,6 @@ def blocks(language):
 
 
 # The commands are tested on each backend in `test_models.py`.
-@pytest.mark.one_backend
 @pytest.mark.filterwarnings("ignore:AdamS. this schedule")
 def test_the_commands_of_the_page_run(run, tmp_path):
     models.mlp(16, 16, 4).save("model.keras")

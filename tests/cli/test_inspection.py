@@ -12,6 +12,9 @@ import keras_weightmods as kwm
 from keras_weightmods.cli import inspection
 from tests import models
 
+# What the commands call is tested on all of them.
+pytestmark = pytest.mark.one_backend
+
 HEAVY = {"keras", "jax", "tensorflow", "torch", "keras_hub"}
 
 

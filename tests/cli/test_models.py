@@ -9,6 +9,9 @@ import pytest
 import keras_weightmods as kwm
 from tests import models
 
+# What the commands call is tested on all of them.
+pytestmark = pytest.mark.one_backend
+
 
 def test_a_model_is_made_sparse_packed_and_unpacked(run, tmp_path):
     model = models.mlp(16, 32, 8)
@@ -87,7 +90,6 @@ def language_model():
 
 
 # What it calls is tested on each backend: to compile it again takes a minute.
-@pytest.mark.one_backend
 def test_language_models(run, language_model, tmp_path):
     language_model.save_to_preset("preset")
     (tmp_path / "text.txt").write_text("abc ab cdefgh " * 40)

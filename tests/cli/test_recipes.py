@@ -15,7 +15,11 @@ from keras_weightmods.cli.recipe import check_recipe, read_recipe
 from tests import models
 
 # A few steps are enough here.
-pytestmark = pytest.mark.filterwarnings("ignore:AdamS. this schedule")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:AdamS. this schedule"),
+    # What the stages call is tested on all of them.
+    pytest.mark.one_backend,
+]
 
 STAGES = [
     {"sparsify": {"method": "wanda"}},
@@ -61,7 +65,6 @@ NAMES = [
 
 
 # The stages themselves are tested on each backend, where they are made.
-@pytest.mark.one_backend
 def test_a_run_and_one_that_is_killed_between(run, folder, monkeypatch):
     name = write(RECIPE)
     found = json.loads(run(f"run {name} --quiet --json"))
@@ -241,7 +244,6 @@ def test_yaml(folder, monkeypatch):
         read_recipe("a.yaml")
 
 
-@pytest.mark.one_backend
 def test_a_language_model(run, folder):
     """Rows that it writes itself, CAST from a one-shot start, perplexity."""
     model = models.causal_lm("gpt2", models.gpt2_preprocessor())

@@ -9,13 +9,12 @@ import keras
 import pytest
 
 
+# Compiling takes too long on the others: see `make faults`.
+@pytest.mark.one_backend
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_trainings_end_as_if_nothing_had_happened():
     # In a process that has computed nothing yet: it is forked.
     command = [sys.executable, "-m", "tests.faults.kills", "--kills", "2"]
-    if keras.backend.backend() != "torch":
-        # Compiling takes the time.
-        command += ["--method", "plain"]
     done = subprocess.run(
         command,
         env={**os.environ, "KERAS_BACKEND": keras.backend.backend()},
