@@ -140,6 +140,10 @@ def kind_of(filepath):
             return kind, reader
     if start.startswith(b"PK"):
         return _kind_of_archive(filepath)
+    # What the length is of is not parsed if it is too long.
+    length = int.from_bytes(start[:8], "little")
+    if length > min(os.path.getsize(filepath), _MAX_HEADER):
+        return "", ""
     format = metadata_of(filepath).get("format")
     if format in _READERS:
         return f"a file of {format!r}", _READERS[format]

@@ -458,7 +458,7 @@ def test_wrong_arguments(tmp_path):
         with pytest.raises(ValueError, match="`model` must be a built"):
             kwm.save_model(wrong, tmp_path / "file")
     for wrong in (tmp_path, tmp_path / "none" / "file"):
-        with pytest.raises(ValueError, match="`filepath` must be a regular file"):
+        with pytest.raises(ValueError, match="must be a regular file"):
             kwm.save_model(model, wrong)
     with pytest.raises(FileNotFoundError):
         kwm.load_model(tmp_path / "none")
