@@ -133,6 +133,9 @@ def kind_of(filepath):
             if name in names:
                 return kind, reader
         return "a folder", ""
+    if os.path.exists(filepath) and not os.path.isfile(filepath):
+        # To open a pipe would wait for its other end.
+        return "no regular file", ""
     with open(filepath, "rb") as file:
         start = file.read(16)
     for magic, kind, reader in _OTHERS:

@@ -602,3 +602,9 @@ def test_another_format_of_ours_is_named_with_its_reader(tmp_path):
     expected = "'keras_weightmods.delta', which `keras_weightmods.apply_delta`"
     with pytest.raises(ValueError, match=expected):
         Reader(path, "keras_weightmods.model", (1,))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_the_kind_of_a_pipe_is_told_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert container.kind_of(tmp_path / "pipe") == ("no regular file", "")
