@@ -118,7 +118,9 @@ class Checkpoint(keras.callbacks.Callback):
         save_seconds: float | None = None,
     ) -> None:
         super().__init__()
-        self.path = os.path.abspath(os.fspath(path))
+        if not isinstance(path, str | os.PathLike):
+            raise checks.error("path", "a string or a path", path)
+        self.path = os.path.abspath(path)
         if os.path.lexists(self.path) and not os.path.isdir(self.path):
             raise checks.error("path", "a folder, or none yet", self.path)
         if save_freq != "epoch":

@@ -273,6 +273,8 @@ def test_arguments(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="a folder, or none yet"):
         kwm.Checkpoint(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"`path`.*Received: path=3"):
+        kwm.Checkpoint(3)
     for wrong in (0, "never", 1.5):
         with pytest.raises(ValueError, match="save_freq"):
             kwm.Checkpoint(tmp_path, wrong)
