@@ -6,7 +6,8 @@
 Every method trains SmolLM2-135M-Instruct on the same rows, in the same order,
 for the same number of tokens, and ends exactly 2:4; one-shot methods are
 calibrated on the first of them. `--self-share` of the rows are text that the
-dense model wrote itself, the others prose. Measured is the perplexity on
+dense model wrote itself, `--documentation-share` docstrings of Python packages,
+the others prose. Measured is the perplexity on
 held-out prose and on three texts of kinds that are never trained on: the
 Python reference, news and source code. *The* number of a row is the geometric
 mean of the four over those of the dense model; beside it is the mean
@@ -43,6 +44,12 @@ def parse_arguments():
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument(
         "--self-share", type=float, default=0.0, help="of self-generated rows"
+    )
+    parser.add_argument(
+        "--documentation-share",
+        type=float,
+        default=0.0,
+        help="of rows of docstrings",
     )
     parser.add_argument(
         "--rows", type=int, default=16, help="of each text, to evaluate on"
@@ -95,6 +102,7 @@ def run(args):
             args.steps,
             args.self_share,
             seed,
+            args.documentation_share,
         )
         for name in chosen:
             if any(r["method"] == name and r["seed"] == seed for r in rows):
@@ -123,14 +131,21 @@ def run(args):
     print_table(report(args, rows))
 
 
-def mixed_rows(tokenizer, length, count, self_share, seed):
-    """Rows of prose and of self-generated text, in random order."""
+def mixed_rows(
+    tokenizer, length, count, self_share, seed, documentation_share=0.0
+):
+    """Rows of prose, self-generated text and docstrings, in random order."""
     import numpy as np
 
     own = round(self_share * count)
+    other = round(documentation_share * count)
     (rows,) = load_rows(tokenizer, length, seed=seed + 1, train=count)
     if own:
         rows[:own] = own_rows(own, length, seed)
+    if other:
+        (rows[own : own + other],) = load_rows(
+            tokenizer, length, seed=seed + 1, documentation=other
+        )
     return np.random.default_rng(seed).permutation(rows)
 
 
@@ -581,6 +596,7 @@ def report(args, rows):
         "steps": args.steps,
         "tokens_per_step": args.length,
         "self_share": args.self_share,
+        "documentation_share": args.documentation_share,
         "evaluated_rows": args.rows,
         "rows": rows,
     }

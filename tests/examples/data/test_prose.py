@@ -62,10 +62,10 @@ def test_installed_messages():
     assert not lines[0] & lines[1]
 
 
-@pytest.mark.parametrize("name", prose.UNSEEN)
-def test_texts_that_are_never_trained_on(name):
+@pytest.mark.parametrize("name", [*prose.UNSEEN, "documentation"])
+def test_texts_of_other_kinds(name):
     try:
-        sections = prose.UNSEEN[name]()
+        sections = getattr(prose, f"load_{name}")()
     except ImportError as error:
         pytest.skip(str(error))
     assert sum(map(len, sections)) > 200_000
