@@ -5,7 +5,8 @@ BACKENDS := jax tensorflow torch
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint docs setup bench bench-runtimes faults gpu clean
+.PHONY: demo test lint docs setup bench bench-runtimes faults gpu gpu-libraries \
+  clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
 # are freed, and every step pays for their pages again.
@@ -95,6 +96,24 @@ build/gpu/.built:
 	  -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON))
 	cmake --build build/gpu --parallel
 	touch $@
+
+# Opens real cuSPARSELt libraries, 550 MB of wheels, which needs no GPU: finds
+# each of their functions that are called, and compares with the headers.
+CUSPARSELT := headers cu13==0.10.0 cu13==0.8.0 cu12==0.7.1
+CUSPARSELT_FOLDERS := $(CUSPARSELT:%=build/cusparselt/%)
+
+gpu-libraries: setup $(CUSPARSELT_FOLDERS)
+	KERAS_BACKEND=torch CUSPARSELT_FOLDERS="$(CUSPARSELT_FOLDERS)" \
+	  $(BIN)/python -m pytest tests/gpu/test_build.py -rPs -k cusparselt
+
+build/cusparselt/headers:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
+	  nvidia-cuda-runtime nvidia-cuda-crt
+
+build/cusparselt/%:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part \
+	  nvidia-cusparselt-$*
+	mv $@.part $@
 
 setup: $(VENV)/.installed
 

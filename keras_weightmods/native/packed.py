@@ -362,7 +362,11 @@ def round_activations(x: Any) -> Any:
 def _unpack(
     xp: Any, packed: Packed, values: Any, meta: Any = None, scale: Any = None
 ) -> Any:
-    """By the functions of `xp`, which is NumPy or `keras.ops`."""
+    """By the functions of `xp`, which is NumPy or `keras.ops`.
+
+    Neither `repeat` nor `full` are used: on torch they read a number from the
+    GPU, which a CUDA graph forbids.
+    """
     blocks, slots = values.shape[0], ROWS if packed.is_dense else SLOTS
     rows = -(-packed.shape[0] // ROWS)
     if packed.dtype in INTEGERS:
@@ -376,7 +380,9 @@ def _unpack(
         count = 1 if packed.dtype == "int8" else -(-rows // 2)
         scale = xp.reshape(scale, (blocks, count, 1, COLUMNS))
         if packed.dtype == "int4":
-            scale = xp.repeat(scale, 2, axis=1)[:, :rows]
+            scale = xp.stack([scale, scale], axis=2)
+            scale = xp.reshape(scale, (blocks, 2 * count, 1, COLUMNS))
+            scale = scale[:, :rows]
         values = cast(xp, values, "float32") * scale
     elif packed.dtype == "bfloat16":
         values = xp.transpose(values, (0, 1, 3, 2))
@@ -388,7 +394,7 @@ def _unpack(
         shifts = xp.reshape(shifts, (SLOTS, 1))
         places = xp.bitwise_and(
             xp.right_shift(xp.expand_dims(meta, 2), shifts),
-            xp.full((1,), 3, dtype="int32"),
+            3 * xp.ones((1,), dtype="int32"),
         )
         # (column block, row block, group, kept value, place in it, column)
         shape = (blocks, rows, SLOTS // 2, 2, 1, COLUMNS)
@@ -406,8 +412,8 @@ def words(xp: Any, values: Any, dtype: str) -> Any:
     if dtype == "int8":
         return values
     values = cast(xp, values, "int32")
-    low = xp.bitwise_and(values, xp.full((1,), 15, dtype="int32"))
-    high = xp.right_shift(values, xp.full((1,), 4, dtype="int32"))
+    low = xp.bitwise_and(values, 15 * xp.ones((1,), dtype="int32"))
+    high = xp.right_shift(values, 4 * xp.ones((1,), dtype="int32"))
     halves = xp.concatenate([low, high], axis=2)
     return halves - 16 * cast(xp, xp.greater(halves, 7), "int32")
 

@@ -304,37 +304,39 @@ class UnpackedIntegerKernel(UnpackedKernel, IntegerKernel):
 
 
 class PreparedKernel(PackedKernel):
-    """A packed kernel on a GPU under JAX, with its companion.
+    """A packed kernel on a GPU under JAX, with its companions.
 
-    See `keras_weightmods.backend.jax.sparse_matmul_gpu`. The companion is a
-    variable, so that a compiled function sees it change with a load; a
-    checkpoint leaves it out.
+    See `keras_weightmods.backend.jax.sparse_matmul_gpu`. Companions are
+    variables, so that a compiled function sees them change with a load; a
+    checkpoint leaves them out.
     """
 
     def create_parameters(self, add_weight):
         super().create_parameters(add_weight)
         gpu = backend_module("sparse_matmul_gpu")
         plain, x_dtype = self.packed, self.target.layer.compute_dtype
-        kind = gpu.plan(self.matrix_shape, x_dtype, self.value_dtype).companion
-        spec = gpu.companion_spec(kind, self.matrix_shape, x_dtype)
-        self.add(add_weight, "companion", spec)
+        plan = gpu.plan(self.matrix_shape, x_dtype, self.value_dtype)
+        self.companions: dict[str, Any] = {}
+        for kind in plan.companions:
+            spec = gpu.companion_spec(kind, self.matrix_shape, x_dtype)
+            self.add(add_weight, f"companion_{kind}", spec)
+            self.companions[kind] = self.parameters[-1]
         self.packed = gpu.PreparedPacked(
-            **vars(plain),
-            companion=self.parameters[-1],
-            companion_kind=kind,
-            x_dtype=x_dtype,
+            **vars(plain), companions=self.companions, x_dtype=x_dtype
         )
         if not self.is_empty:
             self._prepare()
 
     def saved(self):
-        return {p.name: p for p in self.parameters[:-1]}
+        return {p.name: p for p in self.parameters[: len(self.arrays)]}
 
     def load(self, saved):
-        for parameter in self.parameters[:-1]:
+        for parameter in self.parameters[: len(self.arrays)]:
             parameter.assign(saved[parameter.name])
         self._prepare()
 
     def _prepare(self):
         gpu = backend_module("sparse_matmul_gpu")
-        self.parameters[-1].assign(gpu.companion(self.packed))
+        for kind, variable in self.companions.items():
+            made = gpu.companion(kind, self.packed, self.packed.x_dtype)
+            variable.assign(made)

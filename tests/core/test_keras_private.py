@@ -15,8 +15,12 @@ ALLOWED = {
     "__init__.py": {"_initializing", "vars"},
     # The update of AdamS on torch: `optimizer` is what calls it, an AdamS.
     "backend/torch/adam_s.py": {"_get_variable_index"},
-    # Of a tensor of torch.
-    "backend/torch/sparse_matmul_gpu.py": {"_version"},
+    # Of a tensor of torch, and cuSPARSELt as torch has it.
+    "backend/torch/sparse_matmul_gpu.py": {
+        "_cslt_compress",
+        "_cslt_sparse_mm",
+        "_version",
+    },
     # A dataclass of the package.
     "packing/packed_dense.py": {"vars"},
 }

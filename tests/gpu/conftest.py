@@ -70,7 +70,7 @@ def fake_cuda(tmp_path_factory):
         + f'#include "{HERE}/fake_cuda.cc"\n'
     )
     built = folder / "fake_cuda.so"
-    flags = "-std=c++17 -O1 -shared -fPIC -pthread -Wno-unknown-pragmas"
+    flags = "-std=c++17 -O0 -shared -fPIC -pthread -Wno-unknown-pragmas"
     subprocess.run(
         [compiler, *flags.split(), f"-I{HERE}", f"-I{GPU}", source]
         + ["-o", built],

@@ -14,16 +14,26 @@ using kwm::cusparselt::Opaque;
 namespace lt = kwm::cusparselt;
 
 constexpr int kInvalid = 1;      // CUDA_ERROR_INVALID_VALUE
+constexpr int kMisaligned = 716;  // CUDA_ERROR_MISALIGNED_ADDRESS
 constexpr int kNoDevice = 101;   // CUDA_ERROR_INVALID_DEVICE
 constexpr int kLtInvalid = 3;    // CUSPARSE_STATUS_INVALID_VALUE
 constexpr int kAlgorithms = 5;
 constexpr int kWorkspace = 48;
 
+// Two devices, each with its context; -1 where none is current.
+constexpr int kDevices = 2;
+int contexts[kDevices];
 int context_depth = 0;
-int device = 0;  // the only one
+int current = -1;
 
+// Structures of cuSPARSELt that were made and not destroyed.
+int live = 0;
+// Launches at an address that ends the context of a real device.
+int misaligned = 0;
+
+// What a module or a handle belongs to: another context must not use it.
 struct Variant {
-  int x, values, rows;
+  int x, values, rows, device;
 };
 
 }  // namespace
@@ -33,6 +43,8 @@ struct Variant {
 // What a test asks.
 FAKE int fake_context_depth() { return context_depth; }
 FAKE int fake_bad_meta() { return bad_meta; }
+FAKE int fake_live() { return live; }
+FAKE int fake_misaligned() { return misaligned; }
 
 // The driver.
 FAKE int cuInit(unsigned) { return 0; }
@@ -42,22 +54,23 @@ FAKE int cuGetErrorString(int, const char** text) {
 }
 FAKE int cuDeviceGet(int* handle, int ordinal) {
   *handle = ordinal;
-  return ordinal == 0 ? 0 : kNoDevice;
+  return ordinal < kDevices ? 0 : kNoDevice;
 }
 FAKE int cuDeviceGetAttribute(int* value, int attribute, int) {
   *value = attribute == 75 ? 9 : 0;
   return attribute == 75 || attribute == 76 ? 0 : kInvalid;
 }
-FAKE int cuDevicePrimaryCtxRetain(void** context, int) {
-  *context = &device;
+FAKE int cuDevicePrimaryCtxRetain(void** context, int ordinal) {
+  *context = &contexts[ordinal];
   return 0;
 }
 FAKE int cuCtxPushCurrent_v2(void* context) {
-  ++context_depth;
-  return context == &device ? 0 : kInvalid;
+  current = static_cast<int>(static_cast<int*>(context) - contexts);
+  return ++context_depth == 1 && current < kDevices ? 0 : kInvalid;
 }
 FAKE int cuCtxPopCurrent_v2(void** context) {
-  *context = &device;
+  *context = &contexts[current];
+  current = -1;
   return --context_depth < 0 ? kInvalid : 0;
 }
 FAKE int cuModuleLoadData(void** module, const void* image) {
@@ -65,6 +78,7 @@ FAKE int cuModuleLoadData(void** module, const void* image) {
   *module = variant;
   const int read = sscanf(static_cast<const char*>(image), "fake %d %d %d",
                           &variant->x, &variant->values, &variant->rows);
+  variant->device = current;
   return context_depth == 1 && read == 3 ? 0 : kInvalid;
 }
 FAKE int cuModuleGetFunction(void** function, void* module, const char* name) {
@@ -79,7 +93,15 @@ FAKE int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y,
   const auto pointer = [&](int i) { return *static_cast<void**>(arguments[i]); };
   const auto number = [&](int i) { return *static_cast<int*>(arguments[i]); };
   const int rows = number(1), k = number(2), n = number(3);
-  if (context_depth != 1 || grid_x != (n + 15u) / 16 || block_x % 32 != 0 ||
+  const auto address = [&](int i) {
+    return reinterpret_cast<uintptr_t>(pointer(i));
+  };
+  if (address(0) % 4 || address(4) % 8 || address(5) % 8) {
+    ++misaligned;
+    return kMisaligned;
+  }
+  if (context_depth != 1 || variant.device != current ||
+      grid_x != (n + 15u) / 16 || block_x % 32 != 0 ||
       block_x == 0 || block_x > 512 || shared_bytes != 0 ||
       grid_y * grid_z * block_y * block_z != 1 || rows > variant.rows) {
     return kInvalid;
@@ -100,7 +122,7 @@ FAKE int nvrtcCreateProgram(void** program, const char* source, const char*,
 }
 FAKE int nvrtcCompileProgram(void* program, int count,
                              const char* const* options) {
-  Variant variant{-1, -1, -1};
+  Variant variant{-1, -1, -1, -1};
   bool for_this_gpu = false;
   for (int i = 0; i < count; ++i) {
     sscanf(options[i], "-DKWM_X=%d", &variant.x);
@@ -188,13 +210,20 @@ int init_matrix(Opaque* matrix, int64_t rows, int64_t columns, int64_t leading,
                 uint32_t alignment, int type, int order, bool structured) {
   Matrix& made = as<Matrix>(matrix);
   made = {rows, columns, type, order, structured};
+  ++live;
   // Of 16-bit types; twice as much of 8-bit ones.
   const int multiple = (structured ? 16 : 8) * (type == lt::kR8I ? 2 : 1);
   const bool fits = rows % multiple == 0 && columns % multiple == 0;
   const int64_t line = order == lt::kOrderRow ? columns : rows;
-  return fits && leading == line && alignment == 16 && rows > 0 && columns > 0
-             ? 0
-             : kLtInvalid;
+  const bool is_valid =
+      fits && leading == line && alignment == 16 && rows > 0 && columns > 0;
+  if (!is_valid) --live;
+  return is_valid ? 0 : kLtInvalid;
+}
+
+// A handle names the device whose context it was made in.
+bool is_current(const Opaque* handle) {
+  return context_depth == 1 && as<int>(handle) == current;
 }
 
 }  // namespace
@@ -202,7 +231,15 @@ int init_matrix(Opaque* matrix, int64_t rows, int64_t columns, int64_t leading,
 FAKE const char* cusparseLtGetErrorString(int) {
   return "an error of fake cuSPARSELt";
 }
-FAKE int cusparseLtInit(Opaque*) { return context_depth == 1 ? 0 : kLtInvalid; }
+FAKE int cusparseLtInit(Opaque* handle) {
+  as<int>(handle) = current;
+  return context_depth == 1 ? 0 : kLtInvalid;
+}
+FAKE int cusparseLtMatDescriptorDestroy(const Opaque*) { return --live < 0; }
+FAKE int cusparseLtMatmulAlgSelectionDestroy(const Opaque*) {
+  return --live < 0;
+}
+FAKE int cusparseLtMatmulPlanDestroy(const Opaque*) { return --live < 0; }
 FAKE int cusparseLtGetVersion(const Opaque*, int* version) {
   *version = 1234;
   return 0;
@@ -240,6 +277,7 @@ FAKE int cusparseLtMatmulDescriptorInit(const Opaque*, Opaque* matmul, int op_a,
 FAKE int cusparseLtMatmulAlgSelectionInit(const Opaque*, Opaque* selection,
                                           const Opaque* matmul, int algorithm) {
   as<Matmul>(selection) = as<Matmul>(matmul);
+  ++live;
   return algorithm == 0 ? 0 : kLtInvalid;
 }
 FAKE int cusparseLtMatmulAlgSetAttribute(const Opaque*, Opaque* selection,
@@ -259,6 +297,7 @@ FAKE int cusparseLtMatmulAlgGetAttribute(const Opaque*, const Opaque*,
 FAKE int cusparseLtMatmulPlanInit(const Opaque*, Opaque* plan,
                                   const Opaque* matmul, const Opaque*) {
   as<Matmul>(plan) = as<Matmul>(matmul);
+  ++live;
   return 0;
 }
 FAKE int cusparseLtMatmulGetWorkspace(const Opaque*, const Opaque*,
@@ -274,12 +313,12 @@ FAKE int cusparseLtSpMMACompressedSize2(const Opaque*, const Opaque* matrix,
   return a.structured ? 0 : kLtInvalid;
 }
 // A copy; the kernel must be 2:4 along its columns.
-FAKE int cusparseLtSpMMACompress2(const Opaque*, const Opaque* matrix,
+FAKE int cusparseLtSpMMACompress2(const Opaque* handle, const Opaque* matrix,
                                   int is_sparse_a, int operation,
                                   const void* dense, void* compressed,
                                   void* workspace, void*) {
   const Matrix& a = as<Matrix>(matrix);
-  if (!is_sparse_a || operation != 0 || !a.structured || !workspace) {
+  if (!is_current(handle) || !is_sparse_a || operation != 0 || !a.structured || !workspace) {
     return kLtInvalid;
   }
   for (int64_t i = 0; i < a.rows; ++i) {
@@ -293,14 +332,14 @@ FAKE int cusparseLtSpMMACompress2(const Opaque*, const Opaque* matrix,
   memcpy(compressed, dense, a.rows * a.columns * a.size());
   return 0;
 }
-FAKE int cusparseLtMatmul(const Opaque*, const Opaque* plan, const void* alpha,
+FAKE int cusparseLtMatmul(const Opaque* handle, const Opaque* plan, const void* alpha,
                           const void* a, const void* b, const void* beta,
                           const void* c, void* d, void* workspace,
                           void** streams, int32_t stream_count) {
   const Matmul& matmul = as<Matmul>(plan);
   if (*static_cast<const float*>(alpha) != 1 ||
       *static_cast<const float*>(beta) != 0 || c != d || !workspace ||
-      !streams || stream_count != 1 || context_depth != 1) {
+      !streams || stream_count != 1 || !is_current(handle)) {
     return kLtInvalid;
   }
   memset(workspace, 1, kWorkspace);

@@ -1,5 +1,7 @@
 // Calls an XLA handler as XLA would on a GPU: with a stream, the ordinal of a
-// device, memory to allocate, buffers and an attribute.
+// device, memory to allocate, buffers and an attribute. As strict as XLA's
+// allocator of scratch memory, which refuses alignments above 16, and stricter
+// about what it gives: full of noise, and noise again once it is given back.
 
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +17,9 @@ struct XLA_FFI_Error {
 
 namespace {
 
-int64_t allocated = 0;
+constexpr int kNoise = 0xee;  // as bfloat16 and float32 a large number
+int64_t allocated = 0, allocations = 0;
+int device_ordinal = 0;
 
 XLA_FFI_Error* ErrorCreate(XLA_FFI_Error_Create_Args* args) {
   return new XLA_FFI_Error{args->message};
@@ -27,21 +31,33 @@ XLA_FFI_Error* StreamGet(XLA_FFI_Stream_Get_Args* args) {
 }
 
 XLA_FFI_Error* OrdinalGet(XLA_FFI_DeviceOrdinal_Get_Args* args) {
-  args->device_ordinal = 0;
+  args->device_ordinal = device_ordinal;
   return nullptr;
 }
 
 XLA_FFI_Error* Allocate(XLA_FFI_DeviceMemory_Allocate_Args* args) {
+  if (args->alignment > 16) {
+    return new XLA_FFI_Error{"Requested alignment must be no more than 16"};
+  }
   ++allocated;
-  args->data = malloc(args->size);
+  ++allocations;
+  args->data = aligned_alloc(256, (args->size + 255) / 256 * 256);
+  memset(args->data, kNoise, args->size);
   return nullptr;
 }
 
 XLA_FFI_Error* Free(XLA_FFI_DeviceMemory_Free_Args* args) {
   --allocated;
+  memset(args->data, kNoise, args->size);
   free(args->data);
   return nullptr;
 }
+
+void MessageGet(XLA_FFI_Error_GetMessage_Args* args) {
+  args->message = args->error->message.c_str();
+}
+
+void ErrorDestroy(XLA_FFI_Error_Destroy_Args* args) { delete args->error; }
 
 XLA_FFI_Api MakeApi() {
   XLA_FFI_Api api;
@@ -50,6 +66,8 @@ XLA_FFI_Api MakeApi() {
   api.api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr,
                      XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
   api.XLA_FFI_Error_Create = ErrorCreate;
+  api.XLA_FFI_Error_GetMessage = MessageGet;
+  api.XLA_FFI_Error_Destroy = ErrorDestroy;
   api.XLA_FFI_Stream_Get = StreamGet;
   api.XLA_FFI_DeviceOrdinal_Get = OrdinalGet;
   api.XLA_FFI_DeviceMemory_Allocate = Allocate;
@@ -73,6 +91,11 @@ std::string text;
 }  // namespace
 
 extern "C" {
+
+int64_t fake_xla_traits(XLA_FFI_Handler* handler);
+
+// The device that the next calls run on.
+void fake_xla_set_device(int ordinal) { device_ordinal = ordinal; }
 
 // An array, of up to 5 axes.
 struct Array {
@@ -124,7 +147,12 @@ const char* fake_xla_call(XLA_FFI_Handler* handler, int is_initialize,
     frame.attrs.attrs = &attr;
   }
 
+  allocations = 0;
   XLA_FFI_Error* error = handler(&frame);
+  // The graph would replay with the address of memory that is given back.
+  if (error == nullptr && allocations > 0 && fake_xla_traits(handler) & 1) {
+    return "a command buffer keeps the address of scratch memory";
+  }
   if (error == nullptr) return nullptr;
   text = error->message;
   delete error;

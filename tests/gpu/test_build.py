@@ -1,8 +1,11 @@
 """What a machine without a GPU can say of the library and of its sources."""
 
 import ctypes
+import importlib.machinery
 import importlib.util
+import os
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -36,7 +39,10 @@ constexpr bool alike(R (*)(A...), S (*)(B...)) {{
 
 def include_folders():
     spec = importlib.util.find_spec("nvidia")
-    places = (spec and spec.submodule_search_locations) or ()
+    places = [*((spec and spec.submodule_search_locations) or ())]
+    # Of `make gpu-libraries`; the headers of the first library are seen.
+    folders = os.environ.get("CUSPARSELT_FOLDERS", "").split()
+    places += [pathlib.Path(folder, "nvidia") for folder in folders]
     found = (pathlib.Path(place).glob("*/include") for place in places)
     return [folder for folders in found for folder in folders]
 
@@ -63,9 +69,10 @@ def check_headers(tmp_path, needed, declared, includes, checks):
 
 def test_cusparselt_is_declared_as_in_its_header(tmp_path):
     functions = (
-        "GetErrorString Init GetVersion DenseDescriptorInit "
-        "StructuredDescriptorInit MatmulDescriptorInit MatmulAlgSelectionInit "
-        "MatmulAlgSetAttribute MatmulAlgGetAttribute MatmulPlanInit "
+        "GetErrorString MatmulAlgSelectionDestroy Init GetVersion "
+        "DenseDescriptorInit MatDescriptorDestroy StructuredDescriptorInit "
+        "MatmulDescriptorInit MatmulAlgSelectionInit MatmulAlgSetAttribute "
+        "MatmulAlgGetAttribute MatmulPlanInit MatmulPlanDestroy "
         "MatmulGetWorkspace Matmul SpMMACompressedSize2 SpMMACompress2"
     )
     structures = (
@@ -176,6 +183,97 @@ def test_without_cuda_every_call_says_why(library, tmp_path, monkeypatch):
         reason = load.__wrapped__(12)
         assert "libabsent.so: cannot open shared object file" in reason
         assert "pip install 'keras-weightmods[cuda12]'" in reason
+
+
+# The wheels as they were opened: each file with the package that brings it.
+WHEELS = {
+    "nvidia-cusparselt-cu12 0.7.1": "cusparselt/lib/libcusparseLt.so.0",
+    "nvidia-cusparselt-cu13 0.8.0": "cusparselt/lib/libcusparseLt.so.0",
+    "nvidia-cusparselt-cu13 0.10.0": "cu13/lib/libcusparseLt.so.0",
+    "nvidia-cuda-nvrtc-cu12 12.9.86": "cuda_nvrtc/lib/libnvrtc.so.12",
+    "nvidia-cuda-nvrtc 13.5.37": "cu13/lib/libnvrtc.so.13",
+}
+
+
+@pytest.mark.parametrize("wheel", list(WHEELS))
+def test_libraries_are_found_in_both_layouts(wheel, tmp_path, monkeypatch):
+    file = tmp_path / "nvidia" / WHEELS[wheel]
+    file.parent.mkdir(parents=True)
+    file.touch()
+    spec = importlib.machinery.ModuleSpec("nvidia", None, is_package=True)
+    # Packages of NVIDIA may lie in several folders.
+    folders = [os.fspath(tmp_path / "other"), os.fspath(tmp_path / "nvidia")]
+    spec.submodule_search_locations = folders
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    name = "nvrtc" if "nvrtc" in wheel else "cusparseLt"
+    cuda = 12 if "12" in wheel.split()[0] else 13
+    assert gpu._cuda_library(name, cuda) == os.fspath(file)
+    file.unlink()
+    assert gpu._cuda_library(name, cuda) == file.name
+
+
+def functions_of_cusparselt():
+    """The functions that the library opens, and those that it can lack."""
+    text = (GPU / "cusparselt.cc").read_text()
+    needed = re.findall(r"^  KWM_FIND\((\w+)\);", text, re.M)
+    optional = re.findall(r"^  KWM_FIND_OPTIONAL\((\w+)\);", text, re.M)
+    declared = (GPU / "cusparselt_api.h").read_text()
+    assert set(re.findall(r"\(\*(\w+)\)\(", declared)) == {*needed, *optional}
+    return needed, optional
+
+
+def open_cusparselt(folder, path):
+    """Open it by a fresh copy of the GPU library; None or what failed."""
+    folder.mkdir()
+    shutil.copy(GPU.parent / "lib" / "kwm_gpu.so", folder / "copy.so")
+    fresh = gpu.open_library(folder / "copy.so")
+    return fresh.kwm_gpu_load_cusparselt(os.fspath(path).encode())
+
+
+def test_cusparselt_of_every_version_is_opened(library, tmp_path):
+    """0.7.1 exports no error texts, and has no selection to destroy."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    needed, optional = functions_of_cusparselt()
+    for version, names, lacks in (
+        ("0.10", needed + optional, None),
+        ("0.7", needed, None),
+        ("broken", [n for n in needed if n != "Matmul"], "cusparseLtMatmul"),
+    ):
+        stub, source = tmp_path / f"{version}.so", tmp_path / f"{version}.c"
+        source.write_text(
+            "".join(
+                f"int cusparseLt{name}() {{ return 0; }}\n" for name in names
+            )
+        )
+        command = [compiler, "-shared", "-fPIC", source, "-o", stub]
+        subprocess.run(command, check=True)
+        failure = open_cusparselt(tmp_path / f"by {version}", stub)
+        expected = lacks and f"a CUDA library lacks {lacks}".encode()
+        assert failure == expected
+
+
+@pytest.mark.skipif(
+    "CUSPARSELT_FOLDERS" not in os.environ,
+    reason="`make gpu-libraries` runs it",
+)
+def test_real_cusparselt_is_opened(library, tmp_path):
+    folders = os.environ["CUSPARSELT_FOLDERS"].split()
+    paths = [
+        path
+        for folder in folders
+        for path in pathlib.Path(folder).rglob("libcusparseLt.so.0")
+    ]
+    assert paths
+    for i, path in enumerate(paths):
+        assert open_cusparselt(tmp_path / str(i), path) is None
+        needed, optional = functions_of_cusparselt()
+        real = ctypes.CDLL(os.fspath(path))
+        for name in needed:
+            assert hasattr(real, f"cusparseLt{name}")
+        lacking = [n for n in optional if not hasattr(real, f"cusparseLt{n}")]
+        print(f"{path}: opened, {len(needed)} functions, without {lacking}")
 
 
 def test_library_of_another_release(library, monkeypatch):

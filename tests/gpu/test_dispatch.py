@@ -53,8 +53,11 @@ def test_unmeasured_is_dense(plan):
         plan(found, dtype="float16"),
     ):
         assert not unknown.is_sparse
-        assert unknown.companion == "dense"
-        assert unknown.choose(1) == ("dense", -1)
+        assert unknown.companions == ("dense",)
+        for rows in (1, 10_000):
+            assert unknown.choose(rows, ("dense",)) == ("dense", -1)
+            assert unknown.choose(rows) == ("dense", -1)
+            assert unknown.why(rows).startswith("dense: ")
 
 
 def test_near_shape_stands_for_others(plan):
@@ -64,7 +67,7 @@ def test_near_shape_stands_for_others(plan):
 
 def test_method_that_does_not_fit_is_left_out(plan):
     found = entries(dense=[9, 9, 9], decode=[1, 1, 1], cusparselt=[1, 1, 1])
-    assert plan(found, shape=(4096, 4100)).companion == "dense"
+    assert plan(found, shape=(4096, 4100)).companions == ("dense",)
     assert plan(found, shape=(4097, 4096)).choose(1)[0] == "dense"
 
 
@@ -72,38 +75,98 @@ def test_decode_and_cusparselt(plan):
     times = {"decode": [4, 8, None], "cusparselt": [8, 7, 5]}
     both = plan(entries(dense=[9, 9, 9], **times))
     assert both.is_sparse
-    assert both.companion == "cusparselt"
-    assert both.choose(1, "cusparselt") == ("decode", -1)
+    assert both.companions == ("cusparselt",)
+    compressed = ("cusparselt",)
+    assert both.choose(1, compressed) == ("decode", -1)
     # As many rows as were measured, or the next number above.
-    assert both.choose(2, "cusparselt") == ("cusparselt", 3)
-    assert both.choose(256, "cusparselt") == ("cusparselt", 3)
-    assert both.choose(4096, "cusparselt") == ("cusparselt", -1)
+    assert both.choose(2, compressed) == ("cusparselt", 3)
+    assert both.choose(256, compressed) == ("cusparselt", 3)
+    assert both.choose(4096, compressed) == ("cusparselt", -1)
     # Without the companion.
     assert both.choose(1) == ("decode", -1)
     assert both.choose(16) == ("decode", -1)
     assert both.choose(17) == ("dense", -1)
+    assert "decode 2.25x, cusparselt 1.12x" in both.why(1)
+    assert "measured on this GPU's model at 4096 x 4096" in both.why(1)
 
 
-def test_companion_is_dense_where_cusparselt_would_lose_somewhere(plan):
+def test_each_companion_is_used_where_it_wins(plan):
+    """On an H100 cuSPARSELt loses below some number of rows."""
     times = {"decode": [4, 12, None], "cusparselt": [9, 11, 5]}
     some = plan(entries(dense=[9, 9, 9], **times))
-    assert some.is_sparse
-    assert some.companion == "dense"
-    assert some.choose(1, "dense") == ("decode", -1)
-    assert some.choose(16, "dense") == ("dense", -1)
-    assert some.choose(256, "dense") == ("dense", -1)
+    both = some.companions
+    assert both == ("dense", "cusparselt")
+    assert some.choose(1, both) == ("decode", -1)
+    assert some.choose(16, both) == ("dense", -1)
+    assert some.choose(256, both) == ("cusparselt", 3)
+    assert some.choose(257, both) == ("cusparselt", -1)
+    assert some.choose(256, ("dense",)) == ("dense", -1)
+    assert some.why(16).startswith("dense: over dense decode 0.75x")
 
 
-@pytest.mark.parametrize("companion", ["dense", "cusparselt"])
-def test_no_choice_is_slower_than_dense(companion):
+def test_more_rows_than_the_decode_kernel_takes_are_dense(plan):
+    only = plan(entries(dense=[9, 9, 9], decode=[4, 4, 4]))
+    assert only.companions == ("dense",)
+    assert only.choose(257, ("dense",)) == ("dense", -1)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 16, 100])
+def test_no_choice_is_slower_than_dense(rows):
     for decode in (1.0, 9.0, 20.0, None):
-        for cusparselt in (1.0, 9.0, 20.0, None):
-            times = {"dense": 10.0, "decode": decode, "cusparselt": cusparselt}
-            times = {k: t for k, t in times.items() if t is not None}
-            plan = Plan((Measured(4, times),))
-            if plan.companion == companion:
-                method, _ = plan.choose(3, companion)
-                assert times[method] <= 10.0
+        for few in (1.0, 9.0, 20.0, None):
+            for many in (1.0, 9.0, 20.0):
+                times = {"dense": 10.0, "decode": decode, "cusparselt": few}
+                times = {k: t for k, t in times.items() if t is not None}
+                last = {"dense": 10.0, "cusparselt": many}
+                plan = Plan((Measured(4, times), Measured(16, last)))
+                method, _ = plan.choose(rows, plan.companions)
+                assert (times if rows <= 4 else last)[method] <= 10.0
+                assert method in ("decode", *plan.companions)
+
+
+# By the least figures of the review, in rows: the first that gains, if any.
+@pytest.mark.parametrize(
+    ("device", "first"),
+    [
+        ("NVIDIA H100 PCIe", 512),
+        ("NVIDIA H100 80GB HBM3", 512),
+        ("NVIDIA A100-SXM4-80GB", 64),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_published_figures(plan, device, first):
+    for dtype in ("bfloat16", "float16", "float32"):
+        found = plan([], device=device, dtype=dtype)
+        sparse = first is not None and dtype == "bfloat16"
+        assert found.is_sparse == sparse
+        for rows in (1, 63, 64, 65, 256, 511, 512, 1024, 100_000):
+            method, algorithm = found.choose(rows, found.companions)
+            assert algorithm == -1
+            expected = sparse and rows >= first
+            assert method == ("cusparselt" if expected else "dense")
+            said = "not measured by this library" in found.why(rows)
+            assert said == sparse
+
+
+def test_where_published_figures_say_nothing(plan):
+    for elsewhere in (
+        plan([], device="NVIDIA H100 PCIe", shape=(1024, 4096)),
+        plan([], device="NVIDIA H100 PCIe", shape=(4096, 4100)),
+        # What was measured on this card counts alone.
+        plan(
+            entries(dense=[9, 9, 9], decode=[1, 1, 1]),
+            device="card",
+            shape=(16384, 16384),
+        ),
+    ):
+        assert not elsewhere.is_sparse
+        assert elsewhere.companions == ("dense",)
+
+
+def test_values_that_no_product_on_a_gpu_takes():
+    kind = "torch", "NVIDIA H100 PCIe", (4096, 4096), "bfloat16"
+    assert not dispatch.plan(*kind, "int4").is_sparse
+    assert "int4" in dispatch.why(*kind, "int4", rows=512)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_decode_says_what_it_takes(faked):
     failure, _ = decode(library, x, pack_kernel(kernel))
     assert b"an even k, not 33" in failure
     x, kernel = make(1, 32, 16, "bfloat16")
-    failure, _ = decode(library, x, pack_kernel(kernel), device=1)
+    failure, _ = decode(library, x, pack_kernel(kernel), device=2)
     assert b"cuDeviceGet: an error of the fake driver (101)" in failure
     packed = pack_kernel(kernel)
     shifted = np.empty(packed.meta.nbytes + 4, np.uint8)[4:]
@@ -111,6 +111,17 @@ def test_decode_says_what_it_takes(faked):
     object.__setattr__(packed, "meta", shifted)
     assert b"aligned to 8 bytes" in decode(library, x, packed)[0]
     assert fake.fake_context_depth() == 0
+
+
+def test_misaligned_activations_are_refused(faked):
+    """A real GPU's context would end: nothing runs in the process after."""
+    library, fake = faked
+    x, kernel = make(1, 32, 16, "bfloat16")
+    room = np.zeros(33, x.dtype)
+    odd = room[1:] if room.ctypes.data % 4 == 0 else room[:-1]
+    failure, _ = decode(library, odd.reshape(1, 32), pack_kernel(kernel))
+    assert b"aligned to 4 bytes" in failure
+    assert fake.fake_misaligned() == 0
 
 
 def compress(library, kernel):
@@ -163,6 +174,21 @@ def test_cusparselt_equals_reference(faked, dtype, algorithm):
     expected = x.astype("float64") @ kernel.astype("float64")
     assert error(y, expected) <= TOLERANCE[dtype]
     assert fake.fake_context_depth() == 0
+
+
+def test_structures_are_destroyed(faked):
+    library, fake = faked
+    x, kernel = operands("bfloat16")
+    arguments = library, x, compress(library, kernel)[1], 32
+    cusparselt(*arguments)
+    before = fake.fake_live()
+    for _ in range(3):
+        compress(library, kernel)
+        cusparselt(*arguments)
+        test_cusparselt_algorithms(faked)
+        # A plan that could not be made.
+        assert cusparselt(*arguments, algorithm=7)[0] is not None
+    assert fake.fake_live() == before
 
 
 def test_cusparselt_algorithms(faked):

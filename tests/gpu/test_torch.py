@@ -1,12 +1,19 @@
 """The GPU products under torch, on CPU tensors where these can do them."""
 
 import gc
+import types
 
 import keras
 import numpy as np
 import pytest
 
-from keras_weightmods.native.packed import pack_kernel, unpack_kernel
+from keras_weightmods.native import gpu
+from keras_weightmods.native.packed import (
+    Packed,
+    pack_dense,
+    pack_kernel,
+    unpack_kernel,
+)
 from tests.gpu.kernels import error, sparse_kernel
 
 if keras.backend.backend() != "torch":
@@ -79,6 +86,164 @@ def test_companion_goes_with_the_packed_values():
     assert len(kept) == 1
 
 
+def test_companion_made_in_a_cuda_graph_is_not_kept(monkeypatch):
+    """Its memory is the graph's, and empty until that is replayed."""
+    kernel, weights = make()
+    kept = sparse_matmul_gpu._companions._kept
+    kept.clear()
+    monkeypatch.setattr(sparse_matmul_gpu, "_is_capturing", lambda: True)
+    x = torch.randn(3, K)
+    with pytest.warns(UserWarning, match="once before the capture"):
+        y = sparse_matmul_gpu.sparse_matmul(x, *weights, N)
+    assert error(y, x.double().numpy() @ kernel) <= 1e-5
+    assert not kept
+
+
+@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
+def test_unpacked_on_its_own_device(value_dtype):
+    _, weights = make(value_dtype)
+    kernel = sparse_matmul_gpu.unpack(*weights, K, N, torch.float32)
+    expected = unpack_kernel(pack_kernel(sparse_kernel(K, N), value_dtype))
+    np.testing.assert_array_equal(kernel, expected)
+    # Any device that is not Keras' default one stands for cuda:1.
+    moved = [None if a is None else a.to("meta") for a in weights]
+    kernel = sparse_matmul_gpu.unpack(*moved, K, N, torch.float32)
+    assert kernel.device.type == "meta"
+    y = sparse_matmul_gpu.sparse_matmul(
+        torch.empty(3, K, device="meta"), *moved, N
+    )
+    assert (y.device.type, y.shape) == ("meta", (3, N))
+
+
+@pytest.mark.parametrize("value_dtype", ["int8", "int4", "dense int4"])
+def test_dense_products_stay_on_their_device(value_dtype):
+    """By int8 activations and by int4, on a GPU."""
+    kernel = sparse_kernel(K, N)
+    if value_dtype == "dense int4":
+        packed = pack_dense(kernel, "int4")
+    else:
+        packed = pack_kernel(kernel, value_dtype, "int8")
+    arrays = {
+        name: torch.empty(
+            array.shape, dtype=getattr(torch, array.dtype.name), device="meta"
+        )
+        for name in ("values", "meta", "scale")
+        if (array := getattr(packed, name)) is not None
+    }
+    moved = Packed(**{**vars(packed), **arrays})
+    y = operators._dense(torch.empty(2, 3, K, device="meta"), moved)
+    assert (y.device.type, y.shape) == ("meta", (2, 3, N))
+
+
+@pytest.fixture
+def on_fake_gpu(monkeypatch, faked):
+    """CPU tensors on the fake GPU: `_decode` runs down to the kernel."""
+    library, fake = faked
+
+    def decode(device, *arguments):
+        assert device == -1  # of a tensor on a CPU
+        return library.kwm_gpu_decode(0, *arguments)
+
+    stand_in = types.SimpleNamespace(kwm_gpu_decode=decode)
+    monkeypatch.setattr(gpu, "library", lambda: stand_in)
+    stream = types.SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(sparse_matmul_gpu, "reason_unavailable", lambda _: "")
+    return fake
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_decode_of_views(on_fake_gpu, x_dtype):
+    """A view may begin anywhere; a misaligned load would end the context."""
+    kernel, weights = make()
+    room = torch.randn(2 * K + 1).to(x_dtype)
+    for x in (room[1:], room[:-1], torch.randn(K, 2).to(x_dtype).T):
+        x = x.reshape(2, K)
+        y = sparse_matmul_gpu.sparse_matmul(x, *weights, N, "decode")
+        expected = x.double().numpy() @ kernel
+        assert error(y, expected) <= (
+            1e-5 if x_dtype == torch.float32 else 1e-2
+        )
+    assert on_fake_gpu.fake_misaligned() == 0
+
+
+def test_hot_call_checks_no_packed_kernel(on_fake_gpu, monkeypatch):
+    kernel, weights = make()
+    x = torch.randn(2, K)
+
+    def made(self):
+        raise AssertionError("a Packed is made and checked in each call")
+
+    monkeypatch.setattr(Packed, "__post_init__", made)
+    for method in ("decode", "dense", None):
+        y = sparse_matmul_gpu.sparse_matmul(x, *weights, N, method)
+        assert error(y, x.double().numpy() @ kernel) <= 1e-5
+
+
+def test_wrong_sizes_are_refused():
+    """The kernel would read beyond its arrays."""
+    _, (values, meta, scale) = make()
+    x = torch.randn(2, K)
+    for weights in ((values[:1], meta, scale), (values, meta[:1], scale)):
+        with pytest.raises(ValueError, match="of a packed kernel of shape"):
+            sparse_matmul_gpu.sparse_matmul(x, *weights, N)
+    with pytest.raises(ValueError, match="of a packed kernel of shape"):
+        sparse_matmul_gpu.sparse_matmul(x, values, meta, scale, 3 * N)
+    with pytest.raises(ValueError, match="of a packed kernel of shape"):
+        sparse_matmul_gpu.sparse_matmul(x, values, meta, meta, N)
+
+
+def test_facts_of_each_device_are_asked_for_once(monkeypatch):
+    asked = []
+
+    def get_device_name(index):
+        asked.append(index)
+        return f"card {index}"
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", get_device_name)
+    for cached in (sparse_matmul_gpu._name_of, sparse_matmul_gpu._plan_on):
+        cached.cache_clear()
+    for _ in range(3):
+        for index in (0, 1):
+            for n in (N, 2 * N):
+                chosen = sparse_matmul_gpu._plan_on(
+                    index, K, n, torch.bfloat16, torch.int8
+                )
+                assert f"card {index}" in chosen.why(1)
+    assert asked == [0, 1]
+    for cached in (sparse_matmul_gpu._name_of, sparse_matmul_gpu._plan_on):
+        cached.cache_clear()
+
+
+def test_cusparselt_of_torch(monkeypatch):
+    """Its two functions, as their documentation has it."""
+    kernel = sparse_kernel(64, 32)
+    packed = pack_kernel(kernel)
+    weights = [torch.from_numpy(packed.values), torch.from_numpy(packed.meta)]
+    algorithms = []
+
+    def compress(transposed):
+        assert transposed.is_contiguous()
+        assert transposed.shape == (32, 64)
+        return transposed
+
+    def multiply(compressed, x, transpose_result, alg_id):
+        assert transpose_result
+        assert x.shape[1] % 16 == 0
+        algorithms.append(alg_id)
+        return (compressed @ x).T
+
+    monkeypatch.setattr(torch, "_cslt_compress", compress)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    monkeypatch.setattr(sparse_matmul_gpu, "reason_unavailable", lambda _: "")
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    product = sparse_matmul_gpu.sparse_matmul
+    for algorithm in (-1, 17):
+        y = product(x, *weights, None, 32, "cusparselt", algorithm)
+        assert error(y, x.double().numpy() @ kernel) <= 1e-2
+    assert algorithms == [0, 17]
+
+
 def test_operators_have_them_on_cuda():
     assert operators.reason_unavailable() == ""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -91,4 +256,17 @@ def test_without_a_gpu_it_says_so():
         pytest.skip("there is a GPU")
     reason = sparse_matmul_gpu.reason_unavailable("decode")
     assert "finds no NVIDIA GPU" in reason
+    _, weights = make()
+    with pytest.raises(RuntimeError, match="finds no NVIDIA GPU"):
+        sparse_matmul_gpu.sparse_matmul(torch.ones(1, K), *weights, N, "decode")
     assert sparse_matmul_gpu.device_name() is None
+
+
+def test_torch_without_cusparselt_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = sparse_matmul_gpu.reason_unavailable.__wrapped__
+    available = torch.backends.cusparselt
+    monkeypatch.setattr(available, "is_available", lambda: False)
+    assert "built without cuSPARSELt" in reason("cusparselt")
+    monkeypatch.setattr(available, "is_available", lambda: True)
+    assert reason("cusparselt") == ""

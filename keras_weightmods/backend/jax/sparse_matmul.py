@@ -193,10 +193,22 @@ def column_parallel_matmul(x, packed, mesh, axis_name):
     values, meta, scale = _arrays(packed)
     split = jax.sharding.PartitionSpec(axis_name)
     whole = jax.sharding.PartitionSpec()
-    multiply = jax.shard_map(
-        functools.partial(
-            _multiply, n=n // devices, activations=packed.activations
-        ),
+    own_shape = packed.shape[0], n // devices
+
+    def multiply(x, values, meta, scale):
+        own = Packed(
+            values,
+            meta if meta.size else None,
+            scale if scale.size else None,
+            own_shape,
+            packed.dtype,
+            packed.activations,
+        )
+        # By the platform of the mesh, which need not be the default one.
+        return sparse_matmul(x, own)
+
+    split_columns = jax.shard_map(
+        multiply,
         mesh=mesh,
         in_specs=(
             *(whole, split),
@@ -208,4 +220,4 @@ def column_parallel_matmul(x, packed, mesh, axis_name):
         # Then the gradient of `x`, which is whole, is summed over the devices.
         check_vma=False,
     )
-    return multiply(x, values, meta, scale)
+    return split_columns(x, values, meta, scale)

@@ -1,28 +1,34 @@
 """`sparse_matmul` on NVIDIA GPUs under JAX. Not yet run on a GPU.
 
-Of three products the one that was measured to be the fastest for the kernel's
-shape, the types and the number of rows: a decode kernel that reads the packed
-arrays, cuSPARSELt, or dense.
+Of three products the one that `native.gpu.dispatch` holds for the fastest, by
+the kernel's shape, the types and the number of rows: a decode kernel that reads
+the packed arrays, cuSPARSELt, or dense.
 
 cuSPARSELt and dense need the kernel in a form of their own, a companion of the
 packed arrays. It is made at load, by `prepare`, and never stored. Without it
 cuSPARSELt is out, and the dense product unpacks the kernel in each call.
+
+Rows may be split over devices: each multiplies its own. The custom calls tell
+XLA so, which would else gather them.
 """
 
 import dataclasses
 import functools
 import math
+import string
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
 
 from keras_weightmods import native
 from keras_weightmods.backend.jax.batching import batches_as_rows
 from keras_weightmods.native import gpu
 from keras_weightmods.native.gpu import dispatch
-from keras_weightmods.native.packed import Packed, dense_matmul, unpack_kernel
+from keras_weightmods.native.packed import Packed, unpack_kernel, unpack_tensor
 
 _TARGETS = {
     "kwm_gpu_decode": {
@@ -41,17 +47,15 @@ _ROWS = 16
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedPacked(Packed):
-    """A packed kernel with its companion, as `prepare` makes it.
+    """A packed kernel with its companions, as `prepare` makes it.
 
     Args:
-        companion: Array, tensor or variable, of the shape and type that
-            `companion_spec` gives.
-        companion_kind: String, `"dense"` or `"cusparselt"`.
-        x_dtype: String, type of the activations that it is for.
+        companions: Dict from `"dense"` or `"cusparselt"` to an array, tensor
+            or variable, of the shape and type that `companion_spec` gives.
+        x_dtype: String, type of the activations that they are for.
     """
 
-    companion: Any = None
-    companion_kind: str = "dense"
+    companions: Any = None
     x_dtype: str = "float32"
 
 
@@ -78,19 +82,19 @@ def companion_spec(kind, shape, x_dtype):
     if kind == "dense":
         return shape, x_dtype
     _require("cusparselt")
-    device = jax.devices("cuda")[0].local_hardware_id
-    return (gpu.compressed_size(device, shape, x_dtype),), "uint8"
+    ordinal = _devices()[0].local_hardware_id
+    return (gpu.compressed_size(ordinal, shape, x_dtype),), "uint8"
 
 
-def prepare(packed, x_dtype, kind=None):
-    """Make the companion of a packed kernel.
+def prepare(packed, x_dtype, kinds=None):
+    """Make the companions of a packed kernel.
 
     Args:
         packed: `Packed`, of concrete arrays.
         x_dtype: String, type of the activations: `"float32"`, `"bfloat16"`,
             `"float16"`, or `"int8"` for int8 values.
-        kind: String, `"dense"` or `"cusparselt"`. Defaults to what the
-            measured times advise.
+        kinds: Tuple of `"dense"` and `"cusparselt"`. Defaults to those that
+            the dispatcher would use at some number of rows.
 
     Returns:
         `PreparedPacked`.
@@ -98,28 +102,36 @@ def prepare(packed, x_dtype, kind=None):
     Raises:
         RuntimeError: If cuSPARSELt is asked for and missing, or has failed.
     """
-    if kind is None:
-        kind = plan(packed.shape, x_dtype, packed.dtype).companion
+    if kinds is None:
+        kinds = plan(packed.shape, x_dtype, packed.dtype).companions
     fields = {
         f.name: getattr(packed, f.name) for f in dataclasses.fields(Packed)
     }
-    prepared = PreparedPacked(**fields, companion_kind=kind, x_dtype=x_dtype)
-    return dataclasses.replace(prepared, companion=companion(prepared))
+    made = {kind: companion(kind, packed, x_dtype) for kind in kinds}
+    return PreparedPacked(**fields, companions=made, x_dtype=x_dtype)
 
 
-def companion(packed):
-    """The companion that belongs to a `PreparedPacked`, of concrete arrays."""
+def companion(kind, packed, x_dtype):
+    """The companion of a packed kernel of concrete arrays, on its device."""
     kernel: Any = unpack_kernel(packed)
-    if packed.x_dtype == "int8":
+    if x_dtype == "int8":
         # What is multiplied are the steps; the scale follows.
-        kernel = jnp.rint(kernel / packed_scale(packed))
-    kernel = jnp.asarray(kernel, packed.x_dtype)
-    if packed.companion_kind == "dense":
+        scale = keras.ops.convert_to_numpy(packed.scale).ravel()
+        kernel = np.rint(kernel / scale[: packed.shape[1]])
+    kernel = jax.device_put(kernel.astype(x_dtype), _device_of(packed.values))
+    if kind == "dense":
         return kernel
-    shape, dtype = companion_spec("cusparselt", packed.shape, packed.x_dtype)
+    shape, dtype = companion_spec("cusparselt", packed.shape, x_dtype)
     result = jax.ShapeDtypeStruct(shape, dtype)
     call = jax.ffi.ffi_call("kwm_gpu_compress", result)
     return jax.jit(lambda kernel: call(kernel.T))(kernel)
+
+
+def _device_of(array):
+    """The one device that an array is on; None for the default."""
+    array = getattr(array, "value", array)
+    devices = array.devices() if isinstance(array, jax.Array) else ()
+    return next(iter(devices)) if len(devices) == 1 else None
 
 
 def packed_scale(packed):
@@ -145,16 +157,20 @@ def matmul(x, packed, method=None, algorithm=-1):
     Returns:
         Array of shape (..., N).
     """
-    companion, kind = None, None
+    companions = {}
     if isinstance(packed, PreparedPacked) and packed.x_dtype == x.dtype.name:
-        companion = keras.ops.convert_to_tensor(packed.companion)
-        kind = packed.companion_kind
+        companions = {
+            kind: keras.ops.convert_to_tensor(array)
+            for kind, array in packed.companions.items()
+        }
+    if method is not None and device_name() is not None:
+        _require(method)
     arrays = [
         None if array is None else keras.ops.convert_to_tensor(array)
         for array in (packed.values, packed.meta, packed.scale)
     ]
-    product = _Product(packed.shape, packed.dtype, kind, method, algorithm)
-    return _matmul(product, x, *arrays, companion)
+    product = _Product(packed.shape, packed.dtype, method, algorithm)
+    return _matmul(product, x, *arrays, companions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +179,10 @@ class _Product:
 
     shape: tuple
     value_dtype: str
-    companion_kind: str | None
     method: str | None
     algorithm: int
 
-    def choose(self, rows, x_dtype):
+    def choose(self, rows, x_dtype, companions):
         """Return the method and cuSPARSELt's algorithm."""
         if self.method is not None:
             return self.method, self.algorithm
@@ -175,7 +190,7 @@ class _Product:
         if not isinstance(rows, int) or rows == 0 or 0 in self.shape:
             return "dense", -1
         method, algorithm = plan(self.shape, x_dtype, self.value_dtype).choose(
-            rows, self.companion_kind
+            rows, tuple(companions)
         )
         reason = reason_unavailable(method)
         if reason:
@@ -188,8 +203,8 @@ class _Product:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(product, x, values, meta, scale, companion):
-    return _mapped(product)(x, values, meta, scale, companion)
+def _matmul(product, x, values, meta, scale, companions):
+    return _mapped(product)(x, values, meta, scale, companions)
 
 
 def _matmul_forward(product, *arrays):
@@ -197,15 +212,12 @@ def _matmul_forward(product, *arrays):
 
 
 def _matmul_backward(product, saved, dy):
-    x, values, *others = saved
+    x, values, meta, scale, _ = saved
     if product.value_dtype != "float32":
-        _, pull = jax.vjp(lambda x: _dense(product, x, values, *others), x)
+        _, pull = jax.vjp(lambda x: _dense(product, x, *saved[1:]), x)
         return *pull(dy), None, None, None, None
-    meta, scale, _ = others
     _, pull = jax.vjp(
-        lambda x, values: dense_matmul(x, product.packed(values, meta, scale)),
-        x,
-        values,
+        lambda x, values: _dense(product, x, values, meta, scale, {}), x, values
     )
     return *pull(dy), None, None, None
 
@@ -218,41 +230,48 @@ def _mapped(product):
     return batches_as_rows(functools.partial(_multiply, product))
 
 
-def _multiply(product, x, values, meta, scale, companion):
+def _multiply(product, x, values, meta, scale, companions):
     rows = math.prod(x.shape[:-1])
-    method, algorithm = product.choose(rows, x.dtype.name)
+    method, algorithm = product.choose(rows, x.dtype.name, companions)
     if method == "dense":
-        return _dense(product, x, values, meta, scale, companion)
+        return _dense(product, x, values, meta, scale, companions)
+    _register()
     n = product.shape[1]
     matrix = x.reshape(rows, product.shape[0])
     if method == "decode":
-        y = _decode(matrix, values, meta, scale, n)
+        if scale is None:
+            scale = jnp.zeros((0,), jnp.float32)
+        y = _rows_split(_decode, n)(matrix, values, meta, scale)
     else:
-        y = _cusparselt(matrix, companion, n, algorithm)
+        call = _rows_split(_cusparselt, n, algorithm)
+        y = call(matrix, companions["cusparselt"])
         if x.dtype == jnp.int8:
             y = y * packed_scale(product.packed(values, meta, scale))
     return y.reshape(*x.shape[:-1], n)
 
 
-def _dense(product, x, values, meta, scale, companion):
-    if product.companion_kind != "dense":
-        return dense_matmul(x, product.packed(values, meta, scale))
-    if x.dtype != jnp.int8:
-        return jnp.matmul(x, companion)
-    y = jnp.matmul(x, companion, preferred_element_type=jnp.int32)
-    return y * packed_scale(product.packed(values, meta, scale))
+def _dense(product, x, values, meta, scale, companions):
+    packed = product.packed(values, meta, scale)
+    if "dense" not in companions:
+        # In the type of x, as the companion is; int8 has no such product.
+        dtype = jnp.float32 if x.dtype == jnp.int8 else x.dtype
+        x, kernel = x.astype(dtype), unpack_tensor(packed).astype(dtype)
+    else:
+        kernel = companions["dense"]
+    if x.dtype == jnp.int8:
+        y = jnp.matmul(x, kernel, preferred_element_type=jnp.int32)
+        return y * packed_scale(packed)
+    # By default a GPU rounds the factors of a float32 product to TF32.
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, kernel, precision=precision)
 
 
-def _decode(x, values, meta, scale, n):
-    _register()
-    if scale is None:
-        scale = jnp.zeros((0,), jnp.float32)
+def _decode(n, x, values, meta, scale):
     result = jax.ShapeDtypeStruct((x.shape[0], n), x.dtype)
     return jax.ffi.ffi_call("kwm_gpu_decode", result)(x, values, meta, scale)
 
 
-def _cusparselt(x, compressed, n, algorithm):
-    _register()
+def _cusparselt(n, algorithm, x, compressed):
     rows = x.shape[0]
     x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
     dtype = jnp.int32 if x.dtype == jnp.int8 else x.dtype
@@ -262,12 +281,65 @@ def _cusparselt(x, compressed, n, algorithm):
 
 
 @functools.cache
+def _rows_split(product, *settings):
+    """A product of a matrix and weights, with a rule for XLA's partitioner.
+
+    The rows of the matrix, and so of the result, may be split; all else is
+    whole on each device.
+    """
+
+    def multiply(x, *weights):
+        return product(*settings, x, *weights)
+
+    call = custom_partitioning(multiply)
+
+    def rows_of(x):
+        spec = getattr(x.sharding, "spec", None)
+        return jax.sharding.PartitionSpec(spec[0] if spec else None, None)
+
+    def infer(mesh, arguments, result):
+        del result
+        return jax.sharding.NamedSharding(mesh, rows_of(arguments[0]))
+
+    def partition(mesh, arguments, result):
+        named = functools.partial(jax.sharding.NamedSharding, mesh)
+        rows, whole = named(rows_of(arguments[0])), jax.sharding.PartitionSpec()
+        weights = [named(whole) for _ in arguments[1:]]
+        return mesh, multiply, rows, (rows, *weights)
+
+    def rule(mesh, arguments, results):
+        del mesh, results
+        letters = iter(string.ascii_lowercase)
+        weights = [
+            " ".join(next(letters) for _ in argument.shape)
+            for argument in arguments[1:]
+        ]
+        used = " ".join(weights).split()
+        rule = ", ".join(["rows inner", *weights]) + " -> rows units"
+        # In the order of the rule.
+        return rule, {"need_replication_factors": ("inner", *used, "units")}
+
+    call.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=rule,
+    )
+    return call
+
+
+def _devices():
+    """The GPUs of this process; none where JAX has none."""
+    try:
+        return jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return []
+
+
+@functools.cache
 def device_name():
     """Return the name of the GPU; None where JAX has none."""
-    try:
-        return jax.devices("cuda")[0].device_name
-    except RuntimeError:
-        return None
+    devices = _devices()
+    return devices[0].device_kind if devices else None
 
 
 @functools.cache

@@ -42,12 +42,17 @@ _library.define(
 
 def _on_gpu(name):
     """Return the operator on a GPU."""
-    module = "keras_weightmods.backend.torch.sparse_matmul_gpu"
 
     def run(*arguments):
-        return getattr(importlib.import_module(module), name)(*arguments)
+        return getattr(_gpu_module(), name)(*arguments)
 
     return run
+
+
+@functools.cache
+def _gpu_module():
+    module = "keras_weightmods.backend.torch.sparse_matmul_gpu"
+    return importlib.import_module(module)
 
 
 for _name in (

@@ -24,10 +24,10 @@ def sparse_matmul(x, packed):
     if device not in ("cpu", "cuda", "meta") or (
         device == "cpu" and not native.is_available()
     ):
-        return dense_matmul(x, packed)
+        return _dense(x, packed)
     rounded = packed.activations == "int8"
     if device == "cuda" and (rounded or packed.dtype == "int4"):
-        return dense_matmul(x, packed)
+        return _dense(x, packed)
     weights = (
         _tensor(packed.values),
         None if packed.meta is None else _tensor(packed.meta),
@@ -39,6 +39,12 @@ def sparse_matmul(x, packed):
     if x.dtype is torch.float32 or device == "cuda":
         return multiply(x, *weights)
     return multiply(x.to(torch.float32), *weights).to(x.dtype)
+
+
+def _dense(x, packed):
+    # Keras' functions would move all to its default device.
+    with keras.device(str(x.device)):
+        return dense_matmul(x, packed)
 
 
 def prepared(operator, k, n, values, meta, scale):

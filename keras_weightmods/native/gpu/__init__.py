@@ -143,13 +143,14 @@ def _cuda_library(name, cuda):
     # cuSPARSELt counts its own versions.
     version = 0 if name == "cusparseLt" else cuda
     file = f"lib{name}.so.{version}"
-    folders = {12: {"nvrtc": "cuda_nvrtc", "cusparseLt": "cusparselt"}}
-    folder = folders.get(cuda, {}).get(name, f"cu{cuda}")
+    # Wheels for CUDA 13 share a folder, but cuSPARSELt's before 0.9 do not.
+    own = {"nvrtc": "cuda_nvrtc", "cusparseLt": "cusparselt"}[name]
     spec = importlib.util.find_spec("nvidia")
     for place in (spec and spec.submodule_search_locations) or ():
-        path = pathlib.Path(place, folder, "lib", file)
-        if path.exists():
-            return os.fspath(path)
+        for folder in (f"cu{cuda}", own):
+            path = pathlib.Path(place, folder, "lib", file)
+            if path.exists():
+                return os.fspath(path)
     return file
 
 

@@ -23,8 +23,10 @@ bool ready = false;
 
 Failure explain(const char* what, int status) {
   if (status == 0) return "";
-  return std::string("cuSPARSELt, ") + what + ": " +
-         functions.GetErrorString(status) + " (" + std::to_string(status) + ")";
+  const char* text = "error";
+  if (functions.GetErrorString) text = functions.GetErrorString(status);
+  return std::string("cuSPARSELt, ") + what + ": " + text + " (" +
+         std::to_string(status) + ")";
 }
 
 Failure load(const char* path) {
@@ -33,21 +35,27 @@ Failure load(const char* path) {
   KWM_TRY(kwm::open_library(path, &library));
 #define KWM_FIND(name) \
   KWM_TRY(kwm::find(library, "cusparseLt" #name, &functions.name))
-  KWM_FIND(GetErrorString);
+#define KWM_FIND_OPTIONAL(name) \
+  kwm::find_optional(library, "cusparseLt" #name, &functions.name)
+  KWM_FIND_OPTIONAL(GetErrorString);
+  KWM_FIND_OPTIONAL(MatmulAlgSelectionDestroy);
   KWM_FIND(Init);
   KWM_FIND(GetVersion);
   KWM_FIND(DenseDescriptorInit);
+  KWM_FIND(MatDescriptorDestroy);
   KWM_FIND(StructuredDescriptorInit);
   KWM_FIND(MatmulDescriptorInit);
   KWM_FIND(MatmulAlgSelectionInit);
   KWM_FIND(MatmulAlgSetAttribute);
   KWM_FIND(MatmulAlgGetAttribute);
   KWM_FIND(MatmulPlanInit);
+  KWM_FIND(MatmulPlanDestroy);
   KWM_FIND(MatmulGetWorkspace);
   KWM_FIND(Matmul);
   KWM_FIND(SpMMACompressedSize2);
   KWM_FIND(SpMMACompress2);
 #undef KWM_FIND
+#undef KWM_FIND_OPTIONAL
   ready = true;
   return "";
 }
@@ -86,12 +94,53 @@ Failure get_types(int type, Types* types) {
   }
 }
 
+// A structure of the library, with the function that frees what it points to.
+class Owned {
+ public:
+  explicit Owned(int (*lt::Functions::*destroy)(const Opaque*))
+      : destroy_(destroy) {}
+  ~Owned() {
+    const auto destroy = functions.*destroy_;
+    if (made_ && destroy) destroy(&opaque_);
+  }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+
+  // Fills it by a function of the library, or says what failed.
+  template <typename Init>
+  Failure init(const char* what, const Init& init) {
+    const int status = init(&opaque_);
+    made_ = status == 0;
+    return explain(what, status);
+  }
+  Opaque* get() { return &opaque_; }
+  const Opaque* get() const { return &opaque_; }
+
+ private:
+  int (*lt::Functions::*destroy_)(const Opaque*);
+  Opaque opaque_;
+  bool made_ = false;
+};
+
+struct Matrix : Owned {
+  Matrix() : Owned(&lt::Functions::MatDescriptorDestroy) {}
+};
+
 Failure init_structured(const Opaque* handle, int64_t k, int64_t n, int type,
-                        Opaque* matrix) {
-  return explain("structured matrix",
-                 functions.StructuredDescriptorInit(
-                     handle, matrix, n, k, k, kAlignment, type, lt::kOrderRow,
-                     lt::kSparsity50));
+                        Matrix* matrix) {
+  return matrix->init("structured matrix", [&](Opaque* made) {
+    return functions.StructuredDescriptorInit(handle, made, n, k, k, kAlignment,
+                                              type, lt::kOrderRow,
+                                              lt::kSparsity50);
+  });
+}
+
+Failure init_dense(const Opaque* handle, const char* what, int64_t rows,
+                   int64_t columns, int type, Matrix* matrix) {
+  return matrix->init(what, [&](Opaque* made) {
+    return functions.DenseDescriptorInit(handle, made, rows, columns, rows,
+                                         kAlignment, type, lt::kOrderColumn);
+  });
 }
 
 struct Product {
@@ -106,7 +155,10 @@ struct Product {
 };
 
 struct Plan {
-  Opaque a, b, d, matmul, selection, plan;
+  Matrix a, b, d;
+  Opaque matmul;
+  Owned selection{&lt::Functions::MatmulAlgSelectionDestroy};
+  Owned plan{&lt::Functions::MatmulPlanDestroy};
   size_t workspace = 0;
 };
 
@@ -115,28 +167,27 @@ Failure describe(const Opaque* handle, const Product& product, Plan* plan) {
   Types types;
   KWM_TRY(get_types(product.type, &types));
   KWM_TRY(init_structured(handle, product.k, product.n, types.in, &plan->a));
-  KWM_TRY(explain("activations", functions.DenseDescriptorInit(
-                                     handle, &plan->b, product.k, product.rows,
-                                     product.k, kAlignment, types.in,
-                                     lt::kOrderColumn)));
-  KWM_TRY(explain("result", functions.DenseDescriptorInit(
-                                handle, &plan->d, product.n, product.rows,
-                                product.n, kAlignment, types.out,
-                                lt::kOrderColumn)));
+  KWM_TRY(init_dense(handle, "activations", product.k, product.rows, types.in,
+                     &plan->b));
+  KWM_TRY(init_dense(handle, "result", product.n, product.rows, types.out,
+                     &plan->d));
   KWM_TRY(explain("product",
                   functions.MatmulDescriptorInit(
                       handle, &plan->matmul, lt::kNonTranspose,
-                      lt::kNonTranspose, &plan->a, &plan->b, &plan->d, &plan->d,
-                      types.compute)));
-  return explain("algorithms", functions.MatmulAlgSelectionInit(
-                                   handle, &plan->selection, &plan->matmul,
-                                   lt::kAlgorithmDefault));
+                      lt::kNonTranspose, plan->a.get(), plan->b.get(),
+                      plan->d.get(), plan->d.get(), types.compute)));
+  return plan->selection.init("algorithms", [&](Opaque* made) {
+    return functions.MatmulAlgSelectionInit(handle, made, &plan->matmul,
+                                            lt::kAlgorithmDefault);
+  });
 }
 
-// Plans are few, one for each shape, and kept until the process ends.
+// Plans are few, one for each shape, and kept until the process ends; beyond
+// it too, as the library may be gone before this one.
 Failure get_plan(const Opaque* handle, const Product& product,
                  int64_t algorithm, const Plan** plan) {
-  static std::map<std::pair<Product, int64_t>, std::unique_ptr<Plan>> plans;
+  static auto& plans =
+      *new std::map<std::pair<Product, int64_t>, std::unique_ptr<Plan>>;
   std::unique_ptr<Plan>& known = plans[{product, algorithm}];
   if (known == nullptr) {
     auto made = std::make_unique<Plan>();
@@ -144,15 +195,16 @@ Failure get_plan(const Opaque* handle, const Product& product,
     if (algorithm >= 0) {
       const int id = static_cast<int>(algorithm);
       KWM_TRY(explain("choice of the algorithm",
-                      functions.MatmulAlgSetAttribute(handle, &made->selection,
-                                                      lt::kConfigId, &id,
-                                                      sizeof id)));
+                      functions.MatmulAlgSetAttribute(
+                          handle, made->selection.get(), lt::kConfigId, &id,
+                          sizeof id)));
     }
-    KWM_TRY(explain("plan",
-                    functions.MatmulPlanInit(handle, &made->plan, &made->matmul,
-                                             &made->selection)));
+    KWM_TRY(made->plan.init("plan", [&](Opaque* plan) {
+      return functions.MatmulPlanInit(handle, plan, &made->matmul,
+                                      made->selection.get());
+    }));
     KWM_TRY(explain("workspace",
-                    functions.MatmulGetWorkspace(handle, &made->plan,
+                    functions.MatmulGetWorkspace(handle, made->plan.get(),
                                                  &made->workspace)));
     known = std::move(made);
   }
@@ -181,7 +233,7 @@ Failure count_algorithms(const Product& product, int64_t* count) {
   KWM_TRY(describe(handle, product, &plan));
   int most = 0;  // ids are below it
   KWM_TRY(explain("number of algorithms",
-                  functions.MatmulAlgGetAttribute(handle, &plan.selection,
+                  functions.MatmulAlgGetAttribute(handle, plan.selection.get(),
                                                   lt::kConfigMaxId, &most,
                                                   sizeof most)));
   *count = most;
@@ -198,26 +250,37 @@ Failure multiply(const Product& product, int64_t algorithm, void* stream,
   const Plan* plan;
   KWM_TRY(get_plan(handle, product, algorithm, &plan));
   const float alpha = 1, beta = 0;
-  return explain("product", functions.Matmul(handle, &plan->plan, &alpha,
+  return explain("product", functions.Matmul(handle, plan->plan.get(), &alpha,
                                              compressed, x, &beta, y, y,
                                              workspace, &stream, 1));
 }
 
+struct Sizes {
+  size_t compressed = 0, workspace = 0;
+};
+
+// Kept, since each execution asks.
 Failure compressed_size(int device, int64_t k, int64_t n, int type,
-                        int64_t* compressed, int64_t* workspace) {
-  const kwm::Context context(device);
-  KWM_TRY(context.failure());
-  const Opaque* handle;
-  KWM_TRY(get_handle(device, &handle));
-  Types types;
-  KWM_TRY(get_types(type, &types));
-  Opaque matrix;
-  KWM_TRY(init_structured(handle, k, n, types.in, &matrix));
-  size_t size = 0, room = 0;
-  KWM_TRY(explain("size", functions.SpMMACompressedSize2(handle, &matrix, &size,
-                                                         &room)));
-  *compressed = static_cast<int64_t>(size);
-  *workspace = static_cast<int64_t>(room);
+                        Sizes* sizes) {
+  static std::map<std::tuple<int, int64_t, int64_t, int>, Sizes> all;
+  const auto key = std::make_tuple(device, k, n, type);
+  const auto known = all.find(key);
+  if (known == all.end()) {
+    const kwm::Context context(device);
+    KWM_TRY(context.failure());
+    const Opaque* handle;
+    KWM_TRY(get_handle(device, &handle));
+    Types types;
+    KWM_TRY(get_types(type, &types));
+    Matrix matrix;
+    KWM_TRY(init_structured(handle, k, n, types.in, &matrix));
+    KWM_TRY(explain("size", functions.SpMMACompressedSize2(
+                                handle, matrix.get(), &sizes->compressed,
+                                &sizes->workspace)));
+    all.emplace(key, *sizes);
+  } else {
+    *sizes = known->second;
+  }
   return "";
 }
 
@@ -229,11 +292,12 @@ Failure compress(int device, void* stream, const void* transposed, int64_t k,
   KWM_TRY(get_handle(device, &handle));
   Types types;
   KWM_TRY(get_types(type, &types));
-  Opaque matrix;
+  Matrix matrix;
   KWM_TRY(init_structured(handle, k, n, types.in, &matrix));
-  return explain("compression", functions.SpMMACompress2(
-                                    handle, &matrix, 1, lt::kNonTranspose,
-                                    transposed, compressed, workspace, stream));
+  return explain("compression",
+                 functions.SpMMACompress2(handle, matrix.get(), 1,
+                                          lt::kNonTranspose, transposed,
+                                          compressed, workspace, stream));
 }
 
 int version(int device) {
@@ -262,8 +326,11 @@ int kwm_gpu_cusparselt_version(int device) {
 const char* kwm_gpu_compressed_size(int device, int64_t k, int64_t n, int type,
                                     int64_t* compressed, int64_t* workspace) {
   const std::lock_guard<std::mutex> lock(kwm::library_mutex());
-  return kwm::report(
-      compressed_size(device, k, n, type, compressed, workspace));
+  Sizes sizes;
+  const Failure failure = compressed_size(device, k, n, type, &sizes);
+  *compressed = static_cast<int64_t>(sizes.compressed);
+  *workspace = static_cast<int64_t>(sizes.workspace);
+  return kwm::report(failure);
 }
 
 const char* kwm_gpu_compress(int device, void* stream, const void* transposed,

@@ -1,6 +1,6 @@
 // What is used of cuSPARSELt, 0.7 to 0.10, declared here since its header comes
 // with 170 MB of library. tests/gpu compares this with the header where that
-// is installed.
+// is installed, and `make gpu-libraries` finds each function in real libraries.
 
 #ifndef KWM_CUSPARSELT_API_H_
 #define KWM_CUSPARSELT_API_H_
@@ -26,14 +26,16 @@ constexpr int kConfigId = 0, kConfigMaxId = 1;      // ...AlgAttribute_t
 constexpr int kR16F = 2, kR16BF = 14, kR8I = 3, kR32I = 10;  // cudaDataType
 
 // The functions, with void* for a stream, int for every enumeration and for
-// the status (0 is success).
+// the status (0 is success). The first two came with 0.8: null before.
 struct Functions {
   const char* (*GetErrorString)(int status);
+  int (*MatmulAlgSelectionDestroy)(const Opaque* selection);
   int (*Init)(Opaque* handle);
   int (*GetVersion)(const Opaque* handle, int* version);
   int (*DenseDescriptorInit)(const Opaque* handle, Opaque* matrix, int64_t rows,
                              int64_t columns, int64_t leading,
                              uint32_t alignment, int type, int order);
+  int (*MatDescriptorDestroy)(const Opaque* matrix);
   int (*StructuredDescriptorInit)(const Opaque* handle, Opaque* matrix,
                                   int64_t rows, int64_t columns,
                                   int64_t leading, uint32_t alignment, int type,
@@ -49,6 +51,7 @@ struct Functions {
                                int attribute, void* data, size_t size);
   int (*MatmulPlanInit)(const Opaque* handle, Opaque* plan,
                         const Opaque* matmul, const Opaque* selection);
+  int (*MatmulPlanDestroy)(const Opaque* plan);
   int (*MatmulGetWorkspace)(const Opaque* handle, const Opaque* plan,
                             size_t* size);
   int (*Matmul)(const Opaque* handle, const Opaque* plan, const void* alpha,

@@ -166,6 +166,10 @@ Failure decode(int device, void* stream, int x_type, int value_type,
       reinterpret_cast<uintptr_t>(meta) % 8 != 0) {
     return "packed arrays must be aligned to 8 bytes on a GPU";
   }
+  // The kernel loads x by words; a misaligned load would end the context.
+  if (reinterpret_cast<uintptr_t>(x) % 4 != 0) {
+    return "activations must be aligned to 4 bytes on a GPU";
+  }
   const kwm::Context context(device);
   KWM_TRY(context.failure());
   void* kernel = nullptr;

@@ -1,7 +1,9 @@
-"""Which product is the fastest on a GPU: from a table of measured times.
+"""Which product is the fastest on a GPU, by the number of rows.
 
-The table is written by `benchmarks/sparse_matmul_gpu.py`. A GPU that it does
-not hold multiplies dense: a product is never slower for being packed.
+Decided by the times in `dispatch.json`, which `make gpu` measures and writes.
+Until a card was measured, by `published.json`: what others have published of
+cuSPARSELt on such cards, with larger margins. A GPU that is in neither file
+multiplies dense. `why` says which of these it was.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ import pathlib
 
 # Read instead of the table of the package, where it is set.
 TABLE_VARIABLE = "KERAS_WEIGHTMODS_GPU_TABLE"
+PUBLISHED = pathlib.Path(__file__).with_name("published.json")
 
 # A gain below this may be noise.
 _MARGIN = 0.95
@@ -20,6 +23,7 @@ _MARGIN = 0.95
 _REACH = 2.0
 
 METHODS = ("dense", "decode", "cusparselt")
+VALUE_TYPES = ("float32", "bfloat16", "int8")
 # The keys of an entry of the table, beside its times and algorithm.
 _TEXTS = ("framework", "x_dtype", "value_dtype")
 _SIZES = ("k", "n", "rows")
@@ -30,9 +34,11 @@ class Measured:
     """Times of one product, by method.
 
     Args:
-        rows: Int, the rows of the activation.
+        rows: Int, the rows of the activation. The times stand for fewer rows
+            too, down to the next `Measured`: kernels round up.
         microseconds: Dict of floats by method; a method that failed or does
-            not apply is left out, `"dense"` is there.
+            not apply is left out, `"dense"` is there. Published figures are
+            ratios: `"dense"` is 1.
         algorithm: Int, the best of cuSPARSELt's, -1 for the one it proposes.
     """
 
@@ -40,70 +46,97 @@ class Measured:
     microseconds: dict
     algorithm: int = -1
 
+    @functools.cached_property
+    def best(self):
+        """The fastest method; dense unless another gains clearly."""
+        times = self.microseconds
+        best = min(times, key=times.__getitem__)
+        return best if times[best] <= _MARGIN * times["dense"] else "dense"
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How to multiply by one kernel, for any number of rows.
 
-    Besides the packed arrays a kernel may have one companion: itself, dense,
-    or compressed by cuSPARSELt. It has the compressed one if with that no
-    measured number of rows is slower than dense.
+    Besides the packed arrays a kernel may have companions: itself, dense, or
+    compressed by cuSPARSELt, each used at the numbers of rows where it wins.
 
     Args:
         measured: Tuple of `Measured`, in rising order of rows; empty where
-            nothing was measured.
+            nothing is known.
+        source: String, where the times are from, or why there are none.
     """
 
     measured: tuple = ()
+    source: str = ""
 
     @functools.cached_property
-    def companion(self):
-        """`"dense"` or `"cusparselt"`."""
-        gains = [
-            (self._gain(m, "decode"), self._gain(m, "cusparselt"))
-            for m in self.measured
-        ]
-        if any(compressed for _, compressed in gains) and all(map(any, gains)):
-            return "cusparselt"
-        return "dense"
+    def companions(self):
+        """The companions to make, `"dense"`, `"cusparselt"` or both."""
+        best = [m.best for m in self.measured]
+        # The decode kernel takes few rows: a product with more is dense.
+        if not best or best[-1] == "decode":
+            best.append("dense")
+        return tuple(kind for kind in ("dense", "cusparselt") if kind in best)
 
     @functools.cached_property
     def is_sparse(self):
         """Whether anything is faster than dense."""
-        return self.companion == "cusparselt" or any(
-            self._gain(m, "decode") for m in self.measured
-        )
+        return any(m.best != "dense" for m in self.measured)
 
-    def choose(self, rows, companion=None):
+    def choose(self, rows, companions=()):
         """Return the method for a number of rows.
 
         Args:
             rows: Int.
-            companion: What there is besides the packed arrays: `"dense"`,
-                `"cusparselt"` or None.
+            companions: Tuple. What there is besides the packed arrays:
+                `"dense"`, `"cusparselt"`. Without any, a dense product unpacks
+                the kernel in each call. Defaults to none.
 
         Returns:
             Pair of the method and cuSPARSELt's algorithm for it, -1 for the
             one that it proposes.
         """
-        # The next number of rows that was measured: kernels round up too.
-        m = next((m for m in self.measured if m.rows >= rows), None)
-        if companion == "cusparselt":
-            if m is None:
-                return "cusparselt", -1
-            times = {"decode": math.inf, "cusparselt": math.inf}
-            times.update(m.microseconds)
-            if times["decode"] < times["cusparselt"]:
+        m = self._at(rows)
+        compressed = "cusparselt" in companions
+        if compressed and "dense" not in companions:
+            times = m.microseconds if m else {}
+            decode = times.get("decode", math.inf)
+            if decode < times.get("cusparselt", math.inf):
                 return "decode", -1
-            return "cusparselt", m.algorithm
-        if m is not None and self._gain(m, "decode"):
-            return "decode", -1
-        return "dense", -1
+            return "cusparselt", m.algorithm if m else -1
+        if m is None:
+            last = self.measured[-1].best if self.measured else "dense"
+            return (
+                "cusparselt" if compressed and last == "cusparselt" else "dense"
+            ), -1
+        times = {
+            method: t
+            for method, t in m.microseconds.items()
+            if method != "cusparselt" or compressed
+        }
+        best = Measured(m.rows, times).best
+        return best, m.algorithm if best == "cusparselt" else -1
 
-    @staticmethod
-    def _gain(measured, method):
-        times = measured.microseconds
-        return times.get(method, math.inf) <= _MARGIN * times["dense"]
+    def why(self, rows):
+        """Return which method is used for a number of rows, and why.
+
+        Args:
+            rows: Int.
+        """
+        method, _ = self.choose(rows, self.companions)
+        m = self._at(rows) or (self.measured[-1] if self.measured else None)
+        if m is None:
+            return f"{method}: {self.source}"
+        gains = ", ".join(
+            f"{name} {m.microseconds['dense'] / time:.2f}x"
+            for name, time in m.microseconds.items()
+            if name != "dense"
+        )
+        return f"{method}: over dense {gains or 'nothing'} ({self.source})"
+
+    def _at(self, rows):
+        return next((m for m in self.measured if m.rows >= rows), None)
 
 
 def fits(method, shape, x_dtype):
@@ -137,23 +170,31 @@ def plan(framework, device, shape, x_dtype, value_dtype):
         value_dtype: String, type of the packed values.
 
     Returns:
-        `Plan`, from the measured shape that is nearest.
+        `Plan`, from the measured shape that is nearest, or else from what was
+        published of such a GPU.
     """
+    if device is None:
+        return Plan((), "there is no NVIDIA GPU")
+    if 0 in shape:
+        return Plan((), "the kernel is empty")
+    if value_dtype not in VALUE_TYPES:
+        return Plan((), f"no product on a GPU takes values of {value_dtype}")
+    usable = [m for m in METHODS if fits(m, shape, x_dtype)]
+    kind = framework, x_dtype, value_dtype
     groups: dict[tuple, list] = {}
     for entry in table().get(device, ()):
-        kind = entry["framework"], entry["x_dtype"], entry["value_dtype"]
-        if kind == (framework, x_dtype, value_dtype):
+        if kind == tuple(entry[name] for name in _TEXTS):
             groups.setdefault((entry["k"], entry["n"]), []).append(entry)
 
     def distance(other):
         return max(abs(math.log(a / b)) for a, b in zip(other, shape))
 
-    if 0 in shape or not groups:
-        return Plan()
-    nearest = min(groups, key=distance)
-    if distance(nearest) > math.log(_REACH):
-        return Plan()
-    usable = [m for m in METHODS if fits(m, shape, x_dtype)]
+    nearest = min(groups, key=distance, default=None)
+    if nearest is None or distance(nearest) > math.log(_REACH):
+        # One's own table, once there is one for this GPU, is all that counts.
+        if device not in table() and "cusparselt" in usable:
+            return _published_plan(device, shape, x_dtype)
+        return _unmeasured(device, shape, x_dtype)
     return Plan(
         tuple(
             Measured(
@@ -162,7 +203,61 @@ def plan(framework, device, shape, x_dtype, value_dtype):
                 e["algorithm"],
             )
             for e in sorted(groups[nearest], key=lambda e: e["rows"])
+        ),
+        f"measured on this GPU's model at {nearest[0]} x {nearest[1]}",
+    )
+
+
+def why(framework, device, shape, x_dtype, value_dtype, rows):
+    """Return which method a product uses, and why: from which figures.
+
+    Args:
+        framework, device, shape, x_dtype, value_dtype: As of `plan`.
+        rows: Int, the rows of the activation.
+
+    Example:
+
+    ```python
+    from keras_weightmods.native.gpu import dispatch
+
+    kind = "jax", "NVIDIA H100 PCIe", (4096, 4096), "bfloat16", "bfloat16"
+    assert dispatch.why(*kind, rows=2048).startswith("cusparselt: over dense")
+    assert "not measured by this library" in dispatch.why(*kind, rows=2048)
+    ```
+    """
+    return plan(framework, device, shape, x_dtype, value_dtype).why(rows)
+
+
+def _published_plan(device, shape, x_dtype):
+    """A `Plan` from the least gains that were published."""
+    published = json.loads(PUBLISHED.read_text())
+    for card in published["cards"]:
+        if not device.startswith(card["device"]):
+            continue
+        figures = card["least_gains"].get(x_dtype)
+        if figures is None or min(shape) < published["least_size"]:
+            break
+        # A gain holds from its number of rows on, up to the next number. Of
+        # more than the last, `choose` takes the last.
+        last = [rows - 1 for rows, _ in figures[1:]] + [figures[-1][0]]
+        below = Measured(figures[0][0] - 1, {"dense": 1.0})
+        return Plan(
+            (below,)
+            + tuple(
+                Measured(rows, {"dense": 1.0, "cusparselt": 1 / gain})
+                for rows, (_, gain) in zip(last, figures)
+            ),
+            f"published figures of {card['measured_on']}, not measured by "
+            f"this library: {published['source']}. `make gpu` measures",
         )
+    return _unmeasured(device, shape, x_dtype)
+
+
+def _unmeasured(device, shape, x_dtype):
+    return Plan(
+        (),
+        f"nothing is known of {device} for a kernel of shape {shape} and "
+        f"activations of {x_dtype}. `make gpu` measures it",
     )
 
 

@@ -25,6 +25,14 @@ Failure open_library(const char* path, void** library);
 // Sets a pointer to a function of the library, or says that it lacks it.
 Failure find_symbol(void* library, const char* name, void** symbol);
 
+// A function that some versions of the library lack: null there.
+template <typename Function>
+void find_optional(void* library, const char* name, Function** function) {
+  void* symbol = nullptr;
+  find_symbol(library, name, &symbol);
+  *function = reinterpret_cast<Function*>(symbol);
+}
+
 template <typename Function>
 Failure find(void* library, const char* name, Function** function) {
   void* symbol = nullptr;

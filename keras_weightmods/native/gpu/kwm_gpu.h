@@ -52,7 +52,8 @@ KWM_GPU_API const char* kwm_gpu_prepare_decode(int device, int x_type,
                                                int value_type, int64_t rows);
 
 // y (rows, n) = x (rows, k) @ W. x and y are row-major and of x_type; x has an
-// even k unless it is float32, `values` and `meta` are aligned to 8 bytes, and
+// even k unless it is float32, and is aligned to 4 bytes, `values` and `meta`
+// to 8, and
 // `scale` is NULL unless the values are int8. All are on the device.
 KWM_GPU_API const char* kwm_gpu_decode(int device, void* stream, int x_type,
                                        int value_type, const void* x,

@@ -72,11 +72,14 @@ int ValueType(ffi::DataType type) {
   }
 }
 
+// Memory that is there until the handler returns, aligned to 256 bytes: XLA
+// refuses to be asked for more than 16. Its address must not outlive the call,
+// so no handler that takes it may be recorded into a command buffer.
 ffi::Error Allocate(ffi::ScratchAllocator& scratch, int64_t size,
                     void** workspace) {
   *workspace = nullptr;
   if (size == 0) return ffi::Error::Success();
-  const std::optional<void*> room = scratch.Allocate(size, 256);
+  const std::optional<void*> room = scratch.Allocate(size);
   if (!room) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                       "keras_weightmods: no memory for the workspace");
@@ -239,5 +242,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_gpu_xla_cusparselt, Cusparselt,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("algorithm"),
-                              {ffi::Traits::kCmdBufferCompatible});
+                                  .Attr<int64_t>("algorithm"));
