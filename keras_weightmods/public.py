@@ -43,6 +43,8 @@ from .packing.report import PackReport as PackReport
 from .patches.delta import apply_delta as apply_delta
 from .patches.delta import remove_delta as remove_delta
 from .patches.delta import save_delta as save_delta
+from .patches.merge import MergeReport as MergeReport
+from .patches.merge import merge as merge
 from .patches.patches import Patches as Patches
 from .patches.report import DeltaReport as DeltaReport
 from .patches.report import PatchReport as PatchReport

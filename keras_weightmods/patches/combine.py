@@ -1,5 +1,6 @@
 """The arithmetic of signatures: sums, TIES, DARE, similarity."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -8,6 +9,7 @@ import numpy as np
 
 from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.patches import architecture
+from keras_weightmods.patches.merge_methods import dropped, elected_mean
 from keras_weightmods.patches.report import Similarity
 from keras_weightmods.utils.checks import raise_all
 
@@ -21,15 +23,13 @@ def linear_combination(signatures: Sequence[S], weights, method) -> S:
 
 def ties(signatures: Sequence[S], weights, density) -> S:
     """Return the TIES merge (arXiv 2306.01708) of weighted signatures."""
-
-    def trim(signature, weight):
-        weighted = linear_combination([signature], [weight], "ties")
-        return map_weights(weighted, lambda arrays: trimmed(arrays, density))
-
-    parts = [trim(each, weight) for each, weight in zip(signatures, weights)]
-    # Statistics carry their weights already, as the others do.
-    shares = [1 / sum(weights)] * len(parts)
-    return combined(parts, elected_mean, shares, "ties")
+    parts = [
+        map_weights(each, lambda arrays: trimmed(arrays, density))
+        for each in signatures
+    ]
+    shares = [weight / sum(weights) for weight in weights]
+    merge = functools.partial(elected_mean, weights=weights)
+    return combined(parts, merge, shares, "ties")
 
 
 def dare(signatures: Sequence[S], weights, drop_rate, seed) -> S:
@@ -122,42 +122,6 @@ def trimmed(arrays, density):
     place = magnitudes.size - kept
     threshold = np.partition(magnitudes, place)[place]
     return [np.where(np.abs(x) >= threshold, x, 0.0) for x in arrays]
-
-
-def elected_mean(arrays):
-    """Return the mean of those entries that have the sign of their sum.
-
-    TIES (arXiv 2306.01708), steps 2 and 3: zeros have no vote and do not
-    count in the mean; zero where the votes cancel out.
-
-    Args:
-        arrays: List of arrays of one shape.
-
-    Returns:
-        A float64 array.
-    """
-    stacked = np.stack([np.asarray(x, "float64") for x in arrays])
-    elected = np.sign(np.sum(stacked, axis=0))
-    agree = (np.sign(stacked) == elected) & (stacked != 0)
-    total = np.sum(np.where(agree, stacked, 0.0), axis=0)
-    return total / np.maximum(1, np.sum(agree, axis=0))
-
-
-def dropped(x, drop_rate, generator):
-    """Drop entries at random and rescale the rest by `1 / (1 - rate)`.
-
-    DARE (arXiv 2311.03099), equation 1: the expectation stays.
-
-    Args:
-        x: Array.
-        drop_rate: Float in [0, 1).
-        generator: A `numpy.random.Generator`.
-
-    Returns:
-        A float64 array.
-    """
-    keep = generator.random(x.shape) >= drop_rate
-    return np.where(keep, np.asarray(x, "float64"), 0.0) / (1.0 - drop_rate)
 
 
 def _weighted_sum(weights):

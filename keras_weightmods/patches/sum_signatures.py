@@ -30,12 +30,14 @@ def sum_signatures(
             `"sum"`: the sum of `weight * signature` (task arithmetic, arXiv
             2212.04089). `"mean"`: that divided by the sum of the weights; with
             equal weights what RWS (arXiv 2302.12480) does with several.
-            `"ties"` (arXiv 2306.01708): each signature times its weight is
-            trimmed to its largest entries, and of these each entry's mean is
-            taken over those that have the sign of their sum.
+            `"ties"` (arXiv 2306.01708): each signature is trimmed to its
+            largest entries, and of these each entry's weighted mean is taken
+            over those that have the sign of their weighted sum: the sum of
+            those is divided by the sum of their weights.
             `"dare"` (arXiv 2311.03099): of each signature entries are dropped
             at random and the others rescaled; then the sum.
-        weights: List of floats, one for each signature. Defaults to ones.
+        weights: List of floats, one for each signature; 0 or more for
+            `"ties"`. Defaults to ones.
         density: Float in (0, 1], for `"ties"`: the share of entries that the
             trimming keeps, over all of a signature's weights together.
         drop_rate: Float in [0, 1), for `"dare"`: the share that is dropped.
@@ -94,4 +96,10 @@ def sum_signatures(
         shares = [weight / total for weight in weights]
         return combine.linear_combination(signatures, shares, "mean")
     checks.check_float("density", density, above=0, most=1)
+    if min(weights) < 0:
+        expected = (
+            'numbers >= 0 for method "ties", which takes a mean; negate a '
+            "signature, `-1 * signature`, to take it away"
+        )
+        raise checks.error("weights", expected, weights)
     return combine.ties(signatures, weights, density)

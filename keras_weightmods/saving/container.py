@@ -382,18 +382,37 @@ class Writer:
 
     def write(self, name, array):
         """Write the array of one entry, once."""
-        entry = self.entries[name]
         array = np.asarray(array)
-        if Entry(array.shape, array.dtype.name) != entry:
+        self._check_shape(name, Entry(array.shape, array.dtype.name))
+        self.write_parts(name, [array])
+
+    def write_parts(self, name, parts):
+        """Write the array of one entry, once, as arrays one after another."""
+        entry, digest, size = self.entries[name], hashlib.sha256(), 0
+        self._file.seek(self._start + self._offsets[name])
+        for part in parts:
+            self._check_shape(name, Entry(entry.shape, part.dtype.name))
+            size += part.nbytes
+            if size > entry.size:
+                break
+            view = _bytes_of(np.ascontiguousarray(part))
+            self._file.write(view)
+            digest.update(view)
+        if size != entry.size:
+            raise ValueError(
+                f"Entry `{name}` must be given whole, {entry.size} bytes. "
+                f"Received: {size} bytes"
+            )
+        self._checksums[name] = digest.hexdigest()
+
+    def _check_shape(self, name, received):
+        entry = self.entries[name]
+        if received != entry:
             raise ValueError(
                 f"Entry `{name}` must be an array of shape {entry.shape} and "
-                f"dtype {entry.dtype}. Received: shape={array.shape}, "
-                f"dtype={array.dtype}"
+                f"dtype {entry.dtype}. Received: shape={received.shape}, "
+                f"dtype={received.dtype}"
             )
-        view = _bytes_of(np.ascontiguousarray(array))
-        self._file.seek(self._start + self._offsets[name])
-        self._file.write(view)
-        self._checksums[name] = hashlib.sha256(view).hexdigest()
 
     def __exit__(self, kind, error, traceback):
         if kind is not None:
@@ -438,6 +457,9 @@ class Reader:
         filepath: String or path, of the file to read.
         format: String, what the file must hold.
         versions: Tuple of ints, the versions of that format to accept.
+        check_data: Bool, whether to read all data to check them. If `False`,
+            the header alone is checked: call `check_data()` before the data
+            are used. Defaults to `True`.
 
     Attributes:
         entries: Dict from name to `Entry`, in the order of the header.
@@ -450,14 +472,16 @@ class Reader:
         OSError: If the file cannot be read.
     """
 
-    def __init__(self, filepath, format, versions):
+    def __init__(self, filepath, format, versions, check_data=True):
         self.filepath = os.fspath(filepath)
         self._format = format
         if os.path.isdir(filepath):
             raise self._other(other_kind(filepath))
         self._file = open(filepath, "rb", opener=_open)  # noqa: SIM115
         try:
-            self._check_data(self._check_header(format, versions))
+            self._expected = self._check_header(format, versions)
+            if check_data:
+                self.check_data()
         except BaseException:
             self._file.close()
             raise
@@ -466,13 +490,22 @@ class Reader:
         return self
 
     def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        """Close the file."""
         self._file.close()
 
     def read(self, name):
         """Return the array of one entry, in memory of its own."""
-        entry = self.entries[name]
-        array = np.empty(entry.shape, numpy_dtype(entry.dtype))
-        self._file.seek(self._start + self._offsets[name])
+        shape = self.entries[name].shape
+        return self.read_part(name, 0, math.prod(shape)).reshape(shape)
+
+    def read_part(self, name, start, stop):
+        """Return the entries from `start` to `stop` of an array flattened."""
+        array = np.empty(stop - start, numpy_dtype(self.entries[name].dtype))
+        place = self._start + self._offsets[name] + start * array.itemsize
+        self._file.seek(place)
         self._read_into(_bytes_of(array), name)
         return array
 
@@ -585,9 +618,15 @@ class Reader:
             raise self.error(name, "has a shape that is too large")
         return Entry(tuple(shape), _NAMES[dtype])
 
-    def _check_data(self, checksums):
+    def check_data(self, names=None):
+        """Raise ValueError if the data of entries lack their checksums.
+
+        Args:
+            names: List of strings, the entries. Defaults to all.
+        """
         chunk = memoryview(bytearray(_CHUNK))
-        for name, entry in self.entries.items():
+        for name in self.entries if names is None else names:
+            entry = self.entries[name]
             self._file.seek(self._start + self._offsets[name])
             digest = hashlib.sha256()
             rest = entry.size
@@ -598,7 +637,7 @@ class Reader:
                 if entry.dtype == "bool" and np.max(part) > 1:
                     raise self.error(name, "has values other than 0 and 1")
                 rest -= len(part)
-            if digest.hexdigest() != checksums[name]:
+            if digest.hexdigest() != self._expected[name]:
                 raise self._error(f"The checksum of `{name}` does not match")
 
     def _read_into(self, view, name):

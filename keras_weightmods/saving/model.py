@@ -173,30 +173,78 @@ def load_model(
         container.Reader(filepath, _FORMAT, versions=(_VERSION,)) as reader,
         tempfile.TemporaryDirectory() as folder,
     ):
-        described = _read_description(reader)
+        described = read_description(reader)
         states.extract_assets(reader, folder)
-        weights = {
-            name: entry
-            for name, entry in reader.entries.items()
-            if states.is_weight(name)
-        }
-        try:
-            model, parts, pending = description.build(described, custom_objects)
-            description.check_same(weights, parts)
-        # What the code of a model's classes raises is not known.
-        except Exception as error:
-            raise ValueError(
-                f"The model cannot be built as entry `{_MODEL}` describes it. "
-                f"{description.message(error)}. Received: "
-                f"filepath={os.fspath(filepath)!r}"
-            ) from error
+        model, parts, pending = build_model(reader, described, custom_objects)
         states.check_assets(parts, reader)
         states.load(parts, reader, folder, description.give_values)
         description.finish(described, model, pending)
     return model
 
 
-def _read_description(reader: Any) -> Any:
+def open_model(filepath: Any) -> Any:
+    """Return the `Reader` of a file, of which the header alone is checked."""
+    reader = container.Reader(
+        filepath, _FORMAT, versions=(_VERSION,), check_data=False
+    )
+    if _MODEL in reader.entries:
+        try:
+            reader.check_data([_MODEL])
+        except BaseException:
+            reader.close()
+            raise
+    return reader
+
+
+def build_model(
+    reader: Any, described: Any, custom_objects: dict[str, Any] | None
+) -> Any:
+    """Build the model in a file, mostly without values.
+
+    Args:
+        reader: `Reader` of the file.
+        described: What `read_description` returned of it.
+        custom_objects: As in `load_model`.
+
+    Returns:
+        As `description.build`.
+
+    Raises:
+        ValueError: If it cannot be built, or has other weights than the file.
+    """
+    weights = {
+        name: entry
+        for name, entry in reader.entries.items()
+        if states.is_weight(name)
+    }
+    try:
+        model, parts, pending = description.build(described, custom_objects)
+        description.check_same(weights, parts)
+    # What the code of a model's classes raises is not known.
+    except Exception as error:
+        raise ValueError(
+            f"The model cannot be built as entry `{_MODEL}` describes it. "
+            f"{description.message(error)}. Received: "
+            f"filepath={reader.filepath!r}"
+        ) from error
+    return model, parts, pending
+
+
+def merged_writer(reader: Any, filepath: Any, overwrite: bool) -> Any:
+    """Return a `Writer` of the model in another file, with other values.
+
+    Args:
+        reader: `Reader` of the file whose description and assets it takes.
+        filepath: String or path, of the file to write.
+        overwrite: Bool, whether to replace a file.
+    """
+    return container.Writer(
+        filepath, _FORMAT, _VERSION, reader.entries, overwrite
+    )
+
+
+def read_description(reader: Any) -> Any:
+    """Return how the model in a file is built; checked."""
     if _MODEL not in reader.entries:
         raise reader.error(_MODEL, "is missing")
     for name in reader.entries.keys() - {_MODEL}:

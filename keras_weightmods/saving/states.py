@@ -79,10 +79,10 @@ def weight_entries(parts):
         else:
             arrays = {
                 key: (value.shape, value.dtype)
-                for key, value in _saved(part).items()
+                for key, value in saved(part).items()
             }
         for key, (shape, dtype) in arrays.items():
-            name = _WEIGHTS + _join(part_name, key)
+            name = weight_name(part_name, key)
             if "/" in key:
                 raise ValueError(
                     "The key of a weight must be without a slash. Received: "
@@ -97,8 +97,8 @@ def weight_entries(parts):
 def write_weights(parts, writer):
     """Write all that the parts save, one part after another."""
     for part_name, part in parts.items():
-        for key, value in _saved(part).items():
-            name = _WEIGHTS + _join(part_name, key)
+        for key, value in saved(part).items():
+            name = weight_name(part_name, key)
             writer.write(name, keras.ops.convert_to_numpy(value))
 
 
@@ -193,15 +193,20 @@ def check_assets(parts, reader):
             raise reader.error(name, "belongs to no part of the model")
 
 
-def _saved(part):
+def saved(part):
     """Return {key: variable or array} of what `part` saves."""
-    saved: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if hasattr(part, "save_own_variables"):
-        part.save_own_variables(saved)
+        part.save_own_variables(found)
     return {
         key: value if hasattr(value, "dtype") else np.asarray(value)
-        for key, value in saved.items()
+        for key, value in found.items()
     }
+
+
+def weight_name(part_name, key):
+    """Return the name of the entry of a weight, by its part and its key."""
+    return _WEIGHTS + _join(part_name, key)
 
 
 def _load_assets(name, part, folder):

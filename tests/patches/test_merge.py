@@ -1,0 +1,357 @@
+import os
+import sys
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import keras_weightmods as kwm
+from keras_weightmods.patches.merge_methods import METHODS
+from keras_weightmods.saving import container
+from tests.models import (
+    assert_same,
+    assert_same_bits,
+    conv_net,
+    einsum_net,
+    make_signature,
+    mlp,
+    random_weights,
+    sequential,
+    weights_of,
+)
+from tests.patches import references
+
+WITHOUT_BASE = ("linear", "slerp")
+FORMAT = "keras_weightmods.model"
+
+
+def models(count=3, make=mlp):
+    """Models whose changes of the last one have something in common."""
+    found = [make() for _ in range(count)]
+    random = np.random.default_rng(0)
+    base = weights_of(found[-1])
+    common = [random.normal(size=x.shape) for x in base]
+    for model in found[:-1]:
+        model.set_weights(
+            [x + y + random.normal(size=x.shape) for x, y in zip(base, common)]
+        )
+    return found
+
+
+def files(folder, *, count=3, make=mlp):
+    found = models(count, make)
+    paths = [str(folder / f"{i}.safetensors") for i in range(count)]
+    for model, path in zip(found, paths):
+        kwm.save_model(model, path)
+    return paths, found
+
+
+def arguments(method, models):
+    *some, base = models
+    base = None if method in WITHOUT_BASE else base
+    return {"models": some, "method": method, "base": base, "verbose": 0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_and_models_alike(method, tmp_path):
+    paths, found = files(tmp_path, make=einsum_net)
+    output = tmp_path / "merged.safetensors"
+    report = kwm.merge(output=output, **arguments(method, paths))
+    merged = einsum_net()
+    again = kwm.merge(output=merged, **arguments(method, found))
+    assert_same_bits(weights_of(kwm.load_model(output)), weights_of(merged))
+    assert report.merged == again.merged
+    assert [each.path for each in report.merged] == [
+        "heads/kernel",
+        "joined/kernel",
+    ]
+    assert report.output == str(output)
+    # A model into itself, and one of each kind.
+    mixed = arguments(method, [paths[0], *found[1:]])
+    kwm.merge(output=found[-1], **mixed)
+    assert_same_bits(weights_of(found[-1]), weights_of(merged))
+
+
+def test_what_is_merged():
+    a, b, base = models()
+    merged = mlp()
+    kwm.merge([a, b], merged, weights=[1, 3], verbose=0)
+    for x, y, got in zip(*map(weights_of, (a, b, merged))):
+        np.testing.assert_allclose(got, (x + 3 * y) / 4, rtol=1e-5, atol=1e-6)
+    kwm.merge([a, b], merged, "ties", [2, 1], base=base, density=0.3, verbose=0)
+    for old, x, y, got in zip(*map(weights_of, (base, a, b, merged))):
+        changes = [(z - old).reshape(-1) for z in (x, y)]
+        expected = references.ties(changes, 0.3, [2.0, 1.0])
+        expected = old + np.reshape(expected, old.shape)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_and_filters_of_weights():
+    def deep():
+        return mlp(4, 4, 4, 4, 4)
+
+    a, b = models(2, deep)
+    report = kwm.merge([a, b], deep(), weights=[[1, 0], 1], verbose=0)
+    shares = {each.path: each.weights for each in report.merged}
+    paths = [f"{layer.name}/kernel" for layer in a.layers]
+    expected = [(1, 1), (2 / 3, 1), (1 / 3, 1), (0, 1)]
+    np.testing.assert_allclose([shares[path] for path in paths], expected)
+    assert shares[f"{a.layers[1].name}/bias"] == shares[paths[1]]
+    spec = {"bias": 0.5, a.layers[0].name + "/": [3, 1], "": 1}
+    report = kwm.merge([a, b], deep(), weights=[spec, 1], verbose=0)
+    shares = {each.path: each.weights[0] for each in report.merged}
+    assert [shares[path] for path in paths] == [3, 1, 1, 1]
+    assert shares[f"{a.layers[0].name}/bias"] == 0.5
+
+
+def test_include_and_exclude():
+    a, b, base = models()
+    merged = mlp()
+    report = kwm.merge(
+        [a, b],
+        merged,
+        "task_arithmetic",
+        base=base,
+        include="kernel",
+        exclude=[f"^{base.layers[-1].name}/"],
+        verbose=0,
+    )
+    same = [
+        np.array_equal(x, y)
+        for x, y in zip(weights_of(merged), weights_of(base))
+    ]
+    assert same == [False, True, True, True]
+    reasons = [each.reason for each in report.skipped]
+    assert reasons == ["not included", "excluded", "excluded"]
+
+
+def test_statistics_are_averaged():
+    base, a, b = conv_net(), conv_net(), conv_net()
+    for seed, each in enumerate((a, b)):
+        each.set_weights(random_weights(each, seed))
+    merged = conv_net()
+    for method in ("task_arithmetic", "ties", "model_stock"):
+        kwm.merge([a, b], merged, method, base=base, verbose=0)
+        for place in (4, 5, 10, 11):
+            x, y, got = (weights_of(m)[place] for m in (a, b, merged))
+            np.testing.assert_allclose(got, (x + y) / 2, rtol=1e-6)
+
+
+def test_what_is_not_trained_is_that_of_the_base(tmp_path):
+    def make():
+        adapted = keras.layers.Normalization()
+        adapted.adapt(np.random.default_rng(0).normal(size=(9, 4)))
+        return sequential((4,), adapted, keras.layers.Dense(3))
+
+    paths, found = files(tmp_path, make=make)
+    first = weights_of(found[0])
+    report = kwm.merge(paths[:2], tmp_path / "m", verbose=0)
+    reasons = [each.reason for each in report.skipped]
+    assert reasons == ["not trained", "not trained", "int32, no floats"]
+    assert_same_bits(weights_of(kwm.load_model(tmp_path / "m"))[:3], first[:3])
+    kwm.merge(found[:2], found[2], verbose=0)
+    assert_same_bits(weights_of(found[2])[:3], first[:3])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes(dtype, tmp_path):
+    def make():
+        return mlp(4, 3, dtype=dtype)
+
+    paths, found = files(tmp_path, make=make)
+    kwm.merge(paths[:2], tmp_path / "m.safetensors", verbose=0)
+    wide = [x.astype("float32") for x in weights_of(found[0])]
+    other = [x.astype("float32") for x in weights_of(found[1])]
+    got = weights_of(kwm.load_model(tmp_path / "m.safetensors"))
+    expected = [
+        ((x + y) / 2).astype(z.dtype) for x, y, z in zip(wide, other, got)
+    ]
+    assert_same(got, expected)
+    large = found[0]
+    large.set_weights([x * 0 + 6e4 for x in weights_of(large)])
+    if dtype == "float16":
+        before = weights_of(found[1])
+        with pytest.raises(ValueError, match="must be finite in float16"):
+            kwm.merge(
+                [large, large],
+                found[1],
+                "task_arithmetic",
+                base=found[2],
+                scale=3.0,
+                verbose=0,
+            )
+        assert_same_bits(weights_of(found[1]), before)
+
+
+def test_a_seed_gives_one_result():
+    a, b, base = models()
+    got = []
+    for seed in (1, 1, 2):
+        merged = mlp()
+        given = {"base": base, "density": 0.5, "seed": seed, "verbose": 0}
+        kwm.merge([a, b], merged, "dare", **given)
+        got.append(weights_of(merged))
+    assert_same_bits(got[0], got[1])
+    assert not np.array_equal(got[0][0], got[2][0])
+    # Each model, and each weight, has entries of its own.
+    kwm.merge([a, a], merged, "dare_ties", base=base, density=0.5, verbose=0)
+    change = weights_of(merged)[0] - weights_of(base)[0]
+    assert 0.6 < np.mean(change != 0) < 0.9
+
+
+ERRORS = [
+    ("`method` must be", {"method": "mean"}),
+    ("`models` must be a list", {"models": "a.safetensors"}),
+    ("`models` must be two models", {"method": "slerp", "count": 3}),
+    ("`base` must be what", {"method": "ties", "base": None}),
+    ("`base` must be None", {"method": "linear", "base": True}),
+    ("`weights` must be a list of 2", {"weights": [1]}),
+    ("`weights` must be a list of 2", {"weights": 0.5}),
+    (r"`weights\[0\]` must be a finite", {"weights": ["a", 1]}),
+    (r"`weights\[1\]` must be with a regex", {"weights": [1, {"bias": 2}]}),
+    (r"`weights\[1\]` must be a valid regular", {"weights": [1, {"(": 2}]}),
+    ("`weights` must be of a sum > 0", {"weights": [1, -1]}),
+    ("`weights` must be numbers >= 0", {"method": "ties", "weights": [1, -1]}),
+    ("`weights` must be None", {"method": "model_stock", "weights": [1, 1]}),
+    ("`density` must be None", {"density": 0.2}),
+    ("`density` must be a finite", {"method": "ties", "density": [0.5, 2]}),
+    ("`density` must be in", {"method": "della", "density": 0.05}),
+    ("`scale` must be None", {"scale": 0.2}),
+    ("`gamma` must be", {"method": "breadcrumbs", "gamma": 1.0}),
+    ("`epsilon` must be None", {"method": "ties", "epsilon": 0.1}),
+    ("`seed` must be", {"seed": -1}),
+    ("`include` must be regexes that match", {"include": "nothing"}),
+    ("At least one weight must be merged", {"exclude": ""}),
+]
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(("match", "changes"), ERRORS)
+def test_wrong_arguments(match, changes, tmp_path, monkeypatch):
+    """Are found before a weight is read."""
+    changes = dict(changes)
+    paths, _ = files(tmp_path, count=changes.pop("count", 2) + 1)
+    method = changes.get("method", "linear")
+    given = {**arguments("linear", paths), **changes}
+    if changes.get(
+        "base", method not in WITHOUT_BASE and "base" not in changes
+    ):
+        given["base"] = paths[-1]
+
+    original = container.Reader.read_part
+
+    def only_description(self, name, *args):
+        assert name == "model.json"  # and no weight
+        return original(self, name, *args)
+
+    checked = container.Reader.check_data
+
+    def check_description(self, names=None):
+        assert names == ["model.json"]
+        checked(self, names)
+
+    monkeypatch.setattr(container.Reader, "read_part", only_description)
+    monkeypatch.setattr(container.Reader, "check_data", check_description)
+    output = tmp_path / "merged.safetensors"
+    with pytest.raises(ValueError, match=match):
+        kwm.merge(output=output, **given)
+    assert not output.exists()
+
+
+def test_models_that_do_not_fit(tmp_path):
+    paths, (a, b, base) = files(tmp_path)
+    before = weights_of(base)
+
+    def check(match, models, output, method="linear", **kwargs):
+        with pytest.raises(ValueError, match=match):
+            kwm.merge(models, output, method, verbose=0, **kwargs)
+        assert_same_bits(weights_of(base), before)
+
+    other = mlp(8, 16, 3)
+    check(r"`models\[1\]`, weights/layers/dense_1/0", [a, other], base)
+    relu = sequential((8,), *[keras.layers.Dense(n) for n in (16, 4)])
+    kwm.merge([a, relu], mlp(), verbose=0)
+    more = mlp(8, 16, 4, 4)
+    check(r"has in addition", [a, more], base)
+    check(r"must be a built Keras model", [a, 3], base)
+    check("the path or|a file, as `output`", [a, b], tmp_path / "m")
+    packed = mlp()
+    kwm.attach_scaling(packed)
+    check("packed, reparameterized", [a, packed], base)
+    nan = mlp()
+    nan.set_weights([np.full_like(x, np.nan) for x in weights_of(nan)])
+    check("must be finite to be merged", [a, nan], base)
+    a.save(tmp_path / "a.keras")
+    check("a .keras file", [tmp_path / "a.keras", b], base)
+    with pytest.raises(FileNotFoundError):
+        kwm.merge([tmp_path / "none", b], base)
+    kwm.Patches(base).add(make_signature(base), name="patch")
+    with pytest.raises(ValueError, match="must be without patches"):
+        kwm.merge([a, b], base)
+    kwm.Patches(base).clear()
+    # One bit of a file.
+    data = bytearray((tmp_path / "1.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "1.safetensors").write_bytes(data)
+    check("checksum", paths[:2], tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    # Into one of those that are read.
+    with pytest.raises(FileExistsError):
+        kwm.merge([paths[0]] * 2, paths[0], overwrite=False)
+    kwm.merge([paths[0], paths[2]], paths[0], verbose=0)
+    kwm.load_model(paths[0])
+
+
+MERGEKIT = {
+    "linear": {},
+    "slerp": {},
+    "task_arithmetic": {},
+    "ties": {"density": 0.4},
+    "breadcrumbs": {"density": 0.5, "gamma": 0.1},
+    "model_stock": {},
+}
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("method", MERGEKIT)
+def test_against_mergekit(method, tmp_path):
+    """Its command, on the same kernels."""
+    pytest.importorskip("mergekit")
+    import subprocess
+
+    count = 2 if method == "slerp" else 3
+    found = models(count + 1, make=lambda: mlp(8, 10, use_bias=False))
+    weights = None if method == "model_stock" else [1.0, 0.5, 2.0][:count]
+    given = {**arguments(method, found), **MERGEKIT[method]}
+    merged = mlp(8, 10, use_bias=False)
+    kwm.merge(output=merged, weights=weights, **given)
+
+    for number, model in enumerate(found):
+        (kernel,) = weights_of(model)
+        safetensors.numpy.save_file(
+            {"a.weight": kernel}, tmp_path / f"{number}.safetensors"
+        )
+    rows = [{"model": f"{i}.safetensors"} for i in range(count)]
+    for row, weight in zip(rows, weights or ()):
+        row["parameters"] = {"weight": weight, **MERGEKIT[method]}
+    config = {"merge_method": method, "models": rows, "dtype": "float32"}
+    if method == "slerp":
+        config["base_model"] = "0.safetensors"
+        config["parameters"] = {"t": weights[1] / sum(weights)}
+    elif method != "linear":
+        config["base_model"] = f"{count}.safetensors"
+    (tmp_path / "config.yml").write_text(container.json.dumps(config))
+    command = [
+        os.path.join(os.path.dirname(sys.executable), "mergekit-pytorch")
+    ]
+    subprocess.run(
+        [*command, "config.yml", "out"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    theirs = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
+    np.testing.assert_allclose(
+        weights_of(merged)[0], theirs["a.weight"], rtol=1e-4, atol=1e-5
+    )

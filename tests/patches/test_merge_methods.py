@@ -1,0 +1,217 @@
+import numpy as np
+import pytest
+
+from keras_weightmods.patches import merge_methods
+from keras_weightmods.patches.merge_methods import METHODS, Options, Task
+from tests.patches import references
+
+# NumPy alone.
+pytestmark = pytest.mark.one_backend
+
+SHAPE = (6, 2, 5)
+# Of an EinsumDense that contracts the first axis, and one of experts.
+AXES = {"dense": ((0,), ()), "experts": ((0,), (1,)), "none": None}
+WEIGHTS = (1.0, 0.5, 2.0)
+
+
+@pytest.fixture(params=[merge_methods.PIECE, 7], ids=["whole", "pieces"])
+def arrays(request, monkeypatch):
+    """Three models, and the base behind them."""
+    monkeypatch.setattr(merge_methods, "PIECE", request.param)
+    return make()
+
+
+def make(dtype="float64"):
+    random = np.random.default_rng(0)
+    base = random.normal(size=SHAPE)
+    common = random.normal(size=SHAPE)
+    return [
+        (base + common * (i < 3) + (i < 3) * random.normal(size=SHAPE)).astype(
+            dtype
+        )
+        for i in range(4)
+    ]
+
+
+def merged(method, arrays, weights=WEIGHTS, density=1.0, axes=None, **options):
+    arrays = [*arrays[: len(weights)], arrays[-1]]
+    task = Task(
+        shape=SHAPE,
+        read=lambda number, part: arrays[number].reshape(-1)[part],
+        weights=weights,
+        density=density,
+        options=Options(**options),
+        generators=np.random.default_rng,
+        axes=axes,
+    )
+    parts = list(METHODS[method](task))
+    assert [part.start for part, _ in parts[1:]] == [
+        part.stop for part, _ in parts[:-1]
+    ]
+    assert (parts[0][0].start, parts[-1][0].stop) == (0, task.size)
+    return np.concatenate([values for _, values in parts]).reshape(SHAPE)
+
+
+def check(got, expected):
+    expected = np.reshape(expected, SHAPE)
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def changes(arrays):
+    return [(x - arrays[-1]).reshape(-1) for x in arrays[:-1]]
+
+
+def test_linear(arrays):
+    expected = np.average(arrays[:-1], axis=0, weights=WEIGHTS)
+    check(merged("linear", arrays), expected)
+
+
+def test_task_arithmetic(arrays):
+    flat = [x.reshape(-1) for x in arrays]
+    expected = references.task_arithmetic(flat[-1], flat[:-1], WEIGHTS, 0.7)
+    check(merged("task_arithmetic", arrays, scale=0.7), expected)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
+def test_ties(arrays, density):
+    expected = references.ties(changes(arrays), density, WEIGHTS)
+    # Magnitudes are ranked in float32.
+    got = merged("ties", arrays, density=density, scale=0.7)
+    check(got, arrays[-1].reshape(-1) + 0.7 * np.array(expected))
+
+
+def test_weights_of_zero_have_no_vote():
+    first, *_, base = make()
+    got = merged("ties", [first, first, first, base], (2.0, 0.0, 0.0))
+    check(got, first)
+    check(merged("ties", [first, first, first, base], (0.0,) * 3), base)
+
+
+@pytest.mark.parametrize("method", ["dare", "dare_ties"])
+def test_dare(arrays, method):
+    dropped = []
+    for number, change in enumerate(changes(arrays)):
+        uniform = np.random.default_rng(number).random(change.size)
+        dropped.append(references.dare(change, 0.6, uniform))
+    expected = references.ties(dropped, 1.0, WEIGHTS)
+    if method == "dare":
+        expected = np.tensordot(WEIGHTS, dropped, 1)
+    got = merged(method, arrays, density=0.4)
+    check(got, arrays[-1].reshape(-1) + expected)
+
+
+@pytest.mark.parametrize(("density", "gamma"), [(0.3, 0.1), (1, 0), (0.9, 0.4)])
+def test_breadcrumbs(arrays, density, gamma):
+    kept = [
+        references.breadcrumbs(change, density, gamma)
+        for change in changes(arrays)
+    ]
+    got = merged("breadcrumbs", arrays, density=density, gamma=gamma)
+    check(got, arrays[-1].reshape(-1) + np.tensordot(WEIGHTS, kept, 1))
+
+
+def rows_of(x, kind):
+    """The entries that one output sums over, as rows."""
+    if kind == "none":
+        return x.reshape(12, 5)
+    return np.moveaxis(x.reshape(SHAPE), 0, -1).reshape(10, 6)
+
+
+@pytest.mark.parametrize("kind", AXES)
+def test_della(kind):
+    arrays, pruned = make(), []
+    for number, change in enumerate(changes(arrays)):
+        rows = rows_of(change, kind)
+        if kind == "experts":
+            rows = rows.reshape(2, 5, 6).reshape(10, 6)
+        uniform = np.random.default_rng(number).random(rows.shape, "float32")
+        rows = np.array(references.della(rows, 0.5, 0.3, uniform))
+        if kind != "none":
+            rows = np.moveaxis(rows.reshape(2, 5, 6), -1, 0)
+        pruned.append(rows.reshape(-1))
+    expected = references.ties(pruned, 1.0, WEIGHTS)
+    got = merged("della", arrays, density=0.5, axes=AXES[kind], epsilon=0.3)
+    expected = np.reshape(arrays[-1].reshape(-1) + expected, SHAPE)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_della_keeps_the_expectation_and_more_of_what_is_large():
+    rows = np.random.default_rng(0).normal(size=(1, 50))
+    keep = merge_methods.keep_probabilities(rows, 0.4, 0.3)
+    assert keep.mean() == pytest.approx(0.4)
+    order = np.argsort(np.abs(rows[0]))
+    assert np.all(np.diff(keep[0][order]) > 0)
+    assert keep.min() == pytest.approx(0.1)
+    assert keep.max() == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_model_stock(arrays, count):
+    flat = [x.reshape(-1) for x in arrays]
+    expected = references.model_stock(flat[-1], flat[:count])
+    check(merged("model_stock", arrays, (1.0,) * count), expected)
+
+
+def test_model_stock_between_base_and_mean():
+    first, *_, base = make()
+    same = [first, first, first, base]
+    check(merged("model_stock", same), first)
+    # Opposite changes have nothing in common.
+    check(merged("model_stock", [first, 2 * base - first, base], (1, 1)), base)
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
+def test_slerp(arrays, weights):
+    x, y = (a.reshape(-1) for a in arrays[:2])
+    expected = references.slerp(x, y, weights[1] / sum(weights))
+    check(merged("slerp", arrays, weights), expected)
+
+
+def test_slerp_keeps_the_norm_and_takes_a_line_where_parallel():
+    random = np.random.default_rng(0)
+    x, y = (random.normal(size=SHAPE) for _ in "xy")
+    x, y = (a / np.linalg.norm(a) for a in (x, y))
+    got = merged("slerp", [x, y, x], (1.0, 1.0))
+    assert np.linalg.norm(got) == pytest.approx(1)
+    check(merged("slerp", [x, 3 * x, x], (1.0, 1.0)), 2 * x)
+    check(merged("slerp", [x, 0 * x, x], (1.0, 1.0)), x / 2)
+
+
+@pytest.mark.parametrize("kind", AXES)
+def test_iso_c(kind):
+    arrays = make()
+    total = np.tensordot(WEIGHTS, changes(arrays), 1)
+    if kind == "none":
+        expected = total / sum(WEIGHTS)
+    elif kind == "dense":
+        expected = references.iso_c(total.reshape(6, 10))
+    else:
+        stack = total.reshape(SHAPE)
+        stack = [references.iso_c(stack[:, i]) for i in range(2)]
+        expected = np.stack(stack, axis=1)
+    got = merged("iso_c", arrays, axes=AXES[kind], scale=0.7)
+    check(got, arrays[-1].reshape(-1) + 0.7 * np.reshape(expected, -1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merging_a_model_with_itself(method):
+    """Gives that model, where nothing is dropped or made isotropic."""
+    first, *_, base = make("float32")
+    weights = (0.5, 0.5)
+    got = merged(method, [first, first, base], weights, gamma=0, epsilon=0)
+    assert got.dtype == "float32"
+    if method == "iso_c":
+        return
+    np.testing.assert_allclose(got, first, rtol=1e-5, atol=1e-6)
+
+
+def test_kth_largest():
+    random = np.random.default_rng(0)
+    numbers = np.abs(random.normal(size=999)).astype("float32")
+    numbers[::3] = numbers[0]  # ties
+    numbers[1::50] = 0
+    parts = np.array_split(numbers, 4)
+    order = np.sort(numbers)[::-1]
+    for count in (1, 2, 333, 500, 998, 999):
+        found = merge_methods.kth_largest(lambda: iter(parts), count)
+        assert found == order[count - 1]
