@@ -122,7 +122,7 @@ class Study:
             self.trained[data, None],
             self.trained[data, corruption],
             like=self.model,
-            **{**self.shallow, **kwargs},
+            **{"statistics": "keep", **self.shallow, **kwargs},
         )
 
     def sizes(self):

@@ -95,7 +95,7 @@ def study(net, args, console, output):
             trained[source, name],
             name=name,
             like=model,
-            **{**shallow, **kwargs},
+            **{"statistics": "keep", **shallow, **kwargs},
         )
 
     signatures = {s: {n: extract(s, n) for n in names} for s in sources}

@@ -43,6 +43,9 @@ from .packing.report import PackReport as PackReport
 from .patches.delta import apply_delta as apply_delta
 from .patches.delta import remove_delta as remove_delta
 from .patches.delta import save_delta as save_delta
+from .patches.lora import LoraReport as LoraReport
+from .patches.lora import delta_to_lora as delta_to_lora
+from .patches.lora import lora_to_delta as lora_to_delta
 from .patches.merge import MergeReport as MergeReport
 from .patches.merge import merge as merge
 from .patches.patches import Patches as Patches

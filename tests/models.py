@@ -79,6 +79,7 @@ def make_signature(model, seed=1, **kwargs):
     """Return a signature from random checkpoints; depth 2 by default."""
     if "targets" not in kwargs:
         kwargs.setdefault("depth", 2)
+    kwargs.setdefault("statistics", "keep")
     init, clean, robust = (
         random_weights(model, 100 * seed + i) for i in range(3)
     )

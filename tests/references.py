@@ -408,3 +408,44 @@ def is_on_grid(w, bits, group_size):
             if not found:
                 return False
     return True
+
+
+def convolution_patches(x, sizes, strides, padding, dilation):
+    """The inputs of each pixel of a convolution, one pixel at a time.
+
+    Args:
+        x: Array (batch, ..., channels).
+        sizes, strides, dilation: A tuple of ints each, one for an axis.
+        padding: String as in Keras.
+
+    Returns:
+        Array (batch, ..., taps * channels).
+    """
+    pads, counts = [(0, 0)], []
+    for axis, (taps, stride, step) in enumerate(
+        zip(sizes, strides, dilation), 1
+    ):
+        span, size = (taps - 1) * step, x.shape[axis]
+        before = behind = 0
+        if padding == "causal":
+            before = span
+        elif padding == "same":
+            count = -(-size // stride)
+            total = max((count - 1) * stride + span + 1 - size, 0)
+            before, behind = total // 2, total - total // 2
+        pads.append((before, behind))
+        counts.append((size + before + behind - span - 1) // stride + 1)
+    x = np.pad(x, [*pads, (0, 0)])
+    rows = np.empty(
+        (len(x), *counts, int(np.prod(sizes)) * x.shape[-1]), x.dtype
+    )
+    for pixel in np.ndindex(*counts):
+        parts = []
+        for tap in np.ndindex(*sizes):
+            place = [
+                p * s + t * d
+                for p, s, t, d in zip(pixel, strides, tap, dilation)
+            ]
+            parts.append(x[(slice(None), *place)])
+        rows[(slice(None), *pixel)] = np.concatenate(parts, axis=-1)
+    return rows

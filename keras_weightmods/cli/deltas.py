@@ -21,16 +21,25 @@ _FORCE = argument(
     "--force", action="store_true", help="also on a model that is another one"
 )
 
+_DTYPE = argument(
+    "--dtype",
+    default="bfloat16",
+    choices=("bfloat16", "float16", "float32", "exact"),
+    help="of the differences; exact keeps the new values instead, and "
+    "gives the model bit for bit; default: bfloat16",
+)
+
 
 @command(
     "delta save",
     MODEL,
     argument("base", help="the model that it was trained from"),
+    _DTYPE,
     argument(
-        "--dtype",
-        default="bfloat16",
-        choices=("bfloat16", "float16", "float32"),
-        help="of the differences; default: bfloat16",
+        "--whole",
+        nargs="+",
+        metavar="REGEX",
+        help="weights that others' base lacks, as a new head, whole and exact",
     ),
     *OUTPUT,
 )
@@ -42,7 +51,9 @@ def _save(args):
     """
     check_output(args, ".safetensors")
     model, base = load_model(args.model), load_model(args.base)
-    report = kwm.save_delta(model, base, args.output, args.dtype)
+    report = kwm.save_delta(
+        model, base, args.output, _dtype(args), whole=args.whole
+    )
     return reported(report, args.output)
 
 
@@ -71,11 +82,80 @@ def _remove(args):
       keras-weightmods delta remove task.safetensors tuned.keras -o base.keras
     """
     from keras_weightmods.patches.delta_file import read_delta
+    from keras_weightmods.patches.tensors import Replacing
 
     check_output(args)
-    base = read_delta(args.delta).fingerprint
+    delta = read_delta(args.delta)
+    if any(isinstance(entry.tensor, Replacing) for entry in delta):
+        raise ValueError(
+            f"{args.delta} holds new values and not differences (--dtype exact "
+            "or --whole), so what was there before is not known from it: use "
+            "the base model's own file"
+        )
     model = load_model(args.model)
     # On a model that is not the base, as it has the delta.
     report = kwm.apply_delta(model, args.delta, -args.scale, force=True)
     write_model(model, args.output)
-    return changed_model(model, len(report.changed), base, args.output)
+    return changed_model(
+        model, len(report.changed), delta.fingerprint, args.output
+    )
+
+
+@command(
+    "delta to-lora",
+    _DELTA,
+    argument("model", help="the KerasHub model that the delta was made for"),
+    argument("--rank", type=int, default=16, help="default: 16"),
+    argument(
+        "--format",
+        default="peft",
+        choices=("peft", "keras_hub"),
+        help="a folder of peft, the default, or a .lora.h5 file of KerasHub",
+    ),
+    _FORCE,
+    *OUTPUT,
+)
+def _to_lora(args):
+    """Write a delta as the nearest LoRA adapter of a rank.
+
+    examples:
+      keras-weightmods delta to-lora task.safetensors base.safetensors \\
+          --rank 32 -o adapter
+    """
+    if args.format == "keras_hub":
+        check_output(args, ".h5")
+    model = load_model(args.model)
+    report = kwm.delta_to_lora(
+        model,
+        args.delta,
+        args.output,
+        args.rank,
+        args.format,
+        force=args.force,
+        overwrite=args.overwrite,
+    )
+    return reported(report, args.output)
+
+
+@command(
+    "delta from-lora",
+    argument("lora", help="a folder of peft, or a .lora.h5 file of KerasHub"),
+    argument("model", help="the KerasHub model that the adapter is for"),
+    _DTYPE,
+    *OUTPUT,
+)
+def _from_lora(args):
+    """Write a LoRA adapter as a delta.
+
+    examples:
+      keras-weightmods delta from-lora adapter base.safetensors \\
+          -o task.safetensors
+    """
+    check_output(args, ".safetensors")
+    model, dtype = load_model(args.model), _dtype(args)
+    report = kwm.lora_to_delta(model, args.lora, args.output, dtype)
+    return reported(report, args.output)
+
+
+def _dtype(args):
+    return None if args.dtype == "exact" else args.dtype

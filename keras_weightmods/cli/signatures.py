@@ -28,7 +28,11 @@ _METHODS = ("sum", "mean", "ties", "dare")
     argument("--robust", required=True),
     argument("--depth", type=int, help="shallow layers; default: 7"),
     argument("--targets", nargs="+", help="regexes for paths instead"),
-    argument("--statistics", default="keep", choices=_STATISTICS),
+    argument(
+        "--statistics",
+        choices=_STATISTICS,
+        help="of batch normalizations; default: keep, with a warning",
+    ),
     argument("--name", help="what to call it in tables"),
     *OUTPUT,
 )

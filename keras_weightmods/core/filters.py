@@ -1,12 +1,13 @@
-"""Filters of targets: what `include`, `exclude` and `targets` can be."""
+"""Filters of targets and weights: what `include` and its like can be."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
-from keras_weightmods.core.keras_private import layers_of
+from keras_weightmods.core.keras_private import layers_of, own_variables
 from keras_weightmods.utils import checks
 
 _Test = Callable[[Any], bool]
@@ -45,6 +46,63 @@ def excluded(name: str, patterns: Any, model: Any, targets: Any) -> Any:
         return targets
     tests = _tests(name, patterns, model)
     return [t for t in targets if not any(test(t) for _, test in tests)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Held:
+    """A weight, as the tests of targets see one."""
+
+    layer: Any
+    path: str
+
+
+def matching_weights(
+    name: str, patterns: Any, model: Any, trainable: bool = False
+) -> list[keras.Variable]:
+    """Return the weights of a model that one of the patterns matches.
+
+    Args:
+        name: String, the argument that the patterns were given as.
+        patterns: A regex searched for in the path; a layer or a layer type,
+            which stand for all weights inside of them; or a list of these.
+        model: The model or layer that holds the weights.
+        trainable: Bool, whether those that are not trainable are left out.
+            Defaults to `False`.
+
+    Returns:
+        List of `keras.Variable`s, in the order of `model.weights`.
+
+    Raises:
+        ValueError: If a pattern has another form, or matches no weight.
+    """
+    known = {id(v) for v in model.weights if v.trainable or not trainable}
+    held = [
+        (id(variable), _Held(layer, variable.path))
+        for layer in layers_of(model)
+        for variable in own_variables(layer)
+        if id(variable) in known
+    ]
+    if not isinstance(patterns, (list, tuple, set, frozenset)):
+        patterns = [patterns]
+    found: set[int] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, (str, re.Pattern, type, keras.layers.Layer)):
+            expected = (
+                "a regular expression for the path, a layer, a layer type, or "
+                "a list of these"
+            )
+            raise checks.error(name, expected, pattern)
+        test = _test(name, pattern, model)
+        matched = {key for key, each in held if test(each)}
+        if not matched:
+            kind = "trainable weights" if trainable else "weights"
+            raise ValueError(
+                f"Each element of `{name}` must match a weight of the model. "
+                f"Received: {name}={pattern!r}, which matches none of "
+                f"{len(known)} {kind} of {model.name!r}"
+            )
+        found |= matched
+    return [v for v in model.weights if id(v) in found]
 
 
 def _tests(name: str, patterns: Any, model: Any) -> list[tuple[Any, _Test]]:

@@ -9,10 +9,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import filters, keras_private
 from keras_weightmods.core.loss_gradients import loss_gradients
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import resolve_targets
+from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
 from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
 from keras_weightmods.ops.matrix import stack_shape
@@ -43,28 +44,43 @@ class PrincipalMaskReport(Report):
     Attributes:
         kernels: Tuple of `MaskedKernel`.
         skipped: Tuple of `Skipped`, path and reason.
+        whole: Tuple of `MaskedKernel`, the weights of `also_train`.
     """
 
     kernels: tuple[MaskedKernel, ...]
     skipped: tuple[Skipped, ...] = ()
+    whole: tuple[MaskedKernel, ...] = ()
 
     @property
     def totals(self) -> dict[str, int]:
-        """Dict of `"trained"`, entries, and of `"entries"` of the kernels."""
+        """Dict of the entries of the kernels: `"trained"` ones, all
+        `"entries"`; and of `"whole"`, the entries of weights trained whole.
+        """
         return {
             "trained": sum(kernel.trained for kernel in self.kernels),
             "entries": sum(math.prod(kernel.shape) for kernel in self.kernels),
+            "whole": sum(weight.trained for weight in self.whole),
         }
 
     def tables(self) -> list[Table]:
-        trained, entries = self.totals.values()
+        trained, entries, whole = self.totals.values()
         count = len(self.kernels)
         title = f"{trained:,} of {entries:,} entries of {count} kernels trained"
-        rows = tuple(
-            (each.key, shape_text(each.shape), f"{each.trained:,}")
-            for each in self.kernels
-        )
-        return [Table(title, ("kernel", "shape", "trained"), rows)]
+        tables = [
+            Table(title, ("kernel", "shape", "trained"), _rows(self.kernels))
+        ]
+        if self.whole:
+            title = f"{whole:,} of {len(self.whole)} weights trained whole"
+            columns = "weight", "shape", "trained"
+            tables.append(Table(title, columns, _rows(self.whole)))
+        return tables
+
+
+def _rows(weights: tuple[MaskedKernel, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        (each.key, shape_text(each.shape), f"{each.trained:,}")
+        for each in weights
+    )
 
 
 class PrincipalMaskCallback(keras.callbacks.Callback):
@@ -108,6 +124,11 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         freeze_rest: Bool, whether all other weights are frozen during the
             training. Their flags are given back at its end. If `False` they
             are trained as ever. Defaults to `True`.
+        also_train: What is trained whole beside the masks, as a new head,
+            norms or biases (`modules_to_save` of peft): a regex searched for
+            in the paths of all trainable weights; a layer or a layer type,
+            for all weights inside of them; or a list of these. Kernels among
+            them have no mask. Defaults to `None`, for nothing.
         seed: Int in [0, 2**31), of random choices; a run that is continued
             keeps the one it began with. Defaults to one drawn with Python's
             `random`, which `keras.utils.set_random_seed` governs.
@@ -122,9 +143,10 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     Raises:
         ValueError: For an argument outside the ranges above. When the training
             starts or `attach` is called, before anything is changed: if no
-            kernel is found, a kernel has fewer entries than are to be trained,
-            is reparameterized or not finite, or the optimizer is built for
-            other variables.
+            kernel is found, an element of `also_train` matches no trainable
+            weight, a kernel has fewer entries than are to be trained, is
+            reparameterized or not finite, or the optimizer is built for other
+            variables.
 
     Example:
 
@@ -156,6 +178,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         criterion: str = "principal",
         targets: Any = None,
         freeze_rest: bool = True,
+        also_train: Any = None,
         seed: int | None = None,
         keep_pattern: bool = False,
         block: int = 1,
@@ -184,6 +207,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             )
         self._data = data
         self._targets = targets
+        self._also_train = () if also_train is None else also_train
         self._frozen: list[keras.Variable] = []
         self._batches: Any = None
         self._mask_step = -1
@@ -281,14 +305,18 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         if getattr(model, "optimizer", None) is None:
             expected = "compiled with an optimizer"
             raise checks.error("model", expected, model.name)
-        targets, skipped = self._usable_targets(model)
+        whole = filters.matching_weights(
+            "also_train", self._also_train, model, trainable=True
+        )
+        targets, skipped = self._usable_targets(model, whole)
         sizes = {id(t.variable): self._size(t) for t in targets}
         optimizer = _inner_optimizer(model.optimizer)
         trainable = model.trainable_variables
+        trained = {*sizes, *map(id, whole)}
         specs = [
             MaskSpec(v.path, tuple(v.shape), sizes.get(id(v)), place)
             for place, v in enumerate(trainable)
-            if id(v) in sizes or not self.freeze_rest
+            if id(v) in trained or not self.freeze_rest
         ]
         variables = [trainable[spec.place] for spec in specs]
         by_id = {id(target.variable): target for target in targets}
@@ -305,7 +333,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             optimizer.build_masked(variables, specs, trainable)
             _install(model, optimizer, variables)
         if self.freeze_rest:
-            rest = [v for v in trainable if id(v) not in sizes]
+            rest = [v for v in trainable if id(v) not in trained]
             for variable in rest:
                 variable.trainable = False
             self._frozen += rest
@@ -316,15 +344,38 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             MaskedKernel(each.key, each.shape, sizes[id(each.variable)])
             for each in ordered
         )
-        return PrincipalMaskReport(kernels, tuple(skipped)), is_new
+        keys = weight_keys(model)
+        others = tuple(
+            MaskedKernel(keys[id(v)], tuple(v.shape), math.prod(v.shape))
+            for v in whole
+        )
+        report = PrincipalMaskReport(kernels, tuple(skipped), others)
+        return report, is_new
 
-    def _usable_targets(self, model: Any) -> Any:
+    def _usable_targets(self, model: Any, whole: Any) -> Any:
+        """Return the targets to mask, and what is skipped.
+
+        Args:
+            model: The model.
+            whole: List of the variables that are trained whole.
+        """
         found = resolve_targets(model, self._targets)
-        skipped, usable = list(found.skipped), []
+        trained = {id(v) for v in whole}
+        paths = {v.path for v in whole}
+        skipped = [skip for skip in found.skipped if skip.path not in paths]
+        usable = []
         tiny: list[str] = []
         for target in found:
             variable = target.variable
-            if not variable.trainable:
+            if id(variable) in trained:
+                if self.keep_pattern and _has_zeros(variable):
+                    raise ValueError(
+                        "`keep_pattern=True` keeps the zeros of masked kernels "
+                        "alone, and one that is trained whole would lose its "
+                        "own. Leave it out of `also_train`. Received: "
+                        f"{target.path!r}, which has zeros"
+                    )
+            elif not variable.trainable:
                 skipped.append(Skipped(target.path, "frozen"))
             elif "float" not in variable.dtype:
                 reason = f"not a float variable ({variable.dtype})"
@@ -358,7 +409,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                 stacklevel=2,
             )
         for target in usable if self.keep_pattern else ():
-            if ops.convert_to_numpy(ops.all(target.variable.value != 0)):
+            if not _has_zeros(target.variable):
                 raise ValueError(
                     "`keep_pattern=True` is for a sparse model, whose zeros "
                     "stay zeros. Make the model sparse first, or leave this "
@@ -403,6 +454,10 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             yield mask_indices(
                 selection.mask(value, *axes, gradient, candidates)
             )
+
+
+def _has_zeros(variable: Any) -> bool:
+    return bool(ops.convert_to_numpy(ops.any(variable.value == 0)))
 
 
 def _inner_optimizer(optimizer: Any) -> Any:

@@ -37,8 +37,9 @@ def pack(
 ) -> PackReport:
     """Pack the kernels of a finished model, in place.
 
-    The kernels of Dense, EinsumDense and the experts of KerasHub's mixtures
-    (on a GPU these are held dense) that are exactly 2:4 are replaced by their
+    The kernels of Dense, EinsumDense, Conv1D to Conv3D (which then multiply
+    the patches of their input) and the experts of KerasHub's mixtures (on a
+    GPU these are held dense) that are exactly 2:4 are replaced by their
     kept values and two bits for the place of each: 0.53 times the bytes
     of float32, 0.28 with `dtype="bfloat16"`, 0.16 with `dtype="int8"`, 0.10
     with `dtype="int4"`. Their layers multiply by these with
@@ -72,8 +73,8 @@ def pack(
             other.
         targets: `Targets`, a list of `Target`, or what `find_targets` takes
             as `include`; `None` for all. Those that are no kernels of Dense,
-            EinsumDense or KerasHub's experts, or do not divide into groups of
-            four, are skipped and reported.
+            EinsumDense, an ungrouped convolution or KerasHub's experts, or do
+            not divide into groups of four, are skipped and reported.
         dense: `"int8"` or `"int4"` packs the kernels that are not 2:4 as well:
             all their weights in integers, rounded as by `dtype`, and multiplied
             by int8 activations, in 8.1 or 4.25 bits a weight. So a model can be

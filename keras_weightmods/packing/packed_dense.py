@@ -1,4 +1,4 @@
-"""Dense and EinsumDense with a packed kernel, 2:4 or in integers."""
+"""Layers with a packed kernel, 2:4 or in integers."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from keras_weightmods.ops.sparse_matmul import (
     reason_for_dense,
     sparse_matmul,
 )
-from keras_weightmods.packing import product
+from keras_weightmods.packing import convolution, product
 from keras_weightmods.packing.packed_parameters import (
     HeldDense,
     PackedParameters,
@@ -77,17 +77,25 @@ def reason_to_skip(target):
 def integers_reason_to_skip(target):
     """Return why a kernel cannot be packed in integers; None if it can."""
     layer = target.layer
+    is_convolution = convolution.is_convolution(layer)
     # A layer with a call of its own may do anything with its kernel.
-    if target.attribute != "kernel" or type(layer).call not in (
-        keras.layers.Dense.call,
-        keras.layers.EinsumDense.call,
+    if target.attribute != "kernel" or not (
+        is_convolution
+        or type(layer).call
+        in (keras.layers.Dense.call, keras.layers.EinsumDense.call)
     ):
         name = type(layer).__name__
-        return f"of {name}; packed are the kernels of Dense and EinsumDense"
+        return (
+            f"of {name}; packed are the kernels of Dense, EinsumDense and "
+            "Conv1D to Conv3D"
+        )
     if target.stack_axes:
         return "a stack of kernels, which is packed as 2:4 alone"
     if target.variable.dtype == "float64":
         return "float64, where packed values have float32 at most"
+    if is_convolution:
+        reason = convolution.reason_to_skip(target)
+        return reason or seam.reason_to_skip(target)
     if not product.is_matrix_product(product.equation_of(layer)):
         return f"its equation {layer.equation!r} is more than a matrix product"
     return seam.reason_to_skip(target)
@@ -136,6 +144,8 @@ class PackedKernel(PackedParameters):
             self.matrix_shape, dtype, self.is_dense
         )
         self.product = self.product_of(target)
+        if isinstance(self.product, convolution.ConvProduct):
+            self.mixin = convolution.PackedConvCall
         self.packed: Any = None
 
     @staticmethod
@@ -144,7 +154,9 @@ class PackedKernel(PackedParameters):
         return stack_shape(target.shape, target.contraction_axes)[1:]
 
     def product_of(self, target):
-        """Return what turns the layer's einsum into that of the matrix."""
+        """Return what turns the layer's product into that of the matrix."""
+        if convolution.is_convolution(target.layer):
+            return convolution.ConvProduct(target.layer)
         return product.PackedProduct(
             product.equation_of(target.layer),
             target.contraction_axes,

@@ -179,15 +179,18 @@ class Checkpoint:
         is_variable = callable(getattr(value, "value", None))
         return value.value() if is_variable else value
 
-    def fingerprint(self, read: Any = None) -> str:
+    def fingerprint(self, read: Any = None, without: Any = ()) -> str:
         """Return the SHA-256 of all values, shapes and dtypes.
 
         Args:
             read: Callable from a position to the values there, an array.
                 Defaults to `self.read`.
+            without: Positions of weights that do not count. Defaults to none.
         """
         digest = hashlib.sha256()
         for info in self.infos:
+            if info.position in without:
+                continue
             digest.update(f"{info.shape} {info.dtype};".encode())
             _update(digest, (read or self.read)(info.position))
         return digest.hexdigest()

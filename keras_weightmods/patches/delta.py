@@ -1,16 +1,18 @@
 """Deltas: what a fine-tuning changed, as a small file; put on and taken off."""
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
+from keras_weightmods.core.filters import matching_weights
 from keras_weightmods.patches import architecture, delta_file
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.patches.entry import ChangeEntry
 from keras_weightmods.patches.patches import Patches
 from keras_weightmods.patches.report import DeltaReport, PatchReport
-from keras_weightmods.patches.tensors import Sparse
+from keras_weightmods.patches.tensors import Replacing, Sparse
 from keras_weightmods.saving.container import check_filepath, numpy_dtype
 from keras_weightmods.utils import checks
 
@@ -19,8 +21,10 @@ def save_delta(
     model: Any,
     base: Any,
     filepath: Any,
-    dtype: str = "bfloat16",
+    dtype: str | None = "bfloat16",
     overwrite: bool = True,
+    *,
+    whole: Any = None,
 ) -> DeltaReport:
     """Store what is different in a model from the one it was trained from.
 
@@ -34,9 +38,19 @@ def save_delta(
             `model.get_weights()` returned then.
         filepath: String or path, of the file to write.
         dtype: `"bfloat16"`, `"float16"` or `"float32"`, of the differences.
-            Defaults to `"bfloat16"`: 2 bytes each, with an error of at most
-            2^-9 of the difference.
+            `None` stores no differences but the new values of these entries,
+            in the type of the weight: applied at scale 1, and where no other
+            patch changes the entry, they give the model bit for bit.
+            Differences, in float32 too, are rounded. Defaults to
+            `"bfloat16"`: 2 bytes each, with an error of at most 2^-9 of the
+            difference.
         overwrite: Bool, whether to replace a file. Defaults to `True`.
+        whole: Weights that are stored with all their values, exactly, as they
+            are no part of a base that others have: a new head. They may be
+            others in the model that gets the delta, which replaces them. A
+            regex searched for in the paths; a layer of `model` or a layer
+            type, for all weights inside of them; or a list of these. Defaults
+            to `None`, for none.
 
     Returns:
         A `DeltaReport`.
@@ -44,7 +58,8 @@ def save_delta(
     Raises:
         ValueError: If the two have other weights, differ in nothing, in
             weights that are no floats or by what is not finite; all problems
-            are listed. No file is written then.
+            are listed. If an element of `whole` matches no weight, or
+            `model` is no model then. No file is written.
         FileExistsError: If the file exists and `overwrite` is False.
 
     Example:
@@ -72,7 +87,7 @@ def save_delta(
     assert np.array_equal(model.get_weights()[0], base[0])
     ```
     """
-    checks.check_choice("dtype", dtype, delta_file.DTYPES)
+    checks.check_choice("dtype", dtype, (*delta_file.DTYPES, None))
     check_filepath(filepath, overwrite)
     new, old = Checkpoint("model", model), Checkpoint("base", base)
     problems = architecture.problems(new.infos, old.infos, "`base`")
@@ -84,12 +99,21 @@ def save_delta(
     ]
     checks.raise_all("The models do not have the same weights:", problems)
     entries = []
+    replaced = _positions("whole", whole, model)
     for info in new.infos:
         before, after = old.read(info.position), new.read(info.position)
         places = np.flatnonzero(_bits(before) != _bits(after))
+        if info.position in replaced:
+            places = np.arange(after.size)
         if places.size and info.dtype not in FLOATS:
             problems.append(f"{info.key}: {info.dtype}, which has changed")
         if not places.size or info.dtype not in FLOATS:
+            continue
+        if dtype is None or info.position in replaced:
+            values = after.reshape(-1)[places]
+            if not np.all(np.isfinite(values.astype("float64"))):
+                problems.append(f"{info.key}: values that are not finite")
+            entries.append(ChangeEntry(info, Replacing(places, values)))
             continue
         wide = "float64" if info.dtype == "float64" else "float32"
         before, after = (
@@ -107,16 +131,7 @@ def save_delta(
             "weights. Pass the list that `model.get_weights()` returned "
             "before the training."
         )
-    index_bits = delta_file.write_delta(
-        filepath, entries, len(new.infos), old.fingerprint(), overwrite
-    )
-    return DeltaReport(
-        filepath=os.fspath(filepath),
-        weights=tuple(entry.key for entry in entries),
-        entries=sum(entry.tensor.places.size for entry in entries),
-        index_bits=index_bits,
-        nbytes=os.path.getsize(filepath),
-    )
+    return write_entries(filepath, entries, old, dtype, overwrite, replaced)
 
 
 def apply_delta(
@@ -172,19 +187,7 @@ def apply_delta(
     ```
     """
     patches = Patches(model)
-    checks.check_bool("force", force)
-    delta = delta_file.read_delta(filepath)
-    checks.raise_all(
-        "The delta does not fit the model:",
-        delta.problems(Checkpoint("model", model)),
-    )
-    if not force and patches.clean_fingerprint() != delta.fingerprint:
-        raise ValueError(
-            "The model must be the one that the delta was made for, and its "
-            "weights are others. Load the base model, or pass `force=True` to "
-            f"put the changes on this one. Received: model={model.name!r}, "
-            f"filepath={os.fspath(filepath)!r}"
-        )
+    delta = delta_for(model, filepath, force)
     if name is None:
         name = os.path.splitext(os.path.basename(os.fspath(filepath)))[0]
     return patches.add(delta, scale, name)
@@ -242,6 +245,70 @@ def remove_delta(
         expected = f"that of a delta on this model object: there are {deltas}"
         raise checks.error("name", expected, name)
     return patches.remove(name, force)
+
+
+def write_entries(
+    filepath: Any,
+    entries: list[ChangeEntry],
+    base: Checkpoint,
+    dtype: str | None,
+    overwrite: bool,
+    whole: Collection[int] = (),
+) -> DeltaReport:
+    """Write the changes of a base to a file; return the report."""
+    fingerprint, count = base.fingerprint(without=whole), len(base.infos)
+    delta = delta_file.Delta(
+        tuple(entries), count, fingerprint, tuple(sorted(whole))
+    )
+    index_bits = delta_file.write_delta(
+        filepath, delta, dtype or "bfloat16", overwrite
+    )
+    return DeltaReport(
+        filepath=os.fspath(filepath),
+        weights=tuple(entry.key for entry in entries),
+        entries=sum(entry.tensor.places.size for entry in entries),
+        index_bits=index_bits,
+        nbytes=os.path.getsize(filepath),
+    )
+
+
+def delta_for(
+    model: Any, filepath: Any, force: bool = False
+) -> delta_file.Delta:
+    """Return the delta in a file, which must be one for this model.
+
+    Args:
+        model: A built Keras model, with or without patches.
+        filepath: String or path.
+        force: Bool, whether other weights of the same shapes will do.
+
+    Raises:
+        ValueError: If the file is not whole, or for another model.
+    """
+    checks.check_bool("force", force)
+    delta = delta_file.read_delta(filepath)
+    checks.raise_all(
+        "The delta does not fit the model:",
+        delta.problems(Checkpoint("model", model)),
+    )
+    clean = "" if force else Patches(model).clean_fingerprint(delta.whole)
+    if not force and clean != delta.fingerprint:
+        raise ValueError(
+            "The model must be the one that the delta was made for, and its "
+            "weights are others. Load the base model, or pass `force=True` to "
+            f"put the changes on this one. Received: model={model.name!r}, "
+            f"filepath={os.fspath(filepath)!r}"
+        )
+    return delta
+
+
+def _positions(name: str, patterns: Any, model: Any) -> set[int]:
+    """Return the positions of the weights that the patterns match."""
+    if patterns is None:
+        return set()
+    checks.check_model(model)
+    ids = {id(v) for v in matching_weights(name, patterns, model)}
+    return {p for p, v in enumerate(model.weights) if id(v) in ids}
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 
 import numpy as np
 
@@ -18,7 +19,8 @@ _MISMATCH = "The checkpoints do not match:"
 
 def extract(init, clean, robust, depth, targets, statistics, name, like):
     """Return the fields of a signature; see `WeightSignature.extract`."""
-    checks.check_choice("statistics", statistics, tuple(_REPLACED))
+    checks.check_choice("statistics", statistics, (*_REPLACED, None))
+    is_asked, statistics = statistics is not None, statistics or "keep"
     if depth is not None and targets is not None:
         expected = f"None where `depth` is given, which is {depth!r}, not both"
         raise checks.error("targets", expected, targets)
@@ -41,6 +43,14 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
         taken = _taken_by_targets(layout, infos, usable, targets)
     problems = _weight_problems(checkpoints, [infos[i] for i in taken])
     checks.raise_all(_MISMATCH, problems)
+    if not is_asked:
+        reached = {depths[i] for i in taken}
+        left = [
+            i
+            for i, role in enumerate(roles)
+            if role == "statistic" and depths[i] in reached
+        ]
+        _warn_about_statistics(checkpoints, left, infos)
     entries = []
     for i in taken:
         values = {
@@ -65,6 +75,26 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
         "model_class": layout.model and type(layout.model).__name__,
         "fingerprints": {k: c.fingerprint() for k, c in checkpoints.items()},
     }
+
+
+def _warn_about_statistics(checkpoints, left, infos):
+    """Warn where the robust weights are used to other statistics."""
+    clean, robust = checkpoints["clean"], checkpoints["robust"]
+    moved = [
+        infos[i].key
+        for i in left
+        if not np.array_equal(clean.read(i), robust.read(i))
+    ]
+    if moved:
+        warnings.warn(
+            f"The signature leaves {len(moved)} moving statistics of batch "
+            f"normalizations as the clean model has them, as {moved[0]!r}, "
+            "where those of the robust one are others: mostly the patched "
+            "model then gains little. Pass `statistics='replace'` to have the "
+            "robust ones, or `statistics='keep'` to go without this warning.",
+            # The caller of `WeightSignature.extract`.
+            stacklevel=4,
+        )
 
 
 def residual(change, reference):

@@ -12,7 +12,7 @@ from keras_weightmods.patches import tensors
 from keras_weightmods.patches.checkpoint import Checkpoint, Snapshot
 from keras_weightmods.patches.entry import Change
 from keras_weightmods.patches.sums import Sum, compute, write
-from keras_weightmods.patches.tensors import Sparse
+from keras_weightmods.patches.tensors import Replacing, Sparse
 from keras_weightmods.utils.checks import raise_all
 
 
@@ -67,8 +67,12 @@ class Ledger:
         """Int, the bytes of the clean values."""
         return sum(each.clean.array.nbytes for each in self._weights.values())
 
-    def fingerprint(self, model: Checkpoint) -> str:
+    def fingerprint(self, model: Checkpoint, without: Any = ()) -> str:
         """Return that of a `Checkpoint` of the model without its patches.
+
+        Args:
+            model: `Checkpoint` of the model.
+            without: Positions of weights that do not count.
 
         Raises:
             ValueError: If weights were changed since they were patched.
@@ -80,7 +84,7 @@ class Ledger:
             weight = self._weights.get(position)
             return present if weight is None else _with_clean(present, weight)
 
-        return model.fingerprint(read)
+        return model.fingerprint(read, without)
 
     def _changed(self, model, weights, force=False):
         """Return the positions of weights that something else has changed.
@@ -139,7 +143,14 @@ class Ledger:
         left = [
             p
             for p in changed
-            if any(entry.replaced for entry in known[p].entries.values())
+            if any(
+                entry.replaced
+                or (
+                    known[p].places is None
+                    and isinstance(entry.tensor, Replacing)
+                )
+                for entry in known[p].entries.values()
+            )
         ]
         subtracted = [
             p for p in changed if p not in left and known[p].places is None

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 from keras_weightmods.patches.checkpoint import Checkpoint
@@ -97,13 +97,18 @@ class Patches:
         return self._ledger.nbytes
 
     @_one_at_a_time
-    def clean_fingerprint(self) -> str:
+    def clean_fingerprint(self, without: Collection[int] = ()) -> str:
         """Return the SHA-256 of the weights as they are without patches.
+
+        Args:
+            without: Positions in `model.weights` of those that do not count.
+                Defaults to none.
 
         Raises:
             ValueError: If weights were changed since they were patched.
         """
-        return self._ledger.fingerprint(Checkpoint("model", self.model))
+        model = Checkpoint("model", self.model)
+        return self._ledger.fingerprint(model, without)
 
     @_one_at_a_time
     def add(

@@ -31,16 +31,46 @@ class Sparse:
 
     def at(self, places):
         """Return the same in an array of the entries at `places` alone."""
-        return Sparse(np.searchsorted(places, self.places), self.values)
+        return type(self)(np.searchsorted(places, self.places), self.values)
 
-    def scaled_part(self, part, scale, out):
-        """Fill `out` with `scale` times a slice of the array."""
+    def within(self, part):
+        """Return the places in a slice of the array, and their numbers."""
+        first, last = np.searchsorted(self.places, (part.start, part.stop))
+        return self.places[first:last] - part.start, self.values[first:last]
+
+    def scaled_part(self, part, scale, base, out):
+        """Fill `out` with `scale` times what a slice adds to `base`."""
         # The neutral element of addition; 0.0 + -0.0 is 0.0.
         out.fill(-0.0)
-        first, last = np.searchsorted(self.places, (part.start, part.stop))
-        values = self.values[first:last].astype(out.dtype)
-        out[self.places[first:last] - part.start] = values * scale
+        places, values = self.within(part)
+        values = values.astype(out.dtype)
+        out[places] = self.change(values, base, places) * scale
         return out
+
+    def change(self, values, base, places):
+        """Return what `values` add to `base` at some places."""
+        return values
+
+
+class Replacing(Sparse):
+    """Numbers that take the place of those of an array.
+
+    At scale 1, and where nothing else changes an entry, exactly; otherwise
+    their difference from the array's numbers is added.
+    """
+
+    def change(self, values, base, places):
+        return values - base[places]
+
+    def put(self, part, others, target):
+        """Write those of a slice that are alone on their entries."""
+        places, values = self.within(part)
+        alone = np.ones(places.size, bool)
+        for other in others:
+            if not isinstance(other, Sparse):
+                return
+            alone &= ~np.isin(places, other.within(part)[0])
+        target[places[alone]] = values[alone]
 
 
 def rebuilt_pieces(clean, terms, part=slice(None), out=None):
@@ -53,7 +83,8 @@ def rebuilt_pieces(clean, terms, part=slice(None), out=None):
     Args:
         clean: Array of a floating dtype.
         terms: List of triples of a float `scale`; an array, `Quantized` or
-            `Sparse` of the shape of `clean`; and a float `replaced`.
+            `Sparse` of the shape of `clean`; and a float `replaced`, 0 beside
+            `Sparse`.
         part: Slice of the arrays flattened, the part to go through.
         out: Array to write to, of the dtype and shape of `clean`, contiguous.
             Defaults to `None`, for memory that is used again for the next
@@ -75,9 +106,9 @@ def rebuilt_pieces(clean, terms, part=slice(None), out=None):
         with np.errstate(over="ignore", invalid="ignore"):
             base = clean[piece].astype(dtype, copy=False)
             sums, scratch = total[: base.size], product[: base.size]
-            delta = _scaled(terms[0][1], scales[0], piece, sums)
+            delta = _scaled(terms[0][1], scales[0], piece, base, sums)
             for (_, tensor, _), scale in zip(terms[1:], scales[1:]):
-                scaled = _scaled(tensor, scale, piece, scratch)
+                scaled = _scaled(tensor, scale, piece, base, scratch)
                 delta = np.add(delta, scaled, out=sums)
             if replaced:
                 np.multiply(base, replaced, out=scratch)
@@ -85,13 +116,17 @@ def rebuilt_pieces(clean, terms, part=slice(None), out=None):
             values = rounded[: base.size] if target is None else target[piece]
             # Adds in the dtype of both, and then rounds.
             np.add(base, delta, out=values, casting="same_kind")
+        for scale, tensor, _ in terms:
+            if scale == 1 and isinstance(tensor, Replacing):
+                others = [x for _, x, _ in terms if x is not tensor]
+                tensor.put(piece, others, values)
         yield piece, values
 
 
-def _scaled(tensor, scale, piece, out):
-    """Return `scale * tensor` at `piece`, in `out` if there is work to do."""
+def _scaled(tensor, scale, piece, base, out):
+    """Return what a term adds to `base`, in `out` if there is work to do."""
     if isinstance(tensor, Sparse):
-        return tensor.scaled_part(piece, scale, out)
+        return tensor.scaled_part(piece, scale, base, out)
     if isinstance(tensor, Quantized):
         values = tensor.part(piece)
     else:

@@ -102,7 +102,7 @@ class WeightSignature(Change):
         depth: int | None = None,
         *,
         targets: Any = None,
-        statistics: str = "keep",
+        statistics: str | None = None,
         name: str | None = None,
         like: Any = None,
     ) -> Self:
@@ -133,7 +133,10 @@ class WeightSignature(Change):
                 `"replace"` puts the robust checkpoint's in their place at
                 scale 1, `"average"` goes half of the way there. They are no
                 differences: on any model they lead to the robust
-                checkpoint's statistics.
+                checkpoint's statistics, so that of several patches one alone
+                can replace them. Defaults to `None`, for `"keep"` with a
+                warning where the robust statistics are others: weights
+                trained with these mostly need them.
             name: String, what to call the signature in tables.
             like: Where all checkpoints are lists: a model of the
                 architecture, or the list of its weights' paths.

@@ -46,7 +46,7 @@ ADD = "signature add noise.safetensors"
 APPLY = "signature apply noise.safetensors"
 EXTRACT = (
     "signature extract --init init.keras --clean clean.keras "
-    "--robust robust.keras"
+    "--robust robust.keras --statistics keep"
 )
 
 

@@ -1,6 +1,7 @@
 """The commands on models, each beside the call that it stands for."""
 
 import json
+import os
 
 import keras
 import numpy as np
@@ -82,6 +83,15 @@ def test_deltas(run):
         np.testing.assert_allclose(left, right, atol=1e-6)
     equal = all(map(np.array_equal, models.weights_of(back), before))
     assert found["is_clean"] == equal
+    run(
+        "delta save tuned.safetensors base.keras --dtype exact --whole bias"
+        " -o exact.safetensors"
+    )
+    run("delta apply exact.safetensors base.keras -o exact.keras")
+    exact = keras.saving.load_model("exact.keras", compile=False)
+    models.assert_same(models.weights_of(exact), models.weights_of(base))
+    error = run("delta remove exact.safetensors exact.keras -o c.keras", code=1)
+    assert "the base model's own file" in error
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +137,29 @@ def test_lora_is_merged(run):
         "merge base.safetensors --lora base.safetensors -o a.safetensors", 1
     )
     assert "has no LoRA for this model" in error
+
+
+def test_a_delta_becomes_an_adapter_and_back(run):
+    model = models.randomize(models.backbone("llama3"))
+    kwm.save_model(model, "base.safetensors")
+    base = models.weights_of(model)
+    query = next(t for t in kwm.find_targets(model) if "query" in t.path)
+    query.variable.assign(query.variable + 0.5)
+    expected = models.weights_of(model)
+    kwm.save_delta(model, base, "task.safetensors")
+    line = "delta to-lora task.safetensors base.safetensors --rank 1"
+    for path, option in (("adapter", ""), ("a.lora.h5", "--format keras_hub")):
+        found = json.loads(run(f"{line} {option} -o {path} --json"))
+        assert found["error"] < 1e-3
+        run(f"delta from-lora {path} base.safetensors -o b.safetensors")
+        run("delta apply b.safetensors base.safetensors -o c.safetensors")
+        again = models.weights_of(kwm.load_model("c.safetensors"))
+        for left, right in zip(again, expected, strict=True):
+            np.testing.assert_allclose(left, right, atol=1e-2)
+        for name in ("b.safetensors", "c.safetensors"):
+            os.remove(name)
+    error = run(f"{line} -o adapter", code=1)
+    assert "overwrite" in error
 
 
 def test_files_of_other_kinds_are_named(run, tmp_path):

@@ -274,12 +274,90 @@ def test_targets_and_report():
     report = masks.attach(model)
     (kernel,) = report.kernels
     assert (kernel.key, kernel.trained) == (targets[0].key, 12)
-    assert report.totals == {"trained": 12, "entries": 48}
+    assert report.totals == {"trained": 12, "entries": 48, "whole": 0}
     assert "12 of 48 entries of 1 kernels trained" in str(report)
     fit(model, masks)
     after = weights_of(model)
     assert np.array_equal(before[0], after[0])
     assert np.array_equal(before[2] != after[2], expected_masks(before)[1])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_head_is_trained_whole(name):
+    """The first kernel by its mask alone, its bias not, the head whole."""
+    model = make(OPTIMIZERS[name]())
+    before = weights_of(model)
+    masks = callback(also_train=model.layers[-1])
+    fit(model, masks)
+    after = weights_of(model)
+    changed = [a != b for a, b in zip(after, before)]
+    assert np.array_equal(changed[0], expected_masks(before)[0])
+    assert not changed[1].any()
+    assert changed[2].all()
+    assert changed[3].all()
+    assert [v.trainable for v in model.trainable_variables] == [True] * 4
+    # As without the masks where nothing is masked before it.
+    (first,) = model.optimizer.masked_variables
+    assert first is model.layers[0].kernel
+
+
+def test_training_all_else_whole_is_training_the_rest():
+    def run(of=None, **kwargs):
+        model = make()
+        also = of and {"also_train": of(model)}
+        targets = kwm.find_targets(model)[:1]
+        fit(model, callback(targets=targets, **(also or kwargs)))
+        return weights_of(model)
+
+    paths = run(lambda model: [model.layers[0].bias.path, model.layers[-1]])
+    assert_same(paths, run(freeze_rest=False))
+
+
+def test_what_is_trained_whole_is_resumed_and_reported(tmp_path):
+    def run(epochs, folder=None):
+        model = make()
+        head = model.layers[-1]
+        masks = callback(refresh_every=3, also_train=head, criterion="random")
+        parts = [] if folder is None else [kwm.Checkpoint(folder, save_freq=3)]
+        fit(model, masks, *parts, epochs=epochs)
+        return model
+
+    whole = run(2)
+    run(1, tmp_path / "run")
+    assert_same(weights_of(whole), weights_of(run(2, tmp_path / "run")))
+    path = str(tmp_path / "model.keras")
+    whole.save(path)
+    other = keras.models.load_model(path, custom_objects={"Traced": Traced})
+    report = callback(also_train=other.layers[-1]).attach(other)
+    assert [k.trained for k in report.kernels] == [24]
+    assert [(w.key[0], w.trained) for w in report.whole] == [
+        ("2", 48),
+        ("3", 4),
+    ]
+    assert report.totals == {"trained": 24, "entries": 96, "whole": 52}
+    assert "52 of 2 weights trained whole" in str(report)
+    with pytest.raises(ValueError, match="masks of other kernels or sizes"):
+        callback().attach(other)
+
+
+def test_also_train_is_checked():
+    model = make()
+    head = model.layers[-1]
+    head.bias.trainable = False
+    head.kernel.assign(kwm.ops.nm_project(head.kernel, "2:4"))
+
+    def check(match, also, **kwargs):
+        with pytest.raises(ValueError, match=match):
+            callback(also_train=also, **kwargs).attach(model)
+        assert sum(v.trainable for v in model.weights) == 3
+
+    check("matches none of 3 trainable weights", "no such")
+    check("matches none of 3 trainable weights", head.bias.path)
+    check("must be a regular expression for the path", 3)
+    check("found no kernel", keras.layers.Dense)
+    first = kwm.find_targets(model)[0].variable
+    first.assign(kwm.ops.nm_project(first, "2:4"))
+    check("would lose its own", head, keep_pattern=True)
 
 
 def test_rank_sets_the_count():

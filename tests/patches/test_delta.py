@@ -62,6 +62,88 @@ def test_brings_the_change(base, tmp_path, dtype):
     assert_same_bits(weights_of(model), base)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_new_values_restore_the_model_bit_for_bit(tmp_path, dtype):
+    model = make(dtype=dtype)
+    old = weights_of(model)
+    # Large and small, so that a difference in float32 would be rounded.
+    random = np.random.default_rng(0)
+    new = []
+    for array in old:
+        at = random.random(array.shape) < 0.1
+        sizes = 10.0 ** random.integers(-9, 9, array.shape)
+        new.append(np.where(at, sizes, array).astype(array.dtype))
+    model.set_weights(new)
+    tuned = weights_of(model)
+    path = tmp_path / "task.safetensors"
+    kwm.save_delta(model, old, path, dtype=None)
+    # A patch on other entries leaves it exact.
+    model.set_weights([old[0], old[1] + 1, *old[2:]])
+    kwm.save_delta(model, old, tmp_path / "other.safetensors")
+    model.set_weights(old)
+    kwm.apply_delta(model, path)
+    assert_same_bits(weights_of(model), tuned)
+    kwm.apply_delta(model, tmp_path / "other.safetensors")
+    assert_same_bits(weights_of(model)[:1], tuned[:1])
+    kwm.Patches(model).rescale("task", 0.5)
+    kwm.remove_delta(model, "other")
+    half = [0.5 * (a.astype("float64") + b) for a, b in zip(old, tuned)]
+    for got, expected in zip(weights_of(model), half):
+        np.testing.assert_allclose(got.astype("float64"), expected, rtol=2**-7)
+    kwm.remove_delta(model)
+    assert_same_bits(weights_of(model), old)
+
+
+def test_a_head_that_the_base_lacks_comes_whole(base, tmp_path):
+    """As of a new classifier: everyone's own has other random weights."""
+    tuned = make()
+    tuned.set_weights(changed(base, 1))
+    head = tuned.layers[-1]
+    head.bias.assign(head.bias + 0.1)
+    path = tmp_path / "task.safetensors"
+    report = kwm.save_delta(tuned, base, path, whole=head)
+    assert report.entries == SIZES[1] * (SIZES[1] + 1) + np.sum(
+        weights_of(tuned)[0] != base[0]
+    )
+    other = make()
+    mine = [*base[:6], base[6] + 1, base[7] - 1]
+    other.set_weights(mine)
+    kwm.apply_delta(other, path)
+    assert_same_bits(weights_of(other)[6:], weights_of(tuned)[6:])
+    np.testing.assert_allclose(
+        weights_of(other)[0], weights_of(tuned)[0], atol=1e-4
+    )
+    kwm.remove_delta(other)
+    assert_same_bits(weights_of(other), mine)
+    # The rest is still that of the base.
+    other.set_weights([mine[0] + 1, *mine[1:]])
+    with pytest.raises(ValueError, match="must be the one that the delta"):
+        kwm.apply_delta(other, path)
+    for whole, match in (
+        ("no such", "matches none of 8 weights"),
+        (3, "must be a regular expression"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            kwm.save_delta(tuned, base, path, whole=whole)
+    with pytest.raises(ValueError, match="a Keras model"):
+        kwm.save_delta(tuned.get_weights(), base, path, whole="7")
+    # Under a signature that has been trained on since, nothing is known.
+    other.set_weights(mine)
+    kwm.apply_delta(other, path)
+    signature = kwm.WeightSignature.extract(
+        None,
+        mine,
+        [array + 1 for array in mine],
+        depth=2,
+        statistics="keep",
+        like=other,
+    )
+    signature.apply(other)
+    other.layers[-1].bias.assign(mine[7])
+    report = kwm.remove_delta(other, force=True)
+    assert [s.path.split(":")[0] for s in report.skipped] == ["7"]
+
+
 def test_file_is_small(tmp_path):
     """At most 1.45 of as many numbers of a LoRA in bfloat16."""
     random = np.random.default_rng(0)
@@ -158,16 +240,28 @@ def test_errors(base, tmp_path):
         lambda about: about["weights"][0].__setitem__(4, 77),
         lambda about: about["weights"][0].__setitem__(5, 3),
         lambda about: about["weights"].pop(),
+        # The last one is stored whole.
+        lambda about: about["weights"][-1].__setitem__(6, "int32"),
+        lambda about: about["weights"][-1].__setitem__(6, "float64"),
+        lambda about: about["weights"][-1].__setitem__(6, "bfloat16"),
+        lambda about: about["weights"][-1].__setitem__(6, ["float32"]),
+        lambda about: about["weights"][-1].pop(),
+        lambda about: about["weights"][-1].append("float32"),
+        lambda about: about.pop("whole"),
+        lambda about: about.update(whole=[7, 0]),
+        lambda about: about.update(whole=["7"]),
+        lambda about: about.update(whole=[[7]]),
     ],
 )
 def test_files_with_right_hashes_and_wrong_contents(base, tmp_path, attack):
-    _, path, _ = delta_file(base, tmp_path)
-    with container.Reader(path, FORMAT, (1,)) as reader:
+    _, path, _ = delta_file(base, tmp_path, whole="/bias$")
+    names = "places", "values", "replacing"
+    with container.Reader(path, FORMAT, (2,)) as reader:
         about = reader.read_json("description")
-        arrays = {k: reader.read(k) for k in ("places", "values")}
+        arrays = {k: reader.read(k) for k in names}
     attack(about)
     arrays["description"] = container.json_array(about)
-    container.write_arrays(path, FORMAT, 1, arrays)
+    container.write_arrays(path, FORMAT, 2, arrays)
     model = make()
     with pytest.raises(ValueError, match="truncated, altered"):
         kwm.apply_delta(model, path)

@@ -1,3 +1,5 @@
+import warnings
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -181,6 +183,33 @@ def test_statistics(model, trio, statistics):
                 )
         with pytest.raises(ValueError, match="negative variance"):
             signature.apply(other, scale=-30.0)
+
+
+def test_statistics_that_are_left_without_a_word_are_warned_about(model, trio):
+    init, clean, robust = trio
+    for fields, count in (
+        ({"depth": 1}, 2),
+        ({"depth": 2}, 4),
+        ({"targets": "^conv_b/"}, 2),
+        ({"targets": "^dense/"}, 0),
+        ({"depth": 2, "statistics": "keep"}, 0),
+        ({"depth": 2, "statistics": "replace"}, 0),
+    ):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            extract(*trio, **fields, like=PATHS)
+        texts = [str(each.message) for each in found]
+        assert [f"leaves {count} moving" in text for text in texts] == [
+            True
+        ] * bool(count)
+        # At the caller's line.
+        assert {each.filename for each in found} <= {__file__}
+    same = list(robust)
+    for place in STATISTICS:
+        same[place] = clean[place]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extract(init, clean, same, depth=2, like=PATHS)
 
 
 def test_state_is_not_touched():

@@ -4,7 +4,7 @@ import pytest
 
 from keras_weightmods.patches import tensors
 from keras_weightmods.patches.quantized import quantize
-from keras_weightmods.patches.tensors import Sparse
+from keras_weightmods.patches.tensors import Replacing, Sparse
 from tests.models import assert_same_bits
 
 
@@ -69,6 +69,47 @@ def test_sparse_terms_change_their_places_alone():
     changed = dense.copy()
     changed[places] += 2 * values.astype("float32")
     assert_same_bits([got], [clean + changed])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+def test_what_replaces_is_exact_where_it_is_alone(dtype):
+    rng = np.random.default_rng(0)
+    size = tensors._PIECE + 3
+    # Of sizes that no difference gives exactly, zeros of both signs too.
+    sizes = 10.0 ** rng.integers(-4, 4, (2, size))
+    clean, new = (rng.normal(size=(2, size)) * sizes).astype(dtype)
+    new[:9], clean[5:7] = -0.0, np.nan
+    places = np.flatnonzero(rng.random(size) < 0.5)
+    places[0] = 6
+    values = new[places]
+    tensor = Replacing(places, values)
+    expected = clean.copy()
+    expected[places] = values
+    got = rebuild(clean, [(1.0, tensor, 0.0)])
+    assert_same_bits([got], [expected])
+    more = np.union1d(places, [0, 1, 7, size - 1])
+    got = rebuild(clean[more], [(1.0, tensor.at(more), 0.0)])
+    assert_same_bits([got], [expected[more]])
+    # Beside another, exact where that one is not; elsewhere the sum.
+    clean = np.where(np.isnan(clean), 1, clean).astype(dtype)
+    other = Sparse(places[::3], np.ones(len(places[::3]), "float32"))
+    for terms in ([(1.0, tensor, 0.0), (2.0, other, 0.0)],) * 2:
+        got = rebuild(clean, terms)
+        alone = np.setdiff1d(places, other.places)
+        assert_same_bits([got[alone]], [new[alone]])
+        both = other.places
+        np.testing.assert_allclose(
+            got[both].astype("float64"),
+            (new[both].astype("float64") + 2).astype(dtype).astype("float64"),
+            atol=1e-2 * 10**4,
+        )
+        terms.reverse()
+    # At another scale, the way there.
+    w, v = clean.astype("float64"), new.astype("float64")
+    got = rebuild(clean, [(0.25, tensor, 0.0)]).astype("float64")
+    np.testing.assert_allclose(
+        got[places], (0.75 * w + 0.25 * v)[places], rtol=2**-6, atol=2**-5
+    )
 
 
 def test_rebuild_of_shapes():

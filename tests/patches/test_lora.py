@@ -1,0 +1,275 @@
+"""Deltas as LoRA adapters against NumPy's SVD, KerasHub and peft."""
+
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+
+import keras_weightmods as kwm
+from keras_weightmods.patches import lora_files
+from tests import models
+from tests.models import normal, weights_of
+
+pytest.importorskip("keras_hub")
+
+TOKENS = np.array([[3, 1, 4, 1, 5, 9]])
+X = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
+RANK = 3
+slow = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="the fastest of them"
+)
+
+
+def make(family="llama3", **sizes):
+    return models.randomize(models.causal_lm(family, **sizes), scale=0.2)
+
+
+def change(model, targets, rank=None, seed=0):
+    """Change kernels; return what was added, {key: array}."""
+    added = {}
+    for i, target in enumerate(targets):
+        new = 0.1 * normal(*target.shape, seed=seed + i)
+        if rank is not None:
+            sizes = new.reshape(-1, new.shape[-1]).shape
+            left, right = (
+                normal(*s, seed=i) for s in ((sizes[0], 1), (1, sizes[1]))
+            )
+            new = 0.1 * (left @ right).reshape(new.shape)
+        target.variable.assign(target.variable + new)
+        added[target.key] = new
+    return added
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A base, the weights of it, a delta, and what it adds to kernels."""
+    model = make()
+    base = weights_of(model)
+    targets = kwm.find_targets(model)
+    added = change(model, targets)
+    path = tmp_path / "task.safetensors"
+    kwm.save_delta(model, base, path, dtype="float32")
+    model.set_weights(base)
+    return model, path, added
+
+
+def nearest(matrix, rank):
+    """The best approximation of a rank, and what it lacks, in float64."""
+    u, s, vh = np.linalg.svd(matrix.astype("float64"), full_matrices=False)
+    kept = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return kept, (np.sum(s[rank:] ** 2) / np.sum(s**2)) ** 0.5
+
+
+def check_report(report, added, matrices):
+    """Against the SVD of `matrices(target key)`."""
+    lost = total = 0.0
+    for kernel in report.kernels:
+        matrix = matrices(kernel.key)
+        _, error = nearest(matrix, RANK)
+        assert abs(kernel.error - error) < 1e-4
+        lost += np.sum(matrix**2.0) * error**2
+        total += np.sum(matrix**2.0)
+    assert len(report.kernels) == len(added)
+    assert abs(report.error - (lost / total) ** 0.5) < 1e-4
+    assert f"{report.error:.1%}" in str(report)
+
+
+def test_kerashub_reads_its_file(task, tmp_path):
+    model, delta, added = task
+    before, path = weights_of(model), tmp_path / "task.lora.h5"
+    report = kwm.delta_to_lora(model, delta, path, RANK, "keras_hub")
+    models.assert_same(weights_of(model), before)
+
+    def matrix(key):
+        return added[key].reshape(-1, added[key].shape[-1])
+
+    check_report(report, added, matrix)
+    other = make()
+    names = {t.layer.name for t in kwm.find_targets(other)}
+    other.backbone.enable_lora(RANK, sorted(names))
+    other.backbone.load_lora_weights(str(path))
+    for target in kwm.find_targets(model):
+        kept, _ = nearest(matrix(target.key), RANK)
+        target.variable.assign(target.variable + kept.reshape(target.shape))
+    np.testing.assert_allclose(
+        models.numpy(other(X)), models.numpy(model(X)), atol=1e-4
+    )
+    # And back, at its scale of 1.
+    model.set_weights(before)
+    kwm.lora_to_delta(model, path, tmp_path / "back.safetensors", None)
+    kwm.apply_delta(model, tmp_path / "back.safetensors")
+    np.testing.assert_allclose(
+        models.numpy(model(X)), models.numpy(other(X)), atol=1e-4
+    )
+
+
+def matrix_of(target, array):
+    """The matrix that peft's factors make, (in, out)."""
+    order = (*target.contraction_axes, *target.output_axes)
+    size = target.contraction_size
+    return array.transpose(order).reshape(size, -1)
+
+
+@slow
+def test_peft_s_folder(task, tmp_path):
+    from safetensors.numpy import load_file
+
+    model, delta, added = task
+    targets = kwm.find_targets(model)
+    path = tmp_path / "adapter"
+    report = kwm.delta_to_lora(model, delta, path, RANK)
+    check_report(report, added, lambda k: matrix_of(targets[k], added[k]))
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == RANK
+    assert config["fan_in_fan_out"] is False
+    modules = [
+        *(f"self_attn.{name}_proj" for name in "qkvo"),
+        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    ]
+    modules = {f"model.layers.0.{module}" for module in modules}
+    assert {*config["target_modules"]} == modules
+    arrays = load_file(path / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.{}_proj.lora_{}.weight"
+    query = next(t for t in targets if "query" in t.path)
+    kept, _ = nearest(matrix_of(query, added[query.key]), RANK)
+    a, b = (arrays[key.format("q", which)] for which in "AB")
+    np.testing.assert_allclose((b @ a).T, kept, atol=1e-5)
+
+    # Back, and twice as much with another alpha.
+    kwm.lora_to_delta(model, path, tmp_path / "back.safetensors", "float32")
+    kwm.apply_delta(model, tmp_path / "back.safetensors")
+    once = models.numpy(query.variable)
+    kwm.remove_delta(model)
+    zero = models.numpy(query.variable)
+    np.testing.assert_allclose(matrix_of(query, once - zero), kept, atol=1e-5)
+    for changed, times in (
+        ({"lora_alpha": 2 * RANK}, 2),
+        ({"use_rslora": True}, RANK**0.5),
+    ):
+        new = json.dumps({**config, **changed})
+        (path / "adapter_config.json").write_text(new)
+        kwm.lora_to_delta(model, path, tmp_path / "twice.safetensors", None)
+        kwm.apply_delta(model, tmp_path / "twice.safetensors")
+        found = models.numpy(query.variable) - zero
+        np.testing.assert_allclose(found, times * (once - zero), atol=1e-5)
+        kwm.remove_delta(model)
+
+
+@slow
+def test_peft_multiplies_by_it(task, tmp_path):
+    """The logits of the base and the adapter in transformers."""
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    import torch
+
+    model, delta, added = task
+    kwm.export(model, tmp_path / "base", "transformers")
+    kwm.delta_to_lora(model, delta, tmp_path / "adapter", RANK)
+    for target in kwm.find_targets(model):
+        kept, _ = nearest(matrix_of(target, added[target.key]), RANK)
+        order = (*target.contraction_axes, *target.output_axes)
+        shape = [target.shape[axis] for axis in order]
+        kept = kept.reshape(shape).transpose(np.argsort(order))
+        target.variable.assign(target.variable + kept)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager"
+    )
+    found = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        logits = found(torch.from_numpy(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(logits, models.numpy(model(X)), atol=1e-4)
+
+
+@slow
+def test_what_an_adapter_cannot_hold_is_named(tmp_path):
+    """GPT-2's query is a part of a tensor there, and biases are no kernels."""
+    model = make("gpt2")
+    base = weights_of(model)
+    targets = kwm.find_targets(model, include=["query", "intermediate"])
+    change(model, targets)
+    biases = [v for v in model.weights if "intermediate" in v.path]
+    biases[1].assign(biases[1] + 1)
+    delta = tmp_path / "task.safetensors"
+    kwm.save_delta(model, base, delta)
+    model.set_weights(base)
+    with pytest.warns(UserWarning, match="changes of 2 of the delta's 3"):
+        report = kwm.delta_to_lora(model, delta, tmp_path / "adapter", 16)
+    (kernel,) = report.kernels
+    assert "intermediate" in kernel.key
+    assert kernel.error < 1e-3
+    assert report.error > 0.9
+    assert [s.reason.split()[0] for s in report.skipped] == ["no", "no"]
+    config = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    # Of a Conv1D, whose weight is (in, out).
+    assert json.loads(config)["fan_in_fan_out"] is True
+
+
+def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
+    model, delta, _ = task
+    plain, other_delta = models.mlp(), tmp_path / "other.safetensors"
+    old = weights_of(plain)
+    plain.set_weights([array + 1 for array in old])
+    kwm.save_delta(plain, old, other_delta)
+    plain.set_weights(old)
+    before = sorted(os.listdir(tmp_path))
+
+    def check(match, call, *args, error=ValueError, **kwargs):
+        with pytest.raises(error, match=match):
+            call(*args, **kwargs)
+        assert sorted(os.listdir(tmp_path)) == before
+
+    to, back = kwm.delta_to_lora, kwm.lora_to_delta
+    hub = tmp_path / "task.lora.h5"
+    check("`rank` must be", to, model, delta, hub, 0, "keras_hub")
+    check("`format` must be", to, model, delta, hub, 2, "other")
+    check("ends in .lora.h5", to, model, delta, tmp_path / "x", 2, "keras_hub")
+    check("a folder that exists", to, model, delta, tmp_path / "no" / "x")
+    check("or an adapter", to, model, delta, delta)
+    check("or an adapter", to, model, delta, tmp_path)
+    check("does not fit", to, models.mlp(), delta, hub, 2, "keras_hub")
+    for format in ("keras_hub", "peft"):
+        path = hub if format == "keras_hub" else tmp_path / "adapter"
+        check("a KerasHub model", to, plain, other_delta, path, 2, format)
+    check("a folder of peft", back, model, delta, tmp_path / "back")
+    kwm.apply_delta(model, delta)
+    check("without patches", to, model, delta, hub, 2, "keras_hub")
+    kwm.remove_delta(model)
+    moved = weights_of(model)
+    model.set_weights([array + 1 for array in moved])
+    check("must be the one", to, model, delta, hub, 2, "keras_hub")
+    model.set_weights(moved)
+    kwm.delta_to_lora(model, delta, hub, 2, "keras_hub")
+    before = sorted(os.listdir(tmp_path))
+    other = make(hidden_dim=8)
+    path = tmp_path / "back.safetensors"
+    check("an adapter of this model", back, other, hub, path)
+    check(
+        "overwrite",
+        to,
+        model,
+        delta,
+        hub,
+        2,
+        "keras_hub",
+        error=FileExistsError,
+        overwrite=False,
+    )
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    before.insert(0, "adapter")
+    for config, match in (
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"peft_type": "LORA", "use_dora": True}, "use_dora=True"),
+        ({"peft_type": "LORA", "modules_to_save": ["head"]}, "modules_to"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        check(match, back, model, folder, path)
+    from safetensors.numpy import save_file
+
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    key = "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"
+    save_file({key: normal(2, 16)}, folder / "adapter_model.safetensors")
+    check("layers.7.mlp.up_proj", back, model, folder, path)
+    assert set(lora_files.FORMATS) == {"keras_hub", "peft"}
