@@ -438,6 +438,8 @@ class Reader:
         filepath: String or path, of the file to read.
         format: String, what the file must hold.
         versions: Tuple of ints, the versions of that format to accept.
+        see: Callable, called with the name of each entry that is checked, and
+            the number of all. Defaults to none.
 
     Attributes:
         entries: Dict from name to `Entry`, in the order of the header.
@@ -450,9 +452,12 @@ class Reader:
         OSError: If the file cannot be read.
     """
 
-    def __init__(self, filepath, format, versions):
+    def __init__(
+        self, filepath, format, versions, see=lambda name, count: None
+    ):
         self.filepath = os.fspath(filepath)
         self._format = format
+        self._see = see
         if os.path.isdir(filepath):
             raise self._other(other_kind(filepath))
         self._file = open(filepath, "rb", opener=_open)  # noqa: SIM115
@@ -600,6 +605,7 @@ class Reader:
                 rest -= len(part)
             if digest.hexdigest() != checksums[name]:
                 raise self._error(f"The checksum of `{name}` does not match")
+            self._see(name, len(self.entries))
 
     def _read_into(self, view, name):
         if self._file.readinto(view) != len(view):
