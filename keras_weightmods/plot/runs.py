@@ -50,9 +50,7 @@ def sparsity_run(history: Any, *, ax: Any = None) -> Any:
     (second,) = right.plot(epochs, logs["mask_flips"], "s--", ms=3, color=flips)
     right.set(ylabel="flips, share of the mask for each mask set")
     right.set_ylim(bottom=0)
-    ax.legend(
-        [first, second], ["kept share", "flips"], fontsize=8, frameon=False
-    )
+    style.legend(ax, [first, second], ["kept share", "flips"], above=True)
     return ax
 
 

@@ -38,7 +38,7 @@ def plain_numbers(axis: Any) -> None:
     """Write 1, 2, 5, 10 on an axis of logarithms, and no powers."""
     from matplotlib import ticker
 
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.set_minor_formatter(ticker.NullFormatter())
 
@@ -54,6 +54,9 @@ def height_of(count: int) -> float:
     return 1.2 + 0.22 * count
 
 
-def legend(ax: Any) -> None:
-    """Name what is drawn."""
-    ax.legend(fontsize=8, frameon=False)
+def legend(ax: Any, *args: Any, above: bool = False) -> Any:
+    """Name what is drawn, within the axes or above them."""
+    place = {"loc": "best"}
+    if above:
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
+    return ax.legend(*args, fontsize=8, frameon=False, **place)

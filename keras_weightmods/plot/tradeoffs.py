@@ -30,14 +30,14 @@ def layer_sizes(change: Any, *, ax: Any = None) -> Any:
     Example:
 
     ```python
-    import numpy as np
+    import keras
     import keras_weightmods as kwm
 
     start, clean, robust = (
-        [np.random.normal(size=(8, 4)), np.random.normal(size=(4, 2))]
+        keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
         for _ in range(3)
     )
-    signature = kwm.WeightSignature.extract(start, clean, robust, depth=2)
+    signature = kwm.WeightSignature.extract(start, clean, robust, 1)
     ax = kwm.plot.layer_sizes(signature)
     assert ax.get_xlabel() == "KiB"
     ```
@@ -100,11 +100,11 @@ def accuracy(
     assert ax.get_ylim() == (0, 1)
     ```
     """
+    if any(len(values) != len(scales) for values in accuracies.values()):
+        expected = f"{len(scales)} numbers for each, one a scale"
+        raise checks.error("accuracies", expected, accuracies)
     ax = style.new_axes(ax)
     for label, values in accuracies.items():
-        if len(values) != len(scales):
-            expected = f"{len(scales)} numbers for each, one a scale"
-            raise checks.error("accuracies", expected, accuracies)
         ax.plot(scales, values, "o-", ms=4, label=label)
     for label, value in (baselines or {}).items():
         ax.axhline(value, ls="--", color=style.GRAY, label=label)
@@ -168,12 +168,14 @@ def speed(rows: Any, *, ax: Any = None) -> Any:
             label=kind,
         )
     middle = np.mean([math.log(row["perplexity"]) for row in rows])
-    for row in rows:
+    in_order = sorted(rows, key=lambda row: row["perplexity"])
+    for place, row in enumerate(in_order):
         is_left = math.log(row["perplexity"]) <= middle
         ax.annotate(
             row["name"],
             [row[name] for name in numbers],
-            xytext=(8 if is_left else -8, 6),
+            # Close ones above and below each other.
+            xytext=(8 if is_left else -8, -10 if place % 2 else 6),
             textcoords="offset points",
             ha="left" if is_left else "right",
             fontsize=7,
@@ -185,5 +187,6 @@ def speed(rows: Any, *, ax: Any = None) -> Any:
     ax.set(xlabel="perplexity", ylabel="tokens a second")
     style.grid(ax)
     if any("kind" in row for row in rows):
-        style.legend(ax)
+        for dot in style.legend(ax).legend_handles:
+            dot.set_sizes([40])
     return ax

@@ -192,11 +192,12 @@ def density(
     ax.barh(places, densities, 0.6, label="density", alpha=0.5)
     if m is not None:
         label = f"kept by {pattern if isinstance(pattern, str) else m}"
-        ax.plot(kept, places, "o", color=style.COLORS[1], label=label)
+        color = style.COLORS[1]
+        ax.plot(kept, places, "o", color=color, label=label, clip_on=False)
     style.rows(ax, names)
     ax.set(xlim=(0, 1), xlabel="share of the weights, of the sum of |w|")
     style.grid(ax, "x")
-    style.legend(ax)
+    style.legend(ax, above=True)
     return ax
 
 
