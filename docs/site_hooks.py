@@ -4,9 +4,12 @@
   public method without a docstring ends the build.
 - `kwm.name` in the text of a page links to the reference, and must be there.
 - CHANGELOG.md and CONTRIBUTING.md become pages.
+- The code of gallery.md is run, and its pictures put behind it.
 """
 
 import inspect
+import io
+import itertools
 import pathlib
 import re
 import runpy
@@ -18,6 +21,7 @@ DOCS = pathlib.Path(__file__).absolute().parent
 API = runpy.run_path(str(DOCS / "api_table.py"))
 PUBLIC = API["public_names"]()
 AT_THE_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md")
+GALLERY = "gallery.md"
 # Pages that the navigation names and that need not be there.
 OPTIONAL = ("cli.md", "ship.md")
 # Of folders whose pages are not called as they are.
@@ -25,10 +29,12 @@ TITLES = {
     "core": "Targets",
     "lift": "Principal weights",
     "ops": "ops",
+    "plot": "plot",
     "reparameterize": "Reparameterization",
     "utils": "Reports",
 }
 
+CODE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
 NAME = re.compile(r"(?<!\[)`kwm\.([\w.]+)(\([^`\n]*\))?`")
 
@@ -62,9 +68,35 @@ def on_files(files, config):
     pages = reference_pages()
     for name in AT_THE_ROOT:
         pages[name.lower()] = (DOCS.parent / name).read_text()
-    for path, text in pages.items():
+    for path, text in {**pages, **gallery_pictures()}.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def gallery_pictures():
+    """Return a dict from paths to the pictures of the gallery, as bytes."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    found = {}
+    text = (DOCS / GALLERY).read_text()
+    for number, code in enumerate(CODE.findall(text)):
+        exec(compile(code, GALLERY, "exec"), {})
+        picture = io.BytesIO()
+        pyplot.savefig(picture, dpi=110)
+        pyplot.close("all")
+        found[f"gallery/{number}.png"] = picture.getvalue()
+    return found
+
+
+def with_pictures(markdown):
+    numbers = itertools.count()
+    return CODE.sub(
+        lambda match: f"{match[0]}\n![](gallery/{next(numbers)}.png)\n",
+        markdown,
+    )
 
 
 def check_docstrings():
@@ -98,7 +130,7 @@ def reference_pages():
 
 def page_of(name):
     folder = PUBLIC[name].__module__.split(".")[1]
-    return f"reference/{'ops' if name.startswith('ops.') else folder}.md"
+    return f"reference/{name.partition('.')[0] if '.' in name else folder}.md"
 
 
 def full_name(value):
@@ -111,6 +143,8 @@ def on_page_markdown(markdown, page, config, files):
         markdown = API["make_page"](lambda value: f"`{value.__module__}`")
     if path.startswith("reference/"):
         return markdown
+    if path == GALLERY:
+        markdown = with_pictures(markdown)
     parts = FENCE.split(markdown)
     parts[::2] = [
         NAME.sub(lambda match: link(match, path), part) for part in parts[::2]

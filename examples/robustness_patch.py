@@ -210,6 +210,8 @@ def tables(net, results):
 def plot(results, names, output):
     import matplotlib
 
+    import keras_weightmods as kwm
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -219,17 +221,14 @@ def plot(results, names, output):
     for axes, name in zip(all_axes, names):
         row = results["corruptions"][name]
         on_clean, corrupted = zip(*row["scales"].values())
-        axes.plot(SCALES, on_clean, marker="o", label="clean images")
-        axes.plot(SCALES, corrupted, marker="o", label="corrupted images")
-        axes.axhline(
-            row["robust"],
-            ls="--",
-            color="grey",
-            label="robust model, corrupted",
+        kwm.plot.accuracy(
+            SCALES,
+            {"clean images": on_clean, "corrupted images": corrupted},
+            {"robust model, corrupted": row["robust"]},
+            ax=axes,
         )
-        axes.set(title=name, xlabel="scale", ylim=(0, 1))
-    all_axes[0].set_ylabel("accuracy")
-    all_axes[0].legend(fontsize="small", loc="lower right")
+        axes.set_title(name)
+        axes.label_outer()
     _save(figure, output / "scale.png")
 
     matrix = [

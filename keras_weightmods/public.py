@@ -1,6 +1,7 @@
 """All public names: the one list of them."""
 
 from . import ops as ops
+from . import plot as plot
 from .core.report import (
     ReparameterizationReport as ReparameterizationReport,
 )

@@ -9,6 +9,7 @@ import re
 FLOORS = (
     ("", "cli"),
     ("sparsity", "packing", "lift", "reparameterize"),
+    ("plot",),
     ("patches", "evaluation", "generation", "exporting"),
     ("saving",),
     ("core",),

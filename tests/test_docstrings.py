@@ -5,6 +5,7 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import sys
 import textwrap
 
 import keras
@@ -44,6 +45,13 @@ def code_blocks(text):
 
 
 EXAMPLES = examples()
+
+
+@pytest.fixture(autouse=True)
+def close_pictures():
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))

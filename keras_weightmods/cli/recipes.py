@@ -252,21 +252,24 @@ class Run:
         return self._saved("quantize", report)
 
     def pack(self, options):
-        return self._saved("pack", kwm.pack(self.model, **options))
+        verbose = int(self.verbose)
+        report = kwm.pack(self.model, verbose=verbose, **options)
+        return self._saved("pack", report)
 
     def export(self, options):
         name = options.pop("filepath")
-        kwm.export(self.model, self.recipe.output / name, **options)
+        path, verbose = self.recipe.output / name, int(self.verbose)
+        kwm.export(self.model, path, verbose=verbose, **options)
         return {"exported": name}
 
     def _saved(self, name, report):
         """Save the model and the report; return the record of a stage."""
         start = f"{len(self.done)}-{name}"
         file = f"{start}.safetensors"
-        kwm.save_model(self.model, self.recipe.output / file)
+        path = self.recipe.output / file
+        kwm.save_model(self.model, path, verbose=int(self.verbose))
         text = json.dumps(report.to_dict(), indent=2)
         self._write(f"{start}.json", text)
-        path = self.recipe.output / file
         return {"file": file, "file_bytes": os.path.getsize(path)}
 
     def _state(self):

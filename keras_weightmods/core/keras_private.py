@@ -558,6 +558,44 @@ def begin_with_epoch(model: Any, epoch: int | None) -> None:
     model._initial_epoch = epoch
 
 
+class _EpochLogs:
+    """Stands in for the method that makes the logs of an epoch."""
+
+    def __init__(self, model):
+        self.plain = model._get_metrics_result_or_logs
+        self.sources: list[Callable[[], dict[str, Any]]] = []
+
+    def __call__(self, logs):
+        more = [source() for source in self.sources]
+        return {
+            k: v for each in (self.plain(logs), *more) for k, v in each.items()
+        }
+
+
+def add_to_epoch_logs(model: Any, source: Callable[[], dict[str, Any]]) -> None:
+    """Have `fit` put what `source` returns into the logs that it makes.
+
+    So does `evaluate`. There is no public way to add to them before the first
+    of the callbacks gets them.
+    """
+    own = attributes(model)
+    name = "_get_metrics_result_or_logs"
+    if not isinstance(own.get(name), _EpochLogs):
+        own[name] = _EpochLogs(model)
+    if source not in own[name].sources:
+        own[name].sources.append(source)
+
+
+def leave_epoch_logs(model: Any, source: Callable[[], dict[str, Any]]) -> None:
+    """Undo `add_to_epoch_logs`."""
+    own = attributes(model)
+    name = "_get_metrics_result_or_logs"
+    if isinstance(own.get(name), _EpochLogs):
+        own[name].sources = [s for s in own[name].sources if s != source]
+        if not own[name].sources:
+            del own[name]
+
+
 def build_metrics(model: Any, batch: Any) -> None:
     """Build metrics and loss; TensorFlow's trainer does it in the first step.
 

@@ -96,12 +96,16 @@ def check_unattached(items: Sequence[Any]) -> None:
 
 
 def attach(
-    model: Any, items: Sequence[Any], drop_optimizer: bool = False
+    model: Any,
+    items: Sequence[Any],
+    drop_optimizer: bool = False,
+    see: Callable[[Any], Any] = lambda item: None,
 ) -> None:
     """Install the reparameterizations; all of them or, on an error, none.
 
     With `drop_optimizer` a built optimizer is no error: it holds state of
     weights that are no longer trained, so the model is left uncompiled.
+    `see` is called with each item once its parameters are there.
     """
     check_unattached(items)
     if not drop_optimizer and has_built_optimizer(model):
@@ -116,6 +120,7 @@ def attach(
     try:
         for item in items:
             _create_parameters(item)
+            see(item)
     except Exception:
         for item in items:
             _drop_parameters(item)
@@ -213,11 +218,16 @@ def install(item: Reparameterization) -> None:
     _install(item)
 
 
-def fold(model: Any, kind: Any = Reparameterization) -> list[Any]:
+def fold(
+    model: Any,
+    kind: Any = Reparameterization,
+    see: Callable[[Any], Any] = lambda item: None,
+) -> list[Any]:
     """Bake all reparameterizations of class `kind` into the stored weights.
 
     The layers are again what they were before. A built optimizer holds state
-    of parameters that are gone, so the model is left uncompiled then.
+    of parameters that are gone, so the model is left uncompiled then. `see` is
+    called with each item that is folded.
 
     Returns:
         The list of the items folded.
@@ -237,6 +247,7 @@ def fold(model: Any, kind: Any = Reparameterization) -> list[Any]:
             keras_private.put_variable_back(
                 item.target.layer, variable, item.place
             )
+        see(item)
     if items:
         forget_variables(model)
         _guard(model)
@@ -244,11 +255,14 @@ def fold(model: Any, kind: Any = Reparameterization) -> list[Any]:
 
 
 @contextlib.contextmanager
-def stored_weights(model: Any) -> Iterator[list[Any]]:
+def stored_weights(
+    model: Any, see: Callable[[Any], Any] = lambda item: None
+) -> Iterator[list[Any]]:
     """Give layers back, in a scope, the weights that parameters stand for.
 
     Afterwards the very same parameters are there again, so that the model is
     as it was, bit for bit, with its optimizer and what was compiled for it.
+    `see` is called with each item that has its weight back.
 
     Yields:
         The list of the items, those whose `keeps_stored` is False.
@@ -258,6 +272,7 @@ def stored_weights(model: Any) -> Iterator[list[Any]]:
         stack.callback(keras_private.track_torch_parameters, model)
         for item in items:
             stack.enter_context(_stored_weight(item))
+            see(item)
         keras_private.track_torch_parameters(model)
         yield items
 

@@ -17,6 +17,7 @@ from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import gguf_file
 from keras_weightmods.saving.container import bytes_of
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import size_text
 
 # The ending that a format asks for, if it does.
@@ -64,6 +65,7 @@ def export(
     *,
     keep_packed: bool = False,
     overwrite: bool = True,
+    verbose: int = 1,
     **kwargs: Any,
 ) -> None:
     """Write a model for another runtime, packed kernels in dense form.
@@ -99,6 +101,9 @@ def export(
             that runs the file must `import keras_weightmods`, with its
             compiled kernels; that loads no Keras. Defaults to `False`.
         overwrite: Bool, whether to replace what is there. Defaults to `True`.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+            taken two seconds, of packed weights that are made dense, of the
+            tensors of a GGUF file, and of the file. Defaults to `1`.
         **kwargs: What the format takes. For `"gguf"` these are
 
             - `dtype`: `"f32"`, `"f16"`, `"bf16"`, `"q8_0"`, `"q4_1"` or
@@ -147,14 +152,18 @@ def export(
         raise checks.error("model", expected, model)
     check_needs(format, keep_packed)
     write = _writer(model, format, kwargs)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+    with (
+        Progress(1, "step", verbose) as progress,
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder,
+    ):
         target = str(pathlib.Path(folder) / path.name)
         if keep_packed:
-            write(target)
+            write(target, progress)
         else:
             _warn_about_sizes(model)
-            with seam.stored_weights(model):
-                write(target)
+            progress.total += len(_packed(model))
+            with seam.stored_weights(model, progress.add):
+                write(target, progress)
         made = [*pathlib.Path(folder).iterdir()]
         for each in made:
             # More than one file is there for OpenVINO, or a large ONNX model.
@@ -223,7 +232,7 @@ def check_needs(format: str, keep_packed: bool) -> None:
 
 def _writer(
     model: Any, format: str, kwargs: dict[str, Any]
-) -> Callable[[str], Any]:
+) -> Callable[[str, Progress], Any]:
     """Return what writes a file of the format, once all is checked."""
     if format in ("gguf", "transformers"):
         _check_plain(model, format)
@@ -232,16 +241,16 @@ def _writer(
     if format == "transformers":
         return _transformers_writer(model, **kwargs)
     kwargs = {"verbose": False, **kwargs}
-    return lambda path: model.export(path, format=format, **kwargs)
+    return lambda path, _: model.export(path, format=format, **kwargs)
 
 
-def _transformers_writer(model: Any) -> Callable[[str], Any]:
+def _transformers_writer(model: Any) -> Callable[[str, Progress], Any]:
     write = getattr(model, "export_to_transformers", None)
     if write is None:
         expected = "a KerasHub model with `export_to_transformers`"
         raise checks.error("model", expected, model)
 
-    def write_folder(path: str) -> None:
+    def write_folder(path: str, _: Progress) -> None:
         try:
             write(path)
         except ValueError as error:
@@ -277,8 +286,12 @@ def _check_plain(model: Any, format: str) -> None:
         )
 
 
+def _packed(model: Any) -> list[Any]:
+    return [i for i in reparameterizations(model) if not i.keeps_stored]
+
+
 def _warn_about_sizes(model: Any) -> None:
-    items = [i for i in reparameterizations(model) if not i.keeps_stored]
+    items = _packed(model)
     if not items:
         return
     now = bytes_of((weight.shape, weight.dtype) for weight in model.weights)

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 
 DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0")
 # Entries of a row that share a scale in the quantized types.
@@ -40,7 +41,7 @@ def writer(
     dtype: str = "f16",
     tokenizer_from: Any = None,
     context_length: int = 8192,
-) -> Callable[[str], None]:
+) -> Callable[[str, Progress], None]:
     """Return a function that writes a model to a path, once all is checked.
 
     Matrices are rounded as `dtype` says, by the package `gguf`; in the types
@@ -74,7 +75,7 @@ def writer(
     _check_vocabulary(backbone, tokenizer, tokenizer_from)
     _check_rows(backbone, dtype)
 
-    def write(path: str) -> None:
+    def write(path: str, progress: Progress) -> None:
         gguf = importlib.import_module("gguf")
         file = gguf.GGUFWriter(path, "llama")
         prefix = "ALL" if dtype == "f32" else "MOSTLY"
@@ -86,11 +87,14 @@ def writer(
         else:
             _add_tokenizer(file, tokenizer)
         kinds = gguf.GGMLQuantizationType
-        for name, variable in tensors(backbone).items():
+        named = tensors(backbone)
+        progress.total += len(named)
+        for name, variable in named.items():
             value = tensor_value(name, variable)
             kind = kinds[_kind_of(name, value.shape, dtype)]
             data = gguf.quants.quantize(value, kind)
             file.add_tensor(name, data, raw_dtype=kind)
+            progress.add()
         factors = rope_factors(backbone)
         if factors is not None:
             file.add_tensor("rope_freqs.weight", factors)

@@ -3,13 +3,16 @@
 import dataclasses
 import math
 import random
+import time
 import warnings
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_weightmods.core import filters, keras_private
+from keras_weightmods.core.epoch_figures import EpochFigures
 from keras_weightmods.core.loss_gradients import loss_gradients
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import resolve_targets
@@ -19,6 +22,7 @@ from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
 from keras_weightmods.ops.matrix import stack_shape
 from keras_weightmods.ops.principal_mask import Selection, mask_indices
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 
@@ -83,7 +87,22 @@ def _rows(weights: tuple[MaskedKernel, ...]) -> tuple[tuple[str, ...], ...]:
     )
 
 
-class PrincipalMaskCallback(keras.callbacks.Callback):
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """A new choice of the entries that are trained.
+
+    Attributes:
+        step: Int, the updates made before it.
+        changed: Float, the share of the entries that were not trained before.
+        seconds: Float, the time that it took.
+    """
+
+    step: int
+    changed: float
+    seconds: float
+
+
+class PrincipalMaskCallback(EpochFigures):
     """Fine-tunes only the principal weights of each kernel.
 
     LIFT (Low-rank Informed Sparse Fine-Tuning, arXiv 2506.00772): of each
@@ -101,6 +120,13 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     Put this callback in front of `BackupAndRestore`; to load the weights of a
     checkpoint yourself, call `attach(model)` before. Continuing with another
     `fit` continues with the masks.
+
+    The logs of each epoch, and so History, CSVLogger and TensorBoard, hold
+    `mask_density`, the share of the entries of the kernels that is trained;
+    `mask_changed`, the mean share of it that was new at the refreshes of the
+    epoch, 0 without any; and `mask_seconds`, the time that these took. The
+    attribute `refreshes` is the list of them all, with `step`, `changed` and
+    `seconds`.
 
     A kernel so small that not one of its entries would be chosen is left as
     the other weights are, and a warning names it.
@@ -212,6 +238,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         self._batches: Any = None
         self._mask_step = -1
         self._accumulated = 1
+        self.refreshes: list[Refresh] = []
+        self._of_epoch: list[Refresh] = []
 
     def attach(self, model: keras.Model) -> PrincipalMaskReport:
         """Make a compiled model ready to train the masked entries alone.
@@ -240,7 +268,9 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
-        _, is_new = self._attach(model)
+        report, is_new = self._attach(model)
+        self._density = report.totals["trained"] / report.totals["entries"]
+        super().on_train_begin(logs)
         # Others find out by themselves what is to be trained.
         if is_new or keras.backend.backend() == "tensorflow":
             model.make_train_function(force=True)
@@ -263,7 +293,21 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         if self._batches is not None:
             self._batches += batch - self._first_batch + 1
 
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        self._of_epoch = []
+
+    def figures(self) -> dict[str, float]:
+        """Return what the logs of the epoch that ends hold of the masks."""
+        changed = [each.changed for each in self._of_epoch]
+        return {
+            "mask_density": self._density,
+            "mask_changed": sum(changed) / max(1, len(changed)),
+            "mask_seconds": sum(each.seconds for each in self._of_epoch),
+        }
+
     def on_train_end(self, logs: Any = None) -> None:
+        super().on_train_end(logs)
         if self._frozen and keras.backend.backend() == "tensorflow":
             # It was made for what is trained now.
             self._model.train_function = None
@@ -288,12 +332,33 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         model = self.model
         optimizer = _inner_optimizer(model.optimizer)
         step = self._batches // self._accumulated
-        targets = [self._target_of[id(v)] for v in optimizer.masked_variables]
-        # One at a time: nothing is held of the others.
-        chosen = self._choose(model, targets, step, optimizer)
-        with keras_private.strategy_scope(model):
-            optimizer.set_masks(chosen, step)
+        variables = optimizer.masked_variables
+        targets = [self._target_of[id(v)] for v in variables]
+        new = total = 0
+        began = time.perf_counter()
+        verbose = (self.params or {}).get("verbose", 0)
+
+        def counted(chosen: Any) -> Any:
+            nonlocal new, total
+            for variable, indices in zip(variables, chosen):
+                before = optimizer.indices_of(variable)
+                new += len(np.setdiff1d(indices, before, assume_unique=True))
+                total += len(indices)
+                progress.add()
+                yield indices
+
+        with (
+            Progress(len(targets), "mask", verbose) as progress,
+            keras_private.strategy_scope(model),
+        ):
+            # One at a time: nothing is held of the others.
+            chosen = self._choose(model, targets, step, optimizer)
+            optimizer.set_masks(counted(chosen), step)
         self._mask_step = step
+        seconds = time.perf_counter() - began
+        refresh = Refresh(step, new / max(1, total), seconds)
+        self.refreshes.append(refresh)
+        self._of_epoch.append(refresh)
 
     def _attach(self, model: Any) -> Any:
         """Attach; return a report, and whether an optimizer was built."""

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_weightmods import native
 from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.native.packed import ACTIVATIONS, INTEGERS
 from keras_weightmods.ops.nm import nm_violations
@@ -22,6 +23,7 @@ from keras_weightmods.packing.packed_parameters import PackedParameters
 from keras_weightmods.packing.report import PackedWeight, PackReport
 from keras_weightmods.saving.container import bytes_of
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
 
 
@@ -34,6 +36,7 @@ def pack(
     head: str | None = None,
     activations: str | None = None,
     trainable: bool = False,
+    verbose: int = 1,
 ) -> PackReport:
     """Pack the kernels of a finished model, in place.
 
@@ -98,6 +101,8 @@ def pack(
             inputs in float.
         trainable: Bool. If True, the kept values get gradients, their places
             never; float32 values only. Defaults to False.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+            taken two seconds. Defaults to `1`.
 
     Returns:
         A `PackReport`: print it for a table, or take `to_dict()`.
@@ -178,18 +183,19 @@ def pack(
         packed_embedding.packed_embedding(t, head, activations) for t in tables
     ]
     seam.check_unattached([*items, *embeddings])
-    _check_kernels(items)
-    items += embeddings
-    _check_finite(items)
-    reason = reason_for_dense()
-    if reason:
-        native.warn_dense(reason)
     before = _model_bytes(model)
-    seam.attach(model, items, drop_optimizer=True)
+    with Progress(len(items) + len(embeddings), "kernel", verbose) as progress:
+        _check_kernels(items)
+        items += embeddings
+        _check_finite(items)
+        reason = reason_for_dense()
+        if reason:
+            native.warn_dense(reason)
+        seam.attach(model, items, drop_optimizer=True, see=progress.add)
     return _report(model, items, skipped, before)
 
 
-def unpack(model: keras.layers.Layer) -> PackReport:
+def unpack(model: keras.layers.Layer, verbose: int = 1) -> PackReport:
     """Give a packed model its dense weights back, in place.
 
     They are bit for bit what was packed where the values are float32, or
@@ -200,6 +206,7 @@ def unpack(model: keras.layers.Layer) -> PackReport:
 
     Args:
         model: A Keras model. One without packed weights is left as it is.
+        verbose: As in `pack`.
 
     Returns:
         A `PackReport`.
@@ -223,7 +230,9 @@ def unpack(model: keras.layers.Layer) -> PackReport:
     """
     checks.check_model(model)
     before = _model_bytes(model)
-    items = seam.fold(model, PackedParameters)
+    count = len(reparameterizations(model, PackedParameters))
+    with Progress(count, "kernel", verbose) as progress:
+        items = seam.fold(model, PackedParameters, progress.add)
     return _report(model, items, (), before)
 
 

@@ -457,6 +457,8 @@ class Reader:
         filepath: String or path, of the file to read.
         format: String, what the file must hold.
         versions: Tuple of ints, the versions of that format to accept.
+        see: Callable, called with the name of each entry that is checked, and
+            the number of all. Defaults to none.
         check_data: Bool, whether to read all data to check them. If `False`,
             the header alone is checked: call `check_data()` before the data
             are used. Defaults to `True`.
@@ -472,9 +474,17 @@ class Reader:
         OSError: If the file cannot be read.
     """
 
-    def __init__(self, filepath, format, versions, check_data=True):
+    def __init__(
+        self,
+        filepath,
+        format,
+        versions,
+        see=lambda name, count: None,
+        check_data=True,
+    ):
         self.filepath = os.fspath(filepath)
         self._format = format
+        self._see = see
         if os.path.isdir(filepath):
             raise self._other(other_kind(filepath))
         self._file = open(filepath, "rb", opener=_open)  # noqa: SIM115
@@ -639,6 +649,7 @@ class Reader:
                 rest -= len(part)
             if digest.hexdigest() != self._expected[name]:
                 raise self._error(f"The checksum of `{name}` does not match")
+            self._see(name, len(self.entries))
 
     def _read_into(self, view, name):
         if self._file.readinto(view) != len(view):

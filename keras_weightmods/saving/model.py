@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_weightmods.core.reparameterized_layer import plain_classes
 from keras_weightmods.saving import container, description, states
+from keras_weightmods.utils.progress import Progress
 
 _FORMAT = "keras_weightmods.model"
 _VERSION = 1
@@ -19,7 +20,10 @@ _ENDINGS_OF_KERAS = (".keras", ".h5", ".hdf5")
 
 
 def save_model(
-    model: keras.Model, filepath: Any, overwrite: bool = True
+    model: keras.Model,
+    filepath: Any,
+    overwrite: bool = True,
+    verbose: int = 1,
 ) -> None:
     """Save a model to one file, with what was done to its weights in place.
 
@@ -58,6 +62,8 @@ def save_model(
             `"model.safetensors"`.
         overwrite: Bool, whether to replace an existing file. Defaults to
             `True`.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+            taken two seconds. Defaults to `1`.
 
     Raises:
         ValueError: If `model` is no built model, `filepath` is no place for a
@@ -99,13 +105,17 @@ def save_model(
             f"Received: filepath={os.fspath(filepath)!r}"
         )
     container.check_filepath(filepath, overwrite)
-    left_out = _preprocessor_to_leave_out(model)
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        Progress(1, "weight", verbose) as progress,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        left_out = _preprocessor_to_leave_out(model)
         with plain_classes(model):
             parts = states.walk(model, left_out)
             described = description.describe(model, parts, left_out)
             assets = states.save_assets(parts, folder)
         weights = states.weight_entries(parts)
+        progress.total = len(weights)
         text = container.json_array(described)
         described = description.rehearsed(
             json.loads(text.tobytes()), parts, weights
@@ -119,11 +129,13 @@ def save_model(
             writer.write(_MODEL, text)
             for name, file in assets.items():
                 writer.write(name, np.fromfile(file, "uint8"))
-            states.write_weights(parts, writer)
+            states.write_weights(parts, writer, progress.add)
 
 
 def load_model(
-    filepath: Any, custom_objects: dict[str, Any] | None = None
+    filepath: Any,
+    custom_objects: dict[str, Any] | None = None,
+    verbose: int = 1,
 ) -> keras.Model:
     """Load a model that `save_model` saved.
 
@@ -144,6 +156,7 @@ def load_model(
         filepath: String or path of the file.
         custom_objects: Dict from name to class or function, those of the
             model that are not registered. Defaults to none.
+        verbose: As in `save_model`.
 
     Returns:
         The model: not compiled, or as its class compiles it when made.
@@ -169,15 +182,19 @@ def load_model(
         assert kwm.load_model(path).count_params() == 68
     ```
     """
+    arguments = filepath, _FORMAT, (_VERSION,)
     with (
-        container.Reader(filepath, _FORMAT, versions=(_VERSION,)) as reader,
+        Progress(1, "weight", verbose) as progress,
+        container.Reader(*arguments, _counted(progress)) as reader,
         tempfile.TemporaryDirectory() as folder,
     ):
         described = read_description(reader)
         states.extract_assets(reader, folder)
         model, parts, pending = build_model(reader, described, custom_objects)
         states.check_assets(parts, reader)
-        states.load(parts, reader, folder, description.give_values)
+        states.load(
+            parts, reader, folder, description.give_values, progress.add
+        )
         description.finish(described, model, pending)
     return model
 
@@ -241,6 +258,16 @@ def merged_writer(reader: Any, filepath: Any, overwrite: bool) -> Any:
     return container.Writer(
         filepath, _FORMAT, _VERSION, reader.entries, overwrite
     )
+
+
+def _counted(progress: Progress) -> Any:
+    """Return what sees entries being checked; then they are to be loaded."""
+
+    def see(name: str, count: int) -> None:
+        progress.total = 2 * count
+        progress.add()
+
+    return see
 
 
 def read_description(reader: Any) -> Any:

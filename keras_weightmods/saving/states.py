@@ -94,15 +94,19 @@ def weight_entries(parts):
     return entries
 
 
-def write_weights(parts, writer):
-    """Write all that the parts save, one part after another."""
+def write_weights(parts, writer, see=lambda name: None):
+    """Write all that the parts save, one part after another.
+
+    `see` is called with the name of each entry that is written.
+    """
     for part_name, part in parts.items():
         for key, value in saved(part).items():
             name = weight_name(part_name, key)
             writer.write(name, keras.ops.convert_to_numpy(value))
+            see(name)
 
 
-def load(parts, reader, folder, prepare):
+def load(parts, reader, folder, prepare, see=lambda name: None):
     """Give the parts their weights and assets, one part after another.
 
     Args:
@@ -110,6 +114,7 @@ def load(parts, reader, folder, prepare):
         reader: `Reader`, with the weights that the parts would save.
         folder: String, where `extract_assets` put the assets.
         prepare: Callable, called with each part before.
+        see: Callable, called with the name of each weight that is loaded.
     """
     keys: dict[str, list[str]] = collections.defaultdict(list)
     for name in filter(is_weight, reader.entries):
@@ -124,6 +129,8 @@ def load(parts, reader, folder, prepare):
                     {key: reader.read(prefix + key) for key in keys[part_name]}
                 )
             _load_assets(part_name, part, folder)
+            for key in keys[part_name]:
+                see(prefix + key)
         # What the code of a model's classes raises is not known.
         except Exception as error:
             raise reader.error(

@@ -16,7 +16,7 @@ from keras_weightmods.sparsity import data, recipes, sparsify
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.calibration import measure_importance
 from keras_weightmods.sparsity.distillation import LogitsDistiller
-from keras_weightmods.sparsity.kept_share import kept_share
+from keras_weightmods.sparsity.kept_share import kept_share, masked_weights
 from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
 from keras_weightmods.sparsity.run_state import RunState
 from keras_weightmods.sparsity.scaling import Scaling, attach_scaling
@@ -479,7 +479,7 @@ class CAST(LogitsDistiller):
         planned = self.adam_s.total_steps
         if not 0 < taken < planned:
             return
-        share, largest = kept_share(self.adam_s)
+        share, largest = kept_share(masked_weights(self.adam_s))
         if 1 - share < _NO_CUT:
             return
         warnings.warn(

@@ -1,5 +1,6 @@
-"""How far the weights of an `AdamS` are from its masks."""
+"""How far weights are from their masks."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from keras import ops
@@ -7,22 +8,27 @@ from keras import ops
 from keras_weightmods.ops import nm
 
 
-def kept_share(adam_s: Any) -> tuple[float, float]:
-    """Return what the masks keep, and the largest weight that they do not.
+def kept_share(masked: Iterable[tuple[Any, Any]]) -> tuple[float, float]:
+    """Return what masks keep, and the largest weight that they do not.
 
     Args:
-        adam_s: A built `AdamS`.
+        masked: Pairs of a variable and its mask, in bits.
 
     Returns:
         The share of the sum of all |w| that is within the masks, 1 where there
         is none, and the largest |w| outside of them.
     """
-    total = masked = largest = 0.0
-    for variable, _, packed in adam_s.sparsified_state:
-        mask = nm.unpack_bits(packed.value, variable.shape)
+    total = out = largest = 0.0
+    for variable, bits in masked:
+        mask = nm.unpack_bits(bits, variable.shape)
         magnitude = ops.abs(ops.cast(variable.value, "float32"))
         outside = ops.where(mask, 0.0, magnitude)
         parts = ops.sum(magnitude), ops.sum(outside), ops.max(outside)
         one, other, most = (float(ops.convert_to_numpy(p)) for p in parts)
-        total, masked, largest = total + one, masked + other, max(largest, most)
-    return (1 - masked / total if total else 1.0), largest
+        total, out, largest = total + one, out + other, max(largest, most)
+    return (1 - out / total if total else 1.0), largest
+
+
+def masked_weights(adam_s: Any) -> list[tuple[Any, Any]]:
+    """Return pairs of a variable and its mask, in bits, of a built `AdamS`."""
+    return [(v, bits.value) for v, _, bits in adam_s.sparsified_state]

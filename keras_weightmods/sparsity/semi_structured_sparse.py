@@ -99,7 +99,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
 
     def __call__(self, w: Any) -> Any:
         w = ops.convert_to_tensor(w)
-        axis = self._axis_for(tuple(w.shape))
+        axis = self.axes_of(tuple(w.shape))
         if not self.frozen:
             return nm.nm_project(w, self.pattern, axis)
         if self._mask is None:
@@ -257,7 +257,8 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         _forget_train_step(model)
         return report
 
-    def _axis_for(self, shape: Any) -> Any:
+    def axes_of(self, shape: Any) -> Any:
+        """Return the contraction axes of a kernel of this shape."""
         if self.axis is not None:
             return self.axis
         if len(shape) == 2:

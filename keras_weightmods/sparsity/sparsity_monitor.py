@@ -3,37 +3,55 @@
 import math
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.core.epoch_figures import EpochFigures
+from keras_weightmods.core.targets import resolve_targets
+from keras_weightmods.ops import nm
 from keras_weightmods.sparsity.adam_s import AdamS
-from keras_weightmods.sparsity.kept_share import kept_share
+from keras_weightmods.sparsity.kept_share import kept_share, masked_weights
+from keras_weightmods.sparsity.semi_structured_sparse import (
+    SemiStructuredSparse,
+)
 from keras_weightmods.utils import checks
 
 
-class SparsityMonitor(keras.callbacks.Callback):
-    """Puts the progress of `AdamS` into the logs.
+class SparsityMonitor(EpochFigures):
+    """Puts how far the kernels are in their N:M pattern into the logs.
 
-    The progress bar, History, CSVLogger and TensorBoard show them then (put
-    it before those in `callbacks`):
+    The progress bar, History, CSVLogger and TensorBoard show three numbers
+    then, in any order of the callbacks:
 
-    - `kept_share`: `S_t = sum |w * mask| / sum |w|` over the sparsified
-      kernels, which goes to 1;
+    - `kept_share`: `S_t = sum |w * mask| / sum |w|` over the kernels, which
+      goes to 1;
     - `largest_masked`: the largest `|w|` outside the masks, which goes to 0;
     - `mask_flips`: share of the mask's entries that changed, for each mask
       set since the last look.
 
+    The masks are those that `AdamS` has set. With any other optimizer they
+    are the n largest magnitudes of each group at the time of the look, one
+    set by each update: of the kernels that a `SemiStructuredSparse`
+    constrains, or, where `pattern` is given, of those of `targets`.
+
     Reading the weights synchronizes the model with the device, so they are
-    read at the end of each epoch and, where asked, every `every` batches.
+    read at the end of each epoch and, where asked, every `every` batches. Of
+    the logs of these batches, only callbacks behind this one see the numbers.
 
     Args:
         every: Int, batches between two looks within an epoch, or `None` for
             the end of epochs alone. Defaults to `None`.
+        pattern: String `"n:m"` or pair of ints, to watch how far kernels are
+            in a pattern whatever they are trained with: with plain
+            optimizers, or beside the masks of `AdamS`. Defaults to `None`.
+        targets: With `pattern`, the kernels, as `find_targets(model)` returns
+            them or in a form that its `include` takes; those that do not
+            divide into groups of m are left out. Defaults to all.
 
     Raises:
-        ValueError: If `every` is no positive int, or when training starts
-            with another optimizer than `AdamS`.
+        ValueError: If `every` is no positive int, `pattern` is malformed or
+            `targets` come without one; or when training starts, if there is
+            no mask, constraint or pattern to look at.
 
     Example:
 
@@ -53,40 +71,79 @@ class SparsityMonitor(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, every: int | None = None) -> None:
+    def __init__(
+        self,
+        every: int | None = None,
+        pattern: nm.Pattern | None = None,
+        targets: Any = None,
+    ) -> None:
         super().__init__()
         self.every = checks.check_int("every", every, 1, optional=True)
+        self.pattern = None
+        if pattern is not None:
+            self.pattern = "{}:{}".format(*nm.parse_pattern(pattern))
+        elif targets is not None:
+            expected = "None where there is no `pattern` to find in them"
+            raise checks.error("targets", expected, targets)
+        self._targets = targets
+        # Variable, pattern and contraction axes of what has no mask of AdamS.
+        self._kernels: list[tuple[Any, str, tuple[int, ...]]] = []
         self._last: tuple[np.ndarray, int] | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        if not isinstance(self._adam_s(), AdamS):
-            raise ValueError(
-                "`SparsityMonitor` reads the masks of an `AdamS` optimizer. "
-                f"Received: a model compiled with {self._adam_s()!r}"
-            )
         self._last = None
+        self._kernels = []
+        if self._reads_adam_s():
+            super().on_train_begin(logs)
+            return
+        model = self.model
+        if self.pattern is None:
+            self._kernels = [
+                (v, v.constraint.pattern, v.constraint.axes_of(v.shape))
+                for v in model.trainable_variables
+                if isinstance(v.constraint, SemiStructuredSparse)
+            ]
+        else:
+            m = nm.parse_pattern(self.pattern)[1]
+            self._kernels = [
+                (each.variable, self.pattern, each.contraction_axes)
+                for each in resolve_targets(model, self._targets)
+                if each.reason_not_nm(m) is None
+            ]
+        if not self._kernels:
+            raise ValueError(
+                "`SparsityMonitor` needs masks to look at: those of an `AdamS` "
+                "optimizer, kernels that a `SemiStructuredSparse` constrains, "
+                'or `pattern="2:4"` to take those of the magnitudes. Received: '
+                f"pattern={self.pattern!r}, and a model compiled with "
+                f"{self._optimizer()!r} that has no such kernel"
+            )
+        super().on_train_begin(logs)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self.every and (batch + 1) % self.every == 0 and logs is not None:
             logs.update(self.measure())
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if logs is not None:
-            logs.update(self.measure())
+    def figures(self) -> dict[str, float]:
+        """Return what the logs of the epoch that ends hold."""
+        return self.measure()
 
     def measure(self) -> dict[str, float]:
         """Read the model now; return the three numbers as a dict."""
-        optimizer = self._adam_s()
-        share, largest = kept_share(optimizer)
-        bits = np.concatenate(
-            [
-                ops.convert_to_numpy(packed.value)
-                for _, _, packed in optimizer.sparsified_state
+        optimizer = self._optimizer()
+        updates = int(ops.convert_to_numpy(optimizer.iterations))
+        if self._reads_adam_s():
+            masked = masked_weights(optimizer)
+            masks_set = -(-updates // optimizer.mask_every)
+        else:
+            masked = [
+                (v, nm.pack_bits(nm.nm_mask(v.value, pattern, axes)))
+                for v, pattern, axes in self._kernels
             ]
-        )
-        size = sum(math.prod(v.shape) for v in optimizer.sparsified)
-        steps = int(ops.convert_to_numpy(optimizer.iterations))
-        masks_set = -(-steps // optimizer.mask_every)
+            masks_set = updates
+        share, largest = kept_share(masked)
+        bits = np.concatenate([ops.convert_to_numpy(b) for _, b in masked])
+        size = sum(math.prod(v.shape) for v, _ in masked)
         flips = 0.0
         if self._last is not None:
             last_bits, last_set = self._last
@@ -99,7 +156,10 @@ class SparsityMonitor(keras.callbacks.Callback):
             "mask_flips": flips,
         }
 
-    def _adam_s(self) -> Any:
+    def _reads_adam_s(self) -> bool:
+        return self.pattern is None and isinstance(self._optimizer(), AdamS)
+
+    def _optimizer(self) -> Any:
         # On JAX the property brings the model up to date.
         optimizer = self.model.optimizer
         return getattr(optimizer, "inner_optimizer", optimizer)

@@ -115,6 +115,43 @@ def test_refresh_follows_the_rule_without_a_retrace(name):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="only JAX has a state to sync")
+@pytest.mark.one_backend
+@pytest.mark.parametrize("kind", [kwm.SparseAdamW, keras.optimizers.Adam])
+def test_figures_of_the_masks_are_in_the_logs(kind, tmp_path):
+    masks, path = [], tmp_path / "log.csv"
+    refreshing = callback(refresh_every=3)
+
+    def record(batch, logs):
+        optimizer = refreshing.model.optimizer
+        variables = optimizer.masked_variables
+        masks.append([set(optimizer.indices_of(v).tolist()) for v in variables])
+
+    history = fit(
+        make(kind(0.5)),
+        keras.callbacks.CSVLogger(path),
+        refreshing,
+        keras.callbacks.LambdaCallback(on_train_batch_end=record),
+        epochs=4,
+    ).history
+    # Before which of the 16 updates the masks change: 3, 6, 9, 12, 15.
+    expected = []
+    for step in range(3, 16, 3):
+        pairs = zip(masks[step], masks[step - 1])
+        expected.append(sum(len(n - o) for n, o in pairs) / sum(COUNTS))
+    assert any(expected)
+    found = refreshing.refreshes
+    assert [each.step for each in found] == [3, 6, 9, 12, 15]
+    assert [each.changed for each in found] == pytest.approx(expected)
+    a, b, c, d, e = expected
+    means = [a, b, c, (d + e) / 2]
+    assert history["mask_changed"] == pytest.approx(means)
+    assert history["mask_density"] == [sum(COUNTS) / 144] * 4
+    assert all(seconds > 0 for seconds in history["mask_seconds"])
+    header, *rows = path.read_text().splitlines()
+    assert "mask_changed" in header.split(",")
+    assert len(rows) == 4
+
+
 def test_touches_the_model_at_refreshes_alone(monkeypatch):
     synced, sync = [], keras.Model.jax_state_sync
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from tests.models import mlp, normal, numpy
+from tests import references
+from tests.models import JIT, mlp, normal, numpy
 
 
 class CountingMonitor(kwm.SparsityMonitor):
@@ -83,12 +84,50 @@ def test_with_loss_scaling():
     assert history["kept_share"] == [1.0]
 
 
-def test_another_optimizer():
+def test_a_constraint_and_a_plain_optimizer():
+    x, y = make_data()
+    constrained, plain = mlp(), mlp()
+    kwm.SemiStructuredSparse.attach(constrained)
+    before = constrained.get_weights()[0]
+    for model, kwargs in ((constrained, {}), (plain, {"pattern": (2, 4)})):
+        model.compile("adam", "mse", jit_compile=JIT)
+        monitor = kwm.SparsityMonitor(every=1, **kwargs)
+        looks = []
+
+        def look(batch, logs, looks=looks, model=model):
+            looks.append((logs["mask_flips"], model.get_weights()))
+
+        recorder = keras.callbacks.LambdaCallback(on_train_batch_end=look)
+        fit = {"batch_size": 16, "verbose": 0, "epochs": 2}
+        history = model.fit(x, y, callbacks=[monitor, recorder], **fit).history
+        kernels = [w for w in model.get_weights() if w.ndim == 2]
+        masks = [references.nm_mask(w, 2, 4, (0,)) for w in kernels]
+        kept = sum(np.abs(w[m]).sum() for w, m in zip(kernels, masks))
+        total = sum(np.abs(w).sum() for w in kernels)
+        assert history["kept_share"][-1] == pytest.approx(kept / total)
+        largest = max(np.abs(w[~m]).max() for w, m in zip(kernels, masks))
+        assert history["largest_masked"][-1] == pytest.approx(largest)
+        # One mask an update.
+        both = [
+            [references.nm_mask(w, 2, 4, (0,)) for w in weights if w.ndim == 2]
+            for _, weights in looks[:2]
+        ]
+        changed = sum((a != b).sum() for a, b in zip(*both))
+        assert looks[1][0] == pytest.approx(changed / (8 * 16 + 16 * 4))
+    assert history["kept_share"][-1] < 0.9
+    assert not np.array_equal(before, constrained.get_weights()[0])
+
+
+def test_nothing_to_look_at():
     x, y = make_data()
     model = mlp()
     model.compile("adam", "mse")
-    with pytest.raises(ValueError, match="`AdamS`"):
+    with pytest.raises(ValueError, match="`SemiStructuredSparse` constrains"):
         model.fit(x, y, verbose=0, callbacks=[kwm.SparsityMonitor()])
+    with pytest.raises(ValueError, match="'n:m'"):
+        kwm.SparsityMonitor(pattern="4:2")
+    with pytest.raises(ValueError, match="`targets`"):
+        kwm.SparsityMonitor(targets="kernel")
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.0, "epoch", True])

@@ -1,0 +1,11 @@
+"""Pictures of weights, of runs and of what they cost; needs matplotlib."""
+
+from keras_weightmods.plot.runs import mask_overlap as mask_overlap
+from keras_weightmods.plot.runs import scaling as scaling
+from keras_weightmods.plot.runs import sparsity_run as sparsity_run
+from keras_weightmods.plot.tradeoffs import accuracy as accuracy
+from keras_weightmods.plot.tradeoffs import layer_sizes as layer_sizes
+from keras_weightmods.plot.tradeoffs import speed as speed
+from keras_weightmods.plot.weights import density as density
+from keras_weightmods.plot.weights import distribution as distribution
+from keras_weightmods.plot.weights import kernel as kernel

@@ -1,0 +1,62 @@
+"""The one style of all pictures."""
+
+from typing import Any
+
+# Told apart by those who see few colors (Okabe and Ito), and in this order.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GRAY = "#777777"
+
+
+def new_axes(ax: Any, width: float = 6.0, height: float = 3.6) -> Any:
+    """Return `ax` in the style, or new axes where it is `None`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    if ax is None:
+        try:
+            from matplotlib import pyplot
+        except ImportError as error:
+            raise ImportError(
+                "Pictures need matplotlib. Install with: "
+                "pip install 'keras-weightmods[viz]'"
+            ) from error
+        size = width, height
+        ax = pyplot.subplots(figsize=size, layout="constrained")[1]
+    ax.set_prop_cycle(color=COLORS)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def grid(ax: Any, axis: str = "both") -> None:
+    """Draw the lines to read values by."""
+    ax.grid(visible=True, axis=axis, color="#dddddd", linewidth=0.6)
+
+
+def plain_numbers(axis: Any) -> None:
+    """Write 1, 2, 5, 10 on an axis of logarithms, and no powers."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def rows(ax: Any, names: list[str]) -> None:
+    """Name the rows of horizontal bars, the first on top."""
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+
+
+def height_of(count: int) -> float:
+    """Return the height in inches that so many rows take."""
+    return 1.2 + 0.22 * count
+
+
+def legend(ax: Any, *args: Any, above: bool = False) -> Any:
+    """Name what is drawn, within the axes or above them."""
+    place = {"loc": "best"}
+    if above:
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
+    return ax.legend(*args, fontsize=8, frameon=False, **place)
