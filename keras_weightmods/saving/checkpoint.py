@@ -15,7 +15,7 @@ from keras import ops
 
 from keras_weightmods.backend import processes
 from keras_weightmods.core import keras_private
-from keras_weightmods.saving import container, random_state
+from keras_weightmods.saving import container, random_state, shared
 from keras_weightmods.saving.data_order import DataOrder
 from keras_weightmods.utils import checks
 
@@ -180,7 +180,7 @@ class Checkpoint(keras.callbacks.Callback):
             with reader:
                 self._load(model, reader)
             # It is newer by its name, and would be kept in place of good ones.
-            names = self._names() if _is_first() else []
+            names = self._names() if shared.is_first() else []
             for later in names[names.index(name) + 1 :] if names else []:
                 broken = os.path.join(self.path, later)
                 os.replace(broken, f"{broken}.unreadable")
@@ -317,15 +317,15 @@ class Checkpoint(keras.callbacks.Callback):
             for name, value in {**arrays, **variables}.items()
         }
         values = (
-            (name, _whole(variable)) for name, variable in variables.items()
+            (name, shared.whole(variable))
+            for name, variable in variables.items()
         )
-        if _is_first():
+        if shared.is_first():
             self._write(entries, itertools.chain(arrays.items(), values))
         else:
             # It takes part where a weight is split over processes.
             collections.deque(values, maxlen=0)
-        if group is not None:
-            group.wait("checkpoint")
+        shared.wait("checkpoint")
         self._last_saved = self._taken
         self._saved_at = time.monotonic()
 
@@ -389,19 +389,6 @@ class Checkpoint(keras.callbacks.Callback):
         if not os.path.isdir(self.path):
             return []
         return sorted(filter(_NAME.fullmatch, os.listdir(self.path)))
-
-
-def _is_first() -> bool:
-    """Whether this is the process that writes."""
-    group = processes()
-    return group is None or group.index() == 0
-
-
-def _whole(variable: Any) -> Any:
-    group = processes()
-    if group is None:
-        return ops.convert_to_numpy(variable)
-    return group.whole(variable.value)
 
 
 def _as_json(array: Any) -> Any:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import pathlib
 import re
+from typing import Any
 
 import jax
 import keras
@@ -161,7 +162,10 @@ def fitted_lift(**kwargs):
 
 def lift(dumps):
     """SparseAdamW, whose masks move within the run."""
-    for kwargs in ({}, {"use_ema": True, "weight_decay": 0.1}):
+    kinds: list[dict[str, Any]] = [{}]
+    if dumps is not None:
+        kinds.append({"use_ema": True, "weight_decay": 0.1})
+    for kwargs in kinds:
         alone = fitted_lift(**kwargs)
         with on_mesh().scope():
             model = fitted_lift(**kwargs)
