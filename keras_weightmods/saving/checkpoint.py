@@ -11,7 +11,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_weightmods.backend import processes
 from keras_weightmods.core import keras_private
