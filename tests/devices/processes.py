@@ -20,12 +20,11 @@ LAYOUTS = ((), ("--model-parallel", "2"))
 def main():
     for layout in LAYOUTS:
         with tempfile.TemporaryDirectory() as folder:
-            finish(run(f"{folder}/whole", *layout))
-            for process in run(f"{folder}/run", *layout, "--die-after", "3"):
-                _, errors = process.communicate()
-                assert process.returncode == 1, errors[-3000:]
+            whole = run(f"{folder}/whole", *layout)
+            finish(run(f"{folder}/run", *layout, "--die-after", "3"), 1)
             assert os.listdir(f"{folder}/run")
             finish(run(f"{folder}/run", *layout))
+            finish(whole)
             whole, resumed = (
                 pathlib.Path(f"{folder}/{name}.safetensors").read_bytes()
                 for name in ("whole", "run")
@@ -63,10 +62,10 @@ def run(folder, *arguments):
     ]
 
 
-def finish(processes):
+def finish(processes, code=0):
     for process in processes:
         _, errors = process.communicate()
-        assert process.returncode == 0, errors[-3000:]
+        assert process.returncode == code, errors[-3000:]
 
 
 def check_sparse(path):
