@@ -21,7 +21,7 @@ def main():
     for layout in LAYOUTS:
         with tempfile.TemporaryDirectory() as folder:
             whole = run(f"{folder}/whole", *layout)
-            finish(run(f"{folder}/run", *layout, "--die-after", "3"), 1)
+            finish(run(f"{folder}/run", *layout, "--die-after", "3"), False)
             assert os.listdir(f"{folder}/run")
             finish(run(f"{folder}/run", *layout))
             finish(whole)
@@ -62,10 +62,11 @@ def run(folder, *arguments):
     ]
 
 
-def finish(processes, code=0):
+def finish(processes, is_well=True):
     for process in processes:
         _, errors = process.communicate()
-        assert process.returncode == code, errors[-3000:]
+        # One that loses the other may be ended by JAX.
+        assert (process.returncode == 0) == is_well, errors[-3000:]
 
 
 def check_sparse(path):
