@@ -18,6 +18,7 @@ import numpy as np
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.reparameterized_layer import checkpoint_arrays
+from keras_weightmods.saving import shared
 from keras_weightmods.saving.container import Entry
 
 _WEIGHTS = "weights/"
@@ -94,16 +95,11 @@ def weight_entries(parts):
     return entries
 
 
-def write_weights(parts, writer, see=lambda name: None):
-    """Write all that the parts save, one part after another.
-
-    `see` is called with the name of each entry that is written.
-    """
+def weights(parts):
+    """Yield the name and the value of all that the parts save."""
     for part_name, part in parts.items():
         for key, value in saved(part).items():
-            name = weight_name(part_name, key)
-            writer.write(name, keras.ops.convert_to_numpy(value))
-            see(name)
+            yield weight_name(part_name, key), shared.whole(value)
 
 
 def load(parts, reader, folder, prepare, see=lambda name: None):

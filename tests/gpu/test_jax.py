@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from keras_weightmods.backend.jax import sparse_matmul_gpu
-from keras_weightmods.backend.jax.sparse_matmul import column_parallel_matmul
+from keras_weightmods.backend.jax import layouts, sparse_matmul_gpu
+from keras_weightmods.backend.jax.sparse_matmul import split_matmul
 from keras_weightmods.native.gpu.dispatch import Measured, Plan
 
 K, N = 64, 32
@@ -184,8 +184,11 @@ def test_sharded_product_lowers_for_cuda(monkeypatch, value_dtype):
     automatic = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((1,), ("model",), axis_types=automatic)
     packed = make(value_dtype)
+    split = layouts.SplitPacked(
+        **vars(packed), split=layouts.Split(mesh, (), ("model",))
+    )
     for product in (
-        lambda x: column_parallel_matmul(x, packed, mesh, "model"),
+        lambda x: split_matmul(x, split),
         # The public product chooses by platform too.
         lambda x: kwm.ops.sparse_matmul(x, packed),
     ):
