@@ -105,7 +105,8 @@ def gpu_plan(shape: Any, x_dtype: Any, value_dtype: Any) -> Any:
 
     Returns:
         `keras_weightmods.native.gpu.dispatch.Plan`, by measured times or
-        published figures, whose `why(rows)` says which; None where the backend uses no NVIDIA GPU. Not yet run on a GPU.
+        published figures, whose `why(rows)` says which; None where the backend
+        uses no NVIDIA GPU. Not yet run on a GPU.
 
     Example:
 
