@@ -104,39 +104,25 @@ bench-runtimes: setup
 	$(BIN)/python -m benchmarks.runtimes $(ARGS)
 	$(BIN)/python -m benchmarks.results_page
 
-# On a machine with an NVIDIA GPU: tests, timings and the dispatcher's table, in
-# less than 10 minutes once the packages are there. CUDA=12 for older drivers.
-# GPU_PYTHON=python3 takes the packages of that Python instead of installing
-# any; it needs keras, pytest, JAX and torch for CUDA, and cmake on the path.
+# On a machine with an NVIDIA GPU: tests, timings, the dispatcher's table and a
+# page, in at most nine minutes once the packages are there; see benchmarks/gpu.py.
+# CUDA=12 for older drivers. GPU_PYTHON=python3 takes the JAX and torch of that
+# Python, and installs beside them only what is missing, into build/.
 CUDA ?= 13
 GPU_VENV := .venv-gpu
 GPU_PYTHON ?= $(GPU_VENV)/bin/python
-ifeq ($(GPU_PYTHON),$(GPU_VENV)/bin/python)
-GPU_SETUP := $(GPU_VENV)/.installed
-else
-GPU_SETUP := build/gpu/.built
-endif
 
-gpu: $(GPU_SETUP)
-	@failed=0; for backend in jax torch; do \
-	  echo "== $$backend"; \
-	  KERAS_BACKEND=$$backend $(GPU_PYTHON) -m pytest tests/gpu -rs \
-	    || failed=1; \
-	done; \
-	$(GPU_PYTHON) -m benchmarks.sparse_matmul_gpu $(ARGS) && exit $$failed
+ifeq ($(GPU_PYTHON),$(GPU_VENV)/bin/python)
+gpu: $(GPU_VENV)/.installed
+endif
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 $(GPU_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(GPU_VENV)/bin/python -m pip install --quiet \
 	  -e '.[cuda$(CUDA),torch]' pytest
-	touch $@
-
-# For this machine alone: with the headers of the jaxlib that is there.
-build/gpu/.built:
-	cmake -S cmake -B build/gpu -DKWM_XLA_ANY_VERSION=ON \
-	  -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON))
-	cmake --build build/gpu --parallel
 	touch $@
 
 # Opens real cuSPARSELt libraries, 550 MB of wheels, which needs no GPU: finds

@@ -28,10 +28,11 @@ def sparse_matmul(x: Any, packed: Any) -> Any:
     outlier costs its own block alone. A block that holds NaN or infinity makes
     all outputs of its row that read the block NaN.
 
-    On an NVIDIA GPU, under JAX and torch, by the fastest of several products,
-    which is the dense one on a card that `make gpu` has not measured. There
-    the kernel is rounded to the type of a 16-bit `x`, as in a dense layer. This
-    has not yet been run on a GPU.
+    On an NVIDIA GPU, under JAX and torch, by the fastest of several products
+    for the number of rows: by what `make gpu` has measured on such a card, else
+    by published figures, else the dense one. There the kernel is rounded to the
+    type of a 16-bit `x`, as in a dense layer. This has not yet been run on a
+    GPU.
 
     Gradients flow to `x`, as if it was not rounded, and to the values if these
     are float32 (at the kept places: the pattern never changes).
@@ -103,8 +104,9 @@ def gpu_plan(shape: Any, x_dtype: Any, value_dtype: Any) -> Any:
         value_dtype: String, type of the packed values.
 
     Returns:
-        `keras_weightmods.native.gpu.dispatch.Plan`, by measured times;
-        None where the backend uses no NVIDIA GPU. Not yet run on a GPU.
+        `keras_weightmods.native.gpu.dispatch.Plan`, by measured times or
+        published figures, whose `why(rows)` says which; None where the backend
+        uses no NVIDIA GPU. Not yet run on a GPU.
 
     Example:
 
@@ -112,7 +114,7 @@ def gpu_plan(shape: Any, x_dtype: Any, value_dtype: Any) -> Any:
     from keras_weightmods.ops.sparse_matmul import gpu_plan
 
     plan = gpu_plan((4096, 4096), "bfloat16", "bfloat16")
-    print("no GPU" if plan is None else plan.choose(rows=1))
+    print("no GPU" if plan is None else plan.why(rows=1))
     ```
     """
     if keras.backend.backend() not in ("jax", "torch"):
