@@ -76,7 +76,7 @@ wheel: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair \
 	  --wheel-dir $(RELEASE) $(RELEASE)/built/*.whl
 	cp $(RELEASE)/built/*.tar.gz $(RELEASE)
-	$(PYTHON) -m venv $(CLEAN)/..
+	$(PYTHON) -m venv $(RELEASE)/venv
 	$(CLEAN)/python -m pip install --quiet \
 	  "$$(ls $(RELEASE)/*.whl)[hub,jax]" hypothesis pytest
 	cp -r tests pyproject.toml $(RELEASE)/tests

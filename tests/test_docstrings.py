@@ -54,7 +54,16 @@ def close_pictures():
         pyplot.close("all")
 
 
-@pytest.mark.parametrize("name", sorted(EXAMPLES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Pictures are of NumPy's arrays.
+        pytest.param(
+            name, marks=[pytest.mark.one_backend] if ".plot." in name else []
+        )
+        for name in sorted(EXAMPLES)
+    ],
+)
 @pytest.mark.filterwarnings("ignore:AdamS. this schedule")
 def test_example_runs(name):
     for block in EXAMPLES[name]:

@@ -43,12 +43,12 @@ def sparsity_run(history: Any, *, ax: Any = None) -> Any:
     ax = style.new_axes(ax)
     kept, flips = style.COLORS[:2]
     (first,) = ax.plot(epochs, logs["kept_share"], "o-", ms=3, color=kept)
-    ax.set(xlabel="epoch", ylabel="kept share $S_t$, of the sum of |w|")
+    ax.set(xlabel="epoch", ylabel="kept share $S_t$ of the sum of |w|")
     style.grid(ax)
     right = ax.twinx()
     right.spines["top"].set_visible(False)
     (second,) = right.plot(epochs, logs["mask_flips"], "s--", ms=3, color=flips)
-    right.set(ylabel="flips, share of the mask for each mask set")
+    right.set(ylabel="flips for each mask set, share")
     right.set_ylim(bottom=0)
     style.legend(ax, [first, second], ["kept share", "flips"], above=True)
     return ax

@@ -56,7 +56,7 @@ def height_of(count: int) -> float:
 
 def legend(ax: Any, *args: Any, above: bool = False) -> Any:
     """Name what is drawn, within the axes or above them."""
-    place = {"loc": "best"}
+    place: dict[str, Any] = {"loc": "best"}
     if above:
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
     return ax.legend(*args, fontsize=8, frameon=False, **place)

@@ -168,14 +168,12 @@ def speed(rows: Any, *, ax: Any = None) -> Any:
             label=kind,
         )
     middle = np.mean([math.log(row["perplexity"]) for row in rows])
-    in_order = sorted(rows, key=lambda row: row["perplexity"])
-    for place, row in enumerate(in_order):
+    for row in rows:
         is_left = math.log(row["perplexity"]) <= middle
         ax.annotate(
             row["name"],
             [row[name] for name in numbers],
-            # Close ones above and below each other.
-            xytext=(8 if is_left else -8, -10 if place % 2 else 6),
+            xytext=(8 if is_left else -8, 3 if _is_above(row, rows) else -9),
             textcoords="offset points",
             ha="left" if is_left else "right",
             fontsize=7,
@@ -190,3 +188,15 @@ def speed(rows: Any, *, ax: Any = None) -> Any:
         for dot in style.legend(ax).legend_handles:
             dot.set_sizes([40])
     return ax
+
+
+def _is_above(row: Any, rows: Any) -> bool:
+    """Whether the name of a dot goes above that of its neighbor."""
+    others = [other for other in rows if other is not row]
+    if not others:
+        return True
+    place = math.log(row["perplexity"])
+    neighbor = min(
+        others, key=lambda other: abs(math.log(other["perplexity"]) - place)
+    )
+    return bool(row["tokens_per_second"] >= neighbor["tokens_per_second"])

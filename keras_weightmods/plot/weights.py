@@ -99,8 +99,8 @@ def distribution(
         ax: The matplotlib axes to draw in. Defaults to new ones.
 
     Returns:
-        The axes: the density of probability for each weight, zeros among
-        them, on a scale of logarithms.
+        The axes: the probability density of the weights, zeros among them,
+        on a scale of logarithms.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -127,7 +127,7 @@ def distribution(
     for values, label in zip(flat, labels):
         ax.hist(values, edges, histtype="step", density=True, label=label)
     ax.set_yscale("log")
-    ax.set(xlabel="weight", ylabel="density of probability")
+    ax.set(xlabel="weight", ylabel="probability density")
     style.grid(ax)
     if after is not None:
         style.legend(ax)
@@ -195,7 +195,9 @@ def density(
         color = style.COLORS[1]
         ax.plot(kept, places, "o", color=color, label=label, clip_on=False)
     style.rows(ax, names)
-    ax.set(xlim=(0, 1), xlabel="share of the weights, of the sum of |w|")
+    ax.set(
+        xlim=(0, 1), xlabel="density, and share of the sum of |w| that is kept"
+    )
     style.grid(ax, "x")
     style.legend(ax, above=True)
     return ax
