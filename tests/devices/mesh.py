@@ -103,7 +103,7 @@ def split_as(packed, layout):
         name: jax.device_put(getattr(packed, name), own)
         for name, own in split.layouts(specs).items()
     }
-    return layouts.SplitPacked(**{**vars(packed), **arrays}, split=split)
+    return dataclasses.replace(layouts.SplitPacked.of(packed, split), **arrays)
 
 
 def product(packed, split, axes):
