@@ -30,7 +30,9 @@ LAYOUTS = {"data": (), "model": ("--model-parallel", "2")}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
+    parser.add_argument(
+        "--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS
+    )
     for name in parser.parse_args().layouts:
         layout = LAYOUTS[name]
         with tempfile.TemporaryDirectory() as folder:
