@@ -116,8 +116,7 @@ class PackedParameters(Reparameterization):
         """Return a `Packed`, told of how its arrays are split."""
         if self.split is None:
             return packed
-        module = backend_module("layouts")
-        return module.SplitPacked(**vars(packed), split=self.split)
+        return backend_module("layouts").SplitPacked.of(packed, self.split)
 
 
 class HeldDense(PackedParameters):

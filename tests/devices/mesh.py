@@ -34,7 +34,7 @@ from tests.models import normal, sequential
 from tests.native.test_packed import kernel_of
 from tests.ops.test_sparse_matmul import assert_close
 
-CHECKS = ("products", "lift", "cast", "language_model")
+CHECKS = ("products", "stacks", "lift", "cast", "language_model")
 SHARE = 0.30  # of the whole, on each device
 OPTIONS = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
 
@@ -103,7 +103,7 @@ def split_as(packed, layout):
         name: jax.device_put(getattr(packed, name), own)
         for name, own in split.layouts(specs).items()
     }
-    return layouts.SplitPacked(**{**vars(packed), **arrays}, split=split)
+    return dataclasses.replace(layouts.SplitPacked.of(packed, split), **arrays)
 
 
 def product(packed, split, axes):
@@ -136,6 +136,36 @@ def product(packed, split, axes):
         is_kept = packed.values != 0
         expected = kept.values.astype("float64")
         assert_close(found[1] * is_kept, expected * is_kept, 1e-4)
+
+
+def stacks(dumps):
+    """A packed stack of kernels, each on one device, and data in parallel."""
+    expected = packed_stack().predict(normal(8, 4, 128), verbose=0)
+    devices = keras.distribution.list_devices()
+    for own, most in (
+        (distribution({"experts/kernel": ("model", None, None)}), SHARE),
+        (keras.distribution.DataParallel(devices=devices), 1),
+    ):
+        with own.scope():
+            model = packed_stack()
+            assert share(model.variables) <= most
+            found = model.predict(normal(8, 4, 128), verbose=0)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        # Outputs are summed, inputs whole at most.
+        check_programs(dumps, 8 * 4 * 128)
+    print("stacks: equal, no weights gathered")
+
+
+def packed_stack():
+    keras.utils.set_random_seed(0)
+    experts = keras.layers.EinsumDense(
+        "bge,geh->bgh", output_shape=(4, 64), name="experts"
+    )
+    model = sequential((4, 128), experts)
+    kwm.sparsify(model, "2:4", "magnitude", verbose=0)
+    report = kwm.pack(model)
+    assert len(report.weights) == 1
+    return model
 
 
 X, Y = normal(16, 64), normal(16, 64, seed=1)
