@@ -86,6 +86,7 @@ class SparseAdamW(MaskedState):
         masks: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
+        checks.check_schedule("learning_rate", learning_rate)
         super().__init__(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -93,6 +94,7 @@ class SparseAdamW(MaskedState):
             masks=masks,
             **kwargs,
         )
+        checks.check_float("weight_decay", weight_decay, 0, optional=True)
         self.beta_1 = checks.check_float("beta_1", beta_1, 0, below=1)
         self.beta_2 = checks.check_float("beta_2", beta_2, 0, below=1)
         self.epsilon = checks.check_float("epsilon", epsilon, above=0)
@@ -128,17 +130,20 @@ class SparseAdamW(MaskedState):
         return self.add_variable((size,), initializer, dtype, name=name)
 
     def indices_of(self, variable: keras.Variable) -> Any:
+        self._check_masked(variable)
         place = self._get_variable_index(variable)
         return ops.convert_to_numpy(self._indices[place])
 
     def set_indices(self, variable: keras.Variable, indices: Any) -> None:
+        self._check_masked(variable)
+        indices = self._checked_indices(variable, indices)
         place = self._get_variable_index(variable)
         if self.mask_step >= 0:
             old = self.indices_of(variable)
             for state in self._moments[place]:
                 values = ops.convert_to_numpy(state)
                 state.assign(_moved(values, old, indices))
-        self._indices[place].assign(np.asarray(indices, "int32"))
+        self._indices[place].assign(indices)
 
     def _backend_apply_gradients(self, grads: Any, variables: Any) -> None:
         compact = []

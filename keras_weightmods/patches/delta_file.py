@@ -121,8 +121,7 @@ def _is_weight(value, previous, count):
     return (
         isinstance(value, list)
         and [type(each) for each in value] == [int, str, list, int, int, int]
-        and all(type(size) is int and size >= 0 for size in value[2])
-        and min(value[3:]) >= 0
-        and math.prod(value[2]) < 2**48
+        and container.is_shape(value[2])
+        and all(0 <= size < 2**48 for size in value[3:])
         and previous < value[0] < count
     )
