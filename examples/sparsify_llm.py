@@ -78,6 +78,7 @@ def parse_arguments():
 def run(args):
     import keras
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     import keras_weightmods as kwm
@@ -180,7 +181,8 @@ def run(args):
     console.print(table)
     for row in results:
         if row["text"]:
-            console.print(f"[bold]{row['model']}[/bold]: {row['text']}")
+            text = escape(row["text"])
+            console.print(f"[bold]{row['model']}[/bold]: {text}")
     memory = peak_bytes() / 2**30
     sparse.save(args.output)
     console.print(

@@ -9,9 +9,11 @@ stays in the subclass.
 
 import contextlib
 import copy
+import functools
 import inspect
 import itertools
 import random
+import threading
 import types
 import warnings
 import weakref
@@ -35,6 +37,7 @@ from keras.src.backend import get_keras_mask as get_keras_mask
 from keras.src.backend import in_stateless_scope as in_stateless_scope
 from keras.src.backend import set_keras_mask as set_keras_mask
 from keras.src.backend.common import global_state
+from keras.src.layers.layer import Layer
 
 # How a functional model calls its layers.
 from keras.src.models.functional import Functional, operation_fn
@@ -244,15 +247,36 @@ def initialize(variable: Any, initializer: Any = None) -> None:
 def without_values(pending: list[Any]) -> Iterator[None]:
     """Give new variables no value in a scope, and add them to `pending`.
 
-    A `StatelessScope` does so, but lists them where its end gives them one.
+    A `StatelessScope` does so, but lists them where its end gives them one,
+    and knows only variables that are made by an initializer: those made of a
+    value are here made by one that returns it.
     """
     attribute = "uninitialized_variables"
     earlier = global_state.get_global_attribute(attribute, [])
+    owner = next(c for c in keras.Variable.__mro__ if "__init__" in vars(c))
+    plain = owner.__init__
+
+    def init(self, initializer, shape=None, dtype=None, *args, **kwargs):
+        if in_stateless_scope() and not (
+            callable(initializer) or isinstance(initializer, str)
+        ):
+            value = initializer
+            tensor = backend.convert_to_tensor(value, dtype)
+            shape = tuple(map(int, tensor.shape))
+            dtype = keras.backend.standardize_dtype(dtype or tensor.dtype)
+
+            def initializer(shape, dtype=None):
+                return backend.convert_to_tensor(value, dtype)
+
+        plain(self, initializer, shape, dtype, *args, **kwargs)
+
     global_state.set_global_attribute(attribute, pending)
+    owner.__init__ = init
     try:
         with keras.StatelessScope(initialize_variables=False):
             yield
     finally:
+        owner.__init__ = plain
         global_state.set_global_attribute(attribute, earlier)
 
 
@@ -286,6 +310,28 @@ def add_laid_out(add: Callable[..., Any], layout: Any, **arguments: Any) -> Any:
     # One without a value yet has not asked for it.
     variable._layout = layout
     return variable
+
+
+@contextlib.contextmanager
+def at_most_layers(count: int) -> Iterator[None]:
+    """Raise ValueError in a scope once more layers than `count` are made.
+
+    Each layer of Keras is made by `Layer.__new__`.
+    """
+    plain, thread, left = Layer.__new__, threading.get_ident(), count
+
+    def new(cls, *args, **kwargs):
+        nonlocal left
+        left -= threading.get_ident() == thread
+        if left < 0:
+            raise ValueError(f"More than {count} layers are made")
+        return plain(cls, *args, **kwargs)
+
+    Layer.__new__ = new
+    try:
+        yield
+    finally:
+        Layer.__new__ = plain
 
 
 @contextlib.contextmanager
@@ -627,6 +673,28 @@ def leave_epoch_logs(model: Any, source: Callable[[], dict[str, Any]]) -> None:
         own[name].sources = [s for s in own[name].sources if s != source]
         if not own[name].sources:
             del own[name]
+
+
+def hold_state(model: Any, state: Any) -> None:
+    """Have `fit` on JAX put a state into the variables when it ends."""
+    names = "trainable", "non_trainable", "optimizer", "metrics"
+    model._jax_state = {
+        f"{name}_variables": values for name, values in zip(names, state)
+    }
+    model._jax_state_synced = False
+
+
+def keep_weights(model: Any) -> None:
+    """Have a running `fit` keep the weights on an error, on JAX.
+
+    Its step has taken them out of the variables. The other backends change
+    them in place.
+    """
+    if keras.backend.backend() == "jax" and model.train_function is not None:
+        from keras_weightmods.backend.jax.kept_step import kept
+
+        hold = functools.partial(hold_state, model)
+        model.train_function = kept(model.train_function, hold)
 
 
 def build_metrics(model: Any, batch: Any) -> None:

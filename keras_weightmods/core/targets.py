@@ -12,7 +12,7 @@ from keras_weightmods.core import filters, keras_private, target_rules
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.weight_keys import weight_keys
-from keras_weightmods.utils.checks import check_model, error
+from keras_weightmods.utils.checks import check_int, check_model, error
 from keras_weightmods.utils.report import Report, Skipped, Table
 
 
@@ -62,6 +62,7 @@ class Target:
 
     def reason_not_nm(self, m: int) -> str | None:
         """Return why the kernel has no whole groups of m; None if it has."""
+        check_int("m", m, 1)
         size = self.contraction_size
         reason = f"its contraction size {size} is not a multiple of m={m}"
         return reason if size % m else None
@@ -103,6 +104,9 @@ class Targets(Report, collections.abc.Sequence[Any]):
         Returns:
             `Targets`, the others of which are in `skipped`.
         """
+        if not callable(reason) or isinstance(reason, type):
+            expected = "a callable from `Target` to a string or None"
+            raise error("reason", expected, reason)
         left = {target: why for target in self if (why := reason(target))}
         return Targets(
             tuple(target for target in self if target not in left),

@@ -139,6 +139,9 @@ class Perplexity:
                 f"windows are left out. Received: stride={stride}, "
                 f"length={length}"
             )
+        if not isinstance(model, keras.Model) or not model.built:
+            expected = "a built `keras.Model`, from tokens to logits"
+            raise checks.error("model", expected, model)
         length = longest_input(model, length)
         self.model = model
         self.length = length
@@ -190,6 +193,8 @@ class Perplexity:
         self, texts: Any, name: str, verbose: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the sums of losses, and numbers of tokens scored."""
+        checks.check_string("name", name)
+        checks.check_verbose(verbose)
         texts = [texts] if isinstance(texts, str) else texts
         sequences = token_sequences(self.model, texts)
         progress = keras.utils.Progbar(
@@ -250,13 +255,19 @@ def token_sequences(model: Any, texts: Any) -> Iterator[np.ndarray]:
     """Yield the token ids of each text, as int32 vectors."""
     if keras.ops.is_tensor(texts):
         texts = keras.ops.convert_to_numpy(texts)
-    if not hasattr(texts, "__iter__") or isinstance(texts, (bytes, dict)):
+    is_symbol = isinstance(texts, keras.KerasTensor)
+    if (
+        not hasattr(texts, "__iter__")
+        or isinstance(texts, (bytes, dict))
+        or is_symbol
+        or getattr(texts, "shape", None) == ()
+    ):
         raise checks.error("texts", _TEXTS, texts)
     for text in texts:
         if isinstance(text, str):
             yield tokenize(model, text)
             continue
-        tokens = np.asarray(text)
+        tokens = checks.check_array("texts", text)
         if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
             raise checks.error("texts", _TEXTS, text)
         yield tokens.astype("int32")

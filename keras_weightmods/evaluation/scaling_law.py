@@ -216,7 +216,7 @@ def fit_scaling_law(
 
 
 def _positive(name: str, values: Any) -> np.ndarray:
-    array = np.asarray(values, dtype="float64")
+    array: np.ndarray = checks.check_array(name, values, "float64")
     if not array.size or not np.all(np.isfinite(array) & (array > 0)):
         raise checks.error(name, "positive, finite numbers", values)
     return array

@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core.head import find_head, input_of
+from keras_weightmods.utils import checks
 
 
 class TokenScorer:
@@ -65,6 +66,9 @@ class TokenScorer:
             padding_mask = np.ones(inputs.shape, dtype=bool)
         hidden = self._run_body(_as_taken(self.model, inputs, padding_mask))
         rows, length = inputs.shape
+        if tuple(getattr(hidden, "shape", ())[:-1]) != (rows, length):
+            expected = f"a model whose outputs are {inputs.shape} and logits"
+            raise checks.error("model", expected, self.model.name)
         width = min(length, max(1, self.chunk_size // rows))
         losses, is_greedy = [], []
         for start in range(0, length, width):

@@ -173,7 +173,9 @@ def export(
 
 
 def _check_path(filepath: Any, format: str, overwrite: bool) -> pathlib.Path:
-    path = pathlib.Path(os.path.abspath(filepath))
+    path = pathlib.Path(
+        os.path.abspath(checks.check_path("filepath", filepath))
+    )
     ending = ENDINGS[format]
     if not path.parent.is_dir() or (ending and path.suffix != ending):
         expected = f"in a folder that exists, with the ending {ending!r}"

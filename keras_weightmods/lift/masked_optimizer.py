@@ -11,6 +11,7 @@ from keras_weightmods.core import keras_private
 from keras_weightmods.core.wrapping_optimizer import WrappingOptimizer
 from keras_weightmods.lift.masked_state import MaskedState
 from keras_weightmods.ops.nm import pack_bits, packed_size, unpack_bits
+from keras_weightmods.utils import checks
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
@@ -68,6 +69,7 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
         masks: list[dict[str, Any]] | None = None,
         inner_on_all: bool = False,
     ) -> None:
+        checks.check_bool("inner_on_all", inner_on_all)
         super().__init__(optimizer, name=name, masks=masks)
         self.inner_on_all = inner_on_all
 
@@ -90,10 +92,13 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
             inner.build(known if self.inner_on_all and known else variables)
 
     def indices_of(self, variable: keras.Variable) -> Any:
+        self._check_masked(variable)
         mask = ops.convert_to_numpy(self._mask_of(variable))
         return np.flatnonzero(mask).astype("int32")
 
     def set_indices(self, variable: keras.Variable, indices: Any) -> None:
+        self._check_masked(variable)
+        indices = self._checked_indices(variable, indices)
         mask = np.zeros(math.prod(variable.shape), bool)
         mask[indices] = True
         self._bits[self._get_variable_index(variable)].assign(pack_bits(mask))

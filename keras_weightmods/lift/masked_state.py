@@ -1,12 +1,15 @@
 """What the optimizers that train single entries of kernels have in common."""
 
 import dataclasses
+import math
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_weightmods.core.weight_keys import same_path
+from keras_weightmods.utils import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,9 @@ class MaskedState(keras.optimizers.Optimizer):
 
     def __init__(self, *args, masks=None, **kwargs):
         super().__init__(*args, **kwargs)
+        if masks is not None and not _are_specs(masks):
+            expected = "None, or what `get_config` returned"
+            raise checks.error("masks", expected, masks)
         self._configured_specs = masks and [
             MaskSpec(**{**each, "shape": tuple(each["shape"])})
             for each in masks
@@ -171,6 +177,27 @@ class MaskedState(keras.optimizers.Optimizer):
                 "training loop of your own."
             )
 
+    def _check_masked(self, variable):
+        """Raise ValueError unless a variable has a mask."""
+        masked = self.masked_variables if self.built else []
+        if not any(each is variable for each in masked):
+            expected = "one of the optimizer's `masked_variables`"
+            raise checks.error("variable", expected, variable)
+
+    def _checked_indices(self, variable, indices):
+        """Return rising places in a variable; else raise ValueError."""
+        count, size = self._spec_of(variable).size, math.prod(variable.shape)
+        array = checks.check_array("indices", indices)
+        is_valid = array.shape == (count,) and array.dtype.kind in "iu"
+        if is_valid and count:
+            array = array.astype("int64")
+            is_valid = array[0] >= 0 and array[-1] < size
+            is_valid = is_valid and bool(np.all(np.diff(array) > 0))
+        if not is_valid:
+            expected = f"{count} rising ints, from 0 to {size - 1}"
+            raise checks.error("indices", expected, indices)
+        return array.astype("int32")
+
     def _spec_of(self, variable):
         return self._specs[self._get_variable_index(variable)]
 
@@ -224,3 +251,13 @@ class MaskedState(keras.optimizers.Optimizer):
     def _only_masked(self, variable, new, old):
         """Tensor `old` with the masked entries of tensor `new`."""
         raise NotImplementedError
+
+
+def _are_specs(masks):
+    keys = {field.name for field in dataclasses.fields(MaskSpec)}
+    return isinstance(masks, (list, tuple)) and all(
+        isinstance(each, dict)
+        and set(each) == keys
+        and isinstance(each["shape"], (list, tuple))
+        for each in masks
+    )

@@ -93,6 +93,7 @@ class SparseAdamW(MaskedState):
         masks: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
+        checks.check_schedule("learning_rate", learning_rate)
         super().__init__(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -100,6 +101,7 @@ class SparseAdamW(MaskedState):
             masks=masks,
             **kwargs,
         )
+        checks.check_float("weight_decay", weight_decay, 0, optional=True)
         self.beta_1 = checks.check_float("beta_1", beta_1, 0, below=1)
         self.beta_2 = checks.check_float("beta_2", beta_2, 0, below=1)
         self.epsilon = checks.check_float("epsilon", epsilon, above=0)
@@ -146,6 +148,7 @@ class SparseAdamW(MaskedState):
         return self.add_variable((size,), layout=layout, **kwargs)
 
     def indices_of(self, variable: keras.Variable) -> Any:
+        self._check_masked(variable)
         indices = ops.convert_to_numpy(self._indices_of(variable))
         return indices[: self._spec_of(variable).size]
 
@@ -153,6 +156,8 @@ class SparseAdamW(MaskedState):
         return self._indices[self._get_variable_index(variable)]
 
     def set_indices(self, variable: keras.Variable, indices: Any) -> None:
+        self._check_masked(variable)
+        indices = self._checked_indices(variable, indices)
         place = self._get_variable_index(variable)
         state = self._indices[place]
         missing = state.shape[0] - len(indices)

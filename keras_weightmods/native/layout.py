@@ -65,6 +65,7 @@ def packed_arrays(
             "`shape` must be a pair (K, N) of ints, the contraction and the "
             f"outputs. Received: shape={shape!r}"
         )
+    checks.check_bool("is_dense", is_dense)
     checks.check_choice("dtype", dtype, INTEGERS if is_dense else VALUE_TYPES)
     rows, columns = -(-shape[0] // ROWS), -(-shape[1] // COLUMNS)
     slots = ROWS if is_dense else SLOTS

@@ -169,6 +169,8 @@ def pack_kernel(
     assert np.array_equal(unpack_kernel(packed), kernel)
     ```
     """
+    if not (ops.is_tensor(kernel) or isinstance(kernel, keras.Variable)):
+        kernel = checks.check_array("kernel", kernel)
     shape = _matrix_shape(kernel)
     if dtype is None:
         given = keras.backend.standardize_dtype(kernel.dtype)

@@ -51,7 +51,8 @@ def compand(
     ```
     """
     rule = _checked(function, a, b)
-    v, a, b, dtype = _widened(v, a, b)
+    checks.check_bool("training", training)
+    v, a, b, dtype = _widened("v", v, a, b)
     on_torch = keras.backend.backend() == "torch"
     scalars = _is_scalar(a) and _is_scalar(b)
     compiled = scalars and function == "arctan" and (training or on_torch)
@@ -94,7 +95,7 @@ def compand_inverse(w: Any, a: Any, b: Any, function: str = "arctan") -> Any:
     ```
     """
     rule = _checked(function, a, b)
-    w, a, b, dtype = _widened(w, a, b)
+    w, a, b, dtype = _widened("w", w, a, b)
     x = w / a
     # The largest float below the limit: the float nearest to pi / 2 can be
     # above it, where the tangent is negative.
@@ -132,7 +133,7 @@ def compand_derivative(v: Any, a: Any, b: Any, function: str = "arctan") -> Any:
     ```
     """
     rule = _checked(function, a, b)
-    v, a, b, dtype = _widened(v, a, b)
+    v, a, b, dtype = _widened("v", v, a, b)
     return ops.cast(a / b * rule.derivative(v / b), dtype)
 
 
@@ -299,28 +300,41 @@ def check_function(function: str) -> None:
 def _checked(function: Any, a: Any, b: Any) -> Any:
     check_function(function)
     for name, value in (("a", a), ("b", b)):
-        if not (checks.is_number(value) or isinstance(value, np.ndarray)):
+        if isinstance(value, np.ndarray):
+            checks.check_array(name, value)
+        elif not checks.is_number(value):
             continue
         if not np.all(np.isfinite(value) & (np.asarray(value) > 0)):
             raise checks.error(name, "positive and finite", value)
     return _FUNCTIONS[function]
 
 
-def _widened(x: Any, a: Any, b: Any) -> Any:
+def _widened(name: str, x: Any, a: Any, b: Any) -> Any:
     """The three in float32 at least, and the dtype of the result."""
-    x = ops.convert_to_tensor(x)
+    x = checks.check_tensor(name, x)
     dtype = keras.backend.standardize_dtype(x.dtype)
     if "float" not in dtype:
         dtype = keras.backend.floatx()
     # Not `result_type`, which takes float64 for float32 on some backends.
     wide = "float64" if dtype == "float64" else "float32"
-    a, b = (
-        p
-        if isinstance(p, (int, float))
-        else ops.cast(ops.convert_to_tensor(p), wide)
-        for p in (a, b)
+    shape = tuple(x.shape)
+    scales = []
+    for key, p in (("a", a), ("b", b)):
+        if not isinstance(p, (int, float)):
+            p = ops.cast(checks.check_tensor(key, p), wide)
+            if not _broadcasts(tuple(p.shape), shape):
+                expected = f"a float, or broadcast to {shape}"
+                raise checks.error(key, expected, tuple(p.shape))
+        scales.append(p)
+    return ops.cast(x, wide), *scales, dtype
+
+
+def _broadcasts(shape: Any, other: Any) -> bool:
+    """Whether one shape broadcasts to the other; an axis may be unknown."""
+    pairs = zip(reversed(shape), reversed(other))
+    return len(shape) <= len(other) and all(
+        size in (1, None, whole) or whole is None for size, whole in pairs
     )
-    return ops.cast(x, wide), a, b, dtype
 
 
 def _is_scalar(x: Any) -> Any:

@@ -8,6 +8,7 @@ kept.
 import math
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_weightmods.ops.matrix import Axes, from_matrix, to_matrix
@@ -47,7 +48,7 @@ def parse_pattern(pattern: Pattern) -> tuple[int, int]:
         else:
             n, m = pattern
         return checks.check_int("n", n, 1, m), checks.check_int("m", m, 1)
-    except (TypeError, ValueError):
+    except (NotImplementedError, TypeError, ValueError):
         raise checks.error(
             "pattern",
             "'n:m' with 1 <= n <= m, where n is the number of weights KEPT in "
@@ -87,7 +88,7 @@ def nm_mask(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     ```
     """
     n, m = parse_pattern(pattern)
-    x = ops.convert_to_tensor(x)
+    x = checks.check_tensor("x", x)
     groups = _to_groups(x, m, axis)
     scores = ops.abs(groups)
     scores = ops.where(ops.isnan(scores), ops.cast(-1, scores.dtype), scores)
@@ -114,7 +115,7 @@ def nm_project(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     assert np.array(x)[:, 0].tolist() == [3.0, 0.0, 0.0, -2.0]
     ```
     """
-    x = ops.convert_to_tensor(x)
+    x = checks.check_tensor("x", x)
     return ops.where(nm_mask(x, pattern, axis), x, ops.zeros_like(x))
 
 
@@ -136,7 +137,8 @@ def nm_violations(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     ```
     """
     n, m = parse_pattern(pattern)
-    nonzero = ops.not_equal(_to_groups(x, m, axis), 0)
+    groups = _to_groups(checks.check_tensor("x", x), m, axis)
+    nonzero = ops.not_equal(groups, 0)
     counts = ops.sum(ops.cast(nonzero, "int32"), axis=1)
     return ops.sum(ops.cast(ops.greater(counts, n), "int32"))
 
@@ -164,6 +166,7 @@ def pack_bits(mask: Any) -> Any:
     assert np.array_equal(np.array(unpack_bits(packed, (2, 5))), mask)
     ```
     """
+    mask = checks.check_tensor("mask", mask)
     size = math.prod(mask.shape)
     flat = ops.reshape(ops.cast(mask, "uint8"), (size,))
     flat = ops.pad(flat, (0, -size % 8)) if size % 8 else flat
@@ -177,6 +180,16 @@ def pack_bits(mask: Any) -> Any:
 
 def unpack_bits(packed: Any, shape: Any) -> Any:
     """Undoes `pack_bits` for a mask of `shape`; returns a boolean tensor."""
+    packed = checks.check_tensor("packed", packed)
+    shape = checks.check_shape("shape", shape)
+    expected = (packed_size(math.prod(shape)),), "uint8"
+    dtype = keras.backend.standardize_dtype(packed.dtype)
+    if (tuple(packed.shape), dtype) != expected:
+        raise ValueError(
+            f"`packed` must be what `pack_bits` makes of a mask of {shape}, of "
+            f"shape {expected[0]} and dtype uint8. Received: "
+            f"packed.shape={tuple(packed.shape)}, dtype={dtype}"
+        )
     # The planes split the leading axes only, where these can be split in 8;
     # XLA then needs no division for each entry to find its bit.
     packed = ops.reshape(packed, (1, -1, _trailing_size(shape)))

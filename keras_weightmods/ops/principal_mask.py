@@ -48,7 +48,7 @@ class Selection:
         checks.check_int("rank", self.rank, 1, optional=True)
         checks.check_int("filter_rank", self.filter_rank, 1, optional=True)
         checks.check_int("block", self.block, 1)
-        checks.check_int("seed", self.seed, 0)
+        checks.check_int("seed", self.seed, 0, 2**31 - 1)
         if self.density is not None:
             checks.check_float("density", self.density, above=0, most=1)
         checks.check_choice("criterion", self.criterion, CRITERIA)
@@ -95,9 +95,12 @@ class Selection:
         candidates: Any = None,
     ) -> Any:
         """Return the mask of a kernel; see `principal_mask`."""
+        kernel = checks.check_tensor("kernel", kernel)
         ranked = kernel = _as_float(kernel)
         shape, axes = tuple(kernel.shape), (contraction_axes, stack_axes)
         if self.criterion == "gradient":
+            if gradient is not None:
+                gradient = checks.check_tensor("gradient", gradient)
             received = gradient if gradient is None else tuple(gradient.shape)
             if received != shape:
                 expected = f"a tensor of the kernel's shape, {shape}"
@@ -106,6 +109,12 @@ class Selection:
         matrices = _matrices(ranked, *axes)
         allowed = [None] * len(matrices)
         if candidates is not None:
+            candidates = checks.check_tensor("candidates", candidates)
+            if tuple(candidates.shape) != shape:
+                expected = f"a tensor of the kernel's shape, {shape}"
+                received = tuple(candidates.shape)
+                raise checks.error("candidates", expected, received)
+            candidates = ops.cast(candidates, "bool")
             allowed = _matrices(candidates, *axes)
         with backend_module("precision").full_precision():
             masks = [

@@ -8,6 +8,7 @@ from keras import ops
 from keras_weightmods import native
 from keras_weightmods.backend import backend_module
 from keras_weightmods.native.packed import check_packed, dense_matmul
+from keras_weightmods.utils import checks
 
 
 def sparse_matmul(x: Any, packed: Any) -> Any:
@@ -61,7 +62,7 @@ def sparse_matmul(x: Any, packed: Any) -> Any:
     """
     check_packed(packed)
     if not ops.is_tensor(x):
-        x = ops.convert_to_tensor(x)
+        x = checks.check_tensor("x", x)
     dtype = keras.backend.standardize_dtype(x.dtype)
     if not keras.backend.is_float_dtype(dtype):
         raise ValueError(

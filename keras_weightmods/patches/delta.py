@@ -241,7 +241,7 @@ def remove_delta(
     ]
     if name is None and len(deltas) == 1:
         (name,) = deltas
-    if name not in deltas:
+    if not isinstance(name, str) or name not in deltas:
         expected = f"that of a delta on this model object: there are {deltas}"
         raise checks.error("name", expected, name)
     return patches.remove(name, force)

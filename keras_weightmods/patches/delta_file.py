@@ -181,8 +181,7 @@ def _is_weight(value, previous, count):
         and (
             not value[6:] or (len(value) == 7 and value[6] in checkpoint.FLOATS)
         )
-        and all(type(size) is int and size >= 0 for size in value[2])
-        and min(value[3:6]) >= 0
-        and math.prod(value[2]) < 2**48
+        and container.is_shape(value[2])
+        and all(0 <= size < 2**48 for size in value[3:6])
         and previous < value[0] < count
     )

@@ -21,6 +21,8 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
     """Return the fields of a signature; see `WeightSignature.extract`."""
     checks.check_choice("statistics", statistics, (*_REPLACED, None))
     is_asked, statistics = statistics is not None, statistics or "keep"
+    # As it is in files.
+    checks.check_string("name", name, optional=True)
     if depth is not None and targets is not None:
         expected = f"None where `depth` is given, which is {depth!r}, not both"
         raise checks.error("targets", expected, targets)

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from keras_weightmods.patches import checkpoint
@@ -18,6 +19,7 @@ from keras_weightmods.patches.entry import SignatureEntry
 from keras_weightmods.patches.quantized import Quantized, code_bytes
 from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.saving import container
+from keras_weightmods.utils import checks
 
 FORMAT = "keras_weightmods.signature"
 VERSION = 2
@@ -42,7 +44,7 @@ def save(filepath, signature, overwrite):
 
 def load(filepath):
     """Return the fields of a signature; see `WeightSignature.load`."""
-    metadata = container.metadata_of(filepath)
+    metadata = container.metadata_of(checks.check_path("filepath", filepath))
     if metadata.get("format") == FORMAT and "format_version" in metadata:
         return _load_version_1(filepath, metadata)
     with container.Reader(filepath, FORMAT, (VERSION,)) as reader:
@@ -101,8 +103,7 @@ def _fields(config, arrays):
         _check(
             isinstance(weight, list)
             and [type(each) for each in weight] == [str, list, str]
-            and all(type(n) is int and 0 <= n < 2**48 for n in weight[1])
-            and math.prod(n or 1 for n in weight[1]) < 2**60
+            and container.is_shape(weight[1])
             and weight[2] in checkpoint.DTYPES,
             "architecture",
         )
@@ -199,7 +200,13 @@ def _load_version_1(filepath, metadata):
             raise ValueError("the digest does not match")
         return fields
     # What is in the metadata is not known before.
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        safetensors.SafetensorError,
+    ) as error:
         raise ValueError(
             f"The file is not a whole signature of version 1 ({error}). "
             f"Received: filepath={os.fspath(filepath)!r}"

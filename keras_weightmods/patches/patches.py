@@ -246,6 +246,7 @@ class Patches:
         return f"<Patches on {self.model.name!r}: {self.scales}>"
 
     def _named(self, name: str) -> Patch:
+        checks.check_string("name", name)
         if name not in self:
             expected = f"that of a patch on the model: there are {list(self)}"
             raise checks.error("name", expected, name)

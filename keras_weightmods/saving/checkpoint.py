@@ -23,7 +23,28 @@ _VERSION = 1
 _STATE = "state.json"
 _NAME = re.compile(r"step-\d{10}\.safetensors")
 _NUMBER = re.compile(r"_\d+")
+_PLACE = re.compile(r"\d{1,9}/")
 _KEPT = 2
+# What a value of the state is: a type, or more than one.
+_STATE_FORMS: dict[str, Any] = {
+    "backend": str,
+    "epoch": int,
+    "step": int,
+    "taken": int,
+    "stopped": bool,
+    "seed": int,
+    "data": {
+        "kind": str,
+        "steps_per_epoch": int | None,
+        "steps_per_execution": int,
+        "num_batches": int | None,
+        "steps_seen": int,
+        "begun": int,
+        "drawn": int,
+        "first": list,
+        "last": str,
+    },
+}
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -66,6 +87,10 @@ class Checkpoint(keras.callbacks.Callback):
     makes this callback, with the same `path` on a disk that all of them see.
     The first one writes, the weights whole even where each holds a part, and
     the place in the data of each. As many processes go on as were interrupted.
+
+    On JAX an error or Ctrl-C in the middle of a step would leave the model
+    without weights. With this callback it has those of the last step, or of
+    the one before, if the step has not written over them.
 
     What is left out of the last epoch is drawn again, without training on it.
     Not saved are what other callbacks remember, such as the best value of
@@ -126,12 +151,10 @@ class Checkpoint(keras.callbacks.Callback):
         save_seconds: float | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(path, str | os.PathLike):
-            raise checks.error("path", "a string or a path", path)
-        self.path = os.path.abspath(path)
+        self.path = os.path.abspath(checks.check_path("path", path))
         if os.path.lexists(self.path) and not os.path.isdir(self.path):
             raise checks.error("path", "a folder, or none yet", self.path)
-        if save_freq != "epoch":
+        if not (isinstance(save_freq, str) and save_freq == "epoch"):
             checks.check_int("save_freq", save_freq, 1)
         self.save_freq = save_freq
         self.save_seconds = checks.check_float(
@@ -154,6 +177,8 @@ class Checkpoint(keras.callbacks.Callback):
         Raises:
             ValueError: As the class.
         """
+        if not isinstance(model, keras.Model):
+            raise checks.error("model", "a keras.Model", model)
         found = self._restore(model)
         group = processes()
         if group is not None:
@@ -212,6 +237,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._saved_at = time.monotonic()
         if state is not None:
             self._go_on(model, state, rest)
+        keras_private.keep_weights(model)
         self._last_saved = self._taken
         by_step = self.save_freq != "epoch" or self.save_seconds
         if by_step and self._data.steps_of_epoch is None:
@@ -343,6 +369,12 @@ class Checkpoint(keras.callbacks.Callback):
         if _STATE not in reader.entries:
             raise reader.error(_STATE, "is missing")
         state = reader.read_json(_STATE)
+        if not _are_states(state):
+            raise reader.error(_STATE, "is not the state of a run")
+        for group in ("model", "optimizer", "metrics"):
+            for key in _within(reader.entries, group):
+                if not _PLACE.match(key):
+                    raise reader.error(f"{group}/{key}", "has no place in it")
         backend = keras.backend.backend()
         if state["backend"] != backend:
             raise ValueError(
@@ -367,6 +399,11 @@ class Checkpoint(keras.callbacks.Callback):
             raise checks.error("model", expected, model)
         pairs = _pairs("model", model.variables, reader)
         own = _read_group(reader, "own")
+        numbers = _read_group(reader, random_group)
+        try:
+            random_state.check(numbers)
+        except ValueError as error:
+            raise reader.error("random", str(error)) from error
         if own:
             # `CAST` builds its optimizer by what it is told here.
             model.load_own_variables(own)
@@ -379,7 +416,7 @@ class Checkpoint(keras.callbacks.Callback):
             variable.assign(reader.read(name))
         self._state = state
         self._rest = {
-            **_named("random", _read_group(reader, random_group)),
+            **_named("random", numbers),
             **_named("metrics", _read_group(reader, "metrics")),
         }
 
@@ -397,6 +434,37 @@ def _as_json(array: Any) -> Any:
 def _from_json(pair: Any) -> Any:
     dtype, numbers = pair
     return np.array(numbers, dtype)
+
+
+def _are_states(value: Any) -> bool:
+    """Return whether a value from a file is a state, with those of others."""
+    if not isinstance(value, dict):
+        return False
+    own = {key: each for key, each in value.items() if key != "processes"}
+    others = value.get("processes", [])
+    return isinstance(others, list) and all(
+        _is_state(each, _STATE_FORMS) for each in (own, *others)
+    )
+
+
+def _is_state(value: Any, forms: dict[str, Any]) -> bool:
+    """Return whether a value from a file has the keys and types of `forms`."""
+    if not isinstance(value, dict) or value.keys() != forms.keys():
+        return False
+    for key, form in forms.items():
+        each = value[key]
+        if isinstance(form, dict):
+            valid = _is_state(each, form)
+        else:
+            valid = isinstance(each, form) and (
+                form is bool or not isinstance(each, bool)
+            )
+        if not valid or (isinstance(each, int) and not 0 <= each < 2**53):
+            return False
+    return all(
+        isinstance(pair, list) and [type(x) for x in pair] == [int, str]
+        for pair in value.get("first", ())
+    )
 
 
 def _variables(model: Any) -> dict[str, Any]:

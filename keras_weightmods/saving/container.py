@@ -77,8 +77,12 @@ _FOLDERS = (
     ("task.json", "a preset", "`from_preset` of KerasHub"),
     ("config.json", "a preset", "`from_preset` of KerasHub"),
 )
-# JSON becomes some thirty times larger in memory. About 40,000 entries fit.
+# About 40,000 entries fit.
 _MAX_HEADER = 16 * 2**20
+# JSON may become this large in memory; what follows each of these characters
+# takes so many bytes there, at least. Some 2 million strings fit.
+_MAX_JSON = 160 * 2**20
+_JSON_SIZES = {b"{": 240, b"[": 64, b",": 64, b":": 64}
 _MAX_RANK = 32
 _CHUNK = 4 * 2**20
 _DAY = 24 * 60 * 60
@@ -143,14 +147,23 @@ def kind_of(filepath):
             return kind, reader
     if start.startswith(b"PK"):
         return _kind_of_archive(filepath)
-    # What the length is of is not parsed if it is too long.
-    length = int.from_bytes(start[:8], "little")
-    if length > min(os.path.getsize(filepath), _MAX_HEADER):
-        return "", ""
     format = metadata_of(filepath).get("format")
     if format in _READERS:
         return f"a file of {format!r}", _READERS[format]
     return "", ""
+
+
+def is_shape(value):
+    """Return whether a value from a file is the shape of an array.
+
+    Few axes first: the product of many takes long.
+    """
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_RANK
+        and all(type(n) is int and 0 <= n < 2**48 for n in value)
+        and math.prod(n or 1 for n in value) < 2**59
+    )
 
 
 def _kind_of_archive(filepath):
@@ -173,19 +186,31 @@ def other_kind(filepath):
 
 def metadata_of(filepath):
     """Return the metadata of a safetensors file; empty for other files."""
+    # Opening a pipe would wait for its other end.
+    if not os.path.isfile(filepath):
+        return {}
     try:
-        # Opening a pipe would wait for its other end.
-        if os.path.isfile(filepath):
-            with safetensors.safe_open(filepath, framework="np") as file:
-                return file.metadata() or {}
-    except (safetensors.SafetensorError, OSError):
-        pass
-    return {}
+        with open(filepath, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            # What the length is of is not parsed if it is too long.
+            if length > min(os.path.getsize(filepath), _MAX_HEADER):
+                return {}
+            _check_json(file.read(length))
+        with safetensors.safe_open(filepath, framework="np") as file:
+            return file.metadata() or {}
+    except (safetensors.SafetensorError, OSError, ValueError):
+        return {}
 
 
 def json_array(value):
-    """Return the array of bytes that `Reader.read_json` reads `value` from."""
-    return np.frombuffer(json.dumps(value).encode(), "uint8")
+    """Return the array of bytes that `Reader.read_json` reads `value` from.
+
+    Raises:
+        ValueError: If it would be too large for it.
+    """
+    text = json.dumps(value).encode()
+    _check_json(text)
+    return np.frombuffer(text, "uint8")
 
 
 def check_filepath(filepath, overwrite=True):
@@ -195,7 +220,7 @@ def check_filepath(filepath, overwrite=True):
         ValueError: If `filepath` is no place for a file.
         FileExistsError: If there is a file and `overwrite` is False.
     """
-    path: str = os.path.realpath(filepath)
+    path: str = os.path.realpath(checks.check_path("filepath", filepath))
     is_other = os.path.lexists(path) and not os.path.isfile(path)
     if not os.path.isdir(os.path.dirname(path)) or is_other:
         # A device or a pipe would be replaced by a file, where that is allowed.
@@ -482,7 +507,7 @@ class Reader:
         see=lambda name, count: None,
         check_data=True,
     ):
-        self.filepath = os.fspath(filepath)
+        self.filepath = checks.check_path("filepath", filepath)
         self._format = format
         self._see = see
         if os.path.isdir(filepath):
@@ -562,9 +587,10 @@ class Reader:
             )
         text = self._file.read(length)
         try:
+            header = parse_json(text)
             # Compares the header with the file's size, and reads no array.
             with safetensors.safe_open(self.filepath, framework="np"):
-                header = parse_json(text)
+                pass
         except (safetensors.SafetensorError, ValueError) as error:
             raise self._error(
                 f"The header is not valid ({str(error)[:300]})"
@@ -624,7 +650,7 @@ class Reader:
         if not isinstance(dtype, str) or dtype not in _NAMES:
             raise self.error(name, f"has the unknown dtype {dtype!r}")
         # NumPy takes no larger shapes, even where one of the sizes is 0.
-        if len(shape) > _MAX_RANK or math.prod(n or 1 for n in shape) >= 2**59:
+        if not is_shape(shape):
             raise self.error(name, "has a shape that is too large")
         return Entry(tuple(shape), _NAMES[dtype])
 
@@ -678,9 +704,20 @@ def parse_json(text):
             raise ValueError("a key appears twice in an object")
         return once
 
-    if isinstance(text, bytes):
-        text = text.decode()
+    if isinstance(text, str):
+        text = text.encode()
+    _check_json(text)
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(text.decode(), object_pairs_hook=unique)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _check_json(text):
+    """Raise ValueError for a text of more values than are read."""
+    size = sum(text.count(each) * n for each, n in _JSON_SIZES.items())
+    if size > _MAX_JSON:
+        raise ValueError(
+            f"JSON that takes {size} bytes in memory, and not at most "
+            f"{_MAX_JSON}"
+        )

@@ -11,12 +11,17 @@ from typing import Any
 
 import keras
 
+from keras_weightmods.backend import backend_module
 from keras_weightmods.core import keras_private, reparameterization, seam
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.targets import target_of
 from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.saving import states
+from keras_weightmods.saving.container import DTYPES
 from keras_weightmods.version import __version__
+
+# Of a tensor that is made to infer a shape; of float32, 512 MiB.
+_MOST_ENTRIES = 2**27
 
 
 def describe(model, parts, left_out):
@@ -70,6 +75,26 @@ def check(description):
             valid = isinstance(value, form)
         if not valid:
             raise ValueError(f"has a {key!r} of another form")
+    _check_arrays(description["config"])
+
+
+def _check_arrays(config):
+    """Raise ValueError for an array that is none of numbers.
+
+    NumPy reads a dtype as `V1000000000` from a string.
+    """
+    values = [config]
+    while values:
+        value = values.pop()
+        if isinstance(value, list):
+            values.extend(value)
+        elif isinstance(value, dict):
+            values.extend(value.values())
+            if value.get("class_name") in ("__numpy__", "__tensor__"):
+                inner = value.get("config")
+                dtype = inner.get("dtype") if isinstance(inner, dict) else None
+                if not isinstance(dtype, str) or dtype not in DTYPES:
+                    raise ValueError(f"has an array of the dtype {dtype!r}")
 
 
 # Types of the values; those in a list are of the columns of a table.
@@ -85,7 +110,7 @@ _FORMS: dict[str, Any] = {
 
 
 def build(description, custom_objects=None):
-    """Build the model, with its changes in place, mostly without values.
+    """Build the model, with its changes in place, without values.
 
     Args:
         description: Dict as from `describe`, of JSON.
@@ -97,15 +122,21 @@ def build(description, custom_objects=None):
         `finish` the others.
     """
     pending: list[keras.Variable] = []
-    try:
-        with keras_private.without_values(pending):
-            return (*_build(description, custom_objects), pending)
-    except Exception as error:
-        # Keras' words where a class makes a variable of a value, and not by
-        # an initializer.
-        if "stateless scope" not in str(error):
-            raise
-    return (*_build(description, custom_objects), [])
+    # Some layers are made that the model does not keep.
+    most = 4 * len(description["parts"]) + 200
+    with (
+        keras_private.without_values(pending),
+        keras_private.at_most_layers(most),
+        _at_most_entries(_MOST_ENTRIES),
+    ):
+        return (*_build(description, custom_objects), pending)
+
+
+def _at_most_entries(most):
+    if keras.backend.backend() != "torch":
+        # The others infer shapes without memory.
+        return contextlib.nullcontext()
+    return backend_module("allocations").at_most_entries(most)
 
 
 def give_values(part):

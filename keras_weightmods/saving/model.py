@@ -12,6 +12,7 @@ import numpy as np
 
 from keras_weightmods.core.reparameterized_layer import plain_classes
 from keras_weightmods.saving import container, description, shared, states
+from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
 _FORMAT = "keras_weightmods.model"
@@ -99,6 +100,7 @@ def save_model(
             "`model` must be a built Keras model. Call it on data once, or "
             f"`model.build(input_shape)`. Received: model={model!r}"
         )
+    filepath = checks.check_path("filepath", filepath)
     ending = os.path.splitext(filepath)[1].lower()
     if ending in _ENDINGS_OF_KERAS:
         raise ValueError(

@@ -37,6 +37,28 @@ def save_global():
     return states
 
 
+def check(states):
+    """Raise ValueError for what `save_global` never returns, from a file."""
+    shapes = {
+        "python": [("uint32", (626,))],
+        "python_gauss": [("float64", (0,)), ("float64", (1,))],
+        "numpy": [("uint32", (624,))],
+        "numpy_rest": [("float64", (3,))],
+    }
+    for name, kinds in shapes.items():
+        array = states.get(name)
+        if array is None or (array.dtype.name, array.shape) not in kinds:
+            raise ValueError(f"has no valid {name!r}")
+    position = states["numpy_rest"][0]
+    if not (
+        states["python"][0] == 3
+        and states["python"][-1] <= 624
+        and 0 <= position <= 624
+        and position == int(position)
+    ):
+        raise ValueError("is not the state of a generator")
+
+
 def load_global(states):
     """Give the global generators the state that `save_global` returned."""
     version, *numbers = states["python"].tolist()

@@ -19,6 +19,7 @@ from keras_weightmods.utils import checks
 
 _DECAYS = "published", "relative"
 _CRITERIA = "magnitude", "activation"
+_MOST = 2**31 - 1
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
@@ -149,6 +150,7 @@ class AdamS(keras.optimizers.Optimizer):
         name: str = "adam_s",
         **kwargs: Any,
     ) -> None:
+        checks.check_schedule("learning_rate", learning_rate)
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         self.total_steps = total_steps
         self.n, self.m = nm.parse_pattern(pattern)
@@ -156,15 +158,15 @@ class AdamS(keras.optimizers.Optimizer):
         targets = targets_of.check_targets(targets)
         # A closure, because Keras would track a model held as an attribute.
         self._get_targets = lambda: targets
-        is_number = l1 != "auto"
-        self.l1 = checks.check_float("l1", l1, above=0) if is_number else l1
+        is_auto = isinstance(l1, str) and l1 == "auto"
+        self.l1 = l1 if is_auto else checks.check_float("l1", l1, above=0)
         self.l1_scale = checks.check_float("l1_scale", l1_scale, above=0)
         self.decay = checks.check_choice("decay", decay, _DECAYS)
         self.ramp = checks.check_float("ramp", ramp, 0, 1)
         if not ramp and decay == "published":
             raise checks.error("ramp", 'above 0 with decay="published"', ramp)
         self.criterion = checks.check_choice("criterion", criterion, _CRITERIA)
-        self.mask_every = checks.check_int("mask_every", mask_every, 1)
+        self.mask_every = checks.check_int("mask_every", mask_every, 1, _MOST)
         self.beta_1 = checks.check_float("beta_1", beta_1, 0, below=1)
         self.beta_2 = checks.check_float("beta_2", beta_2, 0, below=1)
         self.epsilon = checks.check_float("epsilon", epsilon, above=0)
@@ -180,7 +182,7 @@ class AdamS(keras.optimizers.Optimizer):
     @total_steps.setter
     def total_steps(self, total_steps: Any) -> None:
         self._total_steps = checks.check_int(
-            "total_steps", total_steps, 1, optional=True
+            "total_steps", total_steps, 1, _MOST, optional=True
         )
         # On TensorFlow it is a constant of the compiled update.
         self._compiled_update: Any = None
@@ -358,7 +360,11 @@ class AdamS(keras.optimizers.Optimizer):
                 "`set_importance` needs a built optimizer. Call "
                 "`optimizer.build(model.trainable_variables)` first."
             )
-        arrays = [np.asarray(a, "float32") for a in importance]
+        if not isinstance(importance, (list, tuple)):
+            raise checks.error("importance", "a list of arrays", importance)
+        arrays = [
+            checks.check_array("importance", a, "float32") for a in importance
+        ]
         variables = [s["importance"] for s in self._states if "mask" in s]
         shapes = [tuple(v.shape) for v in variables]
         if shapes != [a.shape for a in arrays] or not all(

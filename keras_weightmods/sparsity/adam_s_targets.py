@@ -19,7 +19,7 @@ def check_targets(targets):
             return re.compile(targets).pattern
     if targets is None or isinstance(targets, (keras.layers.Layer, Targets)):
         return targets
-    if targets and isinstance(targets, (list, tuple)):
+    if isinstance(targets, (list, tuple)) and targets:
         for kind in (Target, dict):
             if all(isinstance(target, kind) for target in targets):
                 return tuple(targets)

@@ -144,7 +144,20 @@ class CAST(LogitsDistiller):
     optimizer: Any
     train_function: Any
 
-    default_recipe = staticmethod(recipes.default_recipe)
+    @staticmethod
+    def default_recipe(
+        init: str = "dense", init_refine: Any = None
+    ) -> dict[str, Any]:
+        """Return the arguments of the default `AdamS` for a start.
+
+        Args:
+            init, init_refine: As of the class.
+
+        Raises:
+            ValueError: If they are none of these.
+        """
+        _check_start(init, init_refine)
+        return recipes.default_recipe(init, init_refine)
 
     def __init__(
         self,
@@ -163,10 +176,8 @@ class CAST(LogitsDistiller):
         name: str = "cast",
     ) -> None:
         n, m = parse_pattern(pattern)
-        checks.check_choice("init", init, ("dense", *sparsify.METHODS))
+        _check_start(init, init_refine)
         checks.check_int("init_rows", init_rows, 1)
-        # Raises for what is no refinement.
-        sparsify.OneShot(pattern, "magnitude", refine=init_refine)
         if init_refine and init == "dense":
             expected = "None where `init` is 'dense': nothing is pruned"
             raise checks.error("init_refine", expected, init_refine)
@@ -275,7 +286,10 @@ class CAST(LogitsDistiller):
         self._run.planned_batches = None
 
     def make_train_function(self, force: bool = False) -> None:
-        """Prepare the train step; on torch, with random numbers of its own."""
+        """Prepare the train step; on torch, with random numbers of its own.
+
+        On JAX one that keeps the weights on an error.
+        """
         if self.train_function is not None and not force:
             return
         super().make_train_function(force)
@@ -287,6 +301,7 @@ class CAST(LogitsDistiller):
                     return step(batches)
 
             self.train_function = train_function
+        keras_private.keep_weights(self)
 
     def fit(
         self,
@@ -313,10 +328,15 @@ class CAST(LogitsDistiller):
         self._check_not_finalized("fit")
         if not self.compiled:
             raise ValueError("Call `compile()` before `fit()`.")
+        checks.check_int("batch_size", batch_size, 1, optional=True)
+        checks.check_int("epochs", epochs, 0, 2**31 - 1)
+        if not isinstance(verbose, bool):
+            checks.check_choice("verbose", verbose, ("auto", 0, 1, 2))
         _warn_about_early_stopping(kwargs.get("callbacks"))
         x, y, kwargs["sample_weight"] = data.preprocess(
             self.student, x, y, kwargs.get("sample_weight")
         )
+        data.check(x, y)
         kwargs["validation_data"] = data.preprocess_pairs(
             self.student, kwargs.get("validation_data")
         )
@@ -357,6 +377,7 @@ class CAST(LogitsDistiller):
         x, y, sample_weight = data.preprocess(
             self.student, x, y, kwargs.pop("sample_weight", None)
         )
+        data.check(x, y)
         if sample_weight is not None:
             kwargs["sample_weight"] = sample_weight
         optimizer = self.optimizer
@@ -570,3 +591,9 @@ def _say_that_a_fit_loses_the_pattern(pattern: str) -> None:
         "said once.",
         stacklevel=3,
     )
+
+
+def _check_start(init: str, init_refine: Any) -> None:
+    checks.check_choice("init", init, ("dense", *sparsify.METHODS))
+    # Raises for what is no refinement.
+    sparsify.OneShot("2:4", "magnitude", refine=init_refine)

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.backend import processes
+from keras_weightmods.utils import checks
 
 
 def preprocess(model, x, y=None, sample_weight=None):
@@ -50,6 +51,36 @@ def _array_of_numbers(x):
     if isinstance(x, list) and all(map(np.isscalar, x)):
         return np.asarray(x)
     return x
+
+
+def check(x, y=None, name="x"):
+    """Raise ValueError for what is no data to train or measure on.
+
+    Args:
+        x, y: As in `keras.Model.fit`, strings preprocessed.
+        name: String, the argument that `x` was given as.
+    """
+    if not _are_arrays(x):
+        if isinstance(x, (list, tuple, dict, set)) or not (
+            isinstance(x, keras.utils.PyDataset)
+            or hasattr(x, "__iter__")
+            or hasattr(x, "__next__")
+        ):
+            expected = "arrays of rows, a dataset or an iterator of batches"
+            raise checks.error(name, expected, x)
+        return
+    counts = set()
+    for each, value in ((name, x), ("y", y)):
+        for leaf in keras.tree.flatten(value):
+            if not hasattr(leaf, "shape"):
+                continue
+            kind = getattr(leaf.dtype, "kind", "f")
+            if not leaf.shape or not leaf.shape[0] or kind in "OUSc":
+                raise checks.error(each, "arrays of rows of numbers", value)
+            counts.add(int(leaf.shape[0]))
+    if len(counts) > 1:
+        expected = "arrays with a row for each of `x`"
+        raise checks.error("y", expected, f"{sorted(counts)} rows")
 
 
 def preprocess_pairs(model, data):
@@ -163,7 +194,7 @@ def _are_arrays(x):
 
 
 def _row_count(x):
-    return len(keras.tree.flatten(x)[0])
+    return int(keras.tree.flatten(x)[0].shape[0])
 
 
 def _to_numpy(x):

@@ -204,6 +204,7 @@ def quantize_sparse(
     quantizer = Quantizer(bits, group_size, damping, epochs, learning_rate)
     checks.check_bool("dense", dense)
     check_arguments(bits, refine, batch_size)
+    checks.check_verbose(verbose)
     if data is None:
         raise checks.error("data", "calibration data, some 100 rows", data)
     found = resolve_targets(model, targets)

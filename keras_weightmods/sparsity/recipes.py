@@ -22,7 +22,7 @@ def default_recipe(
     """Return the arguments of the default `AdamS` for a start of `CAST`.
 
     Args:
-        init, init_refine: As in `CAST`.
+        init, init_refine: As in `CAST`, which checks them.
     """
     settings = _FROM_DENSE if init == "dense" else _FROM_SPARSE
     if "blocks" in (init_refine or ()):

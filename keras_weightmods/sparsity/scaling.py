@@ -99,7 +99,8 @@ def attach_scaling(
     _, m = parse_pattern(pattern)
 
     def make_item(target: Target) -> Scaling | str:
-        for count in range(groups, 0, -1):
+        most = min(groups, target.contraction_size)
+        for count in range(most, 0, -1):
             if target.reason_not_nm(count * m) is None:
                 return Scaling(target, count)
         return str(target.reason_not_nm(m))

@@ -98,6 +98,8 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         install_projections()
 
     def __call__(self, w: Any) -> Any:
+        if not (ops.is_tensor(w) or isinstance(w, keras.Variable)):
+            w = checks.check_array("w", w)
         w = ops.convert_to_tensor(w)
         axis = self.axes_of(tuple(w.shape))
         if not self.frozen:

@@ -172,6 +172,7 @@ def sensitivity(
     """
     n, m = parse_pattern(pattern)
     checks.check_int("batch_size", batch_size, 1)
+    checks.check_verbose(verbose)
     if data is None:
         raise checks.error("data", "calibration data, a row or two", data)
     usable = sparsify.fitting_targets(

@@ -363,6 +363,7 @@ class OneShot:
         checks.check_int("block_size", self.block_size, 1)
         checks.check_int("epochs", self.epochs, 1)
         checks.check_float("learning_rate", self.learning_rate, above=0)
+        checks.check_verbose(self.verbose)
         if not isinstance(self.refine, (str, tuple, list, type(None))):
             expected = f"one of {REFINEMENTS}, a tuple of them, or None"
             raise checks.error("refine", expected, self.refine)
@@ -468,6 +469,7 @@ def calibration_batches(
         # Not of a list, which may be one of strings or of several inputs.
         x, _, weights = keras.utils.unpack_x_y_sample_weight(data)
     x, _, weights = fit_data.preprocess(model, x, None, weights)
+    fit_data.check(x, name="data")
     if fit_data.batch_count(x, batch_size) == math.inf:
         expected = "finite, not endless: take a part, with `.take(batches)`"
         raise checks.error("data", expected, type(x))

@@ -5,9 +5,11 @@ returns the value. NumPy's ints and floats count as ints and floats, bools as
 neither.
 """
 
+import inspect
 import math
 import numbers
 import operator
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -79,6 +81,71 @@ def check_string(name: str, value: Any, optional: bool = False) -> Any:
     if not isinstance(value, str) or not value:
         raise error(name, _expected("a non-empty string", {}, optional), value)
     return value
+
+
+def check_verbose(value: Any) -> Any:
+    """Return what a progress bar of Keras takes as `verbose`."""
+    if isinstance(value, bool):
+        return value
+    return check_choice("verbose", value, (0, 1, 2))
+
+
+def check_path(name: str, value: Any) -> str:
+    """Return a path as a string; raise ValueError for anything else."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise error(name, "a string or a path, and not empty", value)
+    return path
+
+
+def check_array(name: str, value: Any, dtype: Any = None) -> Any:
+    """Return a NumPy array of real numbers or bools; else raise ValueError."""
+    import numpy as np
+    from keras import ops
+
+    try:
+        # Tensors of a backend may be on a device, or need a gradient.
+        is_tensor = ops.is_tensor(value) or hasattr(value, "assign")
+        array = np.asarray(ops.convert_to_numpy(value) if is_tensor else value)
+        if array.dtype.kind in "biuf" or "float" in array.dtype.name:
+            return array.astype(dtype or array.dtype, copy=False)
+    # What is no array fails in many ways.
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        pass
+    raise error(name, "an array of numbers", value)
+
+
+def check_tensor(name: str, value: Any) -> Any:
+    """Return a tensor of real numbers or bools; else raise ValueError."""
+    import keras
+    from keras import ops
+
+    if not (ops.is_tensor(value) or isinstance(value, keras.Variable)):
+        value = check_array(name, value)
+    tensor = ops.convert_to_tensor(value)
+    if "complex" in keras.backend.standardize_dtype(tensor.dtype):
+        raise error(name, "a tensor of real numbers", value)
+    return tensor
+
+
+def check_shape(name: str, value: Any) -> tuple[int, ...]:
+    """Return a tuple of ints, none of them negative; else raise ValueError."""
+    if not isinstance(value, (tuple, list)):
+        raise error(name, "a tuple of ints", value)
+    return tuple(check_int(name, size, 0) for size in value)
+
+
+def check_schedule(name: str, value: Any) -> None:
+    """Raise ValueError for a callable learning rate that needs arguments."""
+    from keras.optimizers.schedules import LearningRateSchedule
+
+    if not callable(value) or isinstance(value, LearningRateSchedule):
+        return
+    try:
+        inspect.signature(value).bind()
+    except (TypeError, ValueError):
+        expected = "a float, a schedule, or a callable without arguments"
+        raise error(name, expected, value) from None
 
 
 def check_model(model: Any) -> None:

@@ -61,6 +61,7 @@ def survive(method, kills, seed=0):
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
+        keep_programs(folder / "programs")
         run(method, folder / "whole")
         whole = (folder / "whole" / "end.npz").read_bytes()
         done = within_saves = runs = 0
@@ -88,6 +89,21 @@ def survive(method, kills, seed=0):
         "runs": runs,
         "equal": equal,
     }
+
+
+def keep_programs(folder):
+    """Have JAX compile a program once for all workers.
+
+    `PrincipalMaskCallback` runs many, each of which takes longer to compile
+    than the whole training.
+    """
+    if keras.backend.backend() != "jax":
+        return
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def run(method, place, seconds=None, save=None, byte=None):

@@ -260,3 +260,9 @@ def test_extract_lists_all_that_is_wrong(model, trio):
     message = r"2 problems[\s\S]*renamed/kernel', and 'conv2d"
     with pytest.raises(ValueError, match=message):
         extract(model, model, other, depth=1)
+
+
+def test_a_name_is_a_string(model, trio):
+    for name in (5, "", b"x"):
+        with pytest.raises(ValueError, match="`name` must be a non-empty"):
+            extract(*trio, depth=1, like=model, name=name)

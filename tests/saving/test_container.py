@@ -513,6 +513,32 @@ def test_a_header_that_is_too_long_is_not_parsed(path, monkeypatch):
         reader_of(path)
 
 
+def test_many_values_of_json_are_not_read(path):
+    text = b"[" + b"[]," * 4 * 10**6 + b"[]]"
+    write(path, {"x": np.frombuffer(text, "uint8")})
+    with reader_of(path) as reader:
+        with pytest.raises(ValueError, match="JSON that takes"):
+            reader.read_json("x")
+    # Nor in a header, before safetensors sees it.
+    text = b'{"__metadata__": {"format": "x"}, "a": ' + text + b"}"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    assert container.metadata_of(path) == {}
+    with pytest.raises(ValueError, match="JSON that takes"):
+        reader_of(path)
+    with pytest.raises(ValueError, match="JSON that takes"):
+        container.json_array([[]] * 2 * 10**6)
+    assert container.json_array(["token"] * 10**6).size > 10**6
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2,), [-1], [True], [2.0], ["2"], [2**48], [2**40] * 2, [1] * 33, None],
+)
+def test_what_is_no_shape(shape):
+    assert not container.is_shape(shape)
+    assert container.is_shape([0, 3, 2**40])
+
+
 def test_a_wrong_checksum(path, data):
     header, start = parse(data)
     for checksum in ("0" * 64, "1" * 64, "", "x", "0", "\\" * 64):

@@ -605,6 +605,18 @@ def put_kernel(change):
     return lambda arrays: arrays.update({KERNEL: change(arrays[KERNEL])})
 
 
+def array_of(dtype):
+    config = {"value": [0] * 9, "dtype": dtype}
+    return {"class_name": "__numpy__", "config": config}
+
+
+def put_tower(depth):
+    config = {"depth": depth}
+    name = "tests.saving>Tower"
+    tower = {"class_name": "Tower", "registered_name": name, "config": config}
+    return edit(lambda d: d.update(config={"module": None, **tower}))
+
+
 def swap_parts(described):
     dense = [row for row in described["parts"] if row[1] == "Dense"]
     dense[0][2], dense[1][2] = "dense_9", "dense_8"
@@ -630,7 +642,13 @@ HOSTILE = {
         "description list": edit(lambda d: [d]),
         "description empty": edit(dict.clear),
         "description more": put("code", "import os"),
+        "description many": describe(b"[" + b"[]," * 10**7 + b"[]]"),
+        **{
+            f"array of {dtype}": put_layer(units=array_of(dtype))
+            for dtype in ("V2000000000", "S500000000", "O", 3, None)
+        },
     },
+    "More than [0-9]+ layers": {"layers many": put_tower(10**7)},
     "a 'config'": {
         "config null": put("config", None),
         "config text": put("config", "keras.Model"),
@@ -758,6 +776,48 @@ def test_hostile_files(match, name, scaled_file, tmp_path, monkeypatch):
     assert repr(str(path)) in str(error.value)
     assert sorted(os.listdir(tmp_path)) == ["file", "temporary"]
     assert os.listdir(temporary) == []
+
+
+def test_what_an_error_says_builds_nothing_again(scaled_file, tmp_path):
+    made = []
+
+    @keras.saving.register_keras_serializable("tests.saving")
+    class Fails(keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            made.append(self)
+            raise ValueError("create a variable while in a stateless scope")
+
+    arrays = contents(scaled_file)
+    name = "tests.saving>Fails"
+    replace_layer(None, "Fails", registered_name=name, config={})(arrays)
+    rewrite(tmp_path / "file", arrays)
+    with pytest.raises(ValueError, match="stateless scope"):
+        kwm.load_model(tmp_path / "file")
+    assert len(made) == 1
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="of Keras' trainer on torch"
+)
+def test_shapes_are_inferred_without_memory(tmp_path):
+    @keras.saving.register_keras_serializable("tests.saving")
+    class OnTheHost(keras.layers.Layer):
+        def call(self, x):
+            # Not on the device "meta".
+            return x + np.asarray(ops.convert_to_numpy(x)).dtype.itemsize
+
+    model = models.sequential((8,), OnTheHost(), keras.layers.Dense(2))
+    path = tmp_path / "file"
+    kwm.save_model(model, path)
+    kwm.load_model(path)
+    arrays = contents(path)
+    edit(lambda d: layers_of(d)[0]["config"].update(batch_shape=[None, 2**34]))(
+        arrays
+    )
+    rewrite(path, arrays)
+    with pytest.raises(ValueError, match="entries is more than"):
+        kwm.load_model(path)
 
 
 def test_rewriting_an_unchanged_file_is_accepted(scaled_file, tmp_path):

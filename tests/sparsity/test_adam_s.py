@@ -321,6 +321,18 @@ def test_wrong_arguments(kwargs):
         AdamS(**kwargs)
 
 
+@pytest.mark.one_backend
+def test_the_name_is_the_one_given():
+    assert AdamS(name="mine").name == "mine"
+
+
+@pytest.mark.one_backend
+def test_a_learning_rate_that_takes_arguments_is_refused():
+    with pytest.raises(ValueError, match=r"`learning_rate`.*without arguments"):
+        AdamS(lambda step: 1e-3, total_steps=5)
+    AdamS(lambda: 1e-3, total_steps=5)
+
+
 def test_missing_total_steps_is_an_error_at_build():
     model = tiny_model()
     before = model.get_weights()

@@ -195,6 +195,17 @@ def test_wrong_arguments(arguments):
         SemiStructuredSparse(**arguments)
 
 
+def test_attach_refuses_a_kernel_with_nan():
+    model = models.mlp()
+    before = models.weights_of(model)
+    before[2][3, 1] = np.nan
+    model.set_weights(before)
+    with pytest.raises(ValueError, match="finite"):
+        SemiStructuredSparse.attach(model)
+    models.assert_same(models.weights_of(model), before)
+    assert not any(v.constraint for v in model.trainable_variables)
+
+
 def test_axis():
     kernel = RNG.normal(size=(2, 2, 2, 5)).astype("float32")
     with pytest.raises(ValueError, match="attach"):

@@ -1,0 +1,95 @@
+"""Train steps of Keras whose weights an error or Ctrl-C does not lose.
+
+Keras takes the values out of a model's variables and hands them to the step,
+which overwrites them in place: until it has returned, and Keras has noted what
+it returned, nobody holds the weights.
+"""
+
+import contextlib
+import signal
+import threading
+
+
+def kept(step, hold):
+    """Return a train function that keeps the weights.
+
+    An error in the data, or in what is compiled, leaves the values of before
+    the step. Ctrl-C waits for the end of the step, unless it waits for data,
+    or comes again.
+
+    Args:
+        step: The `train_function` of a model, from a state and an iterator of
+            data to logs and a new state.
+        hold: Callable of a state, has Keras put it into the variables when
+            `fit` ends.
+    """
+    if getattr(step, "is_kept", False):
+        return step
+
+    def train_function(state, iterator):
+        is_done = False
+        try:
+            with _interrupts_wait() as waiting:
+                logs, new = step(state, _Data(iterator, waiting))
+                hold(new)
+                is_done = True
+        except BaseException:
+            left = new if is_done else state
+            arrays = [array for group in left for array in group]
+            if not any(array.is_deleted() for array in arrays):
+                hold(left)
+                for array in arrays:
+                    # Nothing runs on when the program ends.
+                    array.block_until_ready()
+            raise
+        return logs, new
+
+    train_function.is_kept = True
+    return train_function
+
+
+class _Data:
+    """Batches, on which an interrupt need not wait."""
+
+    def __init__(self, iterator, waiting):
+        self._iterator = iterator
+        self._waiting = waiting
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        with self._waiting():
+            return next(self._iterator)
+
+
+@contextlib.contextmanager
+def _interrupts_wait():
+    """Handle Ctrl-C at the end of a scope; yield one where it need not."""
+    handler = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not callable(handler):
+        yield contextlib.nullcontext
+        return
+    received = []
+
+    def note(*signal_and_frame):
+        if received:
+            handler(*signal_and_frame)
+        received.append(signal_and_frame)
+
+    @contextlib.contextmanager
+    def at_once():
+        signal.signal(signal.SIGINT, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, note)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield at_once
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received:
+        handler(*received[0])

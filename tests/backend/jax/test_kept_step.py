@@ -1,0 +1,123 @@
+"""Steps that keep the weights on errors and Ctrl-C; see `kept_step`."""
+
+import os
+import signal
+
+import keras
+import numpy as np
+import pytest
+
+import keras_weightmods as kwm
+from keras_weightmods.backend.jax.kept_step import kept
+from tests.models import mlp, normal, weights_of
+
+
+class Array:
+    """What of a JAX array counts here."""
+
+    def __init__(self, name):
+        self.name = name
+        self.used_up = False
+
+    def is_deleted(self):
+        return self.used_up
+
+    def block_until_ready(self):
+        pass
+
+
+def run(step, held, data=()):
+    state = [[Array("old")]]
+    try:
+        kept(step, held.append)(state, iter(data))
+    finally:
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        held[:] = [each[0][0].name for each in held]
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.one_backend
+def test_an_interrupt_waits_for_the_end_of_the_step():
+    def step(state, data):
+        state[0][0].used_up = True
+        interrupt()
+        return {}, [[Array("new")]]
+
+    held = []
+    with pytest.raises(KeyboardInterrupt):
+        run(step, held)
+    assert held == ["new", "new"]
+
+
+@pytest.mark.one_backend
+def test_a_second_interrupt_does_not_wait():
+    def step(state, data):
+        interrupt()
+        interrupt()
+        raise AssertionError("it has waited")
+
+    held = []
+    with pytest.raises(KeyboardInterrupt):
+        run(step, held)
+    assert held == ["old"]
+
+
+@pytest.mark.one_backend
+def test_an_interrupt_does_not_wait_for_data():
+    def data():
+        interrupt()
+        raise AssertionError("it has waited")
+        yield
+
+    held = []
+    with pytest.raises(KeyboardInterrupt):
+        run(lambda state, data: next(data), held, data())
+    assert held == ["old"]
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("is_used_up", [False, True])
+def test_errors_leave_what_is_not_used_up(is_used_up):
+    def step(state, data):
+        state[0][0].used_up = is_used_up
+        raise OSError("from within")
+
+    held = []
+    with pytest.raises(OSError, match="within"):
+        run(step, held)
+    assert held == ([] if is_used_up else ["old"])
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="the others need none of it"
+)
+@pytest.mark.parametrize("method", ["cast", "checkpoint"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_fit_gives_the_weights_back(method, steps, tmp_path):
+    class Interrupted(keras.utils.PyDataset):
+        def __getitem__(self, index):
+            if index == steps:
+                raise KeyboardInterrupt
+            return normal(4, 8), normal(4, 4)
+
+        def __len__(self):
+            return 4
+
+    model = fitted = mlp()
+    before = weights_of(model)
+    callbacks = []
+    if method == "cast":
+        fitted = kwm.CAST(model, teacher=None)
+        fitted.compile(loss="mse")
+    else:
+        model.compile("adam", "mse")
+        callbacks = [kwm.Checkpoint(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        fitted.fit(Interrupted(), verbose=0, shuffle=False, callbacks=callbacks)
+    assert all(np.isfinite(weight).all() for weight in weights_of(model))
+    if method == "checkpoint":
+        same = [*map(np.array_equal, weights_of(model), before)]
+        assert all(same) is (steps == 0)

@@ -1,0 +1,372 @@
+"""Read files that were changed at random; each ends in one clean error.
+
+KERAS_BACKEND=torch python -m tests.faults.mutants --count 20000
+
+Half of the files are changed in their bytes, cut or lengthened. In the others
+something is changed in the header, in the JSON of an entry or in an array, and
+all checksums are right again. A file may be read, as not each change matters,
+or refused by an error that a `raise` of this package raises. That may take
+`MORE_SECONDS` and `MORE_MEMORY` beyond what the file takes that nobody changed.
+
+A mutant is made again by its number: `--kind model --first 123 --count 1`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import random
+import sys
+import tempfile
+import time
+import warnings
+
+import keras
+import numpy as np
+
+import keras_weightmods as kwm
+from keras_weightmods.cli.inspection import file_report
+from tests import models
+from tests.faults import raised
+
+MORE_SECONDS = 1.0  # of this process' own time
+MORE_MEMORY = 200 * 2**20
+
+
+def model_file(folder):
+    """A model with a packed, a scaled and a plain layer."""
+    model = models.sequential(
+        (8,),
+        keras.layers.Dense(16, activation="relu", name="packed"),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dense(8, name="scaled"),
+        keras.layers.Dropout(0.5),
+        keras.layers.Dense(4, name="plain"),
+    )
+    models.make_sparse(model)
+    kwm.attach_scaling(model, targets="scaled/")
+    kwm.pack(model, targets="packed/")
+    path = folder / "model.safetensors"
+    kwm.save_model(model, path)
+    return path, kwm.load_model
+
+
+def delta_file(folder):
+    base, tuned = models.mlp(), models.mlp()
+    tuned.layers[0].kernel.assign_add(np.eye(8, 16))
+    path = folder / "delta.safetensors"
+    kwm.save_delta(tuned, base, path)
+
+    def read(path):
+        kwm.apply_delta(base, path, name="mutant")
+        kwm.remove_delta(base, "mutant", force=True)
+
+    return path, read
+
+
+def signature_file(folder):
+    path = folder / "signature.safetensors"
+    models.make_signature(models.mlp()).quantize(4).save(path)
+    return path, kwm.WeightSignature.load
+
+
+def checkpoint_file(folder):
+    model = models.mlp()
+    model.compile("adam", "mse", jit_compile=False)
+    x, y = models.normal(8, 8), models.normal(8, 4)
+    place = folder / "checkpoints"
+    model.fit(x, y, 4, callbacks=[kwm.Checkpoint(place)], verbose=0)
+    (path,) = place.iterdir()
+
+    def read(mutant):
+        os.replace(mutant, path)
+        kwm.Checkpoint(place).restore(model)
+
+    return path, read
+
+
+KINDS = {
+    "model": model_file,
+    "delta": delta_file,
+    "signature": signature_file,
+    "checkpoint": checkpoint_file,
+}
+
+
+def mutant_of(data, rng):
+    """Return the bytes of a file, changed in one way or a few."""
+    if rng.random() < 0.5:
+        return _other_bytes(data, rng)
+    header, body = _parsed(data)
+    arrays = {
+        name: body[slice(*fields["data_offsets"])]
+        for name, fields in header.items()
+        if name != "__metadata__"
+    }
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        kind = rng.random()
+        name = rng.choice(sorted(arrays)) if arrays else None
+        if kind < 0.25 or name is None:
+            header = _other_json(header, rng)
+            break
+        described = [n for n in arrays if n.endswith(".json")]
+        described += [n for n in arrays if n == "description"]
+        if kind < 0.8 and described:
+            name = rng.choice(described)
+            try:
+                value = json.loads(arrays[name])
+            except ValueError:
+                continue
+            text = json.dumps(_other_json(value, rng)).encode()
+            arrays[name] = text
+        else:
+            arrays[name] = _other_bytes(arrays[name], rng)
+    return _packed(header, arrays)
+
+
+def _parsed(data):
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def _packed(header, arrays):
+    """Return a file of arrays, with the checksums that it should have."""
+    if not isinstance(header, dict):
+        return _signed(header) + b"".join(arrays.values())
+    header = dict(header)
+    end = 0
+    for name, array in arrays.items():
+        fields = header.get(name)
+        if not isinstance(fields, dict):
+            continue
+        fields = dict(fields)
+        old = fields.get("data_offsets")
+        if (
+            isinstance(old, list)
+            and len(old) == 2
+            and all(isinstance(n, int) for n in old)
+        ):
+            if old[1] - old[0] != len(array):
+                fields["shape"] = [len(array)]
+            fields["data_offsets"] = [end, end + len(array)]
+        end += len(array)
+        header[name] = fields
+    metadata = header.get("__metadata__")
+    if isinstance(metadata, dict):
+        sums = {n: hashlib.sha256(a).hexdigest() for n, a in arrays.items()}
+        sums = {n: s for n, s in sums.items() if n in header}
+        metadata = {**metadata}
+        if "sha256" in metadata:
+            metadata["sha256"] = json.dumps(sums)
+        header["__metadata__"] = metadata
+    return _signed(header) + b"".join(arrays.values())
+
+
+def _signed(header):
+    def text_of(header):
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if isinstance(metadata, dict) and "header_sha256" in metadata:
+        metadata["header_sha256"] = "0" * 64
+        digest = hashlib.sha256(text_of(header)).hexdigest()
+        metadata["header_sha256"] = digest
+    return text_of(header)
+
+
+def _other_bytes(data, rng):
+    place = rng.randrange(len(data) + 1)
+    other = rng.randrange(len(data) + 1)
+    first, last = sorted((place, other))
+    if rng.random() < 0.5:
+        last = min(first + rng.randrange(1, 9), len(data))
+    return rng.choice(
+        (
+            lambda: data[:first],
+            lambda: data[first:],
+            lambda: data[:first] + data[last:],
+            lambda: data[:last] + data[first:],
+            lambda: data[:first] + rng.randbytes(last - first) + data[last:],
+            lambda: data[:first] + bytes(last - first) + data[last:],
+            lambda: data[:first] + rng.randbytes(8) + data[first:],
+            lambda: data + rng.randbytes(rng.randrange(1, 100)),
+        )
+    )()
+
+
+def _array_of(dtype):
+    config = {"value": [0, 1], "dtype": dtype}
+    return {"class_name": "__numpy__", "config": config}
+
+
+def _layer(name, **config):
+    return {
+        "module": "keras.layers",
+        "class_name": name,
+        "config": {"name": "x", **config},
+        "registered_name": None,
+    }
+
+
+def _deep(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# What stands in for a value of the JSON.
+_VALUES = (
+    *(0, 1, -1, 7, 2**31, 2**40, 2**63, 2**70, -(2**40), 0.5, -0.5, 1e308),
+    *(float("nan"), float("inf"), True, False, None, "", "x" * 2000, "\0"),
+    *("stateless scope", "float32", "../../x", "layers/x", "[red]x[/]"),
+    *([], {}, [[]], [None], [2**40] * 40, [-1, 2**31], {"a": {"b": []}}),
+    _deep(50),
+    _deep(900),
+    ["x"] * 5000,
+    _array_of("V1000000000"),
+    _array_of("S500000000"),
+    _array_of("O"),
+    {"class_name": "__tensor__", "config": {"value": 1, "dtype": "x"}},
+    {"class_name": "__bytes__", "config": {"value": 3}},
+    {"class_name": "__keras_tensor__", "config": {"shape": [2**40]}},
+    {"class_name": "__lambda__", "config": {"value": "x"}},
+    _layer("Dense", units=2**40),
+    _layer("Dense", units=2**28),
+    _layer("Reshape", target_shape=[2**20, 2**20]),
+    _layer("RepeatVector", n=2**31),
+    _layer("Embedding", input_dim=2**40, output_dim=2**10),
+    _layer("InputLayer", batch_shape=[2**20, 2**20]),
+    _layer("GaussianNoise", stddev=2**70),
+    _layer("stateless scope"),
+)
+
+
+def _other_json(value, rng):
+    """Return a JSON value of which one part is another one."""
+    value = json.loads(json.dumps(value))
+    places = []
+
+    def find(inner):
+        keys = range(len(inner)) if isinstance(inner, list) else list(inner)
+        for key in keys:
+            places.append((inner, key))
+            if isinstance(inner[key], (list, dict)):
+                find(inner[key])
+
+    if isinstance(value, (list, dict)):
+        find(value)
+    if not places:
+        return rng.choice(_VALUES)
+    owner, key = rng.choice(places)
+    old = owner[key]
+    kind = rng.randrange(8)
+    if kind == 0:
+        del owner[key]
+    elif kind == 1 and isinstance(owner, list):
+        owner.insert(key, old)
+    elif kind == 1:
+        owner["x" * rng.randrange(3)] = old
+    elif kind == 2:
+        other, its = rng.choice(places)
+        owner[key] = json.loads(json.dumps(other[its]))
+    elif kind == 3 and isinstance(old, (int, float)):
+        owner[key] = rng.choice((-old, old + 1, old * 1000, str(old), [old]))
+    elif kind == 3 and isinstance(old, list):
+        owner[key] = old * rng.choice((0, 2, 500))
+    elif kind == 3 and isinstance(old, str):
+        place = rng.randrange(len(old) + 1)
+        owner[key] = old[:place] + rng.choice("aZ0/.[\n\0é") + old[place:]
+    else:
+        owner[key] = json.loads(json.dumps(rng.choice(_VALUES)))
+    return value
+
+
+class Cost:
+    """The time and the memory that a scope takes, of Linux."""
+
+    def __enter__(self):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        self._before = self._kilobytes("VmRSS")
+        self._start = time.process_time()
+        return self
+
+    def __exit__(self, *error):
+        self.seconds = time.process_time() - self._start
+        self.bytes = 1024 * (self._kilobytes("VmHWM") - self._before)
+
+    @staticmethod
+    def _kilobytes(name):
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1])
+        raise RuntimeError(f"No {name} in /proc/self/status")
+
+
+def run(kind, count, first=0, seed=0):
+    """Read mutants of one kind of file.
+
+    Returns:
+        Pair of the number that was read, and a dict from the number of a
+        mutant to what is wrong with what came of it.
+    """
+    warnings.simplefilter("ignore")
+    failures = {}
+    accepted = 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        path, read = KINDS[kind](folder)
+        data = path.read_bytes()
+        mutant = folder / "mutant.safetensors"
+
+        def read_all():
+            file_report(str(mutant))
+            read(mutant)
+
+        for _ in range(2):
+            mutant.write_bytes(data)
+            with Cost() as honest:
+                read_all()
+        for number in range(first, first + count):
+            rng = random.Random(f"{kind} {seed} {number}")
+            mutant.write_bytes(mutant_of(data, rng))
+            problem = None
+            with Cost() as cost:
+                try:
+                    read_all()
+                    accepted += 1
+                except Exception as error:
+                    problem = raised.why_obscure(error)
+            if cost.seconds > honest.seconds + MORE_SECONDS:
+                problem = f"takes {cost.seconds:.1f} s"
+            if cost.bytes > honest.bytes + MORE_MEMORY:
+                problem = f"takes {cost.bytes / 2**20:.0f} MiB"
+            if problem is not None:
+                failures[number] = problem
+                print(kind, number, problem, sep=" | ", flush=True)
+    return accepted, failures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kind", choices=KINDS, default=None)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    failed = False
+    for kind in [args.kind] if args.kind else KINDS:
+        accepted, failures = run(kind, args.count, args.first, args.seed)
+        print(
+            f"{kind}: {args.count} mutants, {accepted} read, "
+            f"{len(failures)} not refused well"
+        )
+        failed |= bool(failures)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Whether an error says what was wrong, in words that someone wrote for it."""
+
+import ast
+import functools
+import pathlib
+import traceback
+
+import keras
+
+import keras_weightmods
+
+_OURS = str(pathlib.Path(keras_weightmods.__file__).parent)
+_KERAS = str(pathlib.Path(keras.__file__).parent)
+# What Python raises by itself, whoever the error is for.
+_OBSCURE = (
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NameError,
+    RecursionError,
+)
+
+
+def why_obscure(error, argument=None):
+    """Return why an error is none to show to a user, or None.
+
+    Args:
+        error: Exception that was caught.
+        argument: String, the argument that was wrong: an error that Keras
+            raises is good enough if it names it, or what was expected.
+    """
+    if isinstance(error, _OBSCURE):
+        return summary(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if _raises(frame.filename, frame.lineno):
+        if frame.filename.startswith(_OURS):
+            return None
+        words = {argument or "expected", "expected", "incompatible"}
+        text = str(error).lower()
+        if frame.filename.startswith(_KERAS) and any(w in text for w in words):
+            return None
+    if isinstance(error, OSError) and error.filename is not None:
+        return None
+    return summary(error)
+
+
+def summary(error):
+    """Return an error and where it comes from, in a line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if frame.filename.startswith(_OURS)]
+    places = [f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in ours[-1:]]
+    places += [f"{f.filename[-40:]}:{f.lineno}" for f in frames[-1:]]
+    text = " ".join(str(error).split())[:160]
+    return f"{type(error).__name__}: {text} ({' > '.join(places)})"
+
+
+def _raises(filename, line):
+    return any(first <= line <= last for first, last in _raise_lines(filename))
+
+
+@functools.cache
+def _raise_lines(filename):
+    """Return (first, last) line of each `raise` of a new error in a file."""
+    try:
+        tree = ast.parse(pathlib.Path(filename).read_text())
+    except (OSError, SyntaxError):
+        return []
+    return [
+        (node.lineno, node.end_lineno)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Raise) and node.exc is not None
+    ]

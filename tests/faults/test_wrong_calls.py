@@ -1,0 +1,44 @@
+"""A few wrong calls of each argument; all of them are in `make faults`."""
+
+import pathlib
+
+import pytest
+
+from tests.faults import raised, wrong_calls
+
+pytestmark = [
+    pytest.mark.one_backend,
+    pytest.mark.skipif(
+        not wrong_calls.IS_LINUX, reason="bounds the memory as Linux does"
+    ),
+]
+
+
+def test_every_public_name_is_called():
+    assert set(wrong_calls.CALLS) == set(wrong_calls.subjects())
+
+
+def test_wrong_calls_are_refused_in_words():
+    pytest.importorskip("keras_hub")
+    cases = wrong_calls.some_cases(360)
+    arguments = {
+        (name, parameter)
+        for name, function in wrong_calls.subjects().items()
+        for parameter in wrong_calls.parameters_of(function)
+    }
+    assert {case[:2] for case in cases} == arguments
+    assert wrong_calls.run_all(cases) == {}
+
+
+def test_what_is_obscure():
+    def why(function):
+        try:
+            function()
+        except Exception as error:
+            return raised.why_obscure(error, "x")
+
+    assert why(lambda: {}["x"]).startswith("KeyError")
+    assert why(lambda: "x" + 1).startswith("TypeError")
+    assert why(lambda: int("x")).startswith("ValueError")
+    assert why(lambda: wrong_calls.kwm.pack(3)) is None
+    assert why(lambda: pathlib.Path("none").read_text()) is None

@@ -1,0 +1,845 @@
+"""Call every public name with wrong arguments, one at a time.
+
+KERAS_BACKEND=torch python -m tests.faults.wrong_calls
+
+From the signatures: each argument of each public function, class and method is
+given each of `BAD`, with the others as they should be. A call may go well, or
+end in an error in words of ours: one that a `raise` of this package raises, or
+one of Keras that names the argument. After an error the models that were given
+are what they were. It may compute for `MOST_SECONDS`.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import inspect
+import os
+import pathlib
+import random
+import resource
+import runpy
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+import keras_weightmods as kwm
+from keras_weightmods.core import keras_private
+from tests import models
+from tests.faults import raised
+
+ROOT = pathlib.Path(__file__).absolute().parent.parent.parent
+PUBLIC = runpy.run_path(str(ROOT / "docs" / "api_table.py"))["public_names"]()
+IS_LINUX = sys.platform == "linux"
+MOST_SECONDS = 2.0  # of this process' own time
+MOST_WAITED = 30.0
+MOST_MEMORY = 4 * 2**30
+
+# What Keras calls, and no user.
+_HOOKS = {
+    "build",
+    "get_config",
+    "load_own_variables",
+    "make_train_function",
+    "add_variable_from_reference",
+    "save_own_variables",
+    "set_weights",
+    "update_step",
+}
+# What calls of ours make and users receive.
+_RECEIVED = ("Report", "Target", "Targets", "ScalingLaw", "ops.Packed")
+# What calls of ours call.
+_INTERNAL = {
+    "ChangeReport.of",
+    "WeightSignature",
+    "WeightSignature.problems",
+    "WeightSignature.with_entries",
+}
+
+
+@dataclasses.dataclass
+class Call:
+    """A call as it should be.
+
+    Attributes:
+        function: Callable.
+        arguments: Dict, those without a default and what makes the others
+            matter.
+        models: List of models and lists of arrays, which an error leaves as
+            they are.
+        then: Callable of what the call returns, or None: how it is used.
+    """
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    models: list[Any] = dataclasses.field(default_factory=list)
+    then: Any = None
+
+
+def subjects():
+    """Return the public functions that users call, by name."""
+    found = {}
+    for name, value in PUBLIC.items():
+        if inspect.isclass(value):
+            if not name.endswith(_RECEIVED):
+                found[name] = value
+            for key, member in vars(value).items():
+                function = getattr(member, "__func__", member)
+                is_method = inspect.isfunction(function) and (
+                    key == "__call__" or not key.startswith("_")
+                )
+                if is_method and key not in _HOOKS and "on_" not in key[:3]:
+                    found[f"{name}.{key}"] = function
+        else:
+            found[name] = value
+    return {
+        name: function
+        for name, function in found.items()
+        if parameters_of(function) and name not in _INTERNAL
+    }
+
+
+def parameters_of(function):
+    """Return the names of the arguments of a function."""
+    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind not in variadic
+        and parameter.name not in ("self", "cls")
+    ]
+
+
+def normal(*shape):
+    return models.normal(*shape)
+
+
+def mlp():
+    """Return a tiny compiled model."""
+    model = models.mlp()
+    model.compile("sgd", "mse")
+    return model
+
+
+def on_model(function, make=mlp, then=None, **arguments):
+    model = make()
+    return Call(function, {"model": model, **arguments}, [model], then)
+
+
+def sparse():
+    return models.make_sparse(mlp())
+
+
+def scaled():
+    model = mlp()
+    kwm.attach_scaling(model)
+    return model
+
+
+def packed():
+    model = sparse()
+    kwm.pack(model)
+    return model
+
+
+def kernel():
+    return normal(16, 16)
+
+
+def signature(model=None):
+    return models.make_signature(model or mlp())
+
+
+def patched():
+    model = mlp()
+    patches = kwm.Patches(model)
+    patches.add(signature(model), name="one")
+    return patches
+
+
+def on_patches(method, **arguments):
+    patches = patched()
+    function = getattr(patches, method)
+    return Call(function, arguments, [patches.model])
+
+
+def delta():
+    """Write the file of a delta; return its path and the base model."""
+    base, model = mlp(), mlp()
+    model.layers[0].kernel.assign_add(0 * normal(8, 16) + 0.5)
+    kwm.save_delta(model, base, "delta.safetensors")
+    return "delta.safetensors", base
+
+
+def cast(is_compiled=True):
+    made = kwm.CAST(models.mlp())
+    if is_compiled:
+        made.compile(loss="mse")
+    return made
+
+
+def on_cast(method, is_compiled=True, **arguments):
+    made = cast(is_compiled)
+    return Call(getattr(made, method), arguments, [made.student])
+
+
+def language_model():
+    return models.causal_lm("llama3")
+
+
+def llama():
+    return models.causal_lm("llama3", vocabulary_size=32)
+
+
+def writer():
+    return models.causal_lm("gpt2", models.gpt2_preprocessor())
+
+
+def fit_with(callback):
+    mlp().fit(normal(8, 8), normal(8, 4), 4, callbacks=[callback], verbose=0)
+
+
+def fit_by(optimizer):
+    model = models.mlp()
+    model.compile(optimizer, "mse", jit_compile=False)
+    model.fit(normal(8, 8), normal(8, 4), 4, verbose=0)
+
+
+def fit_masked(optimizer):
+    model = models.mlp()
+    model.compile(optimizer, "mse", jit_compile=False)
+    masks = kwm.PrincipalMaskCallback(0.1)
+    model.fit(X, normal(8, 4), 4, callbacks=[masks], verbose=0)
+
+
+def on_masks(optimizer, method, **arguments):
+    model = models.mlp()
+    model.compile(optimizer(), "mse")
+    kwm.PrincipalMaskCallback(0.1).attach(model)
+    function = getattr(model.optimizer, method)
+    variable = model.optimizer.masked_variables[0]
+    return Call(function, {"variable": variable, **arguments}, [model])
+
+
+def sgd_masked():
+    return kwm.MaskedOptimizer(keras.optimizers.SGD(0.1))
+
+
+def sensitivity_report(model):
+    return kwm.sensitivity(model, normal(4, 8), verbose=0)
+
+
+def compander(name, *args, shape, **arguments):
+    cls = getattr(kwm, name)
+
+    def make(**given):
+        return cls(*args, **given)
+
+    make.__signature__ = inspect.signature(cls)
+    return Call(make, arguments, then=lambda layer: layer(normal(*shape)))
+
+
+def saved_model():
+    kwm.save_model(models.mlp(), "model.safetensors")
+    return "model.safetensors"
+
+
+def saved_signature():
+    signature().save("signature.safetensors", overwrite=True)
+    return "signature.safetensors"
+
+
+X = normal(8, 8)
+TOKENS = np.arange(12).reshape(2, 6)
+LAW = {"tokens": [1e6, 2e6, 4e6, 8e6, 1.6e7]}
+LAW["losses"] = [3 + 100 / n**0.5 for n in LAW["tokens"]]
+UNIFORM = {"keep": 0.5, "length": 6, "rows": 2, "verbose": 0}
+
+
+def _report_targets():
+    model = mlp()
+    report = sensitivity_report(model)
+    return Call(report.targets, {"model": model, "dense_share": 0.5}, [model])
+
+
+def _extract():
+    model = models.mlp(*[4] * 9)
+    init, clean, robust = (models.random_weights(model, i) for i in range(3))
+    given = {"init": init, "clean": clean, "robust": robust, "like": model}
+    return Call(kwm.WeightSignature.extract, given, [model, init, clean])
+
+
+def _add():
+    patches = kwm.Patches(model := mlp())
+    return Call(patches.add, {"signature": signature(model)}, [model])
+
+
+def _name_of():
+    patches = kwm.Patches(model := mlp())
+    patches.add(added := signature(model))
+    return Call(patches.name_of, {"signature": added}, [model])
+
+
+def _apply_delta():
+    path, base = delta()
+    return Call(kwm.apply_delta, {"model": base, "filepath": path}, [base])
+
+
+def _remove_delta():
+    path, base = delta()
+    kwm.apply_delta(base, path)
+    return Call(kwm.remove_delta, {"model": base}, [base])
+
+
+def _save_delta():
+    _, base = delta()
+    tuned = mlp()
+    tuned.layers[0].kernel.assign_add(0 * normal(8, 16) + 0.5)
+    given = {"model": tuned, "base": base, "filepath": "new.safetensors"}
+    return Call(kwm.save_delta, given, [tuned, base])
+
+
+def _on_signature(method, **arguments):
+    def make():
+        model = mlp()
+        made = signature(model)
+        given = {
+            key: value(model) if callable(value) else value
+            for key, value in arguments.items()
+        }
+        return Call(getattr(made, method), given, [model])
+
+    return make
+
+
+def _removable():
+    model = mlp()
+    made = signature(model)
+    made.apply(model)
+    return Call(made.remove, {"model": model}, [model])
+
+
+def _detach():
+    kwm.SemiStructuredSparse.attach(model := mlp())
+    return Call(kwm.SemiStructuredSparse.detach, {"model": model}, [model])
+
+
+def _uncompile():
+    model = language_model()
+    return Call(kwm.uncompile_generate, {"model": model}, [model])
+
+
+def _restore():
+    callback = kwm.Checkpoint("checkpoints")
+    model = mlp()
+    if not os.path.isdir("checkpoints"):
+        fit_with(kwm.Checkpoint("checkpoints"))
+    return Call(callback.restore, {"model": model}, [model])
+
+
+def _packed_kernel():
+    return kwm.ops.pack_kernel(kwm.ops.nm_project(kernel()))
+
+
+def _mask_bits():
+    return kwm.ops.pack_bits(np.ones((3, 5), bool))
+
+
+def _use_targets():
+    model = mlp()
+    optimizer = kwm.AdamS(total_steps=4)
+    given = {"targets": kwm.find_targets(model)}
+    return Call(optimizer.use_targets, given, [model])
+
+
+def _set_importance():
+    model = mlp()
+    optimizer = kwm.AdamS(total_steps=4, criterion="activation")
+    optimizer.use_targets(kwm.find_targets(model))
+    optimizer.build(model.trainable_variables)
+    given = {"importance": [np.ones(8), np.ones(16)]}
+    return Call(optimizer.set_importance, given, [model])
+
+
+def _monitor_of():
+    return kwm.SparsityMonitor
+
+
+def _law():
+    return kwm.fit_scaling_law(**LAW)
+
+
+def _measure():
+    return kwm.Perplexity(models.token_net(), length=4)
+
+
+CONV = {1: (2, 5, 4), 2: (2, 5, 5, 4), 3: (2, 5, 5, 5, 4)}
+CALLS: dict[str, Callable[[], Call]] = {
+    "AdamS": lambda: Call(kwm.AdamS, {"total_steps": 2}, then=fit_by),
+    "AdamS.use_targets": _use_targets,
+    "AdamS.set_importance": _set_importance,
+    "apply_delta": _apply_delta,
+    "assert_sparse": lambda: on_model(kwm.assert_sparse, sparse),
+    "attach_compander": lambda: on_model(
+        kwm.attach_compander, out_of_range="clip"
+    ),
+    "attach_scaling": lambda: on_model(kwm.attach_scaling),
+    "attach_weight_norm": lambda: on_model(kwm.attach_weight_norm),
+    "CAST": lambda: on_model(kwm.CAST),
+    "CAST.default_recipe": lambda: Call(kwm.CAST.default_recipe, {}),
+    "CAST.compile": lambda: on_cast("compile", False, loss="mse"),
+    "CAST.fit": lambda: on_cast("fit", x=X, y=normal(8, 4), verbose=0),
+    "CAST.evaluate": lambda: on_cast(
+        "evaluate", x=X, y=normal(8, 4), verbose=0
+    ),
+    "Checkpoint": lambda: Call(
+        kwm.Checkpoint, {"path": "new checkpoints"}, then=fit_with
+    ),
+    "Checkpoint.restore": _restore,
+    **{
+        f"CompanderConv{n}D": lambda n=n: compander(
+            f"CompanderConv{n}D", 3, 2, shape=CONV[n]
+        )
+        for n in CONV
+    },
+    "CompanderDense": lambda: compander("CompanderDense", 3, shape=(2, 4)),
+    "CompanderDepthwiseConv2D": lambda: compander(
+        "CompanderDepthwiseConv2D", 3, shape=CONV[2]
+    ),
+    "CompanderEinsumDense": lambda: compander(
+        "CompanderEinsumDense", "ab,bc->ac", 3, shape=(2, 4)
+    ),
+    "CompanderOptimizer": lambda: Call(
+        kwm.CompanderOptimizer, {"optimizer": keras.optimizers.SGD()}
+    ),
+    "compile_generate": lambda: on_model(kwm.compile_generate, language_model),
+    "export": lambda: on_model(
+        kwm.export, llama, filepath="exported", format="transformers"
+    ),
+    "find_targets": lambda: on_model(kwm.find_targets),
+    "fit_scaling_law": lambda: Call(kwm.fit_scaling_law, dict(LAW)),
+    "fold": lambda: on_model(kwm.fold, scaled),
+    "lm_eval_model": lambda: on_model(kwm.lm_eval_model, language_model),
+    "load_model": lambda: Call(kwm.load_model, {"filepath": saved_model()}),
+    "MaskedOptimizer": lambda: Call(
+        kwm.MaskedOptimizer,
+        {"optimizer": keras.optimizers.SGD()},
+        then=fit_masked,
+    ),
+    "MaskedOptimizer.indices_of": lambda: on_masks(sgd_masked, "indices_of"),
+    "MaskedOptimizer.set_indices": lambda: on_masks(
+        sgd_masked, "set_indices", indices=np.arange(13)
+    ),
+    "merge_lora": lambda: on_model(kwm.merge_lora, with_lora),
+    "pack": lambda: on_model(kwm.pack, sparse),
+    "Patches": lambda: on_model(kwm.Patches),
+    "Patches.add": _add,
+    "Patches.rescale": lambda: on_patches("rescale", name="one", scale=0.5),
+    "Patches.remove": lambda: on_patches("remove", name="one"),
+    "Patches.clear": lambda: on_patches("clear"),
+    "Patches.name_of": _name_of,
+    "Perplexity": lambda: on_model(kwm.Perplexity, models.token_net),
+    "Perplexity.__call__": lambda: Call(
+        _measure(), {"texts": TOKENS, "verbose": 0}
+    ),
+    "Perplexity.losses": lambda: Call(
+        _measure().losses, {"texts": TOKENS, "verbose": 0}
+    ),
+    "perplexity": lambda: on_model(
+        kwm.perplexity, models.token_net, texts=TOKENS, length=4, verbose=0
+    ),
+    "PrincipalMaskCallback": lambda: Call(
+        kwm.PrincipalMaskCallback, {"density": 0.1}, then=fit_with
+    ),
+    "PrincipalMaskCallback.attach": lambda: on_model(
+        kwm.PrincipalMaskCallback(0.1).attach
+    ),
+    "quantize_sparse": lambda: on_model(
+        kwm.quantize_sparse, sparse, data=X, group_size=8, verbose=0
+    ),
+    "register_target": lambda: Call(
+        kwm.register_target,
+        {"layer_class": Own, "contraction_axes": (0,)},
+        then=lambda _: kwm.find_targets(Own.model()),
+    ),
+    "remove_delta": _remove_delta,
+    "save_delta": _save_delta,
+    "save_model": lambda: on_model(
+        kwm.save_model, filepath="saved.safetensors"
+    ),
+    "ScalingLaw.predict": lambda: Call(_law().predict, {"tokens": 1e7}),
+    "self_generated": lambda: on_model(kwm.self_generated, writer, **UNIFORM),
+    "SemiStructuredSparse": lambda: Call(
+        kwm.SemiStructuredSparse, {"axis": 0}, then=lambda c: c(kernel())
+    ),
+    "SemiStructuredSparse.__call__": lambda: Call(
+        kwm.SemiStructuredSparse(axis=0), {"w": kernel()}
+    ),
+    "SemiStructuredSparse.attach": lambda: on_model(
+        kwm.SemiStructuredSparse.attach
+    ),
+    "SemiStructuredSparse.detach": _detach,
+    "sensitivity": lambda: on_model(kwm.sensitivity, data=X, verbose=0),
+    "SensitivityReport.targets": _report_targets,
+    "SparseAdamW": lambda: Call(kwm.SparseAdamW, {}, then=fit_masked),
+    "SparseAdamW.indices_of": lambda: on_masks(kwm.SparseAdamW, "indices_of"),
+    "SparseAdamW.set_indices": lambda: on_masks(
+        kwm.SparseAdamW, "set_indices", indices=np.arange(13)
+    ),
+    "sparsify": lambda: on_model(
+        kwm.sparsify, data=X, method="sparsegpt", epochs=1, verbose=0
+    ),
+    "sparsity_report": lambda: on_model(kwm.sparsity_report),
+    "SparsityMonitor": lambda: Call(
+        kwm.SparsityMonitor, {}, then=fit_sparse_with
+    ),
+    "sum_signatures": lambda: Call(
+        kwm.sum_signatures, {"signatures": [signature(), signature()]}
+    ),
+    "uncompile_generate": _uncompile,
+    "unpack": lambda: on_model(kwm.unpack, packed),
+    "Target.reason_not_nm": lambda: Call(
+        kwm.find_targets(mlp())[0].reason_not_nm, {"m": 4}
+    ),
+    "Targets.select": lambda: Call(
+        kwm.find_targets(mlp()).select, {"reason": lambda target: None}
+    ),
+    "WeightSignature.extract": _extract,
+    "WeightSignature.apply": _on_signature("apply", model=lambda m: m),
+    "WeightSignature.remove": _removable,
+    "WeightSignature.truncate": _on_signature("truncate", depth=1),
+    "WeightSignature.quantize": _on_signature("quantize"),
+    "WeightSignature.cosine_similarity": _on_signature(
+        "cosine_similarity", other=signature
+    ),
+    "WeightSignature.save": _on_signature("save", filepath="s.safetensors"),
+    "WeightSignature.load": lambda: Call(
+        kwm.WeightSignature.load, {"filepath": saved_signature()}
+    ),
+    **{
+        f"ops.{name}": lambda name=name: Call(
+            getattr(kwm.ops, name),
+            {**A_B, "w" if "inverse" in name else "v": X},
+        )
+        for name in ("compand", "compand_derivative", "compand_inverse")
+    },
+    **{
+        f"ops.{name}": lambda name=name: Call(
+            getattr(kwm.ops, name), {"x": kernel()}
+        )
+        for name in ("nm_mask", "nm_project", "nm_violations")
+    },
+    "ops.pack_bits": lambda: Call(
+        kwm.ops.pack_bits, {"mask": np.ones((3, 5), bool)}
+    ),
+    "ops.unpack_bits": lambda: Call(
+        kwm.ops.unpack_bits, {"packed": _mask_bits(), "shape": (3, 5)}
+    ),
+    "ops.pack_kernel": lambda: Call(
+        kwm.ops.pack_kernel, {"kernel": kwm.ops.nm_project(kernel())}
+    ),
+    "ops.unpack_kernel": lambda: Call(
+        kwm.ops.unpack_kernel, {"packed": _packed_kernel()}
+    ),
+    "ops.packed_arrays": lambda: Call(
+        kwm.ops.packed_arrays, {"shape": (16, 16), "dtype": "float32"}
+    ),
+    "ops.parse_pattern": lambda: Call(
+        kwm.ops.parse_pattern, {"pattern": "2:4"}
+    ),
+    "ops.principal_mask": lambda: Call(
+        kwm.ops.principal_mask, {"kernel": kernel(), "density": 0.1}
+    ),
+    "ops.sparse_matmul": lambda: Call(
+        kwm.ops.sparse_matmul, {"x": normal(2, 16), "packed": _packed_kernel()}
+    ),
+}
+A_B = {"a": 0.5, "b": 1.0}
+
+
+def fit_sparse_with(callback):
+    model = models.mlp()
+    model.compile(kwm.AdamS(total_steps=2), "mse", jit_compile=False)
+    model.fit(normal(8, 8), normal(8, 4), 4, callbacks=[callback], verbose=0)
+
+
+def with_lora():
+    model = mlp()
+    model.layers[0].enable_lora(2)
+    return model
+
+
+class Own(keras.layers.Layer):
+    """A layer that `find_targets` does not know."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight((shape[-1], 4), name="kernel")
+
+    def call(self, x):
+        return x @ self.kernel
+
+    @classmethod
+    def model(cls):
+        return models.sequential((8,), cls())
+
+
+class Unbuilt(keras.Model):
+    def call(self, x):
+        return x
+
+
+def _garbage():
+    path = pathlib.Path("garbage.safetensors")
+    path.write_bytes(b"\x10" + bytes(200))
+    return path
+
+
+BAD: dict[str, Callable[[], Any]] = {
+    "None": lambda: None,
+    "True": lambda: True,
+    "-1": lambda: -1,
+    "0": lambda: 0,
+    "3": lambda: 3,
+    "2**31": lambda: 2**31,
+    "2**70": lambda: 2**70,
+    "1.5": lambda: 1.5,
+    "-0.5": lambda: -0.5,
+    "nan": lambda: float("nan"),
+    "inf": lambda: float("inf"),
+    "1j": lambda: 1j,
+    "''": lambda: "",
+    "'nonsense'": lambda: "nonsense",
+    "'('": lambda: "(",
+    "'a\\0b'": lambda: "a\0b",
+    "'x' * 5000": lambda: "x" * 5000,
+    "b'bytes'": lambda: b"bytes",
+    "[]": lambda: [],
+    "()": lambda: (),
+    "[None]": lambda: [None],
+    "[[1]]": lambda: [[1]],
+    "[[1], [1, 2]]": lambda: [[1], [1, 2]],
+    "[-1]": lambda: [-1],
+    "['a', 'b']": lambda: ["a", "b"],
+    "(2, 4, 6)": lambda: (2, 4, 6),
+    "(10**9, 10**9)": lambda: (10**9, 10**9),
+    "{}": dict,
+    "{'a': 1}": lambda: {"a": 1},
+    "{1, 2}": lambda: {1, 2},
+    "object()": object,
+    "a function": lambda: lambda value: value,
+    "a function that raises": lambda: _raises,
+    "a class": lambda: int,
+    "an iterator": lambda: iter([1, 2]),
+    "dtype": lambda: np.dtype("float32"),
+    "'complex64'": lambda: "complex64",
+    "array of nothing": lambda: np.zeros((0,), "float32"),
+    "array of no rows": lambda: np.zeros((0, 8), "float32"),
+    "array of no columns": lambda: np.zeros((8, 0), "float32"),
+    "array of NaN": lambda: np.full((8, 8), np.nan, "float32"),
+    "array of strings": lambda: np.array(["a", "b"]),
+    "array of objects": lambda: np.array([None, {}], dtype=object),
+    "array of complex": lambda: np.ones((8, 8), "complex64"),
+    "array of bools": lambda: np.ones((8, 8), bool),
+    "array of ints": lambda: np.arange(8),
+    "array of five axes": lambda: np.ones((1, 2, 1, 2, 1), "float32"),
+    "scalar array": lambda: np.array(3.0),
+    "np.float64": lambda: np.float64(0.5),
+    "a tensor": lambda: keras.ops.ones((2, 3)),
+    "a symbol": lambda: keras.Input((3,)),
+    "a variable": lambda: keras.Variable(np.zeros(3)),
+    "a layer": lambda: keras.layers.Dense(2),
+    "a model not built": Unbuilt,
+    "a model without weights": lambda: models.sequential(
+        (3,), keras.layers.ReLU()
+    ),
+    "another model": lambda: models.mlp(3, 5),
+    "targets of another model": lambda: kwm.find_targets(models.mlp()),
+    "an optimizer": lambda: keras.optimizers.Adam(),
+    "a folder": lambda: ".",
+    "a path in no folder": lambda: "none/there",
+    "a file of something else": _garbage,
+}
+
+
+def _raises(*args, **kwargs):
+    raise ZeroDivisionError("by the user's own function")
+
+
+def all_cases():
+    """Return all triples (subject, argument, bad value), by their names."""
+    return [
+        (name, parameter, bad)
+        for name, function in subjects().items()
+        if name in CALLS
+        for parameter in parameters_of(function)
+        for bad in BAD
+    ]
+
+
+def some_cases(count, seed=0):
+    """Return a part of all cases; each argument of each name is in it."""
+    rng = random.Random(seed)
+    cases = all_cases()
+    rng.shuffle(cases)
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    ranked = []
+    for place, (name, parameter, _) in enumerate(cases):
+        seen[name, parameter] += 1
+        ranked.append((seen[name, parameter], place))
+    chosen = sorted(ranked)[:count]
+    return sorted(cases[place] for _, place in chosen)
+
+
+def state_of(model):
+    """Return what an error must leave: variables, classes, what is frozen."""
+    if not isinstance(model, keras.layers.Layer):
+        return [_digest(each) for each in model]
+    layers = [
+        (id(layer), type(layer), layer.trainable, layer.built)
+        for layer in keras_private.layers_of(model)
+    ]
+    variables = [
+        (id(v), v.path, v.dtype, v.trainable, id(v.constraint))
+        + ((_digest(v),) if keras_private.has_value(v) else ())
+        for v in model.variables
+    ]
+    optimizer = getattr(model, "optimizer", None)
+    return layers, variables, id(optimizer), getattr(model, "compiled", None)
+
+
+def _digest(value):
+    return hashlib.sha256(models.numpy(value).tobytes()).digest()
+
+
+# What a loss of Keras makes of labels of other shapes is its own.
+_LOSSES = {("CAST.fit", "y"), ("CAST.evaluate", "y")}
+
+
+class _TooLong(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def limits():
+    """Bound the memory that a process may take, and how long a call waits."""
+
+    def stop(*_):
+        raise _TooLong
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MOST_MEMORY, before[1]))
+    handler = signal.signal(signal.SIGALRM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def run(case):
+    """Make one wrong call.
+
+    Returns:
+        String, what is wrong with what came of it; None where nothing is.
+    """
+    name, parameter, bad = case
+    call = CALLS[name]()
+    before = [state_of(each) for each in call.models]
+    value = BAD[bad]()
+    if parameter not in call.arguments:
+        arguments = inspect.signature(call.function).parameters
+        if parameter not in arguments:
+            return None  # one of **kwargs
+        default = arguments[parameter].default
+        if type(value) is type(default) and value == default:
+            return None
+    error = None
+    signal.setitimer(signal.ITIMER_REAL, MOST_WAITED)
+    start = time.process_time()
+    try:
+        result = call.function(**{**call.arguments, parameter: value})
+        if call.then is not None:
+            call.then(result)
+    except _TooLong:
+        return "hangs"
+    except Exception as caught:
+        error = caught
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    seconds = time.process_time() - start
+    if seconds > MOST_SECONDS:
+        return f"takes {seconds:.1f} s"
+    if error is None:
+        return None
+    if [state_of(each) for each in call.models] != before:
+        return f"changes the model, and raises {raised.summary(error)}"
+    if isinstance(error, ZeroDivisionError):
+        return None  # the user's own
+    if isinstance(error, ImportError) and "pip install" in str(error):
+        return None
+    if isinstance(error, RuntimeError) and (name, parameter) in _LOSSES:
+        return None
+    return raised.why_obscure(error, parameter)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--count", type=int, default=None)
+    parser.add_argument("--after", default="", help="from this name on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trace", action="store_true")
+    args = parser.parse_args()
+    cases = all_cases()
+    if args.count is not None:
+        cases = some_cases(args.count, args.seed)
+    cases = [
+        case
+        for case in cases
+        if args.only in ".".join(case) and case[0] >= args.after
+    ]
+    failures = run_all(cases, args.trace)
+    print(f"{len(cases)} wrong calls, {len(failures)} of them not refused well")
+    sys.exit(bool(failures))
+
+
+def warm_up():
+    """Make Keras import what it imports when it is first used."""
+    fit_by("sgd")
+    language_model()
+
+
+def run_all(cases, trace=False):
+    """Make all wrong calls; return what is wrong, and print it."""
+    failures = {}
+    warnings.simplefilter("ignore")
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder, limits():
+        os.chdir(folder)
+        try:
+            warm_up()
+            for done, case in enumerate(cases):
+                problem = run(case)
+                if problem is not None:
+                    failures[case] = problem
+                    print(*case, problem, sep=" | ", flush=True)
+                if done % 200 == 0:
+                    gc.collect()
+        finally:
+            os.chdir(here)
+    return failures
+
+
+if __name__ == "__main__":
+    main()
