@@ -4,16 +4,20 @@ import dataclasses
 import inspect
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 import keras_weightmods as kwm
 from keras_weightmods.cli.files import is_model
+from keras_weightmods.patches.merge import check_merge
 from keras_weightmods.saving.container import parse_json
 from keras_weightmods.utils import checks
 
 # In the order in which they can be.
 STAGES = ("sparsify", "cast", "quantize", "pack", "export")
-_KEYS = {"model", "output", "seed", "data", "stages", "evaluate"}
+_KEYS = {"model", "merge", "output", "seed", "data", "stages", "evaluate"}
+# The model that a recipe has merged, in its output.
+MERGED = "0-merge.safetensors"
 _DATA_KEYS = {"file", "rows", "length", "self_generated"}
 _EVALUATE_KEYS = {"data", "length", "batch_size"}
 # Arguments of the library's calls that a recipe does not give.
@@ -31,6 +35,7 @@ class Recipe:
 
     Attributes:
         model: String, what `load_model` of the command line takes.
+        merge: Dict, the arguments of `merge` that makes it; None for none.
         output: Path of the folder to write.
         seed: Int.
         data: Dict: `file`, `rows`, `length`, `self_generated`.
@@ -40,6 +45,7 @@ class Recipe:
     """
 
     model: str
+    merge: dict[str, Any] | None
     output: pathlib.Path
     seed: int
     data: dict[str, Any]
@@ -104,8 +110,13 @@ def check_recipe(source: Any, output: str | None = None) -> Recipe:
     found |= {key: source[key] for key in _KEYS & {*source}}
     if output is not None:
         found["output"] = output
-    attempt("model", _check_model, found.get("model"))
     attempt("output", checks.check_string, "output", found["output"])
+    merging = found.get("merge")
+    if merging is None:
+        attempt("model", _check_model, found.get("model"))
+    else:
+        attempt("merge", _check_merge, merging, found.get("model"))
+        found["model"] = str(pathlib.Path(str(found["output"]), MERGED))
     attempt("seed", checks.check_int, "seed", found["seed"], 0, 2**32 - 1)
     data = {"rows": 128, "length": 256, "self_generated": 0}
     if attempt("data", _check_keys, found["data"], _DATA_KEYS):
@@ -122,12 +133,15 @@ def check_recipe(source: Any, output: str | None = None) -> Recipe:
         for key in ("length", "batch_size"):
             attempt("evaluate", checks.check_int, key, evaluate[key], 1)
     has_data = bool(data.get("file") or data["self_generated"])
-    stages = attempt("stages", _stages, found.get("stages")) or []
+    stages: list[Any] = []
+    if merging is None or "stages" in found:
+        stages = attempt("stages", _stages, found.get("stages")) or []
     for name, options in stages:
         attempt(name, _CHECKS[name], options, has_data, dict(stages))
     checks.raise_all("The recipe cannot be run:", problems)
     return Recipe(
         found["model"],
+        merging,
         pathlib.Path(found["output"]),
         found["seed"],
         data,
@@ -187,6 +201,22 @@ def _check_model(path):
     checks.check_string("model", path)
     if not is_model(path):
         raise checks.error("model", "a file or preset that is there", path)
+
+
+def _check_merge(options, model):
+    if model is not None:
+        raise checks.error("model", "left out beside `merge`", model)
+    names = {*inspect.signature(kwm.merge).parameters}
+    _check_keys(options, names - {"output", "custom_objects"} - _ELSEWHERE)
+    if not isinstance(options.get("models"), list):
+        expected = "a list of files of `save_model`"
+        raise checks.error("models", expected, options.get("models"))
+    for path in options["models"]:
+        _check_file("models", path)
+    _check_file("base", options.get("base"), True)
+    # Into no file yet: the output is a folder that may not be there.
+    with tempfile.TemporaryDirectory() as folder:
+        check_merge(output=os.path.join(folder, MERGED), **options)
 
 
 def _check_file(name, path, optional=False):

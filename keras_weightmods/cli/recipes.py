@@ -16,7 +16,12 @@ import keras_weightmods as kwm
 from keras_weightmods.cli import files
 from keras_weightmods.cli.command import QUIET, argument, command
 from keras_weightmods.cli.models import perplexity_of
-from keras_weightmods.cli.recipe import Recipe, check_recipe, read_recipe
+from keras_weightmods.cli.recipe import (
+    MERGED,
+    Recipe,
+    check_recipe,
+    read_recipe,
+)
 from keras_weightmods.saving.container import bytes_of, parse_json, replacing
 from keras_weightmods.utils.report import size_text
 
@@ -31,7 +36,7 @@ _STATE, _CARD, _ROWS = "state.json", "README.md", "rows.npy"
     QUIET,
 )
 def _run(args):
-    """Make a model sparse, train, quantize, pack and export it by a recipe.
+    """Merge models, make one sparse, train, quantize, pack, export by a recipe.
 
     All of the recipe is checked before a model is loaded. Run again after it
     was stopped, it goes on with the stage where it was.
@@ -44,6 +49,7 @@ def _run(args):
     done = state_of(recipe)
     if args.check:
         names = [name for name, _ in recipe.stages]
+        names = ["merge"] * (recipe.merge is not None) + names
         text = f"The recipe can be run: {', '.join(names)}"
         return text, {"stages": names, "done": [each["stage"] for each in done]}
     return Run(recipe, done, not args.quiet).finish()
@@ -66,8 +72,9 @@ def state_of(recipe: Recipe) -> list:
         )
     state = parse_json(path.read_bytes())
     # What is still to be done may have been changed, after an error in it.
+    done = max(0, len(state["done"]) - 1)
     old, new = (
-        {**each, "stages": each["stages"][: len(state["done"]) - 1]}
+        {**each, "stages": each.get("stages", [])[:done]}
         for each in (state["recipe"], _comparable(recipe))
     )
     if old != new:
@@ -105,6 +112,9 @@ class Run:
         """Run what is left; return the result of the command."""
         stages = [("source", {}), *self.recipe.stages]
         self.recipe.output.mkdir(parents=True, exist_ok=True)
+        if self.recipe.merge and not self.done:
+            # A merge that is stopped leaves a folder that is known.
+            self._write(_STATE, json.dumps(self._state(), indent=2))
         for name, options in stages[len(self.done) :]:
             self._say(f"{len(self.done)} of {len(stages) - 1}: {name}")
             self._prepare()
@@ -138,11 +148,21 @@ class Run:
         keras.utils.set_random_seed(self.recipe.seed)
         if self.model is not None:
             return
+        if self.recipe.merge and not self.done:
+            self._merge()
         results = [each["file"] for each in self.done if each.get("file")]
         last = self.recipe.output / results[-1] if results else None
         self.model = files.load_model(str(last or self.recipe.model))
         if self.done:
             self.data = self._read_data()
+
+    def _merge(self):
+        """Make the model that the recipe begins with."""
+        path = self.recipe.output / MERGED
+        given = {"seed": self.recipe.seed, **self.recipe.merge}
+        report = kwm.merge(output=path, verbose=int(self.verbose), **given)
+        text = json.dumps(report.to_dict(), indent=2)
+        self._write(f"{path.stem}.json", text)
 
     def _read_data(self):
         rows = self.recipe.output / _ROWS
@@ -175,6 +195,9 @@ class Run:
         if is_lm and self.data is not None:
             with replacing(str(self.recipe.output / _ROWS)) as path:
                 np.save(path, self.data)
+        if self.recipe.merge:
+            size = os.path.getsize(self.recipe.output / MERGED)
+            return {"file": MERGED, "file_bytes": size}
         return {}
 
     def _joined(self, own):
@@ -347,7 +370,7 @@ def card(state):
     lines = ["| " + " | ".join(row) + " |" for row in table]
     used = [f"- {name} {value}" for name, value in state["versions"].items()]
     parts = [
-        f"# {recipe['model']}, changed",
+        f"# {recipe.get('model', 'Merged models')}, changed",
         "Written by `keras-weightmods run`. What was done, in this order, with "
         "the size of the weights after it:",
         "\n".join(lines),

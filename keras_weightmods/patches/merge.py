@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import inspect
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -188,58 +189,117 @@ def merge(
     assert np.allclose(c, (a + 3 * b) / 4, atol=1e-6)
     ```
     """
-    given = {
+    options = {
+        "method": method,
+        "weights": weights,
+        "base": base,
         "density": density,
         "scale": scale,
         "gamma": gamma,
         "epsilon": epsilon,
+        "seed": seed,
+        "include": include,
+        "exclude": exclude,
+        "overwrite": overwrite,
+        "custom_objects": custom_objects,
+        "verbose": verbose,
     }
+    with _planned(models, output, options) as plan:
+        _run(plan, method, output, overwrite, verbose)
+    is_file = isinstance(output, (str, os.PathLike))
+    return MergeReport(
+        method=method,
+        output=os.fspath(output) if is_file else output.name,
+        merged=tuple(
+            MergedWeight(w.path, w.shape, plan.tasks[w.name].weights)
+            for w in plan.weights
+            if w.name in plan.tasks
+        ),
+        skipped=tuple(
+            Skipped(w.path, plan.kept[w.name])
+            for w in plan.weights
+            if w.name in plan.kept
+        ),
+    )
+
+
+def check_merge(models: Any, output: Any, **options: Any) -> None:
+    """Raise what `merge` would raise before it reads a weight."""
+    parameters = inspect.signature(merge).parameters.values()
+    defaults = {p.name: p.default for p in parameters}
+    del defaults["models"], defaults["output"]
+    with _planned(models, output, {**defaults, **options}):
+        pass
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """What is to be merged, checked as far as it can be without the data.
+
+    Attributes:
+        weights: List of `Weight`, of all arrays.
+        tasks: Dict from the names of those that are merged to `Task`.
+        kept: Dict from the names of the others to why.
+        sources: List of all models that are read.
+        template: That of the base, or the first model.
+        target: `ModelSource` to write to; `template` for a file.
+    """
+
+    weights: list[Weight]
+    tasks: dict[str, Task]
+    kept: dict[str, str]
+    sources: list[Any]
+    template: Any
+    target: Any
+
+
+@contextlib.contextmanager
+def _planned(
+    models: Any, output: Any, given: dict[str, Any]
+) -> Iterator[_Plan]:
+    """Yield the `_Plan` of a merge, while its files are open."""
+    method, base, weights = (given[k] for k in ("method", "base", "weights"))
     models = _check_models(models, method, base)
     options = _options(method, given)
-    density = (
-        merge_weights.DENSITIES.get(method, 1.0) if density is None else density
-    )
+    density = given["density"]
+    if density is None:
+        density = merge_weights.DENSITIES.get(method, 1.0)
     if weights is not None and method == "model_stock":
         raise checks.error("weights", "None for model_stock", weights)
     is_list = isinstance(weights, (list, tuple, np.ndarray))
     if weights is not None and (not is_list or len(weights) != len(models)):
         expected = f"a list of {len(models)} elements"
         raise checks.error("weights", expected, weights)
-    checks.check_int("seed", seed, 0)
-    checks.check_choice("verbose", verbose, (0, 1))
+    checks.check_int("seed", given["seed"], 0)
+    checks.check_choice("verbose", given["verbose"], (0, 1))
     to_file = isinstance(output, (str, os.PathLike))
     if to_file:
-        check_filepath(output, overwrite)
+        check_filepath(output, given["overwrite"])
     with contextlib.ExitStack() as stack:
-        sources = []
-        for number, model in enumerate(models):
-            source = merge_sources.open_source(f"models[{number}]", model)
+
+        def opened(argument, model):
+            source = merge_sources.open_source(argument, model)
             stack.callback(source.close)
-            sources.append(source)
-        template = sources[0]
-        if base is not None:
-            template = merge_sources.open_source("base", base)
-            stack.callback(template.close)
-        target = template
-        if not to_file:
-            target = merge_sources.open_source("output", output)
-            stack.callback(target.close)
+            return source
+
+        sources = [
+            opened(f"models[{i}]", each) for i, each in enumerate(models)
+        ]
+        template = sources[0] if base is None else opened("base", base)
+        target = template if to_file else opened("output", output)
         _check_output(output, target, template, to_file)
         everything = list(dict.fromkeys([template, *sources, target]))
         checks.raise_all(
             "The models cannot be merged:",
             merge_sources.source_problems(everything, template),
         )
-        found = merge_sources.weights_of(
-            template, template.model(custom_objects)
-        )
-        kept = merge_weights.kept(found, include, exclude)
+        built = template.model(given["custom_objects"])
+        found = merge_sources.weights_of(template, built)
+        kept = merge_weights.kept(found, given["include"], given["exclude"])
         specs = [1.0] * len(models) if weights is None else list(weights)
         shares = merge_weights.shares(method, specs, found, kept)
         densities = merge_weights.resolved("density", density, found)
         merge_weights.check_densities(method, densities, options)
-        for source in everything:
-            source.check_data()
         tasks = {
             weight.name: Task(
                 shape=weight.shape,
@@ -247,25 +307,13 @@ def merge(
                 weights=merge_weights.of_one(shares, weight),
                 density=densities[weight.name],
                 options=options,
-                generators=_generators(seed, number),
+                generators=_generators(given["seed"], number),
                 axes=weight.axes,
             )
             for number, weight in enumerate(found)
             if weight.name not in kept
         }
-        _run(method, found, tasks, template, target, output, overwrite, verbose)
-    return MergeReport(
-        method=method,
-        output=os.fspath(output) if to_file else output.name,
-        merged=tuple(
-            MergedWeight(w.path, w.shape, tasks[w.name].weights)
-            for w in found
-            if w.name in tasks
-        ),
-        skipped=tuple(
-            Skipped(w.path, kept[w.name]) for w in found if w.name in kept
-        ),
-    )
+        yield _Plan(found, tasks, kept, everything, template, target)
 
 
 def _check_models(models, method, base):
@@ -294,9 +342,10 @@ def _options(method, given):
         "gamma": ["breadcrumbs"],
         "epsilon": ["della"],
     }
-    for name, value in given.items():
-        if value is not None and method not in takes[name]:
-            methods = ", ".join(sorted(takes[name]))
+    for name, methods_of in takes.items():
+        value = given[name]
+        if value is not None and method not in methods_of:
+            methods = ", ".join(sorted(methods_of))
             expected = f"None for method {method!r}: it is for {methods}"
             raise checks.error(name, expected, value)
     bounds = {
@@ -356,19 +405,14 @@ def _generators(seed, number):
 
 
 def _run(
-    method: str,
-    found: list[Weight],
-    tasks: dict[str, Task],
-    template: Any,
-    target: Any,
-    output: Any,
-    overwrite: bool,
-    verbose: int,
+    plan: _Plan, method: str, output: Any, overwrite: bool, verbose: int
 ) -> None:
     """Merge, and write the file or give the model its weights."""
-    bar = keras.utils.Progbar(
-        sum(w.name in tasks for w in found), verbose=verbose, unit_name="weight"
-    )
+    found, tasks = plan.weights, plan.tasks
+    template, target = plan.template, plan.target
+    for source in plan.sources:
+        source.check_data()
+    bar = keras.utils.Progbar(len(tasks), verbose=verbose, unit_name="weight")
 
     def parts(weight):
         """Yield what the output has of a weight, flattened, in its dtype."""

@@ -106,6 +106,53 @@ def test_the_stages_are_calls_of_the_library(run, folder):
     models.assert_same(models.weights_of(sparse), models.weights_of(model))
 
 
+def test_a_recipe_that_merges(run, folder, monkeypatch):
+    for number in range(3):
+        model = models.mlp(16, 16, 4)
+        model.set_weights(models.random_weights(model, number))
+        kwm.save_model(model, f"{number}.safetensors")
+    merge = {
+        "models": ["0.safetensors", "1.safetensors"],
+        "base": "2.safetensors",
+        "method": "ties",
+        "weights": [1, {"bias": 0, "": [1, 0.5]}],
+        "density": 0.5,
+    }
+    recipe = {"merge": merge, "output": "out"}
+    assert "can be run: merge" in run(f"run {write(recipe)} --check")
+    assert not pathlib.Path("out").exists()
+    run(f"run {write(recipe)} --quiet")
+    kwm.merge(output="mine.safetensors", verbose=0, **merge)
+    mine = pathlib.Path("mine.safetensors").read_bytes()
+    assert results() == {"0-merge.safetensors": mine}
+    assert "# Merged models" in pathlib.Path("out/README.md").read_text()
+    # And on with it; killed on the way.
+    more = {**recipe, "output": "more", "stages": ["sparsify"]}
+    name = write(more, "more.json")
+    with monkeypatch.context() as patched:
+
+        def kill(self):
+            raise KeyboardInterrupt
+
+        patched.setattr(recipes.Run, "_merge", kill)
+        run(f"run {name} --quiet", code=130)
+        assert results("more") == {}
+    run(f"run {name} --quiet")
+    assert [*results("more")] == ["0-merge.safetensors", NAMES[0]]
+
+    monkeypatch.setattr(files, "load_model", None)
+    for match, wrong in (
+        ("`model` must be left out", {"model": "model.keras"}),
+        ("unknown: .'dense'", {"merge": {**merge, "dense": 1}}),
+        ("`models` must be a file that is", {"merge": {"models": ["no"]}}),
+        ("`base` must be what", {"merge": {**merge, "base": None}}),
+        ("`density` must be", {"merge": {**merge, "density": 2}}),
+        ("a .keras file", {"merge": {**merge, "base": "model.keras"}}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            check_recipe({**recipe, **wrong})
+
+
 def test_the_card_and_the_state(run, folder):
     stages = ["sparsify", {"pack": {"dtype": "bfloat16"}}]
     run(f"run {write({**RECIPE, 'stages': stages})} --quiet")
