@@ -172,7 +172,7 @@ def density(
     assert ax.get_xlim() == (0, 1)
     ```
     """
-    m = None if pattern is None else nm.parse_pattern(pattern)[1]
+    n, m = (0, 1) if pattern is None else nm.parse_pattern(pattern)
     found = sorted(resolve_targets(model, targets), key=lambda t: t.depth)
     if not found:
         raise checks.error("targets", "such that they find a kernel", targets)
@@ -183,15 +183,15 @@ def density(
         names.append(target.path)
         densities.append((values != 0).mean())
         share = np.nan
-        if m is not None and target.reason_not_nm(m) is None:
+        if pattern is not None and target.reason_not_nm(m) is None:
             mask = _numpy(nm.nm_mask(weight, pattern, target.contraction_axes))
             share = (values * mask).sum() / (values.sum() or 1)
         kept.append(share)
     ax = style.new_axes(ax, height=style.height_of(len(names)))
     places = np.arange(len(names))
     ax.barh(places, densities, 0.6, label="density", alpha=0.5)
-    if m is not None:
-        label = f"kept by {pattern if isinstance(pattern, str) else m}"
+    if pattern is not None:
+        label = f"kept by {n}:{m}"
         color = style.COLORS[1]
         ax.plot(kept, places, "o", color=color, label=label, clip_on=False)
     style.rows(ax, names)

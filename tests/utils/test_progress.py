@@ -66,6 +66,7 @@ def test_quiet_and_errors(clock, capsys):
     assert "2/2" not in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*exported in dense form")
 def test_long_calls_show_it(clock, capsys, tmp_path):
     clock.is_over = True
     model = mlp()
