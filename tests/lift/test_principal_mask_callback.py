@@ -12,6 +12,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from tests import models, references
+from tests.backends import breadth
 from tests.models import assert_same, normal, sequential, weights_of
 
 BACKEND = keras.backend.backend()
@@ -266,6 +267,7 @@ def test_flags_are_given_back():
     assert [v.trainable for v in model.weights] == [True, True, True, False]
 
 
+@pytest.mark.one_backend
 def test_targets_and_report():
     model = make()
     targets = kwm.find_targets(model)[1:]
@@ -282,12 +284,13 @@ def test_targets_and_report():
     assert np.array_equal(before[2] != after[2], expected_masks(before)[1])
 
 
+@pytest.mark.one_backend
 def test_rank_sets_the_count():
     report = kwm.PrincipalMaskCallback(rank=1).attach(make())
     assert [k.trained for k in report.kernels] == [20, 16]
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "gradient", "random"])
+@breadth("criterion", ["magnitude", "gradient", "random"], 1)
 def test_other_criteria(criterion):
     model = make()
     before = weights_of(model)
@@ -366,6 +369,7 @@ def test_arguments():
     check("needs `data`", criterion="gradient")
 
 
+@pytest.mark.one_backend
 def test_errors_leave_the_model_as_it_was():
     def check(match, model, **kwargs):
         before, optimizer = weights_of(model), model.optimizer
@@ -406,6 +410,7 @@ def test_errors_leave_the_model_as_it_was():
     assert all(v.trainable for v in wrapping.weights)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("freeze_rest", [True, False])
 def test_a_kernel_too_small_for_an_entry_is_left_and_named(freeze_rest):
     # One in a hundred of 8 x 12 is an entry; of 12 x 4 it is none.
@@ -435,33 +440,32 @@ TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is for JAX")
-@pytest.mark.parametrize("kind", ["data", "model"])
-def test_distributed(kind):
+def test_distributed():
     """In a process of its own, which has two devices."""
-    code = textwrap.dedent(f"""
+    code = textwrap.dedent("""
         import keras, numpy as np
         import keras_weightmods as kwm
+        from tests.lift import test_principal_mask_callback as t
         devices = keras.distribution.list_devices()
         assert len(devices) == 2
-        if {kind!r} == "data":
-            keras.distribution.set_distribution(
-                keras.distribution.DataParallel(devices=devices))
-        else:
-            mesh = keras.distribution.DeviceMesh(
-                (1, 2), ["batch", "model"], devices)
-            layout = keras.distribution.LayoutMap(mesh)
-            layout[".*kernel"] = (None, "model")
-            keras.distribution.set_distribution(
-                keras.distribution.ModelParallel(
-                    layout_map=layout, batch_dim_name="batch"))
-        from tests.lift import test_principal_mask_callback as t
-        model = t.make()
-        before = t.weights_of(model)
-        t.fit(model, t.callback())
-        t.assert_only_masks_changed(before, model)
-        t.fit(model, t.callback(refresh_every=2))
-        assert model.optimizer.mask_step == 6
-        print("fine")
+        mesh = keras.distribution.DeviceMesh(
+            (1, 2), ["batch", "model"], devices)
+        layout = keras.distribution.LayoutMap(mesh)
+        layout[".*kernel"] = (None, "model")
+        for distribution in (
+            keras.distribution.DataParallel(devices=devices),
+            keras.distribution.ModelParallel(
+                layout_map=layout, batch_dim_name="batch"),
+        ):
+            keras.distribution.set_distribution(distribution)
+            model = t.make()
+            before = t.weights_of(model)
+            t.fit(model, t.callback())
+            t.assert_only_masks_changed(before, model)
+            t.fit(model, t.callback(refresh_every=2))
+            assert model.optimizer.mask_step == 6
+            spread = model.layers[0].kernel.value.sharding.spec
+            print(type(distribution).__name__, "model" in spread)
     """)
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -469,4 +473,5 @@ def test_distributed(kind):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.strip().endswith("fine"), done.stderr[-3000:]
+    expected = ["DataParallel", "False", "ModelParallel", "True"]
+    assert done.stdout.split() == expected, done.stderr[-3000:]
