@@ -13,15 +13,24 @@ ONE_BACKEND = "torch"  # the fastest of them
 def pytest_collection_modifyitems(items):
     """Skips the tests of `one_backend` on all backends but one.
 
-    It is for what makes no tensor and asks no backend: C++, files of bytes,
-    NumPy alone.
+    JAX compiles, and TensorFlow traces, anew for each shape and fit. It is for
+    what makes no tensor and asks no backend (C++, files of bytes, NumPy alone),
+    for arguments, messages, reports and raw strings, and for the breadth past
+    a first case: more shapes, settings and families of models, and invariants
+    of a function that meets its reference on each backend. `breadth` in
+    tests/backends.py marks the further cases of a table.
+
+    Every public name keeps a test on each backend for each kind of layer and
+    model that it takes. Gradients, compiled steps, autocast and low precision,
+    donation, random state, distribution and files that go from one backend to
+    another stay on all.
     """
     import keras
 
     if keras.backend.backend() == ONE_BACKEND:
         return
     skip = pytest.mark.skip(
-        reason=f"asks no backend: runs where the backend is {ONE_BACKEND}"
+        reason=f"shows the same on each backend: runs on {ONE_BACKEND}"
     )
     for item in items:
         if item.get_closest_marker("one_backend"):

@@ -74,7 +74,8 @@ class PrincipalMaskReport(Report):
             Table(title, ("kernel", "shape", "trained"), _rows(self.kernels))
         ]
         if self.whole:
-            title = f"{whole:,} of {len(self.whole)} weights trained whole"
+            count = len(self.whole)
+            title = f"{whole:,} entries of {count} weights trained whole"
             columns = "weight", "shape", "trained"
             tables.append(Table(title, columns, _rows(self.whole)))
         return tables

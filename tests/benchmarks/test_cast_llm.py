@@ -41,6 +41,7 @@ def weights(cast):
 INITS = ["dense", "wanda"] if keras.backend.backend() == "torch" else ["wanda"]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("init", INITS)
 def test_an_interrupted_run_ends_as_one_that_was_not(
     init, tmp_path, monkeypatch

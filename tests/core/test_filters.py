@@ -8,6 +8,7 @@ from tests.core.layers import keys
 from tests.models import backbone
 
 
+@pytest.mark.one_backend
 def test_include_and_exclude():
     model = backbone("llama3", num_layers=2)
     everything = find_targets(model)

@@ -7,6 +7,7 @@ from keras_weightmods.core.target_rules import register_target
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.utils.report import Skipped
 from tests import models
+from tests.backends import breadth
 from tests.core.layers import Block, Experts, built
 from tests.models import normal, numpy, sequential
 
@@ -14,7 +15,7 @@ LAST = {"data_format": "channels_last"}
 DEPTHWISE = "a depthwise kernel contracts no channels"
 
 
-@pytest.mark.parametrize(
+@breadth(
     ("equation", "input_shape", "output_shape", "contraction", "out", "stack"),
     [
         ("bqm,muh->bquh", (3, 4), (None, 2, 5), (0,), (1, 2), ()),
@@ -233,6 +234,7 @@ def test_recurrent_cells(name):
     assert not targets.skipped
 
 
+@pytest.mark.one_backend
 def test_low_rank_parts_of_rwkv7():
     hub = pytest.importorskip("keras_hub")
     model = hub.models.RWKV7Backbone(
@@ -255,6 +257,7 @@ def test_low_rank_parts_of_rwkv7():
     assert reasons == ["multiplied entry by entry, and not contracted"] * 2
 
 
+@pytest.mark.one_backend
 def test_gated_delta_net_has_a_depthwise_kernel():
     pytest.importorskip("keras_hub")
     model = models.backbone(

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from tests.backends import breadth
 from tests.models import causal_lm, numpy, randomize, token_net
 
 pytest.importorskip("keras_hub")
@@ -64,9 +65,7 @@ def test_losses_follow_changed_weights_without_a_new_build(model):
     assert functions[0] is functions[1] is functions[2]
 
 
-@pytest.mark.parametrize(
-    ("length", "stride"), [(1024, None), (4, None), (4, 2), (5, 1)]
-)
+@breadth(("length", "stride"), [(1024, None), (4, None), (4, 2), (5, 1)], 2)
 def test_windows_score_each_token_once(model, length, stride):
     random = np.random.default_rng(1)
     texts = [random.integers(0, VOCABULARY, n) for n in (2, 9, 0, 16, 1, 5)]
@@ -148,6 +147,7 @@ def test_logits_of_few_positions_are_held(model):
     assert all(rows * width <= 10 for rows, width in sizes)
 
 
+@pytest.mark.one_backend
 def test_windows_are_no_longer_than_positions_are_embedded():
     model = causal_lm("gpt2", vocabulary_size=VOCABULARY, max_sequence_length=6)
     text = np.random.default_rng(0).integers(0, VOCABULARY, 15)
@@ -170,6 +170,7 @@ class Words:
     tokenizer = Tokenizer()
 
 
+@pytest.mark.one_backend
 def test_strings_get_the_start_token_of_the_preprocessor(monkeypatch):
     model = plain()
     object.__setattr__(model, "preprocessor", Words())
@@ -186,6 +187,7 @@ def test_strings_get_the_start_token_of_the_preprocessor(monkeypatch):
     )
 
 
+@pytest.mark.one_backend
 def test_each_window_begins_with_the_start_token():
     model = plain()
     object.__setattr__(model, "preprocessor", Words())
@@ -213,6 +215,7 @@ def test_half_precision(model):
     assert value == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.one_backend
 def test_progress_bar(model, capsys):
     value = kwm.perplexity(model, TOKENS, batch_size=5, name="dense")
     shown = capsys.readouterr().out.rsplit("dense: ", 1)[1].split()[0]

@@ -10,6 +10,8 @@ from tests.models import causal_lm
 
 pytest.importorskip("keras_hub")
 
+pytestmark = pytest.mark.one_backend
+
 ARGS = argparse.Namespace(rank=2, seed=0)
 
 

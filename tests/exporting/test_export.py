@@ -11,6 +11,7 @@ import keras_weightmods as kwm
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import export as module
 from tests import models
+from tests.backends import breadth
 
 BACKEND = keras.backend.backend()
 X = models.normal(1, 64)
@@ -162,7 +163,7 @@ def test_a_language_model(keep_packed, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [None, "int4"])
+@breadth("dtype", [None, "int4"], 1)
 def test_the_scope_of_dense_weights_leaves_no_trace(dtype):
     model = models.make_sparse(models.mlp(64, 32, 8))
     kwm.pack(model, dtype=dtype)

@@ -12,6 +12,8 @@ from tests import models
 
 pytest.importorskip("keras_hub")
 
+pytestmark = pytest.mark.one_backend
+
 TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 X = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
 # The projections of a block, by the names in transformers.

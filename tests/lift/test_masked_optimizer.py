@@ -7,6 +7,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.lift.masked_state import MaskSpec
+from tests.backends import breadth
 from tests.lift.test_sparse_adamw import SETTINGS, steps_of
 from tests.models import normal, numpy
 
@@ -63,7 +64,7 @@ def test_only_masked_entries_change(name):
     assert optimizer.indices_of(variables[0]).tolist() == other.tolist()
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@breadth("name", SETTINGS, *range(7))
 def test_a_full_mask_changes_nothing(name):
     results = []
     for everything in (None, np.arange(30, dtype="int32")):

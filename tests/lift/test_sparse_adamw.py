@@ -7,6 +7,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.lift.masked_state import MaskSpec
+from tests.backends import breadth
 from tests.models import normal, numpy
 
 RATE = 0.05
@@ -104,10 +105,10 @@ SETTINGS = {
 def steps_of(name):
     """Fewer where JAX, run eagerly, compiles every step anew."""
     compiles = "gradient_accumulation_steps" in SETTINGS[name]
-    return 12 if compiles and keras.backend.backend() == "jax" else 60
+    return 6 if compiles and keras.backend.backend() == "jax" else 60
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@breadth("name", SETTINGS, *range(7))
 def test_a_full_mask_is_the_adamw_of_keras(name):
     """And so is a variable without a mask."""
     values = [normal(6, 5), normal(4, seed=1)]

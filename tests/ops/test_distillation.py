@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_weightmods.ops.distillation import chunked_losses, logits_losses
 from tests import references
+from tests.backends import breadth
 from tests.models import gradients, normal, numpy
 
 WIDTH, CLASSES, CAP = 6, 13, 2.0
@@ -23,9 +24,9 @@ def reference(hidden, kernel, bias, taught, labels, weights, share, t):
     return losses, [slope @ kernel.T, hidden.T @ slope, slope.sum(axis=0)]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@breadth("temperature", [1.0, 2.5], 1)
 @pytest.mark.parametrize("share", [0.0, 1 / 3, 1.0])
-@pytest.mark.parametrize("chunk_size", [1, 4, 100])
+@breadth("chunk_size", [1, 4, 100], 1, 2)
 def test_losses_and_gradients(chunk_size, share, temperature):
     positions = 11
     arguments = [

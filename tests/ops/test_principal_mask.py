@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_weightmods.ops import low_rank, principal_mask
 from tests import references
+from tests.backends import breadth
 from tests.models import normal
 
 # The function has taken the module's name.
@@ -21,7 +22,7 @@ def numpy_mask(*args, **kwargs):
 
 
 @pytest.mark.parametrize("method", low_rank.METHODS)
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (30, 30), (1, 9)])
+@breadth("shape", [(24, 40), (40, 24), (30, 30), (1, 9)], 0, 3)
 def test_equals_the_rule(shape, method):
     x = normal(*shape)
     rank = min(3, *shape)
@@ -44,7 +45,7 @@ def test_is_not_magnitude():
     assert magnitude[7, 11]
 
 
-@pytest.mark.parametrize(
+@breadth(
     ("shape", "axes", "stack"),
     [
         ((3, 8, 5), (0, 1), ()),
@@ -54,6 +55,7 @@ def test_is_not_magnitude():
         ((8, 2, 10), (0,), (1,)),
         ((2, 3, 4, 6), (3,), (0, 1)),
     ],
+    *(0, 5),
 )
 def test_axes(shape, axes, stack):
     x = normal(*shape)
@@ -71,6 +73,7 @@ def test_axes(shape, axes, stack):
         assert np.array_equal(mask[tuple(at)], expected)
 
 
+@pytest.mark.one_backend
 @settings(max_examples=15, deadline=None)
 @given(
     shape=st.sampled_from([(1, 1), (3, 7), (8, 8)]),
@@ -151,6 +154,7 @@ def test_krylov_on_hard_spectra(spectrum):
     assert np.count_nonzero(found & exact) >= 0.99 * exact.sum()
 
 
+@pytest.mark.one_backend
 def test_krylov_on_a_flat_spectrum():
     # Where no block changes much, and all of them together do.
     x = with_spectrum(np.linspace(1, 0.5, 800))
@@ -173,6 +177,7 @@ def test_default_rank_of_the_filter():
     assert module.Selection(rank=50).rank_of_filter(40, 60) == 40
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_weightmods.ops import nm_project, nm_violations, refine
 from tests import references
+from tests.backends import breadth
 from tests.models import numpy
 
 
@@ -29,8 +30,10 @@ def swapped(w, pruned, h, pattern="2:4", sweeps=1):
     return numpy(refine.swap_mask(w, pruned, h, pattern, sweeps))
 
 
-@pytest.mark.parametrize(
-    ("size", "n", "m"), [(24, 2, 4), (24, 1, 4), (24, 3, 8), (136, 2, 4)]
+@breadth(
+    ("size", "n", "m"),
+    [(24, 2, 4), (24, 1, 4), (24, 3, 8), (136, 2, 4)],
+    *(0, 3),
 )
 def test_swaps_are_the_reference(size, n, m):
     h, w, pruned = make(size, 4, pattern=(n, m))
@@ -42,6 +45,7 @@ def test_swaps_are_the_reference(size, n, m):
     assert actual.dtype == np.float32
 
 
+@pytest.mark.one_backend
 def test_swaps_end_where_none_is_left():
     h, w, pruned = make(16, 5)
     result = swapped(w, pruned, h, sweeps=100)
@@ -50,7 +54,7 @@ def test_swaps_end_where_none_is_left():
     np.testing.assert_allclose(errors(w, again, h), before, rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [8, 24])
+@breadth("size", [8, 24], 1)
 def test_refit_is_the_reference(size):
     h, w, pruned = make(size, 5)
     expected = references.refit(w, pruned, h, 0.1)
@@ -59,6 +63,7 @@ def test_refit_is_the_reference(size):
     np.testing.assert_array_equal(actual == 0, pruned == 0)
 
 
+@pytest.mark.one_backend
 @settings(deadline=None, max_examples=15)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6), st.data())
 def test_invariants(groups, units, seed, data):
@@ -83,6 +88,7 @@ def test_invariants(groups, units, seed, data):
         assert int(nm_violations(result, (n, m))) == 0
 
 
+@pytest.mark.one_backend
 def test_more_steps_never_hurt():
     h, w, pruned = make(64, 8)
     last = errors(w, pruned, h, 0.01)
@@ -98,6 +104,7 @@ def test_more_steps_never_hurt():
         last = now
 
 
+@pytest.mark.one_backend
 def test_both_beat_either():
     h, w, pruned = make(64, 32)
     by_swaps = errors(w, swapped(w, pruned, h, sweeps=3), h).sum()
@@ -107,6 +114,7 @@ def test_both_beat_either():
     assert both < 0.95 * by_swaps
 
 
+@pytest.mark.one_backend
 def test_a_kept_weight_of_zero_comes_back():
     w = np.array([[1.0], [2.0], [3.0], [4.0]], "float32")
     pruned = w * [[0], [0], [0], [1]]
@@ -121,6 +129,7 @@ def test_a_kept_weight_of_zero_comes_back():
     )
 
 
+@pytest.mark.one_backend
 def test_the_dense_pattern():
     h, w, _ = make(8, 3)
     np.testing.assert_array_equal(swapped(w, w, h, "4:4"), w)
@@ -160,6 +169,7 @@ def test_low_precision_keeps_its_dtype():
         assert after < errors(numpy(half), numpy(kept), h).sum()
 
 
+@pytest.mark.one_backend
 def test_wrong_arguments():
     h, w, pruned = make(8, 2)
     with pytest.raises(ValueError, match=r"second_moment\.shape=\(4, 4\)"):

@@ -6,6 +6,7 @@ from keras_weightmods.ops import nm_project, rounding
 from keras_weightmods.ops.rounding import Grid, round_kept
 from keras_weightmods.ops.sparsegpt import inverse_factor
 from tests import references
+from tests.backends import breadth
 from tests.models import numpy
 
 
@@ -32,7 +33,7 @@ def errors(w, after, h):
 CASES = [(24, 3, 8), (72, 4, 64), (136, 4, 24)]
 
 
-@pytest.mark.parametrize(("size", "bits", "group_size"), CASES)
+@breadth(("size", "bits", "group_size"), CASES, 0, 2)
 def test_each_step_is_its_reference(size, bits, group_size):
     h, w = make(size, 4)
     grid = Grid(bits, group_size)
@@ -65,6 +66,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("size", "units", "rows", "pattern", "bits", "group_size"), SHAPES
@@ -87,6 +89,7 @@ def test_invariants(size, units, rows, pattern, bits, group_size, seed):
     np.testing.assert_array_equal(integers.astype("float32") * spread, values)
 
 
+@pytest.mark.one_backend
 def test_sweeps_lower_the_error_and_end():
     h, w = make(72, 8)
     grid = Grid()
@@ -106,6 +109,7 @@ def test_sweeps_lower_the_error_and_end():
     assert before < 0.7 * errors(w, numpy(end.nearest), damped(h)).sum()
 
 
+@pytest.mark.one_backend
 def test_what_is_on_the_grid_stays():
     h, w = make(128, 4)
     first = round_kept(w, None)
@@ -114,6 +118,7 @@ def test_what_is_on_the_grid_stays():
     np.testing.assert_array_equal(again, numpy(first.values))
 
 
+@pytest.mark.one_backend
 def test_inputs_that_are_always_zero():
     h, w = make(16, 3)
     rounded = round_kept(w, 0 * h)
@@ -135,6 +140,7 @@ def test_scales_of_fewer_bits():
     assert references.is_on_grid(values, 4, 64)
 
 
+@pytest.mark.one_backend
 def test_wrong_arguments():
     h, w = make(8, 2)
     for arguments, name in (

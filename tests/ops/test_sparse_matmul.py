@@ -10,6 +10,7 @@ from keras_weightmods import native
 from keras_weightmods.native.packed import Packed, pack_dense, packed_arrays
 from keras_weightmods.ops import pack_kernel, sparse_matmul, unpack_kernel
 from tests import models, references
+from tests.backends import breadth
 from tests.models import normal, numpy
 from tests.native.test_packed import DTYPES, kernel_of
 
@@ -60,9 +61,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("dtype", "activations"), CASES)
-@pytest.mark.parametrize(
+@breadth(
     ("leading", "k", "n"),
     [((1,), 64, 48), ((3, 2), 37, 21), ((19,), 132, 17), ((), 5, 2)],
+    *(1, 3),
 )
 def test_equals_reference_with_gradients(
     compiled, leading, k, n, dtype, activations

@@ -47,6 +47,7 @@ def test_the_factor(size):
     np.testing.assert_array_equal(u, np.triu(u))
 
 
+@pytest.mark.one_backend
 @settings(deadline=None, max_examples=15)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6), st.data())
 def test_invariants(groups, units, seed, data):
@@ -74,6 +75,7 @@ def test_independent_inputs_are_not_compensated():
     np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
+@pytest.mark.one_backend
 def test_it_beats_what_does_not_compensate():
     x, w = make(64, 32)
     h = (x.T @ x / len(x)).astype("float32")

@@ -18,6 +18,7 @@ from keras_weightmods.backend import backend_module
 from keras_weightmods.ops import nm_project
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from tests import models, references
+from tests.backends import breadth
 from tests.models import make_sparse, mlp, normal, numpy, outputs, sequential
 
 needs_native = pytest.mark.skipif(
@@ -204,6 +205,7 @@ def test_the_dense_kernel_is_gone():
     assert numpy(targets[0].variable).shape == (16, 24)
 
 
+@pytest.mark.one_backend
 @needs_native
 def test_the_report_prints_and_is_json():
     layers = keras.layers.Dense(32), keras.layers.Dense(16)
@@ -453,6 +455,7 @@ def test_lora_on_a_packed_base_in_pure_bfloat16():
     assert "bfloat16" in str(model(np.ones((2, 8))).dtype)
 
 
+@pytest.mark.one_backend
 def test_a_preset_that_would_not_load_is_refused(tmp_path):
     model = models.randomize(models.causal_lm("llama"))
     kwm.sparsify(model, verbose=0)
@@ -518,7 +521,7 @@ def test_without_the_native_library_kernels_are_held_dense(
 
 
 @needs_native
-@pytest.mark.parametrize("arguments", HELD)
+@breadth("arguments", HELD, 0, 2, 5)
 def test_checkpoints_are_the_same_with_and_without_the_library(
     arguments, tmp_path, monkeypatch
 ):

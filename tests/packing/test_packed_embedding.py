@@ -6,6 +6,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from keras_weightmods import pack, unpack
 from tests import models, references
+from tests.backends import breadth
 from tests.models import make_sparse, normal, numpy, outputs
 from tests.packing.test_pack import check_checkpoints, needs_native, state
 
@@ -47,7 +48,7 @@ def rounded_inputs(x, activations):
 TOKENS = np.array([[0, 36, 5, 17, 16], [15, 1, 1, 33, 32]])
 
 
-@pytest.mark.parametrize(
+@breadth(
     ("packing", "arguments"),
     [
         (HEADS[0], {"vocabulary": 16}),
@@ -55,6 +56,7 @@ TOKENS = np.array([[0, 36, 5, 17, 16], [15, 1, 1, 33, 32]])
         (HEADS[2], {"width": 132}),
         (HEADS[3], {"width": 132}),
     ],
+    *(0, 3),
     ids=str,
 )
 def test_one_table_is_looked_up_and_multiplied(packing, arguments):
@@ -87,6 +89,7 @@ def test_one_table_is_looked_up_and_multiplied(packing, arguments):
     assert after[:2] == before[:2]
 
 
+@pytest.mark.one_backend
 @needs_native
 @pytest.mark.parametrize(
     ("head", "activations", "row"),
@@ -107,7 +110,7 @@ def test_all_bytes_are_counted(head, activations, row):
     assert report.totals["packed_bytes"] == report.totals["model_bytes"]
 
 
-@pytest.mark.parametrize("packing", HEADS, ids=str)
+@breadth("packing", HEADS, 0, 3, ids=str)
 def test_an_odd_width_is_padded(packing):
     layer = keras.layers.ReversibleEmbedding(20, 7)
     layer.build()
@@ -169,6 +172,7 @@ def test_what_cannot_be_served_is_an_error(arguments, reason):
     assert state(model) == before
 
 
+@pytest.mark.one_backend
 def test_lora_and_the_table_exclude_each_other():
     model = make_model()
     pack(model, head="int8")
@@ -180,7 +184,7 @@ def test_lora_and_the_table_exclude_each_other():
         pack(model, head="int8")
 
 
-@pytest.mark.parametrize("packing", [HEADS[0], HEADS[3]], ids=str)
+@breadth("packing", [HEADS[0], HEADS[3]], 1, ids=str)
 def test_checkpoints_with_and_without_the_library(
     packing, tmp_path, monkeypatch
 ):
@@ -225,9 +229,7 @@ def test_a_packed_llama_generates_what_the_sparse_one_does():
 
 
 # Nothing here depends on the backend that the tests above do not show.
-@pytest.mark.skipif(
-    keras.backend.backend() == "jax", reason="JAX compiles a minute"
-)
+@pytest.mark.one_backend
 @pytest.mark.parametrize("family", ["llama3", "gpt2", "gemma"])
 def test_language_models_compute_with_what_unpack_gives(family):
     tied = {"tie_word_embeddings": True} if family == "llama3" else {}

@@ -8,6 +8,7 @@ import keras_weightmods as kwm
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.packing.packed_stack import PackedStack
 from tests import models
+from tests.backends import breadth
 
 X = {
     "token_ids": np.array([[3, 1, 4, 1, 5, 0], [9, 2, 6, 5, 3, 5]]),
@@ -52,6 +53,7 @@ def test_mixture_round_trip(family, tmp_path):
         models.assert_same(models.outputs(each, X), before)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("family", models.MIXTURES)
 def test_generate_is_that_of_the_dense_model(family):
     skip_most(family)
@@ -110,13 +112,14 @@ def test_held_dense_without_compiled_kernels(monkeypatch, tmp_path):
     models.assert_same(models.outputs(again, X), expected)
 
 
-@pytest.mark.parametrize(
+@breadth(
     ("equation", "shape", "output_shape"),
     [
         ("bge,geh->bgh", (3, 8), (3, 5)),
         ("btge,egh->bght", (4, 3, 8), (3, 16, 4)),
         ("...ge,ghe->...gh", (4, 3, 8), (3, 7)),
     ],
+    1,
 )
 def test_einsum_dense_with_a_stack(equation, shape, output_shape):
     keras.utils.set_random_seed(0)
@@ -153,6 +156,7 @@ def test_a_dense_stack_is_refused_and_unchanged():
     models.assert_same(models.outputs(model, X), before)
 
 
+@pytest.mark.one_backend
 def test_a_bank_that_uses_a_stack_otherwise_says_so():
     from keras import ops
 

@@ -47,6 +47,7 @@ def test_bytes(model):
     assert channels.nbytes == sum(sizes) + 4 * scales
 
 
+@pytest.mark.one_backend
 def test_bytes_of_vgg16():
     """The bars, and the paper's figures, on the smaller VGG-16: no head."""
     with keras.device("cpu"):

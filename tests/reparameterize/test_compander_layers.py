@@ -11,6 +11,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods.ops import compand
+from tests.backends import breadth
 from tests.models import JIT, fit_step, mlp, normal, numpy, outputs, sequential
 
 # Within the range of every function at a = 0.5.
@@ -48,7 +49,7 @@ def train(model):
     fit_step(model, x, y, keras.optimizers.Adam(0.02))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@breadth("name", LAYERS, 0, 1, 3, 5)
 def test_starts_as_the_plain_layer_saves_loads_and_folds(name, tmp_path):
     model, plain = make(name), make(name, companded=False)
     layer = model.layers[0]
@@ -249,7 +250,7 @@ def test_lora_rank_in_the_constructor():
     train(model)
 
 
-@pytest.mark.parametrize(
+@breadth(
     ("name", "dtype", "function"),
     [
         *(("Dense", "float16", name) for name in ("arctan", "arsinh", "erf")),
@@ -257,6 +258,7 @@ def test_lora_rank_in_the_constructor():
         ("Dense", "mixed_bfloat16", "arctan"),
         ("Conv2D", "float16", "arctan"),
     ],
+    *(0, 3, 4),
 )
 def test_half_precision_trains_without_a_nonfinite_value(name, dtype, function):
     model = make(name, dtype=dtype, function=function)
@@ -274,7 +276,7 @@ def is_finite(model):
     return all(np.isfinite(numpy(w)).all() for w in model.weights)
 
 
-@pytest.mark.parametrize("policy", ["float16", "mixed_bfloat16"])
+@breadth("policy", ["float16", "mixed_bfloat16"])
 def test_half_precision_is_finite_where_the_plain_layer_is(policy):
     x, y = normal(32, 16), normal(32, 1, seed=1)
 

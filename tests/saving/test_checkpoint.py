@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from tests.backends import breadth
 from tests.models import assert_same, numpy, sequential
 
 BACKEND = keras.backend.backend()
@@ -141,7 +142,7 @@ def assert_resumes(tmp_path, make, data, stops=STOPS, **kwargs):
         assert values[-1] == history[name][-1]
 
 
-@pytest.mark.parametrize("make", [plain, cast, lift, masked])
+@breadth("make", [plain, cast, lift, masked], 1, 2, 3)
 def test_arrays_in_the_middle_of_epochs(make, tmp_path):
     assert_resumes(tmp_path, make, arrays, batch_size=4)
 
@@ -216,6 +217,7 @@ def test_other_data(data, tmp_path):
     assert_resumes(tmp_path, plain, data, **options)
 
 
+@pytest.mark.one_backend
 def test_data_in_another_order_are_an_error(tmp_path):
     x, y = arrays()
     with pytest.raises(Stopped):

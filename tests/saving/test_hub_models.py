@@ -72,7 +72,7 @@ def round_trip(model, path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_plain_scaled_and_packed(name, tmp_path):
-    if keras.config.backend() != "torch" and name not in ("llama tied", "gpt2"):
+    if keras.config.backend() != "torch" and name != "llama tied":
         pytest.skip("the breadth is tested on torch, the fastest to start")
     model = MODELS[name]()
     path = tmp_path / "model"
@@ -108,6 +108,7 @@ def test_lora_inside_of_a_scaled_model(tmp_path):
     assert len(loaded.trainable_weights) == len(model.trainable_weights)
 
 
+@pytest.mark.one_backend
 def test_the_tokenizer_comes_back_and_generate_works(tmp_path):
     path = tmp_path / "model"
     preprocessor = models.gpt2_preprocessor(add_end_token=False)
@@ -138,6 +139,7 @@ class Forgetful(hub.tokenizers.GPT2Tokenizer):
         pass
 
 
+@pytest.mark.one_backend
 def test_a_preprocessor_that_cannot_be_saved_is_left_out(tmp_path):
     path = tmp_path / "model"
     good = models.gpt2_preprocessor().tokenizer
@@ -204,6 +206,7 @@ def d_fine(**kwargs):
     )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("make", [hgnet_v2, d_fine])
 @pytest.mark.parametrize("name", [None, "mine"])
 def test_layers_named_by_the_name_of_the_model(make, name, tmp_path):

@@ -19,6 +19,7 @@ from keras_weightmods.core import keras_private
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.saving import container, description
 from tests import models
+from tests.backends import breadth
 from tests.models import einsum_net, make_sparse, mlp, normal, outputs
 
 
@@ -212,7 +213,7 @@ def test_packed_models(name, dtype, path, monkeypatch):
     assert_same(loaded, model)
 
 
-@pytest.mark.parametrize(
+@breadth(
     ("head", "activations", "is_native"),
     [
         ("int8", "int8", True),
@@ -220,6 +221,7 @@ def test_packed_models(name, dtype, path, monkeypatch):
         ("int4", "float32", True),
         ("int4", "int8", False),
     ],
+    *(0, 2),
 )
 def test_packed_heads(head, activations, is_native, path, monkeypatch):
     if not is_native:
@@ -408,6 +410,7 @@ def test_vocabularies_are_saved(path):
     round_trip(model, path, np.array([[5, 9, 1]]))
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("dtype", "share"),
     [(None, 0.54), ("bfloat16", 0.29), ("int8", 0.17), ("int4", 0.103)],

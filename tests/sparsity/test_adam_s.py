@@ -6,6 +6,7 @@ import pytest
 
 from keras_weightmods import AdamS, find_targets
 from tests import models, references
+from tests.backends import breadth
 from tests.models import numpy
 
 TOTAL = 60
@@ -112,7 +113,7 @@ def test_equals_float64_reference(kwargs):
         np.testing.assert_array_equal(optimizer.masks[i], mask)
 
 
-@pytest.mark.parametrize("decay", ["published", "relative"])
+@breadth("decay", ["published", "relative"], 1)
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -354,6 +355,7 @@ def test_nothing_to_sparsify():
             build(ones(6, 4))
 
 
+@pytest.mark.one_backend
 def test_state_that_does_not_fit_changes_nothing():
     def built(shape):
         optimizer = AdamS(0.5, total_steps=5)

@@ -8,6 +8,7 @@ import keras_weightmods as kwm
 from keras_weightmods.sparsity import block_reconstruction
 from keras_weightmods.sparsity.walk import Walk
 from tests import models
+from tests.backends import breadth
 from tests.models import numpy, sequential
 
 
@@ -37,6 +38,7 @@ def refine(model, x, refine="blocks", **options):
     return kwm.sparsify(model, "2:4", "sparsegpt", x, refine=refine, **options)
 
 
+@pytest.mark.one_backend
 def test_a_linear_layer_ends_at_its_least_squares():
     """Weighted by the energy of each position, on the support it has."""
     model = models.randomize(
@@ -62,7 +64,7 @@ def test_a_linear_layer_ends_at_its_least_squares():
     assert block.after < 1.03 * best < 0.8 * block.before
 
 
-@pytest.mark.parametrize("kind", ["swaps", "blocks", ("swaps", "blocks")])
+@breadth("kind", ["swaps", "blocks", ("swaps", "blocks")], 1, 2)
 def test_outputs_get_nearer_and_nothing_else_changes(kind):
     x = data()
     errors = {}
@@ -100,6 +102,7 @@ class Choice(keras.layers.Layer):
         return keras.ops.argmax(self.dense(x), axis=-1)
 
 
+@pytest.mark.one_backend
 def test_a_block_that_gives_no_float_is_named():
     model = models.randomize(sequential((16,), keras.layers.Dense(8), Choice()))
     with pytest.warns(UserWarning, match="choice' gives no float.*1 kernels"):

@@ -9,6 +9,7 @@ from keras_weightmods.ops.matrix import from_stack, to_stack
 from keras_weightmods.sparsity.calibration import input_norms, input_reader
 from keras_weightmods.sparsity.scaling import attach_scaling
 from tests import models
+from tests.backends import breadth
 from tests.models import mlp, normal, numpy, sequential
 
 
@@ -45,7 +46,7 @@ def test_dense_over_several_batches():
     assert_untouched(model)
 
 
-@pytest.mark.parametrize(
+@breadth(
     ("equation", "output_shape", "input_shape", "kept"),
     [
         ("ab,bc->ac", 6, (4,), [1]),
@@ -56,6 +57,7 @@ def test_dense_over_several_batches():
         ("bhqu,uhm->bqm", (3, 6), (4, 3, 2), [3, 1]),
         ("btd,ndh->btnh", (3, 2, 5), (3, 4), [2]),
     ],
+    4,
 )
 def test_einsum_dense(equation, output_shape, input_shape, kept):
     layer = keras.layers.EinsumDense(equation, output_shape)
@@ -98,7 +100,7 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(("layer", "shape"), LAYERS)
+@breadth(("layer", "shape"), LAYERS, 0, 2, 4, 8, 11, 13, 15)
 def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
     model = sequential(shape, layer)
     # A separable convolution has two.
@@ -124,7 +126,7 @@ def test_rows_times_matrices_are_the_layers_outputs(layer, shape):
     np.testing.assert_array_equal(restored, kernel)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@breadth("rank", [1, 2, 3], 1)
 def test_transposed_convolutions_contract_the_channels_of_a_pixel(rank):
     cls = getattr(keras.layers, f"Conv{rank}DTranspose")
     layer = cls(3, 2, strides=2, **LAST)
@@ -227,6 +229,7 @@ def token_batches(*rows):
     return [{"token_ids": x, "padding_mask": np.ones_like(x)} for x in ids]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("pass_", ["norms", "walk"])
 def test_the_head_is_never_run(pass_):
     model = models.causal_lm(hidden_dim=8, intermediate_dim=12)

@@ -10,6 +10,7 @@ import keras_weightmods as kwm
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.sparsity import cast as cast_module
 from tests import models
+from tests.backends import breadth
 from tests.models import assert_same, mlp, numpy, weights_of
 from tests.sparsity import casts
 from tests.sparsity.casts import compiled, fit, make_data, make_mlp, started
@@ -36,12 +37,10 @@ def steps_of(cast):
 # The main job, on each family of KerasHub
 
 
-FAMILIES = [("llama", "2:4"), ("gemma", "2:4")]
-if keras.backend.backend() == "torch":  # which compiles nothing
-    FAMILIES.append(("gpt2", "1:4"))
+FAMILIES = [("llama", "2:4"), ("gemma", "2:4"), ("gpt2", "1:4")]
 
 
-@pytest.mark.parametrize(("family", "pattern"), FAMILIES)
+@breadth(("family", "pattern"), FAMILIES)
 def test_a_causal_lm_becomes_sparse(family, pattern, tmp_path):
     dtype = "mixed_bfloat16" if family == "gemma" else None
     model = models.causal_lm(family, dtype=dtype)
@@ -82,6 +81,7 @@ def test_a_causal_lm_becomes_sparse(family, pattern, tmp_path):
     np.testing.assert_array_equal(numpy(loaded(x)), after)
 
 
+@pytest.mark.one_backend
 def test_raw_strings():
     import tensorflow as tf
 
@@ -144,7 +144,7 @@ def test_total_steps_counts_updates(options, steps):
     assert started(cast, *make_data(24), batch_size=4, epochs=3)[0] == steps
 
 
-@pytest.mark.parametrize("init", ["dense", "wanda"])
+@breadth("init", ["dense", "wanda"], 1)
 def test_no_batch_of_a_generator_is_lost(init):
     data = casts.Batches(*make_data(24), 4)
     finals = []
@@ -170,6 +170,7 @@ def test_a_fit_that_failed_is_planned_anew():
     kwm.assert_sparse(cast.finalize(), "2:4")
 
 
+@pytest.mark.one_backend
 def test_a_fit_beyond_the_plan_is_warned_about(recwarn):
     x, y = make_data()
     cast = compiled()
@@ -189,7 +190,7 @@ def test_a_fit_beyond_the_plan_is_warned_about(recwarn):
 # One-shot starts
 
 
-@pytest.mark.parametrize("init", ["magnitude", "wanda", "sparsegpt"])
+@breadth("init", ["magnitude", "wanda", "sparsegpt"], 2)
 def test_a_start_is_sparsify_on_the_first_rows(init):
     x, y = make_data(40)
     expected = make_mlp()
@@ -360,6 +361,7 @@ def test_a_one_shot_start_from_nan_is_refused():
     assert_same(weights_of(cast.student), before)
 
 
+@pytest.mark.one_backend
 def test_a_run_that_made_nan_is_not_finalized():
     cast = kwm.CAST(make_mlp())
     cast.compile(loss=casts.cross_entropy())
@@ -440,6 +442,7 @@ def test_finalize_multiplies_the_pruned_weights(pattern, scaling_groups):
             call()
 
 
+@pytest.mark.one_backend
 def test_finalize_folds_the_scales_alone():
     layers = keras.layers.Dense(8), kwm.CompanderDense(4)
     model = models.sequential((8,), *layers)
@@ -468,6 +471,7 @@ def test_predict_and_evaluate_follow_finalize():
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.one_backend
 def test_a_target_frozen_since_leaves_the_model_alone():
     x, y = make_data()
     model = make_mlp()
@@ -618,7 +622,7 @@ def trained_before():
     return model
 
 
-@pytest.mark.parametrize("groups", [0, 2])
+@breadth("groups", [0, 2], 1)
 def test_a_model_that_was_trained_with_another_optimizer(groups):
     cast = kwm.CAST(trained_before(), scaling_groups=groups, teacher=None)
     cast.compile(loss=casts.cross_entropy())
@@ -626,6 +630,7 @@ def test_a_model_that_was_trained_with_another_optimizer(groups):
     kwm.assert_sparse(cast.finalize(), "2:4")
 
 
+@pytest.mark.one_backend
 def test_an_error_leaves_the_optimizer_of_a_model():
     model = trained_before()
     optimizer = model.optimizer
@@ -640,6 +645,7 @@ def test_an_error_leaves_the_optimizer_of_a_model():
 EARLY = "CAST: this cuts"
 
 
+@pytest.mark.one_backend
 def test_an_early_stop_is_warned_about():
     cast = compiled()
     # Of 8 epochs.
@@ -659,12 +665,14 @@ def test_an_early_stop_is_warned_about():
         cast.finalize()
 
 
+@pytest.mark.one_backend
 def test_early_stopping_is_warned_about():
     stop = keras.callbacks.EarlyStopping("loss")
     with pytest.warns(UserWarning, match="CAST: `EarlyStopping`"):
         fit(compiled(), callbacks=[stop])
 
 
+@pytest.mark.one_backend
 def test_finalize_says_once_that_a_fit_loses_the_pattern():
     cast_module._say_that_a_fit_loses_the_pattern.cache_clear()
     for times in (1, 0):

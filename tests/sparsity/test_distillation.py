@@ -7,6 +7,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from tests import models
+from tests.backends import breadth
 from tests.models import assert_same, numpy, two_heads, weights_of
 from tests.sparsity import casts
 from tests.sparsity.casts import compiled, cross_entropy, fit, make_data
@@ -106,7 +107,7 @@ def test_the_models_own_losses_count_once():
     assert float(numpy(loss)) == pytest.approx(0.5 * (expected + own), rel=1e-5)
 
 
-@pytest.mark.parametrize("as_dict", [False, True])
+@breadth("as_dict", [False, True])
 def test_losses_and_metrics_by_name(as_dict):
     x, y = make_data()
     cast = kwm.CAST(two_heads(as_dict))
@@ -154,6 +155,7 @@ def test_the_teacher_is_the_frozen_start():
     np.testing.assert_array_equal(numpy(cast.teacher(x)), start)
 
 
+@pytest.mark.one_backend
 def test_the_memory_of_the_teacher():
     whole = kwm.CAST(casts.make_mlp())
     scales = sum(int(np.prod(t.shape[1:])) * 2 for t in whole.targets)
@@ -179,6 +181,7 @@ def test_another_model_as_teacher():
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-5)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("ending", ["softmax", "Softmax", "one unit", None])
 def test_outputs_that_are_no_logits(ending, recwarn):
     last = {

@@ -125,6 +125,7 @@ def test_one_shot_by_each_experts_own_inputs(family, method):
         np.testing.assert_allclose(after[expert], pruned, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.one_backend
 def test_padding_is_left_out():
     model = models.randomize(models.backbone("qwen3_moe"))
     weights = np.ones(IDS.shape, "float32")
@@ -138,6 +139,7 @@ def test_padding_is_left_out():
         np.testing.assert_allclose(norms, expected, rtol=1e-4)
 
 
+@pytest.mark.one_backend
 def test_an_expert_without_tokens_goes_by_magnitude():
     model = models.randomize(models.backbone("gpt_oss"))
     bias = next(w for w in model.weights if w.path.endswith("dense/bias"))
@@ -192,6 +194,7 @@ def test_lift(family):
         assert (moved < 0.2).all()
 
 
+@pytest.mark.one_backend
 def test_gemma4_routes_by_an_argument():
     model = models.randomize(models.backbone("gemma4_moe"))
     x = {**X, "position_ids": np.broadcast_to(np.arange(8), IDS.shape)}

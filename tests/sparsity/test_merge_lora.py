@@ -157,6 +157,7 @@ def test_errors_leave_the_model_alone():
     models.assert_same(model.get_weights(), before)
 
 
+@pytest.mark.one_backend
 def test_packed_and_quantized_layers_are_refused():
     model = models.mlp(8, 4)
     make_sparse(model)

@@ -11,6 +11,7 @@ from tests import models
 
 layers = keras.layers
 ON_TORCH = keras.backend.backend() == "torch"
+LAST = {"data_format": "channels_last"}
 MODELS = {
     "recurrent": (
         lambda: [
@@ -23,28 +24,28 @@ MODELS = {
     ),
     "transposed": (
         lambda: [
-            layers.Conv2DTranspose(8, 3, 2, data_format="channels_last"),
-            layers.Conv1DTranspose(4, 3, data_format="channels_last"),
+            *(ON_TORCH * [layers.Conv2DTranspose(8, 3, 2, **LAST)]),
+            *(ON_TORCH * [layers.Reshape((49, 8))]),
+            layers.Conv1DTranspose(4, 3, **LAST),
         ],
-        (3, 3, 8),
+        (3, 3, 8) if ON_TORCH else (9, 8),
     ),
 }
+
+COUNTS = {"recurrent": 2 + 6 * ON_TORCH, "transposed": 1 + ON_TORCH}
 
 
 def make(name):
     keras.utils.set_random_seed(0)
     make_layers, shape = MODELS[name]
-    own = make_layers()
-    if name == "transposed":
-        own.insert(1, layers.Reshape((49, 8)))
-    return models.sequential(shape, *own), models.normal(8, *shape)
+    return models.sequential(shape, *make_layers()), models.normal(8, *shape)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_cast_lift_and_files(name, tmp_path):
     model, x = make(name)
     count = len(kwm.find_targets(model))
-    assert count == (8 if name == "recurrent" and ON_TORCH else 2)
+    assert count == COUNTS[name]
     cast = kwm.CAST(model)
     cast.compile(loss="mse", jit_compile=models.JIT)
     y = models.normal(*model(x).shape)

@@ -31,6 +31,7 @@ def test_rows_are_seeded_and_begin_with_the_start_token(model):
     assert (tokens != written(model, keep=1.0, seed=1)).any()
 
 
+@pytest.mark.one_backend
 def test_the_rows_of_high_perplexity_are_left_out(model):
     everything = written(model, rows=10, keep=1.0)
     kept = written(model, rows=5, keep=0.5)
@@ -39,6 +40,7 @@ def test_the_rows_of_high_perplexity_are_left_out(model):
     assert sorted(map(tuple, kept)) == sorted(map(tuple, best))
 
 
+@pytest.mark.one_backend
 def test_batches_make_no_row_twice(model):
     tokens = written(model, rows=7, batch_size=3, keep=1.0)
     assert tokens.shape == (7, 8)
@@ -57,6 +59,7 @@ def test_a_cold_model_writes_what_generate_does(model):
     np.testing.assert_array_equal(tokens, outputs["token_ids"])
 
 
+@pytest.mark.one_backend
 def test_the_model_is_as_it_was(model):
     before = model.preprocessor, model.sampler, model.generate_function
     weights = model.get_weights()

@@ -5,6 +5,7 @@ import pytest
 from keras_weightmods import SemiStructuredSparse, find_targets
 from keras_weightmods.ops import nm
 from tests import models
+from tests.backends import breadth
 from tests.models import numpy, sequential
 
 RNG = np.random.default_rng(0)
@@ -66,7 +67,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@breadth("name", OPTIMIZERS, 0, 5, 6, 7, 9)
 def test_exactly_nm_after_fit(name):
     # n counts the weights kept: 1:4 and 2:4 must differ.
     n = 1 + list(OPTIMIZERS).index(name) % 2
@@ -79,7 +80,7 @@ def test_exactly_nm_after_fit(name):
     assert not np.isin(kernel[kernel != 0], before).any()
 
 
-@pytest.mark.parametrize("use_ema", [False, True])
+@breadth("use_ema", [False, True], 1)
 def test_mixed_precision_with_loss_scaling(use_ema):
     model = dense_model(dtype="mixed_float16")
     inner = keras.optimizers.Adam(0.2, **{**EMA, "use_ema": use_ema})
@@ -130,7 +131,7 @@ def test_swap_ema_weights(swap_on_epoch):
     assert violations(swapped.layers[0].kernel, 2) == 0
 
 
-@pytest.mark.parametrize("swap_on_epoch", [False, True])
+@breadth("swap_on_epoch", [False, True], 1)
 def test_showing_the_average_does_not_change_it(swap_on_epoch):
     callback = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
     plain, swapped = fit_with_averages(), fit_with_averages(callback)
@@ -284,7 +285,7 @@ def test_attach_to_a_keras_hub_llama():
         assert violations(target.variable, 2, target.contraction_axes) == 0
 
 
-@pytest.mark.parametrize("name", ["adamw", "ema", "momentum"])
+@breadth("name", ["adamw", "ema", "momentum"], 1, 2)
 def test_frozen_mask_survives_fit(name, tmp_path):
     model = dense_model(constrained=False)
     SemiStructuredSparse.attach(model, "1:4", frozen=True)
@@ -324,7 +325,7 @@ def test_frozen_without_a_mask_says_to_attach():
         model.layers[0].kernel.constraint(kernel[:4])
 
 
-@pytest.mark.parametrize("route", ["attach", "detach"])
+@breadth("route", ["attach", "detach"])
 def test_lora_trains_on_an_exactly_nm_base(route):
     constraint = SemiStructuredSparse(axis=0) if route == "detach" else None
     layers = keras.layers

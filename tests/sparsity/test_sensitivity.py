@@ -54,6 +54,7 @@ def test_errors_are_those_of_numpy_and_the_model_is_unchanged():
     assert "Pruned alone to 2:4" in str(report)
 
 
+@pytest.mark.one_backend
 def test_the_share_that_stays_dense():
     model = make_net()
     x = np.random.default_rng(0).normal(size=(8, 16))
@@ -73,6 +74,7 @@ def test_the_share_that_stays_dense():
     assert 0 < after["exact"] < 3
 
 
+@pytest.mark.one_backend
 def test_a_language_model():
     model = models.randomize(models.causal_lm("llama"), scale=0.2)
     tokens = np.random.default_rng(0).integers(20, size=(2, 8))

@@ -7,6 +7,7 @@ import pytest
 import keras_weightmods as kwm
 from keras_weightmods.sparsity.scaling import attach_scaling
 from tests import models, references
+from tests.backends import breadth
 from tests.models import assert_same, normal, randomize, weights_of
 from tests.sparsity.casts import Batches
 
@@ -32,7 +33,7 @@ def by_method(method, w, x, n, m):
 # The numbers
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+@breadth("pattern", ["2:4", "1:4"])
 @pytest.mark.parametrize("method", METHODS)
 def test_layer_by_layer_on_the_sparse_prefix(method, pattern):
     model = make_mlp()
@@ -68,7 +69,7 @@ EINSUMS = [
 ]
 
 
-@pytest.mark.parametrize(("equation", "output", "shape", "rows"), EINSUMS)
+@breadth(("equation", "output", "shape", "rows"), EINSUMS, 1, 4)
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_einsum_dense(method, equation, output, shape, rows):
     layer = keras.layers.EinsumDense(equation, output)
@@ -88,6 +89,7 @@ def test_einsum_dense(method, equation, output, shape, rows):
     kwm.assert_sparse(model, "2:4")
 
 
+@pytest.mark.one_backend
 def test_sparsegpt_is_the_best_start_of_a_model():
     errors = {}
     for method in METHODS:
@@ -131,6 +133,7 @@ def test_data(kind):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.one_backend
 def test_raw_strings():
     preprocessor = models.gpt2_preprocessor(6)
     texts = ["abcdef", "fed abc", "a b", "hgfedcba"]
@@ -149,6 +152,7 @@ def test_raw_strings():
 # The report
 
 
+@pytest.mark.one_backend
 def test_the_report():
     model = make_mlp()
     report = kwm.sparsify(model, "2:4", "wanda", normal(9, 16), verbose=0)
@@ -163,6 +167,7 @@ def test_the_report():
     assert [k.error for k in without.kernels] == [None] * 3
 
 
+@pytest.mark.one_backend
 def test_the_progress_bar(capsys):
     kwm.sparsify(make_mlp(), "2:4", "wanda", normal(9, 16))
     assert "3/3" in capsys.readouterr().out

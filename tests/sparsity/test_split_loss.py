@@ -8,6 +8,7 @@ import keras_weightmods as kwm
 from keras_weightmods.core import keras_private
 from keras_weightmods.sparsity import split_loss
 from tests import models, references
+from tests.backends import breadth
 from tests.models import numpy
 from tests.sparsity.casts import cross_entropy
 
@@ -100,13 +101,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("make", "options"), CASES)
+@breadth(("make", "options"), CASES, 0, 2, 5)
 def test_a_split_step_is_a_whole_step(make, options):
     cast = compiled(make, **options)
     assert_split_is_whole(cast, make_batch(cast.student))
 
 
-@pytest.mark.parametrize("weight", ["none", "of rows"])
+@breadth("weight", ["none", "of rows"], 1)
 def test_sample_weights_of_other_shapes(weight):
     cast = compiled(tied)
     x, y, _ = make_batch(cast.student)
@@ -114,6 +115,7 @@ def test_sample_weights_of_other_shapes(weight):
     assert_split_is_whole(cast, (x, y[..., None], weight))
 
 
+@pytest.mark.one_backend
 def test_another_model_as_teacher():
     teacher = models.randomize(models.causal_lm(hidden_dim=8), seed=7)
     cast = compiled(tied, teacher=teacher)
@@ -145,6 +147,7 @@ def test_mixed_precision():
     assert_split_is_whole(cast, make_batch(cast.student), rtol=0.05)
 
 
+@pytest.mark.one_backend
 def test_no_more_than_a_chunk_of_logits():
     cast = compiled(tied)
     embedding = cast.student.backbone.token_embedding

@@ -119,6 +119,7 @@ def count_calls(layer):
     return calls
 
 
+@pytest.mark.one_backend
 def test_blocks_are_run_as_often_as_they_must():
     model = llm(depth=3)
     targets = kwm.find_targets(model)
@@ -138,6 +139,7 @@ def test_blocks_are_run_as_often_as_they_must():
     assert [len(c) for c in output] == [4 + batches, 4 + batches, 4]
 
 
+@pytest.mark.one_backend
 def test_only_what_is_needed_is_kept(monkeypatch):
     model = models.mlp(*[8] * 9)
     outputs, alive = [], []

@@ -6,6 +6,8 @@ from examples.data import robust_nets
 from examples.data.digits import load_digits
 from keras_weightmods import WeightSignature
 
+pytestmark = pytest.mark.one_backend
+
 
 def test_no_image_is_in_two_parts():
     data = robust_nets.load_data(seed=3)

@@ -8,6 +8,8 @@ from tests.models import assert_same, outputs
 keras_hub = pytest.importorskip("keras_hub")
 gguf = pytest.importorskip("gguf")
 
+pytestmark = pytest.mark.one_backend
+
 TOKENS = ["<|endoftext|>", "<|im_end|>", "a", "b", "1", "Ġ", "Ċ", "ab", "ĊĊ"]
 
 
