@@ -1,11 +1,21 @@
 import gc
 import os
+import tempfile
 
 import pytest
 
 # The programs here run for a few steps: compiling them takes the time. Read
 # when JAX is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# And a program that an earlier test compiled is not compiled again, nor that of
+# a `cond` or a loop that JAX runs eagerly. The processes of tests share it.
+COMPILED = tempfile.TemporaryDirectory(prefix="kwm-tests-jax-")
+for name, value in {
+    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}.items():
+    os.environ.setdefault(name, value)
 
 ONE_BACKEND = "torch"  # the fastest of them
 

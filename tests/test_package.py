@@ -19,6 +19,7 @@ def run(*lines):
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
+@pytest.mark.one_backend
 def test_import_brings_no_keras_and_no_backend():
     run(
         "import sys; before = set(sys.modules)",
@@ -57,6 +58,7 @@ def test_keras_finds_the_registered_classes_in_any_order():
     )
 
 
+@pytest.mark.one_backend
 def test_to_look_for_a_module_is_not_to_import_it():
     run(
         "import sys, importlib.util, keras_weightmods",
@@ -68,6 +70,7 @@ def test_to_look_for_a_module_is_not_to_import_it():
     )
 
 
+@pytest.mark.one_backend
 def test_names_that_are_not_there_load_nothing():
     run(
         "import sys, keras_weightmods",
