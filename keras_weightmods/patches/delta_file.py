@@ -7,15 +7,16 @@ import math
 import numpy as np
 
 from keras_weightmods.core.weight_keys import same_path
-from keras_weightmods.patches import checkpoint
+from keras_weightmods.patches import checkpoint, coding
 from keras_weightmods.patches.architecture import weight_problems
 from keras_weightmods.patches.entry import Change, ChangeEntry
-from keras_weightmods.patches.places import pack_places, unpack_places
+from keras_weightmods.patches.places import unpack_places
 from keras_weightmods.patches.tensors import Sparse
 from keras_weightmods.saving import container
 
 FORMAT = "keras_weightmods.delta"
-VERSION = 1
+VERSION = 2
+_PLANES = ("places", "exponents", "mantissas")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -56,71 +57,116 @@ class Delta(Change):
 
 def write_delta(filepath, entries, count, fingerprint, overwrite) -> float:
     """Write a delta file; return the number of bits that a place takes."""
-    weights, packed = [], []
+    weights = []
+    planes: dict[str, list[np.ndarray]] = {name: [] for name in _PLANES}
     for entry in entries:
         info, tensor = entry.info, entry.tensor
-        bits, places = pack_places(tensor.places)
-        sizes = tensor.places.size, bits, places.size
-        weights.append([info.position, info.path, list(info.shape), *sizes])
-        packed.append(places)
-    about = {"weights": weights, "count": count, "fingerprint": fingerprint}
-    arrays = {
-        "description": container.json_array(about),
-        "places": np.concatenate(packed),
-        "values": np.concatenate([entry.tensor.values for entry in entries]),
+        low, coded, places = coding.pack_gaps(tensor.places)
+        first, rest = coding.split_floats(tensor.values)
+        first = coding.compress(first)
+        sizes = [tensor.places.size, low, coded, places.size, first.size]
+        row = [info.position, info.path, list(info.shape), *sizes]
+        weights.append(row)
+        for name, plane in zip(_PLANES, (places, first, rest)):
+            planes[name].append(plane)
+    about = {
+        "weights": weights,
+        "count": count,
+        "fingerprint": fingerprint,
+        "dtype": entries[0].tensor.values.dtype.name,
     }
+    arrays = {"description": container.json_array(about)}
+    arrays |= {name: np.concatenate(planes[name]) for name in _PLANES}
     container.write_arrays(filepath, FORMAT, VERSION, arrays, overwrite)
-    return 8 * arrays["places"].size / arrays["values"].size
+    total = sum(entry.tensor.places.size for entry in entries)
+    return 8 * arrays["places"].size / total
 
 
 def read_delta(filepath) -> Delta:
     """Return the `Delta` in a file, all of it checked."""
-    with container.Reader(filepath, FORMAT, (VERSION,)) as reader:
+    with container.Reader(filepath, FORMAT, (1, VERSION)) as reader:
         dtypes = {name: entry.dtype for name, entry in reader.entries.items()}
-        expected = {"description": "uint8", "places": "uint8"}
-        if dtypes not in [{**expected, "values": dtype} for dtype in DTYPES]:
-            raise reader.error("values", "must be beside the others of a delta")
+        old = {"description": "uint8", "places": "uint8"}
+        new = {"description": "uint8", **dict.fromkeys(_PLANES, "uint8")}
+        is_new = reader.version == VERSION
+        layouts = [{**old, "values": dtype} for dtype in DTYPES]
+        if dtypes not in ([new] if is_new else layouts):
+            raise reader.error("places", "must be beside the others of a delta")
         about = reader.read_json("description")
+        arrays = {name: reader.read(name) for name in dtypes}
+        del arrays["description"]
         try:
-            entries = _parse(
-                about, reader.read("places"), reader.read("values")
-            )
+            _check_description(about, is_new)
+            entries = _parse(about, arrays, _weight if is_new else _old_weight)
         except ValueError as error:
             raise reader.error("description", str(error)) from error
     return Delta(entries, about["count"], about["fingerprint"])
 
 
-def _parse(description, places, values):
-    """Return the entries; raise ValueError for what is not valid."""
+def _check_description(description, is_new):
     types = {"weights": list, "count": int, "fingerprint": str}
+    types |= {"dtype": str} if is_new else {}
     if not isinstance(description, dict) or types != {
         name: type(value) for name, value in description.items()
     }:
         raise ValueError(f"must have {sorted(types)}")
+    if is_new and description["dtype"] not in DTYPES:
+        raise ValueError(f"must have a dtype of {DTYPES}")
+
+
+def _parse(description, arrays, read_weight):
+    """Return the entries; raise ValueError for what is not valid."""
     entries: list[ChangeEntry] = []
-    previous = -1
+    previous, sizes = -1, 2 if read_weight is _old_weight else 4
     for weight in description["weights"]:
-        if not _is_weight(weight, previous, description["count"]):
+        if not _is_weight(weight, previous, description["count"], sizes + 4):
             raise ValueError(f"has a weight that is not: {str(weight)[:200]}")
-        previous, path, shape, count, bits, nbytes = weight
-        packed, places = places[:nbytes], places[nbytes:]
-        change, values = values[:count], values[count:]
-        if packed.size != nbytes or change.size != count:
-            raise ValueError(f"has more of {path!r} than the file")
-        where = unpack_places(packed, count, bits, math.prod(shape))
+        previous, path, shape, count, *sizes_of = weight
+        taken = functools.partial(_taken, arrays, path)
+        where, change = read_weight(
+            taken, count, sizes_of, math.prod(shape), description
+        )
         if not np.all(np.isfinite(change.astype("float32"))):
             raise ValueError(f"has changes of {path!r} that are not finite")
         info = checkpoint.WeightInfo(previous, path, tuple(shape), "")
         entries.append(ChangeEntry(info, Sparse(where, change)))
-    if places.size or values.size:
+    if any(array.size for array in arrays.values()):
         raise ValueError("has less than the file")
     return tuple(entries)
 
 
-def _is_weight(value, previous, count):
+def _weight(taken, count, sizes, size, description):
+    """Return the places and the changes of a weight."""
+    low, coded, nbytes, first_nbytes = sizes
+    dtype = container.numpy_dtype(description["dtype"])
+    packed = taken("places", nbytes)
+    first = taken("exponents", first_nbytes)
+    rest = taken("mantissas", count * (dtype.itemsize - 1))
+    where = coding.unpack_gaps(packed, count, low, coded, size)
+    first = coding.decompress(first, count)
+    return where, coding.join_floats(first, rest, dtype)
+
+
+def _old_weight(taken, count, sizes, size, description):
+    """Return the same in a file of version 1."""
+    bits, nbytes = sizes
+    packed, change = taken("places", nbytes), taken("values", count)
+    return unpack_places(packed, count, bits, size), change
+
+
+def _taken(arrays, path, name, size):
+    """Take the first `size` numbers out of an array of the file."""
+    found, arrays[name] = arrays[name][:size], arrays[name][size:]
+    if found.size != size:
+        raise ValueError(f"has more of {path!r} than the file")
+    return found
+
+
+def _is_weight(value, previous, count, length):
+    types = [int, str, list] + [int] * (length - 3)
     return (
         isinstance(value, list)
-        and [type(each) for each in value] == [int, str, list, int, int, int]
+        and [type(each) for each in value] == types
         and all(type(size) is int and size >= 0 for size in value[2])
         and min(value[3:]) >= 0
         and math.prod(value[2]) < 2**48
