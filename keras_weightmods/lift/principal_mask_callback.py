@@ -162,7 +162,6 @@ class PrincipalMaskCallback(EpochFigures):
         keep_pattern: Bool, whether zeros stay zeros: on a 2:4 model only the
             weights that were kept are trained, and it stays exactly 2:4.
             Defaults to `False`.
-        block: Int, 4 trains whole blocks of 4 x 4. Defaults to 1.
         method: As in `ops.principal_mask`. Defaults to `"auto"`.
         data: Pair `(x, y)` or triple with sample weights, one batch to take
             the gradients of the loss on, for `criterion="gradient"`.
@@ -208,7 +207,6 @@ class PrincipalMaskCallback(EpochFigures):
         also_train: Any = None,
         seed: int | None = None,
         keep_pattern: bool = False,
-        block: int = 1,
         method: str = "auto",
         data: Any = None,
     ) -> None:
@@ -219,7 +217,7 @@ class PrincipalMaskCallback(EpochFigures):
             seed = random.randrange(2**31)
         checks.check_int("seed", seed, 0, 2**31 - 1)
         self._selection = Selection(
-            rank, density, filter_rank, criterion, method, block, seed
+            rank, density, filter_rank, criterion, method, seed
         )
         self.refresh_every: Any = checks.check_int(
             "refresh_every", refresh_every, 1, optional=True
@@ -391,7 +389,8 @@ class PrincipalMaskCallback(EpochFigures):
         is_new = not (isinstance(optimizer, MaskedState) and optimizer.built)
         chosen = None
         if is_new or optimizer.mask_step < 0:
-            chosen = list(self._choose(model, ordered, 0, None))
+            chosen = self._choose(model, ordered, 0, None)
+            chosen = list(self._shown(chosen, len(ordered)))
 
         if is_new:
             if not isinstance(optimizer, MaskedState):
@@ -469,9 +468,9 @@ class PrincipalMaskCallback(EpochFigures):
             state = "frozen" if self.freeze_rest else "trained as ever"
             warnings.warn(
                 f"`PrincipalMaskCallback` leaves {len(tiny)} kernels {state}, "
-                f"as they have no entries to select: {tiny[:5]}. Select more, "
-                "or single entries, to train entries of these too. The report "
-                "of `attach(model)` has the reasons.",
+                f"as they have no entries to select: {tiny[:5]}. Select more "
+                "to train entries of these too. The report of "
+                "`attach(model)` has the reasons.",
                 stacklevel=2,
             )
         for target in usable if self.keep_pattern else ():
@@ -492,12 +491,20 @@ class PrincipalMaskCallback(EpochFigures):
         return stacks * self._selection.size(rows, columns)
 
     def _reason_without_entries(self, target: Any) -> str | None:
-        """Why not one entry of a target, or block, is to be trained."""
+        """Why not one entry of a target is to be trained."""
         try:
             self._size(target)
         except ValueError as error:
             return str(error)
         return None
+
+    def _shown(self, chosen: Any, count: int) -> Any:
+        """Yield what is chosen, and show how far it is; as `fit` if in it."""
+        verbose = (self.params or {}).get("verbose", 1)
+        bar = keras.utils.Progbar(count, verbose=verbose, unit_name="mask")
+        for each in chosen:
+            bar.add(1)
+            yield each
 
     def _choose(self, model: Any, targets: Any, step: int, before: Any) -> Any:
         """Yield the entries of each target to train from this step on."""

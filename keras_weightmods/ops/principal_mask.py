@@ -26,8 +26,8 @@ class Selection:
     """Which entries to select of a kernel; see `principal_mask`.
 
     Attributes:
-        rank, density, filter_rank, criterion, method, block, seed: The
-            arguments of `principal_mask`, checked when it is made.
+        rank, density, filter_rank, criterion, method, seed: The arguments of
+            `principal_mask`, checked when it is made.
     """
 
     rank: int | None = None
@@ -35,7 +35,6 @@ class Selection:
     filter_rank: int | None = None
     criterion: str = "principal"
     method: str = "auto"
-    block: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,7 +46,6 @@ class Selection:
             )
         checks.check_int("rank", self.rank, 1, optional=True)
         checks.check_int("filter_rank", self.filter_rank, 1, optional=True)
-        checks.check_int("block", self.block, 1)
         checks.check_int("seed", self.seed, 0, 2**31 - 1)
         if self.density is not None:
             checks.check_float("density", self.density, above=0, most=1)
@@ -61,20 +59,11 @@ class Selection:
             count = round(self.density * size)
         else:
             count = min((rows + columns) * (self.rank or 0), size)
-        area = self.block**2
-        if self.block > 1 and (rows % self.block or columns % self.block):
-            raise ValueError(
-                "The sizes of the matrix must be multiples of `block`. "
-                f"Received: block={self.block}, for a matrix of {rows} x "
-                f"{columns}. Leave this kernel out, or select single entries."
-            )
-        count = round(count / area) * area
         if count == 0:
             raise ValueError(
                 "Not one entry is selected. Received: "
-                f"rank={self.rank}, density={self.density}, "
-                f"block={self.block}, for a matrix of {rows} x {columns}. "
-                "Select more, or leave this kernel out."
+                f"rank={self.rank}, density={self.density}, for a matrix of "
+                f"{rows} x {columns}. Select more, or leave this kernel out."
             )
         return min(count, size)
 
@@ -134,7 +123,6 @@ def principal_mask(
     stack_axes: Axes = (),
     criterion: str = "principal",
     method: str = "auto",
-    block: int = 1,
     gradient: Any = None,
     candidates: Any = None,
     seed: int = 0,
@@ -176,9 +164,6 @@ def principal_mask(
             largest `|W|`, `"gradient"` for the largest `|gradient|`, or
             `"random"`. Defaults to `"principal"`.
         method: See above. Defaults to `"auto"`.
-        block: Int, 4 marks whole blocks of 4 x 4, by the sum of their
-            magnitudes. The sizes of the matrix must be multiples. Defaults
-            to 1.
         gradient: Tensor of the kernel's shape, for `criterion="gradient"`.
         candidates: Boolean tensor of the kernel's shape: only these are
             marked. Defaults to all.
@@ -204,9 +189,7 @@ def principal_mask(
     assert np.array(mask).sum() == 77
     ```
     """
-    selection = Selection(
-        rank, density, filter_rank, criterion, method, block, seed
-    )
+    selection = Selection(rank, density, filter_rank, criterion, method, seed)
     axes = contraction_axes, stack_axes
     return selection.mask(kernel, *axes, gradient, candidates)
 
@@ -276,12 +259,7 @@ def _low_rank_scores(matrix: Any, *arguments: Any) -> Any:
 
 def _mask_of(scores: Any, selection: Any, allowed: Any) -> Any:
     rows, columns = scores.shape
-    count, block = selection.size(rows, columns), selection.block
-    if block > 1:
-        count //= block**2
-        scores = _block_sums(scores, block)
-        if allowed is not None:
-            allowed = _block_sums(ops.cast(allowed, "float32"), block) > 0
+    count = selection.size(rows, columns)
     if allowed is not None:
         there = _count(allowed)
         if there < count:
@@ -291,10 +269,7 @@ def _mask_of(scores: Any, selection: Any, allowed: Any) -> Any:
                 f"matrix of {rows} x {columns}. Select fewer."
             )
         scores = ops.where(allowed, scores, ops.cast(-1, scores.dtype))
-    mask = _largest(scores, count)
-    if block > 1:
-        mask = ops.repeat(ops.repeat(mask, block, 0), block, 1)
-    return mask
+    return _largest(scores, count)
 
 
 def _largest(scores: Any, count: Any) -> Any:
@@ -360,12 +335,6 @@ def _float_of(bits: Any) -> Any:
 
 def _count(mask: Any) -> Any:
     return int(ops.convert_to_numpy(ops.sum(ops.cast(mask, "int32"))))
-
-
-def _block_sums(x: Any, block: Any) -> Any:
-    rows, columns = x.shape
-    x = ops.reshape(x, (rows // block, block, columns // block, block))
-    return ops.sum(x, axis=(1, 3))
 
 
 def _as_float(x: Any) -> Any:

@@ -7,16 +7,16 @@ import math
 import numpy as np
 
 from keras_weightmods.core.weight_keys import same_path
-from keras_weightmods.patches import checkpoint
+from keras_weightmods.patches import checkpoint, coding
 from keras_weightmods.patches.architecture import weight_problems
 from keras_weightmods.patches.entry import Change, ChangeEntry
-from keras_weightmods.patches.places import pack_places, unpack_places
+from keras_weightmods.patches.places import unpack_places
 from keras_weightmods.patches.tensors import Replacing, Sparse
 from keras_weightmods.saving import container
 
 FORMAT = "keras_weightmods.delta"
-# 2 where weights are stored by their new values.
 VERSIONS = (1, 2)
+_PLANES = ("places", "exponents", "mantissas")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -72,35 +72,30 @@ def write_delta(filepath, delta, dtype, overwrite) -> float:
         dtype: String, of the differences.
         overwrite: Bool.
     """
-    weights, packed, changes, replacing = [], [], [], []
+    weights = []
+    planes: dict[str, list[np.ndarray]] = {name: [] for name in _PLANES}
     for entry in delta:
         info, tensor = entry.info, entry.tensor
-        bits, places = pack_places(tensor.places)
-        sizes = tensor.places.size, bits, places.size
-        weights.append([info.position, info.path, list(info.shape), *sizes])
-        packed.append(places)
+        low, coded, places = coding.pack_gaps(tensor.places)
+        first, rest = coding.split_floats(tensor.values)
+        first = coding.compress(first)
+        sizes = [tensor.places.size, low, coded, places.size, first.size]
+        row = [info.position, info.path, list(info.shape), *sizes]
         if isinstance(tensor, Replacing):
-            weights[-1].append(tensor.values.dtype.name)
-            replacing.append(tensor.values.view("uint8"))
-        else:
-            changes.append(tensor.values)
+            row.append(tensor.values.dtype.name)
+        weights.append(row)
+        for name, plane in zip(_PLANES, (places, first, rest)):
+            planes[name].append(plane)
     about = {
         "weights": weights,
         "count": delta.count,
         "fingerprint": delta.fingerprint,
+        "dtype": dtype,
+        "whole": list(delta.whole),
     }
-    empty = np.empty(0, container.numpy_dtype(dtype))
-    arrays = {
-        "places": np.concatenate(packed),
-        "values": np.concatenate([empty, *changes]),
-    }
-    version, _ = VERSIONS
-    if replacing:
-        _, version = VERSIONS
-        about["whole"] = list(delta.whole)
-        arrays["replacing"] = np.concatenate(replacing)
-    arrays = {"description": container.json_array(about), **arrays}
-    container.write_arrays(filepath, FORMAT, version, arrays, overwrite)
+    arrays = {"description": container.json_array(about)}
+    arrays |= {name: np.concatenate(planes[name]) for name in _PLANES}
+    container.write_arrays(filepath, FORMAT, VERSIONS[-1], arrays, overwrite)
     count = sum(entry.tensor.places.size for entry in delta)
     return 8 * arrays["places"].size / count
 
@@ -109,57 +104,56 @@ def read_delta(filepath) -> Delta:
     """Return the `Delta` in a file, all of it checked."""
     with container.Reader(filepath, FORMAT, VERSIONS) as reader:
         dtypes = {name: entry.dtype for name, entry in reader.entries.items()}
-        expected = {"description": "uint8", "places": "uint8"}
-        replacing = np.empty(0, "uint8")
-        if "replacing" in dtypes:
-            expected["replacing"] = "uint8"
-            replacing = reader.read("replacing")
-        if dtypes not in [{**expected, "values": dtype} for dtype in DTYPES]:
-            raise reader.error("values", "must be beside the others of a delta")
+        old = {"description": "uint8", "places": "uint8"}
+        new = {"description": "uint8", **dict.fromkeys(_PLANES, "uint8")}
+        is_new = reader.version == VERSIONS[-1]
+        layouts = [{**old, "values": dtype} for dtype in DTYPES]
+        if dtypes not in ([new] if is_new else layouts):
+            raise reader.error("places", "must be beside the others of a delta")
         about = reader.read_json("description")
+        arrays = {name: reader.read(name) for name in dtypes}
+        del arrays["description"]
         try:
-            entries = _parse(
-                about, reader.read("places"), reader.read("values"), replacing
-            )
+            _check_description(about, is_new)
+            entries = _parse(about, arrays, is_new)
         except ValueError as error:
             raise reader.error("description", str(error)) from error
     whole = tuple(about.get("whole", ()))
     return Delta(entries, about["count"], about["fingerprint"], whole)
 
 
-def _parse(description, places, values, replacing):
-    """Return the entries; raise ValueError for what is not valid."""
-    types: dict[str, type] = {"weights": list, "count": int, "fingerprint": str}
-    if replacing.size:
-        types["whole"] = list
+def _check_description(description, is_new):
+    types = {"weights": list, "count": int, "fingerprint": str}
+    types |= {"dtype": str, "whole": list} if is_new else {}
     if not isinstance(description, dict) or types != {
         name: type(value) for name, value in description.items()
     }:
         raise ValueError(f"must have {sorted(types)}")
+    if is_new and description["dtype"] not in DTYPES:
+        raise ValueError(f"must have a dtype of {DTYPES}")
+
+
+def _parse(description, arrays, is_new):
+    """Return the entries; raise ValueError for what is not valid."""
     entries: list[ChangeEntry] = []
-    previous = -1
+    previous, length = -1, 8 if is_new else 6
     for weight in description["weights"]:
-        if not _is_weight(weight, previous, description["count"]):
+        if not _is_weight(weight, previous, description["count"], length):
             raise ValueError(f"has a weight that is not: {str(weight)[:200]}")
-        previous, path, shape, count, bits, nbytes, *dtype = weight
-        packed, places = places[:nbytes], places[nbytes:]
-        kind: type[Sparse] = Replacing if dtype else Sparse
-        if dtype:
-            item = container.numpy_dtype(dtype[0])
-            size = count * item.itemsize
-            change, replacing = replacing[:size], replacing[size:]
-            change = change[: len(change) // item.itemsize * item.itemsize]
-            change = change.view(item)
+        previous, path, shape, count, *sizes = weight[:length]
+        taken = functools.partial(_taken, arrays, path)
+        kind: type[Sparse] = Replacing if weight[length:] else Sparse
+        if is_new:
+            (dtype,) = weight[length:] or [description["dtype"]]
+            dtype = container.numpy_dtype(dtype)
+            parts = _weight(taken, count, sizes, math.prod(shape), dtype)
         else:
-            change, values = values[:count], values[count:]
-        if packed.size != nbytes or change.size != count:
-            raise ValueError(f"has more of {path!r} than the file")
-        where = unpack_places(packed, count, bits, math.prod(shape))
-        if not np.all(np.isfinite(change.astype("float64"))):
+            parts = _old_weight(taken, count, sizes, math.prod(shape))
+        if not np.all(np.isfinite(parts[1].astype("float64"))):
             raise ValueError(f"has changes of {path!r} that are not finite")
         info = checkpoint.WeightInfo(previous, path, tuple(shape), "")
-        entries.append(ChangeEntry(info, kind(where, change)))
-    if places.size or values.size or replacing.size:
+        entries.append(ChangeEntry(info, kind(*parts)))
+    if any(array.size for array in arrays.values()):
         raise ValueError("has less than the file")
     all_of = [
         entry.position
@@ -173,15 +167,48 @@ def _parse(description, places, values, replacing):
     return tuple(entries)
 
 
-def _is_weight(value, previous, count):
-    types = [int, str, list, int, int, int]
+def _weight(taken, count, sizes, size, dtype):
+    """Return the places and the changes of a weight."""
+    low, coded, nbytes, first_nbytes = sizes
+    packed = taken("places", nbytes)
+    first = taken("exponents", first_nbytes)
+    rest = taken("mantissas", count * (dtype.itemsize - 1))
+    where = coding.unpack_gaps(packed, count, low, coded, size)
+    first = coding.decompress(first, count)
+    return where, coding.join_floats(first, rest, dtype)
+
+
+def _old_weight(taken, count, sizes, size):
+    """Return the same in a file of version 1."""
+    bits, nbytes = sizes
+    packed, change = taken("places", nbytes), taken("values", count)
+    return unpack_places(packed, count, bits, size), change
+
+
+def _taken(arrays, path, name, size):
+    """Take the first `size` numbers out of an array of the file."""
+    found, arrays[name] = arrays[name][:size], arrays[name][size:]
+    if found.size != size:
+        raise ValueError(f"has more of {path!r} than the file")
+    return found
+
+
+def _is_weight(value, previous, count, length):
+    types = [int, str, list] + [int] * (length - 3)
     return (
         isinstance(value, list)
-        and [type(each) for each in value[:6]] == types
+        and [type(each) for each in value[:length]] == types
         and (
-            not value[6:] or (len(value) == 7 and value[6] in checkpoint.FLOATS)
+            not value[length:]
+            # By its new values, of this type; not in files of version 1.
+            or (
+                length == 8
+                and len(value) == 9
+                and isinstance(value[8], str)
+                and value[8] in checkpoint.FLOATS
+            )
         )
         and container.is_shape(value[2])
-        and all(0 <= size < 2**48 for size in value[3:6])
+        and all(0 <= size < 2**48 for size in value[3:length])
         and previous < value[0] < count
     )

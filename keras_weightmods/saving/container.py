@@ -490,6 +490,7 @@ class Reader:
 
     Attributes:
         entries: Dict from name to `Entry`, in the order of the header.
+        version: Int, of the format.
 
     Raises:
         ValueError: If anything in the file is not as it should be: its
@@ -597,6 +598,7 @@ class Reader:
             ) from error
         metadata = header.pop("__metadata__", None) or {}
         self._check_metadata(metadata, format, versions)
+        self.version = int(metadata["version"])
         checksum = metadata["header_sha256"]
         if len(checksum) == len(_NO_CHECKSUM):
             text = text.replace(checksum.encode(), _NO_CHECKSUM.encode())

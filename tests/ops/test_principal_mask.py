@@ -2,6 +2,7 @@
 
 import importlib
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -106,18 +107,6 @@ def test_selections_for_comparison(criterion):
     assert not np.array_equal(mask, other)
 
 
-def test_blocks():
-    x = normal(16, 24)
-    mask = numpy_mask(x, density=0.25, filter_rank=2, block=4)
-    assert mask.sum() == 96
-    blocks = mask.reshape(4, 4, 6, 4).sum(axis=(1, 3))
-    assert set(np.unique(blocks)) == {0, 16}
-    u, s, vh = np.linalg.svd(x.astype("float64"), full_matrices=False)
-    near = np.abs((u[:, :2] * s[:2]) @ vh[:2])
-    sums = near.reshape(4, 4, 6, 4).sum(axis=(1, 3))
-    assert sums[blocks == 16].min() > sums[blocks == 0].max()
-
-
 def test_candidates():
     x = normal(12, 16)
     candidates = np.random.default_rng(1).random((12, 16)) < 0.3
@@ -193,7 +182,6 @@ def test_default_rank_of_the_filter():
         ({"rank": 1, "criterion": "largest"}, "`criterion` must be one of"),
         ({"rank": 1, "method": "svd"}, "`method` must be one of"),
         ({"rank": 1, "seed": -1}, "`seed` must be"),
-        ({"rank": 1, "block": 4}, "must be multiples of `block`"),
         ({"rank": 1, "criterion": "gradient"}, "`gradient` must be a tensor"),
     ],
 )
@@ -223,3 +211,27 @@ def test_both_ways_to_find_the_largest_agree(levels):
         found = module._largest_by_bisection(ops.convert_to_tensor(x), count)
         if x[expected].min() >= 0:
             assert np.array_equal(ops.convert_to_numpy(found), expected)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="what JAX compiles"
+)
+def test_one_compilation_a_shape():
+    """Of kernels of one shape the first compiles, and no other."""
+    import jax
+
+    compiled = []
+
+    def listen(event, seconds, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        counts = []
+        for seed in range(3):
+            numpy_mask(normal(21, 35, seed=seed), density=0.1)
+            counts.append(len(compiled))
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert 0 < counts[0] == counts[1] == counts[2]

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_weightmods.patches.places import pack_places, unpack_places
+from keras_weightmods.patches.places import unpack_places
 
 pytestmark = pytest.mark.one_backend
 
@@ -25,15 +25,14 @@ def reference_bits(places, bits):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    places=st.sets(st.integers(0, 2**31 - 2), min_size=1, max_size=20)
-    | st.sets(st.integers(0, 60), min_size=1, max_size=61)
+    places=st.sets(st.integers(0, 9_999), min_size=1, max_size=20)
+    | st.sets(st.integers(0, 60), min_size=1, max_size=61),
+    bits=st.integers(0, 9),
 )
-def test_places_come_back(places):
+def test_places_of_the_code(places, bits):
     places = sorted(places)
     size = places[-1] + 1
-    bits, packed = pack_places(np.array(places))
-    if size < 10_000:
-        assert packed.tolist() == reference_bits(places, bits)
+    packed = np.array(reference_bits(places, bits), "uint8")
     assert unpack_places(packed, len(places), bits, size).tolist() == places
     with pytest.raises(ValueError, match=r"beyond|must hold"):
         unpack_places(packed, len(places), bits, size - 1)
@@ -54,12 +53,3 @@ def test_bytes_at_random_are_places_or_an_error(packed, count, bits):
     assert places.size == count
     assert np.all(np.diff(places) > 0)
     assert not count or 0 <= places[0] <= places[-1] < 50
-
-
-@pytest.mark.parametrize(
-    ("density", "most"), [(0.01, 8.2), (0.05, 6.0), (0.3, 3.2), (1.0, 1.0)]
-)
-def test_bits_of_a_place(density, most):
-    places = np.flatnonzero(np.random.default_rng(0).random(200_000) < density)
-    _, packed = pack_places(places)
-    assert 8 * packed.size / places.size <= most

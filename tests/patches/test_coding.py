@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_weightmods.patches import coding
+from keras_weightmods.saving.container import numpy_dtype
+
+pytestmark = pytest.mark.one_backend
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    places=st.sets(st.integers(0, 2**31 - 2), min_size=1, max_size=20)
+    | st.sets(st.integers(0, 5_000), min_size=1, max_size=20)
+    | st.sets(st.integers(0, 60), min_size=1, max_size=61)
+)
+def test_places_come_back(places):
+    places = sorted(places)
+    size = places[-1] + 1
+    low, coded, packed = coding.pack_gaps(np.array(places))
+    found = coding.unpack_gaps(packed, len(places), low, coded, size)
+    assert found.tolist() == places
+    with pytest.raises(ValueError, match=r"beyond|must hold"):
+        coding.unpack_gaps(packed, len(places), low, coded, size - 1)
+
+
+def test_the_code_of_gaps():
+    """Bytes of 255 stand for as many more, and wide gaps have low bytes."""
+    low, coded, packed = coding.pack_gaps(np.array([3, 4, 600]))
+    numbers = coding.decompress(packed, coded)
+    assert (low, numbers.tolist()) == (0, [3, 0, 255, 255, 85])
+    low, coded, packed = coding.pack_gaps(np.array([700, 2 * 700 + 1]))
+    assert (low, packed[:2].tolist()) == (1, [700 % 256] * 2)
+    assert coding.decompress(packed[2:], coded).tolist() == [2, 2]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    packed=st.binary(max_size=12),
+    count=st.integers(-1, 20),
+    low=st.integers(-1, 5),
+    coded=st.integers(-1, 30),
+)
+def test_bytes_at_random_are_places_or_an_error(packed, count, low, coded):
+    packed = np.frombuffer(packed, "uint8")
+    try:
+        places = coding.unpack_gaps(packed, count, low, coded, 50)
+    except ValueError:
+        return
+    assert places.size == count
+    assert np.all(np.diff(places) > 0)
+    assert not count or 0 <= places[0] <= places[-1] < 50
+
+
+def test_a_code_does_not_unpack_to_more_than_it_must():
+    packed = coding.compress(np.zeros(10**6, "uint8"))
+    assert coding.decompress(packed, 10**6).size == 10**6
+    for size in (0, 10, 10**6 - 1, 10**6 + 1):
+        with pytest.raises(ValueError, match="does not hold"):
+            coding.decompress(packed, size)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_floats_come_back(dtype):
+    dtype = numpy_dtype(dtype)
+    unsigned = f"u{dtype.itemsize}"
+    random = np.random.default_rng(0)
+    bits = random.integers(0, np.iinfo(unsigned).max, 999, unsigned, True)
+    first, rest = coding.split_floats(bits.view(dtype))
+    found = coding.join_floats(first, rest, dtype)
+    assert (found.view(unsigned) == bits).all()
+    # The exponents are alike.
+    normal = random.normal(size=9999).astype(dtype)
+    first, _ = coding.split_floats(normal)
+    assert coding.compress(first).size < 0.8 * first.size
+
+
+@pytest.mark.parametrize(
+    ("density", "most"),
+    [(0.0001, 16.5), (0.01, 8.2), (0.05, 5.85), (0.3, 3.1), (1.0, 1.1)],
+)
+def test_bits_of_a_place(density, most):
+    random = np.random.default_rng(0)
+    places = np.flatnonzero(random.random(2_000_000) < density)
+    packed = coding.pack_gaps(places)[2]
+    assert 8 * packed.size / places.size <= most
