@@ -13,6 +13,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from keras_weightmods.cli import bench as bench
 from keras_weightmods.cli import deltas as deltas
 from keras_weightmods.cli import inspection as inspection
 from keras_weightmods.cli import models as models
@@ -38,7 +39,7 @@ exit codes: 0 done, 1 an error in the files or values given, 2 wrong usage,
 """
 _GROUPS = {
     "signature": "Extract, apply and combine signatures.",
-    "delta": "Save, apply and remove what a fine-tuning changed.",
+    "delta": "Save, apply and remove what a fine-tuning changed; LoRA.",
 }
 BACKENDS = ("jax", "torch", "tensorflow")
 

@@ -187,11 +187,13 @@ def _merge(args):
 @command(
     "evaluate",
     MODEL,
+    argument("--data", help="a text, or rows of tokens in a .npy file"),
     argument(
-        "--data",
-        required=True,
-        help="a text, or rows of tokens in a .npy file",
+        "--tasks",
+        nargs="+",
+        help="those of lm-eval instead, as hellaswag; it fetches their data",
     ),
+    argument("--limit", type=int, help="questions of a task; default: all"),
     argument(
         "--length", type=int, default=1024, help="of a window; default: 1024"
     ),
@@ -199,16 +201,42 @@ def _merge(args):
     QUIET,
 )
 def _evaluate(args):
-    """Measure the perplexity of a language model.
+    """Measure the perplexity of a language model, or tasks of lm-eval.
 
     examples:
       keras-weightmods evaluate llm.safetensors --data held_out.txt
+      keras-weightmods evaluate llm.safetensors --tasks arc_easy --limit 200
     """
+    if (args.data is None) == (args.tasks is None):
+        raise ValueError("`evaluate` takes --data, or --tasks of lm-eval")
     model = load_model(args.model)
+    if args.tasks is not None:
+        return _tasks(model, args)
     value = perplexity_of(
         model, args.data, args.length, args.batch_size, not args.quiet
     )
     return f"perplexity {value:.4f}", {"perplexity": value, "data": args.data}
+
+
+def _tasks(model, args):
+    """Return the results of tasks of lm-eval."""
+    wrapped = kwm.lm_eval_model(model, args.length, args.batch_size)
+    import lm_eval
+
+    found = lm_eval.simple_evaluate(
+        model=wrapped, tasks=args.tasks, limit=args.limit
+    )["results"]
+    lines = [
+        f"{task}: {name.removesuffix(',none')} {value:.4f}"
+        for task, values in found.items()
+        for name, value in values.items()
+        if isinstance(value, float) and "stderr" not in name
+    ]
+    plain = {
+        task: {k: v for k, v in values.items() if isinstance(v, (float, str))}
+        for task, values in found.items()
+    }
+    return "\n".join(lines), {"results": plain}
 
 
 def perplexity_of(model, path, length, batch_size, verbose):

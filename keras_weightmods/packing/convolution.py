@@ -38,10 +38,11 @@ class ConvProduct:
     the kernel has one tap, rows are pixels of the input itself.
 
     Args:
-        layer: A built layer, see `is_convolution`.
+        target: `Target` of a layer that `is_convolution`.
     """
 
-    def __init__(self, layer):
+    def __init__(self, target):
+        layer, self.size = target.layer, target.contraction_size
         self.rank = layer.rank
         self.taps = tuple(layer.kernel_size)
         self.strides = tuple(layer.strides)
@@ -66,7 +67,8 @@ class ConvProduct:
             self._widths(ops.shape(x)[axis], *each)
             for axis, each in enumerate(sizes, start=1)
         ]
-        if any(side != 0 for side in itertools.chain(*widths)):
+        sides = itertools.chain(*widths)
+        if any(ops.is_tensor(side) or side for side in sides):
             x = ops.pad(x, [(0, 0), *widths, (0, 0)])
         parts = []
         for place in itertools.product(*map(range, self.taps)):
@@ -81,7 +83,11 @@ class ConvProduct:
                 )
             ]
             parts.append(x[(slice(None), *window)])
-        return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=-1)
+        x = parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=-1)
+        if x.shape[-1] is None:
+            # TensorFlow forgets all sizes where it pads by one not known yet.
+            x = ops.reshape(x, (*ops.shape(x)[:-1], self.size))
+        return x
 
     def _widths(self, size, taps, stride, dilation):
         """Return the zeros before and behind an axis of `size` pixels."""
@@ -95,9 +101,8 @@ class ConvProduct:
         else:
             # As many pixels as strides begin in the input.
             total = (-(-size // stride) - 1) * stride + span + 1 - size
-            total = (
-                max(total, 0) if type(size) is int else ops.maximum(total, 0)
-            )
+            is_known = not ops.is_tensor(total)
+            total = max(total, 0) if is_known else ops.maximum(total, 0)
         return total // 2, total - total // 2
 
 

@@ -163,7 +163,7 @@ class PackedKernel(PackedParameters):
     def product_of(self, target):
         """Return what turns the layer's product into that of the matrix."""
         if convolution.is_convolution(target.layer):
-            return convolution.ConvProduct(target.layer)
+            return convolution.ConvProduct(target)
         return product.PackedProduct(
             product.equation_of(target.layer),
             target.contraction_axes,

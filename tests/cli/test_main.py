@@ -173,7 +173,7 @@ def test_usage(capsys):
             cli.main(line.split())
         assert error.value.code == 2
         assert "usage: keras-weightmods" in capsys.readouterr().err
-    assert len(cli.COMMANDS) == 19
+    assert len(cli.COMMANDS) == 22
     for words in ("", *cli.COMMANDS):
         with pytest.raises(SystemExit) as error:
             cli.main([*words.split(), "--help"])

@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import types
 
 import keras
 import numpy as np
@@ -119,6 +121,49 @@ def test_language_models(run, language_model, tmp_path):
         " --quiet -o sparse.safetensors"
     )
     kwm.assert_sparse(kwm.load_model("sparse.safetensors"), "2:4")
+
+
+def test_bench(run, tmp_path):
+    models.mlp(8, 4).save("model.keras")
+    found = json.loads(run("bench model.keras --batch-size 3 --json"))
+    assert found["weights_bytes"] == 4 * (8 * 4 + 4)
+    assert found["per_second"] == pytest.approx(3 / found["seconds"])
+    keras.Sequential([keras.Input((None, 8)), keras.layers.Dense(2)]).save(
+        "long.keras"
+    )
+    assert "`data` must be given" in run("bench long.keras", code=1)
+    np.save("x.npy", models.normal(2, 5, 8))
+    assert "inputs/s" in run("bench long.keras --data x.npy --batch-size 2")
+    error = run("bench long.keras --data x.npy --batch-size 3", code=1)
+    assert "of 3 inputs at least" in error
+    assert "`rounds` must be" in run("bench model.keras --rounds 0", code=1)
+
+
+def test_bench_and_tasks_of_a_language_model(
+    run, language_model, tmp_path, monkeypatch
+):
+    kwm.save_model(language_model, "llm.safetensors")
+    line = "bench llm.safetensors --prompt 5 --tokens 4 --rounds 1"
+    found = json.loads(run(f"{line} --batch-size 2 --as-is --json"))
+    assert found["written_per_second"] > 0
+    assert found["read_per_second"] > 0
+
+    asked = {}
+
+    def simple_evaluate(**kwargs):
+        asked.update(kwargs)
+        scores = {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "a"}
+        return {"results": {"a_task": scores}}
+
+    # lm-eval itself is not installed here, and fetches data.
+    module = types.SimpleNamespace(simple_evaluate=simple_evaluate)
+    monkeypatch.setitem(sys.modules, "lm_eval", module)
+    monkeypatch.setattr(kwm, "lm_eval_model", lambda *args: args[1:])
+    line = "evaluate llm.safetensors --tasks a_task --limit 3 --length 16"
+    assert run(line) == "a_task: acc 0.5000\n"
+    assert asked == {"model": (16, 1), "tasks": ["a_task"], "limit": 3}
+    assert json.loads(run(f"{line} --json"))["results"]["a_task"]["alias"]
+    assert "--data, or --tasks" in run("evaluate llm.safetensors", code=1)
 
 
 def test_lora_is_merged(run):

@@ -3,7 +3,10 @@
 import json
 import pathlib
 import re
+import subprocess
 import sys
+import time
+import warnings
 
 import keras
 import numpy as np
@@ -291,8 +294,26 @@ def test_yaml(folder, monkeypatch):
         read_recipe("a.yaml")
 
 
+def killed_after(name, stages, output):
+    """Run a recipe in a process of its own, killed once `stages` are done."""
+    state = pathlib.Path(output, "state.json")
+    command = [sys.executable, "-m", "keras_weightmods.cli.main", "run", name]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    done: list = []
+    try:
+        while len(done) < stages and process.poll() is None:
+            time.sleep(0.02)
+            if state.exists():
+                done = json.loads(state.read_text())["done"]
+    finally:
+        process.kill()
+        process.wait()
+    return [each["stage"] for each in done]
+
+
 def test_a_language_model(run, folder):
-    """Rows that it writes itself, CAST from a one-shot start, perplexity."""
+    """The whole chain, killed and resumed: rows that it writes itself, CAST
+    from a one-shot start, 4 bits, packed, exported, perplexity."""
     model = models.causal_lm("gpt2", models.gpt2_preprocessor())
     kwm.save_model(model, "llm.safetensors")
     pathlib.Path("text.txt").write_text("abc ab cdefgh hgf ed " * 20)
@@ -308,11 +329,20 @@ def test_a_language_model(run, folder):
         "stages": [
             "sparsify",
             {"cast": {"batch_size": 4, "scaling_groups": 0}},
+            {"quantize": {"group_size": 8}},
+            {"pack": {"dtype": "int4", "head": "int8"}},
             {"export": {"format": "transformers", "filepath": "hf"}},
         ],
         "evaluate": {"data": "text.txt", "length": 8, "batch_size": 8},
     }
-    run(f"run {write(recipe)} --quiet")
+    name = write(recipe)
+    assert killed_after(name, 2, "llm") == ["source", "sparsify"]
+    first = pathlib.Path("llm/1-sparsify.safetensors")
+    written = first.stat().st_mtime_ns
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*exported in dense form")
+        run(f"run {name} --quiet")
+    assert first.stat().st_mtime_ns == written
     rows = np.load("llm/rows.npy")
     assert rows.shape == (8, 8)
     sparse = kwm.load_model("llm/2-cast.safetensors")
@@ -321,5 +351,9 @@ def test_a_language_model(run, folder):
     text = pathlib.Path("text.txt").read_text()
     expected = kwm.perplexity(sparse, [text], 8, batch_size=8, verbose=0)
     assert state["done"][2]["perplexity"] == pytest.approx(expected, rel=1e-4)
+    names = "source", "sparsify", "cast", "quantize", "pack", "export"
+    assert tuple(each["stage"] for each in state["done"]) == names
+    packed = kwm.load_model("llm/4-pack.safetensors")
+    assert any(w.name == "kernel_meta" for w in packed.weights)
     assert "perplexity" in pathlib.Path("llm/README.md").read_text()
     assert pathlib.Path("llm/hf/model.safetensors").is_file()

@@ -3,7 +3,6 @@
 import json
 import os
 
-import keras
 import numpy as np
 import pytest
 
@@ -17,9 +16,9 @@ pytest.importorskip("keras_hub")
 TOKENS = np.array([[3, 1, 4, 1, 5, 9]])
 X = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
 RANK = 3
-slow = pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="the fastest of them"
-)
+
+# Files, NumPy's SVD, and `low_rank_factors`, which has tests on each backend.
+pytestmark = pytest.mark.one_backend
 
 
 def make(family="llama3", **sizes):
@@ -112,7 +111,6 @@ def matrix_of(target, array):
     return array.transpose(order).reshape(size, -1)
 
 
-@slow
 def test_peft_s_folder(task, tmp_path):
     from safetensors.numpy import load_file
 
@@ -157,7 +155,6 @@ def test_peft_s_folder(task, tmp_path):
         kwm.remove_delta(model)
 
 
-@slow
 def test_peft_multiplies_by_it(task, tmp_path):
     """The logits of the base and the adapter in transformers."""
     transformers = pytest.importorskip("transformers")
@@ -182,7 +179,6 @@ def test_peft_multiplies_by_it(task, tmp_path):
     np.testing.assert_allclose(logits, models.numpy(model(X)), atol=1e-4)
 
 
-@slow
 def test_what_an_adapter_cannot_hold_is_named(tmp_path):
     """GPT-2's query is a part of a tensor there, and biases are no kernels."""
     model = make("gpt2")
