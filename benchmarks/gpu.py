@@ -16,7 +16,8 @@ on. What was measured is not measured again: the same command continues. A test
 that fails does not stop the rest, but the status at the end tells of it.
 
 It needs no package itself. `--dry-run`, for machines without a GPU, goes all
-the way with tiny products and writes to the folder `--results` alone.
+the way but for float16, with tiny products, and writes to the folder
+`--results` alone.
 """
 
 import argparse
@@ -81,10 +82,11 @@ def main():
     seconds = math.inf if args.dry_run else args.seconds
     deadline = time.monotonic() + seconds
     outcomes = {}
-    for dtypes, until in (
+    passes = [
         (("bfloat16", "int8", "float32"), deadline - FLOAT16_SECONDS),
         (("float16",), deadline),
-    ):
+    ]
+    for dtypes, until in passes[:1] if args.dry_run else passes:
         for backend in frameworks:
             name = f"{backend}, {' '.join(dtypes)}"
             outcomes[name] = test(backend, dtypes, until)
@@ -112,29 +114,30 @@ def install_missing():
     """Install what is missing beside what is there, which stays as it is."""
     if PACKAGES.exists():
         sys.path.insert(0, os.fspath(PACKAGES))
-    wanted = missing()
-    if shutil.which("cmake", path=environment()["PATH"]) is None:
-        wanted.append("cmake")
-    if not wanted:
-        return
+    if wanted := missing():
+        install(wanted)
+    if left := missing():
+        raise SystemExit(f"pip did not install {', '.join(left)}.")
+
+
+def install(wanted):
     print(f"== installing {', '.join(wanted)}", flush=True)
     # Without what they depend on: that is among them, or big and there.
     run("-m", "pip", "install", "--quiet", "--no-deps", "--target", PACKAGES,
         *wanted, check=True)  # fmt: skip
     if os.fspath(PACKAGES) not in sys.path:
         sys.path.insert(0, os.fspath(PACKAGES))
-    if left := missing():
-        raise SystemExit(f"pip did not install {', '.join(left)}.")
 
 
 def environment():
     """The variables of each part: PYTHONPATH and PATH keep what they hold."""
     paths = [ROOT, PACKAGES, os.environ.get("PYTHONPATH")]
+    programs = [PACKAGES / "bin", pathlib.Path(sys.executable).parent]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(os.fspath(p) for p in paths if p),
         "PATH": os.pathsep.join(
-            [os.fspath(PACKAGES / "bin"), os.environ.get("PATH", os.defpath)]
+            [*map(os.fspath, programs), os.environ.get("PATH", os.defpath)]
         ),
         # The tests on a CPU set it for their speed.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
@@ -172,7 +175,10 @@ def build():
     known = json.loads(stamp.read_text()) if stamp.exists() else None
     if known == about and all(library.exists() for library in libraries):
         return
-    cmake = shutil.which("cmake", path=environment()["PATH"])
+    path = environment()["PATH"]
+    if shutil.which("cmake", path=path) is None:
+        install(["cmake"])
+    cmake = shutil.which("cmake", path=path)
     for command in (
         [cmake, "-S", "cmake", "-B", BUILD, "-DKWM_XLA_ANY_VERSION=ON",
          f"-DPython_EXECUTABLE={sys.executable}"],
