@@ -13,6 +13,7 @@ import itertools
 import pathlib
 import re
 import runpy
+import warnings
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
@@ -83,7 +84,10 @@ def gallery_pictures():
     found = {}
     text = (DOCS / GALLERY).read_text()
     for number, code in enumerate(CODE.findall(text)):
-        exec(compile(code, GALLERY, "exec"), {})
+        with warnings.catch_warnings():
+            # What torch says of NumPy, as in the tests.
+            warnings.filterwarnings("ignore", "__array__ implementation")
+            exec(compile(code, GALLERY, "exec"), {})
         picture = io.BytesIO()
         pyplot.savefig(picture, dpi=110)
         pyplot.close("all")

@@ -115,7 +115,6 @@ def test_refresh_follows_the_rule_without_a_retrace(name):
     assert len(model.trainable_variables) == 4
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="only JAX has a state to sync")
 @pytest.mark.one_backend
 @pytest.mark.parametrize("kind", [kwm.SparseAdamW, keras.optimizers.Adam])
 def test_figures_of_the_masks_are_in_the_logs(kind, tmp_path):
@@ -153,6 +152,7 @@ def test_figures_of_the_masks_are_in_the_logs(kind, tmp_path):
     assert len(rows) == 4
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="only JAX has a state to sync")
 def test_touches_the_model_at_refreshes_alone(monkeypatch):
     synced, sync = [], keras.Model.jax_state_sync
 
