@@ -79,7 +79,8 @@ def register_target(
     }
     fixed: list[int] = []
     for name, value in axes.items():
-        if callable(value) or (name == "output_axes" and value is None):
+        is_function = callable(value) and not isinstance(value, layers.Layer)
+        if is_function or (name == "output_axes" and value is None):
             continue
         if not _are_ints(value) or (name == "contraction_axes" and not value):
             expected = (

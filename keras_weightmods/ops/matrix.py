@@ -5,7 +5,7 @@ do, is a stack (S, K, R).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from keras import ops
 
@@ -96,4 +96,4 @@ def _order(rank, axis):
 
 
 def _tuple(axis):
-    return tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    return tuple(axis) if isinstance(axis, Sequence) else (axis,)

@@ -226,7 +226,7 @@ def mask_indices(mask: Any) -> np.ndarray:
 
 def _matrices(x: Any, contraction_axes: Any, stack_axes: Any) -> Any:
     """The matrices of a tensor as a list; one alone is not copied."""
-    if stack_axes:
+    if not isinstance(stack_axes, (tuple, list)) or stack_axes:
         return list(to_stack(x, contraction_axes, stack_axes))
     return [to_matrix(x, contraction_axes)]
 

@@ -72,9 +72,11 @@ def check(x, y=None, name="x"):
     counts = set()
     for each, value in ((name, x), ("y", y)):
         for leaf in keras.tree.flatten(value):
+            if leaf is None and each == "y" and value is not None:
+                raise checks.error(each, "arrays of rows of numbers", value)
             if not hasattr(leaf, "shape"):
                 continue
-            kind = getattr(leaf.dtype, "kind", "f")
+            kind = getattr(getattr(leaf, "dtype", None), "kind", "f")
             if not leaf.shape or not leaf.shape[0] or kind in "OUSc":
                 raise checks.error(each, "arrays of rows of numbers", value)
             counts.add(int(leaf.shape[0]))
@@ -198,5 +200,10 @@ def _row_count(x):
 
 
 def _to_numpy(x):
+    if x is None:
+        return None
     # Also of a TensorFlow tensor, on every backend.
-    return None if x is None else ops.convert_to_numpy(x)
+    array = ops.convert_to_numpy(x)
+    if array.dtype.kind in "OUS":
+        raise checks.error("data", "batches of arrays of numbers", x)
+    return array

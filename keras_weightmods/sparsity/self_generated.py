@@ -82,7 +82,7 @@ def self_generated(
     ```
     """
     checks.check_int("rows", rows, 1, 2**31 - 1)
-    checks.check_int("batch_size", batch_size, 1)
+    checks.check_int("batch_size", batch_size, 1, 2**31 - 1)
     checks.check_int("length", length, 3, 2**31 - 1)
     checks.check_verbose(verbose)
     checks.check_int("seed", seed, 0)

@@ -137,15 +137,19 @@ def check_shape(name: str, value: Any) -> tuple[int, ...]:
 
 def check_schedule(name: str, value: Any) -> None:
     """Raise ValueError for a callable learning rate that needs arguments."""
-    from keras.optimizers.schedules import LearningRateSchedule
+    import keras
 
-    if not callable(value) or isinstance(value, LearningRateSchedule):
+    schedules = keras.optimizers.schedules.LearningRateSchedule
+    if not callable(value) or isinstance(value, schedules):
         return
     try:
         inspect.signature(value).bind()
+        is_valid = not isinstance(value, keras.layers.Layer)
     except (TypeError, ValueError):
+        is_valid = False
+    if not is_valid:
         expected = "a float, a schedule, or a callable without arguments"
-        raise error(name, expected, value) from None
+        raise error(name, expected, value)
 
 
 def check_model(model: Any) -> None:

@@ -225,7 +225,7 @@ _VALUES = (
     *("stateless scope", "float32", "../../x", "layers/x", "[red]x[/]"),
     *([], {}, [[]], [None], [2**40] * 40, [-1, 2**31], {"a": {"b": []}}),
     _deep(50),
-    _deep(900),
+    _deep(150),
     ["x"] * 5000,
     _array_of("V1000000000"),
     _array_of("S500000000"),
@@ -332,17 +332,25 @@ def run(kind, count, first=0, seed=0):
                 read_all()
         for number in range(first, first + count):
             rng = random.Random(f"{kind} {seed} {number}")
-            mutant.write_bytes(mutant_of(data, rng))
-            problem = None
-            with Cost() as cost:
-                try:
-                    read_all()
-                    accepted += 1
-                except Exception as error:
-                    problem = raised.why_obscure(error)
-            if cost.seconds > honest.seconds + MORE_SECONDS:
+            changed = mutant_of(data, rng)
+            problem, is_read = None, False
+            # Again where it is slow, which a busy machine may be.
+            for _ in range(2):
+                mutant.write_bytes(changed)
+                with Cost() as cost:
+                    try:
+                        read_all()
+                        is_read = True
+                    except Exception as error:
+                        problem = raised.why_obscure(error)
+                is_slow = cost.seconds > honest.seconds + MORE_SECONDS
+                is_large = cost.bytes > honest.bytes + MORE_MEMORY
+                if not is_slow and not is_large:
+                    break
+            accepted += is_read
+            if is_slow:
                 problem = f"takes {cost.seconds:.1f} s"
-            if cost.bytes > honest.bytes + MORE_MEMORY:
+            if is_large:
                 problem = f"takes {cost.bytes / 2**20:.0f} MiB"
             if problem is not None:
                 failures[number] = problem

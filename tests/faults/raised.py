@@ -32,13 +32,16 @@ def why_obscure(error, argument=None):
     if isinstance(error, _OBSCURE):
         return summary(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    if _raises(frame.filename, frame.lineno):
-        if frame.filename.startswith(_OURS):
-            return None
-        words = {argument or "expected", "expected", "incompatible"}
-        text = str(error).lower()
-        if frame.filename.startswith(_KERAS) and any(w in text for w in words):
-            return None
+    is_raised = _raises(frame.filename, frame.lineno)
+    if is_raised and frame.filename.startswith(_OURS):
+        return None
+    text = str(error).lower()
+    # Keras leaves its own frames out of what is raised in a layer's call.
+    of_keras = "exception encountered when calling" in text
+    of_keras |= is_raised and frame.filename.startswith(_KERAS)
+    words = (argument or "expected", "expected", "incompatible")
+    if of_keras and any(word in text for word in words):
+        return None
     if isinstance(error, OSError) and error.filename is not None:
         return None
     return summary(error)

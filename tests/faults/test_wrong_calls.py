@@ -1,4 +1,4 @@
-"""A few wrong calls of each argument; all of them are in `make faults`."""
+"""A few wrong calls of each public name; all are in `make faults`."""
 
 import pathlib
 
@@ -20,13 +20,8 @@ def test_every_public_name_is_called():
 
 def test_wrong_calls_are_refused_in_words():
     pytest.importorskip("keras_hub")
-    cases = wrong_calls.some_cases(360)
-    arguments = {
-        (name, parameter)
-        for name, function in wrong_calls.subjects().items()
-        for parameter in wrong_calls.parameters_of(function)
-    }
-    assert {case[:2] for case in cases} == arguments
+    cases = wrong_calls.some_cases(200)
+    assert {name for name, *_ in cases} == set(wrong_calls.subjects())
     assert wrong_calls.run_all(cases) == {}
 
 

@@ -686,17 +686,16 @@ def all_cases():
 
 
 def some_cases(count, seed=0):
-    """Return a part of all cases; each argument of each name is in it."""
+    """Return a part of all cases, of each name about as many."""
     rng = random.Random(seed)
     cases = all_cases()
     rng.shuffle(cases)
-    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    seen: collections.Counter[str] = collections.Counter()
     ranked = []
-    for place, (name, parameter, _) in enumerate(cases):
-        seen[name, parameter] += 1
-        ranked.append((seen[name, parameter], place))
-    chosen = sorted(ranked)[:count]
-    return sorted(cases[place] for _, place in chosen)
+    for place, (name, *_) in enumerate(cases):
+        seen[name] += 1
+        ranked.append((seen[name], place))
+    return sorted(cases[place] for _, place in sorted(ranked)[:count])
 
 
 def state_of(model):
@@ -831,6 +830,9 @@ def run_all(cases, trace=False):
             warm_up()
             for done, case in enumerate(cases):
                 problem = run(case)
+                if problem is not None and problem.startswith("takes"):
+                    # Again, as a busy machine may be slow.
+                    problem = run(case)
                 if problem is not None:
                     failures[case] = problem
                     print(*case, problem, sep=" | ", flush=True)

@@ -8,6 +8,7 @@ it returned, nobody holds the weights.
 import contextlib
 import signal
 import threading
+from typing import Any
 
 
 def kept(step, hold):
@@ -44,7 +45,7 @@ def kept(step, hold):
             raise
         return logs, new
 
-    train_function.is_kept = True
+    vars(train_function)["is_kept"] = True
     return train_function
 
 
@@ -71,7 +72,7 @@ def _interrupts_wait():
     if not is_main or not callable(handler):
         yield contextlib.nullcontext
         return
-    received = []
+    received: list[Any] = []
 
     def note(*signal_and_frame):
         if received:
