@@ -12,6 +12,7 @@ import copy
 import inspect
 import itertools
 import random
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -253,6 +254,38 @@ def without_values(pending: list[Any]) -> Iterator[None]:
             yield
     finally:
         global_state.set_global_attribute(attribute, earlier)
+
+
+def layout_of(variable: Any) -> Any:
+    """Return the layout of a variable over devices; None where it has none.
+
+    Keras keeps it to itself, and finds that of a variable by its path: what
+    stands for a weight has another path.
+    """
+    distribution = keras.distribution.distribution()
+    if variable._layout is None and distribution is not None:
+        return distribution.get_variable_layout(variable)
+    return variable._layout
+
+
+def add_laid_out(add: Callable[..., Any], layout: Any, **arguments: Any) -> Any:
+    """Return the new variable of `add`, a layer's `add_weight` or alike.
+
+    It has a layout of our choice, unless that is None: `add_weight` takes
+    none. Set before there is a value, it is never whole on a device.
+    """
+    if layout is None:
+        return add(**arguments)
+    before = keras.distribution.distribution()
+    ours = types.SimpleNamespace(get_variable_layout=lambda variable: layout)
+    keras.distribution.set_distribution(ours)
+    try:
+        variable = add(**arguments)
+    finally:
+        keras.distribution.set_distribution(before)
+    # One without a value yet has not asked for it.
+    variable._layout = layout
+    return variable
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ class Reparameterization:
         item.is_empty = True
         return item
 
-    def create_parameters(self, add_weight: Callable[..., None]) -> None:
+    def create_parameters(self, add_weight: Callable[..., Any]) -> None:
         """Create the parameters through the layer's `add_weight`.
 
         They become `self.parameters`, in this order. Their names must be

@@ -373,6 +373,7 @@ def _create_parameters(item):
     def add_weight(**arguments):
         parameter = layer.add_weight(**arguments)
         item.parameters += (parameter,)
+        return parameter
 
     with keras_private.unlocked(layer):
         item.create_parameters(add_weight)

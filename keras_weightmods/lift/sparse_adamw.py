@@ -1,13 +1,20 @@
 """SparseAdamW: AdamW with state for the entries that it trains alone."""
 
+import math
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.backend import backend_module
+from keras_weightmods.core import keras_private
 from keras_weightmods.lift.masked_state import MaskedState
 from keras_weightmods.utils import checks
+
+# The length of state that is split over devices is a multiple of it, so that a
+# checkpoint fits most meshes.
+_PART = 256
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
@@ -105,8 +112,8 @@ class SparseAdamW(MaskedState):
         for place, (variable, spec) in enumerate(zip(variables, self._specs)):
             indices = None
             if spec.size is not None:
-                name, shape = f"indices_{place}", (spec.size,)
-                indices = self.add_variable(shape, dtype="int32", name=name)
+                name = f"indices_{place}"
+                indices = self._add_vector(variable, dtype="int32", name=name)
             self._indices.append(indices)
             self._moments.append(tuple(new(variable, n) for n in names))
 
@@ -125,28 +132,47 @@ class SparseAdamW(MaskedState):
         # No path in the name: a layout map of kernels is not for these.
         name = f"{name}_{len(self.variables)}"
         dtype = reference_variable.dtype
-        return self.add_variable((size,), initializer, dtype, name=name)
+        return self._add_vector(
+            reference_variable, initializer=initializer, dtype=dtype, name=name
+        )
+
+    def _add_vector(self, variable: Any, **kwargs: Any) -> Any:
+        """Add state for the masked entries of a variable, split as it is."""
+        size, layout = self._spec_of(variable).size, None
+        split = _split_of(variable)
+        if split is not None:
+            layout, parts = split
+            size = -(-size // math.lcm(parts, _PART)) * math.lcm(parts, _PART)
+        return self.add_variable((size,), layout=layout, **kwargs)
 
     def indices_of(self, variable: keras.Variable) -> Any:
-        place = self._get_variable_index(variable)
-        return ops.convert_to_numpy(self._indices[place])
+        indices = ops.convert_to_numpy(self._indices_of(variable))
+        return indices[: self._spec_of(variable).size]
+
+    def _indices_of(self, variable: Any) -> Any:
+        return self._indices[self._get_variable_index(variable)]
 
     def set_indices(self, variable: keras.Variable, indices: Any) -> None:
         place = self._get_variable_index(variable)
+        state = self._indices[place]
+        missing = state.shape[0] - len(indices)
         if self.mask_step >= 0:
             old = self.indices_of(variable)
-            for state in self._moments[place]:
-                values = ops.convert_to_numpy(state)
-                state.assign(_moved(values, old, indices))
-        self._indices[place].assign(np.asarray(indices, "int32"))
+            for moment in self._moments[place]:
+                values = ops.convert_to_numpy(moment)[: len(old)]
+                moved = _moved(values, old, indices)
+                moment.assign(np.pad(moved, (0, missing)))
+        # Beyond the last entry, where nothing is.
+        beyond = np.full(missing, math.prod(variable.shape), "int32")
+        state.assign(np.append(np.asarray(indices, "int32"), beyond))
 
     def _backend_apply_gradients(self, grads: Any, variables: Any) -> None:
         compact = []
         for gradient, variable in zip(grads, variables):
-            indices = self._indices[self._get_variable_index(variable)]
-            compact.append(
-                gradient if indices is None else _taken(gradient, indices)
-            )
+            indices = self._indices_of(variable)
+            if indices is not None:
+                gradient = _taken(gradient, indices, _split_of(variable))
+            compact.append(gradient)
         if keras.backend.backend() == "jax":
             from keras_weightmods.backend.jax.order import after_all
 
@@ -175,7 +201,8 @@ class SparseAdamW(MaskedState):
             from keras_weightmods.backend.jax.order import after
 
             whole = after(whole, gradient)
-        weight = whole if indices is None else _taken(whole, indices)
+        split = None if indices is None else _split_of(known)
+        weight = whole if indices is None else _taken(whole, indices, split)
         dtype = weight.dtype
         rate = ops.cast(learning_rate, dtype)
         gradient = ops.cast(gradient, dtype)
@@ -194,14 +221,15 @@ class SparseAdamW(MaskedState):
         mean, square = corrected
         weight = weight - rate * mean / (ops.sqrt(square) + self.epsilon)
         if indices is not None:
-            weight = _put(whole, indices, weight)
+            weight = _put(whole, indices, weight, split)
         self.assign(variable, weight)
 
     def _only_masked(self, variable: Any, new: Any, old: Any) -> Any:
-        indices = self._indices[self._get_variable_index(variable)]
+        indices = self._indices_of(variable)
         if indices is None:
             return new
-        return _put(old, indices, _taken(new, indices))
+        split = _split_of(variable)
+        return _put(old, indices, _taken(new, indices, split), split)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -220,14 +248,30 @@ def _moved(values: Any, old: Any, new: Any) -> Any:
     return moved
 
 
-def _taken(x: Any, indices: Any) -> Any:
+def _split_of(variable: Any) -> Any:
+    """How the state of a variable that is split over devices is split.
+
+    A pair of a layout and the number of parts; None for one that is not.
+    """
+    if keras.backend.backend() != "jax":
+        return None
+    layout = keras_private.layout_of(variable)
+    return backend_module("layouts").split_vector(layout)
+
+
+def _taken(x: Any, indices: Any, split: Any) -> Any:
     """The entries of a tensor at places in its flattened form."""
-    flat = ops.reshape(ops.convert_to_tensor(x), (-1,))
-    return ops.take(flat, ops.convert_to_tensor(indices))
+    x, indices = map(ops.convert_to_tensor, (x, indices))
+    if split is not None:
+        return backend_module("entries").taken(x, indices)
+    return ops.take(ops.reshape(x, (-1,)), indices)
 
 
-def _put(x: Any, indices: Any, values: Any) -> Any:
+def _put(x: Any, indices: Any, values: Any, split: Any) -> Any:
     """The tensor with other entries at these places."""
+    if split is not None:
+        indices = ops.convert_to_tensor(indices)
+        return backend_module("entries").put(x, indices, values)
     flat = ops.reshape(x, (-1,))
     places = ops.expand_dims(ops.convert_to_tensor(indices), -1)
     return ops.reshape(ops.scatter_update(flat, places, values), x.shape)

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import warnings
 from typing import Any
 
 import keras
@@ -54,6 +55,10 @@ def pack(
 
     Where the compiled kernels are missing, a warning says so once and the
     layers hold the kernels dense, rounded alike, with checkpoints alike.
+
+    Under `keras.distribution`, with JAX, the packed arrays are split over
+    devices as the weights are, and each device multiplies by its own part: no
+    weight is gathered. (On GPUs the kernels are held dense then.)
 
     Packing holds the dense and the packed weights for a while. A built
     optimizer has state of weights that are gone, so the model is left
@@ -183,6 +188,7 @@ def pack(
     reason = reason_for_dense()
     if reason:
         native.warn_dense(reason)
+    _warn_about_undivided(items)
     before = _model_bytes(model)
     seam.attach(model, items, drop_optimizer=True)
     return _report(model, items, skipped, before)
@@ -324,6 +330,24 @@ def _check_kernels(items: list[Any]) -> None:
 def _violations(target: Any) -> int:
     kernel, axes = target.variable.value, target.contraction_axes
     return int(nm_violations(kernel, "2:4", axes))
+
+
+def _warn_about_undivided(items: Any) -> None:
+    """Warn where devices will hold more of a weight than of the dense one."""
+    found = [
+        f"{item.target.path!r} by {list(item.unused_axes)}"
+        for item in items
+        if item.unused_axes
+    ]
+    if found:
+        warnings.warn(
+            f"`pack` splits {len(found)} weights over fewer devices than their "
+            "layouts do, since the blocks of the packed format, of 32 rows (64 "
+            "in int4) and 16 columns, do not divide there. Leave them out by "
+            "`targets`, or split them by other axes. Not split are: "
+            + "; ".join(found[:5]),
+            stacklevel=3,
+        )
 
 
 def _check_finite(items: Any) -> None:

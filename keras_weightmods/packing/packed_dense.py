@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.backend import backend_module
-from keras_weightmods.core import seam
+from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.native import packed as packed_format
 from keras_weightmods.ops.matrix import from_matrix, stack_shape, to_matrix
@@ -43,8 +43,13 @@ def packed_kernel(target, dtype, trainable, activations="float32"):
     if not trainable:
         shape = PackedKernel.shape_of(target)
         plan = gpu_plan(shape, target.layer.compute_dtype, dtype)
-        # On a GPU nothing multiplies by int8 activations.
-        is_dense = plan and (not plan.is_sparse or activations == "int8")
+        # On a GPU nothing multiplies by int8 activations, or by parts that are
+        # split over devices.
+        is_dense = plan and (
+            not plan.is_sparse
+            or activations == "int8"
+            or keras_private.layout_of(target.variable) is not None
+        )
         if reason_for_dense() or is_dense:
             kernel_class = UnpackedKernel
         elif plan and keras.backend.backend() == "jax":
@@ -123,6 +128,7 @@ class PackedKernel(PackedParameters):
     settings: tuple[str, ...] = ("dtype", "trainable")
     mixin: type | None = _PackedDenseCall
     is_dense = False
+    sides: tuple[str, ...] = ("rows", "columns")
     make: Any = staticmethod(packed_kernel)
     reason_to_skip = staticmethod(reason_to_skip)
 
@@ -137,6 +143,7 @@ class PackedKernel(PackedParameters):
         )
         self.product = self.product_of(target)
         self.packed: Any = None
+        self.split_as_weight(self.matrix_shape, dtype, self.arrays, self.sides)
 
     @staticmethod
     def shape_of(target):
@@ -192,7 +199,7 @@ class PackedKernel(PackedParameters):
     def packed_of(self, *arrays):
         """Return the `Packed` of these, in the order of `self.arrays`."""
         named = dict(zip(self.arrays, arrays))
-        return packed_format.Packed(
+        packed = packed_format.Packed(
             named["values"],
             named.get("meta"),
             named.get("scale"),
@@ -200,6 +207,7 @@ class PackedKernel(PackedParameters):
             self.value_dtype,
             "int8" if self.is_dense else self.activations,
         )
+        return self.with_split(packed)
 
     def to_matrix(self, kernel):
         """Return a kernel of the target's shape as the matrix (K, N)."""
@@ -241,13 +249,15 @@ class UnpackedKernel(HeldDense, PackedKernel):
     may be zero.
     """
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, target, *args):
+        super().__init__(target, *args)
         if self.activations == "float32":
             self.mixin = None
         self.kept = [name for name in ("scale", "meta") if name in self.arrays]
         if self.value_dtype not in packed_format.INTEGERS:
             self.kept = []
+        if self.split is not None:
+            self.layouts["unpacked"] = keras_private.layout_of(target.variable)
 
     def create_parameters(self, add_weight):
         kernel = packed = None

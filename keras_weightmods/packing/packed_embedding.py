@@ -136,6 +136,9 @@ class PackedEmbedding(PackedParameters):
             self.matrix_shape, dtype, is_dense=not self.is_spread
         )
         self.packed: Any = None
+        # Rows are looked up in the columns, each in one place.
+        sides = ("columns",)
+        self.split_as_weight(self.matrix_shape, dtype, self.arrays, sides)
 
     def get_config(self):
         return self.with_activations({"dtype": self.value_dtype})
@@ -303,7 +306,7 @@ class PackedEmbedding(PackedParameters):
         )
 
     def _packed(self, arrays):
-        return packed_format.Packed(
+        packed = packed_format.Packed(
             arrays["values"],
             arrays.get("meta"),
             arrays["scale"],
@@ -311,15 +314,20 @@ class PackedEmbedding(PackedParameters):
             self.value_dtype,
             self.activations,
         )
+        return self.with_split(packed)
 
 
 class UnpackedEmbedding(HeldDense, PackedEmbedding):
     """A packed table where nothing can multiply by it: held dense."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, target, *args):
+        super().__init__(target, *args)
         if self.activations == "float32":
             self.mixin = _FrozenEmbedding
+        # As in a file, the scales are those of rows.
+        self.layouts = {}
+        if self.split is not None:
+            self.layouts["unpacked"] = keras_private.layout_of(target.variable)
 
     def create_parameters(self, add_weight):
         table = scale = None

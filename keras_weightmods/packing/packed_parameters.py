@@ -1,10 +1,14 @@
 """What packed kernels and packed tables have in common."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.backend import backend_module
+from keras_weightmods.core import keras_private
 from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.utils import checks
 
@@ -21,6 +25,10 @@ class PackedParameters(Reparameterization):
         activations: String, what the values are multiplied by, see `Packed`.
         rounding_error: Float, what rounding changed: the norm of the difference
             over that of the weights. None without rounding, or from a file.
+        split: How the arrays are split over devices, under JAX; None if not.
+        unused_axes: List of strings, the axes of the mesh that split the
+            weight and not the arrays.
+        layouts: Dict of the layouts of the arrays, by their names.
 
     Args:
         target: The `Target` to pack.
@@ -31,8 +39,14 @@ class PackedParameters(Reparameterization):
     settings: tuple[str, ...] = ()
     activations = "float32"
     rounding_error: float | None = None
+    split: Any = None
+    unused_axes: Sequence[str] = ()
     make: Any
     reason_to_skip: Any
+
+    def __init__(self, target):
+        super().__init__(target)
+        self.layouts: dict[str, Any] = {}
 
     @classmethod
     def from_config(cls, target, config):
@@ -62,15 +76,47 @@ class PackedParameters(Reparameterization):
         def initializer(shape, dtype):
             return ops.convert_to_tensor(array, dtype)
 
+        layout = self.layouts.get(name)
         # In half precision, what was packed would change.
         arguments = {"trainable": False, "autocast": False, **kwargs}
-        add_weight(
+        is_zero = array is None or layout is not None
+        parameter = keras_private.add_laid_out(
+            add_weight,
+            layout,
             name=self.key(name),
             shape=spec[0],
             dtype=spec[1],
-            initializer="zeros" if array is None else initializer,
+            initializer="zeros" if is_zero else initializer,
             **arguments,
         )
+        if is_zero and array is not None:
+            parameter.assign(array)
+
+    def split_as_weight(self, matrix_shape, dtype, arrays, sides):
+        """Split the packed arrays over devices as the weight is.
+
+        Args:
+            matrix_shape: Pair of ints (K, N), the matrix that is packed.
+            dtype: String, type of its values.
+            arrays: What `packed_arrays` returns.
+            sides: Tuple of what may be split, of `"rows"` and `"columns"`.
+        """
+        layout = keras_private.layout_of(self.target.variable)
+        if layout is None or keras.backend.backend() != "jax":
+            return
+        module = backend_module("layouts")
+        axes = self.target.contraction_axes
+        self.split, self.unused_axes = module.split_of(
+            layout, axes, matrix_shape, dtype, sides
+        )
+        if self.split is not None:
+            self.layouts = self.split.layouts(arrays)
+
+    def with_split(self, packed):
+        """Return a `Packed`, told of how its arrays are split."""
+        if self.split is None:
+            return packed
+        return backend_module("layouts").SplitPacked.of(packed, self.split)
 
 
 class HeldDense(PackedParameters):

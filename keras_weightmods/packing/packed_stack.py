@@ -1,5 +1,6 @@
 """Stacks of packed 2:4 kernels: experts, and EinsumDense with several."""
 
+import dataclasses
 from typing import Any
 
 import keras
@@ -65,6 +66,8 @@ class PackedStack(PackedKernel):
     """
 
     name = "packed_stack"
+    # A kernel's own columns would be those of one device.
+    sides = ("rows",)
     make = staticmethod(packed_stack)
     reason_to_skip = staticmethod(reason_to_skip)
 
@@ -106,13 +109,12 @@ class PackedStack(PackedKernel):
         whole = self.packed
         blocks = _padded(self.units) // _BLOCK
         own = slice(index * blocks, (index + 1) * blocks)
-        return type(whole)(
-            whole.values[own],
-            whole.meta[own],
-            None if whole.scale is None else whole.scale[own],
-            (self.matrix_shape[0], self.units),
-            self.value_dtype,
-            self.activations,
+        return dataclasses.replace(
+            whole,
+            values=whole.values[own],
+            meta=whole.meta[own],
+            scale=None if whole.scale is None else whole.scale[own],
+            shape=(self.matrix_shape[0], self.units),
         )
 
     def to_matrix(self, kernel):

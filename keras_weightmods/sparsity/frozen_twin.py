@@ -53,7 +53,10 @@ class FrozenTwin(keras.Model):
         own_dtype = keras.backend.standardize_dtype(variable.dtype)
         if dtype is None or "float" not in own_dtype:
             dtype = own_dtype
-        copy = self.add_weight(
+        layout = keras_private.layout_of(variable)
+        copy = keras_private.add_laid_out(
+            self.add_weight,
+            layout,
             shape=variable.shape,
             dtype=dtype,
             initializer="zeros",

@@ -435,25 +435,18 @@ TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is for JAX")
-@pytest.mark.parametrize("kind", ["data", "model"])
-def test_distributed(kind):
-    """In a process of its own, which has two devices."""
-    code = textwrap.dedent(f"""
+def test_data_parallel():
+    """In a process of its own, which has two devices.
+
+    For `ModelParallel` see `tests/devices/mesh.py`.
+    """
+    code = textwrap.dedent("""
         import keras, numpy as np
         import keras_weightmods as kwm
         devices = keras.distribution.list_devices()
         assert len(devices) == 2
-        if {kind!r} == "data":
-            keras.distribution.set_distribution(
-                keras.distribution.DataParallel(devices=devices))
-        else:
-            mesh = keras.distribution.DeviceMesh(
-                (1, 2), ["batch", "model"], devices)
-            layout = keras.distribution.LayoutMap(mesh)
-            layout[".*kernel"] = (None, "model")
-            keras.distribution.set_distribution(
-                keras.distribution.ModelParallel(
-                    layout_map=layout, batch_dim_name="batch"))
+        keras.distribution.set_distribution(
+            keras.distribution.DataParallel(devices=devices))
         from tests.lift import test_principal_mask_callback as t
         model = t.make()
         before = t.weights_of(model)

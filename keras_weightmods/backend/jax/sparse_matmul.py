@@ -1,7 +1,7 @@
 """`sparse_matmul` on JAX: custom calls, with gradients and a rule for `vmap`.
 
 Eager, under `jit`, `grad` and `vmap`. XLA's thread pool shares the work. XLA
-cannot split a custom call by itself: `column_parallel_matmul` does.
+cannot split a custom call over devices by itself: `split_matmul` does.
 """
 
 import functools
@@ -10,11 +10,16 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from keras_weightmods.backend.jax import sparse_matmul_gpu, xla_handlers
+from keras_weightmods.backend.jax import (
+    layouts,
+    sparse_matmul_gpu,
+    xla_handlers,
+)
 from keras_weightmods.backend.jax.batching import batches_as_rows
 from keras_weightmods.native.packed import (
     Packed,
     dense_matmul,
+    packed_arrays,
     unpack_tensor,
 )
 
@@ -29,6 +34,10 @@ def reason_unavailable():
 def sparse_matmul(x, packed):
     """See `keras_weightmods.ops.sparse_matmul`."""
     platform = jax.default_backend()
+    if isinstance(packed, layouts.SplitPacked):
+        # What XLA can split itself, where the kernels are not for the CPU.
+        split = split_matmul if platform == "cpu" else dense_matmul
+        return split(x, packed)
     if platform == "cpu":
         return _sparse_matmul_on_cpu(x, packed)
     # Arrays may be placed on the CPU of a machine with a GPU too.
@@ -163,49 +172,59 @@ def _call(target, size):
     return batches_as_rows(call)
 
 
-def column_parallel_matmul(x, packed, mesh, axis_name):
-    """`sparse_matmul` with the columns of the kernel split over devices.
+def split_matmul(x, packed):
+    """`sparse_matmul` by a kernel that is split over devices.
 
-    Each device multiplies by its own columns; no device receives another's
-    weights or activations.
+    Each device multiplies by its own part of the kernel; no device receives
+    another's weights. With the rows split, what is exchanged is a sum of
+    outputs.
 
     Args:
-        x: Float array of shape (..., K), the same on all devices of the axis.
-        packed: `Packed` of a kernel of shape (K, N), N a multiple of 16 times
-            the devices of the axis. Its arrays are split on their first axis.
-        mesh: `jax.sharding.Mesh`.
-        axis_name: String, the axis of the mesh.
+        x: Float array of shape (..., K).
+        packed: `SplitPacked` of a kernel of shape (K, N).
 
     Returns:
-        Array of shape (..., N), split on its last axis.
-
-    Raises:
-        ValueError: If the columns cannot be split so.
+        Array of shape (..., N), its last axis split as the columns are.
     """
-    devices = mesh.shape[axis_name]
-    n = packed.shape[1]
-    if n % (16 * devices):
-        raise ValueError(
-            "The columns of a packed kernel are split in blocks of 16, as "
-            f"many for each device. Received: {n} columns for {devices} "
-            f"devices on the axis {axis_name!r}"
+    split = packed.split
+    batch = layouts.batch_axis(x, split)
+    names = tuple(n for n in _NAMES if getattr(packed, n) is not None)
+    call = _split_call(
+        split, batch, x.ndim, packed.shape, packed.dtype, names,
+        packed.activations,
+    )  # fmt: skip
+    arrays = [keras.ops.convert_to_tensor(getattr(packed, n)) for n in names]
+    return call(x.astype(jnp.float32), *arrays).astype(x.dtype)
+
+
+_NAMES = ("values", "meta", "scale")
+
+
+@functools.cache
+def _split_call(split, batch, rank, shape, dtype, names, activations):
+    arrays = packed_arrays(shape, dtype, is_dense="meta" not in names)
+    specs = split.specs(arrays)
+    columns = shape[1] // split.parts("columns")
+
+    def multiply(x, *arrays):
+        given = dict(zip(names, arrays))
+        meta = given.get("meta", jnp.zeros((0,), jnp.int32))
+        scale = given.get("scale", _no_scale())
+        y = _multiply(x, given["values"], meta, scale, columns, activations)
+        return jax.lax.psum(y, split.rows) if split.rows else y
+
+    spec = jax.sharding.PartitionSpec
+    leading = (batch, *(None,) * (rank - 2)) if rank > 1 else ()
+    return jax.jit(
+        jax.shard_map(
+            multiply,
+            mesh=split.mesh,
+            in_specs=(
+                spec(*leading, split.rows or None),
+                *(specs[name] for name in names),
+            ),
+            out_specs=spec(*leading, split.columns or None),
+            # Then gradients of what is whole are summed over the devices.
+            check_vma=False,
         )
-    values, meta, scale = _arrays(packed)
-    split = jax.sharding.PartitionSpec(axis_name)
-    whole = jax.sharding.PartitionSpec()
-    multiply = jax.shard_map(
-        functools.partial(
-            _multiply, n=n // devices, activations=packed.activations
-        ),
-        mesh=mesh,
-        in_specs=(
-            *(whole, split),
-            *(whole if a.size == 0 else split for a in (meta, scale)),
-        ),
-        out_specs=jax.sharding.PartitionSpec(
-            *(None,) * (x.ndim - 1), axis_name
-        ),
-        # Then the gradient of `x`, which is whole, is summed over the devices.
-        check_vma=False,
     )
-    return multiply(x, values, meta, scale)

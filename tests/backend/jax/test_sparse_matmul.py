@@ -1,7 +1,4 @@
 import importlib
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -24,8 +21,6 @@ if keras.backend.backend() != "jax":
 
 import jax
 import jax.numpy as jnp
-
-from keras_weightmods.backend.jax.sparse_matmul import column_parallel_matmul
 
 module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
 
@@ -167,56 +162,3 @@ def test_a_call_that_does_not_fit_is_an_error_of_xla(packed):
         wrong(x, packed.values, jnp.zeros((0,), jnp.int32), packed.scale)
     with pytest.raises(Exception, match="bfloat16 for int4"):
         wrong(x, *arrays, packed.scale.view("float16"))
-
-
-SHARDED = """
-import jax, numpy as np
-from keras_weightmods.backend.jax.sparse_matmul import column_parallel_matmul
-from keras_weightmods.ops import Packed, pack_kernel, unpack_kernel
-from tests.native.test_packed import kernel_of
-from tests.models import normal
-from tests.ops.test_sparse_matmul import assert_close
-from keras_weightmods.ops.sparse_matmul import reason_for_dense
-
-assert reason_for_dense() == ""
-mesh = jax.make_mesh((2,), ("model",))
-split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
-whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-for dtype in ("float32", "int8"):
-    packed = pack_kernel(kernel_of(36, 64), dtype)
-    w = unpack_kernel(packed).astype("float64")
-    arrays = [packed.values, packed.meta, packed.scale]
-    arrays = [None if a is None else jax.device_put(a, split) for a in arrays]
-    x = normal(3, 2, 36)
-
-    def multiply(x, *arrays):
-        packed = Packed(*arrays, (36, 64), dtype)
-        return column_parallel_matmul(x, packed, mesh, "model")
-
-    given = jax.device_put(x, whole)
-    compiled = jax.jit(multiply).lower(given, *arrays).compile()
-    text = compiled.as_text()
-    assert "f32[3,2,32]" in text and "kwm_xla_matmul" in text, text
-    assert "all-" not in text and "collective" not in text, text
-    y = compiled(given, *arrays)
-    assert y.sharding.spec == jax.sharding.PartitionSpec(None, None, "model")
-    assert_close(y, x.astype("float64") @ w)
-
-loss = lambda x, *arrays: (multiply(x, *arrays) ** 2).sum()
-dx = jax.jit(jax.grad(loss))(given, *arrays)
-assert_close(dx, 2 * (x.astype("float64") @ w) @ w.T)
-"""
-
-
-def test_columns_split_over_two_devices_without_a_gather():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
-    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=environment)
-
-
-def test_columns_that_cannot_be_split(packed):
-    mesh = jax.make_mesh((1,), ("model",))
-    with pytest.raises(ValueError, match="20 columns for 1 devices"):
-        column_parallel_matmul(normal(2, K), packed, mesh, "model")

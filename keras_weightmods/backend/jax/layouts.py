@@ -1,0 +1,158 @@
+"""How what stands for a weight is split over devices: as the weight is.
+
+A layout is what a Keras variable has under `keras.distribution`: a
+`TensorLayout`, or a sharding of JAX.
+"""
+
+import dataclasses
+import math
+
+import jax
+import keras
+
+from keras_weightmods.native.layout import COLUMNS, GROUP, ROWS
+from keras_weightmods.native.packed import Packed
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a packed matrix (K, N) is split.
+
+    Attributes:
+        mesh: `jax.sharding.Mesh`.
+        rows: Tuple of strings, the axes of the mesh that split K.
+        columns: Tuple of strings, those that split N.
+    """
+
+    mesh: jax.sharding.Mesh
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def parts(self, side):
+        """Return into how many parts `"rows"` or `"columns"` are split."""
+        return math.prod(self.mesh.shape[a] for a in getattr(self, side))
+
+    def specs(self, arrays):
+        """Return the `PartitionSpec` of each array of `packed_arrays`.
+
+        Columns are the first axis of all of them, rows the second but where
+        there is one scale for a column.
+        """
+        whole = (self.columns or None, self.rows or None)
+        return {
+            name: jax.sharding.PartitionSpec(*whole[: max(1, len(shape) - 1)])
+            for name, (shape, _) in arrays.items()
+        }
+
+    def layouts(self, arrays):
+        """Return the layout of each array of `packed_arrays`."""
+        return {
+            name: jax.sharding.NamedSharding(self.mesh, spec)
+            for name, spec in self.specs(arrays).items()
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SplitPacked(Packed):
+    """A packed kernel whose arrays are split over devices.
+
+    Args:
+        split: `Split`.
+    """
+
+    split: Split | None = None
+
+    @classmethod
+    def of(cls, packed, split):
+        """Return a `Packed`, told of how its arrays are split."""
+        return cls(**{**vars(packed), "split": split})
+
+
+def split_of(layout, contraction_axes, matrix_shape, dtype, sides):
+    """Return how to split the packed matrix of a kernel.
+
+    The axes of the mesh that split the kernel split the matrix: those of the
+    contraction its rows, the others its columns. One that does not divide the
+    blocks of the format there is taken for the other side.
+
+    Args:
+        layout: Layout of the kernel, or None.
+        contraction_axes: Tuple of ints, axes of the kernel.
+        matrix_shape: Pair of ints (K, N).
+        dtype: String, type of the packed values.
+        sides: Tuple of what may be split, of `"rows"` and `"columns"`.
+
+    Returns:
+        Pair of a `Split`, None without a mesh, and the list of the axes of
+        the mesh that split the kernel, but cannot split the matrix.
+    """
+    found = _axes_of(layout)
+    if found is None:
+        return None, []
+    mesh, axes = found
+    block = {"rows": GROUP if dtype == "int4" else ROWS, "columns": COLUMNS}
+    sizes = dict(zip(("rows", "columns"), matrix_shape))
+    blocks = {
+        side: sizes[side] // block[side] if not sizes[side] % block[side] else 1
+        for side in sides
+    }
+    chosen: dict[str, tuple[str, ...]] = {"rows": (), "columns": ()}
+    left = []
+    for place, names in enumerate(axes):
+        wanted = "rows" if place in contraction_axes else "columns"
+        for name in names:
+            parts = mesh.shape[name]
+            for side in sorted(sides, key=lambda side: side != wanted):
+                if blocks[side] % parts == 0:
+                    blocks[side] //= parts
+                    chosen[side] += (name,)
+                    break
+            else:
+                left.append(name)
+    return Split(mesh, **chosen), left
+
+
+def split_vector(layout):
+    """Return how to split a vector of entries of a weight.
+
+    Args:
+        layout: Layout of the weight, or None.
+
+    Returns:
+        Pair of a layout and the number of its parts; None where the weight is
+        not split.
+    """
+    found = _axes_of(layout)
+    names = [name for names in found[1] for name in names] if found else []
+    if not names:
+        return None
+    spec = jax.sharding.PartitionSpec(tuple(names))
+    parts = math.prod(found[0].shape[name] for name in names)
+    return jax.sharding.NamedSharding(found[0], spec), parts
+
+
+def batch_axis(x, split):
+    """Return the axis of the mesh that splits the rows of `x`, or None.
+
+    It is that of the data of the distribution that is set, unless it splits
+    the weights: these are never gathered.
+    """
+    distribution = keras.distribution.distribution()
+    name = getattr(distribution, "batch_dim_name", None)
+    if x.ndim < 2 or name not in split.mesh.shape:
+        return None
+    if name in (*split.rows, *split.columns):
+        return None
+    return name if x.shape[0] % split.mesh.shape[name] == 0 else None
+
+
+def _axes_of(layout):
+    """Return the mesh of a layout and its axes for each axis of the weight."""
+    sharding = getattr(layout, "backend_layout", layout)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return None
+    axes = [
+        () if names is None else (names,) if isinstance(names, str) else names
+        for names in sharding.spec
+    ]
+    return sharding.mesh, axes
