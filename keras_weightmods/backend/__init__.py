@@ -17,3 +17,16 @@ def backend_module(name: str) -> Any:
     return importlib.import_module(
         f"keras_weightmods.backend.{keras.backend.backend()}.{name}"
     )
+
+
+def processes() -> Any:
+    """Return the module of what the processes of a training share.
+
+    None where there is one process, as on all backends but JAX.
+    """
+    import keras
+
+    if keras.backend.backend() != "jax":
+        return None
+    module = backend_module("processes")
+    return module if module.count() > 1 else None

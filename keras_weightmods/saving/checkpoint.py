@@ -1,5 +1,7 @@
 """Checkpoint: a training that was killed goes on where it was."""
 
+import collections
+import itertools
 import os
 import random
 import re
@@ -9,10 +11,10 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_weightmods.backend import processes
 from keras_weightmods.core import keras_private
-from keras_weightmods.saving import container, random_state
+from keras_weightmods.saving import container, random_state, shared
 from keras_weightmods.saving.data_order import DataOrder
 from keras_weightmods.utils import checks
 
@@ -60,6 +62,11 @@ class Checkpoint(keras.callbacks.Callback):
       pass, and the last one before the interruption, are compared: other data
       are an error. A generator needs `steps_per_epoch`.
 
+    Where several processes train one model under `keras.distribution`, each
+    makes this callback, with the same `path` on a disk that all of them see.
+    The first one writes, the weights whole even where each holds a part, and
+    the place in the data of each. As many processes go on as were interrupted.
+
     What is left out of the last epoch is drawn again, without training on it.
     Not saved are what other callbacks remember, such as the best value of
     `EarlyStopping`, the `History` of the epochs before, and random numbers
@@ -72,8 +79,9 @@ class Checkpoint(keras.callbacks.Callback):
             Where the data do not say how many batches they have, only the ends
             of epochs are saved. Defaults to `"epoch"`.
         save_seconds: Float, save after a step once so many seconds have passed
-            since the last save; may come with either `save_freq`. Defaults to
-            `None`, for no such saves.
+            since the last save; may come with either `save_freq`, and not with
+            several processes, whose clocks differ. Defaults to `None`, for no
+            such saves.
 
     Raises:
         ValueError: For arguments outside these ranges. When the training
@@ -146,6 +154,20 @@ class Checkpoint(keras.callbacks.Callback):
         Raises:
             ValueError: As the class.
         """
+        found = self._restore(model)
+        group = processes()
+        if group is not None:
+            all_found = group.gathered(found)
+            if len(set(all_found)) > 1:
+                raise ValueError(
+                    "All processes must see the same checkpoints, on a disk "
+                    f"that they share. Received: path={self.path!r}, where "
+                    f"they found {all_found}"
+                )
+        return found is not None
+
+    def _restore(self, model: Any) -> str | None:
+        """Return the name of the checkpoint that is loaded, if any is."""
         problems = []
         for name in reversed(self._names()):
             file = os.path.join(self.path, name)
@@ -157,25 +179,29 @@ class Checkpoint(keras.callbacks.Callback):
             with reader:
                 self._load(model, reader)
             # It is newer by its name, and would be kept in place of good ones.
-            for later in self._names()[self._names().index(name) + 1 :]:
+            names = self._names() if shared.is_first() else []
+            for later in names[names.index(name) + 1 :] if names else []:
                 broken = os.path.join(self.path, later)
                 os.replace(broken, f"{broken}.unreadable")
             if problems:
                 warnings.warn(
                     f"`Checkpoint` goes on from {name!r}, as a later one "
                     f"cannot be read. {problems[0]}",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-            return True
+            return name
         if problems:
             raise ValueError(
                 "None of the checkpoints can be read. Delete the folder to "
                 f"train anew. {problems[0]}"
             )
-        return False
+        return None
 
     def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
+        if self.save_seconds is not None and processes() is not None:
+            expected = "None with several processes, whose clocks differ"
+            raise checks.error("save_seconds", expected, self.save_seconds)
         if self._state is None:
             self.restore(model)
         state, self._state = self._state, None
@@ -265,11 +291,18 @@ class Checkpoint(keras.callbacks.Callback):
             "seed": self._data.seed,
             "data": self._data.state(),
         }
-        arrays = {
-            _STATE: container.json_array(state),
-            **_named("own", _own_state(model)),
-            **_named("random", random_state.save_global()),
-        }
+        own_random = random_state.save_global()
+        arrays = _named("random", own_random)
+        group = processes()
+        if group is not None:
+            numbers = {key: _as_json(a) for key, a in own_random.items()}
+            everyone = group.gathered([state, numbers])
+            state["processes"] = [each for each, _ in everyone]
+            for place, (_, numbers) in enumerate(everyone):
+                others = {key: _from_json(a) for key, a in numbers.items()}
+                arrays.update(_named(f"random-{place}", others))
+        arrays[_STATE] = container.json_array(state)
+        arrays.update(_named("own", _own_state(model)))
         variables = {
             name: variable
             for group, listed in _variables(model).items()
@@ -282,19 +315,29 @@ class Checkpoint(keras.callbacks.Callback):
             )
             for name, value in {**arrays, **variables}.items()
         }
+        values = (
+            (name, shared.whole(variable))
+            for name, variable in variables.items()
+        )
+        if shared.is_first():
+            self._write(entries, itertools.chain(arrays.items(), values))
+        else:
+            # It takes part where a weight is split over processes.
+            collections.deque(values, maxlen=0)
+        shared.wait("checkpoint")
+        self._last_saved = self._taken
+        self._saved_at = time.monotonic()
+
+    def _write(self, entries: Any, values: Any) -> None:
         os.makedirs(self.path, exist_ok=True)
         container.remove_leftovers(self.path)
         name = f"step-{self._taken:010d}.safetensors"
         file = os.path.join(self.path, name)
         with container.Writer(file, _FORMAT, _VERSION, entries) as writer:
-            for name, array in arrays.items():
+            for name, array in values:
                 writer.write(name, array)
-            for name, variable in variables.items():
-                writer.write(name, ops.convert_to_numpy(variable))
         for old in self._names()[:-_KEPT]:
             os.remove(os.path.join(self.path, old))
-        self._last_saved = self._taken
-        self._saved_at = time.monotonic()
 
     def _load(self, model: Any, reader: Any) -> None:
         if _STATE not in reader.entries:
@@ -307,6 +350,18 @@ class Checkpoint(keras.callbacks.Callback):
                 f"Received: one of {state['backend']!r}, on {backend!r}, in "
                 f"{reader.filepath!r}"
             )
+        group, random_group = processes(), "random"
+        saved = state.get("processes", [state])
+        here = 1 if group is None else group.count()
+        if len(saved) != here:
+            raise ValueError(
+                "A checkpoint goes on with as many processes as it began with. "
+                f"Received: one of {len(saved)}, with {here}, in "
+                f"{reader.filepath!r}"
+            )
+        if group is not None:
+            state = saved[group.index()]
+            random_group = f"random-{group.index()}"
         if not model.built:
             expected = "built before `fit`. Call it on a batch of data"
             raise checks.error("model", expected, model)
@@ -324,9 +379,8 @@ class Checkpoint(keras.callbacks.Callback):
             variable.assign(reader.read(name))
         self._state = state
         self._rest = {
-            f"{group}/{key}": value
-            for group in ("random", "metrics")
-            for key, value in _read_group(reader, group).items()
+            **_named("random", _read_group(reader, random_group)),
+            **_named("metrics", _read_group(reader, "metrics")),
         }
 
     def _names(self) -> list[str]:
@@ -334,6 +388,15 @@ class Checkpoint(keras.callbacks.Callback):
         if not os.path.isdir(self.path):
             return []
         return sorted(filter(_NAME.fullmatch, os.listdir(self.path)))
+
+
+def _as_json(array: Any) -> Any:
+    return str(array.dtype), array.tolist()
+
+
+def _from_json(pair: Any) -> Any:
+    dtype, numbers = pair
+    return np.array(numbers, dtype)
 
 
 def _variables(model: Any) -> dict[str, Any]:

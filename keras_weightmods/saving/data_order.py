@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.backend import processes
 from keras_weightmods.core import keras_private
 from keras_weightmods.saving.random_state import DataStream
 
@@ -271,9 +272,16 @@ class _Batches:
 def _digest(batch):
     """Return a string that tells a batch from others."""
     digest = hashlib.sha256()
+    group = processes()
     for leaf in keras.tree.flatten(batch):
         if hasattr(leaf, "dtype"):
-            array = np.ascontiguousarray(ops.convert_to_numpy(leaf))
-            digest.update(f"{array.shape}{array.dtype}".encode())
-            digest.update(array.tobytes())
+            # A batch may be split over processes, each with data of its own.
+            arrays = (
+                [ops.convert_to_numpy(leaf)]
+                if group is None
+                else group.own_part(leaf)
+            )
+            for array in map(np.ascontiguousarray, arrays):
+                digest.update(f"{array.shape}{array.dtype}".encode())
+                digest.update(array.tobytes())
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """One file for a whole model, with what was done to its weights in place."""
 
+import collections
 import json
 import os
 import tempfile
@@ -10,7 +11,12 @@ import keras
 import numpy as np
 
 from keras_weightmods.core.reparameterized_layer import plain_classes
-from keras_weightmods.saving import container, description, states
+from keras_weightmods.saving import (
+    container,
+    description,
+    shared,
+    states,
+)
 
 _FORMAT = "keras_weightmods.model"
 _VERSION = 1
@@ -29,6 +35,8 @@ def save_model(
     (the vocabulary of a tokenizer, for instance). So the file of a packed model
     has the packed size. Before anything is written, a model is built from the
     config, without values, and compared: a file that was written can be read.
+    Where several processes train the model, all of them call this, and the
+    first one writes.
 
     Where a config forgets an argument of the constructor that the layer keeps
     under the same name, as `keras_hub.models.LlamaBackbone` forgets
@@ -98,7 +106,8 @@ def save_model(
             "'.safetensors'; for a plain model there is `model.save`. "
             f"Received: filepath={os.fspath(filepath)!r}"
         )
-    container.check_filepath(filepath, overwrite)
+    if shared.is_first():
+        container.check_filepath(filepath, overwrite)
     left_out = _preprocessor_to_leave_out(model)
     with tempfile.TemporaryDirectory() as folder:
         with plain_classes(model):
@@ -115,11 +124,17 @@ def save_model(
         for name, file in assets.items():
             entries[name] = container.Entry((file.stat().st_size,), "uint8")
         arguments = filepath, _FORMAT, _VERSION, entries, overwrite
-        with container.Writer(*arguments) as writer:
-            writer.write(_MODEL, text)
-            for name, file in assets.items():
-                writer.write(name, np.fromfile(file, "uint8"))
-            states.write_weights(parts, writer)
+        if shared.is_first():
+            with container.Writer(*arguments) as writer:
+                writer.write(_MODEL, text)
+                for name, file in assets.items():
+                    writer.write(name, np.fromfile(file, "uint8"))
+                for name, array in states.weights(parts):
+                    writer.write(name, array)
+        else:
+            # It takes part where a weight is split over processes.
+            collections.deque(states.weights(parts), maxlen=0)
+    shared.wait("save_model")
 
 
 def load_model(

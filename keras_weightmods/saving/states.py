@@ -18,6 +18,7 @@ import numpy as np
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.reparameterized_layer import checkpoint_arrays
+from keras_weightmods.saving import shared
 from keras_weightmods.saving.container import Entry
 
 _WEIGHTS = "weights/"
@@ -94,12 +95,11 @@ def weight_entries(parts):
     return entries
 
 
-def write_weights(parts, writer):
-    """Write all that the parts save, one part after another."""
+def weights(parts):
+    """Yield the name and the value of all that the parts save."""
     for part_name, part in parts.items():
         for key, value in _saved(part).items():
-            name = _WEIGHTS + _join(part_name, key)
-            writer.write(name, keras.ops.convert_to_numpy(value))
+            yield _WEIGHTS + _join(part_name, key), shared.whole(value)
 
 
 def load(parts, reader, folder, prepare):

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.backend import processes
+
 
 def preprocess(model, x, y=None, sample_weight=None):
     """Turn raw strings into what the model takes; leave all else alone.
@@ -120,8 +122,10 @@ def first_batches(x, least, rows=0, batch_size=None, sample_weight=None):
 
     Returns:
         Triple of the list of pairs (inputs, sample weights), the number of
-        them that it takes for `rows`, and what to use in place of `x`.
+        them that it takes for `rows`, and what to use in place of `x`. Where
+        several processes train, a batch has the rows of all of them.
     """
+    group = processes()
     source = x
     if inspect.isgenerator(x):
         source, copy = itertools.tee(x)
@@ -130,6 +134,10 @@ def first_batches(x, least, rows=0, batch_size=None, sample_weight=None):
     first = []
     held = enough = 0
     for batch in batches(source, batch_size, sample_weight):
+        if group is not None:
+            batch = keras.tree.map_structure(
+                lambda a: None if a is None else group.rows_of_all(a), batch
+            )
         first.append(batch)
         if held < rows:
             held += _row_count(batch[0])

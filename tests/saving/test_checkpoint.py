@@ -293,3 +293,65 @@ def test_seconds(tmp_path):
             x, x, 1, verbose=0, callbacks=[checkpoint, Stop(2)], shuffle=False
         )
     assert len(os.listdir(tmp_path)) == 2
+
+
+class Group:
+    """Stands for two processes, of which this one is `number`."""
+
+    def __init__(self, number):
+        self.number = number
+        self.whole = numpy
+
+    def count(self):
+        return 2
+
+    def index(self):
+        return self.number
+
+    def wait(self, name):
+        pass
+
+    def gathered(self, value):
+        """The value of both, but for the seeds of their data."""
+        if not isinstance(value, list):
+            return [value, value]
+        state, numbers = value
+        return [[{**state, "seed": seed}, numbers] for seed in (7, 8)]
+
+
+# Two real ones are in `tests/devices/processes.py`.
+@pytest.mark.one_backend
+def test_the_first_of_several_processes_writes_for_all(tmp_path, monkeypatch):
+    names = ("saving.checkpoint", "saving.shared", "saving.data_order")
+
+    def become(group):
+        for name in names:
+            name = f"keras_weightmods.{name}.processes"
+            monkeypatch.setattr(name, lambda: group)
+
+    def train(epochs, **kwargs):
+        model = sequential((8,), keras.layers.Dense(4))
+        model.compile("sgd", "mse")
+        checkpoint = kwm.Checkpoint(tmp_path, **kwargs)
+        seeds = []
+        see = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda *_: seeds.append(checkpoint._data.seed)
+        )
+        x, _ = arrays(8)
+        model.fit(
+            x, x[:, :4], 4, epochs, verbose=0, callbacks=[see, checkpoint]
+        )
+        return seeds
+
+    become(Group(0))
+    train(1)
+    become(Group(1))
+    saved = os.listdir(tmp_path)
+    assert len(saved) == 1
+    assert train(2) == [8]
+    assert os.listdir(tmp_path) == saved
+    with pytest.raises(ValueError, match="whose clocks differ"):
+        train(2, save_seconds=1)
+    become(None)
+    with pytest.raises(ValueError, match="as many processes as it began"):
+        train(2)
