@@ -5,7 +5,7 @@ BACKENDS := jax tensorflow torch
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint docs setup bench bench-runtimes faults gpu clean
+.PHONY: demo test lint docs setup bench bench-runtimes faults devices gpu clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
 # are freed, and every step pays for their pages again.
@@ -32,6 +32,20 @@ faults: setup
 	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
 	    $(BIN)/python -m tests.faults.kills --kills $(KILLS) || exit 1; \
 	done
+
+# Several devices, made of this CPU: a mesh of JAX, two processes of JAX and of
+# torch, MirroredStrategy of TensorFlow.
+MESH := --xla_force_host_platform_device_count=8
+MESH += --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*_step.*
+
+devices: export OMP_NUM_THREADS := 1
+devices: setup
+	dumps=$$(mktemp -d) && KERAS_BACKEND=jax \
+	  XLA_FLAGS="$(MESH) --xla_dump_to=$$dumps" \
+	  $(BIN)/python -m tests.devices.mesh --dumps $$dumps
+	$(BIN)/python -m tests.devices.processes
+	KERAS_BACKEND=torch $(BIN)/python -m tests.devices.torch_ranks
+	KERAS_BACKEND=tensorflow $(BIN)/python -m tests.devices.mirrored
 
 lint: setup
 	$(BIN)/ruff check .

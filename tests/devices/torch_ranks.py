@@ -1,0 +1,148 @@
+"""AdamS, LIFT and LoRA on two processes of torch, by DistributedDataParallel.
+
+    KERAS_BACKEND=torch python -m tests.devices.torch_ranks
+
+Starts the second process itself. Each rank has half of each batch; its weights
+must be those of one process with the whole. And what Keras makes of
+`fully_shard`, so that `docs/devices.md` says what is true.
+"""
+
+import socket
+
+import keras
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import keras_weightmods as kwm
+from tests.models import mlp, normal
+
+X, Y = normal(16, 8), normal(16, 4, seed=1)
+STEPS, RANKS = 4, 2
+
+
+def main():
+    mp.spawn(run, (free_port(),), nprocs=RANKS)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def run(rank, port):
+    address = f"tcp://localhost:{port}"
+    dist.init_process_group("gloo", address, rank=rank, world_size=RANKS)
+    for prepare in (adam_s, lift, lora):
+        alone = trained(prepare(), slice(None), lambda model: model)
+        rows = slice(rank, None, RANKS)
+        parallel = trained(prepare(), rows, DistributedDataParallel)
+        check(prepare.__name__, parallel, alone)
+    late_lora(rank)
+    sharded(rank)
+    dist.destroy_process_group()
+
+
+def adam_s():
+    model = mlp(8, 16, 4)
+    model.compile(
+        kwm.AdamS(0.01, total_steps=STEPS, decay="relative", targets=model),
+        "mse",
+    )
+    return model
+
+
+def lift():
+    model = mlp(8, 16, 4)
+    model.compile(kwm.SparseAdamW(0.01), "mse")
+    kwm.PrincipalMaskCallback(0.25, None, 2, seed=0).attach(model)
+    return model
+
+
+def lora():
+    """LoRA, in a model that is made anew around the layers."""
+    model = with_lora()
+    model = keras.Model(model.inputs, model.outputs)
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    return model
+
+
+def with_lora():
+    model = mlp(8, 16, 4)
+    for layer in model.layers:
+        layer.enable_lora(2)
+    return model
+
+
+def trained(model, rows, wrap):
+    """Train on some rows of each batch, by a loop over batches of 8."""
+    module = wrap(model)
+    optimizer = model.optimizer
+    for step in range(STEPS):
+        batch = np.arange(8) + 8 * (step % 2)
+        x, y = (torch.as_tensor(a[batch[rows]]) for a in (X, Y))
+        model.zero_grad()
+        torch.mean((module(x) - y) ** 2).backward()
+        variables = model.trainable_variables
+        optimizer.apply([v.value.grad for v in variables], variables)
+    return [keras.ops.convert_to_numpy(w) for w in model.weights]
+
+
+def check(name, found, expected):
+    """Compare the ranks with each other, and with one process."""
+    assert apart(found) == 0, name
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one, other, atol=1e-6, err_msg=name)
+    say(f"{name}: equal to one process")
+
+
+def apart(weights):
+    """Return the largest difference of the weights of two ranks."""
+    own = torch.as_tensor(np.concatenate([w.ravel() for w in weights]))
+    first = own.clone()
+    dist.broadcast(first, 0)
+    worst = (own - first).abs().max()
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return float(worst)
+
+
+def say(text):
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def late_lora(rank):
+    """What plain Keras does: DDP does not see the variables of LoRA."""
+    model = with_lora()
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    seen = {id(p) for p in DistributedDataParallel(model).parameters()}
+    missed = [
+        v.path for v in model.trainable_variables if id(v.value) not in seen
+    ]
+    weights = trained(model, slice(rank, None, RANKS), DistributedDataParallel)
+    assert missed
+    assert apart(weights) > 1e-4
+    say(f"LoRA in plain Keras: DDP misses {len(missed)} variables")
+
+
+def sharded(rank):
+    """What Keras does under FSDP2: it goes on with the whole weights."""
+    model = adam_s()
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    kinds = {type(p).__name__ for p in model.parameters()}
+    assert kinds == {"DTensor"}, kinds
+    kernel = model.layers[0].kernel.value
+    assert tuple(kernel.shape) == (8, 16), kernel.shape
+    assert type(kernel).__name__ == "Parameter"
+    weights = trained(model, slice(rank, None, RANKS), lambda model: model)
+    assert apart(weights) > 1e-4
+    say("FSDP2: Keras computes with its own whole weights, which drift apart")
+
+
+if __name__ == "__main__":
+    main()
