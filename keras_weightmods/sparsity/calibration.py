@@ -15,6 +15,7 @@ from keras import ops
 from keras_weightmods.core import expert_banks, keras_private
 from keras_weightmods.core.head import find_head
 from keras_weightmods.ops.matrix import contraction_size
+from keras_weightmods.saving import shared
 
 _CONVOLUTIONS = (
     keras.layers.Conv1D,
@@ -75,7 +76,7 @@ def input_norms(model, targets, batches):
     def see(index, reader, inputs):
         nonlocal seen
         squares, count = reader.squares(inputs, used)
-        sums[index] += ops.convert_to_numpy(squares).astype("float64")
+        sums[index] += shared.whole(squares).astype("float64")
         counts[index] += count
         seen += 1
         if seen == enough:

@@ -15,6 +15,7 @@ from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.ops import nm
 from keras_weightmods.ops.matrix import contraction_size
+from keras_weightmods.saving import shared
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 
@@ -281,7 +282,7 @@ def _sparsity(target: Any, value: Any, n: Any, m: Any) -> Any:
     size = math.prod(shape)
     groups = 0 if contraction_size(shape, axes) % m else size // m
     bad = int(nm.nm_violations(value, (n, m), axes)) if groups else 0
-    zeros = int(np.sum(ops.convert_to_numpy(ops.equal(value, 0))))
+    zeros = int(np.sum(shared.whole(ops.equal(value, 0))))
     return KernelSparsity(
         target.key, target.path, shape, groups, bad, zeros / size, size
     )

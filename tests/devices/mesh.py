@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import keras
 import numpy as np
+import pytest
 from keras.distribution import DeviceMesh, LayoutMap, ModelParallel
 
 import keras_weightmods as kwm
@@ -154,6 +155,25 @@ def stacks(dumps):
         # Outputs are summed, inputs whole at most.
         check_programs(dumps, 8 * 4 * 128)
     print("stacks: equal, no weights gathered")
+    undivided()
+
+
+def undivided():
+    """A kernel whose blocks are no four, whole along the axis."""
+    x = normal(4, 96)
+
+    def packed():
+        keras.utils.set_random_seed(0)
+        model = sequential((96,), keras.layers.Dense(20, name="one"))
+        kwm.sparsify(model, "2:4", "magnitude", verbose=0)
+        kwm.pack(model)
+        return model.predict(x, verbose=0)
+
+    expected = packed()
+    with distribution({"one/kernel": ("model", None)}).scope():
+        with pytest.warns(UserWarning, match="1 weights over fewer devices"):
+            found = packed()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def packed_stack():

@@ -33,9 +33,11 @@ def reason_unavailable():
 
 def sparse_matmul(x, packed):
     """See `keras_weightmods.ops.sparse_matmul`."""
-    if isinstance(packed, layouts.SplitPacked):
-        return split_matmul(x, packed)
     platform = jax.default_backend()
+    if isinstance(packed, layouts.SplitPacked):
+        # What XLA can split itself, where the kernels are not for the CPU.
+        split = split_matmul if platform == "cpu" else dense_matmul
+        return split(x, packed)
     if platform == "cpu":
         return _sparse_matmul_on_cpu(x, packed)
     # Arrays may be placed on the CPU of a machine with a GPU too.
