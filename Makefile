@@ -77,7 +77,8 @@ endif
 gpu: $(GPU_SETUP)
 	@failed=0; for backend in jax torch; do \
 	  echo "== $$backend"; \
-	  KERAS_BACKEND=$$backend $(GPU_PYTHON) -m pytest tests/gpu -rs \
+	  JAX_ENABLE_COMPILATION_CACHE=0 KERAS_BACKEND=$$backend \
+	    $(GPU_PYTHON) -m pytest tests/gpu -rs \
 	    || failed=1; \
 	done; \
 	$(GPU_PYTHON) -m benchmarks.sparse_matmul_gpu $(ARGS) && exit $$failed
