@@ -141,6 +141,7 @@ def environment():
         ),
         # The tests on a CPU set it for their speed.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
