@@ -147,8 +147,10 @@ def test_what_is_not_trained_is_that_of_the_base(tmp_path):
     paths, found = files(tmp_path, make=make)
     first = weights_of(found[0])
     report = kwm.merge(paths[:2], tmp_path / "m", verbose=0)
-    reasons = [each.reason for each in report.skipped]
-    assert reasons == ["not trained", "not trained", "int32, no floats"]
+    reasons = sorted(each.reason for each in report.skipped)
+    # TensorFlow counts in int64.
+    assert reasons[0] in ("int32, no floats", "int64, no floats")
+    assert reasons[1:] == ["not trained", "not trained"]
     assert_same_bits(weights_of(kwm.load_model(tmp_path / "m"))[:3], first[:3])
     kwm.merge(found[:2], found[2], verbose=0)
     assert_same_bits(weights_of(found[2])[:3], first[:3])
