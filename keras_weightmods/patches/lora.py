@@ -138,8 +138,8 @@ def delta_to_lora(
         delta = os.path.join(folder, "task.safetensors")
         kwm.save_delta(model, base, delta)
         model.set_weights(base)
-        path = os.path.join(folder, "adapter")
-        report = kwm.delta_to_lora(model, delta, path, rank=1)
+        path = os.path.join(folder, "task.lora.h5")
+        report = kwm.delta_to_lora(model, delta, path, 1, "keras_hub")
     assert report.error < 0.01
     ```
     """

@@ -202,7 +202,10 @@ class PeftFolder:
         """Return why a kernel cannot have an adapter; None if it can."""
         if target.key in self.names:
             return None
-        return "no tensor of transformers is this kernel and nothing else"
+        return (
+            "not one tensor of transformers is this kernel and nothing else, "
+            "or several have its values, as in a model that was not trained"
+        )
 
     @staticmethod
     def matrix_shape(target):
