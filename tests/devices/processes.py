@@ -31,7 +31,7 @@ LAYOUTS = {"data": (), "model": ("--model-parallel", "2")}
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--layouts", nargs="+", choices=LAYOUTS, default=["data"]
+        "--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS
     )
     for name in parser.parse_args().layouts:
         layout = LAYOUTS[name]
