@@ -48,7 +48,9 @@ def folder(tmp_path_factory):
     printed = run_code("\n".join(lines), folder, os.environ["KERAS_BACKEND"])
     parts = printed.split("---")
     for (_, expected), part in zip(steps, parts):
-        assert part.split() == expected.split(), part
+        # Progress is shown where a machine is slow.
+        shown = [each for each in part.splitlines() if "\x1b" not in each]
+        assert " ".join(shown).split() == expected.split(), part
     return folder
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import keras_weightmods as kwm
 from keras_weightmods.cli.files import is_model
-from keras_weightmods.patches.merge import check_merge
 from keras_weightmods.saving.container import parse_json
 from keras_weightmods.utils import checks
 
@@ -204,6 +203,8 @@ def _check_model(path):
 
 
 def _check_merge(options, model):
+    from keras_weightmods.patches.merge import check_merge
+
     if model is not None:
         raise checks.error("model", "left out beside `merge`", model)
     names = {*inspect.signature(kwm.merge).parameters}

@@ -139,8 +139,8 @@ class Perplexity:
                 f"windows are left out. Received: stride={stride}, "
                 f"length={length}"
             )
-        if not isinstance(model, keras.Model) or not model.built:
-            expected = "a built `keras.Model`, from tokens to logits"
+        if not isinstance(model, keras.Model):
+            expected = "a `keras.Model`, from tokens to logits"
             raise checks.error("model", expected, model)
         length = longest_input(model, length)
         self.model = model

@@ -75,6 +75,10 @@ class LoraReport(Report):
         )
 
 
+# Kernels are filled up to it with zeros.
+_MOST_RANK = 2**14
+
+
 def delta_to_lora(
     model: keras.Model,
     delta: Any,
@@ -105,7 +109,8 @@ def delta_to_lora(
             patches. It is not changed.
         delta: String or path, of a file of `save_delta` for this model.
         filepath: String or path of the file or folder to write.
-        rank: Int. Kernels with a side below it get zeros. Defaults to 16.
+        rank: Int, at most 16,384. Kernels with a side below it get zeros.
+            Defaults to 16.
         format: `"peft"` or `"keras_hub"`. Defaults to `"peft"`.
         force: Bool, whether to take a delta of another base with weights of
             the same shapes. Defaults to `False`.
@@ -143,7 +148,7 @@ def delta_to_lora(
     assert report.error < 0.01
     ```
     """
-    checks.check_int("rank", rank, 1)
+    checks.check_int("rank", rank, 1, _MOST_RANK)
     checks.check_choice("format", format, tuple(lora_files.FORMATS))
     checks.check_bool("overwrite", overwrite)
     lora_files.check_path(filepath, format, overwrite)

@@ -319,7 +319,7 @@ def position_of(target):
 
 def format_of(filepath):
     """Return the name of the format that a file or folder has."""
-    path = os.fspath(filepath)
+    path = checks.check_path("lora", filepath)
     if os.path.isfile(os.path.join(path, _CONFIG)):
         return "peft"
     if os.path.isfile(path) and path.endswith(".lora.h5"):
@@ -333,7 +333,7 @@ def format_of(filepath):
 
 def check_path(filepath, format, overwrite):
     """Raise an error where an adapter of a format cannot be written."""
-    path = os.path.abspath(os.fspath(filepath))
+    path = os.path.abspath(checks.check_path("filepath", filepath))
     is_hub = format == "keras_hub"
     if is_hub and not path.endswith(".lora.h5"):
         raise checks.error("filepath", "one that ends in .lora.h5", path)

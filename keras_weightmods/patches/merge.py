@@ -266,7 +266,9 @@ def _planned(
         density = merge_weights.DENSITIES.get(method, 1.0)
     if weights is not None and method == "model_stock":
         raise checks.error("weights", "None for model_stock", weights)
-    is_list = isinstance(weights, (list, tuple, np.ndarray))
+    is_list = isinstance(weights, (list, tuple)) or (
+        isinstance(weights, np.ndarray) and weights.ndim > 0
+    )
     if weights is not None and (not is_list or len(weights) != len(models)):
         expected = f"a list of {len(models)} elements"
         raise checks.error("weights", expected, weights)

@@ -59,6 +59,8 @@ _HOOKS = {
 _RECEIVED = ("Report", "Target", "Targets", "ScalingLaw", "ops.Packed")
 # What calls of ours call.
 _INTERNAL = {
+    "Patches.clean_fingerprint",
+    "SemiStructuredSparse.axes_of",
     "ChangeReport.of",
     "WeightSignature",
     "WeightSignature.problems",
@@ -104,7 +106,10 @@ def subjects():
     return {
         name: function
         for name, function in found.items()
-        if parameters_of(function) and name not in _INTERNAL
+        if parameters_of(function)
+        and name not in _INTERNAL
+        # Pictures: what matplotlib says of wrong arguments will do.
+        and not name.startswith("plot.")
     }
 
 
@@ -308,6 +313,47 @@ def _save_delta():
     return Call(kwm.save_delta, given, [tuned, base])
 
 
+def _merge():
+    models = [mlp(), mlp()]
+    given = {"models": models, "output": mlp(), "verbose": 0}
+    return Call(kwm.merge, given, [*models, given["output"]])
+
+
+def _adapter():
+    """Write a delta and a LoRA adapter; return their base."""
+    model = language_model()
+    base = [np.array(each) for each in model.get_weights()]
+    kernel = kwm.find_targets(model)[0].variable
+    kernel.assign_add(0 * kernel.value + 0.1)
+    kwm.save_delta(model, base, "task.safetensors")
+    model.set_weights(base)
+    kwm.delta_to_lora(
+        model, "task.safetensors", "old.lora.h5", 2, format="keras_hub"
+    )
+    return model
+
+
+def _delta_to_lora():
+    model = _adapter()
+    given = {
+        "model": model,
+        "delta": "task.safetensors",
+        "filepath": "new.lora.h5",
+        "format": "keras_hub",
+    }
+    return Call(kwm.delta_to_lora, given, [model])
+
+
+def _lora_to_delta():
+    model = _adapter()
+    given = {
+        "model": model,
+        "lora": "old.lora.h5",
+        "filepath": "of_lora.safetensors",
+    }
+    return Call(kwm.lora_to_delta, given, [model])
+
+
 def _on_signature(method, **arguments):
     def make():
         model = mlp()
@@ -384,6 +430,9 @@ def _measure():
 
 CONV = {1: (2, 5, 4), 2: (2, 5, 5, 4), 3: (2, 5, 5, 5, 4)}
 CALLS: dict[str, Callable[[], Call]] = {
+    "merge": _merge,
+    "delta_to_lora": _delta_to_lora,
+    "lora_to_delta": _lora_to_delta,
     "AdamS": lambda: Call(kwm.AdamS, {"total_steps": 2}, then=fit_by),
     "AdamS.use_targets": _use_targets,
     "AdamS.set_importance": _set_importance,

@@ -211,7 +211,7 @@ X = normal(4, 16)
         ({"pattern": "4:2"}, "`pattern`"),
         ({"method": "obd"}, "`method`"),
         ({"method": "wanda"}, "calibration data"),
-        ({"method": "wanda", "data": normal(0, 16)}, "one batch"),
+        ({"method": "wanda", "data": normal(0, 16)}, "arrays of rows"),
         ({"method": "wanda", "data": Endless(X, X, 2)}, "endless"),
         ({"data": normal(4, 15)}, "incompatible|shape"),
         ({"batch_size": 0}, "`batch_size`"),
