@@ -130,9 +130,11 @@ def check_tensor(name: str, value: Any) -> Any:
 
 def check_shape(name: str, value: Any) -> tuple[int, ...]:
     """Return a tuple of ints, none of them negative; else raise ValueError."""
-    if not isinstance(value, (tuple, list)):
+    # The shape of a tensor of TensorFlow is no tuple.
+    found = value.as_list() if hasattr(value, "as_list") else value
+    if not isinstance(found, (tuple, list)):
         raise error(name, "a tuple of ints", value)
-    return tuple(check_int(name, size, 0) for size in value)
+    return tuple(check_int(name, size, 0) for size in found)
 
 
 def check_schedule(name: str, value: Any) -> None:
