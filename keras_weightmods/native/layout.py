@@ -1,6 +1,33 @@
-"""Sizes and types of packed arrays; `packed.py` says what is in them."""
+"""Where the values, places and scales of a packed kernel lie in its arrays.
 
+A kernel W of shape (K, N), K the contraction. Of every four consecutive
+entries of a column at most two are nonzero; two are kept, and two bits each
+say which. The arrays come in blocks of 16 columns and 32 rows:
+
+- NB = ceil(N / 16) and KB = ceil(K / 32); what is beyond N and K holds zeros.
+- `meta`, int32 (NB, KB, 16): bits 2s and 2s + 1 are the place in its group of
+  slot s = 2g + t, kept value t of group g of the 8 in a block.
+- `values`: float32 (NB, 16 KB, 16), a row for each slot; bfloat16
+  (NB, 8 KB, 16, 2), the two of a group side by side; int8 (NB, KB, 4, 16, 4)
+  with slot p + 4q at [:, :, p, :, q]; int4, as uint8 (NB, KB, 2, 16, 4), the
+  words p and p + 2 of int8 in the low and the high half of each byte, in two's
+  complement.
+- `scale`, with int8 float32 (NB, 16), one for each column; with int4 bfloat16
+  (NB, ceil(KB / 2), 16), one for each 64 rows of a column.
+
+That is 0.53 of the bytes of a float32 kernel, 0.28 in bfloat16, 0.16 in int8,
+0.10 in int4 (3.25 bits a weight).
+
+A dense matrix in int8 or int4 has no `meta`, and all its rows: row 4g + q of a
+block in int8 at [:, :, g, :, q] of (NB, KB, 8, 16, 4); in int4 as uint8
+(NB, KB, 4, 16, 4), the words g and g + 4 in the two halves. Scales as above.
+"""
+
+import math
 from typing import Any
+
+import ml_dtypes
+import numpy as np
 
 from keras_weightmods.utils import checks
 
@@ -85,3 +112,75 @@ def packed_arrays(
     if dtype in scales:
         arrays["scale"] = scales[dtype]
     return arrays
+
+
+def words(xp: Any, values: Any, dtype: str) -> Any:
+    """Return int8 values as they are, int4 ones as int32 laid out as int8."""
+    if dtype == "int8":
+        return values
+    values = cast(xp, values, "int32")
+    low = xp.bitwise_and(values, 15 * xp.ones((1,), dtype="int32"))
+    high = xp.right_shift(values, 4 * xp.ones((1,), dtype="int32"))
+    halves = xp.concatenate([low, high], axis=2)
+    return halves - 16 * cast(xp, xp.greater(halves, 7), "int32")
+
+
+def cast(xp: Any, array: Any, dtype: str) -> Any:
+    """Cast an array by NumPy, or a tensor by `keras.ops`."""
+    return array.astype(dtype) if xp is np else xp.cast(array, dtype)
+
+
+def halves(words: Any, dtype: str) -> Any:
+    """Return what `words` undoes: int8 words, of int4 two in a byte."""
+    words = np.ascontiguousarray(words, np.int8)
+    if dtype == "int8":
+        return words
+    low, high = np.split(words.view(np.uint8), 2, axis=2)
+    return (low & 15) | (high << 4)
+
+
+def values_of_slots(slots: Any, dtype: str) -> Any:
+    """Return the array `values` of kept values, a NumPy array (16 KB, 16 NB).
+
+    Slot s of block b is row 16 b + s.
+    """
+    rows, columns = slots.shape[0] // SLOTS, slots.shape[1] // COLUMNS
+    if dtype in INTEGERS:
+        slots = slots.reshape(rows, 4, 4, columns, COLUMNS)
+        return halves(slots.transpose(3, 0, 2, 4, 1), dtype)
+    if dtype == "bfloat16":
+        slots = slots.reshape(rows * SLOTS // 2, 2, columns, COLUMNS)
+        slots = slots.transpose(2, 0, 3, 1)
+    else:
+        slots = slots.reshape(rows * SLOTS, columns, COLUMNS)
+        slots = slots.transpose(1, 0, 2)
+    return np.ascontiguousarray(slots, numpy_dtype(dtype))
+
+
+def pad(matrix: Any, dtype: Any, columns: int, rows: int) -> Any:
+    """Return a matrix with zeros behind it, so many blocks wide and high."""
+    padded = np.zeros((rows * ROWS, columns * COLUMNS), dtype)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return padded
+
+
+def lay_out_scale(scale: Any, spec: Any) -> Any:
+    """Return scales (groups or 1, columns) as `spec` has them, ones behind."""
+    shape, dtype = spec
+    blocks, groups = shape[0], math.prod(shape[1:-1])
+    padded = np.ones((groups, blocks * COLUMNS), numpy_dtype(dtype))
+    padded[: len(scale), : scale.shape[1]] = scale
+    padded = padded.reshape(groups, blocks, COLUMNS).transpose(1, 0, 2)
+    return np.ascontiguousarray(padded).reshape(shape)
+
+
+def rows_of_scale(scale: Any, dtype: str, k: int, n: int) -> Any:
+    """Undo `lay_out_scale`; return scales (1 or groups, N)."""
+    count = 1 if dtype == "int8" else -(-k // GROUP)
+    scale = scale.reshape(len(scale), count, COLUMNS).transpose(1, 0, 2)
+    return scale.reshape(count, scale.shape[1] * COLUMNS)[:, :n]
+
+
+def numpy_dtype(dtype: str) -> Any:
+    """Return the NumPy dtype of an array of `packed_arrays`."""
+    return ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)

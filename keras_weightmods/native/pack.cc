@@ -40,7 +40,7 @@ float int4_steps(float value, float scale) {
 // candidates the first with the least squared error. 1 where all are zero or
 // next to it, NaN where not all are finite.
 //
-// The terms are added up slot by slot in double, unfused: packed.py does the
+// The terms are added up slot by slot in double, unfused: quantize.py does the
 // same, and finds the same bits.
 uint16_t int4_scale(const float values[kGroupSlots]) {
   constexpr uint16_t kOne = 0x3f80, kNan = 0x7fc0;

@@ -1,8 +1,8 @@
 """Pure tensor functions, on the three backends through `keras.ops`."""
 
+from keras_weightmods.native.layout import packed_arrays as packed_arrays
 from keras_weightmods.native.packed import Packed as Packed
 from keras_weightmods.native.packed import pack_kernel as pack_kernel
-from keras_weightmods.native.packed import packed_arrays as packed_arrays
 from keras_weightmods.native.packed import unpack_kernel as unpack_kernel
 from keras_weightmods.ops.compand import compand as compand
 from keras_weightmods.ops.compand import (

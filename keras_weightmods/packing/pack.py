@@ -12,7 +12,7 @@ from keras_weightmods import native
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
-from keras_weightmods.native.packed import ACTIVATIONS, INTEGERS
+from keras_weightmods.native.layout import ACTIVATIONS, INTEGERS
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing import (

@@ -8,6 +8,7 @@ from keras import ops
 from keras_weightmods.backend import backend_module
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.native import layout, quantize
 from keras_weightmods.native import packed as packed_format
 from keras_weightmods.ops.matrix import from_matrix, stack_shape, to_matrix
 from keras_weightmods.ops.sparse_matmul import (
@@ -26,7 +27,7 @@ from keras_weightmods.utils import checks
 
 def check_values(dtype, trainable, activations="float32"):
     """Raise ValueError unless such values can be packed."""
-    packed_format.check_activations(activations, dtype)
+    layout.check_activations(activations, dtype)
     checks.check_bool("trainable", trainable)
     if trainable and dtype != "float32":
         raise ValueError(
@@ -59,8 +60,8 @@ def packed_kernel(target, dtype, trainable, activations="float32"):
 
 def integer_kernel(target, dtype, activations):
     """Return the `IntegerKernel` of a target, of the class to use here."""
-    checks.check_choice("dtype", dtype, packed_format.INTEGERS)
-    packed_format.check_activations(activations, dtype)
+    checks.check_choice("dtype", dtype, layout.INTEGERS)
+    layout.check_activations(activations, dtype)
     # Compiled kernels multiply by it with int8 activations alone, on a CPU.
     is_held = activations == "float32" or reason_for_dense()
     shape = PackedKernel.shape_of(target)
@@ -146,7 +147,7 @@ class PackedKernel(PackedParameters):
         self.value_dtype = dtype
         self.trainable = trainable
         self.activations = activations
-        self.arrays = packed_format.packed_arrays(
+        self.arrays = layout.packed_arrays(
             self.matrix_shape, dtype, self.is_dense
         )
         self.product = self.product_of(target)
@@ -266,7 +267,7 @@ class UnpackedKernel(HeldDense, PackedKernel):
         if self.activations == "float32":
             self.mixin = None
         self.kept = [name for name in ("scale", "meta") if name in self.arrays]
-        if self.value_dtype not in packed_format.INTEGERS:
+        if self.value_dtype not in layout.INTEGERS:
             self.kept = []
         if self.split is not None:
             self.layouts["unpacked"] = keras_private.layout_of(target.variable)
@@ -291,7 +292,7 @@ class UnpackedKernel(HeldDense, PackedKernel):
         """Return the product with a dense matrix, `x` rounded if it is so."""
         rounded = ops.cast(x, "float32")
         if self.activations == "int8":
-            rounded = packed_format.round_activations(rounded)
+            rounded = quantize.round_activations(rounded)
         y = ops.matmul(rounded, ops.cast(matrix, "float32"))
         return ops.cast(y, x.dtype)
 

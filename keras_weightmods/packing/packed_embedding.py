@@ -24,6 +24,7 @@ from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import target_of
 from keras_weightmods.core.weight_keys import weight_keys
+from keras_weightmods.native import layout, quantize
 from keras_weightmods.native import packed as packed_format
 from keras_weightmods.ops.sparse_matmul import (
     gpu_plan,
@@ -37,7 +38,7 @@ from keras_weightmods.packing.packed_parameters import (
 )
 from keras_weightmods.utils import checks
 
-_GROUP = packed_format.GROUP
+_GROUP = layout.GROUP
 # Places 0 and 1 in each of the eight groups of a word.
 _PLACES = 0x44444444
 
@@ -72,8 +73,8 @@ def reason_to_skip(target):
 
 def packed_embedding(target, dtype, activations="float32"):
     """Return the `PackedEmbedding` of a target, of the class to use here."""
-    checks.check_choice("head", dtype, packed_format.INTEGERS)
-    packed_format.check_activations(activations, dtype)
+    checks.check_choice("head", dtype, layout.INTEGERS)
+    layout.check_activations(activations, dtype)
     # On a GPU nothing multiplies by a packed table at any number of rows.
     on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
     is_dense = on_gpu or reason_for_dense()
@@ -132,7 +133,7 @@ class PackedEmbedding(PackedParameters):
             # An odd width gets a column of zeros.
             rows = 4 * -(-self.width // 2)
         self.matrix_shape = (rows, self.vocabulary)
-        self.arrays = packed_format.packed_arrays(
+        self.arrays = layout.packed_arrays(
             self.matrix_shape, dtype, is_dense=not self.is_spread
         )
         self.packed: Any = None
@@ -155,7 +156,7 @@ class PackedEmbedding(PackedParameters):
     def round(self):
         """Return the rounded table (vocabulary, dim), and its scales."""
         table = ops.convert_to_numpy(self.target.variable).astype("float32")
-        steps, scale = packed_format.round_matrix(table.T, self.value_dtype)
+        steps, scale = quantize.round_matrix(table.T, self.value_dtype)
         steps, scale = np.ascontiguousarray(steps.T), scale.T
         self.rounding_error = relative_error(
             self._times(steps, scale, np), table
@@ -242,14 +243,14 @@ class PackedEmbedding(PackedParameters):
 
         By the functions of `xp`, which is NumPy or `keras.ops`.
         """
-        scale = packed_format.cast(xp, scale, "float32")
+        scale = layout.cast(xp, scale, "float32")
         if self.value_dtype == "int4":
             scale = xp.repeat(scale, _GROUP, axis=-1)[..., : self.width]
-        return packed_format.cast(xp, steps, "float32") * scale
+        return layout.cast(xp, steps, "float32") * scale
 
     def _in_order(self, values):
         """Return the values (NB, KB, words, columns, 4) as (NB, columns, K)."""
-        values = packed_format.words(ops, values, self.value_dtype)
+        values = layout.words(ops, values, self.value_dtype)
         # Slot p + 4q of two rows' groups, or row 4g + q.
         order = (0, 3, 1, 4, 2) if self.is_spread else (0, 3, 1, 2, 4)
         _, rows, words, columns, run = values.shape
@@ -295,13 +296,9 @@ class PackedEmbedding(PackedParameters):
             scale = np.repeat(scale, 2, axis=0)[: -(-blocks // 2)]
         return self._packed(
             {
-                "values": packed_format.values_of_slots(
-                    slots, self.value_dtype
-                ),
+                "values": layout.values_of_slots(slots, self.value_dtype),
                 "meta": np.full(self.arrays["meta"][0], _PLACES, np.int32),
-                "scale": packed_format.lay_out_scale(
-                    scale, self.arrays["scale"]
-                ),
+                "scale": layout.lay_out_scale(scale, self.arrays["scale"]),
             }
         )
 
@@ -347,7 +344,7 @@ class UnpackedEmbedding(HeldDense, PackedEmbedding):
         return ops.take(self.parameters[0], indices, axis=0)
 
     def logits(self, x):
-        rounded = packed_format.round_activations(ops.cast(x, "float32"))
+        rounded = quantize.round_activations(ops.cast(x, "float32"))
         table = ops.cast(self.parameters[0], "float32")
         return ops.cast(ops.matmul(rounded, ops.transpose(table)), x.dtype)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from keras_weightmods import native
 from keras_weightmods.native import packed as module
-from keras_weightmods.ops import pack_kernel, unpack_kernel
+from keras_weightmods.ops import pack_kernel, packed_arrays, unpack_kernel
 from tests import references
 
 DTYPES = ["float32", "bfloat16", "int8", "int4"]
@@ -84,7 +84,7 @@ def test_tensors_and_variables_unpack_alike(dtype):
 
 def check_tensors_and_variables(packed):
     expected = unpack_kernel(packed)
-    specs = module.packed_arrays(packed.shape, packed.dtype, packed.is_dense)
+    specs = packed_arrays(packed.shape, packed.dtype, packed.is_dense)
     tensors = {
         name: keras.ops.convert_to_tensor(getattr(packed, name))
         for name in specs
@@ -216,27 +216,6 @@ def test_values_at_known_places(dtype):
         np.testing.assert_array_equal(values, packed.values)
 
 
-@pytest.mark.parametrize("size", [1, 32, 77])
-def test_activations_are_rounded_in_blocks(size):
-    x = np.random.default_rng(0).normal(size=(2, 3, size)).astype("float32")
-    x[0, 0] = 0
-    # An outlier has its own block alone.
-    x[1, 1, -1] = 1e6
-    found = module.round_activations(keras.ops.convert_to_tensor(x))
-    found = keras.ops.convert_to_numpy(found)
-    expected = references.round_activations(x)
-    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-6)
-    bound = np.abs(x).max() / 253 if size < 77 else np.inf
-    assert np.abs(found - x).max() <= bound
-    assert np.abs(found - x)[..., :64].max() < 0.02 or size == 32
-    x[0, 1, 0], x[0, 2, -1] = np.nan, np.inf
-    found = module.round_activations(keras.ops.convert_to_tensor(x))
-    found = np.isnan(keras.ops.convert_to_numpy(found))
-    assert found[0, 1, :32].all()
-    assert found[0, 2, (size - 1) // 32 * 32 :].all()
-    assert found.sum() == min(size, 32) + (size - 1) % 32 + 1
-
-
 def test_not_2_4():
     kernel = kernel_of(36, 5)
     kernel[0:3, 1] = kernel[32:36, 4] = 1.0
@@ -260,9 +239,6 @@ def test_wrong_arguments():
         pack_kernel(np.zeros((4, 4)), "int8", "bfloat16")
     with pytest.raises(ValueError, match=r"need int8 or int4 .*bfloat16"):
         pack_kernel(np.zeros((4, 4)), "bfloat16", "int8")
-    for shape in [(4,), [4, 4], (4, -1), (4.0, 4)]:
-        with pytest.raises(ValueError, match="`shape` must be a pair"):
-            module.packed_arrays(shape, "float32")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from keras_weightmods import native
-from keras_weightmods.native.packed import Packed, pack_dense, packed_arrays
+from keras_weightmods.native.layout import packed_arrays
+from keras_weightmods.native.packed import Packed, pack_dense
 from keras_weightmods.ops import pack_kernel, sparse_matmul, unpack_kernel
 from tests import models, references
 from tests.backends import breadth

@@ -16,10 +16,10 @@ from keras_weightmods.backend.jax import (
     xla_handlers,
 )
 from keras_weightmods.backend.jax.batching import batches_as_rows
+from keras_weightmods.native.layout import packed_arrays
 from keras_weightmods.native.packed import (
     Packed,
     dense_matmul,
-    packed_arrays,
     unpack_tensor,
 )
 

@@ -1,0 +1,123 @@
+"""Rounding to int8 and int4, so that the bits are the same everywhere.
+
+int8 values are rounded to multiples of max |w| / 127 of the column. Those of
+int4, -8 to 7, to multiples of one scale for each column and group of 64 rows:
+with m the largest |w| of the group, the first of the candidates m / q, q as in
+`_INT4_STEPS`, each divided in float32 and rounded to bfloat16, with the least
+sum of squared errors. A kernel that lies on such a grid is kept as it is. To
+have the same bits everywhere: values are divided by the scale in float32,
+rounded to even, and clipped; the squares are summed in float64, one row after
+the other. Candidates that are 0 or not finite are passed over; if none is left,
+the scale is NaN where m is not finite, else 1, and the values are 0.
+"""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from keras import ops
+
+from keras_weightmods.native.layout import GROUP, INTEGERS, ROWS
+from keras_weightmods.utils import checks
+
+# Largest |w| over scale. With a negative scale the largest can be -8 times it.
+_INT4_STEPS = (1, 2, 3, 4, 5, 6, 7, 7.5, 8, 8.5, 9, -7.5, -8, -8.5, -9)
+_INT4_CHUNK = 1 << 16  # groups that are rounded at a time
+
+
+def round_matrix(matrix: Any, dtype: str) -> Any:
+    """Round a dense matrix to int8 or int4.
+
+    Args:
+        matrix: float32 NumPy array of shape (K, N), K the contraction.
+        dtype: String, `"int8"` or `"int4"`.
+
+    Returns:
+        Pair of an int8 array (K, N), the values, and their scales: float32
+        (1, N) with int8, bfloat16 (ceil(K / 64), N) with int4.
+    """
+    checks.check_choice("dtype", dtype, INTEGERS)
+    if dtype == "int8":
+        scale = int8_scale(matrix)
+        return int8_steps(matrix, scale), scale[None]
+    return round_groups(matrix, GROUP)
+
+
+def round_activations(x: Any) -> Any:
+    """Round each row in blocks of 32 entries, as int8 activations are.
+
+    A block becomes multiples, -127 to 127, of s = max |x| / 127. One that holds
+    NaN or infinity becomes NaN. Gradients pass as if nothing was rounded.
+
+    Args:
+        x: float32 tensor of shape (..., K).
+
+    Returns:
+        float32 tensor of the same shape.
+    """
+    size = x.shape[-1]
+    missing = -size % ROWS
+    blocks = ops.stop_gradient(x)
+    if missing:
+        pads = [(0, 0)] * (len(x.shape) - 1) + [(0, missing)]
+        blocks = ops.pad(blocks, pads)
+    leading = ops.shape(x)[:-1]
+    count = (size + missing) // ROWS
+    blocks = ops.reshape(blocks, (*leading, count, ROWS))
+    scale = ops.max(ops.abs(blocks), axis=-1, keepdims=True) / 127
+    scale = ops.where(ops.equal(scale, 0), ops.ones_like(scale), scale)
+    rounded = ops.round(blocks / scale) * scale
+    rounded = ops.reshape(rounded, (*leading, count * ROWS))[..., :size]
+    return x + (rounded - ops.stop_gradient(x))
+
+
+def int8_scale(matrix: Any) -> Any:
+    """Return the scale of each column, in float32."""
+    largest = np.abs(matrix).max(axis=0, initial=0)
+    scale = np.where(np.isfinite(largest), largest / np.float32(127), np.nan)
+    scale[scale == 0] = 1
+    return scale.astype(np.float32)
+
+
+def int8_steps(matrix: Any, scale: Any) -> Any:
+    """Return a matrix in multiples of a scale, -127 to 127; 0 for NaN."""
+    steps = np.nan_to_num(np.rint(matrix / scale))
+    return np.clip(steps, -127, 127).astype(np.int8)
+
+
+def round_groups(matrix: Any, size: int) -> Any:
+    """Return int4 steps of a matrix, and a scale for each `size` rows of it."""
+    steps = np.empty(matrix.shape, np.int8)
+    count = -(-len(matrix) // size)
+    scale = np.empty((count, matrix.shape[1]), ml_dtypes.bfloat16)
+    for group in range(count):
+        rows = slice(group * size, (group + 1) * size)
+        for start in range(0, matrix.shape[1], _INT4_CHUNK):
+            columns = slice(start, start + _INT4_CHUNK)
+            chosen = _round_int4(np.ascontiguousarray(matrix[rows, columns]))
+            steps[rows, columns], scale[group, columns] = chosen
+    return steps, scale
+
+
+def _round_int4(group: Any) -> Any:
+    """int4 steps of rows with one scale for each column, and the scales."""
+    largest = np.abs(group).max(axis=0, initial=0)
+    best = np.full(largest.shape, np.inf)
+    chosen = np.where(np.isfinite(largest), 1, np.nan).astype(np.float32)
+    with np.errstate(all="ignore"):
+        for step in _INT4_STEPS:
+            scale = (largest / np.float32(step)).astype(ml_dtypes.bfloat16)
+            scale = scale.astype(np.float32)
+            error = np.zeros(largest.shape)
+            for row in group:
+                left = row - _int4_steps(row, scale) * scale.astype(np.float64)
+                error += left * left
+            usable = np.isfinite(scale) & (scale != 0) & (error < best)
+            best = np.where(usable, error, best)
+            chosen = np.where(usable, scale, chosen)
+        steps = np.where(np.isfinite(best), _int4_steps(group, chosen), 0)
+    return steps.astype(np.int8), chosen.astype(ml_dtypes.bfloat16)
+
+
+def _int4_steps(values: Any, scale: Any) -> Any:
+    return np.clip(np.rint(values / scale), -8, 7)
