@@ -6,12 +6,8 @@ import pathlib
 
 import numpy as np
 
-from keras_weightmods.saving.container import (
-    check_filepath,
-    kind_of,
-    other_kind,
-    replacing,
-)
+from keras_weightmods.saving.atomic_file import check_filepath, replacing
+from keras_weightmods.saving.file_kinds import kind_of, other_kind
 from keras_weightmods.utils import checks
 
 

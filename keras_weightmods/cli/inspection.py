@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from keras_weightmods.cli.command import argument, command, reported
-from keras_weightmods.saving import container
+from keras_weightmods.saving import container, file_kinds
 from keras_weightmods.utils.report import Report, Table, shape_text, size_text
 
 
@@ -78,7 +78,7 @@ def _inspect(args):
 
 def file_report(path) -> FileReport:
     """Return the `FileReport` of a file."""
-    kind, reader = container.kind_of(path)
+    kind, reader = file_kinds.kind_of(path)
     if kind == "a preset":
         about, arrays = _in_preset(path)
     elif kind == "a .keras file":
@@ -104,11 +104,11 @@ def _size(folder):
 
 def _in_container(path):
     """Read a file of this library, all of it checked."""
-    metadata = container.metadata_of(path)
+    metadata = file_kinds.metadata_of(path)
     format = metadata.get("format", "keras_weightmods.model")
     if "format_version" in metadata:
         # A signature of the first version, which `safetensors` wrote.
-        kind, reader = container.kind_of(path)
+        kind, reader = file_kinds.kind_of(path)
         return kind, reader, {"version": 1}, _in_safetensors(path)
     version = metadata.get("version", "1")
     versions = (int(version),) if version.isdigit() else (1,)
@@ -118,7 +118,7 @@ def _in_container(path):
             if name.endswith(".json") or name == "description":
                 about.update(_facts(reader.read_json(name)))
         arrays = [(n, e.shape, e.dtype) for n, e in reader.entries.items()]
-    kind, call = container.kind_of(path)
+    kind, call = file_kinds.kind_of(path)
     return kind, call, about, arrays
 
 

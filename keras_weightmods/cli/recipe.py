@@ -9,7 +9,7 @@ from typing import Any
 
 import keras_weightmods as kwm
 from keras_weightmods.cli.files import is_model
-from keras_weightmods.saving.container import parse_json
+from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
 
 # In the order in which they can be.

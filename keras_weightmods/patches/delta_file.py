@@ -12,7 +12,7 @@ from keras_weightmods.patches.architecture import weight_problems
 from keras_weightmods.patches.entry import Change, ChangeEntry
 from keras_weightmods.patches.places import unpack_places
 from keras_weightmods.patches.tensors import Replacing, Sparse
-from keras_weightmods.saving import container
+from keras_weightmods.saving import bounded_json, container
 
 FORMAT = "keras_weightmods.delta"
 VERSIONS = (1, 2)
@@ -93,7 +93,7 @@ def write_delta(filepath, delta, dtype, overwrite) -> float:
         "dtype": dtype,
         "whole": list(delta.whole),
     }
-    arrays = {"description": container.json_array(about)}
+    arrays = {"description": bounded_json.json_array(about)}
     arrays |= {name: np.concatenate(planes[name]) for name in _PLANES}
     container.write_arrays(filepath, FORMAT, VERSIONS[-1], arrays, overwrite)
     count = sum(entry.tensor.places.size for entry in delta)

@@ -18,7 +18,7 @@ from keras_weightmods.patches.architecture import STATISTICS
 from keras_weightmods.patches.entry import SignatureEntry
 from keras_weightmods.patches.quantized import Quantized, code_bytes
 from keras_weightmods.patches.tensors import is_finite
-from keras_weightmods.saving import container
+from keras_weightmods.saving import bounded_json, container, file_kinds
 from keras_weightmods.utils import checks
 
 FORMAT = "keras_weightmods.signature"
@@ -37,14 +37,14 @@ _ENTRY_TYPES = {"position": int, "depth": int, "replaced": float, "bits": int}
 
 def save(filepath, signature, overwrite):
     """Write a signature; see `WeightSignature.save`."""
-    config = container.json_array(config_of(signature))
+    config = bounded_json.json_array(config_of(signature))
     arrays = {_CONFIG: config, **arrays_of(signature)}
     container.write_arrays(filepath, FORMAT, VERSION, arrays, overwrite)
 
 
 def load(filepath):
     """Return the fields of a signature; see `WeightSignature.load`."""
-    metadata = container.metadata_of(checks.check_path("filepath", filepath))
+    metadata = file_kinds.metadata_of(checks.check_path("filepath", filepath))
     if metadata.get("format") == FORMAT and "format_version" in metadata:
         return _load_version_1(filepath, metadata)
     with container.Reader(filepath, FORMAT, (VERSION,)) as reader:
@@ -188,7 +188,7 @@ def _load_version_1(filepath, metadata):
     try:
         if metadata["format_version"] != "1":
             raise ValueError(f"version {metadata['format_version']!r}")
-        config = container.parse_json(metadata["signature"])
+        config = bounded_json.parse_json(metadata["signature"])
         renamed = [
             {{"pull": "replaced"}.get(k, k): v for k, v in entry.items()}
             for entry in config["entries"]

@@ -14,7 +14,7 @@ import numpy as np
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.patches.checkpoint import Checkpoint
-from keras_weightmods.saving.container import replacing
+from keras_weightmods.saving.atomic_file import replacing
 from keras_weightmods.utils import checks
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

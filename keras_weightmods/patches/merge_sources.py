@@ -14,7 +14,7 @@ from keras_weightmods.patches import architecture
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.saving import model as model_file
 from keras_weightmods.saving import states
-from keras_weightmods.saving.container import other_kind
+from keras_weightmods.saving.file_kinds import other_kind
 from keras_weightmods.utils import checks
 
 

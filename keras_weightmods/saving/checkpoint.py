@@ -14,7 +14,13 @@ import numpy as np
 
 from keras_weightmods.backend import processes
 from keras_weightmods.core import keras_private
-from keras_weightmods.saving import container, random_state, shared
+from keras_weightmods.saving import (
+    atomic_file,
+    bounded_json,
+    container,
+    random_state,
+    shared,
+)
 from keras_weightmods.saving.data_order import DataOrder
 from keras_weightmods.utils import checks
 
@@ -327,7 +333,7 @@ class Checkpoint(keras.callbacks.Callback):
             for place, (_, numbers) in enumerate(everyone):
                 others = {key: _from_json(a) for key, a in numbers.items()}
                 arrays.update(_named(f"random-{place}", others))
-        arrays[_STATE] = container.json_array(state)
+        arrays[_STATE] = bounded_json.json_array(state)
         arrays.update(_named("own", _own_state(model)))
         variables = {
             name: variable
@@ -356,7 +362,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _write(self, entries: Any, values: Any) -> None:
         os.makedirs(self.path, exist_ok=True)
-        container.remove_leftovers(self.path)
+        atomic_file.remove_leftovers(self.path)
         name = f"step-{self._taken:010d}.safetensors"
         file = os.path.join(self.path, name)
         with container.Writer(file, _FORMAT, _VERSION, entries) as writer:

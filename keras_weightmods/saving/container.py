@@ -18,19 +18,16 @@ import hashlib
 import json
 import math
 import os
-import pathlib
-import platform
-import re
-import secrets
 import stat
-import time
-import zipfile
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
+from keras_weightmods.saving.atomic_file import check_filepath, replacing
+from keras_weightmods.saving.bounded_json import parse_json
+from keras_weightmods.saving.file_kinds import MAX_HEADER, READERS, other_kind
 from keras_weightmods.utils import checks
 
 # Keras' name of a dtype -> that of safetensors: all that an entry may have.
@@ -52,42 +49,8 @@ DTYPES = {
     "float64": "F64",
 }
 _NAMES = {code: name for name, code in DTYPES.items()}
-# What reads the files of this package, by format.
-_READERS = {
-    "keras_weightmods.model": "`keras_weightmods.load_model`",
-    "keras_weightmods.delta": "`keras_weightmods.apply_delta`",
-    "keras_weightmods.signature": "`keras_weightmods.WeightSignature.load`",
-}
-# How files of other kinds begin, what they are, and what reads them.
-_OTHERS = (
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "`model.load_weights`"),
-    (b"GGUF", "a GGUF file", "llama.cpp"),
-    (b"\x93NUMPY", "a .npy file", "`numpy.load`"),
-)
-# The same for ZIP archives, by a file that is in them.
-_ARCHIVES = (
-    ("model.weights.h5", "a .keras file", "`keras.models.load_model`"),
-    ("archive_format", "a .pt2 file", "`torch.export.load`"),
-    ("data.pkl", "a file of torch", "`torch.load`"),
-    (".npy", "an .npz file", "`numpy.load`"),
-)
-# And for folders.
-_FOLDERS = (
-    ("saved_model.pb", "a SavedModel", "`tf.saved_model.load`"),
-    ("task.json", "a preset", "`from_preset` of KerasHub"),
-    ("config.json", "a preset", "`from_preset` of KerasHub"),
-)
-# About 40,000 entries fit.
-_MAX_HEADER = 16 * 2**20
-# JSON may become this large in memory; what follows each of these characters
-# takes so many bytes there, at least. Some 2 million strings fit.
-_MAX_JSON = 160 * 2**20
-_JSON_SIZES = {b"{": 240, b"[": 64, b",": 64, b":": 64}
 _MAX_RANK = 32
 _CHUNK = 4 * 2**20
-_DAY = 24 * 60 * 60
-# The digest of a name, that of the machine, the process.
-_LEFTOVER = re.compile(r"\.kwm-[0-9a-f]{16}-([0-9a-f]{8})-(\d+)-")
 _NO_CHECKSUM = "0" * 64
 _NAME_RULE = "a name of 1 to 1024 printable characters"
 _METADATA_KEYS = {"format", "version", "sha256", "header_sha256"}
@@ -124,35 +87,6 @@ def bytes_of(arrays: Any) -> int:
     )
 
 
-def kind_of(filepath):
-    """Return what a file or folder is, and what reads it.
-
-    Returns:
-        Pair of strings: the kind, with an article, and the call. Empty where
-        they are not known.
-    """
-    if os.path.isdir(filepath):
-        names = os.listdir(filepath)
-        for name, kind, reader in _FOLDERS:
-            if name in names:
-                return kind, reader
-        return "a folder", ""
-    if os.path.exists(filepath) and not os.path.isfile(filepath):
-        # To open a pipe would wait for its other end.
-        return "no regular file", ""
-    with open(filepath, "rb") as file:
-        start = file.read(16)
-    for magic, kind, reader in _OTHERS:
-        if start.startswith(magic):
-            return kind, reader
-    if start.startswith(b"PK"):
-        return _kind_of_archive(filepath)
-    format = metadata_of(filepath).get("format")
-    if format in _READERS:
-        return f"a file of {format!r}", _READERS[format]
-    return "", ""
-
-
 def is_shape(value):
     """Return whether a value from a file is the shape of an array.
 
@@ -164,162 +98,6 @@ def is_shape(value):
         and all(type(n) is int and 0 <= n < 2**48 for n in value)
         and math.prod(n or 1 for n in value) < 2**59
     )
-
-
-def _kind_of_archive(filepath):
-    try:
-        with zipfile.ZipFile(filepath) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        return "a damaged ZIP archive", ""
-    for end, kind, reader in _ARCHIVES:
-        if any(name.endswith(end) for name in names):
-            return kind, reader
-    return "a ZIP archive", ""
-
-
-def other_kind(filepath):
-    """Return what `kind_of` does, in words; None if it is not known."""
-    kind, reader = kind_of(filepath)
-    return f"{kind}, which {reader} reads" if reader else kind or None
-
-
-def metadata_of(filepath):
-    """Return the metadata of a safetensors file; empty for other files."""
-    # Opening a pipe would wait for its other end.
-    if not os.path.isfile(filepath):
-        return {}
-    try:
-        with open(filepath, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            # What the length is of is not parsed if it is too long.
-            if length > min(os.path.getsize(filepath), _MAX_HEADER):
-                return {}
-            _check_json(file.read(length))
-        with safetensors.safe_open(filepath, framework="np") as file:
-            return file.metadata() or {}
-    except (safetensors.SafetensorError, OSError, ValueError):
-        return {}
-
-
-def json_array(value):
-    """Return the array of bytes that `Reader.read_json` reads `value` from.
-
-    Raises:
-        ValueError: If it would be too large for it.
-    """
-    text = json.dumps(value).encode()
-    _check_json(text)
-    return np.frombuffer(text, "uint8")
-
-
-def check_filepath(filepath, overwrite=True):
-    """Return the path of the file to write, links followed.
-
-    Raises:
-        ValueError: If `filepath` is no place for a file.
-        FileExistsError: If there is a file and `overwrite` is False.
-    """
-    path: str = os.path.realpath(checks.check_path("filepath", filepath))
-    is_other = os.path.lexists(path) and not os.path.isfile(path)
-    if not os.path.isdir(os.path.dirname(path)) or is_other:
-        # A device or a pipe would be replaced by a file, where that is allowed.
-        expected = "a regular file, or a new one in a folder that exists"
-        raise checks.error("filepath", expected, os.fspath(filepath))
-    if not checks.check_bool("overwrite", overwrite) and os.path.exists(path):
-        raise FileExistsError(
-            "The file exists. Pass `overwrite=True` to replace it. Received: "
-            f"filepath={os.fspath(filepath)!r}, overwrite=False"
-        )
-    return path
-
-
-@contextlib.contextmanager
-def replacing(filepath):
-    """Yield the path of a file to write, which then replaces `filepath`.
-
-    Of the same ending, and with the rights of the file that it replaces. On an
-    error it is removed, and `filepath` stays. What a process that was killed
-    has left of an earlier one is removed first.
-    """
-    filepath = check_filepath(filepath)
-    folder, name = os.path.split(filepath)
-    remove_leftovers(folder, name)
-    # Short, where the name is as long as the file system allows. Not by
-    # `tempfile`, which makes files that only their owner may read.
-    ending = "".join(pathlib.Path(name).suffixes[-2:])[-32:]
-    unique = f"{os.getpid()}-{secrets.token_hex(8)}"
-    temporary = os.path.join(folder, f"{_beginning(name)}{unique}{ending}")
-    try:
-        yield temporary
-        if os.path.exists(filepath):
-            os.chmod(temporary, stat.S_IMODE(os.stat(filepath).st_mode))
-        os.replace(temporary, filepath)
-        _sync_folder(folder)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def remove_leftovers(folder, name=None):
-    """Remove the unfinished files of processes that were killed.
-
-    Of this machine, whose processes can be asked for; those of others once
-    they are a day old.
-
-    Args:
-        folder: String.
-        name: String, the name of the file that they were to replace; `None`
-            for any.
-    """
-    beginning = ".kwm-" if name is None else _beginning(name, host="")
-    for each in os.listdir(folder or "."):
-        found = _LEFTOVER.match(each)
-        if found is None or not each.startswith(beginning):
-            continue
-        path = os.path.join(folder, each)
-        host, process = found.groups()
-        with contextlib.suppress(OSError):
-            if host == _host() and _runs(int(process)):
-                continue
-            is_old = time.time() - os.path.getmtime(path) > _DAY
-            if host == _host() or is_old:
-                os.remove(path)
-
-
-def _beginning(name, host=None):
-    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
-    return f".kwm-{digest[:16]}-{_host() + '-' if host is None else host}"
-
-
-def _host():
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-
-
-def _runs(process):
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def _sync_folder(folder):
-    """Have the names in a folder survive a power cut, where that exists."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder or ".", os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        # Some file systems, of networks mostly, have no such thing.
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def write_arrays(filepath, format, version, arrays, overwrite=True):
@@ -392,9 +170,9 @@ class Writer:
         self._checksums = dict.fromkeys(order, _NO_CHECKSUM)
         self._metadata = {"format": format, "version": str(version)}
         self._start = len(self._header(_NO_CHECKSUM))
-        if self._start > _MAX_HEADER:
+        if self._start > MAX_HEADER:
             raise ValueError(
-                f"A header may take {_MAX_HEADER} bytes. Received: "
+                f"A header may take {MAX_HEADER} bytes. Received: "
                 f"{len(order)} entries, whose header takes {self._start}"
             )
 
@@ -566,7 +344,7 @@ class Reader:
 
     def _other(self, kind):
         """Return a `ValueError` to raise: the file is of another kind."""
-        reader = _READERS.get(self._format, "this")
+        reader = READERS.get(self._format, "this")
         return ValueError(
             f"A file of {self._format!r} was expected, for {reader}. "
             f"Received: filepath={self.filepath!r}, {kind}"
@@ -579,11 +357,11 @@ class Reader:
             raise self._error("The path is not that of a regular file")
         prefix = self._file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(status.st_size - 8, _MAX_HEADER):
+        if len(prefix) < 8 or length > min(status.st_size - 8, MAX_HEADER):
             if kind := other_kind(self.filepath):
                 raise self._other(kind)
             raise self._error(
-                f"The header of {length} bytes must take at most {_MAX_HEADER} "
+                f"The header of {length} bytes must take at most {MAX_HEADER} "
                 f"bytes, and lie within the {status.st_size} bytes of the file"
             )
         text = self._file.read(length)
@@ -622,8 +400,8 @@ class Reader:
 
     def _check_metadata(self, metadata, format, versions):
         found = metadata.get("format")
-        if found != format and found in _READERS:
-            kind = f"a file of {found!r}, which {_READERS[found]} reads"
+        if found != format and found in READERS:
+            kind = f"a file of {found!r}, which {READERS[found]} reads"
             raise self._other(kind)
         if found != format and "sha256" not in metadata:
             raise self._other("a safetensors file of another program")
@@ -695,31 +473,3 @@ def _is_name(name):
 
 def _bytes_of(array):
     return memoryview(array.reshape(-1).view("uint8"))
-
-
-def parse_json(text):
-    """Return the value of a JSON text; raise ValueError if it is not valid."""
-
-    def unique(pairs):
-        once = dict(pairs)
-        if len(once) != len(pairs):
-            raise ValueError("a key appears twice in an object")
-        return once
-
-    if isinstance(text, str):
-        text = text.encode()
-    _check_json(text)
-    try:
-        return json.loads(text.decode(), object_pairs_hook=unique)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def _check_json(text):
-    """Raise ValueError for a text of more values than are read."""
-    size = sum(text.count(each) * n for each, n in _JSON_SIZES.items())
-    if size > _MAX_JSON:
-        raise ValueError(
-            f"JSON that takes {size} bytes in memory, and not at most "
-            f"{_MAX_JSON}"
-        )

@@ -11,7 +11,14 @@ import keras
 import numpy as np
 
 from keras_weightmods.core.reparameterized_layer import plain_classes
-from keras_weightmods.saving import container, description, shared, states
+from keras_weightmods.saving import (
+    atomic_file,
+    bounded_json,
+    container,
+    description,
+    shared,
+    states,
+)
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
@@ -110,7 +117,7 @@ def save_model(
             f"Received: filepath={os.fspath(filepath)!r}"
         )
     if shared.is_first():
-        container.check_filepath(filepath, overwrite)
+        atomic_file.check_filepath(filepath, overwrite)
     with (
         Progress(1, "weight", verbose) as progress,
         tempfile.TemporaryDirectory() as folder,
@@ -122,11 +129,11 @@ def save_model(
             assets = states.save_assets(parts, folder)
         weights = states.weight_entries(parts)
         progress.total = len(weights)
-        text = container.json_array(described)
+        text = bounded_json.json_array(described)
         described = description.rehearsed(
             json.loads(text.tobytes()), parts, weights
         )
-        text = container.json_array(described)
+        text = bounded_json.json_array(described)
         entries = {_MODEL: container.Entry(text.shape, "uint8"), **weights}
         for name, file in assets.items():
             entries[name] = container.Entry((file.stat().st_size,), "uint8")

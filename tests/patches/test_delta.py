@@ -8,7 +8,7 @@ import keras_weightmods as kwm
 from keras_weightmods.backend import backend_module
 from keras_weightmods.patches import checkpoint
 from keras_weightmods.patches.delta_file import FORMAT, VERSIONS
-from keras_weightmods.saving import container
+from keras_weightmods.saving import bounded_json, container
 from tests.models import assert_same_bits, mlp, sequential, weights_of
 
 SIZES = (96, 64)
@@ -266,7 +266,7 @@ def test_files_with_right_hashes_and_wrong_contents(base, tmp_path, attack):
         about = reader.read_json("description")
         arrays = {k: reader.read(k) for k in reader.entries}
     attack(about)
-    arrays["description"] = container.json_array(about)
+    arrays["description"] = bounded_json.json_array(about)
     container.write_arrays(path, FORMAT, VERSIONS[-1], arrays)
     model = make()
     with pytest.raises(ValueError, match="truncated, altered"):

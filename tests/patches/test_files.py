@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from keras_weightmods import WeightSignature
 from keras_weightmods.patches import files
 from keras_weightmods.patches.checkpoint import digest_of
-from keras_weightmods.saving import container
+from keras_weightmods.saving import bounded_json, container
 from tests.models import make_signature
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -161,7 +161,7 @@ def test_right_checksums_and_wrong_contents(path, attacks):
             config = reader.read_json(files._CONFIG)
         if attacks is config_attacks:
             attack(config)
-            arrays[files._CONFIG] = container.json_array(config)
+            arrays[files._CONFIG] = bounded_json.json_array(config)
         else:
             attack(arrays)
         attacked = path.parent / "attacked.safetensors"

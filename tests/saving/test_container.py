@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import os
-import signal
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +12,7 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_weightmods.saving import container
+from keras_weightmods.saving import bounded_json, container, file_kinds
 from keras_weightmods.saving.container import Entry, Reader, Writer
 from tests.models import assert_same_bits
 
@@ -155,71 +154,6 @@ def test_writer_refuses_what_is_no_place_for_a_file(tmp_path):
             write(wrong, arrays())
     container.write_arrays(tmp_path / "new", FORMAT, 1, {}, overwrite=False)
     assert os.listdir(tmp_path) == ["new"]
-
-
-def test_the_file_has_the_rights_of_any_new_file(tmp_path, path):
-    write(path, arrays())
-    (tmp_path / "other").write_text("")
-    modes = {os.stat(tmp_path / name).st_mode for name in ("file", "other")}
-    assert len(modes) == 1
-
-
-def test_the_rights_of_a_file_stay(path):
-    path.write_text("before")
-    path.chmod(0o640)
-    write(path, arrays())
-    assert os.stat(path).st_mode & 0o777 == 0o640
-
-
-def test_no_pipe_is_replaced_or_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="must be a regular file"):
-        write(tmp_path / "pipe", arrays())
-    with pytest.raises(ValueError, match="must be a regular file"):
-        with container.replacing(tmp_path / "pipe"):
-            pass
-    with pytest.raises(ValueError, match="not that of a regular file"):
-        read(tmp_path / "pipe")
-    assert os.listdir(tmp_path) == ["pipe"]
-
-
-def test_a_name_as_long_as_the_file_system_allows(tmp_path):
-    path = tmp_path / ("n" * 243 + ".safetensors")
-    write(path, arrays())
-    assert_equal(read(path), arrays())
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path, path):
-    def begin(name):
-        process = os.fork()
-        if not process:
-            with container.replacing(tmp_path / name) as temporary:
-                with open(temporary, "w") as file:
-                    file.write("half of it")
-                os.kill(os.getpid(), signal.SIGKILL)
-        os.waitpid(process, 0)
-
-    begin("other")
-    begin("file")
-    with container.replacing(tmp_path / "third") as at_work:
-        with open(at_work, "w"):
-            pass
-        left = set(os.listdir(tmp_path))
-        assert len(left) == 3
-        write(path, arrays())
-        # That of another file stays, and that of a process that runs.
-        now = set(os.listdir(tmp_path))
-        assert len(now & left) == 2
-        container.remove_leftovers(str(tmp_path))
-        assert set(os.listdir(tmp_path)) == {"file", os.path.basename(at_work)}
-    assert sorted(os.listdir(tmp_path)) == ["file", "third"]
-
-
-def test_a_link_stays_one(tmp_path, path):
-    (tmp_path / "link").symlink_to(path)
-    write(tmp_path / "link", arrays())
-    assert (tmp_path / "link").is_symlink()
-    assert_equal(read(path), arrays())
 
 
 def test_read_returns_memory_of_its_own(path):
@@ -522,12 +456,12 @@ def test_many_values_of_json_are_not_read(path):
     # Nor in a header, before safetensors sees it.
     text = b'{"__metadata__": {"format": "x"}, "a": ' + text + b"}"
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    assert container.metadata_of(path) == {}
+    assert file_kinds.metadata_of(path) == {}
     with pytest.raises(ValueError, match="JSON that takes"):
         reader_of(path)
     with pytest.raises(ValueError, match="JSON that takes"):
-        container.json_array([[]] * 2 * 10**6)
-    assert container.json_array(["token"] * 10**6).size > 10**6
+        bounded_json.json_array([[]] * 2 * 10**6)
+    assert bounded_json.json_array(["token"] * 10**6).size > 10**6
 
 
 @pytest.mark.parametrize(
@@ -593,44 +527,3 @@ def test_no_file(tmp_path):
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(ValueError, match="not that of a regular file"):
             Reader(tmp_path / "pipe", FORMAT, (VERSION,))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reader"),
-    [
-        ("model.h5", b"\x89HDF\r\n\x1a\n" + bytes(99), "`model.load_weights`"),
-        ("model.gguf", b"GGUF" + bytes(99), "llama.cpp"),
-        ("array.npy", b"\x93NUMPY" + bytes(99), "`numpy.load`"),
-    ],
-)
-def test_files_of_other_kinds_are_named(name, content, reader, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"Received: .* {reader}") as caught:
-        read(tmp_path / name)
-    assert "header of" not in str(caught.value)
-
-
-def test_archives_and_folders_are_named(tmp_path):
-    np.savez(tmp_path / "arrays.npz", x=np.ones(2))
-    with pytest.raises(ValueError, match=r"an \.npz file, which `numpy"):
-        read(tmp_path / "arrays.npz")
-    (tmp_path / "cut.keras").write_bytes(b"PK\x03\x04" + bytes(99))
-    with pytest.raises(ValueError, match="a damaged ZIP archive"):
-        read(tmp_path / "cut.keras")
-    (tmp_path / "saved_model.pb").touch()
-    with pytest.raises(ValueError, match="a SavedModel, which `tf"):
-        read(tmp_path)
-
-
-def test_another_format_of_ours_is_named_with_its_reader(tmp_path):
-    path = tmp_path / "file"
-    container.write_arrays(path, "keras_weightmods.delta", 1, {"x": np.ones(2)})
-    expected = "'keras_weightmods.delta', which `keras_weightmods.apply_delta`"
-    with pytest.raises(ValueError, match=expected):
-        Reader(path, "keras_weightmods.model", (1,))
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
-def test_the_kind_of_a_pipe_is_told_without_waiting(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    assert container.kind_of(tmp_path / "pipe") == ("no regular file", "")

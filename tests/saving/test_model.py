@@ -17,7 +17,7 @@ import keras_weightmods as kwm
 from keras_weightmods import native
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.reparameterization import reparameterizations
-from keras_weightmods.saving import container, description
+from keras_weightmods.saving import bounded_json, container, description
 from tests import models
 from tests.backends import breadth
 from tests.models import einsum_net, make_sparse, mlp, normal, outputs
@@ -562,7 +562,7 @@ def edit(change):
     def edited(arrays):
         described = json.loads(arrays["model.json"].tobytes())
         result = change(described)
-        arrays["model.json"] = container.json_array(
+        arrays["model.json"] = bounded_json.json_array(
             result if isinstance(result, list) else described
         )
 
