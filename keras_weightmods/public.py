@@ -34,9 +34,7 @@ from .lift.masked_optimizer import (
 from .lift.principal_mask_callback import (
     PrincipalMaskCallback as PrincipalMaskCallback,
 )
-from .lift.principal_mask_callback import (
-    PrincipalMaskReport as PrincipalMaskReport,
-)
+from .lift.report import PrincipalMaskReport as PrincipalMaskReport
 from .lift.sparse_adamw import SparseAdamW as SparseAdamW
 from .packing.pack import pack as pack
 from .packing.pack import unpack as unpack

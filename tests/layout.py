@@ -1,4 +1,4 @@
-"""Reads the imports of a package, and what it touches of private Keras."""
+"""Reads the imports of a package, and how long its files are."""
 
 import ast
 import pathlib
@@ -18,6 +18,9 @@ FLOORS = (
     ("native",),
     ("utils",),
 )
+# A longer file says in its docstring, in these words, why.
+MAX_LINES = 520
+REASON = "Longer than other files, as "
 _RANK = {folder: -i for i, row in enumerate(FLOORS) for folder in row}
 
 
@@ -123,3 +126,18 @@ def circles(arrows):
     for module in arrows:
         visit(module, [])
     return found
+
+
+def too_long(root):
+    """Return the files that are too long and do not say why, as strings."""
+    texts = {file: file.read_text() for file in sorted(root.rglob("*.py"))}
+    return [
+        f"{file.relative_to(root)} has {len(text.splitlines())} lines"
+        for file, text in texts.items()
+        if len(text.splitlines()) > MAX_LINES
+        and REASON not in " ".join(_docstring(text).split())
+    ]
+
+
+def _docstring(text):
+    return ast.get_docstring(ast.parse(text)) or ""

@@ -19,6 +19,25 @@ def test_every_folder_has_a_floor():
     assert folders == {name for row in layout.FLOORS for name in row} - {""}
 
 
+def test_a_long_file_says_why():
+    assert layout.too_long(ROOT) == []
+
+
+def test_long_files_are_found(tmp_path):
+    def reports(head):
+        lines = "\n" * (layout.MAX_LINES - head.count("\n"))
+        (tmp_path / "long.py").write_text(f"{head}{lines}")
+        short = layout.too_long(tmp_path)
+        (tmp_path / "long.py").write_text(f"{head}{lines}x = 1")
+        return short, layout.too_long(tmp_path)
+
+    found = f"long.py has {layout.MAX_LINES + 1} lines"
+    assert reports("") == ([], [found])
+    assert reports('"""Two.\n\nLonger than others."""\n') == ([], [found])
+    why = layout.REASON.replace(" as", "\nas")
+    assert reports(f'"""Two.\n\n{why} it is."""\n') == ([], [])
+
+
 TREE = {
     "__init__.py": "from kwm.lift.mask import mask",
     "utils/checks.py": "",

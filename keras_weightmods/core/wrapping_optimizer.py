@@ -114,3 +114,8 @@ class WrappingOptimizer(keras.optimizers.Optimizer):
             config["optimizer"], custom_objects=custom_objects
         )
         return cls(**{**config, "optimizer": optimizer})
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer inside of a loss-scaling wrapper, if it is one."""
+    return getattr(optimizer, "inner_optimizer", optimizer)

@@ -19,88 +19,21 @@ from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
 from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
+from keras_weightmods.lift.model_optimizer import (
+    check_optimizer,
+    install,
+    without_loss_scaling,
+)
+from keras_weightmods.lift.report import (
+    MaskedKernel,
+    PrincipalMaskReport,
+    Refresh,
+)
 from keras_weightmods.ops.matrix import stack_shape
 from keras_weightmods.ops.principal_mask import Selection, mask_indices
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskedKernel:
-    """A kernel of which single entries are trained.
-
-    Attributes:
-        key: String, the key of its target.
-        shape: Tuple of ints.
-        trained: Int, the entries that are trained.
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    trained: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PrincipalMaskReport(Report):
-    """What is trained, and what is not. Prints as a table.
-
-    Attributes:
-        kernels: Tuple of `MaskedKernel`.
-        skipped: Tuple of `Skipped`, path and reason.
-        whole: Tuple of `MaskedKernel`, the weights of `also_train`.
-    """
-
-    kernels: tuple[MaskedKernel, ...]
-    skipped: tuple[Skipped, ...] = ()
-    whole: tuple[MaskedKernel, ...] = ()
-
-    @property
-    def totals(self) -> dict[str, int]:
-        """Dict of the entries of the kernels: `"trained"` ones, all
-        `"entries"`; and of `"whole"`, the entries of weights trained whole.
-        """
-        return {
-            "trained": sum(kernel.trained for kernel in self.kernels),
-            "entries": sum(math.prod(kernel.shape) for kernel in self.kernels),
-            "whole": sum(weight.trained for weight in self.whole),
-        }
-
-    def tables(self) -> list[Table]:
-        trained, entries, whole = self.totals.values()
-        count = len(self.kernels)
-        title = f"{trained:,} of {entries:,} entries of {count} kernels trained"
-        tables = [
-            Table(title, ("kernel", "shape", "trained"), _rows(self.kernels))
-        ]
-        if self.whole:
-            count = len(self.whole)
-            title = f"{whole:,} entries of {count} weights trained whole"
-            columns = "weight", "shape", "trained"
-            tables.append(Table(title, columns, _rows(self.whole)))
-        return tables
-
-
-def _rows(weights: tuple[MaskedKernel, ...]) -> tuple[tuple[str, ...], ...]:
-    return tuple(
-        (each.key, shape_text(each.shape), f"{each.trained:,}")
-        for each in weights
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Refresh:
-    """A new choice of the entries that are trained.
-
-    Attributes:
-        step: Int, the updates made before it.
-        changed: Float, the share of the entries that were not trained before.
-        seconds: Float, the time that it took.
-    """
-
-    step: int
-    changed: float
-    seconds: float
+from keras_weightmods.utils.report import Skipped
 
 
 class PrincipalMaskCallback(EpochFigures):
@@ -314,7 +247,7 @@ class PrincipalMaskCallback(EpochFigures):
 
     def _look(self) -> None:
         """Read from the optimizer what is counted here after it."""
-        optimizer = _inner_optimizer(self.model.optimizer)
+        optimizer = without_loss_scaling(self.model.optimizer)
         applied = keras_private.applied_steps(optimizer)
         self._batches = int(ops.convert_to_numpy(applied))
         self._mask_step = optimizer.mask_step
@@ -329,7 +262,7 @@ class PrincipalMaskCallback(EpochFigures):
 
     def _refresh(self) -> None:
         model = self.model
-        optimizer = _inner_optimizer(model.optimizer)
+        optimizer = without_loss_scaling(model.optimizer)
         step = self._batches // self._accumulated
         variables = optimizer.masked_variables
         targets = [self._target_of[id(v)] for v in variables]
@@ -374,7 +307,7 @@ class PrincipalMaskCallback(EpochFigures):
         )
         targets, skipped = self._usable_targets(model, whole)
         sizes = {id(t.variable): self._size(t) for t in targets}
-        optimizer = _inner_optimizer(model.optimizer)
+        optimizer = without_loss_scaling(model.optimizer)
         trainable = model.trainable_variables
         trained = {*sizes, *map(id, whole)}
         specs = [
@@ -385,7 +318,7 @@ class PrincipalMaskCallback(EpochFigures):
         variables = [trainable[spec.place] for spec in specs]
         by_id = {id(target.variable): target for target in targets}
         ordered = [by_id[id(v)] for v in variables if id(v) in by_id]
-        _check_optimizer(optimizer, variables, specs)
+        check_optimizer(optimizer, variables, specs)
         is_new = not (isinstance(optimizer, MaskedState) and optimizer.built)
         chosen = None
         if is_new or optimizer.mask_step < 0:
@@ -396,7 +329,7 @@ class PrincipalMaskCallback(EpochFigures):
             if not isinstance(optimizer, MaskedState):
                 optimizer = MaskedOptimizer(optimizer)
             optimizer.build_masked(variables, specs, trainable)
-            _install(model, optimizer, variables)
+            install(model, optimizer, variables)
         if self.freeze_rest:
             rest = [v for v in trainable if id(v) not in trained]
             for variable in rest:
@@ -531,51 +464,3 @@ class PrincipalMaskCallback(EpochFigures):
 
 def _has_zeros(variable: Any) -> bool:
     return bool(ops.convert_to_numpy(ops.any(variable.value == 0)))
-
-
-def _inner_optimizer(optimizer: Any) -> Any:
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return optimizer.inner_optimizer
-    return optimizer
-
-
-def _check_optimizer(optimizer: Any, variables: Any, specs: Any) -> None:
-    """Raise ValueError where the optimizer cannot train these variables."""
-    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
-        raise ValueError(
-            "`PrincipalMaskCallback` works with one optimizer. Received: a "
-            "model compiled with a `MultiOptimizer`"
-        )
-    if not optimizer.built:
-        return
-    if not isinstance(optimizer, MaskedState):
-        keras_private.check_known(optimizer, variables)
-        return
-    trained = keras_private.optimizer_variables(optimizer)
-    received = {id(v): s.size for v, s in zip(trained, optimizer.specs)}
-    expected = {id(v): s.size for v, s in zip(variables, specs)}
-    if expected != received:
-        entries, known = (
-            f"{sum(filter(None, sizes.values()))} entries of {len(sizes)}"
-            for sizes in (expected, received)
-        )
-        raise ValueError(
-            "The model's optimizer has masks of other kernels or sizes: "
-            f"{known} variables. Received: a `PrincipalMaskCallback` for "
-            f"{entries} variables. Compile the model with a new optimizer."
-        )
-
-
-def _install(model: Any, optimizer: Any, variables: Any) -> None:
-    """Make an optimizer with masks the model's, for these variables."""
-    outer = model.optimizer
-    if isinstance(outer, keras.optimizers.LossScaleOptimizer):
-        # That one was built for all variables.
-        optimizer = keras.optimizers.LossScaleOptimizer(
-            optimizer,
-            initial_scale=outer.initial_scale,
-            dynamic_growth_steps=outer.dynamic_growth_steps,
-            name=outer.name,
-        )
-        optimizer.build(variables)
-    keras_private.set_optimizer(model, optimizer)

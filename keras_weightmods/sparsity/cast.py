@@ -1,8 +1,6 @@
 """CAST: train a model into exact N:M sparsity."""
 
-import functools
 import math
-import warnings
 from typing import Any
 
 import keras
@@ -10,20 +8,18 @@ from keras import ops
 
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.targets import resolve_targets
+from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops.nm import Pattern, parse_pattern
 from keras_weightmods.saving.checkpoint import Checkpoint
-from keras_weightmods.sparsity import data, recipes, sparsify
+from keras_weightmods.sparsity import cast_warnings, data, recipes, sparsify
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.calibration import measure_importance
 from keras_weightmods.sparsity.distillation import LogitsDistiller
-from keras_weightmods.sparsity.kept_share import kept_share, masked_weights
 from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
 from keras_weightmods.sparsity.run_state import RunState
 from keras_weightmods.sparsity.scaling import Scaling, attach_scaling
 from keras_weightmods.utils import checks
 
-# The share of the sum of all |w| below which a prune changes next to nothing.
-_NO_CUT = 1e-3
 # The importance of inputs is measured on so many batches.
 _MEASURED_BATCHES = 8
 
@@ -232,7 +228,7 @@ class CAST(LogitsDistiller):
     @property
     def adam_s(self) -> AdamS:
         """The `AdamS` in `optimizer`, also inside a loss-scaling wrapper."""
-        inner: AdamS = _inner(self.optimizer)
+        inner: AdamS = inner_optimizer(self.optimizer)
         return inner
 
     def compile(
@@ -263,7 +259,7 @@ class CAST(LogitsDistiller):
         if is_default:
             recipe = recipes.default_recipe(self.init, self.init_refine)
             optimizer = AdamS(pattern=self.pattern, **recipe)
-        inner = _inner(optimizer)
+        inner = inner_optimizer(optimizer)
         if not isinstance(inner, AdamS) or inner.pattern != self.pattern:
             expected = f"an `AdamS` of pattern {self.pattern!r}, or None"
             raise checks.error("optimizer", expected, optimizer)
@@ -332,7 +328,7 @@ class CAST(LogitsDistiller):
         checks.check_int("epochs", epochs, 0, 2**31 - 1)
         if not isinstance(verbose, bool):
             checks.check_choice("verbose", verbose, ("auto", 0, 1, 2))
-        _warn_about_early_stopping(kwargs.get("callbacks"))
+        cast_warnings.warn_about_early_stopping(kwargs.get("callbacks"))
         x, y, kwargs["sample_weight"] = data.preprocess(
             self.student, x, y, kwargs.get("sample_weight")
         )
@@ -361,7 +357,9 @@ class CAST(LogitsDistiller):
             self._plan(epochs * int(steps))
         elif taken:
             left = steps * (epochs - kwargs.get("initial_epoch", 0))
-            self._warn_about_the_end(taken, left, kwargs.get("callbacks"))
+            cast_warnings.warn_about_the_end(
+                self.adam_s, taken, left, kwargs.get("callbacks")
+            )
         with keras_private.strategy_scope(self):
             self.optimizer.build(self.trainable_variables)
             self._check_all_sparsified()
@@ -418,7 +416,7 @@ class CAST(LogitsDistiller):
             "weights again, and train with a lower learning rate or "
             "`global_clipnorm`, and finite data.",
         )
-        self._warn_about_an_early_end()
+        cast_warnings.warn_about_an_early_end(self.adam_s)
         self.adam_s.prune()
         if self.scaling_groups:
             seam.fold(self.student, Scaling)
@@ -427,7 +425,7 @@ class CAST(LogitsDistiller):
         )
         # As TensorFlow traced them, they hold the scales of that time.
         self.train_function = self.test_function = self.predict_function = None
-        _say_that_a_fit_loses_the_pattern(self.pattern)
+        cast_warnings.say_that_a_fit_loses_the_pattern(self.pattern)
         return self.student
 
     def get_config(self) -> Any:
@@ -464,56 +462,6 @@ class CAST(LogitsDistiller):
         self._run.planned_batches = batches
         # Compiled, it holds the length of an earlier plan.
         self.train_function = None
-
-    def _warn_about_the_end(
-        self, taken: int, left: float, callbacks: Any
-    ) -> None:
-        """Warn where a fit of `left` batches goes beyond the planned run."""
-        planned = self.adam_s.total_steps
-        wanted = taken + left // (self.adam_s.gradient_accumulation_steps or 1)
-        if taken >= planned:
-            message = f"the run of {planned} steps that was planned is over"
-        elif planned < wanted < math.inf and not any(
-            # Which epoch it begins with is not known yet.
-            isinstance(callback, (Checkpoint, keras.callbacks.BackupAndRestore))
-            for callback in keras.tree.flatten(callbacks)
-        ):
-            message = (
-                f"this fit goes to step {wanted}, beyond the {planned} that "
-                "were planned at its start"
-            )
-        else:
-            return
-        warnings.warn(
-            f"CAST: {message}. From there on the pull is done, and the "
-            "learning rate of the default optimizer is 0. To resume an "
-            "interrupted run, pass the `initial_epoch` to begin with. To "
-            "train in several calls of `fit`, pass the sum of their steps as "
-            "`AdamS(total_steps=...)`. For another run, `finalize()` and make "
-            "a new `CAST`.",
-            stacklevel=3,
-        )
-
-    def _warn_about_an_early_end(self) -> None:
-        """Warn where the run is not over, and the prune cuts what matters."""
-        taken = int(ops.convert_to_numpy(self.adam_s.iterations))
-        planned = self.adam_s.total_steps
-        if not 0 < taken < planned:
-            return
-        share, largest = kept_share(masked_weights(self.adam_s))
-        if 1 - share < _NO_CUT:
-            return
-        warnings.warn(
-            f"CAST: this cuts weights that the training has not brought to "
-            f"zero, after {taken} of {planned} steps: {1 - share:.1%} of the "
-            f"sum of all |w|, the largest being {largest:.2g}. The model "
-            "returned is much worse than the one that was trained. `finalize` "
-            "at the end of the run: go on by `fit` with the same `epochs`, and "
-            "`initial_epoch` where it stopped, from a checkpoint by "
-            "`save_weights` if this model is finalized now. For a shorter run "
-            "make a new `CAST` and fit it for fewer epochs.",
-            stacklevel=3,
-        )
 
     def _start(
         self, x: Any, batch_size: int | None, sample_weight: Any, verbose: Any
@@ -562,35 +510,6 @@ class CAST(LogitsDistiller):
                 f"`CAST.{what}()` was called after `finalize()`. The model is "
                 "a plain one now; make a new `CAST` to train it on."
             )
-
-
-def _inner(optimizer: Any) -> Any:
-    """Return the optimizer inside of a loss-scaling wrapper, if it is one."""
-    return getattr(optimizer, "inner_optimizer", optimizer)
-
-
-def _warn_about_early_stopping(callbacks: Any) -> None:
-    stops = keras.callbacks.EarlyStopping
-    if any(isinstance(each, stops) for each in keras.tree.flatten(callbacks)):
-        warnings.warn(
-            "CAST: `EarlyStopping` ends the run before the weights have "
-            "arrived in the pattern, and the loss rises on the way there, so "
-            "that it stops soon. Leave it out; fit for fewer epochs instead.",
-            stacklevel=3,
-        )
-
-
-@functools.cache
-def _say_that_a_fit_loses_the_pattern(pattern: str) -> None:
-    """Say it once in a process, for each pattern."""
-    warnings.warn(
-        f"The finished model is {pattern}, and a plain one: to fit it again "
-        "as it is loses the pattern. Before, call `SemiStructuredSparse."
-        f"attach(model, {pattern!r}, frozen=True)`, which holds it; "
-        "`PrincipalMaskCallback(keep_pattern=True)` holds it too. This is "
-        "said once.",
-        stacklevel=3,
-    )
 
 
 def _check_start(init: str, init_refine: Any) -> None:

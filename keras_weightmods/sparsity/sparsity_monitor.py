@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_weightmods.core.epoch_figures import EpochFigures
 from keras_weightmods.core.targets import resolve_targets
+from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops import nm
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.kept_share import kept_share, masked_weights
@@ -161,5 +162,4 @@ class SparsityMonitor(EpochFigures):
 
     def _optimizer(self) -> Any:
         # On JAX the property brings the model up to date.
-        optimizer = self.model.optimizer
-        return getattr(optimizer, "inner_optimizer", optimizer)
+        return inner_optimizer(self.model.optimizer)

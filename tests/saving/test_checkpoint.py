@@ -325,11 +325,11 @@ class Group:
 # Two real ones are in `tests/devices/processes.py`.
 @pytest.mark.one_backend
 def test_the_first_of_several_processes_writes_for_all(tmp_path, monkeypatch):
-    names = ("saving.checkpoint", "saving.shared", "saving.data_order")
+    names = ("checkpoint", "checkpoint_file", "shared", "data_order")
 
     def become(group):
         for name in names:
-            name = f"keras_weightmods.{name}.processes"
+            name = f"keras_weightmods.saving.{name}.processes"
             monkeypatch.setattr(name, lambda: group)
 
     def train(epochs, **kwargs):
