@@ -21,15 +21,7 @@ from benchmarks import harness
 CONTENDERS = ("CAST", "whole", "Keras")
 DTYPES = ("float32", "mixed_bfloat16")
 TIME_BAR, MEMORY_BAR = 0.7, 0.6
-# SmolLM2-135M.
-SHAPES = {
-    "num_layers": 30,
-    "hidden_dim": 576,
-    "intermediate_dim": 1536,
-    "num_query_heads": 9,
-    "num_key_value_heads": 3,
-    "vocabulary_size": 49152,
-}
+SHAPES = harness.SMOLLM2_135M
 
 
 def main():

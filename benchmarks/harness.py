@@ -22,6 +22,15 @@ from examples.sizes import resident_bytes as resident_bytes
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+SMOLLM2_135M = {
+    "num_layers": 30,
+    "hidden_dim": 576,
+    "intermediate_dim": 1536,
+    "num_query_heads": 9,
+    "num_key_value_heads": 3,
+    "vocabulary_size": 49152,
+}
+
 
 def parser_of_workers(doc, results):
     """Return a parser for a benchmark that `compare_backends` runs.

@@ -25,15 +25,7 @@ from benchmarks import harness
 METHODS = ("AdamW", "LIFT", "LoRA")
 DENSITY, REFRESH_EVERY = 0.05, 200
 STEP_BAR, STATE_BAR = 1.10, 0.085
-# SmolLM2-135M.
-SHAPES = {
-    "num_layers": 30,
-    "hidden_dim": 576,
-    "intermediate_dim": 1536,
-    "num_query_heads": 9,
-    "num_key_value_heads": 3,
-    "vocabulary_size": 49152,
-}
+SHAPES = harness.SMOLLM2_135M
 
 
 def main():

@@ -29,14 +29,7 @@ BARS = {"jax": 1.10, "tensorflow": 1.10, "torch": 1.15}
 STATE_BAR = 1.02
 
 MASK_EVERY = 10
-SHAPES = {
-    "num_layers": 30,
-    "hidden_dim": 576,
-    "intermediate_dim": 1536,
-    "num_query_heads": 9,
-    "num_key_value_heads": 3,
-    "vocabulary_size": 1024,
-}
+SHAPES = {**harness.SMOLLM2_135M, "vocabulary_size": 1024}
 
 
 def main():

@@ -749,17 +749,3 @@ def functions_by(**makers: Any) -> Iterator[None]:
     finally:
         for place, plain in zip(places, before):
             setattr(*place, plain)
-
-
-@contextlib.contextmanager
-def stand_ins(owner: Any, **values: Any) -> Iterator[None]:
-    """Give an object other attributes in a scope, past Keras' tracking."""
-    own = attributes(owner)
-    before = {name: own[name] for name in values if name in own}
-    own.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            own.pop(name)
-        own.update(before)

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_weightmods.backend import backend_module
+from keras_weightmods.backend.generation import CannotCompile
 from keras_weightmods.core import keras_private
 from keras_weightmods.generation import short_prefill
 
@@ -42,13 +43,15 @@ class GenerateFunction:
             self.is_checked = keras.backend.backend() == "torch"
             module = backend_module("generation")
             self.compiled = module.CompiledGenerate(
-                self.model, keras_private.functions_by, keras_private.stand_ins
+                self.model,
+                keras_private.functions_by,
+                keras_private.replaced_attributes,
             )
         reason = self.refusal or self._reason_against(inputs)
         if not reason:
             try:
                 return self._compiled(inputs, stop_token_ids)
-            except backend_module("generation").CannotCompile as error:
+            except CannotCompile as error:
                 reason = self.refusal = str(error)
         if reason not in self.refusals:
             self.refusals.add(reason)
@@ -82,7 +85,7 @@ class GenerateFunction:
         if not self.is_checked:
             reason = short_prefill.reason_against(self.model, **arguments)
             if reason:
-                raise backend_module("generation").CannotCompile(reason)
+                raise CannotCompile(reason)
             self.is_checked = True
         return self.compiled(**arguments, stop_token_ids=stop_token_ids)
 

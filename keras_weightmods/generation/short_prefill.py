@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core.keras_private import stand_ins
+from keras_weightmods.core.keras_private import replaced_attributes
 
 # How far the logits may be off, as a share of the largest, by their type.
 _TOLERANCES = {"float32": 1e-3, "float64": 1e-3}
@@ -41,7 +41,7 @@ def reason_against(model, tokens, mask, length, known, prefill):
         "padding_mask": ops.convert_to_tensor(mask),
     }
     try:
-        with stand_ins(model, call_with_cache=call_with_cache):
+        with replaced_attributes(model, call_with_cache=call_with_cache):
             model.generate_step(inputs, None)
     except _Read as read:
         expected, received = read.args

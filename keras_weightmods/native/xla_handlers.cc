@@ -216,6 +216,17 @@ ffi::Error CompandGradient(ffi::ThreadPool threads, Array v, Array w,
   return ffi::Error::Success();
 }
 
+// The arguments and results of all products.
+auto Product() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Activations>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<Meta>()
+      .Arg<Scale>()
+      .Ret<ffi::Buffer<ffi::F32>>();
+}
+
 }  // namespace
 
 extern "C" {
@@ -228,32 +239,12 @@ KWM_API XLA_FFI_Error* kwm_xla_compand(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_compand_gradient(XLA_FFI_CallFrame*);
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul, Matmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Activations>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<Meta>()
-                                  .Arg<Scale>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul, Matmul, Product());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_int8, MatmulInt8,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Activations>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<Meta>()
-                                  .Arg<Scale>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_int8, MatmulInt8, Product());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_transposed, MatmulTransposed,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Activations>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<Meta>()
-                                  .Arg<Scale>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                              Product());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_values_gradient, ValuesGradient,
                               ffi::Ffi::Bind()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_weightmods.backend.attention import one_query_by_kernel
+from keras_weightmods.backend.generation import CannotCompile, Generation
 from keras_weightmods.backend.jax import stacks
 from keras_weightmods.backend.jax.attention import kernel
 
@@ -16,22 +17,11 @@ from keras_weightmods.backend.jax.attention import kernel
 LENGTH_STEP = 64
 
 
-class CannotCompile(Exception):
-    """The model does what this cannot do."""
+class CompiledGenerate(Generation):
+    """`Generation` by one program of XLA, with a cache in parts."""
 
-
-class CompiledGenerate:
-    """`generate` on a batch of tokens, for a model as it is now.
-
-    Args:
-        model: A `keras_hub.models.CausalLM`.
-        functions_by, stand_ins: Of `core.keras_private`.
-    """
-
-    def __init__(self, model, functions_by, stand_ins):
-        self.model = model
-        self.stand_ins = stand_ins
-        self.functions_by = functions_by
+    def __init__(self, model, functions_by, replaced_attributes):
+        super().__init__(model, functions_by, replaced_attributes)
         self.done = set()
         self.function = jax.jit(
             self._generate,
@@ -81,7 +71,7 @@ class CompiledGenerate:
         }
         with (
             _variables(zip(sampler.variables, sampler_values), run) as scope,
-            self.stand_ins(model, **others),
+            self.replaced_attributes(model, **others),
             one_query_by_kernel(self.functions_by, kernel, plain_shares=True),
         ):
             outputs = model.generate_step(inputs, stop_token_ids)

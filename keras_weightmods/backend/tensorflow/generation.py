@@ -9,25 +9,17 @@ import functools
 import tensorflow as tf
 from keras import ops
 
+from keras_weightmods.backend.generation import CannotCompile, Generation
+
 # XLA takes long: `max_length` is rounded up to multiples of this.
 LENGTH_STEP = 64
 
 
-class CannotCompile(Exception):
-    """XLA cannot compile the model."""
+class CompiledGenerate(Generation):
+    """`Generation` by one program of XLA."""
 
-
-class CompiledGenerate:
-    """`generate` on a batch of tokens, for a model as it is now.
-
-    Args:
-        model: A `keras_hub.models.CausalLM`.
-        functions_by, stand_ins: Of `core.keras_private`.
-    """
-
-    def __init__(self, model, functions_by, stand_ins):
-        self.model = model
-        self.stand_ins = stand_ins
+    def __init__(self, model, functions_by, replaced_attributes):
+        super().__init__(model, functions_by, replaced_attributes)
         self.functions = {}
 
     def __call__(self, tokens, mask, length, known, prefill, stop_token_ids):
@@ -79,8 +71,8 @@ class CompiledGenerate:
 
         inputs = {"token_ids": tokens, "padding_mask": mask}
         with (
-            self.stand_ins(model, call_with_cache=call_with_cache),
-            self.stand_ins(sampler, run_loop=until_length),
+            self.replaced_attributes(model, call_with_cache=call_with_cache),
+            self.replaced_attributes(sampler, run_loop=until_length),
         ):
             return model.generate_step(inputs, stops)
 

@@ -8,6 +8,7 @@ runs. The keys and values are written into the one cache in place.
 import torch
 
 from keras_weightmods.backend.attention import one_query_by_kernel
+from keras_weightmods.backend.generation import CannotCompile, Generation
 from keras_weightmods.backend.torch import recorded_call
 from keras_weightmods.backend.torch.attention import kernel
 
@@ -22,22 +23,11 @@ _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
 _TOLERANCE = 0.05
 
 
-class CannotCompile(Exception):
-    """The model does what a recording cannot repeat."""
+class CompiledGenerate(Generation):
+    """`Generation` by a step that was recorded."""
 
-
-class CompiledGenerate:
-    """`generate` on a batch of tokens, for a model as it is now.
-
-    Args:
-        model: A `keras_hub.models.CausalLM`.
-        functions_by, stand_ins: Of `core.keras_private`.
-    """
-
-    def __init__(self, model, functions_by, stand_ins):
-        self.model = model
-        self.stand_ins = stand_ins
-        self.functions_by = functions_by
+    def __init__(self, model, functions_by, replaced_attributes):
+        super().__init__(model, functions_by, replaced_attributes)
         self.recorded = {}
 
     def __call__(self, tokens, mask, length, known, prefill, stop_token_ids):
@@ -69,7 +59,7 @@ class CompiledGenerate:
         inputs = {
             name: torch.from_numpy(x).to(device) for name, x in inputs.items()
         }
-        with torch.no_grad(), self.stand_ins(model, **others):
+        with torch.no_grad(), self.replaced_attributes(model, **others):
             outputs = model.generate_step(inputs, stop_token_ids)
         return {name: x[:, :length] for name, x in outputs.items()}
 
