@@ -11,8 +11,8 @@ from keras_weightmods.cli.files import (
     load_model,
     read_data,
 )
-from keras_weightmods.saving.container import bytes_of
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.report import size_text
 
 

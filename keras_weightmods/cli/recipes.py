@@ -24,7 +24,7 @@ from keras_weightmods.cli.recipe import (
 )
 from keras_weightmods.saving.atomic_file import replacing
 from keras_weightmods.saving.bounded_json import parse_json
-from keras_weightmods.saving.container import bytes_of
+from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.report import size_text
 
 _STATE, _CARD, _ROWS = "state.json", "README.md", "rows.npy"

@@ -4,8 +4,8 @@ Written for Keras 3.15; each function says why it is needed. No other file
 reads `keras.src`, a private attribute of a Keras object, or what lies behind
 Keras' attribute tracking: `tests/core/test_keras_private.py` checks that.
 Overriding a hook of a base class (`_backend_update_step`) is subclassing and
-stays in the subclass. Longer than other files, as who moves to another Keras
-has one place to look.
+stays in the subclass. Longer than other files, as whoever moves to another
+Keras needs one place to look.
 """
 
 import contextlib

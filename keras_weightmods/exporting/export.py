@@ -15,8 +15,8 @@ import keras
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import gguf_file
-from keras_weightmods.saving.container import bytes_of
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import size_text
 

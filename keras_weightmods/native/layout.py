@@ -26,10 +26,10 @@ block in int8 at [:, :, g, :, q] of (NB, KB, 8, 16, 4); in int4 as uint8
 import math
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import numpy_dtype
 
 COLUMNS = 16
 ROWS = 32
@@ -179,8 +179,3 @@ def rows_of_scale(scale: Any, dtype: str, k: int, n: int) -> Any:
     count = 1 if dtype == "int8" else -(-k // GROUP)
     scale = scale.reshape(len(scale), count, COLUMNS).transpose(1, 0, 2)
     return scale.reshape(count, scale.shape[1] * COLUMNS)[:, :n]
-
-
-def numpy_dtype(dtype: str) -> Any:
-    """Return the NumPy dtype of an array of `packed_arrays`."""
-    return ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)

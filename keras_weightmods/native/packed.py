@@ -19,7 +19,6 @@ from keras_weightmods.native.layout import (
     check_activations,
     halves,
     lay_out_scale,
-    numpy_dtype,
     packed_arrays,
     pad,
     rows_of_scale,
@@ -27,6 +26,7 @@ from keras_weightmods.native.layout import (
     words,
 )
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import numpy_dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

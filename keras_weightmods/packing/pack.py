@@ -22,8 +22,8 @@ from keras_weightmods.packing import (
 )
 from keras_weightmods.packing.packed_parameters import PackedParameters
 from keras_weightmods.packing.report import PackedWeight, PackReport
-from keras_weightmods.saving.container import bytes_of
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
 

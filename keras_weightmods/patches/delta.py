@@ -14,8 +14,8 @@ from keras_weightmods.patches.patches import Patches
 from keras_weightmods.patches.report import DeltaReport, PatchReport
 from keras_weightmods.patches.tensors import Replacing, Sparse
 from keras_weightmods.saving.atomic_file import check_filepath
-from keras_weightmods.saving.container import numpy_dtype
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import numpy_dtype
 
 
 def save_delta(

@@ -13,6 +13,7 @@ from keras_weightmods.patches.entry import Change, ChangeEntry
 from keras_weightmods.patches.places import unpack_places
 from keras_weightmods.patches.tensors import Replacing, Sparse
 from keras_weightmods.saving import bounded_json, container
+from keras_weightmods.utils.dtypes import numpy_dtype
 
 FORMAT = "keras_weightmods.delta"
 VERSIONS = (1, 2)
@@ -145,7 +146,7 @@ def _parse(description, arrays, is_new):
         kind: type[Sparse] = Replacing if weight[length:] else Sparse
         if is_new:
             (dtype,) = weight[length:] or [description["dtype"]]
-            dtype = container.numpy_dtype(dtype)
+            dtype = numpy_dtype(dtype)
             parts = _weight(taken, count, sizes, math.prod(shape), dtype)
         else:
             parts = _old_weight(taken, count, sizes, math.prod(shape))

@@ -19,8 +19,8 @@ from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.saving import model as model_file
 from keras_weightmods.saving import states
 from keras_weightmods.saving.atomic_file import check_filepath
-from keras_weightmods.saving.container import numpy_dtype
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import numpy_dtype
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 _WITHOUT_BASE = ("linear", "slerp")

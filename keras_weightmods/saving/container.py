@@ -21,7 +21,6 @@ import os
 import stat
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -29,6 +28,7 @@ from keras_weightmods.saving.atomic_file import check_filepath, replacing
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.saving.file_kinds import MAX_HEADER, READERS, other_kind
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import numpy_dtype
 
 # Keras' name of a dtype -> that of safetensors: all that an entry may have.
 DTYPES = {
@@ -72,19 +72,6 @@ class Entry:
     def size(self):
         """Int, in bytes."""
         return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
-
-
-def numpy_dtype(name):
-    """Return the NumPy dtype that Keras calls `name`."""
-    return np.dtype(getattr(ml_dtypes, name, name))
-
-
-def bytes_of(arrays: Any) -> int:
-    """Return the size of arrays, given as pairs of a shape and a dtype."""
-    return sum(
-        math.prod(shape) * int(numpy_dtype(dtype).itemsize)
-        for shape, dtype in arrays
-    )
 
 
 def is_shape(value):

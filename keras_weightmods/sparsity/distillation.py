@@ -8,10 +8,10 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import keras_private
-from keras_weightmods.saving.container import bytes_of
 from keras_weightmods.sparsity.frozen_twin import TRANSPARENT, FrozenTwin
 from keras_weightmods.sparsity.split_loss import SplitLoss
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.dtypes import bytes_of
 
 # Of a copy; another model has its own.
 _TEACHER_DTYPES = (None, "float32", "bfloat16", "float16")

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_weightmods.patches import coding
-from keras_weightmods.saving.container import numpy_dtype
+from keras_weightmods.utils.dtypes import numpy_dtype
 
 pytestmark = pytest.mark.one_backend
 

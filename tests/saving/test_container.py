@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from keras_weightmods.saving import bounded_json, container, file_kinds
 from keras_weightmods.saving.container import Entry, Reader, Writer
+from keras_weightmods.utils.dtypes import numpy_dtype
 from tests.models import assert_same_bits
 
 pytestmark = pytest.mark.one_backend
@@ -65,7 +66,7 @@ def test_round_trip_is_exact(tmp_path, path):
 @pytest.mark.parametrize("dtype", container.DTYPES)
 def test_every_dtype(path, dtype):
     rng = np.random.default_rng(1)
-    kind = container.numpy_dtype(dtype)
+    kind = numpy_dtype(dtype)
     value = rng.integers(0, 2, size=(3, 2)).astype(kind)
     write(path, {"x": value})
     assert_equal(read(path), {"x": value})
@@ -84,7 +85,7 @@ def test_every_dtype(path, dtype):
 def test_any_shapes(tmp_path_factory, specs):
     path = tmp_path_factory.mktemp("any") / "file"
     values = {
-        f"{i}": np.ones(shape, container.numpy_dtype(dtype))
+        f"{i}": np.ones(shape, numpy_dtype(dtype))
         for i, (dtype, shape) in enumerate(specs)
     }
     write(path, values)
