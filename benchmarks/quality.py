@@ -52,6 +52,17 @@ def parse_arguments():
         help="of rows of docstrings",
     )
     parser.add_argument(
+        "--rate", type=float, help="peak learning rate of CAST, for its own"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=1, help="rows of a step of training"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=pathlib.Path,
+        help="folder, to go on from where a long run was killed",
+    )
+    parser.add_argument(
         "--rows", type=int, default=16, help="of each text, to evaluate on"
     )
     parser.add_argument(
@@ -79,7 +90,13 @@ def run(args):
 
     from examples.data.smollm2 import load_smollm2
 
-    methods = make_methods(args.steps, args.start)
+    methods = make_methods(
+        args.steps,
+        start=args.start,
+        rate=args.rate,
+        batch=args.batch,
+        checkpoint=args.checkpoint,
+    )
     chosen = args.methods.split(",") if args.methods else list(methods)
     unknown = set(chosen) - set(methods)
     if unknown:
@@ -99,7 +116,7 @@ def run(args):
         train = mixed_rows(
             preprocessor.tokenizer,
             args.length + 1,
-            args.steps,
+            args.steps * args.batch,
             args.self_share,
             seed,
             args.documentation_share,
@@ -216,8 +233,12 @@ class Measure:
         return sum(sums) / len(rows)
 
 
-def make_methods(steps, start=None):
-    """{name: function(model, rows) -> details, or None if nothing trains}."""
+def make_methods(steps, **settings):
+    """{name: function(model, rows) -> details, or None if nothing trains}.
+
+    `settings` are those of `Cast` for a whole run: `start`, `rate`, `batch` and
+    `checkpoint`.
+    """
     methods = {
         "dense": lambda model, train: None,
         "one-shot magnitude": OneShot("magnitude"),
@@ -284,7 +305,7 @@ def make_methods(steps, start=None):
     }
     for method in methods.values():
         if isinstance(method, Cast):
-            method.start = start
+            vars(method).update(settings)
     return methods
 
 
@@ -459,10 +480,13 @@ def make_pulled_adam(rate, masks, pull, on_gradient, ramp_steps):
 class Cast:
     """The library's CAST; without arguments, its default recipe.
 
-    `start` is a file of weights that were made as `init` says.
+    `start` is a file of weights that were made as `init` says, `rate` another
+    peak of the learning rate, `batch` the rows of a step, and `checkpoint` the
+    folder of a run that may be killed.
     """
 
-    start = None
+    start = rate = checkpoint = None
+    batch = 1
 
     def __init__(
         self,
@@ -500,19 +524,23 @@ class Cast:
             ),
             **self.recipe,
         }
-        if self.recipe or self.start:
+        if self.rate:
+            recipe["learning_rate"] = self.rate
+        if self.recipe or self.start or self.rate:
             peak = recipe.pop("learning_rate")
             optimizer = kwm.AdamS(
-                schedule(peak, len(train)),
-                total_steps=len(train),
+                schedule(peak, self.steps),
+                total_steps=self.steps,
                 **recipe,
             )
             cast.compile(optimizer)
             recipe["learning_rate"] = peak
         else:
             cast.compile()
-        monitor = kwm.SparsityMonitor()
-        history = fit(cast, train, [monitor])
+        callbacks = [kwm.SparsityMonitor()]
+        if self.checkpoint:
+            callbacks.append(kwm.Checkpoint(self.checkpoint, save_freq=200))
+        history = fit(cast, train, callbacks, self.batch)
         scales = [
             v.numpy() if hasattr(v, "numpy") else v
             for v in cast.trainable_variables
@@ -528,6 +556,7 @@ class Cast:
             "settings": self.settings,
             "start": self.start and self.start.name,
             "recipe": recipe,
+            "rows_per_step": self.batch,
         }
 
 
@@ -569,11 +598,11 @@ def distil(model, teacher, optimizer, train, callbacks=()):
     fit(distiller, train, callbacks)
 
 
-def fit(model, train, callbacks=()):
+def fit(model, train, callbacks=(), batch_size=1):
     return model.fit(
         model_inputs(train[:, :-1]),
         train[:, 1:],
-        batch_size=1,
+        batch_size=batch_size,
         verbose=0,
         shuffle=False,
         callbacks=list(callbacks),
@@ -594,7 +623,7 @@ def report(args, rows):
         "backend": args.backend,
         "dtype": args.dtype,
         "steps": args.steps,
-        "tokens_per_step": args.length,
+        "tokens_per_step": args.batch * args.length,
         "self_share": args.self_share,
         "documentation_share": args.documentation_share,
         "evaluated_rows": args.rows,

@@ -120,7 +120,7 @@ def test_smoke_leaves_the_results_alone():
     assert args.calibration == 0
     assert args.rounding == 0
     args = runtimes.parse_arguments([])
-    assert (args.calibration, args.rounding) == (32, 48)
+    assert (args.calibration, args.rounding) == (32, 128)
 
 
 def test_int4_is_rounded_from_the_weights_of_its_form():
