@@ -50,6 +50,11 @@ def fake_cuda(tmp_path_factory):
     """A library that stands for CUDA's on a CPU."""
     if keras.backend.backend() != "torch":
         pytest.skip("not about the backend: run once, on torch")
+    return build_fake(tmp_path_factory, VARIANTS)
+
+
+def build_fake(tmp_path_factory, variants):
+    """Compile the fake with some variants of the decode kernel."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
@@ -57,13 +62,13 @@ def fake_cuda(tmp_path_factory):
     finds = "".join(
         f"  if (x == {x} && values == {values} && rows == {rows})\n"
         f"    return variant_{x}_{values}_{rows}::run;\n"
-        for x, values, rows in VARIANTS
+        for x, values, rows in variants
     )
     source = folder / "fake_cuda.cc"
     source.write_text(
         '#include "emulate.h"\n'
         + "".join(
-            _VARIANT.format(x=x, values=v, rows=r) for x, v, r in VARIANTS
+            _VARIANT.format(x=x, values=v, rows=r) for x, v, r in variants
         )
         + "Runner find_variant(int x, int values, int rows) {\n"
         + f"{finds}  return nullptr;\n}}\n"
@@ -81,16 +86,28 @@ def fake_cuda(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def faked(library, fake_cuda, tmp_path_factory):
-    """The GPU library over the fake, and the fake.
+    """The GPU library over the fake, and the fake."""
+    return open_over(fake_cuda, tmp_path_factory)
 
-    A copy of it, which keeps its own state: it has opened other libraries.
+
+@pytest.fixture(scope="session")
+def faked_anywhere(library, tmp_path_factory):
+    """`faked` on each backend, without the decode kernel."""
+    fake = build_fake(tmp_path_factory, [])
+    return open_over(fake, tmp_path_factory)
+
+
+def open_over(fake, tmp_path_factory):
+    """Open a copy of the GPU library over a fake, and the fake.
+
+    A copy keeps its own state: it has opened other libraries.
     """
     copy = tmp_path_factory.mktemp("kwm_gpu") / "copy.so"
     shutil.copy(GPU.parent / "lib" / "kwm_gpu.so", copy)
     over_fake = gpu.open_library(copy)
-    path = str(fake_cuda).encode()
+    path = str(fake).encode()
     source = (GPU / "decode.cu").read_bytes()
     assert over_fake.kwm_gpu_load_driver(path) is None
     assert over_fake.kwm_gpu_load_decode(source, path) is None
     assert over_fake.kwm_gpu_load_cusparselt(path) is None
-    return over_fake, ctypes.CDLL(str(fake_cuda))
+    return over_fake, ctypes.CDLL(str(fake))

@@ -17,6 +17,7 @@ constexpr int kInvalid = 1;      // CUDA_ERROR_INVALID_VALUE
 constexpr int kMisaligned = 716;  // CUDA_ERROR_MISALIGNED_ADDRESS
 constexpr int kNoDevice = 101;   // CUDA_ERROR_INVALID_DEVICE
 constexpr int kLtInvalid = 3;    // CUSPARSE_STATUS_INVALID_VALUE
+constexpr int kLtFailed = 6;     // CUSPARSE_STATUS_EXECUTION_FAILED
 constexpr int kAlgorithms = 5;
 constexpr int kWorkspace = 48;
 
@@ -30,6 +31,8 @@ int current = -1;
 int live = 0;
 // Launches at an address that ends the context of a real device.
 int misaligned = 0;
+// What goes wrong in a product: 1 a column of the result, 2 all of it.
+int broken = 0;
 
 // What a module or a handle belongs to: another context must not use it.
 struct Variant {
@@ -45,6 +48,7 @@ FAKE int fake_context_depth() { return context_depth; }
 FAKE int fake_bad_meta() { return bad_meta; }
 FAKE int fake_live() { return live; }
 FAKE int fake_misaligned() { return misaligned; }
+FAKE void fake_break(int how) { broken = how; }
 
 // The driver.
 FAKE int cuInit(unsigned) { return 0; }
@@ -342,10 +346,11 @@ FAKE int cusparseLtMatmul(const Opaque* handle, const Opaque* plan, const void* 
       !streams || stream_count != 1 || !is_current(handle)) {
     return kLtInvalid;
   }
+  if (broken == 2) return kLtFailed;
   memset(workspace, 1, kWorkspace);
   for (int64_t i = 0; i < matmul.d.rows; ++i) {
     for (int64_t j = 0; j < matmul.d.columns; ++j) {
-      float sum = 0;
+      float sum = broken == 1 && i == 3;
       for (int64_t t = 0; t < matmul.a.columns; ++t) {
         sum += matmul.a.get(a, i, t) * matmul.b.get(b, t, j);
       }

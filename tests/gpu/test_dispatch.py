@@ -148,6 +148,30 @@ def test_published_figures(plan, device, first):
             assert said == sparse
 
 
+def test_dense_products_alone(plan, monkeypatch):
+    plan([])
+    monkeypatch.setenv(dispatch.TABLE_VARIABLE, "dense")
+    dispatch.table.cache_clear()
+    dispatch.plan.cache_clear()
+    kind = "jax", "NVIDIA H100 PCIe", (4096, 4096), "bfloat16", "bfloat16"
+    found = dispatch.plan(*kind)
+    assert not found.is_sparse
+    assert dispatch.TABLE_VARIABLE in found.why(4096)
+    assert dispatch.table() == {}
+
+
+def test_without_a_method(plan):
+    times = {"decode": [4, 8, None], "cusparselt": [8, 7, 5]}
+    some = plan(entries(dense=[9, 9, 9], **times))
+    left = some.without("cusparselt", "it failed")
+    assert left.companions == ("dense",)
+    both = "dense", "cusparselt"
+    assert left.choose(1, both) == ("decode", -1)
+    assert left.choose(256, both) == ("dense", -1)
+    assert left.choose(256, ("cusparselt",)) == ("dense", -1)
+    assert "without cusparselt: it failed" in left.why(256)
+
+
 def test_where_published_figures_say_nothing(plan):
     for elsewhere in (
         plan([], device="NVIDIA H100 PCIe", shape=(1024, 4096)),

@@ -1,9 +1,6 @@
 """The XLA handlers, called as XLA calls them, over the fake CUDA."""
 
 import ctypes
-import pathlib
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -12,31 +9,7 @@ from keras_weightmods.native.packed import pack_kernel
 from tests.gpu import test_products
 from tests.gpu.kernels import error
 from tests.gpu.test_products import TOLERANCE, compress, decode_reference, make
-
-# Of XLA's FFI.
-DTYPES = {
-    "int8": 2,
-    "int32": 4,
-    "uint8": 6,
-    "float16": 10,
-    "float32": 11,
-    "bfloat16": 16,
-}
-
-
-class Array(ctypes.Structure):
-    _fields_ = [
-        ("dtype", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("dims", ctypes.c_int64 * 5),
-        ("data", ctypes.c_void_p),
-    ]
-
-    @classmethod
-    def of(cls, array):
-        dims = (ctypes.c_int64 * 5)(*array.shape)
-        dtype = DTYPES[array.dtype.name]
-        return cls(dtype, array.ndim, dims, array.ctypes.data)
+from tests.gpu.xla import build_harness, caller
 
 
 @pytest.fixture(scope="module")
@@ -44,37 +17,8 @@ def xla(faked, tmp_path_factory):
     library, fake = faked
     if not hasattr(library, "kwm_gpu_xla_decode"):
         pytest.skip("the library was built without the XLA handlers")
-    jaxlib = pytest.importorskip("jaxlib", reason="needs its headers")
-    include = pathlib.Path(jaxlib.__file__).with_name("include")
-    built = tmp_path_factory.mktemp("fake_xla") / "fake_xla.so"
-    source = pathlib.Path(__file__).with_name("fake_xla.cc")
-    subprocess.run(
-        [shutil.which("g++"), "-std=c++17", "-O1", "-shared", "-fPIC"]
-        + ["-isystem", include, source, "-o", built],
-        check=True,
-    )
-    harness = ctypes.CDLL(str(built))
-    harness.fake_xla_call.restype = ctypes.c_char_p
-    harness.fake_xla_allocated.restype = ctypes.c_int64
-    harness.fake_xla_traits.restype = ctypes.c_int64
-
-    def call(name, inputs, results, algorithm=None, initialize=False):
-        handler = getattr(library, f"kwm_gpu_xla_{name}")
-        arrays = [Array.of(a) for a in (*inputs, *results)]
-        number = None if algorithm is None else ctypes.c_int64(algorithm)
-        failure = harness.fake_xla_call(
-            ctypes.cast(handler, ctypes.c_void_p),
-            initialize,
-            (Array * len(arrays))(*arrays),
-            len(arrays),
-            len(inputs),
-            None if number is None else ctypes.byref(number),
-        )
-        assert harness.fake_xla_allocated() == 0
-        assert fake.fake_context_depth() == 0
-        return failure and failure.decode()
-
-    return harness, library, call
+    harness = build_harness(tmp_path_factory.mktemp("fake_xla"))
+    return harness, library, caller(harness, library, fake)
 
 
 @pytest.fixture(params=[0, 1])

@@ -212,6 +212,7 @@ def test_packed_model(monkeypatch, method, tmp_path):
     plan = dispatch.Plan((dispatch.Measured(8, times),))
     for name in ("plan", "_plan_on"):
         monkeypatch.setattr(products, name, lambda *_: plan, raising=False)
+    monkeypatch.setattr(products, "_chosen", {}, raising=False)
     model = make_sparse(mlp(256, 128, 64, dtype="mixed_bfloat16"))
     x = normal(8, 256, seed=1)
     expected = model.predict(x, verbose=0).astype("float64")

@@ -201,8 +201,8 @@ def test_facts_of_each_device_are_asked_for_once(monkeypatch):
         return f"card {index}"
 
     monkeypatch.setattr(torch.cuda, "get_device_name", get_device_name)
-    for cached in (sparse_matmul_gpu._name_of, sparse_matmul_gpu._plan_on):
-        cached.cache_clear()
+    sparse_matmul_gpu._name_of.cache_clear()
+    monkeypatch.setattr(sparse_matmul_gpu, "_plans", {})
     for _ in range(3):
         for index in (0, 1):
             for n in (N, 2 * N):
@@ -211,8 +211,7 @@ def test_facts_of_each_device_are_asked_for_once(monkeypatch):
                 )
                 assert f"card {index}" in chosen.why(1)
     assert asked == [0, 1]
-    for cached in (sparse_matmul_gpu._name_of, sparse_matmul_gpu._plan_on):
-        cached.cache_clear()
+    sparse_matmul_gpu._name_of.cache_clear()
 
 
 def test_cusparselt_of_torch(monkeypatch):

@@ -27,7 +27,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from keras_weightmods import native
 from keras_weightmods.backend.jax.batching import batches_as_rows
 from keras_weightmods.native import gpu
-from keras_weightmods.native.gpu import dispatch
+from keras_weightmods.native.gpu import dispatch, first_contact
 from keras_weightmods.native.packed import Packed, unpack_kernel, unpack_tensor
 
 _TARGETS = {
@@ -60,8 +60,47 @@ class PreparedPacked(Packed):
 
 
 def plan(shape, x_dtype, value_dtype):
-    """Return the `dispatch.Plan` for a kernel on the GPU that is there."""
-    return dispatch.plan("jax", device_name(), shape, x_dtype, value_dtype)
+    """Return the `dispatch.Plan` for a kernel on the GPU that is there.
+
+    It counts on cuSPARSELt where a product by it was tried and right; the
+    first call for a shape and type tries it, also while JAX traces.
+    """
+    return _plan(device_name(), tuple(shape), x_dtype, value_dtype)
+
+
+@functools.cache
+def _plan(device, shape, x_dtype, value_dtype):
+    found = dispatch.plan("jax", device, shape, x_dtype, value_dtype)
+    return first_contact.trusted(
+        found,
+        device,
+        shape,
+        x_dtype,
+        functools.partial(reason_unavailable, "cusparselt"),
+        functools.partial(_try_cusparselt, x_dtype),
+    )
+
+
+def _try_cusparselt(x_dtype, trial):
+    """Return a `Trial`'s product by cuSPARSELt, and the dense one."""
+    _register()
+    devices = _devices()
+    with (
+        jax.ensure_compile_time_eval(),
+        jax.default_device(devices[0] if devices else None),
+    ):
+        steps = jnp.take(jnp.asarray(trial.steps), trial.columns, axis=1)
+        x = jnp.asarray(trial.x, x_dtype)
+        kernel = steps.astype(x_dtype) * jnp.asarray(trial.scale, x_dtype)
+        multiply = functools.partial(
+            _cusparselt, kernel.shape[1], trial.algorithm
+        )
+        y = jax.jit(multiply)(x, _compress(kernel, x_dtype))
+        # Sums of small numbers, and exact.
+        exact = {"preferred_element_type": jnp.float32}
+        return np.asarray(y, "float32"), np.asarray(
+            jnp.matmul(x, kernel, **exact)
+        )
 
 
 def companion_spec(kind, shape, x_dtype):
@@ -121,7 +160,12 @@ def companion(kind, packed, x_dtype):
     kernel = jax.device_put(kernel.astype(x_dtype), _device_of(packed.values))
     if kind == "dense":
         return kernel
-    shape, dtype = companion_spec("cusparselt", packed.shape, x_dtype)
+    return _compress(kernel, x_dtype)
+
+
+def _compress(kernel, x_dtype):
+    """Compress a kernel, a concrete array, for cuSPARSELt."""
+    shape, dtype = companion_spec("cusparselt", kernel.shape, x_dtype)
     result = jax.ShapeDtypeStruct(shape, dtype)
     call = jax.ffi.ffi_call("kwm_gpu_compress", result)
     return jax.jit(lambda kernel: call(kernel.T))(kernel)
@@ -189,13 +233,15 @@ class _Product:
         # An exported program may leave the number of rows open.
         if not isinstance(rows, int) or rows == 0 or 0 in self.shape:
             return "dense", -1
-        method, algorithm = plan(self.shape, x_dtype, self.value_dtype).choose(
-            rows, tuple(companions)
-        )
+        chosen = plan(self.shape, x_dtype, self.value_dtype)
+        method, algorithm = chosen.choose(rows, tuple(companions))
         reason = reason_unavailable(method)
         if reason:
             native.warn_dense(reason)
             return "dense", -1
+        if method == "cusparselt":
+            about = device_name(), self.shape, rows, x_dtype
+            first_contact.warn_published(chosen, *about)
         return method, algorithm
 
     def packed(self, values, meta, scale):

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from keras_weightmods import native
 from keras_weightmods.native import gpu
-from keras_weightmods.native.gpu import dispatch
+from keras_weightmods.native.gpu import dispatch, first_contact
 from keras_weightmods.native.layout import packed_arrays
 from keras_weightmods.utils import checks
 
@@ -52,7 +52,7 @@ def sparse_matmul(x, values, meta, scale, n, method=None, algorithm=-1):
     """
     *leading, k = x.shape
     rows = math.prod(leading)
-    _check_sizes(values, meta, scale, k, n)
+    _check_weights(values, meta, scale, k, n)
     if method is None:
         method, algorithm = _choose(rows, x, values, k, n)
     elif reason := reason_unavailable(method):
@@ -72,7 +72,7 @@ def sparse_matmul(x, values, meta, scale, n, method=None, algorithm=-1):
 def sparse_matmul_transposed(dy, values, meta, scale, k):
     """Run the operator of this name on a GPU, dense."""
     n = dy.shape[-1]
-    _check_sizes(values, meta, scale, k, n)
+    _check_weights(values, meta, scale, k, n)
     weights = values, meta, scale
     return dy @ _companions.get(weights, k, n, dy.dtype, "dense").T
 
@@ -91,8 +91,18 @@ def sparse_values_gradient(x, dy, meta):
 
 
 def plan(shape, x_dtype, value_dtype):
-    """Return the `dispatch.Plan` for a kernel on the current GPU."""
-    return dispatch.plan("torch", device_name(), shape, x_dtype, value_dtype)
+    """Return the `dispatch.Plan` for a kernel on the current GPU.
+
+    It counts on cuSPARSELt where a product by it was tried and right; the
+    first call for a shape and type tries it.
+    """
+    name = device_name()
+    if name is None or value_dtype not in dispatch.VALUE_TYPES:
+        return dispatch.plan("torch", name, shape, x_dtype, value_dtype)
+    (k, n), index = shape, torch.cuda.current_device()
+    return _plan_on(
+        index, k, n, getattr(torch, x_dtype), getattr(torch, value_dtype)
+    )
 
 
 def unpack(values, meta, scale, k, n, dtype):
@@ -119,42 +129,103 @@ def _places(meta):
     return places.reshape(blocks, rows, 8, 2, 16).long()
 
 
-def _check_sizes(values, meta, scale, k, n):
-    # The decode kernel reads this much memory, whatever is there.
-    shapes = _shapes(k, n, values.dtype)
-    if (values.shape, meta.shape, scale is None or scale.shape) != shapes:
-        raise checks.error(
-            "values, meta, scale",
-            f"those of a packed kernel of shape {(k, n)}",
-            (values.shape, meta.shape, scale is None or scale.shape),
-        )
+@functools.lru_cache(maxsize=4096)
+def _check_sizes(k, n, dtype, values, meta, scale):
+    """Raise ValueError unless a packed kernel has arrays of these shapes.
 
-
-@functools.lru_cache(maxsize=1024)
-def _shapes(k, n, dtype):
+    The decode kernel reads this much memory, whatever is there. Of a hot call
+    it is one look-up in the cache.
+    """
     if dtype not in (torch.float32, torch.bfloat16, torch.int8):
         raise checks.error("values", "of float32, bfloat16 or int8", dtype)
     arrays = packed_arrays((k, n), _NAMES[dtype])
-    scale = torch.Size(arrays["scale"][0]) if "scale" in arrays else True
-    return *(torch.Size(arrays[name][0]) for name in ("values", "meta")), scale
+    shapes = tuple(
+        torch.Size(arrays[name][0]) if name in arrays else None
+        for name in ("values", "meta", "scale")
+    )
+    if (values, meta, scale) != shapes:
+        raise checks.error(
+            "values, meta, scale",
+            f"those of a packed kernel of shape {(k, n)}",
+            (values, meta, scale),
+        )
+
+
+def _check_weights(values, meta, scale, k, n):
+    shape = None if scale is None else scale.shape
+    _check_sizes(k, n, values.dtype, values.shape, meta.shape, shape)
+
+
+# Not cached functions: a CUDA graph that is being captured must not try.
+_plans: dict[tuple, dispatch.Plan] = {}
+_chosen: dict[tuple, tuple[str, int]] = {}
+_MOST_CHOSEN = 2**14
 
 
 def _choose(rows, x, values, k, n):
     """Return the method and cuSPARSELt's algorithm."""
-    if x.device.type != "cuda" or rows == 0:
+    index = _index_of(x)
+    if index is None or rows == 0:
         return "dense", -1
-    chosen = _plan_on(x.device.index, k, n, x.dtype, values.dtype)
-    method, algorithm = chosen.choose(rows, chosen.companions)
-    if reason := reason_unavailable(method):
+    kind = index, k, n, x.dtype, values.dtype
+    known = _chosen.get((rows, kind))
+    if known is not None:
+        return known
+    if kind not in _plans and _is_capturing():
+        return "dense", -1
+    found = _plan_on(*kind)
+    known = found.choose(rows, found.companions)
+    if reason := reason_unavailable(known[0]):
         native.warn_dense(reason)
-        return "dense", -1
-    return method, algorithm
+        known = "dense", -1
+    if known[0] == "cusparselt":
+        about = _name_of(index), (k, n), rows, _NAMES[x.dtype]
+        first_contact.warn_published(found, *about)
+    if len(_chosen) == _MOST_CHOSEN:
+        _chosen.clear()
+    _chosen[rows, kind] = known
+    return known
 
 
-@functools.lru_cache(maxsize=1024)
+def _index_of(x):
+    """Return the ordinal of a tensor's GPU; None if it is on none."""
+    return x.device.index if x.device.type == "cuda" else None
+
+
 def _plan_on(index, k, n, x_dtype, value_dtype):
-    types = _NAMES.get(x_dtype), _NAMES[value_dtype]
-    return dispatch.plan("torch", _name_of(index), (k, n), *types)
+    key = index, k, n, x_dtype, value_dtype
+    if key not in _plans:
+        name = _name_of(index)
+        types = _NAMES.get(x_dtype), _NAMES.get(value_dtype)
+        _plans[key] = first_contact.trusted(
+            dispatch.plan("torch", name, (k, n), *types),
+            name,
+            (k, n),
+            types[0],
+            functools.partial(reason_unavailable, "cusparselt"),
+            functools.partial(_try_cusparselt, index, x_dtype),
+        )
+    return _plans[key]
+
+
+def _try_cusparselt(index, x_dtype, trial):
+    """Return a `Trial`'s product by cuSPARSELt, and the dense one."""
+    device = _device(index)
+    with torch.no_grad():
+        x = torch.from_numpy(trial.x).to(device, x_dtype)
+        columns = torch.from_numpy(trial.columns).to(device)
+        steps = torch.from_numpy(trial.steps).to(device)
+        kernel = steps.index_select(1, columns).to(x_dtype)
+        kernel *= torch.from_numpy(trial.scale).to(device, x_dtype)
+        compressed = torch._cslt_compress(kernel.T.contiguous())
+        y = _cusparselt(x, compressed, trial.algorithm)
+        # Sums of small numbers, and exact; not all in float32 at once.
+        parts = [x.float() @ part.float() for part in kernel.split(4096, 1)]
+        return y.float().cpu().numpy(), torch.cat(parts, 1).cpu().numpy()
+
+
+def _device(index):
+    return torch.device("cuda", index)
 
 
 def _decode(x, values, meta, scale, n):
