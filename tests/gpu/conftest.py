@@ -109,5 +109,7 @@ def open_over(fake, tmp_path_factory):
     source = (GPU / "decode.cu").read_bytes()
     assert over_fake.kwm_gpu_load_driver(path) is None
     assert over_fake.kwm_gpu_load_decode(source, path) is None
+    source = (GPU / "rounding.cu").read_bytes()
+    assert over_fake.kwm_gpu_load_rounding(source, path) is None
     assert over_fake.kwm_gpu_load_cusparselt(path) is None
     return over_fake, ctypes.CDLL(str(fake))
