@@ -7,6 +7,7 @@ import keras
 import pytest
 
 from keras_weightmods.native import gpu
+from tests.gpu.cards import card as card
 
 HERE = pathlib.Path(__file__).parent
 GPU = pathlib.Path(gpu.__file__).parent
@@ -92,8 +93,8 @@ def faked(library, fake_cuda, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def faked_anywhere(library, tmp_path_factory):
-    """`faked` on each backend, without the decode kernel."""
-    fake = build_fake(tmp_path_factory, [])
+    """`faked` on each backend, with the decode kernel of bfloat16 and int8."""
+    fake = build_fake(tmp_path_factory, [(1, 2, 8)])
     return open_over(fake, tmp_path_factory)
 
 

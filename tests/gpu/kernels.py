@@ -34,6 +34,6 @@ def rounded_rows(x):
 
 def product_of_rounded_rows(x, packed):
     """Return, in float64, the product of rounded rows with an int8 kernel."""
-    steps, scale = rounded_rows(numpy(x))
+    steps, scale = rounded_rows(numpy(x).astype("float32"))
     kernel = unpack_kernel(packed).astype("float64")
     return steps.astype("float64") @ kernel * scale[:, None]

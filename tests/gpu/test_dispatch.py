@@ -128,24 +128,23 @@ def test_no_choice_is_slower_than_dense(rows):
 @pytest.mark.parametrize(
     ("device", "first"),
     [
-        ("NVIDIA H100 PCIe", 512),
-        ("NVIDIA H100 80GB HBM3", 512),
-        ("NVIDIA A100-SXM4-80GB", 64),
-        ("NVIDIA L4", None),
+        ("NVIDIA H100 PCIe", {"bfloat16": 512, "int8": 64}),
+        ("NVIDIA H100 80GB HBM3", {"bfloat16": 512, "int8": 64}),
+        ("NVIDIA A100-SXM4-80GB", {"bfloat16": 64}),
+        ("NVIDIA L4", {}),
     ],
 )
 def test_published_figures(plan, device, first):
-    for dtype in ("bfloat16", "float16", "float32"):
+    for dtype in ("bfloat16", "int8", "float16", "float32"):
         found = plan([], device=device, dtype=dtype)
-        sparse = first is not None and dtype == "bfloat16"
-        assert found.is_sparse == sparse
+        assert found.is_sparse == found.is_published == (dtype in first)
         for rows in (1, 63, 64, 65, 256, 511, 512, 1024, 100_000):
             method, algorithm = found.choose(rows, found.companions)
             assert algorithm == -1
-            expected = sparse and rows >= first
+            expected = rows >= first.get(dtype, rows + 1)
             assert method == ("cusparselt" if expected else "dense")
             said = "not measured by this library" in found.why(rows)
-            assert said == sparse
+            assert said == (dtype in first)
 
 
 def test_dense_products_alone(plan, monkeypatch):

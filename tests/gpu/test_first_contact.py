@@ -1,8 +1,5 @@
 """cuSPARSELt on a card that is new to it, by fakes that may be wrong."""
 
-import json
-import sys
-import types
 import warnings
 
 import keras
@@ -10,16 +7,15 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.native import gpu
 from keras_weightmods.native.gpu import dispatch, first_contact
 from keras_weightmods.native.gpu.dispatch import Measured, Plan
 from keras_weightmods.native.gpu.first_contact import Trial, trusted
 from keras_weightmods.native.packed import pack_kernel, unpack_kernel
+from tests.gpu.cards import CARD
 from tests.gpu.kernels import error, sparse_kernel
 from tests.models import make_sparse, mlp, normal, numpy
 
 BACKEND = keras.backend.backend()
-CARD = "NVIDIA H100 PCIe"
 K, N = 64, 32
 SHAPE = K, N
 PLAN = Plan(
@@ -33,10 +29,8 @@ PLAN = Plan(
 
 
 @pytest.fixture(autouse=True)
-def unwarned():
-    first_contact._warned.clear()
-    yield
-    first_contact._warned.clear()
+def unwarned(monkeypatch):
+    monkeypatch.setattr(first_contact, "_warned", [])
 
 
 def right(trial):
@@ -141,118 +135,6 @@ def test_published_figures_are_warned_of_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         first_contact.warn_published(PLAN, *about)
-
-
-@pytest.fixture
-def card(monkeypatch, tmp_path, faked_anywhere):
-    """An H100 by its name, with figures of small kernels too."""
-    published = json.loads(dispatch.PUBLISHED.read_text())
-    published["least_size"] = 32
-    for found in published["cards"]:
-        found["least_gains"] = {
-            kind: [[16, 1.5]] for kind in found["least_gains"]
-        }
-    path = tmp_path / "published.json"
-    path.write_text(json.dumps(published))
-    monkeypatch.setattr(dispatch, "PUBLISHED", path)
-    dispatch.plan.cache_clear()
-    library, fake = faked_anywhere
-    monkeypatch.setattr(gpu, "library", lambda: library)
-    forget = BACKENDS[BACKEND](monkeypatch, library, fake, tmp_path)
-    yield fake
-    fake.fake_break(0)
-    forget()
-    dispatch.plan.cache_clear()
-
-
-def jax_card(monkeypatch, library, fake, tmp_path):
-    import jax
-
-    from keras_weightmods.backend.jax import sparse_matmul_gpu as products
-    from tests.gpu.xla import build_harness, caller, ffi_call_on_fake
-
-    call = caller(build_harness(tmp_path), library, fake)
-    fake_ffi = ffi_call_on_fake(call, products._TARGETS)
-    monkeypatch.setattr(jax.ffi, "ffi_call", fake_ffi)
-    monkeypatch.setattr(products, "device_name", lambda: CARD)
-    cpu = jax.local_devices(backend="cpu")
-    monkeypatch.setattr(products, "_devices", lambda: cpu)
-    monkeypatch.setattr(products, "reason_unavailable", lambda _: "")
-    monkeypatch.setattr(products, "_register", lambda: None)
-    # The product of the layers: a CPU stands for the GPU.
-    module = sys.modules["keras_weightmods.ops.sparse_matmul"]
-    implementations = {"jax": lambda x, packed: products.matmul(x, packed)}
-    monkeypatch.setattr(module, "_implementations", implementations)
-    products._plan.cache_clear()
-    return products._plan.cache_clear
-
-
-class TorchsCusparselt:
-    """torch's two functions, as their documentation has it, on a CPU."""
-
-    broken = 0
-
-    def fake_break(self, how):
-        self.broken = how
-
-    def compress(self, transposed):
-        assert transposed.is_contiguous()
-        return transposed
-
-    def multiply(self, compressed, x, transpose_result, alg_id):
-        assert transpose_result
-        assert x.shape[1] % 16 == 0
-        if self.broken == 2:
-            raise RuntimeError("an error of fake cuSPARSELt")
-        y = (compressed @ x).T.contiguous()
-        y[:, 3] += self.broken == 1
-        return y
-
-
-def torch_card(monkeypatch, library, fake, tmp_path):
-    import torch
-
-    from keras_weightmods.backend.torch import sparse_matmul
-    from keras_weightmods.backend.torch import sparse_matmul_gpu as products
-
-    stand_in = TorchsCusparselt()
-    monkeypatch.setattr(fake, "fake_break", stand_in.fake_break)
-    monkeypatch.setattr(torch, "_cslt_compress", stand_in.compress)
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", stand_in.multiply)
-    for name, value in {
-        "device_name": lambda: CARD,
-        "reason_unavailable": lambda _: "",
-        "_name_of": lambda index: CARD,
-        "_index_of": lambda x: 0,
-        "_device": lambda index: torch.device("cpu"),
-        "_plans": {},
-        "_chosen": {},
-    }.items():
-        monkeypatch.setattr(products, name, value)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    # The operator of the layers: a CPU stands for the GPU.
-    operator = types.SimpleNamespace(sparse_matmul=products.sparse_matmul)
-    monkeypatch.setattr(torch.ops, "keras_weightmods", operator)
-    plain = sparse_matmul.sparse_matmul
-    module = sys.modules["keras_weightmods.ops.sparse_matmul"]
-    implementations = {"torch": as_on_cuda(plain, torch)}
-    monkeypatch.setattr(module, "_implementations", implementations)
-    return lambda: None
-
-
-def as_on_cuda(product, torch):
-    """The operator without the conversions for a CPU's kernels."""
-
-    def multiply(x, packed):
-        arrays = (packed.values, packed.meta, packed.scale)
-        arrays = [None if a is None else a.value for a in arrays]
-        ops = torch.ops.keras_weightmods
-        return ops.sparse_matmul(x, *arrays, packed.shape[1])
-
-    return multiply
-
-
-BACKENDS = {"jax": jax_card, "torch": torch_card}
 
 
 def packed_model():

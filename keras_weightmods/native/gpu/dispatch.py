@@ -175,12 +175,12 @@ def fits(method, shape, x_dtype):
     Args:
         method: String, one of `METHODS`.
         shape: Pair of ints (K, N).
-        x_dtype: String, type of the activations.
+        x_dtype: As of `plan`.
     """
     k, n = shape
     if method == "decode":
         return x_dtype == "float32" or (
-            x_dtype in ("bfloat16", "float16") and k % 2 == 0
+            x_dtype in ("bfloat16", "float16", "int8") and k % 2 == 0
         )
     if method == "cusparselt":
         multiple = {"bfloat16": 16, "float16": 16, "int8": 32}.get(x_dtype)
@@ -196,7 +196,8 @@ def plan(framework, device, shape, x_dtype, value_dtype):
         framework: String, `"jax"` or `"torch"`.
         device: String, the GPU's name; None where there is none.
         shape: Pair of ints (K, N).
-        x_dtype: String, type of the activations.
+        x_dtype: String, type of the activations; `"int8"` for floats of any
+            type that are rounded to int8 first. Dense is by bfloat16 then.
         value_dtype: String, type of the packed values.
 
     Returns:
