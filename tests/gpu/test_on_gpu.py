@@ -10,7 +10,7 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from keras_weightmods.native.gpu import dispatch
+from keras_weightmods.native.gpu import dispatch, first_contact
 from keras_weightmods.ops import pack_kernel, packed_arrays, unpack_kernel
 from tests.gpu.kernels import error, product_of_rounded_rows, sparse_kernel
 from tests.models import make_sparse, mlp, normal, numpy
@@ -41,7 +41,8 @@ VALUE_DTYPES = ("float32", "bfloat16", "int8")
 
 @pytest.fixture(autouse=True)
 def types_that_are_asked_for(request):
-    if ASKED == ["float16"] and "x_dtype" not in request.fixturenames:
+    names = {"x_dtype", "kind"} & {*request.fixturenames}
+    if ASKED == ["float16"] and not names:
         pytest.skip("float16 alone is asked for")
 
 
@@ -90,6 +91,15 @@ def test_decode(x_dtype, value_dtype, rows):
 def test_cusparselt(x_dtype, value_dtype, rows):
     for k, n in ((1024, 2048), (2048, 512)):
         check("cusparselt", rows, k, n, x_dtype, value_dtype)
+
+
+@pytest.mark.parametrize("kind", [x for x in ASKED if x != "float32"])
+def test_trial_of_a_new_card(kind):
+    trial = first_contact.Trial.of(64, (512, 256))
+    kind = kind if BACKEND == "jax" or kind == "int8" else getattr(torch, kind)
+    index = () if BACKEND == "jax" else (0,)
+    y, expected = products._try_cusparselt(*index, kind, trial)
+    assert first_contact._difference(y, expected) == ""
 
 
 @pytest.mark.skipif("int8" not in ASKED, reason="int8 is not asked for")

@@ -103,7 +103,7 @@ def _try_cusparselt(kind, trial):
         x = jnp.asarray(trial.x, x_dtype)
         scale = jnp.asarray(trial.scale)
         steps = jnp.take(jnp.asarray(trial.steps), trial.columns, axis=1)
-        kernel = (steps * scale).astype(x_dtype)
+        kernel = steps.astype(x_dtype) * scale.astype(x_dtype)
         if kind == "int8":
             product: Any = _cusparselt_int8
             weights = [_compress(steps), scale]
