@@ -242,6 +242,21 @@ for given in (jax.device_put(x, split), jax.device_put(x, jax.devices()[1])):
     assert y.sharding.device_set == given.sharding.device_set
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
+# So are those of cuSPARSELt; with int8 each device rounds its own rows.
+for name in ("kwm_gpu_round_rows", "kwm_gpu_cusparselt"):
+    jax.ffi.register_ffi_target(name, handler, platform="cpu")
+given = jax.device_put(x, split)
+for kind, mine in (("float32", "f32[16,64]"), ("int8", "s8[16,64]")):
+    dtypes = ("int8", "int8") if kind == "int8" else ()
+    prepared = sparse_matmul_gpu.PreparedPacked(
+        **vars(pack_kernel(sparse_kernel(64, 32), *dtypes)),
+        companions={"cusparselt": np.zeros(100, "uint8")},
+    )
+    run = jax.jit(lambda x: sparse_matmul_gpu.matmul(x, prepared, "cusparselt"))
+    text = run.lower(given).compile().as_text()
+    assert mine in text and "kwm_gpu_cusparselt" in text, text
+    assert "all-" not in text and "collective" not in text, text
+
 # A companion is made where the packed arrays are.
 arrays = {"values": jax.device_put(packed.values, jax.devices()[1])}
 moved = type(packed)(**{**vars(packed), **arrays})
