@@ -79,7 +79,7 @@ def build_fake(tmp_path_factory, variants):
     flags = "-std=c++17 -O0 -shared -fPIC -pthread -Wno-unknown-pragmas"
     subprocess.run(
         [compiler, *flags.split(), f"-I{HERE}", f"-I{GPU}", source]
-        + ["-o", built],
+        + [HERE / "fake_rounding.cc", "-o", built],
         check=True,
     )
     return built
