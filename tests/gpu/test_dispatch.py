@@ -189,6 +189,10 @@ def test_where_published_figures_say_nothing(plan):
 def test_values_that_no_product_on_a_gpu_takes():
     kind = "torch", "NVIDIA H100 PCIe", (4096, 4096), "bfloat16"
     assert not dispatch.plan(*kind, "int4").is_sparse
+    rounded = *kind[:3], "int8"
+    assert dispatch.plan(*rounded, "int8").is_sparse
+    for value_dtype in ("float32", "bfloat16", "int4"):
+        assert not dispatch.plan(*rounded, value_dtype).is_sparse
     assert "int4" in dispatch.why(*kind, "int4", rows=512)
 
 

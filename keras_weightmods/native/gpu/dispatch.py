@@ -212,6 +212,9 @@ def plan(framework, device, shape, x_dtype, value_dtype):
         return Plan((), f"the environment variable {TABLE_VARIABLE} says so")
     if value_dtype not in VALUE_TYPES:
         return Plan((), f"no product on a GPU takes values of {value_dtype}")
+    if x_dtype == "int8" and value_dtype != "int8":
+        # A row of rounded activations has one scale, as a column must have.
+        return Plan((), "int8 activations are multiplied by int8 values alone")
     usable = [m for m in METHODS if fits(m, shape, x_dtype)]
     kind = framework, x_dtype, value_dtype
     groups: dict[tuple, list] = {}
