@@ -1,5 +1,6 @@
 """The products of `sparse_matmul_gpu.py`, under JAX and under torch."""
 
+import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -8,7 +9,8 @@ import time
 
 import numpy as np
 
-# Types of activations, in order of interest, and the values they multiply.
+# Types of activations, in order of interest, and the values they multiply. int8
+# is bfloat16 that is rounded to int8 in the product, next to dense bfloat16.
 TYPES = {
     "bfloat16": ("bfloat16", "int8"),
     "int8": ("int8",),
@@ -19,7 +21,7 @@ NO_GPU = "no GPU, a dry run"
 CHAIN = 24
 COPIED_BYTES = 192 * 2**20  # more than an L2 cache
 CHECKED_COLUMNS = 64
-# Of one kernel entry, by the method and the type that it is read in.
+# Of one kernel entry, by the type that it is read in.
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
@@ -31,7 +33,7 @@ def copies_of(method, case):
     """
     size, _, x_dtype = case
     name, value_dtype = method
-    bytes_of_one = size * size * BYTES[x_dtype]
+    bytes_of_one = size * size * BYTES[read_type(name, x_dtype)]
     if name == "decode":
         bytes_of_one = size * size * (BYTES[value_dtype] / 2 + 1 / 8)
     elif name == "cusparselt":
@@ -39,10 +41,24 @@ def copies_of(method, case):
     return min(max(2, math.ceil(COPIED_BYTES / bytes_of_one)), CHAIN)
 
 
-def activations(rows, size, x_dtype):
+def read_type(name, x_dtype):
+    """Return the type that a method reads dense or compressed kernels in."""
+    return "bfloat16" if (name, x_dtype) == ("dense", "int8") else x_dtype
+
+
+def type_of(x_dtype):
+    """Return the type of the array of activations."""
+    return "bfloat16" if x_dtype == "int8" else x_dtype
+
+
+def rounds(case):
+    """Return the activations of a packed kernel for a case."""
+    return "int8" if case[2] == "int8" else "float32"
+
+
+def activations(rows, size):
     rng = np.random.default_rng(rows)
-    x = rng.normal(size=(rows, size)).astype("float32")
-    return np.rint(40 * x).clip(-127, 127) if x_dtype == "int8" else x
+    return rng.normal(size=(rows, size)).astype("float32")
 
 
 @functools.cache
@@ -91,7 +107,7 @@ class Bench:
         _, rows, x_dtype = case
         values = TYPES[x_dtype]
         methods = [("dense", values[0])]
-        if rows <= self.gpu.decode_rows(x_dtype):
+        if rows <= self.gpu.decode_rows(type_of(x_dtype)):
             methods += [("decode", value_dtype) for value_dtype in values]
         if x_dtype != "float32":
             methods.append(("cusparselt", values[0]))
@@ -139,10 +155,6 @@ class Jax(Bench):
             "not_available": {m: r for m, r in reasons.items() if r},
         }
 
-    def knows(self, case):
-        del case
-        return True
-
     def is_alive(self):
         try:
             return float(self.jax.numpy.ones(()) + 1) == 2
@@ -154,13 +166,13 @@ class Jax(Bench):
         name, value_dtype = method
         packed = kernel_of(size)[0][value_dtype]
         put = self.jax.device_put
+        scale = None if packed.scale is None else put(packed.scale)
         if name == "decode":
             if not self.dry_run:
                 self.products._require("decode")
-            scale = None if packed.scale is None else put(packed.scale)
             return put(packed.values), put(packed.meta), scale
-        prepared = self.products.prepare(packed, x_dtype, [name])
-        scale = None if packed.scale is None else put(packed.scale)
+        packed = dataclasses.replace(packed, activations=rounds(case))
+        prepared = self.products.prepare(packed, type_of(x_dtype), [name])
         return prepared.companions[name], scale
 
     def copy(self, weights):
@@ -175,21 +187,21 @@ class Jax(Bench):
         def multiply(x, weights):
             jnp, products = self.jax.numpy, self.products
             if name == "decode":
-                packed = products.Packed(*weights, shape, value_dtype)
+                packed = products.Packed(
+                    *weights, shape, value_dtype, rounds(case)
+                )
                 return products.matmul(x, packed, "decode")
             companion, scale = weights
-            if name == "dense" and x_dtype != "int8":
+            if name == "dense":
                 # float32 is promised to be multiplied in float32.
                 precision = "highest" if x_dtype == "float32" else None
                 return jnp.matmul(x, companion, precision=precision)
-            if name == "dense":
-                integer = {"preferred_element_type": jnp.int32}
-                y = jnp.matmul(x, companion, **integer)
-            else:
-                y = products._cusparselt(size, algorithm, x, companion)
-            return y if x_dtype != "int8" else y * scale.ravel()[:size]
+            if x_dtype == "int8":
+                given = x, companion, scale.ravel()[:size]
+                return products._cusparselt_int8(size, algorithm, *given)
+            return products._cusparselt(size, algorithm, x, companion)
 
-        return multiply, x_dtype, self.copies(case, method)
+        return multiply, type_of(x_dtype), self.copies(case, method)
 
     def run(self, product, x):
         multiply, x_dtype, copies = product
@@ -253,11 +265,6 @@ class Torch(Bench):
             "not_available": {m: r for m, r in reasons.items() if r},
         }
 
-    def knows(self, case):
-        # `torch._int_mm` takes more than 16 rows.
-        _, rows, x_dtype = case
-        return x_dtype != "int8" or rows > 16
-
     def is_alive(self):
         try:
             return float(self.torch.ones((), device=self.device) + 1) == 2
@@ -277,15 +284,11 @@ class Torch(Bench):
             )
         arrays = (packed.values, packed.meta, packed.scale)
         arrays = [None if a is None else self.tensor(a) for a in arrays]
-        scale = None
-        if x_dtype == "int8":
-            scale = arrays[2].ravel()[:size]
-            arrays[2] = torch.ones_like(arrays[2])
-        dtype = getattr(torch, x_dtype)
+        dtype = getattr(torch, read_type(name, x_dtype))
         kernel = self.products.unpack(*arrays, size, size, dtype)
         if name == "cusparselt":
             kernel = torch._cslt_compress(kernel.T.contiguous())
-        return kernel, scale
+        return kernel, arrays[2]
 
     def copy(self, weights):
         return tuple(None if w is None else w.clone() for w in weights)
@@ -296,30 +299,28 @@ class Torch(Bench):
         return ops.convert_to_tensor(array).to(self.device)
 
     def product(self, case, method, algorithm=-1):
-        torch, (size, _, x_dtype) = self.torch, case
+        size, _, x_dtype = case
         name, _ = method
+        products = self.products
 
         def multiply(x, weights):
             if name == "decode":
-                product = self.products.sparse_matmul
+                rounded = x_dtype == "int8"
+                product = (
+                    products.sparse_matmul_int8
+                    if rounded
+                    else products.sparse_matmul
+                )
                 return product(x, *weights, size, "decode")
             kernel, scale = weights
-            if name == "cusparselt" and x_dtype != "int8":
-                return self.products._cusparselt(x, kernel, algorithm)
-            if x_dtype != "int8":
-                return x @ kernel
             if name == "dense":
-                return torch._int_mm(x, kernel) * scale
-            y = torch._cslt_sparse_mm(
-                kernel,
-                torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16)).T,
-                out_dtype=torch.int32,
-                transpose_result=True,
-                alg_id=max(algorithm, 0),
-            )
-            return y[: len(x)] * scale
+                return x @ kernel
+            if x_dtype == "int8":
+                return products._cusparselt_int8(x, kernel, scale, algorithm)
+            return products._cusparselt(x, kernel, algorithm)
 
-        return multiply, getattr(torch, x_dtype), self.copies(case, method)
+        dtype = getattr(self.torch, type_of(x_dtype))
+        return multiply, dtype, self.copies(case, method)
 
     def run(self, product, x):
         multiply, x_dtype, copies = product
@@ -366,11 +367,14 @@ class Torch(Bench):
         _, x_dtype, copies = product
         x = self.torch.from_numpy(x).to(self.device, x_dtype)
         x = self.torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16))
-        out = {}
+        compressed, scale = copies[0]
+        epilogue = {}
         if case[2] == "int8":
-            out["out_dtype"] = self.torch.int32
+            x, _ = self.products.round_rows(x)
+            epilogue["out_dtype"] = self.torch.bfloat16
+            epilogue["alpha"] = scale.reshape(-1)
         found = self.torch._cslt_sparse_mm_search(
-            copies[0][0], x.T, transpose_result=True, **out
+            compressed, x.T, transpose_result=True, **epilogue
         )
         return [int(found)]
 

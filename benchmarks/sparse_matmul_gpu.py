@@ -12,6 +12,8 @@ x (rows, K) times a square kernel (K, K), under JAX and under torch:
   cusparselt  cuSPARSELt with its best algorithm: by this library under JAX,
               by torch's own functions under torch
 
+For int8 x is bfloat16: rounded to int8 within the products, but the dense one.
+
 A product is timed in a chain of 24, one compiled program or CUDA graph,
 through copies of the kernel that together do not fit into a cache. Methods take
 turns, and the median counts. Before that the product of each is compared with
@@ -41,7 +43,13 @@ import tempfile
 import time
 
 from benchmarks import gpu_products, harness
-from benchmarks.gpu_products import TYPES, activations, relative_error, versions
+from benchmarks.gpu_products import (
+    TYPES,
+    activations,
+    relative_error,
+    type_of,
+    versions,
+)
 
 TABLE = harness.ROOT / "keras_weightmods" / "native" / "gpu" / "dispatch.json"
 
@@ -49,7 +57,7 @@ SIZES = (4096, 8192)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Of the time: JAX compiles.
 SHARES = {"jax": 0.7, "torch": 0.3}
-TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 5e-3, "int8": 1e-2}
+TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 5e-3, "int8": 2e-2}
 ROUNDS = 7
 ROUND_SECONDS = 4e-3
 TUNE_SECONDS = 6.0  # of one case
@@ -153,7 +161,7 @@ def work(args):
     for case in all_cases(args.types, args.dry_run):
         if time.time() > deadline:
             break
-        if log.has(case) or not bench.knows(case):
+        if log.has(case):
             continue
         result = measure(bench, case, log.without(case), log.running)
         log.add(result)
@@ -218,7 +226,7 @@ def case_of(result):
 def measure(bench, case, without, running):
     """Times and failures of all methods for one case, by method and values."""
     size, rows, x_dtype = case
-    x = activations(rows, size, x_dtype)
+    x = activations(rows, size)
     failures, errors, programs = {}, {}, {}
     algorithm, tried = -1, {}
 
@@ -392,7 +400,7 @@ def page(report):
                 if (case["x_dtype"], case["k"]) == (x_dtype, size)
             ]
             parts.append(
-                f"{x_dtype}, {size} x {size}: over dense of that type\n\n"
+                f"{x_dtype}, {size} x {size}: over dense {type_of(x_dtype)}\n\n"
                 + table_of(cases)
             )
     return "\n\n".join(parts) + "\n"

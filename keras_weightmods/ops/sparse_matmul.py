@@ -32,8 +32,11 @@ def sparse_matmul(x: Any, packed: Any) -> Any:
     On an NVIDIA GPU, under JAX and torch, by the fastest of several products
     for the number of rows: by what `make gpu` has measured on such a card, else
     by published figures, else the dense one. There the kernel is rounded to the
-    type of a 16-bit `x`, as in a dense layer. This has not yet been run on a
-    GPU.
+    type of a 16-bit `x`, as in a dense layer. With int8 activations and int8
+    values whole rows of `x` are rounded, to multiples of s = max |x| / 127 of
+    the row, and results to bfloat16: an output is off by at most s / 2 times
+    the sum of |w|, and by 2 ** -8 of itself. Where no such product is known to
+    gain, in blocks as on a CPU. This has not yet been run on a GPU.
 
     Gradients flow to `x`, as if it was not rounded, and to the values if these
     are float32 (at the kept places: the pattern never changes).
@@ -96,13 +99,16 @@ def reason_for_dense() -> Any:
     return backend_module("sparse_matmul").reason_unavailable()
 
 
-def gpu_plan(shape: Any, x_dtype: Any, value_dtype: Any) -> Any:
+def gpu_plan(
+    shape: Any, x_dtype: Any, value_dtype: Any, activations: str = "float32"
+) -> Any:
     """How to multiply by a kernel on the GPU that the backend uses.
 
     Args:
         shape: Pair of ints (K, N), the shape of the kernel.
         x_dtype: String, type of the activations.
         value_dtype: String, type of the packed values.
+        activations: String, as of `Packed`. Defaults to `"float32"`.
 
     Returns:
         `keras_weightmods.native.gpu.dispatch.Plan`, by measured times or
@@ -123,7 +129,7 @@ def gpu_plan(shape: Any, x_dtype: Any, value_dtype: Any) -> Any:
     module = backend_module("sparse_matmul_gpu")
     if module.device_name() is None:
         return None
-    return module.plan(shape, x_dtype, value_dtype)
+    return module.plan(shape, x_dtype, value_dtype, activations)
 
 
 # A dict and not a cached function, which torch.compile would look into.

@@ -43,12 +43,10 @@ def packed_kernel(target, dtype, trainable, activations="float32"):
     # Training changes the values in each step: nothing to prepare once.
     if not trainable:
         shape = PackedKernel.shape_of(target)
-        plan = gpu_plan(shape, target.layer.compute_dtype, dtype)
-        # On a GPU nothing multiplies by int8 activations, or by parts that are
-        # split over devices.
+        plan = gpu_plan(shape, target.layer.compute_dtype, dtype, activations)
+        # On a GPU nothing multiplies by parts that are split over devices.
         is_dense = plan and (
             not plan.is_sparse
-            or activations == "int8"
             or keras_private.layout_of(target.variable) is not None
         )
         if reason_for_dense() or is_dense:
@@ -338,10 +336,12 @@ class PreparedKernel(PackedKernel):
         super().create_parameters(add_weight)
         gpu = backend_module("sparse_matmul_gpu")
         plain, x_dtype = self.packed, self.target.layer.compute_dtype
-        plan = gpu.plan(self.matrix_shape, x_dtype, self.value_dtype)
+        kind = x_dtype, self.value_dtype, self.activations
+        plan = gpu.plan(self.matrix_shape, *kind)
         self.companions: dict[str, Any] = {}
         for kind in plan.companions:
-            spec = gpu.companion_spec(kind, self.matrix_shape, x_dtype)
+            about = self.matrix_shape, x_dtype, self.activations
+            spec = gpu.companion_spec(kind, *about)
             self.add(add_weight, f"companion_{kind}", spec)
             self.companions[kind] = self.parameters[-1]
         self.packed = gpu.PreparedPacked(

@@ -47,9 +47,6 @@ class FakeBench:
     def is_alive(self):
         return True
 
-    def knows(self, case):
-        return True
-
     def describe(self):
         return {"device": "card", "versions": {"x": "1"}, "not_available": {}}
 
@@ -95,7 +92,7 @@ def test_tuning_ends_with_its_time(monkeypatch):
 def test_copies_do_not_fit_into_a_cache(size, x_dtype, name):
     for value_dtype in gpu_products.TYPES[x_dtype]:
         count = gpu_products.copies_of((name, value_dtype), (size, 1, x_dtype))
-        bits = 8 * gpu_products.BYTES[x_dtype]
+        bits = 8 * gpu_products.BYTES[gpu_products.read_type(name, x_dtype)]
         if name == "decode":
             bits = 4 * gpu_products.BYTES[value_dtype] + 1
         elif name == "cusparselt":

@@ -7,6 +7,7 @@ import keras
 import pytest
 
 from keras_weightmods.native import gpu
+from tests.gpu.cards import card as card
 
 HERE = pathlib.Path(__file__).parent
 GPU = pathlib.Path(gpu.__file__).parent
@@ -50,6 +51,11 @@ def fake_cuda(tmp_path_factory):
     """A library that stands for CUDA's on a CPU."""
     if keras.backend.backend() != "torch":
         pytest.skip("not about the backend: run once, on torch")
+    return build_fake(tmp_path_factory, VARIANTS)
+
+
+def build_fake(tmp_path_factory, variants):
+    """Compile the fake with some variants of the decode kernel."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
@@ -57,13 +63,13 @@ def fake_cuda(tmp_path_factory):
     finds = "".join(
         f"  if (x == {x} && values == {values} && rows == {rows})\n"
         f"    return variant_{x}_{values}_{rows}::run;\n"
-        for x, values, rows in VARIANTS
+        for x, values, rows in variants
     )
     source = folder / "fake_cuda.cc"
     source.write_text(
         '#include "emulate.h"\n'
         + "".join(
-            _VARIANT.format(x=x, values=v, rows=r) for x, v, r in VARIANTS
+            _VARIANT.format(x=x, values=v, rows=r) for x, v, r in variants
         )
         + "Runner find_variant(int x, int values, int rows) {\n"
         + f"{finds}  return nullptr;\n}}\n"
@@ -73,7 +79,7 @@ def fake_cuda(tmp_path_factory):
     flags = "-std=c++17 -O0 -shared -fPIC -pthread -Wno-unknown-pragmas"
     subprocess.run(
         [compiler, *flags.split(), f"-I{HERE}", f"-I{GPU}", source]
-        + ["-o", built],
+        + [HERE / "fake_rounding.cc", "-o", built],
         check=True,
     )
     return built
@@ -81,16 +87,30 @@ def fake_cuda(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def faked(library, fake_cuda, tmp_path_factory):
-    """The GPU library over the fake, and the fake.
+    """The GPU library over the fake, and the fake."""
+    return open_over(fake_cuda, tmp_path_factory)
 
-    A copy of it, which keeps its own state: it has opened other libraries.
+
+@pytest.fixture(scope="session")
+def faked_anywhere(library, tmp_path_factory):
+    """`faked` on each backend, with the decode kernel of bfloat16 and int8."""
+    fake = build_fake(tmp_path_factory, [(1, 2, 8)])
+    return open_over(fake, tmp_path_factory)
+
+
+def open_over(fake, tmp_path_factory):
+    """Open a copy of the GPU library over a fake, and the fake.
+
+    A copy keeps its own state: it has opened other libraries.
     """
     copy = tmp_path_factory.mktemp("kwm_gpu") / "copy.so"
     shutil.copy(GPU.parent / "lib" / "kwm_gpu.so", copy)
     over_fake = gpu.open_library(copy)
-    path = str(fake_cuda).encode()
+    path = str(fake).encode()
     source = (GPU / "decode.cu").read_bytes()
     assert over_fake.kwm_gpu_load_driver(path) is None
     assert over_fake.kwm_gpu_load_decode(source, path) is None
+    source = (GPU / "rounding.cu").read_bytes()
+    assert over_fake.kwm_gpu_load_rounding(source, path) is None
     assert over_fake.kwm_gpu_load_cusparselt(path) is None
-    return over_fake, ctypes.CDLL(str(fake_cuda))
+    return over_fake, ctypes.CDLL(str(fake))

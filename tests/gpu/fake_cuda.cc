@@ -8,6 +8,10 @@
 
 #include "cusparselt_api.h"
 
+// Of fake_rounding.cc.
+bool round_rows(int type, int blocks, int threads, const void* x, int rows,
+                int k, void* steps, void* scales);
+
 namespace {
 
 using kwm::cusparselt::Opaque;
@@ -17,6 +21,7 @@ constexpr int kInvalid = 1;      // CUDA_ERROR_INVALID_VALUE
 constexpr int kMisaligned = 716;  // CUDA_ERROR_MISALIGNED_ADDRESS
 constexpr int kNoDevice = 101;   // CUDA_ERROR_INVALID_DEVICE
 constexpr int kLtInvalid = 3;    // CUSPARSE_STATUS_INVALID_VALUE
+constexpr int kLtFailed = 6;     // CUSPARSE_STATUS_EXECUTION_FAILED
 constexpr int kAlgorithms = 5;
 constexpr int kWorkspace = 48;
 
@@ -30,11 +35,18 @@ int current = -1;
 int live = 0;
 // Launches at an address that ends the context of a real device.
 int misaligned = 0;
+// What goes wrong in a product: 1 a column of the result, 2 all of it.
+int broken = 0;
 
 // What a module or a handle belongs to: another context must not use it.
+// Of the rounding kernel `values` and `rows` are -1.
 struct Variant {
   int x, values, rows, device;
 };
+
+const char* name_of(const Variant& variant) {
+  return variant.rows < 0 ? "kwm_round_rows" : "kwm_decode";
+}
 
 }  // namespace
 
@@ -45,6 +57,7 @@ FAKE int fake_context_depth() { return context_depth; }
 FAKE int fake_bad_meta() { return bad_meta; }
 FAKE int fake_live() { return live; }
 FAKE int fake_misaligned() { return misaligned; }
+FAKE void fake_break(int how) { broken = how; }
 
 // The driver.
 FAKE int cuInit(unsigned) { return 0; }
@@ -83,7 +96,8 @@ FAKE int cuModuleLoadData(void** module, const void* image) {
 }
 FAKE int cuModuleGetFunction(void** function, void* module, const char* name) {
   *function = module;
-  return strcmp(name, "kwm_decode") == 0 ? 0 : kInvalid;
+  const auto& variant = *static_cast<Variant*>(module);
+  return strcmp(name, name_of(variant)) == 0 ? 0 : kInvalid;
 }
 FAKE int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y,
                         unsigned grid_z, unsigned block_x, unsigned block_y,
@@ -92,10 +106,23 @@ FAKE int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y,
   const auto& variant = *static_cast<Variant*>(function);
   const auto pointer = [&](int i) { return *static_cast<void**>(arguments[i]); };
   const auto number = [&](int i) { return *static_cast<int*>(arguments[i]); };
-  const int rows = number(1), k = number(2), n = number(3);
   const auto address = [&](int i) {
     return reinterpret_cast<uintptr_t>(pointer(i));
   };
+  if (variant.rows < 0) {
+    if (address(0) % (variant.x == 0 ? 16 : 8) || address(3) % 4) {
+      ++misaligned;
+      return kMisaligned;
+    }
+    if (context_depth != 1 || variant.device != current || shared_bytes != 0 ||
+        grid_y * grid_z * block_y * block_z != 1 ||
+        !round_rows(variant.x, grid_x, block_x, pointer(0), number(1),
+                    number(2), pointer(3), pointer(4))) {
+      return kInvalid;
+    }
+    return 0;
+  }
+  const int rows = number(1), k = number(2), n = number(3);
   if (address(0) % 4 || address(4) % 8 || address(5) % 8) {
     ++misaligned;
     return kMisaligned;
@@ -118,7 +145,9 @@ FAKE const char* nvrtcGetErrorString(int) { return "an error of fake NVRTC"; }
 FAKE int nvrtcCreateProgram(void** program, const char* source, const char*,
                             int, const char* const*, const char* const*) {
   *program = new std::string;
-  return strstr(source, "kwm_decode") ? 0 : kInvalid;
+  const bool known = strstr(source, "kwm_decode(") ||
+                     strstr(source, "kwm_round_rows(");
+  return known ? 0 : kInvalid;
 }
 FAKE int nvrtcCompileProgram(void* program, int count,
                              const char* const* options) {
@@ -165,7 +194,7 @@ struct Matrix {
   int type, order;
   bool structured;
 
-  int size() const { return type == lt::kR8I ? 1 : type == lt::kR32I ? 4 : 2; }
+  int size() const { return type == lt::kR8I ? 1 : 2; }
 
   // Of the element in row i and column j.
   int64_t offset(int64_t i, int64_t j) const {
@@ -181,18 +210,15 @@ struct Matrix {
 
   void set(void* data, int64_t i, int64_t j, float value) const {
     const int64_t at = offset(i, j);
-    if (type == lt::kR32I) {
-      static_cast<int32_t*>(data)[at] = static_cast<int32_t>(value);
-    } else {
-      x_type = type == lt::kR16F ? 2 : 1;
-      static_cast<uint16_t*>(data)[at] = round_pair(value, 0) & 0xffff;
-    }
+    x_type = type == lt::kR16F ? 2 : 1;
+    static_cast<uint16_t*>(data)[at] = round_pair(value, 0) & 0xffff;
   }
 };
 
 struct Matmul {
   Matrix a, b, d;
   int algorithm;
+  int alpha_is_vector;
 };
 
 template <typename T>
@@ -264,15 +290,22 @@ FAKE int cusparseLtMatmulDescriptorInit(const Opaque*, Opaque* matmul, int op_a,
                                         const Opaque* b, const Opaque* c,
                                         const Opaque* d, int compute) {
   Matmul& made = as<Matmul>(matmul);
-  made = {as<Matrix>(a), as<Matrix>(b), as<Matrix>(d), -1};
+  made = {as<Matrix>(a), as<Matrix>(b), as<Matrix>(d), -1, 0};
   const bool integer = made.a.type == lt::kR8I;
   const bool fits =
       op_a == 0 && op_b == 0 && c == d && made.a.structured &&
       made.a.columns == made.b.rows && made.a.rows == made.d.rows &&
       made.b.columns == made.d.columns && made.a.type == made.b.type &&
       compute == (integer ? lt::kCompute32I : lt::kCompute32F) &&
-      made.d.type == (integer ? lt::kR32I : made.a.type);
+      made.d.type == (integer ? lt::kR16BF : made.a.type);
   return fits ? 0 : kLtInvalid;
+}
+FAKE int cusparseLtMatmulDescSetAttribute(const Opaque*, Opaque* matmul,
+                                          int attribute, const void* data,
+                                          size_t size) {
+  if (attribute != lt::kAlphaVector || size != sizeof(int)) return kLtInvalid;
+  as<Matmul>(matmul).alpha_is_vector = *static_cast<const int*>(data);
+  return 0;
 }
 FAKE int cusparseLtMatmulAlgSelectionInit(const Opaque*, Opaque* selection,
                                           const Opaque* matmul, int algorithm) {
@@ -337,19 +370,24 @@ FAKE int cusparseLtMatmul(const Opaque* handle, const Opaque* plan, const void* 
                           const void* c, void* d, void* workspace,
                           void** streams, int32_t stream_count) {
   const Matmul& matmul = as<Matmul>(plan);
-  if (*static_cast<const float*>(alpha) != 1 ||
+  const auto* scale = static_cast<const float*>(alpha);
+  // A vector of scales lies along the rows of D; int8 sums are integers.
+  const bool is_vector = matmul.alpha_is_vector;
+  if ((!is_vector && *scale != 1) ||
       *static_cast<const float*>(beta) != 0 || c != d || !workspace ||
       !streams || stream_count != 1 || !is_current(handle)) {
     return kLtInvalid;
   }
+  if (broken == 2) return kLtFailed;
   memset(workspace, 1, kWorkspace);
   for (int64_t i = 0; i < matmul.d.rows; ++i) {
     for (int64_t j = 0; j < matmul.d.columns; ++j) {
-      float sum = 0;
+      double sum = broken == 1 && i == 3 ? 1000 : 0;
       for (int64_t t = 0; t < matmul.a.columns; ++t) {
         sum += matmul.a.get(a, i, t) * matmul.b.get(b, t, j);
       }
-      matmul.d.set(d, i, j, sum);
+      const float rounded = static_cast<float>(sum);
+      matmul.d.set(d, i, j, is_vector ? scale[i] * rounded : rounded);
     }
   }
   return 0;

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_weightmods.ops import nm_project
+from keras_weightmods.ops import nm_project, unpack_kernel
 from tests.models import normal, numpy
 
 
@@ -19,3 +19,21 @@ def error(y, expected):
     """Return the norm of the difference over that of `expected`."""
     difference = np.linalg.norm(numpy(y).astype("float64") - expected)
     return difference / np.linalg.norm(expected)
+
+
+def rounded_rows(x):
+    """Return int8 rows and their scales, as the activations of a GPU."""
+    x = x.astype("float32")
+    largest = np.abs(x).max(axis=1)
+    scale = largest / np.float32(127)
+    scale[scale < np.finfo("float32").tiny] = 1
+    scale[~np.isfinite(largest)] = np.nan
+    steps = np.nan_to_num(np.rint(x / scale[:, None])).astype("int8")
+    return steps, scale
+
+
+def product_of_rounded_rows(x, packed):
+    """Return, in float64, the product of rounded rows with an int8 kernel."""
+    steps, scale = rounded_rows(numpy(x).astype("float32"))
+    kernel = unpack_kernel(packed).astype("float64")
+    return steps.astype("float64") @ kernel * scale[:, None]

@@ -71,7 +71,8 @@ def test_cusparselt_is_declared_as_in_its_header(tmp_path):
     functions = (
         "GetErrorString MatmulAlgSelectionDestroy Init GetVersion "
         "DenseDescriptorInit MatDescriptorDestroy StructuredDescriptorInit "
-        "MatmulDescriptorInit MatmulAlgSelectionInit MatmulAlgSetAttribute "
+        "MatmulDescriptorInit MatmulDescSetAttribute MatmulAlgSelectionInit "
+        "MatmulAlgSetAttribute "
         "MatmulAlgGetAttribute MatmulPlanInit MatmulPlanDestroy "
         "MatmulGetWorkspace Matmul SpMMACompressedSize2 SpMMACompress2"
     )
@@ -91,7 +92,7 @@ def test_cusparselt_is_declared_as_in_its_header(tmp_path):
         "kR16F": "CUDA_R_16F",
         "kR16BF": "CUDA_R_16BF",
         "kR8I": "CUDA_R_8I",
-        "kR32I": "CUDA_R_32I",
+        "kAlphaVector": "CUSPARSELT_MATMUL_ALPHA_VECTOR_SCALING",
     }
     lt = "kwm::cusparselt"
     checks = ["CUSPARSE_STATUS_SUCCESS == 0"]
@@ -154,6 +155,23 @@ def test_nvrtc_compiles_the_decode_kernel(nvrtc, x_dtype, capability):
         )
         assert failure is None
         assert size.value > 0
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_nvrtc_compiles_the_rounding_kernel(nvrtc, capability):
+    source = (GPU / "rounding.cu").read_bytes()
+    paths = [gpu._cuda_library("nvrtc", cuda) for cuda in (13, 12)]
+    load = nvrtc.kwm_gpu_load_rounding
+    assert not all(load(source, path.encode()) for path in paths)
+    for x_dtype in ("float32", "bfloat16", "float16"):
+        size = ctypes.c_int64()
+        failure = nvrtc.kwm_gpu_compile_rounding(
+            *capability, gpu.X_TYPES[x_dtype], ctypes.byref(size)
+        )
+        assert failure is None
+        assert size.value > 0
+    failure = nvrtc.kwm_gpu_compile_rounding(1, 2, 0, ctypes.byref(size))
+    assert failure.startswith(b"NVRTC, rounding.cu: ")
 
 
 def test_nvrtc_says_what_it_cannot_compile(nvrtc):

@@ -128,24 +128,47 @@ def test_no_choice_is_slower_than_dense(rows):
 @pytest.mark.parametrize(
     ("device", "first"),
     [
-        ("NVIDIA H100 PCIe", 512),
-        ("NVIDIA H100 80GB HBM3", 512),
-        ("NVIDIA A100-SXM4-80GB", 64),
-        ("NVIDIA L4", None),
+        ("NVIDIA H100 PCIe", {"bfloat16": 512, "int8": 64}),
+        ("NVIDIA H100 80GB HBM3", {"bfloat16": 512, "int8": 64}),
+        ("NVIDIA A100-SXM4-80GB", {"bfloat16": 64}),
+        ("NVIDIA L4", {}),
     ],
 )
 def test_published_figures(plan, device, first):
-    for dtype in ("bfloat16", "float16", "float32"):
+    for dtype in ("bfloat16", "int8", "float16", "float32"):
         found = plan([], device=device, dtype=dtype)
-        sparse = first is not None and dtype == "bfloat16"
-        assert found.is_sparse == sparse
+        assert found.is_sparse == found.is_published == (dtype in first)
         for rows in (1, 63, 64, 65, 256, 511, 512, 1024, 100_000):
             method, algorithm = found.choose(rows, found.companions)
             assert algorithm == -1
-            expected = sparse and rows >= first
+            expected = rows >= first.get(dtype, rows + 1)
             assert method == ("cusparselt" if expected else "dense")
             said = "not measured by this library" in found.why(rows)
-            assert said == sparse
+            assert said == (dtype in first)
+
+
+def test_dense_products_alone(plan, monkeypatch):
+    plan([])
+    monkeypatch.setenv(dispatch.TABLE_VARIABLE, "dense")
+    dispatch.table.cache_clear()
+    dispatch.plan.cache_clear()
+    kind = "jax", "NVIDIA H100 PCIe", (4096, 4096), "bfloat16", "bfloat16"
+    found = dispatch.plan(*kind)
+    assert not found.is_sparse
+    assert dispatch.TABLE_VARIABLE in found.why(4096)
+    assert dispatch.table() == {}
+
+
+def test_without_a_method(plan):
+    times = {"decode": [4, 8, None], "cusparselt": [8, 7, 5]}
+    some = plan(entries(dense=[9, 9, 9], **times))
+    left = some.without("cusparselt", "it failed")
+    assert left.companions == ("dense",)
+    both = "dense", "cusparselt"
+    assert left.choose(1, both) == ("decode", -1)
+    assert left.choose(256, both) == ("dense", -1)
+    assert left.choose(256, ("cusparselt",)) == ("dense", -1)
+    assert "without cusparselt: it failed" in left.why(256)
 
 
 def test_where_published_figures_say_nothing(plan):
@@ -166,6 +189,10 @@ def test_where_published_figures_say_nothing(plan):
 def test_values_that_no_product_on_a_gpu_takes():
     kind = "torch", "NVIDIA H100 PCIe", (4096, 4096), "bfloat16"
     assert not dispatch.plan(*kind, "int4").is_sparse
+    rounded = *kind[:3], "int8"
+    assert dispatch.plan(*rounded, "int8").is_sparse
+    for value_dtype in ("float32", "bfloat16", "int4"):
+        assert not dispatch.plan(*rounded, value_dtype).is_sparse
     assert "int4" in dispatch.why(*kind, "int4", rows=512)
 
 

@@ -1,42 +1,16 @@
 """The XLA handlers, called as XLA calls them, over the fake CUDA."""
 
 import ctypes
-import pathlib
-import shutil
-import subprocess
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from keras_weightmods.native.packed import pack_kernel
 from tests.gpu import test_products
-from tests.gpu.kernels import error
+from tests.gpu.kernels import error, rounded_rows
 from tests.gpu.test_products import TOLERANCE, compress, decode_reference, make
-
-# Of XLA's FFI.
-DTYPES = {
-    "int8": 2,
-    "int32": 4,
-    "uint8": 6,
-    "float16": 10,
-    "float32": 11,
-    "bfloat16": 16,
-}
-
-
-class Array(ctypes.Structure):
-    _fields_ = [
-        ("dtype", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("dims", ctypes.c_int64 * 5),
-        ("data", ctypes.c_void_p),
-    ]
-
-    @classmethod
-    def of(cls, array):
-        dims = (ctypes.c_int64 * 5)(*array.shape)
-        dtype = DTYPES[array.dtype.name]
-        return cls(dtype, array.ndim, dims, array.ctypes.data)
+from tests.gpu.xla import build_harness, caller
 
 
 @pytest.fixture(scope="module")
@@ -44,37 +18,8 @@ def xla(faked, tmp_path_factory):
     library, fake = faked
     if not hasattr(library, "kwm_gpu_xla_decode"):
         pytest.skip("the library was built without the XLA handlers")
-    jaxlib = pytest.importorskip("jaxlib", reason="needs its headers")
-    include = pathlib.Path(jaxlib.__file__).with_name("include")
-    built = tmp_path_factory.mktemp("fake_xla") / "fake_xla.so"
-    source = pathlib.Path(__file__).with_name("fake_xla.cc")
-    subprocess.run(
-        [shutil.which("g++"), "-std=c++17", "-O1", "-shared", "-fPIC"]
-        + ["-isystem", include, source, "-o", built],
-        check=True,
-    )
-    harness = ctypes.CDLL(str(built))
-    harness.fake_xla_call.restype = ctypes.c_char_p
-    harness.fake_xla_allocated.restype = ctypes.c_int64
-    harness.fake_xla_traits.restype = ctypes.c_int64
-
-    def call(name, inputs, results, algorithm=None, initialize=False):
-        handler = getattr(library, f"kwm_gpu_xla_{name}")
-        arrays = [Array.of(a) for a in (*inputs, *results)]
-        number = None if algorithm is None else ctypes.c_int64(algorithm)
-        failure = harness.fake_xla_call(
-            ctypes.cast(handler, ctypes.c_void_p),
-            initialize,
-            (Array * len(arrays))(*arrays),
-            len(arrays),
-            len(inputs),
-            None if number is None else ctypes.byref(number),
-        )
-        assert harness.fake_xla_allocated() == 0
-        assert fake.fake_context_depth() == 0
-        return failure and failure.decode()
-
-    return harness, library, call
+    harness = build_harness(tmp_path_factory.mktemp("fake_xla"))
+    return harness, library, caller(harness, library, fake)
 
 
 @pytest.fixture(params=[0, 1])
@@ -112,12 +57,38 @@ def test_compress_and_multiply(xla, dtype):
     assert call("compress", [transposed], [compressed]) is None
     np.testing.assert_array_equal(compressed, expected)
 
-    y = np.zeros((16, 32), "int32" if dtype == "int8" else x.dtype)
-    product = [x, compressed], [y], 2
+    is_int8 = dtype == "int8"
+    y = np.zeros((16, 32), ml_dtypes.bfloat16 if is_int8 else x.dtype)
+    scale = np.linspace(1, 2, 32 if is_int8 else 0).astype("float32")
+    product = [x, compressed, scale], [y], 2
     assert call("cusparselt_initialize", *product, initialize=True) is None
     assert call("cusparselt", *product) is None
     reference = x.astype("float64") @ kernel.astype("float64")
+    if is_int8:
+        reference *= scale
     assert error(y, reference) <= TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
+def test_round_rows(xla, x_dtype):
+    _, _, call = xla
+    x, _ = make(5, 64, 16, x_dtype)
+    steps = np.full((16, 64), 99, "int8")
+    scale = np.full((5,), 99, "float32")
+    product = [x], [steps, scale]
+    assert call("round_rows_initialize", *product, initialize=True) is None
+    assert call("round_rows", *product) is None
+    expected = rounded_rows(x)
+    np.testing.assert_array_equal(steps[:5], expected[0])
+    np.testing.assert_array_equal(scale, expected[1])
+    assert not steps[5:].any()
+    for wrong in (
+        [steps[:4].copy(), scale],
+        [steps[:, :60].copy(), scale],
+        [steps, scale[:4].copy()],
+    ):
+        assert "does not fit" in call("round_rows", [x], wrong)
 
 
 def test_wrong_shapes(xla):
@@ -136,12 +107,16 @@ def test_wrong_shapes(xla):
         assert "do not fit the activations" in failure
     kernel, short = kernel.astype("float16"), np.zeros(10, "uint8")
     _, compressed = compress(library, kernel)
-    failure = call("cusparselt", [x, short], [y], -1)
+    failure = call("cusparselt", [x, short, empty], [y], -1)
     assert "of another shape or device" in failure
-    failure = call("cusparselt", [x, compressed], [y.astype("float32")], -1)
+    given = [x, compressed, empty]
+    failure = call("cusparselt", given, [y.astype("float32")], -1)
     assert "does not fit" in failure
+    given = [x.astype("int8"), compressed, empty]
+    failure = call("cusparselt", given, [y.astype(ml_dtypes.bfloat16)], -1)
+    assert "the scales do not fit" in failure
     assert "of another size" in call("compress", [kernel.T.copy()], [short])
-    product = [x, compressed], [y], 9
+    product = [x, compressed, empty], [y], 9
     failure = call("cusparselt_initialize", *product, initialize=True)
     assert "choice of the algorithm" in failure
 
@@ -149,7 +124,12 @@ def test_wrong_shapes(xla):
 def test_traits(xla):
     harness, library, _ = xla
     # 1: may be recorded into a command buffer, which scratch memory forbids.
-    for name, traits in (("decode", 1), ("cusparselt", 0), ("compress", 0)):
+    for name, traits in (
+        ("decode", 1),
+        ("round_rows", 1),
+        ("cusparselt", 0),
+        ("compress", 0),
+    ):
         handler = getattr(library, f"kwm_gpu_xla_{name}")
         found = harness.fake_xla_traits(ctypes.cast(handler, ctypes.c_void_p))
         assert found == traits

@@ -5,6 +5,7 @@ Programs are lowered for CUDA, and run with the products that a CPU can do.
 
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -56,7 +57,7 @@ def decode(x, values, meta, scale, packed):
 
 
 def cusparselt(x, compressed, packed, algorithm=-1):
-    own = *arrays_of(packed), packed.shape, packed.dtype
+    own = *arrays_of(packed), packed.shape, packed.dtype, packed.activations
     prepared = sparse_matmul_gpu.PreparedPacked(
         *own,
         companions={"cusparselt": compressed},
@@ -77,17 +78,37 @@ def test_decode_lowers_for_cuda(x_dtype, value_dtype):
     assert f"-> tensor<6x{N}x{element}>" in text
 
 
-@pytest.mark.parametrize("x_dtype", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "float16"])
 def test_cusparselt_lowers_for_cuda(x_dtype):
-    packed = make("int8" if x_dtype == "int8" else "bfloat16")
+    packed = make("bfloat16")
     product = functools.partial(cusparselt, packed=packed, algorithm=3)
     x, compressed = jnp.ones((5, K), x_dtype), jnp.zeros((1000,), "uint8")
     text = lowered(product, x, compressed)
     assert "custom_call @kwm_gpu_cusparselt" in text
     assert "algorithm = 3 : i64" in text
     # 5 rows become 16.
-    element = {"bfloat16": "bf16", "float16": "f16", "int8": "i32"}[x_dtype]
+    element = {"bfloat16": "bf16", "float16": "f16"}[x_dtype]
     assert f"-> tensor<16x{N}x{element}>" in text
+
+
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
+def test_int8_activations_lower_for_cuda(x_dtype):
+    packed = pack_kernel(sparse_kernel(K, N), "int8", "int8")
+    product = functools.partial(cusparselt, packed=packed, algorithm=3)
+    x, compressed = jnp.ones((5, K), x_dtype), jnp.zeros((1000,), "uint8")
+    text = lowered(product, x, compressed)
+    assert text.count("custom_call @kwm_gpu_round_rows") == 1
+    assert f"(tensor<16x{K}xi8>, tensor<5xf32>)" in text
+    assert text.count("custom_call @kwm_gpu_cusparselt") == 1
+    # The scales of the columns go in, and no integers come out.
+    assert re.search(rf"tensor<{N}xf32>\) -> tensor<16x{N}xbf16>", text)
+    assert f"x{N}xi32>" not in text
+    # At any number of rows the activations are rounded.
+    for method in ("decode", "dense"):
+        product = functools.partial(
+            sparse_matmul_gpu.matmul, packed=packed, method=method
+        )
+        assert "round_nearest_even" in lowered(product, x)
 
 
 def test_mapped_activations_are_rows():
@@ -127,16 +148,6 @@ def test_dense_without_a_table(value_dtype, prepared):
     )(jnp.asarray(x))
     expected = 2 * (x @ kernel) @ kernel.T
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-3)
-
-
-def test_int8_activations():
-    packed = make("int8")
-    prepared = sparse_matmul_gpu.prepare(packed, "int8")
-    x = np.random.default_rng(1).integers(-100, 100, (3, K)).astype("int8")
-    y = sparse_matmul_gpu.matmul(jnp.asarray(x), prepared)
-    assert y.dtype == jnp.float32
-    expected = x @ unpack_kernel(packed).astype("float64")
-    np.testing.assert_allclose(y, expected, atol=1e-3)
 
 
 def test_mapped_weights():
@@ -231,6 +242,21 @@ for given in (jax.device_put(x, split), jax.device_put(x, jax.devices()[1])):
     assert y.sharding.device_set == given.sharding.device_set
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
+# So are those of cuSPARSELt; with int8 each device rounds its own rows.
+for name in ("kwm_gpu_round_rows", "kwm_gpu_cusparselt"):
+    jax.ffi.register_ffi_target(name, handler, platform="cpu")
+given = jax.device_put(x, split)
+for kind, mine in (("float32", "f32[16,64]"), ("int8", "s8[16,64]")):
+    dtypes = ("int8", "int8") if kind == "int8" else ()
+    prepared = sparse_matmul_gpu.PreparedPacked(
+        **vars(pack_kernel(sparse_kernel(64, 32), *dtypes)),
+        companions={"cusparselt": np.zeros(100, "uint8")},
+    )
+    run = jax.jit(lambda x: sparse_matmul_gpu.matmul(x, prepared, "cusparselt"))
+    text = run.lower(given).compile().as_text()
+    assert mine in text and "kwm_gpu_cusparselt" in text, text
+    assert "all-" not in text and "collective" not in text, text
+
 # A companion is made where the packed arrays are.
 arrays = {"values": jax.device_put(packed.values, jax.devices()[1])}
 moved = type(packed)(**{**vars(packed), **arrays})
@@ -299,7 +325,11 @@ def test_custom_calls_take_what_they_are_given():
     stream_is_missing = r"bad operands at: 0\)\nDiagnostics:\n.*stream"
     for name, inputs, attributes in (
         ("decode", arrays_of(packed), {}),
-        ("cusparselt", [jnp.zeros((10,), "uint8")], {"algorithm": -1}),
+        (
+            "cusparselt",
+            [jnp.zeros((10,), "uint8"), jnp.zeros((0,))],
+            {"algorithm": -1},
+        ),
     ):
         handler = sparse_matmul_gpu.gpu.xla_handler(f"kwm_gpu_xla_{name}")
         capsule, target = jax.ffi.pycapsule(handler), f"on_a_cpu_{name}"
@@ -367,7 +397,7 @@ def test_layer_with_both_companions(pretend, monkeypatch):
     monkeypatch.setattr(
         gpu,
         "companion_spec",
-        lambda kind, shape, dtype: (shape, dtype),
+        lambda kind, shape, dtype, activations: (shape, dtype),
     )
     monkeypatch.setattr(
         gpu,

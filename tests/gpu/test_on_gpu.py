@@ -10,9 +10,9 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from keras_weightmods.native.gpu import dispatch
+from keras_weightmods.native.gpu import dispatch, first_contact
 from keras_weightmods.ops import pack_kernel, packed_arrays, unpack_kernel
-from tests.gpu.kernels import error, sparse_kernel
+from tests.gpu.kernels import error, product_of_rounded_rows, sparse_kernel
 from tests.models import make_sparse, mlp, normal, numpy
 
 BACKEND = keras.backend.backend()
@@ -41,7 +41,8 @@ VALUE_DTYPES = ("float32", "bfloat16", "int8")
 
 @pytest.fixture(autouse=True)
 def types_that_are_asked_for(request):
-    if ASKED == ["float16"] and "x_dtype" not in request.fixturenames:
+    names = {"x_dtype", "kind"} & {*request.fixturenames}
+    if ASKED == ["float16"] and not names:
         pytest.skip("float16 alone is asked for")
 
 
@@ -92,13 +93,38 @@ def test_cusparselt(x_dtype, value_dtype, rows):
         check("cusparselt", rows, k, n, x_dtype, value_dtype)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="int8 activations: JAX alone")
-def test_cusparselt_int8_activations():
-    packed, kernel = make(1024, 512, "int8")
-    x = np.random.default_rng(1).integers(-127, 128, (33, 1024)).astype("int8")
-    prepared = products.prepare(packed, "int8", ["cusparselt"])
-    y = products.matmul(jax.numpy.asarray(x), prepared, "cusparselt")
-    assert error(y, x @ kernel.astype("float64")) <= 1e-5
+@pytest.mark.parametrize("kind", [x for x in ASKED if x != "float32"])
+def test_trial_of_a_new_card(kind):
+    trial = first_contact.Trial.of(64, (512, 256))
+    kind = kind if BACKEND == "jax" or kind == "int8" else getattr(torch, kind)
+    index = () if BACKEND == "jax" else (0,)
+    y, expected = products._try_cusparselt(*index, kind, trial)
+    assert first_contact._difference(y, expected) == ""
+
+
+@pytest.mark.skipif("int8" not in ASKED, reason="int8 is not asked for")
+@pytest.mark.parametrize("rows", [1, 16, 33, 512])
+@pytest.mark.parametrize("method", ["cusparselt", "decode", "dense"])
+def test_int8_activations(method, rows):
+    if method == "decode" and rows > products.gpu.decode_rows("bfloat16"):
+        pytest.skip("more rows than the kernel takes")
+    # Entries of one scale would hide a scale on the wrong axis.
+    kernel = sparse_kernel(1024, 512) * np.geomspace(0.1, 10, 512)
+    packed = pack_kernel(kernel.astype("float32"), "int8", "int8")
+    x = normal(rows, 1024, seed=1) * np.geomspace(1, 50, rows)[:, None]
+    for x_dtype in ("bfloat16", "float32"):
+        given = ops.cast(ops.convert_to_tensor(x), x_dtype)
+        if BACKEND == "torch":
+            arrays = packed.values, packed.meta, packed.scale
+            arrays = [ops.convert_to_tensor(array) for array in arrays]
+            y = products.sparse_matmul_int8(given, *arrays, 512, method)
+        else:
+            kinds = [method] if method != "decode" else []
+            prepared = products.prepare(packed, x_dtype, kinds)
+            y = products.matmul(given, prepared, method)
+        expected = product_of_rounded_rows(given, packed)
+        for row, wanted in zip(numpy(y), expected):
+            assert error(row, wanted) <= TOLERANCE["bfloat16"]
 
 
 def test_decode_of_poisoned_memory():
@@ -212,6 +238,7 @@ def test_packed_model(monkeypatch, method, tmp_path):
     plan = dispatch.Plan((dispatch.Measured(8, times),))
     for name in ("plan", "_plan_on"):
         monkeypatch.setattr(products, name, lambda *_: plan, raising=False)
+    monkeypatch.setattr(products, "_chosen", {}, raising=False)
     model = make_sparse(mlp(256, 128, 64, dtype="mixed_bfloat16"))
     x = normal(8, 256, seed=1)
     expected = model.predict(x, verbose=0).astype("float64")

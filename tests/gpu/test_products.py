@@ -13,10 +13,15 @@ import pytest
 from keras_weightmods import native
 from keras_weightmods.native import gpu
 from keras_weightmods.native.packed import pack_kernel, unpack_kernel
-from tests.gpu.kernels import error, sparse_kernel
+from tests.gpu.kernels import error, rounded_rows, sparse_kernel
 from tests.models import normal
 
-TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4, "int8": 0}
+TOLERANCE = {
+    "float32": 1e-6,
+    "bfloat16": 4e-3,
+    "float16": 5e-4,
+    "int8": 4e-3,
+}
 
 
 def make(rows, k, n, x_dtype, seed=0):
@@ -144,10 +149,11 @@ def compress(library, kernel):
     return failure, compressed
 
 
-def cusparselt(library, x, compressed, n, algorithm=-1):
-    dtype = gpu.X_TYPES[x.dtype.name]
-    y = np.zeros((x.shape[0], n), "int32" if x.dtype == np.int8 else x.dtype)
-    product = (*x.shape, n, dtype)
+def cusparselt(library, x, compressed, n, algorithm=-1, scale=None):
+    is_int8 = x.dtype == np.int8
+    y_dtype = ml_dtypes.bfloat16 if is_int8 else x.dtype
+    y = np.full((x.shape[0], n), np.nan, y_dtype)
+    product = (*x.shape, n, gpu.X_TYPES[x.dtype.name])
     room = ctypes.c_int64()
     failure = library.kwm_gpu_prepare_cusparselt(
         0, *product, algorithm, ctypes.byref(room)
@@ -155,7 +161,7 @@ def cusparselt(library, x, compressed, n, algorithm=-1):
     if failure is not None:
         return failure, None
     workspace = np.empty(room.value, np.uint8)
-    arrays = map(address, [compressed, y, workspace])
+    arrays = map(address, [compressed, scale, y, workspace])
     failure = library.kwm_gpu_cusparselt(
         0, None, address(x), *product, algorithm, *arrays
     )
@@ -167,12 +173,75 @@ def cusparselt(library, x, compressed, n, algorithm=-1):
 def test_cusparselt_equals_reference(faked, dtype, algorithm):
     library, fake = faked
     x, kernel = operands(dtype)
+    # Of each column of y; int8 alone has them.
+    scale = np.linspace(-1, 3, 32).astype("float32")
     failure, compressed = compress(library, kernel)
     assert failure is None
-    failure, y = cusparselt(library, x, compressed, 32, algorithm)
+    given = scale if dtype == "int8" else None
+    failure, y = cusparselt(library, x, compressed, 32, algorithm, given)
     assert failure is None
     expected = x.astype("float64") @ kernel.astype("float64")
+    if dtype == "int8":
+        expected *= scale
     assert error(y, expected) <= TOLERANCE[dtype]
+    given = None if dtype == "int8" else scale
+    failure, _ = cusparselt(library, x, compressed, 32, algorithm, given)
+    assert b"int8" in failure
+    assert fake.fake_context_depth() == 0
+
+
+def round_rows(library, x, padded=None, device=0):
+    padded = len(x) if padded is None else padded
+    steps = np.full((padded, x.shape[1]), 99, np.int8)
+    scale = np.full((len(x),), 99, np.float32)
+    failure = library.kwm_gpu_round_rows(
+        device,
+        None,
+        gpu.X_TYPES[x.dtype.name],
+        address(x),
+        len(x),
+        padded,
+        x.shape[1],
+        *map(address, [steps, scale]),
+    )
+    return failure, steps, scale
+
+
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
+def test_rounded_rows_equal_reference(faked, x_dtype):
+    library, fake = faked
+    # One warp, several, and more entries than threads.
+    for k in (4, 36, 200, 2052):
+        x = make(5, k, 16, x_dtype)[0]
+        x[1] *= 100
+        x[2] = 0
+        x[3, 1] = np.inf if k == 36 else np.nan
+        x[4] = np.arange(k) % 3
+        failure, steps, scale = round_rows(library, x, 7)
+        assert failure is None
+        expected = rounded_rows(x)
+        np.testing.assert_array_equal(steps[:5], expected[0])
+        np.testing.assert_array_equal(scale, expected[1])
+        assert not steps[5:].any()
+        assert np.isnan(scale[3])
+        assert not steps[3].any()
+    assert fake.fake_context_depth() == 0
+
+
+def test_rounding_says_what_it_takes(faked):
+    library, fake = faked
+    failure, *_ = round_rows(library, np.zeros((2, 6), "float32"))
+    assert b"a multiple of 4 entries are rounded, not (2, 6)" in failure
+    failure, *_ = round_rows(library, np.zeros((2, 8), "float32"), 1)
+    assert b"not (2, 8)" in failure
+    failure, *_ = round_rows(library, np.zeros((2, 8), "int8"))
+    assert b"rounded are float32, bfloat16 and float16" in failure
+    room = np.zeros(64, "float16")
+    odd = room[1:9].reshape(1, 8)
+    assert b"aligned to 8 bytes" in round_rows(library, odd)[0]
+    failure, *_ = round_rows(library, odd[:, :4].copy(), device=2)
+    assert b"cuDeviceGet" in failure
+    assert fake.fake_misaligned() == 0
     assert fake.fake_context_depth() == 0
 
 

@@ -1,13 +1,16 @@
 """The GPU products under torch, on CPU tensors where these can do them."""
 
 import gc
+import sys
 import types
 
 import keras
 import numpy as np
 import pytest
 
+import keras_weightmods as kwm
 from keras_weightmods.native import gpu
+from keras_weightmods.native.gpu.dispatch import Measured, Plan
 from keras_weightmods.native.packed import (
     Packed,
     pack_dense,
@@ -15,11 +18,15 @@ from keras_weightmods.native.packed import (
     unpack_kernel,
 )
 from tests.gpu.kernels import error, sparse_kernel
+from tests.models import make_sparse, mlp, normal
 
 if keras.backend.backend() != "torch":
     pytest.skip("torch alone", allow_module_level=True)
 
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keras_weightmods.backend.torch import sparse_matmul as operators
 from keras_weightmods.backend.torch import sparse_matmul_gpu
@@ -180,6 +187,154 @@ def test_hot_call_checks_no_packed_kernel(on_fake_gpu, monkeypatch):
         assert error(y, x.double().numpy() @ kernel) <= 1e-5
 
 
+def python_functions_of(call):
+    """Return the names of the Python functions that a call runs."""
+    names = []
+
+    def see(frame, event, argument):
+        if event == "call":
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(see)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return names[1:]  # without `call` itself
+
+
+@pytest.fixture
+def planned(on_fake_gpu, monkeypatch):
+    """The decode kernel for few rows, by a table of a card."""
+    plan = Plan((Measured(8, {"dense": 2.0, "decode": 1.0}),))
+    asked = []
+
+    def measured(*about):
+        asked.append(about)
+        return plan
+
+    monkeypatch.setattr(sparse_matmul_gpu, "_index_of", lambda x: 0)
+    monkeypatch.setattr(sparse_matmul_gpu, "_name_of", lambda index: "card")
+    monkeypatch.setattr(sparse_matmul_gpu.dispatch, "plan", measured)
+    monkeypatch.setattr(sparse_matmul_gpu, "_plans", {})
+    monkeypatch.setattr(sparse_matmul_gpu, "_chosen", {})
+    return asked
+
+
+def test_hot_call_is_look_ups_alone(planned):
+    _, weights = make()
+    x = torch.randn(2, K)
+
+    def call():
+        sparse_matmul_gpu.sparse_matmul(x, *weights, N)
+
+    call()
+    assert len(planned) == 1
+    run = python_functions_of(call)
+    # Of the device and the plan nothing is asked again.
+    assert set(run) <= {
+        "sparse_matmul",
+        "_check_weights",
+        "_choose",
+        "_index_of",
+        "<lambda>",  # what stands for the GPU here
+        "_decode",
+        "decode",
+        "type_code",
+        "check",
+    }
+    assert len(run) <= 12
+    assert len(planned) == 1
+
+
+def test_plan_is_not_tried_in_a_cuda_graph(planned, monkeypatch):
+    """A trial would wait for the GPU, which ends the capture."""
+    kernel, weights = make()
+    x = torch.randn(2, K)
+    monkeypatch.setattr(sparse_matmul_gpu, "_is_capturing", lambda: True)
+    with pytest.warns(UserWarning, match="once before the capture"):
+        y = sparse_matmul_gpu.sparse_matmul(x, *weights, N)
+    assert error(y, x.double().numpy() @ kernel) <= 1e-5
+    assert not planned
+    assert not sparse_matmul_gpu._chosen
+    # Called once before, the graph has the product that is chosen.
+    monkeypatch.setattr(sparse_matmul_gpu, "_is_capturing", lambda: False)
+    sparse_matmul_gpu.sparse_matmul(x, *weights, N)
+    monkeypatch.setattr(sparse_matmul_gpu, "_is_capturing", lambda: True)
+    run = python_functions_of(
+        lambda: sparse_matmul_gpu.sparse_matmul(x, *weights, N)
+    )
+    assert "_decode" in run
+    assert "_is_capturing" not in run
+
+
+class Operators(TorchDispatchMode):
+    """Writes down the operators that are called, by the device of `x`."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append((function._schema.name, args[0].device.type))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "activations", "name"),
+    [
+        ("bfloat16", None, "sparse_matmul"),
+        ("int8", "float32", "sparse_matmul"),
+        ("int8", "int8", "sparse_matmul_int8"),
+    ],
+)
+def test_layers_reach_the_operator_on_a_gpu(x_dtype, dtype, activations, name):
+    """By tensors that are fake, on a GPU that is not there."""
+    model = make_sparse(mlp(64, 32, use_bias=False))
+    kwm.pack(model, dtype=dtype, activations=activations)
+    (layer,) = model.layers
+    item = layer._reparameterizations["kernel"]
+    packed = item.packed
+    with FakeTensorMode():
+        arrays = {
+            name: torch.empty(v.shape, dtype=v.value.dtype, device="cuda")
+            for name in ("values", "meta", "scale")
+            if (v := getattr(packed, name)) is not None
+        }
+        item.packed = Packed(**{**vars(packed), **arrays})
+        x = torch.empty(2, 5, 64, device="cuda", dtype=x_dtype)
+        with Operators() as operators:
+            y = layer.call(x)
+    assert (y.device.type, y.shape, y.dtype) == ("cuda", (2, 5, 32), x_dtype)
+    # One operator, and nothing before or after it.
+    assert operators.seen == [(f"keras_weightmods::{name}", "cuda")]
+
+
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+def test_compiled_layer_is_one_graph(activations):
+    model = make_sparse(mlp(64, 32))
+    kwm.pack(model, dtype="int8", activations=activations)
+    (layer,) = model.layers
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        layer.call, backend=aot_autograd(fw_compiler=backend), fullgraph=True
+    )
+    x = keras.ops.convert_to_tensor(normal(3, 64))
+    with torch.no_grad():
+        y = compiled(x)
+    torch.testing.assert_close(y, layer.call(x).detach())
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.graph.nodes]
+    suffix = "_int8" if activations == "int8" else ""
+    assert called.count(f"keras_weightmods.sparse_matmul{suffix}.default") == 1
+
+
 def test_wrong_sizes_are_refused():
     """The kernel would read beyond its arrays."""
     _, (values, meta, scale) = make()
@@ -201,8 +356,8 @@ def test_facts_of_each_device_are_asked_for_once(monkeypatch):
         return f"card {index}"
 
     monkeypatch.setattr(torch.cuda, "get_device_name", get_device_name)
-    for cached in (sparse_matmul_gpu._name_of, sparse_matmul_gpu._plan_on):
-        cached.cache_clear()
+    sparse_matmul_gpu._name_of.cache_clear()
+    monkeypatch.setattr(sparse_matmul_gpu, "_plans", {})
     for _ in range(3):
         for index in (0, 1):
             for n in (N, 2 * N):
@@ -211,8 +366,7 @@ def test_facts_of_each_device_are_asked_for_once(monkeypatch):
                 )
                 assert f"card {index}" in chosen.why(1)
     assert asked == [0, 1]
-    for cached in (sparse_matmul_gpu._name_of, sparse_matmul_gpu._plan_on):
-        cached.cache_clear()
+    sparse_matmul_gpu._name_of.cache_clear()
 
 
 def test_cusparselt_of_torch(monkeypatch):

@@ -54,7 +54,13 @@ def sparse_matmul(x, packed):
 
 
 def _for_cpu_alone(packed):
-    return packed.activations == "int8" or packed.dtype == "int4"
+    if packed.dtype == "int4" or packed.is_dense:
+        return True
+    if packed.activations == "float32":
+        return False
+    # Rounded rows are for products that gain by them.
+    kind = packed.shape, "bfloat16", packed.dtype, packed.activations
+    return not sparse_matmul_gpu.plan(*kind).is_sparse
 
 
 def _sparse_matmul_on_cpu(x, packed):

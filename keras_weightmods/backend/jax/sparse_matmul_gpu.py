@@ -10,6 +10,11 @@ cuSPARSELt is out, and the dense product unpacks the kernel in each call.
 
 Rows may be split over devices: each multiplies its own. The custom calls tell
 XLA so, which would else gather them.
+
+With int8 activations each row is rounded to multiples of max |x| / 127, at any
+number of rows and by any of the products. cuSPARSELt then multiplies integers,
+scales the columns in its epilogue and gives bfloat16; the scales of the rows
+follow, in what XLA fuses with the bias.
 """
 
 import dataclasses
@@ -27,13 +32,17 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from keras_weightmods import native
 from keras_weightmods.backend.jax.batching import batches_as_rows
 from keras_weightmods.native import gpu
-from keras_weightmods.native.gpu import dispatch
+from keras_weightmods.native.gpu import dispatch, first_contact
 from keras_weightmods.native.packed import Packed, unpack_kernel, unpack_tensor
 
 _TARGETS = {
     "kwm_gpu_decode": {
         "initialize": "kwm_gpu_xla_decode_initialize",
         "execute": "kwm_gpu_xla_decode",
+    },
+    "kwm_gpu_round_rows": {
+        "initialize": "kwm_gpu_xla_round_rows_initialize",
+        "execute": "kwm_gpu_xla_round_rows",
     },
     "kwm_gpu_compress": {"execute": "kwm_gpu_xla_compress"},
     "kwm_gpu_cusparselt": {
@@ -59,18 +68,69 @@ class PreparedPacked(Packed):
     x_dtype: str = "float32"
 
 
-def plan(shape, x_dtype, value_dtype):
-    """Return the `dispatch.Plan` for a kernel on the GPU that is there."""
-    return dispatch.plan("jax", device_name(), shape, x_dtype, value_dtype)
+def plan(shape, x_dtype, value_dtype, activations="float32"):
+    """Return the `dispatch.Plan` for a kernel on the GPU that is there.
+
+    It counts on cuSPARSELt where a product by it was tried and right; the
+    first call for a shape and type tries it, also while JAX traces.
+    """
+    kind = _multiplied("cusparselt", x_dtype, activations)
+    return _plan(device_name(), tuple(shape), kind, value_dtype)
 
 
-def companion_spec(kind, shape, x_dtype):
+@functools.cache
+def _plan(device, shape, kind, value_dtype):
+    found = dispatch.plan("jax", device, shape, kind, value_dtype)
+    return first_contact.trusted(
+        found,
+        device,
+        shape,
+        kind,
+        functools.partial(_reason_unavailable, "cusparselt", kind == "int8"),
+        functools.partial(_try_cusparselt, kind),
+    )
+
+
+def _try_cusparselt(kind, trial):
+    """Return a `Trial`'s product by cuSPARSELt, and the dense one."""
+    _register()
+    devices = _devices()
+    x_dtype = "bfloat16" if kind == "int8" else kind
+    with (
+        jax.ensure_compile_time_eval(),
+        jax.default_device(devices[0] if devices else None),
+    ):
+        x = jnp.asarray(trial.x, x_dtype)
+        scale = jnp.asarray(trial.scale)
+        steps = jnp.take(jnp.asarray(trial.steps), trial.columns, axis=1)
+        kernel = steps.astype(x_dtype) * scale.astype(x_dtype)
+        if kind == "int8":
+            product: Any = _cusparselt_int8
+            weights = [_compress(steps), scale]
+        else:
+            product, weights = _cusparselt, [_compress(kernel)]
+        settings = kernel.shape[1], trial.algorithm
+        y = jax.jit(functools.partial(product, *settings))(x, *weights)
+        # Sums of small numbers, and exact.
+        exact = {"preferred_element_type": jnp.float32}
+        expected = jnp.matmul(x, kernel, **exact)
+        return np.asarray(y, "float32"), np.asarray(expected)
+
+
+def _multiplied(kind, x_dtype, activations):
+    """Return the type that a companion is multiplied in."""
+    is_int8 = kind == "cusparselt" and activations == "int8"
+    return "int8" if is_int8 else x_dtype
+
+
+def companion_spec(kind, shape, x_dtype, activations="float32"):
     """Shape and type of a companion.
 
     Args:
         kind: String, `"dense"` or `"cusparselt"`.
         shape: Pair of ints (K, N).
         x_dtype: String, type of the activations.
+        activations: String, as of `Packed`.
 
     Returns:
         Pair of a shape and a type.
@@ -83,7 +143,8 @@ def companion_spec(kind, shape, x_dtype):
         return shape, x_dtype
     _require("cusparselt")
     ordinal = _devices()[0].local_hardware_id
-    return (gpu.compressed_size(ordinal, shape, x_dtype),), "uint8"
+    dtype = _multiplied(kind, x_dtype, activations)
+    return (gpu.compressed_size(ordinal, shape, dtype),), "uint8"
 
 
 def prepare(packed, x_dtype, kinds=None):
@@ -91,8 +152,8 @@ def prepare(packed, x_dtype, kinds=None):
 
     Args:
         packed: `Packed`, of concrete arrays.
-        x_dtype: String, type of the activations: `"float32"`, `"bfloat16"`,
-            `"float16"`, or `"int8"` for int8 values.
+        x_dtype: String, type of the activations: `"float32"`, `"bfloat16"`
+            or `"float16"`.
         kinds: Tuple of `"dense"` and `"cusparselt"`. Defaults to those that
             the dispatcher would use at some number of rows.
 
@@ -103,7 +164,9 @@ def prepare(packed, x_dtype, kinds=None):
         RuntimeError: If cuSPARSELt is asked for and missing, or has failed.
     """
     if kinds is None:
-        kinds = plan(packed.shape, x_dtype, packed.dtype).companions
+        kinds = plan(
+            packed.shape, x_dtype, packed.dtype, packed.activations
+        ).companions
     fields = {
         f.name: getattr(packed, f.name) for f in dataclasses.fields(Packed)
     }
@@ -114,14 +177,18 @@ def prepare(packed, x_dtype, kinds=None):
 def companion(kind, packed, x_dtype):
     """The companion of a packed kernel of concrete arrays, on its device."""
     kernel: Any = unpack_kernel(packed)
-    if x_dtype == "int8":
+    dtype = _multiplied(kind, x_dtype, packed.activations)
+    if dtype == "int8":
         # What is multiplied are the steps; the scale follows.
         scale = keras.ops.convert_to_numpy(packed.scale).ravel()
         kernel = np.rint(kernel / scale[: packed.shape[1]])
-    kernel = jax.device_put(kernel.astype(x_dtype), _device_of(packed.values))
-    if kind == "dense":
-        return kernel
-    shape, dtype = companion_spec("cusparselt", packed.shape, x_dtype)
+    kernel = jax.device_put(kernel.astype(dtype), _device_of(packed.values))
+    return kernel if kind == "dense" else _compress(kernel)
+
+
+def _compress(kernel):
+    """Compress a kernel, a concrete array, for cuSPARSELt."""
+    shape, dtype = companion_spec("cusparselt", kernel.shape, kernel.dtype.name)
     result = jax.ShapeDtypeStruct(shape, dtype)
     call = jax.ffi.ffi_call("kwm_gpu_compress", result)
     return jax.jit(lambda kernel: call(kernel.T))(kernel)
@@ -134,21 +201,16 @@ def _device_of(array):
     return next(iter(devices)) if len(devices) == 1 else None
 
 
-def packed_scale(packed):
-    """Return the scale of each column of a packed kernel with int8 values."""
-    scale = keras.ops.convert_to_tensor(packed.scale)
-    return jnp.ravel(scale)[: packed.shape[1]]
-
-
 def matmul(x, packed, method=None, algorithm=-1):
     """See `keras_weightmods.ops.sparse_matmul`.
 
     float32 activations are multiplied in float32. 16-bit ones are multiplied
     by the kernel rounded to their type, with sums in float32, as a dense layer
-    of that type does; int8 ones, by int8 values, give float32.
+    of that type does. With `packed.activations == "int8"` each row is rounded
+    to int8, at any number of rows; the result has the precision of bfloat16.
 
     Args:
-        x: Array of shape (..., K).
+        x: Float array of shape (..., K).
         packed: `Packed` or `PreparedPacked`.
         method: String, one of `dispatch.METHODS`, to measure and to test.
             Defaults to the fastest.
@@ -163,13 +225,15 @@ def matmul(x, packed, method=None, algorithm=-1):
             kind: keras.ops.convert_to_tensor(array)
             for kind, array in packed.companions.items()
         }
+    rounds = packed.activations == "int8"
     if method is not None and device_name() is not None:
-        _require(method)
+        _require(method, rounds)
     arrays = [
         None if array is None else keras.ops.convert_to_tensor(array)
         for array in (packed.values, packed.meta, packed.scale)
     ]
-    product = _Product(packed.shape, packed.dtype, method, algorithm)
+    settings = packed.activations, method, algorithm
+    product = _Product(packed.shape, packed.dtype, *settings)
     return _matmul(product, x, *arrays, companions)
 
 
@@ -179,6 +243,7 @@ class _Product:
 
     shape: tuple
     value_dtype: str
+    activations: str
     method: str | None
     algorithm: int
 
@@ -189,13 +254,18 @@ class _Product:
         # An exported program may leave the number of rows open.
         if not isinstance(rows, int) or rows == 0 or 0 in self.shape:
             return "dense", -1
-        method, algorithm = plan(self.shape, x_dtype, self.value_dtype).choose(
-            rows, tuple(companions)
-        )
-        reason = reason_unavailable(method)
+        kind = self.value_dtype, self.activations
+        chosen = plan(self.shape, x_dtype, *kind)
+        method, algorithm = chosen.choose(rows, tuple(companions))
+        rounds = self.activations == "int8"
+        reason = _reason_unavailable(method, rounds)
         if reason:
             native.warn_dense(reason)
             return "dense", -1
+        if method == "cusparselt":
+            dtype = _multiplied(method, x_dtype, self.activations)
+            about = device_name(), self.shape, rows, dtype
+            first_contact.warn_published(chosen, *about)
         return method, algorithm
 
     def packed(self, values, meta, scale):
@@ -233,37 +303,83 @@ def _mapped(product):
 def _multiply(product, x, values, meta, scale, companions):
     rows = math.prod(x.shape[:-1])
     method, algorithm = product.choose(rows, x.dtype.name, companions)
-    if method == "dense":
+    rounds = product.activations == "int8"
+    if method == "dense" and not rounds:
         return _dense(product, x, values, meta, scale, companions)
-    _register()
+    if method != "dense":
+        _register()
+    multiply = _multiply_rounded if rounds else _multiply_floats
     n = product.shape[1]
-    matrix = x.reshape(rows, product.shape[0])
-    if method == "decode":
-        if scale is None:
-            scale = jnp.zeros((0,), jnp.float32)
-        y = _rows_split(_decode, n)(matrix, values, meta, scale)
-    else:
-        call = _rows_split(_cusparselt, n, algorithm)
-        y = call(matrix, companions["cusparselt"])
-        if x.dtype == jnp.int8:
-            y = y * packed_scale(product.packed(values, meta, scale))
+    y = multiply(
+        n, method, algorithm, product, x.reshape(rows, product.shape[0]),
+        values, meta, scale, companions,
+    )  # fmt: skip
     return y.reshape(*x.shape[:-1], n)
 
 
-def _dense(product, x, values, meta, scale, companions):
+def _multiply_floats(
+    n, method, algorithm, product, x, values, meta, scale, companions
+):
+    del product
+    if scale is None:
+        scale = jnp.zeros((0,), jnp.float32)
+    if method == "decode":
+        return _rows_split(_decode, n)(x, values, meta, scale)
+    call = _rows_split(_cusparselt, n, algorithm)
+    return call(x, companions["cusparselt"])
+
+
+def _multiply_rounded(
+    n, method, algorithm, product, x, values, meta, scale, companions
+):
+    if method == "cusparselt":
+        call = _rows_split(_cusparselt_int8, n, algorithm)
+        return call(x, companions["cusparselt"], jnp.ravel(scale)[:n])
+    steps, scale_of_row = round_rows(x)
+    if method == "decode":
+        # Integers of 8 bits are exact in bfloat16.
+        steps = steps.astype(jnp.bfloat16)
+        y = _rows_split(_decode, n)(steps, values, meta, scale)
+        return (y * scale_of_row).astype(x.dtype)
+    # Below 1 in magnitude, or sums might leave the range of float16.
+    units = (steps / 128).astype(x.dtype)
+    weights = values, meta, scale, companions
+    y = _dense(product, units, *weights, jnp.float32)
+    return (y * (128 * scale_of_row)).astype(x.dtype)
+
+
+def round_rows(x):
+    """Round each row to int8: `x` is about `steps * scale`.
+
+    Args:
+        x: Float array of shape (rows, K).
+
+    Returns:
+        Pair of float32 arrays: of integers, -127 to 127, of shape (rows, K),
+        and the scales max |x| / 127 of shape (rows, 1). A row that holds NaN
+        or infinity gets zeros and NaN.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0)
+    scale = largest / 127
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1, scale)
+    is_finite = jnp.isfinite(largest)
+    steps = jnp.where(is_finite, jnp.round(x / scale), 0)
+    return steps, jnp.where(is_finite, scale, jnp.nan)
+
+
+def _dense(product, x, values, meta, scale, companions, dtype=None):
     packed = product.packed(values, meta, scale)
-    if "dense" not in companions:
-        # In the type of x, as the companion is; int8 has no such product.
-        dtype = jnp.float32 if x.dtype == jnp.int8 else x.dtype
-        x, kernel = x.astype(dtype), unpack_tensor(packed).astype(dtype)
-    else:
+    if "dense" in companions:
         kernel = companions["dense"]
-    if x.dtype == jnp.int8:
-        y = jnp.matmul(x, kernel, preferred_element_type=jnp.int32)
-        return y * packed_scale(packed)
+    else:
+        # In the type of x, as the companion is.
+        kernel = unpack_tensor(packed).astype(x.dtype)
     # By default a GPU rounds the factors of a float32 product to TF32.
     precision = "highest" if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, kernel, precision=precision)
+    return jnp.matmul(
+        x, kernel, precision=precision, preferred_element_type=dtype
+    )
 
 
 def _decode(n, x, values, meta, scale):
@@ -274,10 +390,24 @@ def _decode(n, x, values, meta, scale):
 def _cusparselt(n, algorithm, x, compressed):
     rows = x.shape[0]
     x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
-    dtype = jnp.int32 if x.dtype == jnp.int8 else x.dtype
-    result = jax.ShapeDtypeStruct((x.shape[0], n), dtype)
+    result = jax.ShapeDtypeStruct((x.shape[0], n), x.dtype)
     call = jax.ffi.ffi_call("kwm_gpu_cusparselt", result)
-    return call(x, compressed, algorithm=algorithm)[:rows]
+    no_scale = jnp.zeros((0,), jnp.float32)
+    return call(x, compressed, no_scale, algorithm=algorithm)[:rows]
+
+
+def _cusparselt_int8(n, algorithm, x, compressed, scale):
+    rows, k = x.shape
+    padded = -(-rows // _ROWS) * _ROWS
+    rounded = (
+        jax.ShapeDtypeStruct((padded, k), jnp.int8),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+    )
+    steps, scale_of_row = jax.ffi.ffi_call("kwm_gpu_round_rows", rounded)(x)
+    result = jax.ShapeDtypeStruct((padded, n), jnp.bfloat16)
+    call = jax.ffi.ffi_call("kwm_gpu_cusparselt", result)
+    y = call(steps, compressed, scale, algorithm=algorithm)[:rows]
+    return (y * scale_of_row[:, None]).astype(x.dtype)
 
 
 @functools.cache
@@ -344,7 +474,7 @@ def device_name():
 
 @functools.cache
 def reason_unavailable(method):
-    """Return why a method cannot be used; empty if it can."""
+    """Return why a method, or `"rounding"`, cannot be used; empty if it can."""
     if method == "dense":
         return ""
     if device_name() is None:
@@ -353,12 +483,24 @@ def reason_unavailable(method):
         return gpu.reason_unavailable()
     if gpu.xla_handler("kwm_gpu_xla_decode") is None:
         return native.NO_XLA
-    load = gpu.load_decode if method == "decode" else gpu.load_cusparselt
+    load = {
+        "decode": gpu.load_decode,
+        "rounding": gpu.load_rounding,
+        "cusparselt": gpu.load_cusparselt,
+    }[method]
     return load(gpu.cuda_of_wheels() or 13)
 
 
-def _require(method):
+def _reason_unavailable(method, rounds):
+    """As `reason_unavailable`, with the kernel that rounds activations."""
     reason = reason_unavailable(method)
+    if not reason and rounds and method == "cusparselt":
+        reason = reason_unavailable("rounding")
+    return reason
+
+
+def _require(method, rounds=False):
+    reason = _reason_unavailable(method, rounds)
     if reason:
         raise RuntimeError(reason)
     _register()

@@ -57,6 +57,7 @@ def _gpu_module():
 
 for _name in (
     "sparse_matmul",
+    "sparse_matmul_int8",
     "sparse_matmul_transposed",
     "sparse_values_gradient",
 ):

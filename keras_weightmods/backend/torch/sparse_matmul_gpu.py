@@ -9,6 +9,11 @@ arrays. It is made at the first product and kept for as long as the packed
 values live unchanged; it is never stored.
 
 All of a product stays on the device of its arrays, which need not be Keras'.
+
+With int8 activations each row is rounded to multiples of max |x| / 127, at any
+number of rows and by any of the products; where none of them is known to gain,
+in blocks as on a CPU. cuSPARSELt multiplies the integers, scales the columns in
+its epilogue and gives bfloat16; one kernel then scales the rows.
 """
 
 import ctypes
@@ -16,13 +21,15 @@ import functools
 import math
 import warnings
 
+import keras
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from keras_weightmods import native
 from keras_weightmods.native import gpu
-from keras_weightmods.native.gpu import dispatch
+from keras_weightmods.native.gpu import dispatch, first_contact
 from keras_weightmods.native.layout import packed_arrays
+from keras_weightmods.native.packed import round_activations
 from keras_weightmods.utils import checks
 
 _NAMES = {getattr(torch, name): name for name in gpu.X_TYPES}
@@ -52,7 +59,7 @@ def sparse_matmul(x, values, meta, scale, n, method=None, algorithm=-1):
     """
     *leading, k = x.shape
     rows = math.prod(leading)
-    _check_sizes(values, meta, scale, k, n)
+    _check_weights(values, meta, scale, k, n)
     if method is None:
         method, algorithm = _choose(rows, x, values, k, n)
     elif reason := reason_unavailable(method):
@@ -69,10 +76,49 @@ def sparse_matmul(x, values, meta, scale, n, method=None, algorithm=-1):
     return y.reshape(*leading, n)
 
 
+def sparse_matmul_int8(x, values, meta, scale, n, method=None, algorithm=-1):
+    """Run the operator of this name on a GPU, for a 2:4 kernel in int8.
+
+    Args:
+        x, values, meta, scale, n, method, algorithm: As of `sparse_matmul`.
+
+    Returns:
+        Tensor of shape (..., N), of the precision of bfloat16.
+    """
+    *leading, k = x.shape
+    rows = math.prod(leading)
+    weights = values, meta, scale
+    _check_weights(*weights, k, n)
+    if method is None:
+        method, algorithm = _choose(rows, x, values, k, n, "int8")
+    elif reason := reason_unavailable(method):
+        raise RuntimeError(reason)
+    if method == "blocks":
+        kernel = _companions.get(weights, k, n, torch.float32, "dense")
+        with keras.device(str(x.device)):
+            x_rounded = round_activations(x.to(torch.float32))
+        return (x_rounded @ kernel).to(x.dtype)
+    matrix = x.reshape(rows, k)
+    if method == "cusparselt":
+        compressed = _companions.get(weights, k, n, torch.int8, method)
+        y = _cusparselt_int8(matrix, compressed, scale, algorithm)
+        return y.reshape(*leading, n)
+    steps, scale_of_row = _rounded(matrix, rows)
+    if method == "decode":
+        # Integers of 8 bits are exact in bfloat16.
+        y = _decode(steps.to(torch.bfloat16), *weights, n)
+    else:
+        # Below 1 in magnitude, or sums might leave the range of float16.
+        units = (steps.to(torch.float32) / 128).to(x.dtype)
+        y = units @ _companions.get(weights, k, n, x.dtype, "dense")
+        scale_of_row = scale_of_row * 128
+    return _scaled(y, scale_of_row, x.dtype).reshape(*leading, n)
+
+
 def sparse_matmul_transposed(dy, values, meta, scale, k):
     """Run the operator of this name on a GPU, dense."""
     n = dy.shape[-1]
-    _check_sizes(values, meta, scale, k, n)
+    _check_weights(values, meta, scale, k, n)
     weights = values, meta, scale
     return dy @ _companions.get(weights, k, n, dy.dtype, "dense").T
 
@@ -90,18 +136,33 @@ def sparse_values_gradient(x, dy, meta):
     return kernel.gather(3, _places(meta)).reshape(blocks, 16 * rows, 16)
 
 
-def plan(shape, x_dtype, value_dtype):
-    """Return the `dispatch.Plan` for a kernel on the current GPU."""
-    return dispatch.plan("torch", device_name(), shape, x_dtype, value_dtype)
+def plan(shape, x_dtype, value_dtype, activations="float32"):
+    """Return the `dispatch.Plan` for a kernel on the current GPU.
+
+    It counts on cuSPARSELt where a product by it was tried and right; the
+    first call for a shape and type tries it.
+    """
+    name = device_name()
+    if name is None or value_dtype not in dispatch.VALUE_TYPES:
+        kind = "int8" if activations == "int8" else x_dtype
+        return dispatch.plan("torch", name, shape, kind, value_dtype)
+    (k, n), index = shape, torch.cuda.current_device()
+    kind = "int8" if activations == "int8" else getattr(torch, x_dtype)
+    return _plan_on(index, k, n, kind, getattr(torch, value_dtype))
 
 
 def unpack(values, meta, scale, k, n, dtype):
-    """Return a packed kernel as a dense tensor (K, N), on its device."""
+    """Return a packed kernel as a dense tensor (K, N), on its device.
+
+    In int8 it is the packed integers, without their scales.
+    """
     blocks, rows, _ = meta.shape
     kept = values
     if values.dtype is torch.int8:
         # Slot p + 4q is at [:, :, p, :, q].
-        kept = kept.permute(0, 1, 4, 2, 3) * scale.reshape(blocks, 1, 1, 1, 16)
+        kept = kept.permute(0, 1, 4, 2, 3)
+        if dtype is not torch.int8:
+            kept = kept * scale.reshape(blocks, 1, 1, 1, 16)
     elif values.dtype is torch.bfloat16:
         kept = kept.permute(0, 1, 3, 2)
     kept = kept.to(dtype).reshape(blocks, rows, 8, 2, 16)
@@ -119,42 +180,117 @@ def _places(meta):
     return places.reshape(blocks, rows, 8, 2, 16).long()
 
 
-def _check_sizes(values, meta, scale, k, n):
-    # The decode kernel reads this much memory, whatever is there.
-    shapes = _shapes(k, n, values.dtype)
-    if (values.shape, meta.shape, scale is None or scale.shape) != shapes:
-        raise checks.error(
-            "values, meta, scale",
-            f"those of a packed kernel of shape {(k, n)}",
-            (values.shape, meta.shape, scale is None or scale.shape),
-        )
+@functools.lru_cache(maxsize=4096)
+def _check_sizes(k, n, dtype, values, meta, scale):
+    """Raise ValueError unless a packed kernel has arrays of these shapes.
 
-
-@functools.lru_cache(maxsize=1024)
-def _shapes(k, n, dtype):
+    The decode kernel reads this much memory, whatever is there. Of a hot call
+    it is one look-up in the cache.
+    """
     if dtype not in (torch.float32, torch.bfloat16, torch.int8):
         raise checks.error("values", "of float32, bfloat16 or int8", dtype)
     arrays = packed_arrays((k, n), _NAMES[dtype])
-    scale = torch.Size(arrays["scale"][0]) if "scale" in arrays else True
-    return *(torch.Size(arrays[name][0]) for name in ("values", "meta")), scale
+    shapes = tuple(
+        torch.Size(arrays[name][0]) if name in arrays else None
+        for name in ("values", "meta", "scale")
+    )
+    if (values, meta, scale) != shapes:
+        raise checks.error(
+            "values, meta, scale",
+            f"those of a packed kernel of shape {(k, n)}",
+            (values, meta, scale),
+        )
 
 
-def _choose(rows, x, values, k, n):
-    """Return the method and cuSPARSELt's algorithm."""
-    if x.device.type != "cuda" or rows == 0:
+def _check_weights(values, meta, scale, k, n):
+    shape = None if scale is None else scale.shape
+    _check_sizes(k, n, values.dtype, values.shape, meta.shape, shape)
+
+
+# Not cached functions: a CUDA graph that is being captured must not try.
+_plans: dict[tuple, dispatch.Plan] = {}
+_chosen: dict[tuple, tuple[str, int]] = {}
+_MOST_CHOSEN = 2**14
+
+
+def _choose(rows, x, values, k, n, kind=None):
+    """Return the method and cuSPARSELt's algorithm.
+
+    `kind` is `"int8"` where activations are rounded; `"blocks"` for a method
+    then says that no product gains by whole rows.
+    """
+    index = _index_of(x)
+    if index is None or rows == 0:
+        return ("dense" if kind is None else "blocks"), -1
+    about = index, k, n, kind or x.dtype, values.dtype
+    known = _chosen.get((rows, about))
+    if known is not None:
+        return known
+    if about not in _plans and _is_capturing():
         return "dense", -1
-    chosen = _plan_on(x.device.index, k, n, x.dtype, values.dtype)
-    method, algorithm = chosen.choose(rows, chosen.companions)
-    if reason := reason_unavailable(method):
+    found = _plan_on(*about)
+    known = found.choose(rows, found.companions)
+    if reason := reason_unavailable(known[0]):
         native.warn_dense(reason)
-        return "dense", -1
-    return method, algorithm
+        known = "dense", -1
+    if known[0] == "cusparselt":
+        text = kind or _NAMES[x.dtype]
+        card = _name_of(index), (k, n), rows, text
+        first_contact.warn_published(found, *card)
+    if kind is not None and not found.is_sparse:
+        known = "blocks", -1
+    if len(_chosen) == _MOST_CHOSEN:
+        _chosen.clear()
+    _chosen[rows, about] = known
+    return known
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan_on(index, k, n, x_dtype, value_dtype):
-    types = _NAMES.get(x_dtype), _NAMES[value_dtype]
-    return dispatch.plan("torch", _name_of(index), (k, n), *types)
+def _index_of(x):
+    """Return the ordinal of a tensor's GPU; None if it is on none."""
+    return x.device.index if x.device.type == "cuda" else None
+
+
+def _plan_on(index, k, n, kind, value_dtype):
+    """`kind` is the type of the activations, `"int8"` for rounded ones."""
+    key = index, k, n, kind, value_dtype
+    if key not in _plans:
+        name = _name_of(index)
+        text = kind if kind == "int8" else _NAMES.get(kind)
+        _plans[key] = first_contact.trusted(
+            dispatch.plan("torch", name, (k, n), text, _NAMES[value_dtype]),
+            name,
+            (k, n),
+            text,
+            functools.partial(reason_unavailable, "cusparselt"),
+            functools.partial(_try_cusparselt, index, kind),
+        )
+    return _plans[key]
+
+
+def _try_cusparselt(index, kind, trial):
+    """Return a `Trial`'s product by cuSPARSELt, and the dense one."""
+    device = _device(index)
+    x_dtype = torch.bfloat16 if kind == "int8" else kind
+    with torch.no_grad():
+        x = torch.from_numpy(trial.x).to(device, x_dtype)
+        columns = torch.from_numpy(trial.columns).to(device)
+        scale = torch.from_numpy(trial.scale).to(device)
+        steps = torch.from_numpy(trial.steps).to(device)
+        steps = steps.index_select(1, columns)
+        kernel = steps.to(x_dtype) * scale.to(x_dtype)
+        if kind == "int8":
+            compressed = torch._cslt_compress(steps.T.contiguous())
+            y = _cusparselt_int8(x, compressed, scale, trial.algorithm)
+        else:
+            compressed = torch._cslt_compress(kernel.T.contiguous())
+            y = _cusparselt(x, compressed, trial.algorithm)
+        # Sums of small numbers, and exact; not all in float32 at once.
+        parts = [x.float() @ part.float() for part in kernel.split(4096, 1)]
+        return y.float().cpu().numpy(), torch.cat(parts, 1).cpu().numpy()
+
+
+def _device(index):
+    return torch.device("cuda", index)
 
 
 def _decode(x, values, meta, scale, n):
@@ -190,6 +326,75 @@ def _cusparselt(x, compressed, algorithm):
         compressed, x.T, transpose_result=True, alg_id=max(algorithm, 0)
     )
     return y[:rows]
+
+
+def _cusparselt_int8(x, compressed, scale, algorithm):
+    rows = x.shape[0]
+    steps, scale_of_row = _rounded(x, -(-rows // _ROWS) * _ROWS)
+    y = torch._cslt_sparse_mm(
+        compressed,
+        steps.T,
+        alpha=scale.reshape(-1),
+        out_dtype=torch.bfloat16,
+        transpose_result=True,
+        alg_id=max(algorithm, 0),
+    )
+    return _scaled(y[:rows], scale_of_row, x.dtype)
+
+
+def _scaled(y, scale_of_row, dtype):
+    """`y * scale_of_row`, multiplied in float32, in one kernel."""
+    return torch.mul(y, scale_of_row, out=y.new_empty(y.shape, dtype=dtype))
+
+
+def round_rows(x):
+    """Round each row to int8: `x` is about `steps * scale`.
+
+    Args:
+        x: Float tensor of shape (rows, K).
+
+    Returns:
+        Pair of an int8 tensor (rows, K), -127 to 127, and a float32 tensor
+        (rows, 1), the scales max |x| / 127. A row that holds NaN or infinity
+        gets zeros and NaN.
+    """
+    x = x.to(torch.float32)
+    largest = x.abs().amax(1, keepdim=True)
+    scale = largest / 127
+    scale = scale.where(scale >= torch.finfo(torch.float32).tiny, 1.0)
+    is_finite = largest.isfinite()
+    steps = (x / scale).round().where(is_finite, 0.0).to(torch.int8)
+    return steps, scale.where(is_finite, float("nan"))
+
+
+def _rounded(x, padded):
+    """`round_rows`, with rows of zeros up to `padded`; by one kernel on a GPU.
+
+    That takes rows of a multiple of four entries.
+    """
+    rows, k = x.shape
+    if _index_of(x) is None or k % 4 or reason_unavailable("rounding"):
+        steps, scale = round_rows(x)
+        return torch.nn.functional.pad(steps, (0, 0, 0, padded - rows)), scale
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    steps = x.new_empty((padded, k), dtype=torch.int8)
+    scale = x.new_empty((rows, 1), dtype=torch.float32)
+    device = x.get_device()
+    failure = gpu.library().kwm_gpu_round_rows(
+        device,
+        ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
+        gpu.X_TYPES[_NAMES[x.dtype]],
+        x.data_ptr(),
+        rows,
+        padded,
+        k,
+        steps.data_ptr(),
+        scale.data_ptr(),
+    )
+    gpu.check(failure)
+    return steps, scale
 
 
 class _Companions:
@@ -261,7 +466,7 @@ def _name_of(index):
 
 @functools.cache
 def reason_unavailable(method):
-    """Return why a method cannot be used; empty if it can."""
+    """Return why a method, or `"rounding"`, cannot be used; else ""."""
     if method == "dense":
         return ""
     if not torch.cuda.is_available():
@@ -275,4 +480,5 @@ def reason_unavailable(method):
         )
     if torch.version.cuda is None:
         return "this torch is not built for NVIDIA GPUs."
-    return gpu.load_decode(int(torch.version.cuda.split(".")[0]))
+    load = gpu.load_decode if method == "decode" else gpu.load_rounding
+    return load(int(torch.version.cuda.split(".")[0]))

@@ -1,8 +1,8 @@
 """The 2:4 kernels of NVIDIA GPUs: one library, found and loaded at first use.
 
 It opens the CUDA libraries that JAX or torch have brought, each when it is
-first needed: NVRTC, which compiles the decode kernel for the GPU that is
-there, and cuSPARSELt. Nothing here has been run on a GPU yet.
+first needed: NVRTC, which compiles the kernels for the GPU that is there, and
+cuSPARSELt. Nothing here has been run on a GPU yet.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import pathlib
 
 from keras_weightmods import native
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 # Types of activations, as the library numbers them.
 X_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
@@ -31,11 +31,15 @@ _SIGNATURES = {
     "kwm_gpu_compile_decode": ("s", "iiiiqP"),
     "kwm_gpu_prepare_decode": ("s", "iiiq"),
     "kwm_gpu_decode": ("s", "iPiiPqqqPPPP"),
+    "kwm_gpu_load_rounding": ("s", "ss"),
+    "kwm_gpu_compile_rounding": ("s", "iiiP"),
+    "kwm_gpu_prepare_rounding": ("s", "ii"),
+    "kwm_gpu_round_rows": ("s", "iPiPqqqPP"),
     "kwm_gpu_cusparselt_version": ("i", "i"),
     "kwm_gpu_compressed_size": ("s", "iqqiPP"),
     "kwm_gpu_compress": ("s", "iPPqqiPP"),
     "kwm_gpu_prepare_cusparselt": ("s", "iqqqiqP"),
-    "kwm_gpu_cusparselt": ("s", "iPPqqqiqPPP"),
+    "kwm_gpu_cusparselt": ("s", "iPPqqqiqPPPP"),
     "kwm_gpu_cusparselt_algorithms": ("s", "iqqqiP"),
 }
 
@@ -71,6 +75,13 @@ def load_decode(cuda):
     """
     source = pathlib.Path(__file__).with_name("decode.cu").read_bytes()
     return _open("nvrtc", cuda, "kwm_gpu_load_decode", source)
+
+
+@functools.cache
+def load_rounding(cuda):
+    """Open NVRTC for the kernel that rounds activations, as `load_decode`."""
+    source = pathlib.Path(__file__).with_name("rounding.cu").read_bytes()
+    return _open("nvrtc", cuda, "kwm_gpu_load_rounding", source)
 
 
 @functools.cache

@@ -1,6 +1,10 @@
 // Products by cuSPARSELt. In its terms D = A B, all transposed: A = W^T (n, k)
 // is the structured matrix, row-major; B = x^T (k, rows) and D = y^T (n, rows)
 // are column-major, which is x and y as they lie in memory.
+//
+// int8 gives bfloat16: the sums are scaled in the epilogue, in float32, by a
+// vector along the rows of D, which are the columns of y. That takes the scale
+// of each column of W, and nothing of the size of D is ever int32.
 
 #include <map>
 #include <memory>
@@ -45,6 +49,7 @@ Failure load(const char* path) {
   KWM_FIND(MatDescriptorDestroy);
   KWM_FIND(StructuredDescriptorInit);
   KWM_FIND(MatmulDescriptorInit);
+  KWM_FIND(MatmulDescSetAttribute);
   KWM_FIND(MatmulAlgSelectionInit);
   KWM_FIND(MatmulAlgSetAttribute);
   KWM_FIND(MatmulAlgGetAttribute);
@@ -87,7 +92,7 @@ Failure get_types(int type, Types* types) {
       *types = {lt::kR16F, lt::kR16F, lt::kCompute32F};
       return "";
     case KWM_X_INT8:
-      *types = {lt::kR8I, lt::kR32I, lt::kCompute32I};
+      *types = {lt::kR8I, lt::kR16BF, lt::kCompute32I};
       return "";
     default:
       return "cuSPARSELt multiplies bfloat16, float16 and int8";
@@ -176,6 +181,13 @@ Failure describe(const Opaque* handle, const Product& product, Plan* plan) {
                       handle, &plan->matmul, lt::kNonTranspose,
                       lt::kNonTranspose, plan->a.get(), plan->b.get(),
                       plan->d.get(), plan->d.get(), types.compute)));
+  if (product.type == KWM_X_INT8) {
+    const int enabled = 1;
+    KWM_TRY(explain("scales in the epilogue",
+                    functions.MatmulDescSetAttribute(
+                        handle, &plan->matmul, lt::kAlphaVector, &enabled,
+                        sizeof enabled)));
+  }
   return plan->selection.init("algorithms", [&](Opaque* made) {
     return functions.MatmulAlgSelectionInit(handle, made, &plan->matmul,
                                             lt::kAlgorithmDefault);
@@ -241,16 +253,22 @@ Failure count_algorithms(const Product& product, int64_t* count) {
 }
 
 Failure multiply(const Product& product, int64_t algorithm, void* stream,
-                 const void* x, const void* compressed, void* y,
-                 void* workspace) {
+                 const void* x, const void* compressed, const void* scale,
+                 void* y, void* workspace) {
+  const bool is_scaled = product.type == KWM_X_INT8;
+  if (is_scaled != (scale != nullptr)) {
+    return is_scaled ? "int8 needs a scale for each column"
+                     : "int8 alone takes scales";
+  }
   const kwm::Context context(product.device);
   KWM_TRY(context.failure());
   const Opaque* handle;
   KWM_TRY(get_handle(product.device, &handle));
   const Plan* plan;
   KWM_TRY(get_plan(handle, product, algorithm, &plan));
-  const float alpha = 1, beta = 0;
-  return explain("product", functions.Matmul(handle, plan->plan.get(), &alpha,
+  const float one = 1, beta = 0;
+  const void* alpha = is_scaled ? scale : &one;
+  return explain("product", functions.Matmul(handle, plan->plan.get(), alpha,
                                              compressed, x, &beta, y, y,
                                              workspace, &stream, 1));
 }
@@ -358,8 +376,8 @@ const char* kwm_gpu_cusparselt_algorithms(int device, int64_t rows, int64_t k,
 const char* kwm_gpu_cusparselt(int device, void* stream, const void* x,
                                int64_t rows, int64_t k, int64_t n, int type,
                                int64_t algorithm, const void* compressed,
-                               void* y, void* workspace) {
+                               const void* scale, void* y, void* workspace) {
   const std::lock_guard<std::mutex> lock(kwm::library_mutex());
   return kwm::report(multiply({device, rows, k, n, type}, algorithm, stream, x,
-                              compressed, y, workspace));
+                              compressed, scale, y, workspace));
 }

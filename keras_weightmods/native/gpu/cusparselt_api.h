@@ -22,8 +22,9 @@ constexpr int kOrderColumn = 1, kOrderRow = 2;      // cusparseOrder_t
 constexpr int kSparsity50 = 0;                      // cusparseLtSparsity_t
 constexpr int kCompute32I = 0, kCompute32F = 2;     // cusparseComputeType
 constexpr int kAlgorithmDefault = 0;                // cusparseLtMatmulAlg_t
+constexpr int kAlphaVector = 5;                     // ...DescAttribute_t
 constexpr int kConfigId = 0, kConfigMaxId = 1;      // ...AlgAttribute_t
-constexpr int kR16F = 2, kR16BF = 14, kR8I = 3, kR32I = 10;  // cudaDataType
+constexpr int kR16F = 2, kR16BF = 14, kR8I = 3;     // cudaDataType
 
 // The functions, with void* for a stream, int for every enumeration and for
 // the status (0 is success). The first two came with 0.8: null before.
@@ -43,6 +44,8 @@ struct Functions {
   int (*MatmulDescriptorInit)(const Opaque* handle, Opaque* matmul, int op_a,
                               int op_b, const Opaque* a, const Opaque* b,
                               const Opaque* c, const Opaque* d, int compute);
+  int (*MatmulDescSetAttribute)(const Opaque* handle, Opaque* matmul,
+                                int attribute, const void* data, size_t size);
   int (*MatmulAlgSelectionInit)(const Opaque* handle, Opaque* selection,
                                 const Opaque* matmul, int algorithm);
   int (*MatmulAlgSetAttribute)(const Opaque* handle, Opaque* selection,

@@ -3,7 +3,9 @@
 Decided by the times in `dispatch.json`, which `make gpu` measures and writes.
 Until a card was measured, by `published.json`: what others have published of
 cuSPARSELt on such cards, with larger margins. A GPU that is in neither file
-multiplies dense. `why` says which of these it was.
+multiplies dense. `why` says which of these it was. With the environment
+variable KERAS_WEIGHTMODS_GPU_TABLE at `dense` every product is dense; at the
+path of another table that is read instead.
 """
 
 import dataclasses
@@ -13,8 +15,9 @@ import math
 import os
 import pathlib
 
-# Read instead of the table of the package, where it is set.
 TABLE_VARIABLE = "KERAS_WEIGHTMODS_GPU_TABLE"
+# Its value for no product but the dense one.
+DENSE = "dense"
 PUBLISHED = pathlib.Path(__file__).with_name("published.json")
 
 # A gain below this may be noise.
@@ -65,10 +68,16 @@ class Plan:
         measured: Tuple of `Measured`, in rising order of rows; empty where
             nothing is known.
         source: String, where the times are from, or why there are none.
+        is_published: Bool, whether others have published the times: no table
+            was measured on such a card.
+        dropped: Tuple of strings, the methods that cannot be used, whatever
+            companions there are.
     """
 
     measured: tuple = ()
     source: str = ""
+    is_published: bool = False
+    dropped: tuple = ()
 
     @functools.cached_property
     def companions(self):
@@ -99,6 +108,7 @@ class Plan:
         """
         m = self._at(rows)
         compressed = "cusparselt" in companions
+        compressed = compressed and "cusparselt" not in self.dropped
         if compressed and "dense" not in companions:
             times = m.microseconds if m else {}
             decode = times.get("decode", math.inf)
@@ -117,6 +127,26 @@ class Plan:
         }
         best = Measured(m.rows, times).best
         return best, m.algorithm if best == "cusparselt" else -1
+
+    def without(self, method, reason):
+        """Return the plan for where a method cannot be used.
+
+        Args:
+            method: String, one of `METHODS` but the dense one.
+            reason: String.
+        """
+        left = [
+            {name: t for name, t in m.microseconds.items() if name != method}
+            for m in self.measured
+        ]
+        return dataclasses.replace(
+            self,
+            measured=tuple(
+                Measured(m.rows, times) for m, times in zip(self.measured, left)
+            ),
+            source=f"{self.source}; without {method}: {reason}",
+            dropped=(*self.dropped, method),
+        )
 
     def why(self, rows):
         """Return which method is used for a number of rows, and why.
@@ -145,12 +175,12 @@ def fits(method, shape, x_dtype):
     Args:
         method: String, one of `METHODS`.
         shape: Pair of ints (K, N).
-        x_dtype: String, type of the activations.
+        x_dtype: As of `plan`.
     """
     k, n = shape
     if method == "decode":
         return x_dtype == "float32" or (
-            x_dtype in ("bfloat16", "float16") and k % 2 == 0
+            x_dtype in ("bfloat16", "float16", "int8") and k % 2 == 0
         )
     if method == "cusparselt":
         multiple = {"bfloat16": 16, "float16": 16, "int8": 32}.get(x_dtype)
@@ -166,7 +196,8 @@ def plan(framework, device, shape, x_dtype, value_dtype):
         framework: String, `"jax"` or `"torch"`.
         device: String, the GPU's name; None where there is none.
         shape: Pair of ints (K, N).
-        x_dtype: String, type of the activations.
+        x_dtype: String, type of the activations; `"int8"` for floats of any
+            type that are rounded to int8 first. Dense is by bfloat16 then.
         value_dtype: String, type of the packed values.
 
     Returns:
@@ -177,8 +208,13 @@ def plan(framework, device, shape, x_dtype, value_dtype):
         return Plan((), "there is no NVIDIA GPU")
     if 0 in shape:
         return Plan((), "the kernel is empty")
+    if os.environ.get(TABLE_VARIABLE) == DENSE:
+        return Plan((), f"the environment variable {TABLE_VARIABLE} says so")
     if value_dtype not in VALUE_TYPES:
         return Plan((), f"no product on a GPU takes values of {value_dtype}")
+    if x_dtype == "int8" and value_dtype != "int8":
+        # A row of rounded activations has one scale, as a column must have.
+        return Plan((), "int8 activations are multiplied by int8 values alone")
     usable = [m for m in METHODS if fits(m, shape, x_dtype)]
     kind = framework, x_dtype, value_dtype
     groups: dict[tuple, list] = {}
@@ -249,6 +285,7 @@ def _published_plan(device, shape, x_dtype):
             ),
             f"published figures of {card['measured_on']}, not measured by "
             f"this library: {published['source']}. `make gpu` measures",
+            is_published=True,
         )
     return _unmeasured(device, shape, x_dtype)
 
@@ -268,10 +305,9 @@ def table():
     Raises:
         ValueError: If the file is no such table.
     """
-    path = os.environ.get(TABLE_VARIABLE) or pathlib.Path(__file__).with_name(
-        "dispatch.json"
-    )
-    return read_table(path)
+    path = os.environ.get(TABLE_VARIABLE)
+    own = pathlib.Path(__file__).with_name("dispatch.json")
+    return read_table(own if path in (None, "", DENSE) else path)
 
 
 def read_table(path):

@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define KWM_GPU_ABI_VERSION 1
+#define KWM_GPU_ABI_VERSION 2
 
 // Types of activations and of what cuSPARSELt multiplies. Those of packed
 // values are the ones of kwm_native.h.
@@ -61,6 +61,27 @@ KWM_GPU_API const char* kwm_gpu_decode(int device, void* stream, int x_type,
                                        const void* values, const void* meta,
                                        const void* scale, void* y);
 
+// Opens NVRTC, the library at the path `nvrtc`, for the kernel that rounds
+// activations. `text` is that of rounding.cu.
+KWM_GPU_API const char* kwm_gpu_load_rounding(const char* text,
+                                              const char* nvrtc);
+
+// Compiles it for compute capability `major`.`minor`; needs no GPU. Stores the
+// size of the machine code in bytes.
+KWM_GPU_API const char* kwm_gpu_compile_rounding(int major, int minor,
+                                                 int x_type, int64_t* bytes);
+
+// Compiles and loads what a later call of kwm_gpu_round_rows needs.
+KWM_GPU_API const char* kwm_gpu_prepare_rounding(int device, int x_type);
+
+// Rounds each row of x (rows, k) to int8: x is about steps * scale. steps has
+// `padded_rows` rows, zeros where x has none; scales are `rows` floats. k is a
+// multiple of 4; x is aligned to 8 bytes, if it is float32 to 16.
+KWM_GPU_API const char* kwm_gpu_round_rows(int device, void* stream, int x_type,
+                                           const void* x, int64_t rows,
+                                           int64_t padded_rows, int64_t k,
+                                           void* steps, void* scales);
+
 // The version of cuSPARSELt, as that library numbers it; -1 if not loaded.
 KWM_GPU_API int kwm_gpu_cusparselt_version(int device);
 
@@ -78,7 +99,7 @@ KWM_GPU_API const char* kwm_gpu_compress(int device, void* stream,
                                          void* workspace);
 
 // Makes the plan of a product and keeps it; stores the size of its workspace.
-// y is of the type of x, but int32 where that is int8. `algorithm` is one of
+// y is of the type of x, but bfloat16 where that is int8. `algorithm` is one of
 // cuSPARSELt's for this product, or -1 for the one it proposes.
 KWM_GPU_API const char* kwm_gpu_prepare_cusparselt(int device, int64_t rows,
                                                    int64_t k, int64_t n,
@@ -90,13 +111,15 @@ KWM_GPU_API const char* kwm_gpu_cusparselt_algorithms(int device, int64_t rows,
                                                       int64_t k, int64_t n,
                                                       int type, int64_t* count);
 
-// y (rows, n) = x (rows, k) @ W, row-major; sizes are multiples of 16 (k of 32
-// with int8).
+// y (rows, n) = x (rows, k) @ W, row-major; sizes are multiples of 16 (k and n
+// of 32 with int8). With int8, and only then, each column of y is multiplied by
+// its entry of `scale`, n floats on the device, before it is rounded.
 KWM_GPU_API const char* kwm_gpu_cusparselt(int device, void* stream,
                                            const void* x, int64_t rows,
                                            int64_t k, int64_t n, int type,
                                            int64_t algorithm,
-                                           const void* compressed, void* y,
+                                           const void* compressed,
+                                           const void* scale, void* y,
                                            void* workspace);
 
 #ifdef __cplusplus

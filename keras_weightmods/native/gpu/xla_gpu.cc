@@ -123,6 +123,25 @@ ffi::Error Decode(void* stream, int32_t device, ffi::AnyBuffer x,
       scale.untyped_data(), y->untyped_data()));
 }
 
+ffi::Error RoundRowsInitialize(int32_t device, ffi::AnyBuffer x,
+                               ffi::ResultBuffer<ffi::S8>,
+                               ffi::ResultBuffer<ffi::F32>) {
+  return Result(kwm_gpu_prepare_rounding(device, XType(x.element_type())));
+}
+
+ffi::Error RoundRows(void* stream, int32_t device, ffi::AnyBuffer x,
+                     ffi::ResultBuffer<ffi::S8> steps,
+                     ffi::ResultBuffer<ffi::F32> scales) {
+  const Matrix in(x), out(*steps);
+  if (in.columns != out.columns || in.rows > out.rows ||
+      static_cast<int64_t>(scales->element_count()) != in.rows) {
+    return Invalid("what is rounded does not fit the activations");
+  }
+  return Result(kwm_gpu_round_rows(
+      device, stream, XType(x.element_type()), x.untyped_data(), in.rows,
+      out.rows, in.columns, steps->untyped_data(), scales->untyped_data()));
+}
+
 ffi::Error Compress(void* stream, int32_t device, ffi::ScratchAllocator scratch,
                     ffi::AnyBuffer transposed,
                     ffi::ResultBuffer<ffi::U8> compressed) {
@@ -146,7 +165,7 @@ ffi::Error Compress(void* stream, int32_t device, ffi::ScratchAllocator scratch,
 }
 
 ffi::Error CusparseltInitialize(int32_t device, ffi::AnyBuffer x,
-                                ffi::Buffer<ffi::U8>,
+                                ffi::Buffer<ffi::U8>, ffi::Buffer<ffi::F32>,
                                 ffi::Result<ffi::AnyBuffer> y,
                                 int64_t algorithm) {
   const Matrix in(x), out(*y);
@@ -159,12 +178,18 @@ ffi::Error CusparseltInitialize(int32_t device, ffi::AnyBuffer x,
 ffi::Error Cusparselt(void* stream, int32_t device,
                       ffi::ScratchAllocator scratch, ffi::AnyBuffer x,
                       ffi::Buffer<ffi::U8> compressed,
+                      ffi::Buffer<ffi::F32> scale,
                       ffi::Result<ffi::AnyBuffer> y, int64_t algorithm) {
   const Matrix in(x), out(*y);
   const int type = XType(x.element_type());
+  const bool is_scaled = type == KWM_X_INT8;
   if (in.rows != out.rows ||
-      y->element_type() != (type == KWM_X_INT8 ? ffi::S32 : x.element_type())) {
+      y->element_type() != (is_scaled ? ffi::BF16 : x.element_type())) {
     return Invalid("the result does not fit the activations");
+  }
+  if (is_scaled &&
+      static_cast<int64_t>(scale.element_count()) != out.columns) {
+    return Invalid("the scales do not fit the result");
   }
   int64_t room = 0, size = 0, unused = 0;
   const char* failure = kwm_gpu_prepare_cusparselt(
@@ -182,8 +207,9 @@ ffi::Error Cusparselt(void* stream, int32_t device,
   if (error.failure()) return error;
   return Result(kwm_gpu_cusparselt(device, stream, x.untyped_data(), in.rows,
                                    in.columns, out.columns, type, algorithm,
-                                   compressed.untyped_data(), y->untyped_data(),
-                                   workspace));
+                                   compressed.untyped_data(),
+                                   is_scaled ? scale.untyped_data() : nullptr,
+                                   y->untyped_data(), workspace));
 }
 
 }  // namespace
@@ -192,6 +218,8 @@ ffi::Error Cusparselt(void* stream, int32_t device,
   extern "C" KWM_GPU_API XLA_FFI_Error* name(XLA_FFI_CallFrame* call_frame)
 KWM_GPU_HANDLER(kwm_gpu_xla_decode_initialize);
 KWM_GPU_HANDLER(kwm_gpu_xla_decode);
+KWM_GPU_HANDLER(kwm_gpu_xla_round_rows_initialize);
+KWM_GPU_HANDLER(kwm_gpu_xla_round_rows);
 KWM_GPU_HANDLER(kwm_gpu_xla_compress);
 KWM_GPU_HANDLER(kwm_gpu_xla_cusparselt_initialize);
 KWM_GPU_HANDLER(kwm_gpu_xla_cusparselt);
@@ -217,6 +245,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_gpu_xla_decode, Decode,
                                   .Ret<ffi::AnyBuffer>(),
                               {ffi::Traits::kCmdBufferCompatible});
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    kwm_gpu_xla_round_rows_initialize, RoundRowsInitialize,
+    ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
+        .Ctx<ffi::DeviceOrdinal>()
+        .Arg<ffi::AnyBuffer>()
+        .Ret<ffi::Buffer<ffi::S8>>()
+        .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_gpu_xla_round_rows, RoundRows,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Stream>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::S8>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>(),
+                              {ffi::Traits::kCmdBufferCompatible});
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_gpu_xla_compress, Compress,
                               ffi::Ffi::Bind()
                                   .Ctx<Stream>()
@@ -231,6 +276,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Ctx<ffi::DeviceOrdinal>()
         .Arg<ffi::AnyBuffer>()
         .Arg<ffi::Buffer<ffi::U8>>()
+        .Arg<ffi::Buffer<ffi::F32>>()
         .Ret<ffi::AnyBuffer>()
         .Attr<int64_t>("algorithm"));
 
@@ -241,5 +287,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_gpu_xla_cusparselt, Cusparselt,
                                   .Ctx<ffi::ScratchAllocator>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("algorithm"));
