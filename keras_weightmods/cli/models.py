@@ -223,9 +223,16 @@ def _tasks(model, args):
     wrapped = kwm.lm_eval_model(model, args.length, args.batch_size)
     import lm_eval
 
-    found = lm_eval.simple_evaluate(
-        model=wrapped, tasks=args.tasks, limit=args.limit
-    )["results"]
+    try:
+        found = lm_eval.simple_evaluate(
+            model=wrapped, tasks=args.tasks, limit=args.limit
+        )["results"]
+    except KeyError as error:
+        # So it refuses a name.
+        raise ValueError(
+            "`--tasks` takes names of lm-eval's tasks, and YAML files of tasks "
+            f"where lm-eval does. Received: {args.tasks}; it says: {error}"
+        ) from error
     lines = [
         f"{task}: {name.removesuffix(',none')} {value:.4f}"
         for task, values in found.items()

@@ -25,11 +25,17 @@ from keras_weightmods.core.reparameterized_layer import (
 )
 from keras_weightmods.core.report import ReparameterizationReport
 from keras_weightmods.core.targets import Target
+from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
 
 
 def attach_to_targets(
-    model: Any, targets: Any, make_item: Callable[[Any], Any], participle: str
+    model: Any,
+    targets: Any,
+    make_item: Callable[[Any], Any],
+    participle: str,
+    verbose: Any,
 ) -> ReparameterizationReport:
     """Reparameterize each of `targets` that can be.
 
@@ -39,11 +45,13 @@ def attach_to_targets(
         make_item: Callable from a `Target` to its `Reparameterization`, or to
             the reason, a string, why it has none.
         participle: String, what is done to a kernel, for the error message.
+        verbose: 0 or 1, whether to show progress.
 
     Raises:
         ValueError: If no target can be reparameterized, or as
             `attach`. The model is unchanged then.
     """
+    checks.check_verbose(verbose)
     items, skipped = [], list(targets.skipped)
     for target in targets:
         made = reason_to_skip(target) or make_item(target)
@@ -57,7 +65,8 @@ def attach_to_targets(
             f"model={model.name!r}, skipped: "
             + "; ".join(f"{item.path}: {item.reason}" for item in skipped)
         )
-    attach(model, items)
+    with Progress(len(items), "kernel", verbose) as progress:
+        attach(model, items, see=progress.add)
     return ReparameterizationReport(
         tuple(item.summary() for item in items), tuple(skipped)
     )

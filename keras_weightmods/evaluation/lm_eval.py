@@ -168,6 +168,7 @@ class _KerasLM:
         self, requests: Any, disable_tqdm: bool = False
     ) -> list[str]:
         progress = keras.utils.Progbar(len(requests))
+        progress.update(0)
         results = []
         with _greedy(self.model) as generate:
             for request in requests:
@@ -194,6 +195,7 @@ class _KerasLM:
         # Those of one length together; the longest first, for its memory.
         order = sorted(range(len(pairs)), key=lambda i: -len(windows[i]))
         progress = keras.utils.Progbar(len(pairs))
+        progress.update(0)
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
             scores = self._scorer.score_windows(

@@ -203,6 +203,8 @@ class Perplexity:
             verbose=verbose,
             stateful_metrics=[name],
         )
+        # To compile takes longer than the first text.
+        progress.update(0)
         length = self.length
         if len(getattr(texts, "shape", ())) == 2:
             # Not padded to more than all of them have.

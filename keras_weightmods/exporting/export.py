@@ -151,25 +151,23 @@ def export(
         expected = "a built `keras.Model`. Call it on data once"
         raise checks.error("model", expected, model)
     check_needs(format, keep_packed)
-    write = _writer(model, format, kwargs)
-    with (
-        Progress(1, "step", verbose) as progress,
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder,
-    ):
-        target = str(pathlib.Path(folder) / path.name)
-        if keep_packed:
-            write(target, progress)
-        else:
-            _warn_about_sizes(model)
-            progress.total += len(_packed(model))
-            with seam.stored_weights(model, progress.add):
+    with Progress(1, "step", verbose) as progress:
+        write = _writer(model, format, kwargs)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            target = str(pathlib.Path(folder) / path.name)
+            if keep_packed:
                 write(target, progress)
-        made = [*pathlib.Path(folder).iterdir()]
-        for each in made:
-            # More than one file is there for OpenVINO, or a large ONNX model.
-            _check_overwrite(path.parent / each.name, overwrite)
-        for each in made:
-            _replace(path.parent / each.name, each)
+            else:
+                _warn_about_sizes(model)
+                progress.total += len(_packed(model))
+                with seam.stored_weights(model, progress.add):
+                    write(target, progress)
+            made = [*pathlib.Path(folder).iterdir()]
+            for each in made:
+                # More than one is there for OpenVINO, or a large ONNX model.
+                _check_overwrite(path.parent / each.name, overwrite)
+            for each in made:
+                _replace(path.parent / each.name, each)
 
 
 def _check_path(filepath: Any, format: str, overwrite: bool) -> pathlib.Path:

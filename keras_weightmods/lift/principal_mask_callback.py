@@ -435,6 +435,7 @@ class PrincipalMaskCallback(EpochFigures):
         """Yield what is chosen, and show how far it is; as `fit` if in it."""
         verbose = (self.params or {}).get("verbose", 1)
         bar = keras.utils.Progbar(count, verbose=verbose, unit_name="mask")
+        bar.update(0)
         for each in chosen:
             bar.add(1)
             yield each

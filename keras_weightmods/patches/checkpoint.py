@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -179,13 +180,19 @@ class Checkpoint:
         is_variable = callable(getattr(value, "value", None))
         return value.value() if is_variable else value
 
-    def fingerprint(self, read: Any = None, without: Any = ()) -> str:
+    def fingerprint(
+        self,
+        read: Any = None,
+        without: Any = (),
+        see: Callable[[str], Any] = lambda key: None,
+    ) -> str:
         """Return the SHA-256 of all values, shapes and dtypes.
 
         Args:
             read: Callable from a position to the values there, an array.
                 Defaults to `self.read`.
             without: Positions of weights that do not count. Defaults to none.
+            see: Callable, called with the key of each weight that is read.
         """
         digest = hashlib.sha256()
         for info in self.infos:
@@ -193,6 +200,7 @@ class Checkpoint:
                 continue
             digest.update(f"{info.shape} {info.dtype};".encode())
             _update(digest, (read or self.read)(info.position))
+            see(info.key)
         return digest.hexdigest()
 
 

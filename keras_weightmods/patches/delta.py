@@ -16,6 +16,7 @@ from keras_weightmods.patches.tensors import Replacing, Sparse
 from keras_weightmods.saving.atomic_file import check_filepath
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
+from keras_weightmods.utils.progress import Progress
 
 
 def save_delta(
@@ -26,6 +27,7 @@ def save_delta(
     overwrite: bool = True,
     *,
     whole: Any = None,
+    verbose: int = 1,
 ) -> DeltaReport:
     """Store what is different in a model from the one it was trained from.
 
@@ -53,6 +55,8 @@ def save_delta(
             regex searched for in the paths; a layer of `model` or a layer
             type, for all weights inside of them; or a list of these. Defaults
             to `None`, for none.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+            taken two seconds. Defaults to `1`.
 
     Returns:
         A `DeltaReport`.
@@ -90,6 +94,7 @@ def save_delta(
     ```
     """
     checks.check_choice("dtype", dtype, (*delta_file.DTYPES, None))
+    checks.check_verbose(verbose)
     check_filepath(filepath, overwrite)
     new, old = Checkpoint("model", model), Checkpoint("base", base)
     problems = architecture.problems(new.infos, old.infos, "`base`")
@@ -100,9 +105,26 @@ def save_delta(
         if (a.shape, a.dtype) != (b.shape, b.dtype)
     ]
     checks.raise_all("The models do not have the same weights:", problems)
-    entries = []
     replaced = _positions("whole", whole, model)
+    # Each is compared, read once more for the hash, and written.
+    with Progress(3 * len(new.infos), "weight", verbose) as progress:
+        entries = _differences(new, old, dtype, replaced, progress)
+        return write_entries(
+            filepath, entries, old, dtype, overwrite, replaced, progress
+        )
+
+
+def _differences(
+    new: Checkpoint,
+    old: Checkpoint,
+    dtype: str | None,
+    replaced: set[int],
+    progress: Progress,
+) -> list[ChangeEntry]:
+    """Return what `save_delta` stores, all of it checked."""
+    entries, problems = [], []
     for info in new.infos:
+        progress.add()
         before, after = old.read(info.position), new.read(info.position)
         places = np.flatnonzero(_bits(before) != _bits(after))
         if info.position in replaced:
@@ -133,7 +155,7 @@ def save_delta(
             "weights. Pass the list that `model.get_weights()` returned "
             "before the training."
         )
-    return write_entries(filepath, entries, old, dtype, overwrite, replaced)
+    return entries
 
 
 def apply_delta(
@@ -142,6 +164,7 @@ def apply_delta(
     scale: float = 1.0,
     name: str | None = None,
     force: bool = False,
+    verbose: int = 1,
 ) -> PatchReport:
     """Put a delta on the model that it was made for.
 
@@ -159,6 +182,7 @@ def apply_delta(
             file without its ending.
         force: Bool, whether to put it on another base model with weights of
             the same shapes. Defaults to `False`.
+        verbose: As in `save_delta`.
 
     Returns:
         A `PatchReport`.
@@ -188,15 +212,21 @@ def apply_delta(
     assert report.active == {"task": 0.5}
     ```
     """
+    checks.check_verbose(verbose)
     patches = Patches(model)
-    delta = delta_for(model, filepath, force)
-    if name is None:
-        name = os.path.splitext(os.path.basename(os.fspath(filepath)))[0]
-    return patches.add(delta, scale, name)
+    with Progress(2, "step", verbose) as progress:
+        delta = delta_for(model, filepath, force)
+        progress.add()
+        if name is None:
+            name = os.path.splitext(os.path.basename(os.fspath(filepath)))[0]
+        return patches.add(delta, scale, name)
 
 
 def remove_delta(
-    model: Any, name: str | None = None, force: bool = False
+    model: Any,
+    name: str | None = None,
+    force: bool = False,
+    verbose: int = 1,
 ) -> PatchReport:
     """Take a delta off a model, bit for bit.
 
@@ -207,6 +237,7 @@ def remove_delta(
             they were changed since, by training for instance. A delta is
             subtracted where a signature is on the weight too. Defaults to
             `False`.
+        verbose: As in `save_delta`.
 
     Returns:
         A `PatchReport`.
@@ -235,6 +266,7 @@ def remove_delta(
     assert (model.get_weights()[0] == base[0]).all()
     ```
     """
+    checks.check_verbose(verbose)
     patches = Patches(model)
     deltas = [
         each
@@ -246,7 +278,8 @@ def remove_delta(
     if not isinstance(name, str) or name not in deltas:
         expected = f"that of a delta on this model object: there are {deltas}"
         raise checks.error("name", expected, name)
-    return patches.remove(name, force)
+    with Progress(1, "step", verbose):
+        return patches.remove(name, force)
 
 
 def write_entries(
@@ -255,15 +288,20 @@ def write_entries(
     base: Checkpoint,
     dtype: str | None,
     overwrite: bool,
-    whole: Collection[int] = (),
+    whole: Collection[int],
+    progress: Progress,
 ) -> DeltaReport:
-    """Write the changes of a base to a file; return the report."""
-    fingerprint, count = base.fingerprint(without=whole), len(base.infos)
+    """Write the changes of a base to a file; return the report.
+
+    Two steps of progress for each weight of the base.
+    """
+    count = len(base.infos)
+    fingerprint = base.fingerprint(without=whole, see=progress.add)
     delta = delta_file.Delta(
         tuple(entries), count, fingerprint, tuple(sorted(whole))
     )
     index_bits = delta_file.write_delta(
-        filepath, delta, dtype or "bfloat16", overwrite
+        filepath, delta, dtype or "bfloat16", overwrite, progress.add
     )
     return DeltaReport(
         filepath=os.fspath(filepath),

@@ -64,7 +64,7 @@ class Delta(Change):
         ]
 
 
-def write_delta(filepath, delta, dtype, overwrite) -> float:
+def write_delta(filepath, delta, dtype, overwrite, see) -> float:
     """Write a delta file; return the number of bits that a place takes.
 
     Args:
@@ -72,6 +72,7 @@ def write_delta(filepath, delta, dtype, overwrite) -> float:
         delta: `Delta`.
         dtype: String, of the differences.
         overwrite: Bool.
+        see: Callable, called with the key of each weight that is coded.
     """
     weights = []
     planes: dict[str, list[np.ndarray]] = {name: [] for name in _PLANES}
@@ -87,6 +88,7 @@ def write_delta(filepath, delta, dtype, overwrite) -> float:
         weights.append(row)
         for name, plane in zip(_PLANES, (places, first, rest)):
             planes[name].append(plane)
+        see(entry.key)
     about = {
         "weights": weights,
         "count": delta.count,

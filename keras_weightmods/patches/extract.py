@@ -12,14 +12,18 @@ from keras_weightmods.patches import architecture, tensors
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.patches.entry import SignatureEntry, float32
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 
 _REPLACED = {"keep": 0.0, "average": 0.5, "replace": 1.0}
 _MISMATCH = "The checkpoints do not match:"
 
 
-def extract(init, clean, robust, depth, targets, statistics, name, like):
+def extract(
+    init, clean, robust, depth, targets, statistics, name, like, verbose
+):
     """Return the fields of a signature; see `WeightSignature.extract`."""
     checks.check_choice("statistics", statistics, (*_REPLACED, None))
+    checks.check_verbose(verbose)
     is_asked, statistics = statistics is not None, statistics or "keep"
     # As it is in files.
     checks.check_string("name", name, optional=True)
@@ -53,29 +57,38 @@ def extract(init, clean, robust, depth, targets, statistics, name, like):
             if role == "statistic" and depths[i] in reached
         ]
         _warn_about_statistics(checkpoints, left, infos)
-    entries = []
-    for i in taken:
-        values = {
-            k: c.read(i).astype("float64") for k, c in checkpoints.items()
+    # Each that is taken, and all of them for the hash of each checkpoint.
+    steps = len(taken) + len(checkpoints) * len(infos)
+    with Progress(steps, "weight", verbose) as progress:
+        entries = []
+        for i in taken:
+            values = {
+                k: c.read(i).astype("float64") for k, c in checkpoints.items()
+            }
+            is_replaced = roles[i] == "statistic"
+            replaced = _REPLACED[statistics] if is_replaced else 0.0
+            if is_replaced:
+                tensor = replaced * values["robust"]
+            elif init is None:
+                tensor = values["robust"] - values["clean"]
+            else:
+                start = values["init"]
+                tensor = residual(
+                    values["robust"] - start, values["clean"] - start
+                )
+            fields = infos[i], float32(tensor), replaced
+            entries.append(SignatureEntry(*fields, depth=depths[i]))
+            progress.add()
+        fingerprints = {
+            k: c.fingerprint(see=progress.add) for k, c in checkpoints.items()
         }
-        replaced = 0.0
-        if roles[i] == "statistic":
-            replaced = _REPLACED[statistics]
-            tensor = replaced * values["robust"]
-        elif init is None:
-            tensor = values["robust"] - values["clean"]
-        else:
-            start = values["init"]
-            tensor = residual(values["robust"] - start, values["clean"] - start)
-        fields = infos[i], float32(tensor), replaced
-        entries.append(SignatureEntry(*fields, depth=depths[i]))
     return {
         "entries": entries,
         "architecture": infos,
         "method": "difference" if init is None else "rws",
         "name": name,
         "model_class": layout.model and type(layout.model).__name__,
-        "fingerprints": {k: c.fingerprint() for k, c in checkpoints.items()},
+        "fingerprints": fingerprints,
     }
 
 

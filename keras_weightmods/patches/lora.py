@@ -24,6 +24,7 @@ from keras_weightmods.patches.tensors import Replacing, Sparse
 from keras_weightmods.saving.atomic_file import check_filepath
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
+from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 
@@ -89,6 +90,7 @@ def delta_to_lora(
     *,
     force: bool = False,
     overwrite: bool = True,
+    verbose: int = 1,
 ) -> LoraReport:
     """Write a delta as a LoRA adapter, the nearest one of a rank.
 
@@ -116,6 +118,7 @@ def delta_to_lora(
         force: Bool, whether to take a delta of another base with weights of
             the same shapes. Defaults to `False`.
         overwrite: Bool, whether to replace what is there. Defaults to `True`.
+        verbose: As in `save_delta`.
 
     Returns:
         A `LoraReport`.
@@ -152,40 +155,49 @@ def delta_to_lora(
     checks.check_int("rank", rank, 1, _MOST_RANK)
     checks.check_choice("format", format, tuple(lora_files.FORMATS))
     checks.check_bool("overwrite", overwrite)
+    checks.check_verbose(verbose)
     lora_files.check_path(filepath, format, overwrite)
     _check_clean(model)
-    change = delta_for(model, delta, force)
-    values = Checkpoint("model", model)
-    targets = find_targets(model)
-    by_position = {position_of(target): target for target in targets}
-    file = lora_files.FORMATS[format](model, targets)
-    factors: list[Factors] = []
-    kernels: list[LoraKernel] = []
-    skipped = []
-    whole = lost = 0.0
-    for entry in change:
-        dense = _change_of(entry, values.read(entry.position))
-        size = float(np.sum(np.square(dense, dtype="float64")))
-        whole += size
-        target = by_position.get(entry.position)
-        reason = "no kernel of a layer"
-        if target is not None:
-            reason = file.reason_to_skip(target)
-        if reason is not None or not size:
-            skipped.append(Skipped(entry.key, reason or "unchanged"))
-            lost += size
-            continue
-        made, rest = _factors(file.to_matrix(dense, target), target, rank)
-        factors.append(made)
-        kernels.append(
-            LoraKernel(target.key, target.shape, (rest / size) ** 0.5)
-        )
-        lost += rest
-    if not factors:
-        reasons = "; ".join(f"{each.path}: {each.reason}" for each in skipped)
-        expected = "one with changes that an adapter can hold"
-        raise checks.error("delta", f"{expected}. Left out: {reasons}", delta)
-    file.write(filepath, factors, rank)
+    with Progress(1, "weight", verbose) as progress:
+        change = delta_for(model, delta, force)
+        values = Checkpoint("model", model)
+        targets = find_targets(model)
+        by_position = {position_of(target): target for target in targets}
+        file = lora_files.FORMATS[format](model, targets)
+        factors: list[Factors] = []
+        kernels: list[LoraKernel] = []
+        skipped = []
+        whole = lost = 0.0
+        # The last step is the file.
+        progress.total = 1 + len(change.entries)
+        for entry in change:
+            progress.add()
+            dense = _change_of(entry, values.read(entry.position))
+            size = float(np.sum(np.square(dense, dtype="float64")))
+            whole += size
+            target = by_position.get(entry.position)
+            reason = "no kernel of a layer"
+            if target is not None:
+                reason = file.reason_to_skip(target)
+            if reason is not None or not size:
+                skipped.append(Skipped(entry.key, reason or "unchanged"))
+                lost += size
+                continue
+            made, rest = _factors(file.to_matrix(dense, target), target, rank)
+            factors.append(made)
+            kernels.append(
+                LoraKernel(target.key, target.shape, (rest / size) ** 0.5)
+            )
+            lost += rest
+        if not factors:
+            reasons = "; ".join(
+                f"{each.path}: {each.reason}" for each in skipped
+            )
+            expected = "one with changes that an adapter can hold"
+            raise checks.error(
+                "delta", f"{expected}. Left out: {reasons}", delta
+            )
+        file.write(filepath, factors, rank)
     report = LoraReport(
         os.fspath(filepath),
         rank,
@@ -211,6 +223,8 @@ def lora_to_delta(
     filepath: Any,
     dtype: str | None = "bfloat16",
     overwrite: bool = True,
+    *,
+    verbose: int = 1,
 ) -> DeltaReport:
     """Write a LoRA adapter as a delta of its base.
 
@@ -225,6 +239,7 @@ def lora_to_delta(
         filepath: String or path, of the file to write.
         dtype: As in `save_delta`.
         overwrite: Bool, whether to replace a file. Defaults to `True`.
+        verbose: As in `save_delta`.
 
     Returns:
         A `DeltaReport`.
@@ -258,35 +273,49 @@ def lora_to_delta(
     ```
     """
     checks.check_choice("dtype", dtype, (*DTYPES, None))
+    checks.check_verbose(verbose)
     check_filepath(filepath, overwrite)
     _check_clean(model)
-    file = lora_files.FORMATS[lora_files.format_of(lora)](
-        model, find_targets(model)
-    )
-    values = Checkpoint("model", model)
-    entries = []
-    for each in file.read(lora):
-        target = each.target
-        position = position_of(target)
-        change = file.from_matrix(each.left @ each.right, target)
-        places = np.flatnonzero(change)
-        info = values.infos[position]
-        numbers: Any = change.reshape(-1)[places]
-        kind: type[Sparse] = Sparse
-        if dtype is None:
-            kind, base = Replacing, values.read(position).reshape(-1)[places]
-            numbers = (base.astype("float32") + numbers).astype(base.dtype)
-        else:
-            numbers = numbers.astype(numpy_dtype(dtype))
-        if not np.all(np.isfinite(numbers.astype("float32"))):
-            expected = f"of finite numbers, those of {info.key} too"
-            raise checks.error("lora", expected, os.fspath(lora))
-        if places.size:
-            entries.append(ChangeEntry(info, kind(places, numbers)))
-    if not entries:
-        raise checks.error("lora", "an adapter that changes a kernel", lora)
-    entries.sort(key=lambda entry: entry.position)
-    return write_entries(filepath, entries, values, dtype, overwrite)
+    with Progress(1, "weight", verbose) as progress:
+        file = lora_files.FORMATS[lora_files.format_of(lora)](
+            model, find_targets(model)
+        )
+        changes = file.read(lora)
+        values = Checkpoint("model", model)
+        # Each weight is read for the hash, and each of these twice more.
+        progress.total = len(values.infos) + 2 * len(changes)
+        entries = []
+        for each in changes:
+            progress.add()
+            change = file.from_matrix(each.left @ each.right, each.target)
+            entry = _entry_of(change, position_of(each.target), values, dtype)
+            numbers = entry.tensor.values
+            if not np.all(np.isfinite(numbers.astype("float32"))):
+                expected = f"of finite numbers, those of {entry.key} too"
+                raise checks.error("lora", expected, os.fspath(lora))
+            if numbers.size:
+                entries.append(entry)
+        if not entries:
+            raise checks.error("lora", "an adapter that changes a kernel", lora)
+        entries.sort(key=lambda entry: entry.position)
+        return write_entries(
+            filepath, entries, values, dtype, overwrite, (), progress
+        )
+
+
+def _entry_of(
+    change: np.ndarray, position: int, values: Checkpoint, dtype: str | None
+) -> ChangeEntry:
+    """Return the entry of a delta that adds a change to a weight."""
+    places = np.flatnonzero(change)
+    numbers: Any = change.reshape(-1)[places]
+    info = values.infos[position]
+    if dtype is not None:
+        numbers = numbers.astype(numpy_dtype(dtype))
+        return ChangeEntry(info, Sparse(places, numbers))
+    base = values.read(position).reshape(-1)[places]
+    numbers = (base.astype("float32") + numbers).astype(base.dtype)
+    return ChangeEntry(info, Replacing(places, numbers))
 
 
 def _check_clean(model: Any) -> None:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_weightmods.backend import backend_module
@@ -21,6 +20,7 @@ from keras_weightmods.saving import states
 from keras_weightmods.saving.atomic_file import check_filepath
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
+from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 _WITHOUT_BASE = ("linear", "slerp")
@@ -160,7 +160,8 @@ def merge(
         exclude: The same, of those to take from the base. Defaults to none.
         overwrite: Bool, whether to replace a file. Defaults to `True`.
         custom_objects: As in `load_model`, to build the model in a file.
-        verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+            taken two seconds. Defaults to `1`.
 
     Returns:
         A `MergeReport`.
@@ -205,8 +206,13 @@ def merge(
         "custom_objects": custom_objects,
         "verbose": verbose,
     }
-    with _planned(models, output, options) as plan:
-        _run(plan, method, output, overwrite, verbose)
+    checks.check_verbose(verbose)
+    with (
+        Progress(1, "weight", verbose) as progress,
+        _planned(models, output, options) as plan,
+    ):
+        progress.total = len(plan.tasks)
+        _run(plan, method, output, overwrite, progress)
     is_file = isinstance(output, (str, os.PathLike))
     return MergeReport(
         method=method,
@@ -274,7 +280,6 @@ def _planned(
         expected = f"a list of {len(models)} elements"
         raise checks.error("weights", expected, weights)
     checks.check_int("seed", given["seed"], 0)
-    checks.check_choice("verbose", given["verbose"], (0, 1))
     to_file = isinstance(output, (str, os.PathLike))
     if to_file:
         check_filepath(output, given["overwrite"])
@@ -408,14 +413,17 @@ def _generators(seed, number):
 
 
 def _run(
-    plan: _Plan, method: str, output: Any, overwrite: bool, verbose: int
+    plan: _Plan,
+    method: str,
+    output: Any,
+    overwrite: bool,
+    progress: Progress,
 ) -> None:
     """Merge, and write the file or give the model its weights."""
     found, tasks = plan.weights, plan.tasks
     template, target = plan.template, plan.target
     for source in plan.sources:
         source.check_data()
-    bar = keras.utils.Progbar(len(tasks), verbose=verbose, unit_name="weight")
 
     def parts(weight):
         """Yield what the output has of a weight, flattened, in its dtype."""
@@ -435,7 +443,7 @@ def _run(
                     f"one that is not, of {weight.path!r}"
                 )
             yield rounded
-        bar.add(1)
+        progress.add()
 
     if isinstance(target, ModelSource):
         merged = {w.name: np.concatenate(list(parts(w))) for w in found}

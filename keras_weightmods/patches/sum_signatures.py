@@ -1,12 +1,14 @@
 """Several signatures made into one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from keras_weightmods.patches import combine
 from keras_weightmods.patches.weight_signature import WeightSignature
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 
 
 def sum_signatures(
@@ -17,6 +19,7 @@ def sum_signatures(
     density: float = 0.2,
     drop_rate: float = 0.9,
     seed: int = 0,
+    verbose: int = 1,
 ) -> WeightSignature:
     """Make one signature of several of the same architecture.
 
@@ -42,6 +45,8 @@ def sum_signatures(
             trimming keeps, over all of a signature's weights together.
         drop_rate: Float in [0, 1), for `"dare"`: the share that is dropped.
         seed: Int, for `"dare"`.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+            taken two seconds. Defaults to `1`.
 
     Returns:
         A `WeightSignature` in float32.
@@ -76,25 +81,39 @@ def sum_signatures(
         expected = "a list of `WeightSignature`, of one at least"
         raise checks.error("signatures", expected, signatures)
     checks.check_choice("method", method, ("sum", "mean", "ties", "dare"))
+    checks.check_verbose(verbose)
     count = len(signatures)
     weights = [1.0] * count if weights is None else weights
     is_list = isinstance(weights, (list, tuple, np.ndarray))
     if not is_list or len(weights) != count:
         raise checks.error("weights", f"a list of {count} numbers", weights)
     weights = [float(checks.check_float("weights", each)) for each in weights]
+    merge, options = _chosen(method, weights, density, drop_rate, seed)
+    with Progress(1, "step", verbose):
+        return merge(signatures, *options)
+
+
+def _chosen(
+    method: str,
+    weights: list[float],
+    density: float,
+    drop_rate: float,
+    seed: int,
+) -> tuple[Callable[..., WeightSignature], tuple[Any, ...]]:
+    """Return a function of `combine`, and its arguments after the first."""
     if method == "sum":
-        return combine.linear_combination(signatures, weights, "sum")
+        return combine.linear_combination, (weights, "sum")
     if method == "dare":
         checks.check_float("drop_rate", drop_rate, least=0, below=1)
         seed = checks.check_int("seed", seed, least=0)
-        return combine.dare(signatures, weights, drop_rate, seed)
+        return combine.dare, (weights, drop_rate, seed)
     total = sum(weights)
     if total == 0:
         expected = f"numbers that do not sum to 0 for method {method!r}"
         raise checks.error("weights", expected, weights)
     if method == "mean":
         shares = [weight / total for weight in weights]
-        return combine.linear_combination(signatures, shares, "mean")
+        return combine.linear_combination, (shares, "mean")
     checks.check_float("density", density, above=0, most=1)
     if min(weights) < 0:
         expected = (
@@ -102,4 +121,4 @@ def sum_signatures(
             "signature, `-1 * signature`, to take it away"
         )
         raise checks.error("weights", expected, weights)
-    return combine.ties(signatures, weights, density)
+    return combine.ties, (weights, density)

@@ -16,6 +16,7 @@ from keras_weightmods.patches.quantized import quantize
 from keras_weightmods.patches.sums import changed_list
 from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -105,6 +106,7 @@ class WeightSignature(Change):
         statistics: str | None = None,
         name: str | None = None,
         like: Any = None,
+        verbose: int = 1,
     ) -> Self:
         """Return what leads from a clean checkpoint to a robust one.
 
@@ -140,6 +142,8 @@ class WeightSignature(Change):
             name: String, what to call the signature in tables.
             like: Where all checkpoints are lists: a model of the
                 architecture, or the list of its weights' paths.
+            verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+                taken two seconds. Defaults to `1`.
 
         Returns:
             A `WeightSignature`.
@@ -166,7 +170,7 @@ class WeightSignature(Change):
         ```
         """
         taken = depth, targets, statistics
-        return cls(**extract(init, clean, robust, *taken, name, like))
+        return cls(**extract(init, clean, robust, *taken, name, like, verbose))
 
     @property
     def depth(self) -> int:
@@ -314,7 +318,9 @@ class WeightSignature(Change):
         checks.check_int("depth", depth, least=shallowest)
         return self.with_entries(e for e in self if e.depth < depth)
 
-    def quantize(self, bits: int = 8, per_channel: bool = False) -> Self:
+    def quantize(
+        self, bits: int = 8, per_channel: bool = False, verbose: int = 1
+    ) -> Self:
         """Return the signature in integers of `bits` bits.
 
         Symmetric around zero. Statistics stay in float32: small variances
@@ -325,18 +331,22 @@ class WeightSignature(Change):
             per_channel: Bool, a scale for each index of a kernel's last axis,
                 the output units of Dense and Conv layers, instead of one for
                 each tensor. Defaults to False.
+            verbose: As in `extract`.
 
         Raises:
             ValueError: If `bits` is something else.
         """
         checks.check_choice("bits", bits, (8, 4, 2))
         checks.check_bool("per_channel", per_channel)
+        checks.check_verbose(verbose)
         entries = []
-        for entry in self:
-            if not entry.is_statistic:
-                tensor = quantize(entry.dequantized(), bits, per_channel)
-                entry = entry.with_tensor(tensor)
-            entries.append(entry)
+        with Progress(len(self), "weight", verbose) as progress:
+            for entry in self:
+                if not entry.is_statistic:
+                    tensor = quantize(entry.dequantized(), bits, per_channel)
+                    entry = entry.with_tensor(tensor)
+                entries.append(entry)
+                progress.add()
         return self.with_entries(entries)
 
     def cosine_similarity(self, other: "WeightSignature") -> reports.Similarity:
@@ -363,7 +373,9 @@ class WeightSignature(Change):
         """Return what the signature holds, as a table to print."""
         return reports.signature_report(self)
 
-    def save(self, filepath: Any, overwrite: bool = True) -> None:
+    def save(
+        self, filepath: Any, overwrite: bool = True, verbose: int = 1
+    ) -> None:
         """Write the signature to a safetensors file.
 
         Args:
@@ -371,26 +383,32 @@ class WeightSignature(Change):
             overwrite: Bool, whether a file that exists is replaced, which
                 happens at once when the new one is complete. Defaults to
                 True.
+            verbose: As in `extract`.
 
         Raises:
             ValueError: If `filepath` is no place for a file.
             FileExistsError: If it exists and `overwrite` is False.
         """
-        files.save(filepath, self, overwrite)
+        checks.check_verbose(verbose)
+        with Progress(1, "step", verbose):
+            files.save(filepath, self, overwrite)
 
     @classmethod
-    def load(cls, filepath: Any) -> Self:
+    def load(cls, filepath: Any, verbose: int = 1) -> Self:
         """Read a signature that `save` has written.
 
         Args:
             filepath: String or path.
+            verbose: As in `extract`.
 
         Raises:
             ValueError: If the file is no signature, is damaged, or was made
                 by a later version of the format. Nothing in a file is ever
                 executed.
         """
-        return cls(**files.load(filepath))
+        checks.check_verbose(verbose)
+        with Progress(1, "step", verbose):
+            return cls(**files.load(filepath))
 
     def problems(self, model: checkpoint.Checkpoint) -> list[str]:
         """Return what keeps the signature from fitting a `Checkpoint`."""

@@ -82,6 +82,7 @@ def attach_compander(
     learnable: bool = True,
     function: str = "arctan",
     out_of_range: str = "raise_a",
+    verbose: int = 1,
 ) -> ReparameterizationReport:
     """Train the kernels of a model through a compander, w = a f(v / b).
 
@@ -118,6 +119,8 @@ def attach_compander(
             the range, which is a pi / 2 for `"arctan"`: `"raise_a"` for this
             kernel, `"clip"` the weights, which changes the model, or
             `"error"`. The report counts them. Defaults to `"raise_a"`.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+            taken two seconds. Defaults to `1`.
 
     Returns:
         A `ReparameterizationReport` of `CompandedKernel`s; their `a` and `b`
@@ -149,7 +152,9 @@ def attach_compander(
 
     make_item(None)
     resolved = resolve_targets(model, targets, depthwise=True)
-    return seam.attach_to_targets(model, resolved, make_item, "companded")
+    return seam.attach_to_targets(
+        model, resolved, make_item, "companded", verbose
+    )
 
 
 class Compander(Reparameterization):

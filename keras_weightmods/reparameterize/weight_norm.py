@@ -31,7 +31,7 @@ class NormalizedKernel:
 
 
 def attach_weight_norm(
-    model: keras.layers.Layer, *, targets: Any = None
+    model: keras.layers.Layer, *, targets: Any = None, verbose: int = 1
 ) -> ReparameterizationReport:
     """Give each output unit of each target a norm of its own, w = g v / |v|.
 
@@ -52,6 +52,8 @@ def attach_weight_norm(
         targets: `Targets`, a list of `Target`, or what `find_targets` takes
             as `include`. Defaults to all that
             `find_targets(model, depthwise=True)` finds.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+            taken two seconds. Defaults to `1`.
 
     Returns:
         A `ReparameterizationReport` of `NormalizedKernel`s.
@@ -74,7 +76,9 @@ def attach_weight_norm(
     ```
     """
     targets = resolve_targets(model, targets, depthwise=True)
-    return seam.attach_to_targets(model, targets, WeightNorm, "normalized")
+    return seam.attach_to_targets(
+        model, targets, WeightNorm, "normalized", verbose
+    )
 
 
 class WeightNorm(Reparameterization):

@@ -38,6 +38,7 @@ def attach_scaling(
     targets: Any = None,
     groups: int = 2,
     pattern: Pattern = "2:4",
+    verbose: int = 1,
 ) -> ReparameterizationReport:
     """Give each output unit of each target `groups` learnable scales.
 
@@ -73,6 +74,8 @@ def attach_scaling(
             groups gets the largest number that it does divide into, as the
             report says. Defaults to `2`.
         pattern: The N:M pattern, `"n:m"` or `(n, m)`. Only m matters.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+            taken two seconds. Defaults to `1`.
 
     Returns:
         A `ReparameterizationReport`, whose `kernels` are `ScaledKernel`s.
@@ -106,7 +109,7 @@ def attach_scaling(
         return str(target.reason_not_nm(m))
 
     found = resolve_targets(model, targets)
-    return seam.attach_to_targets(model, found, make_item, "scaled")
+    return seam.attach_to_targets(model, found, make_item, "scaled", verbose)
 
 
 def compute_scaled(

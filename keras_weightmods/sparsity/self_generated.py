@@ -98,6 +98,7 @@ def self_generated(
     random = np.random.default_rng(seed)
     starts = _first_tokens(model, tokenizer, written, random)
     progress = keras.utils.Progbar(written, unit_name="row", verbose=verbose)
+    progress.update(0)
     texts: list[np.ndarray] = []
     with _writing(model, sampler):
         for first in range(0, written, batch_size):

@@ -13,6 +13,7 @@ from keras_weightmods.sparsity import sparsify
 from keras_weightmods.sparsity.averages import install_projections
 from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
@@ -137,6 +138,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         *,
         targets: Any = None,
         frozen: bool = False,
+        verbose: int = 1,
     ) -> ChangeReport:
         """Constrain the kernels of a built model, and project them at once.
 
@@ -160,6 +162,8 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 zero under any optimizer. On JAX, the mask is a constant of
                 the compiled train step, one bit a weight. Defaults to
                 `False`.
+            verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+                taken two seconds. Defaults to `1`.
 
         Returns:
             A `ChangeReport`. Kernels whose contraction size is not a multiple
@@ -187,6 +191,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         ```
         """
         n, m = nm.parse_pattern(pattern)
+        checks.check_verbose(verbose)
         found = resolve_targets(model, targets).select(
             lambda target: _reason_to_skip(target, m)
         )
@@ -202,16 +207,18 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 f"Received: model={model}, targets={targets}\n{report}"
             )
         sparsify.check_finite(found, sparsify.FINITE_FIRST)
-        for target in found:
-            axes, variable = target.contraction_axes, target.variable
-            constraint = cls(pattern, axes, frozen)
-            variable.assign(nm.nm_project(variable, pattern, axes))
-            if frozen:
-                # Of the projected kernel, so that the weights alone determine
-                # the mask and attaching after a reload finds it.
-                mask = nm.nm_mask(variable, pattern, axes)
-                constraint._mask = nm.pack_bits(mask), target.shape
-            variable.constraint = constraint
+        with Progress(len(found), "kernel", verbose) as progress:
+            for target in found:
+                axes, variable = target.contraction_axes, target.variable
+                constraint = cls(pattern, axes, frozen)
+                variable.assign(nm.nm_project(variable, pattern, axes))
+                if frozen:
+                    # Of the projected kernel, so that the weights alone
+                    # determine the mask and attaching after a reload finds it.
+                    mask = nm.nm_mask(variable, pattern, axes)
+                    constraint._mask = nm.pack_bits(mask), target.shape
+                variable.constraint = constraint
+                progress.add()
         _forget_train_step(model)
         return report
 

@@ -180,6 +180,10 @@ def sensitivity(
     )
     sparsify.check_stored("sensitivity", usable)
     batches = sparsify.calibration_batches(model, data, batch_size)
+    progress = keras.utils.Progbar(
+        len(usable), unit_name="kernel", verbose=verbose
+    )
+    progress.update(0)
     norms = calibration.input_norms(model, usable, batches)
     run = _output_function(model, usable)
     dense = [run(x) for x, _ in batches]
@@ -189,9 +193,6 @@ def sensitivity(
     if not np.isfinite(measured).all():
         expected = "inputs for which activations and outputs are finite"
         raise checks.error("data", expected, "ones with NaN or infinite ones")
-    progress = keras.utils.Progbar(
-        len(usable), unit_name="kernel", verbose=verbose
-    )
     rows = []
     for target, norm in zip(usable, norms):
         # A copy: on torch an array shares the memory of the variable.

@@ -44,6 +44,7 @@ def change_kernels(model, targets, batches, change, rebuild=None, verbose=1):
         verbose=verbose,
         stateful_metrics=[_METRIC],
     )
+    progress.update(0)
     rows: list[Any] = []
 
     def visit(group, moment, note=""):

@@ -155,7 +155,7 @@ def test_bench_and_tasks_of_a_language_model(
         scores = {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "a"}
         return {"results": {"a_task": scores}}
 
-    # lm-eval itself is not installed here, and fetches data.
+    # lm-eval itself need not be installed, and fetches data.
     module = types.SimpleNamespace(simple_evaluate=simple_evaluate)
     monkeypatch.setitem(sys.modules, "lm_eval", module)
     monkeypatch.setattr(kwm, "lm_eval_model", lambda *args: args[1:])
@@ -164,6 +164,41 @@ def test_bench_and_tasks_of_a_language_model(
     assert asked == {"model": (16, 1), "tasks": ["a_task"], "limit": 3}
     assert json.loads(run(f"{line} --json"))["results"]["a_task"]["alias"]
     assert "--data, or --tasks" in run("evaluate llm.safetensors", code=1)
+
+    def refuse(**kwargs):
+        raise KeyError("no task b_task")
+
+    module.simple_evaluate = refuse
+    error = run("evaluate llm.safetensors --tasks b_task", code=1)
+    assert "names of lm-eval's tasks" in error
+    assert "no task b_task" in error
+
+
+def test_tasks_by_lm_eval_itself(run, language_model, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    kwm.save_model(language_model, "llm.safetensors")
+    data = tmp_path / "rows.jsonl"
+    rows = [{"q": "ab c", "choices": ["d", "ef"], "answer": i} for i in (0, 1)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "letters",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(data)},
+            "cache_dir": str(tmp_path / "datasets"),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "letters.yaml").write_text(json.dumps(task))
+    line = "evaluate llm.safetensors --length 16 --tasks"
+    # The same question, of which one answer or the other is right.
+    assert run(f"{line} letters.yaml") == "letters: acc 0.5000\n"
+    assert "no_such_task" in run(f"{line} no_such_task", code=1)
 
 
 def test_lora_is_merged(run):

@@ -1,12 +1,13 @@
 """What shows progress, and when."""
 
 import keras
+import numpy as np
 import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.utils import progress
 from keras_weightmods.utils.progress import Progress
-from tests.models import mlp
+from tests.models import mlp, token_net
 
 pytestmark = pytest.mark.one_backend
 
@@ -70,7 +71,7 @@ def test_quiet_and_errors(clock, capsys):
 def test_long_calls_show_it(clock, capsys, tmp_path):
     clock.is_over = True
     model = mlp()
-    kwm.SemiStructuredSparse.attach(model)
+    kwm.SemiStructuredSparse.attach(model, verbose=0)
     path = tmp_path / "model.safetensors"
 
     def shown(call, *args, **kwargs):
@@ -81,7 +82,7 @@ def test_long_calls_show_it(clock, capsys, tmp_path):
 
     def packed(**kwargs):
         model = mlp()
-        kwm.SemiStructuredSparse.attach(model)
+        kwm.SemiStructuredSparse.attach(model, verbose=0)
         return kwm.pack(model, "int8", **kwargs)
 
     assert "2/2" in shown(packed)
@@ -105,3 +106,66 @@ def test_a_refresh_of_masks_shows_it(clock, capsys):
         fit = {"epochs": 2, "callbacks": [callback], "verbose": verbose}
         model.fit(x, x[:, :4], **fit)
         assert ("s/mask" in capsys.readouterr().out) is bool(verbose)
+
+
+def test_deltas_and_what_is_attached_show_it(clock, capsys, tmp_path):
+    clock.is_over = True
+    model, path = mlp(), tmp_path / "task.safetensors"
+    base = model.get_weights()
+    for verbose in (0, 1):
+
+        def run(call, *args, verbose=verbose, **kwargs):
+            call(*args, verbose=verbose, **kwargs)
+            out = capsys.readouterr().out
+            return out if verbose else out == ""
+
+        nudged = [each + 0.5 for each in base]
+        model.set_weights(nudged)
+        found = [run(kwm.save_delta, model, base, path)]
+        model.set_weights(base)
+        found.append(run(kwm.apply_delta, model, path))
+        found.append(run(kwm.remove_delta, model))
+        found.append(run(kwm.merge, [model, model], model))
+        for attach in (
+            kwm.attach_compander,
+            kwm.attach_weight_norm,
+            kwm.attach_scaling,
+        ):
+            found.append(run(attach, model))
+            kwm.fold(model)
+        found.append(run(kwm.SemiStructuredSparse.attach, model))
+        kwm.SemiStructuredSparse.detach(model)
+        if not verbose:
+            assert all(found)
+            continue
+        expected = ["12/12", "2/2", "1/1", "4/4", "2/2", "2/2", "2/2", "2/2"]
+        for text, end in zip(found, expected, strict=True):
+            assert end in text
+
+
+def test_signatures_show_it(clock, capsys, tmp_path):
+    clock.is_over = True
+    path = tmp_path / "signature.safetensors"
+    extract = kwm.WeightSignature.extract
+    for verbose in (0, 1):
+        shown = {"verbose": verbose}
+        signature = extract(None, mlp(), mlp(), depth=2, **shown)
+        signature.quantize(**shown).save(path, **shown)
+        kwm.WeightSignature.load(path, **shown)
+        kwm.sum_signatures([signature, signature], **shown)
+        out = capsys.readouterr().out
+        assert verbose or out == ""
+    # Four are taken, and read for the hash of both models.
+    assert all(each in out for each in ("12/12", "4/4"))
+    assert out.count("1/1") == 3
+
+
+def test_a_first_step_that_takes_long_is_preceded_by_the_bar(capsys):
+    x = keras.ops.ones((4, 8))
+    model = mlp()
+    kwm.sparsify(model, "2:4", "wanda", x)
+    assert "0/2" in capsys.readouterr().out
+    kwm.sensitivity(mlp(), x)
+    assert "0/2" in capsys.readouterr().out
+    kwm.perplexity(token_net(), np.ones((3, 6), "int32"), length=4)
+    assert "0/3" in capsys.readouterr().out
