@@ -29,7 +29,7 @@ from keras_weightmods import native
 from keras_weightmods.native import gpu
 from keras_weightmods.native.gpu import dispatch, first_contact
 from keras_weightmods.native.layout import packed_arrays
-from keras_weightmods.native.packed import round_activations
+from keras_weightmods.native.quantize import round_activations
 from keras_weightmods.utils import checks
 
 _NAMES = {getattr(torch, name): name for name in gpu.X_TYPES}
