@@ -82,7 +82,8 @@ def parse_arguments():
     if output.suffix != ".keras":
         parser.error(f"--output must end in .keras. Received: {output}")
     if args.smoke:
-        args.steps, args.length, args.refine = min(args.steps, 4), 64, ""
+        args.steps, args.length = min(args.steps, 4), 64
+        args.init, args.refine = "magnitude", ""
     return args
 
 
