@@ -101,7 +101,7 @@ def pack(
             integers, which is faster. On a CPU, with int8 values, that moved
             the perplexity of the same model by less than 0.2 %, with int4 by
             0.4 %. On a GPU it is for 2:4 kernels in int8 (all others are held
-            dense) and rounds whole rows, for which see the guide.
+            dense) and rounds whole rows, which costs more, see the guide.
             `"float32"` leaves the inputs as they are. By default, `None`, it
             is `"int8"` on a CPU and `"float32"` on a GPU. Weights in float32
             and bfloat16 always have inputs in float.
