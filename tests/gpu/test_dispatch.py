@@ -165,8 +165,14 @@ def test_where_published_figures_say_nothing(plan):
 
 def test_values_that_no_product_on_a_gpu_takes():
     kind = "torch", "NVIDIA H100 PCIe", (4096, 4096), "bfloat16"
-    assert not dispatch.plan(*kind, "int4").is_sparse
-    assert "int4" in dispatch.why(*kind, "int4", rows=512)
+    assert not dispatch.plan(*kind, "float64").is_sparse
+    assert "float64" in dispatch.why(*kind, "float64", rows=512)
+
+
+def test_decode_takes_any_shape():
+    for x_dtype in ("float32", "bfloat16", "float16"):
+        assert dispatch.fits("decode", (33, 5), x_dtype)
+    assert not dispatch.fits("decode", (64, 64), "int8")
 
 
 @pytest.mark.parametrize(

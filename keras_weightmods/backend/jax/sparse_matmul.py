@@ -44,17 +44,13 @@ def sparse_matmul(x, packed):
     choices = {"default": dense_matmul}
     if not xla_handlers.reason_unavailable():
         choices["cpu"] = _sparse_matmul_on_cpu
-    if platform == "gpu" and not _for_cpu_alone(packed):
+    if platform == "gpu" and packed.activations != "int8":
         choices["cuda"] = sparse_matmul_gpu.matmul
     choices = {
         name: functools.partial(choice, packed=packed)
         for name, choice in choices.items()
     }
     return jax.lax.platform_dependent(x, **choices)
-
-
-def _for_cpu_alone(packed):
-    return packed.activations == "int8" or packed.dtype == "int4"
 
 
 def _sparse_matmul_on_cpu(x, packed):

@@ -26,7 +26,7 @@ def sparse_matmul(x, packed):
     ):
         return _dense(x, packed)
     rounded = packed.activations == "int8"
-    if device == "cuda" and (rounded or packed.dtype == "int4"):
+    if device == "cuda" and rounded:
         return _dense(x, packed)
     weights = (
         _tensor(packed.values),

@@ -26,6 +26,12 @@ from keras_weightmods.native.layout import packed_arrays
 from keras_weightmods.utils import checks
 
 _NAMES = {getattr(torch, name): name for name in gpu.X_TYPES}
+_VALUES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+    torch.uint8: "int4",
+}
 # cuSPARSELt wants this many rows, or a multiple.
 _ROWS = 16
 
@@ -99,9 +105,14 @@ def unpack(values, meta, scale, k, n, dtype):
     """Return a packed kernel as a dense tensor (K, N), on its device."""
     blocks, rows, _ = meta.shape
     kept = values
-    if values.dtype is torch.int8:
+    if values.dtype is torch.uint8:
+        # The words p and p + 2 of int8, in the halves of each byte.
+        kept = kept.view(torch.int8)
+        kept = torch.cat([kept << 4 >> 4, kept >> 4], dim=2)
+        scale = scale.float().repeat_interleave(2, dim=1)[:, :rows]
+    if kept.dtype is torch.int8:
         # Slot p + 4q is at [:, :, p, :, q].
-        kept = kept.permute(0, 1, 4, 2, 3) * scale.reshape(blocks, 1, 1, 1, 16)
+        kept = kept.permute(0, 1, 4, 2, 3) * scale.reshape(blocks, -1, 1, 1, 16)
     elif values.dtype is torch.bfloat16:
         kept = kept.permute(0, 1, 3, 2)
     kept = kept.to(dtype).reshape(blocks, rows, 8, 2, 16)
@@ -132,9 +143,11 @@ def _check_sizes(values, meta, scale, k, n):
 
 @functools.lru_cache(maxsize=1024)
 def _shapes(k, n, dtype):
-    if dtype not in (torch.float32, torch.bfloat16, torch.int8):
-        raise checks.error("values", "of float32, bfloat16 or int8", dtype)
-    arrays = packed_arrays((k, n), _NAMES[dtype])
+    if dtype not in _VALUES:
+        raise checks.error(
+            "values", "of float32, bfloat16, int8 or uint8 (int4)", dtype
+        )
+    arrays = packed_arrays((k, n), _VALUES[dtype])
     scale = torch.Size(arrays["scale"][0]) if "scale" in arrays else True
     return *(torch.Size(arrays[name][0]) for name in ("values", "meta")), scale
 
@@ -153,15 +166,12 @@ def _choose(rows, x, values, k, n):
 
 @functools.lru_cache(maxsize=1024)
 def _plan_on(index, k, n, x_dtype, value_dtype):
-    types = _NAMES.get(x_dtype), _NAMES[value_dtype]
+    types = _NAMES.get(x_dtype), _VALUES[value_dtype]
     return dispatch.plan("torch", _name_of(index), (k, n), *types)
 
 
 def _decode(x, values, meta, scale, n):
     x = x.contiguous()
-    if x.data_ptr() % 4:
-        # A view that begins at an odd place: the kernel loads pairs.
-        x = x.clone()
     values, meta = values.contiguous(), meta.contiguous()
     scale = None if scale is None else scale.contiguous()
     y = x.new_empty((x.shape[0], n))
@@ -170,7 +180,7 @@ def _decode(x, values, meta, scale, n):
         device,
         ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
         gpu.X_TYPES[_NAMES[x.dtype]],
-        native.type_code(_NAMES[values.dtype]),
+        native.type_code(_VALUES[values.dtype]),
         x.data_ptr(),
         *x.shape,
         n,

@@ -11,10 +11,11 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import re
 
 from keras_weightmods import native
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 # Types of activations, as the library numbers them.
 X_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
@@ -28,7 +29,7 @@ _SIGNATURES = {
     "kwm_gpu_load_decode": ("s", "ss"),
     "kwm_gpu_load_cusparselt": ("s", "s"),
     "kwm_gpu_decode_rows": ("q", "i"),
-    "kwm_gpu_compile_decode": ("s", "iiiiqP"),
+    "kwm_gpu_compile_decode": ("s", "iiiiqPP"),
     "kwm_gpu_prepare_decode": ("s", "iiiq"),
     "kwm_gpu_decode": ("s", "iPiiPqqqPPPP"),
     "kwm_gpu_cusparselt_version": ("i", "i"),
@@ -69,8 +70,18 @@ def load_decode(cuda):
         String: the reason why the decode kernel cannot be used; empty if it
         can.
     """
-    source = pathlib.Path(__file__).with_name("decode.cu").read_bytes()
-    return _open("nvrtc", cuda, "kwm_gpu_load_decode", source)
+    return _open("nvrtc", cuda, "kwm_gpu_load_decode", decode_source())
+
+
+def decode_source():
+    """Return the text of decode.cu, with the files that it includes."""
+    folder = pathlib.Path(__file__).parent
+    return re.sub(
+        r'^#include "(\w+\.cuh)"$',
+        lambda found: (folder / found[1]).read_text(),
+        (folder / "decode.cu").read_text(),
+        flags=re.MULTILINE,
+    ).encode()
 
 
 @functools.cache
