@@ -169,7 +169,8 @@ def nvrtc(library):
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
 def test_nvrtc_compiles_the_decode_kernel(nvrtc, x_dtype, capability):
     x_type = gpu.X_TYPES[x_dtype]
-    for value_type in range(4):
+    # Two are enough for an A100, where clusters alone are left out.
+    for value_type in range(4) if capability == (9, 0) else (1, 3):
         size = ctypes.c_int64()
         rows = nvrtc.kwm_gpu_decode_rows(x_type)
         failure = nvrtc.kwm_gpu_compile_decode(

@@ -129,14 +129,15 @@ def test_decode_shares_out_the_rows(faked):
     """Narrow kernels are split over clusters of blocks, where there are any."""
     library, fake = faked
     x, kernel = make(1, 64 * 64, 16, "bfloat16")
-    packed = pack_kernel(kernel)
+    packed = pack_kernel(kernel, "bfloat16")
     shares = []
     for device in (0, 1):
         failure, y = decode(library, x, packed, device)
         assert failure is None
         assert error(y, decode_reference(x, packed)) <= TOLERANCE["bfloat16"]
         shares.append((fake.fake_split(), fake.fake_warps()))
-    assert shares == [(8, 4), (1, 5)]
+    # The shared memory of an A100 has room for seven rings.
+    assert shares == [(8, 4), (1, 7)]
 
 
 @pytest.mark.parametrize("k", [64, 63])
