@@ -12,7 +12,7 @@ import numpy as np
 # Types of activations, in order of interest, and the values they multiply. int8
 # is bfloat16 that is rounded to int8 in the product, next to dense bfloat16.
 TYPES = {
-    "bfloat16": ("bfloat16", "int8"),
+    "bfloat16": ("bfloat16", "int8", "int4"),
     "int8": ("int8",),
     "float32": ("float32", "bfloat16", "int8"),
     "float16": ("bfloat16", "int8"),
@@ -22,7 +22,7 @@ CHAIN = 24
 COPIED_BYTES = 192 * 2**20  # more than an L2 cache
 CHECKED_COLUMNS = 64
 # Of one kernel entry, by the type that it is read in.
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}
 
 
 def copies_of(method, case):
@@ -74,7 +74,7 @@ def kernel_of(size):
     kernel = (kernel * mask.transpose(0, 2, 1)).reshape(size, size)
     kernel /= np.sqrt(size * np.mean(kernel[:, :64] ** 2))
     packed = {}
-    for value_dtype in ("float32", "bfloat16", "int8"):
+    for value_dtype in ("float32", "bfloat16", "int8", "int4"):
         packed[value_dtype] = pack_kernel(kernel, value_dtype)
     columns = np.linspace(0, size - 1, CHECKED_COLUMNS).astype(int)
     checked = {

@@ -16,7 +16,7 @@ GPU = pathlib.Path(gpu.__file__).parent
 VARIANTS = [
     (x, values, rows)
     for x in range(3)
-    for values in range(3)
+    for values in range(4)
     for rows in ((1, 2, 4, 8) if x == 0 else (8, 16))
 ]
 
@@ -24,19 +24,33 @@ _VARIANT = """
 #define KWM_X {x}
 #define KWM_VALUES {values}
 #define KWM_ROWS {rows}
+#define KWM_WARP_BYTES {bytes}
 #define kwm_decode kernel_{x}_{values}_{rows}
 namespace variant_{x}_{values}_{rows} {{
 #include "decode.cu"
-void run(int warps, const void* x, int rows, int k, int n, const void* values,
-         const void* meta, const float* scale, void* y) {{
-  emulated(kwm_decode, {x}, warps, x, rows, k, n, values, meta, scale, y);
+void run_lane(const Arguments& a) {{
+  kwm_decode(static_cast<const Activation*>(a.x), a.rows, a.k, a.n,
+             static_cast<const byte*>(a.values),
+             static_cast<const byte*>(a.meta),
+             static_cast<const byte*>(a.scale), static_cast<Activation*>(a.y));
+}}
+void run(int split, int warps, size_t shared_bytes, const Arguments& a) {{
+  emulated(run_lane, {x}, {values}, split, warps, shared_bytes, a);
 }}
 }}
 #undef KWM_X
 #undef KWM_VALUES
 #undef KWM_ROWS
+#undef KWM_WARP_BYTES
 #undef kwm_decode
 """
+
+
+def warp_bytes(x, values, rows):
+    """The shared memory of a warp: four stages of a tile of 64 by 64."""
+    kept = 64 * 64 // 2 * (4, 2, 1, 0.5)[values]
+    scales = 128 if values == 3 else 0
+    return 4 * int(kept + 64 * 64 // 8 + rows * 64 * (4, 2, 2)[x] + scales)
 
 
 @pytest.fixture(scope="session")
@@ -69,14 +83,15 @@ def build_fake(tmp_path_factory, variants):
     source.write_text(
         '#include "emulate.h"\n'
         + "".join(
-            _VARIANT.format(x=x, values=v, rows=r) for x, v, r in variants
+            _VARIANT.format(x=x, values=v, rows=r, bytes=warp_bytes(x, v, r))
+            for x, v, r in variants
         )
         + "Runner find_variant(int x, int values, int rows) {\n"
         + f"{finds}  return nullptr;\n}}\n"
         + f'#include "{HERE}/fake_cuda.cc"\n'
     )
     built = folder / "fake_cuda.so"
-    flags = "-std=c++17 -O0 -shared -fPIC -pthread -Wno-unknown-pragmas"
+    flags = "-std=c++17 -O1 -shared -fPIC -pthread -Wno-unknown-pragmas"
     subprocess.run(
         [compiler, *flags.split(), f"-I{HERE}", f"-I{GPU}", source]
         + [HERE / "fake_rounding.cc", "-o", built],
@@ -107,9 +122,8 @@ def open_over(fake, tmp_path_factory):
     shutil.copy(GPU.parent / "lib" / "kwm_gpu.so", copy)
     over_fake = gpu.open_library(copy)
     path = str(fake).encode()
-    source = (GPU / "decode.cu").read_bytes()
     assert over_fake.kwm_gpu_load_driver(path) is None
-    assert over_fake.kwm_gpu_load_decode(source, path) is None
+    assert over_fake.kwm_gpu_load_decode(gpu.decode_source(), path) is None
     source = (GPU / "rounding.cu").read_bytes()
     assert over_fake.kwm_gpu_load_rounding(source, path) is None
     assert over_fake.kwm_gpu_load_cusparselt(path) is None

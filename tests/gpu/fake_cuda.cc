@@ -7,6 +7,7 @@
 #include <stdio.h>
 
 #include "cusparselt_api.h"
+#include "driver.h"
 
 // Of fake_rounding.cc.
 bool round_rows(int type, int blocks, int threads, const void* x, int rows,
@@ -25,11 +26,12 @@ constexpr int kLtFailed = 6;     // CUSPARSE_STATUS_EXECUTION_FAILED
 constexpr int kAlgorithms = 5;
 constexpr int kWorkspace = 48;
 
-// Two devices, each with its context; -1 where none is current.
+// Two devices, an H100 and an A100, each with its context; -1 where none is
+// current.
 constexpr int kDevices = 2;
 int contexts[kDevices];
 int context_depth = 0;
-int current = -1;
+int current_device = -1;
 
 // Structures of cuSPARSELt that were made and not destroyed.
 int live = 0;
@@ -37,11 +39,17 @@ int live = 0;
 int misaligned = 0;
 // What goes wrong in a product: 1 a column of the result, 2 all of it.
 int broken = 0;
+// The last launch: blocks of a cluster, and warps of a block.
+int last_split, last_warps;
+struct Facts {
+  int major, processors, shared_of_block, shared_of_processor;
+} facts[kDevices] = {{9, 132, 232448, 233472}, {8, 108, 166912, 167936}};
 
 // What a module or a handle belongs to: another context must not use it.
 // Of the rounding kernel `values` and `rows` are -1.
 struct Variant {
-  int x, values, rows, device;
+  int x, values, rows, major, device;
+  int shared_limit = 48 << 10;
 };
 
 const char* name_of(const Variant& variant) {
@@ -54,10 +62,14 @@ const char* name_of(const Variant& variant) {
 
 // What a test asks.
 FAKE int fake_context_depth() { return context_depth; }
-FAKE int fake_bad_meta() { return bad_meta; }
 FAKE int fake_live() { return live; }
 FAKE int fake_misaligned() { return misaligned; }
 FAKE void fake_break(int how) { broken = how; }
+FAKE const Account* fake_account() { return &account; }
+FAKE void fake_reset() { account = {}; }
+FAKE void fake_set_eager(int is_eager) { eager = is_eager; }
+FAKE int fake_split() { return last_split; }
+FAKE int fake_warps() { return last_warps; }
 
 // The driver.
 FAKE int cuInit(unsigned) { return 0; }
@@ -69,74 +81,112 @@ FAKE int cuDeviceGet(int* handle, int ordinal) {
   *handle = ordinal;
   return ordinal < kDevices ? 0 : kNoDevice;
 }
-FAKE int cuDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == 75 ? 9 : 0;
-  return attribute == 75 || attribute == 76 ? 0 : kInvalid;
+FAKE int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  switch (attribute) {
+    case 75:
+      *value = facts[device].major;
+      return 0;
+    case 76:
+      *value = 0;
+      return 0;
+    case 16:
+      *value = facts[device].processors;
+      return 0;
+    case 97:
+      *value = facts[device].shared_of_block;
+      return 0;
+    case 81:
+      *value = facts[device].shared_of_processor;
+      return 0;
+    default:
+      return kInvalid;
+  }
 }
 FAKE int cuDevicePrimaryCtxRetain(void** context, int ordinal) {
   *context = &contexts[ordinal];
   return 0;
 }
 FAKE int cuCtxPushCurrent_v2(void* context) {
-  current = static_cast<int>(static_cast<int*>(context) - contexts);
-  return ++context_depth == 1 && current < kDevices ? 0 : kInvalid;
+  current_device = static_cast<int>(static_cast<int*>(context) - contexts);
+  return ++context_depth == 1 && current_device < kDevices ? 0 : kInvalid;
 }
 FAKE int cuCtxPopCurrent_v2(void** context) {
-  *context = &contexts[current];
-  current = -1;
+  *context = &contexts[current_device];
+  current_device = -1;
   return --context_depth < 0 ? kInvalid : 0;
 }
 FAKE int cuModuleLoadData(void** module, const void* image) {
   auto* variant = new Variant;
   *module = variant;
-  const int read = sscanf(static_cast<const char*>(image), "fake %d %d %d",
-                          &variant->x, &variant->values, &variant->rows);
-  variant->device = current;
-  return context_depth == 1 && read == 3 ? 0 : kInvalid;
+  const int read =
+      sscanf(static_cast<const char*>(image), "fake %d %d %d %d", &variant->x,
+             &variant->values, &variant->rows, &variant->major);
+  variant->device = current_device;
+  return context_depth == 1 && read == 4 &&
+                 variant->major == facts[current_device].major
+             ? 0
+             : kInvalid;
 }
 FAKE int cuModuleGetFunction(void** function, void* module, const char* name) {
   *function = module;
   const auto& variant = *static_cast<Variant*>(module);
   return strcmp(name, name_of(variant)) == 0 ? 0 : kInvalid;
 }
-FAKE int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y,
-                        unsigned grid_z, unsigned block_x, unsigned block_y,
-                        unsigned block_z, unsigned shared_bytes, void*,
-                        void** arguments, void**) {
+FAKE int cuFuncSetAttribute(void* function, int attribute, int value) {
+  if (attribute != 8 || value > facts[current_device].shared_of_block) {
+    return kInvalid;
+  }
+  static_cast<Variant*>(function)->shared_limit = value;
+  return 0;
+}
+FAKE int cuLaunchKernelEx(const kwm::Launch* launch, void* function,
+                          void** arguments, void**) {
   const auto& variant = *static_cast<Variant*>(function);
   const auto pointer = [&](int i) { return *static_cast<void**>(arguments[i]); };
   const auto number = [&](int i) { return *static_cast<int*>(arguments[i]); };
-  const auto address = [&](int i) {
-    return reinterpret_cast<uintptr_t>(pointer(i));
-  };
   if (variant.rows < 0) {
+    const auto address = [&](int i) {
+      return reinterpret_cast<uintptr_t>(pointer(i));
+    };
     if (address(0) % (variant.x == 0 ? 16 : 8) || address(3) % 4) {
       ++misaligned;
       return kMisaligned;
     }
-    if (context_depth != 1 || variant.device != current || shared_bytes != 0 ||
-        grid_y * grid_z * block_y * block_z != 1 ||
-        !round_rows(variant.x, grid_x, block_x, pointer(0), number(1),
+    const unsigned *grid = launch->grid, *block = launch->block;
+    if (context_depth != 1 || variant.device != current_device ||
+        launch->shared_bytes != 0 || launch->attribute_count != 0 ||
+        grid[1] * grid[2] * block[1] * block[2] != 1 ||
+        !round_rows(variant.x, grid[0], block[0], pointer(0), number(1),
                     number(2), pointer(3), pointer(4))) {
       return kInvalid;
     }
     return 0;
   }
-  const int rows = number(1), k = number(2), n = number(3);
-  if (address(0) % 4 || address(4) % 8 || address(5) % 8) {
-    ++misaligned;
-    return kMisaligned;
+  const Arguments given = {pointer(0), number(1),  number(2),  number(3),
+                           pointer(4), pointer(5), pointer(6), pointer(7)};
+  const unsigned *grid = launch->grid, *block = launch->block;
+  unsigned split = 1;
+  for (unsigned i = 0; i < launch->attribute_count; ++i) {
+    const kwm::LaunchAttribute& attribute = launch->attributes[i];
+    if (attribute.id != 4 || attribute.cluster[0] != 1 ||
+        attribute.cluster[2] != 1 || facts[current_device].major < 9) {
+      return kInvalid;
+    }
+    split = attribute.cluster[1];
   }
-  if (context_depth != 1 || variant.device != current ||
-      grid_x != (n + 15u) / 16 || block_x % 32 != 0 ||
-      block_x == 0 || block_x > 512 || shared_bytes != 0 ||
-      grid_y * grid_z * block_y * block_z != 1 || rows > variant.rows) {
+  if (context_depth != 1 || variant.device != current_device ||
+      grid[0] != (given.n + 63u) / 64 || grid[1] != split || split > 8 ||
+      grid[2] * block[1] * block[2] != 1 || block[0] % 32 != 0 ||
+      block[0] == 0 || block[0] > 256 ||
+      launch->shared_bytes > static_cast<unsigned>(variant.shared_limit) ||
+      given.rows > variant.rows) {
     return kInvalid;
   }
   const Runner run = find_variant(variant.x, variant.values, variant.rows);
   if (run == nullptr) return kInvalid;
-  run(block_x / 32, pointer(0), rows, k, n, pointer(4), pointer(5),
-      static_cast<float*>(pointer(6)), pointer(7));
+  last_split = split;
+  last_warps = block[0] / 32;
+  run(split, last_warps, launch->shared_bytes, given);
   return 0;
 }
 
@@ -151,19 +201,21 @@ FAKE int nvrtcCreateProgram(void** program, const char* source, const char*,
 }
 FAKE int nvrtcCompileProgram(void* program, int count,
                              const char* const* options) {
-  Variant variant{-1, -1, -1, -1};
-  bool for_this_gpu = false;
+  Variant variant;
+  variant.x = variant.values = variant.rows = variant.major = -1;
   for (int i = 0; i < count; ++i) {
     sscanf(options[i], "-DKWM_X=%d", &variant.x);
     sscanf(options[i], "-DKWM_VALUES=%d", &variant.values);
     sscanf(options[i], "-DKWM_ROWS=%d", &variant.rows);
-    for_this_gpu |= strcmp(options[i], "--gpu-architecture=sm_90") == 0;
+    if (sscanf(options[i], "--gpu-architecture=sm_%d", &variant.major) == 1) {
+      variant.major /= 10;
+    }
   }
   char code[64];
-  snprintf(code, sizeof code, "fake %d %d %d", variant.x, variant.values,
-           variant.rows);
+  snprintf(code, sizeof code, "fake %d %d %d %d", variant.x, variant.values,
+           variant.rows, variant.major);
   *static_cast<std::string*>(program) = code;
-  return for_this_gpu ? 0 : kInvalid;
+  return variant.major > 0 ? 0 : kInvalid;
 }
 FAKE int nvrtcGetCUBINSize(void* program, size_t* size) {
   *size = static_cast<std::string*>(program)->size() + 1;
@@ -249,7 +301,7 @@ int init_matrix(Opaque* matrix, int64_t rows, int64_t columns, int64_t leading,
 
 // A handle names the device whose context it was made in.
 bool is_current(const Opaque* handle) {
-  return context_depth == 1 && as<int>(handle) == current;
+  return context_depth == 1 && as<int>(handle) == current_device;
 }
 
 }  // namespace
@@ -258,7 +310,7 @@ FAKE const char* cusparseLtGetErrorString(int) {
   return "an error of fake cuSPARSELt";
 }
 FAKE int cusparseLtInit(Opaque* handle) {
-  as<int>(handle) = current;
+  as<int>(handle) = current_device;
   return context_depth == 1 ? 0 : kLtInvalid;
 }
 FAKE int cusparseLtMatDescriptorDestroy(const Opaque*) { return --live < 0; }

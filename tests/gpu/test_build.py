@@ -115,7 +115,7 @@ def test_cusparselt_is_declared_as_in_its_header(tmp_path):
 def test_driver_is_declared_as_in_its_header(tmp_path):
     same = (
         "Init GetErrorString DeviceGet DeviceGetAttribute ModuleLoadData "
-        "ModuleGetFunction LaunchKernel"
+        "ModuleGetFunction FuncSetAttribute LaunchKernelEx"
     )
     functions = {name: f"cu{name}" for name in same.split()} | {
         "PrimaryContextRetain": "cuDevicePrimaryCtxRetain",
@@ -125,8 +125,31 @@ def test_driver_is_declared_as_in_its_header(tmp_path):
     checks = [
         "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR == 75",
         "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR == 76",
+        "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT == 16",
+        "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN == 97",
+        "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR == 81",
+        "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
+        " == kwm::kMaxDynamicShared",
+        "CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION == kwm::kClusterDimension",
         "CUDA_SUCCESS == 0",
     ]
+    fields = {
+        "grid": "gridDimX",
+        "block": "blockDimX",
+        "shared_bytes": "sharedMemBytes",
+        "stream": "hStream",
+        "attributes": "attrs",
+        "attribute_count": "numAttrs",
+    }
+    pairs = [("Launch", "CUlaunchConfig", fields)]
+    fields = {"id": "id", "cluster": "value.clusterDim.x"}
+    pairs.append(("LaunchAttribute", "CUlaunchAttribute", fields))
+    for ours, theirs, fields in pairs:
+        checks.append(f"sizeof(kwm::{ours}) == sizeof({theirs})")
+        checks += [
+            f"offsetof(kwm::{ours}, {mine}) == offsetof({theirs}, {field})"
+            for mine, field in fields.items()
+        ]
     for ours, theirs in functions.items():
         ours = f"decltype(kwm::Driver::{ours}){{}}"
         checks.append(f"alike(decltype(&{theirs}){{}}, {ours})")
@@ -136,7 +159,7 @@ def test_driver_is_declared_as_in_its_header(tmp_path):
 @pytest.fixture
 def nvrtc(library):
     """The GPU library, with NVRTC loaded."""
-    source = (GPU / "decode.cu").read_bytes()
+    source = gpu.decode_source()
     paths = [gpu._cuda_library("nvrtc", cuda) for cuda in (13, 12)]
     if all(library.kwm_gpu_load_decode(source, p.encode()) for p in paths):
         pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
@@ -147,11 +170,12 @@ def nvrtc(library):
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
 def test_nvrtc_compiles_the_decode_kernel(nvrtc, x_dtype, capability):
     x_type = gpu.X_TYPES[x_dtype]
-    for value_type in range(3):
+    # Two are enough for an A100, where clusters alone are left out.
+    for value_type in range(4) if capability == (9, 0) else (1, 3):
         size = ctypes.c_int64()
         rows = nvrtc.kwm_gpu_decode_rows(x_type)
         failure = nvrtc.kwm_gpu_compile_decode(
-            *capability, x_type, value_type, rows, ctypes.byref(size)
+            *capability, x_type, value_type, rows, ctypes.byref(size), None
         )
         assert failure is None
         assert size.value > 0
@@ -176,7 +200,9 @@ def test_nvrtc_compiles_the_rounding_kernel(nvrtc, capability):
 
 def test_nvrtc_says_what_it_cannot_compile(nvrtc):
     size = ctypes.c_int64()
-    failure = nvrtc.kwm_gpu_compile_decode(1, 2, 1, 1, 8, ctypes.byref(size))
+    failure = nvrtc.kwm_gpu_compile_decode(
+        1, 2, 1, 1, 8, ctypes.byref(size), None
+    )
     assert failure.startswith(b"NVRTC: ")
     assert b"sm_12" in failure
 
@@ -188,7 +214,9 @@ def test_without_cuda_every_call_says_why(library, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "library", lambda: fresh)
     monkeypatch.setattr(gpu, "_DRIVER", b"libabsent.so")
     size = ctypes.c_int64()
-    failure = fresh.kwm_gpu_compile_decode(8, 0, 0, 0, 1, ctypes.byref(size))
+    failure = fresh.kwm_gpu_compile_decode(
+        8, 0, 0, 0, 1, ctypes.byref(size), None
+    )
     assert failure == b"NVRTC is not loaded"
     no_driver = "the CUDA driver is not loaded"
     assert fresh.kwm_gpu_prepare_decode(0, 1, 1, 1) == no_driver.encode()

@@ -68,7 +68,9 @@ def test_near_shape_stands_for_others(plan):
 def test_method_that_does_not_fit_is_left_out(plan):
     found = entries(dense=[9, 9, 9], decode=[1, 1, 1], cusparselt=[1, 1, 1])
     assert plan(found, shape=(4096, 4100)).companions == ("dense",)
-    assert plan(found, shape=(4097, 4096)).choose(1)[0] == "dense"
+    odd = plan(found, shape=(4097, 4096))
+    assert odd.companions == ("dense",)
+    assert odd.choose(1)[0] == "decode"
 
 
 def test_decode_and_cusparselt(plan):
@@ -188,12 +190,17 @@ def test_where_published_figures_say_nothing(plan):
 
 def test_values_that_no_product_on_a_gpu_takes():
     kind = "torch", "NVIDIA H100 PCIe", (4096, 4096), "bfloat16"
-    assert not dispatch.plan(*kind, "int4").is_sparse
+    assert not dispatch.plan(*kind, "float64").is_sparse
+    assert "float64" in dispatch.why(*kind, "float64", rows=512)
     rounded = *kind[:3], "int8"
     assert dispatch.plan(*rounded, "int8").is_sparse
     for value_dtype in ("float32", "bfloat16", "int4"):
         assert not dispatch.plan(*rounded, value_dtype).is_sparse
-    assert "int4" in dispatch.why(*kind, "int4", rows=512)
+
+
+def test_decode_takes_any_shape():
+    for x_dtype in ("float32", "bfloat16", "float16", "int8"):
+        assert dispatch.fits("decode", (33, 5), x_dtype)
 
 
 @pytest.mark.parametrize(

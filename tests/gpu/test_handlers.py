@@ -31,7 +31,7 @@ def device(xla, request):
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
 def test_decode(xla, x_dtype, value_dtype):
     _, _, call = xla

@@ -18,6 +18,7 @@ from keras_weightmods.native.packed import (
     unpack_kernel,
 )
 from tests.gpu.kernels import error, sparse_kernel
+from tests.gpu.test_products import account_of
 from tests.models import make_sparse, mlp, normal
 
 if keras.backend.backend() != "torch":
@@ -43,7 +44,7 @@ def make(value_dtype="float32"):
     return unpack_kernel(packed).astype("float64"), tensors
 
 
-@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 def test_dense_product(x_dtype, value_dtype):
     kernel, weights = make(value_dtype)
@@ -85,7 +86,7 @@ def test_companion_goes_with_the_packed_values():
     kept = sparse_matmul_gpu._companions._kept
     kept.clear()
     x = torch.randn(3, K)
-    for value_dtype in ("float32", "bfloat16", "int8"):
+    for value_dtype in ("float32", "bfloat16", "int8", "int4"):
         _, weights = make(value_dtype)
         sparse_matmul_gpu.sparse_matmul(x, *weights, N)
         del weights
@@ -106,7 +107,7 @@ def test_companion_made_in_a_cuda_graph_is_not_kept(monkeypatch):
     assert not kept
 
 
-@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_unpacked_on_its_own_device(value_dtype):
     _, weights = make(value_dtype)
     kernel = sparse_matmul_gpu.unpack(*weights, K, N, torch.float32)
@@ -171,7 +172,7 @@ def test_decode_of_views(on_fake_gpu, x_dtype):
         assert error(y, expected) <= (
             1e-5 if x_dtype == torch.float32 else 1e-2
         )
-    assert on_fake_gpu.fake_misaligned() == 0
+    assert account_of(on_fake_gpu).bad_address == 0
 
 
 def test_hot_call_checks_no_packed_kernel(on_fake_gpu, monkeypatch):

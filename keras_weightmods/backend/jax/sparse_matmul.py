@@ -54,10 +54,10 @@ def sparse_matmul(x, packed):
 
 
 def _for_cpu_alone(packed):
-    if packed.dtype == "int4" or packed.is_dense:
-        return True
     if packed.activations == "float32":
         return False
+    if packed.is_dense:
+        return True
     # Rounded rows are for products that gain by them.
     kind = packed.shape, "bfloat16", packed.dtype, packed.activations
     return not sparse_matmul_gpu.plan(*kind).is_sparse

@@ -26,7 +26,8 @@ def sparse_matmul(x, packed):
     ):
         return _dense(x, packed)
     rounded = packed.activations == "int8"
-    if device == "cuda" and (packed.is_dense or packed.dtype == "int4"):
+    is_int4 = packed.dtype == "int4"
+    if device == "cuda" and rounded and (packed.is_dense or is_int4):
         return _dense(x, packed)
     weights = (
         _tensor(packed.values),

@@ -33,6 +33,12 @@ from keras_weightmods.native.quantize import round_activations
 from keras_weightmods.utils import checks
 
 _NAMES = {getattr(torch, name): name for name in gpu.X_TYPES}
+_VALUES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+    torch.uint8: "int4",
+}
 # cuSPARSELt wants this many rows, or a multiple.
 _ROWS = 16
 
@@ -148,7 +154,8 @@ def plan(shape, x_dtype, value_dtype, activations="float32"):
         return dispatch.plan("torch", name, shape, kind, value_dtype)
     (k, n), index = shape, torch.cuda.current_device()
     kind = "int8" if activations == "int8" else getattr(torch, x_dtype)
-    return _plan_on(index, k, n, kind, getattr(torch, value_dtype))
+    values = next(t for t, name in _VALUES.items() if name == value_dtype)
+    return _plan_on(index, k, n, kind, values)
 
 
 def unpack(values, meta, scale, k, n, dtype):
@@ -158,11 +165,16 @@ def unpack(values, meta, scale, k, n, dtype):
     """
     blocks, rows, _ = meta.shape
     kept = values
-    if values.dtype is torch.int8:
+    if values.dtype is torch.uint8:
+        # The words p and p + 2 of int8, in the halves of each byte.
+        kept = kept.view(torch.int8)
+        kept = torch.cat([kept << 4 >> 4, kept >> 4], dim=2)
+        scale = scale.float().repeat_interleave(2, dim=1)[:, :rows]
+    if kept.dtype is torch.int8:
         # Slot p + 4q is at [:, :, p, :, q].
         kept = kept.permute(0, 1, 4, 2, 3)
         if dtype is not torch.int8:
-            kept = kept * scale.reshape(blocks, 1, 1, 1, 16)
+            kept = kept * scale.reshape(blocks, -1, 1, 1, 16)
     elif values.dtype is torch.bfloat16:
         kept = kept.permute(0, 1, 3, 2)
     kept = kept.to(dtype).reshape(blocks, rows, 8, 2, 16)
@@ -187,9 +199,11 @@ def _check_sizes(k, n, dtype, values, meta, scale):
     The decode kernel reads this much memory, whatever is there. Of a hot call
     it is one look-up in the cache.
     """
-    if dtype not in (torch.float32, torch.bfloat16, torch.int8):
-        raise checks.error("values", "of float32, bfloat16 or int8", dtype)
-    arrays = packed_arrays((k, n), _NAMES[dtype])
+    if dtype not in _VALUES:
+        raise checks.error(
+            "values", "of float32, bfloat16, int8 or uint8 (int4)", dtype
+        )
+    arrays = packed_arrays((k, n), _VALUES[dtype])
     shapes = tuple(
         torch.Size(arrays[name][0]) if name in arrays else None
         for name in ("values", "meta", "scale")
@@ -257,7 +271,7 @@ def _plan_on(index, k, n, kind, value_dtype):
         name = _name_of(index)
         text = kind if kind == "int8" else _NAMES.get(kind)
         _plans[key] = first_contact.trusted(
-            dispatch.plan("torch", name, (k, n), text, _NAMES[value_dtype]),
+            dispatch.plan("torch", name, (k, n), text, _VALUES[value_dtype]),
             name,
             (k, n),
             text,
@@ -295,9 +309,6 @@ def _device(index):
 
 def _decode(x, values, meta, scale, n):
     x = x.contiguous()
-    if x.data_ptr() % 4:
-        # A view that begins at an odd place: the kernel loads pairs.
-        x = x.clone()
     values, meta = values.contiguous(), meta.contiguous()
     scale = None if scale is None else scale.contiguous()
     y = x.new_empty((x.shape[0], n))
@@ -306,7 +317,7 @@ def _decode(x, values, meta, scale, n):
         device,
         ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
         gpu.X_TYPES[_NAMES[x.dtype]],
-        native.type_code(_NAMES[values.dtype]),
+        native.type_code(_VALUES[values.dtype]),
         x.data_ptr(),
         *x.shape,
         n,

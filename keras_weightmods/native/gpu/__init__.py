@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import re
 
 from keras_weightmods import native
 
@@ -28,7 +29,7 @@ _SIGNATURES = {
     "kwm_gpu_load_decode": ("s", "ss"),
     "kwm_gpu_load_cusparselt": ("s", "s"),
     "kwm_gpu_decode_rows": ("q", "i"),
-    "kwm_gpu_compile_decode": ("s", "iiiiqP"),
+    "kwm_gpu_compile_decode": ("s", "iiiiqPP"),
     "kwm_gpu_prepare_decode": ("s", "iiiq"),
     "kwm_gpu_decode": ("s", "iPiiPqqqPPPP"),
     "kwm_gpu_load_rounding": ("s", "ss"),
@@ -73,8 +74,18 @@ def load_decode(cuda):
         String: the reason why the decode kernel cannot be used; empty if it
         can.
     """
-    source = pathlib.Path(__file__).with_name("decode.cu").read_bytes()
-    return _open("nvrtc", cuda, "kwm_gpu_load_decode", source)
+    return _open("nvrtc", cuda, "kwm_gpu_load_decode", decode_source())
+
+
+def decode_source():
+    """Return the text of decode.cu, with the files that it includes."""
+    folder = pathlib.Path(__file__).parent
+    return re.sub(
+        r'^#include "(\w+\.cuh)"$',
+        lambda found: (folder / found[1]).read_text(),
+        (folder / "decode.cu").read_text(),
+        flags=re.MULTILINE,
+    ).encode()
 
 
 @functools.cache

@@ -1,5 +1,8 @@
 // Compiles, keeps and launches the kernels of decode.cu.
 
+#include <string.h>
+
+#include <algorithm>
 #include <map>
 #include <string>
 #include <tuple>
@@ -13,9 +16,8 @@ namespace {
 
 using kwm::Failure;
 
-constexpr int64_t kColumns = 16, kTileRows = 32;
+constexpr int64_t kColumns = 64, kRows = 64;    // of a tile of decode.cu
 constexpr int64_t kLargest = int64_t{1} << 31;  // sizes are ints in the kernel
-constexpr int64_t kMaxWarps = 16;               // of decode.cu
 
 // The functions of NVRTC that are used here, as nvrtc.h declares them.
 struct Nvrtc {
@@ -44,9 +46,8 @@ struct Variant {
 };
 
 Failure check(int x_type, int value_type, int64_t rows) {
-  if (value_type != KWM_FLOAT32 && value_type != KWM_BFLOAT16 &&
-      value_type != KWM_INT8) {
-    return "packed values are float32, bfloat16 or int8";
+  if (value_type < KWM_FLOAT32 || value_type > KWM_INT4) {
+    return "packed values are float32, bfloat16, int8 or int4";
   }
   const int64_t most = kwm_gpu_decode_rows(x_type);
   if (most == 0) return "activations are float32, bfloat16 or float16";
@@ -62,6 +63,49 @@ Variant variant_of(int x_type, int value_type, int64_t rows) {
   int fits = x_type == KWM_X_FLOAT32 ? 1 : 8;
   while (fits < rows) fits *= 2;
   return {x_type, value_type, fits};
+}
+
+// The ring of a warp: decode_ring.cuh has the same, and checks it.
+int64_t warp_bytes(const Variant& variant) {
+  constexpr int64_t kStages = 4, kMeta = kColumns * kRows / 8;
+  const int64_t kept = kColumns * kRows / 2;
+  const int64_t values = variant.value_type == KWM_FLOAT32    ? 4 * kept
+                         : variant.value_type == KWM_BFLOAT16 ? 2 * kept
+                         : variant.value_type == KWM_INT8     ? kept
+                                                              : kept / 2;
+  const int64_t scales = variant.value_type == KWM_INT4 ? 2 * kColumns : 0;
+  const int64_t x =
+      variant.rows * kRows * (variant.x_type == KWM_X_FLOAT32 ? 4 : 2);
+  return kStages * (values + kMeta + x + scales);
+}
+
+// How the work is shared out: blocks for each 64 columns, and their warps.
+struct Shares {
+  int64_t blocks, split, warps;
+};
+
+// Enough warps for all of the memory's bandwidth, at once if they fit: few
+// columns are split over the blocks of a cluster, which sm_90 brought.
+Shares shares_of(const kwm::Context& context, const Variant& variant, int64_t k,
+                 int64_t n) {
+  constexpr int64_t kLargestCluster = 8, kWarpsOfProcessor = 16;
+  const bool clusters = context.major() >= 9;
+  const kwm::Sizes& sizes = context.sizes();
+  const int64_t bytes = warp_bytes(variant);
+  const int64_t tiles = std::max<int64_t>(1, (k + kRows - 1) / kRows);
+  Shares shares = {(n + kColumns - 1) / kColumns, 1, clusters ? 4 : 8};
+  shares.warps = std::max<int64_t>(
+      1, std::min({shares.warps, tiles, sizes.shared_of_block / bytes}));
+  // A block takes 1 KB beside what it asks for.
+  const int64_t resident = std::max<int64_t>(
+      1, std::min(sizes.shared_of_processor / (shares.warps * bytes + 1024),
+                  kWarpsOfProcessor / shares.warps));
+  while (clusters && shares.split < kLargestCluster &&
+         2 * shares.split * shares.blocks <= resident * sizes.processors &&
+         2 * shares.split * shares.warps <= tiles) {
+    shares.split *= 2;
+  }
+  return shares;
 }
 
 std::string log_of(void* program) {
@@ -84,6 +128,7 @@ Failure compile(int major, int minor, const Variant& variant,
       "-DKWM_X=" + std::to_string(variant.x_type),
       "-DKWM_VALUES=" + std::to_string(variant.value_type),
       "-DKWM_ROWS=" + std::to_string(variant.rows),
+      "-DKWM_WARP_BYTES=" + std::to_string(warp_bytes(variant)),
   };
   std::vector<const char*> texts;
   for (const std::string& option : options) texts.push_back(option.c_str());
@@ -125,6 +170,12 @@ Failure get_kernel(int device, const kwm::Context& context,
     if (status == 0) {
       status = driver->ModuleGetFunction(&known, module, "kwm_decode");
     }
+    if (status == 0) {
+      status = driver->FuncSetAttribute(
+          known, kwm::kMaxDynamicShared,
+          static_cast<int>(context.sizes().shared_of_block));
+    }
+    if (status != 0) known = nullptr;
     KWM_TRY(kwm::explain(*driver, "loading the decode kernel", status));
   }
   *kernel = known;
@@ -158,29 +209,29 @@ Failure decode(int device, void* stream, int x_type, int value_type,
   if (n <= 0 || k < 0 || n >= kLargest || k >= kLargest) {
     return "k and n must be sizes of less than 2^31";
   }
-  if (x_type != KWM_X_FLOAT32 && k % 2 != 0) {
-    return "the decode kernel takes 16-bit activations with an even k, not " +
-           std::to_string(k);
-  }
-  if (reinterpret_cast<uintptr_t>(values) % 8 != 0 ||
-      reinterpret_cast<uintptr_t>(meta) % 8 != 0) {
-    return "packed arrays must be aligned to 8 bytes on a GPU";
-  }
-  // The kernel loads x by words; a misaligned load would end the context.
-  if (reinterpret_cast<uintptr_t>(x) % 4 != 0) {
-    return "activations must be aligned to 4 bytes on a GPU";
+  // Misaligned copies would end the context. x may lie anywhere.
+  for (const void* array :
+       {values, meta, value_type == KWM_INT4 ? scale : nullptr}) {
+    if (reinterpret_cast<uintptr_t>(array) % 16 != 0) {
+      return "packed arrays must be aligned to 16 bytes on a GPU";
+    }
   }
   const kwm::Context context(device);
   KWM_TRY(context.failure());
+  const Variant variant = variant_of(x_type, value_type, rows);
   void* kernel = nullptr;
-  KWM_TRY(get_kernel(device, context,
-                     variant_of(x_type, value_type, rows), &kernel));
+  KWM_TRY(get_kernel(device, context, variant, &kernel));
 
-  // Few columns make few blocks: then more warps share out the rows of W.
-  const int64_t blocks = (n + kColumns - 1) / kColumns;
-  const int64_t tiles = (k + kTileRows - 1) / kTileRows;
-  int64_t warps = blocks < 256 ? kMaxWarps : kMaxWarps / 2;
-  if (warps > tiles) warps = tiles > 0 ? tiles : 1;
+  const Shares shares = shares_of(context, variant, k, n);
+  const auto split = static_cast<unsigned>(shares.split);
+  kwm::LaunchAttribute cluster = {kwm::kClusterDimension, 0, {{1, split, 1}}};
+  const kwm::Launch launch = {
+      {static_cast<unsigned>(shares.blocks), split, 1},
+      {static_cast<unsigned>(32 * shares.warps), 1, 1},
+      static_cast<unsigned>(shares.warps * warp_bytes(variant)),
+      stream,
+      &cluster,
+      split > 1 ? 1u : 0u};
   int row_count = static_cast<int>(rows), k_size = static_cast<int>(k),
       n_size = static_cast<int>(n);
   void* arguments[] = {&x,      &row_count, &k_size, &n_size,
@@ -189,9 +240,7 @@ Failure decode(int device, void* stream, int x_type, int value_type,
   KWM_TRY(kwm::get_driver(&driver));
   return kwm::explain(
       *driver, "launching the decode kernel",
-      driver->LaunchKernel(kernel, static_cast<unsigned>(blocks), 1, 1,
-                           static_cast<unsigned>(32 * warps), 1, 1, 0, stream,
-                           arguments, nullptr));
+      driver->LaunchKernelEx(&launch, kernel, arguments, nullptr));
 }
 
 }  // namespace
@@ -217,7 +266,7 @@ const char* kwm_gpu_load_decode(const char* source, const char* nvrtc) {
 
 const char* kwm_gpu_compile_decode(int major, int minor, int x_type,
                                    int value_type, int64_t rows,
-                                   int64_t* bytes) {
+                                   int64_t* bytes, void* code_to) {
   const std::lock_guard<std::mutex> lock(kwm::library_mutex());
   std::vector<char> code;
   Failure failure = check(x_type, value_type, rows);
@@ -225,7 +274,11 @@ const char* kwm_gpu_compile_decode(int major, int minor, int x_type,
     failure =
         compile(major, minor, variant_of(x_type, value_type, rows), &code);
   }
-  *bytes = static_cast<int64_t>(code.size());
+  const int64_t size = static_cast<int64_t>(code.size());
+  if (code_to != nullptr && size <= *bytes) {
+    memcpy(code_to, code.data(), code.size());
+  }
+  *bytes = size;
   return kwm::report(failure);
 }
 

@@ -26,7 +26,7 @@ _MARGIN = 0.95
 _REACH = 2.0
 
 METHODS = ("dense", "decode", "cusparselt")
-VALUE_TYPES = ("float32", "bfloat16", "int8")
+VALUE_TYPES = ("float32", "bfloat16", "int8", "int4")
 # The keys of an entry of the table, beside its times and algorithm.
 _TEXTS = ("framework", "x_dtype", "value_dtype")
 _SIZES = ("k", "n", "rows")
@@ -179,9 +179,7 @@ def fits(method, shape, x_dtype):
     """
     k, n = shape
     if method == "decode":
-        return x_dtype == "float32" or (
-            x_dtype in ("bfloat16", "float16", "int8") and k % 2 == 0
-        )
+        return x_dtype in ("float32", "bfloat16", "float16", "int8")
     if method == "cusparselt":
         multiple = {"bfloat16": 16, "float16": 16, "int8": 32}.get(x_dtype)
         return multiple is not None and k % multiple == n % multiple == 0

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <map>
+#include <utility>
 
 #include "kwm_gpu.h"
 
@@ -11,13 +12,15 @@ namespace kwm {
 namespace {
 
 // Of CUdevice_attribute.
-constexpr int kMajor = 75, kMinor = 76;
+constexpr int kMajor = 75, kMinor = 76, kProcessors = 16;
+constexpr int kSharedOfBlock = 97, kSharedOfProcessor = 81;
 
 // The primary contexts, by device: retained once and for good, as JAX and
 // torch keep them too.
 struct Device {
   void* context;
   int major, minor;
+  Sizes sizes;
 };
 
 Driver opened;
@@ -38,7 +41,8 @@ Failure load(const char* path) {
   KWM_TRY(find(library, "cuCtxPopCurrent_v2", &driver->ContextPop));
   KWM_TRY(find(library, "cuModuleLoadData", &driver->ModuleLoadData));
   KWM_TRY(find(library, "cuModuleGetFunction", &driver->ModuleGetFunction));
-  KWM_TRY(find(library, "cuLaunchKernel", &driver->LaunchKernel));
+  KWM_TRY(find(library, "cuFuncSetAttribute", &driver->FuncSetAttribute));
+  KWM_TRY(find(library, "cuLaunchKernelEx", &driver->LaunchKernelEx));
   KWM_TRY(explain(*driver, "cuInit", driver->Init(0)));
   ready = true;
   return "";
@@ -47,10 +51,17 @@ Failure load(const char* path) {
 Failure open_device(const Driver& driver, int ordinal, Device* device) {
   int handle = 0;
   KWM_TRY(explain(driver, "cuDeviceGet", driver.DeviceGet(&handle, ordinal)));
-  KWM_TRY(explain(driver, "cuDeviceGetAttribute",
-                  driver.DeviceGetAttribute(&device->major, kMajor, handle)));
-  KWM_TRY(explain(driver, "cuDeviceGetAttribute",
-                  driver.DeviceGetAttribute(&device->minor, kMinor, handle)));
+  int of_block = 0, of_processor = 0;
+  for (const auto& [value, attribute] :
+       {std::pair(&device->major, kMajor), std::pair(&device->minor, kMinor),
+        std::pair(&device->sizes.processors, kProcessors),
+        std::pair(&of_block, kSharedOfBlock),
+        std::pair(&of_processor, kSharedOfProcessor)}) {
+    KWM_TRY(explain(driver, "cuDeviceGetAttribute",
+                    driver.DeviceGetAttribute(value, attribute, handle)));
+  }
+  device->sizes.shared_of_block = of_block;
+  device->sizes.shared_of_processor = of_processor;
   return explain(driver, "cuDevicePrimaryCtxRetain",
                  driver.PrimaryContextRetain(&device->context, handle));
 }
@@ -104,6 +115,7 @@ Context::Context(int ordinal) {
   }
   major_ = known->second.major;
   minor_ = known->second.minor;
+  sizes_ = known->second.sizes;
   failure_ = explain(*driver_, "cuCtxPushCurrent",
                      driver_->ContextPush(known->second.context));
   pushed_ = failure_.empty();

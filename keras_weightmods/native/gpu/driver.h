@@ -4,6 +4,7 @@
 #define KWM_DRIVER_H_
 
 #include <stddef.h>
+#include <stdint.h>
 
 #include <mutex>
 #include <string>
@@ -41,6 +42,27 @@ Failure find(void* library, const char* name, Function** function) {
   return failure;
 }
 
+// As cuda.h declares CUlaunchAttribute, for the size of a cluster of blocks.
+struct LaunchAttribute {
+  int id;
+  int padding;
+  union {
+    unsigned cluster[3];
+    char bytes[64];
+  };
+};
+
+// As cuda.h declares CUlaunchConfig.
+struct Launch {
+  unsigned grid[3], block[3], shared_bytes;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+
+constexpr int kMaxDynamicShared = 8;  // CU_FUNC_ATTRIBUTE_...
+constexpr int kClusterDimension = 4;  // CU_LAUNCH_ATTRIBUTE_...
+
 // The driver's functions that are used here, as cuda.h declares them: its
 // handles are pointers, its statuses and devices ints.
 struct Driver {
@@ -53,10 +75,9 @@ struct Driver {
   int (*ContextPop)(void** context);
   int (*ModuleLoadData)(void** module, const void* image);
   int (*ModuleGetFunction)(void** function, void* module, const char* name);
-  int (*LaunchKernel)(void* function, unsigned grid_x, unsigned grid_y,
-                      unsigned grid_z, unsigned block_x, unsigned block_y,
-                      unsigned block_z, unsigned shared_bytes, void* stream,
-                      void** arguments, void** extra);
+  int (*FuncSetAttribute)(void* function, int attribute, int value);
+  int (*LaunchKernelEx)(const Launch* launch, void* function, void** arguments,
+                        void** extra);
 };
 
 // What a status other than 0 means; `what` says what was tried.
@@ -64,6 +85,12 @@ Failure explain(const Driver& driver, const char* what, int status);
 
 // The driver, once kwm_gpu_load_driver has opened it.
 Failure get_driver(const Driver** driver);
+
+// What a kernel must know of a device, beside its compute capability.
+struct Sizes {
+  int processors = 0;
+  int64_t shared_of_block = 0, shared_of_processor = 0;  // bytes
+};
 
 // Makes the context of a device, the one that JAX and torch use, current for
 // as long as this lives.
@@ -78,11 +105,13 @@ class Context {
   // Of the compute capability; valid without a failure.
   int major() const { return major_; }
   int minor() const { return minor_; }
+  const Sizes& sizes() const { return sizes_; }
 
  private:
   const Driver* driver_ = nullptr;
   bool pushed_ = false;
   int major_ = 0, minor_ = 0;
+  Sizes sizes_;
   Failure failure_;
 };
 

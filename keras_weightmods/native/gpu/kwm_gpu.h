@@ -31,7 +31,7 @@ KWM_GPU_API int kwm_gpu_abi_version(void);
 KWM_GPU_API const char* kwm_gpu_load_driver(const char* path);
 
 // Opens NVRTC, the library at the path `nvrtc`, to compile the decode kernel.
-// `source` is the text of decode.cu.
+// `source` is the text of decode.cu with what it includes.
 KWM_GPU_API const char* kwm_gpu_load_decode(const char* source,
                                             const char* nvrtc);
 
@@ -42,19 +42,20 @@ KWM_GPU_API const char* kwm_gpu_load_cusparselt(const char* path);
 KWM_GPU_API int64_t kwm_gpu_decode_rows(int x_type);
 
 // Compiles the decode kernel for compute capability `major`.`minor`; needs no
-// GPU. Stores the size of the machine code in bytes.
+// GPU. Stores the size of the machine code in bytes, and the code, where `code`
+// is not NULL and *bytes is room enough.
 KWM_GPU_API const char* kwm_gpu_compile_decode(int major, int minor, int x_type,
                                                int value_type, int64_t rows,
-                                               int64_t* bytes);
+                                               int64_t* bytes, void* code);
 
 // Compiles and loads what a later call of kwm_gpu_decode on `device` needs.
 KWM_GPU_API const char* kwm_gpu_prepare_decode(int device, int x_type,
                                                int value_type, int64_t rows);
 
-// y (rows, n) = x (rows, k) @ W. x and y are row-major and of x_type; x has an
-// even k unless it is float32, and is aligned to 4 bytes, `values` and `meta`
-// to 8, and
-// `scale` is NULL unless the values are int8. All are on the device.
+// y (rows, n) = x (rows, k) @ W. x and y are row-major and of x_type. `values`,
+// `meta` and the scales of int4 are aligned to 16 bytes; `scale` is read with int8
+// and int4 values alone. x is read fastest where it is aligned to 16 bytes and
+// its rows are multiples of that. All are on the device.
 KWM_GPU_API const char* kwm_gpu_decode(int device, void* stream, int x_type,
                                        int value_type, const void* x,
                                        int64_t rows, int64_t k, int64_t n,

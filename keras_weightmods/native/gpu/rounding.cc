@@ -77,11 +77,15 @@ Failure round_rows(int device, void* stream, int x_type, const void* x,
   void* arguments[] = {&x, &row_count, &k_size, &steps, &scales};
   const kwm::Driver* driver;
   KWM_TRY(kwm::get_driver(&driver));
+  const kwm::Launch launch = {{static_cast<unsigned>(padded_rows), 1, 1},
+                              {static_cast<unsigned>(threads), 1, 1},
+                              0,
+                              stream,
+                              nullptr,
+                              0};
   return kwm::explain(
       *driver, "launching the rounding kernel",
-      driver->LaunchKernel(kernel, static_cast<unsigned>(padded_rows), 1, 1,
-                           static_cast<unsigned>(threads), 1, 1, 0, stream,
-                           arguments, nullptr));
+      driver->LaunchKernelEx(&launch, kernel, arguments, nullptr));
 }
 
 }  // namespace

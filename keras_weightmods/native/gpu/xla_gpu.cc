@@ -67,6 +67,8 @@ int ValueType(ffi::DataType type) {
       return KWM_BFLOAT16;
     case ffi::S8:
       return KWM_INT8;
+    case ffi::U8:
+      return KWM_INT4;
     default:
       return -1;
   }
@@ -88,21 +90,27 @@ ffi::Error Allocate(ffi::ScratchAllocator& scratch, int64_t size,
   return ffi::Error::Success();
 }
 
-// The sizes of packed arrays: those of meta, and of values in bytes.
+// The sizes of packed arrays: those of meta, and of values and scales in bytes.
 bool Fits(const ffi::AnyBuffer& values, const ffi::Buffer<ffi::S32>& meta,
-          const ffi::Buffer<ffi::F32>& scale, int64_t k, int64_t n) {
-  const int64_t words = (n + 15) / 16 * ((k + 31) / 32) * 16;
+          const ffi::AnyBuffer& scale, int64_t k, int64_t n) {
+  const int64_t blocks = (n + 15) / 16, rows = (k + 31) / 32;
+  const int64_t words = blocks * rows * 16;
   const int type = ValueType(values.element_type());
-  const int64_t size = type == KWM_FLOAT32 ? 4 : type == KWM_BFLOAT16 ? 2 : 1;
+  const int64_t size = type == KWM_FLOAT32    ? 64
+                       : type == KWM_BFLOAT16 ? 32
+                       : type == KWM_INT8     ? 16
+                                              : 8;
+  const int64_t scales = type == KWM_INT8   ? blocks * 64
+                         : type == KWM_INT4 ? blocks * ((rows + 1) / 2) * 32
+                                            : 0;
   return static_cast<int64_t>(meta.element_count()) == words &&
-         static_cast<int64_t>(values.size_bytes()) == 16 * words * size &&
-         (type != KWM_INT8 ||
-          static_cast<int64_t>(scale.element_count()) == (n + 15) / 16 * 16);
+         static_cast<int64_t>(values.size_bytes()) == words * size &&
+         static_cast<int64_t>(scale.size_bytes()) == scales;
 }
 
 ffi::Error DecodeInitialize(int32_t device, ffi::AnyBuffer x,
                             ffi::AnyBuffer values, ffi::Buffer<ffi::S32>,
-                            ffi::Buffer<ffi::F32>, ffi::Result<ffi::AnyBuffer>) {
+                            ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer>) {
   return Result(kwm_gpu_prepare_decode(device, XType(x.element_type()),
                                        ValueType(values.element_type()),
                                        Matrix(x).rows));
@@ -110,7 +118,7 @@ ffi::Error DecodeInitialize(int32_t device, ffi::AnyBuffer x,
 
 ffi::Error Decode(void* stream, int32_t device, ffi::AnyBuffer x,
                   ffi::AnyBuffer values, ffi::Buffer<ffi::S32> meta,
-                  ffi::Buffer<ffi::F32> scale, ffi::Result<ffi::AnyBuffer> y) {
+                  ffi::AnyBuffer scale, ffi::Result<ffi::AnyBuffer> y) {
   const Matrix in(x), out(*y);
   if (in.rows != out.rows || x.element_type() != y->element_type() ||
       !Fits(values, meta, scale, in.columns, out.columns)) {
@@ -231,7 +239,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<ffi::AnyBuffer>()
         .Arg<ffi::AnyBuffer>()
         .Arg<ffi::Buffer<ffi::S32>>()
-        .Arg<ffi::Buffer<ffi::F32>>()
+        .Arg<ffi::AnyBuffer>()
         .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_gpu_xla_decode, Decode,
@@ -241,7 +249,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_gpu_xla_decode, Decode,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>(),
                               {ffi::Traits::kCmdBufferCompatible});
 
