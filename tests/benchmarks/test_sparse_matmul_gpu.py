@@ -144,8 +144,8 @@ def test_each_case_is_written_when_it_is_done(work, monkeypatch, tmp_path):
     assert [case["rows"] for case in section["cases"]] == [16, 32]
     table = dispatch.read_table(tmp_path / "table.json")
     assert [e["algorithm"] for e in table["card"][:1]] == [20]
-    # bfloat16 and int8 values.
-    assert len(table["card"]) == 4
+    # bfloat16, int8 and int4 values.
+    assert len(table["card"]) == 6
 
 
 def test_what_was_measured_is_not_measured_again(work):
@@ -255,7 +255,7 @@ def test_dry_run(tmp_path):
     assert all("dense" in case["microseconds"] for case in section["cases"])
     assert all("decode/int8" in case["failures"] for case in section["cases"])
     table = dispatch.read_table(tmp_path / "dispatch.json")
-    assert len(table[gpu_products.NO_GPU]) == 4
+    assert len(table[gpu_products.NO_GPU]) == 6
     page = (tmp_path / "sparse_matmul_gpu.md").read_text()
     assert "## torch on no GPU, a dry run" in page
     assert table_of_package.read_bytes() == before

@@ -9,9 +9,11 @@ the expectation:
 
 - memory: no card gives what its data sheet says. A copy on an H100 SXM got
   2,903 of 3,350 GB/s (github.com/aigatech/vpbenchmarking).
-- issue: a processor (SM) begins 4 instructions of warps a cycle.
+- issue: a processor (SM) begins 4 instructions of warps a cycle (CUDA C++
+  Programming Guide, compute capability 9.0).
 - shared: its shared memory moves one wavefront, 128 bytes, a cycle.
-- tensor: each of its 4 parts takes 8 cycles for a sparse m16n8k32.
+- tensor: each of its 4 parts takes 8 cycles for a sparse m16n8k32, twice what
+  the data sheet's rate of dense products makes of a dense m16n8k16.
 - caches: x comes from the second-level cache, through which W goes too.
 - flight: latency times bandwidth must be under way. A warp that waits has asked
   for the tiles behind the one that it waits for: `STAGES - 2`.

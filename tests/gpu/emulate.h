@@ -315,16 +315,14 @@ float __shfl_xor_sync(uint32_t, float value, int mask) {
   return other;
 }
 
+// Each lane reads its row when it comes here: it is no barrier for memory.
 void load_matrices(uint32_t (&b)[4], uint32_t row) {
   Warp& warp = *current->warp;
   const int lane = threadIdx.x % 32;
   record(16, true, row, nullptr);
-  warp.word[lane] = row;
+  memcpy(warp.b[lane], at(current->block, row, 16), 16);
   warp.barrier.wait();
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t from = warp.word[8 * i + lane / 4];
-    memcpy(&b[i], at(current->block, from, 16) + 4 * (lane % 4), 4);
-  }
+  for (int i = 0; i < 4; ++i) b[i] = warp.b[8 * i + lane / 4][lane % 4];
   warp.barrier.wait();
 }
 

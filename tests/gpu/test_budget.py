@@ -17,11 +17,12 @@ from tests.gpu.test_products import account_of, decode, make
 ROWS = (1, 2, 4, 8)
 VALUE_DTYPES = ("bfloat16", "int8", "int4")
 
-# For a tile of 64 x 64: instructions, wavefronts of shared memory, bytes.
+# For a tile of 64 x 64: instructions, with room for another version of NVRTC
+# (106, 208 and 218 by 13.5), wavefronts of shared memory, bytes.
 MOST = {
-    "bfloat16": (115, 92, 4608),
-    "int8": (215, 76, 2560),
-    "int4": (230, 73, 1664),
+    "bfloat16": (125, 92, 4608),
+    "int8": (235, 76, 2560),
+    "int4": (245, 73, 1664),
 }
 
 
