@@ -199,8 +199,6 @@ def train_resumably(cast, rows, args):
     """Trains, from the last checkpoint on; returns the seconds it took."""
     import keras
 
-    import keras_weightmods as kwm
-
     batches = make_batches(rows, args, args.steps // args.checkpoints)
     folder = pathlib.Path(args.json).with_suffix(".checkpoint")
     clock = folder / "seconds.json"
@@ -225,7 +223,7 @@ def train_resumably(cast, rows, args):
         epochs=args.checkpoints,
         shuffle=False,
         verbose=2,
-        callbacks=[watch, kwm.Checkpoint(folder / "run")],
+        callbacks=[watch, keras.callbacks.BackupAndRestore(folder / "run")],
     )
     shutil.rmtree(folder, ignore_errors=True)
     return watch.seconds

@@ -71,13 +71,15 @@ def texts(log):
     ]
     return "\n\n".join(
         [
-            f"{log['model']}; {log['steps']} rows of "
+            f"{log['model']}; {log['steps']} steps of "
             f"{log['tokens_per_step']} tokens, of which a share of "
-            f"{log['self_share']} was written by the dense model; the same "
+            f"{log['self_share']} was written by the dense model and one of "
+            f"{log.get('documentation_share', 0)} are docstrings; the same "
             f"rows in the same order; {log['dtype']}, {log['backend']}; "
             f"{log['machine']}. *x dense* is the geometric mean of the four "
             "ratios to the dense model, *nats* the mean divergence from it "
-            "per token. Only the held-out text is of the kind trained on.",
+            "per token. Of the texts the held-out one alone is of a kind that "
+            "was trained on; the reference is near the docstrings.",
             table(
                 " | ".join(
                     ["method", "tokens", *(n.replace("_", " ") for n in names)]
@@ -667,8 +669,9 @@ rows that say it."""
 # Title, log, and the function that makes a part of it.
 PARTS = (
     ("Four texts, three never trained on", "quality", texts),
-    ("The same, 51,200 tokens from the best start", "quality_200", texts),
-    ("The same, 256,000 tokens", "quality_1000", texts),
+    ("From that start, 25,600 tokens", "quality_100", texts),
+    ("From that start, 51,200 tokens", "quality_200", texts),
+    ("From that start, 512,000 tokens", "quality_1000", texts),
     ("At equal tokens, on two texts (an older log)", "cast_quality", methods),
     ("One-shot, without training", "one_shot", one_shot),
     ("CAST by budget", "cast_llm", budgets),
