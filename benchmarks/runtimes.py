@@ -404,8 +404,6 @@ def write_rounded(path, args):
         dense=is_dense,
         refine="blocks",
         batch_size=4,
-        epochs=6,
-        learning_rate=4e-4,
     )
     print(report)
     np.savez(path, *model.get_weights())

@@ -116,8 +116,8 @@ def quantize_sparse(
     targets: Any = None,
     batch_size: int = 8,
     damping: float = 0.01,
-    epochs: int = 4,
-    learning_rate: float = 1e-3,
+    epochs: int = 6,
+    learning_rate: float = 4e-4,
     verbose: int = 1,
 ) -> QuantizeReport:
     """Round the kept weights of an N:M-sparse model to four bits, in place.
@@ -161,9 +161,9 @@ def quantize_sparse(
             strings, and the rows of a step of `"blocks"`. Defaults to `8`.
         damping: Float > 0, the share of the mean of the second moment's
             diagonal that is added to it. Defaults to `0.01`.
-        epochs: Int, passes of `"blocks"` over the data. Defaults to `4`.
+        epochs: Int, passes of `"blocks"` over the data. Defaults to `6`.
         learning_rate: Float > 0, the peak rate of Adam for `"blocks"`.
-            Defaults to `1e-3`.
+            Defaults to `4e-4`.
         verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
 
     Returns:

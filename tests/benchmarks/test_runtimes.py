@@ -131,8 +131,8 @@ def test_int4_is_rounded_from_the_weights_of_its_form():
         for path in [runtimes.rounded_file(name, args)]
     }
     assert files["packed int8, int8 head"] is None
-    assert files["packed int4, int8 head"] == "rounded_48 of mine.npz"
-    assert files["dense int4, int8 head"] == "rounded_48 dense.npz"
+    assert files["packed int4, int8 head"] == "rounded_128 of mine.npz"
+    assert files["dense int4, int8 head"] == "rounded_128 dense.npz"
     assert files["dense int8, int8 head"] is None
     args = runtimes.parse_arguments(["--rounding", "0"])
     assert runtimes.rounded_file("packed int4", args) is None
