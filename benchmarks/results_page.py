@@ -394,11 +394,18 @@ def products(log):
 
 
 def _rounding(log):
+    later = [
+        f"That of {row['form']} is of {row['perplexity_from']}."
+        for row in log["rows"]
+        if "perplexity_from" in row
+    ]
+    if later:
+        return " ".join(["Not all perplexities are of this run.", *later])
     rows = log.get("rounding_rows")
     if not rows:
         return "What is packed in int4 was rounded to nearest."
     return f"""What is packed in int4 was rounded by `quantize_sparse` on {rows}
-rows of 256 tokens, half prose and half text that the dense model wrote."""
+rows of 256 tokens, of prose, docstrings and text that the dense model wrote."""
 
 
 def runtimes(log):
