@@ -203,7 +203,7 @@ def test_nvrtc_says_what_it_cannot_compile(nvrtc):
     failure = nvrtc.kwm_gpu_compile_decode(
         1, 2, 1, 1, 8, ctypes.byref(size), None
     )
-    assert failure.startswith(b"NVRTC: ")
+    assert failure.startswith(b"NVRTC, decode.cu: ")
     assert b"sm_12" in failure
 
 

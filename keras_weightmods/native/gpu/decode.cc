@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "../kwm_native.h"
-#include "driver.h"
 #include "kwm_gpu.h"
+#include "nvrtc.h"
 
 namespace {
 
@@ -19,27 +19,7 @@ using kwm::Failure;
 constexpr int64_t kColumns = 64, kRows = 64;    // of a tile of decode.cu
 constexpr int64_t kLargest = int64_t{1} << 31;  // sizes are ints in the kernel
 
-// The functions of NVRTC that are used here, as nvrtc.h declares them.
-struct Nvrtc {
-  const char* (*GetErrorString)(int status);
-  int (*CreateProgram)(void** program, const char* source, const char* name,
-                       int headers, const char* const* header_sources,
-                       const char* const* header_names);
-  int (*CompileProgram)(void* program, int options,
-                        const char* const* option_texts);
-  int (*GetCUBINSize)(void* program, size_t* size);
-  int (*GetCUBIN)(void* program, char* code);
-  int (*GetProgramLogSize)(void* program, size_t* size);
-  int (*GetProgramLog)(void* program, char* log);
-  int (*DestroyProgram)(void** program);
-};
-
-// What kwm_gpu_load_decode was given.
-struct Loaded {
-  Nvrtc nvrtc;
-  std::string source;
-  bool ready = false;
-} loaded;
+kwm::Source decode_source;
 
 struct Variant {
   int x_type, value_type, rows;
@@ -108,50 +88,15 @@ Shares shares_of(const kwm::Context& context, const Variant& variant, int64_t k,
   return shares;
 }
 
-std::string log_of(void* program) {
-  size_t size = 0;
-  if (loaded.nvrtc.GetProgramLogSize(program, &size) != 0 || size == 0) {
-    return "";
-  }
-  std::string log(size, '\0');
-  loaded.nvrtc.GetProgramLog(program, &log[0]);
-  return log.c_str();
-}
-
 Failure compile(int major, int minor, const Variant& variant,
                 std::vector<char>* code) {
-  if (!loaded.ready) return "NVRTC is not loaded";
-  const Nvrtc& nvrtc = loaded.nvrtc;
-  const std::string options[] = {
-      "--gpu-architecture=sm_" + std::to_string(10 * major + minor),
-      "--std=c++17",
-      "-DKWM_X=" + std::to_string(variant.x_type),
-      "-DKWM_VALUES=" + std::to_string(variant.value_type),
-      "-DKWM_ROWS=" + std::to_string(variant.rows),
-      "-DKWM_WARP_BYTES=" + std::to_string(warp_bytes(variant)),
-  };
-  std::vector<const char*> texts;
-  for (const std::string& option : options) texts.push_back(option.c_str());
-
-  void* program = nullptr;
-  int status = nvrtc.CreateProgram(&program, loaded.source.c_str(), "decode.cu",
-                                   0, nullptr, nullptr);
-  if (status == 0) {
-    status = nvrtc.CompileProgram(program, static_cast<int>(texts.size()),
-                                  texts.data());
-  }
-  size_t size = 0;
-  if (status == 0) status = nvrtc.GetCUBINSize(program, &size);
-  code->resize(size);
-  if (status == 0) status = nvrtc.GetCUBIN(program, code->data());
-  Failure failure;
-  if (status != 0) {
-    failure = std::string("NVRTC: ") + nvrtc.GetErrorString(status) + ", for " +
-              options[0];
-    if (program) failure += "\n" + log_of(program);
-  }
-  if (program) nvrtc.DestroyProgram(&program);
-  return failure;
+  return decode_source.compile(
+      major, minor,
+      {"-DKWM_X=" + std::to_string(variant.x_type),
+       "-DKWM_VALUES=" + std::to_string(variant.value_type),
+       "-DKWM_ROWS=" + std::to_string(variant.rows),
+       "-DKWM_WARP_BYTES=" + std::to_string(warp_bytes(variant))},
+      code);
 }
 
 // In the context of the device. A kernel stays loaded until the process ends.
@@ -179,25 +124,6 @@ Failure get_kernel(int device, const kwm::Context& context,
     KWM_TRY(kwm::explain(*driver, "loading the decode kernel", status));
   }
   *kernel = known;
-  return "";
-}
-
-Failure load(const char* source, const char* path) {
-  if (loaded.ready) return "";
-  void* library = nullptr;
-  KWM_TRY(kwm::open_library(path, &library));
-  Nvrtc& nvrtc = loaded.nvrtc;
-  KWM_TRY(kwm::find(library, "nvrtcGetErrorString", &nvrtc.GetErrorString));
-  KWM_TRY(kwm::find(library, "nvrtcCreateProgram", &nvrtc.CreateProgram));
-  KWM_TRY(kwm::find(library, "nvrtcCompileProgram", &nvrtc.CompileProgram));
-  KWM_TRY(kwm::find(library, "nvrtcGetCUBINSize", &nvrtc.GetCUBINSize));
-  KWM_TRY(kwm::find(library, "nvrtcGetCUBIN", &nvrtc.GetCUBIN));
-  KWM_TRY(
-      kwm::find(library, "nvrtcGetProgramLogSize", &nvrtc.GetProgramLogSize));
-  KWM_TRY(kwm::find(library, "nvrtcGetProgramLog", &nvrtc.GetProgramLog));
-  KWM_TRY(kwm::find(library, "nvrtcDestroyProgram", &nvrtc.DestroyProgram));
-  loaded.source = source;
-  loaded.ready = true;
   return "";
 }
 
@@ -261,7 +187,7 @@ int64_t kwm_gpu_decode_rows(int x_type) {
 
 const char* kwm_gpu_load_decode(const char* source, const char* nvrtc) {
   const std::lock_guard<std::mutex> lock(kwm::library_mutex());
-  return kwm::report(load(source, nvrtc));
+  return kwm::report(decode_source.load(nvrtc, "decode.cu", source));
 }
 
 const char* kwm_gpu_compile_decode(int major, int minor, int x_type,
