@@ -514,5 +514,4 @@ class CAST(LogitsDistiller):
 
 def _check_start(init: str, init_refine: Any) -> None:
     checks.check_choice("init", init, ("dense", *sparsify.METHODS))
-    # Raises for what is no refinement.
-    sparsify.OneShot("2:4", "magnitude", refine=init_refine)
+    sparsify.check_refine("init_refine", init_refine)

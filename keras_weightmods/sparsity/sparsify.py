@@ -316,6 +316,19 @@ def check_finite(targets: Targets, way_out: str) -> None:
         )
 
 
+def check_refine(argument: str, refine: Any) -> tuple[str, ...]:
+    """Return the names in what an argument such as `refine` received."""
+    if refine is None:
+        return ()
+    if not isinstance(refine, (str, tuple, list)):
+        expected = f"one of {REFINEMENTS}, a tuple of them, or None"
+        raise checks.error(argument, expected, refine)
+    names = (refine,) if isinstance(refine, str) else tuple(refine)
+    for name in names:
+        checks.check_choice(argument, name, REFINEMENTS)
+    return names
+
+
 @dataclasses.dataclass(frozen=True)
 class OneShot:
     """The pruning that `sparsify` does.
@@ -350,11 +363,7 @@ class OneShot:
     @property
     def refinements(self) -> tuple[str, ...]:
         """The names in `refine`."""
-        if self.refine is None:
-            return ()
-        if isinstance(self.refine, str):
-            return (self.refine,)
-        return tuple(self.refine)
+        return check_refine("refine", self.refine)
 
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
@@ -364,11 +373,7 @@ class OneShot:
         checks.check_int("epochs", self.epochs, 1)
         checks.check_float("learning_rate", self.learning_rate, above=0)
         checks.check_verbose(self.verbose)
-        if not isinstance(self.refine, (str, tuple, list, type(None))):
-            expected = f"one of {REFINEMENTS}, a tuple of them, or None"
-            raise checks.error("refine", expected, self.refine)
-        for name in self.refinements:
-            checks.check_choice("refine", name, REFINEMENTS)
+        check_refine("refine", self.refine)
 
     def __call__(
         self,

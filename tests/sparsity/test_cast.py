@@ -227,7 +227,7 @@ def test_a_start_is_refined():
     np.testing.assert_array_equal(numpy(cast.teacher(x)), dense)
     fit(cast, (x, y))
     kwm.assert_sparse(cast.finalize(), "2:4")
-    with pytest.raises(ValueError, match="refine"):
+    with pytest.raises(ValueError, match="`init_refine` must"):
         kwm.CAST(make_mlp(), init="wanda", init_refine="all")
     with pytest.raises(ValueError, match="init_refine"):
         kwm.CAST(make_mlp(), init_refine="blocks")
