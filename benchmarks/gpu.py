@@ -15,9 +15,9 @@ Each part is a process of its own with a limit of time, and writes as it goes
 on. What was measured is not measured again: the same command continues. A test
 that fails does not stop the rest, but the status at the end tells of it.
 
-It needs no package itself. `--dry-run`, for machines without a GPU, goes all
-the way but for float16, with tiny products, and writes to the folder
-`--results` alone.
+It needs no package itself. It has not yet run on a GPU: `--dry-run`, for
+machines without one, goes all the way but for float16, with tiny products, and
+writes to the folder `--results` alone.
 """
 
 import argparse

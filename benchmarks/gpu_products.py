@@ -1,4 +1,7 @@
-"""The products of `sparse_matmul_gpu.py`, under JAX and under torch."""
+"""The products of `sparse_matmul_gpu.py`, under JAX and under torch.
+
+Not yet run on a GPU.
+"""
 
 import dataclasses
 import functools

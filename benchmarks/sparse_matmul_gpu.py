@@ -25,8 +25,9 @@ the dispatcher, keras_weightmods/native/gpu/dispatch.json when it is done. What
 is not done when the time is up is left out; the same command goes on with it.
 `--page` makes a page of the results and measures nothing.
 
---dry-run is for machines without a GPU: tiny products on the CPU, by which
-the script itself can be tried; it writes only what it is told to.
+It has not yet run on a GPU. --dry-run is for machines without one: tiny
+products on the CPU, by which the script itself can be tried; it writes only
+what it is told to.
 """
 
 import argparse

@@ -62,7 +62,8 @@ def pack(
 
     Under `keras.distribution`, with JAX, the packed arrays are split over
     devices as the weights are, and each device multiplies by its own part: no
-    weight is gathered. (On GPUs the kernels are held dense then.)
+    weight is gathered. (On GPUs the kernels are held dense then.) Nothing of
+    this has yet been run on a GPU.
 
     Packing holds the dense and the packed weights for a while. A built
     optimizer has state of weights that are gone, so the model is left

@@ -329,7 +329,7 @@ class PreparedKernel(PackedKernel):
 
     See `keras_weightmods.backend.jax.sparse_matmul_gpu`. Companions are
     variables, so that a compiled function sees them change with a load; a
-    checkpoint leaves them out.
+    checkpoint leaves them out. Not yet run on a GPU.
     """
 
     def create_parameters(self, add_weight):

@@ -78,6 +78,79 @@ def test_every_algorithm_is_tried_in_the_case():
     assert bench.asked[:4] == [-1, -1, -1, 20]
 
 
+def test_jax_has_all_of_cusparselts_algorithms():
+    bench = object.__new__(gpu_products.Jax)
+    asked = []
+
+    def algorithms(*product):
+        asked.append(product)
+        return 40
+
+    bench.gpu = types.SimpleNamespace(cusparselt_algorithms=algorithms)
+    assert [*bench.algorithms((64, 5, "int8"), None)] == [*range(40)]
+    assert asked == [(0, 16, (64, 64), "int8")]
+
+
+@pytest.fixture
+def torch_bench(monkeypatch):
+    """torch's products on a CPU, by what stands for its cuSPARSELt."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "set_grad_enabled", lambda wanted: None)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda kernel: kernel)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda *_, **__: 20)
+    return torch, gpu_products.Torch(dry_run=True)
+
+
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "int8"])
+def test_torch_takes_what_cusparselt_finds_the_fastest(
+    torch_bench, monkeypatch, x_dtype
+):
+    """Without being asked it takes the algorithm 0."""
+    torch, bench = torch_bench
+    used = []
+
+    def multiply(compressed, x, alpha=None, alg_id=0, **_):
+        used.append(alg_id)
+        return (compressed.float() @ x.float()).T.to(torch.bfloat16)
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    case, x = (64, 5, x_dtype), gpu_products.activations(5, 64)
+    method = "cusparselt", gpu_products.TYPES[x_dtype][0]
+    found, _ = sparse_matmul_gpu.tune(bench, case, method, x)
+    assert set(used) == {0, 20}
+    assert found in (-1, 20)
+
+
+def test_a_chain_goes_through_as_many_copies(torch_bench, monkeypatch):
+    _, bench = torch_bench
+    asked = []
+
+    def copies_of(method, case):
+        asked.append(method)
+        return 3
+
+    monkeypatch.setattr(gpu_products, "copies_of", copies_of)
+    bench.dry_run, bench.chain = False, 4
+    used = []
+
+    def product(case, method, algorithm):
+        copies = bench.copies(case, method)
+
+        def multiply(x, weights):
+            used.append(weights[0].data_ptr())
+            return x
+
+        return multiply, bench.torch.float32, copies
+
+    monkeypatch.setattr(bench, "product", product)
+    x = gpu_products.activations(2, 64)
+    method = "cusparselt", "bfloat16"
+    bench.program((64, 2, "bfloat16"), method, x)
+    assert asked == [method]
+    assert len({*used[:3]}) == 3
+    assert used[3] == used[0]
+
+
 def test_tuning_ends_with_its_time(monkeypatch):
     monkeypatch.setattr(sparse_matmul_gpu, "TUNE_SECONDS", 0.0)
     result = measured(FakeBench(best=39))

@@ -269,35 +269,63 @@ def functions_of_cusparselt():
 
 
 def open_cusparselt(folder, path):
-    """Open it by a fresh copy of the GPU library; None or what failed."""
+    """Open it by a fresh copy of the GPU library: what failed, the copy."""
     folder.mkdir()
     shutil.copy(GPU.parent / "lib" / "kwm_gpu.so", folder / "copy.so")
     fresh = gpu.open_library(folder / "copy.so")
-    return fresh.kwm_gpu_load_cusparselt(os.fspath(path).encode())
+    return fresh.kwm_gpu_load_cusparselt(os.fsencode(path)), fresh
 
 
-def test_cusparselt_of_every_version_is_opened(library, tmp_path):
-    """0.7.1 exports no error texts, and has no selection to destroy."""
+# What 0.8 and later export and 0.7.1 does not, as `make gpu-libraries` prints.
+ABSENT_IN_0_7 = {"GetErrorString", "MatmulAlgSelectionDestroy"}
+
+
+def stub_of_cusparselt(path, functions, failing=""):
+    """Compile a library of these functions: 0 for success, 10 of one."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler")
-    needed, optional = functions_of_cusparselt()
-    for version, names, lacks in (
-        ("0.10", needed + optional, None),
-        ("0.7", needed, None),
-        ("broken", [n for n in needed if n != "Matmul"], "cusparseLtMatmul"),
-    ):
-        stub, source = tmp_path / f"{version}.so", tmp_path / f"{version}.c"
-        source.write_text(
-            "".join(
-                f"int cusparseLt{name}() {{ return 0; }}\n" for name in names
-            )
+    source = path.with_suffix(".c")
+    source.write_text(
+        "".join(
+            f"int cusparseLt{name}() {{ return {10 * (name == failing)}; }}\n"
+            for name in functions
         )
-        command = [compiler, "-shared", "-fPIC", source, "-o", stub]
-        subprocess.run(command, check=True)
-        failure = open_cusparselt(tmp_path / f"by {version}", stub)
+    )
+    command = [compiler, "-shared", "-fPIC", source, "-o", path]
+    subprocess.run(command, check=True)
+    return path
+
+
+def test_cusparselt_of_every_version_is_opened(library, tmp_path):
+    needed, optional = functions_of_cusparselt()
+    every = {*needed, *optional}
+    for version, names, lacks in (
+        ("0.10", every, None),
+        ("0.7", every - ABSENT_IN_0_7, None),
+        ("broken", every - {"Matmul"}, "cusparseLtMatmul"),
+    ):
+        stub = stub_of_cusparselt(tmp_path / f"{version}.so", names)
+        failure, _ = open_cusparselt(tmp_path / f"by {version}", stub)
         expected = lacks and f"a CUDA library lacks {lacks}".encode()
         assert failure == expected
+
+
+@pytest.mark.parametrize("fails", ["", "MatmulAlgGetAttribute"])
+def test_cusparselt_without_what_0_7_lacks(library, fake_cuda, tmp_path, fails):
+    """Its errors have a number alone, its selections are never destroyed."""
+    needed, optional = functions_of_cusparselt()
+    names = {*needed, *optional} - ABSENT_IN_0_7
+    stub = stub_of_cusparselt(tmp_path / "0.7.so", names, fails)
+    failure, fresh = open_cusparselt(tmp_path / "by", stub)
+    assert failure is None
+    assert fresh.kwm_gpu_load_driver(os.fsencode(fake_cuda)) is None
+    count = ctypes.c_int64(-1)
+    product = 16, 64, 32, gpu.X_TYPES["bfloat16"], ctypes.byref(count)
+    failure = fresh.kwm_gpu_cusparselt_algorithms(0, *product)
+    text = b"cuSPARSELt, number of algorithms: error (10)"
+    assert failure == (text if fails else None)
+    assert count.value == (-1 if fails else 0)
 
 
 @pytest.mark.skipif(
@@ -313,7 +341,7 @@ def test_real_cusparselt_is_opened(library, tmp_path):
     ]
     assert paths
     for i, path in enumerate(paths):
-        assert open_cusparselt(tmp_path / str(i), path) is None
+        assert open_cusparselt(tmp_path / str(i), path)[0] is None
         needed, optional = functions_of_cusparselt()
         real = ctypes.CDLL(os.fspath(path))
         for name in needed:

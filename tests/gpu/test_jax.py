@@ -206,6 +206,10 @@ def test_sharded_product_lowers_for_cuda(monkeypatch, value_dtype):
         text = lowered(product, jnp.ones((2, K)))
         assert "custom_call @kwm_gpu_decode" in text
         assert "kwm_xla" not in text
+    # What is split is dense there, without a call that a CPU alone has.
+    text = lowered(lambda x: kwm.ops.sparse_matmul(x, split), jnp.ones((2, K)))
+    assert "dot_general" in text
+    assert "custom_call @kwm" not in text
 
 
 def test_compression_lowers_for_cuda():

@@ -5,6 +5,8 @@
 // int8 gives bfloat16: the sums are scaled in the epilogue, in float32, by a
 // vector along the rows of D, which are the columns of y. That takes the scale
 // of each column of W, and nothing of the size of D is ever int32.
+//
+// Not yet run on a GPU.
 
 #include <map>
 #include <memory>

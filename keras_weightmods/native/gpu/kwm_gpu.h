@@ -3,7 +3,8 @@
 //
 // Built without CUDA and linked with none of it: the driver, NVRTC and
 // cuSPARSELt are opened at run time, so that this library loads anywhere and
-// every function fails with a message where they, or a GPU, are missing.
+// every function fails with a message where they, or a GPU, are missing. Not yet
+// run on a GPU.
 //
 // A function that can fail returns NULL, or a message that is valid until the
 // thread's next call. Any thread may call; work is enqueued on the stream.

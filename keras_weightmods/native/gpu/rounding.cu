@@ -1,7 +1,8 @@
 // Rounds each row of x (rows, k) to int8: to multiples, -127 to 127, of its
 // own scale, max |x| / 127. A row that holds NaN or infinity gets a NaN for its
 // scale, and zeros; one too small for a normal scale gets 1, and zeros. Rows
-// beyond those of x get zeros, and no scale.
+// beyond those of x get zeros, and no scale. Not yet run on a GPU: tests/gpu runs
+// this source on a CPU.
 //
 // NVRTC compiles this at run time, for the GPU that is there, with
 //   KWM_X  type of x: 0 float32, 1 bfloat16, 2 float16

@@ -3,6 +3,8 @@
 //
 // What may not happen while XLA records a CUDA graph, compiling a kernel or
 // planning a product, happens in the initialize stage before.
+//
+// Not yet run on a GPU.
 
 #include <optional>
 #include <string>
