@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -311,6 +312,38 @@ def test_tests_on_a_gpu_take_float16_last(monkeypatch, tmp_path):
         last,
         "page",
     ]
+
+
+def test_nine_minutes_hold_the_build(monkeypatch, tmp_path):
+    now, untils = [1000.0], []
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(gpu, "time", clock)
+    monkeypatch.setattr(gpu, "install_missing", lambda: None)
+    monkeypatch.setattr(gpu, "build", lambda: now.append(now.pop() + 60))
+    for name in ("test", "measure"):
+        monkeypatch.setattr(
+            gpu, name, lambda *about: untils.append(about[-1]) or "passed"
+        )
+    monkeypatch.setattr(gpu, "run", lambda *arguments: None)
+    monkeypatch.setattr(sys, "argv", ["gpu", f"--results={tmp_path}"])
+    with pytest.raises(SystemExit, match="0"):
+        gpu.main()
+    assert len(untils) == 6
+    assert max(untils) - 1000 + gpu.GRACE_SECONDS <= 9 * 60
+
+
+def test_what_hangs_is_ended_with_what_it_has_started(tmp_path):
+    """A worker that goes on would keep the GPU."""
+    path = tmp_path / "ticks"
+    loop = f"while :; do echo >> {path}; sleep 0.05; done"
+    code = f"import subprocess; subprocess.run(['sh', '-c', {loop!r}])"
+    assert gpu.run("-c", code, timeout=2) is None
+    ticks = path.stat().st_size
+    time.sleep(0.3)
+    assert path.stat().st_size == ticks
+    assert gpu.run("-c", "raise SystemExit(3)") == 3
+    with pytest.raises(subprocess.CalledProcessError):
+        gpu.run("-c", "raise SystemExit(3)", check=True)
 
 
 def test_dry_run(tmp_path):

@@ -66,7 +66,7 @@ def cusparselt(x, compressed, packed, algorithm=-1):
     return sparse_matmul_gpu.matmul(x, prepared, "cusparselt", algorithm)
 
 
-@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
 def test_decode_lowers_for_cuda(x_dtype, value_dtype):
     packed = make(value_dtype)
