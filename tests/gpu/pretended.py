@@ -54,10 +54,17 @@ class OnGpu(torch.Tensor):
             return y
         if "out" in kwargs:
             return kwargs["out"]
-        # In place.
-        if function._schema.name.endswith("_"):
+        if function._schema.is_mutable:
             return args[0]
         return _wrapped(y, *indices)
+
+
+# For the current device, before they dispatch.
+_ASK_THE_DRIVER = {
+    torch.Tensor.__getitem__,
+    torch.Tensor.__setitem__,
+    torch.Tensor.contiguous,
+}
 
 
 class Pretended(TorchFunctionMode):
@@ -65,10 +72,14 @@ class Pretended(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if function in _ASK_THE_DRIVER:
+            index = args[0].device.index
+            memory = tree_map_only(OnGpu, lambda t: t.memory, args)
+            return _wrapped(function(*memory), index)
         is_move = function is torch.Tensor.to and len(args) > 1
         if is_move and isinstance(args[1], (str, torch.device)):
-            kwargs["device"] = args[1]
-            args = args[0], *args[2:]
+            kwargs.update(zip(("device", "dtype"), args[1:]))
+            args = args[:1]
         device = torch.device(kwargs.get("device") or "cpu")
         if device.type != "cuda":
             return function(*args, **kwargs)
