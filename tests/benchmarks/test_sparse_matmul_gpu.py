@@ -1,5 +1,6 @@
 """What `make gpu` does, as far as a machine without a GPU goes."""
 
+import math
 import os
 import pathlib
 import subprocess
@@ -312,6 +313,20 @@ def test_tests_on_a_gpu_take_float16_last(monkeypatch, tmp_path):
         last,
         "page",
     ]
+
+
+def test_each_process_of_tests_is_told_its_types(monkeypatch):
+    told = []
+
+    def run(*arguments, timeout, **variables):
+        told.append(variables)
+        return 0
+
+    monkeypatch.setattr(gpu, "run", run)
+    for dtypes in (("bfloat16", "int8"), ("float16",)):
+        assert gpu.test("torch", dtypes, math.inf) == "passed"
+    variable = "KERAS_WEIGHTMODS_GPU_TYPES"
+    assert [each[variable] for each in told] == ["bfloat16,int8", "float16"]
 
 
 def test_nine_minutes_hold_the_build(monkeypatch, tmp_path):

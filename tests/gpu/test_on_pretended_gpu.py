@@ -122,6 +122,21 @@ def test_rounded_blocks_stay_on_their_gpu(devices):
     np.testing.assert_allclose(y.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("asked", "floats"),
+    [
+        ("", ["bfloat16", "float32", "float16"]),
+        ("bfloat16,int8,float32", ["bfloat16", "float32"]),
+        ("float16", ["float16"]),
+    ],
+)
+def test_types_that_are_asked_for(on_gpu, monkeypatch, asked, floats):
+    monkeypatch.setenv("KERAS_WEIGHTMODS_GPU_TYPES", asked)
+    module = importlib.reload(on_gpu)
+    assert floats == module.X_DTYPES
+    assert ("int8" in module.ASKED) == ("float16" not in asked)
+
+
 def test_the_others(on_gpu):
     on_gpu.test_decode_of_poisoned_memory()
     on_gpu.test_trial_of_a_new_card("bfloat16")
