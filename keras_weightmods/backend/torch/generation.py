@@ -7,7 +7,7 @@ runs. The keys and values are written into the one cache in place.
 
 import torch
 
-from keras_weightmods.backend.attention import one_query_by_kernel
+from keras_weightmods.backend.attention import attention_by_kernel
 from keras_weightmods.backend.generation import CannotCompile, Generation
 from keras_weightmods.backend.torch import recorded_call
 from keras_weightmods.backend.torch.attention import kernel
@@ -146,7 +146,7 @@ class _Run:
             slices = self.functions_by(
                 core_slice=lambda _: _slice, core_slice_update=lambda _: update
             )
-            attention = one_query_by_kernel(
+            attention = attention_by_kernel(
                 self.functions_by, kernel, plain_shares=False
             )
             with slices, attention:
