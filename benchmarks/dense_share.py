@@ -5,10 +5,11 @@
 
 SmolLM2-135M-Instruct, without training: `sensitivity` says which kernels hurt
 most, a share of the weights stays dense in them, SparseGPT with swaps makes the
-others 2:4, `quantize_sparse` rounds all to four bits and trains the blocks, and
-`pack` writes them in int4, with an int8 head. All on the same rows: half of them
-the dense model wrote, a quarter each are prose and docstrings. Perplexity is
-that of the packed model, on the four texts of `benchmarks.quality`.
+others 2:4, `quantize_sparse` rounds all to 4 bits and trains the blocks, and
+`pack` writes them in int4, with an int8 head. All on the same rows: half
+of them the dense model wrote, a quarter each are prose and docstrings.
+Perplexity is that of the packed model, on the four texts of
+`benchmarks.quality`.
 
 `--speed` writes 128 tokens, greedy, batch 1, by `compile_generate` on JAX; the
 models take turns. Times are only good on a machine that does nothing else.
