@@ -1,8 +1,8 @@
-"""The attention of one query of each sequence, by a compiled kernel on a CPU.
+"""Attention without gradients, by a compiled kernel on a CPU.
 
 KerasHub repeats keys and values for each group of heads that shares them, and
 backends then read all places of the cache, in another order. The kernel reads
-those that are seen, once.
+those that are seen, once: of a prompt, half of them.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from keras_weightmods import native
 
 
 @contextlib.contextmanager
-def one_query_by_kernel(
+def attention_by_kernel(
     functions_by: Any, kernel: Callable[..., Any], plain_shares: bool
 ) -> Iterator[None]:
     """Let `keras.ops.dot_product_attention` take the kernel in a scope.
@@ -72,8 +72,8 @@ def attend(
 
     Args:
         kernel: Callable from query, key, value, a bool mask of shape (batch,
-            places) or None, and the scale.
-        query: Tensor of shape (batch, 1, heads, size).
+            queries, places) or None, and the scale.
+        query: Tensor of shape (batch, queries, heads, size).
         key, value: Tensors of shape (batch, places, key heads, size).
         bias, mask, scale, **options: As in Keras; None for what the kernel
             is not made for.
@@ -86,7 +86,6 @@ def attend(
     if (
         bias is not None
         or any(options.values())
-        or queries != 1
         or shapes[0][0] != batch
         or size != shapes[1][3]
         or size % native.HEAD_SIZE_MULTIPLE
@@ -97,10 +96,10 @@ def attend(
         return None
     if mask is not None:
         # The same for all heads.
-        if len(mask.shape) != 4 or tuple(mask.shape[1:3]) != (1, 1):
+        if len(mask.shape) != 4 or mask.shape[1] != 1:
             return None
         if dtype_of(mask.dtype) != "bool":
             return None
-        mask = ops.broadcast_to(mask[:, 0, 0], (batch, places))
+        mask = ops.broadcast_to(mask[:, 0], (batch, queries, places))
     scale = size**-0.5 if scale is None else scale
     return kernel(query, key, value, mask, float(scale))

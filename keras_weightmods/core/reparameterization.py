@@ -67,6 +67,11 @@ class Reparameterization:
         # Not read later: inside of an autocast scope it is another one.
         self.dtype = target.variable.dtype
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether its layer rounds the inputs that it multiplies by."""
+        return False
+
     def start(self, weight: Any) -> Any:
         """Return what to store so that the effective weight is `weight`.
 

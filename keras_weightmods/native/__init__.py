@@ -11,7 +11,7 @@ import pathlib
 import warnings
 from typing import Any
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _SCALAR = 0  # KWM_ISA_SCALAR
 HEAD_SIZE_MULTIPLE = 16  # of `kwm_attend`
 _TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -35,7 +35,7 @@ _SIGNATURES = {
     "kwm_matmul_int8": ("", "PqqqiPPPPPP"),
     "kwm_matmul_transposed": ("", "PqqqiPPPPPP"),
     "kwm_values_gradient": ("", "PPqqqPPPP"),
-    "kwm_attend": ("", "PPPqPqqqqqfPPP"),
+    "kwm_attend": ("", "PPPqPqqqqqqfPPP"),
     "kwm_compand": ("", "PqffPPP"),
     "kwm_compand_gradient": ("", "PPPqffPPPPP"),
 }

@@ -419,6 +419,7 @@ const kwm::Kernels* kernels(int isa) {
       compand<S>,
       {compand_gradient<S, false>, compand_gradient<S, true>},
       attend<S>,
+      attend_many<S>,
   };
   return &table;
 }

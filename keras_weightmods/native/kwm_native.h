@@ -50,7 +50,7 @@
 extern "C" {
 #endif
 
-#define KWM_ABI_VERSION 4
+#define KWM_ABI_VERSION 5
 
 enum { KWM_FLOAT32 = 0, KWM_BFLOAT16 = 1, KWM_INT8 = 2, KWM_INT4 = 3 };
 
@@ -138,18 +138,18 @@ KWM_API void kwm_values_gradient(const float* x, const float* dy, int64_t rows,
                                  float* dvalues, kwm_parallel_for parallel_for,
                                  void* pool);
 
-// out (batch, heads, size): the attention of one query of each sequence and head,
-// q, to the places of keys and values (batch, places, key_heads, size):
-// softmax(scale * q @ keys^T) @ values. heads / key_heads queries after one
-// another share a key. The sequences of keys, and those of values, are `stride`
-// floats apart. mask (batch, places) is 0 where a place is not seen; NULL shows
+// out (batch, queries, heads, size): the attention of q to the places of keys and
+// values (batch, places, key_heads, size): softmax(scale * q @ keys^T) @ values.
+// heads / key_heads heads of queries after one another share a head of keys. The
+// sequences of keys, and those of values, are `stride` floats apart. mask
+// (batch, queries, places) is 0 where a place is not seen by a query; NULL shows
 // all; where it shows none, all are. size is a multiple of 16. Without places
 // out is zero.
 KWM_API void kwm_attend(const float* q, const float* keys, const float* values,
                         int64_t stride, const uint8_t* mask, int64_t batch,
-                        int64_t places, int64_t heads, int64_t key_heads,
-                        int64_t size, float scale, float* out,
-                        kwm_parallel_for parallel_for, void* pool);
+                        int64_t queries, int64_t places, int64_t heads,
+                        int64_t key_heads, int64_t size, float scale,
+                        float* out, kwm_parallel_for parallel_for, void* pool);
 
 // w = a arctan(v / b), `count` floats; b and its inverse must be normal numbers.
 KWM_API void kwm_compand(const float* v, int64_t count, float a, float b,

@@ -166,22 +166,23 @@ ffi::Error ValuesGradient(ffi::ThreadPool threads, Activations x,
   return ffi::Error::Success();
 }
 
-// q and out are of shape (batch, 1, heads, size); mask (batch, places).
+// q and out are of shape (batch, queries, heads, size); mask
+// (batch, queries, places).
 ffi::Error Attend(ffi::ThreadPool threads, Activations q, Activations keys,
                   Activations values, ffi::Buffer<ffi::PRED> mask, float scale,
                   Result out) {
   const auto of = q.dimensions(), to = keys.dimensions();
-  if (of.size() != 4 || to.size() != 4 || of[0] != to[0] || of[1] != 1 ||
+  if (of.size() != 4 || to.size() != 4 || of[0] != to[0] ||
       of[3] != to[3] || to[2] == 0 || of[2] % to[2] != 0 || of[3] % 16 != 0 ||
       values.element_count() != keys.element_count() ||
-      mask.element_count() != static_cast<size_t>(to[0] * to[1]) ||
+      mask.element_count() != static_cast<size_t>(to[0] * of[1] * to[1]) ||
       out->element_count() != q.element_count()) {
     return Invalid("queries, keys, values and mask do not fit each other");
   }
   kwm_attend(q.typed_data(), keys.typed_data(), values.typed_data(),
              to[1] * to[2] * to[3],
-             reinterpret_cast<const uint8_t*>(mask.typed_data()), to[0], to[1],
-             of[2], to[2], of[3], scale, out->typed_data(),
+             reinterpret_cast<const uint8_t*>(mask.typed_data()), to[0], of[1],
+             to[1], of[2], to[2], of[3], scale, out->typed_data(),
              ParallelForOf(threads), &threads);
   return ffi::Error::Success();
 }

@@ -60,6 +60,10 @@ class PackedParameters(Reparameterization):
         item.is_empty = True
         return item
 
+    @property
+    def rounds_inputs(self):
+        return self.activations != "float32"
+
     def with_activations(self, config):
         """Return the config with the activations, unless they are floats."""
         if self.activations == "float32":

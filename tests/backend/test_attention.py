@@ -1,4 +1,4 @@
-"""The attention of one query, by the kernel and by Keras."""
+"""Attention, by the kernel and by Keras."""
 
 import functools
 
@@ -36,18 +36,20 @@ def numbers(x):
     return ops.convert_to_numpy(x)
 
 
-def prompt_mask():
+def prompt_mask(queries):
     mask = np.arange(21) < np.array([[5], [21]])
-    return ops.convert_to_tensor(mask[:, None, None])
+    mask = mask[:, None, None] & np.tri(queries, 21, 21 - queries, bool)
+    return ops.convert_to_tensor(mask)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_it_is_what_keras_gives(masked, scale):
-    options = {"mask": prompt_mask() if masked else None, "scale": scale}
-    got = attend(*inputs(), **options)
+@pytest.mark.parametrize(("queries", "scale"), [(1, None), (1, 0.3), (19, 0.3)])
+def test_it_is_what_keras_gives(masked, queries, scale):
+    mask = prompt_mask(queries) if masked else None
+    options = {"mask": mask, "scale": scale}
+    got = attend(*inputs(queries=queries), **options)
     assert got is not None
-    expected = plain(*inputs(), **options)
+    expected = plain(*inputs(queries=queries), **options)
     np.testing.assert_allclose(
         numbers(got), numbers(expected), rtol=1e-5, atol=1e-6
     )
@@ -56,7 +58,6 @@ def test_it_is_what_keras_gives(masked, scale):
 @pytest.mark.parametrize(
     ("shapes", "options"),
     [
-        ({"queries": 2}, {}),
         ({"size": 24}, {}),
         ({}, {"bias": np.zeros((1, 1, 1, 21))}),
         ({}, {"attn_logits_soft_cap": 5.0}),
@@ -95,11 +96,11 @@ def test_repeated_keys_are_read_once(queries):
 
     expected = repeated_attention()
     shares = BACKEND == "jax"
-    with attention.one_query_by_kernel(
+    with attention.attention_by_kernel(
         keras_private.functions_by, watched, shares
     ):
         got = repeated_attention()
-    assert seen == ([3] if queries == 1 else [])
+    assert seen == [3]
     np.testing.assert_allclose(
         numbers(got), numbers(expected), rtol=1e-5, atol=1e-6
     )

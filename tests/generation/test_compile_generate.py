@@ -167,14 +167,15 @@ def test_a_saved_model_is_plain(tmp_path):
     models.assert_same(generated(loaded, prompts(3)), expected)
 
 
-def check_falls_back(model, match, **kwargs):
-    expected = generated(model, prompts(3), **kwargs)
+def check_falls_back(model, match, inputs=None, **kwargs):
+    inputs = inputs or prompts(3)
+    expected = generated(model, inputs, **kwargs)
     kwm.compile_generate(model)
     with pytest.warns(UserWarning, match=match):
-        received = generated(model, prompts(3), **kwargs)
+        received = generated(model, inputs, **kwargs)
     models.assert_same(received, expected)
     with no_warning():  # once
-        generated(model, prompts(3), **kwargs)
+        generated(model, inputs, **kwargs)
 
 
 def test_beam_search_falls_back():
@@ -203,6 +204,36 @@ def test_what_cannot_be_repeated_falls_back(read, match):
     model = Reads(models.backbone("llama"))
     models.randomize(model).compile(sampler="greedy")
     check_falls_back(model, match)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="there a recording is compared")
+@pytest.mark.parametrize(
+    ("packed", "off", "match"),
+    [
+        # As sums of other lengths are, where inputs are rounded.
+        (True, lambda tokens: 1e-3 * tokens.shape[1], None),
+        (False, lambda tokens: 1e-3 * tokens.shape[1], "where the largest"),
+        (True, lambda tokens: 0.1 * tokens.shape[1], "in the mean"),
+        (True, lambda tokens: 0.01 * ops.sum(tokens), "where the largest"),
+    ],
+)
+def test_first_tokens_that_depend_on_what_follows(packed, off, match):
+    class Noisy(keras_hub.models.LlamaCausalLM):
+        def call_with_cache(self, token_ids, cache, cache_update_index):
+            logits, *others = super().call_with_cache(
+                token_ids, cache, cache_update_index
+            )
+            return logits + ops.cast(off(token_ids), logits.dtype), *others
+
+    model = Noisy(models.backbone("llama"))
+    models.randomize(model).compile(sampler="greedy")
+    if packed:
+        kwm.pack(models.make_sparse(model), dtype="int8")
+    inputs = prompts(3, size=40)
+    if match:
+        check_falls_back(model, match, inputs)
+    else:
+        check_same(model, inputs)
 
 
 def test_uncompile():

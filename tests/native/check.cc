@@ -242,28 +242,30 @@ bool Case::run_int8(bool dense) {
   return true;
 }
 
-// One query of each sequence; what the mask hides at the end is not there.
+// Some queries of each sequence; what the mask hides at the end is not there.
 bool Case::run_attend() {
   const int64_t batch = between(random, 0, 3), places = any_size(random, 80),
+                queries = threaded ? any_size(random, 60) : 1,
                 key_heads = between(random, 1, 3),
                 heads = key_heads * between(random, 1, 5),
                 size = 16 * between(random, 1, 5);
   const float scale = static_cast<float>(between(random, 0, 4)) / 8;
-  Array<float> q(batch * heads * size), out(q.size);
+  Array<float> q(batch * queries * heads * size), out(q.size);
   for (int64_t i = 0; i < out.size; ++i) out[i] = 1;
   // More than that of a sequence, but for the last one.
   const int64_t sequence = places * key_heads * size,
                 stride = sequence + between(random, 0, 40);
   Array<float> keys(batch ? (batch - 1) * stride + sequence : 0),
       values(keys.size);
-  Array<unsigned char> mask(batch * places);
+  Array<unsigned char> mask(batch * queries * places);
   for (auto* array : {&q, &keys, &values}) {
     for (int64_t i = 0; i < array->size; ++i) (*array)[i] = normal(random);
   }
   for (int64_t i = 0; i < mask.size; ++i) mask[i] = between(random, 0, 2) > 0;
   const bool masked = between(random, 0, 3) > 0;
   kwm_attend(q.get(), keys.get(), values.get(), stride,
-             masked ? mask.get() : nullptr, batch, places, heads, key_heads, size, scale, out.get(),
+             masked ? mask.get() : nullptr, batch, queries, places, heads,
+             key_heads, size, scale, out.get(),
              threaded ? parallel_for : nullptr, &pool);
   if (places == 0) {
     for (int64_t i = 0; i < out.size; ++i) {
@@ -271,8 +273,8 @@ bool Case::run_attend() {
     }
     return true;
   }
-  for (int64_t item = 0; item < batch * heads; ++item) {
-    const int64_t row = item / heads,
+  for (int64_t item = 0; item < batch * queries * heads; ++item) {
+    const int64_t query = item / heads, row = query / queries,
                   head = item % heads / (heads / key_heads);
     const auto at = [&](int64_t place) {
       return row * stride + (place * key_heads + head) * size;
@@ -280,7 +282,7 @@ bool Case::run_attend() {
     std::vector<double> weights;
     bool any = false;
     for (int64_t place = 0; place < places; ++place) {
-      any = any || mask[row * places + place];
+      any = any || mask[query * places + place];
     }
     double sum = 0;
     for (int64_t place = 0; place < places; ++place) {
@@ -288,7 +290,7 @@ bool Case::run_attend() {
       for (int64_t i = 0; i < size; ++i) {
         score += double{q[item * size + i]} * keys[at(place) + i];
       }
-      const bool seen = !masked || mask[row * places + place];
+      const bool seen = !masked || mask[query * places + place];
       weights.push_back(masked && !any ? 1 : seen ? exp(scale * score) : 0);
       sum += weights.back();
     }

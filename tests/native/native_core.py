@@ -149,12 +149,12 @@ def values_gradient(x, dy, meta, parallel_for=None):
 
 
 def attend(q, keys, values, mask, scale, parallel_for=None):
-    """softmax(scale * q @ keys^T) @ values, for one query of a sequence."""
+    """softmax(scale * q @ keys^T) @ values."""
     out = np.full_like(q, np.nan)
     batch, places, key_heads, size = keys.shape
     stride = places * key_heads * size
     arrays = *map(pointer, [q, keys, values]), stride, pointer(mask)
-    sizes = batch, places, q.shape[1], key_heads, size
+    sizes = batch, q.shape[1], places, q.shape[2], key_heads, size
     load().kwm_attend(*arrays, *sizes, scale, pointer(out), parallel_for, None)
     return out
 

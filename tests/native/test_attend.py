@@ -1,4 +1,4 @@
-"""Attention of one query: every instruction set against the definition."""
+"""Attention: every instruction set against the definition."""
 
 import numpy as np
 import pytest
@@ -15,25 +15,22 @@ if native_core.compiler() is None:
 def reference(q, keys, values, mask, scale):
     """In float64, query by query."""
     q, keys, values = (x.astype("float64") for x in (q, keys, values))
-    groups = q.shape[1] // keys.shape[2]
+    batch, queries, heads, _ = q.shape
+    groups = heads // keys.shape[2]
     out = np.empty_like(q)
-    for row in range(q.shape[0]):
-        seen = np.ones(keys.shape[1], bool)
-        if mask is not None and mask[row].any():
-            seen = mask[row] != 0
-        for head in range(q.shape[1]):
-            scores = keys[row, :, head // groups] @ q[row, head] * scale
-            if mask is not None and not mask[row].any():
-                scores[:] = 0.0
-            scores = np.where(seen, scores, -np.inf)
-            weights = np.exp(scores - scores.max())
-            weights /= weights.sum()
-            out[row, head] = weights @ values[row, :, head // groups]
+    for row, query, head in np.ndindex(batch, queries, heads):
+        scores = keys[row, :, head // groups] @ q[row, query, head] * scale
+        if mask is not None:
+            seen = mask[row, query] != 0
+            scores = np.where(seen, scores, -np.inf if seen.any() else 0.0)
+        weights = np.exp(scores - scores.max())
+        weights /= weights.sum()
+        out[row, query, head] = weights @ values[row, :, head // groups]
     return out
 
 
-def make(rng, batch, places, heads, key_heads, size):
-    q = rng.standard_normal((batch, heads, size), "float32")
+def make(rng, batch, queries, places, heads, key_heads, size):
+    q = rng.standard_normal((batch, queries, heads, size), "float32")
     keys, values = rng.standard_normal(
         (2, batch, places, key_heads, size), "float32"
     )
@@ -44,21 +41,27 @@ def make(rng, batch, places, heads, key_heads, size):
 @pytest.mark.parametrize(
     "shape",
     [
-        (1, 1, 1, 1, 16),
-        (2, 7, 9, 3, 64),
-        (1, 33, 4, 2, 80),
-        (3, 192, 5, 1, 32),
-        (1, 515, 16, 2, 128),
+        (1, 1, 1, 1, 1, 16),
+        (2, 1, 7, 9, 3, 64),
+        (1, 1, 33, 4, 2, 80),
+        (3, 1, 192, 5, 1, 32),
+        (1, 1, 515, 16, 2, 128),
+        (1, 2, 1, 1, 1, 16),
+        (2, 7, 7, 3, 3, 80),
+        (1, 13, 40, 4, 1, 96),
+        # More than one tile of queries.
+        (2, 53, 65, 2, 1, 64),
     ],
 )
 def test_it_is_the_definition(name, shape):
     rng = np.random.default_rng(sum(shape))
     q, keys, values = make(rng, *shape)
-    masks = [None, (rng.random(shape[:2]) < 0.6).astype("uint8")]
-    masks[1][0] = 0
-    masks.append(
-        np.arange(shape[1]) < rng.integers(1, shape[1] + 1, shape[:1])[:, None]
-    )
+    shape_of_mask = shape[:3]
+    masks = [None, (rng.random(shape_of_mask) < 0.6).astype("uint8")]
+    masks[1][0, 0] = 0
+    lengths = rng.integers(1, shape[2] + 1, shape[:2])
+    masks.append(np.arange(shape[2]) < lengths[..., None])
+    masks.append(np.tri(*shape_of_mask[1:])[None].repeat(shape[0], 0))
     for mask in masks:
         mask = None if mask is None else np.ascontiguousarray(mask, "uint8")
         # Scores from nearly equal to a single one that counts.
@@ -72,11 +75,14 @@ def test_it_is_the_definition(name, shape):
             np.testing.assert_allclose(got, expected, rtol=0, atol=off)
 
 
+@pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("name", native_core.isas())
-def test_what_is_hidden_at_the_end_is_not_read(name):
+def test_what_is_hidden_at_the_end_is_not_read(name, queries):
     rng = np.random.default_rng(0)
-    q, keys, values = make(rng, 1, 40, 2, 1, 16)
-    mask = (np.arange(40) < 21).astype("uint8")[None]
+    q, keys, values = make(rng, 1, queries, 40, 2, 1, 16)
+    mask = (np.arange(40) < 21).astype("uint8") * np.ones(
+        (1, queries, 1), "uint8"
+    )
     with isa(name):
         expected = native_core.attend(q, keys, values, mask, 0.2)
         keys[:, 21:], values[:, 21:] = np.nan, np.inf
@@ -84,9 +90,10 @@ def test_what_is_hidden_at_the_end_is_not_read(name):
     np.testing.assert_array_equal(got, expected)
 
 
-def test_what_is_not_finite_is_seen():
+@pytest.mark.parametrize("queries", [1, 3])
+def test_what_is_not_finite_is_seen(queries):
     rng = np.random.default_rng(0)
-    q, keys, values = make(rng, 2, 20, 2, 1, 16)
+    q, keys, values = make(rng, 2, queries, 20, 2, 1, 16)
     keys[0, 3] = np.nan
     got = native_core.attend(q, keys, values, None, 0.2)
     assert np.isnan(got[0]).all()

@@ -365,14 +365,15 @@ def test_split_of_the_work_does_not_change_the_result(name, rows, rng):
     assert len(calls) == 2
 
     calls.clear()
-    q = np.float32(rng.standard_normal((3, 8, 64)))
     keys, values = np.float32(rng.standard_normal((2, 3, 700, 4, 64)))
-    arguments = q, keys, values, None, 0.125
-    with isa(name):
-        expected = native_core.attend(*arguments)
-        got = native_core.attend(*arguments, loop)
-    np.testing.assert_array_equal(got, expected)
-    assert len(calls) == 1
+    for queries in (1, 50):
+        q = np.float32(rng.standard_normal((3, queries, 8, 64)))
+        arguments = q, keys, values, None, 0.125
+        with isa(name):
+            expected = native_core.attend(*arguments)
+            got = native_core.attend(*arguments, loop)
+        np.testing.assert_array_equal(got, expected)
+    assert len(calls) == 2
 
 
 def compand_cases(rng):

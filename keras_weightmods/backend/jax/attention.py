@@ -17,7 +17,7 @@ def kernel(query, key, value, mask, scale):
     ):
         return None
     if mask is None:
-        mask = jnp.ones(key.shape[:2], bool)
+        mask = jnp.ones((*query.shape[:2], key.shape[1]), bool)
     result = jax.ShapeDtypeStruct(query.shape, query.dtype)
     call = jax.ffi.ffi_call("kwm_xla_attend", result)
     return call(query, key, value, mask, scale=np.float32(scale))

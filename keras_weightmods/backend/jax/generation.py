@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from keras_weightmods.backend.attention import one_query_by_kernel
+from keras_weightmods.backend.attention import attention_by_kernel
 from keras_weightmods.backend.generation import CannotCompile, Generation
 from keras_weightmods.backend.jax import stacks
 from keras_weightmods.backend.jax.attention import kernel
@@ -72,7 +72,7 @@ class CompiledGenerate(Generation):
         with (
             _variables(zip(sampler.variables, sampler_values), run) as scope,
             self.replaced_attributes(model, **others),
-            one_query_by_kernel(self.functions_by, kernel, plain_shares=True),
+            attention_by_kernel(self.functions_by, kernel, plain_shares=True),
         ):
             outputs = model.generate_step(inputs, stop_token_ids)
         return outputs, _values_of(sampler, scope)

@@ -33,12 +33,13 @@ def attend(q, k, v, mask, scale):
     q = q.contiguous()
     seen = None if mask is None else mask.contiguous()
     out = torch.empty_like(q)
-    heads = q.shape[2]
+    queries, heads = q.shape[1:3]
     native.library().kwm_attend(
         *(q.data_ptr(), k.data_ptr(), v.data_ptr(), k.stride(0)),
         None if seen is None else seen.data_ptr(),
-        *(batch, places, heads, key_heads, size, scale, out.data_ptr()),
-        *threads(2 * batch * heads * places * size),
+        *(batch, queries, places, heads, key_heads, size, scale),
+        out.data_ptr(),
+        *threads(2 * batch * queries * heads * places * size),
     )
     return out
 
