@@ -76,7 +76,9 @@ def texts(log):
             f"{log['self_share']} was written by the dense model and one of "
             f"{log.get('documentation_share', 0)} are docstrings; the same "
             f"rows in the same order; {log['dtype']}, {log['backend']}; "
-            f"{log['machine']}. *x dense* is the geometric mean of the four "
+            f"{log['machine']}. "
+            + (f"Seeds: {log['seeds']}. " if "seeds" in log else "")
+            + "*x dense* is the geometric mean of the four "
             "ratios to the dense model, *nats* the mean divergence from it "
             "per token. Of the texts the held-out one alone is of a kind that "
             "was trained on; the reference is near the docstrings.",
@@ -84,6 +86,46 @@ def texts(log):
                 " | ".join(
                     ["method", "tokens", *(n.replace("_", " ") for n in names)]
                     + ["x dense", "nats", "seeds", "minutes"]
+                ),
+                rows,
+            ),
+        ]
+    )
+
+
+def shares(log):
+    """Between dense and 2:4, of dense_share.py."""
+    names = list(log["rows"][0]["perplexity"])
+    rows = [
+        [
+            f"{row['dense_weights']:.0%}",
+            *(f"{row['perplexity'][text]:.1f}" for text in names),
+            f"{row['x_dense']:.3f}",
+            f"{np.mean(list(row['divergence'].values())):.2f}",
+            f"{row['file_bytes'] / 1e6:.1f}",
+            f"{row['tokens_per_second']:.0f}"
+            if "tokens_per_second" in row
+            else "",
+        ]
+        for row in log["rows"]
+    ]
+    speed = log.get("speed")
+    about = [
+        f"{log['model']}: {log['calibration_rows']} rows to prune and round "
+        "on, no training of the whole; the perplexity of the packed model"
+    ]
+    if speed:
+        about.append(
+            f"tokens per second, JAX, batch 1, {speed['machine']['cpu']}, "
+            f"{speed['machine']['cores_used']} cores"
+        )
+    return "\n\n".join(
+        [
+            "; ".join(about) + ".",
+            table(
+                " | ".join(
+                    ["dense weights", *(n.replace("_", " ") for n in names)]
+                    + ["x dense", "nats", "file MB", "tokens/s"]
                 ),
                 rows,
             ),
@@ -679,6 +721,7 @@ PARTS = (
     ("From that start, 25,600 tokens", "quality_100", texts),
     ("From that start, 51,200 tokens", "quality_200", texts),
     ("From that start, 512,000 tokens", "quality_1000", texts),
+    ("Between dense and 2:4, all in 4 bits", "dense_share", shares),
     ("At equal tokens, on two texts (an older log)", "cast_quality", methods),
     ("One-shot, without training", "one_shot", one_shot),
     ("CAST by budget", "cast_llm", budgets),
