@@ -4,12 +4,11 @@
     python -m benchmarks.dense_share --speed     (of the files there are)
 
 SmolLM2-135M-Instruct, without training: `sensitivity` says which kernels hurt
-most, a share of the weights stays dense in them, SparseGPT with swaps makes the
-others 2:4, `quantize_sparse` rounds all to 4 bits and trains the blocks, and
-`pack` writes them in int4, with an int8 head. All on the same rows: half
-of them the dense model wrote, a quarter each are prose and docstrings.
-Perplexity is that of the packed model, on the four texts of
-`benchmarks.quality`.
+most, a share of the weights stays dense in them, SparseGPT with swaps and
+trained blocks makes the others 2:4, `quantize_sparse` rounds all to four bits,
+and `pack` writes them in int4, with an int8 head. All on the same rows: half of
+them the dense model wrote, a quarter each are prose and docstrings. Perplexity
+is that of the packed model, on the four texts of `benchmarks.quality`.
 
 `--speed` writes 128 tokens, greedy, batch 1, by `compile_generate` on JAX; the
 models take turns. Times are only good on a machine that does nothing else.
@@ -50,7 +49,7 @@ def parse_arguments():
     parser = harness.make_parser(__doc__)
     harness.add_backend(parser, "torch")
     parser.add_argument("--shares", default="0,0.25,0.5,1")
-    parser.add_argument("--calibration-rows", type=int, default=32)
+    parser.add_argument("--calibration-rows", type=int, default=64)
     parser.add_argument("--rows", type=int, default=16, help="to evaluate on")
     parser.add_argument("--dtype", default="mixed_bfloat16")
     parser.add_argument("--speed", action="store_true")
@@ -99,14 +98,12 @@ def measure_quality(args, report):
                 "2:4",
                 "sparsegpt",
                 data,
-                refine="swaps",
+                refine=("swaps", "blocks"),
                 targets=targets,
                 batch_size=4,
                 verbose=0,
             )
-        kwm.quantize_sparse(
-            model, data, dense=True, refine="blocks", batch_size=4, verbose=0
-        )
+        kwm.quantize_sparse(model, data, dense=True, batch_size=4, verbose=0)
         seconds = time.monotonic() - began
         packed = load_smollm2()
         packed.preprocessor = None
