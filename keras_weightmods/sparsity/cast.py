@@ -25,7 +25,7 @@ _MEASURED_BATCHES = 8
 
 
 class CAST(LogitsDistiller):
-    """Train a model into exact N:M sparsity with hardly any loss.
+    """Train a model into exact N:M sparsity, its dense self as the teacher.
 
     Continuous Adaptive Sparse Trainer (arXiv 2509.25996): the `AdamS`
     optimizer pulls the weights outside a changing mask to zero, learnable
