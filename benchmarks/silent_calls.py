@@ -237,6 +237,8 @@ def lift(calls, folder):
 
     model, x, tokens = load(2)
     base = model.get_weights()
+    # `fit` of a task would preprocess what are tokens already.
+    model.preprocessor = None
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(kwm.SparseAdamW(1e-4), loss)
     masks = kwm.PrincipalMaskCallback(0.05, refresh_every=1)
