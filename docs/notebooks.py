@@ -41,6 +41,8 @@ def main():
 def notebook_of(text):
     """Return the notebook of a guide, a cell for each block of Python."""
     text = PRINTED.sub(r"\1", text)
+    # Commands are to be read: a cell of `bash` would run them.
+    text = text.replace("\n```bash\n", "\n```console\n")
     notebook = jupytext.reads(LINK.sub(page, text), fmt="md")
     notebook.metadata["kernelspec"] = {
         "name": "python3",

@@ -6,14 +6,16 @@
 Pruned in one shot by Wanda, packed, and exported by `kwm.export`:
 
 - to transformers (`pip install transformers`): the logits of a prompt;
-- to GGUF in f16, q8_0 and q4_0 (`pip install llama-cpp-python`): how many of
-  the tokens that llama.cpp writes, greedily, are those that Keras writes;
+- to GGUF in f16, q8_0 and q4_0 (`pip install llama-cpp-py-sync`, or
+  llama-cpp-python, which is compiled): how many of the tokens that llama.cpp
+  writes, greedily, are those that Keras writes;
 - on TensorFlow to a SavedModel, dense and packed, which runs in another
   process: the logits of the prompt.
 
 What is not installed is left out. Nothing is trained: the text is poor.
 """
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -29,6 +31,7 @@ PROMPTS = (
     "The capital of France is",
     "Once upon a time there was a",
 )
+LLAMA_CPP = ("llama_cpp", "llama_cpp_py_sync")
 SERVE = """
 import sys
 import numpy as np
@@ -125,13 +128,14 @@ def to_saved_model(model, prompt, expected, folder):
 
 
 def to_gguf(model, prompts, count, folder):
+    import numpy as np
+
     import keras_weightmods as kwm
+    from benchmarks.peers import LlamaCpp
     from examples.data import smollm2
 
-    try:
-        import llama_cpp
-    except ImportError as error:
-        print(f"GGUF: left out, {error}")
+    if not any(map(importlib.util.find_spec, LLAMA_CPP)):
+        print(f"GGUF: left out, no {' or '.join(LLAMA_CPP)}")
         return
     written = [by_keras(model, prompt, count) for prompt in prompts]
     for dtype in ("f16", "q8_0", "q4_0"):
@@ -145,13 +149,10 @@ def to_gguf(model, prompts, count, folder):
             dtype=dtype,
             tokenizer_from=smollm2.find_gguf(),
         )
-        llama = llama_cpp.Llama(str(path), n_ctx=256, verbose=False)
+        llama = LlamaCpp(path, threads=1)
+        print(f"  {llama.about().split(';')[0]}")
         for text, prompt, expected in zip(PROMPTS, prompts, written):
-            tokens = list(llama.tokenize(text.encode(), add_bos=False))
-            assert tokens == prompt, (tokens, prompt)
-            llama.reset()
-            steps = llama.generate(prompt, temp=0, repeat_penalty=1.0)
-            found = [token for token, _ in zip(steps, range(count))]
+            (found,) = llama.generate(np.array([prompt]), count).tolist()
             same = [a == b for a, b in zip(found, expected)]
             first = same.index(False) if False in same else count
             print(f"  {first} of {count} tokens alike: {text!r}")

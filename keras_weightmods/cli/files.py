@@ -115,9 +115,14 @@ def check_output(args, *suffixes):
     if pathlib.Path(args.output).suffix not in suffixes:
         expected = " or ".join(suffixes)
         raise ValueError(f"the output must end in {expected}: {args.output}")
+    check_new(args)
+    check_filepath(args.output)
+
+
+def check_new(args):
+    """Raise FileExistsError if the output exists and may not be replaced."""
     if os.path.exists(args.output) and not args.overwrite:
         raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
-    check_filepath(args.output)
 
 
 def is_language_model(model):

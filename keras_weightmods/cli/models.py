@@ -15,6 +15,7 @@ from keras_weightmods.cli.command import (
     reported,
 )
 from keras_weightmods.cli.files import (
+    check_new,
     check_output,
     inputs_of,
     is_language_model,
@@ -314,6 +315,7 @@ def _export(args):
       keras-weightmods export llm.safetensors --format gguf --dtype q8_0 \\
           -o llm.gguf
     """
+    check_new(args)
     names = "dtype", "tokenizer_from", "context_length"
     given = {name: getattr(args, name) for name in names}
     kwm.export(

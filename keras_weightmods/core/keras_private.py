@@ -364,6 +364,17 @@ def track_torch_parameters(model: Any) -> None:
             module._track_variables()
 
 
+def list_torch_parameters(model: Any) -> None:
+    """List the variables of a model built in `without_values`, on torch.
+
+    A layer lists them when it is built, but not in a stateless scope: what
+    traces the module would find none, and its `state_dict` would be empty.
+    """
+    if keras.backend.backend() == "torch":
+        for layer in layers_of(model):
+            layer._track_variables()
+
+
 # Calls and graphs.
 
 

@@ -95,7 +95,8 @@ class Perplexity:
             for each entry of the vocabulary. Defaults to 256.
 
     Raises:
-        ValueError: If an argument is outside these ranges.
+        ValueError: If an argument is outside these ranges, or the model is not
+            built, or takes other inputs than tokens and their mask.
 
     Example:
 
@@ -197,14 +198,6 @@ class Perplexity:
         checks.check_verbose(verbose)
         texts = [texts] if isinstance(texts, str) else texts
         sequences = token_sequences(self.model, texts)
-        progress = keras.utils.Progbar(
-            len(texts) if hasattr(texts, "__len__") else None,
-            unit_name="text",
-            verbose=verbose,
-            stateful_metrics=[name],
-        )
-        # To compile takes longer than the first text.
-        progress.update(0)
         length = self.length
         if len(getattr(texts, "shape", ())) == 2:
             # Not padded to more than all of them have.
@@ -220,7 +213,22 @@ class Perplexity:
                     yield index, window, first
 
         windows = all_windows()
-        while batch := list(itertools.islice(windows, self.batch_size)):
+        # What is wrong is mostly so in the first: no bar stands before it.
+        batch = list(itertools.islice(windows, self.batch_size))
+        if not batch:
+            raise ValueError(
+                "`texts` must hold a text of two tokens at least. Received: "
+                f"{len(sums)} texts without any"
+            )
+        progress = keras.utils.Progbar(
+            len(texts) if hasattr(texts, "__len__") else None,
+            unit_name="text",
+            verbose=verbose,
+            stateful_metrics=[name],
+        )
+        # To compile takes longer than the first text.
+        progress.update(0)
+        while batch:
             scores = self._score.score_windows(
                 [window for _, window, _ in batch], self.batch_size, length
             )
@@ -230,11 +238,7 @@ class Perplexity:
                 counts[index] += len(new)
             mean = sum(sums) / sum(counts)
             progress.update(len(sums), [(name, _exp(mean))])
-        if not sum(counts):
-            raise ValueError(
-                "`texts` must hold a text of two tokens at least. Received: "
-                f"{len(sums)} texts without any"
-            )
+            batch = list(itertools.islice(windows, self.batch_size))
         return np.asarray(sums), np.asarray(counts)
 
     def _windows(self, tokens: Any) -> Iterator[tuple[Any, int]]:

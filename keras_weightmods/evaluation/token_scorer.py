@@ -21,6 +21,10 @@ class TokenScorer:
             whose last layer is no head that is known, a
             `ReversibleEmbedding` or a `Dense`, gives those of a whole batch.
 
+    Raises:
+        ValueError: If the model is not built, or takes other inputs than
+            `token_ids` and `padding_mask`.
+
     Example:
 
     ```python
@@ -41,6 +45,7 @@ class TokenScorer:
     """
 
     def __init__(self, model, chunk_size=256):
+        check_inputs(model)
         self.model = model
         self.chunk_size = chunk_size
         self._built_for: list[int] | None = None
@@ -177,6 +182,22 @@ class _Head(keras.Model):
         }
 
 
+def check_inputs(model):
+    """Raise ValueError unless the model takes tokens, or these and a mask."""
+    if not (model.built or model.variables):
+        expected = "a built `keras.Model`. Call it on data once"
+        raise checks.error("model", expected, model)
+    structure = input_of(model)
+    names = structure.keys() if isinstance(structure, dict) else set()
+    unknown = names - {"token_ids", "padding_mask"}
+    if unknown:
+        raise ValueError(
+            "The model must take `token_ids` and `padding_mask`, or one "
+            f"tensor of token ids. Received: model={model.name!r}, which "
+            f"takes {sorted(unknown)} as well"
+        )
+
+
 def _as_taken(model, token_ids, padding_mask):
     """Return the inputs in the form in which the model takes them."""
     inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
@@ -185,13 +206,6 @@ def _as_taken(model, token_ids, padding_mask):
         return inputs if hasattr(model, "backbone") else token_ids
     if not isinstance(structure, dict):
         return token_ids
-    unknown = structure.keys() - inputs.keys()
-    if unknown:
-        raise ValueError(
-            "The model must take `token_ids` and `padding_mask`, or one "
-            f"tensor of token ids. Received: model={model.name!r}, which "
-            f"takes {sorted(unknown)} as well"
-        )
     return {name: inputs[name] for name in structure}
 
 

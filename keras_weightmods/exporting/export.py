@@ -13,6 +13,7 @@ from typing import Any
 import keras
 
 from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core.head import input_of
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import gguf_file
 from keras_weightmods.utils import checks
@@ -241,7 +242,17 @@ def _writer(
     if format == "transformers":
         return _transformers_writer(model, **kwargs)
     kwargs = {"verbose": False, **kwargs}
+    inputs = input_of(model)
+    if format == "onnx" and inputs is not None:
+        # Keras asks for a call of the model first, or for this.
+        signature = [keras.tree.map_structure(_spec_of, inputs)]
+        kwargs = {"input_signature": signature, **kwargs}
     return lambda path, _: model.export(path, format=format, **kwargs)
+
+
+def _spec_of(tensor: Any) -> keras.InputSpec:
+    shape = (None, *tensor.shape[1:])
+    return keras.InputSpec(tensor.dtype, shape, name=tensor.name)
 
 
 def _transformers_writer(model: Any) -> Callable[[str, Progress], Any]:

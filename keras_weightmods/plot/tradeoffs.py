@@ -163,17 +163,20 @@ def speed(rows: Any, *, ax: Any = None) -> Any:
         same = [row for row in rows if row.get("kind") == kind]
         ax.scatter(
             *([row[name] for row in same] for name in numbers),
-            s=[row.get("nbytes", 4e7) / 1e6 for row in same],
+            s=[_area(row) for row in same],
             alpha=0.5,
             label=kind,
         )
     middle = np.mean([math.log(row["perplexity"]) for row in rows])
     for row in rows:
         is_left = math.log(row["perplexity"]) <= middle
+        # Beside the dot, whose diameter is the root of its area.
+        away = 3 + math.sqrt(_area(row)) / 2
+        above = _is_above(row, rows)
         ax.annotate(
             row["name"],
             [row[name] for name in numbers],
-            xytext=(8 if is_left else -8, 3 if _is_above(row, rows) else -9),
+            xytext=(away if is_left else -away, 3 if above else -9),
             textcoords="offset points",
             ha="left" if is_left else "right",
             fontsize=7,
@@ -188,6 +191,11 @@ def speed(rows: Any, *, ax: Any = None) -> Any:
         for dot in style.legend(ax).legend_handles:
             dot.set_sizes([40])
     return ax
+
+
+def _area(row: Any) -> float:
+    """Return the area of a dot, in square points."""
+    return float(row.get("nbytes", 4e7) / 1e6)
 
 
 def _is_above(row: Any, rows: Any) -> bool:

@@ -160,6 +160,7 @@ def finish(description, model, pending):
             and id(variable) not in released
         ):
             keras_private.initialize(variable)
+    keras_private.list_torch_parameters(model)
     if description["compiles"]:
         model.compile()
 

@@ -19,13 +19,14 @@ from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
 from keras_weightmods.sparsity.run_state import RunState
 from keras_weightmods.sparsity.scaling import Scaling, attach_scaling
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 
 # The importance of inputs is measured on so many batches.
 _MEASURED_BATCHES = 8
 
 
 class CAST(LogitsDistiller):
-    """Train a model into exact N:M sparsity with hardly any loss.
+    """Train a model into exact N:M sparsity, its dense self as the teacher.
 
     Continuous Adaptive Sparse Trainer (arXiv 2509.25996): the `AdamS`
     optimizer pulls the weights outside a changing mask to zero, learnable
@@ -387,11 +388,15 @@ class CAST(LogitsDistiller):
         finally:
             self.optimizer = optimizer
 
-    def finalize(self) -> keras.Model:
+    def finalize(self, verbose: int = 1) -> keras.Model:
         """Prune by the last mask, fold the scales, and return the model.
 
         Before the end of the run that cuts weights that still matter: a
         warning says how much, and how to go on.
+
+        Args:
+            verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+                taken two seconds. Defaults to `1`.
 
         Returns:
             The model given to `CAST`, now exactly N:M in its targets, as
@@ -402,6 +407,7 @@ class CAST(LogitsDistiller):
                 it was, it is finalized already, or the training made NaN. The
                 model is unchanged then.
         """
+        checks.check_verbose(verbose)
         self._check_not_finalized("finalize")
         if not self.compiled or not self.adam_s.built:
             raise ValueError(
@@ -410,19 +416,16 @@ class CAST(LogitsDistiller):
                 "and `fit()` first."
             )
         self._check_all_sparsified()
-        sparsify.check_finite(
-            self.targets,
-            "The training diverged: go back to a checkpoint or load the "
-            "weights again, and train with a lower learning rate or "
-            "`global_clipnorm`, and finite data.",
-        )
-        cast_warnings.warn_about_an_early_end(self.adam_s)
-        self.adam_s.prune()
-        if self.scaling_groups:
-            seam.fold(self.student, Scaling)
-        self.report = sparsity_report(
-            self.student, self.pattern, targets=self.targets
-        )
+        with Progress(2, "step", verbose) as progress:
+            sparsify.check_finite(self.targets, sparsify.DIVERGED)
+            cast_warnings.warn_about_an_early_end(self.adam_s)
+            self.adam_s.prune()
+            progress.add()
+            if self.scaling_groups:
+                seam.fold(self.student, Scaling)
+            self.report = sparsity_report(
+                self.student, self.pattern, targets=self.targets
+            )
         # As TensorFlow traced them, they hold the scales of that time.
         self.train_function = self.test_function = self.predict_function = None
         cast_warnings.say_that_a_fit_loses_the_pattern(self.pattern)

@@ -60,6 +60,7 @@ class QuantizeReport(Report):
             Their errors are those before blocks were reconstructed.
         skipped: Tuple of `Skipped(path, reason)`: kernels left as they are.
         blocks: Tuple of `ReconstructedBlock`, with `refine="blocks"`.
+        dense: Bool, whether kernels without the pattern were rounded too.
     """
 
     pattern: str
@@ -68,6 +69,7 @@ class QuantizeReport(Report):
     kernels: tuple[QuantizedKernel, ...]
     skipped: tuple[Skipped, ...]
     blocks: tuple[sparsify.ReconstructedBlock, ...] = ()
+    dense: bool = False
 
     def tables(self) -> Iterator[Table]:
         def percent(error: float | None) -> str:
@@ -80,8 +82,8 @@ class QuantizeReport(Report):
             if measured
         ]
         yield Table(
-            f"{self.pattern}, {self.bits} bits, a scale for each "
-            f"{self.group_size} inputs",
+            f"{self.pattern}{' or dense' * self.dense}, {self.bits} bits, "
+            f"a scale for each {self.group_size} inputs",
             ("kernel", "shape", "error to nearest", "error", "note"),
             tuple(
                 (
@@ -231,6 +233,7 @@ def quantize_sparse(
         tuple(kernels),
         chosen.skipped,
         tuple(quantizer.blocks),
+        dense,
     )
 
 

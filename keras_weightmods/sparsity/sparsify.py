@@ -294,6 +294,11 @@ def check_stored(caller: str, targets: Targets) -> None:
 
 
 FINITE_FIRST = "Load finite weights first."
+DIVERGED = (
+    "The training diverged: go back to a checkpoint or load the weights again, "
+    "and train with a lower learning rate or `global_clipnorm`, and finite "
+    "data."
+)
 
 
 def check_finite(targets: Targets, way_out: str) -> None:

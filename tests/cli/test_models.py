@@ -39,6 +39,8 @@ def test_a_model_is_made_sparse_packed_and_unpacked(run, tmp_path):
 
     error = run("export packed.safetensors --format gguf -o a.gguf", code=1)
     assert "a KerasHub Llama" in error
+    error = run("export nothing.keras -o sparse.keras --format gguf", code=1)
+    assert "sparse.keras exists; --overwrite replaces it" in error
     error = run("merge packed.safetensors -o merged.keras", code=1)
     assert "LoRA" in error
 

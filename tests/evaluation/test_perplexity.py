@@ -234,9 +234,11 @@ def test_progress_bar(model, capsys):
         ["a string, and no preprocessor"],
     ],
 )
-def test_wrong_texts(model, texts):
+def test_wrong_texts(model, texts, capsys):
     with pytest.raises(ValueError, match=r"texts|preprocessor"):
-        kwm.perplexity(model, texts, verbose=0)
+        kwm.perplexity(model, texts)
+    # No progress bar stands before the error.
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -254,9 +256,17 @@ def test_wrong_arguments(model, argument, value):
         kwm.Perplexity(model, **{argument: value})
 
 
-def test_inputs_that_are_not_known():
+@pytest.mark.one_backend
+def test_a_model_that_is_not_built():
+    layers = [keras.layers.Embedding(VOCABULARY, 4), keras.layers.Dense(4)]
+    with pytest.raises(ValueError, match=r"a built `keras\.Model`"):
+        kwm.perplexity(keras.Sequential(layers), TOKENS)
+
+
+def test_inputs_that_are_not_known(capsys):
     image = keras.Input((4,), name="image")
     tokens = keras.Input((4,), name="token_ids")
     model = keras.Model({"image": image, "token_ids": tokens}, image + tokens)
     with pytest.raises(ValueError, match=r"\['image'\]"):
-        kwm.perplexity(model, TOKENS, verbose=0)
+        kwm.perplexity(model, TOKENS)
+    assert not capsys.readouterr().out

@@ -236,6 +236,18 @@ def test_what_is_refused(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["full", "model.gguf"]
 
 
+@pytest.mark.one_backend
+def test_a_model_that_was_loaded_and_never_called(tmp_path):
+    skip_where_it_cannot_be_run("onnx")
+    model, path = packed(), tmp_path / "model.safetensors"
+    kwm.save_model(model, path)
+    onnx = tmp_path / "model.onnx"
+    with pytest.warns(UserWarning, match="dense form"):
+        kwm.export(kwm.load_model(path), onnx, "onnx")
+    expected = models.outputs(model, X)
+    np.testing.assert_allclose(by_onnxruntime(onnx), expected, atol=1e-5)
+
+
 def test_keras_own_export_of_a_packed_model_names_this_one(tmp_path):
     model = packed()
     path = tmp_path / "model.onnx"

@@ -1,5 +1,6 @@
 """PrincipalMaskCallback in whole fits."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -150,6 +151,35 @@ def test_figures_of_the_masks_are_in_the_logs(kind, tmp_path):
     header, *rows = path.read_text().splitlines()
     assert "mask_changed" in header.split(",")
     assert len(rows) == 4
+
+
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="TensorBoard writes by TensorFlow"
+)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_other_callbacks_write_the_figures_in_any_order(is_last, tmp_path):
+    import tensorflow as tf
+
+    others = [
+        keras.callbacks.TensorBoard(tmp_path, write_graph=False),
+        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+    ]
+    masks = callback(refresh_every=3)
+    callbacks = [*others, masks] if is_last else [masks, *others]
+    history = fit(make(), *callbacks, epochs=2).history
+    with open(tmp_path / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    (path,) = (tmp_path / "train").iterdir()
+    written = {}
+    for record in tf.data.TFRecordDataset(str(path)):
+        event = tf.compat.v1.Event.FromString(record.numpy())
+        for each in event.summary.value:
+            value = float(tf.make_ndarray(each.tensor))
+            written.setdefault(each.tag, []).append(value)
+    for name in ("mask_density", "mask_changed", "mask_seconds"):
+        values = pytest.approx(history[name], rel=1e-5)
+        assert written[f"epoch_{name}"] == values
+        assert [float(row[name]) for row in rows] == values
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="only JAX has a state to sync")

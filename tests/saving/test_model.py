@@ -375,6 +375,20 @@ def test_loading_does_not_initialize(path, monkeypatch):
     assert_same(loaded, model)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="of torch modules"
+)
+def test_torch_knows_the_weights_of_a_loaded_model(path):
+    model = make_sparse(mlp(16, 16, 4))
+    kwm.pack(model)
+    kwm.save_model(model, path)
+    loaded = kwm.load_model(path)
+    for _ in range(2):
+        state = loaded.state_dict(keep_vars=True).values()
+        assert {*map(id, state)} == {id(v.value) for v in loaded.variables}
+        kwm.unpack(loaded)
+
+
 def test_a_variable_made_of_a_value(path):
     # Keras cannot make it without a value, and the model is built with values.
     @keras.saving.register_keras_serializable("tests.saving")

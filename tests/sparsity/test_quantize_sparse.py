@@ -103,6 +103,7 @@ def test_a_model_that_is_dense_or_dense_in_part():
         quantize(model, x)
     report = quantize(model, x, dense=True)
     assert not report.skipped
+    assert "2:4 or dense, 4 bits" in str(report)
     for w, row, target in zip(before, report.kernels, kwm.find_targets(model)):
         assert row.error < 0.8 * row.nearest < 0.01
         after = numpy(target.variable)
