@@ -6,7 +6,7 @@ BACKENDS := jax tensorflow torch
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: demo test lint docs notebooks wheel sdist walk setup bench bench-runtimes faults \
-    mutants versions devices gpu gpu-libraries clean
+    mutants matrix versions devices gpu gpu-libraries clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
 # are freed, and every step pays for their pages again.
@@ -57,6 +57,15 @@ MUTANTS ?= 20000
 mutants: setup
 	KERAS_BACKEND=torch OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m tests.faults.mutants --count $(MUTANTS)
+
+# Every method on every family of models, and docs/every_model.md. It goes on
+# where it was stopped.
+matrix: setup
+	@failed=0; for backend in $(BACKENDS); do \
+	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m tests.matrix $(ARGS) || failed=1; \
+	done; \
+	KERAS_BACKEND=torch $(BIN)/python -m tests.matrix --page; exit $$failed
 
 # All tests with the oldest packages that pyproject.toml asks for.
 OLDEST := .venv-oldest

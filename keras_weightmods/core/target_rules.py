@@ -79,8 +79,10 @@ def register_target(
     }
     fixed: list[int] = []
     for name, value in axes.items():
-        is_function = callable(value) and not isinstance(value, layers.Layer)
-        if is_function or (name == "output_axes" and value is None):
+        is_function = not isinstance(value, (type, layers.Layer))
+        if (is_function and callable(value)) or (
+            name == "output_axes" and value is None
+        ):
             continue
         if not _are_ints(value) or (name == "contraction_axes" and not value):
             expected = (

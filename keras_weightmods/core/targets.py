@@ -104,7 +104,8 @@ class Targets(Report, collections.abc.Sequence[Any]):
         Returns:
             `Targets`, the others of which are in `skipped`.
         """
-        if not callable(reason) or isinstance(reason, type):
+        is_function = not isinstance(reason, (type, keras.layers.Layer))
+        if not (is_function and callable(reason)):
             expected = "a callable from `Target` to a string or None"
             raise error("reason", expected, reason)
         left = {target: why for target in self if (why := reason(target))}

@@ -11,7 +11,11 @@ import numpy as np
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.evaluation.perplexity import start_token, tokenize
-from keras_weightmods.evaluation.token_scorer import TokenScorer, longest_input
+from keras_weightmods.evaluation.token_scorer import (
+    TokenScorer,
+    longest_input,
+    padded_rows,
+)
 from keras_weightmods.utils.checks import check_int
 
 # Lengths that generation is compiled for are multiples of this.
@@ -84,7 +88,7 @@ def lm_eval_model(
             f"`preprocessor`. Received: model={model!r}"
         )
     check_int("length", length, least=1)
-    check_int("batch_size", batch_size, least=1)
+    check_int("batch_size", batch_size, 1, 2**31 - 1)
     check_int("chunk_size", chunk_size, least=1)
     return _class_for(TemplateLM)(model, length, batch_size, chunk_size)
 
@@ -196,11 +200,12 @@ class _KerasLM:
         order = sorted(range(len(pairs)), key=lambda i: -len(windows[i]))
         progress = keras.utils.Progbar(len(pairs))
         progress.update(0)
+        rows = padded_rows(len(order), self.batch_size)
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
             scores = self._scorer.score_windows(
                 [np.asarray(windows[i]) for i in batch],
-                self.batch_size,
+                rows,
                 self.length,
             )
             for i, (losses, is_greedy) in zip(batch, scores):

@@ -8,7 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_weightmods.evaluation.token_scorer import TokenScorer, longest_input
+from keras_weightmods.evaluation.token_scorer import (
+    TokenScorer,
+    longest_input,
+    padded_rows,
+)
 from keras_weightmods.utils import checks
 
 _TEXTS = "strings, vectors of token ids, or an int array (rows, tokens)"
@@ -147,7 +151,9 @@ class Perplexity:
         self.model = model
         self.length = length
         self.stride = min(stride, length)
-        self.batch_size = checks.check_int("batch_size", batch_size, least=1)
+        self.batch_size = checks.check_int(
+            "batch_size", batch_size, 1, 2**31 - 1
+        )
         self._score = TokenScorer(model, chunk_size)
 
     def __call__(
@@ -197,6 +203,8 @@ class Perplexity:
         checks.check_string("name", name)
         checks.check_verbose(verbose)
         texts = [texts] if isinstance(texts, str) else texts
+        if getattr(texts, "shape", None) == ():
+            raise checks.error("texts", _TEXTS, texts)
         sequences = token_sequences(self.model, texts)
         length = self.length
         if len(getattr(texts, "shape", ())) == 2:
@@ -228,9 +236,10 @@ class Perplexity:
         )
         # To compile takes longer than the first text.
         progress.update(0)
+        rows = padded_rows(len(batch), self.batch_size)
         while batch:
             scores = self._score.score_windows(
-                [window for _, window, _ in batch], self.batch_size, length
+                [window for _, window, _ in batch], rows, length
             )
             for (index, _, first), (losses, _) in zip(batch, scores):
                 new = losses[first:].astype("float64")
@@ -266,7 +275,6 @@ def token_sequences(model: Any, texts: Any) -> Iterator[np.ndarray]:
         not hasattr(texts, "__iter__")
         or isinstance(texts, (bytes, dict))
         or is_symbol
-        or getattr(texts, "shape", None) == ()
     ):
         raise checks.error("texts", _TEXTS, texts)
     for text in texts:

@@ -130,6 +130,11 @@ class TokenScorer:
         self._built_for = variables
 
 
+def padded_rows(count, batch_size):
+    """Return the rows of each batch of `count` windows, one of few numbers."""
+    return min(batch_size, 1 << max(0, count - 1).bit_length())
+
+
 def fixed_length(model):
     """Return the length that the model's inputs must have, or None."""
     shapes = [tensor.shape for tensor in getattr(model, "inputs", None) or ()]

@@ -147,6 +147,7 @@ def export(
     checks.check_choice("format", format, tuple(ENDINGS))
     checks.check_bool("keep_packed", keep_packed)
     checks.check_bool("overwrite", overwrite)
+    checks.check_verbose(verbose)
     path = _check_path(filepath, format, overwrite)
     if not isinstance(model, keras.Model) or not model.built:
         expected = "a built `keras.Model`. Call it on data once"

@@ -302,9 +302,12 @@ def _checked(function: Any, a: Any, b: Any) -> Any:
     for name, value in (("a", a), ("b", b)):
         if isinstance(value, np.ndarray):
             checks.check_array(name, value)
-        elif not checks.is_number(value):
+            is_good = np.all(np.isfinite(value) & (value > 0))
+        elif checks.is_number(value):
+            is_good = math.isfinite(value) and value > 0
+        else:
             continue
-        if not np.all(np.isfinite(value) & (np.asarray(value) > 0)):
+        if not is_good:
             raise checks.error(name, "positive and finite", value)
     return _FUNCTIONS[function]
 
@@ -320,7 +323,9 @@ def _widened(name: str, x: Any, a: Any, b: Any) -> Any:
     shape = tuple(x.shape)
     scales = []
     for key, p in (("a", a), ("b", b)):
-        if not isinstance(p, (int, float)):
+        if isinstance(p, (int, float)):
+            p = float(p)
+        else:
             p = ops.cast(checks.check_tensor(key, p), wide)
             if not _broadcasts(tuple(p.shape), shape):
                 expected = f"a float, or broadcast to {shape}"

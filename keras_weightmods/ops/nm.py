@@ -92,7 +92,8 @@ def nm_mask(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     groups = _to_groups(x, m, axis)
     scores = ops.abs(groups)
     scores = ops.where(ops.isnan(scores), ops.cast(-1, scores.dtype), scores)
-    kept = ops.reshape(_ranks(scores, m) < n, (-1, groups.shape[-1]))
+    shape = groups.shape[0] * m, groups.shape[-1]
+    kept = ops.reshape(_ranks(scores, m) < n, shape)
     return from_matrix(kept, tuple(x.shape), axis)
 
 

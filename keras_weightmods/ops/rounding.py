@@ -91,7 +91,8 @@ class Grid:
 
     def spread(self, scales: Any, size: int) -> Any:
         """Return the scale of each of `size` inputs, a tensor `(K, R)`."""
-        return ops.repeat(scales, self.group_size, axis=0)[:size]
+        group_size = min(self.group_size, size)
+        return ops.repeat(scales, group_size, axis=0)[:size]
 
     def nearest(self, values: Any, scales: Any) -> Any:
         """Round to the nearest multiples of scales of the same shape."""
@@ -112,12 +113,13 @@ def search_scales(matrix: Any, weights: Any, grid: Grid) -> Any:
         float32 tensor of shape `(G, R)`.
     """
     size, units = matrix.shape
-    groups = -(-size // grid.group_size)
-    padding = [(0, groups * grid.group_size - size), (0, 0)]
+    group_size = min(grid.group_size, size)
+    groups = -(-size // group_size)
+    padding = [(0, groups * group_size - size), (0, 0)]
 
     def grouped(x: Any) -> Any:
         x = ops.pad(x, padding)
-        return ops.reshape(x, (groups, grid.group_size, units))
+        return ops.reshape(x, (groups, group_size, units))
 
     largest = ops.max(grouped(ops.abs(matrix)), axis=1)
     empty = largest < _TINY

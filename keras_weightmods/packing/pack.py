@@ -138,6 +138,7 @@ def pack(
     ```
     """
     check_arguments(dtype, dense, head, activations, trainable)
+    checks.check_verbose(verbose)
     if activations is None:
         # Rounding whole rows costs more there, so it is to be asked for.
         on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
@@ -237,6 +238,7 @@ def unpack(model: keras.layers.Layer, verbose: int = 1) -> PackReport:
     ```
     """
     checks.check_model(model)
+    checks.check_verbose(verbose)
     before = _model_bytes(model)
     count = len(reparameterizations(model, PackedParameters))
     with Progress(count, "kernel", verbose) as progress:

@@ -85,7 +85,7 @@ def sum_signatures(
     count = len(signatures)
     weights = [1.0] * count if weights is None else weights
     is_list = isinstance(weights, (list, tuple, np.ndarray))
-    if not is_list or len(weights) != count:
+    if not is_list or getattr(weights, "ndim", 1) == 0 or len(weights) != count:
         raise checks.error("weights", f"a list of {count} numbers", weights)
     weights = [float(checks.check_float("weights", each)) for each in weights]
     merge, options = _chosen(method, weights, density, drop_rate, seed)

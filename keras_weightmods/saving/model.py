@@ -107,6 +107,7 @@ def save_model(
             "`model` must be a built Keras model. Call it on data once, or "
             f"`model.build(input_shape)`. Received: model={model!r}"
         )
+    checks.check_verbose(verbose)
     filepath = checks.check_path("filepath", filepath)
     ending = os.path.splitext(filepath)[1].lower()
     if ending in _ENDINGS_OF_KERAS:
@@ -202,6 +203,7 @@ def load_model(
         assert kwm.load_model(path).count_params() == 68
     ```
     """
+    checks.check_verbose(verbose)
     arguments = filepath, _FORMAT, (_VERSION,)
     with (
         Progress(1, "weight", verbose) as progress,

@@ -325,7 +325,7 @@ class CAST(LogitsDistiller):
         self._check_not_finalized("fit")
         if not self.compiled:
             raise ValueError("Call `compile()` before `fit()`.")
-        checks.check_int("batch_size", batch_size, 1, optional=True)
+        checks.check_int("batch_size", batch_size, 1, 2**31 - 1, optional=True)
         checks.check_int("epochs", epochs, 0, 2**31 - 1)
         if not isinstance(verbose, bool):
             checks.check_choice("verbose", verbose, ("auto", 0, 1, 2))

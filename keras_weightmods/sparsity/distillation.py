@@ -142,6 +142,9 @@ class LogitsDistiller(keras.distillation.Distiller):
             y_pred = self._split.logits(y_pred, training)
         if y_pred is None:
             y_pred = self(x, training=training)
+        if y is None and self.loss is not None:
+            expected = "the labels that the loss compares with"
+            raise checks.error("y", expected, y)
         # Copies, since Keras multiplies masks into them, on torch in place.
         label_loss = keras.Model.compute_loss(
             self, x, y, y_pred, _copied(sample_weight), training

@@ -82,7 +82,8 @@ class GridWeights(Reparameterization):
 
     def _spread(self, scales: Any) -> Any:
         size = self.target.contraction_size
-        return ops.repeat(scales, self.grid.group_size, axis=1)[:, :size]
+        group_size = min(self.grid.group_size, size)
+        return ops.repeat(scales, group_size, axis=1)[:, :size]
 
     def _as_stack(self, kernel: Any) -> Any:
         axes = self.target.contraction_axes, self.target.stack_axes

@@ -85,7 +85,7 @@ def self_generated(
     checks.check_int("batch_size", batch_size, 1, 2**31 - 1)
     checks.check_int("length", length, 3, 2**31 - 1)
     checks.check_verbose(verbose)
-    checks.check_int("seed", seed, 0)
+    checks.check_int("seed", seed, 0, 2**31 - 1)
     checks.check_float("temperature", temperature, above=0)
     checks.check_float("keep", keep, above=0, most=1)
     tokenizer = _tokenizer(model)

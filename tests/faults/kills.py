@@ -14,6 +14,7 @@ computed nothing. Not for Windows.
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import pathlib
@@ -36,6 +37,7 @@ with contextlib.suppress(ImportError):
 
 METHODS = ("plain", "cast", "lift")
 EPOCHS, ROWS, BATCH, SAVE_FREQ = 6, 48, 4, 2
+MOST_SECONDS = 240  # of a worker that takes 4 on a core of its own
 
 
 def main():
@@ -124,6 +126,8 @@ def run(method, place, seconds=None, save=None, byte=None):
     if not worker:
         status = 1
         try:
+            # Whether one hangs, and where, is in what this prints.
+            faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
             os.close(reads)
             if save is not None:
                 die_within_a_save(save, byte)

@@ -1,0 +1,341 @@
+"""What the matrix does to each model, and how it knows that it went well.
+
+A method is a function of a `Family`. It returns a text for the page, raises
+`AssertionError` where something is not as it should be, and lets errors pass.
+`PLAIN` names, for some, what Keras does by itself there: where that fails, too,
+it is not ours.
+"""
+
+import os
+import tempfile
+import warnings
+
+import keras
+import numpy as np
+
+import keras_weightmods as kwm
+from tests import models
+
+
+def forward(family):
+    """Keras' own call."""
+    model, x = _made(family)
+    outputs = keras.tree.flatten(models.outputs(model, x))
+    assert all(np.isfinite(y).all() for y in outputs), "not finite"
+    return f"{model.count_params()} weights"
+
+
+def fit(family):
+    """Keras' own fit."""
+    model, x = _made(family)
+    _fit(model, x, "sgd")
+
+
+def generate(family):
+    """KerasHub's own generate."""
+    model, _ = _made(family)
+    model.compile(sampler="greedy")
+    model.generate(_prompt(), stop_token_ids=None)
+
+
+def targets(family):
+    model, _ = _made(family)
+    found = kwm.find_targets(model)
+    left = len(found.skipped)
+    return f"{len(found)}" + (f", {left} left" if left else "")
+
+
+def share(family):
+    """The share of the weights in kernels that divide by 4."""
+    model, _ = _made(family)
+    found = kwm.find_targets(model)
+    fits = [each for each in found if each.reason_not_nm(4) is None]
+    weights = sum(int(np.prod(each.shape)) for each in fits)
+    total = model.count_params()
+    part = f"{weights / total:.1%}"
+    return f"{len(found)}, {len(fits)} of them", f"{total / 1e6:.1f} M", part
+
+
+def magnitude(family):
+    return _pruned(family, "magnitude")
+
+
+def wanda(family):
+    return _pruned(family, "wanda")
+
+
+def sparsegpt(family):
+    return _pruned(family, "sparsegpt")
+
+
+def _pruned(family, method):
+    model, x = _made(family)
+    data = None if method == "magnitude" else x
+    report = kwm.sparsify(model, "2:4", method, data, verbose=0)
+    exact = kwm.sparsity_report(model).totals["exact"]
+    assert exact >= len(report.kernels) > 0, f"{exact} kernels are 2:4"
+    _finite(model, x)
+    return str(exact)
+
+
+def cast(family):
+    model, x = _made(family)
+    trained = kwm.CAST(model, teacher="self")
+    y = _labels(model, x)
+    trained.compile(loss=_losses(y))
+    trained.fit(x, y, batch_size=2, epochs=1, verbose=0)
+    trained.finalize()
+    kwm.assert_sparse(model)
+    _finite(model, x)
+
+
+def adam_s(family):
+    model, x = _made(family)
+    optimizer = kwm.AdamS(0.001, total_steps=2, targets=model)
+    _fit(model, x, optimizer)
+    optimizer.prune()
+    kwm.assert_sparse(model)
+    _finite(model, x)
+
+
+def constraint(family):
+    model, x = _made(family)
+    kwm.SemiStructuredSparse.attach(model)
+    _fit(model, x, "sgd")
+    kwm.assert_sparse(model)
+    _finite(model, x)
+
+
+def lift(family):
+    model, x = _made(family)
+    before = models.weights_of(model)
+    mask = kwm.PrincipalMaskCallback(0.1, refresh_every=None)
+    _fit(model, x, kwm.SparseAdamW(0.01), [mask])
+    chosen = {
+        id(v): model.optimizer.indices_of(v)
+        for v in model.optimizer.masked_variables
+    }
+    moved = 0
+    for variable, old in zip(model.weights, before, strict=True):
+        if id(variable) not in chosen:
+            statistics = not variable.trainable or "seed" in variable.path
+            assert statistics or np.array_equal(variable, old), variable.path
+            continue
+        changed = np.flatnonzero(models.numpy(variable) != old)
+        outside = np.setdiff1d(changed, chosen[id(variable)])
+        assert not outside.size, f"{variable.path} changed outside its mask"
+        moved += len(changed)
+    assert moved, "nothing was trained"
+
+
+def scaling(family):
+    return _attached(family, kwm.attach_scaling)
+
+
+def compander(family):
+    return _attached(family, kwm.attach_compander)
+
+
+def weight_norm(family):
+    return _attached(family, kwm.attach_weight_norm)
+
+
+def _attached(family, attach):
+    model, x = _made(family)
+    before = models.outputs(model, x)
+    attach(model)
+    _close(models.outputs(model, x), before)
+    kwm.fold(model)
+    _close(models.outputs(model, x), before)
+
+
+def delta(family):
+    model, _ = _made(family)
+    base = models.weights_of(model)
+    tuned = [w + np.asarray(0.5 * (w > 0), w.dtype) for w in base]
+    model.set_weights(tuned)
+    tuned = models.weights_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "delta.safetensors")
+        kwm.save_delta(model, base, path)
+        model.set_weights(base)
+        kwm.apply_delta(model, path)
+    models.assert_same_bits(models.weights_of(model), tuned)
+    kwm.remove_delta(model)
+    models.assert_same_bits(models.weights_of(model), base)
+
+
+def patches(family):
+    model, _ = _made(family)
+    before = models.weights_of(model)
+    signature = models.make_signature(model)
+    ledger = kwm.Patches(model)
+    ledger.add(signature, name="one")
+    after = models.weights_of(model)
+    assert not all(map(np.array_equal, before, after)), "nothing was added"
+    ledger.add(models.make_signature(model, 2), scale=0.5)
+    ledger.clear()
+    models.assert_same_bits(models.weights_of(model), before)
+
+
+def lora(family):
+    model, x = _made(family)
+    kwm.sparsify(model, verbose=0)
+    layers = [t.layer for t in kwm.find_targets(model) if _takes_lora(t.layer)]
+    if not layers:
+        raise ValueError("Keras has LoRA for none of the layers")
+    for layer in {id(layer): layer for layer in layers}.values():
+        layer.enable_lora(2)
+        layer.lora_kernel_b.assign(models.normal(*layer.lora_kernel_b.shape))
+    kwm.merge_lora(model, "2:4")
+    kwm.assert_sparse(model)
+    _finite(model, x)
+
+
+def _takes_lora(layer):
+    return hasattr(layer, "enable_lora") and not layer.lora_enabled
+
+
+def pack(family):
+    model, x = _sparse(family)
+    before, weights = models.outputs(model, x), models.weights_of(model)
+    report = kwm.pack(model)
+    _close(models.outputs(model, x), before)
+    kwm.unpack(model)
+    for new, old in zip(models.weights_of(model), weights, strict=True):
+        np.testing.assert_array_equal(new, old)
+    return str(len(report.weights))
+
+
+def head(family):
+    model, x = _sparse(family)
+    try:
+        kwm.pack(model, head="int8")
+    except ValueError as error:
+        if "head" in str(error):
+            return "not tied"
+        raise
+    _finite(model, x)
+    return "yes"
+
+
+def quantize(family):
+    model, x = _sparse(family)
+    kwm.quantize_sparse(model, data=x, group_size=16, verbose=0)
+    kwm.assert_sparse(model)
+    _finite(model, x)
+
+
+def save(family):
+    return _loaded(*_made(family))
+
+
+def save_packed(family):
+    model, x = _sparse(family)
+    kwm.pack(model)
+    return _loaded(model, x)
+
+
+def _loaded(model, x):
+    before = models.outputs(model, x)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.safetensors")
+        kwm.save_model(model, path)
+        loaded = kwm.load_model(path)
+    _close(models.outputs(loaded, x), before)
+    return "yes"
+
+
+def checkpoint(family):
+    """A run of two epochs, and one that was stopped after the first."""
+    ends = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, epochs in (("whole", (2,)), ("parts", (1, 2))):
+            for last in epochs:
+                model, x = _made(family)
+                callback = kwm.Checkpoint(os.path.join(folder, name))
+                _fit(model, x, "adam", [callback], last)
+            ends.append(models.weights_of(model))
+    models.assert_same_bits(*ends)
+
+
+def compiled_generate(family):
+    model, _ = _made(family)
+    model.compile(sampler="greedy")
+    before = model.generate(_prompt(), stop_token_ids=None)["token_ids"]
+    kwm.compile_generate(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        after = model.generate(_prompt(), stop_token_ids=None)["token_ids"]
+    kwm.uncompile_generate(model)
+    np.testing.assert_array_equal(before, after)
+    texts = [str(each.message) for each in caught]
+    is_as_before = any("generate" in text for text in texts)
+    return "as before" if is_as_before else "compiled"
+
+
+PLAIN = {
+    forward: forward,
+    **dict.fromkeys((cast, adam_s, constraint, lift, checkpoint), fit),
+    compiled_generate: generate,
+}
+METHODS = {
+    method.__name__: method
+    for method in (
+        *(forward, targets, share, magnitude, wanda, sparsegpt, cast),
+        *(adam_s, constraint, lift, scaling, compander, weight_norm, delta),
+        *(patches, lora, pack, head, quantize, save, save_packed),
+        *(checkpoint, compiled_generate),
+    )
+}
+
+
+def _made(family):
+    keras.utils.set_random_seed(1)
+    model = family.make()
+    return model, family.inputs(model)
+
+
+def _sparse(family):
+    model, x = _made(family)
+    kwm.sparsify(model, verbose=0)
+    return model, x
+
+
+def _fit(model, x, optimizer, callbacks=(), epochs=1):
+    y = _labels(model, x)
+    # TensorFlow's XLA takes seconds to compile. KerasHub's own metrics are for
+    # labels of another shape.
+    own = {"jit_compile": models.JIT, "weighted_metrics": None}
+    model.compile(optimizer, _losses(y), **own)
+    options = {"batch_size": 2, "epochs": epochs, "verbose": 0}
+    model.fit(x, y, callbacks=list(callbacks), **options)
+
+
+def _losses(y):
+    return keras.tree.map_structure(lambda _: "mse", y)
+
+
+def _labels(model, x):
+    outputs = models.outputs(model, x)
+    return keras.tree.map_structure(lambda y: models.normal(*y.shape), outputs)
+
+
+def _prompt():
+    return {
+        "token_ids": np.array([[3, 1, 4, 1] + [0] * 8]),
+        "padding_mask": np.array([[1] * 4 + [0] * 8]),
+    }
+
+
+def _finite(model, x):
+    for y in keras.tree.flatten(models.outputs(model, x)):
+        assert np.isfinite(y).all(), "outputs are not finite"
+
+
+def _close(after, before):
+    pairs = zip(*map(keras.tree.flatten, (after, before)), strict=True)
+    for new, old in pairs:
+        size = max(1.0, float(np.abs(old).max(initial=0)))
+        worst = float(np.abs(new - old).max(initial=0))
+        assert worst <= 1e-4 * size, f"outputs differ by {worst:.1g}"

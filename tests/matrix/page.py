@@ -1,0 +1,150 @@
+"""Reads and keeps what the matrix found; writes docs/every_model.md from it."""
+
+import collections
+import json
+import os
+import pathlib
+import re
+
+from tests.matrix.families import families
+from tests.matrix.methods import METHODS
+
+ROOT = pathlib.Path(__file__).absolute().parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "every_model.md"
+MARKS = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BACKENDS = ("torch", "jax", "tensorflow")
+STATES = ("passed", "refused", "keras", "limit", "wrong")
+# The columns of the language models' table.
+COLUMNS = {
+    "targets": "kernels",
+    "magnitude": "2:4",
+    "pack": "packed",
+    "head": "`head=`",
+    "save_packed": "saved",
+    "compiled_generate": "`generate`",
+}
+
+
+def read(file):
+    """Return {(family, method): row} of a file; the last row counts."""
+    if not file.exists():
+        return {}
+    rows = [json.loads(text) for text in file.read_text().splitlines()]
+    return {(row["family"], row["method"]): row for row in rows}
+
+
+def keep(file, done):
+    """Write all rows, each once and in their order."""
+    families_of = {name: i for i, name in enumerate(families())}
+    methods = {name: i for i, name in enumerate(METHODS)}
+    rows = [
+        row
+        for row in done.values()
+        if row["family"] in families_of and row["method"] in methods
+    ]
+    rows.sort(
+        key=lambda row: (families_of[row["family"]], methods[row["method"]])
+    )
+    part = file.with_suffix(".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(part, file)
+
+
+def write(page=PAGE, results=RESULTS):
+    """Write the tables of the page anew, from the files that there are."""
+    found = {
+        backend: read(results / f"matrix_{backend}.jsonl")
+        for backend in BACKENDS
+    }
+    found = {backend: rows for backend, rows in found.items() if rows}
+    first = next(iter(found.values()))
+    tables = {
+        "versions": _versions(found),
+        "language": _language(first),
+        "nets": _nets(first),
+        "methods": _methods(found),
+        "others": _others(found),
+    }
+    text = MARKS.sub(
+        lambda mark: mark[1] + "\n".join(tables[mark[2]]) + f"\n{mark[3]}",
+        page.read_text(),
+    )
+    page.write_text(text)
+
+
+def _versions(found):
+    for rows in found.values():
+        used = {json.dumps(row["versions"]) for row in rows.values()}
+        for each in sorted(used):
+            names = json.loads(each).items()
+            listed = ", ".join(f"{name} {version}" for name, version in names)
+            yield f"Made with {listed}."
+
+
+def _language(rows):
+    yield f"| model | {' | '.join(COLUMNS.values())} |"
+    yield "|---" * (1 + len(COLUMNS)) + "|"
+    for name in _made(rows, "language"):
+        texts = [_text(rows.get((name, method))) for method in COLUMNS]
+        yield f"| `{name}` | {' | '.join(texts)} |"
+
+
+def _text(row):
+    if row is None:
+        return ""
+    if row["state"] == "passed":
+        note = row["note"] or "yes"
+        return note if isinstance(note, str) else " | ".join(note)
+    names = {"keras": "KerasHub's own fails", "refused": "no"}
+    return f"{names.get(row['state'], row['state'])}: {_escaped(row['note'])}"
+
+
+def _escaped(text):
+    return text.partition(": ")[2].replace("|", r"\|")[:80]
+
+
+def _nets(rows):
+    yield "| net | kernels | weights | in kernels that divide by 4 |"
+    yield "|---|---|---|---|"
+    for name, family in families().items():
+        if family.kind == "net" and (row := rows.get((name, "share"))):
+            yield f"| `{name}` | {_text(row)} |"
+
+
+def _made(rows, kind):
+    """Yield the families of a kind that could be made."""
+    for name, family in families().items():
+        state = rows.get((name, "forward"), {}).get("state", "unmade")
+        if family.kind == kind and state != "unmade":
+            yield name
+
+
+def _methods(found):
+    heads = [f"{backend}: {s}" for backend in found for s in STATES]
+    yield f"| method | {' | '.join(heads)} |"
+    yield "|---" * (1 + len(heads)) + "|"
+    for method in METHODS:
+        cells = []
+        for rows in found.values():
+            of_method = [r for (_, m), r in rows.items() if m == method]
+            states = collections.Counter(row["state"] for row in of_method)
+            cells += [str(states[state] or "") for state in STATES]
+        yield f"| `{method}` | {' | '.join(cells)} |"
+
+
+def _others(found):
+    """Say what did not pass: each reason once, with its families."""
+    for backend, rows in found.items():
+        reasons = collections.defaultdict(list)
+        for (family, method), row in rows.items():
+            if row["state"] not in ("passed", "unmade"):
+                key = row["state"], method, _escaped(row["note"])
+                reasons[key].append(f"`{family}`")
+        for (state, method, reason), names in sorted(reasons.items()):
+            listed = ", ".join(names)
+            yield f"- {backend}, {state}, `{method}`: {reason} ({listed})"
+        unmade = [f for (f, m), r in rows.items() if r["state"] == "unmade"]
+        if unmade:
+            listed = ", ".join(f"`{name}`" for name in sorted(set(unmade)))
+            yield f"- {backend}, constructors of other arguments: {listed}"
