@@ -16,6 +16,7 @@ import pathlib
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.compander_quality import MEASURES, effects_of
 from benchmarks.runtimes import cells as runtime_cells
 
 LOGS = harness.RESULTS
@@ -594,6 +595,63 @@ def principal_mask(log):
     return "\n\n".join(parts)
 
 
+def compander_quality(log):
+    if "settings" not in log:
+        return missing("compander_quality")
+    parts = [
+        "Conv nets with dropout on Fashion-MNIST, with BatchNormalization "
+        "(norm) and without (plain); accuracy on the test images in %, mean "
+        "and spread of the seeds. Each method has the same search of rate, "
+        "decay and a, on "
+        f"{log['held_out']:,} training images held out, in which each has "
+        "worse neighbours on both sides; differences are paired by seed, "
+        f"with an interval of 95 % (t). {log['optimizer']}; "
+        f"{log['backend']}, {log['machine']['cpu']}. 4 bits: the trained "
+        "kernels in 15 levels, of one scale a kernel, or one a channel; 2:4: "
+        "pruned by magnitude, with no training after it. Peak: the largest "
+        "weight over the root mean square.",
+    ]
+    for name, setting in log["settings"].items():
+        rows = [row for row in log["rows"] if row["setting"] == name]
+        if not rows:
+            continue
+        seeds = sorted({len(row["runs"]) for row in rows})
+        parts += [
+            f"{name}: {setting['images']:,} images, {setting['epochs']} "
+            f"epochs in batches of {setting['batch']}, "
+            f"{' or '.join(map(str, seeds))} seeds:",
+            table(
+                "net | method | chosen | accuracy | less plain | less L2 | "
+                "4 bits | less L2 | 4 bits a channel | less L2 | 2:4 | "
+                "less L2 | peak | tried",
+                [_companded(row, rows) for row in rows],
+                3,
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
+def _companded(row, rows):
+    cells = [
+        row["net"],
+        row["method"],
+        ", ".join(f"{k} {v:.3g}" for k, v in row["chosen"].items()),
+    ]
+    for measure in MEASURES:
+        cells.append(mean([100 * run[measure] for run in row["runs"]], ".2f"))
+        found = {
+            base: f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+            for base, (value, low, high) in effects_of(
+                row, rows, measure
+            ).items()
+        }
+        if measure == "accuracy":
+            cells.append(found.get("plain", ""))
+        cells.append(found.get("L2", ""))
+    peak = np.mean([run["peak"] for run in row["runs"]])
+    return [*cells, f"{peak:.1f}", len(row["tried"])]
+
+
 def grouped(runs):
     """Runs of one kind: they differ in their tokens and seeds alone."""
     groups = collections.defaultdict(list)
@@ -696,6 +754,7 @@ PARTS = (
     ("LIFT: quality", "lift_quality", lift_quality),
     ("LIFT: step and memory", "lift_step", lift_step),
     ("LIFT: masks", "principal_mask", principal_mask),
+    ("Companders: quality", "compander_quality", compander_quality),
 )
 
 
