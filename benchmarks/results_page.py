@@ -16,6 +16,7 @@ import pathlib
 import numpy as np
 
 from benchmarks import harness
+from benchmarks import rws_quality as rws
 from benchmarks.compander_quality import MEASURES, effects_of
 from benchmarks.runtimes import cells as runtime_cells
 
@@ -652,6 +653,57 @@ def _companded(row, rows):
     return [*cells, f"{peak:.1f}", len(row["tried"])]
 
 
+def rws_quality(log):
+    if "cosines" not in log:
+        return missing("rws_quality")
+    found = rws.by_seed(log["rows"])
+    corruptions = dict.fromkeys(row["corruption"] for row in log["rows"])
+    parts = [
+        f"MNIST and Fashion-MNIST at 16 x 16; {', '.join(corruptions)}, each "
+        "at five severities. Share of the gap between the clean model and the "
+        "one trained on corrupted images that is closed, accuracy on "
+        "corrupted images, and on clean ones less that of the model patched; "
+        "means over data sets and corruptions, with the interval of 95 % "
+        f"over seeds (t). {log['epochs']} epochs; {log['backend']}, "
+        f"{log['machine']}."
+    ]
+    for net, sizes in log["bytes"].items():
+        rows = [
+            [
+                claim,
+                name,
+                rws.cell(each["share"]),
+                rws.cell(each["corrupted"]),
+                rws.cell(each["on_clean"]),
+                f"{sizes['model'] / sizes[name]:.1f}" if name in sizes else "",
+            ]
+            for claim, names in (
+                ("ends", ("clean", "robust", "continued")),
+                *rws.CLAIMS,
+            )
+            for name in names
+            if (each := found.get((net, name)))
+        ]
+        seeds = len(found[net, "clean"]["share"])
+        parts += [
+            f"{net}, {seeds} seed{'s' * (seeds > 1)}:",
+            table(
+                "claim | model | of the gap | corrupted | on clean | "
+                "times smaller",
+                rows,
+                2,
+            ),
+        ]
+        cosines = rws.cosine_rows(log["cosines"])[net]
+        parts.append(
+            "Discriminative: cosine of the signatures from the two data sets, "
+            f"of the same corruption {rws.cell(cosines['own'])}, of different "
+            f"ones {rws.cell(cosines['other'])}; the nearest is that of the "
+            f"same corruption in {rws.cell(cosines['found'])}."
+        )
+    return "\n\n".join(parts)
+
+
 def grouped(runs):
     """Runs of one kind: they differ in their tokens and seeds alone."""
     groups = collections.defaultdict(list)
@@ -754,6 +806,7 @@ PARTS = (
     ("LIFT: quality", "lift_quality", lift_quality),
     ("LIFT: step and memory", "lift_step", lift_step),
     ("LIFT: masks", "principal_mask", principal_mask),
+    ("Signatures: quality", "rws_quality", rws_quality),
     ("Companders: quality", "compander_quality", compander_quality),
 )
 
