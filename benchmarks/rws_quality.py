@@ -303,23 +303,22 @@ def by_seed(rows):
         low, high = ends[*where, base], ends[*where, "robust"]
         gap = high["corrupted"] - low["corrupted"]
         model = found.setdefault((row["net"], row["model"]), {})
-        model.setdefault(row["seed"], []).append(
-            (
-                (row["corrupted"] - low["corrupted"]) / gap
-                if gap >= LEAST_GAP
-                else np.nan,
-                row["corrupted"],
-                row["on_clean"] - low["on_clean"],
-            )
+        of_seed = model.setdefault(
+            row["seed"], {"share": [], "corrupted": [], "on_clean": []}
         )
-    names = ("share", "corrupted", "on_clean")
+        if gap >= LEAST_GAP:
+            closed = row["corrupted"] - low["corrupted"]
+            of_seed["share"].append(closed / gap)
+        of_seed["corrupted"].append(row["corrupted"])
+        of_seed["on_clean"].append(row["on_clean"] - low["on_clean"])
     return {
-        key: dict(
-            zip(
-                names,
-                zip(*(np.nanmean(each, axis=0) for each in seeds.values())),
-            )
-        )
+        key: {
+            name: [
+                np.mean(each[name]) if each[name] else np.nan
+                for each in seeds.values()
+            ]
+            for name in ("share", "corrupted", "on_clean")
+        }
         for key, seeds in found.items()
     }
 

@@ -1,6 +1,11 @@
+import argparse
+
+import keras
 import pytest
 
-from benchmarks import results_page, rws_quality
+from benchmarks import harness, results_page, rws_quality
+from examples.data import robust_nets
+from examples.data.digits import load_digits
 
 pytestmark = pytest.mark.one_backend
 
@@ -84,3 +89,41 @@ def test_page_has_a_row_for_each_claim(log):
     assert "nearest is that of the same corruption in 0.50" in page
     del log["cosines"]
     assert "benchmarks.rws_quality" in results_page.rws_quality(log)
+
+
+def tiny():
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((16, 16, 1)),
+            layers.Conv2D(4, 3, strides=4, name="stem"),
+            layers.BatchNormalization(name="stem_norm"),
+            layers.Flatten(),
+            layers.Dense(10, name="head"),
+        ]
+    )
+
+
+def test_a_study_of_few_images(tmp_path, monkeypatch):
+    few = dict.fromkeys(rws_quality.SOURCES, (load_digits, 64, 64, 10))
+    monkeypatch.setattr(robust_nets, "SOURCES", few)
+    monkeypatch.setattr(robust_nets, "NETS", {"tiny": (tiny, {"depth": 1})})
+    file = tmp_path / "log.json"
+    args = argparse.Namespace(
+        nets=["tiny"],
+        corruptions=["contrast", "shot noise"],
+        seeds="0",
+        pretrain_epochs=1,
+        epochs=1,
+        backend=keras.backend.backend(),
+        fresh=False,
+        json=file,
+    )
+    log = rws_quality.run(args)
+    assert harness.read_json(file)["rows"] == log["rows"]
+    page = results_page.rws_quality(log)
+    for _, names in rws_quality.CLAIMS:
+        for name in names:
+            assert f"| {name} | " in page
+    # Nothing is made anew.
+    assert rws_quality.run(args)["rows"] == log["rows"]
