@@ -92,10 +92,13 @@ def parse_arguments():
 def run(args):
     from examples.data.fashion_mnist import load_fashion_mnist
 
-    report = {} if args.fresh else harness.read_json(args.json) or {}
-    rows = report.get("rows", [])
+    settings = {k: dataclasses.asdict(v) for k, v in SETTINGS.items()}
+    old = harness.read_json(args.json)
+    # Rows of other settings, or of an older form, are not put beside these.
+    kept = old and not args.fresh and old.get("settings") == settings
+    rows = old["rows"] if kept else []
     report = {
-        "settings": {k: dataclasses.asdict(v) for k, v in SETTINGS.items()},
+        "settings": settings,
         "held_out": HELD_OUT,
         "optimizer": f"SGD, momentum {MOMENTUM}, the rate falls to 0",
         "backend": args.backend,

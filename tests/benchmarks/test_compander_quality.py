@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_weightmods as kwm
 from benchmarks import compander_quality as bench
 from benchmarks import results_page
 
@@ -50,6 +51,27 @@ def test_methods_start_from_the_same_weights(method):
     trained = trainer(images, labels, 1, 0.1, 3)
     moved = bench.plain_weights(trained)
     assert all((a != b).any() for a, b in zip(moved, start))
+
+
+def test_b_of_a_fixed_pair_scales_the_rate_alone():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(8, 6)), random.normal(size=(8, 3))
+    kernels = []
+    for b, rate in ((1.0, 0.2), (0.5, 0.05), (0.5, 0.2)):
+        keras.utils.set_random_seed(0)
+        dense = keras.layers.Dense(3, use_bias=False)
+        model = keras.Sequential([keras.Input((6,)), dense])
+        kwm.attach_compander(
+            model, a=0.5, b=b, learnable=False, out_of_range="clip", verbose=0
+        )
+        sgd = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=0.1)
+        model.compile(kwm.CompanderOptimizer(sgd), "mse")
+        start = keras.ops.convert_to_numpy(dense.kernel)
+        model.fit(x, y, epochs=9, shuffle=False, verbose=0)
+        kernels.append(keras.ops.convert_to_numpy(dense.kernel))
+    assert np.abs(kernels[0] - start).max() > 0.1
+    np.testing.assert_allclose(kernels[0], kernels[1], atol=1e-5)
+    assert np.abs(kernels[0] - kernels[2]).max() > 0.01
 
 
 def runs(values):
