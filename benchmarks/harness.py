@@ -184,6 +184,17 @@ def versions(*packages):
     return {name: importlib.metadata.version(name) for name in names}
 
 
+def interval(values):
+    """Return the mean and the ends of its interval of 95 % (Student's t)."""
+    import numpy as np
+    from scipy import stats
+
+    mean, count = np.mean(values), len(values)
+    error = np.std(values, ddof=1) / np.sqrt(count)
+    half = stats.t.ppf(0.975, count - 1) * error
+    return float(mean), float(mean - half), float(mean + half)
+
+
 def take_turns(calls, rounds, description=None, rotate=True):
     """Call functions in turn, so that a change of the machine meets all.
 

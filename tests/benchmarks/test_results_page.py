@@ -55,6 +55,7 @@ def test_parts_without_logs_name_the_program(tmp_path):
         "lift_quality",
         "lift_step",
         "principal_mask",
+        "compander_quality",
     ):
         assert f"python -m benchmarks.{program}" in page
 

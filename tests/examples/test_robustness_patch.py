@@ -2,11 +2,10 @@ import numpy as np
 from rich.console import Console
 
 from examples import robustness_patch
-from examples.data.corruptions import CORRUPTIONS
 
 
 def test_tables_and_plots(tmp_path):
-    names = list(CORRUPTIONS)
+    names = robustness_patch.CORRUPTIONS
     row = {
         "clean": 0.2,
         "robust": 0.8,

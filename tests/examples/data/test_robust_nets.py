@@ -28,8 +28,16 @@ def test_nets_and_their_shallow_parts():
         weights = model.get_weights()
         signature = WeightSignature.extract(None, model, weights, **shallow)
         found[name] = {e.info.path.split("/")[0] for e in signature}
-        assert signature.model_nbytes > 8 * signature.nbytes
-    vgg, resnet = found["vgg_like"], found["resnet_like"]
+        # Of the transformer one block of six.
+        times = 5 if name == "vit_like" else 8
+        assert signature.model_nbytes > times * signature.nbytes
+    vgg, resnet, vit = found.values()
+    assert "block1_attention" in vit
+    assert {name.split("_")[0] for name in vit} == {
+        "patches",
+        "positions",
+        "block1",
+    }
     assert len(vgg) == 7
     assert "block3_conv3" in vgg
     stages = {name.split("_")[0] for name in resnet}
