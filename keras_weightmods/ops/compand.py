@@ -302,7 +302,7 @@ def _checked(function: Any, a: Any, b: Any) -> Any:
     for name, value in (("a", a), ("b", b)):
         if isinstance(value, np.ndarray):
             checks.check_array(name, value)
-            is_good = np.all(np.isfinite(value) & (value > 0))
+            is_good = bool(np.all(np.isfinite(value) & (value > 0)))
         elif checks.is_number(value):
             is_good = math.isfinite(value) and value > 0
         else:
