@@ -197,6 +197,12 @@ def on_cast(method, is_compiled=True, **arguments):
     return Call(getattr(made, method), arguments, [made.student])
 
 
+def _finalize():
+    made = cast()
+    made.fit(X, normal(8, 4), verbose=0)
+    return Call(made.finalize, {}, [made.student])
+
+
 def language_model():
     return models.causal_lm("llama3")
 
@@ -450,6 +456,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "CAST.evaluate": lambda: on_cast(
         "evaluate", x=X, y=normal(8, 4), verbose=0
     ),
+    "CAST.finalize": _finalize,
     "Checkpoint": lambda: Call(
         kwm.Checkpoint, {"path": "new checkpoints"}, then=fit_with
     ),
