@@ -48,10 +48,10 @@ def compile_generate(model: keras.Model) -> GenerateReport:
     token. On TensorFlow XLA compiles all of `generate`, which Keras runs op by
     op on a CPU unless told otherwise. On JAX, where KerasHub compiles all of
     it, the cache stays in parts, one for each layer, in place of being stacked
-    anew for each token. On JAX and torch a compiled kernel is the attention of
-    a new token, on a CPU in float32: it reads each key and value that is seen
-    once, for all heads that share it. On all three, only as many tokens are
-    read at first as the shortest prompt has.
+    anew for each token. On JAX and torch a compiled kernel is the attention,
+    on a CPU in float32: it reads each key and value that is seen once, for all
+    heads that share it, and of a prompt only what each token sees. On all
+    three, only as many tokens are read at first as the shortest prompt has.
 
     `model.generate` takes and returns what it did: strings or tokens,
     `max_length`, stop tokens, any sampler of KerasHub that goes through the
