@@ -214,7 +214,11 @@ def test_what_cannot_be_repeated_falls_back(read, match):
         (True, lambda tokens: 1e-3 * tokens.shape[1], None),
         (False, lambda tokens: 1e-3 * tokens.shape[1], "where the largest"),
         (True, lambda tokens: 0.1 * tokens.shape[1], "in the mean"),
-        (True, lambda tokens: 0.01 * ops.sum(tokens), "where the largest"),
+        (
+            True,
+            lambda tokens: 0.01 * ops.cast(ops.sum(tokens), "float32"),
+            "where the largest",
+        ),
     ],
 )
 def test_first_tokens_that_depend_on_what_follows(packed, off, match):
