@@ -10,10 +10,12 @@ class Generation:
 
     Args:
         model: A `keras_hub.models.CausalLM`.
-        functions_by, replaced_attributes: Of `core.keras_private`.
+        functions_by, replaced_attributes, rotations_by: Of
+            `core.keras_private`.
     """
 
-    def __init__(self, model, functions_by, replaced_attributes):
+    def __init__(self, model, functions_by, replaced_attributes, rotations_by):
         self.model = model
         self.functions_by = functions_by
         self.replaced_attributes = replaced_attributes
+        self.rotations_by = rotations_by

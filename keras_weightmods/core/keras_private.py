@@ -736,6 +736,27 @@ def global_seed(create: bool = False) -> Any:
 
 
 @contextlib.contextmanager
+def rotations_by(model: Any, make: Callable[..., Any]) -> Iterator[None]:
+    """Compute the rotary embeddings of a model by another function in a scope.
+
+    KerasHub's layers make their cosines and sines in a method of their own,
+    from the first place and the shape of what is turned.
+
+    Args:
+        model: A built model.
+        make: Callable, gets the method of a layer and returns what stands in
+            for it.
+    """
+    name = "_compute_cos_sin_embedding"
+    with contextlib.ExitStack() as stack:
+        for layer in layers_of(model):
+            if plain := getattr(layer, name, None):
+                replaced = replaced_attributes(layer, **{name: make(plain)})
+                stack.enter_context(replaced)
+        yield
+
+
+@contextlib.contextmanager
 def functions_by(**makers: Any) -> Iterator[None]:
     """Run some of `keras.ops` by other functions in a scope.
 

@@ -46,6 +46,7 @@ class GenerateFunction:
                 self.model,
                 keras_private.functions_by,
                 keras_private.replaced_attributes,
+                keras_private.rotations_by,
             )
         reason = self.refusal or self._reason_against(inputs)
         if not reason:

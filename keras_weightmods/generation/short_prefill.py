@@ -63,7 +63,7 @@ def reason_against(model, tokens, mask, length, known, prefill):
     except (TypeError, ValueError) as error:
         return str(error)
     dtype = keras.backend.standardize_dtype(found[0].dtype)
-    expected, short, *others = (
+    expected, short, *with_others = (
         ops.convert_to_numpy(ops.cast(x, "float32")) for x in found
     )
     tolerance = _TOLERANCES.get(dtype, _TOLERANCE)
@@ -71,7 +71,8 @@ def reason_against(model, tokens, mask, length, known, prefill):
         off, size = (_root_mean_square(x) for x in (short - expected, expected))
         if off > _ROUNDED_TOLERANCE * size:
             return f"{_OTHER_LOGITS} by {off:.3g} in the mean, of {size:.3g}"
-        (short,) = others
+        # What is left to compare is that which differs by those tokens alone.
+        (short,) = with_others
     largest, off = np.abs(expected).max(), np.abs(short - expected).max()
     if off > tolerance * largest:
         return (

@@ -4,9 +4,12 @@ KerasHub compiles `generate_step` as a whole. It reads prompts as long as the
 text is to become, and stacks the caches of the layers anew for each token.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 
 from keras_weightmods.backend.attention import attention_by_kernel
 from keras_weightmods.backend.generation import CannotCompile, Generation
@@ -20,8 +23,8 @@ LENGTH_STEP = 64
 class CompiledGenerate(Generation):
     """`Generation` by one program of XLA, with a cache in parts."""
 
-    def __init__(self, model, functions_by, replaced_attributes):
-        super().__init__(model, functions_by, replaced_attributes)
+    def __init__(self, *args):
+        super().__init__(*args)
         self.done = set()
         self.function = jax.jit(
             self._generate,
@@ -72,6 +75,7 @@ class CompiledGenerate(Generation):
         with (
             _variables(zip(sampler.variables, sampler_values), run) as scope,
             self.replaced_attributes(model, **others),
+            self.rotations_by(model, _constant_rotations()),
             attention_by_kernel(self.functions_by, kernel, plain_shares=True),
         ):
             outputs = model.generate_step(inputs, stop_token_ids)
@@ -175,3 +179,31 @@ def _variables(own, run):
 
 def _values_of(sampler, scope):
     return [scope.get_current_value(v) for v in sampler.variables]
+
+
+def _constant_rotations():
+    """Make the cosines and sines of a prompt's places into constants.
+
+    XLA would compute them anew in each layer, for each head.
+    """
+    # Equal ones, as those of most layers are, become one constant.
+    known: dict[Any, Any] = {}
+
+    def only_one(array):
+        key = array.shape, array.dtype, np.asarray(array).tobytes()
+        return known.setdefault(key, array)
+
+    def rotation_by(plain):
+        def rotation(inputs, start_index=0, *args, **kwargs):
+            given = [*args, *kwargs.values()]
+            if not isinstance(start_index, int) or any(
+                x is not None for x in given
+            ):
+                return plain(inputs, start_index, *args, **kwargs)
+            with jax.ensure_compile_time_eval():
+                # Of what is turned, the shape alone is asked for.
+                return tuple(map(only_one, plain(inputs, start_index)))
+
+        return rotation
+
+    return rotation_by

@@ -18,8 +18,8 @@ LENGTH_STEP = 64
 class CompiledGenerate(Generation):
     """`Generation` by one program of XLA."""
 
-    def __init__(self, model, functions_by, replaced_attributes):
-        super().__init__(model, functions_by, replaced_attributes)
+    def __init__(self, *args):
+        super().__init__(*args)
         self.functions = {}
 
     def __call__(self, tokens, mask, length, known, prefill, stop_token_ids):

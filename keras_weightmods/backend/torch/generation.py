@@ -27,8 +27,8 @@ _ROUNDED_TOLERANCE = 0.1
 class CompiledGenerate(Generation):
     """`Generation` by a step that was recorded."""
 
-    def __init__(self, model, functions_by, replaced_attributes):
-        super().__init__(model, functions_by, replaced_attributes)
+    def __init__(self, *args):
+        super().__init__(*args)
         self.recorded = {}
 
     def __call__(self, tokens, mask, length, known, prefill, stop_token_ids):
