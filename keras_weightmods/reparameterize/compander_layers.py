@@ -29,8 +29,8 @@ class CompanderLayer(_Layer):
         self,
         *args: Any,
         a: float = 0.5,
-        b: float = 1.0,
-        learnable: bool = True,
+        b: float | None = None,
+        learnable: bool = False,
         function: str = "arctan",
         out_of_range: str = "clip",
         **kwargs: Any,
@@ -106,8 +106,8 @@ class CompanderDense(_CompanderLoraLayer, keras.layers.Dense):
         a: Float above 0.001, the height of the function, or its start if
             learnable. Defaults to `0.5`.
         b: Float above 0.001, the width of the function, or its start if
-            learnable. Defaults to `1.0`.
-        learnable: Bool, whether a and b are trained. Defaults to `True`.
+            learnable. Defaults to `a`, and to twice that if learnable.
+        learnable: Bool, whether a and b are trained. Defaults to `False`.
         function: `"arctan"`, `"arsinh"` or `"erf"`, as in `ops.compand`.
             Defaults to `"arctan"`.
         out_of_range: What to do if the initializer draws weights beyond 0.99
@@ -125,7 +125,7 @@ class CompanderDense(_CompanderLoraLayer, keras.layers.Dense):
     import keras
     import keras_weightmods as kwm
 
-    layer = kwm.CompanderDense(4, a=0.5, b=1.0)
+    layer = kwm.CompanderDense(4, a=0.5)
     layer.build((2, 16))
     assert round(layer.compander.a, 6) == 0.5
     assert layer.compander.outside == 0

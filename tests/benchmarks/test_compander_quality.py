@@ -26,9 +26,20 @@ def test_search_ends_between_its_neighbours():
 
 
 def test_search_stays_where_nothing_is_better():
-    best, tried = bench.search(lambda rate: 0.5, [("rate", 0.1, 2)])
+    best, tried = bench.search(lambda rate: rate < 0.15, [("rate", 0.1, 2)])
     assert best == {"rate": 0.1}
     assert sorted(row["rate"] for row in tried) == [0.05, 0.1, 0.2]
+
+
+def test_search_goes_lower_where_nothing_learns():
+    def measure(rate, a):
+        return max(0, 0.02 - abs(rate - 0.007))
+
+    best, _ = bench.search(measure, [("rate", 0.1, 2), ("a", 1, 2)])
+    assert best == {"rate": 0.1 / 16, "a": 1}
+    best, tried = bench.search(lambda rate: 0.5, [("rate", 0.1, 2)])
+    assert best == {"rate": 0.1 / 2**9}
+    assert len(tried) == 12
 
 
 @pytest.mark.parametrize("method", bench.METHODS)

@@ -28,8 +28,12 @@ class Kind(NamedTuple):
     is_exact: bool = False  # bit for bit at the start, and after the end
 
 
+def compander(model, **kwargs):
+    return kwm.attach_compander(model, learnable=True, **kwargs)
+
+
 def fixed_compander(model, **kwargs):
-    return kwm.attach_compander(model, a=2.0, learnable=False, **kwargs)
+    return kwm.attach_compander(model, a=2.0, **kwargs)
 
 
 PRODUCTS = (
@@ -41,7 +45,7 @@ CONTRACTED = (*PACKED, "conv1d", "conv2d", "separable", "experts")
 ALL = (*CONTRACTED, "depthwise")
 KINDS = {
     "scaling": Kind(kwm.attach_scaling, CONTRACTED, is_exact=True),
-    "compander": Kind(kwm.attach_compander, ALL),
+    "compander": Kind(compander, ALL),
     "fixed compander": Kind(fixed_compander, ALL),
     "weight norm": Kind(kwm.attach_weight_norm, ALL),
     "packing": Kind(kwm.pack, PACKED, kwm.unpack, r"unpack\(model\)", True),

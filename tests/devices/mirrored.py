@@ -67,7 +67,7 @@ def masked(model, callbacks):
 
 
 def companders(model, callbacks):
-    kwm.attach_compander(model)
+    kwm.attach_compander(model, learnable=True)
     return kwm.CompanderOptimizer(keras.optimizers.Adam(0.01))
 
 

@@ -33,7 +33,9 @@ def test_starts_with_the_pair_and_the_function_of_the_model(
     before = outputs(model, X)
     report = kwm.attach_compander(model, learnable=learnable, function=function)
     np.testing.assert_allclose(outputs(model, X), before, rtol=0, atol=1e-6)
-    assert "a = 0.5, b = 1" in str(report)
+    # By default twice a where b is trained.
+    b = 1 if learnable else 0.5
+    assert f"a = 0.5, b = {b}" in str(report)
     for kernel in report.kernels:
         assert kernel.a == pytest.approx(0.5, rel=1e-6)
     assert len(model.weights) == (5 if learnable else 3)
@@ -72,7 +74,8 @@ def test_pretrained_outliers():
 def test_fit_follows_the_gradient_of_all_three():
     model = sequential((4,), keras.layers.Dense(3, use_bias=False))
     a, b, rate = 0.7, 1.2, 0.05
-    (kernel,) = kwm.attach_compander(model, a=a, b=b).kernels
+    report = kwm.attach_compander(model, a=a, b=b, learnable=True)
+    (kernel,) = report.kernels
     v = np.float64(model.weights[0].numpy())
     x = np.float64(normal(4, 4))
     optimizer = keras.optimizers.SGD(rate)
@@ -95,7 +98,7 @@ def test_fit_follows_the_gradient_of_all_three():
 
 def test_a_and_b_come_back_from_a_step_too_far():
     model = dense_model()
-    (kernel, _) = kwm.attach_compander(model).kernels
+    (kernel, _) = kwm.attach_compander(model, learnable=True).kernels
     model.layers[0].weights[-1].assign([-2.0, -2.0])
     assert kernel.a < 0.2
     small = kernel.a, kernel.b
@@ -106,7 +109,7 @@ def test_a_and_b_come_back_from_a_step_too_far():
 @pytest.mark.parametrize("value", [-1e30, -1e6, 0.0, 1e6])
 def test_a_and_b_stay_positive_whatever_becomes_of_the_raw_pair(value):
     model = dense_model()
-    (kernel, _) = kwm.attach_compander(model).kernels
+    (kernel, _) = kwm.attach_compander(model, learnable=True).kernels
     model.layers[0].weights[-1].assign([value, value])
     assert kernel.a > 0
     assert kernel.b > 0
@@ -120,7 +123,7 @@ def test_a_and_b_stay_positive_whatever_becomes_of_the_raw_pair(value):
 def test_what_a_constraint_leaves_does_not_drift():
     # Not MaxNorm, which itself rounds the columns that it leaves.
     model = dense_model(kernel_constraint=keras.constraints.NonNeg())
-    kwm.attach_compander(model)
+    kwm.attach_compander(model, learnable=True)
     stored = model.layers[0]._kernel
     before = stored.numpy()
     stored.assign(stored.constraint(stored))
@@ -136,7 +139,7 @@ def test_regularizer_and_constraint_see_the_effective_weight():
         kernel_constraint=keras.constraints.MaxNorm(0.3),
     )
     layer = model.layers[0]
-    kwm.attach_compander(model)
+    kwm.attach_compander(model, learnable=True)
     w = numpy(layer.kernel)
     loss = ops.convert_to_numpy(model.losses[0])
     np.testing.assert_allclose(loss, 0.1 * np.sum(w**2), rtol=1e-5)
@@ -160,10 +163,10 @@ def test_checkpoints_of_fixed_pairs_hold_them(tmp_path):
     np.testing.assert_array_equal(outputs(other, X), outputs(model, X))
     other = attached(learnable=False, a=0.7)
     before = outputs(other, X)
-    with pytest.raises(ValueError, match=r"fixed pairs.*\(0\.6, 1\.0\)"):
+    with pytest.raises(ValueError, match=r"fixed pairs.*\(0\.6, 0\.6\)"):
         other.load_weights(tmp_path / "a.weights.h5")
     np.testing.assert_array_equal(outputs(other, X), before)
-    for arguments in ({"function": "erf", "learnable": False}, {}):
+    for arguments in ({"function": "erf"}, {"learnable": True}):
         with pytest.raises(ValueError, match="reparameterized in the same way"):
             attached(**arguments).load_weights(tmp_path / "a.weights.h5")
 
@@ -191,7 +194,7 @@ def test_a_model_file_keeps_a_raised_pair(own, tmp_path):
 def test_bfloat16_variables_start_within_their_rounding():
     model = sequential((6,), keras.layers.Dense(5, dtype="bfloat16"))
     plain = numpy(model.weights[0].value)
-    kwm.attach_compander(model)
+    kwm.attach_compander(model, learnable=True)
     kernel = numpy(model.layers[0].kernel)
     np.testing.assert_allclose(kernel, plain, rtol=2**-7)
     stored, pair = model.weights[0], model.weights[-1]

@@ -338,7 +338,7 @@ def test_errors_of_build():
     with pytest.raises(ValueError, match="found no weight with a compander"):
         optimizer.build(model.trainable_variables)
     assert not optimizer.optimizer.built
-    kwm.attach_compander(model)
+    kwm.attach_compander(model, learnable=True)
     model.weights[-1].trainable = False
     with pytest.raises(ValueError, match="must be trained too"):
         optimizer.build(model.trainable_variables)
