@@ -282,13 +282,7 @@ def make_methods(steps, **settings):
             ramp=0.4,
             criterion="activation",
         ),
-        "CAST from SparseGPT + swaps + blocks + KL alone": Cast(
-            steps,
-            init="sparsegpt",
-            init_refine=("swaps", "blocks"),
-            distillation_weight=1.0,
-            scaling_groups=0,
-        ),
+        **recipes_from_blocks(steps),
         "CAST from SparseGPT + eta 2/3": Cast(
             steps, init="sparsegpt", distillation_weight=2 / 3
         ),
@@ -307,6 +301,27 @@ def make_methods(steps, **settings):
         if isinstance(method, Cast):
             vars(method).update(settings)
     return methods
+
+
+def recipes_from_blocks(steps):
+    """The recipe from the best start, and what else was tried there."""
+    import keras_weightmods as kwm
+
+    name = "CAST from SparseGPT + swaps + blocks"
+    start = {"init": "sparsegpt", "init_refine": ("swaps", "blocks")}
+    alone = {**start, "distillation_weight": 1.0, "scaling_groups": 0}
+    rate = kwm.CAST.default_recipe(**start)["learning_rate"]
+    free = {"ramp": 0.4, "criterion": "activation"}
+    found = {
+        "": start,
+        " + KL alone": alone,
+        " + KL alone + scales": {**alone, "scaling_groups": 2},
+        " + KL alone + free mask": {**alone, **free},
+        " + KL alone + free mask by magnitude": {**alone, "ramp": 0.4},
+        " + KL alone + half the rate": {**alone, "learning_rate": rate / 2},
+        " + KL alone + twice the rate": {**alone, "learning_rate": 2 * rate},
+    }
+    return {name + own: Cast(steps, **kwargs) for own, kwargs in found.items()}
 
 
 class OneShot:
