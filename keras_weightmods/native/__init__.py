@@ -11,7 +11,7 @@ import pathlib
 import warnings
 from typing import Any
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _SCALAR = 0  # KWM_ISA_SCALAR
 HEAD_SIZE_MULTIPLE = 16  # of `kwm_attend`
 _TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -24,6 +24,20 @@ _C_TYPES = {
     "P": ctypes.c_void_p,
     "s": ctypes.c_char_p,
 }
+
+
+class Product(ctypes.Structure):
+    """`kwm_product` of kwm_native.h: a matrix, and where its product goes."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        ("values", ctypes.c_void_p),
+        ("meta", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+    )
+
+
 # The result and the arguments of each function, as in kwm_native.h.
 _SIGNATURES = {
     "kwm_abi_version": ("i", ""),
@@ -33,6 +47,7 @@ _SIGNATURES = {
     "kwm_unpack": ("", "PPPqqiP"),
     "kwm_matmul": ("", "PqqqiPPPPPP"),
     "kwm_matmul_int8": ("", "PqqqiPPPPPP"),
+    "kwm_matmul_int8_many": ("", "PqqiPqPP"),
     "kwm_matmul_transposed": ("", "PqqqiPPPPPP"),
     "kwm_values_gradient": ("", "PPqqqPPPP"),
     "kwm_attend": ("", "PPPqPqqqqqqfPPP"),

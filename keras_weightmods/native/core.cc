@@ -289,13 +289,14 @@ class Matmul {
                        panel.get() + tile * tile_floats);
           }
         });
+    const kwm::Product product{w_, y};
     kwm::multiply_tiles(
-        threads_, tiling, w_, tiling.padded, y,
-        [&](int64_t tile, int64_t column_block, float* out,
+        threads_, tiling, &product, 1, tiling.padded,
+        [&](int64_t tile, const Packed& w, int64_t column_block, float* out,
             int64_t out_stride) {
-          kernels_.multiply[w_.type](panel.get() + tile * tile_floats,
-                                     tiling.padded, w_, column_block, out,
-                                     out_stride);
+          kernels_.multiply[w.type](panel.get() + tile * tile_floats,
+                                    tiling.padded, w, column_block, out,
+                                    out_stride);
         });
   }
 
@@ -338,13 +339,14 @@ class Matmul {
           }
         });
     if (!all) return false;
+    const kwm::Product product{w_, y};
     kwm::multiply_tiles(
-        threads_, tiling, w_, tiling.padded, y,
-        [&](int64_t tile, int64_t column_block, float* out,
+        threads_, tiling, &product, 1, tiling.padded,
+        [&](int64_t tile, const Packed& w, int64_t column_block, float* out,
             int64_t out_stride) {
           digits->multiply(panel.get() + tile * tile_bytes,
-                           steps.get() + tile * tiling.padded, tiling.padded,
-                           w_, column_block, out, out_stride);
+                           steps.get() + tile * tiling.padded, tiling.padded, w,
+                           column_block, out, out_stride);
         });
     return true;
   }

@@ -50,7 +50,7 @@
 extern "C" {
 #endif
 
-#define KWM_ABI_VERSION 5
+#define KWM_ABI_VERSION 6
 
 enum { KWM_FLOAT32 = 0, KWM_BFLOAT16 = 1, KWM_INT8 = 2, KWM_INT4 = 3 };
 
@@ -123,6 +123,22 @@ KWM_API void kwm_matmul_int8(const float* x, int64_t rows, int64_t k, int64_t n,
                              int type, const void* values, const uint32_t* meta,
                              const void* scale, float* y,
                              kwm_parallel_for parallel_for, void* pool);
+
+// A matrix (k, n) as above, and where its product goes.
+typedef struct {
+  int64_t n;
+  const void* values;
+  const uint32_t* meta;
+  const void* scale;
+  float* y;
+} kwm_product;
+
+// kwm_matmul_int8 of one x by `count` matrices, which rounds x once and shares
+// the threads' work once. Either all matrices have meta, or none has.
+KWM_API void kwm_matmul_int8_many(const float* x, int64_t rows, int64_t k,
+                                  int type, const kwm_product* products,
+                                  int64_t count, kwm_parallel_for parallel_for,
+                                  void* pool);
 
 // dx (rows, k) = dy (rows, n) @ W^T
 KWM_API void kwm_matmul_transposed(const float* dy, int64_t rows, int64_t k,

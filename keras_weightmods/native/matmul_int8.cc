@@ -1,5 +1,7 @@
-// The product with int8 activations: choice of the kernels, panels of
+// Products with int8 activations: choice of the kernels, panels of
 // activations, split of the work.
+
+#include <vector>
 
 #include "kernels.h"
 #include "tiles.h"
@@ -9,6 +11,7 @@ namespace {
 using kwm::Int8Kernels;
 using kwm::Int8Rows;
 using kwm::Packed;
+using kwm::Product;
 using kwm::Scratch;
 using kwm::Threads;
 using kwm::Tiling;
@@ -32,9 +35,10 @@ const Int8Kernels& int8_kernels(int type, bool dense) {
 }
 
 void run_panel(const Int8Kernels& kernels, const float* x, int64_t rows,
-               const Packed& w, float* y, const Threads& threads) {
+               int64_t k, const std::vector<Product>& products,
+               const Threads& threads) {
   const Tiling tiling(rows, kernels.tile_rows);
-  const int64_t row_blocks = w.row_blocks();
+  const int64_t row_blocks = products[0].w.row_blocks();
   const int64_t tile_bytes = Int8Rows::size_of_bytes(row_blocks, tiling.padded);
   const int64_t tile_steps = row_blocks * tiling.padded;
   const Scratch<uint8_t> bytes(tiling.count * tile_bytes);
@@ -52,15 +56,17 @@ void run_panel(const Int8Kernels& kernels, const float* x, int64_t rows,
                     // What pads a tile may be any row.
                     const int64_t from =
                         kwm::min(row, tiling.rows_of(tile) - 1);
-                    kernels.quantize(x + (tiling.first(tile) + from) * w.k,
-                                     w.k, row, rows_of(tile));
+                    kernels.quantize(x + (tiling.first(tile) + from) * k, k,
+                                     row, rows_of(tile));
                   }
                 }
               });
   // An integer costs a quarter of a float.
   kwm::multiply_tiles(
-      threads, tiling, w, kwm::ceil_div(tiling.padded, 4), y,
-      [&](int64_t tile, int64_t column_block, float* out, int64_t out_stride) {
+      threads, tiling, products.data(),
+      static_cast<int64_t>(products.size()), kwm::ceil_div(tiling.padded, 4),
+      [&](int64_t tile, const Packed& w, int64_t column_block, float* out,
+          int64_t out_stride) {
         kernels.multiply(rows_of(tile), w, column_block, out, out_stride);
       });
 }
@@ -71,11 +77,25 @@ void kwm_matmul_int8(const float* x, int64_t rows, int64_t k, int64_t n,
                      int type, const void* values, const uint32_t* meta,
                      const void* scale, float* y, kwm_parallel_for parallel_for,
                      void* pool) {
-  if (n == 0) return;
-  const Packed w{k, n, type, values, meta, scale};
-  const Int8Kernels& kernels = int8_kernels(type, meta == nullptr);
+  const kwm_product product{n, values, meta, scale, y};
+  kwm_matmul_int8_many(x, rows, k, type, &product, 1, parallel_for, pool);
+}
+
+void kwm_matmul_int8_many(const float* x, int64_t rows, int64_t k, int type,
+                          const kwm_product* products, int64_t count,
+                          kwm_parallel_for parallel_for, void* pool) {
+  std::vector<Product> panel;
+  panel.reserve(static_cast<size_t>(count));
+  for (const kwm_product* p = products; p != products + count; ++p) {
+    if (p->n == 0) continue;
+    panel.push_back({{k, p->n, type, p->values, p->meta, p->scale}, p->y});
+  }
+  if (panel.empty()) return;
+  const Int8Kernels& kernels =
+      int8_kernels(type, panel[0].w.meta == nullptr);
   for (int64_t row = 0; row < rows; row += kPanelRows) {
-    run_panel(kernels, x + row * k, kwm::min(kPanelRows, rows - row), w,
-              y + row * n, {parallel_for, pool});
+    const int64_t here = kwm::min(kPanelRows, rows - row);
+    run_panel(kernels, x + row * k, here, k, panel, {parallel_for, pool});
+    for (Product& product : panel) product.y += here * product.w.n;
   }
 }

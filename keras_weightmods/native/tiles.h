@@ -27,32 +27,47 @@ struct Tiling {
   int padded;
 };
 
-// multiply_tile(tile, column block, out, its stride) of all into y, kCallBlocks
-// blocks of columns at a time. A value is multiplied as often as by that many
-// rows of floats.
+// A matrix, and where its product goes: y (rows, w.n).
+struct Product {
+  Packed w;
+  float* y;
+};
+
+// multiply_tile(tile, w, column block, out, its stride) of all, kCallBlocks
+// blocks of columns at a time. All matrices have as many rows. A value is
+// multiplied as often as by that many rows of floats.
 template <class MultiplyTile>
 void multiply_tiles(const Threads& threads, const Tiling& tiling,
-                    const Packed& w, int64_t cost_in_rows, float* y,
-                    const MultiplyTile& multiply_tile) {
+                    const Product* products, int64_t count,
+                    int64_t cost_in_rows, const MultiplyTile& multiply_tile) {
   constexpr int64_t kColumns = kCallBlocks * kLanes;
+  const auto parts_of = [](const Product& product) {
+    return ceil_div(product.w.n, kColumns);
+  };
+  int64_t parts = 0;
+  for (int64_t i = 0; i < count; ++i) parts += parts_of(products[i]);
   // Tiles innermost: the values of these columns stay in the cache.
   // Fetching the values costs as much as three rows more.
   threads.run(
-      ceil_div(w.n, kColumns) * tiling.count,
-      grain(w.padded_k() / 2 * (cost_in_rows + 3) * kCallBlocks),
+      parts * tiling.count,
+      grain(products->w.padded_k() / 2 * (cost_in_rows + 3) * kCallBlocks),
       [&](int64_t begin, int64_t end) {
         alignas(64) float padded[kMostTileRows * kColumns];
         for (int64_t item = begin; item < end; ++item) {
           const int64_t tile = item % tiling.count;
           const int64_t rows = tiling.rows_of(tile);
-          const int64_t column = item / tiling.count * kColumns;
+          int64_t part = item / tiling.count;
+          const Product* product = products;
+          while (part >= parts_of(*product)) part -= parts_of(*product++);
+          const Packed& w = product->w;
+          const int64_t column = part * kColumns;
           const int64_t columns = min(kColumns, w.n - column);
-          float* out = y + tiling.first(tile) * w.n + column;
+          float* out = product->y + tiling.first(tile) * w.n + column;
           if (rows == tiling.padded && columns % kLanes == 0) {
-            multiply_tile(tile, column / kLanes, out, w.n);
+            multiply_tile(tile, w, column / kLanes, out, w.n);
             continue;
           }
-          multiply_tile(tile, column / kLanes, padded, kColumns);
+          multiply_tile(tile, w, column / kLanes, padded, kColumns);
           for (int64_t row = 0; row < rows; ++row) {
             memcpy(out + row * w.n, padded + row * kColumns,
                    static_cast<size_t>(columns) * sizeof(float));

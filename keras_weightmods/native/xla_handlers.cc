@@ -12,6 +12,7 @@
 #include <memory>
 #include <numeric>
 #include <string>
+#include <vector>
 
 #include "helpers.h"
 #include "kwm_native.h"
@@ -118,21 +119,49 @@ ffi::Error Matmul(ffi::ThreadPool threads, Activations x,
   return ffi::Error::Success();
 }
 
+// Of one x by the matrices that give each result: values, meta and scale of one
+// after the other, all of one type.
 ffi::Error MatmulInt8(ffi::ThreadPool threads, Activations x,
-                      ffi::AnyBuffer values, Meta meta, Scale scale, Result y) {
-  const Rows in(x), out(*y);
-  const int type = TypeOf(values.element_type());
-  if (type != KWM_INT8 && type != KWM_INT4) {
-    return Invalid("int8 activations need values of int8 or uint8");
+                      ffi::RemainingArgs weights, ffi::RemainingRets results) {
+  const Rows in(x);
+  std::vector<kwm_product> products;
+  int type = -1;
+  bool dense = false;
+  if (results.size() == 0 || weights.size() != 3 * results.size()) {
+    return Invalid("three arrays of weights make a result");
   }
-  const bool dense = meta.element_count() == 0;
-  const ffi::Error error =
-      Check(in, out, in.size, out.size, values, meta, scale, dense);
-  if (error.failure()) return error;
-  kwm_matmul_int8(x.typed_data(), in.count, in.size, out.size, type,
-                  values.untyped_data(), dense ? nullptr : Words(meta),
-                  scale.untyped_data(), y->typed_data(), ParallelForOf(threads),
-                  &threads);
+  products.reserve(results.size());
+  for (size_t i = 0; i < results.size(); ++i) {
+    const auto values = weights.get<ffi::AnyBuffer>(3 * i);
+    const auto meta = weights.get<Meta>(3 * i + 1);
+    const auto scale = weights.get<Scale>(3 * i + 2);
+    auto y = results.get<ffi::Buffer<ffi::F32>>(i);
+    if (!values || !meta || !scale || !y) {
+      return Invalid("meta is of int32, and results are of float32");
+    }
+    const int own = TypeOf(values->element_type());
+    const bool is_dense = meta->element_count() == 0;
+    if (i == 0) {
+      type = own;
+      dense = is_dense;
+    }
+    if (type != KWM_INT8 && type != KWM_INT4) {
+      return Invalid("int8 activations need values of int8 or uint8");
+    }
+    if (own != type || is_dense != dense) {
+      return Invalid("matrices of one call are of one type");
+    }
+    const Rows out(**y);
+    const ffi::Error error =
+        Check(in, out, in.size, out.size, *values, *meta, *scale, dense);
+    if (error.failure()) return error;
+    products.push_back({out.size, values->untyped_data(),
+                        dense ? nullptr : Words(*meta), scale->untyped_data(),
+                        (*y)->typed_data()});
+  }
+  kwm_matmul_int8_many(x.typed_data(), in.count, in.size, type,
+                       products.data(), static_cast<int64_t>(products.size()),
+                       ParallelForOf(threads), &threads);
   return ffi::Error::Success();
 }
 
@@ -242,7 +271,12 @@ KWM_API XLA_FFI_Error* kwm_xla_compand_gradient(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul, Matmul, Product());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_int8, MatmulInt8, Product());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_int8, MatmulInt8,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Activations>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_transposed, MatmulTransposed,
                               Product());

@@ -138,6 +138,24 @@ def matmul_int8(x, packed, n, dtype, parallel_for=None):
     return out
 
 
+def matmul_int8_many(x, matrices, dtype, parallel_for=None):
+    """x @ W for each of `matrices`, pairs of packed arrays and n."""
+    x = np.ascontiguousarray(x, "float32")
+    rows, k = x.shape
+    outs = [np.full((rows, n), np.nan, "float32") for _, n in matrices]
+    products = (native.Product * len(matrices))(
+        *(
+            native.Product(n, *map(pointer, [*packed, out]))
+            for (packed, n), out in zip(matrices, outs)
+        )
+    )
+    load().kwm_matmul_int8_many(
+        *(pointer(x), rows, k, TYPES[dtype], ctypes.addressof(products)),
+        *(len(matrices), parallel_for, None),
+    )
+    return outs
+
+
 def values_gradient(x, dy, meta, parallel_for=None):
     x = np.ascontiguousarray(x, "float32")
     dy = np.ascontiguousarray(dy, "float32")

@@ -146,6 +146,39 @@ def test_product(k, n, dtype, dense, name, rng):
 
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize(("dtype", "dense"), KINDS)
+@pytest.mark.parametrize("rows", [0, 1, 18, 530])
+def test_several_of_one_input(rows, dtype, dense, name, rng):
+    if name == "scalar" and rows > 20:
+        pytest.skip("slow")
+    k, sizes = 96, [192, 0, 40, 1, 576]
+    matrices = [(random_weights(rng, k, n, dtype, dense), n) for n in sizes]
+    x = rng.standard_normal((rows, k)).astype("float32")
+    counts = []
+
+    @native_core.ParallelFor
+    def one_by_one(pool, count, grain, task, context):
+        counts.append(count)
+        for i in reversed(range(count)):
+            task(context, i, i + 1)
+
+    loop = ctypes.cast(one_by_one, ctypes.c_void_p)
+    with isa(name):
+        expected = [
+            native_core.matmul_int8(x, packed, n, dtype)
+            for packed, n in matrices
+        ]
+        for threads in (None, loop):
+            received = native_core.matmul_int8_many(x, matrices, dtype, threads)
+            for each in zip(received, expected, strict=True):
+                np.testing.assert_array_equal(*each)
+        # The work on all is shared at once.
+        if rows > 500 and name in ("avx2", "avx512"):
+            assert len(counts) == 2  # of 512 rows, and of the others
+        assert native_core.matmul_int8_many(x, [], dtype) == []
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize(("dtype", "dense"), KINDS)
 def test_largest_integers_do_not_overflow(dtype, dense, name):
     k, n = 128, 32
     rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_weightmods.backend.attention import attention_by_kernel
 from keras_weightmods.backend.generation import CannotCompile, Generation
-from keras_weightmods.backend.jax import stacks
+from keras_weightmods.backend.jax import shared_inputs, stacks
 from keras_weightmods.backend.jax.attention import kernel
 
 # XLA takes long: `max_length` is rounded up to multiples of this.
@@ -91,7 +91,8 @@ class _Run:
         self.prefill = prefill
         self.weights = list(zip(model.variables, values))
         # That of the class: the attribute is this object's.
-        self.plain = type(model).call_with_cache.__get__(model)
+        plain = type(model).call_with_cache.__get__(model)
+        self.plain = shared_inputs.in_one_call(plain)
 
     def call_with_cache(
         self, token_ids, cache=None, cache_update_index=None, *args, **kwargs

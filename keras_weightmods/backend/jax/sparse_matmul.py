@@ -5,6 +5,7 @@ cannot split a custom call over devices by itself: `split_matmul` does.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import keras
 
 from keras_weightmods.backend.jax import (
     layouts,
+    shared_inputs,
     sparse_matmul_gpu,
     xla_handlers,
 )
@@ -64,9 +66,30 @@ def _for_cpu_alone(packed):
 
 
 def _sparse_matmul_on_cpu(x, packed):
+    if packed.activations == "int8":
+        return shared_inputs.watched_product(x, packed, _matmul_int8_many)
     values, meta, scale = _arrays(packed)
-    n = packed.shape[1]
-    return _multiply(x, values, meta, scale, n, packed.activations)
+    y = _matmul(
+        x.astype(jnp.float32), values, meta, scale, packed.shape[1], False
+    )
+    return y.astype(x.dtype)
+
+
+def _matmul_int8_many(x, kernels):
+    """The products with several kernels; gradients with one alone."""
+    arrays = [_arrays(packed) for packed in kernels]
+    sizes = [packed.shape[1] for packed in kernels]
+    given = x.astype(jnp.float32)
+    if len(kernels) == 1:
+        products = [_matmul_int8(given, *arrays[0], sizes[0])]
+    else:
+        results = [
+            jax.ShapeDtypeStruct((*x.shape[:-1], size), jnp.float32)
+            for size in sizes
+        ]
+        call = jax.ffi.ffi_call("kwm_xla_matmul_int8", results)
+        products = list(call(given, *itertools.chain(*arrays)))
+    return [y.astype(x.dtype) for y in products]
 
 
 def _arrays(packed):
@@ -81,15 +104,6 @@ def _arrays(packed):
 
 def _no_scale():
     return jnp.zeros((0,), jnp.float32)
-
-
-def _multiply(x, values, meta, scale, n, activations):
-    weights = values, meta, scale
-    if activations == "int8":
-        y = _matmul_int8(x.astype(jnp.float32), *weights, n)
-    else:
-        y = _matmul(x.astype(jnp.float32), *weights, n, False)
-    return y.astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -10,7 +10,9 @@ Weights are not copied: a view of them is held, so that a later `assign` is
 seen. Another tensor in their place is not.
 """
 
+import collections
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from keras_weightmods import native
 from keras_weightmods.backend.torch import attention, sparse_matmul
 
 _aten = torch.ops.aten
@@ -386,7 +389,19 @@ def _graph(operations, inputs, values):
     nodes = {v: graph.placeholder(f"held_{i}") for i, v in enumerate(held)}
     for i, v in enumerate(inputs):
         nodes[v] = graph.placeholder(f"input_{i}")
+    shared = _sharing(live)
+    done = set()
     for op in live:
+        if op in done:
+            continue
+        if op in shared:
+            done.update(shared[op])
+            products = _products_of(shared[op])
+            node = graph.call_function(products, (nodes[op.args[0]],))
+            for i, other in enumerate(shared[op]):
+                get = operator.getitem, (node, i)
+                nodes[other.results[0]] = graph.call_function(*get)
+            continue
         function, (args, kwargs) = _fast(op)
         args, kwargs = _map_values(nodes.__getitem__, (args, kwargs))
         node = graph.call_function(function, tuple(args), kwargs)
@@ -416,6 +431,31 @@ def _live(operations, values):
             needed.update(given)
             owners.update(v.owner for v in given)
     return live[::-1]
+
+
+def _sharing(operations):
+    """Return {the first: all} of int8 products with one input."""
+    changed = {v.owner for op in operations for v in op.changed}
+    found = collections.defaultdict(list)
+    for op in operations:
+        if op.function is not _PRODUCTS[1] or not native.is_available():
+            continue
+        x, values, meta, scale, _ = op.args
+        weights = [w for w in (values, meta, scale) if w is not None]
+        if x.owner not in changed and all(
+            w.tensor is not None and w.tensor.is_cpu for w in weights
+        ):
+            found[x, values.geometry[3], meta is None].append(op)
+    return {ops[0]: ops for ops in found.values() if len(ops) > 1}
+
+
+def _products_of(operations):
+    k = operations[0].args[0].geometry[0][-1]
+    kernels = [
+        (*(w if w is None else w.tensor for w in op.args[1:4]), op.args[4])
+        for op in operations
+    ]
+    return sparse_matmul.prepared_many(k, kernels)
 
 
 def _fast(op):

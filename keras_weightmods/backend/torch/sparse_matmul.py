@@ -4,6 +4,8 @@ Eager and under `torch.compile`, with gradients. On a CPU the threads are
 torch's own, as many as `torch.get_num_threads()`; one for small products.
 """
 
+import ctypes
+
 import keras
 import torch
 
@@ -80,6 +82,47 @@ def prepared(operator, k, n, values, meta, scale):
         return y
 
     return product
+
+
+def prepared_many(k, kernels):
+    """The products of one input with several kernels, in one call.
+
+    With int8 activations, on a CPU: the input is rounded once.
+
+    Args:
+        k: Int, the last axis of the activations.
+        kernels: List of (values, meta, scale, n), as of `prepared`; all of
+            one type.
+
+    Returns:
+        Function of a float32 tensor of shape (..., k) to a list of tensors.
+    """
+    function = native.library().kwm_matmul_int8_many
+    sizes = [n for *_, n in kernels]
+    items = []
+    for values, meta, scale, n in kernels:
+        *_, dtype, values, meta, scale = operators.weights_of(
+            k, n, values, meta, scale, dense=meta is None
+        )
+        items.append(native.Product(n, values, meta, scale))
+    template = (native.Product * len(items))(*items)
+    cost = k * sum(sizes)
+
+    def products(x, _held=kernels):
+        x = x.contiguous()
+        rows = x.numel() // k
+        results = [x.new_empty((*x.shape[:-1], n)) for n in sizes]
+        # A copy, as other threads may be here too.
+        array = type(template).from_buffer_copy(template)
+        for item, y in zip(array, results):
+            item.y = y.data_ptr()
+        function(
+            x.data_ptr(), rows, k, dtype, ctypes.addressof(array), len(items),
+            *threads(rows * cost),
+        )  # fmt: skip
+        return results
+
+    return products
 
 
 def _tensor(array):
