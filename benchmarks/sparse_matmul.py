@@ -28,7 +28,7 @@ BATCHES = [1, 2, 4, 8, 16, 64, 128, 512]
 QUICK = {"shapes": SHAPES[:1], "batches": [1, 8, 64], "seconds": 0.2}
 # Types of values, and of activations where these are rounded too.
 DTYPES = ["float32", "bfloat16", "int8", "int8/int8", "int4/int8"]
-ISAS = {"avx512": 2, "avx2": 1, "neon": 3}
+ISAS = {"avx512": 2, "avx_vnni": 4, "avx2": 1, "neon": 3}
 PEERS = {"jax": "XLA dot", "torch": "torch.mm"}
 
 

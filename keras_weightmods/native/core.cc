@@ -6,6 +6,10 @@
 #include "kernels.h"
 #include "tiles.h"
 
+#if KWM_HAS_AVX_VNNI
+#include <cpuid.h>
+#endif
+
 namespace {
 
 using kwm::kBlockRows;
@@ -20,6 +24,25 @@ using kwm::grain;
 
 constexpr int64_t kPanelRows = 512;  // rows of activations packed at a time
 
+bool has_avx_vnni() {
+#if KWM_HAS_AVX_VNNI
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+#else
+  return false;
+#endif
+}
+
+// All but the products of int8 activations are those of AVX2.
+const Kernels* avx_vnni_kernels() {
+  static const Kernels own = [] {
+    Kernels kernels = *kwm::avx2_kernels();
+    kernels.isa = KWM_ISA_AVX_VNNI;
+    return kernels;
+  }();
+  return &own;
+}
+
 const Kernels* supported(int isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -33,6 +56,8 @@ const Kernels* supported(int isa) {
         return nullptr;
       }
       return kwm::avx2_kernels();
+    case KWM_ISA_AVX_VNNI:
+      return has_avx_vnni() ? avx_vnni_kernels() : nullptr;
     case KWM_ISA_AVX512:
       if (!__builtin_cpu_supports("avx512f") ||
           !__builtin_cpu_supports("avx512bw") ||
@@ -56,7 +81,8 @@ const kwm::DigitKernels* digit_kernels(const Kernels& kernels) {
 }
 
 const Kernels* best() {
-  const int from_best[] = {KWM_ISA_NEON, KWM_ISA_AVX512, KWM_ISA_AVX2};
+  const int from_best[] = {KWM_ISA_NEON, KWM_ISA_AVX512, KWM_ISA_AVX_VNNI,
+                           KWM_ISA_AVX2};
   for (int isa : from_best) {
     if (const Kernels* kernels = supported(isa)) return kernels;
   }

@@ -6,6 +6,15 @@
 
 #include "layout.h"
 
+// Whether the compiler knows AVX-VNNI.
+#if !defined(__x86_64__)
+#define KWM_HAS_AVX_VNNI 0
+#elif defined(__clang__)
+#define KWM_HAS_AVX_VNNI (__clang_major__ >= 13)
+#else
+#define KWM_HAS_AVX_VNNI (__GNUC__ >= 11)
+#endif
+
 namespace kwm {
 
 // Kernels for int8 values that take activations as integers of three bytes.
@@ -163,6 +172,7 @@ const DigitKernels* avx512_vnni_kernels();
 // Those of int8 activations, likewise.
 const Int8Kernels* scalar_int8_kernels(int type, bool dense);
 const Int8Kernels* avx2_int8_kernels(int type, bool dense);
+const Int8Kernels* avx_vnni_int8_kernels(int type, bool dense);
 const Int8Kernels* avx512_int8_kernels(int type, bool dense);
 const Int8Kernels* neon_int8_kernels(int type, bool dense);
 const Int8Kernels* neon_dot_int8_kernels(int type, bool dense);

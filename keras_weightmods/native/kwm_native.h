@@ -58,7 +58,8 @@ enum {
   KWM_ISA_SCALAR = 0,
   KWM_ISA_AVX2 = 1,
   KWM_ISA_AVX512 = 2,
-  KWM_ISA_NEON = 3
+  KWM_ISA_NEON = 3,
+  KWM_ISA_AVX_VNNI = 4  // AVX2, and products of int8 in one instruction
 };
 
 // Work on the items begin <= i < end.

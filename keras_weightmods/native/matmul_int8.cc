@@ -28,6 +28,8 @@ const Int8Kernels& int8_kernels(int type, bool dense) {
       return *kwm::avx2_int8_kernels(type, dense);
     case KWM_ISA_NEON:
       return *kwm::neon_int8_kernels(type, dense);
+    case KWM_ISA_AVX_VNNI:
+      return *kwm::avx_vnni_int8_kernels(type, dense);
     case KWM_ISA_AVX2:
       return *kwm::avx2_int8_kernels(type, dense);
   }

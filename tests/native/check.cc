@@ -103,7 +103,7 @@ struct Case {
 
 bool Case::run() {
   std::vector<int> sets;
-  for (int isa = KWM_ISA_SCALAR; isa <= KWM_ISA_NEON; ++isa) {
+  for (int isa = KWM_ISA_SCALAR; isa <= KWM_ISA_AVX_VNNI; ++isa) {
     if (kwm_set_isa(isa) == isa) sets.push_back(isa);
   }
   kwm_set_isa(sets[static_cast<size_t>(

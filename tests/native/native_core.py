@@ -16,12 +16,12 @@ SOURCES = HERE.parents[1] / "keras_weightmods" / "native"
 CORE = [
     *["core", "pack", "compand", "matmul_int8", "attend"],
     *["scalar", "avx2", "avx512", "avx512_vnni", "neon"],
-    *["int8_scalar", "int8_avx2", "int8_avx512"],
+    *["int8_scalar", "int8_avx2", "int8_avx_vnni", "int8_avx512"],
     *["int8_neon", "int8_neon_dot"],
 ]
 
 TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-ISAS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
+ISAS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3, "avx_vnni": 4}
 VALUES_DTYPE = {
     **{"float32": "float32", "bfloat16": "uint16"},
     **{"int8": "int8", "int4": "uint8"},

@@ -1,0 +1,415 @@
+// int8 activations on AVX2, 32 products in an instruction. The file that
+// includes this names the instruction set; KWM_VNNI is defined where it has
+// AVX-VNNI.
+//
+// The activations of 32 rows of W are stored as those of the even groups, then
+// those of the odd ones: the four groups of a word of values are 16 bytes, from
+// which a shuffle picks.
+//
+// The instruction multiplies unsigned bytes by signed ones. Sparse, the
+// unsigned ones are the activations, plus 128; dense, the values: int8 plus
+// 128, int4 plus 8. Sums of the other factor undo that.
+//
+// Without VNNI it adds two products in 16 bits. So that this does not overflow,
+// int8 values are |w|, and the activations take their signs. 16 bits hold the
+// sum of the products of int4 values in a block.
+
+#ifndef KWM_INT8_AVX2_IMPL_H_
+#define KWM_INT8_AVX2_IMPL_H_
+
+#include <immintrin.h>
+#include <math.h>
+
+#include "kernels.h"
+
+namespace {
+
+using kwm::Int8Kernels;
+using kwm::Int8Rows;
+using kwm::Packed;
+using kwm::kBlockRows;
+using kwm::kLanes;
+
+constexpr int kHalf = 8;  // columns in a vector
+constexpr int64_t kPrefetchBytes = 8192;
+
+enum class Kind { kSparseInt8, kSparseInt4, kDenseInt8, kDenseInt4 };
+
+constexpr bool is_dense(Kind kind) {
+  return kind == Kind::kDenseInt8 || kind == Kind::kDenseInt4;
+}
+constexpr bool is_int4(Kind kind) {
+  return kind == Kind::kSparseInt4 || kind == Kind::kDenseInt4;
+}
+
+#if defined(KWM_VNNI)
+constexpr bool kVnni = true;
+#else
+constexpr bool kVnni = false;
+#endif
+
+// Whether one of the factors is made unsigned by an addition.
+constexpr bool is_moved(Kind kind) { return kVnni || is_int4(kind); }
+
+inline __m256i load(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+
+inline float largest_of(__m256 v) {
+  __m128 four =
+      _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
+inline int32_t sum_of(__m256i v) {
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v),
+                               _mm256_extracti128_si256(v, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
+template <Kind kKind>
+void quantize(const float* x, int64_t k, int row, const Int8Rows& out) {
+  const int64_t row_blocks = kwm::ceil_div(k, kBlockRows);
+  for (int64_t block = 0; block < row_blocks; ++block) {
+    const float* from = x + block * kBlockRows;
+    float padded[kBlockRows] = {};
+    const int64_t left = k - block * kBlockRows;
+    if (left < kBlockRows) {
+      memcpy(padded, from, static_cast<size_t>(left) * sizeof(float));
+      from = padded;
+    }
+    const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    __m256 largest = _mm256_setzero_ps();
+    __m256 finite = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+    __m256 v[4];
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm256_loadu_ps(from + 8 * i);
+      const __m256 size = _mm256_and_ps(v[i], no_sign);
+      largest = _mm256_max_ps(largest, size);
+      finite = _mm256_and_ps(
+          finite,
+          _mm256_cmp_ps(size, _mm256_set1_ps(3.4028235e38f), _CMP_LE_OQ));
+    }
+    const bool is_finite = _mm256_movemask_ps(finite) == 0xff;
+    float step = largest_of(largest) / 127;
+    if (!(step > 0)) step = 1;
+    out.steps[block * out.rows + row] = is_finite ? step : NAN;
+
+    __m256i q[4];
+    for (int i = 0; i < 4; ++i) {
+      q[i] = _mm256_cvtps_epi32(_mm256_div_ps(v[i], _mm256_set1_ps(step)));
+    }
+    // Groups 0 2 4 6, then 1 3 5 7. Where the largest is denormal the step is
+    // coarse: hence the bounds.
+    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]),
+                                       _mm256_packs_epi32(q[2], q[3]));
+    bytes = _mm256_max_epi8(bytes, _mm256_set1_epi8(-127));
+    if (!is_finite) bytes = _mm256_setzero_si256();
+    if (is_dense(kKind) && is_moved(kKind)) {
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+      const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+      out.offsets[block * out.rows + row] =
+          (is_int4(kKind) ? -8 : -128) * sum_of(fours);
+    }
+    if (is_dense(kKind)) {
+      bytes = _mm256_permutevar8x32_epi32(
+          bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    }
+    if (!is_dense(kKind) && is_moved(kKind)) {
+      bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+    }
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(out.bytes +
+                                   (block * out.rows + row) * kBlockRows),
+        bytes);
+  }
+}
+
+inline __m256i spread(const uint8_t* four) {
+  int32_t word;
+  memcpy(&word, four, 4);
+  return _mm256_set1_epi32(word);
+}
+
+// The places of word p: byte q is slot p + 4q, of group p / 2 + 2q.
+inline __m256i places(__m256i meta, int p) {
+  return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(meta, 2 * p),
+                                          _mm256_set1_epi32(0x03030303)),
+                         _mm256_set1_epi32(0x0c080400));
+}
+
+// The activations of word p, of a row.
+inline __m256i pick(const uint8_t* row, int p, __m256i places) {
+  const void* groups = row + p / 2 * 16;
+  return _mm256_shuffle_epi8(
+      _mm256_broadcastsi128_si256(
+          _mm_loadu_si128(static_cast<const __m128i*>(groups))),
+      places);
+}
+
+// The int4 values of word p, as bytes.
+inline __m256i int4_values(const char* block, int p) {
+  const __m256i both = load(block + p % 2 * 64);
+  const __m256i four = _mm256_and_si256(
+      p < 2 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
+  return _mm256_shuffle_epi8(
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(
+          0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)),
+      four);
+}
+
+#if defined(KWM_VNNI)
+
+// The sums of a block for 8 columns and R rows, in 32 bits. `block` and `words`
+// point to the first of the columns.
+template <Kind kKind, int R>
+inline void multiply_block(const uint8_t* x, const int32_t* offsets,
+                           const char* block, const char* words,
+                           __m256i sum[R]) {
+  if constexpr (is_dense(kKind)) {
+    for (int r = 0; r < R; ++r) sum[r] = _mm256_set1_epi32(offsets[r]);
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; ++g) {
+      __m256i w;
+      if constexpr (is_int4(kKind)) {
+        const __m256i both =
+            _mm256_xor_si256(load(block + 64 * (g % 4)), _mm256_set1_epi8(-120));
+        w = _mm256_and_si256(g < 4 ? both : _mm256_srli_epi16(both, 4),
+                             _mm256_set1_epi8(15));
+      } else {
+        w = _mm256_xor_si256(load(block + 64 * g), _mm256_set1_epi8(-128));
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        sum[r] = _mm256_dpbusd_avx_epi32(sum[r], w,
+                                         spread(x + r * kBlockRows + 4 * g));
+      }
+    }
+    return;
+  }
+  const __m256i meta = load(words);
+  __m256i moved = _mm256_setzero_si256();
+  for (int r = 0; r < R; ++r) sum[r] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int p = 0; p < 4; ++p) {
+    const __m256i index = places(meta, p);
+    const __m256i w =
+        is_int4(kKind) ? int4_values(block, p) : load(block + 64 * p);
+    moved = _mm256_dpbusd_avx_epi32(moved, _mm256_set1_epi8(-128), w);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      sum[r] = _mm256_dpbusd_avx_epi32(
+          sum[r], pick(x + r * kBlockRows, p, index), w);
+    }
+  }
+  for (int r = 0; r < R; ++r) sum[r] = _mm256_sub_epi32(sum[r], moved);
+}
+
+#else
+
+// sum + the products of four bytes each; w_size is |w|.
+inline __m256i add_signed(__m256i sum, __m256i x, __m256i w, __m256i w_size) {
+  const __m256i pairs = _mm256_maddubs_epi16(w_size, _mm256_sign_epi8(x, w));
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  // Added here: compilers put it off, and run out of registers.
+  asm("" : "+x"(sum));
+  return sum;
+}
+
+// The sums of a block for 8 columns and R rows, in 32 bits. `block` and `words`
+// point to the first of the columns.
+template <Kind kKind, int R>
+inline void multiply_block(const uint8_t* x, const int32_t* offsets,
+                           const char* block, const char* words,
+                           __m256i sum[R]) {
+  for (int r = 0; r < R; ++r) sum[r] = _mm256_setzero_si256();
+  if constexpr (kKind == Kind::kDenseInt8) {
+    for (int g = 0; g < 8; ++g) {
+      const __m256i w = load(block + 64 * g), size = _mm256_abs_epi8(w);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const __m256i four = spread(x + r * kBlockRows + 4 * g);
+        sum[r] = add_signed(sum[r], four, w, size);
+      }
+    }
+    return;
+  }
+  if constexpr (kKind == Kind::kDenseInt4) {
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int g = 0; g < 4; ++g) {
+      const __m256i both =
+          _mm256_xor_si256(load(block + 64 * g), _mm256_set1_epi8(-120));
+      const __m256i w0 = _mm256_and_si256(both, low);
+      const __m256i w1 = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* four = x + r * kBlockRows + 4 * g;
+        sum[r] = _mm256_add_epi16(sum[r],
+                                  _mm256_maddubs_epi16(w0, spread(four)));
+        sum[r] = _mm256_add_epi16(sum[r],
+                                  _mm256_maddubs_epi16(w1, spread(four + 16)));
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      sum[r] =
+          _mm256_add_epi32(_mm256_madd_epi16(sum[r], _mm256_set1_epi16(1)),
+                           _mm256_set1_epi32(offsets[r]));
+    }
+    return;
+  }
+  const __m256i meta = load(words);
+  __m256i value_sum = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int p = 0; p < 4; ++p) {
+    const __m256i index = places(meta, p);
+    if constexpr (kKind == Kind::kSparseInt8) {
+      const __m256i w = load(block + 64 * p), size = _mm256_abs_epi8(w);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        sum[r] = add_signed(sum[r], pick(x + r * kBlockRows, p, index), w, size);
+      }
+    } else {
+      const __m256i w = int4_values(block, p);
+      value_sum = _mm256_add_epi16(
+          value_sum, _mm256_maddubs_epi16(_mm256_set1_epi8(-128), w));
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(
+                                      pick(x + r * kBlockRows, p, index), w));
+      }
+    }
+  }
+  if constexpr (kKind == Kind::kSparseInt4) {
+    for (int r = 0; r < R; ++r) {
+      sum[r] = _mm256_madd_epi16(_mm256_sub_epi16(sum[r], value_sum),
+                                 _mm256_set1_epi16(1));
+    }
+  }
+}
+
+#endif
+
+// 8 scales of bfloat16.
+inline __m256 int4_scale(const uint16_t* scale) {
+  const __m128i halves =
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(scale));
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+// R rows by 8 H columns of a block, from column `lane` on.
+template <Kind kKind, int R, int H>
+void multiply_halves(const Int8Rows& x, const Packed& w, int64_t column_block,
+                     int lane, float* y, int64_t y_stride) {
+  constexpr int64_t kBytes =
+      256 * (is_dense(kKind) ? 2 : 1) / (is_int4(kKind) ? 2 : 1);
+  constexpr int64_t kAhead = kPrefetchBytes / kBytes;
+  const int64_t row_blocks = w.row_blocks();
+  auto values = static_cast<const char*>(w.values_of(column_block)) + 4 * lane;
+  const char* meta = nullptr;
+  if (!is_dense(kKind)) {
+    meta = reinterpret_cast<const char*>(w.meta_of(column_block)) + 4 * lane;
+  }
+  __m256 total[H][R];
+  for (int h = 0; h < H; ++h) {
+    for (int r = 0; r < R; ++r) total[h][r] = _mm256_setzero_ps();
+  }
+  for (int64_t b = 0; b < row_blocks; ++b) {
+    if (H == 2) {
+      for (int64_t line = 0; line < kBytes; line += 64) {
+        _mm_prefetch(values + (b + kAhead) * kBytes + line, _MM_HINT_T1);
+      }
+      if (!is_dense(kKind)) {
+        _mm_prefetch(meta + (b + kAhead) * 64, _MM_HINT_T1);
+      }
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < H; ++h) {
+      __m256i sum[R];
+      multiply_block<kKind, R>(
+          x.bytes + b * R * kBlockRows, x.offsets + b * R,
+          values + b * kBytes + 32 * h,
+          is_dense(kKind) ? nullptr : meta + b * 64 + 32 * h, sum);
+      __m256 scale = _mm256_setzero_ps();
+      if (is_int4(kKind)) {
+        scale = int4_scale(w.int4_scale(column_block) +
+                           b / kwm::kScaleBlocks * kLanes + lane + kHalf * h);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const __m256 step = _mm256_set1_ps(x.steps[b * R + r]);
+        const __m256 floats = _mm256_cvtepi32_ps(sum[r]);
+        // In this order denormal steps lose nothing.
+        total[h][r] =
+            is_int4(kKind)
+                ? _mm256_fmadd_ps(_mm256_mul_ps(floats, step), scale,
+                                  total[h][r])
+                : _mm256_fmadd_ps(floats, step, total[h][r]);
+      }
+    }
+  }
+  for (int h = 0; h < H; ++h) {
+    const int first = lane + kHalf * h;
+    for (int r = 0; r < R; ++r) {
+      __m256 sum = total[h][r];
+      if (!is_int4(kKind)) {
+        sum = _mm256_mul_ps(
+            sum, _mm256_loadu_ps(w.int8_scale(column_block) + first));
+      }
+      _mm256_storeu_ps(y + r * y_stride + first, sum);
+    }
+  }
+}
+
+template <Kind kKind, int R>
+void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
+                      float* y, int64_t y_stride) {
+  // Few rows are bound by memory, and read whole lines.
+  constexpr int H = R <= 2 ? 2 : 1;
+  const int64_t end =
+      kwm::min(column_block + kwm::kCallBlocks, w.column_blocks());
+  for (; column_block < end; ++column_block) {
+    for (int lane = 0; lane < kLanes; lane += H * kHalf) {
+      multiply_halves<kKind, R, H>(x, w, column_block, lane, y, y_stride);
+    }
+    y += kLanes;
+  }
+}
+
+template <Kind kKind>
+void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
+              float* y, int64_t y_stride) {
+  switch (x.rows) {
+    case 1:
+      return multiply_columns<kKind, 1>(x, w, column_block, y, y_stride);
+    case 2:
+      return multiply_columns<kKind, 2>(x, w, column_block, y, y_stride);
+    case 4:
+      return multiply_columns<kKind, 4>(x, w, column_block, y, y_stride);
+    case 6:
+      return multiply_columns<kKind, 6>(x, w, column_block, y, y_stride);
+    case 8:
+      return multiply_columns<kKind, 8>(x, w, column_block, y, y_stride);
+  }
+}
+
+constexpr int kTileRows[] = {1, 2, 4, 6, 8, 0};
+
+template <Kind kKind>
+constexpr Int8Kernels kernels_of() {
+  return {kTileRows, quantize<kKind>, multiply<kKind>};
+}
+
+const Int8Kernels* int8_kernels(int type, bool dense) {
+  static const Int8Kernels kernels[2][2] = {
+      {kernels_of<Kind::kSparseInt8>(), kernels_of<Kind::kSparseInt4>()},
+      {kernels_of<Kind::kDenseInt8>(), kernels_of<Kind::kDenseInt4>()},
+  };
+  return &kernels[dense][type == KWM_INT4];
+}
+
+}  // namespace
+
+#endif  // KWM_INT8_AVX2_IMPL_H_
