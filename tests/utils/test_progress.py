@@ -1,12 +1,17 @@
 """What shows progress, and when."""
 
+import io
+import sys
+import threading
+import time
+
 import keras
 import numpy as np
 import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.utils import progress
-from keras_weightmods.utils.progress import Progress
+from keras_weightmods.utils.progress import Progress, Waiting
 from tests.models import mlp, token_net
 
 pytestmark = pytest.mark.one_backend
@@ -169,3 +174,59 @@ def test_a_first_step_that_takes_long_is_preceded_by_the_bar(capsys):
     assert "0/2" in capsys.readouterr().out
     kwm.perplexity(token_net(), np.ones((3, 6), "int32"), length=4)
     assert "0/3" in capsys.readouterr().out
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """`Waiting` shows its line at once, and again soon."""
+    monkeypatch.setattr(progress, "DELAY", 0.01)
+    monkeypatch.setattr(progress, "_EVERY", {True: 0.01, False: 0.01})
+
+
+def wait_for(text, shown):
+    """Waits until `shown` has the text, for ten seconds at most."""
+    end = time.monotonic() + 10
+    while text not in shown.getvalue() and time.monotonic() < end:
+        time.sleep(0.005)
+    return shown.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_cannot_be_counted_shows_the_seconds(
+    is_terminal, ticking, monkeypatch
+):
+    shown = io.StringIO()
+    shown.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stdout", shown)
+    line = "Compiling: 0 s"
+    twice = f"\r{line}\r{line}" if is_terminal else f"{line}\n{line}\n"
+    with Waiting("Compiling"):
+        assert twice in wait_for(twice, shown)
+    out = shown.getvalue()
+    # What is shown next begins on a line of its own.
+    assert out.endswith(f"{line}\n")
+    assert out.count("\n") == (1 if is_terminal else out.count(line))
+    time.sleep(0.05)
+    assert shown.getvalue() == out
+
+
+def test_waiting_is_quiet_where_it_is_short_or_asked_to_be(capsys, ticking):
+    with Waiting("Compiling", verbose=0):
+        time.sleep(0.05)
+    keras.config.disable_interactive_logging()
+    try:
+        with Waiting("Compiling"):
+            time.sleep(0.05)
+    finally:
+        keras.config.enable_interactive_logging()
+    progress.DELAY = 60
+    with Waiting("Compiling"):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+def test_waiting_ends_with_an_error(capsys, ticking):
+    threads = threading.active_count()
+    with pytest.raises(KeyError), Waiting("Compiling"):
+        raise KeyError
+    assert threading.active_count() == threads
