@@ -324,7 +324,8 @@ class CAST(LogitsDistiller):
         a KerasHub task with a preprocessor. Fills in `total_steps` of the
         optimizer, where it was not given, from the steps of an epoch times
         `epochs`. The plan stands from the first step on; a later `fit` that
-        goes beyond it is warned about.
+        goes beyond it is warned about. While the step is compiled, which may
+        take a minute, the seconds are shown, unless `verbose` is 0.
 
         Raises:
             ValueError: If `total_steps` was not given and the data do not say
@@ -434,7 +435,7 @@ class CAST(LogitsDistiller):
             if self.scaling_groups:
                 seam.fold(self.student, Scaling)
             self.report = sparsity_report(
-                self.student, self.pattern, targets=self.targets
+                self.student, self.pattern, targets=self.targets, verbose=0
             )
         # As TensorFlow traced them, they hold the scales of that time.
         self.train_function = self.test_function = self.predict_function = None

@@ -21,7 +21,7 @@ class Progress:
     Args:
         total: Int, the steps of the work. It may be set later.
         unit: String, what a step is of, as `"kernel"`.
-        verbose: 0 or 1. 0 shows nothing.
+        verbose: 0 or 1, or that of `fit`. 0 shows nothing.
     """
 
     def __init__(self, total: int, unit: str, verbose: Any = 1) -> None:
@@ -80,7 +80,7 @@ class Waiting:
 
     Args:
         label: String, what is waited for.
-        verbose: As of `fit`. 0 shows nothing.
+        verbose: As in `Progress`.
     """
 
     def __init__(self, label: str, verbose: Any = 1) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.utils import progress
 from tests import models
 from tests.backends import breadth
 from tests.models import assert_same, mlp, numpy, weights_of
@@ -103,6 +104,16 @@ def test_raw_strings():
 
     with pytest.raises(ValueError, match="preprocessor"):
         compiled().fit(texts)
+
+
+def test_shows_that_the_first_step_is_compiled(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    is_compiled = keras.backend.backend() != "torch"
+    line = "Compiling the training step: "
+    for verbose in (0, "auto"):
+        fit(compiled(), verbose=verbose)
+        is_shown = line in capsys.readouterr().out
+        assert is_shown is (is_compiled and bool(verbose))
 
 
 # What fit takes

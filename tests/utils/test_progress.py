@@ -91,6 +91,8 @@ def test_long_calls_show_it(clock, capsys, tmp_path):
         return kwm.pack(model, "int8", **kwargs)
 
     assert "2/2" in shown(packed)
+    assert "2/2" in shown(kwm.sparsity_report, model)
+    assert "2/2" in shown(kwm.assert_sparse, model)
     assert "4/4" in shown(kwm.save_model, model, path)
     # The description and four weights, checked and then read.
     assert "10/10" in shown(kwm.load_model, path)
@@ -101,13 +103,16 @@ def test_long_calls_show_it(clock, capsys, tmp_path):
     assert "2/2" in capsys.readouterr().out
 
 
-def test_a_refresh_of_masks_shows_it(clock, capsys):
+@pytest.mark.parametrize("refresh_every", [None, 1])
+def test_the_first_masks_and_a_refresh_show_it(refresh_every, clock, capsys):
     clock.is_over = True
     x = keras.ops.ones((4, 8))
-    for verbose in (0, 2):
+    for verbose in (0, "auto", 2):
         model = mlp()
         model.compile(kwm.SparseAdamW(0.1), "mse")
-        callback = kwm.PrincipalMaskCallback(0.25, refresh_every=1, seed=0)
+        callback = kwm.PrincipalMaskCallback(
+            0.25, refresh_every=refresh_every, seed=0
+        )
         fit = {"epochs": 2, "callbacks": [callback], "verbose": verbose}
         model.fit(x, x[:, :4], **fit)
         assert ("s/mask" in capsys.readouterr().out) is bool(verbose)
