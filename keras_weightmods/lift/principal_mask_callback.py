@@ -437,9 +437,7 @@ class PrincipalMaskCallback(EpochFigures):
         """Yield what is chosen, and show how far it is; as `fit` if in it."""
         verbose = (self.params or {}).get("verbose", 1)
         with Progress(count, "mask", verbose) as progress:
-            for each in chosen:
-                progress.add()
-                yield each
+            yield from progress.each(chosen)
 
     def _choose(self, model: Any, targets: Any, step: int, before: Any) -> Any:
         """Yield the entries of each target to train from this step on."""

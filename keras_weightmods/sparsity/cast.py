@@ -1,5 +1,6 @@
 """CAST: train a model into exact N:M sparsity."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -26,7 +27,7 @@ from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
 from keras_weightmods.sparsity.run_state import RunState
 from keras_weightmods.sparsity.scaling import Scaling, attach_scaling
 from keras_weightmods.utils import checks
-from keras_weightmods.utils.progress import Progress
+from keras_weightmods.utils.progress import Progress, Waiting
 
 # The importance of inputs is measured on so many batches.
 _MEASURED_BATCHES = 8
@@ -233,6 +234,7 @@ class CAST(LogitsDistiller):
         self._run = RunState(model, is_started=init == "dense")
         self._optimizer_is_default = False
         self._verbose: Any = 0
+        self._building = contextlib.ExitStack()
 
     @property
     def adam_s(self) -> AdamS:
@@ -295,6 +297,8 @@ class CAST(LogitsDistiller):
 
         On JAX one that keeps the weights on an error.
         """
+        # `fit` has seen by now what the model makes of the data.
+        self._building.close()
         if self.train_function is not None and not force:
             return
         super().make_train_function(force)
@@ -378,7 +382,10 @@ class CAST(LogitsDistiller):
                 weight = kwargs["sample_weight"]
                 x = self._start(x, batch_size, weight, verbose)
         self._verbose = verbose
-        return super().fit(x, y, batch_size, epochs, verbose, **kwargs)
+        with contextlib.ExitStack() as self._building:
+            waiting = Waiting("Building the training step", verbose)
+            self._building.enter_context(waiting)
+            return super().fit(x, y, batch_size, epochs, verbose, **kwargs)
 
     def evaluate(
         self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any
@@ -501,5 +508,7 @@ class CAST(LogitsDistiller):
             self._run.is_started = True
         if is_ranked_by_inputs:
             first = first[:_MEASURED_BATCHES]
-            measure_importance(self.adam_s, self.student, self.targets, first)
+            measure_importance(
+                self.adam_s, self.student, self.targets, first, verbose
+            )
         return x

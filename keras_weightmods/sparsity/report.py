@@ -220,9 +220,8 @@ def sparsity_report(
     kernels = []
     count = len(targets) + len(packed) + len(quantized)
     with Progress(count, "kernel", verbose) as progress:
-        for target, value in values:
+        for target, value in progress.each(values):
             kernels.append(_sparsity(target, value, n, m))
-            progress.add()
     return SparsityReport(
         pattern=f"{n}:{m}",
         kernels=tuple(kernels),

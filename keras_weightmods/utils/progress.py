@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # Seconds in which nothing is shown.
@@ -50,6 +51,12 @@ class Progress:
         with self._lock:
             self._done += 1
             self._draw()
+
+    def each(self, steps: Iterable[Any]) -> Iterator[Any]:
+        """Yield the steps, each of which is counted when it is done."""
+        for step in steps:
+            yield step
+            self.add()
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         self._timer.cancel()

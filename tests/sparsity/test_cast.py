@@ -1,3 +1,4 @@
+import time
 import zipfile
 
 import keras
@@ -106,14 +107,26 @@ def test_raw_strings():
         compiled().fit(texts)
 
 
-def test_shows_that_the_first_step_is_compiled(monkeypatch, capsys):
+def test_shows_that_the_first_step_is_built_and_compiled(monkeypatch, capsys):
     monkeypatch.setattr(progress, "DELAY", 0.0)
-    is_compiled = keras.backend.backend() != "torch"
-    line = "Compiling the training step: "
+    words = {
+        "Building": True,
+        "Compiling": keras.backend.backend() != "torch",
+    }
+
+    def slow(y, logits):
+        time.sleep(0.05)
+        return casts.cross_entropy()(y, logits)
+
     for verbose in (0, "auto"):
-        fit(compiled(), verbose=verbose)
-        is_shown = line in capsys.readouterr().out
-        assert is_shown is (is_compiled and bool(verbose))
+        cast = kwm.CAST(make_mlp(), teacher=None)
+        cast.compile(loss=slow)
+        fit(cast, batch_size=16, verbose=verbose)
+        lines = capsys.readouterr().out.splitlines()
+        for word, is_expected in words.items():
+            start = f"{word} the training step: "
+            is_shown = any(line.startswith(start) for line in lines)
+            assert is_shown is (is_expected and bool(verbose))
 
 
 # What fit takes

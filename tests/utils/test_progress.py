@@ -118,6 +118,15 @@ def test_the_first_masks_and_a_refresh_show_it(refresh_every, clock, capsys):
         assert ("s/mask" in capsys.readouterr().out) is bool(verbose)
 
 
+def test_the_start_of_cast_shows_it(clock, capsys):
+    clock.is_over = True
+    for verbose in (0, "auto", 2):
+        cast = kwm.CAST(mlp(8, 4, 4), teacher=None)
+        cast.compile(loss="mse")
+        cast.fit(np.ones((4, 8)), np.ones((4, 4)), 2, verbose=verbose)
+        assert ("/batch" in capsys.readouterr().out) is bool(verbose)
+
+
 def test_deltas_and_what_is_attached_show_it(clock, capsys, tmp_path):
     clock.is_over = True
     model, path = mlp(), tmp_path / "task.safetensors"
