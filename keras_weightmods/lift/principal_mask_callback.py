@@ -436,8 +436,12 @@ class PrincipalMaskCallback(EpochFigures):
     def _shown(self, chosen: Any, count: int) -> Any:
         """Yield what is chosen, and show how far it is; as `fit` if in it."""
         verbose = (self.params or {}).get("verbose", 1)
-        with Progress(count, "mask", verbose) as progress:
-            yield from progress.each(chosen)
+        shown = 1 if verbose else 0
+        bar = keras.utils.Progbar(count, verbose=shown, unit_name="mask")
+        bar.update(0)
+        for each in chosen:
+            bar.add(1)
+            yield each
 
     def _choose(self, model: Any, targets: Any, step: int, before: Any) -> Any:
         """Yield the entries of each target to train from this step on."""

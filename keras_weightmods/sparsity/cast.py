@@ -376,7 +376,8 @@ class CAST(LogitsDistiller):
                 self.adam_s, taken, left, kwargs.get("callbacks")
             )
         with keras_private.strategy_scope(self):
-            self.optimizer.build(self.trainable_variables)
+            with Waiting("Building the optimizer", verbose):
+                self.optimizer.build(self.trainable_variables)
             cast_checks.check_all_sparsified(self.targets, self.adam_s)
             if not taken:
                 weight = kwargs["sample_weight"]
