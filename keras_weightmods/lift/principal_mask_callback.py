@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_weightmods.core import filters, keras_private
 from keras_weightmods.core.epoch_figures import EpochFigures
+from keras_weightmods.core.first_step import show_first_step
 from keras_weightmods.core.loss_gradients import loss_gradients
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import resolve_targets
@@ -206,6 +207,7 @@ class PrincipalMaskCallback(EpochFigures):
         # Others find out by themselves what is to be trained.
         if is_new or keras.backend.backend() == "tensorflow":
             model.make_train_function(force=True)
+        show_first_step(model, (self.params or {}).get("verbose", 0))
         self._batches = None
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -434,7 +436,8 @@ class PrincipalMaskCallback(EpochFigures):
     def _shown(self, chosen: Any, count: int) -> Any:
         """Yield what is chosen, and show how far it is; as `fit` if in it."""
         verbose = (self.params or {}).get("verbose", 1)
-        bar = keras.utils.Progbar(count, verbose=verbose, unit_name="mask")
+        shown = 1 if verbose else 0
+        bar = keras.utils.Progbar(count, verbose=shown, unit_name="mask")
         bar.update(0)
         for each in chosen:
             bar.add(1)

@@ -16,6 +16,7 @@ from keras_weightmods.core import expert_banks, keras_private
 from keras_weightmods.core.head import find_head
 from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.saving import shared
+from keras_weightmods.utils.progress import Progress
 
 _CONVOLUTIONS = (
     keras.layers.Conv1D,
@@ -115,7 +116,7 @@ def _until_head(model, targets):
     return head.body
 
 
-def measure_importance(optimizer, model, targets, batches):
+def measure_importance(optimizer, model, targets, batches, verbose):
     """Give an `AdamS(criterion="activation")` the norms of the inputs.
 
     Args:
@@ -123,11 +124,14 @@ def measure_importance(optimizer, model, targets, batches):
         model, targets, batches: As in `input_norms`. Kernels of the optimizer
             that are not among `targets`, or whose inputs could not be read,
             of which a warning tells, are ranked by magnitude alone.
+        verbose: As in `Progress`.
 
     Raises:
         ValueError: If inputs are not finite; it names the kernel.
     """
-    norms = list(zip(targets, input_norms(model, targets, batches)))
+    with Progress(len(batches), "batch", verbose) as progress:
+        counted = progress.each(batches)
+        norms = list(zip(targets, input_norms(model, targets, counted)))
     bad = [
         target.path
         for target, norm in norms

@@ -1,5 +1,6 @@
 """CAST: train a model into exact N:M sparsity."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -7,11 +8,18 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core.first_step import show_first_step
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops.nm import Pattern, parse_pattern
 from keras_weightmods.saving.checkpoint import Checkpoint
-from keras_weightmods.sparsity import cast_warnings, data, recipes, sparsify
+from keras_weightmods.sparsity import (
+    cast_checks,
+    cast_warnings,
+    data,
+    recipes,
+    sparsify,
+)
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.calibration import measure_importance
 from keras_weightmods.sparsity.distillation import LogitsDistiller
@@ -19,7 +27,7 @@ from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
 from keras_weightmods.sparsity.run_state import RunState
 from keras_weightmods.sparsity.scaling import Scaling, attach_scaling
 from keras_weightmods.utils import checks
-from keras_weightmods.utils.progress import Progress
+from keras_weightmods.utils.progress import Progress, Waiting
 
 # The importance of inputs is measured on so many batches.
 _MEASURED_BATCHES = 8
@@ -153,7 +161,7 @@ class CAST(LogitsDistiller):
         Raises:
             ValueError: If they are none of these.
         """
-        _check_start(init, init_refine)
+        cast_checks.check_start(init, init_refine)
         return recipes.default_recipe(init, init_refine)
 
     def __init__(
@@ -173,7 +181,7 @@ class CAST(LogitsDistiller):
         name: str = "cast",
     ) -> None:
         n, m = parse_pattern(pattern)
-        _check_start(init, init_refine)
+        cast_checks.check_start(init, init_refine)
         checks.check_int("init_rows", init_rows, 1)
         if init_refine and init == "dense":
             expected = "None where `init` is 'dense': nothing is pruned"
@@ -225,6 +233,8 @@ class CAST(LogitsDistiller):
         self.report: SparsityReport | None = None
         self._run = RunState(model, is_started=init == "dense")
         self._optimizer_is_default = False
+        self._verbose: Any = 0
+        self._building = contextlib.ExitStack()
 
     @property
     def adam_s(self) -> AdamS:
@@ -287,6 +297,8 @@ class CAST(LogitsDistiller):
 
         On JAX one that keeps the weights on an error.
         """
+        # `fit` has seen by now what the model makes of the data.
+        self._building.close()
         if self.train_function is not None and not force:
             return
         super().make_train_function(force)
@@ -298,6 +310,7 @@ class CAST(LogitsDistiller):
                     return step(batches)
 
             self.train_function = train_function
+        show_first_step(self, self._verbose)
         keras_private.keep_weights(self)
 
     def fit(
@@ -315,14 +328,15 @@ class CAST(LogitsDistiller):
         a KerasHub task with a preprocessor. Fills in `total_steps` of the
         optimizer, where it was not given, from the steps of an epoch times
         `epochs`. The plan stands from the first step on; a later `fit` that
-        goes beyond it is warned about.
+        goes beyond it is warned about. While the step is compiled, which may
+        take a minute, the seconds are shown, unless `verbose` is 0.
 
         Raises:
             ValueError: If `total_steps` was not given and the data do not say
                 how many batches they have; if a target is not among what the
                 optimizer sparsifies; after `finalize`.
         """
-        self._check_not_finalized("fit")
+        cast_checks.check_not_finalized(self.report, "fit")
         if not self.compiled:
             raise ValueError("Call `compile()` before `fit()`.")
         checks.check_int("batch_size", batch_size, 1, 2**31 - 1, optional=True)
@@ -362,12 +376,17 @@ class CAST(LogitsDistiller):
                 self.adam_s, taken, left, kwargs.get("callbacks")
             )
         with keras_private.strategy_scope(self):
-            self.optimizer.build(self.trainable_variables)
-            self._check_all_sparsified()
+            with Waiting("Building the optimizer", verbose):
+                self.optimizer.build(self.trainable_variables)
+            cast_checks.check_all_sparsified(self.targets, self.adam_s)
             if not taken:
                 weight = kwargs["sample_weight"]
                 x = self._start(x, batch_size, weight, verbose)
-        return super().fit(x, y, batch_size, epochs, verbose, **kwargs)
+        self._verbose = verbose
+        with contextlib.ExitStack() as self._building:
+            waiting = Waiting("Building the training step", verbose)
+            self._building.enter_context(waiting)
+            return super().fit(x, y, batch_size, epochs, verbose, **kwargs)
 
     def evaluate(
         self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any
@@ -408,14 +427,14 @@ class CAST(LogitsDistiller):
                 model is unchanged then.
         """
         checks.check_verbose(verbose)
-        self._check_not_finalized("finalize")
+        cast_checks.check_not_finalized(self.report, "finalize")
         if not self.compiled or not self.adam_s.built:
             raise ValueError(
                 "`CAST.finalize()` prunes by the last mask of the training. "
                 "Received: a model that was not trained. Call `compile()` "
                 "and `fit()` first."
             )
-        self._check_all_sparsified()
+        cast_checks.check_all_sparsified(self.targets, self.adam_s)
         with Progress(2, "step", verbose) as progress:
             sparsify.check_finite(self.targets, sparsify.DIVERGED)
             cast_warnings.warn_about_an_early_end(self.adam_s)
@@ -424,7 +443,7 @@ class CAST(LogitsDistiller):
             if self.scaling_groups:
                 seam.fold(self.student, Scaling)
             self.report = sparsity_report(
-                self.student, self.pattern, targets=self.targets
+                self.student, self.pattern, targets=self.targets, verbose=0
             )
         # As TensorFlow traced them, they hold the scales of that time.
         self.train_function = self.test_function = self.predict_function = None
@@ -490,31 +509,7 @@ class CAST(LogitsDistiller):
             self._run.is_started = True
         if is_ranked_by_inputs:
             first = first[:_MEASURED_BATCHES]
-            measure_importance(self.adam_s, self.student, self.targets, first)
+            measure_importance(
+                self.adam_s, self.student, self.targets, first, verbose
+            )
         return x
-
-    def _check_all_sparsified(self) -> None:
-        sparsified = {id(variable) for variable in self.adam_s.sparsified}
-        left_out = [
-            t.path for t in self.targets if id(t.variable) not in sparsified
-        ]
-        if left_out:
-            raise ValueError(
-                "Each target of `CAST` must be trained by its `AdamS`. "
-                f"Received: {len(left_out)} that are not, frozen since or not "
-                f"among the optimizer's targets: {left_out[:5]}. Set "
-                "`trainable = True` on their layers, then `compile()` and "
-                "`fit()` again, or leave them out of `targets`."
-            )
-
-    def _check_not_finalized(self, what: str) -> None:
-        if self.report is not None:
-            raise ValueError(
-                f"`CAST.{what}()` was called after `finalize()`. The model is "
-                "a plain one now; make a new `CAST` to train it on."
-            )
-
-
-def _check_start(init: str, init_refine: Any) -> None:
-    checks.check_choice("init", init, ("dense", *sparsify.METHODS))
-    sparsify.check_refine("init_refine", init_refine)

@@ -1,6 +1,7 @@
 """How sparse a model is, kernel by kernel, and what calls changed of it."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,8 @@ from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.ops import nm
 from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.saving import shared
+from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 
@@ -162,7 +165,11 @@ class SparsityReport(Report):
 
 
 def sparsity_report(
-    model: keras.Model, pattern: nm.Pattern = "2:4", *, targets: Any = None
+    model: keras.Model,
+    pattern: nm.Pattern = "2:4",
+    *,
+    targets: Any = None,
+    verbose: int = 1,
 ) -> SparsityReport:
     """Report, for each kernel, how far it is in an N:M pattern.
 
@@ -173,13 +180,15 @@ def sparsity_report(
             form that its `include` takes; `None` for all, which counts those
             in that are packed, or that Keras has quantized to int8 or int4,
             after the others. Defaults to `None`.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+            taken two seconds. Defaults to `1`.
 
     Returns:
         A `SparsityReport`: print it for a table, or take `to_dict()`.
 
     Raises:
-        ValueError: If `pattern` is malformed, or `targets` are not the
-            model's.
+        ValueError: If `pattern` is malformed, `targets` are not the model's,
+            or `verbose` is neither.
 
     Example:
 
@@ -194,31 +203,44 @@ def sparsity_report(
     ```
     """
     n, m = nm.parse_pattern(pattern)
+    checks.check_verbose(verbose)
     packed, quantized = [], []
     if targets is None:
         items = reparameterizations(model)
         packed = [item for item in items if item.pattern is not None]
         quantized = quantized_kernels(model)
     targets = resolve_targets(model, targets)
-    values = [(target, target.variable.value) for target in targets]
-    values += [(item.target, item.folded()) for item in packed] + quantized
+    values = itertools.chain(
+        ((target, target.variable.value) for target in targets),
+        ((item.target, item.folded()) for item in packed),
+        quantized,
+    )
     paths = {item.target.path for item in packed}
     paths |= {target.path for target, _ in quantized}
+    kernels = []
+    count = len(targets) + len(packed) + len(quantized)
+    with Progress(count, "kernel", verbose) as progress:
+        for target, value in progress.each(values):
+            kernels.append(_sparsity(target, value, n, m))
     return SparsityReport(
         pattern=f"{n}:{m}",
-        kernels=tuple(_sparsity(*pair, n, m) for pair in values),
+        kernels=tuple(kernels),
         skipped=tuple(s for s in targets.skipped if s.path not in paths),
         model_size=_model_size(model, packed, quantized),
     )
 
 
 def assert_sparse(
-    model: keras.Model, pattern: nm.Pattern = "2:4", *, targets: Any = None
+    model: keras.Model,
+    pattern: nm.Pattern = "2:4",
+    *,
+    targets: Any = None,
+    verbose: int = 1,
 ) -> None:
     """Raise unless every kernel is exactly N:M.
 
     Args:
-        model, pattern, targets: As in `sparsity_report`. With
+        model, pattern, targets, verbose: As in `sparsity_report`. With
             `targets=None`, kernels whose contraction size is no multiple of
             m are passed over; name them to have them count.
 
@@ -238,7 +260,7 @@ def assert_sparse(
     kwm.assert_sparse(model, "2:4")
     ```
     """
-    report = sparsity_report(model, pattern, targets=targets)
+    report = sparsity_report(model, pattern, targets=targets, verbose=verbose)
     kernels = [k for k in report.kernels if k.groups or targets is not None]
     if not kernels:
         raise ValueError(

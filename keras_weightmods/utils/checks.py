@@ -84,10 +84,10 @@ def check_string(name: str, value: Any, optional: bool = False) -> Any:
 
 
 def check_verbose(value: Any) -> Any:
-    """Return what a progress bar of Keras takes as `verbose`."""
+    """Return 0 or 1, or a bool; raise ValueError for anything else."""
     if isinstance(value, bool):
         return value
-    return check_choice("verbose", value, (0, 1, 2))
+    return check_choice("verbose", value, (0, 1))
 
 
 def check_path(name: str, value: Any) -> str:

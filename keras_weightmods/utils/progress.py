@@ -1,10 +1,16 @@
-"""A progress bar for work that may take long, and may not."""
+"""Signs of progress for work that may take long, and may not."""
 
+import sys
 import threading
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # Seconds in which nothing is shown.
 DELAY = 2.0
+# Seconds between two lines of `Waiting`, where one takes the place of another
+# and where each is kept.
+_EVERY = {True: 1.0, False: 10.0}
 
 
 class Progress:
@@ -16,7 +22,7 @@ class Progress:
     Args:
         total: Int, the steps of the work. It may be set later.
         unit: String, what a step is of, as `"kernel"`.
-        verbose: 0 or 1. 0 shows nothing.
+        verbose: 0 or 1, or that of `fit`. 0 shows nothing.
     """
 
     def __init__(self, total: int, unit: str, verbose: Any = 1) -> None:
@@ -46,6 +52,12 @@ class Progress:
             self._done += 1
             self._draw()
 
+    def each(self, steps: Iterable[Any]) -> Iterator[Any]:
+        """Yield the steps, each of which is counted when it is done."""
+        for step in steps:
+            yield step
+            self.add()
+
     def __exit__(self, kind: Any, *error: Any) -> None:
         self._timer.cancel()
         with self._lock:
@@ -64,3 +76,52 @@ class Progress:
         if self._is_shown and self._verbose:
             self._bar.target = self.total
             self._bar.update(self._done, finalize=finalize)
+
+
+class Waiting:
+    """A line that says what is waited for, and the seconds that it has taken.
+
+    A context manager, for work whose steps cannot be counted. As `Progress` it
+    shows nothing for two seconds. In a terminal or a notebook the line is
+    written again each second; in a file each ten, as a line of its own.
+
+    Args:
+        label: String, what is waited for.
+        verbose: As in `Progress`.
+    """
+
+    def __init__(self, label: str, verbose: Any = 1) -> None:
+        self._label = label
+        self._verbose = verbose
+
+    def __enter__(self) -> "Waiting":
+        import keras
+
+        self._start = time.perf_counter()
+        self._is_over = threading.Event()
+        self._is_shown = False
+        self._is_rewritten = sys.stdout.isatty() or "ipykernel" in sys.modules
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if self._verbose and keras.config.is_interactive_logging_enabled():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._is_over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._is_shown:
+            self._write("\n")
+
+    def _run(self) -> None:
+        pause = DELAY
+        while not self._is_over.wait(pause):
+            self._is_shown = True
+            self._write("" if self._is_rewritten else "\n")
+            pause = _EVERY[self._is_rewritten]
+
+    def _write(self, end: str) -> None:
+        seconds = time.perf_counter() - self._start
+        start = "\r" if self._is_rewritten else ""
+        sys.stdout.write(f"{start}{self._label}: {seconds:.0f} s{end}")
+        sys.stdout.flush()

@@ -1,3 +1,4 @@
+import time
 import zipfile
 
 import keras
@@ -7,6 +8,7 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.utils import progress
 from tests import models
 from tests.backends import breadth
 from tests.models import assert_same, mlp, numpy, weights_of
@@ -103,6 +105,28 @@ def test_raw_strings():
 
     with pytest.raises(ValueError, match="preprocessor"):
         compiled().fit(texts)
+
+
+def test_shows_that_the_first_step_is_built_and_compiled(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    words = {
+        "Building": True,
+        "Compiling": keras.backend.backend() != "torch",
+    }
+
+    def slow(y, logits):
+        time.sleep(0.05)
+        return casts.cross_entropy()(y, logits)
+
+    for verbose in (0, "auto"):
+        cast = kwm.CAST(make_mlp(), teacher=None)
+        cast.compile(loss=slow)
+        fit(cast, batch_size=16, verbose=verbose)
+        lines = capsys.readouterr().out.splitlines()
+        for word, is_expected in words.items():
+            start = f"{word} the training step: "
+            is_shown = any(line.startswith(start) for line in lines)
+            assert is_shown is (is_expected and bool(verbose))
 
 
 # What fit takes

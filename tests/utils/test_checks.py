@@ -52,11 +52,15 @@ def test_others():
     assert checks.check_choice("c", None, ("a", None)) is None
     assert checks.check_string("s", "a") == "a"
     assert checks.check_string("s", None, optional=True) is None
+    for verbose in (0, 1, False, True):
+        assert checks.check_verbose(verbose) is verbose
     checks.check_model(keras.layers.Dense(1))
     for call, message in (
         (lambda: checks.check_bool("b", 1), "`b` must be a bool"),
         (lambda: checks.check_choice("c", 1, (True, 2)), "one of True, 2. "),
         (lambda: checks.check_choice("c", np.ones(2), ("a",)), "one of 'a'"),
+        (lambda: checks.check_verbose(2), "`verbose` must be one of 0, 1. "),
+        (lambda: checks.check_verbose("auto"), "one of 0, 1. "),
         (lambda: checks.check_string("s", ""), "a non-empty string. "),
         (lambda: checks.check_string("s", 1, True), "string or None. "),
         (lambda: checks.check_model([1]), r"a Keras model or layer.*=\[1\]"),

@@ -1,12 +1,17 @@
 """What shows progress, and when."""
 
+import io
+import sys
+import threading
+import time
+
 import keras
 import numpy as np
 import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.utils import progress
-from keras_weightmods.utils.progress import Progress
+from keras_weightmods.utils.progress import Progress, Waiting
 from tests.models import mlp, token_net
 
 pytestmark = pytest.mark.one_backend
@@ -86,6 +91,8 @@ def test_long_calls_show_it(clock, capsys, tmp_path):
         return kwm.pack(model, "int8", **kwargs)
 
     assert "2/2" in shown(packed)
+    assert "2/2" in shown(kwm.sparsity_report, model)
+    assert "2/2" in shown(kwm.assert_sparse, model)
     assert "4/4" in shown(kwm.save_model, model, path)
     # The description and four weights, checked and then read.
     assert "10/10" in shown(kwm.load_model, path)
@@ -96,16 +103,28 @@ def test_long_calls_show_it(clock, capsys, tmp_path):
     assert "2/2" in capsys.readouterr().out
 
 
-def test_a_refresh_of_masks_shows_it(clock, capsys):
+@pytest.mark.parametrize("refresh_every", [None, 1])
+def test_the_first_masks_and_a_refresh_show_it(refresh_every, clock, capsys):
     clock.is_over = True
     x = keras.ops.ones((4, 8))
-    for verbose in (0, 2):
+    for verbose in (0, "auto", 2):
         model = mlp()
         model.compile(kwm.SparseAdamW(0.1), "mse")
-        callback = kwm.PrincipalMaskCallback(0.25, refresh_every=1, seed=0)
+        callback = kwm.PrincipalMaskCallback(
+            0.25, refresh_every=refresh_every, seed=0
+        )
         fit = {"epochs": 2, "callbacks": [callback], "verbose": verbose}
         model.fit(x, x[:, :4], **fit)
         assert ("s/mask" in capsys.readouterr().out) is bool(verbose)
+
+
+def test_the_start_of_cast_shows_it(clock, capsys):
+    clock.is_over = True
+    for verbose in (0, "auto", 2):
+        cast = kwm.CAST(mlp(8, 4, 4), teacher=None)
+        cast.compile(loss="mse")
+        cast.fit(np.ones((4, 8)), np.ones((4, 4)), 2, verbose=verbose)
+        assert ("/batch" in capsys.readouterr().out) is bool(verbose)
 
 
 def test_deltas_and_what_is_attached_show_it(clock, capsys, tmp_path):
@@ -169,3 +188,59 @@ def test_a_first_step_that_takes_long_is_preceded_by_the_bar(capsys):
     assert "0/2" in capsys.readouterr().out
     kwm.perplexity(token_net(), np.ones((3, 6), "int32"), length=4)
     assert "0/3" in capsys.readouterr().out
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """`Waiting` shows its line at once, and again soon."""
+    monkeypatch.setattr(progress, "DELAY", 0.01)
+    monkeypatch.setattr(progress, "_EVERY", {True: 0.01, False: 0.01})
+
+
+def wait_for(text, shown):
+    """Waits until `shown` has the text, for ten seconds at most."""
+    end = time.monotonic() + 10
+    while text not in shown.getvalue() and time.monotonic() < end:
+        time.sleep(0.005)
+    return shown.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_cannot_be_counted_shows_the_seconds(
+    is_terminal, ticking, monkeypatch
+):
+    shown = io.StringIO()
+    shown.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stdout", shown)
+    line = "Compiling: 0 s"
+    twice = f"\r{line}\r{line}" if is_terminal else f"{line}\n{line}\n"
+    with Waiting("Compiling"):
+        assert twice in wait_for(twice, shown)
+    out = shown.getvalue()
+    # What is shown next begins on a line of its own.
+    assert out.endswith(f"{line}\n")
+    assert out.count("\n") == (1 if is_terminal else out.count(line))
+    time.sleep(0.05)
+    assert shown.getvalue() == out
+
+
+def test_waiting_is_quiet_where_it_is_short_or_asked_to_be(capsys, ticking):
+    with Waiting("Compiling", verbose=0):
+        time.sleep(0.05)
+    keras.config.disable_interactive_logging()
+    try:
+        with Waiting("Compiling"):
+            time.sleep(0.05)
+    finally:
+        keras.config.enable_interactive_logging()
+    progress.DELAY = 60
+    with Waiting("Compiling"):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+def test_waiting_ends_with_an_error(capsys, ticking):
+    threads = threading.active_count()
+    with pytest.raises(KeyError), Waiting("Compiling"):
+        raise KeyError
+    assert threading.active_count() == threads

@@ -6,6 +6,7 @@ it returned, nobody holds the weights.
 """
 
 import contextlib
+import functools
 import signal
 import threading
 from typing import Any
@@ -27,6 +28,7 @@ def kept(step, hold):
     if getattr(step, "is_kept", False):
         return step
 
+    @functools.wraps(step)
     def train_function(state, iterator):
         is_done = False
         try:
