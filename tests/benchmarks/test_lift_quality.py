@@ -1,13 +1,9 @@
 import argparse
 
-import keras
 import numpy as np
 import pytest
 
-import keras_weightmods as kwm
-from benchmarks import harness, lift_quality, lift_step, results_page
-from examples.data import gsm_symbolic
-from tests import models
+from benchmarks import harness, lift_quality, results_page
 
 pytestmark = pytest.mark.one_backend
 
@@ -154,84 +150,3 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     args.steps = 4
     with pytest.raises(SystemExit, match="another setting"):
         lift_quality.run(args)
-
-
-class Characters:
-    """A tokenizer of one token a character; 0 ends a text."""
-
-    end_token_id = 0
-
-    def __call__(self, text):
-        return np.array([ord(each) for each in text])
-
-    def detokenize(self, ids):
-        return "".join(map(chr, ids))
-
-
-class Writer:
-    """A model that answers 7 to long questions and 8 to short ones."""
-
-    tokenizer = Characters()
-
-    def compile(self, sampler):
-        assert sampler == "greedy"
-
-    def generate(self, inputs, stop_token_ids):
-        assert stop_token_ids == [0]
-        tokens = inputs["token_ids"].copy()
-        for row, length in zip(tokens, inputs["padding_mask"].sum(1)):
-            assert not row[length:].any()
-            text = " #### 7" if length > 40 else " #### 8"
-            row[length : length + 7] = self.tokenizer(text)
-            row[length + 8 :] = ord("9")
-        return {"token_ids": tokens}
-
-
-def test_solved_is_of_what_the_model_writes(monkeypatch):
-    pytest.importorskip("reasoning_gym")
-    for name in ("compile_generate", "uncompile_generate"):
-        monkeypatch.setattr(kwm, name, lambda model: None)
-    worker = object.__new__(lift_quality.Worker)
-    worker.model, worker.args = Writer(), argparse.Namespace(length=90)
-    problems = [
-        gsm_symbolic.Problem(0, "x" * length, "", {"answer": answer})
-        for length, answer in ((50, "7"), (3, "8"), (30, "7"), (4, "7"))
-    ]
-    assert worker.solved(problems, size=3) == 0.75
-
-
-@pytest.fixture
-def llama():
-    keras.utils.set_random_seed(0)
-    return models.causal_lm()
-
-
-@pytest.mark.parametrize("name", lift_quality.METHODS)
-def test_methods_train_as_many_numbers(name, llama):
-    method = lift_quality.METHODS[name]
-    kernels = kwm.find_targets(llama)
-    expected = method.density * lift_quality.entries(kernels)
-    if method.lora:
-        lift_step.enable_lora(llama, 0.05, method.lora == "rsLoRA")
-        trained = sum(np.prod(v.shape) for v in llama.trainable_variables)
-        assert trained == pytest.approx(expected, rel=0.5)
-        return
-    if not method.criterion:
-        return
-    llama.compile(kwm.SparseAdamW(1e-3), "mse")
-    lift_quality.make_masks(llama, method, 10, 0)
-    optimizer = llama.optimizer
-    chosen = [optimizer.indices_of(v) for v in optimizer.masked_variables]
-    assert sum(map(len, chosen)) == pytest.approx(expected, rel=0.1)
-    if method.criterion == "smallest":
-        for variable, places in zip(optimizer.masked_variables, chosen):
-            kernel = np.abs(keras.ops.convert_to_numpy(variable)).ravel()
-            rest = np.delete(kernel, places)
-            assert kernel[places].max() <= rest.min()
-
-
-def test_scaling_of_lora(llama):
-    rank = lift_step.enable_lora(llama, 0.3, rank_stabilized=True)
-    assert rank > 1
-    layer = kwm.find_targets(llama)[0].layer
-    assert layer.lora_alpha / layer.lora_rank == pytest.approx(rank**0.5)
