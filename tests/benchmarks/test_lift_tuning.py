@@ -60,7 +60,7 @@ def test_solved_is_of_what_the_model_writes(monkeypatch):
 @pytest.fixture
 def llama():
     keras.utils.set_random_seed(0)
-    return models.causal_lm()
+    return models.causal_lm(hidden_dim=64, intermediate_dim=96)
 
 
 @pytest.mark.parametrize("name", lift_tuning.METHODS)
