@@ -217,7 +217,7 @@ class Worker:
 
 
 def make_masks(model, method, steps, seed):
-    """Return the callback, attached to the model."""
+    """Return the callback that chooses what a method trains."""
     import keras
 
     import keras_weightmods as kwm
@@ -238,8 +238,9 @@ def make_masks(model, method, steps, seed):
         targets=targets,
         seed=seed,
     )
-    masks.attach(model)
     if smallest:
+        # `fit` keeps the masks that are there.
+        masks.attach(model)
         optimizer = model.optimizer
         optimizer.set_masks(
             (

@@ -76,7 +76,7 @@ def test_methods_train_as_many_numbers(name, llama):
     if not method.criterion:
         return
     llama.compile(kwm.SparseAdamW(1e-3), "mse")
-    lift_tuning.make_masks(llama, method, 10, 0)
+    lift_tuning.make_masks(llama, method, 10, 0).attach(llama)
     optimizer = llama.optimizer
     chosen = [optimizer.indices_of(v) for v in optimizer.masked_variables]
     assert sum(map(len, chosen)) == pytest.approx(expected, rel=0.1)
@@ -113,7 +113,7 @@ def test_a_run_of_a_tiny_model(name, tmp_path, monkeypatch):
         steps=2,
         search_steps=1,
         batch=2,
-        length=260,
+        length=330,
         valid=2,
         test=3,
         unseen=2,
