@@ -1,23 +1,34 @@
-"""What fine-tuning by LIFT gives, and what it forgets, next to its rivals.
+"""What fine-tuning by LIFT solves, and what it forgets, beside its rivals.
 
     python -m benchmarks.lift_quality
-    python -m benchmarks.lift_quality --backend torch --steps 100 --seeds 5
+    python -m benchmarks.lift_quality --report
 
-SmolLM2-135M-Instruct on the problems of examples/data/word_problems.py. Each
-method trains with each learning rate of one grid and seed 0; the rate with the
-least loss on validation problems is then used with the other seeds (which draw
-other training problems, orders and random masks). The problems of the test are
-the same for all, and choose nothing.
+SmolLM2-135M-Instruct learns word problems from half of the templates of
+`reasoning-gym` (examples/data/gsm_symbolic.py), worked answers of several
+lines. *Solved* is the share of new problems from these templates whose result,
+as the model writes it by greedy decoding, gets all points of the package's own
+scorer; *unseen* is that of the other half of the templates, which a model of
+this size next to never solves after a short training: solved and the losses
+are what has power here. Problems and answers above `--length` tokens are left
+out. *Forgotten* is the rise of the loss on two unrelated texts, in nats a
+token, mean of the two.
 
 - full: AdamW on all weights;
-- LoRA: KerasHub's, on all seven projections, at the rank whose count of numbers
-  is nearest to the masks';
-- random, magnitude, LIFT: `SparseAdamW` on 5 % of each projection, chosen at
-  random once, by |W|, and as principal weights.
+- LoRA, rsLoRA: KerasHub's, on all seven projections, at the rank whose count
+  of numbers is nearest to 5 % of them, the product scaled by alpha / rank and
+  by alpha / sqrt(rank), with alpha = rank;
+- random, largest (Super-Tuning, arXiv 2607.09287), smallest: `SparseAdamW` on
+  a share of each projection, chosen once;
+- LIFT: principal weights, chosen again in the middle. MLP: in its kernels
+  alone, as many in all.
 
-Every run has a process of its own, and is written to the JSON file when it is
-done; started again, the benchmark goes on where it was stopped. The default
-takes one to two hours on two cores.
+The learning rate of each method is searched on a grid of factor 2, by the loss
+on validation problems after short runs, from a start to where both neighbors
+are worse. Then each is trained from every seed, for as many steps on the same
+problems in the same order; each seed has its own problems, for training and
+for the test. Every run has a process of its own and is in the JSON file when
+it is done: started again, the benchmark goes on where it was stopped. Times
+are of the processor, so that other processes do not count.
 """
 
 import argparse
@@ -25,296 +36,278 @@ import itertools
 import math
 import statistics
 import sys
-import time
 
 from benchmarks import harness
+from benchmarks.compander_quality import search
+from benchmarks.lift_tuning import METHODS, TEXTS, Worker
 
-METHODS = ("full", "LoRA", "random", "magnitude", "LIFT")
-RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-DENSITY = 0.05
+BASES = ("full", "LoRA")
+# Name and, for the table, form and factor. Noise of the first two is that of
+# the problems drawn, and so about the same for all methods.
+MEASURES = {
+    "solved": (".1f", 100),
+    "unseen": (".1f", 100),
+    "loss": (".3f", 1),
+    "unseen_loss": (".3f", 1),
+    "forgotten": (".3f", 1),
+}
+POOLED = ("solved", "unseen")
+DIFFERENCES = ("solved", "loss", "forgotten")
+COSTS = ("trained", "optimizer_bytes", "peak_bytes", "step", "file_bytes")
 # What the runs of a file have in common.
-SETTING = ("backend", "steps", "batch", "length", "held_out", "filter_rank")
+SETTING = (
+    *("backend", "dtype", "steps", "search_steps", "batch", "length"),
+    *("valid", "test", "unseen", "text_rows"),
+)
+# Of the search, which no other run draws problems with.
+SEARCH_SEED = 100
+PLOT = harness.ROOT / "docs" / "lift_quality.png"
 
 
 def main():
     args = parse_arguments()
     if args.worker:
-        method, rate, seed = args.worker.split(",")
-        measured = train(args, method, float(rate), int(seed))
-        harness.write_json(args.json, measured)
+        name, rate, seed, kind = args.worker.split(",")
+        worker = Worker(args, int(seed))
+        found = worker(
+            METHODS.get(name),
+            float(rate),
+            kind == "search",
+        )
+        harness.write_json(args.json, found)
         return
-    report = resume(args)
-    for method in METHODS:
-        for rate in RATES:
-            run(args, report, method, rate, 0)
-        rate = best_rate(report, method)
-        for seed in range(1, args.seeds):
-            run(args, report, method, rate, seed)
-    report["summary"] = summary(report)
-    harness.write_json(args.json, report)
+    report = harness.read_json(args.json) if args.report else run(args)
+    if report is None:
+        raise SystemExit(f"there is no {args.json}: run without --report")
+    if args.report:
+        draw(report).figure.savefig(args.plot, dpi=150)
     print_report(report)
 
 
 def parse_arguments():
     parser = harness.make_parser(__doc__)
     harness.add_backend(parser, "torch")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=80)
-    parser.add_argument("--held-out", type=int, default=64, help="problems")
-    parser.add_argument("--filter-rank", type=int)
+    parser.add_argument("--dtype", default="mixed_bfloat16")
+    parser.add_argument(
+        "--methods", type=harness.subset(METHODS), default=list(METHODS)
+    )
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--search-steps", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4, help="problems")
+    parser.add_argument("--length", type=int, default=128, help="tokens")
+    parser.add_argument(
+        "--valid", type=int, default=64, help="problems to take a loss on"
+    )
+    parser.add_argument(
+        "--test", type=int, default=500, help="problems of each seed"
+    )
+    parser.add_argument(
+        "--unseen", type=int, default=100, help="of other templates"
+    )
+    parser.add_argument(
+        "--text-rows", type=int, default=8, help="of 256 tokens, of each text"
+    )
     harness.add_json(parser, "lift_quality.json")
+    parser.add_argument(
+        "--report", action="store_true", help="only print and draw the JSON"
+    )
+    parser.add_argument("--plot", default=PLOT)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def run(args):
+    """Search and train what is not in the file yet; return the report."""
+    report = resume(args)
+    for seed in range(args.seeds):
+        measured(args, report, "before", 0.0, seed, "final")
+    for name in args.methods:
+        rate = best_rate(args, report, name)
+        for seed in range(args.seeds):
+            measured(args, report, name, rate, seed, "final")
+    return report
+
+
+def best_rate(args, report, name):
+    def value(rate):
+        run = measured(args, report, name, rate, SEARCH_SEED, "search")
+        return -run["valid"]
+
+    chosen, _ = search(value, [("rate", METHODS[name].rate, 2)])
+    return chosen["rate"]
 
 
 def resume(args):
     setting = {name: getattr(args, name) for name in SETTING}
     report = harness.read_json(args.json)
-    if report is not None:
-        if report["setting"] != setting:
-            raise SystemExit(
-                f"{args.json} holds runs of another setting, "
-                f"{report['setting']}: remove it, or name another file"
-            )
-        return report
-    return {
-        "machine": harness.machine(),
-        "density": DENSITY,
-        "setting": setting,
-        "runs": [],
-    }
+    if report is None:
+        return {"machine": harness.machine(), "setting": setting, "runs": []}
+    if report["setting"] != setting:
+        raise SystemExit(
+            f"{args.json} holds runs of another setting, {report['setting']}: "
+            "remove it, or name another file"
+        )
+    return report
 
 
-def run(args, report, method, rate, seed):
-    key = {"method": method, "rate": rate, "seed": seed}
-    if any(key.items() <= each.items() for each in report["runs"]):
-        return
-    print(f"{method}, learning rate {rate:g}, seed {seed}", file=sys.stderr)
-    worker = f"--worker={method},{rate},{seed}"
-    measured = harness.run_worker(args.backend, worker)
-    report["runs"].append({**key, **measured})
+def measured(args, report, name, rate, seed, kind):
+    """Return a run of the report, which is made if it is not there."""
+    key = {"method": name, "rate": rate, "seed": seed, "kind": kind}
+    for each in report["runs"]:
+        if key.items() <= each.items():
+            return each
+    print(", ".join(map(str, key.values())), file=sys.stderr, flush=True)
+    worker = f"--worker={name},{rate},{seed},{kind}"
+    report["runs"].append({**key, **harness.run_worker(args.backend, worker)})
     harness.write_json(args.json, report)
-
-
-def train(args, method, rate, seed):
-    """One run; returns what was measured."""
-    import keras
-
-    import keras_weightmods as kwm
-    from benchmarks.lift_step import enable_lora
-    from examples.data.prose import load_rows
-    from examples.data.word_problems import encode, make_problems
-    from examples.finetune_lift import (
-        Measure,
-        fit_arguments,
-        learning_rate_schedule,
-        load_model,
-    )
-
-    keras.utils.set_random_seed(seed)
-    model = load_model()
-    tokenizer = model.tokenizer
-    rows = {
-        split: encode(
-            make_problems(split, count, seed if split == "train" else 0),
-            tokenizer,
-            args.length + 1,
-        )
-        for split, count in (
-            ("train", args.steps * args.batch),
-            ("valid", args.held_out),
-            ("test", args.held_out),
-        )
-    }
-    (unrelated,) = load_rows(tokenizer, 257, reference=8)
-    result = {}
-    if method == "full" and seed == 0:
-        result["before"] = Measure(model, rows["test"], unrelated)()
-    base = model.get_weights()
-    schedule = learning_rate_schedule(rate, args.steps)
-    callbacks = []
-    if method == "LoRA":
-        result["lora_rank"] = enable_lora(model, DENSITY)
-    if method in ("full", "LoRA"):
-        optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.0)
-    else:
-        optimizer = kwm.SparseAdamW(schedule)
-        masks = kwm.PrincipalMaskCallback(
-            density=DENSITY,
-            filter_rank=args.filter_rank,
-            criterion="principal" if method == "LIFT" else method,
-            refresh_every=None
-            if method == "random"
-            else max(1, args.steps // 3),
-            seed=seed,
-        )
-        callbacks.append(masks)
-    model.compile(
-        optimizer=optimizer,
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
-    clock = make_clock()
-    model.fit(
-        **fit_arguments(rows["train"]),
-        batch_size=args.batch,
-        shuffle=False,
-        verbose=0,
-        callbacks=[*callbacks, clock],
-    )
-    result["optimizer_bytes"] = harness.nbytes(model.optimizer.variables)
-    result["peak_bytes"] = harness.peak_bytes()
-    result["seconds_a_step"] = statistics.median(clock.seconds[1:])
-    if callbacks:
-        file = args.json.with_suffix(".safetensors")
-        report = kwm.save_delta(model, base, file)
-        result["trained"] = masks.attach(model).totals["trained"]
-        result["file_bytes"] = report.nbytes
-        result["index_bits"] = report.index_bits
-        result["changed"] = report.totals["trained"]
-        file.unlink()
-    else:
-        trained = sum(math.prod(v.shape) for v in model.trainable_variables)
-        result["trained"] = trained
-        result["file_bytes"] = 2 * trained  # in bfloat16
-    del base
-    result["valid"] = Measure(model, rows["valid"])()
-    result["test"] = Measure(model, rows["test"], unrelated)()
-    return result
-
-
-def make_clock():
-    import keras
-
-    class Clock(keras.callbacks.Callback):
-        """The seconds from one batch to the next."""
-
-        def on_train_begin(self, logs=None):
-            self.seconds, self.began = [], time.perf_counter()
-
-        def on_train_batch_end(self, batch, logs=None):
-            now = time.perf_counter()
-            self.seconds.append(now - self.began)
-            self.began = now
-
-    return Clock()
-
-
-def best_rate(report, method):
-    runs = [
-        r for r in report["runs"] if r["method"] == method and r["seed"] == 0
-    ]
-    return min(runs, key=lambda r: r["valid"]["loss"])["rate"]
+    return report["runs"][-1]
 
 
 def summary(report):
-    """For each method the mean and the deviation over seeds, and what differs.
+    """Return of each method its runs' measures and costs.
 
-    A difference to LIFT exceeds the spread where it is more than twice its
-    standard error.
+    Returns:
+        Dict from names to dicts: `rate`, `tried` (the number of rates), a list
+        of each measure, one number a seed, and medians of what it costs.
     """
-    found = {}
-    for method in METHODS:
-        rate = best_rate(report, method)
-        runs = [
-            r
-            for r in report["runs"]
-            if r["method"] == method and r["rate"] == rate
-        ]
-        found[method] = {"rate": rate, "seeds": len(runs)}
-        for name in ("solved", "tokens", "loss", "unrelated"):
-            values = [r["test"][name] for r in runs]
-            found[method][name] = [
-                statistics.mean(values),
-                statistics.stdev(values) if len(values) > 1 else None,
-            ]
-        for name in (
-            "trained",
-            "optimizer_bytes",
-            "peak_bytes",
-            "seconds_a_step",
-            "file_bytes",
-        ):
-            found[method][name] = statistics.median(r[name] for r in runs)
-    for method, name in itertools.product(
-        METHODS[:-1], ("solved", "tokens", "loss", "unrelated")
-    ):
-        (a, s), (b, t) = found["LIFT"][name], found[method][name]
-        if s is None or t is None:
-            continue
-        error = math.sqrt(
-            s**2 / found["LIFT"]["seeds"] + t**2 / found[method]["seeds"]
+    runs = report["runs"]
+    before = {r["seed"]: r for r in runs if r["method"] == "before"}
+    found: dict = {}
+    for name in ("before", *METHODS):
+        final = sorted(
+            (r for r in runs if r["method"] == name and r["kind"] == "final"),
+            key=lambda r: r["seed"],
         )
-        found[method].setdefault("lift_differs", {})[name] = {
-            "difference": a - b,
-            "exceeds_spread": abs(a - b) > 2 * error,
-        }
+        if not final:
+            continue
+        tried = [r for r in runs if r["method"] == name and r not in final]
+        row = found[name] = {"rate": final[0]["rate"], "tried": len(tried)}
+        for each in final:
+            each["forgotten"] = statistics.mean(
+                each[text] - before[each["seed"]][text] for text in TEXTS
+            )
+        row["seeds"] = [r["seed"] for r in final]
+        row |= {m: [r[m] for r in final] for m in MEASURES}
+        if name != "before":
+            row |= {c: statistics.median(r[c] for r in final) for c in COSTS}
     return found
 
 
-def print_report(report):
-    setting, found = report["setting"], report["summary"]
-    table = harness.table(
-        f"SmolLM2-135M, {setting['steps']} steps of {setting['batch']} "
-        f"problems, {setting['backend']}",
-        text=["method"],
-        numbers=(
-            "rate",
-            "solved",
-            "tokens",
-            "unrelated",
-            "trained",
-            "state MB",
-            "peak GB",
-            "s/step",
-            "file MB",
-        ),
-    )
-    before = next(r["before"] for r in report["runs"] if "before" in r)
-    table.add_row(
-        "before",
-        "",
-        f"{before['solved']:.1%}",
-        f"{before['tokens']:.1%}",
-        f"{before['unrelated']:.2f}",
-    )
-    for method, row in found.items():
-        cells = []
-        for name, form in (
-            ("solved", ".1%"),
-            ("tokens", ".1%"),
-            ("unrelated", ".2f"),
-        ):
-            mean, spread = row[name]
-            text = format(mean, form)
-            if spread is not None:
-                text += f" ± {format(spread, form)}"
-            cells.append(text)
-        table.add_row(
-            method,
-            f"{row['rate']:g}",
-            *cells,
-            f"{row['trained']:,}",
-            f"{row['optimizer_bytes'] / 1e6:.0f}",
-            f"{row['peak_bytes'] / 1e9:.2f}",
-            f"{row['seconds_a_step']:.2f}",
-            f"{row['file_bytes'] / 1e6:.1f}",
+def effects(found, base, measure):
+    """Return the differences to a base, paired by seed, with 95 % intervals.
+
+    Where the noise is about the same for all methods (`POOLED`) it is taken
+    from all of them: what is left without the means of methods and of seeds.
+    Elsewhere from the seeds of the pair alone.
+
+    Returns:
+        Dict from names of methods to triples: mean, low, high.
+    """
+    import numpy as np
+    from scipy import stats
+
+    names = [name for name in found if name != "before"]
+    most = max(len(found[name][measure]) for name in names)
+    names = [name for name in names if len(found[name][measure]) == most]
+    if base not in names or most < 2:
+        return {}
+    table = np.array([found[name][measure] for name in names])
+    less = table - table[names.index(base)]
+    if measure not in POOLED or len(names) < 3:
+        differences = [harness.interval(row) for row in less]
+    else:
+        rest = table - table.mean(0) - table.mean(1, keepdims=True)
+        free = (len(names) - 1) * (most - 1)
+        variance = np.sum((rest + table.mean()) ** 2) / free
+        half = stats.t.ppf(0.975, free) * math.sqrt(2 * variance / most)
+        differences = [
+            (float(mean), float(mean - half), float(mean + half))
+            for mean in less.mean(1)
+        ]
+    return {n: d for n, d in zip(names, differences) if n != base}
+
+
+def front(found):
+    """Return the methods that none other beats in solved and forgotten."""
+    points = {
+        name: (
+            -statistics.mean(row["solved"]),
+            statistics.mean(row["forgotten"]),
         )
+        for name, row in found.items()
+        if name != "before"
+    }
+    return [
+        name
+        for name, point in points.items()
+        if not any(
+            other != point and all(a <= b for a, b in zip(other, point))
+            for other in points.values()
+        )
+    ]
+
+
+def verdicts(found):
+    """Return for each base and measure what is beyond the spread."""
     lines = []
-    for method, row in found.items():
-        for name, about in row.get("lift_differs", {}).items():
-            verb = "exceeds" if about["exceeds_spread"] else "is within"
-            lines.append(
-                f"LIFT - {method}, {name}: {about['difference']:+.4f}, which "
-                f"{verb} the seeds' spread (twice the standard error)"
-            )
-    harness.print_all(
-        table,
-        *lines,
-        f"± standard deviation over {found['LIFT']['seeds']} seeds",
-        harness.describe(report),
-    )
+    for base, (measure, more, less) in itertools.product(
+        BASES,
+        (
+            ("solved", "solve more", "solve less"),
+            ("loss", "have a higher loss", "have a lower loss"),
+            ("forgotten", "forget more", "forget less"),
+        ),
+    ):
+        compared = effects(found, base, measure)
+        if not compared:
+            continue
+        above = [name for name, (_, low, _) in compared.items() if low > 0]
+        below = [name for name, (*_, high) in compared.items() if high < 0]
+        parts = [
+            f"{', '.join(names)} {verb}"
+            for names, verb in ((above, more), (below, less))
+            if names
+        ]
+        said = "; ".join(parts) or f"no method differs in {measure}"
+        lines.append(f"Beside {base}, beyond the spread: {said}.")
+    return lines
+
+
+def draw(report, ax=None):
+    """Return the axes of solved against forgotten, the front as a line."""
+    from keras_weightmods.plot import style
+
+    found = summary(report)
+    ax = style.new_axes(ax, width=6.4, height=4.2)
+    points = {}
+    for name, row in found.items():
+        if name == "before":
+            continue
+        solved = [100 * value for value in row["solved"]]
+        x, y = statistics.mean(row["forgotten"]), statistics.mean(solved)
+        points[name] = x, y
+        spread = [
+            statistics.stdev(values) if len(values) > 1 else 0
+            for values in (row["forgotten"], solved)
+        ]
+        color = style.COLORS[1 if name.startswith("LIFT") else 0]
+        ax.errorbar(x, y, spread[1], spread[0], "o", color=color, lw=0.8)
+        ax.annotate(
+            name, (x, y), (4, 4), textcoords="offset points", fontsize=8
+        )
+    line = sorted(points[name] for name in front(found))
+    ax.plot(*zip(*line), "--", color=style.GRAY, lw=0.8, zorder=0)
+    ax.set(xlabel="forgotten, nats a token", ylabel="solved, %")
+    style.grid(ax)
+    return ax
+
+
+def print_report(report):
+    # Not above: the page takes from here what it shows.
+    from benchmarks import results_page
+
+    harness.print_all(results_page.lift_quality(report), width=250)
 
 
 if __name__ == "__main__":

@@ -160,8 +160,15 @@ def make(method):
     return model, callback
 
 
-def enable_lora(model, density):
+def enable_lora(model, density, rank_stabilized=False):
     """LoRA on all kernels, of the rank with the nearest count of numbers.
+
+    Args:
+        model: A built model.
+        density: Float, the numbers as a share of the entries of the kernels.
+        rank_stabilized: Bool, whether the product is scaled by alpha over the
+            root of the rank (rsLoRA, arXiv 2312.03732), and not by alpha over
+            the rank; alpha is the rank.
 
     Returns:
         Int, the rank.
@@ -173,7 +180,9 @@ def enable_lora(model, density):
     each = sum(math.prod(t.shape[:-1]) + t.shape[-1] for t in targets)
     rank = max(1, round(wanted / each))
     for target in targets:
-        target.layer.enable_lora(rank)
+        # Keras divides by the rank.
+        alpha = rank * math.sqrt(rank) if rank_stabilized else rank
+        target.layer.enable_lora(rank, lora_alpha=alpha)
     for variable in model.trainable_variables:
         if not variable.name.startswith("lora_"):
             variable.trainable = False

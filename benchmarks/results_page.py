@@ -16,6 +16,7 @@ import pathlib
 import numpy as np
 
 from benchmarks import harness
+from benchmarks import lift_quality as lift
 from benchmarks import rws_quality as rws
 from benchmarks.compander_quality import MEASURES, effects_of
 from benchmarks.runtimes import cells as runtime_cells
@@ -481,76 +482,74 @@ def runtimes(log):
 
 
 def lift_quality(log):
-    if "summary" not in log:
+    if "kind" not in log["runs"][0]:
+        # The form of an older program.
         return missing("lift_quality")
-
-    def cell(pair, form):
-        value, spread = pair
-        text = format(value, form)
-        return text if spread is None else f"{text} ± {spread:{form}}"
-
-    setting, found = log["setting"], log["summary"]
-    before = next(r["before"] for r in log["runs"] if "before" in r)
-    rows = [
-        [
-            "before",
-            "",
-            f"{before['solved']:.1%}",
-            f"{before['tokens']:.1%}",
-            f"{before['loss']:.4f}",
-            f"{before['unrelated']:.2f}",
-            *[""] * 4,
-        ]
-    ]
-    differences = []
+    setting, found = log["setting"], lift.summary(log)
+    names = [name for name in found if name != "before"]
+    rows = []
     for name, row in found.items():
-        rows.append(
-            [
-                name,
-                f"{row['rate']:g}",
-                cell(row["solved"], ".1%"),
-                cell(row["tokens"], ".1%"),
-                cell(row["loss"], ".4f"),
-                cell(row["unrelated"], ".2f"),
+        cells = [name, f"{row['rate']:.2g}" if row["rate"] else ""]
+        for measure, (form, factor) in lift.MEASURES.items():
+            cells.append(mean([factor * v for v in row[measure]], form))
+        if name != "before":
+            cells += [
                 f"{row['trained']:,}",
                 megabytes(row["optimizer_bytes"]),
                 megabytes(row["peak_bytes"]),
-                megabytes(row["file_bytes"]),
+                f"{row['step']:.2f}",
+                f"{row['file_bytes'] / 1e6:.1f}",
+                row["tried"],
             ]
-        )
-        about = row.get("lift_differs", {})
-        if about:
-            parts = [
-                f"{label} {about[key]['difference']:+.4f} "
-                f"({'exceeds' if about[key]['exceeds_spread'] else 'within'})"
-                for key, label in (
-                    ("solved", "solved"),
-                    ("loss", "loss"),
-                    ("unrelated", "unrelated"),
-                )
-            ]
-            differences.append(f"- {name}: {', '.join(parts)}")
-    return "\n\n".join(
-        [
-            "SmolLM2-135M-Instruct on generated word problems, "
-            f"{setting['steps']} steps of {setting['batch']}; exact match and "
-            "share of answer tokens by teacher forcing on "
-            f"{setting['held_out']} held-out problems, their loss, and the "
-            f"perplexity of unrelated text; ± over {found['LIFT']['seeds']} "
-            "seeds, each method with its best learning rate of "
-            f"{len({r['rate'] for r in log['runs']})}, chosen on validation "
-            f"problems; {setting['backend']}, {log['machine']['cpu']}, "
-            f"{log['machine']['cores']} cores.",
-            table(
-                "method | rate | solved | tokens | loss | "
-                "unrelated | trained | state, MB | peak, MB | file, MB",
-                rows,
-            ),
-            "LIFT less the other; whether it exceeds the seeds' spread (twice "
-            "the standard error):",
-            "\n".join(differences),
-        ]
-    )
+        rows.append(cells + [""] * (13 - len(cells)))
+    differences = []
+    compared = {
+        (base, measure): lift.effects(found, base, measure)
+        for base in lift.BASES
+        for measure in lift.DIFFERENCES
+    }
+    for name in names:
+        cells = [name]
+        for (_, measure), effects in compared.items():
+            form, factor = lift.MEASURES[measure]
+            if name in effects:
+                value, low, high = (factor * v for v in effects[name])
+                ends = f"{low:+{form}} to {high:+{form}}"
+                cells.append(f"{value:+{form}} ({ends})")
+            else:
+                cells.append("")
+        differences.append(cells)
+    header = " | ".join(f"{measure} less {base}" for base, measure in compared)
+    parts = [
+        "SmolLM2-135M-Instruct on the word problems of `reasoning-gym`: "
+        f"{setting['steps']} steps of {setting['batch']} problems of at most "
+        f"{setting['length']} tokens from half of the templates. Solved: % of "
+        f"{setting['test']} new problems from these, unseen: % of "
+        f"{setting['unseen']} from the other half, greedy, by the package's "
+        f"scorer; losses on {setting['valid']} of each; forgotten: rise of "
+        f"the loss on {' and '.join(lift.TEXTS)}, nats a token. Mean and "
+        f"spread over {max(len(r['seeds']) for r in found.values())} seeds, "
+        "each with its own problems. The rate of each method is the best of "
+        "those tried by the validation loss after "
+        f"{setting['search_steps']} steps, with a worse one on both sides. A "
+        "step is seconds of the processor. "
+        f"{setting['backend']}, {setting['dtype']}, {log['machine']['cpu']}.",
+        table(
+            "method | rate | solved, % | unseen, % | loss | unseen loss | "
+            "forgotten | trained | state, MB | peak, MB | step, s | "
+            "file, MB | tried",
+            rows,
+        ),
+        "Differences, paired by seed, with intervals of 95 %: of solved by "
+        "the noise of all methods, else by the seeds of the pair (t).",
+        table(f"method | {header}", differences),
+        "On the front of solved against forgotten: "
+        f"{', '.join(lift.front(found))}.",
+        "\n".join(f"- {line}" for line in lift.verdicts(found)),
+    ]
+    if (PAGE.parent / lift.PLOT.name).exists():
+        parts.append(f"![Solved against forgotten]({lift.PLOT.name})")
+    return "\n\n".join(parts)
 
 
 def lift_step(log):

@@ -1,80 +1,152 @@
+import argparse
+
+import numpy as np
 import pytest
 
 from benchmarks import harness, lift_quality, results_page
 
+pytestmark = pytest.mark.one_backend
 
-def fake_run(method, rate, seed, solved):
+pytest.importorskip("scipy")
+
+
+def final(method, seed, solved, forgotten, rate=1e-3):
     return {
         "method": method,
         "rate": rate,
         "seed": seed,
-        "before": {
-            "solved": 0.1,
-            "tokens": 0.5,
-            "loss": 2.0,
-            "unrelated": 14.0,
-        },
-        # The lower rate is the better one on the validation problems.
-        "valid": {"loss": 1.0 + rate},
-        "test": {
-            "solved": solved,
-            "tokens": 0.9,
-            "loss": 0.5,
-            "unrelated": 15.0 + seed,
-        },
+        "kind": "final",
+        "solved": solved,
+        "unseen": 0.01,
+        "loss": 0.5 + 0.01 * seed,
+        "unseen_loss": 1.5,
+        # The text of each seed begins elsewhere.
+        "reference": 2.0 + seed + forgotten,
+        "news": 3.0 + seed + 3 * forgotten,
         "trained": 10,
         "optimizer_bytes": 8e6,
         "peak_bytes": 1e9,
-        "seconds_a_step": 0.5 + seed,
+        "step": 0.5 + seed,
         "file_bytes": 2e6,
     }
 
 
+SOLVED = {
+    "full": (0.20, 0.24, 0.22),
+    "LoRA": (0.21, 0.23, 0.22),
+    "LIFT 5 %": (0.30, 0.35, 0.31),
+}
+
+
 @pytest.fixture
 def report():
-    runs = [
-        fake_run(method, rate, seed, 0.2 + 0.01 * seed)
-        for method in lift_quality.METHODS
-        for rate, seeds in ((1e-4, (0, 1, 2)), (1e-3, (0,)))
-        for seed in seeds
+    forgotten = {"full": 0.1, "LoRA": 0.2, "LIFT 5 %": 0.1}
+    runs = [final("before", seed, 0.0, 0.0, 0.0) for seed in range(3)]
+    runs += [
+        final(method, seed, value, forgotten[method] + 0.001 * seed)
+        for method, values in SOLVED.items()
+        for seed, value in enumerate(values)
     ]
-    for run in runs:
-        if run["method"] == "LIFT" and run["rate"] == 1e-4:
-            run["test"]["solved"] += 0.5
-    setting = {"steps": 3, "batch": 2, "backend": "torch"}
+    tried = {"method": "full", "seed": 100, "kind": "search", "valid": 0.4}
+    runs += [{**tried, "rate": rate} for rate in (5e-4, 1e-3, 2e-3)]
+    setting = dict.fromkeys(lift_quality.SETTING, 3)
     machine = harness.machine()
     return {"runs": runs, "setting": setting, "machine": machine}
 
 
-def test_summary_is_of_the_best_rate(report):
+def test_summary_has_what_each_seed_forgot(report):
     found = lift_quality.summary(report)
+    assert found["before"]["forgotten"] == [0.0, 0.0, 0.0]
     full = found["full"]
-    assert full["rate"] == 1e-4
-    assert full["seeds"] == 3
-    assert full["solved"] == pytest.approx([0.21, 0.01])
-    assert full["seconds_a_step"] == 1.5
-    differs = full["lift_differs"]
-    assert differs["solved"]["difference"] == pytest.approx(0.5)
-    assert differs["solved"]["exceeds_spread"]
-    assert not differs["unrelated"]["exceeds_spread"]
-    assert "lift_differs" not in found["LIFT"]
+    assert full["forgotten"] == pytest.approx([0.2, 0.202, 0.204])
+    assert full["solved"] == list(SOLVED["full"])
+    assert full["step"] == 1.5
+    assert (full["tried"], found["LoRA"]["tried"]) == (3, 0)
+    assert "random 5 %" not in found
 
 
-def test_report_has_a_row_for_each_method(report, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    report["summary"] = lift_quality.summary(report)
-    lift_quality.print_report(report)
-    printed = capsys.readouterr().out
-    for method in ("before", *lift_quality.METHODS):
-        assert method in printed
-    assert "71.0% ± 1.0%" in printed
+def test_noise_of_all_methods_or_of_the_pair(report):
+    found = lift_quality.summary(report)
+    table = np.array(list(SOLVED.values()))
+    # As a linear model of methods and seeds leaves it.
+    design = [
+        [*(i == m for m in range(3)), *(j == s for s in (1, 2))]
+        for i in range(3)
+        for j in range(3)
+    ]
+    rest = np.linalg.lstsq(np.array(design, float), table.ravel())[1][0] / 4
+    # Student's t for four degrees of freedom and 95 %, from a table.
+    half = 2.776445 * np.sqrt(2 * rest / 3)
+    effects = lift_quality.effects(found, "full", "solved")
+    assert set(effects) == {"LoRA", "LIFT 5 %"}
+    assert effects["LIFT 5 %"] == pytest.approx((0.1, 0.1 - half, 0.1 + half))
+    effects = lift_quality.effects(found, "LoRA", "forgotten")
+    assert effects["full"] == pytest.approx((-0.2, -0.2, -0.2))
+    # Those without all seeds wait.
+    del report["runs"][-4]
+    found = lift_quality.summary(report)
+    assert set(lift_quality.effects(found, "full", "loss")) == {"LoRA"}
 
 
-def test_page_has_the_spread_and_the_verdict(report):
-    report["summary"] = lift_quality.summary(report)
-    report["setting"]["held_out"] = 4
+def test_front_and_sentences(report):
+    found = lift_quality.summary(report)
+    assert lift_quality.front(found) == ["LIFT 5 %"]
+    found["LoRA"]["forgotten"] = [0.1, 0.1, 0.1]
+    assert lift_quality.front(found) == ["LoRA", "LIFT 5 %"]
+    lines = lift_quality.verdicts(lift_quality.summary(report))
+    assert (
+        "Beside LoRA, beyond the spread: full, LIFT 5 % forget less." in lines
+    )
+    assert "Beside full, beyond the spread: LIFT 5 % solve more." in lines
+    assert "Beside full, beyond the spread: no method differs in loss." in lines
+
+
+def test_page_and_picture(report):
     page = results_page.lift_quality(report)
-    assert "| LIFT | 0.0001 | 71.0% ± 1.0% |" in page
-    assert "- full: solved +0.5000 (exceeds), loss +0.0000 (within)" in page
-    del report["summary"]
-    assert "benchmarks.lift_quality" in results_page.lift_quality(report)
+    assert "| LIFT 5 % | 0.001 | 32.0 ± 2.6 | 1.0 ± 0.0 |" in page
+    assert "| before |  | 0.0 ± 0.0 | 1.0 ± 0.0 |" in page
+    assert "solved less full | loss less full" in page
+    assert "-0.200 (-0.200 to -0.200)" in page
+    assert "forgotten: LIFT 5 %." in page
+    older = {"runs": [{"method": "full"}]}
+    assert "benchmarks.lift_quality" in results_page.lift_quality(older)
+    pytest.importorskip("matplotlib")
+    ax = lift_quality.draw(report)
+    assert {text.get_text() for text in ax.texts} == set(SOLVED)
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    asked = []
+
+    def run_worker(backend, worker):
+        name, rate, seed, kind = worker.removeprefix("--worker=").split(",")
+        asked.append((name, float(rate), int(seed), kind))
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        # The best is twice where the search begins.
+        return {"valid": abs(float(rate) - 1.6e-3)}
+
+    monkeypatch.setattr(harness, "run_worker", run_worker)
+    args = argparse.Namespace(
+        **dict.fromkeys(lift_quality.SETTING, 3),
+        methods=["LoRA"],
+        seeds=2,
+        json=tmp_path / "log.json",
+    )
+    with pytest.raises(KeyboardInterrupt):
+        lift_quality.run(args)
+    report = lift_quality.run(args)
+    assert harness.read_json(args.json)["runs"] == report["runs"]
+    del asked[3]
+    assert len(set(asked)) == len(asked) == len(report["runs"])
+    assert asked[:2] == [("before", 0.0, seed, "final") for seed in (0, 1)]
+    assert asked[-2:] == [("LoRA", 1.6e-3, seed, "final") for seed in (0, 1)]
+    assert sorted(rate for _, rate, _, kind in asked if kind == "search") == [
+        4e-4,
+        8e-4,
+        1.6e-3,
+        3.2e-3,
+    ]
+    args.steps = 4
+    with pytest.raises(SystemExit, match="another setting"):
+        lift_quality.run(args)
