@@ -34,5 +34,5 @@ def show_first_step(model: Any, verbose: Any) -> None:
         with Waiting("Compiling the training step", shown):
             return step(*args)
 
-    vars(train_function)["is_shown"] = True
+    train_function.is_shown = True  # type: ignore[attr-defined]
     model.train_function = train_function
