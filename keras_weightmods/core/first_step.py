@@ -34,5 +34,6 @@ def show_first_step(model: Any, verbose: Any) -> None:
         with Waiting("Compiling the training step", shown):
             return step(*args)
 
-    train_function.is_shown = True  # type: ignore[attr-defined]
-    model.train_function = train_function
+    marked: Any = train_function
+    marked.is_shown = True
+    model.train_function = marked
