@@ -7,11 +7,12 @@ SmolLM2-135M-Instruct learns word problems from half of the templates of
 `reasoning-gym` (examples/data/gsm_symbolic.py), worked answers of several
 lines. *Solved* is the share of new problems from these templates whose result,
 as the model writes it by greedy decoding, gets all points of the package's own
-scorer; *unseen* is that of the other half of the templates, which a model of
-this size next to never solves after a short training: solved and the losses
-are what has power here. Problems and answers above `--length` tokens are left
-out. *Forgotten* is the rise of the loss on two unrelated texts, in nats a
-token, mean of the two.
+scorer; *unseen* is that of the other half of the templates, on which a
+training as short as this is not enough: in a first run the loss went from 1.50
+to 0.15 on new problems of the first half, and from 1.34 to 1.40 on the other.
+So solved and loss are what has power here. Problems of more than `--length`
+tokens with their answers are left out, to save time. *Forgotten* is the rise
+of the loss on two unrelated texts, in nats a token, mean of the two.
 
 - full: AdamW on all weights;
 - LoRA, rsLoRA: KerasHub's, on all seven projections, at the rank whose count
@@ -27,7 +28,8 @@ on validation problems after short runs, from a start to where both neighbors
 are worse. Then each is trained from every seed, for as many steps on the same
 problems in the same order; each seed has its own problems, for training and
 for the test. Every run has a process of its own and is in the JSON file when
-it is done: started again, the benchmark goes on where it was stopped. Times
+it is done: started again, the benchmark goes on where it was stopped. All takes
+about six hours of one core with bfloat16 instructions. Times
 are of the processor, so that other processes do not count.
 """
 

@@ -196,7 +196,10 @@ class Worker:
         solved = 0
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            tokens = np.full((len(part), self.args.length), end, "int32")
+            # An end in the places to write at would stop it at once.
+            tokens = np.full(
+                (len(part), self.args.length), tokenizer.pad_token_id, "int32"
+            )
             mask = np.zeros(tokens.shape, bool)
             for row, place in enumerate(part):
                 tokens[row, : len(prompts[place])] = prompts[place]

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.one_backend
 class Characters:
     """A tokenizer of one token a character; 0 ends a text."""
 
-    end_token_id = 0
+    end_token_id, pad_token_id = 0, 1
 
     def __call__(self, text):
         return np.array([min(ord(each), 127) for each in text])
@@ -37,9 +37,11 @@ class Writer:
         assert stop_token_ids == [0]
         tokens = inputs["token_ids"].copy()
         for row, length in zip(tokens, inputs["padding_mask"].sum(1)):
-            assert not row[length:].any()
+            # KerasHub ends a row that has a stop token behind its prompt.
+            assert row[length:].all()
             text = " #### 7" if length > 40 else " #### 8"
             row[length : length + 7] = self.tokenizer(text)
+            row[length + 7] = 0
             row[length + 8 :] = ord("9")
         return {"token_ids": tokens}
 
@@ -94,7 +96,7 @@ def test_scaling_of_lora(llama):
     assert layer.lora_alpha / layer.lora_rank == pytest.approx(rank**0.5)
 
 
-@pytest.mark.parametrize("name", ["full", "rsLoRA", "smallest 5 %", "LIFT 5 %"])
+@pytest.mark.parametrize("name", ["full", "rsLoRA", "LIFT 5 %"])
 def test_a_run_of_a_tiny_model(name, tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym")
 
