@@ -167,7 +167,7 @@ def fit_scaling_law(
             "different budgets at least. Received: "
             f"tokens={np.unique(tokens).tolist()}"
         )
-    checks.check_float("confidence", confidence, above=0, below=1)
+    confidence = checks.check_float("confidence", confidence, above=0, below=1)
     # In units of a budget in the middle, L_inf + size * x**-beta is well
     # conditioned; B is the loss at one token, far outside of the data.
     center = float(np.exp(np.log(tokens).mean()))

@@ -304,7 +304,7 @@ def _checked(function: Any, a: Any, b: Any) -> Any:
             checks.check_array(name, value)
             is_good = bool(np.all(np.isfinite(value) & (value > 0)))
         elif checks.is_number(value):
-            is_good = math.isfinite(value) and value > 0
+            is_good = checks.is_finite(value) and value > 0
         else:
             continue
         if not is_good:

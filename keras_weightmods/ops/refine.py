@@ -131,7 +131,7 @@ def refit(
     assert np.allclose(fitted, [[3.0 + 2.0 * 0.5], [0.0]], atol=1e-4)
     ```
     """
-    checks.check_float("damping", damping, above=0)
+    damping = checks.check_float("damping", damping, above=0)
     checks.check_int("iterations", iterations, 1)
     w, weights, h = _float32(dense, pruned, second_moment)
     fitted = _fitted(w, weights, damped(h, damping), iterations)
@@ -181,7 +181,7 @@ def refined(
     assert after < before
     ```
     """
-    checks.check_float("damping", damping, above=0)
+    damping = checks.check_float("damping", damping, above=0)
     checks.check_int("rounds", rounds, 1)
     checks.check_int("sweeps", sweeps, 1)
     checks.check_int("iterations", iterations, 1)

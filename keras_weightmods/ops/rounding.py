@@ -289,7 +289,7 @@ def round_kept(
     ```
     """
     grid = grid or Grid()
-    checks.check_float("damping", damping, above=0)
+    damping = checks.check_float("damping", damping, above=0)
     checks.check_int("sweeps", sweeps, 1)
     w = ops.cast(ops.convert_to_tensor(matrix), "float32")
     size = w.shape[0]

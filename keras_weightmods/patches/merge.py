@@ -363,7 +363,7 @@ def _options(method, given):
     }
     return Options(
         **{
-            name: float(checks.check_float(name, given[name], **each))
+            name: checks.check_float(name, given[name], **each)
             for name, each in bounds.items()
             if given[name] is not None
         }

@@ -88,9 +88,9 @@ def resolved(name, spec, found):
         return values
     is_gradient = isinstance(spec, (list, tuple, np.ndarray)) and len(spec) > 1
     if not is_gradient:
-        value = float(checks.check_float(name, spec))
+        value = checks.check_float(name, spec)
         return {weight.name: value for weight in found}
-    anchors = [float(checks.check_float(name, each)) for each in spec]
+    anchors = [checks.check_float(name, each) for each in spec]
     places = np.linspace(0, 1, len(anchors))
     return {w.name: float(np.interp(w.place, places, anchors)) for w in found}
 

@@ -131,7 +131,7 @@ class Patches:
                 in `WeightSignature.apply`. The model is unchanged then.
         """
         present = self._find(signature)
-        scale = float(checks.check_float("scale", scale))
+        scale = checks.check_float("scale", scale)
         patches = self._ledger.patches
         if name is None:
             free = map("patch_{}".format, itertools.count(len(patches)))
@@ -164,7 +164,7 @@ class Patches:
                 they were patched, or the result is not finite. The model is
                 unchanged then.
         """
-        scale = float(checks.check_float("scale", scale))
+        scale = checks.check_float("scale", scale)
         patch = dataclasses.replace(self._named(name), scale=scale)
         after = {**self._ledger.patches, name: patch}
         return self._update("rescale", name, scale, after)

@@ -87,7 +87,7 @@ def sum_signatures(
     is_list = isinstance(weights, (list, tuple, np.ndarray))
     if not is_list or getattr(weights, "ndim", 1) == 0 or len(weights) != count:
         raise checks.error("weights", f"a list of {count} numbers", weights)
-    weights = [float(checks.check_float("weights", each)) for each in weights]
+    weights = [checks.check_float("weights", each) for each in weights]
     merge, options = _chosen(method, weights, density, drop_rate, seed)
     with Progress(1, "step", verbose):
         return merge(signatures, *options)
@@ -104,7 +104,7 @@ def _chosen(
     if method == "sum":
         return combine.linear_combination, (weights, "sum")
     if method == "dare":
-        checks.check_float("drop_rate", drop_rate, least=0, below=1)
+        drop_rate = checks.check_float("drop_rate", drop_rate, least=0, below=1)
         seed = checks.check_int("seed", seed, least=0)
         return combine.dare, (weights, drop_rate, seed)
     total = sum(weights)
@@ -114,7 +114,7 @@ def _chosen(
     if method == "mean":
         shares = [weight / total for weight in weights]
         return combine.linear_combination, (shares, "mean")
-    checks.check_float("density", density, above=0, most=1)
+    density = checks.check_float("density", density, above=0, most=1)
     if min(weights) < 0:
         expected = (
             'numbers >= 0 for method "ties", which takes a mean; negate a '

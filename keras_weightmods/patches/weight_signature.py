@@ -244,7 +244,7 @@ class WeightSignature(Change):
         """
         if not isinstance(model, (list, tuple)):
             return Patches(model).add(self, scale)
-        scale = float(checks.check_float("scale", scale))
+        scale = checks.check_float("scale", scale)
         return changed_list(model, self, lambda replaced: scale)
 
     def remove(
@@ -289,7 +289,7 @@ class WeightSignature(Change):
         if not isinstance(model, (list, tuple)):
             patches = Patches(model)
             return patches.remove(patches.name_of(self), force=force)
-        scale = float(checks.check_float("scale", scale))
+        scale = checks.check_float("scale", scale)
         if not force:
             raise ValueError(
                 "The clean values of a list are not known: keep the list that "
@@ -433,7 +433,7 @@ class WeightSignature(Change):
     def __mul__(self, factor: float) -> Self:
         if not checks.is_number(factor):
             return NotImplemented
-        factor = float(checks.check_float("factor", factor))
+        factor = checks.check_float("factor", factor)
         return combine.linear_combination([self], [factor], self.method)
 
     __rmul__ = __mul__
@@ -443,7 +443,8 @@ class WeightSignature(Change):
     def __truediv__(self, divisor: float) -> Self:
         if not checks.is_number(divisor):
             return NotImplemented
-        return self * (1.0 / float(checks.check_float("divisor", divisor)))
+        factor: float = 1.0 / checks.check_float("divisor", divisor)
+        return self * factor
 
     def __neg__(self) -> Self:
         return self * -1.0

@@ -181,11 +181,11 @@ class Compander(Reparameterization):
     ):
         super().__init__(target)
         check_function(function)
-        self.a = float(checks.check_float("a", a, above=_LEAST))
+        self.a = checks.check_float("a", a, above=_LEAST)
         checks.check_bool("learnable", learnable)
         if b is None:
             b = 2 * self.a if learnable else self.a
-        self.b = float(checks.check_float("b", b, above=_LEAST))
+        self.b = checks.check_float("b", b, above=_LEAST)
         choices = ("clip", "raise_a", "error")
         checks.check_choice("out_of_range", out_of_range, choices)
         self.learnable = learnable

@@ -57,8 +57,8 @@ class LogitsDistiller(keras.distillation.Distiller):
             raise checks.error("teacher", expected, teacher)
         dtypes = _TEACHER_DTYPES if is_self else (None,)
         checks.check_choice("teacher_dtype", teacher_dtype, dtypes)
-        checks.check_float("distillation_weight", weight, 0, 1)
-        checks.check_float("temperature", temperature, above=0)
+        weight = checks.check_float("distillation_weight", weight, 0, 1)
+        temperature = checks.check_float("temperature", temperature, above=0)
         if teacher is None:
             # A Distiller needs a teacher; without one this is a plain Model.
             keras.Model.__init__(self, name=name, **TRANSPARENT)

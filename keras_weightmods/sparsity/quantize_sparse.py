@@ -262,10 +262,11 @@ class Quantizer:
         learning_rate: float,
     ) -> None:
         self.grid = Grid(bits, group_size)
-        checks.check_float("damping", damping, above=0)
+        self.damping = checks.check_float("damping", damping, above=0)
         checks.check_int("epochs", epochs, 1)
-        checks.check_float("learning_rate", learning_rate, above=0)
-        self.damping = damping
+        learning_rate = checks.check_float(
+            "learning_rate", learning_rate, above=0
+        )
         self.fit = BlockReconstruction(epochs, learning_rate)
         # By key, what has been rounded and not been trained.
         self.items: dict[str, GridWeights] = {}

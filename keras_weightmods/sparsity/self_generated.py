@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_weightmods.core import keras_private
 from keras_weightmods.evaluation.perplexity import Perplexity, start_token
 from keras_weightmods.generation.compile_generate import compiled
 from keras_weightmods.utils import checks
@@ -86,8 +87,8 @@ def self_generated(
     checks.check_int("length", length, 3, 2**31 - 1)
     checks.check_verbose(verbose)
     checks.check_int("seed", seed, 0, 2**31 - 1)
-    checks.check_float("temperature", temperature, above=0)
-    checks.check_float("keep", keep, above=0, most=1)
+    temperature = checks.check_float("temperature", temperature, above=0)
+    keep = checks.check_float("keep", keep, above=0, most=1)
     tokenizer = _tokenizer(model)
     import keras_hub
 
@@ -127,16 +128,12 @@ def self_generated(
 @contextlib.contextmanager
 def _writing(model: Any, sampler: Any) -> Iterator[None]:
     """Let `model.generate` take and give tokens, by `sampler`, in a scope."""
-    names = ("preprocessor", "sampler", "generate_function")
-    before = [getattr(model, name) for name in names]
-    try:
-        for name, value in zip(names, (None, sampler, None)):
-            setattr(model, name, value)
-        with compiled(model):
-            yield
-    finally:
-        for name, value in zip(names, before):
-            setattr(model, name, value)
+    replaced = keras_private.replaced_attributes(
+        model, sampler=sampler, generate_function=None
+    )
+    plain = keras_private.without_preprocessor(model)
+    with replaced, plain, compiled(model):
+        yield
 
 
 def _tokenizer(model: Any) -> Any:

@@ -87,7 +87,9 @@ class SensitivityReport(Report):
             ValueError: If `dense_share` is outside its range, or a kernel of
                 the report is not in `model`.
         """
-        checks.check_float("dense_share", dense_share, least=0, below=1)
+        dense_share = checks.check_float(
+            "dense_share", dense_share, least=0, below=1
+        )
         found = resolve_targets(model, None)
         keys = {target.key for target in found}
         if missing := [k.path for k in self.kernels if k.key not in keys]:

@@ -38,7 +38,7 @@ def check_int(name, value, least=None, most=None, optional=False):
 def check_float(
     name, value, least=None, most=None, above=None, below=None, optional=False
 ):
-    """Return a finite float in the interval; an int stays one.
+    """Return a finite number in the interval, as a float.
 
     Args:
         name: String, the argument.
@@ -53,10 +53,9 @@ def check_float(
     if optional and value is None:
         return None
     bounds = {">=": least, ">": above, "<=": most, "<": below}
-    is_finite = is_number(value) and math.isfinite(value)
-    if not is_finite or not _inside(value, bounds):
+    if not is_finite(value) or not _inside(value, bounds):
         raise error(name, _expected("a finite float", bounds, optional), value)
-    return value
+    return float(value)
 
 
 def check_bool(name: str, value: Any) -> bool:
@@ -165,6 +164,14 @@ def check_model(model: Any) -> None:
 def is_number(value: Any) -> bool:
     """Return whether a value is an int or a float, of Python or NumPy."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value is a number that a float can hold."""
+    try:
+        return is_number(value) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def error(name: str, expected: str, value: Any) -> ValueError:

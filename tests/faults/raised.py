@@ -10,6 +10,7 @@ import keras
 import keras_weightmods
 
 _OURS = str(pathlib.Path(keras_weightmods.__file__).parent)
+_ROOT = f"{pathlib.Path(__file__).absolute().parent.parent.parent}/"
 _KERAS = str(pathlib.Path(keras.__file__).parent)
 # What Python raises by itself, whoever the error is for.
 _OBSCURE = (
@@ -52,7 +53,10 @@ def summary(error):
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if frame.filename.startswith(_OURS)]
     places = [f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in ours[-1:]]
-    places += [f"{f.filename[-40:]}:{f.lineno}" for f in frames[-1:]]
+    places += [
+        f"{f.filename.removeprefix(_ROOT)[-40:]}:{f.lineno}"
+        for f in frames[-1:]
+    ]
     text = " ".join(str(error).split())[:160]
     return f"{type(error).__name__}: {text} ({' > '.join(places)})"
 

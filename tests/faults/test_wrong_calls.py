@@ -41,9 +41,11 @@ FOUND = [
     ("Perplexity.__call__", "texts", "scalar array"),
     ("perplexity", "batch_size", "2**31"),
     ("Perplexity", "batch_size", "2**70"),
+    ("quantize_sparse", "damping", "2**70"),
     ("quantize_sparse", "group_size", "2**31"),
     ("register_target", "contraction_axes", "a class"),
     ("self_generated", "seed", "2**31"),
+    ("self_generated", "temperature", "2**70"),
     ("sum_signatures", "weights", "scalar array"),
     ("Targets.select", "reason", "a layer"),
 ]

@@ -667,6 +667,7 @@ BAD: dict[str, Callable[[], Any]] = {
     "3": lambda: 3,
     "2**31": lambda: 2**31,
     "2**70": lambda: 2**70,
+    "10**400": lambda: 10**400,
     "1.5": lambda: 1.5,
     "-0.5": lambda: -0.5,
     "nan": lambda: float("nan"),

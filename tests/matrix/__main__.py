@@ -13,7 +13,8 @@ all there is and computed nothing, and has a limit of its time. It ends as
 - `wrong`: another error, or a result that is not as it should be.
 
 The cells are kept in a file of lines, by which a run that was stopped goes on.
-`--only` makes some again, `--page` writes docs/every_model.md and runs nothing.
+`--only` makes some again, `--page` writes docs/every_model.md and runs nothing;
+it needs all cells of the files that there are.
 Not for Windows.
 """
 
@@ -30,7 +31,6 @@ import sys
 import tempfile
 import time
 import warnings
-import zlib
 
 import keras
 
@@ -40,8 +40,6 @@ from tests.matrix.families import families
 from tests.matrix.methods import METHODS, PLAIN
 
 LIMIT = 300  # seconds of a cell
-# What takes no model to train, for the nets of millions of weights.
-OF_NETS = ("share", "magnitude", "delta", "patches")
 
 
 def main():
@@ -55,32 +53,19 @@ def main():
     parser.add_argument("--page", action="store_true")
     args = parser.parse_args()
     if args.page:
-        page.write()
+        try:
+            page.write()
+        except ValueError as error:
+            sys.exit(str(error))
         return
     done = page.read(args.results)
     wanted = {
         (family, method)
-        for family, method in cells(args.part)
+        for family, method in page.cells(args.part)
         if re.search(args.only or "", f"{family}: {method}")
     }
     wrong = run(wanted, done, args.results, args.limit, bool(args.only))
     sys.exit(1 if wrong else 0)
-
-
-def cells(part=1):
-    """Return the pairs of a family and a method, or one in so many."""
-    pairs = [
-        (name, method)
-        for name, family in families().items()
-        for method in METHODS
-        if (method in OF_NETS if family.kind == "net" else method != "share")
-        and (family.kind == "language" or "generate" not in method)
-    ]
-    return [
-        pair
-        for pair in pairs
-        if zlib.crc32(": ".join(pair).encode()) % part == 0
-    ]
 
 
 def run(wanted, done, results, limit=LIMIT, again=False):
@@ -89,11 +74,9 @@ def run(wanted, done, results, limit=LIMIT, again=False):
     results.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         kills.keep_programs(folder)
-        for family, method in [pair for pair in cells() if pair in wanted]:
-            if (family, method) in done and not again:
-                continue
-            made = done.get((family, "forward"), {}).get("state")
-            if made in ("unmade", "keras") and method != "forward":
+        for family, method in page.cells():
+            pair = family, method
+            if pair not in wanted or not page.is_left(pair, done, again):
                 continue
             start = time.perf_counter()
             state, note = in_a_process(kinds[family], method, limit)

@@ -64,6 +64,21 @@ OWN_SIZES = {
         "altup_num_inputs": 2,
         "laurel_rank": 2,
     },
+    "RWKV7Backbone": {
+        "hidden_size": 32,
+        "head_size": 8,
+        "gate_lora": 8,
+        "mv_lora": 8,
+        "aaa_lora": 8,
+        "decay_lora": 8,
+    },
+    "PaliGemmaBackbone": {
+        "vit_patch_size": 8,
+        "vit_num_heads": 4,
+        "vit_hidden_dim": 32,
+        "vit_num_layers": 2,
+        "vit_intermediate_dim": 64,
+    },
 }
 NETS = (
     *("ConvNeXtTiny", "DenseNet121", "EfficientNetB0", "EfficientNetV2B0"),

@@ -305,8 +305,8 @@ def _sparse(family):
 def _fit(model, x, optimizer, callbacks=(), epochs=1):
     y = _labels(model, x)
     # TensorFlow's XLA takes seconds to compile. KerasHub's own metrics are for
-    # labels of another shape.
-    own = {"jit_compile": models.JIT, "weighted_metrics": None}
+    # labels of another shape; None would leave them where they are.
+    own = {"jit_compile": models.JIT, "weighted_metrics": []}
     model.compile(optimizer, _losses(y), **own)
     options = {"batch_size": 2, "epochs": epochs, "verbose": 0}
     model.fit(x, y, callbacks=list(callbacks), **options)

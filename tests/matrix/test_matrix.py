@@ -32,7 +32,7 @@ def test_a_part_of_the_matrix(tmp_path):
     rows = page.read(file)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     unmade = {f for (f, _), row in rows.items() if row["state"] == "unmade"}
-    assert {f for f, _ in set(matrix.cells(PART)) - set(rows)} <= unmade
+    assert {f for f, _ in set(page.cells(PART)) - set(rows)} <= unmade
     made = [row["state"] for row in rows.values() if row["state"] != "unmade"]
     assert made.count("passed") > 0.8 * len(made) > 10, done.stdout
 
@@ -114,7 +114,7 @@ def test_a_run_goes_on_and_a_cell_is_made_again(tmp_path, monkeypatch):
     }
 
 
-def test_the_page_is_written_from_the_results(tmp_path):
+def test_the_page_is_written_from_the_results(tmp_path, monkeypatch):
     rows = [
         ("GPT2CausalLM", "forward", "passed", "9 weights"),
         ("GPT2CausalLM", "targets", "passed", "12, 2 left"),
@@ -127,11 +127,20 @@ def test_the_page_is_written_from_the_results(tmp_path):
         json.dumps({**dict(zip(keys, row)), "versions": {"keras": "3"}}) + "\n"
         for row in rows
     )
-    (tmp_path / "matrix_torch.jsonl").write_text(text)
+    done = [row[:2] for row in rows]
+    monkeypatch.setattr(page, "cells", lambda: [*done, ("BertBackbone", "fit")])
     file = tmp_path / "page.md"
     names = ("versions", "language", "nets", "methods", "others")
     marks = [f"<!-- {name} -->\nold\n<!-- end -->\n" for name in names]
     file.write_text("".join(marks))
+    with pytest.raises(ValueError, match="no file"):
+        page.write(file, tmp_path)
+    results = tmp_path / "matrix_torch.jsonl"
+    results.write_text(text.partition("\n")[2])
+    with pytest.raises(ValueError, match=r"torch \(1\)"):
+        page.write(file, tmp_path)
+    assert file.read_text() == "".join(marks)
+    results.write_text(text)
     page.write(file, tmp_path)
     written = file.read_text()
     assert "old" not in written

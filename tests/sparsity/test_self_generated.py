@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from keras_weightmods.core import keras_private
 from tests import models
 
 
@@ -60,10 +61,13 @@ def test_a_cold_model_writes_what_generate_does(model):
 
 
 @pytest.mark.one_backend
-def test_the_model_is_as_it_was(model):
+def test_the_model_is_as_it_was():
+    preprocessor = models.gpt2_preprocessor(16)
+    model = models.causal_lm("gpt2", preprocessor)
     before = model.preprocessor, model.sampler, model.generate_function
-    weights = model.get_weights()
+    weights, layers = model.get_weights(), keras_private.layers_of(model)
     written(model)
+    assert keras_private.layers_of(model) == layers
     assert before == (
         model.preprocessor,
         model.sampler,

@@ -23,6 +23,7 @@ from keras_weightmods.utils import checks
         (0, {"above": 0}, "a finite float > 0"),
         (1.0, {"least": 0, "below": 1}, "a finite float >= 0 and < 1"),
         (2, {"most": 1, "optional": True}, "a finite float <= 1 or None"),
+        (10**400, {}, "a finite float"),
     ],
 )
 def test_what_is_no_number(value, arguments, expected):
@@ -42,7 +43,11 @@ def test_ints():
 
 def test_floats():
     for value in (0, 0.0, np.float32(0), np.int64(0), np.float64(1)):
-        assert checks.check_float("x", value, least=0, most=1) is value
+        received = checks.check_float("x", value, least=0, most=1)
+        assert received == value
+        assert type(received) is float
+    # An int that no backend takes as a number.
+    assert type(checks.check_float("x", 2**70)) is float
     assert checks.check_float("x", None, optional=True) is None
 
 
