@@ -320,6 +320,8 @@ def recipes_from_blocks(steps):
         " + KL alone + free mask by magnitude": {**alone, "ramp": 0.4},
         " + KL alone + half the rate": {**alone, "learning_rate": rate / 2},
         " + KL alone + twice the rate": {**alone, "learning_rate": 2 * rate},
+        " + eta 2/3": {**start, "distillation_weight": 2 / 3},
+        " without distillation": {**start, "teacher": None},
     }
     return {name + own: Cast(steps, **kwargs) for own, kwargs in found.items()}
 

