@@ -11,6 +11,7 @@ import keras
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.generation.generate_function import GenerateFunction
+from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Report, Table
 
 _HOOK = "make_generate_function"
@@ -38,7 +39,7 @@ class GenerateReport(Report):
         return [Table(title, caption=self.reason)]
 
 
-def compile_generate(model: keras.Model) -> GenerateReport:
+def compile_generate(model: keras.Model, verbose: int = 1) -> GenerateReport:
     """Have `generate` of a KerasHub language model run faster, in place.
 
     On torch most of the time of `generate` at batch 1 is Keras' own work for
@@ -84,12 +85,15 @@ def compile_generate(model: keras.Model) -> GenerateReport:
     Args:
         model: A `keras_hub.models.CausalLM`. It is changed; see
             `uncompile_generate`.
+        verbose: 0 or 1. 1 shows the seconds where a shape is compiled for
+            longer than two, in `generate`; 0 shows nothing. Defaults to `1`.
 
     Returns:
         A `GenerateReport`: print it.
 
     Raises:
-        ValueError: If the model is no `keras_hub.models.CausalLM`.
+        ValueError: If the model is no `keras_hub.models.CausalLM`, or
+            `verbose` is neither.
 
     Example:
 
@@ -115,11 +119,12 @@ def compile_generate(model: keras.Model) -> GenerateReport:
     ```
     """
     _check_causal_lm(model)
+    checks.check_verbose(verbose)
     backend = keras.backend.backend()
     report = functools.partial(GenerateReport, model.name, backend)
     attributes = keras_private.attributes(model)
     sampler_base = _hub().samplers.Sampler
-    attributes[_HOOK] = GenerateFunction(model, sampler_base)
+    attributes[_HOOK] = GenerateFunction(model, sampler_base, verbose)
     return report(True, _DONE[backend])
 
 
@@ -153,7 +158,7 @@ def compiled(model: keras.Model) -> Iterator[None]:
     """`compile_generate` in a scope; a model that has it keeps it."""
     was_compiled = _HOOK in keras_private.attributes(model)
     if not was_compiled:
-        compile_generate(model)
+        compile_generate(model, verbose=0)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
+from keras_weightmods.utils import progress
 from tests import models
 from tests.backends import breadth
 
@@ -261,3 +262,16 @@ def test_report():
 def test_refuses_other_models():
     with pytest.raises(ValueError, match=r"CausalLM.*Received: Sequential"):
         kwm.compile_generate(models.mlp())
+
+
+def test_shows_that_it_compiles(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "DELAY", 0.01)
+    model = language_model()
+    kwm.compile_generate(model)
+    generated(model, prompts(2))
+    assert "Compiling `generate`: 0 s" in capsys.readouterr().out
+    # What is there is not compiled again, and may be asked to be silent.
+    generated(model, prompts(2))
+    kwm.compile_generate(model, verbose=0)
+    generated(model, prompts(2))
+    assert "Compiling" not in capsys.readouterr().out
