@@ -242,6 +242,8 @@ def lift(calls, folder):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(kwm.SparseAdamW(1e-4), loss)
     masks = kwm.PrincipalMaskCallback(0.05, refresh_every=1)
+    # Keras builds its metrics before `fit` asks any callback.
+    model.evaluate(x, tokens, batch_size=1, verbose=0)
     calls("PrincipalMaskCallback.attach", masks.attach, model)
     # At the second step the masks are set anew.
     fit = {"batch_size": 1, "callbacks": [masks]}

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import time
 import warnings
 from typing import Any
 
@@ -137,6 +138,7 @@ def pack(
     assert np.allclose(model.predict(x, verbose=0), before, atol=1e-5)
     ```
     """
+    began = time.perf_counter()
     check_arguments(dtype, dense, head, activations, trainable)
     checks.check_verbose(verbose)
     if activations is None:
@@ -192,7 +194,8 @@ def pack(
     ]
     seam.check_unattached([*items, *embeddings])
     before = _model_bytes(model)
-    with Progress(len(items) + len(embeddings), "kernel", verbose) as progress:
+    count = len(items) + len(embeddings)
+    with Progress(count, "kernel", verbose, began) as progress:
         _check_kernels(items)
         items += embeddings
         _check_finite(items)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import time
 import warnings
 
 import numpy as np
@@ -22,6 +23,7 @@ def extract(
     init, clean, robust, depth, targets, statistics, name, like, verbose
 ):
     """Return the fields of a signature; see `WeightSignature.extract`."""
+    began = time.perf_counter()
     checks.check_choice("statistics", statistics, (*_REPLACED, None))
     checks.check_verbose(verbose)
     is_asked, statistics = statistics is not None, statistics or "keep"
@@ -59,7 +61,7 @@ def extract(
         _warn_about_statistics(checkpoints, left, infos)
     # Each that is taken, and all of them for the hash of each checkpoint.
     steps = len(taken) + len(checkpoints) * len(infos)
-    with Progress(steps, "weight", verbose) as progress:
+    with Progress(steps, "weight", verbose, began) as progress:
         entries = []
         for i in taken:
             values = {

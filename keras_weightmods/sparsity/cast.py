@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from typing import Any
 
 import keras
@@ -335,6 +336,7 @@ class CAST(LogitsDistiller):
                 how many batches they have; if a target is not among what the
                 optimizer sparsifies; after `finalize`.
         """
+        began = time.perf_counter()
         cast_checks.check_not_finalized(self.report, "fit")
         if not self.compiled:
             raise ValueError("Call `compile()` before `fit()`.")
@@ -375,7 +377,7 @@ class CAST(LogitsDistiller):
                 self.adam_s, taken, left, kwargs.get("callbacks")
             )
         with keras_private.strategy_scope(self):
-            with Waiting("Building the optimizer", verbose):
+            with Waiting("Building the optimizer", verbose, began):
                 self.optimizer.build(self.trainable_variables)
             cast_checks.check_all_sparsified(self.targets, self.adam_s)
             if not taken:
@@ -383,7 +385,7 @@ class CAST(LogitsDistiller):
                 x = self._start(x, batch_size, weight, verbose)
         self._verbose = verbose
         with contextlib.ExitStack() as self._building:
-            waiting = Waiting("Building the training step", verbose)
+            waiting = Waiting("Building the training step", verbose, began)
             self._building.enter_context(waiting)
             return super().fit(x, y, batch_size, epochs, verbose, **kwargs)
 

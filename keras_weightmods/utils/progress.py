@@ -23,12 +23,20 @@ class Progress:
         total: Int, the steps of the work. It may be set later.
         unit: String, what a step is of, as `"kernel"`.
         verbose: 0 or 1, or that of `fit`. 0 shows nothing.
+        since: Float, of `time.perf_counter`: when the work began, if not now.
     """
 
-    def __init__(self, total: int, unit: str, verbose: Any = 1) -> None:
+    def __init__(
+        self,
+        total: int,
+        unit: str,
+        verbose: Any = 1,
+        since: float | None = None,
+    ) -> None:
         self.total = total
         self._unit = unit
         self._verbose = verbose
+        self._since = since
         self._done = 0
         self._is_shown = False
         self._lock = threading.Lock()
@@ -40,7 +48,7 @@ class Progress:
         self._bar = keras.utils.Progbar(
             self.total, unit_name=self._unit, interval=0.5
         )
-        self._timer = threading.Timer(DELAY, self._show)
+        self._timer = threading.Timer(_rest(self._since), self._show)
         self._timer.daemon = True
         if self._verbose:
             self._timer.start()
@@ -88,16 +96,21 @@ class Waiting:
     Args:
         label: String, what is waited for.
         verbose: As in `Progress`.
+        since: As of `Progress`.
     """
 
-    def __init__(self, label: str, verbose: Any = 1) -> None:
+    def __init__(
+        self, label: str, verbose: Any = 1, since: float | None = None
+    ) -> None:
         self._label = label
         self._verbose = verbose
+        self._since = since
 
     def __enter__(self) -> "Waiting":
         import keras
 
-        self._start = time.perf_counter()
+        self._pause = _rest(self._since)
+        self._start = self._since or time.perf_counter()
         self._is_over = threading.Event()
         self._is_shown = False
         self._is_rewritten = sys.stdout.isatty() or "ipykernel" in sys.modules
@@ -114,7 +127,7 @@ class Waiting:
             self._write("\n")
 
     def _run(self) -> None:
-        pause = DELAY
+        pause = self._pause
         while not self._is_over.wait(pause):
             self._is_shown = True
             self._write("" if self._is_rewritten else "\n")
@@ -125,3 +138,10 @@ class Waiting:
         start = "\r" if self._is_rewritten else ""
         sys.stdout.write(f"{start}{self._label}: {seconds:.0f} s{end}")
         sys.stdout.flush()
+
+
+def _rest(since: float | None) -> float:
+    """Return the seconds that are left in which nothing is shown."""
+    if since is None:
+        return DELAY
+    return max(0.0, DELAY - (time.perf_counter() - since))

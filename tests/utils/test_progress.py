@@ -225,7 +225,7 @@ def test_what_cannot_be_counted_shows_the_seconds(
 
 
 def test_waiting_is_quiet_where_it_is_short_or_asked_to_be(capsys, ticking):
-    with Waiting("Compiling", verbose=0):
+    with Waiting("Compiling", verbose=0, since=0):
         time.sleep(0.05)
     keras.config.disable_interactive_logging()
     try:
@@ -237,6 +237,16 @@ def test_waiting_is_quiet_where_it_is_short_or_asked_to_be(capsys, ticking):
     with Waiting("Compiling"):
         pass
     assert capsys.readouterr().out == ""
+
+
+def test_shows_at_once_what_has_taken_long_before(capsys):
+    long_ago = time.perf_counter() - 2 * progress.DELAY
+    with Progress(3, "step", since=long_ago):
+        time.sleep(0.2)
+    assert "0/3" in capsys.readouterr().out
+    with Waiting("Compiling", since=long_ago):
+        time.sleep(0.2)
+    assert "Compiling: 4 s" in capsys.readouterr().out
 
 
 def test_waiting_ends_with_an_error(capsys, ticking):
