@@ -6,6 +6,7 @@ w = f(v, parameters) fits by one more subclass of `Reparameterization`.
 """
 
 import contextlib
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ def attach_to_targets(
         ValueError: If no target can be reparameterized, or as
             `attach`. The model is unchanged then.
     """
+    began = time.perf_counter()
     checks.check_verbose(verbose)
     items, skipped = [], list(targets.skipped)
     for target in targets:
@@ -65,7 +67,7 @@ def attach_to_targets(
             f"model={model.name!r}, skipped: "
             + "; ".join(f"{item.path}: {item.reason}" for item in skipped)
         )
-    with Progress(len(items), "kernel", verbose) as progress:
+    with Progress(len(items), "kernel", verbose, began) as progress:
         attach(model, items, see=progress.add)
     return ReparameterizationReport(
         tuple(item.summary() for item in items), tuple(skipped)

@@ -5,9 +5,13 @@ import keras
 from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.report import ReparameterizationReport
+from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 
 
-def fold(model: keras.layers.Layer) -> ReparameterizationReport:
+def fold(
+    model: keras.layers.Layer, verbose: int = 1
+) -> ReparameterizationReport:
     """Bake every effective weight in, and make the layers plain again.
 
     Ends what `attach_compander`, `attach_weight_norm` and `attach_scaling`
@@ -21,13 +25,15 @@ def fold(model: keras.layers.Layer) -> ReparameterizationReport:
     Args:
         model: A Keras model or layer. One without reparameterized weights is
             left as it is.
+        verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+            taken two seconds. Defaults to `1`.
 
     Returns:
         A `ReparameterizationReport`; its `kernels` keep their last values.
 
     Raises:
-        ValueError: If a layer is of a subclass of the library's own layers.
-            The model is unchanged then.
+        ValueError: If a layer is of a subclass of the library's own layers,
+            or `verbose` is neither. The model is unchanged then.
 
     Example:
 
@@ -41,9 +47,10 @@ def fold(model: keras.layers.Layer) -> ReparameterizationReport:
     assert len(report.kernels) == 1
     ```
     """
-    kinds = {
-        type(item) for item in reparameterizations(model) if item.keeps_stored
-    }
-    items = seam.fold(model, tuple(kinds))
+    checks.check_verbose(verbose)
+    found = [item for item in reparameterizations(model) if item.keeps_stored]
+    kinds = {type(item) for item in found}
+    with Progress(len(found), "kernel", verbose) as progress:
+        items = seam.fold(model, tuple(kinds), progress.add)
     kernels = tuple(item.summary() for item in items)
     return ReparameterizationReport(kernels)
