@@ -96,7 +96,7 @@ class Waiting:
     Args:
         label: String, what is waited for.
         verbose: As in `Progress`.
-        since: As of `Progress`.
+        since: As of `Progress`. The seconds shown are those of the waiting.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Waiting:
         import keras
 
         self._pause = _rest(self._since)
-        self._start = self._since or time.perf_counter()
+        self._start = time.perf_counter()
         self._is_over = threading.Event()
         self._is_shown = False
         self._is_rewritten = sys.stdout.isatty() or "ipykernel" in sys.modules
