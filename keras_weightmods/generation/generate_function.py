@@ -88,7 +88,8 @@ class GenerateFunction:
             "known": known,
             "prefill": prefill,
         }
-        shape = tokens.shape[0], padded, prefill
+        stops = None if stop_token_ids is None else tuple(stop_token_ids)
+        shape = tokens.shape[0], padded, prefill, stops, self.model.sampler
         is_new = shape not in self.shapes
         self.shapes.add(shape)
         with Waiting("Compiling `generate`", self.verbose and is_new):

@@ -20,9 +20,7 @@ _watcher: contextvars.ContextVar[Any] = contextvars.ContextVar(
 )
 
 
-def watched_product(
-    x: Any, packed: Any, multiply: Callable[..., Any]
-) -> tuple[Any, ...]:
+def watched_product(x: Any, packed: Any, multiply: Callable[..., Any]) -> Any:
     """Return the product, alone or out of a call with others.
 
     Args:
@@ -74,7 +72,7 @@ class _Seen:
         return multiply(x, [packed])[0]
 
     def groups(self):
-        """Return {number of the call: [numbers, kernels]} of groups."""
+        """Return {first number: {number: kernel}} of calls with one input."""
         found = collections.defaultdict(list)
         for number, (x, packed) in enumerate(self.calls):
             # One call takes matrices of one type.
@@ -97,7 +95,8 @@ class _Shared:
     def __call__(self, x, packed, multiply):
         number = next(self.numbers)
         group = self.groups.get(number)
-        if group is not None:
+        # The others fit where this one does.
+        if group is not None and group[number] is packed:
             products = multiply(x, list(group.values()))
             for other, product in zip(group, products):
                 self.ready[other] = x, group[other], product

@@ -79,3 +79,11 @@ def test_what_does_not_repeat_itself():
     received = jax.jit(shared_inputs.in_one_call(plain))(x)
     for y, packed in zip(received, (first, third)):
         np.testing.assert_array_equal(y, sparse_matmul(x, packed))
+    # Another size than that of the group that begins there.
+    wide = pack_dense(normal(96, 16), "int8")
+    turn = iter([[(x, first), (x, second)], [(normal(3, 96), wide)]])
+
+    def other(_):
+        return [sparse_matmul(*pair) for pair in next(turn)]
+
+    assert calls_in(shared_inputs.in_one_call(other), x) == 1
