@@ -460,21 +460,27 @@ def runtimes(log):
         "form | weights | write | write, batch 8 | read | resident, MB | "
         "of the model, MB | file, MB | x dense"
     )
+    is_real = log["shape"] == "135m"
+    model = "SmolLM2-135M-Instruct" if is_real else "Random weights"
     parts = [
-        f"SmolLM2-135M-Instruct; tokens a second: {log['new_tokens']} new "
+        f"{model}; tokens a second: {log['new_tokens']} new "
         f"ones after a prompt of {prompts['short']}, and a prompt of "
         f"{prompts['long']} read up to the first new token; a process for "
         f"each form, {log['together']} of them in turns, medians of "
         f"{log['rounds']} rounds; {about['cpu']}, {about['threads']} of "
-        f"{about['cores']} cores. *x dense* is the perplexity over that of "
-        "the dense model, geometric mean of the four texts. The dense "
-        "weights come from a file in Q4_1, so that these are exact in "
-        "llama.cpp, and other formats of 4 bits round a second time.",
-        _rounding(log),
+        f"{about['cores']} cores. "
+        + (
+            "*x dense* is the perplexity over that of the dense model, "
+            "geometric mean of the four texts. The dense weights come from a "
+            "file in Q4_1, so that these are exact in llama.cpp, and other "
+            "formats of 4 bits round a second time.\n\n" + _rounding(log)
+            if is_real
+            else "Of quality these tell nothing."
+        ),
         table(header, [runtime_cells(row) for row in log["rows"]], 2),
     ]
     parts += [f"- left out: {k}: {v}" for k, v in log["left_out"].items()]
-    if log["shape"] == "135m" and (PAGE.parent / "runtimes.png").exists():
+    if is_real and (PAGE.parent / "runtimes.png").exists():
         parts.append("![Speed against perplexity](runtimes.png)")
     found = dict.fromkeys(row["about"] for row in log["rows"])
     parts.append("Versions: " + "; ".join(found) + ".")
@@ -580,6 +586,39 @@ def lift_step(log):
                 "state, MB | peak, MB",
                 rows,
                 text_columns=2,
+            ),
+        ]
+    )
+
+
+def cast_step(log):
+    rows = []
+    for backend, found in log["backends"].items():
+        for dtype, steps in found["rows"].items():
+            plain = steps["Keras"]
+            for name, step in steps.items():
+                peak = step["peak_bytes"]
+                rows.append(
+                    [
+                        *(backend, dtype, name),
+                        f"{step['median']:.2f}",
+                        f"{step['median'] / plain['median']:.2f}",
+                        megabytes(peak),
+                        f"{peak / plain['peak_bytes']:.2f}",
+                    ]
+                )
+    return "\n\n".join(
+        [
+            "A train step of SmolLM2-135M's shapes, "
+            f"{' x '.join(map(str, log['batch']))} tokens: `CAST`, the same "
+            "with the logits of all positions in memory (whole), and Keras' "
+            f"own step with AdamS; {log['machine']['cpu']}, "
+            f"{log['machine']['cores']} cores.",
+            table(
+                "backend | dtype | step | seconds | x Keras | peak, MB | "
+                "x Keras",
+                rows,
+                text_columns=3,
             ),
         ]
     )
@@ -835,6 +874,7 @@ PARTS = (
     ("One-shot, without training", "one_shot", one_shot),
     ("CAST by budget", "cast_llm", budgets),
     ("Scaling law", "cast_llm", laws),
+    ("A step of CAST", "cast_step", cast_step),
     ("Quantized", "cast_llm", quantized),
     ("Fine-tuned", "finetune_sparse", fine_tuned),
     ("Packed: speed and size", "packed_llm", packed),
@@ -844,6 +884,7 @@ PARTS = (
         packed,
     ),
     ("Runtimes: speed, memory and quality", "runtimes", runtimes),
+    ("Runtimes at the shape of a 1B Llama", "runtimes_1b", runtimes),
     ("Packed: the product by shape and rows", "sparse_matmul", products),
     ("LIFT: quality", "lift_quality", lift_quality),
     ("LIFT: step and memory", "lift_step", lift_step),

@@ -371,6 +371,24 @@ def track_torch_parameters(model: Any) -> None:
     for module in dict.fromkeys(itertools.chain(*modules)):
         if "_torch_params" in module._modules:
             module._track_variables()
+    if "_torch_params" in model._modules:
+        list_hidden_parameters(model)
+
+
+def list_hidden_parameters(model: Any) -> None:
+    """List the variables of a model that Keras hides from torch.
+
+    It lists them by path, so that of two with one path, as KerasHub's SmolLM3
+    and T5 have, the first is not there: no `zero_grad` reaches it, and its
+    gradients add up over all steps of a `fit`. Here it gets a key of its own.
+    """
+    if keras.backend.backend() != "torch":
+        return
+    listed = {id(parameter) for parameter in model.parameters()}
+    for number, variable in enumerate(model.trainable_variables):
+        parameter = variable._value  # None in a build without values
+        if parameter is not None and id(parameter) not in listed:
+            model.torch_params[f"{variable.path}:{number}"] = parameter
 
 
 def list_torch_parameters(model: Any) -> None:

@@ -25,7 +25,7 @@ from keras_weightmods.core.reparameterized_layer import (
     set_reparameterizations,
 )
 from keras_weightmods.core.report import ReparameterizationReport
-from keras_weightmods.core.targets import Target
+from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
@@ -37,25 +37,28 @@ def attach_to_targets(
     make_item: Callable[[Any], Any],
     participle: str,
     verbose: Any,
+    depthwise: bool = True,
 ) -> ReparameterizationReport:
     """Reparameterize each of `targets` that can be.
 
     Args:
         model: A built Keras model.
-        targets: `Targets`.
+        targets: As in `resolve_targets`.
         make_item: Callable from a `Target` to its `Reparameterization`, or to
             the reason, a string, why it has none.
         participle: String, what is done to a kernel, for the error message.
         verbose: 0 or 1, whether to show progress.
+        depthwise: Bool, as in `resolve_targets`.
 
     Raises:
         ValueError: If no target can be reparameterized, or as
-            `attach`. The model is unchanged then.
+            `resolve_targets` and `attach`. The model is unchanged then.
     """
     began = time.perf_counter()
     checks.check_verbose(verbose)
-    items, skipped = [], list(targets.skipped)
-    for target in targets:
+    found = resolve_targets(model, targets, depthwise)
+    items, skipped = [], list(found.skipped)
+    for target in found:
         made = reason_to_skip(target) or make_item(target)
         if isinstance(made, str):
             skipped.append(Skipped(target.path, made))

@@ -204,6 +204,7 @@ class PrincipalMaskCallback(EpochFigures):
         report, is_new = self._attach(model)
         self._density = report.totals["trained"] / report.totals["entries"]
         super().on_train_begin(logs)
+        keras_private.list_hidden_parameters(model)
         # Others find out by themselves what is to be trained.
         if is_new or keras.backend.backend() == "tensorflow":
             model.make_train_function(force=True)

@@ -10,7 +10,6 @@ from keras import ops
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.core.report import ReparameterizationReport
-from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.ops.compand import (
     check_function,
     compand,
@@ -154,9 +153,8 @@ def attach_compander(
         return Compander(target, a, b, learnable, function, out_of_range)
 
     make_item(None)
-    resolved = resolve_targets(model, targets, depthwise=True)
     return seam.attach_to_targets(
-        model, resolved, make_item, "companded", verbose
+        model, targets, make_item, "companded", verbose
     )
 
 

@@ -10,7 +10,6 @@ from keras import ops
 from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.core.report import ReparameterizationReport
-from keras_weightmods.core.targets import resolve_targets
 
 # A vector of zeros has no direction; its square norm counts as this.
 _LEAST_SQUARE = 1e-12
@@ -75,7 +74,6 @@ def attach_weight_norm(
     kwm.fold(model)
     ```
     """
-    targets = resolve_targets(model, targets, depthwise=True)
     return seam.attach_to_targets(
         model, targets, WeightNorm, "normalized", verbose
     )

@@ -215,6 +215,8 @@ class Checkpoint(keras.callbacks.Callback):
         if loaded is not None:
             self._go_on(model, *loaded)
         keras_private.keep_weights(model)
+        # Their gradients would be no part of a checkpoint.
+        keras_private.list_hidden_parameters(model)
         self._last_saved = self._taken
         by_step = self.save_freq != "epoch" or self.save_seconds
         if by_step and self._data.steps_of_epoch is None:

@@ -116,7 +116,7 @@ def _until_head(model, targets):
     return head.body
 
 
-def measure_importance(optimizer, model, targets, batches, verbose):
+def measure_importance(optimizer, model, targets, batches, verbose, since=None):
     """Give an `AdamS(criterion="activation")` the norms of the inputs.
 
     Args:
@@ -124,12 +124,12 @@ def measure_importance(optimizer, model, targets, batches, verbose):
         model, targets, batches: As in `input_norms`. Kernels of the optimizer
             that are not among `targets`, or whose inputs could not be read,
             of which a warning tells, are ranked by magnitude alone.
-        verbose: As in `Progress`.
+        verbose, since: As in `Progress`.
 
     Raises:
         ValueError: If inputs are not finite; it names the kernel.
     """
-    with Progress(len(batches), "batch", verbose) as progress:
+    with Progress(len(batches), "batch", verbose, since) as progress:
         counted = progress.each(batches)
         norms = list(zip(targets, input_norms(model, targets, counted)))
     bad = [

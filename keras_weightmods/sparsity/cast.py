@@ -382,8 +382,9 @@ class CAST(LogitsDistiller):
             cast_checks.check_all_sparsified(self.targets, self.adam_s)
             if not taken:
                 weight = kwargs["sample_weight"]
-                x = self._start(x, batch_size, weight, verbose)
+                x = self._start(x, batch_size, weight, verbose, began)
         self._verbose = verbose
+        keras_private.list_hidden_parameters(self)
         with contextlib.ExitStack() as self._building:
             waiting = Waiting("Building the training step", verbose, began)
             self._building.enter_context(waiting)
@@ -487,7 +488,12 @@ class CAST(LogitsDistiller):
         self.train_function = None
 
     def _start(
-        self, x: Any, batch_size: int | None, sample_weight: Any, verbose: Any
+        self,
+        x: Any,
+        batch_size: int | None,
+        sample_weight: Any,
+        verbose: Any,
+        began: float,
     ) -> Any:
         """Do what is done on the first batches; return `x` with all of them."""
         is_ranked_by_inputs = self.adam_s.criterion == "activation"
@@ -511,6 +517,6 @@ class CAST(LogitsDistiller):
         if is_ranked_by_inputs:
             first = first[:_MEASURED_BATCHES]
             measure_importance(
-                self.adam_s, self.student, self.targets, first, verbose
+                self.adam_s, self.student, self.targets, first, verbose, began
             )
         return x

@@ -11,7 +11,7 @@ from keras import ops
 from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.core.report import ReparameterizationReport
-from keras_weightmods.core.targets import Target, resolve_targets
+from keras_weightmods.core.targets import Target
 from keras_weightmods.ops.matrix import contraction_size, from_matrix, to_matrix
 from keras_weightmods.ops.nm import Pattern, parse_pattern
 from keras_weightmods.utils import checks
@@ -108,8 +108,9 @@ def attach_scaling(
                 return Scaling(target, count)
         return str(target.reason_not_nm(m))
 
-    found = resolve_targets(model, targets)
-    return seam.attach_to_targets(model, found, make_item, "scaled", verbose)
+    return seam.attach_to_targets(
+        model, targets, make_item, "scaled", verbose, depthwise=False
+    )
 
 
 def compute_scaled(

@@ -1,5 +1,6 @@
 """Checkpoint: what is resumed is, bit for bit, what nothing has stopped."""
 
+import functools
 import os
 
 import keras
@@ -358,3 +359,38 @@ def test_the_first_of_several_processes_writes_for_all(tmp_path, monkeypatch):
     become(None)
     with pytest.raises(ValueError, match="as many processes as it began"):
         train(2)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Pair(keras.layers.Layer):
+    """Two layers in a list, which may have one name, and their weights too."""
+
+    def __init__(self, names, **kwargs):
+        super().__init__(**kwargs)
+        self.names = names
+        self.pair = [keras.layers.Dense(8, name=name) for name in names]
+
+    def build(self, shape):
+        for layer in self.pair:
+            layer.build(shape)
+
+    def call(self, x):
+        first, second = self.pair
+        return second(keras.ops.tanh(first(x)))
+
+
+def pair_net(names):
+    return sequential((8,), Pair(names, name="pair"))
+
+
+@breadth("make", [plain, cast, lift], 1, 2)
+def test_weights_of_one_path_train_as_others(make, tmp_path, monkeypatch):
+    """Keras lists one of them alone for torch, which clears no other's."""
+    ends = []
+    for names in (("a", "a"), ("a", "b")):
+        net = functools.partial(pair_net, names)
+        monkeypatch.setitem(globals(), "net", net)
+        fit = {"batch_size": 4, "epochs": 1}
+        found, _ = run(make, tmp_path / names[1], arrays(), **fit)
+        ends.append(found)
+    assert_same(*ends)
