@@ -8,7 +8,9 @@ import keras
 from keras_weightmods.utils.progress import Waiting
 
 
-def show_first_step(model: Any, verbose: Any) -> None:
+def show_first_step(
+    model: Any, verbose: Any, since: float | None = None
+) -> None:
     """Show that the first step of a train function takes long, if it does.
 
     Where it is compiled, that is. Each train function of Keras is shown once,
@@ -17,6 +19,7 @@ def show_first_step(model: Any, verbose: Any) -> None:
     Args:
         model: A compiled `keras.Model` with a train function.
         verbose: As of `fit`. 0 shows nothing.
+        since: As of `Waiting`.
     """
     step = model.train_function
     is_compiled = keras.backend.backend() != "torch" or model.jit_compile
@@ -31,7 +34,7 @@ def show_first_step(model: Any, verbose: Any) -> None:
         shown, is_first = verbose if is_first else 0, False
         if not shown:
             return step(*args)
-        with Waiting("Compiling the training step", shown):
+        with Waiting("Compiling the training step", shown, since):
             return step(*args)
 
     marked: Any = train_function

@@ -200,6 +200,8 @@ class PrincipalMaskCallback(EpochFigures):
         self._frozen = []
 
     def on_train_begin(self, logs: Any = None) -> None:
+        # Keras has been at work for about a second.
+        began = time.perf_counter() - 1
         model = self.model
         report, is_new = self._attach(model)
         self._density = report.totals["trained"] / report.totals["entries"]
@@ -208,7 +210,8 @@ class PrincipalMaskCallback(EpochFigures):
         # Others find out by themselves what is to be trained.
         if is_new or keras.backend.backend() == "tensorflow":
             model.make_train_function(force=True)
-        show_first_step(model, (self.params or {}).get("verbose", 0))
+        verbose = (self.params or {}).get("verbose", 0)
+        show_first_step(model, verbose, began)
         self._batches = None
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:

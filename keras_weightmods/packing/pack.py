@@ -20,6 +20,7 @@ from keras_weightmods.packing import (
     packed_dense,
     packed_embedding,
     packed_stack,
+    recurrent,
 )
 from keras_weightmods.packing.packed_parameters import PackedParameters
 from keras_weightmods.packing.report import PackedWeight, PackReport
@@ -43,7 +44,8 @@ def pack(
     """Pack the kernels of a finished model, in place.
 
     The kernels of Dense, EinsumDense, Conv1D to Conv3D (which then multiply
-    the patches of their input) and the experts of KerasHub's mixtures (on a
+    the patches of their input), the cells of LSTM, GRU and SimpleRNN (on torch
+    with `use_cudnn=False`) and the experts of KerasHub's mixtures (on a
     GPU these are held dense) that are exactly 2:4 are replaced by their
     kept values and two bits for the place of each: 0.53 times the bytes
     of float32, 0.28 with `dtype="bfloat16"`, 0.16 with `dtype="int8"`, 0.10
@@ -83,8 +85,9 @@ def pack(
             other.
         targets: `Targets`, a list of `Target`, or what `find_targets` takes
             as `include`; `None` for all. Those that are no kernels of Dense,
-            EinsumDense, an ungrouped convolution or KerasHub's experts, or do
-            not divide into groups of four, are skipped and reported.
+            EinsumDense, an ungrouped convolution, a recurrent cell or
+            KerasHub's experts, or do not divide into groups of four, are
+            skipped and reported.
         dense: `"int8"` or `"int4"` packs the kernels that are not 2:4 as well:
             all their weights in integers, rounded as by `dtype`, and multiplied
             by int8 activations, in 8.1 or 4.25 bits a weight. So a model can be
@@ -152,8 +155,8 @@ def pack(
             "`activations` out, or these kernels."
         )
     resolved = resolve_targets(model, targets)
-    shared = _shared_variables(model)
-    kernels, left = _sort_out(resolved, _reason_to_skip, shared)
+    held = {**_shared_variables(model), **recurrent.read_whole(model)}
+    kernels, left = _sort_out(resolved, _reason_to_skip, held)
     integers: list[Any] = []
     if dense:
         kernels = [t for t in kernels if not _violations(t)]
@@ -161,13 +164,13 @@ def pack(
         integers, left = _sort_out(
             [target for target in resolved if target.key not in sparse],
             packed_dense.integers_reason_to_skip,
-            shared,
+            held,
         )
     skipped = [*resolved.skipped, *left]
     tables: list[Any] = []
     if head is not None:
         found = packed_embedding.find_embeddings(model)
-        tables, left = _sort_out(found, packed_embedding.reason_to_skip, shared)
+        tables, left = _sort_out(found, packed_embedding.reason_to_skip, held)
         paths = {target.path for target in found}
         skipped = [s for s in skipped if s.path not in paths] + left
     if not tables and (head is not None or not (kernels or integers)):
@@ -285,13 +288,14 @@ def check_arguments(
         )
 
 
-def _sort_out(targets: Any, reason_to_skip: Any, shared: set[int]) -> Any:
-    """Those that can be packed, and the others as `Skipped`."""
+def _sort_out(targets: Any, reason_to_skip: Any, held: dict[int, str]) -> Any:
+    """Those that can be packed, and the others as `Skipped`.
+
+    `held` has reasons of their own for some variables, by their ids.
+    """
     packable, skipped = [], []
     for target in targets:
-        reason = reason_to_skip(target)
-        if reason is None and id(target.variable) in shared:
-            reason = "shared by several layers"
+        reason = reason_to_skip(target) or held.get(id(target.variable))
         if reason is None:
             packable.append(target)
         else:
@@ -299,14 +303,18 @@ def _sort_out(targets: Any, reason_to_skip: Any, shared: set[int]) -> Any:
     return packable, skipped
 
 
-def _shared_variables(model: Any) -> set[int]:
-    """Ids of the variables that several layers hold as their own."""
+def _shared_variables(model: Any) -> dict[int, str]:
+    """{id: reason} of the variables that several layers hold as their own."""
     held = collections.Counter(
         key
         for layer in keras_private.layers_of(model)
         for key in {id(v) for v in keras_private.own_variables(layer)}
     )
-    return {key for key, count in held.items() if count > 1}
+    return {
+        key: "shared by several layers"
+        for key, count in held.items()
+        if count > 1
+    }
 
 
 def _lossless(target: Any) -> str:

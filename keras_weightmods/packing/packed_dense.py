@@ -16,7 +16,7 @@ from keras_weightmods.ops.sparse_matmul import (
     reason_for_dense,
     sparse_matmul,
 )
-from keras_weightmods.packing import convolution, product
+from keras_weightmods.packing import convolution, product, recurrent
 from keras_weightmods.packing.packed_parameters import (
     HeldDense,
     PackedParameters,
@@ -82,16 +82,19 @@ def integers_reason_to_skip(target):
     """Return why a kernel cannot be packed in integers; None if it can."""
     layer = target.layer
     is_convolution = convolution.is_convolution(layer)
+    is_cell = recurrent.packed_call(layer) is not None
+    kernels = recurrent.KERNELS if is_cell else ("kernel",)
     # A layer with a call of its own may do anything with its kernel.
-    if target.attribute != "kernel" or not (
-        is_convolution
+    if target.attribute not in kernels or not (
+        is_cell
+        or is_convolution
         or type(layer).call
         in (keras.layers.Dense.call, keras.layers.EinsumDense.call)
     ):
         name = type(layer).__name__
         return (
-            f"of {name}; packed are the kernels of Dense, EinsumDense and "
-            "Conv1D to Conv3D"
+            f"of {name}; packed are the kernels of Dense, EinsumDense, "
+            "Conv1D to Conv3D and the cells of LSTM, GRU and SimpleRNN"
         )
     if target.stack_axes:
         return "a stack of kernels, which is packed as 2:4 alone"
@@ -151,6 +154,7 @@ class PackedKernel(PackedParameters):
         self.product = self.product_of(target)
         if isinstance(self.product, convolution.ConvProduct):
             self.mixin = convolution.PackedConvCall
+        self.mixin = recurrent.packed_call(target.layer) or self.mixin
         self.packed: Any = None
         self.split_as_weight(self.matrix_shape, dtype, self.arrays, self.sides)
 

@@ -11,10 +11,10 @@ from keras import ops
 
 
 def equation_of(layer: Any) -> str:
-    """Return the einsum equation of a Dense or EinsumDense."""
-    if isinstance(layer, keras.layers.Dense):
-        return "...a,ab->...b"
-    return layer.equation.replace(" ", "")
+    """Return the einsum equation of a Dense, an EinsumDense or a cell."""
+    if isinstance(layer, keras.layers.EinsumDense):
+        return layer.equation.replace(" ", "")
+    return "...a,ab->...b"
 
 
 def is_matrix_product(equation: str) -> bool:

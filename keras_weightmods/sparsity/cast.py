@@ -506,12 +506,8 @@ class CAST(LogitsDistiller):
         )
         if not is_started:
             shown = 1 if verbose in ("auto", 1) else 0
-            start = sparsify.OneShot(
-                self.pattern,
-                self.init,
-                verbose=shown,
-                refine=self.init_refine,
-            )
+            options = {"verbose": shown, "refine": self.init_refine}
+            start = sparsify.OneShot(self.pattern, self.init, **options)
             self.init_report = start(self.student, self.targets, first[:enough])
             self._run.is_started = True
         if is_ranked_by_inputs:

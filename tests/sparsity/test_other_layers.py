@@ -88,12 +88,6 @@ def test_one_shot_says_what_it_went_by(name):
         assert set(by.values()) == {("sparsegpt", "")}
 
 
-def test_packing_leaves_them_and_says_so():
-    model, _ = make("recurrent")
-    with pytest.raises(ValueError, match="of LSTMCell; packed are the kernels"):
-        kwm.pack(models.make_sparse(model))
-
-
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_separable_convolutions_have_inputs(method):
     keras.utils.set_random_seed(0)
