@@ -19,6 +19,7 @@ from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing import (
     packed_dense,
     packed_embedding,
+    packed_mixed,
     packed_stack,
     recurrent,
 )
@@ -91,7 +92,9 @@ def pack(
         dense: `"int8"` or `"int4"` packs the kernels that are not 2:4 as well:
             all their weights in integers, rounded as by `dtype`, and multiplied
             by int8 activations, in 8.1 or 4.25 bits a weight. So a model can be
-            sparse in part, or not at all. By default, `None`, such a kernel is
+            sparse in part, or not at all. Of a kernel with some blocks of 16
+            output units that are 2:4, a quarter or more, these are packed by
+            `dtype`, and the others so. By default, `None`, such a kernel is
             an error.
         head: `"int8"` or `"int4"` rounds the embeddings that serve as the
             head as well (`keras.layers.ReversibleEmbedding` with tied weights,
@@ -189,9 +192,7 @@ def pack(
         )
         for t in kernels
     ]
-    items += [
-        packed_dense.integer_kernel(t, dense, activations) for t in integers
-    ]
+    items += [_in_integers(t, dtype, dense, activations) for t in integers]
     embeddings = [
         packed_embedding.packed_embedding(t, head, activations) for t in tables
     ]
@@ -261,6 +262,18 @@ def _packed(target: Any, *args: Any) -> Any:
     if target.stack_axes:
         return packed_stack.packed_stack(target, *args)
     return packed_dense.packed_kernel(target, *args)
+
+
+def _in_integers(target: Any, dtype: Any, dense: Any, activations: Any) -> Any:
+    """Pack what is not 2:4, at least not in all columns."""
+    blocks = None
+    if packed_dense.reason_to_skip(target) is None:
+        blocks = packed_mixed.dense_blocks(target)
+    if not blocks:
+        return packed_dense.integer_kernel(target, dense, activations)
+    kept = dtype or _lossless(target)
+    activations = activations if kept in INTEGERS else "float32"
+    return packed_mixed.mixed_kernel(target, kept, dense, blocks, activations)
 
 
 def check_arguments(
@@ -335,7 +348,7 @@ def _check_kernels(items: list[Any]) -> None:
                 f"constraint of the kernel. Received: {target.path!r} with "
                 f"the constraint {constraint!r}. Set its `constraint` to None."
             )
-        count = 0 if item.is_dense else _violations(target)
+        count = _violations(target) if item.pattern == "2:4" else 0
         if count:
             groups = math.prod(target.shape) // 4
             line = f"{target.path} {target.shape}: {count:,} of {groups:,}"
@@ -378,9 +391,12 @@ def _warn_about_undivided(items: Any) -> None:
 def _check_finite(items: Any) -> None:
     for item in items:
         value = item.target.variable.value
-        if item.value_dtype in INTEGERS and not ops.all(ops.isfinite(value)):
+        dtype = item.value_dtype
+        if isinstance(item, packed_mixed.MixedKernel):
+            dtype = item.dense
+        if dtype in INTEGERS and not ops.all(ops.isfinite(value)):
             raise ValueError(
-                f"{item.value_dtype} values need finite weights. Received: "
+                f"{dtype} values need finite weights. Received: "
                 f"{item.target.path!r}, which holds NaN or infinity."
             )
 

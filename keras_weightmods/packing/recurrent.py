@@ -50,11 +50,9 @@ class _PackedLSTMCell(_PackedCell):
     def call(self: Any, inputs, states, training=False):
         h, c = states
         masks = self._masks(inputs, h, training)
-        gates = zip(
-            self._gates("kernel", inputs, masks[0], 4),
-            self._gates("recurrent_kernel", h, masks[1], 4),
-        )
-        gates = [ops.add(x, h) for x, h in gates]
+        x = self._gates("kernel", inputs, masks[0], 4)
+        inner = self._gates("recurrent_kernel", h, masks[1], 4)
+        gates = list(map(ops.add, x, inner))
         if self.use_bias:
             gates = list(map(ops.add, gates, ops.split(self.bias, 4)))
         c, o = self._compute_carry_and_output_fused(gates, c)

@@ -24,7 +24,8 @@ class PackedWeight:
             of any type, or `"int8"`.
         rounding_error: Float, the norm of what rounding changed over that of
             the weight; None without rounding, or if it came from a file.
-        pattern: String, `"2:4"`; None where all weights are held.
+        pattern: String, `"2:4"`, or `"2:4 in part"` where other columns are
+            held whole; None where all weights are.
     """
 
     path: str
