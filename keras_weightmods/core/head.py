@@ -5,6 +5,8 @@ from typing import Any
 import keras
 
 from keras_weightmods.core import keras_private
+from keras_weightmods.core.targets import Target, target_of
+from keras_weightmods.core.weight_keys import weight_keys
 
 # Operations that KerasHub's models put after the head, such as a soft cap.
 _ELEMENTWISE = ("Divide", "Multiply", "Tanh", "TrueDivide")
@@ -56,6 +58,20 @@ class Head:
                 return None
             mask = node.operation.compute_mask(None, mask)
         return mask
+
+
+def reversible_embeddings(model: Any) -> list[Target]:
+    """A `Target` for each reversible embedding of a model that has a table.
+
+    The contraction is that of the head, a product with the table's transpose.
+    """
+    keys = weight_keys(model)
+    return [
+        target_of(layer, "embeddings", keys=keys)
+        for layer in keras_private.layers_of(model)
+        if isinstance(layer, keras.layers.ReversibleEmbedding)
+        and keras_private.stored_variable(layer, "embeddings") is not None
+    ]
 
 
 def find_head(model: Any) -> Head | None:

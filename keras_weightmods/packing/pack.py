@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_weightmods import native
 from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core.head import reversible_embeddings
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.native.layout import ACTIVATIONS, INTEGERS
@@ -102,7 +103,8 @@ def pack(
             the logits from one table: int8 with a scale for each row, or int4
             with a bfloat16 scale for each 64 entries of a row. int8 costs next
             to nothing; int4 took the dense SmolLM2-135M from a perplexity of
-            32.8 to 37.7. By default, `None`, they stay as they are.
+            32.8 to 37.7, unless `quantize_sparse(head=True)` has rounded it
+            before, see the guide. By default, `None`, they stay as they are.
         activations: String, what weights in int8 and int4 are multiplied by,
             the head too. `"int8"` rounds the inputs of these layers, in blocks
             of 32 entries to multiples of max |x| / 127, and multiplies
@@ -172,7 +174,7 @@ def pack(
     skipped = [*resolved.skipped, *left]
     tables: list[Any] = []
     if head is not None:
-        found = packed_embedding.find_embeddings(model)
+        found = reversible_embeddings(model)
         tables, left = _sort_out(found, packed_embedding.reason_to_skip, held)
         paths = {target.path for target in found}
         skipped = [s for s in skipped if s.path not in paths] + left

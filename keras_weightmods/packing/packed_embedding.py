@@ -22,8 +22,6 @@ from keras import ops
 
 from keras_weightmods.core import keras_private, seam
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.core.targets import target_of
-from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.native import layout, quantize
 from keras_weightmods.native import packed as packed_format
 from keras_weightmods.ops.sparse_matmul import (
@@ -41,20 +39,6 @@ from keras_weightmods.utils import checks
 _GROUP = layout.GROUP
 # Places 0 and 1 in each of the eight groups of a word.
 _PLACES = 0x44444444
-
-
-def find_embeddings(model):
-    """A `Target` for each reversible embedding of a model that has a table.
-
-    The contraction is that of the head, a product with the table's transpose.
-    """
-    keys = weight_keys(model)
-    return [
-        target_of(layer, "embeddings", keys=keys)
-        for layer in keras_private.layers_of(model)
-        if isinstance(layer, keras.layers.ReversibleEmbedding)
-        and keras_private.stored_variable(layer, "embeddings") is not None
-    ]
 
 
 def reason_to_skip(target):
@@ -111,7 +95,7 @@ class PackedEmbedding(PackedParameters):
     """A table of shape (vocabulary, dim) in int8 or int4, with scales.
 
     Args:
-        target: `Target` from `find_embeddings`, without a `reason_to_skip`.
+        target: `Target` of a reversible embedding, without a `reason_to_skip`.
         dtype: String, `"int8"` or `"int4"`.
         activations: String, what the head multiplies by, see `Packed`.
     """
