@@ -87,6 +87,8 @@ SHAPES = {
     },
 }
 SHORT, LONG = 8, 512
+# Ends the names of files of weights whose head is rounded as well.
+HEAD = ", and head"
 BATCHES = (1, 8)
 # A form that takes as many seconds for a task is asked once.
 TOO_LONG = 60
@@ -127,6 +129,7 @@ INTEGERS: dict[str, dict[str, str]] = {
     f"dense {dtype}, int8 head": {"dense": dtype, "head": "int8"}
     for dtype in ("int8", "int4")
 }
+INTEGERS["dense int4, int4 head"] = {"dense": "int4", "head": "int4"}
 FORMS = {**PACKED, **INTEGERS}
 # On each backend. A name is a file: DENSE and "dense bfloat16", what `pack`
 # makes with these arguments, and Keras' own quantization.
@@ -394,16 +397,18 @@ def write_rounded(path, args):
 
     # Blocks are trained, which bfloat16 makes twice as fast here.
     model = make_model(args, "mixed_bfloat16")
-    is_dense = "dense" in path.name
-    if not is_dense:
+    is_dense, is_head = "dense" in path.name, path.stem.endswith(HEAD)
+    if is_head:
+        start = path.with_stem(path.stem.removesuffix(HEAD))
+        harness.load_weights(model, start)
+    elif not is_dense:
         harness.load_weights(model, sparse_file(args))
     rows = mixed_rows(load_tokenizer(), 257, args.rounding, 0.5, 0, 0.25)
+    which: dict = {"dense": is_dense, "refine": "blocks"}
+    if is_head:
+        which = {"head": True, "targets": []}
     report = kwm.quantize_sparse(
-        model,
-        model_inputs(rows[:, :-1]),
-        dense=is_dense,
-        refine="blocks",
-        batch_size=4,
+        model, model_inputs(rows[:, :-1]), batch_size=4, **which
     )
     print(report)
     np.savez(path, *model.get_weights())
@@ -414,7 +419,8 @@ def rounded_file(name, args):
     if not args.rounding or "int4" not in name:
         return None
     kind = "dense" if name in INTEGERS else f"of {sparse_file(args).stem}"
-    return folder_of(args) / f"rounded_{args.rounding} {kind}.npz"
+    head = HEAD if "int4 head" in name else ""
+    return folder_of(args) / f"rounded_{args.rounding} {kind}{head}.npz"
 
 
 def write_keras(path, args):
@@ -478,7 +484,9 @@ def make_files(wanted, args):
     if not args.sparse and any(file in PACKED for file in files):
         sources.append(sparse_file(args).name)
     rounded = [rounded_file(file, args) for file in files if file in FORMS]
-    sources += [path.name for path in rounded if path]
+    for path in filter(None, rounded):
+        start = path.with_stem(path.stem.removesuffix(HEAD))
+        sources += [start.name, path.name]
     sources += [
         file.split(".")[0] + ".gguf" for file in files if file.endswith(".xml")
     ]

@@ -133,6 +133,8 @@ def test_int4_is_rounded_from_the_weights_of_its_form():
     assert files["packed int8, int8 head"] is None
     assert files["packed int4, int8 head"] == "rounded_128 of mine.npz"
     assert files["dense int4, int8 head"] == "rounded_128 dense.npz"
+    head = "rounded_128 of mine, and head.npz"
+    assert files["packed int4, int4 head"] == head
     assert files["dense int8, int8 head"] is None
     args = runtimes.parse_arguments(["--rounding", "0"])
     assert runtimes.rounded_file("packed int4", args) is None
