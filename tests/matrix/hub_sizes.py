@@ -215,7 +215,6 @@ OWN: dict[str, dict[str, Any]] = {
         "stackwise_block_types": ["v1", "fused", "unfused"],
         "width_coefficient": 1.0,
         "depth_coefficient": 1.0,
-        "num_features": 32,
         "input_shape": IMAGE,
     },
     # The embeddings are projected where they are smaller than the blocks.
@@ -411,6 +410,8 @@ OWN: dict[str, dict[str, Any]] = {
         "vae": Part("VAEBackbone"),
         "clip_l": Part("CLIPTextEncoder", CLIP | {"name": "clip_l"}),
         "clip_g": Part("CLIPTextEncoder", CLIP | {"name": "clip_g"}),
+        # As wide as both together.
+        "t5": Part("T5Encoder", {"hidden_dim": 64}),
     },
     "SwinTransformerBackbone": {
         "embed_dim": 16,

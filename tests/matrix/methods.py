@@ -350,6 +350,8 @@ def _finite(model, x):
 def _close(after, before):
     pairs = zip(*map(keras.tree.flatten, (after, before)), strict=True)
     for new, old in pairs:
+        # Masks are of bools.
+        new, old = new.astype("float64"), old.astype("float64")
         size = max(1.0, float(np.abs(old).max(initial=0)))
         worst = float(np.abs(new - old).max(initial=0))
         assert worst <= 1e-4 * size, f"outputs differ by {worst:.1g}"
