@@ -410,8 +410,6 @@ OWN: dict[str, dict[str, Any]] = {
         "vae": Part("VAEBackbone"),
         "clip_l": Part("CLIPTextEncoder", CLIP | {"name": "clip_l"}),
         "clip_g": Part("CLIPTextEncoder", CLIP | {"name": "clip_g"}),
-        # As wide as both together.
-        "t5": Part("T5Encoder", {"hidden_dim": 64}),
     },
     "SwinTransformerBackbone": {
         "embed_dim": 16,
