@@ -6,7 +6,9 @@ import functools
 import inspect
 import itertools
 import json
+import re
 import sys
+import warnings
 from typing import Any
 
 import keras
@@ -162,7 +164,16 @@ def finish(description, model, pending):
             keras_private.initialize(variable)
     keras_private.list_torch_parameters(model)
     if description["compiles"]:
-        model.compile()
+        try:
+            model.compile()
+        # What the code of its class raises is not known.
+        except Exception as error:
+            warnings.warn(
+                f"{model.name!r} is loaded without being compiled, as its own "
+                f"`compile()` raises {type(error).__name__}: {message(error)}. "
+                "Call `compile` with a loss before `fit`.",
+                stacklevel=3,
+            )
 
 
 def check_same(entries, parts):
@@ -387,8 +398,9 @@ def _check_parts(rows, parts):
 
 
 def _numbered(name):
-    base, _, number = str(name).rpartition("_")
-    return (base, int(number)) if number.isdecimal() else (str(name), 0)
+    # Keras clones an input to "keras_tensor_7CLONE".
+    found = re.fullmatch(r"(.*)_(\d+)((?:CLONE)*)", str(name), re.DOTALL)
+    return (found[1] + found[3], int(found[2])) if found else (str(name), 0)
 
 
 def _check_equal(kind, saved, built):

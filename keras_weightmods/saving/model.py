@@ -180,7 +180,8 @@ def load_model(
         verbose: As in `save_model`.
 
     Returns:
-        The model: not compiled, or as its class compiles it when made.
+        The model: not compiled, or as its class compiles it when made. Where
+        that fails, as without a preprocessor, a warning says so.
 
     Raises:
         ValueError: If the file is not one of `save_model`, truncated or

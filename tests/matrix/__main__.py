@@ -158,8 +158,11 @@ def outcome(family, method):
 
 
 def line(error):
-    text = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {text[0][:200]}"
+    text = re.sub(r"\x1b\[\d*m", "", str(error)).strip()
+    # Keras says first where it was, and in bold what is wrong.
+    text = re.sub(r"^Exception encountered when calling .*\s+", "", text)
+    first = text.splitlines()[:1] or [""]
+    return f"{type(error).__name__}: {first[0][:200]}"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """The models that the matrix tries everything on: tiny, but for the nets.
 
-Those of KerasHub are found by their names, and made with as many of `SIZES` as
-their constructors take: two blocks of 32 units. A family whose constructor
-needs something else is left out, which the page says.
+Those of KerasHub are found by their names, and made by `hub`. A family whose
+constructor needs something that is not in `hub_sizes` is left out, and the page
+says why.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,78 +13,15 @@ import keras
 import numpy as np
 
 from tests import models
+from tests.matrix import hub
+from tests.matrix.hub_sizes import TOKENS
 
-# Arguments of KerasHub's backbones, by name; others keep their defaults.
-SIZES = {
-    "vocabulary_size": 96,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_query_heads": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_dim": 32,
-    "embedding_dim": 32,
-    "intermediate_dim": 64,
-    "head_dim": 8,
-    "max_sequence_length": 32,
-    "max_position_embeddings": 32,
-    "num_experts": 4,
-    "num_experts_per_token": 2,
-    "top_k": 2,
-    "moe_intermediate_dim": 32,
-    "expert_intermediate_dim": 32,
-    "shared_expert_intermediate_dim": 32,
-    "shared_expert_intermediate_size": 32,
-    "image_size": 16,
-    "image_shape": (32, 32, 3),
-    "patch_size": 8,
-    "mlp_dim": 64,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "rope_layer_enabled_list": [True, True],
-    "layer_types": ["full_attention"] * 2,
-    "mlp_bias": False,
-    "layer_norm_epsilon": 1e-5,
-    "rope_theta": 1e4,
-    "partial_rotary_factor": 1.0,
-}
-# And those that a family alone has.
-OWN_SIZES = {
-    "Gemma3nBackbone": {
-        "text_vocab_size": 96,
-        "text_hidden_size": 32,
-        "num_hidden_layers": 2,
-        "pad_token_id": 0,
-        "intermediate_size": [64, 64],
-        "hidden_activation": "gelu_approximate",
-        "sliding_window": 4,
-        "vocab_size_per_layer_input": 96,
-        "hidden_size_per_layer_input": 4,
-        "altup_num_inputs": 2,
-        "laurel_rank": 2,
-    },
-    "RWKV7Backbone": {
-        "hidden_size": 32,
-        "head_size": 8,
-        "gate_lora": 8,
-        "mv_lora": 8,
-        "aaa_lora": 8,
-        "decay_lora": 8,
-    },
-    "PaliGemmaBackbone": {
-        "vit_patch_size": 8,
-        "vit_num_heads": 4,
-        "vit_hidden_dim": 32,
-        "vit_num_layers": 2,
-        "vit_intermediate_dim": 64,
-    },
-}
 NETS = (
     *("ConvNeXtTiny", "DenseNet121", "EfficientNetB0", "EfficientNetV2B0"),
     *("InceptionV3", "MobileNet", "MobileNetV2", "MobileNetV3Small"),
     *("ResNet50", "ResNet50V2", "VGG16", "Xception"),
 )
-TOKENS = 8
+ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +41,18 @@ class Family:
     shape: tuple[int, ...] = ()
 
     def inputs(self, model: Any) -> Any:
-        """Return a batch of four rows."""
+        """Return a batch of `ROWS`."""
         if self.shape:
-            return models.normal(4, *self.shape)
+            return models.normal(ROWS, *self.shape)
         is_chain = isinstance(model, keras.Sequential)
         inputs = model.inputs[0] if is_chain else model.input
-        return keras.tree.map_structure(_batch, inputs)
+        batch = keras.tree.map_structure(_batch, inputs)
+        given = hub.given(self.name, ROWS)
+        return batch | given if given else batch
 
 
 def _batch(tensor):
-    shape = (4, *(TOKENS if n is None else n for n in tensor.shape[1:]))
+    shape = (ROWS, *(TOKENS if n is None else n for n in tensor.shape[1:]))
     if "position" in tensor.name:
         return np.broadcast_to(np.arange(shape[1]), shape)
     if "mask" in tensor.name or "segment" in tensor.name:
@@ -188,33 +126,16 @@ def _subclassed():
 
 
 def _of_hub():
-    import keras_hub
-
-    public = sorted(dir(keras_hub.models))
-    tasks = [
-        getattr(keras_hub.models, name)
-        for name in public
-        if name.endswith("CausalLM") and name != "CausalLM"
-    ]
-    taken = {task.backbone_cls for task in tasks}
-    for task in tasks:
-        yield Family(task.__name__, "language", lambda t=task: _task(t))
-    for name in public:
-        cls = getattr(keras_hub.models, name)
-        is_backbone = name.endswith("Backbone") and name != "Backbone"
-        if is_backbone and cls not in taken:
-            yield Family(name, "encoder", lambda c=cls: _backbone(c))
+    for name, kind, make in hub.families():
+        yield Family(name, kind, _seeded(make))
 
 
-def _backbone(cls):
-    arguments = inspect.signature(cls.__init__).parameters
-    own = {key: SIZES[key] for key in arguments if key in SIZES}
-    keras.utils.set_random_seed(0)
-    return cls(**own, **OWN_SIZES.get(cls.__name__, {}))
+def _seeded(make):
+    def seeded():
+        keras.utils.set_random_seed(0)
+        return make()
 
-
-def _task(cls):
-    return cls(backbone=_backbone(cls.backbone_cls), preprocessor=None)
+    return seeded
 
 
 def _net(name):

@@ -185,13 +185,9 @@ def _others(found):
     for backend, rows in found.items():
         reasons = collections.defaultdict(list)
         for (family, method), row in rows.items():
-            if row["state"] not in ("passed", "unmade"):
+            if row["state"] != "passed":
                 key = row["state"], method, _escaped(row["note"])
                 reasons[key].append(f"`{family}`")
         for (state, method, reason), names in sorted(reasons.items()):
             listed = ", ".join(names)
             yield f"- {backend}, {state}, `{method}`: {reason} ({listed})"
-        unmade = [f for (f, m), r in rows.items() if r["state"] == "unmade"]
-        if unmade:
-            listed = ", ".join(f"`{name}`" for name in sorted(set(unmade)))
-            yield f"- {backend}, constructors of other arguments: {listed}"

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("keras_hub")
 
 from tests.matrix import __main__ as matrix
-from tests.matrix import methods, page
+from tests.matrix import hub, methods, page
 from tests.matrix.families import families
 
 pytestmark = [
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
 DENSE = families()["Dense"]
-PART = 40  # one in so many
+PART = 60  # one in so many
 
 
 def test_a_part_of_the_matrix(tmp_path):
@@ -71,6 +71,34 @@ def test_how_a_cell_ends(method, state, note, monkeypatch):
     received = matrix.outcome(DENSE, "own")
     assert received[0] == state
     assert note in received[1]
+
+
+def test_what_is_said_of_an_error_in_a_layer():
+    for text, expected in (
+        ("one\ntwo", "one"),
+        ("", ""),
+        (
+            "Exception encountered when calling A.call().\n\n"
+            "\x1b[1mno such file\x1b[0m\n\nArguments received by A.call():",
+            "no such file",
+        ),
+    ):
+        assert matrix.line(OSError(text)) == f"OSError: {expected}"
+
+
+def test_a_model_of_parts_and_what_its_inputs_do_not_tell():
+    made = [hub.make("SegFormerBackbone") for _ in range(2)]
+    assert made[0].image_encoder is not made[1].image_encoder
+    assert made[0].image_encoder.hidden_dims == [16, 32]
+    named = hub.make("CLIPTextEncoder", num_layers=1, name="one")
+    assert (named.name, named.num_layers, named.hidden_dim) == ("one", 1, 32)
+    sound = hub.given("MoonshineBackbone", 3)
+    shapes = {key: value.shape for key, value in sound.items()}
+    assert shapes == {
+        "encoder_input_values": (3, 2048, 1),
+        "encoder_padding_mask": (3, 2048),
+    }
+    assert hub.given("SegFormerBackbone", 3) == {}
 
 
 def test_what_keras_fails_at_is_not_ours(monkeypatch):
@@ -148,4 +176,4 @@ def test_the_page_is_written_from_the_results(tmp_path, monkeypatch):
     assert "| `GPT2CausalLM` | 12, 2 left |" in written
     assert "| `VGG16` | 16, 15 of them | 54.5 M | 99% |" in written
     assert r"torch, refused, `lift`: a \| b (`GPT2CausalLM`)" in written
-    assert "constructors of other arguments: `BertBackbone`" in written
+    assert "torch, unmade, `forward`: none (`BertBackbone`)" in written

@@ -9,6 +9,7 @@ import pytest
 import keras_weightmods as kwm
 from keras_weightmods.saving.container import Reader
 from tests import models
+from tests.matrix.hub import make
 from tests.saving.test_model import randomize_lora, states_of
 
 hub = pytest.importorskip("keras_hub")
@@ -130,6 +131,17 @@ def test_the_tokenizer_comes_back_and_generate_works(tmp_path):
     with Reader(path, "keras_weightmods.model", (1,)) as reader:
         vocabulary = reader.read_json(name)
     assert vocabulary == dict(model.preprocessor.tokenizer.vocabulary)
+
+
+@pytest.mark.one_backend
+def test_a_task_that_cannot_compile_itself(tmp_path):
+    # Its own loss reads the tokenizer.
+    model = make("PARSeqCausalLM")
+    kwm.save_model(model, tmp_path / "model")
+    with pytest.warns(UserWarning, match="no attribute 'tokenizer'"):
+        loaded = kwm.load_model(tmp_path / "model")
+    assert not loaded.compiled
+    assert states_of(loaded) == states_of(model)
 
 
 class Forgetful(hub.tokenizers.GPT2Tokenizer):

@@ -338,6 +338,24 @@ def test_equal_paths(path):
         assert (a.name, len(a.weights)) == (b.name, len(b.weights))
 
 
+class Inner(keras.Model):
+    """Has a model that begins inside of another graph."""
+
+    def __init__(self, **kwargs):
+        hidden = keras.layers.Dense(8)(keras.Input((8,)))
+        inner = keras.Model(hidden, keras.layers.Dense(4)(hidden))
+        inputs = keras.Input((8,))
+        super().__init__(inputs, inner(inputs), **kwargs)
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+@pytest.mark.one_backend
+def test_an_input_that_keras_names_by_the_number_of_a_tensor(path):
+    round_trip(Inner(), path, custom_objects={"Inner": Inner})
+
+
 def test_the_optimizer_is_not_saved_and_the_model_stays_compiled(path):
     model = sequential()
     model.compile("adam", loss=lambda y, z: ops.mean((y - z) ** 2))
