@@ -89,7 +89,10 @@ def round_table(
     moment = ops.convert_to_tensor(moment)
     parts, sums = [], np.zeros(3)
     starts = range(0, table.shape[0], _ROWS)
-    with Progress(len(starts), "part of the head", verbose) as progress:
+    with (
+        Progress(len(starts), "part of the head", verbose) as progress,
+        calibration.without_gradients(),
+    ):
         for start in progress.each(starts):
             rows = ops.transpose(table[start : start + _ROWS])
             after, _, nearest = round_kept(rows, moment, grid, damping)
