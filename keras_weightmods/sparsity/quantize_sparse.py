@@ -161,9 +161,9 @@ def quantize_sparse(
             KerasHub's. Defaults to `None`.
         head: Bool, whether the table that a language model has as embedding
             and head is rounded as well, for `pack(head="int4")`: first of all,
-            so that the logits change least. Of SmolLM2-135M that took the
-            perplexity to 1.05 times the dense one's, rounding to nearest to
-            1.19. `targets=[]` rounds it alone. Defaults to `False`.
+            so that the logits change least. SmolLM2-135M dense in int4 went
+            from 1.069 times the perplexity of floats to 1.110 by it.
+            `targets=[]` rounds it alone. Defaults to `False`.
         targets: The kernels to round: `Targets`, or what `include=` of
             `find_targets` takes. Defaults to `None`, for all of them.
         batch_size: Int, the rows run at a time where `data` are arrays or
