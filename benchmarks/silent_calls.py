@@ -129,6 +129,8 @@ def prune(calls, folder):
         refine="swaps",
     )
     calls("quantize_sparse", kwm.quantize_sparse, model, x, targets=some)
+    head = {"head": True, "targets": []}
+    calls("quantize_sparse, head", kwm.quantize_sparse, model, x, **head)
     calls(
         "quantize_sparse, blocks",
         *(kwm.quantize_sparse, model, x),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -258,13 +259,14 @@ def _head_rounded(
     if table is None:
         yield
         return
+    began = time.perf_counter()
     head, target = table
-    moment = round_head.second_moment(head, batches)
+    moment = round_head.second_moment(head, batches, verbose)
     before = ops.convert_to_numpy(target.variable).copy()
     try:
         grid = _grid_for(target, quantizer.grid)
         errors = round_head.round_table(
-            target, moment, grid, quantizer.damping, verbose
+            target, moment, grid, quantizer.damping, verbose, began
         )
         about = target.key, target.path, target.shape
         rows.append(QuantizedKernel(*about, *errors))

@@ -14,7 +14,7 @@ from keras_weightmods.sparsity import calibration
 from keras_weightmods.utils.progress import Progress
 
 # Rows of the table that are rounded at a time.
-_ROWS = 8192
+_ROWS = 4096
 
 
 def tied_head(model: Any) -> tuple[Head, Target]:
@@ -45,20 +45,24 @@ def tied_head(model: Any) -> tuple[Head, Target]:
     return head, found[0]
 
 
-def second_moment(head: Head, batches: Any) -> Any:
+def second_moment(head: Head, batches: Any, verbose: Any) -> Any:
     """Return H, the mean of h h^T over the hidden states that enter the head.
 
     Args:
         head: `Head`.
         batches: List of pairs of inputs and sample weights, or None.
+        verbose: As in `Progress`.
 
     Returns:
         float32 NumPy array of shape `(K, K)`.
     """
     total: Any = 0.0
     count = 0
-    with calibration.without_gradients():
-        for x, weight in batches:
+    with (
+        Progress(len(batches), "batch", verbose) as progress,
+        calibration.without_gradients(),
+    ):
+        for x, weight in progress.each(batches):
             hidden = ops.convert_to_numpy(head.body(x, training=False))
             used = calibration.used_positions(weight)
             if used is not None and used.shape == hidden.shape[:-1]:
@@ -75,7 +79,12 @@ def second_moment(head: Head, batches: Any) -> Any:
 
 
 def round_table(
-    target: Target, moment: Any, grid: Grid, damping: float, verbose: Any
+    target: Target,
+    moment: Any,
+    grid: Grid,
+    damping: float,
+    verbose: Any,
+    since: float,
 ) -> tuple[float, float]:
     """Round a table so that the logits change least; return two errors.
 
@@ -90,7 +99,7 @@ def round_table(
     parts, sums = [], np.zeros(3)
     starts = range(0, table.shape[0], _ROWS)
     with (
-        Progress(len(starts), "part of the head", verbose) as progress,
+        Progress(len(starts), "part of the head", verbose, since) as progress,
         calibration.without_gradients(),
     ):
         for start in progress.each(starts):
