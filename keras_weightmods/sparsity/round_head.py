@@ -42,6 +42,11 @@ def tied_head(model: Any) -> tuple[Head, Target]:
             f"model, as `pack(head='int4')` does. Received: {model.name!r} "
             f"with {reason}. Leave `head` out."
         )
+    if not ops.all(ops.isfinite(found[0].variable.value)):
+        raise ValueError(
+            "Rounding needs finite weights. Received: NaN or infinity in "
+            f"{found[0].path!r}"
+        )
     return head, found[0]
 
 
@@ -70,6 +75,11 @@ def second_moment(head: Head, batches: Any, verbose: Any) -> Any:
             hidden = hidden.reshape(-1, hidden.shape[-1]).astype("float64")
             total = total + hidden.T @ hidden
             count += len(hidden)
+    if not count:
+        raise ValueError(
+            "`data` must have a position whose weight is not 0. Received: "
+            f"{len(batches)} batches with none"
+        )
     if not np.isfinite(total).all():
         raise ValueError(
             "The hidden states before the head must be finite. Received: NaN "

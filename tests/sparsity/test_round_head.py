@@ -109,3 +109,27 @@ def test_with_the_kernels():
     assert [p.split("/")[0] for p in paths] == ["embedding", "dense"]
     report = kwm.pack(model, "int4", dense="int4", head="int4")
     assert [weight.rounding_error for weight in report.weights] == [0, 0]
+
+
+@one_backend
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [("row", "finite weights"), ("weights", "position whose weight is not 0")],
+)
+def test_what_gives_no_table_is_refused(bad, message):
+    """A row that no token reaches, which no hidden state shows, too."""
+    model, embedding = make()
+    weight = np.ones(TOKENS.shape)
+    if bad == "row":
+        table = numpy(embedding.embeddings).copy()
+        table[-1, 0] = np.nan
+        embedding.embeddings.assign(table)
+    else:
+        weight[:] = 0
+    before = models.weights_of(model)
+    tokens = TOKENS % (VOCABULARY - 1)
+    with pytest.raises(ValueError, match=message):
+        kwm.quantize_sparse(
+            model, (tokens, tokens, weight), head=True, targets=[], verbose=0
+        )
+    models.assert_same(models.weights_of(model), before)
