@@ -209,7 +209,7 @@ def main():
     if args.worker:
         work(args)
     elif args.write:
-        write_files(args.write.split(";"), args)
+        write_file(args.write, args)
     elif args.report:
         report = harness.read_json(args.json)
         print_report(report)
@@ -300,37 +300,34 @@ def folder_of(args):
 # --- the files ---------------------------------------------------------------
 
 
-def write_files(names, args):
-    """Write these files of `folder_of(args)`, in this process.
+def write_file(name, args):
+    """Write a file of `folder_of(args)`, in this process.
 
     One that cannot be written is not there afterwards.
     """
-    folder = folder_of(args)
-    folder.mkdir(parents=True, exist_ok=True)
+    path = folder_of(args) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     # keras_hub imports TensorFlow on every backend, with its own warnings.
     warnings.simplefilter("ignore")
-    for name in names:
-        print(f"writing {name}", flush=True)
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
+    print(f"writing {name}", flush=True)
+    path.unlink(missing_ok=True)
+    if name == "tokens.npz":
+        write = write_tokens
+    elif name.startswith("sparse"):
+        write = write_sparse
+    elif name.startswith("rounded"):
+        write = write_rounded
+    elif name.endswith(".xml"):
+        write = write_openvino
+    elif name.endswith(".gguf"):
+        write = write_gguf
+    else:
+        write = write_keras
+    try:
+        write(path, args)
+    except Exception:
+        traceback.print_exc()
         path.unlink(missing_ok=True)
-        if name == "tokens.npz":
-            write = write_tokens
-        elif name.startswith("sparse"):
-            write = write_sparse
-        elif name.startswith("rounded"):
-            write = write_rounded
-        elif name.endswith(".xml"):
-            write = write_openvino
-        elif name.endswith(".gguf"):
-            write = write_gguf
-        else:
-            write = write_keras
-        try:
-            write(path, args)
-        except Exception:
-            traceback.print_exc()
-            path.unlink(missing_ok=True)
 
 
 def write_tokens(path, args):
@@ -478,7 +475,10 @@ def sparse_file(args):
 
 
 def make_files(wanted, args):
-    """Write what the forms load, in another process."""
+    """Write what the forms load, each in a process of its own.
+
+    Two models of the 1B shape in one are too many for 24 GB.
+    """
     files = [form.file for form in wanted]
     sources = ["tokens.npz"]
     if not args.sparse and any(file in PACKED for file in files):
@@ -497,10 +497,11 @@ def make_files(wanted, args):
         if not (folder_of(args) / file).exists()
         or not (args.keep or file.startswith(("sparse", "rounded")))
     ]
-    if missing:
-        subprocess.run(
-            command(f"--write={';'.join(missing)}"), **surroundings(args)
-        )
+    for file in missing:
+        ended = subprocess.run(command(f"--write={file}"), **surroundings(args))
+        if ended.returncode:
+            print(f"writing {file} ended with status {ended.returncode}")
+            (folder_of(args) / file).unlink(missing_ok=True)
 
 
 def command(*arguments):
