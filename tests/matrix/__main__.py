@@ -12,6 +12,9 @@ all there is and computed nothing, and has a limit of its time. It ends as
 - `limit`: it took too long;
 - `wrong`: another error, or a result that is not as it should be.
 
+On JAX and TensorFlow XLA compiles without its slow passes: nothing is timed
+here, and most of a cell is its compilation.
+
 The cells are kept in a file of lines, by which a run that was stopped goes on.
 `--only` makes some again, `--page` writes docs/every_model.md and runs nothing;
 it needs all cells of the files that there are.
@@ -40,6 +43,7 @@ from tests.matrix.families import families
 from tests.matrix.methods import METHODS, PLAIN
 
 LIMIT = 300  # seconds of a cell
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes"
 
 
 def main():
@@ -70,6 +74,8 @@ def main():
 
 def run(wanted, done, results, limit=LIMIT, again=False):
     """Run the cells that are not done, or all; return how many are wrong."""
+    # XLA reads it when it first computes.
+    os.environ.setdefault("XLA_FLAGS", QUICK)
     kinds = families()
     results.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
