@@ -591,6 +591,36 @@ def lift_step(log):
     )
 
 
+def merging(log):
+    rows = [
+        [
+            *(backend, method),
+            f"{each['seconds']:.1f}",
+            f"{each['of_copy']:.2f}",
+            megabytes(each["peak_bytes"]),
+            megabytes(found["imported_bytes"]),
+        ]
+        for backend, found in log["backends"].items()
+        for method, each in found["methods"].items()
+    ]
+    return "\n\n".join(
+        [
+            f"Two files of {log['megabytes']} MB into one, where a method has "
+            "a base with that file too, on NumPy in one process. *x copy*: "
+            "bytes read and written a second, over those of a copy of one "
+            "file that waits for the disk. Beside the peak of the process, "
+            "that of one that has imported Keras and the library alone; "
+            f"{log['machine']['cpu']}, {log['machine']['cores_used']} of "
+            f"{log['machine']['cores']} cores.",
+            table(
+                "backend | method | seconds | x copy | peak, MB | imports, MB",
+                rows,
+                text_columns=2,
+            ),
+        ]
+    )
+
+
 def cast_step(log):
     rows = []
     for backend, found in log["backends"].items():
@@ -890,6 +920,7 @@ PARTS = (
     ("LIFT: step and memory", "lift_step", lift_step),
     ("LIFT: masks", "principal_mask", principal_mask),
     ("Signatures: quality", "rws_quality", rws_quality),
+    ("Merging: memory and time", "merge", merging),
     ("Companders: quality", "compander_quality", compander_quality),
 )
 
