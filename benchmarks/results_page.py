@@ -505,9 +505,10 @@ def lift_quality(log):
                 megabytes(row["peak_bytes"]),
                 f"{row['step']:.2f}",
                 f"{row['file_bytes'] / 1e6:.1f}",
+                f"{row['file_bytes'] / (2 * row['trained']):.2f}",
                 row["tried"],
             ]
-        rows.append(cells + [""] * (13 - len(cells)))
+        rows.append(cells + [""] * (14 - len(cells)))
     differences = []
     compared = {
         (base, measure): lift.effects(found, base, measure)
@@ -538,12 +539,13 @@ def lift_quality(log):
         "each with its own problems. The rate of each method is the best of "
         "those tried by the validation loss after "
         f"{setting['search_steps']} steps, with a worse one on both sides. A "
-        "step is seconds of the processor. "
+        "step is seconds of the processor; x LoRA is the file over as many "
+        "numbers in bfloat16. "
         f"{setting['backend']}, {setting['dtype']}, {log['machine']['cpu']}.",
         table(
             "method | rate | solved, % | unseen, % | loss | unseen loss | "
             "forgotten | trained | state, MB | peak, MB | step, s | "
-            "file, MB | tried",
+            "file, MB | x LoRA | tried",
             rows,
         ),
         "Differences, paired by seed, with intervals of 95 %: of solved by "
