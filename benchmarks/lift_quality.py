@@ -18,8 +18,9 @@ of the loss on two unrelated texts, in nats a token, mean of the two.
 - LoRA, rsLoRA: KerasHub's, on all seven projections, at the rank whose count
   of numbers is nearest to 5 % of them, the product scaled by alpha / rank and
   by alpha / sqrt(rank), with alpha = rank;
-- random, largest (Super-Tuning, arXiv 2607.09287), smallest: `SparseAdamW` on
-  a share of each projection, chosen once;
+- random, largest (Super-Tuning, arXiv 2607.09287), smallest, gradient (the
+  largest of the loss on the first 16 problems): `SparseAdamW` on a share of
+  each projection, chosen once;
 - LIFT: principal weights, chosen again in the middle. MLP: in its kernels
   alone, as many in all.
 

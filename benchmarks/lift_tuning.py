@@ -29,6 +29,7 @@ METHODS = {
     "largest 1 %": Method(8e-4, "magnitude", 0.01),
     "largest 5 %": Method(8e-4, "magnitude"),
     "smallest 5 %": Method(8e-4, "smallest"),
+    "gradient 5 %": Method(8e-4, "gradient"),
     "LIFT 1 %": Method(8e-4, "principal", 0.01),
     "LIFT 5 %": Method(8e-4, "principal"),
     "LIFT 5 % MLP": Method(8e-4, "principal", targets="feedforward"),
@@ -110,7 +111,12 @@ class Worker:
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
         if method.criterion:
-            callbacks.append(make_masks(model, method, steps, self.seed))
+            data = fit_arguments(
+                {k: v[: 4 * args.batch] for k, v in rows.items()}
+            )
+            callbacks.append(
+                make_masks(model, method, steps, self.seed, (*data.values(),))
+            )
         model.fit(
             **fit_arguments(rows),
             batch_size=args.batch,
@@ -219,8 +225,11 @@ class Worker:
         return solved / len(problems)
 
 
-def make_masks(model, method, steps, seed):
-    """Return the callback that chooses what a method trains."""
+def make_masks(model, method, steps, seed, data=None):
+    """Return the callback that chooses what a method trains.
+
+    `data` is the batch that gradients are taken on, where they choose.
+    """
     import keras
 
     import keras_weightmods as kwm
@@ -240,6 +249,7 @@ def make_masks(model, method, steps, seed):
         else None,
         targets=targets,
         seed=seed,
+        data=data,
     )
     if smallest:
         # `fit` keeps the masks that are there.

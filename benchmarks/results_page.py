@@ -505,9 +505,10 @@ def lift_quality(log):
                 megabytes(row["peak_bytes"]),
                 f"{row['step']:.2f}",
                 f"{row['file_bytes'] / 1e6:.1f}",
+                f"{row['file_bytes'] / (2 * row['trained']):.2f}",
                 row["tried"],
             ]
-        rows.append(cells + [""] * (13 - len(cells)))
+        rows.append(cells + [""] * (14 - len(cells)))
     differences = []
     compared = {
         (base, measure): lift.effects(found, base, measure)
@@ -538,12 +539,13 @@ def lift_quality(log):
         "each with its own problems. The rate of each method is the best of "
         "those tried by the validation loss after "
         f"{setting['search_steps']} steps, with a worse one on both sides. A "
-        "step is seconds of the processor. "
+        "step is seconds of the processor; x LoRA is the file over as many "
+        "numbers in bfloat16. "
         f"{setting['backend']}, {setting['dtype']}, {log['machine']['cpu']}.",
         table(
             "method | rate | solved, % | unseen, % | loss | unseen loss | "
             "forgotten | trained | state, MB | peak, MB | step, s | "
-            "file, MB | tried",
+            "file, MB | x LoRA | tried",
             rows,
         ),
         "Differences, paired by seed, with intervals of 95 %: of solved by "
@@ -584,6 +586,36 @@ def lift_step(log):
             table(
                 "backend | method | trained | seconds | x AdamW | "
                 "state, MB | peak, MB",
+                rows,
+                text_columns=2,
+            ),
+        ]
+    )
+
+
+def merging(log):
+    rows = [
+        [
+            *(backend, method),
+            f"{each['seconds']:.1f}",
+            f"{each['of_copy']:.2f}",
+            megabytes(each["peak_bytes"]),
+            megabytes(found["imported_bytes"]),
+        ]
+        for backend, found in log["backends"].items()
+        for method, each in found["methods"].items()
+    ]
+    return "\n\n".join(
+        [
+            f"Two files of {log['megabytes']} MB into one, where a method has "
+            "a base with that file too, on NumPy in one process. *x copy*: "
+            "bytes read and written a second, over those of a copy of one "
+            "file that waits for the disk. Beside the peak of the process, "
+            "that of one that has imported Keras and the library alone; "
+            f"{log['machine']['cpu']}, {log['machine']['cores_used']} of "
+            f"{log['machine']['cores']} cores.",
+            table(
+                "backend | method | seconds | x copy | peak, MB | imports, MB",
                 rows,
                 text_columns=2,
             ),
@@ -890,6 +922,7 @@ PARTS = (
     ("LIFT: step and memory", "lift_step", lift_step),
     ("LIFT: masks", "principal_mask", principal_mask),
     ("Signatures: quality", "rws_quality", rws_quality),
+    ("Merging: memory and time", "merge", merging),
     ("Companders: quality", "compander_quality", compander_quality),
 )
 

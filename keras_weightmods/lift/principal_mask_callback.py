@@ -50,11 +50,13 @@ class PrincipalMaskCallback(EpochFigures):
     model's optimizer after the training. A step is compiled once: a refresh
     assigns to variables.
 
-    The masks are in the state of the optimizer, so a checkpoint holds them,
-    and a run that is resumed gives what it would have given without a stop.
-    Put this callback in front of `BackupAndRestore`; to load the weights of a
-    checkpoint yourself, call `attach(model)` before. Continuing with another
-    `fit` continues with the masks.
+    The masks are in the state of the optimizer, so a checkpoint holds them.
+    With `Checkpoint` behind this callback, a run that is resumed gives what it
+    would have given without a stop, bit for bit, with `Dropout` too.
+    `BackupAndRestore` keeps no random numbers: behind this callback it does so
+    for models that draw none. To load the weights of a checkpoint yourself,
+    call `attach(model)` before. Continuing with another `fit` continues with
+    the masks.
 
     The logs of each epoch, and so History, CSVLogger and TensorBoard, hold
     `mask_density`, the share of the entries of the kernels that is trained;

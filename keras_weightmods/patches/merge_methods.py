@@ -15,8 +15,8 @@ import numpy as np
 
 from keras_weightmods.ops.matrix import stack_shape
 
-# Elements, of what is computed at a time.
-PIECE = 1 << 20
+# Elements, of what is computed at a time: what the caches hold.
+PIECE = 1 << 18
 # Where an angle is less than its rounding, see `_slerp`.
 _PARALLEL = 0.9995
 

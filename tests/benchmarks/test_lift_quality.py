@@ -23,7 +23,7 @@ def final(method, seed, solved, forgotten, rate=1e-3):
         # The text of each seed begins elsewhere.
         "reference": 2.0 + seed + forgotten,
         "news": 3.0 + seed + 3 * forgotten,
-        "trained": 10,
+        "trained": 800_000,
         "optimizer_bytes": 8e6,
         "peak_bytes": 1e9,
         "step": 0.5 + seed,
@@ -105,6 +105,7 @@ def test_page_and_picture(report):
     page = results_page.lift_quality(report)
     assert "| LIFT 5 % | 0.001 | 32.0 ± 2.6 | 1.0 ± 0.0 |" in page
     assert "| before |  | 0.0 ± 0.0 | 1.0 ± 0.0 |" in page
+    assert "| 2.0 | 1.25 | 0 |" in page
     assert "solved less full | loss less full" in page
     assert "-0.200 (-0.200 to -0.200)" in page
     assert "forgotten: LIFT 5 %." in page

@@ -77,8 +77,10 @@ def test_methods_train_as_many_numbers(name, llama):
         return
     if not method.criterion:
         return
-    llama.compile(kwm.SparseAdamW(1e-3), "mse")
-    lift_tuning.make_masks(llama, method, 10, 0).attach(llama)
+    llama.compile(kwm.SparseAdamW(1e-3), "sparse_categorical_crossentropy")
+    ids = np.ones((2, 8), "int32")
+    data = {"token_ids": ids, "padding_mask": ids > 0}, ids
+    lift_tuning.make_masks(llama, method, 10, 0, data).attach(llama)
     optimizer = llama.optimizer
     chosen = [optimizer.indices_of(v) for v in optimizer.masked_variables]
     assert sum(map(len, chosen)) == pytest.approx(expected, rel=0.1)
@@ -96,7 +98,7 @@ def test_scaling_of_lora(llama):
     assert layer.lora_alpha / layer.lora_rank == pytest.approx(rank**0.5)
 
 
-@pytest.mark.parametrize("name", ["full", "rsLoRA", "LIFT 5 %"])
+@pytest.mark.parametrize("name", ["full", "rsLoRA", "LIFT 5 %", "gradient 5 %"])
 def test_a_run_of_a_tiny_model(name, tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym")
 

@@ -56,6 +56,7 @@ def test_parts_without_logs_name_the_program(tmp_path):
         "lift_step",
         "principal_mask",
         "compander_quality",
+        "merge",
     ):
         assert f"python -m benchmarks.{program}" in page
 
@@ -170,6 +171,20 @@ def test_masks_and_steps_of_lift(tmp_path):
     assert "| torch | 12.0 | 1.00 | 12.0 | 0.9900 |" in page
     assert "| jax | LIFT | 5,000 | 1.90 | 0.96 | 64 | 3000 |" in page
     assert "| jax | LoRA | 5,000 |  |  | 64 | 3000 |" in page
+
+
+def test_merging(tmp_path):
+    ties = {"seconds": 4.0, "of_copy": 0.35, "peak_bytes": 6.6e8}
+    log = {
+        "machine": {"cpu": "a", "cores": 2, "cores_used": 1},
+        "megabytes": 500,
+        "backends": {
+            "torch": {"imported_bytes": 5.9e8, "methods": {"ties": ties}}
+        },
+    }
+    (tmp_path / "merge.json").write_text(json.dumps(log))
+    page = results_page.make_page(tmp_path)
+    assert "| torch | ties | 4.0 | 0.35 | 660 | 590 |" in page
 
 
 def test_products_by_shape_and_rows(tmp_path):
