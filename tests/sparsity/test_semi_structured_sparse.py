@@ -209,14 +209,13 @@ def test_attach_refuses_a_kernel_with_nan():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_training_that_made_nan_does_not_end_in_zeros(frozen):
-    model = models.mlp(8, 16, 4)
+    model = models.mlp(8, 4)
     SemiStructuredSparse.attach(model, frozen=frozen)
     x = X.copy()
     x[3, 2] = np.nan
     model.compile("adam", "mse")
     model.fit(x, Y, 8, epochs=2, verbose=0, shuffle=False)
-    for target in find_targets(model):
-        assert np.isnan(numpy(target.variable)).any()
+    assert np.isnan(numpy(model.layers[0].kernel)).any()
 
 
 def test_axis():
