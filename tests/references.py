@@ -12,7 +12,7 @@ def nm_mask(x, n, m, axes):
     moved = np.transpose(x, order)
     k = int(np.prod([x.shape[a] for a in axes]))
     matrix = np.abs(moved.reshape(k, -1)).astype("float64")
-    matrix[np.isnan(matrix)] = -1.0
+    matrix[np.isnan(matrix)] = np.inf
     mask = np.zeros(matrix.shape, bool)
     for column in range(matrix.shape[1]):
         for start in range(0, k, m):

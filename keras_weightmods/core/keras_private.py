@@ -40,6 +40,9 @@ from keras.src.backend import set_keras_mask as set_keras_mask
 from keras.src.backend.common import global_state
 from keras.src.layers.layer import Layer
 
+# The cell of ConvLSTM1D to ConvLSTM3D, which Keras does not export.
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
+
 # How a functional model calls its layers.
 from keras.src.models.functional import Functional, operation_fn
 from keras.src.random.seed_generator import (

@@ -139,9 +139,9 @@ def find_targets(
     Known are Dense, EinsumDense (the axes come from its equation), Conv1D,
     Conv2D, Conv3D and their transposes (which contract the channels of a
     pixel of the input), the pointwise part of separable convolutions, both
-    kernels of the cells of SimpleRNN, LSTM and GRU, what is built of these
-    (MultiHeadAttention, KerasHub backbones, nested models), the experts of
-    KerasHub's mixtures (stacks of kernels), and layers made known with
+    kernels of the cells of SimpleRNN, LSTM, GRU and ConvLSTM, what is built of
+    these (MultiHeadAttention, KerasHub backbones, nested models), the experts
+    of KerasHub's mixtures (stacks of kernels), and layers made known with
     `register_target`. Embeddings, heads tied to them, norms and biases are
     left out, and depthwise kernels unless asked for.
 

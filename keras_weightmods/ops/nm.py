@@ -61,7 +61,8 @@ def nm_mask(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     """Marks the n largest magnitudes in every group of m.
 
     Equation 6 of CAST (arXiv 2509.25996). Ties keep the earlier entry, so
-    exactly n are marked; a NaN counts as smaller than any number.
+    exactly n are marked; a NaN counts as infinity, so that `nm_project` does
+    not hide it.
 
     Args:
         x: Tensor or variable, of any shape.
@@ -91,7 +92,9 @@ def nm_mask(x: Any, pattern: Pattern = "2:4", axis: Axes = 0) -> Any:
     x = checks.check_tensor("x", x)
     groups = _to_groups(x, m, axis)
     scores = ops.abs(groups)
-    scores = ops.where(ops.isnan(scores), ops.cast(-1, scores.dtype), scores)
+    if keras.backend.is_float_dtype(scores.dtype):
+        infinity = ops.full_like(scores, float("inf"))
+        scores = ops.where(ops.isnan(scores), infinity, scores)
     shape = groups.shape[0] * m, groups.shape[-1]
     kept = ops.reshape(_ranks(scores, m) < n, shape)
     return from_matrix(kept, tuple(x.shape), axis)

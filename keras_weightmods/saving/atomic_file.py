@@ -23,8 +23,12 @@ def check_filepath(filepath, overwrite=True):
     Raises:
         ValueError: If `filepath` is no place for a file.
         FileExistsError: If there is a file and `overwrite` is False.
+        OSError: If the file system takes no such name.
     """
     path: str = os.path.realpath(checks.check_path("filepath", filepath))
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        # A name that is too long is said before the file is written beside.
+        os.lstat(path)
     is_other = os.path.lexists(path) and not os.path.isfile(path)
     if not os.path.isdir(os.path.dirname(path)) or is_other:
         # A device or a pipe would be replaced by a file, where that is allowed.

@@ -326,14 +326,19 @@ def _build(description, custom_objects):
         if getattr(parts[name], "trainable", None) != trainable:
             parts[name].trainable = trainable
     # In the order in which they came, so that the weights are in order too.
-    _enable_lora(parts, description["lora"], first=True)
+    _enable_lora(parts, description, first=True)
     _change(model, parts, description["changes"])
-    _enable_lora(parts, description["lora"], first=False)
+    _enable_lora(parts, description, first=False)
     return model, parts
 
 
-def _enable_lora(parts, rows, first):
-    for name, rank, alpha, is_first in rows:
+def _enable_lora(parts, description, first):
+    changed = {name for name, *_ in description["changes"]}
+    changed |= {name for name in parts if reparameterization.slots(parts[name])}
+    for name, rank, alpha, is_first in description["lora"]:
+        if name not in parts.keys() & changed:
+            # Its arrays are not in the file, which would not bound them.
+            raise ValueError(f"LoRA in {name!r}, of which no weight is changed")
         if is_first == first:
             parts[name].enable_lora(rank, lora_alpha=alpha)
 

@@ -13,7 +13,11 @@ from keras_weightmods.core import keras_private
 from keras_weightmods.ops import nm
 from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.sparsity import adam_s_targets as targets_of
-from keras_weightmods.sparsity import adam_s_update, adam_s_warnings
+from keras_weightmods.sparsity import (
+    adam_s_update,
+    adam_s_warnings,
+    sparsify,
+)
 from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
 
@@ -322,7 +326,8 @@ class AdamS(keras.optimizers.Optimizer):
             A `ChangeReport`; its keys count the variables of the optimizer.
 
         Raises:
-            ValueError: If no step was taken yet, so that there is no mask.
+            ValueError: If no step was taken yet, so that there is no mask,
+                or the training made NaN. The weights are unchanged then.
         """
         state = self.sparsified_state
         if not int(ops.convert_to_numpy(self.iterations)):
@@ -330,6 +335,7 @@ class AdamS(keras.optimizers.Optimizer):
                 "`AdamS.prune()` needs the mask of a training run. Received: "
                 "an optimizer that has taken no step. Call it after `fit`."
             )
+        sparsify.check_finite(self.sparsified, sparsify.DIVERGED)
         for variable, _, bits in state:
             value = ops.convert_to_tensor(variable)
             mask = nm.unpack_bits(bits.value, variable.shape)

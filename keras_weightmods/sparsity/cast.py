@@ -438,7 +438,8 @@ class CAST(LogitsDistiller):
             )
         cast_checks.check_all_sparsified(self.targets, self.adam_s)
         with Progress(2, "step", verbose) as progress:
-            sparsify.check_finite(self.targets, sparsify.DIVERGED)
+            # Before the warning, whose figures would be NaN.
+            sparsify.check_finite(self.adam_s.sparsified, sparsify.DIVERGED)
             cast_warnings.warn_about_an_early_end(self.adam_s)
             self.adam_s.prune()
             progress.add()

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import keras_private
+from keras_weightmods.sparsity import data
 from keras_weightmods.sparsity.frozen_twin import TRANSPARENT, FrozenTwin
 from keras_weightmods.sparsity.split_loss import SplitLoss
 from keras_weightmods.utils import checks
@@ -111,6 +112,12 @@ class LogitsDistiller(keras.distillation.Distiller):
         """Evaluate on a batch, with the models split where they can be."""
         with self._splitting():
             return super().test_step(*args, **kwargs)
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict as `keras.Model` does; takes raw strings as `fit` does."""
+        x, *_ = data.preprocess(self.student, x)
+        data.check(x)
+        return super().predict(x, *args, **kwargs)
 
     @contextlib.contextmanager
     def _splitting(self):

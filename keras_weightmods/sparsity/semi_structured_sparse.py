@@ -195,10 +195,11 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         found = resolve_targets(model, targets).select(
             lambda target: _reason_to_skip(target, m)
         )
+        variables = [target.variable for target in found]
         report = ChangeReport.of(
             f"Constrained to {n}:{m}",
             model.weights,
-            [target.variable for target in found],
+            variables,
             found.skipped,
         )
         if not found:
@@ -206,7 +207,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 f"`model` has no kernel that can be made {n}:{m} sparse. "
                 f"Received: model={model}, targets={targets}\n{report}"
             )
-        sparsify.check_finite(found, sparsify.FINITE_FIRST)
+        sparsify.check_finite(variables, sparsify.FINITE_FIRST)
         with Progress(len(found), "kernel", verbose) as progress:
             for target in found:
                 axes, variable = target.contraction_axes, target.variable

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -301,17 +301,17 @@ DIVERGED = (
 )
 
 
-def check_finite(targets: Targets, way_out: str) -> None:
+def check_finite(variables: Iterable[Any], way_out: str) -> None:
     """Raise ValueError for kernels with NaN or infinity.
 
     Args:
-        targets: `Targets`.
+        variables: Iterable of variables.
         way_out: String, what to do then.
     """
     bad = [
-        target.path
-        for target in targets
-        if not bool(ops.all(ops.isfinite(target.variable.value)))
+        variable.path
+        for variable in variables
+        if not bool(ops.all(ops.isfinite(variable.value)))
     ]
     if bad:
         raise ValueError(
@@ -396,7 +396,7 @@ class OneShot:
         Returns:
             A `SparsifyReport`.
         """
-        check_finite(targets, FINITE_FIRST)
+        check_finite([t.variable for t in targets], FINITE_FIRST)
         blocks: list[ReconstructedBlock] = []
         train = BlockReconstruction(self.epochs, self.learning_rate)
 

@@ -235,6 +235,16 @@ def test_recurrent_cells(name):
 
 
 @pytest.mark.one_backend
+def test_convolutional_lstm():
+    layer = keras.layers.ConvLSTM2D(8, 3, name="lstm")
+    targets = find_targets(sequential((2, 6, 6, 4), layer))
+    shapes = [(3, 3, 4, 32), (3, 3, 8, 32)]
+    assert [target.shape for target in targets] == shapes
+    assert {target.contraction_axes for target in targets} == {(0, 1, 2)}
+    assert not targets.skipped
+
+
+@pytest.mark.one_backend
 def test_low_rank_parts_of_rwkv7():
     hub = pytest.importorskip("keras_hub")
     model = hub.models.RWKV7Backbone(

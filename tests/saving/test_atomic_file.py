@@ -46,6 +46,12 @@ def test_a_name_as_long_as_the_file_system_allows(tmp_path):
     assert path.read_text() == "new"
 
 
+def test_a_longer_name_is_an_error_before_anything_is_written(tmp_path):
+    name = "n" * 300
+    with pytest.raises(OSError, match=rf"too long: .*/{name}'"):
+        atomic_file.check_filepath(tmp_path / name)
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path, path):
     def begin(name):
         process = os.fork()

@@ -735,6 +735,14 @@ HOSTILE = {
     },
     "kernel_scale": {"groups 1": put_change(3, {"groups": 1})},
     "'none'": {"lora of no layer": put_lora("none", 2, 2, True)},
+    "LoRA in 'layers/dense_1'": {
+        "lora of a plain layer": edit(
+            lambda d: d.update(
+                changes=d["changes"][:1],
+                lora=[["layers/dense_1", 10**6, 2, True]],
+            )
+        )
+    },
     "stored_": {
         "lora added": put_lora("layers/dense", 2, 2, False),
         "lora huge": put_lora("layers/dense", 10**12, 2, True),

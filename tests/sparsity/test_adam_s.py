@@ -398,6 +398,19 @@ def test_frozen_targets_are_named():
         optimizer.build(model.trainable_variables)
 
 
+def test_prune_refuses_what_a_diverged_training_left():
+    model = models.mlp(8, 8, 4)
+    optimizer = AdamS(0.01, total_steps=2, targets=find_targets(model))
+    model.compile(optimizer, "mse")
+    x = models.normal(8, 8)
+    x[0, 0] = np.nan
+    model.fit(x, models.normal(8, 4), verbose=0)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="training diverged"):
+        optimizer.prune()
+    models.assert_same_bits(model.get_weights(), before)
+
+
 def test_prune_needs_a_step():
     optimizer = AdamS(1.0, total_steps=5)
     with pytest.raises(ValueError, match="there once it is built"):

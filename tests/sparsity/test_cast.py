@@ -102,6 +102,9 @@ def test_raw_strings():
     for data in (texts, np.array(texts), np.array(texts, dtype=object)):
         losses.append(cast.evaluate(data, batch_size=2, verbose=0))
     assert losses == pytest.approx(history["val_loss"] * 4, rel=1e-6)
+    logits = cast.predict(x, verbose=0)
+    for data in (texts, np.array(texts), dataset):
+        np.testing.assert_array_equal(cast.predict(data, verbose=0), logits)
 
     with pytest.raises(ValueError, match="preprocessor"):
         compiled().fit(texts)

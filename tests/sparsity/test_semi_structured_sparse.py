@@ -207,6 +207,17 @@ def test_attach_refuses_a_kernel_with_nan():
     assert not any(v.constraint for v in model.trainable_variables)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_training_that_made_nan_does_not_end_in_zeros(frozen):
+    model = models.mlp(8, 4)
+    SemiStructuredSparse.attach(model, frozen=frozen)
+    x = X.copy()
+    x[3, 2] = np.nan
+    model.compile("adam", "mse")
+    model.fit(x, Y, 8, epochs=2, verbose=0, shuffle=False)
+    assert np.isnan(numpy(model.layers[0].kernel)).any()
+
+
 def test_axis():
     kernel = RNG.normal(size=(2, 2, 2, 5)).astype("float32")
     with pytest.raises(ValueError, match="attach"):
