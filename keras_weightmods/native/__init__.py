@@ -46,6 +46,7 @@ _SIGNATURES = {
     "kwm_pack": ("q", "PqqiPPP"),
     "kwm_unpack": ("", "PPPqqiP"),
     "kwm_matmul": ("", "PqqqiPPPPPP"),
+    "kwm_matmul_bfloat16": ("", "PqqqPPPPP"),
     "kwm_matmul_int8": ("", "PqqqiPPPPPP"),
     "kwm_matmul_int8_many": ("", "PqqiPqPP"),
     "kwm_matmul_transposed": ("", "PqqqiPPPPPP"),
@@ -65,6 +66,7 @@ _WAY_OUT = (
 # The custom calls that XLA has to be told of, on JAX and on TensorFlow.
 XLA_TARGETS = (
     "kwm_xla_matmul",
+    "kwm_xla_matmul_bfloat16",
     "kwm_xla_matmul_int8",
     "kwm_xla_matmul_transposed",
     "kwm_xla_values_gradient",

@@ -15,7 +15,46 @@
 #define KWM_HAS_AVX_VNNI (__GNUC__ >= 11)
 #endif
 
+// Whether it knows AVX512-BF16.
+#if !defined(__x86_64__)
+#define KWM_HAS_AVX512_BF16 0
+#elif defined(__clang__)
+#define KWM_HAS_AVX512_BF16 (__clang_major__ >= 13)
+#else
+#define KWM_HAS_AVX512_BF16 (__GNUC__ >= 11)
+#endif
+
 namespace kwm {
+
+// Kernels for bfloat16 activations and values, many rows at once, lanes are the
+// rows: a tile of `vectors` vectors of 16, which are 2 or 4. Words are two
+// bfloat16, the first in the low half.
+struct BFloat16Kernels {
+  // A tile [row_blocks, 16, 16 * vectors] of words: the transpose of `rows`
+  // rows of x, (rows, k). Zero where there is nothing to copy.
+  void (*pack)(const uint16_t* x, int64_t rows, int64_t k, int vectors,
+               uint32_t* tile);
+
+  // pairs [row_blocks, 8, kPairs, 16 * vectors] of blocks of rows of a tile: of
+  // each group those that rising indices can name.
+  static constexpr int kPairs = 6;
+  void (*pairs_of_rows)(const uint32_t* tile, int64_t row_blocks, int vectors,
+                        uint32_t* pairs);
+
+  // Of each block of rows the pairs of values [16, 8], and words [16]: bits 4g
+  // to 4g + 3 are the place of pair g among the kPairs of its group.
+  static constexpr int kColumnWords = kLanes * (8 + 1);
+  void (*pairs_of_columns)(const void* values, const uint32_t* meta,
+                           int64_t row_blocks, uint32_t* columns);
+
+  // y [16, 16 * vectors] (+)= these columns^T @ these rows
+  void (*multiply)(const uint32_t* pairs, const uint32_t* columns,
+                   int64_t row_blocks, int vectors, bool first, float* y);
+
+  // y (rows, columns), y_stride apart, of sums [16, 16 * vectors]; rounded.
+  void (*store)(const float* sums, int vectors, int64_t rows, int64_t columns,
+                uint16_t* y, int64_t y_stride);
+};
 
 // Kernels for int8 values that take activations as integers of three bytes.
 struct DigitKernels {
@@ -168,6 +207,7 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
 const DigitKernels* avx512_vnni_kernels();
+const BFloat16Kernels* avx512_bf16_kernels();
 
 // Those of int8 activations, likewise.
 const Int8Kernels* scalar_int8_kernels(int type, bool dense);
@@ -179,6 +219,9 @@ const Int8Kernels* neon_dot_int8_kernels(int type, bool dense);
 
 // Whether this CPU has AVX-512 VNNI and VBMI, which both of the above need.
 bool has_avx512_vnni();
+
+// Whether it has AVX-512 BF16.
+bool has_avx512_bf16();
 
 }  // namespace kwm
 

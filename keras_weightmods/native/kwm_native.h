@@ -114,6 +114,19 @@ KWM_API void kwm_matmul(const float* x, int64_t rows, int64_t k, int64_t n,
                         const void* scale, float* y,
                         kwm_parallel_for parallel_for, void* pool);
 
+// As kwm_matmul, for x, values and y of bfloat16. The sums are of float32, and
+// each is rounded to nearest even once, to y.
+//
+// Of 28 rows and more they may be made of two products at a time (AVX512-BF16):
+// each is exact, but added in an order of its own, and what is below 2^-126,
+// the least normal number, counts as zero, among x, the values and the sums.
+// That adds an error of at most 2^-126 * sum (1 + |x| + |W[:, column]|) to an
+// output.
+KWM_API void kwm_matmul_bfloat16(const uint16_t* x, int64_t rows, int64_t k,
+                                 int64_t n, const void* values,
+                                 const uint32_t* meta, uint16_t* y,
+                                 kwm_parallel_for parallel_for, void* pool);
+
 // y (rows, n) = x (rows, k) @ W with int8 activations: of every 32 entries of a
 // row, s = max |x| / 127 (1 where that is 0) and q = x / s rounded to nearest
 // even. type is KWM_INT8 or KWM_INT4; meta is NULL where W is dense. The sum

@@ -27,6 +27,16 @@ inline float bfloat16_to_float(uint16_t half) {
   return value;
 }
 
+// Rounded to nearest even; NaN stays NaN.
+inline uint16_t float_to_bfloat16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  // Without a branch, for the compiler's vectors.
+  const bool is_nan = static_cast<int32_t>(bits & 0x7fffffff) > 0x7f800000;
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return static_cast<uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
+}
+
 // Bytes of the values of 32 rows of 16 columns; -1 for an unknown type.
 inline int64_t block_bytes(int type) {
   switch (type) {

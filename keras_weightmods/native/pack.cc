@@ -10,14 +10,6 @@ using kwm::kBlockRows;
 using kwm::kBlockSlots;
 using kwm::kLanes;
 
-uint16_t float_to_bfloat16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  const uint32_t round = 0x7fff + ((bits >> 16) & 1);
-  return static_cast<uint16_t>((bits + round) >> 16);
-}
-
 // Scales of int4 are max |w| over one of these. 1 to 8 find the grid of values
 // that lie on one. The others round the largest, or clip it so that the rest is
 // finer. With a negative scale the largest can be -8 times it.
@@ -54,7 +46,7 @@ uint16_t int4_scale(const float values[kGroupSlots]) {
   float floats[kCandidates];
   double errors[kCandidates] = {};
   for (int c = 0; c < kCandidates; ++c) {
-    scales[c] = float_to_bfloat16(largest / kDivisors[c]);
+    scales[c] = kwm::float_to_bfloat16(largest / kDivisors[c]);
     floats[c] = kwm::bfloat16_to_float(scales[c]);
   }
   for (int i = 0; i < kGroupSlots; ++i) {
@@ -90,7 +82,7 @@ void store_value(void* values, int type, int64_t offset, float value,
   if (type == KWM_FLOAT32) {
     static_cast<float*>(values)[offset] = value;
   } else if (type == KWM_BFLOAT16) {
-    static_cast<uint16_t*>(values)[offset] = float_to_bfloat16(value);
+    static_cast<uint16_t*>(values)[offset] = kwm::float_to_bfloat16(value);
   } else {
     // Where the largest |w| is denormal the scale is coarse: hence the bounds.
     const float steps = isnan(scale) ? 0 : nearbyintf(value / scale);

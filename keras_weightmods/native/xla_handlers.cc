@@ -119,6 +119,26 @@ ffi::Error Matmul(ffi::ThreadPool threads, Activations x,
   return ffi::Error::Success();
 }
 
+ffi::Error MatmulBFloat16(ffi::ThreadPool threads, ffi::Buffer<ffi::BF16> x,
+                          ffi::Buffer<ffi::BF16> values, Meta meta,
+                          ffi::ResultBuffer<ffi::BF16> y) {
+  const Rows in(x), out(*y);
+  if (in.count != out.count) {
+    return Invalid("as many rows must come out as go in");
+  }
+  if (static_cast<int64_t>(values.size_bytes()) !=
+          kwm_values_bytes(in.size, out.size, KWM_BFLOAT16) ||
+      static_cast<int64_t>(meta.size_bytes()) !=
+          kwm_meta_bytes(in.size, out.size)) {
+    return Invalid("the packed weights do not fit the activations' shapes");
+  }
+  kwm_matmul_bfloat16(static_cast<const uint16_t*>(x.untyped_data()), in.count,
+                      in.size, out.size, values.untyped_data(), Words(meta),
+                      static_cast<uint16_t*>(y->untyped_data()),
+                      ParallelForOf(threads), &threads);
+  return ffi::Error::Success();
+}
+
 // Of one x by the matrices that give each result: values, meta and scale of one
 // after the other, all of one type.
 ffi::Error MatmulInt8(ffi::ThreadPool threads, Activations x,
@@ -261,6 +281,7 @@ auto Product() {
 
 extern "C" {
 KWM_API XLA_FFI_Error* kwm_xla_matmul(XLA_FFI_CallFrame*);
+KWM_API XLA_FFI_Error* kwm_xla_matmul_bfloat16(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_matmul_int8(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_matmul_transposed(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_values_gradient(XLA_FFI_CallFrame*);
@@ -270,6 +291,14 @@ KWM_API XLA_FFI_Error* kwm_xla_compand_gradient(XLA_FFI_CallFrame*);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul, Matmul, Product());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_bfloat16, MatmulBFloat16,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<Meta>()
+                                  .Ret<ffi::Buffer<ffi::BF16>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_int8, MatmulInt8,
                               ffi::Ffi::Bind()

@@ -90,6 +90,9 @@ struct Case {
 
   bool run();
   bool run_products();
+  bool run_bfloat16(const Array<float>& floats, const void* values,
+                    const uint32_t* meta, Array<float>& kernel,
+                    double meeting);
   bool run_int8(bool dense);
   bool run_attend();
   bool run_compand();
@@ -343,6 +346,46 @@ bool Case::run_compand() {
   return memcmp(up.get(), dv.get(), static_cast<size_t>(count) * 4) == 0;
 }
 
+// The same product of activations cut to bfloat16.
+bool Case::run_bfloat16(const Array<float>& floats, const void* values,
+                        const uint32_t* meta, Array<float>& kernel,
+                        double meeting) {
+  Array<uint16_t> x(rows * k), y(rows * n);
+  Array<float> cut(rows * k);
+  for (int64_t i = 0; i < x.size; ++i) {
+    uint32_t bits;
+    memcpy(&bits, floats.data.get() + i, 4);
+    x[i] = static_cast<uint16_t>(bits >> 16);
+    bits &= 0xffff0000;
+    memcpy(cut.get() + i, &bits, 4);
+  }
+  for (int64_t i = 0; i < y.size; ++i) y[i] = 0x7fc0;
+  kwm_matmul_bfloat16(x.get(), rows, k, n, values, meta, y.get(),
+                      threaded ? parallel_for : nullptr, &pool);
+  for (int64_t row = 0; row < rows; ++row) {
+    double activations = 0;
+    for (int64_t i = 0; i < k; ++i) activations += fabs(cut[row * k + i]);
+    for (int64_t column = 0; column < n; ++column) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        const double term =
+            double{cut[row * k + i]} * kernel[i * n + column];
+        sum += term;
+        size += fabs(term);
+      }
+      const uint32_t bits = static_cast<uint32_t>(y[row * n + column]) << 16;
+      float got;
+      memcpy(&got, &bits, 4);
+      // Rounded to 8 bits of significand, once.
+      if (!close("bfloat16", got, sum, size,
+                 fabs(sum) / 256 + meeting * activations)) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 bool Case::run_products() {
   Array<float> kernel(k * n);
   for (int64_t column = 0; column < n; ++column) {
@@ -409,6 +452,11 @@ bool Case::run_products() {
         return false;
       }
     }
+  }
+
+  if (type == KWM_BFLOAT16 &&
+      !run_bfloat16(x, values.get(), meta.get(), kernel, meeting)) {
+    return false;
   }
 
   kwm_matmul_transposed(dy.get(), rows, k, n, type, values.get(), meta.get(),

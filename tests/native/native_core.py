@@ -14,8 +14,8 @@ from keras_weightmods import native
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE.parents[1] / "keras_weightmods" / "native"
 CORE = [
-    *["core", "pack", "compand", "matmul_int8", "attend"],
-    *["scalar", "avx2", "avx512", "avx512_vnni", "neon"],
+    *["core", "pack", "compand", "matmul_int8", "matmul_bfloat16", "attend"],
+    *["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon"],
     *["int8_scalar", "int8_avx2", "int8_avx_vnni", "int8_avx512"],
     *["int8_neon", "int8_neon_dot"],
 ]
@@ -122,6 +122,19 @@ def matmul(x, packed, n, dtype="float32", parallel_for=None, transposed=False):
     name = "kwm_matmul_transposed" if transposed else "kwm_matmul"
     getattr(library, name)(
         pointer(x), rows, *weights, pointer(out), parallel_for, None
+    )
+    return out
+
+
+def matmul_bfloat16(x, packed, n, parallel_for=None):
+    """x @ W; x and what is returned are bfloat16 by their bits."""
+    x = np.ascontiguousarray(x, "uint16")
+    rows, k = x.shape
+    out = np.full((rows, n), 0x7FC0, "uint16")
+    values, meta = map(pointer, packed[:2])
+    load().kwm_matmul_bfloat16(
+        *(pointer(x), rows, k, n, values, meta, pointer(out)),
+        *(parallel_for, None),
     )
     return out
 

@@ -3,6 +3,7 @@ import importlib
 import warnings
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -132,10 +133,16 @@ def test_empty(shape):
     np.testing.assert_array_equal(y, np.zeros((rows, n)))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_activation_gives_the_type(dtype):
-    packed = pack_kernel(kernel_of(64, 48))
-    x = keras.ops.cast(normal(3, 64), dtype)
+@pytest.mark.parametrize(
+    ("dtype", "values", "rows"),
+    [
+        *(("float16", "float32", 3), ("bfloat16", "float32", 3)),
+        *(("bfloat16", "bfloat16", 3), ("bfloat16", "bfloat16", 30)),
+    ],
+)
+def test_the_activation_gives_the_type(dtype, values, rows):
+    packed = pack_kernel(kernel_of(64, 48), values)
+    x = keras.ops.cast(normal(rows, 64), dtype)
     y = sparse_matmul(x, packed)
     assert keras.backend.standardize_dtype(y.dtype) == dtype
     x, y = (numpy(keras.ops.cast(each, "float32")) for each in (x, y))
@@ -146,8 +153,19 @@ def test_the_activation_gives_the_type(dtype):
         return keras.ops.cast(y, "float32")
 
     (dx,) = gradients(product, x)
-    expected = normal(3, 48, seed=7).astype("float64")
+    expected = normal(rows, 48, seed=7).astype("float64")
     assert_close(dx, expected @ unpack_kernel(packed).T, 2**-6)
+
+
+def test_bfloat16_results_are_rounded_once(compiled):
+    kernel = np.rint(8 * kernel_of(64, 48))
+    packed = pack_kernel(kernel, "bfloat16")
+    x = np.rint(16 * normal(5, 6, 64))
+    y = sparse_matmul(keras.ops.cast(x, "bfloat16"), packed)
+    # The sums are exact.
+    expected = (x @ kernel).astype(ml_dtypes.bfloat16).astype("float32")
+    y = numpy(keras.ops.cast(y, "float32"))
+    np.testing.assert_array_equal(y, expected)
 
 
 class SparseDense(keras.layers.Layer):

@@ -69,6 +69,8 @@ def _sparse_matmul_on_cpu(x, packed):
     if packed.activations == "int8":
         return shared_inputs.watched_product(x, packed, _matmul_int8_many)
     values, meta, scale = _arrays(packed)
+    if x.dtype == values.dtype == jnp.bfloat16:
+        return _matmul_bfloat16(x, values, meta, packed.shape[1])
     y = _matmul(
         x.astype(jnp.float32), values, meta, scale, packed.shape[1], False
     )
@@ -132,6 +134,26 @@ def _matmul_backward(size, transposed, saved, dy):
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul_bfloat16(x, values, meta, n):
+    return _call("kwm_xla_matmul_bfloat16", n)(x, values, meta)
+
+
+def _matmul_bfloat16_forward(x, values, meta, n):
+    y = _matmul_bfloat16(x, values, meta, n)
+    return y, (x.shape[-1], values, meta)
+
+
+def _matmul_bfloat16_backward(n, saved, dy):
+    k, values, meta = saved
+    given = dy.astype(jnp.float32)
+    dx = _matmul(given, values, meta, _no_scale(), k, True)
+    return dx.astype(dy.dtype), None, None
+
+
+_matmul_bfloat16.defvjp(_matmul_bfloat16_forward, _matmul_bfloat16_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _matmul_int8(x, values, meta, scale, n):
     """By int8 activations; an empty meta, in one axis, is a dense matrix."""
@@ -185,9 +207,9 @@ _values_gradient.defvjp(_values_gradient_forward, _values_gradient_backward)
 def _call(target, size):
     """The custom call with `size` entries in the last axis of its result."""
 
-    def call(x, values, meta, scale):
-        result = jax.ShapeDtypeStruct((*x.shape[:-1], size), jnp.float32)
-        return jax.ffi.ffi_call(target, result)(x, values, meta, scale)
+    def call(x, *weights):
+        result = jax.ShapeDtypeStruct((*x.shape[:-1], size), x.dtype)
+        return jax.ffi.ffi_call(target, result)(x, *weights)
 
     return batches_as_rows(call)
 

@@ -61,9 +61,13 @@ def _refusal():
 def sparse_matmul(x, packed):
     """See `keras_weightmods.ops.sparse_matmul`."""
     multiply = _matmul_int8 if packed.activations == "int8" else _matmul
+    values = _tensor(packed.values)
+    if x.dtype == values.dtype == tf.bfloat16:
+        meta = _tensor(packed.meta)
+        return _matmul_bfloat16(x, values, meta, packed.shape[1])
     y = multiply(
         tf.cast(x, tf.float32),
-        _tensor(packed.values),
+        values,
         tf.zeros((0,), "int32") if packed.is_dense else _tensor(packed.meta),
         tf.zeros((0,)) if packed.scale is None else _tensor(packed.scale),
         packed.shape[1],
@@ -96,6 +100,23 @@ def _matmul(x, values, meta, scale, size, transposed=False):
         return y, gradient
 
     return matmul(x, values, meta, scale)
+
+
+def _matmul_bfloat16(x, values, meta, n):
+    @tf.custom_gradient
+    def matmul(x, values, meta):
+        def gradient(dy):
+            given = tf.cast(dy, tf.float32)
+            weights = values, meta, tf.zeros((0,))
+            dx = _matmul(given, *weights, x.shape[-1], transposed=True)
+            return tf.cast(dx, dy.dtype), None, None
+
+        shape = [*x.shape[:-1], n]
+        target = "kwm_xla_matmul_bfloat16"
+        (y,) = xla_calls.call(target, [shape], x, values, meta)
+        return y, gradient
+
+    return matmul(x, values, meta)
 
 
 def _matmul_int8(x, values, meta, scale, n):

@@ -46,7 +46,9 @@ def register():
 
 
 def call(target, shapes, *arguments):
-    """Return a custom call with float32 results of `shapes`, as a list.
+    """Return a custom call with results of `shapes`, as a list.
+
+    They are of the type of the first argument.
 
     A shape with entries that are None is that of the only result; they are
     those of the first argument.
@@ -60,7 +62,7 @@ def call(target, shapes, *arguments):
         args=arguments,
         version=9,
         module=module,
-        Tout=[tf.float32] * len(shapes),
+        Tout=[arguments[0].dtype] * len(shapes),
         Sout=shapes,
         platforms=["CPU"],
     )
@@ -77,8 +79,7 @@ def _module(target, results, arguments):
 
     Args:
         target: String, the name of the handler.
-        results: Tuple of the shapes of the float32 results, tuples of ints
-            and None.
+        results: Tuple of the shapes of the results, tuples of ints and None.
         arguments: Tuple of (shape, dtype) for each argument.
 
     Returns:
@@ -116,7 +117,8 @@ def _module(target, results, arguments):
         operands.append("%shape")
         operand_types.append(shape_type)
     returned = [f"%y#{i}" for i in range(len(results))]
-    result_types = ", ".join(_type(shape, "float32") for shape in results)
+    dtype = arguments[0][1]
+    result_types = ", ".join(_type(shape, dtype) for shape in results)
     lines += [
         f"%y:{len(results)} = stablehlo.custom_call "
         f'@"{name_of(target)}"'

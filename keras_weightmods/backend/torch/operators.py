@@ -67,10 +67,22 @@ for _name in (
 @torch.library.impl(_library, "sparse_matmul", "CPU")
 def _matmul(x, values, meta, scale, n):
     k = x.shape[-1]
+    if x.dtype is values.dtype is torch.bfloat16:
+        return _matmul_bfloat16(x.contiguous(), values, meta, n)
     x, rows = _rows(x)
     weights = weights_of(k, n, values, meta, scale)
     y = x.new_empty((*x.shape[:-1], n))
     _compiled().kwm_matmul(
+        x.data_ptr(), rows, *weights, y.data_ptr(), *threads(rows * k * n)
+    )
+    return y
+
+
+def _matmul_bfloat16(x, values, meta, n):
+    k, rows = x.shape[-1], math.prod(x.shape[:-1])
+    weights = bfloat16_weights_of(k, n, values, meta)
+    y = x.new_empty((*x.shape[:-1], n))
+    _compiled().kwm_matmul_bfloat16(
         x.data_ptr(), rows, *weights, y.data_ptr(), *threads(rows * k * n)
     )
     return y
@@ -99,6 +111,9 @@ def _matmul_transposed(dy, values, meta, scale, k):
             values, None, scale, (k, n), _TYPES[values.dtype], "int8"
         )
         return dy @ form.unpack_tensor(packed).T
+    if dy.dtype is values.dtype is torch.bfloat16:
+        dx = _matmul_transposed(dy.float(), values, meta, scale, k)
+        return dx.to(dy.dtype)
     dy, rows = _rows(dy)
     weights = weights_of(k, n, values, meta, scale)
     dx = dy.new_empty((*dy.shape[:-1], k))
@@ -235,6 +250,12 @@ def weights_of(k, n, values, meta, scale, dense=False):
         None if x is None else x.data_ptr() for x in (values, meta, scale)
     ]
     return k, n, native.type_code(dtype), *pointers
+
+
+def bfloat16_weights_of(k, n, values, meta):
+    """Return those of bfloat16 values, whose type is not an argument."""
+    *_, values, meta, _ = weights_of(k, n, values, meta, None)
+    return k, n, values, meta
 
 
 @functools.lru_cache(maxsize=1024)

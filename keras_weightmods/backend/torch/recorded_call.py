@@ -469,8 +469,8 @@ def _fast(op):
         x, *weights, n = op.args
         if all(w is None or w.tensor is not None for w in weights):
             tensors = [w if w is None else w.tensor for w in weights]
-            k = x.geometry[0][-1]
-            return sparse_matmul.prepared(function, k, n, *tensors), ((x,), {})
+            kind = x.geometry[3], x.geometry[0][-1], n
+            return sparse_matmul.prepared(function, *kind, *tensors), ((x,), {})
     if function is torch.ops.keras_weightmods.attend.default:
         return attention.attend, arguments
     namespace, name = function._schema.name.split("::")

@@ -39,7 +39,11 @@ def sparse_matmul(x, packed):
     )
     ops = torch.ops.keras_weightmods
     multiply = ops.sparse_matmul_int8 if rounded else ops.sparse_matmul
-    if x.dtype is torch.float32 or device == "cuda":
+    if (
+        x.dtype is torch.float32
+        or device == "cuda"
+        or (x.dtype is torch.bfloat16 and packed.dtype == "bfloat16")
+    ):
         return multiply(x, *weights)
     return multiply(x.to(torch.float32), *weights).to(x.dtype)
 
@@ -50,27 +54,32 @@ def _dense(x, packed):
         return dense_matmul(x, packed)
 
 
-def prepared(operator, k, n, values, meta, scale):
+def prepared(operator, dtype, k, n, values, meta, scale):
     """The product with one kernel, without what torch does for an operator.
 
     Args:
         operator: `sparse_matmul` or `sparse_matmul_int8` of torch.ops.
+        dtype: The type of the activations, one that the operator takes.
         k: Int, the last axis of the activations.
         n: Int, the last axis of the result.
         values, meta, scale: Tensors, checked here and held, or None.
 
     Returns:
-        Function of a float32 tensor of shape (..., k). No gradients.
+        Function of a tensor of shape (..., k). No gradients.
     """
     if not values.is_cpu or not native.is_available():
         return lambda x: operator(x, values, meta, scale, n)
     tensors = values, meta, scale
-    if operator is torch.ops.keras_weightmods.sparse_matmul.default:
-        function = native.library().kwm_matmul
-        weights = operators.weights_of(k, n, *tensors)
-    else:
-        function = native.library().kwm_matmul_int8
+    library = native.library()
+    if operator is not torch.ops.keras_weightmods.sparse_matmul.default:
+        function = library.kwm_matmul_int8
         weights = operators.weights_of(k, n, *tensors, dense=meta is None)
+    elif dtype is torch.bfloat16:
+        function = library.kwm_matmul_bfloat16
+        weights = operators.bfloat16_weights_of(k, n, values, meta)
+    else:
+        function = library.kwm_matmul
+        weights = operators.weights_of(k, n, *tensors)
 
     def product(x, _held=tensors):
         x = x.contiguous()

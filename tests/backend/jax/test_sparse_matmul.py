@@ -52,6 +52,17 @@ def test_vmap_folds_the_batch_into_the_rows(packed):
     assert_close(batched(x), x.astype("float64") @ kernel_of(K, N))
 
 
+def test_bfloat16_is_mapped_and_never_cast():
+    packed = pack_kernel(kernel_of(K, N), "bfloat16")
+    x = jnp.asarray(normal(3, 10, K), "bfloat16")
+    batched = jax.jit(jax.vmap(lambda x: sparse_matmul(x, packed)))
+    lowered = batched.lower(x).as_text()
+    assert lowered.count("custom_call @kwm_xla_matmul_bfloat16") == 1
+    assert "convert" not in lowered
+    expected = np.asarray(x, "float64") @ unpack_kernel(packed)
+    assert_close(batched(x), expected, 2**-8)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_int8_activations_mapped_with_gradients(dtype, dense):

@@ -154,6 +154,22 @@ def test_where_the_way_into_xla_is_missing(monkeypatch):
     assert_close(y, x.astype("float64") @ kernel_of(K, N))
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_one_function_of_bfloat16_for_batches_of_any_size(jit_compile):
+    product = Product("bfloat16", rank=2)
+    signature = [tf.TensorSpec((None, K), tf.bfloat16)]
+    function = tf.function(
+        product, jit_compile=jit_compile, input_signature=signature
+    )
+    kernel = unpack_kernel(pack_kernel(kernel_of(K, N), "bfloat16"))
+    for rows in (1, 30):
+        x = tf.cast(normal(rows, K), tf.bfloat16)
+        y = function(x)
+        assert y.dtype == tf.bfloat16
+        y, x = (tf.cast(each, tf.float64).numpy() for each in (y, x))
+        assert_close(y, x @ kernel, 2**-8)
+
+
 def test_a_call_that_does_not_fit_is_an_error_of_xla():
     packed = pack_kernel(kernel_of(K, N))
     arguments = [packed.values, packed.meta, np.zeros(0, "float32")]

@@ -69,6 +69,13 @@ def test_operators_pass_the_checks_of_torch(dtype):
         )
 
 
+def test_operator_of_bfloat16_activations_passes_the_checks():
+    packed = tensors("bfloat16")
+    x = torch.from_numpy(normal(15, 2, K)).bfloat16().requires_grad_()
+    arguments = x, packed.values, packed.meta, packed.scale, N
+    torch.library.opcheck(operator().sparse_matmul, arguments)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_operator_of_int8_activations_passes_the_checks(dtype, dense):
