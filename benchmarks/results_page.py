@@ -918,6 +918,11 @@ PARTS = (
     ("Runtimes: speed, memory and quality", "runtimes", runtimes),
     ("Runtimes at the shape of a 1B Llama", "runtimes_1b", runtimes),
     ("Packed: the product by shape and rows", "sparse_matmul", products),
+    (
+        "Packed: the product with inputs in bfloat16",
+        "sparse_matmul_bfloat16",
+        products,
+    ),
     ("LIFT: quality", "lift_quality", lift_quality),
     ("LIFT: step and memory", "lift_step", lift_step),
     ("LIFT: masks", "principal_mask", principal_mask),
