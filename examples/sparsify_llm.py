@@ -63,7 +63,11 @@ def parse_arguments():
         help="rows that a one-shot start is calibrated on, default: 32",
     )
     parser.add_argument("--text", help="a UTF-8 file to train on instead")
-    parser.add_argument("--dtype", default="float32", help="Keras policy")
+    parser.add_argument(
+        "--dtype",
+        help="Keras policy, default: mixed_bfloat16 on torch where the "
+        "processor multiplies in bfloat16, else float32",
+    )
     parser.add_argument(
         "--teacher-dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -87,6 +91,13 @@ def parse_arguments():
     return args
 
 
+def has_bfloat16():
+    """Whether Linux says that the processor has dot products of bfloat16."""
+    about = pathlib.Path("/proc/cpuinfo")
+    flags = about.read_text().split() if about.exists() else ()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
 def run(args):
     import keras
     from rich.console import Console
@@ -99,6 +110,9 @@ def run(args):
         kwm.ops.parse_pattern(args.pattern)
     except ValueError as error:
         raise SystemExit(f"--pattern: {error}") from error
+    if args.dtype is None:
+        is_fast = keras.backend.backend() == "torch" and has_bfloat16()
+        args.dtype = "mixed_bfloat16" if is_fast else "float32"
     console = Console()
     start = time.monotonic()
     keras.utils.set_random_seed(args.seed)
@@ -106,7 +120,7 @@ def run(args):
     console.print(
         f"{model.name}: {model.count_params():,} parameters, "
         f"{len(kwm.find_targets(model))} kernels to make {args.pattern}; Keras "
-        f"{keras.__version__} on {keras.backend.backend()}"
+        f"{keras.__version__} on {keras.backend.backend()}, {args.dtype}"
     )
     rows = 2 if args.smoke else 16
     count = args.steps * args.batch_size
