@@ -22,7 +22,7 @@ _INNER = "hutto_ICWSM_2014.tar.gz"
 _TABLE = "movieReviewSnippets_GroundTruth.txt"
 
 
-def load_reviews(path=ARCHIVE, rating=1.0, words=(6, 30)):
+def load_reviews(path=ARCHIVE, rating=1.0, words=(5, 18)):
     """Return sentences, and whether they praise.
 
     Args:
