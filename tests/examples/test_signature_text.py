@@ -112,10 +112,11 @@ def test_a_model_that_does_not_come_back_is_an_error():
 def test_seeds_go_on_where_they_stopped(tmp_path, monkeypatch):
     ran = []
     rows = [{"clean model": {"clean": 0.9}}, {"clean model": {"clean": 0.7}}]
-    from examples.data import minilm, reviews
+    from examples.data import minilm, sentences
 
     monkeypatch.setattr(minilm, "load_minilm", lambda length: None)
-    monkeypatch.setattr(reviews, "load_reviews", lambda path: (TEXTS, LABELS))
+    load = {"source": lambda path: (TEXTS, LABELS)}
+    monkeypatch.setattr(sentences, "TASKS", load)
 
     def study(encoder, texts, labels, seed, args):
         ran.append(seed)
@@ -124,7 +125,7 @@ def test_seeds_go_on_where_they_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(signature_text, "study", study)
     path = tmp_path / "log.json"
     args = argparse.Namespace(
-        **vars(ARGS), seeds=[0], output=str(path), reviews=None
+        **vars(ARGS), task="source", seeds=[0], output=str(path), sentences=None
     )
     signature_text.run(args)
     args.seeds = [0, 1]
