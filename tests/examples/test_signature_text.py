@@ -14,6 +14,8 @@ from tests.models import assert_same
 keras_hub = pytest.importorskip("keras_hub")
 pytest.importorskip("typo")
 
+pytestmark = pytest.mark.one_backend
+
 ARGS = argparse.Namespace(
     texts=16,
     test_texts=8,
@@ -97,7 +99,6 @@ def test_patches_go_on_and_come_off(monkeypatch):
     assert any(np.any(entry.tensor) for entry in shallow["typos"])
 
 
-@pytest.mark.one_backend
 def test_a_model_that_does_not_come_back_is_an_error():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     clean = model.get_weights()
@@ -108,7 +109,6 @@ def test_a_model_that_does_not_come_back_is_an_error():
         signature_text.assert_clean(model, clean)
 
 
-@pytest.mark.one_backend
 def test_seeds_go_on_where_they_stopped(tmp_path, monkeypatch):
     ran = []
     rows = [{"clean model": {"clean": 0.9}}, {"clean model": {"clean": 0.7}}]
