@@ -337,15 +337,25 @@ def _unused_layers(model: Any) -> list[Any]:
     """Return those of `_unbuilt_layers` that the model never calls.
 
     As in the blocks of KerasHub's EfficientNet, which hold layers for each way
-    to use them.
+    to use them, or in its SAM, whose mask decoder its tasks call.
     """
     unbuilt = _unbuilt_layers(model)
     if not unbuilt:
         return []
     parts = keras_private.layers_of(model)
     order = execution_order(model, [x for x in parts if x is not model])
-    # Without an order nothing is known.
-    return [x for x in unbuilt if order and id(x) not in order]
+    # Without an order it is known only of what no graph holds.
+    called = order or _layers_of_graph(model)
+    return [x for x in unbuilt if id(x) not in called]
+
+
+def _layers_of_graph(layer: Any) -> set[int]:
+    """Return the ids of the layers in `layer` that its graphs may call."""
+    graph = keras_private.graph_of(layer)
+    if graph is None:
+        return set(map(id, keras_private.layers_of(layer)))
+    parts = (x for x in graph.operations if isinstance(x, keras.Layer))
+    return set().union(*map(_layers_of_graph, parts))
 
 
 def _holds_target(rules: Any) -> bool:

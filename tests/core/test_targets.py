@@ -379,3 +379,25 @@ def test_a_layer_that_is_called_must_be_built():
     with pytest.raises(ValueError, match="1 layers are not built"):
         find_targets(model)
     assert not layer.unused.built
+
+
+def test_a_layer_outside_of_the_graph_is_no_target():
+    class Backbone(keras.Model):
+        """Like KerasHub's SAM, it holds a layer for a task to call."""
+
+        def __init__(self):
+            inputs = keras.Input((None,))
+            # Of no size that is tried: nothing is known from symbols.
+            x = keras.layers.Reshape((-1, 3))(inputs)
+            used = keras.layers.Dense(4)
+            super().__init__(inputs, used(x))
+            self.used = used
+            self.decoder = TwoWays(hidden=True)
+
+    backbone = Backbone()
+    inputs = keras.Input((9,))
+    for model in (backbone, keras.Model(inputs, backbone(inputs))):
+        targets = find_targets(model)
+        assert [t.layer for t in targets] == [backbone.used]
+        reasons = [skip.reason for skip in targets.skipped]
+        assert reasons == ["not built, as the model does not call it"] * 2
