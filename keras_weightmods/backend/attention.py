@@ -72,7 +72,7 @@ def attend(
 
     Args:
         kernel: Callable from query, key, value, a bool mask of shape (batch,
-            queries, places) or None, and the scale.
+            queries, places) or None, and the scale. It computes in float32.
         query: Tensor of shape (batch, queries, heads, size).
         key, value: Tensors of shape (batch, places, key heads, size).
         bias, mask, scale, **options: As in Keras; None for what the kernel
@@ -83,6 +83,7 @@ def attend(
         return None
     (_, queries, heads, size), (batch, places, key_heads, _) = shapes[:2]
     dtype_of = keras.backend.standardize_dtype
+    dtypes = {dtype_of(x.dtype) for x in (query, key, value)}
     if (
         bias is not None
         or any(options.values())
@@ -90,7 +91,8 @@ def attend(
         or size != shapes[1][3]
         or size % native.HEAD_SIZE_MULTIPLE
         or heads % key_heads
-        or {dtype_of(x.dtype) for x in (query, key, value)} != {"float32"}
+        or len(dtypes) != 1
+        or not dtypes <= {"float32", "bfloat16", "float16"}
         or not native.has_vectors()
     ):
         return None

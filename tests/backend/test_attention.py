@@ -69,8 +69,24 @@ def test_what_it_is_not_made_for_goes_to_keras(shapes, options):
     assert attend(*inputs(**shapes), **options) is None
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("queries", [1, 19])
+def test_half_precision_is_rounded_at_the_end_alone(dtype, queries):
+    halves = [ops.cast(x, dtype) for x in inputs(queries=queries)]
+    mask = prompt_mask(queries)
+    got = attend(*halves, mask=mask)
+    assert keras.backend.standardize_dtype(got.dtype) == dtype
+    expected = attend(*(ops.cast(x, "float32") for x in halves), mask=mask)
+    np.testing.assert_array_equal(
+        numbers(ops.cast(got, "float32")),
+        numbers(ops.cast(ops.cast(expected, dtype), "float32")),
+    )
+
+
 def test_other_types_go_to_keras():
-    assert attend(*[ops.cast(x, "bfloat16") for x in inputs()]) is None
+    q, keys, values = inputs()
+    assert attend(q, keys, ops.cast(values, "bfloat16")) is None
+    assert attend(*[ops.cast(x, "int32") for x in (q, keys, values)]) is None
 
 
 def test_keys_in_a_cache_of_all_layers_are_read_where_they_are():

@@ -18,6 +18,7 @@ def kernel(query, key, value, mask, scale):
         return None
     if mask is None:
         mask = jnp.ones((*query.shape[:2], key.shape[1]), bool)
-    result = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    result = jax.ShapeDtypeStruct(query.shape, "float32")
     call = jax.ffi.ffi_call("kwm_xla_attend", result)
-    return call(query, key, value, mask, scale=np.float32(scale))
+    floats = (x.astype("float32") for x in (query, key, value))
+    return call(*floats, mask, scale=np.float32(scale)).astype(query.dtype)

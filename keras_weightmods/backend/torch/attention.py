@@ -14,7 +14,8 @@ def kernel(query, key, value, mask, scale):
     if not (query.is_cpu and key.is_cpu):
         return None
     operators = torch.ops.keras_weightmods
-    return operators.attend(query, key, value, mask, scale)
+    floats = (x.float() for x in (query, key, value))
+    return operators.attend(*floats, mask, scale).to(query.dtype)
 
 
 _library = torch.library.Library("keras_weightmods", "FRAGMENT")
