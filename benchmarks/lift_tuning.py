@@ -167,10 +167,13 @@ class Worker:
         from examples.data.prose import load_rows
 
         args, model, found = self.args, self.model, {}
+        model.compile(sampler="greedy")
+        kwm.compile_generate(model)
         for name, split in (("", "test"), ("unseen_", "unseen")):
             problems = self.problems(split, getattr(args, split))
             found[f"{name}loss"] = self.loss(problems[: args.valid])
             found[name.strip("_") or "solved"] = self.solved(problems)
+        kwm.uncompile_generate(model)
         perplexity = kwm.Perplexity(model, batch_size=4)
         texts = load_rows(
             model.tokenizer, 257, **dict.fromkeys(TEXTS, args.text_rows)
@@ -188,14 +191,11 @@ class Worker:
         """Return the share of problems that the model solves by itself."""
         import numpy as np
 
-        import keras_weightmods as kwm
         from examples.data.gsm_symbolic import is_solved
         from examples.data.word_problems import prompt_of
 
         model = self.model
         tokenizer, end = model.tokenizer, model.tokenizer.end_token_id
-        model.compile(sampler="greedy")
-        kwm.compile_generate(model)
         prompts = [tokenizer(prompt_of(each.question)) for each in problems]
         # Prompts of like lengths together: less is done one token a time.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -221,7 +221,6 @@ class Worker:
                 text = text[: ends[0]] if len(ends) else text
                 text = tokenizer.detokenize([int(i) for i in text])
                 solved += is_solved(str(text), problems[place])
-        kwm.uncompile_generate(model)
         return solved / len(problems)
 
 
