@@ -78,10 +78,11 @@ def weight_entries(parts):
         if slots(part):
             arrays = checkpoint_arrays(part)
         else:
-            arrays = {
-                key: (value.shape, value.dtype)
-                for key, value in saved(part).items()
-            }
+            # What the layer's own code assigns meanwhile is dropped: there
+            # may be no value to assign to.
+            with keras.StatelessScope():
+                found = saved(part)
+            arrays = {k: (x.shape, x.dtype) for k, x in found.items()}
         for key, (shape, dtype) in arrays.items():
             name = weight_name(part_name, key)
             if "/" in key:

@@ -422,6 +422,27 @@ def test_a_variable_made_of_a_value(path):
     round_trip(randomize(model), path)
 
 
+def test_a_layer_that_assigns_what_it_saves(path):
+    """As KerasHub's DINOv2 does: built without values, it has no array yet."""
+
+    @keras.saving.register_keras_serializable("tests.saving")
+    class Resized(keras.layers.Layer):
+        def build(self, input_shape):
+            self.stored = self.add_weight(input_shape[-1:], name="stored")
+            self.used = self.add_weight(input_shape[-1:], name="used")
+
+        def call(self, x):
+            return x * self.used
+
+        def save_own_variables(self, store):
+            self.stored.assign(self.used)
+            super().save_own_variables(store)
+
+    model = randomize(models.sequential((8,), Resized(), keras.layers.Dense(4)))
+    model.layers[0].stored.assign(model.layers[0].used)
+    round_trip(model, path)
+
+
 def test_classes_that_are_not_registered(path):
     class Twice(keras.layers.Layer):
         def call(self, x):
