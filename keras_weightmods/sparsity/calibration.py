@@ -86,7 +86,7 @@ def input_norms(model, targets, batches):
     body = _until_head(model, targets)
     routers = expert_banks.routers_of(model)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(without_gradients())
+        stack.enter_context(eager_forward())
         for index, target in enumerate(targets):
             if reader := input_reader(target, routers):
                 record = functools.partial(see, index, reader)
@@ -325,8 +325,14 @@ def used_positions(sample_weight):
     return used[..., 0] if used.ndim > 1 and used.shape[-1] == 1 else used
 
 
-def without_gradients():
-    """Keep torch from holding all activations of forward passes in a scope."""
+def eager_forward():
+    """Run the forward passes in a scope for what is seen in them.
+
+    Torch holds no activations. JAX traces both branches of `keras.ops.cond`,
+    and what is seen there is no number: one that is known is taken as it is.
+    """
+    if keras.backend.backend() == "jax":
+        return keras_private.functions_by(core_cond=_eager_cond)
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()
     import torch
@@ -334,8 +340,19 @@ def without_gradients():
     return torch.no_grad()
 
 
+def _eager_cond(plain):
+    import jax
+
+    def cond(pred, true_fn, false_fn):
+        if isinstance(pred, jax.core.Tracer):
+            return plain(pred, true_fn, false_fn)
+        return true_fn() if pred else false_fn()
+
+    return cond
+
+
 def gradients():
-    """Let torch take gradients in a scope inside `without_gradients`."""
+    """Let torch take gradients in a scope inside `eager_forward`."""
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()
     import torch

@@ -65,7 +65,7 @@ def second_moment(head: Head, batches: Any, verbose: Any) -> Any:
     count = 0
     with (
         Progress(len(batches), "batch", verbose) as progress,
-        calibration.without_gradients(),
+        calibration.eager_forward(),
     ):
         for x, weight in progress.each(batches):
             hidden = ops.convert_to_numpy(head.body(x, training=False))
@@ -110,7 +110,7 @@ def round_table(
     starts = range(0, table.shape[0], _ROWS)
     with (
         Progress(len(starts), "part of the head", verbose, since) as progress,
-        calibration.without_gradients(),
+        calibration.eager_forward(),
     ):
         for start in progress.each(starts):
             rows = ops.transpose(table[start : start + _ROWS])

@@ -236,7 +236,7 @@ def _output_function(model: Any, targets: Targets) -> Any:
         if isinstance(model, keras.Model):
             outputs = model.predict_on_batch(x)
         else:
-            with calibration.without_gradients():
+            with calibration.eager_forward():
                 outputs = model(x, training=False)
         flat = map(ops.convert_to_numpy, keras.tree.flatten(outputs))
         return np.concatenate([np.ravel(y).astype("float64") for y in flat])

@@ -114,7 +114,7 @@ class Walk:
                 )
             # What the unchanged model computes runs beside it.
             calls *= 2
-        with calibration.without_gradients():
+        with calibration.eager_forward():
             self.run(model, calls)
         for target in self.pending:
             self.visit([target], None, _UNREACHED)

@@ -46,6 +46,36 @@ def test_dense_over_several_batches():
     assert_untouched(model)
 
 
+class Branches(keras.layers.Layer):
+    """Calls a layer in a branch, as KerasHub's SAM does."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = keras.layers.Dense(4), keras.layers.Dense(4)
+
+    def build(self, input_shape):
+        self.one.build(input_shape)
+        self.other.build(input_shape)
+
+    def call(self, x):
+        return ops.cond(
+            ops.all(ops.isfinite(x)), lambda: self.one(x), lambda: self.other(x)
+        )
+
+
+def test_a_layer_in_a_branch_is_seen():
+    model = sequential((4,), Branches(), keras.layers.Dense(2))
+    x = normal(8, 4)
+    norms = norms_over(model, x)
+    by_path = dict(zip((t.path for t in find_targets(model)), norms))
+    one, other, _ = sorted(by_path)
+    np.testing.assert_allclose(by_path[one], root_mean_square(x, [1]), 1e-5)
+    assert by_path[other] is None
+    report = sparsify(model, "2:4", "sparsegpt", data=x, verbose=0)
+    notes = {kernel.path: kernel.note for kernel in report.kernels}
+    assert [path for path, note in notes.items() if note] == [other]
+
+
 @breadth(
     ("equation", "output_shape", "input_shape", "kept"),
     [
