@@ -1,8 +1,11 @@
 """Deltas in files: what changed in a model, checked before it is used."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
+import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -138,26 +141,33 @@ def _check_description(description, is_new):
 
 def _parse(description, arrays, is_new):
     """Return the entries; raise ValueError for what is not valid."""
-    entries: list[ChangeEntry] = []
+    infos: list[checkpoint.WeightInfo] = []
+    kinds: list[type[Sparse]] = []
+    coded: list[Callable[[], tuple[np.ndarray, np.ndarray]]] = []
     previous, length = -1, 8 if is_new else 6
     for weight in description["weights"]:
         if not _is_weight(weight, previous, description["count"], length):
             raise ValueError(f"has a weight that is not: {str(weight)[:200]}")
         previous, path, shape, count, *sizes = weight[:length]
         taken = functools.partial(_taken, arrays, path)
-        kind: type[Sparse] = Replacing if weight[length:] else Sparse
+        kinds.append(Replacing if weight[length:] else Sparse)
         if is_new:
             (dtype,) = weight[length:] or [description["dtype"]]
             dtype = numpy_dtype(dtype)
             parts = _weight(taken, count, sizes, math.prod(shape), dtype)
         else:
             parts = _old_weight(taken, count, sizes, math.prod(shape))
-        if not np.all(np.isfinite(parts[1].astype("float64"))):
-            raise ValueError(f"has changes of {path!r} that are not finite")
-        info = checkpoint.WeightInfo(previous, path, tuple(shape), "")
-        entries.append(ChangeEntry(info, kind(*parts)))
+        coded.append(parts)
+        infos.append(checkpoint.WeightInfo(previous, path, tuple(shape), ""))
     if any(array.size for array in arrays.values()):
         raise ValueError("has less than the file")
+    # zlib and NumPy let other threads run.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = pool.map(_decoded, infos, coded)
+        entries = [
+            ChangeEntry(info, kind(*parts))
+            for info, kind, parts in zip(infos, kinds, decoded)
+        ]
     all_of = [
         entry.position
         for entry in entries
@@ -170,22 +180,34 @@ def _parse(description, arrays, is_new):
     return tuple(entries)
 
 
+def _decoded(info, decode):
+    """Return the places and the changes of a weight, checked."""
+    places, changes = decode()
+    if not np.all(np.isfinite(changes.astype("float64"))):
+        raise ValueError(f"has changes of {info.path!r} that are not finite")
+    return places, changes
+
+
 def _weight(taken, count, sizes, size, dtype):
-    """Return the places and the changes of a weight."""
+    """Take a weight; return what decodes its places and its changes."""
     low, coded, nbytes, first_nbytes = sizes
     packed = taken("places", nbytes)
     first = taken("exponents", first_nbytes)
     rest = taken("mantissas", count * (dtype.itemsize - 1))
-    where = coding.unpack_gaps(packed, count, low, coded, size)
-    first = coding.decompress(first, count)
-    return where, coding.join_floats(first, rest, dtype)
+
+    def decode():
+        where = coding.unpack_gaps(packed, count, low, coded, size)
+        exponents = coding.decompress(first, count)
+        return where, coding.join_floats(exponents, rest, dtype)
+
+    return decode
 
 
 def _old_weight(taken, count, sizes, size):
-    """Return the same in a file of version 1."""
+    """Do the same in a file of version 1."""
     bits, nbytes = sizes
     packed, change = taken("places", nbytes), taken("values", count)
-    return unpack_places(packed, count, bits, size), change
+    return lambda: (unpack_places(packed, count, bits, size), change)
 
 
 def _taken(arrays, path, name, size):
