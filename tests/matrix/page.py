@@ -15,7 +15,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "every_model.md"
 MARKS = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BACKENDS = ("torch", "jax", "tensorflow")
-STATES = ("passed", "refused", "keras", "limit", "wrong")
 # The columns of the language models' table.
 COLUMNS = {
     "targets": "kernels",
@@ -168,16 +167,24 @@ def _made(rows, kind):
 
 
 def _methods(found):
-    heads = [f"{backend}: {s}" for backend in found for s in STATES]
-    yield f"| method | {' | '.join(heads)} |"
-    yield "|---" * (1 + len(heads)) + "|"
+    yield f"| method | {' | '.join(found)} |"
+    yield "|---" * (1 + len(found)) + "|"
+    all_of = {backend: list(rows.items()) for backend, rows in found.items()}
     for method in METHODS:
-        cells = []
-        for rows in found.values():
-            of_method = [r for (_, m), r in rows.items() if m == method]
-            states = collections.Counter(row["state"] for row in of_method)
-            cells += [str(states[state] or "") for state in STATES]
+        cells = [
+            _counted([row for (_, m), row in rows if m == method])
+            for rows in all_of.values()
+        ]
         yield f"| `{method}` | {' | '.join(cells)} |"
+    cells = [_counted([row for _, row in rows]) for rows in all_of.values()]
+    yield f"| all | {' | '.join(cells)} |"
+
+
+def _counted(rows):
+    """Say how many rows ended in which state; passed goes without saying."""
+    states = collections.Counter(row["state"] for row in rows)
+    passed = str(states.pop("passed", 0))
+    return ", ".join([passed, *(f"{n} {s}" for s, n in sorted(states.items()))])
 
 
 def _others(found):

@@ -175,5 +175,7 @@ def test_the_page_is_written_from_the_results(tmp_path, monkeypatch):
     assert "Made with keras 3." in written
     assert "| `GPT2CausalLM` | 12, 2 left |" in written
     assert "| `VGG16` | 16, 15 of them | 54.5 M | 99% |" in written
+    assert "| `forward` | 1, 1 unmade |" in written
+    assert "| all | 3, 1 refused, 1 unmade |" in written
     assert r"torch, refused, `lift`: a \| b (`GPT2CausalLM`)" in written
     assert "torch, unmade, `forward`: none (`BertBackbone`)" in written
