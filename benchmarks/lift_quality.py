@@ -56,7 +56,10 @@ MEASURES = {
 }
 POOLED = ("solved", "unseen")
 DIFFERENCES = ("solved", "loss", "forgotten")
-COSTS = ("trained", "optimizer_bytes", "peak_bytes", "step", "file_bytes")
+COSTS = (
+    *("trained", "optimizer_bytes", "peak_bytes", "step"),
+    *("stored", "file_bytes"),
+)
 # What the runs of a file have in common.
 SETTING = (
     *("backend", "dtype", "steps", "search_steps", "batch", "length"),

@@ -148,7 +148,11 @@ class Worker:
             }
             kwm.merge_lora(model)
             count = sum(factor.size for factor in factors.values())
-            return {"trained": count, "file_bytes": len(save(factors))}
+            return {
+                "trained": count,
+                "stored": count,
+                "file_bytes": len(save(factors)),
+            }
         count = sum(math.prod(v.shape) for v in trained)
         if method.criterion:
             optimizer = model.optimizer
@@ -159,7 +163,12 @@ class Worker:
         base = load_model(dtype=self.args.dtype).get_weights()
         report = kwm.save_delta(model, base, file, verbose=0)
         file.unlink()
-        return {"trained": count, "file_bytes": report.nbytes}
+        return {
+            "trained": count,
+            # More, where the masks were chosen again.
+            "stored": report.entries,
+            "file_bytes": report.nbytes,
+        }
 
     def test(self):
         """Return all that is measured on a model that is trained."""

@@ -505,7 +505,7 @@ def lift_quality(log):
                 megabytes(row["peak_bytes"]),
                 f"{row['step']:.2f}",
                 f"{row['file_bytes'] / 1e6:.1f}",
-                f"{row['file_bytes'] / (2 * row['trained']):.2f}",
+                f"{row['file_bytes'] / (2 * row['stored']):.2f}",
                 row["tried"],
             ]
         rows.append(cells + [""] * (14 - len(cells)))
@@ -539,8 +539,8 @@ def lift_quality(log):
         "each with its own problems. The rate of each method is the best of "
         "those tried by the validation loss after "
         f"{setting['search_steps']} steps, with a worse one on both sides. A "
-        "step is seconds of the processor; x LoRA is the file over as many "
-        "numbers in bfloat16. "
+        "step is seconds of the processor; x LoRA is the file over a LoRA in "
+        "bfloat16 of as many numbers as were changed. "
         f"{setting['backend']}, {setting['dtype']}, {log['machine']['cpu']}.",
         table(
             "method | rate | solved, % | unseen, % | loss | unseen loss | "

@@ -24,6 +24,7 @@ def final(method, seed, solved, forgotten, rate=1e-3):
         "reference": 2.0 + seed + forgotten,
         "news": 3.0 + seed + 3 * forgotten,
         "trained": 800_000,
+        "stored": 800_000,
         "optimizer_bytes": 8e6,
         "peak_bytes": 1e9,
         "step": 0.5 + seed,
