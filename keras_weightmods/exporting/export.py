@@ -159,6 +159,8 @@ def export(
             target = str(pathlib.Path(folder) / path.name)
             if keep_packed:
                 write(target, progress)
+                if format == "torch":
+                    _check_torch_loads(target)
             else:
                 _warn_about_sizes(model)
                 progress.total += len(_packed(model))
@@ -230,6 +232,24 @@ def check_needs(format: str, keep_packed: bool) -> None:
             f"The format {format!r} needs {', '.join(missing)} on {backend}. "
             f"Install with: pip install {install}"
         )
+
+
+def _check_torch_loads(path: str) -> None:
+    """Raise ValueError where torch cannot load a file with packed kernels.
+
+    Torch 2.9 gives gradients to all parameters, and integers have none.
+    """
+    import torch
+
+    try:
+        torch.export.load(path)
+    except RuntimeError as error:
+        raise ValueError(
+            "This torch cannot load the integer weights that it has written; "
+            "torch 2.10 and newer can. Upgrade torch, or leave out "
+            "`keep_packed`. Received: keep_packed=True with torch "
+            f"{torch.__version__}"
+        ) from error
 
 
 def _writer(

@@ -122,7 +122,12 @@ def test_packed_kernels_are_kept_where_they_can_be(format, tmp_path):
             kwm.export(model, path, format=format, keep_packed=True)
         return
     with left_alone(model) as expected:
-        kwm.export(model, path, format=format, keep_packed=True)
+        try:
+            kwm.export(model, path, format=format, keep_packed=True)
+        except ValueError as error:
+            # The oldest that is supported.
+            assert "torch 2.9" in str(error) and not path.exists()
+            return
         found = RUNNERS[format][0](str(path))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
