@@ -1,5 +1,6 @@
 """Exported models with packed kernels, in processes of their own."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -59,6 +60,8 @@ def exported(tmp_path_factory):
         pytest.skip("on JAX packed models are exported dense")
     if reason := reason_for_dense():
         pytest.skip(reason)
+    if importlib.metadata.version(BACKEND).startswith("2.9."):
+        pytest.skip("torch 2.9 loads no integer weights")
     folder = tmp_path_factory.mktemp("exported")
     model = models.make_sparse(models.mlp(64, 32, 8))
     kwm.pack(model, dtype="int8")

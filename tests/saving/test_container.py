@@ -226,7 +226,9 @@ def test_truncated_files(path, data):
 
 
 def test_longer_files(path, data):
-    assert_refused(path, data + b"\0", "not fully covered")
+    # Before 0.6 safetensors has words of its own.
+    words = "not fully covered|MetadataIncompleteBuffer"
+    assert_refused(path, data + b"\0", words)
     assert_refused(path, b"\0" + data)
 
 
@@ -403,6 +405,9 @@ HOSTILE = {
 def test_hostile_headers(path, data, match, name):
     header, start = parse(data)
     HOSTILE[match][name](header)
+    if "unknown dtype" in match:
+        # What safetensors says of it, where it does not know it either.
+        match += "|InvalidHeaderDeserialization"
     assert_refused(path, pack(header, data[start:]), match)
 
 
