@@ -5,9 +5,11 @@ values there. Most go through the array in pieces, so that neither the models
 nor whole arrays of them are in memory at once.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,11 +67,11 @@ class Task:
         base = self.read(-1, part)
         return base, [values - base for values in self.models(part)]
 
-    def magnitudes(self, number: int) -> Iterator[np.ndarray]:
-        """Yield by pieces how much a model has changed, as float32."""
-        for part in self.pieces():
-            change = self.read(number, part) - self.read(-1, part)
-            yield np.abs(change).astype("float32", copy=False)
+    def kth_largest(self, count: int) -> list[Any]:
+        """Return of each model the `count`-th largest of its changes."""
+        return kth_largest(
+            lambda: (self.changes(part)[1] for part in self.pieces()), count
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +100,7 @@ def _task_arithmetic(task):
 
 def _ties(task):
     count = max(1, math.ceil(task.density * task.size))
-    least = [
-        kth_largest(lambda i=i: task.magnitudes(i), count)
-        for i in range(len(task.weights))
-    ]
+    least = task.kth_largest(count)
     for part in task.pieces():
         base, changes = task.changes(part)
         kept = [
@@ -131,11 +130,10 @@ def _dare_ties(task):
 def _breadcrumbs(task):
     removed = math.floor(task.options.gamma * task.size)
     kept = max(1, min(math.ceil(task.density * task.size), task.size - removed))
-    bounds = []
-    for i in range(len(task.weights)):
-        magnitudes = lambda i=i: task.magnitudes(i)  # noqa: E731
-        most = kth_largest(magnitudes, removed) if removed else np.inf
-        bounds.append((kth_largest(magnitudes, removed + kept), most))
+    most = [np.inf] * len(task.weights)
+    if removed:
+        most = task.kth_largest(removed)
+    bounds = list(zip(task.kth_largest(removed + kept), most))
     for part in task.pieces():
         base, changes = task.changes(part)
         inside = [
@@ -297,29 +295,53 @@ def isotropic(matrix: np.ndarray) -> np.ndarray:
     return values.mean() * (left @ right)
 
 
-def kth_largest(parts: Callable[[], Iterator[np.ndarray]], count: int) -> Any:
-    """Return the `count`-th largest of many numbers, in two passes over them.
+def kth_largest(
+    parts: Callable[[], Iterator[list[np.ndarray]]], count: int
+) -> list[Any]:
+    """Return the `count`-th largest size of each of several rows of numbers.
 
-    The bits of floats that are not negative are in the order of the numbers:
-    the upper half of those sought is found in the first pass, the lower half
-    in the second.
+    In two passes over them. The bits of floats that are not negative are in
+    the order of the numbers: the upper half of those sought is found in the
+    first pass, the lower half in the second.
 
     Args:
-        parts: Callable that returns an iterator of float32 arrays of numbers
-            that are 0 or more.
-        count: Int, from 1 to how many there are.
+        parts: Callable that returns an iterator of pieces of the rows, lists
+            of an array for each. They go by their sizes in float32.
+        count: Int, from 1 to how many there are in a row.
     """
-    counts = np.zeros(1 << 16, "int64")
-    for part in parts():
-        counts += np.bincount(part.view("uint32") >> 16, minlength=counts.size)
-    upper, count = _place(counts, count)
-    counts[:] = 0
-    for part in parts():
-        bits = part.view("uint32")
-        low = bits[bits >> 16 == upper] & 0xFFFF
-        counts += np.bincount(low, minlength=counts.size)
-    lower, _ = _place(counts, count)
-    return np.array(upper << 16 | lower, "uint32").view("float32")[()]
+    counts = _counted(parts, lambda row, bits: bits >> 16)
+    found = [_place(row, count) for row in counts]
+
+    def lower(row, bits):
+        return bits[bits >> 16 == found[row][0]] & 0xFFFF
+
+    counts = _counted(parts, lower)
+    bits = [
+        upper << 16 | _place(row, rest)[0]
+        for row, (upper, rest) in zip(counts, found)
+    ]
+    return list(np.array(bits, "uint32").view("float32"))
+
+
+def _counted(parts, halves):
+    """Return how often each half of 16 bits is in each of the rows.
+
+    The rows are counted side by side, while the next piece is read.
+    """
+
+    def counted(row, numbers):
+        bits = _rank(numbers).view("uint32")
+        return np.bincount(halves(row, bits), minlength=1 << 16)
+
+    total: Any = 0
+    before: Any = None
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for arrays in parts():
+            now = pool.map(counted, itertools.count(), arrays)
+            if before is not None:
+                total += np.array(list(before))
+            before = now
+        return total + np.array(list(before))
 
 
 def _place(counts, count):
@@ -331,7 +353,7 @@ def _place(counts, count):
 
 
 def _rank(x):
-    """Return what `Task.magnitudes` has of these changes."""
+    """Return the sizes of changes, as `kth_largest` compares them."""
     return np.abs(x).astype("float32", copy=False)
 
 

@@ -207,11 +207,12 @@ def test_merging_a_model_with_itself(method):
 
 def test_kth_largest():
     random = np.random.default_rng(0)
-    numbers = np.abs(random.normal(size=999)).astype("float32")
+    numbers = random.normal(size=999).astype("float32")
     numbers[::3] = numbers[0]  # ties
     numbers[1::50] = 0
-    parts = np.array_split(numbers, 4)
-    order = np.sort(numbers)[::-1]
+    rows = [numbers, random.normal(size=999), numbers * 3]
+    parts = list(zip(*(np.array_split(row, 4) for row in rows)))
+    order = [np.sort(np.abs(row).astype("float32"))[::-1] for row in rows]
     for count in (1, 2, 333, 500, 998, 999):
         found = merge_methods.kth_largest(lambda: iter(parts), count)
-        assert found == order[count - 1]
+        assert found == [row[count - 1] for row in order]
