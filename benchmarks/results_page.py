@@ -593,6 +593,35 @@ def lift_step(log):
     )
 
 
+def lift_large(log):
+    rows = [
+        [
+            *(backend, row["kernels"]),
+            *(f"{row[k]:.1f}" for k in ("first_masks", "refresh")),
+            f"{row['file_bytes'] / 1e6:.1f}",
+            f"{row['x_lora']:.3f}",
+            *(f"{row[k]:.2f}" for k in ("write", "apply")),
+            f"{row['read_mb_s']:.0f}",
+        ]
+        for backend, row in log["backends"].items()
+    ]
+    return "\n\n".join(
+        [
+            f"A Gemma 3 of the shapes of its 270M, {log['density']:.0%} of "
+            "its kernels. First masks: in a process that has compiled nothing. "
+            "The file holds normal changes in the masks of weights at random, "
+            "of which nothing can be told; x LoRA is its size over that of a "
+            "bfloat16 LoRA of as many numbers. Of trained changes see above. "
+            f"{log['machine']['cpu']}, {log['machine']['cores']} cores.",
+            table(
+                "backend | kernels | first masks, s | refresh, s | file, MB | "
+                "x LoRA | written in, s | applied in, s | read, MB/s",
+                rows,
+            ),
+        ]
+    )
+
+
 def merging(log):
     rows = [
         [
@@ -926,6 +955,7 @@ PARTS = (
     ("LIFT: quality", "lift_quality", lift_quality),
     ("LIFT: step and memory", "lift_step", lift_step),
     ("LIFT: masks", "principal_mask", principal_mask),
+    ("LIFT: first masks and files of 270M", "lift_large", lift_large),
     ("Signatures: quality", "rws_quality", rws_quality),
     ("Merging: memory and time", "merge", merging),
     ("Companders: quality", "compander_quality", compander_quality),
