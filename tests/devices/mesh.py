@@ -339,7 +339,8 @@ def language_model(dumps):
     for options, tolerance in kinds:
         alone = packed_llama(options)
         expected = alone.predict(data, verbose=0)
-        for own in (by_model, of_hub):
+        kind = ", ".join(f"{k} {v}" for k, v in options.items()) or "float32"
+        for own, whose in ((by_model, "our"), (of_hub, "KerasHub's")):
             with own.scope():
                 model = packed_llama(options)
                 logits = model.predict(data, verbose=0)
@@ -354,7 +355,10 @@ def language_model(dumps):
                 kwm.unpack(model)
                 assert share(model.variables) <= SHARE
             np.testing.assert_allclose(logits, expected, atol=tolerance)
-            print(f"{options or 'float32'}: {held:.3f} of the packed arrays")
+            print(
+                f"packed, {kind}: {held:.3f} of the arrays on a device, by "
+                f"{whose} layout"
+            )
             # Activations have so many entries, at most; the values of a
             # kernel at least 256 x 128 / 2 bytes.
             check_programs(dumps, 4 * 4 * 512)

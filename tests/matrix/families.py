@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from tests import models
-from tests.matrix import hub
+from tests.matrix import hub, states
 from tests.matrix.hub_sizes import TOKENS
 
 NETS = (
@@ -30,7 +30,8 @@ class Family:
 
     Attributes:
         name: String.
-        kind: `"own"`, `"language"`, `"encoder"` or `"net"`.
+        kind: `"own"`, `"language"`, `"encoder"`, `"net"`, or `"pair"` of what
+            was done to before, see `states`.
         make: Callable that returns a model, with the same weights each time.
         shape: Tuple, of the input of a model that does not tell it.
     """
@@ -39,6 +40,11 @@ class Family:
     kind: str
     make: Callable[[], Any]
     shape: tuple[int, ...] = ()
+
+    @property
+    def generates(self) -> bool:
+        """Bool, whether it writes text."""
+        return self.kind == "language" or "CausalLM" in self.name
 
     def inputs(self, model: Any) -> Any:
         """Return a batch of `ROWS`."""
@@ -65,7 +71,24 @@ def _batch(tensor):
 def families():
     """Return all families, by name."""
     found = [*_own(), *_of_hub(), *map(_net, NETS)]
+    found += _after_others({family.name: family for family in found})
     return {family.name: family for family in found}
+
+
+def _after_others(plain):
+    """Yield a family for each state that a model may be in."""
+
+    def maker(base, reach):
+        def make():
+            model = base.make()
+            reach(model, base.inputs(model))
+            return model
+
+        return make
+
+    for base in map(plain.get, states.BASES):
+        for name, reach in states.STATES.items():
+            yield Family(f"{base.name}, {name}", "pair", maker(base, reach))
 
 
 def _own():

@@ -182,19 +182,17 @@ def patches(family):
 def lora(family):
     model, x = _made(family)
     kwm.sparsify(model, verbose=0)
-    layers = [t.layer for t in kwm.find_targets(model) if _takes_lora(t.layer)]
+    layers = [t.layer for t in kwm.find_targets(model)]
+    layers = [layer for layer in layers if hasattr(layer, "enable_lora")]
     if not layers:
         raise ValueError("Keras has LoRA for none of the layers")
     for layer in {id(layer): layer for layer in layers}.values():
-        layer.enable_lora(2)
+        if not layer.lora_enabled:
+            layer.enable_lora(2)
         layer.lora_kernel_b.assign(models.normal(*layer.lora_kernel_b.shape))
     kwm.merge_lora(model, "2:4")
     kwm.assert_sparse(model)
     _finite(model, x)
-
-
-def _takes_lora(layer):
-    return hasattr(layer, "enable_lora") and not layer.lora_enabled
 
 
 def pack(family):

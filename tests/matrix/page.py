@@ -9,6 +9,7 @@ import zlib
 
 from tests.matrix.families import families
 from tests.matrix.methods import METHODS
+from tests.matrix.states import BASES, STATES
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,7 +38,7 @@ def cells(part=1):
         for name, family in families().items()
         for method in METHODS
         if (method in OF_NETS if family.kind == "net" else method != "share")
-        and (family.kind == "language" or "generate" not in method)
+        and (family.generates or "generate" not in method)
     ]
     return [
         pair
@@ -105,12 +106,19 @@ def write(page=PAGE, results=RESULTS):
             + " Run `make matrix`, which goes on where it was stopped."
         )
     first = next(iter(found.values()))
+    kinds = {name: family.kind for name, family in families().items()}
+    plain = {
+        backend: {k: row for k, row in rows.items() if kinds[k[0]] != "pair"}
+        for backend, rows in found.items()
+    }
     tables = {
         "versions": _versions(found),
         "language": _language(first),
         "nets": _nets(first),
-        "methods": _methods(found),
-        "others": _others(found),
+        "methods": _methods(plain),
+        "pairs": _pairs(found),
+        "devices": _devices(results / "devices.json"),
+        "others": _others(plain),
     }
     text = MARKS.sub(
         lambda mark: mark[1] + "\n".join(tables[mark[2]]) + f"\n{mark[3]}",
@@ -178,6 +186,47 @@ def _methods(found):
         yield f"| `{method}` | {' | '.join(cells)} |"
     cells = [_counted([row for _, row in rows]) for rows in all_of.values()]
     yield f"| all | {' | '.join(cells)} |"
+
+
+def _pairs(found):
+    """Say of each state what goes with it, and what is refused."""
+    yield "| done before | goes with it | refused | else |"
+    yield "|---|---|---|---|"
+    for state in STATES:
+        names = {f"{base}, {state}" for base in BASES}
+        ends = collections.defaultdict(set)
+        for backend, rows in found.items():
+            for (family, method), row in rows.items():
+                if family in names:
+                    ends[method].add((row["state"], family, backend))
+        columns: dict[str, list[str]] = {"passed": [], "refused": [], "": []}
+        for method in METHODS:
+            states = {state for state, *_ in ends[method]}
+            for one in states:
+                where = [each for each in ends[method] if each[0] == one]
+                text = f"`{method}`"
+                if len(states) > 1:
+                    bases = {family.partition(",")[0] for _, family, _ in where}
+                    backends = {backend for *_, backend in where}
+                    text += f" ({one}: {_listed(bases)}, {_listed(backends)})"
+                column = one if len(states) == 1 and one in columns else ""
+                columns[column].append(text)
+        cells = " | ".join(", ".join(texts) for texts in columns.values())
+        yield f"| {state} | {cells} |"
+
+
+def _devices(file):
+    """Say what was checked on which devices."""
+    yield "| devices | what | found |"
+    yield "|---|---|---|"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    for name, lines in found.items():
+        for what, _, text in (line.partition(": ") for line in lines):
+            yield f"| {name} | {what} | {text} |"
+
+
+def _listed(names):
+    return " and ".join(sorted(names))
 
 
 def _counted(rows):

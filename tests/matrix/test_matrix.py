@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
 DENSE = families()["Dense"]
-PART = 60  # one in so many
+PART = 10  # one in so many
 
 
 def test_a_part_of_the_matrix(tmp_path):
@@ -149,6 +149,10 @@ def test_the_page_is_written_from_the_results(tmp_path, monkeypatch):
         ("GPT2CausalLM", "lift", "refused", "ValueError: a | b"),
         ("VGG16", "share", "passed", ["16, 15 of them", "54.5 M", "99%"]),
         ("BertBackbone", "forward", "unmade", "TypeError: none"),
+        ("Dense, packed", "pack", "refused", "ValueError: packed"),
+        ("Dense, packed", "delta", "passed", ""),
+        ("Dense, packed", "save", "passed", ""),
+        ("LlamaCausalLM, packed", "save", "wrong", "KeyError: 5"),
     ]
     keys = "family", "method", "state", "note"
     text = "".join(
@@ -159,6 +163,7 @@ def test_the_page_is_written_from_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "cells", lambda: [*done, ("BertBackbone", "fit")])
     file = tmp_path / "page.md"
     names = ("versions", "language", "nets", "methods", "others")
+    names += ("pairs", "devices")
     marks = [f"<!-- {name} -->\nold\n<!-- end -->\n" for name in names]
     file.write_text("".join(marks))
     with pytest.raises(ValueError, match="no file"):
@@ -169,6 +174,8 @@ def test_the_page_is_written_from_the_results(tmp_path, monkeypatch):
         page.write(file, tmp_path)
     assert file.read_text() == "".join(marks)
     results.write_text(text)
+    devices = tmp_path / "devices.json"
+    devices.write_text(json.dumps({"2 processes": ["LIFT: equal: yes"]}))
     page.write(file, tmp_path)
     written = file.read_text()
     assert "old" not in written
@@ -177,5 +184,8 @@ def test_the_page_is_written_from_the_results(tmp_path, monkeypatch):
     assert "| `VGG16` | 16, 15 of them | 54.5 M | 99% |" in written
     assert "| `forward` | 1, 1 unmade |" in written
     assert "| all | 3, 1 refused, 1 unmade |" in written
+    assert "| 2 processes | LIFT | equal: yes |" in written
+    assert "| packed | `delta` | `pack` | `save` (" in written
+    assert "`save` (wrong: LlamaCausalLM, torch)" in written
     assert r"torch, refused, `lift`: a \| b (`GPT2CausalLM`)" in written
     assert "torch, unmade, `forward`: none (`BertBackbone`)" in written
