@@ -205,7 +205,7 @@ def _pairs(found):
             for one in states:
                 where = [each for each in ends[method] if each[0] == one]
                 text = f"`{method}`"
-                if len(states) > 1:
+                if len(states) > 1 or one not in columns:
                     bases = {family.partition(",")[0] for _, family, _ in where}
                     backends = {backend for *_, backend in where}
                     text += f" ({one}: {_listed(bases)}, {_listed(backends)})"

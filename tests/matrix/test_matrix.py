@@ -31,7 +31,13 @@ def test_a_part_of_the_matrix(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     rows = page.read(file)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    unmade = {f for (f, _), row in rows.items() if row["state"] == "unmade"}
+    # Without a model, or one that Keras itself can call, there is no more.
+    unmade = {
+        family
+        for (family, method), row in rows.items()
+        if row["state"] == "unmade"
+        or (method == "forward" and row["state"] == "keras")
+    }
     assert {f for f, _ in set(page.cells(PART)) - set(rows)} <= unmade
     made = [row["state"] for row in rows.values() if row["state"] != "unmade"]
     assert made.count("passed") > 0.8 * len(made) > 10, done.stdout
@@ -152,7 +158,7 @@ def test_the_page_is_written_from_the_results(tmp_path, monkeypatch):
         ("Dense, packed", "pack", "refused", "ValueError: packed"),
         ("Dense, packed", "delta", "passed", ""),
         ("Dense, packed", "save", "passed", ""),
-        ("LlamaCausalLM, packed", "save", "wrong", "KeyError: 5"),
+        ("Dense, sparse", "save", "wrong", "KeyError: 5"),
     ]
     keys = "family", "method", "state", "note"
     text = "".join(
@@ -185,7 +191,7 @@ def test_the_page_is_written_from_the_results(tmp_path, monkeypatch):
     assert "| `forward` | 1, 1 unmade |" in written
     assert "| all | 3, 1 refused, 1 unmade |" in written
     assert "| 2 processes | LIFT | equal: yes |" in written
-    assert "| packed | `delta` | `pack` | `save` (" in written
-    assert "`save` (wrong: LlamaCausalLM, torch)" in written
+    assert "| packed | `delta`, `save` | `pack` |  |" in written
+    assert "| sparse |  |  | `save` (wrong: Dense, torch) |" in written
     assert r"torch, refused, `lift`: a \| b (`GPT2CausalLM`)" in written
     assert "torch, unmade, `forward`: none (`BertBackbone`)" in written
