@@ -38,21 +38,23 @@ def main():
 def run(backend, program, flags):
     """Return the lines of a program, which are also shown."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+        own = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
         arguments = []
         if flags:
-            environment["XLA_FLAGS"] = flags + folder
+            own["XLA_FLAGS"] = flags + folder
             arguments = ["--dumps", folder]
-        done = subprocess.run(
-            [sys.executable, "-m", f"tests.devices.{program}", *arguments],
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-    print(done.stdout, end="", flush=True)
-    if done.returncode:
-        sys.exit(f"tests.devices.{program} ended with {done.returncode}")
-    return [x for x in done.stdout.splitlines() if LINE.fullmatch(x)]
+        command = [sys.executable, "-m", f"tests.devices.{program}", *arguments]
+        environment = {**os.environ, **own, "PYTHONUNBUFFERED": "1"}
+        lines = []
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True
+        ) as running:
+            for line in running.stdout:
+                print(line, end="", flush=True)
+                lines.append(line.rstrip("\n"))
+    if running.returncode:
+        sys.exit(f"tests.devices.{program} ended with {running.returncode}")
+    return [line for line in lines if LINE.fullmatch(line)]
 
 
 if __name__ == "__main__":
