@@ -6,12 +6,15 @@ for what is repeated: that is fast, and what repeats here are single bytes.
 - Rising places become the gaps between them, a byte each; a byte of 255 stands
   for as many more without a place. Of places at random with a density of 5 % a
   gap takes 5.8 bits, where 5.73 is the least possible, and less where their
-  density changes from row to row. Of wide gaps the low bytes, which nothing
-  predicts, are kept as they are.
+  density changes along the array. Of wide gaps the low bytes, which nothing
+  predicts, are kept as they are. The array is gone through row by row or column
+  by column, as takes less: principal masks are denser in some columns of a
+  kernel than in others.
 - Of values the exponents are coded, of which most are alike, and the signs and
   mantissas kept as they are.
 """
 
+import math
 import zlib
 
 import numpy as np
@@ -19,6 +22,63 @@ import numpy as np
 _LONG = 255
 # Mean gaps from which on one more low byte is as good as random.
 _WIDE = 512
+
+
+def pack_places(places, shape):
+    """Code rising places in a flattened array, in the order that takes less.
+
+    Args:
+        places: int array of shape `(n,)`, rising, from 0, below the size.
+        shape: Tuple of ints, of the array.
+
+    Returns:
+        Quadruple of `rows`, and what `pack_gaps` returns. The array of shape
+        `(rows, size // rows)` is gone through column by column; with one row
+        that is the order of the places.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_weightmods.patches.coding import pack_places, unpack_gaps
+    from keras_weightmods.patches.coding import to_rows
+
+    # All of the second column.
+    places = np.arange(1, 60_000, 100)
+    rows, low, count, packed = pack_places(places, (600, 100))
+    found = unpack_gaps(packed, 600, low, count, 60_000)
+    assert rows == 600 and found.tolist() == list(range(600, 1200))
+    assert to_rows(found, rows, 60_000).tolist() == places.tolist()
+    ```
+    """
+    best = 1, *pack_gaps(places)
+    size = math.prod(shape)
+    for axis in range(1, len(shape) if places.size else 0):
+        rows = math.prod(shape[:axis])
+        # That is to exchange rows and columns, both ways.
+        found = rows, *pack_gaps(to_rows(places, size // rows, size))
+        best = min(best, found, key=lambda each: each[-1].size)
+    return best
+
+
+def to_rows(places, rows, size):
+    """Return rising places of an array gone through column by column as those
+    row by row, rising.
+
+    Args:
+        places: int array of shape `(n,)`, below `size`.
+        rows: Int, of the array, a divisor of `size`.
+        size: Int, of the array.
+    """
+    if rows == 1:
+        return places
+    # In half the time of 8 bytes.
+    exact = np.uint32 if size <= 2**32 else np.uint64
+    places, rows = places.astype(exact), exact(rows)
+    column = places // rows
+    found = (places - column * rows) * exact(size // rows) + column
+    found.sort()
+    return found.astype("int64")
 
 
 def pack_gaps(places):

@@ -19,7 +19,9 @@ from keras_weightmods.saving import bounded_json, container
 from keras_weightmods.utils.dtypes import numpy_dtype
 
 FORMAT = "keras_weightmods.delta"
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
+# Numbers of a weight in the description.
+_LENGTHS = {1: 6, 2: 8, 3: 9}
 _PLANES = ("places", "exponents", "mantissas")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -81,11 +83,11 @@ def write_delta(filepath, delta, dtype, overwrite, see) -> float:
     planes: dict[str, list[np.ndarray]] = {name: [] for name in _PLANES}
     for entry in delta:
         info, tensor = entry.info, entry.tensor
-        low, coded, places = coding.pack_gaps(tensor.places)
+        rows, low, coded, places = coding.pack_places(tensor.places, info.shape)
         first, rest = coding.split_floats(tensor.values)
         first = coding.compress(first)
-        sizes = [tensor.places.size, low, coded, places.size, first.size]
-        row = [info.position, info.path, list(info.shape), *sizes]
+        row = [info.position, info.path, list(info.shape)]
+        row += [tensor.places.size, low, coded, places.size, first.size, rows]
         if isinstance(tensor, Replacing):
             row.append(tensor.values.dtype.name)
         weights.append(row)
@@ -112,7 +114,8 @@ def read_delta(filepath) -> Delta:
         dtypes = {name: entry.dtype for name, entry in reader.entries.items()}
         old = {"description": "uint8", "places": "uint8"}
         new = {"description": "uint8", **dict.fromkeys(_PLANES, "uint8")}
-        is_new = reader.version == VERSIONS[-1]
+        version = reader.version
+        is_new = version > 1
         layouts = [{**old, "values": dtype} for dtype in DTYPES]
         if dtypes not in ([new] if is_new else layouts):
             raise reader.error("places", "must be beside the others of a delta")
@@ -121,7 +124,7 @@ def read_delta(filepath) -> Delta:
         del arrays["description"]
         try:
             _check_description(about, is_new)
-            entries = _parse(about, arrays, is_new)
+            entries = _parse(about, arrays, version)
         except ValueError as error:
             raise reader.error("description", str(error)) from error
     whole = tuple(about.get("whole", ()))
@@ -139,19 +142,19 @@ def _check_description(description, is_new):
         raise ValueError(f"must have a dtype of {DTYPES}")
 
 
-def _parse(description, arrays, is_new):
+def _parse(description, arrays, version):
     """Return the entries; raise ValueError for what is not valid."""
     infos: list[checkpoint.WeightInfo] = []
     kinds: list[type[Sparse]] = []
     coded: list[Callable[[], tuple[np.ndarray, np.ndarray]]] = []
-    previous, length = -1, 8 if is_new else 6
+    previous, length = -1, _LENGTHS[version]
     for weight in description["weights"]:
         if not _is_weight(weight, previous, description["count"], length):
             raise ValueError(f"has a weight that is not: {str(weight)[:200]}")
         previous, path, shape, count, *sizes = weight[:length]
         taken = functools.partial(_taken, arrays, path)
         kinds.append(Replacing if weight[length:] else Sparse)
-        if is_new:
+        if version > 1:
             (dtype,) = weight[length:] or [description["dtype"]]
             dtype = numpy_dtype(dtype)
             parts = _weight(taken, count, sizes, math.prod(shape), dtype)
@@ -190,7 +193,10 @@ def _decoded(info, decode):
 
 def _weight(taken, count, sizes, size, dtype):
     """Take a weight; return what decodes its places and its changes."""
-    low, coded, nbytes, first_nbytes = sizes
+    low, coded, nbytes, first_nbytes, *rows = sizes
+    (rows,) = rows or [1]  # in files of version 2
+    if rows < 1 or size % rows:
+        raise ValueError(f"has {rows} rows of {size} numbers")
     packed = taken("places", nbytes)
     first = taken("exponents", first_nbytes)
     rest = taken("mantissas", count * (dtype.itemsize - 1))
@@ -198,6 +204,7 @@ def _weight(taken, count, sizes, size, dtype):
     def decode():
         where = coding.unpack_gaps(packed, count, low, coded, size)
         exponents = coding.decompress(first, count)
+        where = coding.to_rows(where, rows, size)
         return where, coding.join_floats(exponents, rest, dtype)
 
     return decode
@@ -227,10 +234,10 @@ def _is_weight(value, previous, count, length):
             not value[length:]
             # By its new values, of this type; not in files of version 1.
             or (
-                length == 8
-                and len(value) == 9
-                and isinstance(value[8], str)
-                and value[8] in checkpoint.FLOATS
+                length > _LENGTHS[1]
+                and len(value) == length + 1
+                and isinstance(value[-1], str)
+                and value[-1] in checkpoint.FLOATS
             )
         )
         and container.is_shape(value[2])

@@ -1,7 +1,7 @@
 """Places in an array as delta files of version 1 have them.
 
 Rising places are stored as the gaps between them, in Golomb-Rice code: of a gap
-the `bits` lowest bits as they are, and the rest in unary. Files of version 2
+the `bits` lowest bits as they are, and the rest in unary. Later files
 have them as in `coding.py`.
 """
 

@@ -25,6 +25,41 @@ def test_places_come_back(places):
         coding.unpack_gaps(packed, len(places), low, coded, size - 1)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_places_come_back_by_rows_and_by_columns(data):
+    shape = data.draw(st.lists(st.integers(1, 12), max_size=4))
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=1)), dtype=bool)
+    mask = np.resize(mask, shape)
+    places = np.flatnonzero(mask)
+    rows, low, coded, packed = coding.pack_places(places, tuple(shape))
+    found = coding.unpack_gaps(packed, places.size, low, coded, mask.size)
+    columns = mask.reshape(rows, mask.size // rows).T
+    assert found.tolist() == np.flatnonzero(columns).tolist()
+    found = coding.to_rows(found, rows, mask.size)
+    assert found.tolist() == places.tolist()
+    assert found.dtype == places.dtype
+
+
+def test_what_is_dense_in_columns_is_coded_by_columns():
+    random = np.random.default_rng(0)
+    channels = random.random(96) < 0.1
+    rising = channels[:, None, None, None]
+    for dense, rows in ((channels, 576), (rising, 1)):
+        shape = (3, 3, 64, 96) if rows > 1 else (96, 3, 3, 64)
+        mask = random.random(shape) < np.where(dense, 0.5, 0.01)
+        places = np.flatnonzero(mask)
+        found = coding.pack_places(places, mask.shape)
+        assert found[0] == rows
+        assert found[-1].size <= coding.pack_gaps(places)[-1].size
+    # Of places beyond 4 bytes too.
+    size = 3 * 2**32
+    places = np.array([0, 1, 2, size - 1])
+    assert coding.to_rows(places, 3, size).tolist() == [
+        0, size // 3, 2 * size // 3, size - 1
+    ]  # fmt: skip
+
+
 def test_the_code_of_gaps():
     """Bytes of 255 stand for as many more, and wide gaps have low bytes."""
     low, coded, packed = coding.pack_gaps(np.array([3, 4, 600]))

@@ -244,14 +244,17 @@ def test_errors(base, tmp_path):
         lambda about: about["weights"][0].__setitem__(5, 3),
         lambda about: about["weights"][0].__setitem__(6, 3),
         lambda about: about["weights"][0].__setitem__(7, 10**9),
+        lambda about: about["weights"][0].__setitem__(8, 0),
+        lambda about: about["weights"][0].__setitem__(8, -96),
+        lambda about: about["weights"][0].__setitem__(8, 7),
         lambda about: about.update(dtype="float32"),
         lambda about: about.update(dtype="int8"),
         lambda about: about["weights"].pop(),
         # The last one is stored whole.
-        lambda about: about["weights"][-1].__setitem__(8, "int32"),
-        lambda about: about["weights"][-1].__setitem__(8, "float64"),
-        lambda about: about["weights"][-1].__setitem__(8, "bfloat16"),
-        lambda about: about["weights"][-1].__setitem__(8, ["float32"]),
+        lambda about: about["weights"][-1].__setitem__(9, "int32"),
+        lambda about: about["weights"][-1].__setitem__(9, "float64"),
+        lambda about: about["weights"][-1].__setitem__(9, "bfloat16"),
+        lambda about: about["weights"][-1].__setitem__(9, ["float32"]),
         lambda about: about["weights"][-1].pop(),
         lambda about: about["weights"][-1].append("float32"),
         lambda about: about.pop("whole"),
@@ -274,7 +277,8 @@ def test_files_with_right_hashes_and_wrong_contents(base, tmp_path, attack):
     assert_same_bits(weights_of(model), base)
 
 
-def test_a_file_of_version_1():
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_of_an_older_version(version):
     """Made by `save_delta` of that time, from these weights."""
     random = np.random.default_rng(0)
     model = mlp(8, 16, 4)
@@ -289,7 +293,7 @@ def test_a_file_of_version_1():
     ]
     model.set_weights(base)
     folder = pathlib.Path(__file__).parent / "data"
-    kwm.apply_delta(model, folder / "delta_version_1.safetensors")
+    kwm.apply_delta(model, folder / f"delta_version_{version}.safetensors")
     for old, tuned, got in zip(base, new, weights_of(model)):
         assert np.array_equal(got != old, tuned != old)
         error = np.abs(got - tuned)
