@@ -97,7 +97,8 @@ class PrincipalMaskCallback(EpochFigures):
             `random`, which `keras.utils.set_random_seed` governs.
         keep_pattern: Bool, whether zeros stay zeros: on a 2:4 model only the
             weights that were kept are trained, and it stays exactly 2:4.
-            Defaults to `False`.
+            Needed for kernels that `SemiStructuredSparse` constrains. Defaults
+            to `False`.
         method: As in `ops.principal_mask`. Defaults to `"auto"`.
         data: Pair `(x, y)` or triple with sample weights, one batch to take
             the gradients of the loss on, for `criterion="gradient"`.
@@ -414,8 +415,19 @@ class PrincipalMaskCallback(EpochFigures):
                 "`attach(model)` has the reasons.",
                 stacklevel=2,
             )
-        for target in usable if self.keep_pattern else ():
-            if not _has_zeros(target.variable):
+        for target in usable:
+            constraint = target.variable.constraint
+            is_kept = getattr(constraint, "keeps_pattern", False)
+            if is_kept and not self.keep_pattern:
+                raise ValueError(
+                    "A kernel with a constraint to a pattern loses entries "
+                    "outside of its mask for those that grow in it. Pass "
+                    "`keep_pattern=True`, which trains entries that are not "
+                    "zero, or call `SemiStructuredSparse.detach(model)` first. "
+                    f"Received: {target.path!r} with "
+                    f"{type(constraint).__name__}"
+                )
+            if self.keep_pattern and not _has_zeros(target.variable):
                 raise ValueError(
                     "`keep_pattern=True` is for a sparse model, whose zeros "
                     "stay zeros. Make the model sparse first, or leave this "

@@ -469,6 +469,27 @@ def test_sparse_model_stays_sparse():
         callback(keep_pattern=True).attach(make())
 
 
+@pytest.mark.one_backend
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_constraint_to_a_pattern_needs_keep_pattern(frozen):
+    """It would zero entries outside of the mask for zeros that grow in it."""
+    model = make()
+    kwm.SemiStructuredSparse.attach(model, frozen=frozen)
+    before = weights_of(model)
+    with pytest.raises(ValueError, match="keep_pattern=True"):
+        fit(model, callback())
+    models.assert_same_bits(weights_of(model), before)
+    assert all(v.trainable for v in model.trainable_variables)
+    model.compile(kwm.SparseAdamW(0.1), "mse")
+    fit(model, callback(keep_pattern=True), epochs=2)
+    kwm.assert_sparse(model, "2:4")
+    for variable, old in zip(model.weights[::2], before[::2]):
+        changed = np.flatnonzero(models.numpy(variable) != old)
+        chosen = model.optimizer.indices_of(variable)
+        assert changed.size
+        assert np.isin(changed, chosen).all()
+
+
 class Experts(keras.layers.Layer):
     def build(self, input_shape):
         self.up = self.add_weight(shape=(2, input_shape[-1], 6), name="up")
