@@ -106,6 +106,22 @@ def stored_name(layer: Any, attribute: str) -> Any:
 
 
 @contextlib.contextmanager
+def policy_of_its_own(layer: Any) -> Iterator[None]:
+    """Have a layer whose policy is in a map see its own in a scope.
+
+    Keras' embeddings look at the map's default when they are saved, and leave
+    out the scale of what is quantized.
+    """
+    policy: Any = getattr(layer, "dtype_policy", None)
+    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+    if not is_map or not layer.path:
+        yield
+        return
+    with replaced_attributes(layer, _dtype_policy=policy[layer.path]):
+        yield
+
+
+@contextlib.contextmanager
 def replaced_attributes(obj: Any, **replacements: Any) -> Iterator[None]:
     """Set attributes of an instance in a scope, past attribute tracking."""
     own = vars(obj)

@@ -235,6 +235,7 @@ def _rehearse(description, parts, entries):
             _, built, _ = build(description, _classes(parts))
             check_same(entries, built)
             _check_constants(parts, built)
+            states.check_quantizers(parts, built)
         # What the code of a model's classes raises is not known.
         except Exception as error:
             raise ValueError(

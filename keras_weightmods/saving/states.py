@@ -96,6 +96,22 @@ def weight_entries(parts):
     return entries
 
 
+def check_quantizers(parts, others):
+    """Raise ValueError if other parts quantize inputs where these do not."""
+    for name, part in parts.items():
+        found, expected = (
+            type(getattr(each, "inputs_quantizer", None)).__name__
+            for each in (others.get(name), part)
+        )
+        if found != expected:
+            raise ValueError(
+                f"Keras makes the {part.quantization_mode} layer {part.name!r} "
+                f"again with {found} for its inputs, where it has {expected}: "
+                "it would compute other values. Layers of KerasHub do not keep "
+                "how they were quantized. Use `quantize('int8')`"
+            )
+
+
 def weights(parts):
     """Yield the name and the value of all that the parts save."""
     for part_name, part in parts.items():
@@ -201,7 +217,8 @@ def saved(part):
     """Return {key: variable or array} of what `part` saves."""
     found: dict[str, Any] = {}
     if hasattr(part, "save_own_variables"):
-        part.save_own_variables(found)
+        with keras_private.policy_of_its_own(part):
+            part.save_own_variables(found)
     return {
         key: value if hasattr(value, "dtype") else np.asarray(value)
         for key, value in found.items()

@@ -100,6 +100,27 @@ def test_tied_embeddings_stay_tied(tmp_path):
         assert "tie_word_embeddings" not in model.backbone.get_config()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantized_by_keras(tied, tmp_path):
+    """Keras itself forgets the embeddings' scale once a policy is in a map."""
+    if keras.config.backend() != "torch" and tied:
+        pytest.skip("the breadth is tested on torch, the fastest to start")
+    model = llama(tie_word_embeddings=tied)
+    model.quantize("int8")
+    loaded = round_trip(model, tmp_path / "model")
+    round_trip(loaded, tmp_path / "again")
+
+
+@pytest.mark.one_backend
+def test_inputs_that_keras_would_quantize_once_loaded(tmp_path):
+    """With its own files too, whose loaded model computes other values."""
+    model = llama()
+    model.quantize("int4")
+    with pytest.raises(ValueError, match="AbsMaxQuantizer for its inputs"):
+        kwm.save_model(model, tmp_path / "model")
+    assert not os.listdir(tmp_path)
+
+
 def test_lora_inside_of_a_scaled_model(tmp_path):
     model = llama()
     kwm.attach_scaling(model)
