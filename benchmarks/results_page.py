@@ -801,10 +801,11 @@ def rws_quality(log):
     corruptions = dict.fromkeys(row["corruption"] for row in log["rows"])
     parts = [
         f"MNIST and Fashion-MNIST at 16 x 16; {', '.join(corruptions)}, each "
-        "at five severities. Share of the gap between the clean model and the "
-        "one trained on corrupted images that is closed, accuracy on "
-        "corrupted images, and on clean ones less that of the model patched; "
-        "means over data sets and corruptions, with the interval of 95 % "
+        f"at five severities on {log['test_images']} test images. Share of "
+        "the gap between the clean model and the one trained on corrupted "
+        "images that is closed, accuracy on corrupted images, and on clean "
+        "ones less that of the model patched; means over data sets and "
+        "corruptions, with the interval of 95 % "
         f"over seeds (t). {log['epochs']} epochs; {log['backend']}, "
         f"{log['machine']}."
     ]

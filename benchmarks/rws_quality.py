@@ -61,6 +61,12 @@ def parse_arguments():
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--pretrain-epochs", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument(
+        "--test-images",
+        type=int,
+        default=400,
+        help="of each data set, corrupted at each severity; 1,000 stay clean",
+    )
     harness.add_json(parser, "rws_quality.json")
     parser.add_argument(
         "--fresh", action="store_true", help="also make rows that are there"
@@ -76,8 +82,13 @@ def run(args):
     old = None if args.fresh else harness.read_json(args.json)
     results = {**about(args), "bytes": {}, "minutes": {}, "rows": []}
     results["cosines"] = []
-    # An older form has none.
-    if old and "cosines" in old:
+    if old:
+        setting = "pretrain_epochs", "epochs", "test_images"
+        if any(old.get(name) != getattr(args, name) for name in setting):
+            raise SystemExit(
+                f"{args.json} holds runs of another setting: pass --fresh to "
+                "replace it, or name another file"
+            )
         for key in ("bytes", "minutes", "rows", "cosines"):
             results[key] = old[key]
     for net in args.nets:
@@ -122,7 +133,12 @@ class Study:
             return fine_tune(model, start, *pair, epochs, corruption, order)
 
         self.tests = {
-            source: Tests(*data[source]["test"], corruptions, 1000 * (seed + 1))
+            source: Tests(
+                *data[source]["test"],
+                corruptions,
+                1000 * (seed + 1),
+                args.test_images,
+            )
             for source in SOURCES
         }
         self.trained = {
@@ -277,6 +293,7 @@ def about(args):
         "dtype": "float32",
         "pretrain_epochs": args.pretrain_epochs,
         "epochs": args.epochs,
+        "test_images": args.test_images,
     }
 
 

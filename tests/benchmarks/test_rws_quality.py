@@ -49,6 +49,7 @@ def log():
         ],
         "bytes": {"vgg_like": {"model": 100, "patched": 10}},
         "epochs": 1,
+        "test_images": 10,
         "backend": "torch",
         "machine": "one",
     }
@@ -115,6 +116,7 @@ def test_a_study_of_few_images(tmp_path, monkeypatch):
         seeds="0",
         pretrain_epochs=1,
         epochs=1,
+        test_images=8,
         backend=keras.backend.backend(),
         fresh=False,
         json=file,
@@ -127,3 +129,6 @@ def test_a_study_of_few_images(tmp_path, monkeypatch):
             assert f"| {name} | " in page
     # Nothing is made anew.
     assert rws_quality.run(args)["rows"] == log["rows"]
+    args.test_images = 9
+    with pytest.raises(SystemExit, match="another setting"):
+        rws_quality.run(args)
