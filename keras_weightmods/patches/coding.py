@@ -62,23 +62,26 @@ def pack_places(places, shape):
 
 
 def to_rows(places, rows, size):
-    """Return rising places of an array gone through column by column as those
-    row by row, rising.
+    """Return places of columns one after another as those of rows, rising.
 
     Args:
         places: int array of shape `(n,)`, below `size`.
         rows: Int, of the array, a divisor of `size`.
         size: Int, of the array.
+
+    Returns:
+        int64 array of shape `(n,)`.
     """
-    if rows == 1:
-        return places
-    # In half the time of 8 bytes.
-    exact = np.uint32 if size <= 2**32 else np.uint64
-    places, rows = places.astype(exact), exact(rows)
-    column = places // rows
-    found = (places - column * rows) * exact(size // rows) + column
-    found.sort()
-    return found.astype("int64")
+    if rows > 1:
+        # In half the time of 8 bytes.
+        exact = np.uint32 if size <= 2**32 else np.uint64
+        places, rows = places.astype(exact, copy=False), exact(rows)
+        column = places // rows
+        places = places - column * rows
+        places *= exact(size // rows)
+        places += column
+        places.sort()
+    return places.astype("int64", copy=False)
 
 
 def pack_gaps(places):
@@ -126,7 +129,7 @@ def unpack_gaps(packed, count, low, coded, size):
         size: Int, of the array: all places are below.
 
     Returns:
-        int64 array of shape `(count,)`, rising.
+        int64 array of shape `(count,)`, rising; or uint32, if that is enough.
 
     Raises:
         ValueError: If `packed` does not hold such places.
@@ -142,7 +145,10 @@ def unpack_gaps(packed, count, low, coded, size):
     is_place = numbers != _LONG
     if np.count_nonzero(is_place) != count or not (coded == 0 or is_place[-1]):
         raise ValueError(f"does not hold {count} places")
-    places = np.cumsum(numbers, dtype="int64")
+    # No sum of bytes and ones overflows; it takes half the time of int64.
+    is_short = low == 0 and 256 * coded <= 2**32
+    dtype = "uint32" if is_short else "int64"
+    places = np.cumsum(numbers, dtype=dtype)
     if coded > count:
         places = places[is_place]
     if low:
@@ -151,7 +157,7 @@ def unpack_gaps(packed, count, low, coded, size):
         for number, plane in enumerate(planes):
             rest += plane.astype("int64") << 8 * number
         places += np.cumsum(rest)
-    places += np.arange(count)
+    places += np.arange(count, dtype=dtype)
     if count and places[-1] >= size:
         raise ValueError(f"holds places beyond {size}")
     return places
