@@ -83,6 +83,7 @@ def test_patches_go_on_and_come_off(monkeypatch):
         "patch spaces, all blocks": {extracted["spaces", 2][1]: 1.0},
         "sum of the patches": dict.fromkeys(shallow.values(), 1.0),
         "mean of the patches": dict.fromkeys(shallow.values(), 0.5),
+        "patch clean again (control)": {extracted["clean again", 1][1]: 1.0},
         "patches removed": {},
     }.items():
         expected = [weight.astype("float64") for weight in clean]
@@ -96,7 +97,8 @@ def test_patches_go_on_and_come_off(monkeypatch):
     paths = {entry.info.path for entry in shallow["typos"]}
     layers = {path.split("/")[0] for path in paths}
     assert layers == {"embeddings_layer_norm", "transformer_layer_0"}
-    assert any(np.any(entry.tensor) for entry in shallow["typos"])
+    for signature in (shallow["typos"], extracted["clean again", 1][1]):
+        assert any(np.any(entry.tensor) for entry in signature)
 
 
 def test_a_model_that_does_not_come_back_is_an_error():
