@@ -150,12 +150,14 @@ class MaskedState(keras.optimizers.Optimizer):
             self._mask_seed.assign(seed)
 
     def apply(self, grads, trainable_variables=None):
-        self._check_masks()
+        self._check_masks(len(grads))
         super().apply(grads, trainable_variables)
 
-    def stateless_apply(self, *args, **kwargs):
-        self._check_masks()
-        return super().stateless_apply(*args, **kwargs)
+    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+        self._check_masks(len(grads))
+        return super().stateless_apply(
+            optimizer_variables, grads, trainable_variables
+        )
 
     def load_own_variables(self, store):
         """Restore the state, which must have been built."""
@@ -168,13 +170,22 @@ class MaskedState(keras.optimizers.Optimizer):
             )
         super().load_own_variables(store)
 
-    def _check_masks(self):
+    def _check_masks(self, count):
+        """Raise ValueError unless it has masks and state for all of these."""
         if not self.built:
             raise ValueError(
                 f"`{type(self).__name__}` has no masks yet. Train with "
                 "`model.fit(..., callbacks=[PrincipalMaskCallback(...)])`, or "
                 "call `PrincipalMaskCallback(...).attach(model)` before a "
                 "training loop of your own."
+            )
+        if count > len(self._specs):
+            raise ValueError(
+                f"`{type(self).__name__}` trains {len(self._specs)} variables, "
+                "of which its masks are. To go on with them, pass "
+                "`PrincipalMaskCallback` to `fit` again, which freezes the "
+                "others. To train all, compile the model with a new optimizer. "
+                f"Received: the gradients of {count} variables"
             )
 
     def _check_masked(self, variable):

@@ -213,6 +213,7 @@ class PrincipalMaskCallback(EpochFigures):
         # Others find out by themselves what is to be trained.
         if is_new or keras.backend.backend() == "tensorflow":
             model.make_train_function(force=True)
+        keras_private.keep_weights(model)
         verbose = (self.params or {}).get("verbose", 0)
         show_first_step(model, verbose, began)
         self._batches = None

@@ -469,6 +469,22 @@ def test_sparse_model_stays_sparse():
         callback(keep_pattern=True).attach(make())
 
 
+@pytest.mark.parametrize("optimizer", [kwm.SparseAdamW, keras.optimizers.Adam])
+def test_fit_without_the_callback_afterwards(optimizer):
+    """It would train all, and the optimizer has state for a part."""
+    model = make()
+    model.compile(optimizer(0.1), "mse")
+    model.fit(X, Y, verbose=0, callbacks=[callback()])
+    before = weights_of(model)
+    with pytest.raises(ValueError, match="pass `PrincipalMaskCallback` to"):
+        model.fit(X, Y, verbose=0)
+    models.assert_same_bits(weights_of(model), before)
+    model.fit(X, Y, verbose=0, callbacks=[callback()])
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    model.fit(X, Y, verbose=0)
+    assert all(map(np.any, (a != b for a, b in zip(before, weights_of(model)))))
+
+
 @pytest.mark.one_backend
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_constraint_to_a_pattern_needs_keep_pattern(frozen):
