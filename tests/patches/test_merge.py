@@ -261,6 +261,21 @@ def test_wrong_arguments(match, changes, tmp_path, monkeypatch):
     assert not output.exists()
 
 
+@pytest.mark.one_backend
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_entry_that_is_not_finite(method, value):
+    """One entry: it is looked for before any method leaves it out."""
+    found = models()
+    weights = weights_of(found[0])
+    weights[0][1, 2] = value
+    found[0].set_weights(weights)
+    before = weights_of(found[-1])
+    with pytest.raises(ValueError, match="must be finite to be merged"):
+        kwm.merge(output=found[-1], **arguments(method, found))
+    assert_same_bits(weights_of(found[-1]), before)
+
+
 def test_models_that_do_not_fit(tmp_path):
     paths, (a, b, base) = files(tmp_path)
     before = weights_of(base)
