@@ -843,6 +843,8 @@ def rws_quality(log):
             f"ones {rws.cell(cosines['other'])}; the nearest is that of the "
             f"same corruption in {rws.cell(cosines['found'])}."
         )
+    if (PAGE.parent / rws.PICTURE.name).exists():
+        parts.append(f"![Cosines of signatures]({rws.PICTURE.name})")
     return "\n\n".join(parts)
 
 

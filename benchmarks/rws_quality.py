@@ -1,6 +1,7 @@
 r"""What robust weight signatures (arXiv 2302.12480) do for small nets.
 
     python -m benchmarks.rws_quality
+    python -m benchmarks.rws_quality --report
     python -m benchmarks.rws_quality --nets vgg_like --seeds 0 --epochs 1 \
         --corruptions "contrast,shot noise"
 
@@ -26,6 +27,7 @@ from benchmarks import harness
 SOURCES = ("mnist", "fashion")
 # Robust training that gains less leaves no gap to speak of.
 LEAST_GAP = 0.02
+PICTURE = harness.ROOT / "docs" / "signature_cosines.png"
 SUMS = ("mean", "sum", "ties", "della", "iso_c")
 # Claims of the paper, and the rows that speak of each.
 CLAIMS = (
@@ -43,7 +45,12 @@ CLAIMS = (
 def main():
     args = parse_arguments()
     harness.choose_backend(args.backend)
-    print_report(run(args))
+    results = harness.read_json(args.json) if args.report else run(args)
+    if results is None:
+        raise SystemExit(f"there is no {args.json}: run without --report")
+    if args.report:
+        draw(results).savefig(args.picture, dpi=150)
+    print_report(results)
 
 
 def parse_arguments():
@@ -71,6 +78,10 @@ def parse_arguments():
     parser.add_argument(
         "--fresh", action="store_true", help="also make rows that are there"
     )
+    parser.add_argument(
+        "--report", action="store_true", help="only print and draw the JSON"
+    )
+    parser.add_argument("--picture", default=PICTURE)
     return parser.parse_args()
 
 
@@ -358,6 +369,45 @@ def cosine_rows(cosines):
         net["other"].append(matrix[~own].mean())
         net.setdefault("found", []).append(nearest.mean())
     return found
+
+
+def draw(results):
+    """Return a figure of cosines, an image a net, means over the seeds."""
+    import numpy as np
+    from matplotlib import pyplot
+
+    from keras_weightmods.plot import style
+
+    # In the order of the study; that of sums is another.
+    names = [
+        row["corruption"] for row in results["rows"] if row["model"] == "robust"
+    ]
+    names = list(dict.fromkeys(names))
+    nets: dict = {}
+    for each in results["cosines"]:
+        nets.setdefault(each["net"], []).append(each["matrix"])
+    means = {net: np.mean(matrices, 0) for net, matrices in nets.items()}
+    most = max(np.abs(mean).max() for mean in means.values()) or 1.0
+    size = 1 + 0.2 * len(names)
+    figure, all_axes = pyplot.subplots(
+        1,
+        len(nets),
+        figsize=(1.6 + size * len(nets), 1 + size),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, (net, mean) in zip(all_axes[0], means.items()):
+        style.new_axes(ax)
+        image = ax.imshow(mean, cmap="RdBu_r", vmin=-most, vmax=most)
+        count = len(nets[net])
+        ax.set_title(f"{net}, {count} seed{'s' * (count > 1)}", fontsize=9)
+        ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        ax.set_xlabel(f"from {SOURCES[1]}")
+    all_axes[0, 0].set_yticks(range(len(names)), names, fontsize=7)
+    all_axes[0, 0].set_ylabel(f"from {SOURCES[0]}")
+    figure.colorbar(image, ax=all_axes, label="cosine")
+    return figure
 
 
 def cell(values, form=".2f"):
