@@ -434,9 +434,9 @@ def effects_of(row, rows, measure):
 
 def print_report(report):
     # Not above: the page takes from here what it shows.
-    from benchmarks import results_page
+    from benchmarks.pages import tuning
 
-    harness.print_all(results_page.compander_quality(report), width=250)
+    harness.print_all(tuning.compander_quality(report), width=250)
 
 
 if __name__ == "__main__":

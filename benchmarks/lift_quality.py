@@ -311,9 +311,9 @@ def draw(report, ax=None):
 
 def print_report(report):
     # Not above: the page takes from here what it shows.
-    from benchmarks import results_page
+    from benchmarks.pages import tuning
 
-    harness.print_all(results_page.lift_quality(report), width=250)
+    harness.print_all(tuning.lift_quality(report), width=250)
 
 
 if __name__ == "__main__":

@@ -420,9 +420,9 @@ def cell(values, form=".2f"):
 
 def print_report(results):
     # Not above: the page takes from here what it shows.
-    from benchmarks import results_page
+    from benchmarks.pages import tuning
 
-    harness.print_all(results_page.rws_quality(results), width=200)
+    harness.print_all(tuning.rws_quality(results), width=200)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 
 import keras_weightmods as kwm
 from benchmarks import compander_quality as bench
-from benchmarks import results_page
+from benchmarks.pages import tuning
 
 pytestmark = pytest.mark.one_backend
 
@@ -146,7 +146,7 @@ def test_page_has_differences_and_their_intervals():
         "backend": "jax",
         "machine": {"cpu": "one"},
     }
-    page = results_page.compander_quality(log)
+    page = tuning.compander_quality(log)
     assert (
         "| norm | WC fixed | rate 0.1 | 82.33 ± 1.53 | +1.33 (-0.10 to +2.77)"
         in page

@@ -3,7 +3,8 @@ import argparse
 import numpy as np
 import pytest
 
-from benchmarks import harness, lift_quality, results_page
+from benchmarks import harness, lift_quality
+from benchmarks.pages import tuning
 
 pytestmark = pytest.mark.one_backend
 
@@ -103,7 +104,7 @@ def test_front_and_sentences(report):
 
 
 def test_page_and_picture(report):
-    page = results_page.lift_quality(report)
+    page = tuning.lift_quality(report)
     assert "| LIFT 5 % | 0.001 | 32.0 ± 2.6 | 1.0 ± 0.0 |" in page
     assert "| before |  | 0.0 ± 0.0 | 1.0 ± 0.0 |" in page
     assert "| 2.0 | 1.25 | 0 |" in page
@@ -111,7 +112,7 @@ def test_page_and_picture(report):
     assert "-0.200 (-0.200 to -0.200)" in page
     assert "forgotten: LIFT 5 %." in page
     older = {"runs": [{"method": "full"}]}
-    assert "benchmarks.lift_quality" in results_page.lift_quality(older)
+    assert "benchmarks.lift_quality" in tuning.lift_quality(older)
     pytest.importorskip("matplotlib")
     ax = lift_quality.draw(report)
     assert {text.get_text() for text in ax.texts} == set(SOLVED)

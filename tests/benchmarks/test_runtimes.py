@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import peers, results_page, runtimes
+from benchmarks import peers, runtimes
+from benchmarks.pages import packed
 
 pytestmark = pytest.mark.one_backend
 
@@ -103,7 +104,7 @@ def test_report_names_what_was_left_out(capsys, monkeypatch):
 
 def test_page_and_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    page = results_page.runtimes(fake_report())
+    page = packed.runtimes(fake_report())
     assert (
         "| jax: packed int8 | 2:4 | 60.0 | 60.0 | 60.0 | 900 | 300 | 100 "
         "| 2.500 |" in page

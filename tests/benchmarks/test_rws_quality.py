@@ -3,7 +3,8 @@ import argparse
 import keras
 import pytest
 
-from benchmarks import harness, results_page, rws_quality
+from benchmarks import harness, rws_quality
+from benchmarks.pages import tuning
 from examples.data import robust_nets
 from examples.data.digits import load_digits
 
@@ -97,12 +98,12 @@ def test_interval_over_seeds():
 
 
 def test_page_has_a_row_for_each_claim(log):
-    page = results_page.rws_quality(log)
+    page = tuning.rws_quality(log)
     assert "| shallow | patched | 0.80 (0.16 to 1.44) | 0.72 " in page
     assert "| 10.0 |" in page
     assert "nearest is that of the same corruption in 0.50" in page
     del log["cosines"]
-    assert "benchmarks.rws_quality" in results_page.rws_quality(log)
+    assert "benchmarks.rws_quality" in tuning.rws_quality(log)
 
 
 def tiny():
@@ -136,7 +137,7 @@ def test_a_study_of_few_images(tmp_path, monkeypatch):
     )
     log = rws_quality.run(args)
     assert harness.read_json(file)["rows"] == log["rows"]
-    page = results_page.rws_quality(log)
+    page = tuning.rws_quality(log)
     for _, names in rws_quality.CLAIMS:
         for name in names:
             assert f"| {name} | " in page

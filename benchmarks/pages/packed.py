@@ -1,0 +1,150 @@
+"""Parts of the page of results: what packed models and steps take."""
+
+import collections
+
+from benchmarks import harness
+from benchmarks.pages.tables import megabytes, table
+from benchmarks.runtimes import cells as runtime_cells
+
+PICTURE = harness.ROOT / "docs" / "runtimes.png"
+
+
+def packed(log):
+    rows = [
+        [
+            backend,
+            row["model"],
+            megabytes(row["memory_bytes"]),
+            megabytes(row["file_bytes"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for backend, found in log["backends"].items()
+        for row in found["rows"]
+    ]
+    return "\n\n".join(
+        [
+            f"{log['model']}; text written at batch 1, "
+            f"{log['new_tokens']} tokens; {log['machine']['cpu']}, "
+            f"{log['machine']['cores_used']} cores.",
+            table(
+                "backend | model | memory, MB | file, MB | tokens/s | x dense",
+                rows,
+                text_columns=2,
+            ),
+        ]
+    )
+
+
+def products(log):
+    """Speed-ups of sparse_matmul.py, by the first instruction set of each."""
+    parts = [
+        "Time of the dense float32 product over that of the packed one, above "
+        f"1 the packed one is faster; {log['machine']['cpu']}. The log has the "
+        "times, and the other instruction sets."
+    ]
+    for found in log["results"]:
+        isa, batches = found["isas"][0], []
+        rows = collections.defaultdict(list)
+        for row in found["rows"]:
+            times = row["milliseconds"]
+            if row["batch"] not in batches:
+                batches.append(row["batch"])
+            for name, milliseconds in times.items():
+                if name.startswith(f"{isa} "):
+                    key = "x".join(map(str, row["shape"])), name.split()[1]
+                    rows[key].append(f"{times['dense'] / milliseconds:.2f}")
+        threads = "one core" if found["threads"] == "1" else "all cores"
+        parts += [
+            f"{found['peer']}, {threads}, {isa}:",
+            table(
+                " | ".join(
+                    ["kernel", "values", *(f"B={batch}" for batch in batches)]
+                ),
+                [[*key, *cells] for key, cells in rows.items()],
+                text_columns=2,
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
+def _rounding(log):
+    later = [
+        f"That of {row['form']} is of {row['perplexity_from']}."
+        for row in log["rows"]
+        if "perplexity_from" in row
+    ]
+    if later:
+        return " ".join(["Not all perplexities are of this run.", *later])
+    rows = log.get("rounding_rows")
+    if not rows:
+        return "What is packed in int4 was rounded to nearest."
+    return f"""What is packed in int4 was rounded by `quantize_sparse` on {rows}
+rows of 256 tokens, of prose, docstrings and text that the dense model wrote."""
+
+
+def runtimes(log):
+    """Every form of runtimes.py: its speed, memory and quality."""
+    prompts, about = log["prompts"], log["machine"]
+    header = (
+        "form | weights | write | write, batch 8 | read | resident, MB | "
+        "of the model, MB | file, MB | x dense"
+    )
+    is_real = log["shape"] == "135m"
+    model = "SmolLM2-135M-Instruct" if is_real else "Random weights"
+    parts = [
+        f"{model}; tokens a second: {log['new_tokens']} new "
+        f"ones after a prompt of {prompts['short']}, and a prompt of "
+        f"{prompts['long']} read up to the first new token; a process for "
+        f"each form, {log['together']} of them in turns, medians of "
+        f"{log['rounds']} rounds; {about['cpu']}, {about['threads']} of "
+        f"{about['cores']} cores. "
+        + (
+            "*x dense* is the perplexity over that of the dense model, "
+            "geometric mean of the four texts. The dense weights come from a "
+            "file in Q4_1, so that these are exact in llama.cpp, and other "
+            "formats of 4 bits round a second time.\n\n" + _rounding(log)
+            if is_real
+            else "Of quality these tell nothing."
+        ),
+        table(header, [runtime_cells(row) for row in log["rows"]], 2),
+    ]
+    parts += [f"- left out: {k}: {v}" for k, v in log["left_out"].items()]
+    if is_real and PICTURE.exists():
+        parts.append("![Speed against perplexity](runtimes.png)")
+    found = dict.fromkeys(row["about"] for row in log["rows"])
+    parts.append("Versions: " + "; ".join(found) + ".")
+    return "\n\n".join(parts)
+
+
+def cast_step(log):
+    rows = []
+    for backend, found in log["backends"].items():
+        for dtype, steps in found["rows"].items():
+            plain = steps["Keras"]
+            for name, step in steps.items():
+                peak = step["peak_bytes"]
+                rows.append(
+                    [
+                        *(backend, dtype, name),
+                        f"{step['median']:.2f}",
+                        f"{step['median'] / plain['median']:.2f}",
+                        megabytes(peak),
+                        f"{peak / plain['peak_bytes']:.2f}",
+                    ]
+                )
+    return "\n\n".join(
+        [
+            "A train step of SmolLM2-135M's shapes, "
+            f"{' x '.join(map(str, log['batch']))} tokens: `CAST`, the same "
+            "with the logits of all positions in memory (whole), and Keras' "
+            f"own step with AdamS; {log['machine']['cpu']}, "
+            f"{log['machine']['cores']} cores.",
+            table(
+                "backend | dtype | step | seconds | x Keras | peak, MB | "
+                "x Keras",
+                rows,
+                text_columns=3,
+            ),
+        ]
+    )
