@@ -9,7 +9,7 @@ import keras
 import keras_weightmods as kwm
 from tests import models
 
-BASES = ("Dense",)  # of the families
+BASES = ("Dense", "LlamaCausalLM")  # of the families
 
 
 def sparse(model, x):
