@@ -48,9 +48,9 @@ def main():
     results = harness.read_json(args.json) if args.report else run(args)
     if results is None:
         raise SystemExit(f"there is no {args.json}: run without --report")
-    if args.report:
-        draw(results).savefig(args.picture, dpi=150)
     print_report(results)
+    if args.report and results.get("cosines"):
+        draw(results).savefig(args.picture, dpi=150)
 
 
 def parse_arguments():
@@ -94,7 +94,7 @@ def run(args):
     results = {**about(args), "bytes": {}, "minutes": {}, "rows": []}
     results["cosines"] = []
     if old:
-        setting = "pretrain_epochs", "epochs", "test_images"
+        setting = "pretrain_epochs", "epochs", "test_images", "corruptions"
         if any(old.get(name) != getattr(args, name) for name in setting):
             raise SystemExit(
                 f"{args.json} holds runs of another setting: pass --fresh to "
@@ -305,6 +305,7 @@ def about(args):
         "pretrain_epochs": args.pretrain_epochs,
         "epochs": args.epochs,
         "test_images": args.test_images,
+        "corruptions": args.corruptions,
     }
 
 

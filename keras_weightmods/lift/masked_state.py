@@ -154,7 +154,8 @@ class MaskedState(keras.optimizers.Optimizer):
         super().apply(grads, trainable_variables)
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):
-        self._check_masks(len(grads))
+        # Loss scaling passes gradients with what is its own.
+        self._check_masks(len(trainable_variables))
         return super().stateless_apply(
             optimizer_variables, grads, trainable_variables
         )
@@ -177,15 +178,15 @@ class MaskedState(keras.optimizers.Optimizer):
                 f"`{type(self).__name__}` has no masks yet. Train with "
                 "`model.fit(..., callbacks=[PrincipalMaskCallback(...)])`, or "
                 "call `PrincipalMaskCallback(...).attach(model)` before a "
-                "training loop of your own."
+                f"training loop of your own{_after_the_error()}"
             )
         if count > len(self._specs):
             raise ValueError(
                 f"`{type(self).__name__}` trains {len(self._specs)} variables, "
                 "of which its masks are. To go on with them, pass "
-                "`PrincipalMaskCallback` to `fit` again, which freezes the "
-                "others. To train all, compile the model with a new optimizer. "
-                f"Received: the gradients of {count} variables"
+                "`PrincipalMaskCallback` to `fit` again. To train all, compile "
+                "the model with a new optimizer. Received: the gradients of "
+                f"{count} variables{_after_the_error()}"
             )
 
     def _check_masked(self, variable):
@@ -262,6 +263,16 @@ class MaskedState(keras.optimizers.Optimizer):
     def _only_masked(self, variable, new, old):
         """Tensor `old` with the masked entries of tensor `new`."""
         raise NotImplementedError
+
+
+def _after_the_error():
+    """Return what is to be done beside what an error in a step says."""
+    if keras.backend.backend() != "jax":
+        return "."
+    return (
+        ". Keras on JAX takes the weights out of the model for a step, and may "
+        "have lost them with this error: load them again then."
+    )
 
 
 def _are_specs(masks):

@@ -416,26 +416,42 @@ class PrincipalMaskCallback(EpochFigures):
                 "`attach(model)` has the reasons.",
                 stacklevel=2,
             )
-        for target in usable:
-            constraint = target.variable.constraint
-            is_kept = getattr(constraint, "keeps_pattern", False)
-            if is_kept and not self.keep_pattern:
-                raise ValueError(
-                    "A kernel with a constraint to a pattern loses entries "
-                    "outside of its mask for those that grow in it. Pass "
-                    "`keep_pattern=True`, which trains entries that are not "
-                    "zero, or call `SemiStructuredSparse.detach(model)` first. "
-                    f"Received: {target.path!r} with "
-                    f"{type(constraint).__name__}"
-                )
-            if self.keep_pattern and not _has_zeros(target.variable):
-                raise ValueError(
-                    "`keep_pattern=True` is for a sparse model, whose zeros "
-                    "stay zeros. Make the model sparse first, or leave this "
-                    f"kernel out of `targets`. Received: {target.path!r}, "
-                    "which has no zero"
-                )
+        self._check_patterns(usable)
         return usable, skipped
+
+    def _check_patterns(self, targets: Any) -> None:
+        """Raise ValueError if masks and zeros that are to stay contradict."""
+        constrained = [
+            target
+            for target in targets
+            if getattr(target.variable.constraint, "keeps_pattern", False)
+        ]
+        for target in constrained:
+            variable = target.variable
+            if not self.keep_pattern:
+                raise ValueError(
+                    "A kernel with a constraint to a pattern has zeros that a "
+                    "mask may hold. Pass `keep_pattern=True`, which trains "
+                    "entries that are not zero, or call "
+                    "`SemiStructuredSparse.detach(model)` first. Received: "
+                    f"{target.path!r} with {type(variable.constraint).__name__}"
+                )
+            if ops.any(variable.constraint(variable) != variable.value):
+                raise ValueError(
+                    "A kernel with a constraint to a pattern must be in it "
+                    "before masks are chosen. Call `SemiStructuredSparse."
+                    f"attach(model)` first. Received: {target.path!r}"
+                )
+        # Of a model with constraints, what has none may be dense.
+        if self.keep_pattern and not constrained:
+            for target in targets:
+                if not _has_zeros(target.variable):
+                    raise ValueError(
+                        "`keep_pattern=True` is for a sparse model, whose "
+                        "zeros stay zeros. Make the model sparse first, or "
+                        "leave this kernel out of `targets`. Received: "
+                        f"{target.path!r}, which has no zero"
+                    )
 
     def _size(self, target: Any) -> Any:
         """The number of entries of a target to train."""

@@ -55,6 +55,8 @@ def pack_places(places, shape):
     size = math.prod(shape)
     for axis in range(1, len(shape) if places.size else 0):
         rows = math.prod(shape[:axis])
+        if rows in (1, size):
+            continue
         # That is to exchange rows and columns, both ways.
         found = rows, *pack_gaps(to_rows(places, size // rows, size))
         best = min(best, found, key=lambda each: each[-1].size)
@@ -74,10 +76,10 @@ def to_rows(places, rows, size):
     """
     if rows > 1:
         # In half the time of 8 bytes.
-        exact = np.uint32 if size <= 2**32 else np.uint64
-        places, rows = places.astype(exact, copy=False), exact(rows)
-        column = places // rows
-        places = places - column * rows
+        exact = np.uint32 if size < 2**32 else np.uint64
+        places = places.astype(exact, copy=False)
+        column = places // exact(rows)
+        places = places - column * exact(rows)
         places *= exact(size // rows)
         places += column
         places.sort()
@@ -129,7 +131,8 @@ def unpack_gaps(packed, count, low, coded, size):
         size: Int, of the array: all places are below.
 
     Returns:
-        int64 array of shape `(count,)`, rising; or uint32, if that is enough.
+        int64 array of shape `(count,)`, rising; uint32 where no sum of what is
+        coded overflows it.
 
     Raises:
         ValueError: If `packed` does not hold such places.

@@ -195,7 +195,7 @@ def _weight(taken, count, sizes, size, dtype):
     """Take a weight; return what decodes its places and its changes."""
     low, coded, nbytes, first_nbytes, *rows = sizes
     (rows,) = rows or [1]  # in files of version 2
-    if rows < 1 or size % rows:
+    if not 1 <= rows <= max(1, size) or size % rows:
         raise ValueError(f"has {rows} rows of {size} numbers")
     packed = taken("places", nbytes)
     first = taken("exponents", first_nbytes)

@@ -97,19 +97,38 @@ def weight_entries(parts):
 
 
 def check_quantizers(parts, others):
-    """Raise ValueError if other parts quantize inputs where these do not."""
+    """Raise ValueError if other parts quantize inputs otherwise than these."""
     for name, part in parts.items():
+        if getattr(part, "quantization_mode", None) is None:
+            continue
         found, expected = (
-            type(getattr(each, "inputs_quantizer", None)).__name__
+            getattr(each, "inputs_quantizer", None)
             for each in (others.get(name), part)
         )
-        if found != expected:
+        if _settings(found) != _settings(expected):
             raise ValueError(
-                f"Keras makes the {part.quantization_mode} layer {part.name!r} "
-                f"again with {found} for its inputs, where it has {expected}: "
-                "it would compute other values. Layers of KerasHub do not keep "
-                "how they were quantized. Use `quantize('int8')`"
+                f"The layer {part.name!r}, {part.quantization_mode}, would "
+                f"come back with {_named(found)} for its inputs, where it has "
+                f"{_named(expected)}, and compute other values: layers of "
+                "KerasHub do not keep how they were quantized. Use "
+                "`quantize('int8')`, which is made again as it is"
             )
+
+
+def _settings(quantizer):
+    """Return what a quantizer is; layers give it the axis if it has none."""
+    if quantizer is None:
+        return None
+    config = {**quantizer.get_config(), "axis": None}
+    # From a file, tuples are lists.
+    config["value_range"] = tuple(config.get("value_range", ()))
+    return type(quantizer), config
+
+
+def _named(quantizer):
+    if quantizer is None:
+        return "no quantizer"
+    return f"{type(quantizer).__name__} {quantizer.get_config()}"
 
 
 def weights(parts):

@@ -488,22 +488,42 @@ def test_fit_without_the_callback_afterwards(optimizer):
 @pytest.mark.one_backend
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_constraint_to_a_pattern_needs_keep_pattern(frozen):
-    """It would zero entries outside of the mask for zeros that grow in it."""
-    model = make()
+    """Of the mask's entries or of others, it would set some to zero."""
+    model = sequential((10,), keras.layers.Dense(12), keras.layers.Dense(8))
+    model.compile(kwm.SparseAdamW(0.1), "mse")
+    # The first kernel is left dense: 10 is no multiple of 4.
     kwm.SemiStructuredSparse.attach(model, frozen=frozen)
+    x, y = normal(16, 10), normal(16, 8)
     before = weights_of(model)
-    with pytest.raises(ValueError, match="keep_pattern=True"):
-        fit(model, callback())
+
+    def fit(keep_pattern):
+        masks = callback(keep_pattern=keep_pattern)
+        model.fit(x, y, epochs=3, verbose=0, callbacks=[masks])
+
+    with pytest.raises(ValueError, match="Pass `keep_pattern=True`"):
+        fit(keep_pattern=False)
     models.assert_same_bits(weights_of(model), before)
     assert all(v.trainable for v in model.trainable_variables)
-    model.compile(kwm.SparseAdamW(0.1), "mse")
-    fit(model, callback(keep_pattern=True), epochs=2)
-    kwm.assert_sparse(model, "2:4")
+    fit(keep_pattern=True)
+    kwm.assert_sparse(model.layers[1], "2:4")
     for variable, old in zip(model.weights[::2], before[::2]):
         changed = np.flatnonzero(models.numpy(variable) != old)
         chosen = model.optimizer.indices_of(variable)
         assert changed.size
         assert np.isin(changed, chosen).all()
+
+
+@pytest.mark.one_backend
+def test_a_constrained_kernel_must_be_in_its_pattern():
+    own = {"kernel_constraint": kwm.SemiStructuredSparse("2:4")}
+    model = sequential((8,), keras.layers.Dense(8, **own))
+    (kernel, bias), masks = weights_of(model), callback(keep_pattern=True)
+    model.set_weights([np.where(kernel == kernel[0, 0], 0, kernel), bias])
+    model.compile(kwm.SparseAdamW(), "mse")
+    with pytest.raises(ValueError, match=r"Call `SemiStructuredSparse\.attach"):
+        masks.attach(model)
+    kwm.SemiStructuredSparse.attach(model)
+    masks.attach(model)
 
 
 class Experts(keras.layers.Layer):

@@ -52,12 +52,18 @@ def test_what_is_dense_in_columns_is_coded_by_columns():
         found = coding.pack_places(places, mask.shape)
         assert found[0] == rows
         assert found[-1].size <= coding.pack_gaps(places)[-1].size
-    # Of places beyond 4 bytes too.
-    size = 3 * 2**32
-    places = np.array([0, 1, 2, size - 1])
-    assert coding.to_rows(places, 3, size).tolist() == [
-        0, size // 3, 2 * size // 3, size - 1
-    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [2**32 - 2**16, 2**32, 2**32 + 2**16, 3 << 32])
+def test_places_beyond_4_bytes(size):
+    for rows in (2**16, size):
+        columns = size // rows
+        places = np.array([0, 1, rows - 1, size - 1])
+        at = [divmod(int(place), rows) for place in places]
+        expected = sorted(row * columns + column for column, row in at)
+        assert coding.to_rows(places, rows, size).tolist() == expected
+    found = coding.pack_places(np.array([5, 70_000]), (2**16, size >> 16))
+    assert found[-1].size
 
 
 def test_the_code_of_gaps():

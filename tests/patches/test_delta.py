@@ -247,6 +247,10 @@ def test_errors(base, tmp_path):
         lambda about: about["weights"][0].__setitem__(8, 0),
         lambda about: about["weights"][0].__setitem__(8, -96),
         lambda about: about["weights"][0].__setitem__(8, 7),
+        lambda about: about["weights"][0].__setitem__(8, 2**40),
+        lambda about: about["weights"].insert(
+            0, [-1, "x", [0, 3], 0, 0, 0, 0, 0, 2**40]
+        ),
         lambda about: about.update(dtype="float32"),
         lambda about: about.update(dtype="int8"),
         lambda about: about["weights"].pop(),

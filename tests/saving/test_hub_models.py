@@ -114,11 +114,17 @@ def test_quantized_by_keras(tied, tmp_path):
 @pytest.mark.one_backend
 def test_inputs_that_keras_would_quantize_once_loaded(tmp_path):
     """With its own files too, whose loaded model computes other values."""
-    model = llama()
-    model.quantize("int4")
-    with pytest.raises(ValueError, match="AbsMaxQuantizer for its inputs"):
-        kwm.save_model(model, tmp_path / "model")
-    assert not os.listdir(tmp_path)
+    other = keras.quantizers.AbsMaxQuantizer(value_range=(-7, 7))
+    config = keras.quantizers.Int8QuantizationConfig(activation_quantizer=other)
+    for match, arguments in (
+        ("where it has no quantizer", {"mode": "int4"}),
+        (r"where it has AbsMaxQuantizer .*\(-7, 7\)", {"config": config}),
+    ):
+        model = llama()
+        model.quantize(**arguments)
+        with pytest.raises(ValueError, match=match):
+            kwm.save_model(model, tmp_path / "model")
+        assert not os.listdir(tmp_path)
 
 
 def test_lora_inside_of_a_scaled_model(tmp_path):
