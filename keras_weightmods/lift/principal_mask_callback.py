@@ -25,6 +25,7 @@ from keras_weightmods.lift.model_optimizer import (
     install,
     without_loss_scaling,
 )
+from keras_weightmods.lift.patterns import check_patterns, has_zeros
 from keras_weightmods.lift.report import (
     MaskedKernel,
     PrincipalMaskReport,
@@ -376,7 +377,7 @@ class PrincipalMaskCallback(EpochFigures):
         for target in found:
             variable = target.variable
             if id(variable) in trained:
-                if self.keep_pattern and _has_zeros(variable):
+                if self.keep_pattern and has_zeros(variable):
                     raise ValueError(
                         "`keep_pattern=True` keeps the zeros of masked kernels "
                         "alone, and one that is trained whole would lose its "
@@ -416,42 +417,8 @@ class PrincipalMaskCallback(EpochFigures):
                 "`attach(model)` has the reasons.",
                 stacklevel=2,
             )
-        self._check_patterns(usable)
+        check_patterns(usable, self.keep_pattern)
         return usable, skipped
-
-    def _check_patterns(self, targets: Any) -> None:
-        """Raise ValueError if masks and zeros that are to stay contradict."""
-        constrained = [
-            target
-            for target in targets
-            if getattr(target.variable.constraint, "keeps_pattern", False)
-        ]
-        for target in constrained:
-            variable = target.variable
-            if not self.keep_pattern:
-                raise ValueError(
-                    "A kernel with a constraint to a pattern has zeros that a "
-                    "mask may hold. Pass `keep_pattern=True`, which trains "
-                    "entries that are not zero, or call "
-                    "`SemiStructuredSparse.detach(model)` first. Received: "
-                    f"{target.path!r} with {type(variable.constraint).__name__}"
-                )
-            if ops.any(variable.constraint(variable) != variable.value):
-                raise ValueError(
-                    "A kernel with a constraint to a pattern must be in it "
-                    "before masks are chosen. Call `SemiStructuredSparse."
-                    f"attach(model)` first. Received: {target.path!r}"
-                )
-        # Of a model with constraints, what has none may be dense.
-        if self.keep_pattern and not constrained:
-            for target in targets:
-                if not _has_zeros(target.variable):
-                    raise ValueError(
-                        "`keep_pattern=True` is for a sparse model, whose "
-                        "zeros stay zeros. Make the model sparse first, or "
-                        "leave this kernel out of `targets`. Received: "
-                        f"{target.path!r}, which has no zero"
-                    )
 
     def _size(self, target: Any) -> Any:
         """The number of entries of a target to train."""
@@ -499,7 +466,3 @@ class PrincipalMaskCallback(EpochFigures):
             yield mask_indices(
                 selection.mask(value, *axes, gradient, candidates)
             )
-
-
-def _has_zeros(variable: Any) -> bool:
-    return bool(ops.convert_to_numpy(ops.any(variable.value == 0)))
