@@ -28,7 +28,10 @@ SOURCES = ("mnist", "fashion")
 # Robust training that gains less leaves no gap to speak of.
 LEAST_GAP = 0.02
 PICTURE = harness.ROOT / "docs" / "signature_cosines.png"
-SUMS = ("mean", "sum", "ties", "della", "iso_c")
+# Ways to add two signatures: methods of `merge`, and the second one less its
+# part along the first, in each array.
+MERGES = ("mean", "sum", "ties", "della", "iso_c")
+SUMS = (*MERGES, "orthogonal")
 # Claims of the paper, and the rows that speak of each.
 CLAIMS = (
     ("shallow", ("patched", "all layers", "deep layers")),
@@ -176,12 +179,18 @@ class Study:
         self.nets = [clone(model) for _ in range(3)]
 
     def signature(self, source, corruption, init=True, **kwargs):
-        from keras_weightmods import WeightSignature
-
-        return WeightSignature.extract(
+        return self.extract(
             self.init if init else None,
             self.trained[source, None],
             self.trained[source, corruption],
+            **kwargs,
+        )
+
+    def extract(self, *weights, **kwargs):
+        from keras_weightmods import WeightSignature
+
+        return WeightSignature.extract(
+            *weights,
             like=self.model,
             verbose=0,
             **{"statistics": "keep", **self.shallow, **kwargs},
@@ -256,13 +265,14 @@ class Study:
 
         clean = self.trained[source, None]
         first, second, merged = self.nets
-        models = {}
-        for name in SUMS:
+        patched = [self.signatures[source, c].apply(clean) for c in pair]
+        # A signature has no part along clean - init: here along the first.
+        rest = self.extract(clean, *patched)
+        models = {"two, orthogonal": rest.apply(patched[0])}
+        for name in MERGES:
             self.model.set_weights(clean)
-            for net, corruption in zip((first, second), pair):
-                net.set_weights(
-                    self.signatures[source, corruption].apply(clean)
-                )
+            for net, weights in zip((first, second), patched):
+                net.set_weights(weights)
             method = "task_arithmetic" if name in ("mean", "sum") else name
             kwm.merge(
                 [first, second],
