@@ -86,6 +86,7 @@ rows of 256 tokens, of prose, docstrings and text that the dense model wrote."""
 def runtimes(log):
     """Every form of runtimes.py: its speed, memory and quality."""
     prompts, about = log["prompts"], log["machine"]
+    together = min(log["together"], len(log["rows"]))
     header = (
         "form | weights | write | write, batch 8 | read | resident, MB | "
         "of the model, MB | file, MB | x dense"
@@ -96,7 +97,7 @@ def runtimes(log):
         f"{model}; tokens a second: {log['new_tokens']} new "
         f"ones after a prompt of {prompts['short']}, and a prompt of "
         f"{prompts['long']} read up to the first new token; a process for "
-        f"each form, {log['together']} of them in turns, medians of "
+        f"each form, {together} of them in turns, medians of "
         f"{log['rounds']} rounds; {about['cpu']}, {about['threads']} of "
         f"{about['cores']} cores. "
         + (

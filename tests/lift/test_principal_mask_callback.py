@@ -643,7 +643,7 @@ TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is for JAX")
 def test_data_parallel():
-    """In a process of its own, which has two devices.
+    """In a process of its own, which has two devices: as on one of them.
 
     For `ModelParallel` see `tests/devices/mesh.py`.
     """
@@ -653,12 +653,16 @@ def test_data_parallel():
         from tests.lift import test_principal_mask_callback as t
         devices = keras.distribution.list_devices()
         assert len(devices) == 2
+        alone = t.make()
+        t.fit(alone, t.callback())
         keras.distribution.set_distribution(
             keras.distribution.DataParallel(devices=devices))
         model = t.make()
         before = t.weights_of(model)
         t.fit(model, t.callback())
         t.assert_only_masks_changed(before, model)
+        for one, two in zip(alone.get_weights(), model.get_weights()):
+            np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
         t.fit(model, t.callback(refresh_every=2))
         assert model.optimizer.mask_step == 6
         print("fine")
