@@ -25,14 +25,14 @@ METHODS = {
     "full": Method(3.2e-5),
     "LoRA": Method(8e-4, lora="LoRA"),
     "rsLoRA": Method(4e-4, lora="rsLoRA"),
-    "random 5 %": Method(8e-4, "random"),
-    "largest 1 %": Method(8e-4, "magnitude", 0.01),
-    "largest 5 %": Method(8e-4, "magnitude"),
-    "smallest 5 %": Method(8e-4, "smallest"),
-    "gradient 5 %": Method(8e-4, "gradient"),
-    "LIFT 1 %": Method(8e-4, "principal", 0.01),
-    "LIFT 5 %": Method(8e-4, "principal"),
-    "LIFT 5 % MLP": Method(8e-4, "principal", targets="feedforward"),
+    "random 5 %": Method(3.2e-3, "random"),
+    "largest 1 %": Method(6.4e-3, "magnitude", 0.01),
+    "largest 5 %": Method(3.2e-3, "magnitude"),
+    "smallest 5 %": Method(3.2e-3, "smallest"),
+    "gradient 5 %": Method(3.2e-3, "gradient"),
+    "LIFT 1 %": Method(6.4e-3, "principal", 0.01),
+    "LIFT 5 %": Method(3.2e-3, "principal"),
+    "LIFT 5 % MLP": Method(3.2e-3, "principal", targets="feedforward"),
 }
 
 
