@@ -31,7 +31,8 @@ _METHODS = ("sum", "mean", "ties", "dare")
     argument(
         "--statistics",
         choices=_STATISTICS,
-        help="of batch normalizations; default: keep, with a warning",
+        default="average",
+        help="of batch normalizations; default: average",
     ),
     argument("--name", help="what to call it in tables"),
     *OUTPUT,

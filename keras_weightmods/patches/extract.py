@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import time
-import warnings
 
 import numpy as np
 
@@ -24,9 +23,8 @@ def extract(
 ):
     """Return the fields of a signature; see `WeightSignature.extract`."""
     began = time.perf_counter()
-    checks.check_choice("statistics", statistics, (*_REPLACED, None))
+    checks.check_choice("statistics", statistics, _REPLACED)
     checks.check_verbose(verbose)
-    is_asked, statistics = statistics is not None, statistics or "keep"
     # As it is in files.
     checks.check_string("name", name, optional=True)
     if depth is not None and targets is not None:
@@ -51,14 +49,6 @@ def extract(
         taken = _taken_by_targets(layout, infos, usable, targets)
     problems = _weight_problems(checkpoints, [infos[i] for i in taken])
     checks.raise_all(_MISMATCH, problems)
-    if not is_asked:
-        reached = {depths[i] for i in taken}
-        left = [
-            i
-            for i, role in enumerate(roles)
-            if role == "statistic" and depths[i] in reached
-        ]
-        _warn_about_statistics(checkpoints, left, infos)
     # Each that is taken, and all of them for the hash of each checkpoint.
     steps = len(taken) + len(checkpoints) * len(infos)
     with Progress(steps, "weight", verbose, began) as progress:
@@ -92,26 +82,6 @@ def extract(
         "model_class": layout.model and type(layout.model).__name__,
         "fingerprints": fingerprints,
     }
-
-
-def _warn_about_statistics(checkpoints, left, infos):
-    """Warn where the robust weights are used to other statistics."""
-    clean, robust = checkpoints["clean"], checkpoints["robust"]
-    moved = [
-        infos[i].key
-        for i in left
-        if not np.array_equal(clean.read(i), robust.read(i))
-    ]
-    if moved:
-        warnings.warn(
-            f"The signature leaves {len(moved)} moving statistics of batch "
-            f"normalizations as the clean model has them, as {moved[0]!r}, "
-            "where those of the robust one are others: mostly the patched "
-            "model then gains little. Pass `statistics='replace'` to have the "
-            "robust ones, or `statistics='keep'` to go without this warning.",
-            # The caller of `WeightSignature.extract`.
-            stacklevel=4,
-        )
 
 
 def residual(change, reference):

@@ -103,7 +103,7 @@ class WeightSignature(Change):
         depth: int | None = None,
         *,
         targets: Any = None,
-        statistics: str | None = None,
+        statistics: str = "average",
         name: str | None = None,
         like: Any = None,
         verbose: int = 1,
@@ -131,14 +131,13 @@ class WeightSignature(Change):
                 for in the paths of all weights; or, where there is a model,
                 what `resolve_targets` takes, for all weights of the layers.
             statistics: What happens to the moving mean and variance of the
-                batch normalizations taken: `"keep"` never touches them,
-                `"replace"` puts the robust checkpoint's in their place at
-                scale 1, `"average"` goes half of the way there. They are no
-                differences: on any model they lead to the robust
-                checkpoint's statistics, so that of several patches one alone
-                can replace them. Defaults to `None`, for `"keep"` with a
-                warning where the robust statistics are others: weights
-                trained with these mostly need them.
+                batch normalizations taken, which the robust weights were
+                trained with: `"average"` goes half of the way to the robust
+                checkpoint's at scale 1, `"replace"` all of it, `"keep"`
+                never touches them. They are no differences: on any model
+                they lead to the robust checkpoint's statistics, so that of
+                several patches one alone can replace them. Defaults to
+                `"average"`.
             name: String, what to call the signature in tables.
             like: Where all checkpoints are lists: a model of the
                 architecture, or the list of its weights' paths.

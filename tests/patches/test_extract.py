@@ -1,5 +1,3 @@
-import warnings
-
 import keras
 import ml_dtypes
 import numpy as np
@@ -57,7 +55,7 @@ def test_definition(model, trio):
     init, clean, robust = trio
     # A tensor that clean training did not move keeps all of its change.
     clean[1] = init[1].copy()
-    signature = extract(*trio, depth=2, like=model)
+    signature = extract(*trio, depth=2, statistics="keep", like=model)
     assert positions(signature) == WEIGHTS_OF_TWO
     assert signature.depth == 2
     for entry in signature:
@@ -95,7 +93,7 @@ def test_models_and_lists_are_one(trio):
 
 def test_two_checkpoints(model, trio):
     _, clean, robust = trio
-    signature = extract(None, clean, robust, 4, like=model)
+    signature = extract(None, clean, robust, 4, statistics="keep", like=model)
     assert signature.method == "difference"
     assert set(signature.fingerprints) == {"clean", "robust"}
     patched = signature.apply(clean)
@@ -137,13 +135,13 @@ def test_targets(model, trio):
     assert positions(by_target) == [DENSE, DENSE + 1]
     assert [e.depth for e in by_target] == [2, 2]
     for pattern in (r"^norm_b/", ["norm_b/gamma", "norm_b/beta"]):
-        by_path = extract(*trio, targets=pattern, like=PATHS)
+        by_path = extract(*trio, targets=pattern, statistics="keep", like=PATHS)
         assert positions(by_path) == [8, 9]
     everything = extract(*trio, targets="", statistics="replace", like=PATHS)
     assert len(everything) == len(PATHS)
     for value, message in (
         ("(", "valid regular"),
-        ("nothing", "matches none of 12"),
+        ("nothing", "matches none of 16"),
         ([], "targets"),
         (7, "targets"),
         (kwm.find_targets(conv_net()), "weights of the model"),
@@ -185,31 +183,9 @@ def test_statistics(model, trio, statistics):
             signature.apply(other, scale=-30.0)
 
 
-def test_statistics_that_are_left_without_a_word_are_warned_about(model, trio):
-    init, clean, robust = trio
-    for fields, count in (
-        ({"depth": 1}, 2),
-        ({"depth": 2}, 4),
-        ({"targets": "^conv_b/"}, 2),
-        ({"targets": "^dense/"}, 0),
-        ({"depth": 2, "statistics": "keep"}, 0),
-        ({"depth": 2, "statistics": "replace"}, 0),
-    ):
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            extract(*trio, **fields, like=PATHS)
-        texts = [str(each.message) for each in found]
-        assert [f"leaves {count} moving" in text for text in texts] == [
-            True
-        ] * bool(count)
-        # At the caller's line.
-        assert {each.filename for each in found} <= {__file__}
-    same = list(robust)
-    for place in STATISTICS:
-        same[place] = clean[place]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        extract(init, clean, same, depth=2, like=PATHS)
+def test_statistics_go_half_of_the_way_by_default(trio):
+    average = extract(*trio, depth=2, like=PATHS, statistics="average")
+    assert extract(*trio, depth=2, like=PATHS).digest == average.digest
 
 
 def test_state_is_not_touched():
