@@ -14,7 +14,8 @@ from keras_weightmods.patches.quantized import Quantized
 class ChangeEntry:
     """What a change does to one weight.
 
-    At scale s the weight w becomes `w + s * (tensor - replaced * w)`.
+    At scale s the weight w becomes `w + s * (tensor - replaced * w)`; see
+    `tensors.rebuilt_pieces` for shares of more than 1.
 
     Attributes:
         info: `WeightInfo` of the weight, as in the model it came from.

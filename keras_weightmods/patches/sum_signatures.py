@@ -25,7 +25,8 @@ def sum_signatures(
 
     Where a signature has nothing for a weight that another one has, it counts
     as zero. Batch-norm statistics are always summed with the weights, or
-    averaged where the method takes a mean.
+    averaged where the method takes a mean; where their shares sum to more than
+    1, the model gets their mean.
 
     Args:
         signatures: List of `WeightSignature`.

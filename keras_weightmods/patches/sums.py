@@ -125,5 +125,8 @@ def _problem(key, clean, result):
             return f"{key}: values that are not finite"
         return f"{key}: the result is not finite in {clean.dtype}"
     if key.endswith("moving_variance") and (result < 0).any():
-        return f"{key}: the result is a negative variance"
+        return (
+            f"{key}: the result is a negative variance; take a scale nearer "
+            'to 0, or a signature made with `statistics="keep"`'
+        )
     return None

@@ -76,6 +76,9 @@ class Replacing(Sparse):
 def rebuilt_pieces(clean, terms, part=slice(None), out=None):
     """Yield slices and `clean + sum(scale * (tensor - replaced * clean))`.
 
+    Where the shares that are replaced, `scale * replaced`, sum to more than 1,
+    the scales are divided by their sum: nothing is left of `clean`.
+
     Computed in float64 if that is the dtype of `clean` and in float32 if not,
     and rounded once. Each piece is computed in the same way whatever the
     machine's state, so that equal arguments give equal bits.
@@ -99,8 +102,12 @@ def rebuilt_pieces(clean, terms, part=slice(None), out=None):
     rounded = total if dtype == clean.dtype else np.empty(size, clean.dtype)
     # What overflows the dtype is found by the caller, who checks the result.
     with np.errstate(over="ignore", invalid="ignore"):
-        scales = [dtype.type(scale) for scale, _, _ in terms]
-        replaced = dtype.type(math.fsum(s * share for s, _, share in terms))
+        share = math.fsum(scale * replaced for scale, _, replaced in terms)
+        scales = [
+            dtype.type(scale / max(1.0, share) if replaced else scale)
+            for scale, _, replaced in terms
+        ]
+        share = dtype.type(min(1.0, share))
     for start in range(first, last, _PIECE):
         piece = slice(start, min(start + _PIECE, last))
         with np.errstate(over="ignore", invalid="ignore"):
@@ -110,8 +117,8 @@ def rebuilt_pieces(clean, terms, part=slice(None), out=None):
             for (_, tensor, _), scale in zip(terms[1:], scales[1:]):
                 scaled = _scaled(tensor, scale, piece, base, scratch)
                 delta = np.add(delta, scaled, out=sums)
-            if replaced:
-                np.multiply(base, replaced, out=scratch)
+            if share:
+                np.multiply(base, share, out=scratch)
                 delta = np.subtract(delta, scratch, out=sums)
             values = rounded[: base.size] if target is None else target[piece]
             # Adds in the dtype of both, and then rounds.

@@ -135,9 +135,10 @@ class WeightSignature(Change):
                 trained with: `"average"` goes half of the way to the robust
                 checkpoint's at scale 1, `"replace"` all of it, `"keep"`
                 never touches them. They are no differences: on any model
-                they lead to the robust checkpoint's statistics, so that of
-                several patches one alone can replace them. Defaults to
-                `"average"`.
+                they lead to the robust checkpoint's statistics. Shares of
+                several patches, or of a large scale, that sum to more than 1
+                are divided by their sum, so that the statistics stay between
+                the clean and the robust ones. Defaults to `"average"`.
             name: String, what to call the signature in tables.
             like: Where all checkpoints are lists: a model of the
                 architecture, or the list of its weights' paths.
@@ -297,7 +298,7 @@ class WeightSignature(Change):
             )
         checks.raise_all(
             "Statistics that were replaced as a whole cannot be subtracted:",
-            [each.key for each in self if scale * each.replaced == 1.0],
+            [each.key for each in self if scale * each.replaced >= 1.0],
         )
         # Solves new = old + scale * (tensor - replaced * old) for the old one.
         return changed_list(

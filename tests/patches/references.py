@@ -68,6 +68,19 @@ def quantize(values, bits):
     return found[1:]
 
 
+def statistic(clean, parts):
+    """A batch-norm statistic: the mixture of the clean one and others.
+
+    Each of `parts` is a share and the statistic that replaces it. Shares of
+    more than 1 in all leave nothing of the clean one, and are made to sum to 1.
+    """
+    total = math.fsum(share for share, _ in parts)
+    if total > 1:
+        parts = [(share / total, value) for share, value in parts]
+        total = 1.0
+    return (1 - total) * clean + sum(share * value for share, value in parts)
+
+
 def pack(codes, bits):
     """Bytes that hold the codes, the first in the lowest bits."""
     levels = 2 ** (bits - 1) - 1

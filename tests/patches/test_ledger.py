@@ -17,6 +17,7 @@ from tests.models import (
     random_weights,
     weights_of,
 )
+from tests.patches import references
 
 NAMES = ("signature", "quantized", "half", "third")
 
@@ -152,6 +153,44 @@ def test_weights_changed_since(patched):
     at = before[12] != clean[12]
     assert np.array_equal(now[12], np.where(at, clean[12], changed[12]))
     assert_same_bits([now[CONV_B]], [clean[CONV_B]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scales", [(1, 1, 1), (3,), (0.5, 0.5), (2, -0.1, 2)])
+def test_statistics_of_several_patches_are_a_mixture(dtype, scales):
+    model = conv_net(dtype=dtype)
+    model.set_weights(random_weights(model, 0))
+    clean = weights_of(model)
+    robust = [random_weights(model, seed) for seed in range(1, 4)]
+    found = [
+        kwm.WeightSignature.extract(None, clean, each, depth=2, like=model)
+        for each in robust
+    ][: len(scales)]
+    patches, results = Patches(model), []
+    for order in itertools.permutations(range(len(scales))):
+        for i in order:
+            patches.add(found[i], scales[i], f"{i}")
+        results.append(weights_of(model))
+        for i in order:
+            patches.remove(f"{i}")
+        assert_same_bits(weights_of(model), clean)
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+    kwm.sum_signatures(found, "sum", scales).apply(model)
+    results.append(weights_of(model))
+    for place in STATISTICS:
+        parts = [
+            (scale / 2, each[place].astype("float64"))
+            for scale, each in zip(scales, robust)
+        ]
+        expected = references.statistic(clean[place].astype("float64"), parts)
+        for got in (results[0], results[-1]):
+            np.testing.assert_allclose(
+                got[place].astype("float64"),
+                expected,
+                rtol=1e-5 if dtype == "float32" else 2**-7,
+                atol=1e-6 if dtype == "float32" else 2**-7,
+            )
 
 
 def test_statistics_that_were_left_are_no_longer_patched():
