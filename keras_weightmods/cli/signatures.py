@@ -169,9 +169,15 @@ def _save(signature, args):
 
 def _change_model(args, change):
     """Write a model with other weights."""
+    from keras_weightmods.patches.checkpoint import Checkpoint
+    from keras_weightmods.utils import checks
+
     check_output(args)
     signature = kwm.WeightSignature.load(args.signature)
     model = load_model(args.model)
+    # Lists have no paths to check.
+    problems = signature.problems(Checkpoint("model", model))
+    checks.raise_all("The change does not fit the model:", problems)
     model.set_weights(change(signature, model.get_weights()))
     write_model(model, args.output)
     clean = signature.fingerprints.get("clean")

@@ -20,6 +20,9 @@ def folder(tmp_path_factory):
         model.save(folder / f"{name}.keras")
     other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     other.save(folder / "other.keras")
+    stem = keras.layers.Conv2D(2, 3, name="stem")
+    renamed = models.sequential((6, 6, 1), stem, *conv_net().layers[1:])
+    renamed.save(folder / "renamed.keras")
     (folder / "broken.keras").write_bytes(b"PK not quite")
     (folder / "broken.safetensors").write_bytes(bytes(40))
     return folder
@@ -148,6 +151,8 @@ def test_errors_have_no_traceback(run, noise, folder):
         f"{EXTRACT} --depth 1 -o noise.safetensors": "--overwrite",
         f"{EXTRACT} --depth 1 -o x/a.safetensors": "folder that exists",
         f"{APPLY} other.keras -o a.keras": "another architecture",
+        f"{APPLY} renamed.keras -o a.keras": "stem/kernel",
+        "signature remove noise.safetensors renamed.keras -o a.keras": "stem/",
         f"{APPLY} clean.keras -o clean.keras": "clean.keras exists; --overwr",
         "signature remove noise.safetensors clean.keras --scale nan "
         "-o a.keras": "`scale`",
