@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import numpy as np
+
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.execution_order import execution_order
+from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.weight_keys import same_path
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.patches.report import WeightRow, WeightsReport
@@ -162,6 +165,63 @@ def weight_problems(expected, infos, argument) -> list[str]:
                 f"{', '.join(FLOATS)} is expected"
             )
     return wrong
+
+
+def reparameterized(checkpoint) -> dict[str, str]:
+    """Return {position: how} of the variables that stand for other weights.
+
+    As those of fixed companders do. What has parameters among the weights is
+    left out: these tell already. Of a list nothing is known.
+    """
+    if checkpoint.model is None:
+        return {}
+    positions = {id(v): i for i, v in enumerate(checkpoint.variables)}
+    found = {}
+    for item in reparameterizations(checkpoint.model):
+        position = positions.get(id(item.target.variable))
+        if item.parameters or position is None:
+            continue
+        saved = item.saved().items()
+        fixed = [f"{key} = {np.ravel(value).tolist()}" for key, value in saved]
+        name = item.name or type(item).__name__
+        found[str(position)] = f"{name} ({', '.join(fixed)})"
+    return found
+
+
+def is_reparameterized(value, count) -> bool:
+    """Return whether a dict from a file is one of `reparameterized`.
+
+    Args:
+        value: The dict.
+        count: Int, the number of weights.
+    """
+    return all(
+        key.isdecimal() and int(key) < count and isinstance(how, str)
+        for key, how in value.items()
+    )
+
+
+def reparameterization_problems(expected, checkpoint) -> list[str]:
+    """Return what keeps a change of reparameterized weights from fitting.
+
+    Args:
+        expected: Dict, what `reparameterized` returned for the change.
+        checkpoint: `Checkpoint`; for a list there are no problems.
+    """
+    if checkpoint.model is None:
+        return []
+    found, argument = reparameterized(checkpoint), f"`{checkpoint.argument}`"
+    return [
+        f"{argument}, {info.key}: {found.get(at, 'a plain weight')}, and "
+        f"{expected.get(at, 'a plain weight')} is expected. "
+        + (
+            f"Fold {argument} first"
+            if at in found
+            else f"Attach the same to {argument}, or fold the other first"
+        )
+        for at, info in ((str(i.position), i) for i in checkpoint.infos)
+        if found.get(at) != expected.get(at)
+    ]
 
 
 def weights_report(model: Any) -> WeightsReport:

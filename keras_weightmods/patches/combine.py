@@ -141,6 +141,11 @@ def _aligned(signatures):
         problems += architecture.problems(
             first.architecture, other.architecture, argument
         )
+        if other.reparameterized != first.reparameterized:
+            problems.append(
+                f"{argument}: of weights that are reparameterized in another "
+                "way. Fold the models, and extract it anew"
+            )
         for entry in other:
             shape = shapes.setdefault(entry.position, entry.info.shape)
             if shape != entry.info.shape:

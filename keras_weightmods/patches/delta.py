@@ -35,7 +35,9 @@ def save_delta(
     less than 6 bits each at a density of 5 %, and the differences, in about
     10.5 bits each in bfloat16, as an entropy coder leaves them: no more than
     a bfloat16 LoRA of as many numbers takes, after LIFT. It is bound to the
-    base by a hash of all its weights.
+    base by a hash of all its weights. A delta of a model with companders is one
+    of what they store, and goes onto models with the same ones alone; call
+    `fold` first for one of plain weights. A list does not say which it holds.
 
     Args:
         model: A built Keras model.
@@ -63,10 +65,10 @@ def save_delta(
         A `DeltaReport`.
 
     Raises:
-        ValueError: If the two have other weights, differ in nothing, in
-            weights that are no floats or by what is not finite; all problems
-            are listed. If an element of `whole` matches no weight, or
-            `model` is no model then. No file is written.
+        ValueError: If the two have other weights or companders, differ in
+            nothing, in weights that are no floats or by what is not finite;
+            all problems are listed. If an element of `whole` matches no
+            weight, or `model` is no model then. No file is written.
         FileExistsError: If the file exists and `overwrite` is False.
 
     Example:
@@ -106,12 +108,16 @@ def save_delta(
         if (a.shape, a.dtype) != (b.shape, b.dtype)
     ]
     checks.raise_all("The models do not have the same weights:", problems)
+    layout = old if new.model is None else new
+    stored = architecture.reparameterized(layout)
+    problems = architecture.reparameterization_problems(stored, old)
+    checks.raise_all("The models do not have the same weights:", problems)
     replaced = _positions("whole", whole, model)
     # Each is compared, read once more for the hash, and written.
     with Progress(3 * len(new.infos), "weight", verbose) as progress:
         entries = _differences(new, old, dtype, replaced, progress)
         return write_entries(
-            filepath, entries, old, dtype, overwrite, replaced, progress
+            filepath, entries, old, dtype, overwrite, replaced, progress, stored
         )
 
 
@@ -190,9 +196,9 @@ def apply_delta(
 
     Raises:
         ValueError: If the file is not whole, the model is not the base or has
-            other weights, weights were changed since they were patched, the
-            name is taken, the delta is on the model already, or the result
-            is not finite. The model is unchanged then.
+            other weights or companders, weights were changed since they were
+            patched, the name is taken, the delta is on the model already, or
+            the result is not finite. The model is unchanged then.
 
     Example:
 
@@ -291,15 +297,19 @@ def write_entries(
     overwrite: bool,
     whole: Collection[int],
     progress: Progress,
+    stored: dict[str, str] | None = None,
 ) -> DeltaReport:
     """Write the changes of a base to a file; return the report.
 
-    Two steps of progress for each weight of the base.
+    Two steps of progress for each weight of the base. `stored` is what
+    `architecture.reparameterized` returns; `None` for that of the base.
     """
+    if stored is None:
+        stored = architecture.reparameterized(base)
     count = len(base.infos)
     fingerprint = base.fingerprint(without=whole, see=progress.add)
     delta = delta_file.Delta(
-        tuple(entries), count, fingerprint, tuple(sorted(whole))
+        tuple(entries), count, fingerprint, tuple(sorted(whole)), stored
     )
     index_bits = delta_file.write_delta(
         filepath, delta, dtype or "bfloat16", overwrite, progress.add

@@ -11,7 +11,11 @@ import numpy as np
 
 from keras_weightmods.core.weight_keys import same_path
 from keras_weightmods.patches import checkpoint, coding
-from keras_weightmods.patches.architecture import weight_problems
+from keras_weightmods.patches.architecture import (
+    is_reparameterized,
+    reparameterization_problems,
+    weight_problems,
+)
 from keras_weightmods.patches.entry import Change, ChangeEntry
 from keras_weightmods.patches.places import unpack_places
 from keras_weightmods.patches.tensors import Replacing, Sparse
@@ -37,12 +41,14 @@ class Delta(Change):
             those of `whole`.
         whole: Tuple of ints, the positions of weights that are all in the
             delta, whatever they are in the base.
+        reparameterized: Dict, as of `architecture.reparameterized`.
     """
 
     entries: tuple[ChangeEntry, ...]
     count: int
     fingerprint: str
     whole: tuple[int, ...] = ()
+    reparameterized: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -61,12 +67,16 @@ class Delta(Change):
         if self.count != len(infos):
             return [f"{len(infos)} weights, and {self.count} are expected"]
         expected = [entry.info for entry in self.entries]
-        return weight_problems(expected, infos, argument) + [
-            f"{argument}, weight {info.position}: "
-            f"{infos[info.position].path!r}, and {info.path!r} is expected"
-            for info in expected
-            if not same_path(info.path, infos[info.position].path)
-        ]
+        return (
+            weight_problems(expected, infos, argument)
+            + [
+                f"{argument}, weight {info.position}: "
+                f"{infos[info.position].path!r}, and {info.path!r} is expected"
+                for info in expected
+                if not same_path(info.path, infos[info.position].path)
+            ]
+            + reparameterization_problems(self.reparameterized, model)
+        )
 
 
 def write_delta(filepath, delta, dtype, overwrite, see) -> float:
@@ -101,6 +111,9 @@ def write_delta(filepath, delta, dtype, overwrite, see) -> float:
         "dtype": dtype,
         "whole": list(delta.whole),
     }
+    # Absent from most files.
+    if delta.reparameterized:
+        about["reparameterized"] = delta.reparameterized
     arrays = {"description": bounded_json.json_array(about)}
     arrays |= {name: np.concatenate(planes[name]) for name in _PLANES}
     container.write_arrays(filepath, FORMAT, VERSIONS[-1], arrays, overwrite)
@@ -127,19 +140,29 @@ def read_delta(filepath) -> Delta:
             entries = _parse(about, arrays, version)
         except ValueError as error:
             raise reader.error("description", str(error)) from error
-    whole = tuple(about.get("whole", ()))
-    return Delta(entries, about["count"], about["fingerprint"], whole)
+    return Delta(
+        entries,
+        about["count"],
+        about["fingerprint"],
+        tuple(about.get("whole", ())),
+        about.get("reparameterized", {}),
+    )
 
 
 def _check_description(description, is_new):
     types = {"weights": list, "count": int, "fingerprint": str}
     types |= {"dtype": str, "whole": list} if is_new else {}
+    if isinstance(description, dict) and "reparameterized" in description:
+        types["reparameterized"] = dict
     if not isinstance(description, dict) or types != {
         name: type(value) for name, value in description.items()
     }:
         raise ValueError(f"must have {sorted(types)}")
     if is_new and description["dtype"] not in DTYPES:
         raise ValueError(f"must have a dtype of {DTYPES}")
+    stored = description.get("reparameterized", {})
+    if not is_reparameterized(stored, description["count"]):
+        raise ValueError("has no valid 'reparameterized'")
 
 
 def _parse(description, arrays, version):

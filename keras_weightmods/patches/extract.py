@@ -39,6 +39,10 @@ def extract(
     for argument, each in checkpoints.items():
         problems += architecture.problems(infos, each.infos, argument)
     checks.raise_all(_MISMATCH, problems)
+    stored = architecture.reparameterized(layout)
+    for each in checkpoints.values():
+        problems += architecture.reparameterization_problems(stored, each)
+    checks.raise_all(_MISMATCH, problems)
     roles = architecture.roles(layout, infos)
     depths = architecture.depths(layout, infos, roles)
     usable_roles = ["weight"] + ["statistic"] * (statistics != "keep")
@@ -81,6 +85,7 @@ def extract(
         "name": name,
         "model_class": layout.model and type(layout.model).__name__,
         "fingerprints": fingerprints,
+        "reparameterized": stored,
     }
 
 

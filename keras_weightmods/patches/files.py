@@ -14,7 +14,10 @@ import safetensors
 import safetensors.numpy
 
 from keras_weightmods.patches import checkpoint
-from keras_weightmods.patches.architecture import STATISTICS
+from keras_weightmods.patches.architecture import (
+    STATISTICS,
+    is_reparameterized,
+)
 from keras_weightmods.patches.entry import SignatureEntry
 from keras_weightmods.patches.quantized import Quantized, code_bytes
 from keras_weightmods.patches.tensors import is_finite
@@ -62,7 +65,10 @@ def load(filepath):
 def config_of(signature):
     """Return all of a signature but the tensors, as plain Python values."""
     infos = signature.architecture
+    # Absent from most files.
+    stored = signature.reparameterized
     return {
+        **({"reparameterized": stored} if stored else {}),
         **{name: getattr(signature, name) for name in list(_CONFIG_TYPES)[:4]},
         "architecture": [[i.path, list(i.shape), i.dtype] for i in infos],
         "entries": [
@@ -90,7 +96,13 @@ def _fields(config, arrays):
     Raises:
         ValueError: If they do not make a signature.
     """
-    _check(_has_types(config, _CONFIG_TYPES), "fields")
+    types: dict[str, Any] = dict(_CONFIG_TYPES)
+    if isinstance(config, dict) and "reparameterized" in config:
+        types["reparameterized"] = dict
+    _check(_has_types(config, types), "fields")
+    stored = config.get("reparameterized", {})
+    count = len(config["architecture"])
+    _check(is_reparameterized(stored, count), "reparameterized weights")
     _check(
         all(
             isinstance(each, str) and re.fullmatch("[0-9a-f]{64}", each)

@@ -45,6 +45,8 @@ class WeightSignature(Change):
         fingerprints: Dict from `"init"`, `"clean"`, `"robust"` to the SHA-256
             of the checkpoint's values. A combination keeps those that all
             its parts share.
+        reparameterized: Dict from positions, as strings, to how the weights
+            there are stored, where a fixed compander stands for them.
 
     Example:
 
@@ -83,6 +85,7 @@ class WeightSignature(Change):
     name: str | None = None
     model_class: str | None = None
     fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+    reparameterized: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.entries = tuple(sorted(self.entries, key=lambda e: e.position))
@@ -114,7 +117,8 @@ class WeightSignature(Change):
         `get_weights()` returns; all three have one architecture and share
         their start. A weight that clean training did not move keeps its whole
         d_c. Weight and bias of a layer are two tensors, and so are gamma and
-        beta of a normalization.
+        beta of a normalization. Of models with companders it is what these
+        store, and goes onto models with the same ones alone.
 
         Args:
             init: The checkpoint from which both trainings started. `None`
@@ -151,7 +155,7 @@ class WeightSignature(Change):
         Raises:
             ValueError: If the arguments are wrong, listing all that is wrong
                 with the checkpoints at once: number, names, shapes, dtypes,
-                and values that are not finite.
+                companders, and values that are not finite.
 
         Example:
 
@@ -225,8 +229,8 @@ class WeightSignature(Change):
 
         Raises:
             ValueError: Listing all that is wrong at once: another
-                architecture, names, shapes, dtypes, values that are not
-                finite before or after. The model is unchanged then.
+                architecture, names, shapes, dtypes, companders, values that
+                are not finite before or after. The model is unchanged then.
 
         Example:
 
@@ -414,9 +418,13 @@ class WeightSignature(Change):
         """Return what keeps the signature from fitting a `Checkpoint`."""
         infos, argument = model.infos, f"`{model.argument}`"
         expected = [entry.info for entry in self]
-        return architecture.problems(
-            self.architecture, infos, argument
-        ) + architecture.weight_problems(expected, infos, argument)
+        return (
+            architecture.problems(self.architecture, infos, argument)
+            + architecture.weight_problems(expected, infos, argument)
+            + architecture.reparameterization_problems(
+                self.reparameterized, model
+            )
+        )
 
     def with_entries(self, entries: Any, **fields: Any) -> Self:
         """Return the same with other entries."""

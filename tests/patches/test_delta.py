@@ -146,6 +146,41 @@ def test_a_head_that_the_base_lacks_comes_whole(base, tmp_path):
     assert [s.path.split(":")[0] for s in report.skipped] == ["7"]
 
 
+def test_a_delta_of_companded_weights_is_for_these(base, tmp_path):
+    """What fixed companders store looks like weights, and is not."""
+    plain, companded, other = make(), make(), make()
+    kwm.attach_compander(companded)
+    kwm.attach_compander(other, a=0.7)
+    path, stored = tmp_path / "task.safetensors", weights_of(companded)
+    for pair in ((companded, plain), (plain, companded), (companded, other)):
+        with pytest.raises(ValueError, match=r"2 problems[\s\S]*compander \("):
+            kwm.save_delta(*pair, path)
+    assert not path.exists()
+    tuned = changed(stored, 1)
+    companded.set_weights(tuned)
+    kwm.save_delta(companded, stored, path, dtype=None)
+    companded.set_weights(stored)
+    kwm.apply_delta(companded, path)
+    assert_same_bits(weights_of(companded), tuned)
+    for model, match in (
+        (plain, "a plain weight, and comp.*Attach the same to `model`"),
+        (other, r"0\.7, 0\.7\]\), and comp.*Fold `model` first"),
+    ):
+        before = weights_of(model)
+        with pytest.raises(ValueError, match=match):
+            kwm.apply_delta(model, path, force=True)
+        assert_same_bits(weights_of(model), before)
+    kwm.remove_delta(companded)
+    # The other way round, and what files of plain weights say of it: nothing.
+    _, path, _ = delta_file(base, tmp_path)
+    with pytest.raises(ValueError, match=r"compander \(.*and a plain weight"):
+        kwm.apply_delta(companded, path, force=True)
+    with container.Reader(path, FORMAT, VERSIONS[-1:]) as reader:
+        assert "reparameterized" not in reader.read_json("description")
+    kwm.fold(companded)
+    kwm.apply_delta(companded, path, force=True)
+
+
 def test_file_is_small(tmp_path):
     """At most 1.05 of as many numbers of a LoRA in bfloat16."""
     random = np.random.default_rng(0)
@@ -265,6 +300,10 @@ def test_errors(base, tmp_path):
         lambda about: about.update(whole=[7, 0]),
         lambda about: about.update(whole=["7"]),
         lambda about: about.update(whole=[[7]]),
+        lambda about: about.update(reparameterized=["0"]),
+        lambda about: about.update(reparameterized={"0": 1}),
+        lambda about: about.update(reparameterized={"8": "compander ()"}),
+        lambda about: about.update(reparameterized={"x": "compander ()"}),
     ],
 )
 def test_files_with_right_hashes_and_wrong_contents(base, tmp_path, attack):

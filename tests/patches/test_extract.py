@@ -208,6 +208,32 @@ def test_state_is_not_touched():
     assert positions(frozen) == positions(signature)
 
 
+def test_a_signature_of_companded_weights_is_for_these(tmp_path):
+    """What fixed companders store looks like weights, and is not."""
+    plain, companded = conv_net(), conv_net()
+    kwm.attach_compander(companded)
+    for pair in ((plain, companded), (companded, plain)):
+        with pytest.raises(ValueError, match=r"4 problems[\s\S]*compander \("):
+            extract(None, *pair, depth=2)
+    stored = weights_of(companded)
+    signature = extract(None, companded, [w + 0.1 for w in stored], depth=2)
+    path = tmp_path / "a.safetensors"
+    signature.save(path)
+    loaded = WeightSignature.load(path)
+    assert loaded.digest == signature.digest
+    for each in (loaded, -signature.quantize(8), loaded + signature):
+        with pytest.raises(ValueError, match="a plain weight, and compander"):
+            each.apply(plain)
+        each.apply(companded)
+        kwm.Patches(companded).clear()
+    assert_same_bits(weights_of(companded), stored)
+    other = extract(None, plain, conv_net(), depth=2)
+    with pytest.raises(ValueError, match="and a plain weight is expected"):
+        other.apply(companded)
+    with pytest.raises(ValueError, match="signature 2: of weights that are"):
+        sum_signatures([other, signature])
+
+
 def test_extract_lists_all_that_is_wrong(model, trio):
     init, clean, robust = ([w.copy() for w in each] for each in trio)
     init[CONV][0, 0, 0, 0] = np.nan
