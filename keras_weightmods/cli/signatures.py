@@ -26,7 +26,7 @@ _METHODS = ("sum", "mean", "ties", "dare")
     argument("--init", help="where both trainings started"),
     argument("--clean", required=True),
     argument("--robust", required=True),
-    argument("--depth", type=int, help="shallow layers; default: 7"),
+    argument("--depth", type=int, help="shallow layers; default: 7 or all"),
     argument("--targets", nargs="+", help="regexes for paths instead"),
     argument(
         "--statistics",

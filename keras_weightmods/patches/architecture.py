@@ -15,6 +15,8 @@ from keras_weightmods.patches.report import WeightRow, WeightsReport
 STATISTICS = ("moving_mean", "moving_variance")
 # Of Normalization, which `adapt` fills. Never touched.
 _ADAPTED = ("mean", "variance", "count")
+# What training changes, "recurrent_kernel" too, whatever is frozen now.
+_TRAINED = ("kernel", "bias", "gamma", "beta", "embeddings")
 
 
 def owners(model):
@@ -32,7 +34,7 @@ def roles(checkpoint, infos):
 
     Statistics are those of batch normalization. Other is what is not trained:
     no floats, the state of Normalization, and with a model at hand whatever
-    is not trainable in a layer that is.
+    is not trainable in a layer that is, but for frozen kernels and the like.
     """
     layers = {} if checkpoint.model is None else owners(checkpoint.model)
     found = []
@@ -42,7 +44,7 @@ def roles(checkpoint, infos):
             role = "statistic"
         elif info.dtype not in FLOATS or info.name in _ADAPTED:
             role = "other"
-        elif layers:
+        elif layers and not info.name.endswith(_TRAINED):
             variable = checkpoint.variables[info.position]
             layer_trains = getattr(layers.get(id(variable)), "trainable", True)
             if layer_trains and not variable.trainable:
@@ -165,6 +167,17 @@ def weight_problems(expected, infos, argument) -> list[str]:
                 f"{', '.join(FLOATS)} is expected"
             )
     return wrong
+
+
+def lora_layers(checkpoint) -> list[str]:
+    """Return the paths of the layers with LoRA; of a list none is known."""
+    if checkpoint.model is None:
+        return []
+    return [
+        layer.path
+        for layer in keras_private.layers_of(checkpoint.model)
+        if getattr(layer, "lora_enabled", False)
+    ]
 
 
 def reparameterized(checkpoint) -> dict[str, str]:

@@ -34,6 +34,12 @@ def extract(
     if init is None:
         del sources["init"]
     checkpoints = {name: Checkpoint(name, x) for name, x in sources.items()}
+    with_lora = [
+        f"{argument}, {path}: call `kwm.merge_lora(model)` first"
+        for argument, each in checkpoints.items()
+        for path in architecture.lora_layers(each)
+    ]
+    checks.raise_all("Signatures are of models without LoRA:", with_lora)
     layout, infos = _layout(checkpoints, like)
     problems = []
     for argument, each in checkpoints.items():
@@ -141,9 +147,10 @@ def _layout(checkpoints, like):
 
 
 def _taken_by_depth(usable, depths, depth):
-    depth = checks.check_int("depth", 7 if depth is None else depth, least=1)
     layers = 1 + max(depths)
-    if depth > layers:
+    if depth is None:
+        depth = min(7, layers)
+    if checks.check_int("depth", depth, least=1) > layers:
         expected = f"at most the number of layers with a kernel, {layers}"
         raise checks.error("depth", expected, depth)
     return [i for i in usable if depths[i] < depth]

@@ -118,7 +118,8 @@ class WeightSignature(Change):
         their start. A weight that clean training did not move keeps its whole
         d_c. Weight and bias of a layer are two tensors, and so are gamma and
         beta of a normalization. Of models with companders it is what these
-        store, and goes onto models with the same ones alone.
+        store, and goes onto models with the same ones alone. Models with
+        LoRA are refused: call `merge_lora` first.
 
         Args:
             init: The checkpoint from which both trainings started. `None`
@@ -130,7 +131,8 @@ class WeightSignature(Change):
                 taken, in the order of execution (in that of the list where no
                 model is given). A layer without a kernel, such as a
                 normalization, goes with the one that runs before it.
-                Defaults to 7, the paper's choice for VGG-16.
+                Defaults to 7, the paper's choice for VGG-16, or to all where
+                there are fewer.
             targets: Instead of `depth`: a regex, or a list of them, to search
                 for in the paths of all weights; or, where there is a model,
                 what `resolve_targets` takes, for all weights of the layers.

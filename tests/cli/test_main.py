@@ -145,7 +145,7 @@ def test_errors_have_no_traceback(run, noise, folder):
         "inspect nothing.safetensors": "nothing.safetensors",
         "report clean.keras --pattern 4:2": "pattern",
         "signature info clean.keras": "a .keras file, which",
-        f"{EXTRACT} -o a.safetensors": "kernel, 4",
+        f"{EXTRACT} --depth 5 -o a.safetensors": "kernel, 4",
         f"{EXTRACT} --targets ( -o a.safetensors": "valid regular",
         f"{EXTRACT} --depth 1 -o a.npz": "must end in .safetensors",
         f"{EXTRACT} --depth 1 -o noise.safetensors": "--overwrite",

@@ -264,6 +264,38 @@ def test_extract_lists_all_that_is_wrong(model, trio):
         extract(model, model, other, depth=1)
 
 
+def test_the_default_depth_is_seven_or_all(trio):
+    many = [np.ones((2, 2))] * 9
+    like = [f"dense_{i}/kernel" for i in range(9)]
+    for checkpoints, paths, depth in ((trio, PATHS, 4), ([many] * 3, like, 7)):
+        assert extract(*checkpoints, like=paths).depth == depth
+
+
+def test_a_frozen_kernel_is_a_weight():
+    def net(seed):
+        model = conv_net()
+        model.set_weights(random_weights(model, seed))
+        return model
+
+    models = [net(seed) for seed in range(3)]
+    expected = extract(*models, depth=2)
+    for model in models:
+        for layer in model.layers[:2]:
+            for variable in layer.trainable_variables:
+                variable.trainable = False
+    assert extract(*models, depth=2).digest == expected.digest
+
+
+def test_models_with_lora_are_refused(trio):
+    plain, adapted = conv_net(), conv_net()
+    adapted.layers[-1].enable_lora(2)
+    for pair in ((plain, adapted), (adapted, adapted)):
+        with pytest.raises(ValueError, match=r"robust, .*`kwm\.merge_lora\("):
+            extract(None, *pair, depth=1)
+    kwm.merge_lora(adapted)
+    extract(None, plain, adapted, depth=1)
+
+
 def test_a_name_is_a_string(model, trio):
     for name in (5, "", b"x"):
         with pytest.raises(ValueError, match="`name` must be a non-empty"):

@@ -119,7 +119,6 @@ def test_wrong_use(model, trio):
         (lambda: of(depth=0), "`depth` must be an int"),
         (lambda: of(depth=2.0), "`depth` must be an int"),
         (lambda: of(depth=5), "kernel, 4"),
-        (lambda: of(), "kernel, 4. Received: depth=7"),
         (lambda: of(depth=1, targets="a"), "not both"),
         (lambda: of(statistics="no"), "`statistics`"),
         (lambda: extract(first, None, robust, like=PATHS), "`clean`"),
