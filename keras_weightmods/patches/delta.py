@@ -1,6 +1,7 @@
 """Deltas: what a fine-tuning changed, as a small file; put on and taken off."""
 
 import os
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -50,7 +51,8 @@ def save_delta(
             patch changes the entry, they give the model bit for bit.
             Differences, in float32 too, are rounded. Defaults to
             `"bfloat16"`, with an error of at most 2^-9 of the
-            difference.
+            difference. What is too small for float16 is stored as 0, and
+            counted in a warning.
         overwrite: Bool, whether to replace a file. Defaults to `True`.
         whole: Weights that are stored with all their values, exactly, as they
             are no part of a base that others have: a new head. They may be
@@ -130,6 +132,7 @@ def _differences(
 ) -> list[ChangeEntry]:
     """Return what `save_delta` stores, all of it checked."""
     entries, problems = [], []
+    lost = count = 0
     for info in new.infos:
         progress.add()
         before, after = old.read(info.position), new.read(info.position)
@@ -137,7 +140,11 @@ def _differences(
         if info.position in replaced:
             places = np.arange(after.size)
         if places.size and info.dtype not in FLOATS:
-            problems.append(f"{info.key}: {info.dtype}, which has changed")
+            problems.append(
+                f"{info.key}: {info.dtype}, which has changed. A delta holds "
+                "floats alone: to leave this out, give it the value that it "
+                "has in `base`"
+            )
         if not places.size or info.dtype not in FLOATS:
             continue
         if dtype is None or info.position in replaced:
@@ -154,6 +161,8 @@ def _differences(
             change = (after - before).astype(numpy_dtype(dtype))
         if not np.all(np.isfinite(change.astype("float32"))):
             problems.append(f"{info.key}: a change that is not finite")
+        lost += np.count_nonzero((change == 0) & (after != before))
+        count += change.size
         entries.append(ChangeEntry(info, Sparse(places, change)))
     checks.raise_all("The change cannot be stored:", problems)
     if not entries:
@@ -161,6 +170,13 @@ def _differences(
             "`model` must differ from `base`. Received: two models with equal "
             "weights. Pass the list that `model.get_weights()` returned "
             "before the training."
+        )
+    if lost:
+        warnings.warn(
+            f"{lost} of {count} changes are too small for {dtype} and stored "
+            "as 0. Take a `dtype` of more range: bfloat16 has that of float32, "
+            "and None is exact.",
+            stacklevel=3,
         )
     return entries
 

@@ -113,7 +113,8 @@ class Ledger:
         if not force:
             raise_all(
                 "Weights were changed since they were patched, by training "
-                "for instance; `force=True` takes patches off all the same.",
+                "for instance; `Patches(model).clear(force=True)` takes the "
+                "patches off all the same.",
                 [model.infos[p].key for p in changed],
             )
         return changed

@@ -48,7 +48,8 @@ class Patches:
     force=True)` subtracts from those.
 
     As a context manager it removes all patches at the end, also those that
-    were there before.
+    were there before. Where that fails after an error in the block, they stay,
+    and a note on that error says so.
 
     Args:
         model: A built Keras model.
@@ -105,9 +106,10 @@ class Patches:
                 Defaults to none.
 
         Raises:
-            ValueError: If weights were changed since they were patched.
+            ValueError: If weights were changed since they were patched, or are
+                others, as after `enable_lora`.
         """
-        model = Checkpoint("model", self.model)
+        model = self._checked_model(self._ledger.patches)
         return self._ledger.fingerprint(model, without)
 
     @_one_at_a_time
@@ -239,8 +241,13 @@ class Patches:
     def __enter__(self) -> "Patches":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.clear()
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        try:
+            self.clear()
+        except ValueError as problem:
+            if error is None:
+                raise
+            error.add_note(f"The patches are still on the model. {problem}")
 
     def __repr__(self) -> str:
         return f"<Patches on {self.model.name!r}: {self.scales}>"
@@ -261,15 +268,20 @@ class Patches:
                 return name
         return None
 
+    def _checked_model(self, patches: dict[str, Patch]) -> Checkpoint:
+        """Return the model's `Checkpoint`, which these patches fit."""
+        model = Checkpoint("model", self.model)
+        problems = []
+        for patch in patches.values():
+            problems += patch.change.problems(model)
+        checks.raise_all("The change does not fit the model:", problems)
+        return model
+
     def _update(
         self, action: str, name: Any, scale: Any, after: Any, force: Any = False
     ) -> PatchReport:
         ledger = self._ledger
-        model = Checkpoint("model", self.model)
-        problems = []
-        for patch in {**ledger.patches, **after}.values():
-            problems += patch.change.problems(model)
-        checks.raise_all("The change does not fit the model:", problems)
+        model = self._checked_model({**ledger.patches, **after})
         checks.check_bool("force", force)
         written, subtracted, left = (
             tuple(model.infos[position].key for position in positions)

@@ -216,6 +216,36 @@ def test_other_dtypes(tmp_path, dtype):
     assert_same_bits(weights_of(model), old)
 
 
+def test_changes_that_are_lost_are_counted(base, tmp_path):
+    tuned, path = make(), tmp_path / "task.safetensors"
+    new = [w.copy() for w in base]
+    new[1][:5], new[1][5:7] = 2e-8, 0.5  # it was zero
+    new[7][:3] = -0.0
+    tuned.set_weights(new)
+    with pytest.warns(UserWarning, match="5 of 10 changes are too small for f"):
+        kwm.save_delta(tuned, base, path, "float16")
+    kwm.save_delta(tuned, base, path)
+
+
+def test_integers_that_have_changed_are_refused(tmp_path):
+    class Counting(keras.layers.Layer):
+        def build(self, shape):
+            self.count = self.add_weight(
+                shape=(), dtype="int32", initializer="zeros", trainable=False
+            )
+
+    model = sequential((4,), keras.layers.Dense(2), Counting())
+    base = weights_of(model)
+    model.set_weights([base[0] + 1, base[1], base[2] + 1])
+    path = tmp_path / "task.safetensors"
+    with pytest.raises(ValueError, match=r"int32.*the value that it has in `b"):
+        kwm.save_delta(model, base, path)
+    model.layers[1].count.assign(base[2])
+    kwm.save_delta(model, base, path)
+    model.set_weights(base)
+    kwm.apply_delta(model, path)
+
+
 def test_another_base(base, tmp_path):
     _, path, _ = delta_file(base, tmp_path)
     other = make(seed=5)

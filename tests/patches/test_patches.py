@@ -161,6 +161,34 @@ def test_context_manager_cleans_up_after_an_error(models, signatures):
     assert len(Patches(model)) == 0
 
 
+def test_an_error_in_a_context_is_not_masked(models, signatures):
+    model = models["float32"]
+    before = weights_of(model)
+    with pytest.raises(KeyboardInterrupt) as error:
+        with Patches(model) as patches:
+            patches.add(signatures[0], name="a")
+            model.weights[CONV].assign(model.weights[CONV] * 2)
+            raise KeyboardInterrupt
+    (note,) = error.value.__notes__
+    assert "still on the model. Weights were changed since" in note
+    assert list(Patches(model)) == ["a"]
+    with pytest.raises(ValueError, match="changed since"):
+        with Patches(model):
+            pass
+    Patches(model).clear(force=True)
+    model.set_weights(before)
+
+
+def test_a_fingerprint_after_enable_lora():
+    model = conv_net()
+    make_signature(model).apply(model)
+    model.get_layer(index=5).enable_lora(2)
+    with pytest.raises(
+        ValueError, match="fit the model.*1 problem.*\\n.*has 18"
+    ):
+        Patches(model).clean_fingerprint()
+
+
 def test_training_in_between_is_found():
     model = conv_net()
     model.set_weights(random_weights(model, 0))
@@ -177,7 +205,7 @@ def test_training_in_between_is_found():
     x = np.random.default_rng(0).normal(size=(8, 6, 6, 1))
     model.fit(x, np.ones((8, 3)), verbose=0)
     trained = weights_of(model)
-    with pytest.raises(ValueError, match="force=True") as error:
+    with pytest.raises(ValueError, match=r"clear\(force=True\)") as error:
         patches.remove("a")
     # The trained weights and the statistics, but not the frozen ones.
     assert f"  {CONV}:" in str(error.value)
