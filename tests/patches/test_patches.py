@@ -183,9 +183,7 @@ def test_a_fingerprint_after_enable_lora():
     model = conv_net()
     make_signature(model).apply(model)
     model.get_layer(index=5).enable_lora(2)
-    with pytest.raises(
-        ValueError, match="fit the model.*1 problem.*\\n.*has 18"
-    ):
+    with pytest.raises(ValueError, match="does not fit the model"):
         Patches(model).clean_fingerprint()
 
 
