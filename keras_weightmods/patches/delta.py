@@ -161,7 +161,7 @@ def _differences(
             change = (after - before).astype(numpy_dtype(dtype))
         if not np.all(np.isfinite(change.astype("float32"))):
             problems.append(f"{info.key}: a change that is not finite")
-        lost += np.count_nonzero((change == 0) & (after != before))
+        lost += int(np.count_nonzero((change == 0) & (after != before)))
         count += change.size
         entries.append(ChangeEntry(info, Sparse(places, change)))
     checks.raise_all("The change cannot be stored:", problems)

@@ -107,7 +107,7 @@ def rebuilt_pieces(clean, terms, part=slice(None), out=None):
             dtype.type(scale / max(1.0, share) if replaced else scale)
             for scale, _, replaced in terms
         ]
-        share = dtype.type(min(1.0, share))
+        left_out = dtype.type(min(1.0, share))
     for start in range(first, last, _PIECE):
         piece = slice(start, min(start + _PIECE, last))
         with np.errstate(over="ignore", invalid="ignore"):
@@ -117,8 +117,8 @@ def rebuilt_pieces(clean, terms, part=slice(None), out=None):
             for (_, tensor, _), scale in zip(terms[1:], scales[1:]):
                 scaled = _scaled(tensor, scale, piece, base, scratch)
                 delta = np.add(delta, scaled, out=sums)
-            if share:
-                np.multiply(base, share, out=scratch)
+            if left_out:
+                np.multiply(base, left_out, out=scratch)
                 delta = np.subtract(delta, scratch, out=sums)
             values = rounded[: base.size] if target is None else target[piece]
             # Adds in the dtype of both, and then rounds.
