@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_weightmods.backend import backend_module
 from keras_weightmods.patches import merge_sources, merge_weights
+from keras_weightmods.patches.checkpoint import FLOATS
 from keras_weightmods.patches.ledger import ledger_of
 from keras_weightmods.patches.merge_methods import METHODS, Options, Task, mean
 from keras_weightmods.patches.merge_sources import ModelSource, Weight
@@ -170,8 +171,8 @@ def merge(
         ValueError: If an argument is outside of its range, or one that the
             method does not take; if the models have other weights or layers,
             packed or quantized ones; all of this before a weight is read. If
-            a file is altered, or weights or the result are not finite. No
-            file is written then, and no model changed.
+            a file is altered, or weights or the result are not finite, those
+            that are kept too. No file is written then, and no model changed.
         FileExistsError: If the file exists and `overwrite` is `False`.
 
     Example:
@@ -425,24 +426,27 @@ def _run(
     for source in plan.sources:
         source.check_data()
 
+    def rounded(weight, values):
+        """Return values in the dtype that the output has of a weight."""
+        dtype = target.entries[weight.name].dtype
+        with np.errstate(over="ignore"):
+            array = values.astype(numpy_dtype(dtype), copy=False)
+        if dtype in FLOATS and not is_finite(array):
+            raise ValueError(
+                f"The result must be finite in {dtype}. Received: "
+                f"one that is not, of {weight.path!r}"
+            )
+        return array
+
     def parts(weight):
         """Yield what the output has of a weight, flattened, in its dtype."""
-        dtype = target.entries[weight.name].dtype
         if weight.name not in tasks:
             whole = slice(0, int(np.prod(weight.shape)))
-            values = template.part(weight.name, whole)
-            yield values.astype(numpy_dtype(dtype), copy=False)
+            yield rounded(weight, template.part(weight.name, whole))
             return
         compute = mean if weight.is_statistic else METHODS[method]
         for _, values in compute(tasks[weight.name]):
-            with np.errstate(over="ignore"):
-                rounded = values.astype(numpy_dtype(dtype), copy=False)
-            if not is_finite(rounded):
-                raise ValueError(
-                    f"The result must be finite in {dtype}. Received: "
-                    f"one that is not, of {weight.path!r}"
-                )
-            yield rounded
+            yield rounded(weight, values)
         progress.add()
 
     if isinstance(target, ModelSource):

@@ -276,6 +276,32 @@ def test_one_entry_that_is_not_finite(method, value):
     assert_same_bits(weights_of(found[-1]), before)
 
 
+@pytest.mark.one_backend
+def test_what_is_kept_must_be_finite_too(tmp_path):
+    """Excluded weights, in a model and a file, and after a cast."""
+    paths, (a, b, output) = files(tmp_path)
+    path, given = tmp_path / "m", {"exclude": "kernel", "verbose": 0}
+
+    def check(models, output):
+        before = weights_of(output)
+        with pytest.raises(ValueError, match=r"must be finite in .*kernel"):
+            kwm.merge(models, output, **given)
+        assert_same_bits(weights_of(output), before)
+
+    half = mlp(dtype="float16")
+    a.set_weights([x * 0 + 1e6 for x in weights_of(a)])
+    b.set_weights([x * 0 for x in weights_of(b)])
+    given["weights"] = [1, 99]
+    check([a, b], half)
+    kwm.merge([a, b], output, **given)
+    a.layers[0].kernel.assign(a.layers[0].kernel * np.nan)
+    check([a, b], output)
+    kwm.save_model(a, paths[0])
+    with pytest.raises(ValueError, match="must be finite in float32"):
+        kwm.merge(paths[:2], path, **given)
+    assert not path.exists()
+
+
 def test_models_that_do_not_fit(tmp_path):
     paths, (a, b, base) = files(tmp_path)
     before = weights_of(base)
