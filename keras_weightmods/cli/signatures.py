@@ -10,10 +10,9 @@ from keras_weightmods.cli.command import (
     reported,
 )
 from keras_weightmods.cli.files import (
-    changed_model,
     check_output,
     load_model,
-    write_model,
+    write_changed,
 )
 
 _SIGNATURE = argument("signature", help="a .safetensors file")
@@ -173,6 +172,5 @@ def _change_model(args, change):
     signature = kwm.WeightSignature.load(args.signature)
     model = load_model(args.model)
     model.set_weights(change(signature, model.get_weights()))
-    write_model(model, args.output)
     clean = signature.fingerprints.get("clean")
-    return changed_model(model, len(signature), clean, args.output)
+    return write_changed(model, args, len(signature), clean)
