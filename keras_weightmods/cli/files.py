@@ -112,8 +112,8 @@ def write_changed(model, args, count, clean):
         text += "\nThis is the clean checkpoint, bit for bit."
     if was_compiled:
         text += (
-            f"\nWhat {args.model} had of `compile` and `fit`, as an optimizer, is "
-            "not in it: compile it again."
+            f"\nWhat {args.model} had of `compile` and `fit`, as an optimizer, "
+            "is not in it: compile it again."
         )
     return text, {
         "changed": count,

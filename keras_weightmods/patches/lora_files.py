@@ -287,7 +287,8 @@ class PeftFolder:
         found = []
         for pair in pairs.values():
             target = pair["target"]
-            left, right = (pair.get(which) for which in "AB")
+            left: Any = pair.get("A")
+            right: Any = pair.get("B")
             problem = _misfit(left, right, self.matrix_shape(target))
             if problem is not None:
                 problems.append(f"{target.path}: {problem}")
