@@ -10,10 +10,9 @@ from keras_weightmods.cli.command import (
     reported,
 )
 from keras_weightmods.cli.files import (
-    changed_model,
     check_output,
     load_model,
-    write_model,
+    write_changed,
 )
 
 _DELTA = argument("delta", help="a .safetensors file of `delta save`")
@@ -67,8 +66,7 @@ def _apply(args):
     check_output(args)
     model = load_model(args.model)
     report = kwm.apply_delta(model, args.delta, args.scale, force=args.force)
-    write_model(model, args.output)
-    return changed_model(model, len(report.changed), None, args.output)
+    return write_changed(model, args, len(report.changed), None)
 
 
 @command("delta remove", _DELTA, MODEL, SCALE, *OUTPUT)
@@ -95,10 +93,7 @@ def _remove(args):
     model = load_model(args.model)
     # On a model that is not the base, as it has the delta.
     report = kwm.apply_delta(model, args.delta, -args.scale, force=True)
-    write_model(model, args.output)
-    return changed_model(
-        model, len(report.changed), delta.fingerprint, args.output
-    )
+    return write_changed(model, args, len(report.changed), delta.fingerprint)
 
 
 @command(

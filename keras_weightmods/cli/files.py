@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import zipfile
 
 import numpy as np
 
@@ -90,23 +91,45 @@ def write_model(model, output):
         model.save(path)
 
 
-def changed_model(model, count, clean, output):
-    """Return the result of a command that wrote a model with other weights.
+def write_changed(model, args, count, clean):
+    """Write a model with other weights; return the result of the command.
 
     Args:
         model: The model.
+        args: The arguments, with the file of the model and the output.
         count: Int, the weights that were changed.
         clean: String, the fingerprint that the clean model has, or None.
-        output: String, the file.
     """
     from keras_weightmods.patches.checkpoint import Checkpoint
 
+    # The output may be the same file.
+    was_compiled = _is_compiled(args.model)
+    write_model(model, args.output)
     is_clean = clean == Checkpoint("model", model).fingerprint()
     changed = f"{count} of {len(model.weights)} weights changed"
-    text = f"{changed}; wrote {output}"
+    text = f"{changed}; wrote {args.output}"
     if is_clean:
         text += "\nThis is the clean checkpoint, bit for bit."
-    return text, {"changed": count, "is_clean": is_clean, "output": output}
+    if was_compiled:
+        text += (
+            f"\nWhat {args.model} had of `compile` and `fit`, as an optimizer, "
+            "is not in it: compile it again."
+        )
+    return text, {
+        "changed": count,
+        "is_clean": is_clean,
+        "was_compiled": was_compiled,
+        "output": args.output,
+    }
+
+
+def _is_compiled(path):
+    """Return whether a `.keras` file holds what `compile` has set."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        config = json.loads(archive.read("config.json"))
+    return bool(config.get("compile_config"))
 
 
 def check_output(args, *suffixes):

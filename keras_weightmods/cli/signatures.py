@@ -10,10 +10,9 @@ from keras_weightmods.cli.command import (
     reported,
 )
 from keras_weightmods.cli.files import (
-    changed_model,
     check_output,
     load_model,
-    write_model,
+    write_changed,
 )
 
 _SIGNATURE = argument("signature", help="a .safetensors file")
@@ -179,6 +178,5 @@ def _change_model(args, change):
     problems = signature.problems(Checkpoint("model", model))
     checks.raise_all("The change does not fit the model:", problems)
     model.set_weights(change(signature, model.get_weights()))
-    write_model(model, args.output)
     clean = signature.fingerprints.get("clean")
-    return changed_model(model, len(signature), clean, args.output)
+    return write_changed(model, args, len(signature), clean)

@@ -117,7 +117,8 @@ def delta_to_lora(
         format: `"peft"` or `"keras_hub"`. Defaults to `"peft"`.
         force: Bool, whether to take a delta of another base with weights of
             the same shapes. Defaults to `False`.
-        overwrite: Bool, whether to replace what is there. Defaults to `True`.
+        overwrite: Bool, whether to replace an adapter that is there: its two
+            files, of a folder; what else is in it stays. Defaults to `True`.
         verbose: As in `save_delta`.
 
     Returns:
@@ -125,7 +126,8 @@ def delta_to_lora(
 
     Raises:
         ValueError: If an argument is not as above, the delta is not one for
-            this model, or none of its changes can be in an adapter. Nothing is
+            this model, none of its changes can be in an adapter, or the folder
+            holds other weights of one, as `adapter_model.bin`. Nothing is
             written then.
         FileExistsError: If there is a file and `overwrite` is `False`.
 
@@ -246,7 +248,8 @@ def lora_to_delta(
 
     Raises:
         ValueError: If `lora` is no adapter of this model, or one of peft that
-            is more than `alpha / rank * B A`. Nothing is written then.
+            is more than `alpha / rank * B A` over its base, as DoRA, PiSSA or
+            OLoRA. Nothing is written then.
         FileExistsError: If the file exists and `overwrite` is False.
 
     Example:
@@ -321,8 +324,11 @@ def _entry_of(
 def _check_clean(model: Any) -> None:
     on_model = list(Patches(model))
     if on_model:
-        expected = "without patches. Call `kwm.Patches(model).clear()`"
-        raise checks.error("model", f"{expected}. On it are", on_model)
+        raise ValueError(
+            "`model` must be without patches. Call "
+            "`kwm.Patches(model).clear()` first. Received: "
+            f"model={model.name!r} with {on_model}"
+        )
 
 
 def _change_of(entry: ChangeEntry, base: np.ndarray) -> np.ndarray:

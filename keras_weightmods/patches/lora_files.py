@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import tempfile
 from typing import Any
 
@@ -14,24 +13,31 @@ import numpy as np
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.patches.checkpoint import Checkpoint
-from keras_weightmods.saving.atomic_file import replacing
+from keras_weightmods.saving.atomic_file import check_filepath, replacing
+from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Weights of adapters as others name them, before the ending.
+_STEMS = ("adapter_model", "adapters")
 _FACTOR = re.compile(
     r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight"
 )
 # Settings of peft with which a change is not alpha / rank * B A alone.
 _MORE_THAN_FACTORS = (
+    "alora_invocation_tokens",
     "alpha_pattern",
+    "arrow_config",
     "bias",
     "layer_replication",
     "lora_bias",
     "modules_to_save",
+    "trainable_token_indices",
     "use_dora",
+    "use_qalora",
 )
-_NONE = np.empty((0, 0), "float32")
-_OTHER_MODEL = "must be an adapter of this model"
+# Values of `init_lora_weights` that leave the base as it is.
+_HARMLESS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,26 +141,23 @@ class HubFile:
 
     def read(self, filepath):
         """Return the list of `Factors` in a file; ValueError for others."""
-        import h5py
-
-        found = []
-        with h5py.File(filepath, "r") as file:
-            for name, group in file.get("lora", {}).items():
-                if name == "vars":
-                    continue
-                known = name.isdecimal() and int(name) < len(self.layers)
-                layer = self.layers[int(name)] if known else None
-                target = self.targets.get(id(layer))
-                pair = [
-                    np.array(group[f"vars/lora_kernel_{which}"], "float32")
-                    for which in "ab"
-                ]
-                left = pair[0].reshape(-1, pair[0].shape[-1])
-                shape = left.shape[0], pair[1].shape[-1]
-                if target is None or shape != self.matrix_shape(target):
-                    expected = f"{_OTHER_MODEL}. It holds one of layer {name}"
-                    raise checks.error("lora", expected, os.fspath(filepath))
-                found.append(Factors(target, left, pair[1]))
+        found, problems = [], []
+        for name, (left, right) in _hub_arrays(filepath).items():
+            known = name.isdecimal() and int(name) < len(self.layers)
+            layer = self.layers[int(name)] if known else None
+            target = self.targets.get(id(layer))
+            if target is None:
+                problems.append(f"layer {name}, of no kernel of the model")
+                continue
+            if left is not None:
+                rows = math.prod(left.shape[:-1])
+                left = left.reshape(rows, *left.shape[-1:])
+            problem = _misfit(left, right, self.matrix_shape(target))
+            if problem is not None:
+                problems.append(f"{target.path}: {problem}")
+                continue
+            found.append(Factors(target, left, right))
+        _raise_all("an adapter of this model", filepath, problems)
         return found
 
 
@@ -249,53 +252,51 @@ class PeftFolder:
             "target_modules": modules,
         }
         path = os.path.realpath(filepath)
-        parent = os.path.dirname(path)
+        exists = os.path.isdir(path)
+        parent = path if exists else os.path.dirname(path)
         with tempfile.TemporaryDirectory(dir=parent, prefix=".") as folder:
             made = os.path.join(folder, "adapter")
             os.mkdir(made)
             save_file(arrays, os.path.join(made, _WEIGHTS), {"format": "pt"})
             with open(os.path.join(made, _CONFIG), "w") as file:
                 json.dump(config, file, indent=2)
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            os.replace(made, path)
+            if not exists:
+                os.replace(made, path)
+                return
+            # A run may have left its checkpoints beside them.
+            for name in (_WEIGHTS, _CONFIG):
+                os.replace(os.path.join(made, name), os.path.join(path, name))
 
     def read(self, filepath):
         """Return the list of `Factors` in a folder; ValueError for others."""
-        from safetensors.numpy import load_file
-
-        with open(os.path.join(filepath, _CONFIG)) as file:
-            config = json.load(file)
-        more = [
-            f"{name}={config[name]!r}"
-            for name in _MORE_THAN_FACTORS
-            if config.get(name) not in (None, False, "none", {}, [])
-        ]
-        if config.get("peft_type") != "LORA" or more:
-            expected = "a plain LoRA of peft, alpha / rank * B A and no more"
-            received = config.get("peft_type"), *more
-            raise checks.error("lora", expected, received)
+        config = _peft_config(filepath)
         pairs: dict[str, dict[str, Any]] = {}
-        for key, array in load_file(os.path.join(filepath, _WEIGHTS)).items():
+        unknown = []
+        for key, array in _peft_arrays(filepath).items():
             match = _FACTOR.fullmatch(key)
             target: Any = None if match is None else self._target_of(match[1])
             if match is None or target is None:
-                expected = f"{_OTHER_MODEL}. It holds {key!r}"
-                raise checks.error("lora", expected, os.fspath(filepath))
+                unknown.append(key)
+                continue
             pair = pairs.setdefault(target.key, {"target": target})
             pair[match[2]] = array.astype("float32").T
+        problems = []
+        if unknown:
+            count = f"{len(unknown)} tensors, as {unknown[:3]}"
+            problems.append(f"{count}, that are no factors of its kernels")
         found = []
         for pair in pairs.values():
             target = pair["target"]
-            left, right = (pair.get(which, _NONE) for which in "AB")
-            shape = left.shape[0], right.shape[-1]
-            if shape != self.matrix_shape(target):
-                expected = f"{_OTHER_MODEL}. It has {shape} of {target.path!r}"
-                raise checks.error("lora", expected, os.fspath(filepath))
-            rank = right.shape[0]
+            left: Any = pair.get("A")
+            right: Any = pair.get("B")
+            problem = _misfit(left, right, self.matrix_shape(target))
+            if problem is not None:
+                problems.append(f"{target.path}: {problem}")
+                continue
             power = 0.5 if config.get("use_rslora") else 1
-            scale = config["lora_alpha"] / rank**power
+            scale = config["lora_alpha"] / right.shape[0] ** power
             found.append(Factors(target, left * np.float32(scale), right))
+        _raise_all("an adapter of this model", filepath, problems)
         return found
 
     def _target_of(self, module):
@@ -353,6 +354,114 @@ def check_path(filepath, format, overwrite):
     if not is_ours:
         expected = "nothing yet, or an adapter of this format"
         raise checks.error("filepath", expected, path)
+    if not is_hub:
+        _check_folder(path)
+
+
+def _check_folder(path):
+    """Raise ValueError if a folder would not hold one adapter of peft."""
+    for name in (_WEIGHTS, _CONFIG):
+        check_filepath(os.path.join(path, name))
+    others = [
+        name
+        for name in sorted(os.listdir(path))
+        if name.partition(".")[0] in _STEMS and name != _WEIGHTS
+    ]
+    if others:
+        expected = (
+            "a folder without other weights of an adapter, which would "
+            f"contradict the new ones: move {others} away, or write to "
+            "another folder"
+        )
+        raise checks.error("filepath", expected, path)
+
+
+def _raise_all(expected, filepath, problems):
+    checks.raise_all(
+        f"`lora` must be {expected}. Received: lora={os.fspath(filepath)!r}, "
+        "with",
+        problems,
+    )
+
+
+def _misfit(left, right, shape):
+    """Return why two arrays are not the factors of a matrix; None if so."""
+    shapes = [None if each is None else each.shape for each in (left, right)]
+    rank = left.shape[-1] if left is not None and left.ndim else 0
+    if rank and shapes == [(shape[0], rank), (rank, shape[1])]:
+        return None
+    first, second = shapes
+    return f"shapes {first} and {second} of factors, and {shape} of the kernel"
+
+
+def _hub_arrays(filepath):
+    """Return {name of a layer: its two arrays, None for one that lacks}."""
+    import h5py
+
+    def read(file, path):
+        found = file.get(path)
+        return None if found is None else np.array(found, "float32")
+
+    try:
+        with h5py.File(filepath, "r") as file:
+            return {
+                name: [
+                    read(file, f"lora/{name}/vars/lora_kernel_{which}")
+                    for which in "ab"
+                ]
+                for name in file.get("lora", ())
+                if name != "vars"
+            }
+    # What is none fails in many ways.
+    except (OSError, TypeError, ValueError) as error:
+        expected = f"a file of KerasHub that h5py can read ({error})"
+        raise checks.error("lora", expected, os.fspath(filepath)) from error
+
+
+def _peft_config(filepath):
+    """Return the config of a plain LoRA of peft; ValueError for others."""
+    path = os.path.join(filepath, _CONFIG)
+    try:
+        with open(path, "rb") as file:
+            config = parse_json(file.read())
+    except ValueError as error:
+        expected = f"a folder of peft, with JSON in {_CONFIG} ({error})"
+        raise checks.error("lora", expected, os.fspath(filepath)) from error
+    plain = "a plain LoRA of peft, alpha / rank * B A over its base and no more"
+    if not isinstance(config, dict):
+        _raise_all(plain, filepath, [f"{_CONFIG} holds {config!r}"])
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type={config.get('peft_type')!r}, not 'LORA'")
+    problems += [
+        f"{name}={config[name]!r}"
+        for name in _MORE_THAN_FACTORS
+        if config.get(name) not in (None, False, "none", {}, [])
+    ]
+    init = config.get("init_lora_weights")
+    if (init.lower() if isinstance(init, str) else init) not in _HARMLESS:
+        problems.append(
+            f"init_lora_weights={init!r}, which may change the base too: let "
+            "peft convert it, where it can, by `save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)`"
+        )
+    if not checks.is_finite(config.get("lora_alpha")):
+        alpha = config.get("lora_alpha")
+        problems.append(f"lora_alpha={alpha!r}, not a finite number")
+    _raise_all(plain, filepath, problems)
+    return config
+
+
+def _peft_arrays(filepath):
+    """Return {key: array} of a folder of peft."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(os.path.join(filepath, _WEIGHTS))
+    except SafetensorError as error:
+        expected = f"a folder of peft, with tensors in {_WEIGHTS} ({error})"
+        raise checks.error("lora", expected, os.fspath(filepath)) from error
 
 
 def _tensors_in_transformers(backbone):

@@ -11,9 +11,17 @@ import numpy as np
 
 from keras_weightmods.backend import backend_module
 from keras_weightmods.patches import merge_sources, merge_weights
+from keras_weightmods.patches.checkpoint import FLOATS
 from keras_weightmods.patches.ledger import ledger_of
-from keras_weightmods.patches.merge_methods import METHODS, Options, Task, mean
+from keras_weightmods.patches.merge_methods import (
+    METHODS,
+    Options,
+    Task,
+    mean,
+    moved_mean,
+)
 from keras_weightmods.patches.merge_sources import ModelSource, Weight
+from keras_weightmods.patches.merge_weights import WITHOUT_BASE
 from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.saving import model as model_file
 from keras_weightmods.saving import states
@@ -22,8 +30,6 @@ from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
-
-_WITHOUT_BASE = ("linear", "slerp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +130,12 @@ def merge(
       U S V^T = sum w_i d_i of a kernel as a matrix and s the mean of S; the
       mean of d_i for all that is no kernel.
 
-    Moving statistics of batch normalization are averaged with the weights
-    (with equal ones where one is negative). What is not trained is taken from
-    the base, or from the first model where there is none.
+    Moving statistics of batch normalization go from those of the base to the
+    average of the models' with the weights, by the sum of the weights, in
+    [0, 1], of the way; negative ones count as 0 in that average, and `scale`
+    does not count. Without a base they are that average, with equal weights
+    where one is negative. What is not trained is taken from the base, or from
+    the first model where there is none.
 
     Files are merged out of core: an array at a time, by most methods in
     pieces of it, so that no model is in memory. `"della"` and `"iso_c"` have
@@ -144,8 +153,8 @@ def merge(
             numbers, a gradient from the first layer with a kernel to the last
             one, in the order of execution and linear in between; or a dict
             from regexes, searched for in the variable's path, to these, of
-            which the first that is found counts (`""` is found in all).
-            Defaults to ones.
+            which the first that is found counts (`""` is found in all; each
+            must be found in one). Defaults to ones.
         base: Model or file, what the models were trained from. For all
             methods but `"linear"` and `"slerp"`.
         density: Number in (0, 1], or one of the other forms of a weight: the
@@ -170,8 +179,8 @@ def merge(
         ValueError: If an argument is outside of its range, or one that the
             method does not take; if the models have other weights or layers,
             packed or quantized ones; all of this before a weight is read. If
-            a file is altered, or weights or the result are not finite. No
-            file is written then, and no model changed.
+            a file is altered, or weights or the result are not finite, those
+            that are kept too. No file is written then, and no model changed.
         FileExistsError: If the file exists and `overwrite` is `False`.
 
     Example:
@@ -312,7 +321,7 @@ def _planned(
             weight.name: Task(
                 shape=weight.shape,
                 read=_reader(weight, sources, template),
-                weights=merge_weights.of_one(shares, weight),
+                weights=shares[weight.name],
                 density=densities[weight.name],
                 options=options,
                 generators=_generators(given["seed"], number),
@@ -334,7 +343,7 @@ def _check_models(models, method, base):
     if method == "model_stock" and len(models) < 2:
         expected = 'two models or more for method "model_stock"'
         raise checks.error("models", expected, f"{len(models)} models")
-    if (base is None) != (method in _WITHOUT_BASE):
+    if (base is None) != (method in WITHOUT_BASE):
         expected = f"what the models were trained from, for method {method!r}"
         if base is not None:
             expected = f"None for method {method!r}, which takes no changes"
@@ -346,7 +355,7 @@ def _options(method, given):
     """Return the `Options`; raise ValueError for what a method ignores."""
     takes = {
         "density": [*merge_weights.DENSITIES],
-        "scale": [*{*METHODS} - {*_WITHOUT_BASE, "model_stock"}],
+        "scale": [*{*METHODS} - {*WITHOUT_BASE, "model_stock"}],
         "gamma": ["breadcrumbs"],
         "epsilon": ["della"],
     }
@@ -425,24 +434,29 @@ def _run(
     for source in plan.sources:
         source.check_data()
 
+    def rounded(weight, values):
+        """Return values in the dtype that the output has of a weight."""
+        dtype = target.entries[weight.name].dtype
+        with np.errstate(over="ignore"):
+            array = values.astype(numpy_dtype(dtype), copy=False)
+        if dtype in FLOATS and not is_finite(array):
+            raise ValueError(
+                f"The result must be finite in {dtype}. Received: "
+                f"one that is not, of {weight.path!r}"
+            )
+        return array
+
     def parts(weight):
         """Yield what the output has of a weight, flattened, in its dtype."""
-        dtype = target.entries[weight.name].dtype
         if weight.name not in tasks:
             whole = slice(0, int(np.prod(weight.shape)))
-            values = template.part(weight.name, whole)
-            yield values.astype(numpy_dtype(dtype), copy=False)
+            yield rounded(weight, template.part(weight.name, whole))
             return
-        compute = mean if weight.is_statistic else METHODS[method]
+        compute = METHODS[method]
+        if weight.is_statistic:
+            compute = mean if method in WITHOUT_BASE else moved_mean
         for _, values in compute(tasks[weight.name]):
-            with np.errstate(over="ignore"):
-                rounded = values.astype(numpy_dtype(dtype), copy=False)
-            if not is_finite(rounded):
-                raise ValueError(
-                    f"The result must be finite in {dtype}. Received: "
-                    f"one that is not, of {weight.path!r}"
-                )
-            yield rounded
+            yield rounded(weight, values)
         progress.add()
 
     if isinstance(target, ModelSource):

@@ -91,6 +91,21 @@ def mean(task: Task) -> Iterator[tuple[slice, np.ndarray]]:
         yield part, _weighted_sum(task.models(part), shares)
 
 
+def moved_mean(task: Task) -> Iterator[tuple[slice, np.ndarray]]:
+    """The base moved to the mean of the models by the sum of the weights.
+
+    By all of the way at most. Models with a negative weight do not count in
+    the mean.
+    """
+    step = min(max(math.fsum(task.weights), 0.0), 1.0)
+    counted = [max(weight, 0.0) for weight in task.weights]
+    total = math.fsum(counted) or 1.0
+    shares = [step * weight / total for weight in counted]
+    for part in task.pieces():
+        arrays = [*task.models(part), task.read(-1, part)]
+        yield part, _weighted_sum(arrays, [*shares, 1 - step])
+
+
 def _task_arithmetic(task):
     for part in task.pieces():
         base, changes = task.changes(part)

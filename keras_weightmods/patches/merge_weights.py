@@ -14,8 +14,9 @@ DENSITIES = {
     "della": 0.3,
     "breadcrumbs": 0.15,
 }
+WITHOUT_BASE = ("linear", "slerp")
 # Their weights are shares, of which the sum is not 0.
-_MEANS = ("linear", "slerp", "iso_c")
+_MEANS = (*WITHOUT_BASE, "iso_c")
 _NOT_NEGATIVE = ("slerp", "ties", "dare_ties", "della")
 
 
@@ -46,24 +47,22 @@ def _matching(name, patterns, found):
         patterns = [patterns]
     if not isinstance(patterns, (list, tuple)):
         raise checks.error(name, "a regex or a list of regexes", patterns)
-    names = set()
-    for pattern in patterns:
-        regex = _regex(name, pattern)
-        matched = {w.name for w in found if regex.search(w.path)}
-        if not matched:
-            paths = ", ".join(repr(w.path) for w in found[:5])
-            expected = f"regexes that match a path, as {paths}"
-            raise checks.error(name, expected, pattern)
-        names |= matched
-    return names
+    return set().union(*(_matched(name, each, found) for each in patterns))
 
 
-def _regex(name, pattern):
+def _matched(name, pattern, found):
+    """Return the names of the weights that a regex matches, one at least."""
     try:
-        return re.compile(pattern)
+        regex = re.compile(pattern)
     except (re.error, TypeError) as error:
         expected = f"a valid regular expression ({error})"
         raise checks.error(name, expected, pattern) from error
+    matched = {w.name for w in found if regex.search(w.path)}
+    if not matched:
+        paths = ", ".join(repr(w.path) for w in found[:5])
+        expected = f"regexes that match a path, as {paths}"
+        raise checks.error(name, expected, pattern)
+    return matched
 
 
 def resolved(name, spec, found):
@@ -73,11 +72,11 @@ def resolved(name, spec, found):
         for pattern, value in spec.items():
             if isinstance(value, dict):
                 raise checks.error(name, "numbers or lists in a dict", spec)
-            regex = _regex(name, pattern)
-            rules.append((regex, resolved(name, value, found)))
+            matched = _matched(name, pattern, found)
+            rules.append((matched, resolved(name, value, found)))
         values = {}
         for weight in found:
-            each = [v for r, v in rules if r.search(weight.path)]
+            each = [v for matched, v in rules if weight.name in matched]
             if weight.kept is None and not each:
                 expected = (
                     f"with a regex for each weight, and none is found in "
@@ -104,7 +103,12 @@ def shares(method, specs, found, kept):
     shares = {w.name: tuple(c[w.name] for c in columns) for w in found}
     for weight in found:
         each = shares[weight.name]
-        if weight.name in kept or weight.is_statistic:
+        if weight.is_statistic:
+            is_mean = min(each) >= 0 and sum(each) > 0
+            if method in WITHOUT_BASE and not is_mean:
+                shares[weight.name] = (1.0,) * len(each)
+            continue
+        if weight.name in kept:
             continue
         if method in _NOT_NEGATIVE and min(each) < 0:
             expected = f"numbers >= 0 for method {method!r}"
@@ -114,14 +118,6 @@ def shares(method, specs, found, kept):
             continue
         raise checks.error("weights", f"{expected}, at {weight.path!r}", each)
     return shares
-
-
-def of_one(values, weight):
-    """Return those of one weight; such that are shares, of a statistic."""
-    found = values[weight.name]
-    if weight.is_statistic and (min(found) < 0 or sum(found) == 0):
-        return (1.0,) * len(found)
-    return found
 
 
 def check_densities(method, densities, options):

@@ -174,6 +174,17 @@ def test_the_input_is_replaced_when_told(run, noise, folder):
     assert not list(folder.glob(".*"))
 
 
+def test_what_a_compiled_file_loses_is_said(run, noise, folder):
+    model = keras.saving.load_model(folder / "clean.keras", compile=False)
+    assert "compile" not in run(f"{APPLY} clean.keras -o new2.keras")
+    model.compile("adam", "mse")
+    model.save(folder / "compiled.keras")
+    line = f"{APPLY} compiled.keras -o compiled.keras --overwrite"
+    assert "What compiled.keras had of `compile`" in run(line)
+    assert not keras.saving.load_model(folder / "compiled.keras").compiled
+    assert json.loads(run(f"{line} --json"))["was_compiled"] is False
+
+
 def test_usage(capsys):
     for line in ("", "signature", "nothing", "signature quantize a --bits 3"):
         with pytest.raises(SystemExit) as error:

@@ -164,6 +164,16 @@ def slerp(x, y, t):
     return first + second
 
 
+def moved_statistics(base, models, weights):
+    """A batch normalization's, from the base to the models' average."""
+    step = np.clip(np.sum(weights), 0, 1)
+    if step == 0:
+        return np.asarray(base, "float64")
+    voting = np.maximum(weights, 0)
+    average = np.average(np.asarray(models, "float64"), 0, voting)
+    return base + step * (average - base)
+
+
 def iso_c(matrix):
     """Iso-C (arXiv 2502.04959) by eigenvectors: s (M M^T)^(-1/2) M."""
     matrix = np.asarray(matrix, "float64")

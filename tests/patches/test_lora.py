@@ -155,6 +155,41 @@ def test_peft_s_folder(task, tmp_path):
         kwm.remove_delta(model)
 
 
+def test_what_else_is_in_peft_s_folder_stays(task, tmp_path):
+    """A folder as the training of transformers leaves it."""
+    model, delta, _ = task
+    path, new = tmp_path / "run", tmp_path / "new"
+    kwm.delta_to_lora(model, delta, new, RANK)
+    ours = {p.name: p.read_bytes() for p in new.iterdir()}
+    assert sorted(ours) == ["adapter_config.json", "adapter_model.safetensors"]
+    others = ("README.md", "training_args.bin", "checkpoint-500/optimizer.pt")
+    (path / "checkpoint-500").mkdir(parents=True)
+    for name in ("adapter_config.json", *others):
+        (path / name).write_text("{}")
+
+    def found():
+        files = (p for p in path.rglob("*") if p.is_file())
+        return {str(p.relative_to(path)): p.read_bytes() for p in files}
+
+    (path / "adapter_model.bin").write_text("old")
+    before = found()
+    with pytest.raises(ValueError, match="adapter_model\\.bin"):
+        kwm.delta_to_lora(model, delta, path, RANK)
+    assert found() == before
+    (path / "adapter_model.bin").unlink()
+    kwm.delta_to_lora(model, delta, path, RANK)
+    assert found() == {**ours, **dict.fromkeys(others, b"{}")}
+    # An empty folder, and one where a folder has the name of a file.
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    kwm.delta_to_lora(model, delta, empty, RANK)
+    assert {p.name: p.read_bytes() for p in empty.iterdir()} == ours
+    (empty / "adapter_model.safetensors").unlink()
+    (empty / "adapter_model.safetensors").mkdir()
+    with pytest.raises(ValueError, match="a regular file"):
+        kwm.delta_to_lora(model, delta, empty, RANK)
+
+
 def test_peft_multiplies_by_it(task, tmp_path):
     """The logits of the base and the adapter in transformers."""
     transformers = pytest.importorskip("transformers")
@@ -230,7 +265,8 @@ def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
         check("a KerasHub model", to, plain, other_delta, path, 2, format)
     check("a folder of peft", back, model, delta, tmp_path / "back")
     kwm.apply_delta(model, delta)
-    check("without patches", to, model, delta, hub, 2, "keras_hub")
+    match = r"without patches\. Call .* Received: model=.* with \["
+    check(match, to, model, delta, hub, 2, "keras_hub")
     kwm.remove_delta(model)
     moved = weights_of(model)
     model.set_weights([array + 1 for array in moved])
@@ -240,7 +276,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
     before = sorted(os.listdir(tmp_path))
     other = make(hidden_dim=8)
     path = tmp_path / "back.safetensors"
-    check("an adapter of this model", back, other, hub, path)
+    check("`lora` must be an adapter of this model", back, other, hub, path)
     check(
         "overwrite",
         to,
@@ -264,8 +300,95 @@ def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
         check(match, back, model, folder, path)
     from safetensors.numpy import save_file
 
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_config.json").write_text(json.dumps(PLAIN))
     key = "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"
     save_file({key: normal(2, 16)}, folder / "adapter_model.safetensors")
     check("layers.7.mlp.up_proj", back, model, folder, path)
     assert set(lora_files.FORMATS) == {"keras_hub", "peft"}
+
+
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+PLAIN = {"peft_type": "LORA", "lora_alpha": 8, "bias": "none"}
+
+
+def write_adapter(folder, config=PLAIN, **factors):
+    """A folder of peft with a query's factors, of rank 2; None leaves out."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(exist_ok=True)
+    text = config if isinstance(config, str) else json.dumps(config)
+    (folder / "adapter_config.json").write_text(text)
+    given = {"A": normal(2, 16), "B": normal(16, 2), **factors}
+    save_file(
+        {f"{QUERY}{k}.weight": v for k, v in given.items() if v is not None},
+        folder / "adapter_model.safetensors",
+    )
+
+
+MORE = [{"init_lora_weights": init} for init in ("pissa", "pissa_niter_4")]
+MORE += [{"init_lora_weights": init} for init in ("olora", "corda", "loftq")]
+MORE += [{"init_lora_weights": init} for init in ("lora_ga", "new", 2, ["a"])]
+MORE += [{"alora_invocation_tokens": [1, 2]}, {"arrow_config": {"top_k": 2}}]
+MORE += [{"lora_alpha": alpha} for alpha in (None, "8", True, float("nan"))]
+
+
+def test_what_is_more_than_its_factors_is_refused(tmp_path):
+    """And what changes nothing of the base is not."""
+    model, folder, output = make(), tmp_path / "adapter", tmp_path / "out"
+
+    def check(*parts):
+        with pytest.raises(ValueError, match="`lora` must be") as error:
+            kwm.lora_to_delta(model, folder, output)
+        for part in (str(folder), *parts):
+            assert part in str(error.value)
+        assert not output.exists()
+
+    for more in MORE:
+        write_adapter(folder, {**PLAIN, **more})
+        ((name, value),) = more.items()
+        check(f"{name}={value!r}", "1 problem:")
+    write_adapter(folder, {"peft_type": "LORA", "init_lora_weights": "olora"})
+    check("lora_alpha=None", "init_lora_weights='olora'", "2 problems:")
+    write_adapter(folder, [])
+    check("[]")
+    write_adapter(folder, "{")
+    check("JSON")
+    write_adapter(folder, A=None)
+    check("None and (2, 16) of factors")
+    for shape in ((16, 3), (2, 2, 2), (), (8, 2)):
+        write_adapter(folder, B=normal(*shape))
+        check("query", "(16, 16) of the kernel")
+    (folder / "adapter_model.safetensors").write_bytes(b"junk" * 9)
+    check("adapter_model.safetensors")
+    for init in (None, True, False, "gaussian", "eva", "orthogonal"):
+        write_adapter(folder, {**PLAIN, "init_lora_weights": init})
+        kwm.lora_to_delta(model, folder, output)
+
+
+def test_damaged_files_of_kerashub_are_refused(task, tmp_path):
+    import h5py
+
+    model, delta, _ = task
+    path, output = tmp_path / "task.lora.h5", tmp_path / "out"
+    kwm.delta_to_lora(model, delta, path, RANK, "keras_hub")
+    with h5py.File(path) as file:
+        number = next(name for name in file["lora"] if name != "vars")
+    group = f"lora/{number}/vars"
+
+    def check(match):
+        with pytest.raises(ValueError, match=match) as error:
+            kwm.lora_to_delta(model, path, output)
+        assert str(path) in str(error.value)
+        assert not output.exists()
+
+    with h5py.File(path, "r+") as file:
+        old = file[f"{group}/lora_kernel_b"][()]
+        del file[f"{group}/lora_kernel_b"]
+        file["lora/99/vars/lora_kernel_a"] = old
+    check(r"with 2 problems:(.|\n)*and None of factors(.|\n)*layer 99")
+    with h5py.File(path, "r+") as file:
+        del file["lora/99"]
+        file[f"{group}/lora_kernel_b"] = old[:-1]
+    check("`lora` must be an adapter of this model")
+    path.write_text("junk")
+    check("h5py can read")

@@ -138,6 +138,47 @@ def test_statistics_are_averaged():
             np.testing.assert_allclose(got, (x + y) / 2, rtol=1e-6)
 
 
+STATISTICS = (4, 5, 10, 11)  # of `conv_net`
+WITH_NEGATIVE = [(0, 0), (0.1, 0.2), (1, 3), (2, -0.5), (0.5, -0.3), (-1, 0.5)]
+
+
+@pytest.mark.parametrize("weights", WITH_NEGATIVE)
+def test_statistics_go_as_far_from_the_base_as_the_weights(weights):
+    found = [conv_net(), conv_net(), conv_net()]
+    for seed, each in enumerate(found):
+        each.set_weights(random_weights(each, seed))
+    *some, base = found
+    merged = conv_net()
+    for method in ("task_arithmetic", "ties", "dare", "linear"):
+        if min(weights) < 0 and method in ("ties", "linear"):
+            continue
+        if method == "linear" and not sum(weights):
+            continue
+        given = {**arguments(method, found), "weights": weights}
+        report = kwm.merge(output=merged, **given)
+        assert {each.weights for each in report.merged} == {weights}
+        *arrays, old, got = map(weights_of, (*some, base, merged))
+        for i in STATISTICS:
+            x, y = (each[i] for each in arrays)
+            expected = references.moved_statistics(old[i], [x, y], weights)
+            if method == "linear":
+                expected = np.average([x, y], 0, weights)
+            np.testing.assert_allclose(got[i], expected, rtol=1e-5, atol=1e-6)
+            if not sum(weights):
+                assert_same_bits([got[i]], [old[i]])
+
+
+def test_statistics_of_means_have_equal_weights_where_one_is_negative():
+    found = [conv_net(), conv_net()]
+    for seed, each in enumerate(found):
+        each.set_weights(random_weights(each, seed))
+    merged = conv_net()
+    kwm.merge(found, merged, weights=[2, -0.5], verbose=0)
+    for i in STATISTICS:
+        x, y, got = (weights_of(each)[i] for each in (*found, merged))
+        np.testing.assert_allclose(got, (x + y) / 2, rtol=1e-6)
+
+
 def test_what_is_not_trained_is_that_of_the_base(tmp_path):
     def make():
         adapted = keras.layers.Normalization()
@@ -213,6 +254,14 @@ ERRORS = [
     (r"`weights\[0\]` must be a finite", {"weights": ["a", 1]}),
     (r"`weights\[1\]` must be with a regex", {"weights": [1, {"bias": 2}]}),
     (r"`weights\[1\]` must be a valid regular", {"weights": [1, {"(": 2}]}),
+    (
+        r"`weights\[0\]` must be regexes that match .*'baias'",
+        {"weights": [{"baias": 0, "": 1}, 1]},
+    ),
+    (
+        "`density` must be regexes that match .*'nothing'",
+        {"method": "ties", "density": {"": 0.5, "nothing": 0.2}},
+    ),
     ("`weights` must be of a sum > 0", {"weights": [1, -1]}),
     ("`weights` must be numbers >= 0", {"method": "ties", "weights": [1, -1]}),
     ("`weights` must be None", {"method": "model_stock", "weights": [1, 1]}),
@@ -274,6 +323,32 @@ def test_one_entry_that_is_not_finite(method, value):
     with pytest.raises(ValueError, match="must be finite to be merged"):
         kwm.merge(output=found[-1], **arguments(method, found))
     assert_same_bits(weights_of(found[-1]), before)
+
+
+@pytest.mark.one_backend
+def test_what_is_kept_must_be_finite_too(tmp_path):
+    """Excluded weights, in a model and a file, and after a cast."""
+    paths, (a, b, output) = files(tmp_path)
+    path, given = tmp_path / "m", {"exclude": "kernel", "verbose": 0}
+
+    def check(models, output):
+        before = weights_of(output)
+        with pytest.raises(ValueError, match=r"must be finite in .*kernel"):
+            kwm.merge(models, output, **given)
+        assert_same_bits(weights_of(output), before)
+
+    half = mlp(dtype="float16")
+    a.set_weights([x * 0 + 1e6 for x in weights_of(a)])
+    b.set_weights([x * 0 for x in weights_of(b)])
+    given["weights"] = [1, 99]
+    check([a, b], half)
+    kwm.merge([a, b], output, **given)
+    a.layers[0].kernel.assign(a.layers[0].kernel * np.nan)
+    check([a, b], output)
+    kwm.save_model(a, paths[0])
+    with pytest.raises(ValueError, match="must be finite in float32"):
+        kwm.merge(paths[:2], path, **given)
+    assert not path.exists()
 
 
 def test_models_that_do_not_fit(tmp_path):
