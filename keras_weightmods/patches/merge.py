@@ -439,7 +439,9 @@ def _run(
         dtype = target.entries[weight.name].dtype
         with np.errstate(over="ignore"):
             array = values.astype(numpy_dtype(dtype), copy=False)
-        if dtype in FLOATS and not is_finite(array):
+        # A state that is not trained may be infinite, as a mask is.
+        may_be_infinite = weight.kept and not is_finite(values)
+        if dtype in FLOATS and not may_be_infinite and not is_finite(array):
             raise ValueError(
                 f"The result must be finite in {dtype}. Received: "
                 f"one that is not, of {weight.path!r}"

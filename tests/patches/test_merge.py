@@ -351,6 +351,21 @@ def test_what_is_kept_must_be_finite_too(tmp_path):
     assert not path.exists()
 
 
+def test_a_state_that_is_not_trained_may_be_infinite():
+    class Masked(keras.layers.Layer):
+        def build(self, shape):
+            self.mask = self.add_weight(shape=shape[1:], trainable=False)
+
+        def call(self, x):
+            return x + self.mask
+
+    models = [sequential((4,), keras.layers.Dense(4), Masked()) for _ in "ab"]
+    for model in models:
+        model.layers[-1].mask.assign([0, 0, 0, -np.inf])
+    kwm.merge(models, models[0], verbose=0)
+    assert models[0].get_weights()[-1].tolist() == [0, 0, 0, -np.inf]
+
+
 def test_models_that_do_not_fit(tmp_path):
     paths, (a, b, base) = files(tmp_path)
     before = weights_of(base)
