@@ -28,7 +28,8 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
     that is as small as the masks, use `SparseAdamW`.
 
     `PrincipalMaskCallback` wraps the optimizer of the model by itself.
-    Constraints of variables are applied to whole variables, after the step.
+    It refuses kernels with constraints, which act on whole variables; those of
+    variables without a mask apply after the step.
 
     Args:
         optimizer: The `keras.optimizers.Optimizer` to wrap. No

@@ -109,8 +109,9 @@ class PrincipalMaskCallback(EpochFigures):
             starts or `attach` is called, before anything is changed: if no
             kernel is found, an element of `also_train` matches no trainable
             weight, a kernel has fewer entries than are to be trained, is
-            reparameterized or not finite, or the optimizer is built for other
-            variables.
+            reparameterized or not finite, or has a constraint other than
+            `SemiStructuredSparse`, which would change more than the masked
+            entries; or if the optimizer is built for other variables.
 
     Example:
 

@@ -526,6 +526,29 @@ def test_a_constrained_kernel_must_be_in_its_pattern():
     masks.attach(model)
 
 
+@pytest.mark.one_backend
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_other_constraints_of_masked_kernels_are_refused(optimizer):
+    """They act on whole kernels, also on entries outside of the masks."""
+    model = sequential(
+        (8,),
+        keras.layers.Dense(12, kernel_constraint="max_norm"),
+        keras.layers.Dense(6, kernel_constraint="non_neg"),
+        keras.layers.Dense(4, bias_constraint="non_neg"),
+    )
+    model.compile(OPTIMIZERS[optimizer](), "mse")
+    before = weights_of(model)
+    named = "2 problems:\n.*/kernel' with MaxNorm\n.*/kernel' with NonNeg$"
+    with pytest.raises(ValueError, match=named):
+        fit(model, callback())
+    assert_same(weights_of(model), before)
+    assert all(v.trainable for v in model.weights)
+    model.layers[0].kernel.constraint = None
+    fit(model, callback(targets=kwm.find_targets(model)[::2]))
+    for i, (now, old) in enumerate(zip(weights_of(model), before)):
+        assert np.sum(now != old) == {0: 24, 4: 6}.get(i, 0)
+
+
 class Experts(keras.layers.Layer):
     def build(self, input_shape):
         self.up = self.add_weight(shape=(2, input_shape[-1], 6), name="up")
