@@ -464,6 +464,10 @@ class PrincipalMaskCallback(EpochFigures):
                     inside = before.indices_of(target.variable)
                     candidates.reshape(-1)[inside] = True
             axes = target.contraction_axes, target.stack_axes
-            yield mask_indices(
-                selection.mask(value, *axes, gradient, candidates)
-            )
+            try:
+                mask = selection.mask(value, *axes, gradient, candidates)
+            except ValueError as error:
+                raise ValueError(
+                    f"No entries can be chosen of {target.path!r}. {error}"
+                ) from error
+            yield mask_indices(mask)

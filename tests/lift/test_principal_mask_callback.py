@@ -614,7 +614,7 @@ def test_errors_leave_the_model_as_it_was():
     broken = make()
     kernel = broken.layers[0].kernel
     kernel.assign(kernel * np.nan)
-    with pytest.raises(ValueError, match="must be finite"):
+    with pytest.raises(ValueError, match=f"{kernel.path}.* must be finite"):
         fit(broken, callback())
     scaled = make()
     kwm.attach_scaling(scaled)
