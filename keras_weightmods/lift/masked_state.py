@@ -169,6 +169,17 @@ class MaskedState(keras.optimizers.Optimizer):
                 "`PrincipalMaskCallback.attach(model)` before the weights are "
                 "loaded; put the callback in front of `BackupAndRestore`."
             )
+        if self.built and len(store.keys()) != len(self.variables):
+            raise ValueError(
+                "The file holds the state of another optimizer, or of one with "
+                f"other settings, than this `{type(self).__name__}`, and its "
+                "masks would be lost. Compile the model as the one that was "
+                "saved. To load the weights without this state, call "
+                "`load_weights(path, skip_mismatch=True)`, or "
+                "`load_model(path, compile=False)`. Received: "
+                f"{len(store.keys())} variables, expected: "
+                f"{len(self.variables)}"
+            )
         super().load_own_variables(store)
 
     def _check_masks(self, count):

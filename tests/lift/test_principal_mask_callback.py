@@ -259,6 +259,43 @@ def test_saved_model_goes_on(name, tmp_path):
     assert_same(weights_of(model), weights_of(other))
 
 
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_the_state_of_a_wrapped_optimizer_is_loaded(use_ema, tmp_path):
+    def make_adam():
+        return make(keras.optimizers.Adam(0.05, use_ema=use_ema))
+
+    model = make_adam()
+    fit(model, callback())
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    attached = make_adam()
+    callback().attach(attached)
+    attached.load_weights(tmp_path / "model.weights.h5")
+    saved = keras.models.load_model(
+        tmp_path / "model.keras", custom_objects={"Traced": Traced}
+    )
+    fit(model, callback(refresh_every=5))
+    for other in (attached, saved):
+        assert int(other.optimizer.iterations) == 4
+        assert other.optimizer.mask_step == 0
+        fit(other, callback(refresh_every=5))
+        assert_same(weights_of(model), weights_of(other))
+
+
+@pytest.mark.one_backend
+def test_state_that_would_be_lost_is_an_error(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    model, other = make(keras.optimizers.Adam(0.05)), make()
+    for each in (model, other):
+        fit(each, callback())
+    other.save_weights(path)
+    with pytest.raises(ValueError, match="state of another optimizer"):
+        model.load_weights(path)
+    with pytest.warns(UserWarning, match="state of another optimizer"):
+        model.load_weights(path, skip_mismatch=True)
+    assert_same(weights_of(model), weights_of(other))
+
+
 def test_accumulation_counts_updates():
     model = make(kwm.SparseAdamW(0.05, gradient_accumulation_steps=2))
     before = weights_of(model)
