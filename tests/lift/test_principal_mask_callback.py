@@ -274,12 +274,16 @@ def test_the_state_of_a_wrapped_optimizer_is_loaded(use_ema, tmp_path):
     saved = keras.models.load_model(
         tmp_path / "model.keras", custom_objects={"Traced": Traced}
     )
-    fit(model, callback(refresh_every=5))
-    for other in (attached, saved):
-        assert int(other.optimizer.iterations) == 4
-        assert other.optimizer.mask_step == 0
-        fit(other, callback(refresh_every=5))
-        assert_same(weights_of(model), weights_of(other))
+    states = [
+        [*map(models.numpy, each.optimizer.variables)]
+        for each in (model, attached, saved)
+    ]
+    for state in states[1:]:
+        assert_same(states[0], state)
+    fit(attached, callback(refresh_every=5))
+    fit(saved, callback(refresh_every=5))
+    assert attached.optimizer.mask_step == 5
+    assert_same(weights_of(attached), weights_of(saved))
 
 
 @pytest.mark.one_backend
