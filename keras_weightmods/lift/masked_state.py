@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core.weight_keys import same_path
+from keras_weightmods.lift.frozen import unfreeze_trained_by
 from keras_weightmods.utils import checks
 
 
@@ -159,6 +160,11 @@ class MaskedState(keras.optimizers.Optimizer):
         return super().stateless_apply(
             optimizer_variables, grads, trainable_variables
         )
+
+    def finalize_variable_values(self, var_list):
+        """End the training; on JAX `fit` does so on an error as well."""
+        super().finalize_variable_values(var_list)
+        unfreeze_trained_by(self)
 
     def load_own_variables(self, store):
         """Restore the state, which must have been built."""

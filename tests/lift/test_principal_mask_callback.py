@@ -376,6 +376,70 @@ def test_flags_are_given_back():
     assert [v.trainable for v in model.weights] == [True, True, True, False]
 
 
+class Stop(keras.callbacks.Callback):
+    """Ctrl-C in a callback, or in the step after it."""
+
+    def __init__(self, in_step=False):
+        super().__init__()
+        self.in_step = in_step
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if not self.in_step:
+            raise KeyboardInterrupt
+        self.model.compute_loss = self.interrupt
+
+    def interrupt(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
+def flags_of(model):
+    return [v.trainable for v in model.weights]
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+def test_an_interrupted_fit_gives_the_flags_back(in_step):
+    model = make(run_eagerly=True)
+    model.layers[-1].bias.trainable = False
+    before = weights_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, callback(), Stop(in_step))
+    if not in_step and BACKEND != "jax":
+        # Nothing of ours is called.
+        assert flags_of(model) == [True, False, True, False]
+        callback().detach(model)
+    assert flags_of(model) == [True, True, True, False]
+    assert_same(weights_of(model), before)
+
+
+def test_a_fit_after_an_interrupted_one(tmp_path):
+    def lift(*callbacks, **kwargs):
+        model.compile(kwm.SparseAdamW(0.05), "mse")
+        fit(model, callback(**kwargs), *callbacks)
+
+    model, other = make(), make()
+    with pytest.raises(KeyboardInterrupt):
+        lift(Stop())
+    lift(also_train="bias")
+    assert flags_of(model) == [True] * 4
+    fit(other, callback(also_train="bias"))
+    assert_same(weights_of(model), weights_of(other))
+    path = str(tmp_path / "model.keras")
+    model.save(path)
+    keras.models.load_model(path, custom_objects={"Traced": Traced})
+    model.compile("adam", "mse")
+    before = weights_of(model)
+    fit(model)
+    assert all(np.any(a != b) for a, b in zip(before, weights_of(model)))
+
+
+@pytest.mark.one_backend
+def test_a_second_callback_that_fails_gives_the_flags_back():
+    model = make()
+    with pytest.raises(ValueError, match="masks of other kernels or sizes"):
+        fit(model, callback(), callback(density=0.5))
+    assert flags_of(model) == [True] * 4
+
+
 @pytest.mark.one_backend
 def test_targets_and_report():
     model = make()
