@@ -549,6 +549,16 @@ def exclude_from_decay(optimizer: Any, keys: set[str]) -> None:
     optimizer._exclude_from_weight_decay_cache = {}
 
 
+def drop_averages(optimizer: Any) -> None:
+    """Take the moving averages out of a built optimizer, if it has any."""
+    averages = getattr(optimizer, "_model_variables_moving_average", None)
+    if averages is not None:
+        for average in averages:
+            if average is not None:
+                optimizer._untrack_variable(average)
+        del optimizer._model_variables_moving_average
+
+
 def set_optimizer(model: Any, optimizer: Any) -> None:
     """Give a compiled model another optimizer, also in what it saves.
 

@@ -24,11 +24,13 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
     that leaves the mask fade, those of one that comes in start as they are,
     at zero where it never was in.
 
-    The state is the wrapped optimizer's, and one bit for each entry. For state
-    that is as small as the masks, use `SparseAdamW`.
+    The state is the wrapped optimizer's, of all weights that the model would
+    train without masks, and one bit for each entry. For state that is as small
+    as the masks, use `SparseAdamW`.
 
     `PrincipalMaskCallback` wraps the optimizer of the model by itself.
-    Constraints of variables are applied to whole variables, after the step.
+    It refuses kernels with constraints, which act on whole variables; those of
+    variables without a mask apply after the step.
 
     Args:
         optimizer: The `keras.optimizers.Optimizer` to wrap. No
@@ -67,7 +69,7 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
         optimizer: keras.optimizers.Optimizer,
         name: str = "masked_optimizer",
         masks: list[dict[str, Any]] | None = None,
-        inner_on_all: bool = False,
+        inner_on_all: bool = True,
     ) -> None:
         checks.check_bool("inner_on_all", inner_on_all)
         super().__init__(optimizer, name=name, masks=masks)
@@ -80,6 +82,7 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
             trained = keras_private.optimizer_variables(inner)
             self.inner_on_all = len(trained) > len(variables)
             keras_private.check_known(inner, variables)
+            keras_private.drop_averages(inner)
         keras.optimizers.Optimizer.build(self, variables)
         self._bits: list[Any] = [None] * len(variables)
         for place, spec in enumerate(self._specs):
@@ -89,6 +92,7 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
                 bits = self.add_variable(shape, dtype="uint8", name=name)
                 self._bits[place] = bits
         if not inner.built:
+            # As Keras does in `fit`, so that a checkpoint fits.
             inner.build(known if self.inner_on_all and known else variables)
 
     def indices_of(self, variable: keras.Variable) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core.weight_keys import same_path
+from keras_weightmods.lift.frozen import unfreeze_trained_by
 from keras_weightmods.utils import checks
 
 
@@ -160,6 +161,11 @@ class MaskedState(keras.optimizers.Optimizer):
             optimizer_variables, grads, trainable_variables
         )
 
+    def finalize_variable_values(self, var_list):
+        """End the training; on JAX `fit` does so on an error as well."""
+        super().finalize_variable_values(var_list)
+        unfreeze_trained_by(self)
+
     def load_own_variables(self, store):
         """Restore the state, which must have been built."""
         if not self.built and len(store.keys()) > len(self.variables):
@@ -168,6 +174,17 @@ class MaskedState(keras.optimizers.Optimizer):
                 "masks, and this one has none yet. Call "
                 "`PrincipalMaskCallback.attach(model)` before the weights are "
                 "loaded; put the callback in front of `BackupAndRestore`."
+            )
+        if self.built and len(store.keys()) != len(self.variables):
+            raise ValueError(
+                "The file holds the state of another optimizer, or of one with "
+                f"other settings, than this `{type(self).__name__}`, and its "
+                "masks would be lost. Compile the model as the one that was "
+                "saved. To load the weights without this state, call "
+                "`load_weights(path, skip_mismatch=True)`, or "
+                "`load_model(path, compile=False)`. Received: "
+                f"{len(store.keys())} variables, expected: "
+                f"{len(self.variables)}"
             )
         super().load_own_variables(store)
 

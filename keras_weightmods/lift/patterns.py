@@ -1,23 +1,32 @@
-"""Masks and the zeros of sparse kernels, which are not to contradict."""
+"""Masks and constraints of kernels, which are not to contradict."""
 
 import keras
 from keras import ops
 
 from keras_weightmods.core.targets import Target
+from keras_weightmods.utils.checks import raise_all
 
 
 def check_patterns(targets: list[Target], keep_pattern: bool) -> None:
-    """Raise ValueError if masks and zeros that are to stay contradict.
+    """Raise ValueError if masks contradict constraints or zeros that stay.
 
     Args:
         targets: The kernels to mask.
         keep_pattern: Bool, as in `PrincipalMaskCallback`.
     """
-    constrained = [
-        target
-        for target in targets
-        if getattr(target.variable.constraint, "keeps_pattern", False)
-    ]
+    constrained, others = [], []
+    for target in targets:
+        constraint = target.variable.constraint
+        if getattr(constraint, "keeps_pattern", False):
+            constrained.append(target)
+        elif constraint is not None:
+            others.append(f"{target.path!r} with {type(constraint).__name__}")
+    raise_all(
+        "A constraint acts on whole kernels, and would change entries outside "
+        "of their masks. Leave these kernels out of `targets`, or take the "
+        "constraints off (`layer.kernel.constraint = None`). Received:",
+        others,
+    )
     for target in constrained:
         variable = target.variable
         if not keep_pattern:

@@ -18,6 +18,11 @@ from keras_weightmods.core.loss_gradients import loss_gradients
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.weight_keys import weight_keys
+from keras_weightmods.lift.frozen import (
+    freeze,
+    unfreeze,
+    unfreeze_on_error,
+)
 from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
 from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
 from keras_weightmods.lift.model_optimizer import (
@@ -86,8 +91,11 @@ class PrincipalMaskCallback(EpochFigures):
         targets: The kernels, as `find_targets(model)` returns them or in a
             form that its `include` takes. Defaults to all that it finds.
         freeze_rest: Bool, whether all other weights are frozen during the
-            training. Their flags are given back at its end. If `False` they
-            are trained as ever. Defaults to `True`.
+            training. Their flags are given back at its end, and on an error or
+            Ctrl-C in a step. After one elsewhere, in another callback for
+            instance, the next `fit` with this callback gives them back, or
+            `detach(model)`. If `False` they are trained as ever. Defaults to
+            `True`.
         also_train: What is trained whole beside the masks, as a new head,
             norms or biases (`modules_to_save` of peft): a regex searched for
             in the paths of all trainable weights; a layer or a layer type,
@@ -109,8 +117,9 @@ class PrincipalMaskCallback(EpochFigures):
             starts or `attach` is called, before anything is changed: if no
             kernel is found, an element of `also_train` matches no trainable
             weight, a kernel has fewer entries than are to be trained, is
-            reparameterized or not finite, or the optimizer is built for other
-            variables.
+            reparameterized or not finite, or has a constraint other than
+            `SemiStructuredSparse`, which would change more than the masked
+            entries; or if the optimizer is built for other variables.
 
     Example:
 
@@ -171,7 +180,7 @@ class PrincipalMaskCallback(EpochFigures):
         self._data = data
         self._targets = targets
         self._also_train = () if also_train is None else also_train
-        self._frozen: list[keras.Variable] = []
+        self._attached: Any = None
         self._batches: Any = None
         self._mask_step = -1
         self._accumulated = 1
@@ -183,7 +192,8 @@ class PrincipalMaskCallback(EpochFigures):
 
         Called when `fit` begins. Call it yourself before a checkpoint with the
         optimizer's state is loaded, or for a training loop of your own, which
-        has the masks of this moment then.
+        has the masks of this moment then. Flags that an interrupted training
+        left are given back first.
 
         Args:
             model: A built and compiled Keras model.
@@ -197,11 +207,24 @@ class PrincipalMaskCallback(EpochFigures):
         report: PrincipalMaskReport = self._attach(model)[0]
         return report
 
-    def detach(self) -> None:
-        """Give the trainable flags back; called when `fit` ends."""
-        for variable in self._frozen:
-            variable.trainable = True
-        self._frozen = []
+    def detach(self, model: keras.Model | None = None) -> None:
+        """Give the trainable flags back; called when `fit` ends.
+
+        Call it after a training loop of your own, and where another callback
+        has ended `fit` by an error.
+
+        Args:
+            model: The model, which another callback may have been attached to.
+                Defaults to the one that this callback was attached to.
+
+        Raises:
+            ValueError: If `model` is no Keras model.
+        """
+        if model is not None:
+            checks.check_model(model)
+            unfreeze(model)
+        elif self._attached is not None:
+            unfreeze(self._attached)
 
     def on_train_begin(self, logs: Any = None) -> None:
         # Keras has been at work for about a second.
@@ -215,6 +238,7 @@ class PrincipalMaskCallback(EpochFigures):
         if is_new or keras.backend.backend() == "tensorflow":
             model.make_train_function(force=True)
         keras_private.keep_weights(model)
+        unfreeze_on_error(model)
         verbose = (self.params or {}).get("verbose", 0)
         show_first_step(model, verbose, began)
         self._batches = None
@@ -251,9 +275,6 @@ class PrincipalMaskCallback(EpochFigures):
 
     def on_train_end(self, logs: Any = None) -> None:
         super().on_train_end(logs)
-        if self._frozen and keras.backend.backend() == "tensorflow":
-            # It was made for what is trained now.
-            self._model.train_function = None
         self.detach()
 
     def _look(self) -> None:
@@ -306,8 +327,13 @@ class PrincipalMaskCallback(EpochFigures):
     def _attach(self, model: Any) -> Any:
         """Attach; return a report, and whether an optimizer was built."""
         checks.check_model(model)
-        with keras_private.strategy_scope(model):
-            return self._attach_in_scope(model)
+        unfreeze(model)
+        try:
+            with keras_private.strategy_scope(model):
+                return self._attach_in_scope(model)
+        except BaseException:
+            unfreeze(model)
+            raise
 
     def _attach_in_scope(self, model: Any) -> Any:
         if getattr(model, "optimizer", None) is None:
@@ -342,10 +368,8 @@ class PrincipalMaskCallback(EpochFigures):
             optimizer.build_masked(variables, specs, trainable)
             install(model, optimizer, variables)
         if self.freeze_rest:
-            rest = [v for v in trainable if id(v) not in trained]
-            for variable in rest:
-                variable.trainable = False
-            self._frozen += rest
+            freeze(model, [v for v in trainable if id(v) not in trained])
+            self._attached = model
         if chosen is not None:
             optimizer.set_masks(chosen, 0, self._selection.seed)
         self._target_of = by_id
@@ -463,6 +487,10 @@ class PrincipalMaskCallback(EpochFigures):
                     inside = before.indices_of(target.variable)
                     candidates.reshape(-1)[inside] = True
             axes = target.contraction_axes, target.stack_axes
-            yield mask_indices(
-                selection.mask(value, *axes, gradient, candidates)
-            )
+            try:
+                mask = selection.mask(value, *axes, gradient, candidates)
+            except ValueError as error:
+                raise ValueError(
+                    f"No entries can be chosen of {target.path!r}. {error}"
+                ) from error
+            yield mask_indices(mask)

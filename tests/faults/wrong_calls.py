@@ -519,6 +519,9 @@ CALLS: dict[str, Callable[[], Call]] = {
     "PrincipalMaskCallback.attach": lambda: on_model(
         kwm.PrincipalMaskCallback(0.1).attach
     ),
+    "PrincipalMaskCallback.detach": lambda: on_model(
+        kwm.PrincipalMaskCallback(0.1).detach
+    ),
     "quantize_sparse": lambda: on_model(
         kwm.quantize_sparse, sparse, data=X, group_size=8, verbose=0
     ),

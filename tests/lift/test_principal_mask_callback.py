@@ -259,6 +259,47 @@ def test_saved_model_goes_on(name, tmp_path):
     assert_same(weights_of(model), weights_of(other))
 
 
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_the_state_of_a_wrapped_optimizer_is_loaded(use_ema, tmp_path):
+    def make_adam():
+        return make(keras.optimizers.Adam(0.05, use_ema=use_ema))
+
+    model = make_adam()
+    fit(model, callback())
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    attached = make_adam()
+    callback().attach(attached)
+    attached.load_weights(tmp_path / "model.weights.h5")
+    saved = keras.models.load_model(
+        tmp_path / "model.keras", custom_objects={"Traced": Traced}
+    )
+    states = [
+        [*map(models.numpy, each.optimizer.variables)]
+        for each in (model, attached, saved)
+    ]
+    for state in states[1:]:
+        assert_same(states[0], state)
+    fit(attached, callback(refresh_every=5))
+    fit(saved, callback(refresh_every=5))
+    assert attached.optimizer.mask_step == 5
+    assert_same(weights_of(attached), weights_of(saved))
+
+
+@pytest.mark.one_backend
+def test_state_that_would_be_lost_is_an_error(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    model, other = make(keras.optimizers.Adam(0.05)), make()
+    for each in (model, other):
+        fit(each, callback())
+    other.save_weights(path)
+    with pytest.raises(ValueError, match="state of another optimizer"):
+        model.load_weights(path)
+    with pytest.warns(UserWarning, match="state of another optimizer"):
+        model.load_weights(path, skip_mismatch=True)
+    assert_same(weights_of(model), weights_of(other))
+
+
 def test_accumulation_counts_updates():
     model = make(kwm.SparseAdamW(0.05, gradient_accumulation_steps=2))
     before = weights_of(model)
@@ -333,6 +374,70 @@ def test_flags_are_given_back():
     model.layers[-1].bias.trainable = False
     fit(model, callback())
     assert [v.trainable for v in model.weights] == [True, True, True, False]
+
+
+class Stop(keras.callbacks.Callback):
+    """Ctrl-C in a callback, or in the step after it."""
+
+    def __init__(self, in_step=False):
+        super().__init__()
+        self.in_step = in_step
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if not self.in_step:
+            raise KeyboardInterrupt
+        self.model.compute_loss = self.interrupt
+
+    def interrupt(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
+def flags_of(model):
+    return [v.trainable for v in model.weights]
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+def test_an_interrupted_fit_gives_the_flags_back(in_step):
+    model = make(run_eagerly=True)
+    model.layers[-1].bias.trainable = False
+    before = weights_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, callback(), Stop(in_step))
+    if not in_step and BACKEND != "jax":
+        # Nothing of ours is called.
+        assert flags_of(model) == [True, False, True, False]
+        callback().detach(model)
+    assert flags_of(model) == [True, True, True, False]
+    assert_same(weights_of(model), before)
+
+
+def test_a_fit_after_an_interrupted_one(tmp_path):
+    def lift(*callbacks, **kwargs):
+        model.compile(kwm.SparseAdamW(0.05), "mse")
+        fit(model, callback(**kwargs), *callbacks)
+
+    model, other = make(), make()
+    with pytest.raises(KeyboardInterrupt):
+        lift(Stop())
+    lift(also_train="bias")
+    assert flags_of(model) == [True] * 4
+    fit(other, callback(also_train="bias"))
+    assert_same(weights_of(model), weights_of(other))
+    path = str(tmp_path / "model.keras")
+    model.save(path)
+    keras.models.load_model(path, custom_objects={"Traced": Traced})
+    model.compile("adam", "mse")
+    before = weights_of(model)
+    fit(model)
+    assert all(np.any(a != b) for a, b in zip(before, weights_of(model)))
+
+
+@pytest.mark.one_backend
+def test_a_second_callback_that_fails_gives_the_flags_back():
+    model = make()
+    with pytest.raises(ValueError, match="masks of other kernels or sizes"):
+        fit(model, callback(), callback(density=0.5))
+    assert flags_of(model) == [True] * 4
 
 
 @pytest.mark.one_backend
@@ -526,6 +631,29 @@ def test_a_constrained_kernel_must_be_in_its_pattern():
     masks.attach(model)
 
 
+@pytest.mark.one_backend
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_other_constraints_of_masked_kernels_are_refused(optimizer):
+    """They act on whole kernels, also on entries outside of the masks."""
+    model = sequential(
+        (8,),
+        keras.layers.Dense(12, kernel_constraint="max_norm"),
+        keras.layers.Dense(6, kernel_constraint="non_neg"),
+        keras.layers.Dense(4, bias_constraint="non_neg"),
+    )
+    model.compile(OPTIMIZERS[optimizer](), "mse")
+    before = weights_of(model)
+    named = "2 problems:\n.*/kernel' with MaxNorm\n.*/kernel' with NonNeg$"
+    with pytest.raises(ValueError, match=named):
+        fit(model, callback())
+    assert_same(weights_of(model), before)
+    assert all(v.trainable for v in model.weights)
+    model.layers[0].kernel.constraint = None
+    fit(model, callback(targets=kwm.find_targets(model)[::2]))
+    for i, (now, old) in enumerate(zip(weights_of(model), before)):
+        assert np.sum(now != old) == {0: 24, 4: 6}.get(i, 0)
+
+
 class Experts(keras.layers.Layer):
     def build(self, input_shape):
         self.up = self.add_weight(shape=(2, input_shape[-1], 6), name="up")
@@ -591,7 +719,7 @@ def test_errors_leave_the_model_as_it_was():
     broken = make()
     kernel = broken.layers[0].kernel
     kernel.assign(kernel * np.nan)
-    with pytest.raises(ValueError, match="must be finite"):
+    with pytest.raises(ValueError, match=f"{kernel.path}.* must be finite"):
         fit(broken, callback())
     scaled = make()
     kwm.attach_scaling(scaled)
