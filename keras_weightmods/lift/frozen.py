@@ -31,8 +31,9 @@ def unfreeze(model: Any) -> None:
 
 def unfreeze_trained_by(optimizer: Any) -> None:
     """As `unfreeze`, of the models that an optimizer trains."""
-    for model in list(_FROZEN):
-        if inner_optimizer(model.optimizer) is optimizer:
+    for reference in _FROZEN.keyrefs():
+        model: Any = reference()
+        if model is not None and inner_optimizer(model.optimizer) is optimizer:
             unfreeze(model)
 
 

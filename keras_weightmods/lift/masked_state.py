@@ -175,7 +175,9 @@ class MaskedState(keras.optimizers.Optimizer):
                 "`PrincipalMaskCallback.attach(model)` before the weights are "
                 "loaded; put the callback in front of `BackupAndRestore`."
             )
-        if self.built and len(store.keys()) != len(self.variables):
+        # Of a model that was not trained: the iterations and the rate at most.
+        held, wanted = len(store.keys()), len(self.variables)
+        if self.built and held > 2 and held != wanted:
             raise ValueError(
                 "The file holds the state of another optimizer, or of one with "
                 f"other settings, than this `{type(self).__name__}`, and its "
@@ -183,8 +185,7 @@ class MaskedState(keras.optimizers.Optimizer):
                 "saved. To load the weights without this state, call "
                 "`load_weights(path, skip_mismatch=True)`, or "
                 "`load_model(path, compile=False)`. Received: "
-                f"{len(store.keys())} variables, expected: "
-                f"{len(self.variables)}"
+                f"{held} variables, expected: {wanted}"
             )
         super().load_own_variables(store)
 

@@ -5,6 +5,7 @@ import math
 import random
 import time
 import warnings
+import weakref
 from typing import Any
 
 import keras
@@ -180,7 +181,7 @@ class PrincipalMaskCallback(EpochFigures):
         self._data = data
         self._targets = targets
         self._also_train = () if also_train is None else also_train
-        self._attached: Any = None
+        self._attached: Any = weakref.WeakSet()
         self._batches: Any = None
         self._mask_step = -1
         self._accumulated = 1
@@ -215,7 +216,7 @@ class PrincipalMaskCallback(EpochFigures):
 
         Args:
             model: The model, which another callback may have been attached to.
-                Defaults to the one that this callback was attached to.
+                Defaults to all that this callback was attached to.
 
         Raises:
             ValueError: If `model` is no Keras model.
@@ -223,8 +224,9 @@ class PrincipalMaskCallback(EpochFigures):
         if model is not None:
             checks.check_model(model)
             unfreeze(model)
-        elif self._attached is not None:
-            unfreeze(self._attached)
+        else:
+            for each in self._attached:
+                unfreeze(each)
 
     def on_train_begin(self, logs: Any = None) -> None:
         # Keras has been at work for about a second.
@@ -369,7 +371,7 @@ class PrincipalMaskCallback(EpochFigures):
             install(model, optimizer, variables)
         if self.freeze_rest:
             freeze(model, [v for v in trainable if id(v) not in trained])
-            self._attached = model
+            self._attached.add(model)
         if chosen is not None:
             optimizer.set_masks(chosen, 0, self._selection.seed)
         self._target_of = by_id

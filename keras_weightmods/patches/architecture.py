@@ -29,12 +29,13 @@ def owners(model):
     return found
 
 
-def roles(checkpoint, infos):
+def roles(checkpoint, infos, frozen=False):
     """Return for each weight `"weight"`, `"statistic"` or `"other"`.
 
     Statistics are those of batch normalization. Other is what is not trained:
     no floats, the state of Normalization, and with a model at hand whatever
-    is not trainable in a layer that is, but for frozen kernels and the like.
+    is not trainable in a layer that is; with `frozen` this leaves kernels and
+    the like out, which training changes when they are not frozen.
     """
     layers = {} if checkpoint.model is None else owners(checkpoint.model)
     found = []
@@ -44,7 +45,7 @@ def roles(checkpoint, infos):
             role = "statistic"
         elif info.dtype not in FLOATS or info.name in _ADAPTED:
             role = "other"
-        elif layers and not info.name.endswith(_TRAINED):
+        elif layers and not (frozen and info.name.endswith(_TRAINED)):
             variable = checkpoint.variables[info.position]
             layer_trains = getattr(layers.get(id(variable)), "trainable", True)
             if layer_trains and not variable.trainable:
@@ -214,12 +215,13 @@ def is_reparameterized(value, count) -> bool:
     )
 
 
-def reparameterization_problems(expected, checkpoint) -> list[str]:
+def reparameterization_problems(expected, checkpoint, infos) -> list[str]:
     """Return what keeps a change of reparameterized weights from fitting.
 
     Args:
         expected: Dict, what `reparameterized` returned for the change.
         checkpoint: `Checkpoint`; for a list there are no problems.
+        infos: Sequence of `WeightInfo` of the weights that are changed.
     """
     if checkpoint.model is None:
         return []
@@ -232,7 +234,7 @@ def reparameterization_problems(expected, checkpoint) -> list[str]:
             if at in found
             else f"Attach the same to {argument}, or fold the other first"
         )
-        for at, info in ((str(i.position), i) for i in checkpoint.infos)
+        for at, info in ((str(i.position), i) for i in infos)
         if found.get(at) != expected.get(at)
     ]
 
@@ -245,7 +247,7 @@ def weights_report(model: Any) -> WeightsReport:
     """
     checkpoint = Checkpoint("model", model)
     infos = checkpoint.infos
-    found = roles(checkpoint, infos)
+    found = roles(checkpoint, infos, frozen=True)
     places = depths(checkpoint, infos, found)
     return WeightsReport(
         name=f"{type(model).__name__} {model.name}",

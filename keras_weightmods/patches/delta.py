@@ -112,7 +112,7 @@ def save_delta(
     checks.raise_all("The models do not have the same weights:", problems)
     layout = old if new.model is None else new
     stored = architecture.reparameterized(layout)
-    problems = architecture.reparameterization_problems(stored, old)
+    problems = architecture.reparameterization_problems(stored, old, old.infos)
     checks.raise_all("The models do not have the same weights:", problems)
     replaced = _positions("whole", whole, model)
     # Each is compared, read once more for the hash, and written.

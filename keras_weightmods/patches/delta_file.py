@@ -75,7 +75,14 @@ class Delta(Change):
                 for info in expected
                 if not same_path(info.path, infos[info.position].path)
             ]
-            + reparameterization_problems(self.reparameterized, model)
+            # Else the hash of the base says so.
+            + (
+                reparameterization_problems(
+                    self.reparameterized, model, expected
+                )
+                if self.reparameterized
+                else []
+            )
         )
 
 

@@ -47,9 +47,11 @@ def extract(
     checks.raise_all(_MISMATCH, problems)
     stored = architecture.reparameterized(layout)
     for each in checkpoints.values():
-        problems += architecture.reparameterization_problems(stored, each)
+        problems += architecture.reparameterization_problems(
+            stored, each, infos
+        )
     checks.raise_all(_MISMATCH, problems)
-    roles = architecture.roles(layout, infos)
+    roles = architecture.roles(layout, infos, frozen=True)
     depths = architecture.depths(layout, infos, roles)
     usable_roles = ["weight"] + ["statistic"] * (statistics != "keep")
     usable = [i for i, role in enumerate(roles) if role in usable_roles]

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.ops.low_rank import choose_method, low_rank_factors
 from keras_weightmods.patches import lora_files
@@ -328,6 +329,12 @@ def _check_clean(model: Any) -> None:
             "`model` must be without patches. Call "
             "`kwm.Patches(model).clear()` first. Received: "
             f"model={model.name!r} with {on_model}"
+        )
+    if reparameterizations(model):
+        raise ValueError(
+            "The weights of `model` must be plain, as LoRA is added to them. "
+            "Call `kwm.fold(model)` first, or `kwm.unpack(model)` where they "
+            f"are packed. Received: model={model.name!r}"
         )
 
 

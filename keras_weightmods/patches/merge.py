@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from keras_weightmods.patches.merge_methods import (
     moved_mean,
 )
 from keras_weightmods.patches.merge_sources import ModelSource, Weight
-from keras_weightmods.patches.merge_weights import WITHOUT_BASE
+from keras_weightmods.patches.merge_weights import ELECTED, WITHOUT_BASE
 from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.saving import model as model_file
 from keras_weightmods.saving import states
@@ -133,9 +134,10 @@ def merge(
     Moving statistics of batch normalization go from those of the base to the
     average of the models' with the weights, by the sum of the weights, in
     [0, 1], of the way; negative ones count as 0 in that average, and `scale`
-    does not count. Without a base they are that average, with equal weights
-    where one is negative. What is not trained is taken from the base, or from
-    the first model where there is none.
+    does not count. Without a base, and where TIES divides by the weights, they
+    are that average, without a base with equal weights where one is negative.
+    What is not trained is taken from the base, or from the first model where
+    there is none.
 
     Files are merged out of core: an array at a time, by most methods in
     pieces of it, so that no model is in memory. `"della"` and `"iso_c"` have
@@ -440,8 +442,11 @@ def _run(
         with np.errstate(over="ignore"):
             array = values.astype(numpy_dtype(dtype), copy=False)
         # A state that is not trained may be infinite, as a mask is.
-        may_be_infinite = weight.kept and not is_finite(values)
-        if dtype in FLOATS and not may_be_infinite and not is_finite(array):
+        if (
+            dtype in FLOATS
+            and not is_finite(array)
+            and not (weight.kept and not is_finite(values))
+        ):
             raise ValueError(
                 f"The result must be finite in {dtype}. Received: "
                 f"one that is not, of {weight.path!r}"
@@ -456,7 +461,9 @@ def _run(
             return
         compute = METHODS[method]
         if weight.is_statistic:
-            compute = mean if method in WITHOUT_BASE else moved_mean
+            compute = partial(moved_mean, is_whole=method in ELECTED)
+            if method in WITHOUT_BASE:
+                compute = mean
         for _, values in compute(tasks[weight.name]):
             yield rounded(weight, values)
         progress.add()

@@ -91,14 +91,18 @@ def mean(task: Task) -> Iterator[tuple[slice, np.ndarray]]:
         yield part, _weighted_sum(task.models(part), shares)
 
 
-def moved_mean(task: Task) -> Iterator[tuple[slice, np.ndarray]]:
+def moved_mean(
+    task: Task, is_whole: bool
+) -> Iterator[tuple[slice, np.ndarray]]:
     """The base moved to the mean of the models by the sum of the weights.
 
-    By all of the way at most. Models with a negative weight do not count in
-    the mean.
+    By all of the way at most; with `is_whole` always, unless no weight is
+    above 0. Models with a negative weight do not count in the mean.
     """
-    step = min(max(math.fsum(task.weights), 0.0), 1.0)
     counted = [max(weight, 0.0) for weight in task.weights]
+    step = min(max(math.fsum(task.weights), 0.0), 1.0)
+    if is_whole:
+        step = float(any(counted))
     total = math.fsum(counted) or 1.0
     shares = [step * weight / total for weight in counted]
     for part in task.pieces():

@@ -15,9 +15,11 @@ DENSITIES = {
     "breadcrumbs": 0.15,
 }
 WITHOUT_BASE = ("linear", "slerp")
+# What they add is divided by the weights, whose size so does not matter.
+ELECTED = ("ties", "dare_ties", "della")
 # Their weights are shares, of which the sum is not 0.
 _MEANS = (*WITHOUT_BASE, "iso_c")
-_NOT_NEGATIVE = ("slerp", "ties", "dare_ties", "della")
+_NOT_NEGATIVE = ("slerp", *ELECTED)
 
 
 def kept(found, include, exclude):

@@ -424,7 +424,7 @@ class WeightSignature(Change):
             architecture.problems(self.architecture, infos, argument)
             + architecture.weight_problems(expected, infos, argument)
             + architecture.reparameterization_problems(
-                self.reparameterized, model
+                self.reparameterized, model, expected
             )
         )
 

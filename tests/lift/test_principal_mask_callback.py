@@ -433,6 +433,27 @@ def test_a_fit_after_an_interrupted_one(tmp_path):
 
 
 @pytest.mark.one_backend
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
+def test_weights_of_a_model_that_was_not_trained_are_loaded(tmp_path):
+    path, model = tmp_path / "m.weights.h5", make()
+    fit(model, callback())
+    for plain in (make(), sequential((8,), *make().layers)):
+        plain.save_weights(path)
+        model.load_weights(path)
+        assert_same(weights_of(model), weights_of(plain))
+    assert model.optimizer.mask_step == 0
+
+
+@pytest.mark.one_backend
+def test_detach_gives_the_flags_of_all_models_back():
+    lift, models = callback(), [make(), make()]
+    for model in models:
+        lift.attach(model)
+    lift.detach()
+    assert [flags_of(model) for model in models] == [[True] * 4] * 2
+
+
+@pytest.mark.one_backend
 def test_a_second_callback_that_fails_gives_the_flags_back():
     model = make()
     with pytest.raises(ValueError, match="masks of other kernels or sizes"):

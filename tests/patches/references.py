@@ -164,9 +164,11 @@ def slerp(x, y, t):
     return first + second
 
 
-def moved_statistics(base, models, weights):
+def moved_statistics(base, models, weights, is_whole=False):
     """A batch normalization's, from the base to the models' average."""
     step = np.clip(np.sum(weights), 0, 1)
+    if is_whole and max(weights) > 0:
+        step = 1
     if step == 0:
         return np.asarray(base, "float64")
     voting = np.maximum(weights, 0)

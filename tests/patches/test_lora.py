@@ -75,6 +75,19 @@ def check_report(report, added, matrices):
     assert f"{report.error:.1%}" in str(report)
 
 
+def test_a_companded_model_is_refused(task, tmp_path):
+    model, delta, _ = task
+    path = tmp_path / "task.lora.h5"
+    kwm.delta_to_lora(model, delta, path, RANK, "keras_hub")
+    kwm.attach_compander(model, a=0.5)
+    for convert, *paths in (
+        (kwm.delta_to_lora, delta, tmp_path / "a", RANK),
+        (kwm.lora_to_delta, path, tmp_path / "b"),
+    ):
+        with pytest.raises(ValueError, match="must be plain"):
+            convert(model, *paths)
+
+
 def test_kerashub_reads_its_file(task, tmp_path):
     model, delta, added = task
     before, path = weights_of(model), tmp_path / "task.lora.h5"

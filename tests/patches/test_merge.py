@@ -160,7 +160,9 @@ def test_statistics_go_as_far_from_the_base_as_the_weights(weights):
         *arrays, old, got = map(weights_of, (*some, base, merged))
         for i in STATISTICS:
             x, y = (each[i] for each in arrays)
-            expected = references.moved_statistics(old[i], [x, y], weights)
+            expected = references.moved_statistics(
+                old[i], [x, y], weights, is_whole=method == "ties"
+            )
             if method == "linear":
                 expected = np.average([x, y], 0, weights)
             np.testing.assert_allclose(got[i], expected, rtol=1e-5, atol=1e-6)
@@ -364,6 +366,32 @@ def test_a_state_that_is_not_trained_may_be_infinite():
         model.layers[-1].mask.assign([0, 0, 0, -np.inf])
     kwm.merge(models, models[0], verbose=0)
     assert models[0].get_weights()[-1].tolist() == [0, 0, 0, -np.inf]
+
+
+def test_what_is_no_float_is_that_of_the_first(tmp_path):
+    layers = keras.layers
+    models = [
+        sequential((4,), layers.Dense(4), layers.Dropout(0.5)) for _ in "ab"
+    ]
+    paths = [tmp_path / name for name in "ab"]
+    for model, path in zip(models, paths):
+        kwm.save_model(model, path)
+    kernels = [weights_of(model)[0] for model in models]
+    kwm.merge(paths, tmp_path / "c", verbose=0)
+    kwm.merge(models, models[0], verbose=0)
+    for merged in (models[0], kwm.load_model(tmp_path / "c")):
+        found = weights_of(merged)[0]
+        np.testing.assert_allclose(found, np.mean(kernels, 0), atol=1e-6)
+
+
+def test_a_frozen_kernel_is_that_of_the_base():
+    found = [mlp(), mlp(), mlp()]
+    for model in found:
+        model.layers[0].kernel.trainable = False
+    kept = weights_of(found[0])[0]
+    report = kwm.merge(found, found[0], weights=[1, 2, 3], verbose=0)
+    assert_same_bits([weights_of(found[0])[0]], [kept])
+    assert [each.reason for each in report.skipped] == ["not trained"]
 
 
 def test_models_that_do_not_fit(tmp_path):

@@ -25,6 +25,7 @@ from tests.models import (
     assert_same_bits,
     conv_net,
     make_signature,
+    mlp,
     random_weights,
     sequential,
     weights_of,
@@ -490,3 +491,17 @@ def test_targets_that_are_not_unique_by_path():
     np.testing.assert_array_equal(now[4], clean[4])
     signature.remove(model)
     assert_same_bits(weights_of(model), clean)
+
+
+def test_a_compander_elsewhere_does_not_matter():
+    model = mlp()
+    before = weights_of(model)
+    signature = make_signature(model, 1, depth=1)
+    signature.apply(model)
+    kwm.attach_compander(model, targets=kwm.find_targets(model)[1:])
+    signature.remove(model)
+    assert_same_bits(weights_of(model)[:2], before[:2])
+    kwm.fold(model)
+    kwm.attach_compander(model)
+    with pytest.raises(ValueError, match="Fold `model` first"):
+        signature.apply(model)
