@@ -44,7 +44,7 @@ from benchmarks import harness
 from benchmarks.compander_quality import search
 from benchmarks.lift_tuning import METHODS, TEXTS, Worker
 
-BASES = ("full", "LoRA")
+BASES = ("full", "LoRA", "random 5 %")
 # Name and, for the table, form and factor. Noise of the first two is that of
 # the problems drawn, and so about the same for all methods.
 MEASURES = {
