@@ -354,10 +354,23 @@ def delta_for(
     """
     checks.check_bool("force", force)
     delta = delta_file.read_delta(filepath)
+    checkpoint = Checkpoint("model", model)
     checks.raise_all(
-        "The delta does not fit the model:",
-        delta.problems(Checkpoint("model", model)),
+        "The delta does not fit the model:", delta.problems(checkpoint)
     )
+    # The hash, which would tell, is not looked at.
+    if (
+        force
+        and not delta.reparameterized
+        and architecture.reparameterized(checkpoint)
+    ):
+        warnings.warn(
+            "`model` has companders, and the delta does not say that it is of "
+            "what they store. For one of plain weights, call "
+            "`kwm.fold(model)` first.",
+            # The caller of `apply_delta`.
+            stacklevel=3,
+        )
     clean = "" if force else Patches(model).clean_fingerprint(delta.whole)
     if not force and clean != delta.fingerprint:
         raise ValueError(

@@ -160,7 +160,7 @@ def delta_to_lora(
     checks.check_bool("overwrite", overwrite)
     checks.check_verbose(verbose)
     lora_files.check_path(filepath, format, overwrite)
-    _check_clean(model)
+    _check_plain(model)
     with Progress(1, "weight", verbose) as progress:
         change = delta_for(model, delta, force)
         values = Checkpoint("model", model)
@@ -279,7 +279,7 @@ def lora_to_delta(
     checks.check_choice("dtype", dtype, (*DTYPES, None))
     checks.check_verbose(verbose)
     check_filepath(filepath, overwrite)
-    _check_clean(model)
+    _check_plain(model)
     with Progress(1, "weight", verbose) as progress:
         file = lora_files.FORMATS[lora_files.format_of(lora)](
             model, find_targets(model)
@@ -322,7 +322,7 @@ def _entry_of(
     return ChangeEntry(info, Replacing(places, numbers))
 
 
-def _check_clean(model: Any) -> None:
+def _check_plain(model: Any) -> None:
     on_model = list(Patches(model))
     if on_model:
         raise ValueError(

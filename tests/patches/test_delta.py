@@ -175,6 +175,9 @@ def test_a_delta_of_companded_weights_is_for_these(base, tmp_path):
     _, path, _ = delta_file(base, tmp_path)
     with pytest.raises(ValueError, match="weights are others"):
         kwm.apply_delta(companded, path)
+    with pytest.warns(UserWarning, match="of what they store"):
+        kwm.apply_delta(companded, path, force=True)
+    kwm.remove_delta(companded)
     with container.Reader(path, FORMAT, VERSIONS[-1:]) as reader:
         assert "reparameterized" not in reader.read_json("description")
     kwm.fold(companded)
