@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_weightmods.core.weight_keys import same_path
 from keras_weightmods.lift.frozen import unfreeze_trained_by
+from keras_weightmods.ops.random_places import random_places, seed_of
 from keras_weightmods.utils import checks
 
 
@@ -149,6 +150,28 @@ class MaskedState(keras.optimizers.Optimizer):
         self._mask_step.assign(step)
         if seed is not None:
             self._mask_seed.assign(seed)
+
+    def drawn_masks(self):
+        """Return the masks that `random_places` draws again from a seed.
+
+        Returns:
+            List of triples of the variable, the seed and the places.
+        """
+        if self.mask_step < 0:
+            return []
+        seed = (self.mask_seed + self.mask_step) % 2**31
+        drawn = [
+            (variable, seed_of(seed, number), self.indices_of(variable))
+            for number, variable in enumerate(self.masked_variables)
+        ]
+        return [
+            (variable, own, places)
+            for variable, own, places in drawn
+            if np.array_equal(
+                random_places(own, math.prod(variable.shape), places.size),
+                places,
+            )
+        ]
 
     def apply(self, grads, trainable_variables=None):
         self._check_masks(len(grads))

@@ -39,6 +39,7 @@ from keras_weightmods.lift.report import (
 )
 from keras_weightmods.ops.matrix import stack_shape
 from keras_weightmods.ops.principal_mask import Selection, mask_indices
+from keras_weightmods.ops.random_places import seed_of
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
@@ -475,12 +476,17 @@ class PrincipalMaskCallback(EpochFigures):
         """Yield the entries of each target to train from this step on."""
         own = self._selection
         seed = own.seed if before is None else self._seed
-        selection = dataclasses.replace(own, seed=seed + step)
+        seed = (seed + step) % 2**31
         gradients = [None] * len(targets)
         if own.criterion == "gradient":
             variables = [target.variable for target in targets]
             gradients = loss_gradients(model, variables, self._data)
-        for target, gradient in zip(targets, gradients):
+        for number, (target, gradient) in enumerate(zip(targets, gradients)):
+            # Those at random are not alike in kernels of the same shape.
+            drawn = own.criterion == "random"
+            selection = dataclasses.replace(
+                own, seed=seed_of(seed, number) if drawn else seed
+            )
             value, candidates = target.variable.value, None
             if self.keep_pattern:
                 candidates = ops.convert_to_numpy(value) != 0

@@ -16,6 +16,7 @@ from keras import ops
 from keras_weightmods.backend import backend_module
 from keras_weightmods.ops import low_rank
 from keras_weightmods.ops.matrix import Axes, from_stack, to_matrix, to_stack
+from keras_weightmods.ops.random_places import random_places
 from keras_weightmods.utils import checks
 
 CRITERIA = ("principal", "magnitude", "gradient", "random")
@@ -107,7 +108,7 @@ class Selection:
             allowed = _matrices(candidates, *axes)
         with backend_module("precision").full_precision():
             masks = [
-                _mask_of(_scores(matrix, self, place), self, allowed[place])
+                _mask_of(matrix, self, place, allowed[place])
                 for place, matrix in enumerate(matrices)
             ]
         return from_stack(ops.stack(masks), shape, *axes)
@@ -162,7 +163,7 @@ def principal_mask(
             to none.
         criterion: `"principal"`, or for comparison `"magnitude"` for the
             largest `|W|`, `"gradient"` for the largest `|gradient|`, or
-            `"random"`. Defaults to `"principal"`.
+            `"random"`, the same on each machine. Defaults to `"principal"`.
         method: See above. Defaults to `"auto"`.
         gradient: Tensor of the kernel's shape, for `criterion="gradient"`.
         candidates: Boolean tensor of the kernel's shape: only these are
@@ -235,10 +236,6 @@ def _scores(matrix: Any, selection: Any, place: int) -> Any:
     """What to rank the entries by."""
     if selection.criterion in ("magnitude", "gradient"):
         return ops.abs(matrix)
-    if selection.criterion == "random":
-        generator = np.random.default_rng([selection.seed, place])
-        noise = generator.random(tuple(matrix.shape), dtype="float32")
-        return ops.convert_to_tensor(noise)
     rows, columns = matrix.shape
     rank = selection.rank_of_filter(rows, columns)
     method = low_rank.choose_method(selection.method, rows, columns, rank)
@@ -257,8 +254,8 @@ def _low_rank_scores(matrix: Any, *arguments: Any) -> Any:
     return ops.abs(ops.matmul(left, right))
 
 
-def _mask_of(scores: Any, selection: Any, allowed: Any) -> Any:
-    rows, columns = scores.shape
+def _mask_of(matrix: Any, selection: Any, place: int, allowed: Any) -> Any:
+    rows, columns = matrix.shape
     count = selection.size(rows, columns)
     if allowed is not None:
         there = _count(allowed)
@@ -268,8 +265,24 @@ def _mask_of(scores: Any, selection: Any, allowed: Any) -> Any:
                 f"Received: {there} candidates for {count} entries of a "
                 f"matrix of {rows} x {columns}. Select fewer."
             )
+    if selection.criterion == "random":
+        return _random_mask((rows, columns), count, selection, place, allowed)
+    scores = _scores(matrix, selection, place)
+    if allowed is not None:
         scores = ops.where(allowed, scores, ops.cast(-1, scores.dtype))
     return _largest(scores, count)
+
+
+def _random_mask(
+    shape: Any, count: int, selection: Any, place: int, allowed: Any
+) -> Any:
+    candidates = np.arange(math.prod(shape))
+    if allowed is not None:
+        candidates = np.flatnonzero(ops.convert_to_numpy(allowed))
+    drawn = random_places(selection.seed, candidates.size, count, place)
+    mask = np.zeros(shape, bool)
+    mask.reshape(-1)[candidates[drawn]] = True
+    return ops.convert_to_tensor(mask)
 
 
 def _largest(scores: Any, count: Any) -> Any:

@@ -35,8 +35,11 @@ def save_delta(
     The file holds for each weight the places of the entries that differ, in
     less than 6 bits each at a density of 5 %, and the differences, in about
     10.5 bits each in bfloat16, as an entropy coder leaves them: no more than
-    a bfloat16 LoRA of as many numbers takes, after LIFT. It is bound to the
-    base by a hash of all its weights. A delta of a model with companders is one
+    a bfloat16 LoRA of as many numbers takes, after LIFT. Places that
+    `PrincipalMaskCallback(criterion="random")` drew once are not in the file
+    but drawn again from their seed, if `model` has the optimizer that it was
+    trained with; the numbers of all of them are stored then. The file is bound
+    to the base by a hash of all its weights. A delta of a model with companders is one
     of what they store, and goes onto models with the same ones alone; call
     `fold` first for one of plain weights. A list does not say which it holds.
 
@@ -117,10 +120,28 @@ def save_delta(
     replaced = _positions("whole", whole, model)
     # Each is compared, read once more for the hash, and written.
     with Progress(3 * len(new.infos), "weight", verbose) as progress:
-        entries = _differences(new, old, dtype, replaced, progress)
+        drawn = _drawn_masks(model)
+        entries = _differences(new, old, dtype, replaced, drawn, progress)
         return write_entries(
-            filepath, entries, old, dtype, overwrite, replaced, progress, stored
+            *(filepath, entries, old, dtype, overwrite, replaced, progress),
+            stored,
+            {position: seed for position, (seed, _) in drawn.items()},
         )
+
+
+def _drawn_masks(model: Any) -> dict[int, tuple[int, np.ndarray]]:
+    """Return seeds and places of the masks that a seed draws, by position."""
+    optimizer = getattr(model, "optimizer", None)
+    # Loss scaling has another in it.
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    # Optimizers are of a floor above this one.
+    find = getattr(optimizer, "drawn_masks", list)
+    positions = {id(v): p for p, v in enumerate(getattr(model, "weights", ()))}
+    return {
+        positions[id(variable)]: (seed, places.astype("int64"))
+        for variable, seed, places in find()
+        if id(variable) in positions
+    }
 
 
 def _differences(
@@ -128,9 +149,13 @@ def _differences(
     old: Checkpoint,
     dtype: str | None,
     replaced: set[int],
+    drawn: dict[int, tuple[int, np.ndarray]],
     progress: Progress,
 ) -> list[ChangeEntry]:
-    """Return what `save_delta` stores, all of it checked."""
+    """Return what `save_delta` stores, all of it checked.
+
+    Of `drawn`, what does not hold a weight's changes is taken out.
+    """
     entries, problems = [], []
     lost = count = 0
     for info in new.infos:
@@ -138,7 +163,14 @@ def _differences(
         before, after = old.read(info.position), new.read(info.position)
         places = np.flatnonzero(_bits(before) != _bits(after))
         if info.position in replaced:
+            drawn.pop(info.position, None)
             places = np.arange(after.size)
+        elif info.position in drawn:
+            _, mask = drawn[info.position]
+            if _is_best(mask, places, after):
+                places = mask
+            else:
+                del drawn[info.position]
         if places.size and info.dtype not in FLOATS:
             problems.append(
                 f"{info.key}: {info.dtype}, which has changed. A delta holds "
@@ -179,6 +211,19 @@ def _differences(
             stacklevel=3,
         )
     return entries
+
+
+def _is_best(mask: np.ndarray, places: np.ndarray, after: np.ndarray) -> bool:
+    """Return whether to store all entries of a mask that is not stored.
+
+    A change takes twice the bits of a place, so that of few changes the places
+    are the smaller part.
+    """
+    return (
+        3 * places.size > 2 * mask.size
+        and bool(np.isin(places, mask, assume_unique=True).all())
+        and bool(np.isfinite(after.reshape(-1)[mask].astype("float64")).all())
+    )
 
 
 def apply_delta(
@@ -314,18 +359,21 @@ def write_entries(
     whole: Collection[int],
     progress: Progress,
     stored: dict[str, str] | None = None,
+    drawn: dict[int, int] | None = None,
 ) -> DeltaReport:
     """Write the changes of a base to a file; return the report.
 
     Two steps of progress for each weight of the base. `stored` is what
-    `architecture.reparameterized` returns; `None` for that of the base.
+    `architecture.reparameterized` returns, `None` for that of the base; `drawn`
+    as in `Delta`.
     """
     if stored is None:
         stored = architecture.reparameterized(base)
     count = len(base.infos)
     fingerprint = base.fingerprint(without=whole, see=progress.add)
     delta = delta_file.Delta(
-        tuple(entries), count, fingerprint, tuple(sorted(whole)), stored
+        *(tuple(entries), count, fingerprint, tuple(sorted(whole)), stored),
+        drawn or {},
     )
     index_bits = delta_file.write_delta(
         filepath, delta, dtype or "bfloat16", overwrite, progress.add

@@ -5,11 +5,13 @@ import dataclasses
 import functools
 import math
 import os
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 
 from keras_weightmods.core.weight_keys import same_path
+from keras_weightmods.ops.random_places import random_places
 from keras_weightmods.patches import checkpoint, coding
 from keras_weightmods.patches.architecture import (
     is_reparameterized,
@@ -23,9 +25,9 @@ from keras_weightmods.saving import bounded_json, container
 from keras_weightmods.utils.dtypes import numpy_dtype
 
 FORMAT = "keras_weightmods.delta"
-VERSIONS = (1, 2, 3)
+VERSIONS = (1, 2, 3, 4)
 # Numbers of a weight in the description.
-_LENGTHS = {1: 6, 2: 8, 3: 9}
+_LENGTHS = {1: 6, 2: 8, 3: 9, 4: 9}
 _PLANES = ("places", "exponents", "mantissas")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -42,6 +44,8 @@ class Delta(Change):
         whole: Tuple of ints, the positions of weights that are all in the
             delta, whatever they are in the base.
         reparameterized: Dict, as of `architecture.reparameterized`.
+        drawn: Dict from positions to the seeds that `random_places` draws
+            their places from: the file holds these in place of places.
     """
 
     entries: tuple[ChangeEntry, ...]
@@ -49,6 +53,7 @@ class Delta(Change):
     fingerprint: str
     whole: tuple[int, ...] = ()
     reparameterized: dict[str, str] = dataclasses.field(default_factory=dict)
+    drawn: dict[int, int] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -96,11 +101,17 @@ def write_delta(filepath, delta, dtype, overwrite, see) -> float:
         overwrite: Bool.
         see: Callable, called with the key of each weight that is coded.
     """
-    weights = []
+    weights, drawn = [], []
     planes: dict[str, list[np.ndarray]] = {name: [] for name in _PLANES}
     for entry in delta:
         info, tensor = entry.info, entry.tensor
-        rows, low, coded, places = coding.pack_places(tensor.places, info.shape)
+        if info.position in delta.drawn:
+            seed = delta.drawn[info.position]
+            drawn.append([info.position, seed, _checksum(tensor.places)])
+            coded_places = 1, 0, 0, np.empty(0, "uint8")
+        else:
+            coded_places = coding.pack_places(tensor.places, info.shape)
+        rows, low, coded, places = coded_places
         first, rest = coding.split_floats(tensor.values)
         first = coding.compress(first)
         row = [info.position, info.path, list(info.shape)]
@@ -121,9 +132,13 @@ def write_delta(filepath, delta, dtype, overwrite, see) -> float:
     # Absent from most files.
     if delta.reparameterized:
         about["reparameterized"] = delta.reparameterized
+    # Earlier programs read what has none.
+    version = 3
+    if drawn:
+        about["drawn"], version = drawn, 4
     arrays = {"description": bounded_json.json_array(about)}
     arrays |= {name: np.concatenate(planes[name]) for name in _PLANES}
-    container.write_arrays(filepath, FORMAT, VERSIONS[-1], arrays, overwrite)
+    container.write_arrays(filepath, FORMAT, version, arrays, overwrite)
     count = sum(entry.tensor.places.size for entry in delta)
     return 8 * arrays["places"].size / count
 
@@ -143,7 +158,7 @@ def read_delta(filepath) -> Delta:
         arrays = {name: reader.read(name) for name in dtypes}
         del arrays["description"]
         try:
-            _check_description(about, is_new)
+            _check_description(about, version)
             entries = _parse(about, arrays, version)
         except ValueError as error:
             raise reader.error("description", str(error)) from error
@@ -153,12 +168,15 @@ def read_delta(filepath) -> Delta:
         about["fingerprint"],
         tuple(about.get("whole", ())),
         about.get("reparameterized", {}),
+        {position: seed for position, seed, _ in about.get("drawn", ())},
     )
 
 
-def _check_description(description, is_new):
+def _check_description(description, version):
     types = {"weights": list, "count": int, "fingerprint": str}
+    is_new = version > 1
     types |= {"dtype": str, "whole": list} if is_new else {}
+    types |= {"drawn": list} if version > 3 else {}
     if isinstance(description, dict) and "reparameterized" in description:
         types["reparameterized"] = dict
     if not isinstance(description, dict) or types != {
@@ -170,6 +188,10 @@ def _check_description(description, is_new):
     stored = description.get("reparameterized", {})
     if not is_reparameterized(stored, description["count"]):
         raise ValueError("has no valid 'reparameterized'")
+    drawn = description.get("drawn", [])
+    positions = [row[0] for row in drawn if _is_drawn(row)]
+    if len({*positions}) != len(drawn):
+        raise ValueError("has no valid 'drawn'")
 
 
 def _parse(description, arrays, version):
@@ -178,6 +200,7 @@ def _parse(description, arrays, version):
     kinds: list[type[Sparse]] = []
     coded: list[Callable[[], tuple[np.ndarray, np.ndarray]]] = []
     previous, length = -1, _LENGTHS[version]
+    drawn = {row[0]: row[1:] for row in description.get("drawn", ())}
     for weight in description["weights"]:
         if not _is_weight(weight, previous, description["count"], length):
             raise ValueError(f"has a weight that is not: {str(weight)[:200]}")
@@ -187,11 +210,14 @@ def _parse(description, arrays, version):
         if version > 1:
             (dtype,) = weight[length:] or [description["dtype"]]
             dtype = numpy_dtype(dtype)
-            parts = _weight(taken, count, sizes, math.prod(shape), dtype)
+            again = drawn.pop(previous, None)
+            parts = _weight(taken, count, sizes, math.prod(shape), dtype, again)
         else:
             parts = _old_weight(taken, count, sizes, math.prod(shape))
         coded.append(parts)
         infos.append(checkpoint.WeightInfo(previous, path, tuple(shape), ""))
+    if drawn:
+        raise ValueError(f"has no weights {[*drawn]} to draw places of")
     if any(array.size for array in arrays.values()):
         raise ValueError("has less than the file")
     # zlib and NumPy let other threads run.
@@ -221,8 +247,11 @@ def _decoded(info, decode):
     return places, changes
 
 
-def _weight(taken, count, sizes, size, dtype):
-    """Take a weight; return what decodes its places and its changes."""
+def _weight(taken, count, sizes, size, dtype, drawn):
+    """Take a weight; return what decodes its places and its changes.
+
+    `drawn` is the seed and the checksum of places that are not in the file.
+    """
     low, coded, nbytes, first_nbytes, *rows = sizes
     (rows,) = rows or [1]  # in files of version 2
     if not 1 <= rows <= max(1, size) or size % rows:
@@ -231,13 +260,36 @@ def _weight(taken, count, sizes, size, dtype):
     first = taken("exponents", first_nbytes)
     rest = taken("mantissas", count * (dtype.itemsize - 1))
 
+    if drawn and (nbytes, low, coded, rows) != (0, 0, 0, 1):
+        raise ValueError("has places that are drawn as well")
+    # With a change for each, no more is drawn than the file is large.
+    if drawn and not count <= size < 2**31:
+        raise ValueError(f"draws {count} of {size} places")
+
     def decode():
-        where = coding.unpack_gaps(packed, count, low, coded, size)
         exponents = coding.decompress(first, count)
-        where = coding.to_rows(where, rows, size)
+        if drawn:
+            where = random_places(drawn[0], size, count).astype("int64")
+            if _checksum(where) != drawn[1]:
+                raise ValueError("draws other places than those of its changes")
+        else:
+            where = coding.unpack_gaps(packed, count, low, coded, size)
+            where = coding.to_rows(where, rows, size)
         return where, coding.join_floats(exponents, rest, dtype)
 
     return decode
+
+
+def _checksum(places):
+    return zlib.crc32(places.astype("<u4"))
+
+
+def _is_drawn(row):
+    return (
+        isinstance(row, list)
+        and [type(each) for each in row] == [int] * 3
+        and all(0 <= each < 2**32 for each in row)
+    )
 
 
 def _old_weight(taken, count, sizes, size):

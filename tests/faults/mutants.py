@@ -53,9 +53,23 @@ def model_file(folder):
 
 
 def delta_file(folder):
-    base, tuned = models.mlp(), models.mlp()
+    tuned = models.mlp()
     tuned.layers[0].kernel.assign_add(np.eye(8, 16))
-    path = folder / "delta.safetensors"
+    return saved_delta(tuned, folder)
+
+
+def drawn_delta_file(folder):
+    """A delta that holds a seed in place of places."""
+    tuned = models.mlp()
+    tuned.compile(kwm.SparseAdamW(0.1), "mse", jit_compile=False)
+    masks = kwm.PrincipalMaskCallback(0.25, criterion="random", seed=0)
+    x, y = models.normal(8, 8), models.normal(8, 4)
+    tuned.fit(x, y, callbacks=[masks], verbose=0)
+    return saved_delta(tuned, folder)
+
+
+def saved_delta(tuned, folder):
+    base, path = models.mlp(), folder / "delta.safetensors"
     kwm.save_delta(tuned, base, path)
 
     def read(path):
@@ -89,6 +103,7 @@ def checkpoint_file(folder):
 KINDS = {
     "model": model_file,
     "delta": delta_file,
+    "drawn_delta": drawn_delta_file,
     "signature": signature_file,
     "checkpoint": checkpoint_file,
 }

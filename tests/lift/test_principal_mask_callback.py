@@ -577,6 +577,24 @@ def test_other_criteria(criterion):
         assert score[changed[1]].min() > score[~changed[1]].max()
 
 
+@pytest.mark.one_backend
+def test_masks_at_random_are_not_alike():
+    model = sequential((8,), *(keras.layers.Dense(8) for _ in range(3)))
+    model.compile(kwm.SparseAdamW(), "mse")
+    kwm.PrincipalMaskCallback(criterion="random").attach(model)
+    optimizer = model.optimizer
+    found = [optimizer.indices_of(v) for v in optimizer.masked_variables]
+    assert len({tuple(each) for each in found}) == 3
+
+
+@pytest.mark.one_backend
+def test_the_last_seed():
+    """Steps are added to it."""
+    masks = kwm.PrincipalMaskCallback(refresh_every=2, seed=2**31 - 1)
+    fit(make(), masks)
+    assert [refresh.step for refresh in masks.refreshes] == [2]
+
+
 def test_sparse_model_stays_sparse():
     model = make()
     for target in kwm.find_targets(model):

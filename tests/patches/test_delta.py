@@ -178,7 +178,7 @@ def test_a_delta_of_companded_weights_is_for_these(base, tmp_path):
     with pytest.warns(UserWarning, match="of what they store"):
         kwm.apply_delta(companded, path, force=True)
     kwm.remove_delta(companded)
-    with container.Reader(path, FORMAT, VERSIONS[-1:]) as reader:
+    with container.Reader(path, FORMAT, VERSIONS) as reader:
         assert "reparameterized" not in reader.read_json("description")
     kwm.fold(companded)
     kwm.apply_delta(companded, path, force=True)
@@ -198,6 +198,129 @@ def test_file_is_small(tmp_path):
     assert report.index_bits <= 5.9
     assert report.nbytes == path.stat().st_size
     assert report.nbytes <= 1.05 * 2 * report.entries
+
+
+def train_at_random(model, refresh_every=None, **kwargs):
+    x = np.random.default_rng(0).normal(size=(24, SIZES[0])).astype("float32")
+    masks = kwm.PrincipalMaskCallback(
+        0.25, None, 2, refresh_every, criterion="random", **kwargs
+    )
+    options = {"batch_size": 6, "verbose": 0, "callbacks": [masks]}
+    return model.fit(x, x[:, : SIZES[1]], **options)
+
+
+OPTIMIZERS = {
+    "SparseAdamW": lambda: kwm.SparseAdamW(0.01),
+    "wrapped": lambda: keras.optimizers.Adam(0.01),
+    "loss scaling": lambda: keras.optimizers.LossScaleOptimizer(
+        kwm.SparseAdamW(0.01)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["bfloat16", None])
+def test_places_drawn_from_a_seed_are_not_stored(base, name, dtype, tmp_path):
+    model = make()
+    model.compile(OPTIMIZERS[name](), "mse")
+    train_at_random(model, seed=2**31 - 1)
+    path = tmp_path / "task.safetensors"
+    norm = keras.layers.BatchNormalization
+    report = kwm.save_delta(model, base, path, dtype, whole=norm)
+    with container.Reader(path, FORMAT, VERSIONS) as reader:
+        assert reader.version == 4
+        # Of the norms.
+        assert reader.entries["places"].shape == (80,)
+    counts = [base[i].size // 4 for i in (0, 6)]
+    assert report.entries == sum(counts) + 4 * SIZES[1]
+    tuned = weights_of(model)
+    assert np.sum(tuned[0] != base[0]) > 0.9 * counts[0]
+    other = make()
+    kwm.apply_delta(other, path)
+    for old, new, brought in zip(base, tuned, weights_of(other)):
+        tolerance = 2**-8 * np.abs(new - old) + 1e-7
+        assert np.all(np.abs(brought - new) <= (tolerance if dtype else 0))
+    kwm.remove_delta(other)
+    assert_same_bits(weights_of(other), base)
+    # Without the optimizer the places are stored, and say the same.
+    model.compile()
+    stored = kwm.save_delta(
+        model, base, tmp_path / "b.safetensors", dtype, whole=norm
+    )
+    assert stored.index_bits > 3
+    assert stored.nbytes > report.nbytes
+    kwm.apply_delta(other, tmp_path / "b.safetensors")
+    for old, new, brought in zip(base, tuned, weights_of(other)):
+        tolerance = 2**-8 * np.abs(new - old) + 1e-7
+        assert np.all(np.abs(brought - new) <= (tolerance if dtype else 0))
+
+
+def test_what_was_drawn_does_not_hold_is_stored(base, tmp_path):
+    path = tmp_path / "task.safetensors"
+
+    def version_after(change):
+        model = make()
+        model.compile(kwm.SparseAdamW(0.01), "mse")
+        change(model)
+        kwm.save_delta(model, base, path)
+        other = make()
+        kwm.apply_delta(other, path)
+        for new, brought in zip(weights_of(model), weights_of(other)):
+            np.testing.assert_allclose(brought, new, rtol=2e-3, atol=2e-3)
+        with container.Reader(path, FORMAT, VERSIONS) as reader:
+            return reader.version
+
+    def one_more(model):
+        """One of two kernels has a change beside its mask."""
+        train_at_random(model)
+        for layer in (model.layers[0], model.layers[-1]):
+            layer.kernel.assign(layer.kernel + 0.1)
+
+    def few(model):
+        train_at_random(model)
+        tuned = weights_of(model)
+        for i in (0, 6):
+            tuned[i][: SIZES[1] // 2] = base[i][: SIZES[1] // 2]
+        model.set_weights(tuned)
+
+    assert version_after(train_at_random) == 4
+    assert version_after(one_more) == 3
+    assert version_after(few) == 3
+    # Those of earlier masks have changed as well.
+    assert version_after(lambda m: train_at_random(m, refresh_every=2)) == 3
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda about: about.pop("drawn"),
+        lambda about: about.update(drawn={}),
+        lambda about: about["drawn"].pop(),
+        lambda about: about["drawn"].append(about["drawn"][0]),
+        lambda about: about["drawn"].append([3, 1, 2]),
+        lambda about: about["drawn"].append([]),
+        lambda about: about["drawn"][0].pop(),
+        lambda about: about["drawn"][0].__setitem__(1, -1),
+        lambda about: about["drawn"][0].__setitem__(1, 2**40),
+        lambda about: about["drawn"][0].__setitem__(1, True),
+        lambda about: about["drawn"][0].__setitem__(1, 5),
+        lambda about: about["drawn"][0].__setitem__(2, 5),
+        lambda about: about["weights"][0].__setitem__(2, [2**20, 2**20]),
+        lambda about: about["weights"][0].__setitem__(2, [96, 65]),
+        lambda about: about["weights"][0].__setitem__(2, [8, 8]),
+        lambda about: about["weights"][0].__setitem__(3, 3),
+        lambda about: about["weights"][0].__setitem__(4, 1),
+        lambda about: about["weights"][0].__setitem__(5, 1),
+        lambda about: about["weights"][0].__setitem__(6, 1),
+        lambda about: about["weights"][0].__setitem__(8, 96),
+    ],
+)
+def test_drawn_places_that_are_not_those_saved(base, tmp_path, attack):
+    tuned, path = make(), tmp_path / "task.safetensors"
+    tuned.compile(kwm.SparseAdamW(0.01), "mse")
+    train_at_random(tuned)
+    kwm.save_delta(tuned, base, path)
+    assert_refused(base, path, attack)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
@@ -341,12 +464,17 @@ def test_errors(base, tmp_path):
 )
 def test_files_with_right_hashes_and_wrong_contents(base, tmp_path, attack):
     _, path, _ = delta_file(base, tmp_path, whole="/bias$")
-    with container.Reader(path, FORMAT, VERSIONS[-1:]) as reader:
+    assert_refused(base, path, attack)
+
+
+def assert_refused(base, path, attack):
+    with container.Reader(path, FORMAT, VERSIONS) as reader:
+        version = reader.version
         about = reader.read_json("description")
         arrays = {k: reader.read(k) for k in reader.entries}
     attack(about)
     arrays["description"] = bounded_json.json_array(about)
-    container.write_arrays(path, FORMAT, VERSIONS[-1], arrays)
+    container.write_arrays(path, FORMAT, version, arrays)
     model = make()
     with pytest.raises(ValueError, match="truncated, altered"):
         kwm.apply_delta(model, path)
