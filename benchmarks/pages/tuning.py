@@ -115,29 +115,38 @@ def lift_step(log):
 
 
 def lift_large(log):
-    rows = [
-        [
-            *(backend, row["kernels"]),
-            *(f"{row[k]:.1f}" for k in ("first_masks", "refresh")),
-            f"{row['file_bytes'] / 1e6:.1f}",
-            f"{row['x_lora']:.3f}",
-            *(f"{row[k]:.2f}" for k in ("write", "apply")),
-            f"{row['read_mb_s']:.0f}",
-        ]
-        for backend, row in log["backends"].items()
-    ]
+    rows = []
+    for backend, found in log["backends"].items():
+        if "masks" not in found:
+            # The form of an older program.
+            return missing("lift_large")
+        for criterion, row in found["masks"].items():
+            rows.append(
+                [
+                    *(backend, criterion, found["kernels"]),
+                    f"{row['first_masks']:.1f}",
+                    f"{row['refresh']:.1f}" if row["refresh"] else "",
+                    f"{row['file_bytes'] / 1e6:.1f}",
+                    *(f"{row[k]:.2f}" for k in ("index_bits", "x_lora")),
+                    *(f"{row[k]:.2f}" for k in ("write", "apply", "read")),
+                    f"{row['read_mb_s']:.0f}",
+                ]
+            )
     return "\n\n".join(
         [
             f"A Gemma 3 of the shapes of its 270M, {log['density']:.0%} of "
             "its kernels. First masks: in a process that has compiled nothing. "
             "The file holds normal changes in the masks of weights at random, "
-            "of which nothing can be told; x LoRA is its size over that of a "
-            "bfloat16 LoRA of as many numbers. Of trained changes see above. "
+            "of which nothing can be told; places drawn at random are drawn "
+            "again from a seed. x LoRA is its size over that of a bfloat16 "
+            "LoRA of as many numbers. Of trained changes see above. "
             f"{log['machine']['cpu']}, {log['machine']['cores']} cores.",
             table(
-                "backend | kernels | first masks, s | refresh, s | file, MB | "
-                "x LoRA | written in, s | applied in, s | read, MB/s",
+                "backend | masks | kernels | first masks, s | refresh, s | "
+                "file, MB | bits a place | x LoRA | written in, s | "
+                "applied in, s | read in, s | MB/s",
                 rows,
+                text_columns=2,
             ),
         ]
     )

@@ -15,7 +15,13 @@ from keras import ops
 
 from keras_weightmods.backend import backend_module
 from keras_weightmods.ops import low_rank
-from keras_weightmods.ops.matrix import Axes, from_stack, to_matrix, to_stack
+from keras_weightmods.ops.matrix import (
+    Axes,
+    from_stack,
+    stack_shape,
+    to_matrix,
+    to_stack,
+)
 from keras_weightmods.ops.random_places import random_places
 from keras_weightmods.utils import checks
 
@@ -96,7 +102,14 @@ class Selection:
                 expected = f"a tensor of the kernel's shape, {shape}"
                 raise checks.error("gradient", expected, received)
             ranked = _as_float(gradient)
-        matrices = _matrices(ranked, *axes)
+        stacks, *sizes = stack_shape(shape, *axes)
+        # In the order of the kernel, in which deltas have its places.
+        in_order = self.criterion == "random" and stacks == 1
+
+        def split(x: Any) -> Any:
+            return [ops.reshape(x, sizes)] if in_order else _matrices(x, *axes)
+
+        matrices = split(ranked)
         allowed = [None] * len(matrices)
         if candidates is not None:
             candidates = checks.check_tensor("candidates", candidates)
@@ -105,12 +118,14 @@ class Selection:
                 received = tuple(candidates.shape)
                 raise checks.error("candidates", expected, received)
             candidates = ops.cast(candidates, "bool")
-            allowed = _matrices(candidates, *axes)
+            allowed = split(candidates)
         with backend_module("precision").full_precision():
             masks = [
                 _mask_of(matrix, self, place, allowed[place])
                 for place, matrix in enumerate(matrices)
             ]
+        if in_order:
+            return ops.reshape(masks[0], shape)
         return from_stack(ops.stack(masks), shape, *axes)
 
 

@@ -39,9 +39,10 @@ def save_delta(
     `PrincipalMaskCallback(criterion="random")` drew once are not in the file
     but drawn again from their seed, if `model` has the optimizer that it was
     trained with; the numbers of all of them are stored then. The file is bound
-    to the base by a hash of all its weights. A delta of a model with companders is one
-    of what they store, and goes onto models with the same ones alone; call
-    `fold` first for one of plain weights. A list does not say which it holds.
+    to the base by a hash of all its weights. A delta of a model with companders
+    is one of what they store, and goes onto models with the same ones alone;
+    call `fold` first for one of plain weights. A list does not say which it
+    holds.
 
     Args:
         model: A built Keras model.

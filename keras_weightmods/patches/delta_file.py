@@ -20,7 +20,7 @@ from keras_weightmods.patches.architecture import (
 )
 from keras_weightmods.patches.entry import Change, ChangeEntry
 from keras_weightmods.patches.places import unpack_places
-from keras_weightmods.patches.tensors import Replacing, Sparse
+from keras_weightmods.patches.tensors import Replacing, Sparse, is_finite
 from keras_weightmods.saving import bounded_json, container
 from keras_weightmods.utils.dtypes import numpy_dtype
 
@@ -242,7 +242,7 @@ def _parse(description, arrays, version):
 def _decoded(info, decode):
     """Return the places and the changes of a weight, checked."""
     places, changes = decode()
-    if not np.all(np.isfinite(changes.astype("float64"))):
+    if not is_finite(changes):
         raise ValueError(f"has changes of {info.path!r} that are not finite")
     return places, changes
 

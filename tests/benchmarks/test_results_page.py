@@ -167,17 +167,21 @@ def test_masks_and_steps_of_lift(tmp_path):
     }
     (tmp_path / "principal_mask.json").write_text(json.dumps(masks))
     (tmp_path / "lift_step.json").write_text(json.dumps(steps))
-    large = {"kernels": 9, "first_masks": 4.0, "refresh": 3.0}
-    large |= {"file_bytes": 5e6, "x_lora": 1.01, "write": 1.0, "apply": 0.5}
+    large = {"first_masks": 4.0, "refresh": None, "index_bits": 0.0}
+    large |= {"file_bytes": 5e6, "x_lora": 0.7, "write": 1.0, "apply": 0.5}
+    large |= {"read": 0.04, "read_mb_s": 250.0}
     about = {"machine": machine, "density": 0.05}
-    about["backends"] = {"jax": {**large, "read_mb_s": 250.0}}
+    about["backends"] = {"jax": {"kernels": 9, "masks": {"random": large}}}
     (tmp_path / "lift_large.json").write_text(json.dumps(about))
     page = results_page.make_page(tmp_path)
     assert "| torch | 32 | 3 | 0.9900 | 0.9950 | 0.5000 | 0.2000 |" in page
     assert "| torch | 12.0 | 1.00 | 12.0 | 0.9900 |" in page
     assert "| jax | LIFT | 5,000 | 1.90 | 0.96 | 64 | 3000 |" in page
     assert "| jax | LoRA | 5,000 |  |  | 64 | 3000 |" in page
-    assert "| jax | 9 | 4.0 | 3.0 | 5.0 | 1.010 | 1.00 | 0.50 | 250 |" in page
+    assert (
+        "| jax | random | 9 | 4.0 |  | 5.0 | 0.00 | 0.70 | 1.00 | 0.50 | 0.04 "
+        "| 250 |"
+    ) in page
 
 
 def test_merging(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_weightmods.ops import low_rank, principal_mask
+from keras_weightmods.ops.random_places import random_places
 from tests import references
 from tests.backends import breadth
 from tests.models import normal
@@ -105,6 +106,33 @@ def test_selections_for_comparison(criterion):
         return
     other = numpy_mask(x, density=0.1, criterion=criterion, seed=4)
     assert not np.array_equal(mask, other)
+
+
+def test_places_at_random_are_in_the_order_of_the_kernel():
+    x = normal(4, 6, 5)
+    candidates = np.random.default_rng(1).random(x.shape) < 0.5
+    at = np.flatnonzero(candidates)
+    for axes in (0, 1, 2, (0, 1), (0, 2)):
+        arguments = {"density": 0.1, "criterion": "random", "seed": 3}
+        arguments["contraction_axes"] = axes
+        mask = numpy_mask(x, **arguments)
+        places = random_places(3, x.size, 12)
+        assert np.array_equal(np.flatnonzero(mask), places)
+        mask = numpy_mask(x, candidates=candidates, **arguments)
+        places = at[random_places(3, at.size, 12)]
+        assert np.array_equal(np.flatnonzero(mask), places)
+    # Of a stack each matrix has as many, of a stream of its own.
+    mask = numpy_mask(
+        x,
+        density=0.1,
+        criterion="random",
+        contraction_axes=1,
+        stack_axes=(0,),
+        seed=3,
+    )
+    for stream, matrix in enumerate(mask):
+        places = random_places(3, matrix.size, 3, stream)
+        assert np.array_equal(np.flatnonzero(matrix), places)
 
 
 def test_candidates():
