@@ -41,7 +41,7 @@ class Setting:
 SETTINGS = {
     "small": Setting(1_000, 20, 50, 2, 10),
     "fine-tuned": Setting(1_000, 10, 50, 2, 10, fine_tuned=True),
-    "full": Setting(60_000, 2, 100, 1, 5),
+    "full": Setting(60_000, 2, 100, 1, 10),
 }
 # Of each parameter where the search begins, and the factor of a step.
 RATE, DECAY, A = ("rate", 0.05, 2), ("decay", 0.016, 4), ("a", 0.5, 2)
@@ -97,7 +97,11 @@ def run(args):
     settings = {k: dataclasses.asdict(v) for k, v in SETTINGS.items()}
     old = harness.read_json(args.json)
     # Rows of other settings, or of an older form, are not put beside these.
-    kept = old and not args.fresh and old.get("settings") == settings
+    kept = (
+        old
+        and not args.fresh
+        and without_seeds(old.get("settings", {})) == without_seeds(settings)
+    )
     rows = old["rows"] if kept else []
     report = {
         "settings": settings,
@@ -109,18 +113,28 @@ def run(args):
         "rows": rows,
     }
     data = load_fashion_mnist(args.data)
-    done = {(row["setting"], row["net"], row["method"]) for row in rows}
+    done = {(row["setting"], row["net"], row["method"]): row for row in rows}
     for setting in args.settings:
         for net in args.nets:
             bench = Bench(net, SETTINGS[setting], data)
             for method in args.methods:
-                if (setting, net, method) in done:
-                    continue
-                row = {"setting": setting, "net": net, "method": method}
-                rows.append({**row, **bench.row(method)})
-                harness.write_json(args.json, report)
-                print(row, rows[-1]["chosen"], flush=True)
+                row = done.get((setting, net, method))
+                if row is None:
+                    row = {"setting": setting, "net": net, "method": method}
+                    row |= {**bench.search(method), "runs": []}
+                    rows.append(row)
+                if bench.add_runs(row):
+                    harness.write_json(args.json, report)
+                    print(setting, net, method, row["chosen"], flush=True)
     return report
+
+
+def without_seeds(settings):
+    """Return settings without the number of seeds, which may grow."""
+    return {
+        name: {k: v for k, v in setting.items() if k != "seeds"}
+        for name, setting in settings.items()
+    }
 
 
 class Bench:
@@ -131,32 +145,43 @@ class Bench:
         self.tested = make_net(net)
         self.pretrained = functools.cache(self.pretrain)
         self.parts = functools.cache(self.split)
+        # Each is compiled once, for its rates and seeds.
+        self.trainer = functools.lru_cache(32)(self.make_trainer)
 
-    def row(self, method):
+    def make_trainer(self, method, **own):
+        return Trainer(self.net, method, self.setting.batch, **own)
+
+    def search(self, method):
+        """Return the parameters that are best on validation images."""
         import numpy as np
-
-        @functools.cache
-        def trainer(**own):
-            return Trainer(self.net, method, self.setting.batch, **own)
 
         def validate(rate, **own):
             return np.mean(
                 [
-                    self.train(trainer(**own), rate, 100 + seed, True)
+                    self.train(
+                        self.trainer(method, **own), rate, 100 + seed, True
+                    )
                     for seed in range(self.setting.search_seeds)
                 ]
             ).item()
 
         chosen, tried = search(validate, METHODS[method])
-        own = {k: v for k, v in chosen.items() if k != "rate"}
-        return {
-            "chosen": chosen,
-            "tried": tried,
-            "runs": [
-                self.train(trainer(**own), chosen["rate"], seed, False)
-                for seed in range(self.setting.seeds)
-            ],
-        }
+        return {"chosen": chosen, "tried": tried}
+
+    def add_runs(self, row):
+        """Train from the seeds that are missing; return whether there are."""
+        own = {k: v for k, v in row["chosen"].items() if k != "rate"}
+        missing = range(len(row["runs"]), self.setting.seeds)
+        row["runs"] += [
+            self.train(
+                self.trainer(row["method"], **own),
+                row["chosen"]["rate"],
+                seed,
+                False,
+            )
+            for seed in missing
+        ]
+        return bool(missing)
 
     def train(self, trainer, rate, seed, validating):
         """Returns the validation accuracy, or all measures on test images."""

@@ -88,8 +88,10 @@ class PrincipalMaskCallback(EpochFigures):
             accumulated; a step that comes due within one execution of several
             (`steps_per_execution`) is made up for after it. Defaults to 200.
         criterion: `"principal"`, or for comparison `"magnitude"`,
-            `"gradient"` (needs `data`) or `"random"` (drawn anew at each
-            refresh). Defaults to `"principal"`.
+            `"gradient"` (needs `data`) or `"random"`: drawn from `seed`, other
+            places in each kernel, and anew at each refresh. With
+            `refresh_every=None` `save_delta` stores the seed in place of the
+            places. Defaults to `"principal"`.
         targets: The kernels, as `find_targets(model)` returns them or in a
             form that its `include` takes. Defaults to all that it finds.
         freeze_rest: Bool, whether all other weights are frozen during the

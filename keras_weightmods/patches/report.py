@@ -57,8 +57,10 @@ class DeltaReport(Report):
     Attributes:
         filepath: String, the file.
         weights: Tuple of strings, the keys of the weights with changes.
-        entries: Int, the number of entries changed in them.
-        index_bits: Float, the bits that the place of an entry takes.
+        entries: Int, the number of entries stored of them: those changed, or
+            all of a mask whose places are drawn from a seed.
+        index_bits: Float, the bits that the place of an entry takes, 0 where
+            places are drawn from a seed.
         nbytes: Int, the size of the file.
     """
 

@@ -1,3 +1,6 @@
+import argparse
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -5,6 +8,7 @@ import pytest
 import keras_weightmods as kwm
 from benchmarks import compander_quality as bench
 from benchmarks.pages import tuning
+from examples.data import fashion_mnist
 
 pytestmark = pytest.mark.one_backend
 
@@ -83,6 +87,33 @@ def test_b_of_a_fixed_pair_scales_the_rate_alone():
     assert np.abs(kernels[0] - start).max() > 0.1
     np.testing.assert_allclose(kernels[0], kernels[1], atol=1e-5)
     assert np.abs(kernels[0] - kernels[2]).max() > 0.01
+
+
+def test_more_seeds_are_added_to_those_there(monkeypatch, tmp_path):
+    random = np.random.default_rng(0)
+    part = random.random((40, 28, 28, 1), "float32"), np.arange(40) % 10
+    data = {"train": part, "test": part}
+    monkeypatch.setattr(fashion_mnist, "load_fashion_mnist", lambda _: data)
+    monkeypatch.setattr(bench, "HELD_OUT", 10)
+    tiny = bench.Setting(20, 1, 2, 1, 2)
+    args = argparse.Namespace(
+        **{"settings": ["small"], "nets": ["plain"], "methods": ["L2"]},
+        **{"backend": keras.backend.backend(), "data": None, "fresh": False},
+        json=tmp_path / "log.json",
+    )
+    reports = []
+    for seeds in (2, 2, 3):
+        setting = dataclasses.replace(tiny, seeds=seeds)
+        monkeypatch.setitem(bench.SETTINGS, "small", setting)
+        reports.append(bench.run(args))
+    (first,), (again,), (more,) = (report["rows"] for report in reports)
+    assert again == first
+    assert len(more["runs"]) == 3
+    assert {**more, "runs": more["runs"][:2]} == first
+    # All of it anew where anything else changed.
+    setting = dataclasses.replace(tiny, epochs=2)
+    monkeypatch.setitem(bench.SETTINGS, "small", setting)
+    assert len(bench.run(args)["rows"][0]["runs"]) == 2
 
 
 def runs(values):
