@@ -157,21 +157,19 @@ class MaskedState(keras.optimizers.Optimizer):
         Returns:
             List of triples of the variable, the seed and the places.
         """
-        if self.mask_step < 0:
+        step = self.mask_step
+        if step < 0:
             return []
-        seed = (self.mask_seed + self.mask_step) % 2**31
-        drawn = [
-            (variable, seed_of(seed, number), self.indices_of(variable))
-            for number, variable in enumerate(self.masked_variables)
-        ]
-        return [
-            (variable, own, places)
-            for variable, own, places in drawn
-            if np.array_equal(
-                random_places(own, math.prod(variable.shape), places.size),
-                places,
-            )
-        ]
+        found = []
+        for number, variable in enumerate(self.masked_variables):
+            # As `PrincipalMaskCallback` draws them.
+            seed = seed_of(self.mask_seed, step, number)
+            size, places = math.prod(variable.shape), self.indices_of(variable)
+            drawn = random_places(seed, size, places.size)
+            # All of a kernel are what any rule chooses.
+            if places.size < size and np.array_equal(drawn, places):
+                found.append((variable, seed, places))
+        return found
 
     def apply(self, grads, trainable_variables=None):
         self._check_masks(len(grads))

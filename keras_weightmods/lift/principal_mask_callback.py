@@ -166,7 +166,7 @@ class PrincipalMaskCallback(EpochFigures):
             density = 0.05
         if seed is None:
             seed = random.randrange(2**31)
-        checks.check_int("seed", seed, 0, 2**31 - 1)
+        seed = checks.check_int("seed", seed, 0, 2**31 - 1)
         self._selection = Selection(
             rank, density, filter_rank, criterion, method, seed
         )
@@ -478,17 +478,16 @@ class PrincipalMaskCallback(EpochFigures):
         """Yield the entries of each target to train from this step on."""
         own = self._selection
         seed = own.seed if before is None else self._seed
-        seed = (seed + step) % 2**31
         gradients = [None] * len(targets)
         if own.criterion == "gradient":
             variables = [target.variable for target in targets]
             gradients = loss_gradients(model, variables, self._data)
         for number, (target, gradient) in enumerate(zip(targets, gradients)):
-            # Those at random are not alike in kernels of the same shape.
-            drawn = own.criterion == "random"
-            selection = dataclasses.replace(
-                own, seed=seed_of(seed, number) if drawn else seed
-            )
+            next_seed = (seed + step) % 2**31
+            if own.criterion == "random":
+                # Not alike in kernels of the same shape.
+                next_seed = seed_of(seed, step, number)
+            selection = dataclasses.replace(own, seed=next_seed)
             value, candidates = target.variable.value, None
             if self.keep_pattern:
                 candidates = ops.convert_to_numpy(value) != 0

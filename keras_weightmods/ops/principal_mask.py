@@ -291,12 +291,15 @@ def _mask_of(matrix: Any, selection: Any, place: int, allowed: Any) -> Any:
 def _random_mask(
     shape: Any, count: int, selection: Any, place: int, allowed: Any
 ) -> Any:
-    candidates = np.arange(math.prod(shape))
+    size = math.prod(shape)
     if allowed is not None:
         candidates = np.flatnonzero(ops.convert_to_numpy(allowed))
-    drawn = random_places(selection.seed, candidates.size, count, place)
+        size = candidates.size
+    places = random_places(selection.seed, size, count, place)
+    if allowed is not None:
+        places = candidates[places]
     mask = np.zeros(shape, bool)
-    mask.reshape(-1)[candidates[drawn]] = True
+    mask.reshape(-1)[places] = True
     return ops.convert_to_tensor(mask)
 
 

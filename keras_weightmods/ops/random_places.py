@@ -11,8 +11,7 @@ def random_places(seed: int, size: int, count: int, stream: int = 0) -> Any:
 
     They depend on the arguments alone: all is whole numbers, and the 64-bit
     words are those of the bit generator PCG64, which NumPy does not change from
-    version to version. Time and memory are of the order of `count`, or of
-    `size - count` if that is less.
+    version to version. Time and memory are of the order of `count`.
 
     Args:
         seed: Int, from 0.
@@ -38,50 +37,58 @@ def _draw(words: Any, size: int, count: int) -> Any:
     if not count:
         return np.empty(0, "uint32")
     if count > size - count:
-        return _without(np.arange(size), _draw(words, size, size - count))
-    # Drawn with replacement, and so many that enough are distinct: all sets of
-    # as many are as likely, and so are those of what is left when some of them,
-    # any with the same probability, are taken out.
+        return _without(size, _draw(words, size, size - count))
+    # Drawn with replacement, and so many that mostly enough are distinct. All
+    # sets of as many are as likely, and so are those of what is left when some
+    # of them, any with the same probability, are taken out.
     many = count
     if count**2 >= size:
         # n x (2 - x) / (2 - 2 x) is more than n log(1 / (1 - x)).
         many = -(-count * (2 * size - count) // (2 * (size - count)))
         many += 3 * math.isqrt(count**2 // size)
-    found = np.empty(0, "uint32")
+    found = _distinct(_draw_independently(words, size, many))
     while found.size < count:
-        found = _draw_distinct(words, size, many)
-    return _without(found, _draw(words, found.size, found.size - count))
+        drawn = _draw_independently(words, size, many)
+        found = _distinct(np.concatenate([found, drawn]))
+    surplus = _draw(words, found.size, found.size - count)
+    return found[_without(found.size, surplus)] if surplus.size else found
 
 
-def _draw_distinct(words: Any, size: int, many: int) -> Any:
-    """Draw so many independently; return those that are distinct, rising."""
-    halves = words.random_raw(-(-many // 2)).astype("<u8").view("<u4")
-    drawn = halves[:many].astype("uint64")
+def _draw_independently(words: Any, size: int, many: int) -> Any:
+    """Return at most `many` places, each as likely as the others."""
+    words = words.random_raw(-(-many // 2)).astype("<u8", copy=False)
+    halves = words.view("<u4")[:many]
+    # Without these each place has as many of the 2**32 halves (Lemire 2019);
+    # the product is the low half of the one below.
+    is_fair = halves * np.uint32(size) >= np.uint32(2**32 % size)
+    drawn = halves.astype("uint64")
     drawn *= np.uint64(size)
     drawn >>= np.uint64(32)
-    drawn = drawn.astype("uint32")
-    drawn.sort()
-    is_first = np.ones(drawn.size, bool)
-    np.not_equal(drawn[1:], drawn[:-1], out=is_first[1:])
-    return drawn[is_first]
+    return drawn.astype("uint32")[is_fair]
 
 
-def _without(places: Any, left_out: Any) -> Any:
-    if not left_out.size:
-        return places.astype("uint32", copy=False)
-    is_left = np.ones(places.size, bool)
+def _distinct(places: Any) -> Any:
+    """Return rising places, each once."""
+    places.sort()
+    is_first = np.ones(places.size, bool)
+    np.not_equal(places[1:], places[:-1], out=is_first[1:])
+    return places[is_first]
+
+
+def _without(size: int, left_out: Any) -> Any:
+    """Return the places below `size` that are not left out."""
+    is_left = np.ones(size, bool)
     is_left[left_out] = False
-    return places[is_left].astype("uint32", copy=False)
+    return np.flatnonzero(is_left).astype("uint32")
 
 
-def seed_of(seed: int, number: int) -> int:
+def seed_of(*numbers: int) -> int:
     """Return a seed for one of several things that are drawn with a seed.
 
     Args:
-        seed: Int, from 0.
-        number: Int, from 0, of the thing.
+        *numbers: Ints from 0: the seed, and what tells the thing from others.
 
     Returns:
         Int in [0, 2**31).
     """
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)

@@ -13,7 +13,7 @@ from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.patches.entry import ChangeEntry
 from keras_weightmods.patches.patches import Patches
 from keras_weightmods.patches.report import DeltaReport, PatchReport
-from keras_weightmods.patches.tensors import Replacing, Sparse
+from keras_weightmods.patches.tensors import Replacing, Sparse, is_finite
 from keras_weightmods.saving.atomic_file import check_filepath
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
@@ -121,12 +121,12 @@ def save_delta(
     replaced = _positions("whole", whole, model)
     # Each is compared, read once more for the hash, and written.
     with Progress(3 * len(new.infos), "weight", verbose) as progress:
-        drawn = _drawn_masks(model)
-        entries = _differences(new, old, dtype, replaced, drawn, progress)
+        entries, seeds = _differences(
+            new, old, dtype, replaced, _drawn_masks(model), progress
+        )
         return write_entries(
             *(filepath, entries, old, dtype, overwrite, replaced, progress),
-            stored,
-            {position: seed for position, (seed, _) in drawn.items()},
+            *(stored, seeds),
         )
 
 
@@ -139,7 +139,7 @@ def _drawn_masks(model: Any) -> dict[int, tuple[int, np.ndarray]]:
     find = getattr(optimizer, "drawn_masks", list)
     positions = {id(v): p for p, v in enumerate(getattr(model, "weights", ()))}
     return {
-        positions[id(variable)]: (seed, places.astype("int64"))
+        positions[id(variable)]: (seed, places)
         for variable, seed, places in find()
         if id(variable) in positions
     }
@@ -152,26 +152,34 @@ def _differences(
     replaced: set[int],
     drawn: dict[int, tuple[int, np.ndarray]],
     progress: Progress,
-) -> list[ChangeEntry]:
+) -> tuple[list[ChangeEntry], dict[int, int]]:
     """Return what `save_delta` stores, all of it checked.
 
-    Of `drawn`, what does not hold a weight's changes is taken out.
+    Returns:
+        The entries, and the seeds of those of which the places are drawn, by
+        position.
     """
-    entries, problems = [], []
+    entries, problems, seeds = [], [], {}
     lost = count = 0
     for info in new.infos:
         progress.add()
         before, after = old.read(info.position), new.read(info.position)
-        places = np.flatnonzero(_bits(before) != _bits(after))
+        is_changed = _bits(before) != _bits(after)
+        places = np.flatnonzero(is_changed)
         if info.position in replaced:
-            drawn.pop(info.position, None)
             places = np.arange(after.size)
         elif info.position in drawn:
-            _, mask = drawn[info.position]
-            if _is_best(mask, places, after):
-                places = mask
-            else:
-                del drawn[info.position]
+            seed, mask = drawn[info.position]
+            # Those without a change cost more than places: few, or none where
+            # new values replace what other patches make of them.
+            most = 0 if dtype is None else mask.size // 32
+            unchanged = mask[~is_changed[mask]]
+            if (
+                mask.size - unchanged.size == places.size
+                and unchanged.size <= most
+                and is_finite(after.reshape(-1)[unchanged])
+            ):
+                places, seeds[info.position] = mask.astype("int64"), seed
         if places.size and info.dtype not in FLOATS:
             problems.append(
                 f"{info.key}: {info.dtype}, which has changed. A delta holds "
@@ -192,6 +200,8 @@ def _differences(
         )
         with np.errstate(over="ignore", invalid="ignore"):
             change = (after - before).astype(numpy_dtype(dtype))
+        # Added to 0.0 and to -0.0 it leaves the sign.
+        change[~is_changed[places]] = -0.0
         if not np.all(np.isfinite(change.astype("float32"))):
             problems.append(f"{info.key}: a change that is not finite")
         lost += int(np.count_nonzero((change == 0) & (after != before)))
@@ -211,20 +221,7 @@ def _differences(
             "and None is exact.",
             stacklevel=3,
         )
-    return entries
-
-
-def _is_best(mask: np.ndarray, places: np.ndarray, after: np.ndarray) -> bool:
-    """Return whether to store all entries of a mask that is not stored.
-
-    A change takes twice the bits of a place, so that of few changes the places
-    are the smaller part.
-    """
-    return (
-        3 * places.size > 2 * mask.size
-        and bool(np.isin(places, mask, assume_unique=True).all())
-        and bool(np.isfinite(after.reshape(-1)[mask].astype("float64")).all())
-    )
+    return entries, seeds
 
 
 def apply_delta(

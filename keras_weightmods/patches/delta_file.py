@@ -217,7 +217,7 @@ def _parse(description, arrays, version):
         coded.append(parts)
         infos.append(checkpoint.WeightInfo(previous, path, tuple(shape), ""))
     if drawn:
-        raise ValueError(f"has no weights {[*drawn]} to draw places of")
+        raise ValueError(f"has no weights {str([*drawn])[:200]} to draw for")
     if any(array.size for array in arrays.values()):
         raise ValueError("has less than the file")
     # zlib and NumPy let other threads run.
@@ -285,11 +285,8 @@ def _checksum(places):
 
 
 def _is_drawn(row):
-    return (
-        isinstance(row, list)
-        and [type(each) for each in row] == [int] * 3
-        and all(0 <= each < 2**32 for each in row)
-    )
+    is_row = isinstance(row, list)
+    return is_row and [type(each) for each in row] == [int] * 3
 
 
 def _old_weight(taken, count, sizes, size):

@@ -60,7 +60,7 @@ def delta_file(folder):
 
 def drawn_delta_file(folder):
     """A delta that holds a seed in place of places."""
-    tuned = models.mlp()
+    tuned = models.mlp(activation="tanh")
     tuned.compile(kwm.SparseAdamW(0.1), "mse", jit_compile=False)
     masks = kwm.PrincipalMaskCallback(0.25, criterion="random", seed=0)
     x, y = models.normal(8, 8), models.normal(8, 4)

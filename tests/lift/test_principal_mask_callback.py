@@ -589,10 +589,11 @@ def test_masks_at_random_are_not_alike():
 
 @pytest.mark.one_backend
 def test_the_last_seed():
-    """Steps are added to it."""
-    masks = kwm.PrincipalMaskCallback(refresh_every=2, seed=2**31 - 1)
-    fit(make(), masks)
-    assert [refresh.step for refresh in masks.refreshes] == [2]
+    """Steps are added to it, and NumPy's numbers have ends."""
+    for seed in (2**31 - 1, np.int32(2**31 - 1), np.uint8(255)):
+        masks = kwm.PrincipalMaskCallback(refresh_every=2, seed=seed)
+        fit(make(), masks)
+        assert [refresh.step for refresh in masks.refreshes] == [2]
 
 
 def test_sparse_model_stays_sparse():

@@ -200,10 +200,10 @@ def test_file_is_small(tmp_path):
     assert report.nbytes <= 1.05 * 2 * report.entries
 
 
-def train_at_random(model, refresh_every=None, **kwargs):
+def train_at_random(model, refresh_every=None, density=0.25, **kwargs):
     x = np.random.default_rng(0).normal(size=(24, SIZES[0])).astype("float32")
     masks = kwm.PrincipalMaskCallback(
-        0.25, None, 2, refresh_every, criterion="random", **kwargs
+        density, None, 2, refresh_every, criterion="random", **kwargs
     )
     options = {"batch_size": 6, "verbose": 0, "callbacks": [masks]}
     return model.fit(x, x[:, : SIZES[1]], **options)
@@ -288,6 +288,55 @@ def test_what_was_drawn_does_not_hold_is_stored(base, tmp_path):
     assert version_after(few) == 3
     # Those of earlier masks have changed as well.
     assert version_after(lambda m: train_at_random(m, refresh_every=2)) == 3
+
+    def all_of_it(model):
+        """A mask of all entries is no rule's."""
+        train_at_random(model, density=1.0)
+
+    assert version_after(all_of_it) == 3
+
+
+def test_one_entry_that_has_not_changed(base, tmp_path):
+    """Is none of what a delta of new values puts on a model."""
+    model, path = make(), tmp_path / "task.safetensors"
+    model.compile(kwm.SparseAdamW(0.01), "mse")
+    train_at_random(model)
+    kernel = model.layers[0].kernel
+    (first, *_) = model.optimizer.indices_of(kernel)
+
+    def version(value, dtype="bfloat16"):
+        """With this value there, before and after."""
+        start, tuned = [w.copy() for w in base], weights_of(model)
+        start[0].flat[first] = tuned[0].flat[first] = value
+        model.set_weights(tuned)
+        kwm.save_delta(model, start, path, dtype)
+        with container.Reader(path, FORMAT, VERSIONS) as reader:
+            drawn = reader.read_json("description").get("drawn", [])
+        if np.isfinite(value):
+            other = make()
+            other.set_weights(start)
+            kwm.apply_delta(other, path)
+            assert weights_of(other)[0].flat[first].tobytes() == (
+                np.float32(value).tobytes()
+            )
+        return [position for position, *_ in drawn]
+
+    assert version(0.0) == [0, 6]
+    assert version(-0.0) == [0, 6]
+    assert version(0.0, None) == [6]
+    assert version(np.inf) == [6]
+
+
+def test_a_mask_that_was_refreshed_before_the_base(base, tmp_path):
+    model = make()
+    model.compile(kwm.SparseAdamW(0.01), "mse")
+    train_at_random(model, refresh_every=3)
+    assert model.optimizer.mask_step == 3
+    middle = weights_of(model)
+    train_at_random(model)
+    report = kwm.save_delta(model, middle, tmp_path / "task.safetensors")
+    # The places of statistics are.
+    assert report.index_bits < 0.2
 
 
 @pytest.mark.parametrize(
