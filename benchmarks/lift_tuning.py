@@ -22,17 +22,17 @@ class Method:
 
 
 METHODS = {
-    "full": Method(3.2e-5),
-    "LoRA": Method(8e-4, lora="LoRA"),
-    "rsLoRA": Method(4e-4, lora="rsLoRA"),
-    "random 5 %": Method(3.2e-3, "random"),
-    "largest 1 %": Method(6.4e-3, "magnitude", 0.01),
-    "largest 5 %": Method(3.2e-3, "magnitude"),
-    "smallest 5 %": Method(3.2e-3, "smallest"),
-    "gradient 5 %": Method(3.2e-3, "gradient"),
-    "LIFT 1 %": Method(6.4e-3, "principal", 0.01),
-    "LIFT 5 %": Method(3.2e-3, "principal"),
-    "LIFT 5 % MLP": Method(3.2e-3, "principal", targets="feedforward"),
+    "full": Method(1.28e-4),
+    "LoRA": Method(3.2e-3, lora="LoRA"),
+    "rsLoRA": Method(1.6e-3, lora="rsLoRA"),
+    "random 5 %": Method(1.6e-3, "random"),
+    "largest 1 %": Method(3.2e-3, "magnitude", 0.01),
+    "largest 5 %": Method(1.6e-3, "magnitude"),
+    "smallest 5 %": Method(1.6e-3, "smallest"),
+    "gradient 5 %": Method(1.6e-3, "gradient"),
+    "LIFT 1 %": Method(3.2e-3, "principal", 0.01),
+    "LIFT 5 %": Method(1.6e-3, "principal"),
+    "LIFT 5 % MLP": Method(1.6e-3, "principal", targets="feedforward"),
 }
 
 
