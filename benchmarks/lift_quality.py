@@ -186,8 +186,11 @@ def summary(report):
         own = [r for r in runs if r["method"] == name]
         tried = [r for r in own if r["kind"] == "search"]
         rates = {r["rate"] for r in own if r["kind"] == "final"}
-        best = min(tried, key=lambda r: r["valid"], default=None)
-        chosen = best["rate"] if best else max(rates, default=0.0)
+        # Without a search nothing says that the rate is a good one.
+        best = min(tried, key=lambda r: r["valid"], default={"rate": 0.0})
+        chosen = best["rate"]
+        if chosen not in rates:
+            continue
         for rate in sorted(rates, key=lambda rate: (rate != chosen, rate)):
             final = sorted(
                 (r for r in own if r["kind"] == "final" and r["rate"] == rate),
@@ -306,6 +309,8 @@ def draw(report, ax=None):
             for values in (row["forgotten"], solved)
         ]
         color = style.COLORS[1 if name.startswith("LIFT") else 0]
+        if row["rate"] != found[name.split(", at ")[0]]["rate"]:
+            color = style.GRAY
         ax.errorbar(x, y, spread[1], spread[0], "o", color=color, lw=0.8)
         ax.annotate(
             name, (x, y), (4, 4), textcoords="offset points", fontsize=8

@@ -59,8 +59,8 @@ def lift_quality(log):
         f"spread over {max(len(r['seeds']) for r in found.values())} seeds, "
         "each with its own problems. The rate of each method is the best of "
         "those tried by the validation loss after "
-        f"{setting['search_steps']} steps, with a worse one on both sides. A "
-        "step is seconds of the processor; x LoRA is the file over a LoRA in "
+        f"{setting['search_steps']} steps, with a worse one on both sides; "
+        "rows with another rate show what that does. A step is seconds of the processor; x LoRA is the file over a LoRA in "
         "bfloat16 of as many numbers as were changed. "
         f"{setting['backend']}, {setting['dtype']}, {log['machine']['cpu']}.",
         table(

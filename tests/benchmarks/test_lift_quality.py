@@ -49,8 +49,12 @@ def report():
         for method, values in SOLVED.items()
         for seed, value in enumerate(values)
     ]
-    tried = {"method": "full", "seed": 100, "kind": "search", "valid": 0.4}
-    runs += [{**tried, "rate": rate} for rate in (5e-4, 1e-3, 2e-3)]
+    runs += [
+        {"method": method, "seed": 100, "kind": "search"}
+        | {"valid": 0.4 + (rate - 1e-3) ** 2, "rate": rate}
+        for method in SOLVED
+        for rate in (5e-4, 1e-3, 2e-3)
+    ]
     setting = dict.fromkeys(lift_quality.SETTING, 3)
     machine = harness.machine()
     return {"runs": runs, "setting": setting, "machine": machine}
@@ -63,8 +67,24 @@ def test_summary_has_what_each_seed_forgot(report):
     assert full["forgotten"] == pytest.approx([0.2, 0.202, 0.204])
     assert full["solved"] == list(SOLVED["full"])
     assert full["step"] == 1.5
-    assert (full["tried"], found["LoRA"]["tried"]) == (3, 0)
+    assert full["tried"] == 3
     assert "random 5 %" not in found
+
+
+def test_other_rates_are_rows_and_no_rate_without_a_search(report):
+    report["runs"] += [final("LoRA", s, 0.1, 0.5, 4e-3) for s in range(3)]
+    report["runs"] += [final("rsLoRA", s, 0.9, 0.0, 4e-3) for s in range(3)]
+    found = lift_quality.summary(report)
+    assert "rsLoRA" not in found
+    assert found["LoRA"]["rate"] == 1e-3
+    assert found["LoRA, at 0.004"]["solved"] == [0.1] * 3
+    page = tuning.lift_quality(report)
+    assert "| LoRA, at 0.004 | 0.004 | 10.0 ± 0.0 |" in page
+    assert "less full" in page
+    # A rate that was chosen and is not trained with yet.
+    report["runs"] += [{**report["runs"][12], "rate": 8e-3, "valid": 0.1}]
+    found = lift_quality.summary(report)
+    assert report["runs"][12]["method"] not in found
 
 
 def test_noise_of_all_methods_or_of_the_pair(report):
@@ -84,8 +104,8 @@ def test_noise_of_all_methods_or_of_the_pair(report):
     assert effects["LIFT 5 %"] == pytest.approx((0.1, 0.1 - half, 0.1 + half))
     effects = lift_quality.effects(found, "LoRA", "forgotten")
     assert effects["full"] == pytest.approx((-0.2, -0.2, -0.2))
-    # Those without all seeds wait.
-    del report["runs"][-4]
+    # Those without all seeds wait: the last of LIFT's.
+    del report["runs"][11]
     found = lift_quality.summary(report)
     assert set(lift_quality.effects(found, "full", "loss")) == {"LoRA"}
 
@@ -107,7 +127,7 @@ def test_page_and_picture(report):
     page = tuning.lift_quality(report)
     assert "| LIFT 5 % | 0.001 | 32.0 ± 2.6 | 1.0 ± 0.0 |" in page
     assert "| before |  | 0.0 ± 0.0 | 1.0 ± 0.0 |" in page
-    assert "| 2.0 | 1.25 | 0 |" in page
+    assert "| 2.0 | 1.25 | 3 |" in page
     assert "solved less full | loss less full" in page
     assert "-0.200 (-0.200 to -0.200)" in page
     assert "forgotten: LIFT 5 %." in page
@@ -127,7 +147,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         if len(asked) == 4:
             raise KeyboardInterrupt
         # The best is twice where the search begins.
-        return {"valid": abs(float(rate) - 1.6e-3)}
+        return {"valid": abs(float(rate) - 6.4e-3)}
 
     monkeypatch.setattr(harness, "run_worker", run_worker)
     args = argparse.Namespace(
@@ -143,12 +163,12 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     del asked[3]
     assert len(set(asked)) == len(asked) == len(report["runs"])
     assert asked[:2] == [("before", 0.0, seed, "final") for seed in (0, 1)]
-    assert asked[-2:] == [("LoRA", 1.6e-3, seed, "final") for seed in (0, 1)]
+    assert asked[-2:] == [("LoRA", 6.4e-3, seed, "final") for seed in (0, 1)]
     assert sorted(rate for _, rate, _, kind in asked if kind == "search") == [
-        4e-4,
-        8e-4,
         1.6e-3,
         3.2e-3,
+        6.4e-3,
+        12.8e-3,
     ]
     args.steps = 4
     with pytest.raises(SystemExit, match="another setting"):
