@@ -60,8 +60,9 @@ def lift_quality(log):
         "each with its own problems. The rate of each method is the best of "
         "those tried by the validation loss after "
         f"{setting['search_steps']} steps, with a worse one on both sides; "
-        "rows with another rate show what that does. A step is seconds of the processor; x LoRA is the file over a LoRA in "
-        "bfloat16 of as many numbers as were changed. "
+        "rows with another rate show what that does. A step is seconds of the "
+        "processor; x LoRA is the file over a LoRA in bfloat16 of as many "
+        "numbers as were changed. "
         f"{setting['backend']}, {setting['dtype']}, {log['machine']['cpu']}.",
         table(
             "method | rate | solved, % | unseen, % | loss | unseen loss | "
