@@ -27,7 +27,7 @@ of the loss on two unrelated texts, in nats a token, mean of the two.
 The learning rate of each method is searched on a grid of factor 2, by the loss
 on validation problems after runs of full length, from a start to where both
 neighbors are worse. (Runs of a third of the steps chose twice the rates, at
-which all weights solved 17 % and not 29.) Then each is trained from every seed,
+which all weights solved 17 % and not 26.) Then each is trained from every seed,
 for as many steps on the same problems in the same order; each seed has its own
 problems, for training and for the test. Every run has a process of its own and
 is in the JSON file when it is done: started again, the benchmark goes on where
