@@ -320,7 +320,10 @@ def fine_tuned(log):
         [
             f"{log['model']}; {log['tokens']:,} tokens of {log['text']}, which "
             "is the held-out text here; the unrelated text is the prose; "
-            f"{log['backend']}. Every model is exactly 2:4 at the end.",
+            f"{log['backend']}. Every model is exactly 2:4 at the end. Each "
+            "method has one rate, which was not searched, and for LoRA (5e-4) "
+            "and LIFT (1e-4) is far below what was best for them in "
+            "lift_quality: this does not say which is better.",
             table(
                 "method | held-out | x start | unrelated | minutes",
                 [
