@@ -70,6 +70,8 @@ def lift_quality(log):
             "file, MB | x LoRA | tried",
             rows,
         ),
+        "Not shown, as the best rate has not been searched or trained with: "
+        f"{', '.join(n for n in lift.METHODS if n not in found) or 'none'}.",
         "Differences, paired by seed, with intervals of 95 %: of solved by "
         "the noise of all methods, else by the seeds of the pair (t).",
         table(f"method | {header}", differences),

@@ -80,7 +80,7 @@ def test_other_rates_are_rows_and_no_rate_without_a_search(report):
     assert found["LoRA, at 0.004"]["solved"] == [0.1] * 3
     page = tuning.lift_quality(report)
     assert "| LoRA, at 0.004 | 0.004 | 10.0 ± 0.0 |" in page
-    assert "less full" in page
+    assert "trained with: rsLoRA, random 5 %, " in page
     # A rate that was chosen and is not trained with yet.
     report["runs"] += [{**report["runs"][12], "rate": 8e-3, "valid": 0.1}]
     found = lift_quality.summary(report)
