@@ -212,13 +212,18 @@ def rws_quality(log):
         return missing("rws_quality")
     found = rws.by_seed(log["rows"])
     corruptions = dict.fromkeys(row["corruption"] for row in log["rows"])
+    statistics = (
+        "Moving statistics go half of the way, or as the row says."
+        if log["statistics"] == "average"
+        else "Moving statistics are kept where the row does not say otherwise."
+    )
     parts = [
         f"MNIST and Fashion-MNIST at 16 x 16; {', '.join(corruptions)}, each "
         f"at five severities on {log['test_images']} test images. Share of "
         "the gap between the clean model and the one trained on corrupted "
         "images that is closed, accuracy on corrupted images, and on clean "
         "ones less that of the model patched; means over data sets and "
-        "corruptions, with the interval of 95 % "
+        f"corruptions. {statistics} Intervals of 95 % "
         f"over seeds (t). {log['epochs']} epochs; {log['backend']}, "
         f"{log['machine']}."
     ]

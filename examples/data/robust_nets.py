@@ -116,6 +116,20 @@ NETS = {
     "resnet_like": (make_resnet, {"targets": r"^(stem|stage1|stage2)_"}),
     "vit_like": (make_vit, {"targets": r"^(patches|positions|block1_)"}),
 }
+# {name: {other parts to compare: arguments}}
+DEPTHS = {
+    "vgg_like": {f"{depth} layers": {"depth": depth} for depth in (4, 6, 10)},
+    "resnet_like": {
+        "7 layers": {"depth": 7, "targets": None},
+        "1 stage": {"targets": r"^(stem|stage1)_"},
+        "3 stages": {"targets": r"^(stem|stage[123])_"},
+    },
+    "vit_like": {
+        "patches": {"targets": r"^(patches|positions)"},
+        "2 blocks": {"targets": r"^(patches|positions|block[12]_)"},
+        "4 blocks": {"targets": r"^(patches|positions|block[1-4]_)"},
+    },
+}
 
 
 def _fashion(size):
