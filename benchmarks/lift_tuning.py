@@ -257,7 +257,7 @@ def make_masks(model, method, steps, seed, data=None):
         else None,
         targets=targets,
         seed=seed,
-        data=data,
+        data=data if method.criterion == "gradient" else None,
     )
     if smallest:
         # `fit` keeps the masks that are there.

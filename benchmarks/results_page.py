@@ -96,6 +96,7 @@ PARTS = (
     ("LIFT: masks", "principal_mask", tuning.principal_mask),
     ("LIFT: first masks and files of 270M", "lift_large", tuning.lift_large),
     ("Signatures: quality", "rws_quality", tuning.rws_quality),
+    ("Signatures: text", "signature_text", tuning.signature_text),
     ("Merging: memory and time", "merge", tuning.merging),
     ("Companders: quality", "compander_quality", tuning.compander_quality),
 )

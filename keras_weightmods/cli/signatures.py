@@ -94,8 +94,8 @@ def _remove(args):
     argument("signatures", nargs="+"),
     argument("--method", default="sum", choices=_METHODS),
     argument("--weights", type=float, nargs="+"),
-    argument("--density", type=float, default=0.2, help="of ties"),
-    argument("--drop-rate", type=float, default=0.9, help="of dare"),
+    argument("--density", type=float, help="of ties; default: 0.2"),
+    argument("--drop-rate", type=float, help="of dare; default: 0.9"),
     argument("--seed", type=int, default=0, help="of dare"),
     *OUTPUT,
 )

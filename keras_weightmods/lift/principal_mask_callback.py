@@ -117,7 +117,8 @@ class PrincipalMaskCallback(EpochFigures):
             the gradients of the loss on, for `criterion="gradient"`.
 
     Raises:
-        ValueError: For an argument outside the ranges above. When the training
+        ValueError: For an argument outside the ranges above, or one that the
+            criterion does not use. When the training
             starts or `attach` is called, before anything is changed: if no
             kernel is found, an element of `also_train` matches no trainable
             weight, a kernel has fewer entries than are to be trained, is
@@ -181,6 +182,9 @@ class PrincipalMaskCallback(EpochFigures):
                 '`criterion="gradient"` needs `data`, a batch `(x, y)` to take '
                 f"gradients on. Received: data={type(data).__name__}"
             )
+        if criterion != "gradient" and data is not None:
+            expected = f'None for criterion {criterion!r}: it is for "gradient"'
+            raise checks.error("data", expected, type(data).__name__)
         self._data = data
         self._targets = targets
         self._also_train = () if also_train is None else also_train

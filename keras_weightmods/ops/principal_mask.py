@@ -58,6 +58,19 @@ class Selection:
             checks.check_float("density", self.density, above=0, most=1)
         checks.check_choice("criterion", self.criterion, CRITERIA)
         checks.check_choice("method", self.method, low_rank.METHODS)
+        if self.criterion != "principal":
+            self._check_is("filter_rank", None)
+            self._check_is("method", "auto")
+
+    def _check_is(self, name: str, default: Any) -> None:
+        """Raise for an argument that only the principal criterion uses."""
+        value = getattr(self, name)
+        if value != default:
+            expected = (
+                f"{default!r} for criterion {self.criterion!r}: it is for "
+                '"principal"'
+            )
+            raise checks.error(name, expected, value)
 
     def size(self, rows: int, columns: int) -> int:
         """Return how many entries to select of a matrix."""
@@ -102,6 +115,11 @@ class Selection:
                 expected = f"a tensor of the kernel's shape, {shape}"
                 raise checks.error("gradient", expected, received)
             ranked = _as_float(gradient)
+        elif gradient is not None:
+            expected = (
+                f'None for criterion {self.criterion!r}: it is for "gradient"'
+            )
+            raise checks.error("gradient", expected, type(gradient).__name__)
         stacks, *sizes = stack_shape(shape, *axes)
         # In the order of the kernel, in which deltas have its places.
         in_order = self.criterion == "random" and stacks == 1
@@ -190,9 +208,9 @@ def principal_mask(
         Boolean tensor of the shape of `kernel`.
 
     Raises:
-        ValueError: If an argument is outside the ranges above, not one entry
-            is to be marked, more than there are candidates, or the kernel is
-            not finite.
+        ValueError: If an argument is outside the ranges above or is not for
+            the criterion, not one entry is to be marked, more than there are
+            candidates, or the kernel is not finite.
 
     Example:
 

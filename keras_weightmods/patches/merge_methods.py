@@ -161,18 +161,39 @@ def _breadcrumbs(task):
 
 
 def _della(task):
+    generators = [task.generators(i) for i in range(len(task.weights))]
+
+    def merged(base, changes):
+        """Return merged rows: what is drawn goes on from call to call."""
+        kept = []
+        for rows, generator in zip(changes, generators):
+            keep = keep_probabilities(rows, task.density, task.options.epsilon)
+            uniform = generator.random(rows.shape, dtype="float32")
+            kept.append(np.where(uniform < keep, rows / keep, 0))
+        kept = [rows.astype(base.dtype, copy=False) for rows in kept]
+        return base + task.options.scale * elected_mean(kept, task.weights)
+
+    count = _row_size(task)
+    step = max(1, PIECE // max(1, count))
+    if task.axes is None:
+        # Rows one after the other, as they are stored.
+        for start in range(0, task.size, step * count):
+            part = slice(start, min(start + step * count, task.size))
+            base, changes = task.changes(part)
+            rows = [x.reshape(-1, count) for x in (base, *changes)]
+            yield part, merged(rows[0], rows[1:]).reshape(-1)
+        return
     whole = slice(0, task.size)
-    base = task.read(-1, whole)
-    kept = []
-    for i in range(len(task.weights)):
-        change = task.read(i, whole) - base
-        rows = _rows(change, task)
-        keep = keep_probabilities(rows, task.density, task.options.epsilon)
-        uniform = task.generators(i).random(rows.shape, dtype="float32")
-        rows = np.where(uniform < keep, rows / keep, 0)
-        kept.append(_from_rows(rows.astype(base.dtype, copy=False), task))
-    merged = elected_mean(kept, task.weights)
-    yield whole, base + task.options.scale * merged
+    base, *models = (
+        _rows(x, task) for x in (task.read(-1, whole), *task.models(whole))
+    )
+    rows = np.empty_like(base)
+    for start in range(0, len(base), step):
+        part = slice(start, start + step)
+        changes = [x[part] - base[part] for x in models]
+        rows[part] = merged(base[part], changes)
+    del base, models
+    yield whole, _from_rows(rows, task)
 
 
 def _model_stock(task):
@@ -405,17 +426,20 @@ def _from_matrices(matrices, task):
     return whole.transpose(np.argsort(order)).reshape(-1)
 
 
-def _rows(flat, task):
-    """Return an array as rows: of a kernel, the inputs of each output."""
+def _row_size(task):
+    """Return the length of the rows of `_rows`; 1 for a single number."""
     if task.axes is None:
-        return flat.reshape(-1, task.shape[-1] if task.shape else 1)
+        return task.shape[-1] if task.shape else 1
+    return stack_shape(task.shape, *task.axes)[1]
+
+
+def _rows(flat, task):
+    """Return a kernel as rows, the inputs of each output."""
     matrices = _matrices(flat, task).swapaxes(1, 2)
     return matrices.reshape(-1, matrices.shape[-1])
 
 
 def _from_rows(rows, task):
-    if task.axes is None:
-        return rows.reshape(-1)
     stacks, contraction, output = stack_shape(task.shape, *task.axes)
     matrices = rows.reshape(stacks, output, contraction).swapaxes(1, 2)
     return _from_matrices(list(matrices), task)

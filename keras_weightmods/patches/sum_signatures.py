@@ -16,8 +16,8 @@ def sum_signatures(
     method: str = "sum",
     weights: Sequence[float] | None = None,
     *,
-    density: float = 0.2,
-    drop_rate: float = 0.9,
+    density: float | None = None,
+    drop_rate: float | None = None,
     seed: int = 0,
     verbose: int = 1,
 ) -> WeightSignature:
@@ -44,7 +44,9 @@ def sum_signatures(
             `"ties"`. Defaults to ones.
         density: Float in (0, 1], for `"ties"`: the share of entries that the
             trimming keeps, over all of a signature's weights together.
+            Defaults to 0.2 there.
         drop_rate: Float in [0, 1), for `"dare"`: the share that is dropped.
+            Defaults to 0.9 there.
         seed: Int, for `"dare"`.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
@@ -53,8 +55,8 @@ def sum_signatures(
         A `WeightSignature` in float32.
 
     Raises:
-        ValueError: If an argument is wrong or the signatures are not of one
-            architecture; all mismatches are listed.
+        ValueError: If an argument is wrong or not for the method, or the
+            signatures are not of one architecture; all mismatches are listed.
 
     Example:
 
@@ -89,9 +91,21 @@ def sum_signatures(
     if not is_list or getattr(weights, "ndim", 1) == 0 or len(weights) != count:
         raise checks.error("weights", f"a list of {count} numbers", weights)
     weights = [checks.check_float("weights", each) for each in weights]
+    density = _of_method("density", density, method, "ties", 0.2)
+    drop_rate = _of_method("drop_rate", drop_rate, method, "dare", 0.9)
     merge, options = _chosen(method, weights, density, drop_rate, seed)
     with Progress(1, "step", verbose):
         return merge(signatures, *options)
+
+
+def _of_method(
+    name: str, value: float | None, method: str, taker: str, default: float
+) -> float:
+    """Return an argument, which other methods would ignore, or its default."""
+    if value is not None and method != taker:
+        expected = f'None for method {method!r}: it is for "{taker}"'
+        raise checks.error(name, expected, value)
+    return default if value is None else value
 
 
 def _chosen(

@@ -109,10 +109,11 @@ def test_add_and_quantize(run, noise, folder):
     np.testing.assert_allclose(
         total.entries[0].tensor, 1.5 * signature.entries[0].tensor, rtol=1e-6
     )
+    options = {"ties": "--density .5", "dare": "--drop-rate .5 --seed 3"}
     for method in ("mean", "ties", "dare"):
         run(
-            f"{ADD} sum.safetensors --method {method}"
-            f" --density .5 --drop-rate .5 --seed 3 -o {method}.safetensors"
+            f"{ADD} sum.safetensors --method {method} "
+            f"{options.get(method, '')} -o {method}.safetensors"
         )
         made = WeightSignature.load(folder / f"{method}.safetensors")
         assert made.method == method

@@ -46,8 +46,9 @@ def make(optimizer=None, dtype="float32", **kwargs):
 
 
 def callback(density=DENSITY, refresh_every=None, **kwargs):
+    filter_rank = None if "criterion" in kwargs else 2
     return kwm.PrincipalMaskCallback(
-        density, None, 2, refresh_every, seed=0, **kwargs
+        density, None, filter_rank, refresh_every, seed=0, **kwargs
     )
 
 
@@ -566,7 +567,8 @@ def test_rank_sets_the_count():
 def test_other_criteria(criterion):
     model = make()
     before = weights_of(model)
-    fit(model, callback(criterion=criterion, data=(X[:6], Y[:6])))
+    data = (X[:6], Y[:6]) if criterion == "gradient" else None
+    fit(model, callback(criterion=criterion, data=data))
     changed = [weights_of(model)[2 * i] != before[2 * i] for i in range(2)]
     assert [int(c.sum()) for c in changed] == COUNTS
     hidden = np.tanh(X[:6] @ before[0] + before[1])
@@ -738,6 +740,8 @@ def test_arguments():
     check("`refresh_every` must be", refresh_every=-5)
     check("`criterion` must be one of", criterion="best")
     check("needs `data`", criterion="gradient")
+    check("`data` must be None for criterion 'principal'", data=(X, Y))
+    check("`filter_rank` must be None", criterion="random", filter_rank=2)
 
 
 @pytest.mark.one_backend

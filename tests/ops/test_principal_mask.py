@@ -87,16 +87,19 @@ def test_axes(shape, axes, stack):
 def test_count_is_exact(shape, rank, criterion, levels, seed):
     """Also where many entries are equal."""
     x = np.random.default_rng(seed).integers(levels, size=shape)
-    mask = numpy_mask(
-        x.astype("float32"), rank=rank, criterion=criterion, gradient=x
-    )
+    given = {"rank": rank, "criterion": criterion}
+    if criterion == "gradient":
+        given["gradient"] = x
+    mask = numpy_mask(x.astype("float32"), **given)
     assert mask.sum() == min(sum(shape) * rank, x.size)
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "gradient", "random"])
 def test_selections_for_comparison(criterion):
     x, g = normal(10, 20), normal(10, 20, seed=1)
-    arguments = {"density": 0.1, "criterion": criterion, "gradient": g}
+    arguments = {"density": 0.1, "criterion": criterion}
+    if criterion == "gradient":
+        arguments["gradient"] = g
     mask, again = (numpy_mask(x, **arguments, seed=3) for _ in range(2))
     assert mask.sum() == 20
     assert np.array_equal(mask, again)
@@ -211,6 +214,15 @@ def test_default_rank_of_the_filter():
         ({"rank": 1, "method": "svd"}, "`method` must be one of"),
         ({"rank": 1, "seed": -1}, "`seed` must be"),
         ({"rank": 1, "criterion": "gradient"}, "`gradient` must be a tensor"),
+        ({"rank": 1, "gradient": 0}, "`gradient` must be None for criterion"),
+        (
+            {"rank": 1, "filter_rank": 2, "criterion": "random"},
+            "`filter_rank` must be None for criterion 'random'",
+        ),
+        (
+            {"rank": 1, "method": "gram", "criterion": "magnitude"},
+            "`method` must be 'auto' for criterion 'magnitude'",
+        ),
     ],
 )
 def test_errors(arguments, match):

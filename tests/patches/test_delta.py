@@ -203,7 +203,7 @@ def test_file_is_small(tmp_path):
 def train_at_random(model, refresh_every=None, density=0.25, **kwargs):
     x = np.random.default_rng(0).normal(size=(24, SIZES[0])).astype("float32")
     masks = kwm.PrincipalMaskCallback(
-        density, None, 2, refresh_every, criterion="random", **kwargs
+        density, None, None, refresh_every, criterion="random", **kwargs
     )
     options = {"batch_size": 6, "verbose": 0, "callbacks": [masks]}
     return model.fit(x, x[:, : SIZES[1]], **options)

@@ -118,8 +118,8 @@ def rows_of(x, kind):
 
 
 @pytest.mark.parametrize("kind", AXES)
-def test_della(kind):
-    arrays, pruned = make(), []
+def test_della(kind, arrays):
+    pruned = []
     for number, change in enumerate(changes(arrays)):
         rows = rows_of(change, kind)
         if kind == "experts":

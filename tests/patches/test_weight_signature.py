@@ -143,6 +143,8 @@ def test_wrong_use(model, trio):
         (lambda: sum_signatures([signature], "ties", density=""), "`density`"),
         (lambda: sum_signatures([signature], "dare", drop_rate=1), "drop_rate"),
         (lambda: sum_signatures([signature], "dare", seed=1.5), "`seed`"),
+        (lambda: sum_signatures([signature], density=0.2), 'is for "ties"'),
+        (lambda: sum_signatures([signature], "ties", drop_rate=0), '"dare"'),
         (lambda: signature.apply(clean, scale=np.inf), "`scale`"),
         (lambda: signature.apply(clean, scale="1"), "`scale`"),
         (lambda: signature.apply(clean, scale=True), "`scale`"),

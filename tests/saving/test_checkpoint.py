@@ -96,9 +96,7 @@ def lift(optimizer=None):
     model = net()
     optimizer = optimizer or kwm.SparseAdamW(0.01)
     model.compile(optimizer, loss(), jit_compile=JIT)
-    masks = kwm.PrincipalMaskCallback(
-        0.3, refresh_every=4, criterion="random", filter_rank=2
-    )
+    masks = kwm.PrincipalMaskCallback(0.3, refresh_every=4, criterion="random")
     return model, [masks]
 
 
