@@ -254,6 +254,7 @@ def apply_delta(
         A `PatchReport`.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the file is not whole, the model is not the base or has
             other weights or companders, weights were changed since they were
             patched, the name is taken, the delta is on the model already, or

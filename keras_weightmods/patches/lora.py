@@ -95,8 +95,9 @@ def delta_to_lora(
 ) -> LoraReport:
     """Write a delta as a LoRA adapter, the nearest one of a rank.
 
-    The change D of each kernel becomes the product of its truncated singular
-    value decomposition, the best approximation of that rank. A change by LIFT
+    The change D of each kernel becomes the product of two factors (LoRA, arXiv
+    2106.09685, equation 3) by its truncated singular value decomposition, the
+    best approximation of that rank. A change by LIFT
     is of high rank: the report says what is lost. What an adapter cannot hold,
     biases and norms for instance, is left out with a warning.
 
@@ -126,6 +127,7 @@ def delta_to_lora(
         A `LoraReport`.
 
     Raises:
+        FileNotFoundError: If there is no such delta.
         ValueError: If an argument is not as above, the delta is not one for
             this model, none of its changes can be in an adapter, or the folder
             holds other weights of one, as `adapter_model.bin`. Nothing is
@@ -231,7 +233,8 @@ def lora_to_delta(
 ) -> DeltaReport:
     """Write a LoRA adapter as a delta of its base.
 
-    The delta holds all entries of the kernels that the adapter changes, so it
+    The change of a kernel is alpha / rank * B A (arXiv 2106.09685, section
+    4.1). The delta holds all entries of the kernels that change, so it
     is as large as they are; it can be stacked, scaled and taken off as any.
 
     Args:

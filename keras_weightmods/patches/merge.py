@@ -107,7 +107,8 @@ def merge(
 
     - `"linear"`: sum w_i x_i / sum w_i, of the models themselves (model soups,
       arXiv 2203.05482);
-    - `"slerp"`: of two models, on the arc between them, at the share
+    - `"slerp"`: of two models, on the arc between them (Shoemake, Animating
+      Rotation with Quaternion Curves, SIGGRAPH 1985), at the share
       w_2 / (w_1 + w_2) of its angle; on the straight line where they are
       parallel;
     - `"task_arithmetic"`: base + scale * sum w_i d_i (arXiv 2212.04089);
@@ -140,8 +141,8 @@ def merge(
     there is none.
 
     Files are merged out of core: an array at a time, by most methods in
-    pieces of it, so that no model is in memory. `"della"` and `"iso_c"` have
-    one array of each in memory. Everything is computed in float32 (float64
+    pieces of it, so that no model is in memory. `"della"` has a kernel of each
+    model in memory, `"iso_c"` a few copies of one. Everything is computed in float32 (float64
     for float64) and rounded once to the dtype of the base.
 
     Args:
@@ -178,6 +179,7 @@ def merge(
         A `MergeReport`.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If an argument is outside of its range, or one that the
             method does not take; if the models have other weights or layers,
             packed or quantized ones; all of this before a weight is read. If

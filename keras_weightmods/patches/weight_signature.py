@@ -317,6 +317,9 @@ class WeightSignature(Change):
         Args:
             depth: Int, as in `extract`, and large enough for one weight.
 
+        Returns:
+            A `WeightSignature`.
+
         Raises:
             ValueError: If `depth` is something else.
         """
@@ -338,6 +341,9 @@ class WeightSignature(Change):
                 the output units of Dense and Conv layers, instead of one for
                 each tensor. Defaults to False.
             verbose: As in `extract`.
+
+        Returns:
+            A `WeightSignature`.
 
         Raises:
             ValueError: If `bits` is something else.
@@ -407,7 +413,11 @@ class WeightSignature(Change):
             filepath: String or path.
             verbose: As in `extract`.
 
+        Returns:
+            A `WeightSignature`.
+
         Raises:
+            FileNotFoundError: If there is no such file.
             ValueError: If the file is no signature, is damaged, or was made
                 by a later version of the format. Nothing in a file is ever
                 executed.

@@ -141,6 +141,9 @@ class CompanderEinsumDense(_CompanderLoraLayer, keras.layers.EinsumDense):
         *args, **kwargs: As in `keras.layers.EinsumDense`.
         a, b, learnable, function, out_of_range: As in `CompanderDense`.
 
+    Raises:
+        ValueError: As `CompanderDense`.
+
     Example:
 
     ```python
@@ -161,6 +164,9 @@ class CompanderConv1D(_CompanderLoraLayer, keras.layers.Conv1D):
     Args:
         *args, **kwargs: As in `keras.layers.Conv1D`.
         a, b, learnable, function, out_of_range: As in `CompanderDense`.
+
+    Raises:
+        ValueError: As `CompanderDense`.
 
     Example:
 
@@ -183,6 +189,9 @@ class CompanderConv2D(_CompanderLoraLayer, keras.layers.Conv2D):
         *args, **kwargs: As in `keras.layers.Conv2D`.
         a, b, learnable, function, out_of_range: As in `CompanderDense`.
 
+    Raises:
+        ValueError: As `CompanderDense`.
+
     Example:
 
     ```python
@@ -203,6 +212,9 @@ class CompanderConv3D(_CompanderLoraLayer, keras.layers.Conv3D):
     Args:
         *args, **kwargs: As in `keras.layers.Conv3D`.
         a, b, learnable, function, out_of_range: As in `CompanderDense`.
+
+    Raises:
+        ValueError: As `CompanderDense`.
 
     Example:
 
@@ -228,6 +240,9 @@ class CompanderDepthwiseConv2D(
     Args:
         *args, **kwargs: As in `keras.layers.DepthwiseConv2D`.
         a, b, learnable, function, out_of_range: As in `CompanderDense`.
+
+    Raises:
+        ValueError: As `CompanderDense`.
 
     Example:
 

@@ -438,11 +438,15 @@ def test_models_that_do_not_fit(tmp_path):
     kwm.load_model(paths[0])
 
 
+# Those that draw entries: where all are kept.
 MERGEKIT = {
     "linear": {},
     "slerp": {},
     "task_arithmetic": {},
     "ties": {"density": 0.4},
+    "dare": {"density": 1.0},
+    "dare_ties": {"density": 1.0},
+    "della": {"density": 1.0, "epsilon": 0.0},
     "breadcrumbs": {"density": 0.5, "gamma": 0.1},
     "model_stock": {},
 }
@@ -470,7 +474,11 @@ def test_against_mergekit(method, tmp_path):
     rows = [{"model": f"{i}.safetensors"} for i in range(count)]
     for row, weight in zip(rows, weights or ()):
         row["parameters"] = {"weight": weight, **MERGEKIT[method]}
-    config = {"merge_method": method, "models": rows, "dtype": "float32"}
+    name = "dare_linear" if method == "dare" else method
+    config = {"merge_method": name, "models": rows, "dtype": "float32"}
+    if method == "dare_ties":
+        # By default it sums, where TIES and DELLA take the mean.
+        config["parameters"] = {"normalize": True}
     if method == "slerp":
         config["base_model"] = "0.safetensors"
         config["parameters"] = {"t": weights[1] / sum(weights)}
