@@ -142,8 +142,8 @@ def merge(
 
     Files are merged out of core: an array at a time, by most methods in
     pieces of it, so that no model is in memory. `"della"` has a kernel of each
-    model in memory, `"iso_c"` a few copies of one. Everything is computed in float32 (float64
-    for float64) and rounded once to the dtype of the base.
+    model in memory, `"iso_c"` a few copies of one. Everything is computed in
+    float32 (float64 for float64) and rounded once to the dtype of the base.
 
     Args:
         models: List of built Keras models, or of files of `save_model`.
