@@ -40,6 +40,7 @@ import itertools
 import math
 import statistics
 import sys
+from collections import Counter
 
 from benchmarks import harness
 from benchmarks.compander_quality import search
@@ -185,12 +186,12 @@ def summary(report):
     for name in ("before", *METHODS):
         own = [r for r in runs if r["method"] == name]
         tried = [r for r in own if r["kind"] == "search"]
-        rates = {r["rate"] for r in own if r["kind"] == "final"}
+        counts = Counter(r["rate"] for r in own if r["kind"] == "final")
         # Without a search nothing says that the rate is a good one.
         best = min(tried, key=lambda r: r["valid"], default={"rate": 0.0})
         chosen = best["rate"]
-        if chosen not in rates:
-            continue
+        # Others only with as many seeds.
+        rates = {r for r in counts if counts[r] >= counts[chosen] > 0}
         for rate in sorted(rates, key=lambda rate: (rate != chosen, rate)):
             final = sorted(
                 (r for r in own if r["kind"] == "final" and r["rate"] == rate),
@@ -312,14 +313,37 @@ def draw(report, ax=None):
         if row["rate"] != found[name.split(", at ")[0]]["rate"]:
             color = style.GRAY
         ax.errorbar(x, y, spread[1], spread[0], "o", color=color, lw=0.8)
-        ax.annotate(
-            name, (x, y), (4, 4), textcoords="offset points", fontsize=8
-        )
     line = sorted(points[name] for name in front(found))
     ax.plot(*zip(*line), "--", color=style.GRAY, lw=0.8, zorder=0)
     ax.set(xlabel="forgotten, nats a token", ylabel="solved, %")
     style.grid(ax)
+    label(ax, points)
     return ax
+
+
+def label(ax, points):
+    """Write names beside their points, where no other name is."""
+    ax.figure.canvas.draw()  # settles where the points are
+    taken: list = []
+    for name, point in sorted(points.items(), key=lambda each: each[1][1]):
+        for y, x, side in itertools.product(
+            (3, -10, 14, -21), (4, -4), ("left", "right")
+        ):
+            if (x > 0) != (side == "left"):
+                continue
+            text = ax.annotate(
+                name,
+                point,
+                (x, y),
+                textcoords="offset points",
+                fontsize=8,
+                ha=side,
+            )
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def print_report(report):

@@ -53,6 +53,9 @@ class PrincipalMaskCallback(EpochFigures):
     are trained, and nothing else. They are chosen before the first step and
     again every `refresh_every` updates; an entry that leaves keeps its value.
 
+    Where this package measured it, on SmolLM2-135M, a LoRA of as many numbers
+    solved more, and as many entries at random as much: see its guide.
+
     With `SparseAdamW` the optimizer's state is as small as the masks. Any
     other Keras optimizer is wrapped in a `MaskedOptimizer`, which stays the
     model's optimizer after the training. A step is compiled once: a refresh
