@@ -326,11 +326,9 @@ def label(ax, points):
     ax.figure.canvas.draw()  # settles where the points are
     taken: list = []
     for name, point in sorted(points.items(), key=lambda each: each[1][1]):
-        for y, x, side in itertools.product(
-            (3, -10, 14, -21), (4, -4), ("left", "right")
+        for y, (x, side) in itertools.product(
+            (3, -10, 14, -21), ((4, "left"), (-4, "right"))
         ):
-            if (x > 0) != (side == "left"):
-                continue
             text = ax.annotate(
                 name,
                 point,
@@ -340,7 +338,9 @@ def label(ax, points):
                 ha=side,
             )
             box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+            # The last place is taken in any case: no point is without a name.
+            is_last = (y, side) == (-21, "right")
+            if is_last or not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
             text.remove()

@@ -270,7 +270,7 @@ class Study:
             "continued, patched": signature.apply(continued),
         }
         if any(v.path.endswith("moving_mean") for v in self.model.weights):
-            for statistics in set(STATISTICS) - {"average"}:
+            for statistics in ("keep", "replace"):
                 models[f"statistics: {statistics}"] = made(
                     statistics=statistics
                 ).apply(clean)

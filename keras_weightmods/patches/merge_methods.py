@@ -173,8 +173,8 @@ def _della(task):
         kept = [rows.astype(base.dtype, copy=False) for rows in kept]
         return base + task.options.scale * elected_mean(kept, task.weights)
 
-    count = _row_size(task)
-    step = max(1, PIECE // max(1, count))
+    count = max(1, _row_size(task))
+    step = max(1, PIECE // count)
     if task.axes is None:
         # Rows one after the other, as they are stored.
         for start in range(0, task.size, step * count):
