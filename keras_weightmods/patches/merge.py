@@ -161,8 +161,8 @@ def merge(
         base: Model or file, what the models were trained from. For all
             methods but `"linear"` and `"slerp"`.
         density: Number in (0, 1], or one of the other forms of a weight: the
-            share of entries to keep. Defaults to 0.2 for TIES, 0.1 for DARE,
-            0.3 for DELLA and 0.15 for breadcrumbs.
+            share of entries to keep, with `gamma` at most 1. Defaults to 0.2
+            for TIES, 0.1 for DARE, 0.3 for DELLA and 0.15 for breadcrumbs.
         scale: Float, of the merged change. Defaults to 1.
         gamma: Float in [0, 1), for breadcrumbs. Defaults to 0.01.
         epsilon: Float, for DELLA. Defaults to 0.1.

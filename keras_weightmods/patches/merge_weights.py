@@ -134,3 +134,9 @@ def check_densities(method, densities, options):
                 "epsilon to density + epsilon"
             )
             raise checks.error("density", expected, value)
+        if method == "breadcrumbs" and value + options.gamma > 1:
+            expected = (
+                f"at most {1 - options.gamma:g} with gamma={options.gamma:g}, "
+                "the share of entries that are not kept"
+            )
+            raise checks.error("density", expected, value)

@@ -272,6 +272,10 @@ ERRORS = [
     ("`density` must be in", {"method": "della", "density": 0.05}),
     ("`scale` must be None", {"scale": 0.2}),
     ("`gamma` must be", {"method": "breadcrumbs", "gamma": 1.0}),
+    (
+        "`density` must be at most 0.4 with gamma=0.6",
+        {"method": "breadcrumbs", "density": 0.5, "gamma": 0.6},
+    ),
     ("`epsilon` must be None", {"method": "ties", "epsilon": 0.1}),
     ("`seed` must be", {"seed": -1}),
     ("`include` must be regexes that match", {"include": "nothing"}),

@@ -100,7 +100,7 @@ def test_dare(arrays, method):
     check(got, arrays[-1].reshape(-1) + expected)
 
 
-@pytest.mark.parametrize(("density", "gamma"), [(0.3, 0.1), (1, 0), (0.9, 0.4)])
+@pytest.mark.parametrize(("density", "gamma"), [(0.3, 0.1), (1, 0), (0.6, 0.4)])
 def test_breadcrumbs(arrays, density, gamma):
     kept = [
         references.breadcrumbs(change, density, gamma)
@@ -143,6 +143,14 @@ def test_della_keeps_the_expectation_and_more_of_what_is_large():
     assert np.all(np.diff(keep[0][order]) > 0)
     assert keep.min() == pytest.approx(0.1)
     assert keep.max() == pytest.approx(0.7)
+
+
+def test_della_ranks_equal_sizes_by_place():
+    rows = np.array([[2, -1, 1, 0, -2], [0, 0, 0, 0, 0]], "float32")
+    keep = merge_methods.keep_probabilities(rows, 0.5, 0.2)
+    np.testing.assert_allclose(
+        keep, [[0.6, 0.4, 0.5, 0.3, 0.7], [0.3, 0.4, 0.5, 0.6, 0.7]], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -213,6 +221,6 @@ def test_kth_largest():
     rows = [numbers, random.normal(size=999), numbers * 3]
     parts = list(zip(*(np.array_split(row, 4) for row in rows)))
     order = [np.sort(np.abs(row).astype("float32"))[::-1] for row in rows]
-    for count in (1, 2, 333, 500, 998, 999):
-        found = merge_methods.kth_largest(lambda: iter(parts), count)
-        assert found == [row[count - 1] for row in order]
+    counts = (1, 2, 333, 500, 998, 999)
+    found = merge_methods.kth_largest(lambda: iter(parts), *counts)
+    assert found == [[row[count - 1] for row in order] for count in counts]
