@@ -161,16 +161,22 @@ def _breadcrumbs(task):
 
 
 def _della(task):
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from _della_in(pool, task)
+
+
+def _della_in(pool, task):
     generators = [task.generators(i) for i in range(len(task.weights))]
 
+    def drawn(rows, generator):
+        """Return a model's rows: what is drawn goes on from call to call."""
+        keep = keep_probabilities(rows, task.density, task.options.epsilon)
+        uniform = generator.random(rows.shape, dtype="float32")
+        kept = np.where(uniform < keep, rows / keep, 0)
+        return kept.astype(rows.dtype, copy=False)
+
     def merged(base, changes):
-        """Return merged rows: what is drawn goes on from call to call."""
-        kept = []
-        for rows, generator in zip(changes, generators):
-            keep = keep_probabilities(rows, task.density, task.options.epsilon)
-            uniform = generator.random(rows.shape, dtype="float32")
-            kept.append(np.where(uniform < keep, rows / keep, 0))
-        kept = [rows.astype(base.dtype, copy=False) for rows in kept]
+        kept = list(pool.map(drawn, changes, generators))
         return base + task.options.scale * elected_mean(kept, task.weights)
 
     count = max(1, _row_size(task))
