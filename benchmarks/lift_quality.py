@@ -190,8 +190,9 @@ def summary(report):
         # Without a search nothing says that the rate is a good one.
         best = min(tried, key=lambda r: r["valid"], default={"rate": 0.0})
         chosen = best["rate"]
-        # Others only with as many seeds.
-        rates = {r for r in counts if counts[r] >= counts[chosen] > 0}
+        # Others only with three seeds, or as many.
+        least = min(3, counts[chosen])
+        rates = {r for r in counts if counts[r] >= least > 0}
         for rate in sorted(rates, key=lambda rate: (rate != chosen, rate)):
             final = sorted(
                 (r for r in own if r["kind"] == "final" and r["rate"] == rate),
@@ -216,34 +217,62 @@ def effects(found, base, measure):
     """Return the differences to a base, paired by seed, with 95 % intervals.
 
     Where the noise is about the same for all methods (`POOLED`) it is taken
-    from all of them: what is left without the means of methods and of seeds.
-    Elsewhere from the seeds of the pair alone.
+    from all of them: what a linear model of methods and seeds leaves, which
+    need not have all seeds of each method. Elsewhere from the seeds of the
+    pair alone, of which there must be two.
 
     Returns:
         Dict from names of methods to triples: mean, low, high.
     """
+    values = {
+        name: dict(zip(row["seeds"], row[measure]))
+        for name, row in found.items()
+        if name != "before"
+    }
+    if base not in values:
+        return {}
+    if measure in POOLED and len(values) > 2:
+        return pooled_effects(values, base)
+    differences = {}
+    for name, own in values.items():
+        shared = own.keys() & values[base].keys()
+        if name != base and len(shared) > 1:
+            less = [own[seed] - values[base][seed] for seed in shared]
+            differences[name] = harness.interval(less)
+    return differences
+
+
+def pooled_effects(values, base):
+    """As `effects`, by least squares, of dicts from seeds to values."""
     import numpy as np
     from scipy import stats
 
-    names = [name for name in found if name != "before"]
-    most = max(len(found[name][measure]) for name in names)
-    names = [name for name in names if len(found[name][measure]) == most]
-    if base not in names or most < 2:
+    names, seeds = list(values), sorted(set().union(*values.values()))
+    design, observed = [], []
+    for name, own in values.items():
+        for seed, value in own.items():
+            row = [float(name == each) for each in names]
+            design.append(row + [float(seed == each) for each in seeds[1:]])
+            observed.append(value)
+    matrix = np.array(design)
+    found, _, rank, _ = np.linalg.lstsq(matrix, np.array(observed))
+    free = len(observed) - rank
+    if free < 1:
         return {}
-    table = np.array([found[name][measure] for name in names])
-    less = table - table[names.index(base)]
-    if measure not in POOLED or len(names) < 3:
-        differences = [harness.interval(row) for row in less]
-    else:
-        rest = table - table.mean(0) - table.mean(1, keepdims=True)
-        free = (len(names) - 1) * (most - 1)
-        variance = np.sum((rest + table.mean()) ** 2) / free
-        half = stats.t.ppf(0.975, free) * math.sqrt(2 * variance / most)
-        differences = [
-            (float(mean), float(mean - half), float(mean + half))
-            for mean in less.mean(1)
-        ]
-    return {n: d for n, d in zip(names, differences) if n != base}
+    rest = observed - matrix @ found
+    covariance = rest @ rest / free * np.linalg.pinv(matrix.T @ matrix)
+    differences = {}
+    for place, name in enumerate(names):
+        if name != base:
+            less = np.zeros(matrix.shape[1])
+            less[place], less[names.index(base)] = 1, -1
+            mean = less @ found
+            error = math.sqrt(less @ covariance @ less)
+            half = stats.t.ppf(0.975, free) * error
+            differences[name] = tuple(
+                float(value) for value in (mean, mean - half, mean + half)
+            )
+    return differences
 
 
 def front(found):

@@ -16,7 +16,8 @@ def lift_quality(log):
     names = [name for name in found if name != "before"]
     rows = []
     for name, row in found.items():
-        cells = [name, f"{row['rate']:.2g}" if row["rate"] else ""]
+        rate = f"{row['rate']:.2g}" if row["rate"] else ""
+        cells = [name, rate, len(row["seeds"])]
         for measure, (form, factor) in lift.MEASURES.items():
             cells.append(mean([factor * v for v in row[measure]], form))
         if name != "before":
@@ -29,7 +30,7 @@ def lift_quality(log):
                 f"{row['file_bytes'] / (2 * row['stored']):.2f}",
                 row["tried"],
             ]
-        rows.append(cells + [""] * (14 - len(cells)))
+        rows.append(cells + [""] * (15 - len(cells)))
     differences = []
     compared = {
         (base, measure): lift.effects(found, base, measure)
@@ -56,18 +57,17 @@ def lift_quality(log):
         f"{setting['unseen']} from the others, greedy, by the package's "
         f"scorer; losses on {setting['valid']} of each; forgotten: rise of "
         f"the loss on {' and '.join(lift.TEXTS)}, nats a token. Mean and "
-        f"spread over {max(len(r['seeds']) for r in found.values())} seeds, "
-        "each with its own problems. The rate of each method is the best of "
-        "those tried by the validation loss after "
+        "spread over the seeds, each with its own problems. The rate of each "
+        "method is the best of those tried by the validation loss after "
         f"{setting['search_steps']} steps, with a worse one on both sides; "
         "rows with another rate show what that does. A step is seconds of the "
         "processor; x LoRA is the file over a LoRA in bfloat16 of as many "
         "numbers as were changed. "
         f"{setting['backend']}, {setting['dtype']}, {log['machine']['cpu']}.",
         table(
-            "method | rate | solved, % | unseen, % | loss | unseen loss | "
-            "forgotten | trained | state, MB | peak, MB | step, s | "
-            "file, MB | x LoRA | tried",
+            "method | rate | seeds | solved, % | unseen, % | loss | "
+            "unseen loss | forgotten | trained | state, MB | peak, MB | "
+            "step, s | file, MB | x LoRA | tried",
             rows,
         ),
         "Not shown, as the best rate has not been searched or trained with: "

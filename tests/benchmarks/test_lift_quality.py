@@ -79,7 +79,7 @@ def test_other_rates_are_rows_and_no_rate_without_a_search(report):
     assert found["LoRA"]["rate"] == 1e-3
     assert found["LoRA, at 0.004"]["solved"] == [0.1] * 3
     page = tuning.lift_quality(report)
-    assert "| LoRA, at 0.004 | 0.004 | 10.0 ± 0.0 |" in page
+    assert "| LoRA, at 0.004 | 0.004 | 3 | 10.0 ± 0.0 |" in page
     assert "trained with: rsLoRA, random 5 %, " in page
     # A rate that was chosen and is not trained with yet.
     report["runs"] += [{**report["runs"][12], "rate": 8e-3, "valid": 0.1}]
@@ -104,10 +104,26 @@ def test_noise_of_all_methods_or_of_the_pair(report):
     assert effects["LIFT 5 %"] == pytest.approx((0.1, 0.1 - half, 0.1 + half))
     effects = lift_quality.effects(found, "LoRA", "forgotten")
     assert effects["full"] == pytest.approx((-0.2, -0.2, -0.2))
-    # Those without all seeds wait: the last of LIFT's.
-    del report["runs"][11]
+
+
+def test_differences_where_some_seeds_are_missing(report):
+    del report["runs"][9]  # the first of LIFT's
     found = lift_quality.summary(report)
-    assert set(lift_quality.effects(found, "full", "loss")) == {"LoRA"}
+    effects = lift_quality.effects(found, "LoRA", "forgotten")
+    assert effects["LIFT 5 %"] == pytest.approx((-0.2, -0.2, -0.2))
+    # By hand: LIFT's seeds, less those of the others, which say how much
+    # easier these two are, and all of full's.
+    effects = lift_quality.effects(found, "full", "solved")
+    assert effects["LoRA"][0] == pytest.approx(0.0)
+    assert effects["LIFT 5 %"][0] == pytest.approx(0.33 - 0.2275)
+    lengths = {name: high - low for name, (_, low, high) in effects.items()}
+    # Variances, in those of one number: 11 / 12, and 2 / 3.
+    ratio = lengths["LIFT 5 %"] / lengths["LoRA"]
+    assert ratio == pytest.approx(np.sqrt(11 / 8))
+    del report["runs"][9]
+    found = lift_quality.summary(report)
+    effects = lift_quality.effects(found, "full", "loss")
+    assert set(effects) == {"LoRA"}  # two seeds are needed
 
 
 def test_front_and_sentences(report):
@@ -125,8 +141,8 @@ def test_front_and_sentences(report):
 
 def test_page_and_picture(report):
     page = tuning.lift_quality(report)
-    assert "| LIFT 5 % | 0.001 | 32.0 ± 2.6 | 1.0 ± 0.0 |" in page
-    assert "| before |  | 0.0 ± 0.0 | 1.0 ± 0.0 |" in page
+    assert "| LIFT 5 % | 0.001 | 3 | 32.0 ± 2.6 | 1.0 ± 0.0 |" in page
+    assert "| before |  | 3 | 0.0 ± 0.0 | 1.0 ± 0.0 |" in page
     assert "| 2.0 | 1.25 | 3 |" in page
     assert "solved less full | loss less full" in page
     assert "-0.200 (-0.200 to -0.200)" in page
