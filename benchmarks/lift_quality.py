@@ -29,9 +29,12 @@ on validation problems after runs of full length, from a start to where both
 neighbors are worse. (Runs of a third of the steps chose twice the rates, at
 which all weights solved 17 % and not 26.) Then each is trained from every seed,
 for as many steps on the same problems in the same order; each seed has its own
-problems, for training and for the test. Every run has a process of its own and
-is in the JSON file when it is done: started again, the benchmark goes on where
-it was stopped. All takes about eight hours of one core with bfloat16
+problems, for training and for the test. Where two rates have about the same
+loss, the lower one solves more: so half of the rate is tried too, on the first
+seed, and on all if it solves more there, and so on. The rate of a method is the
+one that solved most, of those with all seeds. Every run has a process of its
+own and is in the JSON file when it is done: started again, the benchmark goes
+on where it was stopped. All takes about ten hours of one core with bfloat16
 instructions. Times are of the processor, so that other processes do not count.
 """
 
@@ -40,7 +43,7 @@ import itertools
 import math
 import statistics
 import sys
-from collections import Counter
+from collections import defaultdict
 
 from benchmarks import harness
 from benchmarks.compander_quality import search
@@ -132,8 +135,20 @@ def run(args):
         measured(args, report, "before", 0.0, seed, "final")
     for name in args.methods:
         rate = best_rate(args, report, name)
-        for seed in range(args.seeds):
-            measured(args, report, name, rate, seed, "final")
+
+        def solved(rate, count=args.seeds, name=name):
+            runs = [
+                measured(args, report, name, rate, seed, "final")
+                for seed in range(count)
+            ]
+            return [run["solved"] for run in runs]
+
+        best = solved(rate)
+        while solved(rate := rate / 2, count=1)[0] > best[0]:
+            lower = solved(rate)
+            if sum(lower) <= sum(best):
+                break
+            best = lower
     return report
 
 
@@ -176,9 +191,10 @@ def summary(report):
     """Return of each method its runs' measures and costs.
 
     Returns:
-        Dict from names, with the rate where it is not the one that the search
-        chose, to dicts: `rate`, `tried` (the number of rates), a list of each
-        measure, one number a seed, and medians of what it costs.
+        Dict from names, with the rate where it is not the method's own (see
+        above), to dicts: `rate`, `tried` (the number of rates of the search),
+        `seeds`, a list of each measure, one number a seed, and medians of
+        what it costs.
     """
     runs = report["runs"]
     before = {r["seed"]: r for r in runs if r["method"] == "before"}
@@ -186,18 +202,25 @@ def summary(report):
     for name in ("before", *METHODS):
         own = [r for r in runs if r["method"] == name]
         tried = [r for r in own if r["kind"] == "search"]
-        counts = Counter(r["rate"] for r in own if r["kind"] == "final")
+        finals = defaultdict(list)
+        for each in own:
+            if each["kind"] == "final":
+                finals[each["rate"]].append(each)
         # Without a search nothing says that the rate is a good one.
         best = min(tried, key=lambda r: r["valid"], default={"rate": 0.0})
-        chosen = best["rate"]
+        if best["rate"] not in finals:
+            continue
         # Others only with three seeds, or as many.
-        least = min(3, counts[chosen])
-        rates = {r for r in counts if counts[r] >= least > 0}
-        for rate in sorted(rates, key=lambda rate: (rate != chosen, rate)):
-            final = sorted(
-                (r for r in own if r["kind"] == "final" and r["rate"] == rate),
-                key=lambda r: r["seed"],
-            )
+        least = min(3, len(finals[best["rate"]]))
+        finals = {
+            r: found for r, found in finals.items() if len(found) >= least
+        }
+        chosen = max(
+            finals,
+            key=lambda r: statistics.mean(each["solved"] for each in finals[r]),
+        )
+        for rate in sorted(finals, key=lambda rate: (rate != chosen, rate)):
+            final = sorted(finals[rate], key=lambda r: r["seed"])
             for each in final:
                 each["forgotten"] = statistics.mean(
                     each[text] - before[each["seed"]][text] for text in TEXTS
@@ -211,6 +234,26 @@ def summary(report):
                 }
             found[f"{name}, at {rate:.2g}" if rate != chosen else name] = row
     return found
+
+
+def tried_once(report, found):
+    """Return what was solved at rates that some seeds alone were trained with.
+
+    Returns:
+        List of tuples: a name, a rate, and the shares solved with the first
+        seed at this rate and at the method's own.
+    """
+    rows = {
+        (row["rate"], name.split(", at ")[0]) for name, row in found.items()
+    }
+    return [
+        (run["method"], run["rate"], run["solved"], own["solved"][0])
+        for run in report["runs"]
+        if run["kind"] == "final"
+        and (own := found.get(run["method"]))
+        and run["seed"] == own["seeds"][0]
+        and (run["rate"], run["method"]) not in rows
+    ]
 
 
 def effects(found, base, measure):
@@ -275,6 +318,11 @@ def pooled_effects(values, base):
     return differences
 
 
+def own_rates(found):
+    """Return the rows of the methods at their own rates."""
+    return {name: row for name, row in found.items() if name in METHODS}
+
+
 def front(found):
     """Return the methods that none other beats in solved and forgotten."""
     points = {
@@ -282,8 +330,7 @@ def front(found):
             -statistics.mean(row["solved"]),
             statistics.mean(row["forgotten"]),
         )
-        for name, row in found.items()
-        if name != "before"
+        for name, row in own_rates(found).items()
     }
     return [
         name
@@ -322,15 +369,16 @@ def verdicts(found):
 
 
 def draw(report, ax=None):
-    """Return the axes of solved against forgotten, the front as a line."""
+    """Return the axes of solved against forgotten, at the methods' own rates.
+
+    The front is a line.
+    """
     from keras_weightmods.plot import style
 
     found = summary(report)
     ax = style.new_axes(ax, width=6.4, height=4.2)
     points = {}
-    for name, row in found.items():
-        if name == "before":
-            continue
+    for name, row in own_rates(found).items():
         solved = [100 * value for value in row["solved"]]
         x, y = statistics.mean(row["forgotten"]), statistics.mean(solved)
         points[name] = x, y
@@ -339,8 +387,6 @@ def draw(report, ax=None):
             for values in (row["forgotten"], solved)
         ]
         color = style.COLORS[1 if name.startswith("LIFT") else 0]
-        if row["rate"] != found[name.split(", at ")[0]]["rate"]:
-            color = style.GRAY
         ax.errorbar(x, y, spread[1], spread[0], "o", color=color, lw=0.8)
     line = sorted(points[name] for name in front(found))
     ax.plot(*zip(*line), "--", color=style.GRAY, lw=0.8, zorder=0)

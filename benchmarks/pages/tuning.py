@@ -59,10 +59,11 @@ def lift_quality(log):
         f"the loss on {' and '.join(lift.TEXTS)}, nats a token. Mean and "
         "spread over the seeds, each with its own problems. The rate of each "
         "method is the best of those tried by the validation loss after "
-        f"{setting['search_steps']} steps, with a worse one on both sides; "
-        "rows with another rate show what that does. A step is seconds of the "
-        "processor; x LoRA is the file over a LoRA in bfloat16 of as many "
-        "numbers as were changed. "
+        f"{setting['search_steps']} steps, with a worse one on both sides, or "
+        "the half of it where that solved more, on all seeds (it is tried on "
+        "one); rows with another rate show what that does. A step is seconds "
+        "of the processor; x LoRA is the file over a LoRA in bfloat16 of as "
+        "many numbers as were changed. "
         f"{setting['backend']}, {setting['dtype']}, {log['machine']['cpu']}.",
         table(
             "method | rate | seeds | solved, % | unseen, % | loss | "
@@ -72,6 +73,16 @@ def lift_quality(log):
         ),
         "Not shown, as the best rate has not been searched or trained with: "
         f"{', '.join(n for n in lift.METHODS if n not in found) or 'none'}.",
+        "Other rates, on the first seed: "
+        + (
+            "; ".join(
+                f"{name} at {rate:.2g} solved {100 * solved:.1f} % (at its own "
+                f"rate {100 * own:.1f})"
+                for name, rate, solved, own in lift.tried_once(log, found)
+            )
+            or "none"
+        )
+        + ".",
         "Differences, paired by seed, with intervals of 95 %: of solved by "
         "the noise of all methods, else by the seeds of the pair (t).",
         table(f"method | {header}", differences),

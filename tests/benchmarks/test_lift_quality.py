@@ -81,6 +81,18 @@ def test_other_rates_are_rows_and_no_rate_without_a_search(report):
     page = tuning.lift_quality(report)
     assert "| LoRA, at 0.004 | 0.004 | 3 | 10.0 ± 0.0 |" in page
     assert "trained with: rsLoRA, random 5 %, " in page
+    # Of rates that all seeds were trained with, that which solved most.
+    report["runs"] += [final("LoRA", s, 0.3, 0.1, 5e-4) for s in range(2)]
+    found = lift_quality.summary(report)
+    assert found["LoRA"]["rate"] == 1e-3
+    once = lift_quality.tried_once(report, found)
+    assert once == [("LoRA", 5e-4, 0.3, 0.21)]
+    page = tuning.lift_quality(report)
+    assert "LoRA at 0.0005 solved 30.0 % (at its own rate 21.0)." in page
+    report["runs"] += [final("LoRA", 2, 0.3, 0.1, 5e-4)]
+    found = lift_quality.summary(report)
+    assert found["LoRA"]["rate"] == 5e-4
+    assert found["LoRA, at 0.001"]["solved"] == list(SOLVED["LoRA"])
     # A rate that was chosen and is not trained with yet.
     report["runs"] += [{**report["runs"][12], "rate": 8e-3, "valid": 0.1}]
     found = lift_quality.summary(report)
@@ -162,8 +174,11 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         asked.append((name, float(rate), int(seed), kind))
         if len(asked) == 4:
             raise KeyboardInterrupt
-        # The best is twice where the search begins.
-        return {"valid": abs(float(rate) - 6.4e-3)}
+        # The best is twice where the search begins, but half of it solves
+        # more, on all seeds, and a quarter on the first.
+        solved = {3.2e-3: [0.3, 0.5], 1.6e-3: [0.4, 0.3]}.get(float(rate))
+        solved = solved[int(seed)] if solved and kind == "final" else 0.2
+        return {"valid": abs(float(rate) - 6.4e-3), "solved": solved}
 
     monkeypatch.setattr(harness, "run_worker", run_worker)
     args = argparse.Namespace(
@@ -179,7 +194,11 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     del asked[3]
     assert len(set(asked)) == len(asked) == len(report["runs"])
     assert asked[:2] == [("before", 0.0, seed, "final") for seed in (0, 1)]
-    assert asked[-2:] == [("LoRA", 6.4e-3, seed, "final") for seed in (0, 1)]
+    assert asked[-6:] == [
+        ("LoRA", rate, seed, "final")
+        for rate in (6.4e-3, 3.2e-3, 1.6e-3)
+        for seed in (0, 1)
+    ]
     assert sorted(rate for _, rate, _, kind in asked if kind == "search") == [
         1.6e-3,
         3.2e-3,
