@@ -17,12 +17,15 @@ class EpochFigures(keras.callbacks.Callback):
     """
 
     _is_open = False
+    _history: Any = None
 
     def figures(self) -> dict[str, float]:
         """Return the figures of the epoch that ends."""
         raise NotImplementedError
 
     def on_train_begin(self, logs: Any = None) -> None:
+        # `fit` makes one each time.
+        self._history = getattr(self._model, "history", None)
         keras_private.add_to_epoch_logs(self._model, self._take)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -38,6 +41,10 @@ class EpochFigures(keras.callbacks.Callback):
 
     def _take(self) -> dict[str, float]:
         """Return the figures once an epoch: `evaluate` makes logs as well."""
+        if getattr(self._model, "history", None) is not self._history:
+            # Left here by a `fit` that was interrupted.
+            self._is_open = False
+            keras_private.leave_epoch_logs(self._model, self._take)
         if not self._is_open:
             return {}
         self._is_open = False

@@ -70,3 +70,8 @@ def test_what_an_interrupted_fit_leaves_is_taken_over():
     history = model.fit(x, y, verbose=0, callbacks=[figures]).history
     assert history["one"] == [1.0]
     assert "_get_metrics_result_or_logs" not in vars(model)
+    # And they are not in the logs of a fit without the callback.
+    with contextlib.suppress(KeyboardInterrupt):
+        model.fit(x, y, verbose=0, callbacks=[figures, stopping])
+    assert set(model.fit(x, y, verbose=0).history) == {"loss"}
+    assert "_get_metrics_result_or_logs" not in vars(model)
