@@ -64,7 +64,7 @@ def main():
         raise SystemExit(f"there is no {args.json}: run without --report")
     print_report(results)
     if args.report and results.get("cosines"):
-        draw(results).savefig(args.picture, dpi=150)
+        draw(results).savefig(args.picture, dpi=150, bbox_inches="tight")
 
 
 def parse_arguments():
