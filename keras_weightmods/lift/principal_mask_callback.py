@@ -54,7 +54,7 @@ class PrincipalMaskCallback(EpochFigures):
     again every `refresh_every` updates; an entry that leaves keeps its value.
 
     Where this package measured it, on SmolLM2-135M, a LoRA of as many numbers
-    solved more, and as many entries at random as much: see its guide.
+    solved more and forgot more, and all weights solved as much: see its guide.
 
     With `SparseAdamW` the optimizer's state is as small as the masks. Any
     other Keras optimizer is wrapped in a `MaskedOptimizer`, which stays the
