@@ -182,7 +182,9 @@ def measured(args, report, name, rate, seed, kind):
             return each
     print(", ".join(map(str, key.values())), file=sys.stderr, flush=True)
     worker = f"--worker={name},{rate},{seed},{kind}"
-    report["runs"].append({**key, **harness.run_worker(args.backend, worker)})
+    found = harness.run_worker(args.backend, worker)
+    # A file may be gone on with on another machine.
+    report["runs"].append({**key, **found, "cpu": harness.cpu()})
     harness.write_json(args.json, report)
     return report["runs"][-1]
 

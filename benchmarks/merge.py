@@ -6,10 +6,10 @@
 Each method in a process of its own: the files are written by another one. The
 peak is that of the process, and what it is above that of a process that has
 imported Keras and this library, and merged nothing. Side by side the median of
-five copies of one file, written through to the disk as the merged one is. The
-measure of time is the bytes that are read and written over the seconds: the
-share that merging has of the copy's. One process for each backend; on each, the
-same NumPy.
+five copies of one file, written through to the disk as the merged one is, and
+as that to where no file is yet. The measure of time is the bytes that are read
+and written over the seconds: the share that merging has of the copy's. One
+process for each backend; on each, the same NumPy.
 """
 
 import os
@@ -92,11 +92,12 @@ def write_files(folder, megabytes):
     width = 1024
     layers = max(1, round(0.8 * megabytes * 1e6 / (4 * width**2)))
     rows = round(0.2 * megabytes * 1e6 / (4 * width))
-    stack = [keras.layers.Dense(width) for _ in range(layers)]
-    table = keras.layers.Embedding(rows, width)
-    model = keras.Sequential(
-        [keras.Input((None,), dtype="int32"), table, *stack]
-    )
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(rows, width)(tokens)
+    for _ in range(layers):
+        x = keras.layers.Dense(width)(x)
+    # Not Sequential, which Keras builds anew for each of its layers.
+    model = keras.Model(tokens, x)
     for number in range(3):
         random = np.random.default_rng(number)
         for variable in model.weights:
@@ -114,9 +115,13 @@ def merge_files(folder, method):
         return {"peak_bytes": harness.peak_bytes()}
     paths = [str(folder / f"{number}.safetensors") for number in range(3)]
     size, output = os.path.getsize(paths[0]), folder / "output.safetensors"
-    copied = statistics.median(
-        harness.seconds_of(copy, paths[0], output) for _ in range(COPIES)
-    )
+
+    def copied_once():
+        output.unlink(missing_ok=True)
+        return harness.seconds_of(copy, paths[0], output)
+
+    copied = statistics.median(copied_once() for _ in range(COPIES))
+    output.unlink()
     base = None if method in _WITHOUT_BASE else paths[2]
     seconds = harness.seconds_of(
         kwm.merge, paths[:2], output, method, base=base, verbose=0

@@ -13,6 +13,8 @@ def lift_quality(log):
         # The form of an older program.
         return missing("lift_quality")
     setting, found = log["setting"], lift.summary(log)
+    machine = log["machine"]["cpu"]
+    others = {run.get("cpu", machine) for run in log["runs"]} - {machine}
     names = [name for name in found if name != "before"]
     rows = []
     for name, row in found.items():
@@ -64,7 +66,8 @@ def lift_quality(log):
         "one); rows with another rate show what that does. A step is seconds "
         "of the processor; x LoRA is the file over a LoRA in bfloat16 of as "
         "many numbers as were changed. "
-        f"{setting['backend']}, {setting['dtype']}, {log['machine']['cpu']}.",
+        f"{setting['backend']}, {setting['dtype']}, "
+        f"{', some runs '.join([machine, *sorted(others)])}.",
         table(
             "method | rate | seeds | solved, % | unseen, % | loss | "
             "unseen loss | forgotten | trained | state, MB | peak, MB | "

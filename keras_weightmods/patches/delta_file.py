@@ -1,10 +1,8 @@
 """Deltas in files: what changed in a model, checked before it is used."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import math
-import os
 import zlib
 from collections.abc import Callable
 
@@ -22,6 +20,7 @@ from keras_weightmods.patches.entry import Change, ChangeEntry
 from keras_weightmods.patches.places import unpack_places
 from keras_weightmods.patches.tensors import Replacing, Sparse, is_finite
 from keras_weightmods.saving import bounded_json, container
+from keras_weightmods.utils import parallel
 from keras_weightmods.utils.dtypes import numpy_dtype
 
 FORMAT = "keras_weightmods.delta"
@@ -220,13 +219,11 @@ def _parse(description, arrays, version):
         raise ValueError(f"has no weights {str([*drawn])[:200]} to draw for")
     if any(array.size for array in arrays.values()):
         raise ValueError("has less than the file")
-    # zlib and NumPy let other threads run.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = pool.map(_decoded, infos, coded)
-        entries = [
-            ChangeEntry(info, kind(*parts))
-            for info, kind, parts in zip(infos, kinds, decoded)
-        ]
+    decoded = parallel.map_ahead(_decoded, zip(infos, coded))
+    entries = [
+        ChangeEntry(info, kind(*parts))
+        for info, kind, parts in zip(infos, kinds, decoded)
+    ]
     all_of = [
         entry.position
         for entry in entries
@@ -239,8 +236,9 @@ def _parse(description, arrays, version):
     return tuple(entries)
 
 
-def _decoded(info, decode):
+def _decoded(coded):
     """Return the places and the changes of a weight, checked."""
+    info, decode = coded
     places, changes = decode()
     if not is_finite(changes):
         raise ValueError(f"has changes of {info.path!r} that are not finite")

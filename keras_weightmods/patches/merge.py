@@ -328,7 +328,8 @@ def _planned(
                 weights=shares[weight.name],
                 density=densities[weight.name],
                 options=options,
-                generators=_generators(given["seed"], number),
+                # By the weight's place in the model.
+                seed=(given["seed"], number),
                 axes=weight.axes,
             )
             for number, weight in enumerate(found)
@@ -418,11 +419,6 @@ def _reader(weight, sources, base):
         return values.astype(wide, copy=False)
 
     return read
-
-
-def _generators(seed, number):
-    """Return `Task.generators` of a weight, by its place in the model."""
-    return lambda model: np.random.default_rng([seed, number, model])
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import threading
 from typing import Any
 
 import keras
@@ -129,13 +130,15 @@ class ModelSource:
         ]
         self.changed = is_changed(model)
         self._read: tuple[str, Any] = ("", None)
+        self._reading = threading.Lock()
 
     def part(self, name: str, part: slice) -> np.ndarray:
         """Return a part of an array, flattened."""
-        if self._read[0] != name:
-            array = keras.ops.convert_to_numpy(self.variables[name])
-            self._read = name, np.ascontiguousarray(array).reshape(-1)
-        found: np.ndarray = self._read[1][part]
+        with self._reading:
+            if self._read[0] != name:
+                array = keras.ops.convert_to_numpy(self.variables[name])
+                self._read = name, np.ascontiguousarray(array).reshape(-1)
+            found: np.ndarray = self._read[1][part]
         return found
 
     def check_data(self) -> None:

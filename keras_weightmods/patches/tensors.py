@@ -1,13 +1,12 @@
 """Sums of changes on NumPy arrays, a piece at a time and on all cores."""
 
-import concurrent.futures
 import dataclasses
 import math
-import os
 
 import numpy as np
 
 from keras_weightmods.patches.quantized import Quantized
+from keras_weightmods.utils import parallel
 
 # Elements: small enough for the temporaries of one piece to stay in cache, and
 # large enough for threads not to wait for each other between NumPy's calls.
@@ -146,8 +145,6 @@ def _scaled(tensor, scale, piece, base, out):
 def over_parts(function, arrays):
     """Call a function for all parts of arrays, on all cores.
 
-    NumPy lets other threads run while it computes.
-
     Args:
         function: Callable of a key of `arrays`, and a slice of that array
             flattened.
@@ -162,17 +159,10 @@ def over_parts(function, arrays):
         for start in range(0, array.size, _PART)
     ]
     found: dict = {key: [] for key in arrays}
-    with concurrent.futures.ThreadPoolExecutor(_cores()) as pool:
-        results = pool.map(lambda call: function(*call), calls)
-        for (key, _), result in zip(calls, results):
-            found[key].append(result)
+    results = parallel.map_ahead(lambda call: function(*call), calls)
+    for (key, _), result in zip(calls, results):
+        found[key].append(result)
     return found
-
-
-def _cores():
-    if hasattr(os, "sched_getaffinity"):  # not on macOS or Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def empty_aligned(shape, dtype):

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import stat
+import threading
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ import safetensors
 from keras_weightmods.saving.atomic_file import check_filepath, replacing
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.saving.file_kinds import MAX_HEADER, READERS, other_kind
-from keras_weightmods.utils import checks
+from keras_weightmods.utils import checks, parallel
 from keras_weightmods.utils.dtypes import numpy_dtype
 
 # Keras' name of a dtype -> that of safetensors: all that an entry may have.
@@ -276,6 +277,8 @@ class Reader:
         self.filepath = checks.check_path("filepath", filepath)
         self._format = format
         self._see = see
+        # Held from a seek until what is there is read.
+        self._reading = threading.Lock()
         if os.path.isdir(filepath):
             raise self._other(other_kind(filepath))
         self._file = open(filepath, "rb", opener=_open)  # noqa: SIM115
@@ -306,8 +309,7 @@ class Reader:
         """Return the entries from `start` to `stop` of an array flattened."""
         array = np.empty(stop - start, numpy_dtype(self.entries[name].dtype))
         place = self._start + self._offsets[name] + start * array.itemsize
-        self._file.seek(place)
-        self._read_into(_bytes_of(array), name)
+        self._read_into(_bytes_of(array), place, name)
         return array
 
     def read_json(self, name):
@@ -427,26 +429,31 @@ class Reader:
         Args:
             names: List of strings, the entries. Defaults to all.
         """
-        chunk = memoryview(bytearray(_CHUNK))
-        for name in self.entries if names is None else names:
-            entry = self.entries[name]
-            self._file.seek(self._start + self._offsets[name])
-            digest = hashlib.sha256()
-            rest = entry.size
-            while rest:
-                part = chunk[: min(rest, _CHUNK)]
-                self._read_into(part, name)
-                digest.update(part)
-                if entry.dtype == "bool" and np.max(part) > 1:
-                    raise self.error(name, "has values other than 0 and 1")
-                rest -= len(part)
-            if digest.hexdigest() != self._expected[name]:
-                raise self._error(f"The checksum of `{name}` does not match")
+        names = list(self.entries if names is None else names)
+        for _, name in zip(parallel.map_ahead(self._check, names), names):
             self._see(name, len(self.entries))
 
-    def _read_into(self, view, name):
-        if self._file.readinto(view) != len(view):
-            raise self.error(name, "ends early")
+    def _check(self, name):
+        """Raise ValueError if the data of an entry lack their checksum."""
+        entry, digest = self.entries[name], hashlib.sha256()
+        chunk = memoryview(bytearray(min(entry.size, _CHUNK)))
+        place = self._start + self._offsets[name]
+        end = place + entry.size
+        while place < end:
+            part = chunk[: min(end - place, _CHUNK)]
+            self._read_into(part, place, name)
+            digest.update(part)
+            if entry.dtype == "bool" and np.max(part) > 1:
+                raise self.error(name, "has values other than 0 and 1")
+            place += len(part)
+        if digest.hexdigest() != self._expected[name]:
+            raise self._error(f"The checksum of `{name}` does not match")
+
+    def _read_into(self, view, place, name):
+        with self._reading:
+            self._file.seek(place)
+            if self._file.readinto(view) != len(view):
+                raise self.error(name, "ends early")
 
 
 def _open(path, flags):

@@ -41,7 +41,7 @@ def merged(method, arrays, weights=WEIGHTS, density=1.0, axes=None, **options):
         weights=weights,
         density=density,
         options=Options(**options),
-        generators=np.random.default_rng,
+        seed=(),
         axes=axes,
     )
     parts = list(METHODS[method](task))
@@ -222,5 +222,5 @@ def test_kth_largest():
     parts = list(zip(*(np.array_split(row, 4) for row in rows)))
     order = [np.sort(np.abs(row).astype("float32"))[::-1] for row in rows]
     counts = (1, 2, 333, 500, 998, 999)
-    found = merge_methods.kth_largest(lambda: iter(parts), *counts)
+    found = merge_methods.kth_largest(list, parts, *counts)
     assert found == [[row[count - 1] for row in order] for count in counts]

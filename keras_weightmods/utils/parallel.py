@@ -1,0 +1,53 @@
+"""Work for all cores: NumPy, zlib and checksums let other threads run."""
+
+import collections
+import concurrent.futures
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+
+# More would wait for memory, and each holds some.
+_MOST_THREADS = 8
+
+
+def threads() -> int:
+    """Return how many threads to work with: the cores of this process."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS or Windows
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return min(cores, _MOST_THREADS)
+
+
+def map_ahead(
+    function: Callable[[Any], Any], items: Iterable[Any]
+) -> Iterator[Any]:
+    """Yield what a function returns for each item, in the order of the items.
+
+    On all cores, and while the caller works with what was yielded before; a
+    few items ahead of it, so that the results need little memory.
+
+    Args:
+        function: Callable of an item, which other threads call.
+        items: Iterable.
+    """
+    items = iter(items)
+    first = list(itertools.islice(items, 2))
+    if len(first) < 2:
+        yield from map(function, first)
+        return
+    count = threads()
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        waiting: collections.deque = collections.deque()
+        try:
+            for item in itertools.chain(first, items):
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

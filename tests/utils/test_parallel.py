@@ -1,0 +1,43 @@
+import threading
+
+import pytest
+
+from keras_weightmods.utils import parallel
+
+# Plain Python.
+pytestmark = pytest.mark.one_backend
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 50])
+def test_map_ahead_keeps_the_order(count):
+    found = list(parallel.map_ahead(lambda x: x * x, range(count)))
+    assert found == [x * x for x in range(count)]
+
+
+def test_map_ahead_is_few_items_ahead():
+    taken = []
+
+    def items():
+        for item in range(100):
+            taken.append(item)
+            yield item
+
+    results = parallel.map_ahead(lambda x: x, items())
+    next(results)
+    assert len(taken) <= 2 * parallel.threads() + 1
+    results.close()
+    assert len(taken) < 100
+
+
+def test_map_ahead_raises_the_first_error():
+    def fail(x):
+        if x in (3, 7):
+            raise ValueError(f"at {x}")
+        return x
+
+    before, found = threading.active_count(), []
+    with pytest.raises(ValueError, match="at 3"):
+        for x in parallel.map_ahead(fail, range(10)):
+            found.append(x)
+    assert found == [0, 1, 2]
+    assert threading.active_count() == before
