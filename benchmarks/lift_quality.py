@@ -62,7 +62,7 @@ MEASURES = {
 POOLED = ("solved", "unseen")
 DIFFERENCES = ("solved", "loss", "forgotten")
 COSTS = (
-    *("trained", "optimizer_bytes", "peak_bytes", "step"),
+    *("trained", "optimizer_bytes", "peak_bytes"),
     *("stored", "file_bytes"),
 )
 # What the runs of a file have in common.
@@ -234,8 +234,16 @@ def summary(report):
                 row |= {
                     c: statistics.median(r[c] for r in final) for c in COSTS
                 }
+                row["step"] = step_of(report, final)
             found[f"{name}, at {rate:.2g}" if rate != chosen else name] = row
     return found
+
+
+def step_of(report, runs):
+    """Return the median of a step on the report's machine; None elsewhere."""
+    machine = report["machine"]["cpu"]
+    steps = [r["step"] for r in runs if r.get("cpu", machine) == machine]
+    return statistics.median(steps) if steps else None
 
 
 def tried_once(report, found):

@@ -27,7 +27,7 @@ def lift_quality(log):
                 f"{row['trained']:,}",
                 megabytes(row["optimizer_bytes"]),
                 megabytes(row["peak_bytes"]),
-                f"{row['step']:.2f}",
+                "" if row["step"] is None else f"{row['step']:.2f}",
                 f"{row['file_bytes'] / 1e6:.1f}",
                 f"{row['file_bytes'] / (2 * row['stored']):.2f}",
                 row["tried"],
@@ -64,8 +64,8 @@ def lift_quality(log):
         f"{setting['search_steps']} steps, with a worse one on both sides, or "
         "the half of it where that solved more, on all seeds (it is tried on "
         "one); rows with another rate show what that does. A step is seconds "
-        "of the processor; x LoRA is the file over a LoRA in bfloat16 of as "
-        "many numbers as were changed. "
+        "of the processor, on the first machine; x LoRA is the file over a "
+        "LoRA in bfloat16 of as many numbers as were changed. "
         f"{setting['backend']}, {setting['dtype']}, "
         f"{', some runs '.join([machine, *sorted(others)])}.",
         table(

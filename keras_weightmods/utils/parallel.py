@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-
 # More would wait for memory, and each holds some.
 _MOST_THREADS = 8
 
