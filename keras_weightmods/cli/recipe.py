@@ -52,6 +52,13 @@ class Recipe:
     evaluate: dict[str, Any] | None
     source: dict[str, Any]
 
+    @property
+    def only_merges(self) -> bool:
+        """Bool, whether the model is not needed once it is merged."""
+        others = self.stages or self.evaluate
+        asked = self.data.get("file") or self.data["self_generated"]
+        return self.merge is not None and not (others or asked)
+
     def options_of(self, name: str) -> dict[str, Any] | None:
         """Return the options of the stage of a name; None if there is none."""
         return dict(self.stages).get(name)

@@ -119,10 +119,14 @@ class Run:
             self._write(_STATE, json.dumps(self._state(), indent=2))
         for name, options in stages[len(self.done) :]:
             self._say(f"{len(self.done)} of {len(stages) - 1}: {name}")
-            self._prepare()
             began = time.perf_counter()
-            record = {"stage": name, **_STAGES[name](self, dict(options))}
-            if name != "export":
+            if self.recipe.only_merges:
+                record = {"stage": name, **self.merged()}
+            else:
+                self._prepare()
+                began = time.perf_counter()
+                record = {"stage": name, **_STAGES[name](self, dict(options))}
+            if name != "export" and self.model is not None:
                 record["bytes"] = bytes_of(
                     (weight.shape, weight.dtype)
                     for weight in self.model.weights
@@ -166,6 +170,21 @@ class Run:
         text = json.dumps(report.to_dict(), indent=2)
         self._write(f"{path.stem}.json", text)
 
+    def merged(self):
+        """Merge and do no more: no model of the size of the files is loaded."""
+        from keras_weightmods.saving.model import open_model
+        from keras_weightmods.saving.states import is_weight
+
+        self._merge()
+        path = self.recipe.output / MERGED
+        with open_model(path) as reader:
+            size = bytes_of(
+                (entry.shape, entry.dtype)
+                for name, entry in reader.entries.items()
+                if is_weight(name)
+            )
+        return {**_file_record(path), "bytes": size}
+
     def _read_data(self):
         rows = self.recipe.output / _ROWS
         path = str(rows) if rows.exists() else self.recipe.data.get("file")
@@ -198,8 +217,7 @@ class Run:
             with replacing(str(self.recipe.output / _ROWS)) as path:
                 np.save(path, self.data)
         if self.recipe.merge:
-            size = os.path.getsize(self.recipe.output / MERGED)
-            return {"file": MERGED, "file_bytes": size}
+            return _file_record(self.recipe.output / MERGED)
         return {}
 
     def _joined(self, own):
@@ -295,7 +313,7 @@ class Run:
         kwm.save_model(self.model, path, verbose=int(self.verbose))
         text = json.dumps(report.to_dict(), indent=2)
         self._write(f"{start}.json", text)
-        return {"file": file, "file_bytes": os.path.getsize(path)}
+        return _file_record(path)
 
     def _state(self):
         return {
@@ -313,6 +331,10 @@ class Run:
     def _say(self, text):
         if self.verbose:
             sys.stderr.write(f"{text}\n")
+
+
+def _file_record(path):
+    return {"file": path.name, "file_bytes": os.path.getsize(path)}
 
 
 def _check_supervised(cast, data):

@@ -124,7 +124,14 @@ def test_a_recipe_that_merges(run, folder, monkeypatch):
     recipe = {"merge": merge, "output": "out"}
     assert "can be run: merge" in run(f"run {write(recipe)} --check")
     assert not pathlib.Path("out").exists()
-    run(f"run {write(recipe)} --quiet")
+    with monkeypatch.context() as patched:
+        # The files are merged out of core, and no model is loaded after it.
+        patched.setattr(files, "load_model", None)
+        run(f"run {write(recipe)} --quiet")
+    loaded = kwm.load_model("out/0-merge.safetensors")
+    state = json.loads(pathlib.Path("out/state.json").read_text())
+    size = sum(weight.nbytes for weight in loaded.get_weights())
+    assert state["done"][0]["bytes"] == size
     kwm.merge(output="mine.safetensors", verbose=0, **merge)
     mine = pathlib.Path("mine.safetensors").read_bytes()
     assert results() == {"0-merge.safetensors": mine}
