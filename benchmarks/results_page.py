@@ -98,6 +98,7 @@ PARTS = (
     ("Signatures: quality", "rws_quality", tuning.rws_quality),
     ("Signatures: text", "signature_text", tuning.signature_text),
     ("Merging: memory and time", "merge", tuning.merging),
+    ("Merging: beside mergekit", "merge_command", tuning.merge_command),
     ("Companders: quality", "compander_quality", tuning.compander_quality),
 )
 

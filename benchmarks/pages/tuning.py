@@ -5,6 +5,7 @@ import numpy as np
 from benchmarks import lift_quality as lift
 from benchmarks import rws_quality as rws
 from benchmarks.compander_quality import MEASURES, effects_of
+from benchmarks.merge_command import medians
 from benchmarks.pages.tables import mean, megabytes, missing, table
 
 
@@ -338,6 +339,42 @@ def merging(log):
                 "backend | method | seconds | x copy | peak, MB | imports, MB",
                 rows,
                 text_columns=2,
+            ),
+        ]
+    )
+
+
+def merge_command(log):
+    rows = []
+    for method, found in medians(log).items():
+        (seconds, peak), (their_seconds, their_peak) = (
+            found[who] for who in ("ours", "mergekit")
+        )
+        rows.append(
+            [
+                method,
+                f"{seconds:.1f}",
+                f"{their_seconds:.1f}",
+                f"{seconds / their_seconds:.2f}",
+                megabytes(peak),
+                megabytes(their_peak),
+                f"{peak / their_peak:.2f}",
+            ]
+        )
+    versions = ", ".join(f"{k} {v}" for k, v in log["versions"].items())
+    return "\n\n".join(
+        [
+            f"Two float32 files of {log['megabytes']} MB into one (and a base "
+            "of that size, but for linear and slerp) by `keras-weightmods "
+            "run` and by `mergekit-pytorch`: whole commands, imports "
+            "included, with the same densities; medians of "
+            f"{log['rounds']} in turn. {versions}; {log['machine']['cpu']}, "
+            f"{log['machine']['cores_used']} of {log['machine']['cores']} "
+            "cores.",
+            table(
+                "method | ours, s | mergekit, s | ratio | ours, MB | "
+                "mergekit, MB | ratio of MB",
+                rows,
             ),
         ]
     )

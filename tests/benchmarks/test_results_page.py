@@ -194,8 +194,15 @@ def test_merging(tmp_path):
         },
     }
     (tmp_path / "merge.json").write_text(json.dumps(log))
+    both = {
+        "ours": {"seconds": [9, 4, 5], "peak_bytes": [6e8] * 3},
+        "mergekit": {"seconds": [8, 10, 20], "peak_bytes": [2e9] * 3},
+    }
+    log |= {"versions": {"torch": "2"}, "rounds": 3, "methods": {"ties": both}}
+    (tmp_path / "merge_command.json").write_text(json.dumps(log))
     page = results_page.make_page(tmp_path)
     assert "| torch | ties | 4.0 | 0.35 | 660 | 590 |" in page
+    assert "| ties | 5.0 | 10.0 | 0.50 | 600 | 2000 | 0.30 |" in page
 
 
 def test_products_by_shape_and_rows(tmp_path):
