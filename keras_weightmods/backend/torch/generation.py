@@ -18,9 +18,11 @@ _RECORDINGS = 16  # that a model keeps
 
 # How far the logits may be off, as a share of the largest, by their type.
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
+# In the mean of a row, in half precision: with right steps one of 49,152 logits
+# was off by 6 % of the largest, and the mean by 1 %.
 _TOLERANCE = 0.05
-# In the mean, where inputs are rounded to int8: a step of that makes much of
-# any rounding before it.
+# In the mean of all, where inputs are rounded to int8: a step of that makes much
+# of any rounding before it.
 _ROUNDED_TOLERANCE = 0.1
 
 
@@ -208,19 +210,21 @@ def _key(token_ids, cache):
 
 def _check(logits, expected, rounds_inputs):
     """Raise CannotCompile unless the logits are those expected."""
+    tolerance = _TOLERANCES.get(logits.dtype, _TOLERANCE)
     expected = expected.float()
-    off = (logits.float() - expected).abs()
-    largest, tolerance = expected.abs().max(), _TOLERANCE
+    off, size = (x.abs() for x in (logits.float() - expected, expected))
     if rounds_inputs:
-        off, largest = (x.square().mean().sqrt() for x in (off, expected))
         tolerance = _ROUNDED_TOLERANCE
+        off, size = (x.square().mean().sqrt() for x in (off, size))
     elif logits.dtype in _TOLERANCES:
-        tolerance = _TOLERANCES[logits.dtype]
+        off, size = off.max(), size.max()
+    else:
+        off, size = (x.square().mean(-1).sqrt() for x in (off, size))
     # Where the model gives NaN, there is nothing to compare.
-    if off.max() > tolerance * largest:
+    if (off > tolerance * size).any():
         raise CannotCompile(
             "a recorded step gives other logits than the model: they differ "
-            f"by {float(off.max()):.3g}, of {float(largest):.3g}"
+            f"by {float(off.max()):.3g}, of {float(size.max()):.3g}"
         )
 
 
