@@ -21,8 +21,8 @@ _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
 # In the mean of a row, in half precision: with right steps one of 49,152 logits
 # was off by 6 % of the largest, and the mean by 1 %.
 _TOLERANCE = 0.05
-# In the mean of all, where inputs are rounded to int8: a step of that makes much
-# of any rounding before it.
+# In the mean of all, where inputs are rounded to int8: a step of that makes
+# much of any rounding before it.
 _ROUNDED_TOLERANCE = 0.1
 
 
