@@ -396,20 +396,31 @@ def draw(report, ax=None):
             statistics.stdev(values) if len(values) > 1 else 0
             for values in (row["forgotten"], solved)
         ]
-        color = style.COLORS[1 if name.startswith("LIFT") else 0]
+        color = color_of(name)
         ax.errorbar(x, y, spread[1], spread[0], "o", color=color, lw=0.8)
     line = sorted(points[name] for name in front(found))
     ax.plot(*zip(*line), "--", color=style.GRAY, lw=0.8, zorder=0)
     ax.set(xlabel="forgotten, nats a token", ylabel="solved, %")
+    ax.margins(x=0.15)  # for the names at both ends
     style.grid(ax)
     label(ax, points)
     return ax
 
 
+def color_of(name):
+    from keras_weightmods.plot import style
+
+    return style.COLORS[1 if name.startswith("LIFT") else 0]
+
+
 def label(ax, points):
-    """Write names beside their points, where no other name is."""
+    """Write names beside their points, where no name or point is."""
+    from matplotlib.transforms import Bbox
+
     ax.figure.canvas.draw()  # settles where the points are
-    taken: list = []
+    pixels = ax.transData.transform([*points.values()])
+    # The circles are as wide as the font is high.
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels]
     for name, point in sorted(points.items(), key=lambda each: each[1][1]):
         for y, (x, side) in itertools.product(
             (3, -10, 14, -21), ((4, "left"), (-4, "right"))
@@ -421,6 +432,7 @@ def label(ax, points):
                 textcoords="offset points",
                 fontsize=8,
                 ha=side,
+                color=color_of(name),
             )
             box = text.get_window_extent()
             # The last place is taken in any case: no point is without a name.

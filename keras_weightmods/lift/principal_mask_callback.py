@@ -53,8 +53,9 @@ class PrincipalMaskCallback(EpochFigures):
     are trained, and nothing else. They are chosen before the first step and
     again every `refresh_every` updates; an entry that leaves keeps its value.
 
-    Where this package measured it, on SmolLM2-135M, a LoRA of as many numbers
-    solved more and forgot more, and all weights solved as much: see its guide.
+    Where this package measured it, on SmolLM2-135M, it solved and forgot as
+    much as training all weights; a LoRA of as many numbers solved as much too,
+    within the noise, and forgot more: see its guide.
 
     With `SparseAdamW` the optimizer's state is as small as the masks. Any
     other Keras optimizer is wrapped in a `MaskedOptimizer`, which stays the
