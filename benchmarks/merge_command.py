@@ -31,6 +31,10 @@ OPTIONS = {
     "della": {"density": 0.3, "epsilon": 0.1},
     "breadcrumbs": {"density": 0.15, "gamma": 0.01},
 }
+HEADER = (
+    *("method", "ours, s", "mergekit, s", "ratio"),
+    *("ours, MB", "mergekit, MB", "ratio of MB"),
+)
 _MODELS = ("0.safetensors", "1.safetensors")
 _BASE = "2.safetensors"
 
@@ -165,38 +169,36 @@ def mergekit_version(program):
     return found.stdout.strip()
 
 
-def medians(report):
-    """Return {method: {who: (seconds, peak bytes)}}."""
-    return {
-        method: {
-            who: tuple(
-                statistics.median(runs[k]) for k in ("seconds", "peak_bytes")
-            )
-            for who, runs in both.items()
-        }
-        for method, both in report["methods"].items()
-    }
+def rows_of(report):
+    """Return rows of texts: a method, seconds and peaks in MB, with ratios."""
+    rows = []
+    for method, both in report["methods"].items():
+        seconds, peaks = (
+            [statistics.median(both[who][key]) for who in ("ours", "mergekit")]
+            for key in ("seconds", "peak_bytes")
+        )
+        rows.append(
+            [
+                method,
+                *(f"{value:.1f}" for value in seconds),
+                f"{seconds[0] / seconds[1]:.2f}",
+                *(f"{value / 1e6:.0f}" for value in peaks),
+                f"{peaks[0] / peaks[1]:.2f}",
+            ]
+        )
+    return rows
 
 
 def print_report(report):
     table = harness.table(
         f"Two files of {report['megabytes']} MB into one, whole commands",
-        text=("method",),
-        numbers=("ours, s", "mergekit, s", "ratio", "ours, MB", "mergekit, MB"),
+        text=HEADER[:1],
+        numbers=HEADER[1:],
     )
-    for method, found in medians(report).items():
-        (seconds, peak), (their_seconds, their_peak) = (
-            found[who] for who in ("ours", "mergekit")
-        )
-        table.add_row(
-            method,
-            f"{seconds:.1f}",
-            f"{their_seconds:.1f}",
-            f"{seconds / their_seconds:.2f}",
-            f"{peak / 1e6:.0f}",
-            f"{their_peak / 1e6:.0f}",
-        )
-    harness.print_all(table, f"{report['machine']}, {report['versions']}")
+    for row in rows_of(report):
+        table.add_row(*row)
+    about = f"{report['machine']}, {report['versions']}"
+    harness.print_all(table, about, width=100)
 
 
 if __name__ == "__main__":

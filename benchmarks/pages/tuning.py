@@ -5,7 +5,7 @@ import numpy as np
 from benchmarks import lift_quality as lift
 from benchmarks import rws_quality as rws
 from benchmarks.compander_quality import MEASURES, effects_of
-from benchmarks.merge_command import medians
+from benchmarks.merge_command import HEADER, rows_of
 from benchmarks.pages.tables import mean, megabytes, missing, table
 
 
@@ -345,22 +345,6 @@ def merging(log):
 
 
 def merge_command(log):
-    rows = []
-    for method, found in medians(log).items():
-        (seconds, peak), (their_seconds, their_peak) = (
-            found[who] for who in ("ours", "mergekit")
-        )
-        rows.append(
-            [
-                method,
-                f"{seconds:.1f}",
-                f"{their_seconds:.1f}",
-                f"{seconds / their_seconds:.2f}",
-                megabytes(peak),
-                megabytes(their_peak),
-                f"{peak / their_peak:.2f}",
-            ]
-        )
     versions = ", ".join(f"{k} {v}" for k, v in log["versions"].items())
     return "\n\n".join(
         [
@@ -371,11 +355,7 @@ def merge_command(log):
             f"{log['rounds']} in turn. {versions}; {log['machine']['cpu']}, "
             f"{log['machine']['cores_used']} of {log['machine']['cores']} "
             "cores.",
-            table(
-                "method | ours, s | mergekit, s | ratio | ours, MB | "
-                "mergekit, MB | ratio of MB",
-                rows,
-            ),
+            table(" | ".join(HEADER), rows_of(log)),
         ]
     )
 

@@ -200,10 +200,11 @@ def _della(task):
     in_rows = dataclasses.replace(
         task, read=lambda number, part: (*models, base)[number][part]
     )
+    # Not into the memory of the base: it may be the model's own.
+    rows = np.empty_like(base)
     for part, values in _changed(in_rows, elected_mean, drawn, size):
-        # In the memory of what is not needed any more.
-        base[part] = values
-    yield whole, _from_rows(base, task)
+        rows[part] = values
+    yield whole, _from_rows(rows, task)
 
 
 def _model_stock(task):

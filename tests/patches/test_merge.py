@@ -502,3 +502,19 @@ def test_against_mergekit(method, tmp_path):
     np.testing.assert_allclose(
         weights_of(merged)[0], theirs["a.weight"], rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_that_are_read_stay(method):
+    """Of a kernel with one output too, whose rows are its own memory."""
+
+    def one_output():
+        layers = [keras.Input((8,)), keras.layers.Dense(1, use_bias=False)]
+        return keras.Sequential(layers)
+
+    found = models(3, make=one_output)
+    # `get_weights` may give the memory itself.
+    before = [np.array(weights_of(model)) for model in found]
+    kwm.merge(output=one_output(), **arguments(method, found))
+    for model, weights in zip(found, before):
+        np.testing.assert_array_equal(weights_of(model), weights)
