@@ -329,9 +329,12 @@ def merging(log):
     return "\n\n".join(
         [
             f"Two files of {log['megabytes']} MB into one, where a method has "
-            "a base with that file too, on NumPy in one process. *x copy*: "
-            "bytes read and written a second, over those of a copy of one "
-            "file that waits for the disk. Beside the peak of the process, "
+            "a base with that file too, on NumPy in one process, without "
+            "the other backends, SciPy and pandas, which Keras imports where "
+            f"they are. Medians of {log['rounds']} in turn with a copy of one "
+            "file that waits for the disk (of one where it takes more than "
+            f"{log['enough_seconds']} s); *x copy*: bytes read and written a "
+            "second, over the copy's. Beside the peak of the process, "
             "that of one that has imported Keras and the library alone; "
             f"{log['machine']['cpu']}, {log['machine']['cores_used']} of "
             f"{log['machine']['cores']} cores.",

@@ -21,6 +21,8 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
     Returns:
         Dict, empty where the model cannot be run on symbols.
     """
+    if not layers:
+        return {}
     parts = keras_private.layers_of(model)
     for size in (4, 64, 256):
         order: dict[int, int] = {}

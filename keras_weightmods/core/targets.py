@@ -362,8 +362,29 @@ def _holds_target(rules: Any) -> bool:
     return any(rule.reason is None for rule in rules.values())
 
 
+def kernel_axes(model: Any) -> dict[int, Any]:
+    """Return {id of variable: pair of the contraction and the stack axes}."""
+    return {
+        id(t.variable): (t.contraction_axes, t.stack_axes)
+        for t in _find_unordered(model, depthwise=False)[0]
+    }
+
+
 def _find_all(model: Any, depthwise: bool) -> Targets:
     """Return all targets of a model."""
+    found, skipped = _find_unordered(model, depthwise)
+    order = execution_order(model, [target.layer for target in found])
+    found.sort(key=lambda target: order.get(id(target.layer), len(order)))
+    return Targets(
+        tuple(dataclasses.replace(t, depth=i) for i, t in enumerate(found)),
+        skipped,
+    )
+
+
+def _find_unordered(
+    model: Any, depthwise: bool
+) -> tuple[list[Target], tuple[Skipped, ...]]:
+    """Return the targets, in the declared order, and what is none."""
     check_built(model)
     targets: dict[int, Target] = {}
     skipped: dict[Any, Skipped] = {}
@@ -404,12 +425,7 @@ def _find_all(model: Any, depthwise: bool) -> Targets:
     for key, skip in unknown.items():
         if key not in targets:
             skipped.setdefault(key, skip)
-    order = execution_order(model, [target.layer for target in found])
-    found.sort(key=lambda target: order.get(id(target.layer), len(order)))
-    return Targets(
-        tuple(dataclasses.replace(t, depth=i) for i, t in enumerate(found)),
-        tuple(skipped.values()),
-    )
+    return found, tuple(skipped.values())
 
 
 def _reason_to_skip(layer: Any, name: str, rule: Any, depthwise: bool) -> Any:

@@ -1,8 +1,11 @@
 """Where merging reads models from: files, an array at a time, or memory."""
 
 import dataclasses
+import functools
 import os
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -10,7 +13,7 @@ import numpy as np
 
 from keras_weightmods.core import keras_private
 from keras_weightmods.core.reparameterization import reparameterizations
-from keras_weightmods.core.targets import find_targets
+from keras_weightmods.core.targets import kernel_axes
 from keras_weightmods.patches import architecture
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.saving import model as model_file
@@ -27,7 +30,8 @@ class Weight:
         name: String, of the entry of a file.
         path: String, of the variable.
         shape, dtype: Of the array.
-        place: Float in [0, 1], of its layer from the first to the last.
+        place: Callable that returns a float in [0, 1], of its layer from the
+            first to the last. For it the model is run, on symbols.
         kept: String, why it is not merged; `None` if it is.
         is_statistic: Bool, a moving mean or variance.
         axes: Pair of the contraction and stack axes of a kernel, or `None`.
@@ -37,7 +41,7 @@ class Weight:
     path: str
     shape: tuple[int, ...]
     dtype: str
-    place: float
+    place: Callable[[], float]
     kept: str | None
     is_statistic: bool
     axes: Any
@@ -219,6 +223,10 @@ def source_problems(sources: Any, template: Any) -> list[str]:
     return found
 
 
+def _place(places: Any, info: Any) -> float:
+    return places()[info.position] if info else 0.0
+
+
 def weights_of(source: Any, model: Any) -> list[Weight]:
     """Return the `Weight`s of a model, in the order of a file's entries.
 
@@ -228,23 +236,25 @@ def weights_of(source: Any, model: Any) -> list[Weight]:
     """
     checkpoint = Checkpoint("model", model)
     roles = architecture.roles(checkpoint, checkpoint.infos)
-    depths = architecture.depths(checkpoint, checkpoint.infos, roles)
-    last = max(depths) or 1
+
+    @functools.cache
+    def places():
+        depths = architecture.depths(checkpoint, checkpoint.infos, roles)
+        last = max(depths) or 1
+        return [depth / last for depth in depths]
+
     known = {
-        id(variable): (info, role, depth / last)
-        for variable, info, role, depth in zip(
-            checkpoint.variables, checkpoint.infos, roles, depths
+        id(variable): (info, role)
+        for variable, info, role in zip(
+            checkpoint.variables, checkpoint.infos, roles
         )
     }
-    axes = {
-        id(t.variable): (t.contraction_axes, t.stack_axes)
-        for t in find_targets(model)
-    }
+    axes = kernel_axes(model)
     variables = variables_of(states.walk(model))
     found = []
     for name, entry in source.entries.items():
         key = id(variables[name])
-        info, role, place = known.get(key, (None, "other", 0.0))
+        info, role = known.get(key, (None, "other"))
         path = info.path if info else getattr(variables[name], "path", name)
         reason = None
         if entry.dtype not in FLOATS:
@@ -259,7 +269,7 @@ def weights_of(source: Any, model: Any) -> list[Weight]:
                 path=path,
                 shape=entry.shape,
                 dtype=entry.dtype,
-                place=place,
+                place=partial(_place, places, info),
                 kept=reason,
                 is_statistic=role == "statistic",
                 axes=axes.get(key),

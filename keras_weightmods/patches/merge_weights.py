@@ -93,7 +93,7 @@ def resolved(name, spec, found):
         return {weight.name: value for weight in found}
     anchors = [checks.check_float(name, each) for each in spec]
     places = np.linspace(0, 1, len(anchors))
-    return {w.name: float(np.interp(w.place, places, anchors)) for w in found}
+    return {w.name: float(np.interp(w.place(), places, anchors)) for w in found}
 
 
 def shares(method, specs, found, kept):

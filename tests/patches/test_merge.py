@@ -7,6 +7,7 @@ import pytest
 import safetensors.numpy
 
 import keras_weightmods as kwm
+from keras_weightmods.core import execution_order
 from keras_weightmods.patches.merge_methods import METHODS
 from keras_weightmods.saving import container
 from tests.models import (
@@ -103,6 +104,23 @@ def test_gradients_and_filters_of_weights():
     shares = {each.path: each.weights[0] for each in report.merged}
     assert [shares[path] for path in paths] == [3, 1, 1, 1]
     assert shares[f"{a.layers[0].name}/bias"] == 0.5
+
+
+def test_a_model_runs_on_symbols_for_gradients_alone(tmp_path, monkeypatch):
+    paths, _ = files(tmp_path, count=2)
+    runs = []
+    inputs = execution_order._symbolic_inputs
+
+    def seen(*args):
+        runs.append(args)
+        return inputs(*args)
+
+    monkeypatch.setattr(execution_order, "_symbolic_inputs", seen)
+    output = tmp_path / "merged.safetensors"
+    kwm.merge(paths, output, weights=[1, {"": 2}], verbose=0)
+    assert runs == []
+    kwm.merge(paths, output, weights=[[1, 2], [2, 1]], verbose=0)
+    assert len(runs) == 1
 
 
 def test_include_and_exclude():
