@@ -189,6 +189,8 @@ def test_merging(tmp_path):
     log = {
         "machine": {"cpu": "a", "cores": 2, "cores_used": 1},
         "megabytes": 500,
+        "rounds": 3,
+        "enough_seconds": 30,
         "backends": {
             "torch": {"imported_bytes": 5.9e8, "methods": {"ties": ties}}
         },
@@ -198,7 +200,7 @@ def test_merging(tmp_path):
         "ours": {"seconds": [9, 4, 5], "peak_bytes": [6e8] * 3},
         "mergekit": {"seconds": [8, 10, 20], "peak_bytes": [2e9] * 3},
     }
-    log |= {"versions": {"torch": "2"}, "rounds": 3, "methods": {"ties": both}}
+    log |= {"versions": {"torch": "2"}, "methods": {"ties": both}}
     (tmp_path / "merge_command.json").write_text(json.dumps(log))
     page = results_page.make_page(tmp_path)
     assert "| torch | ties | 4.0 | 0.35 | 660 | 590 |" in page
