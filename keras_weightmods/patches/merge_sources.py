@@ -223,10 +223,6 @@ def source_problems(sources: Any, template: Any) -> list[str]:
     return found
 
 
-def _place(places: Any, info: Any) -> float:
-    return places()[info.position] if info else 0.0
-
-
 def weights_of(source: Any, model: Any) -> list[Weight]:
     """Return the `Weight`s of a model, in the order of a file's entries.
 
@@ -241,7 +237,13 @@ def weights_of(source: Any, model: Any) -> list[Weight]:
     def places():
         depths = architecture.depths(checkpoint, checkpoint.infos, roles)
         last = max(depths) or 1
-        return [depth / last for depth in depths]
+        return {
+            id(variable): depth / last
+            for variable, depth in zip(checkpoint.variables, depths)
+        }
+
+    def place(key):
+        return places().get(key, 0.0)
 
     known = {
         id(variable): (info, role)
@@ -269,7 +271,7 @@ def weights_of(source: Any, model: Any) -> list[Weight]:
                 path=path,
                 shape=entry.shape,
                 dtype=entry.dtype,
-                place=partial(_place, places, info),
+                place=partial(place, key),
                 kept=reason,
                 is_statistic=role == "statistic",
                 axes=axes.get(key),
