@@ -18,9 +18,11 @@ _RECORDINGS = 16  # that a model keeps
 
 # How far the logits may be off, as a share of the largest, by their type.
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
-# In the mean of a row, in half precision: with right steps one of 49,152 logits
-# was off by 6 % of the largest, and the mean by 1 %.
-_TOLERANCE = 0.05
+# In half precision: how far a row may be off in the mean, as a share of its
+# spread. What is added to a whole row, which changes no probability, does not
+# count. With right steps rows were off by up to 0.03, where one of 49,152
+# logits was by 6 % of the largest; at the place before theirs by 0.14 to 0.8.
+_TOLERANCE = 0.1
 # In the mean of all, where inputs are rounded to int8: a step of that makes
 # much of any rounding before it.
 _ROUNDED_TOLERANCE = 0.1
@@ -212,14 +214,14 @@ def _check(logits, expected, rounds_inputs):
     """Raise CannotCompile unless the logits are those expected."""
     tolerance = _TOLERANCES.get(logits.dtype, _TOLERANCE)
     expected = expected.float()
-    off, size = (x.abs() for x in (logits.float() - expected, expected))
+    pair = logits.float() - expected, expected
     if rounds_inputs:
         tolerance = _ROUNDED_TOLERANCE
-        off, size = (x.square().mean().sqrt() for x in (off, size))
+        off, size = (x.square().mean().sqrt() for x in pair)
     elif logits.dtype in _TOLERANCES:
-        off, size = off.max(), size.max()
+        off, size = (x.abs().max() for x in pair)
     else:
-        off, size = (x.square().mean(-1).sqrt() for x in (off, size))
+        off, size = (x.std(-1) for x in pair)
     # Where the model gives NaN, there is nothing to compare.
     if (off > tolerance * size).any():
         raise CannotCompile(
