@@ -22,7 +22,7 @@ of the loss on two unrelated texts, in nats a token, mean of the two.
   largest of the loss on the first 16 problems): `SparseAdamW` on a share of
   each projection, chosen once;
 - LIFT: principal weights, chosen again in the middle. MLP: in its kernels
-  alone, as many in all.
+  alone, as many in all. LIFT + LoRA: both, of half as many numbers each.
 
 The learning rate of each method is searched on a grid of factor 2, by the loss
 on validation problems after runs of full length, from a start to where both

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import statistics
 import time
+from collections import Counter
 
 from benchmarks import harness
 
@@ -33,6 +34,8 @@ METHODS = {
     "LIFT 1 %": Method(3.2e-3, "principal", 0.01),
     "LIFT 5 %": Method(1.6e-3, "principal"),
     "LIFT 5 % MLP": Method(1.6e-3, "principal", targets="feedforward"),
+    # Half of the numbers each.
+    "LIFT + LoRA": Method(1.6e-3, "principal", 0.025, lora="LoRA"),
 }
 
 
@@ -101,8 +104,11 @@ class Worker:
         }
         callbacks, result = [make_clock()], {}
         if method.lora:
+            kernels = [target.variable for target in kwm.find_targets(model)]
             rank = enable_lora(model, method.density, method.lora == "rsLoRA")
             result["lora_rank"] = rank
+            for kernel in kernels:
+                kernel.trainable = method.criterion is not None
         optimizer = keras.optimizers.AdamW
         if method.criterion:
             optimizer = kwm.SparseAdamW
@@ -137,30 +143,44 @@ class Worker:
         from safetensors.numpy import save
 
         import keras_weightmods as kwm
-        from examples.finetune_lift import load_model
 
-        model = self.model
-        trained = model.trainable_variables
+        model, stored = self.model, Counter()
         if method.lora:
             factors = {
                 str(place): keras.ops.convert_to_numpy(v).astype("float16")
-                for place, v in enumerate(trained)
+                for place, v in enumerate(model.trainable_variables)
+                if v.name.startswith("lora_")
             }
-            kwm.merge_lora(model)
             count = sum(factor.size for factor in factors.values())
-            return {
-                "trained": count,
-                "stored": count,
-                "file_bytes": len(save(factors)),
-            }
-        count = sum(math.prod(v.shape) for v in trained)
+            stored.update(
+                trained=count, stored=count, file_bytes=len(save(factors))
+            )
+        if method.criterion or not method.lora:
+            stored.update(self.store_delta(model, method))
+        if method.lora:
+            kwm.merge_lora(model)
+        return dict(stored)
+
+    def store_delta(self, model, method):
+        """Return the bytes of a delta of all but the factors of LoRA."""
+        import keras_weightmods as kwm
+        from examples.finetune_lift import load_model
+
+        variables = model.trainable_variables
+        count = sum(math.prod(v.shape) for v in variables)
         if method.criterion:
             optimizer = model.optimizer
             count = sum(
                 len(optimizer.indices_of(v)) for v in optimizer.masked_variables
             )
+        bare = load_model(dtype=self.args.dtype)
+        base = bare.get_weights()
+        if method.lora:
+            pairs = zip(*map(kwm.find_targets, (bare, model)), strict=True)
+            for to, of in pairs:
+                to.variable.assign(of.variable)
+            model = bare
         file = self.args.json.with_suffix(".safetensors")
-        base = load_model(dtype=self.args.dtype).get_weights()
         report = kwm.save_delta(model, base, file, verbose=0)
         file.unlink()
         return {
@@ -256,6 +276,7 @@ def make_masks(model, method, steps, seed, data=None):
         if method.criterion == "principal"
         else None,
         targets=targets,
+        also_train="lora" if method.lora else None,
         seed=seed,
         data=data if method.criterion == "gradient" else None,
     )

@@ -71,7 +71,7 @@ def test_methods_train_as_many_numbers(name, llama):
     kernels = kwm.find_targets(llama)
     expected = method.density * lift_tuning.entries(kernels)
     if method.lora:
-        lift_step.enable_lora(llama, 0.05, method.lora == "rsLoRA")
+        lift_step.enable_lora(llama, method.density, method.lora == "rsLoRA")
         trained = sum(np.prod(v.shape) for v in llama.trainable_variables)
         assert trained == pytest.approx(expected, rel=0.5)
         return
@@ -98,7 +98,9 @@ def test_scaling_of_lora(llama):
     assert layer.lora_alpha / layer.lora_rank == pytest.approx(rank**0.5)
 
 
-@pytest.mark.parametrize("name", ["full", "rsLoRA", "LIFT 5 %", "gradient 5 %"])
+@pytest.mark.parametrize(
+    "name", ["full", "rsLoRA", "LIFT 5 %", "gradient 5 %", "LIFT + LoRA"]
+)
 def test_a_run_of_a_tiny_model(name, tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym")
 
