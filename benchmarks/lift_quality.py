@@ -401,7 +401,7 @@ def draw(report, ax=None):
     line = sorted(points[name] for name in front(found))
     ax.plot(*zip(*line), "--", color=style.GRAY, lw=0.8, zorder=0)
     ax.set(xlabel="forgotten, nats a token", ylabel="solved, %")
-    ax.margins(x=0.15)  # for the names at both ends
+    ax.margins(x=0.2)  # for the names at both ends
     style.grid(ax)
     label(ax, points)
     return ax
