@@ -223,7 +223,8 @@ def _check(logits, expected, rounds_inputs):
     else:
         off, size = (x.std(-1) for x in pair)
     # Where the model gives NaN, there is nothing to compare.
-    if (off > tolerance * size).any():
+    is_broken = off.isnan() & size.isfinite()
+    if (is_broken | (off > tolerance * size)).any():
         raise CannotCompile(
             "a recorded step gives other logits than the model: they differ "
             f"by {float(off.max()):.3g}, of {float(size.max()):.3g}"

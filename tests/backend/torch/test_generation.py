@@ -26,3 +26,20 @@ def test_logits_that_are_rounded_are_not_others():
     for others, logits in ((rounded, expected), (exact * 1.01, exact)):
         with pytest.raises(CannotCompile, match="other logits"):
             generation._check(others, logits, False)
+
+
+def test_a_step_that_gives_nan_where_the_model_does_not_is_refused():
+    import torch
+
+    from keras_weightmods.backend.torch import generation
+
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = torch.randn(2, 1, 64).to(dtype)
+        broken = expected.clone()
+        broken[1] = float("nan")
+        # Where the model gives it too, there is nothing to compare.
+        generation._check(broken, broken, False)
+        for rounds_inputs in (False, True):
+            with pytest.raises(CannotCompile, match="other logits"):
+                generation._check(broken, expected, rounds_inputs)
