@@ -22,7 +22,7 @@ def attention_by_kernel(
     """Let `keras.ops.dot_product_attention` take the kernel in a scope.
 
     Args:
-        functions_by: Of `core.keras_private`.
+        functions_by: Of `core.keras_compat`.
         kernel: Callable, see `attend`.
         plain_shares: Bool, whether the backend's own attention takes keys
             that are not repeated; it then gets them so.

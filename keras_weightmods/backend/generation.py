@@ -11,7 +11,7 @@ class Generation:
     Args:
         model: A `keras_hub.models.CausalLM`.
         functions_by, replaced_attributes, rotations_by: Of
-            `core.keras_private`.
+            `core.keras_compat`.
     """
 
     def __init__(self, model, functions_by, replaced_attributes, rotations_by):

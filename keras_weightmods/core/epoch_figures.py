@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 
 
 class EpochFigures(keras.callbacks.Callback):
@@ -26,7 +26,7 @@ class EpochFigures(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         # `fit` makes one each time.
         self._history = getattr(self._model, "history", None)
-        keras_private.add_to_epoch_logs(self._model, self._take)
+        keras_compat.add_to_epoch_logs(self._model, self._take)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._is_open = True
@@ -37,14 +37,14 @@ class EpochFigures(keras.callbacks.Callback):
             logs.update(self._take())
 
     def on_train_end(self, logs: Any = None) -> None:
-        keras_private.leave_epoch_logs(self._model, self._take)
+        keras_compat.leave_epoch_logs(self._model, self._take)
 
     def _take(self) -> dict[str, float]:
         """Return the figures once an epoch: `evaluate` makes logs as well."""
         if getattr(self._model, "history", None) is not self._history:
             # Left here by a `fit` that was interrupted.
             self._is_open = False
-            keras_private.leave_epoch_logs(self._model, self._take)
+            keras_compat.leave_epoch_logs(self._model, self._take)
         if not self._is_open:
             return {}
         self._is_open = False

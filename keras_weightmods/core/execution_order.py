@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 
 
 def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
@@ -23,7 +23,7 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
     """
     if not layers:
         return {}
-    parts = keras_private.layers_of(model)
+    parts = keras_compat.layers_of(model)
     for size in (4, 64, 256):
         order: dict[int, int] = {}
         try:
@@ -31,7 +31,7 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
             if inputs is None:
                 break
             args, kwargs = inputs
-            with keras_private.restored_attributes(parts):
+            with keras_compat.restored_attributes(parts):
                 for layer in layers:
                     _note_calls(layer, order)
                 _Run(model).compute_output_spec(*args, **kwargs)
@@ -55,7 +55,7 @@ class _Run(keras.Operation):
 
 
 def _note_calls(layer: Any, order: dict[int, int]) -> None:
-    keras_private.see_calls(
+    keras_compat.see_calls(
         layer, lambda *_, **__: order.setdefault(id(layer), len(order))
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import slots
 
 
@@ -74,7 +74,7 @@ def _class_with_call(layer: Any) -> Any:
     return next(
         cls
         for cls in type(layer).__mro__
-        if "call" in keras_private.attributes(cls) and cls is not BankCall
+        if "call" in keras_compat.attributes(cls) and cls is not BankCall
     )
 
 
@@ -115,7 +115,7 @@ def inputs_seen(
 
     `x` is what the stack is multiplied by, `args` those of the bank's call.
     """
-    before = keras_private.attributes(layer).get("call")
+    before = keras_compat.attributes(layer).get("call")
     records = [*getattr(before, "records", ()), (attribute, record)]
 
     def call(*args, **kwargs):
@@ -127,7 +127,7 @@ def inputs_seen(
         return run(layer, products, *args, **kwargs)
 
     call.records = records  # type: ignore[attr-defined]
-    with keras_private.replaced_attributes(layer, call=call):
+    with keras_compat.replaced_attributes(layer, call=call):
         yield
 
 
@@ -138,8 +138,8 @@ def routers_of(model: Any) -> dict[int, Any]:
     tensor (tokens, experts): which experts a token is routed to.
     """
     routers = {}
-    for block in keras_private.layers_of(model):
-        for layer in keras_private.parts_of(block):
+    for block in keras_compat.layers_of(model):
+        for layer in keras_compat.parts_of(block):
             if stacks_of(layer):
                 bank = bank_of(_class_with_call(layer))
                 routers[id(layer)] = functools.partial(_routed, block, bank)

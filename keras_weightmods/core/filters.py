@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.core.keras_private import layers_of, own_variables
+from keras_weightmods.core.keras_compat import layers_of, own_variables
 from keras_weightmods.utils import checks
 
 _Test = Callable[[Any], bool]

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.targets import Target, target_of
 from keras_weightmods.core.weight_keys import weight_keys
 
@@ -26,7 +26,7 @@ class Head:
         self.body = keras.Model(input_of(model), entry, name="body")
         self.classes = graph.outputs[0].shape[-1]
         self._entry, self._exit = id(entry), id(graph.outputs[0])
-        self._nodes = keras_private.nodes_of(graph)
+        self._nodes = keras_compat.nodes_of(graph)
         operations = [node.operation for node in self._nodes]
         self.layers = [
             each for each in operations if isinstance(each, keras.layers.Layer)
@@ -47,7 +47,7 @@ class Head:
         known = {self._entry: hidden}
         for node in self._nodes:
             args, kwargs = node.arguments.fill_in(known)
-            call = keras_private.graph_call(node.operation, training)
+            call = keras_compat.graph_call(node.operation, training)
             known[id(node.outputs[0])] = call(*args, **kwargs)
         return known[self._exit]
 
@@ -68,9 +68,9 @@ def reversible_embeddings(model: Any) -> list[Target]:
     keys = weight_keys(model)
     return [
         target_of(layer, "embeddings", keys=keys)
-        for layer in keras_private.layers_of(model)
+        for layer in keras_compat.layers_of(model)
         if isinstance(layer, keras.layers.ReversibleEmbedding)
-        and keras_private.stored_variable(layer, "embeddings") is not None
+        and keras_compat.stored_variable(layer, "embeddings") is not None
     ]
 
 
@@ -106,7 +106,7 @@ def find_head(model: Any) -> Head | None:
         return None
     (tensor,) = outputs
     while True:
-        operation, inputs = keras_private.producer(tensor)
+        operation, inputs = keras_compat.producer(tensor)
         is_head = isinstance(
             operation, (keras.layers.ReversibleEmbedding, keras.layers.Dense)
         )

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.target_rules import rules_of
 from keras_weightmods.core.targets import Target, check_built, target_of
 from keras_weightmods.core.weight_keys import weight_keys
@@ -38,13 +38,13 @@ def quantized_kernels(model: Any) -> list[tuple[Target, Any]]:
     check_built(model)
     keys = weight_keys(model)
     found: list[tuple[Target, Any]] = []
-    for layer in keras_private.layers_of(model):
+    for layer in keras_compat.layers_of(model):
         rule = rules_of(layer).get("kernel")
         is_known = rule is not None and rule.reason is None
         if not is_known or layer.quantization_mode not in ("int8", "int4"):
             continue
         # Not the shape of the variable: two int4 codes are stored in one.
-        codes = keras_private.stored_variable(layer, "kernel").value
+        codes = keras_compat.stored_variable(layer, "kernel").value
         steps = _steps(layer, codes)
         rank = len(steps.shape)
         target = target_of(layer, keys=keys, depth=len(found), rank=rank)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.utils.checks import check_model
 
 # The attribute of a layer with its {attribute: Reparameterization}.
@@ -148,7 +148,7 @@ def reparameterizations(
     check_model(model)
     items = [
         item
-        for layer in keras_private.layers_of(model)
+        for layer in keras_compat.layers_of(model)
         for item in slots(layer).values()
         if isinstance(item, kind)
     ]
@@ -157,12 +157,12 @@ def reparameterizations(
 
 def slots(layer: Any) -> Any:
     """Return {attribute: Reparameterization} of a layer."""
-    return keras_private.attributes(layer).get(_SLOT, {})
+    return keras_compat.attributes(layer).get(_SLOT, {})
 
 
 def put_slots(layer: Any, items: Any) -> None:
     """Set what `slots` returns, past attribute tracking."""
-    own = keras_private.attributes(layer)
+    own = keras_compat.attributes(layer)
     if items:
         own[_SLOT] = items
     else:

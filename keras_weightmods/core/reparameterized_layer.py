@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import put_slots, slots
 
 
@@ -115,7 +115,7 @@ def effective_weight(attribute: str) -> property:
     """
 
     def set_stored(layer, value):
-        keras_private.attributes(layer)[attribute] = value
+        keras_compat.attributes(layer)[attribute] = value
 
     return property(functools.partial(_effective_weight, attribute), set_stored)
 
@@ -127,7 +127,7 @@ def _stored_variable(attribute, layer):
 def _effective_weight(attribute, layer):
     item = slots(layer).get(attribute)
     if item is None:
-        variable = keras_private.stored_variable(layer, attribute)
+        variable = keras_compat.stored_variable(layer, attribute)
         if variable is None:
             raise AttributeError(
                 f"Layer '{layer.name}' has a `{attribute}` once it is built."
@@ -137,8 +137,8 @@ def _effective_weight(attribute, layer):
     # In the variables' own precision, outside of the autocast scope of a
     # mixed-precision layer: a scale near 1 has steps of 2**-7 in bfloat16, too
     # coarse to be trained.
-    scope = keras_private.get_autocast_scope()
-    with keras_private.AutocastScope(None):
+    scope = keras_compat.get_autocast_scope()
+    with keras_compat.AutocastScope(None):
         weight = ops.cast(item.effective(variable), item.dtype)
         if attribute == "kernel" and getattr(layer, "lora_enabled", False):
             delta = ops.matmul(layer.lora_kernel_a, layer.lora_kernel_b)
@@ -184,7 +184,7 @@ def plain_classes(model: Any) -> Iterator[None]:
     """Give the layers their own classes in a scope, to be serialized."""
     generated = {
         layer: type(layer)
-        for layer in keras_private.layers_of(model)
+        for layer in keras_compat.layers_of(model)
         if isinstance(layer, AttachedLayer)
     }
     try:
@@ -199,7 +199,7 @@ def plain_classes(model: Any) -> Iterator[None]:
 def _stored_items(layer):
     items = slots(layer).values()
     known = {id(x) for item in items for x in item.parameters}
-    own = keras_private.own_variables(layer)
+    own = keras_compat.own_variables(layer)
     stored = [variable for variable in own if id(variable) not in known]
     return {f"stored_{i}": variable for i, variable in enumerate(stored)}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import (
     Reparameterization,
     reparameterizations,
@@ -154,8 +154,8 @@ def _guard(model: Any) -> None:
     that config beside the arrays of the reparameterized ones. A layer refuses
     by itself, but not all that hold it ask for its config.
     """
-    for part in keras_private.layers_of(model):
-        own = keras_private.attributes(part)
+    for part in keras_compat.layers_of(model):
+        own = keras_compat.attributes(part)
         for name, guard in _GUARDS.items():
             method = own.get(name)
             is_ours = getattr(method, "__func__", None) is guard
@@ -167,7 +167,7 @@ def _guard(model: Any) -> None:
 
 
 def _attached_in(part: Any) -> list[Any]:
-    parts = keras_private.layers_of(part)
+    parts = keras_compat.layers_of(part)
     return [each for each in parts if isinstance(each, AttachedLayer)]
 
 
@@ -257,8 +257,8 @@ def fold(
         if item.keeps_stored:
             variable.assign(value)
         else:
-            keras_private.restore_value(variable, value)
-            keras_private.put_variable_back(
+            keras_compat.restore_value(variable, value)
+            keras_compat.put_variable_back(
                 item.target.layer, variable, item.place
             )
         see(item)
@@ -283,11 +283,11 @@ def stored_weights(
     """
     items = [i for i in reparameterizations(model) if not i.keeps_stored]
     with contextlib.ExitStack() as stack:
-        stack.callback(keras_private.track_torch_parameters, model)
+        stack.callback(keras_compat.track_torch_parameters, model)
         for item in items:
             stack.enter_context(_stored_weight(item))
             see(item)
-        keras_private.track_torch_parameters(model)
+        keras_compat.track_torch_parameters(model)
         yield items
 
 
@@ -297,27 +297,27 @@ def _stored_weight(item):
     value = item.folded()
     _uninstall(item)
     places = [
-        (parameter, keras_private.remove_variable(layer, parameter))
+        (parameter, keras_compat.remove_variable(layer, parameter))
         for parameter in item.parameters
     ]
-    keras_private.restore_value(variable, value)
-    keras_private.put_variable_back(layer, variable, item.place)
+    keras_compat.restore_value(variable, value)
+    keras_compat.put_variable_back(layer, variable, item.place)
     try:
         yield
     finally:
         _take_out(item)
         for parameter, place in reversed(places):
-            keras_private.put_variable_back(layer, parameter, place)
+            keras_compat.put_variable_back(layer, parameter, place)
         _put_in(item)
 
 
 def forget_variables(model: Any) -> None:
     """Drop what was compiled for, and trained with, other variables."""
-    for layer in keras_private.layers_of(model):
+    for layer in keras_compat.layers_of(model):
         for name in ("train", "test", "predict", "generate"):
             if getattr(layer, f"{name}_function", None) is not None:
                 setattr(layer, f"{name}_function", None)
-    keras_private.track_torch_parameters(model)
+    keras_compat.track_torch_parameters(model)
     if has_built_optimizer(model):
         model.optimizer = None
         model.compiled = False
@@ -387,9 +387,9 @@ def _take_out(item):
     `Target` for instance, finds it alive after the fold.
     """
     layer, variable = item.target.layer, item.target.variable
-    name = keras_private.stored_name(layer, item.target.attribute)
-    item.place = keras_private.remove_variable(layer, variable, name)
-    keras_private.release_value(
+    name = keras_compat.stored_name(layer, item.target.attribute)
+    item.place = keras_compat.remove_variable(layer, variable, name)
+    keras_compat.release_value(
         variable,
         f"The variable {variable.path!r} has been replaced by packed ones and "
         f"has no value until `{item.finish}`.",
@@ -404,7 +404,7 @@ def _create_parameters(item):
         item.parameters += (parameter,)
         return parameter
 
-    with keras_private.unlocked(layer):
+    with keras_compat.unlocked(layer):
         item.create_parameters(add_weight)
     if not item.target.variable.trainable:
         for parameter in item.parameters:
@@ -413,7 +413,7 @@ def _create_parameters(item):
 
 def _drop_parameters(item):
     for parameter in item.parameters:
-        keras_private.remove_variable(item.target.layer, parameter)
+        keras_compat.remove_variable(item.target.layer, parameter)
 
 
 def has_built_optimizer(model: Any) -> bool:

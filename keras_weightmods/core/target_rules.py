@@ -6,7 +6,7 @@ from typing import Any
 
 from keras import layers
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.expert_banks import bank_of
 from keras_weightmods.utils.checks import error
 
@@ -179,8 +179,8 @@ _RULES: dict[tuple[type, str], Rule] = {
         for cls in (layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell)
         for name in ("kernel", "recurrent_kernel")
     },
-    (keras_private.ConvLSTMCell, "kernel"): _CONV,
-    (keras_private.ConvLSTMCell, "recurrent_kernel"): _CONV,
+    (keras_compat.ConvLSTMCell, "kernel"): _CONV,
+    (keras_compat.ConvLSTMCell, "recurrent_kernel"): _CONV,
     (layers.SeparableConv1D, "depthwise_kernel"): _DEPTHWISE,
     (layers.SeparableConv1D, "pointwise_kernel"): _CONV,
     (layers.SeparableConv2D, "depthwise_kernel"): _DEPTHWISE,

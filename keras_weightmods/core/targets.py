@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.core import filters, keras_private, target_rules
+from keras_weightmods.core import filters, keras_compat, target_rules
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.weight_keys import weight_keys
@@ -326,7 +326,7 @@ def _unbuilt_layers(model: Any) -> list[Any]:
     """Return the layers in a model that may hold a target and are not built."""
     return [
         layer
-        for layer in keras_private.layers_of(model)
+        for layer in keras_compat.layers_of(model)
         if layer is not model
         and not layer.built
         and _holds_target(target_rules.rules_of(layer))
@@ -342,7 +342,7 @@ def _unused_layers(model: Any) -> list[Any]:
     unbuilt = _unbuilt_layers(model)
     if not unbuilt:
         return []
-    parts = keras_private.layers_of(model)
+    parts = keras_compat.layers_of(model)
     order = execution_order(model, [x for x in parts if x is not model])
     # Without an order it is known only of what no graph holds.
     called = order or _layers_of_graph(model)
@@ -351,9 +351,9 @@ def _unused_layers(model: Any) -> list[Any]:
 
 def _layers_of_graph(layer: Any) -> set[int]:
     """Return the ids of the layers in `layer` that its graphs may call."""
-    graph = keras_private.graph_of(layer)
+    graph = keras_compat.graph_of(layer)
     if graph is None:
-        return set(map(id, keras_private.layers_of(layer)))
+        return set(map(id, keras_compat.layers_of(layer)))
     parts = (x for x in graph.operations if isinstance(x, keras.Layer))
     return set().union(*map(_layers_of_graph, parts))
 
@@ -390,7 +390,7 @@ def _find_unordered(
     skipped: dict[Any, Skipped] = {}
     unknown: dict[int, Skipped] = {}
     keys = weight_keys(model)
-    for layer in keras_private.layers_of(model):
+    for layer in keras_compat.layers_of(model):
         # Without weights there is nothing to know.
         rules = target_rules.rules_of(layer) if layer.built else {}
         known = set()
@@ -443,7 +443,7 @@ def _stored_variable(layer: Any, attribute: str) -> Any:
     if attribute in slots(layer):
         return slots(layer)[attribute].target.variable
     # Not `getattr` first: it may compute an effective weight.
-    variable = keras_private.stored_variable(layer, attribute)
+    variable = keras_compat.stored_variable(layer, attribute)
     if variable is None and layer.quantization_mode is None:
         variable = getattr(layer, attribute, None)
     return variable if isinstance(variable, keras.Variable) else None
@@ -459,7 +459,7 @@ def _other_matrices(layer: Any, known: set[int]) -> list[Any]:
         known = known.union(map(id, item.parameters))
     return [
         variable
-        for variable in keras_private.own_variables(layer)
+        for variable in keras_compat.own_variables(layer)
         if id(variable) not in known
         and len(variable.shape) >= 2
         and (variable.trainable or not layer.trainable)

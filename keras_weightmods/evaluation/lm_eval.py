@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.evaluation.perplexity import start_token, tokenize
 from keras_weightmods.evaluation.token_scorer import (
     TokenScorer,
@@ -273,7 +273,7 @@ def _greedy(model: Any) -> Iterator[Any]:
         chosen = slice(len(prompt), total)
         return new[chosen][used[chosen].astype(bool)].tolist()
 
-    with keras_private.replaced_attributes(
+    with keras_compat.replaced_attributes(
         model,
         sampler=keras_hub.samplers.GreedySampler(),
         generate_function=None,

@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import input_of
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import gguf_file
@@ -307,7 +307,7 @@ def _check_plain(model: Any, format: str) -> None:
         for item in reparameterizations(model)
         if item.keeps_stored
     }
-    for layer in keras_private.layers_of(model):
+    for layer in keras_compat.layers_of(model):
         if getattr(layer, "quantization_mode", None) is not None:
             found[layer.path] = "quantized by Keras: export before `quantize`"
         elif getattr(layer, "lora_enabled", False):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import keras
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.generation.generate_function import GenerateFunction
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Report, Table
@@ -122,7 +122,7 @@ def compile_generate(model: keras.Model, verbose: int = 1) -> GenerateReport:
     checks.check_verbose(verbose)
     backend = keras.backend.backend()
     report = functools.partial(GenerateReport, model.name, backend)
-    attributes = keras_private.attributes(model)
+    attributes = keras_compat.attributes(model)
     sampler_base = _hub().samplers.Sampler
     attributes[_HOOK] = GenerateFunction(model, sampler_base, verbose)
     return report(True, _DONE[backend])
@@ -150,13 +150,13 @@ def uncompile_generate(model: keras.Model) -> None:
     ```
     """
     _check_causal_lm(model)
-    keras_private.attributes(model).pop(_HOOK, None)
+    keras_compat.attributes(model).pop(_HOOK, None)
 
 
 @contextlib.contextmanager
 def compiled(model: keras.Model) -> Iterator[None]:
     """`compile_generate` in a scope; a model that has it keeps it."""
-    was_compiled = _HOOK in keras_private.attributes(model)
+    was_compiled = _HOOK in keras_compat.attributes(model)
     if not was_compiled:
         compile_generate(model, verbose=0)
     try:

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_weightmods.backend import backend_module
 from keras_weightmods.backend.generation import CannotCompile
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.generation import short_prefill
 from keras_weightmods.utils.progress import Waiting
 
@@ -49,9 +49,9 @@ class GenerateFunction:
             module = backend_module("generation")
             self.compiled = module.CompiledGenerate(
                 self.model,
-                keras_private.functions_by,
-                keras_private.replaced_attributes,
-                keras_private.rotations_by,
+                keras_compat.functions_by,
+                keras_compat.replaced_attributes,
+                keras_compat.rotations_by,
             )
         reason = self.refusal or self._reason_against(inputs)
         if not reason:
@@ -137,7 +137,7 @@ def _structure(model):
     """What a recording holds for as long as this is the same."""
     return (
         [_Same(v.value) for v in model.variables],
-        [(_Same(x), type(x)) for x in keras_private.layers_of(model)],
+        [(_Same(x), type(x)) for x in keras_compat.layers_of(model)],
     )
 
 

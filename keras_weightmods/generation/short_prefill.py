@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core.keras_private import layers_of, replaced_attributes
+from keras_weightmods.core.keras_compat import layers_of, replaced_attributes
 from keras_weightmods.core.reparameterization import reparameterizations
 
 # How far the logits may be off, as a share of the largest, by their type.

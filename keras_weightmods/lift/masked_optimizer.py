@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.wrapping_optimizer import WrappingOptimizer
 from keras_weightmods.lift.masked_state import MaskedState
 from keras_weightmods.ops.nm import pack_bits, packed_size, unpack_bits
@@ -79,10 +79,10 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
         inner = self.optimizer
         if inner.built:
             # By Keras, before the masks were known.
-            trained = keras_private.optimizer_variables(inner)
+            trained = keras_compat.optimizer_variables(inner)
             self.inner_on_all = len(trained) > len(variables)
-            keras_private.check_known(inner, variables)
-            keras_private.drop_averages(inner)
+            keras_compat.check_known(inner, variables)
+            keras_compat.drop_averages(inner)
         keras.optimizers.Optimizer.build(self, variables)
         self._bits: list[Any] = [None] * len(variables)
         for place, spec in enumerate(self._specs):

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.lift.masked_state import MaskedState
 
 
@@ -25,9 +25,9 @@ def check_optimizer(optimizer: Any, variables: Any, specs: Any) -> None:
     if not optimizer.built:
         return
     if not isinstance(optimizer, MaskedState):
-        keras_private.check_known(optimizer, variables)
+        keras_compat.check_known(optimizer, variables)
         return
-    trained = keras_private.optimizer_variables(optimizer)
+    trained = keras_compat.optimizer_variables(optimizer)
     received = {id(v): s.size for v, s in zip(trained, optimizer.specs)}
     expected = {id(v): s.size for v, s in zip(variables, specs)}
     if expected != received:
@@ -54,4 +54,4 @@ def install(model: Any, optimizer: Any, variables: Any) -> None:
             name=outer.name,
         )
         optimizer.build(variables)
-    keras_private.set_optimizer(model, optimizer)
+    keras_compat.set_optimizer(model, optimizer)

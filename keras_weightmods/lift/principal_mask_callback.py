@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import filters, keras_private
+from keras_weightmods.core import filters, keras_compat
 from keras_weightmods.core.epoch_figures import EpochFigures
 from keras_weightmods.core.first_step import show_first_step
 from keras_weightmods.core.loss_gradients import loss_gradients
@@ -247,11 +247,11 @@ class PrincipalMaskCallback(EpochFigures):
         report, is_new = self._attach(model)
         self._density = report.totals["trained"] / report.totals["entries"]
         super().on_train_begin(logs)
-        keras_private.list_hidden_parameters(model)
+        keras_compat.list_hidden_parameters(model)
         # Others find out by themselves what is to be trained.
         if is_new or keras.backend.backend() == "tensorflow":
             model.make_train_function(force=True)
-        keras_private.keep_weights(model)
+        keras_compat.keep_weights(model)
         unfreeze_on_error(model)
         verbose = (self.params or {}).get("verbose", 0)
         show_first_step(model, verbose, began)
@@ -294,7 +294,7 @@ class PrincipalMaskCallback(EpochFigures):
     def _look(self) -> None:
         """Read from the optimizer what is counted here after it."""
         optimizer = without_loss_scaling(self.model.optimizer)
-        applied = keras_private.applied_steps(optimizer)
+        applied = keras_compat.applied_steps(optimizer)
         self._batches = int(ops.convert_to_numpy(applied))
         self._mask_step = optimizer.mask_step
         self._seed = optimizer.mask_seed
@@ -327,7 +327,7 @@ class PrincipalMaskCallback(EpochFigures):
 
         with (
             Progress(len(targets), "mask", verbose) as progress,
-            keras_private.strategy_scope(model),
+            keras_compat.strategy_scope(model),
         ):
             # One at a time: nothing is held of the others.
             chosen = self._choose(model, targets, step, optimizer)
@@ -343,7 +343,7 @@ class PrincipalMaskCallback(EpochFigures):
         checks.check_model(model)
         unfreeze(model)
         try:
-            with keras_private.strategy_scope(model):
+            with keras_compat.strategy_scope(model):
                 return self._attach_in_scope(model)
         except BaseException:
             unfreeze(model)

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.backend import backend_module
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.lift.masked_state import MaskedState
 from keras_weightmods.utils import checks
 
@@ -260,7 +260,7 @@ def _split_of(variable: Any) -> Any:
     """
     if keras.backend.backend() != "jax":
         return None
-    layout = keras_private.layout_of(variable)
+    layout = keras_compat.layout_of(variable)
     return backend_module("layouts").split_vector(layout)
 
 

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_weightmods import native
-from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import reversible_embeddings
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
@@ -322,8 +322,8 @@ def _shared_variables(model: Any) -> dict[int, str]:
     """{id: reason} of the variables that several layers hold as their own."""
     held = collections.Counter(
         key
-        for layer in keras_private.layers_of(model)
-        for key in {id(v) for v in keras_private.own_variables(layer)}
+        for layer in keras_compat.layers_of(model)
+        for key in {id(v) for v in keras_compat.own_variables(layer)}
     )
     return {
         key: "shared by several layers"

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.backend import backend_module
-from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.native import layout, quantize
 from keras_weightmods.native import packed as packed_format
@@ -47,7 +47,7 @@ def packed_kernel(target, dtype, trainable, activations="float32"):
         # On a GPU nothing multiplies by parts that are split over devices.
         is_dense = plan and (
             not plan.is_sparse
-            or keras_private.layout_of(target.variable) is not None
+            or keras_compat.layout_of(target.variable) is not None
         )
         if reason_for_dense() or is_dense:
             kernel_class = UnpackedKernel
@@ -272,7 +272,7 @@ class UnpackedKernel(HeldDense, PackedKernel):
         if self.value_dtype not in layout.INTEGERS:
             self.kept = []
         if self.split is not None:
-            self.layouts["unpacked"] = keras_private.layout_of(target.variable)
+            self.layouts["unpacked"] = keras_compat.layout_of(target.variable)
 
     def create_parameters(self, add_weight):
         kernel = packed = None

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.native import layout, quantize
 from keras_weightmods.native import packed as packed_format
@@ -308,7 +308,7 @@ class UnpackedEmbedding(HeldDense, PackedEmbedding):
         # As in a file, the scales are those of rows.
         self.layouts = {}
         if self.split is not None:
-            self.layouts["unpacked"] = keras_private.layout_of(target.variable)
+            self.layouts["unpacked"] = keras_compat.layout_of(target.variable)
 
     def create_parameters(self, add_weight):
         table = scale = None

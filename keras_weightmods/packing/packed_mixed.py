@@ -3,7 +3,7 @@
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.native import layout
 from keras_weightmods.native import packed as packed_format
 from keras_weightmods.ops.sparse_matmul import (
@@ -44,7 +44,7 @@ def dense_blocks(target):
         target: `Target` of a kernel that can be packed as 2:4.
     """
     shape = packed_dense.PackedKernel.shape_of(target)
-    is_laid_out = keras_private.layout_of(target.variable) is not None
+    is_laid_out = keras_compat.layout_of(target.variable) is not None
     on_gpu = gpu_plan(shape, target.layer.compute_dtype, "int8") is not None
     # There the kernels are held dense, or split.
     if reason_for_dense() or is_laid_out or on_gpu:

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.backend import backend_module
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.utils import checks
 
@@ -84,7 +84,7 @@ class PackedParameters(Reparameterization):
         # In half precision, what was packed would change.
         arguments = {"trainable": False, "autocast": False, **kwargs}
         is_zero = array is None or layout is not None
-        parameter = keras_private.add_laid_out(
+        parameter = keras_compat.add_laid_out(
             add_weight,
             layout,
             name=self.key(name),
@@ -105,7 +105,7 @@ class PackedParameters(Reparameterization):
             arrays: What `packed_arrays` returns.
             sides: Tuple of what may be split, of `"rows"` and `"columns"`.
         """
-        layout = keras_private.layout_of(self.target.variable)
+        layout = keras_compat.layout_of(self.target.variable)
         if layout is None or keras.backend.backend() != "jax":
             return
         module = backend_module("layouts")

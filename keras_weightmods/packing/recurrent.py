@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import slots
 
 KERNELS = ("kernel", "recurrent_kernel")
@@ -112,7 +112,7 @@ def read_whole(model: Any) -> dict[int, str]:
     are told to leave it to their cells.
     """
     found = {}
-    for layer in keras_private.layers_of(model):
+    for layer in keras_compat.layers_of(model):
         if (
             keras.backend.backend() == "torch"
             and isinstance(layer, (keras.layers.LSTM, keras.layers.GRU))

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.weight_keys import same_path
@@ -22,9 +22,9 @@ _TRAINED = ("kernel", "bias", "gamma", "beta", "embeddings")
 def owners(model):
     """Return {id of variable: layer that holds it}, the first one if shared."""
     found: dict[int, Any] = {}
-    for layer in keras_private.layers_of(model):
+    for layer in keras_compat.layers_of(model):
         # Not `layer.weights`, which counts those of inner layers in.
-        for variable in keras_private.own_variables(layer):
+        for variable in keras_compat.own_variables(layer):
             found.setdefault(id(variable), layer)
     return found
 
@@ -176,7 +176,7 @@ def lora_layers(checkpoint) -> list[str]:
         return []
     return [
         layer.path
-        for layer in keras_private.layers_of(checkpoint.model)
+        for layer in keras_compat.layers_of(checkpoint.model)
         if getattr(layer, "lora_enabled", False)
     ]
 

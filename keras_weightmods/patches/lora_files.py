@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.patches.checkpoint import Checkpoint
 from keras_weightmods.saving.atomic_file import check_filepath, replacing
 from keras_weightmods.saving.bounded_json import parse_json
@@ -77,7 +77,7 @@ class HubFile:
         # As KerasHub numbers them.
         self.layers = [
             layer
-            for layer in keras_private.layers_of(self.backbone)
+            for layer in keras_compat.layers_of(self.backbone)
             if layer is not self.backbone and layer.weights
         ]
         self.targets = {

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import kernel_axes
 from keras_weightmods.patches import architecture
@@ -177,7 +177,7 @@ def is_changed(model: Any) -> bool:
     return bool(reparameterizations(model)) or any(
         getattr(layer, "quantization_mode", None)
         or getattr(layer, "lora_enabled", False)
-        for layer in keras_private.layers_of(model)
+        for layer in keras_compat.layers_of(model)
     )
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from keras_weightmods.core import keras_private, reparameterized_layer, seam
+from keras_weightmods.core import keras_compat, reparameterized_layer, seam
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import target_of
 from keras_weightmods.reparameterize.compander import (
@@ -53,7 +53,7 @@ class CompanderLayer(_Layer):
                 "Train it in floating point, `fold` it, then quantize."
             )
         super().build(input_shape)
-        item = keras_private.attributes(self).pop("_compander_to_build")
+        item = keras_compat.attributes(self).pop("_compander_to_build")
         item.bind(target_of(self))
         seam.install(item)
 
@@ -68,7 +68,7 @@ class CompanderLayer(_Layer):
             def start(shape: Any, dtype: Any) -> Any:
                 value = draw(shape, dtype=dtype)
                 # There it is asked for once more, as a mere placeholder.
-                if keras_private.in_stateless_scope():
+                if keras_compat.in_stateless_scope():
                     return value
                 return item.start(value)
 
@@ -76,7 +76,7 @@ class CompanderLayer(_Layer):
         return super().add_weight(*args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
-        item = keras_private.attributes(self).get("_compander_to_build")
+        item = keras_compat.attributes(self).get("_compander_to_build")
         if item is None:
             item = slots(self)["kernel"]
         config = {**super().get_config(), **item.settings()}

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.wrapping_optimizer import WrappingOptimizer
 from keras_weightmods.reparameterize.compander import Compander
 from keras_weightmods.utils import checks
@@ -110,9 +110,9 @@ class CompanderOptimizer(WrappingOptimizer):
         self._is_decayed = {
             key
             for key in learnable
-            if keras_private.decays(inner, items[key].target.variable)
+            if keras_compat.decays(inner, items[key].target.variable)
         }.__contains__
-        keras_private.exclude_from_decay(inner, learnable | pairs)
+        keras_compat.exclude_from_decay(inner, learnable | pairs)
         inner.build(variables)
 
     def _backend_update_step(
@@ -142,7 +142,7 @@ class CompanderOptimizer(WrappingOptimizer):
             variable.assign(w)
         weight_decay = inner.weight_decay
         # On torch Keras fails to decay no variable at all.
-        if not any(keras_private.decays(inner, v) for v in trainable_variables):
+        if not any(keras_compat.decays(inner, v) for v in trainable_variables):
             inner.weight_decay = None
         try:
             self._apply_wrapped(grads, trainable_variables)
@@ -163,7 +163,7 @@ class CompanderOptimizer(WrappingOptimizer):
         decay = ops.cast(inner.learning_rate, "float32") * inner.weight_decay
         every = inner.gradient_accumulation_steps
         if every:
-            steps = keras_private.applied_steps(inner)
+            steps = keras_compat.applied_steps(inner)
             is_update = ops.equal((steps + 1) % every, 0)
             decay = decay * ops.cast(is_update, "float32")
         return decay

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from keras_weightmods.backend import processes
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.saving import (
     atomic_file,
     checkpoint_file,
@@ -214,9 +214,9 @@ class Checkpoint(keras.callbacks.Callback):
         self._saved_at = time.monotonic()
         if loaded is not None:
             self._go_on(model, *loaded)
-        keras_private.keep_weights(model)
+        keras_compat.keep_weights(model)
         # Their gradients would be no part of a checkpoint.
-        keras_private.list_hidden_parameters(model)
+        keras_compat.list_hidden_parameters(model)
         self._last_saved = self._taken
         by_step = self.save_freq != "epoch" or self.save_seconds
         if by_step and self._data.steps_of_epoch is None:
@@ -229,7 +229,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch = epoch
-        keras_private.begin_with_epoch(self._model, None)
+        keras_compat.begin_with_epoch(self._model, None)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         steps = batch + 1
@@ -275,7 +275,7 @@ class Checkpoint(keras.callbacks.Callback):
                 "anew, or pass more `epochs`.",
                 stacklevel=2,
             )
-        keras_private.begin_with_epoch(model, self._epoch)
+        keras_compat.begin_with_epoch(model, self._epoch)
 
         def then(batch: Any) -> None:
             checkpoint_file.load_metrics(model, metrics, batch)

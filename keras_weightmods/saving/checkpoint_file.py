@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_weightmods.backend import processes
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.saving import (
     bounded_json,
     container,
@@ -157,7 +157,7 @@ def load(model: Any, reader: Any) -> tuple[Any, Any, Any]:
 def load_metrics(model: Any, saved: dict[str, Any], batch: Any) -> None:
     """Load the metrics that `load` returned, built on a batch if need be."""
     if len(model.metrics_variables) != len(saved):
-        keras_private.build_metrics(model, batch)
+        keras_compat.build_metrics(model, batch)
     variables = model.metrics_variables
     order = sorted(saved, key=lambda key: int(key.partition("/")[0]))
     if [saved[key].shape for key in order] != [

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.backend import processes
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.saving.random_state import DataStream
 
 _CHANGED = (
@@ -43,7 +43,7 @@ class DataOrder:
                 f"{type(model.distribute_strategy).__name__}"
             )
         self.seed = seed
-        self._data = keras_private.FitData(model)
+        self._data = keras_compat.FitData(model)
         self._tensorflow_seed = self._data.shuffle_by_seed()
         self._stream = DataStream()
         self._batches: Any = None

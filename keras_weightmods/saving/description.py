@@ -14,7 +14,7 @@ from typing import Any
 import keras
 
 from keras_weightmods.backend import backend_module
-from keras_weightmods.core import keras_private, reparameterization, seam
+from keras_weightmods.core import keras_compat, reparameterization, seam
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.targets import target_of
 from keras_weightmods.core.weight_keys import weight_keys
@@ -34,7 +34,7 @@ def describe(model, parts, left_out):
         parts: Dict from name to part, from `states.walk`.
         left_out: List, empty or of the preprocessor that is not saved.
     """
-    with _complete_configs(model, left_out), keras_private.ObjectSharingScope():
+    with _complete_configs(model, left_out), keras_compat.ObjectSharingScope():
         config = keras.saving.serialize_keras_object(model)
     if left_out:
         config["config"]["preprocessor"] = None
@@ -127,8 +127,8 @@ def build(description, custom_objects=None):
     # Some layers are made that the model does not keep.
     most = 4 * len(description["parts"]) + 200
     with (
-        keras_private.without_values(pending),
-        keras_private.at_most_layers(most),
+        keras_compat.without_values(pending),
+        keras_compat.at_most_layers(most),
         _at_most_entries(_MOST_ENTRIES),
     ):
         return (*_build(description, custom_objects), pending)
@@ -144,9 +144,9 @@ def _at_most_entries(most):
 def give_values(part):
     """Initializes the part's own variables, to be overwritten."""
     if isinstance(part, keras.layers.Layer):
-        for variable in keras_private.own_variables(part):
-            if not keras_private.has_value(variable):
-                keras_private.initialize(variable, keras.initializers.Zeros())
+        for variable in keras_compat.own_variables(part):
+            if not keras_compat.has_value(variable):
+                keras_compat.initialize(variable, keras.initializers.Zeros())
 
 
 def finish(description, model, pending):
@@ -158,11 +158,11 @@ def finish(description, model, pending):
     }
     for variable in pending:
         if (
-            not keras_private.has_value(variable)
+            not keras_compat.has_value(variable)
             and id(variable) not in released
         ):
-            keras_private.initialize(variable)
-    keras_private.list_torch_parameters(model)
+            keras_compat.initialize(variable)
+    keras_compat.list_torch_parameters(model)
     if description["compiles"]:
         try:
             model.compile()
@@ -230,7 +230,7 @@ def _without_names(config, classes):
 
 
 def _rehearse(description, parts, entries):
-    with keras_private.without_traces():
+    with keras_compat.without_traces():
         try:
             _, built, _ = build(description, _classes(parts))
             check_same(entries, built)
@@ -253,13 +253,13 @@ def _check_constants(parts, built):
     it was in that moment: it is no weight, and follows none.
     """
     for name, part in parts.items():
-        graphs = [keras_private.graph_of(x) for x in (part, built.get(name))]
+        graphs = [keras_compat.graph_of(x) for x in (part, built.get(name))]
         if None in graphs:
             continue
         before, after = (
             [
                 keras.ops.convert_to_numpy(x)
-                for x in keras_private.constants_of(graph)
+                for x in keras_compat.constants_of(graph)
             ]
             for graph in graphs
         )
@@ -293,11 +293,11 @@ def message(error):
 def reason_against(preprocessor):
     """Return why a preprocessor cannot be restored; None if it can be."""
     try:
-        with keras_private.without_traces():
+        with keras_compat.without_traces():
             parts = states.walk(preprocessor)
             config = keras.saving.serialize_keras_object(preprocessor)
             config = json.loads(json.dumps(config))
-            with keras_private.SafeModeScope(True):
+            with keras_compat.SafeModeScope(True):
                 built = keras.saving.deserialize_keras_object(
                     config, _classes(parts)
                 )
@@ -312,7 +312,7 @@ def _build(description, custom_objects):
     # A copy: `from_config` changes the config that it gets.
     config = copy.deepcopy(description["config"])
     config.pop("compile_config", None)
-    with keras_private.SafeModeScope(True), keras_private.ObjectSharingScope():
+    with keras_compat.SafeModeScope(True), keras_compat.ObjectSharingScope():
         model = keras.saving.deserialize_keras_object(config, custom_objects)
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
@@ -349,7 +349,7 @@ def _lora_is_first(layer):
     own = [id(variable) for variable in layer.weights]
     lora = min(
         own.index(id(variable))
-        for name, variable in keras_private.attributes(layer).items()
+        for name, variable in keras_compat.attributes(layer).items()
         if name.startswith("lora_") and isinstance(variable, keras.Variable)
     )
     return all(
@@ -489,11 +489,11 @@ def _complete_configs(model, left_out):
     `LlamaBackbone.get_config()` forgets `tie_word_embeddings`, for instance.
     """
     with contextlib.ExitStack() as stack:
-        for layer in [*keras_private.layers_of(model), *left_out]:
+        for layer in [*keras_compat.layers_of(model), *left_out]:
             complete = functools.partial(
                 _complete_config, layer, layer.get_config
             )
-            scope = keras_private.replaced_attributes(
+            scope = keras_compat.replaced_attributes(
                 layer,
                 get_config=dict if layer in left_out else complete,
                 get_compile_config=lambda: None,
@@ -506,7 +506,7 @@ def _complete_config(layer, get_config):
     config: dict[str, Any] = get_config()
     arguments = inspect.signature(type(layer).__init__).parameters
     for name, argument in arguments.items():
-        value = keras_private.attributes(layer).get(name)
+        value = keras_compat.attributes(layer).get(name)
         if (
             name not in config
             and type(value) in (bool, int, float, str)

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 
 
 def save_global():
@@ -31,7 +31,7 @@ def save_global():
     }
     for device, state in _torch_states().items():
         states[f"torch_{device}"] = state
-    seed = keras_private.global_seed()
+    seed = keras_compat.global_seed()
     if seed is not None:
         states["keras"] = ops.convert_to_numpy(seed)
     return states
@@ -76,7 +76,7 @@ def load_global(states):
         }
     )
     if "keras" in states:
-        keras_private.global_seed(create=True).assign(states["keras"])
+        keras_compat.global_seed(create=True).assign(states["keras"])
 
 
 class DataStream:

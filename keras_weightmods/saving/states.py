@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.reparameterized_layer import checkpoint_arrays
 from keras_weightmods.saving import shared
@@ -44,7 +44,7 @@ def walk(model, left_out=()):
     visited = {id(each): each for each in left_out}
 
     def visit(name, part):
-        is_part = isinstance(part, keras_private.KerasSaveable)
+        is_part = isinstance(part, keras_compat.KerasSaveable)
         if not is_part and not isinstance(part, _CONTAINERS):
             return
         if id(part) in visited or isinstance(part, _OF_TRAINING):
@@ -52,14 +52,14 @@ def walk(model, left_out=()):
         visited[id(part)] = part
         if is_part:
             found[name] = part
-            for attribute, child in keras_private.walk_saveable(part):
+            for attribute, child in keras_compat.walk_saveable(part):
                 visit(_join(name, attribute), child)
             return
         used: collections.Counter[str] = collections.Counter()
         for child in part.values() if isinstance(part, dict) else part:
             kind = "container"
-            if isinstance(child, keras_private.KerasSaveable):
-                kind = keras_private.to_snake_case(type(child).__name__)
+            if isinstance(child, keras_compat.KerasSaveable):
+                kind = keras_compat.to_snake_case(type(child).__name__)
             elif not isinstance(child, _CONTAINERS):
                 continue
             number = f"_{used[kind]}" if used[kind] else ""
@@ -236,7 +236,7 @@ def saved(part):
     """Return {key: variable or array} of what `part` saves."""
     found: dict[str, Any] = {}
     if hasattr(part, "save_own_variables"):
-        with keras_private.policy_of_its_own(part):
+        with keras_compat.policy_of_its_own(part):
             part.save_own_variables(found)
     return {
         key: value if hasattr(value, "dtype") else np.asarray(value)

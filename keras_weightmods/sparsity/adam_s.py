@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.ops import nm
 from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.sparsity import adam_s_targets as targets_of
@@ -215,7 +215,7 @@ class AdamS(keras.optimizers.Optimizer):
                 "The masks of `AdamS` are there once it is built. Train a "
                 "step, or call `optimizer.build(model.trainable_variables)`."
             )
-        variables = keras_private.optimizer_variables(self)
+        variables = keras_compat.optimizer_variables(self)
         rows = zip(variables, self._axes, self._states)
         return [(v, axes, own["mask"]) for v, axes, own in rows if axes]
 
@@ -279,7 +279,7 @@ class AdamS(keras.optimizers.Optimizer):
         """
 
     def _decay_rate_of(self, variable: Any) -> Any:
-        decays = self.weight_decay and keras_private.decays(self, variable)
+        decays = self.weight_decay and keras_compat.decays(self, variable)
         return self.weight_decay if decays else None
 
     def _backend_update_step(
@@ -342,7 +342,7 @@ class AdamS(keras.optimizers.Optimizer):
             variable.assign(ops.where(mask, value, ops.zeros_like(value)))
         return ChangeReport.of(
             f"Pruned to {self.pattern}",
-            keras_private.optimizer_variables(self),
+            keras_compat.optimizer_variables(self),
             self.sparsified,
         )
 

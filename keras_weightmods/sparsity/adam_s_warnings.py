@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.ops.matrix import to_matrix
 
 # Travel that masked weights need, in units of their mean magnitude: below
@@ -52,7 +52,7 @@ def _travel_allowed(optimizer):
     total = optimizer.total_steps
     steps = np.unique(np.linspace(0, total - 1, 200).round().astype("int64"))
     batches = optimizer.gradient_accumulation_steps or 1
-    schedule = keras_private.given_learning_rate(optimizer)
+    schedule = keras_compat.given_learning_rate(optimizer)
     if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
         rates = [schedule(int(step) * batches) for step in steps]
     else:

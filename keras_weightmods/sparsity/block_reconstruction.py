@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.sparsity import calibration
 from keras_weightmods.sparsity.recipes import WarmupLinearDecay
@@ -122,7 +122,7 @@ class _Block(keras.Model):
         # Its own layers cast what they are given.
         super().__init__(name="block", dtype="float32", autocast=False)
         self.operation = operation
-        self.run = keras_private.graph_call(operation)
+        self.run = keras_compat.graph_call(operation)
         self.example, self.places = data.example, data.places
         self.built = True
 
@@ -165,7 +165,7 @@ def _alone_trainable(operation, targets):
 
     With the parameters of those that are reparameterized.
     """
-    layers = keras_private.layers_of(operation)
+    layers = keras_compat.layers_of(operation)
     variables = operation.variables
     layers_before = [layer.trainable for layer in layers]
     before = [variable.trainable for variable in variables]

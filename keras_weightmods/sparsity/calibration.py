@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import expert_banks, keras_private
+from keras_weightmods.core import expert_banks, keras_compat
 from keras_weightmods.core.head import find_head
 from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.saving import shared
@@ -110,7 +110,7 @@ def _until_head(model, targets):
 
     The head takes as long as many layers, and makes logits for nothing.
     """
-    head = find_head(model) if keras_private.graph_of(model) else None
+    head = find_head(model) if keras_compat.graph_of(model) else None
     if head is None or any(t.layer in head.layers for t in targets):
         return model
     return head.body
@@ -303,7 +303,7 @@ def input_reader(target, routers=None):
 def inputs_seen(layer, record):
     """Call `record(inputs)` before each call of `layer` in a scope."""
     # Keras passes the inputs by keyword if the caller did.
-    return keras_private.calls_seen(
+    return keras_compat.calls_seen(
         layer, lambda *args, **kwargs: record([*args, *kwargs.values()][0])
     )
 
@@ -332,7 +332,7 @@ def eager_forward():
     and what is seen there is no number: one that is known is taken as it is.
     """
     if keras.backend.backend() == "jax":
-        return keras_private.functions_by(core_cond=_eager_cond)
+        return keras_compat.functions_by(core_cond=_eager_cond)
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()
     import torch

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.first_step import show_first_step
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
@@ -280,7 +280,7 @@ class CAST(LogitsDistiller):
                 raise checks.error("loss", expected, loss)
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         inner.use_targets(self.targets)
-        layers = keras_private.layers_of(self.student)
+        layers = keras_compat.layers_of(self.student)
         if (
             kwargs.get("auto_scale_loss", True)
             and inner is optimizer
@@ -311,7 +311,7 @@ class CAST(LogitsDistiller):
 
             self.train_function = train_function
         show_first_step(self, self._verbose)
-        keras_private.keep_weights(self)
+        keras_compat.keep_weights(self)
 
     def fit(
         self,
@@ -376,7 +376,7 @@ class CAST(LogitsDistiller):
             cast_warnings.warn_about_the_end(
                 self.adam_s, taken, left, kwargs.get("callbacks")
             )
-        with keras_private.strategy_scope(self):
+        with keras_compat.strategy_scope(self):
             with Waiting("Building the optimizer", verbose, began):
                 self.optimizer.build(self.trainable_variables)
             cast_checks.check_all_sparsified(self.targets, self.adam_s)
@@ -384,7 +384,7 @@ class CAST(LogitsDistiller):
                 weight = kwargs["sample_weight"]
                 x = self._start(x, batch_size, weight, verbose, began)
         self._verbose = verbose
-        keras_private.list_hidden_parameters(self)
+        keras_compat.list_hidden_parameters(self)
         with contextlib.ExitStack() as self._building:
             waiting = Waiting("Building the training step", verbose, began)
             self._building.enter_context(waiting)

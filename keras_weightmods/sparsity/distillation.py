@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.sparsity import data
 from keras_weightmods.sparsity.frozen_twin import TRANSPARENT, FrozenTwin
 from keras_weightmods.sparsity.split_loss import SplitLoss
@@ -235,7 +235,7 @@ class LogitsKL(keras.losses.Loss):
 def _warn_about_outputs(model):
     """Warn where the last layer shows that outputs are no logits."""
     for output in keras.tree.flatten(getattr(model, "outputs", None) or []):
-        operation, _ = keras_private.producer(output)
+        operation, _ = keras_compat.producer(output)
         activation = getattr(operation, "activation", operation)
         name = getattr(activation, "__name__", type(activation).__name__)
         if name.lower() in ("softmax", "sigmoid"):

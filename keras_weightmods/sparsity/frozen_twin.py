@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 
 # For the wrappers around the model: its own layers cast what they are given,
 # and a global mixed-precision policy must not cast it before.
@@ -40,7 +40,7 @@ class FrozenTwin(keras.Model):
             (part.trainable_variables, part.non_trainable_variables),
         )
         # Unlike a call of the model, this passes on what `call` cannot take.
-        takes = keras_private.takes_training(part)
+        takes = keras_compat.takes_training(part)
         options = {"training": False} if takes else {}
         outputs, _ = part.stateless_call(*values, inputs, **options)
         return outputs
@@ -53,8 +53,8 @@ class FrozenTwin(keras.Model):
         own_dtype = keras.backend.standardize_dtype(variable.dtype)
         if dtype is None or "float" not in own_dtype:
             dtype = own_dtype
-        layout = keras_private.layout_of(variable)
-        copy = keras_private.add_laid_out(
+        layout = keras_compat.layout_of(variable)
+        copy = keras_compat.add_laid_out(
             self.add_weight,
             layout,
             shape=variable.shape,

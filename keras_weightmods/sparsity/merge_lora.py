@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.ops import nm
@@ -84,7 +84,7 @@ def merge_lora(
     chosen = {id(target.layer) for target in found}
     layers = [
         layer
-        for layer in keras_private.layers_of(model)
+        for layer in keras_compat.layers_of(model)
         if getattr(layer, "lora_enabled", False)
         and (targets is None or id(layer) in chosen)
     ]
@@ -109,7 +109,7 @@ def merge_lora(
             value = nm.nm_project(value, (n, m), axes[id(variable)])
         variable.assign(value)
         for name in _factors(layer):
-            keras_private.remove_variable(layer, getattr(layer, name), name)
+            keras_compat.remove_variable(layer, getattr(layer, name), name)
         layer.lora_enabled = False
         layer.lora_rank = layer.lora_alpha = None
         # LoRA froze it.
@@ -166,7 +166,7 @@ def _attribute(layer: Any) -> Any:
 
 def _base(layer: Any) -> Any:
     name = _attribute(layer)
-    return name and keras_private.stored_variable(layer, name)
+    return name and keras_compat.stored_variable(layer, name)
 
 
 def _factors(layer: Any) -> Any:

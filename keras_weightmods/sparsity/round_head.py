@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_private, seam
+from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import Head, find_head, reversible_embeddings
 from keras_weightmods.core.targets import Target
 from keras_weightmods.ops.rounding import Grid, round_kept
@@ -23,7 +23,7 @@ def tied_head(model: Any) -> tuple[Head, Target]:
     Raises:
         ValueError: If it has none that can be rounded.
     """
-    head = find_head(model) if keras_private.graph_of(model) else None
+    head = find_head(model) if keras_compat.graph_of(model) else None
     found = [
         target
         for target in reversible_embeddings(model)

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.evaluation.perplexity import Perplexity, start_token
 from keras_weightmods.generation.compile_generate import compiled
 from keras_weightmods.utils import checks
@@ -128,10 +128,10 @@ def self_generated(
 @contextlib.contextmanager
 def _writing(model: Any, sampler: Any) -> Iterator[None]:
     """Let `model.generate` take and give tokens, by `sampler`, in a scope."""
-    replaced = keras_private.replaced_attributes(
+    replaced = keras_compat.replaced_attributes(
         model, sampler=sampler, generate_function=None
     )
-    plain = keras_private.without_preprocessor(model)
+    plain = keras_compat.without_preprocessor(model)
     with replaced, plain, compiled(model):
         yield
 

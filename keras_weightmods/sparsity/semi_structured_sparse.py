@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.ops import nm
 from keras_weightmods.sparsity import sparsify
@@ -258,10 +258,10 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         )
         for variable in constrained:
             variable.constraint = None
-        for layer in keras_private.layers_of(model):
+        for layer in keras_compat.layers_of(model):
             # Attention layers keep theirs under a private name, recurrent
             # ones under several.
-            for name, value in list(keras_private.attributes(layer).items()):
+            for name, value in list(keras_compat.attributes(layer).items()):
                 if isinstance(value, SemiStructuredSparse):
                     setattr(layer, name, None)
         _forget_train_step(model)

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.backend import backend_module
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.head import find_head
 from keras_weightmods.ops.distillation import chunked_losses
 from keras_weightmods.sparsity.frozen_twin import FrozenTwin
@@ -119,12 +119,12 @@ class SplitLoss:
 
     def _weights(self, hidden, sample_weight):
         """Return by what Keras multiplies the loss of each position."""
-        mask = keras_private.get_keras_mask(hidden)
+        mask = keras_compat.get_keras_mask(hidden)
         mask = self._heads[0].compute_mask(mask)
 
         def reduced(values):
             if mask is not None:
-                keras_private.set_keras_mask(values, mask)
+                keras_compat.set_keras_mask(values, mask)
             return _Values(name="values", dtype="float32")(
                 values, values, sample_weight
             )
@@ -160,7 +160,7 @@ def _is_plain_entropy(loss):
 def _splittable_head(model):
     """Return the head of a model that can be run apart from it, or None."""
     # A class of the user may do more than run its graph.
-    if keras_private.graph_of(model) is None:
+    if keras_compat.graph_of(model) is None:
         return None
     head = find_head(model)
     if head is None or any(

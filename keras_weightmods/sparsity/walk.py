@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import expert_banks, keras_private
+from keras_weightmods.core import expert_banks, keras_compat
 from keras_weightmods.sparsity import calibration
 
 _UNREACHED = "the data do not reach it"
@@ -106,7 +106,7 @@ class Walk:
         inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
         calls: list[Any] = [((x,), {}) for x in inputs]
         if self.rebuild is not None:
-            if keras_private.graph_of(model) is None:
+            if keras_compat.graph_of(model) is None:
                 raise ValueError(
                     "Blocks are found in the graph of a functional model. "
                     f"Received: {model.name!r} of type {type(model).__name__}, "
@@ -131,7 +131,7 @@ class Walk:
             List of outputs, one for each call; None once nothing is pending.
         """
         inside = _layers_inside(operation)
-        graph = keras_private.graph_of(operation)
+        graph = keras_compat.graph_of(operation)
         if (
             graph is not None
             and any(id(t.layer) in inside for t in self.pending)
@@ -139,7 +139,7 @@ class Walk:
             and self._each_once(graph)
         ):
             return self._run_graph(graph, [args[0] for args, _ in calls])
-        call = keras_private.graph_call(operation)
+        call = keras_compat.graph_call(operation)
 
         def outputs_of(calls):
             return [call(*args, **kwargs) for args, kwargs in calls]
@@ -157,7 +157,7 @@ class Walk:
 
     def _each_once(self, graph):
         """Whether each pending target is in one place of the graph."""
-        nodes = keras_private.nodes_of(graph)
+        nodes = keras_compat.nodes_of(graph)
         places = [_layers_inside(node.operation) for node in nodes]
         return all(
             sum(id(t.layer) in inside for inside in places) <= 1
@@ -165,7 +165,7 @@ class Walk:
         )
 
     def _run_graph(self, graph, inputs):
-        nodes = keras_private.nodes_of(graph)
+        nodes = keras_compat.nodes_of(graph)
         last_use = {
             id(x): place
             for place, node in enumerate(nodes)
@@ -174,7 +174,7 @@ class Walk:
         last_use.update({id(x): len(nodes) for x in graph.outputs})
         values = [
             dict(zip(map(id, graph.inputs), flat))
-            for flat in (keras_private.graph_inputs(graph, x) for x in inputs)
+            for flat in (keras_compat.graph_inputs(graph, x) for x in inputs)
         ]
         for place, node in enumerate(nodes):
             calls = [node.arguments.fill_in(known) for known in values]
@@ -188,7 +188,7 @@ class Walk:
                     if last_use[id(x)] == place:
                         known.pop(id(x), None)
         return [
-            keras_private.graph_outputs(
+            keras_compat.graph_outputs(
                 graph, [known[id(x)] for x in graph.outputs]
             )
             for known in values
@@ -306,4 +306,4 @@ def _has_inputs_alone(call):
 def _layers_inside(operation):
     if not isinstance(operation, keras.layers.Layer):
         return frozenset()
-    return frozenset(map(id, keras_private.layers_of(operation)))
+    return frozenset(map(id, keras_compat.layers_of(operation)))

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_weightmods import native
 from keras_weightmods.backend import attention, backend_module
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 
 BACKEND = keras.backend.backend()
 if BACKEND == "tensorflow":
@@ -113,7 +113,7 @@ def test_repeated_keys_are_read_once(queries):
     expected = repeated_attention()
     shares = BACKEND == "jax"
     with attention.attention_by_kernel(
-        keras_private.functions_by, watched, shares
+        keras_compat.functions_by, watched, shares
     ):
         got = repeated_attention()
     assert seen == [3]

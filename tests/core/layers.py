@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_weightmods.core.keras_private import layers_of
+from keras_weightmods.core.keras_compat import layers_of
 
 
 def paths(targets):

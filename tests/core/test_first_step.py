@@ -3,7 +3,7 @@
 import keras
 import pytest
 
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.first_step import show_first_step
 from keras_weightmods.utils import progress
 from tests.models import mlp
@@ -55,10 +55,10 @@ def test_a_train_function_is_wrapped_once():
     model = model_with(Slow())
     show_first_step(model, 0)
     # As `Checkpoint` does on JAX.
-    keras_private.keep_weights(model)
+    keras_compat.keep_weights(model)
     before = model.train_function
     show_first_step(model, 1)
-    keras_private.keep_weights(model)
+    keras_compat.keep_weights(model)
     assert model.train_function is before
 
 

@@ -33,7 +33,7 @@ import keras
 import numpy as np
 
 import keras_weightmods as kwm
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from tests import models
 from tests.faults import raised
 
@@ -764,11 +764,11 @@ def state_of(model):
         return [_digest(each) for each in model]
     layers = [
         (id(layer), type(layer), layer.trainable, layer.built)
-        for layer in keras_private.layers_of(model)
+        for layer in keras_compat.layers_of(model)
     ]
     variables = [
         (id(v), v.path, v.dtype, v.trainable, id(v.constraint))
-        + ((_digest(v),) if keras_private.has_value(v) else ())
+        + ((_digest(v),) if keras_compat.has_value(v) else ())
         for v in model.variables
     ]
     optimizer = getattr(model, "optimizer", None)

@@ -15,7 +15,7 @@ from keras import ops
 
 import keras_weightmods as kwm
 from keras_weightmods import native
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.saving import bounded_json, container, description
 from tests import models
@@ -923,7 +923,7 @@ def test_a_lambda_is_refused_where_keras_was_told_to_allow_it(
     arrays = contents(scaled_file)
     HOSTILE["arbitrary code"]["layer lambda"](arrays)
     rewrite(tmp_path / "file", arrays)
-    with keras_private.SafeModeScope(False):
+    with keras_compat.SafeModeScope(False):
         with pytest.raises(ValueError, match="arbitrary code"):
             kwm.load_model(tmp_path / "file")
 

@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 from keras_weightmods import find_targets, fold, sparsify
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.ops.matrix import from_stack, to_stack
 from keras_weightmods.sparsity.calibration import input_norms, input_reader
 from keras_weightmods.sparsity.scaling import attach_scaling
@@ -267,7 +267,7 @@ def test_the_head_is_never_run(pass_):
     targets = find_targets(model)
     tied = model.backbone.token_embedding
     calls = []
-    with keras_private.calls_seen(tied, lambda *_, **kw: calls.append(kw)):
+    with keras_compat.calls_seen(tied, lambda *_, **kw: calls.append(kw)):
         if pass_ == "norms":
             input_norms(model, targets, [(x, None) for x in batches])
         else:
@@ -283,7 +283,7 @@ def test_a_pass_ends_with_the_last_target():
     model = sequential((8,), layer, layer, after)
     targets = find_targets(model, include="shared")
     x, calls = normal(6, 8), []
-    with keras_private.calls_seen(after, lambda *_, **__: calls.append(1)):
+    with keras_compat.calls_seen(after, lambda *_, **__: calls.append(1)):
         (norm,) = input_norms(model, targets, [(x[:4], None), (x[4:], None)])
     # The first batch shows how often the target is called.
     assert len(calls) == 1

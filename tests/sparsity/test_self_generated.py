@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from tests import models
 
 
@@ -65,9 +65,9 @@ def test_the_model_is_as_it_was():
     preprocessor = models.gpt2_preprocessor(16)
     model = models.causal_lm("gpt2", preprocessor)
     before = model.preprocessor, model.sampler, model.generate_function
-    weights, layers = model.get_weights(), keras_private.layers_of(model)
+    weights, layers = model.get_weights(), keras_compat.layers_of(model)
     written(model)
-    assert keras_private.layers_of(model) == layers
+    assert keras_compat.layers_of(model) == layers
     assert before == (
         model.preprocessor,
         model.sampler,

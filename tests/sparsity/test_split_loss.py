@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.sparsity import split_loss
 from tests import models, references
 from tests.backends import breadth
@@ -159,7 +159,7 @@ def test_no_more_than_a_chunk_of_logits():
 
     cast.fit(*make_batch(cast.student)[:2], batch_size=ROWS, verbose=0)
     cast.train_function = None
-    with keras_private.calls_seen(embedding, see):
+    with keras_compat.calls_seen(embedding, see):
         cast.fit(*make_batch(cast.student)[:2], batch_size=ROWS, verbose=0)
     assert sizes
     assert max(sizes) <= 4

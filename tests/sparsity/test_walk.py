@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 from keras_weightmods.sparsity import walk
 from tests import models, references
 from tests.models import normal, numpy, randomize, sequential, weights_of
@@ -94,7 +94,7 @@ def test_the_walk_is_the_model_run_for_each_kernel(make, x, monkeypatch):
     for whole in (False, True):
         model = randomize(make())
         if whole:
-            monkeypatch.setattr(keras_private, "graph_of", lambda _: None)
+            monkeypatch.setattr(keras_compat, "graph_of", lambda _: None)
             monkeypatch.setattr(walk.SharedInputs, "places", lambda _: [0])
         report = kwm.sparsify(model, "2:4", "sparsegpt", x, verbose=0)
         assert {k.method for k in report.kernels} == {"sparsegpt"}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from keras_weightmods.backend.jax import generation
-from keras_weightmods.core import keras_private
+from keras_weightmods.core import keras_compat
 
 pytest.importorskip("keras_hub")
 import keras_hub
@@ -25,7 +25,7 @@ def test_rotations_of_known_places_are_constants():
 
     def turn(x, start):
         by = generation._constant_rotations()
-        with keras_private.rotations_by(model, by):
+        with keras_compat.rotations_by(model, by):
             return [layer(x, start_index=start) for layer in model.layers]
 
     expected = [layer(x, start_index=2) for layer in model.layers]
@@ -44,6 +44,6 @@ def test_rotations_of_known_places_are_constants():
 def test_rotations_come_back():
     model = rotary_layers()
     before = [vars(layer).copy() for layer in model.layers]
-    with keras_private.rotations_by(model, lambda plain: None):
+    with keras_compat.rotations_by(model, lambda plain: None):
         assert model.layers[0]._compute_cos_sin_embedding is None
     assert [vars(layer) for layer in model.layers] == before

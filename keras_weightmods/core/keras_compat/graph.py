@@ -1,0 +1,125 @@
+"""Private parts of functional models, and of the ops that they call."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+# The module of the backend that `keras.ops` calls.
+from keras.src import backend
+
+# How a functional model calls its layers.
+from keras.src.models.functional import Functional, operation_fn
+
+from keras_weightmods.core.keras_compat.layers import (
+    layers_of,
+    replaced_attributes,
+)
+
+
+def producer(tensor: Any) -> tuple[Any, list[Any]]:
+    """Return the operation that made a symbolic tensor, and its inputs."""
+    operation, index, _ = tensor._keras_history
+    return operation, operation._inbound_nodes[index].input_tensors
+
+
+def graph_of(operation: Any) -> Any:
+    """Return the functional graph that calling `operation` runs, or None."""
+    if isinstance(operation, keras.Sequential):
+        return operation._functional
+    is_plain = (
+        isinstance(operation, Functional)
+        and type(operation).call is Functional.call
+        and "call" not in vars(operation)
+    )
+    return operation if is_plain else None
+
+
+def nodes_of(graph: Any) -> list[Any]:
+    """Return the calls of a graph that compute something, in order."""
+    known = {id(x) for x in graph.inputs}
+    nodes = []
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            if node.is_input or any(
+                id(x) not in known for x in node.input_tensors
+            ):
+                continue
+            known.update(map(id, node.outputs))
+            nodes.append(node)
+    return nodes
+
+
+def constants_of(graph: Any) -> list[Any]:
+    """Return the tensors of values that the calls of a graph are given."""
+    given = [
+        (node.arguments.args, node.arguments.kwargs) for node in nodes_of(graph)
+    ]
+    return [x for x in keras.tree.flatten(given) if backend.is_tensor(x)]
+
+
+def graph_inputs(graph: Any, inputs: Any) -> list[Any]:
+    """Return `inputs` as the flat list that `graph.inputs` stand for."""
+    return graph._standardize_inputs(inputs)
+
+
+def graph_outputs(graph: Any, flat: list[Any]) -> Any:
+    """Return flat outputs in the structure that the graph returns."""
+    return keras.tree.pack_sequence_as(graph._outputs_struct, flat)
+
+
+def graph_call(operation: Any, training: bool = False) -> Callable[..., Any]:
+    """Return `operation` as a functional model calls it.
+
+    With `training` for those that take it.
+    """
+    return operation_fn(operation, training=training)
+
+
+@contextlib.contextmanager
+def rotations_by(model: Any, make: Callable[..., Any]) -> Iterator[None]:
+    """Compute the rotary embeddings of a model by another function in a scope.
+
+    KerasHub's layers make their cosines and sines in a method of their own,
+    from the first place and the shape of what is turned.
+
+    Args:
+        model: A built model.
+        make: Callable, gets the method of a layer and returns what stands in
+            for it.
+    """
+    name = "_compute_cos_sin_embedding"
+    with contextlib.ExitStack() as stack:
+        for layer in layers_of(model):
+            if plain := getattr(layer, name, None):
+                replaced = replaced_attributes(layer, **{name: make(plain)})
+                stack.enter_context(replaced)
+        yield
+
+
+@contextlib.contextmanager
+def functions_by(**makers: Any) -> Iterator[None]:
+    """Run some of `keras.ops` by other functions in a scope.
+
+    What KerasHub asks `keras.ops` for cannot always be compiled well: on torch
+    `slice` reads its start out of a tensor, and before an attention keys and
+    values are repeated for each group of heads.
+
+    Args:
+        **makers: Callables by the name of the function, as `core_slice` for
+            `slice` in the backend's module `core`; each gets the backend's
+            own function and returns what stands in for it.
+    """
+    places = []
+    for name in makers:
+        module, _, function = name.partition("_")
+        places.append((getattr(backend, module), function))
+    before = [getattr(*place) for place in places]
+    try:
+        for place, plain, make in zip(places, before, makers.values()):
+            setattr(*place, make(plain))
+        yield
+    finally:
+        for place, plain in zip(places, before):
+            setattr(*place, plain)

@@ -1,0 +1,254 @@
+"""Private parts of Keras' layers and of the models made of them."""
+
+import contextlib
+import copy
+import itertools
+import random
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+# The autocast scope of a mixed-precision layer; `autocast=False` of a variable
+# is the public way, but for one variable alone.
+from keras.src.backend import AutocastScope as AutocastScope
+from keras.src.backend import get_autocast_scope as get_autocast_scope
+
+# The mask of predictions, where the losses of Keras find it.
+from keras.src.backend import get_keras_mask as get_keras_mask
+from keras.src.backend import set_keras_mask as set_keras_mask
+from keras.src.backend.common import global_state
+from keras.src.layers.layer import Layer
+
+# The cell of ConvLSTM1D to ConvLSTM3D, which Keras does not export.
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
+
+# How Keras finds and names the parts of a model for its own files.
+from keras.src.saving import saving_lib, serialization_lib
+from keras.src.saving.keras_saveable import KerasSaveable as KerasSaveable
+from keras.src.utils.naming import to_snake_case as to_snake_case
+
+SafeModeScope = serialization_lib.SafeModeScope
+ObjectSharingScope = serialization_lib.ObjectSharingScope
+# Yields the attributes of a part that Keras looks into when it saves.
+walk_saveable = saving_lib._walk_saveable
+
+
+def layers_of(layer: Any) -> list[Any]:
+    """Return a layer and all layers in it; `Model.layers` are one level."""
+    return layer._flatten_layers()
+
+
+def parts_of(layer: Any) -> list[Any]:
+    """Return the layers that a layer holds itself."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def own_variables(layer: Any) -> list[keras.Variable]:
+    """Return the variables of `layer`; `weights` adds those of its layers."""
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
+def attributes(obj: Any) -> dict[str, Any]:
+    """Return the attributes of an instance, to be read and written.
+
+    Past properties, which may compute an effective weight, and past Keras'
+    attribute tracking, which is locked on a built layer.
+    """
+    return vars(obj)
+
+
+def stored_variable(layer: Any, attribute: str) -> Any:
+    """Return the variable behind the property `attribute`, such as `kernel`.
+
+    Keras' layers keep it under the same name with an underscore in front.
+    """
+    name = stored_name(layer, attribute)
+    return None if name is None else vars(layer)[name]
+
+
+def stored_name(layer: Any, attribute: str) -> Any:
+    """Return the name under which `stored_variable` is kept, or None."""
+    for name in (f"_{attribute}", attribute):
+        if isinstance(vars(layer).get(name), keras.Variable):
+            return name
+    return None
+
+
+@contextlib.contextmanager
+def policy_of_its_own(layer: Any) -> Iterator[None]:
+    """Have a layer whose policy is in a map see its own in a scope.
+
+    Keras' embeddings look at the map's default when they are saved, and leave
+    out the scale of what is quantized.
+    """
+    policy: Any = getattr(layer, "dtype_policy", None)
+    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+    if not is_map or not layer.path:
+        yield
+        return
+    with replaced_attributes(layer, _dtype_policy=policy[layer.path]):
+        yield
+
+
+@contextlib.contextmanager
+def replaced_attributes(obj: Any, **replacements: Any) -> Iterator[None]:
+    """Set attributes of an instance in a scope, past attribute tracking."""
+    own = vars(obj)
+    before = {name: own[name] for name in replacements if name in own}
+    own.update(replacements)
+    try:
+        yield
+    finally:
+        for name in replacements:
+            del own[name]
+        own.update(before)
+
+
+def without_preprocessor(model: Any) -> Any:
+    """Take the preprocessor of a KerasHub 0.32 task off it in a scope.
+
+    Past its property, whose setter would take the preprocessor, when it is put
+    back, for one more layer of the model.
+    """
+    return replaced_attributes(model, _preprocessor=None)
+
+
+def see_calls(layer: Any, see: Callable[..., Any]) -> None:
+    """Have `see(*args, **kwargs)` called before each `layer.call`.
+
+    On the instance, as Keras has no hooks on calls; ends with
+    `replaced_attributes` or `restored_attributes`.
+    """
+    call = layer.call
+
+    def seen_call(*args, **kwargs):
+        see(*args, **kwargs)
+        return call(*args, **kwargs)
+
+    vars(layer)["call"] = seen_call
+
+
+@contextlib.contextmanager
+def calls_seen(layer: Any, see: Callable[..., Any]) -> Iterator[None]:
+    """Call `see(*args, **kwargs)` before each `layer.call` in a scope."""
+    with replaced_attributes(layer, call=layer.call):
+        see_calls(layer, see)
+        yield
+
+
+@contextlib.contextmanager
+def restored_attributes(layers: list[Any]) -> Iterator[None]:
+    """Restore the attributes of `layers` after a scope without warnings.
+
+    Keras notes in layers that they were called, and a model's own code may
+    keep symbols.
+    """
+    saved = [(vars(layer), dict(vars(layer))) for layer in layers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for own, before in saved:
+            own.clear()
+            own.update(before)
+
+
+@contextlib.contextmanager
+def at_most_layers(count: int) -> Iterator[None]:
+    """Raise ValueError in a scope once more layers than `count` are made.
+
+    Each layer of Keras is made by `Layer.__new__`.
+    """
+    plain, thread, left = Layer.__new__, threading.get_ident(), count
+
+    def new(cls, *args, **kwargs):
+        nonlocal left
+        left -= threading.get_ident() == thread
+        if left < 0:
+            raise ValueError(f"More than {count} layers are made")
+        return plain(cls, *args, **kwargs)
+
+    Layer.__new__ = new
+    try:
+        yield
+    finally:
+        Layer.__new__ = plain
+
+
+@contextlib.contextmanager
+def without_traces() -> Iterator[None]:
+    """Restore what making layers uses up: seeds, and numbers for names."""
+    names = global_state.get_global_attribute("object_name_uids")
+    names, state = copy.copy(names), random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if names is not None:
+            global_state.set_global_attribute("object_name_uids", names)
+
+
+def track_torch_parameters(model: Any) -> None:
+    """List the variables of a changed model as torch parameters anew.
+
+    A container lists those of its layers when built. `zero_grad` would miss a
+    later one, so that its gradients add up over the steps, and one taken out
+    would live on. Keras does the same after `quantize`, but not for the
+    functional model inside of a Sequential.
+    """
+    if keras.backend.backend() != "torch":
+        return
+    modules = (each.modules() for each in layers_of(model))
+    for module in dict.fromkeys(itertools.chain(*modules)):
+        if "_torch_params" in module._modules:
+            module._track_variables()
+    if "_torch_params" in model._modules:
+        list_hidden_parameters(model)
+
+
+def list_hidden_parameters(model: Any) -> None:
+    """List the variables of a model that Keras hides from torch.
+
+    It lists them by path, so that of two with one path, as KerasHub's SmolLM3
+    and T5 have, the first is not there: no `zero_grad` reaches it, and its
+    gradients add up over all steps of a `fit`. Here it gets a key of its own.
+    """
+    if keras.backend.backend() != "torch":
+        return
+    listed = {id(parameter) for parameter in model.parameters()}
+    for number, variable in enumerate(model.trainable_variables):
+        parameter = variable._value  # None in a build without values
+        if parameter is not None and id(parameter) not in listed:
+            model.torch_params[f"{variable.path}:{number}"] = parameter
+
+
+def list_torch_parameters(model: Any) -> None:
+    """List the variables of a model built in `without_values`, on torch.
+
+    A layer lists them when it is built, but not in a stateless scope: what
+    traces the module would find none, and its `state_dict` would be empty.
+    """
+    if keras.backend.backend() == "torch":
+        for layer in layers_of(model):
+            layer._track_variables()
+
+
+def is_training_call() -> bool:
+    """Return whether a layer is being called with `training=True`.
+
+    What is not a layer's `call` gets no `training` argument.
+    """
+    context = global_state.get_global_attribute("current_call_ctx")
+    return context is not None and context.get_value("training") is True
+
+
+def takes_training(layer: Any) -> bool:
+    """Return whether a layer's `call` has an argument `training`.
+
+    A call of the layer drops one that it has not; `stateless_call` does not.
+    """
+    return bool(layer._call_has_training_arg)
