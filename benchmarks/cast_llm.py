@@ -183,7 +183,7 @@ def run(args):
 def make_optimizer(args, recipe):
     """The recipe with its schedule at another learning rate."""
     import keras_weightmods as kwm
-    from keras_weightmods.sparsity.recipes import WarmupLinearDecay
+    from keras_weightmods.calibration.schedule import WarmupLinearDecay
 
     schedule = WarmupLinearDecay(
         recipe["learning_rate"], max(1, round(0.1 * args.steps)), args.steps

@@ -578,7 +578,7 @@ class Cast:
 
 
 def schedule(peak, steps):
-    from keras_weightmods.sparsity.recipes import WarmupLinearDecay
+    from keras_weightmods.calibration.schedule import WarmupLinearDecay
 
     return WarmupLinearDecay(peak, max(1, steps // 10), steps)
 

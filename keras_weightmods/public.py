@@ -2,6 +2,9 @@
 
 from . import ops as ops
 from . import plot as plot
+from .calibration.self_generated import (
+    self_generated as self_generated,
+)
 from .core.report import (
     ReparameterizationReport as ReparameterizationReport,
 )
@@ -102,9 +105,6 @@ from .sparsity.report import SparsityReport as SparsityReport
 from .sparsity.report import assert_sparse as assert_sparse
 from .sparsity.report import sparsity_report as sparsity_report
 from .sparsity.scaling import attach_scaling as attach_scaling
-from .sparsity.self_generated import (
-    self_generated as self_generated,
-)
 from .sparsity.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )

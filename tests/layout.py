@@ -10,6 +10,7 @@ FLOORS = (
     ("", "cli"),
     ("sparsity", "packing", "lift", "reparameterize"),
     ("plot",),
+    ("calibration",),
     ("patches", "evaluation", "generation", "exporting"),
     ("saving",),
     ("core",),

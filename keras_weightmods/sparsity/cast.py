@@ -8,7 +8,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.core import keras_compat, seam
+from keras_weightmods.calibration.inputs import measure_importance
+from keras_weightmods.core import data, keras_compat, seam
 from keras_weightmods.core.first_step import show_first_step
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
@@ -17,12 +18,10 @@ from keras_weightmods.saving.checkpoint import Checkpoint
 from keras_weightmods.sparsity import (
     cast_checks,
     cast_warnings,
-    data,
     recipes,
     sparsify,
 )
 from keras_weightmods.sparsity.adam_s import AdamS
-from keras_weightmods.sparsity.calibration import measure_importance
 from keras_weightmods.sparsity.distillation import LogitsDistiller
 from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
 from keras_weightmods.sparsity.run_state import RunState

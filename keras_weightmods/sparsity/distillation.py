@@ -7,8 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.core import keras_compat
-from keras_weightmods.sparsity import data
+from keras_weightmods.core import data, keras_compat
 from keras_weightmods.sparsity.frozen_twin import TRANSPARENT, FrozenTwin
 from keras_weightmods.sparsity.split_loss import SplitLoss
 from keras_weightmods.utils import checks

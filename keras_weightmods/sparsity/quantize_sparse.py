@@ -11,15 +11,17 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.calibration.block_reconstruction import (
+    BlockReconstruction,
+)
+from keras_weightmods.calibration.walk import change_kernels
 from keras_weightmods.core import seam
 from keras_weightmods.core.targets import Target, Targets, resolve_targets
 from keras_weightmods.ops.matrix import to_stack
 from keras_weightmods.ops.nm import Pattern, nm_violations, parse_pattern
 from keras_weightmods.ops.rounding import Grid, round_kept
 from keras_weightmods.sparsity import round_head, sparsify
-from keras_weightmods.sparsity.block_reconstruction import BlockReconstruction
 from keras_weightmods.sparsity.grid_weights import GridWeights
-from keras_weightmods.sparsity.walk import change_kernels
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 

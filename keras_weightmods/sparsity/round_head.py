@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import Head, find_head, reversible_embeddings
 from keras_weightmods.core.targets import Target
 from keras_weightmods.ops.rounding import Grid, round_kept
 from keras_weightmods.ops.sparsegpt import reconstruction_error
-from keras_weightmods.sparsity import calibration
 from keras_weightmods.utils.progress import Progress
 
 # Rows of the table that are rounded at a time.

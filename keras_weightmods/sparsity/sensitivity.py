@@ -8,11 +8,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.core.head import find_head
 from keras_weightmods.core.targets import Targets, resolve_targets
 from keras_weightmods.ops.matrix import along
 from keras_weightmods.ops.nm import Pattern, nm_mask, parse_pattern
-from keras_weightmods.sparsity import calibration, sparsify
+from keras_weightmods.sparsity import sparsify
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 

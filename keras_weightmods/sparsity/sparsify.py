@@ -11,15 +11,17 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.calibration.block_reconstruction import (
+    BlockReconstruction,
+)
+from keras_weightmods.calibration.walk import change_kernels
+from keras_weightmods.core import data as fit_data
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import Target, Targets, resolve_targets
 from keras_weightmods.ops import sparsegpt
 from keras_weightmods.ops.matrix import from_stack, to_stack
 from keras_weightmods.ops.nm import Pattern, nm_project, parse_pattern
 from keras_weightmods.ops.refine import refined
-from keras_weightmods.sparsity import data as fit_data
-from keras_weightmods.sparsity.block_reconstruction import BlockReconstruction
-from keras_weightmods.sparsity.walk import change_kernels
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 

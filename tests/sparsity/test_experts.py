@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from keras_weightmods.calibration.inputs import input_norms
 from keras_weightmods.core import expert_banks
 from keras_weightmods.ops import sparsegpt
-from keras_weightmods.sparsity.calibration import input_norms
 from tests import models
 
 pytest.importorskip("keras_hub")

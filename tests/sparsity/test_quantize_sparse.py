@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from keras_weightmods.calibration import block_reconstruction
 from keras_weightmods.core import seam
 from keras_weightmods.ops.rounding import Grid
-from keras_weightmods.sparsity import block_reconstruction
 from keras_weightmods.sparsity.grid_weights import GridWeights
 from tests import models, references
 from tests.models import (

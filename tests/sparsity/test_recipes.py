@@ -2,11 +2,8 @@ import json
 
 import numpy as np
 
-from keras_weightmods.sparsity.recipes import (
-    WarmupLinearDecay,
-    default_recipe,
-    default_schedule,
-)
+from keras_weightmods.calibration.schedule import WarmupLinearDecay
+from keras_weightmods.sparsity.recipes import default_recipe, default_schedule
 from tests.models import numpy
 
 

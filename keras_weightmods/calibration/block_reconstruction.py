@@ -8,10 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.calibration import inputs as calibration
+from keras_weightmods.calibration.schedule import WarmupLinearDecay
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.sparsity import calibration
-from keras_weightmods.sparsity.recipes import WarmupLinearDecay
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.sparsity import block_reconstruction
-from keras_weightmods.sparsity.walk import Walk
+from keras_weightmods.calibration import block_reconstruction
+from keras_weightmods.calibration.walk import Walk
 from tests import models
 from tests.backends import breadth
 from tests.models import numpy, sequential

@@ -4,9 +4,9 @@ import pytest
 from keras import ops
 
 from keras_weightmods import find_targets, fold, sparsify
+from keras_weightmods.calibration.inputs import input_norms, input_reader
 from keras_weightmods.core import keras_compat
 from keras_weightmods.ops.matrix import from_stack, to_stack
-from keras_weightmods.sparsity.calibration import input_norms, input_reader
 from keras_weightmods.sparsity.scaling import attach_scaling
 from tests import models
 from tests.backends import breadth

@@ -8,8 +8,8 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
+from keras_weightmods.calibration import walk
 from keras_weightmods.core import keras_compat
-from keras_weightmods.sparsity import walk
 from tests import models, references
 from tests.models import normal, numpy, randomize, sequential, weights_of
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_weightmods.sparsity import data
+from keras_weightmods.core import data
 from tests.models import assert_same, normal
 
 X, WEIGHT = normal(10, 3), np.arange(10.0)

@@ -61,7 +61,7 @@ def input_norms(model, targets, batches):
     import keras
     import numpy as np
     from keras_weightmods import find_targets
-    from keras_weightmods.sparsity.calibration import input_norms
+    from keras_weightmods.calibration.inputs import input_norms
 
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     x = np.array([[3.0, 0.0, 1.0, 0.0], [4.0, 0.0, 1.0, 0.0]])

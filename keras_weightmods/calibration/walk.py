@@ -8,8 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.core import expert_banks, keras_compat
-from keras_weightmods.sparsity import calibration
 
 _UNREACHED = "the data do not reach it"
 _METRIC = "output error"
