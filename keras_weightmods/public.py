@@ -117,4 +117,7 @@ from .sparsity.sparsify import sparsify as sparsify
 from .sparsity.sparsity_monitor import (
     SparsityMonitor as SparsityMonitor,
 )
+from .sparsity.swap_sparse_ema_weights import (
+    SwapSparseEMAWeights as SwapSparseEMAWeights,
+)
 from .utils.report import Report as Report

@@ -1,5 +1,6 @@
 """SemiStructuredSparse: N:M sparsity as a weight constraint."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,6 @@ from keras_weightmods.core import keras_compat
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.ops import nm
 from keras_weightmods.sparsity import sparsify
-from keras_weightmods.sparsity.averages import install_projections
 from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
@@ -20,9 +20,8 @@ from keras_weightmods.utils.progress import Progress
 class SemiStructuredSparse(keras.constraints.Constraint):
     """Keeps the n largest magnitudes of every m weights, zeroes the others.
 
-    After every optimizer step, and after the averaged weights of
-    `use_ema=True` are written back, the kernel is projected onto the nearest
-    N:M kernel: projected gradient descent, w <- P(w - update), where P keeps
+    After every optimizer step the kernel is projected onto the nearest N:M
+    kernel: projected gradient descent, w <- P(w - update), where P keeps
     the top n of each group (equation 6 of CAST, arXiv 2509.25996). Groups run
     along the contraction axes, as the hardware of 2:4 sparsity wants it.
 
@@ -37,11 +36,12 @@ class SemiStructuredSparse(keras.constraints.Constraint):
     while the LoRA weights train. (Saving merges them into the kernel, which
     makes it dense.)
 
-    **Averages.** Keras writes the average of `use_ema=True` back without
-    applying constraints. The first instance created therefore extends
-    `keras.optimizers.Optimizer.finalize_variable_values`, and the hooks by
-    which `keras.callbacks.SwapEMAWeights` shows the average, to project the
-    variables that this class constrains, and no others.
+    **Averages.** At the end of `fit` Keras writes the averages of
+    `use_ema=True` into the model and applies no constraint to them: the
+    kernels are then dense. Add the callback `SwapSparseEMAWeights`, which
+    projects them, or train with `AdamS` and `prune` at the end. `attach`
+    warns where it sees such an optimizer, and `assert_sparse` checks the
+    result.
 
     Args:
         pattern: String `"n:m"` or pair of ints: n weights KEPT of every m.
@@ -96,7 +96,6 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         self.frozen = checks.check_bool("frozen", frozen)
         # One bit a weight, and the shape of the kernel.
         self._mask: tuple[Any, tuple[int, ...]] | None = None
-        install_projections()
 
     def __call__(self, w: Any) -> Any:
         if not (ops.is_tensor(w) or isinstance(w, keras.Variable)):
@@ -175,6 +174,9 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 belong to the model, or none can be constrained. The model is
                 then unchanged.
 
+        Warns:
+            UserWarning: If the model is compiled with `use_ema=True`.
+
         Example:
 
         ```python
@@ -221,6 +223,14 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 variable.constraint = constraint
                 progress.add()
         _forget_train_step(model)
+        if _takes_averages(getattr(model, "optimizer", None)):
+            warnings.warn(
+                "The optimizer has `use_ema=True`: `fit` ends with averaged "
+                "kernels, which no constraint makes sparse again. Pass "
+                "`callbacks=[keras_weightmods.SwapSparseEMAWeights()]` to "
+                "`fit`.",
+                stacklevel=2,
+            )
         return report
 
     @classmethod
@@ -300,6 +310,14 @@ def _reason_to_skip(target: Target, m: int) -> str | None:
 def _is_ours(variable: Any) -> bool:
     constraint = getattr(variable, "constraint", None)
     return isinstance(constraint, SemiStructuredSparse)
+
+
+def _takes_averages(optimizer: Any) -> bool:
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return any(
+        getattr(each, "use_ema", False)
+        for each in getattr(inner, "optimizers", [inner])
+    )
 
 
 def _forget_train_step(model: keras.Model) -> None:

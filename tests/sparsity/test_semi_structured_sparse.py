@@ -2,7 +2,12 @@ import keras
 import numpy as np
 import pytest
 
-from keras_weightmods import SemiStructuredSparse, find_targets
+from keras_weightmods import (
+    SemiStructuredSparse,
+    SwapSparseEMAWeights,
+    assert_sparse,
+    find_targets,
+)
 from keras_weightmods.ops import nm
 from tests import models
 from tests.backends import breadth
@@ -11,6 +16,7 @@ from tests.models import numpy, sequential
 RNG = np.random.default_rng(0)
 X, Y = models.normal(32, 8), models.normal(32, 4, seed=1)
 NonNeg = keras.constraints.NonNeg
+SwapEMAWeights = keras.callbacks.SwapEMAWeights
 
 
 def dense_model(n=2, constrained=True, **kwargs):
@@ -67,13 +73,17 @@ OPTIMIZERS = {
 }
 
 
+def callbacks(name):
+    return [SwapSparseEMAWeights()] if name.startswith("ema") else []
+
+
 @breadth("name", OPTIMIZERS, 0, 5, 6, 7, 9)
 def test_exactly_nm_after_fit(name):
     # n counts the weights kept: 1:4 and 2:4 must differ.
     n = 1 + list(OPTIMIZERS).index(name) % 2
     model = dense_model(n)
     before = numpy(model.layers[0].kernel)
-    fit(model, OPTIMIZERS[name](keras.optimizers))
+    fit(model, OPTIMIZERS[name](keras.optimizers), callbacks=callbacks(name))
     kernel = numpy(model.layers[0].kernel)
     assert violations(kernel, n) == 0
     assert np.count_nonzero(kernel) == n * kernel.size // 4
@@ -84,7 +94,8 @@ def test_exactly_nm_after_fit(name):
 def test_mixed_precision_with_loss_scaling(use_ema):
     model = dense_model(dtype="mixed_float16")
     inner = keras.optimizers.Adam(0.2, **{**EMA, "use_ema": use_ema})
-    fit(model, keras.optimizers.LossScaleOptimizer(inner))
+    scaled = keras.optimizers.LossScaleOptimizer(inner)
+    fit(model, scaled, callbacks=callbacks("ema" if use_ema else ""))
     assert violations(model.layers[0].kernel, 2) == 0
 
 
@@ -118,55 +129,66 @@ def fit_with_averages(*callbacks):
 
 
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
-def test_swap_ema_weights(swap_on_epoch):
-    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
-    stop = keras.callbacks.EarlyStopping(restore_best_weights=True)
-    recorder = Recorder()
-    plain = fit_with_averages()
-    swapped = fit_with_averages(swap, stop, recorder)
-    assert violations(average_of(plain), 2) > 0, "the test shows nothing"
-    assert len(recorder.seen) >= 5
-    assert recorder.seen == [0] * len(recorder.seen)
-    assert violations(plain.layers[0].kernel, 2) == 0
-    assert violations(swapped.layers[0].kernel, 2) == 0
+def test_averages_are_exact_with_the_callback_alone(swap_on_epoch):
+    recorders = [Recorder(), Recorder()]
+    plain = fit_with_averages(SwapEMAWeights(swap_on_epoch), recorders[0])
+    sparse = fit_with_averages(
+        SwapSparseEMAWeights(swap_on_epoch),
+        keras.callbacks.EarlyStopping(restore_best_weights=True),
+        recorders[1],
+    )
+    # Keras shows and leaves dense averages, and the check says so.
+    assert max(recorders[0].seen) > 0
+    with pytest.raises(AssertionError, match="not exactly 2:4"):
+        assert_sparse(plain, "2:4")
+    assert len(recorders[1].seen) >= 5
+    assert recorders[1].seen == [0] * len(recorders[1].seen)
+    assert_sparse(sparse, "2:4")
 
 
 @breadth("swap_on_epoch", [False, True], 1)
 def test_showing_the_average_does_not_change_it(swap_on_epoch):
-    callback = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
+    callback = SwapSparseEMAWeights(swap_on_epoch=swap_on_epoch)
     plain, swapped = fit_with_averages(), fit_with_averages(callback)
-    for value in (average_of, lambda model: numpy(model.layers[0].kernel)):
-        found, expected = value(swapped), value(plain)
-        # TensorFlow swaps by addition, which rounds.
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    projected = nm.nm_project(numpy(plain.layers[0].kernel), "2:4", 0)
+    # TensorFlow swaps by addition, which rounds.
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    kernel = swapped.layers[0].kernel
+    np.testing.assert_allclose(average_of(swapped), average_of(plain), **close)
+    np.testing.assert_allclose(numpy(kernel), numpy(projected), **close)
+    swapped.evaluate(X, Y, callbacks=[callback], verbose=0)
+    assert violations(kernel, 2) == 0
     # Weights written between two fits win over a remembered average.
-    swapped.layers[0].kernel.assign(np.zeros((8, 4)))
+    kernel.assign(np.zeros((8, 4)))
     callback.on_epoch_begin(0)
-    assert violations(swapped.layers[0].kernel, 2) == 0
+    assert violations(kernel, 2) == 0
 
 
-def test_finalize_outside_of_fit_and_foreign_constraints():
+def test_attach_warns_of_averages():
+    for wrap in (lambda o: o, keras.optimizers.LossScaleOptimizer):
+        model = dense_model(constrained=False)
+        model.compile(wrap(keras.optimizers.SGD(use_ema=True)), "mse")
+        with pytest.warns(UserWarning, match="SwapSparseEMAWeights"):
+            SemiStructuredSparse.attach(model)
+
+
+def test_detach_leaves_foreign_constraints():
     model = dense_model(constrained=False)
     model.layers[0].kernel.constraint = NonNeg()
-    optimizer = keras.optimizers.SGD(0.1, use_ema=True)
-    step(model, optimizer)
-    model.layers[0].kernel.assign(-np.ones((8, 4)))
-    optimizer.finalize_variable_values(model.trainable_variables)
-    # Keras' own behaviour: the average of before NonNeg comes back as it is.
-    assert numpy(model.layers[0].kernel).min() < 0
     SemiStructuredSparse.detach(model)
     assert isinstance(model.layers[0].kernel.constraint, NonNeg)
 
 
 def test_resume_after_save_and_load(tmp_path):
     model = dense_model(n=1)
-    fit(model, keras.optimizers.Adam(0.2, **EMA))
+    callbacks = [SwapSparseEMAWeights()]
+    fit(model, keras.optimizers.Adam(0.2, **EMA), callbacks=callbacks)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     models.assert_same(models.weights_of(loaded), models.weights_of(model))
     constraint = loaded.layers[0].kernel_constraint
     assert constraint.get_config() == SemiStructuredSparse("1:4").get_config()
-    loaded.fit(X, Y, verbose=0)
+    loaded.fit(X, Y, verbose=0, callbacks=callbacks)
     assert violations(loaded.layers[0].kernel, 1) == 0
 
 
@@ -302,7 +324,7 @@ def test_frozen_mask_survives_fit(name, tmp_path):
     SemiStructuredSparse.attach(model, "1:4", frozen=True)
     kernel = model.layers[0].kernel
     before = numpy(kernel)
-    fit(model, OPTIMIZERS[name](keras.optimizers))
+    fit(model, OPTIMIZERS[name](keras.optimizers), callbacks=callbacks(name))
     np.testing.assert_array_equal(numpy(kernel) != 0, before != 0)
     assert not np.isin(numpy(kernel)[before != 0], before).any()
     if name == "momentum":

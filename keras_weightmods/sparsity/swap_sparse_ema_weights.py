@@ -1,0 +1,100 @@
+"""SwapSparseEMAWeights: moving averages that keep their N:M pattern."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+
+class SwapSparseEMAWeights(keras.callbacks.SwapEMAWeights):
+    """Swaps in averaged weights, exactly N:M where they are constrained.
+
+    With `use_ema=True` Keras writes the moving average into the model at the
+    end of `fit` and applies no constraint to it: the average of N:M kernels
+    with different masks is dense. Use this callback in place of
+    `keras.callbacks.SwapEMAWeights`, or add it where there is none. Every
+    variable with a `SemiStructuredSparse` constraint is then projected
+    whenever its average is in the model: in evaluation and prediction, for
+    the callbacks behind this one if `swap_on_epoch=True`, and when `fit` has
+    ended. The optimizer's own average stays as Keras computes it.
+
+    An exception inside `fit` skips the callbacks' end, and the model is then
+    left with the dense average. `assert_sparse` tells.
+
+    Args:
+        swap_on_epoch: Bool, whether the average is in the model from the end
+            of an epoch to the beginning of the next. Put `ModelCheckpoint`
+            and `EarlyStopping` behind this callback then. Defaults to
+            `False`.
+
+    Raises:
+        ValueError: When the weights are first swapped, if the optimizer has
+            no `use_ema=True`.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    kwm.SemiStructuredSparse.attach(model, "2:4")
+    model.compile(keras.optimizers.Adam(0.1, use_ema=True), "mse")
+    x = np.random.normal(size=(64, 8))
+    model.fit(
+        x, x[:, :4], epochs=2, verbose=0,
+        callbacks=[kwm.SwapSparseEMAWeights()],
+    )
+    kwm.assert_sparse(model, "2:4")
+    ```
+    """
+
+    def __init__(self, swap_on_epoch: bool = False) -> None:
+        super().__init__(swap_on_epoch=swap_on_epoch)
+        # Variables, their average and the projection of it in the model.
+        self._shown: list[tuple[Any, Any, Any]] = []
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._around(super().on_epoch_begin, epoch)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._around(super().on_epoch_end, epoch, shows=True)
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._around(super().on_test_begin, shows=True)
+
+    def on_test_end(self, logs: Any = None) -> None:
+        self._around(super().on_test_end)
+
+    def on_predict_begin(self, logs: Any = None) -> None:
+        self._around(super().on_predict_begin, shows=True)
+
+    def on_predict_end(self, logs: Any = None) -> None:
+        self._around(super().on_predict_end)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        # `fit` has just written the averages into the model.
+        self._around(super().on_train_end, shows=True)
+
+    def _around(self, hook: Any, *args: Any, shows: bool = False) -> None:
+        """Run a hook of Keras on true averages; project what it shows."""
+        # The property brings the state back into the variables on JAX.
+        model = self.model
+        shown, self._shown = self._shown, []
+        for variable, average, projected in shown:
+            # Weights that were assigned since then stay.
+            if np.array_equal(ops.convert_to_numpy(variable), projected):
+                variable.assign(average)
+        hook(*args)
+        # Before its first step a model may be dense, and stays so.
+        if not (shows or shown):
+            return
+        for variable in model.trainable_variables:
+            constraint = getattr(variable, "constraint", None)
+            if getattr(constraint, "keeps_pattern", False):
+                average = ops.convert_to_numpy(variable)
+                variable.assign(constraint(variable))
+                projected = ops.convert_to_numpy(variable)
+                self._shown.append((variable, average, projected))
