@@ -30,6 +30,7 @@ def public_names():
             "": kwm,
             "ops.": kwm.ops,
             "plot.": kwm.plot,
+            "reports.": kwm.reports,
         }.items()
         for name, value in sorted(names_of(module).items(), key=by_name)
         if not name.startswith("_") and is_documented(value)

@@ -31,8 +31,8 @@ TITLES = {
     "lift": "Principal weights",
     "ops": "ops",
     "plot": "plot",
+    "reports": "Reports",
     "reparameterize": "Reparameterization",
-    "utils": "Reports",
 }
 
 CODE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -122,6 +122,8 @@ def reference_pages():
     """Return a dict from paths to pages, one for each folder of the package."""
     pages = {}
     for name, value in PUBLIC.items():
+        if name.rpartition(".")[2] != value.__name__:  # an alias, as `LIFT`
+            continue
         path = page_of(name)
         pages[path] = pages.get(path, "") + (
             f"\n::: {full_name(value)}\n"

@@ -35,8 +35,8 @@ LLAMA_CPP = ("llama_cpp", "llama_cpp_py_sync")
 SERVE = """
 import sys
 import numpy as np
-import keras_weightmods
 import tensorflow as tf
+import keras_weightmods.runtime
 model = tf.saved_model.load(sys.argv[1])
 x = dict(np.load(sys.argv[2]))
 np.save(sys.argv[3], model.serve(x).numpy())

@@ -1,55 +1,84 @@
 """Changes to a Keras model's weights, on JAX, TensorFlow and torch.
 
-To import this package loads neither Keras nor a backend. The public names, all
-of `public.py`, are loaded with Keras: once it has been imported, by this
-package when the first of them is used, or by anyone else. Keras then finds the
-classes that are registered with it.
-
-What exported models need is there as soon as TensorFlow or torch is, see
-`exported.py`.
+The import of this package loads neither Keras nor a backend; a public name is
+loaded when it is first used. Keras can then read files with our classes, as
+`AdamS`: they register with the first public name that is used, and at once
+where Keras has been imported before.
 """
 
+import ast
+import difflib
 import importlib
+import pathlib
 import sys
-from typing import TYPE_CHECKING
 
-from keras_weightmods import exported
 from keras_weightmods.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from keras_weightmods.public import *  # noqa: F403
-else:
 
-    def __getattr__(name):
-        # Not for what others ask any module for, as `__wrapped__`.
-        if name == "__all__" or not name.startswith("_"):
-            _load()
-        if name not in globals():
-            message = f"module {__name__!r} has no attribute {name!r}"
-            raise AttributeError(message)
-        return globals()[name]
+def _public_names():
+    """Return {public name: (its module, its name there)}, as in the stub.
 
-    def __dir__():
-        _load()
-        return sorted(globals())
-
-
-def _load():
-    public = vars(importlib.import_module(f"{__name__}.public"))
-    names = {name: public[name] for name in public if not name.startswith("_")}
-    globals().update(names, __all__=[*names])
-
-
-def _load_with_keras():
-    """Load all, unless a module of ours is just what imports Keras.
-
-    That module is not complete yet. `__getattr__` comes later.
+    Type checkers and editors read the stub too, so each name stands once.
     """
-    ours = f"{__name__}."
-    specs = [m.__spec__ for n, m in sys.modules.items() if n.startswith(ours)]
-    if not any(getattr(spec, "_initializing", False) for spec in specs):
-        _load()
+    stub = pathlib.Path(__file__).with_name("__init__.pyi").read_text()
+    return {
+        alias.asname: (statement.module, alias.name)
+        for statement in ast.parse(stub).body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
 
 
-exported.register()
-exported.when_imported("keras", _load_with_keras)
+_NAMES = _public_names()
+__all__ = [*_NAMES]
+# Those that `keras.saving.register_keras_serializable` knows once they are
+# imported.
+_SERIALIZABLE = (
+    *("AdamS", "CAST", "CompanderDense", "CompanderOptimizer"),
+    *("MaskedOptimizer", "SemiStructuredSparse", "SparseAdamW"),
+)
+# What others call a thing of ours.
+_OTHER_WORDS = {
+    "prune": "sparsify",
+    "quantize_sparse": "quantize",
+    "load": "load_model",
+    "save": "save_model",
+}
+
+
+def __getattr__(name):
+    if name not in _NAMES:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(f"{message}{_suggestion(name)}")
+    value = _load(name)
+    for other in _SERIALIZABLE:
+        _load(other)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_NAMES})
+
+
+def _load(name):
+    if name not in globals():
+        module, attribute = _NAMES[name]
+        found = importlib.import_module(f"{__name__}.{module or attribute}")
+        globals()[name] = getattr(found, attribute) if module else found
+    return globals()[name]
+
+
+def _suggestion(name):
+    """Return the end of an error's message: which name may be meant."""
+    if name.startswith("_"):
+        return ""
+    if name.endswith("Report"):
+        return f". Reports are in `{__name__}.reports`."
+    close = difflib.get_close_matches(name, _NAMES, 1)
+    meant = _OTHER_WORDS.get(name) or "".join(close)
+    return f". Did you mean: {meant!r}?" if meant in _NAMES else ""
+
+
+if "keras" in sys.modules:
+    for _name in _SERIALIZABLE:
+        _load(_name)

@@ -58,7 +58,7 @@ def test_without_a_compiler(tmp_path):
     assert "-py3-none-" in name
     assert "keras_weightmods/py.typed" in files
     # Where the public names are read from.
-    assert "keras_weightmods/public.py" in files
+    assert "keras_weightmods/__init__.pyi" in files
     assert "keras_weightmods/native/__init__.py" in files
     assert not [file for file in files if file.endswith(".so")]
 

@@ -99,8 +99,8 @@ def export(
         format: String, one of the above. Defaults to `"tf_saved_model"`.
         keep_packed: Bool, whether packed kernels stay packed in the file, for
             `"tf_saved_model"` on TensorFlow and `"torch"` alone. The process
-            that runs the file must `import keras_weightmods`, with its
-            compiled kernels; that loads no Keras. Defaults to `False`.
+            that runs the file must `import keras_weightmods.runtime` after
+            the framework; that loads no Keras. Defaults to `False`.
         overwrite: Bool, whether to replace what is there. Defaults to `True`.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds, of packed weights that are made dense, of the

@@ -512,3 +512,7 @@ class PrincipalMaskCallback(EpochFigures):
                     f"No entries can be chosen of {target.path!r}. {error}"
                 ) from error
             yield mask_indices(mask)
+
+
+# The name of the method in the paper.
+LIFT = PrincipalMaskCallback

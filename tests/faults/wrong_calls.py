@@ -61,7 +61,6 @@ _RECEIVED = ("Report", "Target", "Targets", "ScalingLaw", "ops.Packed")
 _INTERNAL = {
     "Patches.clean_fingerprint",
     "SemiStructuredSparse.axes_of",
-    "ChangeReport.of",
     "WeightSignature",
     "WeightSignature.problems",
     "WeightSignature.with_entries",
@@ -91,6 +90,8 @@ def subjects():
     """Return the public functions that users call, by name."""
     found = {}
     for name, value in PUBLIC.items():
+        if name == "LIFT":  # an alias
+            continue
         if inspect.isclass(value):
             if not name.endswith(_RECEIVED):
                 found[name] = value
@@ -108,8 +109,9 @@ def subjects():
         for name, function in found.items()
         if parameters_of(function)
         and name not in _INTERNAL
-        # Pictures: what matplotlib says of wrong arguments will do.
-        and not name.startswith("plot.")
+        # Pictures: what matplotlib says of wrong arguments will do. Users
+        # receive reports.
+        and not name.startswith(("plot.", "reports."))
     }
 
 
@@ -245,10 +247,6 @@ def sgd_masked():
     return kwm.MaskedOptimizer(keras.optimizers.SGD(0.1))
 
 
-def sensitivity_report(model):
-    return kwm.sensitivity(model, normal(4, 8), verbose=0)
-
-
 def compander(name, *args, shape, **arguments):
     cls = getattr(kwm, name)
 
@@ -274,12 +272,6 @@ TOKENS = np.arange(12).reshape(2, 6)
 LAW = {"tokens": [1e6, 2e6, 4e6, 8e6, 1.6e7]}
 LAW["losses"] = [3 + 100 / n**0.5 for n in LAW["tokens"]]
 UNIFORM = {"keep": 0.5, "length": 6, "rows": 2, "verbose": 0}
-
-
-def _report_targets():
-    model = mlp()
-    report = sensitivity_report(model)
-    return Call(report.targets, {"model": model, "dense_share": 0.5}, [model])
 
 
 def _extract():
@@ -548,7 +540,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     ),
     "SemiStructuredSparse.detach": _detach,
     "sensitivity": lambda: on_model(kwm.sensitivity, data=X, verbose=0),
-    "SensitivityReport.targets": _report_targets,
     "SparseAdamW": lambda: Call(kwm.SparseAdamW, {}, then=fit_masked),
     "SparseAdamW.indices_of": lambda: on_masks(kwm.SparseAdamW, "indices_of"),
     "SparseAdamW.set_indices": lambda: on_masks(

@@ -21,7 +21,7 @@ def name_of(target):
     XLA's error names a call that it does not know: where a SavedModel runs
     without this package.
     """
-    return f"{target} (`import keras_weightmods` registers it)"
+    return f"{target} (`import keras_weightmods.runtime` registers it)"
 
 
 @functools.cache

@@ -14,43 +14,26 @@ from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from tests import models
 
 BACKEND = keras.backend.backend()
-# By backend: the format of Keras, the name of the file, how to run it.
+# By backend: the format, the name of the file, how to run it.
 FORMATS = {
     "tensorflow": (
         "tf_saved_model",
         "saved",
         "import tensorflow as tf\n"
         "model = tf.saved_model.load(path)\n"
-        "y = model.serve(x).numpy()\n",
+        "y = model.serve(x).numpy()",
     ),
     "torch": (
         "torch",
         "saved.pt2",
         "import torch\n"
         "model = torch.export.load(path).module()\n"
-        "y = model(torch.from_numpy(x)).detach().numpy()\n",
+        "y = model(torch.from_numpy(x)).detach().numpy()\n"
+        # TensorFlow imports Keras, and others, by itself.
+        "assert not {'keras', 'jax', 'tensorflow'} & {*sys.modules}",
     ),
 }
-START = "import sys\nimport numpy as np\npath, x = sys.argv[1], None\n"
-END = "np.save(sys.argv[3], y)\n"
-# TensorFlow imports Keras, and others, by itself.
-NO_KERAS = "assert not {'keras', 'jax', 'tensorflow'} & {*sys.modules}\n"
-
-
-def run_code(*lines, folder):
-    name = FORMATS[BACKEND][1]
-    arguments = [folder / name, folder / "x.npy", folder / "y.npy"]
-    code = "\n".join([START, "x = np.load(sys.argv[2])", *lines, END])
-    code += NO_KERAS if BACKEND == "torch" else ""
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    # What would make Keras take a backend that may not be installed.
-    environment.pop("KERAS_BACKEND", None)
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+RUNTIME = "import keras_weightmods.runtime"
 
 
 @pytest.fixture(scope="module")
@@ -68,34 +51,59 @@ def exported(tmp_path_factory):
     x = models.normal(1, 64)
     np.save(folder / "x.npy", x)
     kind, name, _ = FORMATS[BACKEND]
-    model.export(str(folder / name), format=kind, verbose=False)
+    kwm.export(model, folder / name, kind, keep_packed=True, verbose=0)
     return folder, models.outputs(model, x)
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_it_runs_where_this_package_is_imported(first, exported):
+def run_exported(folder, *lines):
+    _, name, code = FORMATS[BACKEND]
+    arguments = [folder / name, folder / "x.npy", folder / "y.npy"]
+    program = (
+        "import sys\nimport numpy as np\n"
+        "path, x = sys.argv[1], np.load(sys.argv[2])\n",
+        *(f"{line}\n" for line in lines),
+        f"{code}\nnp.save(sys.argv[3], y)",
+    )
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    # It would make Keras take a backend that may not be installed.
+    environment.pop("KERAS_BACKEND", None)
+    return subprocess.run(
+        [sys.executable, "-c", "".join(program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+def test_it_runs_where_the_runtime_is_imported(exported):
     folder, expected = exported
-    # Many ask whether a package is there before they import it.
-    asks = f"import importlib.util; importlib.util.find_spec('{BACKEND}')"
-    lines = ["import keras_weightmods", asks, FORMATS[BACKEND][2]]
-    if not first:
-        lines.insert(0, f"import {BACKEND}")
-    done = run_code(*lines, folder=folder)
+    done = run_exported(folder, f"import {BACKEND}", RUNTIME)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(np.load(folder / "y.npy"), expected, atol=1e-5)
 
 
+def test_the_runtime_imports_what_is_installed(exported):
+    folder, _ = exported
+    other = {"torch": "tensorflow", "tensorflow": "torch"}[BACKEND]
+    without = (
+        "import importlib.util as util; find = util.find_spec; "
+        f"util.find_spec = lambda name: name != '{other}' and find(name)"
+    )
+    done = run_exported(folder, without, RUNTIME)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_the_import_the_error_names_it(exported):
-    done = run_code(FORMATS[BACKEND][2], folder=exported[0])
+    done = run_exported(exported[0])
     assert done.returncode == 1
-    name = {"tensorflow": "`import keras_weightmods`"}
+    name = {"tensorflow": f"`{RUNTIME}`"}
     assert name.get(BACKEND, "keras_weightmods.sparse_matmul") in done.stderr
 
 
 def test_without_the_kernels_the_error_says_why(exported):
     no_library = "import os; os.environ['KERAS_WEIGHTMODS_NATIVE'] = '0'"
-    lines = no_library, "import keras_weightmods", FORMATS[BACKEND][2]
-    done = run_code(*lines, folder=exported[0])
+    lines = no_library, f"import {BACKEND}", RUNTIME
+    done = run_exported(exported[0], *lines)
     assert done.returncode == 1
     reason = {"torch": "KERAS_WEIGHTMODS_NATIVE is 0"}
-    assert reason.get(BACKEND, "`import keras_weightmods`") in done.stderr
+    assert reason.get(BACKEND, f"`{RUNTIME}`") in done.stderr

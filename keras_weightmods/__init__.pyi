@@ -1,16 +1,10 @@
-"""All public names: the one list of them."""
+"""The public names, one a line; `__init__.py` reads them from here."""
 
 from . import ops as ops
 from . import plot as plot
-from .calibration.self_generated import (
-    self_generated as self_generated,
-)
-from .core.report import (
-    ReparameterizationReport as ReparameterizationReport,
-)
-from .core.target_rules import (
-    register_target as register_target,
-)
+from . import reports as reports
+from .calibration.self_generated import self_generated as self_generated
+from .core.target_rules import register_target as register_target
 from .core.targets import Target as Target
 from .core.targets import Targets as Targets
 from .core.targets import find_targets as find_targets
@@ -18,63 +12,34 @@ from .evaluation.lm_eval import lm_eval_model as lm_eval_model
 from .evaluation.perplexity import Perplexity as Perplexity
 from .evaluation.perplexity import perplexity as perplexity
 from .evaluation.scaling_law import ScalingLaw as ScalingLaw
-from .evaluation.scaling_law import (
-    fit_scaling_law as fit_scaling_law,
-)
+from .evaluation.scaling_law import fit_scaling_law as fit_scaling_law
 from .exporting.export import export as export
-from .generation.compile_generate import (
-    GenerateReport as GenerateReport,
-)
-from .generation.compile_generate import (
-    compile_generate as compile_generate,
-)
+from .generation.compile_generate import compile_generate as compile_generate
 from .generation.compile_generate import (
     uncompile_generate as uncompile_generate,
 )
-from .lift.masked_optimizer import (
-    MaskedOptimizer as MaskedOptimizer,
-)
+from .lift.masked_optimizer import MaskedOptimizer as MaskedOptimizer
+from .lift.principal_mask_callback import LIFT as LIFT
 from .lift.principal_mask_callback import (
     PrincipalMaskCallback as PrincipalMaskCallback,
 )
-from .lift.report import PrincipalMaskReport as PrincipalMaskReport
 from .lift.sparse_adamw import SparseAdamW as SparseAdamW
 from .packing.pack import pack as pack
 from .packing.pack import unpack as unpack
-from .packing.report import PackReport as PackReport
 from .patches.delta import apply_delta as apply_delta
 from .patches.delta import remove_delta as remove_delta
 from .patches.delta import save_delta as save_delta
-from .patches.lora import LoraReport as LoraReport
 from .patches.lora import delta_to_lora as delta_to_lora
 from .patches.lora import lora_to_delta as lora_to_delta
-from .patches.merge import MergeReport as MergeReport
 from .patches.merge import merge as merge
 from .patches.patches import Patches as Patches
-from .patches.report import DeltaReport as DeltaReport
-from .patches.report import PatchReport as PatchReport
-from .patches.report import SignatureReport as SignatureReport
-from .patches.sum_signatures import (
-    sum_signatures as sum_signatures,
-)
-from .patches.weight_signature import (
-    WeightSignature as WeightSignature,
-)
-from .reparameterize.compander import (
-    attach_compander as attach_compander,
-)
-from .reparameterize.compander_layers import (
-    CompanderConv1D as CompanderConv1D,
-)
-from .reparameterize.compander_layers import (
-    CompanderConv2D as CompanderConv2D,
-)
-from .reparameterize.compander_layers import (
-    CompanderConv3D as CompanderConv3D,
-)
-from .reparameterize.compander_layers import (
-    CompanderDense as CompanderDense,
-)
+from .patches.sum_signatures import sum_signatures as sum_signatures
+from .patches.weight_signature import WeightSignature as WeightSignature
+from .reparameterize.compander import attach_compander as attach_compander
+from .reparameterize.compander_layers import CompanderConv1D as CompanderConv1D
+from .reparameterize.compander_layers import CompanderConv2D as CompanderConv2D
+from .reparameterize.compander_layers import CompanderConv3D as CompanderConv3D
+from .reparameterize.compander_layers import CompanderDense as CompanderDense
 from .reparameterize.compander_layers import (
     CompanderDepthwiseConv2D as CompanderDepthwiseConv2D,
 )
@@ -85,39 +50,25 @@ from .reparameterize.compander_optimizer import (
     CompanderOptimizer as CompanderOptimizer,
 )
 from .reparameterize.fold import fold as fold
-from .reparameterize.weight_norm import (
-    attach_weight_norm as attach_weight_norm,
-)
+from .reparameterize.weight_norm import attach_weight_norm as attach_weight_norm
 from .saving.checkpoint import Checkpoint as Checkpoint
 from .saving.model import load_model as load_model
 from .saving.model import save_model as save_model
 from .sparsity.adam_s import AdamS as AdamS
 from .sparsity.cast import CAST as CAST
 from .sparsity.merge_lora import merge_lora as merge_lora
-from .sparsity.quantize_sparse import (
-    QuantizeReport as QuantizeReport,
-)
-from .sparsity.quantize_sparse import (
-    quantize_sparse as quantize_sparse,
-)
-from .sparsity.report import ChangeReport as ChangeReport
-from .sparsity.report import SparsityReport as SparsityReport
+from .sparsity.quantize_sparse import quantize_sparse as quantize_sparse
 from .sparsity.report import assert_sparse as assert_sparse
 from .sparsity.report import sparsity_report as sparsity_report
 from .sparsity.scaling import attach_scaling as attach_scaling
 from .sparsity.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )
-from .sparsity.sensitivity import (
-    SensitivityReport as SensitivityReport,
-)
 from .sparsity.sensitivity import sensitivity as sensitivity
-from .sparsity.sparsify import SparsifyReport as SparsifyReport
 from .sparsity.sparsify import sparsify as sparsify
-from .sparsity.sparsity_monitor import (
-    SparsityMonitor as SparsityMonitor,
-)
+from .sparsity.sparsity_monitor import SparsityMonitor as SparsityMonitor
 from .sparsity.swap_sparse_ema_weights import (
     SwapSparseEMAWeights as SwapSparseEMAWeights,
 )
-from .utils.report import Report as Report
+
+__version__: str

@@ -1,0 +1,30 @@
+"""Reports: what the functions of the library found or changed.
+
+Each prints as a table; `to_dict()` has the same as plain Python values.
+"""
+
+from keras_weightmods.core.report import (
+    ReparameterizationReport as ReparameterizationReport,
+)
+from keras_weightmods.generation.compile_generate import (
+    GenerateReport as GenerateReport,
+)
+from keras_weightmods.lift.report import (
+    PrincipalMaskReport as PrincipalMaskReport,
+)
+from keras_weightmods.packing.report import PackReport as PackReport
+from keras_weightmods.patches.lora import LoraReport as LoraReport
+from keras_weightmods.patches.merge import MergeReport as MergeReport
+from keras_weightmods.patches.report import DeltaReport as DeltaReport
+from keras_weightmods.patches.report import PatchReport as PatchReport
+from keras_weightmods.patches.report import SignatureReport as SignatureReport
+from keras_weightmods.sparsity.quantize_sparse import (
+    QuantizeReport as QuantizeReport,
+)
+from keras_weightmods.sparsity.report import ChangeReport as ChangeReport
+from keras_weightmods.sparsity.report import SparsityReport as SparsityReport
+from keras_weightmods.sparsity.sensitivity import (
+    SensitivityReport as SensitivityReport,
+)
+from keras_weightmods.sparsity.sparsify import SparsifyReport as SparsifyReport
+from keras_weightmods.utils.report import Report as Report
