@@ -108,7 +108,7 @@ def measure_quality(args, report):
         packed = load_smollm2()
         packed.preprocessor = None
         packed.set_weights(model.get_weights())
-        kwm.pack(packed, dtype="int4", dense="int4", head="int8", verbose=0)
+        kwm.pack(packed, dtype="int4", head="int8", verbose=0)
         kwm.save_model(packed, file_of(share))
         measure = Measure(packed, texts, make_teacher(packed))
         report["rows"].append(

@@ -31,15 +31,19 @@ PROMPT = "The most important task of the government is"
 DENSE = "dense float32"
 # Row: arguments of `pack`. Integers are multiplied by int8 inputs, unless the
 # row says otherwise.
-PACKED: dict[str, dict[str, str]] = {
-    "packed float32": {},
+PACKED: dict[str, dict[str, str | None]] = {
+    "packed float32": {"dtype": "float32"},
     "packed bfloat16": {"dtype": "bfloat16"},
-    "packed int8, float inputs": {"dtype": "int8", "activations": "float32"},
-    "packed int8": {"dtype": "int8"},
-    "packed int8, int8 head": {"dtype": "int8", "head": "int8"},
-    "packed int4": {"dtype": "int4"},
+    "packed int8, float inputs": {
+        "dtype": "int8",
+        "head": None,
+        "activations": "float32",
+    },
+    "packed int8": {"dtype": "int8", "head": None},
+    "packed int8, int8 head": {"dtype": "int8"},
+    "packed int4": {"dtype": "int4", "head": None},
     "packed int4, int8 head": {"dtype": "int4", "head": "int8"},
-    "packed int4, int4 head": {"dtype": "int4", "head": "int4"},
+    "packed int4, int4 head": {"dtype": "int4"},
 }
 # Added to the name of a row: the same, with `compile_generate`.
 COMPILED = ", compiled"

@@ -126,10 +126,10 @@ class Form:
 
 # All weights held, in integers. Row: arguments of `pack`.
 INTEGERS: dict[str, dict[str, str]] = {
-    f"dense {dtype}, int8 head": {"dense": dtype, "head": "int8"}
+    f"dense {dtype}, int8 head": {"dtype": dtype, "head": "int8"}
     for dtype in ("int8", "int4")
 }
-INTEGERS["dense int4, int4 head"] = {"dense": "int4", "head": "int4"}
+INTEGERS["dense int4, int4 head"] = {"dtype": "int4"}
 FORMS = {**PACKED, **INTEGERS}
 # On each backend. A name is a file: DENSE and "dense bfloat16", what `pack`
 # makes with these arguments, and Keras' own quantization.

@@ -149,7 +149,7 @@ def pack(calls, folder):
     calls("pack, float32", kwm.pack, model)
     calls("sparsity_report, packed", kwm.sparsity_report, model)
     calls("unpack", kwm.unpack, model)
-    packed = {"dense": "int4", "head": "int8"}
+    packed = {"head": "int8"}
     calls("pack, int4 and a head in int8", kwm.pack, model, "int4", **packed)
     path = folder / "packed.safetensors"
     calls("save_model, packed", kwm.save_model, model, path)

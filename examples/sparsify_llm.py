@@ -284,7 +284,7 @@ def pack(model, held_out, args, console):
     record("2:4, stored dense", output)
     for name, options in (
         ("packed", {}),
-        ("packed, int8 values and head", {"dtype": "int8", "head": "int8"}),
+        ("packed, int8 values and head", {"dtype": "int8"}),
     ):
         kwm.pack(model, **options)
         kwm.save_model(model, file)

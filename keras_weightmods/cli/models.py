@@ -94,15 +94,17 @@ def _sparsify(args):
         help="of the kept values; default: as they are",
     ),
     argument(
-        "--dense", choices=("int8", "int4"), help="kernels that are not 2:4 too"
+        "--head",
+        choices=("auto", "none", "int8", "int4"),
+        default="auto",
+        help="the tied embedding; as the kernels by default",
     ),
-    argument("--head", choices=("int8", "int4"), help="the tied embedding too"),
     argument("--activations", choices=("int8", "float32")),
     TARGETS,
     *OUTPUT,
 )
 def _pack(args):
-    """Pack the 2:4 kernels of a finished model.
+    """Pack the weights of a finished model.
 
     examples:
       keras-weightmods pack sparse.keras --dtype int8 -o packed.safetensors
@@ -113,8 +115,7 @@ def _pack(args):
         model,
         args.dtype,
         targets=args.targets,
-        dense=args.dense,
-        head=args.head,
+        head=None if args.head == "none" else args.head,
         activations=args.activations,
     )
     write_model(model, args.output)

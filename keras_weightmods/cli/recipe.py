@@ -307,7 +307,7 @@ def _check_pack(options, has_data, stages):
     from keras_weightmods.packing.pack import check_arguments
 
     values = _bound(kwm.pack, options)
-    names = "dtype", "dense", "head", "activations", "trainable"
+    names = "dtype", "head", "activations", "trainable"
     check_arguments(*(values[name] for name in names))
     _check_targets(options)
 

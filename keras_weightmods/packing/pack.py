@@ -1,6 +1,7 @@
 """Packing of the 2:4 kernels of a finished model, and back."""
 
 import collections
+import dataclasses
 import math
 import time
 import warnings
@@ -14,16 +15,18 @@ from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import reversible_embeddings
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
+from keras_weightmods.native import quantize
 from keras_weightmods.native.layout import ACTIVATIONS, INTEGERS
+from keras_weightmods.ops.matrix import to_stack
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing import (
     packed_dense,
     packed_embedding,
-    packed_mixed,
     packed_stack,
     recurrent,
 )
+from keras_weightmods.packing.packed_dense import IntegerKernel
 from keras_weightmods.packing.packed_parameters import PackedParameters
 from keras_weightmods.packing.report import PackedWeight, PackReport
 from keras_weightmods.utils import checks
@@ -36,27 +39,32 @@ def pack(
     model: keras.layers.Layer,
     dtype: str | None = None,
     *,
+    head: str | None = "auto",
     targets: Any = None,
-    dense: str | None = None,
-    head: str | None = None,
     activations: str | None = None,
     trainable: bool = False,
     verbose: int = 1,
 ) -> PackReport:
-    """Pack the kernels of a finished model, in place.
+    """Pack the weights of a finished model, in place.
 
-    The kernels of Dense, EinsumDense, Conv1D to Conv3D (which then multiply
-    the patches of their input), the cells of LSTM, GRU and SimpleRNN (on torch
-    with `use_cudnn=False`) and the experts of KerasHub's mixtures (on a
-    GPU these are held dense) that are exactly 2:4 are replaced by their
-    kept values and two bits for the place of each: 0.53 times the bytes
-    of float32, 0.28 with `dtype="bfloat16"`, 0.16 with `dtype="int8"`, 0.10
-    with `dtype="int4"`. Their layers multiply by these with
-    `ops.sparse_matmul`. Each layer stays the
-    same object with the same name; the dense weight is gone from it, and it
-    has `kernel_values`, `kernel_meta` and, for int8 and int4, `kernel_scale`
-    instead, frozen weights like any other. `layer.kernel` gives the dense
-    kernel, computed anew each time.
+    `pack(model)` stores what `kwm.quantize` has rounded, without further loss:
+    kernels, and a tied embedding and head, that lie on the grid of int4 (-8 to
+    7 times a bfloat16 scale for each output unit and 64 inputs) take 4.25 bits
+    a weight, or 3.25 where they are 2:4. Other 2:4 kernels keep their values as
+    they are. `pack(model, "int8")` and `pack(model, "int4")` round all weights
+    by themselves, 2:4 or not.
+
+    Of a 2:4 kernel the kept values are stored, and two bits for the place of
+    each: 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in int8 and
+    0.10 in int4. Packed are the kernels of Dense, EinsumDense, Conv1D to Conv3D
+    (which then multiply the patches of their input), of the cells of LSTM, GRU
+    and SimpleRNN (on torch with `use_cudnn=False`) and of the experts of
+    KerasHub's mixtures. Their layers multiply by the packed arrays with
+    `ops.sparse_matmul`. Each layer stays the same object with the same name;
+    the dense weight is gone from it, and it has `kernel_values`, for 2:4
+    kernels `kernel_meta`, and for int8 and int4 `kernel_scale` instead, frozen
+    weights like any other. `layer.kernel` gives the dense kernel, computed
+    anew each time.
 
     Bias, activation and LoRA work as before: `enable_lora` before or after
     trains adapters on the packed base. `save_weights` and `load_weights` hold
@@ -67,8 +75,7 @@ def pack(
 
     Under `keras.distribution`, with JAX, the packed arrays are split over
     devices as the weights are, and each device multiplies by its own part: no
-    weight is gathered. (On GPUs the kernels are held dense then.) Nothing of
-    this has yet been run on a GPU.
+    weight is gathered. (On GPUs the kernels are held dense then.)
 
     Packing holds the dense and the packed weights for a while. A built
     optimizer has state of weights that are gone, so the model is left
@@ -76,47 +83,37 @@ def pack(
 
     Args:
         model: A built `keras.Model`. It is changed.
-        dtype: String, type of the kept values. `"bfloat16"` rounds them;
-            `"int8"` rounds to multiples of max |w| / 127, one scale for each
-            output unit; `"int4"` to -8 to 7 times a bfloat16 scale, the best
-            of several for each output unit and 64 inputs. This rounds each
-            value by itself, which costs quality in int4: a 2:4 SmolLM2-135M
-            went from a perplexity of 72 to 91 on prose, and to 72.5 in int8.
-            The report has the rounding errors. By default, `None`, they are
-            kept as they are: bfloat16 for a bfloat16 kernel, float32 for any
-            other.
+        dtype: String, type of the packed values. `"int8"` rounds to multiples
+            of max |w| / 127, one scale for each output unit, which costs next
+            to nothing; `"int4"` to -8 to 7 times a bfloat16 scale, the best of
+            several for each output unit and 64 inputs, which costs quality
+            where `kwm.quantize` has not rounded the weights before: a warning
+            says by how much it changed them. `"float32"` and `"bfloat16"` pack
+            2:4 kernels only. By default, `None`, nothing is rounded: weights on
+            the grid of int4 are packed in int4, other 2:4 kernels in bfloat16
+            if that is their type, else in float32.
+        head: String, type of the table that serves as embedding and head
+            (`keras.layers.ReversibleEmbedding` with tied weights, as in
+            KerasHub's language models): one table in `"int8"`, with a scale for
+            each row, or `"int4"`, with one for each 64 entries of a row, serves
+            both the look-up and the logits. `None` leaves it as it is. By
+            default, `"auto"`, it is packed like the kernels, unless `targets`
+            are given or `dtype` is a float type. Heads that are not tied are
+            kernels like any other.
         targets: `Targets`, a list of `Target`, or what `find_targets` takes
-            as `include`; `None` for all. Those that are no kernels of Dense,
-            EinsumDense, an ungrouped convolution, a recurrent cell or
-            KerasHub's experts, or do not divide into groups of four, are
+            as `include`; `None` for all. Those that cannot be packed are
             skipped and reported.
-        dense: `"int8"` or `"int4"` packs the kernels that are not 2:4 as well:
-            all their weights in integers, rounded as by `dtype`, and multiplied
-            by int8 activations, in 8.1 or 4.25 bits a weight. So a model can be
-            sparse in part, or not at all. Of a kernel with some blocks of 16
-            output units that are 2:4, a quarter or more, these are packed by
-            `dtype`, and the others so. By default, `None`, such a kernel is
-            an error.
-        head: `"int8"` or `"int4"` rounds the embeddings that serve as the
-            head as well (`keras.layers.ReversibleEmbedding` with tied weights,
-            as in KerasHub's language models) and serves both the look-up and
-            the logits from one table: int8 with a scale for each row, or int4
-            with a bfloat16 scale for each 64 entries of a row. int8 costs next
-            to nothing; int4 took the dense SmolLM2-135M from a perplexity of
-            32.8 to 37.7, unless `quantize_sparse(head=True)` has rounded it
-            before, see the guide. By default, `None`, they stay as they are.
-        activations: String, what weights in int8 and int4 are multiplied by,
-            the head too. `"int8"` rounds the inputs of these layers, in blocks
-            of 32 entries to multiples of max |x| / 127, and multiplies
-            integers, which is faster. On a CPU, with int8 values, that moved
-            the perplexity of the same model by less than 0.2 %, with int4 by
-            0.4 %. On a GPU it is for 2:4 kernels in int8 (all others are held
+        activations: String, what weights in int8 and int4 are multiplied by.
+            `"int8"` rounds the inputs of these layers, in blocks of 32 entries
+            to multiples of max |x| / 127, and multiplies integers, which is
+            faster. On a GPU it is for 2:4 kernels in int8 (all others are held
             dense) and rounds whole rows, which costs more, see the guide.
-            `"float32"` leaves the inputs as they are. By default, `None`, it
-            is `"int8"` on a CPU and `"float32"` on a GPU. Weights in float32
-            and bfloat16 always have inputs in float.
-        trainable: Bool. If True, the kept values get gradients, their places
-            never; float32 values only. Defaults to False.
+            `"float32"` leaves the inputs as they are; kernels that are not 2:4
+            cannot be multiplied by them on a CPU. By default, `None`, it is
+            `"int8"` on a CPU and `"float32"` on a GPU. Weights in float32 and
+            bfloat16 always have inputs in float.
+        trainable: Bool. If True, the kept values of 2:4 kernels get gradients,
+            their places never; float32 values only. Defaults to False.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
 
@@ -124,10 +121,11 @@ def pack(
         A `PackReport`: print it for a table, or take `to_dict()`.
 
     Raises:
-        ValueError: If a kernel is not exactly 2:4 and `dense` is `None`; if one
-            is not finite where int8 or int4 is asked for; if a weight is
-            scaled (fold first); if there is nothing to pack; or if an argument
-            is none of the above. The model is unchanged then.
+        ValueError: If nothing is to be rounded and a kernel is neither 2:4 nor
+            on the grid of int4; if a weight is not finite where int8 or int4 is
+            asked for; if a weight is scaled (fold first); if there is nothing
+            to pack; or if an argument is none of the above. The model is
+            unchanged then.
 
     Example:
 
@@ -147,69 +145,52 @@ def pack(
     ```
     """
     began = time.perf_counter()
-    check_arguments(dtype, dense, head, activations, trainable)
+    check_arguments(dtype, head, activations, trainable)
     checks.check_verbose(verbose)
+    on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
     if activations is None:
         # Rounding whole rows costs more there, so it is to be asked for.
-        on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
         activations = "float32" if on_gpu else "int8"
-    elif activations == "float32" and dense and not reason_for_dense():
-        raise ValueError(
-            "Kernels that are not 2:4 are multiplied in integers alone. "
-            f"Received: dense={dense!r}, activations='float32'. Leave "
-            "`activations` out, or these kernels."
-        )
     resolved = resolve_targets(model, targets)
     held = {**_shared_variables(model), **recurrent.read_whole(model)}
-    kernels, left = _sort_out(resolved, _reason_to_skip, held)
-    integers: list[Any] = []
-    if dense:
-        kernels = [t for t in kernels if not _violations(t)]
-        sparse = {target.key for target in kernels}
-        integers, left = _sort_out(
-            [target for target in resolved if target.key not in sparse],
-            packed_dense.integers_reason_to_skip,
-            held,
-        )
-    skipped = [*resolved.skipped, *left]
-    tables: list[Any] = []
-    if head is not None:
-        found = reversible_embeddings(model)
-        tables, left = _sort_out(found, packed_embedding.reason_to_skip, held)
-        paths = {target.path for target in found}
-        skipped = [s for s in skipped if s.path not in paths] + left
-    if not tables and (head is not None or not (kernels or integers)):
-        missing = "kernel" if head is None else "tied embedding and head"
+    plans, skipped = [], list(resolved.skipped)
+    for target in resolved:
+        plan = _plan(target, dtype, trainable)
+        reason = held.get(id(target.variable)) or plan.reason
+        if reason:
+            skipped.append(Skipped(target.path, reason))
+        else:
+            plans.append(plan)
+    _check_kernels(plans, dtype)
+    items = [plan.item(activations, trainable) for plan in plans]
+    if activations == "float32" and not (on_gpu or reason_for_dense()):
+        _check_floats([i for i in items if isinstance(i, IntegerKernel)])
+    tables, left = _tables(model, dtype, head, targets, trainable, held)
+    paths = {skip.path for skip in left} | {t.path for t, _ in tables}
+    skipped = [s for s in skipped if s.path not in paths] + left
+    if not tables and (head in INTEGERS or not items):
+        missing = "tied embedding and head" if head in INTEGERS else "kernel"
         reasons = "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped)
         raise ValueError(
             f"The model has no {missing} that can be packed. Received: "
             f"model={model.name!r}, skipped: {reasons}"
         )
-    items = [
-        _packed(
-            t,
-            dtype or _lossless(t),
-            trainable,
-            activations if dtype in INTEGERS else "float32",
-        )
-        for t in kernels
+    items += [
+        packed_embedding.packed_embedding(t, kind, activations)
+        for t, kind in tables
     ]
-    items += [_in_integers(t, dtype, dense, activations) for t in integers]
-    embeddings = [
-        packed_embedding.packed_embedding(t, head, activations) for t in tables
-    ]
-    seam.check_unattached([*items, *embeddings])
+    seam.check_unattached(items)
+    if trainable:
+        _check_trainable(items)
     before = _model_bytes(model)
-    count = len(items) + len(embeddings)
-    with Progress(count, "kernel", verbose, began) as progress:
-        _check_kernels(items)
-        items += embeddings
+    with Progress(len(items), "kernel", verbose, began) as progress:
         _check_finite(items)
         reason = reason_for_dense()
         if reason:
             native.warn_dense(reason)
         _warn_about_undivided(items)
         seam.attach(model, items, drop_optimizer=True, see=progress.add)
+    _warn_about_rounding(items)
     return _report(model, items, skipped, before)
 
 
@@ -255,67 +236,107 @@ def unpack(model: keras.layers.Layer, verbose: int = 1) -> PackReport:
     return _report(model, items, (), before)
 
 
-def _reason_to_skip(target: Any) -> Any:
-    kind = packed_stack if target.stack_axes else packed_dense
-    return kind.reason_to_skip(target)
-
-
-def _packed(target: Any, *args: Any) -> Any:
-    if target.stack_axes:
-        return packed_stack.packed_stack(target, *args)
-    return packed_dense.packed_kernel(target, *args)
-
-
-def _in_integers(target: Any, dtype: Any, dense: Any, activations: Any) -> Any:
-    """Pack what is not 2:4, at least not in all columns."""
-    blocks = None
-    if packed_dense.reason_to_skip(target) is None:
-        blocks = packed_mixed.dense_blocks(target)
-    if not blocks:
-        return packed_dense.integer_kernel(target, dense, activations)
-    kept = dtype or _lossless(target)
-    activations = activations if kept in INTEGERS else "float32"
-    return packed_mixed.mixed_kernel(target, kept, dense, blocks, activations)
-
-
 def check_arguments(
     dtype: Any = None,
-    dense: Any = None,
-    head: Any = None,
+    head: Any = "auto",
     activations: Any = None,
     trainable: Any = False,
 ) -> None:
     """Raise ValueError for arguments that `pack` does not take."""
     packed_dense.check_values("float32" if dtype is None else dtype, trainable)
-    checks.check_choice("dense", dense, (None, *INTEGERS))
-    checks.check_choice("head", head, (None, *INTEGERS))
+    checks.check_choice("head", head, ("auto", None, *INTEGERS))
     checks.check_choice("activations", activations, (None, *ACTIVATIONS))
-    if activations == "int8" and not {dtype, dense, head} & {*INTEGERS}:
+    floats = dtype in ("float32", "bfloat16") or trainable
+    if activations == "int8" and floats and head not in INTEGERS:
         raise ValueError(
             "int8 activations need int8 or int4 weights. Received: "
-            f"activations='int8', dtype={dtype!r}, dense={dense!r}, "
-            f"head={head!r}"
-        )
-    if dense and trainable:
-        raise ValueError(
-            "Integers cannot be trained, so `dense` and `trainable` exclude "
-            f"each other. Received: dense={dense!r}, trainable=True"
+            f"activations='int8', dtype={dtype!r}, head={head!r}, "
+            f"trainable={trainable}"
         )
 
 
-def _sort_out(targets: Any, reason_to_skip: Any, held: dict[int, str]) -> Any:
-    """Those that can be packed, and the others as `Skipped`.
+@dataclasses.dataclass
+class _Plan:
+    """How the kernel of a target is to be packed.
 
-    `held` has reasons of their own for some variables, by their ids.
+    Attributes:
+        target: `Target`.
+        dtype: String, type of the values; None if it cannot be told.
+        violations: Int, the groups of four with more than two nonzeros.
+        reason: String, why it cannot be packed; None if it can.
     """
-    packable, skipped = [], []
-    for target in targets:
-        reason = reason_to_skip(target) or held.get(id(target.variable))
-        if reason is None:
-            packable.append(target)
+
+    target: Any
+    dtype: str | None
+    violations: int = 0
+    reason: str | None = None
+
+    def item(self, activations: str, trainable: bool) -> Any:
+        if self.dtype not in INTEGERS:
+            activations = "float32"
+        if self.target.stack_axes:
+            make = packed_stack.packed_stack
+        elif self.violations:
+            return packed_dense.integer_kernel(
+                self.target, self.dtype, activations
+            )
         else:
-            skipped.append(Skipped(target.path, reason))
-    return packable, skipped
+            make = packed_dense.packed_kernel
+        return make(self.target, self.dtype, trainable, activations)
+
+
+def _plan(target: Any, dtype: str | None, trainable: bool) -> _Plan:
+    kind = packed_stack if target.stack_axes else packed_dense
+    reason = kind.reason_to_skip(target)
+    if reason is None:
+        violations = _violations(target)
+    elif target.stack_axes or packed_dense.integers_reason_to_skip(target):
+        return _Plan(target, dtype, reason=reason)
+    else:
+        # No whole groups of four: packed in integers or not at all.
+        violations = -1
+    if dtype is None and not trainable and on_grid(target):
+        dtype = "int4"
+    if dtype is None and not violations:
+        is_half = target.variable.dtype == "bfloat16"
+        dtype = "bfloat16" if is_half else "float32"
+    if dtype not in INTEGERS and violations < 0:
+        return _Plan(target, dtype, reason=reason)
+    if dtype in INTEGERS and violations and target.stack_axes:
+        reason = "a stack of kernels, which is packed as 2:4 alone"
+        return _Plan(target, dtype, reason=reason)
+    return _Plan(target, dtype, violations)
+
+
+def on_grid(target: Any) -> bool:
+    """Return whether a kernel or table lies exactly on the grid of int4."""
+    axes = target.contraction_axes, target.stack_axes
+    stack = to_stack(target.variable.value, *axes)
+    return all(quantize.is_on_grid(ops.convert_to_numpy(w)) for w in stack)
+
+
+def _tables(
+    model: Any, dtype: Any, head: Any, targets: Any, trainable: Any, held: Any
+) -> Any:
+    """Return pairs of a tied table and its type, and others as `Skipped`."""
+    takes_all = targets is None and not trainable
+    if head == "auto" and not (takes_all and dtype in (None, *INTEGERS)):
+        head = None
+    tables, left = [], []
+    for target in [] if head is None else reversible_embeddings(model):
+        reason = packed_embedding.reason_to_skip(target)
+        reason = reason or held.get(id(target.variable))
+        kind = dtype if head == "auto" else head
+        if reason is None and kind is None:
+            if on_grid(target):
+                kind = "int4"
+            else:
+                reason = "not rounded; `head='int8'` or `kwm.quantize` does it"
+        if reason is None:
+            tables.append((target, kind))
+        else:
+            left.append(Skipped(target.path, reason))
+    return tables, left
 
 
 def _shared_variables(model: Any) -> dict[int, str]:
@@ -332,38 +353,38 @@ def _shared_variables(model: Any) -> dict[int, str]:
     }
 
 
-def _lossless(target: Any) -> str:
-    return "bfloat16" if target.variable.dtype == "bfloat16" else "float32"
+def _check_kernels(plans: list[Any], dtype: str | None) -> None:
+    """Raise ValueError for kernels that can be packed by rounding alone."""
+    bad = sorted(
+        (p for p in plans if p.violations and p.dtype not in INTEGERS),
+        key=lambda plan: -plan.violations,
+    )
+    if not bad:
+        return
+    listed = "".join(
+        f"\n  {p.target.path} {p.target.shape}: {p.violations:,} of "
+        f"{math.prod(p.target.shape) // 4:,} groups"
+        for p in bad[:10]
+    )
+    expected = "exactly 2:4, at most two nonzeros in each group of four"
+    if dtype is None:
+        expected += ", or rounded by `kwm.quantize`"
+    raise ValueError(
+        f"The kernels must be {expected}. Received: {len(bad)} of {len(plans)} "
+        f"kernels with groups that hold more:{listed}\nRound them by "
+        "`kwm.quantize(model, data)` first, which costs least, or by "
+        "`kwm.pack(model, 'int8')`, make them 2:4 by `kwm.sparsify`, or leave "
+        "them out by `targets=kwm.find_targets(model, exclude=...)`."
+    )
 
 
-def _check_kernels(items: list[Any]) -> None:
-    bad = []
-    for item in items:
-        target = item.target
-        constraint = target.variable.constraint
-        keeps = constraint is None or getattr(
-            constraint, "keeps_pattern", False
-        )
-        if item.trainable and not keeps:
-            raise ValueError(
-                "The values of a packed kernel cannot be trained under a "
-                f"constraint of the kernel. Received: {target.path!r} with "
-                f"the constraint {constraint!r}. Set its `constraint` to None."
-            )
-        count = _violations(target) if item.pattern == "2:4" else 0
-        if count:
-            groups = math.prod(target.shape) // 4
-            line = f"{target.path} {target.shape}: {count:,} of {groups:,}"
-            bad.append((count, f"\n  {line} groups"))
-    if bad:
-        bad.sort(reverse=True)
-        listed = "".join(line for _, line in bad[:10])
+def _check_floats(items: list[Any]) -> None:
+    if items:
         raise ValueError(
-            "The kernels must be exactly 2:4, at most two nonzeros in each "
-            f"group of four along the contraction. Received: {len(bad)} of "
-            f"{len(items)} kernels with groups that hold more:{listed}\nMake "
-            "them 2:4 first, or pack them in integers by `dense='int8'`, or "
-            "leave them out by `targets=find_targets(model, exclude=...)`."
+            "Kernels that are not 2:4 are multiplied in integers alone. "
+            f"Received: activations='float32' with {len(items)} such kernels, "
+            f"the first being {items[0].target.path!r}. Leave `activations` "
+            "out, or leave these kernels out by `targets`."
         )
 
 
@@ -390,15 +411,43 @@ def _warn_about_undivided(items: Any) -> None:
         )
 
 
+def _check_trainable(items: Any) -> None:
+    for item in items:
+        target = item.target
+        constraint = target.variable.constraint
+        if constraint is not None and not getattr(
+            constraint, "keeps_pattern", False
+        ):
+            raise ValueError(
+                "The values of a packed kernel cannot be trained under a "
+                f"constraint of the kernel. Received: {target.path!r} with "
+                f"the constraint {constraint!r}. Set its `constraint` to None."
+            )
+
+
+def _warn_about_rounding(items: Any) -> None:
+    errors = [
+        item.rounding_error
+        for item in items
+        if item.value_dtype == "int4" and item.rounding_error
+    ]
+    if errors:
+        warnings.warn(
+            f"`pack` rounded {len(errors)} weights to int4, each value by "
+            f"itself, which changed them by {sum(errors) / len(errors):.1%} on "
+            "the mean (norm of the change over that of the weight) and costs "
+            "quality. `kwm.quantize(model, data)` before `kwm.pack(model)` "
+            "costs less, and `kwm.pack(model, 'int8')` next to nothing.",
+            stacklevel=3,
+        )
+
+
 def _check_finite(items: Any) -> None:
     for item in items:
         value = item.target.variable.value
-        dtype = item.value_dtype
-        if isinstance(item, packed_mixed.MixedKernel):
-            dtype = item.dense
-        if dtype in INTEGERS and not ops.all(ops.isfinite(value)):
+        if item.value_dtype in INTEGERS and not ops.all(ops.isfinite(value)):
             raise ValueError(
-                f"{dtype} values need finite weights. Received: "
+                f"{item.value_dtype} values need finite weights. Received: "
                 f"{item.target.path!r}, which holds NaN or infinity."
             )
 

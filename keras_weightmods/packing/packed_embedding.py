@@ -346,16 +346,5 @@ class UnpackedEmbedding(HeldDense, PackedEmbedding):
         self.parameters[1].assign(saved["embeddings_scale"])
 
 
-class _Int8Embedding(PackedEmbedding):
-    """What the files of earlier releases call it."""
-
-    name = "int8_embedding"
-    settings: tuple[str, ...] = ()
-
-    @staticmethod
-    def make(target, dtype="int8", activations="float32"):
-        return packed_embedding(target, dtype, activations)
-
-
 def _pad_last(x, count):
     return ops.pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, count)])

@@ -24,8 +24,7 @@ class PackedWeight:
             of any type, or `"int8"`.
         rounding_error: Float, the norm of what rounding changed over that of
             the weight; None without rounding, or if it came from a file.
-        pattern: String, `"2:4"`, or `"2:4 in part"` where other columns are
-            held whole; None where all weights are.
+        pattern: String, `"2:4"`, or None where all weights are held.
     """
 
     path: str
@@ -96,23 +95,7 @@ class PackReport(report.Report):
             tuple(rows),
             ("all", *[""] * 5, *_sizes(*sums)),
             f"the model in memory: {report.size_text(self.model_bytes_before)} "
-            f"before, {report.size_text(self.model_bytes)} now"
-            + self._advice(),
-        )
-
-    def _advice(self) -> str:
-        worst = max(
-            (w.rounding_error or 0 for w in self.weights if w.dtype == "int4"),
-            default=0,
-        )
-        if worst < 0.01:
-            return ""
-        return (
-            "\nint4: each value was rounded by itself, which changed a weight "
-            f"by up to {worst:.1%} (error: norm of the change over that of the "
-            "weight) and costs quality: measure it, for a language model by "
-            "`kwm.perplexity`. `kwm.quantize_sparse` before `pack` rounds "
-            "on calibration data and costs less; int8 costs next to nothing."
+            f"before, {report.size_text(self.model_bytes)} now",
         )
 
 

@@ -132,7 +132,7 @@ def quantize_sparse(
     The kernels stay floats, and their zeros zeros. Along the contraction each
     `group_size` weights of an output unit share a bfloat16 scale, and each
     weight is an integer, -8 to 7, times its scale: what
-    `pack(model, dtype="int4")` stores without further loss.
+    `pack(model)` stores without further loss.
 
     Rounding to nearest costs a small language model a quarter of its
     perplexity. Here a kernel is rounded so that its outputs on the data change
@@ -157,15 +157,13 @@ def quantize_sparse(
         pattern: String `"n:m"` or pair of ints, the pattern that the kernels
             have. Defaults to `"2:4"`.
         dense: Bool, whether kernels that do not have the pattern are rounded
-            too, of which all weights are kept: for `pack(model,
-            dtype="int4", dense="int4")`. The model may then be dense
+            too, of which all weights are kept. The model may then be dense
             throughout. Defaults to `False`.
         refine: `"blocks"` or `None`. It needs a functional model, such as
             KerasHub's. Defaults to `None`.
         head: Bool, whether the table that a language model has as embedding
-            and head is rounded as well, for `pack(head="int4")`: first of all,
-            so that the logits change least. SmolLM2-135M dense in int4 went
-            from 1.069 times the perplexity of floats to 1.110 by it.
+            and head is rounded as well: first of all, so that the logits
+            change least.
             `targets=[]` rounds it alone. Defaults to `False`.
         targets: The kernels to round: `Targets`, or what `include=` of
             `find_targets` takes. Defaults to `None`, for all of them.

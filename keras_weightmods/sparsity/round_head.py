@@ -39,8 +39,8 @@ def tied_head(model: Any) -> tuple[Head, Target]:
     if head is None or reason:
         raise ValueError(
             "`head=True` rounds the tied embedding and head of a language "
-            f"model, as `pack(head='int4')` does. Received: {model.name!r} "
-            f"with {reason}. Leave `head` out."
+            "model, as `pack(model, head='int4')` does. Received: "
+            f"{model.name!r} with {reason}. Leave `head` out."
         )
     if not ops.all(ops.isfinite(found[0].variable.value)):
         raise ValueError(

@@ -234,7 +234,7 @@ PROBLEMS = {
     },
     "quantize: `bits` must be": {"stages": [{"quantize": {"bits": 9}}]},
     "pack: int8 activations need": {
-        "stages": [{"pack": {"activations": "int8"}}]
+        "stages": [{"pack": {"activations": "int8", "dtype": "float32"}}]
     },
     "export: `filepath` must be": {"stages": ["export"]},
     "export: `dtype` must be|export: The format 'gguf' needs": {

@@ -334,7 +334,7 @@ def language_model(dumps):
         ({}, 1e-5),
         # A rounded input may be rounded to its neighbour.
         ({"dtype": "int8", "head": "int8"}, 2e-2),
-        ({"dense": "int4", "head": "int4"}, 2e-2),
+        ({"dtype": "int4"}, 2e-2),
     )
     for options, tolerance in kinds:
         alone = packed_llama(options)

@@ -1,6 +1,7 @@
 import gc
 import importlib
 import math
+import warnings
 import weakref
 
 import hypothesis
@@ -84,35 +85,37 @@ def rounded(kernel, dtype, axes):
     return np.rint(kernel / scale).astype("float32") * scale
 
 
-def make_for(name, arguments, seed=0):
-    """One of `MODELS`, 2:4 unless the arguments allow for more."""
+def make_for(name, pattern, seed=0):
+    """One of `MODELS`, 2:4 or not."""
     keras.utils.set_random_seed(seed)
     model = MODELS[name]()
-    return model if "dense" in arguments else make_sparse(model, seed=seed)
+    return model if pattern is None else make_sparse(model, seed=seed)
 
 
-# Kernels that are not 2:4.
-DENSE = [({"dense": dtype}, 0.03) for dtype in ("int8", "int4")]
+# The pattern of the kernels, arguments of `pack`, and a tolerance.
+CASES = [("2:4", *case) for case in ROUNDED] + [
+    (None, {"dtype": dtype}, 0.03) for dtype in ("int8", "int4")
+]
+pytestmark = pytest.mark.filterwarnings("ignore:`pack` rounded")
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "tolerance"),
-    [("dense", *case) for case in (*ROUNDED, *DENSE)]
-    + [("middle", *ROUNDED[1]), ("axes apart", *ROUNDED[4])]
-    + [("middle", *DENSE[0]), ("axes apart", *DENSE[1])],
+    ("name", "pattern", "arguments", "tolerance"),
+    [("dense", *case) for case in CASES]
+    + [("middle", *CASES[i]) for i in (1, 5)]
+    + [("axes apart", *CASES[i]) for i in (4, 6)],
 )
-def test_unpack_gives_the_rounded_kernel(name, arguments, tolerance):
-    model = make_for(name, arguments)
+def test_unpack_gives_the_rounded_kernel(name, pattern, arguments, tolerance):
+    model = make_for(name, pattern)
     targets = find_targets(model)
     before = [numpy(t.variable) for t in targets]
-    dtype = arguments.get("dtype") or arguments["dense"]
+    dtype = arguments["dtype"]
     expected = [
         rounded(kernel.copy(), dtype, t.contraction_axes)
         for kernel, t in zip(before, targets)
     ]
     report = pack(model, **arguments)
     assert {w.dtype for w in report.weights} == {dtype}
-    pattern = None if "dense" in arguments else "2:4"
     assert {w.pattern for w in report.weights} == {pattern}
     for weight, kernel, kept in zip(report.weights, before, expected):
         error = np.linalg.norm(kept - kernel) / np.linalg.norm(kernel)
@@ -226,19 +229,46 @@ def test_the_report_prints_and_is_json():
     assert "in 2 groups" in text
     assert "float32 x float32" in text
     assert "17.00" in text
-    assert "int4:" not in text
     unpack(model)
-    report = pack(model, dtype="int4", targets=[last])
+    with pytest.warns(UserWarning, match=r"1 weights to int4.*kwm.quantize"):
+        report = pack(model, dtype="int4", targets=[last])
     (row,) = report.weights
     assert row.bits == 8 * row.packed_bytes / (32 * 16) == 3.5
     assert f"{row.rounding_error:.2%}" in str(report)
     assert "int4 x int8" in str(report)
-    assert "int4: each value was rounded by itself" in str(report)
-    # What lies on a grid is not rounded.
+    # What lies on the grid is not rounded.
     unpack(model)
-    report = pack(model, dtype="int4", targets=[last])
-    assert report.weights[0].rounding_error == 0
-    assert "int4:" not in str(report)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        report = pack(model, targets=[last])
+    assert (report.weights[0].dtype, report.weights[0].rounding_error) == (
+        "int4",
+        0,
+    )
+
+
+def test_what_was_rounded_is_packed_without_being_told():
+    """Kernels on the grid, 2:4 or not, and others that are 2:4."""
+    model = mlp(96, 32, 16, 8)
+    quantized, sparse, both = model.layers[:3]
+    # By rounding, which leaves them on the grid.
+    pack(model, "int4", targets=[quantized, both])
+    unpack(model)
+    for layer in (sparse, both):
+        layer.kernel.assign(nm_project(layer.kernel.value, "2:4"))
+    before = model.get_weights()
+    report = pack(model)
+    kinds = [(w.dtype, w.pattern, w.rounding_error) for w in report.weights]
+    assert kinds == [
+        ("int4", None, 0),
+        ("float32", "2:4", None),
+        ("int4", "2:4", 0),
+    ]
+    unpack(model)
+    models.assert_same(model.get_weights(), before)
+    # Values that are to be trained are floats.
+    report = pack(model, targets=[both], trainable=True)
+    assert report.weights[0].dtype == "float32"
 
 
 def test_an_inexact_kernel_is_named_and_nothing_changes():
@@ -252,6 +282,11 @@ def test_an_inexact_kernel_is_named_and_nothing_changes():
     with pytest.raises(ValueError, match="exactly 2:4") as error:
         pack(model)
     assert f"{target.path} (16, 24): 1 of 96 groups" in str(error.value)
+    for way in ("kwm.quantize(model, data)", "'int8'", "`targets="):
+        assert way in str(error.value)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(ValueError, match="exactly 2:4"):
+            pack(model, dtype)
     assert model.layers[1].name not in str(error.value)
     assert state(model) == before
     # What is exact can still be packed.
@@ -267,13 +302,14 @@ def test_an_inexact_kernel_is_named_and_nothing_changes():
         ({"dtype": ""}, r"`dtype`.*Received: dtype=''"),
         ({"head": "int2"}, r"`head`.*Received: head='int2'"),
         ({"activations": 8}, r"`activations`.*Received: activations=8"),
-        ({"activations": "int8"}, "int8 activations need int8 or int4"),
+        (
+            {"activations": "int8", "dtype": "float32"},
+            "int8 activations need int8 or int4",
+        ),
         ({"trainable": True, "dtype": "int4"}, "Only float32 values"),
         ({"trainable": 1}, r"`trainable`.*Received: trainable=1"),
         ({"trainable": True, "dtype": "int8"}, "Only float32 values"),
         ({"head": "int8"}, "no tied embedding and head"),
-        ({"dense": "float32"}, r"`dense`.*Received: dense='float32'"),
-        ({"dense": "int8", "trainable": True}, "exclude each other"),
     ],
 )
 def test_wrong_arguments_change_nothing(arguments, message):
@@ -286,10 +322,10 @@ def test_wrong_arguments_change_nothing(arguments, message):
 
 @needs_native
 def test_kernels_that_are_not_sparse_are_not_multiplied_in_floats():
-    model = make_sparse(dense_model())
+    model = dense_model()
     before = state(model)
-    with pytest.raises(ValueError, match=r"integers alone.*dense='int4'"):
-        pack(model, dense="int4", activations="float32")
+    with pytest.raises(ValueError, match=r"integers alone.*2 such kernels"):
+        pack(model, "int8", activations="float32")
     assert state(model) == before
 
 
@@ -301,10 +337,10 @@ def test_a_model_may_be_sparse_in_part(tmp_path):
     kernel.assign(nm_project(kernel.value, "2:4"))
     x = inputs_for(model)
     expected = outputs(model, x)
-    report = pack(model, dense="int8")
+    report = pack(model, "int8")
     kinds = [(w.pattern, w.dtype, w.activations) for w in report.weights]
     dense = (None, "int8", "int8")
-    assert kinds == [("2:4", "float32", "float32"), dense, dense]
+    assert kinds == [("2:4", "int8", "int8"), dense, dense]
     assert not report.skipped
     assert_allclose(outputs(model, x), expected, atol=0.03)
     kwm.save_model(model, tmp_path / "mixed")
@@ -486,16 +522,16 @@ def without_native(monkeypatch):
     native.warn_dense.cache_clear()
 
 
-HELD = [{}, *(ROUNDED[i][0] for i in (0, 2, 3)), *(a for a, _ in DENSE)]
+HELD = [("2:4", {}), *(CASES[i][:2] for i in (0, 2, 3, 5, 6))]
 
 
-@pytest.mark.parametrize("arguments", HELD)
+@pytest.mark.parametrize(("pattern", "arguments"), HELD)
 def test_without_the_native_library_kernels_are_held_dense(
-    arguments, tmp_path, without_native
+    pattern, arguments, tmp_path, without_native
 ):
     path = tmp_path / "packed.weights.h5"
-    dtype = arguments.get("dtype") or arguments.get("dense")
-    model = make_for("axes apart", arguments)
+    dtype = arguments.get("dtype")
+    model = make_for("axes apart", pattern)
     (target,) = find_targets(model)
     kernel = numpy(target.variable)
     if dtype is not None:
@@ -510,7 +546,7 @@ def test_without_the_native_library_kernels_are_held_dense(
     expected = outputs(model, x)
     model.save_weights(path)
 
-    other = make_for("axes apart", arguments, seed=5)
+    other = make_for("axes apart", pattern, seed=5)
     (target,) = find_targets(other)
     # One warning is enough.
     pack(other, **arguments)
@@ -521,12 +557,12 @@ def test_without_the_native_library_kernels_are_held_dense(
 
 
 @needs_native
-@breadth("arguments", HELD, 0, 2, 5)
+@breadth(("pattern", "arguments"), HELD, 0, 2, 5)
 def test_checkpoints_are_the_same_with_and_without_the_library(
-    arguments, tmp_path, monkeypatch
+    pattern, arguments, tmp_path, monkeypatch
 ):
     def make(seed):
-        model = make_for("dense", arguments, seed)
+        model = make_for("dense", pattern, seed)
         pack(model, **arguments)
         return model
 

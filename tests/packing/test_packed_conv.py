@@ -120,14 +120,16 @@ def test_is_the_convolution(name):
 @one_backend
 @pytest.mark.parametrize("name", ["1d causal", "2d", "2d channels first"])
 @pytest.mark.parametrize(
-    "arguments", [{"dtype": "int8"}, {"dtype": "int4"}, {"dense": "int8"}]
+    ("dtype", "pattern"), [("int8", "2:4"), ("int4", "2:4"), ("int8", None)]
 )
-def test_in_integers_patches_are_rounded(name, arguments):
+@pytest.mark.filterwarnings("ignore:`pack` rounded")
+def test_in_integers_patches_are_rounded(name, dtype, pattern):
     model, x = make(name)
     (layer,) = model.layers
-    if "dense" in arguments:
+    if pattern is None:
         models.randomize(model)
-    (weight,) = kwm.pack(model, **arguments).weights
+    (weight,) = kwm.pack(model, dtype).weights
+    assert weight.pattern == pattern
     assert weight.activations == "int8"
     found = expected(model, x, numpy(layer.kernel), rounded=True)
     assert_allclose(outputs(model, x), found, atol=1e-5)

@@ -45,6 +45,7 @@ def rounded_inputs(x, activations):
     return references.round_activations(x) if activations == "int8" else x
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:`pack` rounded")
 TOKENS = np.array([[0, 36, 5, 17, 16], [15, 1, 1, 33, 32]])
 
 
@@ -170,6 +171,30 @@ def test_what_cannot_be_served_is_an_error(arguments, reason):
     with pytest.raises(ValueError, match=reason):
         pack(model, head="int8")
     assert state(model) == before
+    # Unless nobody has asked for the head.
+    report = pack(model, "int8")
+    assert len(report.weights) == 1
+    assert reason in str([skip.reason for skip in report.skipped])
+
+
+@pytest.mark.one_backend
+def test_the_head_goes_with_the_kernels():
+    def dtypes(**kwargs):
+        report = pack(model, **kwargs)
+        unpack(model)
+        return [weight.dtype for weight in report.weights]
+
+    model = make_model()
+    assert dtypes(dtype="int8") == ["int8", "int8"]
+    assert dtypes(dtype="int8", head=None) == ["int8"]
+    assert dtypes(dtype="int8", head="int4") == ["int8", "int4"]
+    assert dtypes(dtype="bfloat16") == ["bfloat16"]
+    model = make_model()
+    assert dtypes(dtype="int4", targets="dense") == ["int4"]
+    assert dtypes() == ["int4"]
+    assert dtypes(head="int4", targets=[]) == ["int4"]
+    # Both lie on the grid by now.
+    assert dtypes() == ["int4", "int4"]
 
 
 @pytest.mark.one_backend

@@ -47,10 +47,9 @@ def write(folder):
     for name, dtype in (("int8", "int8"), ("int4", "int4"), ("float", None)):
         model = net()
         kwm.sparsify(model, "2:4", targets=[model.layers[0]], verbose=0)
-        dense = None if dtype is None else "int8"
         only = kwm.find_targets(model, include=[model.layers[0]])
         targets = only if dtype is None else None
-        kwm.pack(model, dtype, dense=dense, targets=targets)
+        kwm.pack(model, dtype, targets=targets)
         kwm.save_model(model, folder / f"packed_{name}.safetensors")
         expected[f"packed_{name}"] = outputs(model, X)
 

@@ -489,22 +489,6 @@ def test_a_file_of_version_1_made_on_torch():
     np.testing.assert_allclose(outputs(model, x), expected, rtol=1e-4)
 
 
-def test_a_head_in_a_file_of_an_earlier_release():
-    folder = pathlib.Path(__file__).parent / "data"
-    model = kwm.load_model(folder / "version_1_head.safetensors")
-    configs = {name: config for name, _, config in changes_of(model)}
-    assert configs == {
-        "packed": {"dtype": "int8", "trainable": False},
-        "packed_embedding": {"dtype": "int8"},
-    }
-    expected = [
-        [1.0547704, -2.7004905, -1.2686093, 0.27082202, 0.848664],
-        [-0.26068714, 1.097786, -2.0708106, 1.21341, -0.5389879],
-        [1.5103967, -2.5747933, 0.17201017, -2.194093, 2.165226],
-    ]
-    np.testing.assert_allclose(outputs(model, TOKENS)[0], expected, rtol=1e-4)
-
-
 # What cannot be saved.
 
 

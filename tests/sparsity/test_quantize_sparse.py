@@ -109,7 +109,7 @@ def test_a_model_that_is_dense_or_dense_in_part():
         after = numpy(target.variable)
         assert references.is_on_grid(after, 4, 64)
         assert not np.array_equal(after, w)
-    packed = kwm.pack(model, dense="int4")
+    packed = kwm.pack(model)
     assert [w.rounding_error for w in packed.weights] == [0, 0]
 
     kwm.unpack(model)
@@ -117,7 +117,7 @@ def test_a_model_that_is_dense_or_dense_in_part():
     kernel.assign(kwm.ops.nm_project(kernel.value, "2:4"))
     report = quantize(model, x, dense=True)
     assert len(report.kernels) == 2
-    packed = kwm.pack(model, "int4", dense="int4")
+    packed = kwm.pack(model)
     assert [w.pattern for w in packed.weights] == ["2:4", None]
     assert [w.rounding_error for w in packed.weights] == [0, 0]
 

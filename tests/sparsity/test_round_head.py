@@ -107,7 +107,8 @@ def test_with_the_kernels():
     )
     paths = [kernel.path for kernel in report.kernels]
     assert [p.split("/")[0] for p in paths] == ["embedding", "dense"]
-    report = kwm.pack(model, "int4", dense="int4", head="int4")
+    report = kwm.pack(model)
+    assert {weight.dtype for weight in report.weights} == {"int4"}
     assert [weight.rounding_error for weight in report.weights] == [0, 0]
 
 
