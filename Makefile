@@ -56,7 +56,7 @@ matrix: setup
 	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
 	    $(BIN)/python -m tests.matrix $(ARGS) || failed=1; \
 	done; \
-	test -f benchmarks/results/devices.json || $(MAKE) devices || failed=1; \
+	test -f build/matrix/devices.json || $(MAKE) devices || failed=1; \
 	KERAS_BACKEND=torch $(BIN)/python -m tests.matrix --page; exit $$failed
 
 # All tests with the newest packages, then with the oldest, that pyproject.toml

@@ -13,7 +13,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "devices.json"
+RESULTS = ROOT / "build" / "matrix" / "devices.json"
 # By the devices: the backend, the program and its own environment.
 PROGRAMS = {
     "8 devices of JAX": (
@@ -32,6 +32,7 @@ LINE = re.compile(r"[\w., ()-]+: [^\[]+")
 
 def main():
     found = {name: run(*program) for name, program in PROGRAMS.items()}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 

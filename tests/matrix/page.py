@@ -12,7 +12,7 @@ from tests.matrix.methods import METHODS
 from tests.matrix.states import BASES, STATES
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "build" / "matrix"
 PAGE = ROOT / "docs" / "every_model.md"
 MARKS = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BACKENDS = ("torch", "jax", "tensorflow")

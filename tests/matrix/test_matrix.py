@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
 DENSE = families()["Dense"]
-PART = 10  # one in so many
+PART = 40  # one in so many
 
 
 def test_a_part_of_the_matrix(tmp_path):
@@ -40,7 +40,7 @@ def test_a_part_of_the_matrix(tmp_path):
     }
     assert {f for f, _ in set(page.cells(PART)) - set(rows)} <= unmade
     made = [row["state"] for row in rows.values() if row["state"] != "unmade"]
-    assert made.count("passed") > 0.8 * len(made) > 10, done.stdout
+    assert made.count("passed") > 0.8 * len(made) > 2, done.stdout
 
 
 def passes(family):
