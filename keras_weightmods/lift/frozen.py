@@ -1,11 +1,11 @@
 """The weights of models that are frozen while their masks are trained."""
 
-import functools
 import weakref
 from typing import Any
 
 import keras
 
+from keras_weightmods.core import train_step
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 
 # By model: a callback may be gone when its training was interrupted.
@@ -21,6 +21,7 @@ def freeze(model: Any, variables: Any) -> None:
 
 def unfreeze(model: Any) -> None:
     """Give the flags of all frozen variables of a model back."""
+    train_step.take_off(model, "frozen weights")
     frozen = _FROZEN.pop(model, [])
     for variable in frozen:
         variable.trainable = True
@@ -37,28 +38,17 @@ def unfreeze_trained_by(optimizer: Any) -> None:
             unfreeze(model)
 
 
-def unfreeze_on_error(model: Any) -> None:
-    """Have a running `fit` give the flags back on an error in a step.
+def unfreeze_on_error(model: Any, step: Any, *args: Any) -> Any:
+    """Run a step, and give the flags back when it ends with an error.
 
-    On JAX its weights are put into the variables only then, and Keras has the
-    optimizer finalize them after it.
+    On JAX `fit` puts the weights back into the variables only after that, and
+    Keras then calls `finalize_variable_values` of the optimizer.
     """
-    step = model.train_function
-    is_done = step is None or hasattr(step, "unfreezes")
-    if is_done or keras.backend.backend() == "jax":
-        return
-
-    @functools.wraps(step)
-    def train_function(*args: Any) -> Any:
-        try:
-            return step(*args)
-        except BaseException as error:
-            # So data end on TensorFlow whose length is not known.
-            ends = "StopIteration", "OutOfRangeError"
-            if type(error).__name__ not in ends:
-                unfreeze(model)
-            raise
-
-    marked: Any = train_function
-    marked.unfreezes = True
-    model.train_function = marked
+    try:
+        return step(*args)
+    except BaseException as error:
+        # TensorFlow ends data of unknown length in this way.
+        ends = "StopIteration", "OutOfRangeError"
+        if type(error).__name__ not in ends:
+            unfreeze(model)
+        raise

@@ -12,9 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import filters, keras_compat
-from keras_weightmods.core.epoch_figures import EpochFigures
-from keras_weightmods.core.first_step import show_first_step
+from keras_weightmods.core import filters, keras_compat, train_step
 from keras_weightmods.core.loss_gradients import loss_gradients
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import resolve_targets
@@ -45,7 +43,7 @@ from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
 
 
-class PrincipalMaskCallback(EpochFigures):
+class PrincipalMaskCallback(keras.callbacks.Callback):
     """Fine-tunes only the principal weights of each kernel.
 
     LIFT (Low-rank Informed Sparse Fine-Tuning, arXiv 2506.00772): of each
@@ -71,12 +69,13 @@ class PrincipalMaskCallback(EpochFigures):
     call `attach(model)` before. Continuing with another `fit` continues with
     the masks.
 
-    The logs of each epoch, and so History, CSVLogger and TensorBoard, hold
-    `mask_density`, the share of the entries of the kernels that is trained;
-    `mask_changed`, the mean share of it that was new at the refreshes of the
-    epoch, 0 without any; and `mask_seconds`, the time that these took. The
-    attribute `refreshes` is the list of them all, with `step`, `changed` and
-    `seconds`.
+    At the end of each epoch this callback adds to the logs: `mask_density`,
+    the share of the entries of the kernels that is trained; `mask_changed`,
+    the mean share of it that was new at the refreshes of the epoch, 0 without
+    any; and `mask_seconds`, the time that these took. History and the progress
+    bar always show them. `CSVLogger`, `TensorBoard` and other callbacks see
+    them where they come after this one in the list. The attribute `refreshes`
+    lists all refreshes, with `step`, `changed` and `seconds`.
 
     A kernel so small that not one of its entries would be chosen is left as
     the other weights are, and a warning names it.
@@ -246,15 +245,15 @@ class PrincipalMaskCallback(EpochFigures):
         model = self.model
         report, is_new = self._attach(model)
         self._density = report.totals["trained"] / report.totals["entries"]
-        super().on_train_begin(logs)
         keras_compat.list_hidden_parameters(model)
         # Others find out by themselves what is to be trained.
         if is_new or keras.backend.backend() == "tensorflow":
             model.make_train_function(force=True)
-        keras_compat.keep_weights(model)
-        unfreeze_on_error(model)
+        train_step.keep_weights(model)
+        if self.freeze_rest and keras.backend.backend() != "jax":
+            train_step.put_around(model, "frozen weights", unfreeze_on_error)
         verbose = (self.params or {}).get("verbose", 0)
-        show_first_step(model, verbose, began)
+        train_step.show_first(model, verbose, began)
         self._batches = None
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -275,20 +274,17 @@ class PrincipalMaskCallback(EpochFigures):
             self._batches += batch - self._first_batch + 1
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        super().on_epoch_begin(epoch, logs)
         self._of_epoch = []
 
-    def figures(self) -> dict[str, float]:
-        """Return what the logs of the epoch that ends hold of the masks."""
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if logs is None:
+            return
         changed = [each.changed for each in self._of_epoch]
-        return {
-            "mask_density": self._density,
-            "mask_changed": sum(changed) / max(1, len(changed)),
-            "mask_seconds": sum(each.seconds for each in self._of_epoch),
-        }
+        logs["mask_density"] = self._density
+        logs["mask_changed"] = sum(changed) / max(1, len(changed))
+        logs["mask_seconds"] = sum(each.seconds for each in self._of_epoch)
 
     def on_train_end(self, logs: Any = None) -> None:
-        super().on_train_end(logs)
         self.detach()
 
     def _look(self) -> None:

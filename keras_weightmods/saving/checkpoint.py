@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from keras_weightmods.backend import processes
-from keras_weightmods.core import keras_compat
+from keras_weightmods.core import keras_compat, train_step
 from keras_weightmods.saving import (
     atomic_file,
     checkpoint_file,
@@ -214,7 +214,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._saved_at = time.monotonic()
         if loaded is not None:
             self._go_on(model, *loaded)
-        keras_compat.keep_weights(model)
+        train_step.keep_weights(model)
         # Their gradients would be no part of a checkpoint.
         keras_compat.list_hidden_parameters(model)
         self._last_saved = self._taken

@@ -9,8 +9,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.calibration.inputs import measure_importance
-from keras_weightmods.core import data, keras_compat, seam
-from keras_weightmods.core.first_step import show_first_step
+from keras_weightmods.core import data, keras_compat, seam, train_step
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops.nm import Pattern, parse_pattern
@@ -298,19 +297,11 @@ class CAST(LogitsDistiller):
         """
         # `fit` has seen by now what the model makes of the data.
         self._building.close()
-        if self.train_function is not None and not force:
-            return
         super().make_train_function(force)
         if self._run.random_stream is not None:
-            step = self.train_function
-
-            def train_function(batches: Any) -> Any:
-                with self._run.random_stream.active():
-                    return step(batches)
-
-            self.train_function = train_function
-        show_first_step(self, self._verbose)
-        keras_compat.keep_weights(self)
+            train_step.put_around(self, "random numbers", _with_random_numbers)
+        train_step.show_first(self, self._verbose)
+        train_step.keep_weights(self)
 
     def fit(
         self,
@@ -516,3 +507,8 @@ class CAST(LogitsDistiller):
                 self.adam_s, self.student, self.targets, first, verbose, began
             )
         return x
+
+
+def _with_random_numbers(cast: Any, step: Any, batches: Any) -> Any:
+    with cast._run.random_stream.active():
+        return step(batches)

@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core.epoch_figures import EpochFigures
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops import nm
@@ -18,11 +18,12 @@ from keras_weightmods.sparsity.semi_structured_sparse import (
 from keras_weightmods.utils import checks
 
 
-class SparsityMonitor(EpochFigures):
+class SparsityMonitor(keras.callbacks.Callback):
     """Puts how far the kernels are in their N:M pattern into the logs.
 
-    The progress bar, History, CSVLogger and TensorBoard show three numbers
-    then, in any order of the callbacks:
+    It adds three numbers, which the progress bar and History always show.
+    `CSVLogger`, `TensorBoard` and other callbacks see them where they come
+    after this one in the list:
 
     - `kept_share`: `S_t = sum |w * mask| / sum |w|` over the kernels, which
       goes to 1;
@@ -36,8 +37,7 @@ class SparsityMonitor(EpochFigures):
     constrains, or, where `pattern` is given, of those of `targets`.
 
     Reading the weights synchronizes the model with the device, so they are
-    read at the end of each epoch and, where asked, every `every` batches. Of
-    the logs of these batches, only callbacks behind this one see the numbers.
+    read at the end of each epoch and, where asked, every `every` batches.
 
     Args:
         every: Int, batches between two looks within an epoch, or `None` for
@@ -95,7 +95,6 @@ class SparsityMonitor(EpochFigures):
         self._last = None
         self._kernels = []
         if self._reads_adam_s():
-            super().on_train_begin(logs)
             return
         model = self.model
         if self.pattern is None:
@@ -119,15 +118,14 @@ class SparsityMonitor(EpochFigures):
                 f"pattern={self.pattern!r}, and a model compiled with "
                 f"{self._optimizer()!r} that has no such kernel"
             )
-        super().on_train_begin(logs)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self.every and (batch + 1) % self.every == 0 and logs is not None:
             logs.update(self.measure())
 
-    def figures(self) -> dict[str, float]:
-        """Return what the logs of the epoch that ends hold."""
-        return self.measure()
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if logs is not None:
+            logs.update(self.measure())
 
     def measure(self) -> dict[str, float]:
         """Read the model now; return the three numbers as a dict."""

@@ -6,49 +6,44 @@ it returned, nobody holds the weights.
 """
 
 import contextlib
-import functools
 import signal
 import threading
 from typing import Any
 
 
-def kept(step, hold):
-    """Return a train function that keeps the weights.
+def kept(step, hold, state, iterator):
+    """Run a training step, and keep the weights if it ends with an error.
 
     An error in the data, or in what is compiled, leaves the values of before
     the step. Ctrl-C waits for the end of the step, unless it waits for data,
     or comes again.
 
     Args:
-        step: The `train_function` of a model, from a state and an iterator of
-            data to logs and a new state.
+        step: The `train_function` of a model.
         hold: Callable of a state, has Keras put it into the variables when
             `fit` ends.
+        state, iterator: What `step` is called with, the values of the model's
+            variables and the batches.
+
+    Returns:
+        What `step` returns, logs and the new state.
     """
-    if getattr(step, "is_kept", False):
-        return step
-
-    @functools.wraps(step)
-    def train_function(state, iterator):
-        is_done = False
-        try:
-            with _interrupts_wait() as waiting:
-                logs, new = step(state, _Data(iterator, waiting))
-                hold(new)
-                is_done = True
-        except BaseException:
-            left = new if is_done else state
-            arrays = [array for group in left for array in group]
-            if not any(array.is_deleted() for array in arrays):
-                hold(left)
-                for array in arrays:
-                    # Nothing runs on when the program ends.
-                    array.block_until_ready()
-            raise
-        return logs, new
-
-    vars(train_function)["is_kept"] = True
-    return train_function
+    is_done = False
+    try:
+        with _interrupts_wait() as waiting:
+            logs, new = step(state, _Data(iterator, waiting))
+            hold(new)
+            is_done = True
+    except BaseException:
+        left = new if is_done else state
+        arrays = [array for group in left for array in group]
+        if not any(array.is_deleted() for array in arrays):
+            hold(left)
+            for array in arrays:
+                # Nothing runs on when the program ends.
+                array.block_until_ready()
+        raise
+    return logs, new
 
 
 class _Data:

@@ -125,9 +125,6 @@ from keras_weightmods.core.keras_compat.optimizer import (
     FitData as FitData,
 )
 from keras_weightmods.core.keras_compat.optimizer import (
-    add_to_epoch_logs as add_to_epoch_logs,
-)
-from keras_weightmods.core.keras_compat.optimizer import (
     applied_steps as applied_steps,
 )
 from keras_weightmods.core.keras_compat.optimizer import (
@@ -153,12 +150,6 @@ from keras_weightmods.core.keras_compat.optimizer import (
 )
 from keras_weightmods.core.keras_compat.optimizer import (
     hold_state as hold_state,
-)
-from keras_weightmods.core.keras_compat.optimizer import (
-    keep_weights as keep_weights,
-)
-from keras_weightmods.core.keras_compat.optimizer import (
-    leave_epoch_logs as leave_epoch_logs,
 )
 from keras_weightmods.core.keras_compat.optimizer import (
     optimizer_variables as optimizer_variables,

@@ -1,15 +1,11 @@
 """Private parts of Keras' optimizers, and of the `fit` that runs them."""
 
 import contextlib
-import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras.src.trainers.epoch_iterator import EpochIterator
-
-from keras_weightmods.core.keras_compat.layers import attributes
 
 
 def strategy_scope(model: Any) -> Any:
@@ -211,44 +207,6 @@ def begin_with_epoch(model: Any, epoch: int | None) -> None:
     model._initial_epoch = epoch
 
 
-class _EpochLogs:
-    """Stands in for the method that makes the logs of an epoch."""
-
-    def __init__(self, model):
-        self.plain = model._get_metrics_result_or_logs
-        self.sources: list[Callable[[], dict[str, Any]]] = []
-
-    def __call__(self, logs):
-        more = [source() for source in self.sources]
-        return {
-            k: v for each in (self.plain(logs), *more) for k, v in each.items()
-        }
-
-
-def add_to_epoch_logs(model: Any, source: Callable[[], dict[str, Any]]) -> None:
-    """Have `fit` put what `source` returns into the logs that it makes.
-
-    So does `evaluate`. There is no public way to add to them before the first
-    of the callbacks gets them.
-    """
-    own = attributes(model)
-    name = "_get_metrics_result_or_logs"
-    if not isinstance(own.get(name), _EpochLogs):
-        own[name] = _EpochLogs(model)
-    if source not in own[name].sources:
-        own[name].sources.append(source)
-
-
-def leave_epoch_logs(model: Any, source: Callable[[], dict[str, Any]]) -> None:
-    """Undo `add_to_epoch_logs`."""
-    own = attributes(model)
-    name = "_get_metrics_result_or_logs"
-    if isinstance(own.get(name), _EpochLogs):
-        own[name].sources = [s for s in own[name].sources if s != source]
-        if not own[name].sources:
-            del own[name]
-
-
 def hold_state(model: Any, state: Any) -> None:
     """Have `fit` on JAX put a state into the variables when it ends."""
     names = "trainable", "non_trainable", "optimizer", "metrics"
@@ -256,19 +214,6 @@ def hold_state(model: Any, state: Any) -> None:
         f"{name}_variables": values for name, values in zip(names, state)
     }
     model._jax_state_synced = False
-
-
-def keep_weights(model: Any) -> None:
-    """Have a running `fit` keep the weights on an error, on JAX.
-
-    Its step has taken them out of the variables. The other backends change
-    them in place.
-    """
-    if keras.backend.backend() == "jax" and model.train_function is not None:
-        from keras_weightmods.backend.jax.kept_step import kept
-
-        hold = functools.partial(hold_state, model)
-        model.train_function = kept(model.train_function, hold)
 
 
 def build_metrics(model: Any, batch: Any) -> None:

@@ -29,7 +29,7 @@ class Array:
 def run(step, held, data=()):
     state = [[Array("old")]]
     try:
-        kept(step, held.append)(state, iter(data))
+        kept(step, held.append, state, iter(data))
     finally:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         held[:] = [each[0][0].name for each in held]
