@@ -100,19 +100,3 @@ def test_batches_pass_over_the_rows_in_other_orders():
         assert sorted(part) == expected
     assert len({tuple(first[:7]), tuple(first[7:]), tuple(second[:7])}) == 3
     assert rows_of(0) == first
-
-
-def test_a_run_is_cut_into_whole_parts(monkeypatch, tmp_path):
-    def parsed(*arguments):
-        monkeypatch.setattr("sys.argv", ["cast_llm.py", *arguments])
-        return cast_llm.parse_arguments()
-
-    args = parsed("--tokens", "51_200", "--json", str(tmp_path / "log.json"))
-    assert (args.steps, args.checkpoints) == (200, 10)
-    args = parsed("--tokens", "6400")
-    assert (args.steps, args.checkpoints) == (24, 2)
-    assert args.json.name == "smollm2_135m-6400-seed0.json"
-    with pytest.raises(SystemExit):
-        parsed("--tokens", "10")
-    with pytest.raises(SystemExit):
-        parsed("--quantize", "int3")

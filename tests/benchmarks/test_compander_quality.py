@@ -1,14 +1,9 @@
-import argparse
-import dataclasses
-
 import keras
 import numpy as np
 import pytest
 
 import keras_weightmods as kwm
 from benchmarks import compander_quality as bench
-from benchmarks.pages import tuning
-from examples.data import fashion_mnist
 
 pytestmark = pytest.mark.one_backend
 
@@ -27,12 +22,6 @@ def test_search_ends_between_its_neighbours():
     for near in ((0.8, 0.001), (3.2, 0.001), (1.6, 0.004), (1.6, 0.00025)):
         assert values[near] < values[1.6, 0.001]
     assert tried[0]["value"] == max(values.values())
-
-
-def test_search_stays_where_nothing_is_better():
-    best, tried = bench.search(lambda rate: rate < 0.15, [("rate", 0.1, 2)])
-    assert best == {"rate": 0.1}
-    assert sorted(row["rate"] for row in tried) == [0.05, 0.1, 0.2]
 
 
 def test_search_goes_lower_where_nothing_learns():
@@ -89,33 +78,6 @@ def test_b_of_a_fixed_pair_scales_the_rate_alone():
     assert np.abs(kernels[0] - kernels[2]).max() > 0.01
 
 
-def test_more_seeds_are_added_to_those_there(monkeypatch, tmp_path):
-    random = np.random.default_rng(0)
-    part = random.random((40, 28, 28, 1), "float32"), np.arange(40) % 10
-    data = {"train": part, "test": part}
-    monkeypatch.setattr(fashion_mnist, "load_fashion_mnist", lambda _: data)
-    monkeypatch.setattr(bench, "HELD_OUT", 10)
-    tiny = bench.Setting(20, 1, 2, 1, 2)
-    args = argparse.Namespace(
-        **{"settings": ["small"], "nets": ["plain"], "methods": ["L2"]},
-        **{"backend": keras.backend.backend(), "data": None, "fresh": False},
-        json=tmp_path / "log.json",
-    )
-    reports = []
-    for seeds in (2, 2, 3):
-        setting = dataclasses.replace(tiny, seeds=seeds)
-        monkeypatch.setitem(bench.SETTINGS, "small", setting)
-        reports.append(bench.run(args))
-    (first,), (again,), (more,) = (report["rows"] for report in reports)
-    assert again == first
-    assert len(more["runs"]) == 3
-    assert {**more, "runs": more["runs"][:2]} == first
-    # All of it anew where anything else changed.
-    setting = dataclasses.replace(tiny, epochs=2)
-    monkeypatch.setitem(bench.SETTINGS, "small", setting)
-    assert len(bench.run(args)["rows"][0]["runs"]) == 2
-
-
 def runs(values):
     return [{"accuracy": value} for value in values]
 
@@ -142,44 +104,3 @@ def test_rounding_to_15_levels(axis):
         assert np.abs(old - new).max() <= 0.5001 * step
         np.testing.assert_allclose(new / step, np.round(new / step), atol=1e-5)
     np.testing.assert_array_equal(bench.rounded(0 * kernel, axis), 0)
-
-
-def test_halves_share_no_class():
-    images, labels = np.arange(20), np.arange(20) % 10
-    even, odd = (bench.half((images, labels), rest) for rest in (0, 1))
-    assert not set(even[0] % 10) & set(odd[0] % 10)
-    assert set(even[1]) == set(odd[1]) == set(range(5))
-
-
-def test_page_has_differences_and_their_intervals():
-    rows = [
-        {
-            "setting": "small",
-            "net": "norm",
-            "method": method,
-            "chosen": {"rate": 0.1},
-            "tried": [{"rate": 0.1, "value": 0.8}],
-            "runs": [
-                dict.fromkeys(bench.MEASURES, value) | {"peak": 3.0}
-                for value in values
-            ],
-        }
-        for method, values in (
-            ("plain", (0.80, 0.83, 0.80)),
-            ("WC fixed", (0.82, 0.84, 0.81)),
-        )
-    ]
-    log = {
-        "rows": rows,
-        "settings": {"small": {"images": 9, "epochs": 2, "batch": 3}},
-        "held_out": 5,
-        "optimizer": "SGD",
-        "backend": "jax",
-        "machine": {"cpu": "one"},
-    }
-    page = tuning.compander_quality(log)
-    assert (
-        "| norm | WC fixed | rate 0.1 | 82.33 ± 1.53 | +1.33 (-0.10 to +2.77)"
-        in page
-    )
-    assert "| 3.0 | 1 |" in page

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from benchmarks import harness, lift_quality
-from benchmarks.pages import tuning
 
 pytestmark = pytest.mark.one_backend
 
@@ -71,34 +70,6 @@ def test_summary_has_what_each_seed_forgot(report):
     assert "random 5 %" not in found
 
 
-def test_other_rates_are_rows_and_no_rate_without_a_search(report):
-    report["runs"] += [final("LoRA", s, 0.1, 0.5, 4e-3) for s in range(3)]
-    report["runs"] += [final("rsLoRA", s, 0.9, 0.0, 4e-3) for s in range(3)]
-    found = lift_quality.summary(report)
-    assert "rsLoRA" not in found
-    assert found["LoRA"]["rate"] == 1e-3
-    assert found["LoRA, at 0.004"]["solved"] == [0.1] * 3
-    page = tuning.lift_quality(report)
-    assert "| LoRA, at 0.004 | 0.004 | 3 | 10.0 ± 0.0 |" in page
-    assert "trained with: rsLoRA, random 5 %, " in page
-    # Of rates that all seeds were trained with, that which solved most.
-    report["runs"] += [final("LoRA", s, 0.3, 0.1, 5e-4) for s in range(2)]
-    found = lift_quality.summary(report)
-    assert found["LoRA"]["rate"] == 1e-3
-    once = lift_quality.tried_once(report, found)
-    assert once == [("LoRA", 5e-4, 0.3, 0.21)]
-    page = tuning.lift_quality(report)
-    assert "LoRA at 0.0005 solved 30.0 % (at its own rate 21.0)." in page
-    report["runs"] += [final("LoRA", 2, 0.3, 0.1, 5e-4)]
-    found = lift_quality.summary(report)
-    assert found["LoRA"]["rate"] == 5e-4
-    assert found["LoRA, at 0.001"]["solved"] == list(SOLVED["LoRA"])
-    # A rate that was chosen and is not trained with yet.
-    report["runs"] += [{**report["runs"][12], "rate": 8e-3, "valid": 0.1}]
-    found = lift_quality.summary(report)
-    assert report["runs"][12]["method"] not in found
-
-
 def test_noise_of_all_methods_or_of_the_pair(report):
     found = lift_quality.summary(report)
     table = np.array(list(SOLVED.values()))
@@ -149,21 +120,6 @@ def test_front_and_sentences(report):
     )
     assert "Beside full, beyond the spread: LIFT 5 % solve more." in lines
     assert "Beside full, beyond the spread: no method differs in loss." in lines
-
-
-def test_page_and_picture(report):
-    page = tuning.lift_quality(report)
-    assert "| LIFT 5 % | 0.001 | 3 | 32.0 ± 2.6 | 1.0 ± 0.0 |" in page
-    assert "| before |  | 3 | 0.0 ± 0.0 | 1.0 ± 0.0 |" in page
-    assert "| 2.0 | 1.25 | 3 |" in page
-    assert "solved less full | loss less full" in page
-    assert "-0.200 (-0.200 to -0.200)" in page
-    assert "forgotten: LIFT 5 %." in page
-    older = {"runs": [{"method": "full"}]}
-    assert "benchmarks.lift_quality" in tuning.lift_quality(older)
-    pytest.importorskip("matplotlib")
-    ax = lift_quality.draw(report)
-    assert {text.get_text() for text in ax.texts} == set(SOLVED)
 
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

@@ -108,11 +108,6 @@ def test_a_law_that_fails_is_said_to_fail(tmp_path):
     assert "above the bar of 3%" in results_page.make_page(tmp_path)
 
 
-def test_too_few_budgets(tmp_path):
-    write(tmp_path, [run(1000), run(2000)])
-    assert "at five budgets" in results_page.make_page(tmp_path)
-
-
 def test_runs_evaluated_on_other_tokens_are_kept_apart(tmp_path):
     runs = [*map(run, BUDGETS)]
     runs[2]["evaluated_tokens"] = 1024
@@ -122,110 +117,6 @@ def test_runs_evaluated_on_other_tokens_are_kept_apart(tmp_path):
     assert "at five budgets" in page
 
 
-def test_runs_of_another_recipe_are_kept_out_of_the_law(tmp_path):
-    other = {**run(64000, loss=5.0), "batch_size": 4}
-    write(tmp_path, [*map(run, BUDGETS), other])
-    page = results_page.make_page(tmp_path)
-    assert "batches of 4 x 256" in page
-    assert "16,000 tokens held out" in page
-    said = 3 + 20 * 64000**-0.3
-    assert "A run of 64,000 tokens with another recipe" in page
-    assert f"{(5 - said) / 5:.1%} off" in page
-
-
 def test_the_logs_of_the_repository_make_a_page():
     page = results_page.make_page(results_page.LOGS)
     assert "| CAST |" in page
-
-
-def test_masks_and_steps_of_lift(tmp_path):
-    rows = [
-        {"rank": 32, "default": d, "randomized": 0.5, "magnitude": 0.2}
-        for d in (1.0, 0.99, 0.995)
-    ]
-    time = {"seconds": {"exact": [12.0], "auto": [1.0]}, "ratio": 12.0}
-    machine = {"cpu": "one", "cores": 2}
-    masks = {
-        "machine": machine,
-        "density": 0.05,
-        "backends": {
-            "torch": {"agreement": rows, "time": {**time, "share": 0.99}}
-        },
-    }
-    memory = {"trained": 5000, "state_bytes": 64e6, "peak_bytes": 3e9}
-    steps = {
-        "machine": machine,
-        "batch": [4, 128],
-        "dtype": "float32",
-        "backends": {
-            "jax": {
-                "memory": {"AdamW": memory, "LIFT": memory, "LoRA": memory},
-                "medians": {"AdamW": 2.0, "LIFT": 1.9},
-                "ratio_with_refresh": 0.96,
-            }
-        },
-    }
-    (tmp_path / "principal_mask.json").write_text(json.dumps(masks))
-    (tmp_path / "lift_step.json").write_text(json.dumps(steps))
-    large = {"first_masks": 4.0, "refresh": None, "index_bits": 0.0}
-    large |= {"file_bytes": 5e6, "x_lora": 0.7, "write": 1.0, "apply": 0.5}
-    large |= {"read": 0.04, "read_mb_s": 250.0}
-    about = {"machine": machine, "density": 0.05}
-    about["backends"] = {"jax": {"kernels": 9, "masks": {"random": large}}}
-    (tmp_path / "lift_large.json").write_text(json.dumps(about))
-    page = results_page.make_page(tmp_path)
-    assert "| torch | 32 | 3 | 0.9900 | 0.9950 | 0.5000 | 0.2000 |" in page
-    assert "| torch | 12.0 | 1.00 | 12.0 | 0.9900 |" in page
-    assert "| jax | LIFT | 5,000 | 1.90 | 0.96 | 64 | 3000 |" in page
-    assert "| jax | LoRA | 5,000 |  |  | 64 | 3000 |" in page
-    assert (
-        "| jax | random | 9 | 4.0 |  | 5.0 | 0.00 | 0.70 | 1.00 | 0.50 | 0.04 "
-        "| 250 |"
-    ) in page
-
-
-def test_merging(tmp_path):
-    ties = {"seconds": 4.0, "of_copy": 0.35, "peak_bytes": 6.6e8}
-    log = {
-        "machine": {"cpu": "a", "cores": 2, "cores_used": 1},
-        "megabytes": 500,
-        "rounds": 3,
-        "enough_seconds": 30,
-        "backends": {
-            "torch": {"imported_bytes": 5.9e8, "methods": {"ties": ties}}
-        },
-    }
-    (tmp_path / "merge.json").write_text(json.dumps(log))
-    both = {
-        "ours": {"seconds": [9, 4, 5], "peak_bytes": [6e8] * 3},
-        "mergekit": {"seconds": [8, 10, 20], "peak_bytes": [2e9] * 3},
-    }
-    log |= {"versions": {"torch": "2"}, "methods": {"ties": both}}
-    (tmp_path / "merge_command.json").write_text(json.dumps(log))
-    page = results_page.make_page(tmp_path)
-    assert "| torch | ties | 4.0 | 0.35 | 660 | 590 |" in page
-    assert "| ties | 5.0 | 10.0 | 0.50 | 600 | 2000 | 0.30 |" in page
-
-
-def test_products_by_shape_and_rows(tmp_path):
-    def row(shape, batch):
-        times = {"dense": 4.0, "b int8": 1.0, "a float32": 2.0, "a int8": 0.5}
-        return {"shape": shape, "batch": batch, "milliseconds": times}
-
-    log = {
-        "machine": {"cpu": "one"},
-        "results": [
-            {
-                "peer": "jax",
-                "threads": "1",
-                "isas": ["a", "b"],
-                "rows": [row([32, 16], 1), row([32, 16], 8)],
-            }
-        ],
-    }
-    (tmp_path / "sparse_matmul.json").write_text(json.dumps(log))
-    page = results_page.make_page(tmp_path)
-    assert "jax, one core, a:" in page
-    assert "| kernel | values | B=1 | B=8 |" in page
-    assert "| 32x16 | float32 | 2.00 | 2.00 |" in page
-    assert "| 32x16 | int8 | 8.00 | 8.00 |" in page

@@ -93,15 +93,6 @@ def test_perplexity_of_logits():
     assert found == pytest.approx(math.exp(-(math.log(0.25 * 0.8)) / 2))
 
 
-def test_report_names_what_was_left_out(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    runtimes.print_report(fake_report())
-    printed = capsys.readouterr().out
-    assert "left out: OpenVINO Q8_0: not installed: openvino_genai" in printed
-    assert "jax: packed int8" in printed
-    assert "2.500" in printed
-
-
 def test_page_and_plot(tmp_path):
     pytest.importorskip("matplotlib")
     page = packed.runtimes(fake_report())
@@ -113,15 +104,6 @@ def test_page_and_plot(tmp_path):
     assert "not installed" in page
     runtimes.plot(fake_report(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
-
-
-def test_smoke_leaves_the_results_alone():
-    args = runtimes.parse_arguments(["--smoke"])
-    assert runtimes.harness.RESULTS not in args.json.parents
-    assert args.calibration == 0
-    assert args.rounding == 0
-    args = runtimes.parse_arguments([])
-    assert (args.calibration, args.rounding) == (32, 128)
 
 
 def test_int4_is_rounded_from_the_weights_of_its_form():

@@ -77,19 +77,6 @@ def test_cosines_and_the_nearest(log):
     assert found["found"] == pytest.approx([0.5, 0.5])
 
 
-def test_the_picture_of_cosines(log):
-    pytest.importorskip("matplotlib")
-    log["cosines"][1] = {**log["cosines"][1], "matrix": [[0, 0], [0, 0]]}
-    # A sum of two may be measured before.
-    log["rows"].insert(0, {**log["rows"][-1], "model": "two, mean"})
-    figure = rws_quality.draw(log)
-    ax = figure.axes[0]
-    assert ax.get_title() == "vgg_like, 2 seeds"
-    assert ax.images[0].get_array().tolist() == [[0.4, 0.05], [0.15, 0.1]]
-    names = [label.get_text() for label in ax.get_yticklabels()]
-    assert names == ["contrast", "pixelate"]
-
-
 def test_interval_over_seeds():
     # Student's t for two degrees of freedom and 95 %, from a table.
     half = 4.302653 * 0.1 / 3**0.5
@@ -97,15 +84,6 @@ def test_interval_over_seeds():
     expected = f"0.50 ({low:.2f} to {high:.2f})"
     assert rws_quality.cell([0.4, 0.5, 0.6]) == expected
     assert rws_quality.cell([0.4]) == "0.40"
-
-
-def test_page_has_a_row_for_each_claim(log):
-    page = tuning.rws_quality(log)
-    assert "| shallow | patched | 0.76 (0.14 to 1.38) | 0.5" in page
-    assert "| 10.0 |" in page
-    assert "nearest is that of the same corruption in 0.50" in page
-    del log["cosines"]
-    assert "benchmarks.rws_quality" in tuning.rws_quality(log)
 
 
 def tiny():

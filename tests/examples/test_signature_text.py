@@ -1,11 +1,9 @@
 import argparse
-import json
 import string
 
 import keras
 import numpy as np
 import pytest
-from rich.console import Console
 
 from examples import signature_text
 from examples.data.typos import NOISES
@@ -109,36 +107,3 @@ def test_a_model_that_does_not_come_back_is_an_error():
     model.set_weights([clean[0], -clean[1]])
     with pytest.raises(RuntimeError, match="did not come back"):
         signature_text.assert_clean(model, clean)
-
-
-def test_seeds_go_on_where_they_stopped(tmp_path, monkeypatch):
-    ran = []
-    rows = [{"clean model": {"clean": 0.9}}, {"clean model": {"clean": 0.7}}]
-    from examples.data import minilm, sentences
-
-    monkeypatch.setattr(minilm, "load_minilm", lambda length: None)
-    load = {"source": lambda path: (TEXTS, LABELS)}
-    monkeypatch.setattr(sentences, "TASKS", load)
-
-    def study(encoder, texts, labels, seed, args):
-        ran.append(seed)
-        return rows[seed]
-
-    monkeypatch.setattr(signature_text, "study", study)
-    path = tmp_path / "log.json"
-    args = argparse.Namespace(
-        **vars(ARGS), task="source", seeds=[0], output=str(path), sentences=None
-    )
-    signature_text.run(args)
-    args.seeds = [0, 1]
-    signature_text.run(args)
-    assert ran == [0, 1]
-    found = json.loads(path.read_text())["seeds"]
-    assert found == {"0": rows[0], "1": rows[1]}
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(signature_text.table(list(found.values())))
-    assert "80.0% (70.0% to 90.0%)" in capture.get()
-    args.rate = 0.3
-    with pytest.raises(SystemExit, match="Give another file"):
-        signature_text.run(args)

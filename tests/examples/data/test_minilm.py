@@ -1,4 +1,3 @@
-import json
 import math
 import zipfile
 
@@ -10,59 +9,6 @@ from safetensors import numpy as safetensors
 from examples.data import minilm
 
 keras_hub = pytest.importorskip("keras_hub")
-
-TEXTS = ["The naïve café was SHUT.", "the film"]
-WORDS = ("the", "na", "##ive", "cafe", "was", "shut", ".", "film")
-VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
-
-
-def write_zip(path, drop=None):
-    """A BERT of two blocks, four heads and width 8; returns its weights."""
-    random = np.random.default_rng(0)
-    width, inner = 8, 20
-    shapes = {
-        "embeddings.word_embeddings.weight": (len(VOCABULARY), width),
-        "embeddings.position_embeddings.weight": (16, width),
-        "embeddings.token_type_embeddings.weight": (2, width),
-    }
-    dense = {"pooler.dense": (width, width)}
-    norms = ["embeddings.LayerNorm"]
-    for block in ("encoder.layer.0.", "encoder.layer.1."):
-        for name in ("self.query", "self.key", "self.value", "output.dense"):
-            dense[f"{block}attention.{name}"] = (width, width)
-        dense[f"{block}intermediate.dense"] = (inner, width)
-        dense[f"{block}output.dense"] = (width, inner)
-        norms += [f"{block}{x}output.LayerNorm" for x in ("attention.", "")]
-    for name, shape in dense.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    for name in norms:
-        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-    weights = {
-        name: random.normal(size=shape).astype("float32")
-        for name, shape in shapes.items()
-    }
-    config = {
-        "model_type": "bert",
-        "architectures": ["BertModel"],
-        "vocab_size": len(VOCABULARY),
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "max_position_embeddings": 16,
-    }
-    vocab = {token: i for i, token in enumerate(VOCABULARY)}
-    files = {
-        "config.json": json.dumps(config),
-        "model.safetensors": safetensors.save(weights),
-        "tokenizer.json": json.dumps({"model": {"vocab": vocab}}),
-        "tokenizer_config.json": json.dumps({"do_lower_case": True}),
-    }
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            if name != drop:
-                archive.writestr(name, content)
-    return weights
 
 
 def erf_gelu(x):
@@ -128,31 +74,6 @@ def assert_as_reference(model, texts, weights, heads):
         # The original's GELU: nearly the same, as the docstring says.
         original = embedding(weights, tokens, heads, erf_gelu)
         assert 0.999 < row @ original < 1.001
-
-
-def test_embeddings_are_those_of_the_file(tmp_path):
-    weights = write_zip(tmp_path / "bert.zip")
-    model = minilm.load_minilm(12, path=tmp_path / "bert.zip")
-    assert_as_reference(model, TEXTS, weights, 4)
-
-
-@pytest.mark.one_backend
-def test_tokens_have_neither_case_nor_accents(tmp_path):
-    write_zip(tmp_path / "bert.zip")
-    model = minilm.load_minilm(12, path=tmp_path / "bert.zip")
-    tokens = np.asarray(model.preprocessor(TEXTS[:1])["token_ids"])
-    expected = "[CLS] the na ##ive cafe was shut . [SEP] [PAD] [PAD] [PAD]"
-    assert [VOCABULARY[i] for i in tokens[0]] == expected.split()
-
-
-@pytest.mark.one_backend
-def test_wrong_files(tmp_path):
-    path = tmp_path / "part.zip"
-    write_zip(path, drop="tokenizer.json")
-    with pytest.raises(ValueError, match=r"Missing: \['tokenizer.json'\]"):
-        minilm.load_minilm(path=path)
-    with pytest.raises(ValueError, match="to name a zip"):
-        minilm.load_minilm(path=tmp_path / "none.zip")
 
 
 @pytest.mark.one_backend

@@ -123,14 +123,6 @@ def test_token_blocks():
     assert (blocks != other).any()
 
 
-def test_token_blocks_stops_at_the_limit():
-    tokenizer = WordTokenizer()
-    sections = ["word " * 20] * 100
-    blocks = prose.token_blocks(sections, tokenizer, length=10, limit=5)
-    assert blocks.shape == (5, 10)
-    assert tokenizer.calls == 3
-
-
 def test_token_blocks_wrong():
     with pytest.raises(ValueError, match="hold 2"):
         prose.token_blocks(["word " * 20], WordTokenizer(), 10, limit=3)
