@@ -73,7 +73,7 @@ def measure(args):
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder, "delta.safetensors")
             found |= measure_file(model, base, path, args.repeats)
-        kwm.remove_delta(model)
+        kwm.Patch.clear(model)
         callback.detach()
     result["kernels"] = len(model.optimizer.masked_variables)
     return {"versions": harness.versions("keras-hub"), **result}
@@ -107,17 +107,17 @@ def change(model):
 
 def measure_file(model, base, path, repeats):
     import keras_weightmods as kwm
-    from keras_weightmods.patches.delta_file import read_delta
 
     reports = []
 
     def save():
-        reports.append(kwm.save_delta(model, base, path, verbose=0))
+        patch = kwm.Patch.from_models(model, base, verbose=0)
+        reports.append(patch.save(path, verbose=0))
 
     write = harness.seconds_of(save)
     size = os.path.getsize(path)
     read = statistics.median(
-        harness.seconds_of(read_delta, path) for _ in range(repeats)
+        harness.seconds_of(kwm.Patch.load, path) for _ in range(repeats)
     )
     model.set_weights(base)
     return {
@@ -128,7 +128,7 @@ def measure_file(model, base, path, repeats):
         "write": write,
         "read": read,
         "read_mb_s": size / 1e6 / read,
-        "apply": harness.seconds_of(kwm.apply_delta, model, path),
+        "apply": harness.seconds_of(kwm.Patch.load(path).apply, model),
     }
 
 

@@ -181,7 +181,8 @@ class Worker:
                 to.variable.assign(of.variable)
             model = bare
         file = self.args.json.with_suffix(".safetensors")
-        report = kwm.save_delta(model, base, file, verbose=0)
+        patch = kwm.Patch.from_models(model, base, verbose=0)
+        report = patch.save(file, verbose=0)
         file.unlink()
         return {
             "trained": count,

@@ -182,14 +182,21 @@ def files(calls, folder):
     base = model.get_weights()
     nudge(model)
     task = folder / "task.safetensors"
-    calls("save_delta, dense", kwm.save_delta, model, base, task)
-    model.set_weights(base)
-    calls("apply_delta, dense", kwm.apply_delta, model, task)
-    calls("remove_delta, dense", kwm.remove_delta, model)
+    patch_and_file(calls, model, base, task)
     lora = folder / "lora"
-    calls("delta_to_lora", kwm.delta_to_lora, model, task, lora)
-    back = folder / "back.safetensors"
-    calls("lora_to_delta", kwm.lora_to_delta, model, lora, back)
+    calls("Patch.to_lora", kwm.Patch.load(task).to_lora, model, lora)
+    calls("Patch.from_lora", kwm.Patch.from_lora, model, lora)
+
+
+def patch_and_file(calls, model, base, path):
+    import keras_weightmods as kwm
+
+    patch = calls("Patch.from_models", kwm.Patch.from_models, model, base)
+    calls("Patch.save", patch.save, path)
+    model.set_weights(base)
+    patch = calls("Patch.load", kwm.Patch.load, path)
+    calls("Patch.apply", patch.apply, model)
+    calls("Patch.remove", patch.remove, model)
 
 
 def signatures(calls, folder):
@@ -213,7 +220,7 @@ def signatures(calls, folder):
     calls("report", signature.report)
     calls("cosine_similarity", signature.cosine_similarity, small)
     two = [signature, small]
-    calls("sum_signatures", kwm.sum_signatures, two)
+    calls("WeightSignature.sum", kwm.WeightSignature.sum, two)
     path = folder / "signature.safetensors"
     calls("WeightSignature.save", signature.save, path)
     calls("WeightSignature.load", kwm.WeightSignature.load, path)
@@ -252,10 +259,7 @@ def lift(calls, folder):
     calls("fit, two steps", model.fit, x, tokens, **fit)
     calls("detach", masks.detach)
     path = folder / "task.safetensors"
-    calls("save_delta", kwm.save_delta, model, base, path)
-    model.set_weights(base)
-    calls("apply_delta", kwm.apply_delta, model, path)
-    calls("remove_delta", kwm.remove_delta, model)
+    patch_and_file(calls, model, base, path)
 
 
 def reparameterize(calls, folder):

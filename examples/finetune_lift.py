@@ -111,12 +111,14 @@ def run(args):
     memory = peak_bytes() / 2**30
     results.append({"model": "after", **measure()})
 
-    delta = kwm.save_delta(model, base, args.output)
+    patch = kwm.Patch.from_models(model, base)
+    delta = patch.save(args.output)
     sample = generate(model, args)
     model.set_weights(base)
-    kwm.apply_delta(model, args.output)
+    patch = kwm.Patch.load(args.output)
+    patch.apply(model)
     results.append({"model": "base and delta", **measure()})
-    kwm.remove_delta(model)
+    patch.remove(model)
     is_clean = all(
         a.tobytes() == b.tobytes() for a, b in zip(base, model.get_weights())
     )

@@ -156,11 +156,9 @@ def study(net, args, console, output):
 
 def patch_and_unpatch(model, signature, clean):
     """On, up, and off: the clean model is back bit for bit."""
-    import keras_weightmods as kwm
-
-    with kwm.Patches(model) as patches:
-        patches.add(signature, scale=0.5, name="patch")
-        patches.rescale("patch", 1.0)
+    signature.apply(model, scale=0.5)
+    signature.apply(model, scale=1.0)
+    signature.remove(model)
     for now, before in zip(model.get_weights(), clean):
         if now.tobytes() != before.tobytes():
             raise RuntimeError("the clean model did not come back")

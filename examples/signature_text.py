@@ -162,10 +162,10 @@ def study(encoder, texts, labels, seed, args):
 
     def measure(name, *patches):
         """The accuracies with these pairs of a signature and its scale."""
-        with kwm.Patches(model) as active:
-            for signature, scale in patches:
-                active.add(signature, scale)
-            results[name] = accuracies()
+        for signature, scale in patches:
+            signature.apply(model, scale)
+        results[name] = accuracies()
+        kwm.Patch.clear(model)
         assert_clean(model, clean)
 
     for noise, signature in signatures.items():

@@ -26,15 +26,9 @@ from .lift.principal_mask_callback import (
 from .lift.sparse_adamw import SparseAdamW as SparseAdamW
 from .packing.pack import pack as pack
 from .packing.pack import unpack as unpack
-from .patches.delta import apply_delta as apply_delta
-from .patches.delta import remove_delta as remove_delta
-from .patches.delta import save_delta as save_delta
-from .patches.lora import delta_to_lora as delta_to_lora
-from .patches.lora import lora_to_delta as lora_to_delta
 from .patches.merge import merge as merge
-from .patches.patches import Patches as Patches
-from .patches.sum_signatures import sum_signatures as sum_signatures
-from .patches.weight_signature import WeightSignature as WeightSignature
+from .patches.patch import Patch as Patch
+from .patches.signature import WeightSignature as WeightSignature
 from .reparameterize.compander import attach_compander as attach_compander
 from .reparameterize.compander_layers import CompanderConv1D as CompanderConv1D
 from .reparameterize.compander_layers import CompanderConv2D as CompanderConv2D

@@ -13,11 +13,12 @@ from keras_weightmods.lift.report import (
     PrincipalMaskReport as PrincipalMaskReport,
 )
 from keras_weightmods.packing.report import PackReport as PackReport
-from keras_weightmods.patches.lora import LoraReport as LoraReport
 from keras_weightmods.patches.merge import MergeReport as MergeReport
-from keras_weightmods.patches.report import DeltaReport as DeltaReport
+from keras_weightmods.patches.report import LoraReport as LoraReport
+from keras_weightmods.patches.report import (
+    PatchContentsReport as PatchContentsReport,
+)
 from keras_weightmods.patches.report import PatchReport as PatchReport
-from keras_weightmods.patches.report import SignatureReport as SignatureReport
 from keras_weightmods.sparsity.quantize_sparse import (
     QuantizeReport as QuantizeReport,
 )

@@ -108,7 +108,7 @@ def test_sizes_of_a_delta(tmp_path):
     weights[0][0] += 1  # 16 entries, stored in bfloat16
     model.set_weights(weights)
     path = tmp_path / "delta.safetensors"
-    report = kwm.save_delta(model, base, path)
+    report = kwm.Patch.from_models(model, base).save(path)
     for change in (report, path, str(path)):
         ax = drawn_in(kwm.plot.layer_sizes, change)
         assert [bar.get_width() for bar in ax.patches] == [16 * 2 / 1024]

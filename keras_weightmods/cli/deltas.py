@@ -50,10 +50,8 @@ def _save(args):
     """
     check_output(args, ".safetensors")
     model, base = load_model(args.model), load_model(args.base)
-    report = kwm.save_delta(
-        model, base, args.output, _dtype(args), whole=args.whole
-    )
-    return reported(report, args.output)
+    patch = kwm.Patch.from_models(model, base, _dtype(args), whole=args.whole)
+    return reported(patch.save(args.output, args.overwrite), args.output)
 
 
 @command("delta apply", _DELTA, MODEL, SCALE, _FORCE, *OUTPUT)
@@ -64,8 +62,9 @@ def _apply(args):
       keras-weightmods delta apply task.safetensors base.keras -o tuned.keras
     """
     check_output(args)
+    patch = kwm.Patch.load(args.delta)
     model = load_model(args.model)
-    report = kwm.apply_delta(model, args.delta, args.scale, force=args.force)
+    report = patch.apply(model, args.scale, force=args.force)
     return write_changed(model, args, len(report.changed), None)
 
 
@@ -79,21 +78,11 @@ def _remove(args):
     examples:
       keras-weightmods delta remove task.safetensors tuned.keras -o base.keras
     """
-    from keras_weightmods.patches.delta_file import read_delta
-    from keras_weightmods.patches.tensors import Replacing
-
     check_output(args)
-    delta = read_delta(args.delta)
-    if any(isinstance(entry.tensor, Replacing) for entry in delta):
-        raise ValueError(
-            f"{args.delta} holds new values and not differences (--dtype exact "
-            "or --whole), so what was there before is not known from it: use "
-            "the base model's own file"
-        )
+    patch = kwm.Patch.load(args.delta)
     model = load_model(args.model)
-    # On a model that is not the base, as it has the delta.
-    report = kwm.apply_delta(model, args.delta, -args.scale, force=True)
-    return write_changed(model, args, len(report.changed), delta.fingerprint)
+    report = patch.subtract(model, args.scale)
+    return write_changed(model, args, len(report.subtracted), patch.base)
 
 
 @command(
@@ -119,10 +108,9 @@ def _to_lora(args):
     """
     if args.format == "keras_hub":
         check_output(args, ".h5")
-    model = load_model(args.model)
-    report = kwm.delta_to_lora(
-        model,
-        args.delta,
+    patch = kwm.Patch.load(args.delta)
+    report = patch.to_lora(
+        load_model(args.model),
         args.output,
         args.rank,
         args.format,
@@ -148,8 +136,8 @@ def _from_lora(args):
     """
     check_output(args, ".safetensors")
     model, dtype = load_model(args.model), _dtype(args)
-    report = kwm.lora_to_delta(model, args.lora, args.output, dtype)
-    return reported(report, args.output)
+    patch = kwm.Patch.from_lora(model, args.lora, dtype)
+    return reported(patch.save(args.output, args.overwrite), args.output)
 
 
 def _dtype(args):

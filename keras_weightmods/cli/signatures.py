@@ -68,9 +68,7 @@ def _apply(args):
       keras-weightmods signature apply noise.safetensors clean.keras \\
           --scale 0.5 -o clean.keras --overwrite
     """
-    return _change_model(
-        args, lambda signature, w: signature.apply(w, args.scale)
-    )
+    return _change_model(args, kwm.WeightSignature.apply)
 
 
 @command("signature remove", _SIGNATURE, MODEL, SCALE, *OUTPUT)
@@ -84,9 +82,7 @@ def _remove(args):
       keras-weightmods signature remove noise.safetensors new.keras \\
           -o old.keras
     """
-    return _change_model(
-        args, lambda signature, w: signature.remove(w, True, args.scale)
-    )
+    return _change_model(args, kwm.WeightSignature.subtract)
 
 
 @command(
@@ -109,7 +105,7 @@ def _add(args):
           --method ties --density 0.3 --weights 1 0.5 -o both.safetensors
     """
     check_output(args, ".safetensors")
-    signature = kwm.sum_signatures(
+    signature = kwm.WeightSignature.sum(
         [kwm.WeightSignature.load(path) for path in args.signatures],
         args.method,
         args.weights,
@@ -168,15 +164,9 @@ def _save(signature, args):
 
 def _change_model(args, change):
     """Write a model with other weights."""
-    from keras_weightmods.patches.checkpoint import Checkpoint
-    from keras_weightmods.utils import checks
-
     check_output(args)
     signature = kwm.WeightSignature.load(args.signature)
     model = load_model(args.model)
-    # Lists have no paths to check.
-    problems = signature.problems(Checkpoint("model", model))
-    checks.raise_all("The change does not fit the model:", problems)
-    model.set_weights(change(signature, model.get_weights()))
+    change(signature, model, args.scale)
     clean = signature.fingerprints.get("clean")
     return write_changed(model, args, len(signature), clean)

@@ -94,7 +94,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         criterion: `"principal"`, or for comparison `"magnitude"`,
             `"gradient"` (needs `data`) or `"random"`: drawn from `seed`, other
             places in each kernel, and anew at each refresh. With
-            `refresh_every=None` `save_delta` stores the seed in place of the
+            `refresh_every=None` `Patch.save` stores the seed in place of the
             places. Defaults to `"principal"`.
         targets: The kernels, as `find_targets(model)` returns them or in a
             form that its `include` takes. Defaults to all that it finds.

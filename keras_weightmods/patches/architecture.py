@@ -170,6 +170,25 @@ def weight_problems(expected, infos, argument) -> list[str]:
     return wrong
 
 
+def path_problems(expected, infos, argument) -> list[str]:
+    """Return which weights of a model have other paths than expected ones.
+
+    Args:
+        expected: Sequence of `WeightInfo`, some weights of an architecture.
+        infos: Sequence of `WeightInfo`, all weights of a model; those of a
+            list have no paths.
+        argument: String, what `infos` are in messages.
+    """
+    return [
+        f"{argument}, weight {each.position}: {infos[each.position].path!r}, "
+        f"and {each.path!r} is expected"
+        for each in expected
+        if each.path
+        and infos[each.position].path
+        and not same_path(each.path, infos[each.position].path)
+    ]
+
+
 def lora_layers(checkpoint) -> list[str]:
     """Return the paths of the layers with LoRA; of a list none is known."""
     if checkpoint.model is None:

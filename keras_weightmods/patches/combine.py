@@ -11,9 +11,51 @@ from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.patches import architecture
 from keras_weightmods.patches.merge_methods import dropped, elected_mean
 from keras_weightmods.patches.report import Similarity
-from keras_weightmods.utils.checks import raise_all
+from keras_weightmods.utils import checks
 
 S = TypeVar("S")
+
+
+def summed(signatures, method, weights, density, drop_rate, seed):
+    """Return one signature of several; see `WeightSignature.sum`."""
+    checks.check_choice("method", method, ("sum", "mean", "ties", "dare"))
+    count = len(signatures)
+    weights = [1.0] * count if weights is None else weights
+    is_list = isinstance(weights, (list, tuple, np.ndarray))
+    if not is_list or getattr(weights, "ndim", 1) == 0 or len(weights) != count:
+        raise checks.error("weights", f"a list of {count} numbers", weights)
+    weights = [checks.check_float("weights", each) for each in weights]
+    density = _of_method("density", density, method, "ties", 0.2)
+    drop_rate = _of_method("drop_rate", drop_rate, method, "dare", 0.9)
+    if method == "sum":
+        return linear_combination(signatures, weights, "sum")
+    if method == "dare":
+        drop_rate = checks.check_float("drop_rate", drop_rate, least=0, below=1)
+        seed = checks.check_int("seed", seed, least=0)
+        return dare(signatures, weights, drop_rate, seed)
+    total = sum(weights)
+    if total == 0:
+        expected = f"numbers that do not sum to 0 for method {method!r}"
+        raise checks.error("weights", expected, weights)
+    if method == "mean":
+        shares = [weight / total for weight in weights]
+        return linear_combination(signatures, shares, "mean")
+    density = checks.check_float("density", density, above=0, most=1)
+    if min(weights) < 0:
+        expected = (
+            'numbers >= 0 for method "ties", which takes a mean; negate a '
+            "signature, `-1 * signature`, to take it away"
+        )
+        raise checks.error("weights", expected, weights)
+    return ties(signatures, weights, density)
+
+
+def _of_method(name, value, method, taker, default):
+    """Return an argument, which other methods would ignore, or its default."""
+    if value is not None and method != taker:
+        expected = f'None for method {method!r}: it is for "{taker}"'
+        raise checks.error(name, expected, value)
+    return default if value is None else value
 
 
 def linear_combination(signatures: Sequence[S], weights, method) -> S:
@@ -153,7 +195,7 @@ def _aligned(signatures):
                     f"{argument}, {entry.key}: shape {entry.info.shape}, and "
                     f"{shape} is expected"
                 )
-    raise_all("The signatures do not match:", problems)
+    checks.raise_all("The signatures do not match:", problems)
     lookups = [{entry.position: entry for entry in s} for s in signatures]
     aligned = []
     for position, shape in sorted(shapes.items()):

@@ -10,7 +10,7 @@ from keras_weightmods.core import filters
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.patches import architecture, tensors
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
-from keras_weightmods.patches.entry import SignatureEntry, float32
+from keras_weightmods.patches.entry import PatchEntry, float32
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
@@ -80,8 +80,8 @@ def extract(
                 tensor = residual(
                     values["robust"] - start, values["clean"] - start
                 )
-            fields = infos[i], float32(tensor), replaced
-            entries.append(SignatureEntry(*fields, depth=depths[i]))
+            fields = infos[i], float32(tensor), replaced, depths[i]
+            entries.append(PatchEntry(*fields))
             progress.add()
         fingerprints = {
             k: c.fingerprint(see=progress.add) for k, c in checkpoints.items()

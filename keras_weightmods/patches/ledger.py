@@ -2,30 +2,29 @@
 
 import dataclasses
 import functools
+import itertools
 import threading
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from keras_weightmods.patches import tensors
 from keras_weightmods.patches.checkpoint import Checkpoint, Snapshot
-from keras_weightmods.patches.entry import Change
 from keras_weightmods.patches.sums import Sum, compute, write
 from keras_weightmods.patches.tensors import Replacing, Sparse
 from keras_weightmods.utils.checks import raise_all
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Patch:
-    """A change on a model, and its scale.
+class Applied(NamedTuple):
+    """A patch on a model, and its scale.
 
     Attributes:
-        change: `WeightSignature`, or the content of a delta file.
+        patch: `Patch`.
         scale: Float.
     """
 
-    change: Change
+    patch: Any
     scale: float
 
 
@@ -53,19 +52,36 @@ class Ledger:
     all that changes a weight is `Sparse`, of the entries at its places.
 
     Attributes:
-        patches: Dict from names to `Patch`.
+        patches: Dict from names to `Applied`.
         lock: To be held from the look at `patches` to the end of a change.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.patches: dict[str, Patch] = {}
+        self.patches: dict[str, Applied] = {}
         self._weights: dict[int, _Weight] = {}
 
     @property
     def nbytes(self) -> int:
         """Int, the bytes of the clean values."""
         return sum(each.clean.array.nbytes for each in self._weights.values())
+
+    def name_of(self, patch: Any) -> str | None:
+        """Return the name under which a patch, or its equal, is on the model.
+
+        `None` if it is not.
+        """
+        for name, applied in self.patches.items():
+            if applied.patch is patch or applied.patch.digest == patch.digest:
+                return name
+        return None
+
+    def free_name(self, name: str | None) -> str:
+        """Return a name that no patch has, like the one given if any."""
+        if name is not None and name not in self.patches:
+            return name
+        numbered = (f"{name or 'patch'}_{i}" for i in itertools.count(1))
+        return next(each for each in numbered if each not in self.patches)
 
     def fingerprint(self, model: Checkpoint, without: Any = ()) -> str:
         """Return that of a `Checkpoint` of the model without its patches.
@@ -113,8 +129,8 @@ class Ledger:
         if not force:
             raise_all(
                 "Weights were changed since they were patched, by training "
-                "for instance; `Patches(model).clear(force=True)` takes the "
-                "patches off all the same.",
+                "for instance; `kwm.Patch.clear(model, force=True)` takes "
+                "the patches off all the same.",
                 [model.infos[p].key for p in changed],
             )
         return changed
@@ -124,7 +140,7 @@ class Ledger:
 
         Args:
             model: `Checkpoint` of the model.
-            after: Dict from names to `Patch`.
+            after: Dict from names to `Applied`.
             force: Bool, whether to take patches off weights that were changed
                 since: off their clean values where these are kept of a few
                 entries, and off what they are now where of all of them.
@@ -196,6 +212,49 @@ class Ledger:
                 self._weights[p] = _Weight(values, kept, entries[p])
         return [p for p in written if p not in subtracted], subtracted, left
 
+    def subtract(self, model, patch, scale):
+        """Subtract a patch that a model without patches was saved with.
+
+        Args:
+            model: `Checkpoint` of the model.
+            patch: `Patch`.
+            scale: Float, of the patch.
+
+        Returns:
+            Tuple of the keys of the weights that were written.
+
+        Raises:
+            ValueError: If there are patches on the model, or what was there
+                before is not known. The model is unchanged then.
+        """
+        raise_all("Patches must be taken off first:", self.patches)
+        unknown = [
+            entry.key
+            for entry in patch
+            if isinstance(entry.tensor, Replacing)
+            or scale * entry.replaced >= 1
+        ]
+        summary = "What was replaced is not known from the patch:"
+        raise_all(summary, unknown)
+        present = model.snapshots(entry.position for entry in patch)
+        before = {e.position: Sum(e.key, present[e.position]) for e in patch}
+        # Solves new = old + scale * (tensor - replaced * old) for the old one.
+        after = {
+            entry.position: dataclasses.replace(
+                before[entry.position],
+                terms=[
+                    (
+                        -scale / (1 - scale * entry.replaced),
+                        entry.tensor,
+                        entry.replaced,
+                    )
+                ],
+            )
+            for entry in patch
+        }
+        write(model, after, before)
+        return tuple(entry.key for entry in patch)
+
     def _present(self, model, places, subtracted):
         """Return {position: `Snapshot`} of the present values at `places`.
 
@@ -216,10 +275,10 @@ class Ledger:
     def _entries_after(self, after):
         """Return {position: {name: entry}} of the weights that change."""
         found: dict[int, dict[str, Any]] = {}
-        for name, patch in {**self.patches, **after}.items():
+        for name, applied in {**self.patches, **after}.items():
             if self.patches.get(name) is after.get(name):
                 continue
-            for entry in patch.change:
+            for entry in applied.patch:
                 present = _entries(self._weights.get(entry.position))
                 # A statistic that was left as it is has no patch any more.
                 if name in self.patches and name not in present:
@@ -253,7 +312,7 @@ def _terms(patches, entries, places):
     """
     names = list(entries)
     if len(names) > 2:
-        names.sort(key=lambda name: patches[name].change.digest)
+        names.sort(key=lambda name: patches[name].patch.digest)
     found = []
     for name in names:
         tensor, replaced = entries[name].tensor, entries[name].replaced

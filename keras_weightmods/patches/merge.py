@@ -399,7 +399,7 @@ def _check_output(output, target, template, to_file):
     if ledger_of(output).patches:
         raise ValueError(
             "`output` must be without patches, which could not be taken off "
-            "again. Call `kwm.Patches(model).clear()` first. Received: "
+            "again. Call `kwm.Patch.clear(model)` first. Received: "
             f"output={output.name!r} with {list(ledger_of(output).patches)}"
         )
 

@@ -1,11 +1,15 @@
-"""What signatures and deltas hold, and what they changed on a model."""
+"""What patches hold, and what they changed on a model."""
 
 import dataclasses
+import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from keras_weightmods.patches.quantized import Quantized
+from keras_weightmods.patches.tensors import Replacing
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 
@@ -14,13 +18,14 @@ class PatchReport(Report):
     """What a call changed on a model.
 
     Attributes:
-        action: String: `"add"`, `"rescale"`, `"remove"` or `"clear"`.
-        name: String, the patch; `None` where all were removed.
+        action: String: `"add"`, `"rescale"`, `"remove"`, `"clear"` or
+            `"subtract"`.
+        name: String or None, of the patch.
         scale: Float, its scale; the last one where it was removed.
         changed: Tuple of the keys of the weights that were written, from
             what they are without any patch.
-        subtracted: Tuple of the keys of weights that had been changed since
-            they were patched, from which the patch was subtracted.
+        subtracted: Tuple of the keys of weights whose clean values are not
+            known, from which the patch was subtracted.
         active: Dict from the names of the patches now on the model to their
             scales.
         clean_nbytes: Int, the memory that the clean values take.
@@ -31,15 +36,16 @@ class PatchReport(Report):
     action: str
     name: str | None
     scale: float | None
-    changed: tuple[str, ...]
-    subtracted: tuple[str, ...]
-    active: dict[str, float]
-    clean_nbytes: int
+    changed: tuple[str, ...] = ()
+    subtracted: tuple[str, ...] = ()
+    active: dict[str, float] = dataclasses.field(default_factory=dict)
+    clean_nbytes: int = 0
     skipped: tuple[Skipped, ...] = ()
 
     def tables(self) -> Iterator[Table]:
         """The `Table`s to print."""
-        patch = "" if self.name is None else f" {self.name} x {self.scale:g}"
+        name = "" if self.name is None else f" {self.name}"
+        patch = "" if self.scale is None else f"{name} x {self.scale:g}"
         active = ", ".join(f"{k} x {v:g}" for k, v in self.active.items())
         yield Table(
             title=f"{self.action}{patch}: {len(self.changed)} weights written",
@@ -51,32 +57,125 @@ class PatchReport(Report):
 
 
 @dataclasses.dataclass(frozen=True)
-class DeltaReport(Report):
-    """What `save_delta` stored.
+class PatchRow:
+    """One weight of a `PatchContentsReport`.
 
     Attributes:
-        filepath: String, the file.
-        weights: Tuple of strings, the keys of the weights with changes.
-        entries: Int, the number of entries stored of them: those changed, or
-            all of a mask whose places are drawn from a seed.
-        index_bits: Float, the bits that the place of an entry takes, 0 where
-            places are drawn from a seed.
-        nbytes: Int, the size of the file.
+        key: String, place and path of the weight in the model.
+        path: String.
+        shape: Tuple of ints.
+        depth: Int, place of its layer among those with a kernel, in a
+            signature; -1 in a delta.
+        entries: Int, how many entries of the weight are changed.
+        bits: Int, bits of a number.
+        nbytes: Int, the bytes of the numbers.
+        norm: Float, the Euclidean norm of the numbers.
+        replaced: Float, 0, or the share of the weight that is replaced.
     """
 
-    filepath: str
-    weights: tuple[str, ...]
+    key: str
+    path: str
+    shape: tuple[int, ...]
+    depth: int
     entries: int
-    index_bits: float
+    bits: int
     nbytes: int
+    norm: float
+    replaced: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchContentsReport(Report):
+    """What a patch holds.
+
+    Attributes:
+        name: String or None.
+        method: String, how it was made.
+        rows: Tuple of `PatchRow`.
+        nbytes: Int, the bytes of the file; without one, of the numbers.
+        filepath: String, the file that was written; `None` without one.
+        index_bits: Float, the bits that the place of an entry takes in the
+            file of a delta, 0 where places are drawn from a seed.
+        model_nbytes: Int, the bytes of the model a signature came from.
+    """
+
+    name: str | None
+    method: str
+    rows: tuple[PatchRow, ...]
+    nbytes: int
+    filepath: str | None = None
+    index_bits: float | None = None
+    model_nbytes: int | None = None
+
+    @property
+    def entries(self) -> int:
+        """Int, the number of entries that are changed."""
+        return sum(row.entries for row in self.rows)
 
     def tables(self) -> Iterator[Table]:
         """The `Table`s to print."""
+        facts = [f"{self.nbytes:,} bytes"]
+        if self.model_nbytes is not None:
+            times = self.model_nbytes / max(1, self.nbytes)
+            facts.append(
+                f"{times:.1f} times smaller than the model's "
+                f"{self.model_nbytes:,}"
+            )
+        if self.index_bits is not None:
+            facts.append(f"{self.index_bits:.2f} bits a place")
+        columns = "weight", "depth", "shape", "entries", "bits", "bytes", "norm"
+        rows = []
+        for row in self.rows:
+            norm = f"{row.norm:.3g}"
+            if row.replaced:
+                norm = f"replaces {row.replaced:.0%}"
+            sizes = f"{row.entries:,}", f"{row.bits}", f"{row.nbytes:,}"
+            depth = f"{row.depth + 1}" if row.depth >= 0 else ""
+            cells = row.path, depth, shape_text(row.shape), *sizes, norm
+            rows.append(cells)
         yield Table(
-            f"{self.filepath}: {self.entries:,} entries of "
-            f"{len(self.weights)} weights, {self.index_bits:.2f} bits a place, "
-            f"{self.nbytes:,} bytes"
+            title=f"{self.filepath or self.name or '(no name)'}, {self.method}:"
+            f" {self.entries:,} entries of {len(self.rows)} weights",
+            columns=columns,
+            rows=tuple(rows),
+            caption="; ".join(facts),
         )
+
+
+def contents_report(
+    patch: Any, filepath: str | None = None, index_bits: float | None = None
+) -> PatchContentsReport:
+    """Return the `PatchContentsReport` of a patch, and of its file if any."""
+    rows = []
+    for entry in patch:
+        numbers, replaced = entry.numbers, entry.replaced
+        if isinstance(entry.tensor, Quantized):
+            numbers = entry.dequantized()
+        if isinstance(entry.tensor, Replacing):
+            replaced = entry.size / math.prod(entry.info.shape)
+        rows.append(
+            PatchRow(
+                key=entry.key,
+                path=entry.info.path,
+                shape=entry.info.shape,
+                depth=entry.depth,
+                entries=entry.size,
+                bits=entry.bits,
+                nbytes=entry.nbytes,
+                norm=float(np.linalg.norm(numbers.astype("float64"))),
+                replaced=replaced,
+            )
+        )
+    nbytes = patch.nbytes if filepath is None else os.path.getsize(filepath)
+    return PatchContentsReport(
+        name=patch.name,
+        method=patch.method,
+        rows=tuple(rows),
+        nbytes=nbytes,
+        filepath=filepath,
+        index_bits=index_bits,
+        model_nbytes=getattr(patch, "model_nbytes", None),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,94 +198,6 @@ class Similarity(Report):
             tuple((k, f"{v:.3f}") for k, v in self.layers.items()),
             total=("whole", f"{self.whole:.3f}"),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class SignatureRow:
-    """One weight of a `SignatureReport`.
-
-    Attributes:
-        key: String, place and path of the weight in the model.
-        path: String.
-        shape: Tuple of ints.
-        depth: Int, place of its layer among the weighted layers.
-        bits: Int, bits of a weight: 32, 8, 4 or 2.
-        nbytes: Int.
-        norm: Float, the Euclidean norm of what is added at scale 1.
-        replaced: Float, 0, or the share of a statistic that is replaced.
-    """
-
-    key: str
-    path: str
-    shape: tuple[int, ...]
-    depth: int
-    bits: int
-    nbytes: int
-    norm: float
-    replaced: float
-
-
-@dataclasses.dataclass(frozen=True)
-class SignatureReport(Report):
-    """What `WeightSignature.report` found.
-
-    Attributes:
-        name: String or None.
-        method: String.
-        model_class: String or None.
-        depth: Int.
-        nbytes: Int, bytes of the signature.
-        model_nbytes: Int, bytes of the weights of the model it came from.
-        rows: Tuple of `SignatureRow`.
-    """
-
-    name: str | None
-    method: str
-    model_class: str | None
-    depth: int
-    nbytes: int
-    model_nbytes: int
-    rows: tuple[SignatureRow, ...]
-
-    def tables(self) -> Iterator[Table]:
-        """The `Table`s to print."""
-        times = self.model_nbytes / max(1, self.nbytes)
-        rows = []
-        for row in self.rows:
-            norm = f"{row.norm:.3g}"
-            if row.replaced:
-                norm = f"replaces {row.replaced:.0%}"
-            sizes = f"{row.depth + 1}", shape_text(row.shape), f"{row.bits}"
-            rows.append((row.path, *sizes, f"{row.nbytes:,}", norm))
-        yield Table(
-            title=f"Signature {self.name or '(no name)'}, {self.method}, depth "
-            f"{self.depth}",
-            columns=("weight", "depth", "shape", "bits", "bytes", "norm"),
-            rows=tuple(rows),
-            caption=f"{self.nbytes:,} bytes, {times:.1f} times smaller than "
-            f"the model's {self.model_nbytes:,}",
-        )
-
-
-def signature_report(signature: Any) -> SignatureReport:
-    """Return the `SignatureReport` of a `WeightSignature`."""
-    about = "name", "method", "model_class", "depth", "nbytes", "model_nbytes"
-    return SignatureReport(
-        **{name: getattr(signature, name) for name in about},
-        rows=tuple(
-            SignatureRow(
-                key=entry.key,
-                path=entry.info.path,
-                shape=entry.info.shape,
-                depth=entry.depth,
-                bits=entry.bits,
-                nbytes=entry.nbytes,
-                norm=float(np.linalg.norm(entry.dequantized("float64"))),
-                replaced=entry.replaced,
-            )
-            for entry in signature
-        ),
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,4 +243,53 @@ class WeightsReport(Report):
                 for r in self.rows
             ),
             caption=f"{self.nbytes:,} bytes",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraKernel:
+    """One kernel of a `LoraReport`.
+
+    Attributes:
+        key: String, the key of its target.
+        shape: Tuple of ints.
+        error: Float, what the product lacks of the change: the norm of the
+            difference over that of the change.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraReport(Report):
+    """What `Patch.to_lora` wrote.
+
+    Attributes:
+        filepath: String, the file or folder.
+        rank: Int.
+        kernels: Tuple of `LoraKernel`.
+        error: Float, what the adapter lacks of the whole change, that of the
+            skipped weights too: the norm of the difference over that of the
+            change.
+        skipped: Tuple of `Skipped`: weights whose change is not in it.
+    """
+
+    filepath: str
+    rank: int
+    kernels: tuple[LoraKernel, ...]
+    error: float
+    skipped: tuple[Skipped, ...] = ()
+
+    def tables(self) -> Iterator[Table]:
+        """The `Table`s to print."""
+        yield Table(
+            f"{self.filepath}: rank {self.rank}, lacks {self.error:.1%} of the "
+            "change",
+            ("kernel", "shape", "lacks"),
+            tuple(
+                (each.key, shape_text(each.shape), f"{each.error:.1%}")
+                for each in self.kernels
+            ),
         )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from keras_weightmods.patches import tensors
-from keras_weightmods.patches.checkpoint import Checkpoint, Snapshot
+from keras_weightmods.patches.checkpoint import Snapshot
 from keras_weightmods.utils.checks import raise_all
 
 
@@ -28,24 +28,21 @@ class Sum:
     places: np.ndarray | None = None
 
 
-def changed_list(weights, change, scale_for):
-    """Return a list of arrays, changed; those given are not touched.
+def changed_list(weights, patch, scale):
+    """Return the arrays of a list with a patch on them.
 
     Args:
-        weights: List of arrays, as from `model.get_weights()`.
-        change: `Change`.
-        scale_for: Callable from the `replaced` of an entry to its scale.
+        weights: `Checkpoint` of a list, which is not touched.
+        patch: `Patch`.
+        scale: Float.
     """
-    checkpoint = Checkpoint("weights", weights)
-    problems = change.problems(checkpoint)
-    raise_all("The change does not fit the weights:", problems)
     sums = {}
-    for entry in change:
-        clean = Snapshot(checkpoint.arrays[entry.position])
-        term = scale_for(entry.replaced), entry.tensor, entry.replaced
+    for entry in patch:
+        clean = Snapshot(weights.arrays[entry.position])
+        term = scale, entry.tensor, entry.replaced
         sums[entry.position] = Sum(entry.key, clean, [term])
     values = {p: snapshot.array for p, snapshot in compute(sums).items()}
-    return [values.get(p, array) for p, array in enumerate(checkpoint.arrays)]
+    return [values.get(p, array) for p, array in enumerate(weights.arrays)]
 
 
 def compute(sums, memories=None, check=True):

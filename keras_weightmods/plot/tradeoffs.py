@@ -1,22 +1,23 @@
 """Pictures of what a change costs, and what it brings."""
 
 import math
+import os
 from typing import Any
 
 import numpy as np
 
-from keras_weightmods.patches.delta_file import read_delta
+from keras_weightmods.patches.patch import Patch
+from keras_weightmods.patches.report import PatchContentsReport
 from keras_weightmods.plot import style
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import size_text
 
 
 def layer_sizes(change: Any, *, ax: Any = None) -> Any:
-    """Draw how large a signature or a delta is, weight by weight.
+    """Draw how large a patch is, weight by weight.
 
     Args:
-        change: A `WeightSignature` or its report; or the file of a delta, as
-            a path or what `save_delta` returned.
+        change: A `Patch`, its report, or the path of its file.
         ax: The matplotlib axes to draw in. Defaults to new ones.
 
     Returns:
@@ -42,18 +43,15 @@ def layer_sizes(change: Any, *, ax: Any = None) -> Any:
     assert ax.get_xlabel() == "KiB"
     ```
     """
-    report = change.report() if hasattr(change, "report") else change
-    if hasattr(report, "rows"):
-        sizes = [(row.path, row.nbytes) for row in report.rows]
-    else:
-        path = getattr(report, "filepath", report)
-        if not isinstance(path, str) and not hasattr(path, "__fspath__"):
-            expected = "a `WeightSignature`, its report, or the file of a delta"
-            raise checks.error("change", expected, change)
-        sizes = [
-            (entry.info.path, entry.tensor.values.nbytes)
-            for entry in read_delta(path).entries
-        ]
+    report = change
+    if isinstance(report, (str, os.PathLike)):
+        report = Patch.load(report)
+    if isinstance(report, Patch):
+        report = report.report()
+    if not isinstance(report, PatchContentsReport):
+        expected = "a `Patch`, its report, or the path of its file"
+        raise checks.error("change", expected, change)
+    sizes = [(row.path, row.nbytes) for row in report.rows]
     ax = style.new_axes(ax, height=style.height_of(len(sizes)))
     ax.barh(range(len(sizes)), [size / 1024 for _, size in sizes], 0.6)
     style.rows(ax, [path for path, _ in sizes])

@@ -47,7 +47,7 @@ def files(tmp_path_factory):
     model.save(folder / "model.keras")
     base = model.get_weights()
     model.set_weights([w + 1 for w in base])
-    kwm.save_delta(model, base, folder / "delta.safetensors")
+    kwm.Patch.from_models(model, base).save(folder / "delta.safetensors")
     model.set_weights(base)
     signature = models.make_signature(model, depth=1)
     signature.save(folder / "signature.safetensors")
@@ -71,7 +71,7 @@ def test_help_version_and_inspect_load_no_backend(files):
     [
         ("model.keras", ("a .keras file", "`keras.models.load_model`", "8x4")),
         ("packed.safetensors", ("`keras_weightmods.load_model`", "uint8")),
-        ("delta.safetensors", ("`keras_weightmods.apply_delta`", "places")),
+        ("delta.safetensors", ("`keras_weightmods.Patch.load`", "places")),
         (
             "signature.safetensors",
             ("`keras_weightmods.WeightSignature.load`", "8x4"),

@@ -228,7 +228,7 @@ def test_a_delta_becomes_an_adapter_and_back(run):
     query = next(t for t in kwm.find_targets(model) if "query" in t.path)
     query.variable.assign(query.variable + 0.5)
     expected = models.weights_of(model)
-    kwm.save_delta(model, base, "task.safetensors")
+    kwm.Patch.from_models(model, base).save("task.safetensors")
     line = "delta to-lora task.safetensors base.safetensors --rank 1"
     for path, option in (("adapter", ""), ("a.lora.h5", "--format keras_hub")):
         found = json.loads(run(f"{line} {option} -o {path} --json"))

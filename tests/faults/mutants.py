@@ -70,11 +70,12 @@ def drawn_delta_file(folder):
 
 def saved_delta(tuned, folder):
     base, path = models.mlp(), folder / "delta.safetensors"
-    kwm.save_delta(tuned, base, path)
+    kwm.Patch.from_models(tuned, base).save(path)
 
     def read(path):
-        kwm.apply_delta(base, path, name="mutant")
-        kwm.remove_delta(base, "mutant", force=True)
+        patch = kwm.Patch.load(path)
+        patch.apply(base)
+        patch.remove(base, force=True)
 
     return path, read
 

@@ -46,7 +46,7 @@ FOUND = [
     ("register_target", "contraction_axes", "a class"),
     ("self_generated", "seed", "2**31"),
     ("self_generated", "temperature", "2**70"),
-    ("sum_signatures", "weights", "scalar array"),
+    ("WeightSignature.sum", "weights", "scalar array"),
     ("Targets.select", "reason", "a layer"),
 ]
 

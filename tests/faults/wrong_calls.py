@@ -59,8 +59,9 @@ _HOOKS = {
 _RECEIVED = ("Report", "Target", "Targets", "ScalingLaw", "ops.Packed")
 # What calls of ours call.
 _INTERNAL = {
-    "Patches.clean_fingerprint",
     "SemiStructuredSparse.axes_of",
+    "Patch",
+    "Patch.problems",
     "WeightSignature",
     "WeightSignature.problems",
     "WeightSignature.with_entries",
@@ -166,25 +167,27 @@ def signature(model=None):
     return models.make_signature(model or mlp())
 
 
-def patched():
-    model = mlp()
-    patches = kwm.Patches(model)
-    patches.add(signature(model), name="one")
-    return patches
-
-
-def on_patches(method, **arguments):
-    patches = patched()
-    function = getattr(patches, method)
-    return Call(function, arguments, [patches.model])
-
-
 def delta():
-    """Write the file of a delta; return its path and the base model."""
-    base, model = mlp(), mlp()
-    model.layers[0].kernel.assign_add(0 * normal(8, 16) + 0.5)
-    kwm.save_delta(model, base, "delta.safetensors")
-    return "delta.safetensors", base
+    """Return a patch, and the model that it was made from."""
+    tuned, base = mlp(), mlp()
+    tuned.layers[0].kernel.assign_add(0 * normal(8, 16) + 0.5)
+    return kwm.Patch.from_models(tuned, base), tuned, base
+
+
+def on_patch(method, is_on=False, **arguments):
+    def make():
+        patch, _, base = delta()
+        if is_on:
+            patch.apply(base)
+        given = {"model": base} if "filepath" not in arguments else {}
+        return Call(getattr(patch, method), given | arguments, [base])
+
+    return make
+
+
+def saved_delta():
+    delta()[0].save("delta.safetensors")
+    return "delta.safetensors"
 
 
 def cast(is_compiled=True):
@@ -281,34 +284,10 @@ def _extract():
     return Call(kwm.WeightSignature.extract, given, [model, init, clean])
 
 
-def _add():
-    patches = kwm.Patches(model := mlp())
-    return Call(patches.add, {"signature": signature(model)}, [model])
-
-
-def _name_of():
-    patches = kwm.Patches(model := mlp())
-    patches.add(added := signature(model))
-    return Call(patches.name_of, {"signature": added}, [model])
-
-
-def _apply_delta():
-    path, base = delta()
-    return Call(kwm.apply_delta, {"model": base, "filepath": path}, [base])
-
-
-def _remove_delta():
-    path, base = delta()
-    kwm.apply_delta(base, path)
-    return Call(kwm.remove_delta, {"model": base}, [base])
-
-
-def _save_delta():
-    _, base = delta()
-    tuned = mlp()
-    tuned.layers[0].kernel.assign_add(0 * normal(8, 16) + 0.5)
-    given = {"model": tuned, "base": base, "filepath": "new.safetensors"}
-    return Call(kwm.save_delta, given, [tuned, base])
+def _from_models():
+    _, tuned, base = delta()
+    given = {"model": tuned, "base": base}
+    return Call(kwm.Patch.from_models, given, [tuned, base])
 
 
 def _merge():
@@ -318,38 +297,27 @@ def _merge():
 
 
 def _adapter():
-    """Write a delta and a LoRA adapter; return their base."""
+    """Write a LoRA adapter; return its patch and their base."""
     model = language_model()
     base = [np.array(each) for each in model.get_weights()]
     kernel = kwm.find_targets(model)[0].variable
     kernel.assign_add(0 * kernel.value + 0.1)
-    kwm.save_delta(model, base, "task.safetensors")
+    patch = kwm.Patch.from_models(model, base)
     model.set_weights(base)
-    kwm.delta_to_lora(
-        model, "task.safetensors", "old.lora.h5", 2, format="keras_hub"
-    )
-    return model
+    patch.to_lora(model, "old.lora.h5", 2, format="keras_hub")
+    return patch, model
 
 
-def _delta_to_lora():
-    model = _adapter()
-    given = {
-        "model": model,
-        "delta": "task.safetensors",
-        "filepath": "new.lora.h5",
-        "format": "keras_hub",
-    }
-    return Call(kwm.delta_to_lora, given, [model])
+def _to_lora():
+    patch, model = _adapter()
+    given = {"model": model, "filepath": "new.lora.h5", "format": "keras_hub"}
+    return Call(patch.to_lora, given, [model])
 
 
-def _lora_to_delta():
-    model = _adapter()
-    given = {
-        "model": model,
-        "lora": "old.lora.h5",
-        "filepath": "of_lora.safetensors",
-    }
-    return Call(kwm.lora_to_delta, given, [model])
+def _from_lora():
+    _, model = _adapter()
+    given = {"model": model, "lora": "old.lora.h5"}
+    return Call(kwm.Patch.from_lora, given, [model])
 
 
 def _on_signature(method, **arguments):
@@ -429,12 +397,9 @@ def _measure():
 CONV = {1: (2, 5, 4), 2: (2, 5, 5, 4), 3: (2, 5, 5, 5, 4)}
 CALLS: dict[str, Callable[[], Call]] = {
     "merge": _merge,
-    "delta_to_lora": _delta_to_lora,
-    "lora_to_delta": _lora_to_delta,
     "AdamS": lambda: Call(kwm.AdamS, {"total_steps": 2}, then=fit_by),
     "AdamS.use_targets": _use_targets,
     "AdamS.set_importance": _set_importance,
-    "apply_delta": _apply_delta,
     "assert_sparse": lambda: on_model(kwm.assert_sparse, sparse),
     "attach_compander": lambda: on_model(
         kwm.attach_compander, out_of_range="clip"
@@ -489,12 +454,17 @@ CALLS: dict[str, Callable[[], Call]] = {
     ),
     "merge_lora": lambda: on_model(kwm.merge_lora, with_lora),
     "pack": lambda: on_model(kwm.pack, sparse),
-    "Patches": lambda: on_model(kwm.Patches),
-    "Patches.add": _add,
-    "Patches.rescale": lambda: on_patches("rescale", name="one", scale=0.5),
-    "Patches.remove": lambda: on_patches("remove", name="one"),
-    "Patches.clear": lambda: on_patches("clear"),
-    "Patches.name_of": _name_of,
+    "Patch.from_models": _from_models,
+    "Patch.from_lora": _from_lora,
+    "Patch.to_lora": _to_lora,
+    "Patch.load": lambda: Call(kwm.Patch.load, {"filepath": saved_delta()}),
+    "Patch.save": on_patch("save", filepath="new.safetensors"),
+    "Patch.apply": on_patch("apply"),
+    "Patch.applied": on_patch("applied"),
+    "Patch.remove": on_patch("remove", is_on=True),
+    "Patch.subtract": on_patch("subtract"),
+    "Patch.on": on_patch("on"),
+    "Patch.clear": on_patch("clear", is_on=True),
     "Perplexity": lambda: on_model(kwm.Perplexity, models.token_net),
     "Perplexity.__call__": lambda: Call(
         _measure(), {"texts": TOKENS, "verbose": 0}
@@ -522,8 +492,6 @@ CALLS: dict[str, Callable[[], Call]] = {
         {"layer_class": Own, "contraction_axes": (0,)},
         then=lambda _: kwm.find_targets(Own.model()),
     ),
-    "remove_delta": _remove_delta,
-    "save_delta": _save_delta,
     "save_model": lambda: on_model(
         kwm.save_model, filepath="saved.safetensors"
     ),
@@ -552,9 +520,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "SparsityMonitor": lambda: Call(
         kwm.SparsityMonitor, {}, then=fit_sparse_with
     ),
-    "sum_signatures": lambda: Call(
-        kwm.sum_signatures, {"signatures": [signature(), signature()]}
-    ),
     "uncompile_generate": _uncompile,
     "unpack": lambda: on_model(kwm.unpack, packed),
     "Target.reason_not_nm": lambda: Call(
@@ -564,6 +529,9 @@ CALLS: dict[str, Callable[[], Call]] = {
         kwm.find_targets(mlp()).select, {"reason": lambda target: None}
     ),
     "WeightSignature.extract": _extract,
+    "WeightSignature.sum": lambda: Call(
+        kwm.WeightSignature.sum, {"signatures": [signature(), signature()]}
+    ),
     "WeightSignature.apply": _on_signature("apply", model=lambda m: m),
     "WeightSignature.remove": _removable,
     "WeightSignature.truncate": _on_signature("truncate", depth=1),

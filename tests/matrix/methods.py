@@ -158,11 +158,12 @@ def delta(family):
     tuned = models.weights_of(model)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "delta.safetensors")
-        kwm.save_delta(model, base, path)
+        kwm.Patch.from_models(model, base).save(path)
         model.set_weights(base)
-        kwm.apply_delta(model, path)
+        patch = kwm.Patch.load(path)
+    patch.apply(model)
     models.assert_same_bits(models.weights_of(model), tuned)
-    kwm.remove_delta(model)
+    patch.remove(model)
     models.assert_same_bits(models.weights_of(model), base)
 
 
@@ -170,12 +171,11 @@ def patches(family):
     model, _ = _made(family)
     before = models.weights_of(model)
     signature = models.make_signature(model)
-    ledger = kwm.Patches(model)
-    ledger.add(signature, name="one")
+    signature.apply(model)
     after = models.weights_of(model)
     assert not all(map(np.array_equal, before, after)), "nothing was added"
-    ledger.add(models.make_signature(model, 2), scale=0.5)
-    ledger.clear()
+    models.make_signature(model, 2).apply(model, 0.5)
+    kwm.Patch.clear(model)
     models.assert_same_bits(models.weights_of(model), before)
 
 

@@ -54,7 +54,7 @@ def with_lora(model, x):
 
 
 def patched(model, x):
-    kwm.Patches(model).add(models.make_signature(model))
+    models.make_signature(model).apply(model)
 
 
 def by_adam_s(model, x):

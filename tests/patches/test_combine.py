@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_weightmods import sum_signatures
+from keras_weightmods import WeightSignature
 from keras_weightmods.patches import combine
 from keras_weightmods.patches.merge_methods import elected_mean
 from tests.models import make_signature
@@ -53,11 +53,11 @@ def test_algebra(model):
         (a * 3, 3 * whole(a)),
         (a / 4, whole(a) / 4),
         (-a, -whole(a)),
-        (sum_signatures([a, b, c]), whole(a) + whole(b) + whole(c)),
-        (sum_signatures([a, b], weights=[2, -1]), 2 * whole(a) - whole(b)),
-        (sum_signatures((a, b), "mean", np.array([3, 1])), mean),
-        (sum_signatures([a], "dare", drop_rate=0), whole(a)),
-        (sum_signatures([a], "ties", density=1), whole(a)),
+        (WeightSignature.sum([a, b, c]), whole(a) + whole(b) + whole(c)),
+        (WeightSignature.sum([a, b], weights=[2, -1]), 2 * whole(a) - whole(b)),
+        (WeightSignature.sum((a, b), "mean", np.array([3, 1])), mean),
+        (WeightSignature.sum([a], "dare", drop_rate=0), whole(a)),
+        (WeightSignature.sum([a], "ties", density=1), whole(a)),
         (small + tiny, whole(small) + whole(tiny)),
     ]
     for got, expected in cases:
@@ -75,7 +75,7 @@ def test_ties_merges_whole_signatures(model, density):
     parts = [make_signature(model, seed) for seed in (1, 2, 3)]
     weights = [1.0, 2.0, 0.5]
     vectors = [flat(each) for each in parts]
-    got = sum_signatures(parts, "ties", weights, density=density)
+    got = WeightSignature.sum(parts, "ties", weights, density=density)
     expected = references.ties(vectors, density, weights)
     np.testing.assert_allclose(flat(got), expected, rtol=1e-5)
 
@@ -83,7 +83,7 @@ def test_ties_merges_whole_signatures(model, density):
 def test_dare_is_seeded(model):
     a, b = (make_signature(model, seed) for seed in (1, 2))
     got, again, other = (
-        sum_signatures([a, b], "dare", drop_rate=0.9, seed=seed)
+        WeightSignature.sum([a, b], "dare", drop_rate=0.9, seed=seed)
         for seed in (3, 3, 4)
     )
     assert got.digest == again.digest != other.digest

@@ -1,5 +1,3 @@
-import pathlib
-
 import keras
 import numpy as np
 import pytest
@@ -44,15 +42,23 @@ def delta_file(base, folder, seed=1, **kwargs):
     tuned = make()
     tuned.set_weights(changed(base, seed))
     path = folder / f"task_{seed}.safetensors"
-    return tuned, path, kwm.save_delta(tuned, base, path, **kwargs)
+    return tuned, path, save(tuned, base, path, **kwargs)
+
+
+def save(model, base, path, dtype="bfloat16", **kwargs):
+    return kwm.Patch.from_models(model, base, dtype, **kwargs).save(path)
+
+
+def put(model, path, scale=1.0, **kwargs):
+    return kwm.Patch.load(path).apply(model, scale, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_brings_the_change(base, tmp_path, dtype):
     tuned, path, report = delta_file(base, tmp_path, dtype=dtype)
     model = make()
-    applied = kwm.apply_delta(model, path)
-    for keys in (report.weights, applied.changed):
+    applied = put(model, path)
+    for keys in ([row.key for row in report.rows], applied.changed):
         assert [key.split(":")[0] for key in keys] == ["0", "6"]
     assert applied.active == {"task_1": 1.0}
     relative = {"bfloat16": 2**-8, "float16": 2**-9, "float32": 0}[dtype]
@@ -60,7 +66,7 @@ def test_brings_the_change(base, tmp_path, dtype):
         assert np.array_equal(brought != clean, new != clean)
         error = np.abs(brought - new)
         assert np.all(error <= relative * np.abs(new - clean) + 1e-7)
-    kwm.remove_delta(model)
+    kwm.Patch.clear(model)
     assert_same_bits(weights_of(model), base)
 
 
@@ -78,21 +84,21 @@ def test_new_values_restore_the_model_bit_for_bit(tmp_path, dtype):
     model.set_weights(new)
     tuned = weights_of(model)
     path = tmp_path / "task.safetensors"
-    kwm.save_delta(model, old, path, dtype=None)
+    save(model, old, path, dtype=None)
     # A patch on other entries leaves it exact.
     model.set_weights([old[0], old[1] + 1, *old[2:]])
-    kwm.save_delta(model, old, tmp_path / "other.safetensors")
+    save(model, old, tmp_path / "other.safetensors")
     model.set_weights(old)
-    kwm.apply_delta(model, path)
+    put(model, path)
     assert_same_bits(weights_of(model), tuned)
-    kwm.apply_delta(model, tmp_path / "other.safetensors")
+    put(model, tmp_path / "other.safetensors")
     assert_same_bits(weights_of(model)[:1], tuned[:1])
-    kwm.Patches(model).rescale("task", 0.5)
-    kwm.remove_delta(model, "other")
+    put(model, path, 0.5)
+    kwm.Patch.on(model)["other"].patch.remove(model)
     half = [0.5 * (a.astype("float64") + b) for a, b in zip(old, tuned)]
     for got, expected in zip(weights_of(model), half):
         np.testing.assert_allclose(got.astype("float64"), expected, rtol=2**-7)
-    kwm.remove_delta(model)
+    kwm.Patch.clear(model)
     assert_same_bits(weights_of(model), old)
 
 
@@ -103,35 +109,35 @@ def test_a_head_that_the_base_lacks_comes_whole(base, tmp_path):
     head = tuned.layers[-1]
     head.bias.assign(head.bias + 0.1)
     path = tmp_path / "task.safetensors"
-    report = kwm.save_delta(tuned, base, path, whole=head)
+    report = save(tuned, base, path, whole=head)
     assert report.entries == SIZES[1] * (SIZES[1] + 1) + np.sum(
         weights_of(tuned)[0] != base[0]
     )
     other = make()
     mine = [*base[:6], base[6] + 1, base[7] - 1]
     other.set_weights(mine)
-    kwm.apply_delta(other, path)
+    put(other, path)
     assert_same_bits(weights_of(other)[6:], weights_of(tuned)[6:])
     np.testing.assert_allclose(
         weights_of(other)[0], weights_of(tuned)[0], atol=1e-4
     )
-    kwm.remove_delta(other)
+    kwm.Patch.clear(other)
     assert_same_bits(weights_of(other), mine)
     # The rest is still that of the base.
     other.set_weights([mine[0] + 1, *mine[1:]])
-    with pytest.raises(ValueError, match="must be the one that the delta"):
-        kwm.apply_delta(other, path)
+    with pytest.raises(ValueError, match="must be the base that the patch"):
+        put(other, path)
     for whole, match in (
         ("no such", "matches none of 8 weights"),
         (3, "must be a regular expression"),
     ):
         with pytest.raises(ValueError, match=match):
-            kwm.save_delta(tuned, base, path, whole=whole)
+            save(tuned, base, path, whole=whole)
     with pytest.raises(ValueError, match="a Keras model"):
-        kwm.save_delta(tuned.get_weights(), base, path, whole="7")
+        save(tuned.get_weights(), base, path, whole="7")
     # Under a signature that has been trained on since, nothing is known.
     other.set_weights(mine)
-    kwm.apply_delta(other, path)
+    put(other, path)
     signature = kwm.WeightSignature.extract(
         None,
         mine,
@@ -142,7 +148,7 @@ def test_a_head_that_the_base_lacks_comes_whole(base, tmp_path):
     )
     signature.apply(other)
     other.layers[-1].bias.assign(mine[7])
-    report = kwm.remove_delta(other, force=True)
+    report = kwm.Patch.on(other)["task"].patch.remove(other, force=True)
     assert [s.path.split(":")[0] for s in report.skipped] == ["7"]
 
 
@@ -154,13 +160,13 @@ def test_a_delta_of_companded_weights_is_for_these(base, tmp_path):
     path, stored = tmp_path / "task.safetensors", weights_of(companded)
     for pair in ((companded, plain), (plain, companded), (companded, other)):
         with pytest.raises(ValueError, match=r"2 problems[\s\S]*compander \("):
-            kwm.save_delta(*pair, path)
+            save(*pair, path)
     assert not path.exists()
     tuned = changed(stored, 1)
     companded.set_weights(tuned)
-    kwm.save_delta(companded, stored, path, dtype=None)
+    save(companded, stored, path, dtype=None)
     companded.set_weights(stored)
-    kwm.apply_delta(companded, path)
+    put(companded, path)
     assert_same_bits(weights_of(companded), tuned)
     for model, match in (
         (plain, "a plain weight, and comp.*Attach the same to `model`"),
@@ -168,20 +174,17 @@ def test_a_delta_of_companded_weights_is_for_these(base, tmp_path):
     ):
         before = weights_of(model)
         with pytest.raises(ValueError, match=match):
-            kwm.apply_delta(model, path, force=True)
+            put(model, path, force=True)
         assert_same_bits(weights_of(model), before)
-    kwm.remove_delta(companded)
-    # The other way round the hash tells: of plain weights files say nothing.
+    kwm.Patch.clear(companded)
+    # And the other way round.
     _, path, _ = delta_file(base, tmp_path)
-    with pytest.raises(ValueError, match="weights are others"):
-        kwm.apply_delta(companded, path)
-    with pytest.warns(UserWarning, match="of what they store"):
-        kwm.apply_delta(companded, path, force=True)
-    kwm.remove_delta(companded)
+    with pytest.raises(ValueError, match="and a plain weight is expected"):
+        put(companded, path, force=True)
     with container.Reader(path, FORMAT, VERSIONS) as reader:
         assert "reparameterized" not in reader.read_json("description")
     kwm.fold(companded)
-    kwm.apply_delta(companded, path, force=True)
+    put(companded, path, force=True)
 
 
 def test_file_is_small(tmp_path):
@@ -193,7 +196,7 @@ def test_file_is_small(tmp_path):
     change = 0.01 * random.normal(size=old[0].shape)
     model.set_weights([np.where(at, old[0] + change, old[0]), old[1]])
     path = tmp_path / "delta.safetensors"
-    report = kwm.save_delta(model, old, path)
+    report = save(model, old, path)
     assert report.entries == at.sum()
     assert report.index_bits <= 5.9
     assert report.nbytes == path.stat().st_size
@@ -226,7 +229,7 @@ def test_places_drawn_from_a_seed_are_not_stored(base, name, dtype, tmp_path):
     train_at_random(model, seed=2**31 - 1)
     path = tmp_path / "task.safetensors"
     norm = keras.layers.BatchNormalization
-    report = kwm.save_delta(model, base, path, dtype, whole=norm)
+    report = save(model, base, path, dtype, whole=norm)
     with container.Reader(path, FORMAT, VERSIONS) as reader:
         assert reader.version == 4
         # Of the norms.
@@ -236,20 +239,18 @@ def test_places_drawn_from_a_seed_are_not_stored(base, name, dtype, tmp_path):
     tuned = weights_of(model)
     assert np.sum(tuned[0] != base[0]) > 0.9 * counts[0]
     other = make()
-    kwm.apply_delta(other, path)
+    put(other, path)
     for old, new, brought in zip(base, tuned, weights_of(other)):
         tolerance = 2**-8 * np.abs(new - old) + 1e-7
         assert np.all(np.abs(brought - new) <= (tolerance if dtype else 0))
-    kwm.remove_delta(other)
+    kwm.Patch.clear(other)
     assert_same_bits(weights_of(other), base)
     # Without the optimizer the places are stored, and say the same.
     model.compile()
-    stored = kwm.save_delta(
-        model, base, tmp_path / "b.safetensors", dtype, whole=norm
-    )
+    stored = save(model, base, tmp_path / "b.safetensors", dtype, whole=norm)
     assert stored.index_bits > 3
     assert stored.nbytes > report.nbytes
-    kwm.apply_delta(other, tmp_path / "b.safetensors")
+    put(other, tmp_path / "b.safetensors")
     for old, new, brought in zip(base, tuned, weights_of(other)):
         tolerance = 2**-8 * np.abs(new - old) + 1e-7
         assert np.all(np.abs(brought - new) <= (tolerance if dtype else 0))
@@ -262,9 +263,9 @@ def test_what_was_drawn_does_not_hold_is_stored(base, tmp_path):
         model = make()
         model.compile(kwm.SparseAdamW(0.01), "mse")
         change(model)
-        kwm.save_delta(model, base, path)
+        save(model, base, path)
         other = make()
-        kwm.apply_delta(other, path)
+        put(other, path)
         for new, brought in zip(weights_of(model), weights_of(other)):
             np.testing.assert_allclose(brought, new, rtol=2e-3, atol=2e-3)
         with container.Reader(path, FORMAT, VERSIONS) as reader:
@@ -309,13 +310,13 @@ def test_one_entry_that_has_not_changed(base, tmp_path):
         start, tuned = [w.copy() for w in base], weights_of(model)
         start[0].flat[first] = tuned[0].flat[first] = value
         model.set_weights(tuned)
-        kwm.save_delta(model, start, path, dtype)
+        save(model, start, path, dtype)
         with container.Reader(path, FORMAT, VERSIONS) as reader:
             drawn = reader.read_json("description").get("drawn", [])
         if np.isfinite(value):
             other = make()
             other.set_weights(start)
-            kwm.apply_delta(other, path)
+            put(other, path)
             assert weights_of(other)[0].flat[first].tobytes() == (
                 np.float32(value).tobytes()
             )
@@ -334,7 +335,7 @@ def test_a_mask_that_was_refreshed_before_the_base(base, tmp_path):
     assert model.optimizer.mask_step == 3
     middle = weights_of(model)
     train_at_random(model)
-    report = kwm.save_delta(model, middle, tmp_path / "task.safetensors")
+    report = save(model, middle, tmp_path / "task.safetensors")
     # The places of statistics are.
     assert report.index_bits < 0.2
 
@@ -368,7 +369,7 @@ def test_drawn_places_that_are_not_those_saved(base, tmp_path, attack):
     tuned, path = make(), tmp_path / "task.safetensors"
     tuned.compile(kwm.SparseAdamW(0.01), "mse")
     train_at_random(tuned)
-    kwm.save_delta(tuned, base, path)
+    save(tuned, base, path)
     assert_refused(base, path, attack)
 
 
@@ -380,14 +381,14 @@ def test_other_dtypes(tmp_path, dtype):
     old = weights_of(model)
     model.set_weights(changed(old, 1))
     new = weights_of(model)
-    kwm.save_delta(model, old, tmp_path / "d.safetensors", dtype="float32")
+    save(model, old, tmp_path / "d.safetensors", dtype="float32")
     model.set_weights(old)
-    kwm.apply_delta(model, tmp_path / "d.safetensors")
+    put(model, tmp_path / "d.safetensors")
     for a, b in zip(weights_of(model), new):
         np.testing.assert_allclose(
             a.astype("float64"), b.astype("float64"), rtol=1e-6, atol=1e-7
         )
-    kwm.remove_delta(model)
+    kwm.Patch.clear(model)
     assert_same_bits(weights_of(model), old)
 
 
@@ -398,8 +399,8 @@ def test_changes_that_are_lost_are_counted(base, tmp_path):
     new[7][:3] = -0.0
     tuned.set_weights(new)
     with pytest.warns(UserWarning, match="5 of 10 changes are too small for f"):
-        kwm.save_delta(tuned, base, path, "float16")
-    kwm.save_delta(tuned, base, path)
+        save(tuned, base, path, "float16")
+    save(tuned, base, path)
 
 
 def test_integers_that_have_changed_are_refused(tmp_path):
@@ -414,23 +415,23 @@ def test_integers_that_have_changed_are_refused(tmp_path):
     model.set_weights([base[0] + 1, base[1], base[2] + 1])
     path = tmp_path / "task.safetensors"
     with pytest.raises(ValueError, match=r"int32.*the value that it has in `b"):
-        kwm.save_delta(model, base, path)
+        save(model, base, path)
     model.layers[1].count.assign(base[2])
-    kwm.save_delta(model, base, path)
+    save(model, base, path)
     model.set_weights(base)
-    kwm.apply_delta(model, path)
+    put(model, path)
 
 
 def test_another_base(base, tmp_path):
     _, path, _ = delta_file(base, tmp_path)
     other = make(seed=5)
     before = weights_of(other)
-    with pytest.raises(ValueError, match="must be the one that the delta"):
-        kwm.apply_delta(other, path)
+    with pytest.raises(ValueError, match="must be the base that the patch"):
+        put(other, path)
     assert_same_bits(weights_of(other), before)
-    kwm.apply_delta(other, path, force=True)
+    put(other, path, force=True)
     assert not np.array_equal(weights_of(other)[0], before[0])
-    kwm.remove_delta(other)
+    kwm.Patch.clear(other)
     assert_same_bits(weights_of(other), before)
 
 
@@ -443,28 +444,22 @@ def test_errors(base, tmp_path):
             call(*args, **kwargs)
         assert not target.exists()
 
-    check("must differ from `base`", kwm.save_delta, tuned, tuned, target)
-    check("`dtype` must be", kwm.save_delta, tuned, base, target, dtype="int8")
-    check("the same weights", kwm.save_delta, tuned, base[:-1], target)
+    check("must differ from `base`", save, tuned, tuned, target)
+    check("`dtype` must be", save, tuned, base, target, dtype="int8")
+    check("the same weights", save, tuned, base[:-1], target)
     broken = [np.full_like(base[0], np.nan), *base[1:]]
-    check("not finite", kwm.save_delta, tuned, broken, target)
+    check("not finite", save, tuned, broken, target)
     model = make()
-    check("`scale` must be", kwm.apply_delta, model, path, scale="1")
-    check("`scale` must be", kwm.apply_delta, model, path, scale=np.inf)
-    check("must be that of a delta", kwm.remove_delta, model)
-    check("does not fit", kwm.apply_delta, mlp(2, 2), path)
-    other = delta_file(base, tmp_path, 2)[1]
-    kwm.apply_delta(model, path)
-    check("that no patch has", kwm.apply_delta, model, other, name="task_1")
-    check("on the model already", kwm.apply_delta, model, path, name="again")
-    kwm.apply_delta(model, other)
-    check("must be that of a delta", kwm.remove_delta, model)
+    check("`scale` must be", put, model, path, scale="1")
+    check("`scale` must be", put, model, path, scale=np.inf)
+    check("must be on this model", kwm.Patch.load(path).remove, model)
+    check("does not fit", put, mlp(2, 2), path)
     half = make(dtype="float16")
     old = weights_of(half)
     half.set_weights([old[0] + 100, *old[1:]])
-    kwm.save_delta(half, old, path)
+    save(half, old, path)
     half.set_weights(old)
-    check("is not finite", kwm.apply_delta, half, path, scale=1e6)
+    check("is not finite", put, half, path, scale=1e6)
     assert_same_bits(weights_of(half), old)
 
 
@@ -526,32 +521,7 @@ def assert_refused(base, path, attack):
     container.write_arrays(path, FORMAT, version, arrays)
     model = make()
     with pytest.raises(ValueError, match="truncated, altered"):
-        kwm.apply_delta(model, path)
-    assert_same_bits(weights_of(model), base)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_file_of_an_older_version(version):
-    """Made by `save_delta` of that time, from these weights."""
-    random = np.random.default_rng(0)
-    model = mlp(8, 16, 4)
-    base = [
-        random.normal(size=w.shape).astype("float32") for w in weights_of(model)
-    ]
-    new = [
-        np.where(
-            random.random(w.shape) < 0.2, w + random.normal(size=w.shape) / 8, w
-        ).astype("float32")
-        for w in base
-    ]
-    model.set_weights(base)
-    folder = pathlib.Path(__file__).parent / "data"
-    kwm.apply_delta(model, folder / f"delta_version_{version}.safetensors")
-    for old, tuned, got in zip(base, new, weights_of(model)):
-        assert np.array_equal(got != old, tuned != old)
-        error = np.abs(got - tuned)
-        assert np.all(error <= 2**-8 * np.abs(tuned - old) + 1e-7)
-    kwm.remove_delta(model)
+        put(model, path)
     assert_same_bits(weights_of(model), base)
 
 
@@ -578,9 +548,9 @@ def test_nan_outside_of_a_delta_keeps_its_bits(visible, tmp_path, monkeypatch):
     tuned[3, 2] = 0x4000
     kernel.assign(tensor_of(tuned.view("bfloat16")))
     path = tmp_path / "delta"
-    kwm.save_delta(model, base, path)
+    save(model, base, path)
     kernel.assign(tensor_of(bits.view("bfloat16")))
-    kwm.apply_delta(model, path)
+    put(model, path)
     np.testing.assert_array_equal(read(), tuned)
-    kwm.remove_delta(model)
+    kwm.Patch.clear(model)
     np.testing.assert_array_equal(read(), bits)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_weightmods as kwm
-from keras_weightmods import WeightSignature, sum_signatures
+from keras_weightmods import WeightSignature
 from keras_weightmods.patches.extract import residual
 from keras_weightmods.patches.quantized import Quantized
 from tests.models import (
@@ -173,7 +173,7 @@ def test_statistics(model, trio, statistics):
     if statistics == "replace":
         second = extract(*trio[:2], other, **fields)
         for method in ("mean", "ties"):
-            found = sum_signatures([eight, second], method).apply(clean)
+            found = WeightSignature.sum([eight, second], method).apply(clean)
             for place in STATISTICS:
                 mean = (robust[place] + other[place]) / 2
                 np.testing.assert_allclose(
@@ -225,13 +225,13 @@ def test_a_signature_of_companded_weights_is_for_these(tmp_path):
         with pytest.raises(ValueError, match="a plain weight, and compander"):
             each.apply(plain)
         each.apply(companded)
-        kwm.Patches(companded).clear()
+        kwm.Patch.clear(companded)
     assert_same_bits(weights_of(companded), stored)
     other = extract(None, plain, conv_net(), depth=2)
     with pytest.raises(ValueError, match="and a plain weight is expected"):
         other.apply(companded)
     with pytest.raises(ValueError, match="signature 2: of weights that are"):
-        sum_signatures([other, signature])
+        WeightSignature.sum([other, signature])
 
 
 def test_extract_lists_all_that_is_wrong(model, trio):

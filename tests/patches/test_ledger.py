@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods import Patches
+from keras_weightmods import Patch
 from tests.models import (
     CONV,
     CONV_B,
@@ -19,12 +19,10 @@ from tests.models import (
 )
 from tests.patches import references
 
-NAMES = ("signature", "quantized", "half", "third")
-
 
 @pytest.fixture(params=["float32", "bfloat16", "float16"])
-def patched(request, tmp_path):
-    """A model, its clean weights, and what puts a patch on it by name."""
+def patched(request):
+    """A model, its clean weights, and patches by name."""
     model = conv_net(dtype=request.param)
     clean = random_weights(model, 0)
     clean[CONV].reshape(-1)[:4] = -0.0
@@ -37,52 +35,51 @@ def patched(request, tmp_path):
             at = rng.random(w.shape) < share
             w[at] += rng.normal(size=at.sum()).astype(w.dtype)
         model.set_weights(tuned)
-        deltas[name] = tmp_path / f"{name}.safetensors"
-        kwm.save_delta(model, clean, deltas[name])
+        deltas[name] = Patch.from_models(model, clean, name=name)
     model.set_weights(clean)
-    signatures = {
-        "signature": make_signature(model, 1, depth=1, statistics="average"),
-        "quantized": make_signature(model, 2, depth=2).quantize(4),
-    }
-
-    def add(name, scale=0.7):
-        if name in deltas:
-            return kwm.apply_delta(model, deltas[name], scale, name)
-        return Patches(model).add(signatures[name], scale, name)
-
-    return model, clean, add
+    named = {"name": "signature", "depth": 1, "statistics": "average"}
+    return (
+        model,
+        clean,
+        {
+            "signature": make_signature(model, 1, **named),
+            "quantized": make_signature(model, 2, name="quantized").quantize(4),
+            **deltas,
+        },
+    )
 
 
 def test_the_order_leaves_no_trace(patched):
-    model, clean, add = patched
-    patches = Patches(model)
+    model, clean, patches = patched
     expected = {frozenset(): clean}
 
     def check():
         now = weights_of(model)
-        assert_same_bits(now, expected.setdefault(frozenset(patches), now))
+        names = frozenset(Patch.on(model))
+        assert_same_bits(now, expected.setdefault(names, now))
 
-    for order in itertools.permutations(NAMES):
+    for order in itertools.permutations(patches):
         for name in order:
-            add(name)
+            patches[name].apply(model, 0.7)
             check()
         for name in order:
             # Where nothing was changed, force is exact too.
-            report = patches.remove(name, force=name in ("half", "quantized"))
+            force = name in ("half", "quantized")
+            report = patches[name].remove(model, force=force)
             assert not report.subtracted
             check()
+        assert report.clean_nbytes == 0
     assert len(expected) == 16
-    assert patches.clean_nbytes == 0
 
 
 def test_sum_against_numpy(patched):
-    model, clean, add = patched
-    for name in NAMES:
-        add(name, 0.5)
-    Patches(model).rescale("half", -1.0)
+    model, clean, patches = patched
+    for patch in patches.values():
+        patch.apply(model, 0.5)
+    patches["half"].apply(model, -1.0)
     entries = [w.astype("float64") for w in clean]
-    for name, scale in Patches(model).scales.items():
-        for entry in Patches(model)[name].change:
+    for name, (patch, scale) in Patch.on(model).items():
+        for entry in patch:
             flat = entries[entry.position].reshape(-1)
             if name in ("half", "third"):
                 values = entry.tensor.values.astype("float64")
@@ -101,47 +98,41 @@ def test_sum_against_numpy(patched):
 
 def test_what_is_kept(patched):
     """Of a weight that deltas alone change, the entries that they change."""
-    model, clean, add = patched
-    patches = Patches(model)
-    add("half")
-    of_delta = sum(e.tensor.places.size for e in patches["half"].change)
-    itemsize = clean[CONV].itemsize
-    assert patches.clean_nbytes == of_delta * itemsize
-    add("signature")
-    assert patches.clean_nbytes > of_delta * itemsize
-    patches.remove("signature")
-    assert patches.clean_nbytes == of_delta * itemsize
-    report = patches.clear()
+    model, clean, patches = patched
+    half, signature = patches["half"], patches["signature"]
+    of_delta = sum(e.size for e in half) * clean[CONV].itemsize
+    assert half.apply(model).clean_nbytes == of_delta
+    assert signature.apply(model).clean_nbytes > of_delta
+    assert signature.remove(model).clean_nbytes == of_delta
+    report = Patch.clear(model)
     assert (report.action, report.clean_nbytes) == ("clear", 0)
     assert_same_bits(weights_of(model), clean)
 
 
 def test_weights_changed_since(patched):
-    model, clean, add = patched
-    for name in ("half", "signature"):
-        add(name, 1.0)
-    patches = Patches(model)
+    model, clean, patches = patched
+    half, signature = patches["half"], patches["signature"]
+    for patch in (half, signature):
+        patch.apply(model)
     before = weights_of(model)
     changed = [w.copy() for w in before]
     for place in (CONV, 12):  # under both, and under the delta alone
         changed[place] *= 2
     model.set_weights(changed)
     for count, call in (
-        (2, lambda: add("third")),
-        (2, lambda: patches.remove("half")),
-        (1, lambda: patches.rescale("signature", 2.0)),
-        (1, lambda: patches["signature"].change.remove(model)),
-        (2, lambda: kwm.remove_delta(model)),
-        (2, patches.clear),
-        (2, patches.clean_fingerprint),
+        (2, lambda: patches["third"].apply(model)),
+        (2, lambda: half.remove(model)),
+        (1, lambda: signature.apply(model, 2.0)),
+        (1, lambda: signature.remove(model)),
+        (2, lambda: Patch.clear(model)),
     ):
         with pytest.raises(ValueError, match=f"changed since.*{count} prob"):
             call()
         assert_same_bits(weights_of(model), changed)
-        assert len(patches) == 2
-    report = kwm.remove_delta(model, force=True)
+        assert len(Patch.on(model)) == 2
+    report = half.remove(model, force=True)
     assert [int(key.split(":")[0]) for key in report.subtracted] == [CONV]
-    patches.remove("signature")
+    signature.remove(model)
     now = weights_of(model)
     added = before[CONV].astype("float32") - clean[CONV].astype("float32")
     np.testing.assert_allclose(
@@ -166,17 +157,17 @@ def test_statistics_of_several_patches_are_a_mixture(dtype, scales):
         kwm.WeightSignature.extract(None, clean, each, depth=2, like=model)
         for each in robust
     ][: len(scales)]
-    patches, results = Patches(model), []
+    results = []
     for order in itertools.permutations(range(len(scales))):
         for i in order:
-            patches.add(found[i], scales[i], f"{i}")
+            found[i].apply(model, scales[i])
         results.append(weights_of(model))
         for i in order:
-            patches.remove(f"{i}")
+            found[i].remove(model)
         assert_same_bits(weights_of(model), clean)
     for other in results[1:]:
         assert_same_bits(other, results[0])
-    kwm.sum_signatures(found, "sum", scales).apply(model)
+    kwm.WeightSignature.sum(found, "sum", scales).apply(model)
     results.append(weights_of(model))
     for place in STATISTICS:
         parts = [
@@ -199,19 +190,18 @@ def test_statistics_that_were_left_are_no_longer_patched():
     a, b, c = (
         make_signature(model, i, statistics="average") for i in (1, 2, 3)
     )
-    patches = Patches(model)
-    patches.add(a, name="a")
-    patches.add(b, name="b")
+    a.apply(model)
+    b.apply(model)
     now = weights_of(model)
     for place in STATISTICS:
         now[place] += 1
     model.set_weights(now)
-    assert len(patches.remove("a", force=True).skipped) == len(STATISTICS)
-    patches.rescale("b", 0.5)
+    assert len(a.remove(model, force=True).skipped) == len(STATISTICS)
+    b.apply(model, 0.5)
     for place in STATISTICS:
         assert_same_bits([weights_of(model)[place]], [now[place]])
-    patches.add(c, name="c")
-    patches.remove("b")
-    patches.remove("c")
+    c.apply(model)
+    b.remove(model)
+    c.remove(model)
     for place in STATISTICS:
         assert_same_bits([weights_of(model)[place]], [now[place]])

@@ -42,16 +42,15 @@ def change(model, targets, rank=None, seed=0):
 
 
 @pytest.fixture
-def task(tmp_path):
+def task():
     """A base, the weights of it, a delta, and what it adds to kernels."""
     model = make()
     base = weights_of(model)
     targets = kwm.find_targets(model)
     added = change(model, targets)
-    path = tmp_path / "task.safetensors"
-    kwm.save_delta(model, base, path, dtype="float32")
+    delta = kwm.Patch.from_models(model, base, dtype="float32")
     model.set_weights(base)
-    return model, path, added
+    return model, delta, added
 
 
 def nearest(matrix, rank):
@@ -78,20 +77,18 @@ def check_report(report, added, matrices):
 def test_a_companded_model_is_refused(task, tmp_path):
     model, delta, _ = task
     path = tmp_path / "task.lora.h5"
-    kwm.delta_to_lora(model, delta, path, RANK, "keras_hub")
+    delta.to_lora(model, path, RANK, "keras_hub")
     kwm.attach_compander(model, a=0.5)
-    for convert, *paths in (
-        (kwm.delta_to_lora, delta, tmp_path / "a", RANK),
-        (kwm.lora_to_delta, path, tmp_path / "b"),
-    ):
-        with pytest.raises(ValueError, match="must be plain"):
-            convert(model, *paths)
+    with pytest.raises(ValueError, match="must be plain"):
+        delta.to_lora(model, tmp_path / "a", RANK)
+    with pytest.raises(ValueError, match="must be plain"):
+        kwm.Patch.from_lora(model, path)
 
 
 def test_kerashub_reads_its_file(task, tmp_path):
     model, delta, added = task
     before, path = weights_of(model), tmp_path / "task.lora.h5"
-    report = kwm.delta_to_lora(model, delta, path, RANK, "keras_hub")
+    report = delta.to_lora(model, path, RANK, "keras_hub")
     models.assert_same(weights_of(model), before)
 
     def matrix(key):
@@ -110,8 +107,9 @@ def test_kerashub_reads_its_file(task, tmp_path):
     )
     # And back, at its scale of 1.
     model.set_weights(before)
-    kwm.lora_to_delta(model, path, tmp_path / "back.safetensors", None)
-    kwm.apply_delta(model, tmp_path / "back.safetensors")
+    back = kwm.Patch.from_lora(model, path, None)
+    assert back.name == "task"
+    back.apply(model)
     np.testing.assert_allclose(
         models.numpy(model(X)), models.numpy(other(X)), atol=1e-4
     )
@@ -130,7 +128,7 @@ def test_peft_s_folder(task, tmp_path):
     model, delta, added = task
     targets = kwm.find_targets(model)
     path = tmp_path / "adapter"
-    report = kwm.delta_to_lora(model, delta, path, RANK)
+    report = delta.to_lora(model, path, RANK)
     check_report(report, added, lambda k: matrix_of(targets[k], added[k]))
     config = json.loads((path / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == RANK
@@ -149,10 +147,10 @@ def test_peft_s_folder(task, tmp_path):
     np.testing.assert_allclose((b @ a).T, kept, atol=1e-5)
 
     # Back, and twice as much with another alpha.
-    kwm.lora_to_delta(model, path, tmp_path / "back.safetensors", "float32")
-    kwm.apply_delta(model, tmp_path / "back.safetensors")
+    back = kwm.Patch.from_lora(model, path, "float32")
+    back.apply(model)
     once = models.numpy(query.variable)
-    kwm.remove_delta(model)
+    back.remove(model)
     zero = models.numpy(query.variable)
     np.testing.assert_allclose(matrix_of(query, once - zero), kept, atol=1e-5)
     for changed, times in (
@@ -161,18 +159,16 @@ def test_peft_s_folder(task, tmp_path):
     ):
         new = json.dumps({**config, **changed})
         (path / "adapter_config.json").write_text(new)
-        kwm.lora_to_delta(model, path, tmp_path / "twice.safetensors", None)
-        kwm.apply_delta(model, tmp_path / "twice.safetensors")
-        found = models.numpy(query.variable) - zero
+        with kwm.Patch.from_lora(model, path, None).applied(model):
+            found = models.numpy(query.variable) - zero
         np.testing.assert_allclose(found, times * (once - zero), atol=1e-5)
-        kwm.remove_delta(model)
 
 
 def test_what_else_is_in_peft_s_folder_stays(task, tmp_path):
     """A folder as the training of transformers leaves it."""
     model, delta, _ = task
     path, new = tmp_path / "run", tmp_path / "new"
-    kwm.delta_to_lora(model, delta, new, RANK)
+    delta.to_lora(model, new, RANK)
     ours = {p.name: p.read_bytes() for p in new.iterdir()}
     assert sorted(ours) == ["adapter_config.json", "adapter_model.safetensors"]
     others = ("README.md", "training_args.bin", "checkpoint-500/optimizer.pt")
@@ -187,20 +183,20 @@ def test_what_else_is_in_peft_s_folder_stays(task, tmp_path):
     (path / "adapter_model.bin").write_text("old")
     before = found()
     with pytest.raises(ValueError, match="adapter_model\\.bin"):
-        kwm.delta_to_lora(model, delta, path, RANK)
+        delta.to_lora(model, path, RANK)
     assert found() == before
     (path / "adapter_model.bin").unlink()
-    kwm.delta_to_lora(model, delta, path, RANK)
+    delta.to_lora(model, path, RANK)
     assert found() == {**ours, **dict.fromkeys(others, b"{}")}
     # An empty folder, and one where a folder has the name of a file.
     empty = tmp_path / "empty"
     empty.mkdir()
-    kwm.delta_to_lora(model, delta, empty, RANK)
+    delta.to_lora(model, empty, RANK)
     assert {p.name: p.read_bytes() for p in empty.iterdir()} == ours
     (empty / "adapter_model.safetensors").unlink()
     (empty / "adapter_model.safetensors").mkdir()
     with pytest.raises(ValueError, match="a regular file"):
-        kwm.delta_to_lora(model, delta, empty, RANK)
+        delta.to_lora(model, empty, RANK)
 
 
 def test_peft_multiplies_by_it(task, tmp_path):
@@ -211,7 +207,7 @@ def test_peft_multiplies_by_it(task, tmp_path):
 
     model, delta, added = task
     kwm.export(model, tmp_path / "base", "transformers")
-    kwm.delta_to_lora(model, delta, tmp_path / "adapter", RANK)
+    delta.to_lora(model, tmp_path / "adapter", RANK)
     for target in kwm.find_targets(model):
         kept, _ = nearest(matrix_of(target, added[target.key]), RANK)
         order = (*target.contraction_axes, *target.output_axes)
@@ -235,11 +231,10 @@ def test_what_an_adapter_cannot_hold_is_named(tmp_path):
     change(model, targets)
     biases = [v for v in model.weights if "intermediate" in v.path]
     biases[1].assign(biases[1] + 1)
-    delta = tmp_path / "task.safetensors"
-    kwm.save_delta(model, base, delta)
+    delta = kwm.Patch.from_models(model, base)
     model.set_weights(base)
-    with pytest.warns(UserWarning, match="changes of 2 of the delta's 3"):
-        report = kwm.delta_to_lora(model, delta, tmp_path / "adapter", 16)
+    with pytest.warns(UserWarning, match="changes of 2 of the patch's 3"):
+        report = delta.to_lora(model, tmp_path / "adapter", 16)
     (kernel,) = report.kernels
     assert "intermediate" in kernel.key
     assert kernel.error < 1e-3
@@ -252,11 +247,12 @@ def test_what_an_adapter_cannot_hold_is_named(tmp_path):
 
 def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
     model, delta, _ = task
-    plain, other_delta = models.mlp(), tmp_path / "other.safetensors"
+    plain = models.mlp()
     old = weights_of(plain)
     plain.set_weights([array + 1 for array in old])
-    kwm.save_delta(plain, old, other_delta)
+    other_delta = kwm.Patch.from_models(plain, old)
     plain.set_weights(old)
+    (tmp_path / "other").touch()
     before = sorted(os.listdir(tmp_path))
 
     def check(match, call, *args, error=ValueError, **kwargs):
@@ -264,37 +260,35 @@ def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
             call(*args, **kwargs)
         assert sorted(os.listdir(tmp_path)) == before
 
-    to, back = kwm.delta_to_lora, kwm.lora_to_delta
+    to, back = delta.to_lora, kwm.Patch.from_lora
     hub = tmp_path / "task.lora.h5"
-    check("`rank` must be", to, model, delta, hub, 0, "keras_hub")
-    check("`format` must be", to, model, delta, hub, 2, "other")
-    check("ends in .lora.h5", to, model, delta, tmp_path / "x", 2, "keras_hub")
-    check("a folder that exists", to, model, delta, tmp_path / "no" / "x")
-    check("or an adapter", to, model, delta, delta)
-    check("or an adapter", to, model, delta, tmp_path)
-    check("does not fit", to, models.mlp(), delta, hub, 2, "keras_hub")
+    check("`rank` must be", to, model, hub, 0, "keras_hub")
+    check("`format` must be", to, model, hub, 2, "other")
+    check("ends in .lora.h5", to, model, tmp_path / "x", 2, "keras_hub")
+    check("a folder that exists", to, model, tmp_path / "no" / "x")
+    check("or an adapter", to, model, __file__)
+    check("or an adapter", to, model, tmp_path)
+    check("does not fit", to, models.mlp(), hub, 2, "keras_hub")
     for format in ("keras_hub", "peft"):
         path = hub if format == "keras_hub" else tmp_path / "adapter"
-        check("a KerasHub model", to, plain, other_delta, path, 2, format)
-    check("a folder of peft", back, model, delta, tmp_path / "back")
-    kwm.apply_delta(model, delta)
+        check("a KerasHub model", other_delta.to_lora, plain, path, 2, format)
+    check("a folder of peft", back, model, __file__)
+    delta.apply(model)
     match = r"without patches\. Call .* Received: model=.* with \["
-    check(match, to, model, delta, hub, 2, "keras_hub")
-    kwm.remove_delta(model)
+    check(match, to, model, hub, 2, "keras_hub")
+    delta.remove(model)
     moved = weights_of(model)
     model.set_weights([array + 1 for array in moved])
-    check("must be the one", to, model, delta, hub, 2, "keras_hub")
+    check("must be the base", to, model, hub, 2, "keras_hub")
     model.set_weights(moved)
-    kwm.delta_to_lora(model, delta, hub, 2, "keras_hub")
+    delta.to_lora(model, hub, 2, "keras_hub")
     before = sorted(os.listdir(tmp_path))
     other = make(hidden_dim=8)
-    path = tmp_path / "back.safetensors"
-    check("`lora` must be an adapter of this model", back, other, hub, path)
+    check("`lora` must be an adapter of this model", back, other, hub)
     check(
         "overwrite",
         to,
         model,
-        delta,
         hub,
         2,
         "keras_hub",
@@ -310,13 +304,13 @@ def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
         ({"peft_type": "LORA", "modules_to_save": ["head"]}, "modules_to"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        check(match, back, model, folder, path)
+        check(match, back, model, folder)
     from safetensors.numpy import save_file
 
     (folder / "adapter_config.json").write_text(json.dumps(PLAIN))
     key = "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"
     save_file({key: normal(2, 16)}, folder / "adapter_model.safetensors")
-    check("layers.7.mlp.up_proj", back, model, folder, path)
+    check("layers.7.mlp.up_proj", back, model, folder)
     assert set(lora_files.FORMATS) == {"keras_hub", "peft"}
 
 
@@ -347,14 +341,13 @@ MORE += [{"lora_alpha": alpha} for alpha in (None, "8", True, float("nan"))]
 
 def test_what_is_more_than_its_factors_is_refused(tmp_path):
     """And what changes nothing of the base is not."""
-    model, folder, output = make(), tmp_path / "adapter", tmp_path / "out"
+    model, folder = make(), tmp_path / "adapter"
 
     def check(*parts):
         with pytest.raises(ValueError, match="`lora` must be") as error:
-            kwm.lora_to_delta(model, folder, output)
+            kwm.Patch.from_lora(model, folder)
         for part in (str(folder), *parts):
             assert part in str(error.value)
-        assert not output.exists()
 
     for more in MORE:
         write_adapter(folder, {**PLAIN, **more})
@@ -375,24 +368,23 @@ def test_what_is_more_than_its_factors_is_refused(tmp_path):
     check("adapter_model.safetensors")
     for init in (None, True, False, "gaussian", "eva", "orthogonal"):
         write_adapter(folder, {**PLAIN, "init_lora_weights": init})
-        kwm.lora_to_delta(model, folder, output)
+        kwm.Patch.from_lora(model, folder)
 
 
 def test_damaged_files_of_kerashub_are_refused(task, tmp_path):
     import h5py
 
     model, delta, _ = task
-    path, output = tmp_path / "task.lora.h5", tmp_path / "out"
-    kwm.delta_to_lora(model, delta, path, RANK, "keras_hub")
+    path = tmp_path / "task.lora.h5"
+    delta.to_lora(model, path, RANK, "keras_hub")
     with h5py.File(path) as file:
         number = next(name for name in file["lora"] if name != "vars")
     group = f"lora/{number}/vars"
 
     def check(match):
         with pytest.raises(ValueError, match=match) as error:
-            kwm.lora_to_delta(model, path, output)
+            kwm.Patch.from_lora(model, path)
         assert str(path) in str(error.value)
-        assert not output.exists()
 
     with h5py.File(path, "r+") as file:
         old = file[f"{group}/lora_kernel_b"][()]

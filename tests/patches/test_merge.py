@@ -443,10 +443,10 @@ def test_models_that_do_not_fit(tmp_path):
     check("a .keras file", [tmp_path / "a.keras", b], base)
     with pytest.raises(FileNotFoundError):
         kwm.merge([tmp_path / "none", b], base)
-    kwm.Patches(base).add(make_signature(base), name="patch")
+    make_signature(base).apply(base)
     with pytest.raises(ValueError, match="must be without patches"):
         kwm.merge([a, b], base)
-    kwm.Patches(base).clear()
+    kwm.Patch.clear(base)
     # One bit of a file.
     data = bytearray((tmp_path / "1.safetensors").read_bytes())
     data[-5] ^= 1

@@ -75,9 +75,10 @@ def write(folder):
     weights[0][::5] += 0.5
     model.set_weights(weights)
     path = folder / "delta.safetensors"
-    kwm.save_delta(model, weights_of(1), path)
+    patch = kwm.Patch.from_models(model, weights_of(1))
+    patch.save(path)
     model = net(1)
-    kwm.apply_delta(model, path)
+    patch.apply(model)
     expected["delta"] = outputs(model, X)
     arrays = {key: numpy(value) for key, value in expected.items()}
     np.savez_compressed(folder / "outputs.npz", **arrays)

@@ -24,23 +24,17 @@ def test_files_are_read(folder):
             if name.startswith(("packed", "scaled")):
                 received = outputs(kwm.load_model(path), files.X)
             else:
-                received = patched(name, path)
+                received = patched(path)
             np.testing.assert_allclose(received, output, atol=2e-4)
 
 
-def patched(name, path):
+def patched(path):
     """Return the outputs of a model that is patched, and then clean again."""
     model = files.net(1)
     before = weights_of(model)
-    if name == "delta":
-        kwm.apply_delta(model, path)
-    else:
-        signature = kwm.WeightSignature.load(path)
-        signature.apply(model)
+    patch = kwm.Patch.load(path)
+    patch.apply(model)
     received = outputs(model, files.X)
-    if name == "delta":
-        kwm.remove_delta(model)
-    else:
-        signature.remove(model)
+    patch.remove(model)
     assert_same_bits(weights_of(model), before)
     return received

@@ -141,10 +141,12 @@ def test_deltas_and_what_is_attached_show_it(clock, capsys, tmp_path):
 
         nudged = [each + 0.5 for each in base]
         model.set_weights(nudged)
-        found = [run(kwm.save_delta, model, base, path)]
+        found = [run(kwm.Patch.from_models, model, base)]
+        patch = kwm.Patch.from_models(model, base, verbose=0)
+        found.append(run(patch.save, path))
         model.set_weights(base)
-        found.append(run(kwm.apply_delta, model, path))
-        found.append(run(kwm.remove_delta, model))
+        found.append(run(patch.apply, model))
+        found.append(run(patch.remove, model))
         found.append(run(kwm.merge, [model, model], model))
         for attach in (
             kwm.attach_compander,
@@ -158,7 +160,7 @@ def test_deltas_and_what_is_attached_show_it(clock, capsys, tmp_path):
         if not verbose:
             assert all(found)
             continue
-        expected = ["12/12", "2/2", "1/1", "4/4", *["2/2"] * 7]
+        expected = ["8/8", "5/5", "2/2", "1/1", "4/4", *["2/2"] * 7]
         for text, end in zip(found, expected, strict=True):
             assert end in text
 
@@ -172,12 +174,12 @@ def test_signatures_show_it(clock, capsys, tmp_path):
         signature = extract(None, mlp(), mlp(), depth=2, **shown)
         signature.quantize(**shown).save(path, **shown)
         kwm.WeightSignature.load(path, **shown)
-        kwm.sum_signatures([signature, signature], **shown)
+        kwm.WeightSignature.sum([signature, signature], **shown)
         out = capsys.readouterr().out
         assert verbose or out == ""
-    # Four are taken, and read for the hash of both models.
-    assert all(each in out for each in ("12/12", "4/4"))
-    assert out.count("1/1") == 3
+    # Four are taken, and read for the hash of both models; saved with the file.
+    assert all(each in out for each in ("12/12", "4/4", "5/5"))
+    assert out.count("1/1") == 2
 
 
 def test_a_first_step_that_takes_long_is_preceded_by_the_bar(capsys):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_weightmods as kwm
-from keras_weightmods import Patches, WeightSignature
+from keras_weightmods import Patch, WeightSignature
 from keras_weightmods.backend import backend_module
 from keras_weightmods.patches import tensors
 from keras_weightmods.patches.checkpoint import Checkpoint
@@ -74,42 +74,41 @@ actions = st.lists(
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=12, deadline=None)
 @given(
-    seed=st.integers(0, 1000), actions=actions, order=st.permutations("abcd")
+    seed=st.integers(0, 1000), actions=actions, order=st.permutations(range(4))
 )
 def test_the_order_of_calls_leaves_no_trace(
     models, signatures, dtype, seed, actions, order
 ):
     model = models[dtype]
-    patches = Patches(model)
-    patches.clear(force=True)  # of an example that failed
+    Patch.clear(model, force=True)  # of an example that failed
     model.set_weights(awkward_weights(model, seed))
     before = weights_of(model)
+    scales = {}
     for which, scale in actions:
-        name = "abcd"[which]
-        if name == "d":  # against negative variances
+        if which == 3:  # against negative variances
             scale = abs(scale)
-        if name in patches and scale == 0.0:
-            patches.remove(name)
-        elif name in patches:
-            patches.rescale(name, scale)
+        if which in scales and scale == 0.0:
+            signatures[which].remove(model)
+            del scales[which]
         else:
-            patches.add(signatures[which], scale, name)
-    now, scales = weights_of(model), patches.scales
+            signatures[which].apply(model, scale)
+            scales[which] = scale
+    now = weights_of(model)
     # The same patches, put on one after the other.
-    patches.clear()
+    Patch.clear(model)
     assert_same_bits(weights_of(model), before)
-    for name in order:
-        if name in scales:
-            patches.add(signatures["abcd".index(name)], scales[name], name)
+    for which in order:
+        if which in scales:
+            signatures[which].apply(model, scales[which])
     assert_same_bits(weights_of(model), now)
-    for name in reversed(order):
-        if name in scales:
-            patches.remove(name)
+    for which in reversed(order):
+        if which in scales:
+            report = signatures[which].remove(model)
     assert_same_bits(weights_of(model), before)
-    assert patches.clean_nbytes == 0
+    assert not scales or report.clean_nbytes == 0
 
 
-def test_the_manager(models, signatures):
+def test_what_is_on_a_model(models, signatures):
     model = models["float32"]
     a, b, c, _ = signatures
     before = weights_of(model)
@@ -117,75 +116,88 @@ def test_the_manager(models, signatures):
     def nbytes(signature):
         return sum(before[entry.position].nbytes for entry in signature)
 
-    patches = Patches(model)
-    report = patches.add(a, name="a")
-    assert (report.action, report.active) == ("add", {"a": 1.0})
+    report = a.apply(model)
+    assert (report.action, report.active) == ("add", {"patch_1": 1.0})
     name = model.layers[0].name
     assert report.changed[:2] == (f"0:{name}/kernel", f"1:{name}/bias")
     assert len(report.changed) == len(a)
-    assert report.clean_nbytes == patches.clean_nbytes == nbytes(a)
-    # `apply` and another manager see the same patches.
-    b.apply(model, scale=0.5)
-    again = Patches(model)
-    assert (list(again), len(again)) == (["a", "patch_1"], 2)
-    assert again["patch_1"].change is b
-    assert again.scales == {"a": 1.0, "patch_1": 0.5}
+    assert report.clean_nbytes == nbytes(a)
     # One memory for a tensor, however many patches.
-    assert again.clean_nbytes == nbytes(b)
-    assert "a x 1, patch_1 x 0.5" in str(patches.add(c))
-    assert "patch_1" in repr(patches)
+    assert b.apply(model, 0.5).clean_nbytes == nbytes(b)
+    assert Patch.on(model) == {"patch_1": (a, 1.0), "patch_2": (b, 0.5)}
+    report = b.apply(model, 0.7)
+    about = report.action, report.name, report.scale
+    assert about == ("rescale", "patch_2", 0.7)
+    assert "patch_1 x 1, patch_2 x 0.7" in str(c.apply(model))
     report = b.remove(model)
     about = report.action, report.name, report.scale
-    assert about == ("remove", "patch_1", 0.5)
-    assert patches.scales == {"a": 1.0, "patch_2": 1.0}
-    report = patches.clear()
+    assert about == ("remove", "patch_2", 0.7)
+    report = Patch.clear(model)
     assert (report.action, report.active) == ("clear", {})
     assert len(report.changed) == len(c)
     assert_same_bits(weights_of(model), before)
     named = make_signature(model, name="noise")
-    with Patches(model) as patches:
-        patches.add(named)
-        assert "noise" in patches
-        # Equal by content, as after loading the file again.
-        named.truncate(9).remove(model)
+    named.apply(model)
+    make_signature(model, 2, name="noise").apply(model)
+    assert [*Patch.on(model)] == ["noise", "noise_1"]
+    # Equal by content, as after loading the file again.
+    named.truncate(9).remove(model)
+    Patch.clear(model)
     assert_same_bits(weights_of(model), before)
 
 
-def test_context_manager_cleans_up_after_an_error(models, signatures):
+def test_a_block_with_a_patch(models, signatures):
     model = models["float32"]
+    a, b, *_ = signatures
     before = weights_of(model)
+    with a.applied(model), b.applied(model, 0.5) as report:
+        assert report.active == {"patch_1": 1.0, "patch_2": 0.5}
+    assert_same_bits(weights_of(model), before)
     with pytest.raises(RuntimeError, match="inside"):
-        with Patches(model) as patches:
-            patches.add(signatures[0])
+        with a.applied(model):
             raise RuntimeError("inside")
     assert_same_bits(weights_of(model), before)
-    assert len(Patches(model)) == 0
-
-
-def test_an_error_in_a_context_is_not_masked(models, signatures):
-    model = models["float32"]
-    before = weights_of(model)
+    # What cannot be taken off does not mask the error.
     with pytest.raises(KeyboardInterrupt) as error:
-        with Patches(model) as patches:
-            patches.add(signatures[0], name="a")
+        with a.applied(model):
             model.weights[CONV].assign(model.weights[CONV] * 2)
             raise KeyboardInterrupt
     (note,) = error.value.__notes__
     assert "still on the model. Weights were changed since" in note
-    assert list(Patches(model)) == ["a"]
-    with pytest.raises(ValueError, match="changed since"):
-        with Patches(model):
-            pass
-    Patches(model).clear(force=True)
+    assert [*Patch.on(model)] == ["patch_1"]
+    Patch.clear(model, force=True)
     model.set_weights(before)
 
 
-def test_a_fingerprint_after_enable_lora():
+def test_subtracting_from_a_model_that_was_saved(models, signatures):
+    """Without books, a patch is subtracted, and statistics solved for."""
+    model = models["float32"]
+    model.set_weights(random_weights(model, 4))
+    before = weights_of(model)
+    for patch in (signatures[3], signatures[2]):
+        model.set_weights(patch.apply(before, 1.5))
+        report = patch.subtract(model, 1.5)
+        assert len(report.subtracted) == len(patch)
+        for a, b in zip(weights_of(model), before):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    now = weights_of(model)
+    half = signatures[3]
+    with pytest.raises(ValueError, match="not known from the patch: 4 probl"):
+        half.subtract(model, 2)
+    half.apply(model)
+    with pytest.raises(ValueError, match="must be taken off first"):
+        half.subtract(model)
+    half.remove(model)
+    assert_same_bits(weights_of(model), now)
+
+
+def test_a_model_with_lora_does_not_fit():
     model = conv_net()
-    make_signature(model).apply(model)
+    signature = make_signature(model)
+    signature.apply(model)
     model.get_layer(index=5).enable_lora(2)
     with pytest.raises(ValueError, match="does not fit the model"):
-        Patches(model).clean_fingerprint()
+        signature.remove(model)
 
 
 def test_training_in_between_is_found():
@@ -196,21 +208,20 @@ def test_training_in_between_is_found():
     a, b = (
         make_signature(model, seed, statistics="average") for seed in (1, 2)
     )
-    patches = Patches(model)
-    patches.add(a, 0.5, "a")
-    patches.add(b, 1.0, "b")
+    a.apply(model, 0.5)
+    b.apply(model)
     patched = weights_of(model)
     model.compile("sgd", "mse")
     x = np.random.default_rng(0).normal(size=(8, 6, 6, 1))
     model.fit(x, np.ones((8, 3)), verbose=0)
     trained = weights_of(model)
-    with pytest.raises(ValueError, match=r"clear\(force=True\)") as error:
-        patches.remove("a")
+    with pytest.raises(ValueError, match=r"clear\(model, force=True") as error:
+        a.remove(model)
     # The trained weights and the statistics, but not the frozen ones.
     assert f"  {CONV}:" in str(error.value)
     assert f"  {CONV_B}:" not in str(error.value)
     assert_same_bits(weights_of(model), trained)
-    report = patches.remove("a", force=True)
+    report = a.remove(model, force=True)
     # A bias in front of a normalization has no gradient.
     places = [e.position for e in a if not e.is_statistic]
     moved = [p for p in places if not np.array_equal(trained[p], patched[p])]
@@ -234,8 +245,8 @@ def test_training_in_between_is_found():
     for place in (*STATISTICS, 12, 13, 14, 15):
         assert_same_bits([now[place]], [trained[place]])
     # With `a` gone the books are right again.
-    patches.remove("b")
-    assert len(patches) == 0
+    b.remove(model)
+    assert not Patch.on(model)
     assert_same_bits([weights_of(model)[CONV_B]], [clean[CONV_B]])
 
 
@@ -247,36 +258,27 @@ def test_wrong_use(models, signatures):
     model = models["float32"]
     before = weights_of(model)
     first, signature, *_ = signatures
-    patches = Patches(model)
-    patches.add(signature, name="one")
+    signature.apply(model)
     patched = weights_of(model)
     other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     cases = [
-        (lambda: Patches(keras.layers.Dense(2)), "must be built"),
-        (lambda: Patches([np.ones(2)]), "lists of arrays"),
-        (lambda: Patches(3), "`model`"),
-        (lambda: patches.add(3), "`signature`"),
-        (lambda: patches.add(signature), "on the model already"),
-        (lambda: patches.add(first, name="one"), "`name`"),
-        (lambda: patches.add(first, name=""), "`name`"),
-        (lambda: patches.add(first, name=3), "`name`"),
-        (lambda: patches.add(first, "2"), "`scale`"),
-        (lambda: patches.add(first, 1e39), "not finite in float32"),
-        (lambda: patches.rescale("two", 1.0), "there are"),
-        (lambda: patches.rescale("one", np.nan), "`scale`"),
-        (lambda: patches.rescale("one", 1e39), "not finite in float32"),
-        (lambda: patches.remove("two"), "there are"),
-        (lambda: patches.name_of(first), "not on this model"),
-        (lambda: patches.name_of("one"), "`signature`"),
-        (lambda: signature.remove(other), "not on this model"),
+        (lambda: Patch.on(keras.layers.Dense(2)), "must be built"),
+        (lambda: Patch.on([np.ones(2)]), "a built Keras model"),
+        (lambda: Patch.on(3), "`model`"),
+        (lambda: first.apply(model, "2"), "`scale`"),
+        (lambda: first.apply(model, 1e39), "not finite in float32"),
+        (lambda: signature.apply(model, np.nan), "`scale`"),
+        (lambda: signature.apply(model, 1e39), "not finite in float32"),
+        (lambda: first.remove(model), "must be on this model object"),
+        (lambda: signature.remove(other), "must be on this model object"),
         (lambda: signature.apply(other), "another architecture"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
         assert_same_bits(weights_of(model), patched)
-        assert patches.scales == {"one": 1.0}
-    patches.clear()
+        assert Patch.on(model) == {"patch_1": (signature, 1.0)}
+    Patch.clear(model)
     assert_same_bits(weights_of(model), before)
     # Names, another order, a missing layer: all at once.
     layers = [keras.layers.Conv2D(2, 3, name="stem"), *conv_net().layers[1:-1]]
@@ -303,17 +305,17 @@ def test_parts_give_the_same_bits(models, signatures, dtype, monkeypatch):
 
     def apply_all():
         for scale, signature in zip((1.0, 0.3, 1.0, 0.7), signatures):
-            Patches(model).add(signature, scale)
+            signature.apply(model, scale)
 
     apply_all()
     patched = weights_of(model)
     use_small_parts(monkeypatch)
-    Patches(model).clear()
+    Patch.clear(model)
     assert_same_bits(weights_of(model), before)
     apply_all()
     assert_same_bits(weights_of(model), patched)
     monkeypatch.undo()
-    Patches(model).clear()
+    Patch.clear(model)
     assert_same_bits(weights_of(model), before)
 
 
@@ -325,8 +327,7 @@ def test_a_problem_at_the_very_end_leaves_the_model(
     model = models[dtype]
     model.set_weights(awkward_weights(model, 3))
     clean = weights_of(model)
-    patches = Patches(model)
-    patches.add(signatures[0], name="a")
+    signatures[0].apply(model)
     before = weights_of(model)
     entries = list(signatures[1])
     for broken, count in ((entries[-1:], "1 problem:"), (entries, "8 probl")):
@@ -338,19 +339,19 @@ def test_a_problem_at_the_very_end_leaves_the_model(
             changed.append(dataclasses.replace(entry, tensor=tensor))
         signature = signatures[1].with_entries(changed)
         with pytest.raises(ValueError, match="is not finite in") as error:
-            patches.add(signature, scale=10.0)
+            signature.apply(model, scale=10.0)
         assert count in str(error.value)
         assert f"  {entries[-1].position}:" in str(error.value)
         assert_same_bits(weights_of(model), before)
-        assert patches.scales == {"a": 1.0}
+        assert [*Patch.on(model)] == ["patch_1"]
     # What is there may have any bits.
-    patches.clear()
+    Patch.clear(model)
     wrong = model.weights[-1]
     wrong.assign(np.full(wrong.shape, np.nan))
     before = weights_of(model)
     whole = make_signature(model, targets="")
     with pytest.raises(ValueError, match="values that are not finite"):
-        patches.add(whole)
+        whole.apply(model)
     assert_same_bits(weights_of(model), before)
     model.set_weights(clean)
 
@@ -362,14 +363,14 @@ def test_an_error_while_writing_leaves_the_model(
 ):
     model = models["float32"]
     clean = weights_of(model)
-    patches = Patches(model)
-    patches.add(signatures[1], name="a")
-    patches.add(signatures[2], name="b")
+    _, first, second, third = signatures
+    first.apply(model)
+    second.apply(model)
     before = weights_of(model)
     call = {
-        "add": lambda: patches.add(signatures[3], name="d"),
-        "rescale": lambda: patches.rescale("b", 0.5),
-        "remove": lambda: patches.remove("b"),
+        "add": lambda: third.apply(model),
+        "rescale": lambda: second.apply(model, 0.5),
+        "remove": lambda: second.remove(model),
     }[action]
     owner, name = {"assigning": (Checkpoint, "assign")}.get(
         stage, (tensors, "is_finite")
@@ -396,9 +397,10 @@ def test_an_error_while_writing_leaves_the_model(
     with pytest.raises(KeyboardInterrupt):
         call()
     assert_same_bits(weights_of(model), before)
-    assert patches.scales == {"a": 1.0, "b": 1.0}
+    on_model = {"patch_1": (first, 1.0), "patch_2": (second, 1.0)}
+    assert Patch.on(model) == on_model
     call()
-    patches.clear()
+    Patch.clear(model)
     assert_same_bits(weights_of(model), clean)
 
 
@@ -418,7 +420,7 @@ def test_assigning_to_memory_that_numpy_cannot_see(
         for scale, signature in zip((1.0, 0.3, 1.0), signatures):
             signature.apply(model, scale)
         expected.append(weights_of(model))
-        Patches(model).clear()
+        Patch.clear(model)
         assert_same_bits(weights_of(model), before)
     assert_same_bits(*expected)
 
@@ -430,15 +432,14 @@ def test_threads_change_a_model_one_after_the_other():
 
     def work(change):
         for _ in range(20):
-            patches = Patches(model)
-            patches.add(change, 0.5, name=str(id(change)))
-            patches.rescale(str(id(change)), 0.7)
-            patches.remove(str(id(change)))
+            change.apply(model, 0.5)
+            change.apply(model, 0.7)
+            change.remove(model)
 
     with concurrent.futures.ThreadPoolExecutor(len(changes)) as pool:
         for done in [pool.submit(work, change) for change in changes]:
             done.result()
-    assert len(Patches(model)) == 0
+    assert not Patch.on(model)
     assert_same_bits(weights_of(model), clean)
 
 
@@ -460,7 +461,7 @@ def test_through_a_file(tmp_path):
     loaded = keras.saving.load_model(tmp_path / "patched.keras")
     assert_same_bits(weights_of(loaded), weights_of(model))
     # The file holds the weights alone.
-    assert len(Patches(loaded)) == 0
+    assert not Patch.on(loaded)
 
 
 def test_targets_that_are_not_unique_by_path():

@@ -5,24 +5,20 @@ everything else.
 """
 
 import math
-import os
 import re
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from keras_weightmods.patches import checkpoint
 from keras_weightmods.patches.architecture import (
     STATISTICS,
     is_reparameterized,
 )
-from keras_weightmods.patches.entry import SignatureEntry
+from keras_weightmods.patches.entry import PatchEntry
 from keras_weightmods.patches.quantized import Quantized, code_bytes
 from keras_weightmods.patches.tensors import is_finite
-from keras_weightmods.saving import bounded_json, container, file_kinds
-from keras_weightmods.utils import checks
+from keras_weightmods.saving import bounded_json, container
 
 FORMAT = "keras_weightmods.signature"
 VERSION = 2
@@ -47,9 +43,6 @@ def save(filepath, signature, overwrite):
 
 def load(filepath):
     """Return the fields of a signature; see `WeightSignature.load`."""
-    metadata = file_kinds.metadata_of(checks.check_path("filepath", filepath))
-    if metadata.get("format") == FORMAT and "format_version" in metadata:
-        return _load_version_1(filepath, metadata)
     with container.Reader(filepath, FORMAT, (VERSION,)) as reader:
         if _CONFIG not in reader.entries:
             raise reader.error(_CONFIG, "is missing")
@@ -162,7 +155,7 @@ def _entry(config, infos, arrays):
             np.all(scales >= 0) and np.all(tensor.codes < 2**bits - 1),
             f"codes of {info.key}",
         )
-    return SignatureEntry(info, tensor, replaced, depth=config["depth"])
+    return PatchEntry(info, tensor, replaced, config["depth"])
 
 
 def _taken(arrays, name, dtype, shapes):
@@ -189,37 +182,3 @@ def _has_types(value, types):
 def _check(condition, what):
     if not condition:
         raise ValueError(f"has no valid {what}")
-
-
-def _load_version_1(filepath, metadata):
-    """Return the fields of a signature from a file of format version 1.
-
-    `safetensors` wrote it; its metadata are the config, with another name, and
-    the digest of all.
-    """
-    try:
-        if metadata["format_version"] != "1":
-            raise ValueError(f"version {metadata['format_version']!r}")
-        config = bounded_json.parse_json(metadata["signature"])
-        renamed = [
-            {{"pull": "replaced"}.get(k, k): v for k, v in entry.items()}
-            for entry in config["entries"]
-        ]
-        arrays = safetensors.numpy.load_file(filepath)
-        fields = _fields({**config, "entries": renamed}, arrays)
-        in_order = arrays_of(fields["entries"]).values()
-        if checkpoint.digest_of(config, in_order) != metadata["digest"]:
-            raise ValueError("the digest does not match")
-        return fields
-    # What is in the metadata is not known before.
-    except (
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        safetensors.SafetensorError,
-    ) as error:
-        raise ValueError(
-            f"The file is not a whole signature of version 1 ({error}). "
-            f"Received: filepath={os.fspath(filepath)!r}"
-        ) from error

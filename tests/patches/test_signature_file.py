@@ -1,8 +1,6 @@
 import functools
-import json
 import operator
 import os
-import pathlib
 import pickle
 
 import numpy as np
@@ -10,13 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from keras_weightmods import WeightSignature
-from keras_weightmods.patches import files
-from keras_weightmods.patches.checkpoint import digest_of
+from keras_weightmods.patches import signature_file as files
 from keras_weightmods.saving import bounded_json, container
 from tests.models import make_signature
-
-DATA = pathlib.Path(__file__).parent / "data"
-VERSION_1 = DATA / "signature_version_1.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -196,50 +190,3 @@ def test_other_files(path):
     if hasattr(os, "mkfifo"):
         os.mkfifo(path.parent / "pipe")
         assert "regular file" in refuses(path.parent / "pipe")
-
-
-def test_version_1():
-    """A file of the first format, written by the code of that time."""
-    signature = WeightSignature.load(VERSION_1)
-    assert (signature.name, signature.method) == ("noise", "rws")
-    keys = "0:conv/kernel 1:conv/bias 2:norm/moving_mean 3:dense/kernel"
-    assert signature.keys() == keys.split()
-    assert [e.bits for e in signature] == [4, 4, 32, 32]
-    assert [e.replaced for e in signature] == [0, 0, 0.5, 0]
-    np.testing.assert_allclose(
-        signature["0:conv/kernel"][0], [-0.89696342, -0.49563003], rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        signature["2:norm/moving_mean"], [0.13222781, -0.15696141], rtol=1e-6
-    )
-
-
-def test_version_1_that_is_damaged(tmp_path):
-    content = VERSION_1.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
-    path = tmp_path / "attacked.safetensors"
-
-    def check(**metadata):
-        changed = {"__metadata__": {**header["__metadata__"], **metadata}}
-        text = json.dumps({**header, **changed}).encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-        return refuses(path)
-
-    for place in np.random.default_rng(0).integers(len(content), size=40):
-        broken = bytearray(content)
-        broken[place] ^= 1
-        path.write_bytes(broken)
-        refuses(path)
-    assert "version '0'" in check(format_version="0")
-    for text in ("", "[]", "{}", "null", '{"entries": [{}]}', "[" * 100_000):
-        assert "not a whole signature" in check(signature=text)
-    assert "digest" in check(digest="0" * 64)
-    # With a digest that is right.
-    config = json.loads(header["__metadata__"]["signature"])
-    arrays = load_file(VERSION_1)
-    names = ("0", "0.scales", "1", "1.scales", "2", "3")
-    in_order = [arrays[name] for name in names]
-    config["entries"][0]["bits"] = 8
-    digest = digest_of(config, in_order)
-    assert "array '0'" in check(signature=json.dumps(config), digest=digest)

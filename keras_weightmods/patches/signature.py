@@ -3,30 +3,34 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from keras_weightmods.patches import architecture, checkpoint, combine, files
+from keras_weightmods.patches import (
+    architecture,
+    checkpoint,
+    combine,
+    signature_file,
+)
 from keras_weightmods.patches import report as reports
-from keras_weightmods.patches.entry import Change, SignatureEntry
 from keras_weightmods.patches.extract import extract
-from keras_weightmods.patches.patches import Patches
+from keras_weightmods.patches.patch import Patch
 from keras_weightmods.patches.quantized import quantize
-from keras_weightmods.patches.sums import changed_list
 from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class WeightSignature(Change):
-    """What to add to a few weights of a model, to patch it and to unpatch it.
+class WeightSignature(Patch):
+    """A `Patch` that makes a model robust against a corruption of its inputs.
 
-    Made by `extract`, `load`, `sum_signatures`, or arithmetic: `a + b`,
-    `a - b`, `2 * a`, `a / 2`, `-a`. A signature is immutable; its tensors are
-    NumPy arrays in float32, or integers after `quantize`. Combining quantized
-    signatures gives one in float32.
+    Made by `extract`, `load`, `sum`, or arithmetic: `a + b`, `a - b`, `2 * a`,
+    `a / 2`, `-a`. It goes onto any model of the architecture. A signature is
+    immutable; its tensors are NumPy arrays in float32, or integers after
+    `quantize`. Combining quantized signatures gives one in float32.
 
     The robust weight signature of a corruption c (RWS, arXiv 2302.12480) is,
     tensor by tensor,
@@ -37,7 +41,7 @@ class WeightSignature(Change):
     for the shallow layers, and nothing elsewhere.
 
     Attributes:
-        entries: Tuple of `SignatureEntry`, in the order of the weights.
+        entries: Tuple of `PatchEntry`, in the order of the weights.
         architecture: Tuple of `WeightInfo`, all weights of the model.
         method: String, how it was made.
         name: String or None.
@@ -78,22 +82,22 @@ class WeightSignature(Change):
     ```
     """
 
-    entries: tuple[SignatureEntry, ...]
-    architecture: tuple[checkpoint.WeightInfo, ...]
+    FORMAT: ClassVar[str] = signature_file.FORMAT
+
     _: dataclasses.KW_ONLY
-    method: str
-    name: str | None = None
+    count: int = dataclasses.field(init=False)
+    architecture: tuple[checkpoint.WeightInfo, ...]
+    method: str = "rws"
     model_class: str | None = None
     fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
-    reparameterized: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.count = len(self.architecture)
         self.entries = tuple(sorted(self.entries, key=lambda e: e.position))
         broken = []
         for entry in self.entries:
-            numbers: Any = getattr(entry.tensor, "scales", entry.tensor)
-            numbers.flags.writeable = False
-            if not (is_finite(numbers) and math.isfinite(entry.replaced)):
+            entry.numbers.flags.writeable = False
+            if not (is_finite(entry.numbers) and math.isfinite(entry.replaced)):
                 broken.append(f"{entry.key}: not finite in float32")
         checks.raise_all("The signature cannot be made:", broken)
 
@@ -184,11 +188,6 @@ class WeightSignature(Change):
         return 1 + max((entry.depth for entry in self.entries), default=-1)
 
     @property
-    def nbytes(self) -> int:
-        """Int, the bytes of the tensors: packed codes and scales."""
-        return sum(entry.nbytes for entry in self.entries)
-
-    @property
     def model_nbytes(self) -> int:
         """Int, the bytes of all weights of the model it came from."""
         return sum(info.nbytes for info in self.architecture)
@@ -196,11 +195,8 @@ class WeightSignature(Change):
     @functools.cached_property
     def digest(self) -> str:
         """String, the SHA-256 of all that the signature is."""
-        arrays = files.arrays_of(self).values()
-        return checkpoint.digest_of(files.config_of(self), arrays)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+        arrays = signature_file.arrays_of(self).values()
+        return checkpoint.digest_of(signature_file.config_of(self), arrays)
 
     def __getitem__(self, key: str) -> np.ndarray:
         """Return the float32 tensor under a key `"{position}:{path}"`."""
@@ -209,107 +205,84 @@ class WeightSignature(Change):
                 return entry.dequantized()
         raise KeyError(key)
 
-    def keys(self) -> list[str]:
-        """Return the list of the keys `"{position}:{path}"`."""
-        return [entry.key for entry in self.entries]
+    @staticmethod
+    def sum(
+        signatures: Sequence["WeightSignature"],
+        method: str = "sum",
+        weights: Sequence[float] | None = None,
+        *,
+        density: float | None = None,
+        drop_rate: float | None = None,
+        seed: int = 0,
+        verbose: int = 1,
+    ) -> "WeightSignature":
+        """Make one signature of several of the same architecture.
 
-    def apply(self, model: Any, scale: float = 1.0) -> Any:
-        """Add `scale` times the signature to a model.
-
-        The tensors that are replaced are kept, in `Patches(model)`, for
-        `remove`. The optimizer's state is not changed.
+        Where a signature has nothing for a weight that another one has, it
+        counts as zero. Batch-norm statistics are always summed with the
+        weights, or averaged where the method takes a mean; where their shares
+        sum to more than 1, the model gets their mean.
 
         Args:
-            model: A built Keras model of the architecture, trained on
-                whatever data; the sizes of the weights that are not patched
-                may differ. Or a list as from `model.get_weights()`.
-            scale: Float, the strength, 1 by default.
+            signatures: List of `WeightSignature`.
+            method: String:
+                `"sum"`: the sum of `weight * signature` (task arithmetic,
+                arXiv 2212.04089). `"mean"`: that divided by the sum of the
+                weights; with equal weights what RWS (arXiv 2302.12480) does
+                with several. `"ties"` (arXiv 2306.01708): each signature is
+                trimmed to its largest entries; an entry becomes the weighted
+                mean of those that have the sign of their weighted sum.
+                `"dare"` (arXiv 2311.03099): entries of each signature are
+                dropped at random and the others rescaled; then the sum.
+            weights: List of floats, one for each signature; 0 or more for
+                `"ties"`. Defaults to ones.
+            density: Float in (0, 1], for `"ties"`: the share of entries that
+                the trimming keeps, over all of a signature's weights together.
+                Defaults to 0.2 there.
+            drop_rate: Float in [0, 1), for `"dare"`: the share that is dropped.
+                Defaults to 0.9 there.
+            seed: Int, for `"dare"`.
+            verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+                taken two seconds. Defaults to `1`.
 
         Returns:
-            A `PatchReport`. For a list, a new list of arrays instead; the one
-            given and its arrays are not changed.
+            A `WeightSignature` in float32.
 
         Raises:
-            ValueError: Listing all that is wrong at once: another
-                architecture, names, shapes, dtypes, companders, values that
-                are not finite before or after. The model is unchanged then.
+            ValueError: If an argument is wrong or not for the method, or the
+                signatures are not of one architecture; all mismatches are
+                listed.
 
         Example:
 
         ```python
-        import keras
+        import numpy as np
         from keras_weightmods import WeightSignature
 
-        def dense():
-            return keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
-
-        model, robust = dense(), dense()
-        signature = WeightSignature.extract(None, model, robust, depth=1)
-        print(signature.apply(model))
+        rng = np.random.default_rng(0)
+        clean, noise, blur = (
+            [rng.normal(size=(3, 2)), rng.normal(size=2)] for _ in range(3)
+        )
+        like = ["dense/kernel", "dense/bias"]
+        signatures = [
+            WeightSignature.extract(None, clean, robust, 1, like=like)
+            for robust in (noise, blur)
+        ]
+        both = WeightSignature.sum(signatures, method="ties", density=0.5)
         ```
         """
-        if not isinstance(model, (list, tuple)):
-            return Patches(model).add(self, scale)
-        scale = checks.check_float("scale", scale)
-        return changed_list(model, self, lambda replaced: scale)
-
-    def remove(
-        self, model: Any, force: bool = False, scale: float = 1.0
-    ) -> Any:
-        """Take the signature off a model again.
-
-        Args:
-            model: A model that `apply` or `Patches.add` has patched: with the
-                last patch gone its weights are the clean ones, bit for bit.
-                Or a list of arrays; nothing is known of its clean values, so
-                it takes `force=True`.
-            force: Bool, whether to subtract the signature from weights that
-                were changed since, by training for instance. That is no return
-                to the clean model.
-            scale: Float, the scale to subtract from a list. A model's is
-                known.
-
-        Returns:
-            A `PatchReport`. For a list, a new list of arrays instead.
-
-        Raises:
-            ValueError: If the model does not have this patch, or weights were
-                changed since and `force` is not set. The model is unchanged
-                then.
-
-        Example:
-
-        ```python
-        import keras
-        from keras_weightmods import WeightSignature
-
-        def dense():
-            return keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
-
-        model, robust = dense(), dense()
-        signature = WeightSignature.extract(None, model, robust, depth=1)
-        signature.apply(model)
-        signature.remove(model)
-        ```
-        """
-        if not isinstance(model, (list, tuple)):
-            patches = Patches(model)
-            return patches.remove(patches.name_of(self), force=force)
-        scale = checks.check_float("scale", scale)
-        if not force:
-            raise ValueError(
-                "The clean values of a list are not known: keep the list that "
-                "you gave to `apply`, which it did not change. `force=True` "
-                "subtracts the signature, which rounds. Received: force=False"
+        is_list = isinstance(signatures, (list, tuple)) and len(signatures) > 0
+        if not is_list or not all(
+            isinstance(each, WeightSignature) for each in signatures
+        ):
+            expected = "a non-empty list of `WeightSignature`"
+            raise checks.error("signatures", expected, signatures)
+        checks.check_verbose(verbose)
+        with Progress(1, "step", verbose):
+            made: WeightSignature = combine.summed(
+                signatures, method, weights, density, drop_rate, seed
             )
-        checks.raise_all(
-            "Statistics that were replaced as a whole cannot be subtracted:",
-            [each.key for each in self if scale * each.replaced >= 1.0],
-        )
-        # Solves new = old + scale * (tensor - replaced * old) for the old one.
-        return changed_list(
-            model, self, lambda replaced: -scale / (1.0 - scale * replaced)
-        )
+        return made
 
     def truncate(self, depth: int) -> Self:
         """Return the part of the signature in the `depth` shallowest layers.
@@ -381,50 +354,15 @@ class WeightSignature(Change):
             raise checks.error("other", "a `WeightSignature`", other)
         return combine.cosine_similarity(self, other)
 
-    def report(self) -> reports.SignatureReport:
-        """Return what the signature holds, as a table to print."""
-        return reports.signature_report(self)
-
-    def save(
-        self, filepath: Any, overwrite: bool = True, verbose: int = 1
-    ) -> None:
-        """Write the signature to a safetensors file.
-
-        Args:
-            filepath: String or path. `.safetensors` is the usual ending.
-            overwrite: Bool, whether a file that exists is replaced, which
-                happens at once when the new one is complete. Defaults to
-                True.
-            verbose: As in `extract`.
-
-        Raises:
-            ValueError: If `filepath` is no place for a file.
-            FileExistsError: If it exists and `overwrite` is False.
-        """
-        checks.check_verbose(verbose)
-        with Progress(1, "step", verbose):
-            files.save(filepath, self, overwrite)
-
     @classmethod
-    def load(cls, filepath: Any, verbose: int = 1) -> Self:
-        """Read a signature that `save` has written.
+    def _read(cls, filepath: str) -> Self:
+        return cls(**signature_file.load(filepath))
 
-        Args:
-            filepath: String or path.
-            verbose: As in `extract`.
-
-        Returns:
-            A `WeightSignature`.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is no signature, is damaged, or was made
-                by a later version of the format. Nothing in a file is ever
-                executed.
-        """
-        checks.check_verbose(verbose)
-        with Progress(1, "step", verbose):
-            return cls(**files.load(filepath))
+    def _write(
+        self, filepath: str, overwrite: bool, progress: Progress
+    ) -> float | None:
+        signature_file.save(filepath, self, overwrite)
+        return None
 
     def problems(self, model: checkpoint.Checkpoint) -> list[str]:
         """Return what keeps the signature from fitting a `Checkpoint`."""
@@ -475,6 +413,3 @@ class WeightSignature(Change):
             f"<WeightSignature {name}{self.method}, {len(self)} weights, depth "
             f"{self.depth}, {self.nbytes:,} bytes>"
         )
-
-    def __str__(self) -> str:
-        return str(self.report())

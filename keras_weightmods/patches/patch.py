@@ -1,0 +1,723 @@
+"""Patches: what is put on the weights of a model, and off bit for bit.
+
+Longer than other files, as the docstrings of one public class are.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
+
+from keras_weightmods.patches import (
+    architecture,
+    checkpoint,
+    delta,
+    delta_file,
+)
+from keras_weightmods.patches import lora as adapters
+from keras_weightmods.patches.checkpoint import Checkpoint
+from keras_weightmods.patches.entry import PatchEntry
+from keras_weightmods.patches.ledger import Applied, Ledger, ledger_of
+from keras_weightmods.patches.report import (
+    LoraReport,
+    PatchContentsReport,
+    PatchReport,
+    contents_report,
+)
+from keras_weightmods.patches.sums import changed_list
+from keras_weightmods.patches.tensors import Sparse
+from keras_weightmods.saving.file_kinds import metadata_of
+from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
+from keras_weightmods.utils.report import Skipped
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Patch:
+    """What is put on the weights of a model, and taken off bit for bit.
+
+    `Patch.from_models` makes one of a fine-tuned model and its base (a delta),
+    `Patch.from_lora` of a LoRA adapter, and `WeightSignature.extract` of models
+    trained on clean and on corrupted data. `Patch.load` reads any of them.
+
+    Several patches can be on a model at once. A patched weight is always
+    computed anew, `clean + sum of scale * change` in float32 (float64 for
+    float64), rounded once, from its clean values, which are kept in memory.
+    So the order of the calls leaves no trace: equal patches give equal
+    weights, and without the last one the model is the clean one bit for bit.
+    Clean values are kept of patched weights alone; if only deltas change a
+    weight, of the entries that they change.
+
+    What is on a model is known in this process alone: a saved model has the
+    patched weights and no memory of the clean ones. Weights that something
+    else has changed since, such as training, are found by comparing every
+    bit, and reported as an error. Threads change a model one after the other.
+
+    Attributes:
+        entries: Tuple of `PatchEntry`, one for each weight that it changes.
+        count: Int, the number of weights of the model.
+        method: String, how it was made.
+        name: String or None, what it is called in reports.
+        base: String or None, the SHA-256 of the weights that it goes on, less
+            those of `whole`.
+        whole: Tuple of ints, the positions of weights that are replaced as a
+            whole, whatever they are in the base.
+        reparameterized: Dict from positions, as strings, to how the weights
+            there are stored, where a fixed compander stands for them.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(8)])
+    base = model.get_weights()
+    model.set_weights([base[0] + 0.5, base[1]])  # as a training does
+    task = kwm.Patch.from_models(model, base, name="task")
+
+    model.set_weights(base)
+    task.apply(model)
+    task.apply(model, scale=0.5)  # now half of it
+    assert kwm.Patch.on(model)["task"].scale == 0.5
+    task.remove(model)
+    assert np.array_equal(model.get_weights()[0], base[0])
+    ```
+    """
+
+    FORMAT: ClassVar[str] = delta_file.FORMAT
+
+    entries: tuple[PatchEntry, ...]
+    _: dataclasses.KW_ONLY
+    count: int
+    method: str = "delta"
+    name: str | None = None
+    base: str | None = None
+    whole: tuple[int, ...] = ()
+    reparameterized: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def from_models(
+        model: Any,
+        base: Any,
+        dtype: str | None = "bfloat16",
+        *,
+        whole: Any = None,
+        name: str | None = None,
+        verbose: int = 1,
+    ) -> "Patch":
+        """Return what is different in a model from the one it was trained from.
+
+        The patch, a delta, holds for each weight the places of the entries
+        that differ and the differences. `save` stores a place in less than 6
+        bits at a density of 5 %, and a bfloat16 difference in about 10.5, by an
+        entropy coder. Places that `PrincipalMaskCallback(criterion="random")`
+        drew once are not stored but drawn again from their seed, if `model` has
+        the optimizer that it was trained with; then all of these entries are
+        stored. The patch is bound to the base by a hash of all its weights.
+        A delta of a model with companders is one of what they store, and goes
+        onto models with the same ones alone; call `fold` first for one of
+        plain weights.
+
+        Args:
+            model: A built Keras model.
+            base: What it was before: a model, or the list that
+                `model.get_weights()` returned then.
+            dtype: `"bfloat16"`, `"float16"` or `"float32"`, of the differences.
+                `None` stores no differences but the new values of these
+                entries, in the type of the weight: at scale 1, and where no
+                other patch changes the entry, they give the model bit for bit.
+                Differences, in float32 too, are rounded. Defaults to
+                `"bfloat16"`, with an error of at most 2^-9 of the difference.
+                What is too small for float16 is stored as 0, with a warning.
+            whole: Weights that are stored with all their values, exactly, as
+                they are no part of a base that others have: a new head. They
+                may be others in the model that gets the patch, which replaces
+                them. A regex searched for in the paths; a layer of `model` or
+                a layer type, for all weights inside of them; or a list of
+                these. Defaults to `None`, for none.
+            name: String, what to call it in reports. A patch without one takes
+                the name of its file.
+            verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
+                taken two seconds. Defaults to `1`.
+
+        Returns:
+            A `Patch`.
+
+        Raises:
+            ValueError: If the two have other weights or companders, differ in
+                nothing, in weights that are no floats or by what is not
+                finite; all problems are listed. If an element of `whole`
+                matches no weight.
+
+        Example:
+
+        ```python
+        import keras
+        import keras_weightmods as kwm
+
+        model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(8)])
+        base = model.get_weights()
+        model.set_weights([base[0] + 0.5, base[1]])
+        print(kwm.Patch.from_models(model, base).report())
+        ```
+        """
+        checks.check_string("name", name, optional=True)
+        fields = delta.differences(model, base, dtype, whole, verbose)
+        return Patch(name=name, **fields)
+
+    @staticmethod
+    def from_lora(
+        model: Any,
+        lora: Any,
+        dtype: str | None = "bfloat16",
+        *,
+        name: str | None = None,
+        verbose: int = 1,
+    ) -> "Patch":
+        """Return a LoRA adapter as a patch on its base.
+
+        The change of a kernel is alpha / rank * B A (arXiv 2106.09685, section
+        4.1). The patch holds all entries of these kernels.
+
+        Args:
+            model: A KerasHub model or backbone, the base of the adapter,
+                without patches. It is not changed.
+            lora: String or path, of a folder of peft or of a `.lora.h5` file
+                of KerasHub, which has the rank as alpha.
+            dtype: As in `from_models`.
+            name: As in `from_models`. Defaults to the name of the file.
+            verbose: As in `from_models`.
+
+        Returns:
+            A `Patch`.
+
+        Raises:
+            ValueError: If `lora` is no adapter of this model, or one of peft
+                that is more than `alpha / rank * B A` over its base, as DoRA,
+                PiSSA or OLoRA.
+
+        Example:
+
+        ```python
+        import os
+        import tempfile
+        import keras_weightmods as kwm
+        from keras_hub import models
+
+        backbone = models.Llama3Backbone(96, 1, 4, 32, 64, 2)
+        with tempfile.TemporaryDirectory() as folder:
+            lora = os.path.join(folder, "task.lora.h5")
+            tuned = models.Llama3Backbone(96, 1, 4, 32, 64, 2)
+            tuned.set_weights(backbone.get_weights())
+            tuned.enable_lora(2)
+            for weight in tuned.trainable_weights:
+                weight.assign(weight + 0.1)
+            tuned.save_lora_weights(lora)
+            patch = kwm.Patch.from_lora(backbone, lora)
+        patch.apply(backbone)
+        assert len(patch) == 2  # query and value
+        ```
+        """
+        checks.check_string("name", name, optional=True)
+        _check_plain(model)
+        fields = adapters.changes(model, lora, dtype, verbose)
+        return Patch(name=name or _stem(lora), **fields)
+
+    def to_lora(
+        self,
+        model: Any,
+        filepath: Any,
+        rank: int = 16,
+        format: str = "peft",
+        *,
+        force: bool = False,
+        overwrite: bool = True,
+        verbose: int = 1,
+    ) -> LoraReport:
+        """Write the patch as a LoRA adapter, the nearest one of a rank.
+
+        The change D of each kernel becomes the product of two factors (LoRA,
+        arXiv 2106.09685, equation 3) by its truncated singular value
+        decomposition, the best approximation of that rank. A change by LIFT
+        is of high rank: the report says what is lost. What an adapter cannot
+        hold, biases and norms for instance, is left out with a warning.
+
+        - `"peft"`: a folder with `adapter_model.safetensors` and
+          `adapter_config.json`, for the model that
+          `kwm.export(model, path, "transformers")` writes. Kernels that
+          transformers holds as a part of a tensor, as GPT-2's query, are left
+          out.
+        - `"keras_hub"`: a file that ends in `.lora.h5`. Call
+          `backbone.enable_lora(rank, names)` with the names of the layers in
+          the report, then `backbone.load_lora_weights(filepath)`.
+
+        Args:
+            model: A KerasHub model or backbone, the base of the patch, without
+                patches. It is not changed.
+            filepath: String or path of the file or folder to write.
+            rank: Int, at most 16,384. Kernels with a side below it get zeros.
+                Defaults to 16.
+            format: `"peft"` or `"keras_hub"`. Defaults to `"peft"`.
+            force: Bool, whether to take a delta of another base with weights
+                of the same shapes. Defaults to `False`.
+            overwrite: Bool, whether to replace an adapter that is there: its
+                two files, of a folder; what else is in it stays. Defaults to
+                `True`.
+            verbose: As in `from_models`.
+
+        Returns:
+            A `LoraReport`.
+
+        Raises:
+            ValueError: If an argument is not as above, the patch is not one
+                for this model, none of its changes can be in an adapter, or
+                the folder holds other weights of one, as `adapter_model.bin`.
+                Nothing is written then.
+            FileExistsError: If there is a file and `overwrite` is `False`.
+
+        Example:
+
+        ```python
+        import os
+        import tempfile
+        import keras_weightmods as kwm
+        from keras_hub import models
+
+        model = models.Llama3CausalLM(
+            models.Llama3Backbone(96, 1, 4, 32, 64, 2), preprocessor=None
+        )
+        base = model.get_weights()
+        kernel = kwm.find_targets(model)[0].variable
+        kernel.assign(kernel + 0.1)
+        task = kwm.Patch.from_models(model, base)
+        model.set_weights(base)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "task.lora.h5")
+            report = task.to_lora(model, path, 1, "keras_hub")
+        assert report.error < 0.01
+        ```
+        """
+        adapters.check_arguments(filepath, rank, format, overwrite)
+        checks.check_bool("force", force)
+        checks.check_verbose(verbose)
+        _check_plain(model)
+        with Progress(1, "weight", verbose) as progress:
+            values = Checkpoint("model", model)
+            self._check_fits(values)
+            self._check_base(values, Ledger(), force)
+            return adapters.write(self, model, filepath, rank, format, progress)
+
+    @classmethod
+    def load(cls, filepath: Any, verbose: int = 1) -> Self:
+        """Read a patch that `save` has written, of whichever kind.
+
+        Args:
+            filepath: String or path.
+            verbose: As in `from_models`.
+
+        Returns:
+            A `Patch`, or a `WeightSignature` where the file holds one.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is no patch, is damaged, or was made by a
+                later version of the format. Nothing in a file is ever
+                executed.
+        """
+        path = checks.check_path("filepath", filepath)
+        checks.check_verbose(verbose)
+        format = metadata_of(path).get("format")
+        kinds = {each.FORMAT: each for each in (cls, *cls.__subclasses__())}
+        with Progress(1, "step", verbose):
+            return kinds.get(format, cls)._read(path)
+
+    def save(
+        self, filepath: Any, overwrite: bool = True, verbose: int = 1
+    ) -> PatchContentsReport:
+        """Write the patch to a safetensors file.
+
+        Args:
+            filepath: String or path. `.safetensors` is the usual ending.
+            overwrite: Bool, whether a file that exists is replaced, which
+                happens at once when the new one is complete. Defaults to
+                `True`.
+            verbose: As in `from_models`.
+
+        Returns:
+            A `PatchContentsReport`.
+
+        Raises:
+            ValueError: If `filepath` is no place for a file.
+            FileExistsError: If it exists and `overwrite` is `False`.
+        """
+        path = checks.check_path("filepath", filepath)
+        checks.check_verbose(verbose)
+        with Progress(1 + len(self), "weight", verbose) as progress:
+            index_bits = self._write(path, overwrite, progress)
+        return contents_report(self, path, index_bits)
+
+    @classmethod
+    def _read(cls, filepath: str) -> Self:
+        return cls(name=_stem(filepath), **delta_file.read(filepath))
+
+    def _write(
+        self, filepath: str, overwrite: bool, progress: Progress
+    ) -> float | None:
+        """Write the file; return the bits of a place if it has places."""
+        return delta_file.write(filepath, self, overwrite, progress.add)
+
+    def apply(
+        self,
+        model: Any,
+        scale: float = 1.0,
+        *,
+        force: bool = False,
+        verbose: int = 1,
+    ) -> Any:
+        """Put the patch on a model, or change its scale there.
+
+        The optimizer's state is not changed.
+
+        Args:
+            model: A built Keras model: for a delta its base, for a signature
+                any of the architecture, trained on whatever data; the sizes of
+                the weights that are not patched may differ. Or a list as from
+                `model.get_weights()`.
+            scale: Float, the strength. Defaults to 1. Where the patch is on
+                the model already, it has this scale from then on.
+            force: Bool, whether to put a delta on another base model with
+                weights of the same shapes. Defaults to `False`.
+            verbose: As in `from_models`.
+
+        Returns:
+            A `PatchReport`. For a list, a new list of arrays instead; the one
+            given and its arrays are not changed.
+
+        Raises:
+            ValueError: If the model is not the base of a delta or does not fit
+                (architecture, names, shapes, dtypes, companders: all that is
+                wrong is listed), weights were changed since they were patched,
+                or the result is not finite. The model is unchanged then.
+
+        Example:
+
+        ```python
+        import keras
+        from keras_weightmods import WeightSignature
+
+        def dense():
+            return keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
+
+        model, robust = dense(), dense()
+        signature = WeightSignature.extract(None, model, robust, depth=1)
+        print(signature.apply(model))
+        ```
+        """
+        scale = checks.check_float("scale", scale)
+        checks.check_bool("force", force)
+        checks.check_verbose(verbose)
+        values = Checkpoint("model", model)
+        if values.model is None:
+            self._check_fits(values)
+            self._check_base(values, Ledger(), force)
+            return changed_list(values, self, scale)
+        ledger = ledger_of(model)
+        with ledger.lock, Progress(2, "step", verbose) as progress:
+            name, action = ledger.name_of(self), "rescale"
+            if name is None:
+                self._check_fits(values)
+                self._check_base(values, ledger, force)
+                name, action = ledger.free_name(self.name), "add"
+            progress.add()
+            after = {**ledger.patches, name: Applied(self, scale)}
+            return _update(ledger, values, action, name, scale, after)
+
+    def remove(
+        self, model: Any, *, force: bool = False, verbose: int = 1
+    ) -> PatchReport:
+        """Take the patch off a model again.
+
+        With the last patch gone the weights are the clean ones, bit for bit.
+
+        Args:
+            model: A model that `apply` has patched in this process.
+            force: Bool, whether to take it off weights that were changed since
+                they were patched, by training for instance. It is subtracted
+                from them, which is no return to the clean model; in a weight
+                that deltas alone change, the clean values are put back at
+                their places. Statistics that were changed are left as they
+                are. Defaults to `False`.
+            verbose: As in `from_models`.
+
+        Returns:
+            A `PatchReport`.
+
+        Raises:
+            ValueError: If the patch is not on the model, or weights were
+                changed since and `force` is not set. The model is unchanged
+                then.
+
+        Example:
+
+        ```python
+        import keras
+        from keras_weightmods import WeightSignature
+
+        def dense():
+            return keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
+
+        model, robust = dense(), dense()
+        signature = WeightSignature.extract(None, model, robust, depth=1)
+        signature.apply(model)
+        signature.remove(model)
+        ```
+        """
+        checks.check_bool("force", force)
+        checks.check_verbose(verbose)
+        values, ledger = _of_model(model)
+        with ledger.lock, Progress(1, "step", verbose):
+            name = ledger.name_of(self)
+            if name is None:
+                raise ValueError(
+                    f"{self!r} must be on this model object: on it are "
+                    f"{[*ledger.patches]}. `patch.subtract(model)` takes one "
+                    "off that was put on before the model was saved. Received: "
+                    f"model={model.name!r}"
+                )
+            after = dict(ledger.patches)
+            scale = after.pop(name).scale
+            return _update(ledger, values, "remove", name, scale, after, force)
+
+    @contextlib.contextmanager
+    def applied(self, model: Any, scale: float = 1.0) -> Iterator[PatchReport]:
+        """Have the patch on a model within a `with` block.
+
+        Where it cannot be taken off after an error in the block, it stays, and
+        a note on that error says so.
+
+        Args:
+            model: As in `apply`.
+            scale: As in `apply`.
+
+        Raises:
+            ValueError: As in `apply` and `remove`.
+
+        Example:
+
+        ```python
+        import keras
+        from keras_weightmods import Patch, WeightSignature
+
+        def dense():
+            return keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
+
+        model = dense()
+        noise, blur = (
+            WeightSignature.extract(None, model, dense(), depth=1) for _ in "ab"
+        )
+        with noise.applied(model), blur.applied(model, 0.5):
+            print(Patch.on(model))
+        assert not Patch.on(model)
+        ```
+        """
+        report = self.apply(model, scale)
+        try:
+            yield report
+        except BaseException as error:
+            try:
+                self.remove(model)
+            except ValueError as problem:
+                error.add_note(f"The patch is still on the model. {problem}")
+            raise
+        self.remove(model)
+
+    def subtract(self, model: Any, scale: float = 1.0) -> PatchReport:
+        """Subtract the patch from a model that was saved with it.
+
+        Subtracting rounds: to have the clean model bit for bit, keep its file.
+
+        Args:
+            model: A built Keras model that has no patch on it in this process.
+            scale: Float, the scale that the patch has. Defaults to 1.
+
+        Returns:
+            A `PatchReport`.
+
+        Raises:
+            ValueError: If the model does not fit or has patches on it, or what
+                was there before is not known from the patch: new values
+                (`dtype=None`, `whole`), or statistics that are replaced as a
+                whole. The model is unchanged then.
+        """
+        scale = checks.check_float("scale", scale)
+        values, ledger = _of_model(model)
+        with ledger.lock:
+            self._check_fits(values)
+            return PatchReport(
+                action="subtract",
+                name=self.name,
+                scale=scale,
+                subtracted=ledger.subtract(values, self, scale),
+            )
+
+    @staticmethod
+    def on(model: Any) -> dict[str, Applied]:
+        """Return the patches on a model.
+
+        Args:
+            model: A built Keras model.
+
+        Returns:
+            Dict from their names to `Applied`: `patch` and `scale`.
+        """
+        return dict(_of_model(model)[1].patches)
+
+    @staticmethod
+    def clear(model: Any, *, force: bool = False) -> PatchReport:
+        """Take all patches off a model, or none if one of them cannot be.
+
+        Args:
+            model: A built Keras model.
+            force: As in `remove`.
+
+        Returns:
+            A `PatchReport`.
+
+        Raises:
+            ValueError: As in `remove`.
+        """
+        checks.check_bool("force", force)
+        values, ledger = _of_model(model)
+        with ledger.lock:
+            return _update(ledger, values, "clear", None, None, {}, force)
+
+    def report(self) -> PatchContentsReport:
+        """Return what the patch holds, as a table to print."""
+        return contents_report(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Int, the bytes of the numbers, in a signature packed codes."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """String, the SHA-256 of all that the patch does."""
+        keys, arrays = [], []
+        for entry in self:
+            tensor = entry.tensor
+            keys.append(
+                entry.key if type(tensor) is Sparse else f"{entry.key} replaced"
+            )
+            arrays += [tensor.places, tensor.values]
+        return checkpoint.digest_of(keys, arrays)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[PatchEntry]:
+        return iter(self.entries)
+
+    def keys(self) -> list[str]:
+        """Return the list of the keys `"{position}:{path}"`."""
+        return [entry.key for entry in self.entries]
+
+    def problems(self, model: Checkpoint) -> list[str]:
+        """Return what keeps the patch from fitting a `Checkpoint`."""
+        infos, argument = model.infos, f"`{model.argument}`"
+        if self.count != len(infos):
+            return [f"{len(infos)} weights, and {self.count} are expected"]
+        expected = [entry.info for entry in self]
+        return (
+            architecture.weight_problems(expected, infos, argument)
+            + architecture.path_problems(expected, infos, argument)
+            + architecture.reparameterization_problems(
+                self.reparameterized, model, expected
+            )
+        )
+
+    def _check_fits(self, model: Checkpoint) -> None:
+        checks.raise_all(
+            f"The patch does not fit the {model.argument}:",
+            self.problems(model),
+        )
+
+    def _check_base(
+        self, model: Checkpoint, ledger: Ledger, force: bool
+    ) -> None:
+        """Raise ValueError unless a model is the base that a delta needs."""
+        if self.base is None or force:
+            return
+        if ledger.fingerprint(model, self.whole) != self.base:
+            name = getattr(model.model, "name", "a list")
+            raise ValueError(
+                "The model must be the base that the patch was made for, and "
+                "its weights are others. Load the base model, or pass "
+                "`force=True` to put the changes on this one. Received: "
+                f"patch={self!r}, model={name!r}"
+            )
+
+    def __repr__(self) -> str:
+        name = "" if self.name is None else f"{self.name!r}, "
+        kind = type(self).__name__
+        return f"<{kind} {name}{self.method}, {len(self)} weights>"
+
+    def __str__(self) -> str:
+        return str(self.report())
+
+
+def _stem(filepath: Any) -> str:
+    """Return the name of a file or folder without its ending."""
+    name: str = os.path.basename(os.path.normpath(os.fspath(filepath)))
+    return os.path.splitext(name)[0].removesuffix(".lora")
+
+
+def _of_model(model: Any) -> tuple[Checkpoint, Ledger]:
+    """Return the `Checkpoint` and the `Ledger` of a model."""
+    if isinstance(model, (list, tuple)):
+        raise checks.error("model", "a built Keras model", type(model))
+    return Checkpoint("model", model), ledger_of(model)
+
+
+def _check_plain(model: Any) -> None:
+    """Raise ValueError unless LoRA can be added to the weights of a model."""
+    on_model = [*Patch.on(model)]
+    if on_model:
+        raise ValueError(
+            "`model` must be without patches. Call `kwm.Patch.clear(model)` "
+            f"first. Received: model={model.name!r} with {on_model}"
+        )
+    adapters.check_plain(model)
+
+
+def _update(
+    ledger: Ledger,
+    model: Checkpoint,
+    action: str,
+    name: str | None,
+    scale: float | None,
+    after: dict[str, Applied],
+    force: bool = False,
+) -> PatchReport:
+    """Bring a model to the patches in `after`; return what was changed."""
+    for applied in {**ledger.patches, **after}.values():
+        applied.patch._check_fits(model)
+    written, subtracted, left = (
+        tuple(model.infos[position].key for position in positions)
+        for positions in ledger.update(model, after, force)
+    )
+    reason = "changed since, and not known from before"
+    return PatchReport(
+        action=action,
+        name=name,
+        scale=scale,
+        changed=written,
+        subtracted=subtracted,
+        active={name: each.scale for name, each in ledger.patches.items()},
+        clean_nbytes=ledger.nbytes,
+        skipped=tuple(Skipped(key, reason) for key in left),
+    )
