@@ -234,7 +234,10 @@ class Ledger:
             if isinstance(entry.tensor, Replacing)
             or scale * entry.replaced >= 1
         ]
-        summary = "What was replaced is not known from the patch:"
+        summary = (
+            "What was replaced is not known from the patch: use the base "
+            "model's own file."
+        )
         raise_all(summary, unknown)
         present = model.snapshots(entry.position for entry in patch)
         before = {e.position: Sum(e.key, present[e.position]) for e in patch}

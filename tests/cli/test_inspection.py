@@ -74,7 +74,7 @@ def test_help_version_and_inspect_load_no_backend(files):
         ("delta.safetensors", ("`keras_weightmods.Patch.load`", "places")),
         (
             "signature.safetensors",
-            ("`keras_weightmods.WeightSignature.load`", "8x4"),
+            ("`keras_weightmods.Patch.load`", "8x4"),
         ),
         ("a.weights.h5", ("an HDF5 file", "8x4")),
     ],

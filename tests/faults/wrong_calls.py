@@ -265,11 +265,6 @@ def saved_model():
     return "model.safetensors"
 
 
-def saved_signature():
-    signature().save("signature.safetensors", overwrite=True)
-    return "signature.safetensors"
-
-
 X = normal(8, 8)
 TOKENS = np.arange(12).reshape(2, 6)
 LAW = {"tokens": [1e6, 2e6, 4e6, 8e6, 1.6e7]}
@@ -331,13 +326,6 @@ def _on_signature(method, **arguments):
         return Call(getattr(made, method), given, [model])
 
     return make
-
-
-def _removable():
-    model = mlp()
-    made = signature(model)
-    made.apply(model)
-    return Call(made.remove, {"model": model}, [model])
 
 
 def _detach():
@@ -532,16 +520,10 @@ CALLS: dict[str, Callable[[], Call]] = {
     "WeightSignature.sum": lambda: Call(
         kwm.WeightSignature.sum, {"signatures": [signature(), signature()]}
     ),
-    "WeightSignature.apply": _on_signature("apply", model=lambda m: m),
-    "WeightSignature.remove": _removable,
     "WeightSignature.truncate": _on_signature("truncate", depth=1),
     "WeightSignature.quantize": _on_signature("quantize"),
     "WeightSignature.cosine_similarity": _on_signature(
         "cosine_similarity", other=signature
-    ),
-    "WeightSignature.save": _on_signature("save", filepath="s.safetensors"),
-    "WeightSignature.load": lambda: Call(
-        kwm.WeightSignature.load, {"filepath": saved_signature()}
     ),
     **{
         f"ops.{name}": lambda name=name: Call(

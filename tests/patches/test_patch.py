@@ -182,7 +182,7 @@ def test_subtracting_from_a_model_that_was_saved(models, signatures):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     now = weights_of(model)
     half = signatures[3]
-    with pytest.raises(ValueError, match="not known from the patch: 4 probl"):
+    with pytest.raises(ValueError, match=r"not known .* 4 prob"):
         half.subtract(model, 2)
     half.apply(model)
     with pytest.raises(ValueError, match="must be taken off first"):
