@@ -74,7 +74,12 @@ class ReparameterizedLoraLayer(ReparameterizedLayer):
 
 
 class AttachedLayer:
-    """What the generated classes put before all: they have no config."""
+    """What the generated classes put before all: they have no config.
+
+    So `model.save` and `clone_model` raise. What holds the layer and does not
+    ask it for its config (a backbone of KerasHub) can be cloned and written
+    as a preset; the plain layers made from that do not take its arrays.
+    """
 
     def get_config(self: Any):
         raise ValueError(

@@ -7,11 +7,8 @@ w = f(v, parameters) fits by one more subclass of `Reparameterization`.
 
 import contextlib
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import keras
 
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import (
@@ -20,7 +17,6 @@ from keras_weightmods.core.reparameterization import (
     slots,
 )
 from keras_weightmods.core.reparameterized_layer import (
-    AttachedLayer,
     ReparameterizedLayer,
     set_reparameterizations,
 )
@@ -144,81 +140,6 @@ def attach(
             item.target.variable.assign(value)
         _install(item)
     forget_variables(model)
-    _guard(model)
-
-
-def _guard(model: Any) -> None:
-    """Have what holds reparameterized layers refuse to be copied as plain.
-
-    Its config would build plain layers, and a preset of KerasHub would hold
-    that config beside the arrays of the reparameterized ones. A layer refuses
-    by itself, but not all that hold it ask for its config.
-    """
-    for part in keras_compat.layers_of(model):
-        own = keras_compat.attributes(part)
-        for name, guard in _GUARDS.items():
-            method = own.get(name)
-            is_ours = getattr(method, "__func__", None) is guard
-            if _attached_in(part) and not isinstance(part, AttachedLayer):
-                if method is None and hasattr(type(part), name):
-                    own[name] = types.MethodType(guard, part)
-            elif is_ours:
-                del own[name]
-
-
-def _attached_in(part: Any) -> list[Any]:
-    parts = keras_compat.layers_of(part)
-    return [each for each in parts if isinstance(each, AttachedLayer)]
-
-
-def _save_to_preset(model: Any, *args: Any, **kwargs: Any) -> None:
-    left = reparameterizations(model)
-    if left:
-        raise ValueError(
-            "A preset holds no reparameterized weights, and would not load. "
-            f"Call `{left[0].finish}` first, or save the model with "
-            "`keras_weightmods.save_model(model, path)`. Received: "
-            f"model={model.name!r}, of which {len(left)} weights are "
-            f"reparameterized, the first being {left[0].target.path!r}"
-        )
-    type(model).save_to_preset(model, *args, **kwargs)
-
-
-# (format, backend) of `export` in which parameters can stand for a weight.
-KEEP_PARAMETERS = (("tf_saved_model", "tensorflow"), ("torch", "torch"))
-
-
-def _export(
-    model: Any,
-    filepath: Any,
-    format: Any = "tf_saved_model",
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    left = [i for i in reparameterizations(model) if not i.keeps_stored]
-    backend = keras.backend.backend()
-    if left and (format, backend) not in KEEP_PARAMETERS:
-        raise ValueError(
-            f"The format {format!r} holds no packed weights, on {backend}. "
-            f"`keras_weightmods.export(model, {str(filepath)!r}, "
-            f"{format!r})` writes them in dense form. Received: "
-            f"model={model.name!r}, of which {len(left)} weights are packed"
-        )
-    return type(model).export(model, filepath, format, *args, **kwargs)
-
-
-def _get_config(part: Any) -> Any:
-    # Within `plain_classes` there are none.
-    for layer in _attached_in(part):
-        layer.get_config()
-    return type(part).get_config(part)
-
-
-_GUARDS: dict[str, Callable[..., Any]] = {
-    "save_to_preset": _save_to_preset,
-    "export": _export,
-    "get_config": _get_config,
-}
 
 
 def install(item: Reparameterization) -> None:
@@ -264,7 +185,6 @@ def fold(
         see(item)
     if items:
         forget_variables(model)
-        _guard(model)
     return items
 
 

@@ -57,6 +57,8 @@ _NEEDS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "transformers": {"": (("keras_hub",), "keras-hub")},
     "gguf": {"": (("gguf",), "'keras-weightmods[gguf]'")},
 }
+# (format, backend) whose files can call the compiled kernels.
+_KEEP_PACKED = (("tf_saved_model", "tensorflow"), ("torch", "torch"))
 
 
 def export(
@@ -219,7 +221,7 @@ def check_needs(format: str, keep_packed: bool) -> None:
             f"alone. Received: the backend {backend!r}. Save the model by "
             "`kwm.save_model`, and load it under another KERAS_BACKEND."
         )
-    if keep_packed and (format, backend) not in seam.KEEP_PARAMETERS:
+    if keep_packed and (format, backend) not in _KEEP_PACKED:
         raise ValueError(
             "Packed kernels can be kept in 'tf_saved_model' on TensorFlow and "
             "in 'torch' on torch alone. Received: keep_packed=True, "
