@@ -5,7 +5,7 @@
 
 SmolLM2-135M-Instruct, without training: `sensitivity` says which kernels hurt
 most, a share of the weights stays dense in them, SparseGPT with swaps and
-trained blocks makes the others 2:4, `quantize_sparse` rounds all to four bits,
+trained blocks makes the others 2:4, `quantize` rounds all to four bits,
 and `pack` writes them in int4, with an int8 head. All on the same rows: half of
 them the dense model wrote, a quarter each are prose and docstrings. Perplexity
 is that of the packed model, on the four texts of `benchmarks.quality`.
@@ -103,7 +103,8 @@ def measure_quality(args, report):
                 batch_size=4,
                 verbose=0,
             )
-        kwm.quantize_sparse(model, data, dense=True, batch_size=4, verbose=0)
+        options = {"refine": None, "head": False}
+        kwm.quantize(model, data, batch_size=4, verbose=0, **options)
         seconds = time.monotonic() - began
         packed = load_smollm2()
         packed.preprocessor = None

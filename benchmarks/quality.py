@@ -353,7 +353,8 @@ class Rounded:
         details = self.method(model, train)
         data = model_inputs(train[:128, :-1])
         options = {"refine": self.refine, "batch_size": 4, "verbose": 0}
-        kwm.quantize_sparse(model, data, **options)
+        options |= {"head": False}
+        kwm.quantize(model, data, **options)
         kwm.assert_sparse(model)
         return details
 

@@ -36,7 +36,7 @@ is there (`make bench-runtimes LLAMA=llama-cpp-python`). The log says which.
 
 The sparse weights are made by SparseGPT, or come `--sparse FILE.npz`, arrays in
 the order of `get_weights()`. What `pack` holds in int4 is rounded before by
-`quantize_sparse`, its blocks trained, on rows of which half the dense model
+`quantize`, its blocks trained, on rows of which half the dense model
 wrote itself and a quarter each is prose and docstrings, which takes 20 minutes
 for each form (`--rounding 0` for rounding to nearest).
 `--shape 1b` has random weights: speeds alone.
@@ -401,10 +401,8 @@ def write_rounded(path, args):
     elif not is_dense:
         harness.load_weights(model, sparse_file(args))
     rows = mixed_rows(load_tokenizer(), 257, args.rounding, 0.5, 0, 0.25)
-    which: dict = {"dense": is_dense, "refine": "blocks"}
-    if is_head:
-        which = {"head": True, "targets": []}
-    report = kwm.quantize_sparse(
+    which: dict = {"targets": []} if is_head else {"head": False}
+    report = kwm.quantize(
         model, model_inputs(rows[:, :-1]), batch_size=4, **which
     )
     print(report)

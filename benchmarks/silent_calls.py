@@ -128,15 +128,10 @@ def prune(calls, folder):
         targets=some,
         refine="swaps",
     )
-    calls("quantize_sparse", kwm.quantize_sparse, model, x, targets=some)
-    head = {"head": True, "targets": []}
-    calls("quantize_sparse, head", kwm.quantize_sparse, model, x, **head)
-    calls(
-        "quantize_sparse, blocks",
-        *(kwm.quantize_sparse, model, x),
-        targets=some,
-        refine="blocks",
-    )
+    plain = {"refine": None, "head": False}
+    calls("quantize", kwm.quantize, model, x, targets=some, **plain)
+    calls("quantize, head", kwm.quantize, model, x, targets=[])
+    calls("quantize, blocks", kwm.quantize, model, x, targets=some, head=False)
 
 
 def pack(calls, folder):

@@ -29,6 +29,7 @@ from .packing.pack import unpack as unpack
 from .patches.merge import merge as merge
 from .patches.patch import Patch as Patch
 from .patches.signature import WeightSignature as WeightSignature
+from .quantization.quantize import quantize as quantize
 from .reparameterize.compander import attach_compander as attach_compander
 from .reparameterize.compander_layers import CompanderConv1D as CompanderConv1D
 from .reparameterize.compander_layers import CompanderConv2D as CompanderConv2D
@@ -51,7 +52,6 @@ from .saving.model import save_model as save_model
 from .sparsity.adam_s import AdamS as AdamS
 from .sparsity.cast import CAST as CAST
 from .sparsity.merge_lora import merge_lora as merge_lora
-from .sparsity.quantize_sparse import quantize_sparse as quantize_sparse
 from .sparsity.report import assert_sparse as assert_sparse
 from .sparsity.report import sparsity_report as sparsity_report
 from .sparsity.scaling import attach_scaling as attach_scaling

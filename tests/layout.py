@@ -8,7 +8,7 @@ import re
 # Those of one row do not import each other.
 FLOORS = (
     ("", "cli"),
-    ("sparsity", "packing", "lift", "reparameterize"),
+    ("sparsity", "quantization", "packing", "lift", "reparameterize"),
     ("plot",),
     ("calibration",),
     ("patches", "evaluation", "generation", "exporting"),

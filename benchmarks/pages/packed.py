@@ -79,7 +79,7 @@ def _rounding(log):
     rows = log.get("rounding_rows")
     if not rows:
         return "What is packed in int4 was rounded to nearest."
-    return f"""What is packed in int4 was rounded by `quantize_sparse` on {rows}
+    return f"""What is packed in int4 was rounded by `quantize` on {rows}
 rows of 256 tokens, of prose, docstrings and text that the dense model wrote."""
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import warnings
 
 import keras
 import numpy as np
@@ -12,6 +13,37 @@ from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.calibration.schedule import WarmupLinearDecay
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.utils.report import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructedBlock:
+    """One block of a report, of `sparsify` or `quantize` with blocks.
+
+    Attributes:
+        name: String, of the layer.
+        kernels: Int, how many of its kernels were trained.
+        before, after: Floats, `|Y' - Y|^2 / |Y|^2`, the mean over the
+            positions: Y are the outputs of the model as given there, Y' those
+            of the changed one.
+    """
+
+    name: str
+    kernels: int
+    before: float
+    after: float
+
+
+def blocks_table(blocks):
+    """Return the `Table` of a report on reconstructed blocks."""
+    return Table(
+        "Blocks, reconstructed",
+        ("block", "kernels", "error before", "after"),
+        tuple(
+            (b.name, str(b.kernels), f"{b.before:.2%}", f"{b.after:.2%}")
+            for b in blocks
+        ),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +80,16 @@ class BlockReconstruction:
                 None: the positions that count.
 
         Returns:
-            Pair of floats, the loss before and after; None for a block
-            without a float in its outputs.
+            A `ReconstructedBlock`; None, with a warning, for a block without
+            a float in its outputs.
         """
         data = _Batches(calls, taught, used)
         if not data.places:
+            warnings.warn(
+                f"The block {operation.name!r} gives no float, so that its "
+                f"{len(targets)} kernels are not trained.",
+                stacklevel=2,
+            )
             return None
         steps = self.epochs * len(calls)
         schedule = WarmupLinearDecay(
@@ -71,7 +108,7 @@ class BlockReconstruction:
                 f"rate of {self.learning_rate}. Give a smaller one, or leave "
                 "'blocks' out of `refine`."
             )
-        return before, after
+        return ReconstructedBlock(operation.name, len(targets), before, after)
 
 
 class _Batches(keras.utils.PyDataset):

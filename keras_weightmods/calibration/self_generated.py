@@ -1,16 +1,13 @@
 """Text that a language model writes itself, to calibrate and train on."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_weightmods.core import keras_compat
 from keras_weightmods.evaluation.perplexity import Perplexity, start_token
-from keras_weightmods.generation.compile_generate import compiled
+from keras_weightmods.generation.compile_generate import compile_generate
 from keras_weightmods.utils import checks
 
 
@@ -33,8 +30,8 @@ def self_generated(
     has one, and a token at random; the rest is sampled. Of what is written,
     the rows of the highest perplexity are thrown away.
 
-    This is `model.generate`, compiled as by `compile_generate`, with a sampler
-    of its own. Call it on the dense model, before it is made sparse.
+    Another model on the same backbone writes, by `compile_generate`, with a
+    sampler of its own. Call it on the dense model, before it is made sparse.
 
     Args:
         model: A `keras_hub.models.CausalLM` that takes nothing but tokens.
@@ -77,7 +74,7 @@ def self_generated(
         model,
         "2:4",
         "sparsegpt",
-        {"token_ids": tokens, "padding_mask": tokens >= 0},
+        tokens,
         verbose=0,
     )
     ```
@@ -101,21 +98,21 @@ def self_generated(
     progress = keras.utils.Progbar(written, unit_name="row", verbose=verbose)
     progress.update(0)
     texts: list[np.ndarray] = []
-    with _writing(model, sampler):
-        for first in range(0, written, batch_size):
-            # Batches of one size, since each compiles anew.
-            chosen = np.arange(first, first + batch_size) % written
-            tokens = np.zeros((len(chosen), length), "int32")
-            tokens[:, : starts.shape[1]] = starts[chosen]
-            given = np.zeros(tokens.shape, bool)
-            given[:, : starts.shape[1]] = True
-            outputs = model.generate(
-                {"token_ids": tokens, "padding_mask": given},
-                stop_token_ids=None,
-            )
-            new = min(batch_size, written - first)
-            texts.append(np.asarray(outputs["token_ids"], "int32")[:new])
-            progress.update(first + new)
+    writer = _writer(model, sampler)
+    for first in range(0, written, batch_size):
+        # Batches of one size, since each compiles anew.
+        chosen = np.arange(first, first + batch_size) % written
+        tokens = np.zeros((len(chosen), length), "int32")
+        tokens[:, : starts.shape[1]] = starts[chosen]
+        given = np.zeros(tokens.shape, bool)
+        given[:, : starts.shape[1]] = True
+        outputs = writer.generate(
+            {"token_ids": tokens, "padding_mask": given},
+            stop_token_ids=None,
+        )
+        new = min(batch_size, written - first)
+        texts.append(np.asarray(outputs["token_ids"], "int32")[:new])
+        progress.update(first + new)
     result = np.concatenate(texts)
     if written > rows:
         measure = Perplexity(model, length=length, batch_size=8)
@@ -125,15 +122,22 @@ def self_generated(
     return result
 
 
-@contextlib.contextmanager
-def _writing(model: Any, sampler: Any) -> Iterator[None]:
-    """Let `model.generate` take and give tokens, by `sampler`, in a scope."""
-    replaced = keras_compat.replaced_attributes(
-        model, sampler=sampler, generate_function=None
-    )
-    plain = keras_compat.without_preprocessor(model)
-    with replaced, plain, compiled(model):
-        yield
+def _writer(model: Any, sampler: Any) -> Any:
+    """Return a model on the same backbone that takes tokens, and samples.
+
+    The model itself keeps its preprocessor and its sampler.
+    """
+    try:
+        writer = type(model)(backbone=model.backbone, preprocessor=None)
+    except TypeError as error:
+        expected = "of a class that is made of `backbone` and `preprocessor`"
+        raise checks.error("model", expected, type(model)) from error
+    known = set(map(id, model.variables))
+    if any(id(variable) not in known for variable in writer.variables):
+        raise checks.error("model", "one whose weights its backbone has", model)
+    writer.compile(sampler=sampler)
+    compile_generate(writer, verbose=0)
+    return writer
 
 
 def _tokenizer(model: Any) -> Any:

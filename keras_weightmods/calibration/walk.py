@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_weightmods.calibration import inputs as calibration
 from keras_weightmods.core import expert_banks, keras_compat
+from keras_weightmods.core.reparameterization import slots
 
 _UNREACHED = "the data do not reach it"
 _METRIC = "output error"
@@ -70,6 +71,17 @@ def change_kernels(model, targets, batches, change, rebuild=None, verbose=1):
             target.variable.assign(value)
         raise
     return rows
+
+
+def check_stored(caller, targets):
+    """Raise ValueError for a target that is reparameterized."""
+    taken = [t.path for t in targets if t.attribute in slots(t.layer)]
+    if taken:
+        raise ValueError(
+            f"`{caller}` changes stored kernels, which are not what these "
+            f"layers compute with: {taken[:5]}. Call `kwm.fold(model)` first, "
+            "or leave them out of `targets`."
+        )
 
 
 class Walk:

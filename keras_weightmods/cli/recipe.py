@@ -186,7 +186,7 @@ def _option_names(stage):
     call: Any = {
         "sparsify": kwm.sparsify,
         "cast": kwm.CAST.__init__,
-        "quantize": kwm.quantize_sparse,
+        "quantize": kwm.quantize,
         "pack": kwm.pack,
         "export": kwm.export,
     }[stage]
@@ -288,18 +288,9 @@ def _check_cast(options, has_data, stages):
 
 
 def _check_quantize(options, has_data, stages):
-    from keras_weightmods.ops.nm import parse_pattern
-    from keras_weightmods.sparsity import quantize_sparse as module
-
     _need_data(has_data)
-    values = _bound(kwm.quantize_sparse, options)
-    names = "bits", "group_size", "damping", "epochs", "learning_rate"
-    module.Quantizer(*(values[name] for name in names))
-    module.check_arguments(
-        *(values[name] for name in ("bits", "refine", "batch_size"))
-    )
-    checks.check_bool("dense", values["dense"])
-    parse_pattern(values["pattern"])
+    values = _bound(kwm.quantize, options)
+    checks.check_int("bits", values["bits"], 2, 4)
     _check_targets(options)
 
 

@@ -286,7 +286,7 @@ class Run:
         return kwm.AdamS(pattern=pattern, **recipe), start
 
     def quantize(self, options):
-        report = kwm.quantize_sparse(
+        report = kwm.quantize(
             self.model,
             files.inputs_of(self.model, self.data),
             verbose=int(self.verbose),

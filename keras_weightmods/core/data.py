@@ -1,4 +1,10 @@
-"""Data as `keras.Model.fit` takes them, strings included, in batches."""
+"""Data in every form that the library takes, as batches for a model.
+
+Strings; rows of token ids, as a list or an array; arrays and structures of
+them, such as the dict that a preprocessor gives; tuples `(x, y,
+sample_weight)`; and a `keras.utils.PyDataset`, a `tf.data.Dataset`, a torch
+`DataLoader` or a generator of batches in any of these forms.
+"""
 
 import inspect
 import itertools
@@ -10,11 +16,82 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.backend import processes
+from keras_weightmods.core.head import input_of
 from keras_weightmods.utils import checks
+
+FORMS = (
+    "strings, rows of token ids, arrays of rows, a tuple (x, y, "
+    "sample_weight), or a dataset or generator of batches of these"
+)
+
+
+def calibration_batches(model, data, batch_size):
+    """Return `data` as a list of pairs (inputs, sample weights or None).
+
+    Args:
+        model: The model that takes the inputs.
+        data: In any form.
+        batch_size: Int, the rows of a batch where `data` are no batches.
+
+    Raises:
+        ValueError: If `data` are empty, endless, or in none of the forms.
+    """
+    # A list may be one of rows, of strings or of several inputs.
+    is_triple = isinstance(data, tuple) and _is_triple(data)
+    triple = data if is_triple else (data,)
+    x, _, weights = keras.utils.unpack_x_y_sample_weight(triple)
+    x, _, weights = preprocess(model, x, None, weights)
+    check(x, name="data")
+    if batch_count(x, batch_size) == math.inf:
+        expected = "finite, not endless: take a part, with `.take(batches)`"
+        raise checks.error("data", expected, type(x))
+    found = list(batches(x, batch_size, weights, model))
+    if not found:
+        raise checks.error("data", "one batch at least", type(x))
+    return found
+
+
+def rows(data):
+    """Yield each row of text in `data`: a string or a vector of token ids.
+
+    Args:
+        data: In any form that holds text.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, dict) and "token_ids" in data:
+        tokens = _to_numpy(data["token_ids"])
+        used = data.get("padding_mask")
+        used = np.ones(tokens.shape) if used is None else _to_numpy(used)
+        yield from (row[kept != 0] for row, kept in zip(tokens, used))
+    elif is_row(data):
+        is_list = isinstance(data, (list, tuple))
+        array = np.asarray(data) if is_list else _to_numpy(data)
+        yield array.astype("int32")
+    elif isinstance(data, tuple) and _is_triple(data):
+        yield from rows(data[0])
+    elif isinstance(data, keras.utils.PyDataset) or (
+        hasattr(data, "__iter__")
+        and len(getattr(data, "shape", (0,))) in (1, 2)
+        and not isinstance(data, (bytes, dict, keras.KerasTensor))
+    ):
+        for item in _items(data):
+            # What a `DataLoader` gives for pairs.
+            is_pair = isinstance(item, list) and item and not is_row(item)
+            if is_pair and not isinstance(item[0], (str, list)):
+                item = item[0]
+            yield from rows(item)
+    else:
+        raise checks.error("texts", FORMS, data)
 
 
 def preprocess(model, x, y=None, sample_weight=None):
-    """Turn raw strings into what the model takes; leave all else alone.
+    """Turn strings and rows of token ids into what the model takes.
+
+    All else is left alone.
 
     Args:
         model: A model; for strings, a KerasHub task with a preprocessor.
@@ -28,6 +105,9 @@ def preprocess(model, x, y=None, sample_weight=None):
         ValueError: If there are strings and the model has no preprocessor.
     """
     if not holds_strings(x):
+        x, padding = _token_inputs(model, x)
+        if sample_weight is None and y is None:
+            sample_weight = padding
         return x, y, sample_weight
     if getattr(model, "preprocessor", None) is None:
         raise ValueError(
@@ -38,7 +118,8 @@ def preprocess(model, x, y=None, sample_weight=None):
         return x.map(model.preprocess_samples), y, sample_weight
     # KerasHub's tokenizers take lists, not arrays, of strings.
     strings = keras.tree.map_structure(
-        lambda a: a.tolist() if isinstance(a, np.ndarray) else a, x
+        lambda a: a.tolist() if isinstance(a, np.ndarray) else a,
+        [x] if isinstance(x, str) else x,
     )
     labels = map(_array_of_numbers, (y, sample_weight))
     outputs = model.preprocess_samples(strings, *labels)
@@ -51,6 +132,45 @@ def _array_of_numbers(x):
     if isinstance(x, list) and all(map(np.isscalar, x)):
         return np.asarray(x)
     return x
+
+
+def _token_inputs(model, x):
+    """Return rows of token ids as the model takes them, and their padding.
+
+    The padding is an array of 1 and 0, or `None` where no row has any. What
+    are no rows of token ids is returned as it is.
+    """
+    structure = input_of(model)
+    if structure is None and hasattr(model, "backbone"):
+        structure = dict.fromkeys(("token_ids", "padding_mask"))
+    if isinstance(structure, (list, tuple)):
+        return x, None
+    padding = None
+    if isinstance(x, (list, tuple)) and x and all(map(is_row, x)):
+        lengths = np.array([len(row) for row in x])
+        places = np.arange(max(1, lengths.max()))
+        if lengths.min() < len(places):
+            padding = (places < lengths[:, None]).astype("int32")
+        x = np.stack([np.pad(row, (0, len(places) - len(row))) for row in x])
+    if not isinstance(structure, dict) or "token_ids" not in structure:
+        return x, padding
+    if not isinstance(x, dict):
+        if len(getattr(x, "shape", ())) != 2 or not _is_int(x):
+            return x, padding
+        x = {"token_ids": x}
+        if padding is not None:
+            x["padding_mask"] = padding
+    if "padding_mask" in structure and "padding_mask" not in x:
+        x = {**x, "padding_mask": np.ones(np.shape(x["token_ids"]), "int32")}
+    if missing := structure.keys() - x.keys():
+        raise ValueError(
+            f"The model {model.name!r} takes {sorted(structure)}. Received: "
+            f"data without {sorted(missing)}. Pass a dict with all of them."
+        )
+    return {
+        name: np.asarray(a) if isinstance(a, list) else a
+        for name, a in x.items()
+    }, padding
 
 
 def check(x, y=None, name="x"):
@@ -95,14 +215,15 @@ def preprocess_pairs(model, data):
     return data if y is None else (data, y, sample_weight)
 
 
-def batches(x, batch_size=None, sample_weight=None):
+def batches(x, batch_size=None, sample_weight=None, model=None):
     """Yield pairs (inputs, sample weights) of one pass over `x`.
 
     Args:
-        x: Arrays, a `keras.utils.PyDataset`, a `tf.data.Dataset`, a
-            generator or another iterable of batches.
+        x: Arrays, or a dataset or another iterable of batches.
         batch_size: Int, for arrays. Defaults to 32.
         sample_weight: Array or None, for arrays.
+        model: A model; batches of strings or of rows of token ids become what
+            it takes. Defaults to `None`, for none of these.
     """
     if _are_arrays(x):
         size = batch_size or 32
@@ -113,14 +234,23 @@ def batches(x, batch_size=None, sample_weight=None):
                 (x, sample_weight),
             )
         return
-    items = iter(x)
-    if isinstance(x, keras.utils.PyDataset):
-        count = x.num_batches
-        order = itertools.count() if count is None else range(count)
-        items = (x[i] for i in order)
-    for item in items:
-        inputs, _, weights = keras.utils.unpack_x_y_sample_weight(item)
+    for item in _items(x):
+        if _is_triple(item):
+            inputs, _, weights = keras.utils.unpack_x_y_sample_weight(item)
+        else:
+            inputs, weights = item, None
+        if model is not None:
+            inputs, _, weights = preprocess(model, inputs, None, weights)
         yield keras.tree.map_structure(_to_numpy, (inputs, weights))
+
+
+def _items(x):
+    """Iterate over a dataset, once."""
+    if not isinstance(x, keras.utils.PyDataset):
+        return iter(x)
+    count = x.num_batches
+    order = itertools.count() if count is None else range(count)
+    return (x[i] for i in order)
 
 
 def batch_count(x, batch_size=None, validation_split=0.0):
@@ -139,10 +269,11 @@ def batch_count(x, batch_size=None, validation_split=0.0):
         # Of tf.data: -1 if endless, -2 if unknown.
         count = int(x.cardinality())
         return count if count >= 0 else math.inf if count == -1 else None
-    if hasattr(x, "__len__"):
+    try:
         # Endless data of grain have the largest int.
         return len(x) if len(x) < sys.maxsize else math.inf
-    return None
+    except TypeError:
+        return None
 
 
 def first_batches(x, least, rows=0, batch_size=None, sample_weight=None):
@@ -188,6 +319,34 @@ def holds_strings(x):
         or "string" in str(getattr(leaf, "dtype", ""))
         for leaf in keras.tree.flatten(getattr(x, "element_spec", x))
     )
+
+
+def _is_triple(item):
+    """Whether a list or tuple is (x, y, sample_weight), or the start of it."""
+    return (
+        isinstance(item, (list, tuple))
+        and 0 < len(item) <= 3
+        and not all(
+            isinstance(each, str)
+            or (isinstance(each, (list, tuple)) and is_row(each))
+            for each in item
+        )
+    )
+
+
+def is_row(x):
+    """Whether `x` is a vector of token ids, which may be empty."""
+    if isinstance(x, (list, tuple)):
+        return all(
+            isinstance(i, (int, np.integer)) and not isinstance(i, bool)
+            for i in x
+        )
+    shape = getattr(x, "shape", ())
+    return len(shape) == 1 and (_is_int(x) or not shape[0])
+
+
+def _is_int(x):
+    return "int" in str(getattr(x, "dtype", ""))
 
 
 def _are_arrays(x):

@@ -191,7 +191,7 @@ _RULES: dict[tuple[type, str], Rule] = {
     # those of the head.
     (layers.Embedding, "embeddings"): Rule((1,), reason=EMBEDDING),
     (layers.Embedding, "reverse_embeddings"): Rule(
-        reason="the reverse of an embedding"
+        (0,), reason="the reverse of an embedding"
     ),
 }
 

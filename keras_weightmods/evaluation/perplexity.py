@@ -8,14 +8,13 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_weightmods.core import data
 from keras_weightmods.evaluation.token_scorer import (
     TokenScorer,
     longest_input,
     padded_rows,
 )
 from keras_weightmods.utils import checks
-
-_TEXTS = "strings, vectors of token ids, or an int array (rows, tokens)"
 
 
 def perplexity(
@@ -36,7 +35,7 @@ def perplexity(
     Args:
         model: A `keras_hub.models.CausalLM`, or another `keras.Model` from
             tokens to logits. Dense, sparse, packed or quantized.
-        texts: Strings, or rows of token ids. See `Perplexity.__call__`.
+        texts: Text in any form. See `Perplexity.__call__`.
         length, stride, batch_size, chunk_size: As in `Perplexity`.
         name: String, the label in the progress bar.
         verbose: 0 or 1. 0 shows no progress bar.
@@ -162,12 +161,12 @@ class Perplexity:
         """Return the perplexity of all texts together.
 
         Args:
-            texts: One of these, which are read one after the other: an
-                iterable of strings, tokenized as the model's preprocessor
-                does it, its start token included; an iterable of
-                one-dimensional int arrays of token ids; or an int array of
-                shape `(rows, tokens)`. Texts without two tokens are passed
-                over.
+            texts: Text in any form, read one row after the other: strings,
+                tokenized as the model's preprocessor does it, its start token
+                included; vectors of token ids; an int array of shape `(rows,
+                tokens)`; a dict as a preprocessor gives it, whose padding is
+                left out; or a dataset or generator of these. Texts without
+                two tokens are passed over.
             name: String, the label in the progress bar.
             verbose: 0 or 1. 0 shows no progress bar.
 
@@ -202,10 +201,8 @@ class Perplexity:
         """Return the sums of losses, and numbers of tokens scored."""
         checks.check_string("name", name)
         checks.check_verbose(verbose)
-        texts = [texts] if isinstance(texts, str) else texts
-        if getattr(texts, "shape", None) == ():
-            raise checks.error("texts", _TEXTS, texts)
-        sequences = token_sequences(self.model, texts)
+        if isinstance(texts, str) or data.is_row(texts):
+            texts = [texts]
         length = self.length
         if len(getattr(texts, "shape", ())) == 2:
             # Not padded to more than all of them have.
@@ -214,7 +211,9 @@ class Perplexity:
         counts: list[int] = []
 
         def all_windows() -> Iterator[Any]:
-            for index, tokens in enumerate(sequences):
+            for index, tokens in enumerate(data.rows(texts)):
+                if isinstance(tokens, str):
+                    tokens = tokenize(self.model, tokens)
                 sums.append(0.0)
                 counts.append(0)
                 for window, first in self._windows(tokens):
@@ -229,7 +228,7 @@ class Perplexity:
                 f"{len(sums)} texts without any"
             )
         progress = keras.utils.Progbar(
-            len(texts) if hasattr(texts, "__len__") else None,
+            len(texts) if isinstance(texts, (list, np.ndarray)) else None,
             unit_name="text",
             verbose=verbose,
             stateful_metrics=[name],
@@ -264,27 +263,6 @@ class Perplexity:
             yield window, scored - start - 1
             scored = start + len(window)
             start += self.stride
-
-
-def token_sequences(model: Any, texts: Any) -> Iterator[np.ndarray]:
-    """Yield the token ids of each text, as int32 vectors."""
-    if keras.ops.is_tensor(texts):
-        texts = keras.ops.convert_to_numpy(texts)
-    is_symbol = isinstance(texts, keras.KerasTensor)
-    if (
-        not hasattr(texts, "__iter__")
-        or isinstance(texts, (bytes, dict))
-        or is_symbol
-    ):
-        raise checks.error("texts", _TEXTS, texts)
-    for text in texts:
-        if isinstance(text, str):
-            yield tokenize(model, text)
-            continue
-        tokens = checks.check_array("texts", text)
-        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-            raise checks.error("texts", _TEXTS, text)
-        yield tokens.astype("int32")
 
 
 def tokenize(model: Any, text: str) -> np.ndarray:

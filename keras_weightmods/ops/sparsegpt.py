@@ -192,6 +192,13 @@ def reconstruction_error(before, after, second_moment):
     return energy(ops.cast(after, "float32") - before), energy(before)
 
 
+def relative_error(before, after, second_moment):
+    """Return `|X W' - X W|^2 / |X W|^2` of stacks of matrices."""
+    pairs = map(reconstruction_error, before, after, second_moment)
+    change, whole = map(sum, zip(*pairs))
+    return change / whole if whole > 0 else 0.0
+
+
 def _pruned_block(block, factor, n, m):
     """Groups of rows, pruned, and as many of their scaled errors."""
     size, units = block.shape

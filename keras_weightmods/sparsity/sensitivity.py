@@ -9,6 +9,8 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.calibration import inputs as calibration
+from keras_weightmods.calibration.walk import check_stored
+from keras_weightmods.core.data import calibration_batches
 from keras_weightmods.core.head import find_head
 from keras_weightmods.core.targets import Targets, resolve_targets
 from keras_weightmods.ops.matrix import along
@@ -181,8 +183,8 @@ def sensitivity(
     usable = sparsify.fitting_targets(
         "sensitivity", resolve_targets(model, targets), pattern
     )
-    sparsify.check_stored("sensitivity", usable)
-    batches = sparsify.calibration_batches(model, data, batch_size)
+    check_stored("sensitivity", usable)
+    batches = calibration_batches(model, data, batch_size)
     progress = keras.utils.Progbar(
         len(usable), unit_name="kernel", verbose=verbose
     )

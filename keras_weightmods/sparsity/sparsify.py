@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import math
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -13,10 +11,11 @@ from keras import ops
 
 from keras_weightmods.calibration.block_reconstruction import (
     BlockReconstruction,
+    ReconstructedBlock,
+    blocks_table,
 )
-from keras_weightmods.calibration.walk import change_kernels
+from keras_weightmods.calibration.walk import change_kernels, check_stored
 from keras_weightmods.core import data as fit_data
-from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import Target, Targets, resolve_targets
 from keras_weightmods.ops import sparsegpt
 from keras_weightmods.ops.matrix import from_stack, to_stack
@@ -49,24 +48,6 @@ class SparsifiedKernel:
     method: str
     error: float | None
     note: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class ReconstructedBlock:
-    """One block of a `SparsifyReport` with `refine="blocks"`.
-
-    Attributes:
-        name: String, of the layer.
-        kernels: Int, how many of its kernels were trained.
-        before, after: Floats, `|Y' - Y|^2 / |Y|^2`, the mean over the
-            positions: Y are the outputs of the dense model there, Y' those of
-            the pruned one.
-    """
-
-    name: str
-    kernels: int
-    before: float
-    after: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,18 +88,6 @@ class SparsifyReport(Report):
         )
         if self.blocks:
             yield blocks_table(self.blocks)
-
-
-def blocks_table(blocks: Sequence[ReconstructedBlock]) -> Table:
-    """Return the `Table` of a report on reconstructed blocks."""
-    return Table(
-        "Blocks, reconstructed",
-        ("block", "kernels", "error before", "after"),
-        tuple(
-            (b.name, str(b.kernels), f"{b.before:.2%}", f"{b.after:.2%}")
-            for b in blocks
-        ),
-    )
 
 
 def sparsify(
@@ -249,7 +218,7 @@ def sparsify(
     usable = fitting_targets("sparsify", found, pattern)
     check_stored("sparsify", usable)
     if data is not None:
-        data = calibration_batches(model, data, batch_size)
+        data = fit_data.calibration_batches(model, data, batch_size)
     return pruner(model, usable, data)
 
 
@@ -282,17 +251,6 @@ def fitting_targets(
             f"skipped {fitting.skipped}"
         )
     return fitting
-
-
-def check_stored(caller: str, targets: Targets) -> None:
-    """Raise ValueError for a target that is reparameterized."""
-    taken = [t.path for t in targets if t.attribute in slots(t.layer)]
-    if taken:
-        raise ValueError(
-            f"`{caller}` prunes stored kernels, which are not what these "
-            f"layers compute with: {taken[:5]}. Call `kwm.fold(model)` first, "
-            "or leave them out of `targets`."
-        )
 
 
 FINITE_FIRST = "Load finite weights first."
@@ -403,18 +361,9 @@ class OneShot:
         train = BlockReconstruction(self.epochs, self.learning_rate)
 
         def rebuild(operation: Any, group: list[Target], *calls: Any) -> None:
-            errors = train(operation, group, *calls)
-            if errors is None:
-                warnings.warn(
-                    f"The block {operation.name!r} gives no float, so that its "
-                    f"{len(group)} kernels are pruned by {self.method!r} and "
-                    "not reconstructed.",
-                    stacklevel=2,
-                )
-            else:
-                blocks.append(
-                    ReconstructedBlock(operation.name, len(group), *errors)
-                )
+            block = train(operation, group, *calls)
+            if block is not None:
+                blocks.append(block)
 
         kernels = change_kernels(
             model,
@@ -465,34 +414,8 @@ class OneShot:
             after = ops.stack(after)
             error = None
             if moment is not None:
-                error = relative_error(before, after, moment)
+                error = sparsegpt.relative_error(before, after, moment)
             target.variable.assign(from_stack(after, target.shape, *axes))
             yield SparsifiedKernel(
                 target.key, target.path, target.shape, method, error, note
             )
-
-
-def calibration_batches(
-    model: Any, data: Any, batch_size: int
-) -> list[tuple[Any, Any]]:
-    """Return `data` as a list of pairs (inputs, sample weights or None)."""
-    x, weights = data, None
-    if isinstance(data, tuple):
-        # Not of a list, which may be one of strings or of several inputs.
-        x, _, weights = keras.utils.unpack_x_y_sample_weight(data)
-    x, _, weights = fit_data.preprocess(model, x, None, weights)
-    fit_data.check(x, name="data")
-    if fit_data.batch_count(x, batch_size) == math.inf:
-        expected = "finite, not endless: take a part, with `.take(batches)`"
-        raise checks.error("data", expected, type(x))
-    batches = list(fit_data.batches(x, batch_size, weights))
-    if not batches:
-        raise checks.error("data", "one batch at least", type(x))
-    return batches
-
-
-def relative_error(before: Any, after: Any, moment: Any) -> float:
-    """Return `|X W' - X W|^2 / |X W|^2` of stacks of matrices."""
-    pairs = map(sparsegpt.reconstruction_error, before, after, moment)
-    change, whole = map(sum, zip(*pairs))
-    return change / whole if whole > 0 else 0.0

@@ -27,7 +27,7 @@ pytestmark = [
 STAGES = [
     {"sparsify": {"method": "wanda"}},
     {"cast": {"epochs": 2, "batch_size": 8, "loss": "mse"}},
-    {"quantize": {"group_size": 8}},
+    {"quantize": {"group_size": 8, "refine": None}},
     {"pack": {"dtype": "int8"}},
 ]
 RECIPE = {
@@ -336,7 +336,7 @@ def test_a_language_model(run, folder):
         "stages": [
             "sparsify",
             {"cast": {"batch_size": 4, "scaling_groups": 0}},
-            {"quantize": {"group_size": 8}},
+            {"quantize": {"group_size": 8, "refine": None}},
             {"pack": {"dtype": "int4", "head": "int8"}},
             {"export": {"format": "transformers", "filepath": "hf"}},
         ],

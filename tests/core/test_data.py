@@ -6,8 +6,10 @@ import keras
 import numpy as np
 import pytest
 
+import keras_weightmods as kwm
 from keras_weightmods.core import data
-from tests.models import assert_same, normal
+from tests import models
+from tests.models import assert_same, normal, numpy
 
 X, WEIGHT = normal(10, 3), np.arange(10.0)
 
@@ -85,6 +87,121 @@ def test_holds_strings():
     assert data.holds_strings(tf.data.Dataset.from_tensor_slices(texts))
     for x in (X, {"x": X}, generator(), dataset(), None):
         assert not data.holds_strings(x)
+
+
+ROWS = np.random.default_rng(0).integers(1, 12, size=(10, 6))
+
+
+class Rows(keras.utils.PyDataset):
+    """Batches of four rows of tokens, each through a function."""
+
+    def __init__(self, make=lambda part: part):
+        super().__init__()
+        self.make = make
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return self.make(ROWS[4 * index : 4 * index + 4])
+
+
+def as_dict(part):
+    return {"token_ids": part, "padding_mask": np.ones_like(part)}
+
+
+def loader():
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    tokens = torch.tensor(ROWS)
+    return DataLoader(TensorDataset(tokens, tokens), batch_size=4)
+
+
+def slices(data):
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(data).batch(4)
+
+
+FORMS = {
+    "array": lambda: ROWS,
+    "tensor": lambda: keras.ops.convert_to_tensor(ROWS),
+    "lists": ROWS.tolist,
+    "vectors": lambda: list(ROWS),
+    "dict": lambda: as_dict(ROWS),
+    "dict of lists": lambda: {"token_ids": ROWS.tolist()},
+    "triple": lambda: (as_dict(ROWS), ROWS, np.ones(ROWS.shape)),
+    "pair": lambda: (ROWS, ROWS),
+    "PyDataset": Rows,
+    "PyDataset of triples": lambda: Rows(lambda x: (as_dict(x), x, x > 0)),
+    "generator": lambda: (part for part in Rows()),
+    "generator of lists": lambda: (part.tolist() for part in Rows()),
+    "tf.data": lambda: slices(ROWS),
+    "tf.data of dicts": lambda: slices((as_dict(ROWS), ROWS)),
+    "DataLoader": loader,
+}
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    return models.causal_lm("gpt2", models.gpt2_preprocessor(6))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_tokens_in_every_form(form, language_model):
+    found = data.calibration_batches(language_model, FORMS[form](), 4)
+    for name, expected in as_dict(ROWS).items():
+        joined = np.concatenate([numpy(x[name]) for x, _ in found])
+        np.testing.assert_array_equal(joined, expected)
+    assert [len(numpy(x["token_ids"])) for x, _ in found] == [4, 4, 2]
+    assert_same(list(data.rows(FORMS[form]())), list(ROWS))
+
+
+@pytest.mark.parametrize("form", ["list", "array", "tuple", "generator"])
+def test_strings_in_every_form(form, language_model):
+    texts = ["abc", "dab"]
+    make = {
+        "list": lambda: texts,
+        "array": lambda: np.array(texts),
+        "tuple": lambda: tuple(texts),
+        "generator": lambda: iter(texts),
+    }[form]
+    found = data.calibration_batches(language_model, make(), 1)
+    expected, _, weights = language_model.preprocessor(texts)
+    for i, (x, weight) in enumerate(found):
+        row = numpy(expected["token_ids"])[i : i + 1]
+        np.testing.assert_array_equal(numpy(x["token_ids"]), row)
+        np.testing.assert_array_equal(weight, numpy(weights)[i : i + 1])
+    assert list(data.rows(make())) == texts
+
+
+def test_rows_of_several_lengths_are_padded(language_model):
+    texts = [[3, 4, 5], [6]]
+    ((x, weights),) = data.calibration_batches(language_model, texts, 2)
+    mask = [[1, 1, 1], [1, 0, 0]]
+    assert x["token_ids"].tolist() == [[3, 4, 5], [6, 0, 0]]
+    assert x["padding_mask"].tolist() == weights.tolist() == mask
+    found = [row.tolist() for row in data.rows(x)]
+    assert found == [row.tolist() for row in data.rows(texts)] == texts
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, x: kwm.sparsify(model, "2:4", "wanda", x, verbose=0),
+        lambda model, x: kwm.quantize(model, x, refine=None, verbose=0),
+    ],
+)
+def test_an_array_of_rows_calibrates_as_the_dict_does(change):
+    """Keras took none: "The structure of `inputs` doesn't match"."""
+    ends = []
+    for x in (ROWS, as_dict(ROWS)):
+        model = models.causal_lm("gpt2", models.gpt2_preprocessor(6))
+        change(models.randomize(model), x)
+        ends.append(model.get_weights())
+    assert_same(*ends)
 
 
 def test_labels_of_strings_may_be_a_list():

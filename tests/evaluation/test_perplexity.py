@@ -227,7 +227,7 @@ def test_progress_bar(model, capsys):
     [
         np.zeros((0, 4), int),
         np.zeros((3, 1), int),
-        np.zeros(4, int),
+        np.zeros(1, int),
         np.zeros((2, 3)),
         np.zeros((2, 3, 4), int),
         7,

@@ -472,8 +472,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     "PrincipalMaskCallback.detach": lambda: on_model(
         kwm.PrincipalMaskCallback(0.1).detach
     ),
-    "quantize_sparse": lambda: on_model(
-        kwm.quantize_sparse, sparse, data=X, group_size=8, verbose=0
+    "quantize": lambda: on_model(
+        kwm.quantize, data=X, group_size=8, epochs=1, verbose=0
     ),
     "register_target": lambda: Call(
         kwm.register_target,

@@ -222,7 +222,8 @@ def head(family):
 
 def quantize(family):
     model, x = _sparse(family)
-    kwm.quantize_sparse(model, data=x, group_size=16, verbose=0)
+    options = {"refine": None, "head": False, "verbose": 0}
+    kwm.quantize(model, x, group_size=16, **options)
     kwm.assert_sparse(model)
     _finite(model, x)
 

@@ -39,7 +39,8 @@ def packed(model, x):
 
 def rounded(model, x):
     kwm.sparsify(model, verbose=0)
-    kwm.quantize_sparse(model, data=x, group_size=16, verbose=0)
+    options = {"refine": None, "head": False, "verbose": 0}
+    kwm.quantize(model, x, group_size=16, **options)
 
 
 def quantized(model, x):

@@ -116,9 +116,6 @@ from keras_weightmods.core.keras_compat.layers import (
     walk_saveable as walk_saveable,
 )
 from keras_weightmods.core.keras_compat.layers import (
-    without_preprocessor as without_preprocessor,
-)
-from keras_weightmods.core.keras_compat.layers import (
     without_traces as without_traces,
 )
 from keras_weightmods.core.keras_compat.optimizer import (

@@ -107,15 +107,6 @@ def replaced_attributes(obj: Any, **replacements: Any) -> Iterator[None]:
         own.update(before)
 
 
-def without_preprocessor(model: Any) -> Any:
-    """Take the preprocessor of a KerasHub 0.32 task off it in a scope.
-
-    Past its property, whose setter would take the preprocessor, when it is put
-    back, for one more layer of the model.
-    """
-    return replaced_attributes(model, _preprocessor=None)
-
-
 def see_calls(layer: Any, see: Callable[..., Any]) -> None:
     """Have `see(*args, **kwargs)` called before each `layer.call`.
 

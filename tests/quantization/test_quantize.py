@@ -8,7 +8,8 @@ import keras_weightmods as kwm
 from keras_weightmods.calibration import block_reconstruction
 from keras_weightmods.core import seam
 from keras_weightmods.ops.rounding import Grid
-from keras_weightmods.sparsity.grid_weights import GridWeights
+from keras_weightmods.quantization import quantize as module
+from keras_weightmods.quantization.grid_weights import GridWeights
 from tests import models, references
 from tests.models import (
     assert_same,
@@ -35,7 +36,8 @@ def data(rows=64, size=72, seed=1):
 
 
 def quantize(model, x, **options):
-    return kwm.quantize_sparse(model, x, **{"verbose": 0, **options})
+    options = {"refine": None, "verbose": 0, **options}
+    return kwm.quantize(model, x, **options)
 
 
 def second_moment(x):
@@ -99,24 +101,17 @@ def test_packing_stores_it_without_loss():
 def test_a_model_that_is_dense_or_dense_in_part():
     model, x = models.randomize(models.mlp(72, 24, 6)), data()
     before = [numpy(t.variable).copy() for t in kwm.find_targets(model)]
-    with pytest.raises(ValueError, match="dense=True"):
-        quantize(model, x)
-    report = quantize(model, x, dense=True)
+    report = quantize(model, x)
     assert not report.skipped
-    assert "2:4 or dense, 4 bits" in str(report)
     for w, row, target in zip(before, report.kernels, kwm.find_targets(model)):
         assert row.error < 0.8 * row.nearest < 0.01
         after = numpy(target.variable)
         assert references.is_on_grid(after, 4, 64)
         assert not np.array_equal(after, w)
-    packed = kwm.pack(model)
-    assert [w.rounding_error for w in packed.weights] == [0, 0]
 
-    kwm.unpack(model)
     kernel = model.layers[0].kernel
     kernel.assign(kwm.ops.nm_project(kernel.value, "2:4"))
-    report = quantize(model, x, dense=True)
-    assert len(report.kernels) == 2
+    quantize(model, x)
     packed = kwm.pack(model)
     assert [w.pattern for w in packed.weights] == ["2:4", None]
     assert [w.rounding_error for w in packed.weights] == [0, 0]
@@ -158,7 +153,8 @@ def test_a_language_model():
     kept = [numpy(v.value).copy() for v in others]
     variables = [id(v) for v in model.variables]
     flags = [v.trainable for v in model.variables]
-    report = quantize(model, inputs, refine="blocks", batch_size=4, epochs=2)
+    options = {"batch_size": 4, "epochs": 2, "head": False}
+    report = quantize(model, inputs, refine="blocks", **options)
     assert variables == [id(v) for v in model.variables]
     assert flags == [v.trainable for v in model.variables]
     assert not any(v.constraint for v in model.variables)
@@ -233,19 +229,48 @@ def test_straight_through():
     assert references.is_on_grid(numpy(target.variable), 4, 4)
 
 
-def test_other_patterns_and_what_does_not_have_it():
+def test_other_patterns_stay():
     model = make_sparse(models.randomize(models.mlp(72, 24, 8)), "1:4")
-    report = quantize(model, data(), pattern="1:4")
+    quantize(model, data())
     kwm.assert_sparse(model, "1:4")
-    assert report.pattern == "1:4"
-    # One of two kernels is dense.
-    model = models.randomize(models.mlp(72, 24, 8))
-    dense = numpy(model.layers[0].kernel).copy()
-    kwm.sparsify(model, "2:4", targets=kwm.find_targets(model)[1:], verbose=0)
-    report = quantize(model, data())
-    np.testing.assert_array_equal(numpy(model.layers[0].kernel), dense)
-    assert len(report.kernels) == 1
-    assert "not 2:4" in str(report.skipped)
+
+
+def language_model(**options):
+    preprocessor = models.gpt2_preprocessor(12, **options)
+    return models.randomize(models.causal_lm("gpt2", preprocessor), scale=0.2)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("arguments", [(), ("int4",), (None, "int4")])
+def test_without_data_the_model_writes_them(arguments, monkeypatch):
+    """A string that names a type is no text."""
+    monkeypatch.setattr(module, "_ROWS", 4)
+    model = language_model()
+    sampler, preprocessor = model.sampler, model.preprocessor
+    report = kwm.quantize(model, *arguments, epochs=1, verbose=0)
+    assert report.bits == 4
+    assert report.kernels[0].path.endswith("token_embedding/embeddings")
+    assert all(k.error is not None for k in report.kernels)
+    assert len(report.blocks) == model.backbone.num_layers
+    assert model.sampler is sampler
+    assert model.preprocessor is preprocessor
+
+
+@pytest.mark.one_backend
+def test_a_model_without_a_graph_is_rounded_and_says_so():
+    model = models.Subclassed(16)
+    model(normal(2, 16))
+    report = kwm.quantize(model, normal(32, 16), verbose=0)
+    assert not report.blocks
+    assert "Blocks were not trained" in str(report)
+
+
+@pytest.mark.one_backend
+def test_the_time_that_is_left_is_shown(capsys):
+    quantize(make_mlp(), data(), verbose=1)
+    shown = capsys.readouterr().out
+    assert "0/2" in shown
+    assert "s/kernel" in shown
 
 
 def test_unreached_kernels_are_rounded_to_nearest():
@@ -292,7 +317,7 @@ def test_the_report():
     saved = json.loads(json.dumps(report.to_dict()))
     assert saved["kernels"][0]["shape"] == [72, 24]
     assert saved["bits"] == 4
-    assert "2:4, 4 bits, a scale for each 64 inputs" in str(report)
+    assert "4 bits, a scale for each 64 inputs" in str(report)
     assert "to nearest" in str(report)
 
 
@@ -301,14 +326,16 @@ def test_the_report():
     [
         ({"bits": 5}, "bits"),
         ({"group_size": 0}, "group_size"),
-        ({"pattern": "4:2"}, "pattern"),
-        ({"pattern": "1:4"}, "none of 2 that is"),
+        ({"bits": "int8"}, r'pack\(model, "int8"\)'),
+        ({"data": "int8"}, r'pack\(model, "int8"\)'),
+        ({"data": "float16"}, "bits"),
+        ({"head": 1}, "head"),
         ({"refine": "swaps"}, "refine"),
         ({"damping": 0}, "damping"),
         ({"epochs": 0}, "epochs"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"batch_size": 0}, "batch_size"),
-        ({"data": None}, "data"),
+        ({"data": None}, "CausalLM"),
         ({"data": data() * np.nan}, "finite"),
         ({"refine": "blocks", "learning_rate": 1e30}, "finite"),
     ],
@@ -318,7 +345,7 @@ def test_wrong_arguments_leave_the_model_alone(options, message):
     before = weights_of(model)
     options = {"data": data(), "verbose": 0, **options}
     with pytest.raises(ValueError, match=message):
-        kwm.quantize_sparse(model, **options)
+        kwm.quantize(model, **options)
     assert_same(weights_of(model), before)
 
 

@@ -1,0 +1,132 @@
+"""Rounding the head of a language model, by the logits that it gives."""
+
+import time
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_weightmods.calibration import inputs
+from keras_weightmods.core import keras_compat
+from keras_weightmods.core.head import Head, find_head
+from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.core.targets import Target, Targets, target_of
+from keras_weightmods.core.weight_keys import weight_keys
+from keras_weightmods.ops.matrix import from_matrix, to_matrix
+from keras_weightmods.ops.rounding import Grid, round_kept
+from keras_weightmods.ops.sparsegpt import reconstruction_error
+from keras_weightmods.utils.progress import Progress
+from keras_weightmods.utils.report import Skipped
+
+# Units of the head that are rounded at a time.
+_UNITS = 4096
+
+
+def find_table(
+    model: Any, targets: Targets
+) -> tuple[tuple[Head, Target] | None, Skipped | None]:
+    """Return the head of a language model with its table, or why it is left.
+
+    Both are `None` for other models.
+
+    Args:
+        model: A built Keras model or layer.
+        targets: `Targets` of it; a `Dense` head that is not among them is left
+            as it is.
+    """
+    head = find_head(model) if keras_compat.graph_of(model) else None
+    if head is None:
+        return None, None
+    kinds = keras.layers.ReversibleEmbedding, keras.layers.Dense
+    (layer,) = (x for x in head.layers if isinstance(x, kinds))
+    attribute = "kernel"
+    if isinstance(layer, keras.layers.ReversibleEmbedding):
+        is_tied = layer.tie_weights
+        attribute = "embeddings" if is_tied else "reverse_embeddings"
+    stored = keras_compat.stored_variable(layer, attribute)
+    chosen = {id(target.variable) for target in targets}
+    if stored is None or (attribute == "kernel" and id(stored) not in chosen):
+        return None, None
+    target = target_of(layer, attribute, keys=weight_keys(model))
+    reason = None
+    if attribute in slots(layer):
+        reason = f"reparameterized; call `{slots(layer)[attribute].finish}`"
+    elif layer.quantization_mode is not None:
+        reason = f"quantized to {layer.quantization_mode}"
+    elif layer.lora_enabled:
+        reason = "LoRA is enabled"
+    if reason:
+        return None, Skipped(target.path, reason)
+    return (head, target), None
+
+
+def round_table(
+    head: Head,
+    target: Target,
+    batches: Any,
+    grid: Grid,
+    damping: float,
+    verbose: Any,
+) -> tuple[float, float]:
+    """Round a head so that the logits change least; return two errors.
+
+    GPTQ and a descent over integers and scales (`ops.rounding`), for the
+    hidden states that enter the head.
+
+    Returns:
+        `|X W' - X W|^2 / |X W|^2` to nearest, and as it was rounded.
+    """
+    began = time.perf_counter()
+    moment = ops.convert_to_tensor(_second_moment(head, batches, verbose))
+    axes = target.contraction_axes
+    table = ops.cast(to_matrix(target.variable.value, axes), "float32")
+    parts, sums = [], np.zeros(3)
+    starts = range(0, table.shape[1], _UNITS)
+    with (
+        Progress(len(starts), "part of the head", verbose, began) as progress,
+        inputs.eager_forward(),
+    ):
+        for start in progress.each(starts):
+            units = table[:, start : start + _UNITS]
+            after, _, nearest = round_kept(units, moment, grid, damping)
+            for i, values in enumerate((nearest, after)):
+                change, whole = reconstruction_error(units, values, moment)
+                sums[i] += change
+            sums[2] += whole
+            parts.append(ops.convert_to_numpy(after))
+    rounded = np.concatenate(parts, axis=1)
+    target.variable.assign(from_matrix(rounded, target.shape, axes))
+    return sums[0] / (sums[2] or 1), sums[1] / (sums[2] or 1)
+
+
+def _second_moment(head: Head, batches: Any, verbose: Any) -> Any:
+    """Return the mean of h h^T over the hidden states that enter the head.
+
+    Positions of weight 0 are left out.
+    """
+    total: Any = 0.0
+    count = 0
+    with (
+        Progress(len(batches), "batch", verbose) as progress,
+        inputs.eager_forward(),
+    ):
+        for x, weight in progress.each(batches):
+            hidden = ops.convert_to_numpy(head.body(x, training=False))
+            used = inputs.used_positions(weight)
+            if used is not None and used.shape == hidden.shape[:-1]:
+                hidden = hidden[used]
+            hidden = hidden.reshape(-1, hidden.shape[-1]).astype("float64")
+            total = total + hidden.T @ hidden
+            count += len(hidden)
+    if not count:
+        raise ValueError(
+            "`data` must have a position whose weight is not 0. Received: "
+            f"{len(batches)} batches with none"
+        )
+    if not np.isfinite(total).all():
+        raise ValueError(
+            "The hidden states before the head must be finite. Received: NaN "
+            "or infinity. Look for what comes in the data."
+        )
+    return (total / count).astype("float32")

@@ -1,0 +1,392 @@
+"""Rounding the weights of a model to four bits, on calibration data."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_weightmods.calibration.block_reconstruction import (
+    BlockReconstruction,
+    ReconstructedBlock,
+    blocks_table,
+)
+from keras_weightmods.calibration.self_generated import self_generated
+from keras_weightmods.calibration.walk import change_kernels, check_stored
+from keras_weightmods.core import data as data_forms
+from keras_weightmods.core import keras_compat, seam
+from keras_weightmods.core.targets import Target, Targets, resolve_targets
+from keras_weightmods.evaluation.token_scorer import longest_input
+from keras_weightmods.ops.matrix import to_stack
+from keras_weightmods.ops.rounding import Grid, round_kept
+from keras_weightmods.ops.sparsegpt import relative_error
+from keras_weightmods.quantization.grid_weights import GridWeights
+from keras_weightmods.quantization.head import find_table, round_table
+from keras_weightmods.utils import checks
+from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
+
+# Significant bits of the floats that hold a product of scale and integer.
+_SIGNIFICANT = {"bfloat16": 8, "float16": 11}
+# What a model writes where no data are given.
+_ROWS, _LENGTH = 128, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedKernel:
+    """One kernel of a `QuantizeReport`.
+
+    Attributes:
+        key: String, place and path of the kernel in the model.
+        path: String.
+        shape: Tuple of ints.
+        nearest: Float, what rounding each weight to nearest would change of
+            the layer's outputs on the calibration data,
+            `|X W' - X W|^2 / |X W|^2`; None where data do not reach it.
+        error: Float, what was changed instead; None as above.
+        note: String, why it was rounded to nearest, if it was.
+    """
+
+    key: str
+    path: str
+    shape: tuple[int, ...]
+    nearest: float | None
+    error: float | None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeReport(Report):
+    """What `quantize` did.
+
+    Attributes:
+        bits: Int, those of a weight.
+        group_size: Int, the inputs that share a scale.
+        kernels: Tuple of `QuantizedKernel`, in the order they were rounded.
+            Their errors are those before blocks were reconstructed.
+        skipped: Tuple of `Skipped(path, reason)`: kernels left as they are.
+        blocks: Tuple of `ReconstructedBlock`, with `refine="blocks"`.
+        note: String, why no blocks were trained, where `refine` asked for it.
+    """
+
+    bits: int
+    group_size: int
+    kernels: tuple[QuantizedKernel, ...]
+    skipped: tuple[Skipped, ...]
+    blocks: tuple[ReconstructedBlock, ...] = ()
+    note: str = ""
+
+    def tables(self) -> Iterator[Table]:
+        def percent(error: float | None) -> str:
+            return "" if error is None else f"{error:.2%}"
+
+        measured = [k for k in self.kernels if k.error is not None]
+        caption = f"{len(self.kernels)} kernels"
+        if measured:
+            error, nearest = (
+                percent(float(np.mean([getattr(k, name) for k in measured])))
+                for name in ("error", "nearest")
+            )
+            caption += f"; mean error {error}, to nearest {nearest}"
+        yield Table(
+            f"{self.bits} bits, a scale for each {self.group_size} inputs",
+            ("kernel", "shape", "error to nearest", "error", "note"),
+            tuple(
+                (
+                    row.path,
+                    shape_text(row.shape),
+                    percent(row.nearest),
+                    percent(row.error),
+                    row.note,
+                )
+                for row in self.kernels
+            ),
+            caption=f"{caption}. {self.note}".rstrip(" ."),
+        )
+        if self.blocks:
+            yield blocks_table(self.blocks)
+
+
+def quantize(
+    model: keras.layers.Layer,
+    data: Any = None,
+    bits: int = 4,
+    *,
+    refine: str | None = "blocks",
+    head: bool = True,
+    targets: Any = None,
+    group_size: int = 64,
+    batch_size: int = 8,
+    damping: float = 0.01,
+    epochs: int = 6,
+    learning_rate: float = 4e-4,
+    verbose: int = 1,
+) -> QuantizeReport:
+    """Round the weights of a model to four bits, in place, on data.
+
+    The kernels stay floats; `pack(model)` then stores them in integers,
+    without further loss. Along the contraction each `group_size` weights of an
+    output unit share a bfloat16 scale, and each weight is an integer, -8 to 7,
+    times its scale. Zeros stay zeros, so that a kernel with an N:M pattern
+    keeps it.
+
+    Rounding to nearest costs a small language model a quarter of its
+    perplexity. Here a kernel is rounded so that its outputs on the data change
+    least: GPTQ (arXiv 2210.17323), with the zeros left out; then one integer,
+    and one scale, after the other is set to its best value. The head of a
+    language model comes first, on what enters it. Kernels go in the order of
+    execution, each for the inputs that the rounded ones before it give, as in
+    `sparsify`, which says what memory that takes.
+
+    `refine="blocks"` then trains one layer or transformer block after the
+    other, to give the outputs that it has in the model as given: float
+    weights, through their rounding, and scales. This takes most of the time,
+    and gains most. The progress bar shows the time that is left.
+
+    For int8, `pack(model, "int8")` rounds by itself, and loses next to
+    nothing.
+
+    Args:
+        model: A built `keras.Model` or layer, dense or sparse.
+        data: What the model is calibrated on, in any form that `sparsify`
+            takes: some 100 rows of text. `None`, for a KerasHub `CausalLM`,
+            for text that the model writes itself first, by `self_generated`.
+            Defaults to `None`.
+        bits: Int, 2 to 4. Defaults to `4`.
+        refine: `"blocks"` or `None`. A model that is not functional has no
+            blocks; the report says so then. Defaults to `"blocks"`.
+        head: Bool, whether the head of a language model is rounded too: the
+            table that it shares with the embedding, or one of its own.
+            `targets=[]` rounds it alone. Defaults to `True`.
+        targets: The kernels to round: `Targets`, or what `include=` of
+            `find_targets` takes. Defaults to `None`, for all of them.
+        group_size: Int, the inputs that share a scale. Packing has 64.
+            Defaults to `64`.
+        batch_size: Int, the rows run at a time where `data` are arrays or
+            strings, and the rows of a step of `"blocks"`. Defaults to `8`.
+        damping: Float > 0, the share of the mean of the second moment's
+            diagonal that is added to it. Defaults to `0.01`.
+        epochs: Int, passes of `"blocks"` over the data. Defaults to `6`.
+        learning_rate: Float > 0, the peak rate of Adam for `"blocks"`.
+            Defaults to `4e-4`.
+        verbose: 0 or 1. 0 shows no progress bar. Defaults to `1`.
+
+    Returns:
+        A `QuantizeReport`. Kernels whose layers' inputs cannot be read
+        (`register_target`), or that the data do not reach, are rounded to
+        nearest; the report names them, and what is left as it is, with
+        reasons.
+
+    Raises:
+        ValueError: If an argument is outside the ranges above, `data` are
+            empty or endless, or missing for a model that writes no text, there
+            is no kernel, a target is reparameterized, or an activation or a
+            weight is not finite. The model is unchanged then, as it is after
+            any other error.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    model = keras.Sequential(
+        [
+            keras.Input((16,)),
+            keras.layers.Dense(32, activation="relu"),
+            keras.layers.Dense(4),
+        ]
+    )
+    x = np.random.normal(size=(64, 16))
+    report = kwm.quantize(model, x, verbose=0)
+    assert all(k.error <= k.nearest for k in report.kernels)
+    print(report)
+    ```
+    """
+    data, bits = _checked_bits(data, bits)
+    quantizer = _Quantizer(bits, group_size, damping, epochs, learning_rate)
+    checks.check_choice("refine", refine, ("blocks", None))
+    checks.check_bool("head", head)
+    checks.check_int("batch_size", batch_size, 1)
+    checks.check_verbose(verbose)
+    found = resolve_targets(model, targets)
+    table, reason = find_table(model, found) if head else (None, None)
+    # It is rounded or left by itself, whatever was found out above.
+    own = [each.path for each in (table and table[1], reason) if each]
+    found = Targets(
+        tuple(t for t in found if t.path not in own),
+        tuple(s for s in found.skipped if s.path not in own)
+        + ((reason,) if reason else ()),
+    )
+    if not found and table is None:
+        raise ValueError(
+            "`quantize` found no kernel. Received: targets that are all "
+            f"skipped, {found.skipped}"
+        )
+    check_stored("quantize", found)
+    changed = [*found, *(table[1:] if table else ())]
+    if bad := [t.path for t in changed if not _is_finite(t.variable)]:
+        raise ValueError(
+            "Rounding needs finite weights. Received: NaN or infinity in "
+            f"{len(bad)} of them, {bad[:5]}. Load finite weights first."
+        )
+    note = ""
+    if refine and keras_compat.graph_of(model) is None:
+        refine = None
+        note = (
+            "Blocks were not trained: they are found in the graph of a "
+            "functional model"
+        )
+    if data is None:
+        data = _text_of(model, verbose)
+    batches = data_forms.calibration_batches(model, data, batch_size)
+    kernels: list[QuantizedKernel] = []
+    before: Any = None
+    try:
+        if table is not None:
+            before = ops.convert_to_numpy(table[1].variable).copy()
+            kernels.append(quantizer.round_head(*table, batches, verbose))
+        if found:
+            kernels += change_kernels(
+                model,
+                found,
+                batches,
+                quantizer.round,
+                quantizer.train if refine else None,
+                verbose,
+            )
+    except BaseException:
+        if table is not None and before is not None:
+            table[1].variable.assign(before)
+        raise
+    return QuantizeReport(
+        bits,
+        group_size,
+        tuple(kernels),
+        found.skipped,
+        tuple(quantizer.blocks),
+        note,
+    )
+
+
+def _is_finite(variable: keras.Variable) -> bool:
+    return bool(ops.all(ops.isfinite(variable.value)))
+
+
+def _checked_bits(data: Any, bits: Any) -> tuple[Any, int]:
+    """Return data and bits, one of which may name a type, such as "int4"."""
+    if isinstance(data, str) and re.fullmatch(r"[a-z]*(int|float)\d\w*", data):
+        data, bits = None, data
+    if bits in ("int8", 8):
+        raise ValueError(
+            "`quantize` rounds to 2 to 4 bits. For int8 call `kwm.pack(model, "
+            '"int8")`, which rounds by itself and loses next to nothing. '
+            f"Received: bits={bits!r}"
+        )
+    if isinstance(bits, str) and (name := re.fullmatch(r"int([234])", bits)):
+        bits = int(name[1])
+    return data, checks.check_int("bits", bits, 2, 4)
+
+
+def _text_of(model: Any, verbose: Any) -> Any:
+    """Return rows of tokens that the model writes."""
+    if not hasattr(model, "generate"):
+        expected = (
+            "calibration data, some 100 rows; only a KerasHub `CausalLM` "
+            "writes text of its own"
+        )
+        raise checks.error("data", expected, None)
+    length = longest_input(model, _LENGTH)
+    return self_generated(model, _ROWS, length, verbose=verbose)
+
+
+class _Quantizer:
+    """Rounds kernels, and trains the blocks that they are in.
+
+    Args:
+        bits, group_size, damping, epochs, learning_rate: As in `quantize`.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        group_size: int,
+        damping: float,
+        epochs: int,
+        learning_rate: float,
+    ) -> None:
+        self.grid = Grid(bits, group_size)
+        self.damping = checks.check_float("damping", damping, above=0)
+        checks.check_int("epochs", epochs, 1)
+        learning_rate = checks.check_float(
+            "learning_rate", learning_rate, above=0
+        )
+        self.fit = BlockReconstruction(epochs, learning_rate)
+        # By key, what has been rounded and not been trained.
+        self.items: dict[str, GridWeights] = {}
+        self.blocks: list[ReconstructedBlock] = []
+
+    def round_head(
+        self, head: Any, target: Target, batches: Any, verbose: Any
+    ) -> QuantizedKernel:
+        """Round the head of a language model."""
+        errors = round_table(
+            head, target, batches, self._grid_for(target), self.damping, verbose
+        )
+        return QuantizedKernel(target.key, target.path, target.shape, *errors)
+
+    def round(
+        self, group: list[Target], moment: Any, note: str
+    ) -> Iterator[QuantizedKernel]:
+        """Round kernels that share their inputs; yield what was done."""
+        moments = [None] if moment is None else moment
+        for target in group:
+            grid = self._grid_for(target)
+            axes = target.contraction_axes, target.stack_axes
+            # A copy: on torch it would share the memory of the variable.
+            before = ops.copy(
+                to_stack(target.variable.value, *axes, len(moments))
+            )
+            rounded = [
+                round_kept(w, h, grid, self.damping)
+                for w, h in zip(before, moments)
+            ]
+            after, scales, nearest = map(ops.stack, zip(*rounded))
+            item = GridWeights(target, before, after, scales, grid)
+            target.variable.assign(item.rounded())
+            self.items[target.key] = item
+            errors: list[Any] = [None, None]
+            if moment is not None:
+                errors = [
+                    relative_error(before, values, moment)
+                    for values in (nearest, after)
+                ]
+            yield QuantizedKernel(
+                target.key, target.path, target.shape, *errors, note=note
+            )
+
+    def train(self, operation: Any, group: list[Target], *calls: Any) -> None:
+        """Train the kernels of a block through their rounding."""
+        items = [self.items.pop(target.key) for target in group]
+        seam.attach(operation, items)
+        try:
+            block = self.fit(operation, group, *calls)
+            if block is not None and block.after > block.before:
+                # Nothing was gained: as it was rounded.
+                for item in items:
+                    item.reset()
+                block = dataclasses.replace(block, after=block.before)
+        finally:
+            seam.fold(operation, GridWeights)
+        if block is not None:
+            self.blocks.append(block)
+
+    def _grid_for(self, target: Target) -> Grid:
+        """A grid whose weights the kernel's type holds without rounding."""
+        significant = _SIGNIFICANT.get(target.variable.dtype, 24)
+        grid = self.grid
+        precision = min(grid.precision, significant - (grid.bits - 1))
+        return dataclasses.replace(grid, precision=precision)
