@@ -163,10 +163,9 @@ bench-runtimes: setup
 	$(BIN)/python -m benchmarks.runtimes $(ARGS)
 	$(BIN)/python -m benchmarks.results_page
 
-# On a machine with an NVIDIA GPU: tests, timings, the dispatcher's table and a
-# page, in at most nine minutes once the packages are there; see benchmarks/gpu.py.
-# CUDA=12 for older drivers. GPU_PYTHON=python3 takes the JAX and torch of that
-# Python, and installs beside them only what is missing, into build/.
+# On a machine with an NVIDIA GPU: tests, then a table of cuSPARSELt over the
+# dense product by shape and rows; see benchmarks/gpu.py. CUDA=12 for older
+# drivers. GPU_PYTHON=python3 takes a Python that has the package, JAX and torch.
 CUDA ?= 13
 GPU_VENV := .venv-gpu
 GPU_PYTHON ?= $(GPU_VENV)/bin/python
@@ -175,7 +174,7 @@ ifeq ($(GPU_PYTHON),$(GPU_VENV)/bin/python)
 gpu: $(GPU_VENV)/.installed
 endif
 gpu:
-	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 $(GPU_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(GPU_VENV)
@@ -191,7 +190,7 @@ CUSPARSELT_FOLDERS := $(CUSPARSELT:%=build/cusparselt/%)
 
 gpu-libraries: setup $(CUSPARSELT_FOLDERS)
 	KERAS_BACKEND=torch CUSPARSELT_FOLDERS="$(CUSPARSELT_FOLDERS)" \
-	  $(BIN)/python -m pytest tests/gpu/test_build.py -rPs -k cusparselt
+	  $(BIN)/python -m pytest tests/gpu/test_cusparselt.py -rPs
 
 build/cusparselt/headers:
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
@@ -211,7 +210,7 @@ NATIVE := keras_weightmods/native
 # sentence-transformers, hence --no-deps.
 # Again when the native sources change: the install compiles them.
 $(VENV)/.installed: pyproject.toml cmake/CMakeLists.txt \
-    $(wildcard $(NATIVE)/*.cc $(NATIVE)/*.h $(NATIVE)/gpu/*.cc $(NATIVE)/gpu/*.h)
+    $(wildcard $(NATIVE)/*.cc $(NATIVE)/*.h $(NATIVE)/*/*.cc $(NATIVE)/*/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'

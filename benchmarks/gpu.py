@@ -1,248 +1,188 @@
-"""What `make gpu` does, in one command and at most nine minutes.
+"""Tests on an NVIDIA GPU, then cuSPARSELt's product over the dense one.
 
-    python3 benchmarks/gpu.py
-    python3 benchmarks/gpu.py --dry-run --frameworks torch --results /tmp/gpu
+    python -m benchmarks.gpu
+    python -m benchmarks.gpu --frameworks torch --dry-run
 
-1. Installs what this Python lacks, into build/gpu/packages, and builds the
-   library for the jaxlib that is there.
-2. Runs tests/gpu/test_on_gpu.py under JAX and torch.
-3. Measures: benchmarks/sparse_matmul_gpu.py.
-4. Both again for float16, with which cuSPARSELt has ended the process on some
-   cards: nothing comes after it.
-5. Writes the dispatcher's table, and a page.
+`make gpu` runs it. Under JAX and torch: tests/gpu/test_on_gpu.py, then for
+each shape and type the trial that `pack` runs on the card, at 1 to 4096 rows.
+float16 comes last, as cuSPARSELt has ended the process with it on some cards.
+Each part is a process of its own with a limit of time. What is measured is
+written at once, and not measured again: the same command continues.
 
-Each part is a process of its own with a limit of time, and writes as it goes
-on. What was measured is not measured again: the same command continues. A test
-that fails does not stop the rest, but the status at the end tells of it.
-
-It needs no package itself. It has not yet run on a GPU: `--dry-run`, for
-machines without one, goes all the way but for float16, with tiny products, and
-writes to the folder `--results` alone.
+Not yet run on a GPU. `--dry-run` goes all the way without one, with tiny
+products of NumPy in the place of both.
 """
 
 import argparse
-import importlib.util
+import dataclasses
+import functools
 import json
-import math
 import os
 import pathlib
-import shutil
-import signal
 import subprocess
 import sys
-import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "gpu"
-PACKAGES = BUILD / "packages"
-NATIVE = ROOT / "keras_weightmods" / "native"
-# By the name of the module.
-REQUIREMENTS = {
-    "absl": "absl-py",
-    "h5py": "h5py",
-    "iniconfig": "iniconfig",
-    "keras": "keras>=3.15",
-    "markdown_it": "markdown-it-py",
-    "mdurl": "mdurl",
-    "ml_dtypes": "ml-dtypes",
-    "namex": "namex",
-    "numpy": "numpy",
-    "optree": "optree",
-    "packaging": "packaging",
-    "pluggy": "pluggy",
-    "pygments": "pygments",
-    "pytest": "pytest>=8",
-    "rich": "rich>=13",
-    "safetensors": "safetensors>=0.5",
-}
-SECONDS = 510  # in all, without what is installed
-GRACE_SECONDS = 20  # of a product that does not end
-TEST_SECONDS = 100  # of one backend
-FLOAT16_SECONDS = 90
+import numpy as np
+
+from benchmarks import harness
+
+ROOT = harness.ROOT
+# (K, N): attention and feed-forward kernels of models of 1B and 8B.
+SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096))
+SHAPES += ((4096, 14336), (14336, 4096))
+# Types of activations; int8 is bfloat16 that is rounded in the product.
+PASSES = ("bfloat16,int8", "float16")
+SECONDS = 300  # of one part
 
 
 def main():
+    args = parse_arguments()
+    if args.worker:
+        return measure(args)
+    failed = []
+    for types in PASSES:
+        for framework in args.frameworks.split(","):
+            test = "-m", "pytest", "tests/gpu/test_on_gpu.py", "-q", "-rs"
+            options = ["--dry-run"] if args.dry_run else []
+            worker = "-m", "benchmarks.gpu", "--worker", "--types", types
+            worker += ("--json", args.json, *options)
+            for name, command in (("tests", test), ("times", worker)):
+                status = run(framework, types, command)
+                # pytest: 5 is for no test, as where there is no GPU.
+                if status not in (0, 5):
+                    failed.append(f"{name} of {framework}, {types}: {status}")
+    report = harness.read_json(args.json) or {}
+    page = args.json.with_suffix(".md")
+    page.write_text(table(report))
+    print(page.read_text())
+    sys.exit("\n".join(failed) or 0)
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--frameworks", default="jax,torch")
-    parser.add_argument("--seconds", type=float, default=SECONDS)
-    parser.add_argument(
-        "--results",
-        type=pathlib.Path,
-        default=ROOT / "benchmarks" / "results",
-        help="the folder of sparse_matmul_gpu.json and .md",
-    )
+    parser.add_argument("--types", default=PASSES[0], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true")
-    args = parser.parse_args()
-
-    install_missing()
-    # Without a GPU no time is measured, and none may run out.
-    seconds = math.inf if args.dry_run else args.seconds
-    deadline = time.monotonic() + seconds
-    if not args.dry_run:
-        build()
-    frameworks = args.frameworks.split(",")
-    outcomes = {}
-    passes = [
-        (("bfloat16", "int8", "float32"), deadline - FLOAT16_SECONDS),
-        (("float16",), deadline),
-    ]
-    for dtypes, until in passes[:1] if args.dry_run else passes:
-        for backend in frameworks:
-            name = f"{backend}, {' '.join(dtypes)}"
-            outcomes[name] = test(backend, dtypes, until)
-            print(f"== tests of {name}: {outcomes[name]}", flush=True)
-        measure(args, dtypes, until)
-    failed = [name for name, text in outcomes.items() if "passed" not in text]
-    write_outcomes(args.results / "sparse_matmul_gpu.json", outcomes)
-    run("-m", "benchmarks.sparse_matmul_gpu", "--page", *options(args))
-    if args.dry_run:
-        failed = [name for name in failed if "skipped" not in outcomes[name]]
-    sys.exit(f"Tests failed: {'; '.join(failed)}" if failed else 0)
+    parser.add_argument(
+        "--json", type=pathlib.Path, default=harness.RESULTS / "gpu.json"
+    )
+    return parser.parse_args()
 
 
-def missing():
-    """Return the requirements that this Python lacks."""
-    importlib.invalidate_caches()
-    return [
-        requirement
-        for module, requirement in REQUIREMENTS.items()
-        if importlib.util.find_spec(module) is None
-    ]
-
-
-def install_missing():
-    """Install what is missing beside what is there, which stays as it is."""
-    if PACKAGES.exists():
-        sys.path.insert(0, os.fspath(PACKAGES))
-    if wanted := missing():
-        install(wanted)
-    if left := missing():
-        raise SystemExit(f"pip did not install {', '.join(left)}.")
-
-
-def install(wanted):
-    print(f"== installing {', '.join(wanted)}", flush=True)
-    # Without what they depend on: that is among them, or big and there.
-    run("-m", "pip", "install", "--quiet", "--no-deps", "--target", PACKAGES,
-        *wanted, check=True)  # fmt: skip
-    if os.fspath(PACKAGES) not in sys.path:
-        sys.path.insert(0, os.fspath(PACKAGES))
-
-
-def environment():
-    """The variables of each part: PYTHONPATH and PATH keep what they hold."""
-    paths = [ROOT, PACKAGES, os.environ.get("PYTHONPATH")]
-    programs = [PACKAGES / "bin", pathlib.Path(sys.executable).parent]
+def environment(framework, types):
+    """Return the variables of a part; PYTHONPATH keeps what it holds."""
+    paths = [os.fspath(ROOT), os.environ.get("PYTHONPATH")]
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(os.fspath(p) for p in paths if p),
-        "PATH": os.pathsep.join(
-            [*map(os.fspath, programs), os.environ.get("PATH", os.defpath)]
-        ),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "KERAS_BACKEND": framework,
+        "KERAS_WEIGHTMODS_GPU_TYPES": types,
         # The tests on a CPU set it for their speed.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-        "JAX_ENABLE_COMPILATION_CACHE": "0",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
 
 
-def run(*arguments, check=False, timeout=None, **variables):
-    """Run this Python; return the status, None if the time was up."""
-    command = [sys.executable, *map(os.fspath, arguments)]
-    variables = {**environment(), **variables}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=variables, start_new_session=True
-    )
+def run(framework, types, command):
+    """Run this Python; return the status, or what became of it."""
+    print(f"== {framework}, {types}: {' '.join(map(str, command))}", flush=True)
     try:
-        status = process.wait(timeout)
+        return subprocess.run(
+            [sys.executable, *map(os.fspath, command)],
+            cwd=ROOT,
+            env=environment(framework, types),
+            timeout=SECONDS,
+        ).returncode
     except subprocess.TimeoutExpired:
-        status = None
-    finally:
-        if process.poll() is None:
-            # And what it has started, which would keep the GPU.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if check and status:
-        raise subprocess.CalledProcessError(status, command)
-    return status
+        return f"not done in {SECONDS} s"
 
 
-def build():
-    """Build the library with the headers of the jaxlib that is there."""
-    libraries = [NATIVE / "lib" / f"{n}.so" for n in ("kwm_native", "kwm_gpu")]
-    sources = [ROOT / "cmake" / "CMakeLists.txt"]
-    for pattern in ("*.cc", "*.h", "gpu/*.cc", "gpu/*.h", "gpu/*.cmake"):
-        sources += NATIVE.glob(pattern)
-    # Another jaxlib, or an older one, may have built what is there.
-    stamp = BUILD / "built.json"
-    spec = importlib.util.find_spec("jaxlib")
-    about = {
-        "python": sys.executable,
-        "jaxlib": spec and spec.origin,
-        "newest": max(source.stat().st_mtime for source in sources),
-    }
-    known = json.loads(stamp.read_text()) if stamp.exists() else None
-    if known == about and all(library.exists() for library in libraries):
-        return
-    path = environment()["PATH"]
-    if shutil.which("cmake", path=path) is None:
-        install(["cmake"])
-    cmake = shutil.which("cmake", path=path)
-    for command in (
-        [cmake, "-S", "cmake", "-B", BUILD, "-DKWM_XLA_ANY_VERSION=ON",
-         f"-DPython_EXECUTABLE={sys.executable}"],
-        [cmake, "--build", BUILD, "--parallel"],
-    ):  # fmt: skip
-        subprocess.run(command, cwd=ROOT, env=environment(), check=True)
-    stamp.write_text(json.dumps(about))
+def measure(args):
+    """Try each shape and type that the report lacks; write after each."""
+    framework = os.environ["KERAS_BACKEND"]
+    plan = dry_plan if args.dry_run else plan_of(framework)
+    shapes = ((64, 32),) if args.dry_run else SHAPES
+    for kind in args.types.split(","):
+        for shape in shapes:
+            report = harness.read_json(args.json) or {}
+            case = f"{framework}, {kind}, {shape[0]} x {shape[1]}"
+            if case in report.get("times", {}):
+                continue
+            found = plan(shape, kind)
+            report["machine"] = machine()
+            report.setdefault("times", {})[case] = [
+                dataclasses.asdict(tried) for tried in found.tried
+            ] or found.reason
+            part = args.json.with_suffix(".part")
+            harness.write_json(part, report)
+            part.replace(args.json)
+            print(case, *map(found.why, (1, 64, 4096)), sep="\n  ", flush=True)
 
 
-def test(backend, dtypes, until):
-    """Run the tests of some types under a backend; return their outcome."""
-    left = until - time.monotonic()
-    timeout = None if left == math.inf else min(TEST_SECONDS, left)
-    if left <= 0:
-        return "no time left"
-    status = run(
-        *("-m", "pytest", "tests/gpu/test_on_gpu.py", "-q", "-rs"),
-        timeout=timeout,
-        KERAS_BACKEND=backend,
-        KERAS_WEIGHTMODS_GPU_TYPES=",".join(dtypes),
+def plan_of(framework):
+    """Return the function that tries on the card."""
+    import importlib
+
+    name = f"keras_weightmods.backend.{framework}.sparse_matmul_gpu"
+    products = importlib.import_module(name)
+    if products.device_name() is None:
+        raise SystemExit(f"{framework} finds no NVIDIA GPU.")
+
+    def plan(shape, kind):
+        x_dtype = "bfloat16" if kind == "int8" else kind
+        activations = "int8" if kind == "int8" else "float32"
+        return products.plan(shape, x_dtype, "int8", activations)
+
+    return plan
+
+
+def dry_plan(shape, kind):
+    from keras_weightmods.native.gpu import trial
+
+    x, steps, scale = trial.sample(16, shape)
+    product = trial.Product(np.matmul, [steps * scale])
+    clock = trial.seconds_by(lambda y: None)
+    return trial.trial(lambda rows: x[:rows], product, product, clock, (1, 16))
+
+
+@functools.cache
+def machine():
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total"]
+    try:
+        answer = subprocess.run(
+            [*query, "--format=csv,noheader"], capture_output=True, text=True
+        )
+        name = answer.stdout.strip()
+    except OSError:
+        name = "no GPU, a dry run"
+    return {"gpu": name, "versions": harness.versions()}
+
+
+def table(report):
+    """Return dense over cuSPARSELt's time as Markdown, by shape and rows."""
+    lines = ["# cuSPARSELt over the dense product", ""]
+    lines += [json.dumps(report.get("machine", {})), ""]
+    rows = sorted(
+        {
+            tried["rows"]
+            for case in report.get("times", {}).values()
+            if not isinstance(case, str)
+            for tried in case
+        }
     )
-    # pytest: 5 is for no test, as where the module was skipped.
-    outcomes = {0: "passed", 5: "skipped", None: "not done in time"}
-    return outcomes.get(status, f"failed with status {status}")
-
-
-def measure(args, dtypes, until):
-    seconds = until - time.monotonic()
-    if seconds <= 0:
-        return
-    # It ends by itself, but for a product that never does.
-    run(
-        *("-m", "benchmarks.sparse_matmul_gpu", *options(args)),
-        *("--types", ",".join(dtypes), "--seconds", str(seconds)),
-        *("--frameworks", args.frameworks),
-        timeout=None if seconds == math.inf else seconds + GRACE_SECONDS,
-    )
-
-
-def options(args):
-    """Where a part reads and writes, as arguments."""
-    found = ["--json", args.results / "sparse_matmul_gpu.json"]
-    found += ["--markdown", args.results / "sparse_matmul_gpu.md"]
-    if args.dry_run:
-        found += ["--dry-run", "--table", args.results / "dispatch.json"]
-    return found
-
-
-def write_outcomes(path, outcomes):
-    report = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**report, "tests": outcomes}, indent=1) + "\n")
+    lines.append(f"| | {' | '.join(map(str, rows))} |")
+    lines.append("|---" * (len(rows) + 1) + "|")
+    for name, case in report.get("times", {}).items():
+        if isinstance(case, str):
+            lines.append(f"| {name} | {case} |")
+            continue
+        gains = [f"{tried['dense'] / tried['sparse']:.2f}x" for tried in case]
+        lines.append(f"| {name} | {' | '.join(gains)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The compiled kernels: one C library, found and loaded at first use.
 
-Everything that needs it works without it too: 2:4 products by dense kernels,
-companders by the backend's own functions.
+Everything that needs it works without it too, by dense products.
 """
 
 import ctypes
@@ -52,8 +51,6 @@ _SIGNATURES = {
     "kwm_matmul_transposed": ("", "PqqqiPPPPPP"),
     "kwm_values_gradient": ("", "PPqqqPPPP"),
     "kwm_attend": ("", "PPPqPqqqqqqfPPP"),
-    "kwm_compand": ("", "PqffPPP"),
-    "kwm_compand_gradient": ("", "PPPqffPPPPP"),
 }
 
 _WAY_OUT = (
@@ -71,8 +68,6 @@ XLA_TARGETS = (
     "kwm_xla_matmul_transposed",
     "kwm_xla_values_gradient",
     "kwm_xla_attend",
-    "kwm_xla_compand",
-    "kwm_xla_compand_gradient",
 )
 NO_XLA = (
     "the compiled library was built without the headers of jaxlib 0.8.0, as "
@@ -103,10 +98,7 @@ def reason_unavailable() -> str:
 
 
 def has_vectors() -> bool:
-    """Return whether the compiled kernels use a vector unit on this CPU.
-
-    Without, those of the companders are slower than the backends' functions.
-    """
+    """Return whether the compiled kernels use a vector unit on this CPU."""
     return is_available() and library().kwm_isa() != _SCALAR
 
 

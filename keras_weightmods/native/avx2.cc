@@ -39,11 +39,9 @@ struct Avx2 {
   static Float fma(Float a, Float b, Float c) {
     return _mm256_fmadd_ps(a, b, c);
   }
-  static Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
   static Mask greater(Float a, Float b) {
     return _mm256_cmp_ps(a, b, _CMP_GT_OQ);
   }
-  static bool any(Mask mask) { return _mm256_movemask_ps(mask) != 0; }
   static Float select(Mask mask, Float a, Float b) {
     return _mm256_blendv_ps(b, a, mask);
   }

@@ -42,11 +42,9 @@ struct Avx512 {
   static Float fma(Float a, Float b, Float c) {
     return _mm512_fmadd_ps(a, b, c);
   }
-  static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
   static Mask greater(Float a, Float b) {
     return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
   }
-  static bool any(Mask mask) { return mask != 0; }
   static Float select(Mask mask, Float a, Float b) {
     return _mm512_mask_blend_ps(mask, b, a);
   }

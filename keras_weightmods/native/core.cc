@@ -74,12 +74,6 @@ const Kernels* supported(int isa) {
   }
 }
 
-// Null where there are none for this instruction set or CPU.
-const kwm::DigitKernels* digit_kernels(const Kernels& kernels) {
-  if (kernels.isa != KWM_ISA_AVX512 || !kwm::has_avx512_vnni()) return nullptr;
-  return kwm::avx512_vnni_kernels();
-}
-
 const Kernels* best() {
   const int from_best[] = {KWM_ISA_NEON, KWM_ISA_AVX512, KWM_ISA_AVX_VNNI,
                            KWM_ISA_AVX2};
@@ -203,7 +197,6 @@ class Matmul {
       const float* in = x + row * w_.k;
       float* out = y + row * w_.n;
       const int64_t here = kwm::min(kPanelRows, rows - row);
-      if (run_digits(in, here, out)) continue;
       const int64_t many = run_many(in, here, out);
       run_few(in + many * w_.k, here - many, out + many * w_.n);
     }
@@ -331,50 +324,6 @@ class Matmul {
       const float scale = w_.int8_scale(column_block)[lane];
       for (int64_t i = 0; i < size; ++i) slots[lane * size + i] *= scale;
     }
-  }
-
-  // False where floats have to do.
-  bool run_digits(const float* x, int64_t rows, float* y) const {
-    const kwm::DigitKernels* digits = digit_kernels(kernels_);
-    if (digits == nullptr || w_.type != KWM_INT8 ||
-        w_.row_blocks() > kwm::kMostRowBlocks) {
-      return false;
-    }
-    const Tiling tiling(rows, digits->tile_rows);
-    const int64_t blocks = kwm::ceil_div(w_.k, kwm::kDigitColumns);
-    const int64_t row_bytes = kwm::kDigits * kwm::kDigitColumns;
-    const int64_t tile_bytes = tiling.padded * blocks * row_bytes;
-    const Scratch<uint8_t> panel(tiling.count * tile_bytes);
-    const Scratch<float> steps(tiling.count * tiling.padded);
-    std::atomic<bool> all{true};
-    threads_.run(
-        tiling.count, grain(tile_bytes / kLanes),
-        [&](int64_t begin, int64_t end) {
-          for (int64_t tile = begin; tile < end; ++tile) {
-            uint8_t* out = panel.get() + tile * tile_bytes;
-            float* step = steps.get() + tile * tiling.padded;
-            for (int row = 0; row < tiling.padded; ++row) {
-              // What pads a tile may be any row; its sums are not looked at.
-              const int64_t from = kwm::min(row, tiling.rows_of(tile) - 1);
-              if (!digits->to_digits(x + (tiling.first(tile) + from) * w_.k,
-                                     w_.k, tiling.padded, blocks,
-                                     out + row * row_bytes, step + row)) {
-                all = false;
-              }
-            }
-          }
-        });
-    if (!all) return false;
-    const kwm::Product product{w_, y};
-    kwm::multiply_tiles(
-        threads_, tiling, &product, 1, tiling.padded,
-        [&](int64_t tile, const Packed& w, int64_t column_block, float* out,
-            int64_t out_stride) {
-          digits->multiply(panel.get() + tile * tile_bytes,
-                           steps.get() + tile * tiling.padded, tiling.padded, w,
-                           column_block, out, out_stride);
-        });
-    return true;
   }
 
   const Kernels& kernels_;

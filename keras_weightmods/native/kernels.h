@@ -56,25 +56,6 @@ struct BFloat16Kernels {
                 uint16_t* y, int64_t y_stride);
 };
 
-// Kernels for int8 values that take activations as integers of three bytes.
-struct DigitKernels {
-  const int* tile_rows;  // as below
-
-  // Row `row` of a panel [blocks, rows, 3, 64] of bytes, for x (k,) with zeros
-  // up to 64 * blocks; `panel` points to [0, row]. False, and nothing of use
-  // written, where floats would do better: not all is finite, or all is tiny.
-  bool (*to_digits)(const float* x, int64_t k, int rows, int64_t blocks,
-                    uint8_t* panel, float* step);
-
-  // As Kernels::multiply. Its integers hold the sums of kMostRowBlocks.
-  void (*multiply)(const uint8_t* x, const float* steps, int rows,
-                   const Packed& w, int64_t column_block, float* y,
-                   int64_t y_stride);
-};
-constexpr int kDigits = 3;
-constexpr int kDigitColumns = 64;
-constexpr int64_t kMostRowBlocks = 4096;
-
 // Rows of activations as int8: 32 entries are a block, x = step * q. Each
 // instruction set has an order of its own for the bytes. `rows` is one of
 // Int8Kernels::tile_rows.
@@ -177,15 +158,6 @@ struct Kernels {
                    const uint32_t* meta, int first_slot, bool first,
                    float* dvalues);
 
-  // w = a arctan(v / b), all of `count` floats.
-  void (*compand)(const float* v, int64_t count, float a, float b, float* w);
-
-  // dv = upstream * dw/dv, which may take the place of upstream. The second
-  // also sums upstream * w and dv * v, each entry a term in float32: for few.
-  void (*compand_gradient[2])(const float* v, const float* w,
-                              const float* upstream, int64_t count, float a,
-                              float b, float* dv, double* sums);
-
   // out [queries, size] = softmax(scale * q @ keys^T) @ values.
   void (*attend)(const float* q, int queries, const HeadOfKeys& head,
                  float scale, float* scratch, float* out);
@@ -206,7 +178,6 @@ const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
-const DigitKernels* avx512_vnni_kernels();
 const BFloat16Kernels* avx512_bf16_kernels();
 
 // Those of int8 activations, likewise.
@@ -217,7 +188,7 @@ const Int8Kernels* avx512_int8_kernels(int type, bool dense);
 const Int8Kernels* neon_int8_kernels(int type, bool dense);
 const Int8Kernels* neon_dot_int8_kernels(int type, bool dense);
 
-// Whether this CPU has AVX-512 VNNI and VBMI, which both of the above need.
+// Whether this CPU has AVX-512 VNNI and VBMI, as avx512_int8_kernels need.
 bool has_avx512_vnni();
 
 // Whether it has AVX-512 BF16.

@@ -14,7 +14,7 @@
 //                         for x of 16 floats and group = slot / 2 % 4
 //   OneRow                what to use in place of S for one row of activations
 //
-//   mul, div, greater(a, b), any(mask), select(mask, a, b)
+//   greater(a, b), select(mask, a, b)
 //   spread(slots, i)      lane i of a vector in all lanes
 //   transpose(in, in_stride, out, out_stride)   kWidth x kWidth floats
 //
@@ -30,7 +30,6 @@
 #endif
 
 #include "attend_impl.h"
-#include "compand_impl.h"
 
 namespace {
 
@@ -416,8 +415,6 @@ const kwm::Kernels* kernels(int isa) {
        expand<S, Int8Values>},
       multiply_dense<S>,
       gradient<S>,
-      compand<S>,
-      {compand_gradient<S, false>, compand_gradient<S, true>},
       attend<S>,
       attend_many<S>,
   };

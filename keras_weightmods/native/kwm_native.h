@@ -1,5 +1,5 @@
-// 2:4 sparse matmul, attention and the compander on the CPU: a plain C interface, no
-// Python, no framework.
+// 2:4 sparse matmul and attention on the CPU: a plain C interface, no Python,
+// no framework.
 //
 // A kernel W of shape (k, n) is packed in groups of 4 along k, the contraction
 // axis; of each group and column at most 2 values are nonzero, and 2 are kept.
@@ -105,10 +105,8 @@ KWM_API void kwm_unpack(const void* values, const uint32_t* meta,
 // scale may be NULL unless type is KWM_INT8 or KWM_INT4. Without a parallel_for
 // (NULL) the caller's thread does all the work.
 //
-// The sums are of float32. int8 values may be multiplied in integers, by each
-// activation rounded to a multiple of step = max |x| / 8388600 of its row: that
-// adds an error of at most step / 2 * sum |W[:, column]| to an output. int4
-// values are made float32 in each call, which is slow.
+// The sums are of float32. int4 values are made float32 in each call, which is
+// slow.
 KWM_API void kwm_matmul(const float* x, int64_t rows, int64_t k, int64_t n,
                         int type, const void* values, const uint32_t* meta,
                         const void* scale, float* y,
@@ -180,18 +178,6 @@ KWM_API void kwm_attend(const float* q, const float* keys, const float* values,
                         int64_t queries, int64_t places, int64_t heads,
                         int64_t key_heads, int64_t size, float scale,
                         float* out, kwm_parallel_for parallel_for, void* pool);
-
-// w = a arctan(v / b), `count` floats; b and its inverse must be normal numbers.
-KWM_API void kwm_compand(const float* v, int64_t count, float a, float b,
-                         float* w, kwm_parallel_for parallel_for, void* pool);
-
-// The gradients of sum(upstream * w): dv (count,), which may be upstream, da
-// and db. The same for any number of threads. Without da and db (NULL) only dv;
-// w may be NULL then.
-KWM_API void kwm_compand_gradient(const float* v, const float* w,
-                                  const float* upstream, int64_t count, float a,
-                                  float b, float* dv, float* da, float* db,
-                                  kwm_parallel_for parallel_for, void* pool);
 
 #ifdef __cplusplus
 }

@@ -30,9 +30,7 @@ struct Neon {
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
   static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
   static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
-  static Float div(Float a, Float b) { return vdivq_f32(a, b); }
   static Mask greater(Float a, Float b) { return vcgtq_f32(a, b); }
-  static bool any(Mask mask) { return vmaxvq_u32(mask) != 0; }
   static Float select(Mask mask, Float a, Float b) {
     return vbslq_f32(mask, a, b);
   }

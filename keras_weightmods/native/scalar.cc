@@ -27,9 +27,7 @@ struct Scalar {
   static Float add(Float a, Float b) { return a + b; }
   static Float mul(Float a, Float b) { return a * b; }
   static Float fma(Float a, Float b, Float c) { return a * b + c; }
-  static Float div(Float a, Float b) { return a / b; }
   static Mask greater(Float a, Float b) { return a > b; }
-  static bool any(Mask mask) { return mask; }
   static Float select(Mask mask, Float a, Float b) { return mask ? a : b; }
   static void prefetch(const void*) {}
 

@@ -236,36 +236,6 @@ ffi::Error Attend(ffi::ThreadPool threads, Activations q, Activations keys,
   return ffi::Error::Success();
 }
 
-using Array = ffi::Buffer<ffi::F32>;
-using Scalar = ffi::BufferR0<ffi::F32>;
-
-ffi::Error Compand(ffi::ThreadPool threads, Array v, Scalar a, Scalar b,
-                   Result w) {
-  if (v.element_count() != w->element_count()) {
-    return Invalid("v and w differ in size");
-  }
-  kwm_compand(v.typed_data(), static_cast<int64_t>(v.element_count()),
-              *a.typed_data(), *b.typed_data(), w->typed_data(),
-              ParallelForOf(threads), &threads);
-  return ffi::Error::Success();
-}
-
-ffi::Error CompandGradient(ffi::ThreadPool threads, Array v, Array w,
-                           Array upstream, Scalar a, Scalar b, Result dv,
-                           ffi::ResultBufferR0<ffi::F32> da,
-                           ffi::ResultBufferR0<ffi::F32> db) {
-  const size_t count = v.element_count();
-  if (w.element_count() != count || upstream.element_count() != count ||
-      dv->element_count() != count) {
-    return Invalid("v, w, their gradients differ in size");
-  }
-  kwm_compand_gradient(v.typed_data(), w.typed_data(), upstream.typed_data(),
-                       static_cast<int64_t>(count), *a.typed_data(),
-                       *b.typed_data(), dv->typed_data(), da->typed_data(),
-                       db->typed_data(), ParallelForOf(threads), &threads);
-  return ffi::Error::Success();
-}
-
 // The arguments and results of all products.
 auto Product() {
   return ffi::Ffi::Bind()
@@ -286,8 +256,6 @@ KWM_API XLA_FFI_Error* kwm_xla_matmul_int8(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_matmul_transposed(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_values_gradient(XLA_FFI_CallFrame*);
 KWM_API XLA_FFI_Error* kwm_xla_attend(XLA_FFI_CallFrame*);
-KWM_API XLA_FFI_Error* kwm_xla_compand(XLA_FFI_CallFrame*);
-KWM_API XLA_FFI_Error* kwm_xla_compand_gradient(XLA_FFI_CallFrame*);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul, Matmul, Product());
@@ -327,26 +295,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_attend, Attend,
                                   .Arg<ffi::Buffer<ffi::PRED>>()
                                   .Attr<float>("scale")
                                   .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_compand, Compand,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Array>()
-                                  .Arg<Scalar>()
-                                  .Arg<Scalar>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_compand_gradient, CompandGradient,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Scalar>()
-                                  .Arg<Scalar>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::BufferR0<ffi::F32>>()
-                                  .Ret<ffi::BufferR0<ffi::F32>>());
 
 // Registers a handler where no Python function does. Returns 0, or 1 if XLA
 // refused.

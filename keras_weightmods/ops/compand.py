@@ -10,13 +10,10 @@ import ml_dtypes  # a dependency of keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.backend import backend_module
 from keras_weightmods.utils import checks
 
 
-def compand(
-    v: Any, a: Any, b: Any, function: str = "arctan", training: bool = False
-) -> Any:
+def compand(v: Any, a: Any, b: Any, function: str = "arctan") -> Any:
     """Map stored values to weights, `w = a * f(v / b)`.
 
     The function of Weight Compander (arXiv 2306.16993) and its alternatives.
@@ -29,9 +26,6 @@ def compand(
         b: Positive float, or tensor that broadcasts to `v`: the width.
         function: `"arctan"`, with `|w| < a * pi / 2`; `"erf"`, with `|w| < a`;
             or `"arsinh"`, which is unbounded. Defaults to `"arctan"`.
-        training: Bool, whether compiled kernels may serve on JAX and
-            TensorFlow, which tie a graph that is traced to this package.
-            Defaults to `False`.
 
     Returns:
         Tensor of the shape and dtype of `v`.
@@ -51,16 +45,9 @@ def compand(
     ```
     """
     rule = _checked(function, a, b)
-    checks.check_bool("training", training)
     v, a, b, dtype = _widened("v", v, a, b)
     on_torch = keras.backend.backend() == "torch"
-    scalars = _is_scalar(a) and _is_scalar(b)
-    compiled = scalars and function == "arctan" and (training or on_torch)
-    if compiled and backend_module("compand").is_native(v):
-        a, b = (ops.convert_to_tensor(p, v.dtype) for p in (a, b))
-        kernels = backend_module("compand").compand
-        w = kernels(v, a, b, _arctan_forward, _arctan_backward)
-    elif scalars and not on_torch:
+    if _is_scalar(a) and _is_scalar(b) and not on_torch:
         w = _compand_by_scalars(v, a, b, function)
     else:
         w = a * rule.apply(v / b)
@@ -194,10 +181,6 @@ def _slope(v: Any, upstream: Any, a: Any, b: Any, function: Any) -> Any:
 def _backward(v: Any, w: Any, up: Any, a: Any, b: Any, function: Any) -> Any:
     to_v = _slope(v, up, a, b, function)
     return to_v, _dot(up, w) / a, -_dot(to_v, v) / b
-
-
-_arctan_forward = functools.partial(_forward, function="arctan")
-_arctan_backward = functools.partial(_backward, function="arctan")
 
 
 @functools.cache

@@ -20,10 +20,7 @@ def sparse_matmul(x: Any, packed: Any) -> Any:
     once and for all. The sums are of float32, whatever the type of `x`, and
     rounded to it once. With `x` and the values in bfloat16, products of 28 rows
     and more are made two at a time where the processor has AVX512-BF16; each is
-    exact, but what is below 2 ** -126 counts as zero. int8 values may be
-    multiplied in integers, by entries of `x` rounded to 24 bits of the largest
-    |x| of their row: that adds an error of at most max |x| / 16777200 times the
-    sum of |w| of a column to an output.
+    exact, but what is below 2 ** -126 counts as zero.
 
     With `packed.activations == "int8"`, each row of `x` is taken in blocks of
     32 entries and rounded to multiples of s = max |x| / 127 of its block, and
@@ -32,14 +29,14 @@ def sparse_matmul(x: Any, packed: Any) -> Any:
     outlier costs its own block alone. A block that holds NaN or infinity makes
     all outputs of its row that read the block NaN.
 
-    On an NVIDIA GPU, under JAX and torch, by the fastest of several products
-    for the number of rows: by what `make gpu` has measured on such a card, else
-    by published figures, else the dense one. There the kernel is rounded to the
-    type of a 16-bit `x`, as in a dense layer. With int8 activations and int8
-    values whole rows of `x` are rounded, to multiples of s = max |x| / 127 of
-    the row, and results to bfloat16: an output is off by at most s / 2 times
-    the sum of |w|, and by 2 ** -8 of itself. Where no such product is known to
-    gain, in blocks as on a CPU. This has not yet been run on a GPU.
+    On an NVIDIA GPU, JAX and torch multiply by cuSPARSELt or dense: whichever a
+    trial on the card, once for each shape and type, found faster for the
+    number of rows. There the kernel is rounded to the type of a 16-bit `x`, as
+    in a dense layer. With int8 activations and int8 values whole rows of `x`
+    are rounded, to multiples of s = max |x| / 127 of the row, and results to
+    bfloat16: an output is off by at most s / 2 times the sum of |w|, and by
+    2 ** -8 of itself. Where cuSPARSELt is never faster, blocks are rounded as
+    on a CPU. This has not yet been run on a GPU.
 
     Gradients flow to `x`, as if it was not rounded, and to the values if these
     are float32 (at the kept places: the pattern never changes).
@@ -114,9 +111,10 @@ def gpu_plan(
         activations: String, as of `Packed`. Defaults to `"float32"`.
 
     Returns:
-        `keras_weightmods.native.gpu.dispatch.Plan`, by measured times or
-        published figures, whose `why(rows)` says which; None where the backend
-        uses no NVIDIA GPU. Not yet run on a GPU.
+        `keras_weightmods.native.gpu.trial.Plan`, whose `why(rows)` names the
+        product for a number of rows and the times of the trial, which the
+        first call for a shape and type runs on the card; None where the
+        backend uses no NVIDIA GPU. Not yet run on a GPU.
 
     Example:
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_compat, seam
+from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import Reparameterization
 from keras_weightmods.core.report import ReparameterizationReport
 from keras_weightmods.ops.compand import (
@@ -252,8 +252,7 @@ class Compander(Reparameterization):
 
     def effective(self, stored: Any) -> Any:
         a, b = self._pair()
-        training = keras_compat.is_training_call()
-        return compand(stored, a, b, self.function, training)
+        return compand(stored, a, b, self.function)
 
     def derivative(self, stored: Any) -> Any:
         """Return the derivative of `effective`."""

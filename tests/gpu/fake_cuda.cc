@@ -1,240 +1,72 @@
-// The CUDA driver, NVRTC and cuSPARSELt, as far as the GPU library calls them,
-// on a CPU: device memory is memory, and the decode kernel is emulated. They
-// check what they are given by the documentation of the real ones.
-//
-// Compiled after the variants of the kernel, whose `find_variant` it calls.
+// The CUDA driver and cuSPARSELt, as far as the library calls them, on a CPU:
+// device memory is memory. They check what they are given by the documentation
+// of the real ones.
 
-#include <stdio.h>
+#include <math.h>
+#include <string.h>
 
 #include "cusparselt_api.h"
-#include "driver.h"
+#include "layout.h"
 
-// Of fake_rounding.cc.
-bool round_rows(int type, int blocks, int threads, const void* x, int rows,
-                int k, void* steps, void* scales);
+#define FAKE extern "C" __attribute__((visibility("default")))
 
 namespace {
 
 using kwm::cusparselt::Opaque;
 namespace lt = kwm::cusparselt;
 
-constexpr int kInvalid = 1;      // CUDA_ERROR_INVALID_VALUE
-constexpr int kMisaligned = 716;  // CUDA_ERROR_MISALIGNED_ADDRESS
-constexpr int kNoDevice = 101;   // CUDA_ERROR_INVALID_DEVICE
-constexpr int kLtInvalid = 3;    // CUSPARSE_STATUS_INVALID_VALUE
-constexpr int kLtFailed = 6;     // CUSPARSE_STATUS_EXECUTION_FAILED
-constexpr int kAlgorithms = 5;
+constexpr int kNoDevice = 101;  // CUDA_ERROR_INVALID_DEVICE
+constexpr int kLtInvalid = 3;   // CUSPARSE_STATUS_INVALID_VALUE
+constexpr int kLtFailed = 6;    // CUSPARSE_STATUS_EXECUTION_FAILED
 constexpr int kWorkspace = 48;
 
-// Two devices, an H100 and an A100, each with its context; -1 where none is
-// current.
-constexpr int kDevices = 2;
-int contexts[kDevices];
-int context_depth = 0;
-int current_device = -1;
+// Two devices; -1 where the context of none is current.
+int contexts[2] = {0, 1};
+int current_device = -1, context_depth = 0;
+int64_t live = 0;  // structures that were not destroyed
+int broken = 0;    // 1: wrong results, 2: an error
 
-// Structures of cuSPARSELt that were made and not destroyed.
-int live = 0;
-// Launches at an address that ends the context of a real device.
-int misaligned = 0;
-// What goes wrong in a product: 1 a column of the result, 2 all of it.
-int broken = 0;
-// The last launch: blocks of a cluster, and warps of a block.
-int last_split, last_warps;
-struct Facts {
-  int major, processors, shared_of_block, shared_of_processor;
-} facts[kDevices] = {{9, 132, 232448, 233472}, {8, 108, 166912, 167936}};
+// Numbers that are normal as float16.
+float half_to_float(uint16_t half) {
+  const int exponent = half >> 10 & 31;
+  const float size = exponent == 0
+                         ? ldexpf(half & 1023, -24)
+                         : ldexpf((half & 1023) + 1024, exponent - 25);
+  return half >> 15 ? -size : size;
+}
 
-// What a module or a handle belongs to: another context must not use it.
-// Of the rounding kernel `values` and `rows` are -1.
-struct Variant {
-  int x, values, rows, major, device;
-  int shared_limit = 48 << 10;
-};
-
-const char* name_of(const Variant& variant) {
-  return variant.rows < 0 ? "kwm_round_rows" : "kwm_decode";
+uint16_t float_to_half(float value) {
+  int exponent;
+  const float fraction = frexpf(fabsf(value), &exponent);  // 0.5 to 1
+  if (value == 0 || exponent < -13) return 0;
+  const auto bits = static_cast<int>(nearbyintf(ldexpf(fraction, 11)));
+  const int found = ((exponent + 14) << 10) + bits - 1024;
+  return static_cast<uint16_t>(found | (value < 0 ? 0x8000 : 0));
 }
 
 }  // namespace
 
-#define FAKE extern "C" __attribute__((visibility("default")))
-
-// What a test asks.
+FAKE int64_t fake_live() { return live; }
 FAKE int fake_context_depth() { return context_depth; }
-FAKE int fake_live() { return live; }
-FAKE int fake_misaligned() { return misaligned; }
 FAKE void fake_break(int how) { broken = how; }
-FAKE const Account* fake_account() { return &account; }
-FAKE void fake_reset() { account = {}; }
-FAKE void fake_set_eager(int is_eager) { eager = is_eager; }
-FAKE int fake_split() { return last_split; }
-FAKE int fake_warps() { return last_warps; }
 
-// The driver.
 FAKE int cuInit(unsigned) { return 0; }
-FAKE int cuGetErrorString(int, const char** text) {
-  *text = "an error of the fake driver";
-  return 0;
+FAKE int cuDeviceGet(int* device, int ordinal) {
+  *device = ordinal;
+  return ordinal < 2 ? 0 : kNoDevice;
 }
-FAKE int cuDeviceGet(int* handle, int ordinal) {
-  *handle = ordinal;
-  return ordinal < kDevices ? 0 : kNoDevice;
-}
-FAKE int cuDeviceGetAttribute(int* value, int attribute, int device) {
-  switch (attribute) {
-    case 75:
-      *value = facts[device].major;
-      return 0;
-    case 76:
-      *value = 0;
-      return 0;
-    case 16:
-      *value = facts[device].processors;
-      return 0;
-    case 97:
-      *value = facts[device].shared_of_block;
-      return 0;
-    case 81:
-      *value = facts[device].shared_of_processor;
-      return 0;
-    default:
-      return kInvalid;
-  }
-}
-FAKE int cuDevicePrimaryCtxRetain(void** context, int ordinal) {
-  *context = &contexts[ordinal];
+FAKE int cuDevicePrimaryCtxRetain(void** context, int device) {
+  *context = &contexts[device];
   return 0;
 }
 FAKE int cuCtxPushCurrent_v2(void* context) {
-  current_device = static_cast<int>(static_cast<int*>(context) - contexts);
-  return ++context_depth == 1 && current_device < kDevices ? 0 : kInvalid;
+  current_device = *static_cast<int*>(context);
+  ++context_depth;
+  return 0;
 }
-FAKE int cuCtxPopCurrent_v2(void** context) {
-  *context = &contexts[current_device];
+FAKE int cuCtxPopCurrent_v2(void**) {
   current_device = -1;
-  return --context_depth < 0 ? kInvalid : 0;
-}
-FAKE int cuModuleLoadData(void** module, const void* image) {
-  auto* variant = new Variant;
-  *module = variant;
-  const int read =
-      sscanf(static_cast<const char*>(image), "fake %d %d %d %d", &variant->x,
-             &variant->values, &variant->rows, &variant->major);
-  variant->device = current_device;
-  return context_depth == 1 && read == 4 &&
-                 variant->major == facts[current_device].major
-             ? 0
-             : kInvalid;
-}
-FAKE int cuModuleGetFunction(void** function, void* module, const char* name) {
-  *function = module;
-  const auto& variant = *static_cast<Variant*>(module);
-  return strcmp(name, name_of(variant)) == 0 ? 0 : kInvalid;
-}
-FAKE int cuFuncSetAttribute(void* function, int attribute, int value) {
-  if (attribute != 8 || value > facts[current_device].shared_of_block) {
-    return kInvalid;
-  }
-  static_cast<Variant*>(function)->shared_limit = value;
-  return 0;
-}
-FAKE int cuLaunchKernelEx(const kwm::Launch* launch, void* function,
-                          void** arguments, void**) {
-  const auto& variant = *static_cast<Variant*>(function);
-  const auto pointer = [&](int i) { return *static_cast<void**>(arguments[i]); };
-  const auto number = [&](int i) { return *static_cast<int*>(arguments[i]); };
-  if (variant.rows < 0) {
-    const auto address = [&](int i) {
-      return reinterpret_cast<uintptr_t>(pointer(i));
-    };
-    if (address(0) % (variant.x == 0 ? 16 : 8) || address(3) % 4) {
-      ++misaligned;
-      return kMisaligned;
-    }
-    const unsigned *grid = launch->grid, *block = launch->block;
-    if (context_depth != 1 || variant.device != current_device ||
-        launch->shared_bytes != 0 || launch->attribute_count != 0 ||
-        grid[1] * grid[2] * block[1] * block[2] != 1 ||
-        !round_rows(variant.x, grid[0], block[0], pointer(0), number(1),
-                    number(2), pointer(3), pointer(4))) {
-      return kInvalid;
-    }
-    return 0;
-  }
-  const Arguments given = {pointer(0), number(1),  number(2),  number(3),
-                           pointer(4), pointer(5), pointer(6), pointer(7)};
-  const unsigned *grid = launch->grid, *block = launch->block;
-  unsigned split = 1;
-  for (unsigned i = 0; i < launch->attribute_count; ++i) {
-    const kwm::LaunchAttribute& attribute = launch->attributes[i];
-    if (attribute.id != 4 || attribute.cluster[0] != 1 ||
-        attribute.cluster[2] != 1 || facts[current_device].major < 9) {
-      return kInvalid;
-    }
-    split = attribute.cluster[1];
-  }
-  if (context_depth != 1 || variant.device != current_device ||
-      grid[0] != (given.n + 63u) / 64 || grid[1] != split || split > 8 ||
-      grid[2] * block[1] * block[2] != 1 || block[0] % 32 != 0 ||
-      block[0] == 0 || block[0] > 256 ||
-      launch->shared_bytes > static_cast<unsigned>(variant.shared_limit) ||
-      given.rows > variant.rows) {
-    return kInvalid;
-  }
-  const Runner run = find_variant(variant.x, variant.values, variant.rows);
-  if (run == nullptr) return kInvalid;
-  last_split = split;
-  last_warps = block[0] / 32;
-  run(split, last_warps, launch->shared_bytes, given);
-  return 0;
-}
-
-// NVRTC, whose machine code names the variant.
-FAKE const char* nvrtcGetErrorString(int) { return "an error of fake NVRTC"; }
-FAKE int nvrtcCreateProgram(void** program, const char* source, const char*,
-                            int, const char* const*, const char* const*) {
-  *program = new std::string;
-  const bool known = strstr(source, "kwm_decode(") ||
-                     strstr(source, "kwm_round_rows(");
-  return known ? 0 : kInvalid;
-}
-FAKE int nvrtcCompileProgram(void* program, int count,
-                             const char* const* options) {
-  Variant variant;
-  variant.x = variant.values = variant.rows = variant.major = -1;
-  for (int i = 0; i < count; ++i) {
-    sscanf(options[i], "-DKWM_X=%d", &variant.x);
-    sscanf(options[i], "-DKWM_VALUES=%d", &variant.values);
-    sscanf(options[i], "-DKWM_ROWS=%d", &variant.rows);
-    if (sscanf(options[i], "--gpu-architecture=sm_%d", &variant.major) == 1) {
-      variant.major /= 10;
-    }
-  }
-  char code[64];
-  snprintf(code, sizeof code, "fake %d %d %d %d", variant.x, variant.values,
-           variant.rows, variant.major);
-  *static_cast<std::string*>(program) = code;
-  return variant.major > 0 ? 0 : kInvalid;
-}
-FAKE int nvrtcGetCUBINSize(void* program, size_t* size) {
-  *size = static_cast<std::string*>(program)->size() + 1;
-  return 0;
-}
-FAKE int nvrtcGetCUBIN(void* program, char* code) {
-  strcpy(code, static_cast<std::string*>(program)->c_str());
-  return 0;
-}
-FAKE int nvrtcGetProgramLogSize(void*, size_t* size) {
-  *size = 4;
-  return 0;
-}
-FAKE int nvrtcGetProgramLog(void*, char* log) {
-  strcpy(log, "log");
-  return 0;
-}
-FAKE int nvrtcDestroyProgram(void** program) {
-  delete static_cast<std::string*>(*program);
+  --context_depth;
   return 0;
 }
 
@@ -256,20 +88,21 @@ struct Matrix {
   float get(const void* data, int64_t i, int64_t j) const {
     const int64_t at = offset(i, j);
     if (type == lt::kR8I) return static_cast<const int8_t*>(data)[at];
-    x_type = type == lt::kR16F ? 2 : 1;
-    return widen(static_cast<const uint16_t*>(data)[at]);
+    const uint16_t bits = static_cast<const uint16_t*>(data)[at];
+    if (type == lt::kR16F) return half_to_float(bits);
+    return kwm::bfloat16_to_float(bits);
   }
 
   void set(void* data, int64_t i, int64_t j, float value) const {
     const int64_t at = offset(i, j);
-    x_type = type == lt::kR16F ? 2 : 1;
-    static_cast<uint16_t*>(data)[at] = round_pair(value, 0) & 0xffff;
+    static_cast<uint16_t*>(data)[at] = type == lt::kR16F
+                                           ? float_to_half(value)
+                                           : kwm::float_to_bfloat16(value);
   }
 };
 
 struct Matmul {
   Matrix a, b, d;
-  int algorithm;
   int alpha_is_vector;
 };
 
@@ -318,10 +151,6 @@ FAKE int cusparseLtMatmulAlgSelectionDestroy(const Opaque*) {
   return --live < 0;
 }
 FAKE int cusparseLtMatmulPlanDestroy(const Opaque*) { return --live < 0; }
-FAKE int cusparseLtGetVersion(const Opaque*, int* version) {
-  *version = 1234;
-  return 0;
-}
 FAKE int cusparseLtDenseDescriptorInit(const Opaque*, Opaque* matrix,
                                        int64_t rows, int64_t columns,
                                        int64_t leading, uint32_t alignment,
@@ -342,7 +171,7 @@ FAKE int cusparseLtMatmulDescriptorInit(const Opaque*, Opaque* matmul, int op_a,
                                         const Opaque* b, const Opaque* c,
                                         const Opaque* d, int compute) {
   Matmul& made = as<Matmul>(matmul);
-  made = {as<Matrix>(a), as<Matrix>(b), as<Matrix>(d), -1, 0};
+  made = {as<Matrix>(a), as<Matrix>(b), as<Matrix>(d), 0};
   const bool integer = made.a.type == lt::kR8I;
   const bool fits =
       op_a == 0 && op_b == 0 && c == d && made.a.structured &&
@@ -364,20 +193,6 @@ FAKE int cusparseLtMatmulAlgSelectionInit(const Opaque*, Opaque* selection,
   as<Matmul>(selection) = as<Matmul>(matmul);
   ++live;
   return algorithm == 0 ? 0 : kLtInvalid;
-}
-FAKE int cusparseLtMatmulAlgSetAttribute(const Opaque*, Opaque* selection,
-                                         int attribute, const void* data,
-                                         size_t size) {
-  if (attribute != lt::kConfigId || size != sizeof(int)) return kLtInvalid;
-  as<Matmul>(selection).algorithm = *static_cast<const int*>(data);
-  return as<Matmul>(selection).algorithm < kAlgorithms ? 0 : kLtInvalid;
-}
-FAKE int cusparseLtMatmulAlgGetAttribute(const Opaque*, const Opaque*,
-                                         int attribute, void* data,
-                                         size_t size) {
-  if (attribute != lt::kConfigMaxId || size != sizeof(int)) return kLtInvalid;
-  *static_cast<int*>(data) = kAlgorithms;
-  return 0;
 }
 FAKE int cusparseLtMatmulPlanInit(const Opaque*, Opaque* plan,
                                   const Opaque* matmul, const Opaque*) {

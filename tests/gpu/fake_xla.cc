@@ -1,5 +1,5 @@
 // Calls an XLA handler as XLA would on a GPU: with a stream, the ordinal of a
-// device, memory to allocate, buffers and an attribute. As strict as XLA's
+// device, memory to allocate and buffers. As strict as XLA's
 // allocator of scratch memory, which refuses alignments above 16, and stricter
 // about what it gives: full of noise, and noise again once it is given back.
 
@@ -107,13 +107,11 @@ struct Array {
 
 // The first `inputs` arrays are operands, the others results. Returns NULL or
 // what went wrong.
-const char* fake_xla_call(XLA_FFI_Handler* handler, int is_initialize,
-                          Array* arrays, int count, int inputs,
-                          const int64_t* algorithm) {
+const char* fake_xla_call(XLA_FFI_Handler* handler, Array* arrays, int count,
+                          int inputs) {
   const XLA_FFI_Api api = MakeApi();
   XLA_FFI_CallFrame frame = MakeFrame(&api);
-  frame.stage = is_initialize ? XLA_FFI_ExecutionStage_INITIALIZE
-                              : XLA_FFI_ExecutionStage_EXECUTE;
+  frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
   std::vector<XLA_FFI_Buffer> buffers(count);
   std::vector<void*> pointers(count);
   for (int i = 0; i < count; ++i) {
@@ -133,19 +131,6 @@ const char* fake_xla_call(XLA_FFI_Handler* handler, int is_initialize,
   frame.rets.size = count - inputs;
   frame.rets.types = ret_types.data();
   frame.rets.rets = pointers.data() + inputs;
-
-  XLA_FFI_AttrType attr_type = XLA_FFI_AttrType_SCALAR;
-  XLA_FFI_ByteSpan span = {"algorithm", strlen("algorithm")};
-  XLA_FFI_ByteSpan* name = &span;
-  XLA_FFI_Scalar scalar = {XLA_FFI_DataType_S64,
-                           const_cast<int64_t*>(algorithm)};
-  void* attr = &scalar;
-  if (algorithm != nullptr) {
-    frame.attrs.size = 1;
-    frame.attrs.types = &attr_type;
-    frame.attrs.names = &name;
-    frame.attrs.attrs = &attr;
-  }
 
   allocations = 0;
   XLA_FFI_Error* error = handler(&frame);

@@ -1,12 +1,11 @@
 """The GPU products under JAX, as far as a machine without a GPU goes.
 
-Programs are lowered for CUDA, and run with the products that a CPU can do.
+Programs are lowered for CUDA, and run on a CPU with the handlers over a fake
+cuSPARSELt.
 """
 
 import functools
-import os
 import re
-import subprocess
 import sys
 
 import keras
@@ -14,8 +13,9 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from keras_weightmods.native.gpu import trial
 from keras_weightmods.native.packed import Packed, pack_kernel, unpack_kernel
-from tests.gpu.kernels import sparse_kernel
+from tests.gpu.kernels import error, product_of_rounded_rows, sparse_kernel
 from tests.models import make_sparse, mlp, normal
 
 if keras.backend.backend() != "jax":
@@ -25,191 +25,69 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from keras_weightmods.backend.jax import layouts, sparse_matmul_gpu
-from keras_weightmods.backend.jax.sparse_matmul import split_matmul
-from keras_weightmods.native.gpu.dispatch import Measured, Plan
+from keras_weightmods.backend.jax import sparse_matmul_gpu as products
 
 K, N = 64, 32
 pytestmark = pytest.mark.usefixtures("library")
 
 
-def make(value_dtype="float32"):
-    return pack_kernel(sparse_kernel(K, N), value_dtype)
+def make(value_dtype="float32", activations="float32"):
+    kernel = sparse_kernel(K, N) * np.linspace(0.1, 3, N)
+    return pack_kernel(kernel.astype("float32"), value_dtype, activations)
+
+
+def with_compressed(packed, x_dtype):
+    """A prepared kernel whose compressed companion is only zeros."""
+    companions = {"cusparselt": jnp.zeros((1000,), "uint8")}
+    return products.PreparedPacked(
+        **vars(packed), companions=companions, x_dtype=x_dtype
+    )
 
 
 def lowered(function, *arguments):
     """The program of a function for CUDA, as text."""
-    targets = sparse_matmul_gpu._TARGETS
-    allowed = [export.DisabledSafetyCheck.custom_call(t) for t in targets]
+    allowed = [
+        export.DisabledSafetyCheck.custom_call(target)
+        for target in products.TARGETS
+    ]
     exported = export.export(
         jax.jit(function), platforms=["cuda"], disabled_checks=allowed
     )
     return exported(*arguments).mlir_module()
 
 
-def arrays_of(packed):
-    return packed.values, packed.meta, packed.scale
-
-
-def decode(x, values, meta, scale, packed):
-    arrays = Packed(values, meta, scale, packed.shape, packed.dtype)
-    return sparse_matmul_gpu.matmul(x, arrays, method="decode")
-
-
-def cusparselt(x, compressed, packed, algorithm=-1):
-    own = *arrays_of(packed), packed.shape, packed.dtype, packed.activations
-    prepared = sparse_matmul_gpu.PreparedPacked(
-        *own,
-        companions={"cusparselt": compressed},
-        x_dtype=x.dtype.name,
-    )
-    return sparse_matmul_gpu.matmul(x, prepared, "cusparselt", algorithm)
-
-
-@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
-def test_decode_lowers_for_cuda(x_dtype, value_dtype):
-    packed = make(value_dtype)
-    product = functools.partial(decode, packed=packed)
-    x = jnp.ones((2, 3, K), x_dtype)
-    text = lowered(product, x, *arrays_of(packed))
-    element = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[x_dtype]
-    assert "custom_call @kwm_gpu_decode" in text
-    assert f"-> tensor<6x{N}x{element}>" in text
-
-
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float16"])
 def test_cusparselt_lowers_for_cuda(x_dtype):
-    packed = make("bfloat16")
-    product = functools.partial(cusparselt, packed=packed, algorithm=3)
-    x, compressed = jnp.ones((5, K), x_dtype), jnp.zeros((1000,), "uint8")
-    text = lowered(product, x, compressed)
-    assert "custom_call @kwm_gpu_cusparselt" in text
-    assert "algorithm = 3 : i64" in text
-    # 5 rows become 16.
+    packed = with_compressed(make("bfloat16"), x_dtype)
+    product = functools.partial(
+        products.matmul, packed=packed, method="cusparselt"
+    )
+    # 5 rows become 16; a mapped axis is more rows.
     element = {"bfloat16": "bf16", "float16": "f16"}[x_dtype]
-    assert f"-> tensor<16x{N}x{element}>" in text
+    for function, shape, rows in (
+        (product, (5, K), 16),
+        (jax.vmap(product), (4, 6, K), 32),
+    ):
+        text = lowered(function, jnp.ones(shape, x_dtype))
+        assert text.count("custom_call @kwm_gpu_cusparselt") == 1
+        assert f"-> tensor<{rows}x{N}x{element}>" in text
 
 
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
 def test_int8_activations_lower_for_cuda(x_dtype):
-    packed = pack_kernel(sparse_kernel(K, N), "int8", "int8")
-    product = functools.partial(cusparselt, packed=packed, algorithm=3)
-    x, compressed = jnp.ones((5, K), x_dtype), jnp.zeros((1000,), "uint8")
-    text = lowered(product, x, compressed)
-    assert text.count("custom_call @kwm_gpu_round_rows") == 1
-    assert f"(tensor<16x{K}xi8>, tensor<5xf32>)" in text
-    assert text.count("custom_call @kwm_gpu_cusparselt") == 1
-    # The scales of the columns go in, and no integers come out.
-    assert re.search(rf"tensor<{N}xf32>\) -> tensor<16x{N}xbf16>", text)
-    assert f"x{N}xi32>" not in text
-    # At any number of rows the activations are rounded.
-    for method in ("decode", "dense"):
+    packed = with_compressed(make("int8", "int8"), x_dtype)
+    for method in ("cusparselt", "dense"):
         product = functools.partial(
-            sparse_matmul_gpu.matmul, packed=packed, method=method
+            products.matmul, packed=packed, method=method
         )
-        assert "round_nearest_even" in lowered(product, x)
-
-
-def test_mapped_activations_are_rows():
-    packed = make()
-    mapped = jax.vmap(lambda x: decode(x, *arrays_of(packed), packed))
-    text = lowered(mapped, jnp.ones((4, 2, K)))
-    assert f"-> tensor<8x{N}xf32>" in text
-
-
-def test_gradients_lower_for_cuda():
-    packed = make()
-
-    def loss(x, values):
-        return decode(x, values, packed.meta, None, packed).sum()
-
-    arguments = jnp.ones((2, K)), jnp.asarray(packed.values)
-    text = lowered(jax.grad(loss, argnums=(0, 1)), *arguments)
-    assert text.count("custom_call") == 0
-    text = lowered(jax.value_and_grad(loss), *arguments)
-    assert text.count("custom_call @kwm_gpu_decode") == 1
-
-
-@pytest.mark.parametrize("value_dtype", ["float32", "int8"])
-@pytest.mark.parametrize("prepared", [False, True])
-def test_dense_without_a_table(value_dtype, prepared):
-    packed = make(value_dtype)
-    kernel = unpack_kernel(packed).astype("float64")
-    x = normal(2, 3, K, seed=1)
-    weights = packed
-    if prepared:
-        weights = sparse_matmul_gpu.prepare(packed, "float32")
-        assert list(weights.companions) == ["dense"]
-    y = sparse_matmul_gpu.matmul(jnp.asarray(x), weights)
-    np.testing.assert_allclose(y, x @ kernel, rtol=1e-4, atol=1e-5)
-    gradient = jax.grad(
-        lambda x: (sparse_matmul_gpu.matmul(x, weights) ** 2).sum()
-    )(jnp.asarray(x))
-    expected = 2 * (x @ kernel) @ kernel.T
-    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-3)
-
-
-def test_mapped_weights():
-    packed = make()
-    values = np.stack([packed.values, 2 * packed.values])
-    x = normal(2, 3, K, seed=1)
-
-    def product(x, values):
-        arrays = Packed(values, packed.meta, None, packed.shape, "float32")
-        return sparse_matmul_gpu.matmul(x, arrays)
-
-    y = jax.vmap(product)(jnp.asarray(x), jnp.asarray(values))
-    kernel = unpack_kernel(packed)
-    expected = np.stack([x[0] @ kernel, 2 * x[1] @ kernel])
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_float32_is_multiplied_in_float32():
-    """By default a GPU rounds the factors to TF32."""
-    packed = make()
-    prepared = sparse_matmul_gpu.prepare(packed, "float32", ["dense"])
-    x = jnp.ones((2, K))
-    for weights in (packed, prepared):
-        product = functools.partial(
-            sparse_matmul_gpu.matmul, packed=weights, method="dense"
-        )
-        _, pull = jax.vjp(product, x)
-        for function, given in ((product, x), (pull, jnp.ones((2, N)))):
-            text = lowered(function, given)
-            assert "stablehlo.dot_general" in text
-            products = text.count("stablehlo.dot_general")
-            assert products == text.count("[HIGHEST, HIGHEST]")
-    # Of 16-bit types no product is in float32.
-    text = lowered(product, x.astype("bfloat16"))
-    assert "stablehlo.dot_general" in text
-    assert "HIGHEST" not in text
-
-
-@pytest.mark.parametrize("value_dtype", ["float32", "int8"])
-def test_sharded_product_lowers_for_cuda(monkeypatch, value_dtype):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    plan = Plan((Measured(8, {"dense": 2.0, "decode": 1.0}),))
-    monkeypatch.setattr(sparse_matmul_gpu, "plan", lambda *_: plan)
-    monkeypatch.setattr(sparse_matmul_gpu, "reason_unavailable", lambda _: "")
-    automatic = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((1,), ("model",), axis_types=automatic)
-    packed = make(value_dtype)
-    split = layouts.SplitPacked(
-        **vars(packed), split=layouts.Split(mesh, (), ("model",))
-    )
-    for product in (
-        lambda x: split_matmul(x, split),
-        # The public product chooses by platform too.
-        lambda x: kwm.ops.sparse_matmul(x, packed),
-    ):
-        text = lowered(product, jnp.ones((2, K)))
-        assert "custom_call @kwm_gpu_decode" in text
-        assert "kwm_xla" not in text
-    # What is split is dense there, without a call that a CPU alone has.
-    text = lowered(lambda x: kwm.ops.sparse_matmul(x, split), jnp.ones((2, K)))
-    assert "dot_general" in text
-    assert "custom_call @kwm" not in text
+        text = lowered(product, jnp.ones((5, K), x_dtype))
+        # Either way the activations are rounded.
+        assert "round_nearest_even" in text
+        if method == "cusparselt":
+            assert text.count("custom_call @kwm_gpu_cusparselt") == 1
+            # The scales of the columns go in, and no integers come out.
+            assert re.search(rf"tensor<{N}xf32>\) -> tensor<16x{N}xbf16>", text)
+            assert f"x{N}xi32>" not in text
 
 
 def test_compression_lowers_for_cuda():
@@ -219,63 +97,54 @@ def test_compression_lowers_for_cuda():
     assert "custom_call @kwm_gpu_compress" in text
 
 
-SPLIT_ROWS = """
-import jax, numpy as np
-from keras_weightmods import native
-from keras_weightmods.native.packed import pack_kernel, unpack_kernel
-from keras_weightmods.backend.jax import sparse_matmul_gpu, xla_handlers
-from tests.gpu.kernels import sparse_kernel
+def test_float32_is_multiplied_in_float32():
+    """By default a GPU rounds the factors to TF32."""
+    packed = make()
+    prepared = products.prepare(packed, "float32", ["dense"])
+    blocks = make("int8", "int8")
+    x = jnp.ones((2, K))
+    for weights in (packed, prepared, blocks):
+        product = functools.partial(products.matmul, packed=weights)
+        _, pull = jax.vjp(product, x)
+        for function, given in ((product, x), (pull, jnp.ones((2, N)))):
+            text = lowered(function, given)
+            count = text.count("stablehlo.dot_general")
+            assert count == text.count("[HIGHEST, HIGHEST]") > 0
+    # Of 16-bit types no product is in float32.
+    product = functools.partial(products.matmul, packed=packed)
+    text = lowered(product, x.astype("bfloat16"))
+    assert "stablehlo.dot_general" in text
+    assert "HIGHEST" not in text
 
-# The handler of the CPU stands for that of the GPU, with the same operands.
-handler = jax.ffi.pycapsule(native.xla_handler("kwm_xla_matmul"))
-assert len(jax.devices()) == 2
-jax.ffi.register_ffi_target("kwm_gpu_decode", handler, platform="cpu")
-packed = pack_kernel(sparse_kernel(64, 32))
-x = np.random.default_rng(0).normal(size=(4, 2, 64)).astype("float32")
-expected = x @ unpack_kernel(packed).astype("float64")
-mesh = jax.make_mesh((2,), ("data",))
-split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-for given in (jax.device_put(x, split), jax.device_put(x, jax.devices()[1])):
-    run = jax.jit(lambda x: sparse_matmul_gpu.matmul(x, packed, "decode"))
-    compiled = run.lower(given).compile()
-    text = compiled.as_text()
-    rows = 4 if len(given.sharding.device_set) == 2 else 8
-    assert f"f32[{rows},32]" in text and "kwm_gpu_decode" in text, text
-    assert "all-" not in text and "collective" not in text, text
-    y = compiled(given)
-    assert y.sharding.device_set == given.sharding.device_set
+
+@pytest.mark.parametrize("value_dtype", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_dense_product_and_its_gradient(value_dtype, prepared):
+    packed = make(value_dtype)
+    kernel = unpack_kernel(packed).astype("float64")
+    x = normal(2, 3, K, seed=1)
+    if prepared:
+        packed = products.prepare(packed, "float32")
+        assert list(packed.companions) == ["dense"]
+    y, pull = jax.vjp(lambda x: products.matmul(x, packed), jnp.asarray(x))
+    assert error(y, x @ kernel) <= 1e-6
+    dy = normal(2, 3, N, seed=2)
+    assert error(pull(jnp.asarray(dy))[0], dy @ kernel.T) <= 1e-6
+
+
+def test_mapped_weights():
+    packed = make()
+    values = np.stack([packed.values, 2 * packed.values])
+    x = normal(2, 3, K, seed=1)
+
+    def product(x, values):
+        arrays = Packed(values, packed.meta, None, packed.shape, "float32")
+        return products.matmul(x, arrays)
+
+    y = jax.vmap(product)(jnp.asarray(x), jnp.asarray(values))
+    kernel = unpack_kernel(packed)
+    expected = np.stack([x[0] @ kernel, 2 * x[1] @ kernel])
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-
-# So are those of cuSPARSELt; with int8 each device rounds its own rows.
-for name in ("kwm_gpu_round_rows", "kwm_gpu_cusparselt"):
-    jax.ffi.register_ffi_target(name, handler, platform="cpu")
-given = jax.device_put(x, split)
-for kind, mine in (("float32", "f32[16,64]"), ("int8", "s8[16,64]")):
-    dtypes = ("int8", "int8") if kind == "int8" else ()
-    prepared = sparse_matmul_gpu.PreparedPacked(
-        **vars(pack_kernel(sparse_kernel(64, 32), *dtypes)),
-        companions={"cusparselt": np.zeros(100, "uint8")},
-    )
-    run = jax.jit(lambda x: sparse_matmul_gpu.matmul(x, prepared, "cusparselt"))
-    text = run.lower(given).compile().as_text()
-    assert mine in text and "kwm_gpu_cusparselt" in text, text
-    assert "all-" not in text and "collective" not in text, text
-
-# A companion is made where the packed arrays are.
-arrays = {"values": jax.device_put(packed.values, jax.devices()[1])}
-moved = type(packed)(**{**vars(packed), **arrays})
-companion = sparse_matmul_gpu.companion("dense", moved, "float32")
-assert companion.devices() == {jax.devices()[1]}
-"""
-
-
-def test_rows_split_over_two_devices_without_a_gather():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
-    command = [sys.executable, "-c", SPLIT_ROWS]
-    subprocess.run(command, check=True, env=environment)
 
 
 def test_facts_of_the_device_are_those_of_jax(monkeypatch):
@@ -291,151 +160,152 @@ def test_facts_of_the_device_are_those_of_jax(monkeypatch):
 
     monkeypatch.setattr(jax, "local_devices", local_devices)
     monkeypatch.setattr(jax, "devices", devices)
-    assert sparse_matmul_gpu.device_name.__wrapped__() == cpu[0].device_kind
-    monkeypatch.setattr(sparse_matmul_gpu, "_require", lambda method: None)
+    assert products.device_name.__wrapped__() == cpu[0].device_kind
+    monkeypatch.setattr(products, "reason_unavailable", lambda: "")
     monkeypatch.setattr(
-        sparse_matmul_gpu.gpu,
-        "compressed_size",
-        lambda device, *_: 100 + device,
+        products.gpu, "compressed_size", lambda device, *_: 100 + device
     )
-    spec = sparse_matmul_gpu.companion_spec("cusparselt", (K, N), "bfloat16")
+    spec = products.companion_spec("cusparselt", (K, N), "bfloat16")
     assert spec == ((100 + cpu[0].local_hardware_id,), "uint8")
 
 
-def test_method_that_is_asked_for_is_loaded_first(monkeypatch):
-    monkeypatch.setattr(sparse_matmul_gpu, "device_name", lambda: "card")
-    reason = "NVRTC was not found."
-    monkeypatch.setattr(
-        sparse_matmul_gpu, "reason_unavailable", lambda method: reason
-    )
-    with pytest.raises(RuntimeError, match=reason):
-        sparse_matmul_gpu.matmul(jnp.ones((1, K)), make(), "decode")
-
-
 def test_without_a_gpu_it_says_so():
-    if sparse_matmul_gpu.device_name() is not None:
+    if products.device_name() is not None:
         pytest.skip("there is a GPU")
-    reason = sparse_matmul_gpu.reason_unavailable("decode")
-    assert "finds no NVIDIA GPU" in reason
+    assert "finds no NVIDIA GPU" in products.reason_unavailable()
     with pytest.raises(RuntimeError, match="finds no NVIDIA GPU"):
-        sparse_matmul_gpu.prepare(make(), "bfloat16", ["cusparselt"])
+        products.prepare(make(), "bfloat16", ["cusparselt"])
 
 
 def test_custom_calls_take_what_they_are_given():
     """On a CPU the stream alone is missing of all that a call binds."""
-    packed = make("int8")
-    x = jnp.ones((16, K), "bfloat16")
-    result = jax.ShapeDtypeStruct((16, N), x.dtype)
+    handler = products.native.xla_handler("kwm_gpu_cusparselt")
+    capsule = jax.ffi.pycapsule(handler)
+    jax.ffi.register_ffi_target("on_a_cpu", capsule, platform="cpu")
+    result = jax.ShapeDtypeStruct((16, N), "bfloat16")
+    call = jax.ffi.ffi_call("on_a_cpu", result)
     stream_is_missing = r"bad operands at: 0\)\nDiagnostics:\n.*stream"
-    for name, inputs, attributes in (
-        ("decode", arrays_of(packed), {}),
-        (
-            "cusparselt",
-            [jnp.zeros((10,), "uint8"), jnp.zeros((0,))],
-            {"algorithm": -1},
-        ),
-    ):
-        handler = sparse_matmul_gpu.gpu.xla_handler(f"kwm_gpu_xla_{name}")
-        capsule, target = jax.ffi.pycapsule(handler), f"on_a_cpu_{name}"
-        jax.ffi.register_ffi_target(target, capsule, platform="cpu")
-        call = jax.ffi.ffi_call(target, result)
-        with pytest.raises(jax.errors.JaxRuntimeError, match=stream_is_missing):
-            call(x, *inputs, **attributes)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=stream_is_missing):
+        call(
+            jnp.ones((16, K), "bfloat16"),
+            jnp.zeros((10,), "uint8"),
+            jnp.zeros((0,)),
+        )
 
 
 @pytest.fixture
-def pretend(monkeypatch):
-    """A GPU by its name and its table; products remain those of a CPU."""
-
-    def measured(times):
-        plan = Plan((Measured(8, times),))
-        monkeypatch.setattr(sparse_matmul_gpu, "device_name", lambda: "card")
-        monkeypatch.setattr(sparse_matmul_gpu, "plan", lambda *_: plan)
-
-    return measured
-
-
-def model():
-    return make_sparse(mlp(K, N))
-
-
-def test_layer_with_a_companion(pretend, tmp_path):
-    x = normal(5, K)
-    expected = np.asarray(model()(x))
-    pretend({"dense": 2.0, "decode": 1.0})
-    packed, other = model(), model()
-    other.layers[0].kernel.assign(2 * other.layers[0].kernel)
-    for made in (packed, other):
-        kwm.pack(made)
-        names = [variable.name for variable in made.layers[0].variables]
-        assert "kernel_companion_dense" in names
-    np.testing.assert_allclose(packed(x), expected, 1e-5)
-
-    # A compiled function takes the companion anew.
-    other.predict(x, verbose=0)
-    path = str(tmp_path / "packed.weights.h5")
-    packed.save_weights(path)
-    other.load_weights(path)
-    item = other.layers[0]._reparameterizations["kernel"]
-    assert set(item.saved()) == {"kernel_values", "kernel_meta"}
-    kernel = unpack_kernel(item.packed)
-    np.testing.assert_array_equal(item.packed.companions["dense"], kernel)
-    np.testing.assert_allclose(other.predict(x, verbose=0), expected, 1e-5)
-    kwm.unpack(other)
-    np.testing.assert_allclose(other(x), expected, 1e-5)
-
-
-def test_layer_with_both_companions(pretend, monkeypatch):
-    """Each is used at the numbers of rows where it wins."""
-    gpu, used = sparse_matmul_gpu, []
-    pretend({"dense": 2.0})
-    plan = Plan(
+def card(monkeypatch, fake_gpu):
+    """A GPU that is none: custom calls run over the fake cuSPARSELt."""
+    cpu = jax.local_devices(backend="cpu")
+    for owner, name, value in (
+        (jax.ffi, "ffi_call", fake_gpu.ffi_call),
+        (products.native, "library", lambda: fake_gpu.library),
+        (products, "device_name", lambda: "card"),
+        (products, "_devices", lambda: cpu),
+        (products, "reason_unavailable", lambda: ""),
+        # Either product at some number of rows.
+        (trial, "ROWS", (16, 32)),
+        (trial, "seconds_by", lambda wait: seconds),
+        # The product of the layers: a CPU stands for the GPU.
         (
-            Measured(8, {"dense": 1.0, "cusparselt": 2.0}),
-            Measured(32, {"dense": 2.0, "cusparselt": 1.0}, 3),
-        )
-    )
-    monkeypatch.setattr(gpu, "plan", lambda *_: plan)
-    monkeypatch.setattr(gpu, "reason_unavailable", lambda _: "")
-    # Its compressed kernel is the dense one, in bytes, and so is its product.
-    monkeypatch.setattr(
-        gpu,
-        "companion_spec",
-        lambda kind, shape, dtype, activations: (shape, dtype),
-    )
-    monkeypatch.setattr(
-        gpu,
-        "companion",
-        lambda kind, packed, dtype: jnp.asarray(unpack_kernel(packed)),
-    )
-
-    def product(n, algorithm, x, kernel):
-        used.append((len(x), algorithm))
-        return x @ kernel
-
-    monkeypatch.setattr(gpu, "_cusparselt", product)
-    packed = model()
-    plain = model()
-    kwm.pack(packed)
-    names = [variable.name for variable in packed.layers[0].variables]
-    assert {"kernel_companion_dense", "kernel_companion_cusparselt"} <= set(
-        names
-    )
-    for rows, expected in ((4, []), (20, [(20, 3)]), (40, [(40, -1)])):
-        x = normal(rows, K)
-        used.clear()
-        y = gpu.matmul(
-            jnp.asarray(x),
-            packed.layers[0]._reparameterizations["kernel"].packed,
-        )
-        assert used == expected
-        kernel = np.asarray(plain.layers[0].kernel)
-        np.testing.assert_allclose(y, x @ kernel, rtol=1e-4, atol=1e-5)
+            sys.modules["keras_weightmods.ops.sparse_matmul"],
+            "_implementations",
+            {"jax": lambda x, packed: products.matmul(x, packed)},
+        ),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    products._plan.cache_clear()
+    yield fake_gpu
+    fake_gpu.cuda.fake_break(0)
+    products._plan.cache_clear()
 
 
-def test_layer_where_nothing_is_faster_is_dense(pretend):
-    pretend({"dense": 2.0, "decode": 3.0})
-    packed = model()
-    kwm.pack(packed)
-    names = [variable.name for variable in packed.layers[0].variables]
-    assert "kernel_unpacked" in names
+def seconds(product, x):
+    is_dense = not isinstance(product.weights[0], tuple)
+    return 1.5 if is_dense else {16: 2.0, 32: 1.0}[len(x)]
+
+
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+def test_packed_model_goes_by_the_trial(card, activations, tmp_path):
+    model = make_sparse(mlp(K, N, dtype="mixed_bfloat16"))
+    kernel = np.asarray(model.layers[0].kernel)
+    packed = pack_kernel(kernel, "int8", activations)
+    x = normal(40, K, seed=1)
+    rounded = np.asarray(jnp.asarray(x, "bfloat16"), "float32")
+    if activations == "int8":
+        expected = product_of_rounded_rows(rounded, packed)
+    else:
+        expected = rounded @ unpack_kernel(packed).astype("float64")
+    expected += np.asarray(model.layers[0].bias)
+    kwm.pack(model, dtype="int8", activations=activations)
+    names = {variable.name for variable in model.layers[0].variables}
+    companions = {"kernel_companion_dense", "kernel_companion_cusparselt"}
+    assert companions <= names
+    for rows in (3, 40):
+        found = model.predict(x[:rows], verbose=0)
+        assert error(found, expected[:rows]) <= 6e-3
+    plan = kwm.ops.sparse_matmul.__globals__["gpu_plan"]
+    plan = plan((K, N), "bfloat16", "int8", activations)
+    assert (plan.method(3), plan.method(40)) == ("dense", "cusparselt")
+
+    # Companions are not saved, and a compiled function takes the new ones.
+    path = str(tmp_path / "packed.weights.h5")
+    model.save_weights(path)
+    item = model.layers[0]._reparameterizations["kernel"]
+    assert set(item.saved()) == {"kernel_values", "kernel_meta", "kernel_scale"}
+    for name in companions:
+        variable = next(v for v in model.layers[0].variables if v.name == name)
+        variable.assign(variable * 0)
+    model.load_weights(path)
+    assert error(model.predict(x, verbose=0), expected) <= 6e-3
+
+
+@pytest.mark.parametrize("how", [1, 2])
+def test_layer_where_the_library_fails_is_dense(card, how):
+    model = make_sparse(mlp(K, N, dtype="mixed_bfloat16"))
+    x = normal(32, K, seed=1)
+    expected = np.asarray(model(x), "float64")
+    card.cuda.fake_break(how)
+    with pytest.warns(UserWarning, match="cuSPARSELt was tried on this GPU"):
+        kwm.pack(model, dtype="int8", activations="int8")
+    item = model.layers[0]._reparameterizations["kernel"]
+    assert type(item).__name__ == "UnpackedKernel"
+    # Activations are rounded in blocks, as on a CPU.
+    assert error(model(x), expected) <= 2e-2
+
+
+@pytest.mark.parametrize("method", ["cusparselt", "dense"])
+def test_a_row_that_is_not_finite(card, method):
+    packed = products.prepare(make("int8", "int8"), "bfloat16", [method])
+    x = normal(5, K, seed=1)
+    x[1, 7], x[2, 9], x[3] = np.nan, np.inf, 0
+    y = products.matmul(jnp.asarray(x, "bfloat16"), packed, method)
+    y = np.asarray(y, "float32")
+    assert np.isnan(y[1:3]).all()
+    assert not y[3].any()
+    assert np.isfinite(y[[0, 4]]).all()
+
+
+def test_gradient_is_that_of_no_rounding(card):
+    packed = products.prepare(make("int8", "int8"), "float32", ["cusparselt"])
+    x, dy = normal(32, K, seed=1), normal(32, N, seed=2)
+    _, pull = jax.vjp(
+        lambda x: products.matmul(x, packed, "cusparselt"), jnp.asarray(x)
+    )
+    (dx,) = pull(jnp.asarray(dy))
+    assert error(dx, dy @ unpack_kernel(packed).T.astype("float64")) <= 1e-5
+
+
+def test_several_processes_do_not_try(card, monkeypatch):
+    """Their trials may differ, and so would their programs."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    plan = products.plan((K, N), "bfloat16", "bfloat16")
+    assert plan.why(99) == "dense: several processes share the program"
+
+
+def test_companion_is_made_where_the_packed_arrays_are():
+    packed = make()
+    moved = jax.device_put(packed.values, jax.devices()[-1])
+    moved = type(packed)(**{**vars(packed), "values": moved})
+    companion = products.companion("dense", moved, "float32")
+    assert companion.devices() == {jax.devices()[-1]}

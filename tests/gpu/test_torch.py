@@ -1,42 +1,40 @@
 """The GPU products under torch, on CPU tensors where these can do them."""
 
 import gc
-import sys
-import types
+import itertools
 
 import keras
 import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.native import gpu
-from keras_weightmods.native.gpu.dispatch import Measured, Plan
+from keras_weightmods.native.gpu import trial
 from keras_weightmods.native.packed import (
     Packed,
     pack_dense,
     pack_kernel,
     unpack_kernel,
 )
-from tests.gpu.kernels import error, sparse_kernel
-from tests.gpu.test_products import account_of
-from tests.models import make_sparse, mlp, normal
+from tests.gpu.kernels import error, product_of_rounded_rows, sparse_kernel
+from tests.models import make_sparse, mlp
 
 if keras.backend.backend() != "torch":
     pytest.skip("torch alone", allow_module_level=True)
 
 import torch
-from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keras_weightmods.backend.torch import sparse_matmul as operators
-from keras_weightmods.backend.torch import sparse_matmul_gpu
+from keras_weightmods.backend.torch import sparse_matmul_gpu as products
 
-K, N = 70, 21
+K, N = 64, 32
+HALF = torch.bfloat16
+VALUE_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 
-def make(value_dtype="float32"):
-    packed = pack_kernel(sparse_kernel(K, N), value_dtype)
+def make(value_dtype="float32", k=70, n=21):
+    packed = pack_kernel(sparse_kernel(k, n), value_dtype)
     tensors = [
         None if a is None else keras.ops.convert_to_tensor(a).cpu()
         for a in (packed.values, packed.meta, packed.scale)
@@ -44,12 +42,19 @@ def make(value_dtype="float32"):
     return unpack_kernel(packed).astype("float64"), tensors
 
 
-@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.fixture
+def kept():
+    kept = products._companions._kept
+    kept.clear()
+    return kept
+
+
+@pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
+@pytest.mark.parametrize("x_dtype", [torch.float32, HALF])
 def test_dense_product(x_dtype, value_dtype):
     kernel, weights = make(value_dtype)
-    x = torch.randn(2, 3, K, dtype=x_dtype)
-    y = sparse_matmul_gpu.sparse_matmul(x, *weights, N)
+    x = torch.randn(2, 3, 70, dtype=x_dtype)
+    y = products.sparse_matmul(x, *weights, 21)
     assert y.dtype == x_dtype
     expected = x.double().numpy() @ kernel
     assert error(y, expected) <= (1e-5 if x_dtype == torch.float32 else 1e-2)
@@ -57,76 +62,65 @@ def test_dense_product(x_dtype, value_dtype):
 
 def test_products_of_the_gradients():
     kernel, (values, meta, scale) = make()
-    x, dy = torch.randn(2, 3, K), torch.randn(2, 3, N)
-    dx = sparse_matmul_gpu.sparse_matmul_transposed(dy, values, meta, scale, K)
+    x, dy = torch.randn(2, 3, 70), torch.randn(2, 3, 21)
+    dx = products.sparse_matmul_transposed(dy, values, meta, scale, 70)
     np.testing.assert_allclose(dx, dy.double().numpy() @ kernel.T, atol=1e-4)
-    dvalues = sparse_matmul_gpu.sparse_values_gradient(x, dy, meta)
+    dvalues = products.sparse_values_gradient(x, dy, meta)
     assert dvalues.shape == values.shape
     # sum(dvalues * values) = sum(dy * (x @ W)), W being linear in the values.
     expected = (dy.double().numpy() * (x.double().numpy() @ kernel)).sum()
     assert abs(float((dvalues * values).sum()) - expected) <= 1e-3
 
 
-def test_companion_is_made_once_and_anew_after_a_change():
+def test_companion_is_made_once_and_anew_after_a_change(kept):
     _, weights = make()
-    kept = sparse_matmul_gpu._companions._kept
-    kept.clear()
-    x = torch.randn(3, K)
-    first = sparse_matmul_gpu.sparse_matmul(x, *weights, N)
+    x = torch.randn(3, 70)
+    first = products.sparse_matmul(x, *weights, 21)
     (entry,) = kept.values()
-    sparse_matmul_gpu.sparse_matmul(x, *weights, N)
+    products.sparse_matmul(x, *weights, 21)
     assert next(iter(kept.values())) is entry
     weights[0].mul_(2)
-    second = sparse_matmul_gpu.sparse_matmul(x, *weights, N)
+    second = products.sparse_matmul(x, *weights, 21)
     torch.testing.assert_close(second, 2 * first)
     assert len(kept) == 1
 
 
-def test_companion_goes_with_the_packed_values():
-    kept = sparse_matmul_gpu._companions._kept
-    kept.clear()
-    x = torch.randn(3, K)
-    for value_dtype in ("float32", "bfloat16", "int8", "int4"):
+def test_companion_goes_with_the_packed_values(kept):
+    for value_dtype in VALUE_DTYPES:
         _, weights = make(value_dtype)
-        sparse_matmul_gpu.sparse_matmul(x, *weights, N)
+        products.sparse_matmul(torch.randn(3, 70), *weights, 21)
         del weights
         gc.collect()
     assert len(kept) == 1
 
 
-def test_companion_made_in_a_cuda_graph_is_not_kept(monkeypatch):
+def test_companion_made_in_a_cuda_graph_is_not_kept(kept, monkeypatch):
     """Its memory is the graph's, and empty until that is replayed."""
     kernel, weights = make()
-    kept = sparse_matmul_gpu._companions._kept
-    kept.clear()
-    monkeypatch.setattr(sparse_matmul_gpu, "_is_capturing", lambda: True)
-    x = torch.randn(3, K)
+    monkeypatch.setattr(products, "_is_capturing", lambda: True)
+    x = torch.randn(3, 70)
     with pytest.warns(UserWarning, match="once before the capture"):
-        y = sparse_matmul_gpu.sparse_matmul(x, *weights, N)
+        y = products.sparse_matmul(x, *weights, 21)
     assert error(y, x.double().numpy() @ kernel) <= 1e-5
     assert not kept
 
 
-@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
 def test_unpacked_on_its_own_device(value_dtype):
-    _, weights = make(value_dtype)
-    kernel = sparse_matmul_gpu.unpack(*weights, K, N, torch.float32)
-    expected = unpack_kernel(pack_kernel(sparse_kernel(K, N), value_dtype))
-    np.testing.assert_array_equal(kernel, expected)
+    kernel, weights = make(value_dtype)
+    found = products.unpack(*weights, 70, 21, torch.float32)
+    np.testing.assert_array_equal(found, kernel.astype("float32"))
     # Any device that is not Keras' default one stands for cuda:1.
     moved = [None if a is None else a.to("meta") for a in weights]
-    kernel = sparse_matmul_gpu.unpack(*moved, K, N, torch.float32)
-    assert kernel.device.type == "meta"
-    y = sparse_matmul_gpu.sparse_matmul(
-        torch.empty(3, K, device="meta"), *moved, N
-    )
-    assert (y.device.type, y.shape) == ("meta", (3, N))
+    x = torch.empty(3, 70, device="meta")
+    y = products.sparse_matmul(x, *moved, 21)
+    assert (y.device.type, y.shape) == ("meta", (3, 21))
 
 
 @pytest.mark.parametrize("value_dtype", ["int8", "int4", "dense int4"])
 def test_dense_products_stay_on_their_device(value_dtype):
     """By int8 activations and by int4, on a GPU."""
-    kernel = sparse_kernel(K, N)
+    kernel = sparse_kernel(70, 21)
     if value_dtype == "dense int4":
         packed = pack_dense(kernel, "int4")
     else:
@@ -139,134 +133,8 @@ def test_dense_products_stay_on_their_device(value_dtype):
         if (array := getattr(packed, name)) is not None
     }
     moved = Packed(**{**vars(packed), **arrays})
-    y = operators._dense(torch.empty(2, 3, K, device="meta"), moved)
-    assert (y.device.type, y.shape) == ("meta", (2, 3, N))
-
-
-@pytest.fixture
-def on_fake_gpu(monkeypatch, faked):
-    """CPU tensors on the fake GPU: `_decode` runs down to the kernel."""
-    library, fake = faked
-
-    def decode(device, *arguments):
-        assert device == -1  # of a tensor on a CPU
-        return library.kwm_gpu_decode(0, *arguments)
-
-    stand_in = types.SimpleNamespace(kwm_gpu_decode=decode)
-    monkeypatch.setattr(gpu, "library", lambda: stand_in)
-    stream = types.SimpleNamespace(cuda_stream=0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(sparse_matmul_gpu, "reason_unavailable", lambda _: "")
-    return fake
-
-
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-def test_decode_of_views(on_fake_gpu, x_dtype):
-    """A view may begin anywhere; a misaligned load would end the context."""
-    kernel, weights = make()
-    room = torch.randn(2 * K + 1).to(x_dtype)
-    for x in (room[1:], room[:-1], torch.randn(K, 2).to(x_dtype).T):
-        x = x.reshape(2, K)
-        y = sparse_matmul_gpu.sparse_matmul(x, *weights, N, "decode")
-        expected = x.double().numpy() @ kernel
-        assert error(y, expected) <= (
-            1e-5 if x_dtype == torch.float32 else 1e-2
-        )
-    assert account_of(on_fake_gpu).bad_address == 0
-
-
-def test_hot_call_checks_no_packed_kernel(on_fake_gpu, monkeypatch):
-    kernel, weights = make()
-    x = torch.randn(2, K)
-
-    def made(self):
-        raise AssertionError("a Packed is made and checked in each call")
-
-    monkeypatch.setattr(Packed, "__post_init__", made)
-    for method in ("decode", "dense", None):
-        y = sparse_matmul_gpu.sparse_matmul(x, *weights, N, method)
-        assert error(y, x.double().numpy() @ kernel) <= 1e-5
-
-
-def python_functions_of(call):
-    """Return the names of the Python functions that a call runs."""
-    names = []
-
-    def see(frame, event, argument):
-        if event == "call":
-            names.append(frame.f_code.co_name)
-
-    sys.setprofile(see)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return names[1:]  # without `call` itself
-
-
-@pytest.fixture
-def planned(on_fake_gpu, monkeypatch):
-    """The decode kernel for few rows, by a table of a card."""
-    plan = Plan((Measured(8, {"dense": 2.0, "decode": 1.0}),))
-    asked = []
-
-    def measured(*about):
-        asked.append(about)
-        return plan
-
-    monkeypatch.setattr(sparse_matmul_gpu, "_index_of", lambda x: 0)
-    monkeypatch.setattr(sparse_matmul_gpu, "_name_of", lambda index: "card")
-    monkeypatch.setattr(sparse_matmul_gpu.dispatch, "plan", measured)
-    monkeypatch.setattr(sparse_matmul_gpu, "_plans", {})
-    monkeypatch.setattr(sparse_matmul_gpu, "_chosen", {})
-    return asked
-
-
-def test_hot_call_is_look_ups_alone(planned):
-    _, weights = make()
-    x = torch.randn(2, K)
-
-    def call():
-        sparse_matmul_gpu.sparse_matmul(x, *weights, N)
-
-    call()
-    assert len(planned) == 1
-    run = python_functions_of(call)
-    # Of the device and the plan nothing is asked again.
-    assert set(run) <= {
-        "sparse_matmul",
-        "_check_weights",
-        "_choose",
-        "_index_of",
-        "<lambda>",  # what stands for the GPU here
-        "_decode",
-        "decode",
-        "type_code",
-        "check",
-    }
-    assert len(run) <= 12
-    assert len(planned) == 1
-
-
-def test_plan_is_not_tried_in_a_cuda_graph(planned, monkeypatch):
-    """A trial would wait for the GPU, which ends the capture."""
-    kernel, weights = make()
-    x = torch.randn(2, K)
-    monkeypatch.setattr(sparse_matmul_gpu, "_is_capturing", lambda: True)
-    with pytest.warns(UserWarning, match="once before the capture"):
-        y = sparse_matmul_gpu.sparse_matmul(x, *weights, N)
-    assert error(y, x.double().numpy() @ kernel) <= 1e-5
-    assert not planned
-    assert not sparse_matmul_gpu._chosen
-    # Called once before, the graph has the product that is chosen.
-    monkeypatch.setattr(sparse_matmul_gpu, "_is_capturing", lambda: False)
-    sparse_matmul_gpu.sparse_matmul(x, *weights, N)
-    monkeypatch.setattr(sparse_matmul_gpu, "_is_capturing", lambda: True)
-    run = python_functions_of(
-        lambda: sparse_matmul_gpu.sparse_matmul(x, *weights, N)
-    )
-    assert "_decode" in run
-    assert "_is_capturing" not in run
+    y = operators._dense(torch.empty(2, 3, 70, device="meta"), moved)
+    assert (y.device.type, y.shape) == ("meta", (2, 3, 21))
 
 
 class Operators(TorchDispatchMode):
@@ -281,7 +149,7 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("x_dtype", [HALF, torch.float32])
 @pytest.mark.parametrize(
     ("dtype", "activations", "name"),
     [
@@ -312,93 +180,6 @@ def test_layers_reach_the_operator_on_a_gpu(x_dtype, dtype, activations, name):
     assert operators.seen == [(f"keras_weightmods::{name}", "cuda")]
 
 
-@pytest.mark.parametrize("activations", ["float32", "int8"])
-def test_compiled_layer_is_one_graph(activations):
-    model = make_sparse(mlp(64, 32))
-    kwm.pack(model, dtype="int8", activations=activations)
-    (layer,) = model.layers
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(
-        layer.call, backend=aot_autograd(fw_compiler=backend), fullgraph=True
-    )
-    x = keras.ops.convert_to_tensor(normal(3, 64))
-    with torch.no_grad():
-        y = compiled(x)
-    torch.testing.assert_close(y, layer.call(x).detach())
-    (graph,) = graphs
-    called = [str(node.target) for node in graph.graph.nodes]
-    suffix = "_int8" if activations == "int8" else ""
-    assert called.count(f"keras_weightmods.sparse_matmul{suffix}.default") == 1
-
-
-def test_wrong_sizes_are_refused():
-    """The kernel would read beyond its arrays."""
-    _, (values, meta, scale) = make()
-    x = torch.randn(2, K)
-    for weights in ((values[:1], meta, scale), (values, meta[:1], scale)):
-        with pytest.raises(ValueError, match="of a packed kernel of shape"):
-            sparse_matmul_gpu.sparse_matmul(x, *weights, N)
-    with pytest.raises(ValueError, match="of a packed kernel of shape"):
-        sparse_matmul_gpu.sparse_matmul(x, values, meta, scale, 3 * N)
-    with pytest.raises(ValueError, match="of a packed kernel of shape"):
-        sparse_matmul_gpu.sparse_matmul(x, values, meta, meta, N)
-
-
-def test_facts_of_each_device_are_asked_for_once(monkeypatch):
-    asked = []
-
-    def get_device_name(index):
-        asked.append(index)
-        return f"card {index}"
-
-    monkeypatch.setattr(torch.cuda, "get_device_name", get_device_name)
-    sparse_matmul_gpu._name_of.cache_clear()
-    monkeypatch.setattr(sparse_matmul_gpu, "_plans", {})
-    for _ in range(3):
-        for index in (0, 1):
-            for n in (N, 2 * N):
-                chosen = sparse_matmul_gpu._plan_on(
-                    index, K, n, torch.bfloat16, torch.int8
-                )
-                assert f"card {index}" in chosen.why(1)
-    assert asked == [0, 1]
-    sparse_matmul_gpu._name_of.cache_clear()
-
-
-def test_cusparselt_of_torch(monkeypatch):
-    """Its two functions, as their documentation has it."""
-    kernel = sparse_kernel(64, 32)
-    packed = pack_kernel(kernel)
-    weights = [torch.from_numpy(packed.values), torch.from_numpy(packed.meta)]
-    algorithms = []
-
-    def compress(transposed):
-        assert transposed.is_contiguous()
-        assert transposed.shape == (32, 64)
-        return transposed
-
-    def multiply(compressed, x, transpose_result, alg_id):
-        assert transpose_result
-        assert x.shape[1] % 16 == 0
-        algorithms.append(alg_id)
-        return (compressed @ x).T
-
-    monkeypatch.setattr(torch, "_cslt_compress", compress)
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
-    monkeypatch.setattr(sparse_matmul_gpu, "reason_unavailable", lambda _: "")
-    x = torch.randn(5, 64, dtype=torch.bfloat16)
-    product = sparse_matmul_gpu.sparse_matmul
-    for algorithm in (-1, 17):
-        y = product(x, *weights, None, 32, "cusparselt", algorithm)
-        assert error(y, x.double().numpy() @ kernel) <= 1e-2
-    assert algorithms == [0, 17]
-
-
 def test_operators_have_them_on_cuda():
     assert operators.reason_unavailable() == ""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -409,19 +190,126 @@ def test_operators_have_them_on_cuda():
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    reason = sparse_matmul_gpu.reason_unavailable("decode")
-    assert "finds no NVIDIA GPU" in reason
-    _, weights = make()
-    with pytest.raises(RuntimeError, match="finds no NVIDIA GPU"):
-        sparse_matmul_gpu.sparse_matmul(torch.ones(1, K), *weights, N, "decode")
-    assert sparse_matmul_gpu.device_name() is None
+    assert "finds no NVIDIA GPU" in products.reason_unavailable()
+    assert products.device_name() is None
 
 
 def test_torch_without_cusparselt_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = sparse_matmul_gpu.reason_unavailable.__wrapped__
+    reason = products.reason_unavailable.__wrapped__
     available = torch.backends.cusparselt
     monkeypatch.setattr(available, "is_available", lambda: False)
-    assert "built without cuSPARSELt" in reason("cusparselt")
+    assert "built without cuSPARSELt" in reason()
     monkeypatch.setattr(available, "is_available", lambda: True)
-    assert reason("cusparselt") == ""
+    assert reason() == ""
+
+
+class Cusparselt:
+    """torch's two functions, as their documentation has it, on a CPU."""
+
+    broken = ""
+
+    def compress(self, transposed):
+        assert transposed.is_contiguous()
+        return transposed
+
+    def multiply(
+        self, compressed, x, alpha=None, out_dtype=None, transpose_result=False
+    ):
+        assert transpose_result
+        assert x.shape[1] % 16 == 0
+        if self.broken == "raises":
+            raise RuntimeError("an error of fake cuSPARSELt")
+        y = (compressed.float() @ x.float()).T.contiguous()
+        y[:, 3] += 1000 * (self.broken == "wrong")
+        if alpha is None:
+            assert out_dtype is None
+            return y.to(x.dtype)
+        # A scale for each row of what is compressed.
+        assert (alpha.shape, alpha.dtype) == ((len(compressed),), torch.float32)
+        return (y * alpha).to(out_dtype)
+
+
+@pytest.fixture
+def cusparselt(monkeypatch, kept):
+    """A GPU that is none, cuda:0: the CPU stands for it."""
+    fake = Cusparselt()
+    device = torch.device
+    for owner, name, value in (
+        (torch, "_cslt_compress", fake.compress),
+        (torch, "_cslt_sparse_mm", fake.multiply),
+        (products, "_device", lambda index: device("cpu")),
+        (products, "_index_of", lambda matrix: 0),
+        (products, "reason_unavailable", lambda: ""),
+        (products, "_plans", {}),
+        # Either product at some number of rows.
+        (trial, "ROWS", (16, 32)),
+        (trial, "seconds_by", lambda wait: seconds),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    return fake
+
+
+def seconds(product, x):
+    is_dense = product.multiply is torch.matmul
+    return 1.5 if is_dense else {16: 2.0, 32: 1.0}[len(x)]
+
+
+@pytest.mark.parametrize("x_dtype", [HALF, torch.float16])
+def test_product_by_the_plan(cusparselt, kept, x_dtype):
+    kernel, weights = make("bfloat16", K, N)
+    for rows, method in ((5, "dense"), (40, "cusparselt")):
+        kept.clear()
+        x = torch.randn(rows, K, dtype=x_dtype)
+        y = products.sparse_matmul(x, *weights, N)
+        assert error(y, x.double().numpy() @ kernel) <= 1e-2
+        assert [key[-1] for key in kept] == [method]
+    assert len(products._plans) == 1
+
+
+@pytest.mark.parametrize("x_dtype", [HALF, torch.float32, torch.float16])
+def test_product_of_rounded_rows(cusparselt, x_dtype):
+    kernel = sparse_kernel(K, N) * np.linspace(0.1, 3, N)
+    packed = pack_kernel(kernel.astype("float32"), "int8", "int8")
+    arrays = packed.values, packed.meta, packed.scale
+    arrays = [torch.from_numpy(array) for array in arrays]
+    x = torch.randn(40, K)
+    x[1] *= 1000
+    x = x.to(x_dtype)
+    expected = product_of_rounded_rows(x.float(), packed)
+    for rows, method in itertools.product((5, 40), (None, "dense")):
+        y = products.sparse_matmul_int8(x[:rows], *arrays, N, method)
+        assert y.dtype == x_dtype
+        for row, wanted in zip(y.float(), expected):
+            assert error(row, wanted) <= 6e-3
+    x[0, 3], x[1, 5] = float("nan"), float("inf")
+    for method in ("dense", "cusparselt"):
+        y = products.sparse_matmul_int8(x, *arrays, N, method)
+        assert y.isnan().all(1).tolist() == [True, True] + [False] * 38
+
+
+@pytest.mark.parametrize("how", ["raises", "wrong"])
+def test_a_product_that_fails_is_dense(cusparselt, kept, how):
+    cusparselt.broken = how
+    kernel, weights = make("int8", K, N)
+    x = torch.randn(40, K, dtype=HALF)
+    with pytest.warns(UserWarning, match="cuSPARSELt was tried on this GPU"):
+        y = products.sparse_matmul(x, *weights, N)
+    assert error(y, x.double().numpy() @ kernel) <= 1e-2
+    # Rounded activations then are rounded in blocks, as on a CPU.
+    with pytest.warns(UserWarning, match="cuSPARSELt was tried on this GPU"):
+        y = products.sparse_matmul_int8(x, *weights, N)
+    expected = products.sparse_matmul_int8(x, *weights, N, "blocks")
+    assert torch.equal(y, expected)
+    assert {key[-1] for key in kept} == {"dense"}
+
+
+def test_nothing_is_tried_in_a_cuda_graph(cusparselt, monkeypatch):
+    """A trial would wait for the GPU, which ends the capture."""
+    kernel, weights = make("bfloat16", K, N)
+    x = torch.randn(40, K, dtype=HALF)
+    monkeypatch.setattr(products, "_is_capturing", lambda: True)
+    with pytest.warns(UserWarning, match="once before the capture"):
+        y = products.sparse_matmul(x, *weights, N)
+    assert error(y, x.double().numpy() @ kernel) <= 1e-2
+    assert not products._plans

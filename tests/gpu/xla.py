@@ -1,4 +1,4 @@
-"""Calls XLA handlers of the GPU library as XLA does, by fake_xla.cc."""
+"""Calls the GPU's XLA handlers as XLA does, by fake_xla.cc, on a CPU."""
 
 import ctypes
 import pathlib
@@ -8,10 +8,13 @@ import subprocess
 import numpy as np
 import pytest
 
+from keras_weightmods import native
+
+HERE = pathlib.Path(__file__).parent
+SOURCES = pathlib.Path(native.__file__).parent
 # Of XLA's FFI.
 DTYPES = {
     "int8": 2,
-    "int32": 4,
     "uint8": 6,
     "float16": 10,
     "float32": 11,
@@ -34,81 +37,80 @@ class Array(ctypes.Structure):
         return cls(dtype, array.ndim, dims, array.ctypes.data)
 
 
-def build_harness(folder):
-    jaxlib = pytest.importorskip("jaxlib", reason="needs its headers")
-    include = pathlib.Path(jaxlib.__file__).with_name("include")
-    built = folder / "fake_xla.so"
-    source = pathlib.Path(__file__).with_name("fake_xla.cc")
-    subprocess.run(
-        [shutil.which("g++"), "-std=c++17", "-O1", "-shared", "-fPIC"]
-        + ["-isystem", include, source, "-o", built],
-        check=True,
-    )
-    harness = ctypes.CDLL(str(built))
-    harness.fake_xla_call.restype = ctypes.c_char_p
-    harness.fake_xla_allocated.restype = ctypes.c_int64
-    harness.fake_xla_traits.restype = ctypes.c_int64
-    return harness
+def compile_shared(source, built, *flags):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", *flags]
+    subprocess.run([*command, source, "-o", built], check=True)
+    return built
 
 
-def caller(harness, library, fake):
-    """Return a function that calls a handler: None, or what failed."""
+class FakeGpu:
+    """The library over a fake of the driver and of cuSPARSELt.
 
-    def call(name, inputs, results, algorithm=None, initialize=False):
-        handler = getattr(library, f"kwm_gpu_xla_{name}")
+    It is a copy of the library, which has opened nothing else.
+    """
+
+    def __init__(self, folder):
+        jaxlib = pytest.importorskip("jaxlib", reason="needs its headers")
+        include = pathlib.Path(jaxlib.__file__).with_name("include")
+        xla = HERE / "fake_xla.cc", folder / "fake_xla.so"
+        self.xla = ctypes.CDLL(compile_shared(*xla, f"-isystem{include}"))
+        self.xla.fake_xla_call.restype = ctypes.c_char_p
+        self.xla.fake_xla_allocated.restype = ctypes.c_int64
+        self.xla.fake_xla_traits.restype = ctypes.c_int64
+        cuda = HERE / "fake_cuda.cc", folder / "fake_cuda.so"
+        folders = [f"-I{SOURCES / name}" for name in ("", "include", "gpu")]
+        self.path = compile_shared(*cuda, *folders)
+        self.cuda = ctypes.CDLL(self.path)
+        self.library = fresh_library(folder)
+        path = str(self.path).encode()
+        assert self.library.kwm_gpu_load(path, path) is None
+
+    def handler(self, name):
+        return ctypes.cast(getattr(self.library, name), ctypes.c_void_p)
+
+    def call(self, name, inputs, results):
+        """Call a handler: None, or what failed."""
         arrays = [Array.of(a) for a in (*inputs, *results)]
-        number = None if algorithm is None else ctypes.c_int64(algorithm)
-        failure = harness.fake_xla_call(
-            ctypes.cast(handler, ctypes.c_void_p),
-            initialize,
+        failure = self.xla.fake_xla_call(
+            self.handler(name),
             (Array * len(arrays))(*arrays),
             len(arrays),
             len(inputs),
-            None if number is None else ctypes.byref(number),
         )
-        assert harness.fake_xla_allocated() == 0
-        assert fake.fake_context_depth() == 0
+        assert self.xla.fake_xla_allocated() == 0
+        assert self.cuda.fake_context_depth() == 0
         return failure and failure.decode()
 
-    return call
+    def ffi_call(self, target, result):
+        """Stand for `jax.ffi.ffi_call`, on a CPU."""
+        import jax
 
-
-def ffi_call_on_fake(call, targets):
-    """Return what stands for `jax.ffi.ffi_call`, with handlers on a CPU."""
-    import jax
-
-    def ffi_call(target, result):
-        name = target.removeprefix("kwm_gpu_")
-        specs = jax.tree.leaves(result)
-
-        def run(inputs, algorithm):
-            inputs = [np.ascontiguousarray(x) for x in inputs]
+        def host(*inputs):
+            y = np.empty(result.shape, result.dtype)
             # What a handler does not write stays noise.
-            results = [_noise(spec) for spec in specs]
-            for stage in targets[target]:
-                failure = call(
-                    name + ("_initialize" if stage == "initialize" else ""),
-                    inputs,
-                    results,
-                    algorithm,
-                    stage == "initialize",
-                )
-                if failure:
-                    raise RuntimeError(failure)
-            return jax.tree.unflatten(jax.tree.structure(result), results)
+            y.view("uint8")[...] = 0xEE
+            inputs = [np.ascontiguousarray(x) for x in inputs]
+            if failure := self.call(target, inputs, [y]):
+                raise RuntimeError(failure)
+            return y
 
-        def ffi(*inputs, algorithm=None):
-            def host(*given):
-                return run(given, algorithm)
-
-            return jax.pure_callback(host, result, *inputs)
-
-        return ffi
-
-    return ffi_call
+        return lambda *inputs: jax.pure_callback(host, result, *inputs)
 
 
-def _noise(spec):
-    array = np.empty(spec.shape, spec.dtype)
-    array.view("uint8")[...] = 0xEE if array.size else 0
-    return array
+def fresh_library(folder):
+    """Return a copy of the library, with the functions for a GPU typed."""
+    if native.xla_handler("kwm_gpu_cusparselt") is None:
+        pytest.skip("the library was built without the XLA handlers")
+    (own,) = (SOURCES / "lib").glob("kwm_native.*")
+    library = native.open_library(
+        shutil.copy(own, folder / "copy.so"),
+        "kwm_abi_version",
+        native._ABI_VERSION,
+        native._SIGNATURES,
+    )
+    native.typed(library, "kwm_gpu_load", "s", "ss")
+    native.typed(library, "kwm_gpu_compressed_size", "s", "iqqiP")
+    return library

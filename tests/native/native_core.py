@@ -14,8 +14,8 @@ from keras_weightmods import native
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE.parents[1] / "keras_weightmods" / "native"
 CORE = [
-    *["core", "pack", "compand", "matmul_int8", "matmul_bfloat16", "attend"],
-    *["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon"],
+    *["core", "pack", "matmul_int8", "matmul_bfloat16", "attend"],
+    *["scalar", "avx2", "avx512", "avx512_bf16", "neon"],
     *["int8_scalar", "int8_avx2", "int8_avx_vnni", "int8_avx512"],
     *["int8_neon", "int8_neon_dot"],
 ]
@@ -188,26 +188,3 @@ def attend(q, keys, values, mask, scale, parallel_for=None):
     sizes = batch, q.shape[1], places, q.shape[2], key_heads, size
     load().kwm_attend(*arrays, *sizes, scale, pointer(out), parallel_for, None)
     return out
-
-
-def compand(v, a, b, parallel_for=None):
-    """a arctan(v / b)"""
-    w = np.full_like(v, np.nan)
-    arguments = pointer(v), v.size, a, b, pointer(w)
-    load().kwm_compand(*arguments, parallel_for, None)
-    return w
-
-
-def compand_gradient(v, w, upstream, a, b, parallel_for=None, out=None):
-    """dv, da and db; the last two are None without `w`."""
-    dv = np.full_like(v, np.nan) if out is None else out
-    da = db = None
-    if w is not None:
-        da, db = np.full((2, 1), np.nan, "float32")
-    inputs, results = (
-        map(pointer, x) for x in ([v, w, upstream], [dv, da, db])
-    )
-    load().kwm_compand_gradient(
-        *inputs, v.size, a, b, *results, parallel_for, None
-    )
-    return (dv, None, None) if w is None else (dv, da[0], db[0])

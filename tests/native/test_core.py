@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import references
@@ -351,20 +351,6 @@ def test_split_of_the_work_does_not_change_the_result(name, rows, rng):
     assert name == "scalar" or len(calls) >= 3
 
     calls.clear()
-    v, upstream = np.float32(rng.standard_normal((2, 100_001)))
-    with isa(name):
-        expected = native_core.compand(v, 0.7, 1.3)
-        got = native_core.compand(v, 0.7, 1.3, loop)
-        np.testing.assert_array_equal(got, expected)
-        arguments = v, expected, upstream, 0.7, 1.3
-        for got, want in zip(
-            native_core.compand_gradient(*arguments, loop),
-            native_core.compand_gradient(*arguments),
-        ):
-            np.testing.assert_array_equal(got, want)
-    assert len(calls) == 2
-
-    calls.clear()
     keys, values = np.float32(rng.standard_normal((2, 3, 700, 4, 64)))
     for queries in (1, 50):
         q = np.float32(rng.standard_normal((3, queries, 8, 64)))
@@ -376,65 +362,6 @@ def test_split_of_the_work_does_not_change_the_result(name, rows, rng):
     assert len(calls) == 2
 
 
-def compand_cases(rng):
-    """Stored values of many sizes: of a vector, of a block, with a rest."""
-    for size in [0, 1, 3, 15, 16, 17, 40, 2047, 2048, 2049, 7001]:
-        for scale in [0.05, 1.0, 30.0]:
-            yield np.float32(scale * rng.standard_normal(size))
-
-
-@pytest.mark.parametrize("name", ISAS)
-def test_compand(name, rng):
-    a, b = np.float32(0.7), np.float32(1.3)
-    with isa(name):
-        for v in compand_cases(rng):
-            w = native_core.compand(v, a, b)
-            exact = np.float64(a) * np.arctan(np.float64(v) / b)
-            np.testing.assert_allclose(w, exact, rtol=3e-7)
-
-            upstream = np.float32(rng.standard_normal(v.size))
-            dv, da, db = native_core.compand_gradient(v, w, upstream, a, b)
-            u = np.float64(v) / b
-            slope = np.float64(a) / b / (1 + u**2)
-            np.testing.assert_allclose(dv, upstream * slope, rtol=4e-7)
-            for got, terms in [
-                (da, upstream * exact / a),
-                (db, -upstream * slope * v / b),
-            ]:
-                size = np.abs(terms).sum()
-                assert abs(got - terms.sum()) <= 1e-6 * size
-
-            # Alone, and in the place of `upstream`.
-            alone, _, _ = native_core.compand_gradient(
-                v, None, upstream, a, b, out=upstream
-            )
-            np.testing.assert_array_equal(alone, dv)
-
-
-@pytest.mark.parametrize("name", ISAS)
-@pytest.mark.parametrize("size", [1, 16, 37])
-def test_compand_of_extreme_values(name, size):
-    a, b = np.float32(0.5), np.float32(2.0)
-    values = [0, 1e-45, 1e-38, 1e-20, 1.999, 2, 2.001, 1e20, 3e38, np.inf]
-    with isa(name):
-        for value in [*values, np.nan]:
-            for v in np.float32([value, -value]):
-                # Among others, which must stay what they are.
-                array = np.float32(np.linspace(-1, 1, size))
-                array[size // 2] = v
-                w = native_core.compand(array, a, b)
-                exact = np.float64(a) * np.arctan(np.float64(array) / b)
-                # Half of 1e-45 rounds to zero.
-                np.testing.assert_allclose(w, exact, rtol=3e-7, atol=2e-45)
-                upstream = np.ones_like(array)
-                dv, _, _ = native_core.compand_gradient(
-                    array, w, upstream, a, b
-                )
-                with np.errstate(over="ignore"):
-                    slope = a / b / (1 + (np.float64(array) / b) ** 2)
-                np.testing.assert_allclose(dv, slope, rtol=4e-7, atol=1e-38)
-
-
 @pytest.mark.parametrize("name", ISAS)
 @settings(max_examples=25, deadline=None)
 @given(
@@ -444,8 +371,6 @@ def test_compand_of_extreme_values(name, size):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**31),
 )
-# One product, of an activation that is far below the largest of its row.
-@example(k=9, n=27, rows=11, dtype="int8", seed=1434)
 def test_matmul_of_any_shape(name, k, n, rows, dtype, seed):
     rng = np.random.default_rng(seed)
     *packed, _ = native_core.pack(sparse_kernel(rng, k, n), dtype)
@@ -454,10 +379,6 @@ def test_matmul_of_any_shape(name, k, n, rows, dtype, seed):
     with isa(name):
         got = native_core.matmul(x, packed, n, dtype).astype("float64")
     bound = 1e-5 * (np.abs(x.astype("float64")) @ np.abs(kernel))
-    if dtype == "int8":
-        # Activations of 24 bits: half a step of the row's largest each.
-        half = np.abs(x).max(1, keepdims=True) / 2**24 * (1 + 1e-5)
-        bound += half * np.abs(kernel).sum(0)
     assert (np.abs(got - x.astype("float64") @ kernel) <= bound).all()
 
 

@@ -10,9 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-import keras_weightmods as kwm
-from keras_weightmods import native
-from keras_weightmods.backend import backend_module
 from keras_weightmods.ops import compand, compand_derivative, compand_inverse
 from keras_weightmods.ops.compand import compand_limit
 from tests import models
@@ -41,16 +38,6 @@ def reference_derivative(v, a, b, function):
     return a / b * slope
 
 
-@pytest.fixture(params=["native", "without", "inference"])
-def kernels(request, monkeypatch):
-    """With the compiled kernels, without them, and outside of training."""
-    if request.param == "without":
-        monkeypatch.setattr(native, "_loaded", (None, "it is switched off."))
-    elif not native.has_vectors():
-        pytest.skip(native.reason_unavailable() or "no vector unit")
-    return request.param != "inference"
-
-
 def values(dtype, largest=None):
     """Small and large, both signs, zero, as `dtype` has them."""
     if largest is None:
@@ -69,10 +56,10 @@ def close(actual, expected, dtype, absolute=1e-7):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_compand_equals_reference(function, dtype, kernels):
+def test_compand_equals_reference(function, dtype):
     v, exact = values(dtype)
     for a, b in PAIRS:
-        w = compand(v, a, b, function, kernels)
+        w = compand(v, a, b, function)
         assert keras.backend.standardize_dtype(w.dtype) == dtype
         close(w, reference(exact, a, b, function), dtype)
 
@@ -118,11 +105,11 @@ def test_inverse_at_and_beyond_the_range_is_nan(function, limit):
         assert (np.sign(v) == [1, -1]).all()
 
 
-def gradients(v, function, upstream, training, a=0.7, b=1.3):
+def gradients(v, function, upstream, a=0.7, b=1.3):
     """Of sum(upstream * compand(v, a, b)), by the backend."""
 
     def loss(v, a, b):
-        w = compand(v, a, b, function, training)
+        w = compand(v, a, b, function)
         return ops.sum(ops.convert_to_tensor(upstream) * w)
 
     return models.gradients(loss, *map(np.float32, (v, a, b)))
@@ -136,9 +123,9 @@ GRADIENT_CASES = [
 
 
 @pytest.mark.parametrize(("function", "scale", "shape"), GRADIENT_CASES)
-def test_gradients_equal_reference(function, scale, shape, kernels):
+def test_gradients_equal_reference(function, scale, shape):
     v, upstream = np.float32(scale) * normal(*shape), normal(*shape, seed=1)
-    to_v, *found = gradients(v, function, upstream, kernels)
+    to_v, *found = gradients(v, function, upstream)
     assert to_v.shape == shape
     slope = reference_derivative(v, 0.7, 1.3, function)
     close(to_v, upstream * slope, "float32", 1e-6)
@@ -148,16 +135,16 @@ def test_gradients_equal_reference(function, scale, shape, kernels):
         assert abs(got - terms.sum()) <= 1e-6 * np.abs(terms).sum()
 
 
-def test_gradients_are_the_same_each_time(kernels):
+def test_gradients_are_the_same_each_time():
     v, upstream = normal(2, 300, 111)
-    again = (gradients(v, "arctan", upstream, kernels) for _ in range(2))
+    again = (gradients(v, "arctan", upstream) for _ in range(2))
     models.assert_same_bits(*again)
 
 
 @pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="differentiable once on torch"
 )
-def test_second_derivatives(kernels):
+def test_second_derivatives():
     v = np.float32([[-1.5, 0.2], [0.9, 3.0]])
     a, b = 0.7, 1.3
 
@@ -167,9 +154,7 @@ def test_second_derivatives(kernels):
     if keras.backend.backend() == "jax":
         import jax
 
-        inner = jax.grad(
-            lambda v, b: ops.sum(compand(v, a, b, training=kernels))
-        )
+        inner = jax.grad(lambda v, b: ops.sum(compand(v, a, b)))
         found = jax.grad(lambda v, b: penalty(inner, v, b), (0, 1))(v, b)
     else:
         import tensorflow as tf
@@ -177,7 +162,7 @@ def test_second_derivatives(kernels):
         def inner(v, b):
             with tf.GradientTape() as tape:
                 tape.watch(v)
-                w = ops.sum(compand(v, a, b, training=kernels))
+                w = ops.sum(compand(v, a, b))
             return tape.gradient(w, v)
 
         pair = tf.constant(v), tf.constant(b)
@@ -192,32 +177,6 @@ def test_second_derivatives(kernels):
     close(found[0], -4 * exact * slope**2 / square, "float32", 1e-6)
     to_b = np.sum(2 * slope * a * (exact**2 - b**2) / square**2)
     close(found[1], to_b, "float32", 1e-6)
-
-
-def test_compiled_kernels_train_and_do_not_infer(monkeypatch):
-    if not native.has_vectors():
-        pytest.skip(native.reason_unavailable() or "no vector unit")
-    if keras.backend.backend() == "torch":
-        pytest.skip("torch takes them always")
-    implementation = backend_module("compand")
-    called, compand = [], implementation.compand
-
-    def spy(*args):
-        called.append(args)
-        return compand(*args)
-
-    monkeypatch.setattr(implementation, "compand", spy)
-    layer = kwm.CompanderDense(4, learnable=False)
-    model = models.sequential((6,), layer)
-    model.compile("sgd", "mse")
-    x, y = np.ones((8, 6), "float32"), np.ones((8, 4), "float32")
-    model.evaluate(x, y, verbose=0)
-    model.predict(x, verbose=0)
-    assert not called
-    before = model.evaluate(x, y, verbose=0)
-    model.fit(x, y, verbose=0)
-    assert called
-    assert model.evaluate(x, y, verbose=0) < before
 
 
 def test_tensors_for_a_and_b_broadcast():
@@ -241,10 +200,10 @@ def test_float64_is_kept():
     )
 
 
-def test_nan_and_infinity_pass_through(kernels):
+def test_nan_and_infinity_pass_through():
     v = np.float32([np.nan, np.inf, -np.inf])
     for function in ("arctan", "erf"):
-        w = numpy(compand(v, 0.5, 1.0, function, kernels))
+        w = numpy(compand(v, 0.5, 1.0, function))
         # XLA of TensorFlow 2.20 gives the arctangent of NaN as -pi / 2.
         version = importlib.metadata.version(keras.backend.backend())
         assert np.isnan(w[0]) or version.startswith("2.20.")

@@ -46,23 +46,13 @@ def sparse_matmul(x, packed):
     choices = {"default": dense_matmul}
     if not xla_handlers.reason_unavailable():
         choices["cpu"] = _sparse_matmul_on_cpu
-    if platform == "gpu" and not _for_cpu_alone(packed):
+    if platform == "gpu":
         choices["cuda"] = sparse_matmul_gpu.matmul
     choices = {
         name: functools.partial(choice, packed=packed)
         for name, choice in choices.items()
     }
     return jax.lax.platform_dependent(x, **choices)
-
-
-def _for_cpu_alone(packed):
-    if packed.activations == "float32":
-        return False
-    if packed.is_dense:
-        return True
-    # Rounded rows are for products that gain by them.
-    kind = packed.shape, "bfloat16", packed.dtype, packed.activations
-    return not sparse_matmul_gpu.plan(*kind).is_sparse
 
 
 def _sparse_matmul_on_cpu(x, packed):

@@ -1,55 +1,39 @@
 """`sparse_matmul` on NVIDIA GPUs under JAX. Not yet run on a GPU.
 
-Of three products the one that `native.gpu.dispatch` holds for the fastest, by
-the kernel's shape, the types and the number of rows: a decode kernel that reads
-the packed arrays, cuSPARSELt, or dense.
-
-cuSPARSELt and dense need the kernel in a form of their own, a companion of the
-packed arrays. It is made at load, by `prepare`, and never stored. Without it
-cuSPARSELt is out, and the dense product unpacks the kernel in each call.
-
-Rows may be split over devices: each multiplies its own. The custom calls tell
-XLA so, which would else gather them.
+By cuSPARSELt, or dense: whichever a trial on the card found faster for the
+number of rows (`native.gpu.trial`). Both need the kernel in a form of their
+own, a companion of the packed arrays, which is made at load and never stored.
+Without companions the kernel is unpacked in each call.
 
 With int8 activations each row is rounded to multiples of max |x| / 127, at any
-number of rows and by any of the products. cuSPARSELt then multiplies integers,
-scales the columns in its epilogue and gives bfloat16; the scales of the rows
-follow, in what XLA fuses with the bias.
+number of rows and by either product; cuSPARSELt multiplies the integers, scales
+the columns in its epilogue and gives bfloat16. Where cuSPARSELt is never
+faster, activations are rounded in blocks as on a CPU.
 """
 
 import dataclasses
 import functools
 import math
-import string
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-from jax.experimental.custom_partitioning import custom_partitioning
 
 from keras_weightmods import native
 from keras_weightmods.backend.jax.batching import batches_as_rows
+from keras_weightmods.backend.jax.precision import full_precision
 from keras_weightmods.native import gpu
-from keras_weightmods.native.gpu import dispatch, first_contact
-from keras_weightmods.native.packed import Packed, unpack_kernel, unpack_tensor
+from keras_weightmods.native.gpu import trial as trials
+from keras_weightmods.native.packed import (
+    Packed,
+    dense_matmul,
+    unpack_kernel,
+    unpack_tensor,
+)
 
-_TARGETS = {
-    "kwm_gpu_decode": {
-        "initialize": "kwm_gpu_xla_decode_initialize",
-        "execute": "kwm_gpu_xla_decode",
-    },
-    "kwm_gpu_round_rows": {
-        "initialize": "kwm_gpu_xla_round_rows_initialize",
-        "execute": "kwm_gpu_xla_round_rows",
-    },
-    "kwm_gpu_compress": {"execute": "kwm_gpu_xla_compress"},
-    "kwm_gpu_cusparselt": {
-        "initialize": "kwm_gpu_xla_cusparselt_initialize",
-        "execute": "kwm_gpu_xla_cusparselt",
-    },
-}
+TARGETS = ("kwm_gpu_compress", "kwm_gpu_cusparselt")
 # cuSPARSELt wants this many rows, or a multiple.
 _ROWS = 16
 
@@ -69,52 +53,64 @@ class PreparedPacked(Packed):
 
 
 def plan(shape, x_dtype, value_dtype, activations="float32"):
-    """Return the `dispatch.Plan` for a kernel on the GPU that is there.
+    """Return the `trial.Plan` for a kernel on the GPU that is there.
 
-    It counts on cuSPARSELt where a product by it was tried and right; the
-    first call for a shape and type tries it, also while JAX traces.
+    The first call for a shape and type tries both products.
     """
     kind = _multiplied("cusparselt", x_dtype, activations)
-    return _plan(device_name(), tuple(shape), kind, value_dtype)
+    return _plan(tuple(shape), kind, value_dtype)
 
 
 @functools.cache
-def _plan(device, shape, kind, value_dtype):
-    found = dispatch.plan("jax", device, shape, kind, value_dtype)
-    return first_contact.trusted(
-        found,
-        device,
-        shape,
-        kind,
-        functools.partial(_reason_unavailable, "cusparselt", kind == "int8"),
-        functools.partial(_try_cusparselt, kind),
-    )
+def _plan(shape, kind, value_dtype):
+    reason = trials.reason_for_dense(shape, kind, value_dtype)
+    if not reason and jax.process_count() > 1:
+        # They run one program, and their trials may differ.
+        reason = "several processes share the program"
+    if not reason:
+        reason = reason_unavailable()
+        if reason:
+            native.warn_dense(reason)
+    return trials.Plan((), reason) if reason else _try(shape, kind)
 
 
-def _try_cusparselt(kind, trial):
-    """Return a `Trial`'s product by cuSPARSELt, and the dense one."""
-    _register()
-    devices = _devices()
+def _try(shape, kind):
     x_dtype = "bfloat16" if kind == "int8" else kind
-    with (
-        jax.ensure_compile_time_eval(),
-        jax.default_device(devices[0] if devices else None),
-    ):
-        x = jnp.asarray(trial.x, x_dtype)
-        scale = jnp.asarray(trial.scale)
-        steps = jnp.take(jnp.asarray(trial.steps), trial.columns, axis=1)
+    with jax.ensure_compile_time_eval(), jax.default_device(_devices()[0]):
+        x, steps, scale = map(
+            jnp.asarray, trials.sample(max(trials.ROWS), shape)
+        )
         kernel = steps.astype(x_dtype) * scale.astype(x_dtype)
+        no_scale = jnp.zeros((0,), jnp.float32)
         if kind == "int8":
-            product: Any = _cusparselt_int8
-            weights = [_compress(steps), scale]
+            weights = _compress(steps), scale
         else:
-            product, weights = _cusparselt, [_compress(kernel)]
-        settings = kernel.shape[1], trial.algorithm
-        y = jax.jit(functools.partial(product, *settings))(x, *weights)
-        # Sums of small numbers, and exact.
-        exact = {"preferred_element_type": jnp.float32}
-        expected = jnp.matmul(x, kernel, **exact)
-        return np.asarray(y, "float32"), np.asarray(expected)
+            weights = _compress(kernel), no_scale
+        product = functools.partial(_cusparselt, kind == "int8", shape[1])
+        dense, sparse = (
+            trials.Product(
+                jax.jit(multiply),
+                [
+                    first,
+                    *(jax.tree.map(jnp.copy, first) for _ in range(count - 1)),
+                ],
+            )
+            for multiply, first, count in (
+                (jnp.matmul, kernel, trials.copies(kernel.nbytes)),
+                (
+                    lambda x, weights: product(x, *weights),
+                    weights,
+                    trials.copies(weights[0].nbytes),
+                ),
+            )
+        )
+        return trials.trial(
+            lambda rows: x[:rows].astype(x_dtype),
+            dense,
+            sparse,
+            trials.seconds_by(jax.block_until_ready),
+            trials.ROWS,
+        )
 
 
 def _multiplied(kind, x_dtype, activations):
@@ -124,7 +120,7 @@ def _multiplied(kind, x_dtype, activations):
 
 
 def companion_spec(kind, shape, x_dtype, activations="float32"):
-    """Shape and type of a companion.
+    """Return the shape and the type of a companion.
 
     Args:
         kind: String, `"dense"` or `"cusparselt"`.
@@ -132,16 +128,14 @@ def companion_spec(kind, shape, x_dtype, activations="float32"):
         x_dtype: String, type of the activations.
         activations: String, as of `Packed`.
 
-    Returns:
-        Pair of a shape and a type.
-
     Raises:
         RuntimeError: If there is no GPU, or no cuSPARSELt, which alone knows
             the size of what it compresses.
     """
     if kind == "dense":
         return shape, x_dtype
-    _require("cusparselt")
+    if reason := reason_unavailable():
+        raise RuntimeError(reason)
     ordinal = _devices()[0].local_hardware_id
     dtype = _multiplied(kind, x_dtype, activations)
     return (gpu.compressed_size(ordinal, shape, dtype),), "uint8"
@@ -154,8 +148,8 @@ def prepare(packed, x_dtype, kinds=None):
         packed: `Packed`, of concrete arrays.
         x_dtype: String, type of the activations: `"float32"`, `"bfloat16"`
             or `"float16"`.
-        kinds: Tuple of `"dense"` and `"cusparselt"`. Defaults to those that
-            the dispatcher would use at some number of rows.
+        kinds: Tuple of `"dense"` and `"cusparselt"`. Defaults to those of the
+            plan.
 
     Returns:
         `PreparedPacked`.
@@ -164,18 +158,14 @@ def prepare(packed, x_dtype, kinds=None):
         RuntimeError: If cuSPARSELt is asked for and missing, or has failed.
     """
     if kinds is None:
-        kinds = plan(
-            packed.shape, x_dtype, packed.dtype, packed.activations
-        ).companions
-    fields = {
-        f.name: getattr(packed, f.name) for f in dataclasses.fields(Packed)
-    }
+        about = packed.shape, x_dtype, packed.dtype, packed.activations
+        kinds = plan(*about).companions
     made = {kind: companion(kind, packed, x_dtype) for kind in kinds}
-    return PreparedPacked(**fields, companions=made, x_dtype=x_dtype)
+    return PreparedPacked(**vars(packed), companions=made, x_dtype=x_dtype)
 
 
 def companion(kind, packed, x_dtype):
-    """The companion of a packed kernel of concrete arrays, on its device."""
+    """Return the companion of a packed kernel of concrete arrays."""
     kernel: Any = unpack_kernel(packed)
     dtype = _multiplied(kind, x_dtype, packed.activations)
     if dtype == "int8":
@@ -188,164 +178,137 @@ def companion(kind, packed, x_dtype):
 
 def _compress(kernel):
     """Compress a kernel, a concrete array, for cuSPARSELt."""
-    shape, dtype = companion_spec("cusparselt", kernel.shape, kernel.dtype.name)
-    result = jax.ShapeDtypeStruct(shape, dtype)
+    spec = companion_spec("cusparselt", kernel.shape, kernel.dtype.name)
+    result = jax.ShapeDtypeStruct(*spec)
     call = jax.ffi.ffi_call("kwm_gpu_compress", result)
     return jax.jit(lambda kernel: call(kernel.T))(kernel)
 
 
 def _device_of(array):
-    """The one device that an array is on; None for the default."""
+    """Return the one device that an array is on; None for the default."""
     array = getattr(array, "value", array)
     devices = array.devices() if isinstance(array, jax.Array) else ()
     return next(iter(devices)) if len(devices) == 1 else None
 
 
-def matmul(x, packed, method=None, algorithm=-1):
+def matmul(x, packed, method=None):
     """See `keras_weightmods.ops.sparse_matmul`.
 
     float32 activations are multiplied in float32. 16-bit ones are multiplied
     by the kernel rounded to their type, with sums in float32, as a dense layer
-    of that type does. With `packed.activations == "int8"` each row is rounded
-    to int8, at any number of rows; the result has the precision of bfloat16.
+    of that type does. With `packed.activations == "int8"` the result has the
+    precision of bfloat16.
 
     Args:
         x: Float array of shape (..., K).
         packed: `Packed` or `PreparedPacked`.
-        method: String, one of `dispatch.METHODS`, to measure and to test.
-            Defaults to the fastest.
-        algorithm: Int, of cuSPARSELt's, if `method` is given.
+        method: String, `"dense"` or `"cusparselt"`, to measure and to test.
+            Defaults to the plan's.
 
     Returns:
         Array of shape (..., N).
     """
-    companions = {}
-    if isinstance(packed, PreparedPacked) and packed.x_dtype == x.dtype.name:
-        companions = {
-            kind: keras.ops.convert_to_tensor(array)
-            for kind, array in packed.companions.items()
+    if not isinstance(packed, PreparedPacked) or packed.x_dtype != x.dtype.name:
+        if packed.activations == "int8":
+            with full_precision():
+                return dense_matmul(x, packed)
+        # In the type of x, as a companion is.
+        return _dense(x, unpack_tensor(packed).astype(x.dtype))
+    companions, arrays = (
+        {
+            name: keras.ops.convert_to_tensor(array)
+            for name, array in given.items()
+            if array is not None
         }
-    rounds = packed.activations == "int8"
-    if method is not None and device_name() is not None:
-        _require(method, rounds)
-    arrays = [
-        None if array is None else keras.ops.convert_to_tensor(array)
-        for array in (packed.values, packed.meta, packed.scale)
-    ]
-    settings = packed.activations, method, algorithm
-    product = _Product(packed.shape, packed.dtype, *settings)
-    return _matmul(product, x, *arrays, companions)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """What of a product is known before it is traced."""
-
-    shape: tuple
-    value_dtype: str
-    activations: str
-    method: str | None
-    algorithm: int
-
-    def choose(self, rows, x_dtype, companions):
-        """Return the method and cuSPARSELt's algorithm."""
-        if self.method is not None:
-            return self.method, self.algorithm
-        # An exported program may leave the number of rows open.
-        if not isinstance(rows, int) or rows == 0 or 0 in self.shape:
-            return "dense", -1
-        kind = self.value_dtype, self.activations
-        chosen = plan(self.shape, x_dtype, *kind)
-        method, algorithm = chosen.choose(rows, tuple(companions))
-        rounds = self.activations == "int8"
-        reason = _reason_unavailable(method, rounds)
-        if reason:
-            native.warn_dense(reason)
-            return "dense", -1
-        if method == "cusparselt":
-            dtype = _multiplied(method, x_dtype, self.activations)
-            about = device_name(), self.shape, rows, dtype
-            first_contact.warn_published(chosen, *about)
-        return method, algorithm
-
-    def packed(self, values, meta, scale):
-        return Packed(values, meta, scale, self.shape, self.value_dtype)
+        for given in (
+            packed.companions,
+            {
+                name: getattr(packed, name)
+                for name in ("values", "meta", "scale")
+            },
+        )
+    )
+    about = packed.shape, packed.dtype, packed.activations, method
+    return _matmul(about, x, arrays, companions)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(product, x, values, meta, scale, companions):
-    return _mapped(product)(x, values, meta, scale, companions)
+def _matmul(about, x, arrays, companions):
+    return _mapped(about)(x, arrays, companions)
 
 
-def _matmul_forward(product, *arrays):
-    return _matmul(product, *arrays), arrays
+def _matmul_forward(about, x, arrays, companions):
+    return _matmul(about, x, arrays, companions), arrays
 
 
-def _matmul_backward(product, saved, dy):
-    x, values, meta, scale, _ = saved
-    if product.value_dtype != "float32":
-        _, pull = jax.vjp(lambda x: _dense(product, x, *saved[1:]), x)
-        return *pull(dy), None, None, None, None
-    _, pull = jax.vjp(
-        lambda x, values: _dense(product, x, values, meta, scale, {}), x, values
-    )
-    return *pull(dy), None, None, None
+def _matmul_backward(about, arrays, dy):
+    kernel = _unpacked(about, arrays, dy.dtype)
+    return _dense(dy, kernel.T), None, None
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.cache
-def _mapped(product):
-    return batches_as_rows(functools.partial(_multiply, product))
+def _mapped(about):
+    return batches_as_rows(functools.partial(_multiply, about))
 
 
-def _multiply(product, x, values, meta, scale, companions):
+def _multiply(about, x, arrays, companions):
+    (k, n), value_dtype, activations, method = about
     rows = math.prod(x.shape[:-1])
-    method, algorithm = product.choose(rows, x.dtype.name, companions)
-    rounds = product.activations == "int8"
-    if method == "dense" and not rounds:
-        return _dense(product, x, values, meta, scale, companions)
-    if method != "dense":
-        _register()
-    multiply = _multiply_rounded if rounds else _multiply_floats
-    n = product.shape[1]
-    y = multiply(
-        n, method, algorithm, product, x.reshape(rows, product.shape[0]),
-        values, meta, scale, companions,
-    )  # fmt: skip
-    return y.reshape(*x.shape[:-1], n)
-
-
-def _multiply_floats(
-    n, method, algorithm, product, x, values, meta, scale, companions
-):
-    del product
-    if scale is None:
+    # An exported program may leave the number of rows open.
+    is_known = isinstance(rows, int) and rows > 0
+    if method is None and is_known:
+        method = plan((k, n), x.dtype.name, value_dtype, activations).method(
+            rows
+        )
+    matrix, is_int8 = x.reshape(rows, k), activations == "int8"
+    if method == "cusparselt" and method in companions:
         scale = jnp.zeros((0,), jnp.float32)
-    if method == "decode":
-        return _rows_split(_decode, n)(x, values, meta, scale)
-    call = _rows_split(_cusparselt, n, algorithm)
-    return call(x, companions["cusparselt"])
+        if is_int8:
+            scale = jnp.ravel(arrays["scale"])[:n]
+        y = _cusparselt(is_int8, n, matrix, companions[method], scale)
+    else:
+        kernel = companions.get("dense")
+        if kernel is None:
+            kernel = _unpacked(about, arrays, x.dtype)
+        if is_int8:
+            steps, scale_of_row = round_rows(matrix)
+            # Below 1 in magnitude, or sums might leave the range of float16.
+            units = (steps / 128).astype(x.dtype)
+            y = _dense(units, kernel, jnp.float32) * (128 * scale_of_row)
+        else:
+            y = _dense(matrix, kernel)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], n)
 
 
-def _multiply_rounded(
-    n, method, algorithm, product, x, values, meta, scale, companions
-):
-    if method == "cusparselt":
-        call = _rows_split(_cusparselt_int8, n, algorithm)
-        return call(x, companions["cusparselt"], jnp.ravel(scale)[:n])
-    steps, scale_of_row = round_rows(x)
-    if method == "decode":
-        # Integers of 8 bits are exact in bfloat16.
-        steps = steps.astype(jnp.bfloat16)
-        y = _rows_split(_decode, n)(steps, values, meta, scale)
-        return (y * scale_of_row).astype(x.dtype)
-    # Below 1 in magnitude, or sums might leave the range of float16.
-    units = (steps / 128).astype(x.dtype)
-    weights = values, meta, scale, companions
-    y = _dense(product, units, *weights, jnp.float32)
-    return (y * (128 * scale_of_row)).astype(x.dtype)
+def _unpacked(about, arrays, dtype):
+    weights = {"meta": None, "scale": None, **arrays}
+    return unpack_tensor(
+        Packed(**weights, shape=about[0], dtype=about[1])
+    ).astype(dtype)
+
+
+def _dense(x, kernel, dtype=None):
+    # By default a GPU rounds the factors of a float32 product to TF32.
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jnp.matmul(
+        x, kernel, precision=precision, preferred_element_type=dtype
+    )
+
+
+def _cusparselt(is_int8, n, x, compressed, scale):
+    rows = x.shape[0]
+    dtype = x.dtype
+    if is_int8:
+        steps, scale_of_row = round_rows(x)
+        x, dtype = steps.astype(jnp.int8), jnp.bfloat16
+    x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
+    result = jax.ShapeDtypeStruct((x.shape[0], n), dtype)
+    call = jax.ffi.ffi_call("kwm_gpu_cusparselt", result)
+    y = call(x, compressed, scale)[:rows]
+    return y * scale_of_row if is_int8 else y
 
 
 def round_rows(x):
@@ -368,97 +331,8 @@ def round_rows(x):
     return steps, jnp.where(is_finite, scale, jnp.nan)
 
 
-def _dense(product, x, values, meta, scale, companions, dtype=None):
-    packed = product.packed(values, meta, scale)
-    if "dense" in companions:
-        kernel = companions["dense"]
-    else:
-        # In the type of x, as the companion is.
-        kernel = unpack_tensor(packed).astype(x.dtype)
-    # By default a GPU rounds the factors of a float32 product to TF32.
-    precision = "highest" if x.dtype == jnp.float32 else None
-    return jnp.matmul(
-        x, kernel, precision=precision, preferred_element_type=dtype
-    )
-
-
-def _decode(n, x, values, meta, scale):
-    result = jax.ShapeDtypeStruct((x.shape[0], n), x.dtype)
-    return jax.ffi.ffi_call("kwm_gpu_decode", result)(x, values, meta, scale)
-
-
-def _cusparselt(n, algorithm, x, compressed):
-    rows = x.shape[0]
-    x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
-    result = jax.ShapeDtypeStruct((x.shape[0], n), x.dtype)
-    call = jax.ffi.ffi_call("kwm_gpu_cusparselt", result)
-    no_scale = jnp.zeros((0,), jnp.float32)
-    return call(x, compressed, no_scale, algorithm=algorithm)[:rows]
-
-
-def _cusparselt_int8(n, algorithm, x, compressed, scale):
-    rows, k = x.shape
-    padded = -(-rows // _ROWS) * _ROWS
-    rounded = (
-        jax.ShapeDtypeStruct((padded, k), jnp.int8),
-        jax.ShapeDtypeStruct((rows,), jnp.float32),
-    )
-    steps, scale_of_row = jax.ffi.ffi_call("kwm_gpu_round_rows", rounded)(x)
-    result = jax.ShapeDtypeStruct((padded, n), jnp.bfloat16)
-    call = jax.ffi.ffi_call("kwm_gpu_cusparselt", result)
-    y = call(steps, compressed, scale, algorithm=algorithm)[:rows]
-    return (y * scale_of_row[:, None]).astype(x.dtype)
-
-
-@functools.cache
-def _rows_split(product, *settings):
-    """A product of a matrix and weights, with a rule for XLA's partitioner.
-
-    The rows of the matrix, and so of the result, may be split; all else is
-    whole on each device.
-    """
-
-    def multiply(x, *weights):
-        return product(*settings, x, *weights)
-
-    call = custom_partitioning(multiply)
-
-    def rows_of(x):
-        spec = getattr(x.sharding, "spec", None)
-        return jax.sharding.PartitionSpec(spec[0] if spec else None, None)
-
-    def infer(mesh, arguments, result):
-        del result
-        return jax.sharding.NamedSharding(mesh, rows_of(arguments[0]))
-
-    def partition(mesh, arguments, result):
-        named = functools.partial(jax.sharding.NamedSharding, mesh)
-        rows, whole = named(rows_of(arguments[0])), jax.sharding.PartitionSpec()
-        weights = [named(whole) for _ in arguments[1:]]
-        return mesh, multiply, rows, (rows, *weights)
-
-    def rule(mesh, arguments, results):
-        del mesh, results
-        letters = iter(string.ascii_lowercase)
-        weights = [
-            " ".join(next(letters) for _ in argument.shape)
-            for argument in arguments[1:]
-        ]
-        used = " ".join(weights).split()
-        rule = ", ".join(["rows inner", *weights]) + " -> rows units"
-        # In the order of the rule.
-        return rule, {"need_replication_factors": ("inner", *used, "units")}
-
-    call.def_partition(
-        partition=partition,
-        infer_sharding_from_operands=infer,
-        sharding_rule=rule,
-    )
-    return call
-
-
 def _devices():
-    """The GPUs of this process; none where JAX has none."""
+    """Return the GPUs of this process; none where JAX has none."""
     try:
         return jax.local_devices(backend="cuda")
     except RuntimeError:
@@ -473,45 +347,19 @@ def device_name():
 
 
 @functools.cache
-def reason_unavailable(method):
-    """Return why a method, or `"rounding"`, cannot be used; empty if it can."""
-    if method == "dense":
-        return ""
+def reason_unavailable():
+    """Return why cuSPARSELt cannot be used; empty if it can."""
     if device_name() is None:
         return "JAX finds no NVIDIA GPU."
-    if gpu.library() is None:
-        return gpu.reason_unavailable()
-    if gpu.xla_handler("kwm_gpu_xla_decode") is None:
-        return native.NO_XLA
-    load = {
-        "decode": gpu.load_decode,
-        "rounding": gpu.load_rounding,
-        "cusparselt": gpu.load_cusparselt,
-    }[method]
-    return load(gpu.cuda_of_wheels() or 13)
-
-
-def _reason_unavailable(method, rounds):
-    """As `reason_unavailable`, with the kernel that rounds activations."""
-    reason = reason_unavailable(method)
-    if not reason and rounds and method == "cusparselt":
-        reason = reason_unavailable("rounding")
-    return reason
-
-
-def _require(method, rounds=False):
-    reason = _reason_unavailable(method, rounds)
-    if reason:
-        raise RuntimeError(reason)
-    _register()
+    if reason := gpu.load_cusparselt():
+        return reason
+    register()
+    return ""
 
 
 @functools.cache
-def _register():
+def register():
     """Register the custom calls for CUDA; there need not be a GPU."""
-    for target, stages in _TARGETS.items():
-        handlers = {
-            stage: jax.ffi.pycapsule(gpu.xla_handler(name))
-            for stage, name in stages.items()
-        }
-        jax.ffi.register_ffi_target(target, handlers, platform="CUDA")
+    for target in TARGETS:
+        handler = jax.ffi.pycapsule(native.xla_handler(target))
+        jax.ffi.register_ffi_target(target, handler, platform="CUDA")

@@ -1,22 +1,19 @@
 """`sparse_matmul` on NVIDIA GPUs under torch. Not yet run on a GPU.
 
-Of three products the one that `native.gpu.dispatch` holds for the fastest, by
-the kernel's shape, the types and the number of rows: a decode kernel that reads
-the packed arrays, cuSPARSELt as torch has it, or dense.
-
-The last two need the kernel in a form of their own, a companion of the packed
-arrays. It is made at the first product and kept for as long as the packed
-values live unchanged; it is never stored.
+By cuSPARSELt, as torch has it, or dense: whichever a trial on the card found
+faster for the number of rows (`native.gpu.trial`). Both need the kernel in a
+form of their own, a companion of the packed arrays. It is made at the first
+product and kept for as long as the packed values live unchanged; it is never
+stored.
 
 All of a product stays on the device of its arrays, which need not be Keras'.
 
 With int8 activations each row is rounded to multiples of max |x| / 127, at any
-number of rows and by any of the products; where none of them is known to gain,
-in blocks as on a CPU. cuSPARSELt multiplies the integers, scales the columns in
-its epilogue and gives bfloat16; one kernel then scales the rows.
+number of rows and by either product; cuSPARSELt multiplies the integers, scales
+the columns in its epilogue and gives bfloat16. Where cuSPARSELt is never
+faster, activations are rounded in blocks as on a CPU.
 """
 
-import ctypes
 import functools
 import math
 import warnings
@@ -26,13 +23,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from keras_weightmods import native
-from keras_weightmods.native import gpu
-from keras_weightmods.native.gpu import dispatch, first_contact
-from keras_weightmods.native.layout import packed_arrays
+from keras_weightmods.native.gpu import trial as trials
 from keras_weightmods.native.quantize import round_activations
-from keras_weightmods.utils import checks
 
-_NAMES = {getattr(torch, name): name for name in gpu.X_TYPES}
 _VALUES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -43,7 +36,7 @@ _VALUES = {
 _ROWS = 16
 
 
-def sparse_matmul(x, values, meta, scale, n, method=None, algorithm=-1):
+def sparse_matmul(x, values, meta, scale, n, method=None):
     """Run the operator of this name on a GPU; see `keras_weightmods.ops`.
 
     float32 activations are multiplied in float32. 16-bit ones are multiplied
@@ -56,75 +49,58 @@ def sparse_matmul(x, values, meta, scale, n, method=None, algorithm=-1):
         meta: Tensor of their places.
         scale: Tensor of their scales, or None.
         n: Int, columns of the kernel.
-        method: String, one of `dispatch.METHODS`, to measure and to test.
-            Defaults to the fastest.
-        algorithm: Int, of cuSPARSELt's, if `method` is given.
+        method: String, `"dense"` or `"cusparselt"`, to measure and to test.
+            Defaults to the plan's.
 
     Returns:
         Tensor of shape (..., N).
     """
     *leading, k = x.shape
-    rows = math.prod(leading)
-    _check_weights(values, meta, scale, k, n)
-    if method is None:
-        method, algorithm = _choose(rows, x, values, k, n)
-    elif reason := reason_unavailable(method):
-        raise RuntimeError(reason)
-    matrix = x.reshape(rows, k)
-    weights = values, meta, scale
-    if method == "decode":
-        y = _decode(matrix, *weights, n)
-    elif method == "cusparselt":
-        compressed = _companions.get(weights, k, n, x.dtype, method)
-        y = _cusparselt(matrix, compressed, algorithm)
-    else:
-        y = matrix @ _companions.get(weights, k, n, x.dtype, method)
+    matrix = x.reshape(math.prod(leading), k)
+    method = method or _choose(matrix, n, x.dtype, values.dtype)
+    weight = _companions.get((values, meta, scale), k, n, x.dtype, method)
+    y = (
+        _cusparselt(matrix, weight)
+        if method == "cusparselt"
+        else matrix @ weight
+    )
     return y.reshape(*leading, n)
 
 
-def sparse_matmul_int8(x, values, meta, scale, n, method=None, algorithm=-1):
+def sparse_matmul_int8(x, values, meta, scale, n, method=None):
     """Run the operator of this name on a GPU, for a 2:4 kernel in int8.
 
     Args:
-        x, values, meta, scale, n, method, algorithm: As of `sparse_matmul`.
+        x, values, meta, scale, n: As in `sparse_matmul`.
+        method: As in `sparse_matmul`, or `"blocks"`.
 
     Returns:
         Tensor of shape (..., N), of the precision of bfloat16.
     """
     *leading, k = x.shape
-    rows = math.prod(leading)
+    matrix = x.reshape(math.prod(leading), k)
     weights = values, meta, scale
-    _check_weights(*weights, k, n)
-    if method is None:
-        method, algorithm = _choose(rows, x, values, k, n, "int8")
-    elif reason := reason_unavailable(method):
-        raise RuntimeError(reason)
+    method = method or _choose(matrix, n, "int8", values.dtype)
     if method == "blocks":
         kernel = _companions.get(weights, k, n, torch.float32, "dense")
         with keras.device(str(x.device)):
-            x_rounded = round_activations(x.to(torch.float32))
-        return (x_rounded @ kernel).to(x.dtype)
-    matrix = x.reshape(rows, k)
+            y = round_activations(matrix.to(torch.float32)) @ kernel
+        return y.to(x.dtype).reshape(*leading, n)
+    steps, scale_of_row = round_rows(matrix)
     if method == "cusparselt":
         compressed = _companions.get(weights, k, n, torch.int8, method)
-        y = _cusparselt_int8(matrix, compressed, scale, algorithm)
-        return y.reshape(*leading, n)
-    steps, scale_of_row = _rounded(matrix, rows)
-    if method == "decode":
-        # Integers of 8 bits are exact in bfloat16.
-        y = _decode(steps.to(torch.bfloat16), *weights, n)
+        y = _cusparselt_int8(steps, compressed, scale)
     else:
         # Below 1 in magnitude, or sums might leave the range of float16.
         units = (steps.to(torch.float32) / 128).to(x.dtype)
         y = units @ _companions.get(weights, k, n, x.dtype, "dense")
         scale_of_row = scale_of_row * 128
-    return _scaled(y, scale_of_row, x.dtype).reshape(*leading, n)
+    return (y * scale_of_row).to(x.dtype).reshape(*leading, n)
 
 
 def sparse_matmul_transposed(dy, values, meta, scale, k):
     """Run the operator of this name on a GPU, dense."""
     n = dy.shape[-1]
-    _check_weights(values, meta, scale, k, n)
     weights = values, meta, scale
     return dy @ _companions.get(weights, k, n, dy.dtype, "dense").T
 
@@ -143,19 +119,13 @@ def sparse_values_gradient(x, dy, meta):
 
 
 def plan(shape, x_dtype, value_dtype, activations="float32"):
-    """Return the `dispatch.Plan` for a kernel on the current GPU.
+    """Return the `trial.Plan` for a kernel on the current GPU.
 
-    It counts on cuSPARSELt where a product by it was tried and right; the
-    first call for a shape and type tries it.
+    The first call for a shape and type tries both products.
     """
-    name = device_name()
-    if name is None or value_dtype not in dispatch.VALUE_TYPES:
-        kind = "int8" if activations == "int8" else x_dtype
-        return dispatch.plan("torch", name, shape, kind, value_dtype)
-    (k, n), index = shape, torch.cuda.current_device()
     kind = "int8" if activations == "int8" else getattr(torch, x_dtype)
-    values = next(t for t, name in _VALUES.items() if name == value_dtype)
-    return _plan_on(index, k, n, kind, values)
+    k, n = shape
+    return _plan_on(torch.cuda.current_device(), k, n, kind, value_dtype)
 
 
 def unpack(values, meta, scale, k, n, dtype):
@@ -192,170 +162,95 @@ def _places(meta):
     return places.reshape(blocks, rows, 8, 2, 16).long()
 
 
-@functools.lru_cache(maxsize=4096)
-def _check_sizes(k, n, dtype, values, meta, scale):
-    """Raise ValueError unless a packed kernel has arrays of these shapes.
+# Not a cached function: a CUDA graph that is being captured must not try.
+_plans: dict[tuple, trials.Plan] = {}
 
-    The decode kernel reads this much memory, whatever is there. Of a hot call
-    it is one look-up in the cache.
+
+def _choose(matrix, n, kind, value_dtype):
+    """Return the product to take; `"blocks"` where rounded rows gain nothing.
+
+    `kind` is the type of the activations, `"int8"` for rounded ones.
     """
-    if dtype not in _VALUES:
-        raise checks.error(
-            "values", "of float32, bfloat16, int8 or uint8 (int4)", dtype
-        )
-    arrays = packed_arrays((k, n), _VALUES[dtype])
-    shapes = tuple(
-        torch.Size(arrays[name][0]) if name in arrays else None
-        for name in ("values", "meta", "scale")
-    )
-    if (values, meta, scale) != shapes:
-        raise checks.error(
-            "values, meta, scale",
-            f"those of a packed kernel of shape {(k, n)}",
-            (values, meta, scale),
-        )
-
-
-def _check_weights(values, meta, scale, k, n):
-    shape = None if scale is None else scale.shape
-    _check_sizes(k, n, values.dtype, values.shape, meta.shape, shape)
-
-
-# Not cached functions: a CUDA graph that is being captured must not try.
-_plans: dict[tuple, dispatch.Plan] = {}
-_chosen: dict[tuple, tuple[str, int]] = {}
-_MOST_CHOSEN = 2**14
-
-
-def _choose(rows, x, values, k, n, kind=None):
-    """Return the method and cuSPARSELt's algorithm.
-
-    `kind` is `"int8"` where activations are rounded; `"blocks"` for a method
-    then says that no product gains by whole rows.
-    """
-    index = _index_of(x)
+    rows, k = matrix.shape
+    plain = "blocks" if kind == "int8" else "dense"
+    index = _index_of(matrix)
     if index is None or rows == 0:
-        return ("dense" if kind is None else "blocks"), -1
-    about = index, k, n, kind or x.dtype, values.dtype
-    known = _chosen.get((rows, about))
-    if known is not None:
-        return known
+        return plain
+    about = index, k, n, kind, _VALUES[value_dtype]
     if about not in _plans and _is_capturing():
-        return "dense", -1
+        return plain
     found = _plan_on(*about)
-    known = found.choose(rows, found.companions)
-    if reason := reason_unavailable(known[0]):
-        native.warn_dense(reason)
-        known = "dense", -1
-    if known[0] == "cusparselt":
-        text = kind or _NAMES[x.dtype]
-        card = _name_of(index), (k, n), rows, text
-        first_contact.warn_published(found, *card)
-    if kind is not None and not found.is_sparse:
-        known = "blocks", -1
-    if len(_chosen) == _MOST_CHOSEN:
-        _chosen.clear()
-    _chosen[rows, about] = known
-    return known
+    return found.method(rows) if found.is_sparse else plain
 
 
-def _index_of(x):
+def _index_of(matrix):
     """Return the ordinal of a tensor's GPU; None if it is on none."""
-    return x.device.index if x.device.type == "cuda" else None
-
-
-def _plan_on(index, k, n, kind, value_dtype):
-    """`kind` is the type of the activations, `"int8"` for rounded ones."""
-    key = index, k, n, kind, value_dtype
-    if key not in _plans:
-        name = _name_of(index)
-        text = kind if kind == "int8" else _NAMES.get(kind)
-        _plans[key] = first_contact.trusted(
-            dispatch.plan("torch", name, (k, n), text, _VALUES[value_dtype]),
-            name,
-            (k, n),
-            text,
-            functools.partial(reason_unavailable, "cusparselt"),
-            functools.partial(_try_cusparselt, index, kind),
-        )
-    return _plans[key]
-
-
-def _try_cusparselt(index, kind, trial):
-    """Return a `Trial`'s product by cuSPARSELt, and the dense one."""
-    device = _device(index)
-    x_dtype = torch.bfloat16 if kind == "int8" else kind
-    with torch.no_grad():
-        x = torch.from_numpy(trial.x).to(device, x_dtype)
-        columns = torch.from_numpy(trial.columns).to(device)
-        scale = torch.from_numpy(trial.scale).to(device)
-        steps = torch.from_numpy(trial.steps).to(device)
-        steps = steps.index_select(1, columns)
-        kernel = steps.to(x_dtype) * scale.to(x_dtype)
-        if kind == "int8":
-            compressed = torch._cslt_compress(steps.T.contiguous())
-            y = _cusparselt_int8(x, compressed, scale, trial.algorithm)
-        else:
-            compressed = torch._cslt_compress(kernel.T.contiguous())
-            y = _cusparselt(x, compressed, trial.algorithm)
-        # Sums of small numbers, and exact; not all in float32 at once.
-        parts = [x.float() @ part.float() for part in kernel.split(4096, 1)]
-        return y.float().cpu().numpy(), torch.cat(parts, 1).cpu().numpy()
+    return matrix.device.index if matrix.device.type == "cuda" else None
 
 
 def _device(index):
     return torch.device("cuda", index)
 
 
-def _decode(x, values, meta, scale, n):
-    x = x.contiguous()
-    values, meta = values.contiguous(), meta.contiguous()
-    scale = None if scale is None else scale.contiguous()
-    y = x.new_empty((x.shape[0], n))
-    device = x.get_device()
-    failure = gpu.library().kwm_gpu_decode(
-        device,
-        ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
-        gpu.X_TYPES[_NAMES[x.dtype]],
-        native.type_code(_VALUES[values.dtype]),
-        x.data_ptr(),
-        *x.shape,
-        n,
-        values.data_ptr(),
-        meta.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        y.data_ptr(),
-    )
-    gpu.check(failure)
-    return y
+def _plan_on(index, k, n, kind, value_dtype):
+    key = index, k, n, kind, value_dtype
+    if key not in _plans:
+        name = str(kind).removeprefix("torch.")
+        reason = trials.reason_for_dense((k, n), name, value_dtype)
+        if not reason:
+            reason = reason_unavailable()
+            if reason:
+                native.warn_dense(reason)
+        _plans[key] = (
+            trials.Plan((), reason) if reason else _try(index, (k, n), kind)
+        )
+    return _plans[key]
 
 
-def _cusparselt(x, compressed, algorithm):
+def _try(index, shape, kind):
+    device = _device(index)
+    x_dtype = torch.bfloat16 if kind == "int8" else kind
+    with torch.no_grad():
+        arrays = trials.sample(max(trials.ROWS), shape)
+        x, steps, scale = (torch.from_numpy(a).to(device) for a in arrays)
+        kernel = steps.to(x_dtype) * scale.to(x_dtype)
+        compressed = steps if kind == "int8" else kernel
+        compressed = torch._cslt_compress(compressed.T.contiguous())
+
+        def sparse(x, weight):
+            if kind != "int8":
+                return _cusparselt(x, weight)
+            rounded, scale_of_row = round_rows(x)
+            y = _cusparselt_int8(rounded, weight, scale)
+            return (y * scale_of_row).to(x_dtype)
+
+        def product(multiply, weight):
+            size = weight.numel() * weight.element_size()
+            return trials.Product(
+                multiply,
+                [weight]
+                + [weight.clone() for _ in range(trials.copies(size) - 1)],
+            )
+
+        return trials.trial(
+            lambda rows: x[:rows].to(x_dtype),
+            product(torch.matmul, kernel),
+            product(sparse, compressed),
+            trials.seconds_by(lambda _: torch.cuda.synchronize(device)),
+            trials.ROWS,
+        )
+
+
+def _cusparselt(x, compressed, **options):
     rows = x.shape[0]
     x = torch.nn.functional.pad(x, (0, 0, 0, -rows % _ROWS))
-    y = torch._cslt_sparse_mm(
-        compressed, x.T, transpose_result=True, alg_id=max(algorithm, 0)
-    )
+    y = torch._cslt_sparse_mm(compressed, x.T, transpose_result=True, **options)
     return y[:rows]
 
 
-def _cusparselt_int8(x, compressed, scale, algorithm):
-    rows = x.shape[0]
-    steps, scale_of_row = _rounded(x, -(-rows // _ROWS) * _ROWS)
-    y = torch._cslt_sparse_mm(
-        compressed,
-        steps.T,
-        alpha=scale.reshape(-1),
-        out_dtype=torch.bfloat16,
-        transpose_result=True,
-        alg_id=max(algorithm, 0),
-    )
-    return _scaled(y[:rows], scale_of_row, x.dtype)
-
-
-def _scaled(y, scale_of_row, dtype):
-    """`y * scale_of_row`, multiplied in float32, in one kernel."""
-    return torch.mul(y, scale_of_row, out=y.new_empty(y.shape, dtype=dtype))
+def _cusparselt_int8(steps, compressed, scale):
+    alpha = scale.reshape(-1)
+    return _cusparselt(steps, compressed, alpha=alpha, out_dtype=torch.bfloat16)
 
 
 def round_rows(x):
@@ -376,36 +271,6 @@ def round_rows(x):
     is_finite = largest.isfinite()
     steps = (x / scale).round().where(is_finite, 0.0).to(torch.int8)
     return steps, scale.where(is_finite, float("nan"))
-
-
-def _rounded(x, padded):
-    """`round_rows`, with rows of zeros up to `padded`; by one kernel on a GPU.
-
-    That takes rows of a multiple of four entries.
-    """
-    rows, k = x.shape
-    if _index_of(x) is None or k % 4 or reason_unavailable("rounding"):
-        steps, scale = round_rows(x)
-        return torch.nn.functional.pad(steps, (0, 0, 0, padded - rows)), scale
-    x = x.contiguous()
-    if x.data_ptr() % 16:
-        x = x.clone()
-    steps = x.new_empty((padded, k), dtype=torch.int8)
-    scale = x.new_empty((rows, 1), dtype=torch.float32)
-    device = x.get_device()
-    failure = gpu.library().kwm_gpu_round_rows(
-        device,
-        ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
-        gpu.X_TYPES[_NAMES[x.dtype]],
-        x.data_ptr(),
-        rows,
-        padded,
-        k,
-        steps.data_ptr(),
-        scale.data_ptr(),
-    )
-    gpu.check(failure)
-    return steps, scale
 
 
 class _Companions:
@@ -467,29 +332,17 @@ def device_name():
     """Return the name of the current GPU; None where torch has none."""
     if not torch.cuda.is_available():
         return None
-    return _name_of(torch.cuda.current_device())
+    return torch.cuda.get_device_name()
 
 
 @functools.cache
-def _name_of(index):
-    return torch.cuda.get_device_name(index)
-
-
-@functools.cache
-def reason_unavailable(method):
-    """Return why a method, or `"rounding"`, cannot be used; else ""."""
-    if method == "dense":
-        return ""
+def reason_unavailable():
+    """Return why cuSPARSELt cannot be used; empty if it can."""
     if not torch.cuda.is_available():
         return "torch finds no NVIDIA GPU."
-    if method == "cusparselt":
-        if torch.backends.cusparselt.is_available():
-            return ""
-        return (
-            f"torch {torch.__version__} was built without cuSPARSELt. Those of "
-            "https://pytorch.org for CUDA 12 and 13 on Linux have it."
-        )
-    if torch.version.cuda is None:
-        return "this torch is not built for NVIDIA GPUs."
-    load = gpu.load_decode if method == "decode" else gpu.load_rounding
-    return load(int(torch.version.cuda.split(".")[0]))
+    if torch.backends.cusparselt.is_available():
+        return ""
+    return (
+        f"torch {torch.__version__} was built without cuSPARSELt. Those of "
+        "https://pytorch.org for CUDA 12 and 13 on Linux have it."
+    )

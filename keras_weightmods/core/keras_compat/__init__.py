@@ -65,9 +65,6 @@ from keras_weightmods.core.keras_compat.layers import (
     get_keras_mask as get_keras_mask,
 )
 from keras_weightmods.core.keras_compat.layers import (
-    is_training_call as is_training_call,
-)
-from keras_weightmods.core.keras_compat.layers import (
     layers_of as layers_of,
 )
 from keras_weightmods.core.keras_compat.layers import (

@@ -228,15 +228,6 @@ def list_torch_parameters(model: Any) -> None:
             layer._track_variables()
 
 
-def is_training_call() -> bool:
-    """Return whether a layer is being called with `training=True`.
-
-    What is not a layer's `call` gets no `training` argument.
-    """
-    context = global_state.get_global_attribute("current_call_ctx")
-    return context is not None and context.get_value("training") is True
-
-
 def takes_training(layer: Any) -> bool:
     """Return whether a layer's `call` has an argument `training`.
 

@@ -1,31 +1,99 @@
-// Products by cuSPARSELt. In its terms D = A B, all transposed: A = W^T (n, k)
-// is the structured matrix, row-major; B = x^T (k, rows) and D = y^T (n, rows)
-// are column-major, which is x and y as they lie in memory.
+// Products by cuSPARSELt on NVIDIA GPUs, as XLA custom calls that JAX registers
+// for the platform CUDA. (torch has bindings of its own.)
+//
+// In cuSPARSELt's terms D = A B, all transposed: A = W^T (n, k) is the
+// structured matrix, row-major; B = x^T (k, rows) and D = y^T (n, rows) are
+// column-major, which is x and y as they lie in memory.
 //
 // int8 gives bfloat16: the sums are scaled in the epilogue, in float32, by a
-// vector along the rows of D, which are the columns of y. That takes the scale
-// of each column of W, and nothing of the size of D is ever int32.
+// vector along the rows of D, which are the columns of y. It holds the scale of
+// each column of W, and nothing of the size of D is ever int32.
 //
-// Not yet run on a GPU.
+// Linked with nothing of CUDA: the driver and cuSPARSELt are opened at run time,
+// so that the library loads anywhere. Not yet run on a GPU.
+
+#include <dlfcn.h>
 
 #include <map>
 #include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
 #include <tuple>
 
+#include "../kwm_native.h"
 #include "cusparselt_api.h"
-#include "driver.h"
-#include "kwm_gpu.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+namespace lt = kwm::cusparselt;
+
+// Leaves the function if `expression` is a failure.
+#define KWM_TRY(expression)                                   \
+  do {                                                        \
+    std::string failure_of_try = (expression);                \
+    if (!failure_of_try.empty()) return failure_of_try;       \
+  } while (0)
 
 namespace {
 
-using kwm::Failure;
-using kwm::cusparselt::Opaque;
-namespace lt = kwm::cusparselt;
+// A failure, or none if empty.
+using Failure = std::string;
+using lt::Opaque;
 
 constexpr uint32_t kAlignment = 16;
 
+lt::Driver driver;
 lt::Functions functions;
 bool ready = false;
+
+// Guards all that is kept here.
+std::mutex& library_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+template <typename Function>
+Failure find(void* library, const char* name, Function** function,
+             bool optional = false) {
+  *function = reinterpret_cast<Function*>(dlsym(library, name));
+  if (*function != nullptr || optional) return "";
+  return std::string("a CUDA library lacks ") + name;
+}
+
+Failure load(const char* driver_path, const char* path) {
+  if (ready) return "";
+  void* cuda = dlopen(driver_path, RTLD_NOW | RTLD_LOCAL);
+  if (cuda == nullptr) return dlerror();
+  KWM_TRY(find(cuda, "cuInit", &driver.Init));
+  KWM_TRY(find(cuda, "cuDeviceGet", &driver.DeviceGet));
+  KWM_TRY(find(cuda, "cuDevicePrimaryCtxRetain", &driver.PrimaryContextRetain));
+  KWM_TRY(find(cuda, "cuCtxPushCurrent_v2", &driver.ContextPush));
+  KWM_TRY(find(cuda, "cuCtxPopCurrent_v2", &driver.ContextPop));
+  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) return dlerror();
+#define KWM_FIND(name, optional) \
+  KWM_TRY(find(library, "cusparseLt" #name, &functions.name, optional))
+  KWM_FIND(GetErrorString, true);
+  KWM_FIND(MatmulAlgSelectionDestroy, true);
+  KWM_FIND(Init, false);
+  KWM_FIND(DenseDescriptorInit, false);
+  KWM_FIND(MatDescriptorDestroy, false);
+  KWM_FIND(StructuredDescriptorInit, false);
+  KWM_FIND(MatmulDescriptorInit, false);
+  KWM_FIND(MatmulDescSetAttribute, false);
+  KWM_FIND(MatmulAlgSelectionInit, false);
+  KWM_FIND(MatmulPlanInit, false);
+  KWM_FIND(MatmulPlanDestroy, false);
+  KWM_FIND(MatmulGetWorkspace, false);
+  KWM_FIND(Matmul, false);
+  KWM_FIND(SpMMACompressedSize2, false);
+  KWM_FIND(SpMMACompress2, false);
+#undef KWM_FIND
+  if (driver.Init(0) != 0) return "the CUDA driver finds no GPU";
+  ready = true;
+  return "";
+}
 
 Failure explain(const char* what, int status) {
   if (status == 0) return "";
@@ -35,42 +103,43 @@ Failure explain(const char* what, int status) {
          std::to_string(status) + ")";
 }
 
-Failure load(const char* path) {
-  if (ready) return "";
-  void* library = nullptr;
-  KWM_TRY(kwm::open_library(path, &library));
-#define KWM_FIND(name) \
-  KWM_TRY(kwm::find(library, "cusparseLt" #name, &functions.name))
-#define KWM_FIND_OPTIONAL(name) \
-  kwm::find_optional(library, "cusparseLt" #name, &functions.name)
-  KWM_FIND_OPTIONAL(GetErrorString);
-  KWM_FIND_OPTIONAL(MatmulAlgSelectionDestroy);
-  KWM_FIND(Init);
-  KWM_FIND(GetVersion);
-  KWM_FIND(DenseDescriptorInit);
-  KWM_FIND(MatDescriptorDestroy);
-  KWM_FIND(StructuredDescriptorInit);
-  KWM_FIND(MatmulDescriptorInit);
-  KWM_FIND(MatmulDescSetAttribute);
-  KWM_FIND(MatmulAlgSelectionInit);
-  KWM_FIND(MatmulAlgSetAttribute);
-  KWM_FIND(MatmulAlgGetAttribute);
-  KWM_FIND(MatmulPlanInit);
-  KWM_FIND(MatmulPlanDestroy);
-  KWM_FIND(MatmulGetWorkspace);
-  KWM_FIND(Matmul);
-  KWM_FIND(SpMMACompressedSize2);
-  KWM_FIND(SpMMACompress2);
-#undef KWM_FIND
-#undef KWM_FIND_OPTIONAL
-  ready = true;
-  return "";
-}
+// Makes the primary context of a device, the one that JAX uses, current for as
+// long as this lives; retained once and for good, as JAX keeps it too.
+class Context {
+ public:
+  explicit Context(int ordinal) {
+    static std::map<int, void*> contexts;
+    if (!ready) {
+      failure_ = "cuSPARSELt is not loaded";
+      return;
+    }
+    void*& context = contexts[ordinal];
+    int device = 0;
+    if (context == nullptr && (driver.DeviceGet(&device, ordinal) != 0 ||
+                               driver.PrimaryContextRetain(&context, device))) {
+      failure_ = "the CUDA driver has no device " + std::to_string(ordinal);
+      return;
+    }
+    pushed_ = driver.ContextPush(context) == 0;
+    if (!pushed_) failure_ = "the CUDA driver refused its context";
+  }
+  ~Context() {
+    void* context = nullptr;
+    if (pushed_) driver.ContextPop(&context);
+  }
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+
+  const Failure& failure() const { return failure_; }
+
+ private:
+  bool pushed_ = false;
+  Failure failure_;
+};
 
 // The handle of the current context's device, kept until the process ends.
 Failure get_handle(int device, const Opaque** handle) {
   static std::map<int, std::unique_ptr<Opaque>> handles;
-  if (!ready) return "cuSPARSELt is not loaded";
   std::unique_ptr<Opaque>& known = handles[device];
   if (known == nullptr) {
     auto made = std::make_unique<Opaque>();
@@ -85,15 +154,15 @@ struct Types {
   int in, out, compute;
 };
 
-Failure get_types(int type, Types* types) {
+Failure get_types(ffi::DataType type, Types* types) {
   switch (type) {
-    case KWM_X_BFLOAT16:
+    case ffi::BF16:
       *types = {lt::kR16BF, lt::kR16BF, lt::kCompute32F};
       return "";
-    case KWM_X_FLOAT16:
+    case ffi::F16:
       *types = {lt::kR16F, lt::kR16F, lt::kCompute32F};
       return "";
-    case KWM_X_INT8:
+    case ffi::S8:
       *types = {lt::kR8I, lt::kR16BF, lt::kCompute32I};
       return "";
     default:
@@ -129,12 +198,12 @@ class Owned {
   bool made_ = false;
 };
 
-struct Matrix : Owned {
-  Matrix() : Owned(&lt::Functions::MatDescriptorDestroy) {}
+struct Descriptor : Owned {
+  Descriptor() : Owned(&lt::Functions::MatDescriptorDestroy) {}
 };
 
 Failure init_structured(const Opaque* handle, int64_t k, int64_t n, int type,
-                        Matrix* matrix) {
+                        Descriptor* matrix) {
   return matrix->init("structured matrix", [&](Opaque* made) {
     return functions.StructuredDescriptorInit(handle, made, n, k, k, kAlignment,
                                               type, lt::kOrderRow,
@@ -143,243 +212,261 @@ Failure init_structured(const Opaque* handle, int64_t k, int64_t n, int type,
 }
 
 Failure init_dense(const Opaque* handle, const char* what, int64_t rows,
-                   int64_t columns, int type, Matrix* matrix) {
+                   int64_t columns, int type, Descriptor* matrix) {
   return matrix->init(what, [&](Opaque* made) {
     return functions.DenseDescriptorInit(handle, made, rows, columns, rows,
                                          kAlignment, type, lt::kOrderColumn);
   });
 }
 
-struct Product {
-  int device;
-  int64_t rows, k, n;
-  int type;
-
-  bool operator<(const Product& other) const {
-    return std::tie(device, rows, k, n, type) <
-           std::tie(other.device, other.rows, other.k, other.n, other.type);
-  }
-};
-
 struct Plan {
-  Matrix a, b, d;
+  Descriptor a, b, d;
   Opaque matmul;
   Owned selection{&lt::Functions::MatmulAlgSelectionDestroy};
   Owned plan{&lt::Functions::MatmulPlanDestroy};
   size_t workspace = 0;
 };
 
-// All of a plan but the choice of the algorithm.
-Failure describe(const Opaque* handle, const Product& product, Plan* plan) {
+Failure make_plan(const Opaque* handle, int64_t rows, int64_t k, int64_t n,
+                  ffi::DataType type, Plan* plan) {
   Types types;
-  KWM_TRY(get_types(product.type, &types));
-  KWM_TRY(init_structured(handle, product.k, product.n, types.in, &plan->a));
-  KWM_TRY(init_dense(handle, "activations", product.k, product.rows, types.in,
-                     &plan->b));
-  KWM_TRY(init_dense(handle, "result", product.n, product.rows, types.out,
-                     &plan->d));
-  KWM_TRY(explain("product",
-                  functions.MatmulDescriptorInit(
-                      handle, &plan->matmul, lt::kNonTranspose,
-                      lt::kNonTranspose, plan->a.get(), plan->b.get(),
-                      plan->d.get(), plan->d.get(), types.compute)));
-  if (product.type == KWM_X_INT8) {
+  KWM_TRY(get_types(type, &types));
+  KWM_TRY(init_structured(handle, k, n, types.in, &plan->a));
+  KWM_TRY(init_dense(handle, "activations", k, rows, types.in, &plan->b));
+  KWM_TRY(init_dense(handle, "result", n, rows, types.out, &plan->d));
+  KWM_TRY(explain("product", functions.MatmulDescriptorInit(
+                                 handle, &plan->matmul, lt::kNonTranspose,
+                                 lt::kNonTranspose, plan->a.get(),
+                                 plan->b.get(), plan->d.get(), plan->d.get(),
+                                 types.compute)));
+  if (type == ffi::S8) {
     const int enabled = 1;
     KWM_TRY(explain("scales in the epilogue",
                     functions.MatmulDescSetAttribute(
                         handle, &plan->matmul, lt::kAlphaVector, &enabled,
                         sizeof enabled)));
   }
-  return plan->selection.init("algorithms", [&](Opaque* made) {
+  KWM_TRY(plan->selection.init("algorithms", [&](Opaque* made) {
     return functions.MatmulAlgSelectionInit(handle, made, &plan->matmul,
                                             lt::kAlgorithmDefault);
-  });
+  }));
+  KWM_TRY(plan->plan.init("plan", [&](Opaque* made) {
+    return functions.MatmulPlanInit(handle, made, &plan->matmul,
+                                    plan->selection.get());
+  }));
+  return explain("workspace", functions.MatmulGetWorkspace(
+                                  handle, plan->plan.get(), &plan->workspace));
 }
 
 // Plans are few, one for each shape, and kept until the process ends; beyond
 // it too, as the library may be gone before this one.
-Failure get_plan(const Opaque* handle, const Product& product,
-                 int64_t algorithm, const Plan** plan) {
-  static auto& plans =
-      *new std::map<std::pair<Product, int64_t>, std::unique_ptr<Plan>>;
-  std::unique_ptr<Plan>& known = plans[{product, algorithm}];
+Failure get_plan(int device, const Opaque* handle, int64_t rows, int64_t k,
+                 int64_t n, ffi::DataType type, const Plan** plan) {
+  using Key = std::tuple<int, int64_t, int64_t, int64_t, int>;
+  static auto& plans = *new std::map<Key, std::unique_ptr<Plan>>;
+  std::unique_ptr<Plan>& known =
+      plans[{device, rows, k, n, static_cast<int>(type)}];
   if (known == nullptr) {
     auto made = std::make_unique<Plan>();
-    KWM_TRY(describe(handle, product, made.get()));
-    if (algorithm >= 0) {
-      const int id = static_cast<int>(algorithm);
-      KWM_TRY(explain("choice of the algorithm",
-                      functions.MatmulAlgSetAttribute(
-                          handle, made->selection.get(), lt::kConfigId, &id,
-                          sizeof id)));
-    }
-    KWM_TRY(made->plan.init("plan", [&](Opaque* plan) {
-      return functions.MatmulPlanInit(handle, plan, &made->matmul,
-                                      made->selection.get());
-    }));
-    KWM_TRY(explain("workspace",
-                    functions.MatmulGetWorkspace(handle, made->plan.get(),
-                                                 &made->workspace)));
+    KWM_TRY(make_plan(handle, rows, k, n, type, made.get()));
     known = std::move(made);
   }
   *plan = known.get();
   return "";
 }
 
-Failure prepare(const Product& product, int64_t algorithm,
-                int64_t* workspace) {
-  const kwm::Context context(product.device);
-  KWM_TRY(context.failure());
-  const Opaque* handle;
-  KWM_TRY(get_handle(product.device, &handle));
-  const Plan* plan;
-  KWM_TRY(get_plan(handle, product, algorithm, &plan));
-  *workspace = static_cast<int64_t>(plan->workspace);
-  return "";
-}
-
-Failure count_algorithms(const Product& product, int64_t* count) {
-  const kwm::Context context(product.device);
-  KWM_TRY(context.failure());
-  const Opaque* handle;
-  KWM_TRY(get_handle(product.device, &handle));
-  Plan plan;
-  KWM_TRY(describe(handle, product, &plan));
-  int most = 0;  // ids are below it
-  KWM_TRY(explain("number of algorithms",
-                  functions.MatmulAlgGetAttribute(handle, plan.selection.get(),
-                                                  lt::kConfigMaxId, &most,
-                                                  sizeof most)));
-  *count = most;
-  return "";
-}
-
-Failure multiply(const Product& product, int64_t algorithm, void* stream,
-                 const void* x, const void* compressed, const void* scale,
-                 void* y, void* workspace) {
-  const bool is_scaled = product.type == KWM_X_INT8;
-  if (is_scaled != (scale != nullptr)) {
-    return is_scaled ? "int8 needs a scale for each column"
-                     : "int8 alone takes scales";
-  }
-  const kwm::Context context(product.device);
-  KWM_TRY(context.failure());
-  const Opaque* handle;
-  KWM_TRY(get_handle(product.device, &handle));
-  const Plan* plan;
-  KWM_TRY(get_plan(handle, product, algorithm, &plan));
-  const float one = 1, beta = 0;
-  const void* alpha = is_scaled ? scale : &one;
-  return explain("product", functions.Matmul(handle, plan->plan.get(), alpha,
-                                             compressed, x, &beta, y, y,
-                                             workspace, &stream, 1));
-}
-
 struct Sizes {
-  size_t compressed = 0, workspace = 0;
+  size_t compressed = 0, workspace = 0;  // bytes
 };
 
 // Kept, since each execution asks.
-Failure compressed_size(int device, int64_t k, int64_t n, int type,
-                        Sizes* sizes) {
+Failure compressed_sizes(int device, int64_t k, int64_t n, ffi::DataType type,
+                         Sizes* sizes) {
   static std::map<std::tuple<int, int64_t, int64_t, int>, Sizes> all;
-  const auto key = std::make_tuple(device, k, n, type);
+  const auto key = std::make_tuple(device, k, n, static_cast<int>(type));
   const auto known = all.find(key);
-  if (known == all.end()) {
-    const kwm::Context context(device);
-    KWM_TRY(context.failure());
-    const Opaque* handle;
-    KWM_TRY(get_handle(device, &handle));
-    Types types;
-    KWM_TRY(get_types(type, &types));
-    Matrix matrix;
-    KWM_TRY(init_structured(handle, k, n, types.in, &matrix));
-    KWM_TRY(explain("size", functions.SpMMACompressedSize2(
-                                handle, matrix.get(), &sizes->compressed,
-                                &sizes->workspace)));
-    all.emplace(key, *sizes);
-  } else {
+  if (known != all.end()) {
     *sizes = known->second;
+    return "";
   }
-  return "";
-}
-
-Failure compress(int device, void* stream, const void* transposed, int64_t k,
-                 int64_t n, int type, void* compressed, void* workspace) {
-  const kwm::Context context(device);
-  KWM_TRY(context.failure());
   const Opaque* handle;
   KWM_TRY(get_handle(device, &handle));
   Types types;
   KWM_TRY(get_types(type, &types));
-  Matrix matrix;
+  Descriptor matrix;
   KWM_TRY(init_structured(handle, k, n, types.in, &matrix));
-  return explain("compression",
-                 functions.SpMMACompress2(handle, matrix.get(), 1,
-                                          lt::kNonTranspose, transposed,
-                                          compressed, workspace, stream));
+  KWM_TRY(explain("size", functions.SpMMACompressedSize2(
+                              handle, matrix.get(), &sizes->compressed,
+                              &sizes->workspace)));
+  all.emplace(key, *sizes);
+  return "";
 }
 
-int version(int device) {
-  const kwm::Context context(device);
-  const Opaque* handle;
-  int number = -1;
-  if (!context.failure().empty() || !get_handle(device, &handle).empty() ||
-      functions.GetVersion(handle, &number) != 0) {
-    return -1;
+// Memory that is there until the handler returns. XLA aligns it to 256 bytes,
+// and refuses to be asked for more than 16. Its address must not outlive the
+// call, so no handler here may be recorded into a command buffer.
+Failure allocate(ffi::ScratchAllocator& scratch, size_t size,
+                 void** workspace) {
+  *workspace = nullptr;
+  if (size == 0) return "";
+  const std::optional<void*> room = scratch.Allocate(size);
+  if (!room) return "no memory for the workspace";
+  *workspace = *room;
+  return "";
+}
+
+// The sizes (rows, columns) of a matrix.
+struct Matrix {
+  template <typename Buffer>
+  explicit Matrix(const Buffer& buffer) {
+    const auto dims = buffer.dimensions();
+    if (dims.size() != 2) return;
+    rows = dims[0];
+    columns = dims[1];
   }
-  return number;
+
+  int64_t rows = -1, columns = -1;
+};
+
+ffi::Error to_error(const Failure& failure) {
+  if (failure.empty()) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kInternal, "keras_weightmods: " + failure);
+}
+
+Failure compress(void* stream, int device, ffi::ScratchAllocator& scratch,
+                 ffi::AnyBuffer transposed,
+                 ffi::ResultBuffer<ffi::U8> compressed) {
+  const std::lock_guard<std::mutex> lock(library_mutex());
+  const Context context(device);
+  KWM_TRY(context.failure());
+  const Matrix kernel(transposed);  // (n, k)
+  const ffi::DataType type = transposed.element_type();
+  Sizes sizes;
+  KWM_TRY(
+      compressed_sizes(device, kernel.columns, kernel.rows, type, &sizes));
+  if (sizes.compressed != compressed->size_bytes()) {
+    return "the compressed kernel is of another size";
+  }
+  void* workspace;
+  KWM_TRY(allocate(scratch, sizes.workspace, &workspace));
+  const Opaque* handle;
+  KWM_TRY(get_handle(device, &handle));
+  Types types;
+  KWM_TRY(get_types(type, &types));
+  Descriptor matrix;
+  KWM_TRY(init_structured(handle, kernel.columns, kernel.rows, types.in,
+                          &matrix));
+  return explain("compression",
+                 functions.SpMMACompress2(
+                     handle, matrix.get(), 1, lt::kNonTranspose,
+                     transposed.untyped_data(), compressed->untyped_data(),
+                     workspace, stream));
+}
+
+Failure multiply(void* stream, int device, ffi::ScratchAllocator& scratch,
+                 ffi::AnyBuffer x, ffi::Buffer<ffi::U8> compressed,
+                 ffi::Buffer<ffi::F32> scale, ffi::Result<ffi::AnyBuffer> y) {
+  const Matrix in(x), out(*y);
+  const ffi::DataType type = x.element_type();
+  const bool is_scaled = type == ffi::S8;
+  if (in.rows != out.rows ||
+      y->element_type() != (is_scaled ? ffi::BF16 : type)) {
+    return "the result does not fit the activations";
+  }
+  if (static_cast<int64_t>(scale.element_count()) !=
+      (is_scaled ? out.columns : 0)) {
+    return "int8 alone takes scales, one for each column";
+  }
+  const std::lock_guard<std::mutex> lock(library_mutex());
+  const Context context(device);
+  KWM_TRY(context.failure());
+  Sizes sizes;
+  KWM_TRY(compressed_sizes(device, in.columns, out.columns, type, &sizes));
+  if (sizes.compressed != compressed.size_bytes()) {
+    return "the compressed kernel is of another shape or device";
+  }
+  const Opaque* handle;
+  KWM_TRY(get_handle(device, &handle));
+  const Plan* plan;
+  KWM_TRY(get_plan(device, handle, in.rows, in.columns, out.columns, type,
+                   &plan));
+  void* workspace;
+  KWM_TRY(allocate(scratch, plan->workspace, &workspace));
+  const float one = 1, beta = 0;
+  const void* alpha = is_scaled ? scale.untyped_data() : &one;
+  return explain(
+      "product",
+      functions.Matmul(handle, plan->plan.get(), alpha,
+                       compressed.untyped_data(), x.untyped_data(), &beta,
+                       y->untyped_data(), y->untyped_data(), workspace, &stream,
+                       1));
+}
+
+ffi::Error Compress(void* stream, int32_t device, ffi::ScratchAllocator scratch,
+                    ffi::AnyBuffer transposed,
+                    ffi::ResultBuffer<ffi::U8> compressed) {
+  return to_error(compress(stream, device, scratch, transposed, compressed));
+}
+
+ffi::Error Multiply(void* stream, int32_t device, ffi::ScratchAllocator scratch,
+                    ffi::AnyBuffer x, ffi::Buffer<ffi::U8> compressed,
+                    ffi::Buffer<ffi::F32> scale,
+                    ffi::Result<ffi::AnyBuffer> y) {
+  return to_error(multiply(stream, device, scratch, x, compressed, scale, y));
+}
+
+// Keeps a failure for the caller of the C interface; NULL if there is none.
+const char* report(const Failure& failure) {
+  static thread_local std::string kept;
+  kept = failure;
+  return kept.empty() ? nullptr : kept.c_str();
 }
 
 }  // namespace
 
-const char* kwm_gpu_load_cusparselt(const char* path) {
-  const std::lock_guard<std::mutex> lock(kwm::library_mutex());
-  return kwm::report(load(path));
+extern "C" {
+KWM_API XLA_FFI_Error* kwm_gpu_compress(XLA_FFI_CallFrame*);
+KWM_API XLA_FFI_Error* kwm_gpu_cusparselt(XLA_FFI_CallFrame*);
+
+// Opens the CUDA driver and cuSPARSELt, the libraries at these paths. Returns
+// NULL, or a message that is valid until the thread's next call.
+KWM_API const char* kwm_gpu_load(const char* driver_path, const char* path) {
+  const std::lock_guard<std::mutex> lock(library_mutex());
+  return report(load(driver_path, path));
 }
 
-int kwm_gpu_cusparselt_version(int device) {
-  const std::lock_guard<std::mutex> lock(kwm::library_mutex());
-  return version(device);
-}
-
-const char* kwm_gpu_compressed_size(int device, int64_t k, int64_t n, int type,
-                                    int64_t* compressed, int64_t* workspace) {
-  const std::lock_guard<std::mutex> lock(kwm::library_mutex());
+// Stores the bytes of a compressed (k, n) kernel; `type` is one of XLA's.
+KWM_API const char* kwm_gpu_compressed_size(int device, int64_t k, int64_t n,
+                                            int type, int64_t* bytes) {
+  const std::lock_guard<std::mutex> lock(library_mutex());
+  const Context context(device);
+  if (!context.failure().empty()) return report(context.failure());
   Sizes sizes;
-  const Failure failure = compressed_size(device, k, n, type, &sizes);
-  *compressed = static_cast<int64_t>(sizes.compressed);
-  *workspace = static_cast<int64_t>(sizes.workspace);
-  return kwm::report(failure);
+  const Failure failure = compressed_sizes(
+      device, k, n, static_cast<ffi::DataType>(type), &sizes);
+  *bytes = static_cast<int64_t>(sizes.compressed);
+  return report(failure);
 }
+}  // extern "C"
 
-const char* kwm_gpu_compress(int device, void* stream, const void* transposed,
-                             int64_t k, int64_t n, int type, void* compressed,
-                             void* workspace) {
-  const std::lock_guard<std::mutex> lock(kwm::library_mutex());
-  return kwm::report(
-      compress(device, stream, transposed, k, n, type, compressed, workspace));
-}
+// (kernel transposed: row-major (n, k)) -> compressed. What it writes is
+// cuSPARSELt's own, for this GPU and this version: never to be stored.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_gpu_compress, Compress,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<void*>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Ctx<ffi::ScratchAllocator>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::U8>>());
 
-const char* kwm_gpu_prepare_cusparselt(int device, int64_t rows, int64_t k,
-                                       int64_t n, int type, int64_t algorithm,
-                                       int64_t* workspace) {
-  const std::lock_guard<std::mutex> lock(kwm::library_mutex());
-  return kwm::report(
-      prepare({device, rows, k, n, type}, algorithm, workspace));
-}
-
-const char* kwm_gpu_cusparselt_algorithms(int device, int64_t rows, int64_t k,
-                                          int64_t n, int type, int64_t* count) {
-  const std::lock_guard<std::mutex> lock(kwm::library_mutex());
-  return kwm::report(count_algorithms({device, rows, k, n, type}, count));
-}
-
-const char* kwm_gpu_cusparselt(int device, void* stream, const void* x,
-                               int64_t rows, int64_t k, int64_t n, int type,
-                               int64_t algorithm, const void* compressed,
-                               const void* scale, void* y, void* workspace) {
-  const std::lock_guard<std::mutex> lock(kwm::library_mutex());
-  return kwm::report(multiply({device, rows, k, n, type}, algorithm, stream, x,
-                              compressed, scale, y, workspace));
-}
+// (x (rows, k), compressed, scale) -> y (rows, n). Sizes are multiples of 16; k
+// and n of 32 with int8, which alone takes scales.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_gpu_cusparselt, Multiply,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<void*>>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Ctx<ffi::ScratchAllocator>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>());

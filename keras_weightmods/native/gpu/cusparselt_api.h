@@ -23,8 +23,17 @@ constexpr int kSparsity50 = 0;                      // cusparseLtSparsity_t
 constexpr int kCompute32I = 0, kCompute32F = 2;     // cusparseComputeType
 constexpr int kAlgorithmDefault = 0;                // cusparseLtMatmulAlg_t
 constexpr int kAlphaVector = 5;                     // ...DescAttribute_t
-constexpr int kConfigId = 0, kConfigMaxId = 1;      // ...AlgAttribute_t
 constexpr int kR16F = 2, kR16BF = 14, kR8I = 3;     // cudaDataType
+
+// The driver's functions that are used here, as cuda.h declares them: its
+// handles are pointers, its statuses and devices ints.
+struct Driver {
+  int (*Init)(unsigned flags);
+  int (*DeviceGet)(int* device, int ordinal);
+  int (*PrimaryContextRetain)(void** context, int device);
+  int (*ContextPush)(void* context);
+  int (*ContextPop)(void** context);
+};
 
 // The functions, with void* for a stream, int for every enumeration and for
 // the status (0 is success). The first two came with 0.8: null before.
@@ -32,7 +41,6 @@ struct Functions {
   const char* (*GetErrorString)(int status);
   int (*MatmulAlgSelectionDestroy)(const Opaque* selection);
   int (*Init)(Opaque* handle);
-  int (*GetVersion)(const Opaque* handle, int* version);
   int (*DenseDescriptorInit)(const Opaque* handle, Opaque* matrix, int64_t rows,
                              int64_t columns, int64_t leading,
                              uint32_t alignment, int type, int order);
@@ -48,10 +56,6 @@ struct Functions {
                                 int attribute, const void* data, size_t size);
   int (*MatmulAlgSelectionInit)(const Opaque* handle, Opaque* selection,
                                 const Opaque* matmul, int algorithm);
-  int (*MatmulAlgSetAttribute)(const Opaque* handle, Opaque* selection,
-                               int attribute, const void* data, size_t size);
-  int (*MatmulAlgGetAttribute)(const Opaque* handle, const Opaque* selection,
-                               int attribute, void* data, size_t size);
   int (*MatmulPlanInit)(const Opaque* handle, Opaque* plan,
                         const Opaque* matmul, const Opaque* selection);
   int (*MatmulPlanDestroy)(const Opaque* plan);
