@@ -46,12 +46,7 @@ def compand(v: Any, a: Any, b: Any, function: str = "arctan") -> Any:
     """
     rule = _checked(function, a, b)
     v, a, b, dtype = _widened("v", v, a, b)
-    on_torch = keras.backend.backend() == "torch"
-    if _is_scalar(a) and _is_scalar(b) and not on_torch:
-        w = _compand_by_scalars(v, a, b, function)
-    else:
-        w = a * rule.apply(v / b)
-    return ops.cast(w, dtype)
+    return ops.cast(a * _applied(rule, v / b), dtype)
 
 
 def compand_inverse(w: Any, a: Any, b: Any, function: str = "arctan") -> Any:
@@ -137,76 +132,32 @@ def compand_limit(a: float, b: float, function: str, dtype: str) -> float:
     return float(a * rule.python(largest / b))
 
 
-def _compand_by_scalars(v: Any, a: Any, b: Any, function: Any) -> Any:
-    """`compand` for scalars `a` and `b`, each direction in one pass."""
-    forward, backward, slope = map(_compiled, (_forward, _backward, _slope))
-    if not (ops.is_tensor(a) or ops.is_tensor(b)):
-        # Numbers stay constants of the program.
-        return _with_gradient(
-            lambda v: forward(v, a, b, function),
-            lambda v, w, upstream: slope(v, upstream, a, b, function),
-        )(v)
-    a, b = (ops.convert_to_tensor(p, v.dtype) for p in (a, b))
-    return _with_gradient(
-        lambda v, a, b: forward(v, a, b, function),
-        lambda v, a, b, w, upstream: backward(v, w, upstream, a, b, function),
-    )(v, a, b)
-
-
-def _with_gradient(forward: Any, backward: Any) -> Any:
-    """The function `forward` with `backward(*inputs, output, upstream)`."""
+def _applied(rule: Any, u: Any) -> Any:
+    """The function, with its exact derivative for large values too."""
+    if keras.backend.backend() == "torch":
+        return rule.apply(u)
 
     @ops.custom_gradient
-    def apply(*inputs: Any) -> Any:
-        output = forward(*inputs)
-
+    def apply(u: Any) -> Any:
         def gradient(*args: Any, upstream: Any = None) -> Any:
             if upstream is None:
                 (upstream,) = args
-            return backward(*inputs, output, upstream)
+            return upstream * rule.derivative(u)
 
-        return output, gradient
+        return rule.apply(u), gradient
 
-    return apply
-
-
-def _forward(v: Any, a: Any, b: Any, function: Any) -> Any:
-    return a * _FUNCTIONS[function].apply(v / b)
+    return apply(u)
 
 
-def _slope(v: Any, upstream: Any, a: Any, b: Any, function: Any) -> Any:
-    return upstream * (a / b * _FUNCTIONS[function].derivative(v / b))
-
-
-def _backward(v: Any, w: Any, up: Any, a: Any, b: Any, function: Any) -> Any:
-    to_v = _slope(v, up, a, b, function)
-    return to_v, _dot(up, w) / a, -_dot(to_v, v) / b
-
-
-@functools.cache
-def _compiled(function: Any) -> Any:
-    if keras.backend.backend() != "tensorflow":
-        return function
-    from keras_weightmods.backend.tensorflow.compiled import compiled
-
-    return compiled(function)
-
-
-def _dot(x: Any, y: Any) -> Any:
-    """Sum of the products; its first rows by halves, which XLA vectorizes."""
-    rows = ops.reshape(x * y, (-1, x.shape[-1] if len(x.shape) else 1))
-    while rows.shape[0] and rows.shape[0] % 2 == 0:
-        half = rows.shape[0] // 2
-        rows = rows[:half] + rows[half:]
-    return ops.sum(ops.sum(rows, axis=0))
-
-
-def _arctan_value(u: Any) -> Any:
-    """The arc tangent, which XLA on a CPU takes 10 times as long for.
+def _arctan(u: Any) -> Any:
+    """The arc tangent, which XLA takes 10 times as long for on a CPU.
 
     By the half-angle formula its argument is t in [0, 1], and there
     arctan(t) / t a polynomial in t**2, exact to 2e-8.
     """
+    wide = keras.backend.standardize_dtype(u.dtype) == "float64"
+    if wide or keras.backend.backend() == "torch":
+        return ops.arctan(u)
     # Beyond, the arc tangent is pi / 2 in float32, and the square overflows.
     bounded = ops.clip(u, -1e9, 1e9)
     t = bounded / (1 + ops.sqrt(1 + bounded * bounded))
@@ -214,10 +165,6 @@ def _arctan_value(u: Any) -> Any:
     series = functools.reduce(lambda x, c: x * square + c, _COEFFICIENTS)
     return 2 * t * series
 
-
-_arctan = _with_gradient(
-    _arctan_value, lambda u, _, upstream: upstream / (1 + u * u)
-)
 
 # Of the polynomial with the least relative error on [0, 1], highest first.
 _COEFFICIENTS = (
@@ -231,12 +178,6 @@ _COEFFICIENTS = (
     -0.333330736,
     0.999999985,
 )
-
-
-def _any_arctan(u: Any) -> Any:
-    wide = keras.backend.standardize_dtype(u.dtype) == "float64"
-    on_torch = keras.backend.backend() == "torch"
-    return ops.arctan(u) if wide or on_torch else _arctan(u)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +194,7 @@ class _Function:
 _FUNCTIONS = {
     "arctan": _Function(
         limit=math.pi / 2,
-        apply=_any_arctan,
+        apply=_arctan,
         invert=ops.tan,
         derivative=lambda u: 1 / (1 + u * u),
         python=math.atan,
@@ -303,27 +244,15 @@ def _widened(name: str, x: Any, a: Any, b: Any) -> Any:
         dtype = keras.backend.floatx()
     # Not `result_type`, which takes float64 for float32 on some backends.
     wide = "float64" if dtype == "float64" else "float32"
-    shape = tuple(x.shape)
-    scales = []
+    shape, scales = tuple(x.shape), []
     for key, p in (("a", a), ("b", b)):
         if isinstance(p, (int, float)):
-            p = float(p)
-        else:
-            p = ops.cast(checks.check_tensor(key, p), wide)
-            if not _broadcasts(tuple(p.shape), shape):
-                expected = f"a float, or broadcast to {shape}"
-                raise checks.error(key, expected, tuple(p.shape))
+            scales.append(float(p))
+            continue
+        p = ops.cast(checks.check_tensor(key, p), wide)
         scales.append(p)
+        own = tuple(p.shape)
+        sizes = zip(reversed(own), reversed(shape))
+        if len(own) > len(shape) or any(s not in (1, w) for s, w in sizes):
+            raise checks.error(key, f"a float, or broadcast to {shape}", own)
     return ops.cast(x, wide), *scales, dtype
-
-
-def _broadcasts(shape: Any, other: Any) -> bool:
-    """Whether one shape broadcasts to the other; an axis may be unknown."""
-    pairs = zip(reversed(shape), reversed(other))
-    return len(shape) <= len(other) and all(
-        size in (1, None, whole) or whole is None for size, whole in pairs
-    )
-
-
-def _is_scalar(x: Any) -> Any:
-    return isinstance(x, (int, float)) or len(x.shape) == 0

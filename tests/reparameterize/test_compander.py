@@ -96,28 +96,17 @@ def test_fit_follows_the_gradient_of_all_three():
         )
 
 
-def test_a_and_b_come_back_from_a_step_too_far():
-    model = dense_model()
-    (kernel, _) = kwm.attach_compander(model, learnable=True).kernels
-    model.layers[0].weights[-1].assign([-2.0, -2.0])
-    assert kernel.a < 0.2
-    small = kernel.a, kernel.b
-    fit_step(model, X, 10 * np.ones((4, 3)))
-    assert (kernel.a, kernel.b) != small
-
-
-@pytest.mark.parametrize("value", [-1e30, -1e6, 0.0, 1e6])
-def test_a_and_b_stay_positive_whatever_becomes_of_the_raw_pair(value):
+@pytest.mark.parametrize("value", [-1e30, -2.0, 0.0, 1e6])
+def test_a_and_b_stay_positive_and_move_whatever_the_raw_pair(value):
     model = dense_model()
     (kernel, _) = kwm.attach_compander(model, learnable=True).kernels
     model.layers[0].weights[-1].assign([value, value])
-    assert kernel.a > 0
-    assert kernel.b > 0
+    before = kernel.a, kernel.b
     assert np.isfinite(outputs(model, X)).all()
     optimizer = keras.optimizers.SGD(1e3, use_ema=True)
-    fit_step(model, X, np.ones((4, 3)), optimizer)
-    assert kernel.a > 0
-    assert kernel.b > 0
+    fit_step(model, X, 10 * np.ones((4, 3)), optimizer)
+    assert min(kernel.a, kernel.b, *before) > 0
+    assert (kernel.a, kernel.b) != before or abs(value) > 1e3
 
 
 def test_what_a_constraint_leaves_does_not_drift():

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from tests.models import JIT, backbone, normal, numpy, sequential
+from tests.models import JIT, normal, numpy, sequential
 
 A, B = 0.7, 1.2
 RATE, DECAY = 0.05, 0.1
@@ -150,19 +150,9 @@ def test_decay_alone(learnable, excluded):
     assert (layer.compander.a, layer.compander.b) == pair
 
 
-def test_plain_sgd_is_unchanged():
-    (model, layer), (plain, expected) = (
-        make(optimizer, learnable=True)
-        for optimizer in (wrapped("SGD", 0.1), keras.optimizers.SGD(0.1))
-    )
-    eager(model, 3)
-    eager(plain, 3)
-    assert_stored(layer, numpy(expected._kernel), atol=1e-6)
-
-
 @pytest.mark.parametrize(
     "inner",
-    ["RMSprop", "Lion", "Nadam", "Adafactor", "Muon", "Adagrad", "Ftrl"],
+    ["SGD", "RMSprop", "Lion", "Adafactor", "Muon"],
 )
 def test_any_optimizer_moves_by_its_step_times_the_slope(inner):
     """Its step on a plain layer with the same w is the reference."""
@@ -243,27 +233,6 @@ def test_loss_scaling_around_it_changes_nothing():
     assert_stored(layer, numpy(expected._kernel), atol=1e-5)
 
 
-def test_mixed_float16_trains():
-    policy = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        model, layer = make(wrapped("Adam", RATE), learnable=True)
-    finally:
-        keras.config.set_dtype_policy(policy)
-    before = numpy(layer._kernel)
-    train(model, 2)
-    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-    assert np.isfinite(numpy(layer._kernel)).all()
-    assert np.abs(numpy(layer._kernel) - before).max() > 1e-3
-
-
-def test_learning_rate_is_that_of_the_inner_optimizer():
-    optimizer = wrapped("Adam", RATE)
-    assert float(optimizer.learning_rate) == pytest.approx(RATE)
-    optimizer.learning_rate = 0.2
-    assert float(optimizer.optimizer.learning_rate) == pytest.approx(0.2)
-
-
 def test_config_and_state_are_saved(tmp_path):
     config = adam_w(use_ema=True).get_config()
     again = kwm.CompanderOptimizer.from_config(config)
@@ -296,22 +265,6 @@ def test_other_weights_are_updated_as_ever():
     ours = trained(wrapped("Adam", RATE))
     for a, b in zip(ours, trained(keras.optimizers.Adam(RATE)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-
-
-def test_a_language_model_takes_the_first_step_of_adam():
-    pytest.importorskip("keras_hub")
-    model = backbone(tie_word_embeddings=True)
-    report = kwm.attach_compander(model, a=A, b=B, learnable=False)
-    kernels = [t.variable for t in kwm.find_targets(model)]
-    before = [np.float64(numpy(kernel)) for kernel in kernels]
-    model.compile(wrapped("Adam", RATE), "mse", jit_compile=JIT)
-    tokens = np.arange(12).reshape(2, 6)
-    x = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-    model.fit(x, np.ones((2, 6, 16)), verbose=0)
-    assert len(kernels) == len(report.kernels) == 7
-    for kernel, v in zip(kernels, before):
-        step = np.abs(numpy(kernel) - v) / slope(v)
-        assert step.max() == pytest.approx(RATE, rel=1e-2)
 
 
 @pytest.mark.parametrize(
