@@ -24,9 +24,10 @@ from .lift.principal_mask_callback import (
     PrincipalMaskCallback as PrincipalMaskCallback,
 )
 from .lift.sparse_adamw import SparseAdamW as SparseAdamW
+from .merging.merge import merge as merge
+from .merging.methods import register_merge_method as register_merge_method
 from .packing.pack import pack as pack
 from .packing.pack import unpack as unpack
-from .patches.merge import merge as merge
 from .patches.patch import Patch as Patch
 from .patches.signature import WeightSignature as WeightSignature
 from .quantization.quantize import quantize as quantize

@@ -12,8 +12,8 @@ from keras_weightmods.generation.compile_generate import (
 from keras_weightmods.lift.report import (
     PrincipalMaskReport as PrincipalMaskReport,
 )
+from keras_weightmods.merging.merge import MergeReport as MergeReport
 from keras_weightmods.packing.report import PackReport as PackReport
-from keras_weightmods.patches.merge import MergeReport as MergeReport
 from keras_weightmods.patches.report import LoraReport as LoraReport
 from keras_weightmods.patches.report import (
     PatchContentsReport as PatchContentsReport,

@@ -11,6 +11,7 @@ FLOORS = (
     ("sparsity", "quantization", "packing", "lift", "reparameterize"),
     ("plot",),
     ("calibration",),
+    ("merging",),
     ("patches", "evaluation", "generation", "exporting"),
     ("saving",),
     ("core",),

@@ -210,11 +210,13 @@ def _check_model(path):
 
 
 def _check_merge(options, model):
-    from keras_weightmods.patches.merge import check_merge
+    from keras_weightmods.merging.merge import check_merge
+    from keras_weightmods.merging.methods import METHODS
 
     if model is not None:
         raise checks.error("model", "left out beside `merge`", model)
-    names = {*inspect.signature(kwm.merge).parameters}
+    names = {*inspect.signature(kwm.merge).parameters} - {"options"}
+    names |= {name for each in METHODS.values() for name in each.options}
     _check_keys(options, names - {"output", "custom_objects"} - _ELSEWHERE)
     if not isinstance(options.get("models"), list):
         expected = "a list of files of `save_model`"

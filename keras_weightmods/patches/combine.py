@@ -9,7 +9,6 @@ import numpy as np
 
 from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.patches import architecture
-from keras_weightmods.patches.merge_methods import dropped, elected_mean
 from keras_weightmods.patches.report import Similarity
 from keras_weightmods.utils import checks
 
@@ -60,7 +59,8 @@ def _of_method(name, value, method, taker, default):
 
 def linear_combination(signatures: Sequence[S], weights, method) -> S:
     """Return the sum of `weights[i] * signatures[i]`, computed in float64."""
-    return combined(signatures, _weighted_sum(weights), weights, method)
+    fuse = functools.partial(weighted_sum, weights=weights)
+    return combined(signatures, fuse, weights, method)
 
 
 def ties(signatures: Sequence[S], weights, density) -> S:
@@ -101,7 +101,9 @@ def combined(signatures, function, weights, method):
     """
     entries = []
     for found in _aligned(signatures):
-        merge = _weighted_sum(weights) if found[0].is_statistic else function
+        merge = function
+        if found[0].is_statistic:
+            merge = functools.partial(weighted_sum, weights=weights)
         tensor = merge([entry.dequantized("float64") for entry in found])
         replaced = math.fsum(w * e.replaced for w, e in zip(weights, found))
         entries.append(found[0].with_tensor(tensor, replaced=replaced))
@@ -166,10 +168,6 @@ def trimmed(arrays, density):
     return [np.where(np.abs(x) >= threshold, x, 0.0) for x in arrays]
 
 
-def _weighted_sum(weights):
-    return lambda parts: sum(w * x for w, x in zip(weights, parts))
-
-
 def _aligned(signatures):
     """Return for each weight its entries, zero where a signature has none.
 
@@ -210,3 +208,57 @@ def _cosine(products):
     ab, aa, bb = np.sum(products, axis=0) if products else np.zeros(3)
     norm = math.sqrt(aa * bb)
     return float(ab / norm) if norm else 0.0
+
+
+def elected_mean(arrays: list[np.ndarray], weights: Any = None) -> np.ndarray:
+    """Return the mean of those entries that have the sign of their sum.
+
+    TIES (arXiv 2306.01708), steps 2 and 3: zeros have no vote and do not
+    count in the mean; zero where the votes cancel out. With weights, the vote
+    is that of `weight * entry`, and the sum of those that agree is divided by
+    the sum of their weights.
+
+    Args:
+        arrays: List of arrays of one shape and floating dtype.
+        weights: List of floats, 0 or more. Defaults to ones.
+    """
+    weights = [1.0] * len(arrays) if weights is None else weights
+    votes = weighted_sum(arrays, weights)
+    rises, falls = votes > 0, votes < 0
+    total, divisor = np.zeros_like(votes), np.zeros_like(votes)
+    for x, weight in zip(arrays, weights):
+        # Ten times as fast as `np.where`, and NaN stays NaN.
+        share = ((x > 0) & rises | (x < 0) & falls).astype(x.dtype)
+        share *= x.dtype.type(weight)
+        divisor += share
+        share *= x
+        total += share
+    # Where none agree, the total is 0 too.
+    divisor += divisor == 0
+    total /= divisor
+    return total
+
+
+def dropped(
+    x: np.ndarray, drop_rate: float, generator: np.random.Generator
+) -> np.ndarray:
+    """Drop entries at random and rescale the rest by `1 / (1 - rate)`.
+
+    DARE (arXiv 2311.03099), equation 1: the expectation stays.
+
+    Args:
+        x: Array of a floating dtype.
+        drop_rate: Float in [0, 1).
+        generator: A `numpy.random.Generator`.
+    """
+    keep = generator.random(x.shape) >= drop_rate
+    # Five times as fast as `np.where`.
+    return x * keep / x.dtype.type(1 - drop_rate)
+
+
+def weighted_sum(arrays: list[np.ndarray], weights: Any) -> np.ndarray:
+    """Return the sum of arrays times their weights, in their dtype."""
+    total = arrays[0] * arrays[0].dtype.type(weights[0])
+    for x, weight in zip(arrays[1:], weights[1:]):
+        total += x * x.dtype.type(weight)
+    return total

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from keras_weightmods import WeightSignature
 from keras_weightmods.patches import combine
-from keras_weightmods.patches.merge_methods import elected_mean
+from keras_weightmods.patches.combine import elected_mean
 from tests.models import make_signature
 from tests.patches import references
 

@@ -18,7 +18,7 @@ from keras_weightmods.patches import architecture
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.saving import model as model_file
 from keras_weightmods.saving import states
-from keras_weightmods.saving.file_kinds import other_kind
+from keras_weightmods.saving.file_kinds import kind_of
 from keras_weightmods.utils import checks
 
 
@@ -63,19 +63,7 @@ class FileSource:
     def __init__(self, argument: str, filepath: Any) -> None:
         self.argument = argument
         self.filepath = os.fspath(filepath)
-        try:
-            self.reader = model_file.open_model(filepath)
-        except FileNotFoundError:
-            raise
-        except ValueError as error:
-            kind = os.path.isfile(filepath) and other_kind(filepath)
-            if kind and "`keras.models.load_model`" in kind:
-                raise ValueError(
-                    f"`{argument}` must be a file of `save_model`, which is "
-                    "read an array at a time. Load it and pass the model, or "
-                    f"save it anew. Received: {self.filepath!r}, {kind}"
-                ) from error
-            raise
+        self.reader = model_file.open_model(filepath)
         try:
             self.described = model_file.read_description(self.reader)
         except BaseException:
@@ -156,11 +144,14 @@ class ModelSource:
         """Do nothing: there is no file."""
 
 
-def open_source(argument: str, given: Any) -> Any:
+def open_source(argument: str, given: Any, custom_objects: Any = None) -> Any:
     """Return the source that a model, or the path of a file, stands for."""
-    if isinstance(given, (str, os.PathLike)):
-        return FileSource(argument, given)
-    return ModelSource(argument, given)
+    if not isinstance(given, (str, os.PathLike)):
+        return ModelSource(argument, given)
+    if os.path.isfile(given) and kind_of(given)[0] == "a .keras file":
+        model = keras.saving.load_model(given, custom_objects, compile=False)
+        return ModelSource(argument, model)
+    return FileSource(argument, given)
 
 
 def variables_of(parts: Any) -> dict[str, Any]:

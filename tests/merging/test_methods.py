@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from keras_weightmods.patches import merge_methods
-from keras_weightmods.patches.merge_methods import METHODS, Options, Task
-from tests.patches import references
+from keras_weightmods.merging import methods, task
+from keras_weightmods.merging.methods import METHODS
+from keras_weightmods.merging.task import Task
+from tests.merging import references
 
 # NumPy alone.
 pytestmark = pytest.mark.one_backend
@@ -14,10 +15,10 @@ AXES = {"dense": ((0,), ()), "experts": ((0,), (1,)), "none": None}
 WEIGHTS = (1.0, 0.5, 2.0)
 
 
-@pytest.fixture(params=[merge_methods.PIECE, 7], ids=["whole", "pieces"])
+@pytest.fixture(params=[task.PIECE, 7], ids=["whole", "pieces"])
 def arrays(request, monkeypatch):
     """Three models, and the base behind them."""
-    monkeypatch.setattr(merge_methods, "PIECE", request.param)
+    monkeypatch.setattr(task, "PIECE", request.param)
     return make()
 
 
@@ -40,11 +41,11 @@ def merged(method, arrays, weights=WEIGHTS, density=1.0, axes=None, **options):
         read=lambda number, part: arrays[number].reshape(-1)[part],
         weights=weights,
         density=density,
-        options=Options(**options),
+        options={**METHODS[method].options, **options},
         seed=(),
         axes=axes,
     )
-    parts = list(METHODS[method](task))
+    parts = list(METHODS[method].function(task))
     assert [part.start for part, _ in parts[1:]] == [
         part.stop for part, _ in parts[:-1]
     ]
@@ -137,7 +138,7 @@ def test_della(kind, arrays):
 
 def test_della_keeps_the_expectation_and_more_of_what_is_large():
     rows = np.random.default_rng(0).normal(size=(1, 50))
-    keep = merge_methods.keep_probabilities(rows, 0.4, 0.3)
+    keep = methods.keep_probabilities(rows, 0.4, 0.3)
     assert keep.mean() == pytest.approx(0.4)
     order = np.argsort(np.abs(rows[0]))
     assert np.all(np.diff(keep[0][order]) > 0)
@@ -147,7 +148,7 @@ def test_della_keeps_the_expectation_and_more_of_what_is_large():
 
 def test_della_ranks_equal_sizes_by_place():
     rows = np.array([[2, -1, 1, 0, -2], [0, 0, 0, 0, 0]], "float32")
-    keep = merge_methods.keep_probabilities(rows, 0.5, 0.2)
+    keep = methods.keep_probabilities(rows, 0.5, 0.2)
     np.testing.assert_allclose(
         keep, [[0.6, 0.4, 0.5, 0.3, 0.7], [0.3, 0.4, 0.5, 0.6, 0.7]], rtol=1e-6
     )
@@ -222,5 +223,5 @@ def test_kth_largest():
     parts = list(zip(*(np.array_split(row, 4) for row in rows)))
     order = [np.sort(np.abs(row).astype("float32"))[::-1] for row in rows]
     counts = (1, 2, 333, 500, 998, 999)
-    found = merge_methods.kth_largest(list, parts, *counts)
+    found = task.kth_largest(list, parts, *counts)
     assert found == [[row[count - 1] for row in order] for count in counts]

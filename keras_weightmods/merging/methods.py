@@ -1,101 +1,124 @@
-"""The arithmetic of merging: one array of several models, on NumPy.
+"""The methods of merging: one array of several models, on NumPy.
 
-Each method is a generator of slices of the flattened array and of the merged
-values there. Most go through the array in pieces, on all cores, so that neither
-the models nor whole arrays of them are in memory at once.
+`METHODS` is all that the package knows of a method: arguments, checks, what
+mergekit calls it. `register_merge_method` adds to it.
+
+The function of a method is a generator of slices of the flattened array and of
+the merged values there. Most go through the array in pieces, on all cores, so
+that neither the models nor whole arrays of them are in memory at once.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from keras_weightmods.merging import task as tasks
+from keras_weightmods.merging.task import Task, rank
 from keras_weightmods.ops.matrix import stack_shape
+from keras_weightmods.patches.combine import (
+    dropped,
+    elected_mean,
+    weighted_sum,
+)
+from keras_weightmods.utils import checks
 from keras_weightmods.utils.parallel import map_ahead
 
-# Elements, of what is computed at a time: what the caches hold.
-PIECE = 1 << 17
 # Where an angle is less than its rounding, see `_slerp`.
 _PARALLEL = 0.9995
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """One array to merge.
-
-    Attributes:
-        shape: Tuple of ints.
-        read: Callable from the number of a model (-1 for the base) and a slice
-            of the array flattened to the values there, float32 or float64.
-            Several threads call it.
-        weights: Tuple of floats, one for each model.
-        density: Float, the share of entries that a method keeps.
-        options: `Options`.
-        seed: Tuple of ints, of random entries.
-        axes: Pair of tuples, the contraction and the stack axes of a kernel;
-            `None` for any other weight.
-    """
-
-    shape: tuple[int, ...]
-    read: Callable[[int, slice], np.ndarray]
-    weights: tuple[float, ...]
-    density: float
-    options: "Options"
-    seed: tuple[int, ...]
-    axes: Any = None
-
-    @property
-    def size(self) -> int:
-        """Int, the number of entries."""
-        return math.prod(self.shape)
-
-    def pieces(self, size: int | None = None) -> list[slice]:
-        """Return slices that cover the array."""
-        size = size or PIECE
-        starts = range(0, self.size, size)
-        return [slice(x, min(x + size, self.size)) for x in starts]
-
-    def mapped(
-        self, function: Callable[[slice], Any], size: int | None = None
-    ) -> Iterator[tuple[slice, Any]]:
-        """Yield slices that cover the array, and what a function makes of them.
-
-        The function is called on all cores.
-        """
-        pieces = self.pieces(size)
-        return zip(pieces, map_ahead(function, pieces))
-
-    def models(self, part: slice) -> list[np.ndarray]:
-        """Return the values of each model."""
-        return [self.read(i, part) for i in range(len(self.weights))]
-
-    def changes(self, part: slice) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return the base's values, and what each model has changed."""
-        base = self.read(-1, part)
-        return base, [values - base for values in self.models(part)]
-
-    def generator(self, model: int, draws: int) -> Any:
-        """Return the generator of a model as it is after draws of 64 bits."""
-        bits = np.random.PCG64([*self.seed, model])
-        return np.random.Generator(bits.advance(draws))
-
-    def kth_largest(self, *counts: int) -> list[list[Any]]:
-        """Return of each model the `count`-th largest of its changes."""
-        return kth_largest(
-            lambda part: self.changes(part)[1], self.pieces(), *counts
-        )
+_Parts = Iterator[tuple[slice, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """The numbers that a method takes; see `merge`."""
+class MergeMethod:
+    """A way to merge.
 
-    scale: float = 1.0
-    gamma: float = 0.01
-    epsilon: float = 0.1
+    Attributes:
+        function: Callable from a `Task` to an iterator of slices that cover
+            the flattened array, in order, and of the merged values there.
+        needs_base: Bool, whether it merges what the models have changed of a
+            base, and not the models themselves.
+        density: Float, the default share of entries that are kept; `None`
+            where the method keeps all.
+        options: Dict from the names of its other numbers to their defaults.
+        bounds: Dict from the names of these to the bounds that
+            `checks.check_float` takes.
+        weights: String, what the weights of the models are: `"any"` numbers;
+            those of a `"mean"`, of a sum above 0; `"shares"`, 0 or more too;
+            `"votes"`, 0 or more, of which those that agree divide a sum;
+            `"none"`, no weights.
+        models: Pair of ints, the fewest and the most models; `None` for any
+            number.
+        problem: Callable from the density of an array and the options to what
+            the density must be instead; `None` where it is right.
+        mergekit: String, its name there; `None` for the same.
+    """
+
+    function: Callable[[Task], _Parts]
+    needs_base: bool = True
+    density: float | None = None
+    options: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    bounds: Mapping[str, Mapping[str, float]] = dataclasses.field(
+        default_factory=dict
+    )
+    weights: str = "any"
+    models: tuple[int, int | None] = (1, None)
+    problem: Callable[[float, Mapping[str, float]], str | None] | None = None
+    mergekit: str | None = None
+
+
+def register_merge_method(
+    name: str, function: Callable[[Task], _Parts], **fields: Any
+) -> None:
+    """Add a method to `merge`, under a name of its own.
+
+    Args:
+        name: String, the `method` of `merge`.
+        function: Callable from a `Task`, one array of all models, to an
+            iterator of slices that cover the flattened array, in order, and of
+            the merged values there. `task.mapped(f)` makes one of a function
+            from a slice to values, `task.models(part)` and
+            `task.changes(part)` are what it reads.
+        **fields: What the method needs: `needs_base`, `density`, `options`,
+            `bounds`, `weights`, `models`, `problem` and `mergekit`, see
+            `MergeMethod`.
+
+    Raises:
+        ValueError: If the name is that of a method of this package, or an
+            argument is wrong.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    def median(task):
+        return task.mapped(lambda part: np.median(task.models(part), axis=0))
+
+    kwm.register_merge_method("median", median, needs_base=False)
+    models = [
+        keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        for _ in range(4)
+    ]
+    kwm.merge(models[:3], models[3], "median", verbose=0)
+    ```
+    """
+    if checks.check_string("name", name) in _BUILT_IN:
+        raise checks.error("name", f"none of {sorted(_BUILT_IN)}", name)
+    if not callable(function):
+        raise checks.error("function", "a callable", function)
+    known = {field.name for field in dataclasses.fields(MergeMethod)}
+    if unknown := {*fields} - known:
+        expected = f"of {sorted(known - {'function'})}"
+        raise checks.error("fields", expected, sorted(unknown))
+    method = MergeMethod(function, **fields)
+    checks.check_choice("weights", method.weights, WEIGHTS)
+    METHODS[name] = method
 
 
 def mean(task: Task) -> Iterator[tuple[slice, np.ndarray]]:
@@ -122,13 +145,13 @@ def moved_mean(
 
     def merged(part):
         arrays = [*task.models(part), task.read(-1, part)]
-        return _weighted_sum(arrays, [*shares, 1 - step])
+        return weighted_sum(arrays, [*shares, 1 - step])
 
     return task.mapped(merged)
 
 
 def _task_arithmetic(task):
-    return _changed(task, _weighted_sum)
+    return _changed(task, weighted_sum)
 
 
 def _ties(task):
@@ -136,7 +159,7 @@ def _ties(task):
     (least,) = task.kth_largest(count)
 
     def trimmed(changes, part):
-        return [x * (_rank(x) >= bound) for x, bound in zip(changes, least)]
+        return [x * (rank(x) >= bound) for x, bound in zip(changes, least)]
 
     return _changed(task, elected_mean, trimmed)
 
@@ -149,7 +172,7 @@ def _dare(task, fuse=None):
             for model, x in enumerate(changes)
         ]
 
-    return _changed(task, fuse or _weighted_sum, kept)
+    return _changed(task, fuse or weighted_sum, kept)
 
 
 def _dare_ties(task):
@@ -157,7 +180,7 @@ def _dare_ties(task):
 
 
 def _breadcrumbs(task):
-    removed = math.floor(task.options.gamma * task.size)
+    removed = math.floor(task.options["gamma"] * task.size)
     kept = max(1, min(math.ceil(task.density * task.size), task.size - removed))
     # Without any removed, the largest is a bound that does not count.
     least, most = task.kth_largest(removed + kept, max(1, removed))
@@ -166,24 +189,24 @@ def _breadcrumbs(task):
 
     def inside(changes, part):
         return [
-            x * ((_rank(x) >= lower) & (_rank(x) < upper))
+            x * ((rank(x) >= lower) & (rank(x) < upper))
             for x, lower, upper in zip(changes, least, most)
         ]
 
-    return _changed(task, _weighted_sum, inside)
+    return _changed(task, weighted_sum, inside)
 
 
 def _della(task):
     count = max(1, _row_size(task))
     # An even number of rows: two draws of 32 bits are one of the generator's.
-    size = 2 * max(1, PIECE // (2 * count)) * count
+    size = 2 * max(1, tasks.PIECE // (2 * count)) * count
 
     def drawn(changes, part):
         return [
             drawn_by_size(
                 x.reshape(-1, count),
                 task.density,
-                task.options.epsilon,
+                task.options["epsilon"],
                 task.generator(model, part.start // 2),
             ).reshape(-1)
             for model, x in enumerate(changes)
@@ -220,7 +243,7 @@ def _model_stock(task):
 
     def merged(part):
         base, changes = task.changes(part)
-        return base + ratio * _weighted_sum(changes, [1 / count] * count)
+        return base + ratio * weighted_sum(changes, [1 / count] * count)
 
     return task.mapped(merged)
 
@@ -249,26 +272,72 @@ def _iso_c(task):
     for i, weight in enumerate(task.weights):
         total += weight * (task.read(i, whole) - base)
     flat = _from_matrices([isotropic(x) for x in _matrices(total, task)], task)
-    yield whole, base + task.options.scale * flat
+    yield whole, base + task.options["scale"] * flat
 
 
+def _della_problem(density: float, options: Mapping[str, float]) -> str | None:
+    epsilon = options["epsilon"]
+    if density > epsilon and density + epsilon <= 1:
+        return None
+    return (
+        f"in ({epsilon:g}, {1 - epsilon:g}] with epsilon={epsilon:g}: "
+        "probabilities are density - epsilon to density + epsilon"
+    )
+
+
+def _breadcrumbs_problem(
+    density: float, options: Mapping[str, float]
+) -> str | None:
+    gamma = options["gamma"]
+    if density + gamma <= 1:
+        return None
+    return (
+        f"at most {1 - gamma:g} with gamma={gamma:g}, the share of entries "
+        "that are not kept"
+    )
+
+
+WEIGHTS = ("any", "mean", "shares", "votes", "none")
+_SCALE = {"scale": 1.0}
+_SHARE = {"least": 0.0, "below": 1.0}
+# Densities are those of the papers, or near.
 METHODS = {
-    "linear": mean,
-    "slerp": _slerp,
-    "task_arithmetic": _task_arithmetic,
-    "ties": _ties,
-    "dare": _dare,
-    "dare_ties": _dare_ties,
-    "della": _della,
-    "breadcrumbs": _breadcrumbs,
-    "model_stock": _model_stock,
-    "iso_c": _iso_c,
+    "linear": MergeMethod(mean, needs_base=False, weights="mean"),
+    "slerp": MergeMethod(
+        _slerp, needs_base=False, weights="shares", models=(2, 2)
+    ),
+    "task_arithmetic": MergeMethod(_task_arithmetic, options=_SCALE),
+    "ties": MergeMethod(_ties, density=0.2, options=_SCALE, weights="votes"),
+    "dare": MergeMethod(
+        _dare, density=0.1, options=_SCALE, mergekit="dare_linear"
+    ),
+    "dare_ties": MergeMethod(
+        _dare_ties, density=0.1, options=_SCALE, weights="votes"
+    ),
+    "della": MergeMethod(
+        _della,
+        density=0.3,
+        options={**_SCALE, "epsilon": 0.1},
+        bounds={"epsilon": _SHARE},
+        weights="votes",
+        problem=_della_problem,
+    ),
+    "breadcrumbs": MergeMethod(
+        _breadcrumbs,
+        density=0.15,
+        options={**_SCALE, "gamma": 0.01},
+        bounds={"gamma": _SHARE},
+        problem=_breadcrumbs_problem,
+    ),
+    "model_stock": MergeMethod(_model_stock, weights="none", models=(2, None)),
+    "iso_c": MergeMethod(_iso_c, options=_SCALE, weights="mean"),
 }
+_BUILT_IN = frozenset(METHODS)
 
 
 def _summed(task, shares):
     """Merge as the sum of the models times their shares."""
-    return task.mapped(lambda part: _weighted_sum(task.models(part), shares))
+    return task.mapped(lambda part: weighted_sum(task.models(part), shares))
 
 
 def _changed(task, fuse, keep=None, size=None):
@@ -287,7 +356,7 @@ def _changed(task, fuse, keep=None, size=None):
         base, changes = task.changes(part)
         if keep is not None:
             changes = keep(changes, part)
-        return base + task.options.scale * fuse(changes, task.weights)
+        return base + task.options["scale"] * fuse(changes, task.weights)
 
     return task.mapped(merged, size)
 
@@ -304,52 +373,6 @@ def _products(task, arrays):
         return found
 
     return sum(map_ahead(of_piece, task.pieces()))
-
-
-def elected_mean(arrays: list[np.ndarray], weights: Any = None) -> np.ndarray:
-    """Return the mean of those entries that have the sign of their sum.
-
-    TIES (arXiv 2306.01708), steps 2 and 3: zeros have no vote and do not
-    count in the mean; zero where the votes cancel out. With weights, the vote
-    is that of `weight * entry`, and the sum of those that agree is divided by
-    the sum of their weights.
-
-    Args:
-        arrays: List of arrays of one shape and floating dtype.
-        weights: List of floats, 0 or more. Defaults to ones.
-    """
-    weights = [1.0] * len(arrays) if weights is None else weights
-    votes = _weighted_sum(arrays, weights)
-    rises, falls = votes > 0, votes < 0
-    total, divisor = np.zeros_like(votes), np.zeros_like(votes)
-    for x, weight in zip(arrays, weights):
-        # Ten times as fast as `np.where`, and NaN stays NaN.
-        share = ((x > 0) & rises | (x < 0) & falls).astype(x.dtype)
-        share *= x.dtype.type(weight)
-        divisor += share
-        share *= x
-        total += share
-    # Where none agree, the total is 0 too.
-    divisor += divisor == 0
-    total /= divisor
-    return total
-
-
-def dropped(
-    x: np.ndarray, drop_rate: float, generator: np.random.Generator
-) -> np.ndarray:
-    """Drop entries at random and rescale the rest by `1 / (1 - rate)`.
-
-    DARE (arXiv 2311.03099), equation 1: the expectation stays.
-
-    Args:
-        x: Array of a floating dtype.
-        drop_rate: Float in [0, 1).
-        generator: A `numpy.random.Generator`.
-    """
-    keep = generator.random(x.shape) >= drop_rate
-    # Five times as fast as `np.where`.
-    return x * keep / x.dtype.type(1 - drop_rate)
 
 
 def keep_probabilities(
@@ -371,7 +394,7 @@ def keep_probabilities(
     """
     count = rows.shape[-1]
     # Size and place in one number: sorted 20 times as fast as `np.argsort`.
-    order = _rank(rows).view("uint32").astype("uint64") << np.uint64(32)
+    order = rank(rows).view("uint32").astype("uint64") << np.uint64(32)
     order |= np.arange(rows.size, dtype="uint64").reshape(rows.shape)
     order.sort(axis=-1)
     order = (order & np.uint64(0xFFFFFFFF)).astype("intp")
@@ -395,75 +418,6 @@ def isotropic(matrix: np.ndarray) -> np.ndarray:
     """
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
     return values.mean() * (left @ right)
-
-
-def kth_largest(
-    rows_of: Callable[[Any], list[np.ndarray]], pieces: list[Any], *counts: int
-) -> list[list[Any]]:
-    """Return the `count`-th largest size of each of several rows of numbers.
-
-    In two passes over them. The bits of floats that are not negative are in
-    the order of the numbers: the upper half of those sought is found in the
-    first pass, the lower half in the second.
-
-    Args:
-        rows_of: Callable from a piece to what the rows have there, a list of an
-            array for each. They go by their sizes in float32. Several threads
-            call it.
-        pieces: List of what it takes.
-        *counts: Ints, from 1 to how many there are in a row.
-
-    Returns:
-        List with an entry for each count, the list of the sizes for each row.
-    """
-
-    def counted(halves):
-        """Return how often each half of 16 bits is in each of the rows."""
-
-        def of_piece(piece):
-            rows = [_rank(x).view("uint32") for x in rows_of(piece)]
-            return [
-                [np.bincount(x, minlength=1 << 16) for x in halves(row, bits)]
-                for row, bits in enumerate(rows)
-            ]
-
-        return sum(map(np.array, map_ahead(of_piece, pieces)))
-
-    uppers = counted(lambda row, bits: [bits >> 16])[:, 0]
-    found = [[_place(row, count) for count in counts] for row in uppers]
-
-    def lower(row, bits):
-        return [bits[bits >> 16 == upper] & 0xFFFF for upper, _ in found[row]]
-
-    lowers = counted(lower)
-    bits = [
-        [
-            upper << 16 | _place(lowers[row, i], rest)[0]
-            for row, (upper, rest) in enumerate(column)
-        ]
-        for i, column in enumerate(zip(*found))
-    ]
-    return [list(row) for row in np.array(bits, "uint32").view("float32")]
-
-
-def _place(counts, count):
-    """Return the bin of the `count`-th from the end, and its place in it."""
-    above = np.cumsum(counts[::-1])
-    place = int(np.searchsorted(above, count))
-    found = counts.size - 1 - place
-    return found, count - int(above[place] - counts[found])
-
-
-def _rank(x):
-    """Return the sizes of changes, as `kth_largest` compares them."""
-    return np.abs(x).astype("float32", copy=False)
-
-
-def _weighted_sum(arrays, weights):
-    total = arrays[0] * arrays[0].dtype.type(weights[0])
-    for x, weight in zip(arrays[1:], weights[1:]):
-        total += x * x.dtype.type(weight)
-    return total
 
 
 def _order(task):

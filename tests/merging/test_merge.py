@@ -8,8 +8,9 @@ import safetensors.numpy
 
 import keras_weightmods as kwm
 from keras_weightmods.core import execution_order
-from keras_weightmods.patches.merge_methods import METHODS
+from keras_weightmods.merging.methods import METHODS
 from keras_weightmods.saving import container
+from tests.merging import references
 from tests.models import (
     assert_same,
     assert_same_bits,
@@ -21,9 +22,7 @@ from tests.models import (
     sequential,
     weights_of,
 )
-from tests.patches import references
 
-WITHOUT_BASE = ("linear", "slerp")
 FORMAT = "keras_weightmods.model"
 
 
@@ -50,7 +49,7 @@ def files(folder, *, count=3, make=mlp):
 
 def arguments(method, models):
     *some, base = models
-    base = None if method in WITHOUT_BASE else base
+    base = base if METHODS[method].needs_base else None
     return {"models": some, "method": method, "base": base, "verbose": 0}
 
 
@@ -72,6 +71,156 @@ def test_files_and_models_alike(method, tmp_path):
     mixed = arguments(method, [paths[0], *found[1:]])
     kwm.merge(output=found[-1], **mixed)
     assert_same_bits(weights_of(found[-1]), weights_of(merged))
+
+
+def test_a_file_of_models_in_memory_and_of_keras(tmp_path):
+    """The file has the config of a model that has none yet."""
+    paths, (a, b, base) = files(tmp_path)
+    keras_files = [tmp_path / "a.keras", tmp_path / "b.keras"]
+    for model, path in zip((a, b), keras_files):
+        model.save(path)
+    expected = mlp()
+    given = {"method": "ties", "verbose": 0}
+    kwm.merge([a, b], expected, base=base, **given)
+    before = sorted(os.listdir(tmp_path))
+    for models, start in (
+        ([a, b], base),
+        (keras_files, base),
+        (keras_files, paths[2]),
+        ([paths[0], b], base),
+    ):
+        kwm.merge(models, tmp_path / "m.safetensors", base=start, **given)
+        merged = kwm.load_model(tmp_path / "m.safetensors")
+        assert_same_bits(weights_of(merged), weights_of(expected))
+        os.remove(tmp_path / "m.safetensors")
+        assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_method_from_outside(tmp_path):
+    """With a density and a number of its own, by `merge` and by mergekit."""
+
+    def clipped(task):
+        most = task.options["most"] * task.density
+
+        def merged(part):
+            base, changes = task.changes(part)
+            return base + np.clip(np.median(changes, axis=0), -most, most)
+
+        return task.mapped(merged)
+
+    def check(expected, *args, **kwargs):
+        with pytest.raises(ValueError, match=expected):
+            kwm.merge(*args, verbose=0, **kwargs)
+
+    paths, (a, b, base) = files(tmp_path)
+    with pytest.raises(ValueError, match="`name` must be none of"):
+        kwm.register_merge_method("ties", clipped)
+    kwm.register_merge_method(
+        "test_clipped",
+        clipped,
+        density=0.5,
+        options={"most": 0.1},
+        bounds={"most": {"above": 0}},
+        weights="none",
+        models=(2, 3),
+        mergekit="clipped",
+    )
+    try:
+        merged, method = mlp(), "test_clipped"
+        given = {"method": method, "base": base}
+        kwm.merge([a, b], merged, most=0.3, verbose=0, **given)
+        for old, x, y, got in zip(*map(weights_of, (base, a, b, merged))):
+            change = np.clip((x + y) / 2 - old, -0.15, 0.15)
+            np.testing.assert_allclose(got, old + change, atol=1e-6)
+        check("at least 2 models", [a], merged, **given)
+        check("`most` must be", [a, b], merged, most=-1, **given)
+        check("it is for test_clipped", [a, b], merged, most=1)
+        check("`weights` must be None", [a, b], merged, weights=[1, 1], **given)
+        config = {
+            "merge_method": "clipped",
+            "base_model": paths[2],
+            "models": [{"model": path} for path in paths],
+            "parameters": {"most": 0.3, "density": 0.5},
+        }
+        again = mlp()
+        report = kwm.merge(config, again, verbose=0)
+        assert report.method == method
+        assert_same_bits(weights_of(again), weights_of(merged))
+    finally:
+        del METHODS["test_clipped"]
+
+
+MERGEKIT_CONFIG = """
+merge_method: ties
+base_model: 2.safetensors
+models:
+  - model: 2.safetensors
+  - model: 0.safetensors
+    parameters: {weight: 1, density: 0.4}
+  - model: 1.safetensors
+    parameters:
+      density: 0.4
+      weight:
+        - filter: bias
+          value: 0
+        - value: [0.2, 0.8]
+parameters: {normalize: true, lambda: 0.7}
+dtype: float32
+"""
+
+
+@pytest.mark.one_backend
+def test_configs_of_mergekit(tmp_path, monkeypatch):
+    pytest.importorskip("ruamel.yaml")
+    paths, (a, b, base) = files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "config.yml"
+    config.write_text(MERGEKIT_CONFIG)
+    merged, expected = mlp(), mlp()
+    found = kwm.merge(str(config), merged, verbose=0)
+    weights = [1, {"bias": 0, "": [0.2, 0.8]}]
+    given = {"base": base, "density": 0.4, "scale": 0.7, "verbose": 0}
+    report = kwm.merge([a, b], expected, "ties", weights, **given)
+    assert found.merged == report.merged
+    assert_same_bits(weights_of(merged), weights_of(expected))
+    # SLERP goes from the base to the other.
+    slerp = {
+        "merge_method": "slerp",
+        "base_model": paths[1],
+        "models": [{"model": paths[0]}, {"model": paths[1]}],
+        "parameters": {"t": [0.2, 0.6]},
+    }
+    kwm.merge(slerp, merged, verbose=0)
+    weights = [[0.2, 0.6], [0.8, 0.4]]
+    kwm.merge([a, b], expected, "slerp", weights, verbose=0)
+    assert_same_bits(weights_of(merged), weights_of(expected))
+    rows = slerp["models"]
+    for wrong, match in (
+        ({**slerp, "merge_method": "karcher"}, "`merge_method` of"),
+        ({**slerp, "slices": []}, "`config` must be"),
+        ({"merge_method": "linear", "models": [paths[0]]}, "`model: FILE`"),
+        (
+            {
+                "merge_method": "dare_ties",
+                "base_model": paths[2],
+                "models": rows,
+            },
+            "`normalize` must be true",
+        ),
+        (
+            {
+                "merge_method": "task_arithmetic",
+                "base_model": paths[2],
+                "models": [{**rows[0], "parameters": {"gamma": 1}}, rows[1]],
+            },
+            "`gamma` must be the same",
+        ),
+        ("nothing.yml", "the YAML of mergekit"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            kwm.merge(wrong, merged, verbose=0)
+    with pytest.raises(ValueError, match="`base` must be left out"):
+        kwm.merge(slerp, merged, base=base)
 
 
 def test_what_is_merged():
@@ -266,7 +415,7 @@ def test_a_seed_gives_one_result():
 ERRORS = [
     ("`method` must be", {"method": "mean"}),
     ("`models` must be a list", {"models": "a.safetensors"}),
-    ("`models` must be two models", {"method": "slerp", "count": 3}),
+    ("`models` must be 2 models", {"method": "slerp", "count": 3}),
     ("`base` must be what", {"method": "ties", "base": None}),
     ("`base` must be None", {"method": "linear", "base": True}),
     ("`weights` must be a list of 2", {"weights": [1]}),
@@ -285,16 +434,16 @@ ERRORS = [
     ("`weights` must be of a sum > 0", {"weights": [1, -1]}),
     ("`weights` must be numbers >= 0", {"method": "ties", "weights": [1, -1]}),
     ("`weights` must be None", {"method": "model_stock", "weights": [1, 1]}),
-    ("`density` must be None", {"density": 0.2}),
+    ("`density` must be left out .* for ties, dare", {"density": 0.2}),
     ("`density` must be a finite", {"method": "ties", "density": [0.5, 2]}),
     ("`density` must be in", {"method": "della", "density": 0.05}),
-    ("`scale` must be None", {"scale": 0.2}),
+    ("`scale` must be left out", {"scale": 0.2}),
     ("`gamma` must be", {"method": "breadcrumbs", "gamma": 1.0}),
     (
         "`density` must be at most 0.4 with gamma=0.6",
         {"method": "breadcrumbs", "density": 0.5, "gamma": 0.6},
     ),
-    ("`epsilon` must be None", {"method": "ties", "epsilon": 0.1}),
+    ("`epsilon` must .* for della", {"method": "ties", "epsilon": 0.1}),
     ("`seed` must be", {"seed": -1}),
     ("`include` must be regexes that match", {"include": "nothing"}),
     ("At least one weight must be merged", {"exclude": ""}),
@@ -309,9 +458,8 @@ def test_wrong_arguments(match, changes, tmp_path, monkeypatch):
     paths, _ = files(tmp_path, count=changes.pop("count", 2) + 1)
     method = changes.get("method", "linear")
     given = {**arguments("linear", paths), **changes}
-    if changes.get(
-        "base", method not in WITHOUT_BASE and "base" not in changes
-    ):
+    needs_base = method in METHODS and METHODS[method].needs_base
+    if changes.get("base", needs_base and "base" not in changes):
         given["base"] = paths[-1]
 
     original = container.Reader.read_part
@@ -432,15 +580,13 @@ def test_models_that_do_not_fit(tmp_path):
     more = mlp(8, 16, 4, 4)
     check(r"has in addition", [a, more], base)
     check(r"must be a built Keras model", [a, 3], base)
-    check("the path or|a file, as `output`", [a, b], tmp_path / "m")
+    check("which ends in .safetensors", [a, b], tmp_path / "m.keras")
     packed = mlp()
     kwm.attach_scaling(packed)
     check("packed, reparameterized", [a, packed], base)
     nan = mlp()
     nan.set_weights([np.full_like(x, np.nan) for x in weights_of(nan)])
     check("must be finite to be merged", [a, nan], base)
-    a.save(tmp_path / "a.keras")
-    check("a .keras file", [tmp_path / "a.keras", b], base)
     with pytest.raises(FileNotFoundError):
         kwm.merge([tmp_path / "none", b], base)
     make_signature(base).apply(base)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -11,18 +12,23 @@ from typing import Any
 import numpy as np
 
 from keras_weightmods.backend import backend_module
-from keras_weightmods.patches import merge_sources, merge_weights
-from keras_weightmods.patches.checkpoint import FLOATS
-from keras_weightmods.patches.ledger import ledger_of
-from keras_weightmods.patches.merge_methods import (
+from keras_weightmods.merging import choices, mergekit
+from keras_weightmods.merging.methods import (
     METHODS,
-    Options,
+    MergeMethod,
     Task,
     mean,
     moved_mean,
 )
-from keras_weightmods.patches.merge_sources import ModelSource, Weight
-from keras_weightmods.patches.merge_weights import ELECTED, WITHOUT_BASE
+from keras_weightmods.merging.sources import (
+    ModelSource,
+    Weight,
+    open_source,
+    source_problems,
+    weights_of,
+)
+from keras_weightmods.patches.checkpoint import FLOATS
+from keras_weightmods.patches.ledger import ledger_of
 from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.saving import model as model_file
 from keras_weightmods.saving import states
@@ -67,38 +73,32 @@ class MergeReport(Report):
 
     def tables(self) -> Iterable[Table]:
         """The `Table`s to print."""
-        count = len(self.merged)
+        rows = []
+        for each in self.merged:
+            weights = " ".join(f"{x:g}" for x in each.weights)
+            rows.append((each.path, shape_text(each.shape), weights))
         yield Table(
-            f"{self.method}: {count} weights merged into {self.output}",
+            f"{self.method}: {len(rows)} weights merged into {self.output}",
             ("weight", "shape", "weights of the models"),
-            tuple(
-                (
-                    w.path,
-                    shape_text(w.shape),
-                    " ".join(f"{x:g}" for x in w.weights),
-                )
-                for w in self.merged
-            ),
+            tuple(rows),
         )
 
 
 def merge(
-    models: Sequence[Any],
+    models: Any,
     output: Any,
     method: str = "linear",
     weights: Sequence[Any] | None = None,
     *,
     base: Any = None,
     density: Any = None,
-    scale: float | None = None,
-    gamma: float | None = None,
-    epsilon: float | None = None,
     seed: int = 0,
     include: Any = None,
     exclude: Any = None,
     overwrite: bool = True,
     custom_objects: dict[str, Any] | None = None,
     verbose: int = 1,
+    **options: float,
 ) -> MergeReport:
     r"""Merge models of one architecture into one.
 
@@ -130,7 +130,8 @@ def merge(
       [0, 1];
     - `"iso_c"` (arXiv 2502.04959): base + scale * s U V^T, with
       U S V^T = sum w_i d_i of a kernel as a matrix and s the mean of S; the
-      mean of d_i for all that is no kernel.
+      mean of d_i for all that is no kernel;
+    - what `register_merge_method` has added.
 
     Moving statistics of batch normalization go from those of the base to the
     average of the models' with the weights, by the sum of the weights, in
@@ -140,17 +141,21 @@ def merge(
     What is not trained is taken from the base, or from the first model where
     there is none.
 
-    Files are merged out of core: an array at a time, by most methods in
-    pieces of it, so that no model is in memory. `"della"` has a kernel of each
-    model in memory, `"iso_c"` a few copies of one. Everything is computed in
-    float32 (float64 for float64) and rounded once to the dtype of the base.
+    Files of `save_model` are merged out of core: an array at a time, by most
+    methods in pieces of it, so that no model is in memory; a `.keras` file is
+    loaded. `"della"` has a kernel of each model in memory, `"iso_c"` a few
+    copies of one. Everything is computed in float32 (float64 for float64) and
+    rounded once to the dtype of the base.
 
     Args:
-        models: List of built Keras models, or of files of `save_model`.
-        output: The path of the file to write, or the model that gets the
-            merged weights, which may be one of the others. For a path, `base`
-            (the first model where there is none) must be a file, whose config
-            and assets it gets.
+        models: List of built Keras models, of files of `save_model` or of
+            `.keras` files. Or a config of mergekit, a dict or the path of its
+            YAML, whose models are such files: it stands for `method`,
+            `weights`, `base`, `density` and the options.
+        output: The path of the file of `save_model` to write, or the model
+            that gets the merged weights, which may be one of the others. The
+            config and the assets of a file are those of `base`, or of the
+            first model where there is none.
         method: String, see above. Defaults to `"linear"`.
         weights: List with one element for each model: a number; a list of
             numbers, a gradient from the first layer with a kernel to the last
@@ -163,9 +168,6 @@ def merge(
         density: Number in (0, 1], or one of the other forms of a weight: the
             share of entries to keep, with `gamma` at most 1. Defaults to 0.2
             for TIES, 0.1 for DARE, 0.3 for DELLA and 0.15 for breadcrumbs.
-        scale: Float, of the merged change. Defaults to 1.
-        gamma: Float in [0, 1), for breadcrumbs. Defaults to 0.01.
-        epsilon: Float, for DELLA. Defaults to 0.1.
         seed: Int, of random entries. Defaults to 0.
         include: Regex or list of regexes for the paths of the variables to
             merge; the others are taken from the base. Defaults to all.
@@ -174,6 +176,9 @@ def merge(
         custom_objects: As in `load_model`, to build the model in a file.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
+        **options: Floats that a method takes: `scale`, of the merged change,
+            1 by default; `gamma` in [0, 1), of breadcrumbs, 0.01 by default;
+            `epsilon` in [0, 1), of DELLA, 0.1 by default.
 
     Returns:
         A `MergeReport`.
@@ -204,31 +209,38 @@ def merge(
     assert np.allclose(c, (a + 3 * b) / 4, atol=1e-6)
     ```
     """
-    options = {
+    given = {
         "method": method,
         "weights": weights,
         "base": base,
         "density": density,
-        "scale": scale,
-        "gamma": gamma,
-        "epsilon": epsilon,
+        **options,
+    }
+    if isinstance(models, (dict, str, os.PathLike)):
+        defaults = {"method": "linear"}
+        for name, value in given.items():
+            if value != defaults.get(name):
+                expected = "left out: the config of mergekit has it"
+                raise checks.error(name, expected, value)
+        given = dict.fromkeys(given) | mergekit.arguments_of(models)
+        models = given.pop("models")
+    checks.check_verbose(verbose)
+    given |= {
         "seed": seed,
         "include": include,
         "exclude": exclude,
         "overwrite": overwrite,
         "custom_objects": custom_objects,
-        "verbose": verbose,
     }
-    checks.check_verbose(verbose)
     with (
         Progress(1, "weight", verbose) as progress,
-        _planned(models, output, options) as plan,
+        _planned(models, output, **given) as plan,
     ):
         progress.total = len(plan.tasks)
-        _run(plan, method, output, overwrite, progress)
+        _run(plan, output, overwrite, progress)
     is_file = isinstance(output, (str, os.PathLike))
     return MergeReport(
-        method=method,
+        method=given["method"],
         output=os.fspath(output) if is_file else output.name,
         merged=tuple(
             MergedWeight(w.path, w.shape, plan.tasks[w.name].weights)
@@ -243,12 +255,12 @@ def merge(
     )
 
 
-def check_merge(models: Any, output: Any, **options: Any) -> None:
+def check_merge(models: Any, output: Any, **given: Any) -> None:
     """Raise what `merge` would raise before it reads a weight."""
-    parameters = inspect.signature(merge).parameters.values()
-    defaults = {p.name: p.default for p in parameters}
-    del defaults["models"], defaults["output"]
-    with _planned(models, output, {**defaults, **options}):
+    parameters = inspect.signature(merge).parameters
+    others = {"models", "output", "options", "verbose"}
+    defaults = {k: p.default for k, p in parameters.items() if k not in others}
+    with _planned(models, output, **{**defaults, **given}):
         pass
 
 
@@ -257,6 +269,7 @@ class _Plan:
     """What is to be merged, checked as far as it can be without the data.
 
     Attributes:
+        method: `MergeMethod`.
         weights: List of `Weight`, of all arrays.
         tasks: Dict from the names of those that are merged to `Task`.
         kept: Dict from the names of the others to why.
@@ -265,6 +278,7 @@ class _Plan:
         target: `ModelSource` to write to; `template` for a file.
     """
 
+    method: MergeMethod
     weights: list[Weight]
     tasks: dict[str, Task]
     kept: dict[str, str]
@@ -275,136 +289,146 @@ class _Plan:
 
 @contextlib.contextmanager
 def _planned(
-    models: Any, output: Any, given: dict[str, Any]
+    models: Any,
+    output: Any,
+    method: str,
+    weights: Any,
+    base: Any,
+    density: Any,
+    seed: int,
+    include: Any,
+    exclude: Any,
+    overwrite: bool,
+    custom_objects: Any,
+    **options: Any,
 ) -> Iterator[_Plan]:
     """Yield the `_Plan` of a merge, while its files are open."""
-    method, base, weights = (given[k] for k in ("method", "base", "weights"))
-    models = _check_models(models, method, base)
-    options = _options(method, given)
-    density = given["density"]
+    checks.check_choice("method", method, tuple(METHODS))
+    chosen = METHODS[method]
+    if not isinstance(models, (list, tuple)) or not models:
+        raise checks.error("models", "a list of models or of files", models)
+    least, most = chosen.models
+    if not least <= len(models) <= (most or len(models)):
+        count = f"{least}" if least == most else f"at least {least}"
+        expected = f"{count} models for method {method!r}"
+        raise checks.error("models", expected, f"{len(models)} models")
+    if (base is None) == chosen.needs_base:
+        expected = f"None for method {method!r}, which takes no changes"
+        if base is None:
+            expected = f"what the models were trained from, for {method!r}"
+        raise checks.error("base", expected, base)
+    if density is not None and chosen.density is None:
+        raise _not_taken("density", density, method)
     if density is None:
-        density = merge_weights.DENSITIES.get(method, 1.0)
-    if weights is not None and method == "model_stock":
-        raise checks.error("weights", "None for model_stock", weights)
-    is_list = isinstance(weights, (list, tuple)) or (
-        isinstance(weights, np.ndarray) and weights.ndim > 0
-    )
-    if weights is not None and (not is_list or len(weights) != len(models)):
-        expected = f"a list of {len(models)} elements"
-        raise checks.error("weights", expected, weights)
-    checks.check_int("seed", given["seed"], 0)
+        density = 1.0 if chosen.density is None else chosen.density
+    numbers = dict(chosen.options)
+    for name, value in options.items():
+        if name not in numbers:
+            raise _not_taken(name, value, method)
+        if value is not None:
+            bounds: Any = chosen.bounds.get(name, {})
+            numbers[name] = checks.check_float(name, value, **bounds)
+    if weights is not None:
+        if chosen.weights == "none":
+            raise checks.error("weights", f"None for {method}", weights)
+        is_list = isinstance(weights, (list, tuple)) or (
+            isinstance(weights, np.ndarray) and weights.ndim > 0
+        )
+        if not is_list or len(weights) != len(models):
+            expected = f"a list of {len(models)} elements"
+            raise checks.error("weights", expected, weights)
+    checks.check_int("seed", seed, 0)
     to_file = isinstance(output, (str, os.PathLike))
     if to_file:
-        check_filepath(output, given["overwrite"])
+        check_filepath(output, overwrite)
+        if os.fspath(output).endswith(".keras"):
+            expected = "a file of `save_model`, which ends in .safetensors"
+            raise checks.error("output", expected, output)
     with contextlib.ExitStack() as stack:
 
-        def opened(argument, model):
-            source = merge_sources.open_source(argument, model)
+        def opened(argument, model, as_file=False):
+            source = open_source(argument, model, custom_objects)
             stack.callback(source.close)
+            if as_file and isinstance(source, ModelSource):
+                # The file of a model in memory gets its config and assets.
+                folder = os.path.dirname(os.path.abspath(output))
+                made = tempfile.TemporaryDirectory(dir=folder, prefix=".")
+                path = os.path.join(stack.enter_context(made), "model")
+                model_file.save_model(source.model(None), path, verbose=0)
+                source = open_source(argument, path, custom_objects)
+                stack.callback(source.close)
             return source
 
         sources = [
-            opened(f"models[{i}]", each) for i, each in enumerate(models)
+            opened(f"models[{i}]", each, to_file and base is None and i == 0)
+            for i, each in enumerate(models)
         ]
-        template = sources[0] if base is None else opened("base", base)
-        target = template if to_file else opened("output", output)
-        _check_output(output, target, template, to_file)
+        template = sources[0]
+        if base is not None:
+            template = opened("base", base, to_file)
+        target = template
+        if not to_file:
+            target = opened("output", output)
+            _check_output(output, target)
         everything = list(dict.fromkeys([template, *sources, target]))
         checks.raise_all(
             "The models cannot be merged:",
-            merge_sources.source_problems(everything, template),
+            source_problems(everything, template),
         )
-        built = template.model(given["custom_objects"])
-        found = merge_sources.weights_of(template, built)
-        kept = merge_weights.kept(found, given["include"], given["exclude"])
+        found = weights_of(template, template.model(custom_objects))
+        kept = choices.kept(found, include, exclude)
         specs = [1.0] * len(models) if weights is None else list(weights)
-        shares = merge_weights.shares(method, specs, found, kept)
-        densities = merge_weights.resolved("density", density, found)
-        merge_weights.check_densities(method, densities, options)
+        shares = choices.shares(chosen, method, specs, found, kept)
+        densities = choices.resolved("density", density, found)
+        for value in {*densities.values()} if chosen.density else ():
+            checks.check_float("density", value, above=0, most=1)
+            problem = chosen.problem and chosen.problem(value, numbers)
+            if problem:
+                raise checks.error("density", problem, value)
         tasks = {
             weight.name: Task(
                 shape=weight.shape,
                 read=_reader(weight, sources, template),
                 weights=shares[weight.name],
                 density=densities[weight.name],
-                options=options,
+                options=numbers,
                 # By the weight's place in the model.
-                seed=(given["seed"], number),
+                seed=(seed, number),
                 axes=weight.axes,
             )
             for number, weight in enumerate(found)
             if weight.name not in kept
         }
-        yield _Plan(found, tasks, kept, everything, template, target)
+        yield _Plan(chosen, found, tasks, kept, everything, template, target)
 
 
-def _check_models(models, method, base):
-    checks.check_choice("method", method, tuple(METHODS))
-    if not isinstance(models, (list, tuple)) or not models:
-        raise checks.error("models", "a list of models or of files", models)
-    if method == "slerp" and len(models) != 2:
-        expected = 'two models for method "slerp"'
-        raise checks.error("models", expected, f"{len(models)} models")
-    if method == "model_stock" and len(models) < 2:
-        expected = 'two models or more for method "model_stock"'
-        raise checks.error("models", expected, f"{len(models)} models")
-    if (base is None) != (method in WITHOUT_BASE):
-        expected = f"what the models were trained from, for method {method!r}"
-        if base is not None:
-            expected = f"None for method {method!r}, which takes no changes"
-        raise checks.error("base", expected, base)
-    return list(models)
+def _not_taken(name: str, value: Any, method: str) -> ValueError:
+    """Return the error for an argument that a method does not take."""
+    takers = [
+        each
+        for each, found in METHODS.items()
+        if (found.density if name == "density" else found.options.get(name))
+        is not None
+    ]
+    expected = f"left out for method {method!r}"
+    if takers:
+        expected += f": it is for {', '.join(takers)}"
+    return checks.error(name, expected, value)
 
 
-def _options(method, given):
-    """Return the `Options`; raise ValueError for what a method ignores."""
-    takes = {
-        "density": [*merge_weights.DENSITIES],
-        "scale": [*{*METHODS} - {*WITHOUT_BASE, "model_stock"}],
-        "gamma": ["breadcrumbs"],
-        "epsilon": ["della"],
-    }
-    for name, methods_of in takes.items():
-        value = given[name]
-        if value is not None and method not in methods_of:
-            methods = ", ".join(sorted(methods_of))
-            expected = f"None for method {method!r}: it is for {methods}"
-            raise checks.error(name, expected, value)
-    bounds = {
-        "scale": {},
-        "gamma": {"least": 0, "below": 1},
-        "epsilon": {"least": 0, "below": 1},
-    }
-    return Options(
-        **{
-            name: checks.check_float(name, given[name], **each)
-            for name, each in bounds.items()
-            if given[name] is not None
-        }
-    )
-
-
-def _check_output(output, target, template, to_file):
-    if to_file:
-        if isinstance(template, ModelSource):
-            expected = (
-                f"a file, as `output` is one: save `{template.argument}` "
-                "first, or merge into a model"
-            )
-            received = f"a model in memory, {template.model(None).name!r}"
-            raise checks.error(template.argument, expected, received)
-        return
+def _check_output(output: Any, target: Any) -> None:
     if not isinstance(target, ModelSource):
         raise checks.error("output", "a path or a built Keras model", output)
-    if ledger_of(output).patches:
+    on_model = [*ledger_of(output).patches]
+    if on_model:
         raise ValueError(
             "`output` must be without patches, which could not be taken off "
             "again. Call `kwm.Patch.clear(model)` first. Received: "
-            f"output={output.name!r} with {list(ledger_of(output).patches)}"
+            f"output={output.name!r} with {on_model}"
         )
 
 
-def _reader(weight, sources, base):
+def _reader(weight: Weight, sources: list[Any], base: Any) -> Any:
     """Return `Task.read` of a weight."""
     wide = np.dtype("float64" if weight.dtype == "float64" else "float32")
 
@@ -421,15 +445,8 @@ def _reader(weight, sources, base):
     return read
 
 
-def _run(
-    plan: _Plan,
-    method: str,
-    output: Any,
-    overwrite: bool,
-    progress: Progress,
-) -> None:
+def _run(plan: _Plan, output: Any, overwrite: bool, progress: Progress) -> None:
     """Merge, and write the file or give the model its weights."""
-    found, tasks = plan.weights, plan.tasks
     template, target = plan.template, plan.target
     for source in plan.sources:
         source.check_data()
@@ -453,31 +470,32 @@ def _run(
 
     def parts(weight):
         """Yield what the output has of a weight, flattened, in its dtype."""
-        if weight.name not in tasks:
+        if weight.name not in plan.tasks:
             whole = slice(0, int(np.prod(weight.shape)))
             yield rounded(weight, template.part(weight.name, whole))
             return
-        compute = METHODS[method]
-        if weight.is_statistic:
-            compute = partial(moved_mean, is_whole=method in ELECTED)
-            if method in WITHOUT_BASE:
-                compute = mean
-        for _, values in compute(tasks[weight.name]):
+        compute = plan.method.function
+        if weight.is_statistic and not plan.method.needs_base:
+            compute = mean
+        elif weight.is_statistic:
+            is_whole = plan.method.weights == "votes"
+            compute = partial(moved_mean, is_whole=is_whole)
+        for _, values in compute(plan.tasks[weight.name]):
             yield rounded(weight, values)
         progress.add()
 
     if isinstance(target, ModelSource):
-        merged = {w.name: np.concatenate(list(parts(w))) for w in found}
-        for weight in found:
+        merged = {w.name: np.concatenate([*parts(w)]) for w in plan.weights}
+        for weight in plan.weights:
             array = merged[weight.name].reshape(weight.shape)
-            if weight.name in tasks:
+            if weight.name in plan.tasks:
                 array = backend_module("host_memory").tensor_of(array)
             target.variables[weight.name].assign(array)
         return
-    reader = template.reader
+    reader = plan.template.reader
     with model_file.merged_writer(reader, output, overwrite) as writer:
         for name in reader.entries:
             if not states.is_weight(name):
                 writer.write(name, reader.read(name))
-        for weight in found:
+        for weight in plan.weights:
             writer.write_parts(weight.name, parts(weight))

@@ -1,0 +1,110 @@
+"""Which weights are merged, and with which numbers."""
+
+import re
+from typing import Any
+
+import numpy as np
+
+from keras_weightmods.merging.methods import MergeMethod
+from keras_weightmods.merging.sources import Weight
+from keras_weightmods.utils import checks
+
+
+def kept(found: list[Weight], include: Any, exclude: Any) -> dict[str, str]:
+    """Return {name: why} of the weights that are not merged."""
+    reasons = {w.name: w.kept for w in found if w.kept}
+    if exclude is not None:
+        for name in _matching("exclude", exclude, found):
+            reasons.setdefault(name, "excluded")
+    if include is not None:
+        chosen = _matching("include", include, found)
+        for weight in found:
+            if weight.name not in chosen:
+                reasons.setdefault(weight.name, "not included")
+    if len(reasons) == len(found):
+        raise ValueError(
+            "At least one weight must be merged. Received: "
+            f"include={include!r}, exclude={exclude!r}, which leave none of "
+            f"{len(found)}"
+        )
+    return reasons
+
+
+def _matching(name: str, patterns: Any, found: list[Weight]) -> set[str]:
+    """Return the names of the weights that one of some regexes matches."""
+    if isinstance(patterns, (str, re.Pattern)):
+        patterns = [patterns]
+    if not isinstance(patterns, (list, tuple)):
+        raise checks.error(name, "a regex or a list of regexes", patterns)
+    matched: set[str] = set()
+    for pattern in patterns:
+        try:
+            regex = re.compile(pattern)
+        except (re.error, TypeError) as error:
+            expected = f"a valid regular expression ({error})"
+            raise checks.error(name, expected, pattern) from error
+        names = {w.name for w in found if regex.search(w.path)}
+        if not names:
+            paths = ", ".join(repr(w.path) for w in found[:5])
+            expected = f"regexes that match a path, as {paths}"
+            raise checks.error(name, expected, pattern)
+        matched |= names
+    return matched
+
+
+def resolved(name: str, spec: Any, found: list[Weight]) -> dict[str, float]:
+    """Return {name of a weight: number} by a number, gradient or dict."""
+    if isinstance(spec, dict):
+        values: dict[str, float] = {}
+        for pattern, value in spec.items():
+            if isinstance(value, dict):
+                raise checks.error(name, "numbers or lists in a dict", spec)
+            numbers = resolved(name, value, found)
+            for each in _matching(name, [pattern], found):
+                values.setdefault(each, numbers[each])
+        for weight in found:
+            if weight.name not in values and weight.kept is None:
+                expected = (
+                    "with a regex for each weight, and none is found in "
+                    f"{weight.path!r}: add one for all others, ''"
+                )
+                raise checks.error(name, expected, spec)
+            values.setdefault(weight.name, 1.0)
+        return values
+    if isinstance(spec, (list, tuple, np.ndarray)) and np.size(spec) > 1:
+        anchors = [checks.check_float(name, each) for each in spec]
+        places = np.linspace(0, 1, len(anchors))
+        return {
+            w.name: float(np.interp(w.place(), places, anchors)) for w in found
+        }
+    value = checks.check_float(name, spec)
+    return {weight.name: value for weight in found}
+
+
+def shares(
+    chosen: MergeMethod,
+    method: str,
+    specs: list[Any],
+    found: list[Weight],
+    kept: dict[str, str],
+) -> dict[str, tuple[float, ...]]:
+    """Return {name of a weight: the weights of the models there}."""
+    columns = [
+        resolved(f"weights[{number}]", spec, found)
+        for number, spec in enumerate(specs)
+    ]
+    made = {w.name: tuple(c[w.name] for c in columns) for w in found}
+    for weight in found:
+        each, expected = made[weight.name], None
+        if weight.is_statistic:
+            is_mean = min(each) >= 0 and sum(each) > 0
+            if not chosen.needs_base and not is_mean:
+                made[weight.name] = (1.0,) * len(each)
+        elif chosen.weights in ("votes", "shares") and min(each) < 0:
+            expected = f"numbers >= 0 for method {method!r}"
+        elif chosen.weights in ("mean", "shares") and sum(each) <= 0:
+            expected = f"of a sum > 0 for method {method!r}"
+        if expected is not None and weight.name not in kept:
+            expected += f", at {weight.path!r}"
+            raise checks.error("weights", expected, each)
+    return made

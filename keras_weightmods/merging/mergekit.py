@@ -1,0 +1,116 @@
+"""Configs of mergekit, as arguments of `merge`."""
+
+import os
+import re
+from typing import Any
+
+from keras_weightmods.merging.methods import METHODS
+from keras_weightmods.utils import checks
+
+# What says nothing about weights, or what the files here say themselves.
+_PASSED_OVER = {
+    *("chat_template", "dtype", "name", "out_dtype", "tokenizer"),
+    "tokenizer_source",
+}
+_KEYS = {"base_model", "merge_method", "models", "parameters"}
+# Methods that divide by the sum of the weights there unless they are told.
+_DIVIDE = ("linear", "ties", "della")
+
+
+def arguments_of(config: Any) -> dict[str, Any]:
+    """Return the arguments of `merge` that a config of mergekit stands for.
+
+    Args:
+        config: Dict, or the path of a file of YAML. Its models are files that
+            `merge` reads; a filter is searched for in the paths of variables.
+
+    Raises:
+        ValueError: If it is no such config, or says what `merge` cannot do.
+    """
+    if not isinstance(config, dict):
+        config = _read(config)
+    unknown = {*config} - _KEYS - _PASSED_OVER
+    names = {each.mergekit or name: name for name, each in METHODS.items()}
+    if unknown or config.get("merge_method") not in names:
+        expected = (
+            f"a config with `models` and a `merge_method` of {sorted(names)}, "
+            f"and of the keys {sorted(_KEYS)}"
+        )
+        raise checks.error("config", expected, config)
+    method = names[config["merge_method"]]
+    chosen, base = METHODS[method], config.get("base_model")
+    rows = config.get("models")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and "model" in row for row in rows
+    ):
+        raise checks.error("models", "a list of `model: FILE`", rows)
+    # The base may be among them, and is no model then.
+    rows = [
+        row
+        for row in rows
+        if not (chosen.needs_base and row["model"] == base)
+        or row.get("parameters")
+    ]
+    models = [row["model"] for row in rows]
+    shared = dict(config.get("parameters") or {})
+    divides = shared.pop("normalize", config["merge_method"] in _DIVIDE)
+    if chosen.weights != "none" and method != "slerp":
+        ours = chosen.weights in ("mean", "votes")
+        if bool(divides) != ours:
+            expected = f"{str(ours).lower()} for {config['merge_method']!r}"
+            raise checks.error("normalize", expected, divides)
+    found: dict[str, Any] = {"method": method, "models": models}
+    found["base"] = base if chosen.needs_base else None
+    if "t" in shared and method == "slerp":
+        share = shared.pop("t")
+        found["weights"] = [_spec(share, lambda t: 1 - t), _spec(share)]
+        if base == models[-1]:
+            found["weights"].reverse()
+    own = [dict(row.get("parameters") or {}) for row in rows]
+    everywhere = shared.pop("weight", 1.0)
+    weights = [_spec(each.pop("weight", everywhere)) for each in own]
+    if chosen.weights != "none" and "weights" not in found:
+        found["weights"] = weights
+    # Here a number is that of all models.
+    for name in {*shared, *(name for each in own for name in each)}:
+        values = [each.get(name, shared.get(name)) for each in own]
+        if any(value != values[0] for value in values):
+            raise checks.error(name, "the same for all models", values)
+        found["scale" if name == "lambda" else name] = _spec(values[0])
+    return found
+
+
+def _spec(value: Any, change: Any = lambda number: number) -> Any:
+    """Return a number, a gradient or filters as `merge` takes them."""
+    if not isinstance(value, list):
+        return change(value)
+    if not all(isinstance(each, dict) for each in value):
+        return [change(each) for each in value]
+    # The first that fits counts, here and there.
+    return {
+        re.escape(each.get("filter") or ""): _spec(each["value"], change)
+        for each in value
+    }
+
+
+def _read(path: Any) -> Any:
+    """Return what a file of YAML holds, a dict."""
+    path = checks.check_path("config", path)
+    if not os.path.isfile(path) or not path.endswith((".yml", ".yaml")):
+        expected = "a list of models, or the YAML of mergekit (.yml, .yaml)"
+        raise checks.error("models", expected, path)
+    try:
+        import ruamel.yaml
+    except ImportError as error:
+        raise ImportError(
+            "A config of mergekit needs ruamel.yaml. Install with: "
+            "pip install 'keras-weightmods[cli]'"
+        ) from error
+    with open(path, encoding="utf-8") as file:
+        try:
+            found = ruamel.yaml.YAML(typ="safe", pure=True).load(file)
+        except ruamel.yaml.error.YAMLError as error:
+            raise ValueError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise checks.error("config", "an object of YAML", found)
+    return found

@@ -1,0 +1,142 @@
+"""One array of several models, as the methods of merging read it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from keras_weightmods.utils.parallel import map_ahead
+
+# Elements, of what is computed at a time: what the caches hold.
+PIECE = 1 << 17
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """One array to merge.
+
+    Attributes:
+        shape: Tuple of ints.
+        read: Callable from the number of a model (-1 for the base) and a slice
+            of the array flattened to the values there, float32 or float64.
+            Several threads call it.
+        weights: Tuple of floats, one for each model.
+        density: Float, the share of entries that a method keeps.
+        options: Dict from the names of the method's numbers to these.
+        seed: Tuple of ints, of random entries.
+        axes: Pair of tuples, the contraction and the stack axes of a kernel;
+            `None` for any other weight.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[int, slice], np.ndarray]
+    weights: tuple[float, ...]
+    density: float
+    options: Mapping[str, float]
+    seed: tuple[int, ...]
+    axes: Any = None
+
+    @property
+    def size(self) -> int:
+        """Int, the number of entries."""
+        return math.prod(self.shape)
+
+    def pieces(self, size: int | None = None) -> list[slice]:
+        """Return slices that cover the array."""
+        size = size or PIECE
+        starts = range(0, self.size, size)
+        return [slice(x, min(x + size, self.size)) for x in starts]
+
+    def mapped(
+        self, function: Callable[[slice], Any], size: int | None = None
+    ) -> Iterator[tuple[slice, Any]]:
+        """Yield slices that cover the array, and what a function makes of them.
+
+        The function is called on all cores.
+        """
+        pieces = self.pieces(size)
+        return zip(pieces, map_ahead(function, pieces))
+
+    def models(self, part: slice) -> list[np.ndarray]:
+        """Return the values of each model."""
+        return [self.read(i, part) for i in range(len(self.weights))]
+
+    def changes(self, part: slice) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return the base's values, and what each model has changed."""
+        base = self.read(-1, part)
+        return base, [values - base for values in self.models(part)]
+
+    def generator(self, model: int, draws: int) -> Any:
+        """Return the generator of a model as it is after draws of 64 bits."""
+        bits = np.random.PCG64([*self.seed, model])
+        return np.random.Generator(bits.advance(draws))
+
+    def kth_largest(self, *counts: int) -> list[list[Any]]:
+        """Return of each model the `count`-th largest of its changes."""
+        return kth_largest(
+            lambda part: self.changes(part)[1], self.pieces(), *counts
+        )
+
+
+def kth_largest(
+    rows_of: Callable[[Any], list[np.ndarray]], pieces: list[Any], *counts: int
+) -> list[list[Any]]:
+    """Return the `count`-th largest size of each of several rows of numbers.
+
+    In two passes over them. The bits of floats that are not negative are in
+    the order of the numbers: the upper half of those sought is found in the
+    first pass, the lower half in the second.
+
+    Args:
+        rows_of: Callable from a piece to what the rows have there, a list of an
+            array for each. They go by their sizes in float32. Several threads
+            call it.
+        pieces: List of what it takes.
+        *counts: Ints, from 1 to how many there are in a row.
+
+    Returns:
+        List with an entry for each count, the list of the sizes for each row.
+    """
+
+    def counted(halves):
+        """Return how often each half of 16 bits is in each of the rows."""
+
+        def of_piece(piece):
+            rows = [rank(x).view("uint32") for x in rows_of(piece)]
+            return [
+                [np.bincount(x, minlength=1 << 16) for x in halves(row, bits)]
+                for row, bits in enumerate(rows)
+            ]
+
+        return sum(map(np.array, map_ahead(of_piece, pieces)))
+
+    uppers = counted(lambda row, bits: [bits >> 16])[:, 0]
+    found = [[_place(row, count) for count in counts] for row in uppers]
+
+    def lower(row, bits):
+        return [bits[bits >> 16 == upper] & 0xFFFF for upper, _ in found[row]]
+
+    lowers = counted(lower)
+    bits = [
+        [
+            upper << 16 | _place(lowers[row, i], rest)[0]
+            for row, (upper, rest) in enumerate(column)
+        ]
+        for i, column in enumerate(zip(*found))
+    ]
+    return [list(row) for row in np.array(bits, "uint32").view("float32")]
+
+
+def _place(counts, count):
+    """Return the bin of the `count`-th from the end, and its place in it."""
+    above = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(above, count))
+    found = counts.size - 1 - place
+    return found, count - int(above[place] - counts[found])
+
+
+def rank(x):
+    """Return the sizes of changes, as `kth_largest` compares them."""
+    return np.abs(x).astype("float32", copy=False)
