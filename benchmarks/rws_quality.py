@@ -224,7 +224,7 @@ class Study:
             [self.signatures[source, name] for name in self.corruptions]
             for source in SOURCES
         )
-        return [[a.cosine_similarity(b).whole for b in second] for a in first]
+        return [[a.cosine_similarity(b) for b in second] for a in first]
 
     def rows(self):
         """Accuracies as dicts: data, corruption, model, on clean, under it."""

@@ -142,9 +142,9 @@ def study(net, args, console, output):
     if net == "vgg_like":
         results["similarity"] = [
             [
-                signatures["mnist"][a]
-                .cosine_similarity(signatures["digits"][b])
-                .whole
+                signatures["mnist"][a].cosine_similarity(
+                    signatures["digits"][b]
+                )
                 for b in names
             ]
             for a in names

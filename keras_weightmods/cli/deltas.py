@@ -90,30 +90,21 @@ def _remove(args):
     _DELTA,
     argument("model", help="the KerasHub model that the delta was made for"),
     argument("--rank", type=int, default=16, help="default: 16"),
-    argument(
-        "--format",
-        default="peft",
-        choices=("peft", "keras_hub"),
-        help="a folder of peft, the default, or a .lora.h5 file of KerasHub",
-    ),
     _FORCE,
     *OUTPUT,
 )
 def _to_lora(args):
-    """Write a delta as the nearest LoRA adapter of a rank.
+    """Write a delta as the nearest LoRA adapter of peft of a rank.
 
     examples:
       keras-weightmods delta to-lora task.safetensors base.safetensors \\
           --rank 32 -o adapter
     """
-    if args.format == "keras_hub":
-        check_output(args, ".h5")
     patch = kwm.Patch.load(args.delta)
     report = patch.to_lora(
         load_model(args.model),
         args.output,
         args.rank,
-        args.format,
         force=args.force,
         overwrite=args.overwrite,
     )
@@ -122,7 +113,7 @@ def _to_lora(args):
 
 @command(
     "delta from-lora",
-    argument("lora", help="a folder of peft, or a .lora.h5 file of KerasHub"),
+    argument("lora", help="a folder of peft"),
     argument("model", help="the KerasHub model that the adapter is for"),
     _DTYPE,
     *OUTPUT,

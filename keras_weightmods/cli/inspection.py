@@ -48,29 +48,16 @@ class FileReport(Report):
 @command(
     "inspect",
     argument("file", help="a model, a delta, a signature, a preset"),
-    argument(
-        "--weights",
-        action="store_true",
-        help="load the model, and tell the names, depths and roles of its "
-        "weights, as signatures see them",
-    ),
 )
 def _inspect(args):
     """Say what a file holds.
 
-    It loads no Keras, but with --weights. A file of this library is checked
-    as a whole.
+    It loads no Keras. A file of this library is checked as a whole.
 
     examples:
       keras-weightmods inspect model.keras
-      keras-weightmods inspect model.keras --weights
       keras-weightmods inspect noise.safetensors
     """
-    if args.weights:
-        from keras_weightmods.cli.files import load_model
-        from keras_weightmods.patches.architecture import weights_report
-
-        return reported(weights_report(load_model(args.file)))
     if not os.path.exists(args.file):
         raise FileNotFoundError(f"there is no file {args.file}")
     return reported(file_report(args.file))

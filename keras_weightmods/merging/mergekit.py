@@ -1,10 +1,10 @@
 """Configs of mergekit, as arguments of `merge`."""
 
-import os
 import re
 from typing import Any
 
 from keras_weightmods.merging.methods import METHODS
+from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
 
 # What says nothing about weights, or what the files here say themselves.
@@ -94,23 +94,28 @@ def _spec(value: Any, change: Any = lambda number: number) -> Any:
 
 
 def _read(path: Any) -> Any:
-    """Return what a file of YAML holds, a dict."""
+    """Return what a file of YAML or JSON holds, a dict."""
     path = checks.check_path("config", path)
-    if not os.path.isfile(path) or not path.endswith((".yml", ".yaml")):
-        expected = "a list of models, or the YAML of mergekit (.yml, .yaml)"
+    if not path.endswith((".yml", ".yaml", ".json")):
+        expected = "a list of models, or mergekit's .yml, .yaml or .json file"
         raise checks.error("models", expected, path)
+    with open(path, "rb") as file:
+        text = file.read()
     try:
-        import ruamel.yaml
+        if path.endswith(".json"):
+            found = parse_json(text)
+        else:
+            import ruamel.yaml
+
+            found = ruamel.yaml.YAML(typ="safe", pure=True).load(text)
     except ImportError as error:
         raise ImportError(
-            "A config of mergekit needs ruamel.yaml. Install with: "
+            "YAML needs ruamel.yaml; a .json file does not. Install with: "
             "pip install 'keras-weightmods[cli]'"
         ) from error
-    with open(path, encoding="utf-8") as file:
-        try:
-            found = ruamel.yaml.YAML(typ="safe", pure=True).load(file)
-        except ruamel.yaml.error.YAMLError as error:
-            raise ValueError(f"{path} is no valid YAML: {error}") from error
+    # The errors of YAML are none of Python's.
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise checks.error("config", "an object of YAML", found)
+        raise checks.error("config", "an object", found)
     return found

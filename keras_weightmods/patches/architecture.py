@@ -8,8 +8,7 @@ from keras_weightmods.core import keras_compat
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.weight_keys import same_path
-from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
-from keras_weightmods.patches.report import WeightRow, WeightsReport
+from keras_weightmods.patches.checkpoint import FLOATS
 
 # Of BatchNormalization. They are estimates from data, not trained.
 STATISTICS = ("moving_mean", "moving_variance")
@@ -256,23 +255,3 @@ def reparameterization_problems(expected, checkpoint, infos) -> list[str]:
         for at, info in ((str(i.position), i) for i in infos)
         if found.get(at) != expected.get(at)
     ]
-
-
-def weights_report(model: Any) -> WeightsReport:
-    """Return the weights of a model, as signatures see them.
-
-    Args:
-        model: A built Keras model.
-    """
-    checkpoint = Checkpoint("model", model)
-    infos = checkpoint.infos
-    found = roles(checkpoint, infos, frozen=True)
-    places = depths(checkpoint, infos, found)
-    return WeightsReport(
-        name=f"{type(model).__name__} {model.name}",
-        nbytes=sum(info.nbytes for info in infos),
-        rows=tuple(
-            WeightRow(info.key, depth, info.shape, info.dtype, role)
-            for info, role, depth in zip(infos, found, places)
-        ),
-    )

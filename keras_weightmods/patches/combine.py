@@ -7,9 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.patches import architecture
-from keras_weightmods.patches.report import Similarity
 from keras_weightmods.utils import checks
 
 S = TypeVar("S")
@@ -132,20 +130,15 @@ def map_weights(signature, function):
     )
 
 
-def cosine_similarity(first: Any, second: Any) -> Similarity:
-    """Return the `Similarity` of two signatures."""
-    products = {}
+def cosine_similarity(first: Any, second: Any) -> float:
+    """Return the cosine of two signatures, 0 where one is zero."""
+    ab = aa = bb = 0.0
     for pair in _aligned([first, second]):
-        a, b = (entry.dequantized("float64").ravel() for entry in pair)
-        counts = not pair[0].is_statistic
-        products[pair[0].position] = counts * np.array([a @ b, a @ a, b @ b])
-    layers = {}
-    for group in architecture.layer_groups(first.architecture):
-        taken = [products[place] for place in group if place in products]
-        if taken:
-            layer = first.architecture[group[0]].path.rpartition("/")[0]
-            layers[weight_key(group[0], layer)] = _cosine(taken)
-    return Similarity(_cosine(list(products.values())), layers)
+        if not pair[0].is_statistic:
+            a, b = (entry.dequantized("float64").ravel() for entry in pair)
+            ab, aa, bb = ab + a @ b, aa + a @ a, bb + b @ b
+    norm = math.sqrt(aa * bb)
+    return float(ab / norm) if norm else 0.0
 
 
 def trimmed(arrays, density):
@@ -202,12 +195,6 @@ def _aligned(signatures):
         zero = present.with_tensor(np.zeros(shape), replaced=0.0)
         aligned.append([entry or zero for entry in found])
     return aligned
-
-
-def _cosine(products):
-    ab, aa, bb = np.sum(products, axis=0) if products else np.zeros(3)
-    norm = math.sqrt(aa * bb)
-    return float(ab / norm) if norm else 0.0
 
 
 def elected_mean(arrays: list[np.ndarray], weights: Any = None) -> np.ndarray:

@@ -1,39 +1,215 @@
-"""Patches as LoRA adapters, and the way back."""
+"""Patches as LoRA adapters of peft, and the way back."""
 
+import hashlib
+import json
+import math
 import os
+import re
+import tempfile
 import warnings
 from typing import Any
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 from keras import ops
 
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.ops.low_rank import choose_method, low_rank_factors
-from keras_weightmods.patches import lora_files, tensors
+from keras_weightmods.patches import tensors
 from keras_weightmods.patches.checkpoint import Checkpoint
 from keras_weightmods.patches.delta_file import DTYPES
 from keras_weightmods.patches.entry import PatchEntry
-from keras_weightmods.patches.lora_files import Factors, position_of
 from keras_weightmods.patches.report import LoraKernel, LoraReport
 from keras_weightmods.patches.tensors import Replacing, Sparse
+from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
 
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Kernels are filled up to it with zeros.
 _MOST_RANK = 2**14
+_FACTOR = re.compile(
+    r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight"
+)
+# Settings of peft with which a change is not alpha / rank * B A alone.
+_MORE_THAN_FACTORS = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "bias",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "use_dora",
+    "use_qalora",
+)
+# Values of `init_lora_weights` that leave the base as it is.
+_HARMLESS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def check_arguments(
-    filepath: Any, rank: int, format: str, overwrite: bool
-) -> None:
-    """Raise an error where an adapter cannot be written."""
+def check_arguments(filepath: Any, rank: int, overwrite: bool) -> str:
+    """Return the path of the folder; raise an error where it cannot be."""
     checks.check_int("rank", rank, 1, _MOST_RANK)
-    checks.check_choice("format", format, tuple(lora_files.FORMATS))
     checks.check_bool("overwrite", overwrite)
-    lora_files.check_path(filepath, format, overwrite)
+    path = os.path.realpath(checks.check_path("filepath", filepath))
+    if not os.path.isdir(os.path.dirname(path)):
+        raise checks.error("filepath", "in a folder that exists", path)
+    if not os.path.lexists(path):
+        return path
+    names = os.listdir(path) if os.path.isdir(path) else ["a file"]
+    if names and _CONFIG not in names:
+        raise checks.error("filepath", "a new folder, or an adapter's", path)
+    if names and not overwrite:
+        raise FileExistsError(
+            "Pass `overwrite=True` to replace what is there. Received: "
+            f"filepath={path!r}, overwrite=False"
+        )
+    return path
+
+
+def write(
+    patch: Any, model: Any, path: str, rank: int, progress: Progress
+) -> LoraReport:
+    """Write a patch as an adapter; see `Patch.to_lora`."""
+    values = Checkpoint("model", model)
+    kernels = _kernels(model, values)
+    targets = {_position(target): target for target in find_targets(model)}
+    arrays: dict[str, np.ndarray] = {}
+    rows: list[LoraKernel] = []
+    skipped = []
+    whole = lost = 0.0
+    progress.total = 1 + len(patch)
+    for entry in patch:
+        progress.add()
+        start = values.read(entry.position).astype("float32")
+        if not isinstance(entry.tensor, Replacing):
+            # Exact, where a sum and a difference would round.
+            start = np.zeros_like(start)
+        changed = np.empty_like(start)
+        term = 1.0, entry.tensor, entry.replaced
+        for _ in tensors.rebuilt_pieces(start, [term], out=changed):
+            pass
+        change = changed - start
+        size = float(np.sum(np.square(change, dtype="float64")))
+        whole += size
+        found = kernels.get(entry.position)
+        if found is None or not size:
+            reason = "unchanged"
+            if size:
+                reason = (
+                    "not one tensor of transformers is this kernel and "
+                    "nothing else, or several have its values, as in a model "
+                    "that was not trained"
+                )
+            if entry.position not in targets:
+                reason = "no kernel of a layer"
+            skipped.append(Skipped(entry.key, reason))
+            lost += size
+            continue
+        target, name, _ = found
+        left, right, rest = _factors(_to_matrix(change, target), rank)
+        for which, factor in (("A", left), ("B", right)):
+            key = f"base_model.model.{name}.lora_{which}.weight"
+            arrays[key] = np.ascontiguousarray(factor.T, "float32")
+        error = (rest / size) ** 0.5
+        rows.append(LoraKernel(target.key, target.shape, error))
+        lost += rest
+    if not rows:
+        reasons = "; ".join(f"{each.path}: {each.reason}" for each in skipped)
+        raise ValueError(
+            "The patch must have changes that an adapter can hold. Left out: "
+            f"{reasons}. Received: {patch!r}"
+        )
+    is_causal = "CausalLM" in type(model).__name__
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if is_causal else None,
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        # (out, in) is that of a Linear, (in, out) GPT-2's own.
+        "fan_in_fan_out": any(is_plain for *_, is_plain in kernels.values()),
+        "inference_mode": True,
+        "target_modules": [
+            name
+            for key in arrays
+            for name, which in _FACTOR.findall(key)
+            if which == "A"
+        ],
+    }
+    os.makedirs(path, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path, prefix=".") as folder:
+        made = os.path.join(folder, _WEIGHTS), os.path.join(folder, _CONFIG)
+        safetensors.numpy.save_file(arrays, made[0], {"format": "pt"})
+        with open(made[1], "w") as file:
+            json.dump(config, file, indent=2)
+        # What a training has left beside them stays.
+        for each in made:
+            os.replace(each, os.path.join(path, os.path.basename(each)))
+    error = (lost / whole) ** 0.5
+    report = LoraReport(path, rank, tuple(rows), error, tuple(skipped))
+    if skipped:
+        left_out = [each.path for each in skipped]
+        warnings.warn(
+            f"The adapter has not the changes of {len(left_out)} of the "
+            f"patch's {len(patch)} weights, as {left_out[:3]}: they are no "
+            "kernels that it can hold. The report has the reasons, and the "
+            f"adapter lacks {error:.1%} of the change in all.",
+            stacklevel=3,
+        )
+    return report
+
+
+def changes(
+    model: Any, lora: Any, dtype: str | None, verbose: int
+) -> dict[str, Any]:
+    """Return the fields of the patch of an adapter; see `Patch.from_lora`."""
+    checks.check_choice("dtype", dtype, (*DTYPES, None))
+    checks.check_verbose(verbose)
+    path = checks.check_path("lora", lora)
+    if not os.path.isfile(os.path.join(path, _CONFIG)):
+        raise checks.error("lora", f"a folder of peft, with {_CONFIG}", path)
+    with Progress(1, "weight", verbose) as progress:
+        values = Checkpoint("model", model)
+        power = _scale_of(path)
+        pairs, problems = _pairs(path, _kernels(model, values))
+        # Each weight is read for the hash, and each of these once more.
+        progress.total = len(values.infos) + len(pairs)
+        entries = []
+        for position, (target, pair) in sorted(pairs.items()):
+            progress.add()
+            left, right = pair.get("A"), pair.get("B")
+            shapes = [None if x is None else x.shape for x in (left, right)]
+            shape = _matrix_shape(target)
+            rank = left.shape[-1] if left is not None and left.ndim else 0
+            if not rank or shapes != [(shape[0], rank), (rank, shape[1])]:
+                problems.append(
+                    f"{target.path}: shapes {shapes[0]} and {shapes[1]} of "
+                    f"factors, and {shape} of the kernel"
+                )
+                continue
+            scale = np.float32(power(rank))
+            change = _from_matrix(left * scale @ right, target)
+            entry = _entry_of(change, position, values, dtype)
+            if not np.all(np.isfinite(entry.numbers.astype("float32"))):
+                problems.append(f"{entry.key}: numbers that are not finite")
+            if entry.size:
+                entries.append(entry)
+        _refuse("an adapter of this model", path, problems)
+        if not entries:
+            raise checks.error("lora", "an adapter that changes a kernel", path)
+        return {
+            "entries": tuple(entries),
+            "count": len(values.infos),
+            "base": values.fingerprint(see=progress.add),
+        }
 
 
 def check_plain(model: Any) -> None:
@@ -46,114 +222,152 @@ def check_plain(model: Any) -> None:
         )
 
 
-def write(
-    patch: Any,
-    model: Any,
-    filepath: Any,
-    rank: int,
-    format: str,
-    progress: Progress,
-) -> LoraReport:
-    """Write a patch as an adapter; see `Patch.to_lora`."""
-    values = Checkpoint("model", model)
-    targets = find_targets(model)
-    by_position = {position_of(target): target for target in targets}
-    file = lora_files.FORMATS[format](model, targets)
-    factors: list[Factors] = []
-    kernels: list[LoraKernel] = []
-    skipped = []
-    whole = lost = 0.0
-    # The last step is the file.
-    progress.total = 1 + len(patch)
-    for entry in patch:
-        progress.add()
-        start = values.read(entry.position).astype("float32")
-        if not isinstance(entry.tensor, Replacing):
-            # Exact, where a sum and a difference would round.
-            start = np.zeros_like(start)
-        changed = np.empty_like(start)
-        term = 1.0, entry.tensor, entry.replaced
-        for _ in tensors.rebuilt_pieces(start, [term], out=changed):
-            pass
-        dense = changed - start
-        size = float(np.sum(np.square(dense, dtype="float64")))
-        whole += size
-        target = by_position.get(entry.position)
-        reason = "no kernel of a layer"
-        if target is not None:
-            reason = file.reason_to_skip(target)
-        if reason is not None or not size:
-            skipped.append(Skipped(entry.key, reason or "unchanged"))
-            lost += size
+def _kernels(model: Any, values: Checkpoint) -> dict[int, Any]:
+    """Return the kernels that an adapter can hold, by position.
+
+    A kernel is found among the tensors of transformers by its values, as
+    KerasHub exports them: the one that holds its matrix and nothing else,
+    transposed or not.
+
+    Returns:
+        Dict from positions to triples of the `Target`, the module there, and
+        whether that holds the matrix as (in, out).
+    """
+    backbone = getattr(model, "backbone", model)
+    if not hasattr(backbone, "export_to_transformers"):
+        raise checks.error("model", "a KerasHub model or backbone", model)
+    names: dict[Any, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        backbone.export_to_transformers(folder)
+        path = os.path.join(folder, "model.safetensors")
+        with safetensors.safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118
+                array = file.get_tensor(name)
+                if array.ndim == 2:
+                    key = array.shape, _digest(array)
+                    # Which of several equal ones is which, nothing tells.
+                    names[key] = None if key in names else name
+    found = {}
+    for target in find_targets(model):
+        if target.stack_axes:
             continue
-        made, rest = _factors(file.to_matrix(dense, target), target, rank)
-        factors.append(made)
-        error = (rest / size) ** 0.5
-        kernels.append(LoraKernel(target.key, target.shape, error))
-        lost += rest
-    if not factors:
-        reasons = "; ".join(f"{each.path}: {each.reason}" for each in skipped)
-        raise ValueError(
-            "The patch must have changes that an adapter can hold. Left out: "
-            f"{reasons}. Received: {patch!r}"
+        matrix = _to_matrix(values.read(_position(target)), target)
+        for is_plain, array in ((False, matrix.T), (True, matrix)):
+            name = names.pop((array.shape, _digest(array)), None)
+            if name is not None:
+                module = name.removesuffix(".weight")
+                found[_position(target)] = target, module, is_plain
+                break
+    return found
+
+
+def _scale_of(path: str) -> Any:
+    """Return what gives the scale of an adapter by its rank, checked."""
+    with open(os.path.join(path, _CONFIG), "rb") as file:
+        try:
+            config = parse_json(file.read())
+        except ValueError as error:
+            expected = f"a folder of peft, with JSON in {_CONFIG} ({error})"
+            raise checks.error("lora", expected, path) from error
+    plain = "a plain LoRA of peft, alpha / rank * B A over its base and no more"
+    if not isinstance(config, dict):
+        _refuse(plain, path, [f"{_CONFIG} holds {config!r}"])
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type={config.get('peft_type')!r}, not 'LORA'")
+    problems += [
+        f"{name}={config[name]!r}"
+        for name in _MORE_THAN_FACTORS
+        if config.get(name) not in (None, False, "none", {}, [])
+    ]
+    init = config.get("init_lora_weights")
+    if (init.lower() if isinstance(init, str) else init) not in _HARMLESS:
+        problems.append(
+            f"init_lora_weights={init!r}, which may change the base too: let "
+            "peft convert it, where it can, by `save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)`"
         )
-    file.write(filepath, factors, rank)
-    report = LoraReport(
-        os.fspath(filepath),
-        rank,
-        tuple(kernels),
-        (lost / whole) ** 0.5,
-        tuple(skipped),
+    alpha = config.get("lora_alpha")
+    if not checks.is_finite(alpha):
+        problems.append(f"lora_alpha={alpha!r}, not a finite number")
+    _refuse(plain, path, problems)
+    power = 0.5 if config.get("use_rslora") else 1
+    return lambda rank: alpha / rank**power
+
+
+def _pairs(
+    path: str, kernels: dict[int, Any]
+) -> tuple[dict[int, Any], list[str]]:
+    """Return the factors in a folder, and what is wrong with others.
+
+    Returns:
+        Pair of a dict from positions to pairs of a `Target` and its factors,
+        under "A" and "B"; and a list of strings.
+    """
+    try:
+        arrays = safetensors.numpy.load_file(os.path.join(path, _WEIGHTS))
+    except (OSError, safetensors.SafetensorError) as error:
+        expected = f"a folder of peft, with tensors in {_WEIGHTS} ({error})"
+        raise checks.error("lora", expected, path) from error
+    pairs: dict[int, Any] = {}
+    unknown = []
+    for key, array in arrays.items():
+        match = _FACTOR.fullmatch(key)
+        # An adapter may be of the model without its head.
+        fitting = [
+            (position, target)
+            for position, (target, module, _) in kernels.items()
+            if match and f".{module}".endswith(f".{match[1]}")
+        ]
+        if match is None or len(fitting) != 1:
+            unknown.append(key)
+            continue
+        ((position, target),) = fitting
+        pair = pairs.setdefault(position, (target, {}))[1]
+        pair[match[2]] = array.astype("float32").T
+    problems = []
+    if unknown:
+        count = f"{len(unknown)} tensors, as {unknown[:3]}"
+        problems.append(f"{count}, that are no factors of its kernels")
+    return pairs, problems
+
+
+def _refuse(expected: str, path: str, problems: list[str]) -> None:
+    checks.raise_all(
+        f"`lora` must be {expected}. Received: lora={path!r}, with", problems
     )
-    if skipped:
-        left = [each.path for each in skipped]
-        warnings.warn(
-            f"The adapter has not the changes of {len(left)} of the patch's "
-            f"{len(patch)} weights, as {left[:3]}: they are no kernels that it "
-            f"can hold. The report has the reasons, and the adapter lacks "
-            f"{report.error:.1%} of the change in all.",
-            stacklevel=3,
-        )
-    return report
 
 
-def changes(
-    model: Any, lora: Any, dtype: str | None, verbose: int
-) -> dict[str, Any]:
-    """Return the fields of the patch of an adapter; see `Patch.from_lora`."""
-    checks.check_choice("dtype", dtype, (*DTYPES, None))
-    checks.check_verbose(verbose)
-    with Progress(1, "weight", verbose) as progress:
-        format = lora_files.format_of(lora)
-        file = lora_files.FORMATS[format](model, find_targets(model))
-        found = file.read(lora)
-        values = Checkpoint("model", model)
-        # Each weight is read for the hash, and each of these once more.
-        progress.total = len(values.infos) + len(found)
-        entries = []
-        for each in found:
-            progress.add()
-            change = file.from_matrix(each.left @ each.right, each.target)
-            entry = _entry_of(change, position_of(each.target), values, dtype)
-            if not np.all(np.isfinite(entry.numbers.astype("float32"))):
-                expected = f"of finite numbers, those of {entry.key} too"
-                raise checks.error("lora", expected, os.fspath(lora))
-            if entry.size:
-                entries.append(entry)
-        if not entries:
-            raise checks.error("lora", "an adapter that changes a kernel", lora)
-        entries.sort(key=lambda entry: entry.position)
-        return {
-            "entries": tuple(entries),
-            "count": len(values.infos),
-            "base": values.fingerprint(see=progress.add),
-        }
+def _position(target: Any) -> int:
+    """Return the place of a target in the weights of its model."""
+    return int(target.key.partition(":")[0])
+
+
+def _matrix_shape(target: Any) -> tuple[int, int]:
+    rows = math.prod(target.shape[i] for i in target.contraction_axes)
+    return rows, math.prod(target.shape) // rows
+
+
+def _to_matrix(change: np.ndarray, target: Any) -> np.ndarray:
+    """Return an array of a kernel's shape as the matrix (in, out)."""
+    order = (*target.contraction_axes, *target.output_axes)
+    return change.transpose(order).reshape(_matrix_shape(target))
+
+
+def _from_matrix(matrix: np.ndarray, target: Any) -> np.ndarray:
+    order = (*target.contraction_axes, *target.output_axes)
+    change = matrix.reshape([target.shape[axis] for axis in order])
+    return change.transpose(np.argsort(order))
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def _entry_of(
     change: np.ndarray, position: int, values: Checkpoint, dtype: str | None
 ) -> PatchEntry:
-    """Return the entry of a delta that adds a change to a weight."""
+    """Return the entry that adds a change to a weight."""
     places = np.flatnonzero(change)
     numbers: Any = change.reshape(-1)[places]
     info = values.infos[position]
@@ -165,7 +379,9 @@ def _entry_of(
     return PatchEntry(info, Replacing(places, numbers))
 
 
-def _factors(matrix: Any, target: Any, rank: int) -> tuple[Factors, float]:
+def _factors(
+    matrix: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Return the factors nearest to a matrix, and the square of the rest."""
     rows, columns = matrix.shape
     inner = min(rank, rows, columns)
@@ -174,16 +390,14 @@ def _factors(matrix: Any, target: Any, rank: int) -> tuple[Factors, float]:
     left, right = map(
         ops.convert_to_numpy, low_rank_factors(tensor, inner, method)
     )
-    # One has orthonormal vectors, and the other the singular values.
-    sizes = np.linalg.norm(left, axis=0) * np.linalg.norm(right, axis=1)
-    root = np.sqrt(sizes)
-    left = left * _ratio(root, np.linalg.norm(left, axis=0))
-    right = right * _ratio(root, np.linalg.norm(right, axis=1))[:, None]
+    # One has orthonormal vectors, the other the singular values: both get
+    # their roots.
+    sizes = np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.nan_to_num(np.sqrt(sizes[1] / sizes[0]), posinf=0.0)
+    left = left * ratio
+    right = right * np.divide(1, ratio, where=ratio > 0, out=ratio * 0)[:, None]
     rest = np.sum(np.square(matrix - left @ right, dtype="float64"))
-    left = np.pad(left, ((0, 0), (0, rank - inner))).astype("float32")
-    right = np.pad(right, ((0, rank - inner), (0, 0))).astype("float32")
-    return Factors(target, left, right), float(rest)
-
-
-def _ratio(a: Any, b: Any) -> Any:
-    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+    left = np.pad(left, ((0, 0), (0, rank - inner)))
+    right = np.pad(right, ((0, rank - inner), (0, 0)))
+    return left, right, float(rest)

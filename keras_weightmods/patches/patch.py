@@ -186,10 +186,11 @@ class Patch:
         Args:
             model: A KerasHub model or backbone, the base of the adapter,
                 without patches. It is not changed.
-            lora: String or path, of a folder of peft or of a `.lora.h5` file
-                of KerasHub, which has the rank as alpha.
+            lora: String or path, of a folder of peft. KerasHub reads its own
+                files: `load_lora_weights`, then `kwm.merge_lora`, and
+                `from_models`.
             dtype: As in `from_models`.
-            name: As in `from_models`. Defaults to the name of the file.
+            name: As in `from_models`. Defaults to the name of the folder.
             verbose: As in `from_models`.
 
         Returns:
@@ -208,18 +209,20 @@ class Patch:
         import keras_weightmods as kwm
         from keras_hub import models
 
-        backbone = models.Llama3Backbone(96, 1, 4, 32, 64, 2)
+        model = models.Llama3CausalLM(
+            models.Llama3Backbone(96, 1, 4, 32, 64, 2), preprocessor=None
+        )
+        base = model.get_weights()
+        kernel = kwm.find_targets(model)[0].variable
+        kernel.assign(kernel + 0.1)
+        task = kwm.Patch.from_models(model, base)
+        model.set_weights(base)
         with tempfile.TemporaryDirectory() as folder:
-            lora = os.path.join(folder, "task.lora.h5")
-            tuned = models.Llama3Backbone(96, 1, 4, 32, 64, 2)
-            tuned.set_weights(backbone.get_weights())
-            tuned.enable_lora(2)
-            for weight in tuned.trainable_weights:
-                weight.assign(weight + 0.1)
-            tuned.save_lora_weights(lora)
-            patch = kwm.Patch.from_lora(backbone, lora)
-        patch.apply(backbone)
-        assert len(patch) == 2  # query and value
+            adapter = os.path.join(folder, "adapter")
+            report = task.to_lora(model, adapter, rank=1)
+            assert report.error < 0.01
+            patch = kwm.Patch.from_lora(model, adapter)
+        patch.apply(model)
         ```
         """
         checks.check_string("name", name, optional=True)
@@ -232,13 +235,12 @@ class Patch:
         model: Any,
         filepath: Any,
         rank: int = 16,
-        format: str = "peft",
         *,
         force: bool = False,
         overwrite: bool = True,
         verbose: int = 1,
     ) -> LoraReport:
-        """Write the patch as a LoRA adapter, the nearest one of a rank.
+        """Write the patch as a LoRA adapter of peft, the nearest of a rank.
 
         The change D of each kernel becomes the product of two factors (LoRA,
         arXiv 2106.09685, equation 3) by its truncated singular value
@@ -246,27 +248,22 @@ class Patch:
         is of high rank: the report says what is lost. What an adapter cannot
         hold, biases and norms for instance, is left out with a warning.
 
-        - `"peft"`: a folder with `adapter_model.safetensors` and
-          `adapter_config.json`, for the model that
-          `kwm.export(model, path, "transformers")` writes. Kernels that
-          transformers holds as a part of a tensor, as GPT-2's query, are left
-          out.
-        - `"keras_hub"`: a file that ends in `.lora.h5`. Call
-          `backbone.enable_lora(rank, names)` with the names of the layers in
-          the report, then `backbone.load_lora_weights(filepath)`.
+        The adapter is a folder with `adapter_model.safetensors` and
+        `adapter_config.json`, for the model that
+        `kwm.export(model, path, "transformers")` writes. Kernels that
+        transformers holds as a part of a tensor, as GPT-2's query, are left
+        out.
 
         Args:
             model: A KerasHub model or backbone, the base of the patch, without
                 patches. It is not changed.
-            filepath: String or path of the file or folder to write.
+            filepath: String or path of the folder to write.
             rank: Int, at most 16,384. Kernels with a side below it get zeros.
                 Defaults to 16.
-            format: `"peft"` or `"keras_hub"`. Defaults to `"peft"`.
             force: Bool, whether to take a delta of another base with weights
                 of the same shapes. Defaults to `False`.
-            overwrite: Bool, whether to replace an adapter that is there: its
-                two files, of a folder; what else is in it stays. Defaults to
-                `True`.
+            overwrite: Bool, whether to replace the two files of an adapter
+                that is there. Defaults to `True`.
             verbose: As in `from_models`.
 
         Returns:
@@ -274,34 +271,13 @@ class Patch:
 
         Raises:
             ValueError: If an argument is not as above, the patch is not one
-                for this model, none of its changes can be in an adapter, or
-                the folder holds other weights of one, as `adapter_model.bin`.
+                for this model, or none of its changes can be in an adapter.
                 Nothing is written then.
-            FileExistsError: If there is a file and `overwrite` is `False`.
+            FileExistsError: If there is one and `overwrite` is `False`.
 
-        Example:
-
-        ```python
-        import os
-        import tempfile
-        import keras_weightmods as kwm
-        from keras_hub import models
-
-        model = models.Llama3CausalLM(
-            models.Llama3Backbone(96, 1, 4, 32, 64, 2), preprocessor=None
-        )
-        base = model.get_weights()
-        kernel = kwm.find_targets(model)[0].variable
-        kernel.assign(kernel + 0.1)
-        task = kwm.Patch.from_models(model, base)
-        model.set_weights(base)
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "task.lora.h5")
-            report = task.to_lora(model, path, 1, "keras_hub")
-        assert report.error < 0.01
-        ```
+        Example: see `from_lora`.
         """
-        adapters.check_arguments(filepath, rank, format, overwrite)
+        path = adapters.check_arguments(filepath, rank, overwrite)
         checks.check_bool("force", force)
         checks.check_verbose(verbose)
         _check_plain(model)
@@ -309,7 +285,7 @@ class Patch:
             values = Checkpoint("model", model)
             self._check_fits(values)
             self._check_base(values, Ledger(), force)
-            return adapters.write(self, model, filepath, rank, format, progress)
+            return adapters.write(self, model, path, rank, progress)
 
     @classmethod
     def load(cls, filepath: Any, verbose: int = 1) -> Self:
@@ -673,7 +649,7 @@ class Patch:
 def _stem(filepath: Any) -> str:
     """Return the name of a file or folder without its ending."""
     name: str = os.path.basename(os.path.normpath(os.fspath(filepath)))
-    return os.path.splitext(name)[0].removesuffix(".lora")
+    return os.path.splitext(name)[0]
 
 
 def _of_model(model: Any) -> tuple[Checkpoint, Ledger]:

@@ -14,7 +14,6 @@ from keras_weightmods.patches import (
     combine,
     signature_file,
 )
-from keras_weightmods.patches import report as reports
 from keras_weightmods.patches.extract import extract
 from keras_weightmods.patches.patch import Patch
 from keras_weightmods.patches.quantized import quantize
@@ -334,7 +333,7 @@ class WeightSignature(Patch):
                 progress.add()
         return self.with_entries(entries)
 
-    def cosine_similarity(self, other: "WeightSignature") -> reports.Similarity:
+    def cosine_similarity(self, other: "WeightSignature") -> float:
         """Return how far two signatures point in one direction, in [-1, 1].
 
         Over all weights but statistics. Where only one of them has a weight,
@@ -344,15 +343,15 @@ class WeightSignature(Patch):
             other: A `WeightSignature` of the same architecture.
 
         Returns:
-            A `Similarity`: `whole`, and `layers`, a dict from the layer's
-            place and path to its similarity.
+            Float.
 
         Raises:
             ValueError: If `other` is something else.
         """
         if not isinstance(other, WeightSignature):
             raise checks.error("other", "a `WeightSignature`", other)
-        return combine.cosine_similarity(self, other)
+        similarity: float = combine.cosine_similarity(self, other)
+        return similarity
 
     @classmethod
     def _read(cls, filepath: str) -> Self:

@@ -105,7 +105,7 @@ def test_add_and_quantize(run, noise, folder):
     signature = WeightSignature.load(noise)
     run(f"{ADD} noise.safetensors --weights 2 -0.5 -o sum.safetensors")
     total = WeightSignature.load(folder / "sum.safetensors")
-    assert total.cosine_similarity(signature).whole == pytest.approx(1)
+    assert total.cosine_similarity(signature) == pytest.approx(1)
     np.testing.assert_allclose(
         total.entries[0].tensor, 1.5 * signature.entries[0].tensor, rtol=1e-6
     )
@@ -131,9 +131,6 @@ def test_tables(run, noise):
         assert part in printed, part
     found = json.loads(run("signature info noise.safetensors --json"))
     assert len(found["fingerprints"]["clean"]) == 64
-    printed = run("inspect clean.keras --weights")
-    for part in ("Sequential net", "moving_mean", "statistic", "float32"):
-        assert part in printed, part
     printed = run("report clean.keras --pattern 1:2")
     assert "Sparsity, pattern 1:2" in printed
 

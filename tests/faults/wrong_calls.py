@@ -299,19 +299,19 @@ def _adapter():
     kernel.assign_add(0 * kernel.value + 0.1)
     patch = kwm.Patch.from_models(model, base)
     model.set_weights(base)
-    patch.to_lora(model, "old.lora.h5", 2, format="keras_hub")
+    patch.to_lora(model, "old_adapter", 2)
     return patch, model
 
 
 def _to_lora():
     patch, model = _adapter()
-    given = {"model": model, "filepath": "new.lora.h5", "format": "keras_hub"}
+    given = {"model": model, "filepath": "new_adapter"}
     return Call(patch.to_lora, given, [model])
 
 
 def _from_lora():
     _, model = _adapter()
-    given = {"model": model, "lora": "old.lora.h5"}
+    given = {"model": model, "lora": "old_adapter"}
     return Call(kwm.Patch.from_lora, given, [model])
 
 

@@ -215,7 +215,7 @@ def test_configs_of_mergekit(tmp_path, monkeypatch):
             },
             "`gamma` must be the same",
         ),
-        ("nothing.yml", "the YAML of mergekit"),
+        ("nothing.txt", "or mergekit's .yml"),
     ):
         with pytest.raises(ValueError, match=match):
             kwm.merge(wrong, merged, verbose=0)

@@ -1,4 +1,4 @@
-"""Deltas as LoRA adapters against NumPy's SVD, KerasHub and peft."""
+"""Deltas as LoRA adapters against NumPy's SVD and peft."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.patches import lora_files
 from tests import models
 from tests.models import normal, weights_of
 
@@ -72,47 +71,6 @@ def check_report(report, added, matrices):
     assert len(report.kernels) == len(added)
     assert abs(report.error - (lost / total) ** 0.5) < 1e-4
     assert f"{report.error:.1%}" in str(report)
-
-
-def test_a_companded_model_is_refused(task, tmp_path):
-    model, delta, _ = task
-    path = tmp_path / "task.lora.h5"
-    delta.to_lora(model, path, RANK, "keras_hub")
-    kwm.attach_compander(model, a=0.5)
-    with pytest.raises(ValueError, match="must be plain"):
-        delta.to_lora(model, tmp_path / "a", RANK)
-    with pytest.raises(ValueError, match="must be plain"):
-        kwm.Patch.from_lora(model, path)
-
-
-def test_kerashub_reads_its_file(task, tmp_path):
-    model, delta, added = task
-    before, path = weights_of(model), tmp_path / "task.lora.h5"
-    report = delta.to_lora(model, path, RANK, "keras_hub")
-    models.assert_same(weights_of(model), before)
-
-    def matrix(key):
-        return added[key].reshape(-1, added[key].shape[-1])
-
-    check_report(report, added, matrix)
-    other = make()
-    names = {t.layer.name for t in kwm.find_targets(other)}
-    other.backbone.enable_lora(RANK, sorted(names))
-    other.backbone.load_lora_weights(str(path))
-    for target in kwm.find_targets(model):
-        kept, _ = nearest(matrix(target.key), RANK)
-        target.variable.assign(target.variable + kept.reshape(target.shape))
-    np.testing.assert_allclose(
-        models.numpy(other(X)), models.numpy(model(X)), atol=1e-4
-    )
-    # And back, at its scale of 1.
-    model.set_weights(before)
-    back = kwm.Patch.from_lora(model, path, None)
-    assert back.name == "task"
-    back.apply(model)
-    np.testing.assert_allclose(
-        models.numpy(model(X)), models.numpy(other(X)), atol=1e-4
-    )
 
 
 def matrix_of(target, array):
@@ -180,23 +138,12 @@ def test_what_else_is_in_peft_s_folder_stays(task, tmp_path):
         files = (p for p in path.rglob("*") if p.is_file())
         return {str(p.relative_to(path)): p.read_bytes() for p in files}
 
-    (path / "adapter_model.bin").write_text("old")
-    before = found()
-    with pytest.raises(ValueError, match="adapter_model\\.bin"):
-        delta.to_lora(model, path, RANK)
-    assert found() == before
-    (path / "adapter_model.bin").unlink()
     delta.to_lora(model, path, RANK)
     assert found() == {**ours, **dict.fromkeys(others, b"{}")}
-    # An empty folder, and one where a folder has the name of a file.
     empty = tmp_path / "empty"
     empty.mkdir()
     delta.to_lora(model, empty, RANK)
     assert {p.name: p.read_bytes() for p in empty.iterdir()} == ours
-    (empty / "adapter_model.safetensors").unlink()
-    (empty / "adapter_model.safetensors").mkdir()
-    with pytest.raises(ValueError, match="a regular file"):
-        delta.to_lora(model, empty, RANK)
 
 
 def test_peft_multiplies_by_it(task, tmp_path):
@@ -261,43 +208,32 @@ def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
         assert sorted(os.listdir(tmp_path)) == before
 
     to, back = delta.to_lora, kwm.Patch.from_lora
-    hub = tmp_path / "task.lora.h5"
-    check("`rank` must be", to, model, hub, 0, "keras_hub")
-    check("`format` must be", to, model, hub, 2, "other")
-    check("ends in .lora.h5", to, model, tmp_path / "x", 2, "keras_hub")
-    check("a folder that exists", to, model, tmp_path / "no" / "x")
-    check("or an adapter", to, model, __file__)
-    check("or an adapter", to, model, tmp_path)
-    check("does not fit", to, models.mlp(), hub, 2, "keras_hub")
-    for format in ("keras_hub", "peft"):
-        path = hub if format == "keras_hub" else tmp_path / "adapter"
-        check("a KerasHub model", other_delta.to_lora, plain, path, 2, format)
+    path = tmp_path / "adapter"
+    check("`rank` must be", to, model, path, 0)
+    check("a folder that exists", to, model, path / "no" / "x")
+    check("or an adapter's", to, model, __file__)
+    check("or an adapter's", to, model, tmp_path)
+    check("does not fit", to, models.mlp(), path)
+    check("a KerasHub model", other_delta.to_lora, plain, path)
     check("a folder of peft", back, model, __file__)
     delta.apply(model)
     match = r"without patches\. Call .* Received: model=.* with \["
-    check(match, to, model, hub, 2, "keras_hub")
+    check(match, to, model, path)
     delta.remove(model)
     moved = weights_of(model)
     model.set_weights([array + 1 for array in moved])
-    check("must be the base", to, model, hub, 2, "keras_hub")
+    check("must be the base", to, model, path)
     model.set_weights(moved)
-    delta.to_lora(model, hub, 2, "keras_hub")
+    companded = make()
+    kwm.attach_compander(companded, a=0.5)
+    check("must be plain", to, companded, path)
+    to(model, path, 2)
+    check("must be plain", back, companded, path)
     before = sorted(os.listdir(tmp_path))
-    other = make(hidden_dim=8)
-    check("`lora` must be an adapter of this model", back, other, hub)
-    check(
-        "overwrite",
-        to,
-        model,
-        hub,
-        2,
-        "keras_hub",
-        error=FileExistsError,
-        overwrite=False,
-    )
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    before.insert(0, "adapter")
+    match = "`lora` must be an adapter of this model"
+    check(match, back, make(hidden_dim=8), path)
+    check("over", to, model, path, error=FileExistsError, overwrite=False)
+    folder = path
     for config, match in (
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"peft_type": "LORA", "use_dora": True}, "use_dora=True"),
@@ -311,7 +247,6 @@ def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
     key = "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"
     save_file({key: normal(2, 16)}, folder / "adapter_model.safetensors")
     check("layers.7.mlp.up_proj", back, model, folder)
-    assert set(lora_files.FORMATS) == {"keras_hub", "peft"}
 
 
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
@@ -369,31 +304,3 @@ def test_what_is_more_than_its_factors_is_refused(tmp_path):
     for init in (None, True, False, "gaussian", "eva", "orthogonal"):
         write_adapter(folder, {**PLAIN, "init_lora_weights": init})
         kwm.Patch.from_lora(model, folder)
-
-
-def test_damaged_files_of_kerashub_are_refused(task, tmp_path):
-    import h5py
-
-    model, delta, _ = task
-    path = tmp_path / "task.lora.h5"
-    delta.to_lora(model, path, RANK, "keras_hub")
-    with h5py.File(path) as file:
-        number = next(name for name in file["lora"] if name != "vars")
-    group = f"lora/{number}/vars"
-
-    def check(match):
-        with pytest.raises(ValueError, match=match) as error:
-            kwm.Patch.from_lora(model, path)
-        assert str(path) in str(error.value)
-
-    with h5py.File(path, "r+") as file:
-        old = file[f"{group}/lora_kernel_b"][()]
-        del file[f"{group}/lora_kernel_b"]
-        file["lora/99/vars/lora_kernel_a"] = old
-    check(r"with 2 problems:(.|\n)*and None of factors(.|\n)*layer 99")
-    with h5py.File(path, "r+") as file:
-        del file["lora/99"]
-        file[f"{group}/lora_kernel_b"] = old[:-1]
-    check("`lora` must be an adapter of this model")
-    path.write_text("junk")
-    check("h5py can read")
