@@ -82,7 +82,9 @@ def _remove(args):
     patch = kwm.Patch.load(args.delta)
     model = load_model(args.model)
     report = patch.subtract(model, args.scale)
-    return write_changed(model, args, len(report.subtracted), patch.base)
+    return write_changed(
+        model, args, len(report.subtracted), patch.fingerprints.get("base")
+    )
 
 
 @command(

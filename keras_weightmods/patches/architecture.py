@@ -10,8 +10,6 @@ from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.weight_keys import same_path
 from keras_weightmods.patches.checkpoint import FLOATS
 
-# Of BatchNormalization. They are estimates from data, not trained.
-STATISTICS = ("moving_mean", "moving_variance")
 # Of Normalization, which `adapt` fills. Never touched.
 _ADAPTED = ("mean", "variance", "count")
 # What training changes, "recurrent_kernel" too, whatever is frozen now.
@@ -40,7 +38,8 @@ def roles(checkpoint, infos, frozen=False):
     found = []
     for info in infos:
         role = "weight"
-        if info.name in STATISTICS:
+        # Estimates from data, not trained.
+        if info.is_statistic:
             role = "statistic"
         elif info.dtype not in FLOATS or info.name in _ADAPTED:
             role = "other"
@@ -169,25 +168,6 @@ def weight_problems(expected, infos, argument) -> list[str]:
     return wrong
 
 
-def path_problems(expected, infos, argument) -> list[str]:
-    """Return which weights of a model have other paths than expected ones.
-
-    Args:
-        expected: Sequence of `WeightInfo`, some weights of an architecture.
-        infos: Sequence of `WeightInfo`, all weights of a model; those of a
-            list have no paths.
-        argument: String, what `infos` are in messages.
-    """
-    return [
-        f"{argument}, weight {each.position}: {infos[each.position].path!r}, "
-        f"and {each.path!r} is expected"
-        for each in expected
-        if each.path
-        and infos[each.position].path
-        and not same_path(each.path, infos[each.position].path)
-    ]
-
-
 def lora_layers(checkpoint) -> list[str]:
     """Return the paths of the layers with LoRA; of a list none is known."""
     if checkpoint.model is None:
@@ -218,19 +198,6 @@ def reparameterized(checkpoint) -> dict[str, str]:
         name = item.name or type(item).__name__
         found[str(position)] = f"{name} ({', '.join(fixed)})"
     return found
-
-
-def is_reparameterized(value, count) -> bool:
-    """Return whether a dict from a file is one of `reparameterized`.
-
-    Args:
-        value: The dict.
-        count: Int, the number of weights.
-    """
-    return all(
-        key.isdecimal() and int(key) < count and isinstance(how, str)
-        for key, how in value.items()
-    )
 
 
 def reparameterization_problems(expected, checkpoint, infos) -> list[str]:

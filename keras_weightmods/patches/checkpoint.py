@@ -2,8 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,47 +9,13 @@ import keras
 import numpy as np
 
 from keras_weightmods.backend import backend_module
-from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.patches import tensors
+from keras_weightmods.patches.entry import FLOATS as FLOATS
+from keras_weightmods.patches.entry import WeightInfo as WeightInfo
 from keras_weightmods.saving.container import DTYPES
 from keras_weightmods.utils import checks
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 _COPY_ON_WRITE = ("jax", "tensorflow")
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightInfo:
-    """One weight of a model, without its values.
-
-    Attributes:
-        position: Int, place in `model.get_weights()`.
-        path: String, the variable's path less the model's own name, or `""`
-            where it is not known. Not unique.
-        shape: Tuple of ints.
-        dtype: String.
-    """
-
-    position: int
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def key(self) -> str:
-        """String `"{position}:{path}"`, unique in the model."""
-        return weight_key(self.position, self.path)
-
-    @property
-    def name(self) -> str:
-        """String, the last part of the path."""
-        return self.path.rpartition("/")[2]
-
-    @property
-    def nbytes(self) -> int:
-        """Int, the bytes of the values."""
-        # Keras has registered bfloat16 with NumPy.
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -202,14 +166,6 @@ class Checkpoint:
             _update(digest, (read or self.read)(info.position))
             see(info.key)
         return digest.hexdigest()
-
-
-def digest_of(config, arrays) -> str:
-    """Return the SHA-256 of a JSON value and arrays."""
-    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for array in arrays:
-        _update(found, array)
-    return found.hexdigest()
 
 
 def _view(tensor):

@@ -8,9 +8,9 @@ import numpy as np
 from keras_weightmods.core.filters import matching_weights
 from keras_weightmods.patches import architecture
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
-from keras_weightmods.patches.delta_file import DTYPES
-from keras_weightmods.patches.entry import PatchEntry
-from keras_weightmods.patches.tensors import Replacing, Sparse, is_finite
+from keras_weightmods.patches.entry import PatchEntry, Replacing, Sparse
+from keras_weightmods.patches.files import DIFFERENCES
+from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
 from keras_weightmods.utils.progress import Progress
@@ -20,7 +20,7 @@ def differences(
     model: Any, base: Any, dtype: str | None, whole: Any, verbose: int
 ) -> dict[str, Any]:
     """Return the fields of a patch; see `Patch.from_models`."""
-    checks.check_choice("dtype", dtype, (*DTYPES, None))
+    checks.check_choice("dtype", dtype, (*DIFFERENCES, None))
     checks.check_verbose(verbose)
     checks.check_model(model)
     new, old = Checkpoint("model", model), Checkpoint("base", base)
@@ -45,8 +45,11 @@ def differences(
             "entries": _entries(
                 new, old, dtype, replaced, _drawn_masks(model), progress
             ),
-            "count": len(new.infos),
-            "base": old.fingerprint(without=replaced, see=progress.add),
+            "architecture": new.infos,
+            "model_class": type(model).__name__,
+            "fingerprints": {
+                "base": old.fingerprint(without=replaced, see=progress.add)
+            },
             "whole": tuple(sorted(replaced)),
             "reparameterized": stored,
         }

@@ -1,14 +1,163 @@
-"""What a patch does to one weight."""
+"""What a patch does to one weight, and in which forms it is held."""
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import numpy as np
 
-from keras_weightmods.patches.architecture import STATISTICS
-from keras_weightmods.patches.checkpoint import WeightInfo
-from keras_weightmods.patches.quantized import Quantized
-from keras_weightmods.patches.tensors import Sparse
+from keras_weightmods.core.weight_keys import weight_key
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+# Where the largest level may lie, as shares of the largest weight.
+_CLIPS = np.arange(32, 0, -1) / 32
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightInfo:
+    """One weight of a model, without its values.
+
+    Attributes:
+        position: Int, place in `model.get_weights()`.
+        path: String, the variable's path less the model's own name, or `""`
+            where it is not known. Not unique.
+        shape: Tuple of ints.
+        dtype: String.
+    """
+
+    position: int
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        """String `"{position}:{path}"`, unique in the model."""
+        return weight_key(self.position, self.path)
+
+    @property
+    def name(self) -> str:
+        """String, the last part of the path."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def is_statistic(self) -> bool:
+        """Whether it is a moving mean or variance."""
+        return self.name in ("moving_mean", "moving_variance")
+
+    @property
+    def nbytes(self) -> int:
+        """Int, the bytes of the values."""
+        # Keras has registered bfloat16 with NumPy.
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized:
+    """An array in integers of 8, 4 or 2 bits, symmetric around zero.
+
+    A weight is `scale * (code - levels)`, with one scale for the array or one
+    for each index of its last axis, and `levels = 2 ** (bits - 1) - 1`.
+
+    Attributes:
+        packed: uint8 array, one axis: 1, 2 or 4 codes a byte, the first in
+            the lowest bits.
+        scales: float32 array of shape `()` or `(shape[-1],)`.
+        bits: 8, 4 or 2.
+        shape: Tuple of ints.
+    """
+
+    packed: np.ndarray
+    scales: np.ndarray
+    bits: int
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self):
+        """Int, the bytes of the codes and of the scales."""
+        return self.packed.nbytes + self.scales.nbytes
+
+    @functools.cached_property
+    def codes(self):
+        """uint8 array of `shape`."""
+        per_byte = 8 // self.bits
+        shifts = np.arange(per_byte, dtype="uint8") * np.uint8(self.bits)
+        mask = np.uint8(2**self.bits - 1)
+        codes = (self.packed[:, None] >> shifts) & mask
+        return codes.reshape(-1)[: math.prod(self.shape)].reshape(self.shape)
+
+    def dequantized(self):
+        """Return the float32 array of `shape`."""
+        return self.part(slice(None)).reshape(self.shape)
+
+    def part(self, part):
+        """Return the float32 array of a slice of the weights, flattened."""
+        codes = self.codes.reshape(-1)
+        start, stop, _ = part.indices(codes.size)
+        scales = self.scales
+        if scales.size > 1:
+            # They come again with each index of the axes before the last.
+            rows = -(-(stop - start) // scales.size)
+            scales = np.tile(np.roll(scales, -start), rows)[: stop - start]
+        levels = np.float32(2 ** (self.bits - 1) - 1)
+        return (codes[start:stop] - levels) * scales
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sparse:
+    """Numbers at some places of an array, and nothing elsewhere.
+
+    Attributes:
+        places: int64 array, rising, places in the array flattened.
+        values: Array of as many numbers.
+    """
+
+    places: np.ndarray
+    values: np.ndarray
+
+    def at(self, places):
+        """Return the same in an array of the entries at `places` alone."""
+        return type(self)(np.searchsorted(places, self.places), self.values)
+
+    def within(self, part):
+        """Return the places in a slice of the array, and their numbers."""
+        first, last = np.searchsorted(self.places, (part.start, part.stop))
+        return self.places[first:last] - part.start, self.values[first:last]
+
+    def scaled_part(self, part, scale, base, out):
+        """Fill `out` with `scale` times what a slice adds to `base`."""
+        # The neutral element of addition; 0.0 + -0.0 is 0.0.
+        out.fill(-0.0)
+        places, values = self.within(part)
+        values = values.astype(out.dtype)
+        out[places] = self.change(values, base, places) * scale
+        return out
+
+    def change(self, values, base, places):
+        """Return what `values` add to `base` at some places."""
+        return values
+
+
+class Replacing(Sparse):
+    """Numbers that take the place of those of an array.
+
+    At scale 1, and where nothing else changes an entry, exactly; otherwise
+    their difference from the array's numbers is added.
+    """
+
+    def change(self, values, base, places):
+        return values - base[places]
+
+    def put(self, part, others, target):
+        """Write those of a slice that are alone on their entries."""
+        places, values = self.within(part)
+        alone = np.ones(places.size, bool)
+        for other in others:
+            if not isinstance(other, Sparse):
+                return
+            alone &= ~np.isin(places, other.within(part)[0])
+        target[places[alone]] = values[alone]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,15 +197,22 @@ class PatchEntry:
     @property
     def is_statistic(self) -> bool:
         """Whether it is a moving mean or variance."""
-        return self.info.name in STATISTICS
+        return self.info.is_statistic
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The arrays of the tensor; the last one is of floats."""
+        tensor = self.tensor
+        if isinstance(tensor, Quantized):
+            return tensor.packed, tensor.scales
+        if isinstance(tensor, Sparse):
+            return tensor.places, tensor.values
+        return (tensor,)
 
     @property
     def numbers(self) -> np.ndarray:
         """The array of floats in it: scales of `Quantized`, else values."""
-        tensor = self.tensor
-        if isinstance(tensor, Quantized):
-            return tensor.scales
-        return tensor.values if isinstance(tensor, Sparse) else tensor
+        return self.arrays[-1]
 
     @property
     def bits(self) -> int:
@@ -97,3 +253,54 @@ def float32(tensor: Any) -> np.ndarray:
     """Return an array as a contiguous one of float32; what overflows is inf."""
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(tensor, "float32").reshape(np.shape(tensor))
+
+
+def code_bytes(size, bits):
+    """Return the number of bytes that hold `size` codes of `bits` bits."""
+    return -(-size * bits // 8)
+
+
+def quantize(x, bits, per_channel):
+    """Round an array to integers of `bits` bits.
+
+    The largest level lies at the largest weight with 8 bits, and where the
+    squared error is smallest, of 32 places, with 4 and 2: with few levels, one
+    outlier would otherwise round the rest to zero.
+
+    Args:
+        x: float32 array.
+        bits: 8, 4 or 2.
+        per_channel: Bool, a scale for each index of the last axis. An array
+            of fewer than two axes has one scale in any case.
+
+    Returns:
+        A `Quantized`.
+    """
+    levels = 2 ** (bits - 1) - 1
+    per_channel = per_channel and x.ndim >= 2
+    channels = x.shape[-1] if per_channel else 1
+    columns = x.reshape(-1, channels).astype("float64")
+    largest = np.max(np.abs(columns), axis=0, initial=0.0)
+    best = np.full(channels, np.inf)
+    scales = np.zeros(channels, "float32")
+    for clip in _CLIPS if bits < 8 else _CLIPS[:1]:
+        candidate = (clip * largest / levels).astype("float32")
+        rounded = _round(columns, candidate, levels) * candidate
+        error = np.sum(np.square(rounded - columns), axis=0)
+        better = error < best
+        scales[better] = candidate[better]
+        best[better] = error[better]
+    codes = (_round(columns, scales, levels) + levels).astype("uint8")
+    per_byte = 8 // bits
+    padded = np.zeros(code_bytes(x.size, bits) * per_byte, "uint8")
+    padded[: x.size] = codes.reshape(-1)
+    shifts = np.arange(per_byte, dtype="uint8") * np.uint8(bits)
+    packed = np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, 1)
+    shape = (-1,) if per_channel else ()
+    return Quantized(packed, scales.reshape(shape), bits, x.shape)
+
+
+def _round(columns, scales, levels):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scaled = np.where(scales > 0, columns / scales, 0.0)
+    return np.clip(np.rint(scaled), -levels, levels)

@@ -19,10 +19,9 @@ from keras_weightmods.core.targets import find_targets
 from keras_weightmods.ops.low_rank import choose_method, low_rank_factors
 from keras_weightmods.patches import tensors
 from keras_weightmods.patches.checkpoint import Checkpoint
-from keras_weightmods.patches.delta_file import DTYPES
-from keras_weightmods.patches.entry import PatchEntry
+from keras_weightmods.patches.entry import PatchEntry, Replacing, Sparse
+from keras_weightmods.patches.files import DIFFERENCES
 from keras_weightmods.patches.report import LoraKernel, LoraReport
-from keras_weightmods.patches.tensors import Replacing, Sparse
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
@@ -171,7 +170,7 @@ def changes(
     model: Any, lora: Any, dtype: str | None, verbose: int
 ) -> dict[str, Any]:
     """Return the fields of the patch of an adapter; see `Patch.from_lora`."""
-    checks.check_choice("dtype", dtype, (*DTYPES, None))
+    checks.check_choice("dtype", dtype, (*DIFFERENCES, None))
     checks.check_verbose(verbose)
     path = checks.check_path("lora", lora)
     if not os.path.isfile(os.path.join(path, _CONFIG)):
@@ -207,8 +206,10 @@ def changes(
             raise checks.error("lora", "an adapter that changes a kernel", path)
         return {
             "entries": tuple(entries),
-            "count": len(values.infos),
-            "base": values.fingerprint(see=progress.add),
+            "architecture": values.infos,
+            "method": "lora",
+            "model_class": type(model).__name__,
+            "fingerprints": {"base": values.fingerprint(see=progress.add)},
         }
 
 

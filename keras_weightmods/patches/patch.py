@@ -6,29 +6,31 @@ Longer than other files, as the docstrings of one public class are.
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
-from keras_weightmods.patches import (
-    architecture,
-    checkpoint,
-    delta,
-    delta_file,
-)
+import numpy as np
+
+from keras_weightmods.patches import architecture, delta, files
 from keras_weightmods.patches import lora as adapters
 from keras_weightmods.patches.checkpoint import Checkpoint
-from keras_weightmods.patches.entry import PatchEntry
-from keras_weightmods.patches.ledger import Applied, Ledger, ledger_of
+from keras_weightmods.patches.entry import PatchEntry, WeightInfo
+from keras_weightmods.patches.ledger import (
+    Applied,
+    Ledger,
+    changed_list,
+    ledger_of,
+)
 from keras_weightmods.patches.report import (
     LoraReport,
     PatchContentsReport,
     PatchReport,
     contents_report,
 )
-from keras_weightmods.patches.sums import changed_list
-from keras_weightmods.patches.tensors import Sparse
-from keras_weightmods.saving.file_kinds import metadata_of
+from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import Skipped
@@ -56,12 +58,15 @@ class Patch:
     bit, and reported as an error. Threads change a model one after the other.
 
     Attributes:
-        entries: Tuple of `PatchEntry`, one for each weight that it changes.
-        count: Int, the number of weights of the model.
+        entries: Tuple of `PatchEntry`, one for each weight that it changes, in
+            the order of the model.
+        architecture: Tuple of `WeightInfo`, all weights of the model.
         method: String, how it was made.
         name: String or None, what it is called in reports.
-        base: String or None, the SHA-256 of the weights that it goes on, less
-            those of `whole`.
+        model_class: String or None, the class of the model.
+        fingerprints: Dict from the name of a checkpoint to the SHA-256 of its
+            weights. A delta goes onto the `"base"` alone, whose weights of
+            `whole` do not count.
         whole: Tuple of ints, the positions of weights that are replaced as a
             whole, whatever they are in the base.
         reparameterized: Dict from positions, as strings, to how the weights
@@ -88,16 +93,27 @@ class Patch:
     ```
     """
 
-    FORMAT: ClassVar[str] = delta_file.FORMAT
+    KIND: ClassVar[str] = "delta"
 
     entries: tuple[PatchEntry, ...]
+    architecture: tuple[WeightInfo, ...]
     _: dataclasses.KW_ONLY
-    count: int
     method: str = "delta"
     name: str | None = None
-    base: str | None = None
+    model_class: str | None = None
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
     whole: tuple[int, ...] = ()
     reparameterized: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.entries = tuple(sorted(self.entries, key=lambda e: e.position))
+        broken = []
+        for entry in self.entries:
+            for array in entry.arrays:
+                array.flags.writeable = False
+            if not (is_finite(entry.numbers) and math.isfinite(entry.replaced)):
+                broken.append(f"{entry.key}: not finite in float32")
+        checks.raise_all("The patch cannot be made:", broken)
 
     @staticmethod
     def from_models(
@@ -306,10 +322,13 @@ class Patch:
         """
         path = checks.check_path("filepath", filepath)
         checks.check_verbose(verbose)
-        format = metadata_of(path).get("format")
-        kinds = {each.FORMAT: each for each in (cls, *cls.__subclasses__())}
         with Progress(1, "step", verbose):
-            return kinds.get(format, cls)._read(path)
+            kind, fields = files.load(path)
+        kinds = {each.KIND: each for each in (cls, *cls.__subclasses__())}
+        if kind not in kinds:
+            expected = f"the file of a {' or a '.join(kinds)}"
+            raise checks.error("filepath", expected, f"{path!r}, a {kind}")
+        return kinds[kind](**{**fields, "name": fields["name"] or _stem(path)})
 
     def save(
         self, filepath: Any, overwrite: bool = True, verbose: int = 1
@@ -333,18 +352,10 @@ class Patch:
         path = checks.check_path("filepath", filepath)
         checks.check_verbose(verbose)
         with Progress(1 + len(self), "weight", verbose) as progress:
-            index_bits = self._write(path, overwrite, progress)
+            index_bits = files.save(
+                path, self.KIND, self, overwrite, progress.add
+            )
         return contents_report(self, path, index_bits)
-
-    @classmethod
-    def _read(cls, filepath: str) -> Self:
-        return cls(name=_stem(filepath), **delta_file.read(filepath))
-
-    def _write(
-        self, filepath: str, overwrite: bool, progress: Progress
-    ) -> float | None:
-        """Write the file; return the bits of a place if it has places."""
-        return delta_file.write(filepath, self, overwrite, progress.add)
 
     def apply(
         self,
@@ -580,17 +591,23 @@ class Patch:
         """Int, the bytes of the numbers, in a signature packed codes."""
         return sum(entry.nbytes for entry in self.entries)
 
+    @property
+    def model_nbytes(self) -> int:
+        """Int, the bytes of all weights of the model it came from."""
+        return sum(info.nbytes for info in self.architecture)
+
     @functools.cached_property
     def digest(self) -> str:
         """String, the SHA-256 of all that the patch does."""
-        keys, arrays = [], []
+        found = hashlib.sha256()
         for entry in self:
-            tensor = entry.tensor
-            keys.append(
-                entry.key if type(tensor) is Sparse else f"{entry.key} replaced"
-            )
-            arrays += [tensor.places, tensor.values]
-        return checkpoint.digest_of(keys, arrays)
+            kind = type(entry.tensor).__name__
+            found.update(f"{entry.key} {kind} {entry.replaced};".encode())
+            for array in entry.arrays:
+                # Dtypes of ml_dtypes offer no buffer; bytes do.
+                flat = np.ascontiguousarray(array).reshape(-1)
+                found.update(flat.view("uint8").data)
+        return found.hexdigest()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -605,12 +622,10 @@ class Patch:
     def problems(self, model: Checkpoint) -> list[str]:
         """Return what keeps the patch from fitting a `Checkpoint`."""
         infos, argument = model.infos, f"`{model.argument}`"
-        if self.count != len(infos):
-            return [f"{len(infos)} weights, and {self.count} are expected"]
         expected = [entry.info for entry in self]
         return (
-            architecture.weight_problems(expected, infos, argument)
-            + architecture.path_problems(expected, infos, argument)
+            architecture.problems(self.architecture, infos, argument)
+            + architecture.weight_problems(expected, infos, argument)
             + architecture.reparameterization_problems(
                 self.reparameterized, model, expected
             )
@@ -626,9 +641,10 @@ class Patch:
         self, model: Checkpoint, ledger: Ledger, force: bool
     ) -> None:
         """Raise ValueError unless a model is the base that a delta needs."""
-        if self.base is None or force:
+        base = self.fingerprints.get("base")
+        if base is None or force:
             return
-        if ledger.fingerprint(model, self.whole) != self.base:
+        if ledger.fingerprint(model, self.whole) != base:
             name = getattr(model.model, "name", "a list")
             raise ValueError(
                 "The model must be the base that the patch was made for, and "

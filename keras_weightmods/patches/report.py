@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_weightmods.patches.quantized import Quantized
-from keras_weightmods.patches.tensors import Replacing
+from keras_weightmods.patches.entry import Quantized, Replacing
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
 
@@ -96,16 +95,16 @@ class PatchContentsReport(Report):
         filepath: String, the file that was written; `None` without one.
         index_bits: Float, the bits that the place of an entry takes in the
             file of a delta, 0 where places are drawn from a seed.
-        model_nbytes: Int, the bytes of the model a signature came from.
+        model_nbytes: Int, the bytes of all weights of the model.
     """
 
     name: str | None
     method: str
     rows: tuple[PatchRow, ...]
     nbytes: int
+    model_nbytes: int
     filepath: str | None = None
     index_bits: float | None = None
-    model_nbytes: int | None = None
 
     @property
     def entries(self) -> int:
@@ -114,15 +113,13 @@ class PatchContentsReport(Report):
 
     def tables(self) -> Iterator[Table]:
         """The `Table`s to print."""
-        facts = [f"{self.nbytes:,} bytes"]
-        if self.model_nbytes is not None:
-            times = self.model_nbytes / max(1, self.nbytes)
-            facts.append(
-                f"{times:.1f} times smaller than the model's "
-                f"{self.model_nbytes:,}"
-            )
+        times = self.model_nbytes / max(1, self.nbytes)
+        caption = (
+            f"{self.nbytes:,} bytes, {times:.1f} times smaller than the "
+            f"model's {self.model_nbytes:,}"
+        )
         if self.index_bits is not None:
-            facts.append(f"{self.index_bits:.2f} bits a place")
+            caption += f"; {self.index_bits:.2f} bits a place"
         columns = "weight", "depth", "shape", "entries", "bits", "bytes", "norm"
         rows = []
         for row in self.rows:
@@ -138,7 +135,7 @@ class PatchContentsReport(Report):
             f" {self.entries:,} entries of {len(self.rows)} weights",
             columns=columns,
             rows=tuple(rows),
-            caption="; ".join(facts),
+            caption=caption,
         )
 
 
@@ -174,7 +171,7 @@ def contents_report(
         nbytes=nbytes,
         filepath=filepath,
         index_bits=index_bits,
-        model_nbytes=getattr(patch, "model_nbytes", None),
+        model_nbytes=patch.model_nbytes,
     )
 
 

@@ -1,23 +1,15 @@
 """Robust weight signatures, and the arithmetic of weights."""
 
 import dataclasses
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from keras_weightmods.patches import (
-    architecture,
-    checkpoint,
-    combine,
-    signature_file,
-)
+from keras_weightmods.patches import combine
+from keras_weightmods.patches.entry import quantize
 from keras_weightmods.patches.extract import extract
 from keras_weightmods.patches.patch import Patch
-from keras_weightmods.patches.quantized import quantize
-from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
@@ -40,16 +32,9 @@ class WeightSignature(Patch):
     for the shallow layers, and nothing elsewhere.
 
     Attributes:
-        entries: Tuple of `PatchEntry`, in the order of the weights.
-        architecture: Tuple of `WeightInfo`, all weights of the model.
-        method: String, how it was made.
-        name: String or None.
-        model_class: String or None, the class of the model.
         fingerprints: Dict from `"init"`, `"clean"`, `"robust"` to the SHA-256
             of the checkpoint's values. A combination keeps those that all
             its parts share.
-        reparameterized: Dict from positions, as strings, to how the weights
-            there are stored, where a fixed compander stands for them.
 
     Example:
 
@@ -81,24 +66,7 @@ class WeightSignature(Patch):
     ```
     """
 
-    FORMAT: ClassVar[str] = signature_file.FORMAT
-
-    _: dataclasses.KW_ONLY
-    count: int = dataclasses.field(init=False)
-    architecture: tuple[checkpoint.WeightInfo, ...]
-    method: str = "rws"
-    model_class: str | None = None
-    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.count = len(self.architecture)
-        self.entries = tuple(sorted(self.entries, key=lambda e: e.position))
-        broken = []
-        for entry in self.entries:
-            entry.numbers.flags.writeable = False
-            if not (is_finite(entry.numbers) and math.isfinite(entry.replaced)):
-                broken.append(f"{entry.key}: not finite in float32")
-        checks.raise_all("The signature cannot be made:", broken)
+    KIND: ClassVar[str] = "signature"
 
     @classmethod
     def extract(
@@ -185,17 +153,6 @@ class WeightSignature(Patch):
     def depth(self) -> int:
         """Int, the number of shallow layers that hold all of it."""
         return 1 + max((entry.depth for entry in self.entries), default=-1)
-
-    @property
-    def model_nbytes(self) -> int:
-        """Int, the bytes of all weights of the model it came from."""
-        return sum(info.nbytes for info in self.architecture)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """String, the SHA-256 of all that the signature is."""
-        arrays = signature_file.arrays_of(self).values()
-        return checkpoint.digest_of(signature_file.config_of(self), arrays)
 
     def __getitem__(self, key: str) -> np.ndarray:
         """Return the float32 tensor under a key `"{position}:{path}"`."""
@@ -352,28 +309,6 @@ class WeightSignature(Patch):
             raise checks.error("other", "a `WeightSignature`", other)
         similarity: float = combine.cosine_similarity(self, other)
         return similarity
-
-    @classmethod
-    def _read(cls, filepath: str) -> Self:
-        return cls(**signature_file.load(filepath))
-
-    def _write(
-        self, filepath: str, overwrite: bool, progress: Progress
-    ) -> float | None:
-        signature_file.save(filepath, self, overwrite)
-        return None
-
-    def problems(self, model: checkpoint.Checkpoint) -> list[str]:
-        """Return what keeps the signature from fitting a `Checkpoint`."""
-        infos, argument = model.infos, f"`{model.argument}`"
-        expected = [entry.info for entry in self]
-        return (
-            architecture.problems(self.architecture, infos, argument)
-            + architecture.weight_problems(expected, infos, argument)
-            + architecture.reparameterization_problems(
-                self.reparameterized, model, expected
-            )
-        )
 
     def with_entries(self, entries: Any, **fields: Any) -> Self:
         """Return the same with other entries."""

@@ -1,11 +1,10 @@
 """Sums of changes on NumPy arrays, a piece at a time and on all cores."""
 
-import dataclasses
 import math
 
 import numpy as np
 
-from keras_weightmods.patches.quantized import Quantized
+from keras_weightmods.patches.entry import Quantized, Replacing, Sparse
 from keras_weightmods.utils import parallel
 
 # Elements: small enough for the temporaries of one piece to stay in cache, and
@@ -14,62 +13,6 @@ _PIECE = 1 << 18
 # Elements: what a thread computes at a time.
 _PART = 1 << 22
 _ALIGNMENT = 64
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sparse:
-    """Numbers at some places of an array, and nothing elsewhere.
-
-    Attributes:
-        places: int64 array, rising, places in the array flattened.
-        values: Array of as many numbers.
-    """
-
-    places: np.ndarray
-    values: np.ndarray
-
-    def at(self, places):
-        """Return the same in an array of the entries at `places` alone."""
-        return type(self)(np.searchsorted(places, self.places), self.values)
-
-    def within(self, part):
-        """Return the places in a slice of the array, and their numbers."""
-        first, last = np.searchsorted(self.places, (part.start, part.stop))
-        return self.places[first:last] - part.start, self.values[first:last]
-
-    def scaled_part(self, part, scale, base, out):
-        """Fill `out` with `scale` times what a slice adds to `base`."""
-        # The neutral element of addition; 0.0 + -0.0 is 0.0.
-        out.fill(-0.0)
-        places, values = self.within(part)
-        values = values.astype(out.dtype)
-        out[places] = self.change(values, base, places) * scale
-        return out
-
-    def change(self, values, base, places):
-        """Return what `values` add to `base` at some places."""
-        return values
-
-
-class Replacing(Sparse):
-    """Numbers that take the place of those of an array.
-
-    At scale 1, and where nothing else changes an entry, exactly; otherwise
-    their difference from the array's numbers is added.
-    """
-
-    def change(self, values, base, places):
-        return values - base[places]
-
-    def put(self, part, others, target):
-        """Write those of a slice that are alone on their entries."""
-        places, values = self.within(part)
-        alone = np.ones(places.size, bool)
-        for other in others:
-            if not isinstance(other, Sparse):
-                return
-            alone &= ~np.isin(places, other.within(part)[0])
-        target[places[alone]] = values[alone]
 
 
 def rebuilt_pieces(clean, terms, part=slice(None), out=None):

@@ -10,8 +10,7 @@ from keras_weightmods.saving.bounded_json import check_json
 # What reads the files of this package, by format.
 READERS = {
     "keras_weightmods.model": "`keras_weightmods.load_model`",
-    "keras_weightmods.delta": "`keras_weightmods.Patch.load`",
-    "keras_weightmods.signature": "`keras_weightmods.Patch.load`",
+    "keras_weightmods.patch": "`keras_weightmods.Patch.load`",
 }
 # How files of other kinds begin, what they are, and what reads them.
 _OTHERS = (

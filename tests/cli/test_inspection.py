@@ -71,7 +71,7 @@ def test_help_version_and_inspect_load_no_backend(files):
     [
         ("model.keras", ("a .keras file", "`keras.models.load_model`", "8x4")),
         ("packed.safetensors", ("`keras_weightmods.load_model`", "uint8")),
-        ("delta.safetensors", ("`keras_weightmods.Patch.load`", "places")),
+        ("delta.safetensors", ("`keras_weightmods.Patch.load`", "patch.json")),
         (
             "signature.safetensors",
             ("`keras_weightmods.Patch.load`", "8x4"),

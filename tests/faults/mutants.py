@@ -127,7 +127,6 @@ def mutant_of(data, rng):
             header = _other_json(header, rng)
             break
         described = [n for n in arrays if n.endswith(".json")]
-        described += [n for n in arrays if n == "description"]
         if kind < 0.8 and described:
             name = rng.choice(described)
             try:

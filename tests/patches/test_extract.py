@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import keras_weightmods as kwm
 from keras_weightmods import WeightSignature
+from keras_weightmods.patches.entry import Quantized
 from keras_weightmods.patches.extract import residual
-from keras_weightmods.patches.quantized import Quantized
 from tests.models import (
     CONV,
     DENSE,

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_weightmods.patches.quantized import code_bytes, quantize
+from keras_weightmods.patches.entry import code_bytes, quantize
 from tests.patches import references
 
 

@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 
 from keras_weightmods.patches import tensors
-from keras_weightmods.patches.quantized import quantize
-from keras_weightmods.patches.tensors import Replacing, Sparse
+from keras_weightmods.patches.entry import Replacing, Sparse, quantize
 from tests.models import assert_same_bits
 
 

@@ -43,8 +43,8 @@ def test_archives_and_folders_are_named(tmp_path):
 
 def test_another_format_of_ours_is_named_with_its_reader(tmp_path):
     path = tmp_path / "file"
-    container.write_arrays(path, "keras_weightmods.delta", 1, {"x": np.ones(2)})
-    expected = "'keras_weightmods.delta', which `keras_weightmods.Patch.load`"
+    container.write_arrays(path, "keras_weightmods.patch", 1, {"x": np.ones(2)})
+    expected = "'keras_weightmods.patch', which `keras_weightmods.Patch.load`"
     with pytest.raises(ValueError, match=expected):
         Reader(path, "keras_weightmods.model", (1,))
 

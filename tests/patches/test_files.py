@@ -1,3 +1,5 @@
+"""Files of patches: what comes back, and what is refused."""
+
 import functools
 import operator
 import os
@@ -7,10 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from keras_weightmods import WeightSignature
-from keras_weightmods.patches import signature_file as files
+from keras_weightmods import (
+    Patch,
+    PrincipalMaskCallback,
+    SparseAdamW,
+    WeightSignature,
+)
+from keras_weightmods.patches import files
 from keras_weightmods.saving import bounded_json, container
-from tests.models import make_signature
+from tests.models import make_signature, mlp, normal, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +29,27 @@ def signature(model):
     return plain.with_entries([*packed, *(e for e in plain if e.depth == 2)])
 
 
+@pytest.fixture(scope="module")
+def delta():
+    """Places stored and drawn, differences and new values."""
+    model = mlp(8, 16, 4)
+    base = weights_of(model)
+    model.compile(SparseAdamW(0.1), "mse", jit_compile=False)
+    masks = PrincipalMaskCallback(
+        0.25, criterion="random", refresh_every=None, seed=0
+    )
+    x, y = normal(8, 8), normal(8, 4)
+    model.fit(x, y, callbacks=[masks], verbose=0)
+    biases = [layer.bias for layer in model.layers]
+    for bias in biases:
+        bias.assign(bias + 0.5)
+    patch = Patch.from_models(
+        model, base, whole=f"^{model.layers[-1].name}/bias", name="task"
+    )
+    assert [entry.seed is None for entry in patch] == [False, True, False, True]
+    return patch
+
+
 @pytest.fixture
 def path(signature, tmp_path):
     path = tmp_path / "good.safetensors"
@@ -29,23 +57,37 @@ def path(signature, tmp_path):
     return path
 
 
-def test_round_trip(signature, tmp_path):
+def test_round_trip(signature, delta, tmp_path):
     shallow = signature.truncate(1)
-    for each in (signature, *(shallow.quantize(bits) for bits in (8, 4, 2))):
-        path = tmp_path / "file.safetensors"
-        each.save(path)
-        loaded = WeightSignature.load(str(path))
+    path = tmp_path / "file.safetensors"
+    for each in (
+        signature,
+        delta,
+        *(shallow.quantize(bits) for bits in (8, 4, 2)),
+    ):
+        report = each.save(path)
+        assert report.nbytes == path.stat().st_size
+        loaded = Patch.load(str(path))
+        assert type(loaded) is type(each)
         assert loaded.digest == each.digest
         assert loaded.report() == each.report()
-        assert loaded.architecture == each.architecture
-        assert loaded.fingerprints == each.fingerprints
+        for field in ("architecture", "fingerprints", "method", "whole"):
+            assert getattr(loaded, field) == getattr(each, field)
         for a, b in zip(loaded, each):
-            np.testing.assert_array_equal(a.dequantized(), b.dequantized())
-        # Others read the tensors too; packed weights take their bits.
-        arrays = load_file(path)
-        del arrays["signature.json"]
-        assert sum(array.nbytes for array in arrays.values()) == each.nbytes
+            assert (a.depth, a.seed) == (b.depth, b.seed)
+            for x, y in zip(a.arrays, b.arrays):
+                np.testing.assert_array_equal(x, y)
     assert os.listdir(tmp_path) == ["file.safetensors"]
+    # Others read the tensors too; packed weights take their bits.
+    arrays = load_file(path)
+    del arrays[files.CONFIG]
+    assert sum(array.nbytes for array in arrays.values()) == each.nbytes
+    delta.save(path)
+    with pytest.raises(ValueError, match="the file of a signature"):
+        WeightSignature.load(path)
+    # The name of a file is that of a patch without one.
+    Patch(delta.entries, delta.architecture).save(path)
+    assert Patch.load(path).name == "file"
 
 
 def test_overwriting(signature, path, monkeypatch):
@@ -82,13 +124,17 @@ def remover(*keys):
     return lambda tree: operator.delitem(inside(tree, keys[:-1]), keys[-1])
 
 
-def config_attacks():
+def config_attacks(of):
+    """Changes of what the JSON of a signature or a delta holds."""
     wrong = [None, True, -1, 1.5, "0", [], {}, 10**40, [[]], [{}]]
     sound = {
         "name": ("0", None),
         "model_class": ("0", None),
         "method": ("0",),
         "fingerprints": ({},),
+        "reparameterized": ({},),
+        "whole": ([],),
+        "kind": ("0",),
     }
     for key in (*sound, "architecture", "entries"):
         yield remover(key)
@@ -98,27 +144,62 @@ def config_attacks():
     yield setter("more", value=1)
     yield setter("fingerprints", "clean", value="abc")
     yield setter("fingerprints", "other", value="0" * 64)
-    for key in ("position", "depth", "replaced", "bits"):
-        yield remover("entries", 0, key)
-        for value in (None, True, -1, 10**9, 10**40, 1e300, "0", 30, 32.0):
-            yield setter("entries", 0, key, value=value)
-    yield setter("entries", 0, "more", value=1)
-    yield setter("entries", 4, "bits", value=8)
-    for value in (np.nan, np.inf):
-        yield setter("entries", 4, "replaced", value=value)
+    for value in (["0"], {"0": 1}, {"99": "compander"}, {"x": "compander"}):
+        yield setter("reparameterized", value=value)
+    for value in ([7, 0], ["3"], [[3]]):
+        yield setter("whole", value=value)
     for place in range(3):
         for value in (None, 3, [2**40, 2**40, 3], [-1]):
             yield setter("architecture", 0, place, value=value)
     for value in ("float32x", "object", "string", "O", "", "int8"):
         yield setter("architecture", 0, 2, value=value)
-    for value in ([3, 3, 2, 1], [0, 2**62], [18, "1"], [True, 18], [17]):
-        yield setter("architecture", 0, 1, value=value)
     yield lambda config: config["entries"].reverse()
     yield lambda config: config["entries"].append(config["entries"][-1])
+    yield lambda config: config["entries"].pop()
+    yield setter("entries", 0, "more", value=1)
+    yield setter("entries", 0, "kind", value="floats")
+    yield setter("entries", 1, "kind", value="other")
+    keys = ("position", "kind", "depth", "bits")
+    if of == "delta":
+        keys = ("position", *files._KINDS["differences"])
+    for key in keys:
+        yield remover("entries", 0, key)
+        for value in (True, -1, 10**9, 10**40, 1e300, "0", 30, 32.0, [[]]):
+            # Places are drawn from row 0 of a delta, from whatever seed.
+            yield setter("entries", 0, key, value=value)
+    if of == "delta":
+        for key, value in {
+            "seed": 5,
+            "checksum": None,
+            "count": 3,
+            "low": 1,
+            "coded": 1,
+            "places": 1,
+            "rows": 8,
+        }.items():
+            yield setter("entries", 0, key, value=value)
+        for key, value in {
+            "seed": 5,
+            "low": 1,
+            "coded": 3,
+            "count": 3,
+            "rows": 3,
+            "dtype": "float64",
+        }.items():
+            yield setter("entries", 1, key, value=value)
+        yield setter("entries", 3, "dtype", value="bfloat16")
+        for shape in ([2**20, 2**20], [8, 17], [2, 2], [0, 2**40]):
+            yield setter("architecture", 0, 1, value=shape)
+        return
+    yield setter("entries", 4, "bits", value=8)
+    for value in (np.nan, np.inf, -1, 0):
+        yield setter("entries", 4, "replaced", value=value)
+    for value in ([3, 3, 2, 1], [0, 2**62], [18, "1"], [True, 18], [17]):
+        yield setter("architecture", 0, 1, value=value)
 
 
 def array_attacks():
-    for name in ("0", "0.scales", "4", "12", files._CONFIG):
+    for name in ("0", "0.scales", "4", "12", files.CONFIG):
         yield remover(name)
         for array in (
             np.zeros(0, "uint8"),
@@ -136,31 +217,37 @@ def array_attacks():
             yield lambda arrays, n=name, value=value: arrays[n].fill(value)
     # JSON that is none, or deep, or with a name twice.
     for text in (b"", b"[" * 100_000, b"\xff\xfe", b"null", b'{"a":1,"a":1}'):
-        yield setter(files._CONFIG, value=np.frombuffer(text, "uint8"))
+        yield setter(files.CONFIG, value=np.frombuffer(text, "uint8"))
 
 
-def refuses(path):
+def refuses(path, number=0):
     with pytest.raises(ValueError) as error:
-        WeightSignature.load(path)
+        print("number", number)
+        Patch.load(path)
     assert str(path) in str(error.value)
     assert len(str(error.value)) < 700
     return str(error.value)
 
 
-@pytest.mark.parametrize("attacks", [config_attacks, array_attacks])
-def test_right_checksums_and_wrong_contents(path, attacks):
-    for attack in attacks():
+@pytest.mark.parametrize("of", ["signature", "delta", "arrays"])
+def test_right_checksums_and_wrong_contents(path, delta, of):
+    if of == "delta":
+        delta.save(path)
+    attacks = array_attacks() if of == "arrays" else config_attacks(of)
+    for number, attack in enumerate(attacks):
         with container.Reader(path, files.FORMAT, (files.VERSION,)) as reader:
             arrays = {name: reader.read(name) for name in reader.entries}
-            config = reader.read_json(files._CONFIG)
-        if attacks is config_attacks:
-            attack(config)
-            arrays[files._CONFIG] = bounded_json.json_array(config)
-        else:
+            config = reader.read_json(files.CONFIG)
+        if of == "arrays":
             attack(arrays)
+        else:
+            attack(config)
+            arrays[files.CONFIG] = bounded_json.json_array(config)
         attacked = path.parent / "attacked.safetensors"
         container.write_arrays(attacked, files.FORMAT, files.VERSION, arrays)
-        assert "truncated, altered or" in refuses(attacked)
+        message = refuses(attacked, number)
+        is_kind = "`filepath` must be the file of" in message
+        assert is_kind or "truncated, altered or" in message
 
 
 def test_other_files(path):
@@ -183,8 +270,8 @@ def test_other_files(path):
     path.write_bytes(content)
     with container.Reader(path, files.FORMAT, (files.VERSION,)) as reader:
         arrays = {name: reader.read(name) for name in reader.entries}
-    container.write_arrays(path, files.FORMAT, 3, arrays)
-    assert "version '3'" in refuses(path)
+    container.write_arrays(path, files.FORMAT, 9, arrays)
+    assert "version '9'" in refuses(path)
     container.write_arrays(path, "another.format", files.VERSION, arrays)
     assert "does not state format" in refuses(path)
     if hasattr(os, "mkfifo"):
