@@ -58,19 +58,7 @@ def conv_net(classes=3, dtype="float32", name=None):
     )
 
 
-# The weights of `conv_net`, under simple names, and places among them.
-PATHS = [
-    f"{layer}/{name}"
-    for layer, names in {
-        "conv": ("kernel", "bias"),
-        "norm": ("gamma", "beta", "moving_mean", "moving_variance"),
-        "conv_b": ("kernel", "bias"),
-        "norm_b": ("gamma", "beta", "moving_mean", "moving_variance"),
-        "dense": ("kernel", "bias"),
-        "head": ("kernel", "bias"),
-    }.items()
-    for name in names
-]
+# Places among the weights of `conv_net`.
 CONV, CONV_B, DENSE, HEAD = 0, 6, 12, 14
 STATISTICS = (4, 5, 10, 11)
 

@@ -222,11 +222,11 @@ def weights_of(source: Any, model: Any) -> list[Weight]:
         model: The model, which may be without values.
     """
     checkpoint = Checkpoint("model", model)
-    roles = architecture.roles(checkpoint, checkpoint.infos)
+    roles = architecture.roles(checkpoint)
 
     @functools.cache
     def places():
-        depths = architecture.depths(checkpoint, checkpoint.infos, roles)
+        depths = architecture.depths(checkpoint, roles)
         last = max(depths) or 1
         return {
             id(variable): depth / last

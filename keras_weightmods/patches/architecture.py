@@ -26,25 +26,28 @@ def owners(model):
     return found
 
 
-def roles(checkpoint, infos, frozen=False):
+def roles(checkpoint, frozen=False):
     """Return for each weight `"weight"`, `"statistic"` or `"other"`.
 
     Statistics are those of batch normalization. Other is what is not trained:
-    no floats, the state of Normalization, and with a model at hand whatever
-    is not trainable in a layer that is; with `frozen` this leaves kernels and
-    the like out, which training changes when they are not frozen.
+    no floats, the state of Normalization, and whatever is not trainable in a
+    layer that is; with `frozen` this leaves kernels and the like out, which
+    training changes when they are not frozen.
+
+    Args:
+        checkpoint: `Checkpoint` of a model.
+        frozen: Bool.
     """
-    layers = {} if checkpoint.model is None else owners(checkpoint.model)
+    layers = owners(checkpoint.model)
     found = []
-    for info in infos:
+    for info, variable in zip(checkpoint.infos, checkpoint.variables):
         role = "weight"
         # Estimates from data, not trained.
         if info.is_statistic:
             role = "statistic"
         elif info.dtype not in FLOATS or info.name in _ADAPTED:
             role = "other"
-        elif layers and not (frozen and info.name.endswith(_TRAINED)):
-            variable = checkpoint.variables[info.position]
+        elif not (frozen and info.name.endswith(_TRAINED)):
             layer_trains = getattr(layers.get(id(variable)), "trainable", True)
             if layer_trains and not variable.trainable:
                 role = "other"
@@ -52,55 +55,28 @@ def roles(checkpoint, infos, frozen=False):
     return found
 
 
-def depths(checkpoint, infos, roles):
+def depths(checkpoint, roles):
     """Return for each weight its depth: the place of its layer, from 0.
 
-    What counts are the layers with a kernel: a weight of two axes or more. A
-    layer without one, such as a normalization, has the depth of the layer with
-    a kernel that runs before it. The order is that of execution with a model,
-    and that of the list without.
+    What counts are the layers with a kernel, a weight of two axes or more, in
+    the order of execution. A layer without one, such as a normalization, has
+    the depth of the layer with a kernel that runs before it.
     """
-    found = [0] * len(infos)
-    depth = -1
-    for group in _layer_groups(checkpoint, infos):
-        if any(roles[i] == "weight" and len(infos[i].shape) > 1 for i in group):
-            depth += 1
-        for i in group:
-            found[i] = max(depth, 0)
-    return found
-
-
-def layer_groups(infos):
-    """Return lists of positions, one for each layer, by paths alone.
-
-    Neighbours with the same path up to the last slash are of one layer, until
-    a name comes again: paths are not unique.
-    """
-    groups: list[list[int]] = []
-    names: set[str] = set()
-    previous = None
-    for place, info in enumerate(infos):
-        layer, _, name = info.path.rpartition("/")
-        if layer != previous or name in names:
-            groups.append([])
-            names = set()
-        groups[-1].append(place)
-        names.add(name)
-        previous = layer
-    return groups
-
-
-def _layer_groups(checkpoint, infos):
-    if checkpoint.model is None:
-        return layer_groups(infos)
     holders = owners(checkpoint.model)
     groups: dict[Any, list[int]] = {}
-    for info, variable in zip(infos, checkpoint.variables):
+    for info, variable in zip(checkpoint.infos, checkpoint.variables):
         groups.setdefault(holders[id(variable)], []).append(info.position)
     order = execution_order(checkpoint.model, list(groups))
+    found, depth = [0] * len(roles), -1
     # Sorting is stable: what never runs comes last, as declared.
-    ranked = sorted(groups, key=lambda layer: order.get(id(layer), len(order)))
-    return [groups[layer] for layer in ranked]
+    for layer in sorted(groups, key=lambda x: order.get(id(x), len(order))):
+        depth += any(
+            roles[i] == "weight" and len(checkpoint.infos[i].shape) > 1
+            for i in groups[layer]
+        )
+        for i in groups[layer]:
+            found[i] = max(depth, 0)
+    return found
 
 
 def problems(expected, infos, argument) -> list[str]:

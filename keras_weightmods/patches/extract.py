@@ -1,13 +1,11 @@
 """Signatures from checkpoints: which weights are taken, and what of them."""
 
 import dataclasses
-import re
 import time
 
 import numpy as np
 
 from keras_weightmods.core import filters
-from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.patches import architecture, tensors
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.patches.entry import PatchEntry, float32
@@ -40,8 +38,16 @@ def extract(
         for path in architecture.lora_layers(each)
     ]
     checks.raise_all("Signatures are of models without LoRA:", with_lora)
-    layout, infos = _layout(checkpoints, like)
-    problems = []
+    layout = _layout(checkpoints, like)
+    # Shapes and dtypes are the checkpoint's: `like` may have others.
+    infos = tuple(
+        dataclasses.replace(info, path=named.path)
+        for info, named in zip(checkpoints["clean"].infos, layout.infos)
+    )
+    problems = architecture.problems(
+        layout.infos, checkpoints["clean"].infos, "clean"
+    )
+    checks.raise_all(_MISMATCH, problems)
     for argument, each in checkpoints.items():
         problems += architecture.problems(infos, each.infos, argument)
     checks.raise_all(_MISMATCH, problems)
@@ -51,14 +57,18 @@ def extract(
             stored, each, infos
         )
     checks.raise_all(_MISMATCH, problems)
-    roles = architecture.roles(layout, infos, frozen=True)
-    depths = architecture.depths(layout, infos, roles)
+    roles = architecture.roles(layout, frozen=True)
+    depths = architecture.depths(layout, roles)
     usable_roles = ["weight"] + ["statistic"] * (statistics != "keep")
     usable = [i for i, role in enumerate(roles) if role in usable_roles]
     if targets is None:
         taken = _taken_by_depth(usable, depths, depth)
     else:
-        taken = _taken_by_targets(layout, infos, usable, targets)
+        found = filters.matching_weights("targets", targets, layout.model)
+        ids = {id(variable) for variable in found}
+        taken = [i for i in usable if id(layout.variables[i]) in ids]
+        if not taken:
+            raise checks.error("targets", "of at least one weight", targets)
     problems = _weight_problems(checkpoints, [infos[i] for i in taken])
     checks.raise_all(_MISMATCH, problems)
     # Each that is taken, and all of them for the hash of each checkpoint.
@@ -91,7 +101,7 @@ def extract(
         "architecture": infos,
         "method": "difference" if init is None else "rws",
         "name": name,
-        "model_class": layout.model and type(layout.model).__name__,
+        "model_class": type(layout.model).__name__,
         "fingerprints": fingerprints,
         "reparameterized": stored,
     }
@@ -121,31 +131,18 @@ def residual(change, reference):
 
 
 def _layout(checkpoints, like):
-    """Return the checkpoint whose layers count, and infos with paths."""
+    """Return the `Checkpoint` of a model, whose layers and paths count."""
     for argument in ("clean", "robust", "init"):
-        layout = checkpoints.get(argument)
-        if layout is not None and layout.model is not None:
-            return layout, layout.infos
+        found = checkpoints.get(argument)
+        if found is not None and found.model is not None:
+            return found
     if like is None:
-        expected = "a model, or the list of its weights' paths: lists have none"
+        expected = "a model of the architecture: lists of weights have no names"
         raise checks.error("like", expected, like)
-    layout = clean = checkpoints["clean"]
-    if isinstance(like, (list, tuple)):
-        paths, count = like, len(clean.infos)
-        are_paths = all(isinstance(path, str) and path for path in paths)
-        if len(paths) != count or not are_paths:
-            expected = f"a list of one path for each of the {count} weights"
-            raise checks.error("like", f"{expected} of `clean`", like)
-    else:
-        layout = Checkpoint("like", like)
-        problems = architecture.problems(layout.infos, clean.infos, "clean")
-        checks.raise_all(_MISMATCH, problems)
-        paths = [info.path for info in layout.infos]
-    # Shapes and dtypes are the checkpoint's: `like` may have others.
-    return layout, tuple(
-        dataclasses.replace(info, path=path)
-        for info, path in zip(clean.infos, paths)
-    )
+    found = Checkpoint("like", like)
+    if found.model is None:
+        raise checks.error("like", "a built Keras model", like)
+    return found
 
 
 def _taken_by_depth(usable, depths, depth):
@@ -156,24 +153,6 @@ def _taken_by_depth(usable, depths, depth):
         expected = f"at most the number of layers with a kernel, {layers}"
         raise checks.error("depth", expected, depth)
     return [i for i in usable if depths[i] < depth]
-
-
-def _taken_by_targets(layout, infos, usable, targets):
-    patterns = targets if isinstance(targets, (list, tuple)) else [targets]
-    if patterns and all(isinstance(p, (str, re.Pattern)) for p in patterns):
-        found = [infos[i] for i in usable]
-        found = filters.included("targets", patterns, None, found, None)
-        return [info.position for info in found]
-    if layout.model is None:
-        expected = "one regular expression or more where no checkpoint is a "
-        raise checks.error("targets", f"{expected}model", targets)
-    holders = architecture.owners(layout.model)
-    resolved = resolve_targets(layout.model, targets)
-    layers = {holders[id(target.variable)] for target in resolved}
-    taken = [i for i in usable if holders[id(layout.variables[i])] in layers]
-    if not taken:
-        raise checks.error("targets", "of at least one weight", targets)
-    return taken
 
 
 def _weight_problems(checkpoints, infos):

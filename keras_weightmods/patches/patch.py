@@ -229,8 +229,8 @@ class Patch:
             models.Llama3Backbone(96, 1, 4, 32, 64, 2), preprocessor=None
         )
         base = model.get_weights()
-        kernel = kwm.find_targets(model)[0].variable
-        kernel.assign(kernel + 0.1)
+        (target,) = kwm.find_targets(model, include="feedforward_output")
+        target.variable.assign(target.variable + 0.1)
         task = kwm.Patch.from_models(model, base)
         model.set_weights(base)
         with tempfile.TemporaryDirectory() as folder:

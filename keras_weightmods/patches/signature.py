@@ -99,14 +99,13 @@ class WeightSignature(Patch):
             clean: The checkpoint trained on clean data.
             robust: The one trained in the same way on corrupted data.
             depth: Int, how many of the shallowest layers with a kernel are
-                taken, in the order of execution (in that of the list where no
-                model is given). A layer without a kernel, such as a
-                normalization, goes with the one that runs before it.
+                taken, in the order of execution. A layer without a kernel,
+                such as a normalization, goes with the one that runs before it.
                 Defaults to 7, the paper's choice for VGG-16, or to all where
                 there are fewer.
-            targets: Instead of `depth`: a regex, or a list of them, to search
-                for in the paths of all weights; or, where there is a model,
-                what `resolve_targets` takes, for all weights of the layers.
+            targets: Instead of `depth`: a regex searched for in the paths of
+                all weights; a layer or a layer type, for all weights inside of
+                them; or a list of these.
             statistics: What happens to the moving mean and variance of the
                 batch normalizations taken, which the robust weights were
                 trained with: `"average"` goes half of the way to the robust
@@ -118,7 +117,7 @@ class WeightSignature(Patch):
                 the clean and the robust ones. Defaults to `"average"`.
             name: String, what to call the signature in tables.
             like: Where all checkpoints are lists: a model of the
-                architecture, or the list of its weights' paths.
+                architecture.
             verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
                 taken two seconds. Defaults to `1`.
 
@@ -133,15 +132,17 @@ class WeightSignature(Patch):
         Example:
 
         ```python
+        import keras
         import numpy as np
         from keras_weightmods import WeightSignature
 
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
         rng = np.random.default_rng(0)
         init, clean, robust = (
             [rng.normal(size=(3, 2)), rng.normal(size=2)] for _ in range(3)
         )
         signature = WeightSignature.extract(
-            init, clean, robust, depth=1, like=["dense/kernel", "dense/bias"]
+            init, clean, robust, depth=1, like=model
         )
         patched = signature.apply(clean)  # a new list
         ```
@@ -212,16 +213,15 @@ class WeightSignature(Patch):
         Example:
 
         ```python
-        import numpy as np
+        import keras
         from keras_weightmods import WeightSignature
 
-        rng = np.random.default_rng(0)
         clean, noise, blur = (
-            [rng.normal(size=(3, 2)), rng.normal(size=2)] for _ in range(3)
+            keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+            for _ in range(3)
         )
-        like = ["dense/kernel", "dense/bias"]
         signatures = [
-            WeightSignature.extract(None, clean, robust, 1, like=like)
+            WeightSignature.extract(None, clean, robust, depth=1)
             for robust in (noise, blur)
         ]
         both = WeightSignature.sum(signatures, method="ties", density=0.5)

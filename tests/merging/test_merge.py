@@ -293,18 +293,6 @@ def test_include_and_exclude():
     assert reasons == ["not included", "excluded", "excluded"]
 
 
-def test_statistics_are_averaged():
-    base, a, b = conv_net(), conv_net(), conv_net()
-    for seed, each in enumerate((a, b)):
-        each.set_weights(random_weights(each, seed))
-    merged = conv_net()
-    for method in ("task_arithmetic", "ties", "model_stock"):
-        kwm.merge([a, b], merged, method, base=base, verbose=0)
-        for place in (4, 5, 10, 11):
-            x, y, got = (weights_of(m)[place] for m in (a, b, merged))
-            np.testing.assert_allclose(got, (x + y) / 2, rtol=1e-6)
-
-
 STATISTICS = (4, 5, 10, 11)  # of `conv_net`
 WITH_NEGATIVE = [(0, 0), (0.1, 0.2), (1, 3), (2, -0.5), (0.5, -0.3), (-1, 0.5)]
 
@@ -536,22 +524,6 @@ def test_a_state_that_is_not_trained_may_be_infinite():
         model.layers[-1].mask.assign([0, 0, 0, -np.inf])
     kwm.merge(models, models[0], verbose=0)
     assert models[0].get_weights()[-1].tolist() == [0, 0, 0, -np.inf]
-
-
-def test_what_is_no_float_is_that_of_the_first(tmp_path):
-    layers = keras.layers
-    models = [
-        sequential((4,), layers.Dense(4), layers.Dropout(0.5)) for _ in "ab"
-    ]
-    paths = [tmp_path / name for name in "ab"]
-    for model, path in zip(models, paths):
-        kwm.save_model(model, path)
-    kernels = [weights_of(model)[0] for model in models]
-    kwm.merge(paths, tmp_path / "c", verbose=0)
-    kwm.merge(models, models[0], verbose=0)
-    for merged in (models[0], kwm.load_model(tmp_path / "c")):
-        found = weights_of(merged)[0]
-        np.testing.assert_allclose(found, np.mean(kernels, 0), atol=1e-6)
 
 
 def test_a_frozen_kernel_is_that_of_the_base():

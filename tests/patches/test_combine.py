@@ -1,28 +1,10 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from keras_weightmods import WeightSignature
-from keras_weightmods.patches import combine
 from keras_weightmods.patches.combine import elected_mean
 from tests.models import make_signature
 from tests.patches import references
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    count=st.integers(1, 4),
-    density=st.sampled_from([0.05, 0.2, 0.5, 1.0]),
-)
-def test_ties(seed, count, density):
-    vectors = np.random.default_rng(seed).normal(size=(count, 10))
-    split = [[v[:4].reshape(2, 2), v[4:]] for v in vectors]
-    trimmed = [combine.trimmed(arrays, density) for arrays in split]
-    got = [elected_mean(arrays) for arrays in zip(*trimmed)]
-    got = np.concatenate([x.reshape(-1) for x in got])
-    np.testing.assert_allclose(got, references.ties(vectors, density))
 
 
 def test_ties_without_a_majority():

@@ -232,7 +232,7 @@ def test_places_drawn_from_a_seed_are_not_stored(base, name, dtype, tmp_path):
     norm = keras.layers.BatchNormalization
     report = save(model, base, path, dtype, whole=norm)
     assert drawn_in(path) == [0, 6]
-    assert report.index_bits < 0.2  # of the norms
+    assert report.index_bits < 0.25  # of the norms
     counts = [base[i].size // 4 for i in (0, 6)]
     assert report.entries == sum(counts) + 4 * SIZES[1]
     tuned = weights_of(model)

@@ -44,7 +44,7 @@ def delta():
     for bias in biases:
         bias.assign(bias + 0.5)
     patch = Patch.from_models(
-        model, base, whole=f"^{model.layers[-1].name}/bias", name="task"
+        model, base, whole=f"{model.layers[-1].name}/bias", name="task"
     )
     assert [entry.seed is None for entry in patch] == [False, True, False, True]
     return patch

@@ -60,6 +60,7 @@ def test_the_order_leaves_no_trace(patched):
 
     for order in itertools.permutations(patches):
         for name in order:
+            patches[name].apply(model, 0.3)
             patches[name].apply(model, 0.7)
             check()
         for name in order:
@@ -70,30 +71,6 @@ def test_the_order_leaves_no_trace(patched):
             check()
         assert report.clean_nbytes == 0
     assert len(expected) == 16
-
-
-def test_sum_against_numpy(patched):
-    model, clean, patches = patched
-    for patch in patches.values():
-        patch.apply(model, 0.5)
-    patches["half"].apply(model, -1.0)
-    entries = [w.astype("float64") for w in clean]
-    for name, (patch, scale) in Patch.on(model).items():
-        for entry in patch:
-            flat = entries[entry.position].reshape(-1)
-            if name in ("half", "third"):
-                values = entry.tensor.values.astype("float64")
-                flat[entry.tensor.places] += scale * values
-            else:
-                tensor = entry.dequantized("float64").reshape(-1)
-                own = clean[entry.position].astype("float64").reshape(-1)
-                flat += scale * (tensor - entry.replaced * own)
-    eps = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-    for got, want in zip(weights_of(model), entries):
-        bound = 4 * eps[got.dtype.name]
-        np.testing.assert_allclose(
-            got.astype("float64"), want, rtol=bound, atol=bound
-        )
 
 
 def test_what_is_kept(patched):

@@ -228,8 +228,8 @@ def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
     kwm.attach_compander(companded, a=0.5)
     check("must be plain", to, companded, path)
     to(model, path, 2)
-    check("must be plain", back, companded, path)
     before = sorted(os.listdir(tmp_path))
+    check("must be plain", back, companded, path)
     match = "`lora` must be an adapter of this model"
     check(match, back, make(hidden_dim=8), path)
     check("over", to, model, path, error=FileExistsError, overwrite=False)

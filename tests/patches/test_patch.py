@@ -10,8 +10,6 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import keras_weightmods as kwm
 from keras_weightmods import Patch, WeightSignature
@@ -62,50 +60,6 @@ def awkward_weights(model, seed):
         w.reshape(-1)[:2] = [-0.0, 6e-8][: w.size]
         weights[place] = w.astype(weights[place].dtype)
     return weights
-
-
-actions = st.lists(
-    st.tuples(st.integers(0, 3), st.sampled_from([0.5, 1.0, -0.3, 0.0, 1e-3])),
-    min_size=1,
-    max_size=8,
-)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=12, deadline=None)
-@given(
-    seed=st.integers(0, 1000), actions=actions, order=st.permutations(range(4))
-)
-def test_the_order_of_calls_leaves_no_trace(
-    models, signatures, dtype, seed, actions, order
-):
-    model = models[dtype]
-    Patch.clear(model, force=True)  # of an example that failed
-    model.set_weights(awkward_weights(model, seed))
-    before = weights_of(model)
-    scales = {}
-    for which, scale in actions:
-        if which == 3:  # against negative variances
-            scale = abs(scale)
-        if which in scales and scale == 0.0:
-            signatures[which].remove(model)
-            del scales[which]
-        else:
-            signatures[which].apply(model, scale)
-            scales[which] = scale
-    now = weights_of(model)
-    # The same patches, put on one after the other.
-    Patch.clear(model)
-    assert_same_bits(weights_of(model), before)
-    for which in order:
-        if which in scales:
-            signatures[which].apply(model, scales[which])
-    assert_same_bits(weights_of(model), now)
-    for which in reversed(order):
-        if which in scales:
-            report = signatures[which].remove(model)
-    assert_same_bits(weights_of(model), before)
-    assert not scales or report.clean_nbytes == 0
 
 
 def test_what_is_on_a_model(models, signatures):
@@ -450,18 +404,6 @@ def test_the_books_do_not_keep_models_alive(signatures):
     del model
     gc.collect()
     assert reference() is None
-
-
-def test_through_a_file(tmp_path):
-    """A patched model saves and loads like another."""
-    model = conv_net()
-    signature = make_signature(model)
-    signature.apply(model)
-    model.save(tmp_path / "patched.keras")
-    loaded = keras.saving.load_model(tmp_path / "patched.keras")
-    assert_same_bits(weights_of(loaded), weights_of(model))
-    # The file holds the weights alone.
-    assert not Patch.on(loaded)
 
 
 def test_targets_that_are_not_unique_by_path():

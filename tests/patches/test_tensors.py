@@ -145,8 +145,3 @@ def test_is_rebuilt_sees_one_bit(dtype):
         changed = written.copy()
         changed.view(f"u{changed.dtype.itemsize}")[0, place] ^= 1
         assert not tensors.is_rebuilt(changed, clean, terms)
-
-
-def test_aligned_memory():
-    out = tensors.empty_aligned((3, 5), "float32")
-    assert (out.ctypes.data % 64, out.shape) == (0, (3, 5))
