@@ -5,7 +5,6 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import keras
@@ -227,28 +226,18 @@ def weights_of(source: Any, model: Any) -> list[Weight]:
     @functools.cache
     def places():
         depths = architecture.depths(checkpoint, roles)
-        last = max(depths) or 1
-        return {
-            id(variable): depth / last
-            for variable, depth in zip(checkpoint.variables, depths)
-        }
+        return [depth / (max(depths) or 1) for depth in depths]
 
-    def place(key):
-        return places().get(key, 0.0)
-
-    known = {
-        id(variable): (info, role)
-        for variable, info, role in zip(
-            checkpoint.variables, checkpoint.infos, roles
-        )
-    }
+    positions = {id(v): i for i, v in enumerate(checkpoint.variables)}
     axes = kernel_axes(model)
     variables = variables_of(states.walk(model))
     found = []
     for name, entry in source.entries.items():
-        key = id(variables[name])
-        info, role = known.get(key, (None, "other"))
-        path = info.path if info else getattr(variables[name], "path", name)
+        variable = variables[name]
+        position = positions.get(id(variable))
+        role, path = "other", getattr(variable, "path", name)
+        if position is not None:
+            role, path = roles[position], checkpoint.infos[position].path
         reason = None
         if entry.dtype not in FLOATS:
             reason = f"{entry.dtype}, no floats"
@@ -262,10 +251,10 @@ def weights_of(source: Any, model: Any) -> list[Weight]:
                 path=path,
                 shape=entry.shape,
                 dtype=entry.dtype,
-                place=partial(place, key),
+                place=lambda p=position: 0.0 if p is None else places()[p],
                 kept=reason,
                 is_statistic=role == "statistic",
-                axes=axes.get(key),
+                axes=axes.get(id(variable)),
             )
         )
     return found

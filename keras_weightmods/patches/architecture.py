@@ -79,80 +79,52 @@ def depths(checkpoint, roles):
     return found
 
 
-def problems(expected, infos, argument) -> list[str]:
+def problems(expected, infos, argument, changed=()) -> list[str]:
     """Return what keeps `infos` from being of the architecture `expected`.
 
     Compares count, order, names and numbers of axes. Sizes may differ, as
-    those of heads do: they are compared where weights are combined.
+    those of heads do, except for the weights that are changed.
 
     Args:
         expected, infos: Sequences of `WeightInfo`.
         argument: String, what `infos` are in messages.
+        changed: Sequence of `WeightInfo`, those of `expected` that must have
+            their shapes, and be floats.
 
     Returns:
         List of strings, empty if nothing is wrong.
     """
-    named = all(info.path for info in (*expected, *infos))
     if len(expected) != len(infos):
         return [
-            f"{argument} has no weight {a.path!r}"
-            for a in expected
-            if named and not any(same_path(a.path, b.path) for b in infos)
-        ] + [
             f"{argument} has {len(infos)} weights, and {len(expected)} are "
             "expected: another architecture"
         ]
-    return [
-        f"{argument}, weight {a.position}: {b.path!r}, and {a.path!r} is "
-        "expected"
-        for a, b in zip(expected, infos)
-        if named and not same_path(a.path, b.path)
-    ] + [
-        f"{argument}, {a.key}: shape {b.shape}, and {len(a.shape)} axes are "
-        "expected"
-        for a, b in zip(expected, infos)
-        if len(a.shape) != len(b.shape)
-    ]
-
-
-def weight_problems(expected, infos, argument) -> list[str]:
-    """Return what keeps single weights from being changed.
-
-    Args:
-        expected: Sequence of `WeightInfo`, some weights of an architecture.
-        infos: Sequence of `WeightInfo`, all weights of a model.
-        argument: String, what `infos` are in messages.
-
-    Returns:
-        List of strings, empty if nothing is wrong.
-    """
+    named = all(info.path for info in (*expected, *infos))
+    positions = {info.position for info in changed}
     wrong = []
-    for info in expected:
-        if info.position >= len(infos):
-            continue
-        found = infos[info.position]
-        if found.shape != info.shape:
+    for a, b in zip(expected, infos):
+        is_changed = a.position in positions
+        if named and not same_path(a.path, b.path):
             wrong.append(
-                f"{argument}, {info.key}: shape {found.shape}, and "
-                f"{info.shape} is expected"
+                f"{argument}, weight {a.position}: {b.path!r}, and {a.path!r} "
+                "is expected"
             )
-        if found.dtype not in FLOATS:
+        if a.shape != b.shape and is_changed:
             wrong.append(
-                f"{argument}, {info.key}: dtype {found.dtype}, and one of "
+                f"{argument}, {a.key}: shape {b.shape}, and {a.shape} is "
+                "expected"
+            )
+        elif len(a.shape) != len(b.shape):
+            wrong.append(
+                f"{argument}, {a.key}: shape {b.shape}, and {len(a.shape)} "
+                "axes are expected"
+            )
+        if is_changed and b.dtype not in FLOATS:
+            wrong.append(
+                f"{argument}, {a.key}: dtype {b.dtype}, and one of "
                 f"{', '.join(FLOATS)} is expected"
             )
     return wrong
-
-
-def lora_layers(checkpoint) -> list[str]:
-    """Return the paths of the layers with LoRA; of a list none is known."""
-    if checkpoint.model is None:
-        return []
-    return [
-        layer.path
-        for layer in keras_compat.layers_of(checkpoint.model)
-        if getattr(layer, "lora_enabled", False)
-    ]
 
 
 def reparameterized(checkpoint) -> dict[str, str]:

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from keras_weightmods.core import filters
+from keras_weightmods.core import filters, keras_compat
 from keras_weightmods.patches import architecture, tensors
 from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
 from keras_weightmods.patches.entry import PatchEntry, float32
@@ -33,9 +33,11 @@ def extract(
         del sources["init"]
     checkpoints = {name: Checkpoint(name, x) for name, x in sources.items()}
     with_lora = [
-        f"{argument}, {path}: call `kwm.merge_lora(model)` first"
+        f"{argument}, {layer.path}: call `kwm.merge_lora(model)` first"
         for argument, each in checkpoints.items()
-        for path in architecture.lora_layers(each)
+        if each.model is not None
+        for layer in keras_compat.layers_of(each.model)
+        if getattr(layer, "lora_enabled", False)
     ]
     checks.raise_all("Signatures are of models without LoRA:", with_lora)
     layout = _layout(checkpoints, like)
@@ -69,7 +71,7 @@ def extract(
         taken = [i for i in usable if id(layout.variables[i]) in ids]
         if not taken:
             raise checks.error("targets", "of at least one weight", targets)
-    problems = _weight_problems(checkpoints, [infos[i] for i in taken])
+    problems = _weight_problems(checkpoints, infos, taken)
     checks.raise_all(_MISMATCH, problems)
     # Each that is taken, and all of them for the hash of each checkpoint.
     steps = len(taken) + len(checkpoints) * len(infos)
@@ -155,21 +157,22 @@ def _taken_by_depth(usable, depths, depth):
     return [i for i in usable if depths[i] < depth]
 
 
-def _weight_problems(checkpoints, infos):
+def _weight_problems(checkpoints, infos, taken):
     """Return what is wrong with the weights taken, as a list of strings."""
+    changed = [infos[i] for i in taken]
     problems = []
     for argument, each in checkpoints.items():
-        problems += architecture.weight_problems(infos, each.infos, argument)
+        problems += architecture.problems(infos, each.infos, argument, changed)
         problems += [
-            f"{argument}, {info.key}: values that are not finite"
-            for info in infos
-            if each.infos[info.position].dtype in FLOATS
-            and not tensors.is_finite(each.read(info.position))
+            f"{argument}, {infos[i].key}: values that are not finite"
+            for i in taken
+            if each.infos[i].dtype in FLOATS
+            and not tensors.is_finite(each.read(i))
         ]
-    for info in infos:
-        i = info.position
+    for i in taken:
         dtypes = {k: c.infos[i].dtype for k, c in checkpoints.items()}
         if len(set(dtypes.values())) > 1:
             listed = ", ".join(f"{k} {v}" for k, v in dtypes.items())
-            problems.append(f"{info.key}: one dtype is expected, not {listed}")
+            key = infos[i].key
+            problems.append(f"{key}: one dtype is expected, not {listed}")
     return problems

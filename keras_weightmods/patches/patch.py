@@ -623,12 +623,10 @@ class Patch:
         """Return what keeps the patch from fitting a `Checkpoint`."""
         infos, argument = model.infos, f"`{model.argument}`"
         expected = [entry.info for entry in self]
-        return (
-            architecture.problems(self.architecture, infos, argument)
-            + architecture.weight_problems(expected, infos, argument)
-            + architecture.reparameterization_problems(
-                self.reparameterized, model, expected
-            )
+        return architecture.problems(
+            self.architecture, infos, argument, expected
+        ) + architecture.reparameterization_problems(
+            self.reparameterized, model, expected
         )
 
     def _check_fits(self, model: Checkpoint) -> None:

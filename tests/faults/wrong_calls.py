@@ -475,6 +475,10 @@ CALLS: dict[str, Callable[[], Call]] = {
     "quantize": lambda: on_model(
         kwm.quantize, data=X, group_size=8, epochs=1, verbose=0
     ),
+    "register_merge_method": lambda: Call(
+        kwm.register_merge_method,
+        {"name": "mine", "function": lambda task: iter(())},
+    ),
     "register_target": lambda: Call(
         kwm.register_target,
         {"layer_class": Own, "contraction_axes": (0,)},

@@ -225,13 +225,15 @@ def test_extract_lists_all_that_is_wrong(model, trio):
     robust[HEAD] = np.full((9, 9), np.nan, "float32")
     with pytest.raises(ValueError, match="not finite") as error:
         extract(init, clean, robust, depth=1, like=model)
-    first, second, third, fourth = (v.path for v in model.weights[:4])
+    first, second, third, fourth = (
+        v.path.removeprefix(f"{model.name}/") for v in model.weights[:4]
+    )
     for part in (
         f"init, 0:{first}: values that are not finite",
         f"1:{second}: one dtype is expected, not init float32, clean bfloat16",
         f"robust, 2:{third}: shape (5,), and (2,) is expected",
         f"robust, 3:{fourth}: dtype int32",
-        "4 problems",
+        "5 problems",
     ):
         assert part in str(error.value)
     robust[HEAD] = robust[HEAD][0]

@@ -240,7 +240,7 @@ def test_wrong_use(models, signatures):
     untouched = weights_of(stem)
     with pytest.raises(ValueError, match=r"4 problems[\s\S]*stem/kernel"):
         signature.apply(stem)
-    with pytest.raises(ValueError, match="has no weight '"):
+    with pytest.raises(ValueError, match="are expected: another"):
         signature.apply(sequential((6, 6, 1), *stem.layers[:4]))
     assert_same_bits(weights_of(stem), untouched)
 
@@ -425,8 +425,8 @@ def test_targets_that_are_not_unique_by_path():
     model.set_weights(clean)
     signature = WeightSignature.extract(None, model, robust, depth=2)
     assert [e.position for e in signature] == [0, 1, 2, 3]
-    targets = kwm.find_targets(model)
-    second = WeightSignature.extract(model, clean, robust, targets=[targets[1]])
+    block = model.layers[1]
+    second = WeightSignature.extract(model, clean, robust, targets=block)
     assert [e.position for e in second] == [2, 3]
     signature.apply(model)
     now = weights_of(model)
