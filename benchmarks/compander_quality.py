@@ -230,7 +230,7 @@ class Bench:
         import keras_weightmods as kwm
 
         self.tested.set_weights(weights)
-        kwm.sparsify(self.tested, "2:4", "magnitude", verbose=0)
+        kwm.sparsify(self.tested, "2:4", criterion="magnitude", verbose=0)
         axes = {"4 bits": None, "4 bits a channel": -1}
         return {
             "accuracy": weights,

@@ -79,7 +79,7 @@ def quality(args):
         error, began = None, time.monotonic()
         if method != "dense":
             needs = None if method == "magnitude" else data
-            report = kwm.sparsify(model, "2:4", method, needs)
+            report = kwm.sparsify(model, "2:4", needs, criterion=method)
             kwm.assert_sparse(model, "2:4")
             if needs is not None:
                 error = float(np.mean([k.error for k in report.kernels]))
@@ -130,7 +130,9 @@ def layer(args):
     for _ in range(args.runs):
         model.set_weights(dense)
         began = time.monotonic()
-        kwm.sparsify(model, "2:4", "sparsegpt", x, batch_size=2048, verbose=0)
+        kwm.sparsify(
+            model, "2:4", x, criterion="sparsegpt", batch_size=2048, verbose=0
+        )
         seconds.append(time.monotonic() - began)
         kwm.assert_sparse(model, "2:4")
         print(f"{size} x {size}: {seconds[-1]:.1f} s", flush=True)

@@ -153,7 +153,7 @@ def make_row(name, dense):
     is_compiled, name = name.endswith(COMPILED), name.removesuffix(COMPILED)
     model = load_smollm2("bfloat16" if name == "dense bfloat16" else "float32")
     if dense is None:
-        kwm.sparsify(model, "2:4", "magnitude", verbose=0)
+        kwm.sparsify(model, "2:4", criterion="magnitude", verbose=0)
     else:
         model.set_weights(dense.get_weights())
     if name in PACKED:

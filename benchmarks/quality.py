@@ -270,7 +270,7 @@ def make_methods(steps, **settings):
             steps, init="sparsegpt", teacher=None
         ),
         "CAST from SparseGPT + free mask": Cast(
-            steps, init="sparsegpt", ramp=0.4, criterion="activation"
+            steps, init="sparsegpt", ramp=0.4, criterion="wanda"
         ),
         "CAST from SparseGPT + blocks": Cast(
             steps, init="sparsegpt", init_refine="blocks"
@@ -280,7 +280,7 @@ def make_methods(steps, **settings):
             init="sparsegpt",
             init_refine="blocks",
             ramp=0.4,
-            criterion="activation",
+            criterion="wanda",
         ),
         **recipes_from_blocks(steps),
         "CAST from SparseGPT + eta 2/3": Cast(
@@ -311,7 +311,7 @@ def recipes_from_blocks(steps):
     start = {"init": "sparsegpt", "init_refine": ("swaps", "blocks")}
     alone = {**start, "distillation_weight": 1.0, "scaling_groups": 0}
     rate = kwm.CAST.default_recipe(**start)["learning_rate"]
-    free = {"ramp": 0.4, "criterion": "activation"}
+    free = {"ramp": 0.4, "criterion": "wanda"}
     found = {
         "": start,
         " + KL alone": alone,
@@ -337,7 +337,7 @@ class OneShot:
 
         data = model_inputs(train[:128, :-1])
         options = {"refine": self.refine, "batch_size": 4, "verbose": 0}
-        kwm.sparsify(model, "2:4", self.method, data, **options)
+        kwm.sparsify(model, "2:4", data, criterion=self.method, **options)
         kwm.assert_sparse(model)
 
 

@@ -65,7 +65,6 @@ PARTS = (
     ("From that start, 25,600 tokens", "quality_100", sparse_llm.texts),
     ("From that start, 51,200 tokens", "quality_200", sparse_llm.texts),
     ("From that start, 512,000 tokens", "quality_1000", sparse_llm.texts),
-    ("Between dense and 2:4, all in 4 bits", "dense_share", sparse_llm.shares),
     (
         "At equal tokens, on two texts (an older log)",
         "cast_quality",

@@ -376,10 +376,14 @@ def write_sparse(path, args):
             load_tokenizer(), 256, seed=1, train=args.calibration
         )
         kwm.sparsify(
-            model, "2:4", "sparsegpt", model_inputs(rows), batch_size=4
+            model,
+            "2:4",
+            model_inputs(rows),
+            criterion="sparsegpt",
+            batch_size=4,
         )
     else:
-        kwm.sparsify(model, "2:4", "magnitude")
+        kwm.sparsify(model, "2:4", criterion="magnitude")
     np.savez(path, *model.get_weights())
 
 

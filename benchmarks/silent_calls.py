@@ -114,20 +114,16 @@ def prune(calls, folder):
     model, x, tokens = load()
     calls("find_targets", kwm.find_targets, model)
     calls("perplexity", kwm.perplexity, model, tokens)
-    calls("sensitivity", kwm.sensitivity, model, x, targets=few(model))
     calls("self_generated", kwm.self_generated, model, 2, 64, batch_size=3)
     calls("sparsify, magnitude", kwm.sparsify, model, "2:4")
     calls("sparsity_report", kwm.sparsity_report, model)
     calls("assert_sparse", kwm.assert_sparse, model, "2:4")
     model, x, tokens = load()
-    calls("sparsify, Wanda", kwm.sparsify, model, "2:4", "wanda", x)
     some = few(model)
-    calls(
-        "sparsify, SparseGPT and swaps",
-        *(kwm.sparsify, model, "2:4", "sparsegpt", x),
-        targets=some,
-        refine="swaps",
-    )
+    pruned = kwm.sparsify, model, "2:4", x
+    calls("sparsify, Wanda", *pruned, criterion="wanda")
+    refined = {"criterion": "sparsegpt", "refine": "swaps"}
+    calls("sparsify, SparseGPT and swaps", *pruned, targets=some, **refined)
     plain = {"refine": None, "head": False}
     calls("quantize", kwm.quantize, model, x, targets=some, **plain)
     calls("quantize, head", kwm.quantize, model, x, targets=[])

@@ -68,7 +68,9 @@ def run(args):
     prompts = [[int(t) for t in tokenizer(text)] for text in PROMPTS]
     if not args.dense:
         (rows,) = load_rows(tokenizer, 256, train=args.rows)
-        kwm.sparsify(model, "2:4", "wanda", model_inputs(rows), verbose=0)
+        kwm.sparsify(
+            model, "2:4", model_inputs(rows), criterion="wanda", verbose=0
+        )
         print(kwm.pack(model).totals)
     # KerasHub exports no tokenizer of this kind.
     model = type(model)(backbone=model.backbone, preprocessor=None)

@@ -66,7 +66,9 @@ def run(args):
     train, held_out = code[: args.steps], code[args.steps :]
     if not args.model:
         (calibration,) = load_rows(tokenizer, args.length, train=64)
-        kwm.sparsify(model, "2:4", "sparsegpt", model_inputs(calibration))
+        kwm.sparsify(
+            model, "2:4", model_inputs(calibration), criterion="sparsegpt"
+        )
     kwm.assert_sparse(model, "2:4")
     start = model.get_weights()
     rows = []

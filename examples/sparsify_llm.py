@@ -157,7 +157,7 @@ def run(args):
 
     record("dense")
     dense_weights = model.get_weights()
-    kwm.sparsify(model, args.pattern, "magnitude")
+    kwm.sparsify(model, args.pattern, criterion="magnitude")
     record("one-shot magnitude")
     model.set_weights(dense_weights)
     del dense_weights

@@ -59,7 +59,6 @@ from .sparsity.scaling import attach_scaling as attach_scaling
 from .sparsity.semi_structured_sparse import (
     SemiStructuredSparse as SemiStructuredSparse,
 )
-from .sparsity.sensitivity import sensitivity as sensitivity
 from .sparsity.sparsify import sparsify as sparsify
 from .sparsity.sparsity_monitor import SparsityMonitor as SparsityMonitor
 from .sparsity.swap_sparse_ema_weights import (

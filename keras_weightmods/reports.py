@@ -24,8 +24,5 @@ from keras_weightmods.quantization.quantize import (
 )
 from keras_weightmods.sparsity.report import ChangeReport as ChangeReport
 from keras_weightmods.sparsity.report import SparsityReport as SparsityReport
-from keras_weightmods.sparsity.sensitivity import (
-    SensitivityReport as SensitivityReport,
-)
 from keras_weightmods.sparsity.sparsify import SparsifyReport as SparsifyReport
 from keras_weightmods.utils.report import Report as Report

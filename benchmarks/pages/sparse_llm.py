@@ -53,46 +53,6 @@ def texts(log):
     )
 
 
-def shares(log):
-    """Between dense and 2:4, of dense_share.py."""
-    names = list(log["rows"][0]["perplexity"])
-    rows = [
-        [
-            f"{row['dense_weights']:.0%}",
-            *(f"{row['perplexity'][text]:.1f}" for text in names),
-            f"{row['x_dense']:.3f}",
-            f"{np.mean(list(row['divergence'].values())):.2f}",
-            f"{row['file_bytes'] / 1e6:.1f}",
-            f"{row['tokens_per_second']:.0f}"
-            if "tokens_per_second" in row
-            else "",
-        ]
-        for row in log["rows"]
-    ]
-    speed = log.get("speed")
-    about = [
-        f"{log['model']}: {log['calibration_rows']} rows to prune and round "
-        "on, no training of the whole; the perplexity of the packed model"
-    ]
-    if speed:
-        about.append(
-            f"tokens per second, JAX, batch 1, {speed['machine']['cpu']}, "
-            f"{speed['machine']['cores_used']} cores"
-        )
-    return "\n\n".join(
-        [
-            "; ".join(about) + ".",
-            table(
-                " | ".join(
-                    ["dense weights", *(n.replace("_", " ") for n in names)]
-                    + ["x dense", "nats", "file MB", "tokens/s"]
-                ),
-                rows,
-            ),
-        ]
-    )
-
-
 def methods(log):
     """Every method of an older form of quality.py, with two texts."""
     groups = collections.defaultdict(list)

@@ -117,7 +117,7 @@ def _until_head(model, targets):
 
 
 def measure_importance(optimizer, model, targets, batches, verbose, since=None):
-    """Give an `AdamS(criterion="activation")` the norms of the inputs.
+    """Give an `AdamS(criterion="wanda")` the norms of the inputs.
 
     Args:
         optimizer: A built `AdamS`.

@@ -73,8 +73,8 @@ def self_generated(
     report = kwm.sparsify(
         model,
         "2:4",
-        "sparsegpt",
         tokens,
+        criterion="sparsegpt",
         verbose=0,
     )
     ```

@@ -26,7 +26,7 @@ _DESCRIPTION = """Look at and change the weights of Keras models.
 
 examples:
   keras-weightmods inspect model.keras
-  keras-weightmods sparsify model.keras --method sparsegpt --data x.npy \\
+  keras-weightmods sparsify model.keras --criterion sparsegpt --data x.npy \\
       -o sparse.keras
   keras-weightmods pack sparse.keras --dtype int8 -o packed.safetensors
   keras-weightmods run recipe.yaml

@@ -47,7 +47,7 @@ def _report(args):
     MODEL,
     PATTERN,
     argument(
-        "--method",
+        "--criterion",
         default="magnitude",
         choices=("magnitude", "wanda", "sparsegpt"),
         help="default: magnitude",
@@ -64,7 +64,7 @@ def _sparsify(args):
     examples:
       keras-weightmods sparsify model.keras -o sparse.keras
       keras-weightmods sparsify llm.safetensors --data prose.txt \\
-          --method sparsegpt --refine swaps blocks -o sparse.safetensors
+          --criterion sparsegpt --refine swaps blocks -o sparse.safetensors
     """
     check_output(args)
     model = load_model(args.model)
@@ -75,8 +75,8 @@ def _sparsify(args):
     report = kwm.sparsify(
         model,
         args.pattern,
-        args.method,
         data,
+        criterion=args.criterion,
         refine=args.refine,
         targets=args.targets,
         verbose=int(not args.quiet),

@@ -253,14 +253,13 @@ def _need_data(has_data):
 
 
 def _check_sparsify(options, has_data, stages):
-    from keras_weightmods.sparsity.sparsify import OneShot
+    from keras_weightmods.sparsity.criteria import CRITERIA
 
     values = _bound(kwm.sparsify, options)
-    fields = {field.name for field in dataclasses.fields(OneShot)}
-    pruner = OneShot(**{k: v for k, v in values.items() if k in fields})
+    checks.check_choice("criterion", values["criterion"], CRITERIA)
     checks.check_int("batch_size", values["batch_size"], 1)
     _check_targets(options)
-    if values["method"] != "magnitude" or pruner.refinements:
+    if values["criterion"] != "magnitude" or values["refine"]:
         _need_data(has_data)
 
 

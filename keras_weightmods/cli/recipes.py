@@ -267,14 +267,14 @@ class Run:
 
         As `CAST(init=...)` would have it, whose one-shot start is done.
         """
-        from keras_weightmods.sparsity import recipes
+        from keras_weightmods.sparsity import cast
 
-        method = sparsify.get("method", "magnitude")
+        criterion = sparsify.get("criterion", "magnitude")
         refine = sparsify.get("refine")
         pattern = sparsify.get("pattern", "2:4")
-        recipe = recipes.default_recipe(method, refine)
-        recipe["learning_rate"] = recipes.default_schedule(
-            method, refine, steps
+        recipe = kwm.CAST.default_recipe(criterion, refine)
+        recipe["learning_rate"] = cast._default_schedule(
+            criterion, refine, steps
         )
         start = {
             "pattern": pattern,

@@ -63,9 +63,13 @@ class Target:
     def reason_not_nm(self, m: int) -> str | None:
         """Return why the kernel has no whole groups of m; None if it has."""
         check_int("m", m, 1)
-        size = self.contraction_size
-        reason = f"its contraction size {size} is not a multiple of m={m}"
-        return reason if size % m else None
+        return reason_not_nm(self.contraction_size, m)
+
+
+def reason_not_nm(size: int, m: int) -> str | None:
+    """Return why a contraction of `size` has no whole groups of m, or None."""
+    reason = f"its contraction size {size} is not a multiple of m={m}"
+    return reason if size % m else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -22,7 +22,7 @@ from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
 
 _DECAYS = "published", "relative"
-_CRITERIA = "magnitude", "activation"
+_CRITERIA = "magnitude", "wanda"
 _MOST = 2**31 - 1
 
 
@@ -94,9 +94,9 @@ class AdamS(keras.optimizers.Optimizer):
             Defaults to `1.0`.
         decay: `"published"` or `"relative"`. Defaults to `"published"`.
         criterion: What ranks the weights of a group: `"magnitude"` for `|w|`,
-            or `"activation"` for `|w|` times the importance of its input, set
-            with `set_importance` (Wanda's score, when it is the norm of that
-            input's activations). Defaults to `"magnitude"`.
+            or `"wanda"` for `|w|` times the importance of its input, which is
+            set with `set_importance` and in Wanda's score is the norm of that
+            input. Defaults to `"magnitude"`.
         mask_every: Int, steps between two masks. Defaults to `10`.
         beta_1: Float. Defaults to `0.9`.
         beta_2: Float. Defaults to `0.999`.
@@ -261,7 +261,7 @@ class AdamS(keras.optimizers.Optimizer):
         add("mask", (size,), "uint8", "zeros")
         if self.measures_gradients:
             add("gradient_square", (), "float32", "zeros")
-        if self.criterion == "activation":
+        if self.criterion == "wanda":
             size = contraction_size(variable.shape, axes)
             add("importance", (size,), "float32", "ones")
         return state
@@ -347,7 +347,7 @@ class AdamS(keras.optimizers.Optimizer):
         )
 
     def set_importance(self, importance: Any) -> None:
-        """Set the importance of the inputs, for `criterion="activation"`.
+        """Set the importance of the inputs, for `criterion="wanda"`.
 
         Args:
             importance: A list with, for each of `sparsified`, an array of
@@ -358,8 +358,8 @@ class AdamS(keras.optimizers.Optimizer):
             ValueError: If the list does not fit, or the optimizer was made
                 with another criterion.
         """
-        if self.criterion != "activation":
-            expected = '"activation" where an importance is set'
+        if self.criterion != "wanda":
+            expected = '"wanda" where an importance is set'
             raise checks.error("criterion", expected, self.criterion)
         if not self.built:
             raise ValueError(

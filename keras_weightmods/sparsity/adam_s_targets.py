@@ -6,7 +6,12 @@ import warnings
 
 import keras
 
-from keras_weightmods.core.targets import Target, Targets, find_targets
+from keras_weightmods.core.targets import (
+    Target,
+    Targets,
+    find_targets,
+    reason_not_nm,
+)
 from keras_weightmods.core.weight_keys import matching_places
 from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.utils import checks
@@ -54,13 +59,14 @@ def find_axes(targets, variables, m):
         axes = _of_targets(targets, variables)
     unusable = []
     for place, variable in enumerate(variables):
-        if axes[place] and contraction_size(variable.shape, axes[place]) % m:
-            unusable.append((variable.path, tuple(variable.shape)))
+        size = contraction_size(variable.shape, axes[place] or ())
+        if axes[place] and (reason := reason_not_nm(size, m)):
+            unusable.append(f"{variable.path}: {reason}")
             axes[place] = None
     if unusable:
         warnings.warn(
-            f"AdamS leaves {len(unusable)} kernels dense, because the size of "
-            f"their contraction axes is no multiple of m={m}: {unusable[:5]}",
+            f"AdamS leaves {len(unusable)} kernels dense: "
+            f"{'; '.join(unusable[:5])}",
             stacklevel=3,
         )
     if not any(axes):

@@ -77,7 +77,7 @@ def new_bits(optimizer, state, step, axes):
 
     def refresh():
         scores = w
-        if optimizer.criterion == "activation":
+        if optimizer.criterion == "wanda":
             importance = ops.cast(state["importance"], w.dtype)
             scores = w * along(importance, w.shape, axes)
         return nm.pack_bits(nm.nm_mask(scores, optimizer.pattern, axes))

@@ -3,12 +3,13 @@
 from typing import Any
 
 from keras_weightmods.sparsity import sparsify
+from keras_weightmods.sparsity.criteria import CRITERIA
 from keras_weightmods.utils import checks
 
 
 def check_start(init: str, init_refine: Any) -> None:
     """Raise ValueError unless a run can start in this way."""
-    checks.check_choice("init", init, ("dense", *sparsify.METHODS))
+    checks.check_choice("init", init, ("dense", *CRITERIA))
     sparsify.check_refine("init_refine", init_refine)
 
 

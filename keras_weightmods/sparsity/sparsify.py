@@ -1,7 +1,6 @@
 """One-shot N:M sparsity: magnitude, Wanda and SparseGPT."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,16 +14,16 @@ from keras_weightmods.calibration.block_reconstruction import (
     blocks_table,
 )
 from keras_weightmods.calibration.walk import change_kernels, check_stored
-from keras_weightmods.core import data as fit_data
+from keras_weightmods.core.data import calibration_batches
 from keras_weightmods.core.targets import Target, Targets, resolve_targets
-from keras_weightmods.ops import sparsegpt
 from keras_weightmods.ops.matrix import from_stack, to_stack
-from keras_weightmods.ops.nm import Pattern, nm_project, parse_pattern
+from keras_weightmods.ops.nm import Pattern, parse_pattern
 from keras_weightmods.ops.refine import refined
+from keras_weightmods.ops.sparsegpt import relative_error
+from keras_weightmods.sparsity.criteria import CRITERIA, Inputs
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
 REFINEMENTS = ("swaps", "blocks")
 
 
@@ -36,16 +35,16 @@ class SparsifiedKernel:
         key: String, place and path of the kernel in the model.
         path: String.
         shape: Tuple of ints.
-        method: String, the method by which it was pruned.
+        criterion: String, the one by which it was pruned.
         error: Float, what that changes of the layer's outputs on the
             calibration data, `|X W' - X W|^2 / |X W|^2`; None without data.
-        note: String, why another method than the one asked for was taken.
+        note: String, why another criterion than the one asked for was taken.
     """
 
     key: str
     path: str
     shape: tuple[int, ...]
-    method: str
+    criterion: str
     error: float | None
     note: str = ""
 
@@ -56,7 +55,7 @@ class SparsifyReport(Report):
 
     Attributes:
         pattern: String, `"n:m"`.
-        method: String.
+        criterion: String.
         kernels: Tuple of `SparsifiedKernel`, in the order they were pruned.
             Their errors are those before blocks were reconstructed.
         skipped: Tuple of `Skipped(path, reason)`: kernels left dense.
@@ -64,7 +63,7 @@ class SparsifyReport(Report):
     """
 
     pattern: str
-    method: str
+    criterion: str
     kernels: tuple[SparsifiedKernel, ...]
     skipped: tuple[Skipped, ...]
     blocks: tuple[ReconstructedBlock, ...] = ()
@@ -72,14 +71,14 @@ class SparsifyReport(Report):
     def tables(self) -> Iterator[Table]:
         errors = [r.error for r in self.kernels if r.error is not None]
         yield Table(
-            f"{self.pattern} by {self.method}",
+            f"{self.pattern} by {self.criterion}",
             ("kernel", "shape", "output error", "note"),
             tuple(
                 (
                     row.path,
                     shape_text(row.shape),
                     "" if row.error is None else f"{row.error:.1%}",
-                    f"{row.method}: {row.note}" if row.note else "",
+                    f"{row.criterion}: {row.note}" if row.note else "",
                 )
                 for row in self.kernels
             ),
@@ -93,14 +92,13 @@ class SparsifyReport(Report):
 def sparsify(
     model: keras.layers.Layer,
     pattern: Pattern = "2:4",
-    method: str = "magnitude",
     data: Any = None,
     *,
+    criterion: str = "magnitude",
     refine: Any = None,
     targets: Any = None,
     batch_size: int = 8,
     damping: float = 0.01,
-    block_size: int = 128,
     epochs: int = 4,
     learning_rate: float = 1e-3,
     verbose: int = 1,
@@ -114,7 +112,8 @@ def sparsify(
       up for it, and changes the others so that they do (arXiv 2301.00774). It
       is the strongest of the three; give it some 100 rows of text or more.
 
-    What a method gives can be refined:
+    `keras_weightmods.sparsity.criteria` says how to add another criterion. What
+    a criterion gives can be refined:
 
     - `"swaps"` swaps kept weights for removed ones of the same group, and
       fits those that are kept to the outputs of the dense kernel
@@ -140,15 +139,15 @@ def sparsify(
         model: A built `keras.Model` or layer.
         pattern: String `"n:m"` or pair of ints: n weights kept of every m.
             Defaults to `"2:4"`.
-        method: `"magnitude"`, `"wanda"` or `"sparsegpt"`. Defaults to
-            `"magnitude"`.
-        data: What the model is calibrated on: inputs as for `predict`, as
-            arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a
-            generator of batches; pairs or triples as for `fit`, whose labels
-            are ignored and whose sample weights of 0 leave positions out; or
-            raw strings, for a KerasHub task with a preprocessor. With
-            `"magnitude"` it serves the errors in the report alone. Defaults
-            to `None`.
+        data: What the model is calibrated on: strings, for a KerasHub task
+            with a preprocessor; rows of token ids, as lists or an array; inputs
+            as for `predict`; pairs or triples as for `fit`, whose labels are
+            ignored and whose sample weights of 0 leave positions out; or a
+            `keras.utils.PyDataset`, a `tf.data.Dataset`, a torch `DataLoader`
+            or a generator of batches in these forms. With `"magnitude"` it
+            serves the errors in the report alone. Defaults to `None`.
+        criterion: `"magnitude"`, `"wanda"` or `"sparsegpt"`: what decides which
+            weights are kept. Defaults to `"magnitude"`.
         refine: `"swaps"`, `"blocks"`, both in a tuple, or `None`. They need
             `data`, and `"blocks"` a functional model, such as KerasHub's.
             Defaults to `None`.
@@ -159,8 +158,6 @@ def sparsify(
         damping: Float > 0, for `"sparsegpt"` and `"swaps"`: the share of the
             mean of the second moment's diagonal that is added to it. Defaults
             to `0.01`.
-        block_size: Int, for `"sparsegpt"`: see
-            `keras_weightmods.ops.sparsegpt.sparsegpt`. Defaults to `128`.
         epochs: Int, passes of `"blocks"` over the data. Defaults to `4`.
         learning_rate: Float > 0, the peak rate of Adam for `"blocks"`.
             Defaults to `1e-3`.
@@ -192,34 +189,120 @@ def sparsify(
         ]
     )
     x = np.random.normal(size=(64, 16))
-    report = kwm.sparsify(model, "2:4", "sparsegpt", data=x, verbose=0)
+    report = kwm.sparsify(model, "2:4", x, criterion="sparsegpt", verbose=0)
     kwm.assert_sparse(model, "2:4")
     print(report)
     ```
     """
-    pruner = OneShot(
-        pattern,
-        method,
-        damping,
-        block_size,
-        verbose,
-        refine,
-        epochs,
-        learning_rate,
-    )
+    parse_pattern(pattern)
+    checks.check_choice("criterion", criterion, CRITERIA)
+    refinements = check_refine("refine", refine)
+    damping = checks.check_float("damping", damping, above=0)
+    checks.check_int("epochs", epochs, 1)
+    learning_rate = checks.check_float("learning_rate", learning_rate, above=0)
+    checks.check_verbose(verbose)
     checks.check_int("batch_size", batch_size, 1)
-    if data is None and (method != "magnitude" or pruner.refinements):
+    if data is None and (CRITERIA[criterion].needs_data or refinements):
         expected = (
-            f"calibration data for `method={method!r}, refine={refine!r}`, "
-            "some 100 rows"
+            f"calibration data for `criterion={criterion!r}, "
+            f"refine={refine!r}`, some 100 rows"
         )
         raise checks.error("data", expected, data)
     found = resolve_targets(model, targets)
     usable = fitting_targets("sparsify", found, pattern)
     check_stored("sparsify", usable)
     if data is not None:
-        data = fit_data.calibration_batches(model, data, batch_size)
-    return pruner(model, usable, data)
+        data = calibration_batches(model, data, batch_size)
+    return prune(
+        model,
+        usable,
+        data,
+        pattern,
+        criterion,
+        refine,
+        damping=damping,
+        fit=BlockReconstruction(epochs, learning_rate),
+        verbose=verbose,
+    )
+
+
+def prune(
+    model: keras.layers.Layer,
+    targets: Targets,
+    batches: list[tuple[Any, Any]] | None,
+    pattern: Pattern,
+    criterion: str,
+    refine: Any = None,
+    *,
+    damping: float = 0.01,
+    fit: BlockReconstruction | None = None,
+    verbose: int = 1,
+) -> SparsifyReport:
+    """Prune all of `targets` in one shot or, on an error, none.
+
+    Args:
+        model: A built Keras model or layer.
+        targets: `Targets` of it that fit the pattern.
+        batches: List of pairs (inputs, sample weights or None), or None.
+        pattern, criterion, refine, damping, verbose: As in `sparsify`.
+        fit: What trains the blocks; None for the defaults of `sparsify`.
+
+    Returns:
+        A `SparsifyReport`.
+    """
+    refinements = check_refine("refine", refine)
+    fit = fit or BlockReconstruction(4, 1e-3)
+    check_finite([t.variable for t in targets], FINITE_FIRST)
+    blocks: list[ReconstructedBlock] = []
+
+    def change(group: list[Target], moment: Any, note: str) -> Any:
+        """Prune kernels that share their inputs; yield what was done."""
+        is_known = moment is not None or not CRITERIA[criterion].needs_data
+        used = criterion if is_known else "magnitude"
+        inputs = [None]
+        if moment is not None:
+            inputs = [Inputs(each, damping) for each in moment]
+        for target in group:
+            axes = target.contraction_axes, target.stack_axes
+            before = to_stack(target.variable.value, *axes, len(inputs))
+            after = [
+                CRITERIA[used].prune(weights, each, pattern)
+                for weights, each in zip(before, inputs)
+            ]
+            if moment is not None and "swaps" in refinements:
+                after = [
+                    refined(*parts, pattern, damping)
+                    for parts in zip(before, after, moment)
+                ]
+            after = ops.stack(after)
+            error = None
+            if moment is not None:
+                error = relative_error(before, after, moment)
+            target.variable.assign(from_stack(after, target.shape, *axes))
+            yield SparsifiedKernel(
+                target.key, target.path, target.shape, used, error, note
+            )
+
+    def rebuild(operation: Any, group: list[Target], *calls: Any) -> None:
+        block = fit(operation, group, *calls)
+        if block is not None:
+            blocks.append(block)
+
+    kernels = change_kernels(
+        model,
+        targets,
+        batches,
+        change,
+        rebuild if "blocks" in refinements else None,
+        verbose,
+    )
+    return SparsifyReport(
+        "{}:{}".format(*parse_pattern(pattern)),
+        criterion,
+        tuple(kernels),
+        targets.skipped,
+        tuple(blocks),
+    )
 
 
 def fitting_targets(
@@ -292,130 +375,3 @@ def check_refine(argument: str, refine: Any) -> tuple[str, ...]:
     for name in names:
         checks.check_choice(argument, name, REFINEMENTS)
     return names
-
-
-@dataclasses.dataclass(frozen=True)
-class OneShot:
-    """The pruning that `sparsify` does.
-
-    Args:
-        pattern, method, damping, block_size, verbose, refine, epochs,
-            learning_rate: As in `sparsify`.
-
-    Example:
-
-    ```python
-    import keras
-    from keras_weightmods import assert_sparse, find_targets
-    from keras_weightmods.sparsity.sparsify import OneShot
-
-    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
-    prune = OneShot("2:4", "magnitude", verbose=0)
-    report = prune(model, find_targets(model))
-    assert_sparse(model, "2:4")
-    ```
-    """
-
-    pattern: Pattern
-    method: str
-    damping: float = 0.01
-    block_size: int = 128
-    verbose: int = 1
-    refine: Any = None
-    epochs: int = 4
-    learning_rate: float = 1e-3
-
-    @property
-    def refinements(self) -> tuple[str, ...]:
-        """The names in `refine`."""
-        return check_refine("refine", self.refine)
-
-    def __post_init__(self) -> None:
-        parse_pattern(self.pattern)
-        checks.check_choice("method", self.method, METHODS)
-        checks.check_float("damping", self.damping, above=0)
-        checks.check_int("block_size", self.block_size, 1)
-        checks.check_int("epochs", self.epochs, 1)
-        checks.check_float("learning_rate", self.learning_rate, above=0)
-        checks.check_verbose(self.verbose)
-        check_refine("refine", self.refine)
-
-    def __call__(
-        self,
-        model: keras.layers.Layer,
-        targets: Targets,
-        calibration: list[tuple[Any, Any]] | None = None,
-    ) -> SparsifyReport:
-        """Prune all of `targets` or, on an error, none.
-
-        Args:
-            model: A built Keras model or layer.
-            targets: `Targets` of it that fit the pattern.
-            calibration: List of pairs (inputs, sample weights or None).
-
-        Returns:
-            A `SparsifyReport`.
-        """
-        check_finite([t.variable for t in targets], FINITE_FIRST)
-        blocks: list[ReconstructedBlock] = []
-        train = BlockReconstruction(self.epochs, self.learning_rate)
-
-        def rebuild(operation: Any, group: list[Target], *calls: Any) -> None:
-            block = train(operation, group, *calls)
-            if block is not None:
-                blocks.append(block)
-
-        kernels = change_kernels(
-            model,
-            targets,
-            calibration,
-            self._pruned,
-            rebuild if "blocks" in self.refinements else None,
-            self.verbose,
-        )
-        n, m = parse_pattern(self.pattern)
-        return SparsifyReport(
-            f"{n}:{m}",
-            self.method,
-            tuple(kernels),
-            targets.skipped,
-            tuple(blocks),
-        )
-
-    def _pruned(
-        self, group: list[Target], moment: Any, note: str
-    ) -> Iterator[SparsifiedKernel]:
-        """Prune kernels that share their inputs; yield what was done."""
-        prune = {
-            "magnitude": lambda w, _: nm_project(w, self.pattern),
-            "wanda": lambda w, h: sparsegpt.wanda(
-                w, ops.sqrt(ops.diagonal(h)), self.pattern
-            ),
-            "sparsegpt": lambda w, factor: sparsegpt.sparsegpt(
-                w, factor, self.pattern, self.block_size
-            ),
-        }
-        method = "magnitude" if moment is None else self.method
-        inputs = [None] if moment is None else moment
-        if method == "sparsegpt":
-            inputs = [
-                sparsegpt.inverse_factor(h, self.damping)
-                for h in ops.convert_to_numpy(moment)
-            ]
-        for target in group:
-            axes = target.contraction_axes, target.stack_axes
-            before = to_stack(target.variable.value, *axes, len(inputs))
-            after = list(map(prune[method], before, inputs))
-            if moment is not None and "swaps" in self.refinements:
-                refine = functools.partial(
-                    refined, pattern=self.pattern, damping=self.damping
-                )
-                after = list(map(refine, before, after, moment))
-            after = ops.stack(after)
-            error = None
-            if moment is not None:
-                error = sparsegpt.relative_error(before, after, moment)
-            target.variable.assign(from_stack(after, target.shape, *axes))
-            yield SparsifiedKernel(
-                target.key, target.path, target.shape, method, error, note
-            )

@@ -35,7 +35,9 @@ def weights_of(model):
 
 def refine(model, x, refine="blocks", **options):
     options = {"batch_size": 16, "epochs": 10, "verbose": 0, **options}
-    return kwm.sparsify(model, "2:4", "sparsegpt", x, refine=refine, **options)
+    return kwm.sparsify(
+        model, "2:4", x, criterion="sparsegpt", refine=refine, **options
+    )
 
 
 @pytest.mark.one_backend

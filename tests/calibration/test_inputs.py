@@ -71,7 +71,7 @@ def test_a_layer_in_a_branch_is_seen():
     one, other, _ = sorted(by_path)
     np.testing.assert_allclose(by_path[one], root_mean_square(x, [1]), 1e-5)
     assert by_path[other] is None
-    report = sparsify(model, "2:4", "sparsegpt", data=x, verbose=0)
+    report = sparsify(model, "2:4", x, criterion="sparsegpt", verbose=0)
     notes = {kernel.path: kernel.note for kernel in report.kernels}
     assert [path for path, note in notes.items() if note] == [other]
 
@@ -272,7 +272,7 @@ def test_the_head_is_never_run(pass_):
             input_norms(model, targets, [(x, None) for x in batches])
         else:
             options = {"targets": targets, "verbose": 0}
-            sparsify(model, "2:4", "wanda", batches[1], **options)
+            sparsify(model, "2:4", batches[1], criterion="wanda", **options)
     assert calls
     assert not [call for call in calls if call.get("reverse")]
 

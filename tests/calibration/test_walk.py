@@ -96,8 +96,8 @@ def test_the_walk_is_the_model_run_for_each_kernel(make, x, monkeypatch):
         if whole:
             monkeypatch.setattr(keras_compat, "graph_of", lambda _: None)
             monkeypatch.setattr(walk.SharedInputs, "places", lambda _: [0])
-        report = kwm.sparsify(model, "2:4", "sparsegpt", x, verbose=0)
-        assert {k.method for k in report.kernels} == {"sparsegpt"}
+        report = kwm.sparsify(model, "2:4", x, criterion="sparsegpt", verbose=0)
+        assert {k.criterion for k in report.kernels} == {"sparsegpt"}
         kwm.assert_sparse(model, "2:4")
         results.append(weights_of(model))
         for layer in model._flatten_layers():
@@ -128,7 +128,7 @@ def test_blocks_are_run_as_often_as_they_must():
     output = [count_calls(b._feedforward_output_dense) for b in layers]
     head = count_calls(model.backbone.token_embedding)
     options = {"targets": targets, "batch_size": 2, "verbose": 0}
-    kwm.sparsify(model, "2:4", "sparsegpt", make_tokens(), **options)
+    kwm.sparsify(model, "2:4", make_tokens(), criterion="sparsegpt", **options)
     # Query, key and value share their inputs, and gate and value: 4 passes,
     # and one for the outputs, which nothing after the last block needs.
     batches = 3
@@ -152,7 +152,7 @@ def test_only_what_is_needed_is_kept(monkeypatch):
         return result
 
     monkeypatch.setattr(walk.Walk, "run", watched)
-    kwm.sparsify(model, "2:4", "wanda", normal(4, 8), verbose=0)
+    kwm.sparsify(model, "2:4", normal(4, 8), criterion="wanda", verbose=0)
     assert len(alive) == 9
     assert max(alive) <= 2
 
@@ -190,13 +190,15 @@ def test_layers_that_no_data_reach_or_nobody_can_read():
     notes = dict.fromkeys(model.unused, "do not reach")
     notes[model.square] = "cannot be read"
     before = {layer: numpy(layer.kernel) for layer in notes}
-    report = kwm.sparsify(model, "2:4", "wanda", normal(5, 8), verbose=0)
-    assert [k.method for k in report.kernels].count("wanda") == 1
+    report = kwm.sparsify(
+        model, "2:4", normal(5, 8), criterion="wanda", verbose=0
+    )
+    assert [k.criterion for k in report.kernels].count("wanda") == 1
     rows = {k.path: k for k in report.kernels}
     for layer, note in notes.items():
         expected = before[layer] * references.nm_mask(before[layer], 2, 4, 0)
         np.testing.assert_array_equal(numpy(layer.kernel), expected)
         row = rows[layer.kernel.path]
-        assert row.method == "magnitude"
+        assert row.criterion == "magnitude"
         assert note in row.note
     assert "magnitude:" in report.table()

@@ -19,11 +19,15 @@ def test_a_model_is_made_sparse_packed_and_unpacked(run, tmp_path):
     model = models.mlp(16, 32, 8)
     model.save("model.keras")
     np.save("x.npy", models.normal(32, 16))
-    line = "sparsify model.keras --method wanda --data x.npy --rows 24 --quiet"
+    line = (
+        "sparsify model.keras --criterion wanda --data x.npy --rows 24 --quiet"
+    )
     printed = run(f"{line} -o sparse.keras")
     assert "2:4 by wanda" in printed
     assert "Wrote sparse.keras" in printed
-    kwm.sparsify(model, "2:4", "wanda", np.load("x.npy")[:24], verbose=0)
+    kwm.sparsify(
+        model, "2:4", np.load("x.npy")[:24], criterion="wanda", verbose=0
+    )
     sparse = keras.saving.load_model("sparse.keras")
     models.assert_same(models.weights_of(sparse), models.weights_of(model))
 
@@ -118,7 +122,7 @@ def test_language_models(run, language_model, tmp_path):
     assert texts == language_model.generate(["ab c", "d"], max_length=8)
 
     run(
-        "sparsify llm.safetensors --method wanda --data text.txt --length 12"
+        "sparsify llm.safetensors --criterion wanda --data text.txt --length 12"
         " --quiet -o sparse.safetensors"
     )
     kwm.assert_sparse(kwm.load_model("sparse.safetensors"), "2:4")

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 STAGES = [
-    {"sparsify": {"method": "wanda"}},
+    {"sparsify": {"criterion": "wanda"}},
     {"cast": {"epochs": 2, "batch_size": 8, "loss": "mse"}},
     {"quantize": {"group_size": 8, "refine": None}},
     {"pack": {"dtype": "int8"}},
@@ -80,7 +80,7 @@ def test_a_run_and_one_that_is_killed_between(run, folder, monkeypatch):
     kwm.assert_sparse(kwm.load_model("out/3-quantize.safetensors"), "2:4")
     kwm.load_model("out/4-pack.safetensors")
     report = json.loads(pathlib.Path("out/1-sparsify.json").read_text())
-    assert report["method"] == "wanda"
+    assert report["criterion"] == "wanda"
     # Once more is nothing to do.
     run(f"run {name} --quiet")
 
@@ -104,7 +104,7 @@ def test_the_stages_are_calls_of_the_library(run, folder):
     run(f"run {write({**RECIPE, 'stages': STAGES[:1]})} --quiet")
     model = keras.saving.load_model("model.keras")
     x = np.load("data.npz")["x"][:32]
-    kwm.sparsify(model, "2:4", "wanda", x, verbose=0)
+    kwm.sparsify(model, "2:4", x, criterion="wanda", verbose=0)
     sparse = kwm.load_model("out/1-sparsify.safetensors")
     models.assert_same(models.weights_of(sparse), models.weights_of(model))
 
@@ -218,11 +218,13 @@ PROBLEMS = {
     "sparsify: Expected|sparsify: `pattern`|sparsify: A pattern": {
         "stages": [{"sparsify": {"pattern": "4:2"}}]
     },
-    "sparsify: `method` must be": {"stages": [{"sparsify": {"method": "x"}}]},
+    "sparsify: `criterion` must be": {
+        "stages": [{"sparsify": {"criterion": "x"}}]
+    },
     "sparsify: `targets` must be": {"stages": [{"sparsify": {"targets": "("}}]},
     "sparsify: needs `data`": {
         "data": {},
-        "stages": [{"sparsify": {"method": "wanda"}}],
+        "stages": [{"sparsify": {"criterion": "wanda"}}],
     },
     "cast: `temperature` must be": {"stages": [{"cast": {"temperature": 0}}]},
     "cast: `epochs` must be": {"stages": [{"cast": {"epochs": 0}}]},

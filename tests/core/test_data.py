@@ -190,7 +190,9 @@ def test_rows_of_several_lengths_are_padded(language_model):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model, x: kwm.sparsify(model, "2:4", "wanda", x, verbose=0),
+        lambda model, x: kwm.sparsify(
+            model, "2:4", x, criterion="wanda", verbose=0
+        ),
         lambda model, x: kwm.quantize(model, x, refine=None, verbose=0),
     ],
 )

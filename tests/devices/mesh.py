@@ -165,7 +165,7 @@ def undivided():
     def packed():
         keras.utils.set_random_seed(0)
         model = sequential((96,), keras.layers.Dense(20, name="one"))
-        kwm.sparsify(model, "2:4", "magnitude", verbose=0)
+        kwm.sparsify(model, "2:4", criterion="magnitude", verbose=0)
         kwm.pack(model)
         return model.predict(x, verbose=0)
 
@@ -182,7 +182,7 @@ def packed_stack():
         "bge,geh->bgh", output_shape=(4, 64), name="experts"
     )
     model = sequential((4, 128), experts)
-    kwm.sparsify(model, "2:4", "magnitude", verbose=0)
+    kwm.sparsify(model, "2:4", criterion="magnitude", verbose=0)
     report = kwm.pack(model)
     assert len(report.weights) == 1
     return model
@@ -373,7 +373,7 @@ def loaded(model):
 def packed_llama(options):
     model = llama()
     if "dense" not in options:
-        kwm.sparsify(model, "2:4", "magnitude", verbose=0)
+        kwm.sparsify(model, "2:4", criterion="magnitude", verbose=0)
     kwm.pack(model, **options)
     return model
 

@@ -363,7 +363,7 @@ def _use_targets():
 
 def _set_importance():
     model = mlp()
-    optimizer = kwm.AdamS(total_steps=4, criterion="activation")
+    optimizer = kwm.AdamS(total_steps=4, criterion="wanda")
     optimizer.use_targets(kwm.find_targets(model))
     optimizer.build(model.trainable_variables)
     given = {"importance": [np.ones(8), np.ones(16)]}
@@ -499,14 +499,13 @@ CALLS: dict[str, Callable[[], Call]] = {
         kwm.SemiStructuredSparse.attach
     ),
     "SemiStructuredSparse.detach": _detach,
-    "sensitivity": lambda: on_model(kwm.sensitivity, data=X, verbose=0),
     "SparseAdamW": lambda: Call(kwm.SparseAdamW, {}, then=fit_masked),
     "SparseAdamW.indices_of": lambda: on_masks(kwm.SparseAdamW, "indices_of"),
     "SparseAdamW.set_indices": lambda: on_masks(
         kwm.SparseAdamW, "set_indices", indices=np.arange(13)
     ),
     "sparsify": lambda: on_model(
-        kwm.sparsify, data=X, method="sparsegpt", epochs=1, verbose=0
+        kwm.sparsify, data=X, criterion="sparsegpt", epochs=1, verbose=0
     ),
     "sparsity_report": lambda: on_model(kwm.sparsity_report),
     "SparsityMonitor": lambda: Call(

@@ -72,7 +72,7 @@ def sparsegpt(family):
 def _pruned(family, method):
     model, x = _made(family)
     data = None if method == "magnitude" else x
-    report = kwm.sparsify(model, "2:4", method, data, verbose=0)
+    report = kwm.sparsify(model, "2:4", data, criterion=method, verbose=0)
     exact = kwm.sparsity_report(model).totals["exact"]
     assert exact >= len(report.kernels) > 0, f"{exact} kernels are 2:4"
     _finite(model, x)

@@ -77,8 +77,8 @@ def rate_at(t):
         {"l1": 0.05, "decay": "published", "ramp": 0.5, "pattern": "1:4"},
         {"decay": "relative", "ramp": 0.7},
         {"decay": "relative", "ramp": 0.0},
-        {"decay": "published", "criterion": "activation"},
-        {"decay": "relative", "ramp": 0.4, "criterion": "activation"},
+        {"decay": "published", "criterion": "wanda"},
+        {"decay": "relative", "ramp": 0.4, "criterion": "wanda"},
     ],
     ids=str,
 )
@@ -177,7 +177,7 @@ def fit(model, optimizer, epochs=3):
         {},
         {"clipnorm": 1.0, "weight_decay": 0.01, "use_ema": True},
         {"gradient_accumulation_steps": 2, "global_clipnorm": 1.0},
-        {"criterion": "activation", "pattern": "1:2"},
+        {"criterion": "wanda", "pattern": "1:2"},
     ],
 )
 def test_fit_with_keras_arguments(kwargs):
@@ -264,7 +264,7 @@ def test_ramp_stays_at_one_past_the_end():
 
 def test_masks_follow_the_importance():
     kernel = ones(4, 2)
-    optimizer = AdamS(1e-3, total_steps=4, criterion="activation")
+    optimizer = AdamS(1e-3, total_steps=4, criterion="wanda")
     with pytest.raises(ValueError, match="needs a built optimizer"):
         optimizer.set_importance([])
     optimizer.build([kernel])

@@ -165,7 +165,7 @@ def test_the_length_of_the_run_and_the_importance(kind):
     [({"gradient_accumulation_steps": 2}, 9), ({"total_steps": 7}, 7)],
 )
 def test_total_steps_counts_updates(options, steps):
-    cast = compiled(kwm.AdamS(criterion="activation", **options))
+    cast = compiled(kwm.AdamS(criterion="wanda", **options))
     assert started(cast, *make_data(24), batch_size=4, epochs=3)[0] == steps
 
 
@@ -202,7 +202,9 @@ def test_a_fit_that_failed_is_planned_anew():
 def test_a_start_is_sparsify_on_the_first_rows(init):
     x, y = make_data(40)
     expected = make_mlp()
-    kwm.sparsify(expected, "2:4", init, x[:20], batch_size=4, verbose=0)
+    kwm.sparsify(
+        expected, "2:4", x[:20], criterion=init, batch_size=4, verbose=0
+    )
     model = make_mlp()
     dense = numpy(model(x))
     cast = compiled(model=model, teacher="self", init=init, init_rows=18)
@@ -212,7 +214,7 @@ def test_a_start_is_sparsify_on_the_first_rows(init):
     for target, w in zip(kwm.find_targets(expected), sparse, strict=True):
         np.testing.assert_allclose(w, numpy(target.variable), rtol=1e-5)
     np.testing.assert_array_equal(numpy(cast.teacher(x)), dense)
-    assert [k.method for k in cast.init_report.kernels] == [init] * 2
+    assert [k.criterion for k in cast.init_report.kernels] == [init] * 2
 
     # Not made again by another fit, whatever its data.
     started(cast, x[20:], y[20:], batch_size=4)
@@ -228,7 +230,7 @@ def test_a_start_is_sparsify_on_the_first_rows(init):
 
 def test_a_start_whose_mask_goes_on_changing():
     x, y = make_data(40)
-    adam_s = kwm.AdamS(3e-2, decay="relative", ramp=0.5, criterion="activation")
+    adam_s = kwm.AdamS(3e-2, decay="relative", ramp=0.5, criterion="wanda")
     cast = compiled(adam_s, init="sparsegpt", scaling_groups=0)
     _, importance = started(cast, x, y, batch_size=4, epochs=4)
     # Of the sparse model's inputs, where the first layer sees the data.
@@ -673,3 +675,14 @@ def test_activations_that_are_not_finite_are_named(init):
         cast.fit(x, models.normal(8, 4), batch_size=4, verbose=0)
     kernels = [t.variable for t in cast.targets]
     models.assert_same([models.numpy(k) for k in kernels], before[::2])
+
+
+@pytest.mark.one_backend
+def test_a_start_of_whole_blocks_is_left_by_smaller_steps():
+    recipe = kwm.CAST.default_recipe
+    sparse = recipe("sparsegpt", "swaps")
+    assert sparse == recipe("sparsegpt")
+    for refine in ("blocks", ("swaps", "blocks")):
+        found = recipe("sparsegpt", refine)
+        assert found["learning_rate"] < sparse["learning_rate"]
+        assert found["ramp"] == 0.0

@@ -108,9 +108,9 @@ def test_one_shot_by_each_experts_own_inputs(family, method):
         model(X)
     (tokens,) = seen
     report = kwm.sparsify(
-        model, "2:4", method, data=X, targets=stacks, verbose=0
+        model, "2:4", X, criterion=method, targets=stacks, verbose=0
     )
-    assert [k.method for k in report.kernels] == [method] * len(stacks)
+    assert [k.criterion for k in report.kernels] == [method] * len(stacks)
     kwm.assert_sparse(model, "2:4", targets=stacks)
     after = models.numpy(first.variable)
     for expert, moment in enumerate(expected_moments(model, first, tokens)):
@@ -150,7 +150,7 @@ def test_an_expert_without_tokens_goes_by_magnitude():
     for method in ("wanda", "sparsegpt"):
         up.variable.assign(before)
         report = kwm.sparsify(
-            model, "2:4", method, data=X, targets=[up], verbose=0
+            model, "2:4", X, criterion=method, targets=[up], verbose=0
         )
         assert "1 of its 4 matrices" in report.kernels[0].note
         magnitude = kwm.ops.nm_project(before[2], "2:4")
@@ -201,8 +201,8 @@ def test_gemma4_routes_by_an_argument():
     stacks = stacks_of(model)
     assert len(stacks) == 3
     dense = models.outputs(model, x)
-    report = kwm.sparsify(model, "2:4", "wanda", data=x, verbose=0)
-    methods = {k.method for k in report.kernels if "expert_bank" in k.path}
+    report = kwm.sparsify(model, "2:4", x, criterion="wanda", verbose=0)
+    methods = {k.criterion for k in report.kernels if "expert_bank" in k.path}
     assert methods == {"wanda"}
     sparse = models.outputs(model, x)
     assert not np.allclose(sparse, dense)

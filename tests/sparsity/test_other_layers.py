@@ -78,9 +78,9 @@ def test_cast_lift_and_files(name, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_one_shot_says_what_it_went_by(name):
     model, x = make(name)
-    report = kwm.sparsify(model, "2:4", "sparsegpt", data=x, verbose=0)
+    report = kwm.sparsify(model, "2:4", x, criterion="sparsegpt", verbose=0)
     kwm.assert_sparse(model)
-    by = {k.path.split("/")[-2]: (k.method, k.note) for k in report.kernels}
+    by = {k.path.split("/")[-2]: (k.criterion, k.note) for k in report.kernels}
     if name == "recurrent":
         note = "the inputs of LSTMCell cannot be read"
         assert by["lstm_cell"] == ("magnitude", note)
@@ -99,10 +99,68 @@ def test_separable_convolutions_have_inputs(method):
     )
     rows = models.numpy(depthwise).reshape(-1, 8)
     before = models.numpy(layer.pointwise_kernel).reshape(8, 8)
-    report = kwm.sparsify(model, "2:4", method, data=x, verbose=0)
-    assert [k.method for k in report.kernels] == [method]
+    report = kwm.sparsify(model, "2:4", x, criterion=method, verbose=0)
+    assert [k.criterion for k in report.kernels] == [method]
     if method == "wanda":
         norms = np.sqrt(np.square(rows).mean(axis=0))
         expected = kwm.ops.nm_mask(before * norms[:, None], "2:4")
         after = models.numpy(layer.pointwise_kernel).reshape(8, 8)
         np.testing.assert_array_equal(after != 0, models.numpy(expected))
+
+
+def convolutions():
+    """Those that are sparsified, and others for each reason."""
+    return models.sequential(
+        (9, 9, 3),
+        layers.Conv2D(8, 3, name="of_27", **LAST),
+        layers.Conv2D(8, 3, name="plain", **LAST),
+        layers.DepthwiseConv2D(3, name="depthwise", **LAST),
+        layers.SeparableConv2D(8, 3, name="separable", **LAST),
+        layers.Flatten(),
+        layers.Dense(4, name="dense"),
+    )
+
+
+def test_all_methods_agree_on_convolutions():
+    """On targets, contraction axes and reasons to skip."""
+    x = models.normal(4, 9, 9, 3)
+    y = models.normal(4, 4)
+    model = models.randomize(convolutions())
+    start = models.weights_of(model)
+    expected = kwm.sparsify(model, verbose=0)
+    sparse = models.weights_of(model)
+    paths = [kernel.path for kernel in expected.kernels]
+    assert [path.split("/")[-2] for path in paths] == [
+        *("plain", "separable", "dense")
+    ]
+    reasons = {skip.path: skip.reason for skip in expected.skipped}
+    (odd,) = (path for path in reasons if "of_27" in path)
+    assert reasons[odd] == "its contraction size 27 is not a multiple of m=4"
+
+    model.set_weights(start)
+    report = kwm.SemiStructuredSparse.attach(model)
+    assert [kernel.path for kernel in report.kernels] == paths
+    assert {skip.path: skip.reason for skip in report.skipped} == reasons
+    models.assert_same(models.weights_of(model), sparse)
+    kwm.SemiStructuredSparse.detach(model)
+
+    # A rate of zero: only what the first mask cuts changes.
+    model.set_weights(start)
+    adam = kwm.AdamS(0.0, total_steps=1, targets=model, decay="relative")
+    model.compile(adam, "mse", jit_compile=models.JIT)
+    with pytest.warns(UserWarning, match=f"{odd}: {reasons[odd]}"):
+        model.fit(x, y, batch_size=4, verbose=0)
+    adam.prune()
+    assert [variable.path for variable in adam.sparsified] == paths
+    models.assert_same(models.weights_of(model), sparse)
+
+
+@pytest.mark.one_backend
+def test_without_a_model_a_convolution_is_refused_with_the_way_out():
+    """Of a kernel of rank 4 alone nobody can tell the axes."""
+    model = convolutions()
+    with pytest.raises(ValueError, match="targets=model"):
+        kwm.AdamS(total_steps=1).build(model.trainable_variables)
+    kernel = model.get_layer("plain").kernel
+    with pytest.raises(ValueError, match="attach"):
+        kwm.SemiStructuredSparse()(kernel)

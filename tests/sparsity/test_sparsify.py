@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from keras_weightmods.sparsity import criteria
+from keras_weightmods.sparsity.criteria import Criterion
 from keras_weightmods.sparsity.scaling import attach_scaling
 from tests import models, references
 from tests.backends import breadth
 from tests.models import assert_same, normal, randomize, weights_of
 from tests.sparsity.casts import Batches
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
+CRITERIA = ("magnitude", "wanda", "sparsegpt")
 
 
 def make_mlp():
@@ -34,13 +36,15 @@ def by_method(method, w, x, n, m):
 
 
 @breadth("pattern", ["2:4", "1:4"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CRITERIA)
 def test_layer_by_layer_on_the_sparse_prefix(method, pattern):
     model = make_mlp()
     n, m = kwm.ops.parse_pattern(pattern)
     weights = [v.astype("float64") for v in weights_of(model)]
     x = normal(40, 16, seed=1)
-    report = kwm.sparsify(model, pattern, method, x, batch_size=16, verbose=0)
+    report = kwm.sparsify(
+        model, pattern, x, criterion=method, batch_size=16, verbose=0
+    )
     hidden = x.astype("float64")
     activations = [lambda z: np.maximum(z, 0), np.tanh, lambda z: z]
     for i, activation in enumerate(activations):
@@ -53,7 +57,7 @@ def test_layer_by_layer_on_the_sparse_prefix(method, pattern):
         assert report.kernels[i].error == pytest.approx(error, rel=1e-2)
         hidden = activation(hidden @ sparse + bias)
     kwm.assert_sparse(model, pattern)
-    assert [k.method for k in report.kernels] == [method] * 3
+    assert [k.criterion for k in report.kernels] == [method] * 3
 
 
 EINSUMS = [
@@ -77,7 +81,7 @@ def test_einsum_dense(method, equation, output, shape, rows):
     (target,) = kwm.find_targets(model)
     kernel = weights_of(model)[0].astype("float64")
     x = normal(30, *shape, seed=1)
-    kwm.sparsify(model, "2:4", method, x, verbose=0)
+    kwm.sparsify(model, "2:4", x, criterion=method, verbose=0)
     order = [*target.stack_axes, *target.contraction_axes, *target.output_axes]
     stacks = int(np.prod([target.shape[i] for i in target.stack_axes]))
     size = (stacks, target.contraction_size, -1)
@@ -92,16 +96,47 @@ def test_einsum_dense(method, equation, output, shape, rows):
 @pytest.mark.one_backend
 def test_sparsegpt_is_the_best_start_of_a_model():
     errors = {}
-    for method in METHODS:
+    for method in CRITERIA:
         model = randomize(models.mlp(32, 64, 16))
         mix = normal(32, 32, seed=2) * np.linspace(0.1, 4, 32)
         x = (normal(400, 32, seed=1) @ mix).astype("float32")
         dense = models.outputs(model, x)
-        kwm.sparsify(model, "2:4", method, x, verbose=0)
+        kwm.sparsify(model, "2:4", x, criterion=method, verbose=0)
         changes = models.outputs(model, x) - dense
         errors[method] = np.mean(changes**2)
     assert errors["sparsegpt"] < 0.8 * errors["wanda"]
     assert errors["wanda"] < errors["magnitude"]
+
+
+@pytest.mark.one_backend
+def test_a_criterion_is_one_entry_in_a_table(monkeypatch):
+    """`sparsify`, its refinements, its report and `CAST` take it."""
+
+    def keep_the_smallest(weights, inputs, pattern):
+        scores = inputs.norms[:, None] / (1e-6 + keras.ops.abs(weights))
+        mask = kwm.ops.nm_mask(scores, pattern)
+        return keras.ops.where(mask, weights, 0.0)
+
+    entry = Criterion(keep_the_smallest)
+    monkeypatch.setitem(criteria.CRITERIA, "smallest", entry)
+    x = normal(40, 16, seed=1)
+    for refine in (None, "swaps", "blocks"):
+        model = make_mlp()
+        before = weights_of(model)[0]
+        report = kwm.sparsify(
+            model, "2:4", x, criterion="smallest", refine=refine, verbose=0
+        )
+        kwm.assert_sparse(model, "2:4")
+        assert "2:4 by smallest" in str(report)
+        assert {k.criterion for k in report.kernels} == {"smallest"}
+        if refine is None:
+            scores = np.sqrt(np.mean(x**2, 0))[:, None] / np.abs(before)
+            mask = references.nm_mask(scores, 2, 4, 0)
+            kept = np.where(mask, before, 0.0)
+            np.testing.assert_array_equal(weights_of(model)[0], kept)
+    with pytest.raises(ValueError, match="calibration data"):
+        kwm.sparsify(make_mlp(), criterion="smallest")
+    assert kwm.CAST(make_mlp(), init="smallest").init == "smallest"
 
 
 # Data
@@ -113,7 +148,7 @@ def test_sparsegpt_is_the_best_start_of_a_model():
 def test_data(kind):
     x, y = normal(24, 16, seed=1), np.zeros(24)
     expected = make_mlp()
-    kwm.sparsify(expected, "2:4", "wanda", x, verbose=0)
+    kwm.sparsify(expected, "2:4", x, criterion="wanda", verbose=0)
     batches = Batches(x, y, 4)
     # Rows of weight 0 are left out, whatever they hold.
     padded = np.concatenate([x, np.full((3, 16), 1e3, "float32")])
@@ -128,7 +163,7 @@ def test_data(kind):
 
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
     model = make_mlp()
-    kwm.sparsify(model, "2:4", "wanda", data, verbose=0)
+    kwm.sparsify(model, "2:4", data, criterion="wanda", verbose=0)
     for a, b in zip(weights_of(model), weights_of(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
@@ -142,11 +177,11 @@ def test_raw_strings():
     results = []
     for data in (texts, np.array(texts), (x, None, weights)):
         model = randomize(models.causal_lm("gpt2", preprocessor))
-        kwm.sparsify(model, "2:4", "sparsegpt", data, verbose=0)
+        kwm.sparsify(model, "2:4", data, criterion="sparsegpt", verbose=0)
         results.append(weights_of(model))
     assert_same(results[1:], results[:1] * 2)
     with pytest.raises(ValueError, match="preprocessor"):
-        kwm.sparsify(make_mlp(), "2:4", "wanda", texts)
+        kwm.sparsify(make_mlp(), "2:4", texts, criterion="wanda")
 
 
 # The report
@@ -155,7 +190,9 @@ def test_raw_strings():
 @pytest.mark.one_backend
 def test_the_report():
     model = make_mlp()
-    report = kwm.sparsify(model, "2:4", "wanda", normal(9, 16), verbose=0)
+    report = kwm.sparsify(
+        model, "2:4", normal(9, 16), criterion="wanda", verbose=0
+    )
     targets = kwm.find_targets(model)
     assert [k.key for k in report.kernels] == [t.key for t in targets]
     saved = json.loads(json.dumps(report.to_dict()))
@@ -169,14 +206,16 @@ def test_the_report():
 
 @pytest.mark.one_backend
 def test_the_progress_bar(capsys):
-    kwm.sparsify(make_mlp(), "2:4", "wanda", normal(9, 16))
+    kwm.sparsify(make_mlp(), "2:4", normal(9, 16), criterion="wanda")
     assert "3/3" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_stays_dense():
     model = randomize(models.mlp(6, 8, 4))
     before = weights_of(model)
-    report = kwm.sparsify(model, "2:4", "wanda", normal(9, 6), verbose=0)
+    report = kwm.sparsify(
+        model, "2:4", normal(9, 6), criterion="wanda", verbose=0
+    )
     assert_same(weights_of(model)[:2], before[:2])
     assert [k.shape for k in report.kernels] == [(8, 4)]
     assert "multiple of m=4" in report.skipped[-1].reason
@@ -209,17 +248,19 @@ X = normal(4, 16)
     ("arguments", "message"),
     [
         ({"pattern": "4:2"}, "`pattern`"),
-        ({"method": "obd"}, "`method`"),
-        ({"method": "wanda"}, "calibration data"),
-        ({"method": "wanda", "data": normal(0, 16)}, "arrays of rows"),
-        ({"method": "wanda", "data": Endless(X, X, 2)}, "endless"),
+        ({"criterion": "obd"}, "`criterion`"),
+        ({"criterion": "wanda"}, "calibration data"),
+        ({"criterion": "wanda", "data": normal(0, 16)}, "arrays of rows"),
+        ({"criterion": "wanda", "data": Endless(X, X, 2)}, "endless"),
         ({"data": normal(4, 15)}, "incompatible|shape"),
         ({"batch_size": 0}, "`batch_size`"),
-        ({"block_size": 1.5}, "`block_size`"),
         ({"damping": 0}, "`damping`"),
         ({"targets": ["kernle"]}, "`targets`"),
-        ({"method": "wanda", "data": np.where(X.max() > X, X, np.nan)}, "NaN"),
-        ({"method": "sparsegpt", "data": X * np.inf}, "NaN"),
+        (
+            {"criterion": "wanda", "data": np.where(X.max() > X, X, np.nan)},
+            "NaN",
+        ),
+        ({"criterion": "sparsegpt", "data": X * np.inf}, "NaN"),
     ],
 )
 def test_wrong_arguments_leave_the_model_alone(arguments, message):
@@ -238,7 +279,7 @@ def test_an_error_on_the_way_leaves_the_model_alone():
     bias.assign(np.full(bias.shape, np.nan))
     infinite = weights_of(model)
     with pytest.raises(ValueError, match=model.layers[2].kernel.path):
-        kwm.sparsify(model, "2:4", "wanda", normal(9, 16), verbose=0)
+        kwm.sparsify(model, "2:4", normal(9, 16), criterion="wanda", verbose=0)
     assert_same(weights_of(model), infinite)
     bias.assign(before[3])
 
@@ -247,7 +288,9 @@ def test_an_error_on_the_way_leaves_the_model_alone():
 
     model.layers[2].call = interrupt
     with pytest.raises(KeyboardInterrupt):
-        kwm.sparsify(model, "2:4", "sparsegpt", normal(9, 16), verbose=0)
+        kwm.sparsify(
+            model, "2:4", normal(9, 16), criterion="sparsegpt", verbose=0
+        )
     assert_same(weights_of(model), before)
     assert "call" not in vars(model.layers[0])
 

@@ -3,7 +3,6 @@ import json
 import numpy as np
 
 from keras_weightmods.calibration.schedule import WarmupLinearDecay
-from keras_weightmods.sparsity.recipes import default_recipe, default_schedule
 from tests.models import numpy
 
 
@@ -15,15 +14,3 @@ def test_a_schedule_to_zero():
     np.testing.assert_allclose(rates[4:], falling)
     config = json.loads(json.dumps(schedule.get_config()))
     assert WarmupLinearDecay.from_config(config).get_config() == config
-
-
-def test_a_start_of_whole_blocks_is_left_by_smaller_steps():
-    sparse = default_recipe("sparsegpt", "swaps")
-    assert sparse == default_recipe("sparsegpt")
-    for refine in ("blocks", ("swaps", "blocks")):
-        recipe = default_recipe("sparsegpt", refine)
-        rate = recipe["learning_rate"]
-        assert rate < sparse["learning_rate"]
-        assert recipe["ramp"] == 0.0
-        schedule = default_schedule("sparsegpt", refine, 20)
-        assert schedule.learning_rate == rate
