@@ -267,13 +267,13 @@ class Run:
 
         As `CAST(init=...)` would have it, whose one-shot start is done.
         """
-        from keras_weightmods.sparsity import cast
+        from keras_weightmods.sparsity import cast_checks
 
         criterion = sparsify.get("criterion", "magnitude")
         refine = sparsify.get("refine")
         pattern = sparsify.get("pattern", "2:4")
         recipe = kwm.CAST.default_recipe(criterion, refine)
-        recipe["learning_rate"] = cast._default_schedule(
+        recipe["learning_rate"] = cast_checks.default_schedule(
             criterion, refine, steps
         )
         start = {

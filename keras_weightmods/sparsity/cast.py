@@ -9,7 +9,6 @@ import keras
 from keras import ops
 
 from keras_weightmods.calibration.inputs import measure_importance
-from keras_weightmods.calibration.schedule import WarmupLinearDecay
 from keras_weightmods.core import data, keras_compat, seam, train_step
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
@@ -30,14 +29,6 @@ from keras_weightmods.utils.progress import Progress, Waiting
 
 # The importance of inputs is measured on so many batches.
 _MEASURED_BATCHES = 8
-# Learning rate, ramp and criterion. The first chosen by
-# benchmarks/quality.py, the second with the rate of Adam that is best
-# under a fixed mask, over four, and not searched for. Of the third 4e-5 and
-# 1e-4 are as good for 25,600 tokens.
-_FROM_DENSE = 1.5e-4, 0.4, "wanda"
-_FROM_SPARSE = 2.5e-4, 0.0, "magnitude"
-_FROM_BLOCKS = 7e-5, 0.0, "magnitude"
-_WARMUP = 0.1
 
 
 class CAST(LogitsDistiller):
@@ -168,7 +159,7 @@ class CAST(LogitsDistiller):
             ValueError: If they are none of these.
         """
         cast_checks.check_start(init, init_refine)
-        return _default_recipe(init, init_refine)
+        return cast_checks.default_recipe(init, init_refine)
 
     def __init__(
         self,
@@ -274,7 +265,7 @@ class CAST(LogitsDistiller):
         """
         is_default = optimizer is None
         if is_default:
-            recipe = _default_recipe(self.init, self.init_refine)
+            recipe = cast_checks.default_recipe(self.init, self.init_refine)
             optimizer = AdamS(pattern=self.pattern, **recipe)
         inner = inner_optimizer(optimizer)
         if not isinstance(inner, AdamS) or inner.pattern != self.pattern:
@@ -478,7 +469,9 @@ class CAST(LogitsDistiller):
         accumulated = optimizer.gradient_accumulation_steps or 1
         optimizer.total_steps = max(1, batches // accumulated)
         if self._optimizer_is_default:
-            schedule = _default_schedule(self.init, self.init_refine, batches)
+            schedule = cast_checks.default_schedule(
+                self.init, self.init_refine, batches
+            )
             optimizer.learning_rate = schedule
         self._run.planned_batches = batches
         # Compiled, it holds the length of an earlier plan.
@@ -524,25 +517,3 @@ class CAST(LogitsDistiller):
 def _with_random_numbers(cast: Any, step: Any, batches: Any) -> Any:
     with cast._run.random_stream.active():
         return step(batches)
-
-
-def _default_recipe(
-    init: str = "dense", init_refine: Any = None
-) -> dict[str, Any]:
-    """Return the arguments of the default `AdamS` for a start of `CAST`.
-
-    Args:
-        init, init_refine: As in `CAST`, which checks them.
-    """
-    settings = _FROM_DENSE if init == "dense" else _FROM_SPARSE
-    if "blocks" in (init_refine or ()):
-        settings = _FROM_BLOCKS
-    rate, ramp, criterion = settings
-    recipe = {"decay": "relative", "ramp": ramp, "criterion": criterion}
-    return {"learning_rate": rate, **recipe}
-
-
-def _default_schedule(init: str, init_refine: Any, steps: int) -> Any:
-    """Return the schedule of the default recipe over `steps` batches."""
-    rate = _default_recipe(init, init_refine)["learning_rate"]
-    return WarmupLinearDecay(rate, max(1, round(_WARMUP * steps)), steps)
