@@ -5,57 +5,13 @@ backends then read all places of the cache, in another order. The kernel reads
 those that are seen, once: of a prompt, half of them.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_weightmods import native
-
-
-@contextlib.contextmanager
-def attention_by_kernel(
-    functions_by: Any, kernel: Callable[..., Any], plain_shares: bool
-) -> Iterator[None]:
-    """Let `keras.ops.dot_product_attention` take the kernel in a scope.
-
-    Args:
-        functions_by: Of `core.keras_compat`.
-        kernel: Callable, see `attend`.
-        plain_shares: Bool, whether the backend's own attention takes keys
-            that are not repeated; it then gets them so.
-    """
-    repeated = {}
-
-    def repeat_by(plain):
-        def repeat(x, repeats, axis=None):
-            y = plain(x, repeats, axis=axis)
-            if axis == 2 and len(x.shape) == 4:
-                # Held, so that no other gets the id.
-                repeated[id(y)] = y, x
-            return y
-
-        return repeat
-
-    def attention_by(plain):
-        def attention(query, key, value, *args, **kwargs):
-            own = key, value
-            if id(key) in repeated and id(value) in repeated:
-                own = repeated[id(key)][1], repeated[id(value)][1]
-            result = attend(kernel, query, *own, *args, **kwargs)
-            if result is not None:
-                return result
-            given = own if plain_shares else (key, value)
-            return plain(query, *given, *args, **kwargs)
-
-        return attention
-
-    with functions_by(
-        numpy_repeat=repeat_by, nn_dot_product_attention=attention_by
-    ):
-        yield
 
 
 def attend(

@@ -47,12 +47,7 @@ class GenerateFunction:
             # A recording is compared as a whole.
             self.is_checked = keras.backend.backend() == "torch"
             module = backend_module("generation")
-            self.compiled = module.CompiledGenerate(
-                self.model,
-                keras_compat.functions_by,
-                keras_compat.replaced_attributes,
-                keras_compat.rotations_by,
-            )
+            self.compiled = module.CompiledGenerate(self.model)
         reason = self.refusal or self._reason_against(inputs)
         if not reason:
             try:

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core.keras_compat import layers_of, replaced_attributes
+from keras_weightmods.backend.generation import view_of
+from keras_weightmods.core.keras_compat import layers_of
 from keras_weightmods.core.reparameterization import reparameterizations
 
 # How far the logits may be off, as a share of the largest, by their type.
@@ -33,7 +34,7 @@ def reason_against(model, tokens, mask, length, known, prefill):
     Returns:
         String, why it cannot; empty if it can.
     """
-    plain = type(model).call_with_cache.__get__(model)
+    plain = model.call_with_cache
     rounds = _rounds_inputs(model)
 
     def call_with_cache(token_ids, cache, cache_update_index):
@@ -56,8 +57,9 @@ def reason_against(model, tokens, mask, length, known, prefill):
         "padding_mask": ops.convert_to_tensor(mask),
     }
     try:
-        with replaced_attributes(model, call_with_cache=call_with_cache):
-            model.generate_step(inputs, None)
+        view_of(model, call_with_cache=call_with_cache).generate_step(
+            inputs, None
+        )
     except _Read as read:
         found = read.args
     except (TypeError, ValueError) as error:

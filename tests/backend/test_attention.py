@@ -9,7 +9,6 @@ from keras import ops
 
 from keras_weightmods import native
 from keras_weightmods.backend import attention, backend_module
-from keras_weightmods.core import keras_compat
 
 BACKEND = keras.backend.backend()
 if BACKEND == "tensorflow":
@@ -97,26 +96,58 @@ def test_keys_in_a_cache_of_all_layers_are_read_where_they_are():
     np.testing.assert_array_equal(numbers(got), numbers(expected))
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("queries", [1, 3])
-def test_repeated_keys_are_read_once(queries):
-    q, keys, values = inputs(queries=queries)
+def test_repeated_keys_are_read_once(queries, masked, monkeypatch):
+    """A call of Keras is found in what a backend runs, with its own keys."""
     seen = []
 
     def watched(query, key, *rest):
-        seen.append(key.shape[2])
+        seen.append((key.shape[2], rest[-1]))
         return kernel(query, key, *rest)
 
-    def repeated_attention():
-        repeated = (ops.repeat(x, 2, axis=2) for x in (keys, values))
-        return plain(q, *repeated, scale=0.2)
+    mask = prompt_mask(queries) if masked else None
 
-    expected = repeated_attention()
-    shares = BACKEND == "jax"
-    with attention.attention_by_kernel(
-        keras_compat.functions_by, watched, shares
-    ):
-        got = repeated_attention()
-    assert seen == [3]
+    def repeated_attention(q, keys, values):
+        repeated = (ops.repeat(x, 2, axis=2) for x in (keys, values))
+        return plain(q, *repeated, mask=mask, scale=0.2)
+
+    given = inputs(queries=queries)
+    expected = repeated_attention(*given)
+    got = by_kernel(repeated_attention, given, watched, monkeypatch)
+    assert seen[-1] == (3, pytest.approx(0.2))
     np.testing.assert_allclose(
         numbers(got), numbers(expected), rtol=1e-5, atol=1e-6
     )
+
+
+def test_what_is_nearly_an_attention_is_none(monkeypatch):
+    def other(q, keys, values):
+        return plain(
+            q, ops.repeat(keys, 2, axis=2), ops.tile(values, (1, 1, 2, 1))
+        )
+
+    given = inputs()
+    got = by_kernel(other, given, kernel, monkeypatch)
+    np.testing.assert_allclose(
+        numbers(got), numbers(other(*given)), rtol=1e-5, atol=1e-6
+    )
+
+
+def by_kernel(function, given, kernel, monkeypatch):
+    """Run a function as a step of `generate` does."""
+    if BACKEND == "jax":
+        from keras_weightmods.backend.jax import attention, traced_call
+
+        monkeypatch.setattr(attention, "kernel", kernel)
+        key_shape = given[1].shape[1:]
+        return traced_call.call(function, *given, key_shape=key_shape)
+    from keras_weightmods.backend.torch import recorded_call, rewrites
+
+    monkeypatch.setattr(rewrites, "kernel", kernel)
+
+    def run(recorder, *given):
+        with rewrites.Rewrites(recorder):
+            return function(*given)
+
+    return recorded_call.record(run, given, [])[1]

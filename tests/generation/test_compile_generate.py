@@ -1,4 +1,5 @@
 import contextlib
+import threading
 import warnings
 
 import keras
@@ -166,6 +167,43 @@ def test_a_saved_model_is_plain(tmp_path):
     loaded.compile(sampler="greedy")
     assert "make_generate_function" not in vars(loaded)
     models.assert_same(generated(loaded, prompts(3)), expected)
+
+
+def test_other_threads_see_the_model_and_keras_as_they_are():
+    """Nothing is replaced while a step is compiled, or runs."""
+    from keras.src import backend
+
+    model = language_model()
+    watched = [backend.core, backend.nn, backend.numpy, model.sampler, model]
+    watched += [type(model), type(model.sampler), keras_hub.samplers.Sampler]
+    watched += model._flatten_layers()
+    inputs = prompts(3)
+    expected = ops.convert_to_numpy(model(inputs))
+
+    def own(x):
+        names = {name for name in vars(x) if name != "generate_function"}
+        return {name: id(vars(x)[name]) for name in names}
+
+    kwm.compile_generate(model)
+    before = [own(x) for x in watched]
+    seen, ended = [], threading.Event()
+
+    def watch():
+        while not ended.is_set():
+            seen.append([own(x) for x in watched] == before)
+            outputs = ops.convert_to_numpy(model(inputs))
+            seen.append(np.allclose(outputs, expected, atol=1e-5))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    with no_warning():
+        received = generated(model, inputs)
+    ended.set()
+    thread.join()
+    assert seen
+    assert all(seen)
+    kwm.uncompile_generate(model)
+    models.assert_same(received, generated(model, inputs))
 
 
 def check_falls_back(model, match, inputs=None, **kwargs):

@@ -9,17 +9,21 @@ import functools
 import tensorflow as tf
 from keras import ops
 
-from keras_weightmods.backend.generation import CannotCompile, Generation
+from keras_weightmods.backend.generation import (
+    CannotCompile,
+    bounded,
+    view_of,
+)
 
 # XLA takes long: `max_length` is rounded up to multiples of this.
 LENGTH_STEP = 64
 
 
-class CompiledGenerate(Generation):
-    """`Generation` by one program of XLA."""
+class CompiledGenerate:
+    """See `CompiledGenerate` of torch; by one program of XLA."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, model):
+        self.model = model
         self.functions = {}
 
     def __call__(self, tokens, mask, length, known, prefill, stop_token_ids):
@@ -44,8 +48,7 @@ class CompiledGenerate(Generation):
         return {name: x[:, :length] for name, x in outputs.items()}
 
     def _generate(self, prefill, stops, tokens, mask, length):
-        model, sampler = self.model, self.model.sampler
-        plain, run_loop = _plain(model), sampler.run_loop
+        plain = self.model.call_with_cache
 
         def call_with_cache(token_ids, cache, cache_update_index):
             if ops.is_tensor(cache_update_index):
@@ -60,22 +63,10 @@ class CompiledGenerate(Generation):
             )
             return logits, hidden_states, cache
 
-        def until_length(cond, body, **kwargs):
-            def both(prompt, cache, index, mask):
-                is_within = index < tf.cast(length, index.dtype)
-                return tf.logical_and(
-                    is_within, cond(prompt, cache, index, mask)
-                )
-
-            return run_loop(both, body, **kwargs)
-
+        view = view_of(
+            self.model,
+            call_with_cache=call_with_cache,
+            sampler=bounded(self.model.sampler, length),
+        )
         inputs = {"token_ids": tokens, "padding_mask": mask}
-        with (
-            self.replaced_attributes(model, call_with_cache=call_with_cache),
-            self.replaced_attributes(sampler, run_loop=until_length),
-        ):
-            return model.generate_step(inputs, stops)
-
-
-def _plain(model):
-    return type(model).call_with_cache.__get__(model)
+        return view.generate_step(inputs, stops)

@@ -7,10 +7,9 @@ runs. The keys and values are written into the one cache in place.
 
 import torch
 
-from keras_weightmods.backend.attention import attention_by_kernel
-from keras_weightmods.backend.generation import CannotCompile, Generation
+from keras_weightmods.backend.generation import CannotCompile, view_of
 from keras_weightmods.backend.torch import recorded_call
-from keras_weightmods.backend.torch.attention import kernel
+from keras_weightmods.backend.torch.rewrites import Rewrites
 
 # `max_length` is not rounded up: to record anew takes seconds.
 LENGTH_STEP = None
@@ -28,11 +27,15 @@ _TOLERANCE = 0.1
 _ROUNDED_TOLERANCE = 0.1
 
 
-class CompiledGenerate(Generation):
-    """`Generation` by a step that was recorded."""
+class CompiledGenerate:
+    """`generate` on a batch of tokens by a step that was recorded.
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    Args:
+        model: A `keras_hub.models.CausalLM`, as it is now.
+    """
+
+    def __init__(self, model):
+        self.model = model
         self.recorded = {}
 
     def __call__(self, tokens, mask, length, known, prefill, stop_token_ids):
@@ -64,8 +67,9 @@ class CompiledGenerate(Generation):
         inputs = {
             name: torch.from_numpy(x).to(device) for name, x in inputs.items()
         }
-        with torch.no_grad(), self.replaced_attributes(model, **others):
-            outputs = model.generate_step(inputs, stop_token_ids)
+        with torch.no_grad():
+            view = view_of(model, **others)
+            outputs = view.generate_step(inputs, stop_token_ids)
         return {name: x[:, :length] for name, x in outputs.items()}
 
 
@@ -75,12 +79,10 @@ class _Run:
     def __init__(self, compiled, length, prefill):
         self.recorded = compiled.recorded
         self.model = compiled.model
-        self.functions_by = compiled.functions_by
         self.length = length
         self.prefill = prefill
         self.expected_cache = None
-        # That of the class: the attribute is this object's.
-        self.plain = type(self.model).call_with_cache.__get__(self.model)
+        self.plain = self.model.call_with_cache
 
     def call_with_cache(
         self, token_ids, cache=None, cache_update_index=None, *args, **kwargs
@@ -146,14 +148,7 @@ class _Run:
 
     def _record(self, function, *inputs):
         def recordable(recorder, *inputs):
-            update = _SliceUpdate(recorder)
-            slices = self.functions_by(
-                core_slice=lambda _: _slice, core_slice_update=lambda _: update
-            )
-            attention = attention_by_kernel(
-                self.functions_by, kernel, plain_shares=False
-            )
-            with slices, attention:
+            with Rewrites(recorder):
                 return function(*inputs)
 
         weights = [v.value for v in self.model.variables]
@@ -229,53 +224,3 @@ def _check(logits, expected, rounds_inputs):
             "a recorded step gives other logits than the model: they differ "
             f"by {float(off.max()):.3g}, of {float(size.max()):.3g}"
         )
-
-
-# Keras' own read the numbers of the start out of a tensor, or write by an
-# index for each entry.
-
-
-def _slice(inputs, start_indices, shape):
-    for axis, (start, size) in enumerate(zip(start_indices, shape)):
-        if _is_tensor(start):
-            places = _places(start, size)
-            inputs = inputs.index_select(axis, places)
-        else:
-            inputs = inputs.narrow(axis, start, size)
-    return inputs
-
-
-class _SliceUpdate:
-    """`slice_update`, in place where it is the cache that is updated."""
-
-    def __init__(self, recorder):
-        self.recorder = recorder
-
-    def __call__(self, inputs, start_indices, updates):
-        if not self.recorder.is_in_input(inputs):
-            inputs = inputs.clone()
-        view, moving = inputs, []
-        for axis, start in enumerate(start_indices):
-            size = updates.shape[axis]
-            if _is_tensor(start):
-                moving.append((axis, _places(start, size)))
-            else:
-                view = view.narrow(axis, int(start), size)
-        updates = updates.to(inputs.dtype)
-        if not moving:
-            view.copy_(updates)
-        elif len(moving) == 1:
-            view.index_copy_(*moving[0], updates)
-        else:
-            raise recorded_call.NotRecordable(
-                "`slice_update` starts at more than one place that is known "
-                "only as it runs"
-            )
-        return inputs
-
-
-def _places(start, size):
-    places = start.to(torch.int64)
-    if size == 1:
-        return places.reshape(1)
-    return places + torch.arange(size, device=start.device)

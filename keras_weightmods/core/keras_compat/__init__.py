@@ -31,9 +31,6 @@ from keras_weightmods.core.keras_compat.graph import (
 from keras_weightmods.core.keras_compat.graph import (
     producer as producer,
 )
-from keras_weightmods.core.keras_compat.graph import (
-    rotations_by as rotations_by,
-)
 from keras_weightmods.core.keras_compat.layers import (
     AutocastScope as AutocastScope,
 )

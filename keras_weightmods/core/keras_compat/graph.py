@@ -12,11 +12,6 @@ from keras.src import backend
 # How a functional model calls its layers.
 from keras.src.models.functional import Functional, operation_fn
 
-from keras_weightmods.core.keras_compat.layers import (
-    layers_of,
-    replaced_attributes,
-)
-
 
 def producer(tensor: Any) -> tuple[Any, list[Any]]:
     """Return the operation that made a symbolic tensor, and its inputs."""
@@ -75,27 +70,6 @@ def graph_call(operation: Any, training: bool = False) -> Callable[..., Any]:
     With `training` for those that take it.
     """
     return operation_fn(operation, training=training)
-
-
-@contextlib.contextmanager
-def rotations_by(model: Any, make: Callable[..., Any]) -> Iterator[None]:
-    """Compute the rotary embeddings of a model by another function in a scope.
-
-    KerasHub's layers make their cosines and sines in a method of their own,
-    from the first place and the shape of what is turned.
-
-    Args:
-        model: A built model.
-        make: Callable, gets the method of a layer and returns what stands in
-            for it.
-    """
-    name = "_compute_cos_sin_embedding"
-    with contextlib.ExitStack() as stack:
-        for layer in layers_of(model):
-            if plain := getattr(layer, name, None):
-                replaced = replaced_attributes(layer, **{name: make(plain)})
-                stack.enter_context(replaced)
-        yield
 
 
 @contextlib.contextmanager

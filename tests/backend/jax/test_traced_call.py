@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_weightmods.backend.jax import stacks
-from keras_weightmods.backend.jax.stacks import Stack
+from keras_weightmods.backend.jax import traced_call
+from keras_weightmods.backend.jax.traced_call import Stack
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="needs the JAX backend"
@@ -33,23 +33,27 @@ def arrays():
 def test_a_cache_in_parts_gives_the_same():
     x, cache, place = arrays()
     expected, expected_cache = step(x, cache, place)
-    _, parts = stacks.call(step, x, cache, place)
+    _, parts = traced_call.call(step, x, cache, place)
     assert isinstance(parts, Stack)
     assert parts.shape == cache.shape
     assert all(isinstance(part, Stack) for part in parts.parts)
-    cache = stacks.split_like(cache, parts)
+    cache = traced_call.split_like(cache, parts)
     # Stacks go through `jit` as nests of arrays.
-    y, parts = jax.jit(lambda *args: stacks.call(step, *args))(x, cache, place)
+    y, parts = jax.jit(lambda *args: traced_call.call(step, *args))(
+        x, cache, place
+    )
     np.testing.assert_allclose(y, expected, rtol=1e-6)
-    np.testing.assert_allclose(stacks.whole(parts), expected_cache, rtol=1e-6)
+    np.testing.assert_allclose(
+        traced_call.whole(parts), expected_cache, rtol=1e-6
+    )
     assert jax.tree.structure(parts) == jax.tree.structure(cache)
 
 
 def test_nothing_whole_is_made():
     x, cache, place = arrays()
-    _, parts = stacks.call(step, x, cache, place)
-    cache = stacks.split_like(cache, parts)
-    traced = jax.make_jaxpr(lambda *args: stacks.call(step, *args))(
+    _, parts = traced_call.call(step, x, cache, place)
+    cache = traced_call.split_like(cache, parts)
+    traced = jax.make_jaxpr(lambda *args: traced_call.call(step, *args))(
         x, cache, place
     )
     sizes = [v.aval.size for e in traced.jaxpr.eqns for v in e.outvars]
@@ -71,6 +75,27 @@ def test_nothing_whole_is_made():
 )
 def test_what_is_no_stack_is_made_whole(function):
     x = jnp.arange(24.0).reshape(2, 3, 4)
-    stack = stacks.split_like(x, Stack(1, [x[:, i] for i in range(3)]))
-    found = stacks.call(function, stack)
-    np.testing.assert_array_equal(stacks.whole(found), function(x))
+    stack = traced_call.split_like(x, Stack(1, [x[:, i] for i in range(3)]))
+    found = traced_call.call(function, stack)
+    np.testing.assert_array_equal(traced_call.whole(found), function(x))
+
+
+def test_what_depends_on_no_argument_is_computed_once():
+    def function(x, place):
+        layers = []
+        for _ in range(2):
+            turned = jnp.cos(jnp.arange(5.0) * 3)[None]
+            layers.append(x * turned + jnp.sin(jnp.arange(5.0) + place))
+        return layers
+
+    def run(x, place):
+        return traced_call.call(function, x, place)
+
+    x, place = jnp.ones((3, 5)), jnp.float32(2)
+    traced = jax.make_jaxpr(run)(x, place)
+    assert " cos " not in str(traced)
+    assert str(traced).count(" sin ") == 2
+    assert [c.shape for c in traced.consts].count((1, 5)) == 1
+    jax.tree.map(
+        np.testing.assert_allclose, jax.jit(run)(x, place), function(x, place)
+    )

@@ -1,0 +1,225 @@
+"""A function of arrays, traced, and run in another way with the same result.
+
+- A language model's step takes its cache of keys and values apart by layers,
+  and stacks what the layers give into the next one: a copy of the cache a
+  token, though only one place of it is new. Here a stack stays a `Stack` of its
+  parts for as long as the function does no more with it.
+- What depends on no argument, such as the cosines and sines of a prompt's
+  places, is computed once, as the function is traced. XLA would compute it anew
+  in each layer, for each head.
+- An attention is computed by the kernel of `backend.jax.attention`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from keras_weightmods.backend.jax import attention
+
+_CALLS = ("jit", "pjit")
+# Entries of a constant; a larger one is computed as the function runs.
+_LARGEST_CONSTANT = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Arrays or stacks, all of one shape, along a new axis.
+
+    Args:
+        axis: Int.
+        parts: List of arrays and stacks.
+    """
+
+    axis: int
+    parts: list[Any]
+
+    @property
+    def shape(self):
+        shape = self.parts[0].shape
+        return (*shape[: self.axis], len(self.parts), *shape[self.axis :])
+
+
+def _flatten(stack):
+    return stack.parts, stack.axis
+
+
+def _unflatten(axis, parts):
+    return Stack(axis, list(parts))
+
+
+jax.tree_util.register_pytree_node(Stack, _flatten, _unflatten)
+
+
+def whole(x):
+    """Return the array that a stack stands for; any other as it is."""
+    if isinstance(x, Stack):
+        return jnp.stack(list(map(whole, x.parts)), x.axis)
+    return x
+
+
+def split_like(array, stack):
+    """Return an array as a stack of the form of another one."""
+    if not isinstance(stack, Stack):
+        return array
+    parts = [jnp.take(array, i, stack.axis) for i in range(len(stack.parts))]
+    return Stack(stack.axis, list(map(split_like, parts, stack.parts)))
+
+
+def call(function, *args, key_shape=None):
+    """Call a function of arrays on arrays and stacks.
+
+    Args:
+        function: Takes arrays, and returns a nest of arrays. It is traced.
+        *args: Arrays, and stacks in the place of some.
+        key_shape: Tuple (places, key heads, size), the shape of the keys whose
+            attention the kernel computes; None for none.
+
+    Returns:
+        What the function returns, with a stack for each array that it stacked.
+    """
+    shapes = [jax.ShapeDtypeStruct(x.shape, _dtype(x)) for x in args]
+    traced, result = jax.make_jaxpr(function, return_shape=True)(*shapes)
+    run = _Run(key_shape)
+    results = run(traced.jaxpr, traced.consts, args)
+    return jax.tree.unflatten(jax.tree.structure(result), results)
+
+
+def _dtype(x):
+    return jnp.result_type(jax.tree.leaves(x)[0])
+
+
+class _Run:
+    """Evaluates the equations of a trace."""
+
+    def __init__(self, key_shape):
+        self.key_shape = key_shape
+        # Equal constants are one, as those of most layers are.
+        self.constants: dict[Any, Any] = {}
+        self.held: list[Any] = []
+
+    def __call__(self, jaxpr, consts, args):
+        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+        fixed = {
+            v
+            for v, x in zip(jaxpr.constvars, consts)
+            if not isinstance(x, jax.core.Tracer)
+        }
+        attentions = {}
+        if self.key_shape is not None:
+            attentions = attention.calls_in(jaxpr, self.key_shape)
+
+        def value(atom):
+            return atom.val if isinstance(atom, core.Literal) else known[atom]
+
+        for equation in _needed(jaxpr, attentions):
+            out = equation.outvars[0]
+            if out in attentions:
+                *inputs, mask, scale = attentions[out]
+                inputs = [whole(value(x)) for x in inputs]
+                mask = mask if mask is None else whole(value(mask))[:, 0]
+                known[out] = attention.kernel(*inputs, mask, scale)
+                continue
+            values = list(map(value, equation.invars))
+            has_stack = any(isinstance(x, Stack) for x in values)
+            if _is_constant(equation, fixed):
+                results = self.constant(equation, values)
+                fixed.update(equation.outvars)
+            elif (stack := _stack_of(equation, values)) is not None:
+                results = [stack]
+            elif has_stack and equation.primitive.name in _CALLS:
+                inner = equation.params["jaxpr"]
+                results = self(inner.jaxpr, inner.consts, values)
+            else:
+                results = _evaluated(equation, map(whole, values))
+            known.update(zip(equation.outvars, results))
+        return list(map(value, jaxpr.outvars))
+
+    def constant(self, equation, values):
+        self.held += values
+        names = [id(x) if jnp.shape(x) else str(x) for x in values]
+        key = equation.primitive, str(equation.params), *names
+        if key not in self.constants:
+            with jax.ensure_compile_time_eval():
+                self.constants[key] = _evaluated(equation, values)
+        return self.constants[key]
+
+
+def _is_constant(equation, fixed):
+    sizes = [out.aval.size for out in equation.outvars]
+    return (
+        not equation.effects
+        and all(
+            isinstance(x, core.Literal) or x in fixed for x in equation.invars
+        )
+        and max(sizes, default=0) <= _LARGEST_CONSTANT
+    )
+
+
+def _needed(jaxpr, attentions):
+    """Return the equations that the results depend on."""
+    needed = {x for x in jaxpr.outvars if not isinstance(x, core.Literal)}
+    found = []
+    for equation in reversed(jaxpr.eqns):
+        out = equation.outvars[0] if equation.outvars else None
+        if equation.effects or needed.intersection(equation.outvars):
+            inputs = attentions.get(out, equation.invars)
+            needed.update(x for x in inputs if isinstance(x, core.Var))
+            found.append(equation)
+    return found[::-1]
+
+
+def _evaluated(equation, values):
+    primitive = equation.primitive
+    bound = primitive.get_bind_params(equation.params)
+    # Before jax 0.10 a pair, with functions that are arguments.
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    results = primitive.bind(*functions, *values, **params)
+    return results if primitive.multiple_results else [results]
+
+
+def _stack_of(equation, values):
+    """The result of an equation if it is a stack; else None."""
+    name, params = equation.primitive.name, equation.params
+    x = values[0] if values else None
+    if name == "stack":
+        return Stack(params["axis"], values)
+    if name == "concatenate":
+        axis = params["dimension"]
+        if all(isinstance(v, Stack) and v.axis == axis for v in values):
+            return Stack(axis, [part for v in values for part in v.parts])
+    elif name == "broadcast_in_dim":
+        return _expanded(x, params)
+    elif name == "slice" and isinstance(x, Stack):
+        return _sliced(x, params)
+    elif name == "squeeze" and isinstance(x, Stack):
+        is_own = tuple(params["dimensions"]) == (x.axis,)
+        return x.parts[0] if is_own else None
+    return None
+
+
+def _expanded(x, params):
+    """A stack of one, where a broadcast adds an axis of one entry."""
+    shape, kept = params["shape"], params["broadcast_dimensions"]
+    new = set(range(len(shape))) - set(kept)
+    if len(new) != 1 or not jnp.shape(x):
+        return None
+    (axis,) = new
+    stack = Stack(axis, [x])
+    return stack if stack.shape == tuple(shape) else None
+
+
+def _sliced(x, params):
+    """A part of a stack, where it is cut along its own axis alone."""
+    starts, stops = params["start_indices"], params["limit_indices"]
+    steps = params["strides"]
+    others = [
+        (start, stop) == (0, size)
+        for axis, (start, stop, size) in enumerate(zip(starts, stops, x.shape))
+        if axis != x.axis
+    ]
+    if not all(others) or (steps is not None and set(steps) != {1}):
+        return None
+    return Stack(x.axis, x.parts[starts[x.axis] : stops[x.axis]])

@@ -1,0 +1,161 @@
+"""What Keras asks of torch, in a form that a recording repeats fast.
+
+Keras writes into a slice by an index for each entry of it, into a copy; it
+reads the start of a slice out of a tensor; and keys and values are repeated for
+each group of heads that shares them. A mode of torch sees these calls in one
+thread, and in a scope.
+"""
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from keras_weightmods.backend import attention
+from keras_weightmods.backend.torch.attention import kernel
+
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+# What is remembered of a tensor: the function that made it, and its arguments.
+_SEEN = {
+    torch.Tensor.contiguous,
+    torch.Tensor.flatten,
+    torch.Tensor.reshape,
+    torch.Tensor.to,
+    torch.repeat_interleave,
+    torch.stack,
+    torch.transpose,
+    torch.where,
+}
+
+
+class Rewrites(TorchFunctionMode):
+    """Runs other functions of torch that give the same numbers.
+
+    Args:
+        recorder: `Recorder`.
+    """
+
+    def __init__(self, recorder):
+        super().__init__()
+        self.recorder = recorder
+        self.made = WeakIdKeyDictionary()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = None
+        if function is torch.narrow:
+            result = self._narrow(*args)
+        elif function is torch.Tensor.__getitem__:
+            result = self._entry(*args)
+        elif function in (torch.Tensor.clone, torch.clone):
+            result = self._clone(*args)
+        elif function is torch.Tensor.index_put_:
+            result = self._put(*args, **kwargs)
+        elif function is _SDPA:
+            result = self._attention(*args, **kwargs)
+        if result is None:
+            result = function(*args, **kwargs)
+        if function is torch.meshgrid:
+            for axis, grid in enumerate(result):
+                self.made[grid] = torch.meshgrid, (args, axis)
+        elif function in _SEEN and not any(result is x for x in args):
+            self.made[result] = function, args
+        return result
+
+    def _source(self, x, *functions):
+        """Return `x`, or what these functions were given to make it."""
+        while self._made_by(x, *functions):
+            x = self.made[x][1][0]
+        return x
+
+    def _made_by(self, x, *functions):
+        return self.made.get(x, (None,))[0] in functions
+
+    def _narrow(self, x, axis, start, size):
+        """A slice whose start is known only as it runs."""
+        if not isinstance(start, torch.Tensor) or not self._varies(start):
+            return None
+        places = start.to(torch.int64).reshape(1)
+        if int(size) != 1:
+            places = places + torch.arange(int(size), device=x.device)
+        return x.index_select(axis, places)
+
+    def _entry(self, x, index):
+        """A number out of a stack of numbers, without the stack."""
+        stack = self._source(x, torch.Tensor.to)
+        if not isinstance(index, int) or not self._made_by(stack, torch.stack):
+            return None
+        parts = self.made[stack][1][0]
+        return parts[index].to(x.dtype) if not parts[index].ndim else None
+
+    def _clone(self, x):
+        """A part of the cache itself: what is copied is about to be updated."""
+        return x.view(x.shape) if self.recorder.is_in_input(x) else None
+
+    def _put(self, x, indices, values):
+        """Write a block, where the indices are the grid of its places."""
+        grids = [self._source(i, torch.Tensor.flatten) for i in indices]
+        if not all(self._made_by(grid, torch.meshgrid) for grid in grids):
+            return None
+        vectors, axes = zip(*(self.made[grid][1] for grid in grids))
+        vectors = vectors[0]
+        if axes != tuple(range(x.ndim)) or len(vectors) != x.ndim:
+            return None
+        block, moving = x, []
+        for axis, places in enumerate(vectors):
+            if self._varies(places):
+                moving.append((axis, places.long()))
+            elif places.tolist() != list(range(x.shape[axis])):
+                block = block.narrow(axis, int(places[0]), len(places))
+        if len(moving) > 1:
+            return None
+        values = values.reshape([len(places) for places in vectors])
+        if moving:
+            block.index_copy_(*moving[0], values)
+        else:
+            block.copy_(values)
+        return x
+
+    def _attention(self, query, key, value, attn_mask=None, **options):
+        scale = options.pop("scale", None)
+        query, key, value = (
+            self._source(x, torch.Tensor.contiguous)
+            for x in (query, key, value)
+        )
+        mask = self._bool_mask(attn_mask)
+        if any(options.values()) or (mask is None) != (attn_mask is None):
+            return None
+        query, key, value = (
+            x.transpose(1, 2)
+            for x in (query, self._shared(key), self._shared(value))
+        )
+        result = attention.attend(
+            kernel, query, key, value, mask=mask, scale=scale
+        )
+        return None if result is None else result.transpose(1, 2)
+
+    def _bool_mask(self, mask):
+        """Return the mask out of which Keras made one to be added, or None."""
+        if mask is None:
+            return None
+        mask = self._source(mask, torch.Tensor.contiguous)
+        if not self._made_by(mask, torch.where):
+            return None
+        condition, kept, left_out = self.made[mask][1]
+        is_mask = kept == 0.0 and left_out < -1e4
+        return condition if is_mask else None
+
+    def _shared(self, x):
+        """Return keys of shape (batch, heads, places, size) not repeated."""
+        if self._made_by(x, torch.repeat_interleave):
+            return self.made[x][1][0]
+        before = self._source(x, torch.transpose)
+        if not self._made_by(before, torch.Tensor.reshape):
+            return x
+        # (batch, places, heads, repeats, size), of one memory.
+        wide = self.made[before][1][0]
+        if wide.ndim != 5 or wide.stride(3) or wide.shape[3:4] == (1,):
+            return x
+        return wide[:, :, :, 0].transpose(1, 2)
+
+    def _varies(self, x):
+        return self.recorder.value(x).varies
