@@ -328,27 +328,19 @@ def used_positions(sample_weight):
 def eager_forward():
     """Run the forward passes in a scope for what is seen in them.
 
-    Torch holds no activations. JAX traces both branches of `keras.ops.cond`,
-    and what is seen there is no number: one that is known is taken as it is.
+    Torch holds no activations. JAX would trace both branches of
+    `keras.ops.cond`, and what is seen there is no number; so nothing but
+    `backend.jax.compiled_call` is compiled.
     """
     if keras.backend.backend() == "jax":
-        return keras_compat.functions_by(core_cond=_eager_cond)
+        import jax
+
+        return jax.disable_jit()
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()
     import torch
 
     return torch.no_grad()
-
-
-def _eager_cond(plain):
-    import jax
-
-    def cond(pred, true_fn, false_fn):
-        if isinstance(pred, jax.core.Tracer):
-            return plain(pred, true_fn, false_fn)
-        return true_fn() if pred else false_fn()
-
-    return cond
 
 
 def gradients():

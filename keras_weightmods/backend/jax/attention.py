@@ -148,8 +148,9 @@ class _Match:
             return False
         if not isinstance(x, core.Literal):
             return False
+        dtype = np.asarray(expected.val).dtype
         numbers = (expected.val, x.val, _SCALE)
-        expected, x, stand_in = (np.asarray(y, x.aval.dtype) for y in numbers)
+        expected, x, stand_in = (np.asarray(y, dtype) for y in numbers)
         is_float = jnp.issubdtype(expected.dtype, jnp.floating)
         if not is_float or expected != stand_in:
             return bool(expected == x)

@@ -117,10 +117,12 @@ class _Run:
         for equation in _needed(jaxpr, attentions):
             out = equation.outvars[0]
             if out in attentions:
-                *inputs, mask, scale = attentions[out]
-                inputs = [whole(value(x)) for x in inputs]
-                mask = mask if mask is None else whole(value(mask))[:, 0]
-                known[out] = attention.kernel(*inputs, mask, scale)
+                *given, scale = attentions[out]
+                query, keys, values, mask = (
+                    x if x is None else whole(value(x)) for x in given
+                )
+                mask = mask if mask is None else mask[:, 0]
+                known[out] = attention.kernel(query, keys, values, mask, scale)
                 continue
             values = list(map(value, equation.invars))
             has_stack = any(isinstance(x, Stack) for x in values)

@@ -11,9 +11,6 @@ from keras_weightmods.core.keras_compat.graph import (
     constants_of as constants_of,
 )
 from keras_weightmods.core.keras_compat.graph import (
-    functions_by as functions_by,
-)
-from keras_weightmods.core.keras_compat.graph import (
     graph_call as graph_call,
 )
 from keras_weightmods.core.keras_compat.graph import (

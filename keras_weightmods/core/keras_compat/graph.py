@@ -1,7 +1,6 @@
 """Private parts of functional models, and of the ops that they call."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -70,30 +69,3 @@ def graph_call(operation: Any, training: bool = False) -> Callable[..., Any]:
     With `training` for those that take it.
     """
     return operation_fn(operation, training=training)
-
-
-@contextlib.contextmanager
-def functions_by(**makers: Any) -> Iterator[None]:
-    """Run some of `keras.ops` by other functions in a scope.
-
-    What KerasHub asks `keras.ops` for cannot always be compiled well: on torch
-    `slice` reads its start out of a tensor, and before an attention keys and
-    values are repeated for each group of heads.
-
-    Args:
-        **makers: Callables by the name of the function, as `core_slice` for
-            `slice` in the backend's module `core`; each gets the backend's
-            own function and returns what stands in for it.
-    """
-    places = []
-    for name in makers:
-        module, _, function = name.partition("_")
-        places.append((getattr(backend, module), function))
-    before = [getattr(*place) for place in places]
-    try:
-        for place, plain, make in zip(places, before, makers.values()):
-            setattr(*place, make(plain))
-        yield
-    finally:
-        for place, plain in zip(places, before):
-            setattr(*place, plain)
