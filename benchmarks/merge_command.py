@@ -37,6 +37,7 @@ HEADER = (
 )
 _MODELS = ("0.safetensors", "1.safetensors")
 _BASE = "2.safetensors"
+_OUTPUT = ("-o", "out.safetensors", "--overwrite")
 
 
 def main():
@@ -100,7 +101,6 @@ def compare(args, folder, method):
     """Return seconds and peaks of both commands, a list of each."""
     has_base = method not in ("linear", "slerp")
     options = OPTIONS.get(method, {})
-    ours = {"method": method, "models": _MODELS, **options}
     parameters = {"weight": 1.0, **options}
     theirs = {
         "merge_method": _MERGEKIT_NAMES.get(method, method),
@@ -109,18 +109,20 @@ def compare(args, folder, method):
         "parameters": {},
     }
     if has_base:
-        ours["base"] = theirs["base_model"] = _BASE
+        theirs["base_model"] = _BASE
     if method == "slerp":
         theirs |= {"base_model": _MODELS[0], "parameters": {"t": 0.5}}
     if method == "dare_ties":
         theirs["parameters"]["normalize"] = True
-    recipe, config = folder / "recipe.json", folder / "bare" / "config.yml"
-    recipe.write_text(json.dumps({"merge": ours, "output": "out"}))
-    config.write_text(json.dumps(theirs))
+    ours, config = folder / "config.json", folder / "bare" / "config.yml"
+    for path in (ours, config):
+        path.write_text(json.dumps(theirs))
     program = pathlib.Path(sys.executable).with_name("keras-weightmods")
     found = harness.take_turns(
         {
-            "ours": lambda: timed(args, folder, program, "run", recipe.name),
+            "ours": lambda: timed(
+                args, folder, program, "merge", ours.name, *_OUTPUT
+            ),
             "mergekit": lambda: timed(
                 args, config.parent, args.mergekit, config.name, "out"
             ),

@@ -352,9 +352,9 @@ def merge_command(log):
     return "\n\n".join(
         [
             f"Two float32 files of {log['megabytes']} MB into one (and a base "
-            "of that size, but for linear and slerp) by `keras-weightmods "
-            "run` and by `mergekit-pytorch`: whole commands, imports "
-            "included, with the same densities; medians of "
+            "of that size, but for linear and slerp) by the command "
+            "line of each, ours and `mergekit-pytorch`: whole commands, with "
+            "imports and the same densities; medians of "
             f"{log['rounds']} in turn. {versions}; {log['machine']['cpu']}, "
             f"{log['machine']['cores_used']} of {log['machine']['cores']} "
             "cores.",

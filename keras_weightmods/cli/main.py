@@ -1,6 +1,6 @@
 """The command line `keras-weightmods`.
 
-Keras is imported by the commands that need it, and not to say what there is.
+Keras is imported by the commands that need it, once their files are there.
 """
 
 import argparse
@@ -13,34 +13,28 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from keras_weightmods.cli import bench as bench
-from keras_weightmods.cli import deltas as deltas
-from keras_weightmods.cli import inspection as inspection
+from keras_weightmods.cli import info as info
 from keras_weightmods.cli import models as models
-from keras_weightmods.cli import recipes as recipes
-from keras_weightmods.cli import signatures as signatures
+from keras_weightmods.cli import patches as patches
 from keras_weightmods.cli.command import COMMANDS
+from keras_weightmods.saving.atomic_file import check_filepath
 from keras_weightmods.version import __version__
 
 _DESCRIPTION = """Look at and change the weights of Keras models.
 
 examples:
-  keras-weightmods inspect model.keras
-  keras-weightmods sparsify model.keras --criterion sparsegpt --data x.npy \\
-      -o sparse.keras
-  keras-weightmods pack sparse.keras --dtype int8 -o packed.safetensors
-  keras-weightmods run recipe.yaml
-  keras-weightmods report model.keras --pattern 2:4
+  keras-weightmods info model.keras
+  keras-weightmods quantize llm.safetensors --data prose.txt \\
+      -o rounded.safetensors
+  keras-weightmods pack rounded.safetensors -o packed.safetensors
+  keras-weightmods generate packed.safetensors "Once upon a time"
 
 Results go to the standard output, progress and errors to the other one.
 
 exit codes: 0 done, 1 an error in the files or values given, 2 wrong usage,
 130 interrupted
 """
-_GROUPS = {
-    "signature": "Extract, apply and combine signatures.",
-    "delta": "Save, apply and remove what a fine-tuning changed; LoRA.",
-}
+_GROUPS = {"patch": "Extract, apply and remove what a training changed."}
 BACKENDS = ("jax", "torch", "tensorflow")
 
 
@@ -55,13 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         Int, the exit code: 0 if it is done, 1 for an error in the files or
         values given, 130 for an interrupt. Wrong usage exits with 2.
     """
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
+        _check_output(args)
         choose_backend(args.backend)
         # Keras' progress bars are no part of the result.
         with contextlib.redirect_stdout(sys.stderr):
             text, found = args.run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         sys.stderr.write(f"keras-weightmods: {error}\n")
         return 1
     except KeyboardInterrupt:
@@ -69,6 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(json.dumps(found, indent=2) if args.json else text)
     return 0
+
+
+def _check_output(args):
+    """Raise an error before any work if the output cannot be written."""
+    if not hasattr(args, "output"):
+        return
+    if os.path.exists(args.output) and not args.overwrite:
+        raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
+    if not os.path.isdir(args.output):
+        check_filepath(args.output)
 
 
 def choose_backend(name: str | None) -> None:

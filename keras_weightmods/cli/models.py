@@ -1,45 +1,58 @@
-"""The commands on models: how they are changed, measured and exported."""
-
-import pathlib
+"""The commands that make a model smaller, let it write, and export it."""
 
 import keras_weightmods as kwm
 from keras_weightmods.cli.command import (
     DATA,
     MODEL,
-    OUTPUT,
+    MODEL_OUTPUT,
+    OPTIONS,
     PATTERN,
     QUIET,
     TARGETS,
     argument,
     command,
+    file,
+    output,
     reported,
 )
-from keras_weightmods.cli.files import (
-    check_new,
-    check_output,
-    inputs_of,
-    is_language_model,
-    load_model,
-    read_data,
-    read_text,
-    write_model,
+from keras_weightmods.cli.files import load_model, read_data, write_model
+
+
+@command(
+    "quantize",
+    MODEL,
+    argument("--bits", type=int, default=4, help="default: 4"),
+    argument(
+        "--refine",
+        choices=("blocks", "none"),
+        default="blocks",
+        help="none is several times faster and less exact; default: blocks",
+    ),
+    *DATA,
+    QUIET,
+    *MODEL_OUTPUT,
 )
+def _quantize(args):
+    """Round the weights of a model to few bits, by text that it reads.
 
-_FORMATS = (
-    *("tf_saved_model", "onnx", "openvino", "litert", "torch"),
-    *("transformers", "gguf"),
-)
-
-
-@command("report", MODEL, PATTERN)
-def _report(args):
-    """Report the sparsity of a model.
+    Without --data the model writes the text. The result has floats on the
+    grid of these bits; `pack` stores it small.
 
     examples:
-      keras-weightmods report model.keras
-      keras-weightmods report model.keras --pattern 1:4
+      keras-weightmods quantize llm.safetensors --data prose.txt \\
+          -o rounded.safetensors
+      keras-weightmods pack rounded.safetensors -o packed.safetensors
     """
-    return reported(kwm.sparsity_report(load_model(args.model), args.pattern))
+    model = load_model(args.model)
+    report = kwm.quantize(
+        model,
+        read_data(model, args),
+        args.bits,
+        refine=None if args.refine == "none" else args.refine,
+        verbose=int(not args.quiet),
+    )
+    write_model(model, args.output)
+    return reported(report, args.output)
 
 
 @command(
@@ -50,13 +63,13 @@ def _report(args):
         "--criterion",
         default="magnitude",
         choices=("magnitude", "wanda", "sparsegpt"),
-        help="default: magnitude",
+        help="default: magnitude; the others need --data",
     ),
     argument("--refine", nargs="+", choices=("swaps", "blocks")),
     TARGETS,
     *DATA,
     QUIET,
-    *OUTPUT,
+    *MODEL_OUTPUT,
 )
 def _sparsify(args):
     """Make a model N:M sparse in one shot, without training.
@@ -66,16 +79,11 @@ def _sparsify(args):
       keras-weightmods sparsify llm.safetensors --data prose.txt \\
           --criterion sparsegpt --refine swaps blocks -o sparse.safetensors
     """
-    check_output(args)
     model = load_model(args.model)
-    data = None
-    if args.data:
-        found = read_data(model, args.data, args.rows, args.length)
-        data = inputs_of(model, found)
     report = kwm.sparsify(
         model,
         args.pattern,
-        data,
+        read_data(model, args),
         criterion=args.criterion,
         refine=args.refine,
         targets=args.targets,
@@ -91,173 +99,78 @@ def _sparsify(args):
     argument(
         "--dtype",
         choices=("float32", "bfloat16", "int8", "int4"),
-        help="of the kept values; default: as they are",
-    ),
-    argument(
-        "--head",
-        choices=("auto", "none", "int8", "int4"),
-        default="auto",
-        help="the tied embedding; as the kernels by default",
+        help="of the values; default: as `quantize` or `sparsify` left them",
     ),
     argument("--activations", choices=("int8", "float32")),
     TARGETS,
-    *OUTPUT,
+    QUIET,
+    *output(".safetensors"),
 )
 def _pack(args):
     """Pack the weights of a finished model.
 
     examples:
-      keras-weightmods pack sparse.keras --dtype int8 -o packed.safetensors
+      keras-weightmods pack rounded.safetensors -o packed.safetensors
+      keras-weightmods pack model.keras --dtype int8 -o packed.safetensors
     """
-    check_output(args, ".safetensors")
     model = load_model(args.model)
     report = kwm.pack(
         model,
         args.dtype,
         targets=args.targets,
-        head=None if args.head == "none" else args.head,
         activations=args.activations,
+        verbose=int(not args.quiet),
     )
-    write_model(model, args.output)
-    return reported(report, args.output)
-
-
-@command("unpack", MODEL, *OUTPUT)
-def _unpack(args):
-    """Give a packed model its dense weights back.
-
-    examples:
-      keras-weightmods unpack packed.safetensors -o dense.keras
-    """
-    check_output(args)
-    model = load_model(args.model)
-    report = kwm.unpack(model)
     write_model(model, args.output)
     return reported(report, args.output)
 
 
 @command(
     "merge",
-    MODEL,
     argument(
-        "--lora",
-        help="a .lora.h5 file of KerasHub's `save_lora_weights`, made for the "
-        "model; default: the LoRA that is in the model",
+        "models",
+        type=file,
+        nargs="+",
+        help="models of one architecture, as .keras files or of `save_model`; "
+        "or one .yaml or .json file, a configuration of mergekit",
     ),
-    argument("--pattern", help="as 2:4, the one to end in; default: none"),
-    argument(
-        "--keep",
-        default="mask",
-        choices=("mask", "magnitude"),
-        help="which weights stay under a pattern; default: mask",
-    ),
-    *OUTPUT,
+    argument("--method", default="linear", help="default: linear"),
+    argument("--weights", type=float, nargs="+", help="one for each model"),
+    argument("--base", type=file, help="what the models were trained from"),
+    OPTIONS,
+    QUIET,
+    *output(".safetensors"),
 )
 def _merge(args):
-    """Add LoRA to the weights of a model.
+    """Merge models of one architecture into one.
 
-    Packed weights are unpacked before.
-
-    examples:
-      keras-weightmods merge base.safetensors --lora task.lora.h5 \\
-          --pattern 2:4 -o tuned.safetensors
-    """
-    check_output(args)
-    if args.lora and not pathlib.Path(args.lora).is_file():
-        raise FileNotFoundError(f"there is no file {args.lora}")
-    model = load_model(args.model)
-    kwm.unpack(model)
-    if args.lora:
-        backbone = getattr(model, "backbone", model)
-        if not hasattr(backbone, "load_lora_weights"):
-            raise ValueError(
-                f"--lora is for a model of KerasHub, and {args.model} is a "
-                f"{type(model).__name__}"
-            )
-        try:
-            backbone.load_lora_weights(args.lora)
-        # What is missing in a file of another model, or of another kind.
-        except (KeyError, OSError, ValueError) as error:
-            raise ValueError(
-                f"{args.lora} has no LoRA for this model: {error}"
-            ) from error
-    report = kwm.merge_lora(model, args.pattern, keep=args.keep)
-    write_model(model, args.output)
-    return reported(report, args.output)
-
-
-@command(
-    "evaluate",
-    MODEL,
-    argument("--data", help="a text, or rows of tokens in a .npy file"),
-    argument(
-        "--tasks",
-        nargs="+",
-        help="those of lm-eval instead, as hellaswag; it fetches their data",
-    ),
-    argument("--limit", type=int, help="questions of a task; default: all"),
-    argument(
-        "--length", type=int, default=1024, help="of a window; default: 1024"
-    ),
-    argument("--batch-size", type=int, default=1, help="default: 1"),
-    QUIET,
-)
-def _evaluate(args):
-    """Measure the perplexity of a language model, or tasks of lm-eval.
+    Files of `save_model` are merged out of core: no model is in memory.
 
     examples:
-      keras-weightmods evaluate llm.safetensors --data held_out.txt
-      keras-weightmods evaluate llm.safetensors --tasks arc_easy --limit 200
+      keras-weightmods merge a.safetensors b.safetensors --weights 1 3 \\
+          -o merged.safetensors
+      keras-weightmods merge a.keras b.keras --base base.keras \\
+          --method ties --set density=0.3 -o merged.safetensors
+      keras-weightmods merge config.yaml -o merged.safetensors
     """
-    if (args.data is None) == (args.tasks is None):
-        raise ValueError("`evaluate` takes --data, or --tasks of lm-eval")
-    model = load_model(args.model)
-    if args.tasks is not None:
-        return _tasks(model, args)
-    value = perplexity_of(
-        model, args.data, args.length, args.batch_size, not args.quiet
-    )
-    return f"perplexity {value:.4f}", {"perplexity": value, "data": args.data}
-
-
-def _tasks(model, args):
-    """Return the results of tasks of lm-eval."""
-    wrapped = kwm.lm_eval_model(model, args.length, args.batch_size)
-    import lm_eval
-
-    try:
-        found = lm_eval.simple_evaluate(
-            model=wrapped, tasks=args.tasks, limit=args.limit
-        )["results"]
-    except KeyError as error:
-        # So it refuses a name.
-        raise ValueError(
-            "`--tasks` takes names of lm-eval's tasks, and YAML files of tasks "
-            f"where lm-eval does. Received: {args.tasks}; it says: {error}"
-        ) from error
-    lines = [
-        f"{task}: {name.removesuffix(',none')} {value:.4f}"
-        for task, values in found.items()
-        for name, value in values.items()
-        if isinstance(value, float) and "stderr" not in name
-    ]
-    plain = {
-        task: {k: v for k, v in values.items() if isinstance(v, (float, str))}
-        for task, values in found.items()
-    }
-    return "\n".join(lines), {"results": plain}
-
-
-def perplexity_of(model, path, length, batch_size, verbose):
-    """Return the perplexity of a model on a file."""
-    if pathlib.Path(path).suffix == ".npy":
-        texts = read_data(model, path)
-        texts = texts if is_language_model(model) else texts[0]
+    models = args.models
+    options = dict(args.set)
+    if len(models) == 1 and models[0].endswith((".yaml", ".yml", ".json")):
+        models = models[0]
     else:
-        texts = [read_text(path)]
-    return kwm.perplexity(
-        model, texts, length, batch_size=batch_size, verbose=int(verbose)
+        options |= {
+            "method": args.method,
+            "weights": args.weights,
+            "base": args.base,
+        }
+    report = kwm.merge(
+        models,
+        args.output,
+        overwrite=args.overwrite,
+        verbose=int(not args.quiet),
+        **options,
     )
+    return reported(report, args.output)
 
 
 @command(
@@ -279,7 +192,7 @@ def perplexity_of(model, path, length, batch_size, verbose):
     argument("--seed", type=int, default=0, help="default: 0"),
 )
 def _generate(args):
-    """Let a language model of KerasHub go on with a text.
+    """Let a language model of KerasHub continue a text.
 
     examples:
       keras-weightmods generate llm.safetensors "Once upon a time"
@@ -287,45 +200,43 @@ def _generate(args):
     model = load_model(args.model)
     if getattr(model, "preprocessor", None) is None:
         raise ValueError(
-            f"`generate` needs a CausalLM of KerasHub with a preprocessor. "
+            "`generate` needs a CausalLM of KerasHub with a preprocessor. "
             f"Received: {args.model}, a {type(model).__name__}"
         )
     import keras
 
+    from keras_weightmods.evaluation.token_scorer import longest_input
+
     keras.utils.set_random_seed(args.seed)
     model.compile(sampler=args.sampler)
-    texts = model.generate(args.prompt, max_length=args.max_length)
+    most = longest_input(model, args.max_length)
+    texts = model.generate(args.prompt, max_length=most)
     return "\n".join(texts), {"texts": list(texts)}
 
 
 @command(
     "export",
     MODEL,
-    argument("--format", default="tf_saved_model", choices=_FORMATS),
+    argument("--format", default="tf_saved_model", help="one of `kwm.export`"),
     argument("--keep-packed", action="store_true"),
-    argument("--dtype", help="of a GGUF file, as q8_0; default: f16"),
-    argument("--tokenizer-from", help="for a GGUF file: another one"),
-    argument("--context-length", type=int, help="of a GGUF file"),
-    *OUTPUT,
+    OPTIONS,
+    *output(),
 )
 def _export(args):
     """Write a model for another runtime.
 
     examples:
       keras-weightmods export packed.safetensors -o saved
-      keras-weightmods export llm.safetensors --format gguf --dtype q8_0 \\
-          -o llm.gguf
+      keras-weightmods export llm.safetensors --format gguf \\
+          --set dtype=q8_0 -o llm.gguf
     """
-    check_new(args)
-    names = "dtype", "tokenizer_from", "context_length"
-    given = {name: getattr(args, name) for name in names}
     kwm.export(
         load_model(args.model),
         args.output,
         args.format,
         keep_packed=args.keep_packed,
         overwrite=args.overwrite,
-        **{name: value for name, value in given.items() if value is not None},
+        **dict(args.set),
     )
     found = {"format": args.format, "output": args.output}
     return f"Wrote {args.output}, {args.format}", found

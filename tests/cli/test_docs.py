@@ -17,24 +17,19 @@ pytestmark = pytest.mark.one_backend
 PAGE = pathlib.Path(__file__).absolute().parents[2] / "docs" / "cli.md"
 
 
-def blocks(language):
-    text = PAGE.read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
-
-
-# The commands are tested on each backend in `test_models.py`.
-@pytest.mark.filterwarnings("ignore:AdamS. this schedule")
-def test_the_commands_of_the_page_run(run, tmp_path):
-    models.mlp(16, 16, 4).save("model.keras")
-    x = models.normal(32, 16)
-    np.savez("data.npz", x=x, y=x[:, :4])
-    (recipe,) = blocks("yaml")
-    (tmp_path / "recipe.yaml").write_text(recipe)
-    for line in "".join(blocks("bash")).splitlines():
+def test_the_commands_of_the_page_run(run):
+    model = models.mlp(16, 16, 4)
+    model.save("model.keras")
+    np.save("x.npy", models.normal(32, 16))
+    for seed, name in enumerate(("first", "second", "base")):
+        model.set_weights(models.random_weights(model, seed))
+        kwm.save_model(model, f"{name}.safetensors")
+    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    for line in "".join(blocks).splitlines():
         program, *words = shlex.split(line)
         assert program == "keras-weightmods"
         run(words)
-    packed = kwm.load_model("result/4-pack.safetensors")
+    packed = kwm.load_model("packed.safetensors")
     kwm.unpack(packed)
     kwm.assert_sparse(packed, "2:4")
 

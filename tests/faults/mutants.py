@@ -26,7 +26,7 @@ import keras
 import numpy as np
 
 import keras_weightmods as kwm
-from keras_weightmods.cli.inspection import file_report
+from keras_weightmods.cli.info import file_report
 from tests import models
 from tests.faults import raised
 

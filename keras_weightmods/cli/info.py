@@ -7,7 +7,8 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any
 
-from keras_weightmods.cli.command import argument, command, reported
+import keras_weightmods as kwm
+from keras_weightmods.cli.command import argument, command, file, reported
 from keras_weightmods.saving import container, file_kinds
 from keras_weightmods.utils.report import Report, Table, shape_text, size_text
 
@@ -46,21 +47,29 @@ class FileReport(Report):
 
 
 @command(
-    "inspect",
-    argument("file", help="a model, a delta, a signature, a preset"),
+    "info",
+    argument("file", type=file, help="a model, a patch or a preset"),
+    argument(
+        "--pattern",
+        help="load the model, and report how far its kernels have this "
+        "pattern, as 2:4",
+    ),
 )
-def _inspect(args):
+def _info(args):
     """Say what a file holds.
 
-    It loads no Keras. A file of this library is checked as a whole.
+    It loads no Keras, but with --pattern. A file of this library is checked
+    as a whole.
 
     examples:
-      keras-weightmods inspect model.keras
-      keras-weightmods inspect noise.safetensors
+      keras-weightmods info model.keras
+      keras-weightmods info model.keras --pattern 2:4
     """
-    if not os.path.exists(args.file):
-        raise FileNotFoundError(f"there is no file {args.file}")
-    return reported(file_report(args.file))
+    if args.pattern is None:
+        return reported(file_report(args.file))
+    from keras_weightmods.cli.files import load_model
+
+    return reported(kwm.sparsity_report(load_model(args.file), args.pattern))
 
 
 def file_report(path) -> FileReport:

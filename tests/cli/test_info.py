@@ -1,4 +1,4 @@
-"""`inspect` and `--help`: what they say, and that they load no backend."""
+"""`info` and `--help`: what they say, and that they load no backend."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.cli import inspection
+from keras_weightmods.cli import info
 from tests import models
 
 # What the commands call is tested on all of them.
@@ -41,7 +41,7 @@ def light(*words, code=0):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A file of each kind that `inspect` reads."""
+    """A file of each kind that `info` reads."""
     folder = tmp_path_factory.mktemp("files")
     model = models.make_sparse(models.mlp(8, 4, name="net"))
     model.save(folder / "model.keras")
@@ -58,11 +58,11 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_help_version_and_inspect_load_no_backend(files):
+def test_help_version_and_info_load_no_backend(files):
     assert light("--version").strip() == kwm.__version__
     assert "sparsify" in light("--help")
-    assert "net" in light("inspect", str(files / "model.keras"))
-    found = light("inspect", str(files / "packed.safetensors"), "--json")
+    assert "net" in light("info", str(files / "model.keras"))
+    found = light("info", str(files / "packed.safetensors"), "--json")
     assert json.loads(found)["about"]["version"] == 1
 
 
@@ -80,26 +80,26 @@ def test_help_version_and_inspect_load_no_backend(files):
     ],
 )
 def test_what_is_in_a_file(name, parts, files, run):
-    printed = run(f"inspect {files / name}")
+    printed = run(f"info {files / name}")
     for part in parts:
         assert part in printed, printed
 
 
 def test_what_cannot_be_inspected(files, run, tmp_path):
-    error = run(f"inspect {files / 'x.npy'}", code=1)
+    error = run(f"info {files / 'x.npy'}", code=1)
     assert "a .npy file, which `numpy.load` reads" in error
     whole = (files / "packed.safetensors").read_bytes()
     (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert "truncated" in run("inspect half.safetensors", code=1)
+    assert "truncated" in run("info half.safetensors", code=1)
     altered = whole[:-1] + bytes([whole[-1] ^ 1])
     (tmp_path / "other.safetensors").write_bytes(altered)
-    assert "checksum" in run("inspect other.safetensors", code=1)
+    assert "checksum" in run("info other.safetensors", code=1)
 
 
 def test_presets(run):
     model = models.causal_lm("gpt2", models.gpt2_preprocessor())
     model.save_to_preset("preset")
-    report = inspection.file_report("preset")
+    report = info.file_report("preset")
     assert report.kind == "a preset"
     assert report.nbytes > sum(1 for _ in report.arrays) > 5
     assert report.about["class_name"]

@@ -1,0 +1,243 @@
+"""The commands on models, each beside the call that it stands for."""
+
+import json
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+
+import keras_weightmods as kwm
+from keras_weightmods.cli import main as cli
+from tests import models
+
+# What the commands call is tested on all of them.
+pytestmark = pytest.mark.one_backend
+
+
+def load_weights(path):
+    if str(path).endswith(".safetensors"):
+        return models.weights_of(kwm.load_model(path))
+    return models.weights_of(keras.saving.load_model(path, compile=False))
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    return models.causal_lm("gpt2", models.gpt2_preprocessor())
+
+
+def test_a_model_is_made_sparse_and_packed(run):
+    model = models.mlp(16, 32, 8)
+    model.save("model.keras")
+    np.save("x.npy", models.normal(32, 16))
+    line = "sparsify model.keras --criterion wanda --data x.npy --rows 24"
+    assert "Wrote sparse.keras" in run(f"{line} --quiet -o sparse.keras")
+    x = np.load("x.npy")[:24]
+    kwm.sparsify(model, "2:4", x, criterion="wanda", verbose=0)
+    models.assert_same(load_weights("sparse.keras"), models.weights_of(model))
+
+    line = "pack sparse.keras --dtype int8 -o packed.safetensors --json"
+    found = json.loads(run(line))
+    assert found["output"] == "packed.safetensors"
+    assert found["totals"]["packed_share"] < 0.5
+    kwm.pack(model, "int8")
+    packed = load_weights("packed.safetensors")
+    models.assert_same(packed, models.weights_of(model))
+
+    error = run("sparsify packed.safetensors -o again.keras", code=1)
+    assert "no kernel" in error or "packed" in error
+    assert not pathlib.Path("again.keras").exists()
+
+
+def test_what_a_keras_file_cannot_hold_is_not_written(run, tmp_path):
+    model = models.make_sparse(models.mlp(16, 32, 8))
+    kwm.attach_compander(model)
+    kwm.save_model(model, "companded.safetensors")
+    base = [weight + 0.5 for weight in model.get_weights()]
+    kwm.Patch.from_models(model, base).save("patch.safetensors")
+    line = "patch apply companded.safetensors patch.safetensors --force"
+    error = run(f"{line} -o out.keras", code=1)
+    assert "let the output end in .safetensors" in error
+    assert not (tmp_path / "out.keras").exists()
+
+
+# What it calls is tested on each backend: to compile it again takes a minute.
+def test_language_models(run, language_model, tmp_path):
+    (tmp_path / "text.txt").write_text("abc ab cdefgh " * 40)
+    language_model.save_to_preset("preset")
+    words = ["generate", "preset", "ab c", "d", "--max-length", "8"]
+    texts = json.loads(run([*words, "--json"]))["texts"]
+    language_model.compile(sampler="greedy")
+    assert texts == language_model.generate(["ab c", "d"], max_length=8)
+
+    kwm.save_model(language_model, "llm.safetensors")
+    data = "--data text.txt --length 12 --rows 4 --quiet"
+    run(
+        f"sparsify llm.safetensors --criterion wanda {data}"
+        " -o sparse.safetensors"
+    )
+    kwm.assert_sparse(kwm.load_model("sparse.safetensors"), "2:4")
+    run(f"quantize llm.safetensors {data} --refine none -o rounded.safetensors")
+    found = json.loads(
+        run("pack rounded.safetensors -o packed.safetensors --json")
+    )
+    assert found["totals"]["packed_share"] < 0.3
+    assert run("generate packed.safetensors a --max-length 99").startswith("a")
+    models.mlp(8, 4).save("model.keras")
+    error = run("generate model.keras a", code=1)
+    assert "model.keras, a Sequential" in error
+
+
+def test_patches(run):
+    base = models.mlp(8, 4)
+    base.save("base.keras")
+    before = models.weights_of(base)
+    base.set_weights([w + 0.5 for w in before])
+    kwm.save_model(base, "tuned.safetensors")
+    extract = "patch extract tuned.safetensors base.keras"
+    assert "Wrote task.safetensors" in run(f"{extract} -o task.safetensors")
+    assert "dense" in run("patch info task.safetensors")
+    printed = run("patch apply base.keras task.safetensors -o again.keras")
+    assert "2 weights written" in printed
+    for left, right in zip(
+        load_weights("again.keras"), models.weights_of(base)
+    ):
+        np.testing.assert_allclose(left, right, atol=1e-2)
+    line = "patch apply again.keras task.safetensors -o b.keras"
+    assert "force=True" in run(line, code=1)
+    run("patch remove again.keras task.safetensors -o back.keras")
+    for left, right in zip(load_weights("back.keras"), before):
+        np.testing.assert_allclose(left, right, atol=1e-6)
+    run(f"{extract} --dtype exact --whole bias -o exact.safetensors")
+    run("patch apply base.keras exact.safetensors -o exact.keras")
+    models.assert_same(load_weights("exact.keras"), models.weights_of(base))
+    error = run("patch remove exact.keras exact.safetensors -o c.keras", code=1)
+    assert "the base model's own file" in error
+    assert not pathlib.Path("c.keras").exists()
+    assert "for a --signature" in run(
+        f"{extract} --depth 1 -o s.safetensors", 1
+    )
+
+
+def test_signatures(run):
+    model = models.conv_net(name="net")
+    for seed, name in enumerate(("init", "clean", "robust")):
+        model.set_weights(models.random_weights(model, seed))
+        model.save(f"{name}.keras")
+    run(
+        "patch extract robust.keras clean.keras --signature --init init.keras "
+        "--depth 2 -o noise.safetensors"
+    )
+    signature = kwm.Patch.load("noise.safetensors")
+    expected = kwm.WeightSignature.extract(
+        *map(keras.saving.load_model, ("init.keras", "clean.keras")), model, 2
+    )
+    assert signature.digest == expected.digest
+    line = "patch apply clean.keras noise.safetensors --scale .5"
+    run(f"{line} -o clean.keras --overwrite")
+    model.set_weights(models.random_weights(model, 1))
+    expected.apply(model, 0.5)
+    models.assert_same_bits(
+        load_weights("clean.keras"), models.weights_of(model)
+    )
+    assert not list(pathlib.Path().glob(".*"))
+
+
+def test_a_patch_becomes_an_adapter_and_back(run):
+    model = models.randomize(models.backbone("llama3"))
+    kwm.save_model(model, "base.safetensors")
+    base = models.weights_of(model)
+    query = next(t for t in kwm.find_targets(model) if "query" in t.path)
+    query.variable.assign(query.variable + 0.5)
+    expected = models.weights_of(model)
+    kwm.Patch.from_models(model, base).save("task.safetensors")
+    line = "patch to-lora base.safetensors task.safetensors --rank 1"
+    assert json.loads(run(f"{line} -o adapter --json"))["error"] < 1e-3
+    run("patch from-lora base.safetensors adapter -o b.safetensors")
+    run("patch apply base.safetensors b.safetensors -o c.safetensors")
+    for left, right in zip(load_weights("c.safetensors"), expected):
+        np.testing.assert_allclose(left, right, atol=1e-2)
+
+
+CONFIG = """\
+merge_method: ties
+base_model: base.safetensors
+models:
+  - model: a.safetensors
+    parameters: {weight: 1}
+  - model: b.safetensors
+    parameters: {weight: 0.5}
+parameters: {density: 0.5}
+"""
+
+
+def test_merges(run):
+    model = models.mlp(16, 16, 4)
+    for number, name in enumerate(("a", "b", "base")):
+        model.set_weights(models.random_weights(model, number))
+        kwm.save_model(model, f"{name}.safetensors")
+        model.save(f"{name}.keras")
+    files = ["a.safetensors", "b.safetensors"]
+    base = "base.safetensors"
+    options = {"base": base, "weights": [1, 0.5], "density": 0.5, "verbose": 0}
+    kwm.merge(files, "mine.safetensors", "ties", **options)
+    mine = pathlib.Path("mine.safetensors").read_bytes()
+    pathlib.Path("config.yaml").write_text(CONFIG)
+    arguments = f"--base {base} --method ties --weights 1 .5 --set density=0.5"
+    for line in (f"{' '.join(files)} {arguments}", "config.yaml"):
+        line = f"merge {line} --quiet --overwrite -o out.safetensors"
+        assert "Wrote out.safetensors" in run(line)
+        assert pathlib.Path("out.safetensors").read_bytes() == mine
+    run("merge a.keras b.keras --quiet -o keras.safetensors")
+    kwm.merge(files, "mine.safetensors", verbose=0)
+    models.assert_same(
+        *map(load_weights, ("keras.safetensors", "mine.safetensors"))
+    )
+    line = "merge a.keras b.keras --set colour=1 --quiet -o c.safetensors"
+    assert "colour" in run(line, code=1)
+    pathlib.Path("config.yaml").write_text(CONFIG.replace("a.saf", "no.saf"))
+    error = run("merge config.yaml --quiet -o x.safetensors", code=1)
+    assert "no.safetensors" in error
+
+
+def test_errors_name_the_file_and_write_nothing(run, tmp_path):
+    models.mlp(8, 4).save("model.keras")
+    np.savez("some.npz", a=np.ones(2))
+    for name in ("broken.keras", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"PK not quite")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(200, 256)))
+    other = {"jax": "torch"}.get(keras.backend.backend(), "jax")
+    cases = {
+        "info nothing.keras": "there is no file nothing.keras",
+        "info broken.keras": "broken.keras",
+        "info model.keras --pattern 4:2": "pattern",
+        "pack nothing -o a.safetensors": "no file or preset nothing",
+        "pack broken.keras -o a.safetensors": "Keras cannot load broken.keras",
+        "pack some.npz -o a.safetensors": "an .npz file, which `numpy.load`",
+        "sparsify model.keras --data binary.txt -o a.keras": "a .npy file",
+        "sparsify model.keras --data no.npy -o a.keras": "no file no.npy",
+        "sparsify model.keras -o model.keras": "--overwrite replaces it",
+        "sparsify model.keras -o x/a.keras": "folder that exists",
+        "patch apply model.keras some.npz -o a.keras": "some.npz",
+        "export model.keras --format gguf -o a.gguf": "a KerasHub Llama",
+        "export model.keras --format h5 -o a": "`format` must be one of",
+        f"info model.keras --backend {other}": "Keras runs on",
+    }
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    for line, message in cases.items():
+        assert message in run(line, code=1), line
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_usage(capsys):
+    for line in ("", "patch", "nothing", "pack a -o b.keras"):
+        with pytest.raises(SystemExit) as error:
+            cli.main(line.split())
+        assert error.value.code == 2
+        assert "usage: keras-weightmods" in capsys.readouterr().err
+    for words in ("", *cli.COMMANDS):
+        with pytest.raises(SystemExit) as error:
+            cli.main([*words.split(), "--help"])
+        assert error.value.code == 0
+        printed = capsys.readouterr().out
+        assert "examples:\n  keras-weightmods" in printed
