@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "kernels.h"
 #include "work.h"
 
 namespace {

@@ -1,7 +1,6 @@
 // Products of bfloat16 activations with bfloat16 values: in pairs where the
 // CPU has instructions for these, else by those of float32.
 
-#include "kernels.h"
 #include "work.h"
 
 #if KWM_HAS_AVX512_BF16
@@ -22,8 +21,12 @@ constexpr int64_t kPanelRows = 256;  // rows of activations packed at a time
 
 // Null where there are none for the instruction set in use or the CPU.
 const BFloat16Kernels* bfloat16_kernels() {
-  if (kwm_isa() != KWM_ISA_AVX512 || !kwm::has_avx512_bf16()) return nullptr;
-  return kwm::avx512_bf16_kernels();
+#if KWM_HAS_AVX512_BF16
+  if (kwm_isa() == KWM_ISA_AVX512 && kwm::has_avx512_bf16()) {
+    return kwm::avx512_bf16_kernels();
+  }
+#endif
+  return nullptr;
 }
 
 // Whether the indices of all groups are strictly rising, as kwm_pack has them.
@@ -69,7 +72,7 @@ class Matmul {
   };
   static constexpr Tile kTiles[] = {{4, kPanelRows, 40}, {2, 32, 28}};
 
-  // As in core.cc.
+  // As in matmul.cc.
   static constexpr int64_t kRowBlocks = 2;
   static constexpr int64_t kColumnBlocks = 16;
   static constexpr int64_t kChunkWords =

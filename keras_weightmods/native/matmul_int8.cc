@@ -3,8 +3,7 @@
 
 #include <vector>
 
-#include "kernels.h"
-#include "tiles.h"
+#include "work.h"
 
 namespace {
 
@@ -21,17 +20,23 @@ constexpr int64_t kPanelRows = 512;  // rows of activations rounded at a time
 
 const Int8Kernels& int8_kernels(int type, bool dense) {
   switch (kwm_isa()) {
+#if defined(__x86_64__)
     case KWM_ISA_AVX512:
       if (kwm::has_avx512_vnni()) {
         return *kwm::avx512_int8_kernels(type, dense);
       }
       return *kwm::avx2_int8_kernels(type, dense);
-    case KWM_ISA_NEON:
-      return *kwm::neon_int8_kernels(type, dense);
-    case KWM_ISA_AVX_VNNI:
-      return *kwm::avx_vnni_int8_kernels(type, dense);
     case KWM_ISA_AVX2:
       return *kwm::avx2_int8_kernels(type, dense);
+#endif
+#if KWM_HAS_AVX_VNNI
+    case KWM_ISA_AVX_VNNI:
+      return *kwm::avx_vnni_int8_kernels(type, dense);
+#endif
+#if defined(__aarch64__)
+    case KWM_ISA_NEON:
+      return *kwm::neon_int8_kernels(type, dense);
+#endif
   }
   return *kwm::scalar_int8_kernels(type, dense);
 }

@@ -5,9 +5,7 @@
 // entry that compilers call, in GNU's runtime and in LLVM's alike. It is found
 // at run time, so that this library needs neither.
 
-#include "openmp.h"
-
-#include "chunks.h"
+#include "threads.h"
 
 namespace {
 

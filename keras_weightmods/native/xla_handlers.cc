@@ -14,8 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "helpers.h"
-#include "kwm_native.h"
+#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;

@@ -61,7 +61,7 @@ class FakeGpu:
         self.xla.fake_xla_allocated.restype = ctypes.c_int64
         self.xla.fake_xla_traits.restype = ctypes.c_int64
         cuda = HERE / "fake_cuda.cc", folder / "fake_cuda.so"
-        folders = [f"-I{SOURCES / name}" for name in ("", "include", "gpu")]
+        folders = [f"-I{SOURCES / name}" for name in ("include", "gpu")]
         self.path = compile_shared(*cuda, *folders)
         self.cuda = ctypes.CDLL(self.path)
         self.library = fresh_library(folder)

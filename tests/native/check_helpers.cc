@@ -1,4 +1,4 @@
-// Many callers at once share helpers.h's threads: each item of each call is done
+// Many callers at once share the threads of threads.h: each item of each call is done
 // exactly once, before the call returns. Made to run under a thread sanitizer.
 //
 //     check_helpers SECONDS
@@ -18,7 +18,7 @@
 #include <thread>
 #include <vector>
 
-#include "helpers.h"
+#include "threads.h"
 
 namespace {
 

@@ -14,10 +14,10 @@ from keras_weightmods import native
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE.parents[1] / "keras_weightmods" / "native"
 CORE = [
-    *["core", "pack", "matmul_int8", "matmul_bfloat16", "attend"],
-    *["scalar", "avx2", "avx512", "avx512_bf16", "neon"],
-    *["int8_scalar", "int8_avx2", "int8_avx_vnni", "int8_avx512"],
-    *["int8_neon", "int8_neon_dot"],
+    path
+    for folder in ("", "x86", "arm")
+    for path in sorted((SOURCES / folder).glob("*.cc"))
+    if path.stem != "xla_handlers"
 ]
 
 TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -52,11 +52,17 @@ def compiler():
 
 def build(target, *flags, command=None, sources=()):
     """Compile the core and `sources`, and return the path of `target`."""
-    core = [str(SOURCES / f"{name}.cc") for name in CORE]
     command = command or [compiler()]
     subprocess.run(
-        [*command, "-std=c++17", f"-I{SOURCES}", "-Wall", "-Wextra", "-Werror"]
-        + [*flags, *core, *map(str, sources), "-o", str(target), "-pthread"],
+        [
+            *command,
+            "-std=c++17",
+            f"-I{SOURCES / 'include'}",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+        ]
+        + [*flags, *map(str, [*CORE, *sources]), "-o", str(target), "-pthread"],
         check=True,
     )
     return target

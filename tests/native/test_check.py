@@ -61,7 +61,12 @@ def test_threads_that_help_several_callers(tmp_path):
     source = native_core.HERE / "check_helpers.cc"
     for flags in (["-O1", "-g", "-fsanitize=thread"], ["-O2"]):
         command = [native_core.compiler(), "-std=c++17", *flags, "-pthread"]
-        command += [f"-I{native_core.SOURCES}", source, "-o", program]
+        command += [
+            f"-I{native_core.SOURCES / 'include'}",
+            source,
+            "-o",
+            program,
+        ]
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode:
             # This compiler may have no such sanitizer.

@@ -21,8 +21,8 @@
 #include <string>
 #include <tuple>
 
-#include "../kwm_native.h"
 #include "cusparselt_api.h"
+#include "kwm_native.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;

@@ -6,13 +6,7 @@
 
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
-    apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#endif
+KWM_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 #include "kernels_impl.h"
 
@@ -175,12 +169,6 @@ const kwm::Kernels* kwm::avx512_kernels() {
   return kernels<Avx512>(KWM_ISA_AVX512);
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-
-#else
-
-const kwm::Kernels* kwm::avx512_kernels() { return nullptr; }
+KWM_END_TARGET
 
 #endif

@@ -1,8 +1,10 @@
-// What an instruction set provides to core.cc: one table of functions. The
+// What an instruction set provides to matmul.cc: one table of functions. The
 // code behind all of them is the templates of kernels_impl.h.
 
 #ifndef KWM_KERNELS_H_
 #define KWM_KERNELS_H_
+
+#include <type_traits>
 
 #include "layout.h"
 
@@ -22,6 +24,18 @@
 #define KWM_HAS_AVX512_BF16 (__clang_major__ >= 13)
 #else
 #define KWM_HAS_AVX512_BF16 (__GNUC__ >= 11)
+#endif
+
+// Switches the compiler to instructions, up to the end of a file or of a part.
+#define KWM_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define KWM_TARGET(names)                                             \
+  KWM_PRAGMA(clang attribute push(__attribute__((target(names))), \
+                                  apply_to = function))
+#define KWM_END_TARGET KWM_PRAGMA(clang attribute pop)
+#else
+#define KWM_TARGET(names) KWM_PRAGMA(GCC target(names))
+#define KWM_END_TARGET
 #endif
 
 namespace kwm {
@@ -173,7 +187,7 @@ struct Kernels {
 // Those of kwm_isa.
 const Kernels& kernels_in_use();
 
-// Null where the library was built for another machine.
+// Those of another machine are declared, and not there.
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();

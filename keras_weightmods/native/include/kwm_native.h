@@ -179,6 +179,17 @@ KWM_API void kwm_attend(const float* q, const float* keys, const float* values,
                         int64_t key_heads, int64_t size, float scale,
                         float* out, kwm_parallel_for parallel_for, void* pool);
 
+// A kwm_parallel_for on the OpenMP threads that the process has already.
+// The pool: the address of GOMP_parallel, and the threads to use.
+typedef struct {
+  void (*parallel)(void (*function)(void*), void* data, unsigned threads,
+                   unsigned flags);
+  int64_t threads;
+} kwm_openmp;
+
+KWM_API void kwm_openmp_for(void* pool, int64_t count, int64_t grain,
+                            kwm_task task, void* context);
+
 #ifdef __cplusplus
 }
 #endif

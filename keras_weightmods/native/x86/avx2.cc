@@ -6,12 +6,7 @@
 
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx2,fma")
-#endif
+KWM_TARGET("avx2,fma")
 
 #include "kernels_impl.h"
 
@@ -119,12 +114,6 @@ const kwm::Kernels* kwm::avx2_kernels() {
   return kernels<Avx2>(KWM_ISA_AVX2);
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-
-#else
-
-const kwm::Kernels* kwm::avx2_kernels() { return nullptr; }
+KWM_END_TARGET
 
 #endif

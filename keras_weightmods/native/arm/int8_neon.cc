@@ -1,13 +1,25 @@
 // int8 activations on NEON, 16 products at a time; see int8_avx2.cc for the
-// order of the bytes. KWM_DOT: by the dot product instructions, which not every
-// machine has.
-//
-// Included by one file for each of the two.
+// order of the bytes. int8_neon_dot.cc includes this with KWM_DOT: by the dot
+// product instructions, which not every machine has.
+
+#include "kernels.h"
+
+#if defined(__aarch64__)
 
 #include <arm_neon.h>
 #include <math.h>
 
-#include "kernels.h"
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+#if defined(KWM_DOT) && defined(__clang__)
+KWM_TARGET("dotprod")
+#elif defined(KWM_DOT)
+KWM_TARGET("arch=armv8.2-a+dotprod")
+#endif
+
+#include "tile_rows.h"
 
 namespace {
 
@@ -182,35 +194,53 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
+using Tiles = TileRows<1, 2, 4, 8>;
+
 template <bool kDense, bool kInt4>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
-  switch (x.rows) {
-    case 1:
-      return multiply_columns<kDense, kInt4, 1>(x, w, column_block, y,
-                                                y_stride);
-    case 2:
-      return multiply_columns<kDense, kInt4, 2>(x, w, column_block, y,
-                                                y_stride);
-    case 4:
-      return multiply_columns<kDense, kInt4, 4>(x, w, column_block, y,
-                                                y_stride);
-    case 8:
-      return multiply_columns<kDense, kInt4, 8>(x, w, column_block, y,
-                                                y_stride);
-  }
+  Tiles::run(x.rows, [&](auto rows) {
+    multiply_columns<kDense, kInt4, decltype(rows)::value>(x, w, column_block,
+                                                           y, y_stride);
+  });
 }
 
-constexpr int kTileRows[] = {1, 2, 4, 8, 0};
-
 const Int8Kernels* int8_kernels(int type, bool dense) {
+  constexpr auto sizes = Tiles::kSizes;
   static const Int8Kernels kernels[2][2] = {
-      {{kTileRows, quantize<false>, multiply<false, false>},
-       {kTileRows, quantize<false>, multiply<false, true>}},
-      {{kTileRows, quantize<true>, multiply<true, false>},
-       {kTileRows, quantize<true>, multiply<true, true>}},
+      {{sizes, quantize<false>, multiply<false, false>},
+       {sizes, quantize<false>, multiply<false, true>}},
+      {{sizes, quantize<true>, multiply<true, false>},
+       {sizes, quantize<true>, multiply<true, true>}},
   };
   return &kernels[dense][type == KWM_INT4];
 }
 
+#if !defined(KWM_DOT)
+bool has_dot() {
+#if defined(__linux__)
+  constexpr unsigned long kAsimdDp = 1ul << 20;
+  return (getauxval(AT_HWCAP) & kAsimdDp) != 0;
+#elif defined(__APPLE__)
+  return true;
+#else
+  return false;
+#endif
+}
+#endif
+
 }  // namespace
+
+#if defined(KWM_DOT)
+const Int8Kernels* kwm::neon_dot_int8_kernels(int type, bool dense) {
+  return int8_kernels(type, dense);
+}
+KWM_END_TARGET
+#else
+const Int8Kernels* kwm::neon_int8_kernels(int type, bool dense) {
+  static const bool dot = has_dot();
+  return dot ? neon_dot_int8_kernels(type, dense) : int8_kernels(type, dense);
+}
+#endif
+
+#endif

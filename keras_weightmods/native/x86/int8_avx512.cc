@@ -15,15 +15,10 @@
 
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni," \
-                          "avx512vbmi,avx2,fma"))), \
-    apply_to = function)
-#else
-#pragma GCC target( \
+KWM_TARGET(
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma")
-#endif
+
+#include "tile_rows.h"
 
 namespace {
 
@@ -292,50 +287,29 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
+using Tiles = TileRows<1, 2, 4, 6, 8, 12, 16>;
+
 template <bool kDense, bool kInt4>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
-  const auto run = [&](auto columns) {
-    columns(x, w, column_block, y, y_stride);
-  };
-  switch (x.rows) {
-    case 1:
-      return run(multiply_columns<kDense, kInt4, 1>);
-    case 2:
-      return run(multiply_columns<kDense, kInt4, 2>);
-    case 4:
-      return run(multiply_columns<kDense, kInt4, 4>);
-    case 6:
-      return run(multiply_columns<kDense, kInt4, 6>);
-    case 8:
-      return run(multiply_columns<kDense, kInt4, 8>);
-    case 12:
-      return run(multiply_columns<kDense, kInt4, 12>);
-    case 16:
-      return run(multiply_columns<kDense, kInt4, 16>);
-  }
+  Tiles::run(x.rows, [&](auto rows) {
+    multiply_columns<kDense, kInt4, decltype(rows)::value>(x, w, column_block,
+                                                           y, y_stride);
+  });
 }
-
-constexpr int kTileRows[] = {1, 2, 4, 6, 8, 12, 16, 0};
 
 }  // namespace
 
 const Int8Kernels* kwm::avx512_int8_kernels(int type, bool dense) {
   static const Int8Kernels kernels[2][2] = {
-      {{kTileRows, quantize<0>, multiply<false, false>},
-       {kTileRows, quantize<0>, multiply<false, true>}},
-      {{kTileRows, quantize<128>, multiply<true, false>},
-       {kTileRows, quantize<8>, multiply<true, true>}},
+      {{Tiles::kSizes, quantize<0>, multiply<false, false>},
+       {Tiles::kSizes, quantize<0>, multiply<false, true>}},
+      {{Tiles::kSizes, quantize<128>, multiply<true, false>},
+       {Tiles::kSizes, quantize<8>, multiply<true, true>}},
   };
   return &kernels[dense][type == KWM_INT4];
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-
-#else
-
-const kwm::Int8Kernels* kwm::avx512_int8_kernels(int, bool) { return nullptr; }
+KWM_END_TARGET
 
 #endif

@@ -3,8 +3,7 @@
 
 #include <atomic>
 
-#include "kernels.h"
-#include "tiles.h"
+#include "work.h"
 
 #if KWM_HAS_AVX_VNNI
 #include <cpuid.h>
@@ -24,6 +23,7 @@ using kwm::grain;
 
 constexpr int64_t kPanelRows = 512;  // rows of activations packed at a time
 
+#if defined(__x86_64__)
 bool has_avx_vnni() {
 #if KWM_HAS_AVX_VNNI
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -42,6 +42,7 @@ const Kernels* avx_vnni_kernels() {
   }();
   return &own;
 }
+#endif
 
 const Kernels* supported(int isa) {
 #if defined(__x86_64__)
@@ -67,8 +68,10 @@ const Kernels* supported(int isa) {
       }
       return kwm::avx512_kernels();
 #endif
+#if defined(__aarch64__)
     case KWM_ISA_NEON:
       return kwm::neon_kernels();
+#endif
     default:
       return nullptr;
   }

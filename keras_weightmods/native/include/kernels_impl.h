@@ -25,11 +25,11 @@
 #include "kernels.h"
 
 #ifndef KWM_UNROLL
-#define KWM_PRAGMA(text) _Pragma(#text)
 #define KWM_UNROLL(n) KWM_PRAGMA(GCC unroll n)
 #endif
 
 #include "attend_impl.h"
+#include "tile_rows.h"
 
 namespace {
 
@@ -168,39 +168,20 @@ void multiply_columns(const float* x, const Packed& w, int64_t column_block,
   }
 }
 
+template <class S>
+using TilesOf =
+    std::conditional_t<(S::kRegisters * S::kWidth >= 512),
+                       TileRows<1, 2, 3, 4, 6, 8, 12, 16>,
+                       TileRows<1, 2, 3, 4>>;
+
 template <class S, class V>
 void multiply(const float* x, int rows, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
-  switch (rows) {
-    case 1:
-      return multiply_columns<typename S::OneRow, V, 1>(x, w, column_block, y,
-                                                        y_stride);
-    case 2:
-      return multiply_columns<S, V, 2>(x, w, column_block, y, y_stride);
-    case 3:
-      return multiply_columns<S, V, 3>(x, w, column_block, y, y_stride);
-    case 4:
-      return multiply_columns<S, V, 4>(x, w, column_block, y, y_stride);
-  }
-  if constexpr (S::kRegisters * S::kWidth >= 512) {
-    switch (rows) {
-      case 6:
-        return multiply_columns<S, V, 6>(x, w, column_block, y, y_stride);
-      case 8:
-        return multiply_columns<S, V, 8>(x, w, column_block, y, y_stride);
-      case 12:
-        return multiply_columns<S, V, 12>(x, w, column_block, y, y_stride);
-      case 16:
-        return multiply_columns<S, V, 16>(x, w, column_block, y, y_stride);
-    }
-  }
-}
-
-template <class S>
-const int* tile_rows() {
-  static constexpr int few[] = {1, 2, 3, 4, 0};
-  static constexpr int many[] = {1, 2, 3, 4, 6, 8, 12, 16, 0};
-  return S::kRegisters * S::kWidth >= 512 ? many : few;
+  TilesOf<S>::run(rows, [&](auto count) {
+    constexpr int R = decltype(count)::value;
+    using Own = std::conditional_t<R == 1, typename S::OneRow, S>;
+    multiply_columns<Own, V, R>(x, w, column_block, y, y_stride);
+  });
 }
 
 template <class S, class V>
@@ -403,7 +384,7 @@ template <class S>
 const kwm::Kernels* kernels(int isa) {
   static const kwm::Kernels table = {
       isa,
-      tile_rows<S>(),
+      TilesOf<S>::kSizes,
       {multiply<S, Float32Values>, multiply<S, BFloat16Values>,
        multiply<S, Int8Values>},
       S::kWidth,

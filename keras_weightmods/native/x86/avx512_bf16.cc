@@ -11,14 +11,7 @@
 
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16," \
-                          "avx2,fma"))), \
-    apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
-#endif
+KWM_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 
 namespace {
 
@@ -248,12 +241,6 @@ const kwm::BFloat16Kernels* kwm::avx512_bf16_kernels() {
   return &kernels;
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-
-#else
-
-const kwm::BFloat16Kernels* kwm::avx512_bf16_kernels() { return nullptr; }
+KWM_END_TARGET
 
 #endif

@@ -99,8 +99,4 @@ const kwm::Kernels* kwm::neon_kernels() {
   return kernels<Neon>(KWM_ISA_NEON);
 }
 
-#else
-
-const kwm::Kernels* kwm::neon_kernels() { return nullptr; }
-
 #endif

@@ -1,6 +1,5 @@
-// int8 activations on AVX2, 32 products in an instruction. The file that
-// includes this names the instruction set; KWM_VNNI is defined where it has
-// AVX-VNNI.
+// int8 activations on AVX2, 32 products in an instruction. int8_avx_vnni.cc
+// includes this with KWM_VNNI, for AVX-VNNI.
 //
 // The activations of 32 rows of W are stored as those of the even groups, then
 // those of the odd ones: the four groups of a word of values are 16 bytes, from
@@ -14,13 +13,20 @@
 // int8 values are |w|, and the activations take their signs. 16 bits hold the
 // sum of the products of int4 values in a block.
 
-#ifndef KWM_INT8_AVX2_IMPL_H_
-#define KWM_INT8_AVX2_IMPL_H_
+#include "kernels.h"
+
+#if defined(KWM_VNNI) ? KWM_HAS_AVX_VNNI : defined(__x86_64__)
 
 #include <immintrin.h>
 #include <math.h>
 
-#include "kernels.h"
+#if defined(KWM_VNNI)
+KWM_TARGET("avx2,fma,avxvnni")
+#else
+KWM_TARGET("avx2,fma")
+#endif
+
+#include "tile_rows.h"
 
 namespace {
 
@@ -378,31 +384,29 @@ void multiply_columns(const Int8Rows& x, const Packed& w, int64_t column_block,
   }
 }
 
+using Tiles = TileRows<1, 2, 4, 6, 8>;
+
 template <Kind kKind>
 void multiply(const Int8Rows& x, const Packed& w, int64_t column_block,
               float* y, int64_t y_stride) {
-  switch (x.rows) {
-    case 1:
-      return multiply_columns<kKind, 1>(x, w, column_block, y, y_stride);
-    case 2:
-      return multiply_columns<kKind, 2>(x, w, column_block, y, y_stride);
-    case 4:
-      return multiply_columns<kKind, 4>(x, w, column_block, y, y_stride);
-    case 6:
-      return multiply_columns<kKind, 6>(x, w, column_block, y, y_stride);
-    case 8:
-      return multiply_columns<kKind, 8>(x, w, column_block, y, y_stride);
-  }
+  Tiles::run(x.rows, [&](auto rows) {
+    multiply_columns<kKind, decltype(rows)::value>(x, w, column_block, y,
+                                                   y_stride);
+  });
 }
-
-constexpr int kTileRows[] = {1, 2, 4, 6, 8, 0};
 
 template <Kind kKind>
 constexpr Int8Kernels kernels_of() {
-  return {kTileRows, quantize<kKind>, multiply<kKind>};
+  return {Tiles::kSizes, quantize<kKind>, multiply<kKind>};
 }
 
-const Int8Kernels* int8_kernels(int type, bool dense) {
+}  // namespace
+
+#if defined(KWM_VNNI)
+const Int8Kernels* kwm::avx_vnni_int8_kernels(int type, bool dense) {
+#else
+const Int8Kernels* kwm::avx2_int8_kernels(int type, bool dense) {
+#endif
   static const Int8Kernels kernels[2][2] = {
       {kernels_of<Kind::kSparseInt8>(), kernels_of<Kind::kSparseInt4>()},
       {kernels_of<Kind::kDenseInt8>(), kernels_of<Kind::kDenseInt4>()},
@@ -410,6 +414,6 @@ const Int8Kernels* int8_kernels(int type, bool dense) {
   return &kernels[dense][type == KWM_INT4];
 }
 
-}  // namespace
+KWM_END_TARGET
 
-#endif  // KWM_INT8_AVX2_IMPL_H_
+#endif

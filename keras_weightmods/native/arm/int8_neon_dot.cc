@@ -1,0 +1,4 @@
+// int8 activations on NEON with dot products.
+
+#define KWM_DOT
+#include "int8_neon.cc"
