@@ -78,24 +78,25 @@ int TypeOf(ffi::DataType type) {
   }
 }
 
+// `scale` is null where there is none.
 ffi::Error Check(const Rows& x, const Rows& y, int64_t k, int64_t n,
                  const ffi::AnyBuffer& values, const Meta& meta,
-                 const Scale& scale, bool dense = false) {
+                 const Scale* scale, bool dense = false) {
   const int type = TypeOf(values.element_type());
   if (type < 0) return Invalid("values are float32, bfloat16, int8 or uint8");
   if (x.count != y.count) return Invalid("as many rows must come out as go in");
   const int64_t values_bytes = dense ? kwm_dense_values_bytes(k, n, type)
                                      : kwm_values_bytes(k, n, type);
+  const int64_t meta_bytes = dense ? 0 : kwm_meta_bytes(k, n);
   const bool scaled = type == KWM_INT8 || type == KWM_INT4;
   if (static_cast<int64_t>(values.size_bytes()) != values_bytes ||
-      static_cast<int64_t>(meta.size_bytes()) !=
-          (dense ? 0 : kwm_meta_bytes(k, n)) ||
-      (scaled && static_cast<int64_t>(scale.size_bytes()) !=
+      static_cast<int64_t>(meta.size_bytes()) != meta_bytes ||
+      (scaled && static_cast<int64_t>(scale->size_bytes()) !=
                      kwm_scale_bytes(k, n, type))) {
     return Invalid("the packed weights do not fit the activations' shapes");
   }
   if (scaled &&
-      scale.element_type() != (type == KWM_INT8 ? ffi::F32 : ffi::BF16)) {
+      scale->element_type() != (type == KWM_INT8 ? ffi::F32 : ffi::BF16)) {
     return Invalid("scales are float32 for int8 values, bfloat16 for int4");
   }
   return ffi::Error::Success();
@@ -109,7 +110,7 @@ ffi::Error Matmul(ffi::ThreadPool threads, Activations x,
                   ffi::AnyBuffer values, Meta meta, Scale scale, Result y) {
   const Rows in(x), out(*y);
   const ffi::Error error =
-      Check(in, out, in.size, out.size, values, meta, scale);
+      Check(in, out, in.size, out.size, values, meta, &scale);
   if (error.failure()) return error;
   kwm_matmul(x.typed_data(), in.count, in.size, out.size,
              TypeOf(values.element_type()), values.untyped_data(), Words(meta),
@@ -119,18 +120,13 @@ ffi::Error Matmul(ffi::ThreadPool threads, Activations x,
 }
 
 ffi::Error MatmulBFloat16(ffi::ThreadPool threads, ffi::Buffer<ffi::BF16> x,
-                          ffi::Buffer<ffi::BF16> values, Meta meta,
+                          ffi::AnyBuffer values, Meta meta,
                           ffi::ResultBuffer<ffi::BF16> y) {
   const Rows in(x), out(*y);
-  if (in.count != out.count) {
-    return Invalid("as many rows must come out as go in");
-  }
-  if (static_cast<int64_t>(values.size_bytes()) !=
-          kwm_values_bytes(in.size, out.size, KWM_BFLOAT16) ||
-      static_cast<int64_t>(meta.size_bytes()) !=
-          kwm_meta_bytes(in.size, out.size)) {
-    return Invalid("the packed weights do not fit the activations' shapes");
-  }
+  if (values.element_type() != ffi::BF16) return Invalid("values are bfloat16");
+  const ffi::Error error =
+      Check(in, out, in.size, out.size, values, meta, nullptr);
+  if (error.failure()) return error;
   kwm_matmul_bfloat16(static_cast<const uint16_t*>(x.untyped_data()), in.count,
                       in.size, out.size, values.untyped_data(), Words(meta),
                       static_cast<uint16_t*>(y->untyped_data()),
@@ -172,7 +168,7 @@ ffi::Error MatmulInt8(ffi::ThreadPool threads, Activations x,
     }
     const Rows out(**y);
     const ffi::Error error =
-        Check(in, out, in.size, out.size, *values, *meta, *scale, dense);
+        Check(in, out, in.size, out.size, *values, *meta, &*scale, dense);
     if (error.failure()) return error;
     products.push_back({out.size, values->untyped_data(),
                         dense ? nullptr : Words(*meta), scale->untyped_data(),
@@ -189,7 +185,7 @@ ffi::Error MatmulTransposed(ffi::ThreadPool threads, Activations dy,
                             Result dx) {
   const Rows in(dy), out(*dx);
   const ffi::Error error =
-      Check(in, out, out.size, in.size, values, meta, scale);
+      Check(in, out, out.size, in.size, values, meta, &scale);
   if (error.failure()) return error;
   kwm_matmul_transposed(dy.typed_data(), in.count, out.size, in.size,
                         TypeOf(values.element_type()), values.untyped_data(),
@@ -248,52 +244,46 @@ auto Product() {
 
 }  // namespace
 
-extern "C" {
-KWM_API XLA_FFI_Error* kwm_xla_matmul(XLA_FFI_CallFrame*);
-KWM_API XLA_FFI_Error* kwm_xla_matmul_bfloat16(XLA_FFI_CallFrame*);
-KWM_API XLA_FFI_Error* kwm_xla_matmul_int8(XLA_FFI_CallFrame*);
-KWM_API XLA_FFI_Error* kwm_xla_matmul_transposed(XLA_FFI_CallFrame*);
-KWM_API XLA_FFI_Error* kwm_xla_values_gradient(XLA_FFI_CallFrame*);
-KWM_API XLA_FFI_Error* kwm_xla_attend(XLA_FFI_CallFrame*);
-}
+#define KWM_XLA_HANDLER(name, function, ...)                   \
+  extern "C" KWM_API XLA_FFI_Error* name(XLA_FFI_CallFrame*); \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, __VA_ARGS__)
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul, Matmul, Product());
+KWM_XLA_HANDLER(kwm_xla_matmul, Matmul, Product());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_bfloat16, MatmulBFloat16,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::BF16>>()
-                                  .Arg<ffi::Buffer<ffi::BF16>>()
-                                  .Arg<Meta>()
-                                  .Ret<ffi::Buffer<ffi::BF16>>());
+KWM_XLA_HANDLER(kwm_xla_matmul_bfloat16, MatmulBFloat16,
+                ffi::Ffi::Bind()
+                    .Ctx<ffi::ThreadPool>()
+                    .Arg<ffi::Buffer<ffi::BF16>>()
+                    .Arg<ffi::AnyBuffer>()
+                    .Arg<Meta>()
+                    .Ret<ffi::Buffer<ffi::BF16>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_int8, MatmulInt8,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Activations>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+KWM_XLA_HANDLER(kwm_xla_matmul_int8, MatmulInt8,
+                ffi::Ffi::Bind()
+                    .Ctx<ffi::ThreadPool>()
+                    .Arg<Activations>()
+                    .RemainingArgs()
+                    .RemainingRets());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_matmul_transposed, MatmulTransposed,
-                              Product());
+KWM_XLA_HANDLER(kwm_xla_matmul_transposed, MatmulTransposed, Product());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_values_gradient, ValuesGradient,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Activations>()
-                                  .Arg<Activations>()
-                                  .Arg<Meta>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+KWM_XLA_HANDLER(kwm_xla_values_gradient, ValuesGradient,
+                ffi::Ffi::Bind()
+                    .Ctx<ffi::ThreadPool>()
+                    .Arg<Activations>()
+                    .Arg<Activations>()
+                    .Arg<Meta>()
+                    .Ret<ffi::Buffer<ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_xla_attend, Attend,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Activations>()
-                                  .Arg<Activations>()
-                                  .Arg<Activations>()
-                                  .Arg<ffi::Buffer<ffi::PRED>>()
-                                  .Attr<float>("scale")
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+KWM_XLA_HANDLER(kwm_xla_attend, Attend,
+                ffi::Ffi::Bind()
+                    .Ctx<ffi::ThreadPool>()
+                    .Arg<Activations>()
+                    .Arg<Activations>()
+                    .Arg<Activations>()
+                    .Arg<ffi::Buffer<ffi::PRED>>()
+                    .Attr<float>("scale")
+                    .Ret<ffi::Buffer<ffi::F32>>());
 
 // Registers a handler where no Python function does. Returns 0, or 1 if XLA
 // refused.

@@ -108,7 +108,7 @@ def test_companion_made_in_a_cuda_graph_is_not_kept(kept, monkeypatch):
 @pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
 def test_unpacked_on_its_own_device(value_dtype):
     kernel, weights = make(value_dtype)
-    found = products.unpack(*weights, 70, 21, torch.float32)
+    found = products._unpacked(weights, 70, 21, torch.float32)
     np.testing.assert_array_equal(found, kernel.astype("float32"))
     # Any device that is not Keras' default one stands for cuda:1.
     moved = [None if a is None else a.to("meta") for a in weights]

@@ -1,5 +1,6 @@
 """The C++ core alone: built by the tests, called through ctypes."""
 
+import contextlib
 import ctypes
 import functools
 import pathlib
@@ -86,6 +87,16 @@ def isas():
     names = [name for name, i in ISAS.items() if load().kwm_set_isa(i) == i]
     load().kwm_set_isa(here)
     return names
+
+
+@contextlib.contextmanager
+def isa(name):
+    """Run by one instruction set."""
+    library = load()
+    before = library.kwm_isa()
+    assert library.kwm_set_isa(ISAS[name]) >= 0
+    yield
+    library.kwm_set_isa(before)
 
 
 def pointer(array):

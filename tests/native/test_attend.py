@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from tests.native import native_core
-from tests.native.test_int8 import isa
 
 pytestmark = pytest.mark.one_backend
 
@@ -67,7 +66,7 @@ def test_it_is_the_definition(name, shape):
         # Scores from nearly equal to a single one that counts.
         for scale in (0.0, 0.125, 30.0):
             expected = reference(q, keys, values, mask, scale)
-            with isa(name):
+            with native_core.isa(name):
                 got = native_core.attend(q, keys, values, mask, scale)
             # Scores are rounded to float32.
             terms = scale * shape[-1] * abs(q).max() * abs(keys).max()
@@ -83,7 +82,7 @@ def test_what_is_hidden_at_the_end_is_not_read(name, queries):
     mask = (np.arange(40) < 21).astype("uint8") * np.ones(
         (1, queries, 1), "uint8"
     )
-    with isa(name):
+    with native_core.isa(name):
         expected = native_core.attend(q, keys, values, mask, 0.2)
         keys[:, 21:], values[:, 21:] = np.nan, np.inf
         got = native_core.attend(q, keys, values, mask, 0.2)
@@ -98,3 +97,17 @@ def test_what_is_not_finite_is_seen(queries):
     got = native_core.attend(q, keys, values, None, 0.2)
     assert np.isnan(got[0]).all()
     assert np.isfinite(got[1]).all()
+
+
+@pytest.mark.parametrize("queries", [1, 50])
+@pytest.mark.parametrize("name", native_core.isas())
+def test_split_of_the_work_does_not_change_the_result(
+    name, queries, rng, backwards
+):
+    loop, calls = backwards
+    q, keys, values = make(rng, 3, queries, 700, 8, 4, 64)
+    with native_core.isa(name):
+        expected = native_core.attend(q, keys, values, None, 0.125)
+        got = native_core.attend(q, keys, values, None, 0.125, loop)
+    np.testing.assert_array_equal(got, expected)
+    assert calls

@@ -1,6 +1,5 @@
 """bfloat16 activations: every instruction set against the definition."""
 
-import ctypes
 import pathlib
 
 import numpy as np
@@ -10,7 +9,6 @@ from tests.native import native_core
 from tests.native.test_core import (
     ISAS,
     bfloat16,
-    isa,
     reference_unpack,
     sparse_kernel,
 )
@@ -60,7 +58,7 @@ def assert_close(got, x, kernel):
 @pytest.mark.parametrize(("k", "n"), SHAPES)
 def test_product(k, n, name, rng):
     packed, kernel = random_packed(rng, k, n)
-    with isa(name):
+    with native_core.isa(name):
         for rows in ROWS if name != "scalar" else [0, 3, 64]:
             x = bfloat16(rng.standard_normal((rows, k)))
             assert_close(multiply(x, packed, n), x, kernel)
@@ -73,7 +71,7 @@ def test_exact_sums_are_rounded_once(rows, name, rng):
     kernel = np.rint(8 * sparse_kernel(rng, k, n))
     *packed, _ = native_core.pack(kernel, "bfloat16")
     x = rng.integers(-100, 100, (rows, k)).astype("float32")
-    with isa(name):
+    with native_core.isa(name):
         got = multiply(x, packed, n)
     np.testing.assert_array_equal(got, bfloat16(x @ kernel))
 
@@ -88,7 +86,7 @@ def test_what_is_not_finite_stays_in_its_row(value, name, rng):
     *packed, _ = native_core.pack(kernel, "bfloat16")
     x = bfloat16(rng.standard_normal((rows, k)))
     x[33, 9] = value
-    with isa(name):
+    with native_core.isa(name):
         y = multiply(x, packed, n)
     kept = kernel[9] != 0
     assert kept.any()
@@ -106,7 +104,7 @@ def test_denormal_numbers(name, rng):
     k, n, rows = 64, 40, 70
     x = bfloat16(rng.standard_normal((rows, k)))
     kernel = bfloat16(sparse_kernel(rng, k, n))
-    with isa(name):
+    with native_core.isa(name):
         for scale_x, scale in [(1e-39, 1), (1, 1e-39), (1e-25, 1e-18)]:
             tiny = bfloat16(x * np.float32(scale_x))
             held = bfloat16(kernel * np.float32(scale))
@@ -143,7 +141,7 @@ def test_any_meta_is_a_kernel(name, rng):
     one = meta.copy()
     one[170] = 0
     x = bfloat16(rng.standard_normal((rows, k)))
-    with isa(name):
+    with native_core.isa(name):
         for each in (random, one):
             held = values, each, None
             kernel = reference_unpack(held, k, n, "bfloat16")
@@ -152,28 +150,17 @@ def test_any_meta_is_a_kernel(name, rng):
 
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("rows", [30, 70, 200])
-def test_split_of_the_work_does_not_change_the_result(name, rows, rng):
+def test_split_of_the_work_does_not_change_the_result(
+    name, rows, rng, backwards
+):
+    loop, calls = backwards
     k, n = (512, 700) if name != "scalar" else (64, 100)
     packed, _ = random_packed(rng, k, n)
     # One element behind where NumPy puts an array: aligned no better.
     moved = [np.concatenate([a[:1], a])[1:] for a in packed[:2]]
     x = rng.standard_normal((rows, k))
-    calls = []
-
-    @native_core.ParallelFor
-    def backwards(pool, count, grain, task, context):
-        calls.append(count)
-        for i in reversed(range(count)):
-            task(context, i, i + 1)
-
-    loop = ctypes.cast(backwards, ctypes.c_void_p)
-    with isa(name):
+    with native_core.isa(name):
         expected = multiply(x, packed, n)
         got = multiply(x, moved, n, parallel_for=loop)
     np.testing.assert_array_equal(got, expected)
     assert name == "scalar" or calls
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)

@@ -96,7 +96,7 @@ def _matmul(x, values, meta, scale, size, transposed=False):
 
         target = "kwm_xla_matmul_transposed" if transposed else "kwm_xla_matmul"
         shape = [*x.shape[:-1], size]
-        (y,) = xla_calls.call(target, [shape], x, values, meta, scale)
+        y = xla_calls.call(target, shape, x, values, meta, scale)
         return y, gradient
 
     return matmul(x, values, meta, scale)
@@ -113,7 +113,7 @@ def _matmul_bfloat16(x, values, meta, n):
 
         shape = [*x.shape[:-1], n]
         target = "kwm_xla_matmul_bfloat16"
-        (y,) = xla_calls.call(target, [shape], x, values, meta)
+        y = xla_calls.call(target, shape, x, values, meta)
         return y, gradient
 
     return matmul(x, values, meta)
@@ -137,7 +137,7 @@ def _matmul_int8(x, values, meta, scale, n):
 
         shape = [*x.shape[:-1], n]
         weights = values, meta, scale
-        (y,) = xla_calls.call("kwm_xla_matmul_int8", [shape], x, *weights)
+        y = xla_calls.call("kwm_xla_matmul_int8", shape, x, *weights)
         return y, gradient
 
     return matmul(x, values, meta, scale)
@@ -151,6 +151,6 @@ def _values_gradient(x, dy, meta):
         return dx, _matmul(x, *weights, dy.shape[-1]), None
 
     blocks, rows, columns = meta.shape
-    shapes = [[blocks, 16 * rows, columns]]
-    (y,) = xla_calls.call("kwm_xla_values_gradient", shapes, x, dy, meta)
+    shape = [blocks, 16 * rows, columns]
+    y = xla_calls.call("kwm_xla_values_gradient", shape, x, dy, meta)
     return y, gradient

@@ -45,27 +45,25 @@ def register():
             raise OSError(f"XLA refuses the handler {name}")
 
 
-def call(target, shapes, *arguments):
-    """Return a custom call with results of `shapes`, as a list.
+def call(target, shape, *arguments):
+    """Return the result of a custom call, of the type of its first argument.
 
-    They are of the type of the first argument.
-
-    A shape with entries that are None is that of the only result; they are
-    those of the first argument.
+    Entries of `shape` that are None are those of the first argument.
     """
     module = _module(
         target,
-        tuple(map(tuple, shapes)),
+        tuple(shape),
         tuple((tuple(a.shape), a.dtype.name) for a in arguments),
     )
-    return _xla_ops().xla_call_module(
+    (result,) = _xla_ops().xla_call_module(
         args=arguments,
         version=9,
         module=module,
-        Tout=[arguments[0].dtype] * len(shapes),
-        Sout=shapes,
+        Tout=[arguments[0].dtype],
+        Sout=[shape],
         platforms=["CPU"],
     )
+    return result
 
 
 @functools.cache
@@ -74,12 +72,12 @@ def _xla_ops():
 
 
 @functools.lru_cache(maxsize=4096)
-def _module(target, results, arguments):
+def _module(target, result, arguments):
     """Return the StableHLO of a custom call.
 
     Args:
         target: String, the name of the handler.
-        results: Tuple of the shapes of the results, tuples of ints and None.
+        result: Tuple, the shape of the result, of ints and None.
         arguments: Tuple of (shape, dtype) for each argument.
 
     Returns:
@@ -89,7 +87,6 @@ def _module(target, results, arguments):
     names = [f"%a{i}" for i in range(len(arguments))]
     lines, attributes = [], ["api_version = 4 : i32"]
     operands, operand_types = list(names), list(types)
-    result = results[0]
     if None in result:
         # The shape of the result, as one more operand.
         for i, size in enumerate(result):
@@ -116,21 +113,19 @@ def _module(target, results, arguments):
         )
         operands.append("%shape")
         operand_types.append(shape_type)
-    returned = [f"%y#{i}" for i in range(len(results))]
-    dtype = arguments[0][1]
-    result_types = ", ".join(_type(shape, dtype) for shape in results)
+    result_type = _type(result, arguments[0][1])
     lines += [
-        f"%y:{len(results)} = stablehlo.custom_call "
+        "%y = stablehlo.custom_call "
         f'@"{name_of(target)}"'
         f"({', '.join(operands)}) {{{', '.join(attributes)}}} : "
-        f"({', '.join(operand_types)}) -> ({result_types})",
-        f"return {', '.join(returned)} : {result_types}",
+        f"({', '.join(operand_types)}) -> {result_type}",
+        f"return %y : {result_type}",
     ]
     parameters = ", ".join(f"{n}: {t}" for n, t in zip(names, types))
     body = "\n    ".join(lines)
     return (
         "module attributes {jax.uses_shape_polymorphism = true} {\n"
-        f"  func.func public @main({parameters}) -> ({result_types}) {{\n"
+        f"  func.func public @main({parameters}) -> ({result_type}) {{\n"
         f"    {body}\n  }}\n}}"
     )
 

@@ -23,15 +23,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from keras_weightmods import native
+from keras_weightmods.backend.torch.operators import TYPES
 from keras_weightmods.native.gpu import trial as trials
+from keras_weightmods.native.packed import Packed, unpack_tensor
 from keras_weightmods.native.quantize import round_activations
 
-_VALUES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.int8: "int8",
-    torch.uint8: "int4",
-}
 # cuSPARSELt wants this many rows, or a multiple.
 _ROWS = 16
 
@@ -128,30 +124,18 @@ def plan(shape, x_dtype, value_dtype, activations="float32"):
     return _plan_on(torch.cuda.current_device(), k, n, kind, value_dtype)
 
 
-def unpack(values, meta, scale, k, n, dtype):
+def _unpacked(weights, k, n, dtype):
     """Return a packed kernel as a dense tensor (K, N), on its device.
 
     In int8 it is the packed integers, without their scales.
     """
-    blocks, rows, _ = meta.shape
-    kept = values
-    if values.dtype is torch.uint8:
-        # The words p and p + 2 of int8, in the halves of each byte.
-        kept = kept.view(torch.int8)
-        kept = torch.cat([kept << 4 >> 4, kept >> 4], dim=2)
-        scale = scale.float().repeat_interleave(2, dim=1)[:, :rows]
-    if kept.dtype is torch.int8:
-        # Slot p + 4q is at [:, :, p, :, q].
-        kept = kept.permute(0, 1, 4, 2, 3)
-        if dtype is not torch.int8:
-            kept = kept * scale.reshape(blocks, -1, 1, 1, 16)
-    elif values.dtype is torch.bfloat16:
-        kept = kept.permute(0, 1, 3, 2)
-    kept = kept.to(dtype).reshape(blocks, rows, 8, 2, 16)
-    kernel = kept.new_zeros((blocks, rows, 8, 4, 16))
-    kernel.scatter_(3, _places(meta), kept)
-    kernel = kernel.permute(1, 2, 3, 0, 4).reshape(32 * rows, 16 * blocks)
-    return kernel[:k, :n].contiguous()
+    values, meta, scale = weights
+    if dtype is torch.int8:
+        scale = torch.ones_like(scale)
+    packed = Packed(values, meta, scale, (k, n), TYPES[values.dtype])
+    # Keras' functions would move all to its default device.
+    with keras.device(str(values.device)):
+        return unpack_tensor(packed).to(dtype).contiguous()
 
 
 def _places(meta):
@@ -176,7 +160,7 @@ def _choose(matrix, n, kind, value_dtype):
     index = _index_of(matrix)
     if index is None or rows == 0:
         return plain
-    about = index, k, n, kind, _VALUES[value_dtype]
+    about = index, k, n, kind, TYPES[value_dtype]
     if about not in _plans and _is_capturing():
         return plain
     found = _plan_on(*about)
@@ -290,9 +274,8 @@ class _Companions:
                 return kernel
         for old in [k for k, kept in self._kept.items() if _expired(kept[1])]:
             del self._kept[old]
-        values, meta, scale = weights
         with torch.no_grad():
-            kernel = unpack(values, meta, scale, k, n, dtype)
+            kernel = _unpacked(weights, k, n, dtype)
             if method == "cusparselt":
                 kernel = torch._cslt_compress(kernel.T.contiguous())
         if _is_capturing():

@@ -8,6 +8,7 @@ Nothing here has been run on a GPU yet.
 """
 
 import dataclasses
+import functools
 import os
 import time
 import warnings
@@ -52,13 +53,13 @@ class Plan:
     tried: tuple = ()
     reason: str = ""
 
-    @property
+    @functools.cached_property
     def companions(self):
         """What to make of the kernel: `"dense"`, `"cusparselt"` or both."""
         used = {tried.method for tried in self.tried} or {"dense"}
         return tuple(sorted(used, reverse=True))
 
-    @property
+    @functools.cached_property
     def is_sparse(self):
         """Whether cuSPARSELt is faster for any number of rows."""
         return "cusparselt" in self.companions

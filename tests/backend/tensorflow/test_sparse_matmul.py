@@ -176,6 +176,6 @@ def test_a_call_that_does_not_fit_is_an_error_of_xla():
     with pytest.raises(tf.errors.OpError, match="packed weights do not fit"):
         implementation.xla_calls.call(
             "kwm_xla_matmul",
-            [[2, 4 * N]],
+            [2, 4 * N],
             *map(tf.constant, [normal(2, K), *arguments]),
         )
