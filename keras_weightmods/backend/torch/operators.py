@@ -15,7 +15,7 @@ from keras_weightmods.backend.torch.threads import threads
 from keras_weightmods.native.layout import packed_arrays
 from keras_weightmods.utils import checks
 
-TYPES = {
+_TYPES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.int8: "int8",
@@ -108,7 +108,7 @@ def _matmul_transposed(dy, values, meta, scale, k):
     if meta is None:
         form = importlib.import_module("keras_weightmods.native.packed")
         packed = form.Packed(
-            values, None, scale, (k, n), TYPES[values.dtype], "int8"
+            values, None, scale, (k, n), _TYPES[values.dtype], "int8"
         )
         return dy @ form.unpack_tensor(packed).T
     if dy.dtype is values.dtype is torch.bfloat16:
@@ -237,9 +237,9 @@ def _rows(x):
 
 def weights_of(k, n, values, meta, scale, dense=False):
     """Return the arguments of the library for the weights, checked."""
-    dtype = TYPES.get(values.dtype)
+    dtype = _TYPES.get(values.dtype)
     if dtype is None:
-        raise checks.error("values", f"of {[*TYPES]}", values.dtype)
+        raise checks.error("values", f"of {[*_TYPES]}", values.dtype)
     arrays = _arrays(k, n, dtype, dense)
     _check("values", values, *arrays["values"])
     if not dense:

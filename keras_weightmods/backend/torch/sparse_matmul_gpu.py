@@ -23,11 +23,15 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from keras_weightmods import native
-from keras_weightmods.backend.torch.operators import TYPES
 from keras_weightmods.native.gpu import trial as trials
+from keras_weightmods.native.layout import VALUE_TYPES, packed_arrays
 from keras_weightmods.native.packed import Packed, unpack_tensor
 from keras_weightmods.native.quantize import round_activations
 
+_VALUES = {
+    getattr(torch, packed_arrays((1, 1), name)["values"][1]): name
+    for name in VALUE_TYPES
+}
 # cuSPARSELt wants this many rows, or a multiple.
 _ROWS = 16
 
@@ -132,7 +136,7 @@ def _unpacked(weights, k, n, dtype):
     values, meta, scale = weights
     if dtype is torch.int8:
         scale = torch.ones_like(scale)
-    packed = Packed(values, meta, scale, (k, n), TYPES[values.dtype])
+    packed = Packed(values, meta, scale, (k, n), _VALUES[values.dtype])
     # Keras' functions would move all to its default device.
     with keras.device(str(values.device)):
         return unpack_tensor(packed).to(dtype).contiguous()
@@ -160,7 +164,7 @@ def _choose(matrix, n, kind, value_dtype):
     index = _index_of(matrix)
     if index is None or rows == 0:
         return plain
-    about = index, k, n, kind, TYPES[value_dtype]
+    about = index, k, n, kind, _VALUES[value_dtype]
     if about not in _plans and _is_capturing():
         return plain
     found = _plan_on(*about)
