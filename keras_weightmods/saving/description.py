@@ -1,8 +1,8 @@
 """What a file records of a model beside its arrays, and how to build it."""
 
+import collections
 import contextlib
 import copy
-import functools
 import inspect
 import itertools
 import json
@@ -13,7 +13,6 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.backend import backend_module
 from keras_weightmods.core import keras_compat, reparameterization, seam
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.targets import target_of
@@ -22,24 +21,29 @@ from keras_weightmods.saving import states
 from keras_weightmods.saving.container import DTYPES
 from keras_weightmods.version import __version__
 
-# Of a tensor that is made to infer a shape; of float32, 512 MiB.
-_MOST_ENTRIES = 2**27
-
 
 def describe(model, parts, left_out):
-    """Describe a model whose layers have their plain classes, as JSON.
+    """Describe a model whose layers have their plain classes.
 
     Args:
         model: The model.
         parts: Dict from name to part, from `states.walk`.
         left_out: List, empty or of the preprocessor that is not saved.
+
+    Returns:
+        Dict, of JSON.
     """
-    with _complete_configs(model, left_out), keras_compat.ObjectSharingScope():
-        config = keras.saving.serialize_keras_object(model)
+    # A loss may be one that Keras cannot serialize.
+    changed: dict[str, Any] = {"get_compile_config": lambda: None}
     if left_out:
-        config["config"]["preprocessor"] = None
-    # A KerasHub task compiles itself when made, and an optimizer cannot be
-    # made where variables get no value.
+        changed["_preprocessor"] = None
+    with keras_compat.ObjectSharingScope():
+        config = keras.saving.serialize_keras_object(
+            keras_compat.view(model, **changed)
+        )
+    _complete(config, model)
+    # A KerasHub task compiles itself when made, and an optimizer needs
+    # variables that have values.
     hub = sys.modules.get("keras_hub")
     compiles = hub is not None and isinstance(model, hub.models.Task)
     if compiles:
@@ -49,6 +53,7 @@ def describe(model, parts, left_out):
         "keras_version": keras.__version__,
         "config": config,
         "compiles": compiles,
+        "with_values": False,
         "parts": _rows(parts),
         "changes": _changes(model, parts),
         "lora": [
@@ -62,6 +67,9 @@ def describe(model, parts, left_out):
 
 def check(description):
     """Raise ValueError if a description from a file has another form."""
+    if isinstance(description, dict):
+        # Files from before it was recorded are built without values.
+        description.setdefault("with_values", False)
     if not isinstance(description, dict) or set(description) != set(_FORMS):
         raise ValueError(f"must have the keys {sorted(_FORMS)}")
     for key, form in _FORMS.items():
@@ -105,6 +113,7 @@ _FORMS: dict[str, Any] = {
     "keras_version": str,
     "config": dict,
     "compiles": bool,
+    "with_values": bool,
     "parts": [str, str, (str, type(None)), (bool, type(None))],
     "changes": [str, str, str, dict],
     "lora": [str, int, (int, float), bool],
@@ -112,7 +121,11 @@ _FORMS: dict[str, Any] = {
 
 
 def build(description, custom_objects=None):
-    """Build the model, with its changes in place, without values.
+    """Build the model, with its changes in place.
+
+    Keras builds it in a `StatelessScope`, where variables get no values and
+    take no memory. Where its classes make variables of values, as KerasHub's
+    T5Gemma 2 does, it is built as usual.
 
     Args:
         description: Dict as from `describe`, of JSON.
@@ -123,22 +136,10 @@ def build(description, custom_objects=None):
         that have no value yet: `give_values` initializes those of a part,
         `finish` the others.
     """
-    pending: list[keras.Variable] = []
-    # Some layers are made that the model does not keep.
-    most = 4 * len(description["parts"]) + 200
-    with (
-        keras_compat.without_values(pending),
-        keras_compat.at_most_layers(most),
-        _at_most_entries(_MOST_ENTRIES),
-    ):
+    if description["with_values"]:
+        return (*_build(description, custom_objects), [])
+    with keras_compat.without_values() as pending:
         return (*_build(description, custom_objects), pending)
-
-
-def _at_most_entries(most):
-    if keras.backend.backend() != "torch":
-        # The others infer shapes without memory.
-        return contextlib.nullcontext()
-    return backend_module("allocations").at_most_entries(most)
 
 
 def give_values(part):
@@ -200,20 +201,24 @@ def rehearsed(description, parts, entries):
         _rehearse(description, parts, entries)
         return description
     except ValueError as error:
-        # A model that was made without a name returns the one that Keras gave
-        # it, and some of KerasHub name their layers by a name that is given.
-        classes = {
-            keras.saving.get_registered_name(type(part))
-            for part in parts.values()
-            if isinstance(part, keras.Model)
-        }
-        for unnamed in (classes, *({each} for each in sorted(classes))):
-            config = _without_names(description["config"], unnamed)
-            changed = {**description, "config": config}
-            with contextlib.suppress(ValueError):
-                _rehearse(changed, parts, entries)
-                return changed
-        raise error
+        first = error
+    if "stateless scope" in str(first):
+        # Some class makes a variable of a value.
+        return rehearsed({**description, "with_values": True}, parts, entries)
+    # A model that was made without a name returns the one that Keras gave it,
+    # and some of KerasHub name their layers by a name that is given.
+    classes = {
+        keras.saving.get_registered_name(type(part))
+        for part in parts.values()
+        if isinstance(part, keras.Model)
+    }
+    for unnamed in (classes, *({each} for each in sorted(classes))):
+        config = _without_names(description["config"], unnamed)
+        changed = {**description, "config": config}
+        with contextlib.suppress(ValueError):
+            _rehearse(changed, parts, entries)
+            return changed
+    raise first
 
 
 def _without_names(config, classes):
@@ -482,28 +487,44 @@ def _change(model, parts, rows):
         seam.attach(model, list(items.values()))
 
 
-@contextlib.contextmanager
-def _complete_configs(model, left_out):
-    """Make configs hold the arguments that they forget, and no compilation.
+def _complete(config, model):
+    """Give configs the arguments that they forget, and take compilation out.
 
     `LlamaBackbone.get_config()` forgets `tie_word_embeddings`, for instance.
+
+    Args:
+        config: Dict from `keras.saving.serialize_keras_object(model)`; it is
+            changed.
+        model: The model.
     """
-    with contextlib.ExitStack() as stack:
-        for layer in [*keras_compat.layers_of(model), *left_out]:
-            complete = functools.partial(
-                _complete_config, layer, layer.get_config
-            )
-            scope = keras_compat.replaced_attributes(
-                layer,
-                get_config=dict if layer in left_out else complete,
-                get_compile_config=lambda: None,
-            )
-            stack.enter_context(scope)
-        yield
+    layers = collections.defaultdict(list)
+    for layer in keras_compat.layers_of(model):
+        layers[type(layer).__name__, layer.name].append(layer)
+    values = [config]
+    while values:
+        value = values.pop()
+        if isinstance(value, (list, tuple)):
+            values.extend(value)
+        if not isinstance(value, dict):
+            continue
+        inner = value.get("config")
+        if "class_name" in value and isinstance(inner, dict):
+            value.pop("compile_config", None)
+            found = layers[value["class_name"], inner.get("name")]
+            wanted = [_completed(layer, inner) for layer in found]
+            if any(each != wanted[0] for each in wanted):
+                raise ValueError(
+                    "Expected layers of one class and name to keep the same "
+                    "arguments that their configs lack. Received: "
+                    f"{value['class_name']} {inner['name']!r}"
+                )
+            if wanted:
+                value["config"] = wanted[0]
+        values.extend(value.values())
 
 
-def _complete_config(layer, get_config):
-    config: dict[str, Any] = get_config()
+def _completed(layer, config):
+    config = dict(config)
     arguments = inspect.signature(type(layer).__init__).parameters
     for name, argument in arguments.items():
         value = keras_compat.attributes(layer).get(name)

@@ -42,6 +42,8 @@ def save_model(
     (the vocabulary of a tokenizer, for instance). So the file of a packed model
     has the packed size. Before anything is written, a model is built from the
     config, without values, and compared: a file that was written can be read.
+    (With values where its classes make variables of values, as T5Gemma 2 does:
+    that takes the memory of the model once more, in `load_model` too.)
     Where several processes train the model, all of them call this, and the
     first one writes.
 

@@ -236,8 +236,13 @@ def saved(part):
     """Return {key: variable or array} of what `part` saves."""
     found: dict[str, Any] = {}
     if hasattr(part, "save_own_variables"):
-        with keras_compat.policy_of_its_own(part):
-            part.save_own_variables(found)
+        policy: Any = getattr(part, "dtype_policy", None)
+        is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+        if is_map and part.path:
+            # Keras' embeddings look at the map's default when they are saved,
+            # and would leave out the scale of what is quantized.
+            part = keras_compat.view(part, _dtype_policy=policy[part.path])
+        part.save_own_variables(found)
     return {
         key: value if hasattr(value, "dtype") else np.asarray(value)
         for key, value in found.items()

@@ -511,6 +511,9 @@ CALLS: dict[str, Callable[[], Call]] = {
     "SparsityMonitor": lambda: Call(
         kwm.SparsityMonitor, {}, then=fit_sparse_with
     ),
+    "SwapSparseEMAWeights": lambda: Call(
+        kwm.SwapSparseEMAWeights, {}, then=fit_averaged_with
+    ),
     "uncompile_generate": _uncompile,
     "unpack": lambda: on_model(kwm.unpack, packed),
     "Target.reason_not_nm": lambda: Call(
@@ -572,6 +575,12 @@ A_B = {"a": 0.5, "b": 1.0}
 def fit_sparse_with(callback):
     model = models.mlp()
     model.compile(kwm.AdamS(total_steps=2), "mse", jit_compile=False)
+    model.fit(normal(8, 8), normal(8, 4), 4, callbacks=[callback], verbose=0)
+
+
+def fit_averaged_with(callback):
+    model = models.mlp()
+    model.compile(keras.optimizers.SGD(use_ema=True), "mse", jit_compile=False)
     model.fit(normal(8, 8), normal(8, 4), 4, callbacks=[callback], verbose=0)
 
 

@@ -44,9 +44,6 @@ from keras_weightmods.core.keras_compat.layers import (
     SafeModeScope as SafeModeScope,
 )
 from keras_weightmods.core.keras_compat.layers import (
-    at_most_layers as at_most_layers,
-)
-from keras_weightmods.core.keras_compat.layers import (
     attributes as attributes,
 )
 from keras_weightmods.core.keras_compat.layers import (
@@ -74,9 +71,6 @@ from keras_weightmods.core.keras_compat.layers import (
     parts_of as parts_of,
 )
 from keras_weightmods.core.keras_compat.layers import (
-    policy_of_its_own as policy_of_its_own,
-)
-from keras_weightmods.core.keras_compat.layers import (
     replaced_attributes as replaced_attributes,
 )
 from keras_weightmods.core.keras_compat.layers import (
@@ -102,6 +96,9 @@ from keras_weightmods.core.keras_compat.layers import (
 )
 from keras_weightmods.core.keras_compat.layers import (
     track_torch_parameters as track_torch_parameters,
+)
+from keras_weightmods.core.keras_compat.layers import (
+    view as view,
 )
 from keras_weightmods.core.keras_compat.layers import (
     walk_saveable as walk_saveable,

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import itertools
 import random
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +19,6 @@ from keras.src.backend import get_autocast_scope as get_autocast_scope
 from keras.src.backend import get_keras_mask as get_keras_mask
 from keras.src.backend import set_keras_mask as set_keras_mask
 from keras.src.backend.common import global_state
-from keras.src.layers.layer import Layer
 
 # The cell of ConvLSTM1D to ConvLSTM3D, which Keras does not export.
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
@@ -77,20 +75,14 @@ def stored_name(layer: Any, attribute: str) -> Any:
     return None
 
 
-@contextlib.contextmanager
-def policy_of_its_own(layer: Any) -> Iterator[None]:
-    """Have a layer whose policy is in a map see its own in a scope.
+def view(obj: Any, **attributes: Any) -> Any:
+    """Return what is `obj` but for some attributes; `obj` is not changed.
 
-    Keras' embeddings look at the map's default when they are saved, and leave
-    out the scale of what is quantized.
+    It shares all else with it, variables too. To be read and dropped.
     """
-    policy: Any = getattr(layer, "dtype_policy", None)
-    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
-    if not is_map or not layer.path:
-        yield
-        return
-    with replaced_attributes(layer, _dtype_policy=policy[layer.path]):
-        yield
+    other = object.__new__(type(obj))
+    vars(other).update(vars(obj), **attributes)
+    return other
 
 
 @contextlib.contextmanager
@@ -146,28 +138,6 @@ def restored_attributes(layers: list[Any]) -> Iterator[None]:
         for own, before in saved:
             own.clear()
             own.update(before)
-
-
-@contextlib.contextmanager
-def at_most_layers(count: int) -> Iterator[None]:
-    """Raise ValueError in a scope once more layers than `count` are made.
-
-    Each layer of Keras is made by `Layer.__new__`.
-    """
-    plain, thread, left = Layer.__new__, threading.get_ident(), count
-
-    def new(cls, *args, **kwargs):
-        nonlocal left
-        left -= threading.get_ident() == thread
-        if left < 0:
-            raise ValueError(f"More than {count} layers are made")
-        return plain(cls, *args, **kwargs)
-
-    Layer.__new__ = new
-    try:
-        yield
-    finally:
-        Layer.__new__ = plain
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-from keras.src import backend
 
 # Whether Keras is in a stateless scope decides how it initializes variables.
 from keras.src.backend import in_stateless_scope as in_stateless_scope
@@ -103,39 +102,20 @@ def initialize(variable: Any, initializer: Any = None) -> None:
 
 
 @contextlib.contextmanager
-def without_values(pending: list[Any]) -> Iterator[None]:
-    """Give new variables no value in a scope, and add them to `pending`.
+def without_values() -> Iterator[list[Any]]:
+    """Give new variables no value in a scope; yield the list of them.
 
-    A `StatelessScope` does so, but lists them where its end gives them one,
-    and knows only variables that are made by an initializer: those made of a
-    value are here made by one that returns it.
+    The public `StatelessScope` does so. But Keras keeps the list to itself,
+    and gives them values at the end of the next such scope.
     """
     attribute = "uninitialized_variables"
     earlier = global_state.get_global_attribute(attribute, [])
-    owner = next(c for c in keras.Variable.__mro__ if "__init__" in vars(c))
-    plain = owner.__init__
-
-    def init(self, initializer, shape=None, dtype=None, *args, **kwargs):
-        if in_stateless_scope() and not (
-            callable(initializer) or isinstance(initializer, str)
-        ):
-            value = initializer
-            tensor = backend.convert_to_tensor(value, dtype)
-            shape = tuple(map(int, tensor.shape))
-            dtype = keras.backend.standardize_dtype(dtype or tensor.dtype)
-
-            def initializer(shape, dtype=None):
-                return backend.convert_to_tensor(value, dtype)
-
-        plain(self, initializer, shape, dtype, *args, **kwargs)
-
+    pending: list[Any] = []
     global_state.set_global_attribute(attribute, pending)
-    owner.__init__ = init
     try:
         with keras.StatelessScope(initialize_variables=False):
-            yield
+            yield pending
     finally:
-        owner.__init__ = plain
         global_state.set_global_attribute(attribute, earlier)
 
 
