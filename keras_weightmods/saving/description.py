@@ -93,18 +93,25 @@ def _check_arrays(config):
 
     NumPy reads a dtype as `V1000000000` from a string.
     """
+    for each in _objects(config):
+        if each["class_name"] in ("__numpy__", "__tensor__"):
+            inner = each.get("config")
+            dtype = inner.get("dtype") if isinstance(inner, dict) else None
+            if not isinstance(dtype, str) or dtype not in DTYPES:
+                raise ValueError(f"has an array of the dtype {dtype!r}")
+
+
+def _objects(config):
+    """Yield the dicts in a config that stand for an object."""
     values = [config]
     while values:
         value = values.pop()
-        if isinstance(value, list):
-            values.extend(value)
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
+            if "class_name" in value:
+                yield value
             values.extend(value.values())
-            if value.get("class_name") in ("__numpy__", "__tensor__"):
-                inner = value.get("config")
-                dtype = inner.get("dtype") if isinstance(inner, dict) else None
-                if not isinstance(dtype, str) or dtype not in DTYPES:
-                    raise ValueError(f"has an array of the dtype {dtype!r}")
+        elif isinstance(value, (list, tuple)):
+            values.extend(value)
 
 
 # Types of the values; those in a list are of the columns of a table.
@@ -223,14 +230,11 @@ def rehearsed(description, parts, entries):
 
 def _without_names(config, classes):
     """Return a config without the names of objects of these classes."""
-    if isinstance(config, list):
-        return [_without_names(each, classes) for each in config]
-    if not isinstance(config, dict):
-        return config
-    config = {k: _without_names(v, classes) for k, v in config.items()}
-    inner = config.get("config")
-    if config.get("registered_name") in classes and isinstance(inner, dict):
-        config["config"] = {**inner, "name": None}
+    config = copy.deepcopy(config)
+    for each in _objects(config):
+        inner = each.get("config")
+        if each.get("registered_name") in classes and isinstance(inner, dict):
+            inner["name"] = None
     return config
 
 
@@ -258,19 +262,7 @@ def _check_constants(parts, built):
     it was in that moment: it is no weight, and follows none.
     """
     for name, part in parts.items():
-        graphs = [keras_compat.graph_of(x) for x in (part, built.get(name))]
-        if None in graphs:
-            continue
-        before, after = (
-            [
-                keras.ops.convert_to_numpy(x)
-                for x in keras_compat.constants_of(graph)
-            ]
-            for graph in graphs
-        )
-        if len(before) != len(after) or not all(
-            map(_same_values, before, after)
-        ):
+        if _constants(part) != _constants(built[name]):
             raise ValueError(
                 f"The graph of {part.name!r} computes with a tensor that is "
                 "none of its weights, such as what an operation outside of a "
@@ -279,13 +271,13 @@ def _check_constants(parts, built):
             )
 
 
-def _same_values(first, second):
-    # Bits: NaN is equal to itself.
-    return (
-        first.dtype == second.dtype
-        and first.shape == second.shape
-        and (first.tobytes() == second.tobytes())
-    )
+def _constants(part):
+    graph = keras_compat.graph_of(part)
+    if graph is None:
+        return []
+    arrays = map(keras.ops.convert_to_numpy, keras_compat.constants_of(graph))
+    # As bits: NaN is equal to itself.
+    return [(x.dtype.name, x.shape, x.tobytes()) for x in arrays]
 
 
 def message(error):
@@ -500,27 +492,21 @@ def _complete(config, model):
     layers = collections.defaultdict(list)
     for layer in keras_compat.layers_of(model):
         layers[type(layer).__name__, layer.name].append(layer)
-    values = [config]
-    while values:
-        value = values.pop()
-        if isinstance(value, (list, tuple)):
-            values.extend(value)
-        if not isinstance(value, dict):
+    for each in _objects(config):
+        each.pop("compile_config", None)
+        inner = each.get("config")
+        if not isinstance(inner, dict):
             continue
-        inner = value.get("config")
-        if "class_name" in value and isinstance(inner, dict):
-            value.pop("compile_config", None)
-            found = layers[value["class_name"], inner.get("name")]
-            wanted = [_completed(layer, inner) for layer in found]
-            if any(each != wanted[0] for each in wanted):
-                raise ValueError(
-                    "Expected layers of one class and name to keep the same "
-                    "arguments that their configs lack. Received: "
-                    f"{value['class_name']} {inner['name']!r}"
-                )
-            if wanted:
-                value["config"] = wanted[0]
-        values.extend(value.values())
+        found = layers[each["class_name"], inner.get("name")]
+        wanted = [_completed(layer, inner) for layer in found]
+        if any(other != wanted[0] for other in wanted):
+            raise ValueError(
+                "Expected layers of one class and name to keep the same "
+                "arguments that their configs lack. Received: "
+                f"{each['class_name']} {inner['name']!r}"
+            )
+        if wanted:
+            each["config"] = wanted[0]
 
 
 def _completed(layer, config):
