@@ -74,15 +74,14 @@ def check(description):
         raise ValueError(f"must have the keys {sorted(_FORMS)}")
     for key, form in _FORMS.items():
         value = description[key]
-        if isinstance(form, list):
-            valid = isinstance(value, list) and all(
+        valid = isinstance(value, list if isinstance(form, list) else form)
+        if isinstance(form, list) and valid:
+            valid = all(
                 isinstance(row, list)
                 and len(row) == len(form)
                 and all(map(isinstance, row, form))
                 for row in value
             )
-        else:
-            valid = isinstance(value, form)
         if not valid:
             raise ValueError(f"has a {key!r} of another form")
     _check_arrays(description["config"])
@@ -150,7 +149,7 @@ def build(description, custom_objects=None):
 
 
 def give_values(part):
-    """Initializes the part's own variables, to be overwritten."""
+    """Initialize the part's own variables, to be overwritten."""
     if isinstance(part, keras.layers.Layer):
         for variable in keras_compat.own_variables(part):
             if not keras_compat.has_value(variable):
@@ -159,16 +158,11 @@ def give_values(part):
 
 def finish(description, model, pending):
     """Initialize what no part saves, and compile what compiles itself."""
-    released = {
-        id(item.target.variable)
-        for item in reparameterization.reparameterizations(model)
-        if not item.keeps_stored
-    }
+    items = reparameterization.reparameterizations(model)
+    released = {id(i.target.variable) for i in items if not i.keeps_stored}
     for variable in pending:
-        if (
-            not keras_compat.has_value(variable)
-            and id(variable) not in released
-        ):
+        is_released = id(variable) in released
+        if not (keras_compat.has_value(variable) or is_released):
             keras_compat.initialize(variable)
     keras_compat.list_torch_parameters(model)
     if description["compiles"]:
@@ -288,7 +282,7 @@ def message(error):
 
 
 def reason_against(preprocessor):
-    """Return why a preprocessor cannot be restored; None if it can be."""
+    """Return why a preprocessor cannot be restored, or None."""
     try:
         with keras_compat.without_traces():
             parts = states.walk(preprocessor)
@@ -318,11 +312,11 @@ def _build(description, custom_objects):
     parts = states.walk(model)
     _check_parts(description["parts"], parts)
     for name, _, own, trainable in description["parts"]:
-        if isinstance(parts[name], keras.Model) and own is not None:
-            # Keras numbers those without a name anew.
-            parts[name].name = own
-        if getattr(parts[name], "trainable", None) != trainable:
-            parts[name].trainable = trainable
+        part = parts[name]
+        if isinstance(part, keras.Model) and own is not None:
+            part.name = own  # Keras numbers those without a name anew.
+        if getattr(part, "trainable", None) != trainable:
+            part.trainable = trainable
     # In the order in which they came, so that the weights are in order too.
     _enable_lora(parts, description, first=True)
     _change(model, parts, description["changes"])
