@@ -226,9 +226,8 @@ def _without_names(config, classes):
     """Return a config without the names of objects of these classes."""
     config = copy.deepcopy(config)
     for each in _objects(config):
-        inner = each.get("config")
-        if each.get("registered_name") in classes and isinstance(inner, dict):
-            inner["name"] = None
+        if each.get("registered_name") in classes:
+            each["config"] = {**each["config"], "name": None}
     return config
 
 
