@@ -4,7 +4,7 @@ from . import ops as ops
 from . import plot as plot
 from . import reports as reports
 from .calibration.self_generated import self_generated as self_generated
-from .core.target_rules import register_target as register_target
+from .core.layer_kinds import register_layer_kind as register_layer_kind
 from .core.targets import Target as Target
 from .core.targets import Targets as Targets
 from .core.targets import find_targets as find_targets

@@ -1,7 +1,6 @@
 """Going through a model once, from target to target, on calibration data."""
 
 import contextlib
-import functools
 from typing import Any
 
 import keras
@@ -9,7 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.calibration import inputs as calibration
-from keras_weightmods.core import expert_banks, keras_compat
+from keras_weightmods.core import keras_compat
+from keras_weightmods.core.layer_kinds import reason_unread
 from keras_weightmods.core.reparameterization import slots
 
 _UNREACHED = "the data do not reach it"
@@ -109,11 +109,11 @@ class Walk:
         self.used = [calibration.used_positions(w) for _, w in batches]
         self.visit = visit
         self.rebuild = rebuild
-        self.routers: dict[int, Any] = {}
+        self.model: Any = None
 
     def __call__(self, model):
         """Go through `model`, a built Keras model or layer, once."""
-        self.routers = expert_banks.routers_of(model)
+        self.model = model
         inputs = [x for x, _ in self.batches]
         inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
         calls: list[Any] = [((x,), {}) for x in inputs]
@@ -209,39 +209,35 @@ class Walk:
     def _visit_next(self, call, calls, here):
         """Visit the first of `here`, with all that have the same inputs."""
         leader = here[0]
-        reader = calibration.input_reader(leader, self.routers)
         group, moment = [leader], None
-        note = f"the inputs of {type(leader.layer).__name__} cannot be read"
-        if reader is not None:
-            shared = SharedInputs(reader, here)
-            group, moment = shared.observe(call, calls, self.used)
+        note = reason_unread(leader.layer, leader.attribute)
+        if note is None:
+            here = [t for t in here if not reason_unread(t.layer, t.attribute)]
+            group, moment = SharedInputs(self.model, here).observe(
+                call, calls, self.used
+            )
             note = _UNREACHED if moment is None else _idle_note(moment)
+        else:
+            note = f"its inputs cannot be read: {note}"
         self.pending = [t for t in self.pending if t not in group]
-        self.visit(group, moment, note)
+        with calibration.compiled():
+            self.visit(group, moment, note)
 
 
 class SharedInputs:
     """Sums `X^T X` over the calls of a layer; finds who has the same X.
 
     Args:
-        reader: The `InputReader` of the first target.
+        model: The model that holds the layers.
         targets: List of `Target`, the first of which counts, with those that
             turn out to share its inputs.
     """
 
-    def __init__(self, reader, targets):
-        self.reader = reader
-        # The first itself: what its layer is called with goes through it.
-        others = [calibration.input_reader(target) for target in targets[1:]]
-        pairs = [
-            (target, other)
-            for target, other in zip(targets, [reader, *others])
-            if other is not None and other.layout == reader.layout
-        ]
-        self.targets = [target for target, _ in pairs]
-        self.readers = [other for _, other in pairs]
+    def __init__(self, model, targets):
+        self.model = model
+        self.targets = targets
         self.count, self.total = 0, 0.0
-        self.inputs = self.used = None
+        self.rows = self.used = None
         # By the place of a target: its calls, those with the inputs of the
         # first target, and which of all calls of a batch was its last.
         self.calls = [0] * len(self.targets)
@@ -257,11 +253,7 @@ class SharedInputs:
             The targets with the same inputs in every call, and the second
             moment of these, of shape (S, K, K); None if there was no call.
         """
-        with contextlib.ExitStack() as stack:
-            for place, target in enumerate(self.targets):
-                see = functools.partial(self._see, place)
-                reader = self.readers[place]
-                stack.enter_context(reader.inputs_seen(target, see))
+        with calibration.rows_seen(self.model, self.targets, self._see):
             for self.used, (args, kwargs) in zip(used, calls):
                 self.seen = 0
                 with contextlib.suppress(calibration.Enough):
@@ -280,14 +272,14 @@ class SharedInputs:
             if self.same[place] == self.calls[place] == self.calls[0]
         ]
 
-    def _see(self, place, inputs):
+    def _see(self, place, rows):
         if place == 0:
-            self.inputs = inputs
-            total, count = self.reader.moment(inputs, self.used)
+            self.rows = rows
+            total, count = rows.moment(self.used)
             self.total += total
             self.count += count
         self.calls[place] += 1
-        self.same[place] += inputs is self.inputs
+        self.same[place] += self.rows is not None and rows.same(self.rows)
         self.seen += 1
         self.last[place] = self.seen
         if self.seen == self.enough:

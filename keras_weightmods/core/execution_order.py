@@ -1,11 +1,13 @@
 """The order in which the layers of a model run."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
 from keras_weightmods.core import keras_compat
+from keras_weightmods.core.watched import called_by
 
 
 def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
@@ -31,9 +33,14 @@ def execution_order(model: Any, layers: Sequence[Any]) -> dict[int, int]:
             if inputs is None:
                 break
             args, kwargs = inputs
-            with keras_compat.restored_attributes(parts):
+            with (
+                keras_compat.restored_attributes(parts),
+                contextlib.ExitStack() as stack,
+            ):
                 for layer in layers:
-                    _note_calls(layer, order)
+                    # A model keeps its class.
+                    if not isinstance(layer, keras.Model):
+                        stack.enter_context(_noted(layer, order))
                 _Run(model).compute_output_spec(*args, **kwargs)
         # What a model's own code raises on symbols or on this size is not
         # known. Without an order, the declared one remains.
@@ -54,10 +61,12 @@ class _Run(keras.Operation):
         return self.model(*args, **kwargs)
 
 
-def _note_calls(layer: Any, order: dict[int, int]) -> None:
-    keras_compat.see_calls(
-        layer, lambda *_, **__: order.setdefault(id(layer), len(order))
-    )
+def _noted(layer: Any, order: dict[int, int]) -> Any:
+    def call(plain: Any, *args: Any, **kwargs: Any) -> Any:
+        order.setdefault(id(layer), len(order))
+        return plain(*args, **kwargs)
+
+    return called_by(layer, call)
 
 
 def _symbolic_inputs(model: Any, size: int) -> Any:

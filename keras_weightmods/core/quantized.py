@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_weightmods.core import keras_compat
-from keras_weightmods.core.target_rules import rules_of
+from keras_weightmods.core.layer_kinds import kernels_of
 from keras_weightmods.core.targets import Target, check_built, target_of
 from keras_weightmods.core.weight_keys import weight_keys
 
@@ -39,7 +39,7 @@ def quantized_kernels(model: Any) -> list[tuple[Target, Any]]:
     keys = weight_keys(model)
     found: list[tuple[Target, Any]] = []
     for layer in keras_compat.layers_of(model):
-        rule = rules_of(layer).get("kernel")
+        rule = kernels_of(layer).get("kernel")
         is_known = rule is not None and rule.reason is None
         if not is_known or layer.quantization_mode not in ("int8", "int4"):
             continue

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from keras_weightmods.core import filters, keras_compat, target_rules
+from keras_weightmods.core import filters, keras_compat, layer_kinds
 from keras_weightmods.core.execution_order import execution_order
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.weight_keys import weight_keys
@@ -146,7 +146,7 @@ def find_targets(
     kernels of the cells of SimpleRNN, LSTM, GRU and ConvLSTM, what is built of
     these (MultiHeadAttention, KerasHub backbones, nested models), the experts
     of KerasHub's mixtures (stacks of kernels), and layers made known with
-    `register_target`. Embeddings, heads tied to them, norms and biases are
+    `register_layer_kind`. Embeddings, heads tied to them, norms and biases are
     left out, and depthwise kernels unless asked for.
 
     Args:
@@ -293,13 +293,15 @@ def target_of(
     assert target.contraction_axes == (1,)
     ```
     """
-    rule = target_rules.rules_of(layer).get(attribute)
+    rule = layer_kinds.kernels_of(layer).get(attribute)
     variable = None if rule is None else _stored_variable(layer, attribute)
     if rule is None or variable is None:
-        expected = "the name of a `keras.Variable` that `register_target` knows"
+        expected = (
+            "the name of a `keras.Variable` that `register_layer_kind` knows"
+        )
         raise error("attribute", f"{expected} in {layer.name!r}", attribute)
     rank = rank or len(variable.shape)
-    axes = target_rules.axes_of(layer, attribute, rule, rank)
+    axes = layer_kinds.axes_of(layer, attribute, rule, rank)
     key = (keys or weight_keys(layer))[id(variable)]
     return Target(layer, variable, attribute, **axes, depth=depth, key=key)
 
@@ -333,7 +335,7 @@ def _unbuilt_layers(model: Any) -> list[Any]:
         for layer in keras_compat.layers_of(model)
         if layer is not model
         and not layer.built
-        and _holds_target(target_rules.rules_of(layer))
+        and _holds_target(layer_kinds.kernels_of(layer))
     ]
 
 
@@ -396,7 +398,7 @@ def _find_unordered(
     keys = weight_keys(model)
     for layer in keras_compat.layers_of(model):
         # Without weights there is nothing to know.
-        rules = target_rules.rules_of(layer) if layer.built else {}
+        rules = layer_kinds.kernels_of(layer) if layer.built else {}
         known = set()
         for attribute, rule in rules.items():
             variable = _stored_variable(layer, attribute)
@@ -474,11 +476,13 @@ def _other_matrices(layer: Any, known: set[int]) -> list[Any]:
 
 def _unknown_reason(layer: Any, variable: Any, rules: Any) -> str:
     if "embedding" in variable.name or "embedding" in layer.name:
-        return target_rules.EMBEDDING
+        return layer_kinds.EMBEDDING
     name = type(layer).__name__
     if rules:
         return (
             f"of {name}, find_targets knows {', '.join(rules)} only; "
-            "register_target makes this one known"
+            "register_layer_kind makes this one known"
         )
-    return f"find_targets does not know {name}; register_target makes it known"
+    return (
+        f"find_targets does not know {name}; register_layer_kind makes it known"
+    )

@@ -13,21 +13,21 @@ from keras import ops
 from keras_weightmods import native
 from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import reversible_embeddings
+from keras_weightmods.core.layer_kinds import read_whole
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.native import quantize
-from keras_weightmods.native.layout import ACTIVATIONS, INTEGERS
+from keras_weightmods.native.layout import ACTIVATIONS
 from keras_weightmods.ops.matrix import to_stack
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
-from keras_weightmods.packing import (
-    packed_dense,
-    packed_embedding,
-    packed_stack,
-    recurrent,
+from keras_weightmods.packing.formats import dtypes, formats_of
+from keras_weightmods.packing.packed_parameters import (
+    HeldParameters,
+    PackedParameters,
+    packed_parameters,
+    reason_to_skip,
 )
-from keras_weightmods.packing.packed_dense import IntegerKernel
-from keras_weightmods.packing.packed_parameters import PackedParameters
 from keras_weightmods.packing.report import PackedWeight, PackReport
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
@@ -152,7 +152,7 @@ def pack(
         # Rounding whole rows costs more there, so it is to be asked for.
         activations = "float32" if on_gpu else "int8"
     resolved = resolve_targets(model, targets)
-    held = {**_shared_variables(model), **recurrent.read_whole(model)}
+    held = {**_shared_variables(model), **read_whole(model)}
     plans, skipped = [], list(resolved.skipped)
     for target in resolved:
         plan = _plan(target, dtype, trainable)
@@ -162,23 +162,19 @@ def pack(
         else:
             plans.append(plan)
     _check_kernels(plans, dtype)
-    items = [plan.item(activations, trainable) for plan in plans]
-    if activations == "float32" and not (on_gpu or reason_for_dense()):
-        _check_floats([i for i in items if isinstance(i, IntegerKernel)])
     tables, left = _tables(model, dtype, head, targets, trainable, held)
-    paths = {skip.path for skip in left} | {t.path for t, _ in tables}
+    paths = {skip.path for skip in left} | {t.target.path for t in tables}
     skipped = [s for s in skipped if s.path not in paths] + left
-    if not tables and (head in INTEGERS or not items):
-        missing = "tied embedding and head" if head in INTEGERS else "kernel"
+    if not tables and (head not in ("auto", None) or not plans):
+        missing = "tied embedding and head" if plans else "kernel"
         reasons = "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped)
         raise ValueError(
             f"The model has no {missing} that can be packed. Received: "
             f"model={model.name!r}, skipped: {reasons}"
         )
-    items += [
-        packed_embedding.packed_embedding(t, kind, activations)
-        for t, kind in tables
-    ]
+    items = [plan.item(activations, trainable) for plan in plans + tables]
+    if activations == "float32" and not (on_gpu or reason_for_dense()):
+        _check_floats([i for i in items if isinstance(i, HeldParameters)])
     seam.check_unattached(items)
     if trainable:
         _check_trainable(items)
@@ -243,69 +239,69 @@ def check_arguments(
     trainable: Any = False,
 ) -> None:
     """Raise ValueError for arguments that `pack` does not take."""
-    packed_dense.check_values("float32" if dtype is None else dtype, trainable)
-    checks.check_choice("head", head, ("auto", None, *INTEGERS))
+    whole = tuple(d for d in dtypes() if None in formats_of(d))
+    checks.check_choice("dtype", dtype, (None, *dtypes()))
+    checks.check_choice("head", head, ("auto", None, *whole))
     checks.check_choice("activations", activations, (None, *ACTIVATIONS))
-    floats = dtype in ("float32", "bfloat16") or trainable
-    if activations == "int8" and floats and head not in INTEGERS:
+    checks.check_bool("trainable", trainable)
+    forms = [f for d in (dtype, head) for f in formats_of(d).values()]
+    is_rounded = any("int8" in form.activations for form in forms)
+    if activations == "int8" and (dtype or trainable) and not is_rounded:
         raise ValueError(
             "int8 activations need int8 or int4 weights. Received: "
             f"activations='int8', dtype={dtype!r}, head={head!r}, "
             f"trainable={trainable}"
         )
+    if trainable and not any(
+        form.trainable for form in formats_of(dtype or "float32").values()
+    ):
+        raise ValueError(
+            "Only float32 values can be trained. Received: trainable=True, "
+            f"dtype={dtype!r}"
+        )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How the kernel of a target is to be packed.
+    """How the weight of a target is to be packed.
 
     Attributes:
         target: `Target`.
-        dtype: String, type of the values; None if it cannot be told.
+        form: `Format`; None if there is none for it.
         violations: Int, the groups of four with more than two nonzeros.
         reason: String, why it cannot be packed; None if it can.
     """
 
     target: Any
-    dtype: str | None
+    form: Any = None
     violations: int = 0
     reason: str | None = None
 
     def item(self, activations: str, trainable: bool) -> Any:
-        if self.dtype not in INTEGERS:
-            activations = "float32"
-        if self.target.stack_axes:
-            make = packed_stack.packed_stack
-        elif self.violations:
-            return packed_dense.integer_kernel(
-                self.target, self.dtype, activations
-            )
-        else:
-            make = packed_dense.packed_kernel
-        return make(self.target, self.dtype, trainable, activations)
+        own = self.form.activations
+        chosen = activations if activations in own else own[0]
+        return packed_parameters(self.target, self.form.name, trainable, chosen)
 
 
 def _plan(target: Any, dtype: str | None, trainable: bool) -> _Plan:
-    kind = packed_stack if target.stack_axes else packed_dense
-    reason = kind.reason_to_skip(target)
-    if reason is None:
-        violations = _violations(target)
-    elif target.stack_axes or packed_dense.integers_reason_to_skip(target):
-        return _Plan(target, dtype, reason=reason)
+    """Return how to pack a kernel; one without a reason may have no format."""
+    if reason := reason_to_skip(target):
+        return _Plan(target, reason=reason)
+    size, violations = target.contraction_size, 0
+    if size % 4:
+        reason = f"contraction size {size} is not a multiple of 4"
     else:
-        # No whole groups of four: packed in integers or not at all.
-        violations = -1
+        axes = target.contraction_axes
+        violations = int(nm_violations(target.variable.value, "2:4", axes))
+    is_sparse = not (reason or violations)
     if dtype is None and not trainable and on_grid(target):
         dtype = "int4"
-    if dtype is None and not violations:
+    if dtype is None and is_sparse:
         is_half = target.variable.dtype == "bfloat16"
-        dtype = "bfloat16" if is_half else "float32"
-    if dtype not in INTEGERS and violations < 0:
-        return _Plan(target, dtype, reason=reason)
-    if dtype in INTEGERS and violations and target.stack_axes:
-        reason = "a stack of kernels, which is packed as 2:4 alone"
-        return _Plan(target, dtype, reason=reason)
-    return _Plan(target, dtype, violations)
+        dtype = "bfloat16" if is_half and not trainable else "float32"
+    forms = formats_of(dtype or "")
+    form = forms.get("2:4" if is_sparse else None) or forms.get(None)
+    return _Plan(target, form, violations, None if form else reason)
 
 
 def on_grid(target: Any) -> bool:
@@ -318,25 +314,27 @@ def on_grid(target: Any) -> bool:
 def _tables(
     model: Any, dtype: Any, head: Any, targets: Any, trainable: Any, held: Any
 ) -> Any:
-    """Return pairs of a tied table and its type, and others as `Skipped`."""
-    takes_all = targets is None and not trainable
-    if head == "auto" and not (takes_all and dtype in (None, *INTEGERS)):
-        head = None
-    tables, left = [], []
-    for target in [] if head is None else reversible_embeddings(model):
-        reason = packed_embedding.reason_to_skip(target)
-        reason = reason or held.get(id(target.variable))
-        kind = dtype if head == "auto" else head
-        if reason is None and kind is None:
+    """Return the plans of tied tables, and others as `Skipped`."""
+    is_auto = head == "auto"
+    if is_auto and (targets is not None or trainable):
+        return [], []
+    kind = dtype if is_auto else head
+    plans, left = [], []
+    if (is_auto and dtype and None not in formats_of(dtype)) or head is None:
+        return [], []
+    for target in reversible_embeddings(model):
+        reason = reason_to_skip(target) or held.get(id(target.variable))
+        own = kind
+        if reason is None and own is None:
             if on_grid(target):
-                kind = "int4"
+                own = "int4"
             else:
                 reason = "not rounded; `head='int8'` or `kwm.quantize` does it"
         if reason is None:
-            tables.append((target, kind))
+            plans.append(_Plan(target, formats_of(own)[None]))
         else:
             left.append(Skipped(target.path, reason))
-    return tables, left
+    return plans, left
 
 
 def _shared_variables(model: Any) -> dict[int, str]:
@@ -356,7 +354,7 @@ def _shared_variables(model: Any) -> dict[int, str]:
 def _check_kernels(plans: list[Any], dtype: str | None) -> None:
     """Raise ValueError for kernels that can be packed by rounding alone."""
     bad = sorted(
-        (p for p in plans if p.violations and p.dtype not in INTEGERS),
+        (plan for plan in plans if plan.form is None),
         key=lambda plan: -plan.violations,
     )
     if not bad:
@@ -381,16 +379,11 @@ def _check_kernels(plans: list[Any], dtype: str | None) -> None:
 def _check_floats(items: list[Any]) -> None:
     if items:
         raise ValueError(
-            "Kernels that are not 2:4 are multiplied in integers alone. "
-            f"Received: activations='float32' with {len(items)} such kernels, "
+            "Weights that are not 2:4 are multiplied in integers alone. "
+            f"Received: activations='float32' with {len(items)} of them, "
             f"the first being {items[0].target.path!r}. Leave `activations` "
-            "out, or leave these kernels out by `targets`."
+            "out, or leave these out, by `targets` and `head=None`."
         )
-
-
-def _violations(target: Any) -> int:
-    kernel, axes = target.variable.value, target.contraction_axes
-    return int(nm_violations(kernel, "2:4", axes))
 
 
 def _warn_about_undivided(items: Any) -> None:
@@ -429,7 +422,7 @@ def _warn_about_rounding(items: Any) -> None:
     errors = [
         item.rounding_error
         for item in items
-        if item.value_dtype == "int4" and item.rounding_error
+        if item.form.dtype == "int4" and item.rounding_error
     ]
     if errors:
         warnings.warn(
@@ -445,9 +438,9 @@ def _warn_about_rounding(items: Any) -> None:
 def _check_finite(items: Any) -> None:
     for item in items:
         value = item.target.variable.value
-        if item.value_dtype in INTEGERS and not ops.all(ops.isfinite(value)):
+        if item.form.needs_finite and not ops.all(ops.isfinite(value)):
             raise ValueError(
-                f"{item.value_dtype} values need finite weights. Received: "
+                f"{item.form.dtype} values need finite weights. Received: "
                 f"{item.target.path!r}, which holds NaN or infinity."
             )
 
@@ -457,7 +450,7 @@ def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
         PackedWeight(
             item.target.path,
             item.target.shape,
-            item.value_dtype,
+            item.form.dtype,
             bytes_of([(item.target.shape, item.dtype)]),
             bytes_of((p.shape, p.dtype) for p in item.parameters),
             item.activations,

@@ -86,6 +86,7 @@ def round_table(
     with (
         Progress(len(starts), "part of the head", verbose, began) as progress,
         inputs.eager_forward(),
+        inputs.compiled(),
     ):
         for start in progress.each(starts):
             units = table[:, start : start + _UNITS]

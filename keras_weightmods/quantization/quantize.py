@@ -175,7 +175,7 @@ def quantize(
 
     Returns:
         A `QuantizeReport`. Kernels whose layers' inputs cannot be read
-        (`register_target`), or that the data do not reach, are rounded to
+        (`register_layer_kind`), or that the data do not reach, are rounded to
         nearest; the report names them, and what is left as it is, with
         reasons.
 

@@ -165,7 +165,7 @@ def sparsify(
 
     Returns:
         A `SparsifyReport`. Kernels
-        whose layers' inputs cannot be read (`register_target`), or that the
+        whose layers' inputs cannot be read (`register_layer_kind`), or that the
         data do not reach, are pruned by magnitude; the report names them.
 
     Raises:

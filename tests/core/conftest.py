@@ -1,9 +1,9 @@
 import pytest
 
-from keras_weightmods.core import target_rules
+from keras_weightmods.core import layer_kinds
 
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
     """What a test registers is gone after it."""
-    monkeypatch.setattr(target_rules, "_RULES", dict(target_rules._RULES))
+    monkeypatch.setattr(layer_kinds, "_KINDS", dict(layer_kinds._KINDS))

@@ -75,8 +75,8 @@ class Experts(keras.layers.Layer):
         return ops.einsum("beo,eod->bd", x, self.down)
 
 
-for name in ("up", "down"):
-    kwm.register_target(Experts, name, contraction_axes=(1,), stack_axes=(0,))
+AXES = {"contraction_axes": (1,), "stack_axes": (0,)}
+kwm.register_layer_kind(Experts, {"up": AXES, "down": AXES})
 
 
 def dense(**kwargs):

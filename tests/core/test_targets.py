@@ -1,7 +1,7 @@
 import keras
 import pytest
 
-from keras_weightmods.core.target_rules import register_target
+from keras_weightmods.core.layer_kinds import register_layer_kind
 from keras_weightmods.core.targets import (
     Targets,
     find_targets,
@@ -209,9 +209,9 @@ def test_second_kernel_of_a_subclass_is_skipped_with_a_way_out():
     layer = built(Gated(3), 4)
     targets = find_targets(layer)
     assert [t.variable for t in targets] == [layer._kernel]
-    assert "register_target" in reasons(targets)[layer.gate.path]
+    assert "register_layer_kind" in reasons(targets)[layer.gate.path]
 
-    register_target(Gated, "gate", contraction_axes=(0,))
+    register_layer_kind(Gated, {"gate": {"contraction_axes": (0,)}})
     targets = find_targets(layer)
     assert {t.attribute for t in targets} == {"kernel", "gate"}
     assert targets.skipped == ()
@@ -226,7 +226,7 @@ def test_unknown_layers_are_skipped_with_a_way_out(frozen):
     assert set(reasons(targets)) == {layer.gate.path, layer.bank.path}
     for reason in reasons(targets).values():
         assert "Experts" in reason
-        assert "register_target" in reason
+        assert "register_layer_kind" in reason
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
@@ -296,7 +296,7 @@ def test_target_of():
     (_, expected) = find_targets(model, depthwise=True)
     assert vars(target) == vars(expected)
     for attribute in ("bias", "reverse_embeddings", 3):
-        with pytest.raises(ValueError, match="`register_target` knows"):
+        with pytest.raises(ValueError, match="`register_layer_kind` knows"):
             target_of(embedding, attribute)
 
 
@@ -330,7 +330,7 @@ def test_targets_sequence():
 
 def test_print():
     text = repr(find_targets(sequential((4,), Block(), Experts())))
-    for part in ("3 targets", "gate/kernel", "(4, 8)", "register_target"):
+    for part in ("3 targets", "gate/kernel", "(4, 8)", "register_layer_kind"):
         assert part in text
     layers = [keras.layers.Dense(4, name=f"dense_{i}") for i in range(210)]
     targets = find_targets(sequential((4,), *layers))

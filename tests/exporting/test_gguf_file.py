@@ -162,7 +162,7 @@ def test_llama_cpp_writes_the_same_tokens(kind, tmp_path):
     if kind == "packed":
         models.make_sparse(model)
         # The dense form has inputs in floats.
-        kwm.pack(model, dtype="int8", head="int8", activations="float32")
+        kwm.pack(model, dtype="int8", head=None, activations="float32")
     dtype = kind if kind in gguf_file.DTYPES else "f32"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*exported in dense form")

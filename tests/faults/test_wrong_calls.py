@@ -43,7 +43,7 @@ FOUND = [
     ("Perplexity", "batch_size", "2**70"),
     ("quantize", "damping", "2**70"),
     ("quantize", "group_size", "2**31"),
-    ("register_target", "contraction_axes", "a class"),
+    ("register_layer_kind", "kernels", "a class"),
     ("self_generated", "seed", "2**31"),
     ("self_generated", "temperature", "2**70"),
     ("WeightSignature.sum", "weights", "scalar array"),

@@ -479,9 +479,12 @@ CALLS: dict[str, Callable[[], Call]] = {
         kwm.register_merge_method,
         {"name": "mine", "function": lambda task: iter(())},
     ),
-    "register_target": lambda: Call(
-        kwm.register_target,
-        {"layer_class": Own, "contraction_axes": (0,)},
+    "register_layer_kind": lambda: Call(
+        kwm.register_layer_kind,
+        {
+            "layer_class": Own,
+            "kernels": {"kernel": {"contraction_axes": (0,)}},
+        },
         then=lambda _: kwm.find_targets(Own.model()),
     ),
     "save_model": lambda: on_model(

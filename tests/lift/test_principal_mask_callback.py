@@ -707,7 +707,8 @@ class Experts(keras.layers.Layer):
 
 
 def test_each_expert_has_its_own_mask():
-    kwm.register_target(Experts, "up", contraction_axes=(1,), stack_axes=(0,))
+    axes = {"contraction_axes": (1,), "stack_axes": (0,)}
+    kwm.register_layer_kind(Experts, {"up": axes})
     keras.utils.set_random_seed(0)
     model = sequential((8,), Experts())
     model.compile(kwm.SparseAdamW(0.1), "mse")

@@ -324,7 +324,7 @@ def test_wrong_arguments_change_nothing(arguments, message):
 def test_kernels_that_are_not_sparse_are_not_multiplied_in_floats():
     model = dense_model()
     before = state(model)
-    with pytest.raises(ValueError, match=r"integers alone.*2 such kernels"):
+    with pytest.raises(ValueError, match=r"integers alone.*2 of them"):
         pack(model, "int8", activations="float32")
     assert state(model) == before
 
@@ -384,7 +384,7 @@ def test_shared_kernels_and_own_calls_are_skipped():
     assert [w.shape for w in report.weights] == [(8, 4)]
     reasons = [skip.reason for skip in report.skipped]
     assert reasons[0] == "shared by several layers"
-    assert reasons[1].startswith("of Custom; packed are")
+    assert reasons[1].startswith("of Custom, whose `call` is not known")
     assert_allclose(outputs(model, x), before, atol=2e-6)
 
 

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.calibration.inputs import input_norms
-from keras_weightmods.core import expert_banks
+from keras_weightmods.calibration.inputs import (
+    input_norms,
+    router_of,
+    rows_seen,
+)
 from keras_weightmods.ops import sparsegpt
 from tests import models
 
@@ -52,13 +55,11 @@ def test_all_matrices_are_targets(family):
 def test_each_expert_sees_its_own_tokens(family):
     skip_most(family)
     model = models.randomize(models.backbone(family), scale=1.0)
-    routers = expert_banks.routers_of(model)
     targets = stacks_of(model)
     layer = targets[0].layer
-    assert set(routers) == {id(layer)}
     # What an expert gives counts for a token exactly if it is routed to it.
     tokens = models.normal(32, 16)
-    routed = np.array(models.numpy(routers[id(layer)](tokens)))
+    routed = router_of(model, layer)(tokens)
     assert (routed.sum(axis=1) == 2).all()
     block = next(
         part
@@ -82,8 +83,7 @@ def test_each_expert_sees_its_own_tokens(family):
 
 def expected_moments(model, target, tokens):
     """The second moment of each expert's tokens, in float64."""
-    routed = expert_banks.routers_of(model)[id(target.layer)](tokens)
-    routed = np.array(models.numpy(routed))
+    routed = router_of(model, target.layer)(tokens)
     rows = [tokens[routed[:, e]].astype("float64") for e in range(4)]
     return [each.T @ each for each in rows]
 
@@ -100,11 +100,11 @@ def test_one_shot_by_each_experts_own_inputs(family, method):
     before = models.numpy(first.variable)
     seen = []
 
-    def record(x, *args):
-        seen.append(models.numpy(x))
+    def see(place, rows):
+        seen.append(models.numpy(rows.tensor)[:, 0])
 
     # Only the experts, so that their inputs stay the same.
-    with expert_banks.inputs_seen(first.layer, first.attribute, record):
+    with rows_seen(model, [first], see):
         model(X)
     (tokens,) = seen
     report = kwm.sparsify(

@@ -210,8 +210,7 @@ class Experts(keras.layers.Layer):
 
 def test_a_stack_of_kernels_has_scales_of_its_own():
     axes = {"contraction_axes": (1,), "stack_axes": (0,)}
-    for name in ("up", "down"):
-        kwm.register_target(Experts, name, **axes)
+    kwm.register_layer_kind(Experts, {"up": axes, "down": axes})
     scales = scales_of(attach_scaling(models.sequential((8,), Experts())))
     shapes = {scale.name: tuple(scale.shape) for scale in scales}
     assert shapes == {"up_scale": (2, 2, 4), "down_scale": (1, 2, 8)}

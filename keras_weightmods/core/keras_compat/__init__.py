@@ -47,9 +47,6 @@ from keras_weightmods.core.keras_compat.layers import (
     attributes as attributes,
 )
 from keras_weightmods.core.keras_compat.layers import (
-    calls_seen as calls_seen,
-)
-from keras_weightmods.core.keras_compat.layers import (
     get_autocast_scope as get_autocast_scope,
 )
 from keras_weightmods.core.keras_compat.layers import (
@@ -75,9 +72,6 @@ from keras_weightmods.core.keras_compat.layers import (
 )
 from keras_weightmods.core.keras_compat.layers import (
     restored_attributes as restored_attributes,
-)
-from keras_weightmods.core.keras_compat.layers import (
-    see_calls as see_calls,
 )
 from keras_weightmods.core.keras_compat.layers import (
     set_keras_mask as set_keras_mask,

@@ -5,7 +5,7 @@ import copy
 import itertools
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -97,29 +97,6 @@ def replaced_attributes(obj: Any, **replacements: Any) -> Iterator[None]:
         for name in replacements:
             del own[name]
         own.update(before)
-
-
-def see_calls(layer: Any, see: Callable[..., Any]) -> None:
-    """Have `see(*args, **kwargs)` called before each `layer.call`.
-
-    On the instance, as Keras has no hooks on calls; ends with
-    `replaced_attributes` or `restored_attributes`.
-    """
-    call = layer.call
-
-    def seen_call(*args, **kwargs):
-        see(*args, **kwargs)
-        return call(*args, **kwargs)
-
-    vars(layer)["call"] = seen_call
-
-
-@contextlib.contextmanager
-def calls_seen(layer: Any, see: Callable[..., Any]) -> Iterator[None]:
-    """Call `see(*args, **kwargs)` before each `layer.call` in a scope."""
-    with replaced_attributes(layer, call=layer.call):
-        see_calls(layer, see)
-        yield
 
 
 @contextlib.contextmanager

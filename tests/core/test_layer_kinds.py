@@ -1,10 +1,16 @@
+import contextlib
+
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
-from keras_weightmods.core import target_rules
-from keras_weightmods.core.target_rules import register_target
+import keras_weightmods as kwm
+from keras_weightmods.core import layer_kinds
+from keras_weightmods.core.layer_kinds import register_layer_kind
+from keras_weightmods.core.products import Products
 from keras_weightmods.core.targets import find_targets
+from keras_weightmods.core.watched import called_by
 from keras_weightmods.utils.report import Skipped
 from tests import models
 from tests.backends import breadth
@@ -138,15 +144,17 @@ def test_depthwise_kernels_where_asked_for(rank):
     assert not found.skipped
 
 
-def test_register_stack_of_experts():
-    axes = {"output_axes": (-1,), "stack_axes": (0,)}
-    register_target(Experts, "gate", contraction_axes=(1,), **axes)
-    register_target(
-        Experts,
-        "bank",
-        contraction_axes=lambda layer: (len(layer.bank.shape) - 2,),
-        stack_axes=lambda layer: [0],
-    )
+def test_axes_of_a_stack_of_experts():
+    gate = {
+        "contraction_axes": (1,),
+        "output_axes": (-1,),
+        "stack_axes": (0,),
+    }
+    bank = {
+        "contraction_axes": lambda layer: (len(layer.bank.shape) - 2,),
+        "stack_axes": lambda layer: [0],
+    }
+    register_layer_kind(Experts, {"gate": gate, "bank": bank})
     targets = find_targets(sequential((4,), Block(), layer := Experts()))
     assert [t.attribute for t in targets] == ["kernel"] * 3 + ["gate", "bank"]
     for target in targets[3:]:
@@ -158,6 +166,10 @@ def test_register_stack_of_experts():
     assert targets.skipped == ()
 
 
+def kernel_axes(*axes, **others):
+    return {"kernel": {"contraction_axes": axes, **others}}
+
+
 def test_most_derived_registration_wins():
     class Transposed(keras.layers.Dense):
         pass
@@ -166,11 +178,11 @@ def test_most_derived_registration_wins():
         pass
 
     layer = built(Further(3), 4)
-    register_target(Transposed, contraction_axes=(1,))
+    register_layer_kind(Transposed, kernel_axes(1))
     assert find_targets(layer)[0].contraction_axes == (1,)
-    register_target(Further, contraction_axes=(0, 1))
+    register_layer_kind(Further, kernel_axes(0, 1))
     assert find_targets(layer)[0].contraction_axes == (0, 1)
-    register_target(keras.layers.Dense, contraction_axes=(1,))
+    register_layer_kind(keras.layers.Dense, kernel_axes(1))
     assert find_targets(layer)[0].contraction_axes == (0, 1)
     plain = built(keras.layers.Dense(3), 4)
     assert find_targets(plain)[0].contraction_axes == (1,)
@@ -178,34 +190,37 @@ def test_most_derived_registration_wins():
 
 def test_registration_overrides_what_is_left_out():
     layer = built(keras.layers.Embedding(6, 4))
-    register_target(keras.layers.Embedding, "embeddings", contraction_axes=(1,))
+    register_layer_kind(
+        keras.layers.Embedding, {"embeddings": {"contraction_axes": (1,)}}
+    )
     targets = find_targets(layer)
     assert [t.variable for t in targets] == [layer._embeddings]
     assert targets.skipped == ()
 
 
 @pytest.mark.parametrize(
-    ("args", "kwargs", "message"),
+    ("args", "message"),
     [
-        (("Dense",), {}, "`layer_class` must be"),
-        ((int,), {}, "`layer_class` must be"),
-        ((Experts, 3), {}, "`attribute` must be"),
-        ((Experts, "a.b"), {}, "`attribute` must be"),
-        ((Experts,), {"contraction_axes": 0}, "`contraction_axes` must be a"),
-        ((Experts,), {"contraction_axes": ("0",)}, "`contraction_axes` must"),
-        ((Experts,), {"contraction_axes": ()}, "at least one in"),
-        ((Experts,), {"stack_axes": None}, "`stack_axes` must be"),
-        ((Experts,), {"stack_axes": (1,)}, "named once"),
+        (("Dense", kernel_axes(0)), "`layer_class` must be"),
+        ((int, kernel_axes(0)), "`layer_class` must be"),
+        ((Experts, kernel_axes(0), "call"), "`call` must be"),
+        ((Experts, {}), "`kernels` must be"),
+        ((Experts, {"a.b": {}}), "`kernels` must be names"),
+        ((Experts, {"gate": {"axes": (0,)}}), "`kernels` must be a dict of"),
+        ((Experts, {"gate": {}}), "at least one in"),
+        ((Experts, kernel_axes("0")), "`contraction_axes` must be a"),
+        ((Experts, kernel_axes(1, stack_axes=None)), "`stack_axes` must be"),
+        ((Experts, kernel_axes(1, stack_axes=(1,))), "named once"),
     ],
 )
-def test_register_target_errors(args, kwargs, message):
+def test_register_layer_kind_errors(args, message):
     with pytest.raises(ValueError, match=message):
-        register_target(*args, **{"contraction_axes": (1,)} | kwargs)
-    assert Experts not in {cls for cls, _ in target_rules._RULES}
+        register_layer_kind(*args)
+    assert Experts not in layer_kinds._KINDS
 
 
 @pytest.mark.parametrize(
-    ("attribute", "kwargs", "message"),
+    ("attribute", "axes", "message"),
     [
         ("gate", {"contraction_axes": (3,)}, "each of its 3 axes once"),
         ("gate", {"output_axes": (2,)}, r"output_axes=\(2,\) for .* 'experts'"),
@@ -215,11 +230,176 @@ def test_register_target_errors(args, kwargs, message):
         ("name", {}, "knows in 'experts'"),
     ],
 )
-def test_registrations_that_do_not_fit(attribute, kwargs, message):
+def test_registrations_that_do_not_fit(attribute, axes, message):
     layer = built(Experts(name="experts"), 4)
-    register_target(Experts, attribute, **{"contraction_axes": (1,)} | kwargs)
+    axes = {"contraction_axes": (1,)} | axes
+    register_layer_kind(Experts, {attribute: axes})
     with pytest.raises(ValueError, match=message):
         find_targets(layer)
+
+
+@keras.saving.register_keras_serializable("tests.kinds")
+class Mixer(keras.layers.Layer):
+    """A layer of a plug-in: a matrix in a table (out, in), and two experts."""
+
+    def build(self, input_shape):
+        width = input_shape[-1]
+        self.mix = self.add_weight(shape=(16, width), name="mix")
+        self.up = self.add_weight(shape=(2, 16, 8), name="up")
+
+    def call(self, x):
+        x = ops.tanh(ops.einsum("...i,oi->...o", x, self.mix))
+        return ops.sum(ops.einsum("...i,eio->...eo", x, self.up), axis=-2)
+
+
+def call_mixer(layer, multiply, x):
+    x = ops.expand_dims(ops.tanh(multiply("mix", x)), -2)
+    return ops.sum(multiply("up", x, stacked=True), axis=-2)
+
+
+@pytest.fixture
+def mixer():
+    axes = {"contraction_axes": (1,)}
+    register_layer_kind(
+        Mixer, {"mix": axes, "up": {**axes, "stack_axes": (0,)}}, call_mixer
+    )
+    keras.utils.set_random_seed(0)
+    return sequential((5, 16), Mixer(), keras.layers.Dense(4))
+
+
+def test_every_method_takes_a_kind_from_outside(mixer, tmp_path):
+    model, x = mixer, normal(64, 5, 16)
+    report = kwm.sparsify(model, "2:4", x, criterion="sparsegpt", verbose=0)
+    assert [k.criterion for k in report.kernels] == ["sparsegpt"] * 3
+    kwm.assert_sparse(model)
+    report = kwm.quantize(model, x, refine=None, head=False, verbose=0)
+    assert all(k.error <= k.nearest for k in report.kernels)
+    before, weights = models.outputs(model, x), models.weights_of(model)
+    report = kwm.pack(model, activations="float32")
+    assert [(w.dtype, w.rounding_error) for w in report.weights] == [
+        ("int4", 0)
+    ] * 3
+    np.testing.assert_allclose(models.outputs(model, x), before, atol=1e-5)
+    kwm.save_model(model, tmp_path / "model")
+    loaded = kwm.load_model(tmp_path / "model")
+    models.assert_same(models.outputs(loaded, x), models.outputs(model, x))
+    kwm.unpack(model)
+    models.assert_same(models.weights_of(model), weights)
+
+
+@pytest.mark.one_backend
+def test_training_takes_a_kind_from_outside(mixer):
+    model, x = mixer, normal(16, 5, 16)
+    y = np.ones((16, 5, 4), "float32")
+    lift = kwm.PrincipalMaskCallback(0.1, filter_rank=2)
+    model.compile(kwm.SparseAdamW(0.1), "mse")
+    before = models.weights_of(model)
+    model.fit(x, y, verbose=0, callbacks=[lift])
+    for old, new in zip(before[:2], models.weights_of(model)):
+        assert 0 < np.mean(old != new) < 0.2
+    model.compile("sgd", "mse")
+    assert len(kwm.attach_compander(model, verbose=0).kernels) == 3
+    outputs = models.outputs(model, x)
+    kwm.fold(model)
+    np.testing.assert_allclose(models.outputs(model, x), outputs, atol=1e-5)
+    cast = kwm.CAST(model)
+    cast.compile(loss="mse", jit_compile=models.JIT)
+    cast.fit(x, y, verbose=0)
+    cast.finalize()
+    kwm.assert_sparse(model)
+
+
+FIRST = {"data_format": "channels_first"}
+KINDS = [
+    (keras.layers.Dense(6, activation="tanh"), (3, 4)),
+    (keras.layers.EinsumDense("...x,xy->...y", 6, bias_axes="y"), (3, 4)),
+    (keras.layers.EinsumDense("bquh,uhm->bqm", (3, 6)), (3, 2, 4)),
+    (keras.layers.EinsumDense("bhqu,uhm->bmq", (6, 3)), (4, 3, 2)),
+    (keras.layers.EinsumDense("bei,eio->boe", (5, 3)), (3, 4)),
+    (keras.layers.EinsumDense("bnei,enio->beno", (3, 2, 5)), (2, 3, 4)),
+    (keras.layers.EinsumDense("abc,cd->ad", 5), (3, 4)),
+    (keras.layers.EinsumDense("...ge,ghe->...gh", (3, 7)), (4, 3, 8)),
+    (keras.layers.Conv1D(6, 3, padding="causal", dilation_rate=2), (9, 4)),
+    (keras.layers.Conv2D(6, (2, 3), (2, 1), "same"), (7, 6, 4)),
+    (keras.layers.Conv2D(6, 3, (3, 2)), (8, 9, 4)),
+    (keras.layers.Conv2D(6, 2, groups=2, activation="relu"), (5, 5, 4)),
+    (keras.layers.Conv3D(3, 2, padding="same", **LAST), (3, 4, 3, 2)),
+    (keras.layers.DepthwiseConv2D(2, depth_multiplier=3), (5, 4, 2)),
+    (keras.layers.DepthwiseConv1D(3, strides=2), (8, 4)),
+    (keras.layers.SeparableConv2D(5, 3), (6, 7, 4)),
+    (keras.layers.SeparableConv1D(5, 3, dilation_rate=2), (9, 4)),
+    (keras.layers.Conv2DTranspose(3, 2, 2), (4, 4, 8)),
+    (keras.layers.ConvLSTM1D(4, 3, padding="same"), (3, 6, 2)),
+]
+# On torch convolutions take their channels first too.
+if keras.backend.backend() == "torch":
+    KINDS += [
+        (keras.layers.Conv2D(6, 3, padding="same", **FIRST), (4, 5, 6)),
+        (keras.layers.Conv2D(6, 3, groups=2, **FIRST), (4, 5, 6)),
+        (keras.layers.SeparableConv2D(5, 3, **FIRST), (4, 5, 6)),
+        (keras.layers.ConvLSTM2D(4, 2, **FIRST), (3, 2, 5, 4)),
+    ]
+
+
+@breadth(("layer", "shape"), KINDS, 0, 4, 9, 11, 13, 15, 18)
+def test_each_kind_is_called_as_its_class_is(layer, shape):
+    """Its forward pass by products of rows and the layer's own kernels."""
+    model = models.randomize(sequential(shape, layer))
+    x = normal(3, *shape)
+    expected = numpy(model(x))
+    seen = called_by_kind(model, x)
+    np.testing.assert_allclose(seen, expected, rtol=1e-4, atol=1e-5)
+
+
+def called_by_kind(model, x):
+    """The outputs of a model, all layers being called as their kinds are."""
+    called = []
+    with contextlib.ExitStack() as stack:
+        for layer in {
+            id(t.layer): t.layer for t in all_targets(model)
+        }.values():
+            kind = layer_kinds.kind_with_call(layer)
+            assert kind.reason(layer) is None
+
+            def call(plain, *args, kind=kind, layer=layer, **kwargs):
+                products = Products(layer, plain)
+                # Of separable convolutions both.
+                products.attributes = frozenset(kind.kernels)
+                called.append(layer)
+                return kind.call(layer, products, *args, **kwargs)
+
+            stack.enter_context(called_by(layer, call))
+        outputs = models.outputs(model, x)
+    assert called
+    return outputs
+
+
+def all_targets(model):
+    return find_targets(model, depthwise=True)
+
+
+@breadth("family", (*models.MIXTURES, "gemma4_moe"), 4)
+def test_banks_of_experts_are_called_as_their_classes_are(family):
+    pytest.importorskip("keras_hub")
+    model = models.randomize(models.backbone(family), scale=1.0)
+    ids = np.random.default_rng(0).integers(1, 20, (4, 8))
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    if "gemma4" in family:
+        x["position_ids"] = np.broadcast_to(np.arange(8), ids.shape)
+    expected = models.outputs(model, x)
+    found = called_by_kind(model, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.one_backend
+def test_the_bank_of_another_keras_hub_is_refused(monkeypatch):
+    pytest.importorskip("keras_hub")
+    model = models.make_sparse(models.backbone("mixtral"))
+    monkeypatch.setattr(layer_kinds, "KERAS_HUB", "0.31")
+    report = kwm.pack(model)
+    reasons = {s.reason for s in report.skipped if "expert" in s.path}
+    assert len(reasons) == 1
+    assert "of MixtralMoeExperts of KerasHub 0.32" in reasons.pop()
 
 
 @pytest.mark.parametrize("name", ["SimpleRNN", "LSTM", "GRU"])

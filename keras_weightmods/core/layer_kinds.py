@@ -1,0 +1,473 @@
+"""The kinds of layers: their kernels' axes, and their products with these.
+
+An entry of `_KINDS` is all that the methods know of a layer class: which of its
+weights are kernels (`find_targets`), and its forward pass by other products
+than its own (`layer_calls`), by which the inputs of a kernel are recorded, for
+Wanda, SparseGPT and GPTQ, and packed kernels are multiplied by.
+"""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+from keras import layers
+
+from keras_weightmods.core import keras_compat, layer_calls
+from keras_weightmods.utils.checks import error
+
+Axes = Sequence[int] | Callable[[Any], Sequence[int]]
+EMBEDDING = "an embedding, whose rows are looked up and not contracted"
+# The release of KerasHub whose layers the functions of `layer_calls` are.
+KERAS_HUB = "0.32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How a layer class uses one of its weights.
+
+    Attributes:
+        contraction_axes, output_axes, stack_axes: Tuples of ints, or callables
+            from the layer to one; see `register_layer_kind`.
+        reason: String, why it is no target; None if it is one.
+        dense: String, or callable from the layer to one or None: why nothing
+            else can stand for it in a product; None if it can.
+        depthwise: Bool, whether it is one where depthwise kernels are.
+        optional: Bool, whether some layers of the class do without it.
+    """
+
+    contraction_axes: Any = ()
+    output_axes: Any = None
+    stack_axes: Any = ()
+    reason: str | None = None
+    dense: Any = None
+    depthwise: bool = False
+    optional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What is known of a layer class.
+
+    Attributes:
+        kernels: Dict of `Kernel` by the name of an attribute.
+        call: Function from a layer, its `Products` and the arguments of a call
+            to the outputs; None if nobody knows it.
+        reason: Callable from a layer to why `call` is not for it, or to None.
+        routed: Callable from the layer that holds a bank of experts, and the
+            arguments of the bank's call, to a boolean tensor (tokens,
+            experts): which tokens are routed to which expert.
+    """
+
+    kernels: Mapping[str, Kernel]
+    call: Callable[..., Any] | None = None
+    reason: Callable[[Any], str | None] = lambda layer: None
+    routed: Callable[..., Any] | None = None
+
+
+def register_layer_kind(
+    layer_class: type[layers.Layer],
+    kernels: Mapping[str, Mapping[str, Any]],
+    call: Callable[..., Any] | None = None,
+) -> None:
+    """Make the kernels of a layer class known to all methods.
+
+    Serves the subclasses too; of several registrations of one attribute, that
+    of the most derived class counts. Overrides what the library knows itself.
+
+    Args:
+        layer_class: A subclass of `keras.layers.Layer`.
+        kernels: Dict of the axes of each kernel, by the attribute that holds
+            the `keras.Variable`, or that of the property that returns what the
+            layer keeps under the same name with an underscore in front, as in
+            Keras' own layers. The axes are a dict of tuples of ints, or of
+            callables from the built layer to one; negative ones count from the
+            end. `"contraction_axes"` are those that the layer sums over,
+            `"stack_axes"` those that index whole kernels, such as the experts
+            of a mixture, and `"output_axes"` those of the output units, by
+            default all that remain.
+        call: Function `call(layer, multiply, *args, **kwargs)`: the layer's own
+            `call`, in which each product with a kernel is
+            `multiply(attribute, rows)`, from rows of shape `(..., K)`, K being
+            the contracted axes flattened in order, to `(..., N)`. For a stack
+            of S kernels it is `multiply(attribute, rows, stacked=True)`, from
+            `(..., S, K)` to `(..., S, N)`, S being 1 in `rows` where all have
+            the same. With it the pruning criteria, `kwm.quantize` and
+            `kwm.pack` reach the layer; without it, by default, `None`, only
+            what needs no inputs, such as magnitude pruning, AdamS and LIFT.
+
+    Raises:
+        ValueError: If `layer_class` is no layer class, or `kernels` is no dict
+            of such axes, with one to contract at least.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_weightmods as kwm
+
+    class Experts(keras.layers.Layer):
+        def build(self, input_shape):
+            self.up = self.add_weight(shape=(2, input_shape[-1], 3), name="up")
+
+        def call(self, x):
+            return keras.ops.einsum("bi,eio->beo", x, self.up)
+
+    def call(layer, multiply, x):
+        return multiply("up", x[:, None], stacked=True)
+
+    axes = {"contraction_axes": (1,), "stack_axes": (0,)}
+    kwm.register_layer_kind(Experts, {"up": axes}, call)
+    layer = Experts()
+    layer.build((None, 8))
+    (target,) = kwm.find_targets(layer)
+    assert target.output_axes == (2,)
+    ```
+    """
+    is_class = isinstance(layer_class, type)
+    if not is_class or not issubclass(layer_class, layers.Layer):
+        expected = "a subclass of `keras.layers.Layer`"
+        raise error("layer_class", expected, layer_class)
+    if call is not None and not callable(call):
+        raise error("call", "a function or None", call)
+    if not isinstance(kernels, Mapping) or not kernels:
+        expected = "a dict of the axes of each kernel, by its attribute"
+        raise error("kernels", expected, kernels)
+    known = {}
+    for attribute, axes in kernels.items():
+        if not isinstance(attribute, str) or not attribute.isidentifier():
+            expected = "names of attributes of the layer"
+            raise error("kernels", expected, attribute)
+        known[attribute] = _checked(attribute, axes)
+    _KINDS[layer_class] = LayerKind(known, call)
+
+
+def _checked(attribute: str, axes: Any) -> Kernel:
+    """Return the `Kernel` of registered axes."""
+    names = ("contraction_axes", "output_axes", "stack_axes")
+    if not isinstance(axes, Mapping) or not {*axes} <= {*names}:
+        expected = f"a dict of {', '.join(names)}, for {attribute!r}"
+        raise error("kernels", expected, axes)
+    axes = {"contraction_axes": (), **axes}
+    fixed: list[int] = []
+    for name, value in axes.items():
+        is_function = callable(value) and not isinstance(
+            value, (type, layers.Layer)
+        )
+        if is_function or (name == "output_axes" and value is None):
+            continue
+        if not _are_ints(value) or (name == "contraction_axes" and not value):
+            expected = (
+                "a tuple of ints (at least one in `contraction_axes`), or a "
+                f"callable from the layer to one, for {attribute!r}"
+            )
+            raise error(name, expected, value)
+        fixed.extend(value)
+    if len(set(fixed)) != len(fixed):
+        raise ValueError(
+            f"An axis of {attribute!r} must be named once. Received: "
+            + ", ".join(f"{name}={value!r}" for name, value in axes.items())
+        )
+    return Kernel(**axes)
+
+
+def kernels_of(layer: Any) -> dict[str, Kernel]:
+    """Return {attribute: `Kernel`} of what is known of a layer."""
+    kernels: dict[str, Kernel] = {}
+    for cls in reversed(type(layer).__mro__):
+        if (kind := _kind(cls)) is not None:
+            kernels.update(kind.kernels)
+    return kernels
+
+
+def kind_with_call(layer: Any) -> LayerKind | None:
+    """Return the kind whose `call` is that of the layer; None if none is.
+
+    A class, or a layer, with a `call` of its own may do anything with its
+    kernels.
+    """
+    if "call" in keras_compat.attributes(layer):
+        return None
+    for cls in type(layer).__mro__:
+        own = keras_compat.attributes(cls)
+        if own.get(GENERATED) or cls.__module__.startswith("keras_weightmods."):
+            continue
+        if (kind := _kind(cls)) is not None and kind.call is not None:
+            return kind
+        if "call" in own or "convolution_op" in own:
+            return None
+    return None
+
+
+def reason_unread(layer: Any, attribute: str) -> str | None:
+    """Return why the products with a kernel are not known; None if they are."""
+    kind = kind_with_call(layer)
+    if kind is not None and attribute in kind.kernels:
+        return kind.reason(layer)
+    name = type(layer).__name__
+    if attribute in kernels_of(layer) and kind is None:
+        return (
+            f"of {name}, whose `call` is not known; "
+            "`kwm.register_layer_kind` makes it known"
+        )
+    return f"of {name}, which does not multiply by it alone"
+
+
+def reason_dense(layer: Any, attribute: str) -> str | None:
+    """Return why nothing can stand for a kernel in products; None if it can."""
+    reason = reason_unread(layer, attribute)
+    if reason is None:
+        reason = kernels_of(layer)[attribute].dense
+        reason = reason(layer) if callable(reason) else reason
+    return reason
+
+
+# An attribute of the classes that the library generates.
+GENERATED = "_is_generated"
+
+
+def axes_of(
+    layer: Any, attribute: str, rule: Kernel, rank: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the three kinds of axes as a dict, rising and not negative.
+
+    Raises:
+        ValueError: If they do not fit a weight of `rank` axes.
+    """
+    axes: dict[str, Any] = {}
+    for name in ("contraction_axes", "stack_axes", "output_axes"):
+        value = getattr(rule, name)
+        value = value(layer) if callable(value) else value
+        if value is None and all(map(_are_ints, axes.values())):
+            taken = sum(axes.values(), ())
+            value = tuple(axis for axis in range(rank) if axis not in taken)
+        if _are_ints(value):
+            value = (a + rank if -rank <= a < 0 else a for a in value)
+            value = tuple(sorted(value))
+        axes[name] = value
+    if not all(map(_are_ints, axes.values())) or sorted(
+        sum(axes.values(), ())
+    ) != list(range(rank)):
+        received = ", ".join(f"{name}={axes[name]}" for name in axes)
+        raise ValueError(
+            f"The axes registered for `{attribute}` of "
+            f"{type(layer).__name__} must be tuples of ints that name each of "
+            f"its {rank} axes once. Received: {received} for layer "
+            f"{layer.name!r}"
+        )
+    return axes
+
+
+def _are_ints(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(
+        isinstance(axis, int) and not isinstance(axis, bool) for axis in value
+    )
+
+
+def read_whole(model: Any) -> dict[int, str]:
+    """Return {id of a variable: reason} of kernels that no cell multiplies by.
+
+    On torch the loops of LSTM and GRU take the kernels themselves, unless they
+    are told to leave it to their cells.
+    """
+    found: dict[int, str] = {}
+    if keras.backend.backend() != "torch":
+        return found
+    for layer in keras_compat.layers_of(model):
+        if isinstance(layer, (layers.LSTM, layers.GRU)) and layer.use_cudnn in (
+            True,
+            "auto",
+        ):
+            reason = (
+                f"of {type(layer).__name__}, which on torch reads its kernels "
+                "whole; pass `use_cudnn=False` to it"
+            )
+            found.update((id(v), reason) for v in layer.cell.weights)
+    return found
+
+
+def _einsum_axes(role: tuple[bool, bool]) -> Axes:
+    """Return a callable from an EinsumDense to the axes that play `role` in it.
+
+    A letter of the kernel is contracted where it stands in the input and not
+    in the output, is a stack of kernels where it stands in both, and is of
+    the output units otherwise.
+    """
+
+    def axes(layer: Any) -> tuple[int, ...]:
+        inputs, kernel, output = layer_calls.einsum_terms(layer.equation)
+        return tuple(
+            axis
+            for axis, letter in enumerate(kernel)
+            if (letter in inputs, letter in output) == role
+        )
+
+    return axes
+
+
+def _groups(layer: Any) -> str | None:
+    if layer.groups == 1:
+        return None
+    return (
+        f"a convolution in {layer.groups} groups, each with a kernel of its own"
+    )
+
+
+# (spatial..., in, out), whatever the data format.
+_CONV = Kernel(contraction_axes=lambda layer: tuple(range(layer.rank + 1)))
+_DEPTHWISE = Kernel(
+    contraction_axes=lambda layer: tuple(range(layer.rank)),
+    reason="a depthwise kernel contracts no channels",
+    dense="a depthwise kernel",
+    depthwise=True,
+)
+# (spatial..., out, in). Of a pixel of the output each sums over other taps, so
+# that the product is of a pixel of the input: its channels are contracted.
+_TRANSPOSED = LayerKind(
+    {
+        "kernel": Kernel(
+            contraction_axes=(-1,),
+            dense="of a transposed convolution, which adds up its products",
+        )
+    },
+    layer_calls.transposed_convolution,
+)
+_CONVOLUTION = LayerKind(
+    {"kernel": dataclasses.replace(_CONV, dense=_groups)},
+    layer_calls.convolution,
+)
+_SEPARABLE = LayerKind(
+    {"depthwise_kernel": _DEPTHWISE, "pointwise_kernel": _CONV},
+    layer_calls.separable_convolution,
+)
+_DEPTHWISE_CONVOLUTION = LayerKind(
+    {"kernel": _DEPTHWISE}, layer_calls.depthwise_convolution
+)
+# (in, gates * units) and (units, gates * units).
+_CELL = {
+    "kernel": Kernel(contraction_axes=(0,)),
+    "recurrent_kernel": Kernel(contraction_axes=(0,)),
+}
+
+# {layer class: kind}; `register_layer_kind` adds to it.
+_KINDS: dict[type, LayerKind] = {
+    layers.Dense: LayerKind(
+        {"kernel": Kernel(contraction_axes=(0,))}, layer_calls.dense
+    ),
+    layers.EinsumDense: LayerKind(
+        {
+            "kernel": Kernel(
+                contraction_axes=_einsum_axes((True, False)),
+                stack_axes=_einsum_axes((True, True)),
+            )
+        },
+        layer_calls.einsum_dense,
+        layer_calls.einsum_reason,
+    ),
+    layers.Conv1D: _CONVOLUTION,
+    layers.Conv2D: _CONVOLUTION,
+    layers.Conv3D: _CONVOLUTION,
+    layers.Conv1DTranspose: _TRANSPOSED,
+    layers.Conv2DTranspose: _TRANSPOSED,
+    layers.Conv3DTranspose: _TRANSPOSED,
+    layers.SeparableConv1D: _SEPARABLE,
+    layers.SeparableConv2D: _SEPARABLE,
+    layers.DepthwiseConv1D: _DEPTHWISE_CONVOLUTION,
+    layers.DepthwiseConv2D: _DEPTHWISE_CONVOLUTION,
+    layers.LSTMCell: LayerKind(_CELL, layer_calls.lstm_cell),
+    layers.GRUCell: LayerKind(_CELL, layer_calls.gru_cell),
+    layers.SimpleRNNCell: LayerKind(_CELL, layer_calls.simple_rnn_cell),
+    keras_compat.ConvLSTMCell: LayerKind(
+        {"kernel": _CONV, "recurrent_kernel": _CONV},
+        layer_calls.conv_lstm_cell,
+    ),
+    # The heads tied to an embedding are in this class as well; the axes are
+    # those of the head.
+    layers.Embedding: LayerKind(
+        {
+            "embeddings": Kernel((1,), reason=EMBEDDING),
+            "reverse_embeddings": Kernel(
+                (0,), reason="the reverse of an embedding"
+            ),
+        }
+    ),
+    layers.ReversibleEmbedding: LayerKind(
+        {"embeddings": Kernel((1,), reason=EMBEDDING)},
+        layer_calls.reversible_embedding,
+    ),
+}
+
+
+def _other_keras_hub(layer: Any) -> str | None:
+    version = importlib.metadata.version("keras-hub")
+    if version.startswith(f"{KERAS_HUB}."):
+        return None
+    return (
+        f"of {type(layer).__name__} of KerasHub {version}; known is that of "
+        f"{KERAS_HUB}"
+    )
+
+
+def _bank(call: Any, routed: Any, *names: str) -> LayerKind:
+    """Return the kind of a bank of experts, by the names of its stacks."""
+    # (experts, in, out)
+    experts = Kernel(contraction_axes=(1,), stack_axes=(0,))
+    kernels = dict.fromkeys(names, experts)
+    return LayerKind(kernels, call, _other_keras_hub, routed)
+
+
+_STACKS = "_expert_feedforward_gate_dense", "_expert_feedforward_output_dense"
+_BY_GATE = layer_calls.routed_by("_sparse_feedforward_gate_dense")
+_LOW_RANK = Kernel(contraction_axes=(0,), optional=True)
+_SCALE = Kernel(reason="multiplied entry by entry, and not contracted")
+
+# By names of classes of KerasHub, which is no dependency.
+_HUB_KINDS: dict[str, LayerKind] = {
+    "MixtralMoeExperts": _bank(
+        layer_calls.mixtral_experts,
+        _BY_GATE,
+        *_STACKS,
+        "_expert_feedforward_intermediate_dense",
+    ),
+    "QwenMoeExperts": _bank(layer_calls.qwen_experts, _BY_GATE, *_STACKS),
+    "Qwen3MoeExperts": _bank(layer_calls.qwen_experts, _BY_GATE, *_STACKS),
+    "Qwen3_5MoeExperts": _bank(
+        layer_calls.qwen3_5_experts,
+        layer_calls.routed_by("_router_gate"),
+        *_STACKS,
+    ),
+    "GptOssExperts": _bank(
+        layer_calls.gpt_oss_experts,
+        layer_calls.routed_by("router", "router_dense"),
+        *("gate_up_proj", "down_proj"),
+    ),
+    "Gemma4MoEBlock": _bank(
+        layer_calls.gemma4_experts,
+        layer_calls.routed_by_weights,
+        *("gate_proj", "up_proj", "down_proj"),
+    ),
+    # (channels, taps)
+    "Qwen3_5GatedDeltaNet": LayerKind(
+        {
+            "conv1d_weight": dataclasses.replace(
+                _DEPTHWISE, contraction_axes=(1,)
+            )
+        }
+    ),
+    # The first layer has no v1 and v2.
+    "RWKV7TimeMix": LayerKind(
+        {
+            **{f"{name}{i}": _LOW_RANK for name in "wavg" for i in (1, 2)},
+            "r_k": _SCALE,
+        }
+    ),
+}
+
+
+def _kind(cls: Any) -> LayerKind | None:
+    """Return what is known of a class itself, not of its bases."""
+    if cls in _KINDS:
+        return _KINDS[cls]
+    is_hub = cls.__module__.startswith("keras_hub.")
+    return _HUB_KINDS.get(cls.__name__) if is_hub else None

@@ -1,0 +1,93 @@
+"""Formats from outside, as a plug-in adds them."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+from keras_weightmods.packing import formats
+from tests import models
+from tests.models import mlp, normal, outputs
+from tests.packing.test_packed_embedding import make_model
+
+
+class Ternary(formats.Format):
+    """The sign of each weight, and a scale for each output unit."""
+
+    dtype = "ternary"
+
+    def arrays(self, shape):
+        return {
+            "signs": (shape, "int8"),
+            "scale": ((1, shape[1]), "float32"),
+        }
+
+    def pack(self, matrix):
+        scale = np.abs(matrix).max(axis=0, keepdims=True)
+        return {"signs": np.sign(matrix).astype("int8"), "scale": scale}
+
+    def unpack(self, arrays, shape, xp):
+        if xp is np:
+            return arrays["signs"].astype("float32") * arrays["scale"]
+        return ops.cast(arrays["signs"], "float32") * arrays["scale"]
+
+
+@pytest.fixture
+def _ternary(monkeypatch):
+    monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))
+    for name in ("pack", "packed_parameters"):
+        module = f"keras_weightmods.packing.{name}.FORMATS"
+        monkeypatch.setattr(module, formats.FORMATS, raising=False)
+    formats.register_format(Ternary())
+
+
+def rounded(kernel):
+    return np.sign(kernel) * np.abs(kernel).max(axis=0)
+
+
+@pytest.mark.usefixtures("_ternary")
+def test_a_format_from_outside_is_packed_and_saved(tmp_path):
+    model = mlp(16, 24, 4)
+    x = normal(3, 16)
+    expected = [rounded(w) if w.ndim == 2 else w for w in model.get_weights()]
+    report = kwm.pack(model, "ternary")
+    kinds = {(w.dtype, w.pattern, w.activations) for w in report.weights}
+    assert kinds == {("ternary", None, "float32")}
+    assert all(w.rounding_error > 0 for w in report.weights)
+    before = outputs(model, x)
+    kwm.save_model(model, tmp_path / "model")
+    loaded = kwm.load_model(tmp_path / "model")
+    models.assert_same(outputs(loaded, x), before)
+    for each in (model, loaded):
+        kwm.unpack(each)
+        for found, weight in zip(each.get_weights(), expected):
+            np.testing.assert_allclose(found, weight, rtol=1e-6)
+        np.testing.assert_allclose(outputs(each, x), before, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_ternary")
+@pytest.mark.one_backend
+def test_it_takes_heads_and_stacks():
+    model = make_model()
+    report = kwm.pack(model, "ternary")
+    assert [w.dtype for w in report.weights] == ["ternary", "ternary"]
+    tokens = np.array([[0, 36, 5]])
+    before = outputs(model, tokens)
+    kwm.unpack(model)
+    np.testing.assert_allclose(outputs(model, tokens), before, atol=1e-4)
+    pytest.importorskip("keras_hub")
+    model = models.causal_lm("mixtral")
+    ids = np.array([[3, 1, 4]])
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    kwm.pack(model, "ternary")
+    before = outputs(model, x)
+    kwm.unpack(model)
+    np.testing.assert_allclose(outputs(model, x), before, atol=1e-4)
+
+
+@pytest.mark.one_backend
+def test_formats_that_are_none_or_there_already_are_refused():
+    with pytest.raises(ValueError, match="a `Format`"):
+        formats.register_format("ternary")
+    with pytest.raises(ValueError, match="a name other than"):
+        formats.register_format(formats.NativeFormat("int8", None))
