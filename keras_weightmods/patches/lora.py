@@ -21,6 +21,7 @@ from keras_weightmods.patches import tensors
 from keras_weightmods.patches.checkpoint import Checkpoint
 from keras_weightmods.patches.entry import PatchEntry, Replacing, Sparse
 from keras_weightmods.patches.files import DIFFERENCES
+from keras_weightmods.patches.ledger import ledger_of
 from keras_weightmods.patches.report import LoraKernel, LoraReport
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
@@ -214,7 +215,14 @@ def changes(
 
 
 def check_plain(model: Any) -> None:
-    """Raise ValueError where weights are reparameterized."""
+    """Raise ValueError unless LoRA can be added to the weights of a model."""
+    checks.check_model(model)
+    on_model = [*ledger_of(model).patches]
+    if on_model:
+        raise ValueError(
+            "`model` must be without patches. Call `kwm.Patch.clear(model)` "
+            f"first. Received: model={model.name!r} with {on_model}"
+        )
     if reparameterizations(model):
         raise ValueError(
             "The weights of `model` must be plain, as LoRA is added to them. "

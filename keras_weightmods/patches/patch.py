@@ -242,7 +242,7 @@ class Patch:
         ```
         """
         checks.check_string("name", name, optional=True)
-        _check_plain(model)
+        adapters.check_plain(model)
         fields = adapters.changes(model, lora, dtype, verbose)
         return Patch(name=name or _stem(lora), **fields)
 
@@ -296,7 +296,7 @@ class Patch:
         path = adapters.check_arguments(filepath, rank, overwrite)
         checks.check_bool("force", force)
         checks.check_verbose(verbose)
-        _check_plain(model)
+        adapters.check_plain(model)
         with Progress(1, "weight", verbose) as progress:
             values = Checkpoint("model", model)
             self._check_fits(values)
@@ -671,17 +671,6 @@ def _of_model(model: Any) -> tuple[Checkpoint, Ledger]:
     if isinstance(model, (list, tuple)):
         raise checks.error("model", "a built Keras model", type(model))
     return Checkpoint("model", model), ledger_of(model)
-
-
-def _check_plain(model: Any) -> None:
-    """Raise ValueError unless LoRA can be added to the weights of a model."""
-    on_model = [*Patch.on(model)]
-    if on_model:
-        raise ValueError(
-            "`model` must be without patches. Call `kwm.Patch.clear(model)` "
-            f"first. Received: model={model.name!r} with {on_model}"
-        )
-    adapters.check_plain(model)
 
 
 def _update(

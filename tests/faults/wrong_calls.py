@@ -293,7 +293,7 @@ def _merge():
 
 def _adapter():
     """Write a LoRA adapter; return its patch and their base."""
-    model = language_model()
+    model = models.randomize(language_model(), scale=0.2)
     base = [np.array(each) for each in model.get_weights()]
     kernel = kwm.find_targets(model)[0].variable
     kernel.assign_add(0 * kernel.value + 0.1)

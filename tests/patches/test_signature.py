@@ -115,73 +115,31 @@ def test_wrong_use(model, trio):
     cases = [
         (lambda: lists(), "`like`"),
         (lambda: lists(like=clean), "`like` must be a built Keras model"),
-        (lambda: lists(like=keras.layers.Dense(2)), "`like` must be built"),
-        (lambda: of(depth=0), "`depth` must be an int"),
-        (lambda: of(depth=2.0), "`depth` must be an int"),
         (lambda: of(depth=5), "kernel, 4"),
         (lambda: of(depth=1, targets="a"), "not both"),
-        (lambda: of(statistics="no"), "`statistics`"),
         (lambda: extract(first, None, robust, like=model), "`clean`"),
-        (lambda: extract(first, [], robust, like=model), "must be a built"),
-        (lambda: extract("a", clean, robust, like=model), "`init`"),
-        (lambda: signature.truncate(0), "`depth`"),
         (lambda: other.truncate(1), "`depth` must be an int >= 3"),
-        (lambda: signature.quantize(3), "`bits`"),
-        (lambda: signature.quantize(8.0), "`bits`"),
-        (lambda: signature.cosine_similarity(3), "`other`"),
         (lambda: signature + tiny, "signature 2 has 1 weights"),
         (lambda: signature * np.nan, "finite"),
         (lambda: signature * 1e39, "not finite in float32"),
-        (lambda: sum_of([]), "`signatures`"),
-        (lambda: sum_of([signature, 3]), "`signatures`"),
-        (lambda: sum_of(signature), "`signatures`"),
-        (lambda: sum_of([signature], "max"), "`method`"),
         (lambda: sum_of([signature], weights=[1, 2]), "`weights`"),
-        (lambda: sum_of([signature], weights=["a"]), "`weights`"),
         (lambda: sum_of([signature], "mean", [0]), "sum to 0"),
-        (
-            lambda: sum_of([signature], "ties", density=0),
-            "`density`",
-        ),
-        (
-            lambda: sum_of([signature], "ties", density=""),
-            "`density`",
-        ),
-        (
-            lambda: sum_of([signature], "dare", drop_rate=1),
-            "drop_rate",
-        ),
-        (lambda: sum_of([signature], "dare", seed=1.5), "`seed`"),
-        (
-            lambda: sum_of([signature], density=0.2),
-            'is for "ties"',
-        ),
-        (
-            lambda: sum_of([signature], "ties", drop_rate=0),
-            '"dare"',
-        ),
-        (lambda: signature.apply(clean, scale=np.inf), "`scale`"),
-        (lambda: signature.apply(clean, scale="1"), "`scale`"),
-        (lambda: signature.apply(clean, scale=True), "`scale`"),
+        (lambda: sum_of([signature], density=0.2), 'is for "ties"'),
+        (lambda: sum_of([signature], "ties", drop_rate=0), '"dare"'),
         (lambda: signature.apply(clean[:-1]), "has 15 weights, and 16"),
         (lambda: signature.remove(clean), "a built Keras model"),
-        (lambda: signature.apply(3), "`model` must be a built Keras model"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
     for call in (
         lambda: signature + 1,
-        lambda: signature - 1,
         lambda: signature * "a",
         lambda: signature * True,
-        lambda: signature / "a",
         lambda: signature * signature,
     ):
         with pytest.raises(TypeError):
             call()
-    with pytest.raises(ZeroDivisionError):
-        signature / 0
 
 
 def test_apply_lists_all_that_is_wrong(model):
