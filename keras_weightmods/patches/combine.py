@@ -24,27 +24,35 @@ def summed(signatures, method, weights, density, drop_rate, seed):
     weights = [checks.check_float("weights", each) for each in weights]
     density = _of_method("density", density, method, "ties", 0.2)
     drop_rate = _of_method("drop_rate", drop_rate, method, "dare", 0.9)
-    if method == "sum":
-        return linear_combination(signatures, weights, "sum")
-    if method == "dare":
-        drop_rate = checks.check_float("drop_rate", drop_rate, least=0, below=1)
-        seed = checks.check_int("seed", seed, least=0)
-        return dare(signatures, weights, drop_rate, seed)
-    total = sum(weights)
-    if total == 0:
-        expected = f"numbers that do not sum to 0 for method {method!r}"
-        raise checks.error("weights", expected, weights)
-    if method == "mean":
-        shares = [weight / total for weight in weights]
-        return linear_combination(signatures, shares, "mean")
     density = checks.check_float("density", density, above=0, most=1)
-    if min(weights) < 0:
-        expected = (
-            'numbers >= 0 for method "ties", which takes a mean; negate a '
-            "signature, `-1 * signature`, to take it away"
-        )
-        raise checks.error("weights", expected, weights)
-    return ties(signatures, weights, density)
+    drop_rate = checks.check_float("drop_rate", drop_rate, least=0, below=1)
+    seed = checks.check_int("seed", seed, least=0)
+    shares, keep = weights, None
+    if method in ("mean", "ties"):
+        total = sum(weights)
+        if total == 0:
+            expected = f"numbers that do not sum to 0 for method {method!r}"
+            raise checks.error("weights", expected, weights)
+        shares = [weight / total for weight in weights]
+    fuse = functools.partial(weighted_sum, weights=shares)
+    if method == "ties":
+        if min(weights) < 0:
+            expected = (
+                'numbers >= 0 for method "ties", which takes a mean; negate a '
+                "signature, `-1 * signature`, to take it away"
+            )
+            raise checks.error("weights", expected, weights)
+        fuse = functools.partial(elected_mean, weights=weights)
+        keep = functools.partial(trimmed, density=density)
+    elif method == "dare":
+        generator = np.random.default_rng(seed)
+
+        def keep(arrays):
+            return [dropped(x, drop_rate, generator) for x in arrays]
+
+    if keep is not None:
+        signatures = [map_weights(each, keep) for each in signatures]
+    return combined(signatures, fuse, shares, method)
 
 
 def _of_method(name, value, method, taker, default):
@@ -59,28 +67,6 @@ def linear_combination(signatures: Sequence[S], weights, method) -> S:
     """Return the sum of `weights[i] * signatures[i]`, computed in float64."""
     fuse = functools.partial(weighted_sum, weights=weights)
     return combined(signatures, fuse, weights, method)
-
-
-def ties(signatures: Sequence[S], weights, density) -> S:
-    """Return the TIES merge (arXiv 2306.01708) of weighted signatures."""
-    parts = [
-        map_weights(each, lambda arrays: trimmed(arrays, density))
-        for each in signatures
-    ]
-    shares = [weight / sum(weights) for weight in weights]
-    merge = functools.partial(elected_mean, weights=weights)
-    return combined(parts, merge, shares, "ties")
-
-
-def dare(signatures: Sequence[S], weights, drop_rate, seed) -> S:
-    """Return the sum of signatures of which entries were dropped at random."""
-    generator = np.random.default_rng(seed)
-
-    def drop(arrays):
-        return [dropped(x, drop_rate, generator) for x in arrays]
-
-    parts = [map_weights(signature, drop) for signature in signatures]
-    return linear_combination(parts, weights, "dare")
 
 
 def combined(signatures, function, weights, method):

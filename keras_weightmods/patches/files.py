@@ -1,9 +1,9 @@
 """Patches in files, checked before anything in them is used.
 
-A file (see `saving.container`) holds one array for each weight that is changed
-and, as JSON, everything else. An array is of floats; of integers, with their
-scales beside it; or of bytes: those of the places, of the exponents and of the
-mantissas of a sparse change, see `coding`.
+A file (see `saving.container`) holds an array for each weight of a signature,
+of floats or of integers with their scales beside it; one array with the sparse
+changes of a delta, for each weight the bytes of the places, of the exponents
+and of the mantissas (see `coding`); and, as JSON, everything else.
 """
 
 import math
@@ -33,6 +33,7 @@ from keras_weightmods.utils.dtypes import numpy_dtype
 FORMAT = "keras_weightmods.patch"
 VERSION = 1
 CONFIG = "patch.json"
+_SPARSE_ARRAY = "changes"
 # Of the differences of a delta.
 DIFFERENCES = ("bfloat16", "float16", "float32")
 _ABOUT = {
@@ -73,13 +74,24 @@ def save(filepath, kind, patch, overwrite, see):
         Float, the bits that a place takes; `None` without places.
     """
     check_filepath(filepath, overwrite)
-    arrays, rows = {}, []
+    arrays, rows, planes = {}, [], []
     for entry in patch:
-        row, found = _coded(entry)
-        rows.append({"position": entry.position, **row})
-        for ending, array in found.items():
-            arrays[f"{entry.position}{ending}"] = array
+        name, tensor = str(entry.position), entry.tensor
+        row = {"position": entry.position, "depth": entry.depth}
+        if isinstance(tensor, Sparse):
+            row, found = _coded(entry)
+            planes += found
+        elif isinstance(tensor, Quantized):
+            row |= {"kind": "integers", "bits": tensor.bits}
+            arrays[name] = tensor.packed
+            arrays[f"{name}.scales"] = tensor.scales
+        else:
+            row |= {"kind": "floats", "replaced": float(entry.replaced)}
+            arrays[name] = tensor
+        rows.append(row)
         see(entry.key)
+    if planes:
+        arrays[_SPARSE_ARRAY] = np.concatenate(planes)
     config = {
         "kind": kind,
         **{name: getattr(patch, name) for name in _ABOUT},
@@ -97,15 +109,8 @@ def save(filepath, kind, patch, overwrite, see):
 
 
 def _coded(entry):
-    """Return what the JSON holds of an entry, and its arrays by ending."""
+    """Return what the JSON holds of a sparse change, and its planes."""
     tensor = entry.tensor
-    if isinstance(tensor, Quantized):
-        row = {"kind": "integers", "depth": entry.depth, "bits": tensor.bits}
-        return row, {"": tensor.packed, ".scales": tensor.scales}
-    if not isinstance(tensor, Sparse):
-        replaced = float(entry.replaced)
-        row = {"kind": "floats", "depth": entry.depth, "replaced": replaced}
-        return row, {"": tensor}
     rows, low, coded, places = 1, 0, 0, np.empty(0, "uint8")
     checksum = None
     if entry.seed is None:
@@ -117,6 +122,7 @@ def _coded(entry):
     first = coding.compress(first)
     is_new = isinstance(tensor, Replacing)
     row = {
+        "position": entry.position,
         "kind": "values" if is_new else "differences",
         "dtype": tensor.values.dtype.name,
         "seed": entry.seed,
@@ -128,7 +134,7 @@ def _coded(entry):
         "places": places.size,
         "exponents": first.size,
     }
-    return row, {"": np.concatenate([places, first, rest])}
+    return row, [places, first, rest]
 
 
 def load(filepath):
@@ -173,7 +179,7 @@ def _parse(config, reader):
         ),
         "reparameterized weights",
     )
-    previous, expected = -1, {CONFIG}
+    previous, expected, end, starts = -1, {CONFIG}, 0, []
     for row in config["entries"]:
         kind = row.get("kind") if isinstance(row, dict) else None
         types = _KINDS.get(kind) if isinstance(kind, str) else None
@@ -186,16 +192,29 @@ def _parse(config, reader):
             "entries",
         )
         previous = row["position"]
-        expected.add(f"{previous}")
+        starts.append(end)
+        if types is _SPARSE:
+            expected.add(_SPARSE_ARRAY)
+            end += _sparse_size(row, infos[previous])
+        else:
+            expected.add(f"{previous}")
         if kind == "integers":
             expected.add(f"{previous}.scales")
     _check(expected == {*reader.entries}, "arrays, one for each entry")
-    entries = tuple(
-        parallel.map_ahead(
-            lambda row: _entry(row, infos[row["position"]], reader),
-            config["entries"],
-        )
-    )
+    if _SPARSE_ARRAY in expected:
+        found = reader.entries[_SPARSE_ARRAY]
+        is_right = (found.dtype, found.shape) == ("uint8", (end,))
+        _check(is_right, f"array {_SPARSE_ARRAY!r} of {end} bytes")
+
+    def entry_of(each):
+        row, start = each
+        info = infos[row["position"]]
+        if "dtype" in row:
+            return _sparse(row, info, reader, start)
+        return _dense(row, info, reader)
+
+    pairs = zip(config["entries"], starts)
+    entries = tuple(parallel.map_ahead(entry_of, pairs))
     whole = [
         entry.position
         for entry in entries
@@ -209,8 +228,8 @@ def _parse(config, reader):
     return config["kind"], {**fields, "whole": tuple(config["whole"])}
 
 
-def _entry(row, info, reader):
-    """Return the entry of a row, of which the types are right."""
+def _dense(row, info, reader):
+    """Return the entry of a row of floats or integers; types are right."""
     name, size = f"{info.position}", math.prod(info.shape)
     if row["kind"] == "floats":
         replaced = row["replaced"]
@@ -220,34 +239,43 @@ def _entry(row, info, reader):
         _check(is_right, f"entry for {info.key}")
         tensor: Any = _array(reader, name, "float32", [info.shape])
         return PatchEntry(info, tensor, replaced, row["depth"])
-    if row["kind"] == "integers":
-        bits = row["bits"]
-        is_right = bits in (8, 4, 2) and not info.is_statistic
-        _check(is_right, f"entry for {info.key}")
-        packed = _array(reader, name, "uint8", [(code_bytes(size, bits),)])
-        shapes = [(), info.shape[-1:]] if len(info.shape) > 1 else [()]
-        scales = _array(reader, f"{name}.scales", "float32", shapes)
-        tensor = Quantized(packed, scales, bits, info.shape)
-        _check(
-            np.all(scales >= 0) and np.all(tensor.codes < 2**bits - 1),
-            f"codes of {info.key}",
-        )
-        return PatchEntry(info, tensor, depth=row["depth"])
-    count, rows, seed = row["count"], row["rows"], row["seed"]
-    is_new = row["kind"] == "values"
-    dtypes = (info.dtype,) if is_new else DIFFERENCES
+    bits = row["bits"]
+    is_right = bits in (8, 4, 2) and not info.is_statistic
+    _check(is_right, f"entry for {info.key}")
+    packed = _array(reader, name, "uint8", [(code_bytes(size, bits),)])
+    shapes = [(), info.shape[-1:]] if len(info.shape) > 1 else [()]
+    scales = _array(reader, f"{name}.scales", "float32", shapes)
+    tensor = Quantized(packed, scales, bits, info.shape)
+    _check(
+        np.all(scales >= 0) and np.all(tensor.codes < 2**bits - 1),
+        f"codes of {info.key}",
+    )
+    return PatchEntry(info, tensor, depth=row["depth"])
+
+
+def _sparse_size(row, info):
+    """Return the bytes of a sparse change whose row has the right types."""
+    size = math.prod(info.shape)
+    dtypes = (info.dtype,) if row["kind"] == "values" else DIFFERENCES
     _check(
         row["dtype"] in dtypes
-        and 0 <= count <= size
-        and 1 <= rows <= max(1, size)
-        and size % rows == 0
+        and 0 <= row["count"] <= size
+        and 1 <= row["rows"] <= max(1, size)
+        and size % row["rows"] == 0
         and min(row["places"], row["exponents"]) >= 0,
         f"entry for {info.key}",
     )
-    dtype = numpy_dtype(row["dtype"])
+    rest = row["count"] * (numpy_dtype(row["dtype"]).itemsize - 1)
+    return row["places"] + row["exponents"] + rest
+
+
+def _sparse(row, info, reader, start):
+    """Return the entry of a sparse change, whose bytes begin at `start`."""
+    size, dtype = math.prod(info.shape), numpy_dtype(row["dtype"])
+    count, rows, seed = row["count"], row["rows"], row["seed"]
+    stop = start + _sparse_size(row, info)
+    data = reader.read_part(_SPARSE_ARRAY, start, stop)
     ends = row["places"], row["places"] + row["exponents"]
-    total = ends[1] + count * (dtype.itemsize - 1)
-    data = _array(reader, name, "uint8", [(total,)])
     packed, first, rest = np.split(data, ends)
     numbers = coding.decompress(first, count)
     if seed is not None:
@@ -267,7 +295,7 @@ def _entry(row, info, reader):
         places = coding.to_rows(places, rows, size)
     values = coding.join_floats(numbers, rest, dtype)
     _check(is_finite(values), f"finite numbers of {info.key}")
-    kind = Replacing if is_new else Sparse
+    kind = Replacing if row["kind"] == "values" else Sparse
     return PatchEntry(info, kind(places, values), seed=seed)
 
 

@@ -16,7 +16,7 @@ def json_array(value):
     Raises:
         ValueError: If it would be too large for it.
     """
-    text = json.dumps(value).encode()
+    text = json.dumps(value, separators=(",", ":")).encode()
     check_json(text)
     return np.frombuffer(text, "uint8")
 

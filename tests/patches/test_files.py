@@ -208,7 +208,7 @@ def array_attacks():
             np.zeros(9, "float64"),
         ):
             yield setter(name, value=array)
-    for extra in ("999", "0.other", "../0"):
+    for extra in ("999", "0.other", "../0", "changes"):
         yield setter(extra, value=np.zeros(0, "uint8"))
     # Not finite, and codes that no quantizer writes.
     wrong = {"4": (np.nan, np.inf), "0.scales": (np.nan, -1), "0": (255,)}
