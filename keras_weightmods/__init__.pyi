@@ -14,6 +14,7 @@ from .evaluation.perplexity import perplexity as perplexity
 from .evaluation.scaling_law import ScalingLaw as ScalingLaw
 from .evaluation.scaling_law import fit_scaling_law as fit_scaling_law
 from .exporting.export import export as export
+from .exporting.export import register_export_format as register_export_format
 from .generation.compile_generate import compile_generate as compile_generate
 from .generation.compile_generate import (
     uncompile_generate as uncompile_generate,

@@ -1,15 +1,12 @@
 """Keras language models in EleutherAI's `lm-eval`."""
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_weightmods.core import keras_compat
 from keras_weightmods.evaluation.perplexity import start_token, tokenize
 from keras_weightmods.evaluation.token_scorer import (
     TokenScorer,
@@ -174,15 +171,13 @@ class _KerasLM:
         progress = keras.utils.Progbar(len(requests))
         progress.update(0)
         results = []
-        with _greedy(self.model) as generate:
-            for request in requests:
-                context, options = request.args
-                result = self._generate(generate, context, dict(options))
-                self.cache_hook.add_partial(
-                    "generate_until", request.args, result
-                )
-                results.append(result)
-                progress.update(len(results))
+        greedy = _Greedy(self.model)
+        for request in requests:
+            context, options = request.args
+            result = self._generate(greedy, context, dict(options))
+            self.cache_hook.add_partial("generate_until", request.args, result)
+            results.append(result)
+            progress.update(len(results))
         return results
 
     def _log_probabilities(self, pairs: Any) -> Any:
@@ -217,7 +212,7 @@ class _KerasLM:
             progress.update(first + len(batch))
         return results
 
-    def _generate(self, generate: Any, context: Any, options: Any) -> Any:
+    def _generate(self, greedy: Any, context: Any, options: Any) -> Any:
         if options.get("do_sample"):
             raise ValueError(
                 "`generate_until` decodes greedily. Set `do_sample: false` in "
@@ -238,7 +233,7 @@ class _KerasLM:
             for tokens in map(tokenizer, until)
             if len(tokens) == 1
         )
-        tokens = generate(prompt, count, sorted(stops))
+        tokens = greedy.new_tokens(prompt, count, sorted(stops))
         tokens = itertools.takewhile(lambda token: token not in ends, tokens)
         # Of both together: alone, the first word could lose its space.
         text = tokenizer.detokenize([*prompt, *tokens])
@@ -248,23 +243,39 @@ class _KerasLM:
         return text
 
 
-@contextlib.contextmanager
-def _greedy(model: Any) -> Iterator[Any]:
-    """Yield a function (prompt, count, stops) -> new tokens, the likeliest."""
-    import keras_hub
+class _Greedy:
+    """A `CausalLM` that writes the likeliest tokens, and leaves it as it is.
 
-    step = 1 if keras.backend.backend() == "torch" else _LENGTH_STEP
+    The methods of its class run on this object: all but the sampler and the
+    compiled function is that of the model.
+    """
 
-    def generate(prompt: Any, count: int, stops: Any) -> Any:
+    def __init__(self, model: Any) -> None:
+        import keras_hub
+
+        self._model = model
+        self.sampler = keras_hub.samplers.GreedySampler()
+        self.generate_function: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def generate_step(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self._model).generate_step(self, *args, **kwargs)
+
+    def new_tokens(self, prompt: Any, count: int, stops: Any) -> Any:
+        """Return the tokens after a prompt, `count` or up to a stop."""
         total = len(prompt) + count
-        width = max(total, longest_input(model, -(-total // step) * step))
+        step = 1 if keras.backend.backend() == "torch" else _LENGTH_STEP
+        padded = -(-total // step) * step
+        width = max(total, longest_input(self._model, padded))
         # Generation ends where it sees a stop, also in what is not written yet.
         filler = min(set(range(len(stops) + 1)) - set(stops))
         tokens = np.full((1, width), filler, dtype="int32")
         tokens[0, : len(prompt)] = prompt
         mask = np.arange(width)[None] < len(prompt)
         inputs = {"token_ids": tokens, "padding_mask": mask}
-        outputs = model.make_generate_function()(
+        outputs = type(self._model).make_generate_function(self)(
             keras.tree.map_structure(keras.ops.convert_to_tensor, inputs),
             stop_token_ids=stops,
         )
@@ -272,10 +283,3 @@ def _greedy(model: Any) -> Iterator[Any]:
         used = keras.ops.convert_to_numpy(outputs["padding_mask"])[0]
         chosen = slice(len(prompt), total)
         return new[chosen][used[chosen].astype(bool)].tolist()
-
-    with keras_compat.replaced_attributes(
-        model,
-        sampler=keras_hub.samplers.GreedySampler(),
-        generate_function=None,
-    ):
-        yield generate

@@ -1,6 +1,6 @@
 """A model as a file for other runtimes."""
 
-import importlib
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -21,44 +21,84 @@ from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.progress import Progress
 from keras_weightmods.utils.report import size_text
 
-# The ending that a format asks for, if it does.
-ENDINGS = {
-    "tf_saved_model": "",
-    "onnx": ".onnx",
-    "openvino": ".xml",
-    "litert": ".tflite",
-    "torch": ".pt2",
-    "transformers": "",
-    "gguf": ".gguf",
-}
-# What a format needs, by backend ("" for any): the backends that can write it
-# at all, each with the modules to import and how to install them. OpenVINO does
-# not convert the calls of XLA that JAX 0.10 gives.
-_NEEDS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
-    "tf_saved_model": {
-        "tensorflow": ((), ""),
-        "jax": (("tensorflow",), "tensorflow"),
-        "torch": (("torch_xla", "tensorflow"), "torch_xla tensorflow"),
-    },
-    "onnx": {
-        "tensorflow": (("tf2onnx",), "tf2onnx"),
-        "jax": (("jax2onnx",), "jax2onnx"),
-        "torch": (("onnx", "onnxscript"), "onnx onnxscript"),
-    },
-    "openvino": {
-        "tensorflow": (("openvino",), "openvino"),
-        "torch": (("openvino",), "openvino"),
-    },
-    "litert": {
-        "tensorflow": ((), ""),
-        "torch": (("litert_torch",), "litert-torch"),
-    },
-    "torch": {"torch": ((), "")},
-    "transformers": {"": (("keras_hub",), "keras-hub")},
-    "gguf": {"": (("gguf",), "'keras-weightmods[gguf]'")},
-}
-# (format, backend) whose files can call the compiled kernels.
-_KEEP_PACKED = (("tf_saved_model", "tensorflow"), ("torch", "torch"))
+# What writes a file, once all is checked.
+Write = Callable[[str, Progress], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFormat:
+    """A format of `export`.
+
+    Attributes:
+        writer: Callable from a model, and the further arguments of `export`,
+            to what writes the file or folder: a callable from its path and a
+            `Progress`. The first checks all, the second raises no more errors
+            of the user.
+        ending: String, of the file; empty for a folder.
+        needs: Dict from the backends that can write it, `""` for any, to the
+            names of the modules that it imports there.
+        install: String, what `pip install` takes for these modules, where it
+            is not their names.
+        keeps_packed: String, the backend on which its files can call the
+            compiled kernels; empty for none.
+    """
+
+    writer: Callable[..., Write]
+    ending: str = ""
+    needs: dict[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=lambda: {"": ()}
+    )
+    install: str = ""
+    keeps_packed: str = ""
+
+
+def register_export_format(
+    name: str, writer: Callable[..., Any], **fields: Any
+) -> None:
+    """Add a format to `export` and to the command line.
+
+    Args:
+        name: String, the `format` of `export`.
+        writer: Callable from a model, and the further arguments of `export`,
+            to what writes the file: a callable from its path and a progress
+            bar, whose `add()` counts a step. Only the second finds packed
+            weights dense.
+        **fields: `ending`, `needs`, `install` and `keeps_packed`, see
+            `ExportFormat`.
+
+    Raises:
+        ValueError: If there is such a format, or `writer` is not callable.
+
+    Example:
+
+    ```python
+    import os
+    import tempfile
+    import keras
+    import numpy as np
+    import keras_weightmods as kwm
+
+    def writer(model):
+        def write(path, progress):
+            np.savez(path, *model.get_weights())
+
+        return write
+
+    kwm.register_export_format("arrays", writer, ending=".npz")
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.npz")
+        kwm.export(model, path, "arrays")
+        assert np.load(path)["arr_0"].shape == (8, 4)
+    ```
+    """
+    checks.check_string("name", name)
+    if name in FORMATS:
+        expected = f"another name than {', '.join(map(repr, FORMATS))}"
+        raise checks.error("name", expected, name)
+    if not callable(writer):
+        raise checks.error("writer", "a callable", writer)
+    FORMATS[name] = ExportFormat(writer, **fields)
 
 
 def export(
@@ -93,6 +133,7 @@ def export(
     The first five are those of `keras.Model.export`, which writes them.
     `"transformers"` is KerasHub's `export_to_transformers`: `config.json`,
     `model.safetensors` and the tokenizer. `"gguf"` is for llama.cpp.
+    `register_export_format` adds to them.
 
     Args:
         model: A built `keras.Model`.
@@ -146,17 +187,17 @@ def export(
         assert sorted(os.listdir(path)) == ["config.json", "model.safetensors"]
     ```
     """
-    checks.check_choice("format", format, tuple(ENDINGS))
+    checks.check_choice("format", format, tuple(FORMATS))
     checks.check_bool("keep_packed", keep_packed)
     checks.check_bool("overwrite", overwrite)
     checks.check_verbose(verbose)
-    path = _check_path(filepath, format, overwrite)
+    path = _check_path(filepath, FORMATS[format].ending, overwrite)
     if not isinstance(model, keras.Model) or not model.built:
         expected = "a built `keras.Model`. Call it on data once"
         raise checks.error("model", expected, model)
-    check_needs(format, keep_packed)
+    _check_needs(format, keep_packed)
     with Progress(1, "step", verbose) as progress:
-        write = _writer(model, format, kwargs)
+        write = FORMATS[format].writer(model, **kwargs)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             target = str(pathlib.Path(folder) / path.name)
             if keep_packed:
@@ -164,35 +205,40 @@ def export(
                 if format == "torch":
                     _check_torch_loads(target)
             else:
-                _warn_about_sizes(model)
-                progress.total += len(_packed(model))
+                progress.total += len(_warn_about_sizes(model))
                 with seam.stored_weights(model, progress.add):
                     write(target, progress)
-            made = [*pathlib.Path(folder).iterdir()]
-            for each in made:
-                # More than one is there for OpenVINO, or a large ONNX model.
-                _check_overwrite(path.parent / each.name, overwrite)
-            for each in made:
-                _replace(path.parent / each.name, each)
+            # More than one is there for OpenVINO, or a large ONNX model.
+            places = {
+                each: path.parent / each.name
+                for each in pathlib.Path(folder).iterdir()
+            }
+            for place in places.values():
+                _check_overwrite(place, overwrite)
+            for made, place in places.items():
+                if place.is_dir():
+                    shutil.rmtree(place)
+                os.replace(made, place)
 
 
-def _check_path(filepath: Any, format: str, overwrite: bool) -> pathlib.Path:
+def _check_path(filepath: Any, ending: str, overwrite: bool) -> pathlib.Path:
     path = pathlib.Path(
         os.path.abspath(checks.check_path("filepath", filepath))
     )
-    ending = ENDINGS[format]
+    received = os.fspath(filepath)
     if not path.parent.is_dir() or (ending and path.suffix != ending):
         expected = f"in a folder that exists, with the ending {ending!r}"
-        raise checks.error("filepath", expected, os.fspath(filepath))
-    if not path.exists():
-        return path
+        raise checks.error("filepath", expected, received)
     _check_overwrite(path, overwrite)
-    if path.is_dir() is bool(ending):
+    if path.exists() and path.is_dir() is bool(ending):
         expected = "a file" if ending else "a folder, or nothing yet"
-        raise checks.error("filepath", expected, os.fspath(filepath))
-    if path.is_dir() and not _is_export(path):
-        expected = "empty, or a folder that was exported"
-        raise checks.error("filepath", expected, os.fspath(filepath))
+        raise checks.error("filepath", expected, received)
+    if path.is_dir():
+        names = {each.name for each in path.iterdir()}
+        # Not any folder is replaced, by a slip.
+        if names and not names & {"saved_model.pb", "model.safetensors"}:
+            expected = "empty, or a folder that was exported"
+            raise checks.error("filepath", expected, received)
     return path
 
 
@@ -204,35 +250,27 @@ def _check_overwrite(path: pathlib.Path, overwrite: bool) -> None:
         )
 
 
-def _is_export(folder: pathlib.Path) -> bool:
-    """Whether a folder may be replaced: not any folder by a slip."""
-    names = {each.name for each in folder.iterdir()}
-    return not names or bool(names & {"saved_model.pb", "model.safetensors"})
-
-
-def check_needs(format: str, keep_packed: bool) -> None:
+def _check_needs(format: str, keep_packed: bool) -> None:
     """Raise ValueError or ImportError where a format cannot be written."""
-    backend = keras.backend.backend()
-    by_backend = _NEEDS[format]
-    needed = by_backend.get(backend, by_backend.get(""))
+    chosen, backend = FORMATS[format], keras.backend.backend()
+    needed = chosen.needs.get(backend, chosen.needs.get(""))
     if needed is None:
         raise ValueError(
-            f"The format {format!r} is written on {' and '.join(by_backend)} "
+            f"The format {format!r} is written on {' and '.join(chosen.needs)} "
             f"alone. Received: the backend {backend!r}. Save the model by "
             "`kwm.save_model`, and load it under another KERAS_BACKEND."
         )
-    if keep_packed and (format, backend) not in _KEEP_PACKED:
+    if keep_packed and chosen.keeps_packed != backend:
         raise ValueError(
             "Packed kernels can be kept in 'tf_saved_model' on TensorFlow and "
             "in 'torch' on torch alone. Received: keep_packed=True, "
             f"format={format!r} on {backend!r}"
         )
-    modules, install = needed
-    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    missing = [m for m in needed if importlib.util.find_spec(m) is None]
     if missing:
         raise ImportError(
             f"The format {format!r} needs {', '.join(missing)} on {backend}. "
-            f"Install with: pip install {install}"
+            f"Install with: pip install {chosen.install or ' '.join(needed)}"
         )
 
 
@@ -257,23 +295,19 @@ def _check_torch_loads(path: str) -> None:
         ) from error
 
 
-def _writer(
-    model: Any, format: str, kwargs: dict[str, Any]
-) -> Callable[[str, Progress], Any]:
-    """Return what writes a file of the format, once all is checked."""
-    if format in ("gguf", "transformers"):
-        _check_plain(model, format)
-    if format == "gguf":
-        return gguf_file.writer(model, **kwargs)
-    if format == "transformers":
-        return _transformers_writer(model, **kwargs)
-    kwargs = {"verbose": False, **kwargs}
-    inputs = input_of(model)
-    if format == "onnx" and inputs is not None:
-        # Keras asks for a call of the model first, or for this.
-        signature = [keras.tree.map_structure(_spec_of, inputs)]
-        kwargs = {"input_signature": signature, **kwargs}
-    return lambda path, _: model.export(path, format=format, **kwargs)
+def _by_keras(format: str) -> Callable[..., Write]:
+    """Return the writer of a format of `keras.Model.export`."""
+
+    def writer(model: Any, **kwargs: Any) -> Write:
+        kwargs = {"verbose": False, **kwargs}
+        inputs = input_of(model)
+        if format == "onnx" and inputs is not None:
+            # Keras asks for a call of the model first, or for this.
+            signature = [keras.tree.map_structure(_spec_of, inputs)]
+            kwargs = {"input_signature": signature, **kwargs}
+        return lambda path, _: model.export(path, format=format, **kwargs)
+
+    return writer
 
 
 def _spec_of(tensor: Any) -> keras.InputSpec:
@@ -281,7 +315,13 @@ def _spec_of(tensor: Any) -> keras.InputSpec:
     return keras.InputSpec(tensor.dtype, shape, name=tensor.name)
 
 
-def _transformers_writer(model: Any) -> Callable[[str, Progress], Any]:
+def _gguf_writer(model: Any, **kwargs: Any) -> Write:
+    _check_plain(model, "gguf")
+    return gguf_file.writer(model, **kwargs)
+
+
+def _transformers_writer(model: Any) -> Write:
+    _check_plain(model, "transformers")
     write = getattr(model, "export_to_transformers", None)
     if write is None:
         expected = "a KerasHub model with `export_to_transformers`"
@@ -323,27 +363,70 @@ def _check_plain(model: Any, format: str) -> None:
         )
 
 
-def _packed(model: Any) -> list[Any]:
-    return [i for i in reparameterizations(model) if not i.keeps_stored]
+def _warn_about_sizes(model: Any) -> list[Any]:
+    """Return what is packed in a model; warn that it becomes dense."""
+    items = [i for i in reparameterizations(model) if not i.keeps_stored]
+    if items:
+        arrays = [(weight.shape, weight.dtype) for weight in model.weights]
+        now = bytes_of(arrays)
+        packed = bytes_of(
+            (p.shape, p.dtype) for item in items for p in item.parameters
+        )
+        dense = bytes_of((item.target.shape, item.dtype) for item in items)
+        warnings.warn(
+            f"{len(items)} packed weights are exported in dense form: "
+            f"{size_text(now - packed + dense)} of weights, where the packed "
+            f"model has {size_text(now)}. `kwm.save_model` keeps them packed.",
+            stacklevel=3,
+        )
+    return items
 
 
-def _warn_about_sizes(model: Any) -> None:
-    items = _packed(model)
-    if not items:
-        return
-    now = bytes_of((weight.shape, weight.dtype) for weight in model.weights)
-    packed = bytes_of((p.shape, p.dtype) for i in items for p in i.parameters)
-    dense = bytes_of((i.target.shape, i.dtype) for i in items)
-    warnings.warn(
-        f"{len(items)} packed weights are exported in dense form: "
-        f"{size_text(now - packed + dense)} of weights, where the packed model "
-        f"has {size_text(now)}. `kwm.save_model` keeps them packed.",
-        stacklevel=3,
-    )
-
-
-def _replace(path: pathlib.Path, made: pathlib.Path) -> None:
-    """Put a file or folder that was made in its place."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(made, path)
+# All formats, by their names. OpenVINO does not convert the calls of XLA that
+# JAX 0.10 gives.
+FORMATS: dict[str, ExportFormat] = {
+    "tf_saved_model": ExportFormat(
+        _by_keras("tf_saved_model"),
+        needs={
+            "tensorflow": (),
+            "jax": ("tensorflow",),
+            "torch": ("torch_xla", "tensorflow"),
+        },
+        keeps_packed="tensorflow",
+    ),
+    "onnx": ExportFormat(
+        _by_keras("onnx"),
+        ending=".onnx",
+        needs={
+            "tensorflow": ("tf2onnx",),
+            "jax": ("jax2onnx",),
+            "torch": ("onnx", "onnxscript"),
+        },
+    ),
+    "openvino": ExportFormat(
+        _by_keras("openvino"),
+        ending=".xml",
+        needs={"tensorflow": ("openvino",), "torch": ("openvino",)},
+    ),
+    "litert": ExportFormat(
+        _by_keras("litert"),
+        ending=".tflite",
+        needs={"tensorflow": (), "torch": ("litert_torch",)},
+        install="litert-torch",
+    ),
+    "torch": ExportFormat(
+        _by_keras("torch"),
+        ending=".pt2",
+        needs={"torch": ()},
+        keeps_packed="torch",
+    ),
+    "transformers": ExportFormat(
+        _transformers_writer, needs={"": ("keras_hub",)}, install="keras-hub"
+    ),
+    "gguf": ExportFormat(
+        _gguf_writer,
+        ending=".gguf",
+        needs={"": ("gguf",)},
+        install="'keras-weightmods[gguf]'",
+    ),
+}

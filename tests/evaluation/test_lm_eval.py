@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from keras_weightmods.evaluation import lm_eval
 from tests.models import causal_lm, gpt2_preprocessor, numpy, randomize
 
 pytest.importorskip("keras_hub")
@@ -104,8 +105,19 @@ def test_loglikelihood_rolling(model, adapted):
         assert value == pytest.approx(expected, rel=1e-4)
 
 
-def test_generate_until_is_greedy_and_leaves_the_model_alone(model, adapted):
-    sampler = model.sampler
+def test_the_likeliest_tokens_without_a_change_of_the_model(model):
+    before = dict(vars(model))
+    start = encode(model, "ab cd")
+    found = lm_eval._Greedy(model).new_tokens(start, 4, [99])
+    assert [*start, *found] == greedy(model, start, 4)
+    first = lm_eval._Greedy(model).new_tokens(start, 4, [found[1]])
+    assert first == found[: found.index(found[1]) + 1]
+    assert vars(model).keys() == before.keys()
+    for name in ("sampler", "generate_function"):
+        assert vars(model)[name] is before[name]
+
+
+def test_generate_until_is_greedy(model, adapted):
     text = model.preprocessor.tokenizer.detokenize
     prompt = "ab cd"
     tokens = greedy(model, encode(model, prompt), 4)
@@ -125,16 +137,15 @@ def test_generate_until_is_greedy_and_leaves_the_model_alone(model, adapted):
     assert results[0] == whole
     assert results[1] == whole.split(stop)[0]
     assert results[2] == text([*start, *new[:1]])[len(text(start)) :]
-    assert model.sampler is sampler
     with pytest.raises(ValueError, match="greedily"):
         adapted.generate_until(requests((prompt, {"do_sample": True})))
-    assert model.sampler is sampler
 
 
 def test_only_end_tokens_end_a_text(adapted, monkeypatch):
     # Token 0 is an ordinary one in most vocabularies.
     monkeypatch.setattr(type(adapted), "eot_token_id", 3)
-    text = adapted._generate(lambda *_: [1, 0, 2, 3, 1], "c", {})
+    tokens = types.SimpleNamespace(new_tokens=lambda *_: [1, 0, 2, 3, 1])
+    text = adapted._generate(tokens, "c", {})
     assert text == "a<|endoftext|>b"
 
 

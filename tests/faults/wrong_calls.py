@@ -475,6 +475,10 @@ CALLS: dict[str, Callable[[], Call]] = {
     "quantize": lambda: on_model(
         kwm.quantize, data=X, group_size=8, epochs=1, verbose=0
     ),
+    "register_export_format": lambda: Call(
+        kwm.register_export_format,
+        {"name": "mine", "writer": lambda model: lambda path, _: None},
+    ),
     "register_merge_method": lambda: Call(
         kwm.register_merge_method,
         {"name": "mine", "function": lambda task: iter(())},

@@ -104,82 +104,58 @@ def test_long_calls_show_it(clock, capsys, tmp_path):
     assert "2/2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("refresh_every", [None, 1])
-def test_the_first_masks_and_a_refresh_show_it(refresh_every, clock, capsys):
+def fit_by_lift(verbose):
+    x, model = keras.ops.ones((4, 8)), mlp()
+    model.compile(kwm.SparseAdamW(0.1), "mse")
+    callback = kwm.PrincipalMaskCallback(0.25, refresh_every=1, seed=0)
+    model.fit(x, x[:, :4], epochs=2, callbacks=[callback], verbose=verbose)
+
+
+def fit_by_cast(verbose):
+    cast = kwm.CAST(mlp(8, 4, 4), teacher=None)
+    cast.compile(loss="mse")
+    cast.fit(np.ones((4, 8)), np.ones((4, 4)), 2, verbose=verbose)
+
+
+def patches(verbose):
+    model, path = mlp(), "patch.safetensors"
+    base = [weight + 0.5 for weight in model.get_weights()]
+    shown = {"verbose": verbose}
+    for patch in (
+        kwm.Patch.from_models(model, base, **shown),
+        kwm.WeightSignature.extract(None, model, mlp(), depth=2, **shown),
+    ):
+        patch.save(path, **shown)
+        kwm.Patch.load(path, **shown)
+        patch.apply(model, force=True, **shown)
+        patch.remove(model, **shown)
+
+
+@pytest.mark.parametrize(
+    ("call", "unit"),
+    [
+        (fit_by_lift, "s/mask"),
+        (fit_by_cast, "/batch"),
+        (patches, "s/weight"),
+        (lambda verbose: kwm.merge([mlp()], mlp(), verbose=verbose), "weight"),
+        *(
+            (lambda verbose, f=f: f(mlp(), verbose=verbose), "s/kernel")
+            for f in (
+                kwm.attach_compander,
+                kwm.attach_weight_norm,
+                kwm.attach_scaling,
+                kwm.SemiStructuredSparse.attach,
+            )
+        ),
+    ],
+)
+def test_all_calls_show_it(call, unit, clock, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     clock.is_over = True
-    x = keras.ops.ones((4, 8))
-    for verbose in (0, "auto", 2):
-        model = mlp()
-        model.compile(kwm.SparseAdamW(0.1), "mse")
-        callback = kwm.PrincipalMaskCallback(
-            0.25, refresh_every=refresh_every, seed=0
-        )
-        fit = {"epochs": 2, "callbacks": [callback], "verbose": verbose}
-        model.fit(x, x[:, :4], **fit)
-        assert ("s/mask" in capsys.readouterr().out) is bool(verbose)
-
-
-def test_the_start_of_cast_shows_it(clock, capsys):
-    clock.is_over = True
-    for verbose in (0, "auto", 2):
-        cast = kwm.CAST(mlp(8, 4, 4), teacher=None)
-        cast.compile(loss="mse")
-        cast.fit(np.ones((4, 8)), np.ones((4, 4)), 2, verbose=verbose)
-        assert ("/batch" in capsys.readouterr().out) is bool(verbose)
-
-
-def test_deltas_and_what_is_attached_show_it(clock, capsys, tmp_path):
-    clock.is_over = True
-    model, path = mlp(), tmp_path / "task.safetensors"
-    base = model.get_weights()
-    for verbose in (0, 1):
-
-        def run(call, *args, verbose=verbose, **kwargs):
-            call(*args, verbose=verbose, **kwargs)
-            out = capsys.readouterr().out
-            return out if verbose else out == ""
-
-        nudged = [each + 0.5 for each in base]
-        model.set_weights(nudged)
-        found = [run(kwm.Patch.from_models, model, base)]
-        patch = kwm.Patch.from_models(model, base, verbose=0)
-        found.append(run(patch.save, path))
-        model.set_weights(base)
-        found.append(run(patch.apply, model))
-        found.append(run(patch.remove, model))
-        found.append(run(kwm.merge, [model, model], model))
-        for attach in (
-            kwm.attach_compander,
-            kwm.attach_weight_norm,
-            kwm.attach_scaling,
-        ):
-            found.append(run(attach, model))
-            found.append(run(kwm.fold, model))
-        found.append(run(kwm.SemiStructuredSparse.attach, model))
-        kwm.SemiStructuredSparse.detach(model)
-        if not verbose:
-            assert all(found)
-            continue
-        expected = ["8/8", "5/5", "2/2", "1/1", "4/4", *["2/2"] * 7]
-        for text, end in zip(found, expected, strict=True):
-            assert end in text
-
-
-def test_signatures_show_it(clock, capsys, tmp_path):
-    clock.is_over = True
-    path = tmp_path / "signature.safetensors"
-    extract = kwm.WeightSignature.extract
-    for verbose in (0, 1):
-        shown = {"verbose": verbose}
-        signature = extract(None, mlp(), mlp(), depth=2, **shown)
-        signature.quantize(**shown).save(path, **shown)
-        kwm.WeightSignature.load(path, **shown)
-        kwm.WeightSignature.sum([signature, signature], **shown)
-        out = capsys.readouterr().out
-        assert verbose or out == ""
-    # Four are taken, and read for the hash of both models; saved with the file.
-    assert all(each in out for each in ("12/12", "4/4", "5/5"))
-    assert out.count("1/1") == 2
+    call(verbose=0)
+    assert unit not in capsys.readouterr().out
+    call(verbose=1)
+    assert unit in capsys.readouterr().out
 
 
 def test_a_first_step_that_takes_long_is_preceded_by_the_bar(capsys):
