@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -253,15 +252,6 @@ def merge(
             if w.name in plan.kept
         ),
     )
-
-
-def check_merge(models: Any, output: Any, **given: Any) -> None:
-    """Raise what `merge` would raise before it reads a weight."""
-    parameters = inspect.signature(merge).parameters
-    others = {"models", "output", "options", "verbose"}
-    defaults = {k: p.default for k, p in parameters.items() if k not in others}
-    with _planned(models, output, **{**defaults, **given}):
-        pass
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
