@@ -31,11 +31,12 @@ def _public_names():
 
 _NAMES = _public_names()
 __all__ = [*_NAMES]
-# Those that `keras.saving.register_keras_serializable` knows once they are
-# imported.
-_SERIALIZABLE = (
+# Those that Keras' registry of classes, or the one of reparameterizations for
+# `load_model`, knows once they are imported.
+_REGISTERED = (
     *("AdamS", "CAST", "CompanderDense", "CompanderOptimizer"),
     *("MaskedOptimizer", "SemiStructuredSparse", "SparseAdamW"),
+    *("pack", "attach_scaling", "attach_weight_norm"),
 )
 # What others call a thing of ours.
 _OTHER_WORDS = {
@@ -51,7 +52,7 @@ def __getattr__(name):
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(f"{message}{_suggestion(name)}")
     value = _load(name)
-    for other in _SERIALIZABLE:
+    for other in _REGISTERED:
         _load(other)
     return value
 
@@ -80,5 +81,5 @@ def _suggestion(name):
 
 
 if "keras" in sys.modules:
-    for _name in _SERIALIZABLE:
+    for _name in _REGISTERED:
         _load(_name)

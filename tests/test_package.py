@@ -74,6 +74,16 @@ def test_keras_finds_all_classes(lines):
 
 
 @pytest.mark.one_backend
+def test_files_of_models_find_all_reparameterizations():
+    run(
+        "from keras_weightmods import load_model",
+        "from keras_weightmods.core.reparameterization import KINDS",
+        "kinds = {'compander', 'packed', 'scaling', 'weight_norm'}",
+        "assert {*KINDS} == kinds, KINDS",
+    )
+
+
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("name", "message"),
     [
