@@ -31,13 +31,14 @@ def arguments_of(config: Any) -> dict[str, Any]:
         config = _read(config)
     unknown = {*config} - _KEYS - _PASSED_OVER
     names = {each.mergekit or name: name for name, each in METHODS.items()}
-    if unknown or config.get("merge_method") not in names:
+    given = config.get("merge_method")
+    if unknown or not isinstance(given, str) or given not in names:
         expected = (
             f"a config with `models` and a `merge_method` of {sorted(names)}, "
             f"and of the keys {sorted(_KEYS)}"
         )
         raise checks.error("config", expected, config)
-    method = names[config["merge_method"]]
+    method = names[given]
     chosen, base = METHODS[method], config.get("base_model")
     rows = config.get("models")
     if not isinstance(rows, list) or not all(
@@ -52,12 +53,17 @@ def arguments_of(config: Any) -> dict[str, Any]:
         or row.get("parameters")
     ]
     models = [row["model"] for row in rows]
-    shared = dict(config.get("parameters") or {})
-    divides = shared.pop("normalize", config["merge_method"] in _DIVIDE)
+    own = [row.get("parameters") or {} for row in rows]
+    shared = config.get("parameters") or {}
+    for each in (shared, *own):
+        if not isinstance(each, dict):
+            raise checks.error("parameters", "names and their values", each)
+    shared, own = dict(shared), [dict(each) for each in own]
+    divides = shared.pop("normalize", given in _DIVIDE)
     if chosen.weights != "none" and method != "slerp":
         ours = chosen.weights in ("mean", "votes")
         if bool(divides) != ours:
-            expected = f"{str(ours).lower()} for {config['merge_method']!r}"
+            expected = f"{str(ours).lower()} for {given!r}"
             raise checks.error("normalize", expected, divides)
     found: dict[str, Any] = {"method": method, "models": models}
     found["base"] = base if chosen.needs_base else None
@@ -66,7 +72,6 @@ def arguments_of(config: Any) -> dict[str, Any]:
         found["weights"] = [_spec(share, lambda t: 1 - t), _spec(share)]
         if base == models[-1]:
             found["weights"].reverse()
-    own = [dict(row.get("parameters") or {}) for row in rows]
     everywhere = shared.pop("weight", 1.0)
     weights = [_spec(each.pop("weight", everywhere)) for each in own]
     if chosen.weights != "none" and "weights" not in found:

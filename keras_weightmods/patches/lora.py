@@ -78,7 +78,6 @@ def write(
     """Write a patch as an adapter; see `Patch.to_lora`."""
     values = Checkpoint("model", model)
     kernels = _kernels(model, values)
-    targets = {_position(target): target for target in find_targets(model)}
     arrays: dict[str, np.ndarray] = {}
     rows: list[LoraKernel] = []
     skipped = []
@@ -99,16 +98,11 @@ def write(
         whole += size
         found = kernels.get(entry.position)
         if found is None or not size:
-            reason = "unchanged"
-            if size:
-                reason = (
-                    "not one tensor of transformers is this kernel and "
-                    "nothing else, or several have its values, as in a model "
-                    "that was not trained"
-                )
-            if entry.position not in targets:
-                reason = "no kernel of a layer"
-            skipped.append(Skipped(entry.key, reason))
+            reason = (
+                "no kernel that is one tensor of transformers, and the only "
+                "one with its values"
+            )
+            skipped.append(Skipped(entry.key, reason if size else "unchanged"))
             lost += size
             continue
         target, name, _ = found

@@ -198,6 +198,7 @@ def test_configs_of_mergekit(tmp_path, monkeypatch):
     for wrong, match in (
         ({**slerp, "merge_method": "karcher"}, "`merge_method` of"),
         ({**slerp, "slices": []}, "`config` must be"),
+        ({**slerp, "parameters": [1]}, "`parameters` must be"),
         ({"merge_method": "linear", "models": [paths[0]]}, "`model: FILE`"),
         (
             {
