@@ -1,4 +1,5 @@
 import os
+import pathlib
 import sys
 
 import keras
@@ -8,7 +9,7 @@ import safetensors.numpy
 
 import keras_weightmods as kwm
 from keras_weightmods.core import execution_order
-from keras_weightmods.merging.methods import METHODS
+from keras_weightmods.merging.methods import _BUILT_IN, METHODS
 from keras_weightmods.saving import container
 from tests.merging import references
 from tests.models import (
@@ -222,6 +223,17 @@ def test_configs_of_mergekit(tmp_path, monkeypatch):
             kwm.merge(wrong, merged, verbose=0)
     with pytest.raises(ValueError, match="`base` must be left out"):
         kwm.merge(slerp, merged, base=base)
+
+
+def test_methods_and_their_numbers_are_documented():
+    folder = pathlib.Path(__file__).absolute().parents[2] / "docs" / "guides"
+    guide = (folder / "merge.md").read_text()
+    for name in _BUILT_IN:
+        method = METHODS[name]
+        assert f'`"{name}"`' in guide
+        assert f'`"{name}"`' in kwm.merge.__doc__
+        for option in method.options:
+            assert f"`{option}`" in kwm.merge.__doc__
 
 
 def test_what_is_merged():
