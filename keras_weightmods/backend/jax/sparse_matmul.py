@@ -59,11 +59,9 @@ def _sparse_matmul_on_cpu(x, packed):
     if packed.activations == "int8":
         return shared_inputs.watched_product(x, packed, _matmul_int8_many)
     values, meta, scale = _arrays(packed)
-    if x.dtype == values.dtype == jnp.bfloat16:
-        return _matmul_bfloat16(x, values, meta, packed.shape[1])
-    y = _matmul(
-        x.astype(jnp.float32), values, meta, scale, packed.shape[1], False
-    )
+    is_bfloat16 = x.dtype == values.dtype == jnp.bfloat16
+    given = x if is_bfloat16 else x.astype(jnp.float32)
+    y = _matmul(given, values, meta, scale, packed.shape[1], False)
     return y.astype(x.dtype)
 
 
@@ -101,6 +99,8 @@ def _no_scale():
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _matmul(x, values, meta, scale, size, transposed):
     """By the kernel or its transpose; `size` entries in the last axis."""
+    if x.dtype == jnp.bfloat16:
+        return _call("kwm_xla_matmul_bfloat16", size)(x, values, meta)
     target = "kwm_xla_matmul_transposed" if transposed else "kwm_xla_matmul"
     return _call(target, size)(x, values, meta, scale)
 
@@ -112,7 +112,9 @@ def _matmul_forward(x, values, meta, scale, size, transposed):
 
 def _matmul_backward(size, transposed, saved, dy):
     x, values, meta, scale = saved
-    dx = _matmul(dy, values, meta, scale, x.shape[-1], not transposed)
+    given = dy.astype(jnp.float32)
+    dx = _matmul(given, values, meta, scale, x.shape[-1], not transposed)
+    dx = dx.astype(dy.dtype)
     # XLA drops the call if nobody asks for its result.
     dvalues = None
     if values.dtype == jnp.float32:
@@ -122,26 +124,6 @@ def _matmul_backward(size, transposed, saved, dy):
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _matmul_bfloat16(x, values, meta, n):
-    return _call("kwm_xla_matmul_bfloat16", n)(x, values, meta)
-
-
-def _matmul_bfloat16_forward(x, values, meta, n):
-    y = _matmul_bfloat16(x, values, meta, n)
-    return y, (x.shape[-1], values, meta)
-
-
-def _matmul_bfloat16_backward(n, saved, dy):
-    k, values, meta = saved
-    given = dy.astype(jnp.float32)
-    dx = _matmul(given, values, meta, _no_scale(), k, True)
-    return dx.astype(dy.dtype), None, None
-
-
-_matmul_bfloat16.defvjp(_matmul_bfloat16_forward, _matmul_bfloat16_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -62,11 +62,9 @@ def sparse_matmul(x, packed):
     """See `keras_weightmods.ops.sparse_matmul`."""
     multiply = _matmul_int8 if packed.activations == "int8" else _matmul
     values = _tensor(packed.values)
-    if x.dtype == values.dtype == tf.bfloat16:
-        meta = _tensor(packed.meta)
-        return _matmul_bfloat16(x, values, meta, packed.shape[1])
+    is_bfloat16 = x.dtype == values.dtype == tf.bfloat16
     y = multiply(
-        tf.cast(x, tf.float32),
+        x if is_bfloat16 else tf.cast(x, tf.float32),
         values,
         tf.zeros((0,), "int32") if packed.is_dense else _tensor(packed.meta),
         tf.zeros((0,)) if packed.scale is None else _tensor(packed.scale),
@@ -87,36 +85,24 @@ def _matmul(x, values, meta, scale, size, transposed=False):
     @tf.custom_gradient
     def matmul(x, values, meta, scale):
         def gradient(dy):
-            dx = _matmul(dy, values, meta, scale, x.shape[-1], not transposed)
-            dvalues = None
+            given = tf.cast(dy, tf.float32)
+            weights = values, meta, scale
+            dx = _matmul(given, *weights, x.shape[-1], not transposed)
+            dx, dvalues = tf.cast(dx, dy.dtype), None
             if values.dtype == tf.float32:
                 pair = (dy, x) if transposed else (x, dy)
                 dvalues = _values_gradient(*pair, meta)
             return dx, dvalues, None, None
 
-        target = "kwm_xla_matmul_transposed" if transposed else "kwm_xla_matmul"
+        target, weights = "kwm_xla_matmul", [values, meta, scale]
+        if transposed:
+            target = "kwm_xla_matmul_transposed"
+        elif x.dtype == tf.bfloat16:
+            target, weights = "kwm_xla_matmul_bfloat16", [values, meta]
         shape = [*x.shape[:-1], size]
-        y = xla_calls.call(target, shape, x, values, meta, scale)
-        return y, gradient
+        return xla_calls.call(target, shape, x, *weights), gradient
 
     return matmul(x, values, meta, scale)
-
-
-def _matmul_bfloat16(x, values, meta, n):
-    @tf.custom_gradient
-    def matmul(x, values, meta):
-        def gradient(dy):
-            given = tf.cast(dy, tf.float32)
-            weights = values, meta, tf.zeros((0,))
-            dx = _matmul(given, *weights, x.shape[-1], transposed=True)
-            return tf.cast(dx, dy.dtype), None, None
-
-        shape = [*x.shape[:-1], n]
-        target = "kwm_xla_matmul_bfloat16"
-        y = xla_calls.call(target, shape, x, values, meta)
-        return y, gradient
-
-    return matmul(x, values, meta)
 
 
 def _matmul_int8(x, values, meta, scale, n):

@@ -68,38 +68,21 @@ for _name in (
 def _matmul(x, values, meta, scale, n):
     k = x.shape[-1]
     if x.dtype is values.dtype is torch.bfloat16:
-        return _matmul_bfloat16(x.contiguous(), values, meta, n)
-    x, rows = _rows(x)
+        weights = bfloat16_weights_of(k, n, values, meta)
+        return _multiply("kwm_matmul_bfloat16", x, weights, n)
+    _check_float32(x)
     weights = weights_of(k, n, values, meta, scale)
-    y = x.new_empty((*x.shape[:-1], n))
-    _compiled().kwm_matmul(
-        x.data_ptr(), rows, *weights, y.data_ptr(), *threads(rows * k * n)
-    )
-    return y
-
-
-def _matmul_bfloat16(x, values, meta, n):
-    k, rows = x.shape[-1], math.prod(x.shape[:-1])
-    weights = bfloat16_weights_of(k, n, values, meta)
-    y = x.new_empty((*x.shape[:-1], n))
-    _compiled().kwm_matmul_bfloat16(
-        x.data_ptr(), rows, *weights, y.data_ptr(), *threads(rows * k * n)
-    )
-    return y
+    return _multiply("kwm_matmul", x, weights, n)
 
 
 @torch.library.impl(_library, "sparse_matmul_int8", "CPU")
 def _matmul_int8(x, values, meta, scale, n):
-    k = x.shape[-1]
-    x, rows = _rows(x)
+    _check_float32(x)
     if values.dtype not in (torch.int8, torch.uint8):
         raise checks.error("values", "of int8 or uint8", values.dtype)
-    weights = weights_of(k, n, values, meta, scale, dense=meta is None)
-    y = x.new_empty((*x.shape[:-1], n))
-    _compiled().kwm_matmul_int8(
-        x.data_ptr(), rows, *weights, y.data_ptr(), *threads(rows * k * n)
-    )
-    return y
+    is_dense = meta is None
+    weights = weights_of(x.shape[-1], n, values, meta, scale, is_dense)
+    return _multiply("kwm_matmul_int8", x, weights, n)
 
 
 @torch.library.impl(_library, "sparse_matmul_transposed", "CPU")
@@ -114,21 +97,35 @@ def _matmul_transposed(dy, values, meta, scale, k):
     if dy.dtype is values.dtype is torch.bfloat16:
         dx = _matmul_transposed(dy.float(), values, meta, scale, k)
         return dx.to(dy.dtype)
-    dy, rows = _rows(dy)
+    _check_float32(dy)
     weights = weights_of(k, n, values, meta, scale)
-    dx = dy.new_empty((*dy.shape[:-1], k))
-    _compiled().kwm_matmul_transposed(
-        dy.data_ptr(), rows, *weights, dx.data_ptr(), *threads(rows * k * n)
+    return _multiply("kwm_matmul_transposed", dy, weights, k)
+
+
+def _multiply(name, x, weights, size):
+    """Return a product by a function of the library, of `size` columns."""
+    x = x.contiguous()
+    *leading, inner = x.shape
+    rows = math.prod(leading)
+    y = x.new_empty((*leading, size))
+    getattr(_compiled(), name)(
+        x.data_ptr(),
+        rows,
+        *weights,
+        y.data_ptr(),
+        *threads(rows * inner * size),
     )
-    return dx
+    return y
 
 
 @torch.library.impl(_library, "sparse_values_gradient", "CPU")
 def _values_gradient(x, dy, meta):
     k, n = x.shape[-1], dy.shape[-1]
-    x, rows = _rows(x)
-    dy, dy_rows = _rows(dy)
-    if rows != dy_rows:
+    _check_float32(x)
+    _check_float32(dy)
+    x, dy = x.contiguous(), dy.contiguous()
+    rows = math.prod(x.shape[:-1])
+    if rows != math.prod(dy.shape[:-1]):
         raise ValueError(
             "`x` and `dy` must have as many rows. Received: shapes "
             f"{tuple(x.shape)} and {tuple(dy.shape)}"
@@ -144,18 +141,10 @@ def _values_gradient(x, dy, meta):
 
 
 @torch.library.register_fake("keras_weightmods::sparse_matmul")
-def _fake_matmul(x, values, meta, scale, n):
-    return x.new_empty((*x.shape[:-1], n))
-
-
 @torch.library.register_fake("keras_weightmods::sparse_matmul_int8")
-def _fake_matmul_int8(x, values, meta, scale, n):
-    return x.new_empty((*x.shape[:-1], n))
-
-
 @torch.library.register_fake("keras_weightmods::sparse_matmul_transposed")
-def _fake_matmul_transposed(dy, values, meta, scale, k):
-    return dy.new_empty((*dy.shape[:-1], k))
+def _fake_matmul(x, values, meta, scale, size):
+    return x.new_empty((*x.shape[:-1], size))
 
 
 @torch.library.register_fake("keras_weightmods::sparse_values_gradient")
@@ -186,35 +175,13 @@ def _backward(ctx, dy):
     return dx, dvalues, None, None, None
 
 
-torch.library.register_autograd(
-    "keras_weightmods::sparse_matmul",
-    _backward,
-    setup_context=_save,
-    lib=_library,
-)
-
-
-def _save_int8(ctx, inputs, output):
-    x, values, meta, scale, _ = inputs
-    ctx.k = x.shape[-1]
-    ctx.save_for_backward(values, meta, scale)
-
-
-def _backward_int8(ctx, dy):
-    dx = None
-    if ctx.needs_input_grad[0]:
-        dx = torch.ops.keras_weightmods.sparse_matmul_transposed(
-            dy, *ctx.saved_tensors, ctx.k
-        )
-    return dx, None, None, None, None
-
-
-torch.library.register_autograd(
-    "keras_weightmods::sparse_matmul_int8",
-    _backward_int8,
-    setup_context=_save_int8,
-    lib=_library,
-)
+for _name in ("sparse_matmul", "sparse_matmul_int8"):
+    torch.library.register_autograd(
+        f"keras_weightmods::{_name}",
+        _backward,
+        setup_context=_save,
+        lib=_library,
+    )
 
 
 def _compiled():
@@ -228,11 +195,9 @@ def _compiled():
     return library
 
 
-def _rows(x):
-    """Return a contiguous float32 activation, and its number of rows."""
+def _check_float32(x):
     if x.dtype is not torch.float32:
         raise checks.error("x", "float32", x.dtype)
-    return x.contiguous(), math.prod(x.shape[:-1])
 
 
 def weights_of(k, n, values, meta, scale, dense=False):
