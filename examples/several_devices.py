@@ -9,8 +9,8 @@ On each machine, with the address of the first one and a number of its own:
         --output /shared/sparse.safetensors
 
 JAX alone; the folder is one that all machines see. The same commands, given
-again after an interruption, go on where the run was. Without the variables it
-is one process, with all devices that it has.
+again after an interruption, go on after the last whole epoch. Without the
+variables it is one process, with all devices that it has.
 
 By default each device holds the model, and a share of each batch (data
 parallel). `--model-parallel 4` splits each weight over 4 devices as well, by
@@ -38,12 +38,11 @@ def parse_arguments():
     parser.add_argument("--model-parallel", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=8, help="of all")
-    parser.add_argument("--save-freq", type=int, default=2, help="steps")
     parser.add_argument(
         "--die-after", type=int, help="steps: an interruption, to test it"
     )
     args = parser.parse_args()
-    counts = ("model_parallel", "epochs", "batch_size", "save_freq")
+    counts = ("model_parallel", "epochs", "batch_size")
     command_line.check(parser, args, counts, files=("folder", "output"))
     return args
 
@@ -64,7 +63,7 @@ def run(args):
 
     cast = kwm.CAST(model)
     cast.compile()
-    callbacks = [kwm.Checkpoint(args.folder, save_freq=args.save_freq)]
+    callbacks = [kwm.Checkpoint(args.folder)]
     if args.die_after:
         callbacks.append(Interruption(args.die_after))
     shards = count_of_shards(distribution)
@@ -138,8 +137,12 @@ def Interruption(steps):
     """Return a callback that ends the process, as if it was killed."""
     import keras
 
+    made = 0
+
     def end(batch, logs):
-        if batch + 1 == steps:
+        nonlocal made
+        made += 1
+        if made == steps:
             os._exit(1)
 
     return keras.callbacks.LambdaCallback(on_train_batch_end=end)

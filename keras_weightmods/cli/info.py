@@ -78,7 +78,10 @@ def file_report(path) -> FileReport:
     if kind == "a preset":
         about, arrays = _in_preset(path)
     elif kind == "a .keras file":
-        about, arrays = _in_keras(path)
+        try:
+            about, arrays = _in_keras(path)
+        except (zipfile.BadZipFile, KeyError, OSError) as error:
+            raise ValueError(f"Keras cannot load {path}: {error}") from error
     elif kind == "an HDF5 file":
         about, arrays = {}, _in_hdf5(path)
     elif path.endswith(".keras"):

@@ -62,12 +62,12 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
     assigns to variables.
 
     The masks are in the state of the optimizer, so a checkpoint holds them.
-    With `Checkpoint` behind this callback, a run that is resumed gives what it
-    would have given without a stop, bit for bit, with `Dropout` too.
-    `BackupAndRestore` keeps no random numbers: behind this callback it does so
-    for models that draw none. To load the weights of a checkpoint yourself,
-    call `attach(model)` before. Continuing with another `fit` continues with
-    the masks.
+    With `Checkpoint` behind this callback, a run that is resumed after a whole
+    epoch gives what it would have given without a stop, bit for bit, with
+    `Dropout` too. `BackupAndRestore` keeps no random numbers: behind this
+    callback it does so for models that draw none. To load the weights of a
+    checkpoint yourself, call `attach(model)` before. Continuing with another
+    `fit` continues with the masks.
 
     At the end of each epoch this callback adds to the logs: `mask_density`,
     the share of the entries of the kernels that is trained; `mask_changed`,

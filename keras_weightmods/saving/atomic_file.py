@@ -1,20 +1,15 @@
 """Files that replace others whole or not at all."""
 
 import contextlib
-import hashlib
 import os
 import pathlib
-import platform
-import re
 import secrets
 import stat
-import time
 
 from keras_weightmods.utils import checks
 
-_DAY = 24 * 60 * 60
-# The digest of a name, that of the machine, the process.
-_LEFTOVER = re.compile(r"\.kwm-[0-9a-f]{16}-([0-9a-f]{8})-(\d+)-")
+# How the names of unfinished files begin.
+BEGINNING = ".kwm-"
 
 
 def check_filepath(filepath, overwrite=True):
@@ -46,18 +41,16 @@ def check_filepath(filepath, overwrite=True):
 def replacing(filepath):
     """Yield the path of a file to write, which then replaces `filepath`.
 
-    Of the same ending, and with the rights of the file that it replaces. On an
-    error it is removed, and `filepath` stays. What a process that was killed
-    has left of an earlier one is removed first.
+    It lies in the same folder, has the same ending, and gets the rights of the
+    file that it replaces. On an error it is removed, and `filepath` stays.
     """
     filepath = check_filepath(filepath)
     folder, name = os.path.split(filepath)
-    remove_leftovers(folder, name)
     # Short, where the name is as long as the file system allows. Not by
     # `tempfile`, which makes files that only their owner may read.
     ending = "".join(pathlib.Path(name).suffixes[-2:])[-32:]
-    unique = f"{os.getpid()}-{secrets.token_hex(8)}"
-    temporary = os.path.join(folder, f"{_beginning(name)}{unique}{ending}")
+    unique = f"{BEGINNING}{secrets.token_hex(8)}{ending}"
+    temporary = os.path.join(folder, unique)
     try:
         yield temporary
         if os.path.exists(filepath):
@@ -67,53 +60,6 @@ def replacing(filepath):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-
-
-def remove_leftovers(folder, name=None):
-    """Remove the unfinished files of processes that were killed.
-
-    Of this machine, whose processes can be asked for; those of others once
-    they are a day old.
-
-    Args:
-        folder: String.
-        name: String, the name of the file that they were to replace; `None`
-            for any.
-    """
-    beginning = ".kwm-" if name is None else _beginning(name, host="")
-    for each in os.listdir(folder or "."):
-        found = _LEFTOVER.match(each)
-        if found is None or not each.startswith(beginning):
-            continue
-        path = os.path.join(folder, each)
-        host, process = found.groups()
-        with contextlib.suppress(OSError):
-            if host == _host() and _runs(int(process)):
-                continue
-            is_old = time.time() - os.path.getmtime(path) > _DAY
-            if host == _host() or is_old:
-                os.remove(path)
-
-
-def _beginning(name, host=None):
-    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
-    return f".kwm-{digest[:16]}-{_host() + '-' if host is None else host}"
-
-
-def _host():
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-
-
-def _runs(process):
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _sync_folder(folder):

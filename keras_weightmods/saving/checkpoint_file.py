@@ -1,20 +1,16 @@
 """The file of a checkpoint: its entries, and the checks of what is in it."""
 
 import itertools
+import random
 import re
+import sys
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_weightmods.backend import processes
 from keras_weightmods.core import keras_compat
-from keras_weightmods.saving import (
-    bounded_json,
-    container,
-    random_state,
-    shared,
-)
+from keras_weightmods.saving import bounded_json, container, shared
 from keras_weightmods.utils import checks
 
 _FORMAT = "keras_weightmods.checkpoint"
@@ -22,25 +18,19 @@ _VERSION = 1
 _STATE = "state.json"
 _NUMBER = re.compile(r"_\d+")
 _PLACE = re.compile(r"\d{1,9}/")
-# What a value of the state is: a type, or more than one.
-_STATE_FORMS: dict[str, Any] = {
+_STATE_TYPES = {
     "backend": str,
     "epoch": int,
     "step": int,
     "taken": int,
     "stopped": bool,
-    "seed": int,
-    "data": {
-        "kind": str,
-        "steps_per_epoch": int | None,
-        "steps_per_execution": int,
-        "num_batches": int | None,
-        "steps_seen": int,
-        "begun": int,
-        "drawn": int,
-        "first": list,
-        "last": str,
-    },
+}
+# The shapes and dtypes that the states of Python's and NumPy's generators have.
+_RANDOM = {
+    "python": [("uint32", (626,))],
+    "python_gauss": [("float64", (0,)), ("float64", (1,))],
+    "numpy": [("uint32", (624,))],
+    "numpy_rest": [("float64", (3,))],
 }
 
 
@@ -61,28 +51,25 @@ def contents(model: Any, state: dict[str, Any]) -> tuple[Any, Any]:
 
     Args:
         model: The compiled model.
-        state: Dict, of the run; see `_STATE_FORMS`.
+        state: Dict, of the run; see `_STATE_TYPES`.
 
     Returns:
         Dict of the entries, and an iterator of pairs (name, array), which all
         processes have to go through.
     """
-    own_random = random_state.save_global()
-    arrays = _named("random", own_random)
-    group = processes()
-    if group is not None:
-        numbers = {key: _as_json(a) for key, a in own_random.items()}
-        everyone = group.gathered([state, numbers])
-        state["processes"] = [each for each, _ in everyone]
-        for place, (_, numbers) in enumerate(everyone):
-            others = {key: _from_json(a) for key, a in numbers.items()}
-            arrays.update(_named(f"random-{place}", others))
-    arrays[_STATE] = bounded_json.json_array(state)
-    arrays.update(_named("own", _own_state(model)))
+    own: dict[str, Any] = {}
+    # What a model saves of its own beside variables, as CAST does.
+    model.save_own_variables(own)
+    arrays = {_STATE: bounded_json.json_array(state)}
+    for key, array in _random_states().items():
+        arrays[f"random/{key}"] = array
+    for key, value in own.items():
+        if not isinstance(value, keras.Variable):
+            arrays[f"own/{key}"] = np.asarray(value)
     variables = {
-        name: variable
+        f"{group}/{i}/{variable.path}": variable
         for group, listed in _variables(model).items()
-        for name, variable in _numbered(group, listed).items()
+        for i, variable in enumerate(listed)
     }
     entries = {
         name: container.Entry(
@@ -97,21 +84,25 @@ def contents(model: Any, state: dict[str, Any]) -> tuple[Any, Any]:
     return entries, itertools.chain(arrays.items(), values)
 
 
-def load(model: Any, reader: Any) -> tuple[Any, Any, Any]:
+def load(model: Any, reader: Any) -> tuple[Any, Any]:
     """Load a checkpoint into a model, after it has been checked.
 
     Returns:
-        The state of the run, its random numbers and its metrics.
+        The state of the run, and its random numbers for `load_random`.
     """
     if _STATE not in reader.entries:
         raise reader.error(_STATE, "is missing")
     state = reader.read_json(_STATE)
-    if not _are_states(state):
+    if not (
+        isinstance(state, dict)
+        and {key: type(value) for key, value in state.items()} == _STATE_TYPES
+        and all(
+            0 <= value < 2**53
+            for value in state.values()
+            if isinstance(value, int)
+        )
+    ):
         raise reader.error(_STATE, "is not the state of a run")
-    for group in ("model", "optimizer", "metrics"):
-        for key in _within(reader.entries, group):
-            if not _PLACE.match(key):
-                raise reader.error(f"{group}/{key}", "has no place in it")
     backend = keras.backend.backend()
     if state["backend"] != backend:
         raise ValueError(
@@ -119,96 +110,87 @@ def load(model: Any, reader: Any) -> tuple[Any, Any, Any]:
             f"Received: one of {state['backend']!r}, on {backend!r}, in "
             f"{reader.filepath!r}"
         )
-    group, random_group = processes(), "random"
-    saved = state.get("processes", [state])
-    here = 1 if group is None else group.count()
-    if len(saved) != here:
-        raise ValueError(
-            "A checkpoint goes on with as many processes as it began with. "
-            f"Received: one of {len(saved)}, with {here}, in "
-            f"{reader.filepath!r}"
-        )
-    if group is not None:
-        state = saved[group.index()]
-        random_group = f"random-{group.index()}"
     if not model.built:
         expected = "built before `fit`. Call it on a batch of data"
         raise checks.error("model", expected, model)
     pairs = _pairs("model", model.variables, reader)
     own = _read_group(reader, "own")
-    numbers = _read_group(reader, random_group)
-    try:
-        random_state.check(numbers)
-    except ValueError as error:
-        raise reader.error("random", str(error)) from error
+    numbers = _read_group(reader, "random")
+    if not _are_random_states(numbers):
+        raise reader.error("random", "is not the state of generators")
     if own:
         # `CAST` builds its optimizer by what it is told here.
         model.load_own_variables(own)
     optimizer = model.optimizer
-    if optimizer is not None:
-        if not optimizer.built:
-            optimizer.build(model.trainable_variables)
-        pairs += _pairs("optimizer", optimizer.variables, reader)
+    if optimizer is not None and not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    pairs += _pairs("optimizer", _variables(model)["optimizer"], reader)
     for name, variable in pairs:
         variable.assign(reader.read(name))
-    return state, numbers, _read_group(reader, "metrics")
+    return state, numbers
 
 
-def load_metrics(model: Any, saved: dict[str, Any], batch: Any) -> None:
-    """Load the metrics that `load` returned, built on a batch if need be."""
-    if len(model.metrics_variables) != len(saved):
-        keras_compat.build_metrics(model, batch)
-    variables = model.metrics_variables
-    order = sorted(saved, key=lambda key: int(key.partition("/")[0]))
-    if [saved[key].shape for key in order] != [
-        tuple(variable.shape) for variable in variables
-    ]:
-        raise ValueError(
-            "The checkpoint is of other metrics. Compile the model as in the "
-            "run that was interrupted. Received: metrics of "
-            f"{[variable.path for variable in variables]} where it has {order}"
+def load_random(states: dict[str, Any]) -> None:
+    """Give the global generators the states that `load` returned."""
+    version, *numbers = states["python"].tolist()
+    gauss = states["python_gauss"].tolist()
+    random.setstate((version, tuple(numbers), gauss[0] if gauss else None))
+    place, has_gauss, cached = states["numpy_rest"].tolist()
+    keys = states["numpy"]
+    np.random.set_state(("MT19937", keys, int(place), int(has_gauss), cached))
+    if "keras" in states:
+        keras_compat.global_seed(create=True).assign(states["keras"])
+    of_torch = {
+        name.removeprefix("torch_"): state
+        for name, state in states.items()
+        if name.startswith("torch_")
+    }
+    if of_torch and "torch" in sys.modules:
+        from keras_weightmods.backend.torch.random_stream import (
+            set_global_states,
         )
-    for key, variable in zip(order, variables):
-        variable.assign(saved[key])
+
+        set_global_states(of_torch)
 
 
-def _as_json(array: Any) -> Any:
-    return str(array.dtype), array.tolist()
+def _random_states() -> dict[str, Any]:
+    """Return the states of the global generators, but for TensorFlow's."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    if kind != "MT19937":
+        raise ValueError(
+            "Expected NumPy's global generator to be the one that it starts "
+            f"with, MT19937, whose state can be saved. Received: {kind}"
+        )
+    states = {
+        "python": np.array([version, *numbers], "uint32"),
+        "python_gauss": np.array([] if gauss is None else [gauss], "float64"),
+        "numpy": np.asarray(keys),
+        "numpy_rest": np.array(rest, "float64"),
+    }
+    seed = keras_compat.global_seed()
+    if seed is not None:
+        states["keras"] = keras.ops.convert_to_numpy(seed)
+    if "torch" in sys.modules:
+        from keras_weightmods.backend.torch.random_stream import global_states
+
+        for device, state in global_states().items():
+            states[f"torch_{device}"] = state
+    return states
 
 
-def _from_json(pair: Any) -> Any:
-    dtype, numbers = pair
-    return np.array(numbers, dtype)
-
-
-def _are_states(value: Any) -> bool:
-    """Return whether a value from a file is a state, with those of others."""
-    if not isinstance(value, dict):
-        return False
-    own = {key: each for key, each in value.items() if key != "processes"}
-    others = value.get("processes", [])
-    return isinstance(others, list) and all(
-        _is_state(each, _STATE_FORMS) for each in (own, *others)
-    )
-
-
-def _is_state(value: Any, forms: dict[str, Any]) -> bool:
-    """Return whether a value from a file has the keys and types of `forms`."""
-    if not isinstance(value, dict) or value.keys() != forms.keys():
-        return False
-    for key, form in forms.items():
-        each = value[key]
-        if isinstance(form, dict):
-            valid = _is_state(each, form)
-        else:
-            valid = isinstance(each, form) and (
-                form is bool or not isinstance(each, bool)
-            )
-        if not valid or (isinstance(each, int) and not 0 <= each < 2**53):
+def _are_random_states(states: dict[str, Any]) -> bool:
+    """Return whether arrays from a file are what `_random_states` returns."""
+    for name, kinds in _RANDOM.items():
+        array = states.get(name)
+        if array is None or (array.dtype.name, array.shape) not in kinds:
             return False
-    return all(
-        isinstance(pair, list) and [type(x) for x in pair] == [int, str]
-        for pair in value.get("first", ())
+    position = states["numpy_rest"][0]
+    return bool(
+        states["python"][0] == 3
+        and states["python"][-1] <= 624
+        and 0 <= position <= 624
+        and position == int(position)
     )
 
 
@@ -216,35 +198,15 @@ def _variables(model: Any) -> dict[str, Any]:
     optimizer = model.optimizer
     return {
         "model": model.variables,
-        "optimizer": optimizer.variables if optimizer is not None else [],
-        "metrics": model.metrics_variables,
+        "optimizer": [] if optimizer is None else optimizer.variables,
     }
 
 
-def _numbered(group: str, variables: Any) -> dict[str, Any]:
-    return {f"{group}/{i}/{v.path}": v for i, v in enumerate(variables)}
-
-
-def _own_state(model: Any) -> dict[str, Any]:
-    """Return what a model saves of its own beside variables, as CAST does."""
-    store: dict[str, Any] = {}
-    model.save_own_variables(store)
+def _within(entries: dict[str, Any], group: str) -> dict[str, Any]:
     return {
-        key: np.asarray(value)
-        for key, value in store.items()
-        if not isinstance(value, keras.Variable)
-    }
-
-
-def _named(group: str, arrays: dict[str, Any]) -> dict[str, Any]:
-    return {f"{group}/{key}": value for key, value in arrays.items()}
-
-
-def _within(arrays: dict[str, Any], group: str) -> dict[str, Any]:
-    return {
-        key.removeprefix(f"{group}/"): value
-        for key, value in arrays.items()
-        if key.startswith(f"{group}/")
+        name.removeprefix(f"{group}/"): value
+        for name, value in entries.items()
+        if name.startswith(f"{group}/")
     }
 
 
@@ -258,6 +220,9 @@ def _read_group(reader: Any, group: str) -> dict[str, Any]:
 def _pairs(group: str, variables: Any, reader: Any) -> list[Any]:
     """Return pairs (entry, variable), which must be of one kind."""
     found = _within(reader.entries, group)
+    for key in found:
+        if not _PLACE.match(key):
+            raise reader.error(f"{group}/{key}", "has no place in it")
     saved = sorted(found, key=lambda key: int(key.partition("/")[0]))
     pairs = list(zip(saved, variables))
     for key, variable in pairs:

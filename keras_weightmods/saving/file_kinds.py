@@ -1,7 +1,6 @@
 """What a file or folder is, and what reads it."""
 
 import os
-import zipfile
 
 import safetensors
 
@@ -12,24 +11,15 @@ READERS = {
     "keras_weightmods.model": "`keras_weightmods.load_model`",
     "keras_weightmods.patch": "`keras_weightmods.Patch.load`",
 }
-# How files of other kinds begin, what they are, and what reads them.
+# What files of other kinds are, and what reads them, by how they begin or, for
+# ZIP archives, by how they are named.
 _OTHERS = (
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "`model.load_weights`"),
-    (b"GGUF", "a GGUF file", "llama.cpp"),
-    (b"\x93NUMPY", "a .npy file", "`numpy.load`"),
-)
-# The same for ZIP archives, by a file that is in them.
-_ARCHIVES = (
-    ("model.weights.h5", "a .keras file", "`keras.models.load_model`"),
-    ("archive_format", "a .pt2 file", "`torch.export.load`"),
-    ("data.pkl", "a file of torch", "`torch.load`"),
-    (".npy", "an .npz file", "`numpy.load`"),
-)
-# And for folders.
-_FOLDERS = (
-    ("saved_model.pb", "a SavedModel", "`tf.saved_model.load`"),
-    ("task.json", "a preset", "`from_preset` of KerasHub"),
-    ("config.json", "a preset", "`from_preset` of KerasHub"),
+    (b"\x89HDF\r\n\x1a\n", "", "an HDF5 file", "`model.load_weights`"),
+    (b"PK", ".keras", "a .keras file", "`keras.models.load_model`"),
+    (b"PK", ".npz", "an .npz file", "`numpy.load`"),
+    (b"PK", "", "a ZIP archive", ""),
+    (b"\x93NUMPY", "", "a .npy file", "`numpy.load`"),
+    (b"GGUF", "", "a GGUF file", "llama.cpp"),
 )
 # Bytes of a header that are read: about 40,000 entries fit.
 MAX_HEADER = 16 * 2**20
@@ -43,37 +33,23 @@ def kind_of(filepath):
         they are not known.
     """
     if os.path.isdir(filepath):
-        names = os.listdir(filepath)
-        for name, kind, reader in _FOLDERS:
-            if name in names:
-                return kind, reader
-        return "a folder", ""
+        if {"task.json", "config.json"}.isdisjoint(os.listdir(filepath)):
+            return "a folder", ""
+        return "a preset", "`from_preset` of KerasHub"
     if os.path.exists(filepath) and not os.path.isfile(filepath):
         # To open a pipe would wait for its other end.
         return "no regular file", ""
     with open(filepath, "rb") as file:
         start = file.read(16)
-    for magic, kind, reader in _OTHERS:
-        if start.startswith(magic):
+    for magic, ending, kind, reader in _OTHERS:
+        if start.startswith(magic) and os.fspath(filepath).lower().endswith(
+            ending
+        ):
             return kind, reader
-    if start.startswith(b"PK"):
-        return _kind_of_archive(filepath)
     format = metadata_of(filepath).get("format")
     if format in READERS:
         return f"a file of {format!r}", READERS[format]
     return "", ""
-
-
-def _kind_of_archive(filepath):
-    try:
-        with zipfile.ZipFile(filepath) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        return "a damaged ZIP archive", ""
-    for end, kind, reader in _ARCHIVES:
-        if any(name.endswith(end) for name in names):
-            return kind, reader
-    return "a ZIP archive", ""
 
 
 def other_kind(filepath):

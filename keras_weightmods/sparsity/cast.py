@@ -49,10 +49,11 @@ class CAST(LogitsDistiller):
     early. To fit the finished model again as it is loses the pattern, unless
     `SemiStructuredSparse.attach(model, pattern, frozen=True)` holds it.
 
-    With `Checkpoint` among the callbacks, a run that was interrupted anywhere
-    goes on by running the same program again. Without it, a run is resumed in
-    a `CAST` made and compiled in the same way, by `load_weights` of what
-    `save_weights` wrote and `fit` with the same `epochs`:
+    With `Checkpoint` among the callbacks, a run that was interrupted goes on
+    after its last whole epoch by running the same program again. Without it,
+    a run is resumed in a `CAST` made and compiled in the same way, by
+    `load_weights` of what `save_weights` wrote and `fit` with the same
+    `epochs`:
 
     - saved at the end of an epoch: `fit(..., initial_epoch=...)`, which
       `keras.callbacks.BackupAndRestore` does by itself. With its

@@ -37,7 +37,7 @@ def main():
         layout = LAYOUTS[name]
         with tempfile.TemporaryDirectory() as folder:
             whole = run(f"{folder}/whole", *layout)
-            finish(run(f"{folder}/run", *layout, "--die-after", "3"), False)
+            finish(run(f"{folder}/run", *layout, "--die-after", "6"), False)
             assert os.listdir(f"{folder}/run")
             finish(run(f"{folder}/run", *layout))
             finish(whole)

@@ -1,5 +1,4 @@
 import os
-import signal
 
 import pytest
 
@@ -52,30 +51,15 @@ def test_a_longer_name_is_an_error_before_anything_is_written(tmp_path):
         atomic_file.check_filepath(tmp_path / name)
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path, path):
-    def begin(name):
-        process = os.fork()
-        if not process:
-            with atomic_file.replacing(tmp_path / name) as temporary:
-                with open(temporary, "w") as file:
-                    file.write("half of it")
-                os.kill(os.getpid(), signal.SIGKILL)
-        os.waitpid(process, 0)
-
-    begin("other")
-    begin("file")
-    with atomic_file.replacing(tmp_path / "third") as at_work:
-        with open(at_work, "w"):
-            pass
-        left = set(os.listdir(tmp_path))
-        assert len(left) == 3
-        write(path)
-        # That of another file stays, and that of a process that runs.
-        now = set(os.listdir(tmp_path))
-        assert len(now & left) == 2
-        atomic_file.remove_leftovers(str(tmp_path))
-        assert set(os.listdir(tmp_path)) == {"file", os.path.basename(at_work)}
-    assert sorted(os.listdir(tmp_path)) == ["file", "third"]
+def test_an_error_leaves_the_file_of_before(tmp_path, path):
+    path.write_text("before")
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_file.replacing(path) as temporary:
+            with open(temporary, "w") as file:
+                file.write("half of it")
+            raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["file"]
+    assert path.read_text() == "before"
 
 
 def test_a_link_stays_one(tmp_path, path):

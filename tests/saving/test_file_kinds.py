@@ -33,11 +33,11 @@ def test_archives_and_folders_are_named(tmp_path):
     np.savez(tmp_path / "arrays.npz", x=np.ones(2))
     with pytest.raises(ValueError, match=r"an \.npz file, which `numpy"):
         read(tmp_path / "arrays.npz")
-    (tmp_path / "cut.keras").write_bytes(b"PK\x03\x04" + bytes(99))
-    with pytest.raises(ValueError, match="a damaged ZIP archive"):
-        read(tmp_path / "cut.keras")
-    (tmp_path / "saved_model.pb").touch()
-    with pytest.raises(ValueError, match="a SavedModel, which `tf"):
+    (tmp_path / "other.pt2").write_bytes(b"PK\x03\x04" + bytes(99))
+    with pytest.raises(ValueError, match="a ZIP archive"):
+        read(tmp_path / "other.pt2")
+    (tmp_path / "task.json").touch()
+    with pytest.raises(ValueError, match="a preset, which `from_preset`"):
         read(tmp_path)
 
 

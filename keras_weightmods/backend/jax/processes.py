@@ -48,10 +48,3 @@ def whole(array):
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def own_part(array):
-    """Return what this process holds of an array, as a list in NumPy."""
-    if getattr(array, "is_fully_addressable", True):
-        return [np.asarray(array)]
-    return [np.asarray(shard.data) for shard in array.addressable_shards]

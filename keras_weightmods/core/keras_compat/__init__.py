@@ -101,16 +101,10 @@ from keras_weightmods.core.keras_compat.layers import (
     without_traces as without_traces,
 )
 from keras_weightmods.core.keras_compat.optimizer import (
-    FitData as FitData,
-)
-from keras_weightmods.core.keras_compat.optimizer import (
     applied_steps as applied_steps,
 )
 from keras_weightmods.core.keras_compat.optimizer import (
     begin_with_epoch as begin_with_epoch,
-)
-from keras_weightmods.core.keras_compat.optimizer import (
-    build_metrics as build_metrics,
 )
 from keras_weightmods.core.keras_compat.optimizer import (
     check_known as check_known,
