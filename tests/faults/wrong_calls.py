@@ -138,11 +138,6 @@ def mlp():
     return model
 
 
-def on_model(function, make=mlp, then=None, **arguments):
-    model = make()
-    return Call(function, {"model": model, **arguments}, [model], then)
-
-
 def sparse():
     return models.make_sparse(mlp())
 
@@ -185,11 +180,6 @@ def on_patch(method, is_on=False, **arguments):
     return make
 
 
-def saved_delta():
-    delta()[0].save("delta.safetensors")
-    return "delta.safetensors"
-
-
 def cast(is_compiled=True):
     made = kwm.CAST(models.mlp())
     if is_compiled:
@@ -220,21 +210,18 @@ def writer():
     return models.causal_lm("gpt2", models.gpt2_preprocessor())
 
 
-def fit_with(callback):
-    mlp().fit(normal(8, 8), normal(8, 4), 4, callbacks=[callback], verbose=0)
-
-
-def fit_by(optimizer):
+def fit_by(optimizer, *callbacks):
     model = models.mlp()
     model.compile(optimizer, "mse", jit_compile=False)
-    model.fit(normal(8, 8), normal(8, 4), 4, verbose=0)
+    model.fit(X, normal(8, 4), 4, callbacks=[*callbacks], verbose=0)
+
+
+def fit_with(callback, make_optimizer=keras.optimizers.SGD):
+    fit_by(make_optimizer(), callback)
 
 
 def fit_masked(optimizer):
-    model = models.mlp()
-    model.compile(optimizer, "mse", jit_compile=False)
-    masks = kwm.PrincipalMaskCallback(0.1)
-    model.fit(X, normal(8, 4), 4, callbacks=[masks], verbose=0)
+    fit_by(optimizer, kwm.PrincipalMaskCallback(0.1))
 
 
 def on_masks(optimizer, method, **arguments):
@@ -260,16 +247,10 @@ def compander(name, *args, shape, **arguments):
     return Call(make, arguments, then=lambda layer: layer(normal(*shape)))
 
 
-def saved_model():
-    kwm.save_model(models.mlp(), "model.safetensors")
-    return "model.safetensors"
-
-
 X = normal(8, 8)
 TOKENS = np.arange(12).reshape(2, 6)
 LAW = {"tokens": [1e6, 2e6, 4e6, 8e6, 1.6e7]}
 LAW["losses"] = [3 + 100 / n**0.5 for n in LAW["tokens"]]
-UNIFORM = {"keep": 0.5, "length": 6, "rows": 2, "verbose": 0}
 
 
 def _extract():
@@ -277,12 +258,6 @@ def _extract():
     init, clean, robust = (models.random_weights(model, i) for i in range(3))
     given = {"init": init, "clean": clean, "robust": robust, "like": model}
     return Call(kwm.WeightSignature.extract, given, [model, init, clean])
-
-
-def _from_models():
-    _, tuned, base = delta()
-    given = {"model": tuned, "base": base}
-    return Call(kwm.Patch.from_models, given, [tuned, base])
 
 
 def _merge():
@@ -328,32 +303,6 @@ def _on_signature(method, **arguments):
     return make
 
 
-def _detach():
-    kwm.SemiStructuredSparse.attach(model := mlp())
-    return Call(kwm.SemiStructuredSparse.detach, {"model": model}, [model])
-
-
-def _uncompile():
-    model = language_model()
-    return Call(kwm.uncompile_generate, {"model": model}, [model])
-
-
-def _restore():
-    callback = kwm.Checkpoint("checkpoints")
-    model = mlp()
-    if not os.path.isdir("checkpoints"):
-        fit_with(kwm.Checkpoint("checkpoints"))
-    return Call(callback.restore, {"model": model}, [model])
-
-
-def _packed_kernel():
-    return kwm.ops.pack_kernel(kwm.ops.nm_project(kernel()))
-
-
-def _mask_bits():
-    return kwm.ops.pack_bits(np.ones((3, 5), bool))
-
-
 def _use_targets():
     model = mlp()
     optimizer = kwm.AdamS(total_steps=4)
@@ -370,42 +319,17 @@ def _set_importance():
     return Call(optimizer.set_importance, given, [model])
 
 
-def _monitor_of():
-    return kwm.SparsityMonitor
-
-
-def _law():
-    return kwm.fit_scaling_law(**LAW)
-
-
-def _measure():
-    return kwm.Perplexity(models.token_net(), length=4)
-
-
 CONV = {1: (2, 5, 4), 2: (2, 5, 5, 4), 3: (2, 5, 5, 5, 4)}
+# Calls that more than one object takes part in.
 CALLS: dict[str, Callable[[], Call]] = {
-    "merge": _merge,
-    "AdamS": lambda: Call(kwm.AdamS, {"total_steps": 2}, then=fit_by),
     "AdamS.use_targets": _use_targets,
     "AdamS.set_importance": _set_importance,
-    "assert_sparse": lambda: on_model(kwm.assert_sparse, sparse),
-    "attach_compander": lambda: on_model(
-        kwm.attach_compander, out_of_range="clip"
-    ),
-    "attach_scaling": lambda: on_model(kwm.attach_scaling),
-    "attach_weight_norm": lambda: on_model(kwm.attach_weight_norm),
-    "CAST": lambda: on_model(kwm.CAST),
-    "CAST.default_recipe": lambda: Call(kwm.CAST.default_recipe, {}),
     "CAST.compile": lambda: on_cast("compile", False, loss="mse"),
     "CAST.fit": lambda: on_cast("fit", x=X, y=normal(8, 4), verbose=0),
     "CAST.evaluate": lambda: on_cast(
         "evaluate", x=X, y=normal(8, 4), verbose=0
     ),
     "CAST.finalize": _finalize,
-    "Checkpoint": lambda: Call(
-        kwm.Checkpoint, {"path": "new checkpoints"}, then=fit_with
-    ),
-    "Checkpoint.restore": _restore,
     **{
         f"CompanderConv{n}D": lambda n=n: compander(
             f"CompanderConv{n}D", 3, 2, shape=CONV[n]
@@ -419,33 +343,13 @@ CALLS: dict[str, Callable[[], Call]] = {
     "CompanderEinsumDense": lambda: compander(
         "CompanderEinsumDense", "ab,bc->ac", 3, shape=(2, 4)
     ),
-    "CompanderOptimizer": lambda: Call(
-        kwm.CompanderOptimizer, {"optimizer": keras.optimizers.SGD()}
-    ),
-    "compile_generate": lambda: on_model(kwm.compile_generate, language_model),
-    "export": lambda: on_model(
-        kwm.export, llama, filepath="exported", format="transformers"
-    ),
-    "find_targets": lambda: on_model(kwm.find_targets),
-    "fit_scaling_law": lambda: Call(kwm.fit_scaling_law, dict(LAW)),
-    "fold": lambda: on_model(kwm.fold, scaled),
-    "lm_eval_model": lambda: on_model(kwm.lm_eval_model, language_model),
-    "load_model": lambda: Call(kwm.load_model, {"filepath": saved_model()}),
-    "MaskedOptimizer": lambda: Call(
-        kwm.MaskedOptimizer,
-        {"optimizer": keras.optimizers.SGD()},
-        then=fit_masked,
-    ),
     "MaskedOptimizer.indices_of": lambda: on_masks(sgd_masked, "indices_of"),
     "MaskedOptimizer.set_indices": lambda: on_masks(
         sgd_masked, "set_indices", indices=np.arange(13)
     ),
-    "merge_lora": lambda: on_model(kwm.merge_lora, with_lora),
-    "pack": lambda: on_model(kwm.pack, sparse),
-    "Patch.from_models": _from_models,
+    "merge": _merge,
     "Patch.from_lora": _from_lora,
     "Patch.to_lora": _to_lora,
-    "Patch.load": lambda: Call(kwm.Patch.load, {"filepath": saved_delta()}),
     "Patch.save": on_patch("save", filepath="new.safetensors"),
     "Patch.apply": on_patch("apply"),
     "Patch.applied": on_patch("applied"),
@@ -453,142 +357,172 @@ CALLS: dict[str, Callable[[], Call]] = {
     "Patch.subtract": on_patch("subtract"),
     "Patch.on": on_patch("on"),
     "Patch.clear": on_patch("clear", is_on=True),
-    "Perplexity": lambda: on_model(kwm.Perplexity, models.token_net),
-    "Perplexity.__call__": lambda: Call(
-        _measure(), {"texts": TOKENS, "verbose": 0}
-    ),
-    "Perplexity.losses": lambda: Call(
-        _measure().losses, {"texts": TOKENS, "verbose": 0}
-    ),
-    "perplexity": lambda: on_model(
-        kwm.perplexity, models.token_net, texts=TOKENS, length=4, verbose=0
-    ),
-    "PrincipalMaskCallback": lambda: Call(
-        kwm.PrincipalMaskCallback, {"density": 0.1}, then=fit_with
-    ),
-    "PrincipalMaskCallback.attach": lambda: on_model(
-        kwm.PrincipalMaskCallback(0.1).attach
-    ),
-    "PrincipalMaskCallback.detach": lambda: on_model(
-        kwm.PrincipalMaskCallback(0.1).detach
-    ),
-    "quantize": lambda: on_model(
-        kwm.quantize, data=X, group_size=8, epochs=1, verbose=0
-    ),
-    "register_export_format": lambda: Call(
-        kwm.register_export_format,
-        {"name": "mine", "writer": lambda model: lambda path, _: None},
-    ),
-    "register_merge_method": lambda: Call(
-        kwm.register_merge_method,
-        {"name": "mine", "function": lambda task: iter(())},
-    ),
-    "register_layer_kind": lambda: Call(
-        kwm.register_layer_kind,
-        {
-            "layer_class": Own,
-            "kernels": {"kernel": {"contraction_axes": (0,)}},
-        },
-        then=lambda _: kwm.find_targets(Own.model()),
-    ),
-    "save_model": lambda: on_model(
-        kwm.save_model, filepath="saved.safetensors"
-    ),
-    "ScalingLaw.predict": lambda: Call(_law().predict, {"tokens": 1e7}),
-    "self_generated": lambda: on_model(kwm.self_generated, writer, **UNIFORM),
-    "SemiStructuredSparse": lambda: Call(
-        kwm.SemiStructuredSparse, {"axis": 0}, then=lambda c: c(kernel())
-    ),
-    "SemiStructuredSparse.__call__": lambda: Call(
-        kwm.SemiStructuredSparse(axis=0), {"w": kernel()}
-    ),
-    "SemiStructuredSparse.attach": lambda: on_model(
-        kwm.SemiStructuredSparse.attach
-    ),
-    "SemiStructuredSparse.detach": _detach,
-    "SparseAdamW": lambda: Call(kwm.SparseAdamW, {}, then=fit_masked),
     "SparseAdamW.indices_of": lambda: on_masks(kwm.SparseAdamW, "indices_of"),
     "SparseAdamW.set_indices": lambda: on_masks(
         kwm.SparseAdamW, "set_indices", indices=np.arange(13)
     ),
-    "sparsify": lambda: on_model(
-        kwm.sparsify, data=X, criterion="sparsegpt", epochs=1, verbose=0
-    ),
-    "sparsity_report": lambda: on_model(kwm.sparsity_report),
-    "SparsityMonitor": lambda: Call(
-        kwm.SparsityMonitor, {}, then=fit_sparse_with
-    ),
-    "SwapSparseEMAWeights": lambda: Call(
-        kwm.SwapSparseEMAWeights, {}, then=fit_averaged_with
-    ),
-    "uncompile_generate": _uncompile,
-    "unpack": lambda: on_model(kwm.unpack, packed),
-    "Target.reason_not_nm": lambda: Call(
-        kwm.find_targets(mlp())[0].reason_not_nm, {"m": 4}
-    ),
-    "Targets.select": lambda: Call(
-        kwm.find_targets(mlp()).select, {"reason": lambda target: None}
-    ),
     "WeightSignature.extract": _extract,
-    "WeightSignature.sum": lambda: Call(
-        kwm.WeightSignature.sum, {"signatures": [signature(), signature()]}
-    ),
-    "WeightSignature.truncate": _on_signature("truncate", depth=1),
-    "WeightSignature.quantize": _on_signature("quantize"),
     "WeightSignature.cosine_similarity": _on_signature(
         "cosine_similarity", other=signature
     ),
-    **{
-        f"ops.{name}": lambda name=name: Call(
-            getattr(kwm.ops, name),
-            {**A_B, "w" if "inverse" in name else "v": X},
-        )
-        for name in ("compand", "compand_derivative", "compand_inverse")
+}
+
+
+def _saved(save, filepath):
+    def path():
+        save(filepath)
+        return filepath
+
+    return path
+
+
+def _saved_checkpoint():
+    if not os.path.isdir("checkpoints"):
+        fit_with(kwm.Checkpoint("checkpoints"))
+    return mlp()
+
+
+# Right values of arguments by their names: functions that make them.
+RIGHT: dict[str, Callable[[], Any]] = {
+    "model": mlp,
+    "optimizer": keras.optimizers.SGD,
+    "path": lambda: "new checkpoints",
+    "filepath": lambda: "saved.safetensors",
+    "texts": lambda: TOKENS,
+    "tokens": lambda: LAW["tokens"],
+    "losses": lambda: LAW["losses"],
+    "signatures": lambda: [signature(), signature()],
+    "base": mlp,
+    "depth": lambda: 1,
+    "reason": lambda: lambda target: None,
+    "function": lambda: lambda task: iter(()),
+    "name": lambda: "mine",
+    "writer": lambda: lambda model: lambda path, _: None,
+    "layer_class": lambda: Own,
+    "kernels": lambda: {"kernel": {"contraction_axes": (0,)}},
+    **dict.fromkeys(("x", "v", "w"), kernel),
+    "a": lambda: 0.5,
+    "b": lambda: 1.0,
+    "m": lambda: 4,
+    "pattern": lambda: "2:4",
+    "mask": lambda: np.ones((3, 5), bool),
+    "kernel": lambda: kwm.ops.nm_project(kernel()),
+    "packed": lambda: kwm.ops.pack_kernel(kwm.ops.nm_project(kernel())),
+    "shape": lambda: (16, 16),
+    "dtype": lambda: "float32",
+    "verbose": lambda: 0,
+}
+# What is different, or has a default and matters, by what is called.
+ARGUMENTS: dict[str, dict[str, Callable[[], Any]]] = {
+    "AdamS": {"total_steps": lambda: 2},
+    "assert_sparse": {"model": sparse},
+    "attach_compander": {"out_of_range": lambda: "clip"},
+    "Checkpoint.restore": {"model": _saved_checkpoint},
+    "compile_generate": {"model": language_model},
+    "export": {
+        "model": llama,
+        "filepath": lambda: "exported",
+        "format": lambda: "transformers",
     },
-    **{
-        f"ops.{name}": lambda name=name: Call(
-            getattr(kwm.ops, name), {"x": kernel()}
+    "fold": {"model": scaled},
+    "lm_eval_model": {"model": language_model},
+    "load_model": {
+        "filepath": _saved(
+            lambda path: kwm.save_model(models.mlp(), path), "model.safetensors"
         )
-        for name in ("nm_mask", "nm_project", "nm_violations")
     },
-    "ops.pack_bits": lambda: Call(
-        kwm.ops.pack_bits, {"mask": np.ones((3, 5), bool)}
+    "merge_lora": {"model": lambda: with_lora()},
+    "pack": {"model": sparse},
+    "Patch.from_models": {"model": lambda: delta()[1]},
+    "Patch.load": {
+        "filepath": _saved(
+            lambda path: delta()[0].save(path), "delta.safetensors"
+        )
+    },
+    "Perplexity": {"model": models.token_net},
+    "perplexity": {"model": models.token_net, "length": lambda: 4},
+    "PrincipalMaskCallback": {"density": lambda: 0.1},
+    "PrincipalMaskCallback.detach": {"model": mlp},
+    "quantize": {
+        "data": lambda: X,
+        "group_size": lambda: 8,
+        "epochs": lambda: 1,
+    },
+    "ScalingLaw.predict": {"tokens": lambda: 1e7},
+    "self_generated": {
+        "model": writer,
+        "keep": lambda: 0.5,
+        "length": lambda: 6,
+        "rows": lambda: 2,
+    },
+    "SemiStructuredSparse": {"axis": lambda: 0},
+    "SemiStructuredSparse.detach": {"model": lambda: constrained()},
+    "sparsify": {
+        "data": lambda: X,
+        "criterion": lambda: "sparsegpt",
+        "epochs": lambda: 1,
+    },
+    "uncompile_generate": {"model": language_model},
+    "unpack": {"model": packed},
+    "ops.unpack_bits": {
+        "packed": lambda: kwm.ops.pack_bits(np.ones((3, 5), bool)),
+        "shape": lambda: (3, 5),
+    },
+    "ops.principal_mask": {"density": lambda: 0.1},
+    "ops.sparse_matmul": {"x": lambda: normal(2, 16)},
+}
+# What the methods are called on.
+OWNERS: dict[str, Callable[[], Any]] = {
+    "CAST": cast,
+    "Checkpoint": lambda: kwm.Checkpoint("checkpoints"),
+    "ops": lambda: kwm.ops,
+    "Patch": lambda: kwm.Patch,
+    "Perplexity": lambda: kwm.Perplexity(models.token_net(), length=4),
+    "PrincipalMaskCallback": lambda: kwm.PrincipalMaskCallback(0.1),
+    "ScalingLaw": lambda: kwm.fit_scaling_law(**LAW),
+    "SemiStructuredSparse": lambda: kwm.SemiStructuredSparse(axis=0),
+    "Target": lambda: kwm.find_targets(mlp())[0],
+    "Targets": lambda: kwm.find_targets(mlp()),
+    "WeightSignature": signature,
+}
+# How what is returned is used.
+THEN: dict[str, Callable[[Any], Any]] = {
+    "AdamS": lambda made: fit_by(made),
+    "Checkpoint": lambda made: fit_with(made),
+    "MaskedOptimizer": lambda made: fit_masked(made),
+    "PrincipalMaskCallback": lambda made: fit_with(made),
+    "register_layer_kind": lambda _: kwm.find_targets(Own.model()),
+    "SemiStructuredSparse": lambda constraint: constraint(kernel()),
+    "SparseAdamW": lambda made: fit_masked(made),
+    "SparsityMonitor": lambda made: fit_with(
+        made, lambda: kwm.AdamS(total_steps=2)
     ),
-    "ops.unpack_bits": lambda: Call(
-        kwm.ops.unpack_bits, {"packed": _mask_bits(), "shape": (3, 5)}
-    ),
-    "ops.pack_kernel": lambda: Call(
-        kwm.ops.pack_kernel, {"kernel": kwm.ops.nm_project(kernel())}
-    ),
-    "ops.unpack_kernel": lambda: Call(
-        kwm.ops.unpack_kernel, {"packed": _packed_kernel()}
-    ),
-    "ops.packed_arrays": lambda: Call(
-        kwm.ops.packed_arrays, {"shape": (16, 16), "dtype": "float32"}
-    ),
-    "ops.parse_pattern": lambda: Call(
-        kwm.ops.parse_pattern, {"pattern": "2:4"}
-    ),
-    "ops.principal_mask": lambda: Call(
-        kwm.ops.principal_mask, {"kernel": kernel(), "density": 0.1}
-    ),
-    "ops.sparse_matmul": lambda: Call(
-        kwm.ops.sparse_matmul, {"x": normal(2, 16), "packed": _packed_kernel()}
+    "SwapSparseEMAWeights": lambda made: fit_with(
+        made, lambda: keras.optimizers.SGD(use_ema=True)
     ),
 }
-A_B = {"a": 0.5, "b": 1.0}
 
 
-def fit_sparse_with(callback):
-    model = models.mlp()
-    model.compile(kwm.AdamS(total_steps=2), "mse", jit_compile=False)
-    model.fit(normal(8, 8), normal(8, 4), 4, callbacks=[callback], verbose=0)
+def call_of(name):
+    """Return the `Call` of a public name as it should be."""
+    if name in CALLS:
+        return CALLS[name]()
+    owner, _, method = name.rpartition(".")
+    function = getattr(OWNERS[owner]() if owner else kwm, method)
+    makers = dict(ARGUMENTS.get(name, {}))
+    for each in inspect.signature(function).parameters.values():
+        variadic = each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        is_required = each.default is each.empty and not variadic
+        if is_required or each.name == "verbose":
+            makers.setdefault(each.name, RIGHT[each.name])
+    arguments = {key: make() for key, make in makers.items()}
+    given = [x for x in arguments.values() if isinstance(x, keras.Model)]
+    return Call(function, arguments, given, THEN.get(name))
 
 
-def fit_averaged_with(callback):
-    model = models.mlp()
-    model.compile(keras.optimizers.SGD(use_ema=True), "mse", jit_compile=False)
-    model.fit(normal(8, 8), normal(8, 4), 4, callbacks=[callback], verbose=0)
+def constrained():
+    kwm.SemiStructuredSparse.attach(model := mlp(), verbose=0)
+    return model
 
 
 def with_lora():
@@ -699,7 +633,6 @@ def all_cases():
     return [
         (name, parameter, bad)
         for name, function in subjects().items()
-        if name in CALLS
         for parameter in parameters_of(function)
         for bad in BAD
     ]
@@ -773,7 +706,7 @@ def run(case):
         String, what is wrong with what came of it; None where nothing is.
     """
     name, parameter, bad = case
-    call = CALLS[name]()
+    call = call_of(name)
     before = [state_of(each) for each in call.models]
     value = BAD[bad]()
     if parameter not in call.arguments:
