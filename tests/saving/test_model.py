@@ -780,25 +780,6 @@ def test_hostile_files(match, name, scaled_file, tmp_path, monkeypatch):
     assert os.listdir(temporary) == []
 
 
-def test_what_an_error_says_builds_nothing_again(scaled_file, tmp_path):
-    made = []
-
-    @keras.saving.register_keras_serializable("tests.saving")
-    class Fails(keras.layers.Layer):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            made.append(self)
-            raise ValueError("create a variable while in a stateless scope")
-
-    arrays = contents(scaled_file)
-    name = "tests.saving>Fails"
-    replace_layer(None, "Fails", registered_name=name, config={})(arrays)
-    rewrite(tmp_path / "file", arrays)
-    with pytest.raises(ValueError, match="stateless scope"):
-        kwm.load_model(tmp_path / "file")
-    assert len(made) == 1
-
-
 def test_rewriting_an_unchanged_file_is_accepted(scaled_file, tmp_path):
     arrays = contents(scaled_file)
     rewrite(tmp_path / "file", arrays)
