@@ -255,8 +255,8 @@ class Checkpoint(keras.callbacks.Callback):
             warnings.warn(
                 f"`Checkpoint` goes on with the weights of step "
                 f"{state['step']} of epoch {self._epoch + 1}, and with the "
-                f"data from the beginning of that epoch: {state['step']} "
-                "steps are repeated.",
+                "data from the beginning of that epoch. Steps that are "
+                f"repeated: {state['step']}.",
                 stacklevel=3,
             )
         keras_compat.begin_with_epoch(self.model, self._epoch)
