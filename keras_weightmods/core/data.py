@@ -173,6 +173,27 @@ def _token_inputs(model, x):
     }, padding
 
 
+def with_next_tokens(model, x, y, sample_weight):
+    """Give rows of token ids without labels the next tokens as labels.
+
+    For a language model of KerasHub; all else is returned as it is.
+
+    Args:
+        model, x, y, sample_weight: As in `preprocess`.
+    """
+    is_list = isinstance(x, (list, tuple)) and x and all(map(is_row, x))
+    is_array = len(getattr(x, "shape", ())) == 2 and _is_int(x)
+    if y is not None or not (is_list or is_array):
+        return x, y, sample_weight
+    inputs, padding = _token_inputs(model, x)
+    if not isinstance(inputs, dict):
+        return x, y, sample_weight
+    if sample_weight is None and padding is not None:
+        sample_weight = padding[:, 1:]
+    y = inputs["token_ids"][:, 1:]
+    return {k: a[:, :-1] for k, a in inputs.items()}, y, sample_weight
+
+
 def check(x, y=None, name="x"):
     """Raise ValueError for what is no data to train or measure on.
 

@@ -12,10 +12,9 @@ from keras import ops
 from keras_weightmods.core import keras_compat
 from keras_weightmods.ops import nm
 from keras_weightmods.ops.matrix import contraction_size
-from keras_weightmods.sparsity import adam_s_targets as targets_of
 from keras_weightmods.sparsity import (
+    adam_s_build,
     adam_s_update,
-    adam_s_warnings,
     sparsify,
 )
 from keras_weightmods.sparsity.report import ChangeReport
@@ -159,7 +158,7 @@ class AdamS(keras.optimizers.Optimizer):
         self.total_steps = total_steps
         self.n, self.m = nm.parse_pattern(pattern)
         self.pattern = f"{self.n}:{self.m}"
-        targets = targets_of.check_targets(targets)
+        targets = adam_s_build.check_targets(targets)
         # A closure, because Keras would track a model held as an attribute.
         self._get_targets = lambda: targets
         is_auto = isinstance(l1, str) and l1 == "auto"
@@ -222,7 +221,7 @@ class AdamS(keras.optimizers.Optimizer):
     def use_targets(self, targets: Any) -> None:
         """Set `targets` where none were given; only before `build`."""
         if self._get_targets() is None and not self.built:
-            targets = targets_of.check_targets(targets)
+            targets = adam_s_build.check_targets(targets)
             self._get_targets = lambda: targets
 
     def build(self, variables: Iterable[Any]) -> None:
@@ -236,11 +235,11 @@ class AdamS(keras.optimizers.Optimizer):
                 "total_steps=steps_per_epoch * epochs)`, or train through "
                 "`CAST`, whose `fit` fills it in. Received: total_steps=None"
             )
-        axes = targets_of.find_axes(self._get_targets(), variables, self.m)
+        axes = adam_s_build.find_axes(self._get_targets(), variables, self.m)
         found = [pair for pair in zip(variables, axes) if pair[1]]
-        adam_s_warnings.warn_about_low_precision(found)
+        adam_s_build.warn_about_low_precision(found)
         if self.decay == "published":
-            adam_s_warnings.warn_about_travel(self, found)
+            adam_s_build.warn_about_travel(self, found)
         super().build(variables)
         self._axes = axes
         self._states = list(map(self._new_state, variables, axes))
@@ -406,11 +405,11 @@ class AdamS(keras.optimizers.Optimizer):
         if self.built:
             index_of = self._get_variable_index
             targets = [
-                targets_of.target_config(variable, axes, index_of(variable))
+                adam_s_build.target_config(variable, axes, index_of(variable))
                 for variable, axes, _ in self.sparsified_state
             ]
         else:
-            targets = targets_of.targets_config(self._get_targets())
+            targets = adam_s_build.targets_config(self._get_targets())
         return {
             **super().get_config(),
             "total_steps": self.total_steps,

@@ -15,14 +15,12 @@ from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops.nm import Pattern, parse_pattern
 from keras_weightmods.saving.checkpoint import Checkpoint
 from keras_weightmods.sparsity import (
-    cast_checks,
-    cast_warnings,
+    cast_run,
     sparsify,
 )
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.distillation import LogitsDistiller
 from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
-from keras_weightmods.sparsity.run_state import RunState
 from keras_weightmods.sparsity.scaling import Scaling, attach_scaling
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress, Waiting
@@ -159,8 +157,8 @@ class CAST(LogitsDistiller):
         Raises:
             ValueError: If they are none of these.
         """
-        cast_checks.check_start(init, init_refine)
-        return cast_checks.default_recipe(init, init_refine)
+        cast_run.check_start(init, init_refine)
+        return cast_run.default_recipe(init, init_refine)
 
     def __init__(
         self,
@@ -179,7 +177,7 @@ class CAST(LogitsDistiller):
         name: str = "cast",
     ) -> None:
         n, m = parse_pattern(pattern)
-        cast_checks.check_start(init, init_refine)
+        cast_run.check_start(init, init_refine)
         checks.check_int("init_rows", init_rows, 1)
         if init_refine and init == "dense":
             expected = "None where `init` is 'dense': nothing is pruned"
@@ -229,7 +227,7 @@ class CAST(LogitsDistiller):
         self.targets = usable
         self.init_report: sparsify.SparsifyReport | None = None
         self.report: SparsityReport | None = None
-        self._run = RunState(model, is_started=init == "dense")
+        self._run = cast_run.RunState(model, is_started=init == "dense")
         self._optimizer_is_default = False
         self._verbose: Any = 0
         self._building = contextlib.ExitStack()
@@ -266,7 +264,7 @@ class CAST(LogitsDistiller):
         """
         is_default = optimizer is None
         if is_default:
-            recipe = cast_checks.default_recipe(self.init, self.init_refine)
+            recipe = cast_run.default_recipe(self.init, self.init_refine)
             optimizer = AdamS(pattern=self.pattern, **recipe)
         inner = inner_optimizer(optimizer)
         if not isinstance(inner, AdamS) or inner.pattern != self.pattern:
@@ -314,12 +312,14 @@ class CAST(LogitsDistiller):
     ) -> keras.callbacks.History:
         """Train the model into the pattern.
 
-        Takes what `keras.Model.fit` takes, and raw strings where the model is
-        a KerasHub task with a preprocessor. Fills in `total_steps` of the
-        optimizer, where it was not given, from the steps of an epoch times
-        `epochs`. The plan stands from the first step on; a later `fit` that
-        goes beyond it is warned about. While the step is compiled, which may
-        take a minute, the seconds are shown, unless `verbose` is 0.
+        Takes what `keras.Model.fit` takes; for a language model of KerasHub
+        also strings, where it has a preprocessor, and rows of token ids, whose
+        labels are the next tokens where there is no `y`. Fills in
+        `total_steps` of the optimizer, where it was not given, from the steps
+        of an epoch times `epochs`. The plan stands from the first step on; a
+        later `fit` that goes beyond it is warned about. While the step is
+        compiled, which may take a minute, the seconds are shown, unless
+        `verbose` is 0.
 
         Raises:
             ValueError: If `total_steps` was not given and the data do not say
@@ -327,17 +327,17 @@ class CAST(LogitsDistiller):
                 optimizer sparsifies; after `finalize`.
         """
         began = time.perf_counter()
-        cast_checks.check_not_finalized(self.report, "fit")
+        cast_run.check_not_finalized(self.report, "fit")
         if not self.compiled:
             raise ValueError("Call `compile()` before `fit()`.")
         checks.check_int("batch_size", batch_size, 1, 2**31 - 1, optional=True)
         checks.check_int("epochs", epochs, 0, 2**31 - 1)
         if not isinstance(verbose, bool):
             checks.check_choice("verbose", verbose, ("auto", 0, 1, 2))
-        cast_warnings.warn_about_early_stopping(kwargs.get("callbacks"))
-        x, y, kwargs["sample_weight"] = data.preprocess(
+        given = data.with_next_tokens(
             self.student, x, y, kwargs.get("sample_weight")
         )
+        x, y, kwargs["sample_weight"] = data.preprocess(self.student, *given)
         data.check(x, y)
         kwargs["validation_data"] = data.preprocess_pairs(
             self.student, kwargs.get("validation_data")
@@ -363,13 +363,13 @@ class CAST(LogitsDistiller):
             self._plan(epochs * int(steps))
         elif taken:
             left = steps * (epochs - kwargs.get("initial_epoch", 0))
-            cast_warnings.warn_about_the_end(
+            cast_run.warn_about_the_end(
                 self.adam_s, taken, left, kwargs.get("callbacks")
             )
         with keras_compat.strategy_scope(self):
             with Waiting("Building the optimizer", verbose, began):
                 self.optimizer.build(self.trainable_variables)
-            cast_checks.check_all_sparsified(self.targets, self.adam_s)
+            cast_run.check_all_sparsified(self.targets, self.adam_s)
             if not taken:
                 weight = kwargs["sample_weight"]
                 x = self._start(x, batch_size, weight, verbose, began)
@@ -419,18 +419,18 @@ class CAST(LogitsDistiller):
                 model is unchanged then.
         """
         checks.check_verbose(verbose)
-        cast_checks.check_not_finalized(self.report, "finalize")
+        cast_run.check_not_finalized(self.report, "finalize")
         if not self.compiled or not self.adam_s.built:
             raise ValueError(
                 "`CAST.finalize()` prunes by the last mask of the training. "
                 "Received: a model that was not trained. Call `compile()` "
                 "and `fit()` first."
             )
-        cast_checks.check_all_sparsified(self.targets, self.adam_s)
+        cast_run.check_all_sparsified(self.targets, self.adam_s)
         with Progress(2, "step", verbose) as progress:
             # Before the warning, whose figures would be NaN.
             sparsify.check_finite(self.adam_s.sparsified, sparsify.DIVERGED)
-            cast_warnings.warn_about_an_early_end(self.adam_s)
+            cast_run.warn_about_an_early_end(self.adam_s)
             self.adam_s.prune()
             progress.add()
             if self.scaling_groups:
@@ -440,7 +440,7 @@ class CAST(LogitsDistiller):
             )
         # As TensorFlow traced them, they hold the scales of that time.
         self.train_function = self.test_function = self.predict_function = None
-        cast_warnings.say_that_a_fit_loses_the_pattern(self.pattern)
+        cast_run.say_that_a_fit_loses_the_pattern(self.pattern)
         return self.student
 
     def get_config(self) -> Any:
@@ -470,7 +470,7 @@ class CAST(LogitsDistiller):
         accumulated = optimizer.gradient_accumulation_steps or 1
         optimizer.total_steps = max(1, batches // accumulated)
         if self._optimizer_is_default:
-            schedule = cast_checks.default_schedule(
+            schedule = cast_run.default_schedule(
                 self.init, self.init_refine, batches
             )
             optimizer.learning_rate = schedule

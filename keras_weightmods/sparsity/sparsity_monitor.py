@@ -1,6 +1,7 @@
 """Shows how far the training is on its way to the pattern."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -11,7 +12,6 @@ from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops import nm
 from keras_weightmods.sparsity.adam_s import AdamS
-from keras_weightmods.sparsity.kept_share import kept_share, masked_weights
 from keras_weightmods.sparsity.semi_structured_sparse import (
     SemiStructuredSparse,
 )
@@ -161,3 +161,29 @@ class SparsityMonitor(keras.callbacks.Callback):
     def _optimizer(self) -> Any:
         # On JAX the property brings the model up to date.
         return inner_optimizer(self.model.optimizer)
+
+
+def kept_share(masked: Iterable[tuple[Any, Any]]) -> tuple[float, float]:
+    """Return what masks keep, and the largest weight that they do not.
+
+    Args:
+        masked: Pairs of a variable and its mask, in bits.
+
+    Returns:
+        The share of the sum of all |w| that is within the masks, 1 where there
+        is none, and the largest |w| outside of them.
+    """
+    total = out = largest = 0.0
+    for variable, bits in masked:
+        mask = nm.unpack_bits(bits, variable.shape)
+        magnitude = ops.abs(ops.cast(variable.value, "float32"))
+        outside = ops.where(mask, 0.0, magnitude)
+        parts = ops.sum(magnitude), ops.sum(outside), ops.max(outside)
+        one, other, most = (float(ops.convert_to_numpy(p)) for p in parts)
+        total, out, largest = total + one, out + other, max(largest, most)
+    return (1 - out / total if total else 1.0), largest
+
+
+def masked_weights(adam_s: Any) -> list[tuple[Any, Any]]:
+    """Return pairs of a variable and its mask, in bits, of a built `AdamS`."""
+    return [(v, bits.value) for v, _, bits in adam_s.sparsified_state]

@@ -1,4 +1,3 @@
-import time
 import zipfile
 
 import keras
@@ -8,7 +7,6 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.utils import progress
 from tests import models
 from tests.backends import breadth
 from tests.models import assert_same, mlp, numpy, weights_of
@@ -110,29 +108,32 @@ def test_raw_strings():
         compiled().fit(texts)
 
 
-def test_shows_that_the_first_step_is_built_and_compiled(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "DELAY", 0.0)
-    words = {
-        "Building": True,
-        "Compiling": keras.backend.backend() != "torch",
-    }
-
-    def slow(y, logits):
-        time.sleep(0.05)
-        return casts.cross_entropy()(y, logits)
-
-    for verbose in (0, "auto"):
-        cast = kwm.CAST(make_mlp(), teacher=None)
-        cast.compile(loss=slow)
-        fit(cast, batch_size=16, verbose=verbose)
-        lines = capsys.readouterr().out.splitlines()
-        for word, is_expected in words.items():
-            start = f"{word} the training step: "
-            is_shown = any(line.startswith(start) for line in lines)
-            assert is_shown is (is_expected and bool(verbose))
-
-
 # What fit takes
+
+
+@pytest.mark.one_backend
+def test_rows_of_tokens_are_their_own_labels():
+    x, y, weight = make_tokens()
+    rows = np.concatenate([x["token_ids"], y[:, -1:]], axis=1)
+    lists = [row[: 1 + int(w.sum())].tolist() for row, w in zip(rows, weight)]
+    full = {**x, "padding_mask": np.ones_like(x["padding_mask"])}
+    # They are padded to the longest alone.
+    width = max(map(len, lists)) - 1
+    short = {name: value[:, :width] for name, value in x.items()}
+    weights = {"sample_weight": weight[:, :width]}
+    for data, again, options in (
+        ((rows, None), (full, y), {}),
+        ((lists, None), (short, y[:, :width]), weights),
+    ):
+        ends = []
+        for pair, more in ((data, {}), (again, options)):
+            model = models.randomize(models.causal_lm("gpt2"), scale=0.1)
+            cast = kwm.CAST(model, teacher=None)
+            cast.compile()
+            fit(cast, pair, epochs=2, **more)
+            ends.append(weights_of(cast.finalize()))
+        for a, b in zip(*ends, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["tf.data", "PyDataset", "generator", "split"])
@@ -613,16 +614,6 @@ def test_mixed_float16(globally):
     assert np.isfinite(history["loss"]).all()
     assert history["kept_share"][-1] == pytest.approx(1.0, abs=1e-3)
     kwm.assert_sparse(cast.finalize(), "2:4")
-
-
-def test_jit_compile_is_the_users_choice():
-    cast = kwm.CAST(make_mlp(), teacher=None)
-    loss = casts.cross_entropy()
-    cast.compile(loss=loss, jit_compile=False, metrics=["accuracy"])
-    assert not cast.jit_compile
-    x, y = make_data()
-    results = cast.evaluate(x, y, 4, verbose=0, return_dict=True)
-    assert set(results) == {"loss", "accuracy"}
 
 
 def trained_before():

@@ -1,10 +1,9 @@
 import warnings
 
-import keras
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.sparsity import cast_warnings
+from keras_weightmods.sparsity import cast_run
 from tests.models import assert_same, weights_of
 from tests.sparsity import casts
 from tests.sparsity.casts import compiled, fit, make_data, started
@@ -53,15 +52,8 @@ def test_an_early_stop_is_warned_about():
 
 
 @pytest.mark.one_backend
-def test_early_stopping_is_warned_about():
-    stop = keras.callbacks.EarlyStopping("loss")
-    with pytest.warns(UserWarning, match="CAST: `EarlyStopping`"):
-        fit(compiled(), callbacks=[stop])
-
-
-@pytest.mark.one_backend
 def test_finalize_says_once_that_a_fit_loses_the_pattern():
-    cast_warnings.say_that_a_fit_loses_the_pattern.cache_clear()
+    cast_run.say_that_a_fit_loses_the_pattern.cache_clear()
     for times in (1, 0):
         cast = compiled()
         fit(cast)

@@ -6,7 +6,7 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.core.watched import called_by
-from keras_weightmods.sparsity import split_loss
+from keras_weightmods.sparsity import distillation
 from tests import models, references
 from tests.backends import breadth
 from tests.models import numpy
@@ -19,7 +19,7 @@ ROWS, LENGTH, CLASSES = 3, 5, 20
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Four positions in a chunk, of 15: the last is not a whole one."""
-    monkeypatch.setattr(split_loss, "CHUNK_BYTES", 4 * 4 * CLASSES)
+    monkeypatch.setattr(distillation, "CHUNK_BYTES", 4 * 4 * CLASSES)
 
 
 def tied():
