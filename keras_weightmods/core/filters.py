@@ -1,59 +1,121 @@
-"""Filters of targets and weights: what `include` and its like can be."""
+"""The one matcher of names: what `include`, `exclude` and the like can be."""
 
-import dataclasses
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 
 from keras_weightmods.core.keras_compat import layers_of, own_variables
 from keras_weightmods.utils import checks
 
-_Test = Callable[[Any], bool]
+
+def matcher(
+    name: str, pattern: Any, model: Any = None
+) -> Callable[[Any], bool]:
+    """Return a pattern as a callable from `Target`, or alike, to bool.
+
+    Args:
+        name: String, the argument that the pattern was given as.
+        pattern: A regex searched for in the `path`. With a model also a layer
+            or a layer type, for what is inside of these layers, or a callable.
+        model: The model or layer that holds what is matched.
+
+    Raises:
+        ValueError: If the pattern is none of these.
+    """
+    if isinstance(pattern, (str, re.Pattern)):
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            expected = f"a valid regular expression ({error})"
+            raise checks.error(name, expected, pattern) from error
+        return lambda each: regex.search(each.path) is not None
+    is_type = isinstance(pattern, type)
+    if model is not None and (
+        isinstance(pattern, keras.layers.Layer)
+        or (is_type and issubclass(pattern, keras.layers.Layer))
+    ):
+        inside = {
+            id(inner)
+            for layer in layers_of(model)
+            if (isinstance(layer, pattern) if is_type else layer is pattern)
+            for inner in layers_of(layer)
+        }
+        return lambda each: id(each.layer) in inside
+    if model is not None and callable(pattern) and not is_type:
+        return lambda each: bool(pattern(each))
+    expected = "a regular expression for the path, "
+    if model is not None:
+        expected += "a layer, a layer type, a callable from Target to bool, "
+    expected += "or a list of these"
+    if name == "targets":
+        expected += "; or what `find_targets` returns"
+    raise checks.error(name, expected, pattern)
 
 
 def included(
-    name: str, patterns: Any, model: Any, targets: Any, skipped: Any
-) -> Any:
-    """Return those of `targets` that one of the patterns matches.
+    name: str,
+    patterns: Any,
+    found: Sequence[Any],
+    model: Any = None,
+    skipped: Any = None,
+    kind: str = "target",
+) -> list[Any]:
+    """Return those of `found` that one of the patterns matches.
 
     Args:
         name: String, the argument that the patterns were given as.
-        patterns: A regex searched for in the path; a layer or a layer type,
-            which stand for all layers inside of them too; a callable from
-            `Target` to bool; or a list of these. `None` for all targets.
-        model: The model or layer that holds the targets.
-        targets: Sequence of `Target`.
-        skipped: Sequence of `Skipped`, for the error message. `None` where the
-            targets are not those of `find_targets`.
+        patterns: As in `matcher`, or a list of these. `None` for all.
+        found: Sequence of `Target`s, or of what has a `path` like them.
+        model: As in `matcher`.
+        skipped: Sequence of `Skipped`, for the error message. `None` where
+            `found` is not what `find_targets` returns.
+        kind: String, what `found` are, for the error message.
 
     Raises:
-        ValueError: If a pattern has another form, or matches no target.
+        ValueError: If a pattern has another form, or matches nothing.
     """
     if patterns is None:
-        return targets
-    tests = _tests(name, patterns, model)
-    for pattern, test in tests:
-        if not any(map(test, targets)):
-            raise ValueError(_nothing_matches(name, pattern, targets, skipped))
-    return [t for t in targets if any(test(t) for _, test in tests)]
+        return list(found)
+    taken: set[int] = set()
+    for pattern in _listed(patterns):
+        test = matcher(name, pattern, model)
+        matched = {i for i, each in enumerate(found) if test(each)}
+        if not matched:
+            paths = ", ".join(repr(each.path) for each in found[:5])
+            message = (
+                f"Each element of `{name}` must match a {kind}. Received: "
+                f"{name}={pattern!r}, which matches none of {len(found)} "
+                f"{kind}s" + (f", among them {paths}" if paths else "")
+            )
+            if skipped is not None:
+                message += ". `find_targets(model)` lists them all."
+                if isinstance(pattern, (str, re.Pattern)):
+                    left = [each for each in skipped if test(each)]
+                    for each in left[:1]:
+                        message += f" Left out: {each.path} ({each.reason})"
+            raise ValueError(message)
+        taken |= matched
+    return [each for i, each in enumerate(found) if i in taken]
 
 
-def excluded(name: str, patterns: Any, model: Any, targets: Any) -> Any:
-    """Return those of `targets` that none of the patterns matches."""
+def excluded(
+    name: str, patterns: Any, found: Sequence[Any], model: Any = None
+) -> list[Any]:
+    """Return those of `found` that none of the patterns matches."""
     if patterns is None:
-        return targets
-    tests = _tests(name, patterns, model)
-    return [t for t in targets if not any(test(t) for _, test in tests)]
+        return list(found)
+    tests = [matcher(name, each, model) for each in _listed(patterns)]
+    return [each for each in found if not any(test(each) for test in tests)]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Held:
-    """A weight, as the tests of targets see one."""
+class _Weight(NamedTuple):
+    """A weight, as a matcher sees it."""
 
     layer: Any
     path: str
+    variable: keras.Variable
 
 
 def matching_weights(
@@ -63,8 +125,7 @@ def matching_weights(
 
     Args:
         name: String, the argument that the patterns were given as.
-        patterns: A regex searched for in the path; a layer or a layer type,
-            which stand for all weights inside of them; or a list of these.
+        patterns: As in `matcher`, or a list of these.
         model: The model or layer that holds the weights.
         trainable: Bool, whether those that are not trainable are left out.
             Defaults to `False`.
@@ -77,83 +138,17 @@ def matching_weights(
     """
     known = {id(v) for v in model.weights if v.trainable or not trainable}
     held = [
-        (id(variable), _Held(layer, variable.path))
+        _Weight(layer, variable.path, variable)
         for layer in layers_of(model)
         for variable in own_variables(layer)
         if id(variable) in known
     ]
-    if not isinstance(patterns, (list, tuple, set, frozenset)):
-        patterns = [patterns]
-    found: set[int] = set()
-    for pattern in patterns:
-        if not isinstance(pattern, (str, re.Pattern, type, keras.layers.Layer)):
-            expected = (
-                "a regular expression for the path, a layer, a layer type, or "
-                "a list of these"
-            )
-            raise checks.error(name, expected, pattern)
-        test = _test(name, pattern, model)
-        matched = {key for key, each in held if test(each)}
-        if not matched:
-            kind = "trainable weights" if trainable else "weights"
-            raise ValueError(
-                f"Each element of `{name}` must match a weight of the model. "
-                f"Received: {name}={pattern!r}, which matches none of "
-                f"{len(known)} {kind} of {model.name!r}"
-            )
-        found |= matched
-    return [v for v in model.weights if id(v) in found]
+    kind = "trainable weight" if trainable else "weight"
+    taken = included(name, patterns, held, model, kind=kind)
+    ids = {id(each.variable) for each in taken}
+    return [v for v in model.weights if id(v) in ids]
 
 
-def _tests(name: str, patterns: Any, model: Any) -> list[tuple[Any, _Test]]:
-    if not isinstance(patterns, (list, tuple, set, frozenset)):
-        patterns = [patterns]
-    return [(pattern, _test(name, pattern, model)) for pattern in patterns]
-
-
-def _test(name: str, pattern: Any, model: Any) -> _Test:
-    """Return a pattern as a callable from `Target` to bool."""
-    if isinstance(pattern, (str, re.Pattern)):
-        try:
-            regex = re.compile(pattern)
-        except re.error as error:
-            expected = f"a valid regular expression ({error})"
-            raise checks.error(name, expected, pattern) from error
-        return lambda target: regex.search(target.path) is not None
-    is_type = isinstance(pattern, type)
-    if isinstance(pattern, keras.layers.Layer) or (
-        is_type and issubclass(pattern, keras.layers.Layer)
-    ):
-        outer = [
-            layer
-            for layer in layers_of(model)
-            if (isinstance(layer, pattern) if is_type else layer is pattern)
-        ]
-        inside = {id(layer) for each in outer for layer in layers_of(each)}
-        return lambda target: id(target.layer) in inside
-    if callable(pattern) and not is_type:
-        return lambda target: bool(pattern(target))
-    expected = (
-        "a regular expression for the path, a layer, a layer type, a callable "
-        "from Target to bool, or a list of these"
-    )
-    if name == "targets":
-        expected += "; or what `find_targets` returns"
-    raise checks.error(name, expected, pattern)
-
-
-def _nothing_matches(
-    name: str, pattern: Any, targets: Any, skipped: Any
-) -> str:
-    paths = ", ".join(repr(target.path) for target in targets[:5])
-    message = (
-        f"Each element of `{name}` must match a target. Received: "
-        f"{name}={pattern!r}, which matches none of {len(targets)}"
-    ) + (f", among them {paths}" if paths else "")
-    if skipped is None:
-        return message
-    if isinstance(pattern, (str, re.Pattern)):
-        for skip in skipped:
-            if re.search(pattern, skip.path):
-                return f"{message}. Left out: {skip.path} ({skip.reason})"
-    return f"{message}. `find_targets(model)` lists them all."
+def _listed(patterns: Any) -> list[Any]:
+    is_list = isinstance(patterns, (list, tuple, set, frozenset))
+    return list(patterns) if is_list else [patterns]

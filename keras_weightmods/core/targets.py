@@ -189,8 +189,8 @@ def find_targets(
     ```
     """
     found = _find_all(model, depthwise)
-    taken = filters.included("include", include, model, found, found.skipped)
-    taken = filters.excluded("exclude", exclude, model, taken)
+    taken = filters.included("include", include, found, model, found.skipped)
+    taken = filters.excluded("exclude", exclude, taken, model)
     return Targets(tuple(taken), found.skipped)
 
 
@@ -235,7 +235,7 @@ def resolve_targets(
     if not given or not all(isinstance(each, Target) for each in targets):
         found = _find_all(model, depthwise)
         left = found.skipped
-        taken = filters.included("targets", targets, model, found, left)
+        taken = filters.included("targets", targets, found, model, left)
         return Targets(tuple(taken), left)
     check_model(model)
     known = {id(variable) for variable in model.weights}

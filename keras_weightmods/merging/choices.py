@@ -1,10 +1,10 @@
 """Which weights are merged, and with which numbers."""
 
-import re
 from typing import Any
 
 import numpy as np
 
+from keras_weightmods.core import filters
 from keras_weightmods.merging.methods import MergeMethod
 from keras_weightmods.merging.sources import Weight
 from keras_weightmods.utils import checks
@@ -32,24 +32,8 @@ def kept(found: list[Weight], include: Any, exclude: Any) -> dict[str, str]:
 
 def _matching(name: str, patterns: Any, found: list[Weight]) -> set[str]:
     """Return the names of the weights that one of some regexes matches."""
-    if isinstance(patterns, (str, re.Pattern)):
-        patterns = [patterns]
-    if not isinstance(patterns, (list, tuple)):
-        raise checks.error(name, "a regex or a list of regexes", patterns)
-    matched: set[str] = set()
-    for pattern in patterns:
-        try:
-            regex = re.compile(pattern)
-        except (re.error, TypeError) as error:
-            expected = f"a valid regular expression ({error})"
-            raise checks.error(name, expected, pattern) from error
-        names = {w.name for w in found if regex.search(w.path)}
-        if not names:
-            paths = ", ".join(repr(w.path) for w in found[:5])
-            expected = f"regexes that match a path, as {paths}"
-            raise checks.error(name, expected, pattern)
-        matched |= names
-    return matched
+    matched = filters.included(name, patterns, found, kind="weight")
+    return {weight.name for weight in matched}
 
 
 def resolved(name: str, spec: Any, found: list[Weight]) -> dict[str, float]:

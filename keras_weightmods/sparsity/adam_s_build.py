@@ -1,14 +1,12 @@
 """What `AdamS` does as it is built: it finds its targets, and warns."""
 
-import contextlib
-import re
 import warnings
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_compat
+from keras_weightmods.core import filters, keras_compat
 from keras_weightmods.core.targets import (
     Target,
     Targets,
@@ -23,8 +21,8 @@ from keras_weightmods.utils import checks
 def check_targets(targets):
     """Return the argument `targets` of `AdamS` if it is one."""
     if isinstance(targets, str):
-        with contextlib.suppress(re.error):
-            return re.compile(targets).pattern
+        filters.matcher("targets", targets)
+        return targets
     if targets is None or isinstance(targets, (keras.layers.Layer, Targets)):
         return targets
     if isinstance(targets, (list, tuple)) and targets:
@@ -109,7 +107,7 @@ def targets_config(targets):
 def _inferred(pattern, variable):
     rank = len(variable.shape)
     is_kernel = variable.name == "kernel" and rank >= 2
-    if not is_kernel or not re.search(pattern, variable.path):
+    if not is_kernel or not filters.matcher("targets", pattern)(variable):
         return None
     if rank == 2:
         return (0,)

@@ -425,11 +425,11 @@ ERRORS = [
     (r"`weights\[1\]` must be with a regex", {"weights": [1, {"bias": 2}]}),
     (r"`weights\[1\]` must be a valid regular", {"weights": [1, {"(": 2}]}),
     (
-        r"`weights\[0\]` must be regexes that match .*'baias'",
+        r"`weights\[0\]` must match a weight.*'baias'",
         {"weights": [{"baias": 0, "": 1}, 1]},
     ),
     (
-        "`density` must be regexes that match .*'nothing'",
+        "`density` must match a weight.*'nothing'",
         {"method": "ties", "density": {"": 0.5, "nothing": 0.2}},
     ),
     ("`weights` must be of a sum > 0", {"weights": [1, -1]}),
@@ -446,7 +446,7 @@ ERRORS = [
     ),
     ("`epsilon` must .* for della", {"method": "ties", "epsilon": 0.1}),
     ("`seed` must be", {"seed": -1}),
-    ("`include` must be regexes that match", {"include": "nothing"}),
+    ("`include` must match a weight", {"include": "nothing"}),
     ("At least one weight must be merged", {"exclude": ""}),
 ]
 
