@@ -48,13 +48,14 @@ class MaskedState(keras.optimizers.Optimizer):
 
     def __init__(self, *args, masks=None, **kwargs):
         super().__init__(*args, **kwargs)
-        if masks is not None and not _are_specs(masks):
+        try:
+            self._configured_specs = masks and [
+                MaskSpec(**{**each, "shape": tuple(each["shape"])})
+                for each in masks
+            ]
+        except (TypeError, KeyError) as error:
             expected = "None, or what `get_config` returned"
-            raise checks.error("masks", expected, masks)
-        self._configured_specs = masks and [
-            MaskSpec(**{**each, "shape": tuple(each["shape"])})
-            for each in masks
-        ]
+            raise checks.error("masks", expected, masks) from error
         self._specs: Any = []
 
     @property
@@ -217,7 +218,7 @@ class MaskedState(keras.optimizers.Optimizer):
                 f"`{type(self).__name__}` has no masks yet. Train with "
                 "`model.fit(..., callbacks=[PrincipalMaskCallback(...)])`, or "
                 "call `PrincipalMaskCallback(...).attach(model)` before a "
-                f"training loop of your own{_after_the_error()}"
+                "training loop of your own."
             )
         if count > len(self._specs):
             raise ValueError(
@@ -225,7 +226,7 @@ class MaskedState(keras.optimizers.Optimizer):
                 "of which its masks are. To go on with them, pass "
                 "`PrincipalMaskCallback` to `fit` again. To train all, compile "
                 "the model with a new optimizer. Received: the gradients of "
-                f"{count} variables{_after_the_error()}"
+                f"{count} variables"
             )
 
     def _check_masked(self, variable):
@@ -302,23 +303,3 @@ class MaskedState(keras.optimizers.Optimizer):
     def _only_masked(self, variable, new, old):
         """Tensor `old` with the masked entries of tensor `new`."""
         raise NotImplementedError
-
-
-def _after_the_error():
-    """Return what is to be done beside what an error in a step says."""
-    if keras.backend.backend() != "jax":
-        return "."
-    return (
-        ". Keras on JAX takes the weights out of the model for a step, and may "
-        "have lost them with this error: load them again then."
-    )
-
-
-def _are_specs(masks):
-    keys = {field.name for field in dataclasses.fields(MaskSpec)}
-    return isinstance(masks, (list, tuple)) and all(
-        isinstance(each, dict)
-        and set(each) == keys
-        and isinstance(each["shape"], (list, tuple))
-        for each in masks
-    )

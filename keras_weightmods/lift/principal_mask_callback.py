@@ -1,7 +1,6 @@
 """PrincipalMaskCallback: fine-tunes the principal weights of a model alone."""
 
 import dataclasses
-import math
 import random
 import time
 import warnings
@@ -12,35 +11,18 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.backend import backend_module
 from keras_weightmods.core import filters, keras_compat, train_step
-from keras_weightmods.core.loss_gradients import loss_gradients
-from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.core.targets import resolve_targets
-from keras_weightmods.core.weight_keys import weight_keys
-from keras_weightmods.lift.frozen import (
-    freeze,
-    unfreeze,
-    unfreeze_on_error,
-)
-from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
-from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
-from keras_weightmods.lift.model_optimizer import (
-    check_optimizer,
-    install,
-    without_loss_scaling,
-)
-from keras_weightmods.lift.patterns import check_patterns, has_zeros
-from keras_weightmods.lift.report import (
-    MaskedKernel,
-    PrincipalMaskReport,
-    Refresh,
-)
+from keras_weightmods.core.wrapping_optimizer import inner_optimizer
+from keras_weightmods.lift.attach import Plan
+from keras_weightmods.lift.frozen import freeze, unfreeze, unfreeze_on_error
+from keras_weightmods.lift.masked_state import MaskedState
+from keras_weightmods.lift.report import PrincipalMaskReport, Refresh
 from keras_weightmods.ops.matrix import stack_shape
 from keras_weightmods.ops.principal_mask import Selection, mask_indices
 from keras_weightmods.ops.random_places import seed_of
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Skipped
 
 
 class PrincipalMaskCallback(keras.callbacks.Callback):
@@ -289,7 +271,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
 
     def _look(self) -> None:
         """Read from the optimizer what is counted here after it."""
-        optimizer = without_loss_scaling(self.model.optimizer)
+        optimizer = inner_optimizer(self.model.optimizer)
         applied = keras_compat.applied_steps(optimizer)
         self._batches = int(ops.convert_to_numpy(applied))
         self._mask_step = optimizer.mask_step
@@ -304,33 +286,32 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
 
     def _refresh(self) -> None:
         model = self.model
-        optimizer = without_loss_scaling(model.optimizer)
+        optimizer = inner_optimizer(model.optimizer)
         step = self._batches // self._accumulated
         variables = optimizer.masked_variables
         targets = [self._target_of[id(v)] for v in variables]
-        new = total = 0
         began = time.perf_counter()
         verbose = (self.params or {}).get("verbose", 0)
+        counts = []
 
         def counted(chosen: Any) -> Any:
-            nonlocal new, total
+            # One at a time: nothing is held of the others.
             for variable, indices in zip(variables, chosen):
                 before = optimizer.indices_of(variable)
-                new += len(np.setdiff1d(indices, before, assume_unique=True))
-                total += len(indices)
-                progress.add()
+                new = np.setdiff1d(indices, before, assume_unique=True)
+                counts.append((len(new), len(indices)))
                 yield indices
 
         with (
             Progress(len(targets), "mask", verbose) as progress,
             keras_compat.strategy_scope(model),
         ):
-            # One at a time: nothing is held of the others.
             chosen = self._choose(model, targets, step, optimizer)
-            optimizer.set_masks(counted(chosen), step)
+            optimizer.set_masks(progress.each(counted(chosen)), step)
         self._mask_step = step
         seconds = time.perf_counter() - began
-        refresh = Refresh(step, new / max(1, total), seconds)
+        new, entries = map(sum, zip(*counts))
+        refresh = Refresh(step, new / max(1, entries), seconds)
         self.refreshes.append(refresh)
         self._of_epoch.append(refresh)
 
@@ -352,107 +333,36 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         whole = filters.matching_weights(
             "also_train", self._also_train, model, trainable=True
         )
-        targets, skipped = self._usable_targets(model, whole)
-        sizes = {id(t.variable): self._size(t) for t in targets}
-        optimizer = without_loss_scaling(model.optimizer)
-        trainable = model.trainable_variables
-        trained = {*sizes, *map(id, whole)}
-        specs = [
-            MaskSpec(v.path, tuple(v.shape), sizes.get(id(v)), place)
-            for place, v in enumerate(trainable)
-            if id(v) in trained or not self.freeze_rest
-        ]
-        variables = [trainable[spec.place] for spec in specs]
-        by_id = {id(target.variable): target for target in targets}
-        ordered = [by_id[id(v)] for v in variables if id(v) in by_id]
-        check_optimizer(optimizer, variables, specs)
-        is_new = not (isinstance(optimizer, MaskedState) and optimizer.built)
-        chosen = None
-        if is_new or optimizer.mask_step < 0:
-            chosen = self._choose(model, ordered, 0, None)
-            chosen = list(self._shown(chosen, len(ordered)))
-
-        if is_new:
-            if not isinstance(optimizer, MaskedState):
-                optimizer = MaskedOptimizer(optimizer)
-            optimizer.build_masked(variables, specs, trainable)
-            install(model, optimizer, variables)
-        if self.freeze_rest:
-            freeze(model, [v for v in trainable if id(v) not in trained])
-            self._attached.add(model)
-        if chosen is not None:
-            optimizer.set_masks(chosen, 0, self._selection.seed)
-        self._target_of = by_id
-        kernels = tuple(
-            MaskedKernel(each.key, each.shape, sizes[id(each.variable)])
-            for each in ordered
-        )
-        keys = weight_keys(model)
-        others = tuple(
-            MaskedKernel(keys[id(v)], tuple(v.shape), math.prod(v.shape))
-            for v in whole
-        )
-        report = PrincipalMaskReport(kernels, tuple(skipped), others)
-        return report, is_new
-
-    def _usable_targets(self, model: Any, whole: Any) -> Any:
-        """Return the targets to mask, and what is skipped.
-
-        Args:
-            model: The model.
-            whole: List of the variables that are trained whole.
-        """
-        found = resolve_targets(model, self._targets)
-        trained = {id(v) for v in whole}
-        paths = {v.path for v in whole}
-        skipped = [skip for skip in found.skipped if skip.path not in paths]
-        usable = []
-        tiny: list[str] = []
-        for target in found:
-            variable = target.variable
-            if id(variable) in trained:
-                if self.keep_pattern and has_zeros(variable):
-                    raise ValueError(
-                        "`keep_pattern=True` keeps the zeros of masked kernels "
-                        "alone, and one that is trained whole would lose its "
-                        "own. Leave it out of `also_train`. Received: "
-                        f"{target.path!r}, which has zeros"
-                    )
-            elif not variable.trainable:
-                skipped.append(Skipped(target.path, "frozen"))
-            elif "float" not in variable.dtype:
-                reason = f"not a float variable ({variable.dtype})"
-                skipped.append(Skipped(target.path, reason))
-            elif target.attribute in slots(target.layer):
-                raise ValueError(
-                    "The stored weight of a layer that is reparameterized is "
-                    "not the one it computes with. Call `kwm.fold(model)` "
-                    "first, or leave it out of `targets`. Received: "
-                    f"{target.path!r}"
-                )
-            elif (why := self._reason_without_entries(target)) is not None:
-                skipped.append(Skipped(target.path, why))
-                tiny.append(target.path)
-            else:
-                usable.append(target)
-        if not usable:
-            reasons = [f"{each.path}: {each.reason}" for each in skipped]
-            raise ValueError(
-                "`PrincipalMaskCallback` found no kernel to train in the "
-                f"model. Received: model={model.name!r}, skipped: "
-                + ("; ".join(reasons) or "none")
-            )
-        if tiny:
+        options = self.freeze_rest, self.keep_pattern, self._size
+        plan = Plan(model, self._targets, whole, *options)
+        if plan.tiny:
             state = "frozen" if self.freeze_rest else "trained as ever"
             warnings.warn(
-                f"`PrincipalMaskCallback` leaves {len(tiny)} kernels {state}, "
-                f"as they have no entries to select: {tiny[:5]}. Select more "
-                "to train entries of these too. The report of "
+                f"`PrincipalMaskCallback` leaves {len(plan.tiny)} kernels "
+                f"{state}, as they have no entries to select: {plan.tiny[:5]}. "
+                "Select more to train entries of these too. The report of "
                 "`attach(model)` has the reasons.",
                 stacklevel=2,
             )
-        check_patterns(usable, self.keep_pattern)
-        return usable, skipped
+        optimizer = inner_optimizer(model.optimizer)
+        plan.check_optimizer(optimizer)
+        is_new = not (isinstance(optimizer, MaskedState) and optimizer.built)
+        chosen = None
+        if is_new or optimizer.mask_step < 0:
+            verbose = (self.params or {}).get("verbose", 1)
+            with Progress(len(plan.targets), "mask", verbose) as progress:
+                found = self._choose(model, plan.targets, 0, None)
+                chosen = list(progress.each(found))
+        if is_new:
+            optimizer = plan.install(model, optimizer)
+        if self.freeze_rest:
+            trained = {id(v) for v in plan.variables}
+            freeze(model, [v for v in plan.known if id(v) not in trained])
+            self._attached.add(model)
+        if chosen is not None:
+            optimizer.set_masks(chosen, 0, self._selection.seed)
+        self._target_of = {id(t.variable): t for t in plan.targets}
+        return plan.report, is_new
 
     def _size(self, target: Any) -> Any:
         """The number of entries of a target to train."""
@@ -461,24 +371,6 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         )
         return stacks * self._selection.size(rows, columns)
 
-    def _reason_without_entries(self, target: Any) -> str | None:
-        """Why not one entry of a target is to be trained."""
-        try:
-            self._size(target)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def _shown(self, chosen: Any, count: int) -> Any:
-        """Yield what is chosen, and show how far it is; as `fit` if in it."""
-        verbose = (self.params or {}).get("verbose", 1)
-        shown = 1 if verbose else 0
-        bar = keras.utils.Progbar(count, verbose=shown, unit_name="mask")
-        bar.update(0)
-        for each in chosen:
-            bar.add(1)
-            yield each
-
     def _choose(self, model: Any, targets: Any, step: int, before: Any) -> Any:
         """Yield the entries of each target to train from this step on."""
         own = self._selection
@@ -486,7 +378,11 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         gradients = [None] * len(targets)
         if own.criterion == "gradient":
             variables = [target.variable for target in targets]
-            gradients = loss_gradients(model, variables, self._data)
+            batch = keras.tree.map_structure(ops.convert_to_tensor, self._data)
+            x, y, weight = (*batch, None)[:3]
+            gradients = backend_module("loss_gradients").loss_gradients(
+                model, variables, x, y, weight
+            )
         for number, (target, gradient) in enumerate(zip(targets, gradients)):
             next_seed = (seed + step) % 2**31
             if own.criterion == "random":

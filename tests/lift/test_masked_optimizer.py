@@ -16,9 +16,7 @@ OPTIMIZERS = {
         0.1, momentum=0.9, nesterov=True, weight_decay=0.1
     ),
     "Adam": lambda: keras.optimizers.Adam(0.1, weight_decay=0.1),
-    "AdamW": lambda: keras.optimizers.AdamW(0.1, weight_decay=0.1),
     "Lion": lambda: keras.optimizers.Lion(0.1, weight_decay=0.1),
-    "RMSprop": lambda: keras.optimizers.RMSprop(0.1, momentum=0.9),
     "Adafactor": lambda: keras.optimizers.Adafactor(0.1),
     "Muon": lambda: keras.optimizers.Muon(0.1),
 }

@@ -127,18 +127,6 @@ def test_a_full_mask_is_the_adamw_of_keras(name):
         np.testing.assert_allclose(*map(numpy, pair), rtol=0, atol=1e-6)
 
 
-def test_moments_move_with_the_mask():
-    optimizer, (variable,) = built([[1, 3, 5]], [normal(8)])
-    step(optimizer, [variable], normal(8, seed=1))
-    before = numpy(optimizer._moments[0][0])
-    assert np.all(before != 0)
-    optimizer.set_masks([np.int32([0, 3, 5])], 1)
-    after = numpy(optimizer._moments[0][0])
-    assert after.tolist() == [0.0, before[1], before[2]]
-    assert numpy(optimizer._moments[0][1])[0] == 0
-    assert optimizer.mask_step == 1
-
-
 def test_state_is_compact():
     """0.075 of Adam's two moments at 5 %, besides a few scalars."""
     masks, settings = [choice(10_000, 500)], {"gradient_accumulation_steps": 2}

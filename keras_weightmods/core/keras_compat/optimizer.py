@@ -1,4 +1,7 @@
-"""Private parts of Keras' optimizers, and of the `fit` that runs them."""
+"""Private parts of Keras' optimizers, and of the `fit` that runs them.
+
+Each function names the public hook that would make it needless.
+"""
 
 import contextlib
 from typing import Any
@@ -17,27 +20,43 @@ def strategy_scope(model: Any) -> Any:
 
 
 def optimizer_variables(optimizer: Any) -> list[Any]:
-    """Return the variables that a built optimizer updates."""
+    """Return the variables that a built optimizer updates.
+
+    Hook: a public `Optimizer.trainable_variables`.
+    """
     return optimizer._trainable_variables
 
 
 def check_known(optimizer: Any, variables: list[Any]) -> None:
-    """Raise ValueError unless a built optimizer updates all `variables`."""
+    """Raise ValueError unless a built optimizer updates all `variables`.
+
+    Keras asks so in its first step, when the model has been changed. Hook: as
+    of `optimizer_variables`.
+    """
     optimizer._check_variables_are_known(variables)
 
 
 def applied_steps(optimizer: Any) -> keras.Variable:
-    """Return the count of `apply`; `iterations` counts what accumulates."""
+    """Return the count of `apply`; `iterations` counts what accumulates.
+
+    Hook: a public count of batches beside the one of updates.
+    """
     return optimizer._iterations
 
 
 def given_learning_rate(optimizer: Any) -> Any:
-    """Return the schedule, if there is one; `learning_rate` is its value."""
+    """Return the schedule, if there is one; `learning_rate` is its value.
+
+    Hook: a public `Optimizer.learning_rate_schedule`.
+    """
     return optimizer._learning_rate
 
 
 def decays(optimizer: Any, variable: Any) -> bool:
-    """Return whether an optimizer applies weight decay to a variable."""
+    """Return whether an optimizer applies weight decay to a variable.
+
+    Hook: a public `Optimizer.decays(variable)`.
+    """
     return optimizer._use_weight_decay(variable)
 
 
@@ -45,6 +64,7 @@ def exclude_from_decay(optimizer: Any, keys: set[str]) -> None:
     """Leave more variables, by `_var_key`, out of weight decay.
 
     The public `exclude_from_weight_decay` forgets what the user has said.
+    Hook: one that adds.
     """
     optimizer._exclude_from_weight_decay = keys.union(
         getattr(optimizer, "_exclude_from_weight_decay", ())
@@ -53,7 +73,10 @@ def exclude_from_decay(optimizer: Any, keys: set[str]) -> None:
 
 
 def drop_averages(optimizer: Any) -> None:
-    """Take the moving averages out of a built optimizer, if it has any."""
+    """Take the moving averages out of a built optimizer, if it has any.
+
+    An optimizer around it takes them then. Hook: a setter of `use_ema`.
+    """
     averages = getattr(optimizer, "_model_variables_moving_average", None)
     if averages is not None:
         for average in averages:
@@ -65,7 +88,8 @@ def drop_averages(optimizer: Any) -> None:
 def set_optimizer(model: Any, optimizer: Any) -> None:
     """Give a compiled model another optimizer, also in what it saves.
 
-    `compile` would drop the model's state of metrics.
+    `compile` would drop the model's state of metrics. Hook: a setter of
+    `Model.optimizer` that also sets what is saved.
     """
     model.optimizer = optimizer
     config = getattr(model, "_compile_config", None)
@@ -84,7 +108,10 @@ def begin_with_epoch(model: Any, epoch: int | None) -> None:
 
 
 def hold_state(model: Any, state: Any) -> None:
-    """Have `fit` on JAX put a state into the variables when it ends."""
+    """Have `fit` on JAX put a state into the variables when it ends.
+
+    Hook: `fit` itself keeps the last state where a step raises.
+    """
     names = "trainable", "non_trainable", "optimizer", "metrics"
     model._jax_state = {
         f"{name}_variables": values for name, values in zip(names, state)

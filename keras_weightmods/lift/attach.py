@@ -1,0 +1,209 @@
+"""What `PrincipalMaskCallback` trains of a model, and by which optimizer."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_weightmods.core import keras_compat
+from keras_weightmods.core.reparameterization import slots
+from keras_weightmods.core.targets import Target, resolve_targets
+from keras_weightmods.core.weight_keys import weight_keys
+from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
+from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
+from keras_weightmods.lift.report import MaskedKernel, PrincipalMaskReport
+from keras_weightmods.utils import checks
+from keras_weightmods.utils.report import Skipped
+
+
+class Plan:
+    """What is to be trained of a model; nothing is changed yet.
+
+    Args:
+        model: A built Keras model.
+        targets: As in `PrincipalMaskCallback`.
+        whole: List of the variables that are trained whole.
+        freeze_rest, keep_pattern: As in `PrincipalMaskCallback`.
+        size: Callable from a `Target` to how many of its entries are trained.
+            It raises ValueError where that is none.
+
+    Attributes:
+        targets: List of the `Target`s to mask, in the order of `variables`.
+        tiny: List of the paths of kernels without an entry to train.
+        variables: List of the variables that are trained, in part or whole.
+        specs: List of `MaskSpec`, one for each of `variables`.
+        known: List of all variables that the model would train.
+        report: The `PrincipalMaskReport`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        targets: Any,
+        whole: list[Any],
+        freeze_rest: bool,
+        keep_pattern: bool,
+        size: Callable[[Target], int],
+    ) -> None:
+        found = resolve_targets(model, targets)
+        ids, paths = {id(v) for v in whole}, {v.path for v in whole}
+        skipped = [skip for skip in found.skipped if skip.path not in paths]
+        sizes: dict[int, int] = {}
+        masked: dict[int, Target] = {}
+        self.tiny: list[str] = []
+        for target in found:
+            reason = None
+            if id(target.variable) in ids:
+                if keep_pattern and _has_zeros(target.variable):
+                    raise ValueError(
+                        "`keep_pattern=True` keeps the zeros of masked kernels "
+                        "alone, and one that is trained whole would lose its "
+                        "own. Leave it out of `also_train`. Received: "
+                        f"{target.path!r}, which has zeros"
+                    )
+                continue
+            if not target.variable.trainable:
+                reason = "frozen"
+            elif "float" not in target.variable.dtype:
+                reason = f"not a float variable ({target.variable.dtype})"
+            elif target.attribute in slots(target.layer):
+                raise ValueError(
+                    "The stored weight of a layer that is reparameterized is "
+                    "not the one it computes with. Call `kwm.fold(model)` "
+                    "first, or leave it out of `targets`. Received: "
+                    f"{target.path!r}"
+                )
+            else:
+                try:
+                    sizes[id(target.variable)] = size(target)
+                    masked[id(target.variable)] = target
+                except ValueError as error:
+                    reason = str(error)
+                    self.tiny.append(target.path)
+            if reason is not None:
+                skipped.append(Skipped(target.path, reason))
+        if not masked:
+            reasons = [f"{each.path}: {each.reason}" for each in skipped]
+            raise ValueError(
+                "`PrincipalMaskCallback` found no kernel to train in the "
+                f"model. Received: model={model.name!r}, skipped: "
+                + ("; ".join(reasons) or "none")
+            )
+        _check_constraints(list(masked.values()), keep_pattern)
+        self.known = model.trainable_variables
+        self.specs = [
+            MaskSpec(v.path, tuple(v.shape), sizes.get(id(v)), place)
+            for place, v in enumerate(self.known)
+            if id(v) in sizes or id(v) in ids or not freeze_rest
+        ]
+        self.variables = [self.known[spec.place] for spec in self.specs]
+        self.targets = [
+            masked[id(v)] for v in self.variables if id(v) in masked
+        ]
+        keys = weight_keys(model)
+        self.report = PrincipalMaskReport(
+            tuple(
+                MaskedKernel(each.key, each.shape, sizes[id(each.variable)])
+                for each in self.targets
+            ),
+            tuple(skipped),
+            tuple(
+                MaskedKernel(keys[id(v)], tuple(v.shape), math.prod(v.shape))
+                for v in whole
+            ),
+        )
+
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Raise ValueError where it cannot train these variables."""
+        if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+            raise ValueError(
+                "`PrincipalMaskCallback` works with one optimizer. Received: a "
+                "model compiled with a `MultiOptimizer`"
+            )
+        if not optimizer.built:
+            return
+        if not isinstance(optimizer, MaskedState):
+            keras_compat.check_known(optimizer, self.variables)
+            return
+        trained = keras_compat.optimizer_variables(optimizer)
+        received = {id(v): s.size for v, s in zip(trained, optimizer.specs)}
+        expected = {id(v): s.size for v, s in zip(self.variables, self.specs)}
+        if expected != received:
+            entries, known = (
+                f"{sum(filter(None, sizes.values()))} entries of {len(sizes)}"
+                for sizes in (expected, received)
+            )
+            raise ValueError(
+                "The model's optimizer has masks of other kernels or sizes: "
+                f"{known} variables. Received: a `PrincipalMaskCallback` for "
+                f"{entries} variables. Compile the model with a new optimizer."
+            )
+
+    def install(self, model: Any, optimizer: Any) -> Any:
+        """Make an optimizer with masks the model's; return it."""
+        if not isinstance(optimizer, MaskedState):
+            optimizer = MaskedOptimizer(optimizer)
+        optimizer.build_masked(self.variables, self.specs, self.known)
+        outer = model.optimizer
+        if isinstance(outer, keras.optimizers.LossScaleOptimizer):
+            # That one was built for all variables.
+            scaled = keras.optimizers.LossScaleOptimizer(
+                optimizer,
+                initial_scale=outer.initial_scale,
+                dynamic_growth_steps=outer.dynamic_growth_steps,
+                name=outer.name,
+            )
+            scaled.build(self.variables)
+            keras_compat.set_optimizer(model, scaled)
+        else:
+            keras_compat.set_optimizer(model, optimizer)
+        return optimizer
+
+
+def _check_constraints(targets: list[Target], keep_pattern: bool) -> None:
+    """Raise ValueError if masks contradict constraints or zeros that stay."""
+    constrained, others = [], []
+    for target in targets:
+        constraint = target.variable.constraint
+        if getattr(constraint, "keeps_pattern", False):
+            constrained.append(target)
+        elif constraint is not None:
+            others.append(f"{target.path!r} with {type(constraint).__name__}")
+    checks.raise_all(
+        "A constraint acts on whole kernels, and would change entries outside "
+        "of their masks. Leave these kernels out of `targets`, or take the "
+        "constraints off (`layer.kernel.constraint = None`). Received:",
+        others,
+    )
+    for target in constrained:
+        variable = target.variable
+        if not keep_pattern:
+            raise ValueError(
+                "A kernel with a constraint to a pattern has zeros that a "
+                "mask may hold. Pass `keep_pattern=True`, which trains "
+                "entries that are not zero, or call "
+                "`SemiStructuredSparse.detach(model)` first. Received: "
+                f"{target.path!r} with {type(variable.constraint).__name__}"
+            )
+        if ops.any(variable.constraint(variable) != variable.value):
+            raise ValueError(
+                "A kernel with a constraint to a pattern must be in it "
+                "before masks are chosen. Call `SemiStructuredSparse."
+                f"attach(model)` first. Received: {target.path!r}"
+            )
+    # In a model with constraints, kernels without one may be dense.
+    if keep_pattern and not constrained:
+        for target in targets:
+            if not _has_zeros(target.variable):
+                raise ValueError(
+                    "`keep_pattern=True` is for a sparse model, whose zeros "
+                    "stay zeros. Make the model sparse first, or leave this "
+                    f"kernel out of `targets`. Received: {target.path!r}, "
+                    "which has no zero"
+                )
+
+
+def _has_zeros(variable: keras.Variable) -> bool:
+    return bool(ops.convert_to_numpy(ops.any(variable.value == 0)))
