@@ -68,9 +68,6 @@ from keras_weightmods.core.keras_compat.layers import (
     parts_of as parts_of,
 )
 from keras_weightmods.core.keras_compat.layers import (
-    replaced_attributes as replaced_attributes,
-)
-from keras_weightmods.core.keras_compat.layers import (
     restored_attributes as restored_attributes,
 )
 from keras_weightmods.core.keras_compat.layers import (

@@ -86,20 +86,6 @@ def view(obj: Any, **attributes: Any) -> Any:
 
 
 @contextlib.contextmanager
-def replaced_attributes(obj: Any, **replacements: Any) -> Iterator[None]:
-    """Set attributes of an instance in a scope, past attribute tracking."""
-    own = vars(obj)
-    before = {name: own[name] for name in replacements if name in own}
-    own.update(replacements)
-    try:
-        yield
-    finally:
-        for name in replacements:
-            del own[name]
-        own.update(before)
-
-
-@contextlib.contextmanager
 def restored_attributes(layers: list[Any]) -> Iterator[None]:
     """Restore the attributes of `layers` after a scope without warnings.
 

@@ -19,7 +19,10 @@ from keras.src.random.seed_generator import (
 
 @contextlib.contextmanager
 def unlocked(layer: Any) -> Iterator[None]:
-    """Let a built layer take new variables, as LoRA in Keras does."""
+    """Let a built layer take new variables, as LoRA in Keras does.
+
+    Needless if `add_weight` could be called on a built layer.
+    """
     locked = layer._tracker.locked
     layer._tracker.unlock()
     try:
@@ -33,7 +36,8 @@ def remove_variable(layer: Any, variable: Any, name: str | None = None) -> Any:
     """Take a variable out of a layer.
 
     Keras' public way, `del layer.name`, collects garbage each time, which
-    takes minutes on an LLM.
+    takes minutes on an LLM, and forgets the place. Needless with a
+    `Layer.remove_weight` that returns what `add_weight` can put back.
 
     Args:
         layer: The layer.
@@ -73,7 +77,11 @@ def put_variable_back(layer: Any, variable: Any, place: Any) -> None:
 
 
 def release_value(variable: Any, message: str) -> None:
-    """Free the memory of a variable; reads raise ValueError(`message`)."""
+    """Free the memory of a variable; reads raise ValueError(`message`).
+
+    Needless, with the three functions below, if a `Variable` had a public
+    `release` and `initialize`, and said whether it has a value.
+    """
 
     def absent(shape, dtype=None):
         raise ValueError(message)
@@ -106,7 +114,8 @@ def without_values() -> Iterator[list[Any]]:
     """Give new variables no value in a scope; yield the list of them.
 
     The public `StatelessScope` does so. But Keras keeps the list to itself,
-    and gives them values at the end of the next such scope.
+    and gives them values at the end of the next such scope. Needless if the
+    scope had the list.
     """
     attribute = "uninitialized_variables"
     earlier = global_state.get_global_attribute(attribute, [])
@@ -134,8 +143,9 @@ def layout_of(variable: Any) -> Any:
 def add_laid_out(add: Callable[..., Any], layout: Any, **arguments: Any) -> Any:
     """Return the new variable of `add`, a layer's `add_weight` or alike.
 
-    It has a layout of our choice, unless that is None: `add_weight` takes
-    none. Set before there is a value, it is never whole on a device.
+    It has a layout of our choice, unless that is None. Set before there is a
+    value, it is never whole on a device. Needless if `add_weight` took a
+    layout, as `Variable` does.
     """
     if layout is None:
         return add(**arguments)
@@ -153,6 +163,8 @@ def add_laid_out(add: Callable[..., Any], layout: Any, **arguments: Any) -> Any:
 
 def global_seed(create: bool = False) -> Any:
     """Return the state of Keras' seed generator for where none is given.
+
+    Needless if `keras.random` had it in public.
 
     Args:
         create: Bool, whether to make it where there is none yet; else `None`
