@@ -101,34 +101,25 @@ def check_quantizers(parts, others):
     for name, part in parts.items():
         if getattr(part, "quantization_mode", None) is None:
             continue
-        found, expected = (
-            getattr(each, "inputs_quantizer", None)
-            for each in (others.get(name), part)
-        )
-        if _settings(found) != _settings(expected):
+        found, expected = map(_inputs_quantizer, (others.get(name), part))
+        if found != expected:
             raise ValueError(
                 f"The layer {part.name!r}, {part.quantization_mode}, would "
-                f"come back with {_named(found)} for its inputs, where it has "
-                f"{_named(expected)}, and compute other values: layers of "
-                "KerasHub do not keep how they were quantized. Use "
-                "`quantize('int8')`, which is made again as it is"
+                f"come back with {found} for its inputs, where it has "
+                f"{expected}, and compute other values: layers of KerasHub do "
+                "not keep how they were quantized. Use `quantize('int8')`, "
+                "which is made again as it is"
             )
 
 
-def _settings(quantizer):
-    """Return what a quantizer is; layers give it the axis if it has none."""
-    if quantizer is None:
-        return None
-    config = {**quantizer.get_config(), "axis": None}
-    # From a file, tuples are lists.
-    config["value_range"] = tuple(config.get("value_range", ()))
-    return type(quantizer), config
-
-
-def _named(quantizer):
+def _inputs_quantizer(layer):
+    quantizer = getattr(layer, "inputs_quantizer", None)
     if quantizer is None:
         return "no quantizer"
-    return f"{type(quantizer).__name__} {quantizer.get_config()}"
+    # Layers give it the axis if it has none, and tuples are lists in a file.
+    config = {**quantizer.get_config(), "axis": None}
+    config["value_range"] = tuple(config.get("value_range", ()))
+    return f"{type(quantizer).__name__} {config}"
 
 
 def weights(parts):
