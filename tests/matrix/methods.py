@@ -170,12 +170,15 @@ def delta(family):
 def patches(family):
     model, _ = _made(family)
     before = models.weights_of(model)
-    signature = models.make_signature(model)
+    # Another one than the state "patched" has put on it.
+    signature = models.make_signature(model, 3)
     signature.apply(model)
     after = models.weights_of(model)
     assert not all(map(np.array_equal, before, after)), "nothing was added"
-    models.make_signature(model, 2).apply(model, 0.5)
-    kwm.Patch.clear(model)
+    second = models.make_signature(model, 2)
+    second.apply(model, 0.5)
+    signature.remove(model)
+    second.remove(model)
     models.assert_same_bits(models.weights_of(model), before)
 
 
