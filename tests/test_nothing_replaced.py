@@ -36,11 +36,11 @@ def _run(method, name, snapshot):
         methods.METHODS[method](family)  # or it is refused, in words
 
 
-# Until the last of them is gone.
-remains = pytest.mark.xfail(strict=False, reason="some are replaced still")
+# What a user asks for, and `uncompile_generate` takes off. KerasHub's `compile`
+# would drop a `generate_function` that was set, without a word.
+ASKED = {"compiled_generate": {"make_generate_function"}}
 
 
-@remains
 @pytest.mark.parametrize("method", methods.METHODS)
 @pytest.mark.parametrize("name", ["LlamaCausalLM", "Dense"])
 @pytest.mark.filterwarnings("ignore")
@@ -49,10 +49,9 @@ def test_nothing_is_replaced(method, name):
         pytest.skip("writes no text")
     with attributes.watched() as (snapshot, changed):
         _run(method, name, snapshot)
-    assert changed == set()
+    assert changed == ASKED.get(method, set())
 
 
-@remains
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_is_replaced_by_several_threads():
     names = ("magnitude", "lift", "pack", "save_packed", "delta")
