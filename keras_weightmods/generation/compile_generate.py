@@ -1,11 +1,9 @@
 """`generate` of KerasHub's language models without Keras' work for each op."""
 
-import contextlib
 import dataclasses
 import functools
 import importlib
 import types
-from collections.abc import Iterator
 
 import keras
 
@@ -151,19 +149,6 @@ def uncompile_generate(model: keras.Model) -> None:
     """
     _check_causal_lm(model)
     keras_compat.attributes(model).pop(_HOOK, None)
-
-
-@contextlib.contextmanager
-def compiled(model: keras.Model) -> Iterator[None]:
-    """`compile_generate` in a scope; a model that has it keeps it."""
-    was_compiled = _HOOK in keras_compat.attributes(model)
-    if not was_compiled:
-        compile_generate(model, verbose=0)
-    try:
-        yield
-    finally:
-        if not was_compiled:
-            uncompile_generate(model)
 
 
 _DONE = {

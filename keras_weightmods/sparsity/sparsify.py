@@ -202,6 +202,9 @@ def sparsify(
     learning_rate = checks.check_float("learning_rate", learning_rate, above=0)
     checks.check_verbose(verbose)
     checks.check_int("batch_size", batch_size, 1)
+    if isinstance(data, str) and data in CRITERIA:
+        expected = f"calibration data. Pass `criterion={data!r}` by its name"
+        raise checks.error("data", expected, data)
     if data is None and (CRITERIA[criterion].needs_data or refinements):
         expected = (
             f"calibration data for `criterion={criterion!r}, "

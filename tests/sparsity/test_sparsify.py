@@ -250,6 +250,7 @@ X = normal(4, 16)
         ({"pattern": "4:2"}, "`pattern`"),
         ({"criterion": "obd"}, "`criterion`"),
         ({"criterion": "wanda"}, "calibration data"),
+        ({"data": "wanda"}, "Pass `criterion='wanda'`"),
         ({"criterion": "wanda", "data": normal(0, 16)}, "arrays of rows"),
         ({"criterion": "wanda", "data": Endless(X, X, 2)}, "endless"),
         ({"data": normal(4, 15)}, "incompatible|shape"),
