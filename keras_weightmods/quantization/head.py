@@ -98,7 +98,8 @@ def round_table(
             parts.append(ops.convert_to_numpy(after))
     rounded = np.concatenate(parts, axis=1)
     target.variable.assign(from_matrix(rounded, target.shape, axes))
-    return sums[0] / (sums[2] or 1), sums[1] / (sums[2] or 1)
+    nearest, error = sums[:2] / (sums[2] or 1)
+    return float(nearest), float(error)
 
 
 def _second_moment(head: Head, batches: Any, verbose: Any) -> Any:
