@@ -206,20 +206,6 @@ def dense_of_steps(steps: Any, scale: Any, dtype: str) -> Packed:
     )
 
 
-def steps_of_dense(packed: Packed) -> Any:
-    """Return what `dense_of_steps` takes, from `Packed` of any arrays."""
-    values, scale = (
-        _to_numpy(getattr(packed, name), numpy_dtype(dtype))
-        for name, (_, dtype) in packed_arrays(
-            packed.shape, packed.dtype, is_dense=True
-        ).items()
-    )
-    (k, n), width = packed.shape, len(values) * COLUMNS
-    steps = words(np, values, packed.dtype).transpose(1, 2, 4, 0, 3)
-    steps = steps.reshape(-(-k // ROWS) * ROWS, width)[:k, :n]
-    return steps.astype(np.int8), rows_of_scale(scale, packed.dtype, k, n)
-
-
 def unpack_kernel(packed: Packed) -> Any:
     """Undo `pack_kernel`.
 

@@ -57,14 +57,15 @@ def pack(
     Of a 2:4 kernel the kept values are stored, and two bits for the place of
     each: 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in int8 and
     0.10 in int4. Packed are the kernels of Dense, EinsumDense, Conv1D to Conv3D
-    (which then multiply the patches of their input), of the cells of LSTM, GRU
-    and SimpleRNN (on torch with `use_cudnn=False`) and of the experts of
-    KerasHub's mixtures. Their layers multiply by the packed arrays with
-    `ops.sparse_matmul`. Each layer stays the same object with the same name;
-    the dense weight is gone from it, and it has `kernel_values`, for 2:4
-    kernels `kernel_meta`, and for int8 and int4 `kernel_scale` instead, frozen
-    weights like any other. `layer.kernel` gives the dense kernel, computed
-    anew each time.
+    (which then multiply the patches of their input), of separable convolutions,
+    of the cells of LSTM, GRU, SimpleRNN and ConvLSTM (on torch with
+    `use_cudnn=False`), of the experts of KerasHub's mixtures, and of layers
+    that `register_layer_kind` makes known with their `call`. Their layers
+    multiply by the packed arrays with `ops.sparse_matmul`. Each layer stays the
+    same object with the same name; the dense weight is gone from it, and it has
+    `kernel_values`, for 2:4 kernels `kernel_meta`, and for int8 and int4
+    `kernel_scale` instead, frozen weights like any other. `layer.kernel` gives
+    the dense kernel, computed anew each time.
 
     Bias, activation and LoRA work as before: `enable_lora` before or after
     trains adapters on the packed base. `save_weights` and `load_weights` hold
