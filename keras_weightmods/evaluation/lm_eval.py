@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_weightmods.core import keras_compat
 from keras_weightmods.evaluation.perplexity import start_token, tokenize
 from keras_weightmods.evaluation.token_scorer import (
     TokenScorer,
@@ -244,38 +245,29 @@ class _KerasLM:
 
 
 class _Greedy:
-    """A `CausalLM` that writes the likeliest tokens, and leaves it as it is.
-
-    The methods of its class run on this object: all but the sampler and the
-    compiled function is that of the model.
-    """
+    """Writes the likeliest tokens, by a view of a `CausalLM`."""
 
     def __init__(self, model: Any) -> None:
         import keras_hub
 
-        self._model = model
-        self.sampler = keras_hub.samplers.GreedySampler()
-        self.generate_function: Any = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def generate_step(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self._model).generate_step(self, *args, **kwargs)
+        sampler = keras_hub.samplers.GreedySampler()
+        self._view = keras_compat.view(
+            model, sampler=sampler, generate_function=None
+        )
 
     def new_tokens(self, prompt: Any, count: int, stops: Any) -> Any:
         """Return the tokens after a prompt, `count` or up to a stop."""
         total = len(prompt) + count
         step = 1 if keras.backend.backend() == "torch" else _LENGTH_STEP
         padded = -(-total // step) * step
-        width = max(total, longest_input(self._model, padded))
+        width = max(total, longest_input(self._view, padded))
         # Generation ends where it sees a stop, also in what is not written yet.
         filler = min(set(range(len(stops) + 1)) - set(stops))
         tokens = np.full((1, width), filler, dtype="int32")
         tokens[0, : len(prompt)] = prompt
         mask = np.arange(width)[None] < len(prompt)
         inputs = {"token_ids": tokens, "padding_mask": mask}
-        outputs = type(self._model).make_generate_function(self)(
+        outputs = self._view.make_generate_function()(
             keras.tree.map_structure(keras.ops.convert_to_tensor, inputs),
             stop_token_ids=stops,
         )

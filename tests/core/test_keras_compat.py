@@ -12,8 +12,6 @@ from tests.core.layers import built
 ROOT = pathlib.Path(keras_weightmods.__file__).parent
 # What the package may touch elsewhere, with the reason.
 ALLOWED = {
-    # Of Python's modules.
-    "__init__.py": {"_initializing", "vars"},
     # The update of AdamS on torch: `optimizer` is what calls it, an AdamS.
     "backend/torch/adam_s.py": {"_get_variable_index"},
     # Of a tensor of torch, and cuSPARSELt as torch has it.
