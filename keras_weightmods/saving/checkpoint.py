@@ -3,7 +3,6 @@
 import collections
 import os
 import re
-import time
 import warnings
 from typing import Any
 
@@ -68,10 +67,6 @@ class Checkpoint(keras.callbacks.Callback):
         save_freq: `"epoch"`, or an int, the steps (batches) between two saves
             within an epoch, beside those at the ends of epochs. Defaults to
             `"epoch"`.
-        save_seconds: Float, save after a step once so many seconds have passed
-            since the last save; may come with either `save_freq`, and not with
-            several processes, whose clocks differ. Defaults to `None`, for no
-            such saves.
 
     Raises:
         ValueError: For arguments outside these ranges. When the training
@@ -109,12 +104,7 @@ class Checkpoint(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(
-        self,
-        path: Any,
-        save_freq: Any = "epoch",
-        save_seconds: float | None = None,
-    ) -> None:
+    def __init__(self, path: Any, save_freq: Any = "epoch") -> None:
         super().__init__()
         self.path = os.path.abspath(checks.check_path("path", path))
         if os.path.lexists(self.path) and not os.path.isdir(self.path):
@@ -122,9 +112,6 @@ class Checkpoint(keras.callbacks.Callback):
         if not (isinstance(save_freq, str) and save_freq == "epoch"):
             checks.check_int("save_freq", save_freq, 1)
         self.save_freq = save_freq
-        self.save_seconds = checks.check_float(
-            "save_seconds", save_seconds, above=0, optional=True
-        )
         # The state of the run and its random numbers.
         self._loaded: Any = None
 
@@ -186,9 +173,6 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
-        if self.save_seconds is not None and processes() is not None:
-            expected = "None with several processes, whose clocks differ"
-            raise checks.error("save_seconds", expected, self.save_seconds)
         strategy = getattr(model, "distribute_strategy", None)
         if strategy is not None and strategy.num_replicas_in_sync > 1:
             raise ValueError(
@@ -210,7 +194,6 @@ class Checkpoint(keras.callbacks.Callback):
         # Their gradients would be no part of a checkpoint.
         keras_compat.list_hidden_parameters(model)
         self._last_saved = self._taken
-        self._saved_at = time.monotonic()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch, self._step = epoch, 0
@@ -221,8 +204,10 @@ class Checkpoint(keras.callbacks.Callback):
         self._taken += batch + 1 - self._step
         self._step = batch + 1
         # The save at the end of the epoch comes after its last step.
-        steps = (self.params or {}).get("steps")
-        if self._step != steps and self._is_due():
+        is_last = self._step == (self.params or {}).get("steps")
+        if self.save_freq == "epoch" or is_last:
+            return
+        if self._taken - self._last_saved >= self.save_freq:
             self._save(self._step)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -232,13 +217,6 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         keras_compat.begin_with_epoch(self._model, None)
         self._save(0, stopped=bool(self.model.stop_training))
-
-    def _is_due(self) -> bool:
-        seconds = time.monotonic() - self._saved_at
-        if self.save_seconds is not None and seconds >= self.save_seconds:
-            return True
-        steps = self._taken - self._last_saved
-        return self.save_freq != "epoch" and bool(steps >= self.save_freq)
 
     def _go_on(self, state: dict[str, Any]) -> None:
         """Have `fit` begin with the epoch of a loaded state, and say where."""
@@ -286,7 +264,6 @@ class Checkpoint(keras.callbacks.Callback):
             collections.deque(values, maxlen=0)
         shared.wait("checkpoint")
         self._last_saved = self._taken
-        self._saved_at = time.monotonic()
 
     def _names(self) -> list[str]:
         """Return the names of the checkpoints, the last one last."""

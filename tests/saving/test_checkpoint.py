@@ -139,11 +139,11 @@ def test_a_save_within_an_epoch_says_what_is_repeated(tmp_path):
         np.testing.assert_allclose(received, numpy(variable), atol=1e-6)
 
 
-def fit(folder, epochs=1, units=4, model=None, **kwargs):
+def fit(folder, epochs=1, units=4, model=None):
     model = model or sequential((8,), keras.layers.Dense(units))
     model.compile("sgd", "mse", jit_compile=JIT)
     x, _ = arrays(8)
-    checkpoint = kwm.Checkpoint(folder, 1, **kwargs)
+    checkpoint = kwm.Checkpoint(folder, 1)
     model.fit(x, x[:, :units], 4, epochs, verbose=0, callbacks=[checkpoint])
     return [numpy(v) for v in model.variables]
 
@@ -202,21 +202,6 @@ def test_arguments(tmp_path):
     for wrong in (0, "never", 1.5):
         with pytest.raises(ValueError, match="save_freq"):
             kwm.Checkpoint(tmp_path, wrong)
-    with pytest.raises(ValueError, match="save_seconds"):
-        kwm.Checkpoint(tmp_path, save_seconds=0)
-
-
-@pytest.mark.one_backend
-def test_seconds(tmp_path):
-    x, _ = arrays(8)
-    model = sequential((8,), keras.layers.Dense(8))
-    model.compile("sgd", "mse")
-    checkpoint = kwm.Checkpoint(tmp_path, save_seconds=1e-9)
-    with pytest.raises(Stopped):
-        model.fit(
-            x, x, 1, verbose=0, callbacks=[checkpoint, Stop(2)], shuffle=False
-        )
-    assert len(os.listdir(tmp_path)) == 2
 
 
 class Group:
@@ -255,8 +240,6 @@ def test_the_first_of_several_processes_writes_for_all(tmp_path, monkeypatch):
         assert_same(fit(tmp_path), trained)
     fit(tmp_path, 2)
     assert os.listdir(tmp_path) == saved
-    with pytest.raises(ValueError, match="whose clocks differ"):
-        fit(tmp_path, save_seconds=1)
 
 
 @keras.saving.register_keras_serializable("tests")
