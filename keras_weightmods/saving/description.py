@@ -255,7 +255,7 @@ def _check_constants(parts, built):
     it was in that moment: it is no weight, and follows none.
     """
     for name, part in parts.items():
-        if _constants(part) != _constants(built[name]):
+        if _constants(part) != _constants(built.get(name)):
             raise ValueError(
                 f"The graph of {part.name!r} computes with a tensor that is "
                 "none of its weights, such as what an operation outside of a "
