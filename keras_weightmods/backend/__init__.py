@@ -1,32 +1,23 @@
 """Code for one backend only; imported where it is used."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keras_weightmods.backend.interface import Backend
 
 
-def backend_module(name: str) -> Any:
-    """Return the module `name` of the folder of the backend that runs.
-
-    Args:
-        name: String, such as `"compand"`, a module in the folder of every
-            backend that may ask for it.
-    """
+def current() -> "Backend":
+    """Return what the backend that runs does beyond `keras.ops`."""
     # Here, as exported models take what is in this folder without Keras.
     import keras
 
+    name = keras.backend.backend()
     return importlib.import_module(
-        f"keras_weightmods.backend.{keras.backend.backend()}.{name}"
+        f"keras_weightmods.backend.{name}.implementation"
     )
 
 
 def processes() -> Any:
-    """Return the module of what the processes of a training share.
-
-    None where there is one process, as on all backends but JAX.
-    """
-    import keras
-
-    if keras.backend.backend() != "jax":
-        return None
-    module = backend_module("processes")
-    return module if module.count() > 1 else None
+    """Return the module of what the processes of a training share, or None."""
+    return current().processes()

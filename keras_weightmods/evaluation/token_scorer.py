@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods import backend
 from keras_weightmods.core.head import find_head, input_of
 from keras_weightmods.utils import checks
 
@@ -125,8 +126,8 @@ class TokenScorer:
             return
         head = find_head(self.model)
         body = self.model if head is None else head.body
-        self._run_body = _compiled(_Body(body))
-        self._run_head = _compiled(_Head(head))
+        self._run_body = backend.current().compiled_call(_Body(body))
+        self._run_head = backend.current().compiled_call(_Head(head))
         self._built_for = variables
 
 
@@ -212,11 +213,3 @@ def _as_taken(model, token_ids, padding_mask):
     if not isinstance(structure, dict):
         return token_ids
     return {name: inputs[name] for name in structure}
-
-
-def _compiled(model):
-    if keras.backend.backend() == "jax":
-        from keras_weightmods.backend.jax.compiled_call import compiled_call
-
-        return compiled_call(model)
-    return model.predict_on_batch

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_weightmods.backend import backend_module
+from keras_weightmods import backend
 from keras_weightmods.backend.generation import CannotCompile
 from keras_weightmods.core import keras_compat
 from keras_weightmods.generation import short_prefill
@@ -46,8 +46,8 @@ class GenerateFunction:
             self.shapes = set()
             # A recording is compared as a whole.
             self.is_checked = keras.backend.backend() == "torch"
-            module = backend_module("generation")
-            self.compiled = module.CompiledGenerate(self.model)
+            generation = backend.current().generation()
+            self.compiled = generation.CompiledGenerate(self.model)
         reason = self.refusal or self._reason_against(inputs)
         if not reason:
             try:
@@ -72,7 +72,7 @@ class GenerateFunction:
         length = tokens.shape[1]
         known = int(mask.sum(-1).min())
         prefill = min(_rounded(known, _SHORTEST_PREFILL), length)
-        step = backend_module("generation").LENGTH_STEP
+        step = backend.current().generation().LENGTH_STEP
         padded = length if step is None else _rounded(length, step)
         padding = (0, 0), (0, padded - length)
         # No stop token, and never read.

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.backend import backend_module
+from keras_weightmods import backend
 from keras_weightmods.core import filters, keras_compat, train_step
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.lift.attach import Plan
@@ -380,7 +380,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             variables = [target.variable for target in targets]
             batch = keras.tree.map_structure(ops.convert_to_tensor, self._data)
             x, y, weight = (*batch, None)[:3]
-            gradients = backend_module("loss_gradients").loss_gradients(
+            gradients = backend.current().loss_gradients(
                 model, variables, x, y, weight
             )
         for number, (target, gradient) in enumerate(zip(targets, gradients)):

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.backend import backend_module
+from keras_weightmods import backend
 from keras_weightmods.core import keras_compat
 from keras_weightmods.lift.masked_state import MaskedState
 from keras_weightmods.utils import checks
@@ -179,10 +179,8 @@ class SparseAdamW(MaskedState):
                 gradient = _taken(gradient, indices, _split_of(variable))
             compact.append(gradient)
         if keras.backend.backend() == "jax":
-            from keras_weightmods.backend.jax.order import after_all
-
             # No step on a weight while a gradient still needs it.
-            compact = after_all(compact)
+            compact = backend.current().after(compact, compact)
         super()._backend_apply_gradients(compact, variables)
 
     def _apply_weight_decay(self, variables: Any) -> None:
@@ -196,16 +194,14 @@ class SparseAdamW(MaskedState):
         indices, moments = self._indices[place], self._moments[place]
         known = self._trainable_variables[place]
         decay = (self._use_weight_decay(known) and self.weight_decay) or 0.0
-        if keras.backend.backend() == "torch":
-            from keras_weightmods.backend.torch.sparse_adamw import update
-
-            update(self, known, gradient, indices, moments, decay)
+        in_place = backend.current().in_place()
+        if in_place is not None:
+            arguments = known, gradient, indices, moments, decay
+            in_place.sparse_adamw(self, *arguments)
             return
         whole = ops.convert_to_tensor(variable)
         if keras.backend.backend() == "jax" and indices is not None:
-            from keras_weightmods.backend.jax.order import after
-
-            whole = after(whole, gradient)
+            (whole,) = backend.current().after([whole], [gradient])
         split = None if indices is None else _split_of(known)
         weight = whole if indices is None else _taken(whole, indices, split)
         dtype = weight.dtype
@@ -258,17 +254,17 @@ def _split_of(variable: Any) -> Any:
 
     A pair of a layout and the number of parts; None for one that is not.
     """
-    if keras.backend.backend() != "jax":
+    layouts = backend.current().layouts()
+    if layouts is None:
         return None
-    layout = keras_compat.layout_of(variable)
-    return backend_module("layouts").split_vector(layout)
+    return layouts.split_vector(keras_compat.layout_of(variable))
 
 
 def _taken(x: Any, indices: Any, split: Any) -> Any:
     """The entries of a tensor at places in its flattened form."""
     x, indices = map(ops.convert_to_tensor, (x, indices))
     if split is not None:
-        return backend_module("entries").taken(x, indices)
+        return backend.current().layouts().taken(x, indices)
     return ops.take(ops.reshape(x, (-1,)), indices)
 
 
@@ -276,7 +272,7 @@ def _put(x: Any, indices: Any, values: Any, split: Any) -> Any:
     """The tensor with other entries at these places."""
     if split is not None:
         indices = ops.convert_to_tensor(indices)
-        return backend_module("entries").put(x, indices, values)
+        return backend.current().layouts().put(x, indices, values)
     flat = ops.reshape(x, (-1,))
     places = ops.expand_dims(ops.convert_to_tensor(indices), -1)
     return ops.reshape(ops.scatter_update(flat, places, values), x.shape)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_weightmods.backend import backend_module
+from keras_weightmods import backend
 from keras_weightmods.merging import choices, mergekit
 from keras_weightmods.merging.methods import (
     METHODS,
@@ -479,7 +479,7 @@ def _run(plan: _Plan, output: Any, overwrite: bool, progress: Progress) -> None:
         for weight in plan.weights:
             array = merged[weight.name].reshape(weight.shape)
             if weight.name in plan.tasks:
-                array = backend_module("host_memory").tensor_of(array)
+                array = backend.current().tensor_of(array)
             target.variables[weight.name].assign(array)
         return
     reader = plan.template.reader

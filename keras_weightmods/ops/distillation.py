@@ -2,10 +2,9 @@
 
 import functools
 
-import keras
 from keras import ops
 
-from keras_weightmods.backend import backend_module
+from keras_weightmods import backend
 
 
 def logits_losses(student, teacher, labels, weights, share, temperature=1.0):
@@ -61,9 +60,8 @@ def logits_losses(student, teacher, labels, weights, share, temperature=1.0):
         q = ops.exp(taught)
         kl = ops.sum(weights * ops.sum(q * (taught - soft), axis=-1))
         by_teacher = (share * temperature * weights)[:, None]
-    function = _gradient
-    if keras.backend.backend() == "torch":
-        function = backend_module("distillation").gradient
+    in_place = backend.current().in_place()
+    function = in_place.distillation_gradient if in_place else _gradient
     return (
         entropy,
         temperature**2 * kl,
@@ -146,7 +144,7 @@ def chunked_losses(
     assert np.isclose(total, np.log(4)) and np.isclose(entropy, total)
     ```
     """
-    vjp = backend_module("vjp").vjp
+    vjp = backend.current().vjp
     positions = ops.shape(hidden)[0]
     # On TensorFlow the positions may only be known in a step.
     count = (positions + chunk_size - 1) // chunk_size

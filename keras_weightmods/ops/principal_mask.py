@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.backend import backend_module
+from keras_weightmods import backend
 from keras_weightmods.ops import low_rank
 from keras_weightmods.ops.matrix import (
     Axes,
@@ -137,7 +137,7 @@ class Selection:
                 raise checks.error("candidates", expected, received)
             candidates = ops.cast(candidates, "bool")
             allowed = split(candidates)
-        with backend_module("precision").full_precision():
+        with backend.current().full_precision():
             masks = [
                 _mask_of(matrix, self, place, allowed[place])
                 for place, matrix in enumerate(matrices)
@@ -273,10 +273,9 @@ def _scores(matrix: Any, selection: Any, place: int) -> Any:
     rank = selection.rank_of_filter(rows, columns)
     method = low_rank.choose_method(selection.method, rows, columns, rank)
     if method == "gram" and keras.backend.backend() == "jax":
-        from keras_weightmods.backend.jax.compiled_call import compiled
-
         # One program for a shape, where each op would be one and be kept.
-        return compiled(_low_rank_scores, static=(1, 2))(matrix, rank, method)
+        scores = backend.current().compiled(_low_rank_scores, static=(1, 2))
+        return scores(matrix, rank, method)
     share = selection.size(rows, columns) / (rows * columns)
     seed = selection.seed + place
     return _low_rank_scores(matrix, rank, method, seed, share)

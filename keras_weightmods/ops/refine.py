@@ -12,6 +12,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_weightmods import backend
 from keras_weightmods.ops.nm import (
     Pattern,
     nm_mask,
@@ -196,7 +197,7 @@ def refined(
 
 def _swept(w: Any, weights: Any, h: Any, n: int, m: int, sweeps: int) -> Any:
     size = len(w)
-    step = _compiled_swap() if keras.backend.backend() == "jax" else _swap
+    step = _compiled_swap()
     diagonal = ops.diagonal(h)
     # Where it is zero no swap to this weight is an improvement.
     inverse = ops.where(
@@ -289,9 +290,7 @@ def _swap(
 @functools.cache
 def _compiled_swap() -> Any:
     """One program for a shape, where each op of `_swap` would be one."""
-    from keras_weightmods.backend.jax.compiled_call import compiled
-
-    return compiled(_swap, static=(6,))
+    return backend.current().compiled(_swap, static=(6,))
 
 
 def _fitted(w: Any, weights: Any, h: Any, iterations: int) -> Any:

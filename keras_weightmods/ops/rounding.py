@@ -20,6 +20,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods import backend
 from keras_weightmods.ops.refine import damped
 from keras_weightmods.ops.sparsegpt import inverse_factor
 from keras_weightmods.utils import checks
@@ -384,8 +385,4 @@ def _scan(step: Any, carry: Any, rows: tuple[Any, ...]) -> Any:
 @functools.cache
 def _compiled(function: Any, *static: int) -> Any:
     """On JAX one program for a shape, where each op would be one."""
-    if keras.backend.backend() != "jax":
-        return function
-    from keras_weightmods.backend.jax.compiled_call import compiled
-
-    return compiled(function, static)
+    return backend.current().compiled(function, static)

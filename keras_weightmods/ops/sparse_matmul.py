@@ -5,8 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods import native
-from keras_weightmods.backend import backend_module
+from keras_weightmods import backend, native
 from keras_weightmods.native.packed import check_packed, dense_matmul
 from keras_weightmods.utils import checks
 
@@ -96,7 +95,7 @@ def reason_for_dense() -> Any:
     print(reason_for_dense() or "by compiled kernels")
     ```
     """
-    return backend_module("sparse_matmul").reason_unavailable()
+    return backend.current().products().reason_unavailable()
 
 
 def gpu_plan(
@@ -125,10 +124,8 @@ def gpu_plan(
     print("no GPU" if plan is None else plan.why(rows=1))
     ```
     """
-    if keras.backend.backend() not in ("jax", "torch"):
-        return None
-    module = backend_module("sparse_matmul_gpu")
-    if module.device_name() is None:
+    module = backend.current().gpu_products()
+    if module is None or module.device_name() is None:
         return None
     return module.plan(shape, x_dtype, value_dtype, activations)
 
@@ -141,7 +138,7 @@ def _implementation() -> Any:
     """What multiplies on this backend, chosen in the first call."""
     name = keras.backend.backend()
     if name not in _implementations:
-        _implementations[name] = backend_module("sparse_matmul").sparse_matmul
+        _implementations[name] = backend.current().products().sparse_matmul
         if reason := reason_for_dense():
             native.warn_dense(reason)
             _implementations[name] = dense_matmul

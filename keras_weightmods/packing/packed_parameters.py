@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.backend import backend_module
+from keras_weightmods import backend
 from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.layer_kinds import (
     kind_with_call,
@@ -211,8 +211,10 @@ class PackedParameters(Reparameterization):
             self.activations,
         )
         if self.split is not None:
-            self.stored.packed = backend_module("layouts").SplitPacked.of(
-                self.stored.packed, self.split
+            self.stored.packed = (
+                backend.current()
+                .layouts()
+                .SplitPacked.of(self.stored.packed, self.split)
             )
 
     def multiply(self, x, stacked=False):
@@ -308,7 +310,8 @@ class PackedParameters(Reparameterization):
         """Split the arrays over devices as the weight is, under JAX."""
         layout = keras_compat.layout_of(self.target.variable)
         is_native = isinstance(self.form, NativeFormat)
-        if layout is None or not is_native or keras.backend.backend() != "jax":
+        layouts = backend.current().layouts()
+        if layout is None or not is_native or layouts is None:
             return
         sides: tuple[str, ...] = ("rows", "columns")
         if self.is_table:
@@ -318,7 +321,7 @@ class PackedParameters(Reparameterization):
             # A kernel's own columns would be those of one device.
             sides = ("rows",)
         axes = self.target.contraction_axes
-        self.split, self.unused_axes = backend_module("layouts").split_of(
+        self.split, self.unused_axes = layouts.split_of(
             layout, axes, self.shape, self.form.dtype, sides
         )
         if self.split is not None:
@@ -415,7 +418,7 @@ class PreparedParameters(PackedParameters):
 
     def create_parameters(self, add_weight):
         super().create_parameters(add_weight)
-        gpu = backend_module("sparse_matmul_gpu")
+        gpu = backend.current().gpu_products()
         about = self.shape, self.target.layer.compute_dtype
         plan = gpu.plan(*about, self.form.dtype, self.activations)
         self.companions: dict[str, Any] = {}
@@ -440,7 +443,7 @@ class PreparedParameters(PackedParameters):
         self._prepare()
 
     def _prepare(self):
-        gpu, packed = backend_module("sparse_matmul_gpu"), self.stored.packed
+        gpu, packed = backend.current().gpu_products(), self.stored.packed
         for kind, variable in self.companions.items():
             variable.assign(gpu.companion(kind, packed, packed.x_dtype))
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_weightmods.backend import backend_module
+from keras_weightmods import backend
 from keras_weightmods.patches import tensors
 from keras_weightmods.patches.entry import FLOATS as FLOATS
 from keras_weightmods.patches.entry import WeightInfo as WeightInfo
@@ -84,7 +84,7 @@ class Checkpoint:
         if view is not None:
             return view
         value = self.variables[position].value
-        return backend_module("host_memory").array_of(value)
+        return backend.current().array_of(value)
 
     def memory(self, position):
         """Return a view of the variable's own memory to write to, or None.
@@ -135,7 +135,7 @@ class Checkpoint:
             values = Snapshot(memory)
         tensor = values.tensor
         if tensor is None:
-            tensor = backend_module("host_memory").tensor_of(values.array)
+            tensor = backend.current().tensor_of(values.array)
         self.variables[position].assign(tensor)
 
     def _tensor(self, position):
@@ -169,7 +169,7 @@ class Checkpoint:
 
 
 def _view(tensor):
-    return backend_module("host_memory").view_of(tensor)
+    return backend.current().view_of(tensor)
 
 
 def _update(digest, array):

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_weightmods import backend
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.wrapping_optimizer import WrappingOptimizer
 from keras_weightmods.reparameterize.compander import Compander
@@ -134,10 +135,9 @@ class CompanderOptimizer(WrappingOptimizer):
             grads[i] = _widened(grads[i]) / ops.maximum(slope, 1e-30)
             companded.append((variable, w, wide, slope))
         if keras.backend.backend() == "tensorflow":
-            from keras_weightmods.backend.tensorflow.order import after
-
             # The slopes are of a and b as they are before this step.
-            grads = after([t for _, *three in companded for t in three], grads)
+            slopes = [t for _, *three in companded for t in three]
+            grads = backend.current().after(grads, slopes)
         for variable, w, _, _ in companded:
             variable.assign(w)
         weight_decay = inner.weight_decay

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods import backend
 from keras_weightmods.core import keras_compat
 from keras_weightmods.ops import nm
 from keras_weightmods.ops.matrix import contraction_size
@@ -285,10 +286,9 @@ class AdamS(keras.optimizers.Optimizer):
         self, grads: Any, trainable_variables: Any, learning_rate: Any
     ) -> None:
         update = super()._backend_update_step
-        if keras.backend.backend() == "torch":
-            from keras_weightmods.backend.torch import adam_s
-
-            update = functools.partial(adam_s.update, self, adam_s_update)
+        in_place = backend.current().in_place()
+        if in_place is not None:
+            update = functools.partial(in_place.adam_s, self, adam_s_update)
         update(grads, trainable_variables, learning_rate)
 
     def update_step(
@@ -297,11 +297,7 @@ class AdamS(keras.optimizers.Optimizer):
         """Update one variable and its state."""
         if self._compiled_update is None:
             update = functools.partial(adam_s_update.updated, self)
-            if keras.backend.backend() == "tensorflow":
-                from keras_weightmods.backend.tensorflow import compiled
-
-                update = compiled.compiled(update)
-            self._compiled_update = update
+            self._compiled_update = backend.current().fused(update)
         index = self._get_variable_index(variable)
         state = {"weight": variable, **self._states[index]}
         values = self._compiled_update(

@@ -9,7 +9,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.backend import backend_module
 from keras_weightmods.calibration.schedule import WarmupLinearDecay
 from keras_weightmods.saving.checkpoint import Checkpoint
 from keras_weightmods.sparsity import sparsify
@@ -108,7 +107,11 @@ class RunState:
         self.planned_batches = None
         self.random_stream: Any = None
         if keras.backend.backend() == "torch":
-            self.random_stream = backend_module("random_stream").RandomStream()
+            from keras_weightmods.backend.torch.random_stream import (
+                RandomStream,
+            )
+
+            self.random_stream = RandomStream()
 
     def save(self, store):
         """Write the state into a store of `save_own_variables`."""

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_weightmods.backend import backend_module
+from keras_weightmods import backend
 from keras_weightmods.core import data, keras_compat
 from keras_weightmods.core.head import find_head
 from keras_weightmods.ops.distillation import chunked_losses
@@ -398,7 +398,7 @@ class SplitLoss:
         if sample_weight is not None:
             sample_weight = ops.copy(sample_weight)
         zeros = ops.zeros(ops.shape(hidden)[:2], "float32")
-        mean, pullback = backend_module("vjp").vjp(reduced, zeros)
+        mean, pullback = backend.current().vjp(reduced, zeros)
         return pullback(ops.ones_like(mean))[0]
 
 

@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from keras_weightmods import native
-from keras_weightmods.backend import attention, backend_module
+from keras_weightmods.backend import attention, current
 
 BACKEND = keras.backend.backend()
 if BACKEND == "tensorflow":
@@ -16,7 +16,7 @@ if BACKEND == "tensorflow":
 if not native.has_vectors():
     pytest.skip("no compiled kernels", allow_module_level=True)
 
-kernel = backend_module("attention").kernel
+kernel = current().attention().kernel
 attend = functools.partial(attention.attend, kernel)
 # Keras repeats keys for JAX and torch by itself.
 plain = ops.dot_product_attention

@@ -14,8 +14,8 @@ from keras import ops
 from numpy.testing import assert_allclose, assert_array_equal
 
 import keras_weightmods as kwm
+from keras_weightmods import backend as backends
 from keras_weightmods import find_targets, native, pack, unpack
-from keras_weightmods.backend import backend_module
 from keras_weightmods.ops import nm_project
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from tests import models, references
@@ -510,7 +510,7 @@ def leave_out_native(monkeypatch):
     module = importlib.import_module("keras_weightmods.ops.sparse_matmul")
     backend = keras.backend.backend()
     monkeypatch.setitem(module._implementations, backend, module.dense_matmul)
-    ours, reason = backend_module("sparse_matmul"), "a test wants it so."
+    ours, reason = backends.current().products(), "a test wants it so."
     monkeypatch.setattr(ours, "reason_unavailable", lambda: reason)
     monkeypatch.setattr(native, "is_available", lambda: False)
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.backend import backend_module
+from keras_weightmods import backend
 from keras_weightmods.patches import checkpoint
 from tests.models import assert_same_bits, mlp, sequential, weights_of
 
@@ -430,7 +430,7 @@ def test_nan_outside_of_a_delta_keeps_its_bits(visible, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoint, "_view", lambda tensor: None)
     model = mlp(8, 4, dtype="bfloat16")
     kernel = model.layers[0].kernel
-    tensor_of = backend_module("host_memory").tensor_of
+    tensor_of = backend.current().tensor_of
 
     def read():
         return checkpoint.Checkpoint("model", model).read(0).view("uint16")

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods import Patch, WeightSignature
-from keras_weightmods.backend import backend_module
+from keras_weightmods import Patch, WeightSignature, backend
 from keras_weightmods.patches import tensors
 from keras_weightmods.patches.checkpoint import Checkpoint
 from tests.models import (
@@ -365,7 +364,7 @@ def test_assigning_to_memory_that_numpy_cannot_see(
     expected = []
     for hidden in (False, True):
         if hidden:
-            memory = backend_module("host_memory")
+            memory = backend.current()
             monkeypatch.setattr(memory, "view_of", lambda tensor: None)
         for scale, signature in zip((1.0, 0.3, 1.0), signatures):
             signature.apply(model, scale)

@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import keras
 
 from keras_weightmods.native.layout import COLUMNS, GROUP, ROWS
@@ -144,6 +145,36 @@ def batch_axis(x, split):
     if name in (*split.rows, *split.columns):
         return None
     return name if x.shape[0] % split.mesh.shape[name] == 0 else None
+
+
+def taken(x, indices):
+    """Return entries of a weight that is split, a vector.
+
+    By their coordinates: a flattened weight would be gathered first. Each
+    device takes what it holds, and what is exchanged are the entries.
+
+    Args:
+        x: Array.
+        indices: int32 array, places in its flattened form. Those beyond the
+            array give zero.
+    """
+    places = _coordinates(x.shape, indices)
+    return jnp.asarray(x).at[places].get(mode="fill", fill_value=0)
+
+
+def put(x, indices, values):
+    """Return the array with other entries at these places, none beyond it."""
+    places = _coordinates(x.shape, indices)
+    return jnp.asarray(x).at[places].set(values, mode="drop")
+
+
+def _coordinates(shape, indices):
+    indices = jnp.asarray(indices)
+    found = []
+    for size in reversed(shape[1:]):
+        found.append(indices % size)
+        indices = indices // size
+    return indices, *reversed(found)
 
 
 def _axes_of(layout):

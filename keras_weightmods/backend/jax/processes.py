@@ -10,11 +10,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def count():
-    """Return how many processes there are."""
-    return jax.process_count()
-
-
 def index():
     """Return the number of this process, from 0."""
     return jax.process_index()

@@ -23,7 +23,7 @@ import numpy as np
 
 from keras_weightmods import native
 from keras_weightmods.backend.jax.batching import batches_as_rows
-from keras_weightmods.backend.jax.precision import full_precision
+from keras_weightmods.backend.jax.implementation import full_precision
 from keras_weightmods.native import gpu
 from keras_weightmods.native.gpu import trial as trials
 from keras_weightmods.native.packed import (

@@ -1,7 +1,8 @@
-"""The AdamS update on torch, in place and in pieces that stay in cache.
+"""Steps of optimizers and of distillation on torch, in the memory they change.
 
-Run eagerly and op by op, `AdamS.update_step` would read and write whole
-kernels through memory a dozen times. The numbers are the same.
+Run eagerly and op by op, an update would read and write whole kernels through
+memory a dozen times, and each new tensor costs a copy. The numbers are the
+same.
 """
 
 import math
@@ -14,7 +15,7 @@ _PIECE = 2**17
 
 
 @torch.no_grad()
-def update(optimizer, rules, gradients, variables, learning_rate):
+def adam_s(optimizer, rules, gradients, variables, learning_rate):
     """Take one step of the variables of a built `AdamS`, in place.
 
     Args:
@@ -112,26 +113,79 @@ def _update_piece(pieces, mask, optimizer, scalars):
 def _adam(w, g, momentum, v, optimizer, scalars, sparsified):
     """Update `w` and its moments in one pass.
 
-    By the kernel of `torch.optim.AdamW(fused=True)`, whose public form would
-    count the steps by itself. Where sparsified, `g` and `momentum` are both
+    Where sparsified, `g` and `momentum` are both
     the mixed first moment: with beta1 = 0 it keeps its value, `lr` carries
     its correction, and the weight decay undoes that.
     """
     correction = scalars["correction_1"] if sparsified else 1.0
     # Where not sparsified, epsilon is added where Keras' Adam does.
     epsilon_scale = 1.0 if sparsified else scalars["correction_2"] ** -0.5
-    torch._fused_adamw_(
-        [w],
-        [g],
-        [momentum],
-        [v],
-        [],
-        [scalars["count"]],
+    _fused_adamw(
+        (w, g, momentum, v),
+        scalars["count"],
         lr=scalars["learning_rate"] / correction,
         weight_decay=scalars["weight_decay"] * correction,
         beta1=0.0 if sparsified else optimizer.beta_1,
         beta2=optimizer.beta_2,
         eps=optimizer.epsilon * epsilon_scale,
+    )
+
+
+def _fused_adamw(tensors, count, **options):
+    """Update a weight, by its gradient, and its two moments.
+
+    By the kernel of `torch.optim.AdamW(fused=True)`, whose public form would
+    count the steps by itself.
+    """
+    weight, gradient, momentum, velocity = ([x] for x in tensors)
+    torch._fused_adamw_(
+        *(weight, gradient, momentum, velocity, [], [count]),
         amsgrad=False,
         maximize=False,
+        **options,
     )
+
+
+@torch.no_grad()
+def sparse_adamw(optimizer, variable, gradient, indices, state, weight_decay):
+    """Update one variable of a `SparseAdamW`, and its two moments.
+
+    Args:
+        optimizer: A built `SparseAdamW`.
+        variable: `keras.Variable`.
+        gradient: Tensor, compact where there are indices.
+        indices: `keras.Variable` with the entries to update; None for all.
+        state: Pair of `keras.Variable`, the moments.
+        weight_decay: Float.
+    """
+    weight = variable.value.data
+    flat = weight.contiguous().view(-1)
+    places = None if indices is None else indices.value.data.long()
+    entries = flat if places is None else flat.index_select(0, places)
+    count = int(optimizer.iterations) + 1.0
+    gradient = gradient.to(entries.dtype).reshape(-1)
+    moments = (moment.value.data.view(-1) for moment in state)
+    _fused_adamw(
+        (entries, gradient, *moments),
+        torch.tensor(count, device=weight.device),
+        lr=float(optimizer.learning_rate),
+        weight_decay=weight_decay,
+        beta1=optimizer.beta_1,
+        beta2=optimizer.beta_2,
+        eps=optimizer.epsilon,
+    )
+    if places is not None:
+        flat.index_copy_(0, places, entries)
+    if flat.data_ptr() != weight.data_ptr():
+        weight.copy_(flat.view(weight.shape))
+
+
+def distillation_gradient(log_p, soft, q, labels, by_label, by_teacher):
+    """Return the gradient; as `_gradient` in `ops.distillation`."""
+    is_same = soft is log_p
+    slope = log_p.exp_().mul_(by_label + by_teacher if is_same else by_label)
+    if is_same:
+        slope.addcmul_(q, by_teacher, value=-1)
+    elif q is not None:
+        slope.add_(soft.exp_().sub_(q).mul_(by_teacher))
+    return slope.scatter_add_(1, labels.long(), -by_label)
