@@ -146,8 +146,8 @@ def by_kernel(function, given, kernel, monkeypatch):
 
     monkeypatch.setattr(rewrites, "kernel", kernel)
 
-    def run(recorder, *given):
-        with rewrites.Rewrites(recorder):
+    def run(_, *given):
+        with rewrites.Rewrites(given):
             return function(*given)
 
     return recorded_call.record(run, given, [])[1]

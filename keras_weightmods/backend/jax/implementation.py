@@ -90,13 +90,13 @@ def tensor_of(array):
 
 
 def layouts():
-    return importlib.import_module("keras_weightmods.backend.jax.layouts")
+    return _module("layouts")
 
 
 def processes():
     if jax.process_count() == 1:
         return None
-    return importlib.import_module("keras_weightmods.backend.jax.processes")
+    return _module("processes")
 
 
 def in_place():
@@ -104,18 +104,20 @@ def in_place():
 
 
 def products():
-    return importlib.import_module("keras_weightmods.backend.jax.sparse_matmul")
+    return _module("sparse_matmul")
 
 
 def gpu_products():
-    return importlib.import_module(
-        "keras_weightmods.backend.jax.sparse_matmul_gpu"
-    )
+    return _module("sparse_matmul_gpu")
 
 
 def attention():
-    return importlib.import_module("keras_weightmods.backend.jax.attention")
+    return _module("attention")
 
 
 def generation():
-    return importlib.import_module("keras_weightmods.backend.jax.generation")
+    return _module("generation")
+
+
+def _module(name):
+    return importlib.import_module(f"keras_weightmods.backend.jax.{name}")

@@ -112,9 +112,7 @@ def in_place():
 
 
 def products():
-    return importlib.import_module(
-        "keras_weightmods.backend.tensorflow.sparse_matmul"
-    )
+    return _module("sparse_matmul")
 
 
 def gpu_products():
@@ -126,6 +124,10 @@ def attention():
 
 
 def generation():
+    return _module("generation")
+
+
+def _module(name):
     return importlib.import_module(
-        "keras_weightmods.backend.tensorflow.generation"
+        f"keras_weightmods.backend.tensorflow.{name}"
     )

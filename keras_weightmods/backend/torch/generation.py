@@ -5,6 +5,7 @@ and what was recorded stands in for it while KerasHub's own `generate_step`
 runs. The keys and values are written into the one cache in place.
 """
 
+import keras
 import torch
 
 from keras_weightmods.backend.generation import (
@@ -102,11 +103,14 @@ class _Recorded(Steps):
         return outputs
 
     def _record(self, function, *inputs):
-        def recordable(recorder, *inputs):
-            with Rewrites(recorder):
+        variables = self.model.variables
+        weights = [v.value for v in variables]
+
+        def recordable(weights, *inputs):
+            mapping = zip(variables, weights)
+            with keras.StatelessScope(mapping), Rewrites(inputs, weights):
                 return function(*inputs)
 
-        weights = [v.value for v in self.model.variables]
         try:
             recorded, expected = recorded_call.record(
                 recordable, inputs, weights

@@ -90,24 +90,24 @@ def processes():
 
 
 def in_place():
-    return importlib.import_module("keras_weightmods.backend.torch.in_place")
+    return _module("in_place")
 
 
 def products():
-    return importlib.import_module(
-        "keras_weightmods.backend.torch.sparse_matmul"
-    )
+    return _module("sparse_matmul")
 
 
 def gpu_products():
-    return importlib.import_module(
-        "keras_weightmods.backend.torch.sparse_matmul_gpu"
-    )
+    return _module("sparse_matmul_gpu")
 
 
 def attention():
-    return importlib.import_module("keras_weightmods.backend.torch.attention")
+    return _module("attention")
 
 
 def generation():
-    return importlib.import_module("keras_weightmods.backend.torch.generation")
+    return _module("generation")
+
+
+def _module(name):
+    return importlib.import_module(f"keras_weightmods.backend.torch.{name}")

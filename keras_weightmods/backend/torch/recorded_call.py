@@ -1,24 +1,22 @@
-"""A function of tensors as the flat list of torch's operations that it runs.
+"""A function of tensors as the flat graph of torch's operations that it runs.
 
-The function runs once, and what it asks of torch is written down. Replayed,
-there is nothing of Keras left: no layers, no checks, no conversions. What does
-not depend on the inputs is computed once, what is asked for twice is computed
-once, and chains of views become one view. The numbers are those of the
-function, as the same kernels run on the same numbers.
+`make_fx` traces the function once. Replayed, there is nothing of Keras left: no
+layers, no checks, no conversions. What does not depend on the inputs is
+computed once, what is asked for twice is computed once, and chains of views
+become one view. The numbers are those of the function, as the same kernels run
+on the same numbers.
 
 Weights are not copied: a view of them is held, so that a later `assign` is
 seen. Another tensor in their place is not.
 """
 
 import collections
-import dataclasses
 import operator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from keras_weightmods import native
 from keras_weightmods.backend.torch import attention, sparse_matmul
@@ -28,7 +26,11 @@ _PRODUCTS = (
     torch.ops.keras_weightmods.sparse_matmul.default,
     torch.ops.keras_weightmods.sparse_matmul_int8.default,
 )
-_COPIES = (_aten.clone, _aten._to_copy, _aten.lift_fresh_copy)
+_COPIES = (
+    _aten.clone.default,
+    _aten._to_copy.default,
+    _aten.lift_fresh_copy.default,
+)
 # Entries of a constant that is compared with others.
 _SMALL = 2**14
 # Where torch keeps the functions of its operators.
@@ -44,44 +46,19 @@ class NotRecordable(Exception):
     """The function does what a list of operations cannot repeat."""
 
 
-@dataclasses.dataclass(eq=False)
-class _Value:
-    """A tensor of the recording: where it lies, and what is known of it."""
-
-    geometry: tuple[Any, ...]  # sizes, strides, offset, dtype
-    is_input: bool = False
-    is_weight: bool = False
-    varies: bool = False  # with the inputs or the weights
-    owner: Any = None  # the value whose memory it lies in
-    tensor: Any = None  # where it need not be computed anew
-
-
-@dataclasses.dataclass(eq=False)
-class _Operation:
-    function: Any
-    args: Any  # a nest, with values for tensors
-    kwargs: Any
-    results: list[Any]  # values, and None for what is no new tensor
-    changed: list[Any]  # values that it writes into
-
-
 class Recorded:
     """The recorded function.
 
-    Args:
-        graph: `torch.fx.GraphModule` of the held tensors and the inputs.
-        held: List of tensors.
-        inputs: List of the tensors that were recorded.
-        spec: Tree of the results.
-
     Attributes:
+        graph: `torch.fx.GraphModule` of the held tensors and the inputs.
         rounds_inputs: Bool, whether it multiplies by inputs rounded to int8.
     """
 
-    def __init__(self, graph, held, inputs, spec, rounds_inputs):
-        self.graph = graph
-        self.rounds_inputs = rounds_inputs
-        self._forward = graph.forward
+    def __init__(self, graph, held, inputs, spec):
+        nodes = graph.nodes
+        self.rounds_inputs = any(n.meta.get("rounds") for n in nodes)
+        self.graph = torch.fx.GraphModule({}, graph)
+        self._forward = self.graph.forward
         self._held = held
         self._strides = [x.stride() for x in inputs]
         self._spec = spec
@@ -100,14 +77,14 @@ class Recorded:
 
 
 def record(function, inputs, weights):
-    """Run a function and return it as a list of operations.
+    """Run a function and return it as a graph of operations.
 
     Args:
-        function: Takes a `Recorder`, then the inputs, and returns a nest of
-            tensors and None. Each result that lies in an input in the end
-            should be a view of it, or a `stack` of such views.
+        function: Takes the list of weights, then the inputs, and returns a
+            nest of tensors and None. Each result that lies in an input in the
+            end should be a view of it, or a `stack` of such views.
         inputs: List of tensors, contiguous, each the whole of its memory.
-        weights: Iterable of tensors, that may change between two calls.
+        weights: List of tensors, that may change between two calls.
 
     Returns:
         `Recorded`, and the results of this call.
@@ -115,100 +92,92 @@ def record(function, inputs, weights):
     Raises:
         NotRecordable: With the reason.
     """
-    recorder = Recorder(inputs, weights)
-    with torch.no_grad(), recorder:
-        results = function(recorder, *inputs)
-    flat, spec = tree_flatten(results)
-    values = [x if x is None else recorder.value(x) for x in flat]
-    operations, standing_for = _simplify(recorder.operations)
-    makers = {v: op for op in recorder.operations for v in op.results if v}
-    values = [_input_for(v, makers) for v in values]
-    values = [standing_for(v) for v in values]
-    graph, held = _graph(operations, recorder.inputs, values)
-    rounds_inputs = any(op.function is _PRODUCTS[1] for op in operations)
-    return Recorded(graph, held, inputs, spec, rounds_inputs), results
+    results: Any = None
+
+    def flat(*tensors):
+        nonlocal results
+        own = tensors[: len(weights)]
+        results = function(list(own), *tensors[len(weights) :])
+        return tree_flatten(results)[0]
+
+    trace = make_fx(flat, _error_on_data_dependent_ops=False)
+    with torch.no_grad():
+        traced = trace(*weights, *inputs)
+        _Seen(traced, len(weights)).run(*weights, *inputs)
+    graph = traced.graph
+    (output,) = graph.find_nodes(op="output")
+    output.args = ([x and _input_for(x) for x in output.args[0]],)
+    _simplify(graph)
+    held = _hold(graph, len(weights))
+    _share_products(graph)
+    _take_fast_functions(graph)
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    return Recorded(graph, held, inputs, tree_flatten(results)[1]), results
 
 
-class Recorder(TorchDispatchMode):
-    """Writes down what torch is asked for within."""
+class _Seen(torch.fx.Interpreter):
+    """Runs a graph, and notes in `meta` of its nodes what is known of them.
 
-    def __init__(self, inputs, weights):
-        super().__init__()
-        self.operations = []
-        self._values = WeakIdKeyDictionary()
-        self._owners = {}
-        self.inputs = []
-        for x in inputs:
-            value = self._new(x, is_input=True, varies=True)
-            self._owners[_memory(x)] = value
-            self.inputs.append(value)
-        # All alive: a weight's memory is that of no other.
-        self._weights = {_memory(w): w for w in weights}
+    - geometry: Sizes, strides, offset and dtype of a tensor; None for others.
+    - owners: Dict from the memory of results to the nodes whose memory it is.
+    - varies: Bool, whether the result depends on the inputs or the weights.
+    - is_input, is_weight, changed: Bools, of an owner.
+    - tensor: A constant, or a view of a weight, which is not computed again.
+    """
 
-    def is_in_input(self, tensor):
-        """Return whether a tensor lies in the memory of an input."""
-        value = self._values.get(tensor)
-        return value is not None and value.owner.is_input
+    def __init__(self, module, weights):
+        super().__init__(module)
+        self.module_weights = weights
+        self.weights: dict[Any, Any] = {}
 
-    def value(self, tensor):
-        """Return the value of a tensor, which may come from outside."""
-        value = self._values.get(tensor)
-        if value is None:
-            memory = _memory(tensor)
-            is_weight = memory in self._weights
-            value = self._new(
-                tensor, is_weight=is_weight, varies=is_weight, tensor=tensor
-            )
-            value.owner = self._owners.setdefault(memory, value)
-        return value
-
-    def _new(self, x, **kwargs):
-        value = _Value(_geometry(x), **kwargs)
-        value.owner = value
-        self._values[x] = value
-        return value
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        outputs = function(*args, **kwargs)
-        given = [x for x in tree_flatten((args, kwargs))[0] if _is_tensor(x)]
-        values = [self.value(x) for x in given]
-        varies = any(v.varies or v.owner.varies for v in values)
-        for tag in function.tags if varies else ():
+    def run_node(self, node):
+        parents = node.all_input_nodes
+        known: dict[Any, Any] = {}
+        for parent in parents:
+            known.update(parent.meta["owners"])
+        result = super().run_node(node)
+        tensors = [x for x in tree_flatten(result)[0] if _is_tensor(x)]
+        is_input = is_weight = False
+        if node.op == "placeholder":
+            is_weight = len(self.weights) < self.module_weights
+            is_input = not is_weight
+            if is_weight:
+                self.weights[_memory(result)] = node
+        elif node.op == "get_attr":
+            known.update(self.weights)
+        tags = getattr(node.target, "tags", ())
+        varies = node.op == "placeholder" or any(
+            p.meta["varies"] or _owner(p).meta["varies"] for p in parents
+        )
+        for tag in tags if varies else ():
             if tag in _REFUSED:
-                raise NotRecordable(f"{function} {_REFUSED[tag]}")
-        is_random = torch.Tag.nondeterministic_seeded in function.tags
-        varies |= is_random
-        changed = []
-        if function._schema.is_mutable:
-            changed = _changed(function, args, kwargs)
-            changed = [self.value(x) for x in changed]
-        for value in changed:
-            if value.owner.tensor is not None:
+                raise NotRecordable(f"{node.target} {_REFUSED[tag]}")
+        is_random = torch.Tag.nondeterministic_seeded in tags
+        node.meta = {
+            "geometry": _geometry(result) if _is_tensor(result) else None,
+            "owners": {
+                _memory(x): known.get(_memory(x), node) for x in tensors
+            },
+            "varies": varies or is_random,
+            "is_random": is_random,
+            "is_input": is_input,
+            "is_weight": is_weight,
+            "changed": False,
+            "tensor": None,
+        }
+        for changed in _changed(node):
+            owner = _owner(changed)
+            if owner.op == "get_attr" or owner.meta["is_weight"]:
                 raise NotRecordable(
-                    f"{function} writes into a tensor from outside of the call"
+                    f"{node.target} writes into a tensor from outside of the "
+                    "call"
                 )
-            value.owner.varies |= varies
-        owners = {_memory(x): v.owner for x, v in zip(given, values)}
-        results: list[Any] = []
-        for tensor in tree_flatten(outputs)[0]:
-            if not _is_tensor(tensor) or any(tensor is x for x in given):
-                results.append(None)
-                continue
-            value = self._new(tensor, varies=varies)
-            value.owner = owners.get(_memory(tensor), value)
-            value.varies |= value.owner.varies
-            value.is_weight = value.owner.is_weight
-            if value.is_weight or not value.varies:
-                value.tensor = tensor
-            results.append(value)
-        args, kwargs = tree_map(
-            lambda x: self.value(x) if _is_tensor(x) else x, (args, kwargs)
-        )
-        self.operations.append(
-            _Operation(function, args, kwargs, results, changed)
-        )
-        return outputs
+            owner.meta["changed"] = True
+            owner.meta["varies"] |= varies
+        is_known = _owner(node).meta["is_weight"] or not node.meta["varies"]
+        if _is_tensor(result) and is_known:
+            node.meta["tensor"] = result
+        return result
 
 
 def _is_tensor(x):
@@ -223,146 +192,113 @@ def _geometry(x):
     return tuple(x.shape), x.stride(), x.storage_offset(), x.dtype
 
 
-def _changed(function, args, kwargs):
-    """Return the tensors that an operation writes into."""
+def _owner(node):
+    """Return the node in whose memory the result of a node lies."""
+    owners = [*node.meta["owners"].values()]
+    if not owners:
+        return node
+    owner = owners[0]
+    # One of several results of an operation.
+    if node.target is operator.getitem and owner is node.args[0]:
+        return node
+    while "equal" in owner.meta:
+        owner = owner.meta["equal"]
+    return owner
+
+
+def _is_changed(node):
+    return _owner(node).meta["changed"]
+
+
+def _changed(node):
+    """Return the nodes whose results a node writes into."""
     found = []
-    for i, argument in enumerate(function._schema.arguments):
+    schema = getattr(node.target, "_schema", None)
+    for i, argument in enumerate(schema.arguments if schema else ()):
         info = argument.alias_info
         if info is not None and info.is_write:
-            x = args[i] if i < len(args) else kwargs.get(argument.name)
-            found += [x for x in tree_flatten(x)[0] if _is_tensor(x)]
+            x = node.args[i] if i < len(node.args) else None
+            x = node.kwargs.get(argument.name, x)
+            found += [x for x in tree_flatten(x)[0] if x is not None]
     return found
 
 
-def _simplify(operations):
-    """Return fewer operations, and what stands for values left out."""
-    changed = {v.owner for op in operations for v in op.changed}
-    for op in operations:
-        # What is written into is computed anew in each call.
-        for v in op.results:
-            if v is not None and v.owner in changed:
-                v.tensor = None
-    kept: list[Any] = []
+def _simplify(graph):
+    """Have one node for equal ones, and one view for a chain of them."""
     known: dict[Any, Any] = {}
-    replaced = _equal_constants(operations)
-
-    def is_fixed(value):
-        return value.owner not in changed
-
-    def standing_for(value):
-        while value in replaced:
-            value = replaced[value]
-        return value
-
-    def add(key, op):
-        """Keep an operation, or use the results of an equal one."""
-        if key is not None:
-            try:
-                earlier = known.setdefault(key, op)
-            except TypeError:  # not hashable
-                earlier = op
-            if earlier is not op:
-                replaced.update(zip(op.results, earlier.results))
-                return
-        kept.append(op)
-
-    for op in operations:
-        results = [v for v in op.results if v is not None]
-        if not op.changed and not results:
+    for node in list(graph.nodes):
+        meta = node.meta
+        if meta.get("tensor") is not None and not _is_changed(node):
+            if not (meta["is_weight"] or meta["varies"]):
+                _replace_by_equal(known, node, _constant_key(meta["tensor"]))
             continue
-        if not op.changed and all(v.tensor is not None for v in results):
+        if node.op != "call_function" or meta["geometry"] is None:
             continue
-        op.args, op.kwargs = _map_values(standing_for, (op.args, op.kwargs))
-        given = _values_in((op.args, op.kwargs))
-        if op.changed:
-            kept.append(op)
-        elif all(_is_view(v) for v in results):
-            for v in results:
-                owner = standing_for(v.owner)
-                if v.geometry == v.owner.geometry:
-                    replaced[v] = owner
-                else:
-                    args = owner, *v.geometry[:3]
-                    view = _Operation(
-                        _aten.as_strided.default, args, {}, [v], []
-                    )
-                    add((owner, v.geometry), view)
-        elif (
-            op.function.overloadpacket in _COPIES
-            and results[0].geometry == given[0].geometry
-            and is_fixed(results[0])
-            and is_fixed(given[0])
-        ):
-            replaced[results[0]] = given[0]
-        else:
-            fixed = all(map(is_fixed, [*given, *results]))
-            fixed &= torch.Tag.nondeterministic_seeded not in op.function.tags
-            add(_key(op) if fixed else None, op)
-    return kept, standing_for
-
-
-def _equal_constants(operations):
-    """Return one constant for each that holds the same numbers."""
-    first: dict[Any, Any] = {}
-    replaced: dict[Any, Any] = {}
-    for op in operations:
-        for v in _values_in((op.args, op.kwargs)):
-            x = v.tensor
-            if x is None or v.is_weight or v.varies or x.numel() > _SMALL:
+        owner = _owner(node)
+        if owner is not node and _changed(node):
+            continue
+        if owner is not node and meta["geometry"][3] == _dtype(owner):
+            if meta["geometry"] == owner.meta["geometry"]:
+                _replace(node, owner)
                 continue
-            key = *v.geometry[:2], x.dtype, x.device, str(x.tolist())
-            if first.setdefault(key, v) is not v:
-                replaced[v] = first[key]
-    return replaced
+            node.target = _aten.as_strided.default
+            node.args, node.kwargs = (owner, *meta["geometry"][:3]), {}
+            _replace_by_equal(known, node, (owner, meta["geometry"]))
+        elif not any(map(_is_changed, [node, *node.all_input_nodes])):
+            source: Any = node.args[0] if node.args else None
+            is_copy = node.target in _COPIES
+            if is_copy and source.meta["geometry"] == meta["geometry"]:
+                _replace(node, source)
+            elif not meta["is_random"]:
+                key = node.target, str(node.args), str(node.kwargs)
+                _replace_by_equal(known, node, key)
 
 
-def _is_view(value):
-    """Whether it is a view that one `as_strided` can make."""
-    owner = value.owner
-    return owner is not value and owner.geometry[3] == value.geometry[3]
+def _dtype(node):
+    return node.meta["geometry"] and node.meta["geometry"][3]
 
 
-def _key(op):
-    flat, spec = tree_flatten((op.args, op.kwargs))
-    return op.function, str(spec), tuple((type(x), x) for x in flat)
+def _replace_by_equal(known, node, key):
+    if key is not None and known.setdefault(key, node) is not node:
+        _replace(node, known[key])
 
 
-def _map_values(function, nest):
-    return tree_map(lambda x: function(x) if isinstance(x, _Value) else x, nest)
+def _replace(node, equal):
+    node.replace_all_uses_with(equal)
+    node.meta["equal"] = equal
 
 
-def _values_in(nest):
-    return [x for x in tree_flatten(nest)[0] if isinstance(x, _Value)]
-
-
-def _input_for(value, makers):
-    """The input that a value is equal to in the end, or the value."""
-    if value is None:
+def _constant_key(x):
+    if x.numel() > _SMALL:
         return None
-    found = _place_of(value, makers)
+    return "constant", _geometry(x), x.device, str(x.tolist())
+
+
+def _input_for(node):
+    """The input that a result is equal to in the end, or the result."""
+    found = _place_of(node)
     if found is None:
-        return value
+        return node
     owner, sizes, strides, offset = found
-    own_sizes, own_strides, own_offset, dtype = owner.geometry
+    own_sizes, own_strides, own_offset, dtype = owner.meta["geometry"]
     is_whole = (sizes, offset) == (own_sizes, own_offset) and all(
         stride == own or size == 1
         for size, stride, own in zip(sizes, strides, own_strides)
     )
-    return owner if is_whole and dtype == value.geometry[3] else value
+    return owner if is_whole and dtype == _dtype(node) else node
 
 
-def _place_of(value, makers):
-    """Where in an input the numbers of a value lie in the end, or None.
+def _place_of(node):
+    """Where in an input the numbers of a result lie in the end, or None.
 
     Returns:
         The input, sizes, strides, offset.
     """
-    if value.owner.is_input:
-        return value.owner, *value.geometry[:3]
-    op = makers.get(value)
-    if op is None or op.function is not _aten.stack.default:
+    if _owner(node).meta["is_input"]:
+        return _owner(node), *node.meta["geometry"][:3]
+    if node.target is not _aten.stack.default:
         return None
-    parts = [_place_of(v, makers) for v in op.args[0]]
+    parts = [_place_of(x) for x in node.args[0]]
     if None in parts or len({part[:3] for part in parts}) > 1:
         return None
     owner, sizes, strides, start = parts[0]
@@ -370,112 +306,92 @@ def _place_of(value, makers):
     step = offsets[1] - start if len(parts) > 1 else 0
     if offsets != [start + i * step for i in range(len(parts))]:
         return None
-    axis = (op.args[1] if len(op.args) > 1 else 0) % (len(sizes) + 1)
+    axis = (node.args[1] if len(node.args) > 1 else 0) % (len(sizes) + 1)
     sizes = *sizes[:axis], len(parts), *sizes[axis:]
     strides = *strides[:axis], step, *strides[axis:]
     return owner, sizes, strides, start
 
 
-def _graph(operations, inputs, values):
-    """Return a `GraphModule`, and the tensors that come before its inputs."""
-    graph = torch.fx.Graph()
-    live = _live(operations, values)
-    held: dict[Any, Any] = {}
-    for op in live:
-        for v in _values_in((op.args, op.kwargs)):
-            if v.tensor is not None:
-                held[v] = v.tensor
-    held.update({v: v.tensor for v in values if v and v.tensor is not None})
-    nodes = {v: graph.placeholder(f"held_{i}") for i, v in enumerate(held)}
-    for i, v in enumerate(inputs):
-        nodes[v] = graph.placeholder(f"input_{i}")
-    shared = _sharing(live)
-    done = set()
-    for op in live:
-        if op in done:
+def _hold(graph, weights):
+    """Have tensors that are known come as arguments; return them."""
+    nodes = list(graph.nodes)
+    first = nodes[0]
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    held: list[Any] = []
+    for node in nodes:
+        tensor = node.meta.get("tensor")
+        if tensor is None or _is_changed(node) or not node.users:
             continue
-        if op in shared:
-            done.update(shared[op])
-            products = _products_of(shared[op])
-            node = graph.call_function(products, (nodes[op.args[0]],))
-            for i, other in enumerate(shared[op]):
-                get = operator.getitem, (node, i)
-                nodes[other.results[0]] = graph.call_function(*get)
+        if all(_is_known(user) for user in node.users):
             continue
-        function, (args, kwargs) = _fast(op)
-        args, kwargs = _map_values(nodes.__getitem__, (args, kwargs))
-        node = graph.call_function(function, tuple(args), kwargs)
-        if len(op.results) == 1 and not isinstance(
-            op.function._schema.returns[0].type, torch.ListType
-        ):
-            nodes[op.results[0]] = node
-            continue
-        for i, v in enumerate(op.results):
-            if v is not None:
-                nodes[v] = graph.call_function(lambda x, i: x[i], (node, i))
-    graph.output([v if v is None else nodes[v] for v in values])
-    return torch.fx.GraphModule({}, graph), list(held.values())
+        with graph.inserting_before(first):
+            stand_in = graph.placeholder(f"held_{len(held)}")
+        stand_in.meta = node.meta
+        held.append(tensor)
+        node.replace_all_uses_with(stand_in)
+    graph.eliminate_dead_code()
+    for node in placeholders[:weights]:
+        graph.erase_node(node)
+    return held
 
 
-def _live(operations, values):
-    """Return the operations that the results, or inputs, depend on."""
-    needed = {v for v in values if v is not None}
-    owners = {v.owner for v in needed}
-    live = []
-    for op in reversed(operations):
-        if any(v in needed for v in op.results) or any(
-            v.owner in owners or v.owner.is_input for v in op.changed
-        ):
-            live.append(op)
-            given = _values_in((op.args, op.kwargs))
-            needed.update(given)
-            owners.update(v.owner for v in given)
-    return live[::-1]
+def _is_known(node):
+    return node.meta.get("tensor") is not None and not _is_changed(node)
 
 
-def _sharing(operations):
-    """Return {the first: all} of int8 products with one input."""
-    changed = {v.owner for op in operations for v in op.changed}
+def _share_products(graph):
+    """Have int8 products with one input in one call."""
     found = collections.defaultdict(list)
-    for op in operations:
-        if op.function is not _PRODUCTS[1] or not native.is_available():
+    for node in graph.nodes:
+        if node.target is not _PRODUCTS[1] or not native.is_available():
             continue
-        x, values, meta, scale, _ = op.args
-        weights = [w for w in (values, meta, scale) if w is not None]
-        if x.owner not in changed and all(
-            w.tensor is not None and w.tensor.is_cpu for w in weights
+        x, values, meta, scale, _ = node.args
+        weights = [_tensor(w) for w in (values, meta, scale) if w is not None]
+        if not _is_changed(x) and all(
+            w is not None and w.is_cpu for w in weights
         ):
-            found[x, values.geometry[3], meta is None].append(op)
-    return {ops[0]: ops for ops in found.values() if len(ops) > 1}
+            found[x, _dtype(values), meta is None].append(node)
+    for (x, *_), nodes in found.items():
+        if len(nodes) == 1:
+            continue
+        kernels = [
+            (*(w if w is None else _tensor(w) for w in n.args[1:4]), n.args[4])
+            for n in nodes
+        ]
+        k = x.meta["geometry"][0][-1]
+        products = sparse_matmul.prepared_many(k, kernels)
+        with graph.inserting_before(nodes[0]):
+            together = graph.call_function(products, (x,))
+            together.meta["rounds"] = True
+            for i, node in enumerate(nodes):
+                one = graph.call_function(operator.getitem, (together, i))
+                node.replace_all_uses_with(one)
+                one.meta = node.meta
+    graph.eliminate_dead_code()
 
 
-def _products_of(operations):
-    k = operations[0].args[0].geometry[0][-1]
-    kernels = [
-        (*(w if w is None else w.tensor for w in op.args[1:4]), op.args[4])
-        for op in operations
-    ]
-    return sparse_matmul.prepared_many(k, kernels)
+def _tensor(node):
+    return node.meta["tensor"]
 
 
-def _fast(op):
-    """The function to call, and its arguments.
-
-    Those in the namespace of torch take half the time of the operators, to
-    which they lead.
-    """
-    function, arguments = op.function, (op.args, op.kwargs)
-    if function in _PRODUCTS:
-        x, *weights, n = op.args
-        if all(w is None or w.tensor is not None for w in weights):
-            tensors = [w if w is None else w.tensor for w in weights]
-            kind = x.geometry[3], x.geometry[0][-1], n
-            return sparse_matmul.prepared(function, *kind, *tensors), ((x,), {})
-    if function is torch.ops.keras_weightmods.attend.default:
-        return attention.attend, arguments
-    namespace, name = function._schema.name.split("::")
-    if namespace == "aten":
-        for place in _PLACES:
-            if hasattr(place, name):
-                return getattr(place, name), arguments
-    return function, arguments
+def _take_fast_functions(graph):
+    """Call what the operators lead to; it takes half of their time."""
+    for node in graph.nodes:
+        if node.target in _PRODUCTS:
+            node.meta["rounds"] = node.target is _PRODUCTS[1]
+            x, *weights, n = node.args
+            if all(w is None or _tensor(w) is not None for w in weights):
+                tensors = [w if w is None else _tensor(w) for w in weights]
+                kind = _dtype(x), x.meta["geometry"][0][-1], n
+                node.target = sparse_matmul.prepared(
+                    node.target, *kind, *tensors
+                )
+                node.args = (x,)
+        elif node.target is torch.ops.keras_weightmods.attend.default:
+            node.target = attention.attend
+        elif isinstance(node.target, torch._ops.OpOverload):
+            namespace, name = node.target._schema.name.split("::")
+            for place in _PLACES if namespace == "aten" else ():
+                if hasattr(place, name):
+                    node.target = getattr(place, name)
+                    break

@@ -8,6 +8,7 @@ thread, and in a scope.
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from keras_weightmods.backend import attention
@@ -31,21 +32,30 @@ class Rewrites(TorchFunctionMode):
     """Runs other functions of torch that give the same numbers.
 
     Args:
-        recorder: `Recorder`.
+        inputs: List of tensors of the function; parts of them may be written
+            into in place of a copy.
+        weights: List of its weights.
     """
 
-    def __init__(self, recorder):
+    def __init__(self, inputs, weights=()):
         super().__init__()
-        self.recorder = recorder
+        self.inputs = {_memory(x) for x in inputs}
         self.made = WeakIdKeyDictionary()
+        # What depends on them.
+        self.varying = WeakIdKeyDictionary(
+            dict.fromkeys([*inputs, *weights], True)
+        )
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = None
+        given = _tensors((args, kwargs))
         if function is torch.narrow:
             result = self._narrow(*args)
         elif function is torch.Tensor.__getitem__:
-            result = self._entry(*args)
+            part = self._part(*args)
+            if part is not None:
+                given, result = [part], part.to(args[0].dtype)
         elif function in (torch.Tensor.clone, torch.clone):
             result = self._clone(*args)
         elif function is torch.Tensor.index_put_:
@@ -54,6 +64,8 @@ class Rewrites(TorchFunctionMode):
             result = self._attention(*args, **kwargs)
         if result is None:
             result = function(*args, **kwargs)
+        if any(x in self.varying for x in given):
+            self.varying.update(dict.fromkeys(_tensors(result), True))
         if function is torch.meshgrid:
             for axis, grid in enumerate(result):
                 self.made[grid] = torch.meshgrid, (args, axis)
@@ -72,24 +84,24 @@ class Rewrites(TorchFunctionMode):
 
     def _narrow(self, x, axis, start, size):
         """A slice whose start is known only as it runs."""
-        if not isinstance(start, torch.Tensor) or not self._varies(start):
+        if not isinstance(start, torch.Tensor) or start not in self.varying:
             return None
         places = start.to(torch.int64).reshape(1)
         if int(size) != 1:
             places = places + torch.arange(int(size), device=x.device)
         return x.index_select(axis, places)
 
-    def _entry(self, x, index):
-        """A number out of a stack of numbers, without the stack."""
+    def _part(self, x, index):
+        """Return the number that a stack of numbers has at a place, or None."""
         stack = self._source(x, torch.Tensor.to)
         if not isinstance(index, int) or not self._made_by(stack, torch.stack):
             return None
-        parts = self.made[stack][1][0]
-        return parts[index].to(x.dtype) if not parts[index].ndim else None
+        part = self.made[stack][1][0][index]
+        return None if part.ndim else part
 
     def _clone(self, x):
         """A part of the cache itself: what is copied is about to be updated."""
-        return x.view(x.shape) if self.recorder.is_in_input(x) else None
+        return x.view(x.shape) if _memory(x) in self.inputs else None
 
     def _put(self, x, indices, values):
         """Write a block, where the indices are the grid of its places."""
@@ -102,7 +114,7 @@ class Rewrites(TorchFunctionMode):
             return None
         block, moving = x, []
         for axis, places in enumerate(vectors):
-            if self._varies(places):
+            if places in self.varying:
                 moving.append((axis, places.long()))
             elif places.tolist() != list(range(x.shape[axis])):
                 block = block.narrow(axis, int(places[0]), len(places))
@@ -157,5 +169,10 @@ class Rewrites(TorchFunctionMode):
             return x
         return wide[:, :, :, 0].transpose(1, 2)
 
-    def _varies(self, x):
-        return self.recorder.value(x).varies
+
+def _memory(x):
+    return x.untyped_storage()._cdata
+
+
+def _tensors(nest):
+    return [x for x in tree_flatten(nest)[0] if isinstance(x, torch.Tensor)]
