@@ -23,7 +23,6 @@ import numpy as np
 
 from keras_weightmods import native
 from keras_weightmods.backend.jax.batching import batches_as_rows
-from keras_weightmods.backend.jax.implementation import full_precision
 from keras_weightmods.native import gpu
 from keras_weightmods.native.gpu import trial as trials
 from keras_weightmods.native.packed import (
@@ -210,7 +209,7 @@ def matmul(x, packed, method=None):
     """
     if not isinstance(packed, PreparedPacked) or packed.x_dtype != x.dtype.name:
         if packed.activations == "int8":
-            with full_precision():
+            with jax.default_matmul_precision("highest"):
                 return dense_matmul(x, packed)
         # In the type of x, as a companion is.
         return _dense(x, unpack_tensor(packed).astype(x.dtype))
