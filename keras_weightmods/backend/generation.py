@@ -48,6 +48,15 @@ class Steps:
             length: Int or scalar tensor.
             stop_token_ids: As of `generate`.
         """
+        view = view_of(
+            self.model,
+            call_with_cache=self.call_with_cache,
+            sampler=self.sampler(length),
+        )
+        return view.generate_step(inputs, stop_token_ids)
+
+    def sampler(self, length):
+        """Return the model's sampler, bounded by a length."""
         sampler = self.model.sampler
 
         def run_loop(cond, body, **kwargs):
@@ -58,12 +67,7 @@ class Steps:
 
             return sampler.run_loop(both, body, **kwargs)
 
-        view = view_of(
-            self.model,
-            call_with_cache=self.call_with_cache,
-            sampler=view_of(sampler, run_loop=run_loop),
-        )
-        return view.generate_step(inputs, stop_token_ids)
+        return view_of(sampler, run_loop=run_loop)
 
     def call_with_cache(
         self, token_ids, cache=None, cache_update_index=None, *args, **kwargs

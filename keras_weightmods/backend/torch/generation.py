@@ -69,6 +69,31 @@ class _Recorded(Steps):
         self.recorded = recorded
         self.expected_cache = None
 
+    def sampler(self, length):
+        sampler = self.model.sampler
+
+        # As the sampler's own loop, without Keras' work for each operation.
+        def sample(
+            next, prompt, cache, index, mask, stop_token_ids=None, **kwargs
+        ):
+            prompt, mask = prompt.clone(), mask.bool()
+            stops = None
+            if stop_token_ids is not None:
+                stops = torch.tensor([*stop_token_ids], device=prompt.device)
+            for i in range(int(index), length):
+                if stops is not None:
+                    ended = torch.isin(prompt, stops) & ~mask
+                    if bool(ended.any(-1).all()):
+                        break
+                place = torch.tensor(i, dtype=torch.int32, device=mask.device)
+                logits, _, cache = next(prompt, cache, place)
+                probabilities = sampler.compute_probabilities(logits)
+                token = sampler.get_next_token(probabilities).to(prompt.dtype)
+                prompt[:, i] = torch.where(mask[:, i], prompt[:, i], token)
+            return prompt
+
+        return sample
+
     def first(self, token_ids, cache):
         if _key(token_ids[:, :1], cache) not in self.recorded:
             own_cache = torch.zeros_like(cache)
