@@ -219,12 +219,11 @@ def test_lora_rank_in_the_constructor():
 @breadth(
     ("name", "dtype", "function"),
     [
-        *(("Dense", "float16", name) for name in ("arctan", "arsinh", "erf")),
-        ("Dense", "bfloat16", "arctan"),
+        ("Dense", "float16", "arsinh"),
         ("Dense", "mixed_bfloat16", "arctan"),
-        ("Conv2D", "float16", "arctan"),
+        ("Conv2D", "float16", "erf"),
     ],
-    *(0, 3, 4),
+    *(0, 1),
 )
 def test_half_precision_trains_without_a_nonfinite_value(name, dtype, function):
     model = make(name, dtype=dtype, function=function)
@@ -232,14 +231,10 @@ def test_half_precision_trains_without_a_nonfinite_value(name, dtype, function):
     x = 10 * inputs_for(model)
     y = np.ones(model(x).shape, "float32")
     model.fit(x, y, epochs=2, verbose=0)
-    assert is_finite(model)
+    assert all(np.isfinite(numpy(w)).all() for w in model.weights)
     stored = model.layers[0]._kernel
     assert stored.dtype == dtype.replace("mixed_bfloat16", "float32")
     assert outputs(model, x).shape == y.shape
-
-
-def is_finite(model):
-    return all(np.isfinite(numpy(w)).all() for w in model.weights)
 
 
 def test_subclass_folds_only_with_a_plain_class_to_go_back_to():
