@@ -48,11 +48,13 @@ class MaskedState(keras.optimizers.Optimizer):
 
     def __init__(self, *args, masks=None, **kwargs):
         super().__init__(*args, **kwargs)
+        self._configured_specs = None
         try:
-            self._configured_specs = masks and [
-                MaskSpec(**{**each, "shape": tuple(each["shape"])})
-                for each in masks
-            ]
+            if masks is not None:
+                self._configured_specs = [
+                    MaskSpec(**{**each, "shape": tuple(each["shape"])})
+                    for each in masks
+                ]
         except (TypeError, KeyError) as error:
             expected = "None, or what `get_config` returned"
             raise checks.error("masks", expected, masks) from error
