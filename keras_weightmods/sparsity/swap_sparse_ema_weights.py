@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods.utils import checks
+
 
 class SwapSparseEMAWeights(keras.callbacks.SwapEMAWeights):
     """Swaps in averaged weights, exactly N:M where they are constrained.
@@ -29,8 +31,8 @@ class SwapSparseEMAWeights(keras.callbacks.SwapEMAWeights):
             `False`.
 
     Raises:
-        ValueError: When the weights are first swapped, if the optimizer has
-            no `use_ema=True`.
+        ValueError: If `swap_on_epoch` is no bool. When the weights are first
+            swapped: if the optimizer has no `use_ema=True`.
 
     Example:
 
@@ -52,6 +54,7 @@ class SwapSparseEMAWeights(keras.callbacks.SwapEMAWeights):
     """
 
     def __init__(self, swap_on_epoch: bool = False) -> None:
+        checks.check_bool("swap_on_epoch", swap_on_epoch)
         super().__init__(swap_on_epoch=swap_on_epoch)
         # Variables, their average and the projection of it in the model.
         self._shown: list[tuple[Any, Any, Any]] = []

@@ -15,6 +15,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_every_public_name_is_called(tmp_path, monkeypatch):
     pytest.importorskip("keras_hub")
     monkeypatch.chdir(tmp_path)
