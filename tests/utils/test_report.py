@@ -4,7 +4,6 @@ import json
 import numpy as np
 import pytest
 
-from keras_weightmods.utils import report
 from keras_weightmods.utils.report import Report, Skipped, Table
 
 pytestmark = pytest.mark.one_backend
@@ -97,10 +96,3 @@ def test_html():
     assert text.startswith("<table><caption>Sizes</caption><tr><th>kernel</th>")
     assert "<td>reason &lt;0&gt;</td>" in text
     assert "<p>in bytes</p>" in text
-
-
-def test_units():
-    assert report.shape_text((64, 32)) == "64x32"
-    assert report.shape_text(()) == "scalar"
-    assert report.size_text(1536) == "1.5 KiB"
-    assert report.size_text(3 * 2**20) == "3.0 MiB"
