@@ -61,17 +61,23 @@ class Head:
 
 
 def reversible_embeddings(model: Any) -> list[Target]:
-    """A `Target` for each reversible embedding of a model that has a table.
+    """A `Target` for the head of each reversible embedding of a model.
 
-    The contraction is that of the head, a product with the table's transpose.
+    It is the table where that is tied, contracted by the head, which is a
+    product with its transpose; otherwise the kernel of the head.
     """
     keys = weight_keys(model)
     return [
-        target_of(layer, "embeddings", keys=keys)
+        target_of(layer, head_of(layer), keys=keys)
         for layer in keras_compat.layers_of(model)
         if isinstance(layer, keras.layers.ReversibleEmbedding)
-        and keras_compat.stored_variable(layer, "embeddings") is not None
+        and keras_compat.stored_variable(layer, head_of(layer)) is not None
     ]
+
+
+def head_of(layer: keras.layers.ReversibleEmbedding) -> str:
+    """Return the attribute that a reversible embedding makes logits by."""
+    return "embeddings" if layer.tie_weights else "reverse_embeddings"
 
 
 def find_head(model: Any) -> Head | None:

@@ -350,12 +350,13 @@ def _masks(layer: Any, x: Any, h: Any, training: bool) -> list[Any]:
 def reversible_embedding(
     layer: Any, multiply: Any, inputs: Any, reverse: bool = False
 ) -> Any:
-    """Call a ReversibleEmbedding without a mask, of tied weights."""
+    """Call a ReversibleEmbedding without a mask."""
     if not reverse:
         return multiply.look_up("embeddings", inputs)
     if layer.reverse_dtype is not None:
         inputs = ops.cast(inputs, layer.reverse_dtype)
-    logits = multiply("embeddings", inputs)
+    head = "embeddings" if layer.tie_weights else "reverse_embeddings"
+    logits = multiply(head, inputs)
     if layer.logit_soft_cap is not None:
         cap = layer.logit_soft_cap
         logits = ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)

@@ -384,16 +384,14 @@ _KINDS: dict[type, LayerKind] = {
     ),
     # The heads tied to an embedding are in this class as well; the axes are
     # those of the head.
-    layers.Embedding: LayerKind(
+    layers.Embedding: LayerKind({"embeddings": Kernel((1,), reason=EMBEDDING)}),
+    layers.ReversibleEmbedding: LayerKind(
         {
             "embeddings": Kernel((1,), reason=EMBEDDING),
             "reverse_embeddings": Kernel(
                 (0,), reason="the reverse of an embedding"
             ),
-        }
-    ),
-    layers.ReversibleEmbedding: LayerKind(
-        {"embeddings": Kernel((1,), reason=EMBEDDING)},
+        },
         layer_calls.reversible_embedding,
     ),
 }

@@ -48,7 +48,7 @@ def pack(
     """Pack the weights of a finished model, in place.
 
     `pack(model)` stores what `kwm.quantize` has rounded, without further loss:
-    kernels, and a tied embedding and head, that lie on the grid of int4 (-8 to
+    kernels, and the head of an embedding, that lie on the grid of int4 (-8 to
     7 times a bfloat16 scale for each output unit and 64 inputs) take 4.25 bits
     a weight, or 3.25 where they are 2:4. Other 2:4 kernels keep their values as
     they are. `pack(model, "int8")` and `pack(model, "int4")` round all weights
@@ -93,14 +93,14 @@ def pack(
             2:4 kernels only. By default, `None`, nothing is rounded: weights on
             the grid of int4 are packed in int4, other 2:4 kernels in bfloat16
             if that is their type, else in float32.
-        head: String, type of the table that serves as embedding and head
-            (`keras.layers.ReversibleEmbedding` with tied weights, as in
-            KerasHub's language models): one table in `"int8"`, with a scale for
-            each row, or `"int4"`, with one for each 64 entries of a row, serves
-            both the look-up and the logits. `None` leaves it as it is. By
-            default, `"auto"`, it is packed like the kernels, unless `targets`
-            are given or `dtype` is a float type. Heads that are not tied are
-            kernels like any other.
+        head: String, type of the head of a `keras.layers.ReversibleEmbedding`,
+            as in KerasHub's language models: `"int8"`, with a scale for each
+            token, or `"int4"`, with one for each token and 64 inputs. With tied
+            weights one such table serves both the look-up and the logits;
+            otherwise the look-up keeps its dense table. `None` leaves the head
+            as it is. By default, `"auto"`, it is packed like the kernels,
+            unless `targets` are given or `dtype` is a float type. A `Dense`
+            head is a kernel like any other.
         targets: `Targets`, a list of `Target`, or what `find_targets` takes
             as `include`; `None` for all. Those that cannot be packed are
             skipped and reported.
@@ -167,7 +167,7 @@ def pack(
     paths = {skip.path for skip in left} | {t.target.path for t in tables}
     skipped = [s for s in skipped if s.path not in paths] + left
     if not tables and (head not in ("auto", None) or not plans):
-        missing = "tied embedding and head" if plans else "kernel"
+        missing = "head of an embedding" if plans else "kernel"
         reasons = "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped)
         raise ValueError(
             f"The model has no {missing} that can be packed. Received: "
@@ -315,7 +315,7 @@ def on_grid(target: Any) -> bool:
 def _tables(
     model: Any, dtype: Any, head: Any, targets: Any, trainable: Any, held: Any
 ) -> Any:
-    """Return the plans of tied tables, and others as `Skipped`."""
+    """Return the plans of the heads of embeddings, and others as `Skipped`."""
     is_auto = head == "auto"
     if is_auto and (targets is not None or trainable):
         return [], []

@@ -73,10 +73,11 @@ def reason_to_skip(target):
     """Return why a weight cannot be packed; None if it can."""
     layer, name = target.layer, target.attribute
     if isinstance(layer, keras.layers.Embedding):
-        if not getattr(layer, "tie_weights", False):
-            return "its head has weights of its own"
-        if layer.lora_enabled:
-            return "LoRA is enabled"
+        if name == "embeddings":
+            if not getattr(layer, "tie_weights", False):
+                return "its head has weights of its own"
+            if layer.lora_enabled:
+                return "LoRA is enabled"
         if layer.mask_zero:
             return "mask_zero is set"
     reason = reason_dense(layer, name)
@@ -163,7 +164,8 @@ class PackedParameters(Reparameterization):
         self.activations = activations
         self.pattern = form.pattern
         self.kind = kind_with_call(target.layer)
-        self.is_table = isinstance(target.layer, keras.layers.Embedding)
+        is_embedding = isinstance(target.layer, keras.layers.Embedding)
+        self.is_table = is_embedding and target.attribute == "embeddings"
         self.mixin = _PackedTableCall if self.is_table else _PackedCall
         axes = target.contraction_axes, target.stack_axes
         self.stacks, rows, self.units = stack_shape(target.shape, *axes)

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_weightmods.calibration import inputs
 from keras_weightmods.core import keras_compat
-from keras_weightmods.core.head import Head, find_head
+from keras_weightmods.core.head import Head, find_head, head_of
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import Target, Targets, target_of
 from keras_weightmods.core.weight_keys import weight_keys
@@ -42,8 +42,7 @@ def find_table(
     (layer,) = (x for x in head.layers if isinstance(x, kinds))
     attribute = "kernel"
     if isinstance(layer, keras.layers.ReversibleEmbedding):
-        is_tied = layer.tie_weights
-        attribute = "embeddings" if is_tied else "reverse_embeddings"
+        attribute = head_of(layer)
     stored = keras_compat.stored_variable(layer, attribute)
     chosen = {id(target.variable) for target in targets}
     if stored is None or (attribute == "kernel" and id(stored) not in chosen):

@@ -217,7 +217,7 @@ def head(family):
         kwm.pack(model, head="int8")
     except ValueError as error:
         if "head" in str(error):
-            return "not tied"
+            return "no"
         raise
     _finite(model, x)
     return "yes"

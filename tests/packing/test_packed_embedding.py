@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 from numpy.testing import assert_allclose, assert_array_equal
 
-from keras_weightmods import pack, unpack
+from keras_weightmods import load_model, pack, quantize, save_model, unpack
 from tests import models, references
 from tests.backends import breadth
 from tests.models import make_sparse, normal, numpy, outputs
@@ -137,16 +137,10 @@ def test_gradients_flow_through_the_head(head):
     assert_allclose(numpy(kernel), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ({"tie_weights": False}, "its head has weights of its own"),
-        ({"mask_zero": True}, "mask_zero is set"),
-    ],
-)
-def test_what_cannot_be_served_is_an_error(arguments, reason):
-    model = make_model(**arguments)
-    before = state(model)
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_what_cannot_be_served_is_an_error(tie_weights):
+    model = make_model(tie_weights=tie_weights, mask_zero=True)
+    before, reason = state(model), "mask_zero is set"
     with pytest.raises(ValueError, match=reason):
         pack(model, head="int8")
     assert state(model) == before
@@ -188,10 +182,12 @@ def test_lora_and_the_table_exclude_each_other():
         pack(model, head="int8")
 
 
-@breadth("head", HEADS, 1)
-def test_checkpoints_with_and_without_the_library(head, tmp_path, monkeypatch):
+@breadth(("head", "tied"), [("int8", True), ("int4", True), ("int8", False)], 1)
+def test_checkpoints_with_and_without_the_library(
+    head, tied, tmp_path, monkeypatch
+):
     def make(seed):
-        model = make_model(seed=seed, width=100)
+        model = make_model(seed=seed, width=100, tie_weights=tied)
         pack(model, head=head)
         return model
 
@@ -228,6 +224,54 @@ def test_a_packed_llama_generates_what_the_sparse_one_does():
     report = pack(model)
     assert report.totals["weights"] == 7
     assert_array_equal(generated(model), dense)
+
+
+def test_an_untied_head_is_packed_as_it_was_rounded(tmp_path):
+    model = language_model("llama3", tie_word_embeddings=False)
+    layer, inputs = model.backbone.token_embedding, prompt()
+    head, table = layer.reverse_embeddings, numpy(layer.embeddings)
+    quantize(model, inputs, verbose=0)
+    expected, before = outputs(model, inputs), state(model)[:2]
+    weights = models.weights_of(model)
+    kernel, hidden = numpy(head), numpy(model.backbone(inputs))
+
+    weight = pack(model).weights[-1]
+    assert (weight.path, weight.dtype) == (head.path, "int4")
+    assert weight.rounding_error == 0
+    assert_array_equal(numpy(layer.embeddings), table)
+    assert_array_equal(numpy(layer.reverse_embeddings), kernel)
+    logits = references.round_activations(np.float64(hidden)) @ kernel
+    found = numpy(layer(hidden, reverse=True))
+    assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
+    found = outputs(model, inputs)
+    assert_allclose(found, expected, atol=0.05 * expected.max())
+    model.compile(sampler="greedy")
+    text = generated(model)
+    whole = {"token_ids": text, "padding_mask": np.ones_like(text)}
+    most_likely = outputs(model, whole).argmax(-1)
+    assert_array_equal(text[:, 4:], most_likely[:, 3:-1])
+
+    save_model(model, tmp_path / "packed.safetensors")
+    loaded = load_model(tmp_path / "packed.safetensors")
+    assert_array_equal(outputs(loaded, inputs), found)
+    for each in (model, loaded):
+        unpack(each)
+    assert state(model)[:2] == before
+    models.assert_same(model.get_weights(), weights)
+    models.assert_same(loaded.get_weights(), model.get_weights())
+
+
+@pytest.mark.one_backend
+def test_lora_adapts_the_table_of_an_untied_head():
+    model = make_model(tie_weights=False)
+    layer, x = model.layers[1], normal(2, 16)
+    pack(model, head="int8")
+    logits = numpy(layer(x, reverse=True))
+    layer.enable_lora(2)
+    before = numpy(layer(TOKENS))
+    layer.lora_embeddings_b.assign(normal(2, 16))
+    assert np.abs(numpy(layer(TOKENS)) - before).max() > 0.01
+    assert_array_equal(numpy(layer(x, reverse=True)), logits)
 
 
 # Nothing here depends on the backend that the tests above do not show.
