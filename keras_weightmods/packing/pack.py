@@ -28,7 +28,7 @@ from keras_weightmods.packing.packed_parameters import (
     packed_parameters,
     reason_to_skip,
 )
-from keras_weightmods.packing.report import PackedWeight, PackReport
+from keras_weightmods.packing.report import ROWS, PackedWeight, PackReport
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.progress import Progress
@@ -188,7 +188,7 @@ def pack(
         _warn_about_undivided(items)
         seam.attach(model, items, drop_optimizer=True, see=progress.add)
     _warn_about_rounding(items)
-    return _report(model, items, skipped, before)
+    return _report(model, items, skipped, before, ROWS)
 
 
 def unpack(model: keras.layers.Layer, verbose: int = 1) -> PackReport:
@@ -446,7 +446,10 @@ def _check_finite(items: Any) -> None:
             )
 
 
-def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
+def _report(
+    model: Any, items: Any, skipped: Any, before: int, sizes: Any = ()
+) -> PackReport:
+    """Return the report, with the products on a GPU for `sizes` of rows."""
     weights = tuple(
         PackedWeight(
             item.target.path,
@@ -457,6 +460,7 @@ def _report(model: Any, items: Any, skipped: Any, before: int) -> PackReport:
             item.activations,
             item.rounding_error,
             item.pattern,
+            tuple((rows, item.why(rows)) for rows in sizes if item.plan),
         )
         for item in items
     )

@@ -45,7 +45,7 @@ def packed_parameters(target, form, trainable=False, activations="float32"):
             "Only float32 values can be trained. Received: trainable=True, "
             f"format={form!r}"
         )
-    make = PackedParameters
+    make, plan = PackedParameters, None
     # Training changes the values in each step: nothing to prepare once.
     if isinstance(known, NativeFormat) and not trainable:
         shape = stack_shape(target.shape, target.contraction_axes)[1:]
@@ -66,7 +66,9 @@ def packed_parameters(target, form, trainable=False, activations="float32"):
             make = HeldParameters
         elif plan is not None and keras.backend.backend() == "jax":
             make = PreparedParameters
-    return make(target, known, trainable, activations)
+    item = make(target, known, trainable, activations)
+    item.plan = plan
+    return item
 
 
 def reason_to_skip(target):
@@ -143,6 +145,7 @@ class PackedParameters(Reparameterization):
             weight and not the arrays.
         layouts: Dict of the layouts of the arrays, by their names.
         stored: The `Stored` to multiply by.
+        plan: The `Plan` of its products on a GPU; None if they are on a CPU.
 
     Args:
         target: `Target` without a `reason_to_skip`.
@@ -156,6 +159,7 @@ class PackedParameters(Reparameterization):
     keeps_stored = False
     rounding_error: float | None = None
     split: Any = None
+    plan: Any = None
     unused_axes: Sequence[str] = ()
 
     def __init__(self, target, form, trainable, activations):
@@ -235,6 +239,10 @@ class PackedParameters(Reparameterization):
             for i, at in enumerate(range(0, self.shape[1], self.width))
         ]
         return ops.stack(parts, axis=-2)
+
+    def why(self, rows):
+        """Return the product taken for a number of rows on a GPU, and why."""
+        return self.plan.why(rows)
 
     def effective(self, stored):
         return ops.cast(self.to_kernel(self.stored.tensor()), self.dtype)
@@ -384,6 +392,11 @@ class HeldParameters(PackedParameters):
 
     def look_up(self, indices):
         return ops.take(self.parameters[0], indices, axis=0)
+
+    def why(self, rows):
+        if self.plan.is_sparse:
+            return "dense: the weight is held dense"
+        return self.plan.why(rows)
 
     def effective(self, stored):
         return ops.convert_to_tensor(self.parameters[0])

@@ -16,6 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import keras_weightmods as kwm
 from keras_weightmods import backend as backends
 from keras_weightmods import find_targets, native, pack, unpack
+from keras_weightmods.native.gpu.trial import Plan, Tried
 from keras_weightmods.ops import nm_project
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from tests import models, references
@@ -210,6 +211,26 @@ def test_the_dense_kernel_is_gone():
 
 @pytest.mark.one_backend
 @needs_native
+def test_the_report_names_the_products_on_a_gpu(monkeypatch):
+    name = "keras_weightmods.packing.packed_parameters"
+    module = importlib.import_module(name)
+    plan = Plan((Tried(16, 5.0, 9.0), Tried(256, 40.0, 20.0)))
+    monkeypatch.setattr(module, "gpu_plan", lambda *args: plan)
+    model = make_sparse(mlp(16, 24, 24, 24, 4))
+    model.layers[1].kernel.assign(normal(24, 24))
+    report = pack(model, "int8")
+    first, held, *_ = (weight.products for weight in report.weights)
+    assert first == ((1, plan.why(1)), (1024, plan.why(1024)))
+    reason = "dense: the weight is held dense"
+    assert held == ((1, reason), (1024, reason))
+    text = " ".join(str(report).split())
+    assert f"1 of 16x24 in int8, 1024 rows: {plan.why(1024)}" in text
+    assert f"1 of 24x24 in int8, 1 rows: {reason}" in text
+    assert not unpack(model).weights[0].products
+
+
+@pytest.mark.one_backend
+@needs_native
 def test_the_report_prints_and_is_json():
     layers = keras.layers.Dense(32), keras.layers.Dense(16)
     model = sequential((32, 8), keras.layers.Conv1D(6, 1, groups=2), *layers)
@@ -309,7 +330,7 @@ def test_an_inexact_kernel_is_named_and_nothing_changes():
         ({"trainable": True, "dtype": "int4"}, "Only float32 values"),
         ({"trainable": 1}, r"`trainable`.*Received: trainable=1"),
         ({"trainable": True, "dtype": "int8"}, "Only float32 values"),
-        ({"head": "int8"}, "no tied embedding and head"),
+        ({"head": "int8"}, "no head of an embedding"),
     ],
 )
 def test_wrong_arguments_change_nothing(arguments, message):
