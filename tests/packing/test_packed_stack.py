@@ -83,7 +83,8 @@ def test_rounded_stacks_compute_with_what_they_give_back(dtype, activations):
     if not ON_TORCH and (dtype, activations) != ("int4", "int8"):
         pytest.skip("the breadth is tested on torch, the fastest to start")
     model = mixture("gpt_oss")
-    report = kwm.pack(model, dtype=dtype, activations=activations)
+    # The head is not 2:4, which inputs in float do not multiply.
+    report = kwm.pack(model, dtype, head=None, activations=activations)
     assert all(weight.rounding_error > 0 for weight in report.weights)
     packed = models.outputs(model, X)
     kwm.unpack(model)
