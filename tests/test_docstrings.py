@@ -12,6 +12,7 @@ import keras
 import pytest
 
 import keras_weightmods
+from keras_weightmods.utils import progress
 from tests.test_package import PUBLIC
 
 
@@ -109,6 +110,8 @@ PAGES = [
 )
 def test_examples_of_pages_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    # No bar, which a busy machine would be slow enough for.
+    monkeypatch.setattr(progress, "DELAY", 1e6)
     for code, expected in STEP.findall(page.read_text()):
         keras.utils.clear_session()  # layers are named from the start
         exec(compile(code, page.name, "exec"), {})
