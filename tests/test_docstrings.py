@@ -71,6 +71,7 @@ def test_example_runs(name):
         exec(compile(block, name, "exec"), {})
 
 
+@pytest.mark.one_backend
 def test_public_names_have_examples():
     missing = [
         name for name, value in PUBLIC.items() if not code_blocks(value.__doc__)

@@ -214,6 +214,7 @@ def test_attach_then_end(kind, layer):
     assert not rows(kind.end(model))
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(("kind", "layer"), EVERY, indirect=["kind"])
 def test_files(kind, layer, tmp_path):
     model, other = make(layer), make(layer, seed=5)
@@ -284,6 +285,7 @@ class Wrapper(keras.Model):
         return self.dense(x)
 
 
+@pytest.mark.one_backend
 @pytest.mark.filterwarnings("ignore:.*get_config")
 @pytest.mark.filterwarnings("ignore:Layer InputLayer")
 def test_keras_saves_clones_and_quantizes_after_the_end(kind, model, tmp_path):
@@ -388,6 +390,7 @@ def test_low_precision(kind, policy):
     assert [id(w) for w in model.weights] == known
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", FOLDED, indirect=True)
 def test_regularizer_sees_the_effective_weight(kind):
     own = keras.regularizers.L2(0.1)
@@ -421,6 +424,7 @@ def test_compiled_functions_are_made_anew(kind, model):
     assert_close(model.predict(x, verbose=0), expected, 1e-5)
 
 
+@pytest.mark.one_backend
 def test_parameters_of_frozen_kernels_are_frozen(kind, model):
     model.layers[0].enable_lora(2)
     model.layers[1].trainable = False
@@ -443,6 +447,7 @@ def same_targets(model):
     ]
 
 
+@pytest.mark.one_backend
 def test_targets(kind, model):
     for targets in same_targets(model):
         (row,) = rows(kind.attach(model, targets=targets))
@@ -450,6 +455,7 @@ def test_targets(kind, model):
         kind.end(model)
 
 
+@pytest.mark.one_backend
 def test_errors_change_nothing(kind, model):
     foreign = kwm.find_targets(make("dense"))
     before = state(model)
@@ -470,6 +476,7 @@ def test_errors_change_nothing(kind, model):
             call(None)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", FOLDED, indirect=True)
 def test_a_built_optimizer_is_an_error(kind, model):
     model.compile("sgd", "mse")
@@ -496,6 +503,7 @@ def test_a_weight_is_reparameterized_once(kind, model, second):
     KINDS[second].attach(model)
 
 
+@pytest.mark.one_backend
 def test_a_failure_while_attaching_is_rolled_back(kind, model, monkeypatch):
     before = state(model)
 
@@ -513,6 +521,7 @@ def test_a_failure_while_attaching_is_rolled_back(kind, model, monkeypatch):
         model.layers[0].add_weight(shape=())
 
 
+@pytest.mark.one_backend
 def test_a_layer_with_a_saver_of_its_own_is_skipped(kind):
     class Counting(keras.layers.Dense):
         def save_own_variables(self, store):
@@ -526,6 +535,7 @@ def test_a_layer_with_a_saver_of_its_own_is_skipped(kind):
     assert any("save_own_variables" in s.reason for s in report.skipped)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", FOLDED, indirect=True)
 def test_a_pattern_survives(kind, model):
     kwm.SemiStructuredSparse.attach(model)
@@ -564,6 +574,7 @@ def test_all_kinds_in_one_model_end_apart(tmp_path):
     np.testing.assert_array_equal(outputs(loaded), outputs(model))
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("end", [kwm.fold, kwm.unpack])
 def test_a_plain_model_is_left_as_it_is(end, model):
     model.compile("sgd", "mse")

@@ -33,6 +33,7 @@ def kernel_of(k, n, seed=0, density=1.0):
     return (padded * mask)[:k]
 
 
+@pytest.mark.one_backend
 @settings(
     max_examples=30,
     deadline=None,
@@ -115,6 +116,7 @@ def test_type_of_values_follows_the_kernel(given, packed):
     )
 
 
+@pytest.mark.one_backend
 def test_not_finite_values_stay_in_their_place():
     kernel = np.zeros((8, 3), "float32")
     kernel[[1, 2], 0] = np.nan, -np.inf
@@ -142,6 +144,7 @@ def grid(k, n, seed=0):
     return np.clip(steps, -8, 7) * np.repeat(scale, 64, axis=0)[:k]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("shape", [(192, 40), (132, 17), (3, 5)])
 def test_what_lies_on_a_grid_of_int4_is_kept(shape):
     matrix = grid(*shape).astype("float32")
@@ -154,6 +157,7 @@ def test_what_lies_on_a_grid_of_int4_is_kept(shape):
     )
 
 
+@pytest.mark.one_backend
 def test_int4_at_the_ends_of_float32():
     largest = np.finfo("float32").max
     for size in (largest, largest / 2, 1e-38, 1e-44):
@@ -167,6 +171,7 @@ def test_int4_at_the_ends_of_float32():
             assert np.isfinite(unpack_kernel(packed)).all()
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("shape", [(64, 16), (101, 21), (5, 2), (0, 3), (4, 0)])
 def test_dense_matrices(shape, dtype):
@@ -201,6 +206,7 @@ def test_dense_matrices(shape, dtype):
         check_tensors_and_variables(packed)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_values_at_known_places(dtype):
     kernel = kernel_of(101, 21, density=0.9)
@@ -211,6 +217,7 @@ def test_values_at_known_places(dtype):
         np.testing.assert_array_equal(values, packed.values)
 
 
+@pytest.mark.one_backend
 def test_not_2_4():
     kernel = kernel_of(36, 5)
     kernel[0:3, 1] = kernel[32:36, 4] = 1.0
@@ -222,6 +229,7 @@ def test_not_2_4():
         pack_kernel(np.full((16, 2), np.nan))
 
 
+@pytest.mark.one_backend
 def test_wrong_arguments():
     for wrong in np.zeros((4, 4, 4)), np.zeros(2):
         with pytest.raises(ValueError, match=r"must be a matrix .* axes"):
@@ -236,6 +244,7 @@ def test_wrong_arguments():
         pack_kernel(np.zeros((4, 4)), "bfloat16", "int8")
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -253,6 +262,7 @@ def test_arrays_that_do_not_fit(name, change):
         dataclasses.replace(packed, **{name: change(getattr(packed, name))})
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_integers_need_their_scale(dtype):
     packed = pack_kernel(kernel_of(36, 20), dtype)
@@ -262,6 +272,7 @@ def test_integers_need_their_scale(dtype):
         dataclasses.replace(packed, meta=None)
 
 
+@pytest.mark.one_backend
 def test_unpack_of_what_is_not_packed():
     with pytest.raises(ValueError, match="`packed` must be what"):
         unpack_kernel(np.eye(8, dtype="float32"))

@@ -176,6 +176,7 @@ def test_plain_models(name, path):
         assert states_of(again) == states_of(model)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", CHANGED)
 def test_scaled_models(name, path):
     model = MODELS[name]()
@@ -266,6 +267,7 @@ def test_packed_in_part_trainable_and_scaled_in_part(path):
     assert len(loaded.trainable_weights) == len(model.trainable_weights) == 2
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("first", [True, False])
 def test_lora_on_changed_layers_is_kept(first, path):
     model = make_sparse(sequential())
@@ -293,6 +295,7 @@ def test_lora_on_plain_layers_is_merged(path):
     np.testing.assert_allclose(outputs(loaded, x), outputs(model, x), rtol=1e-5)
 
 
+@pytest.mark.one_backend
 def test_frozen_layers_stay_frozen(path):
     model = tower()
     model.tower[1].trainable = False
@@ -300,6 +303,7 @@ def test_frozen_layers_stay_frozen(path):
     assert [layer.trainable for layer in loaded.tower] == [True, False, True]
 
 
+@pytest.mark.one_backend
 def test_equal_paths(path):
     x = inputs = keras.Input((8,))
     for _ in range(3):
@@ -344,6 +348,7 @@ def test_the_optimizer_is_not_saved_and_the_model_stays_compiled(path):
     loaded.fit(x, np.ones((2, 4)), verbose=0)
 
 
+@pytest.mark.one_backend
 def test_saving_leaves_no_trace(path):
     model = tower()
     keras.utils.set_random_seed(3)
@@ -419,6 +424,7 @@ def test_a_layer_that_assigns_what_it_saves(path):
     round_trip(model, path)
 
 
+@pytest.mark.one_backend
 def test_classes_that_are_not_registered(path):
     class Twice(keras.layers.Layer):
         def call(self, x):
@@ -432,6 +438,7 @@ def test_classes_that_are_not_registered(path):
     assert_same(loaded, model)
 
 
+@pytest.mark.one_backend
 def test_vocabularies_are_saved(path):
     lookup = keras.layers.IntegerLookup(vocabulary=[5, 7, 9])
     embedding = keras.layers.Embedding(5, 2)
@@ -454,6 +461,7 @@ def test_the_file_of_a_packed_model_has_the_packed_size(dtype, share, path):
 # What cannot be saved.
 
 
+@pytest.mark.one_backend
 def test_wrong_arguments(tmp_path):
     model = sequential()
     for wrong in (None, "model", keras.layers.Dense(1), keras.Sequential()):
@@ -492,6 +500,7 @@ def unlike(config):
     return Unlike(6)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("make_layer", "match"),
     [
@@ -511,6 +520,7 @@ def test_a_model_that_could_not_be_loaded_is_not_saved(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.one_backend
 def test_a_full_disk_leaves_nothing(path, monkeypatch):
     model = sequential()
     kwm.save_model(model, path)
@@ -758,6 +768,7 @@ def scaled_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("match", "name"),
     [(match, name) for match, changes in HOSTILE.items() for name in changes],
@@ -780,6 +791,7 @@ def test_hostile_files(match, name, scaled_file, tmp_path, monkeypatch):
     assert os.listdir(temporary) == []
 
 
+@pytest.mark.one_backend
 def test_rewriting_an_unchanged_file_is_accepted(scaled_file, tmp_path):
     arrays = contents(scaled_file)
     rewrite(tmp_path / "file", arrays)
@@ -793,6 +805,7 @@ def test_rewriting_an_unchanged_file_is_accepted(scaled_file, tmp_path):
     assert not kwm.load_model(tmp_path / "file").compiled
 
 
+@pytest.mark.one_backend
 def test_altered_files_are_refused_before_anything_is_built(
     scaled_file, tmp_path, monkeypatch
 ):
@@ -813,6 +826,7 @@ def test_altered_files_are_refused_before_anything_is_built(
     assert len(mutated) > 140
 
 
+@pytest.mark.one_backend
 def test_a_lambda_is_refused_where_keras_was_told_to_allow_it(
     scaled_file, tmp_path
 ):
@@ -824,6 +838,7 @@ def test_a_lambda_is_refused_where_keras_was_told_to_allow_it(
             kwm.load_model(tmp_path / "file")
 
 
+@pytest.mark.one_backend
 def test_other_files_are_refused(tmp_path):
     model = sequential()
     model.save(tmp_path / "model.keras")
@@ -838,6 +853,7 @@ def test_other_files_are_refused(tmp_path):
         kwm.load_model(tmp_path / "other")
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("ending", [".keras", ".h5", ".KERAS"])
 def test_the_endings_of_keras_are_refused(ending, tmp_path):
     with pytest.raises(ValueError, match=r"those of Keras.*'\.safetensors'"):
