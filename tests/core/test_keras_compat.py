@@ -13,7 +13,7 @@ ROOT = pathlib.Path(keras_weightmods.__file__).parent
 # What the package may touch elsewhere, with the reason.
 ALLOWED = {
     # The update of AdamS on torch: `optimizer` is what calls it, an AdamS.
-    "backend/torch/adam_s.py": {"_get_variable_index"},
+    "backend/torch/in_place.py": {"_get_variable_index"},
     # Of a tensor of torch, and cuSPARSELt as torch has it.
     "backend/torch/sparse_matmul_gpu.py": {
         "_cslt_compress",
