@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("keras_hub")
 
 from tests import attributes
+from tests.backends import breadth
 from tests.matrix import methods
 from tests.matrix.families import families
 
@@ -42,7 +43,7 @@ ASKED = {"compiled_generate": {"make_generate_function"}}
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
-@pytest.mark.parametrize("name", ["LlamaCausalLM", "Dense"])
+@breadth("name", ["LlamaCausalLM", "Dense"])
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_is_replaced(method, name):
     if method == "compiled_generate" and not FAMILIES[name].generates:
