@@ -5,8 +5,8 @@ BACKENDS := jax tensorflow torch
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint docs notebooks wheel sdist walk setup bench bench-runtimes faults \
-    mutants matrix versions devices gpu gpu-libraries clean
+.PHONY: demo test lint docs notebooks wheel sdist walk setup bench bench-runtimes breadth \
+    faults mutants matrix versions devices gpu gpu-libraries clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
 # are freed, and every step pays for their pages again.
@@ -24,6 +24,14 @@ test: setup
 test-%: setup
 	@echo "== $*"
 	@KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Every case of every test on each backend, and the tests that take long.
+breadth: setup
+	@failed=0; for backend in $(BACKENDS); do \
+	  echo "== $$backend"; \
+	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest --breadth $(ARGS) || failed=1; \
+	done; exit $$failed
 
 # All wrong calls of all public names; trainings that are killed at random
 # moments, on each backend.

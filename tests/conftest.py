@@ -20,8 +20,18 @@ for name, value in {
 ONE_BACKEND = "torch"  # the fastest of them
 
 
-def pytest_collection_modifyitems(items):
-    """Skips the tests of `one_backend` on all backends but one.
+def pytest_addoption(parser):
+    parser.addoption(
+        "--breadth",
+        action="store_true",
+        help="every case on every backend, and the tests marked `heavy`",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skips `heavy`, and `one_backend` on all backends but one.
+
+    `make breadth` runs what is skipped here.
 
     JAX compiles, and TensorFlow traces, anew for each shape and fit. It is for
     what makes no tensor and asks no backend (C++, files of bytes, NumPy alone),
@@ -37,14 +47,17 @@ def pytest_collection_modifyitems(items):
     """
     import keras
 
-    if keras.backend.backend() == ONE_BACKEND:
+    if config.getoption("breadth"):
         return
-    skip = pytest.mark.skip(
-        reason=f"shows the same on each backend: runs on {ONE_BACKEND}"
-    )
+    skipped = {"heavy": "takes long: runs in `make breadth`"}
+    if keras.backend.backend() != ONE_BACKEND:
+        skipped["one_backend"] = (
+            f"shows the same on each backend: runs on {ONE_BACKEND}"
+        )
     for item in items:
-        if item.get_closest_marker("one_backend"):
-            item.add_marker(skip)
+        for name, reason in skipped.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_collection_finish():
