@@ -5,8 +5,9 @@ BACKENDS := jax tensorflow torch
 # One thread pool a process is enough, and less noise in the logs.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint docs notebooks wheel sdist walk setup bench bench-runtimes breadth \
-    faults mutants matrix versions devices gpu gpu-libraries clean
+.PHONY: demo test smoke lint docs notebooks wheel sdist walk setup bench \
+    bench-runtimes breadth faults mutants matrix versions devices gpu \
+    gpu-libraries clean
 
 # By default glibc gives blocks of 32 MB and more back to the system when they
 # are freed, and every step pays for their pages again.
@@ -15,11 +16,14 @@ demo: export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 demo: setup
 	$(BIN)/python -m examples.sparsify_llm $(ARGS)
 
-# The backends side by side, each on one thread of its own.
+# The backends and the main job side by side, each on one thread of its own.
 test: setup
-	$(MAKE) --output-sync=target -j2 $(BACKENDS:%=test-%)
+	$(MAKE) --output-sync=target -j2 $(BACKENDS:%=test-%) smoke
+
+smoke: setup
 	@echo "== main job, a few steps"
-	$(BIN)/python -m examples.sparsify_llm --backend torch --smoke
+	@OMP_NUM_THREADS=1 $(BIN)/python -m examples.sparsify_llm --backend torch \
+	  --smoke
 
 test-%: setup
 	@echo "== $*"
