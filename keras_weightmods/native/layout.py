@@ -172,10 +172,3 @@ def lay_out_scale(scale: Any, spec: Any) -> Any:
     padded[: len(scale), : scale.shape[1]] = scale
     padded = padded.reshape(groups, blocks, COLUMNS).transpose(1, 0, 2)
     return np.ascontiguousarray(padded).reshape(shape)
-
-
-def rows_of_scale(scale: Any, dtype: str, k: int, n: int) -> Any:
-    """Undo `lay_out_scale`; return scales (1 or groups, N)."""
-    count = 1 if dtype == "int8" else -(-k // GROUP)
-    scale = scale.reshape(len(scale), count, COLUMNS).transpose(1, 0, 2)
-    return scale.reshape(count, scale.shape[1] * COLUMNS)[:, :n]

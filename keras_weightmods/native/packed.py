@@ -21,7 +21,6 @@ from keras_weightmods.native.layout import (
     lay_out_scale,
     packed_arrays,
     pad,
-    rows_of_scale,
     values_of_slots,
     words,
 )
@@ -187,11 +186,6 @@ def pack_dense(matrix: Any, dtype: str) -> Packed:
     """
     _matrix_shape(matrix)
     steps, scale = quantize.round_matrix(_to_numpy(matrix, np.float32), dtype)
-    return dense_of_steps(steps, scale, dtype)
-
-
-def dense_of_steps(steps: Any, scale: Any, dtype: str) -> Packed:
-    """Return the `Packed` of what `quantize.round_matrix` returns."""
     shape = steps.shape
     specs = packed_arrays(shape, dtype, is_dense=True)
     columns, rows = specs["values"][0][:2]
@@ -315,31 +309,6 @@ def _unpack(
         kernel = xp.transpose(xp.sum(kernel, axis=3), (1, 2, 3, 0, 4))
     kernel = xp.reshape(kernel, (rows * ROWS, blocks * COLUMNS))
     return kernel[: packed.shape[0], : packed.shape[1]]
-
-
-def values_at(kernel: Any, meta: Any, dtype: str, scale: Any) -> Any:
-    """Return the array `values` of a kernel that was unpacked.
-
-    Args:
-        kernel: NumPy array of shape (K, N), what `unpack_kernel` returned, in
-            half precision maybe.
-        meta: int32 NumPy array, its places; None of a dense matrix.
-        dtype: String, `"int8"` or `"int4"`.
-        scale: NumPy array, its scales.
-    """
-    k, n = kernel.shape
-    rows = rows_of_scale(scale.astype(np.float32), dtype, k, n)
-    spread = np.repeat(rows, GROUP, axis=0)[:k] if dtype == "int4" else rows
-    steps = np.nan_to_num(np.rint(kernel.astype(np.float32) / spread))
-    if meta is None:
-        return dense_of_steps(steps.astype(np.int8), rows, dtype).values
-    groups = pad(steps, np.int8, len(meta), meta.shape[1])
-    groups = groups.reshape(-1, 4, groups.shape[1])
-    shifts = np.arange(0, 2 * SLOTS, 2, dtype=np.int32)[:, None]
-    places = (meta[:, :, None] >> shifts) & 3
-    places = places.transpose(1, 2, 0, 3).reshape(len(groups), 2, -1)
-    slots = np.take_along_axis(groups, places, axis=1)
-    return values_of_slots(slots.reshape(-1, groups.shape[2]), dtype)
 
 
 def _matrix_shape(matrix: Any) -> tuple[int, int]:

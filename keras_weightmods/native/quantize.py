@@ -43,21 +43,6 @@ def round_matrix(matrix: Any, dtype: str) -> Any:
     return round_groups(matrix, GROUP)
 
 
-def is_on_grid(matrix: Any) -> bool:
-    """Return whether a matrix (K, N) is what int4 rounds it to.
-
-    The first columns decide for nearly all that are not.
-    """
-    matrix = np.asarray(matrix, np.float32)
-    for columns in (slice(0, 16), slice(16, None)):
-        part = matrix[:, columns]
-        steps, scale = round_groups(part, GROUP)
-        scale = np.repeat(scale.astype(np.float32), GROUP, axis=0)[: len(part)]
-        if not np.array_equal(steps * scale, part):
-            return False
-    return True
-
-
 def round_activations(x: Any) -> Any:
     """Round each row in blocks of 32 entries, as int8 activations are.
 

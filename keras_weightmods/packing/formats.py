@@ -68,54 +68,23 @@ class Format:
             xp: NumPy, or `keras.ops` for tensors.
 
         Returns:
-            float32 array or tensor (K, N).
+            New float32 array or tensor (K, N).
         """
         raise NotImplementedError
 
-    def stored(self, *args: Any) -> "Stored":
-        """Return the `Stored` of these arguments."""
-        return Stored(self, *args)
+    def multiply(self, item: Any, x: Any, columns: slice | None = None) -> Any:
+        """Return `x`, of shape (..., K), times a matrix, or columns of it.
 
-
-class Stored:
-    """A matrix in the arrays of a format.
-
-    Args:
-        form: `Format`.
-        arrays: Dict of arrays, tensors or variables, by name.
-        shape: Pair of ints (K, N).
-        activations: String, what it is multiplied by.
-    """
-
-    def __init__(
-        self,
-        form: Any,
-        arrays: Mapping[str, Any],
-        shape: tuple[int, int],
-        activations: str = "float32",
-    ) -> None:
-        self.form, self.arrays, self.shape = form, arrays, shape
-        self.activations = activations
-
-    def multiply(self, x: Any, columns: slice | None = None) -> Any:
-        """Return `x`, of shape (..., K), times the matrix, or columns of it."""
-        matrix = self.tensor()
+        Args:
+            item: `PackedParameters` that holds the matrix.
+        """
+        matrix = item.tensor()
         matrix = matrix if columns is None else matrix[:, columns]
         return ops.matmul(x, ops.cast(matrix, x.dtype))
 
-    def look_up(self, indices: Any) -> Any:
-        """Return columns as rows, float32 of shape (..., K)."""
-        return ops.take(ops.transpose(self.tensor()), indices, axis=0)
-
-    def tensor(self) -> Any:
-        """Return the matrix as a float32 tensor."""
-        arrays = {k: ops.convert_to_tensor(v) for k, v in self.arrays.items()}
-        return self.form.unpack(arrays, self.shape, ops)
-
-    def numpy(self) -> Any:
-        """Return the matrix as a float32 NumPy array."""
-        arrays = {k: ops.convert_to_numpy(v) for k, v in self.arrays.items()}
-        return self.form.unpack(arrays, self.shape, np)
+    def look_up(self, item: Any, indices: Any) -> Any:
+        """Return columns of a matrix as rows, float32 of shape (..., K)."""
+        return ops.take(ops.transpose(item.tensor()), indices, axis=0)
 
 
 class NativeFormat(Format):
@@ -143,74 +112,47 @@ class NativeFormat(Format):
         }
 
     def unpack(self, arrays, shape, xp):
-        stored = NativeStored(self, arrays, shape)
-        return stored.numpy() if xp is np else stored.tensor()
+        packed = self.packed(arrays, shape)
+        if xp is np:
+            return native_format.unpack_kernel(packed)
+        return native_format.unpack_tensor(packed)
 
-    def stored(self, *args):
-        return NativeStored(self, *args)
-
-    def values_at(self, matrix, kept):
-        """Return the arrays of an unpacked matrix by its scales and places.
-
-        `pack` would choose new ones: a kept value may be zero.
-        """
-        matrix = ops.convert_to_numpy(matrix)
-        arrays = {
-            name: np.asarray(ops.convert_to_numpy(array))
-            for name, array in kept.items()
-        }
-        values = native_format.values_at(
-            matrix, arrays.get("meta"), self.dtype, arrays["scale"]
-        )
-        return {"values": values, **arrays}
-
-
-class NativeStored(Stored):
-    """A matrix in the arrays of a `NativeFormat`.
-
-    Attributes:
-        packed: The `Packed` that `ops.sparse_matmul` takes.
-    """
-
-    def __init__(self, form, arrays, shape, activations="float32"):
-        super().__init__(form, arrays, shape, activations)
+    def packed(self, arrays, shape, activations="float32"):
+        """Return the `Packed` of arrays, which `ops.sparse_matmul` takes."""
         # Compiled kernels multiply by dense integers in int8 alone.
-        is_dense = form.pattern is None
-        self.packed = native_format.Packed(
+        return native_format.Packed(
             arrays["values"],
             arrays.get("meta"),
             arrays.get("scale"),
             shape,
-            form.dtype,
-            "int8" if is_dense else activations,
+            self.dtype,
+            activations if self.pattern else "int8",
         )
 
-    def multiply(self, x, columns=None):
-        packed = self.packed
+    def multiply(self, item, x, columns=None):
+        packed = item.packed
         if columns is not None:
             # Each kernel of a stack has blocks of its own.
             blocks = slice(
-                columns.start // layout.COLUMNS,
-                -(-columns.stop // layout.COLUMNS),
+                columns.start // self.columns,
+                -(-columns.stop // self.columns),
             )
             packed = dataclasses.replace(
                 packed,
-                values=packed.values[blocks],
-                meta=None if packed.meta is None else packed.meta[blocks],
-                scale=None if packed.scale is None else packed.scale[blocks],
-                shape=(self.shape[0], columns.stop - columns.start),
+                shape=(item.shape[0], columns.stop - columns.start),
+                **{name: getattr(packed, name)[blocks] for name in item.arrays},
             )
         return sparse_matmul(x, packed)
 
-    def look_up(self, indices):
-        if self.form.pattern is not None:
-            return super().look_up(indices)
-        values = ops.convert_to_tensor(self.packed.values)
-        scale = ops.convert_to_tensor(self.packed.scale)
-        if self.form.dtype == "int8":
+    def look_up(self, item, indices):
+        if self.pattern is not None:
+            return super().look_up(item, indices)
+        values = ops.convert_to_tensor(item.packed.values)
+        scale = ops.convert_to_tensor(item.packed.scale)
+        if self.dtype == "int8":
             scale = ops.expand_dims(scale, 1)
         _, blocks, words, columns, run = values.shape
-        leading = ops.shape(indices)
+        leading, size = ops.shape(indices), item.shape[0]
         block = ops.expand_dims(ops.floor_divide(indices, columns), -1)
         lane = ops.expand_dims(ops.mod(indices, columns), -1)
 
@@ -221,20 +163,13 @@ class NativeStored(Stored):
 
         found = take(values, blocks * words, run)
         found = ops.reshape(found, (-1, blocks, words, 1, run))
-        found = layout.words(ops, found, self.form.dtype)
+        found = layout.words(ops, found, self.dtype)
         found = ops.reshape(found, (*leading, blocks * layout.ROWS))
-        found = ops.cast(found[..., : self.shape[0]], "float32")
+        found = ops.cast(found[..., :size], "float32")
         scale = ops.cast(take(scale, scale.shape[1], 1)[..., 0], "float32")
-        if self.form.dtype == "int4":
-            scale = ops.repeat(scale, layout.GROUP, axis=-1)
-            scale = scale[..., : self.shape[0]]
+        if self.dtype == "int4":
+            scale = ops.repeat(scale, layout.GROUP, axis=-1)[..., :size]
         return found * scale
-
-    def tensor(self):
-        return native_format.unpack_tensor(self.packed)
-
-    def numpy(self):
-        return native_format.unpack_kernel(self.packed)
 
 
 # {name in files: format}; `register_format` adds to it.
@@ -258,14 +193,9 @@ def register_format(form: Format) -> None:
     FORMATS[form.name] = form
 
 
-def formats_of(dtype: str) -> dict[str | None, Format]:
+def formats_of(dtype: str | None) -> dict[str | None, Format]:
     """Return {pattern: format} of those of a type of values."""
     return {f.pattern: f for f in FORMATS.values() if f.dtype == dtype}
-
-
-def dtypes() -> tuple[str, ...]:
-    """Return the types of values that there are."""
-    return tuple(dict.fromkeys(form.dtype for form in FORMATS.values()))
 
 
 for _dtype in layout.VALUE_TYPES:

@@ -1,13 +1,13 @@
 """Packing of the 2:4 kernels of a finished model, and back."""
 
 import collections
-import dataclasses
 import math
 import time
 import warnings
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_weightmods import native
@@ -16,16 +16,12 @@ from keras_weightmods.core.head import reversible_embeddings
 from keras_weightmods.core.layer_kinds import read_whole
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
-from keras_weightmods.native import quantize
 from keras_weightmods.native.layout import ACTIVATIONS
-from keras_weightmods.ops.matrix import to_stack
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
-from keras_weightmods.packing.formats import dtypes, formats_of
+from keras_weightmods.packing.formats import FORMATS, formats_of
 from keras_weightmods.packing.packed_parameters import (
-    HeldParameters,
     PackedParameters,
-    packed_parameters,
     reason_to_skip,
 )
 from keras_weightmods.packing.report import ROWS, PackedWeight, PackReport
@@ -71,12 +67,12 @@ def pack(
     trains adapters on the packed base. `save_weights` and `load_weights` hold
     and take the packed arrays; `save_model` saves the whole model.
 
-    Where the compiled kernels are missing, a warning says so once and the
-    layers hold the kernels dense, rounded alike, with checkpoints alike.
+    Where the compiled kernels are missing, a warning says so once. The layers
+    then hold the weights dense as well, rounded alike, and multiply by these.
 
     Under `keras.distribution`, with JAX, the packed arrays are split over
     devices as the weights are, and each device multiplies by its own part: no
-    weight is gathered. (On GPUs the kernels are held dense then.)
+    weight is gathered. (On GPUs the kernels are held dense as well then.)
 
     Packing holds the dense and the packed weights for a while. A built
     optimizer has state of weights that are gone, so the model is left
@@ -108,11 +104,11 @@ def pack(
             `"int8"` rounds the inputs of these layers, in blocks of 32 entries
             to multiples of max |x| / 127, and multiplies integers, which is
             faster. On a GPU it is for 2:4 kernels in int8 (all others are held
-            dense) and rounds whole rows, which costs more, see the guide.
-            `"float32"` leaves the inputs as they are; kernels that are not 2:4
-            cannot be multiplied by them on a CPU. By default, `None`, it is
-            `"int8"` on a CPU and `"float32"` on a GPU. Weights in float32 and
-            bfloat16 always have inputs in float.
+            dense as well) and rounds whole rows, which costs more, see the
+            guide. `"float32"` leaves the inputs as they are; kernels that are
+            not 2:4 cannot be multiplied by them on a CPU. By default, `None`,
+            it is `"int8"` on a CPU and `"float32"` on a GPU. Weights in float32
+            and bfloat16 always have inputs in float.
         trainable: Bool. If True, the kept values of 2:4 kernels get gradients,
             their places never; float32 values only. Defaults to False.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
@@ -146,45 +142,62 @@ def pack(
     ```
     """
     began = time.perf_counter()
-    check_arguments(dtype, head, activations, trainable)
+    _check_arguments(dtype, head, activations, trainable)
     checks.check_verbose(verbose)
     on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
     if activations is None:
         # Rounding whole rows costs more there, so it is to be asked for.
         activations = "float32" if on_gpu else "int8"
-    resolved = resolve_targets(model, targets)
-    held = {**_shared_variables(model), **read_whole(model)}
-    plans, skipped = [], list(resolved.skipped)
-    for target in resolved:
-        plan = _plan(target, dtype, trainable)
-        reason = held.get(id(target.variable)) or plan.reason
-        if reason:
-            skipped.append(Skipped(target.path, reason))
+    found = resolve_targets(model, targets)
+    kind = dtype if head == "auto" else head
+    is_left = head is None or (kind and None not in formats_of(kind))
+    if head == "auto" and (targets is not None or trainable):
+        is_left = True
+    heads = [] if is_left else reversible_embeddings(model)
+    own = {target.path for target in heads}
+    skipped = [skip for skip in found.skipped if skip.path not in own]
+    reasons = {**_shared_variables(model), **read_whole(model)}
+    items: list[Any] = []
+    tables: list[Any] = []
+    inexact: list[Any] = []
+    for target in [*found, *heads]:
+        is_head = target in heads
+        made = reasons.get(id(target.variable)) or reason_to_skip(target)
+        made = made or _item(
+            target, kind if is_head else dtype, is_head, trainable, activations
+        )
+        if made is None:
+            inexact.append(target)
+        elif isinstance(made, str):
+            skipped.append(Skipped(target.path, made))
         else:
-            plans.append(plan)
-    _check_kernels(plans, dtype)
-    tables, left = _tables(model, dtype, head, targets, trainable, held)
-    paths = {skip.path for skip in left} | {t.target.path for t in tables}
-    skipped = [s for s in skipped if s.path not in paths] + left
-    if not tables and (head not in ("auto", None) or not plans):
-        missing = "head of an embedding" if plans else "kernel"
-        reasons = "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped)
+            (tables if is_head else items).append(made)
+    if inexact:
+        raise _not_exact(inexact, len(inexact) + len(items), dtype)
+    if not tables and (head not in ("auto", None) or not items):
+        missing = "head of an embedding" if items else "kernel"
         raise ValueError(
             f"The model has no {missing} that can be packed. Received: "
-            f"model={model.name!r}, skipped: {reasons}"
+            f"model={model.name!r}, skipped: "
+            + "; ".join(f"{skip.path}: {skip.reason}" for skip in skipped)
         )
-    items = [plan.item(activations, trainable) for plan in plans + tables]
-    if activations == "float32" and not (on_gpu or reason_for_dense()):
-        _check_floats([i for i in items if isinstance(i, HeldParameters)])
-    seam.check_unattached(items)
-    if trainable:
-        _check_trainable(items)
+    items += tables
+    why_dense = reason_for_dense()
+    no_product = [item for item in items if item.is_held]
+    if activations == "float32" and no_product and not (on_gpu or why_dense):
+        raise ValueError(
+            "Weights that are not 2:4 are multiplied in integers alone. "
+            f"Received: activations='float32' with {len(no_product)} of them, "
+            f"the first being {no_product[0].target.path!r}. Leave "
+            "`activations` out, or leave these out, by `targets` and "
+            "`head=None`."
+        )
     before = _model_bytes(model)
     with Progress(len(items), "kernel", verbose, began) as progress:
-        _check_finite(items)
-        reason = reason_for_dense()
-        if reason:
-            native.warn_dense(reason)
+        for item in items:
+            _check_weight(item)
+        if why_dense:
+            native.warn_dense(why_dense)
         _warn_about_undivided(items)
         seam.attach(model, items, drop_optimizer=True, see=progress.add)
     _warn_about_rounding(items)
@@ -233,19 +246,17 @@ def unpack(model: keras.layers.Layer, verbose: int = 1) -> PackReport:
     return _report(model, items, (), before)
 
 
-def check_arguments(
-    dtype: Any = None,
-    head: Any = "auto",
-    activations: Any = None,
-    trainable: Any = False,
+def _check_arguments(
+    dtype: Any, head: Any, activations: Any, trainable: Any
 ) -> None:
     """Raise ValueError for arguments that `pack` does not take."""
-    whole = tuple(d for d in dtypes() if None in formats_of(d))
-    checks.check_choice("dtype", dtype, (None, *dtypes()))
+    known = dict.fromkeys(form.dtype for form in FORMATS.values())
+    whole = [name for name in known if None in formats_of(name)]
+    checks.check_choice("dtype", dtype, (None, *known))
     checks.check_choice("head", head, ("auto", None, *whole))
     checks.check_choice("activations", activations, (None, *ACTIVATIONS))
     checks.check_bool("trainable", trainable)
-    forms = [f for d in (dtype, head) for f in formats_of(d).values()]
+    forms = [form for d in (dtype, head) for form in formats_of(d).values()]
     is_rounded = any("int8" in form.activations for form in forms)
     if activations == "int8" and (dtype or trainable) and not is_rounded:
         raise ValueError(
@@ -253,123 +264,87 @@ def check_arguments(
             f"activations='int8', dtype={dtype!r}, head={head!r}, "
             f"trainable={trainable}"
         )
-    if trainable and not any(
-        form.trainable for form in formats_of(dtype or "float32").values()
-    ):
-        raise ValueError(
-            "Only float32 values can be trained. Received: trainable=True, "
-            f"dtype={dtype!r}"
-        )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """How the weight of a target is to be packed.
-
-    Attributes:
-        target: `Target`.
-        form: `Format`; None if there is none for it.
-        violations: Int, the groups of four with more than two nonzeros.
-        reason: String, why it cannot be packed; None if it can.
-    """
-
-    target: Any
-    form: Any = None
-    violations: int = 0
-    reason: str | None = None
-
-    def item(self, activations: str, trainable: bool) -> Any:
-        own = self.form.activations
-        chosen = activations if activations in own else own[0]
-        return packed_parameters(self.target, self.form.name, trainable, chosen)
-
-
-def _plan(target: Any, dtype: str | None, trainable: bool) -> _Plan:
-    """Return how to pack a kernel; one without a reason may have no format."""
-    if reason := reason_to_skip(target):
-        return _Plan(target, reason=reason)
-    size, violations = target.contraction_size, 0
-    if size % 4:
-        reason = f"contraction size {size} is not a multiple of 4"
-    else:
-        axes = target.contraction_axes
-        violations = int(nm_violations(target.variable.value, "2:4", axes))
-    is_sparse = not (reason or violations)
-    if dtype is None and not trainable and on_grid(target):
-        dtype = "int4"
-    if dtype is None and is_sparse:
-        is_half = target.variable.dtype == "bfloat16"
-        dtype = "bfloat16" if is_half and not trainable else "float32"
-    forms = formats_of(dtype or "")
-    form = forms.get("2:4" if is_sparse else None) or forms.get(None)
-    return _Plan(target, form, violations, None if form else reason)
-
-
-def on_grid(target: Any) -> bool:
-    """Return whether a kernel or table lies exactly on the grid of int4."""
-    axes = target.contraction_axes, target.stack_axes
-    stack = to_stack(target.variable.value, *axes)
-    return all(quantize.is_on_grid(ops.convert_to_numpy(w)) for w in stack)
-
-
-def _tables(
-    model: Any, dtype: Any, head: Any, targets: Any, trainable: Any, held: Any
+def _item(
+    target: Any, dtype: Any, is_head: bool, trainable: bool, activations: str
 ) -> Any:
-    """Return the plans of the heads of embeddings, and others as `Skipped`."""
-    is_auto = head == "auto"
-    if is_auto and (targets is not None or trainable):
-        return [], []
-    kind = dtype if is_auto else head
-    plans, left = [], []
-    if (is_auto and dtype and None not in formats_of(dtype)) or head is None:
-        return [], []
-    for target in reversible_embeddings(model):
-        reason = reason_to_skip(target) or held.get(id(target.variable))
-        own = kind
-        if reason is None and own is None:
-            if on_grid(target):
-                own = "int4"
-            else:
-                reason = "not rounded; `head='int8'` or `kwm.quantize` does it"
-        if reason is None:
-            plans.append(_Plan(target, formats_of(own)[None]))
-        else:
-            left.append(Skipped(target.path, reason))
-    return plans, left
+    """Return the `PackedParameters` of a weight, or why it has none.
+
+    None where rounding or pruning comes first.
+    """
+    variable, size = target.variable, target.contraction_size
+    is_sparse = not (
+        is_head
+        or size % 4
+        or nm_violations(variable.value, "2:4", target.contraction_axes)
+    )
+
+    def make(dtype: Any) -> Any:
+        forms = formats_of(dtype)
+        form = forms.get("2:4" if is_sparse else None) or forms.get(None)
+        if form is None:
+            return None
+        own = form.activations
+        chosen = activations if activations in own else own[0]
+        return PackedParameters(target, form, trainable, chosen)
+
+    if dtype is None and not trainable:
+        item = make("int4")
+        if _is_on_grid(item):
+            return item
+    if dtype is None and is_head:
+        return "not rounded; `head='int8'` or `kwm.quantize` does it"
+    if dtype is None and is_sparse:
+        is_half = variable.dtype == "bfloat16" and not trainable
+        dtype = "bfloat16" if is_half else "float32"
+    item = make(dtype)
+    if item is None and size % 4:
+        return f"contraction size {size} is not a multiple of 4"
+    return item
+
+
+def _is_on_grid(item: Any) -> bool:
+    """Return whether packing a weight does not round it; keep it packed.
+
+    The first columns decide for nearly all that are rounded.
+    """
+    first = np.ascontiguousarray(item.matrix()[:, : item.form.columns])
+    arrays = item.form.pack(first)
+    if not np.array_equal(item.form.unpack(arrays, first.shape, np), first):
+        return False
+    item.pack()
+    return bool(item.rounding_error == 0)
 
 
 def _shared_variables(model: Any) -> dict[int, str]:
     """{id: reason} of the variables that several layers hold as their own."""
-    held = collections.Counter(
+    counts = collections.Counter(
         key
         for layer in keras_compat.layers_of(model)
         for key in {id(v) for v in keras_compat.own_variables(layer)}
     )
-    return {
-        key: "shared by several layers"
-        for key, count in held.items()
-        if count > 1
-    }
+    shared = [key for key, count in counts.items() if count > 1]
+    return dict.fromkeys(shared, "shared by several layers")
 
 
-def _check_kernels(plans: list[Any], dtype: str | None) -> None:
-    """Raise ValueError for kernels that can be packed by rounding alone."""
-    bad = sorted(
-        (plan for plan in plans if plan.form is None),
-        key=lambda plan: -plan.violations,
-    )
-    if not bad:
-        return
+def _not_exact(targets: Any, count: int, dtype: str | None) -> ValueError:
+    """Return the error for kernels that can be packed by rounding alone."""
+    found = []
+    for target in targets:
+        value, axes = target.variable.value, target.contraction_axes
+        found.append((int(nm_violations(value, "2:4", axes)), target))
+    found.sort(key=lambda pair: -pair[0])
     listed = "".join(
-        f"\n  {p.target.path} {p.target.shape}: {p.violations:,} of "
-        f"{math.prod(p.target.shape) // 4:,} groups"
-        for p in bad[:10]
+        f"\n  {target.path} {target.shape}: {violations:,} of "
+        f"{math.prod(target.shape) // 4:,} groups"
+        for violations, target in found[:10]
     )
     expected = "exactly 2:4, at most two nonzeros in each group of four"
     if dtype is None:
         expected += ", or rounded by `kwm.quantize`"
-    raise ValueError(
-        f"The kernels must be {expected}. Received: {len(bad)} of {len(plans)} "
+    return ValueError(
+        f"The kernels must be {expected}. Received: {len(targets)} of {count} "
         f"kernels with groups that hold more:{listed}\nRound them by "
         "`kwm.quantize(model, data)` first, which costs least, or by "
         "`kwm.pack(model, 'int8')`, make them 2:4 by `kwm.sparsify`, or leave "
@@ -377,13 +352,20 @@ def _check_kernels(plans: list[Any], dtype: str | None) -> None:
     )
 
 
-def _check_floats(items: list[Any]) -> None:
-    if items:
+def _check_weight(item: Any) -> None:
+    variable = item.target.variable
+    if item.form.needs_finite and not ops.all(ops.isfinite(variable.value)):
         raise ValueError(
-            "Weights that are not 2:4 are multiplied in integers alone. "
-            f"Received: activations='float32' with {len(items)} of them, "
-            f"the first being {items[0].target.path!r}. Leave `activations` "
-            "out, or leave these out, by `targets` and `head=None`."
+            f"{item.form.dtype} values need finite weights. Received: "
+            f"{variable.path!r}, which holds NaN or infinity."
+        )
+    constraint = variable.constraint
+    keeps = constraint is None or getattr(constraint, "keeps_pattern", False)
+    if item.trainable and not keeps:
+        raise ValueError(
+            "The values of a packed kernel cannot be trained under a "
+            f"constraint of the kernel. Received: {variable.path!r} with "
+            f"the constraint {constraint!r}. Set its `constraint` to None."
         )
 
 
@@ -397,26 +379,11 @@ def _warn_about_undivided(items: Any) -> None:
     if found:
         warnings.warn(
             f"`pack` splits {len(found)} weights over fewer devices than their "
-            "layouts do, since the blocks of the packed format, of 32 rows (64 "
-            "in int4) and 16 columns, do not divide there. Leave them out by "
-            "`targets`, or split them by other axes. Not split are: "
+            "layouts do: blocks of 32 rows (64 in int4) and 16 columns stay "
+            "whole. Leave these out by `targets`, or split other axes: "
             + "; ".join(found[:5]),
             stacklevel=3,
         )
-
-
-def _check_trainable(items: Any) -> None:
-    for item in items:
-        target = item.target
-        constraint = target.variable.constraint
-        if constraint is not None and not getattr(
-            constraint, "keeps_pattern", False
-        ):
-            raise ValueError(
-                "The values of a packed kernel cannot be trained under a "
-                f"constraint of the kernel. Received: {target.path!r} with "
-                f"the constraint {constraint!r}. Set its `constraint` to None."
-            )
 
 
 def _warn_about_rounding(items: Any) -> None:
@@ -427,23 +394,12 @@ def _warn_about_rounding(items: Any) -> None:
     ]
     if errors:
         warnings.warn(
-            f"`pack` rounded {len(errors)} weights to int4, each value by "
-            f"itself, which changed them by {sum(errors) / len(errors):.1%} on "
-            "the mean (norm of the change over that of the weight) and costs "
+            f"`pack` rounded {len(errors)} weights to int4, which changed "
+            f"them by {sum(errors) / len(errors):.1%} on the mean and costs "
             "quality. `kwm.quantize(model, data)` before `kwm.pack(model)` "
             "costs less, and `kwm.pack(model, 'int8')` next to nothing.",
             stacklevel=3,
         )
-
-
-def _check_finite(items: Any) -> None:
-    for item in items:
-        value = item.target.variable.value
-        if item.form.needs_finite and not ops.all(ops.isfinite(value)):
-            raise ValueError(
-                f"{item.form.dtype} values need finite weights. Received: "
-                f"{item.target.path!r}, which holds NaN or infinity."
-            )
 
 
 def _report(

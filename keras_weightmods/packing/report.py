@@ -24,7 +24,7 @@ class PackedWeight:
             `"int8"` or `"int4"`.
         dense_bytes: Int.
         packed_bytes: Int, all that stands for it in memory: values, places and
-            scales, or the dense weight where nothing can multiply by these.
+            scales, and the dense weight where nothing can multiply by these.
         activations: String, what it is multiplied by: `"float32"` for floats
             of any type, or `"int8"`.
         rounding_error: Float, the norm of what rounding changed over that of
@@ -89,7 +89,9 @@ class PackReport(report.Report):
                 weight.pattern or "dense",
                 f"{weight.dtype} x {weight.activations}",
                 f"{weight.bits:.2f}",
-                _error_text(weight.rounding_error),
+                ""
+                if weight.rounding_error is None
+                else f"{weight.rounding_error:.2%}",
                 *_sizes(weight.dense_bytes, weight.packed_bytes),
             )
             for weight in self.weights
@@ -111,17 +113,14 @@ class PackReport(report.Report):
             for weight in self.weights
             for product in weight.products
         )
-        if products:
-            lines = [
-                f"{count} of {shape} in {dtype}, {size} rows: {why}"
-                for (shape, dtype, size, why), count in products.items()
-            ]
-            title = "Products on this GPU"
-            yield report.Table(title, caption=";\n".join(lines))
-
-
-def _error_text(error: float | None) -> str:
-    return "" if error is None else f"{error:.2%}"
+        lines = [
+            f"{count} of {shape} in {dtype}, {size} rows: {why}"
+            for (shape, dtype, size, why), count in products.items()
+        ]
+        if lines:
+            yield report.Table(
+                "Products on this GPU", caption=";\n".join(lines)
+            )
 
 
 def _sizes(dense: int, packed: int) -> tuple[str, str, str]:

@@ -164,14 +164,14 @@ def test_layers_reach_the_operator_on_a_gpu(x_dtype, dtype, activations, name):
     kwm.pack(model, dtype=dtype, activations=activations)
     (layer,) = model.layers
     item = layer._reparameterizations["kernel"]
-    packed = item.stored.packed
+    packed = item.packed
     with FakeTensorMode():
         arrays = {
             name: torch.empty(v.shape, dtype=v.value.dtype, device="cuda")
             for name in ("values", "meta", "scale")
             if (v := getattr(packed, name)) is not None
         }
-        item.stored.packed = Packed(**{**vars(packed), **arrays})
+        item.packed = Packed(**{**vars(packed), **arrays})
         x = torch.empty(2, 5, 64, device="cuda", dtype=x_dtype)
         with Operators() as operators:
             y = layer.call(x)

@@ -207,17 +207,6 @@ def test_dense_matrices(shape, dtype):
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_values_at_known_places(dtype):
-    kernel = kernel_of(101, 21, density=0.9)
-    packed = pack_kernel(kernel, dtype)
-    for held in ("float32", "bfloat16"):
-        kernel = unpack_kernel(packed).astype(held)
-        values = module.values_at(kernel, packed.meta, dtype, packed.scale)
-        np.testing.assert_array_equal(values, packed.values)
-
-
-@pytest.mark.one_backend
 def test_not_2_4():
     kernel = kernel_of(36, 5)
     kernel[0:3, 1] = kernel[32:36, 4] = 1.0

@@ -10,6 +10,8 @@ from tests import models
 from tests.models import mlp, normal, outputs
 from tests.packing.test_packed_embedding import make_model
 
+pytestmark = pytest.mark.one_backend
+
 
 class Ternary(formats.Format):
     """The sign of each weight, and a scale for each output unit."""
@@ -37,7 +39,7 @@ def _ternary(monkeypatch):
     monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))
     for name in ("pack", "packed_parameters"):
         module = f"keras_weightmods.packing.{name}.FORMATS"
-        monkeypatch.setattr(module, formats.FORMATS, raising=False)
+        monkeypatch.setattr(module, formats.FORMATS)
     formats.register_format(Ternary())
 
 
@@ -66,7 +68,6 @@ def test_a_format_from_outside_is_packed_and_saved(tmp_path):
 
 
 @pytest.mark.usefixtures("_ternary")
-@pytest.mark.one_backend
 def test_it_takes_heads_and_stacks():
     model = make_model()
     report = kwm.pack(model, "ternary")
@@ -85,7 +86,6 @@ def test_it_takes_heads_and_stacks():
     np.testing.assert_allclose(outputs(model, x), before, atol=1e-4)
 
 
-@pytest.mark.one_backend
 def test_formats_that_are_none_or_there_already_are_refused():
     with pytest.raises(ValueError, match="a `Format`"):
         formats.register_format("ternary")

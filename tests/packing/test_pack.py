@@ -4,13 +4,10 @@ import math
 import warnings
 import weakref
 
-import hypothesis
 import keras
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import strategies as st
-from keras import ops
 from numpy.testing import assert_allclose, assert_array_equal
 
 import keras_weightmods as kwm
@@ -23,6 +20,7 @@ from tests import models, references
 from tests.backends import breadth
 from tests.models import make_sparse, mlp, normal, numpy, outputs, sequential
 
+one_backend = pytest.mark.one_backend
 needs_native = pytest.mark.skipif(
     bool(reason_for_dense()), reason="no compiled kernels here: dense"
 )
@@ -32,15 +30,18 @@ def dense_model():
     return mlp(16, 24, 4)
 
 
-def einsum_model(equation, shape, output, bias=None):
-    layer = keras.layers.EinsumDense(equation, output, "tanh", bias)
-    return sequential(shape, layer)
+def einsum_model(shape, *args):
+    return sequential(shape, keras.layers.EinsumDense(*args))
 
 
 MODELS = {
     "dense": dense_model,
-    "middle": lambda: einsum_model("bqm,umh->bquh", (5, 8), (None, 2, 3), "h"),
-    "axes apart": lambda: einsum_model("bquh,umh->bqm", (5, 2, 4), (None, 3)),
+    "middle": lambda: einsum_model(
+        (5, 8), "bqm,umh->bquh", (None, 2, 3), "tanh", "h"
+    ),
+    "axes apart": lambda: einsum_model(
+        (5, 2, 4), "bquh,umh->bqm", (None, 3), "tanh"
+    ),
 }
 
 
@@ -100,11 +101,12 @@ CASES = [("2:4", *case) for case in ROUNDED] + [
 pytestmark = pytest.mark.filterwarnings("ignore:`pack` rounded")
 
 
-@pytest.mark.parametrize(
+@breadth(
     ("name", "pattern", "arguments", "tolerance"),
     [("dense", *case) for case in CASES]
     + [("middle", *CASES[i]) for i in (1, 5)]
     + [("axes apart", *CASES[i]) for i in (4, 6)],
+    *(2, 6),
 )
 def test_unpack_gives_the_rounded_kernel(name, pattern, arguments, tolerance):
     model = make_for(name, pattern)
@@ -132,6 +134,7 @@ def test_unpack_gives_the_rounded_kernel(name, pattern, arguments, tolerance):
     assert np.allclose(found, packed, atol=2e-6) == is_float
 
 
+@one_backend
 @pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("name", ["middle", "axes apart"])
 def test_inputs_are_rounded_along_the_contraction(name, library, monkeypatch):
@@ -149,46 +152,6 @@ def test_inputs_are_rounded_along_the_contraction(name, library, monkeypatch):
     if layer.bias is not None:
         expected += numpy(layer.bias)
     assert_allclose(outputs(model, x), np.tanh(expected), atol=2e-6)
-
-
-@st.composite
-def products(draw):
-    """An equation, the shape of its input and its open output shape."""
-
-    def axes(letters, least):
-        letter = st.sampled_from(letters)
-        return draw(st.lists(letter, min_size=least, max_size=2, unique=True))
-
-    contracted, units, batch = axes("abc", 1), axes("xyz", 1), axes("mn", 0)
-    sizes = dict(zip("abcxyzmn", (4, 2, 8, 3, 17, 2, 3, 2)))
-    if contracted == ["b"]:
-        contracted = ["a"]
-    inner = ["i", *draw(st.permutations(batch + contracted))]
-    outer = ["i", *draw(st.permutations(batch + units))]
-    kernel = draw(st.permutations(contracted + units))
-    equation = f"{''.join(inner)},{''.join(kernel)}->{''.join(outer)}"
-    shapes = ([sizes[axis] for axis in each[1:]] for each in (inner, outer))
-    return equation, *shapes
-
-
-# Each new shape compiles anew, but on torch.
-@hypothesis.settings(
-    max_examples=40 if keras.backend.backend() == "torch" else 4,
-    deadline=None,
-    derandomize=True,
-)
-@hypothesis.given(product=products())
-def test_any_einsum_product_equals_numpy(product):
-    equation, input_shape, output_shape = product
-    layer = keras.layers.EinsumDense(equation, output_shape)
-    model = make_sparse(sequential(input_shape, layer))
-    kernel = numpy(layer.kernel).astype("float64")
-    x = inputs_for(model)
-    pack(model)
-    expected = np.einsum(equation, x, kernel)
-    assert_allclose(outputs(model, x), expected, rtol=1e-5, atol=1e-5)
-    unpack(model)
-    assert_array_equal(numpy(layer.kernel), kernel)
 
 
 @needs_native
@@ -209,7 +172,7 @@ def test_the_dense_kernel_is_gone():
     assert numpy(targets[0].variable).shape == (16, 24)
 
 
-@pytest.mark.one_backend
+@one_backend
 @needs_native
 def test_the_report_names_the_products_on_a_gpu(monkeypatch):
     name = "keras_weightmods.packing.packed_parameters"
@@ -229,12 +192,11 @@ def test_the_report_names_the_products_on_a_gpu(monkeypatch):
     assert not unpack(model).weights[0].products
 
 
-@pytest.mark.one_backend
+@one_backend
 @needs_native
 def test_the_report_prints_and_is_json():
-    layers = keras.layers.Dense(32), keras.layers.Dense(16)
-    model = sequential((32, 8), keras.layers.Conv1D(6, 1, groups=2), *layers)
-    conv, odd, last = find_targets(model)
+    model = mlp(6, 32, 16)
+    odd, last = find_targets(model)
     last.variable.assign(nm_project(last.variable, "2:4", 0))
     report = pack(model)
     (row,) = report.weights
@@ -242,14 +204,10 @@ def test_the_report_prints_and_is_json():
     assert row.packed_bytes == 4 * 16 * 16 + 4 * 16
     assert report.totals["packed_share"] == row.packed_bytes / row.dense_bytes
     reasons = {skip.path: skip.reason for skip in report.skipped}
-    assert "in 2 groups" in reasons[conv.path]
     assert "6 is not a multiple of 4" in reasons[odd.path]
     assert report.to_dict()["weights"][0]["shape"] == [32, 16]
-    text = str(report)
-    assert "0.531" in text
-    assert "in 2 groups" in text
-    assert "float32 x float32" in text
-    assert "17.00" in text
+    for text in ("0.531", "6 is not", "float32 x float32", "17.00"):
+        assert text in str(report)
     unpack(model)
     with pytest.warns(UserWarning, match=r"1 weights to int4.*kwm.quantize"):
         report = pack(model, dtype="int4", targets=[last])
@@ -262,12 +220,11 @@ def test_the_report_prints_and_is_json():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         report = pack(model, targets=[last])
-    assert (report.weights[0].dtype, report.weights[0].rounding_error) == (
-        "int4",
-        0,
-    )
+    (row,) = report.weights
+    assert (row.dtype, row.rounding_error) == ("int4", 0)
 
 
+@one_backend
 def test_what_was_rounded_is_packed_without_being_told():
     """Kernels on the grid, 2:4 or not, and others that are 2:4."""
     model = mlp(96, 32, 16, 8)
@@ -292,6 +249,7 @@ def test_what_was_rounded_is_packed_without_being_told():
     assert report.weights[0].dtype == "float32"
 
 
+@one_backend
 def test_an_inexact_kernel_is_named_and_nothing_changes():
     model = make_sparse(dense_model())
     target = find_targets(model)[0]
@@ -316,9 +274,11 @@ def test_an_inexact_kernel_is_named_and_nothing_changes():
     assert not any(s.path == target.path for s in report.skipped)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+@one_backend
+def test_wrong_arguments_change_nothing():
+    model = make_sparse(dense_model())
+    before = state(model)
+    for arguments, message in (
         ({"dtype": "float16"}, r"`dtype`.*Received: dtype='float16'"),
         ({"dtype": ""}, r"`dtype`.*Received: dtype=''"),
         ({"head": "int2"}, r"`head`.*Received: head='int2'"),
@@ -329,31 +289,33 @@ def test_an_inexact_kernel_is_named_and_nothing_changes():
         ),
         ({"trainable": True, "dtype": "int4"}, "Only float32 values"),
         ({"trainable": 1}, r"`trainable`.*Received: trainable=1"),
-        ({"trainable": True, "dtype": "int8"}, "Only float32 values"),
         ({"head": "int8"}, "no head of an embedding"),
-    ],
-)
-def test_wrong_arguments_change_nothing(arguments, message):
-    model = make_sparse(dense_model())
+    ):
+        with pytest.raises(ValueError, match=message):
+            pack(model, **arguments)
+        assert state(model) == before
+    value = numpy(model.layers[1].kernel)
+    value[tuple(np.argwhere(value)[0])] = np.inf
+    model.layers[1].kernel.assign(value)
     before = state(model)
-    with pytest.raises(ValueError, match=message):
-        pack(model, **arguments)
+    for dtype in ("int8", "int4"):
+        with pytest.raises(ValueError, match=r"finite.*dense.*NaN or infinity"):
+            pack(model, dtype=dtype)
+        assert state(model) == before
+    pack(model)
+    unpack(model)
     assert state(model) == before
 
 
+@one_backend
 @needs_native
-def test_kernels_that_are_not_sparse_are_not_multiplied_in_floats():
-    model = dense_model()
-    before = state(model)
-    with pytest.raises(ValueError, match=r"integers alone.*2 of them"):
-        pack(model, "int8", activations="float32")
-    assert state(model) == before
-
-
-@needs_native
-def test_a_model_may_be_sparse_in_part(tmp_path):
+def test_a_model_may_be_sparse_in_part():
     # The contraction of the last is no multiple of four.
     model = mlp(16, 24, 6, 5)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"integers alone.*3 of them"):
+        pack(model, "int8", activations="float32")
+    assert state(model) == before
     kernel = model.layers[0].kernel
     kernel.assign(nm_project(kernel.value, "2:4"))
     x = inputs_for(model)
@@ -364,63 +326,9 @@ def test_a_model_may_be_sparse_in_part(tmp_path):
     assert kinds == [("2:4", "int8", "int8"), dense, dense]
     assert not report.skipped
     assert_allclose(outputs(model, x), expected, atol=0.03)
-    kwm.save_model(model, tmp_path / "mixed")
-    loaded = kwm.load_model(tmp_path / "mixed")
-    assert_array_equal(outputs(loaded, x), outputs(model, x))
-    unpack(loaded)
-    assert_allclose(outputs(loaded, x), expected, atol=0.03)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_integers_want_finite_weights(dtype):
-    model = make_sparse(dense_model())
-    kernel = model.layers[1].kernel
-    value = numpy(kernel)
-    value[tuple(np.argwhere(value)[0])] = np.inf
-    kernel.assign(value)
-    before = state(model)
-    with pytest.raises(ValueError, match=r"finite.*dense.*NaN or infinity"):
-        pack(model, dtype=dtype)
-    assert state(model) == before
-    pack(model)
-    unpack(model)
-    assert state(model) == before
-
-
-def test_shared_kernels_and_own_calls_are_skipped():
-    class Custom(keras.layers.Dense):
-        def call(self, inputs):
-            return ops.matmul(inputs, ops.tanh(self.kernel))
-
-    first, second = keras.layers.Dense(8), keras.layers.Dense(8)
-    model = sequential((8,), first, second, Custom(8), keras.layers.Dense(4))
-    second._tracker.unlock()
-    second._untrack_variable(second._kernel)
-    second._kernel = first._kernel
-    second._tracker.lock()
-    make_sparse(model)
-    x = inputs_for(model)
-    before = outputs(model, x)
-    report = pack(model)
-    assert [w.shape for w in report.weights] == [(8, 4)]
-    reasons = [skip.reason for skip in report.skipped]
-    assert reasons[0] == "shared by several layers"
-    assert reasons[1].startswith("of Custom, whose `call` is not known")
-    assert_allclose(outputs(model, x), before, atol=2e-6)
-
-
-def test_a_built_optimizer_is_dropped():
-    model = make_sparse(dense_model())
-    model.compile("sgd", "mse", jit_compile=False)
-    pack(model)
-    assert model.compiled
-    unpack(model)
-    model.optimizer.build(model.trainable_variables)
-    pack(model)
-    assert not model.compiled
-    assert model.optimizer is None
-
-
+@one_backend
 def test_gradients_flow_to_the_inputs_and_not_to_frozen_values():
     model = make_sparse(mlp(8, 8, 4, activation=None, use_bias=False))
     first, second = find_targets(model)
@@ -435,7 +343,7 @@ def test_gradients_flow_to_the_inputs_and_not_to_frozen_values():
     assert_array_equal(numpy(model.layers[1].kernel), frozen)
 
 
-@pytest.mark.parametrize("name", ["dense", "axes apart"])
+@breadth("name", ["dense", "axes apart"])
 def test_trained_values_take_the_masked_step_of_the_dense_kernel(name):
     model = make_sparse(MODELS[name]())
     weights = model.get_weights()
@@ -460,6 +368,7 @@ def test_trained_values_take_the_masked_step_of_the_dense_kernel(name):
     assert_allclose(outputs(model, x), trained, rtol=1e-5, atol=1e-5)
 
 
+@one_backend
 def test_a_regularizer_sees_the_trained_kernel():
     regularizer = keras.regularizers.OrthogonalRegularizer(0.1)
     model = make_sparse(mlp(8, 4, kernel_regularizer=regularizer))
@@ -473,6 +382,7 @@ def test_a_regularizer_sees_the_trained_kernel():
     assert float(model.losses[0]) == pytest.approx(expected, rel=1e-5)
 
 
+@one_backend
 def test_constraints_other_than_the_pattern_forbid_training():
     layer = keras.layers.Dense(4, kernel_constraint="unit_norm")
     model = make_sparse(sequential((8,), layer))
@@ -486,6 +396,7 @@ def test_constraints_other_than_the_pattern_forbid_training():
     pack(model, trainable=True)
 
 
+@one_backend
 def test_lora_trains_on_a_packed_base():
     model = make_sparse(MODELS["axes apart"]())
     (layer,) = model.layers
@@ -495,24 +406,19 @@ def test_lora_trains_on_a_packed_base():
     before = outputs(model, x)
     frozen = [numpy(v) for v in layer.non_trainable_variables]
     models.fit_step(model, x, np.ones(before.shape, "float32"))
-    trained = outputs(model, x)
-    assert np.abs(trained - before).max() > 1e-4
+    assert np.abs(outputs(model, x) - before).max() > 1e-4
     models.assert_same([*map(numpy, layer.non_trainable_variables)], frozen)
-    unpack(model)
-    assert_allclose(outputs(model, x), trained, rtol=1e-5, atol=1e-5)
 
 
+@one_backend
 def test_lora_on_a_packed_base_in_pure_bfloat16():
-    model = keras.Sequential(
-        [keras.Input((8,)), keras.layers.Dense(8, dtype="bfloat16")]
-    )
-    kwm.sparsify(model, verbose=0)
-    pack(model)
+    model = sequential((8,), keras.layers.Dense(8, dtype="bfloat16"))
+    pack(make_sparse(model))
     model.layers[0].enable_lora(2)
     assert "bfloat16" in str(model(np.ones((2, 8))).dtype)
 
 
-@pytest.mark.one_backend
+@one_backend
 def test_a_preset_with_packed_layers_does_not_load(tmp_path):
     model = models.randomize(models.causal_lm("llama"))
     kwm.sparsify(model, verbose=0)
@@ -536,75 +442,41 @@ def leave_out_native(monkeypatch):
     monkeypatch.setattr(native, "is_available", lambda: False)
 
 
-@pytest.fixture
-def without_native(monkeypatch):
-    leave_out_native(monkeypatch)
-    native.warn_dense.cache_clear()
-    yield
-    native.warn_dense.cache_clear()
-
-
-HELD = [("2:4", {}), *(CASES[i][:2] for i in (0, 2, 3, 5, 6))]
-
-
-@pytest.mark.parametrize(("pattern", "arguments"), HELD)
-def test_without_the_native_library_kernels_are_held_dense(
-    pattern, arguments, tmp_path, without_native
-):
-    path = tmp_path / "packed.weights.h5"
-    dtype = arguments.get("dtype")
-    model = make_for("axes apart", pattern)
-    (target,) = find_targets(model)
-    kernel = numpy(target.variable)
-    if dtype is not None:
-        kernel = rounded(kernel, dtype, target.contraction_axes)
-    with pytest.warns(UserWarning, match="a test wants it so"):
-        report = pack(model, **arguments)
-    assert report.totals["model_bytes"] >= report.totals["dense_bytes"]
-    assert report.totals["packed_share"] >= 1
-    assert model.trainable_weights == []
-    assert_array_equal(numpy(target.layer.kernel), kernel)
-    x = inputs_for(model)
-    expected = outputs(model, x)
-    model.save_weights(path)
-
-    other = make_for("axes apart", pattern, seed=5)
-    (target,) = find_targets(other)
-    # One warning is enough.
-    pack(other, **arguments)
-    other.load_weights(path)
-    assert_array_equal(outputs(other, x), expected)
-    unpack(other)
-    assert_array_equal(numpy(target.variable), kernel)
-
-
+@one_backend
 @needs_native
-@breadth(("pattern", "arguments"), HELD, 0, 2, 5)
-def test_checkpoints_are_the_same_with_and_without_the_library(
+@pytest.mark.parametrize(
+    ("pattern", "arguments"),
+    [("2:4", {}), *(case[:2] for case in CASES)],
+)
+def test_without_the_native_library_kernels_are_held_dense(
     pattern, arguments, tmp_path, monkeypatch
 ):
     def make(seed):
-        model = make_for("dense", pattern, seed)
-        pack(model, **arguments)
-        return model
+        model = make_for("axes apart", pattern, seed)
+        return model, pack(model, **arguments)
 
-    check_checkpoints(make, inputs_for(dense_model()), tmp_path, monkeypatch)
+    x = inputs_for(MODELS["axes apart"]())
+    check_checkpoints(make, x, tmp_path, monkeypatch)
 
 
 def check_checkpoints(make, x, folder, monkeypatch):
     """From a packed model to one held dense, and back to the packed one."""
     paths = [folder / f"{i}.weights.h5" for i in range(2)]
-    packed = make(0)
+    packed, _ = make(0)
     packed.save_weights(paths[0])
     expected, before = outputs(packed, x), models.weights_of(packed)
+    native.warn_dense.cache_clear()
     with monkeypatch.context() as patch:
         leave_out_native(patch)
-        patch.setattr(native, "warn_dense", lambda reason: None)
-        held_dense = make(5)
+        with pytest.warns(UserWarning, match="a test wants it so"):
+            held_dense, report = make(5)
+        # One warning is enough.
         held_dense.load_weights(paths[0])
+        assert report.totals["packed_share"] >= 1
         found = outputs(held_dense, x)
         assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
         held_dense.save_weights(paths[1])
+    native.warn_dense.cache_clear()
     for weight in packed.weights:
         weight.assign(np.zeros(weight.shape))
     packed.load_weights(paths[1])
@@ -614,11 +486,13 @@ def check_checkpoints(make, x, folder, monkeypatch):
     models.assert_same(packed.get_weights(), held_dense.get_weights())
 
 
-def test_training_without_the_native_library(without_native):
+@one_backend
+def test_training_without_the_native_library(monkeypatch):
+    leave_out_native(monkeypatch)
+    monkeypatch.setattr(native, "warn_dense", lambda reason: None)
     model = make_sparse(dense_model())
     mask = numpy(model.layers[0].kernel) != 0
-    with pytest.warns(UserWarning, match="a test wants it so"):
-        pack(model, trainable=True)
+    pack(model, trainable=True)
     x = inputs_for(model, batch=4)
     models.fit_step(model, x, np.ones((4, 4), "float32"))
     kernel = numpy(model.layers[0].kernel)
@@ -637,47 +511,3 @@ def test_an_exported_model_serves(tmp_path):
     model.export(path, verbose=False)
     served = tf.saved_model.load(path)
     assert_allclose(served.serve(x), outputs(model, x), atol=2e-6)
-
-
-class Holder(keras.layers.Layer):
-    """A layer whose config does not ask its parts for theirs."""
-
-    def __init__(self, units=8, **kwargs):
-        super().__init__(**kwargs)
-        self.units = units
-        self.inner = keras.layers.Dense(units)
-
-    def build(self, input_shape):
-        self.inner.build(input_shape)
-
-    def call(self, x):
-        return self.inner(x)
-
-    def get_config(self):
-        return {**super().get_config(), "units": self.units}
-
-
-@pytest.mark.one_backend
-@pytest.mark.parametrize("name", ["holder", "gpt2"])
-def test_a_copy_is_never_silently_dense(name, tmp_path):
-    if name == "gpt2":
-        pytest.importorskip("keras_hub")
-        model = models.causal_lm(name)
-        part = model.backbone
-    else:
-        part = model = models.sequential((8,), Holder())
-    models.make_sparse(model)
-    config = part.get_config()
-    kwm.pack(model)
-    own = {"export", "get_config", "save_to_preset"}
-    assert own.isdisjoint({*vars(model), *vars(part)})
-    with pytest.raises(ValueError, match="cannot save, clone or copy"):
-        model.save(tmp_path / "model.keras")
-    # A clone has new weights in plain layers; it does not take packed ones.
-    clone = keras.models.clone_model(part)
-    with pytest.raises(ValueError, match="weight"):
-        clone.set_weights(part.get_weights())
-    kwm.unpack(model)
-    assert part.get_config() == config
-    clone = keras.models.clone_model(part)
-    clone.set_weights(part.get_weights())

@@ -22,6 +22,7 @@ def make_model(width=16, vocabulary=37, seed=0, **kwargs):
 
 
 HEADS = "int8", "int4"
+one_backend = pytest.mark.one_backend
 
 
 def rounded_table(table, head):
@@ -49,7 +50,7 @@ TOKENS = np.array([[0, 36, 5, 17, 16], [15, 1, 1, 33, 32]])
         ("int4", {"width": 132}),
         ("int4", {"width": 7}),
     ],
-    *(0, 3),
+    3,
     ids=str,
 )
 def test_one_table_is_looked_up_and_multiplied(head, arguments):
@@ -82,19 +83,7 @@ def test_one_table_is_looked_up_and_multiplied(head, arguments):
     assert after[:2] == before[:2]
 
 
-@pytest.mark.one_backend
-@needs_native
-@pytest.mark.parametrize(("head", "row"), [("int8", 132), ("int4", 64 + 4)])
-def test_all_bytes_are_counted(head, row):
-    model = make_model(width=128, vocabulary=32)
-    report = pack(model, dtype="int8", head=head)
-    assert report.weights[1].packed_bytes == 32 * row
-    size = sum(models.numpy(w).nbytes for w in model.layers[2].weights)
-    assert report.totals["model_bytes"] == 32 * row + size
-    assert report.totals["packed_bytes"] == report.totals["model_bytes"]
-
-
-@pytest.mark.one_backend
+@one_backend
 @needs_native
 def test_a_head_has_inputs_in_int8():
     model = make_model()
@@ -105,6 +94,7 @@ def test_a_head_has_inputs_in_int8():
     pack(model, "int8", activations="float32", head=None)
 
 
+@one_backend
 def test_mixed_precision_keeps_its_types():
     model = make_model(dtype="mixed_bfloat16", reverse_dtype="float32")
     layer = model.layers[1]
@@ -117,6 +107,7 @@ def test_mixed_precision_keeps_its_types():
     assert keras.backend.standardize_dtype(logits.dtype) == "float32"
 
 
+@one_backend
 @pytest.mark.parametrize("head", HEADS)
 def test_gradients_flow_through_the_head(head):
     inputs = keras.Input((4,))
@@ -137,6 +128,7 @@ def test_gradients_flow_through_the_head(head):
     assert_allclose(numpy(kernel), expected, rtol=1e-4, atol=1e-5)
 
 
+@one_backend
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_what_cannot_be_served_is_an_error(tie_weights):
     model = make_model(tie_weights=tie_weights, mask_zero=True)
@@ -150,7 +142,7 @@ def test_what_cannot_be_served_is_an_error(tie_weights):
     assert reason in str([skip.reason for skip in report.skipped])
 
 
-@pytest.mark.one_backend
+@one_backend
 def test_the_head_goes_with_the_kernels():
     def dtypes(**kwargs):
         report = pack(model, **kwargs)
@@ -170,11 +162,11 @@ def test_the_head_goes_with_the_kernels():
     assert dtypes() == ["int4", "int4"]
 
 
-@pytest.mark.one_backend
+@one_backend
 def test_lora_and_the_table_exclude_each_other():
     model = make_model()
     pack(model, head="int8")
-    with pytest.raises(ValueError, match=r"int8.*unpack\(model\)"):
+    with pytest.raises(ValueError, match=r"unpack\(model\)"):
         model.layers[1].enable_lora(2)
     unpack(model)
     model.layers[1].enable_lora(2)
@@ -182,14 +174,16 @@ def test_lora_and_the_table_exclude_each_other():
         pack(model, head="int8")
 
 
-@breadth(("head", "tied"), [("int8", True), ("int4", True), ("int8", False)], 1)
+@one_backend
+@pytest.mark.parametrize(
+    ("head", "tied"), [("int8", True), ("int4", True), ("int8", False)]
+)
 def test_checkpoints_with_and_without_the_library(
     head, tied, tmp_path, monkeypatch
 ):
     def make(seed):
         model = make_model(seed=seed, width=100, tie_weights=tied)
-        pack(model, head=head)
-        return model
+        return model, pack(model, head=head)
 
     check_checkpoints(make, TOKENS, tmp_path, monkeypatch)
 
@@ -209,23 +203,7 @@ def prompt(length=10, known=4):
     return {"token_ids": tokens, "padding_mask": mask}
 
 
-def generated(model):
-    tokens = model.generate(prompt(), stop_token_ids=None)["token_ids"]
-    return numpy(tokens)
-
-
-def test_a_packed_llama_generates_what_the_sparse_one_does():
-    model = language_model("llama3", tie_word_embeddings=True)
-    # Logits far apart, so that rounding decides nothing.
-    table = model.backbone.token_embedding._embeddings
-    table.assign(normal(*table.shape))
-    model.compile(sampler="greedy")
-    dense = generated(model)
-    report = pack(model)
-    assert report.totals["weights"] == 7
-    assert_array_equal(generated(model), dense)
-
-
+@one_backend
 def test_an_untied_head_is_packed_as_it_was_rounded(tmp_path):
     model = language_model("llama3", tie_word_embeddings=False)
     layer, inputs = model.backbone.token_embedding, prompt()
@@ -245,11 +223,6 @@ def test_an_untied_head_is_packed_as_it_was_rounded(tmp_path):
     assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
     found = outputs(model, inputs)
     assert_allclose(found, expected, atol=0.05 * expected.max())
-    model.compile(sampler="greedy")
-    text = generated(model)
-    whole = {"token_ids": text, "padding_mask": np.ones_like(text)}
-    most_likely = outputs(model, whole).argmax(-1)
-    assert_array_equal(text[:, 4:], most_likely[:, 3:-1])
 
     save_model(model, tmp_path / "packed.safetensors")
     loaded = load_model(tmp_path / "packed.safetensors")
@@ -261,7 +234,7 @@ def test_an_untied_head_is_packed_as_it_was_rounded(tmp_path):
     models.assert_same(loaded.get_weights(), model.get_weights())
 
 
-@pytest.mark.one_backend
+@one_backend
 def test_lora_adapts_the_table_of_an_untied_head():
     model = make_model(tie_weights=False)
     layer, x = model.layers[1], normal(2, 16)
@@ -274,12 +247,9 @@ def test_lora_adapts_the_table_of_an_untied_head():
     assert_array_equal(numpy(layer(x, reverse=True)), logits)
 
 
-# Nothing here depends on the backend that the tests above do not show.
-@pytest.mark.one_backend
-@pytest.mark.parametrize("family", ["llama3", "gpt2", "gemma"])
-def test_language_models_compute_with_what_unpack_gives(family):
-    tied = {"tie_word_embeddings": True} if family == "llama3" else {}
-    model = language_model(family, **tied)
+@one_backend
+def test_a_language_model_computes_with_what_unpack_gives():
+    model = language_model("gemma")
     inputs = prompt()
     expected, before = outputs(model, inputs), state(model)
     pack(model)

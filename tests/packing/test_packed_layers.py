@@ -1,0 +1,354 @@
+"""Packed layers against the layers that they were, whatever their kind."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from numpy.testing import assert_allclose
+
+import keras_weightmods as kwm
+from tests import models, references
+from tests.backends import breadth
+from tests.models import make_sparse, normal, numpy, outputs, sequential
+
+one_backend = pytest.mark.one_backend
+pytestmark = pytest.mark.filterwarnings("ignore:`pack` rounded")
+SAME, UNITS, CLOSE = {"padding": "same"}, 12, {"rtol": 1e-4, "atol": 1e-5}
+
+
+def recurrent(kind, **options):
+    return lambda **more: kind(UNITS, return_sequences=True, **options, **more)
+
+
+def convolution(kind, filters, size, **options):
+    return lambda: kind(filters, size, **options)
+
+
+def einsum(equation, shape):
+    return lambda: layers.EinsumDense(equation, shape)
+
+
+Conv1D, Conv2D, Conv3D = layers.Conv1D, layers.Conv2D, layers.Conv3D
+RECURRENT = {
+    "gru": recurrent(layers.GRU, use_cudnn=False),
+    "gru, reset before": recurrent(
+        layers.GRU, use_cudnn=False, reset_after=False
+    ),
+    "lstm": recurrent(layers.LSTM, use_cudnn=False),
+    "simple": recurrent(layers.SimpleRNN),
+}
+FIRST = {**SAME, "dilation_rate": 2, "data_format": "channels_first"}
+STRIDES = {**SAME, "strides": (3, 2), "activation": "tanh"}
+# What makes the layer, and the shape of its input.
+LAYERS = {
+    "2d strides": (convolution(Conv2D, 5, (2, 4), **STRIDES), (6, 7, 4)),
+    "stack": (einsum("btge,egh->bght", (3, 16, 4)), (4, 3, 8)),
+    "gru": (RECURRENT["gru"], (5, 8)),
+    "1d": (convolution(Conv1D, 6, 3), (9, 4)),
+    "1d causal": (
+        convolution(Conv1D, 5, 3, padding="causal", dilation_rate=2),
+        (9, 8),
+    ),
+    "2d": (convolution(Conv2D, 17, 3), (6, 7, 4)),
+    "2d channels first": (convolution(Conv2D, 5, 3, **FIRST), (12, 8, 7)),
+    "2d of one tap": (convolution(Conv2D, 3, 1, strides=2), (5, 4, 8)),
+    "2d larger than its input": (
+        convolution(Conv2D, 3, 5, strides=2, **SAME),
+        (2, 3, 4),
+    ),
+    "3d": (
+        convolution(Conv3D, 3, 2, use_bias=False, strides=(1, 2, 2), **SAME),
+        (4, 3, 5, 4),
+    ),
+    "stack of rows": (einsum("bge,geh->bgh", (3, 5)), (3, 8)),
+    "stack, ellipsis": (einsum("...ge,ghe->...gh", (3, 7)), (4, 3, 8)),
+    "gru, reset before": (RECURRENT["gru, reset before"], (5, 8)),
+    "lstm": (RECURRENT["lstm"], (5, 8)),
+    "simple": (RECURRENT["simple"], (5, 8)),
+}
+
+
+def make(name, **options):
+    """A sparse model of one layer, and its input."""
+    keras.utils.set_random_seed(0)
+    layer, shape = LAYERS[name]
+    model = models.randomize(sequential(shape, layer(**options)))
+    return make_sparse(model), normal(2, *shape, seed=1)
+
+
+@breadth("name", list(LAYERS), 0, 1, 2)
+def test_a_packed_layer_computes_what_it_did(name):
+    model, x = make(name)
+    (layer,) = model.layers
+    before, weights = outputs(model, x), models.weights_of(model)
+    plain = type(layer), layer.get_config()
+    count = len(kwm.find_targets(model))
+    report = kwm.pack(model)
+    assert [w.pattern for w in report.weights] == ["2:4"] * count
+    assert not kwm.find_targets(model)
+    kwm.assert_sparse(model, "2:4")
+    assert_allclose(outputs(model, x), before, atol=1e-5)
+    kwm.unpack(model)
+    models.assert_same(models.weights_of(model), weights)
+    assert (type(layer), layer.get_config()) == plain
+
+
+@one_backend
+@pytest.mark.parametrize(
+    ("name", "dtype", "pattern"),
+    [
+        ("1d causal", "int8", "2:4"),
+        ("2d", "int4", "2:4"),
+        ("2d channels first", "int8", None),
+    ],
+)
+def test_in_integers_patches_are_rounded(name, dtype, pattern):
+    model, x = make(name)
+    (layer,) = model.layers
+    if pattern is None:
+        models.randomize(model)
+    (weight,) = kwm.pack(model, dtype).weights
+    assert (weight.pattern, weight.activations) == (pattern, "int8")
+    is_first = layer.data_format == "channels_first"
+    rows = references.convolution_patches(
+        np.moveaxis(x, 1, -1) if is_first else x,
+        layer.kernel_size,
+        layer.strides,
+        layer.padding,
+        layer.dilation_rate,
+    )
+    flat = rows.reshape(-1, rows.shape[-1]).astype("float32")
+    rows = references.round_activations(flat).reshape(rows.shape)
+    kernel = numpy(layer.kernel).astype("float64")
+    y = rows @ kernel.reshape(-1, kernel.shape[-1]) + numpy(layer.bias)
+    y = np.moveaxis(y, -1, 1) if is_first else y
+    assert_allclose(outputs(model, x), y, atol=1e-5)
+
+
+# On JAX each size compiles anew.
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="as on torch")
+def test_images_of_any_size():
+    keras.utils.set_random_seed(0)
+    model = sequential(
+        (None, None, 4),
+        Conv2D(8, 3, 2, "same", activation="relu"),
+        layers.BatchNormalization(),
+        Conv2D(4, 3, padding="same", activation="relu"),
+        layers.GlobalAveragePooling2D(),
+        layers.Dense(4),
+    )
+    make_sparse(models.randomize(model))
+    images = [normal(2, *size, 4, seed=1) for size in ((6, 7), (9, 5))]
+    before = [outputs(model, x) for x in images]
+    assert len(kwm.pack(model).weights) == 3
+    for x, y in zip(images, before):
+        assert_allclose(model.predict(x, verbose=0), y, atol=1e-5)
+
+
+@one_backend
+def test_lora_and_gradients_are_those_of_the_dense_layer():
+    model, x = make("2d strides")
+    (layer,) = model.layers
+    layer.enable_lora(2)
+    layer.lora_kernel_b.assign(normal(2, 5))
+    dense = outputs(model, x)
+    slopes = models.gradients(lambda x: ops.sum(model(x) ** 2), x)
+    kwm.pack(model)
+    assert_allclose(outputs(model, x), dense, atol=1e-4)
+    found = models.gradients(lambda x: ops.sum(model(x) ** 2), x)
+    assert_allclose(found[0], slopes[0], atol=1e-3)
+    names = [v.name for v in model.trainable_variables]
+    assert names == ["bias", "lora_kernel_a", "lora_kernel_b"]
+
+
+class Standardized(Conv2D):
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel / 2)
+
+
+class Custom(layers.Dense):
+    def call(self, inputs):
+        return ops.matmul(inputs, ops.tanh(self.kernel))
+
+
+@one_backend
+def test_what_stays_dense_is_reported():
+    keras.utils.set_random_seed(0)
+    shared = layers.Dense(8, name="shared"), layers.Dense(8, name="again")
+    model = sequential(
+        (8, 8, 8),
+        Conv2D(8, 3, groups=2, name="grouped"),
+        Standardized(8, 3, name="own"),
+        layers.SeparableConv2D(8, 3, name="separable"),
+        layers.Conv2DTranspose(8, 3, name="transposed"),
+        *shared,
+        Custom(8, name="custom"),
+        Conv2D(3, 1, name="packed"),
+        Conv2D(2, 3, name="odd"),
+    )
+    first, second = shared
+    second._tracker.unlock()
+    second._untrack_variable(second._kernel)
+    second._kernel = first._kernel
+    second._tracker.lock()
+    x = normal(1, 8, 8, 8)
+    before = outputs(make_sparse(model), x)
+    report = kwm.pack(model)
+    packed = [w.path.split("/")[-2] for w in report.weights]
+    assert packed == ["separable", "packed"]
+    reasons = {s.path.split("/")[-2]: s.reason for s in report.skipped}
+    for name, reason in {
+        "grouped": "in 2 groups",
+        "own": "of Standardized, whose `call` is not known",
+        "transposed": "of a transposed convolution",
+        "shared": "shared by several layers",
+        "custom": "of Custom, whose `call` is not known",
+        "odd": "27 is not a multiple of 4",
+    }.items():
+        assert reason in reasons[name]
+    assert_allclose(outputs(model, x), before, atol=1e-5)
+
+
+@one_backend
+@pytest.mark.parametrize("name", RECURRENT)
+def test_dropout_is_that_of_the_layer(name):
+    """With masks of its own for each gate, and one kernel packed."""
+    rates = {"dropout": 0.3, "recurrent_dropout": 0.4}
+    found = []
+    for packs in (False, True):
+        model, x = make(name, seed=3, use_bias=False, **rates)
+        if packs:
+            kwm.pack(model, targets="recurrent_kernel")
+        found.append(numpy(model(x, training=True)))
+    assert_allclose(*found, atol=1e-5)
+    assert np.abs(found[0] - numpy(model(x))).max() > 0.01
+
+
+@one_backend
+def test_masks_directions_and_files(tmp_path):
+    keras.utils.set_random_seed(0)
+    cell = layers.LSTM(8, return_sequences=True, use_cudnn=False)
+    model = sequential(
+        (6,),
+        layers.Embedding(20, 8, mask_zero=True),
+        layers.Bidirectional(cell),
+        layers.RNN([layers.GRUCell(8), layers.SimpleRNNCell(8)]),
+        dtype="int32",
+    )
+    make_sparse(model)
+    x = np.random.default_rng(0).integers(1, 20, (4, 6))
+    x[:2, 4:] = 0
+    weights, before = models.weights_of(model), outputs(model, x)
+    assert len(kwm.pack(model).weights) == 8
+    assert_allclose(outputs(model, x), before, atol=1e-5)
+    kwm.save_model(model, tmp_path / "m.safetensors")
+    loaded = kwm.load_model(tmp_path / "m.safetensors")
+    models.assert_same(outputs(loaded, x), outputs(model, x))
+    kwm.unpack(loaded)
+    models.assert_same(models.weights_of(loaded), weights)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch")
+def test_on_torch_what_reads_its_kernels_whole_stays_dense():
+    model = make_sparse(sequential((3, 8), layers.LSTM(8), layers.Dense(4)))
+    report = kwm.pack(model)
+    assert len(report.weights) == 1
+    assert [s.reason for s in report.skipped] == 2 * [
+        "of LSTM, which on torch reads its kernels whole; pass "
+        "`use_cudnn=False` to it"
+    ]
+
+
+X = {
+    "token_ids": np.array([[3, 1, 4, 1, 5, 0], [9, 2, 6, 5, 3, 5]]),
+    "padding_mask": np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]),
+}
+
+
+def mixture(family, **sizes):
+    pytest.importorskip("keras_hub")
+    model = models.causal_lm(family, **sizes)
+    return make_sparse(models.randomize(model))
+
+
+@one_backend
+@pytest.mark.parametrize("family", models.MIXTURES)
+def test_a_mixture_and_its_file(family, tmp_path):
+    model = mixture(family)
+    before, weights = outputs(model, X), models.weights_of(model)
+    targets = kwm.find_targets(model)
+    assert any(target.stack_axes for target in targets)
+    assert len(kwm.pack(model).weights) == len(targets)
+    assert_allclose(outputs(model, X), before, **CLOSE)
+    assert not kwm.find_targets(model)
+
+    kwm.save_model(model, tmp_path / "model")
+    loaded = kwm.load_model(tmp_path / "model")
+    models.assert_same(outputs(loaded, X), outputs(model, X))
+    for each in (model, loaded):
+        kwm.unpack(each)
+        models.assert_same(each.get_weights(), weights)
+        models.assert_same(outputs(each, X), before)
+
+
+@one_backend
+@pytest.mark.parametrize(
+    ("dtype", "activations"),
+    [("bfloat16", None), ("int8", "int8"), ("int4", "float32")],
+)
+def test_rounded_stacks_compute_with_what_they_give_back(dtype, activations):
+    model = mixture("gpt_oss")
+    # The head is not 2:4, which inputs in float do not multiply.
+    report = kwm.pack(model, dtype, head=None, activations=activations)
+    assert all(weight.rounding_error > 0 for weight in report.weights)
+    packed = outputs(model, X)
+    kwm.unpack(model)
+    rounded = outputs(model, X)
+    close = 0.1 if activations == "int8" else 1e-4
+    assert_allclose(packed, rounded, atol=close * np.abs(rounded).max())
+
+
+@one_backend
+def test_stacks_without_compiled_kernels_are_held_dense(monkeypatch, tmp_path):
+    model = mixture("qwen3_moe")
+    kwm.pack(model, dtype="int8")
+    expected = outputs(model, X)
+    kwm.save_model(model, tmp_path / "model")
+    name = "keras_weightmods.packing.packed_parameters.reason_for_dense"
+    monkeypatch.setattr(name, lambda: "no kernels in this test")
+    loaded = kwm.load_model(tmp_path / "model")
+    assert_allclose(outputs(loaded, X), expected, rtol=1e-4, atol=1e-4)
+    kwm.save_model(loaded, tmp_path / "again")
+    monkeypatch.undo()
+    again = kwm.load_model(tmp_path / "again")
+    models.assert_same(outputs(again, X), expected)
+
+
+@one_backend
+def test_trained_values_of_a_stack_learn_and_keep_their_places():
+    model = mixture("mixtral").backbone
+    targets = [t for t in kwm.find_targets(model) if t.stack_axes]
+    before = [numpy(t.variable) for t in targets]
+    kwm.pack(model, targets=targets, trainable=True)
+    models.fit_step(model, X, normal(*model(X).shape))
+    kwm.unpack(model)
+    for target, old in zip(targets, before):
+        new = numpy(target.variable)
+        assert not np.array_equal(new, old)
+        np.testing.assert_array_equal(new[old == 0], 0)
+
+
+@one_backend
+def test_a_dense_stack_is_packed_in_integers_alone():
+    pytest.importorskip("keras_hub")
+    model = models.causal_lm("mixtral")
+    before = outputs(model, X)
+    with pytest.raises(ValueError, match="at most two nonzeros"):
+        kwm.pack(model)
+    models.assert_same(outputs(model, X), before)
+    report = kwm.pack(model, "int8")
+    assert {w.pattern for w in report.weights} == {None}
+    packed = outputs(model, X)
+    kwm.unpack(model)
+    rounded = outputs(model, X)
+    assert_allclose(packed, rounded, atol=0.1 * rounded.max())
