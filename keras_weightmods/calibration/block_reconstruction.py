@@ -97,7 +97,9 @@ class BlockReconstruction:
         )
         with _alone_trainable(operation, targets), calibration.gradients():
             block = _Block(operation, data)
-            block.compile(keras.optimizers.Adam(schedule), loss=_given)
+            block.compile(
+                keras.optimizers.Adam(schedule), loss=lambda _, loss: loss
+            )
             before = block.evaluate(data, verbose=0)
             block.fit(data, epochs=self.epochs, verbose=0)
             after = block.evaluate(data, verbose=0)
@@ -117,17 +119,23 @@ class _Batches(keras.utils.PyDataset):
     def __init__(self, calls, taught, used):
         super().__init__()
         self.example = calls[0]
-        self.calls = [
-            list(filter(_varies, keras.tree.flatten(call))) for call in calls
-        ]
-        flat = [keras.tree.flatten(outputs) for outputs in taught]
+        outputs = list(map(keras.tree.flatten, taught))
         # Of several outputs each float counts.
-        self.places = [i for i, x in enumerate(flat[0]) if _is_float(x)]
-        self.taught = [[outputs[i] for i in self.places] for outputs in flat]
-        self.weights = [
-            [_weights(x, mask) for x in outputs]
-            for outputs, mask in zip(self.taught, used)
-        ]
+        self.places = [i for i, x in enumerate(outputs[0]) if _is_float(x)]
+        self.inputs = []
+        for call, flat, mask in zip(calls, outputs, used):
+            # A flat dict, for tf.data.
+            inputs = {
+                f"call_{i}": x
+                for i, x in enumerate(keras.tree.flatten(call))
+                # Keras takes no scalars as data.
+                if ops.is_tensor(x) and len(x.shape) > 0
+            }
+            for i in self.places:
+                weights = calibration.mask_of(mask, tuple(flat[i].shape[:-1]))
+                inputs[f"taught_{i}"] = flat[i]
+                inputs[f"weights_{i}"] = weights.astype("float32")
+            self.inputs.append(inputs)
         self.order = np.arange(len(calls))
         self.random = np.random.default_rng(0)
 
@@ -135,18 +143,7 @@ class _Batches(keras.utils.PyDataset):
         return len(self.order)
 
     def __getitem__(self, index):
-        place = self.order[index]
-        # A flat dict, for tf.data.
-        inputs = {
-            f"{name}_{i}": x
-            for name, values in (
-                ("call", self.calls[place]),
-                ("taught", self.taught[place]),
-                ("weights", self.weights[place]),
-            )
-            for i, x in enumerate(values)
-        }
-        return inputs, np.zeros((1,), "float32")
+        return self.inputs[self.order[index]], np.zeros((1,), "float32")
 
     def on_epoch_end(self):
         self.random.shuffle(self.order)
@@ -164,19 +161,17 @@ class _Block(keras.Model):
         self.built = True
 
     def call(self, inputs):
-        leaves, place = [], 0
-        for x in keras.tree.flatten(self.example):
-            if _varies(x):
-                x = inputs[f"call_{place}"]
-                place += 1
-            leaves.append(x)
+        leaves = [
+            inputs.get(f"call_{i}", x)
+            for i, x in enumerate(keras.tree.flatten(self.example))
+        ]
         args, kwargs = keras.tree.pack_sequence_as(self.example, leaves)
         outputs = keras.tree.flatten(self.run(*args, **kwargs))
         losses = [
             _relative_error(
-                outputs[place], inputs[f"taught_{i}"], inputs[f"weights_{i}"]
+                outputs[i], inputs[f"taught_{i}"], inputs[f"weights_{i}"]
             )
-            for i, place in enumerate(self.places)
+            for i in self.places
         ]
         return ops.reshape(sum(losses), (1,))
 
@@ -192,20 +187,15 @@ def _relative_error(outputs, taught, weights):
     return ops.sum(errors * weights) / total
 
 
-def _given(_, loss):
-    return loss
-
-
 @contextlib.contextmanager
 def _alone_trainable(operation, targets):
     """Let the nonzero weights of targets be all that is trained in a scope.
 
     With the parameters of those that are reparameterized.
     """
-    layers = keras_compat.layers_of(operation)
-    variables = operation.variables
-    layers_before = [layer.trainable for layer in layers]
-    before = [variable.trainable for variable in variables]
+    # From the outside in, since a layer passes it on to those inside.
+    layers, variables = keras_compat.layers_of(operation), operation.variables
+    flags = [(each, each.trainable) for each in (*layers, *variables)]
     constraints = [target.variable.constraint for target in targets]
     trained = {id(target.variable) for target in targets}
     for target in targets:
@@ -222,11 +212,8 @@ def _alone_trainable(operation, targets):
     finally:
         for target, constraint in zip(targets, constraints):
             target.variable.constraint = constraint
-        # From the outside in, since a layer passes it on to those inside.
-        for layer, trainable in zip(layers, layers_before):
-            layer.trainable = trainable
-        for variable, trainable in zip(variables, before):
-            variable.trainable = trainable
+        for each, trainable in flags:
+            each.trainable = trainable
 
 
 class _Zeros(keras.constraints.Constraint):
@@ -240,20 +227,6 @@ class _Zeros(keras.constraints.Constraint):
         return ops.where(self.kept, value, ops.zeros_like(value))
 
 
-def _varies(x):
-    """Whether a leaf of a call is data; Keras takes no scalars as such."""
-    return ops.is_tensor(x) and len(x.shape) > 0
-
-
 def _is_float(x):
     dtype = keras.backend.standardize_dtype(x.dtype)
     return "float" in dtype and len(x.shape) > 1
-
-
-def _weights(x, used):
-    """One weight for each position of an output."""
-    shape = tuple(x.shape[:-1])
-    weights = np.ones(shape, "float32")
-    if used is not None and used.shape == shape[: used.ndim]:
-        weights *= used.reshape(used.shape + (1,) * (len(shape) - used.ndim))
-    return weights

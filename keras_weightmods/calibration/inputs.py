@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import math
+import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -13,10 +13,7 @@ from keras import ops
 
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.head import find_head
-from keras_weightmods.core.layer_kinds import (
-    kind_with_call,
-    reason_unread,
-)
+from keras_weightmods.core.layer_kinds import kind_with_call, reason_unread
 from keras_weightmods.core.products import Products
 from keras_weightmods.core.watched import called_by
 from keras_weightmods.ops.matrix import contraction_size
@@ -62,43 +59,33 @@ def input_norms(model, targets, batches):
     """
     sums: list[Any] = [0.0] * len(targets)
     counts = [0] * len(targets)
-    used = enough = None
-    seen = 0
 
-    def see(index: int, rows: Rows) -> None:
-        nonlocal seen
+    def see(place: int, rows: Rows, used: Any) -> None:
         squares, count = rows.squares(used)
-        sums[index] += shared.whole(squares).astype("float64")
-        counts[index] += count
-        seen += 1
-        if seen == enough:
-            raise Enough
+        sums[place] += shared.whole(squares).astype("float64")
+        counts[place] += count
 
-    body = _until_head(model, targets)
-    with eager_forward(), rows_seen(model, targets, see):
-        for batch, weights in batches:
-            used = used_positions(weights)
-            batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
-            seen = 0
-            with contextlib.suppress(Enough):
-                body(batch, training=False)
-            # The first batch is run to its end to find out.
-            enough = seen
+    calls = (
+        (
+            used_positions(weights),
+            (keras.tree.map_structure(ops.convert_to_tensor, batch),),
+            {"training": False},
+        )
+        for batch, weights in batches
+    )
+    # Past it the head takes as long as many layers, and makes logits for
+    # nothing.
+    head = find_head(model) if keras_compat.graph_of(model) else None
+    if head is None or any(t.layer in head.layers for t in targets):
+        body = model
+    else:
+        body = head.body
+    with eager_forward():
+        see_calls(model, targets, body, calls, see)
     return [
         np.sqrt(total / count).astype("float32") if count else None
         for total, count in zip(sums, counts)
     ]
-
-
-def _until_head(model, targets):
-    """Return the model up to its head, if that can be told and has no target.
-
-    The head takes as long as many layers, and makes logits for nothing.
-    """
-    head = find_head(model) if keras_compat.graph_of(model) else None
-    if head is None or any(t.layer in head.layers for t in targets):
-        return model
-    return head.body
 
 
 def measure_importance(optimizer, model, targets, batches, verbose, since=None):
@@ -115,23 +102,19 @@ def measure_importance(optimizer, model, targets, batches, verbose, since=None):
         ValueError: If inputs are not finite; it names the kernel.
     """
     with Progress(len(batches), "batch", verbose, since) as progress:
-        counted = progress.each(batches)
-        norms = list(zip(targets, input_norms(model, targets, counted)))
-    bad = [
-        target.path
-        for target, norm in norms
-        if norm is not None and not np.isfinite(norm).all()
-    ]
-    if bad:
-        raise ValueError(
-            "CAST ranks weights by the inputs of their layers, which must be "
-            f"finite. Received: NaN or infinity in those of {len(bad)} "
-            f"kernels, the first being {bad[0]!r}. Look for what comes in "
-            "the data or what the layers before it compute, or pass "
-            "`AdamS(criterion='magnitude')`."
-        )
-    by_id = {id(target.variable): norm for target, norm in norms}
-    unknown = [target.path for target, norm in norms if norm is None]
+        norms = input_norms(model, targets, progress.each(batches))
+    by_id, unknown = {}, []
+    for target, norm in zip(targets, norms):
+        if norm is None:
+            unknown.append(target.path)
+        elif not np.isfinite(norm).all():
+            raise ValueError(
+                "CAST ranks weights by the inputs of their layers, which must "
+                f"be finite. Received: NaN or infinity at {target.path!r}. "
+                "Look for what comes in the data, or pass "
+                "`AdamS(criterion='magnitude')`."
+            )
+        by_id[id(target.variable)] = norm
     if unknown:
         warnings.warn(
             "CAST ranks the weights of these kernels by magnitude alone, "
@@ -199,19 +182,9 @@ class Rows:
         where rows are routed, the own rows of each kernel.
         """
         x = ops.cast(self.tensor, "float32")
-        leading = tuple(x.shape[:-2])
-        count = math.prod(leading)
-        mask = np.ones(leading, bool)
-        if used is not None:
-            if used.shape == leading[: used.ndim]:
-                ones = (1,) * (len(leading) - used.ndim)
-                mask &= used.reshape(used.shape + ones)
-            elif leading == (used.size,):
-                # The positions of all sequences, one after the other.
-                mask &= used.reshape(-1)
+        mask = mask_of(used, tuple(x.shape[:-2])).reshape(-1)
         count = int(mask.sum())
         x = ops.moveaxis(ops.reshape(x, (-1, *x.shape[-2:])), 1, 0)
-        mask = mask.reshape(-1)
         if self.routed is None:
             if not mask.all():
                 # Not by a product: garbage in padding may be NaN.
@@ -224,6 +197,57 @@ class Rows:
             rows = x[index if len(x) > 1 else 0]
             parts.append(ops.take(rows, places.astype("int32"), axis=0))
         return parts, count
+
+
+def see_calls(
+    model: Any,
+    targets: Any,
+    call: Callable[..., Any],
+    calls: Iterable[tuple[Any, Any, Any]],
+    see: Callable[[int, Rows, Any], None],
+    needed: Callable[[], Iterable[int]] | None = None,
+) -> None:
+    """Run calls, each to where all that is to be seen has been.
+
+    Args:
+        model, targets: As in `rows_seen`.
+        call: Callable, a part of the model.
+        calls: Iterable of triples: which positions count, as `used_positions`
+            returns, and the arguments of a call, a tuple and a dict.
+        see: Callable from the place of a target in the list, its `Rows`, and
+            the positions that count.
+        needed: Callable to the places of targets to be seen in all calls but
+            the first; by default, `None`, all.
+    """
+    last = [0] * len(targets)
+    used, seen, enough = None, 0, None
+
+    def count(place: int, rows: Rows) -> None:
+        nonlocal seen
+        see(place, rows, used)
+        seen += 1
+        last[place] = seen
+        if seen == enough:
+            raise _Enough
+
+    with rows_seen(model, targets, count):
+        for own, args, kwargs in calls:
+            used, seen = own, 0
+            with contextlib.suppress(_Enough):
+                call(*args, **kwargs)
+            if enough is None:
+                # The first is run to its end to find out.
+                places = needed() if needed else range(len(last))
+                enough = max((last[place] for place in places), default=0)
+
+
+class _Enough(BaseException):
+    """Ends a forward pass where all that is to be seen has been.
+
+    The rest of a block, up to half of the time, would be computed for
+    nothing, and there is no other way out of the code of a layer. Not an
+    `Exception`, which Keras would rewrite at each level and a layer may catch.
+    """
 
 
 @contextlib.contextmanager
@@ -239,31 +263,23 @@ def rows_seen(
         targets: List of `Target`. Those with a `reason_unread` are not seen.
         see: Callable from the place of a target in the list and its `Rows`.
     """
-    by_layer: dict[int, list[int]] = {}
+    by_layer: dict[Any, dict[str, int]] = {}
     for place, target in enumerate(targets):
         if reason_unread(target.layer, target.attribute) is None:
-            by_layer.setdefault(id(target.layer), []).append(place)
+            by_layer.setdefault(target.layer, {})[target.attribute] = place
+
+    def call(
+        layer: Any, router: Any, plain: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        routed = None if router is None else router(*args, **kwargs)
+        multiply = _Seen(layer, plain, by_layer[layer], see, routed)
+        kind: Any = kind_with_call(layer)
+        return kind.call(layer, multiply, *args, **kwargs)
+
     with contextlib.ExitStack() as stack:
-        for places in by_layer.values():
-            layer = targets[places[0]].layer
-            kind = kind_with_call(layer)
-            router = router_of(model, layer)
-            own = {targets[place].attribute: place for place in places}
-
-            def call(
-                plain: Any,
-                *args: Any,
-                own: Any = own,
-                kind: Any = kind,
-                layer: Any = layer,
-                router: Any = router,
-                **kwargs: Any,
-            ) -> Any:
-                routed = None if router is None else router(*args, **kwargs)
-                multiply = _Seen(layer, plain, own, see, routed)
-                return kind.call(layer, multiply, *args, **kwargs)
-
-            stack.enter_context(called_by(layer, call))
+        for layer in by_layer:
+            seen = functools.partial(call, layer, router_of(model, layer))
+            stack.enter_context(called_by(layer, seen))
         yield
 
 
@@ -301,21 +317,23 @@ def router_of(model: Any, layer: Any) -> Any:
     return None
 
 
-class Enough(BaseException):
-    """Ends a forward pass where all that is to be seen has been.
-
-    The rest of a block, up to half of the time, would be computed for
-    nothing, and there is no other way out of the code of a layer. Not an
-    `Exception`, which Keras would rewrite at each level and a layer may catch.
-    """
-
-
 def used_positions(sample_weight):
     """Return where weights are not 0; None if there are none or several."""
     if sample_weight is None or keras.tree.is_nested(sample_weight):
         return None
     used = ops.convert_to_numpy(sample_weight) != 0
     return used[..., 0] if used.ndim > 1 and used.shape[-1] == 1 else used
+
+
+def mask_of(used: Any, leading: tuple[int, ...]) -> Any:
+    """Return `used` for a tensor with these leading axes, a boolean array."""
+    if used is not None and used.shape == leading[: used.ndim]:
+        ones = (1,) * (len(leading) - used.ndim)
+        return np.broadcast_to(used.reshape(used.shape + ones), leading)
+    if used is not None and leading == (used.size,):
+        # The positions of all sequences, one after the other.
+        return used.reshape(-1)
+    return np.ones(leading, bool)
 
 
 def eager_forward() -> Any:
@@ -329,33 +347,26 @@ def eager_forward() -> Any:
         import jax
 
         return jax.disable_jit()
-    if keras.backend.backend() != "torch":
-        return contextlib.nullcontext()
-    import torch
+    if keras.backend.backend() == "torch":
+        import torch
 
-    return torch.no_grad()
+        return torch.no_grad()
+    return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def compiled() -> Iterator[None]:
+def compiled() -> Any:
     """Let JAX compile again in a scope inside `eager_forward`."""
     if keras.backend.backend() != "jax":
-        yield
-        return
+        return contextlib.nullcontext()
     import jax
 
-    with jax.disable_jit(False):
-        yield
+    return jax.disable_jit(False)
 
 
-@contextlib.contextmanager
-def gradients() -> Iterator[None]:
+def gradients() -> Any:
     """Let a block be trained in a scope inside `eager_forward`."""
     if keras.backend.backend() != "torch":
-        with compiled():
-            yield
-        return
+        return compiled()
     import torch
 
-    with torch.enable_grad():
-        yield
+    return torch.enable_grad()

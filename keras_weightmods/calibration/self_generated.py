@@ -9,6 +9,7 @@ import numpy as np
 from keras_weightmods.evaluation.perplexity import Perplexity, start_token
 from keras_weightmods.generation.compile_generate import compile_generate
 from keras_weightmods.utils import checks
+from keras_weightmods.utils.progress import Progress
 
 
 def self_generated(
@@ -79,11 +80,12 @@ def self_generated(
     )
     ```
     """
-    checks.check_int("rows", rows, 1, 2**31 - 1)
-    checks.check_int("batch_size", batch_size, 1, 2**31 - 1)
-    checks.check_int("length", length, 3, 2**31 - 1)
+    most = 2**31 - 1
+    checks.check_int("rows", rows, 1, most)
+    checks.check_int("batch_size", batch_size, 1, most)
+    checks.check_int("length", length, 3, most)
+    checks.check_int("seed", seed, 0, most)
     checks.check_verbose(verbose)
-    checks.check_int("seed", seed, 0, 2**31 - 1)
     temperature = checks.check_float("temperature", temperature, above=0)
     keep = checks.check_float("keep", keep, above=0, most=1)
     tokenizer = _tokenizer(model)
@@ -94,26 +96,29 @@ def self_generated(
         seed=seed, temperature=temperature
     )
     random = np.random.default_rng(seed)
-    starts = _first_tokens(model, tokenizer, written, random)
-    progress = keras.utils.Progbar(written, unit_name="row", verbose=verbose)
-    progress.update(0)
+    # A token at random for each row, after the start token.
+    special = getattr(tokenizer, "special_token_ids", None) or []
+    ordinary = np.setdiff1d(np.arange(tokenizer.vocabulary_size()), special)
+    starts = random.choice(ordinary, (written, 1))
+    if (start := start_token(model)) is not None:
+        starts = np.pad(starts, ((0, 0), (1, 0)), constant_values=start)
+    given = np.arange(length) < starts.shape[1]
     texts: list[np.ndarray] = []
     writer = _writer(model, sampler)
-    for first in range(0, written, batch_size):
-        # Batches of one size, since each compiles anew.
-        chosen = np.arange(first, first + batch_size) % written
-        tokens = np.zeros((len(chosen), length), "int32")
-        tokens[:, : starts.shape[1]] = starts[chosen]
-        given = np.zeros(tokens.shape, bool)
-        given[:, : starts.shape[1]] = True
-        outputs = writer.generate(
-            {"token_ids": tokens, "padding_mask": given},
-            stop_token_ids=None,
-        )
-        new = min(batch_size, written - first)
-        texts.append(np.asarray(outputs["token_ids"], "int32")[:new])
-        progress.update(first + new)
-    result = np.concatenate(texts)
+    firsts = range(0, written, batch_size)
+    with Progress(len(firsts), "batch", verbose) as progress:
+        for first in progress.each(firsts):
+            # Batches of one size, since each compiles anew.
+            chosen = np.arange(first, first + batch_size) % written
+            tokens = np.zeros((batch_size, length), "int32")
+            tokens[:, given] = starts[chosen]
+            mask = np.tile(given, (batch_size, 1))
+            outputs = writer.generate(
+                {"token_ids": tokens, "padding_mask": mask},
+                stop_token_ids=None,
+            )
+            texts.append(np.asarray(outputs["token_ids"], "int32"))
+    result = np.concatenate(texts)[:written]
     if written > rows:
         measure = Perplexity(model, length=length, batch_size=8)
         losses = measure.losses(result, "perplexity of the rows", verbose)
@@ -155,18 +160,3 @@ def _tokenizer(model: Any) -> Any:
             f"{sorted(unknown)} as well"
         )
     return tokenizer
-
-
-def _first_tokens(
-    model: Any, tokenizer: Any, rows: int, random: np.random.Generator
-) -> np.ndarray:
-    """Return a token at random for each row, after the start token."""
-    ordinary = np.setdiff1d(
-        np.arange(tokenizer.vocabulary_size()),
-        getattr(tokenizer, "special_token_ids", None) or [],
-    )
-    columns = [random.choice(ordinary, rows)]
-    start = start_token(model)
-    if start is not None:
-        columns.insert(0, np.full(rows, start))
-    return np.stack(columns, axis=1)

@@ -59,18 +59,25 @@ def change_kernels(model, targets, batches, change, rebuild=None, verbose=1):
             errors = [] if moment is None else [(_METRIC, row.error)]
             progress.update(len(rows), errors)
 
-    # Copies: on torch an array shares the memory of the variable.
-    before = [np.array(ops.convert_to_numpy(t.variable)) for t in ordered]
-    try:
+    with restored_on_error([target.variable for target in ordered]):
         if batches is None:
             visit(ordered, None)
         else:
-            Walk(ordered, batches, visit, rebuild)(model)
-    except BaseException:
-        for target, value in zip(ordered, before):
-            target.variable.assign(value)
-        raise
+            Walk(model, ordered, batches, visit, rebuild)()
     return rows
+
+
+@contextlib.contextmanager
+def restored_on_error(variables):
+    """Give variables their values back where a scope ends by an error."""
+    # Copies: on torch an array shares the memory of the variable.
+    before = [np.array(ops.convert_to_numpy(each)) for each in variables]
+    try:
+        yield
+    except BaseException:
+        for variable, value in zip(variables, before):
+            variable.assign(value)
+        raise
 
 
 def check_stored(caller, targets):
@@ -91,6 +98,7 @@ class Walk:
     kernel is in the inputs of the later ones.
 
     Args:
+        model: A built Keras model or layer.
         targets: List of `Target`, in the order of execution.
         batches: List of pairs (inputs, sample weights or None).
         visit: Callable from a list of targets that share their inputs, the
@@ -103,17 +111,15 @@ class Walk:
             later ones, too. Defaults to `None`.
     """
 
-    def __init__(self, targets, batches, visit, rebuild=None):
+    def __init__(self, model, targets, batches, visit, rebuild=None):
+        self.model, self.batches = model, batches
         self.pending = list(targets)
-        self.batches = batches
         self.used = [calibration.used_positions(w) for _, w in batches]
-        self.visit = visit
-        self.rebuild = rebuild
-        self.model: Any = None
+        self.visit, self.rebuild = visit, rebuild
 
-    def __call__(self, model):
-        """Go through `model`, a built Keras model or layer, once."""
-        self.model = model
+    def __call__(self):
+        """Go through the model once."""
+        model = self.model
         inputs = [x for x, _ in self.batches]
         inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
         calls: list[Any] = [((x,), {}) for x in inputs]
@@ -143,12 +149,13 @@ class Walk:
             List of outputs, one for each call; None once nothing is pending.
         """
         inside = _layers_inside(operation)
+        targets = [t for t in self.pending if id(t.layer) in inside]
         graph = keras_compat.graph_of(operation)
         if (
-            graph is not None
-            and any(id(t.layer) in inside for t in self.pending)
+            targets
+            and graph is not None
             and all(map(_has_inputs_alone, calls))
-            and self._each_once(graph)
+            and _each_once(graph, targets)
         ):
             return self._run_graph(graph, [args[0] for args, _ in calls])
         call = keras_compat.graph_call(operation)
@@ -156,7 +163,6 @@ class Walk:
         def outputs_of(calls):
             return [call(*args, **kwargs) for args, kwargs in calls]
 
-        targets = [t for t in self.pending if id(t.layer) in inside]
         own, taught = calls[: len(self.batches)], calls[len(self.batches) :]
         taught = outputs_of(taught)
         while here := [t for t in self.pending if id(t.layer) in inside]:
@@ -166,15 +172,6 @@ class Walk:
         if not self.pending:
             return None
         return outputs_of(own) + taught
-
-    def _each_once(self, graph):
-        """Whether each pending target is in one place of the graph."""
-        nodes = keras_compat.nodes_of(graph)
-        places = [_layers_inside(node.operation) for node in nodes]
-        return all(
-            sum(id(t.layer) in inside for inside in places) <= 1
-            for t in self.pending
-        )
 
     def _run_graph(self, graph, inputs):
         nodes = keras_compat.nodes_of(graph)
@@ -213,9 +210,7 @@ class Walk:
         note = reason_unread(leader.layer, leader.attribute)
         if note is None:
             here = [t for t in here if not reason_unread(t.layer, t.attribute)]
-            group, moment = SharedInputs(self.model, here).observe(
-                call, calls, self.used
-            )
+            group, moment = self._shared_inputs(call, calls, here)
             note = _UNREACHED if moment is None else _idle_note(moment)
         else:
             note = f"its inputs cannot be read: {note}"
@@ -223,67 +218,33 @@ class Walk:
         with calibration.compiled():
             self.visit(group, moment, note)
 
+    def _shared_inputs(self, call, calls, targets):
+        """Return the first of `targets`, with those that have its inputs.
 
-class SharedInputs:
-    """Sums `X^T X` over the calls of a layer; finds who has the same X.
-
-    Args:
-        model: The model that holds the layers.
-        targets: List of `Target`, the first of which counts, with those that
-            turn out to share its inputs.
-    """
-
-    def __init__(self, model, targets):
-        self.model = model
-        self.targets = targets
-        self.count, self.total = 0, 0.0
-        self.rows = self.used = None
-        # By the place of a target: its calls, those with the inputs of the
-        # first target, and which of all calls of a batch was its last.
-        self.calls = [0] * len(self.targets)
-        self.same = list(self.calls)
-        self.last = list(self.calls)
-        self.seen = 0
-        self.enough = None
-
-    def observe(self, call, calls, used):
-        """Run the calls, each to where all that is to be seen has been.
-
-        Returns:
-            The targets with the same inputs in every call, and the second
-            moment of these, of shape (S, K, K); None if there was no call.
+        And the second moment of these, of shape (S, K, K); None if there was
+        no call.
         """
-        with calibration.rows_seen(self.model, self.targets, self._see):
-            for self.used, (args, kwargs) in zip(used, calls):
-                self.seen = 0
-                with contextlib.suppress(calibration.Enough):
-                    call(*args, **kwargs)
-                if self.enough is None:
-                    # The first batch is run to its end to find out.
-                    self.enough = max(self.last[i] for i in self.places())
-        group = [self.targets[place] for place in self.places()]
-        return group, self.total / self.count if self.count else None
+        total, rows_seen, first = 0.0, 0, None
+        # By the place of a target: its calls, and those with the same inputs.
+        count, same = [0] * len(targets), [0] * len(targets)
 
-    def places(self):
-        """Return which targets had the same inputs in every call so far."""
-        return [
-            place
-            for place in range(len(self.targets))
-            if self.same[place] == self.calls[place] == self.calls[0]
-        ]
+        def see(place, rows, used):
+            nonlocal total, rows_seen, first
+            if place == 0:
+                first = rows
+                moment, number = rows.moment(used)
+                total += moment
+                rows_seen += number
+            count[place] += 1
+            same[place] += first is not None and rows.same(first)
 
-    def _see(self, place, rows):
-        if place == 0:
-            self.rows = rows
-            total, count = rows.moment(self.used)
-            self.total += total
-            self.count += count
-        self.calls[place] += 1
-        self.same[place] += self.rows is not None and rows.same(self.rows)
-        self.seen += 1
-        self.last[place] = self.seen
-        if self.seen == self.enough:
-            raise calibration.Enough
+        def places():
+            return [i for i, n in enumerate(count) if same[i] == n == count[0]]
+
+        calls = [(used, *each) for used, each in zip(self.used, calls)]
+        calibration.see_calls(self.model, targets, call, calls, see, places)
+        group = [targets[place] for place in places()]
+        return group, total / rows_seen if rows_seen else None
 
 
 def _idle_note(moment):
@@ -305,6 +266,16 @@ def _has_inputs_alone(call):
     args, kwargs = call
     rest = keras.tree.flatten(kwargs)
     return len(args) == 1 and all(value is None for value in rest)
+
+
+def _each_once(graph, targets):
+    """Whether each target is in one place of the graph."""
+    nodes = keras_compat.nodes_of(graph)
+    places = [_layers_inside(node.operation) for node in nodes]
+    return all(
+        sum(id(target.layer) in inside for inside in places) <= 1
+        for target in targets
+    )
 
 
 def _layers_inside(operation):

@@ -25,10 +25,10 @@ _UNITS = 4096
 
 def find_table(
     model: Any, targets: Targets
-) -> tuple[tuple[Head, Target] | None, Skipped | None]:
+) -> tuple[Head, Target] | Skipped | None:
     """Return the head of a language model with its table, or why it is left.
 
-    Both are `None` for other models.
+    `None` for other models.
 
     Args:
         model: A built Keras model or layer.
@@ -37,27 +37,26 @@ def find_table(
     """
     head = find_head(model) if keras_compat.graph_of(model) else None
     if head is None:
-        return None, None
+        return None
     kinds = keras.layers.ReversibleEmbedding, keras.layers.Dense
     (layer,) = (x for x in head.layers if isinstance(x, kinds))
-    attribute = "kernel"
-    if isinstance(layer, keras.layers.ReversibleEmbedding):
-        attribute = head_of(layer)
+    is_dense = isinstance(layer, keras.layers.Dense)
+    attribute = "kernel" if is_dense else head_of(layer)
     stored = keras_compat.stored_variable(layer, attribute)
-    chosen = {id(target.variable) for target in targets}
-    if stored is None or (attribute == "kernel" and id(stored) not in chosen):
-        return None, None
+    if stored is None or (
+        is_dense and all(t.variable is not stored for t in targets)
+    ):
+        return None
     target = target_of(layer, attribute, keys=weight_keys(model))
-    reason = None
     if attribute in slots(layer):
         reason = f"reparameterized; call `{slots(layer)[attribute].finish}`"
     elif layer.quantization_mode is not None:
         reason = f"quantized to {layer.quantization_mode}"
     elif layer.lora_enabled:
         reason = "LoRA is enabled"
-    if reason:
-        return None, Skipped(target.path, reason)
-    return (head, target), None
+    else:
+        return head, target
+    return Skipped(target.path, reason)
 
 
 def round_table(
@@ -115,19 +114,13 @@ def _second_moment(head: Head, batches: Any, verbose: Any) -> Any:
         for x, weight in progress.each(batches):
             hidden = ops.convert_to_numpy(head.body(x, training=False))
             used = inputs.used_positions(weight)
-            if used is not None and used.shape == hidden.shape[:-1]:
-                hidden = hidden[used]
-            hidden = hidden.reshape(-1, hidden.shape[-1]).astype("float64")
+            hidden = hidden[inputs.mask_of(used, hidden.shape[:-1])]
+            hidden = hidden.astype("float64")
             total = total + hidden.T @ hidden
             count += len(hidden)
     if not count:
         raise ValueError(
             "`data` must have a position whose weight is not 0. Received: "
             f"{len(batches)} batches with none"
-        )
-    if not np.isfinite(total).all():
-        raise ValueError(
-            "The hidden states before the head must be finite. Received: NaN "
-            "or infinity. Look for what comes in the data."
         )
     return (total / count).astype("float32")

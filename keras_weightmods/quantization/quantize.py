@@ -15,10 +15,14 @@ from keras_weightmods.calibration.block_reconstruction import (
     blocks_table,
 )
 from keras_weightmods.calibration.self_generated import self_generated
-from keras_weightmods.calibration.walk import change_kernels, check_stored
+from keras_weightmods.calibration.walk import (
+    change_kernels,
+    check_stored,
+    restored_on_error,
+)
 from keras_weightmods.core import data as data_forms
 from keras_weightmods.core import keras_compat, seam
-from keras_weightmods.core.targets import Target, Targets, resolve_targets
+from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.evaluation.token_scorer import longest_input
 from keras_weightmods.ops.matrix import to_stack
 from keras_weightmods.ops.rounding import Grid, round_kept
@@ -79,30 +83,23 @@ class QuantizeReport(Report):
     note: str = ""
 
     def tables(self) -> Iterator[Table]:
-        def percent(error: float | None) -> str:
-            return "" if error is None else f"{error:.2%}"
-
-        measured = [k for k in self.kernels if k.error is not None]
+        rows = []
+        for kernel in self.kernels:
+            errors = kernel.nearest, kernel.error
+            percent = ["" if e is None else f"{e:.2%}" for e in errors]
+            shape = shape_text(kernel.shape)
+            rows.append((kernel.path, shape, *percent, kernel.note))
         caption = f"{len(self.kernels)} kernels"
-        if measured:
-            error, nearest = (
-                percent(float(np.mean([getattr(k, name) for k in measured])))
-                for name in ("error", "nearest")
-            )
-            caption += f"; mean error {error}, to nearest {nearest}"
+        known: list[Any] = [
+            (k.error, k.nearest) for k in self.kernels if k.error is not None
+        ]
+        if known:
+            means = np.mean(known, axis=0)
+            caption += "; mean error {:.2%}, to nearest {:.2%}".format(*means)
         yield Table(
             f"{self.bits} bits, a scale for each {self.group_size} inputs",
             ("kernel", "shape", "error to nearest", "error", "note"),
-            tuple(
-                (
-                    row.path,
-                    shape_text(row.shape),
-                    percent(row.nearest),
-                    percent(row.error),
-                    row.note,
-                )
-                for row in self.kernels
-            ),
+            tuple(rows),
             caption=f"{caption}. {self.note}".rstrip(" ."),
         )
         if self.blocks:
@@ -112,7 +109,7 @@ class QuantizeReport(Report):
 def quantize(
     model: keras.layers.Layer,
     data: Any = None,
-    bits: int = 4,
+    bits: Any = 4,
     *,
     refine: str | None = "blocks",
     head: bool = True,
@@ -143,7 +140,8 @@ def quantize(
     `refine="blocks"` then trains one layer or transformer block after the
     other, to give the outputs that it has in the model as given: float
     weights, through their rounding, and scales. This takes most of the time,
-    and gains most. The progress bar shows the time that is left.
+    and gains most: about as long as `epochs + 3` epochs of training on the
+    data. The progress bar shows the time that is left.
 
     For int8, `pack(model, "int8")` rounds by itself, and loses next to
     nothing.
@@ -206,78 +204,6 @@ def quantize(
     print(report)
     ```
     """
-    data, bits = _checked_bits(data, bits)
-    quantizer = _Quantizer(bits, group_size, damping, epochs, learning_rate)
-    checks.check_choice("refine", refine, ("blocks", None))
-    checks.check_bool("head", head)
-    checks.check_int("batch_size", batch_size, 1)
-    checks.check_verbose(verbose)
-    found = resolve_targets(model, targets)
-    table, reason = find_table(model, found) if head else (None, None)
-    # It is rounded or left by itself, whatever was found out above.
-    own = [each.path for each in (table and table[1], reason) if each]
-    found = Targets(
-        tuple(t for t in found if t.path not in own),
-        tuple(s for s in found.skipped if s.path not in own)
-        + ((reason,) if reason else ()),
-    )
-    if not found and table is None:
-        raise ValueError(
-            "`quantize` found no kernel. Received: targets that are all "
-            f"skipped, {found.skipped}"
-        )
-    check_stored("quantize", found)
-    changed = [*found, *(table[1:] if table else ())]
-    if bad := [t.path for t in changed if not _is_finite(t.variable)]:
-        raise ValueError(
-            "Rounding needs finite weights. Received: NaN or infinity in "
-            f"{len(bad)} of them, {bad[:5]}. Load finite weights first."
-        )
-    note = ""
-    if refine and keras_compat.graph_of(model) is None:
-        refine = None
-        note = (
-            "Blocks were not trained: they are found in the graph of a "
-            "functional model"
-        )
-    if data is None:
-        data = _text_of(model, verbose)
-    batches = data_forms.calibration_batches(model, data, batch_size)
-    kernels: list[QuantizedKernel] = []
-    before: Any = None
-    try:
-        if table is not None:
-            before = ops.convert_to_numpy(table[1].variable).copy()
-            kernels.append(quantizer.round_head(*table, batches, verbose))
-        if found:
-            kernels += change_kernels(
-                model,
-                found,
-                batches,
-                quantizer.round,
-                quantizer.train if refine else None,
-                verbose,
-            )
-    except BaseException:
-        if table is not None and before is not None:
-            table[1].variable.assign(before)
-        raise
-    return QuantizeReport(
-        bits,
-        group_size,
-        tuple(kernels),
-        found.skipped,
-        tuple(quantizer.blocks),
-        note,
-    )
-
-
-def _is_finite(variable: keras.Variable) -> bool:
-    return bool(ops.all(ops.isfinite(variable.value)))
-
-
-def _checked_bits(data: Any, bits: Any) -> tuple[Any, int]:
-    """Return data and bits, one of which may name a type, such as "int4"."""
     if isinstance(data, str) and re.fullmatch(r"[a-z]*(int|float)\d\w*", data):
         data, bits = None, data
     if bits in ("int8", 8):
@@ -286,57 +212,86 @@ def _checked_bits(data: Any, bits: Any) -> tuple[Any, int]:
             '"int8")`, which rounds by itself and loses next to nothing. '
             f"Received: bits={bits!r}"
         )
-    if isinstance(bits, str) and (name := re.fullmatch(r"int([234])", bits)):
-        bits = int(name[1])
-    return data, checks.check_int("bits", bits, 2, 4)
-
-
-def _text_of(model: Any, verbose: Any) -> Any:
-    """Return rows of tokens that the model writes."""
-    if not hasattr(model, "generate"):
+    if bits in ("int2", "int3", "int4"):
+        bits = int(bits[-1])
+    checks.check_int("bits", bits, 2, 4)
+    checks.check_choice("refine", refine, ("blocks", None))
+    checks.check_bool("head", head)
+    checks.check_int("batch_size", batch_size, 1)
+    checks.check_verbose(verbose)
+    damping = checks.check_float("damping", damping, above=0)
+    checks.check_int("epochs", epochs, 1)
+    learning_rate = checks.check_float("learning_rate", learning_rate, above=0)
+    fit = BlockReconstruction(epochs, learning_rate)
+    quantizer = _Quantizer(Grid(bits, group_size), damping, fit)
+    targets = resolve_targets(model, targets)
+    found: Any = find_table(model, targets) if head else None
+    skipped = (found,) if isinstance(found, Skipped) else ()
+    tables = found[1:] if isinstance(found, tuple) else ()
+    # It is rounded or left by itself, whatever is found out elsewhere.
+    own = {each.path for each in (*skipped, *tables)}
+    kernels = [target for target in targets if target.path not in own]
+    skipped = *(s for s in targets.skipped if s.path not in own), *skipped
+    if not kernels and not tables:
+        raise ValueError(
+            "`quantize` found no kernel. Received: targets that are all "
+            f"skipped, {skipped}"
+        )
+    check_stored("quantize", kernels)
+    for target in [*kernels, *tables]:
+        if not ops.all(ops.isfinite(target.variable.value)):
+            raise ValueError(
+                "Rounding needs finite weights. Received: NaN or infinity in "
+                f"{target.path!r}. Load finite weights first."
+            )
+    note = ""
+    if refine and keras_compat.graph_of(model) is None:
+        refine = None
+        note = (
+            "Blocks were not trained: they are found in the graph of a "
+            "functional model"
+        )
+    if data is None and not hasattr(model, "generate"):
         expected = (
             "calibration data, some 100 rows; only a KerasHub `CausalLM` "
             "writes text of its own"
         )
         raise checks.error("data", expected, None)
-    length = longest_input(model, _LENGTH)
-    return self_generated(model, _ROWS, length, verbose=verbose)
+    if data is None:
+        length = longest_input(model, _LENGTH)
+        data = self_generated(model, _ROWS, length, verbose=verbose)
+    batches = data_forms.calibration_batches(model, data, batch_size)
+    rows: list[QuantizedKernel] = []
+    with restored_on_error([table.variable for table in tables]):
+        for table in tables:
+            about = quantizer.grid_for(table), damping, verbose
+            errors = round_table(found[0], table, batches, *about)
+            rows.append(
+                QuantizedKernel(table.key, table.path, table.shape, *errors)
+            )
+        if kernels:
+            train = quantizer.train if refine else None
+            rows += change_kernels(
+                model, kernels, batches, quantizer.round, train, verbose
+            )
+    blocks = tuple(quantizer.blocks)
+    return QuantizeReport(bits, group_size, tuple(rows), skipped, blocks, note)
 
 
+@dataclasses.dataclass
 class _Quantizer:
     """Rounds kernels, and trains the blocks that they are in.
 
-    Args:
-        bits, group_size, damping, epochs, learning_rate: As in `quantize`.
+    Attributes:
+        items: Dict by key of what has been rounded and not been trained.
+        blocks: List of the `ReconstructedBlock`.
     """
 
-    def __init__(
-        self,
-        bits: int,
-        group_size: int,
-        damping: float,
-        epochs: int,
-        learning_rate: float,
-    ) -> None:
-        self.grid = Grid(bits, group_size)
-        self.damping = checks.check_float("damping", damping, above=0)
-        checks.check_int("epochs", epochs, 1)
-        learning_rate = checks.check_float(
-            "learning_rate", learning_rate, above=0
-        )
-        self.fit = BlockReconstruction(epochs, learning_rate)
-        # By key, what has been rounded and not been trained.
-        self.items: dict[str, GridWeights] = {}
-        self.blocks: list[ReconstructedBlock] = []
-
-    def round_head(
-        self, head: Any, target: Target, batches: Any, verbose: Any
-    ) -> QuantizedKernel:
-        """Round the head of a language model."""
-        errors = round_table(
-            head, target, batches, self._grid_for(target), self.damping, verbose
-        )
-        return QuantizedKernel(target.key, target.path, target.shape, *errors)
+    grid: Grid
+    damping: float
+    fit: BlockReconstruction
+    items: dict[str, GridWeights] = dataclasses.field(default_factory=dict)
+    blocks: list[ReconstructedBlock] = dataclasses.field(default_factory=list)
 
     def round(
         self, group: list[Target], moment: Any, note: str
@@ -344,7 +299,7 @@ class _Quantizer:
         """Round kernels that share their inputs; yield what was done."""
         moments = [None] if moment is None else moment
         for target in group:
-            grid = self._grid_for(target)
+            grid = self.grid_for(target)
             axes = target.contraction_axes, target.stack_axes
             # A copy: on torch it would share the memory of the variable.
             before = ops.copy(
@@ -384,7 +339,7 @@ class _Quantizer:
         if block is not None:
             self.blocks.append(block)
 
-    def _grid_for(self, target: Target) -> Grid:
+    def grid_for(self, target: Target) -> Grid:
         """A grid whose weights the kernel's type holds without rounding."""
         significant = _SIGNIFICANT.get(target.variable.dtype, 24)
         grid = self.grid

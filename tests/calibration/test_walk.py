@@ -9,20 +9,21 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from keras_weightmods.calibration import walk
+from keras_weightmods.calibration import inputs, walk
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.watched import called_by
 from tests import models, references
+from tests.backends import breadth
 from tests.models import normal, numpy, randomize, sequential, weights_of
 
 
 def branching():
-    inputs = keras.Input((16,))
-    first = keras.layers.Dense(16, activation="relu")(inputs)
+    x = keras.Input((16,))
+    first = keras.layers.Dense(16, activation="relu")(x)
     left = keras.layers.Dense(16, activation="tanh")(first)
     right = keras.layers.Dense(16)(first) * 0.5
     joined = keras.layers.Add()([left, right, first])
-    return keras.Model(inputs, {"a": keras.layers.Dense(4)(joined), "b": left})
+    return keras.Model(x, {"a": keras.layers.Dense(4)(joined), "b": left})
 
 
 def masked():
@@ -44,16 +45,6 @@ def convolutions():
         keras.layers.Conv2D(8, (3, 2), groups=2, activation="relu"),
         keras.layers.DepthwiseConv2D(2),
         keras.layers.Flatten(),
-        keras.layers.Dense(4),
-    )
-
-
-def half():
-    dtype = "mixed_bfloat16"
-    return sequential(
-        (16,),
-        keras.layers.Dense(16, activation="relu", dtype=dtype),
-        keras.layers.Dense(16, dtype=dtype),
         keras.layers.Dense(4),
     )
 
@@ -80,16 +71,13 @@ MODELS = {
     lambda: models.shared_net(16): normal(20, 16, seed=1),
     masked: np.random.default_rng(0).integers(0, 3, (20, 6)),
     convolutions: normal(20, 9, 8, 4, seed=1),
-    half: normal(20, 16, seed=1),
     subclassed: normal(20, 16, seed=1),
     models.attention_net: normal(8, 5, 16, seed=1),
 }
-if keras.backend.backend() != "torch":
-    # The walk is the same on all; to compile its parts takes the time.
-    MODELS = dict(list(MODELS.items())[:2])
+one_backend = pytest.mark.one_backend
 
 
-@pytest.mark.parametrize(("make", "x"), MODELS.items())
+@breadth(("make", "x"), list(MODELS.items()))
 def test_the_walk_is_the_model_run_for_each_kernel(make, x, monkeypatch):
     """What is cached between layers is what the whole model would give."""
     results = []
@@ -97,7 +85,7 @@ def test_the_walk_is_the_model_run_for_each_kernel(make, x, monkeypatch):
         model = randomize(make())
         if whole:
             monkeypatch.setattr(keras_compat, "graph_of", lambda _: None)
-            monkeypatch.setattr(walk.SharedInputs, "places", lambda _: [0])
+            monkeypatch.setattr(inputs.Rows, "same", lambda a, b: a is b)
         report = kwm.sparsify(model, "2:4", x, criterion="sparsegpt", verbose=0)
         assert {k.criterion for k in report.kernels} == {"sparsegpt"}
         kwm.assert_sparse(model, "2:4")
@@ -108,7 +96,7 @@ def test_the_walk_is_the_model_run_for_each_kernel(make, x, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.one_backend
+@one_backend
 def test_blocks_are_run_as_often_as_they_must():
     stack = contextlib.ExitStack()
 
@@ -139,7 +127,7 @@ def test_blocks_are_run_as_often_as_they_must():
     assert len(head) == batches
 
 
-@pytest.mark.one_backend
+@one_backend
 def test_only_what_is_needed_is_kept(monkeypatch):
     model = models.mlp(*[8] * 9)
     outputs, alive = [], []
@@ -182,6 +170,7 @@ class Partly(keras.Model):
         return self.dense(self.square(x))
 
 
+@one_backend
 def test_layers_that_no_data_reach_or_nobody_can_read():
     kwm.register_layer_kind(Square, {"kernel": {"contraction_axes": (0,)}})
     model = Partly()
