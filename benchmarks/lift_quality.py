@@ -402,7 +402,6 @@ def draw(report, ax=None):
     ax.plot(*zip(*line), "--", color=style.GRAY, lw=0.8, zorder=0)
     ax.set(xlabel="forgotten, nats a token", ylabel="solved, %")
     ax.margins(x=0.2)  # for the names at both ends
-    style.grid(ax)
     label(ax, points)
     return ax
 

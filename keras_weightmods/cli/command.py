@@ -1,4 +1,4 @@
-"""What a command is: a function, with its arguments beside it.
+"""What a command is: a function, and the names of its arguments.
 
 The types of the arguments look at the files before Keras is imported.
 """
@@ -8,32 +8,12 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 # What a command returns: text to print, and the same for `--json`.
 Result = tuple[str, dict[str, Any]]
-# {words of the command: (function of the parsed arguments, its arguments)}
-COMMANDS: dict[str, tuple[Callable[..., Result], tuple[Any, ...]]] = {}
 # A model without one of these, and in no folder, may be a preset's name.
 _FILES = (".keras", ".safetensors", ".h5", ".hdf5", ".npz", ".npy")
-
-
-def command(words, *arguments):
-    """Make a function of the parsed arguments a command.
-
-    The first line of its docstring is the help, the rest follows the options.
-    """
-
-    def register(run):
-        COMMANDS[words] = run, arguments
-        return run
-
-    return register
-
-
-def argument(*names, **kwargs):
-    """Return what `argparse` takes as an argument."""
-    return names, kwargs
 
 
 def file(path):
@@ -59,8 +39,8 @@ def _option(text):
         return name, value
 
 
-def output(*endings):
-    """Return the arguments of a command that writes a file."""
+def output(endings):
+    """Return the type of a path that ends in one of `endings`, if any."""
 
     def path(text):
         if endings and pathlib.Path(text).suffix not in endings:
@@ -68,49 +48,133 @@ def output(*endings):
             raise argparse.ArgumentTypeError(f"{text} must end in {expected}")
         return text
 
-    return (
-        argument(
-            "-o", "--output", required=True, type=path, help="the new file"
-        ),
-        argument("--overwrite", action="store_true", help="even if it exists"),
-    )
+    return path
 
 
-MODEL = argument(
-    "model",
-    type=_model,
-    help="a .keras file, one of `save_model`, or a KerasHub preset",
-)
-BASE = argument("base", type=_model, help="the model that it started from")
-PATTERN = argument("--pattern", default="2:4", help="default: 2:4")
-TARGETS = argument(
-    "--targets", nargs="+", help="regexes for the paths of kernels"
-)
-SCALE = argument("--scale", type=float, default=1.0, help="default: 1")
-FORCE = argument(
-    "--force", action="store_true", help="also on a model that is another one"
-)
-OPTIONS = argument(
-    "--set",
-    type=_option,
-    nargs="+",
-    default=[],
-    metavar="NAME=VALUE",
-    help="more arguments of the call",
-)
-QUIET = argument("--quiet", action="store_true", help="no progress bars")
-DATA = (
-    argument(
-        "--data",
-        type=file,
-        help="a text for a language model, or inputs in a .npy file",
-    ),
-    argument("--rows", type=int, default=128, help="rows of it; default: 128"),
-    argument(
-        "--length", type=int, default=256, help="tokens in one; default: 256"
-    ),
-)
-MODEL_OUTPUT = output(".keras", ".safetensors")
+SET = {"action": "store_true"}
+# What `argparse` takes of each argument; a command may have one of its own.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "model": {
+        "type": _model,
+        "help": "a .keras file, one of `save_model`, or a KerasHub preset",
+    },
+    "base": {"type": _model, "help": "the model that it started from"},
+    "file": {"type": file, "help": "a model, a patch or a preset"},
+    "lora": {"type": file, "help": "a folder of peft"},
+    "models": {
+        "type": file,
+        "nargs": "+",
+        "help": "models of one architecture, as .keras files or of "
+        "`save_model`; or a .yaml or .json file, a configuration of mergekit",
+    },
+    "patch": {"type": file, "help": "a file of `patch extract`"},
+    "prompt": {"nargs": "+", "help": "the beginnings of texts"},
+    "--activations": {"choices": ("int8", "float32")},
+    "--base": {"type": file, "help": "what the models were trained from"},
+    "--bits": {"type": int, "default": 4},
+    "--criterion": {
+        "default": "magnitude",
+        "choices": ("magnitude", "wanda", "sparsegpt"),
+        "help": "others than magnitude need --data",
+    },
+    "--data": {
+        "type": file,
+        "help": "a text for a language model, or inputs in a .npy file",
+    },
+    "--depth": {"type": int, "help": "of a signature: default 7, or all"},
+    "--dtype": {
+        "default": "bfloat16",
+        "choices": ("bfloat16", "float16", "float32", "exact"),
+        "help": "of the differences; exact keeps the new values instead, and "
+        "gives the model bit for bit",
+    },
+    "--force": {**SET, "help": "also on a model that is another one"},
+    "--format": {"default": "tf_saved_model", "help": "one of `kwm.export`"},
+    "--init": {"type": file, "help": "of a signature: their common start"},
+    "--keep-packed": SET,
+    "--length": {"type": int, "default": 256, "help": "tokens in a row"},
+    "--max-length": {
+        "type": int,
+        "default": 64,
+        "help": "tokens of a text, the prompt included",
+    },
+    "--method": {"default": "linear"},
+    "--pattern": {"default": "2:4"},
+    "--quiet": {**SET, "help": "no progress bars"},
+    "--rank": {"type": int, "default": 16},
+    "--refine": {"nargs": "+", "choices": ("swaps", "blocks")},
+    "--rows": {"type": int, "default": 128, "help": "rows of the data"},
+    "--sampler": {
+        "default": "greedy",
+        "choices": ("greedy", "top_k", "top_p", "random"),
+    },
+    "--scale": {"type": float, "default": 1.0},
+    "--seed": {"type": int, "default": 0},
+    "--set": {
+        "type": _option,
+        "nargs": "+",
+        "default": (),
+        "metavar": "NAME=VALUE",
+        "help": "more arguments of the call",
+    },
+    "--signature": {
+        **SET,
+        "help": "a robust weight signature: MODEL is trained on corrupted "
+        "data, BASE on clean data; it goes onto any model of the architecture",
+    },
+    "--targets": {"nargs": "+", "help": "regexes for the paths of kernels"},
+    "--weights": {"type": float, "nargs": "+", "help": "one for each model"},
+    "--whole": {
+        "nargs": "+",
+        "metavar": "REGEX",
+        "help": "weights that the base lacks, as a new head: whole and exact",
+    },
+}
+DATA = "--data --rows --length"
+MODELS = (".keras", ".safetensors")
+PATCHES = (".safetensors",)
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        run: Function of the parsed arguments, which returns a `Result`. The
+            first line of its docstring is the help, the rest follows the
+            options.
+        arguments: Dict from names to what `argparse` takes.
+    """
+
+    run: Callable[..., Result]
+    arguments: dict[str, dict[str, Any]]
+
+
+# By the words of the command.
+COMMANDS: dict[str, Command] = {}
+
+
+def command(words, names, writes=None, **own):
+    """Make a function of the parsed arguments a command.
+
+    Args:
+        words: String, the words of the command.
+        names: String, the names of its arguments.
+        writes: Tuple of the endings of the file that it writes, empty for any.
+            Defaults to `None`, for no file.
+        **own: Options that are not as in `ARGUMENTS`.
+    """
+    arguments = {name: ARGUMENTS[name] for name in names.split()}
+    arguments |= {f"--{name}": settings for name, settings in own.items()}
+    if writes is not None:
+        path = {"type": output(writes), "required": True}
+        arguments["--output"] = {**path, "help": "the new file"}
+        arguments["--overwrite"] = {**SET, "help": "even if it exists"}
+
+    def register(run):
+        COMMANDS[words] = Command(run, arguments)
+        return run
+
+    return register
 
 
 def reported(report, output=None) -> Result:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras_weightmods as kwm
-from keras_weightmods.cli.command import argument, command, file, reported
+from keras_weightmods.cli.command import command, reported
 from keras_weightmods.saving import container, file_kinds
 from keras_weightmods.utils.report import Report, Table, shape_text, size_text
 
@@ -37,23 +37,18 @@ class FileReport(Report):
         yield Table(f"{self.filepath}: {self.kind}, which {self.reader} reads")
         facts = tuple((str(k), str(v)) for k, v in self.about.items())
         yield Table("", ("about it", ""), facts)
-        entries = sum(1 for _ in self.arrays)
-        yield Table(
-            "",
-            ("array", "shape", "dtype"),
-            tuple((n, shape_text(s), d) for n, s, d in self.arrays),
-            caption=f"{entries} arrays; the file has {size_text(self.nbytes)}",
-        )
+        rows = tuple((n, shape_text(s), d) for n, s, d in self.arrays)
+        size = f"{len(rows)} arrays; the file has {size_text(self.nbytes)}"
+        yield Table("", ("array", "shape", "dtype"), rows, caption=size)
 
 
 @command(
     "info",
-    argument("file", type=file, help="a model, a patch or a preset"),
-    argument(
-        "--pattern",
-        help="load the model, and report how far its kernels have this "
-        "pattern, as 2:4",
-    ),
+    "file",
+    pattern={
+        "help": "load the model, and report how far its kernels have this "
+        "pattern, as 2:4"
+    },
 )
 def _info(args):
     """Say what a file holds.
@@ -73,42 +68,33 @@ def _info(args):
 
 
 def file_report(path) -> FileReport:
-    """Return the `FileReport` of a file."""
+    """Return the `FileReport` of a file or preset."""
     kind, reader = file_kinds.kind_of(path)
+    parts = [path]
     if kind == "a preset":
-        about, arrays = _in_preset(path)
-    elif kind == "a .keras file":
+        with os.scandir(path) as files:
+            parts = sorted(file.path for file in files if file.is_file())
+        about, arrays = _in_preset(parts)
+    elif kind == "an HDF5 file":
+        about, arrays = {}, _in_hdf5(path)
+    elif kind == "a .keras file" or path.endswith(".keras"):
         try:
             about, arrays = _in_keras(path)
         except (zipfile.BadZipFile, KeyError, OSError) as error:
             raise ValueError(f"Keras cannot load {path}: {error}") from error
-    elif kind == "an HDF5 file":
-        about, arrays = {}, _in_hdf5(path)
-    elif path.endswith(".keras"):
-        reason = kind or "no ZIP archive"
-        raise ValueError(f"Keras cannot load {path}: it is {reason}")
     elif kind and "keras_weightmods" not in kind:
         read = f", which {reader} reads" if reader else ""
         raise ValueError(f"{path} is {kind}{read}: there is no more to say")
     else:
-        kind, reader, about, arrays = _in_container(path)
-    size = os.path.getsize(path) if os.path.isfile(path) else _size(path)
+        about, arrays = _in_container(path)
+    size = sum(map(os.path.getsize, parts))
     return FileReport(path, kind, reader, about, tuple(arrays), size)
-
-
-def _size(folder):
-    files = (file for file in os.scandir(folder) if file.is_file())
-    return sum(file.stat().st_size for file in files)
 
 
 def _in_container(path):
     """Read a file of this library, all of it checked."""
     metadata = file_kinds.metadata_of(path)
     format = metadata.get("format", "keras_weightmods.model")
-    if "format_version" in metadata:
-        # A signature of the first version, which `safetensors` wrote.
-        kind, reader = file_kinds.kind_of(path)
-        return kind, reader, {"version": 1}, _in_safetensors(path)
     version = metadata.get("version", "1")
     versions = (int(version),) if version.isdigit() else (1,)
     with container.Reader(path, format, versions) as reader:
@@ -116,9 +102,7 @@ def _in_container(path):
         for name in reader.entries:
             if name.endswith(".json") or name == "description":
                 about.update(_facts(reader.read_json(name)))
-        arrays = [(n, e.shape, e.dtype) for n, e in reader.entries.items()]
-    kind, call = file_kinds.kind_of(path)
-    return kind, call, about, arrays
+        return about, [(n, e.shape, e.dtype) for n, e in reader.entries.items()]
 
 
 def _in_safetensors(path):
@@ -152,16 +136,14 @@ def _in_hdf5(file):
     return found
 
 
-def _in_preset(folder):
+def _in_preset(files):
     about, arrays = {}, []
-    for name in ("metadata.json", "config.json", "task.json"):
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
+    for path in files:
+        name = os.path.basename(path)
+        if name in ("metadata.json", "config.json", "task.json"):
             with open(path) as file:
                 about.update(_facts(json.load(file)))
-    for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        if name.endswith(".h5"):
+        elif name.endswith(".h5"):
             arrays += _in_hdf5(path)
         elif name.endswith(".safetensors"):
             arrays += _in_safetensors(path)
@@ -170,13 +152,10 @@ def _in_preset(folder):
 
 def _facts(described):
     """Return what is short in a JSON object, two levels deep."""
-    simple = str, int, float, bool
     found = {}
     for key, value in described.items():
-        if isinstance(value, simple):
-            found[key] = value
-        elif isinstance(value, dict):
-            for inner, each in value.items():
-                if isinstance(each, simple):
-                    found[f"{key}.{inner}"] = each
+        inside = value if isinstance(value, dict) else {"": value}
+        for inner, each in inside.items():
+            if isinstance(each, (str, int, float)):
+                found[f"{key}.{inner}".rstrip(".")] = each
     return found

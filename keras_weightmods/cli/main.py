@@ -12,11 +12,12 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from keras_weightmods.cli import info as info
 from keras_weightmods.cli import models as models
 from keras_weightmods.cli import patches as patches
-from keras_weightmods.cli.command import COMMANDS
+from keras_weightmods.cli.command import COMMANDS, SET
 from keras_weightmods.saving.atomic_file import check_filepath
 from keras_weightmods.version import __version__
 
@@ -127,22 +128,26 @@ def _parser():
     for name, about in _GROUPS.items():
         group = commands.add_parser(name, help=about, description=about)
         groups[name] = group.add_subparsers(required=True, metavar="COMMAND")
+    common: dict[str, dict[str, Any]] = {
+        "--json": {**SET, "help": "print the result as JSON"},
+        "--backend": {
+            "choices": BACKENDS,
+            "help": "default: the one in KERAS_BACKEND, or one installed",
+        },
+    }
     for words, (run, arguments) in COMMANDS.items():
         group_name, _, name = words.rpartition(" ")
         about = _help(run.__doc__)
         command = groups[group_name].add_parser(
             name, help=about["description"], **about
         )
-        for names, kwargs in arguments:
-            command.add_argument(*names, **kwargs)
-        command.add_argument(
-            "--json", action="store_true", help="print the result as JSON"
-        )
-        command.add_argument(
-            "--backend",
-            choices=BACKENDS,
-            help="default: the one in KERAS_BACKEND, or one that is installed",
-        )
+        for name, settings in (arguments | common).items():
+            names = ("-o", name) if name == "--output" else (name,)
+            parts = [settings.get("help")]
+            if settings.get("default"):
+                parts.append("default: %(default)s")
+            text = "; ".join(filter(None, parts))
+            command.add_argument(*names, **{**settings, "help": text})
         command.set_defaults(run=run)
     return parser
 

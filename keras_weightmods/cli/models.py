@@ -1,36 +1,19 @@
 """The commands that make a model smaller, let it write, and export it."""
 
 import keras_weightmods as kwm
-from keras_weightmods.cli.command import (
-    DATA,
-    MODEL,
-    MODEL_OUTPUT,
-    OPTIONS,
-    PATTERN,
-    QUIET,
-    TARGETS,
-    argument,
-    command,
-    file,
-    output,
-    reported,
-)
-from keras_weightmods.cli.files import load_model, read_data, write_model
+from keras_weightmods.cli.command import DATA, MODELS, command, reported
+from keras_weightmods.cli.files import load_model, read_data, written
 
 
 @command(
     "quantize",
-    MODEL,
-    argument("--bits", type=int, default=4, help="default: 4"),
-    argument(
-        "--refine",
-        choices=("blocks", "none"),
-        default="blocks",
-        help="none is several times faster and less exact; default: blocks",
-    ),
-    *DATA,
-    QUIET,
-    *MODEL_OUTPUT,
+    f"model --bits {DATA} --quiet",
+    MODELS,
+    refine={
+        "choices": ("blocks", "none"),
+        "default": "blocks",
+        "help": "none is several times faster and less exact",
+    },
 )
 def _quantize(args):
     """Round the weights of a model to few bits, by text that it reads.
@@ -49,27 +32,15 @@ def _quantize(args):
         read_data(model, args),
         args.bits,
         refine=None if args.refine == "none" else args.refine,
-        verbose=int(not args.quiet),
+        verbose=not args.quiet,
     )
-    write_model(model, args.output)
-    return reported(report, args.output)
+    return written(model, report, args.output)
 
 
 @command(
     "sparsify",
-    MODEL,
-    PATTERN,
-    argument(
-        "--criterion",
-        default="magnitude",
-        choices=("magnitude", "wanda", "sparsegpt"),
-        help="default: magnitude; the others need --data",
-    ),
-    argument("--refine", nargs="+", choices=("swaps", "blocks")),
-    TARGETS,
-    *DATA,
-    QUIET,
-    *MODEL_OUTPUT,
+    f"model --pattern --criterion --refine --targets {DATA} --quiet",
+    MODELS,
 )
 def _sparsify(args):
     """Make a model N:M sparse in one shot, without training.
@@ -87,24 +58,19 @@ def _sparsify(args):
         criterion=args.criterion,
         refine=args.refine,
         targets=args.targets,
-        verbose=int(not args.quiet),
+        verbose=not args.quiet,
     )
-    write_model(model, args.output)
-    return reported(report, args.output)
+    return written(model, report, args.output)
 
 
 @command(
     "pack",
-    MODEL,
-    argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "int8", "int4"),
-        help="of the values; default: as `quantize` or `sparsify` left them",
-    ),
-    argument("--activations", choices=("int8", "float32")),
-    TARGETS,
-    QUIET,
-    *output(".safetensors"),
+    "model --activations --targets --quiet",
+    (".safetensors",),
+    dtype={
+        "choices": ("float32", "bfloat16", "int8", "int4"),
+        "help": "of the values; default: as `quantize` or `sparsify` left them",
+    },
 )
 def _pack(args):
     """Pack the weights of a finished model.
@@ -119,27 +85,15 @@ def _pack(args):
         args.dtype,
         targets=args.targets,
         activations=args.activations,
-        verbose=int(not args.quiet),
+        verbose=not args.quiet,
     )
-    write_model(model, args.output)
-    return reported(report, args.output)
+    return written(model, report, args.output)
 
 
 @command(
     "merge",
-    argument(
-        "models",
-        type=file,
-        nargs="+",
-        help="models of one architecture, as .keras files or of `save_model`; "
-        "or one .yaml or .json file, a configuration of mergekit",
-    ),
-    argument("--method", default="linear", help="default: linear"),
-    argument("--weights", type=float, nargs="+", help="one for each model"),
-    argument("--base", type=file, help="what the models were trained from"),
-    OPTIONS,
-    QUIET,
-    *output(".safetensors"),
+    "models --method --weights --base --set --quiet",
+    (".safetensors",),
 )
 def _merge(args):
     """Merge models of one architecture into one.
@@ -153,44 +107,23 @@ def _merge(args):
           --method ties --set density=0.3 -o merged.safetensors
       keras-weightmods merge config.yaml -o merged.safetensors
     """
-    models = args.models
-    options = dict(args.set)
+    models, options = args.models, dict(args.set)
     if len(models) == 1 and models[0].endswith((".yaml", ".yml", ".json")):
         models = models[0]
     else:
-        options |= {
-            "method": args.method,
-            "weights": args.weights,
-            "base": args.base,
-        }
+        for name in ("method", "weights", "base"):
+            options[name] = getattr(args, name)
     report = kwm.merge(
         models,
         args.output,
         overwrite=args.overwrite,
-        verbose=int(not args.quiet),
+        verbose=not args.quiet,
         **options,
     )
     return reported(report, args.output)
 
 
-@command(
-    "generate",
-    MODEL,
-    argument("prompt", nargs="+", help="the beginnings of texts"),
-    argument(
-        "--max-length",
-        type=int,
-        default=64,
-        help="tokens of a text, the prompt included; default: 64",
-    ),
-    argument(
-        "--sampler",
-        default="greedy",
-        choices=("greedy", "top_k", "top_p", "random"),
-        help="default: greedy",
-    ),
-    argument("--seed", type=int, default=0, help="default: 0"),
-)
+@command("generate", "model prompt --max-length --sampler --seed")
 def _generate(args):
     """Let a language model of KerasHub continue a text.
 
@@ -214,14 +147,7 @@ def _generate(args):
     return "\n".join(texts), {"texts": list(texts)}
 
 
-@command(
-    "export",
-    MODEL,
-    argument("--format", default="tf_saved_model", help="one of `kwm.export`"),
-    argument("--keep-packed", action="store_true"),
-    OPTIONS,
-    *output(),
-)
+@command("export", "model --format --keep-packed --set", ())
 def _export(args):
     """Write a model for another runtime.
 

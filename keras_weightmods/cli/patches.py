@@ -1,51 +1,14 @@
 """The commands `patch ...`: what a training changed, as a file."""
 
 import keras_weightmods as kwm
-from keras_weightmods.cli.command import (
-    BASE,
-    FORCE,
-    MODEL,
-    MODEL_OUTPUT,
-    SCALE,
-    argument,
-    command,
-    file,
-    output,
-    reported,
-)
-from keras_weightmods.cli.files import load_model, write_model
-
-_PATCH = argument("patch", type=file, help="a file of `patch extract`")
-_DTYPE = argument(
-    "--dtype",
-    default="bfloat16",
-    choices=("bfloat16", "float16", "float32", "exact"),
-    help="of the differences; exact keeps the new values instead, and "
-    "gives the model bit for bit; default: bfloat16",
-)
-_OUTPUT = output(".safetensors")
+from keras_weightmods.cli.command import MODELS, PATCHES, command, reported
+from keras_weightmods.cli.files import load_model, written
 
 
 @command(
     "patch extract",
-    MODEL,
-    BASE,
-    _DTYPE,
-    argument(
-        "--whole",
-        nargs="+",
-        metavar="REGEX",
-        help="weights that the base lacks, as a new head: whole and exact",
-    ),
-    argument(
-        "--signature",
-        action="store_true",
-        help="a robust weight signature: MODEL is trained on corrupted data, "
-        "BASE on clean data; it goes onto any model of the architecture",
-    ),
-    argument("--init", type=file, help="of a signature: their common start"),
-    argument("--depth", type=int, help="of a signature: default 7, or all"),
-    *_OUTPUT,
+    "model base --dtype --whole --signature --init --depth",
+    PATCHES,
 )
 def _extract(args):
     """Write what is different in a model from its base.
@@ -70,7 +33,7 @@ def _extract(args):
     return reported(patch.save(args.output, args.overwrite), args.output)
 
 
-@command("patch apply", MODEL, _PATCH, SCALE, FORCE, *MODEL_OUTPUT)
+@command("patch apply", "model patch --scale --force", MODELS)
 def _apply(args):
     """Put a patch on a model.
 
@@ -79,11 +42,10 @@ def _apply(args):
     """
     patch, model = kwm.Patch.load(args.patch), load_model(args.model)
     report = patch.apply(model, args.scale, force=args.force)
-    write_model(model, args.output)
-    return reported(report, args.output)
+    return written(model, report, args.output)
 
 
-@command("patch remove", MODEL, _PATCH, SCALE, *MODEL_OUTPUT)
+@command("patch remove", "model patch --scale", MODELS)
 def _remove(args):
     """Subtract a patch from a model that was saved with it.
 
@@ -94,11 +56,10 @@ def _remove(args):
     """
     patch, model = kwm.Patch.load(args.patch), load_model(args.model)
     report = patch.subtract(model, args.scale)
-    write_model(model, args.output)
-    return reported(report, args.output)
+    return written(model, report, args.output)
 
 
-@command("patch info", _PATCH)
+@command("patch info", "patch")
 def _info(args):
     """Say what a patch changes, weight by weight.
 
@@ -108,14 +69,7 @@ def _info(args):
     return reported(kwm.Patch.load(args.patch).report())
 
 
-@command(
-    "patch to-lora",
-    MODEL,
-    _PATCH,
-    argument("--rank", type=int, default=16, help="default: 16"),
-    FORCE,
-    *output(),
-)
+@command("patch to-lora", "model patch --rank --force", ())
 def _to_lora(args):
     """Write a patch as the nearest LoRA adapter of a rank, for peft.
 
@@ -133,13 +87,7 @@ def _to_lora(args):
     return reported(report, args.output)
 
 
-@command(
-    "patch from-lora",
-    MODEL,
-    argument("lora", type=file, help="a folder of peft"),
-    _DTYPE,
-    *_OUTPUT,
-)
+@command("patch from-lora", "model lora --dtype", PATCHES)
 def _from_lora(args):
     """Write a LoRA adapter of peft as a patch.
 

@@ -54,9 +54,9 @@ class Plan:
         masked: dict[int, Target] = {}
         self.tiny: list[str] = []
         for target in found:
-            reason = None
-            if id(target.variable) in ids:
-                if keep_pattern and _has_zeros(target.variable):
+            variable, reason = target.variable, None
+            if id(variable) in ids:
+                if keep_pattern and _has_zeros(variable):
                     raise ValueError(
                         "`keep_pattern=True` keeps the zeros of masked kernels "
                         "alone, and one that is trained whole would lose its "
@@ -64,10 +64,10 @@ class Plan:
                         f"{target.path!r}, which has zeros"
                     )
                 continue
-            if not target.variable.trainable:
+            if not variable.trainable:
                 reason = "frozen"
-            elif "float" not in target.variable.dtype:
-                reason = f"not a float variable ({target.variable.dtype})"
+            elif "float" not in variable.dtype:
+                reason = f"not a float variable ({variable.dtype})"
             elif target.attribute in slots(target.layer):
                 raise ValueError(
                     "The stored weight of a layer that is reparameterized is "
@@ -77,8 +77,8 @@ class Plan:
                 )
             else:
                 try:
-                    sizes[id(target.variable)] = size(target)
-                    masked[id(target.variable)] = target
+                    sizes[id(variable)] = size(target)
+                    masked[id(variable)] = target
                 except ValueError as error:
                     reason = str(error)
                     self.tiny.append(target.path)
@@ -103,25 +103,25 @@ class Plan:
             masked[id(v)] for v in self.variables if id(v) in masked
         ]
         keys = weight_keys(model)
+
+        def rows(variables: list[Any]) -> tuple[MaskedKernel, ...]:
+            return tuple(
+                MaskedKernel(
+                    keys[id(v)],
+                    tuple(v.shape),
+                    sizes.get(id(v), math.prod(v.shape)),
+                )
+                for v in variables
+            )
+
         self.report = PrincipalMaskReport(
-            tuple(
-                MaskedKernel(each.key, each.shape, sizes[id(each.variable)])
-                for each in self.targets
-            ),
+            rows([each.variable for each in self.targets]),
             tuple(skipped),
-            tuple(
-                MaskedKernel(keys[id(v)], tuple(v.shape), math.prod(v.shape))
-                for v in whole
-            ),
+            rows(whole),
         )
 
     def check_optimizer(self, optimizer: Any) -> None:
         """Raise ValueError where it cannot train these variables."""
-        if isinstance(optimizer, keras.optimizers.MultiOptimizer):
-            raise ValueError(
-                "`PrincipalMaskCallback` works with one optimizer. Received: a "
-                "model compiled with a `MultiOptimizer`"
-            )
         if not optimizer.built:
             return
         if not isinstance(optimizer, MaskedState):
@@ -131,14 +131,11 @@ class Plan:
         received = {id(v): s.size for v, s in zip(trained, optimizer.specs)}
         expected = {id(v): s.size for v, s in zip(self.variables, self.specs)}
         if expected != received:
-            entries, known = (
-                f"{sum(filter(None, sizes.values()))} entries of {len(sizes)}"
-                for sizes in (expected, received)
-            )
             raise ValueError(
-                "The model's optimizer has masks of other kernels or sizes: "
-                f"{known} variables. Received: a `PrincipalMaskCallback` for "
-                f"{entries} variables. Compile the model with a new optimizer."
+                "The model's optimizer has masks of other kernels or sizes. "
+                "Compile the model with a new optimizer. Received: masks of "
+                f"{len(received)} variables, for a `PrincipalMaskCallback` "
+                f"that trains {len(expected)}"
             )
 
     def install(self, model: Any, optimizer: Any) -> Any:
@@ -146,64 +143,58 @@ class Plan:
         if not isinstance(optimizer, MaskedState):
             optimizer = MaskedOptimizer(optimizer)
         optimizer.build_masked(self.variables, self.specs, self.known)
-        outer = model.optimizer
+        outer, new = model.optimizer, optimizer
         if isinstance(outer, keras.optimizers.LossScaleOptimizer):
             # That one was built for all variables.
-            scaled = keras.optimizers.LossScaleOptimizer(
-                optimizer,
-                initial_scale=outer.initial_scale,
-                dynamic_growth_steps=outer.dynamic_growth_steps,
-                name=outer.name,
-            )
-            scaled.build(self.variables)
-            keras_compat.set_optimizer(model, scaled)
-        else:
-            keras_compat.set_optimizer(model, optimizer)
+            settings = {**outer.get_config(), "inner_optimizer": optimizer}
+            new = keras.optimizers.LossScaleOptimizer(**settings)
+            new.build(self.variables)
+        keras_compat.set_optimizer(model, new)
         return optimizer
 
 
 def _check_constraints(targets: list[Target], keep_pattern: bool) -> None:
     """Raise ValueError if masks contradict constraints or zeros that stay."""
-    constrained, others = [], []
+    others, has_pattern = [], False
     for target in targets:
-        constraint = target.variable.constraint
-        if getattr(constraint, "keeps_pattern", False):
-            constrained.append(target)
-        elif constraint is not None:
-            others.append(f"{target.path!r} with {type(constraint).__name__}")
+        variable = target.variable
+        constraint = variable.constraint
+        if constraint is None:
+            continue
+        received = f"{target.path!r} with {type(constraint).__name__}"
+        if not getattr(constraint, "keeps_pattern", False):
+            others.append(received)
+        elif not keep_pattern:
+            raise ValueError(
+                "A kernel with a constraint to a pattern has zeros that a "
+                "mask may hold. Pass `keep_pattern=True`, which trains "
+                "entries that are not zero, or call "
+                "`SemiStructuredSparse.detach(model)` first. Received: "
+                + received
+            )
+        elif ops.any(constraint(variable) != variable.value):
+            raise ValueError(
+                "A kernel with a constraint to a pattern must be in it "
+                "before masks are chosen. Call `SemiStructuredSparse."
+                f"attach(model)` first. Received: {target.path!r}"
+            )
+        else:
+            has_pattern = True
     checks.raise_all(
         "A constraint acts on whole kernels, and would change entries outside "
         "of their masks. Leave these kernels out of `targets`, or take the "
         "constraints off (`layer.kernel.constraint = None`). Received:",
         others,
     )
-    for target in constrained:
-        variable = target.variable
-        if not keep_pattern:
-            raise ValueError(
-                "A kernel with a constraint to a pattern has zeros that a "
-                "mask may hold. Pass `keep_pattern=True`, which trains "
-                "entries that are not zero, or call "
-                "`SemiStructuredSparse.detach(model)` first. Received: "
-                f"{target.path!r} with {type(variable.constraint).__name__}"
-            )
-        if ops.any(variable.constraint(variable) != variable.value):
-            raise ValueError(
-                "A kernel with a constraint to a pattern must be in it "
-                "before masks are chosen. Call `SemiStructuredSparse."
-                f"attach(model)` first. Received: {target.path!r}"
-            )
     # In a model with constraints, kernels without one may be dense.
-    if keep_pattern and not constrained:
-        for target in targets:
-            if not _has_zeros(target.variable):
-                raise ValueError(
-                    "`keep_pattern=True` is for a sparse model, whose zeros "
-                    "stay zeros. Make the model sparse first, or leave this "
-                    f"kernel out of `targets`. Received: {target.path!r}, "
-                    "which has no zero"
-                )
+    if keep_pattern and not has_pattern:
+        checks.raise_all(
+            "`keep_pattern=True` is for a sparse model, whose zeros stay "
+            "zeros. Make these kernels sparse first, or leave them out of "
+            "`targets`. Received kernels without a zero:",
+            [t.path for t in targets if not _has_zeros(t.variable)],
+        )
 
 
 def _has_zeros(variable: keras.Variable) -> bool:
-    return bool(ops.convert_to_numpy(ops.any(variable.value == 0)))
+    return bool(ops.any(variable.value == 0))

@@ -15,17 +15,19 @@ _FROZEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def freeze(model: Any, variables: Any) -> None:
     """Freeze variables of a model until `unfreeze`."""
     _FROZEN.setdefault(model, []).extend(variables)
-    for variable in variables:
-        variable.trainable = False
+    _set_trainable(model, variables, False)
 
 
 def unfreeze(model: Any) -> None:
     """Give the flags of all frozen variables of a model back."""
     train_step.take_off(model, "frozen weights")
-    frozen = _FROZEN.pop(model, [])
-    for variable in frozen:
-        variable.trainable = True
-    if frozen and keras.backend.backend() == "tensorflow":
+    _set_trainable(model, _FROZEN.pop(model, ()), True)
+
+
+def _set_trainable(model: Any, variables: Any, flag: bool) -> None:
+    for variable in variables:
+        variable.trainable = flag
+    if variables and keras.backend.backend() == "tensorflow":
         # It was made for what was trained.
         model.train_function = None
 

@@ -8,10 +8,16 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_weightmods import backend
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.weight_keys import same_path
 from keras_weightmods.lift.frozen import unfreeze_trained_by
 from keras_weightmods.ops.random_places import random_places, seed_of
 from keras_weightmods.utils import checks
+
+# The length of state that is split over devices is a multiple of it, so that a
+# checkpoint fits most meshes.
+_PART = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,39 +46,29 @@ class MaskedState(keras.optimizers.Optimizer):
     from a file knows of what variables, and how many entries of each, it has
     state, and is built for these.
 
-    Subclasses implement `_create_state`, `set_indices`, `indices_of` and
-    `_only_masked`.
+    A mask is a variable with the places of its entries. Subclasses implement
+    `_create_state(variables, known)`, for what `build_masked` shall add.
+
+    Attributes:
+        specs: List of `MaskSpec`, one for each variable it was built on.
     """
 
     built: bool
 
-    def __init__(self, *args, masks=None, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._configured_specs = None
-        try:
-            if masks is not None:
-                self._configured_specs = [
-                    MaskSpec(**{**each, "shape": tuple(each["shape"])})
-                    for each in masks
-                ]
-        except (TypeError, KeyError) as error:
-            expected = "None, or what `get_config` returned"
-            raise checks.error("masks", expected, masks) from error
-        self._specs: Any = []
+        self.specs: Any = []
+        self._indices: Any = []
 
     @property
     def masked_variables(self):
         """The variables of which single entries are trained, in order."""
         return [
             variable
-            for variable, spec in zip(self._trainable_variables, self._specs)
+            for variable, spec in zip(self._trainable_variables, self.specs)
             if spec.size is not None
         ]
-
-    @property
-    def specs(self):
-        """One `MaskSpec` for each variable it was built on."""
-        return tuple(self._specs)
 
     @property
     def mask_step(self):
@@ -85,6 +81,55 @@ class MaskedState(keras.optimizers.Optimizer):
     def mask_seed(self):
         """The seed of the choices of masks, which a checkpoint so holds."""
         return int(ops.convert_to_numpy(self._mask_seed))
+
+    def indices_of(self, variable):
+        """Return the mask of a variable.
+
+        Args:
+            variable: One of `masked_variables`.
+
+        Returns:
+            Rising int32 NumPy array, places in the flattened variable.
+        """
+        if not any(each is variable for each in self.masked_variables):
+            expected = "one of the optimizer's `masked_variables`"
+            raise checks.error("variable", expected, variable)
+        return self._places_of(variable)
+
+    def set_masks(self, all_indices, step, seed=None):
+        """Move the masks.
+
+        Args:
+            all_indices: Iterable of rising int32 NumPy arrays, the entries of
+                each of `masked_variables` in the flattened variable, as many as
+                there were.
+            step: Int, the updates made so far.
+            seed: Int below 2**31, of the choices to come. Defaults to `None`,
+                for the one that is set.
+        """
+        for variable, indices in zip(self.masked_variables, all_indices):
+            self._set_places(variable, indices)
+        self._mask_step.assign(step)
+        if seed is not None:
+            self._mask_seed.assign(seed)
+
+    def drawn_masks(self):
+        """Return the masks that `random_places` draws again from a seed.
+
+        Returns:
+            List of triples of the variable, the seed and the places.
+        """
+        found, step = [], self.mask_step
+        variables = self.masked_variables if step >= 0 else ()
+        for number, variable in enumerate(variables):
+            # As `PrincipalMaskCallback` draws them.
+            seed = seed_of(self.mask_seed, step, number)
+            size, places = math.prod(variable.shape), self._places_of(variable)
+            drawn = random_places(seed, size, places.size)
+            # All of a kernel are what any rule chooses.
+            if places.size < size and np.array_equal(drawn, places):
+                found.append((variable, seed, places))
+        return found
 
     def build(self, variables):
         """Build the state, if the masks are known from a file."""
@@ -108,7 +153,7 @@ class MaskedState(keras.optimizers.Optimizer):
             )
         self.build_masked([variables[p] for p in places], specs, variables)
 
-    def build_masked(self, variables, specs, known=None):
+    def build_masked(self, variables, specs, known):
         """Build the state.
 
         Args:
@@ -116,63 +161,27 @@ class MaskedState(keras.optimizers.Optimizer):
             specs: List of `MaskSpec`, one for each.
             known: List of all variables that the model could train.
         """
-        if self.built:
-            raise ValueError(
-                f"`{type(self).__name__}` has been built already. Compile the "
-                "model with a new optimizer."
-            )
-        self._specs = list(specs)
-        self._configured_specs = None
+        self.specs = list(specs)
         with keras.name_scope(self.name, caller=self):
-            self._create_state(list(variables), known)
-        self._mask_step = self._add_count("mask_step", -1)
-        self._mask_seed = self._add_count("mask_seed", 0)
-        self.built = True
-
-    def _add_count(self, name, value):
-        return self.add_variable(
-            shape=(),
-            initializer=keras.initializers.Constant(value),
-            dtype="int32",
-            aggregation="only_first_replica",
-            name=name,
+            keras.optimizers.Optimizer.build(self, list(variables))
+            self._indices = [
+                None
+                if spec.size is None
+                else self._add_vector(v, "int32", f"indices_{place}")
+                for place, (v, spec) in enumerate(zip(variables, specs))
+            ]
+            self._create_state(variables, known)
+        self._mask_step, self._mask_seed = (
+            self.add_variable(
+                shape=(),
+                initializer=keras.initializers.Constant(value),
+                dtype="int32",
+                aggregation="only_first_replica",
+                name=name,
+            )
+            for name, value in (("mask_step", -1), ("mask_seed", 0))
         )
-
-    def set_masks(self, all_indices, step, seed=None):
-        """Move the masks.
-
-        Args:
-            all_indices: Iterable of rising int32 NumPy arrays, the entries of
-                each of `masked_variables` in the flattened variable.
-            step: Int, the updates made so far.
-            seed: Int below 2**31, of the choices to come. Defaults to `None`,
-                for the one that is set.
-        """
-        for variable, indices in zip(self.masked_variables, all_indices):
-            self.set_indices(variable, indices)
-        self._mask_step.assign(step)
-        if seed is not None:
-            self._mask_seed.assign(seed)
-
-    def drawn_masks(self):
-        """Return the masks that `random_places` draws again from a seed.
-
-        Returns:
-            List of triples of the variable, the seed and the places.
-        """
-        step = self.mask_step
-        if step < 0:
-            return []
-        found = []
-        for number, variable in enumerate(self.masked_variables):
-            # As `PrincipalMaskCallback` draws them.
-            seed = seed_of(self.mask_seed, step, number)
-            size, places = math.prod(variable.shape), self.indices_of(variable)
-            drawn = random_places(seed, size, places.size)
-            # All of a kernel are what any rule chooses.
-            if places.size < size and np.array_equal(drawn, places):
-                found.append((variable, seed, places))
-        return found
+        self.built = True
 
     def apply(self, grads, trainable_variables=None):
         self._check_masks(len(grads))
@@ -185,6 +194,17 @@ class MaskedState(keras.optimizers.Optimizer):
             optimizer_variables, grads, trainable_variables
         )
 
+    def _check_masks(self, count):
+        """Raise ValueError unless it has state for so many variables."""
+        if count > len(self.specs):
+            raise ValueError(
+                f"`{type(self).__name__}` has masks of {len(self.specs)} "
+                "variables. Pass `PrincipalMaskCallback` to each `fit`, or "
+                "call its `attach(model)` before a training loop of your own. "
+                "To train all variables, compile the model with a new "
+                f"optimizer. Received: the gradients of {count} variables"
+            )
+
     def finalize_variable_values(self, var_list):
         """End the training; on JAX `fit` does so on an error as well."""
         super().finalize_variable_values(var_list)
@@ -192,76 +212,40 @@ class MaskedState(keras.optimizers.Optimizer):
 
     def load_own_variables(self, store):
         """Restore the state, which must have been built."""
-        if not self.built and len(store.keys()) > len(self.variables):
-            raise ValueError(
-                f"The file holds the state of a `{type(self).__name__}` with "
-                "masks, and this one has none yet. Call "
-                "`PrincipalMaskCallback.attach(model)` before the weights are "
-                "loaded; put the callback in front of `BackupAndRestore`."
-            )
-        # Of a model that was not trained: the iterations and the rate at most.
         held, wanted = len(store.keys()), len(self.variables)
-        if self.built and held > 2 and held != wanted:
+        # Of a model that was not trained: the iterations and the rate at most.
+        if held > 2 and held != wanted:
             raise ValueError(
                 "The file holds the state of another optimizer, or of one with "
                 f"other settings, than this `{type(self).__name__}`, and its "
                 "masks would be lost. Compile the model as the one that was "
-                "saved. To load the weights without this state, call "
-                "`load_weights(path, skip_mismatch=True)`, or "
+                "saved, and call `PrincipalMaskCallback.attach(model)` before "
+                "the weights are loaded; put the callback in front of "
+                "`BackupAndRestore`. To load the weights without this state, "
+                "call `load_weights(path, skip_mismatch=True)`, or "
                 "`load_model(path, compile=False)`. Received: "
                 f"{held} variables, expected: {wanted}"
             )
         super().load_own_variables(store)
 
-    def _check_masks(self, count):
-        """Raise ValueError unless it has masks and state for all of these."""
-        if not self.built:
-            raise ValueError(
-                f"`{type(self).__name__}` has no masks yet. Train with "
-                "`model.fit(..., callbacks=[PrincipalMaskCallback(...)])`, or "
-                "call `PrincipalMaskCallback(...).attach(model)` before a "
-                "training loop of your own."
-            )
-        if count > len(self._specs):
-            raise ValueError(
-                f"`{type(self).__name__}` trains {len(self._specs)} variables, "
-                "of which its masks are. To go on with them, pass "
-                "`PrincipalMaskCallback` to `fit` again. To train all, compile "
-                "the model with a new optimizer. Received: the gradients of "
-                f"{count} variables"
-            )
-
-    def _check_masked(self, variable):
-        """Raise ValueError unless a variable has a mask."""
-        masked = self.masked_variables if self.built else []
-        if not any(each is variable for each in masked):
-            expected = "one of the optimizer's `masked_variables`"
-            raise checks.error("variable", expected, variable)
-
-    def _checked_indices(self, variable, indices):
-        """Return rising places in a variable; else raise ValueError."""
-        count, size = self._spec_of(variable).size, math.prod(variable.shape)
-        array = checks.check_array("indices", indices)
-        is_valid = array.shape == (count,) and array.dtype.kind in "iu"
-        if is_valid and count:
-            array = array.astype("int64")
-            is_valid = array[0] >= 0 and array[-1] < size
-            is_valid = is_valid and bool(np.all(np.diff(array) > 0))
-        if not is_valid:
-            expected = f"{count} rising ints, from 0 to {size - 1}"
-            raise checks.error("indices", expected, indices)
-        return array.astype("int32")
-
-    def _spec_of(self, variable):
-        return self._specs[self._get_variable_index(variable)]
-
     def get_config(self):
-        specs = self._specs if self.built else self._configured_specs
+        specs = self.specs if self.built else self._configured_specs
         masks = specs and [
             {**dataclasses.asdict(spec), "shape": list(spec.shape)}
             for spec in specs
         ]
         return {**super().get_config(), "masks": masks}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        masks = config.pop("masks", None)
+        optimizer = super().from_config(config, custom_objects)
+        optimizer._configured_specs = masks and [
+            MaskSpec(**{**each, "shape": tuple(each["shape"])})
+            for each in masks
+        ]
+        return optimizer
 
     def _update_model_variables_moving_average(self, trainable_variables):
         """As Keras, of masked entries; the average of others is their value.
@@ -269,39 +253,71 @@ class MaskedState(keras.optimizers.Optimizer):
         Computed, it would be off by a rounding, and they are to stay as they
         are bit for bit when the average is written to the model.
         """
-        if not self.use_ema:
-            return
-        for variable, average in zip(
-            trainable_variables, self._model_variables_moving_average
-        ):
-            if average is None:
-                continue
-            value = ops.convert_to_tensor(variable)
-            old = ops.convert_to_tensor(average)
-            momentum = self.ema_momentum * ops.cast(
-                ops.not_equal(self.iterations, 0), value.dtype
-            )
-            new = momentum * old + (1 - momentum) * value
-            average.assign(self._only_masked(variable, new, value))
-
-    def _create_state(self, variables, known):
-        raise NotImplementedError
-
-    def set_indices(self, variable, indices):
-        """Move the mask of one variable."""
-        raise NotImplementedError
-
-    def indices_of(self, variable):
-        """Return the mask of a variable.
-
-        Args:
-            variable: One of `masked_variables`.
-
-        Returns:
-            Rising int32 NumPy array, places in the flattened variable.
-        """
-        raise NotImplementedError
+        super()._update_model_variables_moving_average(trainable_variables)
+        averages = self._model_variables_moving_average if self.use_ema else ()
+        for variable, average in zip(trainable_variables, averages):
+            if average is not None:
+                pair = map(ops.convert_to_tensor, (average, variable))
+                average.assign(self._only_masked(variable, *pair))
 
     def _only_masked(self, variable, new, old):
-        """Tensor `old` with the masked entries of tensor `new`."""
-        raise NotImplementedError
+        """Return tensor `old` with the masked entries of tensor `new`."""
+        place = self._get_variable_index(variable)
+        indices = self._indices[place]
+        if indices is None:
+            return new
+        split = split_of(self._trainable_variables[place])
+        return put(old, indices, taken(new, indices, split), split)
+
+    def _places_of(self, variable):
+        place = self._get_variable_index(variable)
+        indices = ops.convert_to_numpy(self._indices[place])
+        return indices[: self.specs[place].size]
+
+    def _set_places(self, variable, indices):
+        state = self._indices[self._get_variable_index(variable)]
+        # Beyond the last entry, where nothing is.
+        missing = state.shape[0] - len(indices)
+        beyond = np.full(missing, math.prod(variable.shape), "int32")
+        state.assign(np.append(np.asarray(indices, "int32"), beyond))
+
+    def _add_vector(self, variable, dtype, name, initializer="zeros"):
+        """Add state for the masked entries of a variable, split as it is."""
+        place = self._get_variable_index(variable)
+        size, layout = self.specs[place].size, None
+        split = split_of(variable)
+        if split is not None:
+            layout, parts = split
+            multiple = math.lcm(parts, _PART)
+            size = -(-size // multiple) * multiple
+        return self.add_variable(
+            (size,), initializer, dtype, layout=layout, name=name
+        )
+
+
+def split_of(variable):
+    """Return how the state of a variable that is split over devices is split.
+
+    A pair of a layout and the number of parts; None for one that is not.
+    """
+    layouts = backend.current().layouts()
+    if layouts is None:
+        return None
+    return layouts.split_vector(keras_compat.layout_of(variable))
+
+
+def taken(x, indices, split):
+    """Return the entries of a tensor at places in its flattened form."""
+    x, indices = map(ops.convert_to_tensor, (x, indices))
+    if split is not None:
+        return backend.current().layouts().taken(x, indices)
+    return ops.take(ops.reshape(x, (-1,)), indices)
+
+
+def put(x, indices, values, split):
+    """Return the tensor with other entries at these places."""
+    indices = ops.convert_to_tensor(indices)
+    if split is not None:
+        return backend.current().layouts().put(x, indices, values)
+    flat, places = ops.reshape(x, (-1,)), ops.expand_dims(indices, -1)
+    return ops.reshape(ops.scatter_update(flat, places, values), x.shape)

@@ -4,7 +4,6 @@ import dataclasses
 import random
 import time
 import warnings
-import weakref
 from typing import Any
 
 import keras
@@ -163,23 +162,18 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         self.freeze_rest = checks.check_bool("freeze_rest", freeze_rest)
         self.keep_pattern = checks.check_bool("keep_pattern", keep_pattern)
         is_batch = isinstance(data, (tuple, list)) and len(data) in (2, 3)
-        if criterion == "gradient" and not is_batch:
-            raise ValueError(
-                '`criterion="gradient"` needs `data`, a batch `(x, y)` to take '
-                f"gradients on. Received: data={type(data).__name__}"
-            )
-        if criterion != "gradient" and data is not None:
-            expected = f'None for criterion {criterion!r}: it is for "gradient"'
+        if not (is_batch if criterion == "gradient" else data is None):
+            expected = 'a batch `(x, y)` for criterion "gradient", else None'
             raise checks.error("data", expected, type(data).__name__)
         self._data = data
         self._targets = targets
         self._also_train = () if also_train is None else also_train
-        self._attached: Any = weakref.WeakSet()
+        self._attached: Any = None
         self._batches: Any = None
         self._mask_step = -1
         self._accumulated = 1
         self.refreshes: list[Refresh] = []
-        self._of_epoch: list[Refresh] = []
+        self._before_epoch = 0
 
     def attach(self, model: keras.Model) -> PrincipalMaskReport:
         """Make a compiled model ready to train the masked entries alone.
@@ -198,8 +192,15 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         Raises:
             ValueError: As the class. The model is unchanged then.
         """
-        report: PrincipalMaskReport = self._attach(model)[0]
-        return report
+        checks.check_model(model)
+        unfreeze(model)
+        self._attached = model
+        try:
+            with keras_compat.strategy_scope(model):
+                return self._attach(model)
+        except BaseException:
+            unfreeze(model)
+            raise
 
     def detach(self, model: keras.Model | None = None) -> None:
         """Give the trainable flags back; called when `fit` ends.
@@ -209,27 +210,24 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
 
         Args:
             model: The model, which another callback may have been attached to.
-                Defaults to all that this callback was attached to.
+                Defaults to the one that this callback was attached to last.
 
         Raises:
             ValueError: If `model` is no Keras model.
         """
+        model = self._attached if model is None else model
         if model is not None:
             checks.check_model(model)
             unfreeze(model)
-        else:
-            for each in self._attached:
-                unfreeze(each)
 
     def on_train_begin(self, logs: Any = None) -> None:
         # Keras has been at work for about a second.
         began = time.perf_counter() - 1
         model = self.model
-        report, is_new = self._attach(model)
+        report = self.attach(model)
         self._density = report.totals["trained"] / report.totals["entries"]
         keras_compat.list_hidden_parameters(model)
-        # Others find out by themselves what is to be trained.
-        if is_new or keras.backend.backend() == "tensorflow":
+        if model.train_function is None:
             model.make_train_function(force=True)
         train_step.keep_weights(model)
         if self.freeze_rest and keras.backend.backend() != "jax":
@@ -242,29 +240,28 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         self._first_batch = batch
         if self.refresh_every is None:
             return
-        if self._batches is None:
-            self._look()
-        if self._is_due():
+        if self._batches is None or self._is_due():
             # Updates that were skipped, for gradients that are not finite,
             # are not in the count yet.
             self._look()
-        if self._is_due():
-            self._refresh()
+            if self._is_due():
+                self._refresh()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self._batches is not None:
             self._batches += batch - self._first_batch + 1
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._of_epoch = []
+        self._before_epoch = len(self.refreshes)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if logs is None:
             return
-        changed = [each.changed for each in self._of_epoch]
+        found = self.refreshes[self._before_epoch :]
+        changed = sum(each.changed for each in found)
         logs["mask_density"] = self._density
-        logs["mask_changed"] = sum(changed) / max(1, len(changed))
-        logs["mask_seconds"] = sum(each.seconds for each in self._of_epoch)
+        logs["mask_changed"] = changed / max(1, len(found))
+        logs["mask_seconds"] = sum(each.seconds for each in found)
 
     def on_train_end(self, logs: Any = None) -> None:
         self.detach()
@@ -285,12 +282,12 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         return not rest and periods > self._mask_step // self.refresh_every
 
     def _refresh(self) -> None:
+        began = time.perf_counter()
         model = self.model
         optimizer = inner_optimizer(model.optimizer)
         step = self._batches // self._accumulated
         variables = optimizer.masked_variables
         targets = [self._target_of[id(v)] for v in variables]
-        began = time.perf_counter()
         verbose = (self.params or {}).get("verbose", 0)
         counts = []
 
@@ -311,22 +308,9 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         self._mask_step = step
         seconds = time.perf_counter() - began
         new, entries = map(sum, zip(*counts))
-        refresh = Refresh(step, new / max(1, entries), seconds)
-        self.refreshes.append(refresh)
-        self._of_epoch.append(refresh)
+        self.refreshes.append(Refresh(step, new / max(1, entries), seconds))
 
-    def _attach(self, model: Any) -> Any:
-        """Attach; return a report, and whether an optimizer was built."""
-        checks.check_model(model)
-        unfreeze(model)
-        try:
-            with keras_compat.strategy_scope(model):
-                return self._attach_in_scope(model)
-        except BaseException:
-            unfreeze(model)
-            raise
-
-    def _attach_in_scope(self, model: Any) -> Any:
+    def _attach(self, model: Any) -> PrincipalMaskReport:
         if getattr(model, "optimizer", None) is None:
             expected = "compiled with an optimizer"
             raise checks.error("model", expected, model.name)
@@ -358,11 +342,10 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         if self.freeze_rest:
             trained = {id(v) for v in plan.variables}
             freeze(model, [v for v in plan.known if id(v) not in trained])
-            self._attached.add(model)
         if chosen is not None:
             optimizer.set_masks(chosen, 0, self._selection.seed)
         self._target_of = {id(t.variable): t for t in plan.targets}
-        return plan.report, is_new
+        return plan.report
 
     def _size(self, target: Any) -> Any:
         """The number of entries of a target to train."""

@@ -1,6 +1,5 @@
 """SparseAdamW: AdamW with state for the entries that it trains alone."""
 
-import math
 from typing import Any
 
 import keras
@@ -8,13 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods import backend
-from keras_weightmods.core import keras_compat
-from keras_weightmods.lift.masked_state import MaskedState
+from keras_weightmods.lift.masked_state import MaskedState, put, split_of, taken
 from keras_weightmods.utils import checks
-
-# The length of state that is split over devices is a multiple of it, so that a
-# checkpoint fits most meshes.
-_PART = 256
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
@@ -55,7 +49,6 @@ class SparseAdamW(MaskedState):
         beta_2: Float in [0, 1). Defaults to `0.95`.
         epsilon: Float, added to the square root. Defaults to `1e-6`.
         name: String. Defaults to `"sparse_adamw"`.
-        masks: Of the config; leave it out.
         **kwargs: As in `keras.optimizers.Optimizer`: `clipnorm`, `use_ema`,
             `gradient_accumulation_steps` and others.
 
@@ -90,7 +83,6 @@ class SparseAdamW(MaskedState):
         epsilon: float = 1e-6,
         *,
         name: str = "sparse_adamw",
-        masks: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         checks.check_schedule("learning_rate", learning_rate)
@@ -98,7 +90,6 @@ class SparseAdamW(MaskedState):
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             name=name,
-            masks=masks,
             **kwargs,
         )
         checks.check_float("weight_decay", weight_decay, 0, optional=True)
@@ -107,17 +98,11 @@ class SparseAdamW(MaskedState):
         self.epsilon = checks.check_float("epsilon", epsilon, above=0)
 
     def _create_state(self, variables: Any, known: Any) -> None:
-        keras.optimizers.Optimizer.build(self, variables)
-        self._indices: list[Any] = []
-        self._moments: list[Any] = []
-        names, new = ("momentum", "velocity"), self.add_variable_from_reference
-        for place, (variable, spec) in enumerate(zip(variables, self._specs)):
-            indices = None
-            if spec.size is not None:
-                name = f"indices_{place}"
-                indices = self._add_vector(variable, dtype="int32", name=name)
-            self._indices.append(indices)
-            self._moments.append(tuple(new(variable, n) for n in names))
+        new = self.add_variable_from_reference
+        self._moments = [
+            (new(variable, "momentum"), new(variable, "velocity"))
+            for variable in variables
+        ]
 
     def add_variable_from_reference(
         self,
@@ -125,58 +110,38 @@ class SparseAdamW(MaskedState):
         name: Any = None,
         initializer: Any = "zeros",
     ) -> Any:
+        variable, place = reference_variable, len(self.variables)
         # The average of a kernel is as large as the kernel.
-        size = name != "average" and self._spec_of(reference_variable).size
-        if not size:
-            return super().add_variable_from_reference(
-                reference_variable, name, initializer
-            )
-        # No path in the name: a layout map of kernels is not for these.
-        name = f"{name}_{len(self.variables)}"
-        dtype = reference_variable.dtype
-        return self._add_vector(
-            reference_variable, initializer=initializer, dtype=dtype, name=name
-        )
+        if name != "average":
+            spec = self.specs[self._get_variable_index(variable)]
+            if spec.size is not None:
+                # No path in it: a layout map of kernels is not for these.
+                name = f"{name}_{place}"
+                dtype = variable.dtype
+                return self._add_vector(variable, dtype, name, initializer)
+        return super().add_variable_from_reference(variable, name, initializer)
 
-    def _add_vector(self, variable: Any, **kwargs: Any) -> Any:
-        """Add state for the masked entries of a variable, split as it is."""
-        size, layout = self._spec_of(variable).size, None
-        split = _split_of(variable)
-        if split is not None:
-            layout, parts = split
-            size = -(-size // math.lcm(parts, _PART)) * math.lcm(parts, _PART)
-        return self.add_variable((size,), layout=layout, **kwargs)
-
-    def indices_of(self, variable: keras.Variable) -> Any:
-        self._check_masked(variable)
-        indices = ops.convert_to_numpy(self._indices_of(variable))
-        return indices[: self._spec_of(variable).size]
-
-    def _indices_of(self, variable: Any) -> Any:
-        return self._indices[self._get_variable_index(variable)]
-
-    def set_indices(self, variable: keras.Variable, indices: Any) -> None:
-        self._check_masked(variable)
-        indices = self._checked_indices(variable, indices)
-        place = self._get_variable_index(variable)
-        state = self._indices[place]
-        missing = state.shape[0] - len(indices)
+    def _set_places(self, variable: Any, indices: Any) -> None:
         if self.mask_step >= 0:
-            old = self.indices_of(variable)
-            for moment in self._moments[place]:
-                values = ops.convert_to_numpy(moment)[: len(old)]
-                moved = _moved(values, old, indices)
-                moment.assign(np.pad(moved, (0, missing)))
-        # Beyond the last entry, where nothing is.
-        beyond = np.full(missing, math.prod(variable.shape), "int32")
-        state.assign(np.append(np.asarray(indices, "int32"), beyond))
+            _, before, after = np.intersect1d(
+                self._places_of(variable),
+                indices,
+                assume_unique=True,
+                return_indices=True,
+            )
+            for moment in self._moments[self._get_variable_index(variable)]:
+                values = ops.convert_to_numpy(moment)
+                moved = np.zeros_like(values)
+                moved[after] = values[before]
+                moment.assign(moved)
+        super()._set_places(variable, indices)
 
     def _backend_apply_gradients(self, grads: Any, variables: Any) -> None:
         compact = []
         for gradient, variable in zip(grads, variables):
-            indices = self._indices_of(variable)
+            indices = self._indices[self._get_variable_index(variable)]
             if indices is not None:
-                gradient = _taken(gradient, indices, _split_of(variable))
+                gradient = taken(gradient, indices, split_of(variable))
             compact.append(gradient)
         if keras.backend.backend() == "jax":
             # No step on a weight while a gradient still needs it.
@@ -196,14 +161,15 @@ class SparseAdamW(MaskedState):
         decay = (self._use_weight_decay(known) and self.weight_decay) or 0.0
         in_place = backend.current().in_place()
         if in_place is not None:
-            arguments = known, gradient, indices, moments, decay
-            in_place.sparse_adamw(self, *arguments)
+            in_place.sparse_adamw(
+                self, known, gradient, indices, moments, decay
+            )
             return
         whole = ops.convert_to_tensor(variable)
         if keras.backend.backend() == "jax" and indices is not None:
             (whole,) = backend.current().after([whole], [gradient])
-        split = None if indices is None else _split_of(known)
-        weight = whole if indices is None else _taken(whole, indices, split)
+        split = split_of(known)
+        weight = whole if indices is None else taken(whole, indices, split)
         dtype = weight.dtype
         rate = ops.cast(learning_rate, dtype)
         gradient = ops.cast(gradient, dtype)
@@ -222,15 +188,8 @@ class SparseAdamW(MaskedState):
         mean, square = corrected
         weight = weight - rate * mean / (ops.sqrt(square) + self.epsilon)
         if indices is not None:
-            weight = _put(whole, indices, weight, split)
+            weight = put(whole, indices, weight, split)
         self.assign(variable, weight)
-
-    def _only_masked(self, variable: Any, new: Any, old: Any) -> Any:
-        indices = self._indices_of(variable)
-        if indices is None:
-            return new
-        split = _split_of(variable)
-        return _put(old, indices, _taken(new, indices, split), split)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -239,40 +198,3 @@ class SparseAdamW(MaskedState):
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
         }
-
-
-def _moved(values: Any, old: Any, new: Any) -> Any:
-    """The values of rising indices at others, zero where these are new."""
-    _, before, after = np.intersect1d(old, new, True, return_indices=True)
-    moved = np.zeros_like(values)
-    moved[after] = values[before]
-    return moved
-
-
-def _split_of(variable: Any) -> Any:
-    """How the state of a variable that is split over devices is split.
-
-    A pair of a layout and the number of parts; None for one that is not.
-    """
-    layouts = backend.current().layouts()
-    if layouts is None:
-        return None
-    return layouts.split_vector(keras_compat.layout_of(variable))
-
-
-def _taken(x: Any, indices: Any, split: Any) -> Any:
-    """The entries of a tensor at places in its flattened form."""
-    x, indices = map(ops.convert_to_tensor, (x, indices))
-    if split is not None:
-        return backend.current().layouts().taken(x, indices)
-    return ops.take(ops.reshape(x, (-1,)), indices)
-
-
-def _put(x: Any, indices: Any, values: Any, split: Any) -> Any:
-    """The tensor with other entries at these places."""
-    if split is not None:
-        indices = ops.convert_to_tensor(indices)
-        return backend.current().layouts().put(x, indices, values)
-    flat = ops.reshape(x, (-1,))
-    places = ops.expand_dims(ops.convert_to_tensor(indices), -1)
-    return ops.reshape(ops.scatter_update(flat, places, values), x.shape)

@@ -37,17 +37,16 @@ def sparsity_run(history: Any, *, ax: Any = None) -> Any:
     names = ("kept_share", "mask_flips")
     if not isinstance(logs, dict) or not logs.keys() >= {*names}:
         expected = f"of a run with a `SparsityMonitor`, with the logs {names}"
-        received = sorted(logs) if isinstance(logs, dict) else logs
-        raise checks.error("history", expected, received)
-    epochs = np.arange(1, len(logs["kept_share"]) + 1)
+        raise checks.error("history", expected, logs)
+    shares, flips = (logs[name] for name in names)
+    epochs = np.arange(1, len(shares) + 1)
     ax = style.new_axes(ax)
-    kept, flips = style.COLORS[:2]
-    (first,) = ax.plot(epochs, logs["kept_share"], "o-", ms=3, color=kept)
+    (first,) = ax.plot(epochs, shares, "o-", ms=3)
     ax.set(xlabel="epoch", ylabel="kept share $S_t$ of the sum of |w|")
-    style.grid(ax)
     right = ax.twinx()
     right.spines["top"].set_visible(False)
-    (second,) = right.plot(epochs, logs["mask_flips"], "s--", ms=3, color=flips)
+    color = style.COLORS[1]
+    (second,) = right.plot(epochs, flips, "s--", ms=3, color=color)
     right.set(ylabel="flips for each mask set, share")
     right.set_ylim(bottom=0)
     style.legend(ax, [first, second], ["kept share", "flips"], above=True)
@@ -93,12 +92,8 @@ def mask_overlap(refreshes: Any, *, ax: Any = None) -> Any:
     ax = style.new_axes(ax)
     steps = [each.step for each in found]
     ax.plot(steps, [1 - each.changed for each in found], "o-", ms=4)
-    ax.set(
-        ylim=(0, 1.02),
-        xlabel="update",
-        ylabel="share of the masks that stayed",
-    )
-    style.grid(ax)
+    label = "share of the masks that stayed"
+    ax.set(ylim=(0, 1.02), xlabel="update", ylabel=label)
     return ax
 
 
@@ -146,20 +141,11 @@ def scaling(
         loss, low, high = law.predict(many)
         label = f"exp({law.L_inf:.2f} + {law.B:.3g} D$^{{-{law.beta:.2f}}}$)"
         (line,) = ax.plot(many, np.exp(loss), "-", label=label)
-        band = f"{law.confidence:.0%} of runs"
-        ax.fill_between(
-            many,
-            np.exp(low),
-            np.exp(high),
-            color=line.get_color(),
-            alpha=0.15,
-            linewidth=0,
-            label=band,
-        )
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+        style_of_band = {"color": line.get_color(), "alpha": 0.15, "lw": 0}
+        label = f"{law.confidence:.0%} of runs"
+        band = map(np.exp, (low, high))
+        ax.fill_between(many, *band, label=label, **style_of_band)
+    ax.set(xscale="log", yscale="log", xlabel="tokens D", ylabel="perplexity")
     style.plain_numbers(ax.yaxis)
-    ax.set(xlabel="tokens D", ylabel="perplexity")
-    style.grid(ax)
     style.legend(ax)
     return ax

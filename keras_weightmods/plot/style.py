@@ -7,8 +7,15 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GRAY = "#777777"
 
 
-def new_axes(ax: Any, width: float = 6.0, height: float = 3.6) -> Any:
+def new_axes(
+    ax: Any, width: float = 6.0, height: float = 3.6, grid: str = "both"
+) -> Any:
     """Return `ax` in the style, or new axes where it is `None`.
+
+    Args:
+        ax: Axes of matplotlib, or `None`.
+        width, height: Floats, inches of new axes.
+        grid: `"x"`, `"y"` or `"both"`: the lines to read values by.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -26,12 +33,16 @@ def new_axes(ax: Any, width: float = 6.0, height: float = 3.6) -> Any:
     ax.set_prop_cycle(color=COLORS)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_axisbelow(True)
+    ax.grid(visible=True, axis=grid, color="#dddddd", linewidth=0.6)
     return ax
 
 
-def grid(ax: Any, axis: str = "both") -> None:
-    """Draw the lines to read values by."""
-    ax.grid(visible=True, axis=axis, color="#dddddd", linewidth=0.6)
+def new_rows(ax: Any, names: list[str]) -> Any:
+    """Return axes with named rows for horizontal bars, the first on top."""
+    ax = new_axes(ax, height=1.2 + 0.22 * len(names), grid="x")
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    return ax
 
 
 def plain_numbers(axis: Any) -> None:
@@ -41,17 +52,6 @@ def plain_numbers(axis: Any) -> None:
     axis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.set_minor_formatter(ticker.NullFormatter())
-
-
-def rows(ax: Any, names: list[str]) -> None:
-    """Name the rows of horizontal bars, the first on top."""
-    ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.set_ylim(len(names) - 0.4, -0.6)
-
-
-def height_of(count: int) -> float:
-    """Return the height in inches that so many rows take."""
-    return 1.2 + 0.22 * count
 
 
 def legend(ax: Any, *args: Any, above: bool = False) -> Any:

@@ -4,8 +4,6 @@ import math
 import os
 from typing import Any
 
-import numpy as np
-
 from keras_weightmods.patches.patch import Patch
 from keras_weightmods.patches.report import PatchContentsReport
 from keras_weightmods.plot import style
@@ -44,20 +42,18 @@ def layer_sizes(change: Any, *, ax: Any = None) -> Any:
     ```
     """
     report = change
-    if isinstance(report, (str, os.PathLike)):
-        report = Patch.load(report)
-    if isinstance(report, Patch):
-        report = report.report()
+    if isinstance(change, (str, os.PathLike)):
+        report = Patch.load(change).report()
+    elif isinstance(change, Patch):
+        report = change.report()
     if not isinstance(report, PatchContentsReport):
         expected = "a `Patch`, its report, or the path of its file"
         raise checks.error("change", expected, change)
-    sizes = [(row.path, row.nbytes) for row in report.rows]
-    ax = style.new_axes(ax, height=style.height_of(len(sizes)))
-    ax.barh(range(len(sizes)), [size / 1024 for _, size in sizes], 0.6)
-    style.rows(ax, [path for path, _ in sizes])
-    total = size_text(sum(size for _, size in sizes))
-    ax.set(xlabel="KiB", title=f"{total} in {len(sizes)} weights")
-    style.grid(ax, "x")
+    sizes = [row.nbytes for row in report.rows]
+    ax = style.new_rows(ax, [row.path for row in report.rows])
+    ax.barh(range(len(sizes)), [size / 1024 for size in sizes], 0.6)
+    title = f"{size_text(sum(sizes))} in {len(sizes)} weights"
+    ax.set(xlabel="KiB", title=title)
     return ax
 
 
@@ -107,7 +103,6 @@ def accuracy(
     for label, value in (baselines or {}).items():
         ax.axhline(value, ls="--", color=style.GRAY, label=label)
     ax.set(ylim=(0, 1), xlabel="scale of the patch", ylabel="accuracy")
-    style.grid(ax)
     style.legend(ax)
     return ax
 
@@ -157,52 +152,32 @@ def speed(rows: Any, *, ax: Any = None) -> Any:
         expected = f"dicts with `name` and, positive, {numbers}"
         raise checks.error("rows", expected, rows)
     ax = style.new_axes(ax, 8, 5)
+    # In square points.
+    areas = [float(row.get("nbytes", 4e7)) / 1e6 for row in rows]
     for kind in dict.fromkeys(row.get("kind") for row in rows):
-        same = [row for row in rows if row.get("kind") == kind]
-        ax.scatter(
-            *([row[name] for row in same] for name in numbers),
-            s=[_area(row) for row in same],
-            alpha=0.5,
-            label=kind,
-        )
-    middle = np.mean([math.log(row["perplexity"]) for row in rows])
-    for row in rows:
-        is_left = math.log(row["perplexity"]) <= middle
-        # Beside the dot, whose diameter is the root of its area.
-        away = 3 + math.sqrt(_area(row)) / 2
-        above = _is_above(row, rows)
+        same = [i for i, row in enumerate(rows) if row.get("kind") == kind]
+        places = ([rows[i][name] for i in same] for name in numbers)
+        sizes = [areas[i] for i in same]
+        ax.scatter(*places, s=sizes, alpha=0.5, label=kind)
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["perplexity"])
+    for rank, i in enumerate(order):
+        is_left = 2 * rank < len(rows)
+        # Beside the dot, whose diameter is the root of its area; neighbors
+        # above and below.
+        away = 3 + math.sqrt(areas[i]) / 2
         ax.annotate(
-            row["name"],
-            [row[name] for name in numbers],
-            xytext=(away if is_left else -away, 3 if above else -9),
+            rows[i]["name"],
+            [rows[i][name] for name in numbers],
+            xytext=(away if is_left else -away, -9 if rank % 2 else 3),
             textcoords="offset points",
             ha="left" if is_left else "right",
             fontsize=7,
         )
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+    ax.set(xscale="log", yscale="log")
     style.plain_numbers(ax.xaxis)
     style.plain_numbers(ax.yaxis)
     ax.set(xlabel="perplexity", ylabel="tokens a second")
-    style.grid(ax)
     if any("kind" in row for row in rows):
         for dot in style.legend(ax).legend_handles:
             dot.set_sizes([40])
     return ax
-
-
-def _area(row: Any) -> float:
-    """Return the area of a dot, in square points."""
-    return float(row.get("nbytes", 4e7) / 1e6)
-
-
-def _is_above(row: Any, rows: Any) -> bool:
-    """Whether the name of a dot goes above that of its neighbor."""
-    others = [other for other in rows if other is not row]
-    if not others:
-        return True
-    place = math.log(row["perplexity"])
-    neighbor = min(
-        others, key=lambda other: abs(math.log(other["perplexity"]) - place)
-    )
-    return bool(row["tokens_per_second"] >= neighbor["tokens_per_second"])

@@ -60,21 +60,17 @@ def kernel(
     inputs, outputs = matrix.shape
     values = _numpy(matrix)[:rows, :columns]
     ax = style.new_axes(ax)
+    ax.grid(visible=False)
     most = np.abs(values).max() or 1.0
     shown = np.ma.masked_equal(values, 0)
-    image = ax.imshow(
-        shown, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest"
-    )
-    ax.set_facecolor("white")
+    options = {"cmap": "RdBu_r", "interpolation": "nearest"}
+    image = ax.imshow(shown, vmin=-most, vmax=most, **options)
     for place in range(m or len(values), len(values), m or 1):
         ax.axhline(place - 0.5, color=style.GRAY, linewidth=0.5)
-    zeros = float((values == 0).mean())
-    ax.set(
-        xlabel="output",
-        ylabel="input, along the contraction",
-        title=f"{len(values)} x {values.shape[1]} of {inputs} x {outputs}, "
-        f"{zeros:.0%} zeros",
-    )
+    part = f"{len(values)} x {values.shape[1]} of {inputs} x {outputs}"
+    title = f"{part}, {(values == 0).mean():.0%} zeros"
+    label = "input, along the contraction"
+    ax.set(xlabel="output", ylabel=label, title=title)
     ax.figure.colorbar(image, ax=ax, label="weight")
     return ax
 
@@ -126,9 +122,7 @@ def distribution(
     ax = style.new_axes(ax)
     for values, label in zip(flat, labels):
         ax.hist(values, edges, histtype="step", density=True, label=label)
-    ax.set_yscale("log")
-    ax.set(xlabel="weight", ylabel="probability density")
-    style.grid(ax)
+    ax.set(yscale="log", xlabel="weight", ylabel="probability density")
     if after is not None:
         style.legend(ax)
     return ax
@@ -187,29 +181,23 @@ def density(
             mask = _numpy(nm.nm_mask(weight, pattern, target.contraction_axes))
             share = (values * mask).sum() / (values.sum() or 1)
         kept.append(share)
-    ax = style.new_axes(ax, height=style.height_of(len(names)))
+    ax = style.new_rows(ax, names)
     places = np.arange(len(names))
     ax.barh(places, densities, 0.6, label="density", alpha=0.5)
     if pattern is not None:
-        label = f"kept by {n}:{m}"
-        color = style.COLORS[1]
-        ax.plot(kept, places, "o", color=color, label=label, clip_on=False)
-    style.rows(ax, names)
-    ax.set(
-        xlim=(0, 1), xlabel="density, and share of the sum of |w| that is kept"
-    )
-    style.grid(ax, "x")
+        options = {"color": style.COLORS[1], "label": f"kept by {n}:{m}"}
+        ax.plot(kept, places, "o", clip_on=False, **options)
+    label = "density, and share of the sum of |w| that is kept"
+    ax.set(xlim=(0, 1), xlabel=label)
     style.legend(ax, above=True)
     return ax
 
 
 def _all_weights(weights: Any) -> np.ndarray:
     if hasattr(weights, "layers"):
-        weights = [
-            getattr(target.layer, target.attribute)
-            for target in resolve_targets(weights, None)
-        ]
-    if not isinstance(weights, (list, tuple)):
+        found = resolve_targets(weights, None)
+        weights = [getattr(each.layer, each.attribute) for each in found]
+    elif not isinstance(weights, (list, tuple)):
         weights = [weights]
     return np.concatenate([_numpy(each).ravel() for each in weights])
 

@@ -164,6 +164,7 @@ class Compander(Reparameterization):
     Args:
         target: The `Target`, or None until `bind`.
         a, b, learnable, function, out_of_range: As in `attach_compander`.
+        outside, raised: As in `CompandedKernel`.
     """
 
     name = "compander"
@@ -176,21 +177,22 @@ class Compander(Reparameterization):
         learnable: bool = False,
         function: str = "arctan",
         out_of_range: str = "clip",
+        outside: int = 0,
+        raised: bool = False,
     ):
         super().__init__(target)
         check_function(function)
         self.a = checks.check_float("a", a, above=_LEAST)
-        checks.check_bool("learnable", learnable)
+        self.learnable = checks.check_bool("learnable", learnable)
         if b is None:
             b = 2 * self.a if learnable else self.a
         self.b = checks.check_float("b", b, above=_LEAST)
         choices = ("clip", "raise_a", "error")
         checks.check_choice("out_of_range", out_of_range, choices)
-        self.learnable = learnable
         self.function = function
         self.out_of_range = out_of_range
-        self.outside = 0
-        self.raised = False
+        self.outside = checks.check_int("outside", outside, 0)
+        self.raised = checks.check_bool("raised", raised)
 
     def get_config(self) -> dict[str, Any]:
         found = {"outside": self.outside, "raised": self.raised}
@@ -200,15 +202,6 @@ class Compander(Reparameterization):
         """Return the arguments, as a copy of the layer would take them."""
         names = "a", "b", "learnable", "function", "out_of_range"
         return {name: getattr(self, name) for name in names}
-
-    @classmethod
-    def from_config(cls, target: Any, config: Any) -> "Compander":
-        settings = dict(config)
-        outside = checks.check_int("outside", settings.pop("outside", None), 0)
-        raised = checks.check_bool("raised", settings.pop("raised", None))
-        item = super().from_config(target, settings)
-        item.outside, item.raised = outside, raised
-        return item
 
     def start(self, weight: Any) -> Any:
         if self.is_empty:
@@ -264,7 +257,15 @@ class Compander(Reparameterization):
         # looked for in the variable when it is to be detached.
         if getattr(constraint, "keeps_pattern", False):
             return constraint
-        return _OnCompanded(constraint, self)
+
+        def on_effective(stored: Any) -> Any:
+            stored = ops.convert_to_tensor(stored)
+            weight = self.effective(stored)
+            new = constraint(weight)
+            # What has not changed is not to drift by rounding.
+            return ops.where(new == weight, stored, self._inverse(new))
+
+        return on_effective
 
     def saved_arrays(self) -> dict[str, Any]:
         if self.learnable:
@@ -290,20 +291,24 @@ class Compander(Reparameterization):
             )
 
     def summary(self) -> CompandedKernel:
-        path, shape = self.target.path, tuple(self.target.shape)
-        found = self.function, self.learnable, self.outside, self.raised
-        return CompandedKernel(path, shape, *found, self)
+        return CompandedKernel(
+            self.target.path,
+            tuple(self.target.shape),
+            self.function,
+            self.learnable,
+            self.outside,
+            self.raised,
+            self,
+        )
 
     @property
     def pair(self) -> tuple[float, float]:
         """The present a and b, as floats."""
-        if not self.learnable or not self.parameters:
-            return self.a, self.b
-        a, b = ops.convert_to_numpy(_positive(self.parameters[0].value))
-        return float(a), float(b)
+        a, b = (float(ops.convert_to_numpy(each)) for each in self._pair())
+        return a, b
 
     def _pair(self) -> Any:
-        if not self.learnable:
+        if not self.parameters:
             return self.a, self.b
         return ops.unstack(_positive(self.parameters[0]))
 
@@ -314,7 +319,7 @@ class Compander(Reparameterization):
         """Return the stored values for `weight`, clipped into the range."""
         dtype = keras.backend.standardize_dtype(weight.dtype)
         wide = keras.backend.result_type(dtype, "float32")
-        a, b = self._pair() if self.parameters else (self.a, self.b)
+        a, b = self._pair()
         limit = a * self._limit(1.0, dtype)
         weight = ops.clip(ops.cast(weight, wide), -limit, limit)
         return ops.cast(compand_inverse(weight, a, b, self.function), dtype)
@@ -324,23 +329,6 @@ class Compander(Reparameterization):
         # compander be taken for one of this.
         fixed = "" if self.learnable else "_fixed"
         return f"{self.target.attribute}_compander_{self.function}{fixed}"
-
-
-class _OnCompanded:
-    """Applies a constraint of the stored weight to the effective one."""
-
-    def __init__(self, constraint: Any, item: Compander):
-        self.constraint = constraint
-        self.item = item
-
-    def __call__(self, stored: Any) -> Any:
-        stored = ops.convert_to_tensor(stored)
-        weight = self.item.effective(stored)
-        constrained = self.constraint(weight)
-        # What has not changed is not to drift by rounding.
-        return ops.where(
-            constrained == weight, stored, self.item._inverse(constrained)
-        )
 
 
 def _positive(raw: Any) -> Any:

@@ -7,10 +7,7 @@ import keras
 from keras_weightmods.core import keras_compat, reparameterized_layer, seam
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.core.targets import target_of
-from keras_weightmods.reparameterize.compander import (
-    CompandedKernel,
-    Compander,
-)
+from keras_weightmods.reparameterize.compander import CompandedKernel, Compander
 
 # What a type checker is told of the class behind.
 _Layer: Any = keras.layers.Layer if TYPE_CHECKING else object

@@ -50,8 +50,7 @@ class CompanderOptimizer(WrappingOptimizer):
 
     Raises:
         ValueError: If `optimizer` is not such an optimizer; on build, if
-            no variable has a compander, or a compander's a and b are not
-            among the variables.
+            no variable has a compander.
 
     Example:
 
@@ -80,10 +79,11 @@ class CompanderOptimizer(WrappingOptimizer):
         """Builds the wrapped optimizer, once the companders are found."""
         if self.built:
             return
+        found = [getattr(v, "reparameterization", None) for v in variables]
         items = {
             self._var_key(variable): item
-            for variable in variables
-            if (item := _item(variable)) is not None
+            for variable, item in zip(variables, found)
+            if isinstance(item, Compander)
         }
         if not items:
             raise ValueError(
@@ -92,20 +92,14 @@ class CompanderOptimizer(WrappingOptimizer):
                 "it after `attach_compander`, or use "
                 f"{type(self.optimizer).__name__} as it is."
             )
-        keys = set(map(self._var_key, variables))
-        pairs: set[Any] = set()
-        for item in items.values():
-            pair = set(map(self._var_key, item.parameters))
-            if not pair <= keys:
-                raise ValueError(
-                    "a and b of a kernel that is trained must be trained too. "
-                    f"Received: frozen ones for {item.target.path!r}. Use "
-                    "`learnable=False`."
-                )
-            pairs |= pair
         super().build(variables)
         inner = self.optimizer
         learnable = {key for key, item in items.items() if item.learnable}
+        pairs = {
+            self._var_key(parameter)
+            for item in items.values()
+            for parameter in item.parameters
+        }
         # Closures, because Keras would track the layers behind.
         self._get_item = items.get
         self._is_decayed = {
@@ -167,12 +161,6 @@ class CompanderOptimizer(WrappingOptimizer):
             is_update = ops.equal((steps + 1) % every, 0)
             decay = decay * ops.cast(is_update, "float32")
         return decay
-
-
-def _item(variable: Any) -> Any:
-    """Return the compander of a variable; None if it has none."""
-    item = getattr(variable, "reparameterization", None)
-    return item if isinstance(item, Compander) else None
 
 
 def _widened(x: Any) -> Any:

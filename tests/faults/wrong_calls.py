@@ -224,19 +224,6 @@ def fit_masked(optimizer):
     fit_by(optimizer, kwm.PrincipalMaskCallback(0.1))
 
 
-def on_masks(optimizer, method, **arguments):
-    model = models.mlp()
-    model.compile(optimizer(), "mse")
-    kwm.PrincipalMaskCallback(0.1).attach(model)
-    function = getattr(model.optimizer, method)
-    variable = model.optimizer.masked_variables[0]
-    return Call(function, {"variable": variable, **arguments}, [model])
-
-
-def sgd_masked():
-    return kwm.MaskedOptimizer(keras.optimizers.SGD(0.1))
-
-
 def compander(name, *args, shape, **arguments):
     cls = getattr(kwm, name)
 
@@ -343,10 +330,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "CompanderEinsumDense": lambda: compander(
         "CompanderEinsumDense", "ab,bc->ac", 3, shape=(2, 4)
     ),
-    "MaskedOptimizer.indices_of": lambda: on_masks(sgd_masked, "indices_of"),
-    "MaskedOptimizer.set_indices": lambda: on_masks(
-        sgd_masked, "set_indices", indices=np.arange(13)
-    ),
     "merge": _merge,
     "Patch.from_lora": _from_lora,
     "Patch.to_lora": _to_lora,
@@ -357,10 +340,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "Patch.subtract": on_patch("subtract"),
     "Patch.on": on_patch("on"),
     "Patch.clear": on_patch("clear", is_on=True),
-    "SparseAdamW.indices_of": lambda: on_masks(kwm.SparseAdamW, "indices_of"),
-    "SparseAdamW.set_indices": lambda: on_masks(
-        kwm.SparseAdamW, "set_indices", indices=np.arange(13)
-    ),
     "WeightSignature.extract": _extract,
     "WeightSignature.cosine_similarity": _on_signature(
         "cosine_similarity", other=signature

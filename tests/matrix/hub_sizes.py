@@ -28,58 +28,38 @@ IMAGE = (32, 32, 3)
 TOKENS = 8
 PROMPT = 12  # Tokens that are written, with those that they begin with.
 # Arguments of the constructors, by name; others keep their defaults.
+_SIZES = {
+    96: "vocabulary_size vocab_size",
+    2: "num_layers num_key_value_heads num_experts_per_token top_k",
+    4: "num_heads num_query_heads num_attention_heads num_experts",
+    8: "head_dim head_size patch_size",
+    16: "image_size",
+    32: "hidden_dim hidden_size embedding_dim projection_dim "
+    "max_sequence_length max_position_embeddings moe_intermediate_dim "
+    "expert_intermediate_dim shared_expert_intermediate_dim "
+    "shared_expert_intermediate_size",
+    64: "intermediate_dim mlp_dim",
+    False: "attention_bias mlp_bias",
+    1e-5: "layer_norm_epsilon",
+    1e4: "rope_theta",
+    1.0: "partial_rotary_factor",
+    None: "preprocessor",
+    IMAGE: "image_shape",
+}
 SIZES = {
-    "vocabulary_size": 96,
-    "vocab_size": 96,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_query_heads": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_dim": 32,
-    "hidden_size": 32,
-    "embedding_dim": 32,
-    "intermediate_dim": 64,
-    "head_dim": 8,
-    "head_size": 8,
-    "max_sequence_length": 32,
-    "max_position_embeddings": 32,
-    "num_experts": 4,
-    "num_experts_per_token": 2,
-    "top_k": 2,
-    "moe_intermediate_dim": 32,
-    "expert_intermediate_dim": 32,
-    "shared_expert_intermediate_dim": 32,
-    "shared_expert_intermediate_size": 32,
-    "image_size": 16,
-    "image_shape": IMAGE,
-    "patch_size": 8,
-    "mlp_dim": 64,
-    "projection_dim": 32,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
     "rope_layer_enabled_list": [True, True],
     "layer_types": ["full_attention"] * 2,
-    "mlp_bias": False,
-    "layer_norm_epsilon": 1e-5,
-    "rope_theta": 1e4,
-    "partial_rotary_factor": 1.0,
-    "preprocessor": None,
+    "attention_dropout": 0.0,
+    **{name: size for size, names in _SIZES.items() for name in names.split()},
 }
 # T5Gemma's, once for its encoder and once for its decoder.
-SIDE = {
-    "hidden_dim": 32,
-    "intermediate_dim": 64,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "layer_types": ["full_attention"] * 2,
-}
 SIDES = {
-    f"{side}_{name}": value
+    f"{side}_{name}": SIZES[name]
     for side in ("encoder", "decoder")
-    for name, value in SIDE.items()
+    for name in (
+        *("hidden_dim", "intermediate_dim", "num_layers", "head_dim"),
+        *("num_attention_heads", "num_key_value_heads", "layer_types"),
+    )
 }
 # A net from P2 to P5. The first stack has 64 filters in all of its sizes.
 PYRAMID = {
@@ -89,6 +69,13 @@ PYRAMID = {
 }
 # Stable Diffusion takes what a block inside gives, too.
 CLIP = {"intermediate_output_index": 0}
+
+
+def _each(value, names, prefix=""):
+    """Return {name: value} of several names in a string."""
+    return {f"{prefix}{name}": value for name in names.split()}
+
+
 OWN: dict[str, dict[str, Any]] = {
     # Its first block takes what a convolution of `projection_filters` gives.
     "BASNetBackbone": {
@@ -122,10 +109,7 @@ OWN: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
     },
     "BLIP2VisionEncoder": {
-        "use_patch_bias": True,
-        "use_class_token": True,
-        "use_mha_bias": True,
-        "use_mlp_bias": True,
+        **_each(True, "patch_bias class_token mha_bias mlp_bias", "use_"),
         "dropout_rate": 0.0,
         "initializer_range": 0.02,
     },
@@ -161,29 +145,23 @@ OWN: dict[str, dict[str, Any]] = {
             },
         ),
         "out_features": ["stage2", "stage3"],
-        "encoder_in_channels": [32, 32],
+        **_each([32, 32], "encoder_in_channels decoder_in_channels"),
+        **_each(64, "encoder_ffn_dim decoder_ffn_dim"),
+        **_each(2, "num_decoder_layers num_feature_levels num_lqe_layers"),
+        **_each(8, "num_queries num_labels"),
+        **_each(0, "num_denoising seed"),
         "encoder_hidden_dim": 32,
-        "encoder_ffn_dim": 64,
         "num_encoder_layers": 1,
         "encode_proj_layers": [1],
         "hidden_expansion": 0.5,
         "depth_multiplier": 0.34,
-        "decoder_in_channels": [32, 32],
         "decoder_attention_heads": 4,
-        "decoder_ffn_dim": 64,
         "decoder_n_points": [2, 2],
-        "num_decoder_layers": 2,
-        "num_feature_levels": 2,
         "feat_strides": [8, 16],
         "anchor_image_size": IMAGE[:2],
-        "num_queries": 8,
         "learn_initial_query": False,
-        "num_labels": 8,
-        "num_denoising": 0,
         "lqe_hidden_dim": 16,
-        "num_lqe_layers": 2,
         "eval_idx": -1,
-        "seed": 0,
     },
     "DeepLabV3Backbone": {
         "image_encoder": Part("ResNetBackbone", PYRAMID),
@@ -303,14 +281,14 @@ OWN: dict[str, dict[str, Any]] = {
         "stackwise_act_layers": [["gelu"], ["gelu", "gelu"]],
         "stackwise_exp_ratios": [[2.0], [2.0, 1.0]],
         "stackwise_se_ratios": [[0.0], [0.0, 0.0]],
-        "stackwise_dw_kernel_sizes": [[0], [3, 0]],
-        "stackwise_dw_start_kernel_sizes": [[0], [3, 0]],
+        **_each(
+            [[0], [3, 0]], "kernel_sizes start_kernel_sizes", "stackwise_dw_"
+        ),
         "stackwise_dw_end_kernel_sizes": [[0], [0, 0]],
         "stackwise_exp_kernel_sizes": [[3], [0, 0]],
         "stackwise_pw_kernel_sizes": [[1], [0, 0]],
         "stackwise_num_heads": [[0], [0, 4]],
-        "stackwise_key_dims": [[0], [0, 8]],
-        "stackwise_value_dims": [[0], [0, 8]],
+        **_each([[0], [0, 8]], "key_dims value_dims", "stackwise_"),
         "stackwise_kv_strides": [[0], [0, 1]],
         "stackwise_use_cpe": [[False], [False, False]],
         "num_features": 32,
@@ -318,10 +296,8 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "MoonshineBackbone": {
         "filter_dim": 32,
-        "encoder_num_layers": 2,
-        "decoder_num_layers": 2,
-        "encoder_num_heads": 4,
-        "decoder_num_heads": 4,
+        **_each(2, "encoder_num_layers decoder_num_layers"),
+        **_each(4, "encoder_num_heads decoder_num_heads"),
     },
     # The loss that it compiles by itself needs a tokenizer.
     "PARSeqCausalLM": {"compile": False},
@@ -334,18 +310,13 @@ OWN: dict[str, dict[str, Any]] = {
         "decoder_mlp_dim": 64,
     },
     "PaliGemmaBackbone": {
-        "vit_patch_size": 8,
-        "vit_num_heads": 4,
-        "vit_hidden_dim": 32,
-        "vit_num_layers": 2,
-        "vit_intermediate_dim": 64,
+        f"vit_{name}": SIZES[name]
+        for name in (
+            *("patch_size", "num_heads", "hidden_dim", "num_layers"),
+            "intermediate_dim",
+        )
     },
-    "RWKV7Backbone": {
-        "gate_lora": 8,
-        "mv_lora": 8,
-        "aaa_lora": 8,
-        "decay_lora": 8,
-    },
+    "RWKV7Backbone": _each(8, "gate_lora mv_lora aaa_lora decay_lora"),
     "ResNetBackbone": {
         "input_conv_filters": [16],
         "input_conv_kernel_sizes": [7],
@@ -364,12 +335,12 @@ OWN: dict[str, dict[str, Any]] = {
     "SAM3GeometryEncoder": {"roi_size": 3},
     "SAM3MaskDecoder": {"num_upsampling_stages": 3},
     "SAM3PromptableConceptBackbone": {
-        "vision_encoder": Part("SAM3VisionEncoder"),
-        "text_encoder": Part("SAM3TextEncoder"),
-        "geometry_encoder": Part("SAM3GeometryEncoder"),
-        "detr_encoder": Part("SAM3DetrEncoder"),
-        "detr_decoder": Part("SAM3DetrDecoder"),
-        "mask_decoder": Part("SAM3MaskDecoder"),
+        f"{name}_{side}".lower(): Part(f"SAM3{name.capitalize()}{side}")
+        for name, side in (
+            *(("vision", "Encoder"), ("text", "Encoder")),
+            *(("geometry", "Encoder"), ("detr", "Encoder")),
+            *(("detr", "Decoder"), ("mask", "Decoder")),
+        )
     },
     "SAM3VisionEncoder": {
         "fpn_hidden_dim": 32,
@@ -400,11 +371,9 @@ OWN: dict[str, dict[str, Any]] = {
         ),
     },
     "StableDiffusion3Backbone": {
-        "mmdit_patch_size": 2,
+        **_each(2, "patch_size num_layers", "mmdit_"),
+        **_each(4, "num_heads position_size", "mmdit_"),
         "mmdit_hidden_dim": 32,
-        "mmdit_num_layers": 2,
-        "mmdit_num_heads": 4,
-        "mmdit_position_size": 4,
         "mmdit_qk_norm": "rms_norm",
         "mmdit_dual_attention_indices": None,
         "vae": Part("VAEBackbone"),
@@ -426,10 +395,8 @@ OWN: dict[str, dict[str, Any]] = {
     },
     # Images are eight times as wide as what it makes of them.
     "VAEBackbone": {
-        "encoder_num_filters": [32] * 4,
-        "encoder_num_blocks": [1] * 4,
-        "decoder_num_filters": [32] * 4,
-        "decoder_num_blocks": [1] * 4,
+        **_each([32] * 4, "encoder_num_filters decoder_num_filters"),
+        **_each([1] * 4, "encoder_num_blocks decoder_num_blocks"),
         # Its mean, as a drawn one is another at each call.
         "sampler_method": "mode",
     },
@@ -439,11 +406,8 @@ OWN: dict[str, dict[str, Any]] = {
         "window_size": 2,
     },
     "VideoPrismBackbone": {
-        "num_frames": 2,
-        "num_spatial_layers": 2,
-        "num_temporal_layers": 2,
+        **_each(2, "frames spatial_layers temporal_layers text_layers", "num_"),
         "num_auxiliary_layers": 1,
-        "num_text_layers": 2,
     },
     "XceptionBackbone": {
         "stackwise_conv_filters": [[16, 16], [32, 32], [32, 32]],

@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 import keras_weightmods as kwm
+from tests.backends import breadth
 from tests.models import fit_step, normal, numpy, outputs, sequential
 
 
@@ -23,8 +23,10 @@ def dense_model(**kwargs):
 X = normal(4, 6)
 
 
-@pytest.mark.parametrize("function", ["arctan", "arsinh", "erf"])
-@pytest.mark.parametrize("learnable", [True, False])
+@breadth(
+    ("function", "learnable"),
+    [("arctan", True), ("arctan", False), ("arsinh", False), ("erf", True)],
+)
 def test_starts_with_the_pair_and_the_function_of_the_model(
     function, learnable
 ):
@@ -40,34 +42,47 @@ def test_starts_with_the_pair_and_the_function_of_the_model(
     assert len(model.weights) == (5 if learnable else 3)
 
 
-def test_pretrained_outliers():
-    limit = 0.5 * np.pi / 2
-    model = dense_model()
-    plain = model.weights[0].numpy()
-    plain[0, 0], plain[1, 1] = 3.0, -limit
-    model.weights[0].assign(plain)
-    before = outputs(model, X)
-    first, second = kwm.attach_compander(model, learnable=False).kernels
-    assert (first.outside, first.raised) == (2, True)
-    assert first.a > 1.9
-    assert (second.outside, second.raised, second.a) == (0, False, 0.5)
-    assert "a raised for 2 weight(s)" in first.detail
-    np.testing.assert_allclose(outputs(model, X), before, rtol=0, atol=3e-6)
+LIMIT = 0.5 * np.pi / 2
+ENDS = [LIMIT * 0.995, LIMIT, LIMIT * 1.5, 4.0]
 
-    model = dense_model()
-    model.weights[0].assign(plain)
-    report = kwm.attach_compander(model, out_of_range="clip")
-    assert "clipped 2 weight(s)" in str(report)
-    clipped = np.clip(plain, -0.99 * limit, 0.99 * limit)
-    kernel = numpy(model.layers[0].kernel)
-    np.testing.assert_allclose(kernel, clipped, atol=1e-6)
 
-    model = dense_model()
-    model.weights[0].assign(plain)
-    with pytest.raises(ValueError, match=r"2 larger ones, up to 3\."):
-        kwm.attach_compander(model, out_of_range="error")
-    np.testing.assert_array_equal(model.weights[0].numpy(), plain)
-    assert type(model.layers[1]) is keras.layers.Dense
+@pytest.mark.one_backend
+@pytest.mark.parametrize("largest", ENDS)
+@pytest.mark.parametrize("own", [True, False])
+def test_weights_at_and_beyond_the_range(own, largest):
+    """Of a layer that draws them, and of a model that has them."""
+    weight = np.float32([[0.1, largest], [-largest, -0.2]])
+
+    def draw(shape, dtype=None):
+        return weight
+
+    def make(**kwargs):
+        if own:
+            layer = kwm.CompanderDense(2, kernel_initializer=draw, **kwargs)
+            layer.build((None, 2))
+            return layer, layer.compander
+        model = sequential((2,), keras.layers.Dense(2, use_bias=False))
+        model.set_weights([weight])
+        (kernel,) = kwm.attach_compander(model, **kwargs).kernels
+        return model.layers[0], kernel
+
+    layer, kernel = make(out_of_range="clip")
+    assert (kernel.outside, kernel.raised) == (2, False)
+    assert "clipped 2 weight(s)" in kernel.detail
+    expected = np.clip(weight, -0.99 * LIMIT, 0.99 * LIMIT)
+    np.testing.assert_allclose(numpy(layer.kernel), expected, atol=1e-6)
+    for learnable in (True, False):
+        layer, kernel = make(out_of_range="raise_a", learnable=learnable)
+        assert (kernel.outside, kernel.raised) == (2, True)
+        assert "a raised for 2 weight(s)" in kernel.detail
+        assert kernel.a == pytest.approx(largest / (0.99 * np.pi / 2), 1e-5)
+        np.testing.assert_allclose(numpy(layer.kernel), weight, rtol=1e-5)
+        if own:  # The same `a` in a copy, whatever is drawn there.
+            config = layer.get_config()
+            assert config["a"] > 0.5
+            assert config["out_of_range"] == "clip"
+    with pytest.raises(ValueError, match=r"2 larger ones.*`a` of at least"):
+        make(out_of_range="error")
 
 
 def test_fit_follows_the_gradient_of_all_three():
@@ -95,6 +110,7 @@ def test_fit_follows_the_gradient_of_all_three():
         )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("value", [-1e30, -2.0, 0.0, 1e6])
 def test_a_and_b_stay_positive_and_move_whatever_the_raw_pair(value):
     model = dense_model()
@@ -108,8 +124,14 @@ def test_a_and_b_stay_positive_and_move_whatever_the_raw_pair(value):
     assert (kernel.a, kernel.b) != before or abs(value) > 1e3
 
 
-def test_what_a_constraint_leaves_does_not_drift():
-    # Not MaxNorm, which itself rounds the columns that it leaves.
+@pytest.mark.one_backend
+def test_a_constraint_sees_the_effective_weight():
+    model = dense_model(kernel_constraint=keras.constraints.MaxNorm(0.3))
+    kwm.attach_compander(model, learnable=True)
+    fit_step(model, X, np.ones((4, 3)), keras.optimizers.SGD(1.0))
+    kernel = numpy(model.layers[0].kernel)
+    assert np.linalg.norm(kernel, axis=0).max() <= 0.3 + 1e-5
+    # What it leaves does not drift. MaxNorm itself rounds the columns.
     model = dense_model(kernel_constraint=keras.constraints.NonNeg())
     kwm.attach_compander(model, learnable=True)
     stored = model.layers[0]._kernel
@@ -121,24 +143,7 @@ def test_what_a_constraint_leaves_does_not_drift():
     np.testing.assert_allclose(stored.numpy()[~positive], 0, atol=1e-7)
 
 
-def test_regularizer_and_constraint_see_the_effective_weight():
-    model = dense_model(
-        kernel_regularizer=keras.regularizers.L2(0.1),
-        kernel_constraint=keras.constraints.MaxNorm(0.3),
-    )
-    layer = model.layers[0]
-    kwm.attach_compander(model, learnable=True)
-    w = numpy(layer.kernel)
-    loss = ops.convert_to_numpy(model.losses[0])
-    np.testing.assert_allclose(loss, 0.1 * np.sum(w**2), rtol=1e-5)
-    stored = layer._kernel
-    stored.assign(stored.constraint(stored))
-    expected = numpy(keras.constraints.MaxNorm(0.3)(w))
-    np.testing.assert_allclose(numpy(layer.kernel), expected, atol=1e-6)
-    fit_step(model, X, np.ones((4, 3)), keras.optimizers.SGD(1.0))
-    assert np.linalg.norm(numpy(layer.kernel), axis=0).max() <= 0.3 + 1e-5
-
-
+@pytest.mark.one_backend
 def test_checkpoints_of_fixed_pairs_hold_them(tmp_path):
     def attached(**arguments):
         model = dense_model()
@@ -159,6 +164,7 @@ def test_checkpoints_of_fixed_pairs_hold_them(tmp_path):
             attached(**arguments).load_weights(tmp_path / "a.weights.h5")
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("own", [True, False])
 def test_a_model_file_keeps_a_raised_pair(own, tmp_path):
     raised = {"a": 0.002, "b": 0.002, "out_of_range": "raise_a"}

@@ -5,7 +5,6 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 import keras_weightmods as kwm
 from tests.backends import breadth
@@ -46,7 +45,7 @@ def train(model):
     fit_step(model, x, y, keras.optimizers.Adam(0.02))
 
 
-@breadth("name", LAYERS, 0, 1, 3, 5)
+@breadth("name", LAYERS)
 def test_starts_as_the_plain_layer_saves_loads_and_folds(name, tmp_path):
     model = make(name, learnable=True)
     plain = make(name, companded=False)
@@ -57,11 +56,7 @@ def test_starts_as_the_plain_layer_saves_loads_and_folds(name, tmp_path):
     assert isinstance(layer, type(plain.layers[0]))
     assert layer.compander.outside == 0
 
-    if name in ("Dense", "DepthwiseConv2D"):
-        train(model)
-    else:
-        layer._kernel.assign(layer._kernel * 1.1)
-        layer.weights[-1].assign(layer.weights[-1] + 0.1)
+    train(model)
     assert layer.compander.a != pytest.approx(0.5, abs=1e-4)
     assert layer.compander.b != pytest.approx(1.0, abs=1e-4)
     trained = outputs(model, x)
@@ -91,6 +86,7 @@ def test_starts_as_the_plain_layer_saves_loads_and_folds(name, tmp_path):
     np.testing.assert_array_equal(outputs(loaded, x), outputs(model, x))
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", LAYERS)
 def test_config_round_trip(name):
     settings = {
@@ -102,11 +98,10 @@ def test_config_round_trip(name):
     }
     layer = make(name, **settings).layers[0]
     config = layer.get_config()
-    assert settings.items() <= config.items()
     plain = make(name, companded=False).layers[0].get_config()
-    assert set(plain) | set(settings) == set(config)
-    again = type(layer).from_config(config)
-    assert again.get_config() == config
+    assert config.keys() == plain.keys() | settings
+    assert settings.items() <= config.items()
+    assert type(layer).from_config(config).get_config() == config
 
 
 class Subclassed(keras.Model):
@@ -132,40 +127,7 @@ def test_built_by_fit():
     np.testing.assert_allclose(numpy(layer.kernel), 3.0, rtol=1e-5)
 
 
-LIMIT = 0.5 * np.pi / 2
-
-
-@pytest.mark.parametrize("largest", [LIMIT * 0.995, LIMIT, LIMIT * 1.5, 4.0])
-def test_draws_at_and_beyond_the_range(largest):
-    draw = np.float32([[0.1, largest], [-largest, -0.2]])
-
-    def initializer(shape, dtype=None):
-        return ops.convert_to_tensor(draw, dtype)
-
-    def build(**kwargs):
-        layer = kwm.CompanderDense(2, kernel_initializer=initializer, **kwargs)
-        layer.build((None, 2))
-        return layer
-
-    clipped = build()
-    assert clipped.compander.outside == 2
-    assert not clipped.compander.raised
-    expected = np.clip(draw, -0.99 * LIMIT, 0.99 * LIMIT)
-    np.testing.assert_allclose(numpy(clipped.kernel), expected, atol=1e-6)
-    for learnable in (True, False):
-        raised = build(out_of_range="raise_a", learnable=learnable)
-        assert raised.compander.outside == 2
-        assert raised.compander.raised
-        a = largest / (0.99 * np.pi / 2)
-        assert raised.compander.a == pytest.approx(a, rel=1e-5)
-        np.testing.assert_allclose(numpy(raised.kernel), draw, rtol=1e-5)
-        config = raised.get_config()
-        assert config["a"] > 0.5
-        assert config["out_of_range"] == "clip"
-    with pytest.raises(ValueError, match=r"2 larger ones.*`a` of at least"):
-        build(out_of_range="error")
-
-
+@pytest.mark.one_backend
 def test_range_of_the_other_functions():
     draw = keras.initializers.Constant(0.9)
     for function, a, dtype, outside in (
@@ -182,14 +144,13 @@ def test_range_of_the_other_functions():
         assert np.isfinite(numpy(layer._kernel)).all()
 
 
-BAD = (0, 1e-4, float("nan"), "1", True)
-
-
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        *(({"a": bad}, r"`a` must be a finite float > 0\.001") for bad in BAD),
-        *(({"b": bad}, r"`b` must be a finite float > 0\.001") for bad in BAD),
+        ({"a": 0}, r"`a` must be a finite float > 0\.001"),
+        ({"a": "1"}, r"`a` must be a finite float > 0\.001"),
+        ({"b": float("nan")}, r"`b` must be a finite float > 0\.001"),
         ({"function": "tanh"}, "`function` must be one of"),
         ({"learnable": 1}, "`learnable` must be a bool"),
         ({"out_of_range": "wrap"}, "`out_of_range` must be"),
@@ -204,11 +165,13 @@ def test_wrong_arguments(arguments, message):
     assert type(model.layers[0]) is keras.layers.Dense
 
 
+@pytest.mark.one_backend
 def test_a_quantized_dtype_is_refused():
     with pytest.raises(ValueError, match="cannot be built quantized"):
         make("Dense", dtype="int8_from_float32")
 
 
+@pytest.mark.one_backend
 def test_lora_rank_in_the_constructor():
     model = make("Dense", lora_rank=2)
     names = [w.name for w in model.trainable_weights]
@@ -216,27 +179,7 @@ def test_lora_rank_in_the_constructor():
     train(model)
 
 
-@breadth(
-    ("name", "dtype", "function"),
-    [
-        ("Dense", "float16", "arsinh"),
-        ("Dense", "mixed_bfloat16", "arctan"),
-        ("Conv2D", "float16", "erf"),
-    ],
-    *(0, 1),
-)
-def test_half_precision_trains_without_a_nonfinite_value(name, dtype, function):
-    model = make(name, dtype=dtype, function=function)
-    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
-    x = 10 * inputs_for(model)
-    y = np.ones(model(x).shape, "float32")
-    model.fit(x, y, epochs=2, verbose=0)
-    assert all(np.isfinite(numpy(w)).all() for w in model.weights)
-    stored = model.layers[0]._kernel
-    assert stored.dtype == dtype.replace("mixed_bfloat16", "float32")
-    assert outputs(model, x).shape == y.shape
-
-
+@pytest.mark.one_backend
 def test_subclass_folds_only_with_a_plain_class_to_go_back_to():
     class Own(kwm.CompanderDense):
         def call(self, x):

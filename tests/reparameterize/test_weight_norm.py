@@ -7,6 +7,7 @@ from keras.layers import EinsumDense
 from numpy.testing import assert_allclose
 
 import keras_weightmods as kwm
+from tests.backends import breadth
 from tests.models import fit_step, normal, numpy, sequential
 
 MODELS = {
@@ -18,7 +19,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@breadth("name", MODELS)
 def test_kernel_is_g_times_the_direction(name):
     layer, shape, axes = MODELS[name]
     model = sequential(shape, layer)
@@ -49,6 +50,7 @@ def test_a_train_step_follows_the_gradient():
     assert_allclose(model.weights[0].numpy(), v - 0.1 * to_v, atol=1e-6)
 
 
+@pytest.mark.one_backend
 def test_zero_kernels_stay_finite_and_can_be_trained():
     model = sequential((4,), keras.layers.Dense(3, kernel_initializer="zeros"))
     kwm.attach_weight_norm(model)

@@ -36,15 +36,10 @@ def test_images_and_labels(folder):
         np.testing.assert_array_equal(labels, expected[:, 0, 0] % 10)
 
 
-def test_missing_files_say_how_to_install(tmp_path):
-    with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
-        load_fashion_mnist(tmp_path)
-
-
-@pytest.mark.parametrize("cut", [3, 10, 700])
-def test_damaged_files(folder, cut):
+def test_damaged_files(folder):
     file = folder / "train-images-idx3-ubyte.gz"
     content = gzip.decompress(file.read_bytes())
-    file.write_bytes(gzip.compress(content[:cut]))
-    with pytest.raises(ValueError, match="format IDX"):
-        load_fashion_mnist(folder)
+    for cut in (3, 10, 700):
+        file.write_bytes(gzip.compress(content[:cut]))
+        with pytest.raises(ValueError, match="format IDX"):
+            load_fashion_mnist(folder)

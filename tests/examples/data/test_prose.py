@@ -9,11 +9,7 @@ pytestmark = pytest.mark.one_backend
 class WordTokenizer:
     """Maps each word to its length."""
 
-    def __init__(self):
-        self.calls = 0
-
     def __call__(self, text):
-        self.calls += 1
         return np.array([len(word) for word in text.split()], "int32")
 
 
@@ -44,25 +40,19 @@ def test_split_is_by_year_and_without_repeats(messages):
     assert not any("1,234" in line for line in train + held_out)
 
 
-def test_missing_package_says_how_to_install(monkeypatch):
-    monkeypatch.setattr(prose, "PACKAGE", "no_such_package_of_prose")
-    with pytest.raises(ImportError, match="pip install"):
-        prose.load_prose()
-
-
+@pytest.mark.heavy
 def test_installed_messages():
-    try:
-        train, held_out = map(prose.load_prose, prose.SPLITS)
-    except ImportError as error:
-        pytest.skip(str(error))
+    train, held_out = (prose.load_prose(split) for split in prose.SPLITS)
     assert sum(map(len, train)) > 8_000_000
     assert sum(map(len, held_out)) > 800_000
-    assert train == prose.load_prose("train")
     lines = [set("\n".join(part).split("\n")) for part in (train, held_out)]
     assert not lines[0] & lines[1]
 
 
-@pytest.mark.parametrize("name", [*prose.UNSEEN, "documentation"])
+@pytest.mark.parametrize(
+    "name",
+    [*prose.UNSEEN, pytest.param("documentation", marks=pytest.mark.heavy)],
+)
 def test_texts_of_other_kinds(name):
     try:
         sections = getattr(prose, f"load_{name}")()
@@ -94,19 +84,24 @@ def test_user_file_is_split_in_ten(tmp_path):
     assert 0.05 < len("".join(held_out)) / len(joined) < 0.15
 
 
-@pytest.mark.parametrize("text", ["", "One paragraph only.", "a\n\nb"])
-def test_short_user_file(tmp_path, text):
-    file = tmp_path / "short.txt"
-    file.write_text(text)
-    with pytest.raises(ValueError, match="Expected a text"):
-        prose.load_prose(path=file)
-
-
 def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match="split='test'"):
         prose.load_prose("test")
     with pytest.raises(ValueError, match="name a text file"):
         prose.load_prose(path=tmp_path / "none.txt")
+    file = tmp_path / "short.txt"
+    for text in ("", "One paragraph only.", "a\n\nb"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="Expected a text"):
+            prose.load_prose(path=file)
+    for sections, arguments, match in (
+        (["word " * 20], {"length": 10, "limit": 3}, "hold 2"),
+        ([], {"length": 10}, "hold 0"),
+        (["word"], {"length": 0}, "`length`"),
+        (["word"], {"length": 1, "limit": 0}, "`limit`"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            prose.token_blocks(sections, WordTokenizer(), **arguments)
 
 
 def test_token_blocks():
@@ -121,14 +116,3 @@ def test_token_blocks():
     other = prose.token_blocks(sections, WordTokenizer(), length=10, seed=1)
     np.testing.assert_array_equal(blocks, again)
     assert (blocks != other).any()
-
-
-def test_token_blocks_wrong():
-    with pytest.raises(ValueError, match="hold 2"):
-        prose.token_blocks(["word " * 20], WordTokenizer(), 10, limit=3)
-    with pytest.raises(ValueError, match="hold 0"):
-        prose.token_blocks([], WordTokenizer(), 10)
-    with pytest.raises(ValueError, match="`length`"):
-        prose.token_blocks(["word"], WordTokenizer(), 0)
-    with pytest.raises(ValueError, match="`limit`"):
-        prose.token_blocks(["word"], WordTokenizer(), 1, limit=0)

@@ -1,4 +1,3 @@
-import keras
 import numpy as np
 import pytest
 
@@ -44,9 +43,6 @@ def test_nets_and_their_shallow_parts():
     assert stages == {"stem", "stage1", "stage2"}
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="compiling takes the time"
-)
 def test_fine_tuning_starts_where_it_is_told():
     images, labels = load_digits()
     model = robust_nets.make_vgg()

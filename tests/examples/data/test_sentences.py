@@ -60,10 +60,3 @@ def test_praise_that_people_agree_on(path):
     for text, label in zip(texts, labels):
         assert abs(FILMS[text]) >= 1
         assert label == (FILMS[text] > 0)
-
-
-def test_wrong_files_say_how_to_get_the_right_one(path):
-    with pytest.raises(FileNotFoundError, match="pip download --no-deps"):
-        load_sources(path.parent / "none.tar.gz")
-    with pytest.raises(ValueError, match="to hold hutto_ICWSM_2014"):
-        load_sources(path.parent / "inner.tar.gz")

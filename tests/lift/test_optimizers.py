@@ -1,0 +1,286 @@
+"""SparseAdamW and MaskedOptimizer, step by step.
+
+SparseAdamW follows LIFT's algorithm 1, in NumPy and float64. With a full mask
+both are the optimizer of Keras, and with any nothing moves outside of it.
+"""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_weightmods as kwm
+from keras_weightmods.lift.masked_state import MaskSpec
+from tests.backends import breadth
+from tests.models import normal, numpy
+
+RATE = 0.05
+KERNEL = normal(6, 5)
+MASK = np.int32([0, 3, 4, 11, 12, 25, 29])
+
+
+class Reference:
+    """Algorithm 1 of LIFT, with weight decay, for one matrix."""
+
+    b1, b2, eps = 0.9, 0.95, 1e-6
+
+    def __init__(self, w, indices, decay=0.0):
+        self.w, self.decay = w.astype("float64").reshape(-1), decay
+        self.m, self.v = np.zeros_like(self.w), np.zeros_like(self.w)
+        self.t = 0
+        self.move(indices)
+
+    def move(self, indices):
+        mask = np.zeros(self.w.size, bool)
+        mask[indices] = True
+        self.mask = mask
+        self.m, self.v = np.where(mask, self.m, 0), np.where(mask, self.v, 0)
+
+    def step(self, gradient):
+        g, self.t = gradient.astype("float64").reshape(-1), self.t + 1
+        m = self.b1 * self.m + (1 - self.b1) * g
+        v = self.b2 * self.v + (1 - self.b2) * g**2
+        mean = m / (1 - self.b1**self.t)
+        root = np.sqrt(v / (1 - self.b2**self.t))
+        step = mean / (root + self.eps) + self.decay * self.w
+        w = self.w - RATE * step
+        for name, new in (("m", m), ("v", v), ("w", w)):
+            old = getattr(self, name)
+            setattr(self, name, np.where(self.mask, new, old))
+
+
+def built(optimizer, masks, values):
+    """Return an optimizer with variables of these masks; None for all."""
+    variables = [keras.Variable(value) for value in values]
+    specs = [
+        MaskSpec(v.path, tuple(v.shape), None if m is None else len(m), i)
+        for i, (v, m) in enumerate(zip(variables, masks))
+    ]
+    optimizer.build_masked(variables, specs, variables)
+    optimizer.set_masks([np.int32(m) for m in masks if m is not None], 0)
+    return optimizer, variables
+
+
+def step(optimizer, variables, seed=0):
+    """Take a step on normal gradients; return these."""
+    shapes = [tuple(v.shape) for v in variables]
+    gradients = [normal(*s, seed=seed + 9 * i) for i, s in enumerate(shapes)]
+    optimizer.apply([*map(ops.convert_to_tensor, gradients)], variables)
+    return gradients
+
+
+def changed(variable, before):
+    return np.flatnonzero(numpy(variable) != before).tolist()
+
+
+def assert_close(variables, others):
+    for pair in zip(variables, others, strict=True):
+        np.testing.assert_allclose(*map(numpy, pair), rtol=0, atol=3e-6)
+
+
+@breadth("decay", [0.1, None])
+def test_equals_algorithm_1(decay):
+    bias, new = normal(4, seed=1), np.int32([0, 2, 3, 11, 13, 25, 28])
+    optimizer = kwm.SparseAdamW(RATE, weight_decay=decay)
+    optimizer, variables = built(optimizer, [MASK, None], [KERNEL, bias])
+    pairs = (KERNEL, MASK), (bias, np.arange(4))
+    references = [Reference(*pair, decay or 0.0) for pair in pairs]
+    for i in range(6):
+        if i == 3:
+            optimizer.set_masks([new], 3)
+            references[0].move(new)
+        gradients = step(optimizer, variables, i)
+        for reference, gradient in zip(references, gradients):
+            reference.step(gradient)
+    assert_close(
+        variables, [r.w.reshape(v.shape) for r, v in zip(references, variables)]
+    )
+    assert changed(variables[0], KERNEL) == np.union1d(MASK, new).tolist()
+    assert optimizer.indices_of(variables[0]).tolist() == new.tolist()
+
+
+WRAPPED = {
+    "SGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "Adam": {"weight_decay": 0.1},
+    "Lion": {"weight_decay": 0.1},
+    "Adafactor": {},
+    "Muon": {},
+}
+
+
+@breadth("name", WRAPPED, 1)
+def test_only_masked_entries_change(name):
+    inner = getattr(keras.optimizers, name)(0.1, **WRAPPED[name])
+    ones = np.ones(4, "float32")
+    optimizer = kwm.MaskedOptimizer(inner)
+    optimizer, variables = built(optimizer, [MASK, None], [KERNEL, ones])
+    for i in range(4):
+        step(optimizer, variables, i)
+    assert changed(variables[0], KERNEL) == MASK.tolist()
+    assert changed(variables[1], ones) == [0, 1, 2, 3]
+    # Also where it has momentum for entries that are no longer masked.
+    before = numpy(variables[0])
+    other = np.int32([1, 2, 3, 5, 6, 7, 8])
+    optimizer.set_masks([other], 4)
+    for i in range(4):
+        step(optimizer, variables, i)
+    assert set(changed(variables[0], before)) <= set(other.tolist())
+    assert optimizer.indices_of(variables[0]).tolist() == other.tolist()
+
+
+SETTINGS = {
+    "plain": {},
+    "clipping by norm": {"clipnorm": 0.5},
+    "clipping by value": {"clipvalue": 0.3},
+    "clipping by global norm": {"global_clipnorm": 0.5},
+    "weight decay": {"weight_decay": 0.1},
+    "average": {"use_ema": True, "ema_overwrite_frequency": 7},
+    "accumulation": {"gradient_accumulation_steps": 3, "weight_decay": 0.1},
+    "both of these": {"use_ema": True, "gradient_accumulation_steps": 3},
+}
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_full_mask_is_the_adamw_of_keras(name):
+    """And so is a variable without a mask."""
+    settings = {"weight_decay": 0.0, "epsilon": 1e-12, **SETTINGS[name]}
+    values, masks = [KERNEL, normal(4, seed=1)], [np.arange(30), None]
+    adamw = keras.optimizers.AdamW(RATE, beta_2=0.95, **settings)
+    plain = adamw, [keras.Variable(value) for value in values]
+    plain[0].build(plain[1])
+    wrapped = kwm.MaskedOptimizer(adamw.from_config(adamw.get_config()))
+    sparse = kwm.SparseAdamW(RATE, **settings)
+    all_of = plain, built(wrapped, masks, values), built(sparse, masks, values)
+    for optimizer, variables in all_of:
+        for i in range(24):
+            step(optimizer, variables, i)
+        every = settings.get("gradient_accumulation_steps", 1)
+        assert int(optimizer.iterations) == 24 // every
+        optimizer.finalize_variable_values(variables)
+        assert_close(variables, plain[1])
+
+
+@pytest.mark.one_backend
+def test_both_are_the_same_on_a_part_of_the_entries():
+    """But for where Adam adds its epsilon."""
+    settings = {"epsilon": 1e-12, "weight_decay": 0.1, "clipnorm": 0.5}
+    inner = keras.optimizers.AdamW(RATE, beta_2=0.95, **settings)
+    masks, values = [MASK, None], [KERNEL, normal(4, seed=1)]
+    first = built(kwm.MaskedOptimizer(inner), masks, values)
+    second = built(kwm.SparseAdamW(RATE, **settings), masks, values)
+    for i in range(4):
+        step(*first, i)
+        step(*second, i)
+    assert_close(first[1], second[1])
+
+
+@pytest.mark.one_backend
+def test_state_is_compact():
+    """0.075 of Adam's two moments at 5 %, besides a few scalars."""
+    optimizer = kwm.SparseAdamW(gradient_accumulation_steps=2)
+    built(optimizer, [np.arange(500)], [normal(100, 100)])
+    large = [v for v in optimizer.variables if len(v.shape)]
+    assert [tuple(v.shape) for v in large] == [(500,)] * 4
+    names = {v.path.rpartition("/")[2].rpartition("_")[0] for v in large}
+    assert names == {"gradient_accumulator", "indices", "momentum", "velocity"}
+
+
+@pytest.mark.one_backend
+def test_clipping_measures_masked_entries():
+    gradient = np.float32([100.0, 3.0, 100.0, 4.0])
+    optimizer = kwm.SparseAdamW(global_clipnorm=1.0)
+    optimizer, variables = built(optimizer, [[1, 3]], [gradient])
+    optimizer.apply([ops.convert_to_tensor(gradient)], variables)
+    moment = numpy(optimizer._moments[0][0])
+    np.testing.assert_allclose(moment, [0.06, 0.08], rtol=1e-5)
+
+
+@pytest.mark.one_backend
+def test_average_of_unmasked_entries_is_exact():
+    optimizer = kwm.SparseAdamW(RATE, use_ema=True, ema_momentum=0.7)
+    optimizer, (variable,) = built(optimizer, [MASK], [KERNEL])
+    for i in range(5):
+        step(optimizer, [variable], i)
+    trained = numpy(variable)
+    optimizer.finalize_variable_values([variable])
+    assert changed(variable, KERNEL) == MASK.tolist()
+    assert changed(variable, trained) == MASK.tolist()
+
+
+def test_half_precision():
+    """A gradient of 1 is a step of the learning rate, up to rounding."""
+    kernel = ops.cast(normal(4, 4), "bfloat16")
+    optimizer, variables = built(kwm.SparseAdamW(RATE), [[0, 5, 9]], [kernel])
+    before = numpy(variables[0])
+    for _ in range(4):
+        optimizer.apply([ops.ones((4, 4), dtype="bfloat16")], variables)
+    after = numpy(variables[0])
+    assert changed(variables[0], before) == [0, 5, 9]
+    assert np.all(np.abs((before - after)[after != before] / 4 - RATE) < 0.01)
+
+
+@pytest.mark.one_backend
+def test_wraps_an_optimizer_built_on_more():
+    inner = keras.optimizers.Adam(0.1)
+    variables = [keras.Variable(KERNEL), keras.Variable(normal(4))]
+    inner.build(variables)
+    optimizer = kwm.MaskedOptimizer(inner)
+    specs = [MaskSpec("w", (6, 5), 7, 0)]
+    optimizer.build_masked(variables[:1], specs, variables)
+    optimizer.set_masks([MASK], 0)
+    step(optimizer, variables[:1])
+    assert changed(variables[0], KERNEL) == MASK.tolist()
+    copy = kwm.MaskedOptimizer.from_config(optimizer.get_config())
+    copy.optimizer.name = inner.name
+    variables[0]._path = "w"
+    copy.build(variables)
+    assert [tuple(v.shape) for v in copy.variables] == [
+        tuple(v.shape) for v in optimizer.variables
+    ]
+
+
+@pytest.mark.one_backend
+def test_constraints_apply_once_after_the_step():
+    calls = []
+    optimizer = kwm.MaskedOptimizer(keras.optimizers.Adam(0.1))
+    masks, values = [MASK, None], [KERNEL, normal(4)]
+    optimizer, variables = built(optimizer, masks, values)
+    variables[1].constraint = lambda w: calls.append(1) or ops.clip(w, 0, 1)
+    for i in range(3):
+        step(optimizer, variables, i)
+    assert len(calls) == 3
+    assert variables[1].constraint is not None
+
+
+@pytest.mark.one_backend
+def test_config_builds_the_state():
+    optimizer = kwm.SparseAdamW(weight_decay=0.1)
+    optimizer, variables = built(optimizer, [MASK, None], [KERNEL, normal(3)])
+    config = optimizer.get_config()
+    copy = kwm.SparseAdamW.from_config(config)
+    copy.build(variables)
+    assert copy.built
+    assert copy.mask_step == -1
+    assert [tuple(v.shape) for v in copy.variables] == [
+        tuple(v.shape) for v in optimizer.variables
+    ]
+    assert copy.get_config() == config
+    with pytest.raises(ValueError, match="was restored with masks"):
+        kwm.SparseAdamW.from_config(config).build(variables[1:])
+
+
+@pytest.mark.one_backend
+def test_errors():
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    for inner in ("adam", scaled, kwm.SparseAdamW()):
+        with pytest.raises(ValueError, match="`optimizer` must be"):
+            kwm.MaskedOptimizer(inner)
+    for name, value in (("beta_2", 1.0), ("epsilon", 0)):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            kwm.SparseAdamW(**{name: value})
+    optimizer, variable = kwm.SparseAdamW(), keras.Variable(KERNEL)
+    optimizer.build([variable])
+    assert not optimizer.built
+    with pytest.raises(ValueError, match="has masks of 0 variables"):
+        step(optimizer, [variable])
