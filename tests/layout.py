@@ -8,12 +8,12 @@ import re
 # Those of one row do not import each other.
 FLOORS = (
     ("", "cli"),
-    ("sparsity", "quantization", "packing", "lift", "reparameterize"),
-    ("plot",),
-    ("calibration",),
-    ("merging",),
-    ("patches", "evaluation", "generation", "exporting"),
-    ("saving",),
+    (
+        *("sparsity", "quantization", "packing", "lift", "reparameterize"),
+        *("merging", "plot"),
+    ),
+    ("calibration", "patches"),
+    ("saving", "evaluation", "generation", "exporting"),
     ("core",),
     ("ops",),
     ("backend",),

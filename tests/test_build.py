@@ -8,16 +8,12 @@ import subprocess
 import sys
 import zipfile
 
-import keras
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 pytestmark = [
-    pytest.mark.skipif(
-        keras.backend.backend() != "torch",
-        reason="the same on every backend",
-    ),
+    pytest.mark.one_backend,
     pytest.mark.skipif(
         importlib.util.find_spec("scikit_build_core") is None
         or not (ROOT / "cmake").exists(),
@@ -63,6 +59,7 @@ def test_without_a_compiler(tmp_path):
     assert not [file for file in files if file.endswith(".so")]
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(
     not any(map(shutil.which, ["c++", "g++", "clang++"])),
     reason="no C++ compiler",

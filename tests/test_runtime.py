@@ -76,14 +76,8 @@ def run_exported(folder, *lines):
 
 
 def test_it_runs_where_the_runtime_is_imported(exported):
+    """The runtime imports the framework that is installed."""
     folder, expected = exported
-    done = run_exported(folder, f"import {BACKEND}", RUNTIME)
-    assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(np.load(folder / "y.npy"), expected, atol=1e-5)
-
-
-def test_the_runtime_imports_what_is_installed(exported):
-    folder, _ = exported
     other = {"torch": "tensorflow", "tensorflow": "torch"}[BACKEND]
     without = (
         "import importlib.util as util; find = util.find_spec; "
@@ -91,6 +85,7 @@ def test_the_runtime_imports_what_is_installed(exported):
     )
     done = run_exported(folder, without, RUNTIME)
     assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(np.load(folder / "y.npy"), expected, atol=1e-5)
 
 
 def test_without_the_import_the_error_names_it(exported):
@@ -100,10 +95,10 @@ def test_without_the_import_the_error_names_it(exported):
     assert name.get(BACKEND, "keras_weightmods.sparse_matmul") in done.stderr
 
 
+@pytest.mark.one_backend
 def test_without_the_kernels_the_error_says_why(exported):
     no_library = "import os; os.environ['KERAS_WEIGHTMODS_NATIVE'] = '0'"
     lines = no_library, f"import {BACKEND}", RUNTIME
     done = run_exported(exported[0], *lines)
     assert done.returncode == 1
-    reason = {"torch": "KERAS_WEIGHTMODS_NATIVE is 0"}
-    assert reason.get(BACKEND, f"`{RUNTIME}`") in done.stderr
+    assert "KERAS_WEIGHTMODS_NATIVE is 0" in done.stderr

@@ -288,7 +288,6 @@ class _Seen(Products):
 
     def __init__(self, layer, plain, own, see, routed):
         super().__init__(layer, plain)
-        self.attributes = frozenset(own)
         self.own, self.see, self.routed = own, see, routed
 
     def __call__(self, attribute, rows, stacked=False):

@@ -121,17 +121,14 @@ def preprocess(model, x, y=None, sample_weight=None):
         lambda a: a.tolist() if isinstance(a, np.ndarray) else a,
         [x] if isinstance(x, str) else x,
     )
-    labels = map(_array_of_numbers, (y, sample_weight))
+    # A list of numbers is an array, and one of arrays several outputs.
+    labels = (
+        np.asarray(a) if isinstance(a, list) and all(map(np.isscalar, a)) else a
+        for a in (y, sample_weight)
+    )
     outputs = model.preprocess_samples(strings, *labels)
     outputs = keras.tree.map_structure(_to_numpy, outputs)
     return keras.utils.unpack_x_y_sample_weight(outputs)
-
-
-def _array_of_numbers(x):
-    """A list of numbers as an array; one of arrays is several outputs."""
-    if isinstance(x, list) and all(map(np.isscalar, x)):
-        return np.asarray(x)
-    return x
 
 
 def _token_inputs(model, x):
@@ -213,8 +210,6 @@ def check(x, y=None, name="x"):
     counts = set()
     for each, value in ((name, x), ("y", y)):
         for leaf in keras.tree.flatten(value):
-            if leaf is None and each == "y" and value is not None:
-                raise checks.error(each, "arrays of rows of numbers", value)
             if not hasattr(leaf, "shape"):
                 continue
             kind = getattr(getattr(leaf, "dtype", None), "kind", "f")

@@ -1,8 +1,9 @@
 """The one matcher of names: what `include`, `exclude` and the like can be."""
 
 import re
+import types
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 
@@ -45,12 +46,9 @@ def matcher(
         return lambda each: id(each.layer) in inside
     if model is not None and callable(pattern) and not is_type:
         return lambda each: bool(pattern(each))
-    expected = "a regular expression for the path, "
+    expected = "a regular expression for the path, or a list of these"
     if model is not None:
-        expected += "a layer, a layer type, a callable from Target to bool, "
-    expected += "or a list of these"
-    if name == "targets":
-        expected += "; or what `find_targets` returns"
+        expected += ", of layers, layer types or callables from Target to bool"
     raise checks.error(name, expected, pattern)
 
 
@@ -110,14 +108,6 @@ def excluded(
     return [each for each in found if not any(test(each) for test in tests)]
 
 
-class _Weight(NamedTuple):
-    """A weight, as a matcher sees it."""
-
-    layer: Any
-    path: str
-    variable: keras.Variable
-
-
 def matching_weights(
     name: str, patterns: Any, model: Any, trainable: bool = False
 ) -> list[keras.Variable]:
@@ -138,7 +128,9 @@ def matching_weights(
     """
     known = {id(v) for v in model.weights if v.trainable or not trainable}
     held = [
-        _Weight(layer, variable.path, variable)
+        types.SimpleNamespace(
+            layer=layer, path=variable.path, variable=variable
+        )
         for layer in layers_of(model)
         for variable in own_variables(layer)
         if id(variable) in known

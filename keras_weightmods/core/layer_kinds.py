@@ -8,16 +8,14 @@ Wanda, SparseGPT and GPTQ, and packed kernels are multiplied by.
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import keras
 from keras import layers
 
 from keras_weightmods.core import keras_compat, layer_calls
 from keras_weightmods.utils.checks import error
 
-Axes = Sequence[int] | Callable[[Any], Sequence[int]]
 EMBEDDING = "an embedding, whose rows are looked up and not contracted"
 # The release of KerasHub whose layers the functions of `layer_calls` are.
 KERAS_HUB = "0.32"
@@ -99,7 +97,8 @@ def register_layer_kind(
 
     Raises:
         ValueError: If `layer_class` is no layer class, or `kernels` is no dict
-            of such axes, with one to contract at least.
+            of such axes. Axes that do not fit a kernel are an error of the
+            calls that look for it.
 
     Example:
 
@@ -125,51 +124,27 @@ def register_layer_kind(
     assert target.output_axes == (2,)
     ```
     """
-    is_class = isinstance(layer_class, type)
-    if not is_class or not issubclass(layer_class, layers.Layer):
+    if not isinstance(layer_class, type) or not issubclass(
+        layer_class, layers.Layer
+    ):
         expected = "a subclass of `keras.layers.Layer`"
         raise error("layer_class", expected, layer_class)
     if call is not None and not callable(call):
         raise error("call", "a function or None", call)
-    if not isinstance(kernels, Mapping) or not kernels:
-        expected = "a dict of the axes of each kernel, by its attribute"
+    try:
+        known = {name: Kernel(**axes) for name, axes in kernels.items()}
+        is_known = known and all(
+            each.contraction_axes for each in known.values()
+        )
+    except (AttributeError, TypeError):
+        is_known = False
+    if not is_known:
+        expected = (
+            "a dict from the attribute of each kernel to a dict of its "
+            "`contraction_axes`, `output_axes` and `stack_axes`"
+        )
         raise error("kernels", expected, kernels)
-    known = {}
-    for attribute, axes in kernels.items():
-        if not isinstance(attribute, str) or not attribute.isidentifier():
-            expected = "names of attributes of the layer"
-            raise error("kernels", expected, attribute)
-        known[attribute] = _checked(attribute, axes)
     _KINDS[layer_class] = LayerKind(known, call)
-
-
-def _checked(attribute: str, axes: Any) -> Kernel:
-    """Return the `Kernel` of registered axes."""
-    names = ("contraction_axes", "output_axes", "stack_axes")
-    if not isinstance(axes, Mapping) or not {*axes} <= {*names}:
-        expected = f"a dict of {', '.join(names)}, for {attribute!r}"
-        raise error("kernels", expected, axes)
-    axes = {"contraction_axes": (), **axes}
-    fixed: list[int] = []
-    for name, value in axes.items():
-        is_function = callable(value) and not isinstance(
-            value, (type, layers.Layer)
-        )
-        if is_function or (name == "output_axes" and value is None):
-            continue
-        if not _are_ints(value) or (name == "contraction_axes" and not value):
-            expected = (
-                "a tuple of ints (at least one in `contraction_axes`), or a "
-                f"callable from the layer to one, for {attribute!r}"
-            )
-            raise error(name, expected, value)
-        fixed.extend(value)
-    if len(set(fixed)) != len(fixed):
-        raise ValueError(
-            f"An axis of {attribute!r} must be named once. Received: "
-            + ", ".join(f"{name}={value!r}" for name, value in axes.items())
-        )
-    return Kernel(**axes)
 
 
 def kernels_of(layer: Any) -> dict[str, Kernel]:
@@ -228,81 +203,31 @@ GENERATED = "_is_generated"
 
 
 def axes_of(
-    layer: Any, attribute: str, rule: Kernel, rank: int
+    layer: Any, attribute: str, rank: int
 ) -> dict[str, tuple[int, ...]]:
     """Return the three kinds of axes as a dict, rising and not negative.
 
     Raises:
         ValueError: If they do not fit a weight of `rank` axes.
     """
-    axes: dict[str, Any] = {}
-    for name in ("contraction_axes", "stack_axes", "output_axes"):
-        value = getattr(rule, name)
-        value = value(layer) if callable(value) else value
-        if value is None and all(map(_are_ints, axes.values())):
-            taken = sum(axes.values(), ())
-            value = tuple(axis for axis in range(rank) if axis not in taken)
-        if _are_ints(value):
-            value = (a + rank if -rank <= a < 0 else a for a in value)
-            value = tuple(sorted(value))
-        axes[name] = value
-    if not all(map(_are_ints, axes.values())) or sorted(
-        sum(axes.values(), ())
-    ) != list(range(rank)):
-        received = ", ".join(f"{name}={axes[name]}" for name in axes)
+    rule, places = kernels_of(layer)[attribute], range(rank)
+    axes: dict[str, tuple[int, ...]] = {}
+    try:
+        for name in ("contraction_axes", "stack_axes", "output_axes"):
+            value = getattr(rule, name)
+            value = value(layer) if callable(value) else value
+            if value is None:
+                value = {*places}.difference(*axes.values())
+            axes[name] = tuple(sorted(places[axis] for axis in value))
+        is_each = sorted(sum(axes.values(), ())) == [*places]
+    except (IndexError, TypeError):
+        is_each = False
+    if not is_each:
         raise ValueError(
             f"The axes registered for `{attribute}` of "
             f"{type(layer).__name__} must be tuples of ints that name each of "
-            f"its {rank} axes once. Received: {received} for layer "
-            f"{layer.name!r}"
+            f"its {rank} axes once. Received: {rule} for layer {layer.name!r}"
         )
-    return axes
-
-
-def _are_ints(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(
-        isinstance(axis, int) and not isinstance(axis, bool) for axis in value
-    )
-
-
-def read_whole(model: Any) -> dict[int, str]:
-    """Return {id of a variable: reason} of kernels that no cell multiplies by.
-
-    On torch the loops of LSTM and GRU take the kernels themselves, unless they
-    are told to leave it to their cells.
-    """
-    found: dict[int, str] = {}
-    if keras.backend.backend() != "torch":
-        return found
-    for layer in keras_compat.layers_of(model):
-        if isinstance(layer, (layers.LSTM, layers.GRU)) and layer.use_cudnn in (
-            True,
-            "auto",
-        ):
-            reason = (
-                f"of {type(layer).__name__}, which on torch reads its kernels "
-                "whole; pass `use_cudnn=False` to it"
-            )
-            found.update((id(v), reason) for v in layer.cell.weights)
-    return found
-
-
-def _einsum_axes(role: tuple[bool, bool]) -> Axes:
-    """Return a callable from an EinsumDense to the axes that play `role` in it.
-
-    A letter of the kernel is contracted where it stands in the input and not
-    in the output, is a stack of kernels where it stands in both, and is of
-    the output units otherwise.
-    """
-
-    def axes(layer: Any) -> tuple[int, ...]:
-        inputs, kernel, output = layer_calls.einsum_terms(layer.equation)
-        return tuple(
-            axis
-            for axis, letter in enumerate(kernel)
-            if (letter in inputs, letter in output) == role
-        )
-
     return axes
 
 
@@ -319,7 +244,6 @@ _CONV = Kernel(contraction_axes=lambda layer: tuple(range(layer.rank + 1)))
 _DEPTHWISE = Kernel(
     contraction_axes=lambda layer: tuple(range(layer.rank)),
     reason="a depthwise kernel contracts no channels",
-    dense="a depthwise kernel",
     depthwise=True,
 )
 # (spatial..., out, in). Of a pixel of the output each sums over other taps, so
@@ -341,14 +265,12 @@ _SEPARABLE = LayerKind(
     {"depthwise_kernel": _DEPTHWISE, "pointwise_kernel": _CONV},
     layer_calls.separable_convolution,
 )
-_DEPTHWISE_CONVOLUTION = LayerKind(
-    {"kernel": _DEPTHWISE}, layer_calls.depthwise_convolution
+_DEPTHWISE_CONVOLUTION = LayerKind({"kernel": _DEPTHWISE})
+# (in, gates * units) and (units, gates * units). On torch the loops around
+# the cells read their kernels whole.
+_CELL = LayerKind(
+    dict.fromkeys(("kernel", "recurrent_kernel"), Kernel(contraction_axes=(0,)))
 )
-# (in, gates * units) and (units, gates * units).
-_CELL = {
-    "kernel": Kernel(contraction_axes=(0,)),
-    "recurrent_kernel": Kernel(contraction_axes=(0,)),
-}
 
 # {layer class: kind}; `register_layer_kind` adds to it.
 _KINDS: dict[type, LayerKind] = {
@@ -358,8 +280,12 @@ _KINDS: dict[type, LayerKind] = {
     layers.EinsumDense: LayerKind(
         {
             "kernel": Kernel(
-                contraction_axes=_einsum_axes((True, False)),
-                stack_axes=_einsum_axes((True, True)),
+                contraction_axes=lambda layer: layer_calls.einsum_axes(
+                    layer.equation, True, False
+                ),
+                stack_axes=lambda layer: layer_calls.einsum_axes(
+                    layer.equation, True, True
+                ),
             )
         },
         layer_calls.einsum_dense,
@@ -375,12 +301,11 @@ _KINDS: dict[type, LayerKind] = {
     layers.SeparableConv2D: _SEPARABLE,
     layers.DepthwiseConv1D: _DEPTHWISE_CONVOLUTION,
     layers.DepthwiseConv2D: _DEPTHWISE_CONVOLUTION,
-    layers.LSTMCell: LayerKind(_CELL, layer_calls.lstm_cell),
-    layers.GRUCell: LayerKind(_CELL, layer_calls.gru_cell),
-    layers.SimpleRNNCell: LayerKind(_CELL, layer_calls.simple_rnn_cell),
+    layers.LSTMCell: _CELL,
+    layers.GRUCell: _CELL,
+    layers.SimpleRNNCell: _CELL,
     keras_compat.ConvLSTMCell: LayerKind(
-        {"kernel": _CONV, "recurrent_kernel": _CONV},
-        layer_calls.conv_lstm_cell,
+        {"kernel": _CONV, "recurrent_kernel": _CONV}
     ),
     # The heads tied to an embedding are in this class as well; the axes are
     # those of the head.

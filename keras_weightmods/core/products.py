@@ -5,7 +5,7 @@ from typing import Any
 from keras import ops
 
 from keras_weightmods.core import keras_compat
-from keras_weightmods.core.layer_kinds import axes_of, kernels_of
+from keras_weightmods.core.layer_kinds import axes_of
 from keras_weightmods.core.reparameterization import slots
 from keras_weightmods.ops.matrix import contraction_size, to_stack
 
@@ -15,15 +15,10 @@ class Products:
 
     What a function of `layer_calls` is given as `multiply`.
 
-    Attributes:
-        attributes: The names of the kernels that a subclass is for.
-
     Args:
         layer: A layer with a `kind_with_call`.
         plain: The layer's own `call`.
     """
-
-    attributes: frozenset[str] = frozenset()
 
     def __init__(self, layer: Any, plain: Any = None) -> None:
         self.layer = layer
@@ -60,9 +55,7 @@ class Products:
 
     def _axes(self, attribute: str) -> Any:
         """Return the contraction and the stack axes of a kernel."""
-        rule = kernels_of(self.layer)[attribute]
-        rank = len(self.shape(attribute))
-        axes = axes_of(self.layer, attribute, rule, rank)
+        axes = axes_of(self.layer, attribute, len(self.shape(attribute)))
         return axes["contraction_axes"], axes["stack_axes"]
 
     def shape(self, attribute: str) -> tuple[int, ...]:

@@ -55,8 +55,8 @@ class Reparameterization:
     def __init__(self, target: Any = None) -> None:
         self.parameters: tuple[Any, ...] = ()
         self.is_empty = self.is_own = False
-        self.own_constraint: Any = None
-        self.our_constraint: Any = None
+        # What `seam` replaced in the variable, and where that was.
+        self.replaced: dict[str, Any] = {}
         self.place: Any = None
         if target is not None:
             self.bind(target)
@@ -111,6 +111,10 @@ class Reparameterization:
         `stored` is not to be read where `keeps_stored` is False.
         """
         raise NotImplementedError
+
+    def regularizer(self, regularizer: Any) -> Any:
+        """Return what to call in place of the variable's `regularizer`."""
+        return lambda stored: regularizer(self.effective(stored))
 
     def constraint(self, constraint: Any) -> Any:
         """Return what to call in place of the variable's `constraint`."""

@@ -91,20 +91,6 @@ def reason_to_skip(target: Target) -> str | None:
     )
 
 
-def check_unattached(items: Sequence[Any]) -> None:
-    """Raise ValueError if a target of `items` is reparameterized already."""
-    targets = [item.target for item in items]
-    taken = [t for t in targets if t.attribute in slots(t.layer)]
-    if taken:
-        finish = slots(taken[0].layer)[taken[0].attribute].finish
-        raise ValueError(
-            "A weight can be reparameterized only once. Received: a model "
-            f"with {len(taken)} of the targets reparameterized already, the "
-            f"first being {taken[0].path!r}. Call `{finish}` first, or leave "
-            "these targets out."
-        )
-
-
 def attach(
     model: Any,
     items: Sequence[Any],
@@ -117,7 +103,16 @@ def attach(
     weights that are no longer trained, so the model is left uncompiled.
     `see` is called with each item once its parameters are there.
     """
-    check_unattached(items)
+    targets = [item.target for item in items]
+    taken = [t for t in targets if t.attribute in slots(t.layer)]
+    if taken:
+        finish = slots(taken[0].layer)[taken[0].attribute].finish
+        raise ValueError(
+            "A weight can be reparameterized only once. Received: a model "
+            f"with {len(taken)} of the targets reparameterized already, the "
+            f"first being {taken[0].path!r}. Call `{finish}` first, or leave "
+            "these targets out."
+        )
     if not drop_optimizer and has_built_optimizer(model):
         raise ValueError(
             "The model's optimizer has already been built for the present "
@@ -138,7 +133,9 @@ def attach(
     for item, value in zip(items, stored):
         if value is not item.target.variable:
             item.target.variable.assign(value)
-        _install(item)
+        if not item.keeps_stored:
+            _take_out(item)
+        _put_in(item)
     forget_variables(model)
 
 
@@ -150,7 +147,7 @@ def install(item: Reparameterization) -> None:
     """
     item.is_own = True
     _create_parameters(item)
-    _install(item)
+    _put_in(item)
 
 
 def fold(
@@ -168,20 +165,18 @@ def fold(
         The list of the items folded.
     """
     items = reparameterizations(model, kind)
-    for item in items:
-        _check_foldable(item.target.layer)
-    for item in items:
-        variable = item.target.variable
-        value = item.folded()
-        _uninstall(item)
-        _drop_parameters(item)
-        if item.keeps_stored:
-            variable.assign(value)
-        else:
-            keras_compat.restore_value(variable, value)
-            keras_compat.put_variable_back(
-                item.target.layer, variable, item.place
+    for layer in (item.target.layer for item in items):
+        plain = type(layer).__bases__[-1]
+        if issubclass(plain, ReparameterizedLayer):
+            raise ValueError(
+                "A layer can be folded if its class is a plain one or one of "
+                "the library's own, for then the plain class is known. "
+                f"Received: layer {layer.name!r} of class "
+                f"{type(layer).__name__}, a subclass of {plain.__name__}. "
+                "Subclass the plain class and call `attach_compander` instead."
             )
+    for item in items:
+        _give_back(item)
         see(item)
     if items:
         forget_variables(model)
@@ -202,33 +197,22 @@ def stored_weights(
         The list of the items, those whose `keeps_stored` is False.
     """
     items = [i for i in reparameterizations(model) if not i.keeps_stored]
-    with contextlib.ExitStack() as stack:
-        stack.callback(keras_compat.track_torch_parameters, model)
+    given: list[Any] = []
+    try:
         for item in items:
-            stack.enter_context(_stored_weight(item))
+            given.append((item, _give_back(item)))
             see(item)
         keras_compat.track_torch_parameters(model)
         yield items
-
-
-@contextlib.contextmanager
-def _stored_weight(item):
-    layer, variable = item.target.layer, item.target.variable
-    value = item.folded()
-    _uninstall(item)
-    places = [
-        (parameter, keras_compat.remove_variable(layer, parameter))
-        for parameter in item.parameters
-    ]
-    keras_compat.restore_value(variable, value)
-    keras_compat.put_variable_back(layer, variable, item.place)
-    try:
-        yield
     finally:
-        _take_out(item)
-        for parameter, place in reversed(places):
-            keras_compat.put_variable_back(layer, parameter, place)
-        _put_in(item)
+        for item, places in reversed(given):
+            _take_out(item)
+            for parameter, place in reversed(places):
+                keras_compat.put_variable_back(
+                    item.target.layer, parameter, place
+                )
+            _put_in(item)
+        keras_compat.track_torch_parameters(model)
 
 
 def forget_variables(model: Any) -> None:
@@ -243,61 +227,43 @@ def forget_variables(model: Any) -> None:
         model.compiled = False
 
 
-class _OnEffectiveWeight:
-    """Apply a regularizer of the stored weight to the effective one."""
-
-    def __init__(self, regularizer, item):
-        self.regularizer = regularizer
-        self.item = item
-
-    def __call__(self, stored):
-        return self.regularizer(self.item.effective(stored))
-
-
-def _install(item):
-    if not item.keeps_stored:
-        _take_out(item)
-    _put_in(item)
-
-
 def _put_in(item):
-    layer, variable = item.target.layer, item.target.variable
-    if variable.regularizer is not None:
-        regularizer = _OnEffectiveWeight(variable.regularizer, item)
-        carrier = variable if item.keeps_stored else item.parameters[0]
-        carrier.regularizer = regularizer
-    if variable.constraint is not None:
-        item.own_constraint = variable.constraint
-        item.our_constraint = item.constraint(variable.constraint)
-        variable.constraint = item.our_constraint
-    items = {**slots(layer), item.target.attribute: item}
-    set_reparameterizations(layer, items)
+    variable = item.target.variable
+    for name in ("regularizer", "constraint"):
+        own = getattr(variable, name)
+        if own is not None:
+            ours = getattr(item, name)(own)
+            item.replaced[name] = own, ours
+            is_gone = name == "regularizer" and not item.keeps_stored
+            setattr(item.parameters[0] if is_gone else variable, name, ours)
+    items = {**slots(item.target.layer), item.target.attribute: item}
+    set_reparameterizations(item.target.layer, items)
     # Where optimizers find it, which know variables only.
     variable.reparameterization = item
 
 
-def _uninstall(item):
+def _give_back(item):
+    """Make a weight plain again, as the one that the layer computes with.
+
+    Returns:
+        List of pairs of the parameters, which left, and their places.
+    """
     layer, variable = item.target.layer, item.target.variable
+    value = item.folded()
     others = {a: x for a, x in slots(layer).items() if x is not item}
     set_reparameterizations(layer, others)
     del variable.reparameterization
-    if isinstance(variable.regularizer, _OnEffectiveWeight):
-        variable.regularizer = variable.regularizer.regularizer
-    # Another may have been set since.
-    if variable.constraint is item.our_constraint:
-        variable.constraint = item.own_constraint
-
-
-def _check_foldable(layer):
-    cls = type(layer)
-    if issubclass(cls.__bases__[-1], ReparameterizedLayer):
-        raise ValueError(
-            "A layer can be folded if its class is a plain one or one of the "
-            "library's own, for then the plain class is known. Received: "
-            f"layer {layer.name!r} of class {cls.__name__}, a subclass of "
-            f"{cls.__bases__[-1].__name__}. Subclass the plain class and call "
-            "`attach_compander` instead."
-        )
+    for name, (own, ours) in item.replaced.items():
+        # Another may have been set since.
+        if getattr(variable, name) is ours:
+            setattr(variable, name, own)
+    places = _drop_parameters(item)
+    if item.keeps_stored:
+        variable.assign(value)
+    else:
+        keras_compat.restore_value(variable, value)
+        keras_compat.put_variable_back(layer, variable, item.place)
+    return places
 
 
 def _take_out(item):
@@ -332,8 +298,10 @@ def _create_parameters(item):
 
 
 def _drop_parameters(item):
-    for parameter in item.parameters:
-        keras_compat.remove_variable(item.target.layer, parameter)
+    return [
+        (parameter, keras_compat.remove_variable(item.target.layer, parameter))
+        for parameter in item.parameters
+    ]
 
 
 def has_built_optimizer(model: Any) -> bool:

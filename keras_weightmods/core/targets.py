@@ -301,58 +301,45 @@ def target_of(
         )
         raise error("attribute", f"{expected} in {layer.name!r}", attribute)
     rank = rank or len(variable.shape)
-    axes = layer_kinds.axes_of(layer, attribute, rule, rank)
+    axes = layer_kinds.axes_of(layer, attribute, rank)
     key = (keys or weight_keys(layer))[id(variable)]
     return Target(layer, variable, attribute, **axes, depth=depth, key=key)
 
 
-def check_built(model: Any) -> None:
-    """Raise ValueError unless `model` and what may hold a target is built."""
-    check_model(model)
-    unbuilt = [layer.name for layer in _unbuilt_layers(model)]
-    if not model.built:
-        unbuilt.insert(0, model.name)
-    elif unbuilt:
-        unused = set(map(id, _unused_layers(model)))
-        unbuilt = [
-            layer.name
-            for layer in _unbuilt_layers(model)
-            if id(layer) not in unused
-        ]
-    if unbuilt:
-        raise ValueError(
-            "The model must be built, so that its weights exist. Call it on "
-            "data once, or `model.build(input_shape)`. Received: "
-            f"model={model.name!r}, of which {len(unbuilt)} layers are not "
-            f"built: {', '.join(unbuilt[:5])}"
-        )
-
-
-def _unbuilt_layers(model: Any) -> list[Any]:
-    """Return the layers in a model that may hold a target and are not built."""
-    return [
-        layer
-        for layer in keras_compat.layers_of(model)
-        if layer is not model
-        and not layer.built
-        and _holds_target(layer_kinds.kernels_of(layer))
-    ]
-
-
 def _unused_layers(model: Any) -> list[Any]:
-    """Return those of `_unbuilt_layers` that the model never calls.
+    """Return the layers that may hold a target and that the model never calls.
 
     As in the blocks of KerasHub's EfficientNet, which hold layers for each way
     to use them, or in its SAM, whose mask decoder its tasks call.
+
+    Raises:
+        ValueError: If `model`, or another layer that may hold a target, is not
+            built.
     """
-    unbuilt = _unbuilt_layers(model)
-    if not unbuilt:
-        return []
-    parts = keras_compat.layers_of(model)
-    order = execution_order(model, [x for x in parts if x is not model])
-    # Without an order it is known only of what no graph holds.
-    called = order or _layers_of_graph(model)
-    return [x for x in unbuilt if id(x) not in called]
+    check_model(model)
+    parts = [x for x in keras_compat.layers_of(model) if x is not model]
+    unbuilt = [
+        layer
+        for layer in parts
+        if not layer.built
+        and any(
+            rule.reason is None
+            for rule in layer_kinds.kernels_of(layer).values()
+        )
+    ]
+    called: Any = set(map(id, unbuilt))
+    if model.built and unbuilt:
+        # Without an order it is known only of what no graph holds.
+        called = execution_order(model, parts) or _layers_of_graph(model)
+    missing = [layer.name for layer in unbuilt if id(layer) in called]
+    if missing or not model.built:
+        raise ValueError(
+            "The model must be built, so that its weights exist. Call it on "
+            "data once, or `model.build(input_shape)`. Received: "
+            f"model={model.name!r}, of which {len(missing)} layers are not "
+            f"built: {', '.join(missing[:5])}"
+        )
+    return unbuilt
 
 
 def _layers_of_graph(layer: Any) -> set[int]:
@@ -362,10 +349,6 @@ def _layers_of_graph(layer: Any) -> set[int]:
         return set(map(id, keras_compat.layers_of(layer)))
     parts = (x for x in graph.operations if isinstance(x, keras.Layer))
     return set().union(*map(_layers_of_graph, parts))
-
-
-def _holds_target(rules: Any) -> bool:
-    return any(rule.reason is None for rule in rules.values())
 
 
 def kernel_axes(model: Any) -> dict[int, Any]:
@@ -391,7 +374,7 @@ def _find_unordered(
     model: Any, depthwise: bool
 ) -> tuple[list[Target], tuple[Skipped, ...]]:
     """Return the targets, in the declared order, and what is none."""
-    check_built(model)
+    unused = _unused_layers(model)
     targets: dict[int, Target] = {}
     skipped: dict[Any, Skipped] = {}
     unknown: dict[int, Skipped] = {}
@@ -422,9 +405,9 @@ def _find_unordered(
             for variable in _other_matrices(layer, known):
                 reason = _unknown_reason(layer, variable, rules)
                 unknown[id(variable)] = Skipped(variable.path, reason)
-    for layer in _unused_layers(model):
-        skip = Skipped(layer.path, "not built, as the model does not call it")
-        skipped[id(layer), ""] = skip
+    for layer in unused:
+        reason = "not built, as the model does not call it"
+        skipped[id(layer), ""] = Skipped(layer.path, reason)
     # What is shared with an embedding is left out; what an unknown layer
     # shares with a known one is known.
     found = [targets[k] for k in keys if k in targets and k not in skipped]

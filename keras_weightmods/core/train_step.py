@@ -53,8 +53,6 @@ def put_around(model: Any, name: str, around: Callable[..., Any]) -> None:
         around: Callable of the model, the step and its arguments. It calls the
             step and returns what it returned. It holds no model itself.
     """
-    if name not in _ORDER:
-        raise ValueError(f"Expected one of {_ORDER}. Received: name={name!r}")
     _AROUND.setdefault(model, {})[name] = around
     step = model.train_function
     if step is not None and not isinstance(step, _Step):
@@ -75,15 +73,16 @@ def keep_weights(model: Any) -> None:
     Its step has taken them out of the variables. The other backends change
     them in place. This stays on the model, and protects a later `fit` too.
     """
-    if keras.backend.backend() == "jax":
-        put_around(model, "weights kept", _kept)
-
-
-def _kept(model: Any, step: Any, state: Any, batches: Any) -> Any:
+    if keras.backend.backend() != "jax":
+        return
     from keras_weightmods.backend.jax.kept_step import kept
 
-    hold = functools.partial(keras_compat.hold_state, model)
-    return kept(step, hold, state, batches)
+    def around(model: Any, step: Any, *args: Any) -> Any:
+        return kept(
+            step, functools.partial(keras_compat.hold_state, model), *args
+        )
+
+    put_around(model, "weights kept", around)
 
 
 def show_first(model: Any, verbose: Any, since: float | None = None) -> None:

@@ -13,7 +13,6 @@ from keras import ops
 from keras_weightmods import native
 from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.head import reversible_embeddings
-from keras_weightmods.core.layer_kinds import read_whole
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.native.layout import ACTIVATIONS
@@ -54,9 +53,8 @@ def pack(
     each: 0.53 times the bytes of float32, 0.28 in bfloat16, 0.16 in int8 and
     0.10 in int4. Packed are the kernels of Dense, EinsumDense, Conv1D to Conv3D
     (which then multiply the patches of their input), of separable convolutions,
-    of the cells of LSTM, GRU, SimpleRNN and ConvLSTM (on torch with
-    `use_cudnn=False`), of the experts of KerasHub's mixtures, and of layers
-    that `register_layer_kind` makes known with their `call`. Their layers
+    of the experts of KerasHub's mixtures, and of layers that
+    `register_layer_kind` makes known with their `call`. Their layers
     multiply by the packed arrays with `ops.sparse_matmul`. Each layer stays the
     same object with the same name; the dense weight is gone from it, and it has
     `kernel_values`, for 2:4 kernels `kernel_meta`, and for int8 and int4
@@ -156,7 +154,7 @@ def pack(
     heads = [] if is_left else reversible_embeddings(model)
     own = {target.path for target in heads}
     skipped = [skip for skip in found.skipped if skip.path not in own]
-    reasons = {**_shared_variables(model), **read_whole(model)}
+    reasons = _shared_variables(model)
     items: list[Any] = []
     tables: list[Any] = []
     inexact: list[Any] = []

@@ -26,13 +26,9 @@ def check_int(name, value, least=None, most=None, optional=False):
     Raises:
         ValueError: If `value` is something else.
     """
-    if optional and value is None:
-        return None
     is_int = isinstance(value, numbers.Integral) and is_number(value)
     bounds = {">=": least, "<=": most}
-    if not is_int or not _inside(value, bounds):
-        raise error(name, _expected("an int", bounds, optional), value)
-    return int(value)
+    return _number(name, value, int, "an int", is_int, bounds, optional)
 
 
 def check_float(
@@ -50,12 +46,9 @@ def check_float(
     Raises:
         ValueError: If `value` is something else.
     """
-    if optional and value is None:
-        return None
     bounds = {">=": least, ">": above, "<=": most, "<": below}
-    if not is_finite(value) or not _inside(value, bounds):
-        raise error(name, _expected("a finite float", bounds, optional), value)
-    return float(value)
+    kind = "a finite float"
+    return _number(name, value, float, kind, is_finite(value), bounds, optional)
 
 
 def check_bool(name: str, value: Any) -> bool:
@@ -78,7 +71,8 @@ def check_string(name: str, value: Any, optional: bool = False) -> Any:
     if optional and value is None:
         return None
     if not isinstance(value, str) or not value:
-        raise error(name, _expected("a non-empty string", {}, optional), value)
+        expected = "a non-empty string"
+        raise error(name, expected + " or None" * optional, value)
     return value
 
 
@@ -199,14 +193,15 @@ _COMPARISONS = {
 }
 
 
-def _inside(value: Any, bounds: dict[str, Any]) -> bool:
-    return all(
-        bound is None or _COMPARISONS[sign](value, bound)
-        for sign, bound in bounds.items()
-    )
-
-
-def _expected(kind: str, bounds: dict[str, Any], optional: bool) -> str:
-    parts = [f"{sign} {x}" for sign, x in bounds.items() if x is not None]
-    text = " ".join([kind, " and ".join(parts)]).rstrip()
-    return f"{text} or None" if optional else text
+def _number(name, value, cast, kind, is_kind, bounds, optional):
+    """Return a number of `kind` within bounds; raise ValueError otherwise."""
+    if optional and value is None:
+        return None
+    given = {sign: x for sign, x in bounds.items() if x is not None}
+    if is_kind and all(
+        _COMPARISONS[sign](value, given[sign]) for sign in given
+    ):
+        return cast(value)
+    limits = " and ".join(f"{sign} {x}" for sign, x in given.items())
+    expected = f"{kind} {limits}".rstrip() + " or None" * optional
+    raise error(name, expected, value)

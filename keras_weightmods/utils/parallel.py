@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -32,21 +31,15 @@ def map_ahead(
         function: Callable of an item, which other threads call.
         items: Iterable.
     """
-    items = iter(items)
-    first = list(itertools.islice(items, 2))
-    if len(first) < 2:
-        yield from map(function, first)
-        return
     count = threads()
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         waiting: collections.deque = collections.deque()
         try:
-            for item in itertools.chain(first, items):
+            for item in items:
                 waiting.append(pool.submit(function, item))
                 if len(waiting) > 2 * count:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            for future in waiting:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)

@@ -109,11 +109,7 @@ class Waiting:
     def __enter__(self) -> "Waiting":
         import keras
 
-        self._pause = _rest(self._since)
-        self._start = time.perf_counter()
         self._is_over = threading.Event()
-        self._is_shown = False
-        self._is_rewritten = sys.stdout.isatty() or "ipykernel" in sys.modules
         self._thread = threading.Thread(target=self._run, daemon=True)
         if self._verbose and keras.config.is_interactive_logging_enabled():
             self._thread.start()
@@ -123,21 +119,17 @@ class Waiting:
         self._is_over.set()
         if self._thread.ident is not None:
             self._thread.join()
-        if self._is_shown:
-            self._write("\n")
 
     def _run(self) -> None:
-        pause = self._pause
+        start, pause, end = time.perf_counter(), _rest(self._since), ""
+        is_rewritten = sys.stdout.isatty() or "ipykernel" in sys.modules
+        line = "\r{}: {:.0f} s" if is_rewritten else "{}: {:.0f} s\n"
         while not self._is_over.wait(pause):
-            self._is_shown = True
-            self._write("" if self._is_rewritten else "\n")
-            pause = _EVERY[self._is_rewritten]
-
-    def _write(self, end: str) -> None:
-        seconds = time.perf_counter() - self._start
-        start = "\r" if self._is_rewritten else ""
-        sys.stdout.write(f"{start}{self._label}: {seconds:.0f} s{end}")
-        sys.stdout.flush()
+            seconds = time.perf_counter() - start
+            sys.stdout.write(line.format(self._label, seconds))
+            sys.stdout.flush()
+            pause, end = _EVERY[is_rewritten], "\n" * is_rewritten
+        sys.stdout.write(end)
 
 
 def _rest(since: float | None) -> float:

@@ -58,7 +58,11 @@ class Report:
 
     def table(self) -> str:
         """Return the tables with all rows and whole paths, as text."""
-        return "\n".join(line for t in self._all_tables() for line in _lines(t))
+        tables = [*self.tables()]
+        rows = [(s.path, s.reason) for s in getattr(self, "skipped", ())]
+        if rows:
+            tables.append(Table(_LEFT, ("weight", "reason"), tuple(rows)))
+        return "\n".join(line for table in tables for line in _lines(table))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain Python values, ready for JSON."""
@@ -79,14 +83,7 @@ class Report:
         return "\n".join(itertools.chain(*lines))
 
     def _repr_html_(self) -> str:
-        return "".join(map(_html, self._all_tables()))
-
-    def _all_tables(self) -> Iterable[Table]:
-        yield from self.tables()
-        skipped = getattr(self, "skipped", ())
-        rows = tuple((skip.path, skip.reason) for skip in skipped)
-        if rows:
-            yield Table(_LEFT, ("weight", "reason"), rows)
+        return f"<pre>{html.escape(self.table())}</pre>"
 
 
 def shape_text(shape: Iterable[int]) -> str:
@@ -108,26 +105,20 @@ def _shortened(tables: list[Table]) -> list[Table]:
         for table in tables
     ]
     left = _LINES - sum(frames) + sum(bool(table.rows) for table in tables)
-    shares = {}
-    for rank, (place, table) in enumerate(
-        sorted(enumerate(tables), key=lambda pair: len(pair[1].rows))
-    ):
+    shortened = {}
+    ranked = sorted(enumerate(tables), key=lambda pair: len(pair[1].rows))
+    for rank, (place, table) in enumerate(ranked):
         share = max(2, left // (len(tables) - rank))
-        shares[place] = min(len(table.rows), share)
-        left -= shares[place]
-    return [_first(table, shares[place]) for place, table in enumerate(tables)]
-
-
-def _first(table: Table, count: int) -> Table:
-    """Return a table with `count` lines for its rows."""
-    if count == len(table.rows):
-        return table
-    more = f"... {len(table.rows) - count + 1} more: `report.table()`"
-    return dataclasses.replace(
-        table,
-        rows=table.rows[: count - 1],
-        caption=f"{more}\n{table.caption}",
-    )
+        left -= min(len(table.rows), share)
+        if len(table.rows) > share:
+            more = f"... {len(table.rows) - share + 1} more: `report.table()`"
+            table = dataclasses.replace(
+                table,
+                rows=table.rows[: share - 1],
+                caption=f"{more}\n{table.caption}",
+            )
+        shortened[place] = table
+    return [shortened[place] for place in range(len(tables))]
 
 
 def _lines(table: Table, width: int | None = None) -> list[str]:
@@ -169,21 +160,6 @@ def _lines(table: Table, width: int | None = None) -> list[str]:
             text.insert(-1, rule)
         lines += text
     return lines + wrapped(table.caption)
-
-
-def _html(table: Table) -> str:
-    def line(tag: str, cells: Iterable[str]) -> str:
-        row = "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells)
-        return f"<tr>{row}</tr>"
-
-    lines = [f"<caption>{html.escape(table.title)}</caption>"]
-    if table.rows:
-        lines += [line("th", table.columns)]
-        lines += [line("td", row) for row in table.rows]
-        lines += [line("th", table.total)] if table.total else []
-    text = f"<table>{''.join(lines)}</table>"
-    caption = html.escape(table.caption)
-    return f"{text}<p>{caption}</p>" if caption else text
 
 
 def _plain(value: Any) -> Any:

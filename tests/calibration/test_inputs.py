@@ -128,20 +128,12 @@ def test_of_each_layer_what_it_contracts(make, shape, kept):
 
 
 @one_backend
-def test_groups_of_a_convolution_and_steps_of_a_cell():
+def test_groups_of_a_convolution():
     layer = layers.Conv2D(8, 1, groups=2, data_format="channels_last")
     x = normal(2, 6, 6, 8)
     (norms,) = norms_over(sequential((6, 6, 8), layer), x)
     squares = root_mean_square(x).reshape(2, 4) ** 2
     assert_close(norms, np.sqrt(squares.mean(axis=0)))
-
-    cell = layers.SimpleRNN(6, return_sequences=True, unroll=True)
-    model, x = sequential((5, 4), cell), normal(3, 5, 4)
-    kernel, recurrent = norms_over(model, x)
-    assert_close(kernel, root_mean_square(x))
-    # The state begins with zeros.
-    states = np.pad(numpy(model(x))[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    assert_close(recurrent, root_mean_square(states))
 
 
 @one_backend

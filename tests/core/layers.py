@@ -6,10 +6,6 @@ import numpy as np
 from keras_weightmods.core.keras_compat import layers_of
 
 
-def paths(targets):
-    return [target.path for target in targets]
-
-
 def keys(targets):
     return [target.key for target in targets]
 

@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import pytest
 
-import keras_weightmods as kwm
 from keras_weightmods.core import data
 from tests import models
+from tests.backends import breadth
 from tests.models import assert_same, normal, numpy
 
 X, WEIGHT = normal(10, 3), np.arange(10.0)
@@ -17,9 +17,9 @@ X, WEIGHT = normal(10, 3), np.arange(10.0)
 class Parts(keras.utils.PyDataset):
     """Batches of four rows, or no end of them."""
 
-    def __init__(self, count=3):
+    def __init__(self, count=3, arrays=(X, X, WEIGHT), make=lambda *a: a):
         super().__init__()
-        self.count = count
+        self.count, self.arrays, self.make = count, arrays, make
 
     @property
     def num_batches(self):
@@ -27,7 +27,7 @@ class Parts(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         part = slice(4 * (index % 3), 4 * (index % 3) + 4)
-        return X[part], X[part], WEIGHT[part]
+        return self.make(*(array[part] for array in self.arrays))
 
 
 def generator():
@@ -40,19 +40,18 @@ def dataset():
     return tf.data.Dataset.from_tensor_slices((X, X, WEIGHT)).batch(4)
 
 
-@pytest.mark.parametrize("kind", [None, Parts, generator, dataset])
-def test_batches_of_all_kinds_are_the_same(kind):
+@pytest.mark.one_backend
+def test_batches_of_all_kinds_are_the_same():
     expected = [(X[i : i + 4], WEIGHT[i : i + 4]) for i in range(0, 10, 4)]
-    found = data.batches(X, 4, WEIGHT) if kind is None else data.batches(kind())
-    assert_same(list(found), expected)
-
-
-def test_batches_of_nested_arrays():
+    assert_same(list(data.batches(X, 4, WEIGHT)), expected)
+    for kind in (Parts, generator, dataset):
+        assert_same(list(data.batches(kind())), expected)
     first, _ = next(data.batches({"a": X, "b": WEIGHT}, 4))
     assert_same(first, {"a": X[:4], "b": WEIGHT[:4]})
     assert len(list(data.batches(normal(70, 2)))) == 3
 
 
+@pytest.mark.one_backend
 def test_batch_count():
     assert data.batch_count(X, 4) == 3
     assert data.batch_count(X) == 1
@@ -65,6 +64,7 @@ def test_batch_count():
     assert data.batch_count(generator()) is None
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("least", "rows", "read", "enough"),
     [(1, 0, 1, 0), (2, 3, 2, 1), (1, 5, 2, 2), (9, 5, 3, 2), (1, 99, 3, 3)],
@@ -78,6 +78,7 @@ def test_first_batches(kind, least, rows, read, enough):
     assert_same(list(data.batches(x)), expected)
 
 
+@pytest.mark.one_backend
 def test_holds_strings():
     import tensorflow as tf
 
@@ -92,18 +93,8 @@ def test_holds_strings():
 ROWS = np.random.default_rng(0).integers(1, 12, size=(10, 6))
 
 
-class Rows(keras.utils.PyDataset):
-    """Batches of four rows of tokens, each through a function."""
-
-    def __init__(self, make=lambda part: part):
-        super().__init__()
-        self.make = make
-
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, index):
-        return self.make(ROWS[4 * index : 4 * index + 4])
+def row_batches(make=lambda part: part):
+    return Parts(3, (ROWS,), make)
 
 
 def as_dict(part):
@@ -128,16 +119,14 @@ FORMS = {
     "array": lambda: ROWS,
     "tensor": lambda: keras.ops.convert_to_tensor(ROWS),
     "lists": ROWS.tolist,
-    "vectors": lambda: list(ROWS),
     "dict": lambda: as_dict(ROWS),
-    "dict of lists": lambda: {"token_ids": ROWS.tolist()},
     "triple": lambda: (as_dict(ROWS), ROWS, np.ones(ROWS.shape)),
     "pair": lambda: (ROWS, ROWS),
-    "PyDataset": Rows,
-    "PyDataset of triples": lambda: Rows(lambda x: (as_dict(x), x, x > 0)),
-    "generator": lambda: (part for part in Rows()),
-    "generator of lists": lambda: (part.tolist() for part in Rows()),
-    "tf.data": lambda: slices(ROWS),
+    "PyDataset": row_batches,
+    "PyDataset of triples": lambda: row_batches(
+        lambda x: (as_dict(x), x, x > 0)
+    ),
+    "generator of lists": lambda: (row_batches()[i].tolist() for i in range(3)),
     "tf.data of dicts": lambda: slices((as_dict(ROWS), ROWS)),
     "DataLoader": loader,
 }
@@ -148,7 +137,7 @@ def language_model():
     return models.causal_lm("gpt2", models.gpt2_preprocessor(6))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@breadth("form", FORMS, 0, 1)
 def test_rows_of_tokens_in_every_form(form, language_model):
     found = data.calibration_batches(language_model, FORMS[form](), 4)
     for name, expected in as_dict(ROWS).items():
@@ -158,24 +147,19 @@ def test_rows_of_tokens_in_every_form(form, language_model):
     assert_same(list(data.rows(FORMS[form]())), list(ROWS))
 
 
-@pytest.mark.parametrize("form", ["list", "array", "tuple", "generator"])
-def test_strings_in_every_form(form, language_model):
+@breadth("make", [list, np.array, tuple, iter])
+def test_strings_in_every_form(make, language_model):
     texts = ["abc", "dab"]
-    make = {
-        "list": lambda: texts,
-        "array": lambda: np.array(texts),
-        "tuple": lambda: tuple(texts),
-        "generator": lambda: iter(texts),
-    }[form]
-    found = data.calibration_batches(language_model, make(), 1)
+    found = data.calibration_batches(language_model, make(texts), 1)
     expected, _, weights = language_model.preprocessor(texts)
     for i, (x, weight) in enumerate(found):
         row = numpy(expected["token_ids"])[i : i + 1]
         np.testing.assert_array_equal(numpy(x["token_ids"]), row)
         np.testing.assert_array_equal(weight, numpy(weights)[i : i + 1])
-    assert list(data.rows(make())) == texts
+    assert list(data.rows(make(texts))) == texts
 
 
+@pytest.mark.one_backend
 def test_rows_of_several_lengths_are_padded(language_model):
     texts = [[3, 4, 5], [6]]
     ((x, weights),) = data.calibration_batches(language_model, texts, 2)
@@ -187,25 +171,6 @@ def test_rows_of_several_lengths_are_padded(language_model):
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model, x: kwm.sparsify(
-            model, "2:4", x, criterion="wanda", verbose=0
-        ),
-        lambda model, x: kwm.quantize(model, x, refine=None, verbose=0),
-    ],
-)
-def test_an_array_of_rows_calibrates_as_the_dict_does(change):
-    """Keras took none: "The structure of `inputs` doesn't match"."""
-    ends = []
-    for x in (ROWS, as_dict(ROWS)):
-        model = models.causal_lm("gpt2", models.gpt2_preprocessor(6))
-        change(models.randomize(model), x)
-        ends.append(model.get_weights())
-    assert_same(*ends)
-
-
 def test_labels_of_strings_may_be_a_list():
     class Task:
         name = "task"

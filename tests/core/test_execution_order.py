@@ -1,8 +1,9 @@
 import keras
 import numpy as np
+import pytest
 
 from keras_weightmods.core.targets import find_targets
-from tests.core.layers import Block, assert_unchanged, names, paths, state_of
+from tests.core.layers import Block, assert_unchanged, names, state_of
 from tests.models import Subclassed, sequential
 
 
@@ -17,8 +18,8 @@ def test_order_of_execution_in_nested_models():
         *("a/gate", "a/up", "a/down", "b"),
         *("d/gate", "d/up", "d/down"),
     ]
-    for path, end in zip(paths(targets), ends, strict=True):
-        assert path.endswith(f"{end}/kernel")
+    for target, end in zip(targets, ends, strict=True):
+        assert target.path.endswith(f"{end}/kernel")
     assert [target.depth for target in targets] == list(range(10))
 
 
@@ -44,15 +45,6 @@ def test_order_of_execution_in_subclassed_models():
     model(np.zeros((2, 8), "float32"))
     expected = [*model.block.layers, model.last]
     assert [target.layer for target in find_targets(model)] == expected
-
-
-def test_order_of_execution_with_inputs_by_name():
-    inputs = keras.Input((4,), name="x")
-    model = keras.Model({"x": inputs}, Block()(inputs))
-    assert names(find_targets(model)) == ["gate", "up", "down"]
-
-
-def test_order_of_execution_with_several_inputs():
     model = TwoInputs()
     x = np.zeros((2, 4), "float32")
     model(x, {"x": x})
@@ -60,6 +52,9 @@ def test_order_of_execution_with_several_inputs():
     state = state_of(model)
     assert names(find_targets(model)) == ["gate", "up", "down", "last"]
     assert_unchanged(model, state)
+    inputs = keras.Input((4,), name="x")
+    model = keras.Model({"x": inputs}, Block()(inputs))
+    assert names(find_targets(model)) == ["gate", "up", "down"]
 
 
 class Partial(keras.layers.Layer):
@@ -81,19 +76,18 @@ class Partial(keras.layers.Layer):
         return x
 
 
-def test_layers_that_do_not_run_come_last():
+@pytest.mark.one_backend
+def test_layers_that_do_not_run_come_last(monkeypatch):
     model = sequential((4,), Partial())
     assert names(find_targets(model)) == ["gate", "up", "down", "unused"]
-
-
-def test_declared_order_where_the_model_does_not_run(monkeypatch):
-    model = sequential((4,), Partial())
+    # The declared order, where the model does not run.
     monkeypatch.setattr(Partial, "fails", True)
     state = state_of(model)
     assert names(find_targets(model)) == ["unused", "down", "up", "gate"]
     assert_unchanged(model, state)
 
 
+@pytest.mark.one_backend
 def test_open_dimensions():
     form = {"data_format": "channels_last"}
     model = sequential(

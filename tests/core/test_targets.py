@@ -1,3 +1,5 @@
+import re
+
 import keras
 import pytest
 
@@ -11,6 +13,7 @@ from keras_weightmods.core.targets import (
 from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.sparsity.scaling import attach_scaling
 from keras_weightmods.utils.report import Skipped
+from tests.backends import breadth
 from tests.core.layers import (
     Block,
     Experts,
@@ -18,14 +21,15 @@ from tests.core.layers import (
     built,
     keys,
     names,
-    paths,
     reasons,
     state_of,
 )
 from tests.models import backbone, causal_lm, mlp, sequential
 
+one_backend = pytest.mark.one_backend
 
-@pytest.mark.parametrize(
+
+@breadth(
     ("kind", "sizes"),
     [("MultiHeadAttention", (2, 4)), ("GroupQueryAttention", (4, 2, 1))],
 )
@@ -41,6 +45,7 @@ def test_attention(kind, sizes):
     assert targets.skipped == ()
 
 
+@one_backend
 def test_embeddings_and_norms_are_left_out():
     inputs = keras.Input((5,), dtype="int32")
     x = (tokens := keras.layers.Embedding(7, 4))(inputs)
@@ -59,7 +64,8 @@ def share_kernel(layer, variable):
     layer._tracker.lock()
 
 
-def test_kernel_tied_to_an_embedding_is_left_out():
+@one_backend
+def test_what_is_shared_appears_once_and_not_if_it_is_an_embedding():
     tokens = keras.layers.Embedding(7, 4)
     head = keras.layers.EinsumDense("btd,vd->btv", (None, 7))
     model = sequential((5,), tokens, head, dtype="int32")
@@ -68,46 +74,31 @@ def test_kernel_tied_to_an_embedding_is_left_out():
     assert len(targets) == 0
     assert "embedding" in reasons(targets)[tokens._embeddings.path]
 
-
-def test_shared_layer_appears_once_at_its_first_use():
     shared = keras.layers.Dense(4, name="shared")
     between = keras.layers.Dense(4, name="between")
     inputs = keras.Input((4,))
     model = keras.Model(inputs, shared(between(shared(inputs))))
     assert names(find_targets(model)) == ["shared", "between"]
 
-
-def test_shared_variable_appears_once():
     model = mlp(4, 4, 4, use_bias=False)
     first, second = model.layers
     share_kernel(second, first._kernel)
-    targets = find_targets(model)
-    assert targets[0].variable is first._kernel
-    assert len([t for t in targets if t.variable is first._kernel]) == 1
+    (target,) = find_targets(model)
+    assert target.variable is first._kernel
 
 
+@one_backend
 def test_keys_tell_equal_paths_apart():
     # Built by themselves, both are named from the root.
     layers = [built(keras.layers.Dense(4, name="o_proj"), 4) for _ in "ab"]
     model = sequential((4,), *(sequential((4,), layer) for layer in layers))
     targets = find_targets(model)
-    assert paths(targets) == ["o_proj/kernel", "o_proj/kernel"]
-    assert len({target.key for target in targets}) == 2
+    assert len(targets) == len({target.key for target in targets}) == 2
     for target in targets:
         position, path = target.key.split(":")
         assert model.weights[int(position)] is target.variable
-        assert path == target.path
+        assert path == target.path == "o_proj/kernel"
         assert targets[target.key] is target
-
-
-def attention(kv_heads):
-    """The kernels of an attention of two heads over 16 units."""
-    return {
-        "self_attention/query": ((16, 2, 8), (0,)),
-        "self_attention/key": ((16, kv_heads, 8), (0,)),
-        "self_attention/value": ((16, kv_heads, 8), (0,)),
-        "self_attention/attention_output": ((2, 8, 16), (0, 1)),
-    }
 
 
 # {family: the name of a block, its kernels, the embeddings left out}
@@ -115,21 +106,15 @@ BACKBONES = {
     "llama3": (
         "transformer_layer_",
         {
-            **attention(1),
+            "self_attention/query": ((16, 2, 8), (0,)),
+            "self_attention/key": ((16, 1, 8), (0,)),
+            "self_attention/value": ((16, 1, 8), (0,)),
+            "self_attention/attention_output": ((2, 8, 16), (0, 1)),
             "feedforward_gate_dense": ((16, 24), (0,)),
             "feedforward_intermediate_dense": ((16, 24), (0,)),
             "feedforward_output_dense": ((24, 16), (0,)),
         },
         ["token_embedding/embeddings", "token_embedding/reverse_embeddings"],
-    ),
-    "gpt2": (
-        "transformer_layer_",
-        {
-            **attention(2),
-            "feedforward_intermediate_dense": ((16, 24), (0,)),
-            "feedforward_output_dense": ((24, 16), (0,)),
-        },
-        ["position_embedding/embeddings", "token_embedding/embeddings"],
     ),
     "gemma": (
         "decoder_block_",
@@ -147,8 +132,8 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize("family", BACKBONES)
-def test_keras_hub_backbones(family):
+@breadth("family", BACKBONES)
+def test_keras_hub_models(family):
     block, kernels, left_out = BACKBONES[family]
     model = backbone(family, num_layers=2)
     state = state_of(model)
@@ -159,45 +144,36 @@ def test_keras_hub_backbones(family):
         for i in range(2)
         for name, (shape, axes) in kernels.items()
     ]
-    for t in targets:
-        axes = sorted(t.contraction_axes + t.output_axes)
-        assert axes == list(range(len(t.shape)))
     assert sorted(reasons(targets)) == left_out
 
 
+@one_backend
 def test_keras_hub_causal_lm():
     task = causal_lm()
     whole, inner = find_targets(task), find_targets(task.backbone)
     assert [t.variable for t in whole] == [t.variable for t in inner]
 
 
-def test_lora_leaves_the_stored_kernel():
-    model = sequential((4,), layer := keras.layers.Dense(3))
-    layer.enable_lora(2)
-    targets = find_targets(model)
-    assert [t.variable for t in targets] == [layer._kernel]
-    assert targets.skipped == ()
-
-
-def test_subclasses_and_exchanged_classes():
+@one_backend
+def test_subclasses_exchanged_classes_and_lora():
     class MyDense(keras.layers.Dense):
         pass
 
     model = sequential((4,), Block(), MyDense(3, name="mine"))
     model.layers[0].gate.__class__ = type("Dense", (keras.layers.Dense,), {})
-    assert names(find_targets(model)) == ["gate", "up", "down", "mine"]
-
-
-def test_scaled_layers():
-    model = sequential((4,), Block())
-    before = find_targets(model)
+    model.layers[1].enable_lora(2)
+    targets = find_targets(model)
+    assert names(targets) == ["gate", "up", "down", "mine"]
+    assert targets[3].variable is model.layers[1]._kernel
     attach_scaling(model, groups=2)
     after = find_targets(model)
-    assert [t.variable for t in after] == [t.variable for t in before]
-    assert after.skipped == ()
+    assert [t.variable for t in after] == [t.variable for t in targets]
+    assert targets.skipped == after.skipped == ()
 
 
-def test_second_kernel_of_a_subclass_is_skipped_with_a_way_out():
+@one_backend
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_unknown_is_skipped_with_a_way_out(frozen):
     class Gated(keras.layers.Dense):
         def build(self, input_shape):
             self.gate = self.add_weight((input_shape[-1], self.units))
@@ -206,29 +182,24 @@ def test_second_kernel_of_a_subclass_is_skipped_with_a_way_out():
         def call(self, x):
             return super().call(x) * keras.ops.matmul(x, self.gate)
 
-    layer = built(Gated(3), 4)
-    targets = find_targets(layer)
-    assert [t.variable for t in targets] == [layer._kernel]
-    assert "register_layer_kind" in reasons(targets)[layer.gate.path]
+    model = sequential((4,), gated := Gated(4), experts := Experts())
+    model.trainable = not frozen
+    targets = find_targets(model)
+    assert [t.variable for t in targets] == [gated._kernel]
+    unknown = [gated.gate, experts.gate, experts.bank]
+    found = reasons(targets)
+    assert list(found) == [variable.path for variable in unknown]
+    for reason, name in zip(found.values(), ["Gated", "Experts", "Experts"]):
+        assert name in reason
+        assert "register_layer_kind" in reason
 
     register_layer_kind(Gated, {"gate": {"contraction_axes": (0,)}})
-    targets = find_targets(layer)
+    targets = find_targets(gated)
     assert {t.attribute for t in targets} == {"kernel", "gate"}
     assert targets.skipped == ()
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_unknown_layers_are_skipped_with_a_way_out(frozen):
-    model = sequential((4,), layer := Experts(name="experts"))
-    model.trainable = not frozen
-    targets = find_targets(model)
-    assert len(targets) == 0
-    assert set(reasons(targets)) == {layer.gate.path, layer.bank.path}
-    for reason in reasons(targets).values():
-        assert "Experts" in reason
-        assert "register_layer_kind" in reason
-
-
+@one_backend
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_layers_are_skipped(mode):
     model = sequential((4,), Block(), keras.layers.Dense(4, name="kept"))
@@ -239,27 +210,7 @@ def test_quantized_layers_are_skipped(mode):
     assert list(reasons(targets).values()) == [f"quantized to {mode}"] * 2
 
 
-def test_unbuilt_models():
-    with pytest.raises(ValueError, match=r"must be built.*Dense|dense"):
-        find_targets(keras.Sequential([keras.layers.Dense(3)]))
-
-    class Half(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.made = keras.layers.Dense(3)
-            self.missing = keras.layers.Dense(3, name="missing")
-
-        def build(self, input_shape):
-            self.made.build(input_shape)
-            self.built = True
-
-    model = built(Half(), 4)
-    with pytest.raises(ValueError, match=r"1 layers are not built: missing"):
-        find_targets(model)
-    with pytest.raises(ValueError, match="Keras model or layer"):
-        find_targets([model])
-
-
+@one_backend
 def test_resolve_targets():
     model, other = (
         sequential((4,), Block(), keras.layers.Dense(2)) for _ in range(2)
@@ -285,6 +236,7 @@ def test_resolve_targets():
             resolve_targets(model, wrong)
 
 
+@one_backend
 def test_target_of():
     embedding = built(keras.layers.Embedding(6, 4))
     target = target_of(embedding, "embeddings")
@@ -300,47 +252,32 @@ def test_target_of():
             target_of(embedding, attribute)
 
 
-def test_select():
+@one_backend
+def test_targets_are_a_sequence_that_prints():
+    targets = find_targets(sequential((4,), Block(), Experts()))
+    assert len(targets) == 3
+    assert [targets[i] for i in range(3)] == list(targets)
+    some = targets[1:]
+    assert isinstance(some, Targets)
+    assert list(some) == list(targets)[1:]
+    assert some.skipped == targets.skipped
+    with pytest.raises(KeyError, match="no such"):
+        targets["no such"]
+    with pytest.raises(AttributeError):
+        targets.skipped = ()
+    for part in ("3 targets", "gate/kernel", "(4, 8)", "register_layer_kind"):
+        assert part in repr(targets)
+    assert repr(targets[0]).startswith("Target(attribute='kernel'")
+    first = targets.to_dict()["targets"][0]
+    assert first["key"] == targets[0].key
+    assert first["contraction_axes"] == [0]
+
     first, second = targets = find_targets(mlp(8, 6, 4))
     assert first.reason_not_nm(4) is None
     fitting = targets.select(lambda target: target.reason_not_nm(4))
     assert list(fitting) == [first]
     assert fitting.skipped == (Skipped(second.path, second.reason_not_nm(4)),)
     assert "6 is not a multiple of m=4" in second.reason_not_nm(4)
-
-
-def test_targets_sequence():
-    targets = find_targets(sequential((4,), Block(), Experts()))
-    assert len(targets) == 3
-    assert [targets[i] for i in range(3)] == list(targets)
-    assert targets[-1] is targets[2]
-    assert targets[0] in targets
-    some = targets[1:]
-    assert isinstance(some, Targets)
-    assert list(some) == list(targets)[1:]
-    assert some.skipped == targets.skipped
-    assert targets[targets[1].key] is targets[1]
-    with pytest.raises(KeyError, match="no such"):
-        targets["no such"]
-    with pytest.raises(AttributeError):
-        targets.skipped = ()
-    with pytest.raises(AttributeError):
-        targets[0].depth = 3
-
-
-def test_print():
-    text = repr(find_targets(sequential((4,), Block(), Experts())))
-    for part in ("3 targets", "gate/kernel", "(4, 8)", "register_layer_kind"):
-        assert part in text
-    layers = [keras.layers.Dense(4, name=f"dense_{i}") for i in range(210)]
-    targets = find_targets(sequential((4,), *layers))
-    assert len(str(targets).splitlines()) <= 30
-    assert all(f"dense_{i}/" in targets.table() for i in range(210))
-    assert str(Targets(())) == "0 targets"
-    assert repr(targets[0]).startswith("Target(attribute='kernel'")
-    first = targets.to_dict()["targets"][0]
-    assert first["key"] == targets[0].key
-    assert first["contraction_axes"] == [0]
 
 
 class TwoWays(keras.layers.Layer):
@@ -362,25 +299,31 @@ class TwoWays(keras.layers.Layer):
         return input_shape
 
 
+@one_backend
+def test_unbuilt_models():
+    with pytest.raises(ValueError, match=r"must be built.*Dense|dense"):
+        find_targets(keras.Sequential([keras.layers.Dense(3)]))
+    with pytest.raises(ValueError, match="Keras model or layer"):
+        find_targets([keras.Sequential()])
+    layer = TwoWays(hidden=True)
+    model = sequential((8,), layer, keras.layers.Dense(2))
+    with pytest.raises(ValueError, match=f"not built: {layer.unused.name}"):
+        find_targets(model)
+    assert not layer.unused.built
+
+
+@one_backend
 def test_a_layer_that_is_never_called_is_no_target():
     layer = TwoWays()
     inner = sequential((8,), layer)
     model = sequential((8,), inner, keras.layers.Dense(2))
-    assert not layer.unused.built
     targets = find_targets(model)
     assert [t.layer for t in targets] == [layer.used, model.layers[-1]]
     reason = "not built, as the model does not call it"
     assert targets.skipped == (Skipped(layer.unused.path, reason),)
 
 
-def test_a_layer_that_is_called_must_be_built():
-    layer = TwoWays(hidden=True)
-    model = sequential((8,), layer, keras.layers.Dense(2))
-    with pytest.raises(ValueError, match="1 layers are not built"):
-        find_targets(model)
-    assert not layer.unused.built
-
-
+@one_backend
 def test_a_layer_outside_of_the_graph_is_no_target():
     class Backbone(keras.Model):
         """Like KerasHub's SAM, it holds a layer for a task to call."""
@@ -401,3 +344,38 @@ def test_a_layer_outside_of_the_graph_is_no_target():
         assert [t.layer for t in targets] == [backbone.used]
         reasons = [skip.reason for skip in targets.skipped]
         assert reasons == ["not built, as the model does not call it"] * 2
+
+
+@one_backend
+def test_include_and_exclude():
+    model = backbone("llama3", num_layers=2)
+    everything = find_targets(model)
+    block = model.get_layer("transformer_layer_1")
+    attention = type(block._self_attention_layer)
+    query = r"transformer_layer_\d+/.*query"
+    for kwargs, path in (
+        ({"include": query}, "query"),
+        ({"include": ["query", "gate"]}, "query|gate"),
+        ({"exclude": query}, "^(?!.*query)"),
+        ({"include": block}, "layer_1/"),
+        ({"exclude": [block, "gate"]}, "layer_0/(?!.*gate)"),
+        ({"include": keras.layers.EinsumDense}, "attention"),
+        ({"exclude": attention}, "^(?!.*attention)"),
+        ({"include": lambda t: t.contraction_size == 24}, "output_dense"),
+        ({"include": "query", "exclude": block}, "layer_0/.*query"),
+    ):
+        expected = [t.key for t in everything if re.search(path, t.path)]
+        assert keys(find_targets(model, **kwargs)) == expected
+    # The place in the model does not depend on the choice.
+    chosen = find_targets(model, include="gate")
+    assert [t.depth for t in chosen] == [4, 11]
+    for kwargs, message in (
+        ({"include": ["query", "qeury"]}, r"='qeury'.*self_attention/query"),
+        ({"include": "token_embedding"}, r"Left out: token_embedding/"),
+        ({"include": keras.layers.Conv2D}, r"matches none of 14"),
+        ({"include": "("}, r"`include` must be a valid regular expr"),
+        ({"exclude": 3}, r"`exclude` must be .*exclude=3"),
+        ({"exclude": [int]}, r"`exclude` must be "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_targets(model, **kwargs)

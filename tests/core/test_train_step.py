@@ -73,8 +73,6 @@ def test_the_order_is_fixed_and_the_plain_step_comes_back():
         train_step.take_off(model, name)
         train_step.take_off(model, name)
     assert model.train_function is other
-    with pytest.raises(ValueError, match=r"name='no such'"):
-        train_step.put_around(model, "no such", noting("", seen))
 
 
 @pytest.mark.one_backend
@@ -103,9 +101,7 @@ def test_the_first_step_shows_that_it_is_compiled(shown):
     train_step.show_first(model, "auto")
     assert shown(model.train_function, 3) is False
     assert step.calls == 2
-
-
-def test_nothing_is_shown_of_a_quiet_or_an_eager_fit(shown):
+    # Nor of a quiet or an eager fit.
     model = model_with(Slow())
     train_step.show_first(model, 0)
     train_step.show_first(model, 1)

@@ -9,6 +9,8 @@ from keras_weightmods.core.weight_keys import (
 )
 from tests.models import mlp
 
+pytestmark = pytest.mark.one_backend
+
 
 @pytest.mark.parametrize(
     ("a", "b", "same"),

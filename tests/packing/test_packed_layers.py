@@ -13,11 +13,7 @@ from tests.models import make_sparse, normal, numpy, outputs, sequential
 
 one_backend = pytest.mark.one_backend
 pytestmark = pytest.mark.filterwarnings("ignore:`pack` rounded")
-SAME, UNITS, CLOSE = {"padding": "same"}, 12, {"rtol": 1e-4, "atol": 1e-5}
-
-
-def recurrent(kind, **options):
-    return lambda **more: kind(UNITS, return_sequences=True, **options, **more)
+SAME, CLOSE = {"padding": "same"}, {"rtol": 1e-4, "atol": 1e-5}
 
 
 def convolution(kind, filters, size, **options):
@@ -29,21 +25,12 @@ def einsum(equation, shape):
 
 
 Conv1D, Conv2D, Conv3D = layers.Conv1D, layers.Conv2D, layers.Conv3D
-RECURRENT = {
-    "gru": recurrent(layers.GRU, use_cudnn=False),
-    "gru, reset before": recurrent(
-        layers.GRU, use_cudnn=False, reset_after=False
-    ),
-    "lstm": recurrent(layers.LSTM, use_cudnn=False),
-    "simple": recurrent(layers.SimpleRNN),
-}
 FIRST = {**SAME, "dilation_rate": 2, "data_format": "channels_first"}
 STRIDES = {**SAME, "strides": (3, 2), "activation": "tanh"}
 # What makes the layer, and the shape of its input.
 LAYERS = {
     "2d strides": (convolution(Conv2D, 5, (2, 4), **STRIDES), (6, 7, 4)),
     "stack": (einsum("btge,egh->bght", (3, 16, 4)), (4, 3, 8)),
-    "gru": (RECURRENT["gru"], (5, 8)),
     "1d": (convolution(Conv1D, 6, 3), (9, 4)),
     "1d causal": (
         convolution(Conv1D, 5, 3, padding="causal", dilation_rate=2),
@@ -62,9 +49,6 @@ LAYERS = {
     ),
     "stack of rows": (einsum("bge,geh->bgh", (3, 5)), (3, 8)),
     "stack, ellipsis": (einsum("...ge,ghe->...gh", (3, 7)), (4, 3, 8)),
-    "gru, reset before": (RECURRENT["gru, reset before"], (5, 8)),
-    "lstm": (RECURRENT["lstm"], (5, 8)),
-    "simple": (RECURRENT["simple"], (5, 8)),
 }
 
 
@@ -76,7 +60,7 @@ def make(name, **options):
     return make_sparse(model), normal(2, *shape, seed=1)
 
 
-@breadth("name", list(LAYERS), 0, 1, 2)
+@breadth("name", list(LAYERS), 0, 1)
 def test_a_packed_layer_computes_what_it_did(name):
     model, x = make(name)
     (layer,) = model.layers
@@ -207,56 +191,6 @@ def test_what_stays_dense_is_reported():
     }.items():
         assert reason in reasons[name]
     assert_allclose(outputs(model, x), before, atol=1e-5)
-
-
-@one_backend
-@pytest.mark.parametrize("name", RECURRENT)
-def test_dropout_is_that_of_the_layer(name):
-    """With masks of its own for each gate, and one kernel packed."""
-    rates = {"dropout": 0.3, "recurrent_dropout": 0.4}
-    found = []
-    for packs in (False, True):
-        model, x = make(name, seed=3, use_bias=False, **rates)
-        if packs:
-            kwm.pack(model, targets="recurrent_kernel")
-        found.append(numpy(model(x, training=True)))
-    assert_allclose(*found, atol=1e-5)
-    assert np.abs(found[0] - numpy(model(x))).max() > 0.01
-
-
-@one_backend
-def test_masks_directions_and_files(tmp_path):
-    keras.utils.set_random_seed(0)
-    cell = layers.LSTM(8, return_sequences=True, use_cudnn=False)
-    model = sequential(
-        (6,),
-        layers.Embedding(20, 8, mask_zero=True),
-        layers.Bidirectional(cell),
-        layers.RNN([layers.GRUCell(8), layers.SimpleRNNCell(8)]),
-        dtype="int32",
-    )
-    make_sparse(model)
-    x = np.random.default_rng(0).integers(1, 20, (4, 6))
-    x[:2, 4:] = 0
-    weights, before = models.weights_of(model), outputs(model, x)
-    assert len(kwm.pack(model).weights) == 8
-    assert_allclose(outputs(model, x), before, atol=1e-5)
-    kwm.save_model(model, tmp_path / "m.safetensors")
-    loaded = kwm.load_model(tmp_path / "m.safetensors")
-    models.assert_same(outputs(loaded, x), outputs(model, x))
-    kwm.unpack(loaded)
-    models.assert_same(models.weights_of(loaded), weights)
-
-
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch")
-def test_on_torch_what_reads_its_kernels_whole_stays_dense():
-    model = make_sparse(sequential((3, 8), layers.LSTM(8), layers.Dense(4)))
-    report = kwm.pack(model)
-    assert len(report.weights) == 1
-    assert [s.reason for s in report.skipped] == 2 * [
-        "of LSTM, which on torch reads its kernels whole; pass "
-        "`use_cudnn=False` to it"
-    ]
 
 
 X = {

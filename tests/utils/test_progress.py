@@ -12,7 +12,7 @@ import pytest
 import keras_weightmods as kwm
 from keras_weightmods.utils import progress
 from keras_weightmods.utils.progress import Progress, Waiting
-from tests.models import mlp, token_net
+from tests.models import mlp
 
 pytestmark = pytest.mark.one_backend
 
@@ -43,65 +43,28 @@ def clock(monkeypatch):
     return Timer
 
 
-def test_short_work_shows_nothing(clock, capsys):
+def test_the_bar_shows_once_the_work_takes_long(clock, capsys):
     with Progress(2, "kernel") as bar:
         bar.add()
         bar.add()
     # One that fires at the last moment.
     clock.started[0].fire()
     assert capsys.readouterr().out == ""
-
-
-def test_a_long_step_shows_the_bar_before_its_end(clock, capsys):
     with Progress(3, "kernel") as bar:
         bar.add()
-        clock.started[0].fire()
+        clock.started[1].fire()
         assert "1/3" in capsys.readouterr().out
         bar.total = 4
     out = capsys.readouterr().out
     assert "4/4" in out
     assert "/kernel" in out
-
-
-def test_quiet_and_errors(clock, capsys):
     with Progress(1, "kernel", verbose=0) as bar:
         bar.add()
-    assert not clock.started
+    assert len(clock.started) == 2
     with pytest.raises(KeyError), Progress(2, "kernel"):
-        clock.started[0].fire()
+        clock.started[2].fire()
         raise KeyError
     assert "2/2" not in capsys.readouterr().out
-
-
-@pytest.mark.filterwarnings("ignore:.*exported in dense form")
-def test_long_calls_show_it(clock, capsys, tmp_path):
-    clock.is_over = True
-    model = mlp()
-    kwm.SemiStructuredSparse.attach(model, verbose=0)
-    path = tmp_path / "model.safetensors"
-
-    def shown(call, *args, **kwargs):
-        call(*args, **kwargs, verbose=0)
-        assert capsys.readouterr().out == ""
-        call(*args, **kwargs)
-        return capsys.readouterr().out
-
-    def packed(**kwargs):
-        model = mlp()
-        kwm.SemiStructuredSparse.attach(model, verbose=0)
-        return kwm.pack(model, "int8", **kwargs)
-
-    assert "2/2" in shown(packed)
-    assert "2/2" in shown(kwm.sparsity_report, model)
-    assert "2/2" in shown(kwm.assert_sparse, model)
-    assert "4/4" in shown(kwm.save_model, model, path)
-    # The description and four weights, checked and then read.
-    assert "10/10" in shown(kwm.load_model, path)
-    kwm.pack(model, "int8", verbose=0)
-    out = shown(kwm.export, model, tmp_path / "model.pt2", "torch")
-    assert "3/3" in out
-    kwm.unpack(model)
-    assert "2/2" in capsys.readouterr().out
 
 
 def fit_by_lift(verbose):
@@ -115,6 +78,17 @@ def fit_by_cast(verbose):
     cast = kwm.CAST(mlp(8, 4, 4), teacher=None)
     cast.compile(loss="mse")
     cast.fit(np.ones((4, 8)), np.ones((4, 4)), 2, verbose=verbose)
+
+
+def packing(verbose):
+    shown, model = {"verbose": verbose}, mlp()
+    kwm.SemiStructuredSparse.attach(model, **shown)
+    kwm.assert_sparse(model, **shown)
+    kwm.pack(model, "int8", **shown)
+    kwm.save_model(model, "model.safetensors", **shown)
+    kwm.load_model("model.safetensors", **shown)
+    kwm.export(model, "model.pt2", "torch", **shown)
+    kwm.unpack(model, **shown)
 
 
 def patches(verbose):
@@ -131,12 +105,14 @@ def patches(verbose):
         patch.remove(model, **shown)
 
 
+@pytest.mark.filterwarnings("ignore:.*exported in dense form")
 @pytest.mark.parametrize(
     ("call", "unit"),
     [
         (fit_by_lift, "s/mask"),
         (fit_by_cast, "/batch"),
         (patches, "s/weight"),
+        (packing, "s/kernel"),
         (lambda verbose: kwm.merge([mlp()], mlp(), verbose=verbose), "weight"),
         *(
             (lambda verbose, f=f: f(mlp(), verbose=verbose), "s/kernel")
@@ -144,7 +120,6 @@ def patches(verbose):
                 kwm.attach_compander,
                 kwm.attach_weight_norm,
                 kwm.attach_scaling,
-                kwm.SemiStructuredSparse.attach,
             )
         ),
     ],
@@ -156,15 +131,6 @@ def test_all_calls_show_it(call, unit, clock, capsys, tmp_path, monkeypatch):
     assert unit not in capsys.readouterr().out
     call(verbose=1)
     assert unit in capsys.readouterr().out
-
-
-def test_a_first_step_that_takes_long_is_preceded_by_the_bar(capsys):
-    x = keras.ops.ones((4, 8))
-    model = mlp()
-    kwm.sparsify(model, "2:4", x, criterion="wanda")
-    assert "0/2" in capsys.readouterr().out
-    kwm.perplexity(token_net(), np.ones((3, 6), "int32"), length=4)
-    assert "0/3" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -211,8 +177,10 @@ def test_waiting_is_quiet_where_it_is_short_or_asked_to_be(capsys, ticking):
     finally:
         keras.config.enable_interactive_logging()
     progress.DELAY = 60
-    with Waiting("Compiling"):
-        pass
+    threads = threading.active_count()
+    with pytest.raises(KeyError), Waiting("Compiling"):
+        raise KeyError
+    assert threading.active_count() == threads
     assert capsys.readouterr().out == ""
 
 
@@ -225,10 +193,3 @@ def test_shows_at_once_what_has_taken_long_before(capsys):
         time.sleep(0.2)
     # The seconds are its own.
     assert "Compiling: 0 s" in capsys.readouterr().out
-
-
-def test_waiting_ends_with_an_error(capsys, ticking):
-    threads = threading.active_count()
-    with pytest.raises(KeyError), Waiting("Compiling"):
-        raise KeyError
-    assert threading.active_count() == threads
