@@ -1,7 +1,6 @@
 """The order in which the layers of a model run."""
 
 import contextlib
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +68,14 @@ def _symbolic_inputs(model: Any, size: int) -> Any:
             filled[0] = 1
         return keras.KerasTensor(filled, dtype=dtype)
 
+    def of_shapes(shape: Any) -> Any:
+        # Not by `keras.tree`: a dict that Keras tracks is no input on JAX.
+        if isinstance(shape, dict):
+            return {name: of_shapes(each) for name, each in shape.items()}
+        if any(isinstance(each, (tuple, list, dict)) for each in shape):
+            return [of_shapes(each) for each in shape]
+        return symbol(shape)
+
     if getattr(model, "inputs", None):
         is_list = isinstance(model, keras.Sequential)
         tensors = model.inputs[0] if is_list else model.input
@@ -77,7 +84,6 @@ def _symbolic_inputs(model: Any, size: int) -> Any:
         )
         return [symbols], {}
     config = model.get_build_config()
-    of_shapes = functools.partial(keras.tree.map_shape_structure, symbol)
     if "shapes_dict" not in config:
         return [of_shapes(config["input_shape"])], {}
     return [], {
