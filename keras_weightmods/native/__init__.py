@@ -13,7 +13,8 @@ from typing import Any
 _ABI_VERSION = 6
 _SCALAR = 0  # KWM_ISA_SCALAR
 HEAD_SIZE_MULTIPLE = 16  # of `kwm_attend`
-_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+# The types of packed values.
+TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 
 # C's types, by the letters of Python's `struct`.
 _C_TYPES = {
@@ -42,8 +43,6 @@ _SIGNATURES = {
     "kwm_abi_version": ("i", ""),
     "kwm_isa": ("i", ""),
     "kwm_set_isa": ("i", "i"),
-    "kwm_pack": ("q", "PqqiPPP"),
-    "kwm_unpack": ("", "PPPqqiP"),
     "kwm_matmul": ("", "PqqqiPPPPPP"),
     "kwm_matmul_bfloat16": ("", "PqqqPPPPP"),
     "kwm_matmul_int8": ("", "PqqqiPPPPPP"),
@@ -107,18 +106,13 @@ def library() -> Any:
     return _load()[0]
 
 
-def xla_handler(name: str, loaded: Any = None) -> ctypes.c_void_p | None:
-    """Return the address of an XLA handler of a library, or None.
+def xla_handler(name: str) -> ctypes.c_void_p | None:
+    """Return the address of an XLA handler, or None.
 
     A library that was built without XLA's headers has none.
     """
-    handler = getattr(loaded or library(), name, None)
+    handler = getattr(library(), name, None)
     return handler and ctypes.cast(handler, ctypes.c_void_p)
-
-
-def type_code(dtype: str) -> int:
-    """Return the library's number for a type of packed values."""
-    return _TYPES[dtype]
 
 
 @functools.cache
@@ -152,50 +146,45 @@ def _find():
     # Not beside this file: tools that walk a package would take the library
     # for an extension module, and fail to import it.
     folder = pathlib.Path(__file__).parent / "lib"
-    found = [
-        path
-        for suffix in ("so", "dylib", "dll")
-        if (path := folder / f"kwm_native.{suffix}").exists()
-    ]
-    if not found:
+    path = next(folder.glob("kwm_native.*"), None)
+    if path is None:
         return None, (
             f"{folder} holds no compiled library, so there was no C++ compiler "
             f"when the package was installed, or it failed. {_WAY_OUT}"
         )
     try:
-        name = "kwm_abi_version"
-        return open_library(found[0], name, _ABI_VERSION, _SIGNATURES), ""
+        return open_library(path), ""
     except (OSError, AttributeError) as error:
-        return None, f"{found[0]} cannot be loaded: {error}. {_WAY_OUT}"
+        return None, f"{path} cannot be loaded: {error}. {_WAY_OUT}"
 
 
-def open_library(path, version_function, version, signatures):
-    """Open a C library and type its functions.
-
-    Args:
-        path: Path of the library.
-        version_function: String, the function that returns its version.
-        version: Int, the version that it must have.
-        signatures: Dict from names to pairs of strings, with a letter for
-            the type of the result and one for that of each argument.
+def open_library(path):
+    """Open the library at a path, and type its functions.
 
     Raises:
         OSError: If it cannot be opened, or is of another release.
         AttributeError: If it lacks a function.
     """
     loaded = ctypes.CDLL(os.fspath(path))
-    found = getattr(loaded, version_function)()
-    if found != version:
+    found = loaded.kwm_abi_version()
+    if found != _ABI_VERSION:
         raise OSError(
-            f"it is of another release: version {found}, expected {version}"
+            f"it is of another release: version {found}, expected "
+            f"{_ABI_VERSION}"
         )
-    for name, (result, arguments) in signatures.items():
+    for name, (result, arguments) in _SIGNATURES.items():
         typed(loaded, name, result, arguments)
     return loaded
 
 
 def typed(loaded, name, result, arguments):
-    """Return a function of a library, its types set as in `open_library`."""
+    """Return a function of a library with its types set.
+
+    Args:
+        loaded: The library.
+        name: String, the function.
+        result, arguments: Strings, a letter for the type of each.
+    """
     function = getattr(loaded, name)
     function.restype = _C_TYPES.get(result)
     function.argtypes = [_C_TYPES[letter] for letter in arguments]

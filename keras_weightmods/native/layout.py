@@ -42,17 +42,6 @@ INTEGERS = ("int8", "int4")
 ACTIVATIONS = ("float32", "int8")
 
 
-def check_activations(activations: Any, dtype: str) -> None:
-    """Raise ValueError unless values of this type take such activations."""
-    checks.check_choice("dtype", dtype, VALUE_TYPES)
-    checks.check_choice("activations", activations, ACTIVATIONS)
-    if activations == "int8" and dtype not in INTEGERS:
-        raise ValueError(
-            "int8 activations need int8 or int4 values. Received: "
-            f"activations='int8' with values of type {dtype}"
-        )
-
-
 def packed_arrays(
     shape: tuple[int, int], dtype: str, is_dense: bool = False
 ) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -83,15 +72,9 @@ def packed_arrays(
     assert arrays["scale"] == ((96, 16), "float32")
     ```
     """
-    if not (
-        isinstance(shape, tuple)
-        and len(shape) == 2
-        and all(isinstance(size, int) and size >= 0 for size in shape)
-    ):
-        raise ValueError(
-            "`shape` must be a pair (K, N) of ints, the contraction and the "
-            f"outputs. Received: shape={shape!r}"
-        )
+    if len(checks.check_shape("shape", shape)) != 2:
+        expected = "a pair (K, N) of ints, the contraction and the outputs"
+        raise checks.error("shape", expected, shape)
     checks.check_bool("is_dense", is_dense)
     checks.check_choice("dtype", dtype, INTEGERS if is_dense else VALUE_TYPES)
     rows, columns = -(-shape[0] // ROWS), -(-shape[1] // COLUMNS)

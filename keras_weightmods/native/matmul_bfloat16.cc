@@ -3,10 +3,6 @@
 
 #include "work.h"
 
-#if KWM_HAS_AVX512_BF16
-#include <cpuid.h>
-#endif
-
 namespace {
 
 using kwm::BFloat16Kernels;
@@ -21,15 +17,14 @@ constexpr int64_t kPanelRows = 256;  // rows of activations packed at a time
 
 // Null where there are none for the instruction set in use or the CPU.
 const BFloat16Kernels* bfloat16_kernels() {
-#if KWM_HAS_AVX512_BF16
-  if (kwm_isa() == KWM_ISA_AVX512 && kwm::has_avx512_bf16()) {
-    return kwm::avx512_bf16_kernels();
-  }
+#if defined(__x86_64__)
+  static const bool here = kwm::has(kwm::Feature::kAvx512BFloat16);
+  if (here && kwm_isa() == KWM_ISA_AVX512) return kwm::avx512_bf16_kernels();
 #endif
   return nullptr;
 }
 
-// Whether the indices of all groups are strictly rising, as kwm_pack has them.
+// Whether the indices of all groups are strictly rising, as they are packed.
 bool is_rising(const uint32_t* meta, int64_t count) {
   uint32_t rises = ~uint32_t{0};
   for (int64_t i = 0; i < count; ++i) {
@@ -41,29 +36,28 @@ bool is_rising(const uint32_t* meta, int64_t count) {
   return (rises & 0x11111111) == 0x11111111;
 }
 
-class Matmul {
- public:
-  Matmul(const Packed& w, Threads threads) : w_(w), threads_(threads) {}
+struct Matmul {
+  const Packed w;
+  const Threads threads;
 
   void run(const uint16_t* x, int64_t rows, uint16_t* y) const {
-    if (w_.n == 0) return;
-    const BFloat16Kernels* kernels = w_.k == 0 ? nullptr : bfloat16_kernels();
+    if (w.n == 0) return;
+    const BFloat16Kernels* kernels = w.k == 0 ? nullptr : bfloat16_kernels();
     for (int64_t row = 0; row < rows; row += kPanelRows) {
-      const uint16_t* in = x + row * w_.k;
-      uint16_t* out = y + row * w_.n;
+      const uint16_t* in = x + row * w.k;
+      uint16_t* out = y + row * w.n;
       const int64_t here = kwm::min(kPanelRows, rows - row);
       int64_t done = 0;
       for (const Tile& tile : kTiles) {
         if (kernels == nullptr) break;
-        done += run_pairs(*kernels, tile, in + done * w_.k, here - done,
-                          out + done * w_.n);
+        done += run_pairs(*kernels, tile, in + done * w.k, here - done,
+                          out + done * w.n);
       }
-      run_floats(w_, threads_, in + done * w_.k, here - done,
-                 out + done * w_.n);
+      run_floats(w, threads, in + done * w.k, here - done,
+                 out + done * w.n);
     }
   }
 
- private:
   // So many vectors, and the rows for which that is faster than floats: of all
   // rows at most, and of the last tile at least.
   struct Tile {
@@ -79,19 +73,21 @@ class Matmul {
       kRowBlocks * BFloat16Kernels::kColumnWords;
 
   // By float32, of some blocks of columns of W.
-  void run_floats(const Packed& w, Threads threads, const uint16_t* x,
+  void run_floats(const Packed& part, Threads own, const uint16_t* x,
                   int64_t rows, uint16_t* y) const {
     if (rows == 0) return;
-    const Scratch<float> in(rows * w.k), out(rows * w.n);
+    const Scratch<float> in(rows * w.k), out(rows * part.n);
     for (int64_t i = 0; i < rows * w.k; ++i) {
       in.get()[i] = kwm::bfloat16_to_float(x[i]);
     }
-    kwm_matmul(in.get(), rows, w.k, w.n, w.type, w.values, w.meta, w.scale,
-               out.get(), threads.parallel_for, threads.pool);
+    kwm_matmul(in.get(), rows, w.k, part.n, w.type, part.values, part.meta,
+               nullptr, out.get(), own.parallel_for, own.pool);
     for (int64_t row = 0; row < rows; ++row) {
-      const float* from = out.get() + row * w.n;
-      uint16_t* to = y + row * w_.n;
-      for (int64_t i = 0; i < w.n; ++i) to[i] = kwm::float_to_bfloat16(from[i]);
+      const float* from = out.get() + row * part.n;
+      uint16_t* to = y + row * w.n;
+      for (int64_t i = 0; i < part.n; ++i) {
+        to[i] = kwm::float_to_bfloat16(from[i]);
+      }
     }
   }
 
@@ -104,24 +100,24 @@ class Matmul {
     if (rows - tiles * lanes >= size.least) ++tiles;
     if (tiles == 0 || rows > size.most) return 0;
     rows = kwm::min(rows, tiles * lanes);
-    const int64_t tile_words = w_.row_blocks() * kLanes * lanes;
+    const int64_t tile_words = w.row_blocks() * kLanes * lanes;
     const Scratch<uint32_t> panel(tiles * tile_words);
-    threads_.run(tiles, grain(tile_words / kLanes),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t tile = begin; tile < end; ++tile) {
-                     const int64_t row = tile * lanes;
-                     kernels.pack(x + row * w_.k, kwm::min(lanes, rows - row),
-                                  w_.k, vectors,
-                                  panel.get() + tile * tile_words);
-                   }
-                 });
+    threads.run(tiles, grain(tile_words / kLanes),
+                [&](int64_t begin, int64_t end) {
+                  for (int64_t tile = begin; tile < end; ++tile) {
+                    const int64_t row = tile * lanes;
+                    kernels.pack(x + row * w.k, kwm::min(lanes, rows - row),
+                                 w.k, vectors,
+                                 panel.get() + tile * tile_words);
+                  }
+                });
     // Few columns: the tiles are split among the threads too.
-    const int64_t chunks = kwm::ceil_div(w_.column_blocks(), kColumnBlocks);
-    const int64_t groups = threads_.parallel_for == nullptr
+    const int64_t chunks = kwm::ceil_div(w.column_blocks(), kColumnBlocks);
+    const int64_t groups = threads.parallel_for == nullptr
                                ? 1
                                : kwm::min(tiles, kwm::ceil_div(32, chunks));
     const int64_t tiles_in_group = kwm::ceil_div(tiles, groups);
-    threads_.run(chunks * groups, 1, [&](int64_t begin, int64_t end) {
+    threads.run(chunks * groups, 1, [&](int64_t begin, int64_t end) {
       const Scratch<float> sums(tiles_in_group * kColumnBlocks * kLanes *
                                 lanes);
       const Scratch<uint32_t> pairs(kRowBlocks * kBlockRows / 4 *
@@ -135,10 +131,10 @@ class Matmul {
         const int64_t rows_here = kwm::min(here * lanes, rows - row);
         const int64_t block = item / groups * kColumnBlocks;
         const Packed part = columns_from(block);
-        uint16_t* out = y + row * w_.n + block * kLanes;
+        uint16_t* out = y + row * w.n + block * kLanes;
         if (!is_rising(part.meta, part.column_blocks() * part.row_blocks() *
-                                      kLanes)) {
-          run_floats(part, {nullptr, nullptr}, x + row * w_.k, rows_here, out);
+                                     kLanes)) {
+          run_floats(part, {nullptr, nullptr}, x + row * w.k, rows_here, out);
           continue;
         }
         for (int64_t b = 0; b < part.row_blocks(); b += kRowBlocks) {
@@ -152,7 +148,7 @@ class Matmul {
               sums.get() + (tile * kColumnBlocks + b) * kLanes * lanes, vectors,
               kwm::min(lanes, rows_here - tile * lanes),
               kwm::min(kLanes, part.n - b * kLanes),
-              out + tile * lanes * w_.n + b * kLanes, w_.n);
+              out + tile * lanes * w.n + b * kLanes, w.n);
         }
       }
     });
@@ -161,10 +157,10 @@ class Matmul {
 
   // The kernel of up to kColumnBlocks blocks of columns.
   Packed columns_from(int64_t block) const {
-    Packed part = w_;
-    part.n = kwm::min(kColumnBlocks * kLanes, w_.n - block * kLanes);
-    part.values = w_.values_of(block);
-    part.meta = w_.meta_of(block);
+    Packed part = w;
+    part.n = kwm::min(kColumnBlocks * kLanes, w.n - block * kLanes);
+    part.values = w.values_of(block);
+    part.meta = w.meta_of(block);
     return part;
   }
 
@@ -190,28 +186,13 @@ class Matmul {
       }
     }
   }
-
-  const Packed w_;
-  const Threads threads_;
 };
 
 }  // namespace
-
-bool kwm::has_avx512_bf16() {
-#if KWM_HAS_AVX512_BF16
-  static const bool here = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1) != 0;
-  }();
-  return here;
-#else
-  return false;
-#endif
-}
 
 void kwm_matmul_bfloat16(const uint16_t* x, int64_t rows, int64_t k, int64_t n,
                          const void* values, const uint32_t* meta, uint16_t* y,
                          kwm_parallel_for parallel_for, void* pool) {
   const Packed w{k, n, KWM_BFLOAT16, values, meta, nullptr};
-  Matmul(w, {parallel_for, pool}).run(x, rows, y);
+  Matmul{w, {parallel_for, pool}}.run(x, rows, y);
 }

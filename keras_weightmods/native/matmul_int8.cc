@@ -21,15 +21,14 @@ constexpr int64_t kPanelRows = 512;  // rows of activations rounded at a time
 const Int8Kernels& int8_kernels(int type, bool dense) {
   switch (kwm_isa()) {
 #if defined(__x86_64__)
-    case KWM_ISA_AVX512:
-      if (kwm::has_avx512_vnni()) {
-        return *kwm::avx512_int8_kernels(type, dense);
-      }
+    case KWM_ISA_AVX512: {
+      static const bool here = __builtin_cpu_supports("avx512vnni") &&
+                               __builtin_cpu_supports("avx512vbmi");
+      if (here) return *kwm::avx512_int8_kernels(type, dense);
       return *kwm::avx2_int8_kernels(type, dense);
+    }
     case KWM_ISA_AVX2:
       return *kwm::avx2_int8_kernels(type, dense);
-#endif
-#if KWM_HAS_AVX_VNNI
     case KWM_ISA_AVX_VNNI:
       return *kwm::avx_vnni_int8_kernels(type, dense);
 #endif

@@ -7,16 +7,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods import native
 from keras_weightmods.native import quantize
 from keras_weightmods.native.layout import (
+    ACTIVATIONS,
     COLUMNS,
     GROUP,
     INTEGERS,
     ROWS,
     SLOTS,
     cast,
-    check_activations,
     halves,
     lay_out_scale,
     packed_arrays,
@@ -26,6 +25,8 @@ from keras_weightmods.native.layout import (
 )
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
+
+_NAMES = ("values", "meta", "scale")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,30 +68,30 @@ class Packed:
     activations: str = "float32"
 
     def __post_init__(self) -> None:
-        check_activations(self.activations, self.dtype)
+        checks.check_choice("activations", self.activations, ACTIVATIONS)
+        specs = packed_arrays(self.shape, self.dtype, self.is_dense)
+        if self.activations == "int8" and self.dtype not in INTEGERS:
+            raise ValueError(
+                "int8 activations need int8 or int4 values. Received: "
+                f"activations='int8' with values of type {self.dtype}"
+            )
         if self.is_dense and self.activations != "int8":
             raise ValueError(
                 "`meta` can be None, for a dense matrix, with int8 activations "
                 f"alone. Received: meta=None, type {self.dtype}, "
                 f"activations={self.activations!r}"
             )
-        for name, (shape, dtype) in packed_arrays(
-            self.shape, self.dtype, self.is_dense
-        ).items():
-            array = getattr(self, name)
-            received: Any = None
+        for name in _NAMES:
+            array, received = getattr(self, name), None
             if array is not None:
                 kind = keras.backend.standardize_dtype(array.dtype)
                 received = tuple(array.shape), kind
-            if received != (shape, dtype):
+            if received != specs.get(name):
                 raise ValueError(
                     f"`{name}` of a packed kernel of shape {self.shape} and "
-                    f"type {self.dtype} must be an array of shape {shape} and "
-                    f"type {dtype}. Received: {received}"
+                    f"type {self.dtype} must be of shape and type "
+                    f"{specs.get(name)}. Received: {received}"
                 )
-        if self.dtype not in INTEGERS and self.scale is not None:
-            expected = "None without int8 or int4 values"
-            raise checks.error("scale", expected, self.scale)
 
     @property
     def is_dense(self) -> bool:
@@ -142,12 +143,12 @@ def pack_kernel(
     if dtype is None:
         given = keras.backend.standardize_dtype(kernel.dtype)
         dtype = "bfloat16" if given == "bfloat16" else "float32"
-    check_activations(activations, dtype)
     specs = packed_arrays(shape, dtype)
-    kernel = _to_numpy(kernel, np.float32)
-    pack = _pack_native if native.is_available() else _pack_numpy
-    arrays, bad = pack(kernel, dtype, specs)
-    if bad:
+    columns, rows, _ = specs["meta"][0]
+    padded = pad(_to_numpy(kernel, np.float32), np.float32, columns, rows)
+    groups = padded.reshape(rows * ROWS // 4, 4, columns * COLUMNS)
+    nonzeros = np.packbits(groups != 0, axis=1, bitorder="little")[:, 0]
+    if bad := int(np.count_nonzero(np.take(_IS_BAD, nonzeros))):
         raise ValueError(
             "`kernel` must be 2:4 along its first axis: at most two nonzeros "
             "in every four consecutive entries of a column. Received: a "
@@ -155,9 +156,32 @@ def pack_kernel(
             f"{-(-shape[0] // 4) * shape[1]} groups holding more. Make it 2:4 "
             "first, for example by `keras_weightmods.ops.nm_project`."
         )
-    return Packed(
-        **_fields(arrays), shape=shape, dtype=dtype, activations=activations
-    )
+    places = np.take(_PLACES, nonzeros, axis=0).swapaxes(1, 2)
+    slots = np.take_along_axis(groups, places, axis=1)
+    slots = slots.reshape(rows * SLOTS, columns * COLUMNS)
+    shifts = 2 * np.arange(SLOTS, dtype=np.uint32)[:, None]
+    bits = places.astype(np.uint32).reshape(rows, SLOTS, columns * COLUMNS)
+    meta = np.bitwise_or.reduce(bits << shifts, axis=1)
+    meta = meta.reshape(rows, columns, COLUMNS).transpose(1, 0, 2)
+    meta = np.ascontiguousarray(meta).view(np.int32)
+    scale = None
+    if dtype in INTEGERS:
+        # Half as many kept values as rows share a scale.
+        slots, scale = quantize.round_matrix(slots, dtype, GROUP // 2)
+        scale = lay_out_scale(scale, specs["scale"])
+    values = values_of_slots(slots, dtype)
+    return Packed(values, meta, scale, shape, dtype, activations)
+
+
+# By which entries of a group are not 0, a bit each: the places of the two that
+# are kept, which are the nonzeros, filled up by the first free places.
+_PLACES = np.array(
+    [
+        sorted(sorted(range(4), key=lambda i: not code >> i & 1)[:2])
+        for code in range(16)
+    ]
+)
+_IS_BAD = np.array([code.bit_count() > 2 for code in range(16)])
 
 
 def pack_dense(matrix: Any, dtype: str) -> Packed:
@@ -191,13 +215,9 @@ def pack_dense(matrix: Any, dtype: str) -> Packed:
     columns, rows = specs["values"][0][:2]
     padded = pad(steps, np.int8, columns, rows)
     padded = padded.reshape(rows, 8, 4, columns, COLUMNS)
-    arrays = {
-        "values": halves(padded.transpose(3, 0, 1, 4, 2), dtype),
-        "scale": lay_out_scale(scale, specs["scale"]),
-    }
-    return Packed(
-        **_fields(arrays), shape=shape, dtype=dtype, activations="int8"
-    )
+    values = halves(padded.transpose(3, 0, 1, 4, 2), dtype)
+    scale = lay_out_scale(scale, specs["scale"])
+    return Packed(values, None, scale, shape, dtype, "int8")
 
 
 def unpack_kernel(packed: Packed) -> Any:
@@ -231,12 +251,7 @@ def unpack_kernel(packed: Packed) -> Any:
             packed.shape, packed.dtype, packed.is_dense
         ).items()
     }
-    if packed.is_dense or not native.is_available():
-        return _unpack(np, packed, **arrays)
-    kernel = np.empty(packed.shape, np.float32)
-    kind = *packed.shape, native.type_code(packed.dtype)
-    native.library().kwm_unpack(*_pointers(arrays), *kind, kernel.ctypes.data)
-    return kernel
+    return _unpack(np, packed, **arrays)
 
 
 def check_packed(packed: Any) -> None:
@@ -319,60 +334,6 @@ def _matrix_shape(matrix: Any) -> tuple[int, int]:
             f"Received: {type(matrix).__name__} with {rank} axes"
         )
     return int(matrix.shape[0]), int(matrix.shape[1])
-
-
-def _pack_native(kernel: Any, dtype: str, specs: Any) -> Any:
-    arrays = {
-        name: np.empty(shape, numpy_dtype(array_dtype))
-        for name, (shape, array_dtype) in specs.items()
-    }
-    kind = *kernel.shape, native.type_code(dtype)
-    bad = native.library().kwm_pack(
-        kernel.ctypes.data, *kind, *_pointers(arrays)
-    )
-    return arrays, bad
-
-
-_NAMES = ("values", "meta", "scale")
-
-
-def _pointers(arrays: Any) -> Any:
-    return [arrays[n].ctypes.data if n in arrays else None for n in _NAMES]
-
-
-def _fields(arrays: Any) -> Any:
-    return {name: arrays.get(name) for name in _NAMES}
-
-
-def _pack_numpy(kernel: Any, dtype: str, specs: Any) -> Any:
-    columns, rows, _ = specs["meta"][0]
-    padded = pad(kernel, np.float32, columns, rows)
-    groups = padded.reshape(rows * ROWS // 4, 4, columns * COLUMNS)
-    nonzero = groups != 0
-    bad = int(np.sum(nonzero.sum(axis=1) > 2))
-    # The nonzeros, filled up by the first free places.
-    places = np.argsort(~nonzero, axis=1, kind="stable")[:, :2]
-    places = np.sort(places, axis=1)
-    slots = np.take_along_axis(groups, places, axis=1)
-    slots = slots.reshape(rows * SLOTS, columns * COLUMNS)
-
-    shifts = 2 * np.arange(SLOTS, dtype=np.uint32)[:, None]
-    bits = places.astype(np.uint32).reshape(rows, SLOTS, columns * COLUMNS)
-    words = np.bitwise_or.reduce(bits << shifts, axis=1)
-    words = words.reshape(rows, columns, COLUMNS).transpose(1, 0, 2)
-    arrays = {"meta": np.ascontiguousarray(words).view(np.int32)}
-
-    if dtype == "int8":
-        scale = quantize.int8_scale(padded)
-        arrays["scale"] = scale.reshape(columns, COLUMNS)
-        slots = quantize.int8_steps(slots, scale)
-    elif dtype == "int4":
-        # Half as many kept values as rows in a group.
-        steps, scale = quantize.round_groups(slots, GROUP // 2)
-        arrays["scale"] = lay_out_scale(scale, specs["scale"])
-        slots = steps
-    arrays["values"] = values_of_slots(slots, dtype)
-    return arrays, bad
 
 
 def _to_numpy(array: Any, dtype: Any) -> np.ndarray[Any, Any]:

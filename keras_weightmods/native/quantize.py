@@ -22,25 +22,30 @@ from keras_weightmods.utils import checks
 
 # Largest |w| over scale. With a negative scale the largest can be -8 times it.
 _INT4_STEPS = (1, 2, 3, 4, 5, 6, 7, 7.5, 8, 8.5, 9, -7.5, -8, -8.5, -9)
-_INT4_CHUNK = 1 << 16  # groups that are rounded at a time
+_INT4_CHUNK = 1 << 14  # groups that are rounded at a time, in a cache
 
 
-def round_matrix(matrix: Any, dtype: str) -> Any:
-    """Round a dense matrix to int8 or int4.
+def round_matrix(matrix: Any, dtype: str, group: int = GROUP) -> Any:
+    """Round a matrix to int8 or int4.
 
     Args:
         matrix: float32 NumPy array of shape (K, N), K the contraction.
         dtype: String, `"int8"` or `"int4"`.
+        group: Int, the rows that share a scale of int4. Defaults to 64.
 
     Returns:
         Pair of an int8 array (K, N), the values, and their scales: float32
-        (1, N) with int8, bfloat16 (ceil(K / 64), N) with int4.
+        (1, N) with int8, bfloat16 (ceil(K / group), N) with int4.
     """
     checks.check_choice("dtype", dtype, INTEGERS)
-    if dtype == "int8":
-        scale = int8_scale(matrix)
-        return int8_steps(matrix, scale), scale[None]
-    return round_groups(matrix, GROUP)
+    if dtype == "int4":
+        return _round_groups(matrix, group)
+    largest = np.abs(matrix).max(axis=0, initial=0)
+    scale = np.where(np.isfinite(largest), largest / np.float32(127), np.nan)
+    scale[scale == 0] = 1
+    scale = scale.astype(np.float32)
+    steps = np.nan_to_num(np.rint(matrix / scale))
+    return np.clip(steps, -127, 127).astype(np.int8), scale[None]
 
 
 def round_activations(x: Any) -> Any:
@@ -71,32 +76,24 @@ def round_activations(x: Any) -> Any:
     return x + (rounded - ops.stop_gradient(x))
 
 
-def int8_scale(matrix: Any) -> Any:
-    """Return the scale of each column, in float32."""
-    largest = np.abs(matrix).max(axis=0, initial=0)
-    scale = np.where(np.isfinite(largest), largest / np.float32(127), np.nan)
-    scale[scale == 0] = 1
-    return scale.astype(np.float32)
-
-
-def int8_steps(matrix: Any, scale: Any) -> Any:
-    """Return a matrix in multiples of a scale, -127 to 127; 0 for NaN."""
-    steps = np.nan_to_num(np.rint(matrix / scale))
-    return np.clip(steps, -127, 127).astype(np.int8)
-
-
-def round_groups(matrix: Any, size: int) -> Any:
-    """Return int4 steps of a matrix, and a scale for each `size` rows of it."""
-    steps = np.empty(matrix.shape, np.int8)
-    count = -(-len(matrix) // size)
-    scale = np.empty((count, matrix.shape[1]), ml_dtypes.bfloat16)
-    for group in range(count):
-        rows = slice(group * size, (group + 1) * size)
-        for start in range(0, matrix.shape[1], _INT4_CHUNK):
-            columns = slice(start, start + _INT4_CHUNK)
-            chosen = _round_int4(np.ascontiguousarray(matrix[rows, columns]))
-            steps[rows, columns], scale[group, columns] = chosen
-    return steps, scale
+def _round_groups(matrix: Any, size: int) -> Any:
+    """Return int4 steps, and a scale for each `size` rows of a column."""
+    rows, columns = matrix.shape
+    count = -(-rows // size)
+    padded = np.zeros((count * size, columns), np.float32)
+    padded[:rows] = matrix
+    # Row by row of all groups, next to one another.
+    groups = padded.reshape(count, size, columns).swapaxes(0, 1)
+    groups = groups.reshape(size, count * columns)
+    steps = np.empty(groups.shape, np.int8)
+    scale = np.empty(groups.shape[1], ml_dtypes.bfloat16)
+    for start in range(0, len(scale), _INT4_CHUNK):
+        part = slice(start, start + _INT4_CHUNK)
+        chosen = _round_int4(np.ascontiguousarray(groups[:, part]))
+        steps[:, part], scale[part] = chosen
+    steps = steps.reshape(size, count, columns).swapaxes(0, 1)
+    steps = steps.reshape(count * size, columns)
+    return steps[:rows], scale.reshape(count, columns)
 
 
 def _round_int4(group: Any) -> Any:

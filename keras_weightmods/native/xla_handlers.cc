@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "layout.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -85,14 +86,13 @@ ffi::Error Check(const Rows& x, const Rows& y, int64_t k, int64_t n,
   const int type = TypeOf(values.element_type());
   if (type < 0) return Invalid("values are float32, bfloat16, int8 or uint8");
   if (x.count != y.count) return Invalid("as many rows must come out as go in");
-  const int64_t values_bytes = dense ? kwm_dense_values_bytes(k, n, type)
-                                     : kwm_values_bytes(k, n, type);
-  const int64_t meta_bytes = dense ? 0 : kwm_meta_bytes(k, n);
+  const auto has = [](const auto& buffer, int64_t bytes) {
+    return static_cast<int64_t>(buffer.size_bytes()) == bytes;
+  };
   const bool scaled = type == KWM_INT8 || type == KWM_INT4;
-  if (static_cast<int64_t>(values.size_bytes()) != values_bytes ||
-      static_cast<int64_t>(meta.size_bytes()) != meta_bytes ||
-      (scaled && static_cast<int64_t>(scale->size_bytes()) !=
-                     kwm_scale_bytes(k, n, type))) {
+  if (!has(values, kwm::values_bytes(k, n, type, dense)) ||
+      !has(meta, dense ? 0 : kwm::meta_bytes(k, n)) ||
+      (scaled && !has(*scale, kwm::scale_bytes(k, n, type)))) {
     return Invalid("the packed weights do not fit the activations' shapes");
   }
   if (scaled &&
@@ -156,10 +156,7 @@ ffi::Error MatmulInt8(ffi::ThreadPool threads, Activations x,
     }
     const int own = TypeOf(values->element_type());
     const bool is_dense = meta->element_count() == 0;
-    if (i == 0) {
-      type = own;
-      dense = is_dense;
-    }
+    if (i == 0) type = own, dense = is_dense;
     if (type != KWM_INT8 && type != KWM_INT4) {
       return Invalid("int8 activations need values of int8 or uint8");
     }
@@ -199,9 +196,9 @@ ffi::Error ValuesGradient(ffi::ThreadPool threads, Activations x,
   const Rows in(x), out(dy);
   if (in.count != out.count) return Invalid("x and dy differ in rows");
   if (static_cast<int64_t>(meta.size_bytes()) !=
-          kwm_meta_bytes(in.size, out.size) ||
+          kwm::meta_bytes(in.size, out.size) ||
       static_cast<int64_t>(dvalues->size_bytes()) !=
-          kwm_values_bytes(in.size, out.size, KWM_FLOAT32)) {
+          kwm::values_bytes(in.size, out.size, KWM_FLOAT32, false)) {
     return Invalid("the packed weights do not fit the activations' shapes");
   }
   kwm_values_gradient(x.typed_data(), dy.typed_data(), in.count, in.size,

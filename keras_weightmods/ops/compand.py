@@ -44,8 +44,7 @@ def compand(v: Any, a: Any, b: Any, function: str = "arctan") -> Any:
     np.testing.assert_allclose(w, [0.0, np.pi / 8, np.pi / 4], atol=1e-6)
     ```
     """
-    rule = _checked(function, a, b)
-    v, a, b, dtype = _widened("v", v, a, b)
+    rule, v, a, b, dtype = _prepared(function, "v", v, a, b)
     return ops.cast(a * _applied(rule, v / b), dtype)
 
 
@@ -76,8 +75,7 @@ def compand_inverse(w: Any, a: Any, b: Any, function: str = "arctan") -> Any:
     assert np.isnan(np.array(compand_inverse(np.array([0.8]), 0.5, 1.0))[0])
     ```
     """
-    rule = _checked(function, a, b)
-    w, a, b, dtype = _widened("w", w, a, b)
+    rule, w, a, b, dtype = _prepared(function, "w", w, a, b)
     x = w / a
     # The largest float below the limit: the float nearest to pi / 2 can be
     # above it, where the tangent is negative.
@@ -114,8 +112,7 @@ def compand_derivative(v: Any, a: Any, b: Any, function: str = "arctan") -> Any:
     np.testing.assert_allclose(slope, [0.5, 0.25])
     ```
     """
-    rule = _checked(function, a, b)
-    v, a, b, dtype = _widened("v", v, a, b)
+    rule, v, a, b, dtype = _prepared(function, "v", v, a, b)
     return ops.cast(a / b * rule.derivative(v / b), dtype)
 
 
@@ -127,9 +124,8 @@ def compand_limit(a: float, b: float, function: str, dtype: str) -> float:
         function: As in `compand`.
         dtype: String, the dtype in which `v` is stored.
     """
-    rule = _checked(function, a, b)
     largest = float(ml_dtypes.finfo(dtype).max)
-    return float(a * rule.python(largest / b))
+    return float(a * _FUNCTIONS[function].python(largest / b))
 
 
 def _applied(rule: Any, u: Any) -> Any:
@@ -221,23 +217,13 @@ def check_function(function: str) -> None:
     checks.check_choice("function", function, tuple(_FUNCTIONS))
 
 
-def _checked(function: Any, a: Any, b: Any) -> Any:
+def _prepared(function: str, name: str, x: Any, a: Any, b: Any) -> Any:
+    """The `_Function`, the others in float32 at least, and the result's dtype.
+
+    Raises:
+        ValueError: If `function` or a number is outside the range.
+    """
     check_function(function)
-    for name, value in (("a", a), ("b", b)):
-        if isinstance(value, np.ndarray):
-            checks.check_array(name, value)
-            is_good = bool(np.all(np.isfinite(value) & (value > 0)))
-        elif checks.is_number(value):
-            is_good = checks.is_finite(value) and value > 0
-        else:
-            continue
-        if not is_good:
-            raise checks.error(name, "positive and finite", value)
-    return _FUNCTIONS[function]
-
-
-def _widened(name: str, x: Any, a: Any, b: Any) -> Any:
-    """The three in float32 at least, and the dtype of the result."""
     x = checks.check_tensor(name, x)
     dtype = keras.backend.standardize_dtype(x.dtype)
     if "float" not in dtype:
@@ -245,14 +231,20 @@ def _widened(name: str, x: Any, a: Any, b: Any) -> Any:
     # Not `result_type`, which takes float64 for float32 on some backends.
     wide = "float64" if dtype == "float64" else "float32"
     shape, scales = tuple(x.shape), []
-    for key, p in (("a", a), ("b", b)):
-        if isinstance(p, (int, float)):
-            scales.append(float(p))
-            continue
-        p = ops.cast(checks.check_tensor(key, p), wide)
+    for key, value in (("a", a), ("b", b)):
+        if checks.is_number(value):
+            is_good = checks.is_finite(value) and value > 0
+            p = float(value) if is_good else value
+        else:
+            p = ops.cast(checks.check_tensor(key, value), wide)
+            own = tuple(p.shape)
+            sizes = zip(reversed(own), reversed(shape))
+            if len(own) > len(shape) or any(s not in (1, w) for s, w in sizes):
+                expected = f"a float, or broadcast to {shape}"
+                raise checks.error(key, expected, own)
+            is_array = isinstance(value, np.ndarray)
+            is_good = not is_array or np.all(np.isfinite(value) & (value > 0))
+        if not is_good:
+            raise checks.error(key, "positive and finite", value)
         scales.append(p)
-        own = tuple(p.shape)
-        sizes = zip(reversed(own), reversed(shape))
-        if len(own) > len(shape) or any(s not in (1, w) for s, w in sizes):
-            raise checks.error(key, f"a float, or broadcast to {shape}", own)
-    return ops.cast(x, wide), *scales, dtype
+    return _FUNCTIONS[function], ops.cast(x, wide), *scales, dtype

@@ -58,19 +58,14 @@ class Selection:
             checks.check_float("density", self.density, above=0, most=1)
         checks.check_choice("criterion", self.criterion, CRITERIA)
         checks.check_choice("method", self.method, low_rank.METHODS)
-        if self.criterion != "principal":
-            self._check_is("filter_rank", None)
-            self._check_is("method", "auto")
-
-    def _check_is(self, name: str, default: Any) -> None:
-        """Raise for an argument that only the principal criterion uses."""
-        value = getattr(self, name)
-        if value != default:
-            expected = (
-                f"{default!r} for criterion {self.criterion!r}: it is for "
-                '"principal"'
-            )
-            raise checks.error(name, expected, value)
+        for name, default in (("filter_rank", None), ("method", "auto")):
+            value = getattr(self, name)
+            if self.criterion != "principal" and value != default:
+                expected = (
+                    f"{default!r} for criterion {self.criterion!r}: it is for "
+                    '"principal"'
+                )
+                raise checks.error(name, expected, value)
 
     def size(self, rows: int, columns: int) -> int:
         """Return how many entries to select of a matrix."""
@@ -108,13 +103,7 @@ class Selection:
         ranked = kernel = _as_float(kernel)
         shape, axes = tuple(kernel.shape), (contraction_axes, stack_axes)
         if self.criterion == "gradient":
-            if gradient is not None:
-                gradient = checks.check_tensor("gradient", gradient)
-            received = gradient if gradient is None else tuple(gradient.shape)
-            if received != shape:
-                expected = f"a tensor of the kernel's shape, {shape}"
-                raise checks.error("gradient", expected, received)
-            ranked = _as_float(gradient)
+            ranked = _as_float(self._like("gradient", gradient, shape))
         elif gradient is not None:
             expected = (
                 f'None for criterion {self.criterion!r}: it is for "gradient"'
@@ -125,18 +114,17 @@ class Selection:
         in_order = self.criterion == "random" and stacks == 1
 
         def split(x: Any) -> Any:
-            return [ops.reshape(x, sizes)] if in_order else _matrices(x, *axes)
+            if in_order:
+                return [ops.reshape(x, sizes)]
+            # One alone is not copied.
+            return [to_matrix(x, axes[0])] if one else [*to_stack(x, *axes)]
 
+        one = isinstance(stack_axes, (tuple, list)) and not stack_axes
         matrices = split(ranked)
         allowed = [None] * len(matrices)
         if candidates is not None:
-            candidates = checks.check_tensor("candidates", candidates)
-            if tuple(candidates.shape) != shape:
-                expected = f"a tensor of the kernel's shape, {shape}"
-                received = tuple(candidates.shape)
-                raise checks.error("candidates", expected, received)
-            candidates = ops.cast(candidates, "bool")
-            allowed = split(candidates)
+            candidates = self._like("candidates", candidates, shape)
+            allowed = split(ops.cast(candidates, "bool"))
         with backend.current().full_precision():
             masks = [
                 _mask_of(matrix, self, place, allowed[place])
@@ -145,6 +133,18 @@ class Selection:
         if in_order:
             return ops.reshape(masks[0], shape)
         return from_stack(ops.stack(masks), shape, *axes)
+
+    @staticmethod
+    def _like(name: str, value: Any, shape: tuple[int, ...]) -> Any:
+        """Return a tensor of the shape of the kernel."""
+        received = None
+        if value is not None:
+            value = checks.check_tensor(name, value)
+            received = tuple(value.shape)
+        if received != shape:
+            expected = f"a tensor of the kernel's shape, {shape}"
+            raise checks.error(name, expected, received)
+        return value
 
 
 def principal_mask(
@@ -258,13 +258,6 @@ def mask_indices(mask: Any) -> np.ndarray:
     return np.flatnonzero(ops.convert_to_numpy(mask)).astype("int32")
 
 
-def _matrices(x: Any, contraction_axes: Any, stack_axes: Any) -> Any:
-    """The matrices of a tensor as a list; one alone is not copied."""
-    if not isinstance(stack_axes, (tuple, list)) or stack_axes:
-        return list(to_stack(x, contraction_axes, stack_axes))
-    return [to_matrix(x, contraction_axes)]
-
-
 def _scores(matrix: Any, selection: Any, place: int) -> Any:
     """What to rank the entries by."""
     if selection.criterion in ("magnitude", "gradient"):
@@ -272,13 +265,14 @@ def _scores(matrix: Any, selection: Any, place: int) -> Any:
     rows, columns = matrix.shape
     rank = selection.rank_of_filter(rows, columns)
     method = low_rank.choose_method(selection.method, rows, columns, rank)
+    scores, arguments = _low_rank_scores, [matrix, rank, method]
     if method == "gram" and keras.backend.backend() == "jax":
         # One program for a shape, where each op would be one and be kept.
-        scores = backend.current().compiled(_low_rank_scores, static=(1, 2))
-        return scores(matrix, rank, method)
-    share = selection.size(rows, columns) / (rows * columns)
-    seed = selection.seed + place
-    return _low_rank_scores(matrix, rank, method, seed, share)
+        scores = backend.current().compiled(scores, static=(1, 2))
+    elif method == "krylov":
+        share = selection.size(rows, columns) / (rows * columns)
+        arguments += [selection.seed + place, share]
+    return scores(*arguments)
 
 
 def _low_rank_scores(matrix: Any, *arguments: Any) -> Any:
@@ -297,25 +291,19 @@ def _mask_of(matrix: Any, selection: Any, place: int, allowed: Any) -> Any:
                 f"Received: {there} candidates for {count} entries of a "
                 f"matrix of {rows} x {columns}. Select fewer."
             )
-    if selection.criterion == "random":
-        return _random_mask((rows, columns), count, selection, place, allowed)
-    scores = _scores(matrix, selection, place)
-    if allowed is not None:
-        scores = ops.where(allowed, scores, ops.cast(-1, scores.dtype))
-    return _largest(scores, count)
-
-
-def _random_mask(
-    shape: Any, count: int, selection: Any, place: int, allowed: Any
-) -> Any:
-    size = math.prod(shape)
+    if selection.criterion != "random":
+        scores = _scores(matrix, selection, place)
+        if allowed is not None:
+            scores = ops.where(allowed, scores, ops.cast(-1, scores.dtype))
+        return _largest(scores, count)
+    candidates = None
     if allowed is not None:
         candidates = np.flatnonzero(ops.convert_to_numpy(allowed))
-        size = candidates.size
+    size = rows * columns if candidates is None else candidates.size
     places = random_places(selection.seed, size, count, place)
-    if allowed is not None:
+    mask = np.zeros((rows, columns), bool)
+    if candidates is not None:
         places = candidates[places]
-    mask = np.zeros(shape, bool)
     mask.reshape(-1)[places] = True
     return ops.convert_to_tensor(mask)
 
@@ -323,12 +311,20 @@ def _random_mask(
 def _largest(scores: Any, count: Any) -> Any:
     """Marks the `count` largest of a float32 matrix, ties in their order."""
     # Of JAX, TensorFlow and torch alike.
-    if "cpu" in str(scores.device).lower():
-        flat = ops.convert_to_numpy(scores).reshape(-1)
-        mask = _largest_on_host(flat, count).reshape(scores.shape)
-        return ops.convert_to_tensor(mask)
-    mask = _largest_by_bisection(ops.reshape(scores, (-1,)), count)
-    return ops.reshape(mask, scores.shape)
+    is_on_host = "cpu" in str(scores.device).lower()
+    mask = None if is_on_host else _largest_on_device(scores, count)
+    if mask is not None:
+        return mask
+    flat = ops.convert_to_numpy(scores).reshape(-1)
+    mask = _largest_on_host(flat, count).reshape(scores.shape)
+    return ops.convert_to_tensor(mask)
+
+
+def _largest_on_device(scores: Any, count: Any) -> Any:
+    """The same, or None where ties are left out."""
+    ranked = ops.sort(ops.reshape(scores, (-1,)))
+    mask = scores >= ranked[ranked.shape[0] - count]
+    return mask if _count(mask) == count else None
 
 
 def _largest_on_host(flat: Any, count: Any) -> Any:
@@ -347,38 +343,6 @@ def _largest_on_host(flat: Any, count: Any) -> Any:
     if surplus:
         mask[np.flatnonzero(flat == threshold)[-surplus:]] = False
     return mask
-
-
-def _largest_by_bisection(flat: Any, count: Any) -> Any:
-    """The smallest value marked is found by bisection on its bits.
-
-    That counts some thirty times and never sorts or copies.
-    """
-    # Negative entries are no candidates: their bits are not looked at.
-    low = 0
-    high = int(np.float32(ops.convert_to_numpy(ops.max(flat))).view("int32"))
-    # More than `high` has fewer than `count`; from `low` on has enough.
-    while low < high:
-        middle = (low + high + 1) // 2
-        found = _count(flat >= _float_of(middle))
-        if found >= count:
-            low = middle
-        else:
-            high = middle - 1
-        if found == count:
-            break
-    threshold = _float_of(low)
-    mask = flat >= threshold
-    if _count(mask) == count:
-        return mask
-    above, ties = flat > threshold, ops.equal(flat, threshold)
-    place = ops.cumsum(ops.cast(ties, "int32"))
-    wanted = count - _count(above)
-    return ops.logical_or(above, ops.logical_and(ties, place <= wanted))
-
-
-def _float_of(bits: Any) -> Any:
-    return np.int32(bits).view("float32")
 
 
 def _count(mask: Any) -> Any:

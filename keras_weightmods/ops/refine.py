@@ -19,7 +19,6 @@ from keras_weightmods.ops.nm import (
     nm_violations,
     parse_pattern,
 )
-from keras_weightmods.utils import checks
 
 # Inputs after which `c` is updated for all others, by one large product.
 _BLOCK = 128
@@ -27,116 +26,7 @@ _BLOCK = 128
 # What float32 does not resolve is no improvement.
 _ROUNDING = 1e-6
 
-
-def swap_mask(
-    dense: Any,
-    pruned: Any,
-    second_moment: Any,
-    pattern: Pattern = "2:4",
-    sweeps: int = 4,
-) -> Any:
-    """Swap kept weights for removed ones of the same group.
-
-    Removing the weight p and setting the removed weight q to its best value,
-    `v = (c_q + w'_p H_pq) / H_qq`, changes the error of a unit by
-
-        2 w'_p c_p + w'_p**2 H_pp - (c_q + w'_p H_pq)**2 / H_qq
-
-    A sweep goes through the groups in order; in each, every unit makes the
-    swap that lowers its error most, if one does, and `c` is updated. After
-    SparseSwaps (arXiv 2512.10922), but cyclic over the groups and with q set
-    to its best value.
-
-    A kept weight of 0 is swapped for any other of its group, or itself. An
-    input whose variance float32 does not resolve never improves a unit; a
-    weight of such an input comes back as it was.
-
-    Args:
-        dense: Float tensor of shape `(K, R)`, the matrix W.
-        pruned: Float tensor of the same shape, W'; exactly n:m.
-        second_moment: Tensor of shape `(K, K)`, H.
-        pattern: String `"n:m"`, n weights kept in every group of m inputs, or
-            a pair of ints; m divides K. Defaults to `"2:4"`.
-        sweeps: Int, at most how often to go through the groups. It ends when
-            a sweep changes nothing. Defaults to `4`.
-
-    Returns:
-        Tensor of the shape and dtype of `pruned`; exactly n:m, with no unit's
-        error increased, but for rounding.
-
-    Raises:
-        ValueError: If an argument is outside the ranges above, the shapes do
-            not fit, or `pruned` is not n:m.
-
-    Example:
-
-    ```python
-    import numpy as np
-    from keras_weightmods.ops.refine import swap_mask
-
-    w = np.array([[3.0], [2.0]], "float32")
-    pruned = np.array([[3.0], [0.0]], "float32")
-    h = np.array([[1.0, 0.5], [0.5, 9.0]])
-    swapped = np.array(swap_mask(w, pruned, h, "1:2"))
-    # 2 is kept, and makes up for the 3 that is removed.
-    assert np.allclose(swapped, [[0.0], [2.0 + 3.0 * 0.5 / 9.0]])
-    ```
-    """
-    checks.check_int("sweeps", sweeps, 1)
-    w, weights, h = _float32(dense, pruned, second_moment)
-    n, m = _checked_pattern(weights, pattern)
-    return ops.cast(_swept(w, weights, h, n, m, sweeps), _dtype(pruned))
-
-
-def refit(
-    dense: Any,
-    pruned: Any,
-    second_moment: Any,
-    damping: float = 0.01,
-    iterations: int = 10,
-) -> Any:
-    """Fit the weights that are left to the outputs of the dense matrix.
-
-    Minimizes `tr((W - W')^T (H + d I) (W - W'))` over the nonzero weights of
-    W', d being `damping` times the mean of H's diagonal, by conjugate
-    gradients on all units at once, with the diagonal as preconditioner: the
-    update of the weights in ALPS (arXiv 2406.07831). Where H
-    does not matter, weights go to their dense values.
-
-    Args:
-        dense: Float tensor of shape `(K, R)`, the matrix W.
-        pruned: Float tensor of the same shape, W', where it starts.
-        second_moment: Tensor of shape `(K, K)`, H.
-        damping: Float > 0. Defaults to `0.01`.
-        iterations: Int, products of H with a matrix of shape `(K, R)`.
-            Defaults to `10`.
-
-    Returns:
-        Tensor of the shape and dtype of `pruned`. Zeros stay zero, and no
-        unit's damped error increases, but for rounding.
-
-    Raises:
-        ValueError: If an argument is outside the ranges above, or the shapes
-            do not fit.
-
-    Example:
-
-    ```python
-    import numpy as np
-    from keras_weightmods.ops.refine import refit
-
-    w = np.array([[3.0], [2.0]], "float32")
-    pruned = np.array([[3.0], [0.0]], "float32")
-    h = np.array([[1.0, 0.5], [0.5, 1.0]])
-    fitted = np.array(refit(w, pruned, h, damping=1e-6))
-    assert np.allclose(fitted, [[3.0 + 2.0 * 0.5], [0.0]], atol=1e-4)
-    ```
-    """
-    damping = checks.check_float("damping", damping, above=0)
-    checks.check_int("iterations", iterations, 1)
-    w, weights, h = _float32(dense, pruned, second_moment)
-    fitted = _fitted(w, weights, damped(h, damping), iterations)
-    return ops.cast(fitted, _dtype(pruned))
+_SWEEPS, _ITERATIONS = 2, 10
 
 
 def refined(
@@ -145,24 +35,26 @@ def refined(
     second_moment: Any,
     pattern: Pattern = "2:4",
     damping: float = 0.01,
-    rounds: int = 1,
-    sweeps: int = 2,
-    iterations: int = 10,
 ) -> Any:
-    """Alternate `swap_mask` and `refit`, both for the damped second moment.
+    """Swap weights of a pruned matrix, then fit those that are left.
+
+    By `swap_mask`, then by `refit`, both for the damped second moment.
 
     Args:
-        dense, pruned, second_moment, pattern: As in `swap_mask`.
-        damping: As in `refit`.
-        rounds: Int, how often to do both. Defaults to `1`.
-        sweeps: Int, those of `swap_mask` in each round. Defaults to `2`.
-        iterations: Int, those of `refit` in each round. Defaults to `10`.
+        dense: Float tensor of shape `(K, R)`, the matrix W.
+        pruned: Float tensor of the same shape, W'; exactly n:m.
+        second_moment: Tensor of shape `(K, K)`, H.
+        pattern: String `"n:m"`, n weights kept in every group of m inputs, or
+            a pair of ints; m divides K. Defaults to `"2:4"`.
+        damping: Float > 0, the share of the mean of H's diagonal that is
+            added to it. Defaults to `0.01`.
 
     Returns:
-        Tensor of the shape and dtype of `pruned`; exactly n:m.
+        Tensor of the shape and dtype of `pruned`; exactly n:m, with no unit's
+        damped error increased, but for rounding.
 
     Raises:
-        ValueError: As `swap_mask` and `refit`.
+        ValueError: If `pruned` is not n:m.
 
     Example:
 
@@ -182,22 +74,50 @@ def refined(
     assert after < before
     ```
     """
-    damping = checks.check_float("damping", damping, above=0)
-    checks.check_int("rounds", rounds, 1)
-    checks.check_int("sweeps", sweeps, 1)
-    checks.check_int("iterations", iterations, 1)
-    w, weights, h = _float32(dense, pruned, second_moment)
-    n, m = _checked_pattern(weights, pattern)
+    tensors = map(ops.convert_to_tensor, (dense, pruned, second_moment))
+    w, weights, h = [ops.cast(x, "float32") for x in tensors]
+    n, m = parse_pattern(pattern)
+    if violations := int(nm_violations(weights, (n, m))):
+        raise ValueError(
+            f"`pruned` must be {n}:{m} along its first axis. Received: "
+            f"{violations} groups with more than {n} nonzeros"
+        )
     h = damped(h, damping)
-    for _ in range(rounds):
-        weights = _swept(w, weights, h, n, m, sweeps)
-        weights = _fitted(w, weights, h, iterations)
-    return ops.cast(weights, _dtype(pruned))
+    weights = swap_mask(w, weights, h, n, m, _SWEEPS)
+    weights = refit(w, weights, h, _ITERATIONS)
+    dtype = ops.convert_to_tensor(pruned).dtype
+    return ops.cast(weights, keras.backend.standardize_dtype(dtype))
 
 
-def _swept(w: Any, weights: Any, h: Any, n: int, m: int, sweeps: int) -> Any:
+def swap_mask(w: Any, weights: Any, h: Any, n: int, m: int, sweeps: int) -> Any:
+    """Swap kept weights for removed ones of the same group.
+
+    Removing the weight p and setting the removed weight q to its best value,
+    `v = (c_q + w'_p H_pq) / H_qq`, changes the error of a unit by
+
+        2 w'_p c_p + w'_p**2 H_pp - (c_q + w'_p H_pq)**2 / H_qq
+
+    A sweep goes through the groups in order; in each, every unit makes the
+    swap that lowers its error most, if one does, and `c` is updated. After
+    SparseSwaps (arXiv 2512.10922), but cyclic over the groups and with q set
+    to its best value.
+
+    A kept weight of 0 is swapped for any other of its group, or itself. An
+    input whose variance float32 does not resolve never improves a unit; a
+    weight of such an input comes back as it was.
+
+    Args:
+        w, weights: float32 tensors of shape `(K, R)`, W and W', which is n:m.
+        h: float32 tensor of shape `(K, K)`, H.
+        n, m: Ints; m divides K.
+        sweeps: Int, at most how often to go through the groups. It ends when
+            a sweep changes nothing.
+
+    Returns:
+        float32 tensor of shape `(K, R)`, n:m.
+    """
     size = len(w)
-    step = _compiled_swap()
+    step = compiled(_swap, 6)
     diagonal = ops.diagonal(h)
     # Where it is zero no swap to this weight is an improvement.
     inverse = ops.where(
@@ -216,15 +136,10 @@ def _swept(w: Any, weights: Any, h: Any, n: int, m: int, sweeps: int) -> Any:
             block_c, block = c[start:stop], []
             for row in range(start, stop, m):
                 group = slice(row, row + m)
-                new, block_c = step(
-                    weights[group],
-                    w[group],
-                    inverse[group],
-                    own[:, row - start : row - start + m],
-                    block_c,
-                    row - start,
-                    n,
-                )
+                here = row - start
+                columns = own[:, here : here + m]
+                parts = weights[group], w[group], inverse[group], columns
+                new, block_c = step(*parts, block_c, here, n)
                 block.append(new)
             swept.append(ops.concatenate(block))
             change = swept[-1] - weights[start:stop]
@@ -236,13 +151,7 @@ def _swept(w: Any, weights: Any, h: Any, n: int, m: int, sweeps: int) -> Any:
 
 
 def _swap(
-    weights: Any,
-    dense: Any,
-    inverse: Any,
-    columns: Any,
-    c: Any,
-    start: Any,
-    n: int,
+    weights: Any, dense: Any, inverse: Any, columns: Any, c: Any, start: Any, n
 ) -> tuple[Any, Any]:
     """Make the best swap of each unit in one group.
 
@@ -287,13 +196,23 @@ def _swap(
     return new, c - ops.matmul(columns, new - weights)
 
 
-@functools.cache
-def _compiled_swap() -> Any:
-    """One program for a shape, where each op of `_swap` would be one."""
-    return backend.current().compiled(_swap, static=(6,))
+def refit(w: Any, weights: Any, h: Any, iterations: int) -> Any:
+    """Fit the weights that are left to the outputs of the dense matrix.
 
+    Minimizes `tr((W - W')^T H (W - W'))` over the nonzero weights of W' by
+    conjugate gradients on all units at once, with the diagonal as
+    preconditioner: the update of the weights in ALPS (arXiv 2406.07831).
 
-def _fitted(w: Any, weights: Any, h: Any, iterations: int) -> Any:
+    Args:
+        w, weights: float32 tensors of shape `(K, R)`, W and W', where it
+            starts.
+        h: float32 tensor of shape `(K, K)`, H, with a positive diagonal.
+        iterations: Int, products of H with a matrix of shape `(K, R)`.
+
+    Returns:
+        float32 tensor of shape `(K, R)`. Zeros stay zero, and no unit's error
+        increases, but for rounding.
+    """
     left = ops.cast(ops.not_equal(weights, 0), "float32")
     preconditioner = 1.0 / ops.diagonal(h)[:, None]
     rest = ops.matmul(h, w - weights) * left
@@ -323,30 +242,7 @@ def damped(h: Any, damping: float) -> Any:
     return h + d * ops.eye(h.shape[0], dtype="float32")
 
 
-def _float32(dense: Any, pruned: Any, second_moment: Any) -> list[Any]:
-    tensors = map(ops.convert_to_tensor, (dense, pruned, second_moment))
-    w, weights, h = [ops.cast(x, "float32") for x in tensors]
-    fits = w.shape == weights.shape and len(w.shape) == 2
-    if not fits or tuple(h.shape) != (w.shape[0], w.shape[0]):
-        raise ValueError(
-            "`dense` and `pruned` must be matrices of one shape, and "
-            "`second_moment` must have a row and a column for each of their "
-            f"inputs. Received: dense.shape={tuple(w.shape)}, "
-            f"pruned.shape={tuple(weights.shape)}, "
-            f"second_moment.shape={tuple(h.shape)}"
-        )
-    return [w, weights, h]
-
-
-def _checked_pattern(weights: Any, pattern: Pattern) -> tuple[int, int]:
-    n, m = parse_pattern(pattern)
-    if violations := int(nm_violations(weights, (n, m))):
-        raise ValueError(
-            f"`pruned` must be {n}:{m} along its first axis. Received: "
-            f"{violations} groups with more than {n} nonzeros"
-        )
-    return n, m
-
-
-def _dtype(pruned: Any) -> str:
-    return keras.backend.standardize_dtype(ops.convert_to_tensor(pruned).dtype)
+@functools.cache
+def compiled(function: Any, *static: int) -> Any:
+    """On JAX one program for a shape, where each op would be one."""
+    return backend.current().compiled(function, static)

@@ -13,15 +13,13 @@ The inputs are known by their second moment `H = X^T X / rows`, of shape
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods import backend
-from keras_weightmods.ops.refine import damped
+from keras_weightmods.ops.refine import compiled, damped
 from keras_weightmods.ops.sparsegpt import inverse_factor
 from keras_weightmods.utils import checks
 
@@ -67,9 +65,7 @@ class Grid:
     precision: int = 8
 
     def __post_init__(self) -> None:
-        checks.check_int("bits", self.bits, 2, 8)
         checks.check_int("group_size", self.group_size, 1)
-        checks.check_int("precision", self.precision, 1, 8)
 
     @property
     def low(self) -> int:
@@ -158,15 +154,14 @@ def gptq(matrix: Any, scales: Any, factor: Any, grid: Grid) -> Any:
     factor = np.asarray(factor, "float32")
     kept = ops.cast(ops.not_equal(matrix, 0), "float32")
     spread = grid.spread(scales, size)
-    step = _compiled(_gptq_block, 4)
+    step = compiled(_gptq_block, 4)
     tail, done = matrix, []
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
         own = ops.convert_to_tensor(factor[start:stop, start:stop])
         block = tail[: stop - start]
-        rounded, errors = step(
-            block, spread[start:stop], kept[start:stop], own, grid
-        )
+        rows = spread[start:stop], kept[start:stop]
+        rounded, errors = step(block, *rows, own, grid)
         done.append(rounded)
         if stop < size:
             across = ops.convert_to_tensor(factor[start:stop, stop:].T.copy())
@@ -207,7 +202,7 @@ def descend(
     h = second_moment
     kept = ops.cast(ops.not_equal(matrix, 0), "float32")
     inverse = 1.0 / ops.diagonal(h)
-    rescale, move = _compiled(_best_scale), _compiled(_best_integers, 6)
+    rescale, move = compiled(_best_scale), compiled(_best_integers, 6)
     c = ops.matmul(h, matrix - rounded)
     for _ in range(sweeps):
         before = rounded
@@ -227,15 +222,8 @@ def descend(
         parts = []
         for start in range(0, size, _BLOCK):
             part = slice(start, min(start + _BLOCK, size))
-            values = move(
-                rounded[part],
-                spread[part],
-                kept[part],
-                inverse[part],
-                h[part, part],
-                c[part],
-                grid,
-            )
+            rows = rounded[part], spread[part], kept[part], inverse[part]
+            values = move(*rows, h[part, part], c[part], grid)
             parts.append(values)
             c = c - ops.matmul(h[:, part], values - rounded[part])
         rounded = ops.concatenate(parts)
@@ -249,7 +237,6 @@ def round_kept(
     second_moment: Any,
     grid: Grid | None = None,
     damping: float = 0.01,
-    sweeps: int = 8,
 ) -> Rounded:
     """Round the nonzero weights of a matrix, by what its inputs are like.
 
@@ -262,16 +249,10 @@ def round_kept(
         grid: `Grid`; the last group may be smaller. Defaults to `Grid()`.
         damping: Float > 0, the share of the mean of H's diagonal that is
             added to it. Defaults to `0.01`.
-        sweeps: Int, at most how often `descend` goes through the matrix.
-            Defaults to `8`.
 
     Returns:
         `Rounded`. No unit's damped error is above that of rounding to
         nearest, but for rounding of the sums.
-
-    Raises:
-        ValueError: If an argument is outside the ranges above, or the shapes
-            do not fit.
 
     Example:
 
@@ -290,8 +271,6 @@ def round_kept(
     ```
     """
     grid = grid or Grid()
-    damping = checks.check_float("damping", damping, above=0)
-    checks.check_int("sweeps", sweeps, 1)
     w = ops.cast(ops.convert_to_tensor(matrix), "float32")
     size = w.shape[0]
     if second_moment is None:
@@ -299,12 +278,6 @@ def round_kept(
         values = grid.nearest(w, grid.spread(scales, size))
         return Rounded(values, scales, values)
     h = ops.cast(ops.convert_to_tensor(second_moment), "float32")
-    if len(w.shape) != 2 or tuple(h.shape) != (size, size):
-        raise ValueError(
-            "`second_moment` must have a row and a column for each input of "
-            f"`matrix`. Received: matrix.shape={tuple(w.shape)}, "
-            f"second_moment.shape={tuple(h.shape)}"
-        )
     factor = inverse_factor(ops.convert_to_numpy(h), damping)
     h = damped(h, damping)
     scales = search_scales(w, ops.diagonal(h), grid)
@@ -313,7 +286,7 @@ def round_kept(
     # What GPTQ loses on weights that are not kept may make a unit worse.
     is_better = _errors(w, values, h) < _errors(w, nearest, h)
     values = ops.where(is_better, values, nearest)
-    values, scales = descend(w, values, scales, h, grid, sweeps)
+    values, scales = descend(w, values, scales, h, grid)
     return Rounded(values, scales, nearest)
 
 
@@ -322,9 +295,7 @@ def _errors(w: Any, rounded: Any, h: Any) -> Any:
     return ops.sum(rest * ops.matmul(h, rest), axis=0)
 
 
-def _gptq_block(
-    block: Any, scales: Any, kept: Any, factor: Any, grid: Grid
-) -> Any:
+def _gptq_block(block: Any, scales: Any, kept: Any, factor: Any, grid: Any):
     """Return rounded rows, and their errors over the factor's diagonal."""
 
     def step(block: Any, row: Any) -> Any:
@@ -350,13 +321,7 @@ def _best_scale(values: Any, scale: Any, own: Any, c: Any) -> Any:
 
 
 def _best_integers(
-    values: Any,
-    scales: Any,
-    kept: Any,
-    inverse: Any,
-    own: Any,
-    c: Any,
-    grid: Grid,
+    values: Any, scales: Any, kept: Any, inverse: Any, own: Any, c: Any, grid
 ) -> Any:
     """Return the best values of a block of inputs, one after the other."""
 
@@ -380,9 +345,3 @@ def _scan(step: Any, carry: Any, rows: tuple[Any, ...]) -> Any:
         carry, output = step(carry, row)
         outputs.append(output)
     return keras.tree.map_structure(lambda *x: ops.stack(x), *outputs)
-
-
-@functools.cache
-def _compiled(function: Any, *static: int) -> Any:
-    """On JAX one program for a shape, where each op would be one."""
-    return backend.current().compiled(function, static)

@@ -24,17 +24,6 @@ def test_search_ends_between_its_neighbours():
     assert tried[0]["value"] == max(values.values())
 
 
-def test_search_goes_lower_where_nothing_learns():
-    def measure(rate, a):
-        return max(0, 0.02 - abs(rate - 0.007))
-
-    best, _ = bench.search(measure, [("rate", 0.1, 2), ("a", 1, 2)])
-    assert best == {"rate": 0.1 / 16, "a": 1}
-    best, tried = bench.search(lambda rate: 0.5, [("rate", 0.1, 2)])
-    assert best == {"rate": 0.1 / 2**9}
-    assert len(tried) == 12
-
-
 @pytest.mark.parametrize("method", bench.METHODS)
 def test_methods_start_from_the_same_weights(method):
     own = {name: start for name, start, _ in bench.METHODS[method]}
@@ -76,31 +65,3 @@ def test_b_of_a_fixed_pair_scales_the_rate_alone():
     assert np.abs(kernels[0] - start).max() > 0.1
     np.testing.assert_allclose(kernels[0], kernels[1], atol=1e-5)
     assert np.abs(kernels[0] - kernels[2]).max() > 0.01
-
-
-def runs(values):
-    return [{"accuracy": value} for value in values]
-
-
-def test_effect_is_paired_by_seed():
-    found, other = [0.82, 0.84, 0.81], [0.80, 0.83, 0.80]
-    mean, low, high = bench.effect(runs(found), runs(other), "accuracy")
-    # Student's t for two degrees of freedom and 95 %, from a table.
-    differences = np.array([2.0, 1.0, 1.0])
-    half = 4.302653 * differences.std(ddof=1) / np.sqrt(3)
-    assert mean == pytest.approx(differences.mean())
-    assert (low, high) == pytest.approx((mean - half, mean + half))
-
-
-@pytest.mark.parametrize("axis", [None, -1])
-def test_rounding_to_15_levels(axis):
-    kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 5))
-    kernel *= [1, 2, 3, 4, 5]
-    got = bench.rounded(kernel.astype("float32"), axis)
-    assert got.dtype == "float32"
-    for channel in range(5):
-        old, new = kernel[..., channel], got[..., channel]
-        step = np.abs(kernel if axis is None else old).max() / 7
-        assert np.abs(old - new).max() <= 0.5001 * step
-        np.testing.assert_allclose(new / step, np.round(new / step), atol=1e-5)
-    np.testing.assert_array_equal(bench.rounded(0 * kernel, axis), 0)

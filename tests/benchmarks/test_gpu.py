@@ -12,6 +12,7 @@ from benchmarks import gpu
 pytestmark = pytest.mark.one_backend
 
 
+@pytest.mark.heavy
 def test_dry_run(tmp_path):
     path = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run"]

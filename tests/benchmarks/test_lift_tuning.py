@@ -7,7 +7,7 @@ import pytest
 import keras_weightmods as kwm
 from benchmarks import lift_quality, lift_step, lift_tuning
 from examples import finetune_lift
-from examples.data import gsm_symbolic, prose
+from examples.data import prose
 from tests import models
 
 pytestmark = pytest.mark.one_backend
@@ -23,40 +23,6 @@ class Characters:
 
     def detokenize(self, ids):
         return "".join(map(chr, ids))
-
-
-class Writer:
-    """A model that answers 7 to long questions and 8 to short ones."""
-
-    tokenizer = Characters()
-
-    def compile(self, sampler):
-        assert sampler == "greedy"
-
-    def generate(self, inputs, stop_token_ids):
-        assert stop_token_ids == [0]
-        tokens = inputs["token_ids"].copy()
-        for row, length in zip(tokens, inputs["padding_mask"].sum(1)):
-            # KerasHub ends a row that has a stop token behind its prompt.
-            assert row[length:].all()
-            text = " #### 7" if length > 40 else " #### 8"
-            row[length : length + 7] = self.tokenizer(text)
-            row[length + 7] = 0
-            row[length + 8 :] = ord("9")
-        return {"token_ids": tokens}
-
-
-def test_solved_is_of_what_the_model_writes(monkeypatch):
-    pytest.importorskip("reasoning_gym")
-    for name in ("compile_generate", "uncompile_generate"):
-        monkeypatch.setattr(kwm, name, lambda model: None)
-    worker = object.__new__(lift_tuning.Worker)
-    worker.model, worker.args = Writer(), argparse.Namespace(length=90)
-    problems = [
-        gsm_symbolic.Problem(0, "x" * length, "", {"answer": answer})
-        for length, answer in ((50, "7"), (3, "8"), (30, "7"), (4, "7"))
-    ]
-    assert worker.solved(problems, size=3) == 0.75
 
 
 @pytest.fixture
@@ -91,16 +57,7 @@ def test_methods_train_as_many_numbers(name, llama):
             assert kernel[places].max() <= rest.min()
 
 
-def test_scaling_of_lora(llama):
-    rank = lift_step.enable_lora(llama, 0.3, rank_stabilized=True)
-    assert rank > 1
-    layer = kwm.find_targets(llama)[0].layer
-    assert layer.lora_alpha / layer.lora_rank == pytest.approx(rank**0.5)
-
-
-@pytest.mark.parametrize(
-    "name", ["full", "rsLoRA", "LIFT 5 %", "gradient 5 %", "LIFT + LoRA"]
-)
+@pytest.mark.parametrize("name", ["rsLoRA", "gradient 5 %", "LIFT + LoRA"])
 def test_a_run_of_a_tiny_model(name, tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym")
 

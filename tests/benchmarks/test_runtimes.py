@@ -76,15 +76,6 @@ def test_forms_begin_with_the_dense_model_of_the_first_backend():
     ]
 
 
-def test_ratios_are_geometric_means_and_medians():
-    rows = fake_report()["rows"]
-    assert rows[0]["x_dense"] == pytest.approx(1)
-    assert rows[1]["x_dense"] == pytest.approx(2.5)
-    assert runtimes.ratio([4.0, 6.0, 9.0], [2.0, 2.0, 1.0]) == 3.0
-    assert runtimes.tokens_of("write 8", 128) == 1024
-    assert runtimes.tokens_of("read 1", 128) == runtimes.LONG
-
-
 def test_perplexity_of_logits():
     logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     found = peers.perplexity_of(
@@ -104,20 +95,3 @@ def test_page_and_plot(tmp_path):
     assert "not installed" in page
     runtimes.plot(fake_report(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
-
-
-def test_int4_is_rounded_from_the_weights_of_its_form():
-    args = runtimes.parse_arguments(["--sparse", "some/mine.npz"])
-    files = {
-        name: path and path.name
-        for name in runtimes.FORMS
-        for path in [runtimes.rounded_file(name, args)]
-    }
-    assert files["packed int8, int8 head"] is None
-    assert files["packed int4, int8 head"] == "rounded_128 of mine.npz"
-    assert files["dense int4, int8 head"] == "rounded_128 dense.npz"
-    head = "rounded_128 of mine, and head.npz"
-    assert files["packed int4, int4 head"] == head
-    assert files["dense int8, int8 head"] is None
-    args = runtimes.parse_arguments(["--rounding", "0"])
-    assert runtimes.rounded_file("packed int4", args) is None

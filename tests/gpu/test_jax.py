@@ -14,7 +14,7 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.native.gpu import trial
-from keras_weightmods.native.packed import Packed, pack_kernel, unpack_kernel
+from keras_weightmods.native.packed import pack_kernel, unpack_kernel
 from tests.gpu.kernels import error, product_of_rounded_rows, sparse_kernel
 from tests.models import make_sparse, mlp, normal
 
@@ -56,25 +56,24 @@ def lowered(function, *arguments):
     return exported(*arguments).mlir_module()
 
 
-@pytest.mark.parametrize("x_dtype", ["bfloat16", "float16"])
-def test_cusparselt_lowers_for_cuda(x_dtype):
+def test_cusparselt_lowers_for_cuda():
+    x_dtype = "bfloat16"
     packed = with_compressed(make("bfloat16"), x_dtype)
     product = functools.partial(
         products.matmul, packed=packed, method="cusparselt"
     )
     # 5 rows become 16; a mapped axis is more rows.
-    element = {"bfloat16": "bf16", "float16": "f16"}[x_dtype]
     for function, shape, rows in (
         (product, (5, K), 16),
         (jax.vmap(product), (4, 6, K), 32),
     ):
         text = lowered(function, jnp.ones(shape, x_dtype))
         assert text.count("custom_call @kwm_gpu_cusparselt") == 1
-        assert f"-> tensor<{rows}x{N}x{element}>" in text
+        assert f"-> tensor<{rows}x{N}xbf16>" in text
 
 
-@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
-def test_int8_activations_lower_for_cuda(x_dtype):
+def test_int8_activations_lower_for_cuda():
+    x_dtype = "bfloat16"
     packed = with_compressed(make("int8", "int8"), x_dtype)
     for method in ("cusparselt", "dense"):
         product = functools.partial(
@@ -90,20 +89,13 @@ def test_int8_activations_lower_for_cuda(x_dtype):
             assert f"x{N}xi32>" not in text
 
 
-def test_compression_lowers_for_cuda():
-    result = jax.ShapeDtypeStruct((1000,), "uint8")
-    call = jax.ffi.ffi_call("kwm_gpu_compress", result)
-    text = lowered(lambda kernel: call(kernel.T), jnp.ones((K, N), "bfloat16"))
-    assert "custom_call @kwm_gpu_compress" in text
-
-
 def test_float32_is_multiplied_in_float32():
     """By default a GPU rounds the factors to TF32."""
     packed = make()
     prepared = products.prepare(packed, "float32", ["dense"])
     blocks = make("int8", "int8")
     x = jnp.ones((2, K))
-    for weights in (packed, prepared, blocks):
+    for weights in (prepared, blocks):
         product = functools.partial(products.matmul, packed=weights)
         _, pull = jax.vjp(product, x)
         for function, given in ((product, x), (pull, jnp.ones((2, N)))):
@@ -117,10 +109,9 @@ def test_float32_is_multiplied_in_float32():
     assert "HIGHEST" not in text
 
 
-@pytest.mark.parametrize("value_dtype", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("prepared", [False, True])
-def test_dense_product_and_its_gradient(value_dtype, prepared):
-    packed = make(value_dtype)
+def test_dense_product_and_its_gradient(prepared):
+    packed = make("int8")
     kernel = unpack_kernel(packed).astype("float64")
     x = normal(2, 3, K, seed=1)
     if prepared:
@@ -130,43 +121,6 @@ def test_dense_product_and_its_gradient(value_dtype, prepared):
     assert error(y, x @ kernel) <= 1e-6
     dy = normal(2, 3, N, seed=2)
     assert error(pull(jnp.asarray(dy))[0], dy @ kernel.T) <= 1e-6
-
-
-def test_mapped_weights():
-    packed = make()
-    values = np.stack([packed.values, 2 * packed.values])
-    x = normal(2, 3, K, seed=1)
-
-    def product(x, values):
-        arrays = Packed(values, packed.meta, None, packed.shape, "float32")
-        return products.matmul(x, arrays)
-
-    y = jax.vmap(product)(jnp.asarray(x), jnp.asarray(values))
-    kernel = unpack_kernel(packed)
-    expected = np.stack([x[0] @ kernel, 2 * x[1] @ kernel])
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_facts_of_the_device_are_those_of_jax(monkeypatch):
-    """A real device has no other attributes than the CPU's here."""
-    cpu = jax.local_devices(backend="cpu")
-
-    def local_devices(backend):
-        assert backend == "cuda"
-        return cpu
-
-    def devices(backend=None):
-        raise AssertionError("the first may be another process's")
-
-    monkeypatch.setattr(jax, "local_devices", local_devices)
-    monkeypatch.setattr(jax, "devices", devices)
-    assert products.device_name.__wrapped__() == cpu[0].device_kind
-    monkeypatch.setattr(products, "reason_unavailable", lambda: "")
-    monkeypatch.setattr(
-        products.gpu, "compressed_size", lambda device, *_: 100 + device
-    )
-    spec = products.companion_spec("cusparselt", (K, N), "bfloat16")
-    assert spec == ((100 + cpu[0].local_hardware_id,), "uint8")
 
 
 def test_without_a_gpu_it_says_so():
@@ -225,25 +179,20 @@ def seconds(product, x):
     return 1.5 if is_dense else {16: 2.0, 32: 1.0}[len(x)]
 
 
-@pytest.mark.parametrize("activations", ["float32", "int8"])
-def test_packed_model_goes_by_the_trial(card, activations, tmp_path):
+def test_packed_model_goes_by_the_trial(card, tmp_path):
+    activations = "int8"
     model = make_sparse(mlp(K, N, dtype="mixed_bfloat16"))
     kernel = np.asarray(model.layers[0].kernel)
     packed = pack_kernel(kernel, "int8", activations)
     x = normal(40, K, seed=1)
     rounded = np.asarray(jnp.asarray(x, "bfloat16"), "float32")
-    if activations == "int8":
-        expected = product_of_rounded_rows(rounded, packed)
-    else:
-        expected = rounded @ unpack_kernel(packed).astype("float64")
+    expected = product_of_rounded_rows(rounded, packed)
     expected += np.asarray(model.layers[0].bias)
     kwm.pack(model, dtype="int8", activations=activations)
     names = {variable.name for variable in model.layers[0].variables}
     companions = {"kernel_companion_dense", "kernel_companion_cusparselt"}
     assert companions <= names
-    for rows in (3, 40):
-        found = model.predict(x[:rows], verbose=0)
-        assert error(found, expected[:rows]) <= 6e-3
+    assert error(model.predict(x, verbose=0), expected) <= 6e-3
     plan = kwm.ops.sparse_matmul.__globals__["gpu_plan"]
     plan = plan((K, N), "bfloat16", "int8", activations)
     assert (plan.method(3), plan.method(40)) == ("dense", "cusparselt")
@@ -260,12 +209,11 @@ def test_packed_model_goes_by_the_trial(card, activations, tmp_path):
     assert error(model.predict(x, verbose=0), expected) <= 6e-3
 
 
-@pytest.mark.parametrize("how", [1, 2])
-def test_layer_where_the_library_fails_is_dense(card, how):
+def test_layer_where_the_library_fails_is_dense(card):
     model = make_sparse(mlp(K, N, dtype="mixed_bfloat16"))
     x = normal(32, K, seed=1)
     expected = np.asarray(model(x), "float64")
-    card.cuda.fake_break(how)
+    card.cuda.fake_break(1)
     with pytest.warns(UserWarning, match="cuSPARSELt was tried on this GPU"):
         kwm.pack(model, dtype="int8", activations="int8")
     item = model.layers[0]._reparameterizations["kernel"]
@@ -301,11 +249,3 @@ def test_several_processes_do_not_try(card, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     plan = products.plan((K, N), "bfloat16", "bfloat16")
     assert plan.why(99) == "dense: several processes share the program"
-
-
-def test_companion_is_made_where_the_packed_arrays_are():
-    packed = make()
-    moved = jax.device_put(packed.values, jax.devices()[-1])
-    moved = type(packed)(**{**vars(packed), "values": moved})
-    companion = products.companion("dense", moved, "float32")
-    assert companion.devices() == {jax.devices()[-1]}

@@ -137,32 +137,6 @@ def test_public_product_and_its_gradient(value_dtype):
     assert error(dx, dy @ kernel.T.astype("float64")) <= TOLERANCE["float32"]
 
 
-def test_in_a_loop():
-    """XLA records it as a CUDA graph where it can."""
-    packed, kernel = make(512, 512, "bfloat16")
-    x = ops.convert_to_tensor(normal(32, 512, seed=1))
-    x = ops.cast(x, "bfloat16")
-    expected = numpy(x).astype("float64")
-    for _ in range(3):
-        expected = expected @ kernel / 16
-    if BACKEND == "jax":
-        prepared = products.prepare(packed, "bfloat16", ["cusparselt"])
-
-        @jax.jit
-        def run(x):
-            def step(_, x):
-                return products.matmul(x, prepared, "cusparselt") / 16
-
-            return jax.lax.fori_loop(0, 3, step, x)
-
-        y = run(x)
-    else:
-        y = x
-        for _ in range(3):
-            y = multiply(y, packed, "cusparselt") / 16
-    assert error(y, expected) <= 5e-2
-
-
 @pytest.mark.parametrize("activations", ["float32", "int8"])
 def test_packed_model(activations, tmp_path):
     model = make_sparse(mlp(256, 128, 64, dtype="mixed_bfloat16"))

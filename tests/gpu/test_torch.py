@@ -94,29 +94,6 @@ def test_companion_goes_with_the_packed_values(kept):
     assert len(kept) == 1
 
 
-def test_companion_made_in_a_cuda_graph_is_not_kept(kept, monkeypatch):
-    """Its memory is the graph's, and empty until that is replayed."""
-    kernel, weights = make()
-    monkeypatch.setattr(products, "_is_capturing", lambda: True)
-    x = torch.randn(3, 70)
-    with pytest.warns(UserWarning, match="once before the capture"):
-        y = products.sparse_matmul(x, *weights, 21)
-    assert error(y, x.double().numpy() @ kernel) <= 1e-5
-    assert not kept
-
-
-@pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
-def test_unpacked_on_its_own_device(value_dtype):
-    kernel, weights = make(value_dtype)
-    found = products._unpacked(weights, 70, 21, torch.float32)
-    np.testing.assert_array_equal(found, kernel.astype("float32"))
-    # Any device that is not Keras' default one stands for cuda:1.
-    moved = [None if a is None else a.to("meta") for a in weights]
-    x = torch.empty(3, 70, device="meta")
-    y = products.sparse_matmul(x, *moved, 21)
-    assert (y.device.type, y.shape) == ("meta", (3, 21))
-
-
 @pytest.mark.parametrize("value_dtype", ["int8", "int4", "dense int4"])
 def test_dense_products_stay_on_their_device(value_dtype):
     """By int8 activations and by int4, on a GPU."""
@@ -180,28 +157,11 @@ def test_layers_reach_the_operator_on_a_gpu(x_dtype, dtype, activations, name):
     assert operators.seen == [(f"keras_weightmods::{name}", "cuda")]
 
 
-def test_operators_have_them_on_cuda():
-    assert operators.reason_unavailable() == ""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name in ("matmul", "matmul_transposed", "values_gradient"):
-        assert has_kernel(f"keras_weightmods::sparse_{name}", "CUDA")
-
-
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert "finds no NVIDIA GPU" in products.reason_unavailable()
     assert products.device_name() is None
-
-
-def test_torch_without_cusparselt_says_so(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = products.reason_unavailable.__wrapped__
-    available = torch.backends.cusparselt
-    monkeypatch.setattr(available, "is_available", lambda: False)
-    assert "built without cuSPARSELt" in reason()
-    monkeypatch.setattr(available, "is_available", lambda: True)
-    assert reason() == ""
 
 
 class Cusparselt:

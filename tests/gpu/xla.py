@@ -105,12 +105,7 @@ def fresh_library(folder):
     if native.xla_handler("kwm_gpu_cusparselt") is None:
         pytest.skip("the library was built without the XLA handlers")
     (own,) = (SOURCES / "lib").glob("kwm_native.*")
-    library = native.open_library(
-        shutil.copy(own, folder / "copy.so"),
-        "kwm_abi_version",
-        native._ABI_VERSION,
-        native._SIGNATURES,
-    )
+    library = native.open_library(shutil.copy(own, folder / "copy.so"))
     native.typed(library, "kwm_gpu_load", "s", "ss")
     native.typed(library, "kwm_gpu_compressed_size", "s", "iqqiP")
     return library

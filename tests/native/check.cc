@@ -77,6 +77,132 @@ bool close(const char* what, float got, double expected, double size,
   return false;
 }
 
+float from_high_half(uint32_t half) {
+  const uint32_t bits = half << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+uint16_t high_half(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+// A packed kernel of random bits, and what it holds by the layout.
+struct Weights {
+  Weights(Random& random, int64_t k, int64_t n, int type, bool dense,
+          bool valid)
+      : row_blocks((k + 31) / 32),
+        places((n + 15) / 16 * row_blocks),
+        dense(dense),
+        values(places * 256 * (dense ? 2 : 1) * kBits[type] / 8),
+        meta(dense ? 0 : places * 16),
+        scale(type == KWM_INT8 ? (n + 15) / 16 * 64
+              : type == KWM_INT4 ? (n + 15) / 16 * ((row_blocks + 1) / 2) * 32
+                                 : 0),
+        kernel(32 * row_blocks * n),
+        scale_of(row_blocks * n) {
+    fill(random, type, valid);
+    for (int64_t column = 0; column < n; ++column) {
+      const int64_t lane = column % 16;
+      for (int64_t b = 0; b < row_blocks; ++b) {
+        const int64_t place = column / 16 * row_blocks + b;
+        for (int slot = 0; slot < (dense ? 32 : 16); ++slot) {
+          int64_t row = 32 * b + slot;
+          if (!dense) {
+            const uint32_t bits = meta[place * 16 + lane];
+            row = 32 * b + slot / 2 * 4 + (bits >> (2 * slot) & 3);
+          }
+          const double value = value_at(type, place, slot, lane);
+          kernel[row * n + column] += value;
+          largest = std::max(largest, fabs(value));
+        }
+        double& own = scale_of[b * n + column];
+        own = 1;
+        if (type == KWM_INT8) {
+          float value;
+          memcpy(&value, scale.get() + 4 * column, 4);
+          own = value;
+        }
+        if (type == KWM_INT4) {
+          const int64_t group = column / 16 * ((row_blocks + 1) / 2) + b / 2;
+          uint16_t half;
+          memcpy(&half, scale.get() + 2 * (group * 16 + lane), 2);
+          own = from_high_half(half);
+        }
+        largest_scale = std::max(largest_scale, fabs(own));
+      }
+    }
+  }
+
+  const void* scale_or_null() { return scale.size ? scale.get() : nullptr; }
+  const uint32_t* meta_or_null() { return dense ? nullptr : meta.get(); }
+  double at(int64_t row, int64_t column, int64_t n) {
+    return kernel[row * n + column] * scale_of[row / 32 * n + column];
+  }
+
+  static constexpr int kBits[] = {32, 16, 8, 4};
+  int64_t row_blocks, places;
+  bool dense;
+  Array<unsigned char> values;
+  Array<uint32_t> meta;
+  Array<unsigned char> scale;
+  Array<double> kernel, scale_of;  // without its scale, and that of each block
+  double largest = 0, largest_scale = 0;
+
+ private:
+  void fill(Random& random, int type, bool valid) {
+    for (int64_t i = 0; i < values.size; ++i) {
+      values[i] = static_cast<unsigned char>(random());
+      if (type == KWM_INT8 && values[i] == 128) values[i] = 127;
+    }
+    // Of floats and scales no random bits.
+    auto* array = type == KWM_INT8 || type == KWM_INT4 ? &scale : &values;
+    const bool halves = type == KWM_BFLOAT16 || type == KWM_INT4;
+    for (int64_t i = 0; i < array->size; i += halves ? 2 : 4) {
+      const float value = normal(random);
+      const uint16_t half = high_half(value);
+      if (halves) memcpy(array->get() + i, &half, 2);
+      if (!halves) memcpy(array->get() + i, &value, 4);
+    }
+    // Rising places of two values in each group.
+    static const uint32_t pairs[] = {4, 8, 12, 9, 13, 14};
+    for (int64_t i = 0; i < meta.size; ++i) {
+      meta[i] = static_cast<uint32_t>(random());
+      if (!valid) continue;
+      meta[i] = 0;
+      for (int g = 0; g < 8; ++g) {
+        meta[i] |= pairs[between(random, 0, 5)] << (4 * g);
+      }
+    }
+  }
+
+  double value_at(int type, int64_t place, int slot, int64_t lane) {
+    if (type == KWM_FLOAT32) {
+      float value;
+      memcpy(&value, values.get() + 4 * ((place * 16 + slot) * 16 + lane), 4);
+      return value;
+    }
+    if (type == KWM_BFLOAT16) {
+      const int64_t pair = (place * 8 + slot / 2) * 16 + lane;
+      uint16_t half;
+      memcpy(&half, values.get() + 2 * (2 * pair + slot % 2), 2);
+      return from_high_half(half);
+    }
+    const int64_t words = (dense ? 8 : 4) / (type == KWM_INT4 ? 2 : 1);
+    int64_t word = dense ? slot / 4 : slot % 4;
+    const int64_t q = dense ? slot % 4 : slot / 4;
+    const bool high = type == KWM_INT4 && word >= words;
+    if (high) word -= words;
+    const int byte = values[((place * words + word) * 16 + lane) * 4 + q];
+    if (type == KWM_INT8) return byte < 128 ? byte : byte - 256;
+    const int half = high ? byte >> 4 : byte & 15;
+    return half < 8 ? half : half - 16;
+  }
+};
+
 struct Case {
   explicit Case(uint64_t seed) : random(seed) {
     k = any_size(random, 300);
@@ -90,9 +216,7 @@ struct Case {
 
   bool run();
   bool run_products();
-  bool run_bfloat16(const Array<float>& floats, const void* values,
-                    const uint32_t* meta, Array<float>& kernel,
-                    double meeting);
+  bool run_bfloat16(const Array<float>& floats, Weights& w, double meeting);
   bool run_int8(bool dense);
   bool run_attend();
 
@@ -116,68 +240,7 @@ bool Case::run() {
 
 // int8 activations by random bits, in exact integers.
 bool Case::run_int8(bool dense) {
-  const int64_t row_blocks = (k + 31) / 32;
-  Array<unsigned char> values(dense ? kwm_dense_values_bytes(k, n, type)
-                                    : kwm_values_bytes(k, n, type));
-  Array<uint32_t> meta(dense ? 0 : kwm_meta_bytes(k, n) / 4);
-  for (int64_t i = 0; i < values.size; ++i) {
-    values[i] = static_cast<unsigned char>(random());
-    if (type == KWM_INT8 && values[i] == 128) values[i] = 127;
-  }
-  for (int64_t i = 0; i < meta.size; ++i) {
-    meta[i] = static_cast<uint32_t>(random());
-  }
-  const int64_t scales =
-      kwm_scale_bytes(k, n, type) / (type == KWM_INT8 ? 4 : 2);
-  Array<float> scale(type == KWM_INT8 ? scales : 0);
-  Array<uint16_t> halves(type == KWM_INT8 ? 0 : scales);
-  for (int64_t i = 0; i < scale.size; ++i) scale[i] = normal(random);
-  for (int64_t i = 0; i < halves.size; ++i) {
-    const float value = normal(random);
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    halves[i] = static_cast<uint16_t>(bits >> 16);
-  }
-
-  // The integers of W, and their scales, from the layout.
-  Array<int> kernel(32 * row_blocks * n);
-  Array<double> scale_of(row_blocks * n);
-  for (int64_t column = 0; column < n; ++column) {
-    const int64_t lane = column % 16;
-    for (int64_t b = 0; b < row_blocks; ++b) {
-      const int64_t place = column / 16 * row_blocks + b;
-      const int64_t words = (dense ? 8 : 4) / (type == KWM_INT4 ? 2 : 1);
-      for (int slot = 0; slot < (dense ? 32 : 16); ++slot) {
-        int64_t word = dense ? slot / 4 : slot % 4;
-        const int64_t q = dense ? slot % 4 : slot / 4;
-        const bool high = type == KWM_INT4 && word >= words;
-        if (high) word -= words;
-        const int byte = values[((place * words + word) * 16 + lane) * 4 + q];
-        int value = byte < 128 ? byte : byte - 256;
-        if (type == KWM_INT4) {
-          const int half = high ? byte >> 4 : byte & 15;
-          value = half < 8 ? half : half - 16;
-        }
-        int64_t row = 32 * b + slot;
-        if (!dense) {
-          const uint32_t bits = meta[place * 16 + lane];
-          row = 32 * b + slot / 2 * 4 + (bits >> (2 * slot) & 3);
-        }
-        kernel[row * n + column] += value;
-      }
-      if (type == KWM_INT8) {
-        scale_of[b * n + column] = scale[column];
-      } else {
-        const int64_t group = column / 16 * ((row_blocks + 1) / 2) + b / 2;
-        const uint32_t bits = static_cast<uint32_t>(halves[group * 16 + lane])
-                              << 16;
-        float value;
-        memcpy(&value, &bits, 4);
-        scale_of[b * n + column] = value;
-      }
-    }
-  }
-
+  Weights w(random, k, n, type, dense, valid);
   Array<float> x(rows * k), y(rows * n);
   for (int64_t i = 0; i < x.size; ++i) x[i] = normal(random);
   // A row of zeros, an outlier and something that is not finite, at times.
@@ -195,17 +258,14 @@ bool Case::run_int8(bool dense) {
     }
   }
   for (int64_t i = 0; i < y.size; ++i) y[i] = 0.125f;
-  kwm_matmul_int8(x.get(), rows, k, n, type, values.get(),
-                  dense ? nullptr : meta.get(),
-                  type == KWM_INT8 ? static_cast<const void*>(scale.get())
-                                   : halves.get(),
-                  y.get(), threaded ? parallel_for : nullptr, &pool);
+  kwm_matmul_int8(x.get(), rows, k, n, type, w.values.get(), w.meta_or_null(),
+                  w.scale_or_null(), y.get(), threaded ? parallel_for : nullptr, &pool);
 
   Array<int> q(32);
   Array<double> sum(n), size(n);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < n; ++i) sum[i] = size[i] = 0;
-    for (int64_t b = 0; b < row_blocks; ++b) {
+    for (int64_t b = 0; b < w.row_blocks; ++b) {
       const int64_t here = std::min<int64_t>(32, k - 32 * b);
       const float* from = x.get() + row * k + 32 * b;
       float largest = 0;
@@ -218,12 +278,11 @@ bool Case::run_int8(bool dense) {
         q[i] = row == bad_row ? 0 : static_cast<int>(steps);
       }
       for (int64_t column = 0; column < n; ++column) {
-        int64_t exact = 0;
+        double exact = 0;
         for (int64_t i = 0; i < here; ++i) {
-          exact += q[i] * kernel[(32 * b + i) * n + column];
+          exact += q[i] * w.kernel[(32 * b + i) * n + column];
         }
-        const double term = static_cast<double>(exact) * step *
-                            scale_of[b * n + column];
+        const double term = exact * step * w.scale_of[b * n + column];
         sum[column] += term;
         size[column] += fabs(term);
       }
@@ -311,21 +370,17 @@ bool Case::run_attend() {
 }
 
 // The same product of activations cut to bfloat16.
-bool Case::run_bfloat16(const Array<float>& floats, const void* values,
-                        const uint32_t* meta, Array<float>& kernel,
+bool Case::run_bfloat16(const Array<float>& floats, Weights& w,
                         double meeting) {
   Array<uint16_t> x(rows * k), y(rows * n);
   Array<float> cut(rows * k);
   for (int64_t i = 0; i < x.size; ++i) {
-    uint32_t bits;
-    memcpy(&bits, floats.data.get() + i, 4);
-    x[i] = static_cast<uint16_t>(bits >> 16);
-    bits &= 0xffff0000;
-    memcpy(cut.get() + i, &bits, 4);
+    x[i] = high_half(floats.data[static_cast<size_t>(i)]);
+    cut[i] = from_high_half(x[i]);
   }
   for (int64_t i = 0; i < y.size; ++i) y[i] = 0x7fc0;
-  kwm_matmul_bfloat16(x.get(), rows, k, n, values, meta, y.get(),
-                      threaded ? parallel_for : nullptr, &pool);
+  kwm_matmul_bfloat16(x.get(), rows, k, n, w.values.get(), w.meta.get(),
+                      y.get(), threaded ? parallel_for : nullptr, &pool);
   for (int64_t row = 0; row < rows; ++row) {
     double activations = 0;
     for (int64_t i = 0; i < k; ++i) activations += fabs(cut[row * k + i]);
@@ -333,13 +388,11 @@ bool Case::run_bfloat16(const Array<float>& floats, const void* values,
       double sum = 0, size = 0;
       for (int64_t i = 0; i < k; ++i) {
         const double term =
-            double{cut[row * k + i]} * kernel[i * n + column];
+            double{cut[row * k + i]} * w.at(i, column, n);
         sum += term;
         size += fabs(term);
       }
-      const uint32_t bits = static_cast<uint32_t>(y[row * n + column]) << 16;
-      float got;
-      memcpy(&got, &bits, 4);
+      const float got = from_high_half(y[row * n + column]);
       // Rounded to 8 bits of significand, once.
       if (!close("bfloat16", got, sum, size,
                  fabs(sum) / 256 + meeting * activations)) {
@@ -351,41 +404,10 @@ bool Case::run_bfloat16(const Array<float>& floats, const void* values,
 }
 
 bool Case::run_products() {
-  Array<float> kernel(k * n);
-  for (int64_t column = 0; column < n; ++column) {
-    for (int64_t group = 0; group < k; group += 4) {
-      for (int kept = 0; kept < 2; ++kept) {
-        const int64_t row = group + between(random, 0, 3);
-        if (row < k) kernel[row * n + column] = normal(random);
-      }
-    }
-  }
-  Array<unsigned char> values(kwm_values_bytes(k, n, type));
-  Array<uint32_t> meta(kwm_meta_bytes(k, n) / 4);
-  Array<float> floats(type == KWM_INT8 ? kwm_scale_bytes(k, n, type) / 4 : 0);
-  Array<uint16_t> halves(type == KWM_INT4 ? kwm_scale_bytes(k, n, type) / 2
-                                          : 0);
-  void* scale_or_null = nullptr;
-  if (type == KWM_INT8) scale_or_null = floats.get();
-  if (type == KWM_INT4) scale_or_null = halves.get();
-  if (kwm_pack(kernel.get(), k, n, type, values.get(), meta.get(),
-               scale_or_null) != 0) {
-    printf("a valid kernel was refused\n");
-    return false;
-  }
+  Weights w(random, k, n, type, false, valid);
   // Where two values of a group meet in one row they may cancel, but not their
   // roundings.
-  double meeting = 0;
-  if (!valid) {
-    for (int64_t i = 0; i < kernel.size; ++i) {
-      meeting = std::max(meeting, fabs(1e-7 * kernel[i]));
-    }
-    for (int64_t i = 0; i < meta.size; ++i) {
-      meta[i] = static_cast<uint32_t>(random());
-    }
-  }
-  kwm_unpack(values.get(), meta.get(), scale_or_null, k, n, type, kernel.get());
-
+  const double meeting = valid ? 0 : 1e-7 * w.largest * w.largest_scale;
   const kwm_parallel_for loop = threaded ? parallel_for : nullptr;
   Array<float> x(rows * k), dy(rows * n), y(rows * n), dx(rows * k);
   for (int64_t i = 0; i < x.size; ++i) x[i] = normal(random);
@@ -393,16 +415,16 @@ bool Case::run_products() {
   for (int64_t i = 0; i < y.size; ++i) y[i] = NAN;
   for (int64_t i = 0; i < dx.size; ++i) dx[i] = NAN;
 
-  kwm_matmul(x.get(), rows, k, n, type, values.get(), meta.get(), scale_or_null,
-             y.get(), loop, &pool);
+  kwm_matmul(x.get(), rows, k, n, type, w.values.get(), w.meta.get(),
+             w.scale_or_null(), y.get(), loop, &pool);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t column = 0; column < n; ++column) {
       double sum = 0, size = 0, activations = 0;
       for (int64_t i = 0; i < k; ++i) {
-        const double w = kernel[i * n + column];
+        const double term = x[row * k + i] * w.at(i, column, n);
         activations += fabs(x[row * k + i]);
-        sum += x[row * k + i] * w;
-        size += fabs(x[row * k + i] * w);
+        sum += term;
+        size += fabs(term);
       }
       if (!close("matmul", y[row * n + column], sum, size,
                  meeting * activations)) {
@@ -411,20 +433,17 @@ bool Case::run_products() {
     }
   }
 
-  if (type == KWM_BFLOAT16 &&
-      !run_bfloat16(x, values.get(), meta.get(), kernel, meeting)) {
-    return false;
-  }
+  if (type == KWM_BFLOAT16 && !run_bfloat16(x, w, meeting)) return false;
 
-  kwm_matmul_transposed(dy.get(), rows, k, n, type, values.get(), meta.get(),
-                        scale_or_null, dx.get(), loop, &pool);
+  kwm_matmul_transposed(dy.get(), rows, k, n, type, w.values.get(),
+                        w.meta.get(), w.scale_or_null(), dx.get(), loop, &pool);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < k; ++i) {
       double sum = 0, size = 0, activations = 0;
       for (int64_t column = 0; column < n; ++column) {
         activations += fabs(dy[row * n + column]);
         const double term =
-            static_cast<double>(dy[row * n + column]) * kernel[i * n + column];
+            static_cast<double>(dy[row * n + column]) * w.at(i, column, n);
         sum += term;
         size += fabs(term);
       }
@@ -435,16 +454,15 @@ bool Case::run_products() {
     }
   }
 
-  Array<float> dvalues(kwm_values_bytes(k, n, KWM_FLOAT32) / 4);
+  Array<float> dvalues(w.places * 256);
   for (int64_t i = 0; i < dvalues.size; ++i) dvalues[i] = NAN;
-  kwm_values_gradient(x.get(), dy.get(), rows, k, n, meta.get(), dvalues.get(),
-                      loop, &pool);
-  const int64_t row_blocks = (k + 31) / 32;
+  kwm_values_gradient(x.get(), dy.get(), rows, k, n, w.meta.get(),
+                      dvalues.get(), loop, &pool);
   for (int64_t i = 0; i < dvalues.size; ++i) {
     const int64_t lane = i % 16, slot = i / 16 % 16;
-    const int64_t block = i / 256 % row_blocks;
-    const int64_t column = i / 256 / row_blocks * 16 + lane;
-    const uint32_t word = meta[i / 256 * 16 + lane];
+    const int64_t block = i / 256 % w.row_blocks;
+    const int64_t column = i / 256 / w.row_blocks * 16 + lane;
+    const uint32_t word = w.meta[i / 256 * 16 + lane];
     const int64_t row = block * 32 + slot / 2 * 4 + (word >> (2 * slot) & 3);
     double sum = 0, size = 0;
     if (row < k && column < n) {

@@ -4,8 +4,6 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.native import native_core
-
 
 @pytest.fixture
 def rng():
@@ -15,9 +13,11 @@ def rng():
 @pytest.fixture
 def backwards(rng):
     """A kwm_parallel_for that cuts at random, and the counts it was given."""
+    from tests.native import library
+
     calls = []
 
-    @native_core.ParallelFor
+    @library.ParallelFor
     def run(pool, count, grain, task, context):
         calls.append(count)
         cuts = [0, *sorted(rng.integers(0, count + 1, 3)), count]

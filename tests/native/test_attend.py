@@ -3,12 +3,9 @@
 import numpy as np
 import pytest
 
-from tests.native import native_core
+from tests.native import library
 
 pytestmark = pytest.mark.one_backend
-
-if native_core.compiler() is None:
-    pytest.skip("no C++ compiler", allow_module_level=True)
 
 
 def reference(q, keys, values, mask, scale):
@@ -36,18 +33,14 @@ def make(rng, batch, queries, places, heads, key_heads, size):
     return q, keys, values
 
 
-@pytest.mark.parametrize("name", native_core.isas())
+@pytest.mark.parametrize("name", library.isas())
 @pytest.mark.parametrize(
     "shape",
     [
         (1, 1, 1, 1, 1, 16),
         (2, 1, 7, 9, 3, 64),
-        (1, 1, 33, 4, 2, 80),
-        (3, 1, 192, 5, 1, 32),
-        (1, 1, 515, 16, 2, 128),
-        (1, 2, 1, 1, 1, 16),
+        (1, 1, 215, 16, 2, 128),
         (2, 7, 7, 3, 3, 80),
-        (1, 13, 40, 4, 1, 96),
         # More than one tile of queries.
         (2, 53, 65, 2, 1, 64),
     ],
@@ -66,8 +59,8 @@ def test_it_is_the_definition(name, shape):
         # Scores from nearly equal to a single one that counts.
         for scale in (0.0, 0.125, 30.0):
             expected = reference(q, keys, values, mask, scale)
-            with native_core.isa(name):
-                got = native_core.attend(q, keys, values, mask, scale)
+            with library.isa(name):
+                got = library.attend(q, keys, values, mask, scale)
             # Scores are rounded to float32.
             terms = scale * shape[-1] * abs(q).max() * abs(keys).max()
             off = (1e-6 + 2e-8 * terms) * abs(values).max()
@@ -75,17 +68,17 @@ def test_it_is_the_definition(name, shape):
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.parametrize("name", native_core.isas())
+@pytest.mark.parametrize("name", library.isas())
 def test_what_is_hidden_at_the_end_is_not_read(name, queries):
     rng = np.random.default_rng(0)
     q, keys, values = make(rng, 1, queries, 40, 2, 1, 16)
     mask = (np.arange(40) < 21).astype("uint8") * np.ones(
         (1, queries, 1), "uint8"
     )
-    with native_core.isa(name):
-        expected = native_core.attend(q, keys, values, mask, 0.2)
+    with library.isa(name):
+        expected = library.attend(q, keys, values, mask, 0.2)
         keys[:, 21:], values[:, 21:] = np.nan, np.inf
-        got = native_core.attend(q, keys, values, mask, 0.2)
+        got = library.attend(q, keys, values, mask, 0.2)
     np.testing.assert_array_equal(got, expected)
 
 
@@ -94,20 +87,20 @@ def test_what_is_not_finite_is_seen(queries):
     rng = np.random.default_rng(0)
     q, keys, values = make(rng, 2, queries, 20, 2, 1, 16)
     keys[0, 3] = np.nan
-    got = native_core.attend(q, keys, values, None, 0.2)
+    got = library.attend(q, keys, values, None, 0.2)
     assert np.isnan(got[0]).all()
     assert np.isfinite(got[1]).all()
 
 
 @pytest.mark.parametrize("queries", [1, 50])
-@pytest.mark.parametrize("name", native_core.isas())
+@pytest.mark.parametrize("name", library.isas())
 def test_split_of_the_work_does_not_change_the_result(
     name, queries, rng, backwards
 ):
     loop, calls = backwards
-    q, keys, values = make(rng, 3, queries, 700, 8, 4, 64)
-    with native_core.isa(name):
-        expected = native_core.attend(q, keys, values, None, 0.125)
-        got = native_core.attend(q, keys, values, None, 0.125, loop)
+    q, keys, values = make(rng, 3, queries, 300, 8, 4, 64)
+    with library.isa(name):
+        expected = library.attend(q, keys, values, None, 0.125)
+        got = library.attend(q, keys, values, None, 0.125, loop)
     np.testing.assert_array_equal(got, expected)
     assert calls

@@ -1,10 +1,11 @@
-"""check.cc, random cases against plain loops, where it finds most.
+"""Random cases in C++ against plain loops, under sanitizers and on Arm.
 
 A few seconds each; KWM_CHECK_SECONDS=600 for longer.
 """
 
 import importlib.util
 import os
+import pathlib
 import platform
 import shutil
 import subprocess
@@ -12,78 +13,77 @@ import sys
 
 import pytest
 
-from tests.native import native_core
+from keras_weightmods import native
 
-pytestmark = pytest.mark.one_backend
-
+HERE = pathlib.Path(__file__).parent
+SOURCES = pathlib.Path(native.__file__).parent
 SECONDS = float(os.environ.get("KWM_CHECK_SECONDS", "3"))
-SANITIZE = [
-    "-O1",
-    "-g",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
+COMPILER = next(filter(None, map(shutil.which, ["c++", "g++", "clang++"])), "")
+pytestmark = [
+    pytest.mark.one_backend,
+    pytest.mark.skipif(not COMPILER, reason="no C++ compiler"),
 ]
 
 
-def check(tmp_path, *flags, command=None, runner=()):
-    program = native_core.build(
-        tmp_path / "check",
-        *flags,
-        command=command,
-        sources=[native_core.HERE / "check.cc"],
-    )
+def build(target, *flags, sources, command=()):
+    """Compile a program; return what the compiler said, empty if it did."""
+    command = [*(command or [COMPILER]), "-std=c++17", "-Wall", "-Wextra"]
+    command += ["-Werror", f"-I{SOURCES / 'include'}", *flags, *sources]
     done = subprocess.run(
-        [*runner, program, str(SECONDS), os.environ.get("KWM_CHECK_SEED", "1")],
+        [*command, "-o", target, "-pthread"], capture_output=True, text=True
+    )
+    return done.stderr if done.returncode else ""
+
+
+def run(*command):
+    """Run a program; return its output and whether it succeeded."""
+    done = subprocess.run(
+        [*map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert done.returncode == 0, done.stdout
-    assert int(done.stdout.split()[0]) > 0
+    return done.stdout, done.returncode == 0
 
 
-@pytest.mark.skipif(native_core.compiler() is None, reason="no C++ compiler")
+def check(tmp_path, *flags, command=(), runner=()):
+    program = tmp_path / "check"
+    sources = [HERE / "check.cc", *SOURCES.glob("*.cc")]
+    sources += [*SOURCES.glob("x86/*.cc"), *SOURCES.glob("arm/*.cc")]
+    sources.remove(SOURCES / "xla_handlers.cc")
+    assert not build(program, *flags, sources=sources, command=command)
+    seed = os.environ.get("KWM_CHECK_SEED", "1")
+    output, succeeded = run(*runner, program, SECONDS, seed)
+    assert succeeded, output
+    assert int(output.split()[0]) > 0
+
+
+@pytest.mark.heavy
 def test_clean_under_the_sanitizers(tmp_path):
+    flags = ["-O1", "-g", "-fsanitize=address,undefined"]
+    flags.append("-fno-sanitize-recover=all")
     probe = tmp_path / "probe.cc"
     probe.write_text("int main() {}\n")
-    linked = subprocess.run(
-        [native_core.compiler(), *SANITIZE, probe, "-o", tmp_path / "probe"],
-        capture_output=True,
-    )
-    if linked.returncode:
+    if build(tmp_path / "probe", *flags, sources=[probe]):
         pytest.skip("the compiler has no sanitizers")
-    check(tmp_path, *SANITIZE)
+    check(tmp_path, *flags)
 
 
-@pytest.mark.skipif(native_core.compiler() is None, reason="no C++ compiler")
 def test_threads_that_help_several_callers(tmp_path):
-    program = tmp_path / "check_helpers"
-    source = native_core.HERE / "check_helpers.cc"
+    program, sources = tmp_path / "helpers", [HERE / "check_helpers.cc"]
     for flags in (["-O1", "-g", "-fsanitize=thread"], ["-O2"]):
-        command = [native_core.compiler(), "-std=c++17", *flags, "-pthread"]
-        command += [
-            f"-I{native_core.SOURCES / 'include'}",
-            source,
-            "-o",
-            program,
-        ]
-        built = subprocess.run(command, capture_output=True, text=True)
-        if built.returncode:
-            # This compiler may have no such sanitizer.
+        # This compiler may have no such sanitizer.
+        if failure := build(program, *flags, sources=sources):
             continue
-        done = subprocess.run(
-            [program, str(SECONDS / 3)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        output, succeeded = run(program, SECONDS / 10)
         # Nor does it run where the kernel spreads memory too far.
-        if "unexpected memory mapping" not in done.stdout:
+        if "unexpected memory mapping" not in output:
             break
-    assert built.returncode == 0, built.stderr
-    assert done.returncode == 0, done.stdout
+    assert not failure
+    assert succeeded, output
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(
     platform.machine() == "aarch64", reason="Arm is native here"
 )

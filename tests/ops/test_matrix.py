@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from keras_weightmods.ops import matrix as m
+from tests.backends import breadth
 from tests.models import normal, numpy
 
 AXES = [((0,), ()), ((1, 0), (3,)), ((2,), (3, 1)), ((0, 1, 2), ()), ((3,), ())]
 
 
-@pytest.mark.parametrize(("rows", "stacks"), AXES)
+@breadth(("rows", "stacks"), AXES, 1)
 def test_stack(rows, stacks):
     shape = (2, 3, 4, 5)
     x = normal(*shape)
@@ -35,6 +36,7 @@ def test_stack(rows, stacks):
         np.testing.assert_array_equal(back, x)
 
 
+@pytest.mark.one_backend
 def test_groups_split_or_join_the_columns():
     x = normal(6, 8)
     groups = numpy(m.to_stack(x, 0, (), 2))
@@ -48,6 +50,7 @@ def test_groups_split_or_join_the_columns():
     np.testing.assert_array_equal(back, experts)
 
 
+@pytest.mark.one_backend
 def test_along():
     vector = normal(6)
     laid_out = numpy(m.along(vector, (2, 5, 3), (2, 0)))
@@ -55,6 +58,7 @@ def test_along():
     np.testing.assert_array_equal(laid_out, expected)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("axis", [2, (0, -2), None, 0.5])
 def test_wrong_axes(axis):
     with pytest.raises(ValueError, match="`axis`"):

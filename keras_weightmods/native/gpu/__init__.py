@@ -5,7 +5,6 @@ torch has cuSPARSELt itself. Nothing here has been run on a GPU yet.
 
 import ctypes
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -18,12 +17,8 @@ _DRIVER = "libcuda.so.1"
 
 
 @functools.cache
-def load_cusparselt(cuda=None):
-    """Open the CUDA driver and cuSPARSELt.
-
-    Args:
-        cuda: Int, CUDA's major version, 12 or 13. Defaults to that of JAX's
-            plugin.
+def load_cusparselt():
+    """Open the CUDA driver and cuSPARSELt, for the CUDA of JAX's plugin.
 
     Returns:
         String: the reason why cuSPARSELt cannot be used; empty if it can.
@@ -32,7 +27,7 @@ def load_cusparselt(cuda=None):
         return native.reason_unavailable()
     if native.xla_handler("kwm_gpu_cusparselt") is None:
         return native.NO_XLA
-    cuda = cuda or _cuda_of_jax()
+    cuda = 12 if importlib.util.find_spec("jax_cuda12_plugin") else 13
     load = native.typed(native.library(), "kwm_gpu_load", "s", "ss")
     failure = load(_DRIVER.encode(), cusparselt_path(cuda).encode())
     if failure is None:
@@ -76,11 +71,3 @@ def compressed_size(device, shape, dtype):
     if failure is not None:
         raise RuntimeError(f"keras_weightmods: {failure.decode()}")
     return size.value
-
-
-def _cuda_of_jax():
-    try:
-        importlib.metadata.distribution("jax-cuda12-plugin")
-    except importlib.metadata.PackageNotFoundError:
-        return 13
-    return 12

@@ -202,103 +202,94 @@ struct Descriptor : Owned {
   Descriptor() : Owned(&lt::Functions::MatDescriptorDestroy) {}
 };
 
-Failure init_structured(const Opaque* handle, int64_t k, int64_t n, int type,
-                        Descriptor* matrix) {
-  return matrix->init("structured matrix", [&](Opaque* made) {
-    return functions.StructuredDescriptorInit(handle, made, n, k, k, kAlignment,
-                                              type, lt::kOrderRow,
-                                              lt::kSparsity50);
-  });
-}
+// A kernel (k, n) of a type, on a device.
+struct Kernel {
+  const Opaque* handle = nullptr;
+  int64_t k = 0, n = 0;
+  Types types{};
+  Descriptor matrix;
+  size_t compressed = 0, workspace = 0;  // bytes
+};
 
-Failure init_dense(const Opaque* handle, const char* what, int64_t rows,
-                   int64_t columns, int type, Descriptor* matrix) {
-  return matrix->init(what, [&](Opaque* made) {
-    return functions.DenseDescriptorInit(handle, made, rows, columns, rows,
-                                         kAlignment, type, lt::kOrderColumn);
-  });
+// Kernels and plans are few, one for each shape, and kept until the process
+// ends; beyond it too, as the library may be gone before this one.
+Failure get_kernel(int device, int64_t k, int64_t n, ffi::DataType type,
+                   const Kernel** kernel) {
+  using Key = std::tuple<int, int64_t, int64_t, int>;
+  static auto& kernels = *new std::map<Key, std::unique_ptr<Kernel>>;
+  auto& known = kernels[{device, k, n, static_cast<int>(type)}];
+  if (known == nullptr) {
+    auto made = std::make_unique<Kernel>();
+    made->k = k, made->n = n;
+    KWM_TRY(get_handle(device, &made->handle));
+    KWM_TRY(get_types(type, &made->types));
+    KWM_TRY(made->matrix.init("structured matrix", [&](Opaque* matrix) {
+      return functions.StructuredDescriptorInit(
+          made->handle, matrix, n, k, k, kAlignment, made->types.in,
+          lt::kOrderRow, lt::kSparsity50);
+    }));
+    KWM_TRY(explain("size", functions.SpMMACompressedSize2(
+                                made->handle, made->matrix.get(),
+                                &made->compressed, &made->workspace)));
+    known = std::move(made);
+  }
+  *kernel = known.get();
+  return "";
 }
 
 struct Plan {
-  Descriptor a, b, d;
+  Descriptor b, d;
   Opaque matmul;
   Owned selection{&lt::Functions::MatmulAlgSelectionDestroy};
   Owned plan{&lt::Functions::MatmulPlanDestroy};
   size_t workspace = 0;
 };
 
-Failure make_plan(const Opaque* handle, int64_t rows, int64_t k, int64_t n,
-                  ffi::DataType type, Plan* plan) {
-  Types types;
-  KWM_TRY(get_types(type, &types));
-  KWM_TRY(init_structured(handle, k, n, types.in, &plan->a));
-  KWM_TRY(init_dense(handle, "activations", k, rows, types.in, &plan->b));
-  KWM_TRY(init_dense(handle, "result", n, rows, types.out, &plan->d));
+Failure make_plan(const Kernel& a, int64_t rows, Plan* plan) {
+  const auto init_dense = [&](const char* what, int64_t size, int type,
+                              Descriptor* matrix) {
+    return matrix->init(what, [&](Opaque* made) {
+      return functions.DenseDescriptorInit(a.handle, made, size, rows, size,
+                                           kAlignment, type, lt::kOrderColumn);
+    });
+  };
+  KWM_TRY(init_dense("activations", a.k, a.types.in, &plan->b));
+  KWM_TRY(init_dense("result", a.n, a.types.out, &plan->d));
   KWM_TRY(explain("product", functions.MatmulDescriptorInit(
-                                 handle, &plan->matmul, lt::kNonTranspose,
-                                 lt::kNonTranspose, plan->a.get(),
+                                 a.handle, &plan->matmul, lt::kNonTranspose,
+                                 lt::kNonTranspose, a.matrix.get(),
                                  plan->b.get(), plan->d.get(), plan->d.get(),
-                                 types.compute)));
-  if (type == ffi::S8) {
+                                 a.types.compute)));
+  if (a.types.in == lt::kR8I) {
     const int enabled = 1;
     KWM_TRY(explain("scales in the epilogue",
                     functions.MatmulDescSetAttribute(
-                        handle, &plan->matmul, lt::kAlphaVector, &enabled,
+                        a.handle, &plan->matmul, lt::kAlphaVector, &enabled,
                         sizeof enabled)));
   }
   KWM_TRY(plan->selection.init("algorithms", [&](Opaque* made) {
-    return functions.MatmulAlgSelectionInit(handle, made, &plan->matmul,
+    return functions.MatmulAlgSelectionInit(a.handle, made, &plan->matmul,
                                             lt::kAlgorithmDefault);
   }));
   KWM_TRY(plan->plan.init("plan", [&](Opaque* made) {
-    return functions.MatmulPlanInit(handle, made, &plan->matmul,
+    return functions.MatmulPlanInit(a.handle, made, &plan->matmul,
                                     plan->selection.get());
   }));
   return explain("workspace", functions.MatmulGetWorkspace(
-                                  handle, plan->plan.get(), &plan->workspace));
+                                  a.handle, plan->plan.get(),
+                                  &plan->workspace));
 }
 
-// Plans are few, one for each shape, and kept until the process ends; beyond
-// it too, as the library may be gone before this one.
-Failure get_plan(int device, const Opaque* handle, int64_t rows, int64_t k,
-                 int64_t n, ffi::DataType type, const Plan** plan) {
-  using Key = std::tuple<int, int64_t, int64_t, int64_t, int>;
+Failure get_plan(const Kernel& kernel, int64_t rows, const Plan** plan) {
+  using Key = std::pair<const Kernel*, int64_t>;
   static auto& plans = *new std::map<Key, std::unique_ptr<Plan>>;
-  std::unique_ptr<Plan>& known =
-      plans[{device, rows, k, n, static_cast<int>(type)}];
+  std::unique_ptr<Plan>& known = plans[{&kernel, rows}];
   if (known == nullptr) {
     auto made = std::make_unique<Plan>();
-    KWM_TRY(make_plan(handle, rows, k, n, type, made.get()));
+    KWM_TRY(make_plan(kernel, rows, made.get()));
     known = std::move(made);
   }
   *plan = known.get();
-  return "";
-}
-
-struct Sizes {
-  size_t compressed = 0, workspace = 0;  // bytes
-};
-
-// Kept, since each execution asks.
-Failure compressed_sizes(int device, int64_t k, int64_t n, ffi::DataType type,
-                         Sizes* sizes) {
-  static std::map<std::tuple<int, int64_t, int64_t, int>, Sizes> all;
-  const auto key = std::make_tuple(device, k, n, static_cast<int>(type));
-  const auto known = all.find(key);
-  if (known != all.end()) {
-    *sizes = known->second;
-    return "";
-  }
-  const Opaque* handle;
-  KWM_TRY(get_handle(device, &handle));
-  Types types;
-  KWM_TRY(get_types(type, &types));
-  Descriptor matrix;
-  KWM_TRY(init_structured(handle, k, n, types.in, &matrix));
-  KWM_TRY(explain("size", functions.SpMMACompressedSize2(
-                              handle, matrix.get(), &sizes->compressed,
-                              &sizes->workspace)));
-  all.emplace(key, *sizes);
   return "";
 }
 
@@ -339,26 +330,18 @@ Failure compress(void* stream, int device, ffi::ScratchAllocator& scratch,
   const std::lock_guard<std::mutex> lock(library_mutex());
   const Context context(device);
   KWM_TRY(context.failure());
-  const Matrix kernel(transposed);  // (n, k)
-  const ffi::DataType type = transposed.element_type();
-  Sizes sizes;
-  KWM_TRY(
-      compressed_sizes(device, kernel.columns, kernel.rows, type, &sizes));
-  if (sizes.compressed != compressed->size_bytes()) {
+  const Matrix given(transposed);  // (n, k)
+  const Kernel* kernel;
+  KWM_TRY(get_kernel(device, given.columns, given.rows,
+                     transposed.element_type(), &kernel));
+  if (kernel->compressed != compressed->size_bytes()) {
     return "the compressed kernel is of another size";
   }
   void* workspace;
-  KWM_TRY(allocate(scratch, sizes.workspace, &workspace));
-  const Opaque* handle;
-  KWM_TRY(get_handle(device, &handle));
-  Types types;
-  KWM_TRY(get_types(type, &types));
-  Descriptor matrix;
-  KWM_TRY(init_structured(handle, kernel.columns, kernel.rows, types.in,
-                          &matrix));
+  KWM_TRY(allocate(scratch, kernel->workspace, &workspace));
   return explain("compression",
                  functions.SpMMACompress2(
-                     handle, matrix.get(), 1, lt::kNonTranspose,
+                     kernel->handle, kernel->matrix.get(), 1, lt::kNonTranspose,
                      transposed.untyped_data(), compressed->untyped_data(),
                      workspace, stream));
 }
@@ -380,23 +363,20 @@ Failure multiply(void* stream, int device, ffi::ScratchAllocator& scratch,
   const std::lock_guard<std::mutex> lock(library_mutex());
   const Context context(device);
   KWM_TRY(context.failure());
-  Sizes sizes;
-  KWM_TRY(compressed_sizes(device, in.columns, out.columns, type, &sizes));
-  if (sizes.compressed != compressed.size_bytes()) {
+  const Kernel* kernel;
+  KWM_TRY(get_kernel(device, in.columns, out.columns, type, &kernel));
+  if (kernel->compressed != compressed.size_bytes()) {
     return "the compressed kernel is of another shape or device";
   }
-  const Opaque* handle;
-  KWM_TRY(get_handle(device, &handle));
   const Plan* plan;
-  KWM_TRY(get_plan(device, handle, in.rows, in.columns, out.columns, type,
-                   &plan));
+  KWM_TRY(get_plan(*kernel, in.rows, &plan));
   void* workspace;
   KWM_TRY(allocate(scratch, plan->workspace, &workspace));
   const float one = 1, beta = 0;
   const void* alpha = is_scaled ? scale.untyped_data() : &one;
   return explain(
       "product",
-      functions.Matmul(handle, plan->plan.get(), alpha,
+      functions.Matmul(kernel->handle, plan->plan.get(), alpha,
                        compressed.untyped_data(), x.untyped_data(), &beta,
                        y->untyped_data(), y->untyped_data(), workspace, &stream,
                        1));
@@ -441,10 +421,10 @@ KWM_API const char* kwm_gpu_compressed_size(int device, int64_t k, int64_t n,
   const std::lock_guard<std::mutex> lock(library_mutex());
   const Context context(device);
   if (!context.failure().empty()) return report(context.failure());
-  Sizes sizes;
-  const Failure failure = compressed_sizes(
-      device, k, n, static_cast<ffi::DataType>(type), &sizes);
-  *bytes = static_cast<int64_t>(sizes.compressed);
+  const Kernel* kernel;
+  const Failure failure = get_kernel(
+      device, k, n, static_cast<ffi::DataType>(type), &kernel);
+  if (failure.empty()) *bytes = static_cast<int64_t>(kernel->compressed);
   return report(failure);
 }
 }  // extern "C"

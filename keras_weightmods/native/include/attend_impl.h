@@ -67,71 +67,6 @@ void scores_of(const float* q, const HeadOfKeys& head, float scale,
   }
 }
 
-// out [kQueries, size] = weights [kQueries, weights_stride] @ values, times
-// `inverse` of each; kQueries 1 or 2.
-template <class S, int kQueries>
-void average(const float* weights, int64_t weights_stride,
-             const float* inverse, const HeadOfKeys& head, float* out) {
-  constexpr int kVectors = kLanes / S::kWidth;
-  for (int64_t at = 0; at < head.size; at += kLanes) {
-    typename S::Float sum[kQueries][kVectors];
-    for (int query = 0; query < kQueries; ++query) {
-      for (int v = 0; v < kVectors; ++v) sum[query][v] = S::zero();
-    }
-    const float* value = head.values + at;
-    for (int64_t place = 0; place < head.places; ++place) {
-      for (int query = 0; query < kQueries; ++query) {
-        const auto weight =
-            S::broadcast(weights[query * weights_stride + place]);
-        for (int v = 0; v < kVectors; ++v) {
-          sum[query][v] =
-              S::fma(weight, S::load(value + v * S::kWidth), sum[query][v]);
-        }
-      }
-      value += head.stride;
-    }
-    for (int query = 0; query < kQueries; ++query) {
-      const auto factor = S::broadcast(inverse[query]);
-      for (int v = 0; v < kVectors; ++v) {
-        S::store(out + query * head.size + at + v * S::kWidth,
-                 S::mul(sum[query][v], factor));
-      }
-    }
-  }
-}
-
-template <class S>
-void attend(const float* q, int queries, const HeadOfKeys& head, float scale,
-            float* scratch, float* out) {
-  const int64_t room = HeadOfKeys::room(head.places);
-  float* square = scratch;
-  float* inverse = square + 2 * kLanes * kLanes;
-  float* scores = inverse + HeadOfKeys::room(queries);
-  for (int query = 0; query < queries; ++query) {
-    float* own = scores + query * room;
-    scores_of<S>(q + query * head.size, head, scale, square, own);
-    float largest = -kwm::kHidden;
-    for (int64_t i = 0; i < head.places; ++i) {
-      if (head.mask != nullptr && head.mask[i] == 0) own[i] = -kwm::kHidden;
-      largest = own[i] > largest ? own[i] : largest;
-    }
-    for (int64_t i = 0; i < head.places; ++i) own[i] -= largest;
-    exponentials(own, head.places);
-    float sum = 0;
-    for (int64_t i = 0; i < head.places; ++i) sum += own[i];
-    inverse[query] = 1 / sum;
-  }
-  int query = 0;
-  for (; query + 2 <= queries; query += 2) {
-    average<S, 2>(scores + query * room, room, inverse + query, head,
-                  out + query * head.size);
-  }
-  if (query < queries) {
-    average<S, 1>(scores + query * room, room, inverse + query, head,
-                  out + query * head.size);
-  }
-}
-
 // c [kRows, kVectors vectors] = a [kRows, depth] @ b [depth, kVectors vectors],
 // each row times a factor.
 template <class S, int kRows, int kVectors>
@@ -161,12 +96,41 @@ void multiply_small(const float* a, int64_t a_stride, const float* b,
   }
 }
 
-template <int kCount>
-struct Count {
-  static constexpr int kValue = kCount;
-};
+template <class S>
+void attend(const float* q, int queries, const HeadOfKeys& head, float scale,
+            float* scratch, float* out) {
+  const int64_t room = HeadOfKeys::room(head.places);
+  float* square = scratch;
+  float* inverse = square + 2 * kLanes * kLanes;
+  float* scores = inverse + HeadOfKeys::room(queries);
+  for (int query = 0; query < queries; ++query) {
+    float* own = scores + query * room;
+    scores_of<S>(q + query * head.size, head, scale, square, own);
+    float largest = -kwm::kHidden;
+    for (int64_t i = 0; i < head.places; ++i) {
+      if (head.mask != nullptr && head.mask[i] == 0) own[i] = -kwm::kHidden;
+      largest = own[i] > largest ? own[i] : largest;
+    }
+    for (int64_t i = 0; i < head.places; ++i) own[i] -= largest;
+    exponentials(own, head.places);
+    float sum = 0;
+    for (int64_t i = 0; i < head.places; ++i) sum += own[i];
+    inverse[query] = 1 / sum;
+  }
+  constexpr int kVectors = kLanes / S::kWidth;
+  for (int query = 0; query < queries; query += 2) {
+    const auto average =
+        query + 1 < queries ? multiply_small<S, 2, kVectors>
+                            : multiply_small<S, 1, kVectors>;
+    for (int64_t at = 0; at < head.size; at += kLanes) {
+      average(scores + query * room, room, head.values + at, head.stride,
+              head.places, inverse + query, out + query * head.size + at,
+              head.size);
+    }
+  }
+}
 
-// The same for `rows` rows and `columns` columns, a multiple of kLanes.
+// multiply_small for `rows` rows and `columns` columns, a multiple of kLanes.
 template <class S>
 void multiply_rows(const float* a, int64_t a_stride, int rows, const float* b,
                    int64_t b_stride, int64_t depth, int64_t columns,
@@ -176,7 +140,7 @@ void multiply_rows(const float* a, int64_t a_stride, int rows, const float* b,
   constexpr int kLeast = kLanes / S::kWidth;
   constexpr int kMost = S::kRegisters >= 32 && kLeast < 4 ? 4 : kLeast;
   const auto strip = [&](auto vectors, int64_t at) {
-    constexpr int kVectors = decltype(vectors)::kValue;
+    constexpr int kVectors = decltype(vectors)::value;
     int row = 0;
     for (; row + kRows <= rows; row += kRows) {
       multiply_small<S, kRows, kVectors>(a + row * a_stride, a_stride, b + at,
@@ -191,10 +155,10 @@ void multiply_rows(const float* a, int64_t a_stride, int rows, const float* b,
   };
   int64_t at = 0;
   for (; at + kMost * S::kWidth <= columns; at += kMost * S::kWidth) {
-    strip(Count<kMost>(), at);
+    strip(std::integral_constant<int, kMost>(), at);
   }
   for (; at < columns; at += kLanes) {
-    strip(Count<kLeast>(), at);
+    strip(std::integral_constant<int, kLeast>(), at);
   }
 }
 

@@ -1,5 +1,6 @@
 // What an instruction set provides to matmul.cc: one table of functions. The
-// code behind all of them is the templates of kernels_impl.h.
+// code behind all of them is the templates of kernels_impl.h. On x86 they need
+// GCC 11 or clang 13.
 
 #ifndef KWM_KERNELS_H_
 #define KWM_KERNELS_H_
@@ -7,24 +8,6 @@
 #include <type_traits>
 
 #include "layout.h"
-
-// Whether the compiler knows AVX-VNNI.
-#if !defined(__x86_64__)
-#define KWM_HAS_AVX_VNNI 0
-#elif defined(__clang__)
-#define KWM_HAS_AVX_VNNI (__clang_major__ >= 13)
-#else
-#define KWM_HAS_AVX_VNNI (__GNUC__ >= 11)
-#endif
-
-// Whether it knows AVX512-BF16.
-#if !defined(__x86_64__)
-#define KWM_HAS_AVX512_BF16 0
-#elif defined(__clang__)
-#define KWM_HAS_AVX512_BF16 (__clang_major__ >= 13)
-#else
-#define KWM_HAS_AVX512_BF16 (__GNUC__ >= 11)
-#endif
 
 // Switches the compiler to instructions, up to the end of a file or of a part.
 #define KWM_PRAGMA(text) _Pragma(#text)
@@ -202,11 +185,11 @@ const Int8Kernels* avx512_int8_kernels(int type, bool dense);
 const Int8Kernels* neon_int8_kernels(int type, bool dense);
 const Int8Kernels* neon_dot_int8_kernels(int type, bool dense);
 
-// Whether this CPU has AVX-512 VNNI and VBMI, as avx512_int8_kernels need.
-bool has_avx512_vnni();
-
-// Whether it has AVX-512 BF16.
-bool has_avx512_bf16();
+#if defined(__x86_64__)
+// The bit of leaf 7, subleaf 1 of CPUID for each.
+enum class Feature { kAvxVnni = 4, kAvx512BFloat16 = 5 };
+bool has(Feature feature);
+#endif
 
 }  // namespace kwm
 

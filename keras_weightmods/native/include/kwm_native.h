@@ -21,7 +21,7 @@
 //             bfloat16 [NB, ceil(KP/64), 16]  int4, one for 64 rows of a column
 //
 // Rows and columns beyond k and n hold zero values and scale 1. The indices of
-// a group are strictly rising when made by kwm_pack. Any bits are safe to read:
+// a group are strictly rising as Python packs them. Any bits are safe to read:
 // an index cannot leave its group, and where it names a row beyond k the value
 // is multiplied by zero or skipped. Two equal indices add.
 //
@@ -78,28 +78,6 @@ KWM_API int kwm_isa(void);
 
 // Returns the one set, or -1 and changes nothing if this CPU lacks it.
 KWM_API int kwm_set_isa(int isa);
-
-// Sizes of the arrays of a (k, n) kernel in bytes; -1 for an unknown type. Of a
-// dense matrix: of the values without meta, which are int8 or int4.
-KWM_API int64_t kwm_values_bytes(int64_t k, int64_t n, int type);
-KWM_API int64_t kwm_dense_values_bytes(int64_t k, int64_t n, int type);
-KWM_API int64_t kwm_meta_bytes(int64_t k, int64_t n);
-KWM_API int64_t kwm_scale_bytes(int64_t k, int64_t n, int type);
-
-// Packs a row-major kernel. Returns the number of groups with more than two
-// nonzeros; if there are any, what was written is of no use.
-//
-// float32 values are kept as they are, NaN and infinity too. bfloat16 rounds to
-// nearest even. int8 rounds w / scale with scale = max |w| / 127 over a column;
-// a column that holds a NaN or an infinity gets the scale NaN. int4 takes of
-// several scales, max |w| of 64 rows of a column over a divisor, the one with
-// the least squared error: see pack.cc.
-KWM_API int64_t kwm_pack(const float* kernel, int64_t k, int64_t n, int type,
-                         void* values, uint32_t* meta, void* scale);
-
-KWM_API void kwm_unpack(const void* values, const uint32_t* meta,
-                        const void* scale, int64_t k, int64_t n, int type,
-                        float* kernel);
 
 // y (rows, n) = x (rows, k) @ W, both row-major. rows, k and n may be zero.
 // scale may be NULL unless type is KWM_INT8 or KWM_INT4. Without a parallel_for

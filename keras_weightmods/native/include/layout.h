@@ -16,9 +16,6 @@ constexpr int kBlockSlots = 16;  // kept values of a column in these rows
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t clamp(int64_t a, int64_t low, int64_t high) {
-  return a < low ? low : min(a, high);
-}
 
 inline float bfloat16_to_float(uint16_t half) {
   const uint32_t bits = static_cast<uint32_t>(half) << 16;
@@ -55,6 +52,21 @@ inline int64_t block_bytes(int type) {
 
 // Blocks of rows that share an int4 scale.
 constexpr int kScaleBlocks = 2;
+
+// Sizes of the arrays of a (k, n) kernel in bytes. Dense values have no meta.
+inline int64_t values_bytes(int64_t k, int64_t n, int type, bool dense) {
+  return ceil_div(n, kLanes) * ceil_div(k, kBlockRows) * block_bytes(type) *
+         (dense ? 2 : 1);
+}
+inline int64_t meta_bytes(int64_t k, int64_t n) {
+  return ceil_div(n, kLanes) * ceil_div(k, kBlockRows) * kLanes * 4;
+}
+inline int64_t scale_bytes(int64_t k, int64_t n, int type) {
+  const int64_t lanes = ceil_div(n, kLanes) * kLanes;
+  return type == KWM_INT8
+             ? lanes * 4
+             : lanes * ceil_div(k, kScaleBlocks * kBlockRows) * 2;
+}
 
 // A packed kernel; `values` and `scale` as the type says. Without meta it is
 // dense, with twice the values.

@@ -7,7 +7,7 @@
 
 #include "kernels.h"
 
-#if KWM_HAS_AVX512_BF16
+#if defined(__x86_64__)
 
 #include <immintrin.h>
 

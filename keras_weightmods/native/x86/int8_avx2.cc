@@ -15,7 +15,7 @@
 
 #include "kernels.h"
 
-#if defined(KWM_VNNI) ? KWM_HAS_AVX_VNNI : defined(__x86_64__)
+#if defined(__x86_64__)
 
 #include <immintrin.h>
 #include <math.h>
