@@ -135,7 +135,9 @@ def _krylov_basis(matrix, rank, seed, share):
         basis = ops.concatenate([basis, *blocks], axis=0)
         new = ops.concatenate(images, axis=0)
         image = ops.concatenate([image, new], axis=0)
-        gram = _bordered(gram, _inner(image, new))
+        border = _inner(image, new)
+        upper = ops.concatenate([gram, border[: gram.shape[0]]], axis=1)
+        gram = ops.concatenate([upper, ops.transpose(border)], axis=0)
         found = basis.shape[0]
         _, vectors = ops.linalg.eigh(gram)
         vectors = ops.transpose(vectors[:, -rank:])
@@ -162,12 +164,6 @@ def _sample(generator, size):
     count = min(size, math.isqrt(_SAMPLE))
     places = generator.choice(size, count, replace=False)
     return ops.convert_to_tensor(np.sort(places).astype("int32"))
-
-
-def _bordered(gram, new):
-    """A symmetric matrix with more rows and columns, of which it has one."""
-    upper = ops.concatenate([gram, new[: gram.shape[0]]], axis=1)
-    return ops.concatenate([upper, ops.transpose(new)], axis=0)
 
 
 def _inner(x, y):

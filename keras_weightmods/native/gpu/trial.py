@@ -170,10 +170,9 @@ def seconds_by(wait):
     """
 
     def seconds(product, x):
-        calls = max(_CALLS, len(product.weights))
-        weights = [
-            product.weights[i % len(product.weights)] for i in range(calls)
-        ]
+        own = product.weights
+        calls = max(_CALLS, len(own))
+        weights = [own[i % len(own)] for i in range(calls)]
         rounds = []
         for _ in range(4):
             began = time.perf_counter()
