@@ -69,7 +69,6 @@ class Packed:
 
     def __post_init__(self) -> None:
         checks.check_choice("activations", self.activations, ACTIVATIONS)
-        specs = packed_arrays(self.shape, self.dtype, self.is_dense)
         if self.activations == "int8" and self.dtype not in INTEGERS:
             raise ValueError(
                 "int8 activations need int8 or int4 values. Received: "
@@ -81,6 +80,7 @@ class Packed:
                 f"alone. Received: meta=None, type {self.dtype}, "
                 f"activations={self.activations!r}"
             )
+        specs = packed_arrays(self.shape, self.dtype, self.is_dense)
         for name in _NAMES:
             array, received = getattr(self, name), None
             if array is not None:
