@@ -83,17 +83,17 @@ def _round_groups(matrix: Any, size: int) -> Any:
     padded = np.zeros((count * size, columns), np.float32)
     padded[:rows] = matrix
     # Row by row of all groups, next to one another.
-    groups = padded.reshape(count, size, columns).swapaxes(0, 1)
-    groups = groups.reshape(size, count * columns)
+    apart = padded.reshape(count, size, columns).swapaxes(0, 1)
+    groups = apart.reshape(size, count * columns)
     steps = np.empty(groups.shape, np.int8)
     scale = np.empty(groups.shape[1], ml_dtypes.bfloat16)
     for start in range(0, len(scale), _INT4_CHUNK):
         part = slice(start, start + _INT4_CHUNK)
         chosen = _round_int4(np.ascontiguousarray(groups[:, part]))
         steps[:, part], scale[part] = chosen
-    steps = steps.reshape(size, count, columns).swapaxes(0, 1)
-    steps = steps.reshape(count * size, columns)
-    return steps[:rows], scale.reshape(count, columns)
+    together = steps.reshape(size, count, columns).swapaxes(0, 1)
+    rounded = together.reshape(count * size, columns)[:rows]
+    return rounded, scale.reshape(count, columns)
 
 
 def _round_int4(group: Any) -> Any:
