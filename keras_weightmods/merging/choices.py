@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_weightmods.core import filters
+from keras_weightmods.core.filters import included
 from keras_weightmods.merging.methods import MergeMethod
 from keras_weightmods.merging.sources import Weight
 from keras_weightmods.utils import checks
@@ -14,13 +14,12 @@ def kept(found: list[Weight], include: Any, exclude: Any) -> dict[str, str]:
     """Return {name: why} of the weights that are not merged."""
     reasons = {w.name: w.kept for w in found if w.kept}
     if exclude is not None:
-        for name in _matching("exclude", exclude, found):
-            reasons.setdefault(name, "excluded")
-    if include is not None:
-        chosen = _matching("include", include, found)
-        for weight in found:
-            if weight.name not in chosen:
-                reasons.setdefault(weight.name, "not included")
+        for weight in included("exclude", exclude, found, kind="weight"):
+            reasons.setdefault(weight.name, "excluded")
+    chosen = included("include", include, found, kind="weight")
+    for weight in found:
+        if weight not in chosen:
+            reasons.setdefault(weight.name, "not included")
     if len(reasons) == len(found):
         raise ValueError(
             "At least one weight must be merged. Received: "
@@ -28,12 +27,6 @@ def kept(found: list[Weight], include: Any, exclude: Any) -> dict[str, str]:
             f"{len(found)}"
         )
     return reasons
-
-
-def _matching(name: str, patterns: Any, found: list[Weight]) -> set[str]:
-    """Return the names of the weights that one of some regexes matches."""
-    matched = filters.included(name, patterns, found, kind="weight")
-    return {weight.name for weight in matched}
 
 
 def resolved(name: str, spec: Any, found: list[Weight]) -> dict[str, float]:
@@ -44,8 +37,8 @@ def resolved(name: str, spec: Any, found: list[Weight]) -> dict[str, float]:
             if isinstance(value, dict):
                 raise checks.error(name, "numbers or lists in a dict", spec)
             numbers = resolved(name, value, found)
-            for each in _matching(name, [pattern], found):
-                values.setdefault(each, numbers[each])
+            for weight in included(name, [pattern], found, kind="weight"):
+                values.setdefault(weight.name, numbers[weight.name])
         for weight in found:
             if weight.name not in values and weight.kept is None:
                 expected = (
@@ -61,14 +54,15 @@ def resolved(name: str, spec: Any, found: list[Weight]) -> dict[str, float]:
         return {
             w.name: float(np.interp(w.place(), places, anchors)) for w in found
         }
-    value = checks.check_float(name, spec)
-    return {weight.name: value for weight in found}
+    return dict.fromkeys(
+        (w.name for w in found), checks.check_float(name, spec)
+    )
 
 
 def shares(
     chosen: MergeMethod,
     method: str,
-    specs: list[Any],
+    specs: Any,
     found: list[Weight],
     kept: dict[str, str],
 ) -> dict[str, tuple[float, ...]]:
@@ -85,10 +79,10 @@ def shares(
             if not chosen.needs_base and not is_mean:
                 made[weight.name] = (1.0,) * len(each)
         elif chosen.weights in ("votes", "shares") and min(each) < 0:
-            expected = f"numbers >= 0 for method {method!r}"
+            expected = "numbers >= 0"
         elif chosen.weights in ("mean", "shares") and sum(each) <= 0:
-            expected = f"of a sum > 0 for method {method!r}"
+            expected = "of a sum > 0"
         if expected is not None and weight.name not in kept:
-            expected += f", at {weight.path!r}"
+            expected += f" for method {method!r}, at {weight.path!r}"
             raise checks.error("weights", expected, each)
     return made

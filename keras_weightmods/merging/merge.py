@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,22 +12,15 @@ import numpy as np
 
 from keras_weightmods import backend
 from keras_weightmods.merging import choices, mergekit
-from keras_weightmods.merging.methods import (
-    METHODS,
-    MergeMethod,
-    Task,
-    mean,
-    moved_mean,
-)
+from keras_weightmods.merging.methods import METHODS, mean, moved_mean
 from keras_weightmods.merging.sources import (
-    ModelSource,
-    Weight,
-    open_source,
+    Source,
     source_problems,
     weights_of,
 )
-from keras_weightmods.patches.checkpoint import FLOATS
-from keras_weightmods.patches.ledger import ledger_of
+from keras_weightmods.merging.task import Task
+from keras_weightmods.patches.entry import FLOATS
+from keras_weightmods.patches.ledger import check_unpatched
 from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.saving import model as model_file
 from keras_weightmods.saving import states
@@ -223,76 +216,121 @@ def merge(
                 raise checks.error(name, expected, value)
         given = dict.fromkeys(given) | mergekit.arguments_of(models)
         models = given.pop("models")
+    named = ("method", "weights", "base", "density")
+    method, weights, base, density = (given.pop(name) for name in named)
+    numbers = _checked(models, method, weights, base, density, given)
+    chosen = METHODS[method]
+    checks.check_int("seed", seed, 0)
     checks.check_verbose(verbose)
-    given |= {
-        "seed": seed,
-        "include": include,
-        "exclude": exclude,
-        "overwrite": overwrite,
-        "custom_objects": custom_objects,
-    }
+    to_file = isinstance(output, (str, os.PathLike))
+    if to_file:
+        check_filepath(output, overwrite)
+        if os.fspath(output).endswith(".keras"):
+            expected = "a file of `save_model`, which ends in .safetensors"
+            raise checks.error("output", expected, output)
     with (
         Progress(1, "weight", verbose) as progress,
-        _planned(models, output, **given) as plan,
+        contextlib.ExitStack() as stack,
     ):
-        progress.total = len(plan.tasks)
-        _run(plan, output, overwrite, progress)
-    is_file = isinstance(output, (str, os.PathLike))
+
+        def opened(argument, model):
+            source = Source(argument, model, custom_objects)
+            stack.callback(source.close)
+            return source
+
+        sources = [opened(f"models[{i}]", x) for i, x in enumerate(models)]
+        template = sources[0] if base is None else opened("base", base)
+        target = template
+        if not to_file:
+            target = opened("output", output)
+            check_unpatched("output", output)
+        everything = list(dict.fromkeys([template, *sources, target]))
+        checks.raise_all(
+            "The models cannot be merged:",
+            source_problems(everything, template),
+        )
+        found = weights_of(template)
+        kept = choices.kept(found, include, exclude)
+        if weights is None:
+            weights = [1.0] * len(models)
+        shares = choices.shares(chosen, method, weights, found, kept)
+        if density is None:
+            density = chosen.density or 1.0
+        densities = choices.resolved("density", density, found)
+        for value in {*densities.values()} if chosen.density else ():
+            checks.check_float("density", value, **chosen.densities(numbers))
+        for source in everything:
+            if source.reader is not None:
+                source.reader.check_data()
+        progress.total = len(found) - len(kept)
+
+        def parts(number, weight):
+            """Yield what the output has of a weight, flattened."""
+            dtype = target.entries[weight.name].dtype
+            if weight.name in kept:
+                whole = slice(0, int(np.prod(weight.shape)))
+                values = template.reading(weight.name)(whole)
+                yield _rounded(values, dtype, weight)
+                return
+            task = Task(
+                shape=weight.shape,
+                read=_reading(weight, [*sources, template]),
+                weights=shares[weight.name],
+                density=densities[weight.name],
+                options=numbers,
+                # By the weight's place in the model.
+                seed=(seed, number),
+                axes=weight.axes,
+            )
+            compute = chosen.function
+            if weight.is_statistic:
+                is_whole = chosen.weights == "votes"
+                moved = partial(moved_mean, is_whole=is_whole)
+                compute = moved if chosen.needs_base else mean
+            for _, values in compute(task):
+                yield _rounded(values, dtype, weight)
+            progress.add()
+
+        if to_file:
+            reader = template.reader
+            if reader is None:
+                reader = _reader_of(template.model, output, stack)
+            with model_file.merged_writer(reader, output, overwrite) as writer:
+                for name in reader.entries:
+                    if not states.is_weight(name):
+                        writer.write(name, reader.read(name))
+                for number, weight in enumerate(found):
+                    writer.write_parts(weight.name, parts(number, weight))
+        else:
+            merged = [np.concatenate([*parts(*w)]) for w in enumerate(found)]
+            for weight, array in zip(found, merged):
+                array = array.reshape(weight.shape)
+                if weight.name not in kept:
+                    array = backend.current().tensor_of(array)
+                target.variables[weight.name].assign(array)
     return MergeReport(
-        method=given["method"],
-        output=os.fspath(output) if is_file else output.name,
+        method=method,
+        output=os.fspath(output) if to_file else output.name,
         merged=tuple(
-            MergedWeight(w.path, w.shape, plan.tasks[w.name].weights)
-            for w in plan.weights
-            if w.name in plan.tasks
+            MergedWeight(w.path, w.shape, shares[w.name])
+            for w in found
+            if w.name not in kept
         ),
         skipped=tuple(
-            Skipped(w.path, plan.kept[w.name])
-            for w in plan.weights
-            if w.name in plan.kept
+            Skipped(w.path, kept[w.name]) for w in found if w.name in kept
         ),
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Plan:
-    """What is to be merged, checked as far as it can be without the data.
-
-    Attributes:
-        method: `MergeMethod`.
-        weights: List of `Weight`, of all arrays.
-        tasks: Dict from the names of those that are merged to `Task`.
-        kept: Dict from the names of the others to why.
-        sources: List of all models that are read.
-        template: That of the base, or the first model.
-        target: `ModelSource` to write to; `template` for a file.
-    """
-
-    method: MergeMethod
-    weights: list[Weight]
-    tasks: dict[str, Task]
-    kept: dict[str, str]
-    sources: list[Any]
-    template: Any
-    target: Any
-
-
-@contextlib.contextmanager
-def _planned(
+def _checked(
     models: Any,
-    output: Any,
     method: str,
     weights: Any,
     base: Any,
     density: Any,
-    seed: int,
-    include: Any,
-    exclude: Any,
-    overwrite: bool,
-    custom_objects: Any,
-    **options: Any,
-) -> Iterator[_Plan]:
-    """Yield the `_Plan` of a merge, while its files are open."""
+    options: dict[str, Any],
+) -> dict[str, float]:
+    """Return the numbers that a method takes; check these arguments by it."""
     checks.check_choice("method", method, tuple(METHODS))
     chosen = METHODS[method]
     if not isinstance(models, (list, tuple)) or not models:
@@ -307,185 +345,72 @@ def _planned(
         if base is None:
             expected = f"what the models were trained from, for {method!r}"
         raise checks.error("base", expected, base)
-    if density is not None and chosen.density is None:
-        raise _not_taken("density", density, method)
-    if density is None:
-        density = 1.0 if chosen.density is None else chosen.density
     numbers = dict(chosen.options)
+    if density is not None:
+        options = {**options, "density": density}
     for name, value in options.items():
-        if name not in numbers:
-            raise _not_taken(name, value, method)
-        if value is not None:
+        takers = [
+            each
+            for each, found in METHODS.items()
+            if name in found.options
+            or (name == "density" and found.density is not None)
+        ]
+        if method not in takers:
+            expected = f"left out for method {method!r}"
+            if takers:
+                expected += f": it is for {', '.join(takers)}"
+            raise checks.error(name, expected, value)
+        if name in numbers and value is not None:
             bounds: Any = chosen.bounds.get(name, {})
             numbers[name] = checks.check_float(name, value, **bounds)
     if weights is not None:
         if chosen.weights == "none":
             raise checks.error("weights", f"None for {method}", weights)
-        is_list = isinstance(weights, (list, tuple)) or (
-            isinstance(weights, np.ndarray) and weights.ndim > 0
-        )
+        is_list = isinstance(weights, (list, tuple)) or np.ndim(weights) == 1
         if not is_list or len(weights) != len(models):
             expected = f"a list of {len(models)} elements"
             raise checks.error("weights", expected, weights)
-    checks.check_int("seed", seed, 0)
-    to_file = isinstance(output, (str, os.PathLike))
-    if to_file:
-        check_filepath(output, overwrite)
-        if os.fspath(output).endswith(".keras"):
-            expected = "a file of `save_model`, which ends in .safetensors"
-            raise checks.error("output", expected, output)
-    with contextlib.ExitStack() as stack:
-
-        def opened(argument, model, as_file=False):
-            source = open_source(argument, model, custom_objects)
-            stack.callback(source.close)
-            if as_file and isinstance(source, ModelSource):
-                # The file of a model in memory gets its config and assets.
-                folder = os.path.dirname(os.path.abspath(output))
-                made = tempfile.TemporaryDirectory(dir=folder, prefix=".")
-                path = os.path.join(stack.enter_context(made), "model")
-                model_file.save_model(source.model(None), path, verbose=0)
-                source = open_source(argument, path, custom_objects)
-                stack.callback(source.close)
-            return source
-
-        sources = [
-            opened(f"models[{i}]", each, to_file and base is None and i == 0)
-            for i, each in enumerate(models)
-        ]
-        template = sources[0]
-        if base is not None:
-            template = opened("base", base, to_file)
-        target = template
-        if not to_file:
-            target = opened("output", output)
-            _check_output(output, target)
-        everything = list(dict.fromkeys([template, *sources, target]))
-        checks.raise_all(
-            "The models cannot be merged:",
-            source_problems(everything, template),
-        )
-        found = weights_of(template, template.model(custom_objects))
-        kept = choices.kept(found, include, exclude)
-        specs = [1.0] * len(models) if weights is None else list(weights)
-        shares = choices.shares(chosen, method, specs, found, kept)
-        densities = choices.resolved("density", density, found)
-        for value in {*densities.values()} if chosen.density else ():
-            checks.check_float("density", value, above=0, most=1)
-            problem = chosen.problem and chosen.problem(value, numbers)
-            if problem:
-                raise checks.error("density", problem, value)
-        tasks = {
-            weight.name: Task(
-                shape=weight.shape,
-                read=_reader(weight, sources, template),
-                weights=shares[weight.name],
-                density=densities[weight.name],
-                options=numbers,
-                # By the weight's place in the model.
-                seed=(seed, number),
-                axes=weight.axes,
-            )
-            for number, weight in enumerate(found)
-            if weight.name not in kept
-        }
-        yield _Plan(chosen, found, tasks, kept, everything, template, target)
+    return numbers
 
 
-def _not_taken(name: str, value: Any, method: str) -> ValueError:
-    """Return the error for an argument that a method does not take."""
-    takers = [
-        each
-        for each, found in METHODS.items()
-        if (found.density if name == "density" else found.options.get(name))
-        is not None
-    ]
-    expected = f"left out for method {method!r}"
-    if takers:
-        expected += f": it is for {', '.join(takers)}"
-    return checks.error(name, expected, value)
+def _reader_of(model: Any, output: Any, stack: contextlib.ExitStack) -> Any:
+    """Return the `Reader` of a model's own file, made beside `output`."""
+    folder = os.path.dirname(os.path.abspath(output))
+    made = tempfile.TemporaryDirectory(dir=folder, prefix=".")
+    path = os.path.join(stack.enter_context(made), "model")
+    model_file.save_model(model, path, verbose=0)
+    reader = model_file.open_model(path)
+    stack.callback(reader.close)
+    return reader
 
 
-def _check_output(output: Any, target: Any) -> None:
-    if not isinstance(target, ModelSource):
-        raise checks.error("output", "a path or a built Keras model", output)
-    on_model = [*ledger_of(output).patches]
-    if on_model:
-        raise ValueError(
-            "`output` must be without patches, which could not be taken off "
-            "again. Call `kwm.Patch.clear(model)` first. Received: "
-            f"output={output.name!r} with {on_model}"
-        )
-
-
-def _reader(weight: Weight, sources: list[Any], base: Any) -> Any:
-    """Return `Task.read` of a weight."""
+def _reading(weight: Any, sources: list[Source]) -> Any:
+    """Return `Task.read` of a weight; the last source is the base."""
     wide = np.dtype("float64" if weight.dtype == "float64" else "float32")
+    readers = [source.reading(weight.name) for source in sources]
 
     def read(number, part):
-        source = base if number < 0 else sources[number]
-        values = source.part(weight.name, part)
+        values = readers[number](part)
         if not is_finite(values):
             raise ValueError(
                 "Weights must be finite to be merged. Received: NaN or "
-                f"infinity in {weight.path!r} of `{source.argument}`"
+                f"infinity in {weight.path!r} of `{sources[number].argument}`"
             )
         return values.astype(wide, copy=False)
 
     return read
 
 
-def _run(plan: _Plan, output: Any, overwrite: bool, progress: Progress) -> None:
-    """Merge, and write the file or give the model its weights."""
-    template, target = plan.template, plan.target
-    for source in plan.sources:
-        source.check_data()
-
-    def rounded(weight, values):
-        """Return values in the dtype that the output has of a weight."""
-        dtype = target.entries[weight.name].dtype
-        with np.errstate(over="ignore"):
-            array = values.astype(numpy_dtype(dtype), copy=False)
-        # A state that is not trained may be infinite, as a mask is.
-        if (
-            dtype in FLOATS
-            and not is_finite(array)
-            and not (weight.kept and not is_finite(values))
-        ):
-            raise ValueError(
-                f"The result must be finite in {dtype}. Received: "
-                f"one that is not, of {weight.path!r}"
-            )
+def _rounded(values: Any, dtype: str, weight: Any) -> Any:
+    """Return values in the dtype that the output has of a weight."""
+    with np.errstate(over="ignore"):
+        array = values.astype(numpy_dtype(dtype), copy=False)
+    if dtype not in FLOATS or is_finite(array):
         return array
-
-    def parts(weight):
-        """Yield what the output has of a weight, flattened, in its dtype."""
-        if weight.name not in plan.tasks:
-            whole = slice(0, int(np.prod(weight.shape)))
-            yield rounded(weight, template.part(weight.name, whole))
-            return
-        compute = plan.method.function
-        if weight.is_statistic and not plan.method.needs_base:
-            compute = mean
-        elif weight.is_statistic:
-            is_whole = plan.method.weights == "votes"
-            compute = partial(moved_mean, is_whole=is_whole)
-        for _, values in compute(plan.tasks[weight.name]):
-            yield rounded(weight, values)
-        progress.add()
-
-    if isinstance(target, ModelSource):
-        merged = {w.name: np.concatenate([*parts(w)]) for w in plan.weights}
-        for weight in plan.weights:
-            array = merged[weight.name].reshape(weight.shape)
-            if weight.name in plan.tasks:
-                array = backend.current().tensor_of(array)
-            target.variables[weight.name].assign(array)
-        return
-    reader = plan.template.reader
-    with model_file.merged_writer(reader, output, overwrite) as writer:
-        for name in reader.entries:
-            if not states.is_weight(name):
-                writer.write(name, reader.read(name))
-        for weight in plan.weights:
-            writer.write_parts(weight.name, parts(weight))
+    # A state that is not trained may be infinite, as a mask is.
+    if weight.kept and not is_finite(values):
+        return array
+    raise ValueError(
+        f"The result must be finite in {dtype}. Received: one that is not, of "
+        f"{weight.path!r}"
+    )

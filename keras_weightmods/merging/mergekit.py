@@ -52,32 +52,31 @@ def arguments_of(config: Any) -> dict[str, Any]:
         if not (chosen.needs_base and row["model"] == base)
         or row.get("parameters")
     ]
-    models = [row["model"] for row in rows]
-    own = [row.get("parameters") or {} for row in rows]
-    shared = config.get("parameters") or {}
+    found: dict[str, Any] = {"method": method}
+    found["models"] = models = [row["model"] for row in rows]
+    found["base"] = base if chosen.needs_base else None
+    shared, *own = (each.get("parameters") or {} for each in (config, *rows))
     for each in (shared, *own):
         if not isinstance(each, dict):
             raise checks.error("parameters", "names and their values", each)
-    shared, own = dict(shared), [dict(each) for each in own]
-    divides = shared.pop("normalize", given in _DIVIDE)
-    if chosen.weights != "none" and method != "slerp":
-        ours = chosen.weights in ("mean", "votes")
-        if bool(divides) != ours:
-            expected = f"{str(ours).lower()} for {given!r}"
-            raise checks.error("normalize", expected, divides)
-    found: dict[str, Any] = {"method": method, "models": models}
-    found["base"] = base if chosen.needs_base else None
-    if "t" in shared and method == "slerp":
-        share = shared.pop("t")
+    divides = shared.get("normalize", given in _DIVIDE)
+    ours = chosen.weights in ("mean", "votes")
+    is_arc = method == "slerp"
+    if chosen.weights != "none" and not is_arc and bool(divides) != ours:
+        expected = f"{str(ours).lower()} for {given!r}"
+        raise checks.error("normalize", expected, divides)
+    if is_arc and "t" in shared:
+        share = shared["t"]
         found["weights"] = [_spec(share, lambda t: 1 - t), _spec(share)]
         if base == models[-1]:
             found["weights"].reverse()
-    everywhere = shared.pop("weight", 1.0)
-    weights = [_spec(each.pop("weight", everywhere)) for each in own]
-    if chosen.weights != "none" and "weights" not in found:
-        found["weights"] = weights
+    elif chosen.weights != "none":
+        everywhere = shared.get("weight", 1.0)
+        weights = [each.get("weight", everywhere) for each in own]
+        found["weights"] = [_spec(weight) for weight in weights]
     # Here a number is that of all models.
-    for name in {*shared, *(name for each in own for name in each)}:
+    everything = {name for each in (shared, *own) for name in each}
+    for name in everything - {"normalize", "weight", "t" if is_arc else ""}:
         values = [each.get(name, shared.get(name)) for each in own]
         if any(value != values[0] for value in values):
             raise checks.error(name, "the same for all models", values)

@@ -9,6 +9,7 @@ that neither the models nor whole arrays of them are in memory at once.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -52,8 +53,8 @@ class MergeMethod:
             `"none"`, no weights.
         models: Pair of ints, the fewest and the most models; `None` for any
             number.
-        problem: Callable from the density of an array and the options to what
-            the density must be instead; `None` where it is right.
+        densities: Callable from the options to the bounds of the density,
+            which `checks.check_float` takes.
         mergekit: String, its name there; `None` for the same.
     """
 
@@ -66,7 +67,9 @@ class MergeMethod:
     )
     weights: str = "any"
     models: tuple[int, int | None] = (1, None)
-    problem: Callable[[float, Mapping[str, float]], str | None] | None = None
+    densities: Callable[[Mapping[str, float]], Mapping[str, float]] = (
+        lambda options: {"above": 0.0, "most": 1.0}
+    )
     mergekit: str | None = None
 
 
@@ -83,7 +86,7 @@ def register_merge_method(
             from a slice to values, `task.models(part)` and
             `task.changes(part)` are what it reads.
         **fields: What the method needs: `needs_base`, `density`, `options`,
-            `bounds`, `weights`, `models`, `problem` and `mergekit`, see
+            `bounds`, `weights`, `models`, `densities` and `mergekit`, see
             `MergeMethod`.
 
     Raises:
@@ -164,7 +167,7 @@ def _ties(task):
     return _changed(task, elected_mean, trimmed)
 
 
-def _dare(task, fuse=None):
+def _dare(task, fuse=weighted_sum):
     def kept(changes, part):
         return [
             # A draw of 64 bits for each entry.
@@ -172,11 +175,7 @@ def _dare(task, fuse=None):
             for model, x in enumerate(changes)
         ]
 
-    return _changed(task, fuse or weighted_sum, kept)
-
-
-def _dare_ties(task):
-    return _dare(task, elected_mean)
+    return _changed(task, fuse, kept)
 
 
 def _breadcrumbs(task):
@@ -197,7 +196,9 @@ def _breadcrumbs(task):
 
 
 def _della(task):
-    count = max(1, _row_size(task))
+    count = task.shape[-1] if task.shape else 1
+    if task.axes is not None:
+        stacks, count, columns = stack_shape(task.shape, *task.axes)
     # An even number of rows: two draws of 32 bits are one of the generator's.
     size = 2 * max(1, tasks.PIECE // (2 * count)) * count
 
@@ -218,7 +219,8 @@ def _della(task):
         return
     whole = slice(0, task.size)
     base, *models = (
-        _rows(x, task) for x in (task.read(-1, whole), *task.models(whole))
+        _matrices(x, task).swapaxes(1, 2).reshape(-1)
+        for x in (task.read(-1, whole), *task.models(whole))
     )
     in_rows = dataclasses.replace(
         task, read=lambda number, part: (*models, base)[number][part]
@@ -227,7 +229,8 @@ def _della(task):
     rows = np.empty_like(base)
     for part, values in _changed(in_rows, elected_mean, drawn, size):
         rows[part] = values
-    yield whole, _from_rows(rows, task)
+    rows = rows.reshape(stacks, columns, count).swapaxes(1, 2)
+    yield whole, _from_matrices(rows, task)
 
 
 def _model_stock(task):
@@ -271,30 +274,9 @@ def _iso_c(task):
     total = np.zeros_like(base)
     for i, weight in enumerate(task.weights):
         total += weight * (task.read(i, whole) - base)
-    flat = _from_matrices([isotropic(x) for x in _matrices(total, task)], task)
+    made = np.stack([isotropic(x) for x in _matrices(total, task)])
+    flat = _from_matrices(made, task)
     yield whole, base + task.options["scale"] * flat
-
-
-def _della_problem(density: float, options: Mapping[str, float]) -> str | None:
-    epsilon = options["epsilon"]
-    if density > epsilon and density + epsilon <= 1:
-        return None
-    return (
-        f"in ({epsilon:g}, {1 - epsilon:g}] with epsilon={epsilon:g}: "
-        "probabilities are density - epsilon to density + epsilon"
-    )
-
-
-def _breadcrumbs_problem(
-    density: float, options: Mapping[str, float]
-) -> str | None:
-    gamma = options["gamma"]
-    if density + gamma <= 1:
-        return None
-    return (
-        f"at most {1 - gamma:g} with gamma={gamma:g}, the share of entries "
-        "that are not kept"
-    )
 
 
 WEIGHTS = ("any", "mean", "shares", "votes", "none")
@@ -312,7 +294,10 @@ METHODS = {
         _dare, density=0.1, options=_SCALE, mergekit="dare_linear"
     ),
     "dare_ties": MergeMethod(
-        _dare_ties, density=0.1, options=_SCALE, weights="votes"
+        functools.partial(_dare, fuse=elected_mean),
+        density=0.1,
+        options=_SCALE,
+        weights="votes",
     ),
     "della": MergeMethod(
         _della,
@@ -320,14 +305,16 @@ METHODS = {
         options={**_SCALE, "epsilon": 0.1},
         bounds={"epsilon": _SHARE},
         weights="votes",
-        problem=_della_problem,
+        # Probabilities are density - epsilon to density + epsilon.
+        densities=lambda x: {"above": x["epsilon"], "most": 1 - x["epsilon"]},
     ),
     "breadcrumbs": MergeMethod(
         _breadcrumbs,
         density=0.15,
         options={**_SCALE, "gamma": 0.01},
         bounds={"gamma": _SHARE},
-        problem=_breadcrumbs_problem,
+        # The share `gamma` of entries is not kept.
+        densities=lambda x: {"above": 0.0, "most": 1 - x["gamma"]},
     ),
     "model_stock": MergeMethod(_model_stock, weights="none", models=(2, None)),
     "iso_c": MergeMethod(_iso_c, options=_SCALE, weights="mean"),
@@ -435,25 +422,7 @@ def _matrices(flat, task):
 
 
 def _from_matrices(matrices, task):
+    """Undo `_matrices`."""
     order = _order(task)
-    shape = [task.shape[axis] for axis in order]
-    whole = np.reshape(np.stack(matrices), shape)
+    whole = matrices.reshape([task.shape[axis] for axis in order])
     return whole.transpose(np.argsort(order)).reshape(-1)
-
-
-def _row_size(task):
-    """Return the length of the rows of `_rows`; 1 for a single number."""
-    if task.axes is None:
-        return task.shape[-1] if task.shape else 1
-    return stack_shape(task.shape, *task.axes)[1]
-
-
-def _rows(flat, task):
-    """Return a kernel flattened, its inputs of each output side by side."""
-    return _matrices(flat, task).swapaxes(1, 2).reshape(-1)
-
-
-def _from_rows(rows, task):
-    stacks, contraction, output = stack_shape(task.shape, *task.axes)
-    matrices = rows.reshape(stacks, output, contraction).swapaxes(1, 2)
-    return _from_matrices(list(matrices), task)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import kernel_axes
-from keras_weightmods.patches import architecture
-from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
+from keras_weightmods.patches.checkpoint import Checkpoint
+from keras_weightmods.patches.entry import FLOATS
 from keras_weightmods.saving import model as model_file
 from keras_weightmods.saving import states
 from keras_weightmods.saving.file_kinds import kind_of
@@ -43,28 +42,64 @@ class Weight:
     place: Callable[[], float]
     kept: str | None
     is_statistic: bool
-    axes: Any
+    axes: Any = None
 
 
-class FileSource:
-    """A file of `save_model`, of which the header is checked at first.
+class Source:
+    """A model in memory, or a file of which the header is checked at first.
 
     Args:
         argument: String, what it is in messages.
-        filepath: String or path.
+        given: A built Keras model, or the path of a file of `save_model` or
+            of a `.keras` file, which is loaded.
+        custom_objects: As in `load_model`.
+
+    Attributes:
+        model: The model in memory, or `None`.
+        reader: `Reader` of a file, or `None`.
+        entries: Dict from the names of the arrays to their `Entry`.
+        layers: List of pairs of the name and the class of each part.
+        changed: Bool, whether weights are packed, reparameterized, quantized
+            or with LoRA.
 
     Raises:
-        ValueError: If it is no such file, or its weights are packed,
-            reparameterized or quantized.
+        ValueError: If it is something else.
         OSError: If it cannot be read.
     """
 
-    def __init__(self, argument: str, filepath: Any) -> None:
+    def __init__(self, argument: str, given: Any, custom_objects: Any) -> None:
         self.argument = argument
-        self.filepath = os.fspath(filepath)
+        self.model: Any = None
+        self.reader: Any = None
+        self._custom_objects = custom_objects
+        if isinstance(given, (str, os.PathLike)):
+            is_file = os.path.isfile(given)
+            if not is_file or kind_of(given)[0] != "a .keras file":
+                self._open(given)
+                return
+            given = keras.saving.load_model(
+                given, custom_objects, compile=False
+            )
+        if not isinstance(given, keras.Model) or not given.built:
+            expected = "a built Keras model, or a file of `save_model`"
+            raise checks.error(argument, expected, given)
+        self.model = given
+        parts = states.walk(given)
+        self.entries = states.weight_entries(parts)
+        self.variables = variables_of(parts)
+        self.layers = [
+            (name, type(part).__name__) for name, part in parts.items()
+        ]
+        self.changed = bool(reparameterizations(given)) or any(
+            getattr(layer, "quantization_mode", None)
+            or getattr(layer, "lora_enabled", False)
+            for layer in keras_compat.layers_of(given)
+        )
+
+    def _open(self, filepath):
         self.reader = model_file.open_model(filepath)
         try:
-            self.described = model_file.read_description(self.reader)
+            found = self._described = model_file.read_description(self.reader)
         except BaseException:
             self.close()
             raise
@@ -74,83 +109,29 @@ class FileSource:
             if states.is_weight(name)
         }
         # Names of layers count; those that Keras has numbered may differ.
-        self.layers = [tuple(row[:2]) for row in self.described["parts"]]
-        self.changed = bool(self.described["changes"] or self.described["lora"])
+        self.layers = [tuple(row[:2]) for row in found["parts"]]
+        self.changed = bool(found["changes"] or found["lora"])
 
-    def part(self, name: str, part: slice) -> np.ndarray:
-        """Return a part of an array, flattened."""
-        return self.reader.read_part(name, part.start, part.stop)
+    def reading(self, name: str) -> Callable[[slice], np.ndarray]:
+        """Return what reads parts of an array, flattened, in any thread."""
+        if self.reader is not None:
+            read_part = self.reader.read_part
+            return lambda part: read_part(name, part.start, part.stop)
+        array = keras.ops.convert_to_numpy(self.variables[name])
+        return np.ascontiguousarray(array).reshape(-1).__getitem__
 
-    def check_data(self) -> None:
-        """Raise ValueError if the data do not have their checksums."""
-        self.reader.check_data()
-
-    def model(self, custom_objects: Any) -> Any:
-        """Return the model, mostly without values."""
+    def built(self) -> Any:
+        """Return the model, that of a file mostly without values."""
+        if self.reader is None:
+            return self.model
         return model_file.build_model(
-            self.reader, self.described, custom_objects
+            self.reader, self._described, self._custom_objects
         )[0]
 
     def close(self) -> None:
-        """Close the file."""
-        self.reader.close()
-
-
-class ModelSource:
-    """A model in memory, in the same form.
-
-    Args:
-        argument: String, what it is in messages.
-        model: A built Keras model.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-
-    def __init__(self, argument: str, model: Any) -> None:
-        if not isinstance(model, keras.Model) or not model.built:
-            expected = "a built Keras model, or a file of `save_model`"
-            raise checks.error(argument, expected, model)
-        self.argument = argument
-        self._model = model
-        parts = states.walk(model)
-        self.entries = states.weight_entries(parts)
-        self.variables = variables_of(parts)
-        self.layers = [
-            (name, type(part).__name__) for name, part in parts.items()
-        ]
-        self.changed = is_changed(model)
-        self._read: tuple[str, Any] = ("", None)
-        self._reading = threading.Lock()
-
-    def part(self, name: str, part: slice) -> np.ndarray:
-        """Return a part of an array, flattened."""
-        with self._reading:
-            if self._read[0] != name:
-                array = keras.ops.convert_to_numpy(self.variables[name])
-                self._read = name, np.ascontiguousarray(array).reshape(-1)
-            found: np.ndarray = self._read[1][part]
-        return found
-
-    def check_data(self) -> None:
-        """Do nothing: there is no file."""
-
-    def model(self, custom_objects: Any) -> Any:
-        """Return the model."""
-        return self._model
-
-    def close(self) -> None:
-        """Do nothing: there is no file."""
-
-
-def open_source(argument: str, given: Any, custom_objects: Any = None) -> Any:
-    """Return the source that a model, or the path of a file, stands for."""
-    if not isinstance(given, (str, os.PathLike)):
-        return ModelSource(argument, given)
-    if os.path.isfile(given) and kind_of(given)[0] == "a .keras file":
-        model = keras.saving.load_model(given, custom_objects, compile=False)
-        return ModelSource(argument, model)
-    return FileSource(argument, given)
+        """Close the file, if it is one."""
+        if self.reader is not None:
+            self.reader.close()
 
 
 def variables_of(parts: Any) -> dict[str, Any]:
@@ -162,15 +143,6 @@ def variables_of(parts: Any) -> dict[str, Any]:
     }
 
 
-def is_changed(model: Any) -> bool:
-    """Return whether weights are packed, quantized, with LoRA or the like."""
-    return bool(reparameterizations(model)) or any(
-        getattr(layer, "quantization_mode", None)
-        or getattr(layer, "lora_enabled", False)
-        for layer in keras_compat.layers_of(model)
-    )
-
-
 def source_problems(sources: Any, template: Any) -> list[str]:
     """Return what keeps models from being merged, their headers read alone.
 
@@ -179,6 +151,7 @@ def source_problems(sources: Any, template: Any) -> list[str]:
         template: The one whose arrays the others must have.
     """
     found = []
+    kinds = dict(template.layers)
     for source in sources:
         name = f"`{source.argument}`"
         if source.changed:
@@ -186,8 +159,6 @@ def source_problems(sources: Any, template: Any) -> list[str]:
                 f"{name}: weights that are packed, reparameterized, quantized "
                 "or with LoRA. Unpack, fold, dequantize or merge them first"
             )
-        if source is template:
-            continue
         for entry in {**template.entries, **source.entries}:
             mine, theirs = (
                 each.entries.get(entry) for each in (source, template)
@@ -203,7 +174,6 @@ def source_problems(sources: Any, template: Any) -> list[str]:
                     f"{name}, {entry}: {mine.dtype} of shape {mine.shape}, "
                     f"and {theirs.dtype} of {theirs.shape} is expected"
                 )
-        kinds = dict(template.layers)
         found += [
             f"{name}, {part or 'the model'}: {kind}, and {kinds[part]} is "
             "expected"
@@ -213,19 +183,15 @@ def source_problems(sources: Any, template: Any) -> list[str]:
     return found
 
 
-def weights_of(source: Any, model: Any) -> list[Weight]:
-    """Return the `Weight`s of a model, in the order of a file's entries.
-
-    Args:
-        source: The source of the model.
-        model: The model, which may be without values.
-    """
+def weights_of(source: Any) -> list[Weight]:
+    """Return the `Weight`s of a source, in the order of a file's entries."""
+    model = source.built()
     checkpoint = Checkpoint("model", model)
-    roles = architecture.roles(checkpoint)
+    roles = checkpoint.roles()
 
     @functools.cache
     def places():
-        depths = architecture.depths(checkpoint, roles)
+        depths = checkpoint.depths(roles)
         return [depth / (max(depths) or 1) for depth in depths]
 
     positions = {id(v): i for i, v in enumerate(checkpoint.variables)}

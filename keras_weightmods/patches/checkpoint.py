@@ -1,25 +1,30 @@
 """A model, or a list of its weights, read in one way."""
 
-import dataclasses
 import hashlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from keras_weightmods import backend
-from keras_weightmods.patches import tensors
-from keras_weightmods.patches.entry import FLOATS as FLOATS
-from keras_weightmods.patches.entry import WeightInfo as WeightInfo
+from keras_weightmods.core import keras_compat
+from keras_weightmods.core.execution_order import execution_order
+from keras_weightmods.core.reparameterization import reparameterizations
+from keras_weightmods.core.weight_keys import same_path
+from keras_weightmods.patches.entry import FLOATS, WeightInfo
+from keras_weightmods.patches.tensors import empty_aligned
 from keras_weightmods.saving.container import DTYPES
 from keras_weightmods.utils import checks
 
 _COPY_ON_WRITE = ("jax", "tensorflow")
+# The state of Normalization, which `adapt` fills. It is never touched.
+_ADAPTED = ("mean", "variance", "count")
+# What training changes, "recurrent_kernel" too, whatever is frozen now.
+_TRAINED = ("kernel", "bias", "gamma", "beta", "embeddings")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Snapshot:
+class Snapshot(NamedTuple):
     """Values of a weight that nothing changes any more.
 
     Attributes:
@@ -49,29 +54,26 @@ class Checkpoint:
             if not source.built or not source.weights:
                 expected = "built and hold weights: call it on data once"
                 raise checks.error(argument, expected, source)
-            self.model = source
-            self.variables = source.weights
-            self.infos = tuple(
-                WeightInfo(
-                    position,
+            self.model, self.variables = source, source.weights
+            stored = _stored(source)
+            rows = [
+                (
                     v.path.removeprefix(f"{source.name}/"),
                     tuple(v.shape),
                     keras.backend.standardize_dtype(v.dtype),
+                    stored.get(id(v), ""),
                 )
-                for position, v in enumerate(self.variables)
-            )
-            return
-        if not isinstance(source, (list, tuple)) or not source:
+                for v in self.variables
+            ]
+        elif isinstance(source, (list, tuple)) and source:
+            self.arrays = [np.asarray(array) for array in source]
+            rows = [("", x.shape, x.dtype.name, None) for x in self.arrays]
+            if wrong := {dtype for _, _, dtype, _ in rows} - set(DTYPES):
+                raise checks.error(argument, "a list of numbers", wrong)
+        else:
             expected = "a built Keras model, or a list as of `get_weights()`"
             raise checks.error(argument, expected, source)
-        self.arrays = [np.asarray(array) for array in source]
-        self.infos = tuple(
-            WeightInfo(position, "", array.shape, array.dtype.name)
-            for position, array in enumerate(self.arrays)
-        )
-        wrong = {info.dtype for info in self.infos} - set(DTYPES)
-        if wrong:
-            raise checks.error(argument, "a list of arrays of numbers", wrong)
+        self.infos = tuple(WeightInfo(i, *row) for i, row in enumerate(rows))
 
     def read(self, position):
         """Return the values at `position`, an array not to be written to.
@@ -83,8 +85,7 @@ class Checkpoint:
         view = _view(self._tensor(position))
         if view is not None:
             return view
-        value = self.variables[position].value
-        return backend.current().array_of(value)
+        return backend.current().array_of(self.variables[position].value)
 
     def memory(self, position):
         """Return a view of the variable's own memory to write to, or None.
@@ -97,25 +98,17 @@ class Checkpoint:
         view = _view(self._tensor(position))
         return None if view is None or not view.flags.c_contiguous else view
 
-    def snapshots(self, positions):
-        """Return a dict from positions to `Snapshot`s of their values."""
-        found, views = {}, {}
-        for position in positions:
-            tensor = self._tensor(position)
-            view = _view(tensor)
-            if view is None:
-                found[position] = Snapshot(self.read(position))
-            elif keras.backend.backend() in _COPY_ON_WRITE:
-                found[position] = Snapshot(view, tensor)
-            else:
-                found[position] = Snapshot(np.empty(view.shape, view.dtype))
-                views[position] = view.reshape(-1)
-
-        def copy(position, part):
-            found[position].array.reshape(-1)[part] = views[position][part]
-
-        tensors.over_parts(copy, views)
-        return found
+    def snapshot(self, position, places=None):
+        """Return a `Snapshot` of the values, or of those at some places."""
+        if places is not None:
+            return Snapshot(self.read(position).reshape(-1)[places])
+        tensor = self._tensor(position)
+        view = _view(tensor)
+        if view is None:
+            return Snapshot(self.read(position))
+        if keras.backend.backend() in _COPY_ON_WRITE:
+            return Snapshot(view, tensor)
+        return Snapshot(view.copy())
 
     def assign(self, position, values, places=None):
         """Put the values of a `Snapshot` into the variable at `position`.
@@ -124,15 +117,15 @@ class Checkpoint:
         snapshot's memory may be the variable's from then on.
         """
         if places is not None:
-            memory = self.memory(position)
+            memory = whole = self.memory(position)
+            if memory is None:
+                present = self.read(position)
+                whole = empty_aligned(present.shape, present.dtype)
+                whole[...] = present
+            whole.reshape(-1)[places] = values.array
             if memory is not None:
-                memory.reshape(-1)[places] = values.array
                 return
-            present = self.read(position)
-            memory = tensors.empty_aligned(present.shape, present.dtype)
-            memory[...] = present
-            memory.reshape(-1)[places] = values.array
-            values = Snapshot(memory)
+            values = Snapshot(whole)
         tensor = values.tensor
         if tensor is None:
             tensor = backend.current().tensor_of(values.array)
@@ -160,18 +153,137 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         for info in self.infos:
-            if info.position in without:
-                continue
-            digest.update(f"{info.shape} {info.dtype};".encode())
-            _update(digest, (read or self.read)(info.position))
-            see(info.key)
+            if info.position not in without:
+                digest.update(f"{info.shape} {info.dtype};".encode())
+                digest.update(bytes_of((read or self.read)(info.position)))
+                see(info.key)
         return digest.hexdigest()
+
+    def roles(self, frozen=False):
+        """Return for each weight `"weight"`, `"statistic"` or `"other"`.
+
+        Statistics are those of batch normalization. Other is what is not
+        trained: no floats, the state of Normalization, and whatever is not
+        trainable in a layer that is; with `frozen` this leaves kernels and
+        the like out, which training changes when they are not frozen.
+        """
+        layers = self._owners()
+        found = []
+        for info, variable in zip(self.infos, self.variables):
+            role = "weight"
+            if info.is_statistic:
+                role = "statistic"
+            elif info.dtype not in FLOATS or info.name in _ADAPTED:
+                role = "other"
+            elif not (frozen and info.name.endswith(_TRAINED)):
+                layer = layers.get(id(variable))
+                if getattr(layer, "trainable", True) and not variable.trainable:
+                    role = "other"
+            found.append(role)
+        return found
+
+    def depths(self, roles):
+        """Return for each weight its depth: the place of its layer, from 0.
+
+        What counts are the layers with a kernel, a weight of two axes or more,
+        in the order of execution. A layer without one, such as a
+        normalization, has the depth of the layer with a kernel before it.
+        """
+        holders = self._owners()
+        groups: dict[Any, list[int]] = {}
+        for position, variable in enumerate(self.variables):
+            groups.setdefault(holders[id(variable)], []).append(position)
+        order = execution_order(self.model, list(groups))
+        found, depth = [0] * len(roles), -1
+        # Sorting is stable: what never runs comes last, as declared.
+        for layer in sorted(groups, key=lambda x: order.get(id(x), len(order))):
+            depth += any(
+                roles[i] == "weight" and len(self.infos[i].shape) > 1
+                for i in groups[layer]
+            )
+            for i in groups[layer]:
+                found[i] = max(depth, 0)
+        return found
+
+    def _owners(self):
+        """Return {id of variable: layer that holds it}, the first if shared."""
+        found: dict[int, Any] = {}
+        for layer in keras_compat.layers_of(self.model):
+            # Not `layer.weights`, which counts those of inner layers in.
+            for variable in keras_compat.own_variables(layer):
+                found.setdefault(id(variable), layer)
+        return found
+
+
+def mismatches(
+    expected: Sequence[WeightInfo],
+    infos: Sequence[WeightInfo],
+    argument: str,
+    changed: Collection[int] = (),
+) -> list[str]:
+    """Return what keeps weights from being of an expected architecture.
+
+    Compares count, order, names and numbers of axes. Sizes may differ, as
+    those of heads do, except for the weights that are changed.
+
+    Args:
+        expected, infos: The weights.
+        argument: String, what `infos` are in messages.
+        changed: Positions of weights that must have the shape expected, be
+            floats if expected, and be stored in the same way.
+    """
+    if len(expected) != len(infos):
+        return [
+            f"{argument} has {len(infos)} weights, and {len(expected)} are "
+            "expected: another architecture"
+        ]
+    named = all(info.path for info in (*expected, *infos))
+    plain = "a plain weight"
+    found = []
+    for a, b in zip(expected, infos):
+        wrong = []
+        if named and not same_path(a.path, b.path):
+            wrong.append(f"path {b.path!r}, and {a.path!r} is expected")
+        if a.position not in changed:
+            if len(a.shape) != len(b.shape):
+                axes = f"{len(a.shape)} axes"
+                wrong.append(f"shape {b.shape}, and {axes} are expected")
+        else:
+            if a.shape != b.shape:
+                wrong.append(f"shape {b.shape}, and {a.shape} is expected")
+            if a.dtype in FLOATS and b.dtype not in FLOATS:
+                floats = f"one of {', '.join(FLOATS)}"
+                wrong.append(f"dtype {b.dtype}, and {floats} is expected")
+            if None not in (a.stored, b.stored) and a.stored != b.stored:
+                wrong.append(
+                    f"{b.stored or plain}, and {a.stored or plain} is "
+                    "expected. Fold both, or store both in one way"
+                )
+        found += [f"{argument}, {a.key}: {each}" for each in wrong]
+    return found
+
+
+def bytes_of(array: np.ndarray) -> Any:
+    """Return the bytes of an array; dtypes of ml_dtypes offer no buffer."""
+    return np.ascontiguousarray(array).reshape(-1).view("uint8").data
+
+
+def _stored(model):
+    """Return {id of variable: how a fixed reparameterization stores it}.
+
+    One with parameters shows in the list of weights itself.
+    """
+    found = {}
+    for item in reparameterizations(model):
+        if not item.parameters:
+            fixed = ", ".join(
+                f"{key} = {np.ravel(value).tolist()}"
+                for key, value in item.saved().items()
+            )
+            name = item.name or type(item).__name__
+            found[id(item.target.variable)] = f"{name} ({fixed})"
+    return found
 
 
 def _view(tensor):
     return backend.current().view_of(tensor)
-
-
-def _update(digest, array):
-    # Dtypes of ml_dtypes offer no buffer; bytes do.
-    digest.update(np.ascontiguousarray(array).reshape(-1).view("uint8"))

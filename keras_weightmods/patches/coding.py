@@ -6,10 +6,9 @@ for what is repeated: that is fast, and what repeats here are single bytes.
 - Rising places become the gaps between them, a byte each; a byte of 255 stands
   for as many more without a place. Of places at random with a density of 5 % a
   gap takes 5.8 bits, where 5.73 is the least possible, and less where their
-  density changes along the array. Of wide gaps the low bytes, which nothing
-  predicts, are kept as they are. The array is gone through row by row or column
-  by column, as takes less: principal masks are denser in some columns of a
-  kernel than in others.
+  density changes along the array. The array is gone through row by row or
+  column by column, as takes less: principal masks are denser in some columns of
+  a kernel than in others.
 - Of values the exponents are coded, of which most are alike, and the signs and
   mantissas kept as they are.
 """
@@ -20,8 +19,6 @@ import zlib
 import numpy as np
 
 _LONG = 255
-# Mean gaps from which on one more low byte is as good as random.
-_WIDE = 512
 
 
 def pack_places(places, shape):
@@ -32,7 +29,7 @@ def pack_places(places, shape):
         shape: Tuple of ints, of the array.
 
     Returns:
-        Quadruple of `rows`, and what `pack_gaps` returns. The array of shape
+        Pair of `rows`, and what `pack_gaps` returns. The array of shape
         `(rows, size // rows)` is gone through column by column; with one row
         that is the order of the places.
 
@@ -46,19 +43,19 @@ def pack_places(places, shape):
     mask = np.zeros((64, 8), bool)
     mask[:, 1] = np.random.random(64) < 0.9
     places = np.flatnonzero(mask)
-    rows, low, count, packed = pack_places(places, mask.shape)
-    found = unpack_gaps(packed, places.size, low, count, mask.size)
+    rows, packed = pack_places(places, mask.shape)
+    found = unpack_gaps(packed, places.size, mask.size)
     assert to_rows(found, rows, mask.size).tolist() == places.tolist()
     ```
     """
-    best = 1, *pack_gaps(places)
+    best = 1, pack_gaps(places)
     size = math.prod(shape)
     for axis in range(1, len(shape) if places.size else 0):
         rows = math.prod(shape[:axis])
         if rows in (1, size):
             continue
         # That is to exchange rows and columns, both ways.
-        found = rows, *pack_gaps(to_rows(places, size // rows, size))
+        found = rows, pack_gaps(to_rows(places, size // rows, size))
         best = min(best, found, key=lambda each: each[-1].size)
     return best
 
@@ -79,8 +76,7 @@ def to_rows(places, rows, size):
         exact = np.uint32 if size < 2**32 else np.uint64
         places = places.astype(exact, copy=False)
         column = places // exact(rows)
-        places = places - column * exact(rows)
-        places *= exact(size // rows)
+        places = (places - column * exact(rows)) * exact(size // rows)
         places += column
         places.sort()
     return places.astype("int64", copy=False)
@@ -90,11 +86,10 @@ def pack_gaps(places):
     """Code rising places.
 
     Args:
-        places: int array of shape `(n,)`, rising, from 0, below 2**31.
+        places: int64 array of shape `(n,)`, rising, from 0.
 
     Returns:
-        Triple of the number of low bytes, the number of bytes that are coded,
-        and a uint8 array: first the low bytes, then the codes.
+        uint8 array.
 
     Example:
 
@@ -103,63 +98,42 @@ def pack_gaps(places):
     from keras_weightmods.patches.coding import pack_gaps, unpack_gaps
 
     places = np.array([0, 3, 4, 900])
-    low, count, packed = pack_gaps(places)
-    assert unpack_gaps(packed, 4, low, count, 901).tolist() == [0, 3, 4, 900]
+    packed = pack_gaps(places)
+    assert unpack_gaps(packed, 4, 901).tolist() == [0, 3, 4, 900]
     ```
     """
-    gaps = np.diff(np.asarray(places, "int64"), prepend=-1) - 1
-    low = 0
-    while gaps.size and gaps.mean() >= _WIDE << 8 * low:
-        low += 1
-    planes = [(gaps >> 8 * i & 0xFF).astype("uint8") for i in range(low)]
-    high = gaps >> 8 * low
-    longs = high // _LONG
+    gaps = np.diff(places, prepend=-1) - 1
+    longs = gaps // _LONG
     ends = np.cumsum(longs + 1) - 1
-    coded = np.full(int(ends[-1]) + 1 if ends.size else 0, _LONG, "uint8")
-    coded[ends] = high - _LONG * longs
-    return low, coded.size, np.concatenate([*planes, compress(coded)])
+    coded = np.full(np.sum(longs + 1), _LONG, "uint8")
+    coded[ends] = gaps - _LONG * longs
+    return compress(coded)
 
 
-def unpack_gaps(packed, count, low, coded, size):
+def unpack_gaps(packed, count, size):
     """Undo `pack_gaps`; checks what it is given, as from a file.
 
     Args:
         packed: uint8 array.
         count: Int, the number of places.
-        low: Int, the number of low bytes.
-        coded: Int, the number of bytes that are coded.
         size: Int, of the array: all places are below.
 
     Returns:
-        int64 array of shape `(count,)`, rising; uint32 where no sum of what is
-        coded overflows it.
+        int64 or uint32 array of shape `(count,)`, rising.
 
     Raises:
         ValueError: If `packed` does not hold such places.
     """
-    # The most that places below `size` can need.
-    most = count + (size >> 8 * low) // _LONG
-    if not (0 <= low <= 3 and 0 <= count <= size and 0 <= coded <= most):
-        raise ValueError(f"must hold at most {size} places")
-    if packed.size < low * count:
-        raise ValueError(f"does not hold {count} places")
-    planes = packed[: low * count].reshape(low, count)
-    numbers = decompress(packed[low * count :], coded)
+    # The most bytes that places below `size` can need.
+    numbers = decompress(packed, count + size // _LONG)
     is_place = numbers != _LONG
-    if np.count_nonzero(is_place) != count or not (coded == 0 or is_place[-1]):
+    if np.count_nonzero(is_place) != count or not is_place[-1:].all():
         raise ValueError(f"does not hold {count} places")
     # No sum of bytes and ones overflows; it takes half the time of int64.
-    is_short = low == 0 and 256 * coded <= 2**32
-    dtype = "uint32" if is_short else "int64"
+    dtype = "uint32" if 256 * numbers.size < 2**32 else "int64"
     places = np.cumsum(numbers, dtype=dtype)
-    if coded > count:
+    if numbers.size > count:
         places = places[is_place]
-    if low:
-        places <<= 8 * low
-        rest = np.zeros(count, "int64")
-        for number, plane in enumerate(planes):
-            rest += plane.astype("int64") << 8 * number
-        places += np.cumsum(rest)
     places += np.arange(count, dtype=dtype)
     if count and places[-1] >= size:
         raise ValueError(f"holds places beyond {size}")
@@ -207,22 +181,22 @@ def compress(numbers):
     return np.frombuffer(data + coder.flush(), "uint8")
 
 
-def decompress(packed, size):
+def decompress(packed, most):
     """Undo `compress`.
 
     Args:
         packed: uint8 array.
-        size: Int, the number of bytes that it must hold.
+        most: Int, the most bytes that it may hold.
 
     Raises:
-        ValueError: If it does not hold that many, or is no code.
+        ValueError: If it holds more, or is no code.
     """
     decoder = zlib.decompressobj(wbits=-15)
     try:
         # One more, to see that there are no more.
-        found = decoder.decompress(packed.data, size + 1)
+        found = decoder.decompress(packed.data, most + 1)
     except zlib.error as error:
         raise ValueError(f"is no code ({error})") from error
-    if len(found) != size or not decoder.eof or decoder.unused_data:
-        raise ValueError(f"does not hold {size} bytes")
+    if len(found) > most or not decoder.eof or decoder.unused_data:
+        raise ValueError(f"does not hold {most} bytes at most")
     return np.frombuffer(found, "uint8")

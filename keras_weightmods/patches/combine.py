@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from keras_weightmods.patches import architecture
+from keras_weightmods.patches.checkpoint import mismatches
 from keras_weightmods.utils import checks
 
 S = TypeVar("S")
@@ -18,16 +18,23 @@ def summed(signatures, method, weights, density, drop_rate, seed):
     checks.check_choice("method", method, ("sum", "mean", "ties", "dare"))
     count = len(signatures)
     weights = [1.0] * count if weights is None else weights
-    is_list = isinstance(weights, (list, tuple, np.ndarray))
-    if not is_list or getattr(weights, "ndim", 1) == 0 or len(weights) != count:
+    is_list = isinstance(weights, (list, tuple)) or np.ndim(weights) == 1
+    if not is_list or len(weights) != count:
         raise checks.error("weights", f"a list of {count} numbers", weights)
     weights = [checks.check_float("weights", each) for each in weights]
-    density = _of_method("density", density, method, "ties", 0.2)
-    drop_rate = _of_method("drop_rate", drop_rate, method, "dare", 0.9)
+    for name, value, taker in (
+        ("density", density, "ties"),
+        ("drop_rate", drop_rate, "dare"),
+    ):
+        if value is not None and method != taker:
+            expected = f'None for method {method!r}: it is for "{taker}"'
+            raise checks.error(name, expected, value)
+    density = 0.2 if density is None else density
+    drop_rate = 0.9 if drop_rate is None else drop_rate
     density = checks.check_float("density", density, above=0, most=1)
     drop_rate = checks.check_float("drop_rate", drop_rate, least=0, below=1)
     seed = checks.check_int("seed", seed, least=0)
-    shares, keep = weights, None
+    shares = weights
     if method in ("mean", "ties"):
         total = sum(weights)
         if total == 0:
@@ -44,158 +51,46 @@ def summed(signatures, method, weights, density, drop_rate, seed):
             raise checks.error("weights", expected, weights)
         fuse = functools.partial(elected_mean, weights=weights)
         keep = functools.partial(trimmed, density=density)
+        signatures = [_map_weights(each, keep) for each in signatures]
     elif method == "dare":
         generator = np.random.default_rng(seed)
 
-        def keep(arrays):
+        def drop(arrays):
             return [dropped(x, drop_rate, generator) for x in arrays]
 
-    if keep is not None:
-        signatures = [map_weights(each, keep) for each in signatures]
-    return combined(signatures, fuse, shares, method)
-
-
-def _of_method(name, value, method, taker, default):
-    """Return an argument, which other methods would ignore, or its default."""
-    if value is not None and method != taker:
-        expected = f'None for method {method!r}: it is for "{taker}"'
-        raise checks.error(name, expected, value)
-    return default if value is None else value
+        signatures = [_map_weights(each, drop) for each in signatures]
+    return _combined(signatures, fuse, shares, method)
 
 
 def linear_combination(signatures: Sequence[S], weights, method) -> S:
     """Return the sum of `weights[i] * signatures[i]`, computed in float64."""
     fuse = functools.partial(weighted_sum, weights=weights)
-    return combined(signatures, fuse, weights, method)
-
-
-def combined(signatures, function, weights, method):
-    """Combine signatures, weight by weight.
-
-    Args:
-        signatures: List of `WeightSignature`, compatible.
-        function: Callable from a list of float64 arrays, one for each
-            signature and zero where it has nothing, to an array. Statistics
-            are summed with `weights` instead.
-        weights: List of floats.
-        method: String, the `method` of the result.
-
-    Returns:
-        A signature in float32, of the type of the first.
-    """
-    entries = []
-    for found in _aligned(signatures):
-        merge = function
-        if found[0].is_statistic:
-            merge = functools.partial(weighted_sum, weights=weights)
-        tensor = merge([entry.dequantized("float64") for entry in found])
-        replaced = math.fsum(w * e.replaced for w, e in zip(weights, found))
-        entries.append(found[0].with_tensor(tensor, replaced=replaced))
-    first, *others = signatures
-    shared = {
-        key: value
-        for key, value in first.fingerprints.items()
-        if all(other.fingerprints.get(key) == value for other in others)
-    }
-    name = None if others else first.name
-    return first.with_entries(
-        entries, method=method, name=name, fingerprints=shared
-    )
-
-
-def map_weights(signature, function):
-    """Return the signature with `function` of the list of its arrays.
-
-    Statistics stay as they are.
-    """
-    weights = [entry for entry in signature if not entry.is_statistic]
-    arrays = function([entry.dequantized("float64") for entry in weights])
-    statistics = [entry for entry in signature if entry.is_statistic]
-    return signature.with_entries(
-        [entry.with_tensor(x) for entry, x in zip(weights, arrays)] + statistics
-    )
+    return _combined(signatures, fuse, weights, method)
 
 
 def cosine_similarity(first: Any, second: Any) -> float:
     """Return the cosine of two signatures, 0 where one is zero."""
     ab = aa = bb = 0.0
     for pair in _aligned([first, second]):
-        if not pair[0].is_statistic:
+        if not pair[0].info.is_statistic:
             a, b = (entry.dequantized("float64").ravel() for entry in pair)
             ab, aa, bb = ab + a @ b, aa + a @ a, bb + b @ b
     norm = math.sqrt(aa * bb)
     return float(ab / norm) if norm else 0.0
 
 
-def trimmed(arrays, density):
-    """Return the `density` of the weights that are largest, else zeros.
-
-    TIES (arXiv 2306.01708), step 1, over all arrays of one signature together.
-    Weights that are as large as the smallest one kept are kept as well.
-
-    Args:
-        arrays: List of arrays.
-        density: Float in (0, 1].
-
-    Returns:
-        List of arrays.
-    """
-    magnitudes = np.concatenate([np.abs(x).reshape(-1) for x in arrays])
-    kept = max(1, math.ceil(density * magnitudes.size))
-    place = magnitudes.size - kept
-    threshold = np.partition(magnitudes, place)[place]
-    return [np.where(np.abs(x) >= threshold, x, 0.0) for x in arrays]
-
-
-def _aligned(signatures):
-    """Return for each weight its entries, zero where a signature has none.
-
-    Raises:
-        ValueError: If the signatures are not of one architecture.
-    """
-    first, problems = signatures[0], []
-    shapes = {entry.position: entry.info.shape for entry in first}
-    for number, other in enumerate(signatures[1:], start=2):
-        argument = f"signature {number}"
-        problems += architecture.problems(
-            first.architecture, other.architecture, argument
-        )
-        if other.reparameterized != first.reparameterized:
-            problems.append(
-                f"{argument}: of weights that are reparameterized in another "
-                "way. Fold the models, and extract it anew"
-            )
-        for entry in other:
-            shape = shapes.setdefault(entry.position, entry.info.shape)
-            if shape != entry.info.shape:
-                problems.append(
-                    f"{argument}, {entry.key}: shape {entry.info.shape}, and "
-                    f"{shape} is expected"
-                )
-    checks.raise_all("The signatures do not match:", problems)
-    lookups = [{entry.position: entry for entry in s} for s in signatures]
-    aligned = []
-    for position, shape in sorted(shapes.items()):
-        found = [lookup.get(position) for lookup in lookups]
-        present = next(entry for entry in found if entry is not None)
-        zero = present.with_tensor(np.zeros(shape), replaced=0.0)
-        aligned.append([entry or zero for entry in found])
-    return aligned
-
-
-def elected_mean(arrays: list[np.ndarray], weights: Any = None) -> np.ndarray:
+def elected_mean(arrays: list[np.ndarray], weights: Any) -> np.ndarray:
     """Return the mean of those entries that have the sign of their sum.
 
     TIES (arXiv 2306.01708), steps 2 and 3: zeros have no vote and do not
-    count in the mean; zero where the votes cancel out. With weights, the vote
-    is that of `weight * entry`, and the sum of those that agree is divided by
-    the sum of their weights.
+    count in the mean; zero where the votes cancel out. The vote is that of
+    `weight * entry`, and the sum of those that agree is divided by the sum of
+    their weights.
 
     Args:
         arrays: List of arrays of one shape and floating dtype.
-        weights: List of floats, 0 or more. Defaults to ones.
+        weights: List of floats, 0 or more.
     """
-    weights = [1.0] * len(arrays) if weights is None else weights
     votes = weighted_sum(arrays, weights)
     rises, falls = votes > 0, votes < 0
     total, divisor = np.zeros_like(votes), np.zeros_like(votes)
@@ -235,3 +130,92 @@ def weighted_sum(arrays: list[np.ndarray], weights: Any) -> np.ndarray:
     for x, weight in zip(arrays[1:], weights[1:]):
         total += x * x.dtype.type(weight)
     return total
+
+
+def trimmed(arrays, density):
+    """Return the `density` of the weights that are largest, else zeros.
+
+    TIES (arXiv 2306.01708), step 1, over all arrays of one signature together.
+    Weights that are as large as the smallest one kept are kept as well.
+
+    Args:
+        arrays: List of arrays.
+        density: Float in (0, 1].
+
+    Returns:
+        List of arrays.
+    """
+    magnitudes = np.concatenate([np.abs(x).reshape(-1) for x in arrays])
+    kept = max(1, math.ceil(density * magnitudes.size))
+    place = magnitudes.size - kept
+    threshold = np.partition(magnitudes, place)[place]
+    return [np.where(np.abs(x) >= threshold, x, 0.0) for x in arrays]
+
+
+def _combined(signatures, function, weights, method):
+    """Combine signatures, weight by weight.
+
+    Args:
+        signatures: List of `WeightSignature`, compatible.
+        function: Callable from a list of float64 arrays, one for each
+            signature and zero where it has nothing, to an array. Statistics
+            are summed with `weights` instead.
+        weights: List of floats.
+        method: String, the `method` of the result.
+
+    Returns:
+        A signature in float32, of the type of the first.
+    """
+    entries = []
+    for found in _aligned(signatures):
+        arrays = [entry.dequantized("float64") for entry in found]
+        if found[0].info.is_statistic:
+            tensor = weighted_sum(arrays, weights)
+        else:
+            tensor = function(arrays)
+        replaced = math.fsum(w * e.replaced for w, e in zip(weights, found))
+        entries.append(found[0].with_tensor(tensor, replaced=replaced))
+    first, *others = signatures
+    name = None if others else first.name
+    return first.with_entries(entries, method=method, name=name)
+
+
+def _map_weights(signature, function):
+    """Return the signature with `function` of the list of its arrays.
+
+    Statistics stay as they are.
+    """
+    weights = [entry for entry in signature if not entry.info.is_statistic]
+    arrays = function([entry.dequantized("float64") for entry in weights])
+    statistics = [entry for entry in signature if entry.info.is_statistic]
+    return signature.with_entries(
+        [entry.with_tensor(x) for entry, x in zip(weights, arrays)] + statistics
+    )
+
+
+def _aligned(signatures):
+    """Return for each weight its entries, zero where a signature has none.
+
+    Raises:
+        ValueError: If the signatures are not of one architecture.
+    """
+    lookups = [{entry.position: entry for entry in s} for s in signatures]
+    positions = sorted(set().union(*lookups))
+    problems = [
+        problem
+        for number, other in enumerate(signatures[1:], start=2)
+        for problem in mismatches(
+            signatures[0].architecture,
+            other.architecture,
+            f"signature {number}",
+            positions,
+        )
+    ]
+    checks.raise_all("The signatures do not match:", problems)
+    aligned = []
+    for position in positions:
+        found = [lookup.get(position) for lookup in lookups]
+        present = next(entry for entry in found if entry is not None)
+        zero = present.with_tensor(np.zeros(present.info.shape), replaced=0.0)
+        aligned.append([entry or zero for entry in found])
+    return aligned

@@ -6,9 +6,13 @@ from typing import Any
 import numpy as np
 
 from keras_weightmods.core.filters import matching_weights
-from keras_weightmods.patches import architecture
-from keras_weightmods.patches.checkpoint import FLOATS, Checkpoint
-from keras_weightmods.patches.entry import PatchEntry, Replacing, Sparse
+from keras_weightmods.patches.checkpoint import Checkpoint, mismatches
+from keras_weightmods.patches.entry import (
+    FLOATS,
+    PatchEntry,
+    Replacing,
+    Sparse,
+)
 from keras_weightmods.patches.files import DIFFERENCES
 from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.utils import checks
@@ -24,16 +28,13 @@ def differences(
     checks.check_verbose(verbose)
     checks.check_model(model)
     new, old = Checkpoint("model", model), Checkpoint("base", base)
-    problems = architecture.problems(new.infos, old.infos, "`base`")
+    everything = range(len(new.infos))
+    problems = mismatches(new.infos, old.infos, "`base`", everything)
     problems += [
-        f"`base`, {a.key}: {b.dtype} of shape {b.shape}, and {a.dtype} of "
-        f"{a.shape} is expected"
+        f"`base`, {a.key}: {b.dtype}, and {a.dtype} is expected"
         for a, b in zip(new.infos, old.infos)
-        if (a.shape, a.dtype) != (b.shape, b.dtype)
+        if a.dtype != b.dtype
     ]
-    checks.raise_all("The models do not have the same weights:", problems)
-    stored = architecture.reparameterized(new)
-    problems = architecture.reparameterization_problems(stored, old, old.infos)
     checks.raise_all("The models do not have the same weights:", problems)
     replaced: set[int] = set()
     if whole is not None:
@@ -46,12 +47,8 @@ def differences(
                 new, old, dtype, replaced, _drawn_masks(model), progress
             ),
             "architecture": new.infos,
-            "model_class": type(model).__name__,
-            "fingerprints": {
-                "base": old.fingerprint(without=replaced, see=progress.add)
-            },
+            "base": old.fingerprint(without=replaced, see=progress.add),
             "whole": tuple(sorted(replaced)),
-            "reparameterized": stored,
         }
 
 
@@ -109,10 +106,7 @@ def _entries(
         if not places.size or info.dtype not in FLOATS:
             continue
         if dtype is None or info.position in replaced:
-            values = after.reshape(-1)[places]
-            if not np.all(np.isfinite(values.astype("float64"))):
-                problems.append(f"{info.key}: values that are not finite")
-            tensor: Sparse = Replacing(places, values)
+            tensor: Sparse = Replacing(places, after.reshape(-1)[places])
             entries.append(PatchEntry(info, tensor, seed=seed))
             continue
         wide = "float64" if info.dtype == "float64" else "float32"
@@ -123,8 +117,6 @@ def _entries(
             change = (after - before).astype(numpy_dtype(dtype))
         # Added to 0.0 and to -0.0 it leaves the sign.
         change[~is_changed[places]] = -0.0
-        if not np.all(np.isfinite(change.astype("float32"))):
-            problems.append(f"{info.key}: a change that is not finite")
         lost += int(np.count_nonzero((change == 0) & (after != before)))
         count += change.size
         entries.append(PatchEntry(info, Sparse(places, change), seed=seed))

@@ -1,7 +1,6 @@
 """What a patch does to one weight, and in which forms it is held."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -24,12 +23,16 @@ class WeightInfo:
             where it is not known. Not unique.
         shape: Tuple of ints.
         dtype: String.
+        stored: String, the reparameterization that the variable holds the
+            weight in, as a fixed compander; `""` for a plain weight, `None`
+            where it is not known.
     """
 
     position: int
     path: str
     shape: tuple[int, ...]
     dtype: str
+    stored: str | None = ""
 
     @property
     def key(self) -> str:
@@ -74,39 +77,36 @@ class Quantized:
     shape: tuple[int, ...]
 
     @property
+    def arrays(self):
+        """The arrays that hold it; the last one is of floats."""
+        return self.packed, self.scales
+
+    @property
+    def size(self):
+        """Int, the number of weights."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self):
         """Int, the bytes of the codes and of the scales."""
         return self.packed.nbytes + self.scales.nbytes
 
-    @functools.cached_property
     def codes(self):
-        """uint8 array of `shape`."""
-        per_byte = 8 // self.bits
-        shifts = np.arange(per_byte, dtype="uint8") * np.uint8(self.bits)
+        """Return the uint8 array of `shape`."""
+        shifts = np.arange(8 // self.bits, dtype="uint8") * np.uint8(self.bits)
         mask = np.uint8(2**self.bits - 1)
         codes = (self.packed[:, None] >> shifts) & mask
-        return codes.reshape(-1)[: math.prod(self.shape)].reshape(self.shape)
+        return codes.reshape(-1)[: self.size].reshape(self.shape)
 
     def dequantized(self):
         """Return the float32 array of `shape`."""
-        return self.part(slice(None)).reshape(self.shape)
-
-    def part(self, part):
-        """Return the float32 array of a slice of the weights, flattened."""
-        codes = self.codes.reshape(-1)
-        start, stop, _ = part.indices(codes.size)
-        scales = self.scales
-        if scales.size > 1:
-            # They come again with each index of the axes before the last.
-            rows = -(-(stop - start) // scales.size)
-            scales = np.tile(np.roll(scales, -start), rows)[: stop - start]
         levels = np.float32(2 ** (self.bits - 1) - 1)
-        return (codes[start:stop] - levels) * scales
+        return np.asarray((self.codes() - levels) * self.scales)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sparse:
-    """Numbers at some places of an array, and nothing elsewhere.
+    """Numbers to add at some places of an array, and nothing elsewhere.
 
     Attributes:
         places: int64 array, rising, places in the array flattened.
@@ -115,6 +115,21 @@ class Sparse:
 
     places: np.ndarray
     values: np.ndarray
+
+    @property
+    def arrays(self):
+        """The arrays that hold it; the last one is of floats."""
+        return self.places, self.values
+
+    @property
+    def size(self):
+        """Int, the number of places."""
+        return self.places.size
+
+    @property
+    def nbytes(self):
+        """Int, the bytes of the numbers, without their places."""
+        return self.values.nbytes
 
     def at(self, places):
         """Return the same in an array of the entries at `places` alone."""
@@ -125,19 +140,6 @@ class Sparse:
         first, last = np.searchsorted(self.places, (part.start, part.stop))
         return self.places[first:last] - part.start, self.values[first:last]
 
-    def scaled_part(self, part, scale, base, out):
-        """Fill `out` with `scale` times what a slice adds to `base`."""
-        # The neutral element of addition; 0.0 + -0.0 is 0.0.
-        out.fill(-0.0)
-        places, values = self.within(part)
-        values = values.astype(out.dtype)
-        out[places] = self.change(values, base, places) * scale
-        return out
-
-    def change(self, values, base, places):
-        """Return what `values` add to `base` at some places."""
-        return values
-
 
 class Replacing(Sparse):
     """Numbers that take the place of those of an array.
@@ -145,19 +147,6 @@ class Replacing(Sparse):
     At scale 1, and where nothing else changes an entry, exactly; otherwise
     their difference from the array's numbers is added.
     """
-
-    def change(self, values, base, places):
-        return values - base[places]
-
-    def put(self, part, others, target):
-        """Write those of a slice that are alone on their entries."""
-        places, values = self.within(part)
-        alone = np.ones(places.size, bool)
-        for other in others:
-            if not isinstance(other, Sparse):
-                return
-            alone &= ~np.isin(places, other.within(part)[0])
-        target[places[alone]] = values[alone]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -195,45 +184,10 @@ class PatchEntry:
         return self.info.key
 
     @property
-    def is_statistic(self) -> bool:
-        """Whether it is a moving mean or variance."""
-        return self.info.is_statistic
-
-    @property
     def arrays(self) -> tuple[np.ndarray, ...]:
         """The arrays of the tensor; the last one is of floats."""
-        tensor = self.tensor
-        if isinstance(tensor, Quantized):
-            return tensor.packed, tensor.scales
-        if isinstance(tensor, Sparse):
-            return tensor.places, tensor.values
-        return (tensor,)
-
-    @property
-    def numbers(self) -> np.ndarray:
-        """The array of floats in it: scales of `Quantized`, else values."""
-        return self.arrays[-1]
-
-    @property
-    def bits(self) -> int:
-        """Int, bits of a number."""
-        if isinstance(self.tensor, Quantized):
-            return self.tensor.bits
-        return 8 * self.numbers.itemsize
-
-    @property
-    def size(self) -> int:
-        """Int, the number of entries of the weight that it changes."""
-        if isinstance(self.tensor, Sparse):
-            return self.tensor.places.size
-        return int(np.prod(self.info.shape))
-
-    @property
-    def nbytes(self) -> int:
-        """Int, the bytes of the numbers, with the scales where quantized."""
-        if isinstance(self.tensor, Quantized):
-            return self.tensor.nbytes
-        return self.numbers.nbytes
+        found: Any = getattr(self.tensor, "arrays", (self.tensor,))
+        return tuple(found)
 
     def dequantized(self, dtype: str = "float32") -> np.ndarray:
         """Return the tensor of a signature as an array."""

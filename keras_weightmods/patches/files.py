@@ -1,14 +1,13 @@
 """Patches in files, checked before anything in them is used.
 
-A file (see `saving.container`) holds an array for each weight of a signature,
-of floats or of integers with their scales beside it; one array with the sparse
-changes of a delta, for each weight the bytes of the places, of the exponents
-and of the mantissas (see `coding`); and, as JSON, everything else.
+A file (see `saving.container`) holds for each weight of a signature an array of
+floats, or one of integers and one of their scales; for each weight of a delta
+the bytes of the places, of the exponents and of the rest of the numbers (see
+`coding`); and, as JSON, everything else.
 """
 
 import math
 import re
-import zlib
 from typing import Any
 
 import numpy as np
@@ -33,30 +32,23 @@ from keras_weightmods.utils.dtypes import numpy_dtype
 FORMAT = "keras_weightmods.patch"
 VERSION = 1
 CONFIG = "patch.json"
-_SPARSE_ARRAY = "changes"
 # Of the differences of a delta.
 DIFFERENCES = ("bfloat16", "float16", "float32")
 _ABOUT = {
     "method": str,
     "name": str | None,
-    "model_class": str | None,
-    "fingerprints": dict,
+    "base": str | None,
     "whole": list,
-    "reparameterized": dict,
 }
 _FIELDS = {"kind": str, **_ABOUT, "architecture": list, "entries": list}
-_SPARSE = {
-    "dtype": str,
-    "seed": int | None,
-    "checksum": int | None,
-    **dict.fromkeys(("count", "rows", "low", "coded"), int),
-    **dict.fromkeys(("places", "exponents"), int),
-}
-_KINDS: dict[str, dict[str, Any]] = {
-    "floats": {"depth": int, "replaced": float},
-    "integers": {"depth": int, "bits": int},
-    "differences": _SPARSE,
-    "values": _SPARSE,
+_SPARSE = {"dtype": str, "rows": int, "seed": int | None}
+_PLANES = (".places", ".exponents", ".rest")
+# What the JSON has of an entry of each kind, and the endings of its arrays.
+_KINDS: dict[Any, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "floats": ({"depth": int, "replaced": float}, ("",)),
+    "integers": ({"depth": int, "bits": int}, ("", ".scales")),
+    "differences": (_SPARSE, _PLANES),
+    "values": (_SPARSE, _PLANES),
 }
 
 
@@ -74,67 +66,47 @@ def save(filepath, kind, patch, overwrite, see):
         Float, the bits that a place takes; `None` without places.
     """
     check_filepath(filepath, overwrite)
-    arrays, rows, planes = {}, [], []
+    arrays, rows, count, index_bytes = {}, [], 0, 0
     for entry in patch:
-        name, tensor = str(entry.position), entry.tensor
-        row = {"position": entry.position, "depth": entry.depth}
+        tensor, found = entry.tensor, entry.arrays
+        row = {"position": entry.position}
         if isinstance(tensor, Sparse):
-            row, found = _coded(entry)
-            planes += found
+            kind_of = (
+                "values" if isinstance(tensor, Replacing) else "differences"
+            )
+            along, places = 1, np.empty(0, "uint8")
+            if entry.seed is None:
+                shape = entry.info.shape
+                along, places = coding.pack_places(tensor.places, shape)
+            first, rest = coding.split_floats(tensor.values)
+            found = places, coding.compress(first), rest
+            row["dtype"] = tensor.values.dtype.name
+            row |= {"seed": entry.seed, "rows": along}
+            count += tensor.size
+            index_bytes += places.size
         elif isinstance(tensor, Quantized):
-            row |= {"kind": "integers", "bits": tensor.bits}
-            arrays[name] = tensor.packed
-            arrays[f"{name}.scales"] = tensor.scales
+            kind_of = "integers"
+            row |= {"depth": entry.depth, "bits": tensor.bits}
         else:
-            row |= {"kind": "floats", "replaced": float(entry.replaced)}
-            arrays[name] = tensor
-        rows.append(row)
+            kind_of = "floats"
+            replaced = float(entry.replaced)
+            row |= {"depth": entry.depth, "replaced": replaced}
+        rows.append({**row, "kind": kind_of})
+        for ending, array in zip(_KINDS[kind_of][1], found):
+            arrays[f"{entry.position}{ending}"] = array
         see(entry.key)
-    if planes:
-        arrays[_SPARSE_ARRAY] = np.concatenate(planes)
     config = {
         "kind": kind,
         **{name: getattr(patch, name) for name in _ABOUT},
         "architecture": [
-            [info.path, list(info.shape), info.dtype]
+            [info.path, list(info.shape), info.dtype, info.stored]
             for info in patch.architecture
         ],
         "entries": rows,
     }
     arrays[CONFIG] = bounded_json.json_array(config)
     container.write_arrays(filepath, FORMAT, VERSION, arrays, overwrite)
-    count = sum(row.get("count", 0) for row in rows)
-    places = sum(row.get("places", 0) for row in rows)
-    return 8 * places / count if count else None
-
-
-def _coded(entry):
-    """Return what the JSON holds of a sparse change, and its planes."""
-    tensor = entry.tensor
-    rows, low, coded, places = 1, 0, 0, np.empty(0, "uint8")
-    checksum = None
-    if entry.seed is None:
-        found = coding.pack_places(tensor.places, entry.info.shape)
-        rows, low, coded, places = found
-    else:
-        checksum = _checksum(tensor.places)
-    first, rest = coding.split_floats(tensor.values)
-    first = coding.compress(first)
-    is_new = isinstance(tensor, Replacing)
-    row = {
-        "position": entry.position,
-        "kind": "values" if is_new else "differences",
-        "dtype": tensor.values.dtype.name,
-        "seed": entry.seed,
-        "checksum": checksum,
-        "count": tensor.places.size,
-        "rows": rows,
-        "low": low,
-        "coded": coded,
-        "places": places.size,
-        "exponents": first.size,
-    }
-    return row, [places, first, rest]
+    return 8 * index_bytes / count if count else None
 
 
 def load(filepath):
@@ -155,71 +127,48 @@ def _parse(config, reader):
     for weight in config["architecture"]:
         _check(
             isinstance(weight, list)
-            and [type(each) for each in weight] == [str, list, str]
+            and [type(each) for each in weight[:3]] == [str, list, str]
             and container.is_shape(weight[1])
-            and weight[2] in container.DTYPES,
+            and weight[2] in container.DTYPES
+            and len(weight) == 4
+            and isinstance(weight[3], str | None),
             "architecture",
         )
     infos = tuple(
-        WeightInfo(position, path, tuple(shape), dtype)
-        for position, (path, shape, dtype) in enumerate(config["architecture"])
+        WeightInfo(position, path, tuple(shape), *others)
+        for position, (path, shape, *others) in enumerate(
+            config["architecture"]
+        )
     )
-    _check(
-        {*config["fingerprints"]} <= {"base", "init", "clean", "robust"}
-        and all(
-            isinstance(each, str) and re.fullmatch("[0-9a-f]{64}", each)
-            for each in config["fingerprints"].values()
-        ),
-        "fingerprints",
-    )
-    _check(
-        all(
-            key.isdecimal() and int(key) < len(infos) and isinstance(how, str)
-            for key, how in config["reparameterized"].items()
-        ),
-        "reparameterized weights",
-    )
-    previous, expected, end, starts = -1, {CONFIG}, 0, []
+    base = config["base"]
+    is_hash = base is None or re.fullmatch("[0-9a-f]{64}", base)
+    _check(is_hash, "hash of the base")
+    previous, expected = -1, {CONFIG}
     for row in config["entries"]:
         kind = row.get("kind") if isinstance(row, dict) else None
-        types = _KINDS.get(kind) if isinstance(kind, str) else None
+        _check(isinstance(kind, str) and kind in _KINDS, "entries")
+        types, endings = _KINDS[kind]
         _check(
-            types is not None
-            and _has_types(row, {"position": int, "kind": str, **types})
+            _has_types(row, {"position": int, "kind": str, **types})
             and previous < row["position"] < len(infos)
             and infos[row["position"]].dtype in FLOATS
             and row.get("depth", 0) in range(len(infos)),
             "entries",
         )
         previous = row["position"]
-        starts.append(end)
-        if types is _SPARSE:
-            expected.add(_SPARSE_ARRAY)
-            end += _sparse_size(row, infos[previous])
-        else:
-            expected.add(f"{previous}")
-        if kind == "integers":
-            expected.add(f"{previous}.scales")
+        expected |= {f"{previous}{ending}" for ending in endings}
     _check(expected == {*reader.entries}, "arrays, one for each entry")
-    if _SPARSE_ARRAY in expected:
-        found = reader.entries[_SPARSE_ARRAY]
-        is_right = (found.dtype, found.shape) == ("uint8", (end,))
-        _check(is_right, f"array {_SPARSE_ARRAY!r} of {end} bytes")
 
-    def entry_of(each):
-        row, start = each
+    def entry_of(row):
         info = infos[row["position"]]
-        if "dtype" in row:
-            return _sparse(row, info, reader, start)
-        return _dense(row, info, reader)
+        return (_sparse if "dtype" in row else _dense)(row, info, reader)
 
-    pairs = zip(config["entries"], starts)
-    entries = tuple(parallel.map_ahead(entry_of, pairs))
+    entries = tuple(parallel.map_ahead(entry_of, config["entries"]))
     whole = [
         entry.position
         for entry in entries
         if isinstance(entry.tensor, Replacing)
-        and entry.size == math.prod(entry.info.shape)
+        and entry.tensor.size == math.prod(entry.info.shape)
     ]
     for position in config["whole"]:
         _check(type(position) is int and position in whole, "whole weights")
@@ -230,7 +179,7 @@ def _parse(config, reader):
 
 def _dense(row, info, reader):
     """Return the entry of a row of floats or integers; types are right."""
-    name, size = f"{info.position}", math.prod(info.shape)
+    name = f"{info.position}"
     if row["kind"] == "floats":
         replaced = row["replaced"]
         is_right = math.isfinite(replaced) and (
@@ -242,77 +191,63 @@ def _dense(row, info, reader):
     bits = row["bits"]
     is_right = bits in (8, 4, 2) and not info.is_statistic
     _check(is_right, f"entry for {info.key}")
-    packed = _array(reader, name, "uint8", [(code_bytes(size, bits),)])
+    size = code_bytes(math.prod(info.shape), bits)
+    packed = _array(reader, name, "uint8", [(size,)])
     shapes = [(), info.shape[-1:]] if len(info.shape) > 1 else [()]
     scales = _array(reader, f"{name}.scales", "float32", shapes)
     tensor = Quantized(packed, scales, bits, info.shape)
     _check(
-        np.all(scales >= 0) and np.all(tensor.codes < 2**bits - 1),
+        np.all(scales >= 0) and np.all(tensor.codes() < 2**bits - 1),
         f"codes of {info.key}",
     )
     return PatchEntry(info, tensor, depth=row["depth"])
 
 
-def _sparse_size(row, info):
-    """Return the bytes of a sparse change whose row has the right types."""
-    size = math.prod(info.shape)
-    dtypes = (info.dtype,) if row["kind"] == "values" else DIFFERENCES
+def _sparse(row, info, reader):
+    """Return the entry of a row of sparse changes; types are right."""
+    size, rows, seed = math.prod(info.shape), row["rows"], row["seed"]
+    is_new = row["kind"] == "values"
     _check(
-        row["dtype"] in dtypes
-        and 0 <= row["count"] <= size
-        and 1 <= row["rows"] <= max(1, size)
-        and size % row["rows"] == 0
-        and min(row["places"], row["exponents"]) >= 0,
+        row["dtype"] in ((info.dtype,) if is_new else DIFFERENCES)
+        and 1 <= rows <= max(1, size)
+        and size % rows == 0,
         f"entry for {info.key}",
     )
-    rest = row["count"] * (numpy_dtype(row["dtype"]).itemsize - 1)
-    return row["places"] + row["exponents"] + rest
-
-
-def _sparse(row, info, reader, start):
-    """Return the entry of a sparse change, whose bytes begin at `start`."""
-    size, dtype = math.prod(info.shape), numpy_dtype(row["dtype"])
-    count, rows, seed = row["count"], row["rows"], row["seed"]
-    stop = start + _sparse_size(row, info)
-    data = reader.read_part(_SPARSE_ARRAY, start, stop)
-    ends = row["places"], row["places"] + row["exponents"]
-    packed, first, rest = np.split(data, ends)
+    dtype = numpy_dtype(row["dtype"])
+    packed, first, rest = (
+        _array(reader, f"{info.position}{ending}", "uint8", None)
+        for ending in _PLANES
+    )
+    count, odd = divmod(rest.size, dtype.itemsize - 1)
     numbers = coding.decompress(first, count)
-    if seed is not None:
+    _check(numbers.size == count <= size and not odd, f"numbers of {info.key}")
+    if seed is None:
+        places = coding.unpack_gaps(packed, count, size)
+        places = coding.to_rows(places, rows, size)
+    else:
         # With a change for each, no more is drawn than the file is large.
         _check(
-            size < 2**31
-            and (row["places"], row["low"], row["coded"], rows) == (0, 0, 0, 1),
+            seed >= 0 and size < 2**31 and (packed.size, rows) == (0, 1),
             f"places to draw for {info.key}",
         )
         places = random_places(seed, size, count).astype("int64")
-        _check(
-            _checksum(places) == row["checksum"], f"drawn places of {info.key}"
-        )
-    else:
-        low, coded = row["low"], row["coded"]
-        places = coding.unpack_gaps(packed, count, low, coded, size)
-        places = coding.to_rows(places, rows, size)
     values = coding.join_floats(numbers, rest, dtype)
     _check(is_finite(values), f"finite numbers of {info.key}")
-    kind = Replacing if row["kind"] == "values" else Sparse
+    kind = Replacing if is_new else Sparse
     return PatchEntry(info, kind(places, values), seed=seed)
 
 
 def _array(reader, name, dtype, shapes):
+    """Return an array of a file; of one axis where `shapes` is `None`."""
     found = reader.entries[name]
-    _check(
-        found.dtype == dtype and found.shape in shapes,
-        f"array {name!r}, {dtype} of shape {shapes[-1]}",
+    is_shape = (
+        len(found.shape) == 1 if shapes is None else found.shape in shapes
     )
+    _check(found.dtype == dtype and is_shape, f"array {name!r}")
     array = reader.read(name)
     is_right = dtype != "float32" or is_finite(array)
     _check(is_right, f"array {name!r} of finite numbers")
     return array
-
-
-def _checksum(places):
-    return zlib.crc32(places.astype("<u4"))
 
 
 def _has_types(value, types):

@@ -1,6 +1,6 @@
 """The changes on a model, and what its weights are without them."""
 
-import dataclasses
+import contextlib
 import functools
 import itertools
 import threading
@@ -13,6 +13,7 @@ from keras_weightmods.patches import tensors
 from keras_weightmods.patches.checkpoint import Checkpoint, Snapshot
 from keras_weightmods.patches.entry import Replacing, Sparse
 from keras_weightmods.utils.checks import raise_all
+from keras_weightmods.utils.parallel import map_ahead
 
 
 class Applied(NamedTuple):
@@ -27,26 +28,22 @@ class Applied(NamedTuple):
     scale: float
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Sum:
-    """What a weight is to be.
+class _Sum(NamedTuple):
+    """What a weight is, or is to be.
 
     Attributes:
-        key: String, the weight's key.
         clean: `Snapshot` of what to add to.
         terms: List of triples as in `tensors.rebuilt_pieces`; may be empty.
         places: Array of the places of `clean` in the weight flattened; `None`
             where `clean` is all of it.
     """
 
-    key: str
     clean: Snapshot
-    terms: list[Any] = dataclasses.field(default_factory=list)
+    terms: list[Any]
     places: np.ndarray | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Weight:
+class _Weight(NamedTuple):
     """What the ledger holds of one weight.
 
     Attributes:
@@ -84,10 +81,7 @@ class Ledger:
         return sum(each.clean.array.nbytes for each in self._weights.values())
 
     def name_of(self, patch: Any) -> str | None:
-        """Return the name under which a patch, or its equal, is on the model.
-
-        `None` if it is not.
-        """
+        """Return the name of a patch on the model, or its equal, if any."""
         for name, applied in self.patches.items():
             if applied.patch is patch or applied.patch.digest == patch.digest:
                 return name
@@ -130,19 +124,18 @@ class Ledger:
         Raises:
             ValueError: If there are any and `force` is not set; lists all.
         """
-        arrays, terms = {}, {}
-        for p, weight in sorted(weights.items()):
-            terms[p] = _terms(self.patches, weight.entries, weight.places)
-            arrays[p] = model.read(p).reshape(-1)
-            if weight.places is not None:
-                arrays[p] = arrays[p][weight.places]
-        unchanged = tensors.over_parts(
-            lambda p, part: tensors.is_rebuilt(
-                arrays[p], weights[p].clean.array.reshape(-1), terms[p], part
-            ),
-            arrays,
-        )
-        changed = [p for p, parts in unchanged.items() if not all(parts)]
+
+        def is_unchanged(position):
+            clean, places, entries = weights[position]
+            array = model.read(position)
+            if places is not None:
+                array = array.reshape(-1)[places]
+            terms = _terms(self.patches, entries, places)
+            return tensors.is_rebuilt(array, clean.array, terms)
+
+        positions = sorted(weights)
+        unchanged = map_ahead(is_unchanged, positions)
+        changed = [p for p, is_same in zip(positions, unchanged) if not is_same]
         if not force:
             raise_all(
                 "Weights were changed since they were patched, by training "
@@ -174,59 +167,44 @@ class Ledger:
         entries = self._entries_after(after)
         known = {p: self._weights[p] for p in entries if p in self._weights}
         changed = self._changed(model, known, force)
-        left = [
-            p
-            for p in changed
-            if any(
-                entry.replaced
-                or (
-                    known[p].places is None
-                    and isinstance(entry.tensor, Replacing)
-                )
-                for entry in known[p].entries.values()
-            )
-        ]
+        left = [p for p in changed if _is_lost(known[p])]
         subtracted = [
             p for p in changed if p not in left and known[p].places is None
         ]
         written = [p for p in entries if p not in left]
-        places = {
-            p: _union({**_entries(known.get(p)), **entries[p]}) for p in written
-        }
-        present = self._present(model, places, subtracted)
-        clean, before, opposite = {}, {}, {}
-        for p in written:
-            key = model.infos[p].key
-            weight: Any = known.get(p)
-            terms = _terms(self.patches, _entries(weight), places[p])
-            if p not in present:
-                before[p] = _Sum(key, weight.clean, terms)
-                clean[p] = weight.clean
-                continue
-            before[p] = _Sum(key, present[p], [], places[p])
-            if weight is None:
-                clean[p] = present[p]
-            elif p in subtracted:
-                negated = [(-scale, *tensor) for scale, *tensor in terms]
-                opposite[p] = _Sum(key, present[p], negated)
+
+        def planned(position):
+            """Return the sums before and after."""
+            weight: Any = known.get(position)
+            old = weight.entries if weight else {}
+            places = _union({**old, **entries[position]})
+            terms = _terms(self.patches, old, places)
+            is_kept = weight is not None and weight.places is None
+            if is_kept and position not in subtracted:
+                clean = weight.clean
+                before = _Sum(clean, terms)
             else:
-                array = _with_clean(present[p].array, weight, places[p])
-                clean[p] = Snapshot(array)
-        clean |= _compute(opposite)
-        new = {}
-        for p in written:
-            terms = _terms(after, entries[p], places[p])
-            new[p] = _Sum(model.infos[p].key, clean[p], terms, places[p])
-        _write(model, new, before)
-        self.patches = after
-        for p in entries:
-            self._weights.pop(p, None)
-            if p in new and entries[p]:
-                kept, values = _union(entries[p]), clean[p]
-                if kept is not None:
-                    where = _within(places[p], kept)
-                    values = Snapshot(values.array.reshape(-1)[where])
-                self._weights[p] = _Weight(values, kept, entries[p])
+                clean = model.snapshot(position, places)
+                before = _Sum(clean, [], places)
+                if is_kept:
+                    negated = [(-scale, *rest) for scale, *rest in terms]
+                    clean, _ = _computed(_Sum(clean, negated), "")
+                elif weight is not None:
+                    clean = Snapshot(_with_clean(clean.array, weight, places))
+            terms = _terms(after, entries[position], places)
+            return before, _Sum(clean, terms, places)
+
+        sums = dict(zip(written, map_ahead(planned, written)))
+        weights = {p: w for p, w in self._weights.items() if p not in entries}
+        for position, (_, new) in sums.items():
+            if entries[position]:
+                places, clean = _union(entries[position]), new.clean
+                if places is not None:
+                    within = _within(new.places, places)
+                    clean = Snapshot(clean.array.reshape(-1)[within])
+                weights[position] = _Weight(clean, places, entries[position])
+        _write(model, sums)
+        self.patches, self._weights = after, weights
         return [p for p in written if p not in subtracted], subtracted, left
 
     def subtract(self, model, patch, scale):
@@ -256,41 +234,15 @@ class Ledger:
             "model's own file."
         )
         raise_all(summary, unknown)
-        present = model.snapshots(entry.position for entry in patch)
-        before = {e.position: _Sum(e.key, present[e.position]) for e in patch}
-        # Solves new = old + scale * (tensor - replaced * old) for the old one.
-        after = {
-            entry.position: dataclasses.replace(
-                before[entry.position],
-                terms=[
-                    (
-                        -scale / (1 - scale * entry.replaced),
-                        entry.tensor,
-                        entry.replaced,
-                    )
-                ],
-            )
-            for entry in patch
-        }
-        _write(model, after, before)
+        sums = {}
+        for entry in patch:
+            before = _Sum(model.snapshot(entry.position), [])
+            # Solves new = old + scale * (tensor - replaced * old) for the old.
+            scaled = -scale / (1 - scale * entry.replaced)
+            term = scaled, entry.tensor, entry.replaced
+            sums[entry.position] = before, before._replace(terms=[term])
+        _write(model, sums)
         return tuple(entry.key for entry in patch)
-
-    def _present(self, model, places, subtracted):
-        """Return {position: `Snapshot`} of the present values at `places`.
-
-        Less those that are kept whole, and still there: they are computed.
-        """
-        computed = {
-            p
-            for p, weight in self._weights.items()
-            if weight.places is None and p not in subtracted
-        }
-        whole = [p for p, where in places.items() if where is None]
-        present = model.snapshots(p for p in whole if p not in computed)
-        for p, where in places.items():
-            if where is not None:
-                present[p] = Snapshot(model.read(p).reshape(-1)[where])
-        return present
 
     def _entries_after(self, after):
         """Return {position: {name: entry}} of the weights that change."""
@@ -299,7 +251,8 @@ class Ledger:
             if self.patches.get(name) is after.get(name):
                 continue
             for entry in applied.patch:
-                present = _entries(self._weights.get(entry.position))
+                weight = self._weights.get(entry.position)
+                present = weight.entries if weight else {}
                 # A statistic that was left as it is has no patch any more.
                 if name in self.patches and name not in present:
                     continue
@@ -321,8 +274,42 @@ def ledger_of(model: Any) -> Ledger:
     return _LEDGERS.setdefault(model, Ledger())
 
 
-def _entries(weight):
-    return {} if weight is None else weight.entries
+def check_unpatched(argument: str, model: Any) -> None:
+    """Raise ValueError if there are patches on a model."""
+    if on_model := [*ledger_of(model).patches]:
+        raise ValueError(
+            f"`{argument}` must be without patches. Call "
+            "`kwm.Patch.clear(model)` first. Received: "
+            f"{argument}={model.name!r} with {on_model}"
+        )
+
+
+def changed_list(weights, patch, scale):
+    """Return the arrays of a list with a patch on them.
+
+    Args:
+        weights: `Checkpoint` of a list, which is not touched.
+        patch: `Patch`.
+        scale: Float.
+    """
+    values, problems = list(weights.arrays), []
+    for entry in patch:
+        term = scale, entry.tensor, entry.replaced
+        each = _Sum(Snapshot(values[entry.position]), [term])
+        found, problem = _computed(each, entry.key)
+        values[entry.position] = found.array
+        problems.append(problem)
+    raise_all("The change cannot be made:", filter(None, problems))
+    return values
+
+
+def _is_lost(weight):
+    """Return whether patches cannot be taken off a weight changed since."""
+    return any(
+        entry.replaced
+        or (weight.places is None and isinstance(entry.tensor, Replacing))
+        for entry in weight.entries.values()
+    )
 
 
 def _terms(patches, entries, places):
@@ -370,91 +357,65 @@ def _within(places, some):
     return some if places is None else np.searchsorted(places, some)
 
 
-def changed_list(weights, patch, scale):
-    """Return the arrays of a list with a patch on them.
-
-    Args:
-        weights: `Checkpoint` of a list, which is not touched.
-        patch: `Patch`.
-        scale: Float.
-    """
-    sums = {}
-    for entry in patch:
-        clean = Snapshot(weights.arrays[entry.position])
-        term = scale, entry.tensor, entry.replaced
-        sums[entry.position] = _Sum(entry.key, clean, [term])
-    values = {p: snapshot.array for p, snapshot in _compute(sums).items()}
-    return [values.get(p, array) for p, array in enumerate(weights.arrays)]
-
-
-def _compute(sums, memories=None, check=True):
-    """Compute sums, in one pass with the check of the results.
-
-    Args:
-        sums: Dict from positions to `_Sum`.
-        memories: Dict from positions to arrays, where to write these sums.
-            Defaults to `None`, for new arrays.
-        check: Bool, whether to look for what is not finite, and the like.
-
-    Returns:
-        Dict from positions to `Snapshot`.
-
-    Raises:
-        ValueError: Listing all that `check` has found.
-    """
-    memories = memories or {}
-    values, targets = {}, {}
-    for position, each in sums.items():
-        clean = each.clean.array
-        if position not in memories and not each.terms:
-            values[position] = each.clean
-            continue
-        out = memories.get(position)
-        if out is None:
-            out = tensors.empty_aligned(clean.shape, clean.dtype)
-        values[position] = Snapshot(out)
-        targets[position] = out.reshape(-1)
-
-    def compute_part(position, part):
-        each, target = sums[position], targets[position]
-        source = each.clean.array.reshape(-1)
-        if not each.terms:
-            target[part] = source[part]
-            return None
-        pieces = tensors.rebuilt_pieces(source, each.terms, part, target)
-        problems = (_problem(each.key, source, piece) for _, piece in pieces)
-        return next(filter(None, problems), None)
-
-    found = tensors.over_parts(compute_part, targets).values()
-    first = [next(filter(None, parts), None) for parts in found]
-    if check:
-        raise_all("The change cannot be written:", filter(None, first))
-    return values
-
-
-def _write(model, new, before):
-    """Bring weights to the sums `new`; all or, on an error, none.
+def _write(model, sums):
+    """Bring weights to new sums; all or, on an error, none.
 
     Args:
         model: `Checkpoint` of a model.
-        new, before: Dicts from positions to `_Sum`, what to write and what is
-            there.
+        sums: Dict from positions to pairs of `_Sum`, what is there and what
+            to write.
     """
-    memories = {p: model.memory(p) for p in new if new[p].places is None}
-    memories = {p: m for p, m in memories.items() if m is not None}
-    started = list(memories)
+    started, problems = [], []
+
+    def compute(position):
+        started.append(position)
+        return values_of(position, sums[position][1])
+
+    def values_of(position, each):
+        memory = model.memory(position) if each.places is None else None
+        return memory, *_computed(each, model.infos[position].key, memory)
+
     try:
-        values = _compute(new, memories)
-        for p in new:
-            if p not in memories:
-                started.append(p)
-                model.assign(p, values[p], new[p].places)
+        # So that no thread goes on when the weights are restored.
+        results: Any = map_ahead(compute, sums)
+        with contextlib.closing(results):
+            for position, (memory, values, problem) in zip(sums, results):
+                problems.append(problem)
+                if memory is None and problem is None:
+                    model.assign(position, values, sums[position][1].places)
+        raise_all("The change cannot be written:", filter(None, problems))
     except BaseException:
-        values = _compute({p: before[p] for p in started}, memories, False)
-        for p in started:
-            if p not in memories:
-                model.assign(p, values[p], before[p].places)
+        for position in started:
+            before = sums[position][0]
+            memory, values, _ = values_of(position, before)
+            if memory is None:
+                model.assign(position, values, before.places)
         raise
+
+
+def _computed(each, key, memory=None):
+    """Compute a `_Sum`, in one pass with the check of the result.
+
+    Args:
+        each: `_Sum`.
+        key: String, of the weight.
+        memory: Array, where to write it. Defaults to `None`, for a new one.
+
+    Returns:
+        Pair of a `Snapshot` and of what is wrong with it, or `None`.
+    """
+    clean, terms, _ = each
+    if not terms and memory is None:
+        return clean, None
+    if memory is None:
+        memory = tensors.empty_aligned(clean.array.shape, clean.array.dtype)
+    if not terms:
+        memory[...] = clean.array
+        return Snapshot(memory), None
+    found = None
+    for _, values in tensors.rebuilt_pieces(clean.array, terms, memory):
+        found = found or _problem(key, clean.array, values)
+    return Snapshot(memory), found
 
 
 def _problem(key, clean, result):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 import tempfile
@@ -17,12 +16,13 @@ from keras import ops
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import find_targets
 from keras_weightmods.ops.low_rank import choose_method, low_rank_factors
-from keras_weightmods.patches import tensors
-from keras_weightmods.patches.checkpoint import Checkpoint
+from keras_weightmods.ops.matrix import from_matrix, stack_shape, to_matrix
+from keras_weightmods.patches.checkpoint import Checkpoint, bytes_of
 from keras_weightmods.patches.entry import PatchEntry, Replacing, Sparse
 from keras_weightmods.patches.files import DIFFERENCES
-from keras_weightmods.patches.ledger import ledger_of
+from keras_weightmods.patches.ledger import check_unpatched
 from keras_weightmods.patches.report import LoraKernel, LoraReport
+from keras_weightmods.patches.tensors import rebuilt_pieces
 from keras_weightmods.saving.bounded_json import parse_json
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
@@ -59,9 +59,9 @@ def check_arguments(filepath: Any, rank: int, overwrite: bool) -> str:
     path = os.path.realpath(checks.check_path("filepath", filepath))
     if not os.path.isdir(os.path.dirname(path)):
         raise checks.error("filepath", "in a folder that exists", path)
-    if not os.path.lexists(path):
-        return path
-    names = os.listdir(path) if os.path.isdir(path) else ["a file"]
+    names = ["a file"] if os.path.lexists(path) else []
+    if os.path.isdir(path):
+        names = os.listdir(path)
     if names and _CONFIG not in names:
         raise checks.error("filepath", "a new folder, or an adapter's", path)
     if names and not overwrite:
@@ -73,11 +73,10 @@ def check_arguments(filepath: Any, rank: int, overwrite: bool) -> str:
 
 
 def write(
-    patch: Any, model: Any, path: str, rank: int, progress: Progress
+    patch: Any, values: Checkpoint, path: str, rank: int, progress: Progress
 ) -> LoraReport:
     """Write a patch as an adapter; see `Patch.to_lora`."""
-    values = Checkpoint("model", model)
-    kernels = _kernels(model, values)
+    kernels = _kernels(values)
     arrays: dict[str, np.ndarray] = {}
     rows: list[LoraKernel] = []
     skipped = []
@@ -89,11 +88,11 @@ def write(
         if not isinstance(entry.tensor, Replacing):
             # Exact, where a sum and a difference would round.
             start = np.zeros_like(start)
-        changed = np.empty_like(start)
+        change = np.empty_like(start)
         term = 1.0, entry.tensor, entry.replaced
-        for _ in tensors.rebuilt_pieces(start, [term], out=changed):
+        for _ in rebuilt_pieces(start, [term], change):
             pass
-        change = changed - start
+        change -= start
         size = float(np.sum(np.square(change, dtype="float64")))
         whole += size
         found = kernels.get(entry.position)
@@ -106,12 +105,12 @@ def write(
             lost += size
             continue
         target, name, _ = found
-        left, right, rest = _factors(_to_matrix(change, target), rank)
+        matrix = to_matrix(change, target.contraction_axes)
+        left, right, rest = _factors(matrix, rank)
         for which, factor in (("A", left), ("B", right)):
             key = f"base_model.model.{name}.lora_{which}.weight"
             arrays[key] = np.ascontiguousarray(factor.T, "float32")
-        error = (rest / size) ** 0.5
-        rows.append(LoraKernel(target.key, target.shape, error))
+        rows.append(LoraKernel(target.key, target.shape, (rest / size) ** 0.5))
         lost += rest
     if not rows:
         reasons = "; ".join(f"{each.path}: {each.reason}" for each in skipped)
@@ -119,7 +118,7 @@ def write(
             "The patch must have changes that an adapter can hold. Left out: "
             f"{reasons}. Received: {patch!r}"
         )
-    is_causal = "CausalLM" in type(model).__name__
+    is_causal = "CausalLM" in type(values.model).__name__
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if is_causal else None,
@@ -148,17 +147,16 @@ def write(
         for each in made:
             os.replace(each, os.path.join(path, os.path.basename(each)))
     error = (lost / whole) ** 0.5
-    report = LoraReport(path, rank, tuple(rows), error, tuple(skipped))
     if skipped:
-        left_out = [each.path for each in skipped]
+        left_out = [each.path for each in skipped[:3]]
         warnings.warn(
-            f"The adapter has not the changes of {len(left_out)} of the "
-            f"patch's {len(patch)} weights, as {left_out[:3]}: they are no "
+            f"The adapter has not the changes of {len(skipped)} of the "
+            f"patch's {len(patch)} weights, as {left_out}: they are no "
             "kernels that it can hold. The report has the reasons, and the "
             f"adapter lacks {error:.1%} of the change in all.",
             stacklevel=3,
         )
-    return report
+    return LoraReport(path, rank, tuple(rows), error, tuple(skipped))
 
 
 def changes(
@@ -172,8 +170,8 @@ def changes(
         raise checks.error("lora", f"a folder of peft, with {_CONFIG}", path)
     with Progress(1, "weight", verbose) as progress:
         values = Checkpoint("model", model)
-        power = _scale_of(path)
-        pairs, problems = _pairs(path, _kernels(model, values))
+        alpha, power = _scale_of(path)
+        pairs, problems = _pairs(path, _kernels(values))
         # Each weight is read for the hash, and each of these once more.
         progress.total = len(values.infos) + len(pairs)
         entries = []
@@ -181,21 +179,28 @@ def changes(
             progress.add()
             left, right = pair.get("A"), pair.get("B")
             shapes = [None if x is None else x.shape for x in (left, right)]
-            shape = _matrix_shape(target)
+            axes = target.contraction_axes
+            _, *shape = stack_shape(target.shape, axes)
             rank = left.shape[-1] if left is not None and left.ndim else 0
             if not rank or shapes != [(shape[0], rank), (rank, shape[1])]:
                 problems.append(
                     f"{target.path}: shapes {shapes[0]} and {shapes[1]} of "
-                    f"factors, and {shape} of the kernel"
+                    f"factors, and {tuple(shape)} of the kernel"
                 )
                 continue
-            scale = np.float32(power(rank))
-            change = _from_matrix(left * scale @ right, target)
-            entry = _entry_of(change, position, values, dtype)
-            if not np.all(np.isfinite(entry.numbers.astype("float32"))):
-                problems.append(f"{entry.key}: numbers that are not finite")
-            if entry.size:
-                entries.append(entry)
+            matrix = left * np.float32(alpha / rank**power) @ right
+            change = from_matrix(matrix, target.shape, axes)
+            change = ops.convert_to_numpy(change).reshape(-1)
+            places = np.flatnonzero(change)
+            numbers: Any = change[places]
+            if dtype is not None:
+                tensor = Sparse(places, numbers.astype(numpy_dtype(dtype)))
+            else:
+                base = values.read(position).reshape(-1)[places]
+                numbers = base.astype("float32") + numbers
+                tensor = Replacing(places, numbers.astype(base.dtype))
+            if places.size:
+                entries.append(PatchEntry(values.infos[position], tensor))
         _refuse("an adapter of this model", path, problems)
         if not entries:
             raise checks.error("lora", "an adapter that changes a kernel", path)
@@ -203,20 +208,14 @@ def changes(
             "entries": tuple(entries),
             "architecture": values.infos,
             "method": "lora",
-            "model_class": type(model).__name__,
-            "fingerprints": {"base": values.fingerprint(see=progress.add)},
+            "base": values.fingerprint(see=progress.add),
         }
 
 
 def check_plain(model: Any) -> None:
     """Raise ValueError unless LoRA can be added to the weights of a model."""
     checks.check_model(model)
-    on_model = [*ledger_of(model).patches]
-    if on_model:
-        raise ValueError(
-            "`model` must be without patches. Call `kwm.Patch.clear(model)` "
-            f"first. Received: model={model.name!r} with {on_model}"
-        )
+    check_unpatched("model", model)
     if reparameterizations(model):
         raise ValueError(
             "The weights of `model` must be plain, as LoRA is added to them. "
@@ -225,7 +224,7 @@ def check_plain(model: Any) -> None:
         )
 
 
-def _kernels(model: Any, values: Checkpoint) -> dict[int, Any]:
+def _kernels(values: Checkpoint) -> dict[int, Any]:
     """Return the kernels that an adapter can hold, by position.
 
     A kernel is found among the tensors of transformers by its values, as
@@ -236,6 +235,7 @@ def _kernels(model: Any, values: Checkpoint) -> dict[int, Any]:
         Dict from positions to triples of the `Target`, the module there, and
         whether that holds the matrix as (in, out).
     """
+    model: Any = values.model
     backbone = getattr(model, "backbone", model)
     if not hasattr(backbone, "export_to_transformers"):
         raise checks.error("model", "a KerasHub model or backbone", model)
@@ -247,25 +247,32 @@ def _kernels(model: Any, values: Checkpoint) -> dict[int, Any]:
             for name in file.keys():  # noqa: SIM118
                 array = file.get_tensor(name)
                 if array.ndim == 2:
-                    key = array.shape, _digest(array)
                     # Which of several equal ones is which, nothing tells.
+                    key = _key(array)
                     names[key] = None if key in names else name
     found = {}
     for target in find_targets(model):
         if target.stack_axes:
             continue
-        matrix = _to_matrix(values.read(_position(target)), target)
+        position = int(target.key.partition(":")[0])
+        order = (*target.contraction_axes, *target.output_axes)
+        _, *shape = stack_shape(target.shape, target.contraction_axes)
+        matrix = values.read(position).transpose(order).reshape(shape)
         for is_plain, array in ((False, matrix.T), (True, matrix)):
-            name = names.pop((array.shape, _digest(array)), None)
+            name = names.pop(_key(array), None)
             if name is not None:
                 module = name.removesuffix(".weight")
-                found[_position(target)] = target, module, is_plain
+                found[position] = target, module, is_plain
                 break
     return found
 
 
-def _scale_of(path: str) -> Any:
-    """Return what gives the scale of an adapter by its rank, checked."""
+def _key(array: np.ndarray) -> tuple[Any, bytes]:
+    return array.shape, hashlib.sha256(bytes_of(array)).digest()
+
+
+def _scale_of(path: str) -> tuple[float, float]:
+    """Return a and p of the scale a / rank**p of an adapter, checked."""
     with open(os.path.join(path, _CONFIG), "rb") as file:
         try:
             config = parse_json(file.read())
@@ -294,8 +301,7 @@ def _scale_of(path: str) -> Any:
     if not checks.is_finite(alpha):
         problems.append(f"lora_alpha={alpha!r}, not a finite number")
     _refuse(plain, path, problems)
-    power = 0.5 if config.get("use_rslora") else 1
-    return lambda rank: alpha / rank**power
+    return alpha, 0.5 if config.get("use_rslora") else 1.0
 
 
 def _pairs(
@@ -341,66 +347,21 @@ def _refuse(expected: str, path: str, problems: list[str]) -> None:
     )
 
 
-def _position(target: Any) -> int:
-    """Return the place of a target in the weights of its model."""
-    return int(target.key.partition(":")[0])
-
-
-def _matrix_shape(target: Any) -> tuple[int, int]:
-    rows = math.prod(target.shape[i] for i in target.contraction_axes)
-    return rows, math.prod(target.shape) // rows
-
-
-def _to_matrix(change: np.ndarray, target: Any) -> np.ndarray:
-    """Return an array of a kernel's shape as the matrix (in, out)."""
-    order = (*target.contraction_axes, *target.output_axes)
-    return change.transpose(order).reshape(_matrix_shape(target))
-
-
-def _from_matrix(matrix: np.ndarray, target: Any) -> np.ndarray:
-    order = (*target.contraction_axes, *target.output_axes)
-    change = matrix.reshape([target.shape[axis] for axis in order])
-    return change.transpose(np.argsort(order))
-
-
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def _entry_of(
-    change: np.ndarray, position: int, values: Checkpoint, dtype: str | None
-) -> PatchEntry:
-    """Return the entry that adds a change to a weight."""
-    places = np.flatnonzero(change)
-    numbers: Any = change.reshape(-1)[places]
-    info = values.infos[position]
-    if dtype is not None:
-        numbers = numbers.astype(numpy_dtype(dtype))
-        return PatchEntry(info, Sparse(places, numbers))
-    base = values.read(position).reshape(-1)[places]
-    numbers = (base.astype("float32") + numbers).astype(base.dtype)
-    return PatchEntry(info, Replacing(places, numbers))
-
-
-def _factors(
-    matrix: np.ndarray, rank: int
-) -> tuple[np.ndarray, np.ndarray, float]:
+def _factors(matrix: Any, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Return the factors nearest to a matrix, and the square of the rest."""
     rows, columns = matrix.shape
     inner = min(rank, rows, columns)
     method = choose_method("auto", rows, columns, inner)
-    tensor = ops.convert_to_tensor(np.ascontiguousarray(matrix))
     left, right = map(
-        ops.convert_to_numpy, low_rank_factors(tensor, inner, method)
+        ops.convert_to_numpy, low_rank_factors(matrix, inner, method)
     )
     # One has orthonormal vectors, the other the singular values: both get
-    # their roots.
-    sizes = np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.nan_to_num(np.sqrt(sizes[1] / sizes[0]), posinf=0.0)
-    left = left * ratio
-    right = right * np.divide(1, ratio, where=ratio > 0, out=ratio * 0)[:, None]
-    rest = np.sum(np.square(matrix - left @ right, dtype="float64"))
+    # their roots, zeros too.
+    least = np.finfo("float32").tiny
+    ratio = np.linalg.norm(right, axis=1) + least
+    ratio = np.sqrt(ratio / (np.linalg.norm(left, axis=0) + least))
+    left, right = left * ratio, right * (1 / ratio)[:, None]
+    rest = ops.convert_to_numpy(matrix) - left @ right
     left = np.pad(left, ((0, 0), (0, rank - inner)))
     right = np.pad(right, ((0, rank - inner), (0, 0)))
-    return left, right, float(rest)
+    return left, right, float(np.sum(np.square(rest, dtype="float64")))

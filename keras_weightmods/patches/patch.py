@@ -12,11 +12,13 @@ import os
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
-import numpy as np
-
-from keras_weightmods.patches import architecture, delta, files
+from keras_weightmods.patches import delta, files
 from keras_weightmods.patches import lora as adapters
-from keras_weightmods.patches.checkpoint import Checkpoint
+from keras_weightmods.patches.checkpoint import (
+    Checkpoint,
+    bytes_of,
+    mismatches,
+)
 from keras_weightmods.patches.entry import PatchEntry, WeightInfo
 from keras_weightmods.patches.ledger import (
     Applied,
@@ -63,14 +65,10 @@ class Patch:
         architecture: Tuple of `WeightInfo`, all weights of the model.
         method: String, how it was made.
         name: String or None, what it is called in reports.
-        model_class: String or None, the class of the model.
-        fingerprints: Dict from the name of a checkpoint to the SHA-256 of its
-            weights. A delta goes onto the `"base"` alone, whose weights of
-            `whole` do not count.
+        base: String, the SHA-256 of the weights that a delta goes onto, those
+            of `whole` apart; `None` in a signature, which goes onto any.
         whole: Tuple of ints, the positions of weights that are replaced as a
             whole, whatever they are in the base.
-        reparameterized: Dict from positions, as strings, to how the weights
-            there are stored, where a fixed compander stands for them.
 
     Example:
 
@@ -100,10 +98,8 @@ class Patch:
     _: dataclasses.KW_ONLY
     method: str = "delta"
     name: str | None = None
-    model_class: str | None = None
-    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+    base: str | None = None
     whole: tuple[int, ...] = ()
-    reparameterized: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.entries = tuple(sorted(self.entries, key=lambda e: e.position))
@@ -111,7 +107,8 @@ class Patch:
         for entry in self.entries:
             for array in entry.arrays:
                 array.flags.writeable = False
-            if not (is_finite(entry.numbers) and math.isfinite(entry.replaced)):
+            finite = is_finite(entry.arrays[-1])
+            if not (finite and math.isfinite(entry.replaced)):
                 broken.append(f"{entry.key}: not finite in float32")
         checks.raise_all("The patch cannot be made:", broken)
 
@@ -299,9 +296,8 @@ class Patch:
         adapters.check_plain(model)
         with Progress(1, "weight", verbose) as progress:
             values = Checkpoint("model", model)
-            self._check_fits(values)
-            self._check_base(values, Ledger(), force)
-            return adapters.write(self, model, path, rank, progress)
+            self._check(values, None if force else Ledger())
+            return adapters.write(self, values, path, rank, progress)
 
     @classmethod
     def load(cls, filepath: Any, verbose: int = 1) -> Self:
@@ -409,15 +405,13 @@ class Patch:
         checks.check_verbose(verbose)
         values = Checkpoint("model", model)
         if values.model is None:
-            self._check_fits(values)
-            self._check_base(values, Ledger(), force)
+            self._check(values, None if force else Ledger())
             return changed_list(values, self, scale)
         ledger = ledger_of(model)
         with ledger.lock, Progress(2, "step", verbose) as progress:
             name, action = ledger.name_of(self), "rescale"
             if name is None:
-                self._check_fits(values)
-                self._check_base(values, ledger, force)
+                self._check(values, None if force else ledger)
                 name, action = ledger.free_name(self.name), "add"
             progress.add()
             after = {**ledger.patches, name: Applied(self, scale)}
@@ -543,7 +537,7 @@ class Patch:
         scale = checks.check_float("scale", scale)
         values, ledger = _of_model(model)
         with ledger.lock:
-            self._check_fits(values)
+            self._check(values)
             return PatchReport(
                 action="subtract",
                 name=self.name,
@@ -589,7 +583,7 @@ class Patch:
     @property
     def nbytes(self) -> int:
         """Int, the bytes of the numbers, in a signature packed codes."""
-        return sum(entry.nbytes for entry in self.entries)
+        return sum(entry.tensor.nbytes for entry in self.entries)
 
     @property
     def model_nbytes(self) -> int:
@@ -604,9 +598,7 @@ class Patch:
             kind = type(entry.tensor).__name__
             found.update(f"{entry.key} {kind} {entry.replaced};".encode())
             for array in entry.arrays:
-                # Dtypes of ml_dtypes offer no buffer; bytes do.
-                flat = np.ascontiguousarray(array).reshape(-1)
-                found.update(flat.view("uint8").data)
+                found.update(bytes_of(array))
         return found.hexdigest()
 
     def __len__(self) -> int:
@@ -615,34 +607,17 @@ class Patch:
     def __iter__(self) -> Iterator[PatchEntry]:
         return iter(self.entries)
 
-    def keys(self) -> list[str]:
-        """Return the list of the keys `"{position}:{path}"`."""
-        return [entry.key for entry in self.entries]
-
-    def problems(self, model: Checkpoint) -> list[str]:
-        """Return what keeps the patch from fitting a `Checkpoint`."""
-        infos, argument = model.infos, f"`{model.argument}`"
-        expected = [entry.info for entry in self]
-        return architecture.problems(
-            self.architecture, infos, argument, expected
-        ) + architecture.reparameterization_problems(
-            self.reparameterized, model, expected
-        )
-
-    def _check_fits(self, model: Checkpoint) -> None:
+    def _check(self, model: Checkpoint, ledger: Ledger | None = None) -> None:
+        """Raise ValueError unless the patch fits; with a ledger, its base."""
+        argument = f"`{model.argument}`"
+        changed = {entry.position for entry in self}
         checks.raise_all(
             f"The patch does not fit the {model.argument}:",
-            self.problems(model),
+            mismatches(self.architecture, model.infos, argument, changed),
         )
-
-    def _check_base(
-        self, model: Checkpoint, ledger: Ledger, force: bool
-    ) -> None:
-        """Raise ValueError unless a model is the base that a delta needs."""
-        base = self.fingerprints.get("base")
-        if base is None or force:
+        if ledger is None or self.base is None:
             return
-        if ledger.fingerprint(model, self.whole) != base:
+        if ledger.fingerprint(model, self.whole) != self.base:
             name = getattr(model.model, "name", "a list")
             raise ValueError(
                 "The model must be the base that the patch was made for, and "
@@ -684,7 +659,7 @@ def _update(
 ) -> PatchReport:
     """Bring a model to the patches in `after`; return what was changed."""
     for applied in {**ledger.patches, **after}.values():
-        applied.patch._check_fits(model)
+        applied.patch._check(model)
     written, subtracted, left = (
         tuple(model.infos[position].key for position in positions)
         for positions in ledger.update(model, after, force)

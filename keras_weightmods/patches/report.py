@@ -145,20 +145,21 @@ def contents_report(
     """Return the `PatchContentsReport` of a patch, and of its file if any."""
     rows = []
     for entry in patch:
-        numbers, replaced = entry.numbers, entry.replaced
-        if isinstance(entry.tensor, Quantized):
-            numbers = entry.dequantized()
-        if isinstance(entry.tensor, Replacing):
-            replaced = entry.size / math.prod(entry.info.shape)
+        tensor, replaced = entry.tensor, entry.replaced
+        numbers, bits = entry.arrays[-1], 8 * entry.arrays[-1].itemsize
+        if isinstance(tensor, Quantized):
+            numbers, bits = tensor.dequantized(), tensor.bits
+        if isinstance(tensor, Replacing):
+            replaced = tensor.size / math.prod(entry.info.shape)
         rows.append(
             PatchRow(
                 key=entry.key,
                 path=entry.info.path,
                 shape=entry.info.shape,
                 depth=entry.depth,
-                entries=entry.size,
-                bits=entry.bits,
-                nbytes=entry.nbytes,
+                entries=tensor.size,
+                bits=bits,
+                nbytes=tensor.nbytes,
                 norm=float(np.linalg.norm(numbers.astype("float64"))),
                 replaced=replaced,
             )

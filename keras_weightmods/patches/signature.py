@@ -6,12 +6,21 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from keras_weightmods.patches import combine
-from keras_weightmods.patches.entry import quantize
-from keras_weightmods.patches.extract import extract
+from keras_weightmods.core import filters, keras_compat
+from keras_weightmods.patches import combine, tensors
+from keras_weightmods.patches.checkpoint import Checkpoint, mismatches
+from keras_weightmods.patches.entry import (
+    FLOATS,
+    PatchEntry,
+    float32,
+    quantize,
+)
 from keras_weightmods.patches.patch import Patch
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
+
+_REPLACED = {"keep": 0.0, "average": 0.5, "replace": 1.0}
+_MISMATCH = "The checkpoints do not match:"
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -30,11 +39,6 @@ class WeightSignature(Patch):
         RWS_c = d_c - <d_c, d_std> / <d_std, d_std> * d_std
 
     for the shallow layers, and nothing elsewhere.
-
-    Attributes:
-        fingerprints: Dict from `"init"`, `"clean"`, `"robust"` to the SHA-256
-            of the checkpoint's values. A combination keeps those that all
-            its parts share.
 
     Example:
 
@@ -147,20 +151,101 @@ class WeightSignature(Patch):
         patched = signature.apply(clean)  # a new list
         ```
         """
-        taken = depth, targets, statistics
-        return cls(**extract(init, clean, robust, *taken, name, like, verbose))
+        checks.check_choice("statistics", statistics, _REPLACED)
+        checks.check_verbose(verbose)
+        # As it is in files.
+        checks.check_string("name", name, optional=True)
+        if depth is not None and targets is not None:
+            expected = (
+                f"None where `depth` is given, which is {depth!r}, not both"
+            )
+            raise checks.error("targets", expected, targets)
+        sources = {"init": init, "clean": clean, "robust": robust}
+        if init is None:
+            del sources["init"]
+        checkpoints = {name: Checkpoint(name, x) for name, x in sources.items()}
+        with_lora = [
+            f"{argument}, {layer.path}: call `kwm.merge_lora(model)` first"
+            for argument, each in checkpoints.items()
+            if each.model is not None
+            for layer in keras_compat.layers_of(each.model)
+            if getattr(layer, "lora_enabled", False)
+        ]
+        checks.raise_all("Signatures are of models without LoRA:", with_lora)
+        layout = _layout(checkpoints, like)
+        problems = [
+            problem
+            for argument, each in checkpoints.items()
+            for problem in mismatches(layout.infos, each.infos, argument)
+        ]
+        checks.raise_all(_MISMATCH, problems)
+        # Shapes and dtypes are the checkpoint's: `like` may have others.
+        infos = tuple(
+            dataclasses.replace(info, path=named.path, stored=named.stored)
+            for info, named in zip(checkpoints["clean"].infos, layout.infos)
+        )
+        roles = layout.roles(frozen=True)
+        depths = layout.depths(roles)
+        usable_roles = ["weight"] + ["statistic"] * (statistics != "keep")
+        taken = [i for i, role in enumerate(roles) if role in usable_roles]
+        if targets is None:
+            layers = 1 + max(depths)
+            depth = min(7, layers) if depth is None else depth
+            if checks.check_int("depth", depth, least=1) > layers:
+                expected = (
+                    f"at most the number of layers with a kernel, {layers}"
+                )
+                raise checks.error("depth", expected, depth)
+            taken = [i for i in taken if depths[i] < depth]
+        else:
+            found = filters.matching_weights("targets", targets, layout.model)
+            ids = {id(variable) for variable in found}
+            taken = [i for i in taken if id(layout.variables[i]) in ids]
+            if not taken:
+                raise checks.error("targets", "of at least one weight", targets)
+        for argument, each in checkpoints.items():
+            problems += mismatches(infos, each.infos, argument, taken)
+            problems += [
+                f"{argument}, {infos[i].key}: values that are not finite"
+                for i in taken
+                if each.infos[i].dtype in FLOATS
+                and not tensors.is_finite(each.read(i))
+            ]
+        for i in taken:
+            dtypes = [c.infos[i].dtype for c in checkpoints.values()]
+            if len({*dtypes}) > 1 or dtypes[0] not in FLOATS:
+                expected = "one float dtype is expected"
+                listed = ", ".join(dtypes)
+                problems.append(f"{infos[i].key}: {expected}, not {listed}")
+        checks.raise_all(_MISMATCH, problems)
+        entries = []
+        with Progress(len(taken), "weight", verbose) as progress:
+            for i in taken:
+                values = {
+                    k: c.read(i).astype("float64")
+                    for k, c in checkpoints.items()
+                }
+                replaced = 0.0
+                if roles[i] == "statistic":
+                    replaced = _REPLACED[statistics]
+                    tensor = replaced * values["robust"]
+                elif init is None:
+                    tensor = values["robust"] - values["clean"]
+                else:
+                    start = values["init"]
+                    tensor = residual(
+                        values["robust"] - start, values["clean"] - start
+                    )
+                fields = infos[i], float32(tensor), replaced, depths[i]
+                entries.append(PatchEntry(*fields))
+                progress.add()
+        method = "difference" if init is None else "rws"
+        return cls(tuple(entries), infos, method=method, name=name)
 
     @property
     def depth(self) -> int:
         """Int, the number of shallow layers that hold all of it."""
         return 1 + max((entry.depth for entry in self.entries), default=-1)
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        """Return the float32 tensor under a key `"{position}:{path}"`."""
-        for entry in self.entries:
-            if entry.key == key:
-                return entry.dequantized()
-        raise KeyError(key)
 
     @staticmethod
     def sum(
@@ -283,7 +368,7 @@ class WeightSignature(Patch):
         entries = []
         with Progress(len(self), "weight", verbose) as progress:
             for entry in self:
-                if not entry.is_statistic:
+                if not entry.info.is_statistic:
                     tensor = quantize(entry.dequantized(), bits, per_channel)
                     entry = entry.with_tensor(tensor)
                 entries.append(entry)
@@ -347,3 +432,41 @@ class WeightSignature(Patch):
             f"<WeightSignature {name}{self.method}, {len(self)} weights, depth "
             f"{self.depth}, {self.nbytes:,} bytes>"
         )
+
+
+def residual(change: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return `change` less its projection on `reference`, both flattened.
+
+    RWS (arXiv 2302.12480): what a robust checkpoint learned beyond what clean
+    training learned. Where `reference` is zero, that is all of `change`.
+
+    Args:
+        change, reference: float64 arrays of one shape.
+
+    Returns:
+        A float64 array of that shape.
+    """
+    # Against the overflow of squares, and their underflow.
+    largest = np.max(np.abs(reference), initial=0.0)
+    if largest == 0.0:
+        return change
+    unit = reference / largest
+    rest: np.ndarray = (
+        change - np.vdot(change, unit) / np.vdot(unit, unit) * unit
+    )
+    return rest
+
+
+def _layout(checkpoints: dict[str, Checkpoint], like: Any) -> Checkpoint:
+    """Return the `Checkpoint` of a model, whose layers and paths count."""
+    for argument in ("clean", "robust", "init"):
+        found = checkpoints.get(argument)
+        if found is not None and found.model is not None:
+            return found
+    if like is None:
+        expected = "a model of the architecture: lists of weights have no names"
+        raise checks.error("like", expected, like)
+    found = Checkpoint("like", like)
+    if found.model is None:
+        raise checks.error("like", "a built Keras model", like)
+    return found

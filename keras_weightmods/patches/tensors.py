@@ -1,21 +1,18 @@
-"""Sums of changes on NumPy arrays, a piece at a time and on all cores."""
+"""Sums of changes on NumPy arrays, a piece at a time."""
 
 import math
 
 import numpy as np
 
 from keras_weightmods.patches.entry import Quantized, Replacing, Sparse
-from keras_weightmods.utils import parallel
 
 # Elements: small enough for the temporaries of one piece to stay in cache, and
 # large enough for threads not to wait for each other between NumPy's calls.
 _PIECE = 1 << 18
-# Elements: what a thread computes at a time.
-_PART = 1 << 22
 _ALIGNMENT = 64
 
 
-def rebuilt_pieces(clean, terms, part=slice(None), out=None):
+def rebuilt_pieces(clean, terms, out=None):
     """Yield slices and `clean + sum(scale * (tensor - replaced * clean))`.
 
     Where the shares that are replaced, `scale * replaced`, sum to more than 1,
@@ -30,7 +27,6 @@ def rebuilt_pieces(clean, terms, part=slice(None), out=None):
         terms: List of triples of a float `scale`; an array, `Quantized` or
             `Sparse` of the shape of `clean`; and a float `replaced`, 0 beside
             `Sparse`.
-        part: Slice of the arrays flattened, the part to go through.
         out: Array to write to, of the dtype and shape of `clean`, contiguous.
             Defaults to `None`, for memory that is used again for the next
             piece.
@@ -38,10 +34,19 @@ def rebuilt_pieces(clean, terms, part=slice(None), out=None):
     clean = clean.reshape(-1)
     target = None if out is None else out.reshape(-1)
     dtype = np.dtype("float64" if clean.dtype == "float64" else "float32")
-    first, last, _ = part.indices(clean.size)
-    size = min(_PIECE, last - first)
+    size = min(_PIECE, clean.size)
     total, product = np.empty(size, dtype), np.empty(size, dtype)
     rounded = total if dtype == clean.dtype else np.empty(size, clean.dtype)
+    tensors = [
+        x.dequantized() if isinstance(x, Quantized) else x for _, x, _ in terms
+    ]
+    exact = [
+        x
+        for (scale, *_), x in zip(terms, tensors)
+        if scale == 1 and isinstance(x, Replacing)
+    ]
+    if not all(isinstance(x, Sparse) for x in tensors):
+        exact = []
     # What overflows the dtype is found by the caller, who checks the result.
     with np.errstate(over="ignore", invalid="ignore"):
         share = math.fsum(scale * replaced for scale, _, replaced in terms)
@@ -50,13 +55,13 @@ def rebuilt_pieces(clean, terms, part=slice(None), out=None):
             for scale, _, replaced in terms
         ]
         left_out = dtype.type(min(1.0, share))
-    for start in range(first, last, _PIECE):
-        piece = slice(start, min(start + _PIECE, last))
+    for start in range(0, clean.size, _PIECE):
+        piece = slice(start, min(start + _PIECE, clean.size))
         with np.errstate(over="ignore", invalid="ignore"):
             base = clean[piece].astype(dtype, copy=False)
             sums, scratch = total[: base.size], product[: base.size]
-            delta = _scaled(terms[0][1], scales[0], piece, base, sums)
-            for (_, tensor, _), scale in zip(terms[1:], scales[1:]):
+            delta = _scaled(tensors[0], scales[0], piece, base, sums)
+            for tensor, scale in zip(tensors[1:], scales[1:]):
                 scaled = _scaled(tensor, scale, piece, base, scratch)
                 delta = np.add(delta, scaled, out=sums)
             if left_out:
@@ -65,47 +70,29 @@ def rebuilt_pieces(clean, terms, part=slice(None), out=None):
             values = rounded[: base.size] if target is None else target[piece]
             # Adds in the dtype of both, and then rounds.
             np.add(base, delta, out=values, casting="same_kind")
-        for scale, tensor, _ in terms:
-            if scale == 1 and isinstance(tensor, Replacing):
-                others = [x for _, x, _ in terms if x is not tensor]
-                tensor.put(piece, others, values)
+        for tensor in exact:
+            places, new = tensor.within(piece)
+            others = [x.within(piece)[0] for x in tensors if x is not tensor]
+            alone = ~np.isin(places, np.concatenate([places[:0], *others]))
+            values[places[alone]] = new[alone]
         yield piece, values
 
 
 def _scaled(tensor, scale, piece, base, out):
     """Return what a term adds to `base`, in `out` if there is work to do."""
     if isinstance(tensor, Sparse):
-        return tensor.scaled_part(piece, scale, base, out)
-    if isinstance(tensor, Quantized):
-        values = tensor.part(piece)
-    else:
-        values = tensor.reshape(-1)[piece]
+        places, values = tensor.within(piece)
+        values = values.astype(out.dtype)
+        if isinstance(tensor, Replacing):
+            values -= base[places]
+        # The neutral element of addition; 0.0 + -0.0 is 0.0.
+        out.fill(-0.0)
+        out[places] = values * scale
+        return out
+    values = tensor.reshape(-1)[piece]
     if scale == 1:
         return values.astype(out.dtype, copy=False)
     return np.multiply(values, scale, out=out)
-
-
-def over_parts(function, arrays):
-    """Call a function for all parts of arrays, on all cores.
-
-    Args:
-        function: Callable of a key of `arrays`, and a slice of that array
-            flattened.
-        arrays: Dict of arrays.
-
-    Returns:
-        Dict from the keys to lists of what `function` returned.
-    """
-    calls = [
-        (key, slice(start, min(start + _PART, array.size)))
-        for key, array in arrays.items()
-        for start in range(0, array.size, _PART)
-    ]
-    found: dict = {key: [] for key in arrays}
-    results = parallel.map_ahead(lambda call: function(*call), calls)
-    for (key, _), result in zip(calls, results):
-        found[key].append(result)
-    return found
 
 
 def empty_aligned(shape, dtype):
@@ -129,11 +116,11 @@ def is_finite(x):
     )
 
 
-def is_rebuilt(array, clean, terms, part=slice(None)):
+def is_rebuilt(array, clean, terms):
     """Return whether `array` is what `rebuilt_pieces` gives, bit for bit."""
     unsigned = f"u{array.dtype.itemsize}"
     bits = array.reshape(-1).view(unsigned)
     return all(
         np.array_equal(bits[piece], values.view(unsigned))
-        for piece, values in rebuilt_pieces(clean, terms, part)
+        for piece, values in rebuilt_pieces(clean, terms)
     )

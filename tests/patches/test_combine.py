@@ -6,10 +6,12 @@ from keras_weightmods.patches.combine import elected_mean
 from tests.models import make_signature
 from tests.patches import references
 
+pytestmark = pytest.mark.one_backend
+
 
 def test_ties_without_a_majority():
     a = np.array([1.0, 0.0, 3.0])
-    got = elected_mean([a, -a + [0, 0, 1]])
+    got = elected_mean([a, -a + [0, 0, 1]], [1.0, 1.0])
     np.testing.assert_array_equal(got, [0.0, 0.0, 3.0])
 
 
@@ -48,8 +50,6 @@ def test_algebra(model):
     assert not np.any(whole(a - a))
     assert (2 * a).method == "rws"
     assert (a + b).method == "sum"
-    assert (a + a).fingerprints == a.fingerprints
-    assert (a + b).fingerprints == {}
 
 
 @pytest.mark.parametrize("density", [0.1, 0.4])

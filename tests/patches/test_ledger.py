@@ -7,6 +7,7 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods import Patch
+from tests.backends import breadth
 from tests.models import (
     CONV,
     CONV_B,
@@ -19,11 +20,14 @@ from tests.models import (
 )
 from tests.patches import references
 
+DTYPES = ["bfloat16", "float32", "float16"]
+# The first and the last order, and one between.
+ORDERS = [*itertools.permutations(range(4))][::23] + [(2, 0, 3, 1)]
 
-@pytest.fixture(params=["float32", "bfloat16", "float16"])
-def patched(request):
+
+def made(dtype):
     """A model, its clean weights, and patches by name."""
-    model = conv_net(dtype=request.param)
+    model = conv_net(dtype=dtype)
     clean = random_weights(model, 0)
     clean[CONV].reshape(-1)[:4] = -0.0
     deltas = {}
@@ -49,8 +53,9 @@ def patched(request):
     )
 
 
-def test_the_order_leaves_no_trace(patched):
-    model, clean, patches = patched
+@breadth("dtype", DTYPES)
+def test_the_order_leaves_no_trace(dtype):
+    model, clean, patches = made(dtype)
     expected = {frozenset(): clean}
 
     def check():
@@ -58,26 +63,23 @@ def test_the_order_leaves_no_trace(patched):
         names = frozenset(Patch.on(model))
         assert_same_bits(now, expected.setdefault(names, now))
 
-    for order in itertools.permutations(patches):
-        for name in order:
+    for order in ORDERS:
+        names = [[*patches][i] for i in order]
+        for name in names:
             patches[name].apply(model, 0.3)
             patches[name].apply(model, 0.7)
             check()
-        for name in order:
+        for name in names:
             # Where nothing was changed, force is exact too.
             force = name in ("half", "quantized")
             report = patches[name].remove(model, force=force)
             assert not report.subtracted
             check()
         assert report.clean_nbytes == 0
-    assert len(expected) == 16
-
-
-def test_what_is_kept(patched):
-    """Of a weight that deltas alone change, the entries that they change."""
-    model, clean, patches = patched
+    assert len(expected) > 10
+    # Of a weight that deltas alone change, their entries are kept.
     half, signature = patches["half"], patches["signature"]
-    of_delta = sum(e.size for e in half) * clean[CONV].itemsize
+    of_delta = sum(e.tensor.size for e in half) * clean[CONV].itemsize
     assert half.apply(model).clean_nbytes == of_delta
     assert signature.apply(model).clean_nbytes > of_delta
     assert signature.remove(model).clean_nbytes == of_delta
@@ -86,8 +88,10 @@ def test_what_is_kept(patched):
     assert_same_bits(weights_of(model), clean)
 
 
-def test_weights_changed_since(patched):
-    model, clean, patches = patched
+@pytest.mark.one_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_changed_since(dtype):
+    model, clean, patches = made(dtype)
     half, signature = patches["half"], patches["signature"]
     for patch in (half, signature):
         patch.apply(model)
@@ -123,6 +127,7 @@ def test_weights_changed_since(patched):
     assert_same_bits([now[CONV_B]], [clean[CONV_B]])
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scales", [(1, 1, 1), (3,), (0.5, 0.5), (2, -0.1, 2)])
 def test_statistics_of_several_patches_are_a_mixture(dtype, scales):
@@ -161,6 +166,7 @@ def test_statistics_of_several_patches_are_a_mixture(dtype, scales):
             )
 
 
+@pytest.mark.one_backend
 def test_statistics_that_were_left_are_no_longer_patched():
     model = conv_net()
     model.set_weights(random_weights(model, 0))
