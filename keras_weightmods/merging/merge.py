@@ -294,7 +294,12 @@ def merge(
         if to_file:
             reader = template.reader
             if reader is None:
-                reader = _reader_of(template.model, output, stack)
+                # The file of a model in memory gets its config and assets.
+                folder = os.path.dirname(os.path.abspath(output))
+                made = tempfile.TemporaryDirectory(dir=folder, prefix=".")
+                path = os.path.join(stack.enter_context(made), "model")
+                model_file.save_model(template.model, path, verbose=0)
+                reader = opened("base", path).reader
             with model_file.merged_writer(reader, output, overwrite) as writer:
                 for name in reader.entries:
                     if not states.is_weight(name):
@@ -371,17 +376,6 @@ def _checked(
             expected = f"a list of {len(models)} elements"
             raise checks.error("weights", expected, weights)
     return numbers
-
-
-def _reader_of(model: Any, output: Any, stack: contextlib.ExitStack) -> Any:
-    """Return the `Reader` of a model's own file, made beside `output`."""
-    folder = os.path.dirname(os.path.abspath(output))
-    made = tempfile.TemporaryDirectory(dir=folder, prefix=".")
-    path = os.path.join(stack.enter_context(made), "model")
-    model_file.save_model(model, path, verbose=0)
-    reader = model_file.open_model(path)
-    stack.callback(reader.close)
-    return reader
 
 
 def _reading(weight: Any, sources: list[Source]) -> Any:

@@ -74,59 +74,53 @@ class Task:
         return np.random.Generator(bits.advance(draws))
 
     def kth_largest(self, *counts: int) -> list[list[Any]]:
-        """Return of each model the `count`-th largest of its changes."""
-        return kth_largest(
-            lambda part: self.changes(part)[1], self.pieces(), *counts
-        )
+        """Return the `count`-th largest size of the changes of each model.
 
+        In two passes over them. The bits of floats that are not negative are
+        in the order of the numbers: the upper half of those sought is found in
+        the first pass, the lower half in the second.
 
-def kth_largest(
-    rows_of: Callable[[Any], list[np.ndarray]], pieces: list[Any], *counts: int
-) -> list[list[Any]]:
-    """Return the `count`-th largest size of each of several rows of numbers.
+        Args:
+            *counts: Ints, from 1 to the number of entries.
 
-    In two passes over them. The bits of floats that are not negative are in
-    the order of the numbers: the upper half of those sought is found in the
-    first pass, the lower half in the second.
+        Returns:
+            List with an entry for each count, the list of the sizes, float32,
+            for each model.
+        """
 
-    Args:
-        rows_of: Callable from a piece to what the rows have there, a list of an
-            array for each. They go by their sizes in float32. Several threads
-            call it.
-        pieces: List of what it takes.
-        *counts: Ints, from 1 to how many there are in a row.
+        def counted(halves):
+            """Return how often each half of 16 bits is in each of the rows."""
 
-    Returns:
-        List with an entry for each count, the list of the sizes for each row.
-    """
+            def of_piece(piece):
+                _, changes = self.changes(piece)
+                rows = [rank(x).view("uint32") for x in changes]
+                return [
+                    [np.bincount(x, minlength=1 << 16) for x in halves(i, bits)]
+                    for i, bits in enumerate(rows)
+                ]
 
-    def counted(halves):
-        """Return how often each half of 16 bits is in each of the rows."""
+            return sum(map(np.array, map_ahead(of_piece, self.pieces())))
 
-        def of_piece(piece):
-            rows = [rank(x).view("uint32") for x in rows_of(piece)]
-            return [
-                [np.bincount(x, minlength=1 << 16) for x in halves(row, bits)]
-                for row, bits in enumerate(rows)
+        uppers = counted(lambda row, bits: [bits >> 16])[:, 0]
+        found = [[_place(row, count) for count in counts] for row in uppers]
+
+        def lower(row, bits):
+            return [bits[bits >> 16 == high] & 0xFFFF for high, _ in found[row]]
+
+        lowers = counted(lower)
+        bits = [
+            [
+                high << 16 | _place(lowers[row, i], rest)[0]
+                for row, (high, rest) in enumerate(column)
             ]
-
-        return sum(map(np.array, map_ahead(of_piece, pieces)))
-
-    uppers = counted(lambda row, bits: [bits >> 16])[:, 0]
-    found = [[_place(row, count) for count in counts] for row in uppers]
-
-    def lower(row, bits):
-        return [bits[bits >> 16 == upper] & 0xFFFF for upper, _ in found[row]]
-
-    lowers = counted(lower)
-    bits = [
-        [
-            upper << 16 | _place(lowers[row, i], rest)[0]
-            for row, (upper, rest) in enumerate(column)
+            for i, column in enumerate(zip(*found))
         ]
-        for i, column in enumerate(zip(*found))
-    ]
-    return [list(row) for row in np.array(bits, "uint32").view("float32")]
+        return [list(row) for row in np.array(bits, "uint32").view("float32")]
+
+
+def rank(x):
+    """Return the sizes of changes, as `kth_largest` compares them."""
+    return np.abs(x).astype("float32", copy=False)
 
 
 def _place(counts, count):
@@ -135,8 +129,3 @@ def _place(counts, count):
     place = int(np.searchsorted(above, count))
     found = counts.size - 1 - place
     return found, count - int(above[place] - counts[found])
-
-
-def rank(x):
-    """Return the sizes of changes, as `kth_largest` compares them."""
-    return np.abs(x).astype("float32", copy=False)

@@ -2,15 +2,12 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from keras_weightmods.patches.checkpoint import mismatches
 from keras_weightmods.utils import checks
-
-S = TypeVar("S")
 
 
 def summed(signatures, method, weights, density, drop_rate, seed):
@@ -41,7 +38,7 @@ def summed(signatures, method, weights, density, drop_rate, seed):
             expected = f"numbers that do not sum to 0 for method {method!r}"
             raise checks.error("weights", expected, weights)
         shares = [weight / total for weight in weights]
-    fuse = functools.partial(weighted_sum, weights=shares)
+    fuse, keep = functools.partial(weighted_sum, weights=shares), None
     if method == "ties":
         if min(weights) < 0:
             expected = (
@@ -51,21 +48,23 @@ def summed(signatures, method, weights, density, drop_rate, seed):
             raise checks.error("weights", expected, weights)
         fuse = functools.partial(elected_mean, weights=weights)
         keep = functools.partial(trimmed, density=density)
-        signatures = [_map_weights(each, keep) for each in signatures]
     elif method == "dare":
         generator = np.random.default_rng(seed)
 
-        def drop(arrays):
+        def keep(arrays):
             return [dropped(x, drop_rate, generator) for x in arrays]
 
-        signatures = [_map_weights(each, drop) for each in signatures]
-    return _combined(signatures, fuse, shares, method)
-
-
-def linear_combination(signatures: Sequence[S], weights, method) -> S:
-    """Return the sum of `weights[i] * signatures[i]`, computed in float64."""
-    fuse = functools.partial(weighted_sum, weights=weights)
-    return _combined(signatures, fuse, weights, method)
+    if keep is not None:
+        signatures = [_map_weights(each, keep) for each in signatures]
+    entries = []
+    for found in _aligned(signatures):
+        is_statistic = found[0].info.is_statistic
+        arrays = [entry.dequantized("float64") for entry in found]
+        tensor = weighted_sum(arrays, shares) if is_statistic else fuse(arrays)
+        replaced = math.fsum(w * e.replaced for w, e in zip(shares, found))
+        entries.append(found[0].with_tensor(tensor, replaced=replaced))
+    only = signatures[0].name if count == 1 else None
+    return signatures[0].with_entries(entries, method=method, name=only)
 
 
 def cosine_similarity(first: Any, second: Any) -> float:
@@ -150,34 +149,6 @@ def trimmed(arrays, density):
     place = magnitudes.size - kept
     threshold = np.partition(magnitudes, place)[place]
     return [np.where(np.abs(x) >= threshold, x, 0.0) for x in arrays]
-
-
-def _combined(signatures, function, weights, method):
-    """Combine signatures, weight by weight.
-
-    Args:
-        signatures: List of `WeightSignature`, compatible.
-        function: Callable from a list of float64 arrays, one for each
-            signature and zero where it has nothing, to an array. Statistics
-            are summed with `weights` instead.
-        weights: List of floats.
-        method: String, the `method` of the result.
-
-    Returns:
-        A signature in float32, of the type of the first.
-    """
-    entries = []
-    for found in _aligned(signatures):
-        arrays = [entry.dequantized("float64") for entry in found]
-        if found[0].info.is_statistic:
-            tensor = weighted_sum(arrays, weights)
-        else:
-            tensor = function(arrays)
-        replaced = math.fsum(w * e.replaced for w, e in zip(weights, found))
-        entries.append(found[0].with_tensor(tensor, replaced=replaced))
-    first, *others = signatures
-    name = None if others else first.name
-    return first.with_entries(entries, method=method, name=name)
 
 
 def _map_weights(signature, function):

@@ -399,31 +399,32 @@ class WeightSignature(Patch):
         """Return the same with other entries."""
         return dataclasses.replace(self, entries=tuple(entries), **fields)
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self, other: "WeightSignature") -> "WeightSignature":
         if not isinstance(other, WeightSignature):
             return NotImplemented
-        return combine.linear_combination([self, other], [1.0, 1.0], "sum")
+        return WeightSignature.sum([self, other])
 
-    def __sub__(self, other: Self) -> Self:
+    def __sub__(self, other: "WeightSignature") -> "WeightSignature":
         return self + -other
 
-    def __mul__(self, factor: float) -> Self:
+    def __mul__(self, factor: float) -> "WeightSignature":
         if not checks.is_number(factor):
             return NotImplemented
         factor = checks.check_float("factor", factor)
-        return combine.linear_combination([self], [factor], self.method)
+        made = WeightSignature.sum([self], weights=[factor])
+        return made.with_entries(made.entries, method=self.method)
 
     __rmul__ = __mul__
     # NumPy scalars on the left would make an array of it.
     __array_ufunc__ = None
 
-    def __truediv__(self, divisor: float) -> Self:
+    def __truediv__(self, divisor: float) -> "WeightSignature":
         if not checks.is_number(divisor):
             return NotImplemented
         factor: float = 1.0 / checks.check_float("divisor", divisor)
         return self * factor
 
-    def __neg__(self) -> Self:
+    def __neg__(self) -> "WeightSignature":
         return self * -1.0
 
     def __repr__(self) -> str:

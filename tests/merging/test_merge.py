@@ -490,43 +490,33 @@ def test_wrong_arguments_are_found_before_a_weight_is_read(
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize("method", METHODS)
-def test_one_entry_that_is_not_finite(method):
-    """One entry: it is looked for before any method leaves it out."""
-    found = models()
-    weights = weights_of(found[0])
-    weights[0][1, 2] = np.nan
-    found[0].set_weights(weights)
-    before = weights_of(found[-1])
-    with pytest.raises(ValueError, match="must be finite to be merged"):
-        kwm.merge(output=found[-1], **arguments(method, found))
-    assert_same_bits(weights_of(found[-1]), before)
-
-
-@pytest.mark.one_backend
-def test_what_is_kept_must_be_finite_too(tmp_path):
-    """Excluded weights, in a model and a file, and after a cast."""
+def test_what_is_not_finite_is_refused(tmp_path):
+    """One entry that a method leaves out; what is excluded; after a cast."""
     paths, (a, b, output) = files(tmp_path)
-    path, given = tmp_path / "m", {"exclude": "kernel", "verbose": 0}
+    path = tmp_path / "m"
 
-    def check(models, output):
-        before = weights_of(output)
-        with pytest.raises(ValueError, match=r"must be finite in .*kernel"):
-            kwm.merge(models, output, **given)
-        assert_same_bits(weights_of(output), before)
+    def check(match, models, output, *args, **kwargs):
+        with pytest.raises(ValueError, match=match):
+            kwm.merge(models, output, *args, verbose=0, **kwargs)
+        if output == path:
+            assert not path.exists()
 
-    half = mlp(dtype="float16")
-    a.set_weights([x * 0 + 1e6 for x in weights_of(a)])
-    b.set_weights([x * 0 for x in weights_of(b)])
-    given["weights"] = [1, 99]
-    check([a, b], half)
-    kwm.merge([a, b], output, **given)
+    before = weights_of(output)
+    weights = weights_of(b)
+    weights[0][1, 2] = np.nan
+    b.set_weights(weights)
+    check("must be finite to be merged", [a, b], output, "ties", base=output)
+    assert_same_bits(weights_of(output), before)
+    b.set_weights([np.zeros_like(x) for x in weights])
+    kept = {"exclude": "kernel", "weights": [1, 99]}
+    a.set_weights([np.full_like(x, 1e6) for x in weights])
+    match = r"must be finite in .*kernel"
+    check(match, [a, b], mlp(dtype="float16"), **kept)
+    kwm.merge([a, b], output, verbose=0, **kept)
     a.layers[0].kernel.assign(a.layers[0].kernel * np.nan)
-    check([a, b], output)
+    check(match, [a, b], output, **kept)
     kwm.save_model(a, paths[0])
-    with pytest.raises(ValueError, match="must be finite in float32"):
-        kwm.merge(paths[:2], path, **given)
-    assert not path.exists()
+    check("must be finite in float32", paths[:2], path, **kept)
 
 
 @pytest.mark.one_backend
