@@ -99,12 +99,13 @@ def stored_name(layer: Any, attribute: str) -> Any:
     return None
 
 
-def view(obj: Any, **attributes: Any) -> Any:
-    """Return what is `obj` but for some attributes; `obj` is not changed.
+def view(obj: Any, cls: Any = None, /, **attributes: Any) -> Any:
+    """Return what is `obj` but for its class, if given, and some attributes.
 
-    It shares all else with it, variables too. To be read and dropped.
+    `obj` is not changed. The view shares all else with it, variables too. To
+    be read and dropped.
     """
-    other = object.__new__(type(obj))
+    other = object.__new__(cls or type(obj))
     vars(other).update(vars(obj), **attributes)
     return other
 

@@ -7,6 +7,7 @@ as `CompanderDense`, are made of the same parts.
 """
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,9 @@ from keras import ops
 
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import put_slots, slots
+
+# Whether attached layers give the configs of their plain classes.
+_AS_PLAIN = contextvars.ContextVar("as_plain", default=False)
 
 
 class ReparameterizedLayer:
@@ -82,6 +86,8 @@ class AttachedLayer:
     """
 
     def get_config(self: Any):
+        if _AS_PLAIN.get():
+            return super().get_config()
         raise ValueError(
             f"Layer '{self.name}' is reparameterized, and Keras cannot save, "
             "clone or copy a reparameterized model as a whole. Save it with "
@@ -185,20 +191,20 @@ def checkpoint_arrays(layer: Any) -> dict[str, tuple[Any, str]]:
 
 
 @contextlib.contextmanager
-def plain_classes(model: Any) -> Iterator[None]:
-    """Give the layers their own classes in a scope, to be serialized."""
-    generated = {
-        layer: type(layer)
-        for layer in keras_compat.layers_of(model)
-        if isinstance(layer, AttachedLayer)
-    }
+def plain_configs() -> Iterator[None]:
+    """Let attached layers give their configs, to this thread alone."""
+    token = _AS_PLAIN.set(True)
     try:
-        for layer, cls in generated.items():
-            layer.__class__ = cls.__bases__[-1]
         yield
     finally:
-        for layer, cls in generated.items():
-            layer.__class__ = cls
+        _AS_PLAIN.reset(token)
+
+
+def plain_view(layer: Any) -> Any:
+    """Return an attached layer as a view of its own class, others as is."""
+    if isinstance(layer, AttachedLayer):
+        return keras_compat.view(layer, type(layer).__bases__[-1])
+    return layer
 
 
 def _stored_items(layer):

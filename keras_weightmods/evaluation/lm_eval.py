@@ -1,6 +1,5 @@
 """Keras language models in EleutherAI's `lm-eval`."""
 
-import functools
 import itertools
 from typing import Any
 
@@ -15,6 +14,7 @@ from keras_weightmods.evaluation.token_scorer import (
     padded_rows,
 )
 from keras_weightmods.utils.checks import check_int
+from keras_weightmods.utils.progress import Progress
 
 # Lengths that generation is compiled for are multiples of this.
 _LENGTH_STEP = 64
@@ -88,19 +88,13 @@ def lm_eval_model(
     check_int("length", length, least=1)
     check_int("batch_size", batch_size, 1, 2**31 - 1)
     check_int("chunk_size", chunk_size, least=1)
-    return _class_for(TemplateLM)(model, length, batch_size, chunk_size)
-
-
-@functools.cache
-def _class_for(base: Any) -> Any:
     # lm-eval is imported where it is used.
-    return type("KerasLM", (_KerasLM, base), {})
+    cls: Any = type("KerasLM", (_KerasLM, TemplateLM), {})
+    return cls(model, length, batch_size, chunk_size)
 
 
 class _KerasLM:
     """Implement what `lm_eval.api.model.TemplateLM` leaves to subclasses."""
-
-    cache_hook: Any
 
     def __init__(
         self, model: Any, length: int, batch_size: int, chunk_size: int
@@ -138,11 +132,7 @@ class _KerasLM:
         return tokens
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
-        pairs = [(context, scored) for _, context, scored in requests]
-        results = self._log_probabilities(pairs)
-        for (strings, _, _), result in zip(requests, results):
-            self.cache_hook.add_partial("loglikelihood", strings, result)
-        return results
+        return self._log_probabilities([pair for _, *pair in requests])
 
     def loglikelihood_rolling(
         self, requests: Any, disable_tqdm: bool = False
@@ -160,25 +150,17 @@ class _KerasLM:
         totals = [0.0] * len(requests)
         for index, (value, _) in zip(owners, self._log_probabilities(pairs)):
             totals[index] += value
-        for request, total in zip(requests, totals):
-            self.cache_hook.add_partial(
-                "loglikelihood_rolling", request.args, total
-            )
         return totals
 
     def generate_until(
         self, requests: Any, disable_tqdm: bool = False
     ) -> list[str]:
-        progress = keras.utils.Progbar(len(requests))
-        progress.update(0)
-        results = []
         greedy = _Greedy(self.model)
-        for request in requests:
-            context, options = request.args
-            result = self._generate(greedy, context, dict(options))
-            self.cache_hook.add_partial("generate_until", request.args, result)
-            results.append(result)
-            progress.update(len(results))
+        results = []
+        with Progress(len(requests), "request") as progress:
+            for request in progress.each(requests):
+                context, options = request.args
+                results.append(self._generate(greedy, context, options))
         return results
 
     def _log_probabilities(self, pairs: Any) -> Any:
@@ -194,23 +176,20 @@ class _KerasLM:
         results: list[Any] = [None] * len(pairs)
         # Those of one length together; the longest first, for its memory.
         order = sorted(range(len(pairs)), key=lambda i: -len(windows[i]))
-        progress = keras.utils.Progbar(len(pairs))
-        progress.update(0)
         rows = padded_rows(len(order), self.batch_size)
-        for first in range(0, len(order), self.batch_size):
-            batch = order[first : first + self.batch_size]
-            scores = self._scorer.score_windows(
-                [np.asarray(windows[i]) for i in batch],
-                rows,
-                self.length,
-            )
-            for i, (losses, is_greedy) in zip(batch, scores):
-                count = len(pairs[i][1])
-                results[i] = (
-                    -float(losses[-count:].sum(dtype="float64")),
-                    bool(is_greedy[-count:].all()),
+        starts = range(0, len(order), self.batch_size)
+        with Progress(len(starts), "batch") as progress:
+            for first in progress.each(starts):
+                batch = order[first : first + self.batch_size]
+                scores = self._scorer.score_windows(
+                    [windows[i] for i in batch], rows, self.length
                 )
-            progress.update(first + len(batch))
+                for i, (losses, is_greedy) in zip(batch, scores):
+                    count = len(pairs[i][1])
+                    results[i] = (
+                        -float(losses[-count:].sum(dtype="float64")),
+                        bool(is_greedy[-count:].all()),
+                    )
         return results
 
     def _generate(self, greedy: Any, context: Any, options: Any) -> Any:
@@ -271,7 +250,8 @@ class _Greedy:
             keras.tree.map_structure(keras.ops.convert_to_tensor, inputs),
             stop_token_ids=stops,
         )
-        new = keras.ops.convert_to_numpy(outputs["token_ids"])[0]
-        used = keras.ops.convert_to_numpy(outputs["padding_mask"])[0]
-        chosen = slice(len(prompt), total)
-        return new[chosen][used[chosen].astype(bool)].tolist()
+        new, used = (
+            keras.ops.convert_to_numpy(outputs[name])[0, len(prompt) : total]
+            for name in ("token_ids", "padding_mask")
+        )
+        return new[used.astype(bool)].tolist()

@@ -132,27 +132,17 @@ class Perplexity:
         batch_size: int = 1,
         chunk_size: int = 256,
     ) -> None:
-        checks.check_int("length", length, least=1)
-        stride = checks.check_int(
-            "stride", length if stride is None else stride, 1
-        )
-        checks.check_int("chunk_size", chunk_size, least=1)
-        if stride > length:
-            raise ValueError(
-                "`stride` must be at most `length`, or tokens between two "
-                f"windows are left out. Received: stride={stride}, "
-                f"length={length}"
-            )
+        checks.check_int("length", length, 1)
+        checks.check_int("stride", stride, 1, length, optional=True)
+        checks.check_int("chunk_size", chunk_size, 1)
+        checks.check_int("batch_size", batch_size, 1, 2**31 - 1)
         if not isinstance(model, keras.Model):
             expected = "a `keras.Model`, from tokens to logits"
             raise checks.error("model", expected, model)
-        length = longest_input(model, length)
         self.model = model
-        self.length = length
-        self.stride = min(stride, length)
-        self.batch_size = checks.check_int(
-            "batch_size", batch_size, 1, 2**31 - 1
-        )
+        self.length = longest_input(model, length)
+        self.stride = min(stride or length, self.length)
+        self.batch_size = batch_size
         self._score = TokenScorer(model, chunk_size)
 
     def __call__(

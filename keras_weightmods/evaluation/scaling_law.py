@@ -172,24 +172,12 @@ def fit_scaling_law(
     # conditioned; B is the loss at one token, far outside of the data.
     center = float(np.exp(np.log(tokens).mean()))
     x = tokens / center
-    start = _start(x, losses, optimize.nnls)
-    parameters, covariance = optimize.curve_fit(
-        lambda x, floor, size, beta: floor + size * x**-beta,
-        x,
-        losses,
-        p0=start,
-        jac=lambda x, floor, size, beta: _gradient(x, size, beta),
-        bounds=(0.0, [np.inf, np.inf, _LARGEST_BETA]),
-        xtol=1e-12,
-        ftol=1e-12,
-        gtol=1e-12,
-    )
-    floor, size, beta = map(float, parameters)
-    if floor < 1e-9 * losses.min():
-        # The solver stays inside of its bounds.
-        floor = 0.0
+    floor, size, beta = _least_squares(x, losses, optimize)
     residuals = losses - (floor + size * x**-beta)
     freedom = len(losses) - 3
+    variance = residuals @ residuals / freedom
+    gradient = _gradient(x, size, beta)
+    covariance = variance * np.linalg.pinv(gradient.T @ gradient)
     quantile = float(stats.t.ppf((1 + confidence) / 2, freedom))
     spread = quantile * np.sqrt(np.diag(covariance))
     # B = size * center**beta, whose logarithm is nearly normal.
@@ -197,18 +185,18 @@ def fit_scaling_law(
     slope = np.array([0.0, 1 / size, np.log(center)])
     log_spread = quantile * np.sqrt(slope @ covariance @ slope)
     with np.errstate(over="ignore"):
-        b_interval = np.exp(log_b - log_spread), np.exp(log_b + log_spread)
+        b_low, b_high = np.exp([log_b - log_spread, log_b + log_spread])
     return ScalingLaw(
         L_inf=floor,
         B=float(np.exp(log_b)),
         beta=beta,
         intervals={
             "L_inf": (max(0.0, floor - spread[0]), floor + spread[0]),
-            "B": (float(b_interval[0]), float(b_interval[1])),
+            "B": (float(b_low), float(b_high)),
             "beta": (max(0.0, beta - spread[2]), beta + spread[2]),
         },
         confidence=confidence,
-        residual=float(np.sqrt(residuals @ residuals / freedom)),
+        residual=float(np.sqrt(variance)),
         _covariance=covariance,
         _center=center,
         _quantile=quantile,
@@ -230,18 +218,29 @@ def _gradient(x: Any, size: Any, beta: Any) -> np.ndarray:
     )
 
 
-def _start(x: Any, losses: Any, nnls: Any) -> Any:
-    """Return the best of many exponents, with its best other parameters."""
-    best = None
-    for beta in np.geomspace(0.01, _LARGEST_BETA, 100):
+def _least_squares(x: Any, losses: Any, optimize: Any) -> Any:
+    """Return the best exponent, behind its best other parameters."""
+
+    def fit(beta: float) -> Any:
         columns = np.stack([np.ones_like(x), x**-beta], axis=1)
-        (floor, size), norm = nnls(columns, losses)
-        if size > 0 and (best is None or norm < best[0]):
-            best = norm, (floor, size, beta)
+        (floor, size), norm = optimize.nnls(columns, losses)
+        return norm, float(floor), float(size)
+
+    betas = np.geomspace(0.01, _LARGEST_BETA, 100)
+    best = int(np.argmin([fit(beta)[0] for beta in betas]))
+    beta = float(
+        optimize.minimize_scalar(
+            lambda beta: fit(beta)[0],
+            bounds=(betas[max(best - 1, 0)], betas[min(best + 1, 99)]),
+            method="bounded",
+            options={"xatol": 1e-12},
+        ).x
+    )
+    norm, floor, size = fit(beta)
     constant = float(np.linalg.norm(losses - losses.mean()))
-    if best is None or best[0] >= constant * (1 - 1e-9):
+    if size == 0 or norm >= constant * (1 - 1e-9):
         raise ValueError(
             "The losses must fall with the tokens. Received: losses that a "
             "constant fits as well as a falling law"
         )
-    return best[1]
+    return floor, size, beta

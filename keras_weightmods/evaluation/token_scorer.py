@@ -106,7 +106,7 @@ class TokenScorer:
         longest = max(map(len, windows)) - 1
         # One of few lengths, since each compiles anew.
         width = min(length, 1 << (longest - 1).bit_length())
-        width = fixed_length(self.model) or width
+        width = _fixed_length(self.model) or width
         tokens = np.zeros((rows, width + 1), dtype="int32")
         mask = np.zeros((rows, width), dtype=bool)
         # A row of nothing but padding may give NaN.
@@ -136,7 +136,7 @@ def padded_rows(count, batch_size):
     return min(batch_size, 1 << max(0, count - 1).bit_length())
 
 
-def fixed_length(model):
+def _fixed_length(model):
     """Return the length that the model's inputs must have, or None."""
     shapes = [tensor.shape for tensor in getattr(model, "inputs", None) or ()]
     return next((shape[1] for shape in shapes if len(shape) == 2), None)
@@ -145,7 +145,7 @@ def fixed_length(model):
 def longest_input(model, length):
     """Return `length`, or less where the model takes less."""
     limits = [
-        fixed_length(model),
+        _fixed_length(model),
         # Of KerasHub's backbones, those with an embedding of positions.
         getattr(getattr(model, "backbone", None), "max_sequence_length", None),
     ]

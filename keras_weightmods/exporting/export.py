@@ -1,6 +1,7 @@
 """A model as a file for other runtimes."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -17,9 +18,7 @@ from keras_weightmods.core.head import input_of
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import gguf_file
 from keras_weightmods.utils import checks
-from keras_weightmods.utils.dtypes import bytes_of
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import size_text
 
 # What writes a file, once all is checked.
 Write = Callable[[str, Progress], Any]
@@ -37,8 +36,6 @@ class ExportFormat:
         ending: String, of the file; empty for a folder.
         needs: Dict from the backends that can write it, `""` for any, to the
             names of the modules that it imports there.
-        install: String, what `pip install` takes for these modules, where it
-            is not their names.
         keeps_packed: String, the backend on which its files can call the
             compiled kernels; empty for none.
     """
@@ -48,7 +45,6 @@ class ExportFormat:
     needs: dict[str, tuple[str, ...]] = dataclasses.field(
         default_factory=lambda: {"": ()}
     )
-    install: str = ""
     keeps_packed: str = ""
 
 
@@ -63,7 +59,7 @@ def register_export_format(
             to what writes the file: a callable from its path and a progress
             bar, whose `add()` counts a step. Only the second finds packed
             weights dense.
-        **fields: `ending`, `needs`, `install` and `keeps_packed`, see
+        **fields: `ending`, `needs` and `keeps_packed`, see
             `ExportFormat`.
 
     Raises:
@@ -114,8 +110,8 @@ def export(
     """Write a model for another runtime, packed kernels in dense form.
 
     No other runtime reads packed kernels: they are given their dense form for
-    the time of the export, and a warning tells the sizes. Afterwards the model
-    is as it was. int8 activations are a matter of the packed product, so that
+    the time of the export, and a warning says so. Afterwards the model is as
+    it was. int8 activations are a matter of the packed product, so that
     a model packed with them is exported with float ones.
 
     The files appear whole, once all is written, or not at all.
@@ -196,16 +192,20 @@ def export(
         expected = "a built `keras.Model`. Call it on data once"
         raise checks.error("model", expected, model)
     _check_needs(format, keep_packed)
+    packed = [i for i in reparameterizations(model) if not i.keeps_stored]
     with Progress(1, "step", verbose) as progress:
         write = FORMATS[format].writer(model, **kwargs)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             target = str(pathlib.Path(folder) / path.name)
-            if keep_packed:
+            if keep_packed or not packed:
                 write(target, progress)
-                if format == "torch":
-                    _check_torch_loads(target)
             else:
-                progress.total += len(_warn_about_sizes(model))
+                warnings.warn(
+                    f"{len(packed)} packed weights are exported in dense form. "
+                    "`kwm.save_model` keeps them packed.",
+                    stacklevel=2,
+                )
+                progress.total += len(packed)
                 with seam.stored_weights(model, progress.add):
                     write(target, progress)
             # More than one is there for OpenVINO, or a large ONNX model.
@@ -266,53 +266,40 @@ def _check_needs(format: str, keep_packed: bool) -> None:
             "in 'torch' on torch alone. Received: keep_packed=True, "
             f"format={format!r} on {backend!r}"
         )
+    if keep_packed and backend == "torch":
+        version = importlib.metadata.version("torch")
+        if tuple(map(int, version.split(".")[:2])) < (2, 10):
+            # It gives gradients to all that it loads, and integers have none.
+            raise ValueError(
+                "torch before 2.10 cannot load the integer weights that it "
+                "writes. Upgrade torch, or leave out `keep_packed`. Received: "
+                f"keep_packed=True with torch {version}"
+            )
     missing = [m for m in needed if importlib.util.find_spec(m) is None]
     if missing:
         raise ImportError(
             f"The format {format!r} needs {', '.join(missing)} on {backend}. "
-            f"Install with: pip install {chosen.install or ' '.join(needed)}"
+            f"Install with: pip install {' '.join(needed).replace('_', '-')}"
         )
-
-
-def _check_torch_loads(path: str) -> None:
-    """Raise ValueError where torch cannot load a file with packed kernels.
-
-    Up to 2.9 it gives gradients to all parameters, and integers have none;
-    where the weights are no parameters, it loads them.
-    """
-    import torch
-
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10):
-        return
-    try:
-        torch.export.load(path)
-    except RuntimeError as error:
-        raise ValueError(
-            "This torch cannot load the integer weights that it has written; "
-            "torch 2.10 and newer can. Upgrade torch, or leave out "
-            "`keep_packed`. Received: keep_packed=True with torch "
-            f"{torch.__version__}"
-        ) from error
 
 
 def _by_keras(format: str) -> Callable[..., Write]:
     """Return the writer of a format of `keras.Model.export`."""
+
+    def spec_of(tensor: Any) -> keras.InputSpec:
+        shape = (None, *tensor.shape[1:])
+        return keras.InputSpec(tensor.dtype, shape, name=tensor.name)
 
     def writer(model: Any, **kwargs: Any) -> Write:
         kwargs = {"verbose": False, **kwargs}
         inputs = input_of(model)
         if format == "onnx" and inputs is not None:
             # Keras asks for a call of the model first, or for this.
-            signature = [keras.tree.map_structure(_spec_of, inputs)]
+            signature = [keras.tree.map_structure(spec_of, inputs)]
             kwargs = {"input_signature": signature, **kwargs}
         return lambda path, _: model.export(path, format=format, **kwargs)
 
     return writer
-
-
-def _spec_of(tensor: Any) -> keras.InputSpec:
-    shape = (None, *tensor.shape[1:])
-    return keras.InputSpec(tensor.dtype, shape, name=tensor.name)
 
 
 def _gguf_writer(model: Any, **kwargs: Any) -> Write:
@@ -326,20 +313,7 @@ def _transformers_writer(model: Any) -> Write:
     if write is None:
         expected = "a KerasHub model with `export_to_transformers`"
         raise checks.error("model", expected, model)
-
-    def write_folder(path: str, _: Progress) -> None:
-        try:
-            write(path)
-        except ValueError as error:
-            if "ransformer" not in str(error):
-                raise
-            raise ValueError(
-                f"KerasHub says: {error}. Where it is the tokenizer that it "
-                "cannot export, set `model.preprocessor = None`, and keep the "
-                f"tokenizer elsewhere. Received: model={model.name!r}"
-            ) from error
-
-    return write_folder
+    return lambda path, _: write(path)
 
 
 def _check_plain(model: Any, format: str) -> None:
@@ -363,25 +337,6 @@ def _check_plain(model: Any, format: str) -> None:
         )
 
 
-def _warn_about_sizes(model: Any) -> list[Any]:
-    """Return what is packed in a model; warn that it becomes dense."""
-    items = [i for i in reparameterizations(model) if not i.keeps_stored]
-    if items:
-        arrays = [(weight.shape, weight.dtype) for weight in model.weights]
-        now = bytes_of(arrays)
-        packed = bytes_of(
-            (p.shape, p.dtype) for item in items for p in item.parameters
-        )
-        dense = bytes_of((item.target.shape, item.dtype) for item in items)
-        warnings.warn(
-            f"{len(items)} packed weights are exported in dense form: "
-            f"{size_text(now - packed + dense)} of weights, where the packed "
-            f"model has {size_text(now)}. `kwm.save_model` keeps them packed.",
-            stacklevel=3,
-        )
-    return items
-
-
 # All formats, by their names. OpenVINO does not convert the calls of XLA that
 # JAX 0.10 gives.
 FORMATS: dict[str, ExportFormat] = {
@@ -396,8 +351,8 @@ FORMATS: dict[str, ExportFormat] = {
     ),
     "onnx": ExportFormat(
         _by_keras("onnx"),
-        ending=".onnx",
-        needs={
+        ".onnx",
+        {
             "tensorflow": ("tf2onnx",),
             "jax": ("jax2onnx",),
             "torch": ("onnx", "onnxscript"),
@@ -405,28 +360,19 @@ FORMATS: dict[str, ExportFormat] = {
     ),
     "openvino": ExportFormat(
         _by_keras("openvino"),
-        ending=".xml",
-        needs={"tensorflow": ("openvino",), "torch": ("openvino",)},
+        ".xml",
+        {"tensorflow": ("openvino",), "torch": ("openvino",)},
     ),
     "litert": ExportFormat(
         _by_keras("litert"),
-        ending=".tflite",
-        needs={"tensorflow": (), "torch": ("litert_torch",)},
-        install="litert-torch",
+        ".tflite",
+        {"tensorflow": (), "torch": ("litert_torch",)},
     ),
     "torch": ExportFormat(
-        _by_keras("torch"),
-        ending=".pt2",
-        needs={"torch": ()},
-        keeps_packed="torch",
+        _by_keras("torch"), ".pt2", {"torch": ()}, keeps_packed="torch"
     ),
     "transformers": ExportFormat(
-        _transformers_writer, needs={"": ("keras_hub",)}, install="keras-hub"
+        _transformers_writer, needs={"": ("keras_hub",)}
     ),
-    "gguf": ExportFormat(
-        _gguf_writer,
-        ending=".gguf",
-        needs={"": ("gguf",)},
-        install="'keras-weightmods[gguf]'",
-    ),
+    "gguf": ExportFormat(_gguf_writer, ".gguf", {"": ("gguf",)}),
 }

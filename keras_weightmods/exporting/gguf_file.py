@@ -33,7 +33,6 @@ _TENSORS = {
     "output": "token_embedding/reverse_embeddings",
     "output_norm": "sequence_output_layernorm/scale",
 }
-_EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 
 def writer(
@@ -71,27 +70,43 @@ def writer(
         raise checks.error("model", expected, model)
     if tokenizer_from is not None and not os.path.isfile(tokenizer_from):
         raise checks.error("tokenizer_from", "a GGUF file", tokenizer_from)
-    tokenizer = _tokenizer_of(model, tokenizer_from)
-    _check_vocabulary(backbone, tokenizer, tokenizer_from)
-    _check_rows(backbone, dtype)
+    if backbone.rope_position_scaling_factor != 1:
+        raise ValueError(
+            "A GGUF file of this kind has no linear scaling of positions. "
+            "Received: a model with rope_position_scaling_factor="
+            f"{backbone.rope_position_scaling_factor}"
+        )
+    for name in ("hidden_dim", "intermediate_dim"):
+        size = getattr(backbone, name)
+        if dtype.startswith("q") and size % _GROUP:
+            raise ValueError(
+                f"dtype={dtype!r} takes rows of a multiple of {_GROUP} entries."
+                f" Received: a model with {name}={size}. Use dtype='f16'."
+            )
+    gguf = importlib.import_module("gguf")
+    count, add_tokenizer = _tokenizer(gguf, model, tokenizer_from)
+    if count not in (None, backbone.vocabulary_size):
+        raise ValueError(
+            "llama.cpp needs a token for each row of the embeddings. Received: "
+            f"a tokenizer of {count} tokens, and a model with vocabulary_size="
+            f"{backbone.vocabulary_size}"
+        )
 
     def write(path: str, progress: Progress) -> None:
-        gguf = importlib.import_module("gguf")
         file = gguf.GGUFWriter(path, "llama")
         prefix = "ALL" if dtype == "f32" else "MOSTLY"
         types = gguf.LlamaFileType
         file.add_file_type(types[f"{prefix}_{dtype.upper()}"])
         _add_config(file, backbone, context_length)
-        if tokenizer_from is not None:
-            _copy_tokenizer(file, tokenizer_from)
-        else:
-            _add_tokenizer(file, tokenizer)
-        kinds = gguf.GGMLQuantizationType
+        add_tokenizer(file)
         named = tensors(backbone)
         progress.total += len(named)
         for name, variable in named.items():
             value = tensor_value(name, variable)
-            kind = kinds[_kind_of(name, value.shape, dtype)]
+            is_embedding = name in ("token_embd.weight", "output.weight")
+            kind_name = "Q8_0" if is_embedding and "q4" in dtype else dtype
+            kind_name = "F32" if value.ndim == 1 else kind_name.upper()
+            kind = gguf.GGMLQuantizationType[kind_name]
             data = gguf.quants.quantize(value, kind)
             file.add_tensor(name, data, raw_dtype=kind)
             progress.add()
@@ -169,35 +184,6 @@ def rope_factors(backbone: Any) -> Any:
     return (1 / ((1 - share) / factor + share)).astype("float32")
 
 
-def _kind_of(name: str, shape: tuple[int, ...], dtype: str) -> str:
-    """Return the name of the type of a tensor."""
-    if len(shape) == 1:
-        return "F32"
-    if name in _EMBEDDINGS and dtype.startswith("q4"):
-        return "Q8_0"
-    return dtype.upper()
-
-
-def _check_rows(backbone: Any, dtype: str) -> None:
-    """Raise ValueError where the rows of a matrix have no whole groups."""
-    sizes = {
-        "hidden_dim": backbone.hidden_dim,
-        "intermediate_dim": backbone.intermediate_dim,
-    }
-    for name, size in sizes.items():
-        if dtype.startswith("q") and size % _GROUP:
-            raise ValueError(
-                f"dtype={dtype!r} takes rows of a multiple of {_GROUP} entries."
-                f" Received: a model with {name}={size}. Use dtype='f16'."
-            )
-    if backbone.rope_position_scaling_factor != 1:
-        raise ValueError(
-            "A GGUF file of this kind has no linear scaling of positions. "
-            "Received: a model with rope_position_scaling_factor="
-            f"{backbone.rope_position_scaling_factor}"
-        )
-
-
 def _add_config(file: Any, backbone: Any, context_length: int) -> None:
     head_size = backbone.hidden_dim // backbone.num_query_heads
     file.add_vocab_size(backbone.vocabulary_size)
@@ -212,12 +198,27 @@ def _add_config(file: Any, backbone: Any, context_length: int) -> None:
     file.add_layer_norm_rms_eps(backbone.layer_norm_epsilon)
 
 
-def _tokenizer_of(model: Any, tokenizer_from: Any) -> Any:
+def _tokenizer(gguf: Any, model: Any, tokenizer_from: Any) -> Any:
+    """Return how many tokens a tokenizer has, and what adds it to a file."""
+    if tokenizer_from is not None:
+        fields = gguf.GGUFReader(pathlib.Path(tokenizer_from)).fields
+        tokens = fields.get("tokenizer.ggml.tokens")
+
+        def copy(file: Any) -> None:
+            for name, field in fields.items():
+                if name.startswith("tokenizer."):
+                    kind, *inner = field.types
+                    inner = inner[0] if inner else None
+                    value = field.contents()
+                    file.add_key_value(name, value, kind, sub_type=inner)
+
+        return len(tokens.contents()) if tokens else 0, copy
+
     import keras_hub
 
     preprocessor = getattr(model, "preprocessor", None)
-    if tokenizer_from is not None or preprocessor is None:
-        return None
+    if preprocessor is None:
+        return None, lambda file: file.add_tokenizer_model("none")
     tokenizer = preprocessor.tokenizer
     if not isinstance(tokenizer, keras_hub.tokenizers.Llama3Tokenizer):
         raise ValueError(
@@ -226,61 +227,23 @@ def _tokenizer_of(model: Any, tokenizer_from: Any) -> Any:
             "a GGUF file that has the model's tokenizer, or export "
             "`model.backbone` for prompts of token ids."
         )
-    return tokenizer
 
-
-def _check_vocabulary(
-    backbone: Any, tokenizer: Any, tokenizer_from: Any
-) -> None:
-    """Raise ValueError where there is not a token for each embedding."""
-    if tokenizer is not None:
-        count = tokenizer.vocabulary_size()
-    elif tokenizer_from is not None:
-        gguf = importlib.import_module("gguf")
-        fields = gguf.GGUFReader(pathlib.Path(tokenizer_from)).fields
-        field = fields.get("tokenizer.ggml.tokens")
-        count = len(field.contents()) if field else 0
-    else:
-        return
-    if count != backbone.vocabulary_size:
-        raise ValueError(
-            "llama.cpp needs a token for each row of the embeddings. Received: "
-            f"a tokenizer of {count} tokens, and a model with vocabulary_size="
-            f"{backbone.vocabulary_size}"
+    def add(file: Any) -> None:
+        tokens = tokenizer.vocabulary
+        if isinstance(tokens, dict):
+            tokens = sorted(tokens, key=tokens.__getitem__)
+        special = {*tokenizer.special_tokens}
+        kinds = gguf.TokenType
+        file.add_tokenizer_model("gpt2")
+        # How text is split before the merges: as Llama 3 does.
+        file.add_tokenizer_pre("llama-bpe")
+        file.add_token_list(tokens)
+        file.add_token_types(
+            [kinds.CONTROL if t in special else kinds.NORMAL for t in tokens]
         )
+        file.add_token_merges([*tokenizer.merges])
+        file.add_bos_token_id(tokenizer.start_token_id)
+        file.add_eos_token_id(tokenizer.end_token_id)
+        file.add_add_bos_token(True)
 
-
-def _add_tokenizer(file: Any, tokenizer: Any) -> None:
-    if tokenizer is None:
-        file.add_tokenizer_model("none")
-        return
-    gguf = importlib.import_module("gguf")
-    tokens = tokenizer.vocabulary
-    if isinstance(tokens, dict):
-        tokens = sorted(tokens, key=tokens.__getitem__)
-    special = {*tokenizer.special_tokens}
-    kinds = gguf.TokenType
-    file.add_tokenizer_model("gpt2")
-    # How text is split before the merges: as Llama 3 does.
-    file.add_tokenizer_pre("llama-bpe")
-    file.add_token_list(tokens)
-    file.add_token_types(
-        [kinds.CONTROL if t in special else kinds.NORMAL for t in tokens]
-    )
-    file.add_token_merges([*tokenizer.merges])
-    file.add_bos_token_id(tokenizer.start_token_id)
-    file.add_eos_token_id(tokenizer.end_token_id)
-    file.add_add_bos_token(True)
-
-
-def _copy_tokenizer(file: Any, path: Any) -> None:
-    gguf = importlib.import_module("gguf")
-    for name, field in gguf.GGUFReader(pathlib.Path(path)).fields.items():
-        if name.startswith("tokenizer."):
-            kind, *element = field.types
-            file.add_key_value(
-                name,
-                field.contents(),
-                kind,
-                sub_type=element[0] if element else None,
-            )
+    return tokenizer.vocabulary_size(), add

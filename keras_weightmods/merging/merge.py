@@ -25,6 +25,7 @@ from keras_weightmods.patches.tensors import is_finite
 from keras_weightmods.saving import model as model_file
 from keras_weightmods.saving import states
 from keras_weightmods.saving.atomic_file import check_filepath
+from keras_weightmods.saving.container import Writer
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
 from keras_weightmods.utils.progress import Progress
@@ -300,7 +301,8 @@ def merge(
                 path = os.path.join(stack.enter_context(made), "model")
                 model_file.save_model(template.model, path, verbose=0)
                 reader = opened("base", path).reader
-            with model_file.merged_writer(reader, output, overwrite) as writer:
+            form = model_file.FORMAT, model_file.VERSION
+            with Writer(output, *form, reader.entries, overwrite) as writer:
                 for name in reader.entries:
                     if not states.is_weight(name):
                         writer.write(name, reader.read(name))

@@ -18,12 +18,8 @@ def check_filepath(filepath, overwrite=True):
     Raises:
         ValueError: If `filepath` is no place for a file.
         FileExistsError: If there is a file and `overwrite` is False.
-        OSError: If the file system takes no such name.
     """
     path: str = os.path.realpath(checks.check_path("filepath", filepath))
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        # A name that is too long is said before the file is written beside.
-        os.lstat(path)
     is_other = os.path.lexists(path) and not os.path.isfile(path)
     if not os.path.isdir(os.path.dirname(path)) or is_other:
         # A device or a pipe would be replaced by a file, where that is allowed.
@@ -48,7 +44,7 @@ def replacing(filepath):
     folder, name = os.path.split(filepath)
     # Short, where the name is as long as the file system allows. Not by
     # `tempfile`, which makes files that only their owner may read.
-    ending = "".join(pathlib.Path(name).suffixes[-2:])[-32:]
+    ending = pathlib.Path(name).suffix[-32:]
     unique = f"{BEGINNING}{secrets.token_hex(8)}{ending}"
     temporary = os.path.join(folder, unique)
     try:
@@ -56,21 +52,13 @@ def replacing(filepath):
         if os.path.exists(filepath):
             os.chmod(temporary, stat.S_IMODE(os.stat(filepath).st_mode))
         os.replace(temporary, filepath)
-        _sync_folder(folder)
+        if os.name == "posix":
+            # So that the name survives a power cut. Some file systems, of
+            # networks mostly, have no such thing.
+            descriptor = os.open(folder, os.O_RDONLY)
+            with contextlib.suppress(OSError):
+                os.fsync(descriptor)
+            os.close(descriptor)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-
-
-def _sync_folder(folder):
-    """Have the names in a folder survive a power cut, where that exists."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder or ".", os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        # Some file systems, of networks mostly, have no such thing.
-        pass
-    finally:
-        os.close(descriptor)

@@ -1,20 +1,34 @@
 """Checkpoint: a training that was killed goes on from its last save."""
 
 import collections
+import itertools
 import os
+import random
 import re
+import sys
 import warnings
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_weightmods.backend import processes
 from keras_weightmods.core import keras_compat, train_step
-from keras_weightmods.saving import atomic_file, checkpoint_file, shared
+from keras_weightmods.saving import (
+    atomic_file,
+    bounded_json,
+    container,
+    shared,
+)
 from keras_weightmods.utils import checks
 
+_FORMAT = "keras_weightmods.checkpoint"
+_VERSION = 1
+_STATE = "state.json"
 _NAME = re.compile(r"step-\d{10}\.safetensors")
 _KEPT = 2
+# Keras numbers layers through a process.
+_NUMBER = re.compile(r"_\d+")
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -112,7 +126,7 @@ class Checkpoint(keras.callbacks.Callback):
         if not (isinstance(save_freq, str) and save_freq == "epoch"):
             checks.check_int("save_freq", save_freq, 1)
         self.save_freq = save_freq
-        # The state of the run and its random numbers.
+        # What `_load` returned.
         self._loaded: Any = None
 
     def restore(self, model: keras.Model) -> bool:
@@ -148,12 +162,12 @@ class Checkpoint(keras.callbacks.Callback):
         for name in reversed(self._names()):
             file = os.path.join(self.path, name)
             try:
-                reader = checkpoint_file.opened(file)
+                reader = container.Reader(file, _FORMAT, (_VERSION,))
             except (ValueError, OSError) as error:
                 problems.append((file, str(error)))
                 continue
             with reader:
-                self._loaded = checkpoint_file.load(model, reader)
+                self._loaded = _load(model, reader)
             if problems:
                 warnings.warn(
                     f"`Checkpoint` goes on from {name!r}, as a later one "
@@ -186,10 +200,10 @@ class Checkpoint(keras.callbacks.Callback):
         # The epoch that is next to be begun, and all steps that were made.
         self._epoch = self._taken = self._step = 0
         if self._loaded is not None:
-            (state, numbers), self._loaded = self._loaded, None
+            state, self._loaded = self._loaded, None
             self._epoch, self._taken = state["epoch"], state["taken"]
             self._go_on(state)
-            checkpoint_file.load_random(numbers)
+            _load_random(state)
         train_step.keep_weights(model)
         # Their gradients would be no part of a checkpoint.
         keras_compat.list_hidden_parameters(model)
@@ -247,7 +261,7 @@ class Checkpoint(keras.callbacks.Callback):
             "taken": self._taken,
             "stopped": stopped,
         }
-        entries, values = checkpoint_file.contents(self.model, state)
+        entries, values = _contents(self.model, state)
         if shared.is_first():
             os.makedirs(self.path, exist_ok=True)
             for each in os.listdir(self.path):
@@ -256,7 +270,9 @@ class Checkpoint(keras.callbacks.Callback):
                     os.remove(os.path.join(self.path, each))
             name = f"step-{self._taken:010d}.safetensors"
             file = os.path.join(self.path, name)
-            checkpoint_file.write(file, entries, values)
+            with container.Writer(file, _FORMAT, _VERSION, entries) as writer:
+                for name, array in values:
+                    writer.write(name, array)
             for old in self._names()[:-_KEPT]:
                 os.remove(os.path.join(self.path, old))
         else:
@@ -270,3 +286,153 @@ class Checkpoint(keras.callbacks.Callback):
         if not os.path.isdir(self.path):
             return []
         return sorted(filter(_NAME.fullmatch, os.listdir(self.path)))
+
+
+def _contents(model: Any, state: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the entries of a checkpoint, and an iterator of (name, array).
+
+    Each of several processes has to go through all of it.
+    """
+    kind, keys, *rest = np.random.get_state()
+    if kind != "MT19937":
+        raise ValueError(
+            "Expected NumPy's global generator to be the one that it starts "
+            f"with, MT19937, whose state can be saved. Received: {kind}"
+        )
+    numpy_state = [kind, np.asarray(keys).tolist(), *rest]
+    state = {**state, "python": random.getstate(), "numpy": numpy_state}
+    arrays = {_STATE: bounded_json.json_array(state)}
+    seed = keras_compat.global_seed()
+    if seed is not None:
+        arrays["random/keras"] = keras.ops.convert_to_numpy(seed)
+    if "torch" in sys.modules:
+        from keras_weightmods.backend.torch.random_stream import global_states
+
+        for device, numbers in global_states().items():
+            arrays[f"torch/{device}"] = numbers
+    own: dict[str, Any] = {}
+    # What a model saves of its own beside variables, as CAST does.
+    model.save_own_variables(own)
+    for key, value in own.items():
+        if not isinstance(value, keras.Variable):
+            arrays[f"own/{key}"] = np.asarray(value)
+    variables = _named("model", model) | _named("optimizer", model)
+    entries = {n: _entry(v) for n, v in {**arrays, **variables}.items()}
+    values = ((name, shared.whole(v)) for name, v in variables.items())
+    return entries, itertools.chain(arrays.items(), values)
+
+
+def _load(model: Any, reader: Any) -> dict[str, Any]:
+    """Load a checkpoint into a model, after it has been checked.
+
+    Returns:
+        The state of the run, with what `_load_random` takes.
+    """
+    state = _checked_state(reader)
+    backend = keras.backend.backend()
+    if state["backend"] != backend:
+        raise ValueError(
+            "A checkpoint goes on with the backend that it began with. "
+            f"Received: one of {state['backend']!r}, on {backend!r}, in "
+            f"{reader.filepath!r}"
+        )
+    if not model.built:
+        expected = "built before `fit`. Call it on a batch of data"
+        raise checks.error("model", expected, model)
+    pairs = _pairs("model", model, reader)
+    own = _group("own", reader)
+    if own:
+        # `CAST` builds its optimizer by what it is told here.
+        model.load_own_variables(own)
+    optimizer = model.optimizer
+    if optimizer is not None and not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    pairs += _pairs("optimizer", model, reader)
+    for name, variable in pairs:
+        variable.assign(reader.read(name))
+    arrays = {name: _group(name, reader) for name in ("random", "torch")}
+    return {**state, **arrays}
+
+
+def _checked_state(reader: Any) -> Any:
+    """Return the state of the run; raise ValueError if it is not one."""
+    if _STATE not in reader.entries:
+        raise reader.error(_STATE, "is missing")
+    state = reader.read_json(_STATE)
+    try:
+        counts = [state[name] for name in ("epoch", "step", "taken")]
+        version, numbers, gauss = state["python"]
+        # By generators of their own, which say what is wrong with these.
+        random.Random().setstate((version, tuple(numbers), gauss))
+        np.random.RandomState().set_state(state["numpy"])
+        is_valid = (
+            all(type(n) is int and 0 <= n < 2**53 for n in counts)
+            and isinstance(state["stopped"], bool)
+            and isinstance(state["backend"], str)
+            and isinstance(gauss, float | None)
+            and state["numpy"][2] in range(625)
+        )
+    except (LookupError, OverflowError, TypeError, ValueError):
+        is_valid = False
+    if not is_valid:
+        raise reader.error(_STATE, "is not the state of a run")
+    return state
+
+
+def _load_random(state: dict[str, Any]) -> None:
+    """Give the global generators the states that `_load` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(state["numpy"])
+    if "keras" in state["random"]:
+        seed = keras_compat.global_seed(create=True)
+        seed.assign(state["random"]["keras"])
+    if state["torch"] and "torch" in sys.modules:
+        from keras_weightmods.backend.torch import random_stream
+
+        random_stream.set_global_states(state["torch"])
+
+
+def _group(group: str, reader: Any) -> dict[str, Any]:
+    return {
+        name.removeprefix(f"{group}/"): reader.read(name)
+        for name in reader.entries
+        if name.startswith(f"{group}/")
+    }
+
+
+def _named(group: str, model: Any) -> dict[str, Any]:
+    """Return the variables of the model or its optimizer by their entries."""
+    owner = model if group == "model" else model.optimizer
+    found = [] if owner is None else owner.variables
+    return {f"{group}/{i}/{each.path}": each for i, each in enumerate(found)}
+
+
+def _entry(value: Any) -> container.Entry:
+    dtype = keras.backend.standardize_dtype(value.dtype)
+    return container.Entry(tuple(map(int, value.shape)), dtype)
+
+
+def _pairs(group: str, model: Any, reader: Any) -> list[Any]:
+    """Return pairs (entry, variable), which must be of one kind."""
+    saved = {
+        _NUMBER.sub("", name): name
+        for name in reader.entries
+        if name.startswith(f"{group}/")
+    }
+    pairs, different = [], []
+    for name, variable in _named(group, model).items():
+        found = saved.pop(_NUMBER.sub("", name), None)
+        pairs.append((found, variable))
+        if reader.entries.get(found) != _entry(variable):
+            different.append(name)
+    different += saved.values()
+    if different:
+        raise ValueError(
+            f"The checkpoint is of another {group}: {len(different)} variables "
+            f"differ, the first being {different[0]!r}. Make and compile the "
+            "model as in the run that was interrupted, and put `Checkpoint` "
+            "last among the callbacks; or delete the folder to train anew. "
+            f"Received: filepath={reader.filepath!r}"
+        )
+    return pairs

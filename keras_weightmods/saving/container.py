@@ -54,7 +54,6 @@ _MAX_RANK = 32
 _CHUNK = 4 * 2**20
 _NO_CHECKSUM = "0" * 64
 _NAME_RULE = "a name of 1 to 1024 printable characters"
-_METADATA_KEYS = {"format", "version", "sha256", "header_sha256"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,51 +164,19 @@ class Writer:
             )
 
     def __enter__(self):
-        with contextlib.ExitStack() as stack:
-            temporary = stack.enter_context(replacing(self.filepath))
-            self._file = stack.enter_context(open(temporary, "xb"))
-            self._open = stack.pop_all()
-        return self
+        self._context = self._whole_file()
+        return self._context.__enter__()
 
-    def write(self, name, array):
-        """Write the array of one entry, once."""
-        array = np.asarray(array)
-        self._check_shape(name, Entry(array.shape, array.dtype.name))
-        self.write_parts(name, [array])
+    def __exit__(self, *error):
+        return self._context.__exit__(*error)
 
-    def write_parts(self, name, parts):
-        """Write the array of one entry, once, as arrays one after another."""
-        entry, digest, size = self.entries[name], hashlib.sha256(), 0
-        self._file.seek(self._start + self._offsets[name])
-        for part in parts:
-            self._check_shape(name, Entry(entry.shape, part.dtype.name))
-            size += part.nbytes
-            if size > entry.size:
-                break
-            view = _bytes_of(np.ascontiguousarray(part))
-            self._file.write(view)
-            digest.update(view)
-        if size != entry.size:
-            raise ValueError(
-                f"Entry `{name}` must be given whole, {entry.size} bytes. "
-                f"Received: {size} bytes"
-            )
-        self._checksums[name] = digest.hexdigest()
-
-    def _check_shape(self, name, received):
-        entry = self.entries[name]
-        if received != entry:
-            raise ValueError(
-                f"Entry `{name}` must be an array of shape {entry.shape} and "
-                f"dtype {entry.dtype}. Received: shape={received.shape}, "
-                f"dtype={received.dtype}"
-            )
-
-    def __exit__(self, kind, error, traceback):
-        if kind is not None:
-            self._open.__exit__(kind, error, traceback)
-            return
-        with self._open:
+    @contextlib.contextmanager
+    def _whole_file(self):
+        with (
+            replacing(self.filepath) as temporary,
+            open(temporary, "xb") as self._file,
+        ):
+            yield self
             sums = self._checksums
             missing = [name for name in sums if sums[name] == _NO_CHECKSUM]
             if missing:
@@ -219,6 +186,33 @@ class Writer:
             self._file.write(self._header(checksum.hexdigest()))
             self._file.flush()
             os.fsync(self._file.fileno())
+
+    def write(self, name, array):
+        """Write the array of one entry, once."""
+        array, entry = np.asarray(array), self.entries[name]
+        if Entry(array.shape, array.dtype.name) != entry:
+            raise ValueError(
+                f"Entry `{name}` must be an array of shape {entry.shape} and "
+                f"dtype {entry.dtype}. Received: shape={array.shape}, "
+                f"dtype={array.dtype}"
+            )
+        self.write_parts(name, [array])
+
+    def write_parts(self, name, parts):
+        """Write the array of one entry, once, as arrays one after another."""
+        entry, digest, size = self.entries[name], hashlib.sha256(), 0
+        self._file.seek(self._start + self._offsets[name])
+        for part in parts:
+            view = _bytes_of(np.ascontiguousarray(part))
+            self._file.write(view)
+            digest.update(view)
+            size += len(view)
+        if size != entry.size:
+            raise ValueError(
+                f"Entry `{name}` must be given whole, {entry.size} bytes. "
+                f"Received: {size} bytes"
+            )
+        self._checksums[name] = digest.hexdigest()
 
     def _header(self, checksum):
         metadata = {
@@ -250,13 +244,12 @@ class Reader:
         versions: Tuple of ints, the versions of that format to accept.
         see: Callable, called with the name of each entry that is checked, and
             the number of all. Defaults to none.
-        check_data: Bool, whether to read all data to check them. If `False`,
-            the header alone is checked: call `check_data()` before the data
-            are used. Defaults to `True`.
+        checked: Names of the entries whose data are checked, where they are
+            there; call `check_data()` before other data are used. Defaults to
+            `None`, for all.
 
     Attributes:
         entries: Dict from name to `Entry`, in the order of the header.
-        version: Int, of the format.
 
     Raises:
         ValueError: If anything in the file is not as it should be: its
@@ -272,7 +265,7 @@ class Reader:
         format,
         versions,
         see=lambda name, count: None,
-        check_data=True,
+        checked=None,
     ):
         self.filepath = checks.check_path("filepath", filepath)
         self._format = format
@@ -284,8 +277,9 @@ class Reader:
         self._file = open(filepath, "rb", opener=_open)  # noqa: SIM115
         try:
             self._expected = self._check_header(format, versions)
-            if check_data:
-                self.check_data()
+            self.check_data(
+                checked and [name for name in checked if name in self.entries]
+            )
         except BaseException:
             self._file.close()
             raise
@@ -364,8 +358,18 @@ class Reader:
                 f"The header is not valid ({str(error)[:300]})"
             ) from error
         metadata = header.pop("__metadata__", None) or {}
-        self._check_metadata(metadata, format, versions)
-        self.version = int(metadata["version"])
+        found, version = metadata.get("format"), metadata.get("version")
+        if found != format and found in READERS:
+            kind = f"a file of {found!r}, which {READERS[found]} reads"
+            raise self._other(kind)
+        if not {"sha256", "header_sha256"} <= metadata.keys():
+            raise self._other("a safetensors file of another program")
+        if found != format or version not in [*map(str, versions)]:
+            raise self._error(
+                f"The header does not state format {format!r} of a version in "
+                f"{list(versions)}, but {found!r}, version {version!r}: a "
+                "later release of keras_weightmods may read it"
+            )
         checksum = metadata["header_sha256"]
         if len(checksum) == len(_NO_CHECKSUM):
             text = text.replace(checksum.encode(), _NO_CHECKSUM.encode())
@@ -375,7 +379,23 @@ class Reader:
         self.entries = {}
         self._offsets = {}
         for name, fields in header.items():
-            self.entries[name] = self._entry(name, fields)
+            if not _is_name(name):
+                raise self.error(name[:80], f"must have {_NAME_RULE}")
+            # The library is more lenient, and NumPy takes no larger shapes,
+            # even where one of the sizes is 0.
+            if not (
+                isinstance(fields, dict)
+                and isinstance(fields["dtype"], str)
+                and fields["dtype"] in _NAMES
+                and is_shape(fields["shape"])
+            ):
+                raise self.error(
+                    name,
+                    f"must have one of the dtypes {', '.join(_NAMES)}, and a "
+                    f"shape of at most {_MAX_RANK} sizes below 2**48",
+                )
+            shape = tuple(fields["shape"])
+            self.entries[name] = Entry(shape, _NAMES[fields["dtype"]])
             self._offsets[name] = fields["data_offsets"][0]
         try:
             checksums = parse_json(metadata["sha256"])
@@ -386,42 +406,6 @@ class Reader:
                 "The header must have one checksum for each entry"
             )
         return checksums
-
-    def _check_metadata(self, metadata, format, versions):
-        found = metadata.get("format")
-        if found != format and found in READERS:
-            kind = f"a file of {found!r}, which {READERS[found]} reads"
-            raise self._other(kind)
-        if found != format and "sha256" not in metadata:
-            raise self._other("a safetensors file of another program")
-        if found != format:
-            raise self._error(f"The header does not state format {format!r}")
-        version = metadata.get("version")
-        if version not in map(str, versions):
-            raise self._error(
-                f"The header states version {version!r}, not one of "
-                f"{list(versions)}: a later release of keras_weightmods may "
-                "read it"
-            )
-        if set(metadata) != _METADATA_KEYS:
-            raise self._error(
-                f"The header must have the metadata {sorted(_METADATA_KEYS)}"
-            )
-
-    def _entry(self, name, fields):
-        """Return an `Entry`, checked where the library is more lenient."""
-        if not _is_name(name):
-            raise self.error(name[:80], f"must have {_NAME_RULE}")
-        keys = {"dtype", "shape", "data_offsets"}
-        if not isinstance(fields, dict) or set(fields) != keys:
-            raise self.error(name, f"must have the fields {sorted(keys)}")
-        dtype, shape = fields["dtype"], fields["shape"]
-        if not isinstance(dtype, str) or dtype not in _NAMES:
-            raise self.error(name, f"has the unknown dtype {dtype!r}")
-        # NumPy takes no larger shapes, even where one of the sizes is 0.
-        if not is_shape(shape):
-            raise self.error(name, "has a shape that is too large")
-        return Entry(tuple(shape), _NAMES[dtype])
 
     def check_data(self, names=None):
         """Raise ValueError if the data of entries lack their checksums.

@@ -4,40 +4,52 @@ import collections
 import contextlib
 import copy
 import inspect
-import itertools
-import json
 import re
 import sys
-import warnings
 from typing import Any
 
 import keras
 
 from keras_weightmods.core import keras_compat, reparameterization, seam
 from keras_weightmods.core.execution_order import execution_order
+from keras_weightmods.core.reparameterized_layer import (
+    AttachedLayer,
+    plain_configs,
+    plain_view,
+)
 from keras_weightmods.core.targets import target_of
 from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.saving import states
 from keras_weightmods.saving.container import DTYPES
 from keras_weightmods.version import __version__
 
+# Types of the values; those in a list are of the columns of a table.
+_FORMS: dict[str, Any] = {
+    "keras_weightmods_version": str,
+    "keras_version": str,
+    "config": dict,
+    "compiles": bool,
+    "parts": [str, str, (str, type(None)), (bool, type(None))],
+    "changes": [str, str, str, dict],
+    "lora": [str, int, (int, float)],
+}
+# What Keras adds to the names of layers that were given none.
+_NUMBER = re.compile(r"_\d+")
+
 
 def describe(model, parts, left_out):
-    """Describe a model whose layers have their plain classes.
+    """Return a dict, of JSON, of how to build a model.
 
     Args:
         model: The model.
         parts: Dict from name to part, from `states.walk`.
         left_out: List, empty or of the preprocessor that is not saved.
-
-    Returns:
-        Dict, of JSON.
     """
     # A loss may be one that Keras cannot serialize.
     changed: dict[str, Any] = {"get_compile_config": lambda: None}
     if left_out:
         changed["_preprocessor"] = None
-    with keras_compat.ObjectSharingScope():
+    with plain_configs(), keras_compat.ObjectSharingScope():
         config = keras.saving.serialize_keras_object(
             keras_compat.view(model, **changed)
         )
@@ -53,11 +65,10 @@ def describe(model, parts, left_out):
         "keras_version": keras.__version__,
         "config": config,
         "compiles": compiles,
-        "with_values": False,
         "parts": _rows(parts),
         "changes": _changes(model, parts),
         "lora": [
-            [name, part.lora_rank, part.lora_alpha, _lora_is_first(part)]
+            [name, part.lora_rank, part.lora_alpha]
             for name, part in parts.items()
             if reparameterization.slots(part)
             and getattr(part, "lora_enabled", False)
@@ -67,37 +78,29 @@ def describe(model, parts, left_out):
 
 def check(description):
     """Raise ValueError if a description from a file has another form."""
-    if isinstance(description, dict):
-        # Files from before it was recorded are built without values.
-        description.setdefault("with_values", False)
     if not isinstance(description, dict) or set(description) != set(_FORMS):
         raise ValueError(f"must have the keys {sorted(_FORMS)}")
     for key, form in _FORMS.items():
-        value = description[key]
-        valid = isinstance(value, list if isinstance(form, list) else form)
-        if isinstance(form, list) and valid:
-            valid = all(
-                isinstance(row, list)
-                and len(row) == len(form)
-                and all(map(isinstance, row, form))
-                for row in value
-            )
-        if not valid:
+        if not _has_form(description[key], form):
             raise ValueError(f"has a {key!r} of another form")
-    _check_arrays(description["config"])
-
-
-def _check_arrays(config):
-    """Raise ValueError for an array that is none of numbers.
-
-    NumPy reads a dtype as `V1000000000` from a string.
-    """
-    for each in _objects(config):
+    for each in _objects(description["config"]):
         if each["class_name"] in ("__numpy__", "__tensor__"):
             inner = each.get("config")
             dtype = inner.get("dtype") if isinstance(inner, dict) else None
+            # NumPy makes a string of 4 GB of the dtype `V1000000000`.
             if not isinstance(dtype, str) or dtype not in DTYPES:
                 raise ValueError(f"has an array of the dtype {dtype!r}")
+
+
+def _has_form(value, form):
+    if not isinstance(form, list):
+        return isinstance(value, form)
+    return isinstance(value, list) and all(
+        isinstance(row, list)
+        and len(row) == len(form)
+        and all(map(isinstance, row, form))
+        for row in value
+    )
 
 
 def _objects(config):
@@ -111,19 +114,6 @@ def _objects(config):
             values.extend(value.values())
         elif isinstance(value, (list, tuple)):
             values.extend(value)
-
-
-# Types of the values; those in a list are of the columns of a table.
-_FORMS: dict[str, Any] = {
-    "keras_weightmods_version": str,
-    "keras_version": str,
-    "config": dict,
-    "compiles": bool,
-    "with_values": bool,
-    "parts": [str, str, (str, type(None)), (bool, type(None))],
-    "changes": [str, str, str, dict],
-    "lora": [str, int, (int, float), bool],
-}
 
 
 def build(description, custom_objects=None):
@@ -142,10 +132,14 @@ def build(description, custom_objects=None):
         that have no value yet: `give_values` initializes those of a part,
         `finish` the others.
     """
-    if description["with_values"]:
-        return (*_build(description, custom_objects), [])
-    with keras_compat.without_values() as pending:
-        return (*_build(description, custom_objects), pending)
+    try:
+        with keras_compat.without_values() as pending:
+            return (*_build(description, custom_objects), pending)
+    except Exception as error:
+        # Some class makes a variable of a value.
+        if "stateless scope" not in str(error):
+            raise
+    return (*_build(description, custom_objects), [])
 
 
 def give_values(part):
@@ -166,16 +160,9 @@ def finish(description, model, pending):
             keras_compat.initialize(variable)
     keras_compat.list_torch_parameters(model)
     if description["compiles"]:
-        try:
+        # It may need the preprocessor that is not there.
+        with contextlib.suppress(Exception):
             model.compile()
-        # What the code of its class raises is not known.
-        except Exception as error:
-            warnings.warn(
-                f"{model.name!r} is loaded without being compiled, as its own "
-                f"`compile()` raises {type(error).__name__}: {message(error)}. "
-                "Call `compile` with a loss before `fit`.",
-                stacklevel=3,
-            )
 
 
 def check_same(entries, parts):
@@ -203,38 +190,25 @@ def rehearsed(description, parts, entries):
         return description
     except ValueError as error:
         first = error
-    if "stateless scope" in str(first):
-        # Some class makes a variable of a value.
-        return rehearsed({**description, "with_values": True}, parts, entries)
     # A model that was made without a name returns the one that Keras gave it,
     # and some of KerasHub name their layers by a name that is given.
-    classes = {
-        keras.saving.get_registered_name(type(part))
-        for part in parts.values()
-        if isinstance(part, keras.Model)
-    }
+    models = {each for each in parts.values() if isinstance(each, keras.Model)}
+    classes = {keras.saving.get_registered_name(type(each)) for each in models}
     for unnamed in (classes, *({each} for each in sorted(classes))):
-        config = _without_names(description["config"], unnamed)
-        changed = {**description, "config": config}
+        changed = copy.deepcopy(description)
+        for each in _objects(changed["config"]):
+            if each.get("registered_name") in unnamed:
+                each["config"]["name"] = None
         with contextlib.suppress(ValueError):
             _rehearse(changed, parts, entries)
             return changed
     raise first
 
 
-def _without_names(config, classes):
-    """Return a config without the names of objects of these classes."""
-    config = copy.deepcopy(config)
-    for each in _objects(config):
-        if each.get("registered_name") in classes:
-            each["config"] = {**each["config"], "name": None}
-    return config
-
-
 def _rehearse(description, parts, entries):
     with keras_compat.without_traces():
         try:
-            _, built, _ = build(description, _classes(parts))
+            _, built, _ = build(description, classes_of(parts))
             check_same(entries, built)
             _check_constants(parts, built)
             states.check_quantizers(parts, built)
@@ -258,9 +232,8 @@ def _check_constants(parts, built):
         if _constants(part) != _constants(built.get(name)):
             raise ValueError(
                 f"The graph of {part.name!r} computes with a tensor that is "
-                "none of its weights, such as what an operation outside of a "
-                "layer makes of a variable: it would have other values. "
-                "Compute it in the `call` of a layer"
+                "none of its weights, and would have other values. Compute it "
+                "in the `call` of a layer"
             )
 
 
@@ -280,78 +253,41 @@ def message(error):
     return text if len(text) <= 2000 else f"{text[:2000]}..."
 
 
-def reason_against(preprocessor):
-    """Return why a preprocessor cannot be restored, or None."""
-    try:
-        with keras_compat.without_traces():
-            parts = states.walk(preprocessor)
-            config = keras.saving.serialize_keras_object(preprocessor)
-            config = json.loads(json.dumps(config))
-            with keras_compat.SafeModeScope(True):
-                built = keras.saving.deserialize_keras_object(
-                    config, _classes(parts)
-                )
-            states.copy_assets(parts, states.walk(built))
-    # What the code of its class raises is not known.
-    except Exception as error:
-        return f"{type(error).__name__}: {message(error)}"
-    return None
+def made(config, custom_objects):
+    """Make an object of its config, where no code is in it."""
+    with keras_compat.SafeModeScope(True), keras_compat.ObjectSharingScope():
+        return keras.saving.deserialize_keras_object(config, custom_objects)
 
 
 def _build(description, custom_objects):
     # A copy: `from_config` changes the config that it gets.
     config = copy.deepcopy(description["config"])
     config.pop("compile_config", None)
-    with keras_compat.SafeModeScope(True), keras_compat.ObjectSharingScope():
-        model = keras.saving.deserialize_keras_object(config, custom_objects)
+    model = made(config, custom_objects)
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
             f"Expected the config of a built keras.Model. It makes: {model!r}"
         )
     parts = states.walk(model)
-    _check_parts(description["parts"], parts)
+    _check_equal("layers", _kinds(description["parts"]), _kinds(_rows(parts)))
     for name, _, own, trainable in description["parts"]:
         part = parts[name]
         if isinstance(part, keras.Model) and own is not None:
             part.name = own  # Keras numbers those without a name anew.
         if getattr(part, "trainable", None) != trainable:
             part.trainable = trainable
-    # In the order in which they came, so that the weights are in order too.
-    _enable_lora(parts, description, first=True)
     _change(model, parts, description["changes"])
-    _enable_lora(parts, description, first=False)
+    for name, rank, alpha in description["lora"]:
+        if name not in parts or not reparameterization.slots(parts[name]):
+            # Its arrays are not in the file, which would not bound them.
+            raise ValueError(f"LoRA in {name!r}, of which no weight is changed")
+        parts[name].enable_lora(rank, lora_alpha=alpha)
     return model, parts
 
 
-def _enable_lora(parts, description, first):
-    changed = {name for name, *_ in description["changes"]}
-    changed |= {name for name in parts if reparameterization.slots(parts[name])}
-    for name, rank, alpha, is_first in description["lora"]:
-        if name not in parts.keys() & changed:
-            # Its arrays are not in the file, which would not bound them.
-            raise ValueError(f"LoRA in {name!r}, of which no weight is changed")
-        if is_first == first:
-            parts[name].enable_lora(rank, lora_alpha=alpha)
-
-
-def _lora_is_first(layer):
-    """Return whether LoRA came before the change of the weight in place."""
-    own = [id(variable) for variable in layer.weights]
-    lora = min(
-        own.index(id(variable))
-        for name, variable in keras_compat.attributes(layer).items()
-        if name.startswith("lora_") and isinstance(variable, keras.Variable)
-    )
-    return all(
-        lora < own.index(id(parameter))
-        for item in reparameterization.reparameterizations(layer)
-        for parameter in item.parameters
-    )
-
-
-def _classes(parts):
+def classes_of(parts):
     """Return {name: class}: what a user gives `load_model` if need be."""
-    classes = {type(part) for part in parts.values()}
+    classes = {type(plain_view(part)) for part in parts.values()}
     return {keras.saving.get_registered_name(cls): cls for cls in classes}
 
 
@@ -366,78 +302,37 @@ def _rows(parts):
     ]
 
 
-def _check_parts(rows, parts):
-    """Raise ValueError if the parts are not those of `rows`.
-
-    Their own names may differ in the numbers that Keras gives to layers
-    without a name; then the order must be the same, so that two layers of one
-    kind cannot have changed places.
-    """
-    built = _rows(parts)
-    _check_equal(
-        "layers", *({r[0]: r[1] for r in each} for each in (rows, built))
-    )
-    names = {name: own for name, _, own, _ in built}
-    renamed = [
-        (_numbered(own), _numbered(names[name]))
-        for name, _, own, _ in rows
-        if own != names[name]
-    ]
-    for (base, _), (other, _) in renamed:
-        if base != other:
-            raise ValueError(f"A layer {base!r} would be named {other!r}")
-    for first, second in itertools.pairwise(sorted(renamed)):
-        if first[0][0] == second[0][0] and first[1] > second[1]:
-            raise ValueError(
-                f"Two layers {first[0][0]!r} would have changed places"
-            )
-
-
-def _numbered(name):
-    # Keras clones an input to "keras_tensor_7CLONE".
-    found = re.fullmatch(r"(.*)_(\d+)((?:CLONE)*)", str(name), re.DOTALL)
-    return (found[1] + found[3], int(found[2])) if found else (str(name), 0)
+def _kinds(rows):
+    """Return {name: class and own name, without the numbers of Keras}."""
+    return {
+        name: f"{kind} {_NUMBER.sub('', str(own))!r}"
+        for name, kind, own, _ in rows
+    }
 
 
 def _check_equal(kind, saved, built):
     """Raise ValueError unless two dicts of strings are equal."""
-    problems = {
-        "not built": [name for name in saved if name not in built],
-        "built in addition": [name for name in built if name not in saved],
-        "built differently": [
-            f"{name} ({value}, not {built[name]})"
-            for name, value in saved.items()
-            if built.get(name, value) != value
-        ],
-    }
-    if any(problems.values()):
-        lists = "; ".join(
-            f"{len(names)} {problem}: {', '.join(names[:5])}"
-            for problem, names in problems.items()
-            if names
-        )
+    different = [
+        f"{name} ({saved.get(name, 'none')} saved, "
+        f"{built.get(name, 'none')} built)"
+        for name in {**saved, **built}
+        if saved.get(name) != built.get(name)
+    ]
+    if different:
         raise ValueError(
-            f"Expected the {len(saved)} {kind} that were saved. {lists}"
+            f"Expected the {len(saved)} {kind} that were saved. "
+            f"{len(different)} differ: {', '.join(different[:5])}"
         )
 
 
 def _changes(model, parts):
     """Return [part, attribute, kind, config] of each change in place."""
     names = {id(part): name for name, part in parts.items()}
-    rows = []
-    for item in reparameterization.reparameterizations(model):
-        if item.is_own:
-            continue
-        if item.name is None:
-            raise ValueError(
-                f"Expected only changes of weights that have a `name`, by "
-                f"which `load_model` makes them again. Call `{item.finish}` "
-                f"first. Received: {type(item).__name__} on "
-                f"{item.target.path!r}"
-            )
-        layer, attribute = item.target.layer, item.target.attribute
-        rows.append([names[id(layer)], attribute, item.name, item.get_config()])
-    return rows
+    return [
+        [names[id(x.target.layer)], x.target.attribute, x.name, x.get_config()]
+        for x in reparameterization.reparameterizations(model)
+        if not x.is_own
+    ]
 
 
 def _change(model, parts, rows):
@@ -448,13 +343,12 @@ def _change(model, parts, rows):
         model, [x for x in layers if isinstance(x, keras.layers.Layer)]
     )
     items: dict[Any, Any] = {}
-
     for layer, (name, attribute, kind, config) in zip(layers, rows):
         if kind not in kinds:
             raise ValueError(
                 f"Expected one of the changes {sorted(kinds)} for layer "
-                f"{name!r}. Received: {kind!r}. If it is of your own, import "
-                "its module first"
+                f"{name!r}. Received: {kind!r}. One of your own has a `name`, "
+                "and its module is imported first"
             )
         key = (id(layer), attribute)
         if not isinstance(layer, keras.layers.Layer) or key in items:
@@ -500,6 +394,10 @@ def _complete(config, model):
             )
         if wanted:
             each["config"] = wanted[0]
+        if found and isinstance(found[0], AttachedLayer):
+            # The generated class has no public name.
+            plain = keras.saving.serialize_keras_object(plain_view(found[0]))
+            each |= {key: plain[key] for key in ("module", "registered_name")}
 
 
 def _completed(layer, config):

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_weightmods.core.reparameterized_layer import plain_classes
+from keras_weightmods.core import keras_compat
 from keras_weightmods.saving import (
     atomic_file,
     bounded_json,
@@ -22,10 +22,9 @@ from keras_weightmods.saving import (
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
-_FORMAT = "keras_weightmods.model"
-_VERSION = 1
+FORMAT = "keras_weightmods.model"
+VERSION = 1
 _MODEL = "model.json"
-_ENDINGS_OF_KERAS = (".keras", ".h5", ".hdf5")
 
 
 def save_model(
@@ -112,13 +111,12 @@ def save_model(
     checks.check_verbose(verbose)
     filepath = checks.check_path("filepath", filepath)
     ending = os.path.splitext(filepath)[1].lower()
-    if ending in _ENDINGS_OF_KERAS:
-        raise ValueError(
-            f"Files that end in {ending!r} are those of Keras, and this is "
-            "another format, which `load_model` of this package reads. Name it "
-            "'.safetensors'; for a plain model there is `model.save`. "
-            f"Received: filepath={os.fspath(filepath)!r}"
+    if ending in (".keras", ".h5", ".hdf5"):
+        expected = (
+            f"a file of this package, as model.safetensors. {ending!r} is for "
+            "files of Keras, which `model.save` writes"
         )
+        raise checks.error("filepath", expected, filepath)
     if shared.is_first():
         atomic_file.check_filepath(filepath, overwrite)
     with (
@@ -126,10 +124,9 @@ def save_model(
         tempfile.TemporaryDirectory() as folder,
     ):
         left_out = _preprocessor_to_leave_out(model)
-        with plain_classes(model):
-            parts = states.walk(model, left_out)
-            described = description.describe(model, parts, left_out)
-            assets = states.save_assets(parts, folder)
+        parts = states.walk(model, left_out)
+        described = description.describe(model, parts, left_out)
+        assets = states.save_assets(parts, folder)
         weights = states.weight_entries(parts)
         progress.total = len(weights)
         text = bounded_json.json_array(described)
@@ -140,9 +137,10 @@ def save_model(
         entries = {_MODEL: container.Entry(text.shape, "uint8"), **weights}
         for name, file in assets.items():
             entries[name] = container.Entry((file.stat().st_size,), "uint8")
-        arguments = filepath, _FORMAT, _VERSION, entries, overwrite
         if shared.is_first():
-            with container.Writer(*arguments) as writer:
+            with container.Writer(
+                filepath, FORMAT, VERSION, entries, overwrite
+            ) as writer:
                 writer.write(_MODEL, text)
                 for name, file in assets.items():
                     writer.write(name, np.fromfile(file, "uint8"))
@@ -153,6 +151,36 @@ def save_model(
             # It takes part where a weight is split over processes.
             collections.deque(states.weights(parts), maxlen=0)
     shared.wait("save_model")
+
+
+def _preprocessor_to_leave_out(model: Any) -> list[Any]:
+    """Return [preprocessor] where that of the model cannot be saved, or []."""
+    preprocessor = getattr(model, "preprocessor", None)
+    if preprocessor is None:
+        return []
+    try:
+        with (
+            keras_compat.without_traces(),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            parts = states.walk(preprocessor)
+            config = keras.saving.serialize_keras_object(preprocessor)
+            built = description.made(
+                json.loads(json.dumps(config)), description.classes_of(parts)
+            )
+            states.save_assets(parts, folder)
+            states.load_assets(states.walk(built), folder)
+    # What the code of its class raises is not known.
+    except Exception as error:
+        warnings.warn(
+            f"The preprocessor of model {model.name!r} is not saved, as it "
+            "cannot be brought back from its config and assets "
+            f"({type(error).__name__}: {description.message(error)}). Keep it "
+            "elsewhere, and set `model.preprocessor` after `load_model`.",
+            stacklevel=3,
+        )
+        return [preprocessor]
+    return []
 
 
 def load_model(
@@ -182,8 +210,8 @@ def load_model(
         verbose: As in `save_model`.
 
     Returns:
-        The model: not compiled, or as its class compiles it when made. Where
-        that fails, as without a preprocessor, a warning says so.
+        The model: not compiled, or as its class compiles it when made, where
+        that does not need a preprocessor that is not there.
 
     Raises:
         ValueError: If the file is not one of `save_model`, truncated or
@@ -207,35 +235,32 @@ def load_model(
     ```
     """
     checks.check_verbose(verbose)
-    arguments = filepath, _FORMAT, (_VERSION,)
-    with (
-        Progress(1, "weight", verbose) as progress,
-        container.Reader(*arguments, _counted(progress)) as reader,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        described = read_description(reader)
-        states.extract_assets(reader, folder)
-        model, parts, pending = build_model(reader, described, custom_objects)
-        states.check_assets(parts, reader)
-        states.load(
-            parts, reader, folder, description.give_values, progress.add
-        )
-        description.finish(described, model, pending)
+    with Progress(1, "weight", verbose) as progress:
+
+        def see(name: str, count: int) -> None:
+            # Each is checked first, and loaded later.
+            progress.total = 2 * count
+            progress.add()
+
+        with (
+            container.Reader(filepath, FORMAT, (VERSION,), see) as reader,
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            described = read_description(reader)
+            states.extract_assets(reader, folder)
+            model, parts, pending = build_model(
+                reader, described, custom_objects
+            )
+            states.load(
+                parts, reader, folder, description.give_values, progress.add
+            )
+            description.finish(described, model, pending)
     return model
 
 
 def open_model(filepath: Any) -> Any:
-    """Return the `Reader` of a file, of which the header alone is checked."""
-    reader = container.Reader(
-        filepath, _FORMAT, versions=(_VERSION,), check_data=False
-    )
-    if _MODEL in reader.entries:
-        try:
-            reader.check_data([_MODEL])
-        except BaseException:
-            reader.close()
-            raise
-    return reader
+    """Return the `Reader` of a file, with the data of its weights unchecked."""
+    return container.Reader(filepath, FORMAT, (VERSION,), checked=(_MODEL,))
 
 
 def build_model(
@@ -272,57 +297,13 @@ def build_model(
     return model, parts, pending
 
 
-def merged_writer(reader: Any, filepath: Any, overwrite: bool) -> Any:
-    """Return a `Writer` of the model in another file, with other values.
-
-    Args:
-        reader: `Reader` of the file whose description and assets it takes.
-        filepath: String or path, of the file to write.
-        overwrite: Bool, whether to replace a file.
-    """
-    return container.Writer(
-        filepath, _FORMAT, _VERSION, reader.entries, overwrite
-    )
-
-
-def _counted(progress: Progress) -> Any:
-    """Return what sees entries being checked; then they are to be loaded."""
-
-    def see(name: str, count: int) -> None:
-        progress.total = 2 * count
-        progress.add()
-
-    return see
-
-
 def read_description(reader: Any) -> Any:
     """Return how the model in a file is built; checked."""
     if _MODEL not in reader.entries:
         raise reader.error(_MODEL, "is missing")
-    for name in reader.entries.keys() - {_MODEL}:
-        if not (states.is_weight(name) or states.is_asset(name)):
-            raise reader.error(name, "is not one of a model")
     described = reader.read_json(_MODEL)
     try:
         description.check(described)
     except ValueError as error:
         raise reader.error(_MODEL, str(error)) from error
     return described
-
-
-def _preprocessor_to_leave_out(model: Any) -> list[Any]:
-    """Return [preprocessor] where that of the model cannot be saved, or []."""
-    preprocessor = getattr(model, "preprocessor", None)
-    if preprocessor is None:
-        return []
-    reason = description.reason_against(preprocessor)
-    if reason is None:
-        return []
-    warnings.warn(
-        f"The preprocessor of model {model.name!r} is not saved, as it cannot "
-        f"be brought back from its config and assets ({reason}). The file "
-        "holds the model alone: keep the preprocessor elsewhere, and set "
-        "`model.preprocessor` after `load_model`.",
-        stacklevel=3,
-    )
-    return [preprocessor]

@@ -9,7 +9,6 @@ backend, where the order of `model.weights` is not.
 import collections
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 import keras
@@ -17,7 +16,10 @@ import numpy as np
 
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.core.reparameterized_layer import checkpoint_arrays
+from keras_weightmods.core.reparameterized_layer import (
+    checkpoint_arrays,
+    plain_view,
+)
 from keras_weightmods.saving import shared
 from keras_weightmods.saving.container import Entry
 
@@ -52,15 +54,17 @@ def walk(model, left_out=()):
         visited[id(part)] = part
         if is_part:
             found[name] = part
-            for attribute, child in keras_compat.walk_saveable(part):
-                visit(_join(name, attribute), child)
+            # As itself, an attached layer computes its effective weight here.
+            for key, child in keras_compat.walk_saveable(plain_view(part)):
+                visit(_join(name, key), child)
             return
         used: collections.Counter[str] = collections.Counter()
         for child in part.values() if isinstance(part, dict) else part:
-            kind = "container"
             if isinstance(child, keras_compat.KerasSaveable):
                 kind = keras_compat.to_snake_case(type(child).__name__)
-            elif not isinstance(child, _CONTAINERS):
+            elif isinstance(child, _CONTAINERS):
+                kind = "container"
+            else:
                 continue
             number = f"_{used[kind]}" if used[kind] else ""
             used[kind] += 1
@@ -99,16 +103,14 @@ def weight_entries(parts):
 def check_quantizers(parts, others):
     """Raise ValueError if other parts quantize inputs otherwise than these."""
     for name, part in parts.items():
-        if getattr(part, "quantization_mode", None) is None:
-            continue
+        mode = getattr(part, "quantization_mode", None)
         found, expected = map(_inputs_quantizer, (others.get(name), part))
-        if found != expected:
+        if mode is not None and found != expected:
             raise ValueError(
-                f"The layer {part.name!r}, {part.quantization_mode}, would "
-                f"come back with {found} for its inputs, where it has "
-                f"{expected}, and compute other values: layers of KerasHub do "
-                "not keep how they were quantized. Use `quantize('int8')`, "
-                "which is made again as it is"
+                f"The layer {part.name!r}, {mode}, would come back with "
+                f"{found} for its inputs, where it has {expected}: layers of "
+                "KerasHub do not keep how they were quantized. Use "
+                "`quantize('int8')`, which is made again as it is"
             )
 
 
@@ -129,7 +131,7 @@ def weights(parts):
             yield weight_name(part_name, key), shared.whole(value)
 
 
-def load(parts, reader, folder, prepare, see=lambda name: None):
+def load(parts, reader, folder, prepare, see):
     """Give the parts their weights and assets, one part after another.
 
     Args:
@@ -144,22 +146,22 @@ def load(parts, reader, folder, prepare, see=lambda name: None):
         part_name, _, key = name.removeprefix(_WEIGHTS).rpartition("/")
         keys[part_name].append(key)
     for part_name, part in parts.items():
-        prefix = _WEIGHTS + _join(part_name, "")
+        names = {key: weight_name(part_name, key) for key in keys[part_name]}
         prepare(part)
         try:
             if hasattr(part, "load_own_variables"):
                 part.load_own_variables(
-                    {key: reader.read(prefix + key) for key in keys[part_name]}
+                    {key: reader.read(name) for key, name in names.items()}
                 )
-            _load_assets(part_name, part, folder)
-            for key in keys[part_name]:
-                see(prefix + key)
+            load_assets({part_name: part}, folder)
         # What the code of a model's classes raises is not known.
         except Exception as error:
             raise reader.error(
-                prefix,
+                weight_name(part_name, ""),
                 f"or its assets cannot be loaded into {part!r} ({error})",
             ) from error
+        for name in names.values():
+            see(name)
 
 
 def is_weight(entry):
@@ -167,16 +169,12 @@ def is_weight(entry):
     return entry.startswith(_WEIGHTS)
 
 
-def is_asset(entry):
-    """Return whether an entry of a file, by its name, is an asset."""
-    return entry.startswith(_ASSETS)
-
-
 def save_assets(parts, folder):
     """Save what the parts keep in files, and return {entry: file}."""
     for name, part in parts.items():
-        if hasattr(part, "save_assets"):
-            part.save_assets(_folder_of(name, folder))
+        plain = plain_view(part)
+        if hasattr(plain, "save_assets"):
+            plain.save_assets(_folder_of(name, folder))
     return {
         _ASSETS + file.relative_to(folder).as_posix(): file
         for file in sorted(pathlib.Path(folder).rglob("*"))
@@ -184,43 +182,29 @@ def save_assets(parts, folder):
     }
 
 
-def copy_assets(parts, others):
-    """Load into `others` what `parts`, of the same names, keep in files."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_assets(parts, folder)
-        for name, part in others.items():
-            _load_assets(name, part, folder)
+def load_assets(parts, folder):
+    """Load what parts of the same names have put into a folder."""
+    for name, part in parts.items():
+        if hasattr(part, "load_assets"):
+            part.load_assets(_folder_of(name, folder))
 
 
 def extract_assets(reader, folder):
     """Write the assets of a file to `folder`, where `load` looks for them."""
-    for name in filter(is_asset, reader.entries):
-        steps = name.removeprefix(_ASSETS).split("/")
-        if any(
-            step in ("", ".", "..") or not {"\\", ":"}.isdisjoint(step)
-            for step in steps
-        ):
-            raise reader.error(name, "must be named as a file in a folder")
-        file = pathlib.Path(folder, *steps)
+    folder = pathlib.Path(folder).resolve()
+    for name in reader.entries:
+        if not name.startswith(_ASSETS):
+            continue
+        file = (folder / name.removeprefix(_ASSETS)).resolve()
         try:
+            if not file.is_relative_to(folder):
+                raise OSError("it would lie outside of it")
             file.parent.mkdir(parents=True, exist_ok=True)
             reader.read(name).tofile(file)
         except OSError as error:
             raise reader.error(
                 name, f"cannot be put in a temporary folder ({error})"
             ) from error
-
-
-def check_assets(parts, reader):
-    """Raise ValueError if an asset belongs to none of the parts."""
-    folders = tuple(
-        _ASSETS + _join(name, "")
-        for name, part in parts.items()
-        if hasattr(part, "load_assets")
-    )
-    for name in filter(is_asset, reader.entries):
-        if not name.startswith(folders):
-            raise reader.error(name, "belongs to no part of the model")
 
 
 def saved(part):
@@ -245,16 +229,11 @@ def weight_name(part_name, key):
     return _WEIGHTS + _join(part_name, key)
 
 
-def _load_assets(name, part, folder):
-    if hasattr(part, "load_assets"):
-        part.load_assets(_folder_of(name, folder))
-
-
 def _folder_of(name, folder):
     place = os.path.join(folder, name)
     os.makedirs(place, exist_ok=True)
     return place
 
 
-def _join(name, *more):
-    return "/".join(([name] if name else []) + list(more))
+def _join(name, key):
+    return f"{name}/{key}" if name else key

@@ -1,4 +1,6 @@
+import importlib.util
 import json
+import sys
 import types
 
 import numpy as np
@@ -6,16 +8,20 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.evaluation import lm_eval
+from tests.backends import breadth
 from tests.models import causal_lm, gpt2_preprocessor, numpy, randomize
 
 pytest.importorskip("keras_hub")
+IS_MISSING = importlib.util.find_spec("lm_eval") is None
+NEEDS_LM_EVAL = pytest.mark.skipif(IS_MISSING, reason="needs lm-eval")
+make_model = breadth("model", [True, False], indirect=True)
 
 
-@pytest.fixture(scope="module", params=["start token", "no start token"])
+@pytest.fixture(scope="module")
 def model(request):
-    preprocessor = gpt2_preprocessor(
-        add_start_token=request.param == "start token"
-    )
+    """A model whose texts begin with a start token, or with none."""
+    has_start = getattr(request, "param", True)
+    preprocessor = gpt2_preprocessor(add_start_token=has_start)
     model = causal_lm(
         "gpt2", preprocessor, hidden_dim=8, max_sequence_length=32
     )
@@ -54,11 +60,15 @@ def requests(*args):
 
 
 @pytest.fixture
-def adapted(model):
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+def adapted(model, monkeypatch):
+    if IS_MISSING:
+        base = types.SimpleNamespace(TemplateLM=object)
+        monkeypatch.setitem(sys.modules, "lm_eval.api.model", base)
     return kwm.lm_eval_model(model, length=12, batch_size=2, chunk_size=5)
 
 
+@pytest.mark.one_backend
+@NEEDS_LM_EVAL
 def test_loglikelihood(model, adapted):
     pairs = [("ab cd", " ab"), ("c", "b"), ("c d ", "ef"), ("defgh" * 4, "h")]
     results = adapted.loglikelihood(requests(*pairs))
@@ -70,25 +80,22 @@ def test_loglikelihood(model, adapted):
         assert is_greedy == likeliest[-count:].all()
 
 
-def test_loglikelihood_of_what_the_model_itself_says_is_greedy(model, adapted):
+@pytest.mark.one_backend
+def test_loglikelihood_of_tokens(model, adapted):
     whole = greedy(model, encode(model, "cd"), 2)
-    continuation = whole[-2:]
-    request = (("", ""), whole[:-2], continuation)
-    ((_, is_greedy),) = adapted._loglikelihood_tokens([request])
-    assert is_greedy
-    other = (("", ""), whole[:-2], [(continuation[0] + 1) % 9, continuation[1]])
-    ((_, is_greedy),) = adapted._loglikelihood_tokens([other])
-    assert not is_greedy
+    likeliest, other = whole[-2:], [(whole[-2] + 1) % 9, whole[-1]]
+    requests = [(("", ""), whole[:-2], each) for each in (likeliest, other)]
+    results = adapted._loglikelihood_tokens(requests)
+    assert [is_greedy for _, is_greedy in results] == [True, False]
+    for (_, context, scored), (value, _) in zip(requests, results):
+        each, _ = log_probabilities(model, np.array(context + scored))
+        assert value == pytest.approx(each[-2:].sum(), rel=1e-4)
+    with pytest.raises(ValueError, match="continuation"):
+        adapted._loglikelihood_tokens([(("", ""), [1], [2] * 13)])
 
 
-def test_empty_context_is_the_prefix_token(model, adapted):
-    ((value, _),) = adapted.loglikelihood(requests(("", "cde")))
-    tokens = np.array([0, *encode(model, "cde")[-3:]])
-    assert value == pytest.approx(
-        log_probabilities(model, tokens)[0].sum(), rel=1e-4
-    )
-
-
+@pytest.mark.one_backend
+@NEEDS_LM_EVAL
 def test_loglikelihood_rolling(model, adapted):
     texts = [("abcdefgh " * 4,), ("c",)]
     results = adapted.loglikelihood_rolling(requests(*texts))
@@ -105,6 +112,7 @@ def test_loglikelihood_rolling(model, adapted):
         assert value == pytest.approx(expected, rel=1e-4)
 
 
+@make_model
 def test_the_likeliest_tokens_without_a_change_of_the_model(model):
     before = dict(vars(model))
     start = encode(model, "ab cd")
@@ -117,6 +125,7 @@ def test_the_likeliest_tokens_without_a_change_of_the_model(model):
         assert vars(model)[name] is before[name]
 
 
+@pytest.mark.one_backend
 def test_generate_until_is_greedy(model, adapted):
     text = model.preprocessor.tokenizer.detokenize
     prompt = "ab cd"
@@ -141,6 +150,7 @@ def test_generate_until_is_greedy(model, adapted):
         adapted.generate_until(requests((prompt, {"do_sample": True})))
 
 
+@pytest.mark.one_backend
 def test_only_end_tokens_end_a_text(adapted, monkeypatch):
     # Token 0 is an ordinary one in most vocabularies.
     monkeypatch.setattr(type(adapted), "eot_token_id", 3)
@@ -149,10 +159,10 @@ def test_only_end_tokens_end_a_text(adapted, monkeypatch):
     assert text == "a<|endoftext|>b"
 
 
-def test_local_tasks_of_a_dense_a_sparse_and_a_packed_model(
-    model, tmp_path, monkeypatch
-):
-    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+@pytest.mark.one_backend
+@NEEDS_LM_EVAL
+def test_local_tasks(model, tmp_path, monkeypatch):
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -195,72 +205,38 @@ def test_local_tasks_of_a_dense_a_sparse_and_a_packed_model(
         task = {"task": name, **common, **task}
         (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
 
-    def evaluate():
-        manager = TaskManager(
-            include_path=str(tmp_path), include_defaults=False
-        )
-        results = lm_eval.simple_evaluate(
-            model=kwm.lm_eval_model(model),
-            tasks=list(tasks),
-            task_manager=manager,
-            bootstrap_iters=0,
-        )["results"]
-        return {
-            "acc": results["letters_choice"]["acc,none"],
-            "perplexity": results["letters_rolling"]["word_perplexity,none"],
-            "match": results["letters_generate"]["exact_match,none"],
-        }
-
-    def expected():
-        hits, total, words = 0, 0.0, 0
-        for document in documents:
-            values = []
-            for choice in document["choices"]:
-                whole = encode(model, f"{document['question']} {choice}")
-                count = len(whole) - len(encode(model, document["question"]))
-                each, _ = log_probabilities(model, np.array(whole))
-                values.append(each[-count:].sum())
-            hits += int(np.argmax(values)) == document["answer"]
-            tokens = model.preprocessor.tokenizer(document["question"])
-            each, _ = log_probabilities(model, np.array([0, *tokens]))
-            total += each.sum()
-            words += len(document["question"].split())
-        return hits / len(documents), np.exp(-total / words)
-
-    def check():
-        found = evaluate()
-        accuracy, perplexity = expected()
-        assert found["acc"] == accuracy
-        assert found["perplexity"] == pytest.approx(perplexity, 1e-4)
-        return found
-
-    weights = model.get_weights()
-    try:
-        dense = check()
-        kwm.SemiStructuredSparse.attach(model)
-        kwm.SemiStructuredSparse.detach(model)
-        sparse = check()
-        kwm.pack(model)
-        packed = evaluate()
-        kwm.unpack(model)
-    finally:
-        model.set_weights(weights)
-    assert packed == pytest.approx(sparse, rel=1e-3)
-    assert sparse["perplexity"] != dense["perplexity"]
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = lm_eval.simple_evaluate(
+        model=kwm.lm_eval_model(model),
+        tasks=list(tasks),
+        task_manager=manager,
+        bootstrap_iters=0,
+    )["results"]
+    hits, total, words = 0, 0.0, 0
+    for document in documents:
+        values = []
+        for choice in document["choices"]:
+            whole = encode(model, f"{document['question']} {choice}")
+            count = len(whole) - len(encode(model, document["question"]))
+            each, _ = log_probabilities(model, np.array(whole))
+            values.append(each[-count:].sum())
+        hits += int(np.argmax(values)) == document["answer"]
+        tokens = model.preprocessor.tokenizer(document["question"])
+        each, _ = log_probabilities(model, np.array([0, *tokens]))
+        total += each.sum()
+        words += len(document["question"].split())
+    assert results["letters_choice"]["acc,none"] == hits / len(documents)
+    found = results["letters_rolling"]["word_perplexity,none"]
+    assert found == pytest.approx(np.exp(-total / words), 1e-4)
+    assert "exact_match,none" in results["letters_generate"]
 
 
-def test_wrong_arguments(model):
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+@pytest.mark.one_backend
+def test_wrong_arguments(model, adapted, monkeypatch):
     with pytest.raises(ValueError, match="preprocessor"):
         kwm.lm_eval_model(model.backbone)
     with pytest.raises(ValueError, match="`length`"):
         kwm.lm_eval_model(model, length=0)
-    adapted = kwm.lm_eval_model(model, length=2)
-    with pytest.raises(ValueError, match="continuation"):
-        adapted.loglikelihood(requests(("a", "bcdefg")))
-
-
-def test_without_lm_eval(model, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval.api.model", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(ImportError, match=r"keras-weightmods\[eval\]"):
         kwm.lm_eval_model(model)

@@ -66,7 +66,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     tokens = np.repeat(TOKENS, 3)
     new = 2e5
     hits = dict.fromkeys([*TRUTH, "prediction"], 0)
-    trials = 150
+    trials = 60
     for _ in range(trials):
         losses = truth(tokens) + random.normal(0, 0.01, len(tokens))
         law = kwm.fit_scaling_law(tokens, losses, confidence=0.9)
@@ -75,9 +75,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
             hits[name] += low <= value <= high
         _, low, high = law.predict(new)
         hits["prediction"] += low <= truth(new) + random.normal(0, 0.01) <= high
-    # Three standard deviations of a binomial are 0.07.
+    # Three standard deviations of a binomial are 0.12.
     for name, count in hits.items():
-        assert 0.82 <= count / trials <= 0.98, (name, count)
+        assert 0.78 <= count / trials <= 1.0, (name, count)
 
 
 def test_no_floor_is_a_fit_on_the_edge():
@@ -108,15 +108,12 @@ def test_errors(tokens, losses, message):
         kwm.fit_scaling_law(tokens, losses)
 
 
-def test_wrong_arguments():
+def test_wrong_arguments(monkeypatch):
     for confidence in (0.0, 1.0, "0.9"):
         with pytest.raises(ValueError, match="`confidence`"):
             kwm.fit_scaling_law(TOKENS, truth(TOKENS), confidence)
     with pytest.raises(ValueError, match="`tokens` must be positive"):
         kwm.fit_scaling_law(TOKENS, truth(TOKENS)).predict([1e5, 0])
-
-
-def test_without_scipy(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ImportError, match=r"keras-weightmods\[law\]"):
         kwm.fit_scaling_law(TOKENS, truth(TOKENS))

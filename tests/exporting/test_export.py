@@ -1,5 +1,4 @@
 import contextlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -15,7 +14,6 @@ from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.exporting import export as module
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
 from tests import models
-from tests.backends import breadth
 
 BACKEND = keras.backend.backend()
 X = models.normal(1, 64)
@@ -37,10 +35,9 @@ def left_alone(model):
     assert getattr(model, "optimizer", None) is optimizer
 
 
-def packed(dtype="int8", **kwargs):
+def packed(dtype="int8"):
     model = models.make_sparse(models.mlp(64, 32, 8))
-    kwargs = {"activations": FLOATS, **kwargs}
-    kwm.pack(model, dtype=dtype, **kwargs)
+    kwm.pack(model, dtype=dtype, activations=FLOATS)
     return model
 
 
@@ -84,65 +81,52 @@ def by_torch(path):
 
 RUNNERS = {
     "tf_saved_model": (by_tensorflow, "tensorflow"),
+    "torch": (by_torch, "torch"),
     "onnx": (by_onnxruntime, "onnxruntime"),
     "openvino": (by_openvino, "openvino"),
     "litert": (by_litert, "tensorflow"),
-    "torch": (by_torch, "torch"),
 }
 
 
-def skip_where_it_cannot_be_run(format):
+@pytest.mark.parametrize(
+    "format",
+    [
+        "tf_saved_model",
+        "torch",
+        pytest.param("onnx", marks=pytest.mark.one_backend),
+        pytest.param("openvino", marks=pytest.mark.heavy),
+        pytest.param("litert", marks=pytest.mark.heavy),
+    ],
+)
+def test_a_packed_model_runs_dense(format, tmp_path):
     needed = module.FORMATS[format].needs.get(BACKEND)
     if needed is None:
         pytest.skip(f"{format} is not written on {BACKEND}")
     for name in (*needed, RUNNERS[format][1]):
         pytest.importorskip(name)
-
-
-@pytest.mark.parametrize("format", RUNNERS)
-def test_a_packed_model_runs_dense(format, tmp_path):
-    skip_where_it_cannot_be_run(format)
     model = packed()
     path = tmp_path / ("model" + module.FORMATS[format].ending)
     with left_alone(model) as expected:
+        exported = model
+        if format == "onnx":
+            # One that was never called.
+            kwm.save_model(model, tmp_path / "model.safetensors")
+            exported = kwm.load_model(tmp_path / "model.safetensors")
+            os.remove(tmp_path / "model.safetensors")
         with pytest.warns(UserWarning, match="2 packed weights .* dense form"):
-            kwm.export(model, path, format=format)
+            kwm.export(exported, path, format=format)
         found = RUNNERS[format][0](str(path))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     sidecar = {"openvino": ["model.bin"]}.get(format, [])
     assert sorted(os.listdir(tmp_path)) == sorted([path.name, *sidecar])
 
 
-@pytest.mark.parametrize("format", ["tf_saved_model", "torch"])
-def test_packed_kernels_are_kept_where_they_can_be(format, tmp_path):
-    skip_where_it_cannot_be_run(format)
-    model = packed(activations="int8")
-    path = tmp_path / ("model" + module.FORMATS[format].ending)
-    if (format, BACKEND) not in (
-        ("tf_saved_model", "tensorflow"),
-        ("torch", "torch"),
-    ):
-        with pytest.raises(ValueError, match="kept in 'tf_saved_model'"):
-            kwm.export(model, path, format=format, keep_packed=True)
-        return
-    with left_alone(model) as expected:
-        if importlib.metadata.version(BACKEND).startswith("2.9."):
-            with pytest.raises(ValueError, match=r"Upgrade.*torch 2\.9"):
-                kwm.export(model, path, format=format, keep_packed=True)
-            assert not path.exists()
-            return
-        kwm.export(model, path, format=format, keep_packed=True)
-        found = RUNNERS[format][0](str(path))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
+# tests/test_runtime.py has packed kernels of Dense layers, on TensorFlow too.
+@pytest.mark.one_backend
 @pytest.mark.parametrize("keep_packed", [False, True])
 def test_a_language_model(keep_packed, tmp_path):
     pytest.importorskip("keras_hub")
-    format = "torch" if BACKEND == "torch" else "tf_saved_model"
-    skip_where_it_cannot_be_run(format)
-    if keep_packed and BACKEND == "jax":
-        pytest.skip("a SavedModel of JAX has no packed kernels")
+    torch = pytest.importorskip("torch", "2.10" if keep_packed else None)
     model = models.causal_lm("llama3", tie_word_embeddings=True)
     # The dense form has inputs in floats.
     dense = {} if keep_packed else {"head": None, "activations": FLOATS}
@@ -151,33 +135,25 @@ def test_a_language_model(keep_packed, tmp_path):
     x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     expected = models.outputs(model, x)
     specs = {n: keras.InputSpec("int32", (1, 5), name=n) for n in x}
-    path = str(tmp_path / ("model" + module.FORMATS[format].ending))
+    path = str(tmp_path / "model.pt2")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*dense form")
         kwm.export(
             model,
             path,
-            format,
+            "torch",
             keep_packed=keep_packed,
             input_signature=[specs],
         )
-    if format == "torch":
-        import torch
-
-        inputs = {name: torch.from_numpy(each) for name, each in x.items()}
-        found = models.numpy(torch.export.load(path).module()(inputs))
-    else:
-        import tensorflow as tf
-
-        loaded = tf.saved_model.load(path)
-        found = loaded.serve(x).numpy()
+    inputs = {name: torch.from_numpy(each) for name, each in x.items()}
+    found = models.numpy(torch.export.load(path).module()(inputs))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@breadth("dtype", [None, "int4"], 1)
-def test_the_scope_of_dense_weights_leaves_no_trace(dtype):
+@pytest.mark.one_backend
+def test_the_scope_of_dense_weights_leaves_no_trace():
     model = models.make_sparse(models.mlp(64, 32, 8))
-    kwm.pack(model, dtype=dtype)
+    kwm.pack(model, dtype="int4")
     for layer in model.layers:
         layer.enable_lora(2)
     model.compile("adam", "mse")
@@ -194,69 +170,61 @@ def test_the_scope_of_dense_weights_leaves_no_trace(dtype):
     assert int(model.optimizer.iterations) == steps + 1
 
 
+@pytest.mark.one_backend
 def test_an_error_leaves_the_model_and_the_folder(tmp_path, monkeypatch):
-    format = {"jax": "tf_saved_model"}.get(BACKEND, "openvino")
-    skip_where_it_cannot_be_run(format)
-    model = packed()
-    path = tmp_path / ("model" + module.FORMATS[format].ending)
-
-    def fail(self, path, *args, **kwargs):
+    def fail(path, progress):
         pathlib.Path(path).touch()
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(keras.Model, "export", fail)
+    failing = module.ExportFormat(lambda model: fail, ".pt2")
+    monkeypatch.setitem(module.FORMATS, "torch", failing)
+    model = packed()
     with left_alone(model), pytest.warns(UserWarning, match="dense form"):
         with pytest.raises(RuntimeError, match="in the middle"):
-            kwm.export(model, path, format=format)
+            kwm.export(model, tmp_path / "model.pt2", "torch")
     assert os.listdir(tmp_path) == []
 
 
-def refused(error, match, model, *args, **kwargs):
-    with pytest.raises(error, match=match):
-        kwm.export(model, *args, **kwargs)
-
-
+@pytest.mark.one_backend
 def test_what_is_refused(tmp_path, monkeypatch):
     model = packed()
-    path = tmp_path / "model"
-    refused(ValueError, "`format` must be one of", model, path, "h5")
-    refused(ValueError, "ending '.onnx'", model, path, "onnx")
-    refused(ValueError, "a folder that exists", model, path / "x" / "y")
-    refused(ValueError, "a built", keras.Sequential(), path)
-    refused(ValueError, "KerasHub model", model, path, "transformers")
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.txt").touch()
-    refused(ValueError, "a folder that was exp", model, full, "transformers")
-    file = tmp_path / "model.gguf"
-    file.touch()
-    refused(FileExistsError, "overw", model, file, "gguf", overwrite=False)
-    missing = {"litert_torch", "tf2onnx", "jax2onnx", "onnx", "gguf"}
+    (tmp_path / "model.gguf").touch()
+    missing = {"onnx", "gguf"}
     find = module.importlib.util.find_spec
     monkeypatch.setattr(
         module.importlib.util,
         "find_spec",
         lambda name: None if name in missing else find(name),
     )
-    for format in ("onnx", "gguf"):
-        path = tmp_path / f"model.{format}"
-        refused(ImportError, "Install with: pip install", model, path, format)
-    if BACKEND != "torch":
-        path = tmp_path / "model.pt2"
-        refused(ValueError, "is written on torch alone", model, path, "torch")
+    unbuilt, old = keras.Sequential(), {"overwrite": False}
+    for error, match, given, name, format, options in (
+        (ValueError, "`format` must be one of", model, "model", "h5", {}),
+        (ValueError, "ending '.onnx'", model, "model", "onnx", {}),
+        (ValueError, "a folder that exists", model, "x/y", "transformers", {}),
+        (ValueError, "a built", unbuilt, "model", "transformers", {}),
+        (ValueError, "KerasHub model", model, "model", "transformers", {}),
+        (ValueError, "that was exp", model, "full", "transformers", {}),
+        (FileExistsError, "overw", model, "model.gguf", "gguf", old),
+        (ImportError, "pip install onnx on", model, "a.onnx", "onnx", {}),
+        (ImportError, "pip install gguf", model, "model.gguf", "gguf", {}),
+        (
+            ValueError,
+            "kept in 'tf_saved_model' on TensorFlow",
+            model,
+            "model",
+            "transformers",
+            {"keep_packed": True},
+        ),
+        (ValueError, "is written on", model, "a.tflite", "other", {}),
+    ):
+        other = module.ExportFormat(None, ".tflite", {"jax": ()})
+        monkeypatch.setitem(module.FORMATS, "other", other)
+        with pytest.raises(error, match=match):
+            kwm.export(given, tmp_path / name, format, **options)
     assert sorted(os.listdir(tmp_path)) == ["full", "model.gguf"]
-
-
-@pytest.mark.one_backend
-def test_a_model_that_was_loaded_and_never_called(tmp_path):
-    skip_where_it_cannot_be_run("onnx")
-    model, path = packed(), tmp_path / "model.safetensors"
-    kwm.save_model(model, path)
-    onnx = tmp_path / "model.onnx"
-    with pytest.warns(UserWarning, match="dense form"):
-        kwm.export(kwm.load_model(path), onnx, "onnx")
-    expected = models.outputs(model, X)
-    np.testing.assert_allclose(by_onnxruntime(onnx), expected, atol=1e-5)
 
 
 @pytest.mark.skipif(
@@ -278,7 +246,7 @@ def test_keras_own_export_writes_no_packed_kernels_where_it_cannot(tmp_path):
 
 
 @pytest.mark.one_backend
-def test_a_format_from_outside(tmp_path, monkeypatch, capsys):
+def test_a_format_from_outside(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FORMATS", dict(module.FORMATS))
 
     def writer(model, digits=3):
@@ -295,12 +263,8 @@ def test_a_format_from_outside(tmp_path, monkeypatch, capsys):
     model, path = packed(), tmp_path / "model.json"
     with left_alone(model), pytest.warns(UserWarning, match="dense form"):
         kwm.export(model, path, "json", digits=2)
-    assert [len(each) for each in json.loads(path.read_text())] == [
-        64,
-        32,
-        32,
-        8,
-    ]
+    sizes = [len(each) for each in json.loads(path.read_text())]
+    assert sizes == [64, 32, 32, 8]
     kwm.save_model(model, tmp_path / "model.safetensors")
     line = "export model.safetensors --format json --set digits=2 -o a.json"
     monkeypatch.chdir(tmp_path)

@@ -39,7 +39,6 @@ from tests.faults import raised
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent.parent
 PUBLIC = runpy.run_path(str(ROOT / "docs" / "api_table.py"))["public_names"]()
-IS_LINUX = sys.platform == "linux"
 MOST_SECONDS = 2.0  # of this process' own time
 MOST_WAITED = 30.0
 MOST_MEMORY = 4 * 2**30
@@ -118,12 +117,11 @@ def subjects():
 
 def parameters_of(function):
     """Return the names of the arguments of a function."""
-    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     return [
-        parameter.name
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind not in variadic
-        and parameter.name not in ("self", "cls")
+        each.name
+        for each in inspect.signature(function).parameters.values()
+        if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        and each.name not in ("self", "cls")
     ]
 
 
@@ -544,7 +542,6 @@ BAD: dict[str, Callable[[], Any]] = {
     "2**31": lambda: 2**31,
     "2**70": lambda: 2**70,
     "10**400": lambda: 10**400,
-    "1.5": lambda: 1.5,
     "-0.5": lambda: -0.5,
     "nan": lambda: float("nan"),
     "inf": lambda: float("inf"),
@@ -554,11 +551,8 @@ BAD: dict[str, Callable[[], Any]] = {
     "'('": lambda: "(",
     "'a\\0b'": lambda: "a\0b",
     "'x' * 5000": lambda: "x" * 5000,
-    "b'bytes'": lambda: b"bytes",
     "[]": lambda: [],
-    "()": lambda: (),
     "[None]": lambda: [None],
-    "[[1]]": lambda: [[1]],
     "[[1], [1, 2]]": lambda: [[1], [1, 2]],
     "[-1]": lambda: [-1],
     "['a', 'b']": lambda: ["a", "b"],
@@ -572,20 +566,15 @@ BAD: dict[str, Callable[[], Any]] = {
     "a function that raises": lambda: _raises,
     "a class": lambda: int,
     "an iterator": lambda: iter([1, 2]),
-    "dtype": lambda: np.dtype("float32"),
     "'complex64'": lambda: "complex64",
-    "array of nothing": lambda: np.zeros((0,), "float32"),
-    "array of no rows": lambda: np.zeros((0, 8), "float32"),
     "array of no columns": lambda: np.zeros((8, 0), "float32"),
     "array of NaN": lambda: np.full((8, 8), np.nan, "float32"),
     "array of strings": lambda: np.array(["a", "b"]),
     "array of objects": lambda: np.array([None, {}], dtype=object),
     "array of complex": lambda: np.ones((8, 8), "complex64"),
     "array of bools": lambda: np.ones((8, 8), bool),
-    "array of ints": lambda: np.arange(8),
     "array of five axes": lambda: np.ones((1, 2, 1, 2, 1), "float32"),
     "scalar array": lambda: np.array(3.0),
-    "np.float64": lambda: np.float64(0.5),
     "a tensor": lambda: keras.ops.ones((2, 3)),
     "a symbol": lambda: keras.Input((3,)),
     "a variable": lambda: keras.Variable(np.zeros(3)),
@@ -619,10 +608,9 @@ def all_cases():
 
 def some_cases(count, seed=0):
     """Return a part of all cases, of each name about as many."""
-    rng = random.Random(seed)
     cases = all_cases()
-    rng.shuffle(cases)
-    seen: collections.Counter[str] = collections.Counter()
+    random.Random(seed).shuffle(cases)
+    seen = collections.Counter()
     ranked = []
     for place, (name, *_) in enumerate(cases):
         seen[name] += 1
@@ -731,30 +719,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument("--count", type=int, default=None)
-    parser.add_argument("--after", default="", help="from this name on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trace", action="store_true")
     args = parser.parse_args()
-    cases = all_cases()
-    if args.count is not None:
-        cases = some_cases(args.count, args.seed)
-    cases = [
-        case
-        for case in cases
-        if args.only in ".".join(case) and case[0] >= args.after
-    ]
-    failures = run_all(cases, args.trace)
+    cases = all_cases() if args.count is None else some_cases(args.count)
+    cases = [case for case in cases if args.only in ".".join(case)]
+    failures = run_all(cases)
     print(f"{len(cases)} wrong calls, {len(failures)} of them not refused well")
     sys.exit(bool(failures))
 
 
-def warm_up():
-    """Make Keras import what it imports when it is first used."""
-    fit_by("sgd")
-    language_model()
-
-
-def run_all(cases, trace=False):
+def run_all(cases):
     """Make all wrong calls; return what is wrong, and print it."""
     failures = {}
     warnings.simplefilter("ignore")
@@ -762,7 +735,9 @@ def run_all(cases, trace=False):
     with tempfile.TemporaryDirectory() as folder, limits():
         os.chdir(folder)
         try:
-            warm_up()
+            # Keras imports some when they are first used.
+            fit_by("sgd")
+            language_model()
             for done, case in enumerate(cases):
                 problem = run(case)
                 if problem is not None and problem.startswith("takes"):

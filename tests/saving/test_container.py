@@ -63,15 +63,6 @@ def test_round_trip_is_exact(tmp_path, path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("dtype", container.DTYPES)
-def test_every_dtype(path, dtype):
-    rng = np.random.default_rng(1)
-    kind = numpy_dtype(dtype)
-    value = rng.integers(0, 2, size=(3, 2)).astype(kind)
-    write(path, {"x": value})
-    assert_equal(read(path), {"x": value})
-
-
 @given(
     st.lists(
         st.tuples(
@@ -81,7 +72,7 @@ def test_every_dtype(path, dtype):
         max_size=6,
     )
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_shapes(tmp_path_factory, specs):
     path = tmp_path_factory.mktemp("any") / "file"
     values = {
@@ -92,24 +83,17 @@ def test_any_shapes(tmp_path_factory, specs):
     assert_equal(read(path), values)
 
 
-def test_safetensors_reads_it(path):
+def test_safetensors_reads_it_and_the_widest_come_first_so_are_aligned(path):
     write(path, arrays())
     with safetensors.safe_open(path, "np") as file:
         assert set(file.keys()) == set(arrays())
         for name, value in arrays().items():
             if value.dtype != ml_dtypes.bfloat16:
                 np.testing.assert_array_equal(file.get_tensor(name), value)
-
-
-def test_the_widest_come_first_so_that_each_is_aligned(path):
-    write(path, arrays())
-    data = path.read_bytes()
-    header, start = parse(data)
+    header, start = parse(path.read_bytes())
     assert start % 8 == 0
-    for name, tells in header.items():
-        if name != "__metadata__":
-            itemsize = arrays()[name].dtype.itemsize
-            assert tells["data_offsets"][0] % itemsize == 0
+    for name, value in arrays().items():
+        assert header[name]["data_offsets"][0] % value.dtype.itemsize == 0
 
 
 def test_writer_leaves_nothing_on_an_error(tmp_path, path):
@@ -136,25 +120,14 @@ def test_writer_leaves_nothing_on_an_error(tmp_path, path):
     [
         ({"": Entry((), "int8")}, "printable"),
         ({"a\nb": Entry((), "int8")}, "printable"),
-        ({"x" * 1025: Entry((), "int8")}, "printable"),
         ({"x": Entry((), "complex64")}, "dtypes"),
         ({f"{i:01000}": Entry((), "int8") for i in range(10_000)}, "10000 ent"),
     ],
-    ids=["empty", "newline", "long", "dtype", "many"],
+    ids=["empty", "newline", "dtype", "many"],
 )
 def test_writer_refuses(path, entries, match):
     with pytest.raises(ValueError, match=match):
         Writer(path, FORMAT, 1, entries)
-
-
-def test_writer_refuses_what_is_no_place_for_a_file(tmp_path):
-    for wrong in (tmp_path, tmp_path / "none" / "file"):
-        with pytest.raises(
-            ValueError, match="`filepath` must be a regular file"
-        ):
-            write(wrong, arrays())
-    container.write_arrays(tmp_path / "new", FORMAT, 1, {}, overwrite=False)
-    assert os.listdir(tmp_path) == ["new"]
 
 
 def test_read_returns_memory_of_its_own(path):
@@ -217,15 +190,12 @@ def test_pack_of_an_unchanged_header_is_the_file(path, data):
     assert_equal(read(path), arrays())
 
 
-def test_truncated_files(path, data):
+def test_files_that_are_shorter_or_longer(path, data):
     _, start = parse(data)
     cuts = {*range(9), start - 1, start, start + 1, len(data) - 1}
-    cuts.update(range(9, len(data), 37))
+    cuts.update(range(9, len(data), 97))
     for cut in sorted(cuts):
         assert_refused(path, data[:cut])
-
-
-def test_longer_files(path, data):
     # Before 0.6 safetensors has words of its own.
     words = "not fully covered|MetadataIncompleteBuffer"
     assert_refused(path, data + b"\0", words)
@@ -233,38 +203,31 @@ def test_longer_files(path, data):
 
 
 def test_flipped_bits(path, data):
-    _, start = parse(data)
-    for place in [*range(9), *range(9, start, 11), *range(start, len(data))]:
+    header, start = parse(data)
+    for place in [*range(9), *range(9, start, 23), *range(start, len(data), 3)]:
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
         assert_refused(path, bytes(changed))
-
-
-def test_a_flipped_bit_of_an_array_names_the_entry(path, data):
-    header, start = parse(data)
     for name in arrays():
         begin, end = header[name]["data_offsets"]
-        if begin == end:
-            continue
-        changed = bytearray(data)
-        changed[start + begin] ^= 1
-        assert_refused(path, bytes(changed), f"checksum of `{name}`")
+        if begin < end:
+            changed = bytearray(data)
+            changed[start + begin] ^= 1
+            assert_refused(path, bytes(changed), f"checksum of `{name}`")
 
 
 def test_swapped_entries(path):
     one, two = np.ones(4, "float32"), np.arange(4, dtype="float32")
     data = bytes_of(path, {"one": one, "two": two})
     header, start = parse(data)
-    names = data.replace(b'"one": {', b'"???": {')
-    names = names.replace(b'"two": {', b'"one": {')
-    names = names.replace(b'"???": {', b'"two": {')
-    assert_refused(path, names, "checksum of the header")
     moved = data[:start] + data[start + 16 :] + data[start : start + 16]
     assert_refused(path, moved, "checksum of `one`")
-    # With a header that is right in itself.
     header["one"], header["two"] = header["two"], header["one"]
-    swapped = pack(header, data[start:])
-    assert_refused(path, swapped, "checksum of `one`")
+    swapped = json.dumps(header).encode()
+    swapped = len(swapped).to_bytes(8, "little") + swapped + data[start:]
+    assert_refused(path, swapped, "checksum of the header")
+    # With a header that is right in itself.
+    assert_refused(path, pack(header, data[start:]), "checksum of `one`")
 
 
 def set_entry(name, **values):
@@ -278,7 +241,7 @@ set_empty = functools.partial(set_entry, "e/empty")
 
 def set_each(field, *values):
     """Return a change of the matrix for each of these values of a field."""
-    return {f"{field} {str(x)[:30]}": set_matrix(**{field: x}) for x in values}
+    return [set_matrix(**{field: value}) for value in values]
 
 
 def put_matrix(value):
@@ -315,111 +278,90 @@ def drop(*keys):
     return change
 
 
-# {what the error says: {name: change of the header}}
+OTHER = "safetensors file of another program"
+INVALID = "header is not valid"
+DTYPE = "Entry `a/matrix` must have one of the dtypes"
+EMPTY = "Entry `e/empty` must have one of the dtypes"
+NAME = "1024 printable characters"
+# What the error says, and changes of the header.
 HOSTILE = {
-    "safetensors file of another program": {
-        "no metadata": drop("__metadata__"),
-        "metadata null": lambda h: h.update(__metadata__=None),
-    },
-    "state format": {
-        "no format": drop("__metadata__", "format"),
-        "other format": set_metadata(format="other"),
-    },
-    "states version": {
-        "no version": drop("__metadata__", "version"),
-        **{f"version {x}": set_metadata(version=x) for x in ("4", "3.0", "-3")},
-    },
-    "must have the metadata": {
-        "no checksums": drop("__metadata__", "sha256"),
-        "no header checksum": drop("__metadata__", "header_sha256"),
-        "more metadata": set_metadata(code="print()"),
-    },
-    "one checksum for each entry": {
-        f"checksums {text[:3]}": set_metadata(sha256=text)
-        for text in ("{", "[" * 100_000, "[]", "{}")
-    },
-    "checksum of `a/matrix` does not match": {
-        f"checksum {str(value)[:3]}": set_checksum(value)
-        for value in (0, [], "00", "A" * 64, "1" * 64)
-    },
+    OTHER: [
+        drop("__metadata__"),
+        lambda header: header.update(__metadata__=None),
+        drop("__metadata__", "sha256"),
+        drop("__metadata__", "header_sha256"),
+    ],
+    "state format": [
+        drop("__metadata__", "format"),
+        set_metadata(format="other"),
+        drop("__metadata__", "version"),
+        *(set_metadata(version=x) for x in ("4", "3.0", "-3")),
+    ],
+    "one checksum for each entry": [
+        set_metadata(sha256=text) for text in ("{", "[" * 100_000, "[]", "{}")
+    ],
+    "checksum of `a/matrix` does not match": [
+        set_checksum(value) for value in (0, [], "00", "A" * 64, "1" * 64)
+    ],
     # As the safetensors library finds.
-    "header is not valid": {
-        "metadata list": lambda h: h.update(__metadata__=[]),
-        "format int": set_metadata(format=1),
-        "version int": set_metadata(version=3),
-        "version list": set_metadata(version=["3"]),
-        "metadata int": set_metadata(sha256=1),
-        **{f"entry {x}": put_matrix(x) for x in ([], None, "F32")},
-        "entry missing": drop("a/matrix"),
-        "no dtype": drop("a/matrix", "dtype"),
-        "no shape": drop("a/matrix", "shape"),
-        "no offsets": drop("a/matrix", "data_offsets"),
-        **set_each("dtype", "F31", "O", "float32", "F64", ["F32"], None),
-        "dtype long": set_matrix(dtype="F" * 10**6),
+    INVALID: [
+        lambda header: header.update(__metadata__=[]),
+        set_metadata(format=1),
+        set_metadata(version=["3"]),
+        *(put_matrix(value) for value in ([], None, "F32")),
+        drop("a/matrix"),
+        drop("a/matrix", "dtype"),
+        drop("a/matrix", "data_offsets"),
+        *set_each("dtype", "F31", "float32", "F64", ["F32"], "F" * 10**6),
         # Other than the offsets, no sizes, no list, no list of sizes, huge.
-        **set_each("shape", [4, 4], [-3, -4], [3.0, 4.0], [True, 12]),
-        **set_each("shape", "34", None, {"3": 4}, ["3", "4"], [[3, 4]]),
-        **set_each("shape", [2**62, 2**62], [2**62 + 3, 4]),
-        "shape reversed": set_empty(shape=[3, 1]),
-        "shape digits": set_empty(shape=[0, 10**4000]),
+        *set_each("shape", [4, 4], [-3, -4], [3.0, 4.0], [True, 12], "34"),
+        *set_each("shape", {"3": 4}, ["3", "4"], [[3, 4]], [2**62 + 3, 4]),
+        set_empty(shape=[3, 1]),
+        set_empty(shape=[0, 10**4000]),
         # Of the wrong order, type or number, outside of the file, overlaps.
-        **set_each("data_offsets", [56, 8], [-40, 8], [8.0, 56.0]),
-        **set_each("data_offsets", [8, 56, 1], [8], None),
-        **set_each("data_offsets", [10**6, 10**6 + 48], [2**70, 2**70 + 48]),
-        **set_each("data_offsets", [4, 52], [0, 48]),
-        "offsets bools": set_empty(data_offsets=[False, False]),
-        "offsets inside": set_empty(data_offsets=[20, 20]),
-        "name surrogate": rename("\ud800"),
-    },
-    # What the library lets pass.
-    "Entry `a/matrix` must have the fields": {
-        "entry list": put_matrix(["F32", [3, 4], [8, 56]]),
-        "entry more keys": set_matrix(code=1),
-    },
-    "Entry `a/matrix` has the unknown dtype": {
-        "dtype of half a byte": set_matrix(dtype="F4", shape=[96]),
-        "dtype complex": set_matrix(dtype="C64", shape=[6]),
-        "dtype dict": set_matrix(dtype={"F32": None}),
-    },
-    "`a/matrix` has a shape that is too large": {
-        "shape rank": set_matrix(shape=[1] * 33 + [12]),
-        "shape long": set_matrix(shape=[1] * 10**5 + [12]),
-    },
-    "`e/empty` has a shape that is too large": {
-        "shape huge empty": set_empty(shape=[0, 2**62])
-    },
-    "1024 printable characters": {
-        "name empty": rename(""),
-        "name control": rename("a\x00b"),
-        "name newline": rename("a\nb"),
-        "name bidi": rename("a\u202eb"),
-        "name long": rename("x" * 10**6),
-    },
+        *set_each("data_offsets", [56, 8], [-40, 8], [8.0, 56.0], [8], None),
+        *set_each("data_offsets", [10**6, 10**6 + 48], [2**70, 2**70 + 48]),
+        *set_each("data_offsets", [4, 52], [0, 48]),
+        set_empty(data_offsets=[20, 20]),
+        rename("\ud800"),
+    ],
+    # What the library lets pass, or some of its versions.
+    DTYPE: [
+        put_matrix(["F32", [3, 4], [8, 56]]),
+        set_matrix(dtype="F4", shape=[96]),
+        set_matrix(dtype="C64", shape=[6]),
+        set_matrix(dtype={"F32": None}),
+        set_matrix(shape=[1] * 33 + [12]),
+        set_matrix(shape=[1] * 10**5 + [12]),
+    ],
+    EMPTY: [set_empty(shape=[0, 2**62])],
+    NAME: [rename(x) for x in ("", "a\x00b", "a\nb", "a\u202eb", "x" * 10**6)],
 }
 
 
 @pytest.mark.parametrize(
-    ("match", "name"),
-    [(match, name) for match, changes in HOSTILE.items() for name in changes],
+    ("match", "place"),
+    [(match, i) for match, found in HOSTILE.items() for i in range(len(found))],
 )
-def test_hostile_headers(path, data, match, name):
+def test_hostile_headers(path, data, match, place):
     header, start = parse(data)
-    HOSTILE[match][name](header)
-    if "unknown dtype" in match:
-        # What safetensors says of it, where it does not know it either.
-        match += "|InvalidHeaderDeserialization"
-    assert_refused(path, pack(header, data[start:]), match)
+    HOSTILE[match][place](header)
+    # What safetensors says of a dtype, where it does not know it either.
+    known = "|InvalidHeaderDeserialization" if match == DTYPE else ""
+    assert_refused(path, pack(header, data[start:]), match + known)
+
+
+EMPTY_ENTRY = b'"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}'
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *(b"", b" ", b"{", b"[]", b"null", b"NaN", b"1e999", b'"\xff"'),
-        *(b"\xef\xbb\xbf{}", b"{}{}", b"{} x", b"1" * 10**5),
-        b"[" * 10**6,
-        b'{"a":' * 10**6,
+        *(b"", b"{", b"[]", b"null", b"NaN", b'"\xff"', b"{}{}", b"{} x"),
+        *(b"\xef\xbb\xbf{}", b"1" * 10**5, b"[" * 10**6, b'{"a":' * 10**6),
         b'{"a": 1, "a": 1}',
-        b'{"__metadata__": {}, "__metadata__": {}}',
+        b"{%s, %s}" % (EMPTY_ENTRY, EMPTY_ENTRY),
+        b'{"__metadata__": {"b": "", "b": ""}}',
         b"\x80\x04K\x01.",  # a pickle
         b"PK\x03\x04",  # a zip
     ],
@@ -427,15 +369,6 @@ def test_hostile_headers(path, data, match, name):
 )
 def test_headers_that_are_no_json_object(path, text):
     assert_refused(path, pack({}, b"", text, fix=False), "header is not valid")
-
-
-@pytest.mark.parametrize(
-    "text", [b'{"a": %s, "a": %s}', b'{"__metadata__": {"b": "", "b": ""}}']
-)
-def test_keys_that_appear_twice(path, text):
-    entry = b'{"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}'
-    text = text.replace(b"%s", entry)
-    assert_refused(path, pack({}, b"", text, fix=False), "twice")
 
 
 def test_lengths_of_the_header(path, data):
@@ -527,9 +460,3 @@ def test_what_is_no_json(path):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         Reader(tmp_path / "none", FORMAT, (VERSION,))
-    with pytest.raises(ValueError, match="a folder"):
-        Reader(tmp_path, FORMAT, (VERSION,))
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(ValueError, match="not that of a regular file"):
-            Reader(tmp_path / "pipe", FORMAT, (VERSION,))

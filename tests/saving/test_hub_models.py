@@ -9,6 +9,7 @@ import pytest
 import keras_weightmods as kwm
 from keras_weightmods.saving.container import Reader
 from tests import models
+from tests.backends import breadth
 from tests.matrix.hub import make
 from tests.saving.test_model import randomize_lora, states_of
 
@@ -17,10 +18,6 @@ X = {
     "token_ids": np.array([[3, 1, 4, 1, 5, 0]]),
     "padding_mask": np.array([[1, 1, 1, 1, 1, 0]]),
 }
-
-
-def llama(**kwargs):
-    return models.causal_lm("llama", num_layers=2, **kwargs)
 
 
 def smollm3():
@@ -52,13 +49,16 @@ GEMMA = {
     "attention_logit_soft_cap": 5.0,
 }
 MODELS = {
-    "llama": llama,
-    "llama tied": lambda: llama(**TIED),
-    "llama tied bfloat16": lambda: llama(**TIED, dtype="bfloat16"),
-    "gemma": lambda: models.causal_lm("gemma", num_layers=2, **GEMMA),
-    "gpt2": lambda: models.causal_lm("gpt2"),
+    "llama tied": lambda: models.causal_lm("llama", **TIED),
     "smollm3": smollm3,
+    "llama": models.causal_lm,
+    "bfloat16": lambda: models.causal_lm("llama", **TIED, dtype="bfloat16"),
+    "gemma": lambda: models.causal_lm("gemma", **GEMMA),
+    "gpt2": lambda: models.causal_lm("gpt2"),
 }
+FURTHER = [
+    pytest.param(name, marks=pytest.mark.heavy) for name in [*MODELS][2:]
+]
 
 
 def round_trip(model, path):
@@ -71,41 +71,40 @@ def round_trip(model, path):
     return loaded
 
 
-@pytest.mark.parametrize("name", MODELS)
+@breadth("name", ["llama tied", "smollm3"])
+def test_packed(name, tmp_path):
+    model = models.make_sparse(MODELS[name]())
+    kwm.pack(model, head="int8" if "tied" in name else None)
+    loaded = round_trip(model, tmp_path / "model")
+    assert loaded.compiled
+    # Llama's own config forgets it.
+    assert "tie_word_embeddings" not in model.backbone.get_config()
+    if "tied" in name:
+        assert loaded.backbone.token_embedding.tie_weights
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", ["llama tied", *FURTHER])
 def test_plain_scaled_and_packed(name, tmp_path):
-    if keras.config.backend() != "torch" and name != "llama tied":
-        pytest.skip("the breadth is tested on torch, the fastest to start")
-    model = MODELS[name]()
-    path = tmp_path / "model"
-    assert round_trip(model, path).compiled
+    model, path = MODELS[name](), tmp_path / "model"
+    round_trip(model, path)
     kwm.attach_scaling(model)
     for weight in model.weights:
         if weight.name.endswith("_scale"):
             weight.assign(np.exp(models.normal(*weight.shape)))
+    model.backbone.enable_lora(2)
+    randomize_lora(model)
+    loaded = round_trip(model, path)
+    assert len(loaded.trainable_weights) == len(model.trainable_weights)
+    model = models.make_sparse(MODELS[name]())
+    kwm.pack(model)
     round_trip(model, path)
-    kwm.fold(model)
-    models.make_sparse(model)
-    kwm.pack(model, head="int8" if "tied" in name else None)
-    round_trip(model, path)
 
 
-def test_tied_embeddings_stay_tied(tmp_path):
-    for tied in (True, False):
-        model = llama(tie_word_embeddings=tied)
-        kwm.save_model(model, tmp_path / "model")
-        loaded = kwm.load_model(tmp_path / "model")
-        assert loaded.backbone.tie_word_embeddings is tied
-        embedding = loaded.backbone.token_embedding
-        assert embedding.tie_weights is tied
-        assert "tie_word_embeddings" not in model.backbone.get_config()
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_quantized_by_keras(tied, tmp_path):
+@pytest.mark.one_backend
+def test_quantized_by_keras(tmp_path):
     """Keras itself forgets the embeddings' scale once a policy is in a map."""
-    if keras.config.backend() != "torch" and tied:
-        pytest.skip("the breadth is tested on torch, the fastest to start")
-    model = llama(tie_word_embeddings=tied)
+    model = models.causal_lm("llama", **TIED)
     model.quantize("int8")
     loaded = round_trip(model, tmp_path / "model")
     round_trip(loaded, tmp_path / "again")
@@ -120,20 +119,11 @@ def test_inputs_that_keras_would_quantize_once_loaded(tmp_path):
         ("where it has no quantizer", {"mode": "int4"}),
         (r"where it has AbsMaxQuantizer .*\(-7, 7\)", {"config": config}),
     ):
-        model = llama()
+        model = models.causal_lm()
         model.quantize(**arguments)
         with pytest.raises(ValueError, match=match):
             kwm.save_model(model, tmp_path / "model")
         assert not os.listdir(tmp_path)
-
-
-def test_lora_inside_of_a_scaled_model(tmp_path):
-    model = llama()
-    kwm.attach_scaling(model)
-    model.backbone.enable_lora(2)
-    randomize_lora(model)
-    loaded = round_trip(model, tmp_path / "model")
-    assert len(loaded.trainable_weights) == len(model.trainable_weights)
 
 
 @pytest.mark.one_backend
@@ -160,13 +150,12 @@ def test_the_tokenizer_comes_back_and_generate_works(tmp_path):
     assert vocabulary == dict(model.preprocessor.tokenizer.vocabulary)
 
 
-@pytest.mark.one_backend
+@pytest.mark.heavy
 def test_a_task_that_cannot_compile_itself(tmp_path):
     # Its own loss reads the tokenizer.
     model = make("PARSeqCausalLM")
     kwm.save_model(model, tmp_path / "model")
-    with pytest.warns(UserWarning, match="no attribute 'tokenizer'"):
-        loaded = kwm.load_model(tmp_path / "model")
+    loaded = kwm.load_model(tmp_path / "model")
     assert not loaded.compiled
     assert states_of(loaded) == states_of(model)
 
@@ -246,11 +235,15 @@ def d_fine(**kwargs):
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize("make", [hgnet_v2, d_fine])
-@pytest.mark.parametrize("name", [None, "mine"])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (hgnet_v2, "mine"),
+        (hgnet_v2, None),
+        pytest.param(d_fine, None, marks=pytest.mark.heavy),
+    ],
+)
 def test_layers_named_by_the_name_of_the_model(make, name, tmp_path):
-    if keras.config.backend() != "torch" and make is d_fine:
-        pytest.skip("the breadth is tested on torch, the fastest to start")
     # With a name that is given HGNetV2 names its layers otherwise than with
     # the one that Keras gives.
     model = make() if name is None else make(name=name)

@@ -1,0 +1,93 @@
+"""A part of what `make faults` and `make mutants` do."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import pytest
+
+from tests.faults import mutants, raised, wrong_calls
+
+pytestmark = [
+    pytest.mark.one_backend,
+    pytest.mark.skipif(sys.platform != "linux", reason="measures by /proc"),
+]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "cast",
+        *(pytest.param(x, marks=pytest.mark.heavy) for x in ("plain", "lift")),
+    ],
+)
+def test_killed_trainings_end_as_if_nothing_had_happened(method):
+    # In a process that has computed nothing yet: it is forked.
+    command = [sys.executable, "-m", "tests.faults.kills", "--kills", "2"]
+    done = subprocess.run(
+        [*command, "--method", method],
+        env={**os.environ, "KERAS_BACKEND": keras.backend.backend()},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    result = json.loads(done.stdout)
+    assert result["kills"] == 2
+    assert result["equal"]
+
+
+@pytest.mark.parametrize("kind", mutants.KINDS)
+def test_mutants_are_refused_in_words(kind):
+    accepted, failures = mutants.run(kind, 100)
+    assert failures == {}
+    # Not all of what is changed matters, but most.
+    assert accepted < 30
+
+
+def test_wrong_calls_are_refused_in_words():
+    pytest.importorskip("keras_hub")
+    names = wrong_calls.subjects()
+    cases = wrong_calls.some_cases(len(names))
+    assert [name for name, *_ in cases] == sorted(names)
+    assert wrong_calls.run_all([*cases, *FOUND]) == {}
+
+
+# What a run of all of them has found, and is mended.
+FOUND = [
+    ("CAST.evaluate", "y", "{}"),
+    *(
+        (name, "verbose", bad)
+        for name in ("export", "load_model", "pack")
+        for bad in ("array of strings", "array of no columns")
+    ),
+    ("CAST.fit", "y", "None"),
+    ("CAST.fit", "batch_size", "2**70"),
+    ("ops.compand", "a", "2**70"),
+    ("ops.nm_project", "x", "array of no columns"),
+    ("Perplexity.__call__", "texts", "scalar array"),
+    ("perplexity", "batch_size", "2**31"),
+    ("quantize", "damping", "2**70"),
+    ("quantize", "group_size", "2**31"),
+    ("register_layer_kind", "kernels", "a class"),
+    ("self_generated", "seed", "2**31"),
+    ("self_generated", "temperature", "2**70"),
+    ("WeightSignature.sum", "weights", "scalar array"),
+    ("Targets.select", "reason", "a layer"),
+]
+
+
+def test_what_is_obscure():
+    def why(function):
+        try:
+            function()
+        except Exception as error:
+            return raised.why_obscure(error, "x")
+
+    assert why(lambda: {}["x"]).startswith("KeyError")
+    assert why(lambda: "x" + 1).startswith("TypeError")
+    assert why(lambda: int("x")).startswith("ValueError")
+    assert why(lambda: wrong_calls.kwm.pack(3)) is None
+    assert why(lambda: pathlib.Path("none").read_text()) is None
