@@ -1,5 +1,4 @@
 import importlib.util
-import json
 import sys
 import types
 
@@ -8,13 +7,12 @@ import pytest
 
 import keras_weightmods as kwm
 from keras_weightmods.evaluation import lm_eval
-from tests.backends import breadth
 from tests.models import causal_lm, gpt2_preprocessor, numpy, randomize
 
 pytest.importorskip("keras_hub")
 IS_MISSING = importlib.util.find_spec("lm_eval") is None
 NEEDS_LM_EVAL = pytest.mark.skipif(IS_MISSING, reason="needs lm-eval")
-make_model = breadth("model", [True, False], indirect=True)
+pytestmark = pytest.mark.one_backend
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +65,6 @@ def adapted(model, monkeypatch):
     return kwm.lm_eval_model(model, length=12, batch_size=2, chunk_size=5)
 
 
-@pytest.mark.one_backend
 @NEEDS_LM_EVAL
 def test_loglikelihood(model, adapted):
     pairs = [("ab cd", " ab"), ("c", "b"), ("c d ", "ef"), ("defgh" * 4, "h")]
@@ -80,7 +77,6 @@ def test_loglikelihood(model, adapted):
         assert is_greedy == likeliest[-count:].all()
 
 
-@pytest.mark.one_backend
 def test_loglikelihood_of_tokens(model, adapted):
     whole = greedy(model, encode(model, "cd"), 2)
     likeliest, other = whole[-2:], [(whole[-2] + 1) % 9, whole[-1]]
@@ -94,7 +90,6 @@ def test_loglikelihood_of_tokens(model, adapted):
         adapted._loglikelihood_tokens([(("", ""), [1], [2] * 13)])
 
 
-@pytest.mark.one_backend
 @NEEDS_LM_EVAL
 def test_loglikelihood_rolling(model, adapted):
     texts = [("abcdefgh " * 4,), ("c",)]
@@ -112,7 +107,7 @@ def test_loglikelihood_rolling(model, adapted):
         assert value == pytest.approx(expected, rel=1e-4)
 
 
-@make_model
+@pytest.mark.parametrize("model", [True, False], indirect=True)
 def test_the_likeliest_tokens_without_a_change_of_the_model(model):
     before = dict(vars(model))
     start = encode(model, "ab cd")
@@ -125,7 +120,6 @@ def test_the_likeliest_tokens_without_a_change_of_the_model(model):
         assert vars(model)[name] is before[name]
 
 
-@pytest.mark.one_backend
 def test_generate_until_is_greedy(model, adapted):
     text = model.preprocessor.tokenizer.detokenize
     prompt = "ab cd"
@@ -150,7 +144,6 @@ def test_generate_until_is_greedy(model, adapted):
         adapted.generate_until(requests((prompt, {"do_sample": True})))
 
 
-@pytest.mark.one_backend
 def test_only_end_tokens_end_a_text(adapted, monkeypatch):
     # Token 0 is an ordinary one in most vocabularies.
     monkeypatch.setattr(type(adapted), "eot_token_id", 3)
@@ -159,79 +152,6 @@ def test_only_end_tokens_end_a_text(adapted, monkeypatch):
     assert text == "a<|endoftext|>b"
 
 
-@pytest.mark.one_backend
-@NEEDS_LM_EVAL
-def test_local_tasks(model, tmp_path, monkeypatch):
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    documents = [
-        {"question": "ab c", "choices": ["d", "ef"], "answer": 0},
-        {"question": "h g", "choices": ["f", "ba"], "answer": 1},
-    ]
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(map(json.dumps, documents)))
-    common = {
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(data)},
-            "cache_dir": str(tmp_path / "datasets"),
-        },
-        "test_split": "test",
-        "doc_to_text": "{{question}}",
-    }
-    tasks = {
-        "letters_choice": {
-            "output_type": "multiple_choice",
-            "doc_to_target": "{{answer}}",
-            "doc_to_choice": "{{choices}}",
-            "metric_list": [{"metric": "acc"}],
-        },
-        "letters_rolling": {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{question}}",
-            "metric_list": [{"metric": "word_perplexity"}],
-        },
-        "letters_generate": {
-            "output_type": "generate_until",
-            "doc_to_target": "{{choices[answer]}}",
-            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 2},
-            "metric_list": [{"metric": "exact_match"}],
-        },
-    }
-    for name, task in tasks.items():
-        task = {"task": name, **common, **task}
-        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
-
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    results = lm_eval.simple_evaluate(
-        model=kwm.lm_eval_model(model),
-        tasks=list(tasks),
-        task_manager=manager,
-        bootstrap_iters=0,
-    )["results"]
-    hits, total, words = 0, 0.0, 0
-    for document in documents:
-        values = []
-        for choice in document["choices"]:
-            whole = encode(model, f"{document['question']} {choice}")
-            count = len(whole) - len(encode(model, document["question"]))
-            each, _ = log_probabilities(model, np.array(whole))
-            values.append(each[-count:].sum())
-        hits += int(np.argmax(values)) == document["answer"]
-        tokens = model.preprocessor.tokenizer(document["question"])
-        each, _ = log_probabilities(model, np.array([0, *tokens]))
-        total += each.sum()
-        words += len(document["question"].split())
-    assert results["letters_choice"]["acc,none"] == hits / len(documents)
-    found = results["letters_rolling"]["word_perplexity,none"]
-    assert found == pytest.approx(np.exp(-total / words), 1e-4)
-    assert "exact_match,none" in results["letters_generate"]
-
-
-@pytest.mark.one_backend
 def test_wrong_arguments(model, adapted, monkeypatch):
     with pytest.raises(ValueError, match="preprocessor"):
         kwm.lm_eval_model(model.backbone)

@@ -19,6 +19,7 @@ import inspect
 import os
 import pathlib
 import random
+import re
 import resource
 import runpy
 import signal
@@ -36,6 +37,7 @@ import keras_weightmods as kwm
 from keras_weightmods.core import keras_compat
 from tests import models
 from tests.faults import raised
+from tests.models import normal
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent.parent
 PUBLIC = runpy.run_path(str(ROOT / "docs" / "api_table.py"))["public_names"]()
@@ -54,17 +56,15 @@ _HOOKS = {
     "set_weights",
     "update_step",
 }
-# What calls of ours make and users receive.
+# What calls of ours make and users receive; what only they call; LIFT is an
+# alias, and the arguments of the other companders are Keras' own.
 _RECEIVED = ("Report", "Target", "Targets", "ScalingLaw", "ops.Packed")
-# What calls of ours call.
-_INTERNAL = {
-    "SemiStructuredSparse.axes_of",
-    "Patch",
-    "Patch.problems",
-    "WeightSignature",
-    "WeightSignature.problems",
-    "WeightSignature.with_entries",
-}
+_INTERNAL = re.compile(
+    r"LIFT.*|Compander(Conv|Depth|Einsum).*|SemiStructuredSparse\.axes_of"
+    r"|Patch(\.problems)?|WeightSignature(\.problems|\.with_entries)?"
+    # What matplotlib says of wrong arguments will do.
+    r"|(plot|reports)\..*"
+)
 
 
 @dataclasses.dataclass
@@ -90,28 +90,21 @@ def subjects():
     """Return the public functions that users call, by name."""
     found = {}
     for name, value in PUBLIC.items():
-        if name == "LIFT":  # an alias
-            continue
-        if inspect.isclass(value):
-            if not name.endswith(_RECEIVED):
-                found[name] = value
-            for key, member in vars(value).items():
-                function = getattr(member, "__func__", member)
-                is_method = inspect.isfunction(function) and (
-                    key == "__call__" or not key.startswith("_")
-                )
-                if is_method and key not in _HOOKS and "on_" not in key[:3]:
-                    found[f"{name}.{key}"] = function
-        else:
+        if not name.endswith(_RECEIVED) or not inspect.isclass(value):
             found[name] = value
+        for key, member in (
+            vars(value).items() if inspect.isclass(value) else ()
+        ):
+            function = getattr(member, "__func__", member)
+            is_method = inspect.isfunction(function) and (
+                key == "__call__" or not key.startswith("_")
+            )
+            if is_method and key not in _HOOKS and "on_" not in key[:3]:
+                found[f"{name}.{key}"] = function
     return {
         name: function
         for name, function in found.items()
-        if parameters_of(function)
-        and name not in _INTERNAL
-        # Pictures: what matplotlib says of wrong arguments will do. Users
-        # receive reports.
-        and not name.startswith(("plot.", "reports."))
+        if parameters_of(function) and not _INTERNAL.fullmatch(name)
     }
 
 
@@ -123,10 +116,6 @@ def parameters_of(function):
         if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
         and each.name not in ("self", "cls")
     ]
-
-
-def normal(*shape):
-    return models.normal(*shape)
 
 
 def mlp():
@@ -196,16 +185,8 @@ def _finalize():
     return Call(made.finalize, {}, [made.student])
 
 
-def language_model():
-    return models.causal_lm("llama3")
-
-
-def llama():
-    return models.causal_lm("llama3", vocabulary_size=32)
-
-
-def writer():
-    return models.causal_lm("gpt2", models.gpt2_preprocessor())
+def language_model(family="llama3", *args, **kwargs):
+    return models.causal_lm(family, *args, **kwargs)
 
 
 def fit_by(optimizer, *callbacks):
@@ -222,16 +203,6 @@ def fit_masked(optimizer):
     fit_by(optimizer, kwm.PrincipalMaskCallback(0.1))
 
 
-def compander(name, *args, shape, **arguments):
-    cls = getattr(kwm, name)
-
-    def make(**given):
-        return cls(*args, **given)
-
-    make.__signature__ = inspect.signature(cls)
-    return Call(make, arguments, then=lambda layer: layer(normal(*shape)))
-
-
 X = normal(8, 8)
 TOKENS = np.arange(12).reshape(2, 6)
 LAW = {"tokens": [1e6, 2e6, 4e6, 8e6, 1.6e7]}
@@ -243,12 +214,6 @@ def _extract():
     init, clean, robust = (models.random_weights(model, i) for i in range(3))
     given = {"init": init, "clean": clean, "robust": robust, "like": model}
     return Call(kwm.WeightSignature.extract, given, [model, init, clean])
-
-
-def _merge():
-    models = [mlp(), mlp()]
-    given = {"models": models, "output": mlp(), "verbose": 0}
-    return Call(kwm.merge, given, [*models, given["output"]])
 
 
 def _adapter():
@@ -275,19 +240,6 @@ def _from_lora():
     return Call(kwm.Patch.from_lora, given, [model])
 
 
-def _on_signature(method, **arguments):
-    def make():
-        model = mlp()
-        made = signature(model)
-        given = {
-            key: value(model) if callable(value) else value
-            for key, value in arguments.items()
-        }
-        return Call(getattr(made, method), given, [model])
-
-    return make
-
-
 def _use_targets():
     model = mlp()
     optimizer = kwm.AdamS(total_steps=4)
@@ -304,7 +256,6 @@ def _set_importance():
     return Call(optimizer.set_importance, given, [model])
 
 
-CONV = {1: (2, 5, 4), 2: (2, 5, 5, 4), 3: (2, 5, 5, 5, 4)}
 # Calls that more than one object takes part in.
 CALLS: dict[str, Callable[[], Call]] = {
     "AdamS.use_targets": _use_targets,
@@ -315,20 +266,6 @@ CALLS: dict[str, Callable[[], Call]] = {
         "evaluate", x=X, y=normal(8, 4), verbose=0
     ),
     "CAST.finalize": _finalize,
-    **{
-        f"CompanderConv{n}D": lambda n=n: compander(
-            f"CompanderConv{n}D", 3, 2, shape=CONV[n]
-        )
-        for n in CONV
-    },
-    "CompanderDense": lambda: compander("CompanderDense", 3, shape=(2, 4)),
-    "CompanderDepthwiseConv2D": lambda: compander(
-        "CompanderDepthwiseConv2D", 3, shape=CONV[2]
-    ),
-    "CompanderEinsumDense": lambda: compander(
-        "CompanderEinsumDense", "ab,bc->ac", 3, shape=(2, 4)
-    ),
-    "merge": _merge,
     "Patch.from_lora": _from_lora,
     "Patch.to_lora": _to_lora,
     "Patch.save": on_patch("save", filepath="new.safetensors"),
@@ -339,9 +276,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "Patch.on": on_patch("on"),
     "Patch.clear": on_patch("clear", is_on=True),
     "WeightSignature.extract": _extract,
-    "WeightSignature.cosine_similarity": _on_signature(
-        "cosine_similarity", other=signature
-    ),
 }
 
 
@@ -362,6 +296,10 @@ def _saved_checkpoint():
 # Right values of arguments by their names: functions that make them.
 RIGHT: dict[str, Callable[[], Any]] = {
     "model": mlp,
+    "models": lambda: [mlp(), mlp()],
+    "output": mlp,
+    "other": signature,
+    "units": lambda: 3,
     "optimizer": keras.optimizers.SGD,
     "path": lambda: "new checkpoints",
     "filepath": lambda: "saved.safetensors",
@@ -397,7 +335,7 @@ ARGUMENTS: dict[str, dict[str, Callable[[], Any]]] = {
     "Checkpoint.restore": {"model": _saved_checkpoint},
     "compile_generate": {"model": language_model},
     "export": {
-        "model": llama,
+        "model": lambda: language_model(vocabulary_size=32),
         "filepath": lambda: "exported",
         "format": lambda: "transformers",
     },
@@ -427,7 +365,7 @@ ARGUMENTS: dict[str, dict[str, Callable[[], Any]]] = {
     },
     "ScalingLaw.predict": {"tokens": lambda: 1e7},
     "self_generated": {
-        "model": writer,
+        "model": lambda: language_model("gpt2", models.gpt2_preprocessor()),
         "keep": lambda: 0.5,
         "length": lambda: 6,
         "rows": lambda: 2,
@@ -466,6 +404,7 @@ OWNERS: dict[str, Callable[[], Any]] = {
 THEN: dict[str, Callable[[Any], Any]] = {
     "AdamS": lambda made: fit_by(made),
     "Checkpoint": lambda made: fit_with(made),
+    "CompanderDense": lambda layer: layer(normal(2, 4)),
     "MaskedOptimizer": lambda made: fit_masked(made),
     "PrincipalMaskCallback": lambda made: fit_with(made),
     "register_layer_kind": lambda _: kwm.find_targets(Own.model()),
@@ -493,7 +432,8 @@ def call_of(name):
         if is_required or each.name == "verbose":
             makers.setdefault(each.name, RIGHT[each.name])
     arguments = {key: make() for key, make in makers.items()}
-    given = [x for x in arguments.values() if isinstance(x, keras.Model)]
+    given = keras.tree.flatten([*arguments.values()])
+    given = [each for each in given if isinstance(each, keras.Model)]
     return Call(function, arguments, given, THEN.get(name))
 
 

