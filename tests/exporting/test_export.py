@@ -227,6 +227,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["full", "model.gguf"]
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(
     BACKEND == "torch" or bool(reason_for_dense()),
     reason="torch runs the compiled kernels from a file, or there are none",
