@@ -196,9 +196,8 @@ def pack(
             _check_weight(item)
         if why_dense:
             native.warn_dense(why_dense)
-        _warn_about_undivided(items)
         seam.attach(model, items, drop_optimizer=True, see=progress.add)
-    _warn_about_rounding(items)
+    _warn(items)
     return _report(model, items, skipped, before, ROWS)
 
 
@@ -328,22 +327,14 @@ def _shared_variables(model: Any) -> dict[int, str]:
 
 def _not_exact(targets: Any, count: int, dtype: str | None) -> ValueError:
     """Return the error for kernels that can be packed by rounding alone."""
-    found = []
-    for target in targets:
-        value, axes = target.variable.value, target.contraction_axes
-        found.append((int(nm_violations(value, "2:4", axes)), target))
-    found.sort(key=lambda pair: -pair[0])
-    listed = "".join(
-        f"\n  {target.path} {target.shape}: {violations:,} of "
-        f"{math.prod(target.shape) // 4:,} groups"
-        for violations, target in found[:10]
-    )
-    expected = "exactly 2:4, at most two nonzeros in each group of four"
-    if dtype is None:
-        expected += ", or rounded by `kwm.quantize`"
+    target, also = targets[0], "" if dtype else ", or rounded"
+    value, axes = target.variable.value, target.contraction_axes
     return ValueError(
-        f"The kernels must be {expected}. Received: {len(targets)} of {count} "
-        f"kernels with groups that hold more:{listed}\nRound them by "
+        "The kernels must be exactly 2:4, at most two nonzeros in each group "
+        f"of four{also}. Received: {len(targets)} of {count} kernels that are "
+        f"not, the first being {target.path} {target.shape}: "
+        f"{int(nm_violations(value, '2:4', axes)):,} of "
+        f"{math.prod(target.shape) // 4:,} groups hold more. Round them by "
         "`kwm.quantize(model, data)` first, which costs least, or by "
         "`kwm.pack(model, 'int8')`, make them 2:4 by `kwm.sparsify`, or leave "
         "them out by `targets=kwm.find_targets(model, exclude=...)`."
@@ -367,24 +358,8 @@ def _check_weight(item: Any) -> None:
         )
 
 
-def _warn_about_undivided(items: Any) -> None:
-    """Warn where devices will hold more of a weight than of the dense one."""
-    found = [
-        f"{item.target.path!r} by {list(item.unused_axes)}"
-        for item in items
-        if item.unused_axes
-    ]
-    if found:
-        warnings.warn(
-            f"`pack` splits {len(found)} weights over fewer devices than their "
-            "layouts do: blocks of 32 rows (64 in int4) and 16 columns stay "
-            "whole. Leave these out by `targets`, or split other axes: "
-            + "; ".join(found[:5]),
-            stacklevel=3,
-        )
-
-
-def _warn_about_rounding(items: Any) -> None:
+def _warn(items: Any) -> None:
+    """Warn of weights that were rounded, and that devices hold whole."""
     errors = [
         item.rounding_error
         for item in items
@@ -396,6 +371,16 @@ def _warn_about_rounding(items: Any) -> None:
             f"them by {sum(errors) / len(errors):.1%} on the mean and costs "
             "quality. `kwm.quantize(model, data)` before `kwm.pack(model)` "
             "costs less, and `kwm.pack(model, 'int8')` next to nothing.",
+            stacklevel=3,
+        )
+    whole = [item for item in items if item.unused_axes]
+    if whole:
+        warnings.warn(
+            f"`pack` splits {len(whole)} weights over fewer devices than their "
+            "layouts do: blocks of 32 rows (64 in int4) and 16 columns stay "
+            f"whole. The first is {whole[0].target.path!r}, which "
+            f"{list(whole[0].unused_axes)} do not split. Leave these out by "
+            "`targets`, or split other axes.",
             stacklevel=3,
         )
 

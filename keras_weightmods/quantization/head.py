@@ -3,16 +3,14 @@
 import time
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_weightmods.calibration import inputs
 from keras_weightmods.core import keras_compat
-from keras_weightmods.core.head import Head, find_head, head_of
+from keras_weightmods.core.head import Head, find_head, reversible_embeddings
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.core.targets import Target, Targets, target_of
-from keras_weightmods.core.weight_keys import weight_keys
+from keras_weightmods.core.targets import Target, Targets
 from keras_weightmods.ops.matrix import from_matrix, to_matrix
 from keras_weightmods.ops.rounding import Grid, round_kept
 from keras_weightmods.ops.sparsegpt import reconstruction_error
@@ -36,20 +34,14 @@ def find_table(
             as it is.
     """
     head = find_head(model) if keras_compat.graph_of(model) else None
-    if head is None:
+    known = [*reversible_embeddings(model), *targets]
+    found = [t for t in known if head and t.layer in head.layers]
+    if head is None or not found:
         return None
-    kinds = keras.layers.ReversibleEmbedding, keras.layers.Dense
-    (layer,) = (x for x in head.layers if isinstance(x, kinds))
-    is_dense = isinstance(layer, keras.layers.Dense)
-    attribute = "kernel" if is_dense else head_of(layer)
-    stored = keras_compat.stored_variable(layer, attribute)
-    if stored is None or (
-        is_dense and all(t.variable is not stored for t in targets)
-    ):
-        return None
-    target = target_of(layer, attribute, keys=weight_keys(model))
-    if attribute in slots(layer):
-        reason = f"reparameterized; call `{slots(layer)[attribute].finish}`"
+    (target,) = found
+    layer, item = target.layer, slots(target.layer).get(target.attribute)
+    if item is not None:
+        reason = f"reparameterized; call `{item.finish}`"
     elif layer.quantization_mode is not None:
         reason = f"quantized to {layer.quantization_mode}"
     elif layer.lora_enabled:

@@ -484,30 +484,3 @@ def check_checkpoints(make, x, folder, monkeypatch):
     unpack(packed)
     unpack(held_dense)
     models.assert_same(packed.get_weights(), held_dense.get_weights())
-
-
-@one_backend
-def test_training_without_the_native_library(monkeypatch):
-    leave_out_native(monkeypatch)
-    monkeypatch.setattr(native, "warn_dense", lambda reason: None)
-    model = make_sparse(dense_model())
-    mask = numpy(model.layers[0].kernel) != 0
-    pack(model, trainable=True)
-    x = inputs_for(model, batch=4)
-    models.fit_step(model, x, np.ones((4, 4), "float32"))
-    kernel = numpy(model.layers[0].kernel)
-    assert not np.any(kernel[~mask])
-
-
-@pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="SavedModel is TensorFlow's"
-)
-def test_an_exported_model_serves(tmp_path):
-    import tensorflow as tf
-
-    model, path = make_sparse(dense_model()), str(tmp_path / "served")
-    pack(model, dtype="int8")
-    x = inputs_for(model, batch=3)
-    model.export(path, verbose=False)
-    served = tf.saved_model.load(path)
-    assert_allclose(served.serve(x), outputs(model, x), atol=2e-6)

@@ -245,21 +245,3 @@ def test_lora_adapts_the_table_of_an_untied_head():
     layer.lora_embeddings_b.assign(normal(2, 16))
     assert np.abs(numpy(layer(TOKENS)) - before).max() > 0.01
     assert_array_equal(numpy(layer(x, reverse=True)), logits)
-
-
-@one_backend
-def test_a_language_model_computes_with_what_unpack_gives():
-    model = language_model("gemma")
-    inputs = prompt()
-    expected, before = outputs(model, inputs), state(model)
-    pack(model)
-    assert_allclose(outputs(model, inputs), expected, rtol=1e-4, atol=1e-5)
-    unpack(model)
-    assert state(model) == before
-    for dtype in ("int8", "int4"):
-        report = pack(model, dtype)
-        assert {w.dtype for w in report.weights} == {dtype}
-        rounded = outputs(model, inputs)
-        unpack(model)
-        dense = outputs(model, inputs)
-        assert_allclose(rounded, dense, atol=0.1 * dense.max())
