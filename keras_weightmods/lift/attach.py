@@ -58,10 +58,9 @@ class Plan:
             if id(variable) in ids:
                 if keep_pattern and _has_zeros(variable):
                     raise ValueError(
-                        "`keep_pattern=True` keeps the zeros of masked kernels "
-                        "alone, and one that is trained whole would lose its "
-                        "own. Leave it out of `also_train`. Received: "
-                        f"{target.path!r}, which has zeros"
+                        "With `keep_pattern=True`, kernels trained whole would "
+                        "lose their zeros. Leave them out of `also_train`. "
+                        f"Received: {target.path!r}"
                     )
                 continue
             if not variable.trainable:
@@ -70,10 +69,9 @@ class Plan:
                 reason = f"not a float variable ({variable.dtype})"
             elif target.attribute in slots(target.layer):
                 raise ValueError(
-                    "The stored weight of a layer that is reparameterized is "
-                    "not the one it computes with. Call `kwm.fold(model)` "
-                    "first, or leave it out of `targets`. Received: "
-                    f"{target.path!r}"
+                    "A layer that is reparameterized computes with another "
+                    "weight. Call `kwm.fold(model)` first, or leave it out of "
+                    f"`targets`. Received: {target.path!r}"
                 )
             else:
                 try:
@@ -87,9 +85,8 @@ class Plan:
         if not masked:
             reasons = [f"{each.path}: {each.reason}" for each in skipped]
             raise ValueError(
-                "`PrincipalMaskCallback` found no kernel to train in the "
-                f"model. Received: model={model.name!r}, skipped: "
-                + ("; ".join(reasons) or "none")
+                "`PrincipalMaskCallback` found no kernel to train. Received: "
+                f"model={model.name!r}, skipped: {'; '.join(reasons)}"
             )
         _check_constraints(list(masked.values()), keep_pattern)
         self.known = model.trainable_variables
@@ -166,32 +163,28 @@ def _check_constraints(targets: list[Target], keep_pattern: bool) -> None:
             others.append(received)
         elif not keep_pattern:
             raise ValueError(
-                "A kernel with a constraint to a pattern has zeros that a "
-                "mask may hold. Pass `keep_pattern=True`, which trains "
-                "entries that are not zero, or call "
-                "`SemiStructuredSparse.detach(model)` first. Received: "
-                + received
+                "Masks may hold zeros of a kernel with a pattern. Pass "
+                "`keep_pattern=True`, which leaves them out, or call "
+                f"`SemiStructuredSparse.detach(model)`. Received: {received}"
             )
         elif ops.any(constraint(variable) != variable.value):
             raise ValueError(
-                "A kernel with a constraint to a pattern must be in it "
-                "before masks are chosen. Call `SemiStructuredSparse."
-                f"attach(model)` first. Received: {target.path!r}"
+                "A kernel must be in its pattern before masks are chosen. Call "
+                f"`SemiStructuredSparse.attach(model)`. Received: {received}"
             )
         else:
             has_pattern = True
     checks.raise_all(
-        "A constraint acts on whole kernels, and would change entries outside "
-        "of their masks. Leave these kernels out of `targets`, or take the "
-        "constraints off (`layer.kernel.constraint = None`). Received:",
+        "A constraint would change entries outside of the masks. Leave these "
+        "kernels out of `targets`, or take the constraints off "
+        "(`layer.kernel.constraint = None`). Received:",
         others,
     )
     # In a model with constraints, kernels without one may be dense.
     if keep_pattern and not has_pattern:
         checks.raise_all(
-            "`keep_pattern=True` is for a sparse model, whose zeros stay "
-            "zeros. Make these kernels sparse first, or leave them out of "
-            "`targets`. Received kernels without a zero:",
+            "`keep_pattern=True` is for a sparse model. Make these kernels "
+            "sparse, or leave them out of `targets`. Received without a zero:",
             [t.path for t in targets if not _has_zeros(t.variable)],
         )
 

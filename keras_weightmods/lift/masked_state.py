@@ -216,15 +216,13 @@ class MaskedState(keras.optimizers.Optimizer):
         # Of a model that was not trained: the iterations and the rate at most.
         if held > 2 and held != wanted:
             raise ValueError(
-                "The file holds the state of another optimizer, or of one with "
-                f"other settings, than this `{type(self).__name__}`, and its "
-                "masks would be lost. Compile the model as the one that was "
-                "saved, and call `PrincipalMaskCallback.attach(model)` before "
-                "the weights are loaded; put the callback in front of "
-                "`BackupAndRestore`. To load the weights without this state, "
-                "call `load_weights(path, skip_mismatch=True)`, or "
-                "`load_model(path, compile=False)`. Received: "
-                f"{held} variables, expected: {wanted}"
+                "The file holds the state of another optimizer, whose masks "
+                "would be lost. Compile the model as the one that was saved, "
+                "and put `PrincipalMaskCallback` in front of other callbacks, "
+                "or `attach` it before the weights are loaded. To load them "
+                "alone, pass `skip_mismatch=True`, or `compile=False` to "
+                f"`load_model`. Received: {held} variables for the {wanted} of "
+                f"a `{type(self).__name__}`"
             )
         super().load_own_variables(store)
 

@@ -323,9 +323,8 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             state = "frozen" if self.freeze_rest else "trained as ever"
             warnings.warn(
                 f"`PrincipalMaskCallback` leaves {len(plan.tiny)} kernels "
-                f"{state}, as they have no entries to select: {plan.tiny[:5]}. "
-                "Select more to train entries of these too. The report of "
-                "`attach(model)` has the reasons.",
+                f"{state}, too small for an entry: {plan.tiny[:5]}. Select "
+                "more to train these too.",
                 stacklevel=2,
             )
         optimizer = inner_optimizer(model.optimizer)

@@ -6,6 +6,7 @@ says why.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,19 @@ def _after_others(plain):
             yield Family(f"{base.name}, {name}", "pair", maker(base, reach))
 
 
+# The shape of the inputs, and the layer behind them, of `keras.layers`.
+LAYERS = {
+    "Conv1D, causal": ((12, 8), lambda k: k.Conv1D(8, 3, padding="causal")),
+    "Conv3D": ((4, 4, 4, 4), lambda k: k.Conv3D(8, 2)),
+    "Conv2DTranspose": ((4, 4, 8), lambda k: k.Conv2DTranspose(8, 2)),
+    "DepthwiseConv2D": ((6, 6, 8), lambda k: k.DepthwiseConv2D(2)),
+    "SeparableConv2D": ((6, 6, 8), lambda k: k.SeparableConv2D(8, 2)),
+    "LSTM": ((6, 8), lambda k: k.LSTM(8)),
+    "GRU, bidirectional": ((6, 8), lambda k: k.Bidirectional(k.GRU(8))),
+    "TimeDistributed": ((6, 8), lambda k: k.TimeDistributed(k.Dense(8))),
+}
+
+
 def _own():
     makers = {
         "Dense": models.mlp,
@@ -102,36 +116,18 @@ def _own():
         "two outputs": models.two_heads,
         "outputs in a dict": lambda: models.two_heads(as_dict=True),
         "an embedding": models.token_net,
-        "Conv1D, causal": lambda: _net_of(
-            (12, 8), keras.layers.Conv1D(8, 3, padding="causal")
-        ),
-        "Conv3D": lambda: _net_of((4, 4, 4, 4), keras.layers.Conv3D(8, 2)),
-        "Conv2DTranspose": lambda: _net_of(
-            (4, 4, 8), keras.layers.Conv2DTranspose(8, 2)
-        ),
-        "DepthwiseConv2D": lambda: _net_of(
-            (6, 6, 8), keras.layers.DepthwiseConv2D(2)
-        ),
-        "SeparableConv2D": lambda: _net_of(
-            (6, 6, 8), keras.layers.SeparableConv2D(8, 2)
-        ),
-        "LSTM": lambda: _net_of((6, 8), keras.layers.LSTM(8)),
-        "GRU, bidirectional": lambda: _net_of(
-            (6, 8), keras.layers.Bidirectional(keras.layers.GRU(8))
-        ),
-        "TimeDistributed": lambda: _net_of(
-            (6, 8), keras.layers.TimeDistributed(keras.layers.Dense(8))
-        ),
         "GroupQueryAttention": _grouped_attention,
     }
+    for name, (shape, layer) in LAYERS.items():
+        makers[name] = functools.partial(_net_of, shape, layer)
     yield from (Family(name, "own", make) for name, make in makers.items())
     yield Family("a subclassed model", "own", _subclassed, (8,))
 
 
 def _net_of(shape, layer):
     keras.utils.set_random_seed(0)
-    head = keras.layers.Dense(4)
-    return models.sequential(shape, layer, keras.layers.Flatten(), head)
+    head = keras.layers.Flatten(), keras.layers.Dense(4)
+    return models.sequential(shape, layer(keras.layers), *head)
 
 
 def _grouped_attention():

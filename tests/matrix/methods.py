@@ -57,18 +57,6 @@ def share(family):
     return f"{len(found)}, {len(fits)} of them", f"{total / 1e6:.1f} M", part
 
 
-def magnitude(family):
-    return _pruned(family, "magnitude")
-
-
-def wanda(family):
-    return _pruned(family, "wanda")
-
-
-def sparsegpt(family):
-    return _pruned(family, "sparsegpt")
-
-
 def _pruned(family, method):
     model, x = _made(family)
     data = None if method == "magnitude" else x
@@ -127,18 +115,6 @@ def lift(family):
         assert not outside.size, f"{variable.path} changed outside its mask"
         moved += len(changed)
     assert moved, "nothing was trained"
-
-
-def scaling(family):
-    return _attached(family, kwm.attach_scaling)
-
-
-def compander(family):
-    return _attached(family, kwm.attach_compander)
-
-
-def weight_norm(family):
-    return _attached(family, kwm.attach_weight_norm)
 
 
 def _attached(family, attach):
@@ -231,10 +207,6 @@ def quantize(family):
     _finite(model, x)
 
 
-def save(family):
-    return _loaded(*_made(family))
-
-
 def save_packed(family):
     model, x = _sparse(family)
     kwm.pack(model)
@@ -279,19 +251,28 @@ def compiled_generate(family):
     return "as before" if is_as_before else "compiled"
 
 
+def _named(*functions):
+    return {function.__name__: function for function in functions}
+
+
+# In the order of the page.
+METHODS = {
+    **_named(forward, targets, share),
+    "magnitude": lambda family: _pruned(family, "magnitude"),
+    "wanda": lambda family: _pruned(family, "wanda"),
+    "sparsegpt": lambda family: _pruned(family, "sparsegpt"),
+    **_named(cast, adam_s, constraint, lift),
+    "scaling": lambda family: _attached(family, kwm.attach_scaling),
+    "compander": lambda family: _attached(family, kwm.attach_compander),
+    "weight_norm": lambda family: _attached(family, kwm.attach_weight_norm),
+    **_named(delta, patches, lora, pack, head, quantize),
+    "save": lambda family: _loaded(*_made(family)),
+    **_named(save_packed, checkpoint, compiled_generate),
+}
 PLAIN = {
     forward: forward,
     **dict.fromkeys((cast, adam_s, constraint, lift, checkpoint), fit),
     compiled_generate: generate,
-}
-METHODS = {
-    method.__name__: method
-    for method in (
-        *(forward, targets, share, magnitude, wanda, sparsegpt, cast),
-        *(adam_s, constraint, lift, scaling, compander, weight_norm, delta),
-        *(patches, lora, pack, head, quantize, save, save_packed),
-        *(checkpoint, compiled_generate),
-    )
 }
 
 

@@ -12,26 +12,6 @@ from tests import models
 BASES = ("Dense", "LlamaCausalLM")  # of the families
 
 
-def sparse(model, x):
-    kwm.sparsify(model, verbose=0)
-
-
-def scaled(model, x):
-    kwm.attach_scaling(model)
-
-
-def companded(model, x):
-    kwm.attach_compander(model)
-
-
-def normalized(model, x):
-    kwm.attach_weight_norm(model)
-
-
-def constrained(model, x):
-    kwm.SemiStructuredSparse.attach(model)
-
-
 def packed(model, x):
     kwm.sparsify(model, verbose=0)
     kwm.pack(model)
@@ -43,23 +23,10 @@ def rounded(model, x):
     kwm.quantize(model, x, group_size=16, **options)
 
 
-def quantized(model, x):
-    """By Keras."""
-    model.quantize("int8")
-
-
 def with_lora(model, x):
     layers = {id(t.layer): t.layer for t in kwm.find_targets(model)}
     for layer in layers.values():
         layer.enable_lora(2)
-
-
-def patched(model, x):
-    models.make_signature(model).apply(model)
-
-
-def by_adam_s(model, x):
-    _fit(model, x, kwm.AdamS(0.001, total_steps=4, targets=model))
 
 
 def by_lift(model, x):
@@ -74,12 +41,23 @@ def in_cast(model, x):
     trained.fit(x, y, batch_size=2, epochs=1, verbose=0)
 
 
+# {what was done: a function of a model and inputs}
 STATES = {
-    state.__name__.replace("_", " "): state
-    for state in (
-        *(sparse, scaled, companded, normalized, constrained, packed, rounded),
-        *(quantized, with_lora, patched, by_adam_s, by_lift, in_cast),
-    )
+    "sparse": lambda model, x: kwm.sparsify(model, verbose=0),
+    "scaled": lambda model, x: kwm.attach_scaling(model),
+    "companded": lambda model, x: kwm.attach_compander(model),
+    "normalized": lambda model, x: kwm.attach_weight_norm(model),
+    "constrained": lambda model, x: kwm.SemiStructuredSparse.attach(model),
+    "packed": packed,
+    "rounded": rounded,
+    "quantized": lambda model, x: model.quantize("int8"),  # by Keras
+    "with lora": with_lora,
+    "patched": lambda model, x: models.make_signature(model).apply(model),
+    "by adam s": lambda model, x: _fit(
+        model, x, kwm.AdamS(0.001, total_steps=4, targets=model)
+    ),
+    "by lift": by_lift,
+    "in cast": in_cast,
 }
 
 
