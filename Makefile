@@ -51,8 +51,15 @@ faults: setup
 
 # Several devices, made of this CPU: a mesh of JAX, two processes of JAX and of
 # torch, MirroredStrategy of TensorFlow.
+devices: export OMP_NUM_THREADS = 1
 devices: setup
-	$(BIN)/python -m tests.devices
+	dumps=$$(mktemp -d) && KERAS_BACKEND=jax XLA_FLAGS="--xla_dump_hlo_as_text \
+	  --xla_force_host_platform_device_count=8 --xla_dump_to=$$dumps \
+	  --xla_dump_hlo_module_re=.*_step.*" \
+	  $(BIN)/python -m tests.devices.mesh --dumps $$dumps
+	$(BIN)/python -m tests.devices.processes
+	KERAS_BACKEND=torch $(BIN)/python -m tests.devices.torch_ranks
+	KERAS_BACKEND=tensorflow $(BIN)/python -m tests.devices.mirrored
 
 # Files of each kind that were changed at random: for a night.
 MUTANTS ?= 20000
@@ -61,14 +68,13 @@ mutants: setup
 	KERAS_BACKEND=torch OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m tests.faults.mutants --count $(MUTANTS)
 
-# Every method on every family of models and after every other, all that there
-# is of devices, and docs/every_model.md. It goes on where it was stopped.
+# Every method on every family of models and after every other, and
+# docs/every_model.md. It goes on where it was stopped.
 matrix: setup
 	@failed=0; for backend in $(BACKENDS); do \
 	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
 	    $(BIN)/python -m tests.matrix $(ARGS) || failed=1; \
 	done; \
-	test -f build/matrix/devices.json || $(MAKE) devices || failed=1; \
 	KERAS_BACKEND=torch $(BIN)/python -m tests.matrix --page; exit $$failed
 
 # All tests with the newest packages, then with the oldest, that pyproject.toml

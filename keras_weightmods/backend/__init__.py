@@ -13,9 +13,8 @@ def current() -> "Backend":
     import keras
 
     name = keras.backend.backend()
-    return importlib.import_module(
-        f"keras_weightmods.backend.{name}.implementation"
-    )
+    path = f"keras_weightmods.backend.{name}.implementation"
+    return importlib.import_module(path).backend
 
 
 def processes() -> Any:

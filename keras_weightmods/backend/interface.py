@@ -1,17 +1,21 @@
 """What the library asks of a backend of Keras beyond `keras.ops`."""
 
 import contextlib
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
+import keras
 import numpy as np
 
 
-class Backend(Protocol):
-    """One of `backend/{jax,tensorflow,torch}/implementation.py`.
+class Backend:
+    """What a backend does where it needs no code of its own.
 
-    Reached by `backend.current()`. What says so may be None: the backend has
-    no use for it, and the caller goes by `keras.ops`.
+    `backend/{jax,tensorflow,torch}/implementation.py` have subclasses. They are
+    reached by `backend.current()`.
     """
 
     def vjp(
@@ -29,17 +33,14 @@ class Backend(Protocol):
             The output, and a function from the gradient of the output to those
             of the inputs, to be called once.
         """
-
-    def loss_gradients(
-        self, model: Any, variables: Any, x: Any, y: Any, sample_weight: Any
-    ) -> Any:
-        """Return the gradients of a compiled model's loss, as it infers."""
+        raise NotImplementedError
 
     def full_precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return a scope in which no factor of a float32 product is rounded.
 
         A GPU may round them to TF32 outside of it.
         """
+        raise NotImplementedError
 
     def compiled(
         self, function: Callable[..., Any], static: tuple[int, ...] = ()
@@ -52,6 +53,7 @@ class Backend(Protocol):
             function: Of tensors, and of the arguments that are static.
             static: Tuple of ints, the places of these.
         """
+        return function
 
     def fused(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a pure function, compiled also where the step is not.
@@ -64,9 +66,11 @@ class Backend(Protocol):
             function: Takes tensors, nests of them, and values that are part of
                 the program, by position.
         """
+        return function
 
     def compiled_call(self, layer: Any) -> Callable[[Any], Any]:
         """Return a compiled function from a layer's inputs to its outputs."""
+        return layer.predict_on_batch
 
     def after(self, tensors: list[Any], first: list[Any]) -> list[Any]:
         """Return tensors as they are, at hand only once others are computed.
@@ -83,33 +87,40 @@ class Backend(Protocol):
             tensors: List of tensors; on TensorFlow also `tf.IndexedSlices`.
             first: List of tensors that are not empty.
         """
+        return tensors
 
     def view_of(self, tensor: Any) -> np.ndarray | None:
         """Return the tensor as an array in its own memory, or None."""
+        raise NotImplementedError
 
     def array_of(self, tensor: Any) -> np.ndarray:
         """Return the values of a tensor as an array, bit for bit."""
+        return keras.ops.convert_to_numpy(tensor)
 
     def tensor_of(self, array: np.ndarray) -> Any:
         """Return a tensor, on the CPU in the memory of the array if it can."""
+        raise NotImplementedError
+
+    def processes(self) -> Any:
+        """Return the module of what several processes share; None for one.
+
+        It has `index`, `wait`, `gathered`, `rows_of_all` and `whole`.
+        """
+        return None
 
     def layouts(self) -> Any:
         """Return the module of weights that are split over devices, or None.
 
         It has `split_of`, `split_vector`, `SplitPacked`, `taken` and `put`.
         """
-
-    def processes(self) -> Any:
-        """Return the module of what several processes share; None for one.
-
-        It has `index`, `wait`, `gathered`, `rows_of_all`, `whole`, `own_part`.
-        """
+        return self._module("layouts")
 
     def in_place(self) -> Any:
         """Return the module of steps that change tensors in place, or None.
 
         It has `adam_s`, `sparse_adamw` and `distillation_gradient`.
         """
+        return self._module("in_place")
 
     def products(self) -> Any:
         """Return the module of products with packed kernels.
@@ -117,12 +128,19 @@ class Backend(Protocol):
         It has `sparse_matmul`, and `reason_unavailable` for why there is none
         that is compiled.
         """
+        return self._module("sparse_matmul")
 
     def gpu_products(self) -> Any:
         """Return the module of those products on an NVIDIA GPU, or None."""
-
-    def attention(self) -> Any:
-        """Return the module of the `kernel` of an attention, or None."""
+        return self._module("sparse_matmul_gpu")
 
     def generation(self) -> Any:
         """Return the module of `CompiledGenerate` and its `LENGTH_STEP`."""
+        return self._module("generation")
+
+    @functools.cache  # noqa: B019
+    def _module(self, name: str) -> Any:
+        """Return a module of the backend's folder, None if it has none."""
+        path = f"{type(self).__module__.rpartition('.')[0]}.{name}"
+        found = importlib.util.find_spec(path)
+        return found and importlib.import_module(path)

@@ -1,7 +1,6 @@
 """`generate` of KerasHub's language models without Keras' work for each op."""
 
 import dataclasses
-import functools
 import importlib
 import types
 
@@ -22,18 +21,15 @@ class GenerateReport(Report):
     Attributes:
         model: String, the name of the model.
         backend: String.
-        compiled: Bool, whether `generate` now runs in another way.
-        reason: String, why not, or what is done.
+        reason: String, what is done.
     """
 
     model: str
     backend: str
-    compiled: bool
     reason: str
 
     def tables(self) -> list[Table]:
-        done = "is compiled" if self.compiled else "stays as it is"
-        title = f"generate of {self.model!r} on {self.backend} {done}"
+        title = f"generate of {self.model!r} on {self.backend} is compiled"
         return [Table(title, caption=self.reason)]
 
 
@@ -118,12 +114,11 @@ def compile_generate(model: keras.Model, verbose: int = 1) -> GenerateReport:
     """
     _check_causal_lm(model)
     checks.check_verbose(verbose)
-    backend = keras.backend.backend()
-    report = functools.partial(GenerateReport, model.name, backend)
-    attributes = keras_compat.attributes(model)
     sampler_base = _hub().samplers.Sampler
-    attributes[_HOOK] = GenerateFunction(model, sampler_base, verbose)
-    return report(True, _DONE[backend])
+    function = GenerateFunction(model, sampler_base, verbose)
+    keras_compat.attributes(model)[_HOOK] = function
+    backend = keras.backend.backend()
+    return GenerateReport(model.name, backend, _DONE[backend])
 
 
 def uncompile_generate(model: keras.Model) -> None:

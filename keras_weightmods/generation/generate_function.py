@@ -4,13 +4,17 @@ import inspect
 import warnings
 from typing import Any
 
-import keras
 import numpy as np
+from keras import ops
 
 from keras_weightmods import backend
-from keras_weightmods.backend.generation import CannotCompile
-from keras_weightmods.core import keras_compat
-from keras_weightmods.generation import short_prefill
+from keras_weightmods.backend.generation import (
+    CannotCompile,
+    difference,
+    view_of,
+)
+from keras_weightmods.core.keras_compat import layers_of
+from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.utils.progress import Waiting
 
 _SHORTEST_PREFILL = 16
@@ -28,13 +32,9 @@ class GenerateFunction:
     def __init__(self, model, sampler_base, verbose=0):
         self.model = model
         self.verbose = verbose
-        self.shapes: set[Any] = set()
         self.sampler_base = sampler_base
-        self.compiled: Any = None
         self.structure: Any = None
-        self.is_checked = False
-        self.refusals: set[str] = set()
-        self.refusal = ""
+        self.warned: set[str] = set()
 
     def __call__(self):
         return self.generate
@@ -42,20 +42,21 @@ class GenerateFunction:
     def generate(self, inputs, stop_token_ids=None):
         structure = _structure(self.model)
         if structure != self.structure:
-            self.structure, self.refusal = structure, ""
-            self.shapes = set()
-            # A recording is compared as a whole.
-            self.is_checked = keras.backend.backend() == "torch"
+            self.structure, self.reason, self.shapes = structure, "", set()
+            self.rounds_inputs = _rounds_inputs(self.model)
             generation = backend.current().generation()
-            self.compiled = generation.CompiledGenerate(self.model)
-        reason = self.refusal or self._reason_against(inputs)
+            self.length_step = generation.LENGTH_STEP
+            self.compiled = generation.CompiledGenerate(
+                self.model, self.rounds_inputs
+            )
+        reason = self.reason or self._reason_against(inputs)
         if not reason:
             try:
                 return self._compiled(inputs, stop_token_ids)
             except CannotCompile as error:
-                reason = self.refusal = str(error)
-        if reason not in self.refusals:
-            self.refusals.add(reason)
+                reason = self.reason = str(error)
+        if reason not in self.warned:
+            self.warned.add(reason)
             warnings.warn(
                 f"`generate` of {self.model.name!r} runs as without "
                 f"`compile_generate`: {reason}."
@@ -65,14 +66,14 @@ class GenerateFunction:
 
     def _compiled(self, inputs, stop_token_ids):
         tokens, mask = (
-            keras.ops.convert_to_numpy(inputs[name])
+            ops.convert_to_numpy(inputs[name])
             for name in ("token_ids", "padding_mask")
         )
         mask = mask.astype(bool)
         length = tokens.shape[1]
         known = int(mask.sum(-1).min())
         prefill = min(_rounded(known, _SHORTEST_PREFILL), length)
-        step = backend.current().generation().LENGTH_STEP
+        step = self.length_step
         padded = length if step is None else _rounded(length, step)
         padding = (0, 0), (0, padded - length)
         # No stop token, and never read.
@@ -80,16 +81,12 @@ class GenerateFunction:
         mask = np.pad(mask, padding)
         stops = stop_token_ids and tuple(map(int, stop_token_ids))
         shape = tokens.shape[0], padded, prefill, stops, self.model.sampler
-        is_new = shape not in self.shapes
-        self.shapes.add(shape)
-        with Waiting("Compiling `generate`", self.verbose and is_new):
-            if not self.is_checked:
-                reason = short_prefill.reason_against(
-                    self.model, tokens, mask, length, known, prefill
-                )
-                if reason:
-                    raise CannotCompile(reason)
-                self.is_checked = True
+        with Waiting(
+            "Compiling `generate`", self.verbose and shape not in self.shapes
+        ):
+            if not self.shapes:
+                self._check_short_prompt(tokens, mask, length, known, prefill)
+            self.shapes.add(shape)
             return self.compiled(tokens, mask, length, prefill, stops)
 
     def _reason_against(self, inputs):
@@ -98,8 +95,6 @@ class GenerateFunction:
         for name in ("__call__", "run_loop"):
             if getattr(kind, name) is not getattr(self.sampler_base, name):
                 return f"the sampler {kind.__name__} has a loop of its own"
-        if model.run_eagerly:
-            return "it was compiled with run_eagerly=True"
         if not hasattr(model, "call_with_cache"):
             return "it has no `call_with_cache`"
         names = list(inspect.signature(model.call_with_cache).parameters)
@@ -112,10 +107,70 @@ class GenerateFunction:
         ]
         if others:
             return f"it is given {others} beside tokens"
-        mask = keras.ops.convert_to_numpy(inputs["padding_mask"])
-        if not mask.any(-1).all():
-            return "a prompt is empty"
-        return ""
+        mask = ops.convert_to_numpy(inputs["padding_mask"])
+        return "" if mask.any(-1).all() else "a prompt is empty"
+
+    def _check_short_prompt(self, tokens, mask, length, known, prefill):
+        """Compare the first logits of a prompt read short and read whole.
+
+        Args:
+            tokens: Integer array of shape (batch, padded length).
+            mask: Bool array of that shape, True for the prompts' tokens.
+            length: Int, the length to generate to.
+            known: Int, the length of the shortest prompt.
+            prefill: Int from `known` to `length`, the tokens to read at first.
+
+        Raises:
+            CannotCompile: If they differ.
+        """
+
+        def call_with_cache(token_ids, cache, cache_update_index):
+            if ops.is_tensor(cache_update_index):
+                raise CannotCompile("it does not read the prompt at first")
+
+            def read(token_ids):
+                return self.model.call_with_cache(token_ids, cache, 0)[0]
+
+            token_ids = token_ids[:, :length]
+            whole, short = read(token_ids), read(token_ids[:, :prefill])
+            pair = short[:, :known], whole[:, :known]
+            reason = difference(*pair, self.rounds_inputs)
+            if self.rounds_inputs and not reason:
+                # What other tokens at the empty places change alone, at the
+                # same length, is compared more closely.
+                others = ops.cast(token_ids == 0, token_ids.dtype)
+                is_empty = ops.arange(length) >= known
+                others = read(ops.where(is_empty, others, token_ids))
+                reason = difference(others[:, :known], pair[1], False)
+            raise _Read(reason)
+
+        inputs = {
+            "token_ids": ops.convert_to_tensor(tokens),
+            "padding_mask": ops.convert_to_tensor(mask),
+        }
+        view = view_of(self.model, call_with_cache=call_with_cache)
+        try:
+            # On torch it keeps no gradients.
+            with backend.current().full_precision():
+                view.generate_step(inputs, None)
+        except _Read as read:
+            if read.args[0]:
+                raise CannotCompile(
+                    "the first tokens give other logits where other tokens "
+                    f"follow, or fewer: they differ by {read}"
+                ) from None
+        except (TypeError, ValueError) as error:
+            raise CannotCompile(str(error)) from error
+
+
+class _Read(Exception):
+    """Carries a reason out of `generate_step`."""
+
+
+def _rounds_inputs(model):
+    return any(x.rounds_inputs for x in reparameterizations(model)) or any(
+        getattr(layer, "quantization_mode", None) for layer in layers_of(model)
+    )
 
 
 def _rounded(length, step):
@@ -129,7 +184,7 @@ def _structure(model):
     """What a recording holds for as long as this is the same."""
     return (
         [_Same(v.value) for v in model.variables],
-        [(_Same(x), type(x)) for x in keras_compat.layers_of(model)],
+        [(_Same(x), type(x)) for x in layers_of(model)],
     )
 
 

@@ -362,9 +362,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             variables = [target.variable for target in targets]
             batch = keras.tree.map_structure(ops.convert_to_tensor, self._data)
             x, y, weight = (*batch, None)[:3]
-            gradients = backend.current().loss_gradients(
-                model, variables, x, y, weight
-            )
+            gradients = _loss_gradients(model, variables, x, y, weight)
         for number, (target, gradient) in enumerate(zip(targets, gradients)):
             next_seed = (seed + step) % 2**31
             if own.criterion == "random":
@@ -386,6 +384,20 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
                     f"No entries can be chosen of {target.path!r}. {error}"
                 ) from error
             yield mask_indices(mask)
+
+
+def _loss_gradients(model, variables, x, y, sample_weight):
+    """Return the gradients of a compiled model's loss, as it infers."""
+
+    def loss_at(*values):
+        with keras.StatelessScope(zip(variables, values)):
+            return model.compute_loss(
+                x, y, model(x, training=False), sample_weight, training=False
+            )
+
+    values = map(ops.convert_to_tensor, variables)
+    loss, pullback = backend.current().vjp(loss_at, *values)
+    return pullback(ops.ones_like(loss))
 
 
 # The name of the method in the paper.

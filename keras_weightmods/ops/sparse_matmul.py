@@ -31,11 +31,8 @@ def sparse_matmul(x: Any, packed: Any) -> Any:
     On an NVIDIA GPU, JAX and torch multiply by cuSPARSELt or dense: whichever a
     trial on the card, once for each shape and type, found faster for the
     number of rows. There the kernel is rounded to the type of a 16-bit `x`, as
-    in a dense layer. With int8 activations and int8 values whole rows of `x`
-    are rounded, to multiples of s = max |x| / 127 of the row, and results to
-    bfloat16: an output is off by at most s / 2 times the sum of |w|, and by
-    2 ** -8 of itself. Where cuSPARSELt is never faster, blocks are rounded as
-    on a CPU. This has not yet been run on a GPU.
+    in a dense layer. int8 activations are multiplied dense. This has not yet
+    been run on a GPU.
 
     Gradients flow to `x`, as if it was not rounded, and to the values if these
     are float32 (at the kept places: the pattern never changes).
@@ -98,15 +95,12 @@ def reason_for_dense() -> Any:
     return backend.current().products().reason_unavailable()
 
 
-def gpu_plan(
-    shape: Any, x_dtype: Any, value_dtype: Any, activations: str = "float32"
-) -> Any:
+def gpu_plan(shape: Any, x_dtype: str, activations: str = "float32") -> Any:
     """How to multiply by a kernel on the GPU that the backend uses.
 
     Args:
         shape: Pair of ints (K, N), the shape of the kernel.
         x_dtype: String, type of the activations.
-        value_dtype: String, type of the packed values.
         activations: String, as of `Packed`. Defaults to `"float32"`.
 
     Returns:
@@ -120,14 +114,14 @@ def gpu_plan(
     ```python
     from keras_weightmods.ops.sparse_matmul import gpu_plan
 
-    plan = gpu_plan((4096, 4096), "bfloat16", "bfloat16")
+    plan = gpu_plan((4096, 4096), "bfloat16")
     print("no GPU" if plan is None else plan.why(rows=1))
     ```
     """
     module = backend.current().gpu_products()
     if module is None or module.device_name() is None:
         return None
-    return module.plan(shape, x_dtype, value_dtype, activations)
+    return module.plan(shape, x_dtype, activations)
 
 
 # A dict and not a cached function, which torch.compile would look into.

@@ -101,12 +101,11 @@ def pack(
         activations: String, what weights in int8 and int4 are multiplied by.
             `"int8"` rounds the inputs of these layers, in blocks of 32 entries
             to multiples of max |x| / 127, and multiplies integers, which is
-            faster. On a GPU it is for 2:4 kernels in int8 (all others are held
-            dense as well) and rounds whole rows, which costs more, see the
-            guide. `"float32"` leaves the inputs as they are; kernels that are
-            not 2:4 cannot be multiplied by them on a CPU. By default, `None`,
-            it is `"int8"` on a CPU and `"float32"` on a GPU. Weights in float32
-            and bfloat16 always have inputs in float.
+            faster on a CPU; on a GPU these layers are held dense. `"float32"`
+            leaves the inputs as they are; kernels that are not 2:4 cannot be
+            multiplied by them on a CPU. By default, `None`, it is `"int8"` on a
+            CPU and `"float32"` on a GPU. Weights in float32 and bfloat16 always
+            have inputs in float.
         trainable: Bool. If True, the kept values of 2:4 kernels get gradients,
             their places never; float32 values only. Defaults to False.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
@@ -142,9 +141,8 @@ def pack(
     began = time.perf_counter()
     _check_arguments(dtype, head, activations, trainable)
     checks.check_verbose(verbose)
-    on_gpu = gpu_plan((1, 1), "float32", "int8") is not None
+    on_gpu = gpu_plan((1, 1), "float32") is not None
     if activations is None:
-        # Rounding whole rows costs more there, so it is to be asked for.
         activations = "float32" if on_gpu else "int8"
     found = resolve_targets(model, targets)
     kind = dtype if head == "auto" else head

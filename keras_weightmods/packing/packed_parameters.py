@@ -111,7 +111,7 @@ class PackedParameters(Reparameterization):
         if trainable:
             return
         self.plan = gpu_plan(
-            self.shape, target.layer.compute_dtype, form.dtype, activations
+            self.shape, target.layer.compute_dtype, activations
         )
         # On a GPU nothing multiplies by stacks, by dense integers, or by parts
         # that are split over devices.
@@ -203,8 +203,7 @@ class PackedParameters(Reparameterization):
             gpu = current.gpu_products()
             x_dtype = self.target.layer.compute_dtype
             for kind in self.plan.companions:
-                about = kind, self.shape, x_dtype, self.activations
-                spec = gpu.companion_spec(*about)
+                spec = gpu.companion_spec(kind, self.shape, x_dtype)
                 self.companions[kind] = add(f"companion_{kind}", spec)
             more = {"companions": self.companions, "x_dtype": x_dtype}
             self.packed = gpu.PreparedPacked(**vars(self.packed), **more)

@@ -3,11 +3,11 @@
     KERAS_BACKEND=tensorflow python -m tests.devices.mirrored
 
 Each model is compiled in the scope and fitted outside of it; both devices must
-hold the weights that one device ends with. LIFT and CAST are in
-`tests/backend/tensorflow/test_mirrored.py`.
+hold the weights that one device ends with.
 """
 
 import contextlib
+import sys
 import tempfile
 
 import keras
@@ -23,16 +23,19 @@ OPTIONS = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
 
 
 def main():
+    names = sys.argv[1:] or [*CHECKS, "checkpoint"]
     strategy = tf.distribute.MirroredStrategy(two_devices())
-    for make in (adam_s, sparse, masked, companders, weight_norm):
-        alone = fitted(make, contextlib.nullcontext).get_weights()
-        model = fitted(make, strategy.scope)
+    for name in names:
+        if name == "checkpoint":
+            checkpoint_is_refused(strategy)
+            continue
+        alone = fitted(CHECKS[name], contextlib.nullcontext).get_weights()
+        model = fitted(CHECKS[name], strategy.scope)
         for weight, expected in zip(model.weights, alone, strict=True):
             first, second = (value.numpy() for value in weight.value.values)
             np.testing.assert_array_equal(first, second)
             np.testing.assert_allclose(first, expected, atol=1e-6)
-        print(f"{make.__name__}: equal to one device", flush=True)
-    checkpoint_is_refused(strategy)
+        print(f"{name}: equal to one device", flush=True)
 
 
 def two_devices():
@@ -45,11 +48,13 @@ def two_devices():
 def fitted(make, scope):
     callbacks = []
     with scope():
-        model = mlp(8, 16, 4)
+        model = fit = mlp(8, 16, 4)
         optimizer = make(model, callbacks)
-        model.compile(optimizer, "mse")
-    model.fit(X, Y, callbacks=callbacks, **OPTIONS)
-    return model
+        if optimizer is None:
+            fit = kwm.CAST(model)
+        fit.compile(optimizer, "mse")
+    fit.fit(X, Y, callbacks=callbacks, **OPTIONS)
+    return model if fit is model else fit.finalize()
 
 
 def adam_s(model, callbacks):
@@ -59,6 +64,11 @@ def adam_s(model, callbacks):
 def sparse(model, callbacks):
     kwm.SemiStructuredSparse.attach(model)
     return "adam"
+
+
+def lift(model, callbacks):
+    masked(model, callbacks)
+    return kwm.SparseAdamW(0.05)
 
 
 def masked(model, callbacks):
@@ -76,6 +86,10 @@ def weight_norm(model, callbacks):
     return "adam"
 
 
+def cast(model, callbacks):
+    """None: `CAST` has its own."""
+
+
 def checkpoint_is_refused(strategy):
     def with_checkpoint(model, callbacks):
         callbacks.append(kwm.Checkpoint(folder))
@@ -86,6 +100,9 @@ def checkpoint_is_refused(strategy):
             fitted(with_checkpoint, strategy.scope)
     print("Checkpoint: refused")
 
+
+FITS = adam_s, sparse, lift, masked, companders, weight_norm, cast
+CHECKS = {fit.__name__: fit for fit in FITS}
 
 if __name__ == "__main__":
     main()

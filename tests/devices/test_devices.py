@@ -1,4 +1,4 @@
-"""A mesh of 8 devices; more, and other backends, are in `make devices`."""
+"""A mesh of JAX, and two devices of TensorFlow; more is in `make devices`."""
 
 import os
 import subprocess
@@ -9,17 +9,20 @@ import pytest
 
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "jax", reason="for JAX"
-)
+BACKEND = keras.backend.backend()
+CHECKS = {
+    "jax": ["mesh", "--checks", "products", "cast"],
+    "tensorflow": ["mirrored", "lift"],
+}
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="in `make devices` alone")
 @pytest.mark.skipif(reason_for_dense() != "", reason=reason_for_dense())
-def test_a_device_holds_its_share_and_computes_the_same():
-    command = [sys.executable, "-m", "tests.devices.mesh"]
+def test_devices_compute_what_one_computes():
+    program, *checks = CHECKS[BACKEND]
     flags = "--xla_force_host_platform_device_count=8"
     subprocess.run(
-        [*command, "--checks", "products", "lift", "cast"],
-        env={**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": flags},
+        [sys.executable, "-m", f"tests.devices.{program}", *checks],
+        env={**os.environ, "KERAS_BACKEND": BACKEND, "XLA_FLAGS": flags},
         check=True,
     )

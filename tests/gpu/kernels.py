@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_weightmods.ops import nm_project, unpack_kernel
+from keras_weightmods.ops import nm_project
 from tests.models import normal, numpy
 
 
@@ -19,13 +19,9 @@ def error(y, expected):
     return difference / np.linalg.norm(expected)
 
 
-def product_of_rounded_rows(x, packed):
-    """Return, in float64, the product of rows rounded to int8."""
-    x = numpy(x).astype("float32")
-    largest = np.abs(x).max(axis=1)
-    scale = largest / np.float32(127)
-    scale[scale < np.finfo("float32").tiny] = 1
-    scale[~np.isfinite(largest)] = np.nan
-    steps = np.nan_to_num(np.rint(x / scale[:, None]))
-    kernel = unpack_kernel(packed).astype("float64")
-    return steps.astype("float64") @ kernel * scale[:, None]
+def prepared(products, packed, x_dtype, kinds):
+    """Return a packed kernel of JAX with companions, by their module."""
+    made = {kind: products.companion(kind, packed, x_dtype) for kind in kinds}
+    return products.PreparedPacked(
+        **vars(packed), companions=made, x_dtype=x_dtype
+    )

@@ -84,7 +84,7 @@ class FakeGpu:
         assert self.cuda.fake_context_depth() == 0
         return failure and failure.decode()
 
-    def ffi_call(self, target, result):
+    def ffi_call(self, target, result, vmap_method=None):
         """Stand for `jax.ffi.ffi_call`, on a CPU."""
         import jax
 

@@ -117,7 +117,6 @@ def write(page=PAGE, results=RESULTS):
         "nets": _nets(first),
         "methods": _methods(plain),
         "pairs": _pairs(found),
-        "devices": _devices(results / "devices.json"),
         "others": _others(plain),
     }
     text = MARKS.sub(
@@ -213,16 +212,6 @@ def _pairs(found):
                 columns[column].append(text)
         cells = " | ".join(", ".join(texts) for texts in columns.values())
         yield f"| {state} | {cells} |"
-
-
-def _devices(file):
-    """Say what was checked on which devices."""
-    yield "| devices | what | found |"
-    yield "|---|---|---|"
-    found = json.loads(file.read_text()) if file.exists() else {}
-    for name, lines in found.items():
-        for what, _, text in (line.partition(": ") for line in lines):
-            yield f"| {name} | {what} | {text} |"
 
 
 def _listed(names):

@@ -15,7 +15,7 @@ from jax.extend import core
 from keras import ops
 
 from keras_weightmods.backend import attention
-from keras_weightmods.backend.jax import xla_handlers
+from keras_weightmods.backend.jax import xla_calls
 
 # Stands for the scale of an attention; as good as any other number.
 _SCALE = 0.0123456789
@@ -26,8 +26,8 @@ def kernel(query, key, value, mask, scale):
     if (
         jax.default_backend() != "cpu"
         # XLA cannot split a custom call over devices.
-        or len(xla_handlers.cpu_devices()) != 1
-        or xla_handlers.reason_unavailable()
+        or len(xla_calls.cpu_devices()) != 1
+        or xla_calls.reason_unavailable()
     ):
         return None
     if mask is None:
@@ -51,19 +51,16 @@ def calls_in(jaxpr, key_shape):
     """
     producers = _producers(jaxpr)
     found = {}
-    for out, (equation, _) in producers.items():
+    for out in producers:
         shape = getattr(out.aval, "shape", ())
         if len(shape) != 4 or shape[3] != key_shape[2]:
             continue
         for template in _templates(shape, key_shape, out.aval.dtype):
-            if equation.primitive is not template.eqns[-1].primitive:
-                continue
-            match = _Match(_producers(template), producers)
-            if match.is_same(template.outvars[0], out):
-                inputs = [match.known.get(x) for x in template.invars]
-                query, key, value, *mask = inputs
-                arguments = query, key, value, mask[0] if mask else None
-                found[out] = (*arguments, match.scale)
+            known, scales = _matched(template, producers, out)
+            if len(scales) == 1:
+                inputs = [known.get(x) for x in template.invars]
+                query, key, value, mask = *inputs, *[None] * (4 - len(inputs))
+                found[out] = query, key, value, mask, *scales
                 break
     return found
 
@@ -105,55 +102,52 @@ def _producers(jaxpr):
     }
 
 
-class _Match:
-    """Whether a variable is computed as one of a template is.
+def _matched(template, producers, out):
+    """Match a variable with the result of a template.
 
-    Attributes:
-        known: Dict from variables of the template to those that they are.
-        scale: Float, the number in the place of `_SCALE`.
+    Returns:
+        Dict from variables of the template to those that they are, and the set
+        of the numbers in the place of `_SCALE`, empty where they differ.
     """
+    made = _producers(template)
+    known: dict[Any, Any] = {}
+    scales: set[float] = set()
 
-    def __init__(self, template, producers):
-        self.template = template
-        self.producers = producers
-        self.known: dict[Any, Any] = {}
-        self.scale = None
-
-    def is_same(self, expected, x):
-        if expected.aval.shape != x.aval.shape:
-            return False
-        if expected.aval.dtype != x.aval.dtype:
+    def is_same(expected, x):
+        if (expected.aval.shape, expected.aval.dtype) != (
+            x.aval.shape,
+            x.aval.dtype,
+        ):
             return False
         if isinstance(expected, core.Literal) or isinstance(x, core.Literal):
-            return self._is_same_number(expected, x)
-        if expected in self.known:
-            return self.known[expected] is x
-        if expected in self.template:
-            equation, place = self.template[expected]
-            other, other_place = self.producers.get(x, (None, None))
+            return type(expected) is type(x) and is_number(expected, x)
+        if expected in known:
+            return known[expected] is x
+        if expected in made:
+            equation, place = made[expected]
+            other, other_place = producers.get(x, (None, None))
             if (
                 other is None
                 or place != other_place
                 or equation.primitive is not other.primitive
                 or len(equation.invars) != len(other.invars)
                 or str(equation.params) != str(other.params)
-                or not all(map(self.is_same, equation.invars, other.invars))
+                or not all(map(is_same, equation.invars, other.invars))
             ):
                 return False
-        self.known[expected] = x
+        known[expected] = x
         return True
 
-    def _is_same_number(self, expected, x):
-        if not isinstance(expected, core.Literal):
-            return False
-        if not isinstance(x, core.Literal):
-            return False
-        dtype = np.asarray(expected.val).dtype
-        numbers = (expected.val, x.val, _SCALE)
-        expected, x, stand_in = (np.asarray(y, dtype) for y in numbers)
-        is_float = jnp.issubdtype(expected.dtype, jnp.floating)
-        if not is_float or expected != stand_in:
-            return bool(expected == x)
-        is_first = self.scale is None
-        self.scale = float(x) if is_first else self.scale
-        return is_first or self.scale == float(x)
+    def is_number(expected, x):
+        dtype = expected.aval.dtype
+        is_float = jnp.issubdtype(dtype, jnp.floating)
+        number, stand_in = (
+            np.asarray(y, dtype) for y in (expected.val, _SCALE)
+        )
+        if is_float and number == stand_in:
+            scales.add(float(x.val))
+            return True
+        return bool(number == x.val)
+
+    same = is_same(template.outvars[0], out)
+    return known, scales if same else set()

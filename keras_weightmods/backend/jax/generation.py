@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_weightmods.backend.generation import CannotCompile, Steps
-from keras_weightmods.backend.jax import shared_inputs, traced_call
+from keras_weightmods.backend.jax import traced_call
 
 # XLA takes long: `max_length` is rounded up to multiples of this.
 LENGTH_STEP = 64
@@ -18,7 +18,7 @@ LENGTH_STEP = 64
 class CompiledGenerate:
     """See that of torch; by one program of XLA, with a cache in parts."""
 
-    def __init__(self, model):
+    def __init__(self, model, rounds_inputs):
         self.model = model
         self.done = set()
         self.function = jax.jit(
@@ -60,25 +60,19 @@ class CompiledGenerate:
 class _Traced(Steps):
     """`Steps` by `traced_call`."""
 
-    def __init__(self, model, prefill):
-        super().__init__(model, prefill)
-        self.plain = shared_inputs.in_one_call(model.call_with_cache)
-
     def first(self, token_ids, cache):
-        token_ids = token_ids[:, : self.prefill]
-        logits, hidden_states, cache = self._call(
-            lambda *inputs: self.plain(*inputs, 0), token_ids, cache
-        )
+        logits, hidden_states, cache = _traced(super().first, token_ids, cache)
         cache = traced_call.whole(cache)
         # A step says in which parts it makes the next cache.
         inputs = token_ids[:, :1], cache, jnp.int32(0)
         stack = jax.eval_shape(self.step, *inputs)[2]
         return logits, hidden_states, traced_call.split_like(cache, stack)
 
-    def step(self, token_ids, cache, index):
-        return self._call(self.plain, token_ids, cache, index)
+    def step(self, *inputs):
+        return _traced(super().step, *inputs)
 
-    def _call(self, function, token_ids, cache, *index):
-        return traced_call.call(
-            function, token_ids, cache, *index, key_shape=cache.shape[-3:]
-        )
+
+def _traced(function, token_ids, cache, *index):
+    return traced_call.call(
+        function, token_ids, cache, *index, key_shape=cache.shape[-3:]
+    )

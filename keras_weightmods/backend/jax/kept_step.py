@@ -28,14 +28,13 @@ def kept(step, hold, state, iterator):
     Returns:
         What `step` returns, logs and the new state.
     """
-    is_done = False
+    left = state
     try:
         with _interrupts_wait() as waiting:
-            logs, new = step(state, _Data(iterator, waiting))
+            logs, new = step(state, _data(iterator, waiting))
             hold(new)
-            is_done = True
+            left = new
     except BaseException:
-        left = new if is_done else state
         arrays = [array for group in left for array in group]
         if not any(array.is_deleted() for array in arrays):
             hold(left)
@@ -46,19 +45,14 @@ def kept(step, hold, state, iterator):
     return logs, new
 
 
-class _Data:
-    """Batches, on which an interrupt need not wait."""
-
-    def __init__(self, iterator, waiting):
-        self._iterator = iterator
-        self._waiting = waiting
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        with self._waiting():
-            return next(self._iterator)
+def _data(iterator, waiting):
+    """Yield batches, on which an interrupt need not wait."""
+    while True:
+        with waiting():
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
 
 
 @contextlib.contextmanager

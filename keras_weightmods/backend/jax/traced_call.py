@@ -8,15 +8,20 @@
   places, is computed once, as the function is traced. XLA would compute it anew
   in each layer, for each head.
 - An attention is computed by the kernel of `backend.jax.attention`.
+- Products of one input by several packed kernels, with int8 activations, are
+  one call, which rounds the input once and wakes the threads once.
 """
 
+import collections
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from keras_weightmods.backend import xla_products
 from keras_weightmods.backend.jax import attention
 
 _CALLS = ("jit", "pjit")
@@ -24,6 +29,11 @@ _CALLS = ("jit", "pjit")
 _LARGEST_CONSTANT = 2**20
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["parts"],
+    meta_fields=["axis"],
+)
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """Arrays or stacks, all of one shape, along a new axis.
@@ -40,17 +50,6 @@ class Stack:
     def shape(self):
         shape = self.parts[0].shape
         return (*shape[: self.axis], len(self.parts), *shape[self.axis :])
-
-
-def _flatten(stack):
-    return stack.parts, stack.axis
-
-
-def _unflatten(axis, parts):
-    return Stack(axis, list(parts))
-
-
-jax.tree_util.register_pytree_node(Stack, _flatten, _unflatten)
 
 
 def whole(x):
@@ -114,8 +113,22 @@ class _Run:
         def value(atom):
             return atom.val if isinstance(atom, core.Literal) else known[atom]
 
-        for equation in _needed(jaxpr, attentions):
+        equations = _needed(jaxpr, attentions)
+        shared = _shared_products(jaxpr, equations)
+        for equation in equations:
             out = equation.outvars[0]
+            if out in known:
+                continue
+            if out in shared:
+                x, *arrays = (
+                    value(x)
+                    for i, product in enumerate(shared[out])
+                    for x in product.invars[i > 0 :]
+                )
+                outs = [product.outvars[0] for product in shared[out]]
+                products = _products(whole(x), arrays, outs)
+                known.update(zip(outs, products))
+                continue
             if out in attentions:
                 *given, scale = attentions[out]
                 query, keys, values, mask = (
@@ -173,6 +186,36 @@ def _needed(jaxpr, attentions):
     return found[::-1]
 
 
+def _shared_products(jaxpr, equations):
+    """Return {result: equations of products by the same input}, of the first.
+
+    They are those of `xla_products` with int8 activations.
+    """
+    known = {*jaxpr.constvars, *jaxpr.invars}
+    found = collections.defaultdict(list)
+    for equation in equations:
+        inner = equation.params.get("call_jaxpr")
+        calls = inner.jaxpr.eqns if isinstance(inner, core.ClosedJaxpr) else ()
+        if any(e.params.get("target_name") == xla_products.INT8 for e in calls):
+            x, *arrays = equation.invars
+            # They are needed at the first product.
+            if all(isinstance(a, core.Literal) or a in known for a in arrays):
+                # One call takes matrices of one type.
+                values, meta = (a.aval for a in arrays[:2])
+                found[x, values.dtype, meta.ndim].append(equation)
+    return {
+        group[0].outvars[0]: group for group in found.values() if len(group) > 1
+    }
+
+
+def _products(x, arrays, outs):
+    """Return the products by several kernels, in one call."""
+    results = [jax.ShapeDtypeStruct(out.aval.shape, "float32") for out in outs]
+    call = jax.ffi.ffi_call(xla_products.INT8, results)
+    products = call(x.astype("float32"), *arrays)
+    return [y.astype(out.aval.dtype) for y, out in zip(products, outs)]
+
+
 def _evaluated(equation, values):
     primitive = equation.primitive
     bound = primitive.get_bind_params(equation.params)
@@ -183,45 +226,29 @@ def _evaluated(equation, values):
 
 
 def _stack_of(equation, values):
-    """The result of an equation if it is a stack; else None."""
+    """The result of an equation if it is a stack, or in one; else None."""
     name, params = equation.primitive.name, equation.params
     x = values[0] if values else None
     if name == "stack":
         return Stack(params["axis"], values)
-    if name == "concatenate":
-        axis = params["dimension"]
+    shape = equation.outvars[0].aval.shape
+    if name == "broadcast_in_dim" and jnp.shape(x):
+        # It adds an axis of one entry.
+        new = {*range(len(shape))} - {*params["broadcast_dimensions"]}
+        stack = Stack(min(new, default=0), [x])
+        return stack if stack.shape == shape else None
+    if not isinstance(x, Stack):
+        return None
+    axis, parts = x.axis, x.parts
+    if name == "concatenate" and params["dimension"] == axis:
         if all(isinstance(v, Stack) and v.axis == axis for v in values):
             return Stack(axis, [part for v in values for part in v.parts])
-    elif name == "broadcast_in_dim":
-        return _expanded(x, params)
-    elif name == "slice" and isinstance(x, Stack):
-        return _sliced(x, params)
-    elif name == "squeeze" and isinstance(x, Stack):
-        is_own = tuple(params["dimensions"]) == (x.axis,)
-        return x.parts[0] if is_own else None
+    elif name == "squeeze" and tuple(params["dimensions"]) == (axis,):
+        return parts[0]
+    elif name == "slice":
+        step = params["strides"][axis] if params["strides"] else 1
+        first, last = params["start_indices"], params["limit_indices"]
+        cut = Stack(axis, parts[first[axis] : last[axis] : step])
+        # Along its own axis alone.
+        return cut if cut.parts and cut.shape == shape else None
     return None
-
-
-def _expanded(x, params):
-    """A stack of one, where a broadcast adds an axis of one entry."""
-    shape, kept = params["shape"], params["broadcast_dimensions"]
-    new = set(range(len(shape))) - set(kept)
-    if len(new) != 1 or not jnp.shape(x):
-        return None
-    (axis,) = new
-    stack = Stack(axis, [x])
-    return stack if stack.shape == tuple(shape) else None
-
-
-def _sliced(x, params):
-    """A part of a stack, where it is cut along its own axis alone."""
-    starts, stops = params["start_indices"], params["limit_indices"]
-    steps = params["strides"]
-    others = [
-        (start, stop) == (0, size)
-        for axis, (start, stop, size) in enumerate(zip(starts, stops, x.shape))
-        if axis != x.axis
-    ]
-    if not all(others) or (steps is not None and set(steps) != {1}):
-        return None
-    return Stack(x.axis, x.parts[starts[x.axis] : stops[x.axis]])

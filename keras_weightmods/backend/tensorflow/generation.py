@@ -15,7 +15,7 @@ LENGTH_STEP = 64
 class CompiledGenerate:
     """See `CompiledGenerate` of torch; by one program of XLA."""
 
-    def __init__(self, model):
+    def __init__(self, model, rounds_inputs):
         self.model = model
         self.functions = {}
 

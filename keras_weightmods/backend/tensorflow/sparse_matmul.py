@@ -7,13 +7,13 @@ thread pool shares the work.
 
 import functools
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_weightmods import native
+from keras_weightmods.backend import xla_products
 from keras_weightmods.backend.tensorflow import xla_calls
-from keras_weightmods.native.packed import Packed, pack_kernel, unpack_tensor
+from keras_weightmods.native.packed import pack_kernel
 
 
 def reason_unavailable():
@@ -60,83 +60,4 @@ def _refusal():
 @tf.autograph.experimental.do_not_convert
 def sparse_matmul(x, packed):
     """See `keras_weightmods.ops.sparse_matmul`."""
-    multiply = _matmul_int8 if packed.activations == "int8" else _matmul
-    values = _tensor(packed.values)
-    is_bfloat16 = x.dtype == values.dtype == tf.bfloat16
-    y = multiply(
-        x if is_bfloat16 else tf.cast(x, tf.float32),
-        values,
-        tf.zeros((0,), "int32") if packed.is_dense else _tensor(packed.meta),
-        tf.zeros((0,)) if packed.scale is None else _tensor(packed.scale),
-        packed.shape[1],
-    )
-    return tf.cast(y, x.dtype)
-
-
-def _tensor(array):
-    # Keras' own function leaves a variable as it is.
-    value = array.value if isinstance(array, keras.Variable) else array
-    return tf.convert_to_tensor(value)
-
-
-def _matmul(x, values, meta, scale, size, transposed=False):
-    """By the kernel or its transpose; `size` entries in the last axis."""
-
-    @tf.custom_gradient
-    def matmul(x, values, meta, scale):
-        def gradient(dy):
-            given = tf.cast(dy, tf.float32)
-            weights = values, meta, scale
-            dx = _matmul(given, *weights, x.shape[-1], not transposed)
-            dx, dvalues = tf.cast(dx, dy.dtype), None
-            if values.dtype == tf.float32:
-                pair = (dy, x) if transposed else (x, dy)
-                dvalues = _values_gradient(*pair, meta)
-            return dx, dvalues, None, None
-
-        target, weights = "kwm_xla_matmul", [values, meta, scale]
-        if transposed:
-            target = "kwm_xla_matmul_transposed"
-        elif x.dtype == tf.bfloat16:
-            target, weights = "kwm_xla_matmul_bfloat16", [values, meta]
-        shape = [*x.shape[:-1], size]
-        return xla_calls.call(target, shape, x, *weights), gradient
-
-    return matmul(x, values, meta, scale)
-
-
-def _matmul_int8(x, values, meta, scale, n):
-    """By int8 activations; an empty meta, in one axis, is a dense matrix."""
-
-    @tf.custom_gradient
-    def matmul(x, values, meta, scale):
-        def gradient(dy):
-            k = x.shape[-1]
-            if len(meta.shape) == 1:
-                dtype = "int8" if values.dtype == tf.int8 else "int4"
-                packed = Packed(values, None, scale, (k, n), dtype, "int8")
-                axes = [[len(dy.shape) - 1], [1]]
-                dx = tf.tensordot(dy, unpack_tensor(packed), axes)
-            else:
-                dx = _matmul(dy, values, meta, scale, k, transposed=True)
-            return dx, None, None, None
-
-        shape = [*x.shape[:-1], n]
-        weights = values, meta, scale
-        y = xla_calls.call("kwm_xla_matmul_int8", shape, x, *weights)
-        return y, gradient
-
-    return matmul(x, values, meta, scale)
-
-
-@tf.custom_gradient
-def _values_gradient(x, dy, meta):
-    def gradient(ddvalues):
-        weights = ddvalues, meta, tf.zeros((0,))
-        dx = _matmul(dy, *weights, x.shape[-1], transposed=True)
-        return dx, _matmul(x, *weights, dy.shape[-1]), None
-
-    blocks, rows, columns = meta.shape
-    shape = [blocks, 16 * rows, columns]
-    y = xla_calls.call("kwm_xla_values_gradient", shape, x, dy, meta)
-    return y, gradient
+    return xla_products.sparse_matmul(xla_calls, x, packed)

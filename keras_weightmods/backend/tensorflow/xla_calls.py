@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import importlib
 import pathlib
 
 import tensorflow as tf
@@ -50,15 +49,13 @@ def call(target, shape, *arguments):
 
     Entries of `shape` that are None are those of the first argument.
     """
-    module = _module(
-        target,
-        tuple(shape),
-        tuple((tuple(a.shape), a.dtype.name) for a in arguments),
-    )
-    (result,) = _xla_ops().xla_call_module(
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+    kinds = tuple((tuple(a.shape), a.dtype.name) for a in arguments)
+    (result,) = gen_xla_ops.xla_call_module(
         args=arguments,
         version=9,
-        module=module,
+        module=_module(target, tuple(shape), kinds),
         Tout=[arguments[0].dtype],
         Sout=[shape],
         platforms=["CPU"],
@@ -66,9 +63,14 @@ def call(target, shape, *arguments):
     return result
 
 
-@functools.cache
-def _xla_ops():
-    return importlib.import_module("tensorflow.compiler.tf2xla.ops.gen_xla_ops")
+def with_gradient(function, gradient):
+    """Return a function of tensors that has this gradient."""
+
+    @tf.custom_gradient
+    def call(*inputs):
+        return function(*inputs), lambda dy: gradient(*inputs, dy)
+
+    return call
 
 
 @functools.lru_cache(maxsize=4096)
@@ -83,49 +85,44 @@ def _module(target, result, arguments):
     Returns:
         String, the module as text.
     """
-    types = [_type(*argument) for argument in arguments]
-    names = [f"%a{i}" for i in range(len(arguments))]
-    lines, attributes = [], ["api_version = 4 : i32"]
-    operands, operand_types = list(names), list(types)
+    operands = {f"%a{i}": _type(*kind) for i, kind in enumerate(arguments)}
+    parameters = ", ".join(f"{name}: {t}" for name, t in operands.items())
+    returned = _type(result, arguments[0][1])
+    lines, attributes = [], "api_version = 4 : i32"
     if None in result:
         # The shape of the result, as one more operand.
+        one = "tensor<1xi32>"
         for i, size in enumerate(result):
-            if size is None:
-                lines += [
-                    f"%s{i} = stablehlo.get_dimension_size %a0, dim = {i} : "
-                    f"({types[0]}) -> tensor<i32>",
-                    f"%d{i} = stablehlo.reshape %s{i} : "
-                    "(tensor<i32>) -> tensor<1xi32>",
-                ]
-            else:
+            if size is not None:
                 lines.append(
-                    f"%d{i} = stablehlo.constant dense<{size}> : tensor<1xi32>"
+                    f"%d{i} = stablehlo.constant dense<{size}> : {one}"
                 )
+                continue
+            lines += [
+                f"%s{i} = stablehlo.get_dimension_size %a0, dim = {i} : "
+                f"({operands['%a0']}) -> tensor<i32>",
+                f"%d{i} = stablehlo.reshape %s{i} : (tensor<i32>) -> {one}",
+            ]
         parts = ", ".join(f"%d{i}" for i in range(len(result)))
-        part_types = ", ".join(["tensor<1xi32>"] * len(result))
-        shape_type = f"tensor<{len(result)}xi32>"
+        ones = ", ".join([one] * len(result))
+        shape = f"tensor<{len(result)}xi32>"
         lines.append(
-            f"%shape = stablehlo.concatenate {parts}, dim = 0 : "
-            f"({part_types}) -> {shape_type}"
+            f"%shape = stablehlo.concatenate {parts}, dim = 0 : ({ones}) -> "
+            f"{shape}"
         )
-        attributes.append(
-            f"indices_of_shape_operands = dense<[{len(names)}]> : tensor<1xi64>"
-        )
-        operands.append("%shape")
-        operand_types.append(shape_type)
-    result_type = _type(result, arguments[0][1])
+        place = f"dense<[{len(operands)}]> : tensor<1xi64>"
+        attributes += f", indices_of_shape_operands = {place}"
+        operands["%shape"] = shape
     lines += [
-        "%y = stablehlo.custom_call "
-        f'@"{name_of(target)}"'
-        f"({', '.join(operands)}) {{{', '.join(attributes)}}} : "
-        f"({', '.join(operand_types)}) -> {result_type}",
-        f"return %y : {result_type}",
+        f'%y = stablehlo.custom_call @"{name_of(target)}"'
+        f"({', '.join(operands)}) {{{attributes}}} : "
+        f"({', '.join(operands.values())}) -> {returned}",
+        f"return %y : {returned}",
     ]
-    parameters = ", ".join(f"{n}: {t}" for n, t in zip(names, types))
     body = "\n    ".join(lines)
     return (
         "module attributes {jax.uses_shape_polymorphism = true} {\n"
-        f"  func.func public @main({parameters}) -> ({result_type}) {{\n"
+        f"  func.func public @main({parameters}) -> ({returned}) {{\n"
         f"    {body}\n  }}\n}}"
     )
 

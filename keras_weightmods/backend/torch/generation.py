@@ -26,10 +26,12 @@ class CompiledGenerate:
 
     Args:
         model: A `keras_hub.models.CausalLM`, as it is now.
+        rounds_inputs: Bool, as of `difference`.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, rounds_inputs):
         self.model = model
+        self.rounds_inputs = rounds_inputs
         self.recorded = {}
 
     def __call__(self, tokens, mask, length, prefill, stop_token_ids):
@@ -55,7 +57,7 @@ class CompiledGenerate:
         inputs = {
             name: torch.from_numpy(x).to(device) for name, x in inputs.items()
         }
-        steps = _Recorded(self.model, prefill, self.recorded)
+        steps = _Recorded(self, prefill)
         with torch.no_grad():
             return steps.generate(inputs, length, stop_token_ids)
 
@@ -63,11 +65,9 @@ class CompiledGenerate:
 class _Recorded(Steps):
     """`Steps` that are recorded at their first use."""
 
-    def __init__(self, model, prefill, recorded):
-        super().__init__(model, prefill)
-        self.plain = model.call_with_cache
-        self.recorded = recorded
-        self.expected_cache = None
+    def __init__(self, compiled, prefill):
+        super().__init__(compiled.model, prefill)
+        self.compiled = compiled
 
     def sampler(self, length):
         sampler = self.model.sampler
@@ -95,39 +95,40 @@ class _Recorded(Steps):
         return sample
 
     def first(self, token_ids, cache):
-        if _key(token_ids[:, :1], cache) not in self.recorded:
-            own_cache = torch.zeros_like(cache)
-            self.expected_cache = self.plain(token_ids, own_cache, 0)[2]
-        token_ids = token_ids[:, : self.prefill]
-        key = _key(token_ids, cache)
-        if key not in self.recorded:
-            self.recorded[key] = self._record(
-                # The logits are not used.
-                lambda tokens, cache: self.plain(tokens, cache, 0)[1:],
-                # Other tokens: their numbers must not be part of it.
-                token_ids.flip(1).contiguous(),
-                cache.clone(),
+        def read(token_ids, cache):
+            # The logits are not used.
+            return super(_Recorded, self).first(token_ids, cache)[1:]
+
+        return None, *self._run(read, token_ids[:, : self.prefill], cache)
+
+    def step(self, *inputs):
+        return self._run(super().step, *inputs)
+
+    def _run(self, function, token_ids, cache, *index):
+        """Run a function as it was recorded for these shapes."""
+        recorded = self.compiled.recorded
+        key = token_ids.shape, token_ids.dtype, cache.shape, cache.dtype
+        if key not in recorded:
+            while len(recorded) >= _RECORDINGS:
+                recorded.pop(next(iter(recorded)))
+            # By other numbers: these must not become a part of it.
+            other = [i - 1 if i > 0 else i + 1 for i in index]
+            zeros = torch.zeros_like(token_ids).contiguous()
+            made = self._record(function, (zeros, cache.clone(), *other))
+            received, expected = (
+                f(token_ids.clone(), cache.clone(), *index)[0]
+                for f in (made, function)
             )
-        return None, *self.recorded[key](token_ids, cache)
+            reason = difference(received, expected, self.compiled.rounds_inputs)
+            if reason:
+                raise CannotCompile(
+                    "a recorded step gives other logits than the model: they "
+                    f"differ by {reason}"
+                )
+            recorded[key] = made
+        return recorded[key](token_ids, cache, *index)
 
-    def step(self, token_ids, cache, index):
-        key = _key(token_ids, cache)
-        if key in self.recorded:
-            return self.recorded[key](token_ids, cache, index)
-        if self.expected_cache is None:
-            raise CannotCompile("it does not read the prompt at first")
-        other_index = index - 1 if index > 0 else index + 1
-        recorded = self._record(
-            self.plain, torch.zeros_like(token_ids), cache.clone(), other_index
-        )
-        expected, _, _ = self.plain(token_ids, self.expected_cache, index)
-        outputs = recorded(token_ids, cache, index)
-        _check(outputs[0], expected, recorded.rounds_inputs)
-        self.expected_cache = None
-        self.recorded[key] = recorded
-        return outputs
-
-    def _record(self, function, *inputs):
+    def _record(self, function, inputs):
         variables = self.model.variables
         weights = [v.value for v in variables]
 
@@ -137,26 +138,7 @@ class _Recorded(Steps):
                 return function(*inputs)
 
         try:
-            recorded, expected = recorded_call.record(
-                recordable, inputs, weights
-            )
-            received = recorded(*inputs)
+            return recorded_call.record(recordable, inputs, weights)[0]
         except Exception as error:
             # Keras changes the type of an error that goes through a layer.
             raise CannotCompile(str(error)) from error
-        _check(received[0], expected[0], recorded.rounds_inputs)
-        while len(self.recorded) >= _RECORDINGS:
-            self.recorded.pop(next(iter(self.recorded)))
-        return recorded
-
-
-def _key(token_ids, cache):
-    return token_ids.shape, token_ids.dtype, cache.shape, cache.dtype
-
-
-def _check(logits, expected, rounds_inputs):
-    if reason := difference(logits, expected, rounds_inputs):
-        raise CannotCompile(
-            "a recorded step gives other logits than the model: they differ "
-            f"by {reason}"
-        )

@@ -27,56 +27,64 @@ def adam_s(optimizer, rules, gradients, variables, learning_rate):
     """
     step = int(optimizer.iterations)
     device = optimizer.variables[0].value.device
+    before, count = torch.tensor([step, step + 1.0], device=device).unbind()
+    rate = float(ops.convert_to_numpy(learning_rate))
     steps = ops.cast(step, "float32")
-    shared = {
-        "step": torch.tensor(float(step), device=device),
-        "count": torch.tensor(step + 1.0, device=device),
-        "learning_rate": float(ops.convert_to_numpy(learning_rate)),
-        "ramp": float(rules.ramp_at(optimizer, steps)),
-        "shrink": float(rules.shrink_at(optimizer, steps)),
-        "correction_1": _bias_correction(optimizer.beta_1, step),
-        "correction_2": _bias_correction(optimizer.beta_2, step),
-    }
+    ramp = float(rules.ramp_at(optimizer, steps))
+    shrink = float(rules.shrink_at(optimizer, steps))
+    # 1 - beta**(step + 1), exact also where beta is near 1.
+    first, second = (
+        -math.expm1((step + 1) * math.log(beta)) if beta else 1.0
+        for beta in (optimizer.beta_1, optimizer.beta_2)
+    )
+    is_published = optimizer.decay == "published"
+    shared = {"count": count, "beta2": optimizer.beta_2}
     for gradient, variable in zip(gradients, variables):
+        index = optimizer._get_variable_index(variable)
+        axes = optimizer._axes[index]
         decay = optimizer._decay_rate_of(variable) or 0.0
-        scalars = {**shared, "weight_decay": decay}
-        _update_variable(optimizer, rules, gradient, variable, scalars)
-
-
-def _update_variable(optimizer, rules, gradient, variable, scalars):
-    index = optimizer._get_variable_index(variable)
-    axes = optimizer._axes[index]
-    state = {"weight": variable, **optimizer._states[index]}
-    state = {name: v.value.data for name, v in state.items()}
-    gradient = gradient.to(state["weight"].dtype)
-
-    # A layout that is not contiguous is worked on as a copy, then written.
-    updated = [state[name] for name in ("weight", "momentum", "velocity")]
-    flat = [t.contiguous().view(-1) for t in (gradient, *updated)]
-    if axes is None:
-        g, w, momentum, v = flat
-        _adam(w, g, momentum, v, optimizer, scalars, sparsified=False)
-    else:
-        step = scalars["step"]
-        bits = rules.new_bits(optimizer, state, step, axes)
-        state["mask"].copy_(bits)
-        if optimizer.decay == "published":
+        state = {"weight": variable, **optimizer._states[index]}
+        state = {name: v.value.data for name, v in state.items()}
+        gradient = gradient.to(state["weight"].dtype)
+        # A layout that is not contiguous is worked on as a copy, then written.
+        updated = [state[name] for name in ("weight", "momentum", "velocity")]
+        flat = [t.contiguous().view(-1) for t in (gradient, *updated)]
+        if axes is None:
+            g, w, momentum, v = flat
+            # Epsilon is added where Keras' Adam does.
+            epsilon = optimizer.epsilon * second**-0.5
+            options = {"lr": rate, "weight_decay": decay, "eps": epsilon}
+            options["beta1"] = optimizer.beta_1
+            _fused_adamw((w, g, momentum, v), **shared, **options)
+        else:
+            bits = rules.new_bits(optimizer, state, before, axes)
+            state["mask"].copy_(bits)
             pull = optimizer.l1
-            if optimizer.measures_gradients:
+            if is_published and optimizer.measures_gradients:
                 square = state["gradient_square"]
-                new = rules.new_gradient_square(state, gradient, step)
+                new = rules.new_gradient_square(state, gradient, before)
                 pull = optimizer.l1_scale * float(square.copy_(new)) ** 0.5
-            scalars["pull"] = scalars["ramp"] * pull
-        for part, mask in _pieces(flat[0], bits):
-            _update_piece([t[part] for t in flat], mask, optimizer, scalars)
-    for original, new in zip(updated, flat[1:]):
-        if not original.is_contiguous():
-            original.copy_(new.view(original.shape))
-
-
-def _bias_correction(beta, step):
-    """1 - beta**(step + 1), exact also where beta is near 1."""
-    return -math.expm1((step + 1) * math.log(beta)) if beta else 1.0
+            for part, mask in _pieces(flat[0], bits):
+                g, w, momentum, v = (t[part] for t in flat)
+                momentum.lerp_(g, 1 - optimizer.beta_1)
+                # On a CPU `torch.where` takes some 20 times as long as a
+                # product, so the mask acts through a factor, which is exactly 1
+                # where kept.
+                mask = mask.to(w.dtype)
+                mixed = mask.clamp(1 - ramp, 1).mul_(momentum)
+                if is_published:
+                    dropped = (1 - mask).clamp_(min=0)
+                    mixed.addcmul_(torch.sign(w), dropped, value=ramp * pull)
+                # The first moment is given as it is, with beta1 = 0; the rate
+                # carries its correction, which the weight decay undoes.
+                options = {"lr": rate / first, "weight_decay": decay * first}
+                options |= {"eps": optimizer.epsilon, "beta1": 0.0}
+                _fused_adamw((w, mixed, mixed, v), **shared, **options)
+                if optimizer.decay == "relative":
+                    w.mul_(mask.clamp_(shrink, 1))
+        for original, new in zip(updated, flat[1:]):
+            if not original.is_contiguous():
+                original.copy_(new.view(original.shape))
 
 
 def _pieces(flat, bits):
@@ -92,43 +100,6 @@ def _pieces(flat, bits):
             stop = min(start + piece, last)
             mask = bits[start - first : stop - first].bitwise_and(1 << bit)
             yield slice(start, stop), mask
-
-
-def _update_piece(pieces, mask, optimizer, scalars):
-    """Take one step of a flat piece of a sparsified kernel."""
-    g, w, momentum, v = pieces
-    momentum.lerp_(g, 1 - optimizer.beta_1)
-    # On a CPU `torch.where` takes some 20 times as long as a product, so the
-    # mask acts through a factor, which is exactly 1 where kept.
-    mask = mask.to(w.dtype)
-    mixed = mask.clamp(1 - scalars["ramp"], 1).mul_(momentum)
-    if optimizer.decay == "published":
-        dropped = (1 - mask).clamp_(min=0)
-        mixed.addcmul_(torch.sign(w), dropped, value=scalars["pull"])
-    _adam(w, mixed, mixed, v, optimizer, scalars, sparsified=True)
-    if optimizer.decay == "relative":
-        w.mul_(mask.clamp_(scalars["shrink"], 1))
-
-
-def _adam(w, g, momentum, v, optimizer, scalars, sparsified):
-    """Update `w` and its moments in one pass.
-
-    Where sparsified, `g` and `momentum` are both
-    the mixed first moment: with beta1 = 0 it keeps its value, `lr` carries
-    its correction, and the weight decay undoes that.
-    """
-    correction = scalars["correction_1"] if sparsified else 1.0
-    # Where not sparsified, epsilon is added where Keras' Adam does.
-    epsilon_scale = 1.0 if sparsified else scalars["correction_2"] ** -0.5
-    _fused_adamw(
-        (w, g, momentum, v),
-        scalars["count"],
-        lr=scalars["learning_rate"] / correction,
-        weight_decay=scalars["weight_decay"] * correction,
-        beta1=0.0 if sparsified else optimizer.beta_1,
-        beta2=optimizer.beta_2,
-        eps=optimizer.epsilon * epsilon_scale,
-    )
 
 
 def _fused_adamw(tensors, count, **options):

@@ -23,106 +23,79 @@ _TYPES = {
 }
 
 _library = torch.library.Library("keras_weightmods", "DEF")
+# By the kernel or its transpose, of so many columns. Without `meta` it is a
+# dense matrix; `rounded` rounds activations to int8.
 _library.define(
-    "sparse_matmul("
-    "Tensor x, Tensor values, Tensor meta, Tensor? scale, SymInt n) -> Tensor"
-)
-_library.define(
-    "sparse_matmul_int8("
-    "Tensor x, Tensor values, Tensor? meta, Tensor scale, SymInt n) -> Tensor"
-)
-_library.define(
-    "sparse_matmul_transposed("
-    "Tensor dy, Tensor values, Tensor? meta, Tensor? scale, SymInt k) -> Tensor"
+    "sparse_matmul(Tensor x, Tensor values, Tensor? meta, Tensor? scale, "
+    "SymInt size, bool rounded=False, bool transposed=False) -> Tensor"
 )
 _library.define(
     "sparse_values_gradient(Tensor x, Tensor dy, Tensor meta) -> Tensor"
 )
 
 
-def _on_gpu(name):
-    """Return the operator on a GPU."""
-
-    def run(*arguments):
-        return getattr(_gpu_module(), name)(*arguments)
-
-    return run
-
-
-@functools.cache
-def _gpu_module():
+@torch.library.impl(_library, "sparse_matmul", "CUDA")
+def _matmul_on_gpu(*arguments):
     module = "keras_weightmods.backend.torch.sparse_matmul_gpu"
-    return importlib.import_module(module)
-
-
-for _name in (
-    "sparse_matmul",
-    "sparse_matmul_int8",
-    "sparse_matmul_transposed",
-    "sparse_values_gradient",
-):
-    _library.impl(_name, _on_gpu(_name), "CUDA")
+    return importlib.import_module(module).sparse_matmul(*arguments)
 
 
 @torch.library.impl(_library, "sparse_matmul", "CPU")
-def _matmul(x, values, meta, scale, n):
-    k = x.shape[-1]
-    if x.dtype is values.dtype is torch.bfloat16:
-        weights = bfloat16_weights_of(k, n, values, meta)
-        return _multiply("kwm_matmul_bfloat16", x, weights, n)
-    _check_float32(x)
-    weights = weights_of(k, n, values, meta, scale)
-    return _multiply("kwm_matmul", x, weights, n)
-
-
-@torch.library.impl(_library, "sparse_matmul_int8", "CPU")
-def _matmul_int8(x, values, meta, scale, n):
-    _check_float32(x)
-    if values.dtype not in (torch.int8, torch.uint8):
-        raise checks.error("values", "of int8 or uint8", values.dtype)
-    is_dense = meta is None
-    weights = weights_of(x.shape[-1], n, values, meta, scale, is_dense)
-    return _multiply("kwm_matmul_int8", x, weights, n)
-
-
-@torch.library.impl(_library, "sparse_matmul_transposed", "CPU")
-def _matmul_transposed(dy, values, meta, scale, k):
-    n = dy.shape[-1]
+def _matmul(x, values, meta, scale, size, rounded=False, transposed=False):
+    inner = x.shape[-1]
+    if not transposed:
+        k, n = inner, size
+        name, weights = product(x.dtype, k, n, values, meta, scale, rounded)
+        return multiply(getattr(_compiled(), name), x, weights, size)
     if meta is None:
         form = importlib.import_module("keras_weightmods.native.packed")
-        packed = form.Packed(
-            values, None, scale, (k, n), _TYPES[values.dtype], "int8"
-        )
-        return dy @ form.unpack_tensor(packed).T
-    if dy.dtype is values.dtype is torch.bfloat16:
-        dx = _matmul_transposed(dy.float(), values, meta, scale, k)
-        return dx.to(dy.dtype)
-    _check_float32(dy)
+        kind = (size, inner), _TYPES[values.dtype], "int8"
+        return x @ form.unpack_tensor(form.Packed(values, None, scale, *kind)).T
+    weights = weights_of(size, inner, values, meta, scale)
+    function = _compiled().kwm_matmul_transposed
+    return multiply(function, x.float(), weights, size).to(x.dtype)
+
+
+def product(x_dtype, k, n, values, meta, scale, rounded):
+    """Return the name of the library's function for a product.
+
+    Args:
+        x_dtype: The type of the activations.
+        rounded: Bool, whether they are rounded to int8.
+        k, n, values, meta, scale: As of `weights_of`.
+
+    Returns:
+        The name, and the arguments of the function for the weights.
+    """
     weights = weights_of(k, n, values, meta, scale)
-    return _multiply("kwm_matmul_transposed", dy, weights, k)
+    if not rounded and x_dtype is values.dtype is torch.bfloat16:
+        # Their type is no argument.
+        *_, values, meta, _ = weights
+        return "kwm_matmul_bfloat16", (k, n, values, meta)
+    _check_float32(x_dtype)
+    if not rounded:
+        return "kwm_matmul", weights
+    if values.dtype not in (torch.int8, torch.uint8):
+        raise checks.error("values", "of int8 or uint8", values.dtype)
+    return "kwm_matmul_int8", weights
 
 
-def _multiply(name, x, weights, size):
+def multiply(function, x, weights, size):
     """Return a product by a function of the library, of `size` columns."""
     x = x.contiguous()
     *leading, inner = x.shape
     rows = math.prod(leading)
     y = x.new_empty((*leading, size))
-    getattr(_compiled(), name)(
-        x.data_ptr(),
-        rows,
-        *weights,
-        y.data_ptr(),
-        *threads(rows * inner * size),
-    )
+    pool = threads(rows * inner * size)
+    function(x.data_ptr(), rows, *weights, y.data_ptr(), *pool)
     return y
 
 
 @torch.library.impl(_library, "sparse_values_gradient", "CPU")
 def _values_gradient(x, dy, meta):
     k, n = x.shape[-1], dy.shape[-1]
-    _check_float32(x)
-    _check_float32(dy)
+    _check_float32(x.dtype)
+    _check_float32(dy.dtype)
     x, dy = x.contiguous(), dy.contiguous()
     rows = math.prod(x.shape[:-1])
     if rows != math.prod(dy.shape[:-1]):
@@ -141,9 +114,7 @@ def _values_gradient(x, dy, meta):
 
 
 @torch.library.register_fake("keras_weightmods::sparse_matmul")
-@torch.library.register_fake("keras_weightmods::sparse_matmul_int8")
-@torch.library.register_fake("keras_weightmods::sparse_matmul_transposed")
-def _fake_matmul(x, values, meta, scale, size):
+def _fake_matmul(x, values, meta, scale, size, rounded=False, transposed=False):
     return x.new_empty((*x.shape[:-1], size))
 
 
@@ -154,34 +125,34 @@ def _fake_values_gradient(x, dy, meta):
 
 
 def _save(ctx, inputs, output):
-    x, values, meta, scale, _ = inputs
+    x, values, meta, scale, *_ = inputs
     ctx.k = x.shape[-1]
     needs_x = ctx.needs_input_grad[1]
     ctx.save_for_backward(x if needs_x else None, values, meta, scale)
 
 
 def _backward(ctx, dy):
-    x, values, meta, scale = ctx.saved_tensors
+    x, *weights = ctx.saved_tensors
     ops = torch.ops.keras_weightmods
     dx = dvalues = None
     if ctx.needs_input_grad[0]:
-        dx = ops.sparse_matmul_transposed(dy, values, meta, scale, ctx.k)
+        dx = ops.sparse_matmul(dy, *weights, ctx.k, False, True)
     if ctx.needs_input_grad[1]:
+        values, meta, _ = weights
         if values.dtype is not torch.float32:
             raise ValueError(
                 f"Only float32 values have gradients. Received: {values.dtype}"
             )
         dvalues = ops.sparse_values_gradient(x, dy, meta)
-    return dx, dvalues, None, None, None
+    return dx, dvalues, None, None, None, None, None
 
 
-for _name in ("sparse_matmul", "sparse_matmul_int8"):
-    torch.library.register_autograd(
-        f"keras_weightmods::{_name}",
-        _backward,
-        setup_context=_save,
-        lib=_library,
-    )
+torch.library.register_autograd(
+    "keras_weightmods::sparse_matmul",
+    _backward,
+    setup_context=_save,
+    lib=_library,
+)
 
 
 def _compiled():
@@ -195,32 +166,24 @@ def _compiled():
     return library
 
 
-def _check_float32(x):
-    if x.dtype is not torch.float32:
-        raise checks.error("x", "float32", x.dtype)
+def _check_float32(dtype):
+    if dtype is not torch.float32:
+        raise checks.error("x", "float32", dtype)
 
 
-def weights_of(k, n, values, meta, scale, dense=False):
-    """Return the arguments of the library for the weights, checked."""
+def weights_of(k, n, values, meta, scale):
+    """Return the arguments of the library for the weights, checked.
+
+    Without `meta` they are a dense matrix.
+    """
     dtype = _TYPES.get(values.dtype)
     if dtype is None:
         raise checks.error("values", f"of {[*_TYPES]}", values.dtype)
-    arrays = _arrays(k, n, dtype, dense)
-    _check("values", values, *arrays["values"])
-    if not dense:
-        _check("meta", meta, *arrays["meta"])
-    if "scale" in arrays:
-        _check("scale", scale, *arrays["scale"])
-    pointers = [
-        None if x is None else x.data_ptr() for x in (values, meta, scale)
-    ]
+    given = {"values": values, "meta": meta, "scale": scale}
+    for name, spec in _arrays(k, n, dtype, meta is None).items():
+        _check(name, given[name], *spec)
+    pointers = [x if x is None else x.data_ptr() for x in given.values()]
     return k, n, native.TYPES[dtype], *pointers
-
-
-def bfloat16_weights_of(k, n, values, meta):
-    """Return those of bfloat16 values, whose type is not an argument."""
-    *_, values, meta, _ = weights_of(k, n, values, meta, None)
-    return k, n, values, meta
 
 
 @functools.lru_cache(maxsize=1024)

@@ -22,10 +22,7 @@ from keras_weightmods import native
 from keras_weightmods.backend.torch import attention, sparse_matmul
 
 _aten = torch.ops.aten
-_PRODUCTS = (
-    torch.ops.keras_weightmods.sparse_matmul.default,
-    torch.ops.keras_weightmods.sparse_matmul_int8.default,
-)
+_PRODUCT = torch.ops.keras_weightmods.sparse_matmul.default
 _COPIES = (
     _aten.clone.default,
     _aten._to_copy.default,
@@ -51,12 +48,9 @@ class Recorded:
 
     Attributes:
         graph: `torch.fx.GraphModule` of the held tensors and the inputs.
-        rounds_inputs: Bool, whether it multiplies by inputs rounded to int8.
     """
 
     def __init__(self, graph, held, inputs, spec):
-        nodes = graph.nodes
-        self.rounds_inputs = any(n.meta.get("rounds") for n in nodes)
         self.graph = torch.fx.GraphModule({}, graph)
         self._forward = self.graph.forward
         self._held = held
@@ -81,9 +75,10 @@ def record(function, inputs, weights):
 
     Args:
         function: Takes the list of weights, then the inputs, and returns a
-            nest of tensors and None. Each result that lies in an input in the
-            end should be a view of it, or a `stack` of such views.
-        inputs: List of tensors, contiguous, each the whole of its memory.
+            nest of tensors and None.
+        inputs: List of tensors, contiguous, each the whole of its memory. One
+            that is equal to a result in the end, as a cache that was written
+            into, stands for this result from then on.
         weights: List of tensors, that may change between two calls.
 
     Returns:
@@ -106,13 +101,23 @@ def record(function, inputs, weights):
         _Seen(traced, len(weights)).run(*weights, *inputs)
     graph = traced.graph
     (output,) = graph.find_nodes(op="output")
-    output.args = ([x and _input_for(x) for x in output.args[0]],)
+    tensors, spec = tree_flatten(results)
+    places = list(graph.nodes)[len(weights) :]
+    outputs = [
+        next((p for p, y in zip(places, inputs) if _is_equal(x, y)), node)
+        for node, x in zip(output.args[0], tensors)
+    ]
+    output.args = (outputs,)
     _simplify(graph)
     held = _hold(graph, len(weights))
-    _share_products(graph)
+    _prepare_products(graph)
     _take_fast_functions(graph)
     graph.set_codegen(torch.fx.graph.CodeGen())
-    return Recorded(graph, held, inputs, tree_flatten(results)[1]), results
+    return Recorded(graph, held, inputs, spec), results
+
+
+def _is_equal(x, y):
+    return x is not None and x.dtype == y.dtype and torch.equal(x, y)
 
 
 class _Seen(torch.fx.Interpreter):
@@ -121,13 +126,13 @@ class _Seen(torch.fx.Interpreter):
     - geometry: Sizes, strides, offset and dtype of a tensor; None for others.
     - owners: Dict from the memory of results to the nodes whose memory it is.
     - varies: Bool, whether the result depends on the inputs or the weights.
-    - is_input, is_weight, changed: Bools, of an owner.
+    - is_weight, changed: Bools, of an owner.
     - tensor: A constant, or a view of a weight, which is not computed again.
     """
 
     def __init__(self, module, weights):
         super().__init__(module)
-        self.module_weights = weights
+        self.count = weights
         self.weights: dict[Any, Any] = {}
 
     def run_node(self, node):
@@ -136,31 +141,30 @@ class _Seen(torch.fx.Interpreter):
         for parent in parents:
             known.update(parent.meta["owners"])
         result = super().run_node(node)
-        tensors = [x for x in tree_flatten(result)[0] if _is_tensor(x)]
-        is_input = is_weight = False
-        if node.op == "placeholder":
-            is_weight = len(self.weights) < self.module_weights
-            is_input = not is_weight
-            if is_weight:
-                self.weights[_memory(result)] = node
+        is_input = node.op == "placeholder"
+        is_weight = is_input and len(self.weights) < self.count
+        if is_weight:
+            self.weights[_memory(result)] = node
         elif node.op == "get_attr":
             known.update(self.weights)
         tags = getattr(node.target, "tags", ())
-        varies = node.op == "placeholder" or any(
+        varies = is_input or any(
             p.meta["varies"] or _owner(p).meta["varies"] for p in parents
         )
         for tag in tags if varies else ():
             if tag in _REFUSED:
                 raise NotRecordable(f"{node.target} {_REFUSED[tag]}")
         is_random = torch.Tag.nondeterministic_seeded in tags
+        is_tensor = isinstance(result, torch.Tensor)
         node.meta = {
-            "geometry": _geometry(result) if _is_tensor(result) else None,
+            "geometry": _geometry(result) if is_tensor else None,
             "owners": {
-                _memory(x): known.get(_memory(x), node) for x in tensors
+                _memory(x): known.get(_memory(x), node)
+                for x in tree_flatten(result)[0]
+                if isinstance(x, torch.Tensor)
             },
             "varies": varies or is_random,
             "is_random": is_random,
-            "is_input": is_input,
             "is_weight": is_weight,
             "changed": False,
             "tensor": None,
@@ -175,13 +179,9 @@ class _Seen(torch.fx.Interpreter):
             owner.meta["changed"] = True
             owner.meta["varies"] |= varies
         is_known = _owner(node).meta["is_weight"] or not node.meta["varies"]
-        if _is_tensor(result) and is_known:
+        if is_tensor and is_known:
             node.meta["tensor"] = result
         return result
-
-
-def _is_tensor(x):
-    return isinstance(x, torch.Tensor)
 
 
 def _memory(tensor):
@@ -227,40 +227,37 @@ def _simplify(graph):
     """Have one node for equal ones, and one view for a chain of them."""
     known: dict[Any, Any] = {}
     for node in list(graph.nodes):
-        meta = node.meta
-        if meta.get("tensor") is not None and not _is_changed(node):
+        meta, owner, key = node.meta, _owner(node), None
+        if _is_known(node):
             if not (meta["is_weight"] or meta["varies"]):
-                _replace_by_equal(known, node, _constant_key(meta["tensor"]))
+                key = _constant_key(meta["tensor"])
+        elif (
+            node.op != "call_function"
+            or meta["geometry"] is None
+            or _changed(node)
+        ):
             continue
-        if node.op != "call_function" or meta["geometry"] is None:
-            continue
-        owner = _owner(node)
-        if owner is not node and _changed(node):
-            continue
-        if owner is not node and meta["geometry"][3] == _dtype(owner):
+        elif owner is not node and _dtype(node) == _dtype(owner):
             if meta["geometry"] == owner.meta["geometry"]:
                 _replace(node, owner)
                 continue
             node.target = _aten.as_strided.default
             node.args, node.kwargs = (owner, *meta["geometry"][:3]), {}
-            _replace_by_equal(known, node, (owner, meta["geometry"]))
+            key = owner, meta["geometry"]
         elif not any(map(_is_changed, [node, *node.all_input_nodes])):
             source: Any = node.args[0] if node.args else None
             is_copy = node.target in _COPIES
             if is_copy and source.meta["geometry"] == meta["geometry"]:
                 _replace(node, source)
-            elif not meta["is_random"]:
+                continue
+            if not meta["is_random"]:
                 key = node.target, str(node.args), str(node.kwargs)
-                _replace_by_equal(known, node, key)
+        if key is not None and known.setdefault(key, node) is not node:
+            _replace(node, known[key])
 
 
 def _dtype(node):
     return node.meta["geometry"] and node.meta["geometry"][3]
-
-
-def _replace_by_equal(known, node, key):
-    if key is not None and known.setdefault(key, node) is not node:
-        _replace(node, known[key])
 
 
 def _replace(node, equal):
@@ -274,120 +271,65 @@ def _constant_key(x):
     return "constant", _geometry(x), x.device, str(x.tolist())
 
 
-def _input_for(node):
-    """The input that a result is equal to in the end, or the result."""
-    found = _place_of(node)
-    if found is None:
-        return node
-    owner, sizes, strides, offset = found
-    own_sizes, own_strides, own_offset, dtype = owner.meta["geometry"]
-    is_whole = (sizes, offset) == (own_sizes, own_offset) and all(
-        stride == own or size == 1
-        for size, stride, own in zip(sizes, strides, own_strides)
-    )
-    return owner if is_whole and dtype == _dtype(node) else node
-
-
-def _place_of(node):
-    """Where in an input the numbers of a result lie in the end, or None.
-
-    Returns:
-        The input, sizes, strides, offset.
-    """
-    if _owner(node).meta["is_input"]:
-        return _owner(node), *node.meta["geometry"][:3]
-    if node.target is not _aten.stack.default:
-        return None
-    parts = [_place_of(x) for x in node.args[0]]
-    if None in parts or len({part[:3] for part in parts}) > 1:
-        return None
-    owner, sizes, strides, start = parts[0]
-    offsets = [part[3] for part in parts]
-    step = offsets[1] - start if len(parts) > 1 else 0
-    if offsets != [start + i * step for i in range(len(parts))]:
-        return None
-    axis = (node.args[1] if len(node.args) > 1 else 0) % (len(sizes) + 1)
-    sizes = *sizes[:axis], len(parts), *sizes[axis:]
-    strides = *strides[:axis], step, *strides[axis:]
-    return owner, sizes, strides, start
+def _is_known(node):
+    return node.meta.get("tensor") is not None and not _is_changed(node)
 
 
 def _hold(graph, weights):
     """Have tensors that are known come as arguments; return them."""
     nodes = list(graph.nodes)
-    first = nodes[0]
-    placeholders = [n for n in nodes if n.op == "placeholder"]
     held: list[Any] = []
     for node in nodes:
-        tensor = node.meta.get("tensor")
-        if tensor is None or _is_changed(node) or not node.users:
+        if not _is_known(node) or all(map(_is_known, node.users)):
             continue
-        if all(_is_known(user) for user in node.users):
-            continue
-        with graph.inserting_before(first):
+        with graph.inserting_before(nodes[0]):
             stand_in = graph.placeholder(f"held_{len(held)}")
         stand_in.meta = node.meta
-        held.append(tensor)
+        held.append(node.meta["tensor"])
         node.replace_all_uses_with(stand_in)
     graph.eliminate_dead_code()
-    for node in placeholders[:weights]:
+    for node in nodes[:weights]:
         graph.erase_node(node)
     return held
 
 
-def _is_known(node):
-    return node.meta.get("tensor") is not None and not _is_changed(node)
-
-
-def _share_products(graph):
-    """Have int8 products with one input in one call."""
-    found = collections.defaultdict(list)
+def _prepare_products(graph):
+    """Have products call the library, int8 ones with one input in one call."""
+    found: Any = collections.defaultdict(list)
     for node in graph.nodes:
-        if node.target is not _PRODUCTS[1] or not native.is_available():
+        if node.target is not _PRODUCT or not native.is_available():
             continue
-        x, values, meta, scale, _ = node.args
-        weights = [_tensor(w) for w in (values, meta, scale) if w is not None]
-        if not _is_changed(x) and all(
-            w is not None and w.is_cpu for w in weights
-        ):
-            found[x, _dtype(values), meta is None].append(node)
-    for (x, *_), nodes in found.items():
-        if len(nodes) == 1:
+        x, *arrays, n = node.args[:5]
+        weights = [w and w.meta["tensor"] for w in arrays]
+        if [w is None for w in weights] != [w is None for w in arrays]:
             continue
-        kernels = [
-            (*(w if w is None else _tensor(w) for w in n.args[1:4]), n.args[4])
-            for n in nodes
-        ]
-        k = x.meta["geometry"][0][-1]
-        products = sparse_matmul.prepared_many(k, kernels)
-        with graph.inserting_before(nodes[0]):
-            together = graph.call_function(products, (x,))
-            together.meta["rounds"] = True
+        if weights[0].is_cpu:
+            rounded = node.args[5:6] == (True,)
+            key = x, _dtype(arrays[0]), arrays[1] is None
+            is_shared = rounded and not _is_changed(x)
+            found[key if is_shared else node].append((node, (*weights, n)))
+    for products in found.values():
+        nodes, kernels = zip(*products)
+        node, x = nodes[0], nodes[0].args[0]
+        (*_, k), _, _, dtype = x.meta["geometry"]
+        if node.args[5:6] != (True,):
+            node.target = sparse_matmul.prepared(dtype, k, *kernels[0])
+            node.args = (x,)
+            continue
+        together = sparse_matmul.prepared_int8(k, kernels)
+        with graph.inserting_before(node):
+            results = graph.call_function(together, (x,))
             for i, node in enumerate(nodes):
-                one = graph.call_function(operator.getitem, (together, i))
+                one = graph.call_function(operator.getitem, (results, i))
                 node.replace_all_uses_with(one)
                 one.meta = node.meta
     graph.eliminate_dead_code()
 
 
-def _tensor(node):
-    return node.meta["tensor"]
-
-
 def _take_fast_functions(graph):
     """Call what the operators lead to; it takes half of their time."""
     for node in graph.nodes:
-        if node.target in _PRODUCTS:
-            node.meta["rounds"] = node.target is _PRODUCTS[1]
-            x, *weights, n = node.args
-            if all(w is None or _tensor(w) is not None for w in weights):
-                tensors = [w if w is None else _tensor(w) for w in weights]
-                kind = _dtype(x), x.meta["geometry"][0][-1], n
-                node.target = sparse_matmul.prepared(
-                    node.target, *kind, *tensors
-                )
-                node.args = (x,)
-        elif node.target is torch.ops.keras_weightmods.attend.default:
+        if node.target is torch.ops.keras_weightmods.attend.default:
             node.target = attention.attend
         elif isinstance(node.target, torch._ops.OpOverload):
             namespace, name = node.target._schema.name.split("::")

@@ -22,81 +22,51 @@ def reason_unavailable():
 
 def sparse_matmul(x, packed):
     """See `keras_weightmods.ops.sparse_matmul`."""
-    device = x.device.type
-    if device not in ("cpu", "cuda", "meta") or (
-        device == "cpu" and not native.is_available()
-    ):
-        return _dense(x, packed)
-    rounded = packed.activations == "int8"
-    is_int4 = packed.dtype == "int4"
-    if device == "cuda" and rounded and (packed.is_dense or is_int4):
-        return _dense(x, packed)
-    weights = (
-        _tensor(packed.values),
-        None if packed.meta is None else _tensor(packed.meta),
-        None if packed.scale is None else _tensor(packed.scale),
-        packed.shape[1],
+    device, rounded = x.device.type, packed.activations == "int8"
+    values, meta, scale = map(
+        _tensor, (packed.values, packed.meta, packed.scale)
     )
-    ops = torch.ops.keras_weightmods
-    multiply = ops.sparse_matmul_int8 if rounded else ops.sparse_matmul
-    if (
-        x.dtype is torch.float32
-        or device == "cuda"
-        or (x.dtype is torch.bfloat16 and packed.dtype == "bfloat16")
-    ):
+    if device == "cuda":
+        # Gradients of the values are those of unpacking.
+        is_dense = rounded or values.requires_grad
+    else:
+        is_dense = device != "meta" and not (
+            device == "cpu" and native.is_available()
+        )
+    if is_dense:
+        # Keras' functions would move all to its default device.
+        with keras.device(str(x.device)):
+            return dense_matmul(x, packed)
+    weights = values, meta, scale, packed.shape[1], rounded
+    multiply = torch.ops.keras_weightmods.sparse_matmul
+    is_bfloat16 = x.dtype is torch.bfloat16 and packed.dtype == "bfloat16"
+    if device == "cuda" or x.dtype is torch.float32 or is_bfloat16:
         return multiply(x, *weights)
     return multiply(x.to(torch.float32), *weights).to(x.dtype)
 
 
-def _dense(x, packed):
-    # Keras' functions would move all to its default device.
-    with keras.device(str(x.device)):
-        return dense_matmul(x, packed)
-
-
-def prepared(operator, dtype, k, n, values, meta, scale):
+def prepared(dtype, k, values, meta, scale, n):
     """The product with one kernel, without what torch does for an operator.
 
     Args:
-        operator: `sparse_matmul` or `sparse_matmul_int8` of torch.ops.
         dtype: The type of the activations, one that the operator takes.
         k: Int, the last axis of the activations.
-        n: Int, the last axis of the result.
         values, meta, scale: Tensors, checked here and held, or None.
+        n: Int, the last axis of the result.
 
     Returns:
         Function of a tensor of shape (..., k). No gradients.
     """
-    if not values.is_cpu or not native.is_available():
-        return lambda x: operator(x, values, meta, scale, n)
-    tensors = values, meta, scale
-    library = native.library()
-    if operator is not torch.ops.keras_weightmods.sparse_matmul.default:
-        function = library.kwm_matmul_int8
-        weights = operators.weights_of(k, n, *tensors, dense=meta is None)
-    elif dtype is torch.bfloat16:
-        function = library.kwm_matmul_bfloat16
-        weights = operators.bfloat16_weights_of(k, n, values, meta)
-    else:
-        function = library.kwm_matmul
-        weights = operators.weights_of(k, n, *tensors)
-
-    def product(x, _held=tensors):
-        x = x.contiguous()
-        rows = x.numel() // k
-        y = x.new_empty((*x.shape[:-1], n))
-        function(
-            x.data_ptr(), rows, *weights, y.data_ptr(), *threads(rows * k * n)
-        )
-        return y
-
-    return product
+    held = values, meta, scale
+    name, weights = operators.product(dtype, k, n, *held, rounded=False)
+    function = getattr(native.library(), name)
+    return lambda x, held=held: operators.multiply(function, x, weights, n)
 
 
-def prepared_many(k, kernels):
+def prepared_int8(k, kernels):
     """The products of one input with several kernels, in one call.
 
-    With int8 activations, on a CPU: the input is rounded once.
+    With int8 activations: the input is rounded once.
 
     Args:
         k: Int, the last axis of the activations.
@@ -109,11 +79,9 @@ def prepared_many(k, kernels):
     function = native.library().kwm_matmul_int8_many
     sizes = [n for *_, n in kernels]
     items = []
-    for values, meta, scale, n in kernels:
-        *_, dtype, values, meta, scale = operators.weights_of(
-            k, n, values, meta, scale, dense=meta is None
-        )
-        items.append(native.Product(n, values, meta, scale))
+    for *arrays, n in kernels:
+        _, _, dtype, *pointers = operators.weights_of(k, n, *arrays)
+        items.append(native.Product(n, *pointers))
     template = (native.Product * len(items))(*items)
     cost = k * sum(sizes)
 
@@ -135,7 +103,7 @@ def prepared_many(k, kernels):
 
 
 def _tensor(array):
-    if isinstance(array, torch.Tensor):
+    if array is None or isinstance(array, torch.Tensor):
         return array
     # A fraction of the time that `convert_to_tensor` takes.
     if isinstance(array, keras.Variable):

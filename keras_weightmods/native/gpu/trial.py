@@ -7,19 +7,21 @@ every product dense: a card on which cuSPARSELt ends the process needs it.
 Nothing here has been run on a GPU yet.
 """
 
+import copy
 import dataclasses
 import functools
 import os
 import time
 import warnings
-from typing import Any
 
 import numpy as np
 
+from keras_weightmods import native
+
 VARIABLE = "KERAS_WEIGHTMODS_GPU"
 ROWS = (1, 16, 64, 256, 1024, 4096)
-# Types of activations, and what sizes must be a multiple of.
-_MULTIPLES = {"bfloat16": 16, "float16": 16, "int8": 32}
+# What sizes must be a multiple of.
+_MULTIPLE = 16
 _MARGIN = 0.95  # a smaller gain may be noise
 _CACHE_BYTES = 200 * 2**20  # more than a GPU's cache
 _CALLS = 10
@@ -85,42 +87,39 @@ class Plan:
         return next(found, self.tried[-1] if self.tried else None)
 
 
-def reason_for_dense(shape, kind, value_dtype):
-    """Return why cuSPARSELt is not tried; empty if it can be.
+def kind_of(x_dtype, activations):
+    """Return the type of what a kernel is multiplied by."""
+    return x_dtype if activations == "float32" else activations
+
+
+def plan(shape, kind, reason_unavailable, attempt):
+    """Return the `Plan` of a kernel.
 
     Args:
         shape: Pair of ints (K, N).
-        kind: String, type of the activations; `"int8"` for rounded ones.
-        value_dtype: String, type of the packed values.
+        kind: String, as of `kind_of`.
+        reason_unavailable: Callable to a string, why cuSPARSELt cannot be used.
+        attempt: Callable to the plan, by a `trial`.
     """
+    if not (reason := reason_for_dense(shape, kind)):
+        if not (reason := reason_unavailable()):
+            return attempt()
+        native.warn_dense(reason)
+    return Plan((), reason)
+
+
+def reason_for_dense(shape, kind):
+    """Return why cuSPARSELt is not tried; empty if it can be."""
     if os.environ.get(VARIABLE) == "dense":
         return f"the environment variable {VARIABLE} is 'dense'"
-    if kind == "int8" and value_dtype != "int8":
-        # A row of rounded activations has one scale, as a column must have.
-        return "int8 activations are multiplied by int8 values alone"
-    multiple = _MULTIPLES.get(kind)
-    if multiple is None:
+    if kind not in ("bfloat16", "float16"):
         return f"cuSPARSELt does not multiply {kind} activations"
-    if 0 in shape or any(size % multiple for size in shape):
-        return f"{shape} are not multiples of {multiple}"
+    if 0 in shape or any(size % _MULTIPLE for size in shape):
+        return f"{shape} are not multiples of {_MULTIPLE}"
     return ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """A product to time.
-
-    Args:
-        multiply: Callable, from an input and weights to the result.
-        weights: List of the same weights, several times: a model's weights are
-            not in the cache when a product begins.
-    """
-
-    multiply: Any
-    weights: list
-
-
-def trial(inputs, dense, sparse, seconds, rows):
+def trial(x, dense, sparse, wait):
     """Time both products for a few numbers of rows, and compare the results.
 
     cuSPARSELt's result may differ from the dense one, y, by 1/2 + |y| / 64:
@@ -129,25 +128,35 @@ def trial(inputs, dense, sparse, seconds, rows):
     and the kernel is multiplied dense.
 
     Args:
-        inputs: Callable from a number of rows to an input.
-        dense, sparse: `Product`s.
-        seconds: Callable from a `Product` and an input to the time of one
-            call, such as `seconds_by(wait)`.
-        rows: Tuple of ints, in rising order.
+        x: Tensor of an input, its first rows are tried.
+        dense, sparse: Pairs of a callable, from an input and a weight to their
+            product, and the weight.
+        wait: Callable that waits until a result is there.
 
     Returns:
         `Plan`.
     """
-    tried = []
+    tried: list[Tried] = []
+    count = 0
     try:
-        for count in rows:
-            x = inputs(count)
-            y, expected = (p.multiply(x, p.weights[0]) for p in (sparse, dense))
+        # A model's weights are not in the cache when a product begins.
+        copies = [
+            [weight, *(copy.deepcopy(weight) for _ in range(_copies(weight)))]
+            for _, weight in (dense, sparse)
+        ]
+        for count in ROWS:
+            if count > len(x):
+                break
+            rows = x[:count]
+            y, expected = (f(rows, weight) for f, weight in (sparse, dense))
             excess = abs(y - expected) - abs(expected) / 64
             worst = float(excess.max())
             if not worst <= 0.5:
                 raise ArithmeticError(f"a result is off by {worst:g} too much")
-            times = (1e6 * seconds(product, x) for product in (dense, sparse))
+            times = (
+                1e6 * seconds(multiply, weights, rows, wait)
+                for (multiply, _), weights in zip((dense, sparse), copies)
+            )
             tried.append(Tried(count, *times))
     except Exception as error:
         # Whatever it is: the dense product is there.
@@ -162,32 +171,22 @@ def trial(inputs, dense, sparse, seconds, rows):
     return Plan(tuple(tried))
 
 
-def seconds_by(wait):
-    """Return the clock of `trial`: the least of three rounds.
-
-    Args:
-        wait: Callable that waits until a result is there.
-    """
-
-    def seconds(product, x):
-        own = product.weights
-        calls = max(_CALLS, len(own))
-        weights = [own[i % len(own)] for i in range(calls)]
-        rounds = []
-        for _ in range(4):
-            began = time.perf_counter()
-            for some in weights:
-                y = product.multiply(x, some)
-            wait(y)
-            rounds.append((time.perf_counter() - began) / calls)
-        return min(rounds[1:])
-
-    return seconds
+def _copies(weight):
+    """Return how many more of a weight do not fit into the cache."""
+    return min(max(1, -(-_CACHE_BYTES // max(weight.nbytes, 1)) - 1), 23)
 
 
-def copies(size):
-    """Return how many weights of a size in bytes do not fit into the cache."""
-    return min(max(2, -(-_CACHE_BYTES // max(size, 1))), 24)
+def seconds(multiply, weights, x, wait):
+    """Return the time of one call of a product: the least of three rounds."""
+    calls = max(_CALLS, len(weights))
+    rounds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        for i in range(calls):
+            y = multiply(x, weights[i % len(weights)])
+        wait(y)
+        rounds.append((time.perf_counter() - began) / calls)
+    return min(rounds[1:])
 
 
 def sample(rows, shape):
@@ -198,17 +197,17 @@ def sample(rows, shape):
         shape: Pair of ints (K, N).
 
     Returns:
-        Float32 `x` (rows, K) of -1, 0 and 1, some of each in every row, int8
-        `steps` (K, N), 2:4, and float32 scales (N,), powers of two.
+        Float32 `x` (rows, K) of -1, 0 and 1, some of each in every row, and a
+        float32 2:4 kernel (K, N).
     """
     rng = np.random.default_rng(0)
     k, n = shape
     x = rng.integers(-1, 2, (rows, k)).astype("float32")
     x[:, 0] = 1
     # Columns repeat: random numbers for all would take seconds.
-    steps = rng.integers(1, 8, (k // 4, 4, 256)) * rng.choice([-1, 1], 256)
+    kernel = rng.integers(1, 8, (k // 4, 4, 256)) * rng.choice([-1, 1], 256)
     # Of each four entries the two of the largest random numbers.
-    steps *= rng.random(steps.shape).argsort(axis=1) >= 2
+    kernel *= rng.random(kernel.shape).argsort(axis=1) >= 2
     columns = rng.integers(0, 256, n)
-    steps = steps.reshape(k, 256).astype("int8")[:, columns]
-    return x, steps, rng.choice([0.5, 1.0, 2.0], n).astype("float32")
+    kernel = kernel.reshape(k, 256).astype("float32")[:, columns]
+    return x, kernel * rng.choice([0.5, 1.0, 2.0], n).astype("float32")

@@ -43,43 +43,34 @@ def product(x, values, packed):
     )
 
 
-def test_vmap_folds_the_batch_into_the_rows(packed):
-    x = normal(3, 2, 4, K)
-    batched = jax.vmap(jax.vmap(lambda x: sparse_matmul(x, packed), 1, 1))
-    lowered = jax.jit(batched).lower(x).as_text()
-    assert lowered.count("custom_call @kwm_xla_matmul") == 1
-    assert "while" not in lowered
-    assert_close(batched(x), x.astype("float64") @ kernel_of(K, N))
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4 dense"])
+def test_vmap_and_gradients_of_rows(dtype):
+    if dtype == "int4 dense":
+        packed = pack_dense(normal(K, N), "int4")
+    else:
+        activations = "int8" if dtype == "int8" else "float32"
+        packed = pack_kernel(kernel_of(K, N), dtype, activations)
+    w = unpack_kernel(packed).astype("float64")
+    x = jnp.asarray(normal(3, 2, K))
+    batched = jax.vmap(lambda x: sparse_matmul(x, packed))
+    rounded = x
+    if packed.activations == "int8":
+        rounded = references.round_activations(np.asarray(x))
+    assert_close(batched(x), np.asarray(rounded, "float64") @ w)
+    # As if `x` was not rounded.
+    gradient = jax.vmap(jax.grad(lambda x: jnp.sum(sparse_matmul(x, packed))))
+    assert_close(gradient(x), np.broadcast_to(w.sum(1), x.shape))
 
 
-def test_bfloat16_is_mapped_and_never_cast():
+def test_bfloat16_is_never_cast():
     packed = pack_kernel(kernel_of(K, N), "bfloat16")
-    x = jnp.asarray(normal(3, 10, K), "bfloat16")
-    batched = jax.jit(jax.vmap(lambda x: sparse_matmul(x, packed)))
-    lowered = batched.lower(x).as_text()
+    x = jnp.asarray(normal(10, K), "bfloat16")
+    product = jax.jit(lambda x: sparse_matmul(x, packed))
+    lowered = product.lower(x).as_text()
     assert lowered.count("custom_call @kwm_xla_matmul_bfloat16") == 1
     assert "convert" not in lowered
     expected = np.asarray(x, "float64") @ unpack_kernel(packed)
-    assert_close(batched(x), expected, 2**-8)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-@pytest.mark.parametrize("dense", [False, True])
-def test_int8_activations_mapped_with_gradients(dtype, dense):
-    if dense:
-        packed = pack_dense(normal(K, N), dtype)
-    else:
-        packed = pack_kernel(kernel_of(K, N), dtype, "int8")
-    w = unpack_kernel(packed).astype("float64")
-    x = normal(3, 2, K)
-    batched = jax.jit(jax.vmap(lambda x: sparse_matmul(x, packed)))
-    lowered = batched.lower(x).as_text()
-    assert lowered.count("custom_call @kwm_xla_matmul_int8") == 1
-    assert "while" not in lowered
-    assert_close(batched(x), references.round_activations(x) @ w)
-    # As if `x` was not rounded, an example at a time.
-    gradient = jax.vmap(jax.grad(lambda x: jnp.sum(sparse_matmul(x, packed))))
-    assert_close(gradient(x), np.broadcast_to(w.sum(1), x.shape))
+    assert_close(product(x), expected, 2**-8)
 
 
 @pytest.mark.parametrize("x_batched", [True, False])
@@ -93,21 +84,6 @@ def test_vmap_over_kernels(packed, x_batched):
     )(x, values)
     expected = x.astype("float64") @ kernel_of(K, N)
     assert_close(y, factors[:, None, None] * expected)
-
-
-def test_gradients_for_each_example(packed):
-    x, kernel = normal(3, 2, K), kernel_of(K, N)
-    gradient = jax.vmap(
-        jax.grad(lambda v, x: jnp.sum(product(x, v, packed) ** 2)), (None, 0)
-    )
-    found = gradient(jnp.asarray(packed.values), x)
-    for each, one in zip(found, x.astype("float64")):
-        dw = 2 * one.T @ (one @ kernel)
-        expected = jax.vjp(
-            lambda v: product(np.eye(K, dtype="float32"), v, packed),
-            jnp.asarray(packed.values),
-        )[1](jnp.asarray(dw, "float32"))[0]
-        assert_close(each, np.array(expected, "float64"), 1e-4)
 
 
 def test_second_derivatives_equal_those_of_the_dense_product(packed):
@@ -139,10 +115,7 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed(packed):
 
 def test_exported_program_runs(packed):
     function = jax.jit(lambda x: sparse_matmul(x, packed))
-    checks = [
-        jax.export.DisabledSafetyCheck.custom_call(name)
-        for name in ("kwm_xla_matmul",)
-    ]
+    checks = [jax.export.DisabledSafetyCheck.custom_call("kwm_xla_matmul")]
     (batch,) = jax.export.symbolic_shape("batch")
     exported = jax.export.export(function, disabled_checks=checks)(
         jax.ShapeDtypeStruct((batch, K), jnp.float32)
@@ -154,22 +127,22 @@ def test_exported_program_runs(packed):
 
 
 def test_a_call_that_does_not_fit_is_an_error_of_xla(packed):
-    wrong = jax.ffi.ffi_call(
-        "kwm_xla_matmul", jax.ShapeDtypeStruct((2, 4 * N), jnp.float32)
-    )
-    no_scale = jnp.zeros((0,), jnp.float32)
-    with pytest.raises(Exception, match="packed weights do not fit"):
-        wrong(normal(2, K), packed.values, packed.meta, no_scale)
-
-    packed = pack_kernel(kernel_of(K, N), "int4")
-    wrong = jax.ffi.ffi_call(
-        "kwm_xla_matmul_int8", jax.ShapeDtypeStruct((2, N), jnp.float32)
-    )
-    arrays = packed.values, packed.meta
+    no_scale = np.zeros(0, "float32")
+    rounded = pack_kernel(kernel_of(K, N), "int4")
+    values, meta, scale = rounded.values, rounded.meta, rounded.scale
     x = normal(2, K)
-    with pytest.raises(Exception, match="packed weights do not fit"):
-        wrong(x, *arrays, packed.scale.astype("float32"))
-    with pytest.raises(Exception, match="packed weights do not fit"):
-        wrong(x, packed.values, jnp.zeros((0,), jnp.int32), packed.scale)
-    with pytest.raises(Exception, match="bfloat16 for int4"):
-        wrong(x, *arrays, packed.scale.view("float16"))
+    for target, columns, weights, message in (
+        ("kwm_xla_matmul", 4 * N, (packed.values, packed.meta, no_scale), ""),
+        ("kwm_xla_matmul_int8", N, (values, meta, scale.astype("f4")), ""),
+        ("kwm_xla_matmul_int8", N, (values, meta[:0, 0, 0], scale), ""),
+        (
+            "kwm_xla_matmul_int8",
+            N,
+            (values, meta, scale.view("float16")),
+            "bfloat16 for int4",
+        ),
+    ):
+        result = jax.ShapeDtypeStruct((2, columns), jnp.float32)
+        match = message or "packed weights do not fit"
+        with pytest.raises(Exception, match=match):
+            jax.ffi.ffi_call(target, result)(x, *weights)

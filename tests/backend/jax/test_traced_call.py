@@ -4,8 +4,13 @@ import keras
 import numpy as np
 import pytest
 
+from keras_weightmods import native
 from keras_weightmods.backend.jax import traced_call
 from keras_weightmods.backend.jax.traced_call import Stack
+from keras_weightmods.native.packed import pack_dense, pack_kernel
+from keras_weightmods.ops import sparse_matmul
+from tests.models import normal
+from tests.native.test_packed import kernel_of
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="needs the JAX backend"
@@ -47,12 +52,7 @@ def test_a_cache_in_parts_gives_the_same():
         traced_call.whole(parts), expected_cache, rtol=1e-6
     )
     assert jax.tree.structure(parts) == jax.tree.structure(cache)
-
-
-def test_nothing_whole_is_made():
-    x, cache, place = arrays()
-    _, parts = traced_call.call(step, x, cache, place)
-    cache = traced_call.split_like(cache, parts)
+    # Nothing whole is made.
     traced = jax.make_jaxpr(lambda *args: traced_call.call(step, *args))(
         x, cache, place
     )
@@ -98,4 +98,36 @@ def test_what_depends_on_no_argument_is_computed_once():
     assert [c.shape for c in traced.consts].count((1, 5)) == 1
     jax.tree.map(
         np.testing.assert_allclose, jax.jit(run)(x, place), function(x, place)
+    )
+
+
+@pytest.mark.skipif(not native.is_available(), reason="no compiled kernels")
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
+def test_products_of_one_input_share_a_call(x_dtype):
+    """But for another input, another type, and a dense matrix."""
+    first, others = (
+        [pack_kernel(kernel_of(64, n), dtype, "int8") for n in sizes]
+        for dtype, sizes in (("int8", (64, 64, 64)), ("int4", (16, 40)))
+    )
+    dense = pack_dense(normal(64, 16), "int8")
+
+    def attention(x):
+        q, k, v = (sparse_matmul(x, packed) for packed in first)
+        y = q * k * v
+        alone = [sparse_matmul(x, dense), sparse_matmul(x + 1, first[0])]
+        return [y, *alone, *(sparse_matmul(y, packed) for packed in others)]
+
+    def shared(x):
+        return traced_call.call(attention, x)
+
+    def calls_in(function):
+        return str(jax.make_jaxpr(function)(x)).count("ffi_call[")
+
+    x = jnp.asarray(normal(2, 3, 64), x_dtype)
+    assert calls_in(attention) == 7
+    assert calls_in(shared) == 4
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.jit(shared)(x),
+        jax.jit(attention)(x),
     )

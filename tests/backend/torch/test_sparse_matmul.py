@@ -55,44 +55,30 @@ def test_operators_pass_the_checks_of_torch(dtype):
     x = torch.from_numpy(normal(3, 2, K)).requires_grad_()
     values = packed.values.requires_grad_(dtype == "float32")
     weights = values, packed.meta, packed.scale
-    dy = torch.ones((3, 2, N))
-    operators = operator()
-    torch.library.opcheck(operators.sparse_matmul, (x, *weights, N))
+    product, check = operator().sparse_matmul, torch.library.opcheck
+    check(product, (x, *weights, N))
+    if dtype == "bfloat16":
+        half = x.detach().bfloat16().requires_grad_()
+        check(product, (half, *weights, N))
+    if dtype in ("int8", "int4"):
+        dense = with_tensors(pack_dense(normal(K, N), dtype))
+        for w in (weights, (dense.values, None, dense.scale)):
+            check(product, (x, *w, N, True))
     with torch.no_grad():
         x, values = x.detach(), values.detach()
-        weights = values, packed.meta, packed.scale
-        torch.library.opcheck(
-            operators.sparse_matmul_transposed, (dy, *weights, K)
-        )
-        torch.library.opcheck(
-            operators.sparse_values_gradient, (x, dy, packed.meta)
-        )
-
-
-def test_operator_of_bfloat16_activations_passes_the_checks():
-    packed = tensors("bfloat16")
-    x = torch.from_numpy(normal(15, 2, K)).bfloat16().requires_grad_()
-    arguments = x, packed.values, packed.meta, packed.scale, N
-    torch.library.opcheck(operator().sparse_matmul, arguments)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-@pytest.mark.parametrize("dense", [False, True])
-def test_operator_of_int8_activations_passes_the_checks(dtype, dense):
-    packed = tensors(dtype)
-    if dense:
-        packed = with_tensors(pack_dense(normal(K, N), dtype))
-    x = torch.from_numpy(normal(3, 2, K)).requires_grad_()
-    arguments = x, packed.values, packed.meta, packed.scale, N
-    torch.library.opcheck(operator().sparse_matmul_int8, arguments)
+        dy = torch.ones((3, 2, N))
+        check(product, (dy, values, *weights[1:], K, False, True))
+        check(operator().sparse_values_gradient, (x, dy, packed.meta))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_int8_activations_compiled_as_one_graph():
+def test_compiled_as_one_graph():
     kernels = [
+        tensors(),
         tensors("int8", "int8"),
         with_tensors(pack_dense(normal(K, N), "int4")),
     ]
+    values = kernels[0].values.requires_grad_()
 
     def function(x):
         return sum(torch.relu(sparse_matmul(2 * x, k)) for k in kernels)
@@ -101,34 +87,22 @@ def test_int8_activations_compiled_as_one_graph():
     compiled = torch.compile(function, fullgraph=True)
     x = torch.from_numpy(normal(3, K)).requires_grad_()
     y = compiled(x)
-    rounded = references.round_activations(2 * normal(3, K))
-    products = [rounded @ unpack_kernel(k).astype("float64") for k in kernels]
+    x64, rounded = (
+        2.0 * normal(3, K),
+        references.round_activations(2 * normal(3, K)),
+    )
+    factors = x64, rounded, rounded
+    with torch.no_grad():
+        products = [
+            f @ unpack_kernel(k).astype("float64")
+            for f, k in zip(factors, kernels)
+        ]
     assert_close(y.detach(), sum(np.maximum(p, 0) for p in products))
-    y.sum().backward()
-    found, x.grad = x.grad, None
-    function(x).sum().backward()
-    assert_close(found, x.grad.numpy().astype("float64"))
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_compiled_as_one_graph():
-    packed = tensors()
-    packed.values.requires_grad_()
-    x = torch.from_numpy(normal(3, K))
-    w = kernel_of(K, N).astype("float64")
-
-    def function(x):
-        return torch.relu(sparse_matmul(2 * x, packed))
-
-    operator()
-    compiled = torch.compile(function, fullgraph=True)
-    y = compiled(x)
-    assert_close(y.detach(), np.maximum(2 * normal(3, K) @ w, 0))
-    y.sum().backward()
-    found, packed.values.grad = packed.values.grad, None
-    function(x).sum().backward()
-    expected = packed.values.grad.numpy().astype("float64")
-    assert_close(found, expected)
+    found, expected = (
+        torch.autograd.grad(z.sum(), (x, values)) for z in (y, function(x))
+    )
+    for one, other in zip(found, expected):
+        assert_close(one, other.numpy().astype("float64"))
 
 
 def test_on_the_meta_device():
@@ -176,32 +150,28 @@ def test_the_operator_reads_no_more_than_there_is(name, change):
     weights = {"values": packed.values, "meta": packed.meta, "scale": None}
     weights[name] = change(weights[name])
     with pytest.raises(ValueError, match=f"`{name}`"):
-        operator().sparse_matmul(torch.ones((2, K)), **weights, n=N)
+        operator().sparse_matmul(torch.ones((2, K)), **weights, size=N)
 
 
-def test_the_operator_wants_float32_and_a_scale():
-    packed = tensors("int8")
-    arrays = packed.values, packed.meta
-    x = torch.ones((2, K))
-    with pytest.raises(ValueError, match="must be float32"):
-        operator().sparse_matmul(x.double(), *arrays, packed.scale, N)
-    with pytest.raises(ValueError, match=r"`scale` .*Received: scale=None"):
-        operator().sparse_matmul(x, *arrays, None, N)
-
-
-def test_the_operator_of_int8_activations_reads_no_more_than_there_is():
-    multiply = operator().sparse_matmul_int8
-    x = torch.ones((2, K))
+def test_the_operator_refuses_other_types():
+    x, multiply = torch.ones((2, K)), operator().sparse_matmul
     sparse = tensors("int4")
     dense = with_tensors(pack_dense(normal(K, N), "int4"))
-    with pytest.raises(ValueError, match="`values`"):
-        multiply(x, sparse.values, None, sparse.scale, N)
-    with pytest.raises(ValueError, match="`values`"):
-        multiply(x, dense.values, sparse.meta, dense.scale, N)
-    with pytest.raises(ValueError, match="`scale`"):
-        multiply(x, dense.values, None, dense.scale.float(), N)
+    values, scale = dense.values, dense.scale
+    for weights, match in (
+        ((sparse.values, None, sparse.scale), "`values`"),
+        ((values, sparse.meta, scale), "`values`"),
+        ((values, None, scale.float()), "`scale`"),
+        ((values, None, None), r"`scale` .*Received: scale=None"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            multiply(x, *weights, N, True)
+    floats = tensors()
+    weights = floats.values, floats.meta, None
     with pytest.raises(ValueError, match="`values` must be of int8 or uint8"):
-        multiply(x, dense.values.float(), None, dense.scale, N)
+        multiply(x, *weights, N, True)
+    with pytest.raises(ValueError, match="must be float32"):
+        multiply(x.double(), *weights, N)
 
 
 def test_rounded_values_have_no_gradient():
