@@ -74,9 +74,9 @@ def _product(xla, target, x, values, meta, scale, size):
         dvalues = None
         # XLA drops the call if nobody asks for its result.
         if _dtype(values) == "float32":
-            pair = (dy, x) if is_transposed else (x, dy)
-            pair = (ops.cast(each, "float32") for each in pair)
-            dvalues = _values_gradient(xla, *pair, meta)
+            one, other = (dy, x) if is_transposed else (x, dy)
+            one, other = ops.cast(one, "float32"), ops.cast(other, "float32")
+            dvalues = _values_gradient(xla, one, other, meta)
         return dx, dvalues, None, None
 
     return xla.with_gradient(product, gradient)(x, values, meta, scale)

@@ -386,10 +386,12 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             yield mask_indices(mask)
 
 
-def _loss_gradients(model, variables, x, y, sample_weight):
+def _loss_gradients(
+    model: Any, variables: Any, x: Any, y: Any, sample_weight: Any
+) -> Any:
     """Return the gradients of a compiled model's loss, as it infers."""
 
-    def loss_at(*values):
+    def loss_at(*values: Any) -> Any:
         with keras.StatelessScope(zip(variables, values)):
             return model.compute_loss(
                 x, y, model(x, training=False), sample_weight, training=False

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_weightmods import native
+from keras_weightmods.backend.jax import xla_calls
 from keras_weightmods.native import gpu
 from keras_weightmods.native.gpu import trial as trials
 from keras_weightmods.native.packed import (
@@ -142,13 +143,14 @@ def matmul(x, packed, method=None):
         return _dense(x, unpack_tensor(packed).astype(x.dtype))
     k, n = packed.shape
 
-    @jax.custom_gradient
-    def product(x, companions, arrays):
-        def gradient(dy):
-            given = Packed(*arrays, packed.shape, packed.dtype)
-            kernel = unpack_tensor(given).astype(dy.dtype)
-            return _dense(dy, kernel.T), None, None
+    def unpacked(arrays, dtype):
+        given = Packed(**arrays, shape=packed.shape, dtype=packed.dtype)
+        return unpack_tensor(given).astype(dtype)
 
+    def gradient(x, companions, arrays, dy):
+        return _dense(dy, unpacked(arrays, dy.dtype).T), None, None
+
+    def product(x, companions, arrays):
         rows = math.prod(x.shape[:-1])
         matrix, chosen = x.reshape(rows, k), method
         # An exported program may leave the number of rows open.
@@ -159,17 +161,23 @@ def matmul(x, packed, method=None):
         else:
             kernel = companions.get("dense")
             if kernel is None:
-                given = Packed(*arrays, packed.shape, packed.dtype)
-                kernel = unpack_tensor(given).astype(x.dtype)
+                kernel = unpacked(arrays, x.dtype)
             y = _dense(matrix, kernel)
-        return y.reshape(*x.shape[:-1], n), gradient
+        return y.reshape(*x.shape[:-1], n)
 
-    tensors = keras.tree.map_structure(
-        keras.ops.convert_to_tensor,
-        [packed.companions, [packed.values, packed.meta, packed.scale]],
-        none_is_leaf=False,
+    arrays = {name: getattr(packed, name) for name in _NAMES}
+    companions, arrays = (
+        {
+            name: a if a is None else keras.ops.convert_to_tensor(a)
+            for name, a in given.items()
+        }
+        for given in (packed.companions, arrays)
     )
-    return product(x, *tensors)
+    multiply = xla_calls.with_gradient(product, gradient)
+    return multiply(x, companions, arrays)
+
+
+_NAMES = ("values", "meta", "scale")
 
 
 def _dense(x, kernel):

@@ -228,7 +228,7 @@ def _evaluated(equation, values):
 def _stack_of(equation, values):
     """The result of an equation if it is a stack, or in one; else None."""
     name, params = equation.primitive.name, equation.params
-    x = values[0] if values else None
+    x: Any = values[0] if values else None
     if name == "stack":
         return Stack(params["axis"], values)
     shape = equation.outvars[0].aval.shape

@@ -123,8 +123,8 @@ def _cusparselt(x, compressed):
 @torch.no_grad()
 def _companion(weights, k, n, dtype, method):
     """Return the kernel for `matrix @ kernel`, or compressed by cuSPARSELt."""
-    values, *others = weights
-    arrays = [values, *(array for array in others if array is not None)]
+    values, meta, scale = weights
+    arrays = [array for array in weights if array is not None]
     # An inference tensor counts no changes.
     versions = [
         (a.data_ptr(), 0 if a.is_inference() else a._version) for a in arrays
@@ -133,7 +133,7 @@ def _companion(weights, k, n, dtype, method):
     kernel, made_from = made.get((dtype, method), (None, None))
     if made_from == versions:
         return kernel
-    packed = Packed(*weights, (k, n), _VALUES[values.dtype])
+    packed = Packed(values, meta, scale, (k, n), _VALUES[values.dtype])
     # Keras' functions would move all to its default device.
     with keras.device(str(values.device)):
         kernel = unpack_tensor(packed).to(dtype).contiguous()
