@@ -89,7 +89,7 @@ def make(name, dtype):
     cast.compile(kwm.AdamS(1e-4, total_steps=1000), loss)
     if name == "whole":
         # As for a loss that cannot be taken in chunks.
-        cast._split = None
+        cast._heads = None
     return cast
 
 

@@ -601,12 +601,16 @@ def distil(model, teacher, optimizer, train, callbacks=()):
     """
     import keras
 
-    from keras_weightmods.sparsity.distillation import LogitsDistillation
+    from keras_weightmods.sparsity.distillation import LogitsKL
+
+    class LogitsDistillation(keras.distillation.LogitsDistillation):
+        def compute_loss(self, teacher_outputs, student_outputs, **kwargs):
+            return LogitsKL()(teacher_outputs, student_outputs)
 
     distiller = keras.distillation.Distiller(
         teacher,
         model,
-        LogitsDistillation(temperature=1.0),
+        LogitsDistillation(),
         student_loss_weight=2 / 3,
     )
     distiller.compile(

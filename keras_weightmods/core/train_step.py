@@ -16,7 +16,7 @@ from keras_weightmods.core import keras_compat
 from keras_weightmods.utils.progress import Waiting
 
 # From the inside out.
-_ORDER = ("random numbers", "weights kept", "frozen weights", "first step")
+_ORDER = ("weights kept", "frozen weights", "first step")
 
 # By model, {name: callable of the model, the inner step and its arguments}. A
 # model is no part of a callable, so that it can be collected.

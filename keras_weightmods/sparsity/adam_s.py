@@ -13,17 +13,17 @@ from keras_weightmods import backend
 from keras_weightmods.core import keras_compat
 from keras_weightmods.ops import nm
 from keras_weightmods.ops.matrix import contraction_size
-from keras_weightmods.sparsity import (
-    adam_s_build,
-    adam_s_update,
-    sparsify,
-)
+from keras_weightmods.sparsity import adam_s_build, adam_s_update, sparsify
 from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
 
 _DECAYS = "published", "relative"
 _CRITERIA = "magnitude", "wanda"
 _MOST = 2**31 - 1
+_SETTINGS = (
+    *("total_steps", "pattern", "l1", "l1_scale", "ramp", "decay", "criterion"),
+    *("mask_every", "beta_1", "beta_2", "epsilon"),
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_weightmods")
@@ -78,9 +78,7 @@ class AdamS(keras.optimizers.Optimizer):
         targets: Which kernels are sparsified, along which axes: a
             `keras.Model` or layer, `Targets` or a list of `Target` from
             `find_targets`, or `None` to take the variables named `kernel` of
-            rank 2 (contraction axis 0), also those of recurrent cells, which
-            `find_targets` leaves out; a regex takes those of them in whose
-            path it is found.
+            rank 2 (contraction axis 0).
             Kernels whose contraction size is no multiple of `m` are skipped,
             with a warning. Defaults to `None`.
         l1: The pull lambda: a float, or `"auto"` for `l1_scale` times the RMS
@@ -330,7 +328,12 @@ class AdamS(keras.optimizers.Optimizer):
                 "`AdamS.prune()` needs the mask of a training run. Received: "
                 "an optimizer that has taken no step. Call it after `fit`."
             )
-        sparsify.check_finite(self.sparsified, sparsify.DIVERGED)
+        sparsify.check_finite(
+            self.sparsified,
+            "The training diverged: load a checkpoint or the weights again, "
+            "and train with a lower learning rate or `global_clipnorm`, and "
+            "finite data.",
+        )
         for variable, _, bits in state:
             value = ops.convert_to_tensor(variable)
             mask = nm.unpack_bits(bits.value, variable.shape)
@@ -353,26 +356,24 @@ class AdamS(keras.optimizers.Optimizer):
             ValueError: If the list does not fit, or the optimizer was made
                 with another criterion.
         """
-        if self.criterion != "wanda":
-            expected = '"wanda" where an importance is set'
-            raise checks.error("criterion", expected, self.criterion)
-        if not self.built:
+        if self.criterion != "wanda" or not self.built:
             raise ValueError(
-                "`set_importance` needs a built optimizer. Call "
-                "`optimizer.build(model.trainable_variables)` first."
+                '`set_importance` needs a built `AdamS(criterion="wanda")`. '
+                "Call `optimizer.build(model.trainable_variables)` first. "
+                f"Received: criterion={self.criterion!r}, built={self.built}"
             )
-        if not isinstance(importance, (list, tuple)):
-            raise checks.error("importance", "a list of arrays", importance)
+        is_list = isinstance(importance, (list, tuple))
         arrays = [
-            checks.check_array("importance", a, "float32") for a in importance
+            checks.check_array("importance", each, "float32")
+            for each in (importance if is_list else ())
         ]
         variables = [s["importance"] for s in self._states if "mask" in s]
         shapes = [tuple(v.shape) for v in variables]
-        if shapes != [a.shape for a in arrays] or not all(
-            np.all((a >= 0) & np.isfinite(a)) for a in arrays
+        if [array.shape for array in arrays] != shapes or not all(
+            np.all((array >= 0) & np.isfinite(array)) for array in arrays
         ):
-            expected = f"finite arrays, not negative, of shapes {shapes}"
-            received = [array.shape for array in arrays]
+            expected = f"a list of finite arrays, >= 0, of shapes {shapes}"
+            received = [a.shape for a in arrays] if is_list else importance
             raise checks.error("importance", expected, received)
         for variable, array in zip(variables, arrays):
             variable.assign(array)
@@ -382,58 +383,35 @@ class AdamS(keras.optimizers.Optimizer):
 
         Nothing, with Keras' warning, of an optimizer saved unbuilt.
         """
-        keys = [str(i) for i in range(len(store.keys()))]
+        stored = {key: np.shape(store[key]) for key in list(store.keys())}
+        own = {str(i): tuple(v.shape) for i, v in enumerate(self.variables)}
         # Before it is built there are the count of steps and, if it is no
         # schedule, the learning rate.
         unbuilt = 1 + isinstance(self._learning_rate, keras.Variable)
-        if self.built and len(keys) != unbuilt:
-            stored = set(store.keys())
-            self._check_state([store[k] for k in keys if k in stored])
-        super().load_own_variables(store)
-
-    def set_weights(self, weights: Any) -> None:
-        """Set the state; check all of it before writing any."""
-        if self.built:
-            self._check_state(weights)
-        super().set_weights(weights)
-
-    def get_config(self) -> dict[str, Any]:
-        if self.built:
-            index_of = self._get_variable_index
-            targets = [
-                adam_s_build.target_config(variable, axes, index_of(variable))
-                for variable, axes, _ in self.sparsified_state
+        if self.built and stored != own and len(stored) != unbuilt:
+            misfits = [
+                f"{v.path} of shape {shape}, received {stored.get(key)}"
+                for v, (key, shape) in zip(self.variables, own.items())
+                if stored.get(key) != shape
             ]
-        else:
-            targets = adam_s_build.targets_config(self._get_targets())
-        return {
-            **super().get_config(),
-            "total_steps": self.total_steps,
-            "pattern": self.pattern,
-            "targets": targets,
-            "l1": self.l1,
-            "l1_scale": self.l1_scale,
-            "ramp": self.ramp,
-            "decay": self.decay,
-            "criterion": self.criterion,
-            "mask_every": self.mask_every,
-            "beta_1": self.beta_1,
-            "beta_2": self.beta_2,
-            "epsilon": self.epsilon,
-        }
-
-    def _check_state(self, arrays: Any) -> None:
-        shapes = [np.shape(array) for array in arrays]
-        misfits = [
-            f"{v.path} of shape {tuple(v.shape)}, received {shape}"
-            for v, shape in zip(self.variables, shapes)
-            if tuple(v.shape) != shape
-        ]
-        if misfits or len(shapes) != len(self.variables):
             raise ValueError(
                 "The saved state does not fit this `AdamS`; nothing was "
                 "restored. Use the model, `targets`, `pattern`, `l1`, `decay` "
                 "and `criterion` that it was saved with. Expected "
-                f"{len(self.variables)} arrays, received {len(shapes)}; first "
-                f"misfits: {misfits[:5]}"
+                f"{len(own)} arrays, received {len(stored)}; first misfits: "
+                f"{misfits[:5]}"
             )
+        super().load_own_variables(store)
+
+    def get_config(self) -> dict[str, Any]:
+        targets = self._get_targets()
+        if self.built:
+            targets = [
+                adam_s_build.target_config(v, axes, self._get_variable_index(v))
+                for v, axes, _ in self.sparsified_state
+            ]
+        return {
+            **super().get_config(),
+            **{name: getattr(self, name) for name in _SETTINGS},
+            "targets": adam_s_build.targets_config(targets),
+        }

@@ -1,12 +1,13 @@
 """What `AdamS` does as it is built: it finds its targets, and warns."""
 
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import filters, keras_compat
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.targets import (
     Target,
     Targets,
@@ -20,20 +21,15 @@ from keras_weightmods.utils import checks
 
 def check_targets(targets):
     """Return the argument `targets` of `AdamS` if it is one."""
-    if isinstance(targets, str):
-        filters.matcher("targets", targets)
-        return targets
     if targets is None or isinstance(targets, (keras.layers.Layer, Targets)):
         return targets
-    if isinstance(targets, (list, tuple)) and targets:
-        for kind in (Target, dict):
-            if all(isinstance(target, kind) for target in targets):
-                return tuple(targets)
+    given = targets if isinstance(targets, (list, tuple)) else ()
+    if set(map(type, given)) in ({Target}, {dict}):
+        return tuple(targets)
     raise checks.error(
         "targets",
-        "a model, what `find_targets` returns, a regex or None. The other "
-        "forms of `include` need the model: pass "
-        "`targets=find_targets(model, include=...)`",
+        "a model, what `find_targets` returns, or None. The forms of `include` "
+        "need the model: pass `targets=find_targets(model, include=...)`",
         targets,
     )
 
@@ -52,8 +48,8 @@ def find_axes(targets, variables, m):
     Raises:
         ValueError: If the targets cannot be told or there are none.
     """
-    if targets is None or isinstance(targets, str):
-        axes = [_inferred(targets or "", variable) for variable in variables]
+    if targets is None:
+        axes = _inferred(variables)
     elif isinstance(targets, tuple) and isinstance(targets[0], dict):
         axes = _restored(targets, variables)
     else:
@@ -61,8 +57,8 @@ def find_axes(targets, variables, m):
     unusable = []
     for place, variable in enumerate(variables):
         size = contraction_size(variable.shape, axes[place] or ())
-        if axes[place] and (reason := reason_not_nm(size, m)):
-            unusable.append(f"{variable.path}: {reason}")
+        if axes[place] and size % m:
+            unusable.append(f"{variable.path}: {reason_not_nm(size, m)}")
             axes[place] = None
     if unusable:
         warnings.warn(
@@ -92,36 +88,36 @@ def target_config(variable, axes, index=None):
 
 def targets_config(targets):
     """Return `targets`, as `check_targets` returns it, ready to be saved."""
-    if isinstance(targets, keras.layers.Layer):
-        targets = find_targets(targets)
-    if targets is None or isinstance(targets, str):
-        return targets
+    if targets is None:
+        return None
     return [
-        target
-        if isinstance(target, dict)
-        else target_config(target.variable, target.contraction_axes)
-        for target in targets
+        each
+        if isinstance(each, dict)
+        else target_config(each.variable, each.contraction_axes)
+        for each in _targets_of(targets)
     ]
 
 
-def _inferred(pattern, variable):
-    rank = len(variable.shape)
-    is_kernel = variable.name == "kernel" and rank >= 2
-    if not is_kernel or not filters.matcher("targets", pattern)(variable):
-        return None
-    if rank == 2:
-        return (0,)
-    raise ValueError(
-        "`AdamS` without a model takes kernels of rank 2. Pass `targets=model` "
-        "or `targets=find_targets(model, include=..., exclude=...)`. "
-        f"Received: {variable.path!r} of shape {tuple(variable.shape)}"
-    )
+def _targets_of(targets):
+    is_layer = isinstance(targets, keras.layers.Layer)
+    return find_targets(targets) if is_layer else targets
+
+
+def _inferred(variables):
+    kernels = [v for v in variables if v.name == "kernel" and len(v.shape) > 1]
+    for variable in kernels:
+        if len(variable.shape) > 2:
+            raise ValueError(
+                "`AdamS` without a model takes kernels of rank 2. Pass "
+                "`targets=model` or `targets=find_targets(model, include=...)`."
+                f" Received: {variable.path!r} of shape {variable.shape}"
+            )
+    ids = set(map(id, kernels))
+    return [(0,) if id(variable) in ids else None for variable in variables]
 
 
 def _of_targets(targets, variables):
-    if isinstance(targets, keras.layers.Layer):
-        targets = find_targets(targets)
-    by_id = {id(target.variable): target for target in targets}
+    by_id = {id(each.variable): each for each in _targets_of(targets)}
     found = [by_id.pop(id(variable), None) for variable in variables]
     if by_id:
         missing = [target.path for target in by_id.values()]
@@ -135,42 +131,29 @@ def _of_targets(targets, variables):
 
 
 def _restored(configs, variables):
-    axes = [None] * len(variables)
-    found = [
-        (_places(config, variables), tuple(config["contraction_axes"]))
-        for config in configs
-    ]
+    axes: list[Any] = [None] * len(variables)
+    found = []
+    for config in configs:
+        index, shape = config["index"], tuple(config["shape"])
+        # A path can change when a model is rebuilt, by the name of what it was
+        # built in; its place and shape among the variables do not.
+        places = matching_places(config["path"], shape, variables)
+        if index is not None:
+            fits = index < len(variables) and variables[index].shape == shape
+            places = [index] if fits else []
+        found.append((places, tuple(config["contraction_axes"])))
     for config, (places, own) in zip(configs, found):
         # Variables that cannot be told apart must all be targets.
         if not places or found.count((places, own)) != len(places):
-            index = config["index"]
-            where = "" if index is None else f", at position {index}"
             raise ValueError(
-                f"The restored target {config['path']!r} of shape "
-                f"{tuple(config['shape'])} must name exactly one of the "
-                f"variables that `AdamS` is built on{where}. Received: "
-                f"{len(places)} such variables. Build it on the model it was "
-                "saved with, or pass new `targets`."
+                "Each restored target must name one of the variables that "
+                "`AdamS` is built on. Build it on the model it was saved with, "
+                f"or pass new `targets`. Received: {config}, which fits "
+                f"{len(places)} variables"
             )
         for place in places:
             axes[place] = own
     return axes
-
-
-def _places(config, variables):
-    """Where among `variables` the restored target may be."""
-    index, shape = config["index"], tuple(config["shape"])
-    if index is None:
-        return matching_places(config["path"], shape, variables)
-    # A path can change when a model is rebuilt, by the name of what it was
-    # built in; its place and shape among the variables do not.
-    fits = index < len(variables) and tuple(variables[index].shape) == shape
-    return [index] if fits else []
-
-
-# Travel that masked weights need, in units of their mean magnitude: below
-# about 3 the largest of them do not arrive.
-_TRAVEL_NEEDED = 3.0
 
 
 def warn_about_low_precision(kernels):
@@ -186,17 +169,35 @@ def warn_about_low_precision(kernels):
         )
 
 
+# Travel that masked weights need, in units of their mean magnitude: below
+# about 3 the largest of them do not arrive.
+_TRAVEL_NEEDED = 3.0
+
+
 def warn_about_travel(optimizer, kernels):
     """Warn if the published pull cannot bring masked weights to zero."""
-    if _is_tracing():
-        return
-    allowed = _travel_allowed(optimizer)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # No value can be read while a graph is traced.
+        if not tf.executing_eagerly():
+            return
+    total = optimizer.total_steps
+    steps = np.unique(np.linspace(0, total - 1, 200).astype("int64"))
+    rate = keras_compat.given_learning_rate(optimizer)
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        batches = optimizer.gradient_accumulation_steps or 1
+        rates = [float(rate(int(step) * batches)) for step in steps]
+    else:
+        rates = [float(ops.convert_to_numpy(optimizer.learning_rate))]
+    ramps = np.minimum(steps / (optimizer.ramp * total), 1.0)
+    allowed = total * np.mean(np.array(rates) * ramps)
     masked = (_mean_masked(v, axes, optimizer) for v, axes in kernels)
     needed = _TRAVEL_NEEDED * max(masked)
     if allowed < needed:
         warnings.warn(
             "AdamS: this schedule is too short to reach zero. Over "
-            f"{optimizer.total_steps} steps it lets a masked weight travel "
+            f"{total} steps it lets a masked weight travel "
             f"sum(learning rate x ramp) = {allowed:.3g}, and the masked "
             f"weights need about {needed:.3g} ({_TRAVEL_NEEDED:g} times their "
             "mean magnitude). The prune at the end will then cost quality. "
@@ -206,36 +207,10 @@ def warn_about_travel(optimizer, kernels):
         )
 
 
-def _travel_allowed(optimizer):
-    """Integrate lr * a over the run, by the trapezoid rule."""
-    total = optimizer.total_steps
-    steps = np.unique(np.linspace(0, total - 1, 200).round().astype("int64"))
-    batches = optimizer.gradient_accumulation_steps or 1
-    schedule = keras_compat.given_learning_rate(optimizer)
-    if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
-        rates = [schedule(int(step) * batches) for step in steps]
-    else:
-        rates = [optimizer.learning_rate] * len(steps)
-    floats = [float(ops.convert_to_numpy(rate)) for rate in rates]
-    ramps = np.minimum(steps / (optimizer.ramp * total), 1.0)
-    heights = np.array(floats) * ramps
-    means = (heights[1:] + heights[:-1]) / 2
-    return float(np.sum(means * np.diff(steps)))
-
-
 def _mean_masked(variable, axes, optimizer):
     """Mean |w| of the entries outside the mask, over a sample of columns."""
     n, m = optimizer.n, optimizer.m
     w = np.abs(ops.convert_to_numpy(to_matrix(variable, axes)))
     w = w[:, :: max(1, w.size // 2**18)].astype("float32")
-    groups = np.sort(w.reshape(w.shape[0] // m, m, w.shape[1]), axis=1)
-    return float(groups[:, : m - n].mean()) if m > n else 0.0
-
-
-def _is_tracing():
-    """Whether values cannot be read now, while a graph is traced."""
-    if keras.backend.backend() != "tensorflow":
-        return False
-    import tensorflow as tf
-
-    return not tf.executing_eagerly()
+    masked = np.sort(w.reshape(-1, m, w.shape[1]), axis=1)[:, : m - n]
+    return float(masked.sum() / max(1, masked.size))

@@ -6,18 +6,17 @@ import time
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_weightmods.calibration.inputs import measure_importance
+from keras_weightmods.calibration.schedule import WarmupLinearDecay
 from keras_weightmods.core import data, keras_compat, seam, train_step
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops.nm import Pattern, parse_pattern
 from keras_weightmods.saving.checkpoint import Checkpoint
-from keras_weightmods.sparsity import (
-    cast_run,
-    sparsify,
-)
+from keras_weightmods.sparsity import cast_run, sparsify
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.distillation import LogitsDistiller
 from keras_weightmods.sparsity.report import SparsityReport, sparsity_report
@@ -61,9 +60,10 @@ class CAST(LogitsDistiller):
       then `fit(..., initial_epoch=...)` on whole ones.
 
     The file holds the model with its scales, the teacher, the optimizer with
-    its masks, the length of the run and the state of dropout. Given the same
-    batches (`shuffle=False`, or a dataset with its own seed) the weights are
-    bit for bit those of a run that was not interrupted.
+    its masks and the length of the run. Given the same batches
+    (`shuffle=False`, or a dataset with its own seed) the weights are bit for
+    bit those of a run that was not interrupted. In a model with dropout only
+    `Checkpoint` gives these, as Keras' own files leave out random states.
 
     Args:
         model: A built `keras.Model`, for example a KerasHub `CausalLM`. It
@@ -145,20 +145,7 @@ class CAST(LogitsDistiller):
     optimizer: Any
     train_function: Any
 
-    @staticmethod
-    def default_recipe(
-        init: str = "dense", init_refine: Any = None
-    ) -> dict[str, Any]:
-        """Return the arguments of the default `AdamS` for a start.
-
-        Args:
-            init, init_refine: As of the class.
-
-        Raises:
-            ValueError: If they are none of these.
-        """
-        cast_run.check_start(init, init_refine)
-        return cast_run.default_recipe(init, init_refine)
+    default_recipe = staticmethod(cast_run.default_recipe)
 
     def __init__(
         self,
@@ -177,11 +164,8 @@ class CAST(LogitsDistiller):
         name: str = "cast",
     ) -> None:
         n, m = parse_pattern(pattern)
-        cast_run.check_start(init, init_refine)
+        recipe = cast_run.default_recipe(init, init_refine)
         checks.check_int("init_rows", init_rows, 1)
-        if init_refine and init == "dense":
-            expected = "None where `init` is 'dense': nothing is pruned"
-            raise checks.error("init_refine", expected, init_refine)
         checks.check_int("scaling_groups", scaling_groups, 0)
         if not isinstance(model, keras.Model) or not model.built:
             expected = "a built `keras.Model`. Call it on data first"
@@ -189,12 +173,14 @@ class CAST(LogitsDistiller):
         usable = sparsify.fitting_targets(
             "CAST", resolve_targets(model, targets), pattern, trainable=True
         )
-        former = model.optimizer if seam.has_built_optimizer(model) else None
-        if former is not None:
-            # It would not know the scales, and `compile` brings another one.
-            model.optimizer, model.compiled = None, False
-        is_scaled = False
-        try:
+        with contextlib.ExitStack() as undo:
+            if seam.has_built_optimizer(model):
+                # It would not know the scales, and `compile` brings another.
+                undo.callback(setattr, model, "compiled", True)
+                undo.callback(setattr, model, "optimizer", model.optimizer)
+                model.optimizer, model.compiled = None, False
+            # A teacher is frozen once it fits, so that the scales, which
+            # change nothing yet, have to come first.
             if scaling_groups:
                 attach_scaling(
                     model,
@@ -202,7 +188,7 @@ class CAST(LogitsDistiller):
                     groups=scaling_groups,
                     pattern=pattern,
                 )
-                is_scaled = True
+                undo.callback(seam.fold, model, Scaling)
             super().__init__(
                 model,
                 teacher,
@@ -211,14 +197,7 @@ class CAST(LogitsDistiller):
                 teacher_dtype,
                 name,
             )
-        except ValueError:
-            # A teacher is frozen once it fits, so that the scales, which
-            # change nothing yet, have to come first.
-            if is_scaled:
-                seam.fold(model, Scaling)
-            if former is not None:
-                model.optimizer, model.compiled = former, True
-            raise
+            undo.pop_all()
         self.pattern = f"{n}:{m}"
         self.init = init
         self.init_refine = init_refine
@@ -227,8 +206,12 @@ class CAST(LogitsDistiller):
         self.targets = usable
         self.init_report: sparsify.SparsifyReport | None = None
         self.report: SparsityReport | None = None
-        self._run = cast_run.RunState(model, is_started=init == "dense")
+        self._recipe = recipe
         self._optimizer_is_default = False
+        # What a checkpoint holds beside variables: the length of the run, None
+        # where it is not planned here, and whether the one-shot start is made.
+        self._planned: int | None = None
+        self._is_started = init == "dense"
         self._verbose: Any = 0
         self._building = contextlib.ExitStack()
 
@@ -264,8 +247,7 @@ class CAST(LogitsDistiller):
         """
         is_default = optimizer is None
         if is_default:
-            recipe = cast_run.default_recipe(self.init, self.init_refine)
-            optimizer = AdamS(pattern=self.pattern, **recipe)
+            optimizer = AdamS(pattern=self.pattern, **self._recipe)
         inner = inner_optimizer(optimizer)
         if not isinstance(inner, AdamS) or inner.pattern != self.pattern:
             expected = f"an `AdamS` of pattern {self.pattern!r}, or None"
@@ -286,18 +268,14 @@ class CAST(LogitsDistiller):
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         super().compile(optimizer, loss, **kwargs)
         self._optimizer_is_default = is_default
-        self._run.planned_batches = None
+        self._planned = None
 
     def make_train_function(self, force: bool = False) -> None:
-        """Prepare the train step; on torch, with random numbers of its own.
-
-        On JAX one that keeps the weights on an error.
-        """
+        """Prepare the train step, on JAX one that keeps weights on an error."""
         # `fit` has seen by now what the model makes of the data.
         self._building.close()
+        keras_compat.list_hidden_parameters(self)
         super().make_train_function(force)
-        if self._run.random_stream is not None:
-            train_step.put_around(self, "random numbers", _with_random_numbers)
         train_step.show_first(self, self._verbose)
         train_step.keep_weights(self)
 
@@ -327,7 +305,7 @@ class CAST(LogitsDistiller):
                 optimizer sparsifies; after `finalize`.
         """
         began = time.perf_counter()
-        cast_run.check_not_finalized(self.report, "fit")
+        self._check_not_finalized("fit")
         if not self.compiled:
             raise ValueError("Call `compile()` before `fit()`.")
         checks.check_int("batch_size", batch_size, 1, 2**31 - 1, optional=True)
@@ -351,7 +329,7 @@ class CAST(LogitsDistiller):
                 callback.restore(self)
         taken = int(ops.convert_to_numpy(self.adam_s.iterations))
         if self.adam_s.total_steps is None or (
-            self._run.planned_batches is not None and not taken
+            self._planned is not None and not taken
         ):
             if steps == math.inf:
                 raise ValueError(
@@ -368,34 +346,25 @@ class CAST(LogitsDistiller):
             )
         with keras_compat.strategy_scope(self):
             with Waiting("Building the optimizer", verbose, began):
-                self.optimizer.build(self.trainable_variables)
-            cast_run.check_all_sparsified(self.targets, self.adam_s)
+                self._build_optimizer()
+            self._check_all_sparsified()
             if not taken:
                 weight = kwargs["sample_weight"]
                 x = self._start(x, batch_size, weight, verbose, began)
         self._verbose = verbose
-        keras_compat.list_hidden_parameters(self)
         with contextlib.ExitStack() as self._building:
             waiting = Waiting("Building the training step", verbose, began)
             self._building.enter_context(waiting)
             return super().fit(x, y, batch_size, epochs, verbose, **kwargs)
 
-    def evaluate(
-        self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Evaluate as `keras.Model` does; takes raw strings as `fit` does."""
-        x, y, sample_weight = data.preprocess(
-            self.student, x, y, kwargs.pop("sample_weight", None)
-        )
-        data.check(x, y)
-        if sample_weight is not None:
-            kwargs["sample_weight"] = sample_weight
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as `keras.Model` does."""
         optimizer = self.optimizer
         if self.compiled and self.adam_s.total_steps is None:
             # Keras builds it here, before `fit` has told the length of the run.
             self.optimizer = None
         try:
-            return super().evaluate(x, y, *args, **kwargs)
+            return super().evaluate(*args, **kwargs)
         finally:
             self.optimizer = optimizer
 
@@ -411,7 +380,8 @@ class CAST(LogitsDistiller):
 
         Returns:
             The model given to `CAST`, now exactly N:M in its targets, as
-            `report` says, and without anything of this package in it.
+            `report` says, and without anything of this package in it. To fit
+            it again as it is loses the pattern.
 
         Raises:
             ValueError: If the model was not trained, a target was frozen when
@@ -419,17 +389,15 @@ class CAST(LogitsDistiller):
                 model is unchanged then.
         """
         checks.check_verbose(verbose)
-        cast_run.check_not_finalized(self.report, "finalize")
+        self._check_not_finalized("finalize")
         if not self.compiled or not self.adam_s.built:
             raise ValueError(
                 "`CAST.finalize()` prunes by the last mask of the training. "
                 "Received: a model that was not trained. Call `compile()` "
                 "and `fit()` first."
             )
-        cast_run.check_all_sparsified(self.targets, self.adam_s)
+        self._check_all_sparsified()
         with Progress(2, "step", verbose) as progress:
-            # Before the warning, whose figures would be NaN.
-            sparsify.check_finite(self.adam_s.sparsified, sparsify.DIVERGED)
             cast_run.warn_about_an_early_end(self.adam_s)
             self.adam_s.prune()
             progress.add()
@@ -440,28 +408,47 @@ class CAST(LogitsDistiller):
             )
         # As TensorFlow traced them, they hold the scales of that time.
         self.train_function = self.test_function = self.predict_function = None
-        cast_run.say_that_a_fit_loses_the_pattern(self.pattern)
         return self.student
 
-    def get_config(self) -> Any:
-        raise NotImplementedError(
-            "A `CAST` holds a model in the middle of its training. Keep "
-            "checkpoints with `save_weights` or `keras.callbacks.BackupAnd"
-            "Restore`; save the model itself after `finalize()`."
-        )
+    def _check_all_sparsified(self) -> None:
+        known = {id(variable) for variable in self.adam_s.sparsified}
+        left = [t.path for t in self.targets if id(t.variable) not in known]
+        if left:
+            raise ValueError(
+                "Each target of `CAST` must be trained by its `AdamS`. "
+                f"Received: {len(left)} that are not, frozen since or not "
+                f"among the optimizer's targets: {left[:5]}. Set "
+                "`trainable = True` on their layers, then `compile()` and "
+                "`fit()` again, or leave them out of `targets`."
+            )
+
+    def _check_not_finalized(self, what: str) -> None:
+        if self.report is not None:
+            raise ValueError(
+                f"`CAST.{what}()` was called after `finalize()`. The model is "
+                "a plain one now; make a new `CAST` to train it on."
+            )
 
     def save_own_variables(self, store: Any) -> None:
-        self._run.save(store)
+        store["is_started"] = np.asarray(self._is_started)
+        if self._planned is not None:
+            store["planned_batches"] = np.asarray(self._planned)
 
     def load_own_variables(self, store: Any) -> None:
         # Comes before the optimizer's own state, which loads only into one
         # that is built, and that takes the length of the run.
-        planned = self._run.load(store)
+        saved = {key: np.asarray(store[key]) for key in list(store.keys())}
+        self._is_started = bool(saved.get("is_started", self._is_started))
         if not self.compiled:
             return
-        if self.adam_s.total_steps is None and planned is not None:
-            self._plan(planned)
+        if self.adam_s.total_steps is None and "planned_batches" in saved:
+            self._plan(int(saved["planned_batches"]))
         if self.adam_s.total_steps is not None:
+            self._build_optimizer()
+
+    def _build_optimizer(self) -> None:
+        # A `LossScaleOptimizer` that is built again adds its variables again.
+        if not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
 
     def _plan(self, batches: int) -> None:
@@ -470,11 +457,11 @@ class CAST(LogitsDistiller):
         accumulated = optimizer.gradient_accumulation_steps or 1
         optimizer.total_steps = max(1, batches // accumulated)
         if self._optimizer_is_default:
-            schedule = cast_run.default_schedule(
-                self.init, self.init_refine, batches
-            )
+            rate = self._recipe["learning_rate"]
+            warmup = max(1, round(cast_run.WARMUP * batches))
+            schedule = WarmupLinearDecay(rate, warmup, batches)
             optimizer.learning_rate = schedule
-        self._run.planned_batches = batches
+        self._planned = batches
         # Compiled, it holds the length of an earlier plan.
         self.train_function = None
 
@@ -488,33 +475,30 @@ class CAST(LogitsDistiller):
     ) -> Any:
         """Do what is done on the first batches; return `x` with all of them."""
         is_ranked_by_inputs = self.adam_s.criterion == "wanda"
-        is_started = self._run.is_started
-        if is_started and not is_ranked_by_inputs:
+        if self._is_started and not is_ranked_by_inputs:
             return x
-        rows = 0 if is_started else self.init_rows
+        rows = 0 if self._is_started else self.init_rows
         first, enough, x = data.first_batches(
             x, _MEASURED_BATCHES, rows, batch_size, sample_weight
         )
-        if not is_started:
-            shown = 1 if verbose in ("auto", 1) else 0
+        if not self._is_started:
             self.init_report = sparsify.prune(
                 self.student,
                 self.targets,
                 first[:enough],
                 self.pattern,
                 self.init,
-                self.init_refine,
-                verbose=shown,
+                sparsify.check_refine("init_refine", self.init_refine),
+                verbose=int(verbose in ("auto", 1)),
             )
-            self._run.is_started = True
+            self._is_started = True
         if is_ranked_by_inputs:
-            first = first[:_MEASURED_BATCHES]
             measure_importance(
-                self.adam_s, self.student, self.targets, first, verbose, began
+                self.adam_s,
+                self.student,
+                self.targets,
+                first[:_MEASURED_BATCHES],
+                verbose,
+                began,
             )
         return x
-
-
-def _with_random_numbers(cast: Any, step: Any, batches: Any) -> Any:
-    with cast._run.random_stream.active():
-        return step(batches)

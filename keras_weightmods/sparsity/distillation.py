@@ -12,14 +12,11 @@ import keras
 from keras import ops
 
 from keras_weightmods import backend
-from keras_weightmods.core import data, keras_compat
+from keras_weightmods.core import keras_compat
 from keras_weightmods.core.head import find_head
 from keras_weightmods.ops.distillation import chunked_losses
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import bytes_of
-
-# Of a copy; another model has its own.
-_TEACHER_DTYPES = (None, "float32", "bfloat16", "float16")
 
 
 class LogitsDistiller(keras.distillation.Distiller):
@@ -52,23 +49,20 @@ class LogitsDistiller(keras.distillation.Distiller):
         self, model, teacher, weight, temperature, teacher_dtype, name
     ):
         is_self = isinstance(teacher, str) and teacher == "self"
-        is_other = isinstance(teacher, keras.Model) and teacher is not model
-        if is_other and not teacher.built:
-            # It would be built in training, by random weights.
-            expected = "a built `keras.Model`. Call it on data, and load it"
-            raise checks.error("teacher", expected, teacher)
-        if not (is_self or is_other or teacher is None):
-            expected = '"self" for a frozen copy, another `keras.Model` or None'
-            raise checks.error("teacher", expected, teacher)
-        dtypes = _TEACHER_DTYPES if is_self else (None,)
-        checks.check_choice("teacher_dtype", teacher_dtype, dtypes)
+        # One that is not built would be in training, by random weights.
+        is_other = isinstance(teacher, keras.Model) and teacher.built
+        if teacher is model or not (is_self or is_other or teacher is None):
+            expected = '"self" for a frozen copy, another built `keras.Model`'
+            raise checks.error("teacher", f"{expected} or None", teacher)
+        # Of a copy; another model has its own.
+        dtypes = ("float32", "bfloat16", "float16") if is_self else ()
+        checks.check_choice("teacher_dtype", teacher_dtype, (None, *dtypes))
         weight = checks.check_float("distillation_weight", weight, 0, 1)
         temperature = checks.check_float("temperature", temperature, above=0)
         if teacher is None:
             # A Distiller needs a teacher; without one this is a plain Model.
-            keras.Model.__init__(self, name=name, **TRANSPARENT)
-            self.student = model
-            self.teacher = None
+            keras.Model.__init__(self, name=name, **_TRANSPARENT)
+            self.student, self.teacher = model, None
             self.student_loss_weight = 1.0
         else:
             if is_self:
@@ -76,14 +70,17 @@ class LogitsDistiller(keras.distillation.Distiller):
             super().__init__(
                 teacher=teacher,
                 student=model,
-                distillation_losses=[LogitsDistillation(temperature)],
+                # For its checks; `compute_loss` here takes `LogitsKL`.
+                distillation_losses=keras.distillation.LogitsDistillation(),
                 student_loss_weight=1 - weight,
                 name=name,
-                **TRANSPARENT,
+                **_TRANSPARENT,
             )
             _warn_about_outputs(model)
         self._temperature = temperature
-        self._split: Any = None
+        # The heads of student and teacher, where their losses are taken in
+        # chunks; in a step, the model then ends before its head.
+        self._heads: Any = None
         self._is_split = False
         self.built = True
 
@@ -103,9 +100,18 @@ class LogitsDistiller(keras.distillation.Distiller):
         # Past Distiller.compile and its compute_loss, which leave out sample
         # weights, masks and the layers' own losses.
         keras.Model.compile(self, optimizer=optimizer, loss=loss, **kwargs)
-        self._split = SplitLoss.of(
-            self.student, self.teacher, self._temperature, loss, kwargs
-        )
+        self._heads = None
+        names = ("metrics", "weighted_metrics", "loss_weights")
+        if (
+            all(kwargs.get(name) is None for name in names)
+            and _is_plain_entropy(loss)
+            and keras.distribution.distribution() is None
+        ):
+            # A frozen twin has the student's; without a teacher it is not used.
+            is_other = not isinstance(self.teacher, FrozenTwin | None)
+            models = self.student, self.teacher if is_other else self.student
+            heads = list(map(_splittable_head, models))
+            self._heads = None if None in heads else tuple(heads)
 
     def train_step(self, *args, **kwargs):
         """Train on a batch, with the models split where they can be."""
@@ -117,15 +123,9 @@ class LogitsDistiller(keras.distillation.Distiller):
         with self._splitting():
             return super().test_step(*args, **kwargs)
 
-    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Predict as `keras.Model` does; takes raw strings as `fit` does."""
-        x, *_ = data.preprocess(self.student, x)
-        data.check(x)
-        return super().predict(x, *args, **kwargs)
-
     @contextlib.contextmanager
     def _splitting(self):
-        self._is_split = self._split is not None
+        self._is_split = self._heads is not None
         try:
             yield
         finally:
@@ -134,7 +134,7 @@ class LogitsDistiller(keras.distillation.Distiller):
     def call(self, inputs, training=None, **kwargs):
         """Return the logits; within a split step, what enters the head."""
         if self._is_split:
-            return self._split.body(inputs, training=training)
+            return self._heads[0].body(inputs, training=training)
         return super().call(inputs, training=training, **kwargs)
 
     def compute_loss(
@@ -142,83 +142,118 @@ class LogitsDistiller(keras.distillation.Distiller):
     ):
         """Return the weighted sum of the label and the distillation loss."""
         weight = self.student_loss_weight
-        if self._is_split:
-            if self._split.takes(y, sample_weight):
-                total, label_loss, distillation_loss = self._split(
-                    x, y, y_pred, sample_weight, 1 - weight, training
-                )
-                own = sum(map(ops.sum, self.losses))
-                label_loss, total = label_loss + own, total + weight * own
-                return self._track_losses(label_loss, distillation_loss, total)
-            y_pred = self._split.logits(y_pred, training)
-        if y_pred is None:
-            y_pred = self(x, training=training)
-        if y is None and self.loss is not None:
-            expected = "the labels that the loss compares with"
-            raise checks.error("y", expected, y)
-        # Copies, since Keras multiplies masks into them, on torch in place.
-        label_loss = keras.Model.compute_loss(
-            self, x, y, y_pred, _copied(sample_weight), training
-        )
-        if self.teacher is None:
-            return label_loss
-        taught = _in_order_of(
-            getattr(self, "output_names", None),
-            self.teacher(x, training=False),
-            getattr(self.teacher, "output_names", None),
-        )
-        taught = list(map(ops.stop_gradient, taught))
-        (loss,) = self.distillation_losses
-        distillation_loss = loss.compute_loss(
-            taught, y_pred, _copied(sample_weight)
-        )
-        total = weight * label_loss + (1 - weight) * distillation_loss
-        return self._track_losses(label_loss, distillation_loss, total)
-
-    def _track_losses(self, label_loss, distillation_loss, total):
+        if self._is_split and _are_of_tokens(y, sample_weight):
+            total, label_loss, distillation_loss = self._split_losses(
+                x, y, y_pred, sample_weight, training
+            )
+            own = sum(map(ops.sum, self.losses))
+            label_loss, total = label_loss + own, total + weight * own
+        else:
+            if self._is_split:
+                y_pred = self._heads[0](y_pred, training)
+            elif y_pred is None:
+                y_pred = self(x, training=training)
+            if y is None and self.loss is not None:
+                expected = "the labels that the loss compares with"
+                raise checks.error("y", expected, y)
+            # Keras multiplies masks into the weights, on torch in place.
+            label_loss = keras.Model.compute_loss(
+                self, x, y, y_pred, _copied(sample_weight), training
+            )
+            distillation_loss = self._divergence(x, y_pred, sample_weight)
+            total = weight * label_loss + (1 - weight) * distillation_loss
         if self.teacher is not None:
             self.student_loss_tracker.update_state(label_loss)
             self.distillation_loss_tracker.update_state(distillation_loss)
             self.total_loss_tracker.update_state(total)
         return total
 
+    def _divergence(self, x, y_pred, sample_weight):
+        """Return the loss by the teacher, over all outputs."""
+        if self.teacher is None:
+            return 0.0
+        taught = keras.tree.flatten(self.teacher(x, training=False))
+        names = getattr(self, "output_names", None) or ()
+        own = getattr(self.teacher, "output_names", None) or ()
+        by_name = dict(zip(own, taught))
+        # Of one name where the names are the same, else in the same place.
+        if len(by_name) == len(taught) and by_name.keys() == set(names):
+            taught = [by_name[name] for name in names]
+        weights = keras.tree.flatten(_copied(sample_weight))
+        if len(weights) == 1:
+            weights = weights * len(taught)
+        return sum(
+            map(
+                LogitsKL(self._temperature),
+                map(ops.stop_gradient, taught),
+                keras.tree.flatten(y_pred),
+                weights,
+            )
+        )
+
+    def _split_losses(self, x, y, hidden, sample_weight, training):
+        """Return the total, the label loss and the distillation loss.
+
+        Args:
+            x, y, sample_weight, training: As in `compute_loss`.
+            hidden: What enters the head of the student.
+        """
+        head = self._heads[0]
+        trained = [v for v in head.variables if v.trainable]
+        # Within a scope, what it does not name has not the value of now.
+        rest = [(v, v.value) for v in head.variables if not v.trainable]
+
+        def student(hidden, *values):
+            with keras.StatelessScope([*zip(trained, values), *rest]):
+                return head(hidden, training)
+
+        teacher, taught = self._taught(x)
+        weights = _weights(head, hidden, sample_weight)
+        losses = chunked_losses(
+            student,
+            [v.value for v in trained],
+            teacher,
+            _flat(hidden),
+            taught,
+            ops.reshape(ops.cast(y, "int32"), (-1,)),
+            ops.reshape(weights, (-1,)),
+            1 - self.student_loss_weight,
+            self._temperature,
+            chunk_size=max(1, CHUNK_BYTES // (4 * head.classes)),
+            with_gradients=training,
+        )
+        return losses[0], *map(ops.stop_gradient, (losses[1], losses[2]))
+
+    def _taught(self, x):
+        """Return the teacher's head as a function, and what enters it."""
+        model, head = self.teacher, self._heads[-1]
+        if model is None:
+            return None, None
+        if isinstance(model, FrozenTwin):
+            values = model.values_of(head.variables)
+            taught = model.run(head.body, x)
+        else:
+            values = [v.value for v in head.variables]
+            taught = head.body(x, training=False)
+        values = list(map(ops.stop_gradient, values))
+
+        def teacher(hidden):
+            with keras.StatelessScope([*zip(head.variables, values)]):
+                return head(hidden)
+
+        return teacher, ops.stop_gradient(_flat(taught))
+
     def reset_metrics(self) -> None:
         """Reset all metrics; without a teacher there are fewer."""
         keras.Model.reset_metrics(self)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients (called by the trainer of torch)."""
-        # torch knows Keras' variables by their paths, which are not unique:
-        # of two of the same path it clears one, and the other's gradients
-        # would add up over the steps.
-        for variable in self.trainable_variables:
-            variable.value.grad = None
-
-
-class LogitsDistillation(keras.distillation.LogitsDistillation):
-    """KL(teacher || student) of logits, with sample weights and masks.
-
-    Keras' own takes the mean over all positions, padding included, and goes
-    through probabilities clipped at 1e-7, which a large vocabulary feels.
-
-    Args:
-        temperature: Float > 0.
-    """
-
-    def compute_loss(
-        self, teacher_outputs, student_outputs, sample_weight=None
-    ):
-        """Return the sum over the outputs."""
-        taught = keras.tree.flatten(teacher_outputs)
-        learned = keras.tree.flatten(student_outputs)
-        weights = keras.tree.flatten(sample_weight)
-        if len(weights) == 1:
-            weights = weights * len(learned)
-        return sum(map(LogitsKL(self.temperature), taught, learned, weights))
-
 
 class LogitsKL(keras.losses.Loss):
-    """The Kullback-Leibler divergence of two arrays of logits.
+    """KL(teacher || student) of two arrays of logits.
+
+    Keras' own distillation takes the mean over all positions, padding
+    included, and goes through probabilities clipped at 1e-7, which a large
+    vocabulary feels.
 
     Args:
         temperature: Float > 0. The loss is multiplied by its square, as in
@@ -242,20 +277,19 @@ def _warn_about_outputs(model):
         operation, _ = keras_compat.producer(output)
         activation = getattr(operation, "activation", operation)
         name = getattr(activation, "__name__", type(activation).__name__)
-        if name.lower() in ("softmax", "sigmoid"):
-            found = f"ends in {name.lower()}"
-        elif output.shape[-1] == 1:
-            found = "has one entry on its last axis"
-        else:
-            continue
-        warnings.warn(
-            "The outputs of model and teacher are taken as logits of classes, "
-            "over the last axis, in the distillation. Received: the output "
-            f"{operation.name!r}, which {found}. Let the model give logits "
-            "(and use a loss with `from_logits=True`), or train without "
-            "distillation: `teacher=None`.",
-            stacklevel=4,
-        )
+        is_one = output.shape[-1] == 1
+        if is_one or name.lower() in ("softmax", "sigmoid"):
+            found = (
+                "has one entry on its last axis" if is_one else f"is a {name}"
+            )
+            warnings.warn(
+                "The outputs of model and teacher are taken as logits of "
+                "classes, over the last axis, in the distillation. Received: "
+                f"the output {operation.name!r}, which {found}. Let the model "
+                "give logits, with a loss of `from_logits=True`, or train "
+                "without distillation: `teacher=None`.",
+                stacklevel=4,
+            )
 
 
 def _copied(weights):
@@ -264,142 +298,33 @@ def _copied(weights):
     )
 
 
-def _in_order_of(names, outputs, own_names):
-    """Return the leaves of `outputs`, by name where the names are the same."""
-    leaves = keras.tree.flatten(outputs)
-    if own_names and sorted(own_names) == sorted(names or ()):
-        by_name = dict(zip(own_names, leaves))
-        if len(by_name) == len(leaves):
-            return [by_name[name] for name in names]
-    return leaves
-
-
 # Of the logits of a chunk, in float32; some five such arrays exist at a time.
 # Smaller chunks are products too small to be fast, and each adds to the
 # gradient of the whole head once more.
 CHUNK_BYTES = 64 * 2**20
 
 
-class SplitLoss:
-    """Takes the losses of student and teacher from what enters their heads.
+def _are_of_tokens(y, sample_weight):
+    """Return whether labels and weights are those of single tokens."""
+    if y is None or any(map(keras.tree.is_nested, (y, sample_weight))):
+        return False
+    return len(y.shape) == 2 or (len(y.shape) == 3 and y.shape[2] == 1)
 
-    Args:
-        student, teacher: `keras.Model`; the teacher may be `None`.
-        heads: The `Head` of each.
-        temperature: Float > 0, of the distillation.
-    """
 
-    def __init__(self, student, teacher, heads, temperature):
-        self.body = heads[0].body
-        self._heads = heads
-        # In a closure, or Keras would track the models here, too.
-        self._get_teacher = lambda: teacher
-        self._temperature = temperature
+def _weights(head, hidden, sample_weight):
+    """Return by what Keras multiplies the loss of each position."""
+    mask = head.compute_mask(keras_compat.get_keras_mask(hidden))
+    mean_of = _Values(name="values", dtype="float32")
+    sample_weight = _copied(sample_weight)
 
-    @classmethod
-    def of(cls, student, teacher, temperature, loss, options):
-        """Return it where it is what the whole models would give; else None.
+    def reduced(values):
+        if mask is not None:
+            keras_compat.set_keras_mask(values, mask)
+        return mean_of(values, values, sample_weight)
 
-        Args:
-            student, teacher, temperature: As for the class.
-            loss: What `compile` was given.
-            options: Dict of the other arguments of `compile`.
-        """
-        names = ("metrics", "weighted_metrics", "loss_weights")
-        if any(options.get(name) is not None for name in names):
-            return None
-        if not _is_plain_entropy(loss) or keras.distribution.distribution():
-            return None
-        heads = [_splittable_head(student)]
-        if isinstance(teacher, FrozenTwin):
-            heads.append(heads[0])
-        elif teacher is not None:
-            heads.append(_splittable_head(teacher))
-        if None in heads:
-            return None
-        return cls(student, teacher, heads, temperature)
-
-    def takes(self, y, sample_weight):
-        """Return whether labels and weights are those of single tokens."""
-        if y is None or any(map(keras.tree.is_nested, (y, sample_weight))):
-            return False
-        return len(y.shape) == 2 or (len(y.shape) == 3 and y.shape[2] == 1)
-
-    def logits(self, hidden, training):
-        """Return the student's logits."""
-        return self._heads[0](hidden, training)
-
-    def __call__(self, x, y, hidden, sample_weight, share, training):
-        """Return the total, the label loss and the distillation loss.
-
-        Args:
-            x, y, sample_weight, training: As in `compute_loss`.
-            hidden: What `body` makes of `x`.
-            share: Float in [0, 1], of the distillation in the total.
-        """
-        head = self._heads[0]
-        trained = [v for v in head.variables if v.trainable]
-        # Within a scope, what it does not name has not the value of now.
-        rest = [(v, v.value) for v in head.variables if not v.trainable]
-
-        def student(hidden, *values):
-            with keras.StatelessScope([*zip(trained, values), *rest]):
-                return head(hidden, training)
-
-        teacher = taught = None
-        if len(self._heads) > 1:
-            teacher, taught = self._teacher(x)
-        weights = self._weights(hidden, sample_weight)
-        losses = chunked_losses(
-            student,
-            [v.value for v in trained],
-            teacher,
-            _flat(hidden),
-            taught,
-            ops.reshape(ops.cast(y, "int32"), (-1,)),
-            ops.reshape(weights, (-1,)),
-            share,
-            self._temperature,
-            chunk_size=max(1, CHUNK_BYTES // (4 * head.classes)),
-            with_gradients=training,
-        )
-        return losses[0], *map(ops.stop_gradient, (losses[1], losses[2]))
-
-    def _teacher(self, x):
-        """Return the teacher's head as a function, and what enters it."""
-        model, head = self._get_teacher(), self._heads[1]
-        if isinstance(model, FrozenTwin):
-            values = model.values_of(head.variables)
-            taught = model.run(head.body, x)
-        else:
-            values = [v.value for v in head.variables]
-            taught = head.body(x, training=False)
-        values = list(map(ops.stop_gradient, values))
-
-        def teacher(hidden):
-            with keras.StatelessScope([*zip(head.variables, values)]):
-                return head(hidden)
-
-        return teacher, ops.stop_gradient(_flat(taught))
-
-    def _weights(self, hidden, sample_weight):
-        """Return by what Keras multiplies the loss of each position."""
-        mask = keras_compat.get_keras_mask(hidden)
-        mask = self._heads[0].compute_mask(mask)
-
-        def reduced(values):
-            if mask is not None:
-                keras_compat.set_keras_mask(values, mask)
-            return _Values(name="values", dtype="float32")(
-                values, values, sample_weight
-            )
-
-        # Keras multiplies a mask into the weights, on torch in place.
-        if sample_weight is not None:
-            sample_weight = ops.copy(sample_weight)
-        zeros = ops.zeros(ops.shape(hidden)[:2], "float32")
-        mean, pullback = backend.current().vjp(reduced, zeros)
-        return pullback(ops.ones_like(mean))[0]
+    zeros = ops.zeros(ops.shape(hidden)[:2], "float32")
+    mean, pullback = backend.current().vjp(reduced, zeros)
+    return pullback(ops.ones_like(mean))[0]
 
 
 class _Values(keras.losses.Loss):
@@ -443,7 +368,7 @@ def _splittable_head(model):
 
 # For the wrappers around the model: its own layers cast what they are given,
 # and a global mixed-precision policy must not cast it before.
-TRANSPARENT = {"dtype": "float32", "autocast": False}
+_TRANSPARENT = {"dtype": "float32", "autocast": False}
 
 
 class FrozenTwin(keras.Model):
@@ -458,7 +383,7 @@ class FrozenTwin(keras.Model):
     """
 
     def __init__(self, model, dtype=None):
-        super().__init__(name="teacher", **TRANSPARENT)
+        super().__init__(name="teacher", **_TRANSPARENT)
         # In a closure, or Keras would track, save and freeze the original.
         self._get_model = lambda: model
         self._copies = {id(v): self._copy(v, dtype) for v in model.variables}

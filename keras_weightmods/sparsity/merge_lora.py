@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_weightmods.core import keras_compat, seam
 from keras_weightmods.core.reparameterization import slots
-from keras_weightmods.core.targets import resolve_targets
+from keras_weightmods.core.targets import find_targets
 from keras_weightmods.ops import nm
 from keras_weightmods.sparsity.report import ChangeReport
 from keras_weightmods.utils import checks
@@ -17,7 +17,6 @@ def merge_lora(
     model: keras.Model,
     pattern: nm.Pattern | None = None,
     *,
-    targets: Any = None,
     keep: str = "mask",
 ) -> ChangeReport:
     """Add LoRA's product to the kernels, in place, and take LoRA off.
@@ -38,9 +37,6 @@ def merge_lora(
             end in; `None` for no pattern. Kernels whose contraction size is
             no multiple of m, and embeddings, are merged without. Defaults to
             `None`.
-        targets: The kernels to merge, as `find_targets(model)` returns them
-            or in a form that its `include` takes; LoRA stays on all others.
-            `None` merges all, embeddings too. Defaults to `None`.
         keep: String, which weights stay under a pattern. `"mask"`: those that
             the base has, which must be N:M; zeros stay zeros. `"magnitude"`:
             the n largest of each group of the merged kernel, so that places
@@ -80,73 +76,28 @@ def merge_lora(
     checks.check_model(model)
     checks.check_choice("keep", keep, ("mask", "magnitude"))
     n, m = (1, 1) if pattern is None else nm.parse_pattern(pattern)
-    found = resolve_targets(model, targets)
-    chosen = {id(target.layer) for target in found}
-    layers = [
-        layer
+    adapted = [
+        (layer, *_adapter(layer))
         for layer in keras_compat.layers_of(model)
         if getattr(layer, "lora_enabled", False)
-        and (targets is None or id(layer) in chosen)
     ]
-    _check(model, layers)
-    bases = list(map(_base, layers))
-    ids = set(map(id, bases))
-    axes = {
-        id(target.variable): target.contraction_axes
-        for target in found
-        if pattern is not None
-        and id(target.variable) in ids
-        and target.reason_not_nm(m) is None
-    }
-    if keep == "mask":
-        _check_bases(bases, axes, n, m)
-    for layer, variable in zip(layers, bases):
-        value = _merged(layer, variable)
-        if id(variable) in axes and keep == "mask":
-            kept = ops.not_equal(variable, 0)
-            value = ops.where(kept, value, ops.zeros_like(value))
-        elif id(variable) in axes:
-            value = nm.nm_project(value, (n, m), axes[id(variable)])
-        variable.assign(value)
-        for name in _factors(layer):
-            keras_compat.remove_variable(layer, getattr(layer, name), name)
-        layer.lora_enabled = False
-        layer.lora_rank = layer.lora_alpha = None
-        # LoRA froze it.
-        variable.trainable = True
-    seam.forget_variables(model)
-    return ChangeReport.of("LoRA merged", model.weights, bases)
-
-
-def _check(model: Any, layers: Any) -> None:
-    if not layers:
+    if not adapted:
         raise ValueError(
             "`merge_lora` needs LoRA on some layer: call `enable_lora` and "
-            f"train first. Received: model={model.name!r}, without any "
-            "among the targets"
+            f"train first. Received: model={model.name!r}, without any"
         )
-    for layer in layers:
-        if layer.quantization_mode is not None:
-            expected = "merged before `quantize`, not into codes"
-        elif slots(layer):
-            expected = "merged after `unpack` or `fold`, into stored weights"
-        elif _base(layer) is None:
-            expected = "that of Keras' own layers"
-        else:
-            continue
-        raise ValueError(
-            f"LoRA must be {expected}. Received: layer {layer.path!r} of class "
-            f"{type(layer).__name__}"
-        )
-
-
-def _check_bases(bases: Any, axes: Any, n: int, m: int) -> None:
-    bad = []
-    for variable in bases:
-        if id(variable) in axes:
-            own = axes[id(variable)]
-            count = int(nm.nm_violations(variable.value, (n, m), own))
-            bad += [f"{variable.path} ({count:,} groups)"] if count else []
+    axes = {
+        id(target.variable): target.contraction_axes
+        for target in find_targets(model)
+        if pattern is not None and target.contraction_size % m == 0
+    }
+    bad = [
+        base.path
+        for _, base, _ in adapted
+        if keep == "mask"
+        and id(base) in axes
+        and int(nm.nm_violations(base.value, (n, m), axes[id(base)]))
+    ]
     if bad:
         raise ValueError(
             "`merge_lora(keep='mask')` needs kernels that were exactly "
@@ -154,31 +105,45 @@ def _check_bases(bases: Any, axes: Any, n: int, m: int) -> None:
             f"them {', '.join(bad[:5])}. Pass keep='magnitude' to choose "
             "anew, or pattern=None for a dense merge."
         )
+    for layer, base, names in adapted:
+        # Not `layer.kernel`, which is rounded to the compute dtype.
+        value, a, b = (
+            ops.cast(each.value, "float32")
+            for each in (base, *(getattr(layer, name) for name in names))
+        )
+        share = layer.lora_alpha / layer.lora_rank
+        value = ops.add(value, ops.multiply(share, ops.matmul(a, b)))
+        value = ops.cast(value, base.dtype)
+        if id(base) in axes and keep == "mask":
+            kept = ops.not_equal(base, 0)
+            value = ops.where(kept, value, ops.zeros_like(value))
+        elif id(base) in axes:
+            value = nm.nm_project(value, (n, m), axes[id(base)])
+        base.assign(value)
+        for name in names:
+            keras_compat.remove_variable(layer, getattr(layer, name), name)
+        layer.lora_enabled = False
+        layer.lora_rank = layer.lora_alpha = None
+        # LoRA froze it.
+        base.trainable = True
+    seam.forget_variables(model)
+    bases = [base for _, base, _ in adapted]
+    return ChangeReport.of("LoRA merged", model.weights, bases)
 
 
-def _attribute(layer: Any) -> Any:
-    """The attribute that LoRA adapts, or None."""
-    for name in ("kernel", "embeddings"):
-        if hasattr(layer, f"lora_{name}_a"):
-            return name
-    return None
-
-
-def _base(layer: Any) -> Any:
-    name = _attribute(layer)
-    return name and keras_compat.stored_variable(layer, name)
-
-
-def _factors(layer: Any) -> Any:
-    return [f"lora_{_attribute(layer)}_{which}" for which in "ab"]
-
-
-def _merged(layer: Any, variable: Any) -> Any:
-    # Not `layer.kernel`, which is rounded to the compute dtype.
-    a, b = (
-        ops.cast(getattr(layer, name).value, "float32")
-        for name in _factors(layer)
+def _adapter(layer: Any) -> tuple[Any, tuple[str, str]]:
+    """Return what LoRA adapts in a layer, and the names of its factors."""
+    name = "kernel" if hasattr(layer, "lora_kernel_a") else "embeddings"
+    base = keras_compat.stored_variable(layer, name)
+    if layer.quantization_mode is not None:
+        expected = "merged before `quantize`, not into codes"
+    elif slots(layer):
+        expected = "merged after `unpack` or `fold`, into stored weights"
+    elif base is None or not hasattr(layer, f"lora_{name}_a"):
+        expected = "that of Keras' own layers"
+    else:
+        return base, (f"lora_{name}_a", f"lora_{name}_b")
+    raise ValueError(
+        f"LoRA must be {expected}. Received: layer {layer.path!r} of class "
+        f"{type(layer).__name__}"
     )
-    change = ops.multiply(layer.lora_alpha / layer.lora_rank, ops.matmul(a, b))
-    value = ops.add(ops.cast(variable.value, "float32"), change)
-    return ops.cast(value, variable.dtype)

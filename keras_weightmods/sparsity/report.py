@@ -10,13 +10,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core import keras_compat
-from keras_weightmods.core.layer_kinds import kernels_of
 from keras_weightmods.core.reparameterization import reparameterizations
-from keras_weightmods.core.targets import Target, resolve_targets, target_of
-from keras_weightmods.core.weight_keys import weight_key, weight_keys
+from keras_weightmods.core.targets import resolve_targets
+from keras_weightmods.core.weight_keys import weight_key
 from keras_weightmods.ops import nm
-from keras_weightmods.ops.matrix import contraction_size
 from keras_weightmods.saving import shared
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
@@ -115,8 +112,7 @@ class SparsityReport(Report):
         pattern: String, `"n:m"`.
         kernels: Tuple of `KernelSparsity`, in the order of execution.
         skipped: Tuple of `Skipped(path, reason)`: kernels left dense.
-        model_size: Int, all weights of the model, packed and quantized ones
-            as if dense.
+        model_size: Int, all weights of the model, packed ones as if dense.
     """
 
     pattern: str
@@ -140,10 +136,11 @@ class SparsityReport(Report):
 
     def tables(self) -> Iterator[Table]:
         totals = self.totals
-        size, zeros, bad = (
-            totals[name] for name in ("size", "zero_share", "violations")
-        )
+        size, zeros = totals["size"], totals["zero_share"]
         share = size / max(1, self.model_size)
+        worst_first = sorted(
+            self.kernels, key=lambda k: (-k.violations, k.groups > 0)
+        )
         yield Table(
             title=f"Sparsity, pattern {self.pattern}",
             columns=("kernel", "shape", "weights", "zeros", "bad groups"),
@@ -155,9 +152,15 @@ class SparsityReport(Report):
                     f"{kernel.zero_share:.1%}",
                     kernel.bad_groups,
                 )
-                for kernel in _worst_first(self.kernels)
+                for kernel in worst_first
             ),
-            total=("total", "", f"{size:,}", f"{zeros:.1%}", f"{bad:,}"),
+            total=(
+                "total",
+                "",
+                f"{size:,}",
+                f"{zeros:.1%}",
+                f"{totals['violations']:,}",
+            ),
             caption=(
                 f"{totals['exact']} of {totals['kernels']} kernels are exactly "
                 f"{self.pattern}; they hold {share:.1%} of the model's weights"
@@ -179,8 +182,7 @@ def sparsity_report(
         pattern: String `"n:m"` or pair of ints. Defaults to `"2:4"`.
         targets: The kernels, as `find_targets(model)` returns them or in a
             form that its `include` takes; `None` for all, which counts those
-            in that are packed, or that Keras has quantized to int8 or int4,
-            after the others. Defaults to `None`.
+            in that are packed, after the others. Defaults to `None`.
         verbose: 0 or 1. 0 shows no progress bar; 1 shows one once it has
             taken two seconds. Defaults to `1`.
 
@@ -205,29 +207,28 @@ def sparsity_report(
     """
     n, m = nm.parse_pattern(pattern)
     checks.check_verbose(verbose)
-    packed, quantized = [], []
-    if targets is None:
-        items = reparameterizations(model)
-        packed = [item for item in items if item.pattern is not None]
-        quantized = _quantized_kernels(model)
+    items = reparameterizations(model) if targets is None else []
+    packed = [item for item in items if item.pattern is not None]
+    paths = {item.target.path for item in packed}
     targets = resolve_targets(model, targets)
     values = itertools.chain(
         ((target, target.variable.value) for target in targets),
         ((item.target, item.folded()) for item in packed),
-        quantized,
     )
-    paths = {item.target.path for item in packed}
-    paths |= {target.path for target, _ in quantized}
-    kernels = []
-    count = len(targets) + len(packed) + len(quantized)
-    with Progress(count, "kernel", verbose) as progress:
-        for target, value in progress.each(values):
-            kernels.append(_sparsity(target, value, n, m))
+    with Progress(len(targets) + len(packed), "kernel", verbose) as progress:
+        kernels = tuple(
+            _sparsity(target, value, n, m)
+            for target, value in progress.each(values)
+        )
+    # Counted as if none were packed.
+    arrays = {id(v) for item in packed for v in item.parameters}
+    shapes = [item.target.shape for item in packed]
+    shapes += [v.shape for v in model.weights if id(v) not in arrays]
     return SparsityReport(
         pattern=f"{n}:{m}",
-        kernels=tuple(kernels),
+        kernels=kernels,
         skipped=tuple(s for s in targets.skipped if s.path not in paths),
-        model_size=_model_size(model, packed, quantized),
+        model_size=sum(map(math.prod, shapes)),
     )
 
 
@@ -270,86 +271,18 @@ def assert_sparse(
         )
     bad = [kernel for kernel in kernels if not kernel.is_exact]
     if bad:
-        listed = "\n".join(
-            f"  {kernel.path} {kernel.shape}: {kernel.bad_groups}"
-            + (" groups" if kernel.groups else " the pattern")
-            for kernel in _worst_first(bad)[:5]
-        )
         raise AssertionError(
             f"{len(bad)} of {len(kernels)} kernels are not exactly "
-            f"{report.pattern}; worst:\n{listed}"
+            f"{report.pattern}\n{report}"
         )
-
-
-def _worst_first(kernels: Any) -> Any:
-    return sorted(kernels, key=lambda k: (k.violations, not k.groups))[::-1]
-
-
-def _model_size(model: Any, packed: Any, quantized: Any) -> Any:
-    """The weights of a model, counted as if none were packed or quantized."""
-    arrays = {id(v) for item in packed for v in item.parameters}
-    shapes = [item.target.shape for item in packed]
-    for target, steps in quantized:
-        names = "kernel_scale", "kernel_zero", "g_idx"
-        parts = [getattr(target.layer, name, None) for name in names]
-        arrays.update(map(id, [target.variable, *parts]))
-        shapes.append(steps.shape)
-    shapes += [v.shape for v in model.weights if id(v) not in arrays]
-    return sum(map(math.prod, shapes))
 
 
 def _sparsity(target: Any, value: Any, n: Any, m: Any) -> Any:
-    # Not the target's shape: two int4 values are stored in one.
-    shape = tuple(value.shape)
-    axes = target.contraction_axes
+    shape, axes = target.shape, target.contraction_axes
     size = math.prod(shape)
-    groups = 0 if contraction_size(shape, axes) % m else size // m
+    groups = 0 if target.contraction_size % m else size // m
     bad = int(nm.nm_violations(value, (n, m), axes)) if groups else 0
     zeros = int(np.sum(shared.whole(ops.equal(value, 0))))
     return KernelSparsity(
         target.key, target.path, shape, groups, bad, zeros / size, size
     )
-
-
-def _quantized_kernels(model: Any) -> list[tuple[Target, Any]]:
-    """Return the kernels that Keras has quantized to int8 or int4.
-
-    Args:
-        model: A built `keras.Model` or layer.
-
-    Returns:
-        List of pairs of a `Target`, whose `variable` holds the codes, and a
-        tensor of the kernel's shape: the codes, unpacked and less the zero
-        points. It is zero exactly where the weight is.
-    """
-    keys = weight_keys(model)
-    found: list[tuple[Target, Any]] = []
-    for layer in keras_compat.layers_of(model):
-        rule = kernels_of(layer).get("kernel")
-        is_known = rule is not None and rule.reason is None
-        if not is_known or layer.quantization_mode not in ("int8", "int4"):
-            continue
-        # Not the shape of the variable: two int4 codes are stored in one.
-        codes = keras_compat.stored_variable(layer, "kernel").value
-        steps = _steps(layer, codes)
-        rank = len(steps.shape)
-        target = target_of(layer, keys=keys, depth=len(found), rank=rank)
-        found.append((target, steps))
-    return found
-
-
-def _steps(layer: Any, codes: Any) -> Any:
-    """Return the weights of a quantized layer in multiples of its scales."""
-    if layer.quantization_mode == "int4":
-        columns = layer.kernel_scale.shape[-1]
-        codes = keras.quantizers.unpack_int4(codes, columns, axis=-1)
-        if hasattr(layer, "kernel_zero"):
-            group = ops.cast(layer.g_idx, "int32")
-            codes = ops.subtract(
-                ops.cast(codes, "int32"),
-                ops.take(ops.cast(layer.kernel_zero, "int32"), group, axis=0),
-            )
-        # Two-dimensional for EinsumDense too.
-        shape = getattr(layer, "original_kernel_shape", codes.shape)
-        codes = ops.reshape(codes, shape)
-    return ops.cast(codes, "int32")

@@ -113,23 +113,18 @@ def attach_scaling(
     )
 
 
-def compute_scaled(
-    kernel: Any, scale: Any, contraction_axes: int | tuple[int, ...]
-) -> Any:
+def compute_scaled(kernel: Any, scale: Any, axes: tuple[int, ...]) -> Any:
     """Multiply a kernel by its scales: A * W of CAST (arXiv 2509.25996).
 
     Args:
         kernel: Tensor or variable.
         scale: Tensor or variable of shape `(groups, ...)`, followed by the
             kernel's axes that are not contracted.
-        contraction_axes: Int or tuple of ints. These axes, flattened in the
-            order given, divide into `groups` contiguous blocks.
+        axes: Tuple of ints, the contraction axes. Flattened in this order,
+            they divide into `groups` contiguous blocks.
 
     Returns:
         Tensor of the kernel's shape, in the wider of the two dtypes.
-
-    Raises:
-        ValueError: If the shape of `scale` does not fit.
 
     Example:
 
@@ -137,36 +132,21 @@ def compute_scaled(
     import numpy as np
     from keras_weightmods.sparsity.scaling import compute_scaled
 
-    scaled = compute_scaled(np.ones((4, 1)), np.array([[2.0], [3.0]]), 0)
+    scaled = compute_scaled(np.ones((4, 1)), np.array([[2.0], [3.0]]), (0,))
     assert np.array(scaled)[:, 0].tolist() == [2.0, 2.0, 3.0, 3.0]
     ```
     """
-    kernel = ops.convert_to_tensor(kernel)
-    scale = ops.convert_to_tensor(scale)
-    shape = tuple(kernel.shape)
-    if isinstance(contraction_axes, int):
-        contraction_axes = (contraction_axes,)
-    axes = tuple(axis % len(shape) for axis in contraction_axes)
-    size = contraction_size(shape, axes)
-    groups = scale.shape[0] if len(scale.shape) else 0
-    others = tuple(d for i, d in enumerate(shape) if i not in axes)
-    if tuple(scale.shape[1:]) != others or not groups or size % groups:
-        raise ValueError(
-            "`scale` must have the shape (groups, ...), followed by the axes "
-            f"of `kernel` that are not contracted, {others}, with groups a "
-            f"divisor of the contraction size {size}. Received: "
-            f"kernel.shape={shape}, scale.shape={tuple(scale.shape)}, "
-            f"contraction_axes={contraction_axes}"
-        )
-    first = axes[0]
+    kernel, scale = map(ops.convert_to_tensor, (kernel, scale))
+    shape, groups, first = tuple(kernel.shape), scale.shape[0], axes[0]
+    size = contraction_size(shape, axes) // groups
     if axes == tuple(range(first, first + len(axes))):
         # Adjacent axes: only the small scale is transposed, not the kernel.
         before = math.prod(shape[:first])
         scale = ops.reshape(scale, (groups, before, -1))
         scale = ops.transpose(scale, (1, 0, 2))[:, :, None, :]
-        blocks = ops.reshape(kernel, (before, groups, size // groups, -1))
+        blocks = ops.reshape(kernel, (before, groups, size, -1))
         return ops.reshape(ops.multiply(blocks, scale), shape)
-    blocks = ops.reshape(to_matrix(kernel, axes), (groups, size // groups, -1))
+    blocks = ops.reshape(to_matrix(kernel, axes), (groups, size, -1))
     scale = ops.reshape(scale, (groups, 1, -1))
     return from_matrix(ops.multiply(blocks, scale), shape, axes)
 
@@ -209,7 +189,5 @@ class Scaling(Reparameterization):
         return compute_scaled(stored, scale, self.target.contraction_axes)
 
     def summary(self) -> ScaledKernel:
-        (scale,) = self.parameters
-        return ScaledKernel(
-            self.target.path, self.target.shape, self.groups, scale
-        )
+        target, (scale,) = self.target, self.parameters
+        return ScaledKernel(target.path, target.shape, self.groups, scale)

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_weightmods.core import keras_compat
 from keras_weightmods.core.targets import Target, resolve_targets
+from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops import nm
 from keras_weightmods.sparsity import sparsify
 from keras_weightmods.sparsity.report import ChangeReport
@@ -92,33 +93,35 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         frozen: bool = False,
     ) -> None:
         self.pattern = "{}:{}".format(*nm.parse_pattern(pattern))
-        self.axis = _standardize_axis(axis)
+        self.axis: Any = axis
+        if axis is not None:
+            self.axis = (
+                tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+            )
+            different = {i for i in self.axis if type(i) is int}
+            if not different or len(different) != len(self.axis):
+                raise checks.error(
+                    "axis", "None, an int or different ints", axis
+                )
         self.frozen = checks.check_bool("frozen", frozen)
         # One bit a weight, and the shape of the kernel.
         self._mask: tuple[Any, tuple[int, ...]] | None = None
 
     def __call__(self, w: Any) -> Any:
-        if not (ops.is_tensor(w) or isinstance(w, keras.Variable)):
-            w = checks.check_array("w", w)
-        w = ops.convert_to_tensor(w)
-        axis = self.axes_of(tuple(w.shape))
+        w = checks.check_tensor("w", w)
+        shape = tuple(w.shape)
         if not self.frozen:
-            return nm.nm_project(w, self.pattern, axis)
-        if self._mask is None:
+            return nm.nm_project(w, self.pattern, self.axes_of(shape))
+        bits, masked = self._mask or (None, None)
+        if shape != masked:
             # Keras calls a constraint after the update only, when the zeros
             # that would give the mask away are overwritten.
             raise ValueError(
-                "A frozen `SemiStructuredSparse` needs its mask before the "
-                "first step. Call `SemiStructuredSparse.attach(model, "
-                f"{self.pattern!r}, frozen=True)` after the weights are built "
-                "or loaded. Received: frozen=True in a constraint that was "
-                "not made by `attach`"
-            )
-        bits, shape = self._mask
-        if tuple(w.shape) != shape:
-            raise ValueError(
-                "A frozen `SemiStructuredSparse` belongs to one kernel, of "
-                f"shape {shape}. Received: w.shape={tuple(w.shape)}"
+                "A frozen `SemiStructuredSparse` needs the mask of its kernel "
+                "before the first step. Call `SemiStructuredSparse.attach("
+                f"model, {self.pattern!r}, frozen=True)` once the weights are "
+                f"built or loaded. Received: w.shape={shape} and a mask of "
+                f"shape {masked}"
             )
         return ops.where(nm.unpack_bits(bits, shape), w, ops.zeros_like(w))
 
@@ -198,18 +201,14 @@ class SemiStructuredSparse(keras.constraints.Constraint):
             lambda target: _reason_to_skip(target, m)
         )
         variables = [target.variable for target in found]
-        report = ChangeReport.of(
-            f"Constrained to {n}:{m}",
-            model.weights,
-            variables,
-            found.skipped,
-        )
+        title = f"Constrained to {n}:{m}"
+        report = ChangeReport.of(title, model.weights, variables, found.skipped)
         if not found:
             raise ValueError(
                 f"`model` has no kernel that can be made {n}:{m} sparse. "
                 f"Received: model={model}, targets={targets}\n{report}"
             )
-        sparsify.check_finite(variables, sparsify.FINITE_FIRST)
+        sparsify.check_finite(variables)
         with Progress(len(found), "kernel", verbose) as progress:
             for target in found:
                 axes, variable = target.contraction_axes, target.variable
@@ -223,7 +222,9 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 variable.constraint = constraint
                 progress.add()
         _forget_train_step(model)
-        if _takes_averages(getattr(model, "optimizer", None)):
+        inner = inner_optimizer(getattr(model, "optimizer", None))
+        optimizers = getattr(inner, "optimizers", [inner])
+        if any(getattr(each, "use_ema", False) for each in optimizers):
             warnings.warn(
                 "The optimizer has `use_ema=True`: `fit` ends with averaged "
                 "kernels, which no constraint makes sparse again. Pass "
@@ -263,9 +264,6 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         """
         checks.check_model(model)
         constrained = [v for v in model.weights if _is_ours(v)]
-        report = ChangeReport.of(
-            "Freed of a pattern", model.weights, constrained
-        )
         for variable in constrained:
             variable.constraint = None
         for layer in keras_compat.layers_of(model):
@@ -275,7 +273,7 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 if isinstance(value, SemiStructuredSparse):
                     setattr(layer, name, None)
         _forget_train_step(model)
-        return report
+        return ChangeReport.of("Freed of a pattern", model.weights, constrained)
 
     def axes_of(self, shape: Any) -> Any:
         """Return the contraction axes of a kernel of this shape."""
@@ -291,15 +289,6 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         )
 
 
-def _standardize_axis(axis: Any) -> Any:
-    if axis is None:
-        return None
-    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
-    if not axes or len({i for i in axes if type(i) is int}) != len(axes):
-        raise checks.error("axis", "None, an int or different ints", axis)
-    return axes
-
-
 def _reason_to_skip(target: Target, m: int) -> str | None:
     constraint = target.variable.constraint
     if constraint is not None and not _is_ours(target.variable):
@@ -310,14 +299,6 @@ def _reason_to_skip(target: Target, m: int) -> str | None:
 def _is_ours(variable: Any) -> bool:
     constraint = getattr(variable, "constraint", None)
     return isinstance(constraint, SemiStructuredSparse)
-
-
-def _takes_averages(optimizer: Any) -> bool:
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    return any(
-        getattr(each, "use_ema", False)
-        for each in getattr(inner, "optimizers", [inner])
-    )
 
 
 def _forget_train_step(model: keras.Model) -> None:

@@ -24,7 +24,8 @@ from keras_weightmods.sparsity.criteria import CRITERIA, Inputs
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
-REFINEMENTS = ("swaps", "blocks")
+_REFINEMENTS = ("swaps", "blocks")
+_FIT = BlockReconstruction(epochs=4, learning_rate=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ class SparsifyReport(Report):
 
     def tables(self) -> Iterator[Table]:
         errors = [r.error for r in self.kernels if r.error is not None]
+        mean = f"; mean error {np.mean(errors):.1%}" if errors else ""
         yield Table(
             f"{self.pattern} by {self.criterion}",
             ("kernel", "shape", "output error", "note"),
@@ -82,8 +84,7 @@ class SparsifyReport(Report):
                 )
                 for row in self.kernels
             ),
-            caption=f"{len(self.kernels)} kernels"
-            + (f"; mean error {np.mean(errors):.1%}" if errors else ""),
+            caption=f"{len(self.kernels)} kernels{mean}",
         )
         if self.blocks:
             yield blocks_table(self.blocks)
@@ -194,7 +195,6 @@ def sparsify(
     print(report)
     ```
     """
-    parse_pattern(pattern)
     checks.check_choice("criterion", criterion, CRITERIA)
     refinements = check_refine("refine", refine)
     damping = checks.check_float("damping", damping, above=0)
@@ -206,27 +206,17 @@ def sparsify(
         expected = f"calibration data. Pass `criterion={data!r}` by its name"
         raise checks.error("data", expected, data)
     if data is None and (CRITERIA[criterion].needs_data or refinements):
-        expected = (
-            f"calibration data for `criterion={criterion!r}, "
-            f"refine={refine!r}`, some 100 rows"
-        )
+        asked = f"criterion={criterion!r} and refine={refine!r}"
+        expected = f"calibration data for {asked}, some 100 rows"
         raise checks.error("data", expected, data)
     found = resolve_targets(model, targets)
     usable = fitting_targets("sparsify", found, pattern)
     check_stored("sparsify", usable)
     if data is not None:
         data = calibration_batches(model, data, batch_size)
-    return prune(
-        model,
-        usable,
-        data,
-        pattern,
-        criterion,
-        refine,
-        damping=damping,
-        fit=BlockReconstruction(epochs, learning_rate),
-        verbose=verbose,
-    )
+    fit = BlockReconstruction(epochs, learning_rate)
+    what = pattern, criterion, refinements
+    return prune(model, usable, data, *what, damping, fit, verbose)
 
 
 def prune(
@@ -235,10 +225,9 @@ def prune(
     batches: list[tuple[Any, Any]] | None,
     pattern: Pattern,
     criterion: str,
-    refine: Any = None,
-    *,
+    refinements: tuple[str, ...] = (),
     damping: float = 0.01,
-    fit: BlockReconstruction | None = None,
+    fit: BlockReconstruction = _FIT,
     verbose: int = 1,
 ) -> SparsifyReport:
     """Prune all of `targets` in one shot or, on an error, none.
@@ -247,15 +236,14 @@ def prune(
         model: A built Keras model or layer.
         targets: `Targets` of it that fit the pattern.
         batches: List of pairs (inputs, sample weights or None), or None.
-        pattern, criterion, refine, damping, verbose: As in `sparsify`.
-        fit: What trains the blocks; None for the defaults of `sparsify`.
+        pattern, criterion, damping, verbose: As in `sparsify`.
+        refinements: Tuple of strings, as `check_refine` returns it.
+        fit: What trains the blocks.
 
     Returns:
         A `SparsifyReport`.
     """
-    refinements = check_refine("refine", refine)
-    fit = fit or BlockReconstruction(4, 1e-3)
-    check_finite([t.variable for t in targets], FINITE_FIRST)
+    check_finite([t.variable for t in targets])
     blocks: list[ReconstructedBlock] = []
 
     def change(group: list[Target], moment: Any, note: str) -> Any:
@@ -286,10 +274,9 @@ def prune(
                 target.key, target.path, target.shape, used, error, note
             )
 
-    def rebuild(operation: Any, group: list[Target], *calls: Any) -> None:
-        block = fit(operation, group, *calls)
-        if block is not None:
-            blocks.append(block)
+    def rebuild(*block: Any) -> None:
+        if done := fit(*block):
+            blocks.append(done)
 
     kernels = change_kernels(
         model,
@@ -299,13 +286,9 @@ def prune(
         rebuild if "blocks" in refinements else None,
         verbose,
     )
-    return SparsifyReport(
-        "{}:{}".format(*parse_pattern(pattern)),
-        criterion,
-        tuple(kernels),
-        targets.skipped,
-        tuple(blocks),
-    )
+    name = "{}:{}".format(*parse_pattern(pattern))
+    found = tuple(kernels), targets.skipped, tuple(blocks)
+    return SparsifyReport(name, criterion, *found)
 
 
 def fitting_targets(
@@ -339,26 +322,16 @@ def fitting_targets(
     return fitting
 
 
-FINITE_FIRST = "Load finite weights first."
-DIVERGED = (
-    "The training diverged: go back to a checkpoint or load the weights again, "
-    "and train with a lower learning rate or `global_clipnorm`, and finite "
-    "data."
-)
-
-
-def check_finite(variables: Iterable[Any], way_out: str) -> None:
+def check_finite(
+    variables: Iterable[Any], way_out: str = "Load finite weights first."
+) -> None:
     """Raise ValueError for kernels with NaN or infinity.
 
     Args:
         variables: Iterable of variables.
         way_out: String, what to do then.
     """
-    bad = [
-        variable.path
-        for variable in variables
-        if not bool(ops.all(ops.isfinite(variable.value)))
-    ]
+    bad = [v.path for v in variables if not ops.all(ops.isfinite(v.value))]
     if bad:
         raise ValueError(
             "Kernels must be finite to be made sparse: NaN has no magnitude. "
@@ -369,12 +342,8 @@ def check_finite(variables: Iterable[Any], way_out: str) -> None:
 
 def check_refine(argument: str, refine: Any) -> tuple[str, ...]:
     """Return the names in what an argument such as `refine` received."""
-    if refine is None:
-        return ()
-    if not isinstance(refine, (str, tuple, list)):
-        expected = f"one of {REFINEMENTS}, a tuple of them, or None"
-        raise checks.error(argument, expected, refine)
-    names = (refine,) if isinstance(refine, str) else tuple(refine)
+    names = () if refine is None else refine
+    names = tuple(names) if isinstance(names, (tuple, list)) else (names,)
     for name in names:
-        checks.check_choice(argument, name, REFINEMENTS)
+        checks.check_choice(argument, name, _REFINEMENTS)
     return names

@@ -8,7 +8,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.core.wrapping_optimizer import inner_optimizer
 from keras_weightmods.ops import nm
 from keras_weightmods.sparsity.adam_s import AdamS
@@ -32,9 +31,8 @@ class SparsityMonitor(keras.callbacks.Callback):
       set since the last look.
 
     The masks are those that `AdamS` has set. With any other optimizer they
-    are the n largest magnitudes of each group at the time of the look, one
-    set by each update: of the kernels that a `SemiStructuredSparse`
-    constrains, or, where `pattern` is given, of those of `targets`.
+    are the n largest magnitudes of each group, at the time of the look, of the
+    kernels that a `SemiStructuredSparse` constrains: one set by each update.
 
     Reading the weights synchronizes the model with the device, so they are
     read at the end of each epoch and, where asked, every `every` batches.
@@ -42,17 +40,10 @@ class SparsityMonitor(keras.callbacks.Callback):
     Args:
         every: Int, batches between two looks within an epoch, or `None` for
             the end of epochs alone. Defaults to `None`.
-        pattern: String `"n:m"` or pair of ints, to watch how far kernels are
-            in a pattern whatever they are trained with: with plain
-            optimizers, or beside the masks of `AdamS`. Defaults to `None`.
-        targets: With `pattern`, the kernels, as `find_targets(model)` returns
-            them or in a form that its `include` takes; those that do not
-            divide into groups of m are left out. Defaults to all.
 
     Raises:
-        ValueError: If `every` is no positive int, `pattern` is malformed or
-            `targets` come without one; or when training starts, if there is
-            no mask, constraint or pattern to look at.
+        ValueError: If `every` is no positive int; or when training starts, if
+            there is no mask or constraint to look at.
 
     Example:
 
@@ -72,51 +63,20 @@ class SparsityMonitor(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(
-        self,
-        every: int | None = None,
-        pattern: nm.Pattern | None = None,
-        targets: Any = None,
-    ) -> None:
+    def __init__(self, every: int | None = None) -> None:
         super().__init__()
         self.every = checks.check_int("every", every, 1, optional=True)
-        self.pattern = None
-        if pattern is not None:
-            self.pattern = "{}:{}".format(*nm.parse_pattern(pattern))
-        elif targets is not None:
-            expected = "None where there is no `pattern` to find in them"
-            raise checks.error("targets", expected, targets)
-        self._targets = targets
-        # Variable, pattern and contraction axes of what has no mask of AdamS.
-        self._kernels: list[tuple[Any, str, tuple[int, ...]]] = []
         self._last: tuple[np.ndarray, int] | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._last = None
-        self._kernels = []
-        if self._reads_adam_s():
-            return
-        model = self.model
-        if self.pattern is None:
-            self._kernels = [
-                (v, v.constraint.pattern, v.constraint.axes_of(v.shape))
-                for v in model.trainable_variables
-                if isinstance(v.constraint, SemiStructuredSparse)
-            ]
-        else:
-            m = nm.parse_pattern(self.pattern)[1]
-            self._kernels = [
-                (each.variable, self.pattern, each.contraction_axes)
-                for each in resolve_targets(model, self._targets)
-                if each.reason_not_nm(m) is None
-            ]
-        if not self._kernels:
+        adam_s = isinstance(self._optimizer(), AdamS)
+        if not adam_s and not self._constrained():
             raise ValueError(
                 "`SparsityMonitor` needs masks to look at: those of an `AdamS` "
-                "optimizer, kernels that a `SemiStructuredSparse` constrains, "
-                'or `pattern="2:4"` to take those of the magnitudes. Received: '
-                f"pattern={self.pattern!r}, and a model compiled with "
-                f"{self._optimizer()!r} that has no such kernel"
+                "optimizer, or kernels that a `SemiStructuredSparse` "
+                "constrains. Received: a model without such kernels, compiled "
+                f"with {self._optimizer()!r}"
             )
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -130,16 +90,22 @@ class SparsityMonitor(keras.callbacks.Callback):
     def measure(self) -> dict[str, float]:
         """Read the model now; return the three numbers as a dict."""
         optimizer = self._optimizer()
-        updates = int(ops.convert_to_numpy(optimizer.iterations))
-        if self._reads_adam_s():
-            masked = masked_weights(optimizer)
-            masks_set = -(-updates // optimizer.mask_every)
+        masks_set = int(ops.convert_to_numpy(optimizer.iterations))
+        if isinstance(optimizer, AdamS):
+            state = optimizer.sparsified_state
+            masked = [(v, bits.value) for v, _, bits in state]
+            masks_set = -(-masks_set // optimizer.mask_every)
         else:
+            found = [(v, v.constraint) for v in self._constrained()]
             masked = [
-                (v, nm.pack_bits(nm.nm_mask(v.value, pattern, axes)))
-                for v, pattern, axes in self._kernels
+                (
+                    v,
+                    nm.pack_bits(
+                        nm.nm_mask(v.value, c.pattern, c.axes_of(v.shape))
+                    ),
+                )
+                for v, c in found
             ]
-            masks_set = updates
         share, largest = kept_share(masked)
         bits = np.concatenate([ops.convert_to_numpy(b) for _, b in masked])
         size = sum(math.prod(v.shape) for v, _ in masked)
@@ -155,8 +121,12 @@ class SparsityMonitor(keras.callbacks.Callback):
             "mask_flips": flips,
         }
 
-    def _reads_adam_s(self) -> bool:
-        return self.pattern is None and isinstance(self._optimizer(), AdamS)
+    def _constrained(self) -> list[Any]:
+        return [
+            variable
+            for variable in self.model.trainable_variables
+            if isinstance(variable.constraint, SemiStructuredSparse)
+        ]
 
     def _optimizer(self) -> Any:
         # On JAX the property brings the model up to date.
@@ -178,12 +148,8 @@ def kept_share(masked: Iterable[tuple[Any, Any]]) -> tuple[float, float]:
         mask = nm.unpack_bits(bits, variable.shape)
         magnitude = ops.abs(ops.cast(variable.value, "float32"))
         outside = ops.where(mask, 0.0, magnitude)
-        parts = ops.sum(magnitude), ops.sum(outside), ops.max(outside)
-        one, other, most = (float(ops.convert_to_numpy(p)) for p in parts)
-        total, out, largest = total + one, out + other, max(largest, most)
+        total += float(ops.convert_to_numpy(ops.sum(magnitude)))
+        out += float(ops.convert_to_numpy(ops.sum(outside)))
+        most = float(ops.convert_to_numpy(ops.max(outside)))
+        largest = max(largest, most)
     return (1 - out / total if total else 1.0), largest
-
-
-def masked_weights(adam_s: Any) -> list[tuple[Any, Any]]:
-    """Return pairs of a variable and its mask, in bits, of a built `AdamS`."""
-    return [(v, bits.value) for v, _, bits in adam_s.sparsified_state]

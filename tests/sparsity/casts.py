@@ -22,35 +22,28 @@ def make_data(samples=16, seed=1):
     return x, rng.integers(4, size=(samples,))
 
 
-class Interrupt(keras.callbacks.Callback):
-    """Raises `Interrupted` at the end of an epoch, or before the first."""
-
-    def __init__(self, epoch=None):
-        super().__init__()
-        self.epoch = epoch
-
-    def on_train_begin(self, logs=None):
-        if self.epoch is None:
-            raise Interrupted
-
-    def on_epoch_end(self, epoch, logs=None):
-        if epoch == self.epoch:
-            raise Interrupted
-
-
-class Stop(keras.callbacks.Callback):
-    """Stops at the end of an epoch, as `EarlyStopping` does."""
-
-    def __init__(self, after):
-        super().__init__()
-        self.after = after
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.model.stop_training = epoch >= self.after
-
-
 class Interrupted(Exception):
     pass
+
+
+def interrupt(epoch, logs=None):
+    if epoch in (None, 2):
+        raise Interrupted
+
+
+AT_THE_START = keras.callbacks.LambdaCallback(
+    on_train_begin=lambda logs: interrupt(None)
+)
+IN_THE_THIRD_EPOCH = keras.callbacks.LambdaCallback(on_epoch_end=interrupt)
+
+
+def stopping(cast, epoch):
+    """Stops at the end of an epoch, as `EarlyStopping` does."""
+
+    def stop(now, logs):
+        cast.stop_training = now >= epoch
+
+    return keras.callbacks.LambdaCallback(on_epoch_end=stop)
 
 
 class Batches(keras.utils.PyDataset):
@@ -69,7 +62,7 @@ class Batches(keras.utils.PyDataset):
 def started(cast, *args, **kwargs):
     """Runs all of `fit` up to the first step."""
     with pytest.raises(Interrupted):
-        cast.fit(*args, callbacks=[Interrupt()], verbose=0, **kwargs)
+        cast.fit(*args, callbacks=[AT_THE_START], verbose=0, **kwargs)
     states = cast.adam_s._states
     importance = [numpy(s["importance"]) for s in states if "importance" in s]
     return cast.adam_s.total_steps, importance

@@ -9,7 +9,8 @@ from tests import models, references
 from tests.backends import breadth
 from tests.models import numpy
 
-TOTAL = 60
+TOTAL = 24
+one_backend = pytest.mark.one_backend
 
 # Most runs here are too short for the published pull, and say so.
 pytestmark = pytest.mark.filterwarnings("ignore:AdamS. this schedule")
@@ -70,16 +71,16 @@ def rate_at(t):
     return 2e-2 + (1e-3 - 2e-2) * min(t / TOTAL, 1.0)
 
 
-@pytest.mark.parametrize(
+@breadth(
     "kwargs",
     [
         {"l1": "auto", "decay": "published"},
+        {"decay": "relative", "ramp": 0.4, "criterion": "wanda"},
         {"l1": 0.05, "decay": "published", "ramp": 0.5, "pattern": "1:4"},
-        {"decay": "relative", "ramp": 0.7},
         {"decay": "relative", "ramp": 0.0},
         {"decay": "published", "criterion": "wanda"},
-        {"decay": "relative", "ramp": 0.4, "criterion": "wanda"},
     ],
+    *(0, 1),
     ids=str,
 )
 def test_equals_float64_reference(kwargs):
@@ -113,29 +114,25 @@ def test_equals_float64_reference(kwargs):
         np.testing.assert_array_equal(optimizer.masks[i], mask)
 
 
-@breadth("decay", ["published", "relative"], 1)
-@pytest.mark.parametrize(
+@breadth(
     "kwargs",
     [
-        {},
+        {"weight_decay": 0.1, "use_ema": True, "ema_momentum": 0.9},
         {"clipnorm": 0.5},
-        {"clipvalue": 0.3},
         {"global_clipnorm": 1.0},
-        {"weight_decay": 0.1},
-        {"use_ema": True, "ema_momentum": 0.9},
         {"gradient_accumulation_steps": 3},
         {"beta_1": 0.8, "beta_2": 0.95, "epsilon": 1e-2},
     ],
     ids=str,
 )
-def test_without_a_target_equals_keras_adam(kwargs, decay):
+def test_without_a_target_equals_keras_adam(kwargs):
     shapes = {"bias": (4,), "gamma": (4,), "embeddings": (8, 4), "scale": ()}
     gradients = [
         [models.normal(*s, seed=seed) for s in ((8, 4), *shapes.values())]
         for seed in range(TOTAL)
     ]
     results = []
-    adam_s = functools.partial(AdamS, total_steps=TOTAL, decay=decay)
+    adam_s = functools.partial(AdamS, total_steps=TOTAL, decay="relative")
     for make in (keras.optimizers.Adam, adam_s):
         variables = [ones(8, 4)]
         variables += [ones(*s, name=name) for name, s in shapes.items()]
@@ -151,6 +148,7 @@ def test_without_a_target_equals_keras_adam(kwargs, decay):
         np.testing.assert_allclose(received, expected, rtol=0, atol=1e-6)
 
 
+@one_backend
 def test_state_is_adams_and_one_bit_a_weight():
     kernel = ones(256, 512)
     sizes = []
@@ -171,35 +169,30 @@ def fit(model, optimizer, epochs=3):
     model.fit(x, x[:, :4], batch_size=8, epochs=epochs, verbose=0)
 
 
+@one_backend
 @pytest.mark.parametrize(
-    "kwargs",
+    ("dtype", "kwargs"),
     [
-        {},
-        {"clipnorm": 1.0, "weight_decay": 0.01, "use_ema": True},
-        {"gradient_accumulation_steps": 2, "global_clipnorm": 1.0},
-        {"criterion": "wanda", "pattern": "1:2"},
+        (None, {"clipnorm": 1.0, "weight_decay": 0.01, "use_ema": True}),
+        (None, {"gradient_accumulation_steps": 2, "criterion": "wanda"}),
+        (None, {"pattern": "1:2"}),
+        ("mixed_float16", {}),
     ],
 )
-def test_fit_with_keras_arguments(kwargs):
-    model = tiny_model()
-    optimizer = AdamS(1e-2, 12, decay="relative", ramp=0.5, **kwargs)
-    fit(model, optimizer)
-    report = optimizer.prune()
+def test_fit_and_prune(dtype, kwargs):
+    model = tiny_model(dtype=dtype)
+    adam_s = AdamS(1e-2, 12, decay="relative", ramp=0.5, **kwargs)
+    scaled = keras.optimizers.LossScaleOptimizer(adam_s)
+    fit(model, scaled if dtype else adam_s)
+    report = adam_s.prune()
     paths = [kernel.path for kernel in report.kernels]
-    assert paths == [v.path for v in optimizer.sparsified]
+    assert paths == [v.path for v in adam_s.sparsified]
     assert len(paths) == 2
-    for variable, mask in zip(optimizer.sparsified, optimizer.masks):
+    for variable, mask in zip(adam_s.sparsified, adam_s.masks):
         w = numpy(variable)
+        assert np.isfinite(w).all()
         assert np.all(w[~mask] == 0)
-        assert mask.mean() == optimizer.n / optimizer.m
-
-
-def test_loss_scaling_and_mixed_precision():
-    model = tiny_model(dtype="mixed_float16")
-    inner = AdamS(1e-2, total_steps=12, decay="relative", ramp=0.3)
-    fit(model, keras.optimizers.LossScaleOptimizer(inner))
-    inner.prune()
-    assert all(np.isfinite(numpy(v)).all() for v in model.variables)
+        assert mask.mean() == adam_s.n / adam_s.m
 
 
 def test_config_and_state_round_trip(tmp_path):
@@ -212,7 +205,6 @@ def test_config_and_state_round_trip(tmp_path):
     for config in (*expected["targets"], *received["targets"]):
         del config["path"]  # Keras names a reloaded Sequential anew.
     assert received == expected
-    assert_same(model.optimizer.variables, loaded.optimizer.variables)
     x = np.ones((8, 8), "float32")
     for m in (model, loaded):
         m.fit(x, x[:, :4], batch_size=8, epochs=2, verbose=0)
@@ -223,36 +215,41 @@ def assert_same(received, expected):
     models.assert_same(*(list(map(numpy, x)) for x in (received, expected)))
 
 
+@one_backend
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
-@pytest.mark.parametrize("make", [tiny_model, models.nested_net])
-@pytest.mark.parametrize("targets", ["model", "list", None])
-def test_saved_before_the_first_step(make, targets, tmp_path):
-    model = make()
-    if targets is not None:
-        targets = model if targets == "model" else find_targets(model)
-    optimizer = AdamS(1e-2, total_steps=4, targets=targets, decay="relative")
+@pytest.mark.parametrize(
+    ("make", "form"),
+    [
+        (tiny_model, lambda model: None),
+        (tiny_model, find_targets),
+        (models.nested_net, lambda model: model),
+    ],
+)
+def test_saved_before_the_first_step(make, form, tmp_path):
+    loaded = model = make()
+    optimizer = AdamS(1e-2, total_steps=4, targets=form(model))
     model.compile(optimizer, "mse")
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
+    # Twice, since loading may have changed the paths.
+    for _ in range(2):
+        loaded.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
     assert_same(model.weights, loaded.weights)
-    # Again, since loading may have changed the paths.
-    loaded.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    optimizer = loaded.optimizer
-    optimizer.build(loaded.trainable_variables)
-    assert len(optimizer.sparsified) == len(find_targets(model))
+    loaded.optimizer.build(loaded.trainable_variables)
+    assert len(loaded.optimizer.sparsified) == len(find_targets(model))
 
 
+@one_backend
 def test_restored_targets_that_cannot_be_told_apart():
     kernels = [ones(8, 4), ones(8, 4)]
     target = config(None, kernels[0], (0,))
-    with pytest.raises(ValueError, match="Received: 2 such variables"):
+    with pytest.raises(ValueError, match="which fits 2 variables"):
         AdamS(total_steps=4, targets=[target]).build(kernels)
     both = AdamS(total_steps=4, targets=[target, target])
     both.build(kernels)
     assert both.sparsified == kernels
 
 
+@one_backend
 def test_ramp_stays_at_one_past_the_end():
     kernel = keras.Variable(np.full((4, 1), 0.5, "float32"), name="kernel")
     optimizer = AdamS(1e-2, total_steps=2, l1=1.0)
@@ -262,55 +259,53 @@ def test_ramp_stays_at_one_past_the_end():
     assert np.all(w[2:] < 0.5 - 0.03)
 
 
+@one_backend
 def test_masks_follow_the_importance():
     kernel = ones(4, 2)
     optimizer = AdamS(1e-3, total_steps=4, criterion="wanda")
-    with pytest.raises(ValueError, match="needs a built optimizer"):
+    with pytest.raises(ValueError, match="needs a built `AdamS"):
         optimizer.set_importance([])
     optimizer.build([kernel])
     optimizer.set_importance([np.array([0.0, 1.0, 3.0, 2.0])])
     optimizer.apply([keras.ops.ones((4, 2))], [kernel])
     assert optimizer.masks[0][:, 0].tolist() == [False, False, True, True]
-    for wrong in ([np.ones(3)], [], [np.array([1, np.nan, 1, 1])]):
+    for wrong in ([np.ones(3)], [], 1.0, [np.array([1, np.nan, 1, 1])]):
         with pytest.raises(ValueError, match="`importance` must"):
             optimizer.set_importance(wrong)
 
 
+@one_backend
 @pytest.mark.parametrize(
     "form",
     [
-        lambda model: f"{model.layers[1].name}/",
         lambda model: model.layers[1],
         lambda model: find_targets(model)[1:2],
         lambda model: [config(2, model.layers[1].kernel, (0,))],
     ],
-    ids=["regex", "layer", "targets", "config"],
+    ids=["layer", "targets", "config"],
 )
 def test_forms_of_targets(form):
     model = models.mlp(8, 8, 8, 4)
-    second = model.layers[1]
     optimizer = AdamS(total_steps=4, decay="relative", targets=form(model))
     again = AdamS.from_config(optimizer.get_config())
     for each in (optimizer, again):
         each.build(model.trainable_variables)
-        assert each.sparsified == [second.kernel]
-    with pytest.raises(ValueError, match=r"no kernel.*targets='other'"):
-        AdamS(total_steps=4, targets="other").build(model.trainable_variables)
-    with pytest.raises(ValueError, match=r"targets=find_targets\(model, incl"):
-        AdamS(targets=keras.layers.Dense)
+        assert each.sparsified == [model.layers[1].kernel]
 
 
+@one_backend
 @pytest.mark.parametrize(
     "kwargs",
     [
         *({"total_steps": value} for value in (0, 2.5)),
-        *({"pattern": value} for value in ("4:2", "0:4")),
+        {"pattern": "4:2"},
         *({"l1": value} for value in (-1.0, "big")),
         *({"ramp": value} for value in (0.0, 1.5)),
         {"ramp": -0.5, "decay": "relative"},
         *({name: 0} for name in ("l1_scale", "mask_every", "epsilon")),
         *({name: "random"} for name in ("decay", "criterion")),
-        *({"targets": value} for value in ("(", [])),
+        *({"targets": value} for value in ("kernel", [], keras.layers.Dense)),
+        {"learning_rate": lambda step: 1e-3},
         {"beta_1": 1.0},
         {"beta_2": -0.1},
     ],
@@ -322,30 +317,13 @@ def test_wrong_arguments(kwargs):
         AdamS(**kwargs)
 
 
-@pytest.mark.one_backend
-def test_the_name_is_the_one_given():
-    assert AdamS(name="mine").name == "mine"
-
-
-@pytest.mark.one_backend
-def test_a_learning_rate_that_takes_arguments_is_refused():
-    with pytest.raises(ValueError, match=r"`learning_rate`.*without arguments"):
-        AdamS(lambda step: 1e-3, total_steps=5)
-    AdamS(lambda: 1e-3, total_steps=5)
-
-
-def test_missing_total_steps_is_an_error_at_build():
-    model = tiny_model()
-    before = model.get_weights()
-    with pytest.raises(ValueError, match="needs `total_steps`"):
-        fit(model, AdamS(1e-3))
-    models.assert_same(model.get_weights(), before)
-
-
+@one_backend
 def test_nothing_to_sparsify():
-    def build(variable):
-        AdamS(1e-3, total_steps=5).build([variable])
+    def build(*variables, **kwargs):
+        AdamS(1e-3, **{"total_steps": 5, **kwargs}).build(variables)
 
+    with pytest.raises(ValueError, match="needs `total_steps`"):
+        build(ones(4, 4), total_steps=None)
     with pytest.raises(ValueError, match="Pass `targets=model`"):
         build(ones(3, 4, 8))
     with pytest.raises(ValueError, match="found no kernel to sparsify"):
@@ -355,7 +333,7 @@ def test_nothing_to_sparsify():
             build(ones(6, 4))
 
 
-@pytest.mark.one_backend
+@one_backend
 def test_state_that_does_not_fit_changes_nothing():
     def built(shape):
         optimizer = AdamS(0.5, total_steps=5)
@@ -364,33 +342,24 @@ def test_state_that_does_not_fit_changes_nothing():
 
     small, large = built((4, 2)), built((8, 2))
     before = [numpy(v) for v in small.variables]
-    weights = [numpy(v) for v in large.variables]
-    store = {str(i): weight for i, weight in enumerate(weights)}
+    store = {str(i): numpy(v) for i, v in enumerate(large.variables)}
     for wrong in (store, {"a": np.zeros(3)}, {}):
         with pytest.raises(ValueError, match="does not fit this `AdamS`"):
             small.load_own_variables(wrong)
-    with pytest.raises(ValueError, match="does not fit this `AdamS`"):
-        small.set_weights(weights)
     assert_same(small.variables, before)
 
 
-def test_warnings_tell_the_way_out():
-    low = ones(4, 2, dtype="bfloat16")
+@one_backend
+def test_warnings_tell_the_way_out(recwarn):
+    AdamS(0.1, total_steps=100).build([ones(4, 2)])
+    AdamS(1e-6, total_steps=100, decay="relative").build([ones(4, 2)])
+    assert not [w for w in recwarn if "AdamS" in str(w.message)]
     with pytest.warns(UserWarning, match="mixed_bfloat16"):
-        AdamS(1.0, total_steps=100).build([low])
+        AdamS(1.0, total_steps=100).build([ones(4, 2, dtype="bfloat16")])
     # sum over t of 1e-3 * t / 100, and 3 times the mean masked |w| of 1.
     message = r"too short to reach zero.*= 0\.049.*need about 3 "
     with pytest.warns(UserWarning, match=message):
         AdamS(1e-3, total_steps=100).build([ones(4, 2)])
-
-
-def test_no_warning_where_the_travel_suffices(recwarn):
-    AdamS(0.1, total_steps=100).build([ones(4, 2)])
-    AdamS(1e-6, total_steps=100, decay="relative").build([ones(4, 2)])
-    assert not [w for w in recwarn if "AdamS" in str(w.message)]
-
-
-def test_frozen_targets_are_named():
     model = tiny_model()
     model.layers[0].trainable = False
     optimizer = AdamS(1.0, total_steps=5, targets=find_targets(model))
@@ -398,9 +367,15 @@ def test_frozen_targets_are_named():
         optimizer.build(model.trainable_variables)
 
 
-def test_prune_refuses_what_a_diverged_training_left():
-    model = models.mlp(8, 8, 4)
+@one_backend
+def test_prune_refuses_what_has_no_mask_or_diverged():
+    model = tiny_model()
     optimizer = AdamS(0.01, total_steps=2, targets=find_targets(model))
+    with pytest.raises(ValueError, match="there once it is built"):
+        optimizer.prune()
+    optimizer.build(model.trainable_variables)
+    with pytest.raises(ValueError, match="has taken no step"):
+        optimizer.prune()
     model.compile(optimizer, "mse")
     x = models.normal(8, 8)
     x[0, 0] = np.nan
@@ -411,15 +386,7 @@ def test_prune_refuses_what_a_diverged_training_left():
     models.assert_same_bits(model.get_weights(), before)
 
 
-def test_prune_needs_a_step():
-    optimizer = AdamS(1.0, total_steps=5)
-    with pytest.raises(ValueError, match="there once it is built"):
-        optimizer.prune()
-    optimizer.build([ones(4, 2)])
-    with pytest.raises(ValueError, match="has taken no step"):
-        optimizer.prune()
-
-
+@one_backend
 def test_weight_decay_is_decoupled_with_exclusions():
     results = []
     gradients = [models.normal(*shape) for shape, _ in AXES.values()]

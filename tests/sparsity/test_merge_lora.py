@@ -4,7 +4,10 @@ import pytest
 
 import keras_weightmods as kwm
 from tests import models, references
+from tests.backends import breadth
 from tests.models import make_sparse, normal, numpy, sequential
+
+one_backend = pytest.mark.one_backend
 
 
 def make_model():
@@ -46,6 +49,7 @@ def kernels(model):
     return {name: numpy(model.get_layer(name).kernel) for name in ADAPTED}
 
 
+@one_backend
 def test_dense_merge_computes_the_same():
     model = make_model()
     expected = adapt(model)
@@ -62,7 +66,7 @@ def test_dense_merge_computes_the_same():
     assert not any(config.get("lora_rank") for config in configs)
 
 
-@pytest.mark.parametrize("keep", ["mask", "magnitude"])
+@breadth("keep", ["mask", "magnitude"])
 def test_merge_ends_exactly_sparse(keep):
     model = make_model()
     make_sparse(model)
@@ -79,6 +83,7 @@ def test_merge_ends_exactly_sparse(keep):
         np.testing.assert_allclose(kernel, wanted, atol=1e-5)
 
 
+@one_backend
 def test_fit_merge_save_and_adapt_again(tmp_path):
     model = make_model()
     make_sparse(model)
@@ -109,17 +114,7 @@ def test_fit_merge_save_and_adapt_again(tmp_path):
     kwm.assert_sparse(model)
 
 
-def test_merge_of_some_targets():
-    model = make_model()
-    expected = adapt(model)
-    report = kwm.merge_lora(model, targets="dense|joined")
-    assert len(report.kernels) == 2
-    enabled = [n for n in ADAPTED if model.get_layer(n).lora_enabled]
-    assert enabled == ["conv", "heads"]
-    kernel = model.get_layer("dense").kernel
-    np.testing.assert_allclose(kernel, expected["dense"][1], atol=1e-5)
-
-
+@one_backend
 def test_embedding_and_mixed_precision():
     layers = keras.layers.Embedding(7, 8), keras.layers.Dense(4)
     model = sequential((None,), *layers, dtype="int32")
@@ -139,13 +134,12 @@ def test_embedding_and_mixed_precision():
         np.testing.assert_allclose(numpy(base), value, rtol=1e-5)
 
 
+@one_backend
 def test_errors_leave_the_model_alone():
     model = make_model()
     with pytest.raises(ValueError, match="without any"):
         kwm.merge_lora(model)
     adapt(model)
-    with pytest.raises(ValueError, match="without any"):
-        kwm.merge_lora(model, targets="odd")
     before = model.get_weights()
     for match, pattern, keep in (
         ("exactly 2:4.*4 that are not", "2:4", "mask"),
@@ -157,7 +151,7 @@ def test_errors_leave_the_model_alone():
     models.assert_same(model.get_weights(), before)
 
 
-@pytest.mark.one_backend
+@one_backend
 def test_packed_and_quantized_layers_are_refused():
     model = models.mlp(8, 4)
     make_sparse(model)

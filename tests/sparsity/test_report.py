@@ -8,6 +8,8 @@ import keras_weightmods as kwm
 from tests import models
 from tests.models import numpy, sequential
 
+one_backend = pytest.mark.one_backend
+
 
 def make_model():
     keras.utils.set_random_seed(0)
@@ -63,6 +65,7 @@ def test_rows_against_numpy():
     models.assert_same(models.weights_of(model), before)
 
 
+@one_backend
 def test_as_plain_values():
     layers = keras.layers.Embedding(8, 8, name="table"), keras.layers.Dense(4)
     model = sequential((4,), *layers, dtype="int32")
@@ -77,6 +80,7 @@ def test_as_plain_values():
     assert skipped["reason"]
 
 
+@one_backend
 def test_prints_as_a_table():
     model = make_model()
     sparsify(model)
@@ -90,19 +94,21 @@ def test_prints_as_a_table():
     assert "Left as they are" in str(report)
 
 
+@one_backend
 def test_a_model_of_many_kernels_prints_the_worst_first():
-    layers = [keras.layers.Dense(4, name=f"layer_{i}") for i in range(210)]
+    layers = [keras.layers.Dense(4, name=f"layer_{i}") for i in range(70)]
     model = sequential((4,), *layers)
     for layer in layers:
-        if layer.name != "layer_150":
+        if layer.name != "layer_50":
             layer.kernel.assign(np.zeros((4, 4)))
     report = kwm.sparsity_report(model)
     lines = str(report).splitlines()
     assert len(lines) <= 30
-    assert "layer_150" in next(line for line in lines if "layer_" in line)
-    assert sum("layer_" in line for line in report.table().splitlines()) == 210
+    assert "layer_50" in next(line for line in lines if "layer_" in line)
+    assert sum("layer_" in line for line in report.table().splitlines()) == 70
 
 
+@one_backend
 def test_assert_sparse_names_the_worst():
     model = make_model()
     sparsify(model)
@@ -110,9 +116,10 @@ def test_assert_sparse_names_the_worst():
         kwm.assert_sparse(model)
     lines = str(error.value).splitlines()
     assert "2 of 3 kernels are not exactly 2:4" in lines[0]
-    assert "dense/kernel (8, 4): 8 of 8 groups" in lines[1]
-    assert "slightly/kernel (8, 8): 1 of 16 groups" in lines[2]
-    with pytest.raises(AssertionError, match=r"misfit.*does not fit"):
+    worst = [line.split()[0] for line in lines if "/kernel" in line]
+    assert worst[:2] == ["model/dense/kernel", "model/slightly/kernel"]
+    assert "8 of 8" in str(error.value)
+    with pytest.raises(AssertionError, match="does not fit"):
         kwm.assert_sparse(model, targets=kwm.find_targets(model))
     project(model, "slightly", "dense")
     kwm.assert_sparse(model)
@@ -121,6 +128,7 @@ def test_assert_sparse_names_the_worst():
         kwm.assert_sparse(model, "1:4")
 
 
+@one_backend
 @pytest.mark.parametrize("dtype", [None, "int8"])
 def test_packed_kernels_count(dtype):
     model = make_model()
@@ -138,6 +146,7 @@ def test_packed_kernels_count(dtype):
     kwm.assert_sparse(sequential((16,), model.get_layer("sparse")))
 
 
+@one_backend
 def test_wrong_use():
     model = make_model()
     with pytest.raises(ValueError, match="pattern"):

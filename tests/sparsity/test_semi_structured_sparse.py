@@ -13,6 +13,7 @@ from tests import models
 from tests.backends import breadth
 from tests.models import numpy, sequential
 
+one_backend = pytest.mark.one_backend
 RNG = np.random.default_rng(0)
 X, Y = models.normal(32, 8), models.normal(32, 4, seed=1)
 NonNeg = keras.constraints.NonNeg
@@ -53,23 +54,18 @@ def violations(kernel, n, axis=0):
     return int(nm.nm_violations(kernel, f"{n}:4", axis))
 
 
-def assert_unchanged(model, weights):
-    models.assert_same(models.weights_of(model), weights)
-    assert all(w.constraint is None for w in model.weights)
-
-
 EMA = {"use_ema": True, "ema_momentum": 0.8}
 OPTIMIZERS = {
+    "ema": lambda o: o.Adam(0.2, **EMA),
     "adam": lambda o: o.Adam(0.05),
     "adamw": lambda o: o.AdamW(0.05, weight_decay=0.1),
     "muon": lambda o: o.Muon(0.05),
     "schedule_free": lambda o: o.ScheduleFreeAdamW(0.05),
     "momentum": lambda o: o.SGD(0.05, momentum=0.9),
     "accumulation": lambda o: o.Adam(0.05, gradient_accumulation_steps=2),
-    "ema": lambda o: o.Adam(0.2, **EMA),
     "ema_overwrite": lambda o: o.Adam(0.2, ema_overwrite_frequency=3, **EMA),
-    "ema_momentum": lambda o: o.SGD(0.1, momentum=0.9, **EMA),
     "ema_multi": lambda o: o.MultiOptimizer(lambda _: o.Adam(0.2, **EMA)),
+    "ema_scaled": lambda o: o.LossScaleOptimizer(o.Adam(0.2, **EMA)),
 }
 
 
@@ -77,33 +73,18 @@ def callbacks(name):
     return [SwapSparseEMAWeights()] if name.startswith("ema") else []
 
 
-@breadth("name", OPTIMIZERS, 0, 5, 6, 7, 9)
+@breadth("name", OPTIMIZERS)
 def test_exactly_nm_after_fit(name):
     # n counts the weights kept: 1:4 and 2:4 must differ.
     n = 1 + list(OPTIMIZERS).index(name) % 2
-    model = dense_model(n)
+    dtype = "mixed_float16" if name == "ema_scaled" else None
+    model = dense_model(n, dtype=dtype)
     before = numpy(model.layers[0].kernel)
     fit(model, OPTIMIZERS[name](keras.optimizers), callbacks=callbacks(name))
     kernel = numpy(model.layers[0].kernel)
     assert violations(kernel, n) == 0
     assert np.count_nonzero(kernel) == n * kernel.size // 4
     assert not np.isin(kernel[kernel != 0], before).any()
-
-
-@breadth("use_ema", [False, True], 1)
-def test_mixed_precision_with_loss_scaling(use_ema):
-    model = dense_model(dtype="mixed_float16")
-    inner = keras.optimizers.Adam(0.2, **{**EMA, "use_ema": use_ema})
-    scaled = keras.optimizers.LossScaleOptimizer(inner)
-    fit(model, scaled, callbacks=callbacks("ema" if use_ema else ""))
-    assert violations(model.layers[0].kernel, 2) == 0
-
-
-def average_of(model):
-    variables = model.optimizer.variables
-    kernels = [v for v in variables if v.shape == (8, 4)]
-    (average,) = [v for v in kernels if "average" in v.path]
-    return numpy(average)
 
 
 class Recorder(keras.callbacks.Callback):
@@ -128,12 +109,13 @@ def fit_with_averages(*callbacks):
     return model
 
 
-@pytest.mark.parametrize("swap_on_epoch", [False, True])
+@breadth("swap_on_epoch", [True, False])
 def test_averages_are_exact_with_the_callback_alone(swap_on_epoch):
     recorders = [Recorder(), Recorder()]
     plain = fit_with_averages(SwapEMAWeights(swap_on_epoch), recorders[0])
+    callback = SwapSparseEMAWeights(swap_on_epoch)
     sparse = fit_with_averages(
-        SwapSparseEMAWeights(swap_on_epoch),
+        callback,
         keras.callbacks.EarlyStopping(restore_best_weights=True),
         recorders[1],
     )
@@ -146,16 +128,20 @@ def test_averages_are_exact_with_the_callback_alone(swap_on_epoch):
     assert_sparse(sparse, "2:4")
 
 
-@breadth("swap_on_epoch", [False, True], 1)
+@one_backend
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_showing_the_average_does_not_change_it(swap_on_epoch):
+    def average_of(model):
+        kernels = [v for v in model.optimizer.variables if v.shape == (8, 4)]
+        (average,) = [v for v in kernels if "average" in v.path]
+        return numpy(average)
+
     callback = SwapSparseEMAWeights(swap_on_epoch=swap_on_epoch)
     plain, swapped = fit_with_averages(), fit_with_averages(callback)
     projected = nm.nm_project(numpy(plain.layers[0].kernel), "2:4", 0)
-    # TensorFlow swaps by addition, which rounds.
-    close = {"rtol": 1e-4, "atol": 1e-5}
     kernel = swapped.layers[0].kernel
-    np.testing.assert_allclose(average_of(swapped), average_of(plain), **close)
-    np.testing.assert_allclose(numpy(kernel), numpy(projected), **close)
+    np.testing.assert_array_equal(average_of(swapped), average_of(plain))
+    np.testing.assert_array_equal(numpy(kernel), numpy(projected))
     swapped.evaluate(X, Y, callbacks=[callback], verbose=0)
     assert violations(kernel, 2) == 0
     # Weights written between two fits win over a remembered average.
@@ -164,6 +150,7 @@ def test_showing_the_average_does_not_change_it(swap_on_epoch):
     assert violations(kernel, 2) == 0
 
 
+@one_backend
 def test_attach_warns_of_averages():
     for wrap in (lambda o: o, keras.optimizers.LossScaleOptimizer):
         model = dense_model(constrained=False)
@@ -172,26 +159,20 @@ def test_attach_warns_of_averages():
             SemiStructuredSparse.attach(model)
 
 
-def test_detach_leaves_foreign_constraints():
-    model = dense_model(constrained=False)
-    model.layers[0].kernel.constraint = NonNeg()
-    SemiStructuredSparse.detach(model)
-    assert isinstance(model.layers[0].kernel.constraint, NonNeg)
-
-
+@one_backend
 def test_resume_after_save_and_load(tmp_path):
     model = dense_model(n=1)
-    callbacks = [SwapSparseEMAWeights()]
-    fit(model, keras.optimizers.Adam(0.2, **EMA), callbacks=callbacks)
+    fit(model, keras.optimizers.Adam(0.2))
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     models.assert_same(models.weights_of(loaded), models.weights_of(model))
     constraint = loaded.layers[0].kernel_constraint
     assert constraint.get_config() == SemiStructuredSparse("1:4").get_config()
-    loaded.fit(X, Y, verbose=0, callbacks=callbacks)
+    loaded.fit(X, Y, verbose=0)
     assert violations(loaded.layers[0].kernel, 1) == 0
 
 
+@one_backend
 @pytest.mark.parametrize("args", [(), ("1:8", 1), ((3, 4), (0, 1, 2), True)])
 def test_config_round_trip(args):
     constraint = SemiStructuredSparse(*args)
@@ -199,14 +180,13 @@ def test_config_round_trip(args):
     assert config["registered_name"] == "keras_weightmods>SemiStructuredSparse"
     again = keras.saving.deserialize_keras_object(config)
     assert again.get_config() == constraint.get_config()
-    config = {"pattern": "1:4", "axis": [0, 1], "frozen": False}
-    assert SemiStructuredSparse.from_config(config).axis == (0, 1)
 
 
+@one_backend
 @pytest.mark.parametrize(
     "arguments",
     [
-        *({"pattern": pattern} for pattern in ("4:2", (0, 4), 2)),
+        *({"pattern": pattern} for pattern in ("4:2", 2)),
         *({"axis": axis} for axis in ("0", (), (0, 0), True)),
         {"frozen": "yes"},
     ],
@@ -218,17 +198,7 @@ def test_wrong_arguments(arguments):
         SemiStructuredSparse(**arguments)
 
 
-def test_attach_refuses_a_kernel_with_nan():
-    model = models.mlp()
-    before = models.weights_of(model)
-    before[2][3, 1] = np.nan
-    model.set_weights(before)
-    with pytest.raises(ValueError, match="finite"):
-        SemiStructuredSparse.attach(model)
-    models.assert_same(models.weights_of(model), before)
-    assert not any(v.constraint for v in model.trainable_variables)
-
-
+@one_backend
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_training_that_made_nan_does_not_end_in_zeros(frozen):
     model = models.mlp(8, 4)
@@ -240,17 +210,7 @@ def test_a_training_that_made_nan_does_not_end_in_zeros(frozen):
     assert np.isnan(numpy(model.layers[0].kernel)).any()
 
 
-def test_axis():
-    kernel = RNG.normal(size=(2, 2, 2, 5)).astype("float32")
-    with pytest.raises(ValueError, match="attach"):
-        SemiStructuredSparse()(kernel)
-    with pytest.raises(ValueError, match="multiple"):
-        SemiStructuredSparse(axis=3)(kernel)
-    projected = SemiStructuredSparse("1:4", axis=(0, 1, 2))(kernel)
-    expected = nm.nm_project(kernel, "1:4", (0, 1, 2))
-    np.testing.assert_array_equal(numpy(projected), numpy(expected))
-
-
+@one_backend
 def test_attach_projects_skips_and_reports():
     model = mixed_model()
     before = {w.path: numpy(w) for w in model.weights}
@@ -273,28 +233,32 @@ def test_attach_projects_skips_and_reports():
     SemiStructuredSparse.attach(model, "2:2", targets=find_targets(model)[:1])
     assert conv.kernel.constraint.pattern == "2:2"
     weights = models.weights_of(model)
-    assert SemiStructuredSparse.detach(model).kernels == report.kernels
-    assert_unchanged(model, weights)
-
-
-def test_attach_leaves_a_foreign_constraint_alone():
-    model = mixed_model()
-    model.layers[0].kernel.constraint = NonNeg()
+    conv.kernel.constraint = NonNeg()
+    assert len(SemiStructuredSparse.detach(model).kernels) == 1
+    models.assert_same(models.weights_of(model), weights)
+    # A constraint of another class stays.
     report = SemiStructuredSparse.attach(model)
     assert [k.path for k in report.kernels] == ["net/einsum/kernel"]
     assert any("NonNeg" in s.reason for s in report.skipped)
-    assert isinstance(model.layers[0].kernel.constraint, NonNeg)
+    assert isinstance(conv.kernel.constraint, NonNeg)
 
 
+@one_backend
 def test_errors_leave_the_model_unchanged():
     model = mixed_model()
+    model.layers[2].kernel.assign(np.full((2, 4, 6), np.nan))
     weights = models.weights_of(model)
-    for pattern, message in (("5:4", "pattern"), ("5:1000", "made 5:1000")):
+    for pattern, message in (
+        ("5:4", "pattern"),
+        ("5:1000", "made 5:1000"),
+        ("2:4", "finite"),
+    ):
         with pytest.raises(ValueError, match=message):
             SemiStructuredSparse.attach(model, pattern)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="targets"):
         SemiStructuredSparse.attach(model, targets=find_targets(dense_model()))
-    assert_unchanged(model, weights)
+    models.assert_same(models.weights_of(model), weights)
+    assert all(w.constraint is None for w in model.weights)
 
 
 def test_attach_takes_hold_of_a_model_trained_before():
@@ -308,17 +272,7 @@ def test_attach_takes_hold_of_a_model_trained_before():
     assert violations(model.layers[0].kernel, 1) > 0
 
 
-def test_attach_to_a_keras_hub_llama():
-    pytest.importorskip("keras_hub")
-    model = models.backbone(num_layers=2, hidden_dim=8, intermediate_dim=12)
-    report = SemiStructuredSparse.attach(model)
-    assert len(report.kernels) == 14
-    step(model, keras.optimizers.Adam(0.1))
-    for target in find_targets(model):
-        assert violations(target.variable, 2, target.contraction_axes) == 0
-
-
-@breadth("name", ["adamw", "ema", "momentum"], 1, 2)
+@breadth("name", ["momentum", "adamw", "ema"])
 def test_frozen_mask_survives_fit(name, tmp_path):
     model = dense_model(constrained=False)
     SemiStructuredSparse.attach(model, "1:4", frozen=True)
@@ -337,6 +291,7 @@ def test_frozen_mask_survives_fit(name, tmp_path):
         np.testing.assert_array_equal(numpy(kernel) != 0, before != 0)
 
 
+@one_backend
 def test_frozen_keeps_exactly_n_where_a_group_is_zero():
     model = mixed_model()
     conv = model.layers[0]
@@ -348,17 +303,22 @@ def test_frozen_keeps_exactly_n_where_a_group_is_zero():
     np.testing.assert_array_equal(numpy(conv.kernel) != 0, expected)
 
 
-def test_frozen_without_a_mask_says_to_attach():
+@one_backend
+def test_kernels_whose_axis_or_mask_is_not_known():
     kernel = RNG.normal(size=(8, 4)).astype("float32")
-    with pytest.raises(ValueError, match="attach"):
-        SemiStructuredSparse(frozen=True)(kernel)
     model = dense_model(constrained=False)
     SemiStructuredSparse.attach(model, frozen=True)
-    with pytest.raises(ValueError, match="shape"):
-        model.layers[0].kernel.constraint(kernel[:4])
+    for constraint, w in (
+        (SemiStructuredSparse(), kernel[None]),
+        (SemiStructuredSparse(frozen=True), kernel),
+        (model.layers[0].kernel.constraint, kernel[:4]),
+    ):
+        with pytest.raises(ValueError, match="attach"):
+            constraint(w)
 
 
-@breadth("route", ["attach", "detach"])
+@one_backend
+@pytest.mark.parametrize("route", ["attach", "detach"])
 def test_lora_trains_on_an_exactly_nm_base(route):
     constraint = SemiStructuredSparse(axis=0) if route == "detach" else None
     layers = keras.layers
@@ -373,18 +333,16 @@ def test_lora_trains_on_an_exactly_nm_base(route):
             with pytest.raises(ValueError, match="kernel_constraint"):
                 layer.enable_lora(2)
         SemiStructuredSparse.detach(model)
-        assert dense.get_config()["kernel_constraint"] is None
     bases = [model.weights[0], model.weights[2]]
     before = [numpy(base) for base in bases]
     for layer in (dense, einsum):
         layer.enable_lora(2)
     fit(model, keras.optimizers.Adam(0.1, use_ema=True), epochs=1)
-    for base, value in zip(bases, before, strict=True):
-        np.testing.assert_array_equal(numpy(base), value)
-        assert violations(base, 2) == 0
+    models.assert_same([numpy(base) for base in bases], before)
     assert np.abs(numpy(dense.lora_kernel_b)).max() > 0
 
 
+@one_backend
 def test_detach_reaches_nested_and_private_constraints():
     constraint = SemiStructuredSparse("1:2", axis=0)
     inputs = keras.Input((3, 4))

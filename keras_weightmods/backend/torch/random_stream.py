@@ -1,53 +1,6 @@
-"""Random numbers of a training that can be saved and restored, on torch."""
+"""The state of torch's random numbers, to be saved and restored."""
 
-import contextlib
-
-import numpy as np
 import torch
-
-
-class RandomStream:
-    """A stream of random numbers beside torch's global one.
-
-    Dropout without a seed draws from torch's global generators, and so does
-    every data loader when it starts. In a stream of its own, what a train
-    step draws does not depend on how the data came.
-    """
-
-    def __init__(self):
-        self._states = None
-
-    @property
-    def states(self):
-        """Dict of uint8 arrays by device type; starts at torch's state."""
-        if self._states is None:
-            self._states = global_states()
-        return self._states
-
-    @states.setter
-    def states(self, states):
-        current = global_states()
-        for device, state in states.items():
-            if device in current and (
-                state.dtype != np.uint8 or state.shape != current[device].shape
-            ):
-                raise ValueError(
-                    f"The random state of {device!r} must be a uint8 array of "
-                    f"shape {current[device].shape}. Received: an array of "
-                    f"dtype {state.dtype} and shape {state.shape}"
-                )
-        # Of a device that is not in use here, its state is of no use either.
-        self._states = {**current, **states}
-
-    @contextlib.contextmanager
-    def active(self):
-        """Within, torch draws from this stream."""
-        states = self.states
-        devices = _cuda_devices()
-        with torch.random.fork_rng(devices):
-            set_global_states(states)
-            yield
-            self._states = global_states()
 
 
 def global_states():
