@@ -139,8 +139,8 @@ class SparsityReport(Report):
         size, zeros = totals["size"], totals["zero_share"]
         share = size / max(1, self.model_size)
         worst_first = sorted(
-            self.kernels, key=lambda k: (-k.violations, k.groups > 0)
-        )
+            self.kernels, key=lambda k: (k.violations, not k.groups)
+        )[::-1]
         yield Table(
             title=f"Sparsity, pattern {self.pattern}",
             columns=("kernel", "shape", "weights", "zeros", "bad groups"),
