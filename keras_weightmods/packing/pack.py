@@ -16,6 +16,7 @@ from keras_weightmods.core.head import reversible_embeddings
 from keras_weightmods.core.reparameterization import reparameterizations
 from keras_weightmods.core.targets import resolve_targets
 from keras_weightmods.native.layout import ACTIVATIONS
+from keras_weightmods.ops.matrix import to_stack
 from keras_weightmods.ops.nm import nm_violations
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing.formats import FORMATS, formats_of
@@ -269,47 +270,43 @@ def _item(
     None where rounding or pruning comes first.
     """
     variable, size = target.variable, target.contraction_size
-    is_sparse = not (
-        is_head
-        or size % 4
-        or nm_violations(variable.value, "2:4", target.contraction_axes)
-    )
+    axes, pattern = target.contraction_axes, None
+    if not (is_head or size % 4 or nm_violations(variable.value, "2:4", axes)):
+        pattern = "2:4"
 
-    def make(dtype: Any) -> Any:
+    def form_of(dtype: Any) -> Any:
         forms = formats_of(dtype)
-        form = forms.get("2:4" if is_sparse else None) or forms.get(None)
-        if form is None:
-            return None
-        own = form.activations
-        chosen = activations if activations in own else own[0]
-        return PackedParameters(target, form, trainable, chosen)
+        return forms.get(pattern) or forms.get(None)
 
-    if dtype is None and not trainable:
-        item = make("int4")
-        if _is_on_grid(item):
+    form = form_of("int4")
+    if dtype is None and not trainable and _begins_on_grid(target, form):
+        item = PackedParameters(target, form, False, activations)
+        item.pack()
+        if item.rounding_error == 0:
             return item
     if dtype is None and is_head:
         return "not rounded; `head='int8'` or `kwm.quantize` does it"
-    if dtype is None and is_sparse:
+    if dtype is None and pattern:
         is_half = variable.dtype == "bfloat16" and not trainable
         dtype = "bfloat16" if is_half else "float32"
-    item = make(dtype)
-    if item is None and size % 4:
-        return f"contraction size {size} is not a multiple of 4"
-    return item
+    form = form_of(dtype)
+    if form is not None:
+        return PackedParameters(target, form, trainable, activations)
+    return (
+        f"contraction size {size} is not a multiple of 4" if size % 4 else None
+    )
 
 
-def _is_on_grid(item: Any) -> bool:
-    """Return whether packing a weight does not round it; keep it packed.
+def _begins_on_grid(target: Any, form: Any) -> bool:
+    """Return whether packing does not round the first columns of a weight.
 
-    The first columns decide for nearly all that are rounded.
+    They decide for nearly all that are rounded, without packing them whole.
     """
-    first = np.ascontiguousarray(item.matrix()[:, : item.form.columns])
-    arrays = item.form.pack(first)
-    if not np.array_equal(item.form.unpack(arrays, first.shape, np), first):
-        return False
-    item.pack()
-    return bool(item.rounding_error == 0)
+    axes = target.contraction_axes, target.stack_axes
+    first = to_stack(target.variable.value, *axes)[0, :, : form.columns]
+    first = np.ascontiguousarray(ops.convert_to_numpy(first), np.float32)
+    same = form.unpack(form.pack(first), first.shape, np)
+    return np.array_equal(same, first)
 
 
 def _shared_variables(model: Any) -> dict[int, str]:

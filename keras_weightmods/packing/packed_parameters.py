@@ -62,7 +62,8 @@ class PackedParameters(Reparameterization):
         target: `Target` without a `reason_to_skip`.
         form: `Format`.
         trainable: Bool, whether the values are trained.
-        activations: String, what they are multiplied by.
+        activations: String, what they are multiplied by where the format
+            knows it; else the first that it knows.
 
     Raises:
         ValueError: If values of the format cannot be trained.
@@ -85,6 +86,8 @@ class PackedParameters(Reparameterization):
                 "Only float32 values can be trained. Received: trainable=True, "
                 f"format={form.name!r}"
             )
+        own = form.activations
+        activations = activations if activations in own else own[0]
         self.form, self.trainable = form, trainable
         self.activations = activations
         self.pattern = form.pattern

@@ -61,18 +61,21 @@ def test_a_linear_layer_ends_at_its_least_squares():
 
 @pytest.mark.parametrize("kind", [("swaps", "blocks"), "swaps", "blocks"])
 def test_outputs_get_nearer_and_nothing_else_changes(kind):
+    """Of a frozen model, which stays frozen, too."""
     x, errors = data(), {}
     for name in (None, kind):
         model = make_net()
+        model.trainable = kind == "blocks"
         dense, before = numpy(model(x)), weights_of(model)
-        flags = [v.trainable for v in model.variables]
+        flags = [v.trainable for v in (*model.layers, *model.variables)]
         report = refine(model, x, name)
         kwm.assert_sparse(model, "2:4")
         errors[name] = np.square(numpy(model(x)) - dense).mean()
         for variable, value in zip(model.weights, before):
             if variable.name != "kernel":
                 np.testing.assert_array_equal(numpy(variable), value)
-        assert flags == [v.trainable for v in model.variables]
+        after = [v.trainable for v in (*model.layers, *model.variables)]
+        assert flags == after
         assert not any(v.constraint for v in model.variables)
     assert errors[kind] < 0.9 * errors[None]
     with_blocks = "blocks" in kind
@@ -152,16 +155,6 @@ def test_a_language_model_and_its_padding():
     assert all(block.after < block.before for block in blocks)
     for a, b in zip(*results):
         np.testing.assert_allclose(a, b, atol=2e-3)
-
-
-def test_a_frozen_model_is_trained_and_stays_frozen():
-    model = make_net()
-    model.trainable = False
-    report = refine(model, data())
-    assert all(b.after < b.before for b in report.blocks)
-    assert not model.trainable
-    assert not model.trainable_variables
-    assert not any(layer.trainable for layer in model.layers)
 
 
 def test_refused_or_failed_the_model_is_as_it_was(monkeypatch):
