@@ -81,15 +81,11 @@ CIRCLE = "circle: kwm.core.targets > kwm.core.rules > kwm.core.targets"
     [
         ("core/rules.py", "from kwm.lift import mask", "not below"),
         ("core/rules.py", "def f():\n    import kwm.lift.mask", "not below"),
-        ("core/rules.py", "from ..lift.mask import mask", "not below"),
         ("native/packed.py", "x = 'kwm.backend.jax.order'", "not below"),
         ("utils/checks.py", "x = f'kwm.backend.{name}.order'", "not below"),
-        ("lift/mask.py", "from kwm.packing import pack", "not below"),
         ("lift/mask.py", "from kwm import packing", "not below"),
         ("lift/mask.py", "import kwm", "whole package"),
-        ("lift/mask.py", "from kwm import Name", "whole package"),
         ("lift/mask.py", "from .. import Name", "whole package"),
-        ("core/rules.py", "from .targets import Target", "circle"),
         ("core/rules.py", "def f():\n    import kwm.core.targets", CIRCLE),
     ],
 )

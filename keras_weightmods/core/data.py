@@ -79,11 +79,9 @@ def rows(data):
         and not isinstance(data, (bytes, dict, keras.KerasTensor))
     ):
         for item in _items(data):
-            # What a `DataLoader` gives for pairs.
-            is_pair = isinstance(item, list) and item and not is_row(item)
-            if is_pair and not isinstance(item[0], (str, list)):
-                item = item[0]
-            yield from rows(item)
+            # A `DataLoader` gives pairs as lists.
+            is_pair = isinstance(item, list) and _is_triple(item)
+            yield from rows(item[0] if is_pair else item)
     else:
         raise checks.error("texts", FORMS, data)
 

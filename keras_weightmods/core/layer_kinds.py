@@ -239,71 +239,66 @@ def _groups(layer: Any) -> str | None:
     )
 
 
+_MATRIX = Kernel(contraction_axes=(0,))
+_EINSUM = Kernel(
+    lambda layer: layer_calls.einsum_axes(layer.equation, True, False),
+    stack_axes=lambda layer: layer_calls.einsum_axes(
+        layer.equation, True, True
+    ),
+)
 # (spatial..., in, out), whatever the data format.
-_CONV = Kernel(contraction_axes=lambda layer: tuple(range(layer.rank + 1)))
+_CONV = Kernel(lambda layer: tuple(range(layer.rank + 1)))
 _DEPTHWISE = Kernel(
-    contraction_axes=lambda layer: tuple(range(layer.rank)),
+    lambda layer: tuple(range(layer.rank)),
     reason="a depthwise kernel contracts no channels",
     depthwise=True,
 )
 # (spatial..., out, in). Of a pixel of the output each sums over other taps, so
 # that the product is of a pixel of the input: its channels are contracted.
-_TRANSPOSED = LayerKind(
-    {
-        "kernel": Kernel(
-            contraction_axes=(-1,),
-            dense="of a transposed convolution, which adds up its products",
-        )
-    },
-    layer_calls.transposed_convolution,
-)
-_CONVOLUTION = LayerKind(
-    {"kernel": dataclasses.replace(_CONV, dense=_groups)},
-    layer_calls.convolution,
-)
-_SEPARABLE = LayerKind(
-    {"depthwise_kernel": _DEPTHWISE, "pointwise_kernel": _CONV},
-    layer_calls.separable_convolution,
-)
-_DEPTHWISE_CONVOLUTION = LayerKind({"kernel": _DEPTHWISE})
-# (in, gates * units) and (units, gates * units). On torch the loops around
-# the cells read their kernels whole.
-_CELL = LayerKind(
-    dict.fromkeys(("kernel", "recurrent_kernel"), Kernel(contraction_axes=(0,)))
+_TRANSPOSED = Kernel(
+    (-1,), dense="of a transposed convolution, which adds up its products"
 )
 
 # {layer class: kind}; `register_layer_kind` adds to it.
 _KINDS: dict[type, LayerKind] = {
-    layers.Dense: LayerKind(
-        {"kernel": Kernel(contraction_axes=(0,))}, layer_calls.dense
-    ),
+    layers.Dense: LayerKind({"kernel": _MATRIX}, layer_calls.dense),
     layers.EinsumDense: LayerKind(
-        {
-            "kernel": Kernel(
-                contraction_axes=lambda layer: layer_calls.einsum_axes(
-                    layer.equation, True, False
-                ),
-                stack_axes=lambda layer: layer_calls.einsum_axes(
-                    layer.equation, True, True
-                ),
-            )
-        },
+        {"kernel": _EINSUM},
         layer_calls.einsum_dense,
         layer_calls.einsum_reason,
     ),
-    layers.Conv1D: _CONVOLUTION,
-    layers.Conv2D: _CONVOLUTION,
-    layers.Conv3D: _CONVOLUTION,
-    layers.Conv1DTranspose: _TRANSPOSED,
-    layers.Conv2DTranspose: _TRANSPOSED,
-    layers.Conv3DTranspose: _TRANSPOSED,
-    layers.SeparableConv1D: _SEPARABLE,
-    layers.SeparableConv2D: _SEPARABLE,
-    layers.DepthwiseConv1D: _DEPTHWISE_CONVOLUTION,
-    layers.DepthwiseConv2D: _DEPTHWISE_CONVOLUTION,
-    layers.LSTMCell: _CELL,
-    layers.GRUCell: _CELL,
-    layers.SimpleRNNCell: _CELL,
+    **dict.fromkeys(
+        (layers.Conv1D, layers.Conv2D, layers.Conv3D),
+        LayerKind(
+            {"kernel": dataclasses.replace(_CONV, dense=_groups)},
+            layer_calls.convolution,
+        ),
+    ),
+    **dict.fromkeys(
+        (
+            layers.Conv1DTranspose,
+            layers.Conv2DTranspose,
+            layers.Conv3DTranspose,
+        ),
+        LayerKind({"kernel": _TRANSPOSED}, layer_calls.transposed_convolution),
+    ),
+    **dict.fromkeys(
+        (layers.SeparableConv1D, layers.SeparableConv2D),
+        LayerKind(
+            {"depthwise_kernel": _DEPTHWISE, "pointwise_kernel": _CONV},
+            layer_calls.separable_convolution,
+        ),
+    ),
+    **dict.fromkeys(
+        (layers.DepthwiseConv1D, layers.DepthwiseConv2D),
+        LayerKind({"kernel": _DEPTHWISE}),
+    ),
+    # (in, gates * units) and (units, gates * units). On torch the loops around
+    # the cells read their kernels whole.
+    **dict.fromkeys(
+        (layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell),
+        LayerKind({"kernel": _MATRIX, "recurrent_kernel": _MATRIX}),
+    ),
     keras_compat.ConvLSTMCell: LayerKind(
         {"kernel": _CONV, "recurrent_kernel": _CONV}
     ),
