@@ -14,7 +14,8 @@ from tests.test_docstrings import STEP
 
 PAGE = pathlib.Path(__file__).absolute().parent.parent / "docs" / "walks.md"
 
-pytestmark = pytest.mark.one_backend
+# The code of the page is run by tests/test_docstrings.py too.
+pytestmark = [pytest.mark.one_backend, pytest.mark.heavy]
 
 # On another backend, with the package and the files alone.
 LOADED = """

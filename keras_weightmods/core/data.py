@@ -80,8 +80,8 @@ def rows(data):
     ):
         for item in _items(data):
             # A `DataLoader` gives pairs as lists.
-            is_pair = isinstance(item, list) and _is_triple(item)
-            yield from rows(item[0] if is_pair else item)
+            is_list = isinstance(item, list) and not is_row(item)
+            yield from rows(item[0] if is_list and _is_triple(item) else item)
     else:
         raise checks.error("texts", FORMS, data)
 
