@@ -46,7 +46,17 @@ class TokenScorer:
     """
 
     def __init__(self, model, chunk_size=256):
-        check_inputs(model)
+        if not (model.built or model.variables):
+            expected = "a built `keras.Model`. Call it on data once"
+            raise checks.error("model", expected, model)
+        structure = input_of(model)
+        names = {*structure} if isinstance(structure, dict) else set()
+        if not names <= {"token_ids", "padding_mask"}:
+            raise ValueError(
+                "The model must take `token_ids` and `padding_mask`, or one "
+                f"tensor of token ids. Received: model={model.name!r}, which "
+                f"takes {sorted(names)}"
+            )
         self.model = model
         self.chunk_size = chunk_size
         self._built_for: list[int] | None = None
@@ -186,22 +196,6 @@ class _Head(keras.Model):
             "losses": ops.logsumexp(logits, axis=-1) - picked[..., 0],
             "is_greedy": ops.equal(likeliest, ops.cast(targets, "int32")),
         }
-
-
-def check_inputs(model):
-    """Raise ValueError unless the model takes tokens, or these and a mask."""
-    if not (model.built or model.variables):
-        expected = "a built `keras.Model`. Call it on data once"
-        raise checks.error("model", expected, model)
-    structure = input_of(model)
-    names = structure.keys() if isinstance(structure, dict) else set()
-    unknown = names - {"token_ids", "padding_mask"}
-    if unknown:
-        raise ValueError(
-            "The model must take `token_ids` and `padding_mask`, or one "
-            f"tensor of token ids. Received: model={model.name!r}, which "
-            f"takes {sorted(unknown)} as well"
-        )
 
 
 def _as_taken(model, token_ids, padding_mask):

@@ -226,13 +226,13 @@ def _check_path(filepath: Any, ending: str, overwrite: bool) -> pathlib.Path:
         os.path.abspath(checks.check_path("filepath", filepath))
     )
     received = os.fspath(filepath)
-    if not path.parent.is_dir() or (ending and path.suffix != ending):
-        expected = f"in a folder that exists, with the ending {ending!r}"
+    is_other = path.exists() and path.is_dir() is bool(ending)
+    has_ending = not ending or path.suffix == ending
+    if not path.parent.is_dir() or not has_ending or is_other:
+        kind = f"a file with the ending {ending!r}" if ending else "a folder"
+        expected = f"{kind}, in a folder that exists"
         raise checks.error("filepath", expected, received)
     _check_overwrite(path, overwrite)
-    if path.exists() and path.is_dir() is bool(ending):
-        expected = "a file" if ending else "a folder, or nothing yet"
-        raise checks.error("filepath", expected, received)
     if path.is_dir():
         names = {each.name for each in path.iterdir()}
         # Not any folder is replaced, by a slip.

@@ -164,19 +164,19 @@ class Checkpoint(keras.callbacks.Callback):
             try:
                 reader = container.Reader(file, _FORMAT, (_VERSION,))
             except (ValueError, OSError) as error:
-                problems.append((file, str(error)))
+                problems.append((file, error))
                 continue
             with reader:
                 self._loaded = _load(model, reader)
-            if problems:
+            # They are newer by their names, and would be kept in its place.
+            for broken, error in problems:
                 warnings.warn(
                     f"`Checkpoint` goes on from {name!r}, as a later one "
-                    f"cannot be read. {problems[0][1]}",
+                    f"cannot be read. {error}",
                     stacklevel=3,
                 )
-            # They are newer by their names, and would be kept in its place.
-            for broken, _ in problems if shared.is_first() else []:
-                os.replace(broken, f"{broken}.unreadable")
+                if shared.is_first():
+                    os.replace(broken, f"{broken}.unreadable")
             return name
         if problems:
             raise ValueError(
@@ -294,11 +294,6 @@ def _contents(model: Any, state: dict[str, Any]) -> tuple[Any, Any]:
     Each of several processes has to go through all of it.
     """
     kind, keys, *rest = np.random.get_state()
-    if kind != "MT19937":
-        raise ValueError(
-            "Expected NumPy's global generator to be the one that it starts "
-            f"with, MT19937, whose state can be saved. Received: {kind}"
-        )
     numpy_state = [kind, np.asarray(keys).tolist(), *rest]
     state = {**state, "python": random.getstate(), "numpy": numpy_state}
     arrays = {_STATE: bounded_json.json_array(state)}

@@ -15,6 +15,7 @@ at a time. Nothing in a file is code.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -149,11 +150,9 @@ class Writer:
         # The widest first, as safetensors does: each array is then aligned.
         width = {n: numpy_dtype(e.dtype).itemsize for n, e in entries.items()}
         order = sorted(entries, key=width.__getitem__, reverse=True)
-        self._offsets: dict[str, int] = {}
-        end = 0
-        for name in order:
-            self._offsets[name] = end
-            end += self.entries[name].size
+        sizes = (self.entries[name].size for name in order)
+        starts = itertools.accumulate(sizes, initial=0)
+        self._offsets = dict(zip(order, starts))
         self._checksums = dict.fromkeys(order, _NO_CHECKSUM)
         self._metadata = {"format": format, "version": str(version)}
         self._start = len(self._header(_NO_CHECKSUM))

@@ -11,7 +11,6 @@ import warnings
 import keras
 import numpy as np
 import pytest
-import safetensors.numpy
 from keras import ops
 
 import keras_weightmods as kwm
@@ -44,20 +43,6 @@ class Tower(keras.Model):
 
     def get_config(self):
         return {**super().get_config(), "depth": self.depth}
-
-
-@keras.saving.register_keras_serializable("tests.saving")
-class Block(keras.layers.Layer):
-    """Its kernel has the path "o_proj/kernel", like that of any other."""
-
-    def build(self, input_shape):
-        self.projection = keras.layers.Dense(input_shape[-1], name="o_proj")
-
-    def call(self, x):
-        if not self.projection.built:
-            with keras.name_scope("", override_parent=""):
-                self.projection.build(x.shape)
-        return self.projection(x)
 
 
 def sequential():
@@ -286,21 +271,6 @@ def test_lora_on_plain_layers_is_merged(path):
     np.testing.assert_allclose(outputs(loaded, x), outputs(model, x), rtol=1e-5)
 
 
-@pytest.mark.one_backend
-def test_equal_paths(path):
-    x = inputs = keras.Input((8,))
-    for _ in range(3):
-        x = Block()(x)
-    model = randomize(keras.Model(inputs, x))
-    kernels = [w.path for w in model.weights if w.name == "kernel"]
-    assert kernels == ["o_proj/kernel"] * 3
-    round_trip(model, path)
-    kwm.attach_scaling(model, targets=kwm.find_targets(model)[1:])
-    loaded = round_trip(randomize(model), path)
-    for a, b in zip(model.layers, loaded.layers, strict=True):
-        assert (a.name, len(a.weights)) == (b.name, len(b.weights))
-
-
 class Inner(keras.Model):
     """Has a model that begins inside of another graph."""
 
@@ -432,12 +402,11 @@ def test_vocabularies_are_saved(path):
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize(("dtype", "share"), [(None, 0.54), ("int4", 0.103)])
-def test_the_file_of_a_packed_model_has_the_packed_size(dtype, share, path):
+def test_the_file_of_a_packed_model_has_the_packed_size(path):
     model = make_sparse(mlp(512, 512, use_bias=False))
-    kwm.pack(model, dtype=dtype)
+    kwm.pack(model)
     kwm.save_model(model, path)
-    assert os.path.getsize(path) < share * 4 * 512 * 512 + 6000
+    assert os.path.getsize(path) < 0.54 * 4 * 512 * 512 + 6000
 
 
 @pytest.mark.one_backend
@@ -483,33 +452,30 @@ def test_wrong_arguments(tmp_path):
     assert (tmp_path / "file").read_text() == "before"
 
 
-def unlike(config):
+@keras.saving.register_keras_serializable("tests.saving")
+class Unlike(keras.layers.Layer):
     """A layer that is not rebuilt as it was saved."""
 
-    @keras.saving.register_keras_serializable("tests.saving")
-    class Unlike(keras.layers.Layer):
-        def __init__(self, units=4, **kwargs):
-            super().__init__(**kwargs)
-            self._units = units
+    def __init__(self, units=4, more=None, **kwargs):
+        super().__init__(**kwargs)
+        self._units, self._more = units, more or {}
 
-        def build(self, input_shape):
-            self.kernel = self.add_weight((input_shape[-1], self._units))
+    def build(self, input_shape):
+        self.kernel = self.add_weight((input_shape[-1], self._units))
 
-        def call(self, x):
-            return ops.matmul(x, self.kernel)
+    def call(self, x):
+        return ops.matmul(x, self.kernel)
 
-        def get_config(self):
-            return {**super().get_config(), **config}
-
-    return Unlike(6)
+    def get_config(self):
+        return {**super().get_config(), **self._more}
 
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("make_layer", "match"),
     [
-        (lambda: unlike({}), r"weights/layers/unlike/0 .*\(8, 6\).*\(8, 4\)"),
-        (lambda: unlike({"unknown": 1}), "unknown"),
+        (lambda: Unlike(6), r"weights/layers/unlike/0 .*\(8, 6\).*\(8, 4\)"),
+        (lambda: Unlike(6, {"unknown": 1}), "unknown"),
         (lambda: keras.layers.Lambda(lambda x: 2 * x), "Lambda"),
     ],
 )
@@ -522,23 +488,6 @@ def test_a_model_that_could_not_be_loaded_is_not_saved(
         kwm.save_model(model, tmp_path / "file")
     assert "get_config" in str(error.value)
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.one_backend
-def test_a_full_disk_leaves_nothing(path, monkeypatch):
-    model = sequential()
-    kwm.save_model(model, path)
-    before = path.read_bytes()
-
-    def full(self, name, array):
-        raise OSError("No space left on device")
-
-    randomize(model)
-    monkeypatch.setattr(container.Writer, "write", full)
-    with pytest.raises(OSError, match="No space left"):
-        kwm.save_model(model, path)
-    assert os.listdir(path.parent) == [path.name]
-    assert path.read_bytes() == before
 
 
 # Files that are whole and hostile: every hash is right.
@@ -771,17 +720,6 @@ def test_altered_files_are_refused_before_anything_is_built(
         path.write_bytes(each)
         with pytest.raises(ValueError, match=r"Entry|The header|The checksum"):
             kwm.load_model(path)
-
-
-@pytest.mark.one_backend
-def test_other_files_are_refused(tmp_path):
-    sequential().save(tmp_path / "model.keras")
-    expected = r"a \.keras file, which `keras\.models\.load_model` reads"
-    with pytest.raises(ValueError, match=expected):
-        kwm.load_model(tmp_path / "model.keras")
-    safetensors.numpy.save_file({"x": np.ones(3)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="safetensors file of another prog"):
-        kwm.load_model(tmp_path / "other")
 
 
 @keras.saving.register_keras_serializable("tests")
