@@ -393,13 +393,10 @@ def test_many_values_of_json_are_not_read(path):
     assert bounded_json.json_array(["token"] * 10**6).size > 10**6
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [(2,), [-1], [True], [2.0], ["2"], [2**48], [2**40] * 2, [1] * 33, None],
-)
-def test_what_is_no_shape(shape):
-    assert not container.is_shape(shape)
+def test_what_is_no_shape():
     assert container.is_shape([0, 3, 2**40])
+    for shape in ((2,), [-1], [True], [2.0], ["2"], [2**48], [2**40] * 2, None):
+        assert not container.is_shape(shape)
 
 
 def test_a_wrong_checksum(path, data):
