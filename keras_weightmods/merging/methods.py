@@ -115,10 +115,6 @@ def register_merge_method(
         raise checks.error("name", f"none of {sorted(_BUILT_IN)}", name)
     if not callable(function):
         raise checks.error("function", "a callable", function)
-    known = {field.name for field in dataclasses.fields(MergeMethod)}
-    if unknown := {*fields} - known:
-        expected = f"of {sorted(known - {'function'})}"
-        raise checks.error("fields", expected, sorted(unknown))
     method = MergeMethod(function, **fields)
     checks.check_choice("weights", method.weights, WEIGHTS)
     METHODS[name] = method
@@ -203,15 +199,15 @@ def _della(task):
     size = 2 * max(1, tasks.PIECE // (2 * count)) * count
 
     def drawn(changes, part):
-        return [
-            drawn_by_size(
-                x.reshape(-1, count),
-                task.density,
-                task.options["epsilon"],
-                task.generator(model, part.start // 2),
-            ).reshape(-1)
-            for model, x in enumerate(changes)
-        ]
+        found = []
+        for model, change in enumerate(changes):
+            rows = change.reshape(-1, count)
+            epsilon = task.options["epsilon"]
+            keep = keep_probabilities(rows, task.density, epsilon)
+            generator = task.generator(model, part.start // 2)
+            uniform = generator.random(rows.shape, dtype="float32")
+            found.append((rows / keep * (uniform < keep)).reshape(-1))
+        return found
 
     if task.axes is None:
         # Rows one after the other, as they are stored.
@@ -274,9 +270,10 @@ def _iso_c(task):
     total = np.zeros_like(base)
     for i, weight in enumerate(task.weights):
         total += weight * (task.read(i, whole) - base)
-    made = np.stack([isotropic(x) for x in _matrices(total, task)])
-    flat = _from_matrices(made, task)
-    yield whole, base + task.options["scale"] * flat
+    # Iso-C (arXiv 2502.04959), equation 6: all singular values at their mean.
+    left, values, right = np.linalg.svd(_matrices(total, task), False)
+    made = np.mean(values, -1)[:, None, None] * (left @ right)
+    yield whole, base + task.options["scale"] * _from_matrices(made, task)
 
 
 WEIGHTS = ("any", "mean", "shares", "votes", "none")
@@ -389,22 +386,6 @@ def keep_probabilities(
     keep = np.empty(rows.size, "float32")
     keep[order] = density + steps
     return keep.reshape(rows.shape)
-
-
-def drawn_by_size(rows, density, epsilon, generator):
-    """Return rows of which entries are drawn as DELLA does, and scaled."""
-    keep = keep_probabilities(rows, density, epsilon)
-    uniform = generator.random(rows.shape, dtype="float32")
-    return rows / keep * (uniform < keep)
-
-
-def isotropic(matrix: np.ndarray) -> np.ndarray:
-    """Return a matrix with all singular values at their mean.
-
-    Iso-C (arXiv 2502.04959), equation 6.
-    """
-    left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    return values.mean() * (left @ right)
 
 
 def _order(task):

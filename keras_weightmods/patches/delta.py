@@ -40,16 +40,76 @@ def differences(
     if whole is not None:
         ids = {id(v) for v in matching_weights("whole", whole, model)}
         replaced = {p for p, v in enumerate(model.weights) if id(v) in ids}
+    drawn = _drawn_masks(model)
+    entries: list[PatchEntry] = []
+    problems, lost, count = [], 0, 0
     # Each is compared, and read once more for the hash.
     with Progress(2 * len(new.infos), "weight", verbose) as progress:
-        return {
-            "entries": _entries(
-                new, old, dtype, replaced, _drawn_masks(model), progress
-            ),
-            "architecture": new.infos,
-            "base": old.fingerprint(without=replaced, see=progress.add),
-            "whole": tuple(sorted(replaced)),
-        }
+        hash_of_base = old.fingerprint(without=replaced, see=progress.add)
+        for info in progress.each(new.infos):
+            before, after = (
+                np.ascontiguousarray(each.read(info.position)).reshape(-1)
+                for each in (old, new)
+            )
+            bits = f"u{before.itemsize}"
+            is_changed = before.view(bits) != after.view(bits)
+            places, seed = np.flatnonzero(is_changed), None
+            if info.position in replaced:
+                places = np.arange(after.size)
+            elif info.position in drawn:
+                drawn_from, mask = drawn[info.position]
+                # Those without a change cost more than places: few, or none
+                # where new values replace what other patches make of them.
+                most = 0 if dtype is None else mask.size // 32
+                unchanged = mask[~is_changed[mask]]
+                if (
+                    mask.size - unchanged.size == places.size
+                    and unchanged.size <= most
+                    and is_finite(after[unchanged])
+                ):
+                    places, seed = mask.astype("int64"), drawn_from
+            if not places.size:
+                continue
+            if info.dtype not in FLOATS:
+                problems.append(
+                    f"{info.key}: {info.dtype}, which has changed. A delta "
+                    "holds floats alone: to leave this out, give it the value "
+                    "that it has in `base`"
+                )
+                continue
+            if dtype is None or info.position in replaced:
+                tensor: Sparse = Replacing(places, after[places])
+                entries.append(PatchEntry(info, tensor, seed=seed))
+                continue
+            wide = "float64" if info.dtype == "float64" else "float32"
+            before, after = (x[places].astype(wide) for x in (before, after))
+            with np.errstate(over="ignore", invalid="ignore"):
+                change = (after - before).astype(numpy_dtype(dtype))
+            # Added to 0.0 and to -0.0 it leaves the sign.
+            change[~is_changed[places]] = -0.0
+            lost += int(np.count_nonzero((change == 0) & (after != before)))
+            count += change.size
+            entries.append(PatchEntry(info, Sparse(places, change), seed=seed))
+    checks.raise_all("The change cannot be stored:", problems)
+    if not entries:
+        raise ValueError(
+            "`model` must differ from `base`. Received: two models with equal "
+            "weights. Pass the list that `model.get_weights()` returned "
+            "before the training."
+        )
+    if lost:
+        warnings.warn(
+            f"{lost} of {count} changes are too small for {dtype} and stored "
+            "as 0. Take a `dtype` of more range: bfloat16 has that of float32, "
+            "and None is exact.",
+            stacklevel=3,
+        )
+    return {
+        "entries": tuple(entries),
+        "architecture": new.infos,
+        "base": hash_of_base,
+        "whole": tuple(sorted(replaced)),
+    }
 
 
 def _drawn_masks(model: Any) -> dict[int, tuple[int, np.ndarray]]:
@@ -65,77 +125,3 @@ def _drawn_masks(model: Any) -> dict[int, tuple[int, np.ndarray]]:
         for variable, seed, places in find()
         if id(variable) in positions
     }
-
-
-def _entries(
-    new: Checkpoint,
-    old: Checkpoint,
-    dtype: str | None,
-    replaced: set[int],
-    drawn: dict[int, tuple[int, np.ndarray]],
-    progress: Progress,
-) -> tuple[PatchEntry, ...]:
-    """Return the entries of a delta, all of them checked."""
-    entries, problems = [], []
-    lost = count = 0
-    for info in new.infos:
-        progress.add()
-        before, after = old.read(info.position), new.read(info.position)
-        is_changed = _bits(before) != _bits(after)
-        places, seed = np.flatnonzero(is_changed), None
-        if info.position in replaced:
-            places = np.arange(after.size)
-        elif info.position in drawn:
-            drawn_from, mask = drawn[info.position]
-            # Those without a change cost more than places: few, or none where
-            # new values replace what other patches make of them.
-            most = 0 if dtype is None else mask.size // 32
-            unchanged = mask[~is_changed[mask]]
-            if (
-                mask.size - unchanged.size == places.size
-                and unchanged.size <= most
-                and is_finite(after.reshape(-1)[unchanged])
-            ):
-                places, seed = mask.astype("int64"), drawn_from
-        if places.size and info.dtype not in FLOATS:
-            problems.append(
-                f"{info.key}: {info.dtype}, which has changed. A delta holds "
-                "floats alone: to leave this out, give it the value that it "
-                "has in `base`"
-            )
-        if not places.size or info.dtype not in FLOATS:
-            continue
-        if dtype is None or info.position in replaced:
-            tensor: Sparse = Replacing(places, after.reshape(-1)[places])
-            entries.append(PatchEntry(info, tensor, seed=seed))
-            continue
-        wide = "float64" if info.dtype == "float64" else "float32"
-        before, after = (
-            x.reshape(-1)[places].astype(wide) for x in (before, after)
-        )
-        with np.errstate(over="ignore", invalid="ignore"):
-            change = (after - before).astype(numpy_dtype(dtype))
-        # Added to 0.0 and to -0.0 it leaves the sign.
-        change[~is_changed[places]] = -0.0
-        lost += int(np.count_nonzero((change == 0) & (after != before)))
-        count += change.size
-        entries.append(PatchEntry(info, Sparse(places, change), seed=seed))
-    checks.raise_all("The change cannot be stored:", problems)
-    if not entries:
-        raise ValueError(
-            "`model` must differ from `base`. Received: two models with equal "
-            "weights. Pass the list that `model.get_weights()` returned "
-            "before the training."
-        )
-    if lost:
-        warnings.warn(
-            f"{lost} of {count} changes are too small for {dtype} and stored "
-            "as 0. Take a `dtype` of more range: bfloat16 has that of float32, "
-            "and None is exact.",
-            stacklevel=4,
-        )
-    return tuple(entries)
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(f"u{array.itemsize}")

@@ -60,26 +60,25 @@ class WeightInfo:
 class Quantized:
     """An array in integers of 8, 4 or 2 bits, symmetric around zero.
 
-    A weight is `scale * (code - levels)`, with one scale for the array or one
-    for each index of its last axis, and `levels = 2 ** (bits - 1) - 1`.
+    A weight is `scale * (code - levels)`, with `levels = 2 ** (bits - 1) - 1`.
 
     Attributes:
         packed: uint8 array, one axis: 1, 2 or 4 codes a byte, the first in
             the lowest bits.
-        scales: float32 array of shape `()` or `(shape[-1],)`.
+        scale: float32 array of shape `()`.
         bits: 8, 4 or 2.
         shape: Tuple of ints.
     """
 
     packed: np.ndarray
-    scales: np.ndarray
+    scale: np.ndarray
     bits: int
     shape: tuple[int, ...]
 
     @property
     def arrays(self):
         """The arrays that hold it; the last one is of floats."""
-        return self.packed, self.scales
+        return self.packed, self.scale
 
     @property
     def size(self):
@@ -88,8 +87,8 @@ class Quantized:
 
     @property
     def nbytes(self):
-        """Int, the bytes of the codes and of the scales."""
-        return self.packed.nbytes + self.scales.nbytes
+        """Int, the bytes of the codes and of the scale."""
+        return self.packed.nbytes + self.scale.nbytes
 
     def codes(self):
         """Return the uint8 array of `shape`."""
@@ -101,7 +100,7 @@ class Quantized:
     def dequantized(self):
         """Return the float32 array of `shape`."""
         levels = np.float32(2 ** (self.bits - 1) - 1)
-        return np.asarray((self.codes() - levels) * self.scales)
+        return np.asarray((self.codes() - levels) * self.scale)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,7 +213,7 @@ def code_bytes(size, bits):
     return -(-size * bits // 8)
 
 
-def quantize(x, bits, per_channel):
+def quantize(x, bits):
     """Round an array to integers of `bits` bits.
 
     The largest level lies at the largest weight with 8 bits, and where the
@@ -224,37 +223,28 @@ def quantize(x, bits, per_channel):
     Args:
         x: float32 array.
         bits: 8, 4 or 2.
-        per_channel: Bool, a scale for each index of the last axis. An array
-            of fewer than two axes has one scale in any case.
 
     Returns:
         A `Quantized`.
     """
     levels = 2 ** (bits - 1) - 1
-    per_channel = per_channel and x.ndim >= 2
-    channels = x.shape[-1] if per_channel else 1
-    columns = x.reshape(-1, channels).astype("float64")
-    largest = np.max(np.abs(columns), axis=0, initial=0.0)
-    best = np.full(channels, np.inf)
-    scales = np.zeros(channels, "float32")
-    for clip in _CLIPS if bits < 8 else _CLIPS[:1]:
-        candidate = (clip * largest / levels).astype("float32")
-        rounded = _round(columns, candidate, levels) * candidate
-        error = np.sum(np.square(rounded - columns), axis=0)
-        better = error < best
-        scales[better] = candidate[better]
-        best[better] = error[better]
-    codes = (_round(columns, scales, levels) + levels).astype("uint8")
+    flat = x.reshape(-1).astype("float64")
+    largest = np.max(np.abs(flat), initial=0.0)
+
+    def rounded(scale):
+        with np.errstate(over="ignore"):
+            scaled = flat / scale if scale > 0 else np.zeros_like(flat)
+        return np.clip(np.rint(scaled), -levels, levels)
+
+    def error(scale):
+        return np.sum(np.square(rounded(scale) * scale - flat))
+
+    clips = _CLIPS if bits < 8 else _CLIPS[:1]
+    scales = [np.float32(clip * largest / levels) for clip in clips]
+    scale = min(scales, key=error)
     per_byte = 8 // bits
-    padded = np.zeros(code_bytes(x.size, bits) * per_byte, "uint8")
-    padded[: x.size] = codes.reshape(-1)
+    codes = np.zeros(code_bytes(x.size, bits) * per_byte, "uint8")
+    codes[: x.size] = rounded(scale) + levels
     shifts = np.arange(per_byte, dtype="uint8") * np.uint8(bits)
-    packed = np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, 1)
-    shape = (-1,) if per_channel else ()
-    return Quantized(packed, scales.reshape(shape), bits, x.shape)
-
-
-def _round(columns, scales, levels):
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scaled = np.where(scales > 0, columns / scales, 0.0)
-    return np.clip(np.rint(scaled), -levels, levels)
+    packed = np.bitwise_or.reduce(codes.reshape(-1, per_byte) << shifts, 1)
+    return Quantized(packed, np.asarray(scale), bits, x.shape)

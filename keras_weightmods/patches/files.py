@@ -1,7 +1,7 @@
 """Patches in files, checked before anything in them is used.
 
 A file (see `saving.container`) holds for each weight of a signature an array of
-floats, or one of integers and one of their scales; for each weight of a delta
+floats, or one of integers and their scale; for each weight of a delta
 the bytes of the places, of the exponents and of the rest of the numbers (see
 `coding`); and, as JSON, everything else.
 """
@@ -46,7 +46,7 @@ _PLANES = (".places", ".exponents", ".rest")
 # What the JSON has of an entry of each kind, and the endings of its arrays.
 _KINDS: dict[Any, tuple[dict[str, Any], tuple[str, ...]]] = {
     "floats": ({"depth": int, "replaced": float}, ("",)),
-    "integers": ({"depth": int, "bits": int}, ("", ".scales")),
+    "integers": ({"depth": int, "bits": int}, ("", ".scale")),
     "differences": (_SPARSE, _PLANES),
     "values": (_SPARSE, _PLANES),
 }
@@ -193,13 +193,10 @@ def _dense(row, info, reader):
     _check(is_right, f"entry for {info.key}")
     size = code_bytes(math.prod(info.shape), bits)
     packed = _array(reader, name, "uint8", [(size,)])
-    shapes = [(), info.shape[-1:]] if len(info.shape) > 1 else [()]
-    scales = _array(reader, f"{name}.scales", "float32", shapes)
-    tensor = Quantized(packed, scales, bits, info.shape)
-    _check(
-        np.all(scales >= 0) and np.all(tensor.codes() < 2**bits - 1),
-        f"codes of {info.key}",
-    )
+    scale = _array(reader, f"{name}.scale", "float32", [()])
+    tensor = Quantized(packed, scale, bits, info.shape)
+    is_right = scale >= 0 and np.all(tensor.codes() < 2**bits - 1)
+    _check(is_right, f"codes of {info.key}")
     return PatchEntry(info, tensor, depth=row["depth"])
 
 

@@ -151,19 +151,10 @@ def contents_report(
             numbers, bits = tensor.dequantized(), tensor.bits
         if isinstance(tensor, Replacing):
             replaced = tensor.size / math.prod(entry.info.shape)
-        rows.append(
-            PatchRow(
-                key=entry.key,
-                path=entry.info.path,
-                shape=entry.info.shape,
-                depth=entry.depth,
-                entries=tensor.size,
-                bits=bits,
-                nbytes=tensor.nbytes,
-                norm=float(np.linalg.norm(numbers.astype("float64"))),
-                replaced=replaced,
-            )
-        )
+        norm = float(np.linalg.norm(numbers.astype("float64")))
+        about = entry.key, entry.info.path, entry.info.shape, entry.depth
+        sizes = tensor.size, bits, tensor.nbytes
+        rows.append(PatchRow(*about, *sizes, norm, replaced))
     nbytes = patch.nbytes if filepath is None else os.path.getsize(filepath)
     return PatchContentsReport(
         name=patch.name,

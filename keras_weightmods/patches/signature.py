@@ -341,9 +341,7 @@ class WeightSignature(Patch):
         checks.check_int("depth", depth, least=shallowest)
         return self.with_entries(e for e in self if e.depth < depth)
 
-    def quantize(
-        self, bits: int = 8, per_channel: bool = False, verbose: int = 1
-    ) -> Self:
+    def quantize(self, bits: int = 8, verbose: int = 1) -> Self:
         """Return the signature in integers of `bits` bits.
 
         Symmetric around zero. Statistics stay in float32: small variances
@@ -351,9 +349,6 @@ class WeightSignature(Patch):
 
         Args:
             bits: 8, 4 or 2; 4 and 2 are packed into bytes, also in files.
-            per_channel: Bool, a scale for each index of a kernel's last axis,
-                the output units of Dense and Conv layers, instead of one for
-                each tensor. Defaults to False.
             verbose: As in `extract`.
 
         Returns:
@@ -363,13 +358,12 @@ class WeightSignature(Patch):
             ValueError: If `bits` is something else.
         """
         checks.check_choice("bits", bits, (8, 4, 2))
-        checks.check_bool("per_channel", per_channel)
         checks.check_verbose(verbose)
         entries = []
         with Progress(len(self), "weight", verbose) as progress:
             for entry in self:
                 if not entry.info.is_statistic:
-                    tensor = quantize(entry.dequantized(), bits, per_channel)
+                    tensor = quantize(entry.dequantized(), bits)
                     entry = entry.with_tensor(tensor)
                 entries.append(entry)
                 progress.add()

@@ -17,7 +17,7 @@ def test_ties_without_a_majority():
 
 def test_algebra(model):
     a, b = (make_signature(model, seed) for seed in (1, 2))
-    c, small, tiny = a.truncate(1), a.quantize(8), b.quantize(4, True)
+    c, small, tiny = a.truncate(1), a.quantize(8), b.quantize(4)
 
     def whole(signature):
         found = np.zeros(200)

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.one_backend
 
 @pytest.fixture(scope="module")
 def signature(model):
-    """All kinds of tensors: float32, 4 bits per channel, statistics."""
-    packed = make_signature(model, statistics="replace").quantize(4, True)
+    """All kinds of tensors: float32, 4 bits, statistics."""
+    packed = make_signature(model, statistics="replace").quantize(4)
     plain = make_signature(model, depth=3, name="noise")
     # The third layer stays in float32.
     return plain.with_entries([*packed, *(e for e in plain if e.depth == 2)])
@@ -182,7 +182,7 @@ def config_attacks(of):
 
 
 def array_attacks(of):
-    names = ("0", "0.scales", "4", "12", files.CONFIG)
+    names = ("0", "0.scale", "4", "12", files.CONFIG)
     if of == "planes":
         names = [f"1{ending}" for ending in files._PLANES]
     for name in names:
@@ -203,7 +203,7 @@ def array_attacks(of):
                 yield setter(name, value=np.full(40, value, "uint8"))
         return
     # Not finite, and codes that no quantizer writes.
-    wrong = {"4": (np.nan, np.inf), "0.scales": (np.nan, -1), "0": (255,)}
+    wrong = {"4": (np.nan, np.inf), "0.scale": (np.nan, -1), "0": (255,)}
     for name, values in wrong.items():
         for value in values:
             yield lambda arrays, n=name, value=value: arrays[n].fill(value)
