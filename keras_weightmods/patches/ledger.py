@@ -167,16 +167,7 @@ class Ledger:
         entries = self._entries_after(after)
         known = {p: self._weights[p] for p in entries if p in self._weights}
         changed = self._changed(model, known, force)
-        # Of what was replaced as a whole nothing is known then.
-        left = [
-            p
-            for p in changed
-            for is_whole in [known[p].places is None]
-            if any(
-                e.replaced or (is_whole and isinstance(e.tensor, Replacing))
-                for e in known[p].entries.values()
-            )
-        ]
+        left = [p for p in changed if _is_lost(known[p])]
         subtracted = [
             p for p in changed if p not in left and known[p].places is None
         ]
@@ -310,6 +301,15 @@ def changed_list(weights, patch, scale):
         problems.append(problem)
     raise_all("The change cannot be made:", filter(None, problems))
     return values
+
+
+def _is_lost(weight):
+    """Return whether the patches cannot be subtracted from a weight."""
+    is_whole = weight.places is None
+    return any(
+        entry.replaced or (is_whole and isinstance(entry.tensor, Replacing))
+        for entry in weight.entries.values()
+    )
 
 
 def _terms(patches, entries, places):
