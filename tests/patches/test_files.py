@@ -108,7 +108,7 @@ def remover(*keys):
 
 def config_attacks(of):
     """Changes of what the JSON of a signature or a delta holds."""
-    wrong = [None, True, -1, 1.5, "0", [], {}, 10**40, [[]], [{}]]
+    wrong = [None, True, 1.5, "0", [], {}, [{}]]
     sound = {
         "name": ("0", None),
         "base": (None,),
@@ -141,7 +141,7 @@ def config_attacks(of):
         keys = ("position", *files._SPARSE)
     for key in keys:
         yield remover("entries", 0, key)
-        for value in (True, -1, 10**9, 10**40, 1e300, "0", 30, 32.0, [[]]):
+        for value in (True, -1, 10**40, 1e300, "0", 30, [[]]):
             # Places are drawn from row 0 of a delta, from whatever seed.
             if key != "seed" or type(value) is not int or value < 0:
                 yield setter("entries", 0, key, value=value)

@@ -362,7 +362,7 @@ def test_threads_change_a_model_one_after_the_other():
     changes = [make_signature(model, seed) for seed in range(4)]
 
     def work(change):
-        for _ in range(20):
+        for _ in range(8):
             change.apply(model, 0.5)
             change.apply(model, 0.7)
             change.remove(model)
