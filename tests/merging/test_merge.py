@@ -279,19 +279,12 @@ def test_gradients_and_filters_of_weights():
 def test_include_and_exclude():
     a, b, base = models()
     merged = mlp()
+    given = {"include": "kernel", "exclude": [f"^{base.layers[-1].name}/"]}
     report = kwm.merge(
-        [a, b],
-        merged,
-        "task_arithmetic",
-        base=base,
-        include="kernel",
-        exclude=[f"^{base.layers[-1].name}/"],
-        verbose=0,
+        [a, b], merged, "task_arithmetic", base=base, verbose=0, **given
     )
-    same = [
-        np.array_equal(x, y)
-        for x, y in zip(weights_of(merged), weights_of(base))
-    ]
+    pairs = zip(weights_of(merged), weights_of(base))
+    same = [np.array_equal(x, y) for x, y in pairs]
     assert same == [False, True, True, True]
     reasons = [each.reason for each in report.skipped]
     assert reasons == ["not included", "excluded", "excluded"]
@@ -373,32 +366,20 @@ def test_what_is_not_trained_is_that_of_the_base(tmp_path):
 
 @breadth("dtype", ["bfloat16", "float16"])
 def test_other_dtypes(dtype, tmp_path):
-    def make():
-        return mlp(4, 3, dtype=dtype)
-
-    paths, found = files(tmp_path, make=make)
+    paths, found = files(tmp_path, make=lambda: mlp(4, 3, dtype=dtype))
     kwm.merge(paths[:2], tmp_path / "m.safetensors", verbose=0)
-    wide = [x.astype("float32") for x in weights_of(found[0])]
-    other = [x.astype("float32") for x in weights_of(found[1])]
     got = weights_of(kwm.load_model(tmp_path / "m.safetensors"))
-    expected = [
-        ((x + y) / 2).astype(z.dtype) for x, y, z in zip(wide, other, got)
-    ]
+    wide = [[x.astype("float32") for x in weights_of(m)] for m in found[:2]]
+    expected = [((x + y) / 2).astype(z.dtype) for x, y, z in zip(*wide, got)]
     assert_same(got, expected)
-    large = found[0]
+    large, output, base = found
     large.set_weights([x * 0 + 6e4 for x in weights_of(large)])
     if dtype == "float16":
-        before = weights_of(found[1])
+        before = weights_of(output)
+        given = {"base": base, "scale": 3.0, "verbose": 0}
         with pytest.raises(ValueError, match="must be finite in float16"):
-            kwm.merge(
-                [large, large],
-                found[1],
-                "task_arithmetic",
-                base=found[2],
-                scale=3.0,
-                verbose=0,
-            )
-        assert_same_bits(weights_of(found[1]), before)
+            kwm.merge([large] * 2, output, "task_arithmetic", **given)
+        assert_same_bits(weights_of(output), before)
 
 
 @pytest.mark.one_backend

@@ -106,14 +106,3 @@ def test_floats_come_back(dtype):
     normal = random.normal(size=9999).astype(dtype)
     first, _ = coding.split_floats(normal)
     assert coding.compress(first).size < 0.8 * first.size
-
-
-@pytest.mark.parametrize(
-    ("density", "most"),
-    [(0.01, 9.0), (0.05, 5.9), (1.0, 1.1)],
-)
-def test_bits_of_a_place(density, most):
-    random = np.random.default_rng(0)
-    places = np.flatnonzero(random.random(500_000) < density)
-    packed = coding.pack_gaps(places)
-    assert 8 * packed.size / places.size <= most
