@@ -157,7 +157,7 @@ def config_attacks(of):
     yield setter("entries", 4, "bits", value=8)
     for value in (np.nan, np.inf, -1, 0):
         yield setter("entries", 4, "replaced", value=value)
-    for value in ([3, 3, 2, 1], [0, 2**62], [18, "1"], [True, 18], [20]):
+    for value in ([3, 3, 2, 2], [0, 2**62], [18, "1"], [True, 18], [20]):
         yield setter("architecture", 0, 1, value=value)
 
 
