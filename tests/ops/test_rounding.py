@@ -135,9 +135,3 @@ def test_scales_of_fewer_bits():
     values = numpy(round_kept(w, h, Grid(4, 64, 5)).values)
     np.testing.assert_array_equal(values, references.bfloat16(values))
     assert references.is_on_grid(values, 4, 64)
-
-
-@pytest.mark.one_backend
-def test_wrong_arguments():
-    with pytest.raises(ValueError, match="`group_size`"):
-        Grid(group_size=0)
