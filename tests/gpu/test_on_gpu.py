@@ -1,7 +1,6 @@
 """The GPU products on a GPU; skipped without one. `make gpu` runs them."""
 
 import dataclasses
-import functools
 import os
 
 import keras
@@ -72,30 +71,6 @@ def test_trial_of_this_card(x_dtype):
     plan = products.plan((512, 256), x_dtype)
     assert plan.tried, plan.reason
     print(*(plan.why(tried.rows) for tried in plan.tried), sep="\n")
-
-
-@pytest.mark.parametrize("method", ["cusparselt", "dense"])
-def test_second_gpu(method):
-    packed, kernel = make(512, 256, "bfloat16")
-    if BACKEND == "torch":
-        count = torch.cuda.device_count()
-        move = functools.partial(torch.Tensor.to, device="cuda:1")
-    else:
-        devices = jax.local_devices(backend="cuda")
-        count = len(devices)
-        move = functools.partial(jax.device_put, device=devices[-1])
-    if count < 2:
-        pytest.skip("needs two GPUs")
-    names = packed_arrays(packed.shape, "bfloat16")
-    moved = {name: move(getattr(packed, name)) for name in names}
-    x = ops.convert_to_tensor(normal(16, 512, seed=1))
-    x = move(ops.cast(x, "bfloat16"))
-    y = multiply(x, dataclasses.replace(packed, **moved), method)
-    where = y.device if BACKEND == "torch" else y.devices()
-    assert where == (x.device if BACKEND == "torch" else x.devices())
-    with keras.device("gpu:1"):
-        x, y = numpy(x), numpy(y)
-    assert error(y, x.astype("float64") @ kernel) <= 1e-2
 
 
 @pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
