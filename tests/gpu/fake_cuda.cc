@@ -78,8 +78,6 @@ struct Matrix {
   int type, order;
   bool structured;
 
-  int size() const { return type == lt::kR8I ? 1 : 2; }
-
   // Of the element in row i and column j.
   int64_t offset(int64_t i, int64_t j) const {
     return order == lt::kOrderRow ? i * columns + j : j * rows + i;
@@ -87,7 +85,6 @@ struct Matrix {
 
   float get(const void* data, int64_t i, int64_t j) const {
     const int64_t at = offset(i, j);
-    if (type == lt::kR8I) return static_cast<const int8_t*>(data)[at];
     const uint16_t bits = static_cast<const uint16_t*>(data)[at];
     if (type == lt::kR16F) return half_to_float(bits);
     return kwm::bfloat16_to_float(bits);
@@ -103,7 +100,6 @@ struct Matrix {
 
 struct Matmul {
   Matrix a, b, d;
-  int alpha_is_vector;
 };
 
 template <typename T>
@@ -122,8 +118,7 @@ int init_matrix(Opaque* matrix, int64_t rows, int64_t columns, int64_t leading,
   Matrix& made = as<Matrix>(matrix);
   made = {rows, columns, type, order, structured};
   ++live;
-  // Of 16-bit types; twice as much of 8-bit ones.
-  const int multiple = (structured ? 16 : 8) * (type == lt::kR8I ? 2 : 1);
+  const int multiple = structured ? 16 : 8;
   const bool fits = rows % multiple == 0 && columns % multiple == 0;
   const int64_t line = order == lt::kOrderRow ? columns : rows;
   const bool is_valid =
@@ -171,22 +166,13 @@ FAKE int cusparseLtMatmulDescriptorInit(const Opaque*, Opaque* matmul, int op_a,
                                         const Opaque* b, const Opaque* c,
                                         const Opaque* d, int compute) {
   Matmul& made = as<Matmul>(matmul);
-  made = {as<Matrix>(a), as<Matrix>(b), as<Matrix>(d), 0};
-  const bool integer = made.a.type == lt::kR8I;
+  made = {as<Matrix>(a), as<Matrix>(b), as<Matrix>(d)};
   const bool fits =
       op_a == 0 && op_b == 0 && c == d && made.a.structured &&
       made.a.columns == made.b.rows && made.a.rows == made.d.rows &&
       made.b.columns == made.d.columns && made.a.type == made.b.type &&
-      compute == (integer ? lt::kCompute32I : lt::kCompute32F) &&
-      made.d.type == (integer ? lt::kR16BF : made.a.type);
+      compute == lt::kCompute32F && made.d.type == made.a.type;
   return fits ? 0 : kLtInvalid;
-}
-FAKE int cusparseLtMatmulDescSetAttribute(const Opaque*, Opaque* matmul,
-                                          int attribute, const void* data,
-                                          size_t size) {
-  if (attribute != lt::kAlphaVector || size != sizeof(int)) return kLtInvalid;
-  as<Matmul>(matmul).alpha_is_vector = *static_cast<const int*>(data);
-  return 0;
 }
 FAKE int cusparseLtMatmulAlgSelectionInit(const Opaque*, Opaque* selection,
                                           const Opaque* matmul, int algorithm) {
@@ -208,7 +194,7 @@ FAKE int cusparseLtMatmulGetWorkspace(const Opaque*, const Opaque*,
 FAKE int cusparseLtSpMMACompressedSize2(const Opaque*, const Opaque* matrix,
                                         size_t* compressed, size_t* workspace) {
   const Matrix& a = as<Matrix>(matrix);
-  *compressed = a.rows * a.columns * a.size();
+  *compressed = a.rows * a.columns * 2;
   *workspace = kWorkspace;
   return a.structured ? 0 : kLtInvalid;
 }
@@ -229,7 +215,7 @@ FAKE int cusparseLtSpMMACompress2(const Opaque* handle, const Opaque* matrix,
     }
   }
   memset(workspace, 1, kWorkspace);
-  memcpy(compressed, dense, a.rows * a.columns * a.size());
+  memcpy(compressed, dense, a.rows * a.columns * 2);
   return 0;
 }
 FAKE int cusparseLtMatmul(const Opaque* handle, const Opaque* plan, const void* alpha,
@@ -237,10 +223,7 @@ FAKE int cusparseLtMatmul(const Opaque* handle, const Opaque* plan, const void* 
                           const void* c, void* d, void* workspace,
                           void** streams, int32_t stream_count) {
   const Matmul& matmul = as<Matmul>(plan);
-  const auto* scale = static_cast<const float*>(alpha);
-  // A vector of scales lies along the rows of D; int8 sums are integers.
-  const bool is_vector = matmul.alpha_is_vector;
-  if ((!is_vector && *scale != 1) ||
+  if (*static_cast<const float*>(alpha) != 1 ||
       *static_cast<const float*>(beta) != 0 || c != d || !workspace ||
       !streams || stream_count != 1 || !is_current(handle)) {
     return kLtInvalid;
@@ -253,8 +236,7 @@ FAKE int cusparseLtMatmul(const Opaque* handle, const Opaque* plan, const void* 
       for (int64_t t = 0; t < matmul.a.columns; ++t) {
         sum += matmul.a.get(a, i, t) * matmul.b.get(b, t, j);
       }
-      const float rounded = static_cast<float>(sum);
-      matmul.d.set(d, i, j, is_vector ? scale[i] * rounded : rounded);
+      matmul.d.set(d, i, j, static_cast<float>(sum));
     }
   }
   return 0;

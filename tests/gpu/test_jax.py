@@ -118,11 +118,7 @@ def test_custom_calls_take_what_they_are_given():
     call = jax.ffi.ffi_call("on_a_cpu", result)
     stream_is_missing = r"bad operands at: 0\)\nDiagnostics:\n.*stream"
     with pytest.raises(jax.errors.JaxRuntimeError, match=stream_is_missing):
-        call(
-            jnp.ones((16, K), "bfloat16"),
-            jnp.zeros((10,), "uint8"),
-            jnp.zeros((0,)),
-        )
+        call(jnp.ones((16, K), "bfloat16"), jnp.zeros((10,), "uint8"))
 
 
 @pytest.fixture

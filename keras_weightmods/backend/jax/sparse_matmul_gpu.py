@@ -193,8 +193,7 @@ def _cusparselt(x, compressed, n):
     call = jax.ffi.ffi_call(
         "kwm_gpu_cusparselt", result, vmap_method="sequential"
     )
-    no_scale = jnp.zeros((0,), jnp.float32)
-    return call(x, compressed, no_scale)[:rows]
+    return call(x, compressed)[:rows]
 
 
 def _devices():

@@ -12,7 +12,7 @@ import pathlib
 from keras_weightmods import native
 
 # The numbers of XLA's FFI.
-_TYPES = {"bfloat16": 16, "float16": 10, "int8": 2}
+_TYPES = {"bfloat16": 16, "float16": 10}
 _DRIVER = "libcuda.so.1"
 
 
@@ -58,7 +58,7 @@ def compressed_size(device, shape, dtype):
     Args:
         device: Int, ordinal of the GPU.
         shape: Pair of ints (K, N).
-        dtype: String, `"bfloat16"`, `"float16"` or `"int8"`.
+        dtype: String, `"bfloat16"` or `"float16"`.
 
     Raises:
         RuntimeError: If cuSPARSELt cannot compress it.

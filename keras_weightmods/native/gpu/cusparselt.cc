@@ -5,10 +5,6 @@
 // structured matrix, row-major; B = x^T (k, rows) and D = y^T (n, rows) are
 // column-major, which is x and y as they lie in memory.
 //
-// int8 gives bfloat16: the sums are scaled in the epilogue, in float32, by a
-// vector along the rows of D, which are the columns of y. It holds the scale of
-// each column of W, and nothing of the size of D is ever int32.
-//
 // Linked with nothing of CUDA: the driver and cuSPARSELt are opened at run time,
 // so that the library loads anywhere. Not yet run on a GPU.
 
@@ -81,7 +77,6 @@ Failure load(const char* driver_path, const char* path) {
   KWM_FIND(MatDescriptorDestroy, false);
   KWM_FIND(StructuredDescriptorInit, false);
   KWM_FIND(MatmulDescriptorInit, false);
-  KWM_FIND(MatmulDescSetAttribute, false);
   KWM_FIND(MatmulAlgSelectionInit, false);
   KWM_FIND(MatmulPlanInit, false);
   KWM_FIND(MatmulPlanDestroy, false);
@@ -150,24 +145,12 @@ Failure get_handle(int device, const Opaque** handle) {
   return "";
 }
 
-struct Types {
-  int in, out, compute;
-};
-
-Failure get_types(ffi::DataType type, Types* types) {
-  switch (type) {
-    case ffi::BF16:
-      *types = {lt::kR16BF, lt::kR16BF, lt::kCompute32F};
-      return "";
-    case ffi::F16:
-      *types = {lt::kR16F, lt::kR16F, lt::kCompute32F};
-      return "";
-    case ffi::S8:
-      *types = {lt::kR8I, lt::kR16BF, lt::kCompute32I};
-      return "";
-    default:
-      return "cuSPARSELt multiplies bfloat16, float16 and int8";
+Failure get_type(ffi::DataType type, int* known) {
+  if (type != ffi::BF16 && type != ffi::F16) {
+    return "cuSPARSELt multiplies bfloat16 and float16 here";
   }
+  *known = type == ffi::BF16 ? lt::kR16BF : lt::kR16F;
+  return "";
 }
 
 // A structure of the library, with the function that frees what it points to.
@@ -206,7 +189,7 @@ struct Descriptor : Owned {
 struct Kernel {
   const Opaque* handle = nullptr;
   int64_t k = 0, n = 0;
-  Types types{};
+  int type = 0;
   Descriptor matrix;
   size_t compressed = 0, workspace = 0;  // bytes
 };
@@ -222,10 +205,10 @@ Failure get_kernel(int device, int64_t k, int64_t n, ffi::DataType type,
     auto made = std::make_unique<Kernel>();
     made->k = k, made->n = n;
     KWM_TRY(get_handle(device, &made->handle));
-    KWM_TRY(get_types(type, &made->types));
+    KWM_TRY(get_type(type, &made->type));
     KWM_TRY(made->matrix.init("structured matrix", [&](Opaque* matrix) {
       return functions.StructuredDescriptorInit(
-          made->handle, matrix, n, k, k, kAlignment, made->types.in,
+          made->handle, matrix, n, k, k, kAlignment, made->type,
           lt::kOrderRow, lt::kSparsity50);
     }));
     KWM_TRY(explain("size", functions.SpMMACompressedSize2(
@@ -246,27 +229,21 @@ struct Plan {
 };
 
 Failure make_plan(const Kernel& a, int64_t rows, Plan* plan) {
-  const auto init_dense = [&](const char* what, int64_t size, int type,
+  const auto init_dense = [&](const char* what, int64_t size,
                               Descriptor* matrix) {
     return matrix->init(what, [&](Opaque* made) {
       return functions.DenseDescriptorInit(a.handle, made, size, rows, size,
-                                           kAlignment, type, lt::kOrderColumn);
+                                           kAlignment, a.type,
+                                           lt::kOrderColumn);
     });
   };
-  KWM_TRY(init_dense("activations", a.k, a.types.in, &plan->b));
-  KWM_TRY(init_dense("result", a.n, a.types.out, &plan->d));
+  KWM_TRY(init_dense("activations", a.k, &plan->b));
+  KWM_TRY(init_dense("result", a.n, &plan->d));
   KWM_TRY(explain("product", functions.MatmulDescriptorInit(
                                  a.handle, &plan->matmul, lt::kNonTranspose,
                                  lt::kNonTranspose, a.matrix.get(),
                                  plan->b.get(), plan->d.get(), plan->d.get(),
-                                 a.types.compute)));
-  if (a.types.in == lt::kR8I) {
-    const int enabled = 1;
-    KWM_TRY(explain("scales in the epilogue",
-                    functions.MatmulDescSetAttribute(
-                        a.handle, &plan->matmul, lt::kAlphaVector, &enabled,
-                        sizeof enabled)));
-  }
+                                 lt::kCompute32F)));
   KWM_TRY(plan->selection.init("algorithms", [&](Opaque* made) {
     return functions.MatmulAlgSelectionInit(a.handle, made, &plan->matmul,
                                             lt::kAlgorithmDefault);
@@ -348,17 +325,11 @@ Failure compress(void* stream, int device, ffi::ScratchAllocator& scratch,
 
 Failure multiply(void* stream, int device, ffi::ScratchAllocator& scratch,
                  ffi::AnyBuffer x, ffi::Buffer<ffi::U8> compressed,
-                 ffi::Buffer<ffi::F32> scale, ffi::Result<ffi::AnyBuffer> y) {
+                 ffi::Result<ffi::AnyBuffer> y) {
   const Matrix in(x), out(*y);
   const ffi::DataType type = x.element_type();
-  const bool is_scaled = type == ffi::S8;
-  if (in.rows != out.rows ||
-      y->element_type() != (is_scaled ? ffi::BF16 : type)) {
+  if (in.rows != out.rows || y->element_type() != type) {
     return "the result does not fit the activations";
-  }
-  if (static_cast<int64_t>(scale.element_count()) !=
-      (is_scaled ? out.columns : 0)) {
-    return "int8 alone takes scales, one for each column";
   }
   const std::lock_guard<std::mutex> lock(library_mutex());
   const Context context(device);
@@ -372,11 +343,10 @@ Failure multiply(void* stream, int device, ffi::ScratchAllocator& scratch,
   KWM_TRY(get_plan(*kernel, in.rows, &plan));
   void* workspace;
   KWM_TRY(allocate(scratch, plan->workspace, &workspace));
-  const float one = 1, beta = 0;
-  const void* alpha = is_scaled ? scale.untyped_data() : &one;
+  const float alpha = 1, beta = 0;
   return explain(
       "product",
-      functions.Matmul(kernel->handle, plan->plan.get(), alpha,
+      functions.Matmul(kernel->handle, plan->plan.get(), &alpha,
                        compressed.untyped_data(), x.untyped_data(), &beta,
                        y->untyped_data(), y->untyped_data(), workspace, &stream,
                        1));
@@ -390,9 +360,8 @@ ffi::Error Compress(void* stream, int32_t device, ffi::ScratchAllocator scratch,
 
 ffi::Error Multiply(void* stream, int32_t device, ffi::ScratchAllocator scratch,
                     ffi::AnyBuffer x, ffi::Buffer<ffi::U8> compressed,
-                    ffi::Buffer<ffi::F32> scale,
                     ffi::Result<ffi::AnyBuffer> y) {
-  return to_error(multiply(stream, device, scratch, x, compressed, scale, y));
+  return to_error(multiply(stream, device, scratch, x, compressed, y));
 }
 
 // Keeps a failure for the caller of the C interface; NULL if there is none.
@@ -439,8 +408,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_gpu_compress, Compress,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::U8>>());
 
-// (x (rows, k), compressed, scale) -> y (rows, n). Sizes are multiples of 16; k
-// and n of 32 with int8, which alone takes scales.
+// (x (rows, k), compressed) -> y (rows, n). Sizes are multiples of 16.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_gpu_cusparselt, Multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<void*>>()
@@ -448,5 +416,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kwm_gpu_cusparselt, Multiply,
                                   .Ctx<ffi::ScratchAllocator>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>());

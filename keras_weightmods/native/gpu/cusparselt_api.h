@@ -20,10 +20,9 @@ struct alignas(16) Opaque {
 constexpr int kNonTranspose = 0;                    // cusparseOperation_t
 constexpr int kOrderColumn = 1, kOrderRow = 2;      // cusparseOrder_t
 constexpr int kSparsity50 = 0;                      // cusparseLtSparsity_t
-constexpr int kCompute32I = 0, kCompute32F = 2;     // cusparseComputeType
+constexpr int kCompute32F = 2;                      // cusparseComputeType
 constexpr int kAlgorithmDefault = 0;                // cusparseLtMatmulAlg_t
-constexpr int kAlphaVector = 5;                     // ...DescAttribute_t
-constexpr int kR16F = 2, kR16BF = 14, kR8I = 3;     // cudaDataType
+constexpr int kR16F = 2, kR16BF = 14;               // cudaDataType
 
 // The driver's functions that are used here, as cuda.h declares them: its
 // handles are pointers, its statuses and devices ints.
@@ -52,8 +51,6 @@ struct Functions {
   int (*MatmulDescriptorInit)(const Opaque* handle, Opaque* matmul, int op_a,
                               int op_b, const Opaque* a, const Opaque* b,
                               const Opaque* c, const Opaque* d, int compute);
-  int (*MatmulDescSetAttribute)(const Opaque* handle, Opaque* matmul,
-                                int attribute, const void* data, size_t size);
   int (*MatmulAlgSelectionInit)(const Opaque* handle, Opaque* selection,
                                 const Opaque* matmul, int algorithm);
   int (*MatmulPlanInit)(const Opaque* handle, Opaque* plan,
