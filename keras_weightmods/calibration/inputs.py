@@ -155,9 +155,8 @@ class Rows:
         moments = [ops.matmul(ops.swapaxes(x, -2, -1), x) for x in parts]
         if self.routed is not None:
             return ops.stack(moments), count
-        (moment,) = moments
-        shape = (self.stacks, *moment.shape[1:])
-        return ops.broadcast_to(moment, shape), count
+        shape = (self.stacks, *moments[0].shape[1:])
+        return ops.broadcast_to(moments[0], shape), count
 
     def squares(self, used: Any = None) -> tuple[Any, int]:
         """Return sums of squares, (K,), of a mean kernel, and the number."""
@@ -169,11 +168,10 @@ class Rows:
     def same(self, other: "Rows") -> bool:
         """Return whether these are the same rows for as many kernels."""
         x, y = self.tensor, other.tensor
-        if self.stacks != other.stacks or tuple(x.shape) != tuple(y.shape):
-            return False
-        if (self.routed is None) != (other.routed is None):
-            return False
-        return x is y or bool(ops.all(ops.equal(x, y)))
+        return (
+            (self.stacks, self.routed is None, tuple(x.shape))
+            == (other.stacks, other.routed is None, tuple(y.shape))
+        ) and (x is y or bool(ops.all(ops.equal(x, y))))
 
     def _parts(self, used: Any) -> tuple[list[Any], int]:
         """Return the rows as float32, and their number.

@@ -88,7 +88,15 @@ def self_generated(
     checks.check_verbose(verbose)
     temperature = checks.check_float("temperature", temperature, above=0)
     keep = checks.check_float("keep", keep, above=0, most=1)
-    tokenizer = _tokenizer(model)
+    preprocessor = getattr(model, "preprocessor", None)
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    if tokenizer is None or not hasattr(model, "generate"):
+        expected = "a `keras_hub.models.CausalLM` with its preprocessor"
+        raise checks.error("model", expected, model)
+    inputs = model.input if getattr(model, "inputs", None) else {}
+    if set(inputs) - {"token_ids", "padding_mask"}:
+        expected = "one that takes `token_ids` and `padding_mask` alone"
+        raise checks.error("model", expected, sorted(inputs))
     import keras_hub
 
     written = math.ceil(rows / keep)
@@ -143,20 +151,3 @@ def _writer(model: Any, sampler: Any) -> Any:
     writer.compile(sampler=sampler)
     compile_generate(writer, verbose=0)
     return writer
-
-
-def _tokenizer(model: Any) -> Any:
-    """Return the tokenizer of a model that writes from tokens alone."""
-    preprocessor = getattr(model, "preprocessor", None)
-    tokenizer = getattr(preprocessor, "tokenizer", None)
-    if tokenizer is None or not hasattr(model, "generate"):
-        expected = "a `keras_hub.models.CausalLM` with its preprocessor"
-        raise checks.error("model", expected, model)
-    inputs = model.input if getattr(model, "inputs", None) else {}
-    if unknown := set(inputs) - {"token_ids", "padding_mask"}:
-        raise ValueError(
-            "`self_generated` writes for models that take `token_ids` and "
-            f"`padding_mask`. Received: model={model.name!r}, which takes "
-            f"{sorted(unknown)} as well"
-        )
-    return tokenizer

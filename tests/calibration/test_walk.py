@@ -38,18 +38,6 @@ def masked():
     )
 
 
-def convolutions():
-    return sequential(
-        (9, 8, 4),
-        keras.layers.Conv2D(8, 3, padding="same", strides=2),
-        keras.layers.BatchNormalization(),
-        keras.layers.Conv2D(8, (3, 2), groups=2, activation="relu"),
-        keras.layers.DepthwiseConv2D(2),
-        keras.layers.Flatten(),
-        keras.layers.Dense(4),
-    )
-
-
 def llm(depth=2):
     return models.causal_lm(hidden_dim=8, intermediate_dim=12, num_layers=depth)
 
@@ -65,7 +53,6 @@ MODELS = {
     lambda: models.nested_net(16): normal(20, 16, seed=1),
     lambda: models.shared_net(16): normal(20, 16, seed=1),
     masked: np.random.default_rng(0).integers(0, 3, (20, 6)),
-    convolutions: normal(20, 9, 8, 4, seed=1),
     models.attention_net: normal(8, 5, 16, seed=1),
 }
 one_backend = pytest.mark.one_backend
