@@ -180,19 +180,11 @@ def pack(
         )
     items += tables
     why_dense = reason_for_dense()
-    no_product = [item for item in items if item.is_held]
-    if activations == "float32" and no_product and not (on_gpu or why_dense):
-        raise ValueError(
-            "Weights that are not 2:4 are multiplied in integers alone. "
-            f"Received: activations='float32' with {len(no_product)} of them, "
-            f"the first being {no_product[0].target.path!r}. Leave "
-            "`activations` out, or leave these out, by `targets` and "
-            "`head=None`."
-        )
+    has_products = activations != "float32" or on_gpu or why_dense
     before = _model_bytes(model)
     with Progress(len(items), "kernel", verbose, began) as progress:
         for item in items:
-            _check_weight(item)
+            _check_weight(item, has_products)
         if why_dense:
             native.warn_dense(why_dense)
         seam.attach(model, items, drop_optimizer=True, see=progress.add)
@@ -336,8 +328,14 @@ def _not_exact(targets: Any, count: int, dtype: str | None) -> ValueError:
     )
 
 
-def _check_weight(item: Any) -> None:
+def _check_weight(item: Any, has_products: Any) -> None:
     variable = item.target.variable
+    if item.is_held and not has_products:
+        raise ValueError(
+            "Weights that are not 2:4 are multiplied in integers alone. "
+            f"Received: activations='float32' with {variable.path!r}. Leave "
+            "`activations` out, or the weight, by `targets` or `head=None`."
+        )
     if item.form.needs_finite and not ops.all(ops.isfinite(variable.value)):
         raise ValueError(
             f"{item.form.dtype} values need finite weights. Received: "

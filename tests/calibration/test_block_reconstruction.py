@@ -41,12 +41,12 @@ def test_a_linear_layer_ends_at_its_least_squares():
     )
     (dense,) = weights_of(model)
     x = data(128)
-    report = refine(model, x, epochs=70, learning_rate=6e-2)
+    report = refine(model, x, batch_size=64, epochs=100, learning_rate=1e-1)
     (pruned,) = weights_of(model)
     y = x.astype("float64") @ dense
     energy = (y**2).sum(1)
-    batches = energy.reshape(-1, 16)
-    floor = np.repeat(1e-3 * batches.mean(1) + keras.config.epsilon(), 16)
+    batches = energy.reshape(-1, 64)
+    floor = np.repeat(1e-3 * batches.mean(1) + keras.config.epsilon(), 64)
     root = 1 / np.sqrt(energy + floor)
     best = 0.0
     for unit in range(8):

