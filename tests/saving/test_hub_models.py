@@ -20,28 +20,6 @@ X = {
 }
 
 
-def smollm3():
-    # All of its output projections have the path "o_proj/kernel".
-    backbone = hub.models.SmolLM3Backbone(
-        vocabulary_size=20,
-        num_layers=2,
-        hidden_dim=16,
-        intermediate_dim=24,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=False,
-        attention_dropout=0.0,
-        rope_layer_enabled_list=[True, False],
-        layer_types=["full_attention"] * 2,
-        mlp_bias=False,
-        layer_norm_epsilon=1e-5,
-        max_position_embeddings=16,
-        rope_theta=1e4,
-        partial_rotary_factor=1.0,
-    )
-    return hub.models.SmolLM3CausalLM(backbone, preprocessor=None)
-
-
 TIED = {"tie_word_embeddings": True}
 GEMMA = {
     "use_post_ffw_norm": True,
@@ -50,7 +28,8 @@ GEMMA = {
 }
 MODELS = {
     "llama tied": lambda: models.causal_lm("llama", **TIED),
-    "smollm3": smollm3,
+    # All of its output projections have the path "o_proj/kernel".
+    "smollm3": lambda: make("SmolLM3CausalLM", preprocessor=None),
     "llama": models.causal_lm,
     "bfloat16": lambda: models.causal_lm("llama", **TIED, dtype="bfloat16"),
     "gemma": lambda: models.causal_lm("gemma", **GEMMA),
@@ -152,16 +131,6 @@ def test_the_tokenizer_comes_back_and_generate_works(tmp_path):
     assert vocabulary == dict(model.preprocessor.tokenizer.vocabulary)
 
 
-@pytest.mark.heavy
-def test_a_task_that_cannot_compile_itself(tmp_path):
-    # Its own loss reads the tokenizer.
-    model = make("PARSeqCausalLM")
-    kwm.save_model(model, tmp_path / "model")
-    loaded = kwm.load_model(tmp_path / "model")
-    assert not loaded.compiled
-    assert states_of(loaded) == states_of(model)
-
-
 class Forgetful(hub.tokenizers.GPT2Tokenizer):
     """Its vocabulary is not in its assets."""
 
@@ -186,75 +155,23 @@ def test_a_preprocessor_that_cannot_be_saved_is_left_out(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
-def hgnet_v2(**kwargs):
-    return hub.models.HGNetV2Backbone(
-        depths=[1, 1],
-        embedding_size=8,
-        hidden_sizes=[8, 16],
-        stem_channels=[3, 8, 8],
-        hidden_act="relu",
-        use_learnable_affine_block=False,
-        stackwise_stage_filters=[[8, 8, 8, 1, 1, 3], [8, 8, 16, 1, 1, 3]],
-        apply_downsample=[False, True],
-        use_lightweight_conv_block=[False, False],
-        image_shape=(32, 32, 3),
-        **kwargs,
-    )
-
-
-def d_fine(**kwargs):
-    stages = ["stage1", "stage2"]
-    return hub.models.DFineBackbone(
-        backbone=hgnet_v2(out_features=stages),
-        decoder_in_channels=[16, 16],
-        encoder_hidden_dim=16,
-        num_labels=3,
-        num_denoising=0,
-        learn_initial_query=False,
-        num_queries=4,
-        anchor_image_size=(32, 32),
-        feat_strides=[4, 8],
-        num_feature_levels=2,
-        hidden_dim=16,
-        encoder_in_channels=[8, 16],
-        encode_proj_layers=[1],
-        num_attention_heads=2,
-        encoder_ffn_dim=16,
-        num_encoder_layers=1,
-        hidden_expansion=0.5,
-        depth_multiplier=0.5,
-        eval_idx=-1,
-        num_decoder_layers=1,
-        decoder_attention_heads=2,
-        decoder_ffn_dim=16,
-        decoder_n_points=[2, 2],
-        lqe_hidden_dim=8,
-        num_lqe_layers=1,
-        image_shape=(32, 32, 3),
-        out_features=stages,
-        **kwargs,
-    )
-
-
 @pytest.mark.one_backend
+@pytest.mark.parametrize("name", [{"name": "mine"}, {}])
 @pytest.mark.parametrize(
-    ("make", "name"),
+    "family",
     [
-        (hgnet_v2, "mine"),
-        (hgnet_v2, None),
-        pytest.param(d_fine, None, marks=pytest.mark.heavy),
+        "HGNetV2Backbone",
+        pytest.param("DFineBackbone", marks=pytest.mark.heavy),
     ],
 )
-def test_layers_named_by_the_name_of_the_model(make, name, tmp_path):
-    # With a name that is given HGNetV2 names its layers otherwise than with
-    # the one that Keras gives.
-    model = make() if name is None else make(name=name)
-    x = models.normal(1, 32, 32, 3)
+def test_layers_named_by_the_name_of_the_model(family, name, tmp_path):
+    """With a name that is given HGNetV2 names its layers otherwise."""
+    model = make(family, **name)
     kwm.save_model(model, tmp_path / "model")
     loaded = kwm.load_model(tmp_path / "model")
     assert loaded.name == model.name
-    if make is hgnet_v2:
+    assert states_of(loaded) == states_of(model)
+    if family == "HGNetV2Backbone":
         # D-FINE has layers that Keras numbers.
         paths = [weight.path for weight in model.weights]
         assert [weight.path for weight in loaded.weights] == paths
-    models.assert_same(models.outputs(loaded, x), models.outputs(model, x))

@@ -90,7 +90,6 @@ MODELS = {
     "mixed": lambda: mlp(8, 4, dtype="mixed_bfloat16"),
     "quantized": quantized,
 }
-CHANGED = ["sequential", "functional", "tower", "einsum", "bfloat16", "mixed"]
 
 
 def inputs_for(model):
@@ -285,8 +284,11 @@ class Inner(keras.Model):
 
 
 @pytest.mark.one_backend
-def test_an_input_that_keras_names_by_the_number_of_a_tensor(path):
+def test_a_class_that_is_not_registered(path):
+    """It has an input that Keras names by the number of a tensor, too."""
     round_trip(Inner(), path, custom_objects={"Inner": Inner})
+    with pytest.raises(ValueError, match=r"model\.json(?s:.*)Inner"):
+        kwm.load_model(path)
 
 
 @pytest.mark.one_backend
@@ -380,20 +382,6 @@ def test_a_layer_that_assigns_what_it_saves(path):
 
 
 @pytest.mark.one_backend
-def test_classes_that_are_not_registered(path):
-    class Twice(keras.layers.Layer):
-        def call(self, x):
-            return 2 * x
-
-    model = models.sequential((8,), Twice())
-    kwm.save_model(model, path)
-    with pytest.raises(ValueError, match=r"model\.json(?s:.*)Twice"):
-        kwm.load_model(path)
-    loaded = kwm.load_model(path, custom_objects={"Twice": Twice})
-    assert_same(loaded, model)
-
-
-@pytest.mark.one_backend
 def test_vocabularies_are_saved(path):
     lookup = keras.layers.IntegerLookup(vocabulary=[5, 7, 9])
     embedding = keras.layers.Embedding(5, 2)
@@ -434,17 +422,10 @@ def test_another_thread_sees_no_plain_config_while_a_model_is_saved(path):
 @pytest.mark.one_backend
 def test_wrong_arguments(tmp_path):
     model = sequential()
-    for wrong in (None, "model", keras.layers.Dense(1), keras.Sequential()):
-        with pytest.raises(ValueError, match="`model` must be a built"):
-            kwm.save_model(wrong, tmp_path / "file")
-    for wrong in (tmp_path, tmp_path / "none" / "file"):
-        with pytest.raises(ValueError, match="must be a regular file"):
-            kwm.save_model(model, wrong)
-    for ending in (".keras", ".h5", ".KERAS"):
-        with pytest.raises(ValueError, match=r"model\.safetensors.*of Keras"):
-            kwm.save_model(model, tmp_path / f"model{ending}")
-    with pytest.raises(FileNotFoundError):
-        kwm.load_model(tmp_path / "none")
+    with pytest.raises(ValueError, match="`model` must be a built"):
+        kwm.save_model(keras.Sequential(), tmp_path / "file")
+    with pytest.raises(ValueError, match=r"model\.safetensors.*of Keras"):
+        kwm.save_model(model, tmp_path / "model.KERAS")
     assert os.listdir(tmp_path) == []
     (tmp_path / "file").write_text("before")
     with pytest.raises(FileExistsError, match="overwrite=True"):
