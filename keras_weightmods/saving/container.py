@@ -358,8 +358,7 @@ class Reader:
             ) from error
         metadata = header.pop("__metadata__", None) or {}
         found, version = metadata.get("format"), metadata.get("version")
-        if found != format and found in READERS:
-            kind = f"a file of {found!r}, which {READERS[found]} reads"
+        if found != format and (kind := other_kind(self.filepath)):
             raise self._other(kind)
         if not {"sha256", "header_sha256"} <= metadata.keys():
             raise self._other("a safetensors file of another program")

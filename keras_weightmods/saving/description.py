@@ -23,15 +23,9 @@ from keras_weightmods.saving import states
 from keras_weightmods.saving.container import DTYPES
 from keras_weightmods.version import __version__
 
-# Types of the values; those in a list are of the columns of a table.
-_FORMS: dict[str, Any] = {
-    "keras_weightmods_version": str,
-    "keras_version": str,
-    "config": dict,
-    "compiles": bool,
-    "parts": [str, str, (str, type(None)), (bool, type(None))],
-    "changes": [str, str, str, dict],
-    "lora": [str, int, (int, float)],
+_KEYS = {
+    *("keras_weightmods_version", "keras_version", "config", "compiles"),
+    *("parts", "changes", "lora"),
 }
 # What Keras adds to the names of layers that were given none.
 _NUMBER = re.compile(r"_\d+")
@@ -78,29 +72,19 @@ def describe(model, parts, left_out):
 
 def check(description):
     """Raise ValueError if a description from a file has another form."""
-    if not isinstance(description, dict) or set(description) != set(_FORMS):
-        raise ValueError(f"must have the keys {sorted(_FORMS)}")
-    for key, form in _FORMS.items():
-        if not _has_form(description[key], form):
-            raise ValueError(f"has a {key!r} of another form")
+    if not isinstance(description, dict) or set(description) != _KEYS:
+        raise ValueError(f"must have the keys {sorted(_KEYS)}")
+    try:
+        _kinds(description["parts"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"has parts of another form ({error})") from error
     for each in _objects(description["config"]):
         if each["class_name"] in ("__numpy__", "__tensor__"):
             inner = each.get("config")
             dtype = inner.get("dtype") if isinstance(inner, dict) else None
-            # NumPy makes a string of 4 GB of the dtype `V1000000000`.
+            # NumPy takes 1 GB for an entry of the dtype `V1000000000`.
             if not isinstance(dtype, str) or dtype not in DTYPES:
                 raise ValueError(f"has an array of the dtype {dtype!r}")
-
-
-def _has_form(value, form):
-    if not isinstance(form, list):
-        return isinstance(value, form)
-    return isinstance(value, list) and all(
-        isinstance(row, list)
-        and len(row) == len(form)
-        and all(map(isinstance, row, form))
-        for row in value
-    )
 
 
 def _objects(config):
@@ -116,7 +100,7 @@ def _objects(config):
             values.extend(value)
 
 
-def build(description, custom_objects=None):
+def build(description, entries, custom_objects=None):
     """Build the model, with its changes in place.
 
     Keras builds it in a `StatelessScope`, where variables get no values and
@@ -125,6 +109,7 @@ def build(description, custom_objects=None):
 
     Args:
         description: Dict as from `describe`, of JSON.
+        entries: Dict from name to `Entry`, of the weights that it must have.
         custom_objects: Dict as for `keras.saving.load_model`.
 
     Returns:
@@ -134,12 +119,19 @@ def build(description, custom_objects=None):
     """
     try:
         with keras_compat.without_values() as pending:
-            return (*_build(description, custom_objects), pending)
+            model, parts = _build(description, custom_objects)
     except Exception as error:
         # Some class makes a variable of a value.
         if "stateless scope" not in str(error):
             raise
-    return (*_build(description, custom_objects), [])
+        pending = []
+        model, parts = _build(description, custom_objects)
+    saved, built = (
+        {name: f"{entry.dtype} {entry.shape}" for name, entry in each.items()}
+        for each in (entries, states.weight_entries(parts))
+    )
+    _check_equal("weights", saved, built)
+    return model, parts, pending
 
 
 def give_values(part):
@@ -165,15 +157,6 @@ def finish(description, model, pending):
             model.compile()
 
 
-def check_same(entries, parts):
-    """Raise ValueError unless `entries` is what the parts would save."""
-    saved, built = (
-        {name: f"{entry.dtype} {entry.shape}" for name, entry in each.items()}
-        for each in (entries, states.weight_entries(parts))
-    )
-    _check_equal("weights", saved, built)
-
-
 def rehearsed(description, parts, entries):
     """Return a description from which the model is built again as it is.
 
@@ -185,13 +168,32 @@ def rehearsed(description, parts, entries):
     Raises:
         ValueError: If there is none.
     """
-    try:
-        _rehearse(description, parts, entries)
-        return description
-    except ValueError as error:
-        first = error
-    # A model that was made without a name returns the one that Keras gave it,
-    # and some of KerasHub name their layers by a name that is given.
+    first: Any = None
+    for changed in _variants(description, parts):
+        try:
+            with keras_compat.without_traces():
+                _, built, _ = build(changed, entries, classes_of(parts))
+                _check_constants(parts, built)
+                states.check_quantizers(parts, built)
+            return changed
+        # What the code of a model's classes raises is not known.
+        except Exception as error:
+            first = first or error
+    raise ValueError(
+        "A model is saved only if it can be built again from what its "
+        "`get_config()` returns. Its own classes and functions must be "
+        "registered by `keras.saving.register_keras_serializable`, and "
+        f"`get_config` must return all arguments. {message(first)}"
+    ) from first
+
+
+def _variants(description, parts):
+    """Yield a description as it is, and without the names of some models.
+
+    A model that was made without a name returns the one that Keras gave it,
+    and some of KerasHub name their layers by a name that is given.
+    """
+    yield description
     models = {each for each in parts.values() if isinstance(each, keras.Model)}
     classes = {keras.saving.get_registered_name(type(each)) for each in models}
     for unnamed in (classes, *({each} for each in sorted(classes))):
@@ -199,27 +201,7 @@ def rehearsed(description, parts, entries):
         for each in _objects(changed["config"]):
             if each.get("registered_name") in unnamed:
                 each["config"]["name"] = None
-        with contextlib.suppress(ValueError):
-            _rehearse(changed, parts, entries)
-            return changed
-    raise first
-
-
-def _rehearse(description, parts, entries):
-    with keras_compat.without_traces():
-        try:
-            _, built, _ = build(description, classes_of(parts))
-            check_same(entries, built)
-            _check_constants(parts, built)
-            states.check_quantizers(parts, built)
-        # What the code of a model's classes raises is not known.
-        except Exception as error:
-            raise ValueError(
-                "A model is saved only if it can be built again from what its "
-                "`get_config()` returns. Its own classes and functions must be "
-                "registered by `keras.saving.register_keras_serializable`, and "
-                f"`get_config` must return all arguments. {message(error)}"
-            ) from error
+        yield changed
 
 
 def _check_constants(parts, built):

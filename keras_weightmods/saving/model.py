@@ -285,8 +285,7 @@ def build_model(
         if states.is_weight(name)
     }
     try:
-        model, parts, pending = description.build(described, custom_objects)
-        description.check_same(weights, parts)
+        return description.build(described, weights, custom_objects)
     # What the code of a model's classes raises is not known.
     except Exception as error:
         raise ValueError(
@@ -294,7 +293,6 @@ def build_model(
             f"{description.message(error)}. Received: "
             f"filepath={reader.filepath!r}"
         ) from error
-    return model, parts, pending
 
 
 def read_description(reader: Any) -> Any:

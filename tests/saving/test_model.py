@@ -579,12 +579,12 @@ HOSTILE = [
         ("an array of the dtype", put_layer(units=array_of(dtype)))
         for dtype in ("V2000000000", "S500000000", "O", 3, None)
     ),
-    ("a 'config'", put("config", "keras.Model")),
-    ("a 'compiles'", put("compiles", 1)),
-    ("a 'parts'", put("parts", [["", "Sequential"]])),
-    ("a 'changes'", put("changes", {})),
-    ("a 'changes'", put_change(3, 2)),
-    ("a 'lora'", put("lora", [["layers/dense"]])),
+    ("parts of another form", put("parts", [["", "Sequential"]])),
+    ("parts of another form", put("parts", [3])),
+    (BUILT, put("config", "keras.Model")),
+    (BUILT, put("changes", [3])),
+    (BUILT, put_change(3, 2)),
+    (BUILT, put("lora", [["layers/dense"]])),
     (BUILT, put("config", {})),
     (BUILT, put("lora", [["layers/dense", -1, 2]])),
     (BUILT, put_layer(units="8")),
