@@ -1,5 +1,6 @@
 """What the compiled `generate` of all backends has in common."""
 
+import functools
 from typing import Any
 
 import keras
@@ -24,19 +25,18 @@ class CannotCompile(Exception):
 
 
 class Steps:
-    """What stands in for `call_with_cache` of a model, for one batch.
+    """What stands in for `call_with_cache` of a model.
 
     Args:
-        model: A `keras_hub.models.CausalLM`.
-        prefill: Int, how many tokens of the prompts are read at first; what
-            follows in longer ones is read as tokens are generated.
+        model: A `keras_hub.models.CausalLM`, as it is now.
+        rounds_inputs: Bool, as of `difference`.
     """
 
-    def __init__(self, model, prefill):
+    def __init__(self, model, rounds_inputs):
         self.model = model
-        self.prefill = prefill
+        self.rounds_inputs = rounds_inputs
 
-    def generate(self, inputs, length, stop_token_ids):
+    def generate(self, inputs, length, prefill, stop_token_ids):
         """Run `generate_step` of the model, to a length.
 
         It is run by a second object of the model's class and state, so that
@@ -46,13 +46,13 @@ class Steps:
             inputs: Dict of `token_ids` and `padding_mask`, of shape (batch,
                 length or more).
             length: Int or scalar tensor.
+            prefill: Int, how many tokens of the prompts are read at first;
+                what follows in longer ones is read as tokens are generated.
             stop_token_ids: As of `generate`.
         """
-        view = view_of(
-            self.model,
-            call_with_cache=self.call_with_cache,
-            sampler=self.sampler(length),
-        )
+        call = functools.partial(self.call_with_cache, prefill)
+        sampler = self.sampler(length)
+        view = view_of(self.model, call_with_cache=call, sampler=sampler)
         return view.generate_step(inputs, stop_token_ids)
 
     def sampler(self, length):
@@ -70,7 +70,13 @@ class Steps:
         return view_of(sampler, run_loop=run_loop)
 
     def call_with_cache(
-        self, token_ids, cache=None, cache_update_index=None, *args, **kwargs
+        self,
+        prefill,
+        token_ids,
+        cache=None,
+        cache_update_index=None,
+        *args,
+        **kwargs,
     ):
         given = [*args, *kwargs.values()]
         if any(x is not None for x in given) or not hasattr(cache, "shape"):
@@ -82,16 +88,13 @@ class Steps:
             return self.step(token_ids, cache, cache_update_index)
         if cache_update_index != 0:
             raise CannotCompile("it does not begin at the start of its cache")
-        missing = token_ids.shape[1] - self.prefill
-        logits, hidden_states, cache = self.first(token_ids, cache)
-        padding = (0, 0), (0, missing), (0, 0)
+        logits, hidden_states, cache = self.first(token_ids[:, :prefill], cache)
+        padding = (0, 0), (0, token_ids.shape[1] - prefill), (0, 0)
         return logits, ops.pad(hidden_states, padding), cache
 
     def first(self, token_ids, cache):
-        """Read the first `prefill` of the tokens."""
-        return self.model.call_with_cache(
-            token_ids[:, : self.prefill], cache, 0
-        )
+        """Read the first tokens."""
+        return self.model.call_with_cache(token_ids, cache, 0)
 
     def step(self, token_ids, cache, index):
         """Read one token."""

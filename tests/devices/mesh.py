@@ -79,12 +79,11 @@ def products(_):
     kinds = [
         pack_kernel(kernel),
         pack_kernel(kernel, "int8", "int8"),
-        pack_kernel(kernel, "int4", "int8"),
         pack_dense(kernel, "int4"),
     ]
     own = distribution()
     with own.scope():
-        for axes in ((None, "model"), ("model", None), ("model", "batch")):
+        for axes in ((None, "model"), ("model", "batch")):
             layout = keras.distribution.TensorLayout(axes, own.device_mesh)
             for packed in kinds:
                 product(packed, split_as(packed, layout), axes)

@@ -73,23 +73,22 @@ def test_the_same_tokens_as_without():
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", pytest.param("gemma", marks=pytest.mark.heavy)]
+)
 def test_tokens_of_families_and_sizes_are_equal(family):
     model = language_model(family)
-    sizes = [prompts(6), prompts(4, size=9)]
-    check_same(model, prompts(3), prompts(2, 5), *sizes)
-    whole = generated(model, prompts(3, 5))["token_ids"]
-    stops = tuple({int(row[8]) for row in whole})
-    (found,) = check_same(model, prompts(3, 5), stop_token_ids=stops)
+    whole, _ = check_same(model, prompts(2, 5), prompts(4, size=9))
+    stops = tuple({int(row[8]) for row in whole["token_ids"]})
+    (found,) = check_same(model, prompts(2, 5), stop_token_ids=stops)
     assert not found["padding_mask"].all()
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize("pack", [{}, {"dtype": "int4", "head": "int8"}])
-def test_packed_and_lora(pack):
+def test_packed_and_lora():
     model = language_model(tie_word_embeddings=True)
     models.make_sparse(model)
-    kwm.pack(model, **pack)
+    kwm.pack(model)
     check_same(model, prompts(3))
     # The variables are others: recorded anew, by itself.
     model.backbone.enable_lora(2)
@@ -105,14 +104,18 @@ def test_packed_and_lora(pack):
 
 
 @pytest.mark.one_backend
-def test_new_weights_are_seen():
+def test_new_weights_are_seen(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "DELAY", 0.01)
     model = language_model(dtype="bfloat16")
     kwm.compile_generate(model)
     before = generated(model, prompts(3))
+    assert "Compiling `generate`: 0 s" in capsys.readouterr().out
     models.randomize(model, seed=5)
     with no_warning():
         after = generated(model, prompts(3))
     assert (after["token_ids"] != before["token_ids"]).any()
+    # What is there is not compiled again.
+    assert "Compiling" not in capsys.readouterr().out
 
 
 @pytest.mark.one_backend
@@ -190,8 +193,6 @@ def test_what_cannot_be_repeated_falls_back(read, match):
         # As sums of other lengths are, where inputs are rounded.
         (True, lambda tokens: 1e-3 * tokens.shape[1], None),
         (False, lambda tokens: 1e-3 * tokens.shape[1], "at most"),
-        (False, lambda tokens: 0.0 if tokens.shape[1] > 39 else np.nan, "nan"),
-        (True, lambda tokens: 0.1 * tokens.shape[1], "in the mean"),
         (
             True,
             lambda tokens: 0.01 * ops.cast(ops.sum(tokens), "float32"),
@@ -222,17 +223,3 @@ def test_first_tokens_that_depend_on_what_follows(packed, off, match):
 def test_refuses_other_models():
     with pytest.raises(ValueError, match=r"CausalLM.*Received: Sequential"):
         kwm.compile_generate(models.mlp())
-
-
-@pytest.mark.one_backend
-def test_shows_that_it_compiles(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "DELAY", 0.01)
-    model = language_model()
-    kwm.compile_generate(model)
-    generated(model, prompts(2))
-    assert "Compiling `generate`: 0 s" in capsys.readouterr().out
-    # What is there is not compiled again, and may be asked to be silent.
-    generated(model, prompts(2))
-    kwm.compile_generate(model, verbose=0)
-    generated(model, prompts(2))
-    assert "Compiling" not in capsys.readouterr().out

@@ -15,11 +15,11 @@ from keras_weightmods.backend.jax import traced_call
 LENGTH_STEP = 64
 
 
-class CompiledGenerate:
+class CompiledGenerate(Steps):
     """See that of torch; by one program of XLA, with a cache in parts."""
 
     def __init__(self, model, rounds_inputs):
-        self.model = model
+        super().__init__(model, rounds_inputs)
         self.done = set()
         self.function = jax.jit(
             self._generate,
@@ -50,15 +50,10 @@ class CompiledGenerate:
     def _generate(
         self, inputs, length, values, *, prefill, stop_token_ids, sampler
     ):
-        steps = _Traced(self.model, prefill)
         variables = [*sampler.variables, *self.model.variables]
         with keras.StatelessScope(zip(variables, values)) as scope:
-            outputs = steps.generate(inputs, length, stop_token_ids)
+            outputs = self.generate(inputs, length, prefill, stop_token_ids)
         return outputs, [scope.get_current_value(v) for v in sampler.variables]
-
-
-class _Traced(Steps):
-    """`Steps` by `traced_call`."""
 
     def first(self, token_ids, cache):
         logits, hidden_states, cache = _traced(super().first, token_ids, cache)

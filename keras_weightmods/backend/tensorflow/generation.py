@@ -12,11 +12,11 @@ from keras_weightmods.backend.generation import CannotCompile, Steps
 LENGTH_STEP = 64
 
 
-class CompiledGenerate:
-    """See `CompiledGenerate` of torch; by one program of XLA."""
+class CompiledGenerate(Steps):
+    """See that of torch; by one program of XLA."""
 
     def __init__(self, model, rounds_inputs):
-        self.model = model
+        super().__init__(model, rounds_inputs)
         self.functions = {}
 
     def __call__(self, tokens, mask, length, prefill, stop_token_ids):
@@ -24,11 +24,10 @@ class CompiledGenerate:
         key = *shape, stop_token_ids, self.model.sampler
         is_new = key not in self.functions
         if is_new:
-            steps = Steps(self.model, prefill)
 
             def generate(tokens, mask, length):
                 inputs = {"token_ids": tokens, "padding_mask": mask}
-                return steps.generate(inputs, length, stop_token_ids)
+                return self.generate(inputs, length, prefill, stop_token_ids)
 
             self.functions[key] = tf.function(
                 generate, jit_compile=True, autograph=False

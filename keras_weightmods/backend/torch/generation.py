@@ -21,17 +21,11 @@ LENGTH_STEP = None
 _RECORDINGS = 16  # that a model keeps
 
 
-class CompiledGenerate:
-    """`generate` on a batch of tokens by a step that was recorded.
-
-    Args:
-        model: A `keras_hub.models.CausalLM`, as it is now.
-        rounds_inputs: Bool, as of `difference`.
-    """
+class CompiledGenerate(Steps):
+    """`generate` on a batch of tokens by steps recorded at their first use."""
 
     def __init__(self, model, rounds_inputs):
-        self.model = model
-        self.rounds_inputs = rounds_inputs
+        super().__init__(model, rounds_inputs)
         self.recorded = {}
 
     def __call__(self, tokens, mask, length, prefill, stop_token_ids):
@@ -57,17 +51,8 @@ class CompiledGenerate:
         inputs = {
             name: torch.from_numpy(x).to(device) for name, x in inputs.items()
         }
-        steps = _Recorded(self, prefill)
         with torch.no_grad():
-            return steps.generate(inputs, length, stop_token_ids)
-
-
-class _Recorded(Steps):
-    """`Steps` that are recorded at their first use."""
-
-    def __init__(self, compiled, prefill):
-        super().__init__(compiled.model, prefill)
-        self.compiled = compiled
+            return self.generate(inputs, length, prefill, stop_token_ids)
 
     def sampler(self, length):
         sampler = self.model.sampler
@@ -97,29 +82,30 @@ class _Recorded(Steps):
     def first(self, token_ids, cache):
         def read(token_ids, cache):
             # The logits are not used.
-            return super(_Recorded, self).first(token_ids, cache)[1:]
+            return super(CompiledGenerate, self).first(token_ids, cache)[1:]
 
-        return None, *self._run(read, token_ids[:, : self.prefill], cache)
+        return None, *self._run(read, token_ids, cache)
 
     def step(self, *inputs):
         return self._run(super().step, *inputs)
 
     def _run(self, function, token_ids, cache, *index):
         """Run a function as it was recorded for these shapes."""
-        recorded = self.compiled.recorded
+        recorded = self.recorded
         key = token_ids.shape, token_ids.dtype, cache.shape, cache.dtype
         if key not in recorded:
             while len(recorded) >= _RECORDINGS:
                 recorded.pop(next(iter(recorded)))
             # By other numbers: these must not become a part of it.
-            other = [i - 1 if i > 0 else i + 1 for i in index]
-            zeros = torch.zeros_like(token_ids).contiguous()
-            made = self._record(function, (zeros, cache.clone(), *other))
+            others = [torch.zeros_like(x) for x in (token_ids, cache)]
+            others = [x.contiguous() for x in others]
+            others += [i - 1 if i > 0 else i + 1 for i in index]
+            made = self._record(function, others)
             received, expected = (
                 f(token_ids.clone(), cache.clone(), *index)[0]
                 for f in (made, function)
             )
-            reason = difference(received, expected, self.compiled.rounds_inputs)
+            reason = difference(received, expected, self.rounds_inputs)
             if reason:
                 raise CannotCompile(
                     "a recorded step gives other logits than the model: they "

@@ -38,16 +38,14 @@ class Product(tf.Module):
 
     signature = (tf.TensorSpec((None, None, K)),)
 
-    def __init__(self, dtype="float32"):
+    def __init__(self):
         super().__init__()
-        packed = pack_kernel(kernel_of(K, N), dtype)
+        packed = pack_kernel(kernel_of(K, N))
         self.values = tf.Variable(packed.values)
         self.meta = tf.Variable(packed.meta, trainable=False)
-        self.scale = packed.scale
-        self.dtype = dtype
 
     def __call__(self, x):
-        packed = Packed(self.values, self.meta, self.scale, (K, N), self.dtype)
+        packed = Packed(self.values, self.meta, None, (K, N), "float32")
         return sparse_matmul(x, packed)
 
 
@@ -128,18 +126,6 @@ def test_where_the_way_into_xla_is_missing(monkeypatch):
         implementation._refusal.cache_clear()
         native.warn_dense.cache_clear()
     assert_close(y, x.astype("float64") @ kernel_of(K, N))
-
-
-def test_one_function_of_bfloat16_for_batches_of_any_size():
-    signature = [tf.TensorSpec((None, K), tf.bfloat16)]
-    function = tf.function(Product("bfloat16"), input_signature=signature)
-    kernel = unpack_kernel(pack_kernel(kernel_of(K, N), "bfloat16"))
-    for rows in (1, 30):
-        x = tf.cast(normal(rows, K), tf.bfloat16)
-        y = function(x)
-        assert y.dtype == tf.bfloat16
-        y, x = (tf.cast(each, tf.float64).numpy() for each in (y, x))
-        assert_close(y, x @ kernel, 2**-8)
 
 
 def test_a_call_that_does_not_fit_is_an_error_of_xla():
