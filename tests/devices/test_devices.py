@@ -10,19 +10,24 @@ import pytest
 from keras_weightmods.ops.sparse_matmul import reason_for_dense
 
 BACKEND = keras.backend.backend()
-CHECKS = {
-    "jax": ["mesh", "--checks", "products", "cast"],
-    "tensorflow": ["mirrored", "lift"],
-}
+HEAVY = pytest.mark.heavy
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="in `make devices` alone")
 @pytest.mark.skipif(reason_for_dense() != "", reason=reason_for_dense())
-def test_devices_compute_what_one_computes():
-    program, *checks = CHECKS[BACKEND]
+@pytest.mark.parametrize(
+    ("backend", "program", "checks"),
+    [
+        ("jax", "mesh", "--checks products"),
+        pytest.param("jax", "mesh", "--checks lift cast", marks=HEAVY),
+        ("tensorflow", "mirrored", "lift"),
+    ],
+)
+def test_devices_compute_what_one_computes(backend, program, checks):
+    if backend != BACKEND:
+        pytest.skip(f"for {backend}")
     flags = "--xla_force_host_platform_device_count=8"
     subprocess.run(
-        [sys.executable, "-m", f"tests.devices.{program}", *checks],
-        env={**os.environ, "KERAS_BACKEND": BACKEND, "XLA_FLAGS": flags},
+        [sys.executable, "-m", f"tests.devices.{program}", *checks.split()],
+        env={**os.environ, "XLA_FLAGS": flags},
         check=True,
     )
