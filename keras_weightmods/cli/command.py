@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 # What a command returns: text to print, and the same for `--json`.
 Result = tuple[str, dict[str, Any]]
@@ -135,22 +135,9 @@ MODELS = (".keras", ".safetensors")
 PATCHES = (".safetensors",)
 
 
-class Command(NamedTuple):
-    """A command.
-
-    Attributes:
-        run: Function of the parsed arguments, which returns a `Result`. The
-            first line of its docstring is the help, the rest follows the
-            options.
-        arguments: Dict from names to what `argparse` takes.
-    """
-
-    run: Callable[..., Result]
-    arguments: dict[str, dict[str, Any]]
-
-
-# By the words of the command.
-COMMANDS: dict[str, Command] = {}
+# {words: (function of the parsed arguments, {argument: its settings})}. The
+# first line of its docstring is the help, the rest follows the options.
+COMMANDS: dict[str, tuple[Callable[..., Result], dict[str, Any]]] = {}
 
 
 def command(words, names, writes=None, **own):
@@ -171,7 +158,7 @@ def command(words, names, writes=None, **own):
         arguments["--overwrite"] = {**SET, "help": "even if it exists"}
 
     def register(run):
-        COMMANDS[words] = Command(run, arguments)
+        COMMANDS[words] = run, arguments
         return run
 
     return register

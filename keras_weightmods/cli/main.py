@@ -98,7 +98,13 @@ def choose_backend(name: str | None) -> None:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     wanted = name or os.environ.get("KERAS_BACKEND")
-    names = [wanted] if wanted else [*_configured(), *BACKENDS]
+    names = [wanted] if wanted else list(BACKENDS)
+    if not wanted:
+        home = os.environ.get("KERAS_HOME", os.path.expanduser("~/.keras"))
+        # As Keras reads it, if it is there.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            text = pathlib.Path(home, "keras.json").read_text()
+            names.insert(0, json.loads(text)["backend"])
     for each in names:
         if importlib.util.find_spec(each) is not None:
             os.environ["KERAS_BACKEND"] = each
@@ -107,17 +113,6 @@ def choose_backend(name: str | None) -> None:
         f"Keras needs a backend, and {' or '.join(dict.fromkeys(names))} is "
         f"not installed. Install with: pip install {names[-1]}"
     )
-
-
-def _configured():
-    """Return the backend in Keras' configuration file, in a list, or []."""
-    home = os.environ.get("KERAS_HOME", os.path.expanduser("~/.keras"))
-    try:
-        text = pathlib.Path(home, "keras.json").read_text()
-        name = json.loads(text).get("backend")
-    except (OSError, ValueError, AttributeError):
-        return []
-    return [name] if name in BACKENDS else []
 
 
 def _parser():

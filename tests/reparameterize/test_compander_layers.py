@@ -86,24 +86,6 @@ def test_starts_as_the_plain_layer_saves_loads_and_folds(name, tmp_path):
     np.testing.assert_array_equal(outputs(loaded, x), outputs(model, x))
 
 
-@pytest.mark.one_backend
-@pytest.mark.parametrize("name", LAYERS)
-def test_config_round_trip(name):
-    settings = {
-        "a": 1.7,
-        "b": 2.0,
-        "learnable": False,
-        "function": "erf",
-        "out_of_range": "raise_a",
-    }
-    layer = make(name, **settings).layers[0]
-    config = layer.get_config()
-    plain = make(name, companded=False).layers[0].get_config()
-    assert config.keys() == plain.keys() | settings
-    assert settings.items() <= config.items()
-    assert type(layer).from_config(config).get_config() == config
-
-
 class Subclassed(keras.Model):
     """Built while its fit traces it, when no variable has a value."""
 
@@ -128,17 +110,12 @@ def test_built_by_fit():
 
 
 @pytest.mark.one_backend
-def test_range_of_the_other_functions():
+def test_what_is_in_the_range_depends_on_the_dtype():
+    """sinh(0.9 / 0.01) is beyond the largest float16."""
     draw = keras.initializers.Constant(0.9)
-    for function, a, dtype, outside in (
-        ("erf", 0.5, "float32", 4),
-        ("arsinh", 0.5, "float32", 0),
-        # sinh(0.9 / 0.01) is beyond the largest float16.
-        ("arsinh", 0.01, "float16", 4),
-    ):
-        layer = kwm.CompanderDense(
-            2, a=a, function=function, kernel_initializer=draw, dtype=dtype
-        )
+    own = {"function": "arsinh", "kernel_initializer": draw}
+    for a, dtype, outside in ((0.5, "float32", 0), (0.01, "float16", 4)):
+        layer = kwm.CompanderDense(2, a=a, dtype=dtype, **own)
         layer.build((None, 2))
         assert layer.compander.outside == outside
         assert np.isfinite(numpy(layer._kernel)).all()
@@ -149,7 +126,6 @@ def test_range_of_the_other_functions():
     ("arguments", "message"),
     [
         ({"a": 0}, r"`a` must be a finite float > 0\.001"),
-        ({"a": "1"}, r"`a` must be a finite float > 0\.001"),
         ({"b": float("nan")}, r"`b` must be a finite float > 0\.001"),
         ({"function": "tanh"}, "`function` must be one of"),
         ({"learnable": 1}, "`learnable` must be a bool"),
