@@ -51,7 +51,6 @@ class Plan:
         ids, paths = {id(v) for v in whole}, {v.path for v in whole}
         skipped = [skip for skip in found.skipped if skip.path not in paths]
         sizes: dict[int, int] = {}
-        masked: dict[int, Target] = {}
         self.tiny: list[str] = []
         for target in found:
             variable, reason = target.variable, None
@@ -76,19 +75,17 @@ class Plan:
             else:
                 try:
                     sizes[id(variable)] = size(target)
-                    masked[id(variable)] = target
                 except ValueError as error:
                     reason = str(error)
                     self.tiny.append(target.path)
             if reason is not None:
                 skipped.append(Skipped(target.path, reason))
-        if not masked:
+        if not sizes:
             reasons = [f"{each.path}: {each.reason}" for each in skipped]
             raise ValueError(
                 "`PrincipalMaskCallback` found no kernel to train. Received: "
                 f"model={model.name!r}, skipped: {'; '.join(reasons)}"
             )
-        _check_constraints(list(masked.values()), keep_pattern)
         self.known = model.trainable_variables
         self.specs = [
             MaskSpec(v.path, tuple(v.shape), sizes.get(id(v)), place)
@@ -96,25 +93,22 @@ class Plan:
             if id(v) in sizes or id(v) in ids or not freeze_rest
         ]
         self.variables = [self.known[spec.place] for spec in self.specs]
+        target_of = {id(target.variable): target for target in found}
         self.targets = [
-            masked[id(v)] for v in self.variables if id(v) in masked
+            target_of[id(v)] for v in self.variables if id(v) in sizes
         ]
+        _check_constraints(self.targets, keep_pattern)
         keys = weight_keys(model)
 
-        def rows(variables: list[Any]) -> tuple[MaskedKernel, ...]:
-            return tuple(
-                MaskedKernel(
-                    keys[id(v)],
-                    tuple(v.shape),
-                    sizes.get(id(v), math.prod(v.shape)),
-                )
-                for v in variables
-            )
+        def row(variable: Any) -> MaskedKernel:
+            shape = tuple(variable.shape)
+            size = sizes.get(id(variable), math.prod(shape))
+            return MaskedKernel(keys[id(variable)], shape, size)
 
         self.report = PrincipalMaskReport(
-            rows([each.variable for each in self.targets]),
+            tuple(row(target.variable) for target in self.targets),
             tuple(skipped),
-            rows(whole),
+            tuple(map(row, whole)),
         )
 
     def check_optimizer(self, optimizer: Any) -> None:

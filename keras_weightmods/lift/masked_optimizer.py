@@ -67,14 +67,12 @@ class MaskedOptimizer(MaskedState, WrappingOptimizer):
         super().__init__(optimizer, name=name)
 
     def _create_state(self, variables: Any, known: Any) -> None:
-        inner = self.optimizer
-        if inner.built:
+        if self.optimizer.built:
             # By Keras, before the masks were known.
-            keras_compat.check_known(inner, variables)
-            keras_compat.drop_averages(inner)
+            keras_compat.drop_averages(self.optimizer)
         else:
             # As Keras does in `fit`, so that a checkpoint fits.
-            inner.build(known)
+            self.optimizer.build(known)
 
     def _backend_update_step(self, grads: Any, variables: Any, _: Any) -> None:
         """Have the wrapped optimizer step, then put the rest back."""

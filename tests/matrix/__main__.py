@@ -52,7 +52,6 @@ def main():
     file = page.RESULTS / f"matrix_{backend}.jsonl"
     parser.add_argument("--results", type=pathlib.Path, default=file)
     parser.add_argument("--only", help="a regex for 'family: method'")
-    parser.add_argument("--part", type=int, default=1, help="one in so many")
     parser.add_argument("--limit", type=float, default=LIMIT)
     parser.add_argument("--page", action="store_true")
     args = parser.parse_args()
@@ -65,7 +64,7 @@ def main():
     done = page.read(args.results)
     wanted = {
         (family, method)
-        for family, method in page.cells(args.part)
+        for family, method in page.cells()
         if re.search(args.only or "", f"{family}: {method}")
     }
     wrong = run(wanted, done, args.results, args.limit, bool(args.only))

@@ -16,8 +16,6 @@ def test_corruptions(name):
         assert got.shape == images.shape
         assert got.dtype == "float32"
         assert 0 <= got.min() < got.max() <= 1
-        again = corrupt(images, name, severity, seed=1)
-        np.testing.assert_array_equal(got, again)
         distances.append(np.abs(got - images).mean())
     assert distances == sorted(distances)
     assert distances[0] > 0.01

@@ -30,16 +30,11 @@ def test_seeds_and_what_is_kept():
         return len(problem.answer) < 150
 
     first = gsm_symbolic.make_problems("train", 60, 1, short)
-    again = gsm_symbolic.make_problems("train", 20, 1, short)
-    assert first[:20] == again
-    assert all(map(short, first))
+    assert first[:20] == gsm_symbolic.make_problems("train", 20, 1, short)
     assert first[:20] != gsm_symbolic.make_problems("train", 20, 2, short)
+    assert all(map(short, first))
     with pytest.raises(ValueError, match="`keep` to leave more"):
         gsm_symbolic.make_problems("test", 1, keep=lambda problem: False)
-    with pytest.raises(ValueError, match="`split`"):
-        gsm_symbolic.make_problems("dev", 1)
-    with pytest.raises(ValueError, match="`count`"):
-        gsm_symbolic.make_problems("train", 0)
 
 
 def test_the_last_number_counts():
