@@ -55,16 +55,8 @@ def close_pictures():
         pyplot.close("all")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        # Each backend has its own tests of what compiles.
-        pytest.param(
-            name, marks=() if ".ops." in name else pytest.mark.one_backend
-        )
-        for name in sorted(EXAMPLES)
-    ],
-)
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
 @pytest.mark.filterwarnings("ignore:AdamS. this schedule")
 def test_example_runs(name):
     for block in EXAMPLES[name]:

@@ -11,7 +11,7 @@ from keras_weightmods.core import keras_compat
 from keras_weightmods.utils.checks import check_model
 
 # The attribute of a layer with its {attribute: Reparameterization}.
-_SLOT = "_reparameterizations"
+SLOT = "_reparameterizations"
 # {name: class} of those that have a name, for files.
 KINDS: dict[str, type["Reparameterization"]] = {}
 
@@ -161,13 +161,4 @@ def reparameterizations(
 
 def slots(layer: Any) -> Any:
     """Return {attribute: Reparameterization} of a layer."""
-    return keras_compat.attributes(layer).get(_SLOT, {})
-
-
-def put_slots(layer: Any, items: Any) -> None:
-    """Set what `slots` returns, past attribute tracking."""
-    own = keras_compat.attributes(layer)
-    if items:
-        own[_SLOT] = items
-    else:
-        del own[_SLOT]
+    return keras_compat.attributes(layer).get(SLOT, {})

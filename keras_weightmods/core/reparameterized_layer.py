@@ -16,7 +16,7 @@ import numpy as np
 from keras import ops
 
 from keras_weightmods.core import keras_compat
-from keras_weightmods.core.reparameterization import put_slots, slots
+from keras_weightmods.core.reparameterization import SLOT, slots
 
 # Whether attached layers give the configs of their plain classes.
 _AS_PLAIN = contextvars.ContextVar("as_plain", default=False)
@@ -110,7 +110,9 @@ def _generated_class(cls: Any, attributes, released, mixins):
         "__qualname__": cls.__qualname__,
         **{name: effective_weight(name) for name in attributes},
         **{
-            f"_{name}": property(functools.partial(_stored_variable, name))
+            f"_{name}": property(
+                lambda layer, name=name: slots(layer)[name].target.variable
+            )
             for name in released
         },
     }
@@ -129,10 +131,6 @@ def effective_weight(attribute: str) -> property:
         keras_compat.attributes(layer)[attribute] = value
 
     return property(functools.partial(_effective_weight, attribute), set_stored)
-
-
-def _stored_variable(attribute, layer):
-    return slots(layer)[attribute].target.variable
 
 
 def _effective_weight(attribute, layer):
@@ -165,8 +163,11 @@ def set_reparameterizations(layer: Any, items: dict[str, Any]) -> None:
     cls = type(layer)
     is_own = issubclass(cls, ReparameterizedLayer)
     plain = cls.__bases__[-1] if is_own else cls
-    put_slots(layer, items)
+    # Past attribute tracking.
+    own = keras_compat.attributes(layer)
+    own[SLOT] = items
     if not items:
+        del own[SLOT]
         layer.__class__ = plain
     elif not is_own or issubclass(cls, AttachedLayer):
         ordered = [items[attribute] for attribute in sorted(items)]

@@ -13,7 +13,6 @@ from keras_weightmods.core.targets import (
 from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.sparsity.scaling import attach_scaling
 from keras_weightmods.utils.report import Skipped
-from tests.backends import breadth
 from tests.core.layers import (
     Block,
     Experts,
@@ -24,18 +23,15 @@ from tests.core.layers import (
     reasons,
     state_of,
 )
-from tests.models import backbone, causal_lm, mlp, sequential
+from tests.models import backbone, mlp, sequential
 
 one_backend = pytest.mark.one_backend
 
 
-@breadth(
-    ("kind", "sizes"),
-    [("MultiHeadAttention", (2, 4)), ("GroupQueryAttention", (4, 2, 1))],
-)
-def test_attention(kind, sizes):
+@one_backend
+def test_attention():
     inputs = keras.Input((5, 8))
-    layer = getattr(keras.layers, kind)(*sizes)
+    layer = keras.layers.MultiHeadAttention(2, 4)
     model = keras.Model(inputs, layer(inputs, inputs))
     targets = find_targets(model)
     assert names(targets) == ["query", "key", "value", "attention_output"]
@@ -101,57 +97,28 @@ def test_keys_tell_equal_paths_apart():
         assert targets[target.key] is target
 
 
-# {family: the name of a block, its kernels, the embeddings left out}
-BACKBONES = {
-    "llama3": (
-        "transformer_layer_",
-        {
-            "self_attention/query": ((16, 2, 8), (0,)),
-            "self_attention/key": ((16, 1, 8), (0,)),
-            "self_attention/value": ((16, 1, 8), (0,)),
-            "self_attention/attention_output": ((2, 8, 16), (0, 1)),
-            "feedforward_gate_dense": ((16, 24), (0,)),
-            "feedforward_intermediate_dense": ((16, 24), (0,)),
-            "feedforward_output_dense": ((24, 16), (0,)),
-        },
-        ["token_embedding/embeddings", "token_embedding/reverse_embeddings"],
-    ),
-    "gemma": (
-        "decoder_block_",
-        {
-            "attention/query": ((2, 16, 8), (1,)),
-            "attention/key": ((1, 16, 8), (1,)),
-            "attention/value": ((1, 16, 8), (1,)),
-            "attention/attention_output": ((2, 8, 16), (0, 1)),
-            "ffw_gating": ((16, 12), (0,)),
-            "ffw_gating_2": ((16, 12), (0,)),
-            "ffw_linear": ((12, 16), (0,)),
-        },
-        ["token_embedding/embeddings"],
-    ),
-}
-
-
-@breadth("family", BACKBONES)
-def test_keras_hub_models(family):
-    block, kernels, left_out = BACKBONES[family]
-    model = backbone(family, num_layers=2)
+def test_keras_hub_models():
+    model = backbone("llama3", num_layers=2)
     state = state_of(model)
     targets = find_targets(model)
     assert_unchanged(model, state)
     assert [(t.path, t.shape, t.contraction_axes) for t in targets] == [
-        (f"{block}{i}/{name}/kernel", shape, axes)
+        (f"transformer_layer_{i}/{name}/kernel", shape, axes)
         for i in range(2)
-        for name, (shape, axes) in kernels.items()
+        for name, shape, axes in (
+            ("self_attention/query", (16, 2, 8), (0,)),
+            ("self_attention/key", (16, 1, 8), (0,)),
+            ("self_attention/value", (16, 1, 8), (0,)),
+            ("self_attention/attention_output", (2, 8, 16), (0, 1)),
+            ("feedforward_gate_dense", (16, 24), (0,)),
+            ("feedforward_intermediate_dense", (16, 24), (0,)),
+            ("feedforward_output_dense", (24, 16), (0,)),
+        )
     ]
-    assert sorted(reasons(targets)) == left_out
-
-
-@one_backend
-def test_keras_hub_causal_lm():
-    task = causal_lm()
-    whole, inner = find_targets(task), find_targets(task.backbone)
-    assert [t.variable for t in whole] == [t.variable for t in inner]
+    embeddings = "embeddings", "reverse_embeddings"
+    assert sorted(reasons(targets)) == [
+        f"token_embedding/{name}" for name in embeddings
+    ]
 
 
 @one_backend
