@@ -64,7 +64,7 @@ def test_pack_equals_reference_and_comes_back(shape, dtype, density, seed):
     np.testing.assert_array_equal(unpacked, expected)
 
 
-@breadth("dtype", [*DTYPES, "dense int8", "dense int4"], 1, 5)
+@breadth("dtype", [*DTYPES, "dense int8", "dense int4"], 3)
 def test_tensors_and_variables_unpack_alike(dtype):
     if dtype.startswith("dense"):
         packed = module.pack_dense(kernel_of(100, 20), dtype.split()[1])

@@ -82,17 +82,3 @@ def test_without_a_teacher():
     assert float(entropy) == pytest.approx(expected[1], rel=1e-5)
     assert float(kl) == 0
     np.testing.assert_allclose(numpy(gradient()), slope, atol=1e-6)
-
-
-@pytest.mark.one_backend
-def test_large_logits_are_finite():
-    logits = np.float32([[1e4, -1e4, 0.0], [1e30, 0.0, -1e30]])
-    other = np.float32([[0.0, 1e4, 3.0], [0.0, 0.0, 0.0]])
-    *losses, gradient = logits_losses(
-        *map(ops.convert_to_tensor, (logits, other)),
-        [0, 1],
-        np.ones(2, "f"),
-        0.5,
-    )
-    assert np.isfinite([float(each) for each in losses]).all()
-    assert np.isfinite(numpy(gradient())).all()

@@ -2,7 +2,6 @@
 
 import importlib
 
-import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -230,27 +229,3 @@ def test_the_largest_of_host_and_device(levels):
         is_tied = x[expected].min() == x[~expected].max()
         assert (found is None) == is_tied
         assert is_tied or np.array_equal(ops.convert_to_numpy(found), expected)
-
-
-@pytest.mark.skipif(
-    keras.backend.backend() != "jax", reason="what JAX compiles"
-)
-def test_one_compilation_a_shape():
-    """Of kernels of one shape the first compiles, and no other."""
-    import jax
-
-    compiled = []
-
-    def listen(event, seconds, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        counts = []
-        for seed in range(3):
-            numpy_mask(normal(21, 35, seed=seed), density=0.1)
-            counts.append(len(compiled))
-    finally:
-        jax.monitoring.clear_event_listeners()
-    assert 0 < counts[0] == counts[1] == counts[2]

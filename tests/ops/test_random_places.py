@@ -75,10 +75,3 @@ def test_all_sets_are_as_likely(size, count, most):
     expected = draws / len(sets)
     statistic = sum((n - expected) ** 2 / expected for n in sets.values())
     assert statistic < most
-
-
-def test_seeds_of_several():
-    seeds = [seed_of(3, 5, number) for number in range(1000)]
-    assert len({*seeds}) == 1000
-    assert min(seeds) >= 0
-    assert max(seeds) < 2**31

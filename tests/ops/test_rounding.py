@@ -57,8 +57,7 @@ def test_each_step_is_its_reference(size, bits, group_size):
     assert (numpy(found[0]) != numpy(values)).any()
 
 
-# Also fewer rows than inputs: the second
-# moment is singular then.
+# Also fewer rows than inputs: the second moment is singular then.
 SHAPES = [
     (72, 1, 200, "2:4", 4, 64),
     (36, 4, 20, "1:4", 3, 10),

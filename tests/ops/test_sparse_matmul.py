@@ -65,7 +65,8 @@ def test_equals_reference_with_gradients(
     check_product(sparse_matmul, leading, k, n, dtype, activations)
 
 
-@breadth(("dtype", "activations"), CASES, 5)
+@pytest.mark.one_backend
+@pytest.mark.parametrize(("dtype", "activations"), CASES)
 def test_dense_product_equals_reference_too(dtype, activations):
     check_product(module.dense_matmul, (3, 2), 37, 21, dtype, activations)
 
