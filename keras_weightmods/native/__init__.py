@@ -53,10 +53,10 @@ _SIGNATURES = {
 }
 
 _WAY_OUT = (
-    "To get it, install a C++ compiler (GCC 11, clang 13 or later; on Debian: "
-    "`apt-get install g++`) and then the package again, from source: `pip install --force-reinstall "
-    "--no-deps --no-binary keras-weightmods keras-weightmods`, or `pip "
-    "install -e .` in a clone."
+    "To get it, install a C++ compiler, GCC 11, clang 13 or later (on Debian: "
+    "`apt-get install g++`), and then the package again, from source: `pip "
+    "install --force-reinstall --no-deps --no-binary keras-weightmods "
+    "keras-weightmods`, or `pip install -e .` in a clone."
 )
 
 # The custom calls that XLA has to be told of, on JAX and on TensorFlow.
