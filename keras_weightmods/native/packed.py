@@ -147,7 +147,10 @@ def pack_kernel(
     columns, rows, _ = specs["meta"][0]
     padded = pad(_to_numpy(kernel, np.float32), np.float32, columns, rows)
     groups = padded.reshape(rows * ROWS // 4, 4, columns * COLUMNS)
-    nonzeros = np.packbits(groups != 0, axis=1, bitorder="little")[:, 0]
+    flags = (groups != 0).view(np.uint8) << np.arange(4, dtype=np.uint8)[
+        :, None
+    ]
+    nonzeros = np.bitwise_or.reduce(flags, axis=1)
     if bad := int(np.count_nonzero(np.take(_IS_BAD, nonzeros))):
         raise ValueError(
             "`kernel` must be 2:4 along its first axis: at most two nonzeros "

@@ -22,7 +22,7 @@ from keras_weightmods.utils import checks
 
 # Largest |w| over scale. With a negative scale the largest can be -8 times it.
 _INT4_STEPS = (1, 2, 3, 4, 5, 6, 7, 7.5, 8, 8.5, 9, -7.5, -8, -8.5, -9)
-_INT4_CHUNK = 1 << 14  # groups that are rounded at a time, in a cache
+_INT4_CHUNK = 1 << 11  # groups that are rounded at a time, in a cache
 
 
 def round_matrix(matrix: Any, dtype: str, group: int = GROUP) -> Any:
@@ -105,10 +105,13 @@ def _round_int4(group: Any) -> Any:
         for step in _INT4_STEPS:
             scale = (largest / np.float32(step)).astype(ml_dtypes.bfloat16)
             scale = scale.astype(np.float32)
-            error = np.zeros(largest.shape)
-            for row in group:
-                left = row - _int4_steps(row, scale) * scale.astype(np.float64)
-                error += left * left
+            left = _int4_steps(group, scale).astype(np.float64)
+            left *= scale
+            np.subtract(group, left, out=left)
+            left *= left
+            error = left[0]
+            for row in left[1:]:
+                error += row
             usable = np.isfinite(scale) & (scale != 0) & (error < best)
             best = np.where(usable, error, best)
             chosen = np.where(usable, scale, chosen)
