@@ -365,32 +365,47 @@ def _write(model, sums):
         sums: Dict from positions to pairs of `_Sum`, what is there and what
             to write.
     """
-    started, problems = [], []
+    started = []
+    own = {
+        position: model.memory(position) if new.places is None else None
+        for position, (_, new) in sums.items()
+    }
+    # Of this thread, which uses it again.
+    memories = {
+        position: _new_memory(new) if own[position] is None else own[position]
+        for position, (_, new) in sums.items()
+    }
 
     def compute(position):
         started.append(position)
-        return values_of(position, sums[position][1])
-
-    def values_of(position, each):
-        memory = model.memory(position) if each.places is None else None
-        return memory, *_computed(each, model.infos[position].key, memory)
+        key, (_, new) = model.infos[position].key, sums[position]
+        return _computed(new, key, memories[position])
 
     try:
         # So that no thread goes on when the weights are restored.
         results: Any = map_ahead(compute, sums)
         with contextlib.closing(results):
-            for position, (memory, values, problem) in zip(sums, results):
-                problems.append(problem)
-                if memory is None and problem is None:
-                    model.assign(position, values, sums[position][1].places)
-        raise_all("The change cannot be written:", filter(None, problems))
+            found = dict(zip(sums, results))
+        problems = [problem for _, problem in found.values() if problem]
+        raise_all("The change cannot be written:", problems)
+        for position, (values, _) in found.items():
+            if own[position] is None:
+                model.assign(position, values, sums[position][1].places)
     except BaseException:
         for position in started:
-            before = sums[position][0]
-            memory, values, _ = values_of(position, before)
-            if memory is None:
+            before, _ = sums[position]
+            values, _ = _computed(before, "", own[position])
+            if own[position] is None:
                 model.assign(position, values, before.places)
         raise
+
+
+def _new_memory(each):
+    """Return memory for a `_Sum`, or `None` where it is its clean values."""
+    clean = each.clean.array
+    if each.terms:
+        return tensors.empty_aligned(clean.shape, clean.dtype)
+    return None
 
 
 def _computed(each, key, memory=None):
@@ -399,16 +414,17 @@ def _computed(each, key, memory=None):
     Args:
         each: `_Sum`.
         key: String, of the weight.
-        memory: Array, where to write it. Defaults to `None`, for a new one.
+        memory: Array, where to write it. Defaults to `None`, for a new one
+            where there are terms.
 
     Returns:
         Pair of a `Snapshot` and of what is wrong with it, or `None`.
     """
     clean, terms, _ = each
-    if not terms and memory is None:
-        return clean, None
     if memory is None:
-        memory = tensors.empty_aligned(clean.array.shape, clean.array.dtype)
+        memory = _new_memory(each)
+    if memory is None:
+        return clean, None
     if not terms:
         memory[...] = clean.array
         return Snapshot(memory), None
