@@ -24,19 +24,12 @@ def make(family="llama3", **sizes):
     return models.randomize(models.causal_lm(family, **sizes), scale=0.2)
 
 
-def change(model, targets, rank=None, seed=0):
+def change(model, targets):
     """Change kernels; return what was added, {key: array}."""
     added = {}
     for i, target in enumerate(targets):
-        new = 0.1 * normal(*target.shape, seed=seed + i)
-        if rank is not None:
-            sizes = new.reshape(-1, new.shape[-1]).shape
-            left, right = (
-                normal(*s, seed=i) for s in ((sizes[0], 1), (1, sizes[1]))
-            )
-            new = 0.1 * (left @ right).reshape(new.shape)
+        new = added[target.key] = 0.1 * normal(*target.shape, seed=i)
         target.variable.assign(target.variable + new)
-        added[target.key] = new
     return added
 
 
