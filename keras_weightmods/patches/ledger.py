@@ -370,7 +370,7 @@ def _write(model, sums):
         position: model.memory(position) if new.places is None else None
         for position, (_, new) in sums.items()
     }
-    # Of this thread, which uses it again.
+    # This thread allocates: it uses freed memory again, and workers would not.
     memories = {
         position: _new_memory(new) if own[position] is None else own[position]
         for position, (_, new) in sums.items()
