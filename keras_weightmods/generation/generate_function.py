@@ -1,6 +1,7 @@
 """What runs in place of a language model's compiled `generate`."""
 
 import inspect
+import operator
 import warnings
 from typing import Any
 
@@ -33,7 +34,7 @@ class GenerateFunction:
         self.model = model
         self.verbose = verbose
         self.sampler_base = sampler_base
-        self.structure: Any = None
+        self.structure: list[Any] = []
         self.warned: set[str] = set()
 
     def __call__(self):
@@ -41,7 +42,8 @@ class GenerateFunction:
 
     def generate(self, inputs, stop_token_ids=None):
         structure = _structure(self.model)
-        if structure != self.structure:
+        is_same = len(structure) == len(self.structure)
+        if not (is_same and all(map(operator.is_, structure, self.structure))):
             self.structure, self.reason, self.shapes = structure, "", set()
             self.rounds_inputs = _rounds_inputs(self.model)
             generation = backend.current().generation()
@@ -181,18 +183,6 @@ def _rounded(length, step):
 
 
 def _structure(model):
-    """What a recording holds for as long as this is the same."""
-    return (
-        [_Same(v.value) for v in model.variables],
-        [(_Same(x), type(x)) for x in layers_of(model)],
-    )
-
-
-class _Same:
-    """Equal to one that holds the same object, and keeps it alive."""
-
-    def __init__(self, held):
-        self.held = held
-
-    def __eq__(self, other):
-        return self.held is other.held
+    """List what is compiled for as long as these are the same objects."""
+    layers = layers_of(model)
+    return [*(v.value for v in model.variables), *layers, *map(type, layers)]

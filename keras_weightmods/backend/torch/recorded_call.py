@@ -88,28 +88,28 @@ def record(function, inputs, weights):
         NotRecordable: With the reason.
     """
     results: Any = None
+    count = len(weights)
 
-    def flat(*tensors):
+    def flat(*given):
         nonlocal results
-        own = tensors[: len(weights)]
-        results = function(list(own), *tensors[len(weights) :])
+        results = function(list(given[:count]), *given[count:])
         return tree_flatten(results)[0]
 
     trace = make_fx(flat, _error_on_data_dependent_ops=False)
     with torch.no_grad():
         traced = trace(*weights, *inputs)
-        _Seen(traced, len(weights)).run(*weights, *inputs)
+        _Seen(traced, count).run(*weights, *inputs)
     graph = traced.graph
     (output,) = graph.find_nodes(op="output")
-    tensors, spec = tree_flatten(results)
-    places = list(graph.nodes)[len(weights) :]
+    found, spec = tree_flatten(results)
+    places = list(graph.nodes)[count:]
     outputs = [
         next((p for p, y in zip(places, inputs) if _is_equal(x, y)), node)
-        for node, x in zip(output.args[0], tensors)
+        for node, x in zip(output.args[0], found)
     ]
     output.args = (outputs,)
     _simplify(graph)
-    held = _hold(graph, len(weights))
+    held = _hold(graph, count)
     _prepare_products(graph)
     _take_fast_functions(graph)
     graph.set_codegen(torch.fx.graph.CodeGen())
@@ -144,7 +144,7 @@ class _Seen(torch.fx.Interpreter):
         is_input = node.op == "placeholder"
         is_weight = is_input and len(self.weights) < self.count
         if is_weight:
-            self.weights[_memory(result)] = node
+            self.weights[memory(result)] = node
         elif node.op == "get_attr":
             known.update(self.weights)
         tags = getattr(node.target, "tags", ())
@@ -159,9 +159,7 @@ class _Seen(torch.fx.Interpreter):
         node.meta = {
             "geometry": _geometry(result) if is_tensor else None,
             "owners": {
-                _memory(x): known.get(_memory(x), node)
-                for x in tree_flatten(result)[0]
-                if isinstance(x, torch.Tensor)
+                memory(x): known.get(memory(x), node) for x in tensors(result)
             },
             "varies": varies or is_random,
             "is_random": is_random,
@@ -184,8 +182,14 @@ class _Seen(torch.fx.Interpreter):
         return result
 
 
-def _memory(tensor):
+def memory(tensor):
+    """Return what names the memory of a tensor."""
     return tensor.untyped_storage()._cdata
+
+
+def tensors(nest):
+    """Return the tensors of a nest as a list."""
+    return [x for x in tree_flatten(nest)[0] if isinstance(x, torch.Tensor)]
 
 
 def _geometry(x):

@@ -8,11 +8,11 @@ thread, and in a scope.
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from keras_weightmods.backend import attention
 from keras_weightmods.backend.torch.attention import kernel
+from keras_weightmods.backend.torch.recorded_call import memory, tensors
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 # What is remembered of a tensor: the function that made it, and its arguments.
@@ -21,7 +21,6 @@ _SEEN = {
     torch.Tensor.flatten,
     torch.Tensor.reshape,
     torch.Tensor.to,
-    torch.repeat_interleave,
     torch.stack,
     torch.transpose,
     torch.where,
@@ -39,7 +38,7 @@ class Rewrites(TorchFunctionMode):
 
     def __init__(self, inputs, weights=()):
         super().__init__()
-        self.inputs = {_memory(x) for x in inputs}
+        self.inputs = {memory(x) for x in inputs}
         self.made = WeakIdKeyDictionary()
         # What depends on them.
         self.varying = WeakIdKeyDictionary(
@@ -49,7 +48,7 @@ class Rewrites(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = None
-        given = _tensors((args, kwargs))
+        given = tensors((args, kwargs))
         if function is torch.narrow:
             result = self._narrow(*args)
         elif function is torch.Tensor.__getitem__:
@@ -65,7 +64,7 @@ class Rewrites(TorchFunctionMode):
         if result is None:
             result = function(*args, **kwargs)
         if any(x in self.varying for x in given):
-            self.varying.update(dict.fromkeys(_tensors(result), True))
+            self.varying.update(dict.fromkeys(tensors(result), True))
         if function is torch.meshgrid:
             for axis, grid in enumerate(result):
                 self.made[grid] = torch.meshgrid, (args, axis)
@@ -101,7 +100,7 @@ class Rewrites(TorchFunctionMode):
 
     def _clone(self, x):
         """A part of the cache itself: what is copied is about to be updated."""
-        return x.view(x.shape) if _memory(x) in self.inputs else None
+        return x.view(x.shape) if memory(x) in self.inputs else None
 
     def _put(self, x, indices, values):
         """Write a block, where the indices are the grid of its places."""
@@ -158,8 +157,6 @@ class Rewrites(TorchFunctionMode):
 
     def _shared(self, x):
         """Return keys of shape (batch, heads, places, size) not repeated."""
-        if self._made_by(x, torch.repeat_interleave):
-            return self.made[x][1][0]
         before = self._source(x, torch.transpose)
         if not self._made_by(before, torch.Tensor.reshape):
             return x
@@ -168,11 +165,3 @@ class Rewrites(TorchFunctionMode):
         if wide.ndim != 5 or wide.stride(3) or wide.shape[3:4] == (1,):
             return x
         return wide[:, :, :, 0].transpose(1, 2)
-
-
-def _memory(x):
-    return x.untyped_storage()._cdata
-
-
-def _tensors(nest):
-    return [x for x in tree_flatten(nest)[0] if isinstance(x, torch.Tensor)]
