@@ -32,10 +32,9 @@ def kernel(query, key, value, mask, scale):
         return None
     if mask is None:
         mask = jnp.ones((*query.shape[:2], key.shape[1]), bool)
-    result = jax.ShapeDtypeStruct(query.shape, "float32")
-    call = jax.ffi.ffi_call("kwm_xla_attend", result)
-    floats = (x.astype("float32") for x in (query, key, value))
-    return call(*floats, mask, scale=np.float32(scale)).astype(query.dtype)
+    given = *(x.astype("float32") for x in (query, key, value)), mask
+    call = functools.partial(xla_calls.call, "kwm_xla_attend", query.shape)
+    return call(*given, scale=np.float32(scale)).astype(query.dtype)
 
 
 def calls_in(jaxpr, key_shape):

@@ -166,18 +166,19 @@ def matmul(x, packed, method=None):
         return y.reshape(*x.shape[:-1], n)
 
     arrays = {name: getattr(packed, name) for name in _NAMES}
-    companions, arrays = (
-        {
-            name: a if a is None else keras.ops.convert_to_tensor(a)
-            for name, a in given.items()
-        }
-        for given in (packed.companions, arrays)
-    )
+    companions, arrays = map(_tensors, (packed.companions, arrays))
     multiply = xla_calls.with_gradient(product, gradient)
     return multiply(x, companions, arrays)
 
 
 _NAMES = ("values", "meta", "scale")
+
+
+def _tensors(arrays):
+    return {
+        name: a if a is None else keras.ops.convert_to_tensor(a)
+        for name, a in arrays.items()
+    }
 
 
 def _dense(x, kernel):
@@ -189,11 +190,8 @@ def _dense(x, kernel):
 def _cusparselt(x, compressed, n):
     rows = x.shape[0]
     x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
-    result = jax.ShapeDtypeStruct((x.shape[0], n), x.dtype)
-    call = jax.ffi.ffi_call(
-        "kwm_gpu_cusparselt", result, vmap_method="sequential"
-    )
-    return call(x, compressed)[:rows]
+    shape = x.shape[0], n
+    return xla_calls.call("kwm_gpu_cusparselt", shape, x, compressed)[:rows]
 
 
 def _devices():

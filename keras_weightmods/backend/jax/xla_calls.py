@@ -35,11 +35,11 @@ def _register():
     return True
 
 
-def call(target, shape, *arguments):
+def call(target, shape, *arguments, **attributes):
     """Return the result of a custom call, of the type of its first argument."""
     result = jax.ShapeDtypeStruct(shape, arguments[0].dtype)
     made = jax.ffi.ffi_call(target, result, vmap_method="sequential")
-    return made(*arguments)
+    return made(*arguments, **attributes)
 
 
 def with_gradient(function, gradient):
