@@ -1,7 +1,6 @@
 """What `PrincipalMaskCallback` trains of a model, and by which optimizer."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -14,6 +13,8 @@ from keras_weightmods.core.weight_keys import weight_keys
 from keras_weightmods.lift.masked_optimizer import MaskedOptimizer
 from keras_weightmods.lift.masked_state import MaskedState, MaskSpec
 from keras_weightmods.lift.report import MaskedKernel, PrincipalMaskReport
+from keras_weightmods.ops.matrix import stack_shape
+from keras_weightmods.ops.principal_mask import Selection
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.report import Skipped
 
@@ -26,8 +27,7 @@ class Plan:
         targets: As in `PrincipalMaskCallback`.
         whole: List of the variables that are trained whole.
         freeze_rest, keep_pattern: As in `PrincipalMaskCallback`.
-        size: Callable from a `Target` to how many of its entries are trained.
-            It raises ValueError where that is none.
+        selection: The `Selection` of entries.
 
     Attributes:
         targets: List of the `Target`s to mask, in the order of `variables`.
@@ -45,7 +45,7 @@ class Plan:
         whole: list[Any],
         freeze_rest: bool,
         keep_pattern: bool,
-        size: Callable[[Target], int],
+        selection: Selection,
     ) -> None:
         found = resolve_targets(model, targets)
         ids, paths = {id(v) for v in whole}, {v.path for v in whole}
@@ -73,8 +73,10 @@ class Plan:
                     f"`targets`. Received: {target.path!r}"
                 )
             else:
+                axes = target.contraction_axes, target.stack_axes
+                stacks, *matrix = stack_shape(target.shape, *axes)
                 try:
-                    sizes[id(variable)] = size(target)
+                    sizes[id(variable)] = stacks * selection.size(*matrix)
                 except ValueError as error:
                     reason = str(error)
                     self.tiny.append(target.path)

@@ -17,7 +17,6 @@ from keras_weightmods.lift.attach import Plan
 from keras_weightmods.lift.frozen import freeze, unfreeze, unfreeze_on_error
 from keras_weightmods.lift.masked_state import MaskedState
 from keras_weightmods.lift.report import PrincipalMaskReport, Refresh
-from keras_weightmods.ops.matrix import stack_shape
 from keras_weightmods.ops.principal_mask import Selection, mask_indices
 from keras_weightmods.ops.random_places import seed_of
 from keras_weightmods.utils import checks
@@ -317,7 +316,7 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
         whole = filters.matching_weights(
             "also_train", self._also_train, model, trainable=True
         )
-        options = self.freeze_rest, self.keep_pattern, self._size
+        options = self.freeze_rest, self.keep_pattern, self._selection
         plan = Plan(model, self._targets, whole, *options)
         if plan.tiny:
             state = "frozen" if self.freeze_rest else "trained as ever"
@@ -345,13 +344,6 @@ class PrincipalMaskCallback(keras.callbacks.Callback):
             optimizer.set_masks(chosen, 0, self._selection.seed)
         self._target_of = {id(t.variable): t for t in plan.targets}
         return plan.report
-
-    def _size(self, target: Any) -> Any:
-        """The number of entries of a target to train."""
-        stacks, rows, columns = stack_shape(
-            target.shape, target.contraction_axes, target.stack_axes
-        )
-        return stacks * self._selection.size(rows, columns)
 
     def _choose(self, model: Any, targets: Any, step: int, before: Any) -> Any:
         """Yield the entries of each target to train from this step on."""

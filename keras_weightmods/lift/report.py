@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
 
@@ -46,19 +47,17 @@ class PrincipalMaskReport(Report):
             "whole": sum(weight.trained for weight in self.whole),
         }
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> Iterator[Table]:
         trained, entries, whole = self.totals.values()
         count = len(self.kernels)
         title = f"{trained:,} of {entries:,} entries of {count} kernels trained"
-        tables = [
-            Table(title, ("kernel", "shape", "trained"), _rows(self.kernels))
-        ]
+        yield Table(title, ("kernel", "shape", "trained"), _rows(self.kernels))
         if self.whole:
             count = len(self.whole)
             title = f"{whole:,} entries of {count} weights trained whole"
-            columns = "weight", "shape", "trained"
-            tables.append(Table(title, columns, _rows(self.whole)))
-        return tables
+            yield Table(
+                title, ("weight", "shape", "trained"), _rows(self.whole)
+            )
 
 
 def _rows(weights: tuple[MaskedKernel, ...]) -> tuple[tuple[str, ...], ...]:
