@@ -179,38 +179,24 @@ class Words:
 
 
 @pytest.mark.one_backend
-def test_strings_get_the_start_token_of_the_preprocessor(monkeypatch):
+def test_texts_and_windows_begin_with_the_start_token(monkeypatch):
     model = plain()
     object.__setattr__(model, "preprocessor", Words())
 
-    def value(texts):
-        return kwm.perplexity(model, texts, verbose=0)
+    def value(texts, length=1024):
+        return kwm.perplexity(model, texts, length, verbose=0)
 
     texts = ["one three a", "", "two"]
     assert value(texts) == value([[1, 3, 5, 1], [1], [1, 3]])
     assert value(texts[0]) == value([[1, 3, 5, 1]])
+    # Windows of three inputs; the second one's oldest gives way.
+    parts = value([[1, 3, 5, 2], [1, 4, 6, 3]])
+    assert value([[1, 3, 5, 2, 4, 6, 3]], 3) == pytest.approx(parts, 1e-5)
+    # Without the start token at its begin a text is cut as it is.
+    parts = value([[3, 5, 2, 4], [4, 6, 3]])
+    assert value([[3, 5, 2, 4, 6, 3]], 3) == pytest.approx(parts, 1e-5)
     monkeypatch.setattr(Words, "add_start_token", False)
     assert value(["one three a"]) == value([[3, 5, 1]])
-
-
-@pytest.mark.one_backend
-def test_each_window_begins_with_the_start_token():
-    model = plain()
-    object.__setattr__(model, "preprocessor", Words())
-    tokens = np.array([1, 3, 5, 2, 4, 6, 3])
-    measure = kwm.Perplexity(model, length=3)
-    # Windows of three inputs; the second one's oldest gives way.
-    parts = [[1, 3, 5, 2], [1, 4, 6, 3]]
-    losses = [measure.losses([part], verbose=0)[0] * 3 for part in parts]
-    sums = measure.losses([tokens], verbose=0)[0] * 6
-    np.testing.assert_allclose(sums, sum(losses), rtol=1e-5)
-    # Without the start token at its begin a text is cut as it is.
-    other = measure.losses([tokens[1:]], verbose=0)[0] * 5
-    parts = [[3, 5, 2, 4], [4, 6, 3]]
-    losses = [
-        measure.losses([part], verbose=0)[0] * (len(part) - 1) for part in parts
-    ]
-    np.testing.assert_allclose(other, sum(losses), rtol=1e-5)
 
 
 @pytest.mark.one_backend

@@ -61,14 +61,6 @@ def test_a_packed_llama3(tied, tmp_path):
     models.assert_same(models.numpy(model(X)), expected)
 
 
-@pytest.mark.parametrize(
-    "family", ["gpt2", pytest.param("gemma", marks=pytest.mark.heavy)]
-)
-def test_other_families(family, tmp_path):
-    _, expected, found = exported(family, tmp_path / "model")
-    np.testing.assert_allclose(logits(found), expected, atol=1e-4)
-
-
 def test_in_bfloat16(tmp_path):
     model, expected, found = exported(
         "llama3", tmp_path / "a", dtype="bfloat16", tie_word_embeddings=True

@@ -53,12 +53,7 @@ def main():
 
 
 def survive(method, kills):
-    """Kill runs of one method so many times.
-
-    Returns:
-        Dict with the number of kills, those within saves, the runs that were
-        brought to their end, and whether all ended like one without a kill.
-    """
+    """Kill runs of one method so many times; return what came of it."""
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -93,11 +88,7 @@ def survive(method, kills):
 
 
 def keep_programs(folder):
-    """Have JAX compile a program once for all workers.
-
-    `PrincipalMaskCallback` runs many, each of which takes longer to compile
-    than the whole training.
-    """
+    """Have JAX compile a program once for all workers."""
     if keras.backend.backend() != "jax":
         return
     import jax
