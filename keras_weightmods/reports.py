@@ -3,7 +3,7 @@
 Each prints as a table; `to_dict()` has the same as plain Python values.
 """
 
-from keras_weightmods.core.report import (
+from keras_weightmods.core.seam import (
     ReparameterizationReport as ReparameterizationReport,
 )
 from keras_weightmods.generation.compile_generate import (

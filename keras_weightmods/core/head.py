@@ -67,17 +67,16 @@ def reversible_embeddings(model: Any) -> list[Target]:
     product with its transpose; otherwise the kernel of the head.
     """
     keys = weight_keys(model)
-    return [
-        target_of(layer, head_of(layer), keys=keys)
+    found = [
+        (layer, "embeddings" if layer.tie_weights else "reverse_embeddings")
         for layer in keras_compat.layers_of(model)
         if isinstance(layer, keras.layers.ReversibleEmbedding)
-        and keras_compat.stored_variable(layer, head_of(layer)) is not None
     ]
-
-
-def head_of(layer: keras.layers.ReversibleEmbedding) -> str:
-    """Return the attribute that a reversible embedding makes logits by."""
-    return "embeddings" if layer.tie_weights else "reverse_embeddings"
+    return [
+        target_of(layer, name, keys=keys)
+        for layer, name in found
+        if keras_compat.stored_variable(layer, name) is not None
+    ]
 
 
 def find_head(model: Any) -> Head | None:

@@ -6,8 +6,9 @@ w = f(v, parameters) fits by one more subclass of `Reparameterization`.
 """
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from keras_weightmods.core import keras_compat
@@ -20,11 +21,32 @@ from keras_weightmods.core.reparameterized_layer import (
     ReparameterizedLayer,
     set_reparameterizations,
 )
-from keras_weightmods.core.report import ReparameterizationReport
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Skipped
+from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReparameterizationReport(Report):
+    """What a call that reparameterizes a model, or folds it, changed.
+
+    Attributes:
+        kernels: Tuple with one summary for each kernel changed, with a `path`,
+            a `shape` and a string `detail`.
+        skipped: Tuple of `Skipped`, path and reason.
+    """
+
+    kernels: tuple[Any, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def tables(self) -> Iterable[Table]:
+        columns = "kernel", "shape", "detail"
+        rows = tuple(
+            (kernel.path, shape_text(kernel.shape), kernel.detail)
+            for kernel in self.kernels
+        )
+        yield Table(f"{len(rows)} kernels", columns, rows)
 
 
 def attach_to_targets(

@@ -9,7 +9,6 @@ from keras import ops
 
 from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import Reparameterization
-from keras_weightmods.core.report import ReparameterizationReport
 from keras_weightmods.ops.compand import (
     check_function,
     compand,
@@ -82,7 +81,7 @@ def attach_compander(
     function: str = "arctan",
     out_of_range: str = "raise_a",
     verbose: int = 1,
-) -> ReparameterizationReport:
+) -> seam.ReparameterizationReport:
     """Train the kernels of a model through a compander, w = a f(v / b).
 
     Weight Compander (arXiv 2306.16993): the layers store v and compute with w,

@@ -4,14 +4,13 @@ import keras
 
 from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import reparameterizations
-from keras_weightmods.core.report import ReparameterizationReport
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
 
 
 def fold(
     model: keras.layers.Layer, verbose: int = 1
-) -> ReparameterizationReport:
+) -> seam.ReparameterizationReport:
     """Bake every effective weight in, and make the layers plain again.
 
     Ends what `attach_compander`, `attach_weight_norm` and `attach_scaling`
@@ -53,4 +52,4 @@ def fold(
     with Progress(len(found), "kernel", verbose) as progress:
         items = seam.fold(model, tuple(kinds), progress.add)
     kernels = tuple(item.summary() for item in items)
-    return ReparameterizationReport(kernels)
+    return seam.ReparameterizationReport(kernels)

@@ -9,7 +9,6 @@ from keras import ops
 
 from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import Reparameterization
-from keras_weightmods.core.report import ReparameterizationReport
 
 # A vector of zeros has no direction; its square norm counts as this.
 _LEAST_SQUARE = 1e-12
@@ -31,7 +30,7 @@ class NormalizedKernel:
 
 def attach_weight_norm(
     model: keras.layers.Layer, *, targets: Any = None, verbose: int = 1
-) -> ReparameterizationReport:
+) -> seam.ReparameterizationReport:
     """Give each output unit of each target a norm of its own, w = g v / |v|.
 
     Weight Normalization (arXiv 1602.07868, equation 2): length and direction

@@ -10,7 +10,6 @@ from keras import ops
 
 from keras_weightmods.core import seam
 from keras_weightmods.core.reparameterization import Reparameterization
-from keras_weightmods.core.report import ReparameterizationReport
 from keras_weightmods.core.targets import Target
 from keras_weightmods.ops.matrix import contraction_size, from_matrix, to_matrix
 from keras_weightmods.ops.nm import Pattern, parse_pattern
@@ -39,7 +38,7 @@ def attach_scaling(
     groups: int = 2,
     pattern: Pattern = "2:4",
     verbose: int = 1,
-) -> ReparameterizationReport:
+) -> seam.ReparameterizationReport:
     """Give each output unit of each target `groups` learnable scales.
 
     The effective weight is `scale * kernel`, with one scale, one at the start,
