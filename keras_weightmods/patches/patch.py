@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
@@ -241,7 +241,7 @@ class Patch:
         checks.check_string("name", name, optional=True)
         adapters.check_plain(model)
         fields = adapters.changes(model, lora, dtype, verbose)
-        return Patch(name=name or _stem(lora), **fields)
+        return Patch(name=name or pathlib.Path(lora).stem, **fields)
 
     def to_lora(
         self,
@@ -324,7 +324,9 @@ class Patch:
         if kind not in kinds:
             expected = f"the file of a {' or a '.join(kinds)}"
             raise checks.error("filepath", expected, f"{path!r}, a {kind}")
-        return kinds[kind](**{**fields, "name": fields["name"] or _stem(path)})
+        return kinds[kind](
+            **{**fields, "name": fields["name"] or pathlib.Path(path).stem}
+        )
 
     def save(
         self, filepath: Any, overwrite: bool = True, verbose: int = 1
@@ -633,12 +635,6 @@ class Patch:
 
     def __str__(self) -> str:
         return str(self.report())
-
-
-def _stem(filepath: Any) -> str:
-    """Return the name of a file or folder without its ending."""
-    name: str = os.path.basename(os.path.normpath(os.fspath(filepath)))
-    return os.path.splitext(name)[0]
 
 
 def _of_model(model: Any) -> tuple[Checkpoint, Ledger]:
