@@ -181,8 +181,8 @@ class Perplexity:
             that was passed over.
         """
         sums, counts = self._totals(texts, name, verbose)
-        means = np.full(len(sums), np.nan)
-        np.divide(sums, counts, out=means, where=counts > 0)
+        with np.errstate(invalid="ignore"):
+            means: np.ndarray = sums / counts
         return means
 
     def _totals(
