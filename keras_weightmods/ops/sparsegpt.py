@@ -9,6 +9,9 @@ from keras import ops
 
 from keras_weightmods.ops.nm import nm_mask, parse_pattern
 
+# Inputs after which all others are updated, by one large product.
+_BLOCK = 128
+
 
 def wanda(matrix, norms, pattern="2:4"):
     """Keeps the n largest `|W_ij| * ||x_j||` in every group of m inputs.
@@ -96,7 +99,7 @@ def inverse_factor(second_moment, damping=0.01):
     return _inverse_of_upper(r)
 
 
-def sparsegpt(matrix, factor, pattern="2:4", block_size=128):
+def sparsegpt(matrix, factor, pattern="2:4"):
     """Prunes to N:M and lets the weights that are left make up for it.
 
     SparseGPT (arXiv 2301.00774, algorithm 1), with the groups of its N:M form:
@@ -110,15 +113,12 @@ def sparsegpt(matrix, factor, pattern="2:4", block_size=128):
         factor: Array of shape `(K, K)`, from `inverse_factor`.
         pattern: String `"n:m"`, n weights kept in every group of m inputs, or
             a pair of ints; m divides K. Defaults to `"2:4"`.
-        block_size: Int, inputs after which the others are updated; rounded
-            down to whole groups. It changes the time alone. Defaults to
-            `128`.
 
     Returns:
         Tensor of the shape and dtype of `matrix`.
 
     Raises:
-        ValueError: If `pattern` is malformed, or the shapes do not fit.
+        ValueError: If `pattern` is malformed.
 
     Example:
 
@@ -138,14 +138,8 @@ def sparsegpt(matrix, factor, pattern="2:4", block_size=128):
     n, m = parse_pattern(pattern)
     matrix = ops.convert_to_tensor(matrix)
     size, units = matrix.shape
-    if size % m or np.shape(factor) != (size, size):
-        raise ValueError(
-            "`matrix` must have a multiple of m inputs, and `factor` a row "
-            f"and a column for each. Received: matrix.shape={(size, units)}, "
-            f"factor.shape={np.shape(factor)}, m={m}"
-        )
     factor = np.asarray(factor, "float32")
-    block = max(m, block_size // m * m)
+    block = max(m, _BLOCK // m * m)
     tail = ops.cast(matrix, "float32")
     done = []
     for start in range(0, size, block):

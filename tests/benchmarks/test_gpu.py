@@ -43,12 +43,3 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
     assert "| torch, int8, 64 x 32 | cuSPARSELt failed |" in gpu.table(
         {"times": times}
     )
-
-
-def test_environment_of_a_part(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/mine")
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    variables = gpu.environment("jax", "float16")
-    assert variables["PYTHONPATH"].split(os.pathsep)[-1] == "/mine"
-    assert variables["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0"
-    assert variables["KERAS_BACKEND"] == "jax"

@@ -96,13 +96,6 @@ def test_what_does_not_fit_is_refused(fake_gpu):
     assert "cuSPARSELt, product: an error" in failure
 
 
-@pytest.mark.parametrize("name", ["compress", "cusparselt"])
-def test_no_handler_may_be_recorded_into_a_command_buffer(fake_gpu, name):
-    """Scratch memory forbids it."""
-    handler = fake_gpu.handler(f"kwm_gpu_{name}")
-    assert fake_gpu.xla.fake_xla_traits(handler) == 0
-
-
 def test_without_cuda_every_call_says_why(library, tmp_path, monkeypatch):
     fresh = fresh_library(tmp_path)
     monkeypatch.setattr(native, "library", lambda: fresh)
