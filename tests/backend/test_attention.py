@@ -38,6 +38,10 @@ def numbers(x):
     return ops.convert_to_numpy(x)
 
 
+def assert_close(x, y):
+    np.testing.assert_allclose(numbers(x), numbers(y), rtol=1e-5, atol=1e-6)
+
+
 def prompt_mask(queries):
     mask = np.arange(21) < np.array([[5], [21]])
     mask = mask[:, None, None] & np.tri(queries, 21, 21 - queries, bool)
@@ -52,9 +56,7 @@ def test_it_is_what_keras_gives(masked, queries, scale):
     got = attend(*inputs(queries=queries), **options)
     assert got is not None
     expected = plain(*inputs(queries=queries), **options)
-    np.testing.assert_allclose(
-        numbers(got), numbers(expected), rtol=1e-5, atol=1e-6
-    )
+    assert_close(got, expected)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +118,7 @@ def test_repeated_keys_are_read_once(queries, masked, monkeypatch):
     expected = repeated_attention(*given)
     got = by_kernel(repeated_attention, given, watched, monkeypatch)
     assert seen[-1] == (3, pytest.approx(0.2))
-    np.testing.assert_allclose(
-        numbers(got), numbers(expected), rtol=1e-5, atol=1e-6
-    )
+    assert_close(got, expected)
 
 
 def test_what_is_nearly_an_attention_is_none(monkeypatch):
@@ -129,9 +129,7 @@ def test_what_is_nearly_an_attention_is_none(monkeypatch):
 
     given = inputs()
     got = by_kernel(other, given, kernel, monkeypatch)
-    np.testing.assert_allclose(
-        numbers(got), numbers(other(*given)), rtol=1e-5, atol=1e-6
-    )
+    assert_close(got, other(*given))
 
 
 def by_kernel(function, given, kernel, monkeypatch):

@@ -42,13 +42,8 @@ def _refusal():
         with tf.init_scope():
             kernel = pack_kernel(np.ones((2, 1), np.float32))
             correct = float(sparse_matmul(tf.ones((1, 2)), kernel)[0, 0]) == 2
-    except (
-        AttributeError,
-        ImportError,
-        OSError,
-        TypeError,
-        tf.errors.OpError,
-    ) as error:
+    except Exception as error:
+        # Whatever it is: the dense product is there.
         return (
             f"TensorFlow {tf.__version__} does not take the compiled kernels: "
             f"{error}. They are tested with TensorFlow 2.21."

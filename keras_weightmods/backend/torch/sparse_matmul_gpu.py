@@ -17,14 +17,10 @@ import keras
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from keras_weightmods.backend.torch.operators import TYPES
 from keras_weightmods.native.gpu import trial as trials
-from keras_weightmods.native.layout import VALUE_TYPES, packed_arrays
 from keras_weightmods.native.packed import Packed, unpack_tensor
 
-_VALUES = {
-    getattr(torch, packed_arrays((1, 1), name)["values"][1]): name
-    for name in VALUE_TYPES
-}
 # cuSPARSELt wants this many rows, or a multiple.
 _ROWS = 16
 # Not cached functions: a CUDA graph that is being captured must not try, and
@@ -133,7 +129,7 @@ def _companion(weights, k, n, dtype, method):
     kernel, made_from = made.get((dtype, method), (None, None))
     if made_from == versions:
         return kernel
-    packed = Packed(values, meta, scale, (k, n), _VALUES[values.dtype])
+    packed = Packed(values, meta, scale, (k, n), TYPES[values.dtype])
     # Keras' functions would move all to its default device.
     with keras.device(str(values.device)):
         kernel = unpack_tensor(packed).to(dtype).contiguous()

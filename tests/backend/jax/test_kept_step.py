@@ -26,13 +26,13 @@ class Array:
         pass
 
 
-def run(step, held, data=()):
-    state = [[Array("old")]]
-    try:
-        kept(step, held.append, state, iter(data))
-    finally:
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        held[:] = [each[0][0].name for each in held]
+def held_after(step, error, data=()):
+    """Return the names of what is held once a step has ended by an error."""
+    held = []
+    with pytest.raises(error):
+        kept(step, held.append, [[Array("old")]], iter(data))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return [each[0][0].name for each in held]
 
 
 def interrupt():
@@ -46,10 +46,7 @@ def test_an_interrupt_waits_for_the_end_of_the_step():
         interrupt()
         return {}, [[Array("new")]]
 
-    held = []
-    with pytest.raises(KeyboardInterrupt):
-        run(step, held)
-    assert held == ["new", "new"]
+    assert held_after(step, KeyboardInterrupt) == ["new", "new"]
 
 
 @pytest.mark.one_backend
@@ -67,10 +64,7 @@ def test_a_second_interrupt_and_one_in_data_do_not_wait(in_data):
         interrupt()
         raise AssertionError("it has waited")
 
-    held = []
-    with pytest.raises(KeyboardInterrupt):
-        run(step, held, data())
-    assert held == ["old"]
+    assert held_after(step, KeyboardInterrupt, data()) == ["old"]
 
 
 @pytest.mark.one_backend
@@ -80,10 +74,7 @@ def test_errors_leave_what_is_not_used_up(is_used_up):
         state[0][0].used_up = is_used_up
         raise OSError("from within")
 
-    held = []
-    with pytest.raises(OSError, match="within"):
-        run(step, held)
-    assert held == ([] if is_used_up else ["old"])
+    assert held_after(step, OSError) == ([] if is_used_up else ["old"])
 
 
 @pytest.mark.skipif(

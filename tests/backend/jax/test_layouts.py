@@ -8,7 +8,6 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from keras_weightmods.backend.jax import layouts
-from keras_weightmods.native.layout import packed_arrays
 
 MESH = jax.sharding.AbstractMesh((2, 4), ("batch", "model"))
 BOTH = "rows", "columns"
@@ -45,22 +44,6 @@ def test_an_axis_that_does_not_divide_the_blocks_is_taken_for_the_others():
     assert split == ((), ("model",), [])
     split = split_of((None, "model"), (0,), (128, 64), sides=("rows",))
     assert split == (("model",), (), [])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
-@pytest.mark.parametrize("is_dense", [False, True])
-def test_each_array_has_its_axes(dtype, is_dense):
-    if is_dense and dtype == "float32":
-        return
-    split = layouts.Split(MESH, ("batch",), ("model",))
-    arrays = packed_arrays((256, 128), dtype, is_dense)
-    for name, spec in split.specs(arrays).items():
-        columns_alone = name == "scale" and dtype == "int8"
-        axes = ("model",) if columns_alone else ("model", "batch")
-        assert tuple(spec) == axes
-        shape = arrays[name][0]
-        for size, axis in zip(shape, axes):
-            assert size % MESH.shape[axis] == 0
 
 
 def test_a_vector_is_split_by_all_axes_of_the_weight():
