@@ -15,7 +15,7 @@ from keras_weightmods.backend.torch.threads import threads
 from keras_weightmods.native.layout import packed_arrays
 from keras_weightmods.utils import checks
 
-TYPES = {
+_TYPES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.int8: "int8",
@@ -49,7 +49,7 @@ def _matmul(x, values, meta, scale, size, rounded=False, transposed=False):
         return multiply(getattr(_compiled(), name), x, weights, size)
     if meta is None:
         form = importlib.import_module("keras_weightmods.native.packed")
-        kind = (size, inner), TYPES[values.dtype], "int8"
+        kind = (size, inner), _TYPES[values.dtype], "int8"
         return x @ form.unpack_tensor(form.Packed(values, None, scale, *kind)).T
     weights = weights_of(size, inner, values, meta, scale)
     function = _compiled().kwm_matmul_transposed
@@ -171,9 +171,9 @@ def weights_of(k, n, values, meta, scale):
 
     Without `meta` they are a dense matrix.
     """
-    dtype = TYPES.get(values.dtype)
+    dtype = _TYPES.get(values.dtype)
     if dtype is None:
-        raise checks.error("values", f"of {[*TYPES]}", values.dtype)
+        raise checks.error("values", f"of {[*_TYPES]}", values.dtype)
     given = {"values": values, "meta": meta, "scale": scale}
     for name, spec in _arrays(k, n, dtype, meta is None).items():
         _check(name, given[name], *spec)

@@ -17,7 +17,6 @@ import keras
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from keras_weightmods.backend.torch.operators import TYPES
 from keras_weightmods.native.gpu import trial as trials
 from keras_weightmods.native.packed import Packed, unpack_tensor
 
@@ -84,11 +83,15 @@ def _plan(device, shape, kind):
 def _choose(matrix, n):
     """Return the product to take."""
     rows, k = matrix.shape
-    kind = str(matrix.dtype).removeprefix("torch.")
+    kind = _name_of(matrix.dtype)
     key = matrix.device, (k, n), kind
     if not _is_on_gpu(matrix) or (key not in _plans and _is_capturing()):
         return "dense"
     return _plan(*key).method(rows)
+
+
+def _name_of(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_on_gpu(tensor):
@@ -129,7 +132,9 @@ def _companion(weights, k, n, dtype, method):
     kernel, made_from = made.get((dtype, method), (None, None))
     if made_from == versions:
         return kernel
-    packed = Packed(values, meta, scale, (k, n), TYPES[values.dtype])
+    # int4 values are two in a byte.
+    name = _name_of(values.dtype).replace("uint8", "int4")
+    packed = Packed(values, meta, scale, (k, n), name)
     # Keras' functions would move all to its default device.
     with keras.device(str(values.device)):
         kernel = unpack_tensor(packed).to(dtype).contiguous()
