@@ -1,10 +1,10 @@
 """A function of tensors as the flat graph of torch's operations that it runs.
 
-`make_fx` traces the function once. Replayed, there is nothing of Keras left: no
-layers, no checks, no conversions. What does not depend on the inputs is
-computed once, what is asked for twice is computed once, and chains of views
-become one view. The numbers are those of the function, as the same kernels run
-on the same numbers.
+The function runs once while a mode of torch writes down its operations. The
+graph has nothing of Keras left: no layers, no checks, no conversions. What does
+not depend on the inputs is computed once, what is asked for twice is computed
+once, and chains of views become one view. The numbers are those of the
+function, as the same kernels run on the same numbers.
 
 Weights are not copied: a view of them is held, so that a later `assign` is
 seen. Another tensor in their place is not.
@@ -15,8 +15,9 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
 
 from keras_weightmods import native
 from keras_weightmods.backend.torch import attention, sparse_matmul
@@ -87,29 +88,20 @@ def record(function, inputs, weights):
     Raises:
         NotRecordable: With the reason.
     """
-    results: Any = None
-    count = len(weights)
-
-    def flat(*given):
-        nonlocal results
-        results = function(list(given[:count]), *given[count:])
-        return tree_flatten(results)[0]
-
-    trace = make_fx(flat, _error_on_data_dependent_ops=False)
-    with torch.no_grad():
-        traced = trace(*weights, *inputs)
-        _Seen(traced, count).run(*weights, *inputs)
-    graph = traced.graph
-    (output,) = graph.find_nodes(op="output")
+    recorder = _Recorder(weights, inputs)
+    with torch.no_grad(), recorder:
+        results = function(weights, *inputs)
+    graph = recorder.graph
     found, spec = tree_flatten(results)
-    places = list(graph.nodes)[count:]
+    places = [recorder.node(x) for x in inputs]
     outputs = [
-        next((p for p, y in zip(places, inputs) if _is_equal(x, y)), node)
-        for node, x in zip(output.args[0], found)
+        next((p for p, y in zip(places, inputs) if _is_equal(x, y)), None)
+        or recorder.node(x)
+        for x in found
     ]
-    output.args = (outputs,)
+    graph.output(outputs).meta = {"owners": {}}
     _simplify(graph)
-    held = _hold(graph, count)
+    held = _hold(graph, len(weights))
     _prepare_products(graph)
     _take_fast_functions(graph)
     graph.set_codegen(torch.fx.graph.CodeGen())
@@ -120,8 +112,10 @@ def _is_equal(x, y):
     return x is not None and x.dtype == y.dtype and torch.equal(x, y)
 
 
-class _Seen(torch.fx.Interpreter):
-    """Runs a graph, and notes in `meta` of its nodes what is known of them.
+class _Recorder(TorchDispatchMode):
+    """Writes a graph of the operations that run in its scope.
+
+    It notes in `meta` of a node what is known of its result.
 
     - geometry: Sizes, strides, offset and dtype of a tensor; None for others.
     - owners: Dict from the memory of results to the nodes whose memory it is.
@@ -130,30 +124,46 @@ class _Seen(torch.fx.Interpreter):
     - tensor: A constant, or a view of a weight, which is not computed again.
     """
 
-    def __init__(self, module, weights):
-        super().__init__(module)
-        self.count = weights
-        self.weights: dict[Any, Any] = {}
+    def __init__(self, weights, inputs):
+        super().__init__()
+        self.graph = torch.fx.Graph()
+        self.nodes = WeakIdKeyDictionary()
+        self.weights = {}
+        for i, x in enumerate(weights):
+            node = self._add("placeholder", f"weight_{i}", x, is_weight=True)
+            self.weights[memory(x)] = node
+        for i, x in enumerate(inputs):
+            self._add("placeholder", f"given_{i}", x)
 
-    def run_node(self, node):
+    def node(self, x):
+        """Return the node of a tensor; one from outside is a constant."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        return self.nodes.get(x) or self._add("get_attr", "constant", x)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        nodes = tree_map(self.node, args), tree_map(self.node, kwargs)
+        result = function(*args, **kwargs)
+        node = self._add("call_function", function, result, *nodes)
+        if isinstance(result, (list, tuple)):
+            for i, x in enumerate(result):
+                self._add("call_function", operator.getitem, x, (node, i))
+        return result
+
+    def _add(self, op, target, result, args=(), kwargs=None, is_weight=False):
+        node = self.graph.create_node(op, target, args, kwargs)
         parents = node.all_input_nodes
-        known: dict[Any, Any] = {}
+        known = dict(self.weights) if op == "get_attr" else {}
         for parent in parents:
             known.update(parent.meta["owners"])
-        result = super().run_node(node)
-        is_input = node.op == "placeholder"
-        is_weight = is_input and len(self.weights) < self.count
-        if is_weight:
-            self.weights[memory(result)] = node
-        elif node.op == "get_attr":
-            known.update(self.weights)
-        tags = getattr(node.target, "tags", ())
-        varies = is_input or any(
+        tags = getattr(target, "tags", ())
+        varies = op == "placeholder" or any(
             p.meta["varies"] or _owner(p).meta["varies"] for p in parents
         )
         for tag in tags if varies else ():
             if tag in _REFUSED:
-                raise NotRecordable(f"{node.target} {_REFUSED[tag]}")
+                raise NotRecordable(f"{target} {_REFUSED[tag]}")
         is_random = torch.Tag.nondeterministic_seeded in tags
         is_tensor = isinstance(result, torch.Tensor)
         node.meta = {
@@ -171,15 +181,16 @@ class _Seen(torch.fx.Interpreter):
             owner = _owner(changed)
             if owner.op == "get_attr" or owner.meta["is_weight"]:
                 raise NotRecordable(
-                    f"{node.target} writes into a tensor from outside of the "
-                    "call"
+                    f"{target} writes into a tensor from outside of the call"
                 )
             owner.meta["changed"] = True
             owner.meta["varies"] |= varies
         is_known = _owner(node).meta["is_weight"] or not node.meta["varies"]
-        if is_tensor and is_known:
-            node.meta["tensor"] = result
-        return result
+        if is_tensor:
+            self.nodes[result] = node
+            if is_known:
+                node.meta["tensor"] = result
+        return node
 
 
 def memory(tensor):
