@@ -362,19 +362,16 @@ class AdamS(keras.optimizers.Optimizer):
                 "Call `optimizer.build(model.trainable_variables)` first. "
                 f"Received: criterion={self.criterion!r}, built={self.built}"
             )
-        is_list = isinstance(importance, (list, tuple))
-        arrays = [
-            checks.check_array("importance", each, "float32")
-            for each in (importance if is_list else ())
-        ]
         variables = [s["importance"] for s in self._states if "mask" in s]
         shapes = [tuple(v.shape) for v in variables]
-        if [array.shape for array in arrays] != shapes or not all(
+        is_list = isinstance(importance, (list, tuple))
+        given = importance if is_list else ()
+        arrays = [checks.check_array("importance", a, "float32") for a in given]
+        if shapes != [array.shape for array in arrays] or not all(
             np.all((array >= 0) & np.isfinite(array)) for array in arrays
         ):
             expected = f"a list of finite arrays, >= 0, of shapes {shapes}"
-            received = [a.shape for a in arrays] if is_list else importance
-            raise checks.error("importance", expected, received)
+            raise checks.error("importance", expected, importance)
         for variable, array in zip(variables, arrays):
             variable.assign(array)
 

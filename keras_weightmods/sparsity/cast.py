@@ -295,7 +295,7 @@ class CAST(LogitsDistiller):
         labels are the next tokens where there is no `y`. Fills in
         `total_steps` of the optimizer, where it was not given, from the steps
         of an epoch times `epochs`. The plan stands from the first step on; a
-        later `fit` that goes beyond it is warned about. While the step is
+        `fit` after its end is warned about. While the step is
         compiled, which may take a minute, the seconds are shown, unless
         `verbose` is 0.
 
@@ -339,11 +339,8 @@ class CAST(LogitsDistiller):
                     f"{type(x).__name__}"
                 )
             self._plan(epochs * int(steps))
-        elif taken:
-            left = steps * (epochs - kwargs.get("initial_epoch", 0))
-            cast_run.warn_about_the_end(
-                self.adam_s, taken, left, kwargs.get("callbacks")
-            )
+        else:
+            cast_run.warn_about_the_end(self.adam_s, taken)
         with keras_compat.strategy_scope(self):
             with Waiting("Building the optimizer", verbose, began):
                 self._build_optimizer()

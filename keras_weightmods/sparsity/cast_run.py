@@ -1,13 +1,10 @@
 """A run of `CAST`: how it starts, what a checkpoint holds, and its end."""
 
-import math
 import warnings
 from typing import Any
 
-import keras
 from keras import ops
 
-from keras_weightmods.saving.checkpoint import Checkpoint
 from keras_weightmods.sparsity import sparsify
 from keras_weightmods.sparsity.adam_s import AdamS
 from keras_weightmods.sparsity.criteria import CRITERIA
@@ -54,27 +51,16 @@ def default_recipe(
 _NO_CUT = 1e-3
 
 
-def warn_about_the_end(
-    adam_s: AdamS, taken: int, left: float, callbacks: Any
-) -> None:
-    """Warn where a fit of `left` batches goes beyond the planned run."""
-    planned = adam_s.total_steps
-    wanted = taken + left // (adam_s.gradient_accumulation_steps or 1)
-    resuming = Checkpoint, keras.callbacks.BackupAndRestore
-    if taken < planned and (
-        not planned < wanted < math.inf
-        # Which epoch it begins with is not known yet.
-        or any(isinstance(c, resuming) for c in keras.tree.flatten(callbacks))
-    ):
-        return
-    warnings.warn(
-        f"CAST: this fit goes from step {taken} to {wanted}, beyond the "
-        f"{planned} of the run, after which the pull is done and the default "
-        "learning rate is 0. To resume a run, pass its `initial_epoch`. To "
-        "train in several calls of `fit`, pass the sum of their steps as "
-        "`AdamS(total_steps=...)`. For another run make a new `CAST`.",
-        stacklevel=3,
-    )
+def warn_about_the_end(adam_s: AdamS, taken: int) -> None:
+    """Warn where a fit begins after the end of the planned run."""
+    if taken >= adam_s.total_steps:
+        warnings.warn(
+            f"CAST: the run of {adam_s.total_steps} steps is over. The pull is "
+            "done, and the default learning rate is 0. To train in several "
+            "calls of `fit`, pass the sum of their steps as "
+            "`AdamS(total_steps=...)`. For another run make a new `CAST`.",
+            stacklevel=3,
+        )
 
 
 def warn_about_an_early_end(adam_s: AdamS) -> None:

@@ -169,27 +169,16 @@ class LogitsDistiller(keras.distillation.Distiller):
         return total
 
     def _divergence(self, x, y_pred, sample_weight):
-        """Return the loss by the teacher, over all outputs."""
+        """Return the loss by the teacher, over all outputs in their order."""
         if self.teacher is None:
             return 0.0
         taught = keras.tree.flatten(self.teacher(x, training=False))
-        names = getattr(self, "output_names", None) or ()
-        own = getattr(self.teacher, "output_names", None) or ()
-        by_name = dict(zip(own, taught))
-        # Of one name where the names are the same, else in the same place.
-        if len(by_name) == len(taught) and by_name.keys() == set(names):
-            taught = [by_name[name] for name in names]
+        taught = list(map(ops.stop_gradient, taught))
         weights = keras.tree.flatten(_copied(sample_weight))
         if len(weights) == 1:
             weights = weights * len(taught)
-        return sum(
-            map(
-                LogitsKL(self._temperature),
-                map(ops.stop_gradient, taught),
-                keras.tree.flatten(y_pred),
-                weights,
-            )
-        )
+        loss = LogitsKL(self._temperature)
+        return sum(map(loss, taught, keras.tree.flatten(y_pred), weights))
 
     def _split_losses(self, x, y, hidden, sample_weight, training):
         """Return the total, the label loss and the distillation loss.

@@ -250,24 +250,20 @@ def prune(
         """Prune kernels that share their inputs; yield what was done."""
         is_known = moment is not None or not CRITERIA[criterion].needs_data
         used = criterion if is_known else "magnitude"
-        inputs = [None]
-        if moment is not None:
-            inputs = [Inputs(each, damping) for each in moment]
+        rule = CRITERIA[used].prune
+        moments = [None] if moment is None else moment
+        inputs = [m if m is None else Inputs(m, damping) for m in moments]
         for target in group:
             axes = target.contraction_axes, target.stack_axes
             before = to_stack(target.variable.value, *axes, len(inputs))
-            after = [
-                CRITERIA[used].prune(weights, each, pattern)
-                for weights, each in zip(before, inputs)
-            ]
-            if moment is not None and "swaps" in refinements:
-                after = [
-                    refined(*parts, pattern, damping)
-                    for parts in zip(before, after, moment)
-                ]
-            after = ops.stack(after)
+            pairs = zip(before, inputs)
+            after = ops.stack([rule(*each, pattern) for each in pairs])
             error = None
             if moment is not None:
+                if "swaps" in refinements:
+                    parts = zip(before, after, moment)
+                    after = [refined(*each, pattern, damping) for each in parts]
+                    after = ops.stack(after)
                 error = relative_error(before, after, moment)
             target.variable.assign(from_stack(after, target.shape, *axes))
             yield SparsifiedKernel(

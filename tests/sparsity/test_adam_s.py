@@ -250,16 +250,6 @@ def test_restored_targets_that_cannot_be_told_apart():
 
 
 @one_backend
-def test_ramp_stays_at_one_past_the_end():
-    kernel = keras.Variable(np.full((4, 1), 0.5, "float32"), name="kernel")
-    optimizer = AdamS(1e-2, total_steps=2, l1=1.0)
-    apply_steps(optimizer, [kernel], [[np.zeros((4, 1), "float32")]] * 8)
-    w = numpy(kernel)[:, 0]
-    np.testing.assert_array_equal(w[:2], 0.5)
-    assert np.all(w[2:] < 0.5 - 0.03)
-
-
-@one_backend
 def test_masks_follow_the_importance():
     kernel = ones(4, 2)
     optimizer = AdamS(1e-3, total_steps=4, criterion="wanda")

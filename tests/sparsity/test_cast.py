@@ -65,7 +65,7 @@ def test_a_token_net_becomes_sparse():
 @one_backend
 @pytest.mark.parametrize(
     ("family", "pattern"),
-    [("llama", "2:4"), ("gemma", "2:4"), ("gpt2", "1:4")],
+    [("gemma", "2:4"), ("gpt2", "1:4")],
 )
 def test_a_causal_lm_becomes_sparse(family, pattern, tmp_path):
     dtype = "mixed_bfloat16" if family == "gemma" else None
@@ -118,7 +118,7 @@ def test_raw_strings():
     x, y, w = keras.tree.map_structure(np.asarray, preprocessor(texts))
     loss = cast.evaluate(x, y, 2, sample_weight=w, verbose=0)
     assert history["val_loss"][-1] == pytest.approx(loss, rel=1e-6)
-    with pytest.warns(UserWarning, match="beyond the 4 of the run"):
+    with pytest.warns(UserWarning, match="the run of 4 steps is over"):
         history = fit(cast, (texts, None), 2, validation_data=dataset)
     assert history["val_loss"][-1] == pytest.approx(loss, rel=1e-6)
     with pytest.raises(ValueError, match="preprocessor"):
@@ -162,23 +162,13 @@ def test_rows_of_tokens_are_their_own_labels():
     ],
 )
 def test_the_length_of_the_run(optimizer, options, steps):
+    x, y = make_data(24)
     cast = compiled(kwm.AdamS(**optimizer))
-    assert started(cast, *make_data(24), epochs=3, **options)[0] == steps
-
-
-@one_backend
-def test_no_batch_of_a_generator_is_lost():
-    data = casts.Batches(*make_data(24), 4)
-    finals = []
-    for x in (data, (data[i] for i in range(6))):
-        cast = compiled(init="wanda")
-        if x is not data:
-            with pytest.raises(ValueError, match="steps_per_epoch"):
-                cast.fit(x)
-        fit(cast, (x, None), None, epochs=3, steps_per_epoch=2)
-        assert steps_of(cast) == 6
-        finals.append(weights_of(cast.finalize()))
-    assert_same(*finals)
+    if not optimizer:
+        batches = casts.Batches(x, y, 4)
+        with pytest.raises(ValueError, match="steps_per_epoch"):
+            cast.fit(batches[i] for i in range(6))
+    assert started(cast, x, y, epochs=3, **options)[0] == steps
 
 
 @one_backend
@@ -267,21 +257,14 @@ def test_a_start_is_refined():
 
 
 @one_backend
-def test_a_start_that_fails_leaves_the_model_alone():
+@pytest.mark.parametrize("init", ["dense", "sparsegpt"])
+def test_a_start_that_fails_leaves_the_model_alone(init):
     x, y = make_data()
-    cast = compiled(init="sparsegpt")
+    cast = compiled(init=init)
     before = weights_of(cast.student)
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match=r"finite.*/kernel"):
         fit(cast, (np.full_like(x, np.nan), y))
     assert_same(weights_of(cast.student), before)
-    kernel = cast.targets[0].variable
-    start = numpy(kernel)
-    kernel.assign(np.full(kernel.shape, np.nan))
-    before = weights_of(cast.student)
-    with pytest.raises(ValueError, match=kernel.path):
-        fit(cast)
-    assert_same(weights_of(cast.student), before)
-    kernel.assign(start)
     fit(cast)
     kwm.assert_sparse(cast.finalize(), "2:4")
 
@@ -348,17 +331,18 @@ def test_wrong_models():
 
 
 @one_backend
-def test_a_call_without_training():
+def test_a_subclassed_model_that_was_trained_before():
     class Plain(keras.Model):
         def __init__(self):
             super().__init__()
             self.dense = keras.layers.Dense(4)
 
-        def call(self, x):
+        def call(self, x):  # Without `training`.
             return self.dense(x)
 
     model, (x, y) = Plain(), make_data()
-    model(x)
+    model.compile("adam", casts.cross_entropy())
+    model.fit(x, y, verbose=0)
     cast = compiled(model=model, teacher="self")
     fit(cast, (x, y))
     kwm.assert_sparse(cast.finalize(), "2:4")
@@ -469,18 +453,12 @@ def test_a_target_frozen_since_leaves_the_model_alone():
 
 
 @one_backend
-def test_a_fit_beyond_the_plan_is_warned_about(recwarn):
-    x, y = make_data()
+def test_a_fit_after_the_end_is_warned_about(recwarn):
     cast = compiled()
-    started(cast, x, y, epochs=3, batch_size=4)
-    fit(cast, (x[:4], y[:4]), initial_epoch=11, epochs=12)
-    fit(cast, epochs=2)
-    assert cast.adam_s.total_steps == 12
+    fit(cast, epochs=3)
     assert not [w for w in recwarn if "CAST" in str(w.message)]
-    with pytest.warns(UserWarning, match="from step 9 to 13, beyond the 12"):
-        fit(cast)
     before = weights_of(cast.student)
-    with pytest.warns(UserWarning, match="beyond the 12 of the run"):
+    with pytest.warns(UserWarning, match="the run of 12 steps is over"):
         fit(cast)
     assert_same(weights_of(cast.student), before)
 
@@ -533,23 +511,6 @@ def test_a_resumed_run_is_the_same(init, tmp_path):
     assert_same(run(restore), whole)
 
 
-@one_backend
-def test_interrupted_in_the_middle_of_an_epoch(tmp_path):
-    x, y = make_data(24)
-    path = str(tmp_path / "{epoch}-{batch}.weights.h5")
-    options = {"save_freq": 9, "save_weights_only": True}
-    save = keras.callbacks.ModelCheckpoint(path, **options)
-    cast = compiled(teacher="self")
-    fit(cast, (x, y), epochs=3, callbacks=[save])
-    whole = weights_of(cast)
-    cast = compiled(teacher="self")
-    cast.load_weights(path.format(epoch=2, batch=3))
-    assert steps_of(cast) == 9
-    fit(cast, (x[12:], y[12:]), epochs=3, initial_epoch=2)
-    fit(cast, (x, y), epochs=3, initial_epoch=2)
-    assert_same(weights_of(cast), whole)
-
-
 # Precision and backends
 
 
@@ -586,35 +547,3 @@ def test_a_global_policy_is_seen():
         keras.config.set_dtype_policy("float32")
     assert isinstance(cast.optimizer, keras.optimizers.LossScaleOptimizer)
     assert started(cast, *make_data(), epochs=4)[0] == 4
-
-
-@one_backend
-@pytest.mark.parametrize("groups", [0, 2])
-def test_a_model_that_was_trained_with_another_optimizer(groups):
-    model = make_mlp()
-    model.compile("adam", casts.cross_entropy())
-    model.fit(*make_data(), verbose=0)
-    cast = compiled(model=model, scaling_groups=groups)
-    fit(cast, epochs=2)
-    kwm.assert_sparse(cast.finalize(), "2:4")
-
-
-class Log(keras.layers.Layer):
-    """Makes NaN of what is negative."""
-
-    def call(self, x):
-        return keras.ops.log(x)
-
-
-@one_backend
-@pytest.mark.parametrize("init", ["dense", "wanda"])
-def test_activations_that_are_not_finite_are_named(init):
-    first, second = (keras.layers.Dense(n, name=f"of_{n}") for n in (8, 4))
-    model = models.sequential((8,), first, Log(), second)
-    before = weights_of(model)
-    cast = kwm.CAST(model, init=init)
-    cast.compile(loss="mse")
-    with pytest.raises(ValueError, match=r"NaN or infinit.*of_4/kernel"):
-        fit(cast, (models.normal(8, 8), models.normal(8, 4)))
-    kernels = [numpy(t.variable) for t in cast.targets]
-    assert_same(kernels, before[::2])

@@ -84,34 +84,22 @@ def test_merge_ends_exactly_sparse(keep):
 
 
 @one_backend
-def test_fit_merge_save_and_adapt_again(tmp_path):
+def test_fit_merge_and_adapt_again():
     model = make_model()
     make_sparse(model)
-    y = normal(4, 24, 3, seed=2)
+    kernel = model.get_layer("dense")._kernel
     for _ in range(2):
         for name in ADAPTED:
             model.get_layer(name).enable_lora(2)
         model.compile(keras.optimizers.Adam(1e-2), "mse")
-        kernel = model.get_layer("dense")._kernel
         frozen = numpy(kernel)
-        model.fit(X, y, epochs=2, verbose=0)
+        model.fit(X, normal(4, 24, 3, seed=2), epochs=2, verbose=0)
         np.testing.assert_array_equal(numpy(kernel), frozen)
         kwm.merge_lora(model, pattern="2:4")
         assert not model.compiled
         kwm.assert_sparse(model)
-        changed = numpy(model.get_layer("dense").kernel)
-        assert np.abs(changed - frozen).max() > 0
-        np.testing.assert_array_equal(changed[frozen == 0], 0)
-    expected = numpy(model(X))
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    kwm.assert_sparse(loaded)
-    np.testing.assert_array_equal(numpy(loaded(X)), expected)
-    # It trains as any model does, under the same mask if wanted.
-    kwm.SemiStructuredSparse.attach(model, frozen=True)
-    model.compile("adam", "mse")
-    model.fit(X, y, verbose=0)
-    kwm.assert_sparse(model)
+        assert np.abs(numpy(kernel) - frozen).max() > 0
+        np.testing.assert_array_equal(numpy(kernel)[frozen == 0], 0)
 
 
 @one_backend

@@ -1,5 +1,3 @@
-import json
-
 import keras
 import numpy as np
 import pytest
@@ -63,49 +61,6 @@ def test_rows_against_numpy():
         "model_size": sum(w.size for w in before),
     }
     models.assert_same(models.weights_of(model), before)
-
-
-@one_backend
-def test_as_plain_values():
-    layers = keras.layers.Embedding(8, 8, name="table"), keras.layers.Dense(4)
-    model = sequential((4,), *layers, dtype="int32")
-    report = kwm.sparsity_report(model, "1:4")
-    plain = json.loads(json.dumps(report.to_dict()))
-    assert plain == report.to_dict()
-    assert plain["pattern"] == "1:4"
-    assert [t["shape"] for t in plain["kernels"]] == [[8, 4]]
-    assert plain["kernels"][0]["key"].endswith(plain["kernels"][0]["path"])
-    assert plain["totals"] == report.totals
-    (skipped,) = [s for s in plain["skipped"] if "table" in s["path"]]
-    assert skipped["reason"]
-
-
-@one_backend
-def test_prints_as_a_table():
-    model = make_model()
-    sparsify(model)
-    text = str(kwm.sparsity_report(model))
-    parts = "pattern 2:4", "misfit/kernel", "does not fit", "6x16", "1 of 16"
-    parts += "8 of 8", "total", "1 of 4 kernels are exactly 2:4"
-    assert [part for part in parts if part not in text] == []
-    plain = sequential((4,), keras.layers.Embedding(8, 8), dtype="int32")
-    report = kwm.sparsity_report(plain)
-    assert report.totals["kernels"] == 0
-    assert "Left as they are" in str(report)
-
-
-@one_backend
-def test_a_model_of_many_kernels_prints_the_worst_first():
-    layers = [keras.layers.Dense(4, name=f"layer_{i}") for i in range(70)]
-    model = sequential((4,), *layers)
-    for layer in layers:
-        if layer.name != "layer_50":
-            layer.kernel.assign(np.zeros((4, 4)))
-    report = kwm.sparsity_report(model)
-    lines = str(report).splitlines()
-    assert len(lines) <= 30
-    assert "layer_50" in next(line for line in lines if "layer_" in line)
-    assert sum("layer_" in line for line in report.table().splitlines()) == 70
 
 
 @one_backend

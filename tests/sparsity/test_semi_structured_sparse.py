@@ -160,19 +160,6 @@ def test_attach_warns_of_averages():
 
 
 @one_backend
-def test_resume_after_save_and_load(tmp_path):
-    model = dense_model(n=1)
-    fit(model, keras.optimizers.Adam(0.2))
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    models.assert_same(models.weights_of(loaded), models.weights_of(model))
-    constraint = loaded.layers[0].kernel_constraint
-    assert constraint.get_config() == SemiStructuredSparse("1:4").get_config()
-    loaded.fit(X, Y, verbose=0)
-    assert violations(loaded.layers[0].kernel, 1) == 0
-
-
-@one_backend
 @pytest.mark.parametrize("args", [(), ("1:8", 1), ((3, 4), (0, 1, 2), True)])
 def test_config_round_trip(args):
     constraint = SemiStructuredSparse(*args)
@@ -196,18 +183,6 @@ def test_wrong_arguments(arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=f"`{name}`.*(?s:.)*Received"):
         SemiStructuredSparse(**arguments)
-
-
-@one_backend
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_training_that_made_nan_does_not_end_in_zeros(frozen):
-    model = models.mlp(8, 4)
-    SemiStructuredSparse.attach(model, frozen=frozen)
-    x = X.copy()
-    x[3, 2] = np.nan
-    model.compile("adam", "mse")
-    model.fit(x, Y, 8, epochs=2, verbose=0, shuffle=False)
-    assert np.isnan(numpy(model.layers[0].kernel)).any()
 
 
 @one_backend

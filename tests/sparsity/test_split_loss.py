@@ -114,8 +114,10 @@ def test_sample_weights_of_other_shapes(weight):
 @one_backend
 def test_another_model_as_teacher():
     teacher = models.randomize(models.causal_lm(hidden_dim=8), seed=7)
+    before = models.weights_of(teacher)
     cast = compiled(tied, teacher=teacher)
     assert_split_is_whole(cast, make_batch(cast.student))
+    models.assert_same(models.weights_of(teacher), before)
 
 
 @one_backend
