@@ -219,23 +219,6 @@ def test_a_start_is_sparsify_on_the_first_rows(init):
 
 
 @one_backend
-def test_a_start_whose_mask_goes_on_changing():
-    x, y = make_data(40)
-    adam_s = kwm.AdamS(3e-2, decay="relative", ramp=0.5, criterion="wanda")
-    cast = compiled(adam_s, init="sparsegpt", scaling_groups=0)
-    _, importance = started(cast, x, y, batch_size=4, epochs=4)
-    # Of the sparse model's inputs, where the first layer sees the data.
-    expected = np.sqrt((x[:32] ** 2).mean(axis=0))
-    np.testing.assert_allclose(importance[0], expected, rtol=1e-5)
-    before = [numpy(t.variable) != 0 for t in cast.targets]
-    fit(cast, (x, y), epochs=4)
-    sparse = cast.finalize()
-    kwm.assert_sparse(sparse, "2:4")
-    after = [w != 0 for w in weights_of(sparse) if w.ndim == 2]
-    assert any((a != b).any() for a, b in zip(after, before, strict=True))
-
-
-@one_backend
 def test_a_start_is_refined():
     x, y = make_data(40)
     options = {"init": "magnitude", "init_refine": "blocks", "init_rows": 16}

@@ -1,6 +1,4 @@
-"""The methods on layers that are no Dense, EinsumDense or convolution."""
-
-import contextlib
+"""What the methods do with convolutions."""
 
 import keras
 import pytest
@@ -11,60 +9,6 @@ from tests import models
 pytestmark = pytest.mark.one_backend
 layers = keras.layers
 LAST = {"data_format": "channels_last"}
-MODELS = {
-    "recurrent": (
-        lambda: [
-            layers.LSTM(8, return_sequences=True),
-            layers.GRU(8, return_sequences=True),
-            layers.Bidirectional(layers.SimpleRNN(4)),
-        ],
-        (5, 8),
-    ),
-    "transposed": (
-        lambda: [
-            layers.Conv2DTranspose(8, 3, 2, **LAST),
-            layers.Reshape((49, 8)),
-            layers.Conv1DTranspose(4, 3, **LAST),
-        ],
-        (3, 3, 8),
-    ),
-}
-COUNTS = {"recurrent": 8, "transposed": 2}
-
-
-def make(name):
-    keras.utils.set_random_seed(0)
-    make_layers, shape = MODELS[name]
-    return models.sequential(shape, *make_layers()), models.normal(8, *shape)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_cast_and_one_shot(name):
-    model, x = make(name)
-    count = len(kwm.find_targets(model))
-    assert count == COUNTS[name]
-    cast = kwm.CAST(model)
-    cast.compile(loss="mse")
-    y = models.normal(*model(x).shape)
-    unread = contextlib.nullcontext()
-    if name == "recurrent":
-        unread = pytest.warns(UserWarning, match="could not be read")
-    with unread:
-        cast.fit(x, y, batch_size=4, epochs=2, verbose=0)
-    cast.finalize()
-    kwm.assert_sparse(model)
-    assert len(kwm.sparsity_report(model).kernels) == count
-
-    model, _ = make(name)
-    report = kwm.sparsify(model, "2:4", x, criterion="sparsegpt", verbose=0)
-    kwm.assert_sparse(model)
-    by = {k.path.split("/")[-2]: (k.criterion, k.note) for k in report.kernels}
-    if name == "recurrent":
-        criterion, note = by["lstm_cell"]
-        assert criterion == "magnitude"
-        assert "whose `call` is not known" in note
-    else:
-        assert set(by.values()) == {("sparsegpt", "")}
 
 
 def convolutions():
