@@ -171,7 +171,10 @@ class CAST(LogitsDistiller):
             expected = "a built `keras.Model`. Call it on data first"
             raise checks.error("model", expected, model)
         usable = sparsify.fitting_targets(
-            "CAST", resolve_targets(model, targets), pattern, trainable=True
+            "CAST",
+            resolve_targets(model, targets),
+            pattern,
+            lambda target: None if target.variable.trainable else "frozen",
         )
         with contextlib.ExitStack() as undo:
             if seam.has_built_optimizer(model):

@@ -195,19 +195,14 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         model.layers[0].enable_lora(2)
         ```
         """
-        n, m = nm.parse_pattern(pattern)
         checks.check_verbose(verbose)
-        found = resolve_targets(model, targets).select(
-            lambda target: _reason_to_skip(target, m)
+        found = sparsify.fitting_targets(
+            "SemiStructuredSparse.attach",
+            resolve_targets(model, targets),
+            pattern,
+            _other_constraint,
         )
         variables = [target.variable for target in found]
-        title = f"Constrained to {n}:{m}"
-        report = ChangeReport.of(title, model.weights, variables, found.skipped)
-        if not found:
-            raise ValueError(
-                f"`model` has no kernel that can be made {n}:{m} sparse. "
-                f"Received: model={model}, targets={targets}\n{report}"
-            )
         sparsify.check_finite(variables)
         with Progress(len(found), "kernel", verbose) as progress:
             for target in found:
@@ -232,7 +227,8 @@ class SemiStructuredSparse(keras.constraints.Constraint):
                 "`fit`.",
                 stacklevel=2,
             )
-        return report
+        title = f"Constrained to {constraint.pattern}"
+        return ChangeReport.of(title, model.weights, variables, found.skipped)
 
     @classmethod
     def detach(cls, model: keras.Model) -> ChangeReport:
@@ -289,11 +285,11 @@ class SemiStructuredSparse(keras.constraints.Constraint):
         )
 
 
-def _reason_to_skip(target: Target, m: int) -> str | None:
+def _other_constraint(target: Target) -> str | None:
     constraint = target.variable.constraint
-    if constraint is not None and not _is_ours(target.variable):
-        return f"it has the constraint {type(constraint).__name__} already"
-    return target.reason_not_nm(m)
+    if constraint is None or _is_ours(target.variable):
+        return None
+    return f"it has the constraint {type(constraint).__name__} already"
 
 
 def _is_ours(variable: Any) -> bool:

@@ -1,7 +1,7 @@
 """One-shot N:M sparsity: magnitude, Wanda and SparseGPT."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -288,7 +288,10 @@ def prune(
 
 
 def fitting_targets(
-    caller: str, targets: Targets, pattern: Pattern, trainable: bool = False
+    caller: str,
+    targets: Targets,
+    pattern: Pattern,
+    reason: Callable[[Target], str | None] = lambda target: None,
 ) -> Targets:
     """Return those of `targets` that fit a pattern; the others are skipped.
 
@@ -296,19 +299,13 @@ def fitting_targets(
         caller: String, for the error message.
         targets: `Targets`.
         pattern: String `"n:m"` or pair of ints.
-        trainable: Bool, whether frozen kernels are skipped too.
+        reason: Callable from a `Target` to another reason to skip it, or None.
 
     Raises:
         ValueError: If none does.
     """
     n, m = parse_pattern(pattern)
-    fitting = targets.select(
-        lambda target: (
-            target.reason_not_nm(m)
-            or (trainable and not target.variable.trainable and "frozen")
-            or None
-        )
-    )
+    fitting = targets.select(lambda each: each.reason_not_nm(m) or reason(each))
     if not fitting:
         raise ValueError(
             f"`{caller}` found no kernel that fits pattern {n}:{m}. "

@@ -215,7 +215,7 @@ def test_errors_leave_the_model_unchanged():
     weights = models.weights_of(model)
     for pattern, message in (
         ("5:4", "pattern"),
-        ("5:1000", "made 5:1000"),
+        ("5:1000", "no kernel that fits pattern 5:1000"),
         ("2:4", "finite"),
     ):
         with pytest.raises(ValueError, match=message):
