@@ -88,8 +88,9 @@ def assert_split_is_whole(cast, batch, rtol=1e-4):
 
 
 CASES = [
+    (masked, {"distillation_weight": 0.6}),
     (tied, {}),
-    (masked, {"distillation_weight": 1.0}),
+    (capped, {"distillation_weight": 1.0}),
     (capped, {"temperature": 2.0}),
     (untied, {"distillation_weight": 0.0}),
     (masked, {"teacher": None}),
