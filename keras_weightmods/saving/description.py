@@ -1,11 +1,11 @@
 """What a file records of a model beside its arrays, and how to build it."""
 
 import collections
-import contextlib
 import copy
 import inspect
 import re
 import sys
+import warnings
 from typing import Any
 
 import keras
@@ -152,9 +152,15 @@ def finish(description, model, pending):
             keras_compat.initialize(variable)
     keras_compat.list_torch_parameters(model)
     if description["compiles"]:
-        # It may need the preprocessor that is not there.
-        with contextlib.suppress(Exception):
+        try:
             model.compile()
+        except Exception as error:  # what its class raises is not known
+            warnings.warn(
+                f"{model.name!r} is loaded without being compiled, as its own "
+                f"`compile()` raises {type(error).__name__}: {error}. Call "
+                "`compile` with a loss before `fit`.",
+                stacklevel=3,
+            )
 
 
 def rehearsed(description, parts, entries):
