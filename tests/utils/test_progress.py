@@ -87,7 +87,8 @@ def packing(verbose):
     kwm.pack(model, "int8", **shown)
     kwm.save_model(model, "model.safetensors", **shown)
     kwm.load_model("model.safetensors", **shown)
-    kwm.export(model, "model.pt2", "torch", **shown)
+    if keras.backend.backend() == "torch":
+        kwm.export(model, "model.pt2", "torch", **shown)
     kwm.unpack(model, **shown)
 
 
