@@ -55,35 +55,25 @@ def split_matmul(x, packed):
         Array of shape (..., N), its last axis split as the columns are.
     """
     split = packed.split
+    about = packed.shape, packed.dtype, packed.is_dense
+    arrays = {
+        name: keras.ops.convert_to_tensor(getattr(packed, name))
+        for name in packed_arrays(*about)
+    }
     batch = layouts.batch_axis(x, split)
-    names = tuple(n for n in _NAMES if getattr(packed, n) is not None)
-    call = _split_call(
-        split, batch, x.ndim, packed.shape, packed.dtype, names,
-        packed.activations,
-    )  # fmt: skip
-    arrays = [keras.ops.convert_to_tensor(getattr(packed, n)) for n in names]
-    return call(x.astype(jnp.float32), *arrays).astype(x.dtype)
-
-
-_NAMES = ("values", "meta", "scale")
+    call = _split_call(split, batch, x.ndim, *about, packed.activations)
+    return call(x.astype(jnp.float32), arrays).astype(x.dtype)
 
 
 @functools.cache
-def _split_call(split, batch, rank, shape, dtype, names, activations):
-    arrays = packed_arrays(shape, dtype, is_dense="meta" not in names)
-    specs = split.specs(arrays)
-    own_shape = (
-        shape[0] // split.parts("rows"),
-        shape[1] // split.parts("columns"),
-    )
+def _split_call(split, batch, rank, shape, dtype, is_dense, activations):
+    sides = split.parts("rows"), split.parts("columns")
+    own_shape = shape[0] // sides[0], shape[1] // sides[1]
+    options = {"dtype": dtype, "activations": activations}
 
-    def multiply(x, *arrays):
-        given = {"meta": None, "scale": None, **dict(zip(names, arrays))}
-        own = Packed(
-            **given, shape=own_shape, dtype=dtype, activations=activations
-        )
-        # By the platform of the mesh, which need not be the default one.
-        y = sparse_matmul(x, own)
+    def multiply(x, arrays):
+        arrays = {"meta": None, "scale": None, **arrays}
+        y = sparse_matmul(x, Packed(**arrays, shape=own_shape, **options))
         return jax.lax.psum(y, split.rows) if split.rows else y
 
     spec = jax.sharding.PartitionSpec
@@ -94,7 +84,7 @@ def _split_call(split, batch, rank, shape, dtype, names, activations):
             mesh=split.mesh,
             in_specs=(
                 spec(*leading, split.rows or None),
-                *(specs[name] for name in names),
+                split.specs(packed_arrays(shape, dtype, is_dense)),
             ),
             out_specs=spec(*leading, split.columns or None),
             # Then gradients of what is whole are summed over the devices.

@@ -165,20 +165,13 @@ def matmul(x, packed, method=None):
             y = _dense(matrix, kernel)
         return y.reshape(*x.shape[:-1], n)
 
-    arrays = {name: getattr(packed, name) for name in _NAMES}
-    companions, arrays = map(_tensors, (packed.companions, arrays))
+    names = "values", "meta", "scale"
+    given = packed.companions, {name: getattr(packed, name) for name in names}
+    companions, arrays = keras.tree.map_structure(
+        lambda a: a if a is None else keras.ops.convert_to_tensor(a), given
+    )
     multiply = xla_calls.with_gradient(product, gradient)
     return multiply(x, companions, arrays)
-
-
-_NAMES = ("values", "meta", "scale")
-
-
-def _tensors(arrays):
-    return {
-        name: a if a is None else keras.ops.convert_to_tensor(a)
-        for name, a in arrays.items()
-    }
 
 
 def _dense(x, kernel):

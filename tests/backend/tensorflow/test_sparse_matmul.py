@@ -126,14 +126,3 @@ def test_where_the_way_into_xla_is_missing(monkeypatch):
         implementation._refusal.cache_clear()
         native.warn_dense.cache_clear()
     assert_close(y, x.astype("float64") @ kernel_of(K, N))
-
-
-def test_a_call_that_does_not_fit_is_an_error_of_xla():
-    packed = pack_kernel(kernel_of(K, N))
-    arguments = [packed.values, packed.meta, np.zeros(0, "float32")]
-    with pytest.raises(tf.errors.OpError, match="packed weights do not fit"):
-        implementation.xla_calls.call(
-            "kwm_xla_matmul",
-            [2, 4 * N],
-            *map(tf.constant, [normal(2, K), *arguments]),
-        )
