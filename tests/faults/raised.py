@@ -13,13 +13,7 @@ _OURS = str(pathlib.Path(keras_weightmods.__file__).parent)
 _ROOT = f"{pathlib.Path(__file__).absolute().parent.parent.parent}/"
 _KERAS = str(pathlib.Path(keras.__file__).parent)
 # What Python raises by itself, whoever the error is for.
-_OBSCURE = (
-    AttributeError,
-    LookupError,
-    MemoryError,
-    NameError,
-    RecursionError,
-)
+_OBSCURE = (AttributeError, LookupError, MemoryError, NameError, RecursionError)
 
 
 def why_obscure(error, argument=None):

@@ -22,6 +22,7 @@ Not for Windows.
 """
 
 import argparse
+import collections
 import contextlib
 import importlib.metadata
 import json
@@ -77,36 +78,27 @@ def run(wanted, done, results, limit=LIMIT, again=False):
     os.environ.setdefault("XLA_FLAGS", QUICK)
     kinds = families()
     results.parent.mkdir(parents=True, exist_ok=True)
+    names = ("keras", "keras-hub", keras.backend.backend())
+    versions = {name: importlib.metadata.version(name) for name in names}
     with tempfile.TemporaryDirectory() as folder:
         kills.keep_programs(folder)
         for family, method in page.cells():
             pair = family, method
             if pair not in wanted or not page.is_left(pair, done, again):
                 continue
+            row = {"family": family, "method": method}
             start = time.perf_counter()
             state, note = in_a_process(kinds[family], method, limit)
-            row = {
-                "family": family,
-                "method": method,
-                "state": state,
-                "note": note,
-                "seconds": round(time.perf_counter() - start, 1),
-                "versions": versions(),
-            }
-            done[family, method] = row
+            seconds = round(time.perf_counter() - start, 1)
+            row |= {"state": state, "note": note, "seconds": seconds}
+            done[pair] = row | {"versions": versions}
             with open(results, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(done[pair]) + "\n")
             print(f"{family}: {method}: {state}: {note}", flush=True)
     page.keep(results, done)
-    states = [row["state"] for row in done.values()]
-    counts = {state: states.count(state) for state in sorted(set(states))}
-    print(json.dumps(counts))
-    return sum(counts.get(state, 0) for state in ("wrong", "limit"))
-
-
-def versions():
-    names = ("keras", "keras-hub", keras.backend.backend())
-    return {name: importlib.metadata.version(name) for name in names}
+    counts = collections.Counter(row["state"] for row in done.values())
+    print(json.dumps(counts, sort_keys=True))
+    return counts["wrong"] + counts["limit"]
 
 
 def in_a_process(family, method, limit):

@@ -16,31 +16,23 @@ import numpy as np
 from tests import models
 from tests.matrix import hub, states
 from tests.matrix.hub_sizes import TOKENS
+from tests.matrix.states import ROWS
 
 NETS = (
     *("ConvNeXtTiny", "DenseNet121", "EfficientNetB0", "EfficientNetV2B0"),
     *("InceptionV3", "MobileNet", "MobileNetV2", "MobileNetV3Small"),
     *("ResNet50", "ResNet50V2", "VGG16", "Xception"),
 )
-ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of model.
-
-    Attributes:
-        name: String.
-        kind: `"own"`, `"language"`, `"encoder"`, `"net"`, or `"pair"` of what
-            was done to before, see `states`.
-        make: Callable that returns a model, with the same weights each time.
-        shape: Tuple, of the input of a model that does not tell it.
-    """
+    """A kind of model; `make` draws the same weights each time."""
 
     name: str
-    kind: str
+    kind: str  # own, language, encoder, net, or pair: see `states`
     make: Callable[[], Any]
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()  # of an input that the model does not tell
 
     @property
     def generates(self) -> bool:
@@ -71,7 +63,9 @@ def _batch(tensor):
 
 def families():
     """Return all families, by name."""
-    found = [*_own(), *_of_hub(), *map(_net, NETS)]
+    found = [*_own(), *map(_net, NETS)]
+    for name, kind, make in hub.families():
+        found.append(Family(name, kind, _seeded(make)))
     found += _after_others({family.name: family for family in found})
     return {family.name: family for family in found}
 
@@ -120,33 +114,26 @@ def _own():
     }
     for name, (shape, layer) in LAYERS.items():
         makers[name] = functools.partial(_net_of, shape, layer)
-    yield from (Family(name, "own", make) for name, make in makers.items())
-    yield Family("a subclassed model", "own", _subclassed, (8,))
+    for name, make in makers.items():
+        yield Family(name, "own", _seeded(make))
+    yield Family("a subclassed model", "own", _seeded(_subclassed), (8,))
 
 
 def _net_of(shape, layer):
-    keras.utils.set_random_seed(0)
     head = keras.layers.Flatten(), keras.layers.Dense(4)
     return models.sequential(shape, layer(keras.layers), *head)
 
 
 def _grouped_attention():
-    keras.utils.set_random_seed(0)
     inputs = keras.Input((6, 16))
     attention = keras.layers.GroupQueryAttention(8, 4, 2)
     return keras.Model(inputs, attention(inputs, inputs))
 
 
 def _subclassed():
-    keras.utils.set_random_seed(0)
     model = models.Subclassed()
     model(models.normal(1, 8))
     return model
-
-
-def _of_hub():
-    for name, kind, make in hub.families():
-        yield Family(name, kind, _seeded(make))
 
 
 def _seeded(make):
@@ -159,8 +146,7 @@ def _seeded(make):
 
 def _net(name):
     def make():
-        keras.utils.set_random_seed(0)
         net = getattr(keras.applications, name)
         return net(weights=None, input_shape=(96, 96, 3))
 
-    return Family(name, "net", make)
+    return Family(name, "net", _seeded(make))

@@ -25,12 +25,7 @@ def families():
 
 
 def make(name, /, **own):
-    """Return a model or a layer of KerasHub.
-
-    Args:
-        name: String, of a class in `keras_hub.models` or `keras_hub.layers`.
-        **own: Arguments that are not as `hub_sizes` has them.
-    """
+    """Return a model or a layer of KerasHub; `own` goes over `hub_sizes`."""
     cls = _named(name)
     parameters = inspect.signature(cls.__init__).parameters
     arguments = {key: SIZES[key] for key in parameters if key in SIZES}

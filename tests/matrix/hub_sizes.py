@@ -13,12 +13,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A model or a layer that a model is made of.
-
-    Attributes:
-        name: String, of a class in `keras_hub.models` or `keras_hub.layers`.
-        own: Dict of arguments that are not as `SIZES` and `OWN` have them.
-    """
+    """A model or a layer of KerasHub; `own` goes over `SIZES` and `OWN`."""
 
     name: str
     own: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -67,6 +62,8 @@ PYRAMID = {
     "stackwise_num_blocks": [1] * 4,
     "stackwise_num_strides": [1, 2, 2, 2],
 }
+# HGNetV2's stages.
+STAGES = [(16, 16, 32, 1, 2, 3), *[(32, 16, 32, 1, 2, 3)] * 2]
 # Stable Diffusion takes what a block inside gives, too.
 CLIP = {"intermediate_output_index": 0}
 
@@ -76,21 +73,16 @@ def _each(value, names, prefix=""):
     return {f"{prefix}{name}": value for name in names.split()}
 
 
+# fmt: off
 OWN: dict[str, dict[str, Any]] = {
     # Its first block takes what a convolution of `projection_filters` gives.
     "BASNetBackbone": {
-        "image_encoder": Part(
-            "ResNetBackbone",
-            {
-                **PYRAMID,
-                "input_conv_filters": [8],
-                "stackwise_num_filters": [64, 8, 8, 8],
-                "block_type": "basic_block_vd",
-                "image_shape": (None, None, 3),
-            },
-        ),
-        "projection_filters": 8,
-        "num_classes": 4,
+        "image_encoder": Part("ResNetBackbone", {
+            **PYRAMID, "input_conv_filters": [8],
+            "stackwise_num_filters": [64, 8, 8, 8],
+            "block_type": "basic_block_vd", "image_shape": (None, None, 3),
+        }),
+        "projection_filters": 8, "num_classes": 4,
     },
     "BLIP2Backbone": {
         "vision_encoder": Part("BLIP2VisionEncoder"),
@@ -98,149 +90,96 @@ OWN: dict[str, dict[str, Any]] = {
         "language_model": Part("BLIP2CustomOPT"),
     },
     "BLIP2CustomOPT": {
-        "num_query_tokens": 4,
-        "dropout": 0.0,
-        "qformer_hidden_dim": 32,
+        "num_query_tokens": 4, "dropout": 0.0, "qformer_hidden_dim": 32,
     },
     "BLIP2QFormer": {
-        "num_query_tokens": 4,
-        "vision_dim": 32,
-        "cross_attention_frequency": 2,
+        "num_query_tokens": 4, "vision_dim": 32, "cross_attention_frequency": 2,
         "dropout": 0.0,
     },
     "BLIP2VisionEncoder": {
         **_each(True, "patch_bias class_token mha_bias mlp_bias", "use_"),
-        "dropout_rate": 0.0,
-        "initializer_range": 0.02,
+        "dropout_rate": 0.0, "initializer_range": 0.02,
     },
     "CLIPBackbone": {
         "vision_encoder": Part("CLIPVisionEncoder"),
         "text_encoder": Part("CLIPTextEncoder"),
     },
     "CSPNetBackbone": {
-        "stem_filters": 16,
-        "stem_kernel_size": 3,
-        "stem_strides": 1,
-        "stackwise_depth": [1, 1],
-        "stackwise_strides": [1, 2],
-        "stackwise_num_filters": [16, 32],
-        "block_ratio": [0.5],
-        "block_type": "dark_block",
-        "stage_type": "cs3",
+        "stem_filters": 16, "stem_kernel_size": 3, "stem_strides": 1,
+        "stackwise_depth": [1, 1], "stackwise_strides": [1, 2],
+        "stackwise_num_filters": [16, 32], "block_ratio": [0.5],
+        "block_type": "dark_block", "stage_type": "cs3",
     },
     "DFineBackbone": {
-        "backbone": Part(
-            "HGNetV2Backbone",
-            {
-                "depths": [1] * 3,
-                "hidden_sizes": [32] * 3,
-                "stackwise_stage_filters": [
-                    (16, 16, 32, 1, 2, 3),
-                    (32, 16, 32, 1, 2, 3),
-                    (32, 16, 32, 1, 2, 3),
-                ],
-                "apply_downsample": [False, True, True],
-                "use_lightweight_conv_block": [False, True, True],
-                "out_features": ["stage2", "stage3"],
-            },
-        ),
+        "backbone": Part("HGNetV2Backbone", {
+            "depths": [1] * 3, "hidden_sizes": [32] * 3,
+            "stackwise_stage_filters": STAGES,
+            "apply_downsample": [False, True, True],
+            "use_lightweight_conv_block": [False, True, True],
+            "out_features": ["stage2", "stage3"],
+        }),
         "out_features": ["stage2", "stage3"],
         **_each([32, 32], "encoder_in_channels decoder_in_channels"),
         **_each(64, "encoder_ffn_dim decoder_ffn_dim"),
         **_each(2, "num_decoder_layers num_feature_levels num_lqe_layers"),
-        **_each(8, "num_queries num_labels"),
-        **_each(0, "num_denoising seed"),
-        "encoder_hidden_dim": 32,
-        "num_encoder_layers": 1,
-        "encode_proj_layers": [1],
-        "hidden_expansion": 0.5,
-        "depth_multiplier": 0.34,
-        "decoder_attention_heads": 4,
-        "decoder_n_points": [2, 2],
-        "feat_strides": [8, 16],
-        "anchor_image_size": IMAGE[:2],
-        "learn_initial_query": False,
-        "lqe_hidden_dim": 16,
-        "eval_idx": -1,
+        **_each(8, "num_queries num_labels"), **_each(0, "num_denoising seed"),
+        "encoder_hidden_dim": 32, "num_encoder_layers": 1,
+        "encode_proj_layers": [1], "hidden_expansion": 0.5,
+        "depth_multiplier": 0.34, "decoder_attention_heads": 4,
+        "decoder_n_points": [2, 2], "feat_strides": [8, 16],
+        "anchor_image_size": IMAGE[:2], "learn_initial_query": False,
+        "lqe_hidden_dim": 16, "eval_idx": -1,
     },
     "DeepLabV3Backbone": {
         "image_encoder": Part("ResNetBackbone", PYRAMID),
-        "low_level_feature_key": "P2",
-        "spatial_pyramid_pooling_key": "P4",
-        "upsampling_size": 4,
-        "dilation_rates": [2, 4],
+        "low_level_feature_key": "P2", "spatial_pyramid_pooling_key": "P4",
+        "upsampling_size": 4, "dilation_rates": [2, 4],
         "projection_filters": 16,
     },
     "DenseNetBackbone": {"stackwise_num_repeats": [1, 1], "growth_rate": 16},
     "DepthAnythingBackbone": {
-        "image_encoder": Part("DINOV2Backbone"),
-        "reassemble_factors": [2, 1],
-        "neck_hidden_dims": [16, 32],
-        "fusion_hidden_dim": 16,
-        "head_hidden_dim": 8,
-        "head_in_index": -1,
+        "image_encoder": Part("DINOV2Backbone"), "reassemble_factors": [2, 1],
+        "neck_hidden_dims": [16, 32], "fusion_hidden_dim": 16,
+        "head_hidden_dim": 8, "head_in_index": -1,
         "feature_keys": ["stage1", "stage2"],
     },
     "EdRecBackbone": {"num_layers_enc": 2, "num_layers_dec": 2},
     "EfficientNetBackbone": {
-        "stackwise_kernel_sizes": [3, 3, 3],
-        "stackwise_num_repeats": [1, 1, 1],
+        "stackwise_kernel_sizes": [3, 3, 3], "stackwise_num_repeats": [1, 1, 1],
         "stackwise_input_filters": [16, 16, 16],
         "stackwise_output_filters": [16, 16, 32],
         "stackwise_expansion_ratios": [1, 4, 4],
         "stackwise_squeeze_and_excite_ratios": [0.25, 0.0, 0.25],
         "stackwise_strides": [1, 2, 2],
         "stackwise_block_types": ["v1", "fused", "unfused"],
-        "width_coefficient": 1.0,
-        "depth_coefficient": 1.0,
+        "width_coefficient": 1.0, "depth_coefficient": 1.0,
         "input_shape": IMAGE,
     },
     # The embeddings are projected where they are smaller than the blocks.
     "ElectraBackbone": {"embedding_dim": 16},
     "FluxBackbone": {
-        "input_channels": 16,
-        "mlp_ratio": 2.0,
-        "depth": 2,
-        "depth_single_blocks": 2,
-        "axes_dim": [4, 2, 2],
-        "theta": 10_000,
-        "use_bias": True,
-        "image_shape": (4, 16),
-        "text_shape": (TOKENS, 32),
-        "image_ids_shape": (4, 3),
-        "text_ids_shape": (TOKENS, 3),
+        "input_channels": 16, "mlp_ratio": 2.0, "depth": 2,
+        "depth_single_blocks": 2, "axes_dim": [4, 2, 2], "theta": 10_000,
+        "use_bias": True, "image_shape": (4, 16), "text_shape": (TOKENS, 32),
+        "image_ids_shape": (4, 3), "text_ids_shape": (TOKENS, 3),
         "y_shape": (32,),
     },
     "Gemma3nBackbone": {
-        "text_vocab_size": 96,
-        "text_hidden_size": 32,
-        "num_hidden_layers": 2,
-        "pad_token_id": 0,
-        "intermediate_size": [64, 64],
-        "hidden_activation": "gelu_approximate",
-        "sliding_window": 4,
-        "vocab_size_per_layer_input": 96,
-        "hidden_size_per_layer_input": 4,
-        "altup_num_inputs": 2,
-        "laurel_rank": 2,
+        "text_vocab_size": 96, "text_hidden_size": 32, "num_hidden_layers": 2,
+        "pad_token_id": 0, "intermediate_size": [64, 64],
+        "hidden_activation": "gelu_approximate", "sliding_window": 4,
+        "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 4,
+        "altup_num_inputs": 2, "laurel_rank": 2,
     },
     "Gemma4AssistantCausalLM": {
-        "backbone_hidden_size": 32,
-        "num_centroids": 8,
-        "centroid_intermediate_top_k": 2,
-        "use_ordered_embeddings": True,
+        "backbone_hidden_size": 32, "num_centroids": 8,
+        "centroid_intermediate_top_k": 2, "use_ordered_embeddings": True,
     },
     "HGNetV2Backbone": {
-        "depths": [1, 1],
-        "embedding_size": 16,
-        "hidden_sizes": [32, 32],
-        "stem_channels": [3, 16, 16],
-        "hidden_act": "relu",
+        "depths": [1, 1], "embedding_size": 16, "hidden_sizes": [32, 32],
+        "stem_channels": [3, 16, 16], "hidden_act": "relu",
         "use_learnable_affine_block": True,
-        "stackwise_stage_filters": [
-            (16, 16, 32, 1, 2, 3),
-            (32, 16, 32, 1, 2, 3),
-        ],
+        "stackwise_stage_filters": STAGES[:2],
         "apply_downsample": [False, True],
         "use_lightweight_conv_block": [False, True],
     },
@@ -249,28 +188,21 @@ OWN: dict[str, dict[str, Any]] = {
         "text_encoder": Part("MetaCLIP2TextEncoder"),
     },
     "MiTBackbone": {
-        "layerwise_depths": [1, 1],
-        "layerwise_num_heads": [2, 4],
-        "layerwise_sr_ratios": [2, 1],
-        "max_drop_path_rate": 0.1,
-        "layerwise_patch_sizes": [7, 3],
-        "layerwise_strides": [4, 2],
+        "layerwise_depths": [1, 1], "layerwise_num_heads": [2, 4],
+        "layerwise_sr_ratios": [2, 1], "max_drop_path_rate": 0.1,
+        "layerwise_patch_sizes": [7, 3], "layerwise_strides": [4, 2],
         "hidden_dims": [16, 32],
     },
     "MobileNetBackbone": {
-        "stackwise_expansion": [[32], [32]],
-        "stackwise_num_blocks": [1, 1],
+        "stackwise_expansion": [[32], [32]], "stackwise_num_blocks": [1, 1],
         "stackwise_num_filters": [[16], [32]],
         "stackwise_kernel_size": [[3], [5]],
         "stackwise_num_strides": [[2], [1]],
         "stackwise_se_ratio": [[None], [0.25]],
         "stackwise_activation": [["relu"], ["hard_swish"]],
-        "stackwise_padding": [[1], [2]],
-        "output_num_filters": 32,
-        "depthwise_filters": 16,
-        "depthwise_stride": 1,
-        "depthwise_residual": False,
-        "last_layer_filter": 32,
+        "stackwise_padding": [[1], [2]], "output_num_filters": 32,
+        "depthwise_filters": 16, "depthwise_stride": 1,
+        "depthwise_residual": False, "last_layer_filter": 32,
         "squeeze_and_excite": 0.5,
     },
     "MobileNetV5Backbone": {
@@ -281,72 +213,59 @@ OWN: dict[str, dict[str, Any]] = {
         "stackwise_act_layers": [["gelu"], ["gelu", "gelu"]],
         "stackwise_exp_ratios": [[2.0], [2.0, 1.0]],
         "stackwise_se_ratios": [[0.0], [0.0, 0.0]],
-        **_each(
-            [[0], [3, 0]], "kernel_sizes start_kernel_sizes", "stackwise_dw_"
-        ),
+        "stackwise_dw_kernel_sizes": [[0], [3, 0]],
+        "stackwise_dw_start_kernel_sizes": [[0], [3, 0]],
         "stackwise_dw_end_kernel_sizes": [[0], [0, 0]],
         "stackwise_exp_kernel_sizes": [[3], [0, 0]],
         "stackwise_pw_kernel_sizes": [[1], [0, 0]],
         "stackwise_num_heads": [[0], [0, 4]],
         **_each([[0], [0, 8]], "key_dims value_dims", "stackwise_"),
         "stackwise_kv_strides": [[0], [0, 1]],
-        "stackwise_use_cpe": [[False], [False, False]],
-        "num_features": 32,
+        "stackwise_use_cpe": [[False], [False, False]], "num_features": 32,
         "msfa_output_resolution": 4,
     },
     "MoonshineBackbone": {
-        "filter_dim": 32,
-        **_each(2, "encoder_num_layers decoder_num_layers"),
+        "filter_dim": 32, **_each(2, "encoder_num_layers decoder_num_layers"),
         **_each(4, "encoder_num_heads decoder_num_heads"),
     },
     # The loss that it compiles by itself needs a tokenizer.
     "PARSeqCausalLM": {"compile": False},
     "PARSeqBackbone": {
         "image_encoder": Part("ViTBackbone", {"use_class_token": False}),
-        "max_label_length": PROMPT,
-        "decoder_hidden_dim": 32,
-        "num_decoder_layers": 2,
-        "num_decoder_heads": 4,
-        "decoder_mlp_dim": 64,
+        "max_label_length": PROMPT, "decoder_hidden_dim": 32,
+        "num_decoder_layers": 2, "num_decoder_heads": 4, "decoder_mlp_dim": 64,
     },
     "PaliGemmaBackbone": {
         f"vit_{name}": SIZES[name]
         for name in (
-            *("patch_size", "num_heads", "hidden_dim", "num_layers"),
+            "patch_size", "num_heads", "hidden_dim", "num_layers",
             "intermediate_dim",
         )
     },
     "RWKV7Backbone": _each(8, "gate_lora mv_lora aaa_lora decay_lora"),
     "ResNetBackbone": {
-        "input_conv_filters": [16],
-        "input_conv_kernel_sizes": [7],
-        "stackwise_num_filters": [64, 16],
-        "stackwise_num_blocks": [1, 1],
-        "stackwise_num_strides": [1, 2],
-        "block_type": "bottleneck_block",
+        "input_conv_filters": [16], "input_conv_kernel_sizes": [7],
+        "stackwise_num_filters": [64, 16], "stackwise_num_blocks": [1, 1],
+        "stackwise_num_strides": [1, 2], "block_type": "bottleneck_block",
     },
     "RetinaNetBackbone": {
-        "image_encoder": Part("ResNetBackbone", PYRAMID),
-        "min_level": 3,
-        "max_level": 6,
-        "use_p5": False,
+        "image_encoder": Part("ResNetBackbone", PYRAMID), "min_level": 3,
+        "max_level": 6, "use_p5": False,
     },
     "SAM3DetrDecoder": {"num_queries": 4},
     "SAM3GeometryEncoder": {"roi_size": 3},
     "SAM3MaskDecoder": {"num_upsampling_stages": 3},
     "SAM3PromptableConceptBackbone": {
         f"{name}_{side}".lower(): Part(f"SAM3{name.capitalize()}{side}")
-        for name, side in (
-            *(("vision", "Encoder"), ("text", "Encoder")),
-            *(("geometry", "Encoder"), ("detr", "Encoder")),
-            *(("detr", "Decoder"), ("mask", "Decoder")),
+        for side, names in (
+            ("Encoder", ("vision", "text", "geometry", "detr")),
+            ("Decoder", ("detr", "mask")),
         )
+        for name in names
     },
     "SAM3VisionEncoder": {
-        "fpn_hidden_dim": 32,
-        "fpn_scale_factors": [4.0, 2.0, 1.0, 0.5],
-        "pretrain_image_shape": (16, 16, 3),
-        "window_size": 2,
+        "fpn_hidden_dim": 32, "fpn_scale_factors": [4.0, 2.0, 1.0, 0.5],
+        "pretrain_image_shape": (16, 16, 3), "window_size": 2,
         "global_attn_indexes": [1],
     },
     "SAMBackbone": {
@@ -356,53 +275,43 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "SAMMaskDecoder": {"iou_head_hidden_dim": 32},
     "SAMPromptEncoder": {
-        "image_embedding_size": (4, 4),
-        "input_image_size": IMAGE[:2],
+        "image_embedding_size": (4, 4), "input_image_size": IMAGE[:2],
     },
     "SegFormerBackbone": {
-        "image_encoder": Part("MiTBackbone"),
-        "projection_filters": 16,
+        "image_encoder": Part("MiTBackbone"), "projection_filters": 16,
     },
     "SigLIPBackbone": {
         "vision_encoder": Part("SigLIPVisionEncoder"),
         # It takes texts of this length alone.
         "text_encoder": Part(
-            "SigLIPTextEncoder", {"max_sequence_length": TOKENS}
+            "SigLIPTextEncoder", {"max_sequence_length": TOKENS},
         ),
     },
     "StableDiffusion3Backbone": {
         **_each(2, "patch_size num_layers", "mmdit_"),
-        **_each(4, "num_heads position_size", "mmdit_"),
-        "mmdit_hidden_dim": 32,
-        "mmdit_qk_norm": "rms_norm",
-        "mmdit_dual_attention_indices": None,
+        **_each(4, "num_heads position_size", "mmdit_"), "mmdit_hidden_dim": 32,
+        "mmdit_qk_norm": "rms_norm", "mmdit_dual_attention_indices": None,
         "vae": Part("VAEBackbone"),
         "clip_l": Part("CLIPTextEncoder", CLIP | {"name": "clip_l"}),
         "clip_g": Part("CLIPTextEncoder", CLIP | {"name": "clip_g"}),
     },
     "SwinTransformerBackbone": {
-        "embed_dim": 16,
-        "depths": (2, 2),
-        "num_heads": (2, 4),
-        "window_size": 4,
-        "patch_size": 4,
+        "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4),
+        "window_size": 4, "patch_size": 4,
     },
-    "T5Gemma2Backbone": SIDES,
-    "T5GemmaBackbone": SIDES,
+    "T5Gemma2Backbone": SIDES, "T5GemmaBackbone": SIDES,
     "VGGBackbone": {
-        "stackwise_num_repeats": [1, 1],
-        "stackwise_num_filters": [16, 32],
+        "stackwise_num_repeats": [1, 1], "stackwise_num_filters": [16, 32],
     },
-    # Images are eight times as wide as what it makes of them.
+    # Images are eight times as wide as what it makes of them. It gives its
+    # mean, as a drawn one is another at each call.
     "VAEBackbone": {
         **_each([32] * 4, "encoder_num_filters decoder_num_filters"),
         **_each([1] * 4, "encoder_num_blocks decoder_num_blocks"),
-        # Its mean, as a drawn one is another at each call.
         "sampler_method": "mode",
     },
     "ViTDetBackbone": {
-        "global_attention_layer_indices": [1],
-        "num_output_channels": 32,
+        "global_attention_layer_indices": [1], "num_output_channels": 32,
         "window_size": 2,
     },
     "VideoPrismBackbone": {
@@ -437,7 +346,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     },
     # No box: for these KerasHub needs torchvision on torch.
     "SAM3PromptableConceptBackbone": {
-        "boxes": np.ones((0, 5), "float32"),
-        "box_labels": np.ones(0, "int32"),
+        "boxes": np.ones((0, 5), "float32"), "box_labels": np.ones(0, "int32"),
     },
 }
+# fmt: on

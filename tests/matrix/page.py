@@ -1,6 +1,7 @@
 """Reads and keeps what the matrix found; writes docs/every_model.md from it."""
 
 import collections
+import itertools
 import json
 import os
 import pathlib
@@ -59,44 +60,26 @@ def read(file):
 
 def keep(file, done):
     """Write all rows, each once and in their order."""
-    families_of = {name: i for i, name in enumerate(families())}
-    methods = {name: i for i, name in enumerate(METHODS)}
-    rows = [
-        row
-        for row in done.values()
-        if row["family"] in families_of and row["method"] in methods
-    ]
-    rows.sort(
-        key=lambda row: (families_of[row["family"]], methods[row["method"]])
-    )
+    pairs = [(name, method) for name in families() for method in METHODS]
+    rows = [json.dumps(done[pair]) + "\n" for pair in pairs if pair in done]
     part = file.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.write_text("".join(rows))
     os.replace(part, file)
 
 
 def write(page=PAGE, results=RESULTS):
-    """Write the tables of the page anew, from the files that there are.
-
-    Raises:
-        ValueError: There is no file, or one that holds a part of the cells.
-    """
-    files = {
-        backend: results / f"matrix_{backend}.jsonl" for backend in BACKENDS
-    }
-    found = {backend: read(file) for backend, file in files.items()}
-    found = {backend: rows for backend, rows in found.items() if rows}
-    left = {
-        backend: sum(is_left(pair, rows) for pair in cells())
-        for backend, rows in found.items()
-    }
-    if not found or any(left.values()):
-        parts = ", ".join(
-            f"{backend} ({n})" for backend, n in left.items() if n
-        )
+    """Write the tables of the page anew; refuse a part of the cells."""
+    found, left = {}, []
+    for backend in BACKENDS:
+        if rows := read(results / f"matrix_{backend}.jsonl"):
+            found[backend] = rows
+            if count := sum(is_left(pair, rows) for pair in cells()):
+                left.append(f"{backend} ({count})")
+    if left or not found:
         raise ValueError(
             f"{page.name} is written from whole runs alone. Expected the files "
             f"{results}/matrix_*.jsonl with a row for each cell. Received: "
-            + (f"cells left on {parts}." if parts else "no file.")
+            + (f"cells left on {', '.join(left)}." if left else "no file.")
             + " Run `make matrix`, which goes on where it was stopped."
         )
     first = next(iter(found.values()))
@@ -120,6 +103,14 @@ def write(page=PAGE, results=RESULTS):
     page.write_text(text)
 
 
+def _row(*texts):
+    return f"| {' | '.join(texts)} |"
+
+
+def _head(*texts):
+    return [_row(*texts), "|---" * len(texts) + "|"]
+
+
 def _versions(found):
     for rows in found.values():
         used = {json.dumps(row["versions"]) for row in rows.values()}
@@ -130,11 +121,12 @@ def _versions(found):
 
 
 def _language(rows):
-    yield f"| model | {' | '.join(COLUMNS.values())} |"
-    yield "|---" * (1 + len(COLUMNS)) + "|"
-    for name in _made(rows, "language"):
-        texts = [_text(rows.get((name, method))) for method in COLUMNS]
-        yield f"| `{name}` | {' | '.join(texts)} |"
+    yield from _head("model", *COLUMNS.values())
+    for name, family in families().items():
+        state = rows.get((name, "forward"), {}).get("state", "unmade")
+        if family.kind == "language" and state != "unmade":
+            texts = [_text(rows.get((name, method))) for method in COLUMNS]
+            yield _row(f"`{name}`", *texts)
 
 
 def _text(row):
@@ -152,71 +144,50 @@ def _escaped(text):
 
 
 def _nets(rows):
-    yield "| net | kernels | weights | in kernels that divide by 4 |"
-    yield "|---|---|---|---|"
+    yield from _head("net", "kernels", "weights", "in kernels that divide by 4")
     for name, family in families().items():
         if family.kind == "net" and (row := rows.get((name, "share"))):
-            yield f"| `{name}` | {_text(row)} |"
-
-
-def _made(rows, kind):
-    """Yield the families of a kind that could be made."""
-    for name, family in families().items():
-        state = rows.get((name, "forward"), {}).get("state", "unmade")
-        if family.kind == kind and state != "unmade":
-            yield name
+            yield _row(f"`{name}`", _text(row))
 
 
 def _methods(found):
-    yield f"| method | {' | '.join(found)} |"
-    yield "|---" * (1 + len(found)) + "|"
-    all_of = {backend: list(rows.items()) for backend, rows in found.items()}
-    for method in METHODS:
-        cells = [
-            _counted([row for (_, m), row in rows if m == method])
-            for rows in all_of.values()
-        ]
-        yield f"| `{method}` | {' | '.join(cells)} |"
-    cells = [_counted([row for _, row in rows]) for rows in all_of.values()]
-    yield f"| all | {' | '.join(cells)} |"
+    """Count the states of each method; passed goes without saying."""
+    yield from _head("method", *found)
+    for method in (*METHODS, "all"):
+        texts = []
+        for rows in found.values():
+            states = collections.Counter(
+                row["state"]
+                for (_, of), row in rows.items()
+                if method in (of, "all")
+            )
+            passed = str(states.pop("passed", 0))
+            others = [f"{n} {state}" for state, n in sorted(states.items())]
+            texts.append(", ".join([passed, *others]))
+        yield _row("all" if method == "all" else f"`{method}`", *texts)
 
 
 def _pairs(found):
     """Say of each state what goes with it, and what is refused."""
-    yield "| done before | goes with it | refused | else |"
-    yield "|---|---|---|---|"
+    yield from _head("done before", "goes with it", "refused", "else")
     for state in STATES:
-        names = {f"{base}, {state}" for base in BASES}
-        ends = collections.defaultdict(set)
-        for backend, rows in found.items():
-            for (family, method), row in rows.items():
-                if family in names:
-                    ends[method].add((row["state"], family, backend))
         columns: dict[str, list[str]] = {"passed": [], "refused": [], "": []}
         for method in METHODS:
-            states = {state for state, *_ in ends[method]}
-            for one in states:
-                where = [each for each in ends[method] if each[0] == one]
-                text = f"`{method}`"
-                if len(states) > 1 or one not in columns:
-                    bases = {family.partition(",")[0] for _, family, _ in where}
-                    backends = {backend for *_, backend in where}
-                    text += f" ({one}: {_listed(bases)}, {_listed(backends)})"
-                column = one if len(states) == 1 and one in columns else ""
-                columns[column].append(text)
-        cells = " | ".join(", ".join(texts) for texts in columns.values())
-        yield f"| {state} | {cells} |"
-
-
-def _listed(names):
-    return " and ".join(sorted(names))
-
-
-def _counted(rows):
-    """Say how many rows ended in which state; passed goes without saying."""
-    states = collections.Counter(row["state"] for row in rows)
-    passed = str(states.pop("passed", 0))
-    return ", ".join([passed, *(f"{n} {s}" for s, n in sorted(states.items()))])
+            ends = collections.defaultdict(set)
+            for base, (backend, rows) in itertools.product(
+                BASES, found.items()
+            ):
+                if row := rows.get((f"{base}, {state}", method)):
+                    ends[row["state"]].add((base, backend))
+            for one, places in ends.items():
+                if len(ends) == 1 and one in columns:
+                    columns[one].append(f"`{method}`")
+                    continue
+                where = ", ".join(
+                    " and ".join(sorted(set(names))) for names in zip(*places)
+                )
+                columns[""].append(f"`{method}` ({one}: {where})")
+        yield _row(state, *map(", ".join, columns.values()))
 
 
 def _others(found):

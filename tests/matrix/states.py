@@ -1,7 +1,6 @@
-"""Models that something was done to before: where pairs of methods begin.
+"""What was done to a model before: where pairs of methods begin.
 
-Each method is tried on each of them, as on any other family. What has been done
-must either go with the method or be refused in words.
+Each must go with the method that comes next, or be refused in words.
 """
 
 import keras
@@ -9,6 +8,7 @@ import keras
 import keras_weightmods as kwm
 from tests import models
 
+ROWS = 4  # of a batch
 BASES = ("Dense", "LlamaCausalLM")  # of the families
 
 
@@ -29,16 +29,13 @@ def with_lora(model, x):
         layer.enable_lora(2)
 
 
-def by_lift(model, x):
-    masks = kwm.PrincipalMaskCallback(0.1, refresh_every=None)
-    _fit(model, x, kwm.SparseAdamW(0.01), [masks])
-
-
 def in_cast(model, x):
+    """Train by CAST; return what has to be finalized."""
     trained = kwm.CAST(model, teacher="self")
-    y = _labels(model, x)
-    trained.compile(loss="mse")
+    y = labels(model, x)
+    trained.compile(loss=losses(y))
     trained.fit(x, y, batch_size=2, epochs=1, verbose=0)
+    return trained
 
 
 # {what was done: a function of a model and inputs}
@@ -53,22 +50,37 @@ STATES = {
     "quantized": lambda model, x: model.quantize("int8"),  # by Keras
     "with lora": with_lora,
     "patched": lambda model, x: models.make_signature(model).apply(model),
-    "by adam s": lambda model, x: _fit(
+    "by adam s": lambda model, x: fit(
         model, x, kwm.AdamS(0.001, total_steps=4, targets=model)
     ),
-    "by lift": by_lift,
+    "by lift": lambda model, x: fit(
+        model, x, kwm.SparseAdamW(0.01), [principal_masks()]
+    ),
     "in cast": in_cast,
 }
 
 
-def _fit(model, x, optimizer, callbacks=()):
+def principal_masks():
+    return kwm.PrincipalMaskCallback(0.1, refresh_every=None)
+
+
+def fit(model, x, optimizer, callbacks=(), epochs=1, shuffle=True):
+    y = labels(model, x)
+    # TensorFlow's XLA takes seconds to compile. KerasHub's own metrics are for
+    # labels of another shape; None would leave them where they are.
     own = {"jit_compile": models.JIT, "weighted_metrics": []}
-    model.compile(optimizer, "mse", **own)
-    options = {"batch_size": 2, "epochs": 1, "verbose": 0}
-    model.fit(x, _labels(model, x), callbacks=list(callbacks), **options)
+    model.compile(optimizer, losses(y), **own)
+    options = {"batch_size": 2, "epochs": epochs, "verbose": 0}
+    model.fit(x, y, callbacks=list(callbacks), shuffle=shuffle, **options)
 
 
-def _labels(model, x):
+def losses(y):
+    return keras.tree.map_structure(lambda _: "mse", y)
+
+
+def labels(model, x):
+    # For batches of two rows: CLIP compares each row with all of its batch.
+    rows = keras.tree.map_structure(lambda each: each[:2], x)
     return keras.tree.map_structure(
-        lambda y: models.normal(*y.shape), models.outputs(model, x)
+        lambda y: models.normal(ROWS, *y.shape[1:]), models.outputs(model, rows)
     )

@@ -159,10 +159,7 @@ def test_a_preprocessor_that_cannot_be_saved_is_left_out(tmp_path):
 @pytest.mark.parametrize("name", [{"name": "mine"}, {}])
 @pytest.mark.parametrize(
     "family",
-    [
-        "HGNetV2Backbone",
-        pytest.param("DFineBackbone", marks=pytest.mark.heavy),
-    ],
+    ["HGNetV2Backbone", pytest.param("DFineBackbone", marks=pytest.mark.heavy)],
 )
 def test_layers_named_by_the_name_of_the_model(family, name, tmp_path):
     """With a name that is given HGNetV2 names its layers otherwise."""
