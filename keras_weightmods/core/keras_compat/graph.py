@@ -1,0 +1,60 @@
+"""Functional models, and the ops that they call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras.src import backend
+
+# How a functional model calls its layers.
+from keras.src.models.functional import Functional, operation_fn
+
+
+def producer(tensor: Any) -> tuple[Any, list[Any]]:
+    """Return the operation that made a symbolic tensor, and its inputs."""
+    operation, index, _ = tensor._keras_history
+    return operation, operation._inbound_nodes[index].input_tensors
+
+
+def graph_of(operation: Any) -> Any:
+    """Return the functional graph that calling `operation` runs, or None."""
+    if isinstance(operation, keras.Sequential):
+        return operation._functional
+    is_plain = getattr(type(operation), "call", None) is Functional.call
+    return operation if is_plain and "call" not in vars(operation) else None
+
+
+def nodes_of(graph: Any) -> list[Any]:
+    """Return the calls of a graph that compute something, in order."""
+    known = {id(x) for x in graph.inputs}
+    nodes = []
+    for _, nodes_there in sorted(graph._nodes_by_depth.items(), reverse=True):
+        for node in nodes_there:
+            inputs = set(map(id, node.input_tensors))
+            if not node.is_input and inputs <= known:
+                known.update(map(id, node.outputs))
+                nodes.append(node)
+    return nodes
+
+
+def constants_of(graph: Any) -> list[Any]:
+    """Return the tensors of values that the calls of a graph are given."""
+    given = [
+        (node.arguments.args, node.arguments.kwargs) for node in nodes_of(graph)
+    ]
+    return [x for x in keras.tree.flatten(given) if backend.is_tensor(x)]
+
+
+def graph_inputs(graph: Any, inputs: Any) -> list[Any]:
+    """Return `inputs` as the flat list that `graph.inputs` stand for."""
+    return graph._standardize_inputs(inputs)
+
+
+def graph_outputs(graph: Any, flat: list[Any]) -> Any:
+    """Return flat outputs in the structure that the graph returns."""
+    return keras.tree.pack_sequence_as(graph._outputs_struct, flat)
+
+
+def graph_call(operation: Any, training: bool = False) -> Callable[..., Any]:
+    """Return `operation` as a functional model calls it."""
+    return operation_fn(operation, training=training)

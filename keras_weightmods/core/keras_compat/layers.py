@@ -1,0 +1,161 @@
+"""Layers, the models made of them, and how Keras saves their parts."""
+
+import contextlib
+import copy
+import itertools
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from keras.src.backend.common import global_state
+
+# The cell of ConvLSTM1D to ConvLSTM3D, which Keras does not export.
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
+
+# How Keras finds and names the parts of a model for its own files.
+from keras.src.saving import saving_lib, serialization_lib
+from keras.src.saving.keras_saveable import KerasSaveable as KerasSaveable
+from keras.src.utils.naming import to_snake_case as to_snake_case
+
+SafeModeScope = serialization_lib.SafeModeScope
+ObjectSharingScope = serialization_lib.ObjectSharingScope
+# Yields the attributes of a part that Keras looks into when it saves.
+walk_saveable = saving_lib._walk_saveable
+
+
+def layers_of(layer: Any) -> list[Any]:
+    """Return a layer and all layers in it; `Model.layers` are one level."""
+    return layer._flatten_layers()
+
+
+def parts_of(layer: Any) -> list[Any]:
+    """Return the layers that a layer holds itself."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def own_variables(layer: Any) -> list[keras.Variable]:
+    """Return the variables of `layer`; `weights` adds those of its layers."""
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
+def attributes(obj: Any) -> dict[str, Any]:
+    """Return the attributes of an instance, to be read and written.
+
+    Past properties, which may compute an effective weight, and past Keras'
+    attribute tracking, which is locked on a built layer.
+    """
+    return vars(obj)
+
+
+def stored_variable(layer: Any, attribute: str) -> Any:
+    """Return the variable behind the property `attribute`, such as `kernel`.
+
+    Keras' layers keep it under the same name with an underscore in front.
+    """
+    name = stored_name(layer, attribute)
+    return None if name is None else vars(layer)[name]
+
+
+def stored_name(layer: Any, attribute: str) -> Any:
+    """Return the name under which `stored_variable` is kept, or None."""
+    for name in (f"_{attribute}", attribute):
+        if isinstance(vars(layer).get(name), keras.Variable):
+            return name
+    return None
+
+
+def view(obj: Any, cls: Any = None, /, **attributes: Any) -> Any:
+    """Return what is `obj` but for its class, if given, and some attributes.
+
+    `obj` is not changed. The view shares all else with it, variables too. To
+    be read and dropped.
+    """
+    other = object.__new__(cls or type(obj))
+    vars(other).update(vars(obj), **attributes)
+    return other
+
+
+@contextlib.contextmanager
+def restored_attributes(layers: list[Any]) -> Iterator[None]:
+    """Restore the attributes of `layers` after a scope without warnings.
+
+    Keras notes in layers that they were called, and a model's own code may
+    keep symbols.
+    """
+    saved = [(vars(layer), dict(vars(layer))) for layer in layers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for own, before in saved:
+            own.clear()
+            own.update(before)
+
+
+@contextlib.contextmanager
+def without_traces() -> Iterator[None]:
+    """Restore what making layers uses up: seeds, and numbers for names."""
+    names = global_state.get_global_attribute("object_name_uids")
+    names, state = copy.copy(names), random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if names is not None:
+            global_state.set_global_attribute("object_name_uids", names)
+
+
+def track_torch_parameters(model: Any) -> None:
+    """List the variables of a changed model as torch parameters anew.
+
+    A container lists those of its layers when built. `zero_grad` would miss a
+    later one, so that its gradients add up over the steps, and one taken out
+    would live on. Keras does the same after `quantize`, but not for the
+    functional model inside of a Sequential.
+    """
+    if keras.backend.backend() != "torch":
+        return
+    modules = (each.modules() for each in layers_of(model))
+    for module in dict.fromkeys(itertools.chain(*modules)):
+        if "_torch_params" in module._modules:
+            module._track_variables()
+    if "_torch_params" in model._modules:
+        list_hidden_parameters(model)
+
+
+def list_hidden_parameters(model: Any) -> None:
+    """List the variables of a model that Keras hides from torch.
+
+    It lists them by path, so that of two with one path, as KerasHub's SmolLM3
+    and T5 have, the first is not there: no `zero_grad` reaches it, and its
+    gradients add up over all steps of a `fit`. Here it gets a key of its own.
+    """
+    if keras.backend.backend() != "torch":
+        return
+    listed = {id(parameter) for parameter in model.parameters()}
+    for number, variable in enumerate(model.trainable_variables):
+        parameter = variable._value  # None in a build without values
+        if parameter is not None and id(parameter) not in listed:
+            model.torch_params[f"{variable.path}:{number}"] = parameter
+
+
+def list_torch_parameters(model: Any) -> None:
+    """List the variables of a model built in `without_values`, on torch.
+
+    A layer lists them when it is built, but not in a stateless scope: what
+    traces the module would find none, and its `state_dict` would be empty.
+    """
+    if keras.backend.backend() == "torch":
+        for layer in layers_of(model):
+            layer._track_variables()
+
+
+def takes_training(layer: Any) -> bool:
+    """Return whether a layer's `call` has an argument `training`.
+
+    A call of the layer drops one that it has not; `stateless_call` does not.
+    """
+    return bool(layer._call_has_training_arg)
