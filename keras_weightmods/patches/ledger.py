@@ -188,7 +188,10 @@ class Ledger:
                 before = _Sum(clean, [], places)
                 if is_kept:
                     negated = [(-scale, *rest) for scale, *rest in terms]
-                    clean, _ = _computed(_Sum(clean, negated), "")
+                    key = model.infos[position].key
+                    clean, problem = _computed(_Sum(clean, negated), key)
+                    problems = filter(None, [problem])
+                    raise_all("The change cannot be written:", problems)
                 elif weight is not None:
                     clean = Snapshot(_with_clean(clean.array, weight, places))
             terms = _terms(after, entries[position], places)

@@ -149,6 +149,22 @@ def test_subtracting_from_a_model_that_was_saved(models, signatures):
     assert_same_bits(weights_of(model), now)
 
 
+def test_a_patch_that_cannot_be_subtracted_stays():
+    model = sequential((4,), keras.layers.Dense(2, use_bias=False))
+    kernel = np.full((4, 2), 2e38, "float32")
+    patch = WeightSignature.extract(
+        None, [-kernel / 2], [kernel / 2], like=model
+    )
+    model.set_weights([-kernel / 2])
+    patch.apply(model)
+    trained = [-kernel]
+    model.set_weights(trained)
+    with pytest.raises(ValueError, match="the result is not finite"):
+        patch.remove(model, force=True)
+    assert_same_bits(weights_of(model), trained)
+    assert Patch.on(model)
+
+
 def test_training_in_between_is_found():
     model = conv_net()
     model.set_weights(random_weights(model, 0))
