@@ -120,8 +120,8 @@ def _fake_values_gradient(x, dy, meta):
 
 
 def _save(ctx, inputs, output):
-    x, values, meta, scale, *_ = inputs
-    ctx.k = x.shape[-1]
+    x, values, meta, scale, _, _, ctx.transposed = inputs
+    ctx.inner = x.shape[-1]
     needs_x = ctx.needs_input_grad[1]
     ctx.save_for_backward(x if needs_x else None, values, meta, scale)
 
@@ -131,14 +131,16 @@ def _backward(ctx, dy):
     ops = torch.ops.keras_weightmods
     dx = dvalues = None
     if ctx.needs_input_grad[0]:
-        dx = ops.sparse_matmul(dy, *weights, ctx.k, False, True)
+        back = not ctx.transposed
+        dx = ops.sparse_matmul(dy, *weights, ctx.inner, False, back)
     if ctx.needs_input_grad[1]:
         values, meta, _ = weights
         if values.dtype is not torch.float32:
             raise ValueError(
                 f"Only float32 values have gradients. Received: {values.dtype}"
             )
-        dvalues = ops.sparse_values_gradient(x, dy, meta)
+        pair = (dy, x) if ctx.transposed else (x, dy)
+        dvalues = ops.sparse_values_gradient(*pair, meta)
     return dx, dvalues, None, None, None, None, None
 
 

@@ -170,6 +170,22 @@ def test_the_operator_refuses_other_types():
         multiply(x.double(), *weights, N)
 
 
+def test_second_gradients():
+    kernel = kernel_of(K, K)
+    weights = with_tensors(pack_kernel(kernel))
+    x = torch.from_numpy(normal(3, K)).requires_grad_()
+    found = []
+    for multiply in (
+        lambda x: x @ torch.from_numpy(kernel),
+        lambda x: sparse_matmul(x, weights),
+    ):
+        (first,) = torch.autograd.grad(
+            torch.sum(multiply(x) ** 3), x, create_graph=True
+        )
+        found += torch.autograd.grad(torch.sum(first**2), x)
+    assert_close(found[1], found[0].numpy())
+
+
 def test_rounded_values_have_no_gradient():
     packed = tensors("bfloat16")
     packed.values.requires_grad_()
