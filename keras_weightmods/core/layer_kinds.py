@@ -178,7 +178,8 @@ def kind_with_call(layer: Any) -> LayerKind | None:
 def reason_unread(layer: Any, attribute: str) -> str | None:
     """Return why the products with a kernel are not known; None if they are."""
     kind = kind_with_call(layer)
-    if kind is not None and attribute in kind.kernels:
+    rule = kind.kernels.get(attribute) if kind is not None else None
+    if kind is not None and rule is not None and not rule.depthwise:
         return kind.reason(layer)
     name = type(layer).__name__
     if attribute in kernels_of(layer) and kind is None:

@@ -336,8 +336,8 @@ def _unused_layers(model: Any) -> list[Any]:
         raise ValueError(
             "The model must be built, so that its weights exist. Call it on "
             "data once, or `model.build(input_shape)`. Received: "
-            f"model={model.name!r}, of which {len(missing)} layers are not "
-            f"built: {', '.join(missing[:5])}"
+            f"model={model.name!r}, of which these are not built: "
+            + ", ".join((missing or [model.name])[:5])
         )
     return unbuilt
 

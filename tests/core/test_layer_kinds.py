@@ -119,6 +119,11 @@ def test_axes_of_other_layers(layer, shape, kernels):
     assert not found.skipped
     targets = find_targets(model)
     depthwise = [t.path for t in found if "depthwise" in t.path]
+    for target in found:
+        # No function of `layer_calls` multiplies by them, or in cells.
+        is_unread = "depthwise" in target.path or "cell" in target.path
+        reason = layer_kinds.reason_unread(target.layer, target.attribute)
+        assert (reason is not None) is is_unread, target.path
     assert targets.skipped == tuple(Skipped(p, DEPTHWISE) for p in depthwise)
     assert [t.path for t in targets] == [
         t.path for t in found if t.path not in depthwise
