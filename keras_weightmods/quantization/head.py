@@ -115,4 +115,9 @@ def _second_moment(head: Head, batches: Any, verbose: Any) -> Any:
             "`data` must have a position whose weight is not 0. Received: "
             f"{len(batches)} batches with none"
         )
+    if not np.isfinite(total).all():
+        raise ValueError(
+            "The hidden states before the head must be finite. Received: NaN "
+            "or infinity. Look for what comes in the data."
+        )
     return (total / count).astype("float32")

@@ -123,6 +123,15 @@ def test_what_gives_no_table_is_refused_and_after_errors_it_is_as_it_was(
             kwm.quantize(model, data, targets=[], verbose=0)
         models.assert_same(models.weights_of(model), before)
 
+    bias = model.get_layer("dense").bias
+    bias.assign(np.full(WIDTH, np.inf))
+    model.get_layer("dense").activation = keras.activations.linear
+    with pytest.raises(ValueError, match="hidden states before the head"):
+        kwm.quantize(model, TOKENS, targets=[], verbose=0)
+    models.assert_same(numpy(table), good)
+    bias.assign(np.zeros(WIDTH))
+    before = models.weights_of(model)
+
     def fail(*args):
         raise RuntimeError("later")
 
