@@ -258,6 +258,13 @@ def _build(description, custom_objects):
         )
     parts = states.walk(model)
     _check_equal("layers", _kinds(description["parts"]), _kinds(_rows(parts)))
+    saved, named = (
+        {name: str(own) for name, _, own, _ in rows}
+        for rows in (description["parts"], _rows(parts))
+    )
+    if sorted(saved.values()) == sorted(named.values()):
+        # None was numbered anew, so that none may have changed places.
+        _check_equal("names", saved, named)
     for name, _, own, trainable in description["parts"]:
         part = parts[name]
         if isinstance(part, keras.Model) and own is not None:
