@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Keras' progress bars are no part of the result.
         with contextlib.redirect_stdout(sys.stderr):
             text, found = args.run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, EOFError, ImportError) as error:
         sys.stderr.write(f"keras-weightmods: {error}\n")
         return 1
     except KeyboardInterrupt:
@@ -104,7 +104,8 @@ def choose_backend(name: str | None) -> None:
         # As Keras reads it, if it is there.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             text = pathlib.Path(home, "keras.json").read_text()
-            names.insert(0, json.loads(text)["backend"])
+            configured = json.loads(text)["backend"]
+            names.sort(key=lambda each: each != configured)
     for each in names:
         if importlib.util.find_spec(each) is not None:
             os.environ["KERAS_BACKEND"] = each

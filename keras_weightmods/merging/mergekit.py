@@ -75,8 +75,8 @@ def arguments_of(config: Any) -> dict[str, Any]:
         weights = [each.get("weight", everywhere) for each in own]
         found["weights"] = [_spec(weight) for weight in weights]
     # Here a number is that of all models.
-    everything = {name for each in (shared, *own) for name in each}
-    for name in everything - {"normalize", "weight", "t" if is_arc else ""}:
+    done = {"normalize", "t"} if is_arc else {"normalize"}
+    for name in ({*shared} - done).union(*own) - {"weight"}:
         values = [each.get(name, shared.get(name)) for each in own]
         if any(value != values[0] for value in values):
             raise checks.error(name, "the same for all models", values)

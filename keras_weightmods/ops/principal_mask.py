@@ -350,7 +350,7 @@ def _count(mask: Any) -> Any:
 
 
 def _as_float(x: Any) -> Any:
-    """In float32, also from more bits: where the bisection counts them."""
+    """A tensor in float32; raises ValueError where it is not finite."""
     x = ops.stop_gradient(ops.cast(ops.convert_to_tensor(x), "float32"))
     # A sum that is finite tells it in a sixth of the time.
     if not (_is_finite(ops.sum(x)) or _is_finite(x)):

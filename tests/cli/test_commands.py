@@ -167,6 +167,7 @@ def test_errors_name_the_file_and_write_nothing(run, tmp_path):
     for name in ("broken.keras", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"PK not quite")
     (tmp_path / "binary.txt").write_bytes(bytes(range(200, 256)))
+    (tmp_path / "empty.npy").touch()
     other = {"jax": "torch"}.get(keras.backend.backend(), "jax")
     cases = {
         "info nothing.keras": "there is no file nothing.keras",
@@ -177,6 +178,7 @@ def test_errors_name_the_file_and_write_nothing(run, tmp_path):
         "pack some.npz -o a.safetensors": "an .npz file, which `numpy.load`",
         "sparsify model.keras --data binary.txt -o a.keras": "can't decode",
         "sparsify model.keras --data no.npy -o a.keras": "no file no.npy",
+        "sparsify model.keras --data empty.npy -o a.keras": "No data left",
         "sparsify model.keras -o model.keras": "--overwrite replaces it",
         "sparsify model.keras -o x/a.keras": "folder that exists",
         "patch apply model.keras some.npz -o a.keras": "some.npz",

@@ -102,7 +102,12 @@ def test_a_backend_that_is_installed_is_taken(tmp_path):
     )
     environment = {**os.environ, "KERAS_HOME": str(tmp_path)}
     del environment["KERAS_BACKEND"]
-    for configured, taken in (("torch", "torch"), ("tensorflow", "jax")):
+    for configured, taken in (
+        ("torch", "torch"),
+        ("tensorflow", "jax"),
+        ("numpy", "jax"),
+        (3, "jax"),
+    ):
         text = json.dumps({"backend": configured})
         (tmp_path / "keras.json").write_text(text)
         assert light(program, **environment).strip() == taken

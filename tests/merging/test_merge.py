@@ -222,6 +222,10 @@ def test_configs_of_mergekit(tmp_path, monkeypatch):
             },
             "`gamma` must be the same",
         ),
+        (
+            {**slerp, "models": [{**r, "parameters": {"t": 1}} for r in rows]},
+            "`t` must be left out",
+        ),
         ("nothing.txt", "or mergekit's .yml"),
     ):
         with pytest.raises(ValueError, match=match):
