@@ -36,14 +36,8 @@ class ReconstructedBlock:
 
 def blocks_table(blocks):
     """Return the `Table` of a report on reconstructed blocks."""
-    return Table(
-        "Blocks, reconstructed",
-        ("block", "kernels", "error before", "after"),
-        tuple(
-            (b.name, str(b.kernels), f"{b.before:.2%}", f"{b.after:.2%}")
-            for b in blocks
-        ),
-    )
+    columns = "block=name kernels error_before=before:.2% after:.2%"
+    return Table("Blocks, reconstructed", blocks, columns)
 
 
 @dataclasses.dataclass(frozen=True)

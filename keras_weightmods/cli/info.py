@@ -10,7 +10,7 @@ from typing import Any
 import keras_weightmods as kwm
 from keras_weightmods.cli.command import command, reported
 from keras_weightmods.saving import container, file_kinds
-from keras_weightmods.utils.report import Report, Table, shape_text, size_text
+from keras_weightmods.utils.report import Report, Table, size_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,10 @@ class FileReport(Report):
 
     def tables(self) -> Iterator[Table]:
         yield Table(f"{self.filepath}: {self.kind}, which {self.reader} reads")
-        facts = tuple((str(k), str(v)) for k, v in self.about.items())
-        yield Table("", ("about it", ""), facts)
-        rows = tuple((n, shape_text(s), d) for n, s, d in self.arrays)
-        size = f"{len(rows)} arrays; the file has {size_text(self.nbytes)}"
-        yield Table("", ("array", "shape", "dtype"), rows, caption=size)
+        yield Table("", [*self.about.items()], "about_it value")
+        size = f"{len(self.arrays)} arrays; the file has "
+        size += size_text(self.nbytes)
+        yield Table("", self.arrays, "array shape dtype", caption=size)
 
 
 @command(

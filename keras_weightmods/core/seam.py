@@ -24,7 +24,7 @@ from keras_weightmods.core.reparameterized_layer import (
 from keras_weightmods.core.targets import Target, resolve_targets
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
+from keras_weightmods.utils.report import Report, Skipped, Table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,12 +41,8 @@ class ReparameterizationReport(Report):
     skipped: tuple[Skipped, ...] = ()
 
     def tables(self) -> Iterable[Table]:
-        columns = "kernel", "shape", "detail"
-        rows = tuple(
-            (kernel.path, shape_text(kernel.shape), kernel.detail)
-            for kernel in self.kernels
-        )
-        yield Table(f"{len(rows)} kernels", columns, rows)
+        title = f"{len(self.kernels)} kernels"
+        yield Table(title, self.kernels, "kernel=path shape detail")
 
 
 def attach_to_targets(

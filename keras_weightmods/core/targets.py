@@ -119,15 +119,12 @@ class Targets(Report, collections.abc.Sequence[Any]):
         )
 
     def tables(self) -> Iterable[Table]:
-        columns = "kernel", "shape", "contracts", "stacks"
-        rows = tuple(
-            (
-                t.path,
-                *map(str, (t.shape, t.contraction_axes, t.stack_axes or "")),
-            )
-            for t in self
-        )
-        yield Table(f"{len(rows)} targets", columns, rows)
+        rows = []
+        for t in self:
+            axes = t.shape, t.contraction_axes, t.stack_axes or ""
+            rows.append((t.path, *map(str, axes)))
+        columns = "kernel shape contracts stacks"
+        yield Table(f"{len(rows)} targets", rows, columns)
 
     __repr__ = Report.__str__
 

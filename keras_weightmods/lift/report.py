@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
+from keras_weightmods.utils.report import Report, Skipped, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +51,11 @@ class PrincipalMaskReport(Report):
         trained, entries, whole = self.totals.values()
         count = len(self.kernels)
         title = f"{trained:,} of {entries:,} entries of {count} kernels trained"
-        yield Table(title, ("kernel", "shape", "trained"), _rows(self.kernels))
+        yield Table(title, self.kernels, "kernel=key shape trained:,")
         if self.whole:
             count = len(self.whole)
             title = f"{whole:,} entries of {count} weights trained whole"
-            yield Table(
-                title, ("weight", "shape", "trained"), _rows(self.whole)
-            )
-
-
-def _rows(weights: tuple[MaskedKernel, ...]) -> tuple[tuple[str, ...], ...]:
-    return tuple(
-        (each.key, shape_text(each.shape), f"{each.trained:,}")
-        for each in weights
-    )
+            yield Table(title, self.whole, "weight=key shape trained:,")
 
 
 @dataclasses.dataclass(frozen=True)

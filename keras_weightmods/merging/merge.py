@@ -29,7 +29,7 @@ from keras_weightmods.saving.container import Writer
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.dtypes import numpy_dtype
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
+from keras_weightmods.utils.report import Report, Skipped, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +69,9 @@ class MergeReport(Report):
         rows = []
         for each in self.merged:
             weights = " ".join(f"{x:g}" for x in each.weights)
-            rows.append((each.path, shape_text(each.shape), weights))
-        yield Table(
-            f"{self.method}: {len(rows)} weights merged into {self.output}",
-            ("weight", "shape", "weights of the models"),
-            tuple(rows),
-        )
+            rows.append((each.path, each.shape, weights))
+        title = f"{self.method}: {len(rows)} weights merged into {self.output}"
+        yield Table(title, rows, "weight shape weights_of_the_models")
 
 
 def merge(

@@ -85,24 +85,21 @@ class PackReport(report.Report):
         rows = [
             (
                 weight.path,
-                report.shape_text(weight.shape),
+                weight.shape,
                 weight.pattern or "dense",
                 f"{weight.dtype} x {weight.activations}",
-                f"{weight.bits:.2f}",
-                ""
-                if weight.rounding_error is None
-                else f"{weight.rounding_error:.2%}",
+                weight.bits,
+                weight.rounding_error,
                 *_sizes(weight.dense_bytes, weight.packed_bytes),
             )
             for weight in self.weights
         ]
         sums = self.totals["dense_bytes"], self.totals["packed_bytes"]
-        values = "pattern", "values x inputs"
-        columns = "weight", "shape", *values, "bits", "error"
         yield report.Table(
             f"{len(rows)} packed weights",
-            (*columns, "dense", "packed", "share"),
-            tuple(rows),
+            rows,
+            "weight shape pattern values_x_inputs bits:.2f error:.2% dense "
+            "packed share",
             ("all", *[""] * 5, *_sizes(*sums)),
             f"the model in memory: {report.size_text(self.model_bytes_before)} "
             f"before, {report.size_text(self.model_bytes)} now",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from keras_weightmods.patches.entry import Quantized, Replacing
-from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
+from keras_weightmods.utils.report import Report, Row, Skipped, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +48,19 @@ class PatchReport(Report):
         active = ", ".join(f"{k} x {v:g}" for k, v in self.active.items())
         yield Table(
             title=f"{self.action}{patch}: {len(self.changed)} weights written",
-            columns=("subtracted from",),
-            rows=tuple((key,) for key in self.subtracted),
+            rows=[(key,) for key in self.subtracted],
+            columns="subtracted_from",
             caption=f"On the model: {active or 'nothing'}; clean values take "
             f"{self.clean_nbytes:,} bytes",
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchRow:
+class PatchRow(Row):
     """One weight of a `PatchContentsReport`.
 
     Attributes:
-        key: String, place and path of the weight in the model.
-        path: String.
-        shape: Tuple of ints.
+        key, path, shape: As of `Row`.
         depth: Int, place of its layer among those with a kernel, in a
             signature; -1 in a delta.
         entries: Int, how many entries of the weight are changed.
@@ -72,9 +70,6 @@ class PatchRow:
         replaced: Float, 0, or the share of the weight that is replaced.
     """
 
-    key: str
-    path: str
-    shape: tuple[int, ...]
     depth: int
     entries: int
     bits: int
@@ -120,21 +115,19 @@ class PatchContentsReport(Report):
         )
         if self.index_bits is not None:
             caption += f"; {self.index_bits:.2f} bits a place"
-        columns = "weight", "depth", "shape", "entries", "bits", "bytes", "norm"
         rows = []
         for row in self.rows:
+            depth = None if row.depth < 0 else row.depth + 1
             norm = f"{row.norm:.3g}"
             if row.replaced:
                 norm = f"replaces {row.replaced:.0%}"
-            sizes = f"{row.entries:,}", f"{row.bits}", f"{row.nbytes:,}"
-            depth = f"{row.depth + 1}" if row.depth >= 0 else ""
-            cells = row.path, depth, shape_text(row.shape), *sizes, norm
-            rows.append(cells)
+            sizes = row.entries, row.bits, row.nbytes
+            rows.append((row.path, depth, row.shape, *sizes, norm))
         yield Table(
             title=f"{self.filepath or self.name or '(no name)'}, {self.method}:"
-            f" {self.entries:,} entries of {len(self.rows)} weights",
-            columns=columns,
-            rows=tuple(rows),
+            f" {self.entries:,} entries of {len(rows)} weights",
+            rows=rows,
+            columns="weight depth shape entries:, bits bytes:, norm",
             caption=caption,
         )
 
@@ -205,12 +198,6 @@ class LoraReport(Report):
 
     def tables(self) -> Iterator[Table]:
         """The `Table`s to print."""
-        yield Table(
-            f"{self.filepath}: rank {self.rank}, lacks {self.error:.1%} of the "
-            "change",
-            ("kernel", "shape", "lacks"),
-            tuple(
-                (each.key, shape_text(each.shape), f"{each.error:.1%}")
-                for each in self.kernels
-            ),
-        )
+        title = f"{self.filepath}: rank {self.rank}, lacks {self.error:.1%} of "
+        columns = "kernel=key shape lacks=error:.1%"
+        yield Table(f"{title}the change", self.kernels, columns)

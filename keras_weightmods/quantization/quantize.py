@@ -30,7 +30,7 @@ from keras_weightmods.ops.sparsegpt import relative_error
 from keras_weightmods.quantization.grid_weights import GridWeights
 from keras_weightmods.quantization.head import find_table, round_table
 from keras_weightmods.utils import checks
-from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
+from keras_weightmods.utils.report import Report, Row, Skipped, Table
 
 # Significant bits of the floats that hold a product of scale and integer.
 _SIGNIFICANT = {"bfloat16": 8, "float16": 11}
@@ -39,13 +39,11 @@ _ROWS, _LENGTH = 128, 256
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedKernel:
+class QuantizedKernel(Row):
     """One kernel of a `QuantizeReport`.
 
     Attributes:
-        key: String, place and path of the kernel in the model.
-        path: String.
-        shape: Tuple of ints.
+        key, path, shape: As of `Row`.
         nearest: Float, what rounding each weight to nearest would change of
             the layer's outputs on the calibration data,
             `|X W' - X W|^2 / |X W|^2`; None where data do not reach it.
@@ -53,9 +51,6 @@ class QuantizedKernel:
         note: String, why it was rounded to nearest, if it was.
     """
 
-    key: str
-    path: str
-    shape: tuple[int, ...]
     nearest: float | None
     error: float | None
     note: str = ""
@@ -83,12 +78,6 @@ class QuantizeReport(Report):
     note: str = ""
 
     def tables(self) -> Iterator[Table]:
-        rows = []
-        for kernel in self.kernels:
-            errors = kernel.nearest, kernel.error
-            percent = ["" if e is None else f"{e:.2%}" for e in errors]
-            shape = shape_text(kernel.shape)
-            rows.append((kernel.path, shape, *percent, kernel.note))
         caption = f"{len(self.kernels)} kernels"
         known: list[Any] = [
             (k.error, k.nearest) for k in self.kernels if k.error is not None
@@ -98,8 +87,8 @@ class QuantizeReport(Report):
             caption += "; mean error {:.2%}, to nearest {:.2%}".format(*means)
         yield Table(
             f"{self.bits} bits, a scale for each {self.group_size} inputs",
-            ("kernel", "shape", "error to nearest", "error", "note"),
-            tuple(rows),
+            self.kernels,
+            "kernel=path shape error_to_nearest=nearest:.2% error:.2% note",
             caption=f"{caption}. {self.note}".rstrip(" ."),
         )
         if self.blocks:

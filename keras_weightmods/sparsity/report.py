@@ -17,22 +17,7 @@ from keras_weightmods.ops import nm
 from keras_weightmods.saving import shared
 from keras_weightmods.utils import checks
 from keras_weightmods.utils.progress import Progress
-from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
-
-
-@dataclasses.dataclass(frozen=True)
-class ChangedKernel:
-    """One kernel of a `ChangeReport`.
-
-    Attributes:
-        key: String, place and path of the kernel among the weights.
-        path: String.
-        shape: Tuple of ints.
-    """
-
-    key: str
-    path: str
-    shape: tuple[int, ...]
+from keras_weightmods.utils.report import Report, Row, Skipped, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +26,12 @@ class ChangeReport(Report):
 
     Attributes:
         title: String, what was done to them.
-        kernels: Tuple of `ChangedKernel`.
+        kernels: Tuple of `Row`.
         skipped: Tuple of `Skipped(path, reason)`: kernels left as they are.
     """
 
     title: str
-    kernels: tuple[ChangedKernel, ...]
+    kernels: tuple[Row, ...]
     skipped: tuple[Skipped, ...] = ()
 
     @classmethod
@@ -56,26 +41,23 @@ class ChangeReport(Report):
         """Report that of `weights`, all of a model, those `changed` were."""
         ids = set(map(id, changed))
         kernels = tuple(
-            ChangedKernel(weight_key(place, v.path), v.path, tuple(v.shape))
+            Row(weight_key(place, v.path), v.path, tuple(v.shape))
             for place, v in enumerate(weights)
             if id(v) in ids
         )
         return cls(title, kernels, tuple(skipped))
 
     def tables(self) -> Iterator[Table]:
-        rows = tuple((k.path, shape_text(k.shape)) for k in self.kernels)
-        title = f"{self.title}: {len(rows)} kernels"
-        yield Table(title, ("kernel", "shape"), rows)
+        title = f"{self.title}: {len(self.kernels)} kernels"
+        yield Table(title, self.kernels, "kernel=path shape")
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelSparsity:
+class KernelSparsity(Row):
     """One kernel of a `SparsityReport`.
 
     Attributes:
-        key: String, place and path of the kernel in the model.
-        path: String.
-        shape: Tuple of ints.
+        key, path, shape: As of `Row`.
         groups: Int, groups of m weights; 0 where the contraction size is no
             multiple of m.
         violations: Int, groups that hold more than n nonzeros.
@@ -83,9 +65,6 @@ class KernelSparsity:
         size: Int, number of weights.
     """
 
-    key: str
-    path: str
-    shape: tuple[int, ...]
     groups: int
     violations: int
     zero_share: float
@@ -141,26 +120,12 @@ class SparsityReport(Report):
         worst_first = sorted(
             self.kernels, key=lambda k: (k.violations, not k.groups)
         )[::-1]
+        sums = f"{size:,}", f"{zeros:.1%}", f"{totals['violations']:,}"
         yield Table(
-            title=f"Sparsity, pattern {self.pattern}",
-            columns=("kernel", "shape", "weights", "zeros", "bad groups"),
-            rows=tuple(
-                (
-                    kernel.path,
-                    shape_text(kernel.shape),
-                    f"{kernel.size:,}",
-                    f"{kernel.zero_share:.1%}",
-                    kernel.bad_groups,
-                )
-                for kernel in worst_first
-            ),
-            total=(
-                "total",
-                "",
-                f"{size:,}",
-                f"{zeros:.1%}",
-                f"{totals['violations']:,}",
-            ),
+            f"Sparsity, pattern {self.pattern}",
+            worst_first,
+            "kernel=path shape weights=size:, zeros=zero_share:.1% bad_groups",
+            ("total", "", *sums),
             caption=(
                 f"{totals['exact']} of {totals['kernels']} kernels are exactly "
                 f"{self.pattern}; they hold {share:.1%} of the model's weights"

@@ -22,29 +22,24 @@ from keras_weightmods.ops.refine import refined
 from keras_weightmods.ops.sparsegpt import relative_error
 from keras_weightmods.sparsity.criteria import CRITERIA, Inputs
 from keras_weightmods.utils import checks
-from keras_weightmods.utils.report import Report, Skipped, Table, shape_text
+from keras_weightmods.utils.report import Report, Row, Skipped, Table
 
 _REFINEMENTS = ("swaps", "blocks")
 _FIT = BlockReconstruction(epochs=4, learning_rate=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
-class SparsifiedKernel:
+class SparsifiedKernel(Row):
     """One kernel of a `SparsifyReport`.
 
     Attributes:
-        key: String, place and path of the kernel in the model.
-        path: String.
-        shape: Tuple of ints.
+        key, path, shape: As of `Row`.
         criterion: String, the one by which it was pruned.
         error: Float, what that changes of the layer's outputs on the
             calibration data, `|X W' - X W|^2 / |X W|^2`; None without data.
         note: String, why another criterion than the one asked for was taken.
     """
 
-    key: str
-    path: str
-    shape: tuple[int, ...]
     criterion: str
     error: float | None
     note: str = ""
@@ -72,19 +67,15 @@ class SparsifyReport(Report):
     def tables(self) -> Iterator[Table]:
         errors = [r.error for r in self.kernels if r.error is not None]
         mean = f"; mean error {np.mean(errors):.1%}" if errors else ""
+        rows = []
+        for row in self.kernels:
+            note = row.note and f"{row.criterion}: {row.note}"
+            rows.append((row.path, row.shape, row.error, note))
         yield Table(
             f"{self.pattern} by {self.criterion}",
-            ("kernel", "shape", "output error", "note"),
-            tuple(
-                (
-                    row.path,
-                    shape_text(row.shape),
-                    "" if row.error is None else f"{row.error:.1%}",
-                    f"{row.criterion}: {row.note}" if row.note else "",
-                )
-                for row in self.kernels
-            ),
-            caption=f"{len(self.kernels)} kernels{mean}",
+            rows,
+            "kernel shape output_error:.1% note",
+            caption=f"{len(rows)} kernels{mean}",
         )
         if self.blocks:
             yield blocks_table(self.blocks)

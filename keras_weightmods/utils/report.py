@@ -3,8 +3,9 @@
 import dataclasses
 import html
 import itertools
+import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # Lines that `str(report)` takes at most, and characters that they have.
@@ -26,21 +27,38 @@ class Skipped:
 
 
 @dataclasses.dataclass(frozen=True)
+class Row:
+    """A weight of a report.
+
+    Attributes:
+        key: String, place and path of the weight in the model.
+        path: String.
+        shape: Tuple of ints.
+    """
+
+    key: str
+    path: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of strings.
+    """A table of objects, one a row.
 
     Attributes:
         title: String, a line above it.
-        columns: Tuple of strings.
-        rows: Tuple of tuples of strings, one for each column.
-        total: Tuple of strings, a row below the others; empty for none.
+        rows: Sequence of objects, or of tuples of cells.
+        columns: String, a word for each column, as `"weights=size:,"`: its
+            head, with `_` for spaces; the attribute of the objects, if it is
+            another; a format. Tuples are printed as shapes, None as nothing.
+        total: Sequence of strings, a row below the others; empty for none.
         caption: String, a line below it.
     """
 
     title: str
-    columns: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
-    total: tuple[str, ...] = ()
+    rows: Sequence[Any] = ()
+    columns: str = ""
+    total: Sequence[str] = ()
     caption: str = ""
 
 
@@ -58,10 +76,9 @@ class Report:
 
     def table(self) -> str:
         """Return the tables with all rows and whole paths, as text."""
-        tables = [*self.tables()]
-        rows = [(s.path, s.reason) for s in getattr(self, "skipped", ())]
-        if rows:
-            tables.append(Table(_LEFT, ("weight", "reason"), tuple(rows)))
+        skipped = getattr(self, "skipped", ())
+        title = _LEFT if skipped else ""
+        tables = *self.tables(), Table(title, skipped, "weight=path reason")
         return "\n".join(line for table in tables for line in _lines(table))
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,16 +88,16 @@ class Report:
         return {**fields, "totals": _plain(totals)} if totals else fields
 
     def __str__(self) -> str:
-        tables = list(self.tables())
         groups: dict[str, list[str]] = {}
         for skip in getattr(self, "skipped", ()):
             groups.setdefault(skip.reason, []).append(skip.path)
-        if groups:
-            rows = [(str(len(p)), p[0], reason) for reason, p in groups.items()]
-            columns = "weights", "the first", "reason"
-            tables.append(Table(_LEFT, columns, tuple(rows)))
-        lines = [_lines(table, _WIDTH) for table in _shortened(tables)]
-        return "\n".join(itertools.chain(*lines))
+        rows = [(len(paths), paths[0], why) for why, paths in groups.items()]
+        title = _LEFT if groups else ""
+        left = Table(title, rows, "weights the_first reason")
+        lines = []
+        for table in _shortened([*self.tables(), left]):
+            lines += _lines(table, _WIDTH)
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table())}</pre>"
@@ -98,68 +115,73 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes / 2**20:,.1f} MiB"
 
 
-def _shortened(tables: list[Table]) -> list[Table]:
-    """Return the tables with as many rows as fit, alike for each."""
-    frames = [
-        len(_lines(dataclasses.replace(table, rows=table.rows[:1]), _WIDTH))
-        for table in tables
-    ]
-    left = _LINES - sum(frames) + sum(bool(table.rows) for table in tables)
-    shortened = {}
-    ranked = sorted(enumerate(tables), key=lambda pair: len(pair[1].rows))
-    for rank, (place, table) in enumerate(ranked):
-        share = max(2, left // (len(tables) - rank))
-        left -= min(len(table.rows), share)
-        if len(table.rows) > share:
-            more = f"... {len(table.rows) - share + 1} more: `report.table()`"
-            table = dataclasses.replace(
+def _shortened(tables: list[Table]) -> Iterator[Table]:
+    """Yield the tables with as many rows as fit, alike for each."""
+    shown = [len(table.rows) for table in tables]
+    left = _LINES
+    for table in tables:
+        row = table.rows[:1]
+        frame = _lines(dataclasses.replace(table, rows=row), _WIDTH)
+        left -= len(frame) - len(row)
+    while sum(shown) > left and max(shown) > 2:
+        shown[shown.index(max(shown))] -= 1
+    for table, count in zip(tables, shown):
+        if count < len(table.rows):
+            more = f"... {len(table.rows) - count + 1} more: `report.table()`"
+            yield dataclasses.replace(
                 table,
-                rows=table.rows[: share - 1],
+                rows=table.rows[: count - 1],
                 caption=f"{more}\n{table.caption}",
             )
-        shortened[place] = table
-    return [shortened[place] for place in range(len(tables))]
+        else:
+            yield table
 
 
-def _lines(table: Table, width: int | None = None) -> list[str]:
-    """Return a table as lines, of at most `width` characters if given."""
+def _lines(table: Table, width: int = sys.maxsize) -> list[str]:
+    """Return a table as lines of at most `width` characters."""
 
     def wrapped(text: str) -> list[str]:
-        lines = text.splitlines()
-        return [
-            part
-            for line in lines
-            for part in (textwrap.wrap(line, width) if width else [line])
-        ]
+        parts = (textwrap.wrap(line, width) for line in text.splitlines())
+        return [*itertools.chain(*parts)]
 
     lines = wrapped(table.title)
     if table.rows:
-        body = [*table.rows, *([table.total] if table.total else [])]
-        columns = list(zip(table.columns, *body))
+        columns = []
+        for place, column in enumerate(table.columns.split()):
+            field, _, form = column.partition(":")
+            head, _, name = field.partition("=")
+            values = (
+                row[place]
+                if isinstance(row, tuple)
+                else getattr(row, name or head)
+                for row in table.rows
+            )
+            cells = [_cell(value, form) for value in values]
+            total = table.total[place : place + 1]
+            columns.append([head.replace("_", " "), *cells, *total])
         widths = [max(map(len, column)) for column in columns]
-        while width and sum(widths) + 2 * len(widths) - 2 > width:
+        while sum(widths) + 2 * len(widths) - 2 > width:
             widths[widths.index(max(widths))] -= 1
-        aligned = [
-            str.rjust
-            if all(cell[:1].isdigit() or not cell for cell in column[1:])
-            else str.ljust
-            for column in columns
-        ]
-        text = [
-            "  ".join(
-                align(
-                    cell if len(cell) <= size else f"{cell[: size - 1]}…", size
-                )
-                for align, cell, size in zip(aligned, row, widths)
-            ).rstrip()
-            for row in zip(*columns)
-        ]
+        for place, (column, size) in enumerate(zip(columns, widths)):
+            is_number = all(c[:1].isdigit() or not c for c in column[1:])
+            align = str.rjust if is_number else str.ljust
+            columns[place] = [
+                align(c if len(c) <= size else f"{c[: size - 1]}…", size)
+                for c in column
+            ]
+        text = ["  ".join(row).rstrip() for row in zip(*columns)]
         rule = "─" * (sum(widths) + 2 * len(widths) - 2)
         text.insert(1, rule)
         if table.total:
             text.insert(-1, rule)
         lines += text
     return lines + wrapped(table.caption)
+
+
+def _cell(value: Any, form: str) -> str:
+    if isinstance(value, tuple):
+        value = shape_text(value)
+    return "" if value is None else format(value, form)
 
 
 def _plain(value: Any) -> Any:

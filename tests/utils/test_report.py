@@ -23,9 +23,9 @@ class Sizes(Report):
         return {"size": np.int64(sum(self.sizes.values()))}
 
     def tables(self):
-        rows = tuple((name, str(size)) for name, size in self.sizes.items())
         total = "whole", str(self.totals["size"])
-        yield Table(self.title, ("kernel", "size"), rows, total, self.caption)
+        rows = list(self.sizes.items())
+        yield Table(self.title, rows, "kernel size", total, self.caption)
 
 
 def make(count, skipped=0, reasons=1, **kwargs):
@@ -57,6 +57,31 @@ def test_print():
     assert max(map(len, str(sizes).splitlines())) == 100
     assert "…  " in str(sizes)
     assert "x" * 300 in sizes.table()
+
+
+@dataclasses.dataclass
+class Weight:
+    name: str
+    shape: tuple[int, ...]
+    size: int | None
+
+
+def test_columns_are_attributes_with_formats():
+    @dataclasses.dataclass(frozen=True)
+    class Weights(Report):
+        weights: tuple[Weight, ...]
+
+        def tables(self):
+            columns = "the_weight=name shape size:,"
+            yield Table("Weights", self.weights, columns)
+
+    rows = Weight("a", (64, 32), 2048), Weight("b", (), None)
+    assert str(Weights(rows)).splitlines()[1:] == [
+        "the weight  shape    size",
+        "─────────────────────────",
+        "a           64x32   2,048",
+        "b           scalar",
+    ]
 
 
 @pytest.mark.parametrize("reasons", [1, 40])
