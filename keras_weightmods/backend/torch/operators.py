@@ -43,14 +43,16 @@ def _matmul_on_gpu(*arguments):
 @torch.library.impl(_library, "sparse_matmul", "CPU")
 def _matmul(x, values, meta, scale, size, rounded=False, transposed=False):
     inner = x.shape[-1]
+    if meta is None and not rounded:
+        form = importlib.import_module("keras_weightmods.native.packed")
+        shape = (size, inner) if transposed else (inner, size)
+        kind = shape, _TYPES[values.dtype], "int8"
+        matrix = form.unpack_tensor(form.Packed(values, None, scale, *kind))
+        return x @ (matrix.T if transposed else matrix)
     if not transposed:
         k, n = inner, size
         name, weights = product(x.dtype, k, n, values, meta, scale, rounded)
         return multiply(getattr(_compiled(), name), x, weights, size)
-    if meta is None:
-        form = importlib.import_module("keras_weightmods.native.packed")
-        kind = (size, inner), _TYPES[values.dtype], "int8"
-        return x @ form.unpack_tensor(form.Packed(values, None, scale, *kind)).T
     weights = weights_of(size, inner, values, meta, scale)
     function = _compiled().kwm_matmul_transposed
     return multiply(function, x.float(), weights, size).to(x.dtype)

@@ -170,20 +170,23 @@ def test_the_operator_refuses_other_types():
         multiply(x.double(), *weights, N)
 
 
-def test_second_gradients():
+def test_second_gradients_and_floats_by_a_dense_matrix():
     kernel = kernel_of(K, K)
     weights = with_tensors(pack_kernel(kernel))
+    dense = with_tensors(pack_dense(normal(K, N), "int8"))
+    rounded = torch.from_numpy(unpack_kernel(dense))
     x = torch.from_numpy(normal(3, K)).requires_grad_()
-    found = []
-    for multiply in (
-        lambda x: x @ torch.from_numpy(kernel),
-        lambda x: sparse_matmul(x, weights),
+    given = dense.values, None, dense.scale, N
+    for multiply, matrix in (
+        (lambda x: sparse_matmul(x, weights), torch.from_numpy(kernel)),
+        (lambda x: operator().sparse_matmul(x, *given), rounded),
     ):
-        (first,) = torch.autograd.grad(
-            torch.sum(multiply(x) ** 3), x, create_graph=True
-        )
-        found += torch.autograd.grad(torch.sum(first**2), x)
-    assert_close(found[1], found[0].numpy())
+        found = []
+        for y in (multiply(x), x @ matrix):
+            cubes = torch.sum(y**3)
+            (first,) = torch.autograd.grad(cubes, x, create_graph=True)
+            found += torch.autograd.grad(torch.sum(first**2), x)
+        assert_close(found[0], found[1].numpy())
 
 
 def test_rounded_values_have_no_gradient():
