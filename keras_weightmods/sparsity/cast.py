@@ -429,6 +429,13 @@ class CAST(LogitsDistiller):
                 "a plain one now; make a new `CAST` to train it on."
             )
 
+    def get_config(self) -> Any:
+        raise NotImplementedError(
+            "A `CAST` holds a model in the middle of its training. Keep "
+            "checkpoints by `kwm.Checkpoint` or `save_weights`, and save the "
+            "model itself after `finalize()`."
+        )
+
     def save_own_variables(self, store: Any) -> None:
         store["is_started"] = np.asarray(self._is_started)
         if self._planned is not None:

@@ -362,6 +362,8 @@ def test_wrong_compile_and_order():
     started(cast, x, y)
     with pytest.raises(ValueError, match="no step"):
         cast.finalize()
+    with pytest.raises(NotImplementedError, match="finalize"):
+        cast.get_config()
 
 
 # Finalize
