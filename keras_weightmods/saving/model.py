@@ -300,6 +300,9 @@ def read_description(reader: Any) -> Any:
     """Return how the model in a file is built; checked."""
     if _MODEL not in reader.entries:
         raise reader.error(_MODEL, "is missing")
+    for name in reader.entries.keys() - {_MODEL}:
+        if not name.startswith(states.GROUPS):
+            raise reader.error(name, "is not one of a model")
     described = reader.read_json(_MODEL)
     try:
         description.check(described)

@@ -25,6 +25,7 @@ from keras_weightmods.saving.container import Entry
 
 _WEIGHTS = "weights/"
 _ASSETS = "assets/"
+GROUPS = _WEIGHTS, _ASSETS
 _CONTAINERS = (list, dict, tuple)
 _OF_TRAINING = (
     keras.losses.Loss,

@@ -639,6 +639,7 @@ HOSTILE = [
     (KERNEL, put_kernel(lambda kernel: kernel.view("int32"))),
     (KERNEL, lambda a: a.update({f"{KERNEL}/x": a.pop(KERNEL)})),
     (MORE, add(MORE, np.ones(1))),
+    ("`more/x` is not one of a model", add("more/x", np.ones(1))),
     *(
         (ASSET, add(f"assets/{name}", np.ones(1, "uint8")))
         for name in ("../../escaped", "/escaped", "", "x" * 300)
