@@ -99,10 +99,8 @@ def test_floats_come_back(dtype):
     unsigned = f"u{dtype.itemsize}"
     random = np.random.default_rng(0)
     bits = random.integers(0, np.iinfo(unsigned).max, 999, unsigned, True)
-    first, rest = coding.split_floats(bits.view(dtype))
-    found = coding.join_floats(first, rest, dtype)
+    found = coding.join_floats(*coding.split_floats(bits.view(dtype)), dtype)
     assert (found.view(unsigned) == bits).all()
-    # The exponents are alike.
-    normal = random.normal(size=9999).astype(dtype)
-    first, _ = coding.split_floats(normal)
+    # The exponents of normal numbers are alike.
+    first, _ = coding.split_floats(random.normal(size=9999).astype(dtype))
     assert coding.compress(first).size < 0.8 * first.size

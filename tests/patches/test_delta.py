@@ -150,40 +150,6 @@ def test_a_head_that_the_base_lacks_comes_whole(base, tmp_path):
 
 
 @pytest.mark.one_backend
-def test_a_delta_of_companded_weights_is_for_these(base, tmp_path):
-    """What fixed companders store looks like weights, and is not."""
-    plain, companded, other = make(), make(), make()
-    kwm.attach_compander(companded)
-    kwm.attach_compander(other, a=0.7)
-    path, stored = tmp_path / "task.safetensors", weights_of(companded)
-    for pair in ((companded, plain), (plain, companded), (companded, other)):
-        with pytest.raises(ValueError, match=r"2 problems[\s\S]*compander \("):
-            save(*pair, path)
-    tuned = changed(stored, 1)
-    companded.set_weights(tuned)
-    save(companded, stored, path, dtype=None)
-    companded.set_weights(stored)
-    put(companded, path)
-    assert_same_bits(weights_of(companded), tuned)
-    for model, match in (
-        (plain, "a plain weight, and comp.*store both in one way"),
-        (other, r"0\.7, 0\.7\]\), and comp.*Fold both"),
-    ):
-        before = weights_of(model)
-        with pytest.raises(ValueError, match=match):
-            put(model, path, force=True)
-        assert_same_bits(weights_of(model), before)
-    kwm.Patch.clear(companded)
-    # And the other way round.
-    plain.set_weights(changed(base, 1))
-    save(plain, base, path)
-    with pytest.raises(ValueError, match="and a plain weight is expected"):
-        put(companded, path, force=True)
-    kwm.fold(companded)
-    put(companded, path, force=True)
-
-
-@pytest.mark.one_backend
 def test_file_is_small(tmp_path):
     """At most 1.05 of as many numbers of a LoRA in bfloat16."""
     random = np.random.default_rng(0)

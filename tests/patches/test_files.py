@@ -107,8 +107,7 @@ def remover(*keys):
 
 
 def config_attacks(of):
-    """Changes of what the JSON of a signature or a delta holds."""
-    wrong = [None, True, 1.5, "0", [], {}, [{}]]
+    """Changes of the JSON, of which tests/faults/mutants.py tries more."""
     sound = {
         "name": ("0", None),
         "base": (None,),
@@ -118,75 +117,72 @@ def config_attacks(of):
     }
     for key in (*sound, "architecture", "entries"):
         yield remover(key)
-        for value in wrong:
+        for value in (None, True, 1.5, "0", [], {}, [{}]):
             if value not in sound.get(key, ()):
                 yield setter(key, value=value)
     yield setter("more", value=1)
     for value in ([7, 0], ["3"], [[3]]):
         yield setter("whole", value=value)
     for place in range(3):
-        for value in (None, 3, [2**40, 2**40, 3], [-1]):
-            yield setter("architecture", 0, place, value=value)
+        for value in (None, 3, [2**40, 2**40, 3], [-1], "float32x", "int8"):
+            # A path may be any text.
+            if place or not isinstance(value, str):
+                yield setter("architecture", 0, place, value=value)
     yield setter("architecture", 0, 3, value=1)
-    for value in ("float32x", "object", "", "int8"):
-        yield setter("architecture", 0, 2, value=value)
     yield lambda config: config["entries"].reverse()
     yield lambda config: config["entries"].append(config["entries"][-1])
     yield lambda config: config["entries"].pop()
-    yield setter("entries", 0, "more", value=1)
-    yield setter("entries", 0, "kind", value="floats")
-    yield setter("entries", 1, "kind", value="other")
-    keys = ("position", "kind", "depth", "bits")
-    if of == "delta":
-        keys = ("position", *files._SPARSE)
-    for key in keys:
+    is_delta = of == "delta"
+    keys = files._SPARSE if is_delta else ("kind", "depth", "bits")
+    for key in ("position", *keys):
         yield remover("entries", 0, key)
         for value in (True, -1, 10**40, 1e300, "0", 30, [[]]):
             # Places are drawn from row 0 of a delta, from whatever seed.
             if key != "seed" or type(value) is not int or value < 0:
                 yield setter("entries", 0, key, value=value)
-    if of == "delta":
-        for row, key, value in (
-            *((0, "rows", 8), (1, "seed", 5), (1, "rows", 3)),
+    shapes = ([3, 3, 2, 2], [0, 2**62], [18, "1"], [True, 18], [20])
+    changes = (
+        *((0, "more", 1), (0, "kind", "floats"), (1, "kind", "other")),
+        *((4, "bits", 8), (4, "replaced", np.nan), (4, "replaced", np.inf)),
+        *((4, "replaced", -1), (4, "replaced", 0)),
+    )
+    if is_delta:
+        shapes = [2**20, 2**20], [2, 2], [0, 2**40]
+        changes = (
+            *((0, "more", 1), (0, "rows", 8), (1, "seed", 5), (1, "rows", 3)),
             *((1, "dtype", "float64"), (3, "dtype", "float16")),
-        ):
-            yield setter("entries", row, key, value=value)
-        for shape in ([2**20, 2**20], [2, 2], [0, 2**40]):
-            yield setter("architecture", 0, 1, value=shape)
-        return
-    yield setter("entries", 4, "bits", value=8)
-    for value in (np.nan, np.inf, -1, 0):
-        yield setter("entries", 4, "replaced", value=value)
-    for value in ([3, 3, 2, 2], [0, 2**62], [18, "1"], [True, 18], [20]):
-        yield setter("architecture", 0, 1, value=value)
+        )
+    for row, key, value in changes:
+        yield setter("entries", row, key, value=value)
+    for shape in shapes:
+        yield setter("architecture", 0, 1, value=shape)
 
 
 def array_attacks(of):
+    is_planes = of == "planes"
     names = ("0", "0.scale", "4", "12", files.CONFIG)
-    if of == "planes":
+    if is_planes:
         names = [f"1{ending}" for ending in files._PLANES]
     for name in names:
         yield remover(name)
-        for array in (
-            np.zeros(0, "uint8"),
-            np.zeros((2, 2), "float32"),
-            np.zeros(9, "int8"),
-            np.zeros(9, "float64"),
+        for shape, dtype in (
+            *((0, "uint8"), ((2, 2), "float32")),
+            *((9, "int8"), (9, "float64")),
         ):
-            yield setter(name, value=array)
-    for extra in ("999", "0.other", "../0"):
-        yield setter(extra, value=np.zeros(0, "uint8"))
-    if of == "planes":
-        yield setter("0.places", value=np.zeros(9, "uint8"))
+            yield setter(name, value=np.zeros(shape, dtype))
+    for extra in ("999", "0.other", "../0", *["0.places"] * is_planes):
+        yield setter(extra, value=np.zeros(9 * is_planes, "uint8"))
+    if is_planes:
         for name in names:
             for value in (0, 77, 255):
                 yield setter(name, value=np.full(40, value, "uint8"))
         return
     # Not finite, and codes that no quantizer writes.
-    wrong = {"4": (np.nan, np.inf), "0.scale": (np.nan, -1), "0": (255,)}
-    for name, values in wrong.items():
-        for value in values:
-            yield lambda arrays, n=name, value=value: arrays[n].fill(value)
+    for name, value in (
+        *(("4", np.nan), ("4", np.inf)),
+        *(("0.scale", np.nan), ("0.scale", -1), ("0", 255)),
+    ):
+        yield lambda arrays, n=name, value=value: arrays[n].fill(value)
     # JSON that is none, or deep, or with a name twice.
     for text in (b"", b"[" * 100_000, b"\xff\xfe", b"null", b'{"a":1,"a":1}'):
         yield setter(files.CONFIG, value=np.frombuffer(text, "uint8"))

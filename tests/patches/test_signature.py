@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import keras_weightmods as kwm
 from keras_weightmods import WeightSignature
-from keras_weightmods.patches.combine import elected_mean
 from keras_weightmods.patches.entry import Quantized
 from keras_weightmods.patches.signature import residual
 from tests.backends import breadth
@@ -81,17 +80,18 @@ def test_models_and_lists_are_one(model, trio):
     checkpoints = [conv_net(name=name) for name in ("a", "b", None)]
     for checkpoint, weights in zip(checkpoints, trio):
         checkpoint.set_weights(weights)
-    before = [weights_of(m) for m in checkpoints]
     signature = extract(*checkpoints, depth=3)
-    lists = extract(*trio, depth=3, like=model)
     first, _, third = checkpoints
-    mixed = extract(first, trio[1], third, depth=3)
-    for other in (lists, mixed):
-        assert positions(other) == positions(signature)
+    for other in (
+        extract(*trio, depth=3, like=model),
+        extract(first, trio[1], third, depth=3),
+    ):
+        assert [(e.position, e.depth) for e in other] == [
+            (e.position, e.depth) for e in signature
+        ]
         for a, b in zip(signature, other, strict=True):
             np.testing.assert_array_equal(a.tensor, b.tensor)
-        assert [e.depth for e in other] == [e.depth for e in signature]
-    for checkpoint, weights in zip(checkpoints, before):
+    for checkpoint, weights in zip(checkpoints, trio):
         assert_same_bits(weights_of(checkpoint), weights)
 
 
@@ -124,21 +124,17 @@ def test_targets(model, trio):
     models = [model, trio[1], trio[2]]
     dense, norm = model.layers[5], model.layers[3]
     by_layer = extract(*models, targets=dense)
-    assert positions(by_layer) == [DENSE, DENSE + 1]
-    assert [e.depth for e in by_layer] == [2, 2]
+    assert [(e.position, e.depth) for e in by_layer] == [
+        (DENSE, 2),
+        (DENSE + 1, 2),
+    ]
     for pattern in (f"{norm.name}/[gb]", [f"{norm.name}/{x}" for x in "gb"]):
         by_path = extract(*models, targets=pattern, statistics="keep")
         assert positions(by_path) == [8, 9]
     everything = extract(*trio, targets="", statistics="replace", like=model)
     assert len(everything) == len(model.weights)
-    for value, message in (
-        ("(", "valid regular"),
-        ("nothing", "matches none of 16"),
-        ([], "targets"),
-        (7, "targets"),
-        (conv_net().layers[0], "matches none of 16"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for value in ("nothing", conv_net().layers[0]):
+        with pytest.raises(ValueError, match="matches none of 16"):
             extract(*models, targets=value)
 
 
@@ -189,33 +185,6 @@ def test_state_is_not_touched_and_frozen_layers_are_layers():
         frozen.trainable = False
         found = extract(None, model, weights, **options)
         assert found.digest == signature.digest
-
-
-@pytest.mark.one_backend
-def test_a_signature_of_companded_weights_is_for_these(tmp_path):
-    """What fixed companders store looks like weights, and is not."""
-    plain, companded = conv_net(), conv_net()
-    kwm.attach_compander(companded)
-    for pair in ((plain, companded), (companded, plain)):
-        with pytest.raises(ValueError, match=r"2 problems[\s\S]*compander \("):
-            extract(None, *pair, depth=2)
-    stored = weights_of(companded)
-    signature = extract(None, companded, [w + 0.1 for w in stored], depth=2)
-    path = tmp_path / "a.safetensors"
-    signature.save(path)
-    loaded = WeightSignature.load(path)
-    assert loaded.digest == signature.digest
-    for each in (loaded, -signature.quantize(8), loaded + signature):
-        with pytest.raises(ValueError, match="a plain weight, and compander"):
-            each.apply(plain)
-        each.apply(companded)
-        kwm.Patch.clear(companded)
-    assert_same_bits(weights_of(companded), stored)
-    other = extract(None, plain, conv_net(), depth=2)
-    with pytest.raises(ValueError, match="and a plain weight is expected"):
-        other.apply(companded)
-    with pytest.raises(ValueError, match=r"signature 2, .*Fold both"):
-        WeightSignature.sum([other, signature])
 
 
 @pytest.mark.one_backend
@@ -331,41 +300,27 @@ def test_transfer_to_another_head_and_dtype(model, dtype):
 @pytest.mark.one_backend
 def test_wrong_use(model, trio):
     lists = functools.partial(extract, *trio)
-    of = functools.partial(lists, like=model)
     sum_of = WeightSignature.sum
     signature = make_signature(model)
-    other = make_signature(conv_net(), 1, targets="dense", statistics="replace")
-    one = [np.ones(2)]
-    tiny = sequential((2,), keras.layers.LayerNormalization(center=False))
-    tiny = extract(None, one, one, depth=1, like=tiny)
+    other = make_signature(model, 1, targets="dense", statistics="replace")
+    tiny = make_signature(mlp())
     first, clean, robust = trio
-    cases = [
+    for call, message in (
         (lambda: lists(), "`like`"),
-        (lambda: lists(like=clean), "`like` must be a built Keras model"),
-        (lambda: of(depth=5), "kernel, 4"),
-        (lambda: of(name=b"x"), "`name` must be a non-empty"),
-        (lambda: of(depth=1, targets="a"), "not both"),
+        (lambda: lists(like=model, depth=5), "kernel, 4"),
+        (lambda: lists(like=model, depth=1, targets="a"), "not both"),
         (lambda: extract(first, None, robust, like=model), "`clean`"),
         (lambda: other.truncate(1), "`depth` must be an int >= 3"),
-        (lambda: signature + tiny, "signature 2 has 1 weights"),
-        (lambda: signature * np.nan, "finite"),
+        (lambda: signature + tiny, "signature 2 has 4 weights"),
         (lambda: signature * 1e39, "not finite in float32"),
-        (lambda: sum_of([signature], weights=[1, 2]), "`weights`"),
         (lambda: sum_of([signature], "mean", [0]), "sum to 0"),
         (lambda: sum_of([signature], density=0.2), 'is for "ties"'),
         (lambda: sum_of([signature], "ties", drop_rate=0), '"dare"'),
         (lambda: signature.apply(clean[:-1]), "has 15 weights, and 16"),
-        (lambda: signature.remove(clean), "a built Keras model"),
-    ]
-    for call, message in cases:
+    ):
         with pytest.raises(ValueError, match=message):
             call()
-    for call in (
-        lambda: signature + 1,
-        lambda: signature * "a",
-        lambda: signature * True,
-        lambda: signature * signature,
-    ):
+    for call in (lambda: signature + 1, lambda: signature * signature):
         with pytest.raises(TypeError):
             call()
 
@@ -382,18 +337,9 @@ def test_apply_lists_all_that_is_wrong(model):
     weights = random_weights(model, 3)
     weights[CONV][...] = np.inf
     weights[CONV_B] = weights[CONV_B].astype("float16")
-    before = [w.copy() for w in weights]
-    with pytest.raises(ValueError, match="values that are not fin") as error:
+    match = r"values that are not fin[\s\S]*the result is not finite in float16"
+    with pytest.raises(ValueError, match=match):
         signature.apply(weights, scale=1e7)
-    assert "the result is not finite in float16" in str(error.value)
-    assert_same_bits(weights, before)
-
-
-@pytest.mark.one_backend
-def test_ties_without_a_majority():
-    a = np.array([1.0, 0.0, 3.0])
-    got = elected_mean([a, -a + [0, 0, 1]], [1.0, 1.0])
-    np.testing.assert_array_equal(got, [0.0, 0.0, 3.0])
 
 
 @pytest.mark.one_backend
@@ -411,10 +357,8 @@ def test_algebra(model):
 
     mean = 0.75 * whole(a) + 0.25 * whole(b)
     cases = [
-        (a + b, whole(a) + whole(b)),
         (a - c, whole(a) - whole(c)),
         (c - a, whole(c) - whole(a)),
-        (2 * a, 2 * whole(a)),
         (np.float64(0.5) * a, whole(a) / 2),
         (a * 3, 3 * whole(a)),
         (a / 4, whole(a) / 4),
@@ -422,8 +366,6 @@ def test_algebra(model):
         (WeightSignature.sum([a, b, c]), whole(a) + whole(b) + whole(c)),
         (WeightSignature.sum([a, b], weights=[2, -1]), 2 * whole(a) - whole(b)),
         (WeightSignature.sum((a, b), "mean", np.array([3, 1])), mean),
-        (WeightSignature.sum([a], "dare", drop_rate=0), whole(a)),
-        (WeightSignature.sum([a], "ties", density=1), whole(a)),
         (small + tiny, whole(small) + whole(tiny)),
     ]
     for got, expected in cases:
@@ -447,22 +389,25 @@ def test_ties_merges_whole_signatures(model, density):
 
 @pytest.mark.one_backend
 def test_dare_is_seeded(model):
-    a, b = (make_signature(model, seed) for seed in (1, 2))
+    parts = [make_signature(model, seed) for seed in (1, 2)]
     got, again, other = (
-        WeightSignature.sum([a, b], "dare", drop_rate=0.9, seed=seed)
+        WeightSignature.sum(parts, "dare", drop_rate=0.9, seed=seed)
         for seed in (3, 3, 4)
     )
     assert got.digest == again.digest != other.digest
     generator = np.random.default_rng(3)
-
-    def dropped(tensor):
-        uniform = generator.random(tensor.shape).flat
-        found = references.dare(tensor.flat, 0.9, uniform)
-        return np.reshape(found, tensor.shape)
-
-    expected = [[dropped(e.tensor) for e in each] for each in (a, b)]
-    for entry, x, y in zip(got, *expected):
-        np.testing.assert_allclose(entry.tensor, x + y, rtol=1e-5, atol=1e-6)
+    x, y = (
+        np.concatenate(
+            [
+                references.dare(
+                    e.tensor.flat, 0.9, generator.random(e.tensor.shape).flat
+                )
+                for e in each
+            ]
+        )
+        for each in parts
+    )
+    np.testing.assert_allclose(flat(got), x + y, rtol=1e-5, atol=1e-6)
 
 
 def flat(entries):
