@@ -67,19 +67,7 @@ def slerp(x, y, t):
     angle = np.arccos((x / norms[0]) @ (y / norms[1]))
     if np.sin(angle) < 1e-9:
         return (1 - t) * x + t * y
-    # What is orthogonal to x, of the length of x in its units.
-    across = y / norms[1] - np.cos(angle) * x / norms[0]
-    across /= np.linalg.norm(across)
-    unit_x = x / norms[0]
-    shares = np.sin((1 - t) * angle) / np.sin(angle), np.sin(t * angle)
-    first = shares[0] * norms[0] * unit_x
-    second = (
-        shares[1]
-        / np.sin(angle)
-        * norms[1]
-        * (np.cos(angle) * unit_x + np.sin(angle) * across)
-    )
-    return first + second
+    return (np.sin((1 - t) * angle) * x + np.sin(t * angle) * y) / np.sin(angle)
 
 
 def moved_statistics(base, models, weights, is_whole=False):

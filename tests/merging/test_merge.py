@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import sys
@@ -23,8 +24,6 @@ from tests.models import (
     sequential,
     weights_of,
 )
-
-FORMAT = "keras_weightmods.model"
 
 
 def models(count=3, make=mlp):
@@ -113,10 +112,10 @@ def test_a_method_from_outside(tmp_path):
         return task.mapped(merged)
 
     paths, (a, b, base) = files(tmp_path)
-    with pytest.raises(ValueError, match="`name` must be none of"):
-        kwm.register_merge_method("ties", clipped)
+    merged, again, method = mlp(), mlp(), "test_clipped"
+    given = {"method": method, "base": base, "verbose": 0}
     kwm.register_merge_method(
-        "test_clipped",
+        method,
         clipped,
         density=0.5,
         options={"most": 0.1},
@@ -126,34 +125,30 @@ def test_a_method_from_outside(tmp_path):
         mergekit="clipped",
     )
     try:
-        merged, method = mlp(), "test_clipped"
-        kwm.merge([a, b], merged, method, base=base, most=0.3, verbose=0)
+        kwm.merge([a, b], merged, most=0.3, **given)
         for old, x, y, got in zip(*map(weights_of, (base, a, b, merged))):
             change = np.clip((x + y) / 2 - old, -0.15, 0.15)
             np.testing.assert_allclose(got, old + change, atol=1e-6)
         for match, wrong in (
             ("at least 2 models", {"models": [a]}),
             ("`most` must be", {"most": -1}),
-            ("it is for test_clipped", {"method": "linear", "most": 1}),
+            ("for test_clipped", {"method": "linear", "base": None, "most": 1}),
             ("`weights` must be None", {"weights": [1, 1]}),
         ):
-            given = {"models": [a, b], "method": method, "base": base, **wrong}
-            if given["method"] == "linear":
-                del given["base"]
             with pytest.raises(ValueError, match=match):
-                kwm.merge(output=merged, **given)
+                kwm.merge(
+                    **{"models": [a, b], "output": again, **given, **wrong}
+                )
         config = {
             "merge_method": "clipped",
             "base_model": paths[2],
             "models": [{"model": path} for path in paths],
             "parameters": {"most": 0.3, "density": 0.5},
         }
-        again = mlp()
-        report = kwm.merge(config, again, verbose=0)
-        assert report.method == method
+        assert kwm.merge(config, again, verbose=0).method == method
         assert_same_bits(weights_of(again), weights_of(merged))
     finally:
-        del METHODS["test_clipped"]
+        del METHODS[method]
 
 
 MERGEKIT_CONFIG = """
@@ -201,25 +196,19 @@ def test_configs_of_mergekit(tmp_path, monkeypatch):
     kwm.merge([a, b], expected, "slerp", weights, verbose=0)
     assert_same_bits(weights_of(merged), weights_of(expected))
     rows = slerp["models"]
+    of_base = {"base_model": paths[2], "models": rows}
+    gamma = [{**rows[0], "parameters": {"gamma": 1}}, rows[1]]
     for wrong, match in (
         ({**slerp, "merge_method": "karcher"}, "`merge_method` of"),
         ({**slerp, "slices": []}, "`config` must be"),
         ({**slerp, "parameters": [1]}, "`parameters` must be"),
         ({"merge_method": "linear", "models": [paths[0]]}, "`model: FILE`"),
         (
-            {
-                "merge_method": "dare_ties",
-                "base_model": paths[2],
-                "models": rows,
-            },
+            {**of_base, "merge_method": "dare_ties"},
             "`normalize` must be true",
         ),
         (
-            {
-                "merge_method": "task_arithmetic",
-                "base_model": paths[2],
-                "models": [{**rows[0], "parameters": {"gamma": 1}}, rows[1]],
-            },
+            {**of_base, "merge_method": "task_arithmetic", "models": gamma},
             "`gamma` must be the same",
         ),
         (
@@ -239,25 +228,9 @@ def test_methods_and_their_numbers_are_documented():
     folder = pathlib.Path(__file__).absolute().parents[2] / "docs" / "guides"
     guide = (folder / "merge.md").read_text()
     for name in _BUILT_IN:
-        method = METHODS[name]
         assert f'`"{name}"`' in guide
-        assert f'`"{name}"`' in kwm.merge.__doc__
-        for option in method.options:
-            assert f"`{option}`" in kwm.merge.__doc__
-
-
-def test_what_is_merged():
-    a, b, base = models()
-    merged = mlp()
-    kwm.merge([a, b], merged, weights=[1, 3], verbose=0)
-    for x, y, got in zip(*map(weights_of, (a, b, merged))):
-        np.testing.assert_allclose(got, (x + 3 * y) / 4, rtol=1e-5, atol=1e-6)
-    kwm.merge([a, b], merged, "ties", [2, 1], base=base, density=0.3, verbose=0)
-    for old, x, y, got in zip(*map(weights_of, (base, a, b, merged))):
-        changes = [(z - old).reshape(-1) for z in (x, y)]
-        expected = references.ties(changes, 0.3, [2.0, 1.0])
-        expected = old + np.reshape(expected, old.shape)
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+        for said in (f'"{name}"', *METHODS[name].options):
+            assert f"`{said}`" in kwm.merge.__doc__
 
 
 @pytest.mark.one_backend
@@ -403,14 +376,12 @@ def test_a_seed_gives_one_result():
     assert 0.6 < np.mean(change != 0) < 0.9
 
 
+# More wrong values are in tests/faults/wrong_calls.py.
 ERRORS = [
-    ("`method` must be", {"method": "mean"}),
-    ("`models` must be a list", {"models": "a.safetensors"}),
     ("`models` must be 2 models", {"method": "slerp", "count": 3}),
     ("`base` must be what", {"method": "ties", "base": None}),
     ("`base` must be None", {"method": "linear", "base": True}),
     ("`weights` must be a list of 2", {"weights": [1]}),
-    ("`weights` must be a list of 2", {"weights": 0.5}),
     (r"`weights\[0\]` must be a finite", {"weights": ["a", 1]}),
     (r"`weights\[1\]` must be with a regex", {"weights": [1, {"bias": 2}]}),
     (r"`weights\[1\]` must be a valid regular", {"weights": [1, {"(": 2}]}),
@@ -426,16 +397,13 @@ ERRORS = [
     ("`weights` must be numbers >= 0", {"method": "ties", "weights": [1, -1]}),
     ("`weights` must be None", {"method": "model_stock", "weights": [1, 1]}),
     ("`density` must be left out .* for ties, dare", {"density": 0.2}),
-    ("`density` must be a finite", {"method": "ties", "density": [0.5, 2]}),
     ("`density` must .* > 0.1 and", {"method": "della", "density": 0.05}),
     ("`scale` must be left out", {"scale": 0.2}),
-    ("`gamma` must be", {"method": "breadcrumbs", "gamma": 1.0}),
     (
         "`density` must be a finite float > 0.0 and <= 0.4",
         {"method": "breadcrumbs", "density": 0.5, "gamma": 0.6},
     ),
     ("`epsilon` must .* for della", {"method": "ties", "epsilon": 0.1}),
-    ("`seed` must be", {"seed": -1}),
     ("`include` must match a weight", {"include": "nothing"}),
     ("At least one weight must be merged", {"exclude": ""}),
 ]
@@ -446,10 +414,8 @@ def test_wrong_arguments_are_found_before_a_weight_is_read(
     tmp_path, monkeypatch
 ):
     paths, _ = files(tmp_path, count=4)
-    read_part, check_data = (
-        container.Reader.read_part,
-        container.Reader.check_data,
-    )
+    reader = container.Reader
+    read_part, check_data = reader.read_part, reader.check_data
 
     def only_description(self, name, *args):
         assert name == "model.json"
@@ -459,14 +425,13 @@ def test_wrong_arguments_are_found_before_a_weight_is_read(
         assert names == ["model.json"]
         check_data(self, names)
 
-    monkeypatch.setattr(container.Reader, "read_part", only_description)
-    monkeypatch.setattr(container.Reader, "check_data", check_description)
+    monkeypatch.setattr(reader, "read_part", only_description)
+    monkeypatch.setattr(reader, "check_data", check_description)
     output = tmp_path / "merged.safetensors"
     for match, changes in ERRORS:
-        method = METHODS.get(changes.get("method", "linear"))
         given = {"models": paths[: changes.get("count", 2)], **changes}
         given.pop("count", None)
-        needs_base = method is not None and method.needs_base
+        needs_base = METHODS[changes.get("method", "linear")].needs_base
         if given.get("base", needs_base and "base" not in given):
             given["base"] = paths[-1]
         with pytest.raises(ValueError, match=match):
@@ -508,9 +473,8 @@ def test_what_is_not_finite_is_refused(tmp_path):
 def test_models_that_do_not_fit(tmp_path):
     paths, (a, b, base) = files(tmp_path)
     before = weights_of(base)
-    packed, nan, patched = mlp(), mlp(), mlp()
+    packed, patched = mlp(), mlp()
     kwm.attach_scaling(packed)
-    nan.set_weights([np.full_like(x, np.nan) for x in weights_of(nan)])
     make_signature(patched).apply(patched)
     # One bit of a file.
     data = bytearray((tmp_path / "1.safetensors").read_bytes())
@@ -520,10 +484,8 @@ def test_models_that_do_not_fit(tmp_path):
     for match, models, output in (
         (other, [a, mlp(8, 16, 3)], base),
         (r"has in addition", [a, mlp(8, 16, 4, 4)], base),
-        (r"must be a built Keras model", [a, 3], base),
         ("which ends in .safetensors", [a, b], tmp_path / "m.keras"),
         ("packed, reparameterized", [a, packed], base),
-        ("must be finite to be merged", [a, nan], base),
         ("No such file", [tmp_path / "none", b], base),
         ("must be without patches", [a, b], patched),
         ("checksum", paths[:2], tmp_path / "m"),
@@ -534,8 +496,7 @@ def test_models_that_do_not_fit(tmp_path):
         assert_same_bits(weights_of(base), before)
         assert not (tmp_path / "m").exists()
     # Another activation is fine, and so is a file that is read.
-    relu = sequential((8,), *[keras.layers.Dense(n) for n in (16, 4)])
-    kwm.merge([a, relu], mlp(), verbose=0)
+    kwm.merge([a, mlp(activation=None)], mlp(), verbose=0)
     kwm.merge([paths[0], paths[2]], paths[0], verbose=0)
     kwm.load_model(paths[0])
 
@@ -568,12 +529,11 @@ def test_against_mergekit(method, tmp_path):
     merged = mlp(8, 10, use_bias=False)
     kwm.merge(output=merged, weights=weights, **given)
 
-    for number, model in enumerate(found):
-        (kernel,) = weights_of(model)
-        safetensors.numpy.save_file(
-            {"a.weight": kernel}, tmp_path / f"{number}.safetensors"
-        )
-    rows = [{"model": f"{i}.safetensors"} for i in range(count)]
+    names = [f"{number}.safetensors" for number in range(count + 1)]
+    for name, model in zip(names, found):
+        arrays = {"a.weight": weights_of(model)[0]}
+        safetensors.numpy.save_file(arrays, tmp_path / name)
+    rows = [{"model": name} for name in names[:count]]
     for row, weight in zip(rows, weights or ()):
         row["parameters"] = {"weight": weight, **MERGEKIT[method]}
     name = "dare_linear" if method == "dare" else method
@@ -582,16 +542,14 @@ def test_against_mergekit(method, tmp_path):
         # By default it sums, where TIES and DELLA take the mean.
         config["parameters"] = {"normalize": True}
     if method == "slerp":
-        config["base_model"] = "0.safetensors"
+        config["base_model"] = names[0]
         config["parameters"] = {"t": weights[1] / sum(weights)}
     elif method != "linear":
-        config["base_model"] = f"{count}.safetensors"
-    (tmp_path / "config.yml").write_text(container.json.dumps(config))
-    command = [
-        os.path.join(os.path.dirname(sys.executable), "mergekit-pytorch")
-    ]
+        config["base_model"] = names[count]
+    (tmp_path / "config.yml").write_text(json.dumps(config))
+    command = pathlib.Path(sys.executable).with_name("mergekit-pytorch")
     subprocess.run(
-        [*command, "config.yml", "out"],
+        [command, "config.yml", "out"],
         cwd=tmp_path,
         check=True,
         capture_output=True,

@@ -46,10 +46,9 @@ def merged(method, arrays, weights=WEIGHTS, density=1.0, axes=None, **options):
         axes=axes,
     )
     parts = list(METHODS[method].function(task))
-    assert [part.start for part, _ in parts[1:]] == [
-        part.stop for part, _ in parts[:-1]
-    ]
-    assert (parts[0][0].start, parts[-1][0].stop) == (0, task.size)
+    stops = [0, *(part.stop for part, _ in parts)]
+    assert [part.start for part, _ in parts] == stops[:-1]
+    assert stops[-1] == task.size
     return np.concatenate([values for _, values in parts]).reshape(SHAPE)
 
 
@@ -62,12 +61,9 @@ def changes(arrays):
     return [(x - arrays[-1]).reshape(-1) for x in arrays[:-1]]
 
 
-def test_linear(arrays):
+def test_linear_and_task_arithmetic(arrays):
     expected = np.average(arrays[:-1], axis=0, weights=WEIGHTS)
     check(merged("linear", arrays), expected)
-
-
-def test_task_arithmetic(arrays):
     flat = [x.reshape(-1) for x in arrays]
     expected = references.task_arithmetic(flat[-1], flat[:-1], WEIGHTS, 0.7)
     check(merged("task_arithmetic", arrays, scale=0.7), expected)
@@ -104,20 +100,14 @@ def test_breadcrumbs(arrays, density, gamma):
     check(got, arrays[-1].reshape(-1) + np.tensordot(WEIGHTS, kept, 1))
 
 
-def rows_of(x, kind):
-    """The entries that one output sums over, as rows."""
-    if kind == "none":
-        return x.reshape(12, 5)
-    return np.moveaxis(x.reshape(SHAPE), 0, -1).reshape(10, 6)
-
-
 @pytest.mark.parametrize("kind", AXES)
 def test_della(kind, arrays):
     pruned = []
     for number, change in enumerate(changes(arrays)):
-        rows = rows_of(change, kind)
-        if kind == "experts":
-            rows = rows.reshape(2, 5, 6).reshape(10, 6)
+        # The entries that one output sums over, as rows.
+        rows = change.reshape(12, 5)
+        if kind != "none":
+            rows = np.moveaxis(change.reshape(SHAPE), 0, -1).reshape(10, 6)
         uniform = np.random.default_rng(number).random(rows.shape, "float32")
         rows = np.array(references.della(rows, 0.5, 0.3, uniform))
         if kind != "none":

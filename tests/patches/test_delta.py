@@ -130,12 +130,8 @@ def test_a_head_that_the_base_lacks_comes_whole(base, tmp_path):
     other.set_weights([mine[0] + 1, *mine[1:]])
     with pytest.raises(ValueError, match="must be the base that the patch"):
         put(other, path)
-    for whole, match in (
-        ("no such", "matches none of 8 weights"),
-        (3, "must be a regular expression"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            save(tuned, base, path, whole=whole)
+    with pytest.raises(ValueError, match="matches none of 8 weights"):
+        save(tuned, base, path, whole="no such")
     # Under a signature that has been trained on since, nothing is known.
     other.set_weights(mine)
     put(other, path)
@@ -189,34 +185,28 @@ OPTIMIZERS = {
 }
 
 
-@breadth(
-    ("name", "dtype"),
-    [
-        ("SparseAdamW", "bfloat16"),
-        ("wrapped", None),
-        ("loss scaling", "bfloat16"),
-    ],
-)
-def test_places_drawn_from_a_seed_are_not_stored(base, name, dtype, tmp_path):
-    model = make()
+@breadth("name", OPTIMIZERS)
+def test_places_drawn_from_a_seed_are_not_stored(base, name, tmp_path):
+    dtype = None if name == "wrapped" else "bfloat16"
+    model, other = make(), make()
     model.compile(OPTIMIZERS[name](), "mse")
     train_at_random(model, seed=2**31 - 1)
-    path = tmp_path / "task.safetensors"
+    paths = [tmp_path / "task.safetensors", tmp_path / "b.safetensors"]
     norm = keras.layers.BatchNormalization
-    report = save(model, base, path, dtype, whole=norm)
-    assert drawn_in(path) == [0, 6]
+    report = save(model, base, paths[0], dtype, whole=norm)
+    assert drawn_in(paths[0]) == [0, 6]
     assert report.index_bits < 1  # of the norms
     counts = [base[i].size // 4 for i in (0, 6)]
     assert report.entries == sum(counts) + 4 * SIZES[1]
-    tuned, other = weights_of(model), make()
+    tuned = weights_of(model)
     assert np.sum(tuned[0] != base[0]) > 0.9 * counts[0]
     # Without the optimizer the places are stored, and say the same.
     model.compile()
-    stored = save(model, base, tmp_path / "b.safetensors", dtype, whole=norm)
+    stored = save(model, base, paths[1], dtype, whole=norm)
     assert stored.index_bits > 3
     assert stored.nbytes > report.nbytes
-    for file in (path, tmp_path / "b.safetensors"):
-        put(other, file)
+    for path in paths:
+        put(other, path)
         for old, new, brought in zip(base, tuned, weights_of(other)):
             most = 2**-8 * np.abs(new - old) + 1e-7 if dtype else 0
             assert np.all(np.abs(brought - new) <= most)
@@ -309,8 +299,6 @@ class Counting(keras.layers.Layer):
 @pytest.mark.one_backend
 def test_what_cannot_be_a_delta_is_refused(base, tmp_path):
     target, model = tmp_path / "task.safetensors", make()
-    model.set_weights(changed(base, 1))
-    patch = kwm.Patch.from_models(model, base)
     counting = sequential((4,), keras.layers.Dense(2), Counting())
     start = weights_of(counting)
     counting.set_weights([start[0] + 1, start[1], start[2] + 1])
@@ -320,17 +308,15 @@ def test_what_cannot_be_a_delta_is_refused(base, tmp_path):
     large = kwm.Patch.from_models(half, old)
     half.set_weights(old)
     broken = [np.full_like(base[0], np.nan), *base[1:]]
-    cases = [
+    for match, call in (
         ("must differ from `base`", lambda: save(model, model, target)),
         ("the same weights", lambda: save(model, base[:-1], target)),
         ("not finite", lambda: save(model, broken, target)),
-        ("a Keras model", lambda: save(base, base, target, whole="7")),
         (r"int32.*value that it has in", lambda: save(counting, start, target)),
-        ("must be on this model", lambda: patch.remove(make())),
-        ("does not fit", lambda: patch.apply(mlp(2, 2))),
+        ("must be on this model", lambda: large.remove(make())),
+        ("does not fit", lambda: large.apply(mlp(2, 2))),
         ("is not finite", lambda: large.apply(half, 1e6)),
-    ]
-    for match, call in cases:
+    ):
         with pytest.raises(ValueError, match=match):
             call()
         assert not target.exists()
