@@ -165,13 +165,24 @@ def test_the_head_goes_with_the_kernels():
 @one_backend
 def test_lora_and_the_table_exclude_each_other():
     model = make_model()
+    layer = model.layers[1]
     pack(model, head="int8")
     with pytest.raises(ValueError, match=r"unpack\(model\)"):
-        model.layers[1].enable_lora(2)
+        layer.enable_lora(2)
     unpack(model)
-    model.layers[1].enable_lora(2)
+    layer.enable_lora(2)
     with pytest.raises(ValueError, match="LoRA is enabled"):
         pack(model, head="int8")
+    # The table of an untied head may be adapted.
+    model = make_model(tie_weights=False)
+    layer, x = model.layers[1], normal(2, 16)
+    pack(model, head="int8")
+    logits = numpy(layer(x, reverse=True))
+    layer.enable_lora(2)
+    before = numpy(layer(TOKENS))
+    layer.lora_embeddings_b.assign(normal(2, 16))
+    assert np.abs(numpy(layer(TOKENS)) - before).max() > 0.01
+    assert_array_equal(numpy(layer(x, reverse=True)), logits)
 
 
 @one_backend
@@ -188,25 +199,15 @@ def test_checkpoints_with_and_without_the_library(
     check_checkpoints(make, TOKENS, tmp_path, monkeypatch)
 
 
-SIZES = {"vocabulary_size": 48, "hidden_dim": 32, "intermediate_dim": 48}
-
-
-def language_model(family, **sizes):
-    pytest.importorskip("keras_hub")
-    return make_sparse(models.causal_lm(family, **SIZES, **sizes))
-
-
-def prompt(length=10, known=4):
-    tokens = np.zeros((2, length), "int32")
-    tokens[:, :known] = np.random.default_rng(3).integers(1, 48, (2, known))
-    mask = np.broadcast_to(np.arange(length) < known, tokens.shape)
-    return {"token_ids": tokens, "padding_mask": mask}
-
-
 @one_backend
 def test_an_untied_head_is_packed_as_it_was_rounded(tmp_path):
-    model = language_model("llama3", tie_word_embeddings=False)
-    layer, inputs = model.backbone.token_embedding, prompt()
+    pytest.importorskip("keras_hub")
+    sizes = {"vocabulary_size": 48, "hidden_dim": 32, "intermediate_dim": 48}
+    model = models.causal_lm("llama3", **sizes, tie_word_embeddings=False)
+    make_sparse(model)
+    tokens = np.random.default_rng(3).integers(1, 48, (2, 10))
+    inputs = {"token_ids": tokens, "padding_mask": np.arange(10) < [[4], [4]]}
+    layer = model.backbone.token_embedding
     head, table = layer.reverse_embeddings, numpy(layer.embeddings)
     quantize(model, inputs, verbose=0)
     expected, before = outputs(model, inputs), state(model)[:2]
@@ -231,17 +232,4 @@ def test_an_untied_head_is_packed_as_it_was_rounded(tmp_path):
         unpack(each)
     assert state(model)[:2] == before
     models.assert_same(model.get_weights(), weights)
-    models.assert_same(loaded.get_weights(), model.get_weights())
-
-
-@one_backend
-def test_lora_adapts_the_table_of_an_untied_head():
-    model = make_model(tie_weights=False)
-    layer, x = model.layers[1], normal(2, 16)
-    pack(model, head="int8")
-    logits = numpy(layer(x, reverse=True))
-    layer.enable_lora(2)
-    before = numpy(layer(TOKENS))
-    layer.lora_embeddings_b.assign(normal(2, 16))
-    assert np.abs(numpy(layer(TOKENS)) - before).max() > 0.01
-    assert_array_equal(numpy(layer(x, reverse=True)), logits)
+    models.assert_same(loaded.get_weights(), weights)
