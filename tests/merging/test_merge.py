@@ -397,6 +397,8 @@ ERRORS = [
     ("`weights` must be numbers >= 0", {"method": "ties", "weights": [1, -1]}),
     ("`weights` must be None", {"method": "model_stock", "weights": [1, 1]}),
     ("`density` must be left out .* for ties, dare", {"density": 0.2}),
+    ("`density` must be a finite", {"method": "ties", "density": [0.5, 2]}),
+    ("`gamma` must be", {"method": "breadcrumbs", "gamma": 1.0}),
     ("`density` must .* > 0.1 and", {"method": "della", "density": 0.05}),
     ("`scale` must be left out", {"scale": 0.2}),
     (

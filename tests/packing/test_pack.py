@@ -286,6 +286,8 @@ def test_wrong_arguments_change_nothing():
             "int8 activations need int8 or int4",
         ),
         (model, {"trainable": True, "dtype": "int4"}, "Only float32 values"),
+        (model, {"dtype": "float16"}, r"`dtype`.*Received: dtype='float16'"),
+        (model, {"head": "int2"}, r"`head`.*Received: head='int2'"),
         (model, {"head": "int8"}, "no head of an embedding"),
         (infinite, {"dtype": "int8"}, not_finite),
         (infinite, {"dtype": "int4"}, not_finite),

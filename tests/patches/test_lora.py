@@ -185,6 +185,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(task, tmp_path):
     to(model, ready, 2)
     before = sorted(os.listdir(tmp_path))
     for match, call in (
+        ("`rank` must be", lambda: to(model, path, 0)),
         ("a folder that exists", lambda: to(model, path / "no" / "x")),
         ("or an adapter's", lambda: to(model, __file__)),
         ("or an adapter's", lambda: to(model, tmp_path)),

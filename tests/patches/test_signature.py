@@ -312,6 +312,8 @@ def test_wrong_use(model, trio):
         (lambda: extract(first, None, robust, like=model), "`clean`"),
         (lambda: other.truncate(1), "`depth` must be an int >= 3"),
         (lambda: signature + tiny, "signature 2 has 4 weights"),
+        (lambda: signature * np.nan, "finite"),
+        (lambda: sum_of([signature], weights=[1, 2]), "`weights`"),
         (lambda: signature * 1e39, "not finite in float32"),
         (lambda: sum_of([signature], "mean", [0]), "sum to 0"),
         (lambda: sum_of([signature], density=0.2), 'is for "ties"'),

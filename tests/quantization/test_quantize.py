@@ -113,35 +113,21 @@ def test_kernels_of_any_shape_and_their_blocks(equation, output, shape):
     assert block.after <= block.before
 
 
-@pytest.fixture(scope="module")
-def llama():
-    model = models.randomize(models.causal_lm("llama"), scale=0.2)
-    return make_sparse(model)
-
-
-def tokens(rows):
-    ids = np.random.default_rng(0).integers(2, 16, size=(rows, 12))
-    return {"token_ids": ids, "padding_mask": np.ones_like(ids)}
-
-
 @one_backend
-def test_blocks_of_a_language_model(llama):
+def test_blocks_of_a_language_model():
     """With three bits; what does not gain is left as it was rounded."""
-    before, targets = weights_of(llama), kwm.find_targets(llama)
+    llama = models.randomize(models.causal_lm("llama"), scale=0.2)
+    ids = np.random.default_rng(0).integers(2, 16, size=(32, 12))
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    before, targets = weights_of(make_sparse(llama)), kwm.find_targets(llama)
     variables = [(id(v), v.trainable) for v in llama.variables]
     errors = []
+    options = {"bits": 3, "refine": "blocks", "head": False, "batch_size": 16}
     for rate, epochs in ((1e-3, 10), (1.0, 1)):
         llama.set_weights(before)
         kept = kernels_of(llama)
         report = quantize(
-            llama,
-            tokens(32),
-            bits=3,
-            refine="blocks",
-            head=False,
-            batch_size=16,
-            epochs=epochs,
-            learning_rate=rate,
+            llama, x, epochs=epochs, learning_rate=rate, **options
         )
         assert [(id(v), v.trainable) for v in llama.variables] == variables
         assert not any(v.constraint for v in llama.variables)
@@ -161,7 +147,6 @@ def test_blocks_of_a_language_model(llama):
     first, second = errors
     assert first[1] < 0.95 * first[0]
     assert second[1] == second[0] == pytest.approx(first[0], rel=1e-2)
-    assert "Blocks, reconstructed" in str(report)
 
 
 def test_straight_through():
@@ -229,40 +214,31 @@ def test_a_model_without_a_graph_and_what_no_data_reach():
 
 
 @one_backend
-def test_the_time_that_is_left_is_shown(capsys):
-    quantize(make_mlp(), data(), verbose=1)
+def test_low_precision(capsys):
+    """A scale has fewer bits where the kernel's type has."""
+    model = make_mlp("bfloat16")
+    before = kernels_of(model)
+    quantize(model, data(), verbose=1)
+    for w, after in zip(before, kernels_of(model)):
+        assert references.is_on_grid(after, 4, 64)
+        np.testing.assert_array_equal(after[w == 0], 0)
     shown = capsys.readouterr().out
     assert "0/2" in shown
     assert "s/kernel" in shown
 
 
 @one_backend
-def test_low_precision():
-    """A scale has fewer bits where the kernel's type has."""
-    model = make_mlp("bfloat16")
-    before = kernels_of(model)
-    quantize(model, data())
-    for w, after in zip(before, kernels_of(model)):
-        assert references.is_on_grid(after, 4, 64)
-        np.testing.assert_array_equal(after[w == 0], 0)
-
-
-@one_backend
 def test_wrong_arguments_and_errors_leave_the_model_alone(monkeypatch):
+    """More wrong values are in tests/faults/wrong_calls.py."""
     model = make_mlp()
     before, cls = weights_of(model), type(model.layers[0])
     for options, message in (
+        ({"bits": "int8"}, r'pack\(model, "int8"\)'),
         ({"bits": 5}, "bits"),
         ({"group_size": 0}, "group_size"),
-        ({"bits": "int8"}, r'pack\(model, "int8"\)'),
-        ({"data": "int8"}, r'pack\(model, "int8"\)'),
-        ({"data": "float16"}, "bits"),
         ({"head": 1}, "head"),
         ({"refine": "swaps"}, "refine"),
-        ({"damping": 0}, "damping"),
-        ({"epochs": 0}, "epochs"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"batch_size": 0}, "batch_size"),
+        ({"data": "int8"}, r'pack\(model, "int8"\)'),
         ({"data": None}, "CausalLM"),
         ({"data": data() * np.nan}, "finite"),
         ({"refine": "blocks", "learning_rate": 1e30}, "finite"),
