@@ -3,6 +3,8 @@
 A model is drawn with Keras' seed 0; `randomize` gives it other weights.
 """
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -22,9 +24,8 @@ def normal(*shape, seed=0):
 
 def sequential(shape, *layers, name=None, dtype=None):
     """Return a model of these layers on inputs of `shape`."""
-    return keras.Sequential(
-        [keras.Input(shape, dtype=dtype), *layers], name=name
-    )
+    inputs = keras.Input(shape, dtype=dtype)
+    return keras.Sequential([inputs, *layers], name=name)
 
 
 def mlp(*sizes, activation="relu", name=None, **kwargs):
@@ -34,27 +35,22 @@ def mlp(*sizes, activation="relu", name=None, **kwargs):
     """
     keras.utils.set_random_seed(0)
     inputs, *hidden, last = sizes or (8, 16, 4)
-    layers = [
-        keras.layers.Dense(units, activation=activation, **kwargs)
-        for units in hidden
-    ]
-    last = keras.layers.Dense(last, **kwargs)
-    return sequential((inputs,), *layers, last, name=name)
+    dense = functools.partial(keras.layers.Dense, **kwargs)
+    layers = [dense(units, activation=activation) for units in hidden]
+    return sequential((inputs,), *layers, dense(last), name=name)
 
 
 def conv_net(classes=3, dtype="float32", name=None):
     """Return four layers with a kernel, and two batch normalizations."""
     keras.utils.set_random_seed(0)
+    layers, of = keras.layers, {"dtype": dtype}
+    convolutions = []
+    for filters in (2, 3):
+        convolutions.append(layers.Conv2D(filters, 3, **of))
+        convolutions.append(layers.BatchNormalization(**of))
+    head = layers.Dense(4, **of), layers.Dense(classes, **of)
     return sequential(
-        (6, 6, 1),
-        keras.layers.Conv2D(2, 3, dtype=dtype),
-        keras.layers.BatchNormalization(dtype=dtype),
-        keras.layers.Conv2D(3, 3, dtype=dtype),
-        keras.layers.BatchNormalization(dtype=dtype),
-        keras.layers.Flatten(),
-        keras.layers.Dense(4, dtype=dtype),
-        keras.layers.Dense(classes, dtype=dtype),
-        name=name,
+        (6, 6, 1), *convolutions, layers.Flatten(), *head, name=name
     )
 
 
@@ -68,31 +64,29 @@ def make_signature(model, seed=1, **kwargs):
     if "targets" not in kwargs:
         kwargs.setdefault("depth", 2)
     kwargs.setdefault("statistics", "keep")
-    init, clean, robust = (
-        random_weights(model, 100 * seed + i) for i in range(3)
-    )
+    drawn = (random_weights(model, 100 * seed + i) for i in range(3))
+    init, clean, robust = drawn
     return WeightSignature.extract(init, clean, robust, like=model, **kwargs)
 
 
 def einsum_net(time=None, width=8, heads=2, head_size=4, **kwargs):
     """Return a projection to heads, named "heads", and back, "joined"."""
     keras.utils.set_random_seed(0)
-    return sequential(
-        (time, width),
-        keras.layers.EinsumDense(
-            "btd,dhk->bthk", (time, heads, head_size), name="heads", **kwargs
-        ),
-        keras.layers.EinsumDense(
-            "bthk,hkd->btd", (time, width), name="joined", **kwargs
-        ),
-    )
+    layers = []
+    for name, equation, shape in (
+        ("heads", "btd,dhk->bthk", (time, heads, head_size)),
+        ("joined", "bthk,hkd->btd", (time, width)),
+    ):
+        layer = keras.layers.EinsumDense(equation, shape, name=name, **kwargs)
+        layers.append(layer)
+    return sequential((time, width), *layers)
 
 
-def attention_net(time=5, width=16, num_heads=2, key_dim=8):
+def attention_net():
     """Return multi-head attention of the input to itself."""
     keras.utils.set_random_seed(0)
-    inputs = keras.Input((time, width))
-    attention = keras.layers.MultiHeadAttention(num_heads, key_dim)
+    inputs = keras.Input((5, 16))
+    attention = keras.layers.MultiHeadAttention(2, 8)
     return keras.Model(inputs, attention(inputs, inputs))
 
 
@@ -154,62 +148,39 @@ class Subclassed(keras.Model):
 
 # The families of `backbone` that are mixtures of experts.
 MIXTURES = ("mixtral", "qwen_moe", "qwen3_moe", "qwen3_5_moe", "gpt_oss")
+_HEADS = {"num_query_heads": 2, "num_key_value_heads": 1}
+_EXPERTS = {**_HEADS, "num_experts": 4, "top_k": 2}
+# Stacks with whole blocks of 16 units and without.
+_SHARED = {**_EXPERTS, "moe_intermediate_dim": 12}
+_OF_GEMMA4 = {"num_experts": 4, "num_experts_per_token": 2, "image_size": 16}
+_OF_GEMMA4 |= {"expert_intermediate_dim": 12, "enable_moe_block": True}
+_BACKBONES = {
+    "llama": ("Llama", _HEADS),
+    "llama3": ("Llama3", _HEADS),
+    "gpt2": ("GPT2", {"num_heads": 2, "max_sequence_length": 16}),
+    "gemma": ("Gemma", {**_HEADS, "head_dim": 8}),
+    "mixtral": ("Mixtral", _EXPERTS),
+    "qwen_moe": ("QwenMoe", {**_SHARED, "shared_expert_intermediate_dim": 12}),
+    "qwen3_moe": ("Qwen3Moe", {**_SHARED, "head_dim": 8}),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        {**_SHARED, "head_dim": 8, "shared_expert_intermediate_size": 12},
+    ),
+    "gemma4_moe": ("Gemma4", {**_HEADS, **_OF_GEMMA4, "head_dim": 8}),
+    "gpt_oss": ("GptOss", {**_EXPERTS, "head_dim": 8}),
+}
 
 
 def backbone(family="llama", **sizes):
-    """Return a KerasHub backbone.
-
-    "llama", "llama3", "gpt2", "gemma", "gemma4_moe" or one of `MIXTURES`.
-    """
+    """Return a KerasHub backbone of a family in `_BACKBONES`."""
     from keras_hub import models
 
     keras.utils.set_random_seed(0)
-    heads = {"num_query_heads": 2, "num_key_value_heads": 1}
-    # Stacks with whole blocks of 16 units and without.
-    experts = {"num_experts": 4, "top_k": 2}
-    shared = {**heads, **experts, "moe_intermediate_dim": 12}
-    name, own = {
-        "llama": ("Llama", heads),
-        "llama3": ("Llama3", heads),
-        "gpt2": ("GPT2", {"num_heads": 2, "max_sequence_length": 16}),
-        "gemma": ("Gemma", {**heads, "head_dim": 8}),
-        "mixtral": ("Mixtral", {**heads, **experts}),
-        "qwen_moe": (
-            "QwenMoe",
-            {**shared, "shared_expert_intermediate_dim": 12},
-        ),
-        "qwen3_moe": ("Qwen3Moe", {**shared, "head_dim": 8}),
-        "qwen3_5_moe": (
-            "Qwen3_5Moe",
-            {
-                **shared,
-                "head_dim": 8,
-                "shared_expert_intermediate_size": 12,
-                "layer_types": ["full_attention"] * sizes.get("num_layers", 1),
-            },
-        ),
-        "gemma4_moe": (
-            "Gemma4",
-            {
-                **heads,
-                "head_dim": 8,
-                "image_size": 16,
-                "enable_moe_block": True,
-                "num_experts": 4,
-                "num_experts_per_token": 2,
-                "expert_intermediate_dim": 12,
-            },
-        ),
-        "gpt_oss": ("GptOss", {**heads, **experts, "head_dim": 8}),
-    }[family]
-    arguments = {
-        "vocabulary_size": 20,
-        "num_layers": 1,
-        "hidden_dim": 16,
-        "intermediate_dim": 24,
-        **own,
-        **sizes,
-    }
+    name, own = _BACKBONES[family]
+    arguments = {"vocabulary_size": 20, "num_layers": 1, "hidden_dim": 16}
+    arguments |= {"intermediate_dim": 24, **own, **sizes}
+    if family == "qwen3_5_moe":
+        arguments["layer_types"] = ["full_attention"] * arguments["num_layers"]
     return getattr(models, f"{name}Backbone")(**arguments)
 
 
@@ -230,12 +201,10 @@ def gpt2_preprocessor(length=16, characters="abcdefgh", **kwargs):
 
     # "Ġ" is how byte-pair encoding writes a space, "Ċ" a line break.
     tokens = ["<|endoftext|>", *characters, "Ġ", "Ċ", "ab", "Ġab"]
-    tokenizer = tokenizers.GPT2Tokenizer(
-        {token: i for i, token in enumerate(tokens)}, ["a b", "Ġ ab"]
-    )
-    return models.GPT2CausalLMPreprocessor(
-        tokenizer, sequence_length=length, **kwargs
-    )
+    places = {token: i for i, token in enumerate(tokens)}
+    tokenizer = tokenizers.GPT2Tokenizer(places, ["a b", "Ġ ab"])
+    kwargs["sequence_length"] = length
+    return models.GPT2CausalLMPreprocessor(tokenizer, **kwargs)
 
 
 def random_weights(model, seed=0, scale=1.0):
@@ -246,15 +215,14 @@ def random_weights(model, seed=0, scale=1.0):
         value = rng.normal(size=variable.shape) * scale
         if "variance" in variable.name:
             value = np.abs(value) + 0.1
-        dtype = ops.convert_to_numpy(variable.value).dtype
-        weights.append(value.astype(dtype))
+        weights.append(value.astype(ops.convert_to_numpy(variable).dtype))
     return weights
 
 
 def randomize(model, seed=0, scale=0.4):
     """Give `model` normal weights, those of integers apart, and return it."""
-    weights = random_weights(model, seed, scale)
-    for variable, value in zip(model.weights, weights):
+    drawn = random_weights(model, seed, scale)
+    for variable, value in zip(model.weights, drawn):
         if "float" in variable.dtype:
             variable.assign(value)
     return model
@@ -264,12 +232,11 @@ def make_sparse(model, pattern="2:4", seed=0):
     """Give every kernel that fits N:M sparse numbers; return the model."""
     m = int(pattern.split(":")[1])
     for i, target in enumerate(find_targets(model)):
-        if target.contraction_size % m:
-            continue
-        kernel = normal(*target.shape, seed=seed + i)
-        kernel /= target.contraction_size**0.5
-        kernel = nm_project(kernel, pattern, target.contraction_axes)
-        target.variable.assign(kernel)
+        if target.contraction_size % m == 0:
+            kernel = normal(*target.shape, seed=seed + i)
+            kernel /= target.contraction_size**0.5
+            kernel = nm_project(kernel, pattern, target.contraction_axes)
+            target.variable.assign(kernel)
     return model
 
 

@@ -23,56 +23,35 @@ def nm_mask(x, n, m, axes):
 
 
 def adam_s(
-    w,
-    gradients,
-    axes,
-    n,
-    m,
-    rate,
-    total,
-    decay="published",
-    l1="auto",
-    l1_scale=0.5,
-    ramp=1.0,
-    every=10,
-    importance=None,
-    b1=0.9,
-    b2=0.999,
-    epsilon=1e-8,
+    w, grads, axes, n, m, rate, total, importance, decay, l1="auto", ramp=1.0
 ):
-    """CAST, algorithm 1, equations 6 to 8, for one sparsified kernel.
-
-    Returns the kernel after the last step, and the last mask.
-    """
+    """CAST, algorithm 1, equations 6 to 8: the last kernel and its mask."""
+    b1, b2, epsilon = 0.9, 0.999, 1e-8
     theta = np.array(w, "float64")
     mu, v = np.zeros_like(theta), np.zeros_like(theta)
-    if importance is None:
-        factor = 1.0
-    else:
-        factor = np.reshape(
-            importance,
-            [s if i in axes else 1 for i, s in enumerate(theta.shape)],
-        )
+    factor = 1.0
+    if importance is not None:
+        sizes = [s if i in axes else 1 for i, s in enumerate(theta.shape)]
+        factor = np.reshape(importance, sizes)
 
     def alpha(t):
         return min(1.0, t / (ramp * total)) if ramp else 1.0
 
     first_squares = []
-    for t, g in enumerate(gradients):
+    for t, g in enumerate(grads):
         g = np.array(g, "float64")
-        if t % every == 0:
+        if t % 10 == 0:
             mask = nm_mask(theta * factor, n, m, axes)
         a = alpha(t)
         mu = b1 * mu + (1 - b1) * g
+        pulled = (1 - a) * mu
         if decay == "published":
             if t < 10:
                 first_squares.append(np.mean(g**2))
             strength = l1
             if l1 == "auto":
-                strength = l1_scale * np.sqrt(np.mean(first_squares))
-            pulled = (1 - a) * mu + a * strength * np.sign(theta)
-        else:
-            pulled = (1 - a) * mu
+                strength = 0.5 * np.sqrt(np.mean(first_squares))
+            pulled += a * strength * np.sign(theta)
         mixed = np.where(mask, mu, pulled)
         v = b2 * v + (1 - b2) * mixed**2
         mu_hat = mixed / (1 - b1 ** (t + 1))
@@ -116,17 +95,15 @@ def pack_24(kernel, dtype):
         kept, values = values, np.zeros((blocks, rows, 2, 16, 4), np.uint8)
         for block, group, lane in np.ndindex(scale.shape):
             slots = range(32 * group, min(32 * group + 32, 16 * rows))
-            steps, scale[block, group, lane] = round_int4(
-                kept[block, slots, lane]
-            )
+            found = round_int4(kept[block, slots, lane])
+            steps, scale[block, group, lane] = found
             for slot, step in zip(slots, steps):
                 row, place = divmod(slot, 16)
                 q, word = divmod(place, 4)
                 byte = (int(step) & 15) << (4 if word > 1 else 0)
                 values[block, row, word % 2, lane, q] |= byte
     if dtype == "bfloat16":
-        values = values.reshape(blocks, rows * 8, 2, 16)
-        values = values.transpose(0, 1, 3, 2)
+        values = values.reshape(blocks, rows * 8, 2, 16).swapaxes(2, 3)
     has_scale = dtype in ("int8", "int4")
     return values, meta.view(np.int32), scale if has_scale else None
 
@@ -184,9 +161,9 @@ def principal_mask(x, count, rank, axes=(0,), candidates=None):
 def sparsegpt(w, h, n, m, damping=0.01):
     """SparseGPT, an input after the other, each with an inverse of its own.
 
-    `h` is the second moment of the inputs. Removing weight j when those before
-    it are settled costs `w_j**2 / inv[0, 0]`, inv being the inverse of what is
-    left of the damped `h`, and moves the rest by its first row.
+    Removing weight j when those before it are settled costs `w_j**2 / inv[0,
+    0]`, inv being the inverse of what is left of the damped second moment `h`
+    of the inputs, and moves the rest by its first row.
     """
     w = w.astype("float64").copy()
     size, units = w.shape
@@ -196,10 +173,8 @@ def sparsegpt(w, h, n, m, damping=0.01):
     for j in range(size):
         if j % m == 0:
             for unit in range(units):
-                cost = [
-                    w[j + i, unit] ** 2 / inverses[j + i][0, 0]
-                    for i in range(m)
-                ]
+                kept = [inverses[j + i][0, 0] for i in range(m)]
+                cost = w[j : j + m, unit] ** 2 / kept
                 best = sorted(range(m), key=lambda i: (-cost[i], i))[:n]
                 keep[j + np.array(best), unit] = True
         for unit in range(units):
@@ -371,11 +346,10 @@ def descend(w, rounded, scales, h, bits, group_size, sweeps=1):
                 if best > 0:
                     scales[group, unit] = bfloat16(best)
                     result[part, unit] = scales[group, unit] * integers
+        integers = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
         for j, unit in zip(*np.nonzero(w)):
             column = result[:, unit].copy()
-            tried = scales[j // group_size, unit] * np.arange(
-                -(2 ** (bits - 1)), 2 ** (bits - 1)
-            )
+            tried = scales[j // group_size, unit] * integers
             errors = []
             for value in tried:
                 column[j] = value
@@ -385,10 +359,9 @@ def descend(w, rounded, scales, h, bits, group_size, sweeps=1):
 
 
 def is_on_grid(w, bits, group_size):
-    """Whether the largest weight of each group tells a scale of all of it.
+    """Whether all of each group are multiples, within range, of one bfloat16.
 
-    That is, divided by an integer it is a bfloat16 of which all weights of the
-    group are multiples within range.
+    Its largest weight is an integer times that.
     """
     w = np.asarray(w, "float32")
     for unit in range(w.shape[1]):
@@ -399,12 +372,10 @@ def is_on_grid(w, bits, group_size):
                 scale = np.abs(group).max() / np.float32(q)
                 if scale == 0 or scale != bfloat16(scale):
                     continue
-                integers = np.rint(group / scale)
-                found |= (
-                    (integers.astype("float32") * scale == group).all()
-                    and integers.min() >= -(2 ** (bits - 1))
-                    and integers.max() < 2 ** (bits - 1)
-                )
+                integers = np.rint(group / scale).astype("float32")
+                lowest = -(2 ** (bits - 1))
+                is_within = lowest <= integers.min() <= integers.max() < -lowest
+                found |= is_within and (integers * scale == group).all()
             if not found:
                 return False
     return True
@@ -413,19 +384,12 @@ def is_on_grid(w, bits, group_size):
 def convolution_patches(x, sizes, strides, padding, dilation):
     """The inputs of each pixel of a convolution, one pixel at a time.
 
-    Args:
-        x: Array (batch, ..., channels).
-        sizes, strides, dilation: A tuple of ints each, one for an axis.
-        padding: String as in Keras.
-
-    Returns:
-        Array (batch, ..., taps * channels).
+    `x` is (batch, ..., channels), what is returned (batch, ..., taps *
+    channels); `sizes`, `strides` and `dilation` have an int for each axis.
     """
     pads, counts = [(0, 0)], []
-    for axis, (taps, stride, step) in enumerate(
-        zip(sizes, strides, dilation), 1
-    ):
-        span, size = (taps - 1) * step, x.shape[axis]
+    for size, taps, stride, step in zip(x.shape[1:], sizes, strides, dilation):
+        span = (taps - 1) * step
         before = behind = 0
         if padding == "causal":
             before = span
@@ -436,16 +400,9 @@ def convolution_patches(x, sizes, strides, padding, dilation):
         pads.append((before, behind))
         counts.append((size + before + behind - span - 1) // stride + 1)
     x = np.pad(x, [*pads, (0, 0)])
-    rows = np.empty(
-        (len(x), *counts, int(np.prod(sizes)) * x.shape[-1]), x.dtype
-    )
+    rows = np.empty((len(x), *counts, int(np.prod(sizes)), x.shape[-1]))
     for pixel in np.ndindex(*counts):
-        parts = []
-        for tap in np.ndindex(*sizes):
-            place = [
-                p * s + t * d
-                for p, s, t, d in zip(pixel, strides, tap, dilation)
-            ]
-            parts.append(x[(slice(None), *place)])
-        rows[(slice(None), *pixel)] = np.concatenate(parts, axis=-1)
-    return rows
+        for i, tap in enumerate(np.ndindex(*sizes)):
+            place = np.multiply(pixel, strides) + np.multiply(tap, dilation)
+            rows[(slice(None), *pixel, i)] = x[(slice(None), *place)]
+    return rows.reshape(len(x), *counts, -1)

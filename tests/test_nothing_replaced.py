@@ -43,6 +43,11 @@ def packed_generate(family):
     kwm.unpack(model)
 
 
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # The methods of the matrix write files.
+
+
 MASK = np.array([[1, 1, 1, 0, 0, 0]])
 METHODS = {**methods.METHODS, "packed_generate": packed_generate}
 

@@ -20,9 +20,8 @@ def model(request):
     """A model whose texts begin with a start token, or with none."""
     has_start = getattr(request, "param", True)
     preprocessor = gpt2_preprocessor(add_start_token=has_start)
-    model = causal_lm(
-        "gpt2", preprocessor, hidden_dim=8, max_sequence_length=32
-    )
+    sizes = {"hidden_dim": 8, "max_sequence_length": 32}
+    model = causal_lm("gpt2", preprocessor, **sizes)
     model.compile(sampler="top_k")
     return randomize(model, scale=1.0)
 
@@ -123,23 +122,20 @@ def test_the_likeliest_tokens_without_a_change_of_the_model(model):
 def test_generate_until_is_greedy(model, adapted):
     text = model.preprocessor.tokenizer.detokenize
     prompt = "ab cd"
-    tokens = greedy(model, encode(model, prompt), 4)
     start = encode(model, prompt)
-    new = tokens[len(start) :]
-    if 0 in new:
-        new = new[: new.index(0)]
+    new = greedy(model, start, 4)[len(start) :]
+    new = new[: new.index(0)] if 0 in new else new
     whole = text([*start, *new])[len(text(start)) :]
     stop = whole[len(whole) // 2 :][:1] or "zz"
-    results = adapted.generate_until(
+    found = adapted.generate_until(
         requests(
             (prompt, {"until": ["zz"], "max_gen_toks": 4}),
             (prompt, {"until": stop, "max_gen_toks": 4}),
             (prompt, {"max_gen_toks": 1}),
         )
     )
-    assert results[0] == whole
-    assert results[1] == whole.split(stop)[0]
-    assert results[2] == text([*start, *new[:1]])[len(text(start)) :]
+    one = text([*start, *new[:1]])[len(text(start)) :]
+    assert found == [whole, whole.split(stop)[0], one]
     with pytest.raises(ValueError, match="greedily"):
         adapted.generate_until(requests((prompt, {"do_sample": True})))
 

@@ -91,9 +91,8 @@ def test_no_floor_is_a_fit_on_the_edge():
     assert law.L_inf == pytest.approx(0.0, abs=0.2)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "losses", "message"),
-    [
+def test_wrong_arguments(monkeypatch):
+    for tokens, losses, message in (
         (TOKENS[:3], [3.0, 2.0, 1.5], "4 different budgets"),
         (TOKENS, [5, 4, 3], "one length"),
         (TOKENS, [5, 4, 3, 2, 1, np.nan], "`losses` must be positive, finite"),
@@ -101,14 +100,9 @@ def test_no_floor_is_a_fit_on_the_edge():
         ([], [], "`tokens` must be positive, finite"),
         (TOKENS, [1, 2, 3, 4, 5, 6], "must fall"),
         (TOKENS, [2.0] * 6, "must fall"),
-    ],
-)
-def test_errors(tokens, losses, message):
-    with pytest.raises(ValueError, match=message):
-        kwm.fit_scaling_law(tokens, losses)
-
-
-def test_wrong_arguments(monkeypatch):
+    ):
+        with pytest.raises(ValueError, match=message):
+            kwm.fit_scaling_law(tokens, losses)
     for confidence in (0.0, 1.0, "0.9"):
         with pytest.raises(ValueError, match="`confidence`"):
             kwm.fit_scaling_law(TOKENS, truth(TOKENS), confidence)

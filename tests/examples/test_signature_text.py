@@ -7,22 +7,15 @@ import pytest
 
 from examples import signature_text
 from examples.data.typos import NOISES
-from tests.models import assert_same
+from tests.models import assert_same, assert_same_bits, mlp
 
 keras_hub = pytest.importorskip("keras_hub")
 pytest.importorskip("typo")
 
 pytestmark = pytest.mark.one_backend
 
-ARGS = argparse.Namespace(
-    texts=16,
-    test_texts=8,
-    rate=0.2,
-    length=8,
-    epochs=1,
-    learning_rate=0.01,
-    blocks=1,
-)
+COUNTS = {"texts": 16, "test_texts": 8, "length": 8, "epochs": 1, "blocks": 1}
+ARGS = argparse.Namespace(rate=0.2, learning_rate=0.01, **COUNTS)
 TEXTS = [f"{a}{b} {b}{a} {a}" for a in "abcde" for b in "vwxyz"]
 LABELS = np.array([text[0] < "c" for text in TEXTS], "int32")
 
@@ -30,17 +23,14 @@ LABELS = np.array([text[0] < "c" for text in TEXTS], "int32")
 def tiny_encoder():
     """Return a random BERT of two blocks on single letters."""
     letters = string.ascii_lowercase
-    pieces = [*letters, *(f"##{letter}" for letter in letters)]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = keras_hub.tokenizers.BertTokenizer(special + pieces)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    pieces += [f"##{letter}" for letter in letters]
+    tokenizer = keras_hub.tokenizers.BertTokenizer(pieces)
+    sizes = {"vocabulary_size": len(pieces), "num_layers": 2, "num_heads": 2}
+    sizes |= {"hidden_dim": 8, "intermediate_dim": 8}
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=len(special + pieces),
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=8,
-        max_sequence_length=ARGS.length,
+        **sizes, max_sequence_length=ARGS.length
     )
     preprocessor = keras_hub.models.BertTextEmbedderPreprocessor(
         tokenizer, sequence_length=ARGS.length
@@ -90,8 +80,7 @@ def test_patches_go_on_and_come_off(monkeypatch):
                 expected[entry.position] += scale * entry.tensor
         for found, weight in zip(at[name], expected):
             np.testing.assert_allclose(found, weight, rtol=1e-6, atol=1e-7)
-    for found, weight in zip(at["patches removed"], clean):
-        assert found.tobytes() == weight.tobytes()
+    assert_same_bits(at["patches removed"], clean)
     paths = {entry.info.path for entry in shallow["typos"]}
     layers = {path.split("/")[0] for path in paths}
     assert layers == {"embeddings_layer_norm", "transformer_layer_0"}
@@ -100,7 +89,7 @@ def test_patches_go_on_and_come_off(monkeypatch):
 
 
 def test_a_model_that_does_not_come_back_is_an_error():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model = mlp(2, 1)
     clean = model.get_weights()
     signature_text.assert_clean(model, clean)
     # Equal, and not the same bits.

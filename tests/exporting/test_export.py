@@ -23,16 +23,17 @@ FLOATS = "float32"  # int8 activations are not exported
 @contextlib.contextmanager
 def left_alone(model):
     """Assert that an export changes nothing of a model."""
-    optimizer = getattr(model, "optimizer", None)
-    before = models.weights_of(model), list(map(id, model.weights))
-    items = list(map(id, reparameterizations(model)))
-    expected = models.outputs(model, X)
-    yield expected
-    assert list(map(id, model.weights)) == before[1]
-    assert list(map(id, reparameterizations(model))) == items
-    models.assert_same_bits(models.weights_of(model), before[0])
+
+    def parts():
+        optimizer = getattr(model, "optimizer", None)
+        found = *model.weights, *reparameterizations(model), optimizer
+        return list(map(id, found))
+
+    before, weights = parts(), models.weights_of(model)
+    yield (expected := models.outputs(model, X))
+    assert parts() == before
+    models.assert_same_bits(models.weights_of(model), weights)
     models.assert_same(models.outputs(model, X), expected)
-    assert getattr(model, "optimizer", None) is optimizer
 
 
 def packed(dtype="int8"):
@@ -91,8 +92,7 @@ RUNNERS = {
 @pytest.mark.parametrize(
     "format",
     [
-        "tf_saved_model",
-        "torch",
+        *("tf_saved_model", "torch"),
         pytest.param("onnx", marks=pytest.mark.one_backend),
         pytest.param("openvino", marks=pytest.mark.heavy),
         pytest.param("litert", marks=pytest.mark.heavy),
@@ -138,13 +138,8 @@ def test_a_language_model(keep_packed, tmp_path):
     path = str(tmp_path / "model.pt2")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*dense form")
-        kwm.export(
-            model,
-            path,
-            "torch",
-            keep_packed=keep_packed,
-            input_signature=[specs],
-        )
+        options = {"keep_packed": keep_packed, "input_signature": [specs]}
+        kwm.export(model, path, "torch", **options)
     inputs = {name: torch.from_numpy(each) for name, each in x.items()}
     found = models.numpy(torch.export.load(path).module()(inputs))
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -187,42 +182,36 @@ def test_an_error_leaves_the_model_and_the_folder(tmp_path, monkeypatch):
 
 @pytest.mark.one_backend
 def test_what_is_refused(tmp_path, monkeypatch):
-    model = packed()
+    model, unbuilt = packed(), keras.Sequential()
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.txt").touch()
     (tmp_path / "model.gguf").touch()
-    missing = {"onnx", "tf2onnx", "jax2onnx", "gguf"}
+    other = module.ExportFormat(None, ".tflite", {"none": ()})
+    monkeypatch.setitem(module.FORMATS, "other", other)
     find = module.importlib.util.find_spec
+    missing = {"onnx", "tf2onnx", "jax2onnx", "gguf"}
     monkeypatch.setattr(
         module.importlib.util,
         "find_spec",
         lambda name: None if name in missing else find(name),
     )
-    unbuilt, old = keras.Sequential(), {"overwrite": False}
-    for error, match, given, name, format, options in (
-        (ValueError, "`format` must be one of", model, "model", "h5", {}),
-        (ValueError, "ending '.onnx'", model, "model", "onnx", {}),
-        (ValueError, "a folder that exists", model, "x/y", "transformers", {}),
-        (ValueError, "a built", unbuilt, "model", "transformers", {}),
-        (ValueError, "KerasHub model", model, "model", "transformers", {}),
-        (ValueError, "that was exp", model, "full", "transformers", {}),
-        (FileExistsError, "overw", model, "model.gguf", "gguf", old),
-        (ImportError, "pip install .*onnx", model, "a.onnx", "onnx", {}),
-        (ImportError, "pip install gguf", model, "model.gguf", "gguf", {}),
-        (
-            ValueError,
-            "kept in 'tf_saved_model' on TensorFlow",
-            model,
-            "model",
-            "transformers",
-            {"keep_packed": True},
-        ),
-        (ValueError, "is written on", model, "a.tflite", "other", {}),
+    kept, hub = {"keep_packed": True}, "transformers"
+    for match, given, name, format, options in (
+        ("`format` must be one of", model, "model", "h5", {}),
+        ("ending '.onnx'", model, "model", "onnx", {}),
+        ("a folder that exists", model, "x/y", hub, {}),
+        ("a built", unbuilt, "model", hub, {}),
+        ("KerasHub model", model, "model", hub, {}),
+        ("that was exp", model, "full", hub, {}),
+        ("overw", model, "model.gguf", "gguf", {"overwrite": False}),
+        ("pip install .*onnx", model, "a.onnx", "onnx", {}),
+        ("pip install gguf", model, "model.gguf", "gguf", {}),
+        ("kept in 'tf_saved_model' on TensorFlow", model, "model", hub, kept),
+        ("is written on", model, "a.tflite", "other", {}),
     ):
-        other = module.ExportFormat(None, ".tflite", {"none": ()})
-        monkeypatch.setitem(module.FORMATS, "other", other)
-        with pytest.raises(error, match=match):
+        errors = ValueError, ImportError, FileExistsError
+        with pytest.raises(errors, match=match):
             kwm.export(given, tmp_path / name, format, **options)
     assert sorted(os.listdir(tmp_path)) == ["full", "model.gguf"]
 

@@ -15,10 +15,8 @@ pytestmark = pytest.mark.one_backend
 TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 X = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
 # The projections of a block, by the names in transformers.
-LLAMA = [
-    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
-    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
-]
+LLAMA = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
+LLAMA += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
 
 
 def exported(family, path, packed=False, **sizes):

@@ -30,6 +30,7 @@ import numpy as np
 
 import keras_weightmods as kwm
 from keras_weightmods.saving import container
+from tests import models
 
 # Keras would import it in each worker anew, to set its seed.
 with contextlib.suppress(ImportError):
@@ -99,16 +100,10 @@ def keep_programs(folder):
 
 
 def run(method, place, seconds=None, save=None, byte=None):
-    """Run a worker, and kill it or have it kill itself.
+    """Run a worker; return whether it was killed before it was done.
 
-    Args:
-        method: One of `METHODS`.
-        place: Path of the folder of the run.
-        seconds: Float, when to kill it, from its first step on.
-        save, byte: Ints, in which of its saves, and after how many bytes.
-
-    Returns:
-        Bool, whether it was killed before it was done.
+    It is killed `seconds` after its first step, or kills itself in a `save`,
+    after so many bytes.
     """
     place.mkdir(exist_ok=True)
     reads, writes = os.pipe()
@@ -132,12 +127,10 @@ def run(method, place, seconds=None, save=None, byte=None):
         if seconds is not None and told.read(1):
             time.sleep(seconds)
             os.kill(worker, signal.SIGKILL)
-        status = os.waitpid(worker, 0)[1]
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return True
-    if status:
+        status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    if status not in (0, -signal.SIGKILL):
         raise RuntimeError(f"A worker of {method!r} failed: status {status}")
-    return False
+    return status != 0
 
 
 class Tell(keras.callbacks.Callback):
@@ -160,14 +153,8 @@ class Tell(keras.callbacks.Callback):
 def train(method, place, pipe):
     """Train to the end, from the checkpoints that there are."""
     keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [
-            keras.Input((8,)),
-            keras.layers.Dense(16, "relu"),
-            keras.layers.Dropout(0.25),
-            keras.layers.Dense(4),
-        ]
-    )
+    first = keras.layers.Dense(16, "relu"), keras.layers.Dropout(0.25)
+    model = models.sequential((8,), *first, keras.layers.Dense(4))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     callbacks = []
     # TensorFlow's XLA takes seconds to compile.
@@ -180,9 +167,7 @@ def train(method, place, pipe):
         callbacks = [kwm.PrincipalMaskCallback(0.3, refresh_every=5)]
     else:
         model.compile("adam", loss, jit_compile=jit)
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(ROWS, 8)).astype("float32")
-    y = rng.integers(4, size=(ROWS,))
+    x, y = models.normal(ROWS, 8), np.arange(ROWS) % 4
     fit = {"verbose": 0, "shuffle": keras.backend.backend() != "tensorflow"}
     callbacks += [kwm.Checkpoint(place / "checkpoints"), Tell(pipe)]
     model.fit(x, y, BATCH, EPOCHS, callbacks=callbacks, **fit)

@@ -19,10 +19,8 @@ _OBSCURE = (AttributeError, LookupError, MemoryError, NameError, RecursionError)
 def why_obscure(error, argument=None):
     """Return why an error is none to show to a user, or None.
 
-    Args:
-        error: Exception that was caught.
-        argument: String, the argument that was wrong: an error that Keras
-            raises is good enough if it names it, or what was expected.
+    One that Keras raises is good enough if it names the argument that was
+    wrong, or what was expected.
     """
     if isinstance(error, _OBSCURE):
         return summary(error)
@@ -46,10 +44,9 @@ def summary(error):
     """Return an error and where it comes from, in a line."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if frame.filename.startswith(_OURS)]
-    places = [f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in ours[-1:]]
-    places += [
-        f"{f.filename.removeprefix(_ROOT)[-40:]}:{f.lineno}"
-        for f in frames[-1:]
+    places = [
+        f"{frame.filename.removeprefix(_ROOT)[-40:]}:{frame.lineno}"
+        for frame in (*ours[-1:], frames[-1])
     ]
     text = " ".join(str(error).split())[:160]
     return f"{type(error).__name__}: {text} ({' > '.join(places)})"

@@ -61,21 +61,21 @@ FOUND = [
     *(
         (name, "verbose", bad)
         for name in ("export", "load_model", "pack")
-        for bad in ("array of strings", "array of no columns")
+        for bad in ("np.array(['a', 'b'])", "np.zeros((8, 0), 'float32')")
     ),
     ("CAST.fit", "y", "None"),
     ("CAST.fit", "batch_size", "2**70"),
     ("ops.compand", "a", "2**70"),
-    ("ops.nm_project", "x", "array of no columns"),
-    ("Perplexity.__call__", "texts", "scalar array"),
+    ("ops.nm_project", "x", "np.zeros((8, 0), 'float32')"),
+    ("Perplexity.__call__", "texts", "np.array(3.0)"),
     ("perplexity", "batch_size", "2**31"),
     ("quantize", "damping", "2**70"),
     ("quantize", "group_size", "2**31"),
-    ("register_layer_kind", "kernels", "a class"),
+    ("register_layer_kind", "kernels", "int"),
     ("self_generated", "seed", "2**31"),
     ("self_generated", "temperature", "2**70"),
-    ("WeightSignature.sum", "weights", "scalar array"),
-    ("Targets.select", "reason", "a layer"),
+    ("WeightSignature.sum", "weights", "np.array(3.0)"),
+    ("Targets.select", "reason", "keras.layers.Dense(2)"),
 ]
 
 

@@ -6,8 +6,6 @@ A method is a function of a `Family`. It returns a text for the page, raises
 it is not ours.
 """
 
-import os
-import tempfile
 import warnings
 
 import keras
@@ -41,8 +39,8 @@ def generate(family):
 def targets(family):
     model, _ = _made(family)
     found = kwm.find_targets(model)
-    left = len(found.skipped)
-    return f"{len(found)}" + (f", {left} left" if left else "")
+    left = f", {len(found.skipped)} left" if found.skipped else ""
+    return f"{len(found)}{left}"
 
 
 def share(family):
@@ -124,11 +122,9 @@ def delta(family):
     tuned = [w + np.asarray(0.5 * (w > 0), w.dtype) for w in base]
     model.set_weights(tuned)
     tuned = models.weights_of(model)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "delta.safetensors")
-        kwm.Patch.from_models(model, base).save(path)
-        model.set_weights(base)
-        patch = kwm.Patch.load(path)
+    kwm.Patch.from_models(model, base).save("delta.safetensors")
+    model.set_weights(base)
+    patch = kwm.Patch.load("delta.safetensors")
     patch.apply(model)
     models.assert_same_bits(models.weights_of(model), tuned)
     patch.remove(model)
@@ -204,10 +200,8 @@ def save_packed(family):
 
 def _loaded(model, x):
     before = models.outputs(model, x)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.safetensors")
-        kwm.save_model(model, path)
-        loaded = kwm.load_model(path)
+    kwm.save_model(model, "model.safetensors")
+    loaded = kwm.load_model("model.safetensors")
     _close(models.outputs(loaded, x), before)
     return "yes"
 
@@ -215,14 +209,13 @@ def _loaded(model, x):
 def checkpoint(family):
     """A run of two epochs, and one that was stopped after the first."""
     ends = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, epochs in (("whole", (2,)), ("parts", (1, 2))):
-            for last in epochs:
-                model, x = _made(family)
-                callback = kwm.Checkpoint(os.path.join(folder, name))
-                # TensorFlow's order of arrays is in no checkpoint.
-                states.fit(model, x, "adam", [callback], last, shuffle=False)
-            ends.append(models.weights_of(model))
+    for name, epochs in (("whole", (2,)), ("parts", (1, 2))):
+        for last in epochs:
+            model, x = _made(family)
+            # TensorFlow's order of arrays is in no checkpoint.
+            callbacks = [kwm.Checkpoint(name)]
+            states.fit(model, x, "adam", callbacks, last, shuffle=False)
+        ends.append(models.weights_of(model))
     models.assert_same_bits(*ends)
 
 

@@ -34,31 +34,28 @@ def test_a_few_cells(tmp_path):
     assert [row["state"] for row in rows] == ["passed"] * 6
 
 
-def is_wrong(family):
-    assert family is None, "not as it should be"
-
-
 def fails(family):
     raise ValueError("by Keras itself")
 
 
-@pytest.mark.parametrize(
-    ("method", "state", "note"),
-    [
+def is_wrong(family):
+    assert family is None, "not as it should be"
+
+
+def test_how_a_cell_ends(monkeypatch):
+    for method, state, note in (
         (lambda family: "fine", "passed", "fine"),
         (is_wrong, "wrong", "not as it should be"),
         (lambda family: {}[family.name], "wrong", "KeyError"),
         (lambda f: methods.kwm.sparsify(f.make(), "5:4"), "refused", "5:4"),
-    ],
-)
-def test_how_a_cell_ends(method, state, note, monkeypatch):
-    monkeypatch.setitem(methods.METHODS, "own", method)
-    received = matrix.outcome(DENSE, "own")
-    assert received[0] == state
-    assert note in received[1]
-    # What Keras fails at is not ours.
-    monkeypatch.setitem(methods.PLAIN, method, fails)
-    assert matrix.outcome(DENSE, "own")[0] in ("passed", "keras")
+    ):
+        monkeypatch.setitem(methods.METHODS, "own", method)
+        received = matrix.outcome(DENSE, "own")
+        assert received[0] == state
+        assert note in received[1]
+        # What Keras fails at is not ours.
+        monkeypatch.setitem(methods.PLAIN, method, fails)
+        assert matrix.outcome(DENSE, "own")[0] in ("passed", "keras")
 
 
 def test_a_cell_has_a_limit_and_may_crash(monkeypatch):

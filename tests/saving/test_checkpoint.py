@@ -1,6 +1,5 @@
 """Checkpoint: what is resumed is, bit for bit, what nothing has stopped."""
 
-import functools
 import os
 
 import keras
@@ -16,21 +15,19 @@ BACKEND = keras.backend.backend()
 JIT = BACKEND == "jax"
 
 
-class Stop(keras.callbacks.Callback):
-    """Raises `Stopped` after so many batches of the process."""
-
-    def __init__(self, batches):
-        super().__init__()
-        self.left = batches
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.left -= 1
-        if not self.left:
-            raise Stopped
-
-
 class Stopped(Exception):
     pass
+
+
+def stop(batches):
+    """Return a callback that raises `Stopped` after so many batches."""
+    left = iter(range(batches - 1))
+
+    def end(batch, logs):
+        if next(left, None) is None:
+            raise Stopped
+
+    return keras.callbacks.LambdaCallback(on_train_batch_end=end)
 
 
 def arrays(rows=20):
@@ -50,39 +47,29 @@ def net():
 
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+OPTIMIZERS = {
+    "cast": None,
+    "plain": keras.optimizers.Adam,
+    "lift": kwm.SparseAdamW,
+    "masked": keras.optimizers.AdamW,
+}
 
 
-def plain():
-    model = net()
-    optimizer = keras.optimizers.Adam(0.01)
-    model.compile(optimizer, LOSS, metrics=["accuracy"], jit_compile=JIT)
-    return model, []
-
-
-def cast():
-    model = kwm.CAST(net())
-    model.compile(loss=LOSS, jit_compile=JIT)
-    return model, []
-
-
-def lift(optimizer=None):
-    model = net()
-    optimizer = optimizer or kwm.SparseAdamW(0.01)
-    model.compile(optimizer, LOSS, jit_compile=JIT)
-    masks = kwm.PrincipalMaskCallback(0.3, refresh_every=4, criterion="random")
-    return model, [masks]
-
-
-def masked():
-    return lift(keras.optimizers.AdamW(0.01))
-
-
-def run(make, folder, *callbacks, seed=0, **kwargs):
+def run(name, folder, *callbacks, seed=0, make=net, **kwargs):
     """Train in a process of its own, as it were; return all that is left."""
     # All but the first weights and the first order of the data is to come
     # from the file.
     keras.utils.set_random_seed(seed)
-    model, own = make()
+    model, options = make(), {"loss": LOSS, "jit_compile": JIT}
+    if name == "cast":
+        model = kwm.CAST(model)
+    else:
+        options["optimizer"] = OPTIMIZERS[name](0.01)
+    model.compile(**options, metrics=["accuracy"] if name == "plain" else None)
+    own = []
+    if name in ("lift", "masked"):
+        options = {"refresh_every": 4, "criterion": "random"}
+        own = [kwm.PrincipalMaskCallback(0.3, **options)]
     if seed:
         for variable in model.weights:
             variable.assign(np.ones(variable.shape))
@@ -94,14 +81,14 @@ def run(make, folder, *callbacks, seed=0, **kwargs):
     return [numpy(v) for v in found], history
 
 
-@breadth("make", [cast, plain, lift, masked])
-def test_epochs_are_resumed_to_the_bit(make, tmp_path):
-    whole, history = run(make, tmp_path / "whole")
+@breadth("name", OPTIMIZERS)
+def test_epochs_are_resumed_to_the_bit(name, tmp_path):
+    whole, history = run(name, tmp_path / "whole")
     # In the second epoch, and in the one that begins anew.
     for seed, batches in enumerate((8, 4)):
         with pytest.raises(Stopped):
-            run(make, tmp_path / "run", Stop(batches), seed=seed)
-    resumed, after = run(make, tmp_path / "run", seed=2)
+            run(name, tmp_path / "run", stop(batches), seed=seed)
+    resumed, after = run(name, tmp_path / "run", seed=2)
     assert_same(resumed, whole)
     for name in after.keys() - {"mask_seconds"}:
         assert after[name][-1] == history[name][-1]
@@ -124,7 +111,7 @@ def test_a_save_within_an_epoch_says_what_is_repeated(tmp_path):
         return [numpy(v) for v in model.variables]
 
     with pytest.raises(Stopped):
-        fit(make(), Stop(8))
+        fit(make(), stop(8))
     # Saved at the second step of the second epoch.
     with pytest.warns(UserWarning, match=r"epoch 2.*repeated: 2"):
         resumed = fit(make())
@@ -259,17 +246,16 @@ class Pair(keras.layers.Layer):
         return second(keras.ops.tanh(first(x)))
 
 
-def pair_net(names):
-    return sequential((8,), Pair(names, name="pair"))
-
-
 @pytest.mark.one_backend
-@pytest.mark.parametrize("make", [plain, lift])
-def test_weights_of_one_path_train_as_others(make, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["plain", "lift"])
+def test_weights_of_one_path_train_as_others(name, tmp_path):
     """Keras lists one of them alone for torch, which clears no other's."""
     ends = []
     for names in (("a", "a"), ("a", "b")):
-        net = functools.partial(pair_net, names)
-        monkeypatch.setitem(globals(), "net", net)
-        ends.append(run(make, tmp_path / names[1], epochs=1)[0])
+
+        def make(names=names):
+            return sequential((8,), Pair(names, name="pair"))
+
+        folder = tmp_path / names[1]
+        ends.append(run(name, folder, make=make, epochs=1)[0])
     assert_same(*ends)

@@ -57,12 +57,6 @@ def assert_equal(received, expected):
     assert_same_bits([received[name] for name in expected], expected.values())
 
 
-def test_round_trip_is_exact(tmp_path, path):
-    write(path, arrays())
-    assert_equal(read(path), arrays())
-    assert os.listdir(tmp_path) == ["file"]
-
-
 @given(
     st.lists(
         st.tuples(
@@ -85,6 +79,7 @@ def test_any_shapes(tmp_path_factory, specs):
 
 def test_safetensors_reads_it_and_the_widest_come_first_so_are_aligned(path):
     write(path, arrays())
+    assert_equal(read(path), arrays())
     with safetensors.safe_open(path, "np") as file:
         assert set(file.keys()) == set(arrays())
         for name, value in arrays().items():
@@ -102,9 +97,6 @@ def test_writer_leaves_nothing_on_an_error(tmp_path, path):
     with pytest.raises(ValueError, match=r"Missing: \['y'\]"):
         with Writer(path, FORMAT, 1, entries) as writer:
             writer.write("x", np.ones(2, "float32"))
-    with pytest.raises(KeyboardInterrupt):
-        with Writer(path, FORMAT, 1, entries):
-            raise KeyboardInterrupt
     for wrong in (np.ones(2), np.ones(3, "float32"), np.ones((2, 1), "f4")):
         with pytest.raises(ValueError, match=r"Entry `x` must be an array"):
             with Writer(path, FORMAT, 1, entries) as writer:
@@ -139,18 +131,22 @@ def parse(data):
     return json.loads(data[8 : 8 + length]), 8 + length
 
 
-def pack(header, data, text=None, fix=True):
-    header = json.loads(json.dumps(header))
+def with_length(text):
+    return len(text).to_bytes(8, "little") + text
+
+
+def pack(header, data):
+    """Return a file of a header, with its right checksum, and data."""
     metadata = header.get("__metadata__")
-    if fix and isinstance(metadata, dict) and "header_sha256" in metadata:
+    is_signed = isinstance(metadata, dict) and "header_sha256" in metadata
+    if is_signed:
         metadata["header_sha256"] = "0" * 64
-    text = json.dumps(header).encode() if text is None else text
-    prefix = len(text).to_bytes(8, "little")
-    if fix:
-        digest = hashlib.sha256(prefix + text).hexdigest()
+    text = with_length(json.dumps(header).encode())
+    if is_signed:
+        digest = hashlib.sha256(text).hexdigest()
         key = b'_sha256": "'
         text = text.replace(key + b"0" * 64, key + digest.encode())
-    return prefix + text + data
+    return text + data
 
 
 def bytes_of(path, values):
@@ -176,12 +172,6 @@ def assert_refused(path, data, match="."):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_pack_of_an_unchanged_header_is_the_file(path, data):
-    header, start = parse(data)
-    path.write_bytes(pack(header, data[start:]))
-    assert_equal(read(path), arrays())
-
-
 def test_files_that_are_shorter_or_longer(path, data):
     _, start = parse(data)
     cuts = {*range(9), start - 1, start, start + 1, len(data) - 1}
@@ -196,16 +186,16 @@ def test_files_that_are_shorter_or_longer(path, data):
 
 def test_flipped_bits(path, data):
     header, start = parse(data)
-    for place in [*range(9), *range(9, start, 23), *range(start, len(data), 3)]:
-        changed = bytearray(data)
-        changed[place] ^= 1 << place % 8
-        assert_refused(path, bytes(changed))
+    places = dict.fromkeys([*range(9), *range(9, start, 23)], ".")
+    places |= dict.fromkeys(range(start, len(data), 3), "checksum|0 and 1")
     for name in arrays():
         begin, end = header[name]["data_offsets"]
         if begin < end:
-            changed = bytearray(data)
-            changed[start + begin] ^= 1
-            assert_refused(path, bytes(changed), f"checksum of `{name}`")
+            places[start + begin] = f"(checksum of|Entry) `{name}`"
+    for place, match in places.items():
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        assert_refused(path, bytes(changed), match)
 
 
 def test_swapped_entries(path):
@@ -215,8 +205,7 @@ def test_swapped_entries(path):
     moved = data[:start] + data[start + 16 :] + data[start : start + 16]
     assert_refused(path, moved, "checksum of `one`")
     header["one"], header["two"] = header["two"], header["one"]
-    swapped = json.dumps(header).encode()
-    swapped = len(swapped).to_bytes(8, "little") + swapped + data[start:]
+    swapped = with_length(json.dumps(header).encode()) + data[start:]
     assert_refused(path, swapped, "checksum of the header")
     # With a header that is right in itself.
     assert_refused(path, pack(header, data[start:]), "checksum of `one`")
@@ -331,16 +320,14 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("match", "place"),
-    [(match, i) for match, found in HOSTILE.items() for i in range(len(found))],
-)
-def test_hostile_headers(path, data, match, place):
-    header, start = parse(data)
-    HOSTILE[match][place](header)
-    # What safetensors says of a dtype, where it does not know it either.
-    known = "|InvalidHeaderDeserialization" if match == DTYPE else ""
-    assert_refused(path, pack(header, data[start:]), match + known)
+@pytest.mark.parametrize("match", HOSTILE)
+def test_hostile_headers(path, data, match):
+    for change in HOSTILE[match]:
+        header, start = parse(data)
+        change(header)
+        # What safetensors says of a dtype, where it does not know it either.
+        known = "|InvalidHeaderDeserialization" if match == DTYPE else ""
+        assert_refused(path, pack(header, data[start:]), match + known)
 
 
 EMPTY_ENTRY = b'"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}'
@@ -360,7 +347,7 @@ EMPTY_ENTRY = b'"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}'
     ids=lambda text: str(text[:20]),
 )
 def test_headers_that_are_no_json_object(path, text):
-    assert_refused(path, pack({}, b"", text, fix=False), "header is not valid")
+    assert_refused(path, with_length(text), "header is not valid")
 
 
 def test_lengths_of_the_header(path, data, monkeypatch):
@@ -378,13 +365,16 @@ def test_lengths_of_the_header(path, data, monkeypatch):
 
 def test_many_values_of_json_are_not_read(path):
     text = b"[" + b"[]," * 4 * 10**6 + b"[]]"
-    write(path, {"x": np.frombuffer(text, "uint8")})
+    floats = np.ones(1, "float32")
+    write(path, {"x": np.frombuffer(text, "uint8"), "floats": floats})
     with reader_of(path) as reader:
+        with pytest.raises(ValueError, match="Entry `floats` must be"):
+            reader.read_json("floats")
         with pytest.raises(ValueError, match="JSON that takes"):
             reader.read_json("x")
     # Nor in a header, before safetensors sees it.
     text = b'{"__metadata__": {"format": "x"}, "a": ' + text + b"}"
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    path.write_bytes(with_length(text))
     assert file_kinds.metadata_of(path) == {}
     with pytest.raises(ValueError, match="JSON that takes"):
         reader_of(path)
@@ -393,32 +383,20 @@ def test_many_values_of_json_are_not_read(path):
     assert bounded_json.json_array(["token"] * 10**6).size > 10**6
 
 
-def test_what_is_no_shape():
-    assert container.is_shape([0, 3, 2**40])
-    for shape in ((2,), [-1], [True], [2.0], ["2"], [2**48], [2**40] * 2, None):
-        assert not container.is_shape(shape)
-
-
 def test_a_wrong_checksum(path, data):
     header, start = parse(data)
     for checksum in ("0" * 64, "1" * 64, "", "x", "0", "\\" * 64):
         header["__metadata__"]["header_sha256"] = checksum
-        changed = pack(header, data[start:], fix=False)
+        changed = with_length(json.dumps(header).encode()) + data[start:]
         assert_refused(path, changed, "checksum of the header")
 
 
 def test_booleans_are_0_and_1(path):
     data = bytes([0, 1, 2])
-    header = {
-        "__metadata__": {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "sha256": json.dumps({"b": hashlib.sha256(data).hexdigest()}),
-            "header_sha256": "",
-        },
-        "b": {"dtype": "BOOL", "shape": [3], "data_offsets": [0, 3]},
-    }
-    assert_refused(path, pack(header, data), "other than 0 and 1")
+    data = bytes_of(path, {"b": np.frombuffer(data, "uint8")})
+    header, start = parse(data)
+    header["b"]["dtype"] = "BOOL"
+    assert_refused(path, pack(header, data[start:]), "other than 0 and 1")
 
 
 def test_a_file_that_shrinks_while_it_is_open(path):
@@ -427,14 +405,3 @@ def test_a_file_that_shrinks_while_it_is_open(path):
         os.truncate(path, 100)
         with pytest.raises(ValueError, match="`f/bytes` ends early"):
             reader.read("f/bytes")
-
-
-def test_what_is_no_json(path):
-    texts = {"bytes": b"{", "deep": b"[" * 10**5, "json": b'{"a": [1]}'}
-    arrays = {name: np.frombuffer(t, "uint8") for name, t in texts.items()}
-    write(path, {**arrays, "floats": np.ones(1, "float32")})
-    with reader_of(path) as reader:
-        assert reader.read_json("json") == {"a": [1]}
-        for name in ("bytes", "deep", "floats"):
-            with pytest.raises(ValueError, match=f"Entry `{name}` must be"):
-                reader.read_json(name)

@@ -21,18 +21,14 @@ X = {
 
 
 TIED = {"tie_word_embeddings": True}
-GEMMA = {
-    "use_post_ffw_norm": True,
-    "final_logit_soft_cap": 30.0,
-    "attention_logit_soft_cap": 5.0,
-}
+GEMMA = {"final_logit_soft_cap": 30.0, "attention_logit_soft_cap": 5.0}
 MODELS = {
     "llama tied": lambda: models.causal_lm("llama", **TIED),
     # All of its output projections have the path "o_proj/kernel".
     "smollm3": lambda: make("SmolLM3CausalLM", preprocessor=None),
     "llama": models.causal_lm,
     "bfloat16": lambda: models.causal_lm("llama", **TIED, dtype="bfloat16"),
-    "gemma": lambda: models.causal_lm("gemma", **GEMMA),
+    "gemma": lambda: models.causal_lm("gemma", use_post_ffw_norm=True, **GEMMA),
     "gpt2": lambda: models.causal_lm("gpt2"),
 }
 FURTHER = [
@@ -118,10 +114,6 @@ def test_the_tokenizer_comes_back_and_generate_works(tmp_path):
     expected = model.generate("ab", max_length=6)
     kwm.save_model(model, path)
     loaded = kwm.load_model(path)
-    text = "abcd ab"
-    np.testing.assert_array_equal(
-        loaded.preprocessor.tokenizer(text), model.preprocessor.tokenizer(text)
-    )
     assert loaded.preprocessor.get_config() == model.preprocessor.get_config()
     loaded.compile(sampler="greedy")
     assert loaded.generate("ab", max_length=6) == expected
@@ -157,18 +149,12 @@ def test_a_preprocessor_that_cannot_be_saved_is_left_out(tmp_path):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", [{"name": "mine"}, {}])
-@pytest.mark.parametrize(
-    "family",
-    ["HGNetV2Backbone", pytest.param("DFineBackbone", marks=pytest.mark.heavy)],
-)
-def test_layers_named_by_the_name_of_the_model(family, name, tmp_path):
+def test_layers_named_by_the_name_of_the_model(name, tmp_path):
     """With a name that is given HGNetV2 names its layers otherwise."""
-    model = make(family, **name)
+    model = make("HGNetV2Backbone", **name)
     kwm.save_model(model, tmp_path / "model")
     loaded = kwm.load_model(tmp_path / "model")
     assert loaded.name == model.name
     assert states_of(loaded) == states_of(model)
-    if family == "HGNetV2Backbone":
-        # D-FINE has layers that Keras numbers.
-        paths = [weight.path for weight in model.weights]
-        assert [weight.path for weight in loaded.weights] == paths
+    paths = [weight.path for weight in model.weights]
+    assert [weight.path for weight in loaded.weights] == paths

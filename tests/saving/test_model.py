@@ -1,12 +1,10 @@
 """save_model and load_model: the same model, or one clear error."""
 
-import contextlib
 import itertools
 import json
 import os
 import random
 import threading
-import warnings
 
 import keras
 import numpy as np
@@ -43,6 +41,38 @@ class Tower(keras.Model):
 
     def get_config(self):
         return {**super().get_config(), "depth": self.depth}
+
+
+@keras.saving.register_keras_serializable("tests.saving")
+class Constant(keras.layers.Layer):
+    """Keras cannot make its variable without a value, though it is built."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = keras.Variable(np.ones(8), name="factor")
+
+    def call(self, x):
+        return x * self.factor
+
+
+@keras.saving.register_keras_serializable("tests.saving")
+class Resized(keras.layers.Layer):
+    """Assigns what it saves, as KerasHub's DINOv2; it has no array yet then."""
+
+    def build(self, input_shape):
+        self.stored = self.add_weight(input_shape[-1:], name="stored")
+        self.used = self.add_weight(input_shape[-1:], name="used")
+
+    def call(self, x):
+        return x * self.used
+
+    def save_own_variables(self, store):
+        self.stored.assign(self.used)
+        super().save_own_variables(store)
+
+
+def with_layer(layer):
+    return models.sequential((8,), layer, keras.layers.Dense(4))
 
 
 def sequential():
@@ -89,6 +119,8 @@ MODELS = {
     "bfloat16": lambda: mlp(8, 4, dtype="bfloat16"),
     "mixed": lambda: mlp(8, 4, dtype="mixed_bfloat16"),
     "quantized": quantized,
+    "constant": lambda: with_layer(Constant()),
+    "resized": lambda: with_layer(Resized()),
 }
 
 
@@ -99,9 +131,11 @@ def inputs_for(model):
 
 def randomize(model):
     models.randomize(model)
-    if isinstance(model, Tower):
-        # It keeps what it found twice.
-        model.normalization.adapt(inputs_for(model))
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Normalization):
+            layer.adapt(inputs_for(model))  # It keeps what it found twice.
+        if isinstance(layer, Resized):
+            layer.stored.assign(layer.used)
     return model
 
 
@@ -175,27 +209,27 @@ CHANGES = [
 
 
 @breadth(("name", "change"), CHANGES, 0, 1)
+@pytest.mark.filterwarnings("ignore")
 def test_changed_models(name, change, path, monkeypatch):
     if name.startswith("held "):
         # Dense, without the library.
         monkeypatch.setattr(native, "_loaded", (None, "switched off"))
         name = name.removeprefix("held ")
     model, undo = randomize(MODELS[name]()), kwm.unpack
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if change == "scaled":
-            kwm.attach_scaling(model)
-            undo = kwm.fold
-            randomize(model)
-        else:
-            kwm.pack(make_sparse(model), dtype=change)
-        loaded = round_trip(model, path)
+    if change == "scaled":
+        kwm.attach_scaling(model)
+        undo = kwm.fold
+        randomize(model)
+    else:
+        kwm.pack(make_sparse(model), dtype=change)
+    loaded = round_trip(model, path)
     undo(loaded)
     undo(model)
     assert_same(loaded, model)
 
 
 @breadth(("head", "is_native"), [("int8", True), ("int4", False)])
+@pytest.mark.filterwarnings("ignore")
 def test_packed_heads(head, is_native, path, monkeypatch):
     if not is_native:
         monkeypatch.setattr(native, "_loaded", (None, "switched off"))
@@ -205,10 +239,8 @@ def test_packed_heads(head, is_native, path, monkeypatch):
     model = keras.Model(tokens, embedding(x, reverse=True))
     make_sparse(randomize(model))
     x = np.array([[0, 4, 2]])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        kwm.pack(model, head=head, targets=[])
-        loaded = round_trip(model, path, x)
+    kwm.pack(model, head=head, targets=[])
+    loaded = round_trip(model, path, x)
     ((name, _, config),) = changes_of(loaded)
     form = {"format": f"{head} dense", "trainable": False}
     assert (name, config) == ("packed", {**form, "activations": "int8"})
@@ -238,7 +270,14 @@ def test_packed_in_part_trainable_and_scaled_in_part(path):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("first", [True, False])
-def test_lora_on_changed_layers_is_kept(first, path):
+def test_lora_is_merged_and_on_changed_layers_kept(first, path):
+    model = sequential()
+    model.layers[0].enable_lora(2)
+    randomize_lora(model)
+    kwm.save_model(model, path)
+    x = inputs_for(model)
+    found = outputs(kwm.load_model(path), x)
+    np.testing.assert_allclose(found, outputs(model, x), rtol=1e-5)
     model = make_sparse(sequential())
     targets = kwm.find_targets(model)
     if first:
@@ -253,21 +292,9 @@ def test_lora_on_changed_layers_is_kept(first, path):
     loaded = kwm.load_model(path)
     # LoRA comes after what changes the weights in a loaded layer.
     assert sorted(states_of(loaded)) == sorted(states_of(model))
-    x = inputs_for(model)
     models.assert_same(outputs(loaded, x), outputs(model, x))
     assert loaded.layers[0].lora_alpha == 3
     assert loaded.layers[3].lora_rank == 1
-
-
-@pytest.mark.one_backend
-def test_lora_on_plain_layers_is_merged(path):
-    model = sequential()
-    model.layers[0].enable_lora(2)
-    randomize_lora(model)
-    kwm.save_model(model, path)
-    loaded = kwm.load_model(path)
-    x = inputs_for(model)
-    np.testing.assert_allclose(outputs(loaded, x), outputs(model, x), rtol=1e-5)
 
 
 class Inner(keras.Model):
@@ -299,9 +326,8 @@ def test_the_optimizer_is_not_saved_and_the_model_stays_compiled(path):
     model.fit(x, np.ones((2, 4)), verbose=0)
     loaded = round_trip(model, path)
     assert model.optimizer.built
+    assert not loaded.compiled
     np.testing.assert_array_equal(loaded.predict(x), model.predict(x))
-    loaded.compile("adam", "mse")
-    loaded.fit(x, np.ones((2, 4)), verbose=0)
 
 
 @pytest.mark.one_backend
@@ -319,16 +345,9 @@ def test_saving_leaves_no_trace(path):
 
 @pytest.mark.one_backend
 def test_loading_does_not_initialize(path, monkeypatch):
-    model = functional()
-    kwm.save_model(model, path)
-
-    def fail(self, *args, **kwargs):
-        raise AssertionError("an initializer was run")
-
-    monkeypatch.setattr(keras.initializers.GlorotUniform, "__call__", fail)
-    loaded = kwm.load_model(path)
-    monkeypatch.undo()
-    assert_same(loaded, model)
+    kwm.save_model(functional(), path)
+    monkeypatch.setattr(keras.initializers.GlorotUniform, "__call__", None)
+    kwm.load_model(path)
 
 
 @pytest.mark.skipif(
@@ -345,42 +364,6 @@ def test_torch_knows_the_weights_of_a_loaded_model(path):
         kwm.unpack(loaded)
 
 
-def test_a_variable_made_of_a_value(path):
-    # Keras cannot make it without a value, and the model is built with values.
-    @keras.saving.register_keras_serializable("tests.saving")
-    class Constant(keras.layers.Layer):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.factor = keras.Variable(np.ones(8), name="factor")
-
-        def call(self, x):
-            return x * self.factor
-
-    model = models.sequential((8,), Constant(), keras.layers.Dense(4))
-    round_trip(randomize(model), path)
-
-
-def test_a_layer_that_assigns_what_it_saves(path):
-    """As KerasHub's DINOv2 does: built without values, it has no array yet."""
-
-    @keras.saving.register_keras_serializable("tests.saving")
-    class Resized(keras.layers.Layer):
-        def build(self, input_shape):
-            self.stored = self.add_weight(input_shape[-1:], name="stored")
-            self.used = self.add_weight(input_shape[-1:], name="used")
-
-        def call(self, x):
-            return x * self.used
-
-        def save_own_variables(self, store):
-            self.stored.assign(self.used)
-            super().save_own_variables(store)
-
-    model = randomize(models.sequential((8,), Resized(), keras.layers.Dense(4)))
-    model.layers[0].stored.assign(model.layers[0].used)
-    round_trip(model, path)
-
-
 @pytest.mark.one_backend
 def test_vocabularies_are_saved(path):
     lookup = keras.layers.IntegerLookup(vocabulary=[5, 7, 9])
@@ -390,33 +373,15 @@ def test_vocabularies_are_saved(path):
 
 
 @pytest.mark.one_backend
-def test_the_file_of_a_packed_model_has_the_packed_size(path):
-    model = make_sparse(mlp(512, 512, use_bias=False))
-    kwm.pack(model)
-    kwm.save_model(model, path)
-    assert os.path.getsize(path) < 0.54 * 4 * 512 * 512 + 6000
-
-
-@pytest.mark.one_backend
 def test_another_thread_sees_no_plain_config_while_a_model_is_saved(path):
     model = mlp(8, 8)
     kwm.attach_scaling(model)
-    seen, is_over = [], threading.Event()
-
-    def look():
-        while not is_over.is_set():
-            with contextlib.suppress(ValueError):
-                seen.append(model.layers[0].get_config())
-
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=kwm.save_model, args=(model, path))
     thread.start()
-    kwm.save_model(model, path)
-    is_over.set()
-    thread.join()
-    assert seen == []
-
-
-# What cannot be saved.
+    while thread.is_alive():
+        with pytest.raises(ValueError, match="fold"):
+            model.layers[0].get_config()
+    assert path.exists()
 
 
 @pytest.mark.one_backend
@@ -474,13 +439,12 @@ def test_a_model_that_could_not_be_loaded_is_not_saved(
 # Files that are whole and hostile: every hash is right.
 
 
+FORM = "keras_weightmods.model", 1
+
+
 def contents(path):
-    with container.Reader(path, "keras_weightmods.model", (1,)) as reader:
+    with container.Reader(path, FORM[0], FORM[1:]) as reader:
         return {name: reader.read(name) for name in reader.entries}
-
-
-def rewrite(path, arrays):
-    container.write_arrays(path, "keras_weightmods.model", 1, arrays)
 
 
 def drop(name):
@@ -501,15 +465,14 @@ def edit(change):
     def edited(arrays):
         described = json.loads(arrays["model.json"].tobytes())
         result = change(described)
-        arrays["model.json"] = bounded_json.json_array(
-            result if isinstance(result, list) else described
-        )
+        described = result if isinstance(result, list) else described
+        arrays["model.json"] = bounded_json.json_array(described)
 
     return edited
 
 
 def put(key, value):
-    return edit(lambda described: described.update({key: value}))
+    return edit(lambda d: d.update({key: value}))
 
 
 def put_change(index, value):
@@ -564,87 +527,89 @@ LAST = "weights/layers/dense_1/stored_0"
 CODE = {"class_name": "__lambda__", "config": {"value": ["4wA=", None, None]}}
 PICKLE = "gASVBgAAAAAAAABLAS4="
 SYSTEM = {"module": "os", "class_name": "function", "config": "system"}
-BUILT = "as entry `model.json` describes it"
-ASSET = "cannot be put in a temporary folder"
-EVAL = replace_layer("builtins", "eval", registered_name="eval")
-# What the error says, and a change of the arrays.
-HOSTILE = [
-    ("Entry `model.json` is missing", drop("model.json")),
-    ("Entry `model.json` must be", describe(b"{")),
-    ("Entry `model.json` must be", describe(b"\xff\xfe")),
-    ("Entry `model.json` must be", describe(b"\x80\x04K\x01.")),  # a pickle
-    ("Entry `model.json` must be", add("model.json", np.ones(3, "float32"))),
-    ("Entry `model.json` must be", describe(b"[" * 10**6)),
-    ("Entry `model.json` must be", describe(b'{"a":1,"a":1}')),
-    ("Entry `model.json` must be", describe(b"[" + b"[]," * 10**7 + b"[]]")),
-    ("must have the keys", edit(lambda d: [d])),
-    ("must have the keys", edit(dict.clear)),
-    ("must have the keys", put("code", "import os")),
-    *(
-        ("an array of the dtype", put_layer(units=array_of(dtype)))
+# What the error says, and changes of the arrays.
+# fmt: off
+HOSTILE = {
+    "Entry `model.json` is missing": [drop("model.json")],
+    "Entry `model.json` must be": [
+        describe(b"{"), describe(b"\xff\xfe"), describe(b'{"a":1,"a":1}'),
+        describe(b"\x80\x04K\x01."),  # a pickle
+        add("model.json", np.ones(3, "float32")), describe(b"[" * 10**6),
+        describe(b"[" + b"[]," * 10**7 + b"[]]"),
+    ],
+    "must have the keys": [
+        edit(lambda d: [d]), edit(dict.clear), put("code", "import os"),
+    ],
+    "an array of the dtype": [
+        put_layer(units=array_of(dtype))
         for dtype in ("V2000000000", "S500000000", "O", 3, None)
-    ),
-    ("parts of another form", put("parts", [["", "Sequential"]])),
-    ("parts of another form", put("parts", [3])),
-    (BUILT, put("config", "keras.Model")),
-    (BUILT, put("changes", [3])),
-    (BUILT, put_change(3, 2)),
-    (BUILT, put("lora", [["layers/dense"]])),
-    (BUILT, put("config", {})),
-    (BUILT, put("lora", [["layers/dense", -1, 2]])),
-    (BUILT, put_layer(units="8")),
-    (BUILT, put_layer(dtype="object")),
-    (BUILT, replace_by("TFSMLayer", filepath="/tmp")),
-    (BUILT, replace_by("TorchModuleWrapper", module=PICKLE)),
-    (BUILT, replace_by("StringLookup", vocabulary="/etc/passwd")),
-    ("none saved", put("parts", [])),
-    ("Conv2D 'dense' saved, Dense 'dense' built", put_part(1, "Conv2D")),
-    ("Dense 'other' saved", put_part(2, "other")),
-    ("names that were saved. 2 differ", edit(swap_names)),
-    ("none built", edit(lambda d: layers_of(d).pop())),
-    (r"built keras\.Model", edit(lambda d: d.update(config=layers_of(d)[1]))),
-    (
-        "one change of a weight 'kernel' in layer 'layers/dense'",
+    ],
+    "parts of another form": [
+        put("parts", [["", "Sequential"]]), put("parts", [3]),
+    ],
+    "as entry `model.json` describes it": [
+        put("config", "keras.Model"), put("config", {}), put("changes", [3]),
+        put_change(3, 2), put("lora", [["layers/dense"]]),
+        put("lora", [["layers/dense", -1, 2]]), put_layer(units="8"),
+        put_layer(dtype="object"), replace_by("TFSMLayer", filepath="/tmp"),
+        replace_by("TorchModuleWrapper", module=PICKLE),
+        replace_by("StringLookup", vocabulary="/etc/passwd"),
+    ],
+    "none saved": [put("parts", [])],
+    "Conv2D 'dense' saved, Dense 'dense' built": [put_part(1, "Conv2D")],
+    "Dense 'other' saved": [put_part(2, "other")],
+    "names that were saved. 2 differ": [edit(swap_names)],
+    "none built": [edit(lambda d: layers_of(d).pop())],
+    r"built keras\.Model": [edit(lambda d: d.update(config=layers_of(d)[1]))],
+    "one change of a weight 'kernel' in layer 'layers/dense'": [
         edit(lambda d: d["changes"].append(d["changes"][0])),
-    ),
-    ("layers/none", put_change(0, "layers/none")),
-    ("'bias'", put_change(1, "bias")),
-    ("__class__", put_change(1, "__class__")),
-    (r"os\.system", put_change(2, "os.system")),
-    ("`format`, `trainable` and", put_change(2, "packed")),
-    ("groups", put_change(3, {"groups": 2, "code": 1})),
-    ("groups", put_change(3, {})),
-    *(("groups", put_change(3, {"groups": n})) for n in (0, True, "2", 10**12)),
-    ("kernel_scale", put_change(3, {"groups": 1})),
-    ("LoRA in 'none'", put("lora", [["none", 2, 2]])),
-    ("LoRA in 'layers/dense_1'", edit(lora_of_a_plain_layer)),
-    ("stored_", put("lora", [["layers/dense", 2, 2]])),
-    ("stored_", put("lora", [["layers/dense", 10**12, 2]])),
-    (LAST, put_layer(units=9)),
-    (LAST, put_layer(units=10**13)),
-    (LAST, put_layer(dtype="float64")),
-    ("units", put_layer(units=-8)),
-    ("code", put_layer(code=1)),
-    ("system", replace_layer("os", "system")),
-    ("system", put_layer(activation={**SYSTEM, "registered_name": "system"})),
-    ("eval", EVAL),
-    ("Popen", replace_layer("subprocess", "Popen")),
-    ("get_file", replace_layer("keras.utils", "get_file")),
-    ("arbitrary code", replace_by("Lambda", function=CODE)),
-    ("arbitrary code", put_layer(activation=CODE)),
-    (KERNEL, put("changes", [])),
-    (KERNEL, drop(KERNEL)),
-    (KERNEL, put_kernel(lambda kernel: kernel.reshape(4, 16))),
-    (KERNEL, put_kernel(lambda kernel: kernel.astype("float16"))),
-    (KERNEL, put_kernel(lambda kernel: kernel.view("int32"))),
-    (KERNEL, lambda a: a.update({f"{KERNEL}/x": a.pop(KERNEL)})),
-    (MORE, add(MORE, np.ones(1))),
-    ("`more/x` is not one of a model", add("more/x", np.ones(1))),
-    *(
-        (ASSET, add(f"assets/{name}", np.ones(1, "uint8")))
+    ],
+    "layers/none": [put_change(0, "layers/none")],
+    "'bias'": [put_change(1, "bias")],
+    "__class__": [put_change(1, "__class__")],
+    r"os\.system": [put_change(2, "os.system")],
+    "`format`, `trainable` and": [put_change(2, "packed")],
+    "groups": [
+        put_change(3, {"groups": 2, "code": 1}), put_change(3, {}),
+        *(put_change(3, {"groups": n}) for n in (0, True, "2", 10**12)),
+    ],
+    "kernel_scale": [put_change(3, {"groups": 1})],
+    "LoRA in 'none'": [put("lora", [["none", 2, 2]])],
+    "LoRA in 'layers/dense_1'": [edit(lora_of_a_plain_layer)],
+    "stored_": [
+        put("lora", [["layers/dense", 2, 2]]),
+        put("lora", [["layers/dense", 10**12, 2]]),
+    ],
+    LAST: [
+        put_layer(units=9), put_layer(units=10**13), put_layer(dtype="float64"),
+    ],
+    "units": [put_layer(units=-8)],
+    "code": [put_layer(code=1)],
+    "system": [
+        replace_layer("os", "system"),
+        put_layer(activation={**SYSTEM, "registered_name": "system"}),
+    ],
+    "eval": [replace_layer("builtins", "eval", registered_name="eval")],
+    "Popen": [replace_layer("subprocess", "Popen")],
+    "get_file": [replace_layer("keras.utils", "get_file")],
+    "arbitrary code": [
+        replace_by("Lambda", function=CODE), put_layer(activation=CODE),
+    ],
+    KERNEL: [
+        put("changes", []), drop(KERNEL),
+        put_kernel(lambda kernel: kernel.reshape(4, 16)),
+        put_kernel(lambda kernel: kernel.astype("float16")),
+        put_kernel(lambda kernel: kernel.view("int32")),
+        lambda a: a.update({f"{KERNEL}/x": a.pop(KERNEL)}),
+    ],
+    MORE: [add(MORE, np.ones(1))],
+    "`more/x` is not one of a model": [add("more/x", np.ones(1))],
+    "cannot be put in a temporary folder": [
+        add(f"assets/{name}", np.ones(1, "uint8"))
         for name in ("../../escaped", "/escaped", "", "x" * 300)
-    ),
-]
+    ],
+}
+# fmt: on
 
 
 @pytest.fixture(scope="module")
@@ -657,7 +622,10 @@ def scaled_file(tmp_path_factory):
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize(("match", "change"), HOSTILE)
+@pytest.mark.parametrize(
+    ("match", "change"),
+    [(match, change) for match, found in HOSTILE.items() for change in found],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_hostile_files(match, change, scaled_file, tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
@@ -666,7 +634,7 @@ def test_hostile_files(match, change, scaled_file, tmp_path, monkeypatch):
     arrays = contents(scaled_file)
     change(arrays)
     path = tmp_path / "file"
-    rewrite(path, arrays)
+    container.write_arrays(path, *FORM, arrays)
     # Also where a program has told Keras to allow code.
     with pytest.raises(ValueError, match=match) as error:
         with keras_compat.SafeModeScope(False):
@@ -677,28 +645,22 @@ def test_hostile_files(match, change, scaled_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.one_backend
-def test_rewriting_an_unchanged_file_is_accepted(scaled_file, tmp_path):
-    arrays = contents(scaled_file)
-    rewrite(tmp_path / "file", arrays)
-    kwm.load_model(tmp_path / "file")
+def test_a_file_does_not_compile_its_model(scaled_file, tmp_path):
+    arrays, path = contents(scaled_file), tmp_path / "file"
     model = mlp(8, 4)
     model.compile("adam", "mse")
-    # That a file asks for it does not compile the model.
     config = model.get_compile_config()
     edit(lambda d: d["config"].update(compile_config=config))(arrays)
-    rewrite(tmp_path / "file", arrays)
-    assert not kwm.load_model(tmp_path / "file").compiled
+    container.write_arrays(path, *FORM, arrays)
+    assert not kwm.load_model(path).compiled
 
 
 @pytest.mark.one_backend
 def test_altered_files_are_refused_before_anything_is_built(
     scaled_file, tmp_path, monkeypatch
 ):
-    def fail(*args, **kwargs):
-        raise AssertionError("the model was built")
-
-    monkeypatch.setattr(description, "build", fail)
-    monkeypatch.setattr(keras.saving, "deserialize_keras_object", fail)
+    monkeypatch.setattr(description, "build", None)
+    monkeypatch.setattr(keras.saving, "deserialize_keras_object", None)
     data = scaled_file.read_bytes()
     path = tmp_path / "file"
     altered = [data[: len(data) * i // 20] for i in range(20)]
@@ -733,8 +695,4 @@ def test_a_graph_that_keeps_the_value_of_a_variable_is_refused(tmp_path):
         kwm.save_model(Tied(), path)
     assert not path.exists()
     # One that would be the same again is fine.
-    model = Tied("ones")
-    kwm.save_model(model, path)
-    x = models.normal(2, 8)
-    loaded = kwm.load_model(path)
-    models.assert_same(models.outputs(loaded, x), models.outputs(model, x))
+    round_trip(Tied("ones"), path)

@@ -40,15 +40,6 @@ def test_split_is_by_year_and_without_repeats(messages):
     assert not any("1,234" in line for line in train + held_out)
 
 
-@pytest.mark.heavy
-def test_installed_messages():
-    train, held_out = (prose.load_prose(split) for split in prose.SPLITS)
-    assert sum(map(len, train)) > 8_000_000
-    assert sum(map(len, held_out)) > 800_000
-    lines = [set("\n".join(part).split("\n")) for part in (train, held_out)]
-    assert not lines[0] & lines[1]
-
-
 @pytest.mark.parametrize(
     "name",
     [*prose.UNSEEN, pytest.param("documentation", marks=pytest.mark.heavy)],
@@ -62,16 +53,6 @@ def test_texts_of_other_kinds(name):
     assert max(map(len, sections)) < 60_000
 
 
-def test_rows_begin_with_the_start_token():
-    sections = [("w" * (i + 2) + " ") * 25 for i in range(8)]
-    tokenizer = WordTokenizer()
-    plain = prose.token_blocks(sections, tokenizer, length=9)
-    tokenizer.start_token_id = 1
-    blocks = prose.token_blocks(sections, tokenizer, length=10)
-    np.testing.assert_array_equal(blocks[:, 0], 1)
-    np.testing.assert_array_equal(blocks[:, 1:], plain)
-
-
 def test_user_file_is_split_in_ten(tmp_path):
     file = tmp_path / "mine.txt"
     parts = [f"Paragraph {'abc' * 20} {i}\n  code(x)" for i in range(200)]
@@ -80,7 +61,6 @@ def test_user_file_is_split_in_ten(tmp_path):
     held_out = prose.load_prose("held_out", path=str(file))
     joined = "\n\n".join(train) + "\n\n" + "\n\n".join(held_out)
     assert sorted(joined.split("\n\n")) == sorted(parts)
-    assert len(held_out) >= 1
     assert 0.05 < len("".join(held_out)) / len(joined) < 0.15
 
 
@@ -116,3 +96,8 @@ def test_token_blocks():
     other = prose.token_blocks(sections, WordTokenizer(), length=10, seed=1)
     np.testing.assert_array_equal(blocks, again)
     assert (blocks != other).any()
+    tokenizer = WordTokenizer()
+    tokenizer.start_token_id = 9
+    rows = prose.token_blocks(sections, tokenizer, length=11)
+    np.testing.assert_array_equal(rows[:, 0], 9)
+    np.testing.assert_array_equal(rows[:, 1:], blocks)

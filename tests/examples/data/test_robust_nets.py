@@ -16,27 +16,15 @@ def test_no_image_is_in_two_parts():
     assert len(set(seen)) > 0.999 * len(seen)
 
 
-def test_nets_and_their_shallow_parts():
-    found = {}
-    for name, (make, shallow) in robust_nets.NETS.items():
-        model = make()
-        weights = model.get_weights()
-        signature = WeightSignature.extract(None, model, weights, **shallow)
-        found[name] = {e.info.path.split("/")[0] for e in signature}
-        # Of the transformer one block of six.
-        times = 5 if name == "vit_like" else 8
-        assert signature.model_nbytes > times * signature.nbytes
-    vgg, resnet, vit = found.values()
-    assert "block1_attention" in vit
-    assert {name.split("_")[0] for name in vit} == {
-        "patches",
-        "positions",
-        "block1",
-    }
-    assert len(vgg) == 7
-    assert "block3_conv3" in vgg
-    stages = {name.split("_")[0] for name in resnet}
-    assert stages == {"stem", "stage1", "stage2"}
+@pytest.mark.parametrize("name", robust_nets.NETS)
+def test_the_shallow_part_is_a_small_one(name):
+    make, shallow = robust_nets.NETS[name]
+    model = make()
+    weights = model.get_weights()
+    signature = WeightSignature.extract(None, model, weights, **shallow)
+    # Of the transformer one block of six.
+    times = 5 if name == "vit_like" else 8
+    assert signature.model_nbytes > times * signature.nbytes
 
 
 def test_fine_tuning_starts_where_it_is_told():

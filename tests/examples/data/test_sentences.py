@@ -14,7 +14,6 @@ FILMS = {
     "it lasts for two hours": 0.4,
     "wonderful": 3.9,
 }
-SHARED = "it lasts for two hours"
 
 
 def write_tar(path, files):
@@ -29,10 +28,9 @@ def write_tar(path, files):
 def path(tmp_path):
     tables = {}
     for source in SOURCES:
-        rows = dict(FILMS)
-        if source != SOURCES[0]:
-            rows = {f"{i} is a {source} sentence": i for i in range(3)}
-            rows[SHARED] = 0.4
+        rows = {f"{i} is a {source} sentence": i for i in range(3)}
+        rows["it lasts for two hours"] = 0.4  # as in the first
+        rows = FILMS if source == SOURCES[0] else rows
         lines = [f"{i}\t{rows[text]}\t{text}" for i, text in enumerate(rows)]
         # Some lines come twice, and ratings that are not the mean.
         name = f"{source}Snippets"

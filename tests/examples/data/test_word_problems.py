@@ -19,11 +19,11 @@ class Tokenizer:
 
 
 def test_splits_are_disjoint_whatever_the_seeds():
-    def questions(split):
-        made = (word_problems.make_problems(split, 300, s) for s in (0, 1))
-        return {question for problems in made for question, _ in problems}
-
-    found = [questions(split) for split in word_problems.SPLITS]
+    found = []
+    for split in word_problems.SPLITS:
+        made = word_problems.make_problems(split, 300, 0)
+        made += word_problems.make_problems(split, 300, 1)
+        found.append({question for question, _ in made})
     assert len(set.union(*found)) == sum(map(len, found))
 
 
@@ -55,13 +55,12 @@ def test_rows_mark_the_answers():
     problems = [("One?", "1."), ("A longer one?", "22."), ("x" * 50, "3.")]
     rows = word_problems.encode(problems, Tokenizer(), 40)
     assert rows["token_ids"].shape == (2, 40)
-    names = "token_ids", "padding_mask", "labels", "weights"
-    encoded = zip(*(rows[name] for name in names))
-    for (question, answer), row in zip(problems, encoded):
-        ids, mask, labels, weights = row
-        text = f"Question: {question}\nAnswer: {answer}"
-        assert "".join(map(chr, ids[mask])) == text + "\0"
-        assert "".join(map(chr, labels[weights > 0])) == f" {answer}\0"
+    for (question, answer), *row in zip(problems, *rows.values()):
+        row = dict(zip(rows, row))
+        text = "".join(map(chr, row["token_ids"][row["padding_mask"]]))
+        assert text == f"Question: {question}\nAnswer: {answer}\0"
+        scored = row["labels"][row["weights"] > 0]
+        assert "".join(map(chr, scored)) == f" {answer}\0"
     with pytest.raises(ValueError, match="all are longer"):
         word_problems.encode(problems, Tokenizer(), 5)
 
@@ -73,10 +72,7 @@ def test_problems_of_a_file(tmp_path):
         for i in range(100)
     ]
     path.write_text("\n".join(lines) + "\n\n")
-    found = [
-        word_problems.load_problems(split, path)
-        for split in word_problems.SPLITS
-    ]
+    found = [word_problems.load_problems(x, path) for x in word_problems.SPLITS]
     assert sum(map(len, found)) == 100
     assert len({question for part in found for question, _ in part}) == 100
     assert len(found[0]) > len(found[1]) > 0
