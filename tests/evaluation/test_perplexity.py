@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from tests.models import causal_lm, make_sparse, numpy, randomize, token_net
+from tests.models import causal_lm, numpy, randomize, token_net
 
 pytest.importorskip("keras_hub")
 
@@ -15,13 +15,9 @@ TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (5, 7))
 
 @pytest.fixture(scope="module")
 def model():
-    return randomize(llama(), scale=1.0)
-
-
-def llama(**kwargs):
     sizes = {"vocabulary_size": VOCABULARY, "tie_word_embeddings": True}
     sizes |= {"hidden_dim": 8, "intermediate_dim": 8}
-    return causal_lm("llama3", **sizes, **kwargs)
+    return randomize(causal_lm("llama3", **sizes), scale=1.0)
 
 
 def logits_of(model, tokens):
@@ -75,19 +71,6 @@ def test_windows_score_each_token_once(model, length, stride):
     np.testing.assert_allclose(losses, means, rtol=1e-5)
     total = np.exp(np.concatenate(expected).mean())
     assert measure(texts, verbose=0) == pytest.approx(total, rel=1e-5)
-
-
-@pytest.mark.one_backend
-def test_packed_and_in_half_precision(model):
-    model = make_sparse(randomize(llama(), scale=1.0))
-    measure = kwm.Perplexity(model)
-    before = measure(TOKENS, verbose=0)
-    half = llama(dtype="bfloat16")
-    half.set_weights(model.get_weights())
-    value = kwm.perplexity(half, TOKENS, verbose=0)
-    assert value == pytest.approx(before, rel=0.05)
-    kwm.pack(model)
-    assert measure(TOKENS, verbose=0) == pytest.approx(before, rel=1e-4)
 
 
 def plain(length=None):

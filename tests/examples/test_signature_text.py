@@ -43,8 +43,7 @@ def test_patches_go_on_and_come_off(monkeypatch):
     frozen = encoder.backbone.get_layer("token_embedding")
     before = keras.ops.convert_to_numpy(frozen.embeddings)
     extracted, seen = {}, []
-    extract = signature_text.extract
-    accuracy = signature_text.accuracy
+    extract, accuracy = signature_text.extract, signature_text.accuracy
 
     def recorded(init, clean, robust, noise, model, blocks):
         found = extract(init, clean, robust, noise, model, blocks)
@@ -81,8 +80,7 @@ def test_patches_go_on_and_come_off(monkeypatch):
         for found, weight in zip(at[name], expected):
             np.testing.assert_allclose(found, weight, rtol=1e-6, atol=1e-7)
     assert_same_bits(at["patches removed"], clean)
-    paths = {entry.info.path for entry in shallow["typos"]}
-    layers = {path.split("/")[0] for path in paths}
+    layers = {entry.info.path.split("/")[0] for entry in shallow["typos"]}
     assert layers == {"embeddings_layer_norm", "transformer_layer_0"}
     for signature in (shallow["typos"], extracted["clean again", 1][1]):
         assert any(np.any(entry.tensor) for entry in signature)

@@ -49,9 +49,8 @@ def test_mutants_are_refused_in_words(kind):
 
 def test_wrong_calls_are_refused_in_words():
     pytest.importorskip("keras_hub")
-    names = wrong_calls.subjects()
-    cases = wrong_calls.some_cases(len(names))
-    assert [name for name, *_ in cases] == sorted(names)
+    cases = wrong_calls.some_cases(1)
+    assert [name for name, *_ in cases] == [*wrong_calls.subjects()]
     assert wrong_calls.run_all([*cases, *FOUND]) == {}
 
 

@@ -10,13 +10,13 @@ are what they were. It may compute for `MOST_SECONDS`.
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import functools
 import gc
 import hashlib
 import inspect
+import itertools
 import os
 import pathlib
 import random
@@ -338,7 +338,9 @@ THEN: dict[str, Callable[[Any], Any]] = {
     "CompanderDense": lambda layer: layer(normal(2, 4)),
     "MaskedOptimizer": fit_masked,
     "PrincipalMaskCallback": lambda made: fit_by("sgd", made),
-    "register_layer_kind": lambda _: kwm.find_targets(Own.model()),
+    "register_layer_kind": lambda _: kwm.find_targets(
+        models.sequential((8,), Own())
+    ),
     "SemiStructuredSparse": lambda constraint: constraint(kernel()),
     "SparseAdamW": fit_masked,
     "SparsityMonitor": lambda made: fit_by(kwm.AdamS(total_steps=2), made),
@@ -372,10 +374,6 @@ class Own(keras.layers.Layer):
 
     def call(self, x):
         return x @ self.kernel
-
-    @classmethod
-    def model(cls):
-        return models.sequential((8,), cls())
 
 
 class Unbuilt(keras.Model):
@@ -422,15 +420,10 @@ def all_cases():
 
 
 def some_cases(count):
-    """Return a part of all cases, of each name about as many."""
-    cases = all_cases()
-    random.Random(0).shuffle(cases)
-    seen = collections.Counter()
-    ranked = []
-    for place, (name, *_) in enumerate(cases):
-        seen[name] += 1
-        ranked.append((seen[name], place))
-    return sorted(cases[place] for _, place in sorted(ranked)[:count])
+    """Return so many cases of each name."""
+    by_name = itertools.groupby(all_cases(), key=lambda case: case[0])
+    rng = random.Random(0)
+    return [c for _, cases in by_name for c in rng.sample([*cases], count)]
 
 
 def state_of(model):
@@ -470,8 +463,8 @@ def limits():
         raise _TooLong
 
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[0]
+    used = int(pages) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MOST_MEMORY, before[1]))
     handler = signal.signal(signal.SIGALRM, stop)
     try:
@@ -527,7 +520,7 @@ def run(case):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="names that contain this")
-    parser.add_argument("--count", type=int, default=None)
+    parser.add_argument("--count", type=int, help="of each name")
     args = parser.parse_args()
     cases = all_cases() if args.count is None else some_cases(args.count)
     cases = [case for case in cases if args.only in ".".join(case)]

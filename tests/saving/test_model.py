@@ -198,13 +198,10 @@ def test_plain_models(name, path):
 
 
 CHANGES = [
-    ("functional", None),
-    ("mixed", "int8"),
-    ("functional", "scaled"),
+    *(("functional", None), ("mixed", "int8"), ("functional", "scaled")),
     *(("sequential", dtype) for dtype in ("scaled", None, "bfloat16", "int4")),
     *itertools.product(("tower", "einsum", "bfloat16"), ("scaled", "int8")),
-    ("held sequential", "int8"),
-    ("held mixed", "int4"),
+    *(("held sequential", "int8"), ("held mixed", "int4")),
 ]
 
 

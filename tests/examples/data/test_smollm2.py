@@ -34,18 +34,15 @@ def write_gguf(path, architecture="llama", drop=None):
         for name, shape in shapes.items()
     }
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_vocab_size(vocabulary)
-    writer.add_block_count(2)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_rope_freq_base(1000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3] + [1] * (len(TOKENS) - 2))
-    writer.add_token_merges(["a b", "Ċ Ċ"])
-    writer.add_eos_token_id(1)
+    for key, value in (
+        *(("vocab_size", vocabulary), ("block_count", 2)),
+        *(("embedding_length", hidden), ("feed_forward_length", inner)),
+        *(("head_count", heads), ("head_count_kv", kv_heads)),
+        *(("rope_freq_base", 1000.0), ("layer_norm_rms_eps", 1e-5)),
+        *(("token_list", TOKENS), ("token_merges", ["a b", "Ċ Ċ"])),
+        *(("token_types", [3, 3] + [1] * 7), ("eos_token_id", 1)),
+    ):
+        getattr(writer, f"add_{key}")(value)
     for name, value in weights.items():
         for kind, count in (("attn_q", heads), ("attn_k", kv_heads)):
             if kind in name:  # as llama.cpp's converter does
@@ -140,3 +137,15 @@ def test_wrong_files(tmp_path):
         smollm2.load_smollm2(path=path)
     with pytest.raises(ValueError, match="name a GGUF file"):
         smollm2.load_smollm2(path=tmp_path / "none.gguf")
+
+
+@pytest.mark.llm
+@pytest.mark.heavy
+def test_the_real_tokenizer():
+    tokenizer = smollm2.load_tokenizer()
+    assert tokenizer.vocabulary_size() == 49152
+    text = "In 1790, the President's message:\n\n  “Union”  and peace."
+    ids = tokenizer(text)
+    assert tokenizer.detokenize(ids) == text
+    tokens = [tokenizer.id_to_token(int(i)) for i in ids]
+    assert tokens[:6] == ["In", "Ġ", "1", "7", "9", "0"]
