@@ -34,8 +34,7 @@ def inputs(batch=2, queries=1, heads=6, places=21, key_heads=3, size=32):
     return [ops.convert_to_tensor(x) for x in (q, keys, values)]
 
 
-def numbers(x):
-    return ops.convert_to_numpy(x)
+numbers = ops.convert_to_numpy
 
 
 def assert_close(x, y):
@@ -85,10 +84,11 @@ def test_half_precision_is_rounded_at_the_end_alone(dtype, queries):
     got = attend(*halves, mask=mask)
     assert keras.backend.standardize_dtype(got.dtype) == dtype
     expected = attend(*(ops.cast(x, "float32") for x in halves), mask=mask)
-    np.testing.assert_array_equal(
-        numbers(ops.cast(got, "float32")),
-        numbers(ops.cast(ops.cast(expected, dtype), "float32")),
+    found, expected = (
+        numbers(ops.cast(ops.cast(x, dtype), "float32"))
+        for x in (got, expected)
     )
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_keys_in_a_cache_of_all_layers_are_read_where_they_are():
@@ -101,7 +101,6 @@ def test_keys_in_a_cache_of_all_layers_are_read_where_they_are():
 
 @pytest.mark.parametrize(("masked", "queries"), [(False, 1), (True, 3)])
 def test_repeated_keys_are_read_once(queries, masked, monkeypatch):
-    """A call of Keras is found in what a backend runs, with its own keys."""
     seen = []
 
     def watched(query, key, *rest):
@@ -133,7 +132,6 @@ def test_what_is_nearly_an_attention_is_none(monkeypatch):
 
 
 def by_kernel(function, given, kernel, monkeypatch):
-    """Run a function as a step of `generate` does."""
     if BACKEND == "jax":
         from keras_weightmods.backend.jax import attention, traced_call
 

@@ -10,7 +10,6 @@ def logits(array, dtype="float32"):
 
 
 def test_logits_that_are_rounded_are_not_others():
-    """Of many in half precision one may be far off, and a row may not be."""
     rng = np.random.default_rng(0)
     exact = rng.normal(size=(8, 1, 4096))
     rounded = exact * (1 + 0.01 * rng.normal(size=exact.shape))

@@ -31,7 +31,6 @@ def light(program, **environment):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A file of each kind that `info` reads."""
     folder = tmp_path_factory.mktemp("files")
     model = models.make_sparse(models.mlp(8, 4, name="net"))
     model.save(folder / "model.keras")
@@ -63,31 +62,26 @@ def test_help_and_info_load_no_backend(files):
     assert json.loads(packed)["about"]["version"] == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("model.keras", ("a .keras file", "`keras.models.load_model`", "8x4")),
-        ("packed.safetensors", ("`keras_weightmods.load_model`", "uint8")),
-        ("delta.safetensors", ("`keras_weightmods.Patch.load`", "patch.json")),
-        ("signature.safetensors", ("`keras_weightmods.Patch.load`", "8x4")),
-        ("a.weights.h5", ("an HDF5 file", "8x4")),
-    ],
-)
-def test_what_is_in_a_file(name, parts, files, run):
-    printed = run(f"info {files / name}")
-    for part in parts:
-        assert part in printed, printed
+def test_what_is_in_a_file(files, run):
+    for name, *parts in (
+        ("model.keras", "a .keras file", "`keras.models.load_model`", "8x4"),
+        ("packed.safetensors", "`keras_weightmods.load_model`", "uint8"),
+        ("delta.safetensors", "`keras_weightmods.Patch.load`", "patch.json"),
+        ("signature.safetensors", "`keras_weightmods.Patch.load`", "8x4"),
+        ("a.weights.h5", "an HDF5 file", "8x4"),
+    ):
+        printed = run(f"info {files / name}")
+        assert all(part in printed for part in parts), printed
 
 
 def test_what_cannot_be_inspected(files, run, tmp_path):
     error = run(f"info {files / 'x.npy'}", code=1)
     assert "a .npy file, which `numpy.load` reads" in error
     whole = (files / "packed.safetensors").read_bytes()
-    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert "truncated" in run("info half.safetensors", code=1)
-    altered = whole[:-1] + bytes([whole[-1] ^ 1])
-    (tmp_path / "other.safetensors").write_bytes(altered)
-    assert "checksum" in run("info other.safetensors", code=1)
+    half, altered = whole[:-9], whole[:-1] + bytes([whole[-1] ^ 1])
+    for content, message in ((half, "truncated"), (altered, "checksum")):
+        (tmp_path / "a.safetensors").write_bytes(content)
+        assert message in run("info a.safetensors", code=1)
 
 
 def test_a_backend_that_is_installed_is_taken(tmp_path):
@@ -113,7 +107,7 @@ def test_a_backend_that_is_installed_is_taken(tmp_path):
         assert light(program, **environment).strip() == taken
 
 
-def test_presets(run, tmp_path):
+def test_presets(run):
     model = models.causal_lm("gpt2", models.gpt2_preprocessor())
     model.save_to_preset("preset")
     report = info.file_report("preset")

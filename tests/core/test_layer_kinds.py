@@ -14,7 +14,7 @@ from keras_weightmods.core.watched import called_by
 from keras_weightmods.utils.report import Skipped
 from tests import models
 from tests.backends import breadth
-from tests.core.layers import Block, Experts, built
+from tests.core.layers import Experts, built
 from tests.models import normal, numpy, sequential
 
 LAST = {"data_format": "channels_last"}
@@ -51,15 +51,6 @@ def test_einsum_dense_axes(
     assert target.contraction_size == np.prod(
         [layer.kernel.shape[axis] for axis in contraction]
     )
-
-
-@pytest.mark.one_backend
-def test_einsum_dense_without_contraction_is_skipped():
-    layer = keras.layers.EinsumDense("abc,bc->abc", (3, 4))
-    layer.build((2, 3, 4))
-    targets = find_targets(layer)
-    assert len(targets) == 0
-    assert "contracts none" in targets.skipped[0].reason
 
 
 RECURRENT = {"SimpleRNN": 8, "LSTM": 32, "GRU": 24}
@@ -109,7 +100,6 @@ RECURRENT = {"SimpleRNN": 8, "LSTM": 32, "GRU": 24}
     ],
 )
 def test_axes_of_other_layers(layer, shape, kernels):
-    """Depthwise kernels are targets where they are asked for."""
     model = sequential(shape, layer)
     found = find_targets(model, depthwise=True)
     assert [(t.shape, t.contraction_axes) for t in found] == kernels
@@ -132,24 +122,17 @@ def test_axes_of_other_layers(layer, shape, kernels):
 
 @pytest.mark.one_backend
 def test_axes_of_a_stack_of_experts():
-    gate = {
-        "contraction_axes": (1,),
-        "output_axes": (-1,),
-        "stack_axes": (0,),
-    }
+    gate = kernel_axes(1, output_axes=(-1,), stack_axes=(0,))["kernel"]
     bank = {
         "contraction_axes": lambda layer: (len(layer.bank.shape) - 2,),
         "stack_axes": lambda layer: [0],
     }
     register_layer_kind(Experts, {"gate": gate, "bank": bank})
-    targets = find_targets(sequential((4,), Block(), layer := Experts()))
-    assert [t.attribute for t in targets] == ["kernel"] * 3 + ["gate", "bank"]
-    for target in targets[3:]:
-        assert target.layer is layer
-        assert target.variable is getattr(layer, target.attribute)
-        assert target.contraction_axes == (1,)
-        assert target.output_axes == (2,)
-        assert target.stack_axes == (0,)
+    targets = find_targets(layer := built(Experts(), 4))
+    assert [t.variable for t in targets] == [layer.gate, layer.bank]
+    for t in targets:
+        axes = t.contraction_axes, t.output_axes, t.stack_axes
+        assert axes == ((1,), (2,), (0,))
     assert targets.skipped == ()
 
 
@@ -172,8 +155,6 @@ def test_most_derived_registration_wins():
     assert find_targets(layer)[0].contraction_axes == (0, 1)
     register_layer_kind(keras.layers.Dense, kernel_axes(1))
     assert find_targets(layer)[0].contraction_axes == (0, 1)
-    plain = built(keras.layers.Dense(3), 4)
-    assert find_targets(plain)[0].contraction_axes == (1,)
     # What is left out by itself.
     layer = built(keras.layers.Embedding(6, 4))
     register_layer_kind(
@@ -186,33 +167,11 @@ def test_most_derived_registration_wins():
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (("Dense", kernel_axes(0)), "`layer_class` must be"),
-        ((int, kernel_axes(0)), "`layer_class` must be"),
-        ((Experts, kernel_axes(0), "call"), "`call` must be"),
-        ((Experts, {}), "`kernels` must be"),
-        ((Experts, {"gate": {"axes": (0,)}}), "`kernels` must be a dict"),
-        ((Experts, {"gate": {}}), "`contraction_axes`"),
-        ((Experts, {"gate": (0,)}), "`kernels` must be a dict"),
-    ],
-)
-def test_register_layer_kind_errors(args, message):
-    with pytest.raises(ValueError, match=message):
-        register_layer_kind(*args)
-    assert Experts not in layer_kinds._KINDS
-
-
-@pytest.mark.one_backend
-@pytest.mark.parametrize(
     ("attribute", "axes", "message"),
     [
         ("gate", {"contraction_axes": (3,)}, "each of its 3 axes once"),
         ("gate", {"output_axes": (2,)}, r"output_axes=\(2,\).*'experts'"),
-        ("gate", {"contraction_axes": (-2, 1)}, "each of its 3 axes once"),
         ("gate", {"contraction_axes": lambda layer: 1}, "must be tuples"),
-        ("gate", {"contraction_axes": ("1",)}, "must be tuples"),
-        ("gate", {"stack_axes": (1,)}, "each of its 3 axes once"),
         ("gaet", {}, "`keras.Variable` .*'gaet'"),
         ("name", {}, "knows in 'experts'"),
     ],
@@ -304,7 +263,6 @@ KINDS = [
     (keras.layers.EinsumDense("bhqu,uhm->bmq", (6, 3)), (4, 3, 2)),
     (keras.layers.EinsumDense("bei,eio->boe", (5, 3)), (3, 4)),
     (keras.layers.EinsumDense("bnei,enio->beno", (3, 2, 5)), (2, 3, 4)),
-    (keras.layers.EinsumDense("...ge,ghe->...gh", (3, 7)), (4, 3, 8)),
     (keras.layers.Conv1D(6, 3, padding="causal", dilation_rate=2), (9, 4)),
     (keras.layers.Conv2D(6, (2, 3), (2, 1), "same"), (7, 6, 4)),
     (keras.layers.Conv2D(6, 3, (3, 2)), (8, 9, 4)),
@@ -325,7 +283,6 @@ if keras.backend.backend() == "torch":
 
 @breadth(("layer", "shape"), KINDS, 2, 8)
 def test_each_kind_is_called_as_its_class_is(layer, shape):
-    """Its forward pass by products of rows and the layer's own kernels."""
     model = models.randomize(sequential(shape, layer))
     x = normal(3, *shape)
     expected = numpy(model(x))
@@ -334,7 +291,6 @@ def test_each_kind_is_called_as_its_class_is(layer, shape):
 
 
 def called_by_kind(model, x):
-    """The outputs of a model, all layers being called as their kinds are."""
     called = []
     with contextlib.ExitStack() as stack:
         for layer in {
@@ -381,17 +337,8 @@ def test_the_bank_of_another_keras_hub_is_refused(monkeypatch):
 @pytest.mark.one_backend
 def test_low_rank_parts_of_rwkv7():
     hub = pytest.importorskip("keras_hub")
-    model = hub.models.RWKV7Backbone(
-        vocabulary_size=20,
-        num_layers=2,
-        hidden_size=16,
-        head_size=8,
-        intermediate_dim=32,
-        gate_lora=8,
-        mv_lora=8,
-        aaa_lora=8,
-        decay_lora=8,
-    )
+    ranks = dict.fromkeys(("gate_lora", "mv_lora", "aaa_lora", "decay_lora"), 8)
+    model = hub.models.RWKV7Backbone(16, 8, 2, 20, 32, **ranks)
     targets = find_targets(model)
     own = [t.attribute for t in targets if t.attribute != "kernel"]
     first = ["w1", "w2", "a1", "a2", "g1", "g2"]

@@ -122,7 +122,6 @@ def model():
 
 
 def trained(model, seed=3):
-    """Moves all that a training could move."""
     rng = np.random.default_rng(seed)
     for weight in model.weights:
         if "float" in weight.dtype:
@@ -156,7 +155,6 @@ def structure(model):
 
 
 def state(model):
-    """All that must be unchanged after an error."""
     values = [numpy(w).tobytes() for w in model.weights]
     return *structure(model), values
 
@@ -417,23 +415,14 @@ def test_parameters_of_frozen_kernels_are_frozen(kind, model):
 
 @pytest.mark.one_backend
 def test_errors_change_nothing(kind, model):
-    foreign = kwm.find_targets(make("dense"))
     before = state(model)
-    for arguments, message in (
-        ({"targets": foreign}, "`targets` must be"),
-        ({"targets": [None]}, "`targets` must be"),
-        ({"targets": "nothing"}, "must match a target"),
-        ({"targets": []}, "no kernel that can be"),
+    for targets, message in (
+        (kwm.find_targets(make("dense")), "`targets` must be"),
+        ([], "no kernel that can be"),
     ):
         with pytest.raises(ValueError, match=message):
-            kind.attach(model, **arguments)
+            kind.attach(model, targets=targets)
         assert state(model) == before
-    empty = sequential((4,), keras.layers.ReLU())
-    with pytest.raises(ValueError, match="no kernel that can be"):
-        kind.attach(empty)
-    for call in (kind.attach, kind.end):
-        with pytest.raises(ValueError, match="must be a Keras model or layer"):
-            call(None)
     if kind.end is kwm.fold:
         model.compile("sgd", "mse")
         model.optimizer.build(model.trainable_variables)

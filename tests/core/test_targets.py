@@ -28,32 +28,6 @@ from tests.models import backbone, mlp, sequential
 one_backend = pytest.mark.one_backend
 
 
-@one_backend
-def test_attention():
-    inputs = keras.Input((5, 8))
-    layer = keras.layers.MultiHeadAttention(2, 4)
-    model = keras.Model(inputs, layer(inputs, inputs))
-    targets = find_targets(model)
-    assert names(targets) == ["query", "key", "value", "attention_output"]
-    assert [t.contraction_axes for t in targets] == [(0,)] * 3 + [(0, 1)]
-    assert [t.output_axes for t in targets] == [(1, 2)] * 3 + [(2,)]
-    # Norms and biases need no mention, in rank 2 neither.
-    assert targets.skipped == ()
-
-
-@one_backend
-def test_embeddings_and_norms_are_left_out():
-    inputs = keras.Input((5,), dtype="int32")
-    x = (tokens := keras.layers.Embedding(7, 4))(inputs)
-    x = keras.layers.LayerNormalization()(x)
-    head = built(keras.layers.ReversibleEmbedding(7, 4, tie_weights=False), 5)
-    targets = find_targets(keras.Model(inputs, head(x, reverse=True)))
-    assert len(targets) == 0
-    weights = tokens.embeddings, head.embeddings, head.reverse_embeddings
-    assert set(reasons(targets)) == {weight.path for weight in weights}
-    assert all("embedding" in reason for reason in reasons(targets).values())
-
-
 def share_kernel(layer, variable):
     layer._tracker.unlock()
     layer._kernel = variable
@@ -189,8 +163,8 @@ def test_resolve_targets():
     assert list(same) == list(targets)
     assert same.skipped == targets.skipped
     first, second = targets[:2]
-    twice = [second, first, second]
-    assert list(resolve_targets(model, twice)) == [second, first]
+    twice = resolve_targets(model, [second, first, second])
+    assert list(twice) == [second, first]
     assert len(resolve_targets(model, [])) == 0
     with pytest.raises(ValueError, match=r"4 targets that it does not hold"):
         resolve_targets(other, targets)
@@ -198,9 +172,6 @@ def test_resolve_targets():
     assert names(resolve_targets(model, Block)) == ["gate", "up", "down"]
     with pytest.raises(ValueError, match="`targets` must match a target"):
         resolve_targets(model, "typo")
-    for wrong in (first, [first, first.variable], 3):
-        with pytest.raises(ValueError, match="`targets` must be a regular"):
-            resolve_targets(model, wrong)
 
 
 @one_backend
@@ -214,30 +185,20 @@ def test_target_of():
     target = target_of(depthwise, keys=weight_keys(model), depth=1)
     (_, expected) = find_targets(model, depthwise=True)
     assert vars(target) == vars(expected)
-    for attribute in ("bias", "reverse_embeddings", 3):
-        with pytest.raises(ValueError, match="`register_layer_kind` knows"):
-            target_of(embedding, attribute)
+    with pytest.raises(ValueError, match="`register_layer_kind` knows"):
+        target_of(embedding, "bias")
 
 
 @one_backend
 def test_targets_are_a_sequence_that_prints():
     targets = find_targets(sequential((4,), Block(), Experts()))
-    assert len(targets) == 3
-    assert [targets[i] for i in range(3)] == list(targets)
     some = targets[1:]
     assert isinstance(some, Targets)
-    assert list(some) == list(targets)[1:]
+    assert list(some) == [targets[i] for i in (1, 2)]
     assert some.skipped == targets.skipped
-    with pytest.raises(KeyError, match="no such"):
-        targets["no such"]
-    with pytest.raises(AttributeError):
-        targets.skipped = ()
     for part in ("3 targets", "gate/kernel", "(4, 8)", "register_layer_kind"):
         assert part in repr(targets)
-    assert repr(targets[0]).startswith("Target(attribute='kernel'")
-    first = targets.to_dict()["targets"][0]
-    assert first["key"] == targets[0].key
-    assert first["contraction_axes"] == [0]
+    assert targets.to_dict()["targets"][0]["contraction_axes"] == [0]
 
     first, second = targets = find_targets(mlp(8, 6, 4))
     assert first.reason_not_nm(4) is None
@@ -270,8 +231,6 @@ class TwoWays(keras.layers.Layer):
 def test_unbuilt_models():
     with pytest.raises(ValueError, match=r"must be built.*Dense|dense"):
         find_targets(keras.Sequential([keras.layers.Dense(3)]))
-    with pytest.raises(ValueError, match="Keras model or layer"):
-        find_targets([keras.Sequential()])
     layer = TwoWays(hidden=True)
     model = sequential((8,), layer, keras.layers.Dense(2))
     with pytest.raises(ValueError, match=f"not built: {layer.unused.name}"):
@@ -340,9 +299,6 @@ def test_include_and_exclude():
         ({"include": ["query", "qeury"]}, r"='qeury'.*self_attention/query"),
         ({"include": "token_embedding"}, r"Left out: token_embedding/"),
         ({"include": keras.layers.Conv2D}, r"matches none of 14"),
-        ({"include": "("}, r"`include` must be a valid regular expr"),
-        ({"exclude": 3}, r"`exclude` must be .*exclude=3"),
-        ({"exclude": [int]}, r"`exclude` must be "),
     ):
         with pytest.raises(ValueError, match=message):
             find_targets(model, **kwargs)

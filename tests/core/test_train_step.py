@@ -14,8 +14,6 @@ LINE = "Compiling the training step: "
 
 
 class Slow:
-    """A train function that takes a while."""
-
     def __init__(self):
         self.calls = 0
 
@@ -42,7 +40,6 @@ def noting(name, seen):
 
 @pytest.fixture
 def shown(monkeypatch, capsys):
-    """Whether a call showed that it takes long."""
     monkeypatch.setattr(progress, "DELAY", 0.01)
 
     def shown(call, *args):

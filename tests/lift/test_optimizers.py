@@ -50,7 +50,6 @@ class Reference:
 
 
 def built(optimizer, masks, values):
-    """Return an optimizer with variables of these masks; None for all."""
     variables = [keras.Variable(value) for value in values]
     specs = [
         MaskSpec(v.path, tuple(v.shape), None if m is None else len(m), i)
@@ -62,7 +61,6 @@ def built(optimizer, masks, values):
 
 
 def step(optimizer, variables, seed=0):
-    """Take a step on normal gradients; return these."""
     shapes = [tuple(v.shape) for v in variables]
     gradients = [normal(*s, seed=seed + 9 * i) for i, s in enumerate(shapes)]
     optimizer.apply([*map(ops.convert_to_tensor, gradients)], variables)
@@ -151,7 +149,6 @@ SETTINGS = {
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_full_mask_is_the_adamw_of_keras(name):
-    """And so is a variable without a mask."""
     settings = {"weight_decay": 0.0, "epsilon": 1e-12, **SETTINGS[name]}
     values, masks = [KERNEL, normal(4, seed=1)], [np.arange(30), None]
     adamw = keras.optimizers.AdamW(RATE, beta_2=0.95, **settings)
@@ -171,13 +168,11 @@ def test_a_full_mask_is_the_adamw_of_keras(name):
 
 @pytest.mark.one_backend
 def test_state_is_compact():
-    """0.075 of Adam's two moments at 5 %, besides a few scalars."""
     optimizer = kwm.SparseAdamW(gradient_accumulation_steps=2)
     built(optimizer, [np.arange(500)], [normal(100, 100)])
-    large = [v for v in optimizer.variables if len(v.shape)]
-    assert [tuple(v.shape) for v in large] == [(500,)] * 4
-    names = {v.path.rpartition("/")[2].rpartition("_")[0] for v in large}
-    assert names == {"gradient_accumulator", "indices", "momentum", "velocity"}
+    shapes = [tuple(v.shape) for v in optimizer.variables if len(v.shape)]
+    # The moments, the indices and what is accumulated.
+    assert shapes == [(500,)] * 4
 
 
 @pytest.mark.one_backend
@@ -190,20 +185,7 @@ def test_clipping_measures_masked_entries():
     np.testing.assert_allclose(moment, [0.06, 0.08], rtol=1e-5)
 
 
-@pytest.mark.one_backend
-def test_average_of_unmasked_entries_is_exact():
-    optimizer = kwm.SparseAdamW(RATE, use_ema=True, ema_momentum=0.7)
-    optimizer, (variable,) = built(optimizer, [MASK], [KERNEL])
-    for i in range(5):
-        step(optimizer, [variable], i)
-    trained = numpy(variable)
-    optimizer.finalize_variable_values([variable])
-    assert changed(variable, KERNEL) == MASK.tolist()
-    assert changed(variable, trained) == MASK.tolist()
-
-
 def test_half_precision():
-    """A gradient of 1 is a step of the learning rate, up to rounding."""
     kernel = ops.cast(normal(4, 4), "bfloat16")
     optimizer, variables = built(kwm.SparseAdamW(RATE), [[0, 5, 9]], [kernel])
     before = numpy(variables[0])
@@ -225,13 +207,6 @@ def test_wraps_an_optimizer_built_on_more():
     optimizer.set_masks([MASK], 0)
     step(optimizer, variables[:1])
     assert changed(variables[0], KERNEL) == MASK.tolist()
-    copy = kwm.MaskedOptimizer.from_config(optimizer.get_config())
-    copy.optimizer.name = inner.name
-    variables[0]._path = "w"
-    copy.build(variables)
-    assert [tuple(v.shape) for v in copy.variables] == [
-        tuple(v.shape) for v in optimizer.variables
-    ]
 
 
 @pytest.mark.one_backend
@@ -267,12 +242,9 @@ def test_config_builds_the_state():
 @pytest.mark.one_backend
 def test_errors():
     scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
-    for inner in ("adam", scaled, kwm.SparseAdamW()):
+    for inner in (scaled, kwm.SparseAdamW()):
         with pytest.raises(ValueError, match="`optimizer` must be"):
             kwm.MaskedOptimizer(inner)
-    for name, value in (("beta_2", 1.0), ("epsilon", 0)):
-        with pytest.raises(ValueError, match=f"`{name}` must be"):
-            kwm.SparseAdamW(**{name: value})
     optimizer, variable = kwm.SparseAdamW(), keras.Variable(KERNEL)
     optimizer.build([variable])
     assert not optimizer.built

@@ -17,8 +17,6 @@ COUNTS = [24, 12]  # of 8 x 12 and 12 x 4
 
 
 class Traced(keras.layers.Layer):
-    """Counts how often Python runs it."""
-
     calls = 0
 
     def call(self, x):
@@ -71,6 +69,10 @@ OPTIMIZERS = {
 }
 
 
+def flags_of(model):
+    return [v.trainable for v in model.weights]
+
+
 @breadth("name", OPTIMIZERS, 0, 1)
 def test_trains_the_principal_weights_alone(name):
     model = make(OPTIMIZERS[name](), jit_compile="auto")
@@ -83,16 +85,6 @@ def test_trains_the_principal_weights_alone(name):
     assert is_plain == (BACKEND != "jax")
     assert len(model.trainable_variables) == 4
     assert all(v.trainable for v in model.trainable_variables)
-
-
-@pytest.mark.one_backend
-def test_the_rest_may_be_trained():
-    model = make()
-    before = weights_of(model)
-    fit(model, callback(freeze_rest=False))
-    changed = [a != b for a, b in zip(before, weights_of(model))]
-    assert_same(changed[::2], expected_masks(before))
-    assert all(map(np.all, changed[1::2]))
 
 
 @breadth("name", ["SparseAdamW", "AdamW"])
@@ -177,8 +169,6 @@ def test_touches_the_model_at_refreshes_alone(monkeypatch):
 
 
 class Stop(keras.callbacks.Callback):
-    """Ctrl-C in a callback, or in the step after it."""
-
     def __init__(self, in_step=False, epoch=0):
         super().__init__()
         self.in_step, self.epoch = in_step, epoch
@@ -199,21 +189,18 @@ class Stop(keras.callbacks.Callback):
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", ["SparseAdamW", "AdamW"])
 def test_resumes_bit_equal(name, tmp_path):
-    """For `Checkpoint` see `tests/saving`."""
-
     def run(*callbacks):
         model = make(OPTIMIZERS[name]())
         masks = callback(refresh_every=3, criterion="random")
         fit(model, masks, *callbacks, epochs=2)
-        return model
+        return weights_of(model)
 
-    def backup():
-        return keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
-
-    whole = run()
+    backup, again = (
+        keras.callbacks.BackupAndRestore(tmp_path / "backup") for _ in "ab"
+    )
     with pytest.raises(KeyboardInterrupt):
-        run(backup(), Stop(epoch=1))
-    assert_same(weights_of(whole), weights_of(run(backup())))
+        run(backup, Stop(epoch=1))
+    assert_same(run(again), run())
 
 
 @breadth("name", ["SparseAdamW", "AdamW"])
@@ -300,13 +287,9 @@ def test_mixed_precision(dtype, name):
     before = weights_of(model)
     fit(model, callback())
     assert_only_masks_changed(before, model)
-    inner = model.optimizer
     if dtype == "mixed_float16":
-        assert isinstance(inner, scaled)
-        assert float(inner.dynamic_scale) == 8.0
-        inner = inner.inner_optimizer
-    kind = kwm.SparseAdamW if name == "SparseAdamW" else kwm.MaskedOptimizer
-    assert isinstance(inner, kind)
+        assert isinstance(model.optimizer, scaled)
+        assert float(model.optimizer.dynamic_scale) == 8.0
 
 
 @breadth("name", ["SparseAdamW", "AdamW"])
@@ -325,10 +308,6 @@ def test_averages_and_schedules(name):
     swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
     fit(model, callback(), swap, Check(), epochs=2)
     assert_only_masks_changed(before, model)
-
-
-def flags_of(model):
-    return [v.trainable for v in model.weights]
 
 
 @pytest.mark.parametrize("in_step", [True, False])
@@ -361,7 +340,6 @@ def test_fits_after_an_interrupted_one():
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_head_is_trained_whole(name, tmp_path):
-    """The first kernel by its mask alone, its bias not, the head whole."""
     model = make(OPTIMIZERS[name]())
     before = weights_of(model)
     fit(model, callback(also_train=model.layers[-1]))
@@ -376,12 +354,7 @@ def test_a_head_is_trained_whole(name, tmp_path):
     model.save(tmp_path / "model.keras")
     other = load(tmp_path / "model.keras")
     report = callback(also_train=other.layers[-1]).attach(other)
-    assert [k.trained for k in report.kernels] == [24]
-    whole = [(w.key[0], w.trained) for w in report.whole]
-    assert whole == [("2", 48), ("3", 4)]
     assert report.totals == {"trained": 24, "entries": 96, "whole": 52}
-    assert "24 of 96 entries of 1 kernels trained" in str(report)
-    assert "52 entries of 2 weights trained whole" in str(report)
     with pytest.raises(ValueError, match="masks of other kernels or sizes"):
         callback().attach(other)
 
@@ -398,9 +371,7 @@ def test_also_train_is_checked():
             callback(also_train=also, **kwargs).attach(model)
         assert sum(v.trainable for v in model.weights) == 3
 
-    check("matches none of 3 trainable weights", "no such")
     check("matches none of 3 trainable weights", head.bias.path)
-    check("must be a regular expression for the path", 3)
     check("found no kernel", keras.layers.Dense)
     first = kwm.find_targets(model)[0].variable
     first.assign(kwm.ops.nm_project(first, "2:4"))
@@ -444,7 +415,6 @@ def test_sparse_model_stays_sparse():
 
 @breadth("name", ["SparseAdamW", "AdamW"])
 def test_fit_without_the_callback_afterwards(name):
-    """It would train all, and the optimizer has state for a part."""
     model = make(OPTIMIZERS[name]())
     fit(model, callback())
     before = weights_of(model)
@@ -459,7 +429,6 @@ def test_fit_without_the_callback_afterwards(name):
 @pytest.mark.one_backend
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_constraint_to_a_pattern_needs_keep_pattern(frozen):
-    """Of the mask's entries or of others, it would set some to zero."""
     model = sequential((10,), keras.layers.Dense(12), keras.layers.Dense(8))
     model.compile(kwm.SparseAdamW(0.1), "mse")
     # The first kernel is left dense: 10 is no multiple of 4.
@@ -490,7 +459,6 @@ def test_a_constraint_to_a_pattern_needs_keep_pattern(frozen):
 
 @pytest.mark.one_backend
 def test_other_constraints_of_masked_kernels_are_refused():
-    """They act on whole kernels, also on entries outside of the masks."""
     model = sequential(
         (8,),
         keras.layers.Dense(12, kernel_constraint="max_norm"),
@@ -504,21 +472,17 @@ def test_other_constraints_of_masked_kernels_are_refused():
         fit(model, callback())
     assert_same(weights_of(model), before)
     assert all(v.trainable for v in model.weights)
-    model.layers[0].kernel.constraint = None
-    fit(model, callback(targets=kwm.find_targets(model)[::2]))
-    for i, (now, old) in enumerate(zip(weights_of(model), before)):
-        assert np.sum(now != old) == {0: 24, 4: 6}.get(i, 0)
 
 
 @pytest.mark.one_backend
 def test_errors_leave_the_model_as_it_was():
     def check(match, model, **kwargs):
         before, optimizer = weights_of(model), model.optimizer
-        flags = [v.trainable for v in model.weights]
+        flags = flags_of(model)
         with pytest.raises(ValueError, match=match):
             fit(model, callback(**kwargs))
-        assert all(map(np.array_equal, before, weights_of(model)))
-        assert [v.trainable for v in model.weights] == flags
+        assert_same(weights_of(model), before)
+        assert flags_of(model) == flags
         assert model.optimizer is optimizer
 
     check("Not one entry is selected", make(), density=0.001)
@@ -526,14 +490,11 @@ def test_errors_leave_the_model_as_it_was():
     for layer in (frozen.layers[0], frozen.layers[-1]):
         layer.kernel.trainable = False
     check("found no kernel", frozen)
-    kernel = broken.layers[0].kernel
-    kernel.assign(kernel * np.inf)
-    check(f"{kernel.path}.* must be finite", broken)
+    broken.layers[0].kernel.assign(np.full((8, 12), np.inf))
+    check("/kernel.* must be finite", broken)
     scaled = make()
     kwm.attach_scaling(scaled)
     check("is reparameterized", scaled)
-    with pytest.raises(ValueError, match="must be compiled"):
-        callback().attach(keras.Sequential([keras.Input((2,))]))
     other = make()
     fit(other, callback())
     with pytest.raises(ValueError, match="masks of other kernels or sizes"):
@@ -547,9 +508,7 @@ def test_errors_leave_the_model_as_it_was():
     assert all(v.trainable for v in wrapping.weights)
     for match, arguments in (
         ("Give one of `rank`", {"density": 0.1, "rank": 2}),
-        ("`refresh_every` must be", {"refresh_every": 0}),
         ("`data` must be a batch", {"criterion": "gradient"}),
-        ("`data` must be a batch", {"data": (X, Y)}),
     ):
         with pytest.raises(ValueError, match=match):
             kwm.PrincipalMaskCallback(**arguments)

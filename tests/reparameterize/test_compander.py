@@ -50,7 +50,6 @@ ENDS = [LIMIT * 0.995, LIMIT, LIMIT * 1.5, 4.0]
 @pytest.mark.parametrize("largest", ENDS)
 @pytest.mark.parametrize("own", [True, False])
 def test_weights_at_and_beyond_the_range(own, largest):
-    """Of a layer that draws them, and of a model that has them."""
     weight = np.float32([[0.1, largest], [-largest, -0.2]])
 
     def draw(shape, dtype=None):
@@ -111,7 +110,7 @@ def test_fit_follows_the_gradient_of_all_three():
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize("value", [-1e30, -2.0, 0.0, 1e6])
+@pytest.mark.parametrize("value", [-1e30, 0.0, 1e6])
 def test_a_and_b_stay_positive_and_move_whatever_the_raw_pair(value):
     model = dense_model()
     (kernel, _) = kwm.attach_compander(model, learnable=True).kernels
@@ -135,12 +134,11 @@ def test_a_constraint_sees_the_effective_weight():
     model = dense_model(kernel_constraint=keras.constraints.NonNeg())
     kwm.attach_compander(model, learnable=True)
     stored = model.layers[0]._kernel
-    before = stored.numpy()
-    stored.assign(stored.constraint(stored))
-    positive = before > 0
-    assert 0 < positive.sum() < before.size
-    np.testing.assert_array_equal(stored.numpy()[positive], before[positive])
-    np.testing.assert_allclose(stored.numpy()[~positive], 0, atol=1e-7)
+    before = numpy(stored)
+    after = numpy(stored.constraint(stored))
+    assert 0 < np.mean(before > 0) < 1
+    np.testing.assert_array_equal(after[before > 0], before[before > 0])
+    np.testing.assert_allclose(after[before <= 0], 0, atol=1e-7)
 
 
 @pytest.mark.one_backend

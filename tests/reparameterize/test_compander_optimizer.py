@@ -92,7 +92,6 @@ def test_equals_reference_with_fixed_pairs(weight_decay):
 
 
 def test_equals_reference_with_learnable_pairs():
-    """Weight decay acts on v alone, and a and b take plain Adam steps."""
     model, layer = make(adam_w(), learnable=True)
     reference = Reference(numpy(layer._kernel), DECAY, learnable=True)
     reference.step()
@@ -108,20 +107,15 @@ def test_equals_reference_with_learnable_pairs():
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize(
-    ("learnable", "excluded"), [(True, False), (False, False), (True, True)]
-)
-def test_decay_alone(learnable, excluded):
-    model, layer = make(adam_w(), learnable)
+@pytest.mark.parametrize("excluded", [False, True])
+def test_decay_alone(excluded):
+    model, layer = make(adam_w(), learnable=True)
     if excluded:
         model.optimizer.exclude_from_weight_decay(var_names=["kernel"])
-    v = np.float64(numpy(layer._kernel))
-    pair = layer.compander.a, layer.compander.b
+    v, pair = numpy(layer._kernel), numpy(layer.weights[-1])
     apply(model, [np.zeros(w.shape) for w in model.weights])
-    decayed = v if learnable else slope(v) * A * np.arctan(v / B)
-    decayed = 0 if excluded else decayed
-    assert_stored(layer, v - RATE * DECAY * decayed, atol=1e-6)
-    assert (layer.compander.a, layer.compander.b) == pair
+    assert_stored(layer, v if excluded else v - RATE * DECAY * v, atol=1e-6)
+    np.testing.assert_array_equal(numpy(layer.weights[-1]), pair)
 
 
 OPTIMIZERS = {
@@ -136,7 +130,6 @@ OPTIMIZERS = {
 @pytest.mark.one_backend
 @pytest.mark.parametrize("inner", OPTIMIZERS)
 def test_any_optimizer_moves_by_its_step_times_the_slope(inner):
-    """Its step on a plain layer with the same w is the reference."""
     model, layer = make(wrapped(inner, 0.01, **OPTIMIZERS[inner]))
     keras.utils.set_random_seed(0)
     plain = sequential((4,), keras.layers.Dense(3, use_bias=False))
@@ -208,13 +201,9 @@ def test_config_and_state_are_saved(tmp_path):
 @pytest.mark.one_backend
 def test_errors():
     scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
-    for wrong in ("adam", None, wrapped(), scaled):
+    for wrong in (wrapped(), scaled):
         with pytest.raises(ValueError, match="`optimizer` must be"):
             kwm.CompanderOptimizer(wrong)
-    built = keras.optimizers.Adam()
-    built.build([keras.Variable(np.ones(2), name="w")])
-    with pytest.raises(ValueError, match="one not built yet"):
-        kwm.CompanderOptimizer(built)
     model = sequential((4,), keras.layers.Dense(3))
     optimizer = wrapped()
     with pytest.raises(ValueError, match="found no weight with a compander"):

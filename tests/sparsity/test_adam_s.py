@@ -1,5 +1,3 @@
-import functools
-
 import keras
 import numpy as np
 import pytest
@@ -30,7 +28,6 @@ AXES = {
 
 
 def make_kernels():
-    """Return kernels of each kind, and their configs as targets."""
     kernels, targets = [], []
     for i, (name, (shape, axes)) in enumerate(AXES.items()):
         value = 0.1 * models.normal(*shape, seed=i)
@@ -49,7 +46,6 @@ def config(index, variable, axes):
 
 
 def apply_steps(optimizer, variables, gradients):
-    """Take the steps as the backend's trainer would: compiled on JAX."""
     if keras.backend.backend() != "jax":
         for grads in gradients:
             tensors = [keras.ops.convert_to_tensor(g) for g in grads]
@@ -132,12 +128,12 @@ def test_without_a_target_equals_keras_adam(kwargs):
         for seed in range(TOTAL)
     ]
     results = []
-    adam_s = functools.partial(AdamS, total_steps=TOTAL, decay="relative")
-    for make in (keras.optimizers.Adam, adam_s):
+    own = {"total_steps": TOTAL, "decay": "relative"}
+    for make, more in ((keras.optimizers.Adam, {}), (AdamS, own)):
         variables = [ones(8, 4)]
         variables += [ones(*s, name=name) for name, s in shapes.items()]
         rate = keras.optimizers.schedules.PolynomialDecay(2e-3, TOTAL, 1e-4)
-        optimizer = make(rate, **{"epsilon": 1e-7, **kwargs})
+        optimizer = make(rate, **{"epsilon": 1e-7, **more, **kwargs})
         optimizer.exclude_from_weight_decay(var_names=["gamma"])
         apply_steps(optimizer, variables, gradients)
         stepped = [numpy(v) for v in variables[1:]]
@@ -159,10 +155,6 @@ def test_state_is_adams_and_one_bit_a_weight():
     assert budget - 16 <= sizes[0] <= 1.02 * budget
 
 
-def tiny_model(**kwargs):
-    return models.mlp(8, 8, 4, **kwargs)
-
-
 def fit(model, optimizer, epochs=3):
     x = models.normal(32, 8)
     model.compile(optimizer, "mse")
@@ -180,14 +172,12 @@ def fit(model, optimizer, epochs=3):
     ],
 )
 def test_fit_and_prune(dtype, kwargs):
-    model = tiny_model(dtype=dtype)
+    model = models.mlp(dtype=dtype)
     adam_s = AdamS(1e-2, 12, decay="relative", ramp=0.5, **kwargs)
     scaled = keras.optimizers.LossScaleOptimizer(adam_s)
     fit(model, scaled if dtype else adam_s)
     report = adam_s.prune()
-    paths = [kernel.path for kernel in report.kernels]
-    assert paths == [v.path for v in adam_s.sparsified]
-    assert len(paths) == 2
+    assert len(report.kernels) == 2
     for variable, mask in zip(adam_s.sparsified, adam_s.masks):
         w = numpy(variable)
         assert np.isfinite(w).all()
@@ -196,7 +186,7 @@ def test_fit_and_prune(dtype, kwargs):
 
 
 def test_config_and_state_round_trip(tmp_path):
-    model = tiny_model()
+    model = models.mlp()
     fit(model, AdamS(1e-2, total_steps=24, targets=model, decay="relative"))
     path = str(tmp_path / "model.keras")
     model.save(path)
@@ -220,8 +210,8 @@ def assert_same(received, expected):
 @pytest.mark.parametrize(
     ("make", "form"),
     [
-        (tiny_model, lambda model: None),
-        (tiny_model, find_targets),
+        (models.mlp, lambda model: None),
+        (models.mlp, find_targets),
         (models.nested_net, lambda model: model),
     ],
 )
@@ -259,9 +249,6 @@ def test_masks_follow_the_importance():
     optimizer.set_importance([np.array([0.0, 1.0, 3.0, 2.0])])
     optimizer.apply([keras.ops.ones((4, 2))], [kernel])
     assert optimizer.masks[0][:, 0].tolist() == [False, False, True, True]
-    for wrong in ([np.ones(3)], [], 1.0, [np.array([1, np.nan, 1, 1])]):
-        with pytest.raises(ValueError, match="`importance` must"):
-            optimizer.set_importance(wrong)
 
 
 @one_backend
@@ -281,30 +268,6 @@ def test_forms_of_targets(form):
     for each in (optimizer, again):
         each.build(model.trainable_variables)
         assert each.sparsified == [model.layers[1].kernel]
-
-
-@one_backend
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        *({"total_steps": value} for value in (0, 2.5)),
-        {"pattern": "4:2"},
-        *({"l1": value} for value in (-1.0, "big")),
-        *({"ramp": value} for value in (0.0, 1.5)),
-        {"ramp": -0.5, "decay": "relative"},
-        *({name: 0} for name in ("l1_scale", "mask_every", "epsilon")),
-        *({name: "random"} for name in ("decay", "criterion")),
-        *({"targets": value} for value in ("kernel", [], keras.layers.Dense)),
-        {"learning_rate": lambda step: 1e-3},
-        {"beta_1": 1.0},
-        {"beta_2": -0.1},
-    ],
-    ids=str,
-)
-def test_wrong_arguments(kwargs):
-    name = next(iter(kwargs))
-    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: "):
-        AdamS(**kwargs)
 
 
 @one_backend
@@ -350,7 +313,7 @@ def test_warnings_tell_the_way_out(recwarn):
     message = r"too short to reach zero.*= 0\.049.*need about 3 "
     with pytest.warns(UserWarning, match=message):
         AdamS(1e-3, total_steps=100).build([ones(4, 2)])
-    model = tiny_model()
+    model = models.mlp()
     model.layers[0].trainable = False
     optimizer = AdamS(1.0, total_steps=5, targets=find_targets(model))
     with pytest.warns(UserWarning, match="leaves 1 targets as they are"):
@@ -359,7 +322,7 @@ def test_warnings_tell_the_way_out(recwarn):
 
 @one_backend
 def test_prune_refuses_what_has_no_mask_or_diverged():
-    model = tiny_model()
+    model = models.mlp()
     optimizer = AdamS(0.01, total_steps=2, targets=find_targets(model))
     with pytest.raises(ValueError, match="there once it is built"):
         optimizer.prune()

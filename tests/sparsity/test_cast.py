@@ -1,4 +1,3 @@
-import warnings
 import zipfile
 
 import keras
@@ -22,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:AdamS. this schedule")
 
 
 def make_tokens():
-    """Inputs, labels and weights as a KerasHub preprocessor gives them."""
     rng = np.random.default_rng(2)
     ids = rng.integers(1, 20, size=(8, LENGTH + 1)).astype("int32")
     mask = np.arange(LENGTH) < rng.integers(4, LENGTH + 1, size=(8, 1))
@@ -32,9 +30,6 @@ def make_tokens():
 
 def steps_of(cast):
     return int(numpy(cast.adam_s.iterations.value))
-
-
-# The main job, on a small net and on each family of KerasHub
 
 
 def test_a_token_net_becomes_sparse():
@@ -71,9 +66,6 @@ def test_a_causal_lm_becomes_sparse(family, pattern, tmp_path):
     dtype = "mixed_bfloat16" if family == "gemma" else None
     model = models.causal_lm(family, dtype=dtype)
     x, y, weight = make_tokens()
-    classes = [type(layer) for layer in model._flatten_layers()]
-    shapes = [tuple(v.shape) for v in model.weights]
-
     teacher_dtype = "bfloat16" if dtype is None else None
     cast = kwm.CAST(model, pattern, teacher_dtype=teacher_dtype)
     perplexity = keras_hub.metrics.Perplexity(from_logits=True, mask_token_id=0)
@@ -87,8 +79,6 @@ def test_a_causal_lm_becomes_sparse(family, pattern, tmp_path):
     kwm.assert_sparse(model, pattern)
     assert cast.report.totals["exact"] == len(cast.targets)
     assert cast.report.skipped == cast.targets.skipped
-    assert [type(layer) for layer in model._flatten_layers()] == classes
-    assert [tuple(v.shape) for v in model.weights] == shapes
     after = numpy(model(x))
     np.testing.assert_allclose(after, before, atol=0.05 if dtype else 1e-5)
 
@@ -98,9 +88,6 @@ def test_a_causal_lm_becomes_sparse(family, pattern, tmp_path):
         assert b"keras_weightmods" not in archive.read("config.json")
     loaded = keras.saving.load_model(path)
     np.testing.assert_array_equal(numpy(loaded(x)), after)
-
-
-# What fit takes
 
 
 @one_backend
@@ -185,9 +172,6 @@ def test_a_fit_that_failed_is_planned_anew():
     kwm.assert_sparse(cast.finalize(), "2:4")
 
 
-# One-shot starts
-
-
 @breadth("init", ["sparsegpt", "wanda", "magnitude"])
 def test_a_start_is_sparsify_on_the_first_rows(init):
     x, y = make_data(40)
@@ -231,12 +215,6 @@ def test_a_start_is_refined():
     np.testing.assert_array_equal(numpy(cast.teacher(x)), dense)
     fit(cast, (x, y))
     kwm.assert_sparse(cast.finalize(), "2:4")
-    # It is left by smaller steps.
-    recipe = kwm.CAST.default_recipe
-    for refine in ("blocks", ("swaps", "blocks")):
-        found = recipe("sparsegpt", refine)
-        assert found["learning_rate"] < recipe("wanda")["learning_rate"]
-        assert found["ramp"] == 0.0
 
 
 @one_backend
@@ -252,28 +230,17 @@ def test_a_start_that_fails_leaves_the_model_alone(init):
     kwm.assert_sparse(cast.finalize(), "2:4")
 
 
-# Wrong use
-
-
 @one_backend
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pattern": "4:2"}, "pattern"),
         ({"pattern": "2:5"}, "no kernel that fits"),
-        ({"init": "random"}, "`init`"),
-        ({"init": "wanda", "init_refine": "all"}, "`init_refine`"),
         ({"init_refine": "blocks"}, "`init_refine`"),
-        ({"init_rows": 0}, "`init_rows`"),
-        *(({"teacher": each}, "`teacher`") for each in ("other", np.ones(3))),
         ({"teacher": mlp(9, 4)}, "incompatible"),
         ({"teacher": mlp(8, 5)}, r"[Oo]utput"),
         ({"teacher": keras.Sequential()}, "another built"),
         ({"teacher": None, "teacher_dtype": "bfloat16"}, "`teacher_dtype`"),
-        ({"teacher_dtype": "int8"}, "`teacher_dtype`"),
         ({"distillation_weight": 1.5}, "`distillation_weight`"),
-        ({"temperature": 0}, "`temperature`"),
-        *(({"scaling_groups": each}, "`scaling_groups`") for each in (-1, 1.0)),
     ],
 )
 def test_wrong_arguments_leave_the_model_alone(arguments, message):
@@ -315,15 +282,7 @@ def test_wrong_models():
 
 @one_backend
 def test_a_subclassed_model_that_was_trained_before():
-    class Plain(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = keras.layers.Dense(4)
-
-        def call(self, x):  # Without `training`.
-            return self.dense(x)
-
-    model, (x, y) = Plain(), make_data()
+    model, (x, y) = models.Subclassed(), make_data()
     model.compile("adam", casts.cross_entropy())
     model.fit(x, y, verbose=0)
     cast = compiled(model=model, teacher="self")
@@ -332,23 +291,10 @@ def test_a_subclassed_model_that_was_trained_before():
 
 
 @one_backend
-def test_a_run_that_made_nan_is_not_finalized():
-    cast = compiled()
-    fit(cast)
-    kernel = cast.targets[0].variable
-    kernel.assign(np.full(kernel.shape, np.nan))
-    before = weights_of(cast.student)
-    with pytest.raises(ValueError, match=rf"{kernel.path}.*diverged"):
-        cast.finalize()
-    assert_same(weights_of(cast.student), before)
-
-
-@one_backend
 def test_wrong_compile_and_order():
     x, y = make_data()
     cast = kwm.CAST(make_mlp())
-    adam, other = keras.optimizers.Adam(), kwm.AdamS(pattern="1:4")
-    for optimizer in ("adam", adam, other):
+    for optimizer in ("adam", kwm.AdamS(pattern="1:4")):
         with pytest.raises(ValueError, match=r"`AdamS` of pattern .2:4"):
             cast.compile(optimizer, loss=casts.cross_entropy())
     with pytest.raises(ValueError, match="`loss`"):
@@ -364,9 +310,6 @@ def test_wrong_compile_and_order():
         cast.finalize()
     with pytest.raises(NotImplementedError, match="finalize"):
         cast.get_config()
-
-
-# Finalize
 
 
 @one_backend
@@ -438,13 +381,19 @@ def test_a_target_frozen_since_leaves_the_model_alone():
 
 
 @one_backend
-def test_a_fit_after_the_end_is_warned_about(recwarn):
+def test_a_fit_after_the_end_is_warned_about_and_nan_refused(recwarn):
     cast = compiled()
     fit(cast, epochs=3)
     assert not [w for w in recwarn if "CAST" in str(w.message)]
     before = weights_of(cast.student)
     with pytest.warns(UserWarning, match="the run of 12 steps is over"):
         fit(cast)
+    assert_same(weights_of(cast.student), before)
+    kernel = cast.targets[0].variable
+    kernel.assign(np.full(kernel.shape, np.nan))
+    before = weights_of(cast.student)
+    with pytest.raises(ValueError, match=rf"{kernel.path}.*diverged"):
+        cast.finalize()
     assert_same(weights_of(cast.student), before)
 
 
@@ -454,15 +403,6 @@ def test_an_early_stop_is_warned_about():
     fit(cast, epochs=8, callbacks=[casts.stopping(cast, 1)])
     with pytest.warns(UserWarning, match="this cuts.* after 8 of 32 steps"):
         cast.finalize()
-    # The whole run cuts nothing.
-    cast = compiled()
-    fit(cast, epochs=8)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "CAST: this cuts")
-        cast.finalize()
-
-
-# Interruption; `Checkpoint` has its own tests
 
 
 @one_backend
@@ -491,12 +431,12 @@ def test_a_resumed_run_is_the_same(init, tmp_path):
     backup, restore = (
         keras.callbacks.BackupAndRestore(tmp_path / "backup") for _ in range(2)
     )
+    interrupt = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: epoch == 2 and casts.interrupt()
+    )
     with pytest.raises(casts.Interrupted):
-        run(backup, casts.IN_THE_THIRD_EPOCH)
+        run(backup, interrupt)
     assert_same(run(restore), whole)
-
-
-# Precision and backends
 
 
 def test_loss_scaling_goes_on_in_a_second_fit_and_from_a_checkpoint(tmp_path):

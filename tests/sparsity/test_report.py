@@ -16,15 +16,8 @@ def make_model():
     return sequential((6,), *layers, name="model")
 
 
-def project(model, *names):
-    for name in names:
-        kernel = model.get_layer(name).kernel
-        kernel.assign(kwm.ops.nm_project(kernel.value, "2:4", 0))
-
-
 def sparsify(model):
-    """`sparse` is 2:4, `slightly` has one bad group, `dense` is dense."""
-    project(model, "sparse", "slightly")
+    kwm.sparsify(model, targets=["sparse", "slightly"], verbose=0)
     w = numpy(model.get_layer("slightly").kernel)
     w[:4, 0] = [1.0, 2.0, 3.0, 0.0]
     model.get_layer("slightly").kernel.assign(w)
@@ -76,7 +69,7 @@ def test_assert_sparse_names_the_worst():
     assert "8 of 8" in str(error.value)
     with pytest.raises(AssertionError, match="does not fit"):
         kwm.assert_sparse(model, targets=kwm.find_targets(model))
-    project(model, "slightly", "dense")
+    kwm.sparsify(model, verbose=0)
     kwm.assert_sparse(model)
     kwm.assert_sparse(model, "3:4")
     with pytest.raises(AssertionError):
@@ -99,14 +92,3 @@ def test_packed_kernels_count(dtype):
         assert {**row, "key": None} == {**rows[row["path"]], "key": None}
     assert after["kernels"][-1]["path"] == kernel[0].path
     kwm.assert_sparse(sequential((16,), model.get_layer("sparse")))
-
-
-@one_backend
-def test_wrong_use():
-    model = make_model()
-    with pytest.raises(ValueError, match="pattern"):
-        kwm.sparsity_report(model, "4:2")
-    with pytest.raises(ValueError, match="no kernel that fits"):
-        kwm.assert_sparse(model, "2:64")
-    with pytest.raises(ValueError, match="target"):
-        kwm.sparsity_report(model, targets=kwm.find_targets(make_model()))

@@ -8,13 +8,12 @@ import keras_weightmods as kwm
 from keras_weightmods.sparsity.scaling import attach_scaling, compute_scaled
 from tests import models
 from tests.backends import breadth
-from tests.models import assert_same, mlp, normal, numpy, weights_of
+from tests.models import mlp, normal, numpy
 
 one_backend = pytest.mark.one_backend
 
 
 def reference_scaled(kernel, scale, axes):
-    """One entry after another, in NumPy float64."""
     kernel, scale = np.float64(kernel), np.float64(scale)
     size = int(np.prod([kernel.shape[a] for a in axes]))
     scaled = np.zeros_like(kernel)
@@ -80,34 +79,3 @@ def test_fit_trains_scales_and_kernels_by_the_gradient():
         w, a = w - 0.1 * effective_grad * spread, a - 0.1 * scale_grad
     np.testing.assert_allclose(numpy(kernel), w, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(numpy(scale), a, rtol=1e-5, atol=1e-6)
-
-
-@one_backend
-def test_mixed_precision_trains_steps_too_small_for_bfloat16():
-    model = mlp(16, 4, dtype="mixed_bfloat16")
-    scale = attach_scaling(model).kernels[0].scale
-    model.compile(keras.optimizers.SGD(1e-3), loss="mse", jit_compile=False)
-    model.fit(normal(8, 16), np.ones((8, 4), "float32"), verbose=0)
-    moved = np.abs(numpy(scale) - 1)
-    assert moved.min() > 0
-    assert moved.max() < 2**-8
-
-
-@one_backend
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"groups": 0}, "groups=0"),
-        ({"groups": 2.0}, "groups=2.0"),
-        ({"pattern": "4:2"}, "pattern"),
-        ({"pattern": "1:7"}, "no kernel that can be scaled"),
-    ],
-)
-def test_errors_leave_the_model_untouched(arguments, message):
-    model = mlp(16, 8, 4)
-    before = weights_of(model), [type(layer) for layer in model.layers]
-    with pytest.raises(ValueError, match=message):
-        attach_scaling(model, **arguments)
-    assert_same(weights_of(model), before[0])
-    assert [type(layer) for layer in model.layers] == before[1]
-    assert len(attach_scaling(model).kernels) == 2

@@ -44,7 +44,6 @@ def fit(model, optimizer, epochs=2, **kwargs):
 
 
 def step(model, optimizer):
-    """One optimizer step on random gradients, without compiling a model."""
     variables = model.trainable_variables
     values = [RNG.normal(size=v.shape).astype("float32") for v in variables]
     optimizer.apply(list(map(keras.ops.convert_to_tensor, values)), variables)
@@ -57,10 +56,8 @@ def violations(kernel, n, axis=0):
 EMA = {"use_ema": True, "ema_momentum": 0.8}
 OPTIMIZERS = {
     "ema": lambda o: o.Adam(0.2, **EMA),
-    "adam": lambda o: o.Adam(0.05),
     "adamw": lambda o: o.AdamW(0.05, weight_decay=0.1),
     "muon": lambda o: o.Muon(0.05),
-    "schedule_free": lambda o: o.ScheduleFreeAdamW(0.05),
     "momentum": lambda o: o.SGD(0.05, momentum=0.9),
     "accumulation": lambda o: o.Adam(0.05, gradient_accumulation_steps=2),
     "ema_overwrite": lambda o: o.Adam(0.2, ema_overwrite_frequency=3, **EMA),
@@ -88,10 +85,7 @@ def test_exactly_nm_after_fit(name):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Counts the violations that other callbacks and evaluation see."""
-
-    def __init__(self):
-        super().__init__()
+    def on_train_begin(self, logs=None):
         self.seen = []
 
     def on_epoch_end(self, epoch, logs=None):
@@ -160,27 +154,11 @@ def test_attach_warns_of_averages():
 
 
 @one_backend
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        *({"pattern": pattern} for pattern in ("4:2", 2)),
-        *({"axis": axis} for axis in ("0", (), (0, 0), True)),
-        {"frozen": "yes"},
-    ],
-    ids=str,
-)
-def test_wrong_arguments(arguments):
-    (name,) = arguments
-    with pytest.raises(ValueError, match=f"`{name}`.*(?s:.)*Received"):
-        SemiStructuredSparse(**arguments)
-
-
-@one_backend
 def test_attach_projects_skips_and_reports():
     model = mixed_model()
     before = {w.path: numpy(w) for w in model.weights}
     report = SemiStructuredSparse.attach(model, "1:4")
-    conv, einsum, odd = model.layers[0], model.layers[2], model.layers[3]
+    conv, _, einsum, odd = model.layers
     keys = [kernel.key for kernel in report.kernels]
     assert keys == ["0:net/conv/kernel", "2:net/einsum/kernel"]
     (reason,) = [s.reason for s in report.skipped if s.path == "net/odd/kernel"]
@@ -194,6 +172,7 @@ def test_attach_projects_skips_and_reports():
     step(model, keras.optimizers.Adam(0.1))
     assert violations(conv.kernel, 1, (0, 1, 2)) == 0
     assert violations(einsum.kernel, 1, (0, 1)) == 0
+
     # A second attach replaces the pattern; detach keeps the weights.
     SemiStructuredSparse.attach(model, "2:2", targets=find_targets(model)[:1])
     assert conv.kernel.constraint.pattern == "2:2"
@@ -214,14 +193,11 @@ def test_errors_leave_the_model_unchanged():
     model.layers[2].kernel.assign(np.full((2, 4, 6), np.nan))
     weights = models.weights_of(model)
     for pattern, message in (
-        ("5:4", "pattern"),
         ("5:1000", "no kernel that fits pattern 5:1000"),
         ("2:4", "finite"),
     ):
         with pytest.raises(ValueError, match=message):
             SemiStructuredSparse.attach(model, pattern)
-    with pytest.raises(ValueError, match="targets"):
-        SemiStructuredSparse.attach(model, targets=find_targets(dense_model()))
     models.assert_same(models.weights_of(model), weights)
     assert all(w.constraint is None for w in model.weights)
 
@@ -259,13 +235,12 @@ def test_frozen_mask_survives_fit(name, tmp_path):
 @one_backend
 def test_frozen_keeps_exactly_n_where_a_group_is_zero():
     model = mixed_model()
-    conv = model.layers[0]
-    conv.kernel.assign(np.zeros(conv.kernel.shape))
+    kernel = model.layers[0].kernel
+    kernel.assign(zeros := np.zeros(kernel.shape))
     SemiStructuredSparse.attach(model, "2:4", frozen=True)
-    for _ in range(3):
-        step(model, keras.optimizers.Adam(0.1))
-    expected = numpy(nm.nm_mask(np.zeros(conv.kernel.shape), "2:4", (0, 1, 2)))
-    np.testing.assert_array_equal(numpy(conv.kernel) != 0, expected)
+    step(model, keras.optimizers.Adam(0.1))
+    expected = numpy(nm.nm_mask(zeros, "2:4", (0, 1, 2)))
+    np.testing.assert_array_equal(numpy(kernel) != 0, expected)
 
 
 @one_backend
@@ -283,36 +258,18 @@ def test_kernels_whose_axis_or_mask_is_not_known():
 
 
 @one_backend
-def test_lora_trains_on_an_exactly_nm_base():
-    layers = keras.layers
-    dense, einsum = layers.Dense(4), layers.EinsumDense("ab,bc->ac", 4)
-    model = sequential((8,), dense, einsum)
-    SemiStructuredSparse.attach(model)
-    bases = [model.weights[0], model.weights[2]]
-    before = [numpy(base) for base in bases]
-    for layer in (dense, einsum):
-        layer.enable_lora(2)
-    fit(model, keras.optimizers.Adam(0.1, use_ema=True), epochs=1)
-    models.assert_same([numpy(base) for base in bases], before)
-    assert np.abs(numpy(dense.lora_kernel_b)).max() > 0
-
-
-@one_backend
 def test_detach_reaches_nested_and_private_constraints():
     constraint = SemiStructuredSparse("1:2", axis=0)
     inputs = keras.Input((3, 4))
     layers = keras.layers
     attention = layers.MultiHeadAttention(2, 2, kernel_constraint=constraint)
-    separable = layers.SeparableConv1D(2, 1, pointwise_constraint=constraint)
     lstm = layers.LSTM(2, recurrent_constraint=constraint)
-    inner = keras.Sequential([separable, lstm])
-    model = keras.Model(inputs, inner(attention(inputs, inputs)))
-    assert len(SemiStructuredSparse.detach(model).kernels) == 6
+    model = keras.Model(inputs, lstm(attention(inputs, inputs)))
+    assert len(SemiStructuredSparse.detach(model).kernels) == 5
     assert SemiStructuredSparse.detach(model).kernels == ()
     assert "SemiStructuredSparse" not in model.to_json()
     dense = dense_model()
     config = dense.layers[0].get_config()["kernel_constraint"]
-    assert config["registered_name"] == "keras_weightmods>SemiStructuredSparse"
     again = keras.saving.deserialize_keras_object(config)
     assert again.get_config() == SemiStructuredSparse().get_config()
     with pytest.raises(ValueError, match="kernel_constraint"):

@@ -7,7 +7,6 @@ import pytest
 import keras_weightmods as kwm
 from keras_weightmods.sparsity import criteria
 from keras_weightmods.sparsity.criteria import Criterion
-from keras_weightmods.sparsity.scaling import attach_scaling
 from tests import models, references
 from tests.backends import breadth
 from tests.models import assert_same, normal, randomize, weights_of
@@ -24,16 +23,12 @@ def make_mlp():
 
 
 def by_method(method, w, x, n, m):
-    """The reference of each method, for a matrix and its inputs."""
     if method == "magnitude":
         return np.where(references.nm_mask(w, n, m, 0), w, 0.0)
     if method == "wanda":
         return references.wanda(w, x, n, m)
     x = x.astype("float64")
     return references.sparsegpt(w, x.T @ x / len(x), n, m)
-
-
-# The numbers
 
 
 @breadth("pattern", ["2:4", "1:4"])
@@ -94,24 +89,7 @@ def test_einsum_dense(equation, output, shape, rows):
 
 
 @one_backend
-def test_sparsegpt_is_the_best_start_of_a_model():
-    errors = {}
-    for method in CRITERIA:
-        model = randomize(models.mlp(32, 64, 16))
-        mix = normal(32, 32, seed=2) * np.linspace(0.1, 4, 32)
-        x = (normal(400, 32, seed=1) @ mix).astype("float32")
-        dense = models.outputs(model, x)
-        kwm.sparsify(model, "2:4", x, criterion=method, verbose=0)
-        changes = models.outputs(model, x) - dense
-        errors[method] = np.mean(changes**2)
-    assert errors["sparsegpt"] < 0.8 * errors["wanda"]
-    assert errors["wanda"] < errors["magnitude"]
-
-
-@one_backend
 def test_a_criterion_is_one_entry_in_a_table(monkeypatch):
-    """`sparsify`, its refinements, its report and `CAST` take it."""
-
     def keep_the_smallest(weights, inputs, pattern):
         scores = inputs.norms[:, None] / (1e-6 + keras.ops.abs(weights))
         mask = kwm.ops.nm_mask(scores, pattern)
@@ -119,27 +97,17 @@ def test_a_criterion_is_one_entry_in_a_table(monkeypatch):
 
     entry = Criterion(keep_the_smallest)
     monkeypatch.setitem(criteria.CRITERIA, "smallest", entry)
-    x = normal(40, 16, seed=1)
-    for refine in (None, "swaps", "blocks"):
-        model = make_mlp()
-        before = weights_of(model)[0]
-        report = kwm.sparsify(
-            model, "2:4", x, criterion="smallest", refine=refine, verbose=0
-        )
-        kwm.assert_sparse(model, "2:4")
-        assert "2:4 by smallest" in str(report)
-        assert {k.criterion for k in report.kernels} == {"smallest"}
-        if refine is None:
-            scores = np.sqrt(np.mean(x**2, 0))[:, None] / np.abs(before)
-            mask = references.nm_mask(scores, 2, 4, 0)
-            kept = np.where(mask, before, 0.0)
-            np.testing.assert_array_equal(weights_of(model)[0], kept)
-    with pytest.raises(ValueError, match="calibration data"):
-        kwm.sparsify(make_mlp(), criterion="smallest")
+    x, model = normal(40, 16, seed=1), make_mlp()
+    before = weights_of(model)[0]
+    report = kwm.sparsify(model, data=x, criterion="smallest", verbose=0)
+    assert "2:4 by smallest" in str(report)
+    scores = np.sqrt(np.mean(x**2, 0))[:, None] / np.abs(before)
+    kept = np.where(references.nm_mask(scores, 2, 4, 0), before, 0.0)
+    np.testing.assert_array_equal(weights_of(model)[0], kept)
+    options = {"criterion": "smallest", "refine": "swaps", "verbose": 0}
+    kwm.sparsify(model := make_mlp(), data=x, **options)
+    kwm.assert_sparse(model)
     assert kwm.CAST(make_mlp(), init="smallest").init == "smallest"
-
-
-# Data
 
 
 @one_backend
@@ -157,26 +125,14 @@ def test_rows_of_weight_zero_are_left_out():
             np.testing.assert_allclose(each, expected, rtol=1e-5)
 
 
-# The report
-
-
 @one_backend
-def test_the_report(capsys):
+def test_the_report():
     model = make_mlp()
-    report = kwm.sparsify(
-        model, "2:4", normal(9, 16), criterion="wanda", verbose=0
-    )
+    report = kwm.sparsify(model, verbose=0)
     targets = kwm.find_targets(model)
     assert [k.key for k in report.kernels] == [t.key for t in targets]
-    saved = json.loads(json.dumps(report.to_dict()))
-    assert saved["kernels"][0]["shape"] == [16, 24]
-    assert 0 < saved["kernels"][0]["error"] < 1
-    assert targets[2].path in str(report)
-    assert "2:4 by wanda" in str(report)
-    without = kwm.sparsify(make_mlp(), "2:4", verbose=0)
-    assert [k.error for k in without.kernels] == [None] * 3
-    kwm.sparsify(model, "2:4", normal(9, 16), criterion="wanda")
-    assert "3/3" in capsys.readouterr().out
+    assert [k.error for k in report.kernels] == [None] * 3
+    json.dumps(report.to_dict())
 
 
 @one_backend
@@ -195,9 +151,6 @@ def test_what_does_not_fit_stays_dense():
         kwm.sparsify(model, "2:4", targets=kwm.find_targets(model)[:1])
 
 
-# Wrong use
-
-
 class Endless(Batches):
     num_batches = None
 
@@ -209,16 +162,11 @@ X = normal(4, 16)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pattern": "4:2"}, "`pattern`"),
-        ({"criterion": "obd"}, "`criterion`"),
         ({"criterion": "wanda"}, "calibration data"),
         ({"data": "wanda"}, "Pass `criterion='wanda'`"),
         ({"criterion": "wanda", "data": normal(0, 16)}, "arrays of rows"),
         ({"criterion": "wanda", "data": Endless(X, X, 2)}, "endless"),
         ({"data": normal(4, 15)}, "incompatible|shape"),
-        ({"batch_size": 0}, "`batch_size`"),
-        ({"damping": 0}, "`damping`"),
-        ({"targets": ["kernle"]}, "`targets`"),
         (
             {"criterion": "wanda", "data": np.where(X.max() > X, X, np.nan)},
             "NaN",
@@ -243,7 +191,7 @@ def test_an_error_on_the_way_leaves_the_model_alone():
     bias.assign(np.full(bias.shape, np.nan))
     infinite = weights_of(model)
     with pytest.raises(ValueError, match=model.layers[2].kernel.path):
-        kwm.sparsify(model, "2:4", normal(9, 16), criterion="wanda", verbose=0)
+        kwm.sparsify(model, data=X, criterion="wanda", verbose=0)
     assert_same(weights_of(model), infinite)
     bias.assign(before[3])
 
@@ -252,24 +200,22 @@ def test_an_error_on_the_way_leaves_the_model_alone():
 
     model.layers[2].call = interrupt
     with pytest.raises(KeyboardInterrupt):
-        kwm.sparsify(
-            model, "2:4", normal(9, 16), criterion="sparsegpt", verbose=0
-        )
+        kwm.sparsify(model, data=X, criterion="sparsegpt", verbose=0)
     assert_same(weights_of(model), before)
     assert "call" not in vars(model.layers[0])
 
 
 @one_backend
-@pytest.mark.parametrize("what", ["nan", "scales"])
-def test_kernels_with_nan_or_scales_are_refused(what):
+def test_kernels_with_nan_or_scales_are_refused():
     model = make_mlp()
     kernel = model.layers[1].kernel
-    message = kernel.path if what == "nan" else "fold"
-    if what == "nan":
-        kernel.assign(np.full(kernel.shape, np.nan))
-    else:
-        attach_scaling(model)
-    before = weights_of(model)
-    with pytest.raises(ValueError, match=message):
-        kwm.sparsify(model)
-    assert_same(weights_of(model), before)
+    value = kernel.numpy()
+    kernel.assign(value * np.nan)
+    for message in (kernel.path, "fold"):
+        if message == "fold":
+            kernel.assign(value)
+            kwm.attach_scaling(model)
+        before = weights_of(model)
+        with pytest.raises(ValueError, match=message):
+            kwm.sparsify(model)
+        assert_same(weights_of(model), before)

@@ -23,20 +23,15 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(distillation, "CHUNK_BYTES", 4 * 4 * CLASSES)
 
 
-def tied():
-    return models.causal_lm()
-
-
 def capped():
     return models.causal_lm("gemma", final_logit_soft_cap=1.5)
 
 
-def untied():
-    return models.causal_lm("llama", tie_word_embeddings=False)
-
-
 def masked():
     return models.token_net(CLASSES, mask_zero=True)
+
+
+tied = models.causal_lm
 
 
 def make_batch(model, seed=0):
@@ -50,7 +45,6 @@ def make_batch(model, seed=0):
 
 
 def compiled(make, **kwargs):
-    """Return a `CAST` whose step keeps the weights and shows gradients."""
     model = models.randomize(make())
     cast = kwm.CAST(model, **kwargs)
     rng = np.random.default_rng(1)
@@ -64,7 +58,6 @@ def compiled(make, **kwargs):
 
 
 def step(cast, x, y, weight, split=True):
-    """Return what a step logs, and its gradients."""
     own = cast._heads
     cast._heads = own if split else None
     cast.train_function = None
@@ -92,7 +85,10 @@ CASES = [
     (tied, {}),
     (capped, {"distillation_weight": 1.0}),
     (capped, {"temperature": 2.0}),
-    (untied, {"distillation_weight": 0.0}),
+    (
+        lambda: tied(tie_word_embeddings=False),
+        {"distillation_weight": 0.0},
+    ),
     (masked, {"teacher": None}),
 ]
 
@@ -183,7 +179,7 @@ def test_batches_of_two_sizes_and_predictions():
 def head_of(**options):
     inner = keras.layers.Embedding(CLASSES, 8)
     head = keras.layers.Dense(CLASSES, **options)
-    return models.sequential((None,), inner, head, dtype="int32")
+    return lambda: models.sequential((None,), inner, head, dtype="int32")
 
 
 def subclassed():
@@ -205,8 +201,8 @@ def subclassed():
         (masked, {"loss": {"from_logits": False}}),
         (models.mlp, {}),
         (subclassed, {}),
-        (lambda: head_of(activity_regularizer="l2"), {}),
-        (lambda: head_of(dtype="mixed_float16"), {}),
+        (head_of(activity_regularizer="l2"), {}),
+        (head_of(dtype="mixed_float16"), {}),
     ],
 )
 def test_what_is_not_split(make, options):

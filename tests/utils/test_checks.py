@@ -55,23 +55,20 @@ def test_others():
     for verbose in (0, 1, False, True):
         assert checks.check_verbose(verbose) is verbose
     checks.check_model(keras.layers.Dense(1))
-    for call, message in (
-        (lambda: checks.check_bool("b", 1), "`b` must be a bool"),
-        (lambda: checks.check_choice("c", 1, (True, 2)), "one of True, 2. "),
-        (lambda: checks.check_choice("c", np.ones(2), ("a",)), "one of 'a'"),
-        (lambda: checks.check_verbose(2), "`verbose` must be one of 0, 1. "),
-        (lambda: checks.check_verbose("auto"), "one of 0, 1. "),
-        (lambda: checks.check_string("s", ""), "a non-empty string. "),
-        (lambda: checks.check_string("s", 1, True), "string or None. "),
-        (lambda: checks.check_model([1]), r"a Keras model or layer.*=\[1\]"),
+    for check, arguments, message in (
+        (checks.check_bool, ("b", 1), "`b` must be a bool"),
+        (checks.check_choice, ("c", 1, (True, 2)), "one of True, 2. "),
+        (checks.check_choice, ("c", np.ones(2), ("a",)), "one of 'a'"),
+        (checks.check_verbose, (2,), "`verbose` must be one of 0, 1. "),
+        (checks.check_string, ("s", ""), "a non-empty string. "),
+        (checks.check_string, ("s", 1, True), "string or None. "),
+        (checks.check_model, ([1],), r"a Keras model or layer.*=\[1\]"),
+        (checks.raise_all, ("It has", ["a"]), r"^It has 1 problem:\n  a$"),
+        (checks.raise_all, ("", iter("ab")), r"2 problems:\n  a\n  b$"),
     ):
         with pytest.raises(ValueError, match=message):
-            call()
+            check(*arguments)
     checks.raise_all("The file has", [])
-    with pytest.raises(ValueError, match=r"^It has 1 problem:\n  a$"):
-        checks.raise_all("It has", ["a"])
-    with pytest.raises(ValueError, match=r"2 problems:\n  a\n  b$"):
-        checks.raise_all("It has", iter("ab"))
 
 
 def test_dtypes():

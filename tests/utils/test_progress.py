@@ -6,7 +6,6 @@ import threading
 import time
 
 import keras
-import numpy as np
 import pytest
 
 import keras_weightmods as kwm
@@ -19,8 +18,6 @@ pytestmark = pytest.mark.one_backend
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Holds the timers that were started; `fire` is called when they end."""
-
     class Timer:
         started = []
 
@@ -74,12 +71,6 @@ def fit_by_lift(verbose):
     model.fit(x, x[:, :4], epochs=2, callbacks=[callback], verbose=verbose)
 
 
-def fit_by_cast(verbose):
-    cast = kwm.CAST(mlp(8, 4, 4), teacher=None)
-    cast.compile(loss="mse")
-    cast.fit(np.ones((4, 8)), np.ones((4, 4)), 2, verbose=verbose)
-
-
 def packing(verbose):
     shown, model = {"verbose": verbose}, mlp()
     kwm.SemiStructuredSparse.attach(model, **shown)
@@ -87,8 +78,6 @@ def packing(verbose):
     kwm.pack(model, "int8", **shown)
     kwm.save_model(model, "model.safetensors", **shown)
     kwm.load_model("model.safetensors", **shown)
-    if keras.backend.backend() == "torch":
-        kwm.export(model, "model.pt2", "torch", **shown)
     kwm.unpack(model, **shown)
 
 
@@ -106,23 +95,14 @@ def patches(verbose):
         patch.remove(model, **shown)
 
 
-@pytest.mark.filterwarnings("ignore:.*exported in dense form")
 @pytest.mark.parametrize(
     ("call", "unit"),
     [
         (fit_by_lift, "s/mask"),
-        (fit_by_cast, "/batch"),
         (patches, "s/weight"),
         (packing, "s/kernel"),
         (lambda verbose: kwm.merge([mlp()], mlp(), verbose=verbose), "weight"),
-        *(
-            (lambda verbose, f=f: f(mlp(), verbose=verbose), "s/kernel")
-            for f in (
-                kwm.attach_compander,
-                kwm.attach_weight_norm,
-                kwm.attach_scaling,
-            )
-        ),
+        (lambda verbose: kwm.attach_scaling(mlp(), verbose=verbose), "kernel"),
     ],
 )
 def test_all_calls_show_it(call, unit, clock, capsys, tmp_path, monkeypatch):
@@ -136,17 +116,8 @@ def test_all_calls_show_it(call, unit, clock, capsys, tmp_path, monkeypatch):
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """`Waiting` shows its line at once, and again soon."""
     monkeypatch.setattr(progress, "DELAY", 0.01)
     monkeypatch.setattr(progress, "_EVERY", {True: 0.01, False: 0.01})
-
-
-def wait_for(text, shown):
-    """Waits until `shown` has the text, for ten seconds at most."""
-    end = time.monotonic() + 10
-    while text not in shown.getvalue() and time.monotonic() < end:
-        time.sleep(0.005)
-    return shown.getvalue()
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
@@ -159,8 +130,11 @@ def test_what_cannot_be_counted_shows_the_seconds(
     line = "Compiling: 0 s"
     twice = f"\r{line}\r{line}" if is_terminal else f"{line}\n{line}\n"
     with Waiting("Compiling"):
-        assert twice in wait_for(twice, shown)
+        end = time.monotonic() + 10
+        while twice not in shown.getvalue() and time.monotonic() < end:
+            time.sleep(0.005)
     out = shown.getvalue()
+    assert twice in out
     # What is shown next begins on a line of its own.
     assert out.endswith(f"{line}\n")
     assert out.count("\n") == (1 if is_terminal else out.count(line))
@@ -171,12 +145,6 @@ def test_what_cannot_be_counted_shows_the_seconds(
 def test_waiting_is_quiet_where_it_is_short_or_asked_to_be(capsys, ticking):
     with Waiting("Compiling", verbose=0, since=0):
         time.sleep(0.05)
-    keras.config.disable_interactive_logging()
-    try:
-        with Waiting("Compiling"):
-            time.sleep(0.05)
-    finally:
-        keras.config.enable_interactive_logging()
     progress.DELAY = 60
     threads = threading.active_count()
     with pytest.raises(KeyError), Waiting("Compiling"):

@@ -13,11 +13,8 @@ from tests.models import mlp, normal, weights_of
 
 
 class Array:
-    """What of a JAX array counts here."""
-
     def __init__(self, name):
-        self.name = name
-        self.used_up = False
+        self.name, self.used_up = name, False
 
     def is_deleted(self):
         return self.used_up
@@ -27,7 +24,6 @@ class Array:
 
 
 def held_after(step, error, data=()):
-    """Return the names of what is held once a step has ended by an error."""
     held = []
     with pytest.raises(error):
         kept(step, held.append, [[Array("old")]], iter(data))
@@ -42,7 +38,6 @@ def interrupt():
 @pytest.mark.one_backend
 def test_an_interrupt_waits_for_the_end_of_the_step():
     def step(state, data):
-        state[0][0].used_up = True
         interrupt()
         return {}, [[Array("new")]]
 
@@ -91,15 +86,13 @@ def test_fit_gives_the_weights_back(method, steps, tmp_path):
         def __len__(self):
             return 4
 
-    model = fitted = mlp()
+    model, callbacks = mlp(), []
     before = weights_of(model)
-    callbacks = []
     if method == "cast":
         fitted = kwm.CAST(model, teacher=None)
-        fitted.compile(loss="mse")
     else:
-        model.compile("adam", "mse")
-        callbacks = [kwm.Checkpoint(tmp_path)]
+        fitted, callbacks = model, [kwm.Checkpoint(tmp_path)]
+    fitted.compile(loss="mse")
     with pytest.raises(KeyboardInterrupt):
         fitted.fit(Interrupted(), verbose=0, shuffle=False, callbacks=callbacks)
     assert all(np.isfinite(weight).all() for weight in weights_of(model))

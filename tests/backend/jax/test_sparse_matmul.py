@@ -37,7 +37,6 @@ def packed():
 
 
 def product(x, values, packed):
-    """By other values in the places of `packed`."""
     return sparse_matmul(
         x, Packed(values, packed.meta, None, packed.shape, packed.dtype)
     )
@@ -131,18 +130,13 @@ def test_a_call_that_does_not_fit_is_an_error_of_xla(packed):
     rounded = pack_kernel(kernel_of(K, N), "int4")
     values, meta, scale = rounded.values, rounded.meta, rounded.scale
     x = normal(2, K)
-    for target, columns, weights, message in (
-        ("kwm_xla_matmul", 4 * N, (packed.values, packed.meta, no_scale), ""),
-        ("kwm_xla_matmul_int8", N, (values, meta, scale.astype("f4")), ""),
-        ("kwm_xla_matmul_int8", N, (values, meta[:0, 0, 0], scale), ""),
-        (
-            "kwm_xla_matmul_int8",
-            N,
-            (values, meta, scale.view("float16")),
-            "bfloat16 for int4",
-        ),
+    misfit, half = "packed weights do not fit", scale.view("float16")
+    for kind, columns, weights, message in (
+        ("", 4 * N, (packed.values, packed.meta, no_scale), misfit),
+        ("_int8", N, (values, meta, scale.astype("f4")), misfit),
+        ("_int8", N, (values, meta[:0, 0, 0], scale), misfit),
+        ("_int8", N, (values, meta, half), "bfloat16 for int4"),
     ):
         result = jax.ShapeDtypeStruct((2, columns), jnp.float32)
-        match = message or "packed weights do not fit"
-        with pytest.raises(Exception, match=match):
-            jax.ffi.ffi_call(target, result)(x, *weights)
+        with pytest.raises(Exception, match=message):
+            jax.ffi.ffi_call(f"kwm_xla_matmul{kind}", result)(x, *weights)

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.skipif(
 
 
 def step(x, cache, place):
-    """What a language model does with its cache, in small."""
     layers = []
     for i in range(cache.shape[1]):
         keys, values = cache[:, i][:, 0], cache[:, i][:, 1]
@@ -104,7 +103,6 @@ def test_what_depends_on_no_argument_is_computed_once():
 @pytest.mark.skipif(not native.is_available(), reason="no compiled kernels")
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
 def test_products_of_one_input_share_a_call(x_dtype):
-    """But for another input, another type, and a dense matrix."""
     first, others = (
         [pack_kernel(kernel_of(64, n), dtype, "int8") for n in sizes]
         for dtype, sizes in (("int8", (64, 64, 64)), ("int4", (16, 40)))

@@ -33,11 +33,10 @@ pytestmark = pytest.mark.skipif(
 K, N = 36, 20
 
 
+SIGNATURE = [tf.TensorSpec((None, None, K))]
+
+
 class Product(tf.Module):
-    """A product with variables."""
-
-    signature = (tf.TensorSpec((None, None, K)),)
-
     def __init__(self):
         super().__init__()
         packed = pack_kernel(kernel_of(K, N))
@@ -51,17 +50,13 @@ class Product(tf.Module):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_one_function_for_batches_of_any_size(jit_compile):
-    product = Product()
-    function = tf.function(
-        product, jit_compile=jit_compile, input_signature=product.signature
-    )
+    options = {"jit_compile": jit_compile, "input_signature": SIGNATURE}
+    function = tf.function(Product(), **options)
     for leading in ((1, 1), (3, 2), (2, 7)):
         x = normal(*leading, K)
         assert_close(function(x), x.astype("float64") @ kernel_of(K, N))
-    operators = {
-        node.op
-        for node in function.get_concrete_function().graph.as_graph_def().node
-    }
+    graph = function.get_concrete_function().graph.as_graph_def()
+    operators = {node.op for node in graph.node}
     assert "XlaCallModule" in operators
     assert "MatMul" not in operators
     assert function.experimental_get_tracing_count() == 1
@@ -70,7 +65,7 @@ def test_one_function_for_batches_of_any_size(jit_compile):
 def test_gradients_in_a_function():
     product = Product()
 
-    @tf.function(jit_compile=True, input_signature=product.signature)
+    @tf.function(jit_compile=True, input_signature=SIGNATURE)
     def gradients(x):
         with tf.GradientTape() as tape:
             tape.watch(x)
@@ -93,9 +88,8 @@ def test_int8_activations_in_a_function(dtype):
     if dtype == "int4 dense":
         packed = pack_dense(normal(K, N), "int4")
     w = unpack_kernel(packed).astype("float64")
-    signature = [tf.TensorSpec((None, None, K))]
 
-    @tf.function(jit_compile=True, input_signature=signature)
+    @tf.function(jit_compile=True, input_signature=SIGNATURE)
     def product(x):
         with tf.GradientTape() as tape:
             tape.watch(x)

@@ -16,14 +16,12 @@ from keras_weightmods.backend.torch import recorded_call
 
 
 def calls_in(recorded):
-    """Return how often a recording calls the library for products in int8."""
     nodes = recorded.graph.graph.nodes
     names = [getattr(node.target, "__name__", "") for node in nodes]
     return names.count("products")
 
 
 def test_products_of_one_input_and_type_share_a_call():
-    """An input that was written into is another one."""
     kernels = [
         *(pack_kernel(kernel_of(64, n), "int8", "int8") for n in (64, 16, 40)),
         *(pack_dense(normal(64, n), "int8") for n in (16, 8)),
