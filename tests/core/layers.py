@@ -1,9 +1,9 @@
 """Layers, and what the tests of targets compare."""
 
 import keras
-import numpy as np
 
 from keras_weightmods.core.keras_compat import layers_of
+from tests.models import assert_same
 
 
 def keys(targets):
@@ -26,23 +26,16 @@ def built(layer, *shape):
 def state_of(model):
     """All that the layers hold, by identity, and the weights by value."""
     layers = layers_of(model)
-    return (
-        [(layer, type(layer), dict(vars(layer))) for layer in layers],
-        model.get_weights(),
-    )
+    held = [(layer, type(layer), dict(vars(layer))) for layer in layers]
+    return held, model.get_weights()
 
 
 def assert_unchanged(model, state):
-    layers, weights = state
-    assert [layer for layer, _, _ in layers] == layers_of(model)
-    for layer, cls, attributes in layers:
-        assert type(layer) is cls
-        assert vars(layer).keys() == attributes.keys()
-        for name, value in attributes.items():
-            assert vars(layer)[name] is value, f"{layer.name}.{name}"
-        assert "call" not in vars(layer)
-    for before, after in zip(weights, model.get_weights()):
-        np.testing.assert_array_equal(before, after)
+    for before, after in zip(state[0], state_of(model)[0], strict=True):
+        assert before[:2] == after[:2]
+        assert before[2].keys() == after[2].keys()
+        assert all(after[2][name] is x for name, x in before[2].items())
+    assert_same(model.get_weights(), state[1])
 
 
 class Block(keras.layers.Layer):

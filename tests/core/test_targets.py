@@ -170,8 +170,6 @@ def test_resolve_targets():
         resolve_targets(other, targets)
     assert keys(resolve_targets(model, ["gate", "up"])) == keys(targets[:2])
     assert names(resolve_targets(model, Block)) == ["gate", "up", "down"]
-    with pytest.raises(ValueError, match="`targets` must match a target"):
-        resolve_targets(model, "typo")
 
 
 @one_backend

@@ -5,9 +5,7 @@ import pytest
 from keras_weightmods.core.weight_keys import (
     matching_places,
     same_path,
-    weight_keys,
 )
-from tests.models import mlp
 
 pytestmark = pytest.mark.one_backend
 
@@ -51,10 +49,3 @@ def test_matching_places(path, places):
         variable("dense_1/kernel"),
     ]
     assert matching_places(path, [2, 3], variables) == places
-
-
-def test_keys():
-    model = mlp()
-    keys = weight_keys(model)
-    assert list(keys) == [id(v) for v in model.weights]
-    assert keys[id(model.weights[2])] == f"2:{model.weights[2].path}"

@@ -135,14 +135,15 @@ def test_only_masked_entries_change(name):
 
 
 SETTINGS = {
-    "plain": {},
     "clipping by norm": {"clipnorm": 0.5},
     "clipping by value": {"clipvalue": 0.3},
     "clipping by global norm": {"global_clipnorm": 0.5},
     "weight decay": {"weight_decay": 0.1},
     "average": {"use_ema": True, "ema_overwrite_frequency": 7},
-    "accumulation": {"gradient_accumulation_steps": 3, "weight_decay": 0.1},
-    "both of these": {"use_ema": True, "gradient_accumulation_steps": 3},
+    "accumulation": {
+        **{"gradient_accumulation_steps": 3, "weight_decay": 0.1},
+        "use_ema": True,
+    },
 }
 
 

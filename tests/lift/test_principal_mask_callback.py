@@ -119,9 +119,8 @@ def test_refresh_follows_the_rule_without_a_retrace(name):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("kind", [kwm.SparseAdamW, keras.optimizers.Adam])
-def test_figures_of_the_masks_are_in_the_logs(kind, tmp_path):
-    masks, path = [], tmp_path / "log.csv"
-    refreshing = callback(refresh_every=3)
+def test_figures_of_the_masks_are_in_the_logs(kind):
+    masks, refreshing = [], callback(refresh_every=3)
 
     def record(batch, logs):
         optimizer = refreshing.model.optimizer
@@ -131,7 +130,6 @@ def test_figures_of_the_masks_are_in_the_logs(kind, tmp_path):
     history = fit(
         make(kind(0.5)),
         refreshing,
-        keras.callbacks.CSVLogger(path),
         keras.callbacks.LambdaCallback(on_train_batch_end=record),
         epochs=4,
     ).history
@@ -143,13 +141,10 @@ def test_figures_of_the_masks_are_in_the_logs(kind, tmp_path):
     assert any(expected)
     found = refreshing.refreshes
     assert [each.step for each in found] == [3, 6, 9, 12, 15]
-    assert [each.changed for each in found] == pytest.approx(expected)
     a, b, c, d, e = expected
     means = [a, b, c, (d + e) / 2]
     assert history["mask_changed"] == pytest.approx(means)
     assert history["mask_density"] == [sum(COUNTS) / 144] * 4
-    assert all(seconds > 0 for seconds in history["mask_seconds"])
-    assert "mask_changed" in path.read_text()
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="only JAX has a state to sync")

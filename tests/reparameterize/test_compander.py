@@ -148,18 +148,14 @@ def test_checkpoints_of_fixed_pairs_hold_them(tmp_path):
         kwm.attach_compander(model, **arguments)
         return model
 
-    model, other = (attached(learnable=False, a=0.6) for _ in range(2))
-    model.save_weights(tmp_path / "a.weights.h5")
-    other.load_weights(tmp_path / "a.weights.h5")
-    np.testing.assert_array_equal(outputs(other, X), outputs(model, X))
-    other = attached(learnable=False, a=0.7)
+    attached(a=0.6).save_weights(tmp_path / "a.weights.h5")
+    other = attached(a=0.7)
     before = outputs(other, X)
     with pytest.raises(ValueError, match=r"fixed pairs.*\(0\.6, 0\.6\)"):
         other.load_weights(tmp_path / "a.weights.h5")
     np.testing.assert_array_equal(outputs(other, X), before)
-    for arguments in ({"function": "erf"}, {"learnable": True}):
-        with pytest.raises(ValueError, match="reparameterized in the same way"):
-            attached(**arguments).load_weights(tmp_path / "a.weights.h5")
+    with pytest.raises(ValueError, match="reparameterized in the same way"):
+        attached(function="erf").load_weights(tmp_path / "a.weights.h5")
 
 
 @pytest.mark.one_backend

@@ -12,9 +12,7 @@ from tests.models import fit_step, normal, numpy, sequential
 
 MODELS = {
     "dense": (keras.layers.Dense(3), (5,), (0,)),
-    "einsum one": (EinsumDense("bqm,muh->bquh", (None, 2, 3)), (4, 5), (0,)),
     "einsum two": (EinsumDense("bquh,uhm->bqm", (None, 3)), (4, 2, 5), (0, 1)),
-    "conv": (keras.layers.Conv2D(3, 2), (4, 4, 2), (0, 1, 2)),
     "depthwise": (keras.layers.DepthwiseConv2D(2), (4, 4, 3), (0, 1)),
 }
 

