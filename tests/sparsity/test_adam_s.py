@@ -252,25 +252,6 @@ def test_masks_follow_the_importance():
 
 
 @one_backend
-@pytest.mark.parametrize(
-    "form",
-    [
-        lambda model: model.layers[1],
-        lambda model: find_targets(model)[1:2],
-        lambda model: [config(2, model.layers[1].kernel, (0,))],
-    ],
-    ids=["layer", "targets", "config"],
-)
-def test_forms_of_targets(form):
-    model = models.mlp(8, 8, 8, 4)
-    optimizer = AdamS(total_steps=4, decay="relative", targets=form(model))
-    again = AdamS.from_config(optimizer.get_config())
-    for each in (optimizer, again):
-        each.build(model.trainable_variables)
-        assert each.sparsified == [model.layers[1].kernel]
-
-
-@one_backend
 def test_nothing_to_sparsify():
     def build(*variables, **kwargs):
         AdamS(1e-3, **{"total_steps": 5, **kwargs}).build(variables)

@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 
 import keras_weightmods as kwm
-from keras_weightmods.calibration.inputs import (
-    input_norms,
-    router_of,
-    rows_seen,
-)
+from keras_weightmods.calibration import inputs
 from keras_weightmods.ops import sparsegpt
 from tests import models
 
@@ -31,7 +27,7 @@ def test_each_expert_sees_its_own_tokens(family):
     layer = targets[0].layer
     # What an expert gives counts for a token exactly if it is routed to it.
     tokens = models.normal(32, 16)
-    routed = router_of(model, layer)(tokens)
+    routed = inputs.router_of(model, layer)(tokens)
     assert (routed.sum(axis=1) == 2).all()
     block = next(
         part
@@ -70,7 +66,7 @@ def test_one_shot_by_each_experts_own_inputs(family, method):
         seen.append(models.numpy(rows.tensor)[:, 0])
 
     # Only the experts, so that their inputs stay the same.
-    with rows_seen(model, [first], see):
+    with inputs.rows_seen(model, [first], see):
         model(X)
     (tokens,) = seen
     report = kwm.sparsify(
@@ -79,7 +75,7 @@ def test_one_shot_by_each_experts_own_inputs(family, method):
     assert [k.criterion for k in report.kernels] == [method] * len(stacks)
     kwm.assert_sparse(model, "2:4", targets=stacks)
     after = models.numpy(first.variable)
-    routed = router_of(model, first.layer)(tokens)
+    routed = inputs.router_of(model, first.layer)(tokens)
     for expert in range(4):
         rows = tokens[routed[:, expert]].astype("float64")
         moment = rows.T @ rows
@@ -101,7 +97,7 @@ def test_padding_is_left_out():
     targets = stacks_of(model)
     short = {key: value[:, :5] for key, value in X.items()}
     norms, expected = (
-        input_norms(model, targets, [batch])
+        inputs.input_norms(model, targets, [batch])
         for batch in ((X, weights), (short, None))
     )
     for pair in zip(norms, expected):

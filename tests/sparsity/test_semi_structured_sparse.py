@@ -2,12 +2,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_weightmods import (
-    SemiStructuredSparse,
-    SwapSparseEMAWeights,
-    assert_sparse,
-    find_targets,
-)
+import keras_weightmods as kwm
+from keras_weightmods import SemiStructuredSparse, SwapSparseEMAWeights
 from keras_weightmods.ops import nm
 from tests import models
 from tests.backends import breadth
@@ -116,10 +112,10 @@ def test_averages_are_exact_with_the_callback_alone(swap_on_epoch):
     # Keras shows and leaves dense averages, and the check says so.
     assert max(recorders[0].seen) > 0
     with pytest.raises(AssertionError, match="not exactly 2:4"):
-        assert_sparse(plain, "2:4")
+        kwm.assert_sparse(plain, "2:4")
     assert len(recorders[1].seen) >= 5
     assert recorders[1].seen == [0] * len(recorders[1].seen)
-    assert_sparse(sparse, "2:4")
+    kwm.assert_sparse(sparse, "2:4")
 
 
 @one_backend
@@ -174,7 +170,9 @@ def test_attach_projects_skips_and_reports():
     assert violations(einsum.kernel, 1, (0, 1)) == 0
 
     # A second attach replaces the pattern; detach keeps the weights.
-    SemiStructuredSparse.attach(model, "2:2", targets=find_targets(model)[:1])
+    SemiStructuredSparse.attach(
+        model, "2:2", targets=kwm.find_targets(model)[:1]
+    )
     assert conv.kernel.constraint.pattern == "2:2"
     weights = models.weights_of(model)
     conv.kernel.constraint = NonNeg()
