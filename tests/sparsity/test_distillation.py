@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import keras_weightmods as kwm
-from tests import models
+from tests import models, references
 from tests.models import numpy, two_heads
 from tests.sparsity import casts
 from tests.sparsity.casts import compiled, cross_entropy, fit, make_data
@@ -15,21 +15,6 @@ one_backend = pytest.mark.one_backend
 
 # Most runs here are too short for the published pull, and say so.
 pytestmark = pytest.mark.filterwarnings("ignore:AdamS. this schedule")
-
-
-def reference_losses(student, teacher, y, weight, temperature):
-    """Cross-entropy and KL with the weights, over the number of positions."""
-
-    def log_softmax(z):
-        z = z.astype("float64")
-        z = z - z.max(axis=-1, keepdims=True)
-        return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
-
-    rows = log_softmax(student)
-    entropy = -np.take_along_axis(rows, y[..., None], axis=-1)[..., 0]
-    p, q = (log_softmax(z / temperature) for z in (teacher, student))
-    kl = temperature**2 * (np.exp(p) * (p - q)).sum(axis=-1)
-    return (entropy * weight).mean(), (kl * weight).mean()
 
 
 @one_backend
@@ -51,9 +36,11 @@ def test_both_losses_honour_weights_and_masks(mask_zero):
         # Keras takes the mean over what is not masked.
         total = total * (x != 0) * x.size / (x != 0).sum()
     y_pred = cast(x, training=True)
-    entropy, kl = reference_losses(numpy(y_pred), taught, y, total, 2.0)
+    logits = (z.reshape(-1, 20) for z in (numpy(y_pred), taught))
+    (expected, entropy, kl), _ = references.distillation(
+        *logits, y.ravel(), total.ravel() / total.size, 0.25, 2.0
+    )
     loss = cast.compute_loss(x, y, y_pred, weight)
-    expected = 0.75 * entropy + 0.25 * kl
     assert float(numpy(loss)) == pytest.approx(expected, rel=1e-5)
     results = {m.name: float(m.result()) for m in cast.metrics if m.variables}
     assert results["student_loss"] == pytest.approx(entropy, rel=1e-5)
@@ -80,7 +67,10 @@ def test_the_models_own_losses_count_once():
     expected = 0
     for k, label in y.items():
         z = numpy(y_pred[k])
-        expected += reference_losses(z, z, label, weight[k], 1.0)[0]
+        (_, entropy, _), _ = references.distillation(
+            z, z, label, weight[k] / 4, 0.5, 1.0
+        )
+        expected += entropy
     own = sum(float(numpy(v)) for v in model.losses)
     assert len(model.losses) == 2
     assert float(numpy(loss)) == pytest.approx(0.5 * (expected + own), rel=1e-5)
