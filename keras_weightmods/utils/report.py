@@ -162,12 +162,12 @@ def _lines(table: Table, width: int = sys.maxsize) -> list[str]:
         widths = [max(map(len, column)) for column in columns]
         while sum(widths) + 2 * len(widths) - 2 > width:
             widths[widths.index(max(widths))] -= 1
-        for place, (column, size) in enumerate(zip(columns, widths)):
-            is_number = all(c[:1].isdigit() or not c for c in column[1:])
+        for place, (cells, size) in enumerate(zip(columns, widths)):
+            is_number = all(c[:1].isdigit() or not c for c in cells[1:])
             align = str.rjust if is_number else str.ljust
             columns[place] = [
                 align(c if len(c) <= size else f"{c[: size - 1]}…", size)
-                for c in column
+                for c in cells
             ]
         text = ["  ".join(row).rstrip() for row in zip(*columns)]
         rule = "─" * (sum(widths) + 2 * len(widths) - 2)
