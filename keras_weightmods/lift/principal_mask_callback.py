@@ -389,7 +389,7 @@ def _loss_gradients(
                 x, y, model(x, training=False), sample_weight, training=False
             )
 
-    values = map(ops.convert_to_tensor, variables)
+    values = [ops.convert_to_tensor(v.value) for v in variables]
     loss, pullback = backend.current().vjp(loss_at, *values)
     return pullback(ops.ones_like(loss))
 
