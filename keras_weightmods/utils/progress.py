@@ -4,16 +4,52 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 # Seconds in which nothing is shown.
 DELAY = 2.0
-# Seconds between two lines of `Waiting`, where one takes the place of another
-# and where each is kept.
+# Seconds between two drawings, of what replaces the last one and of lines that
+# stay.
 _EVERY = {True: 1.0, False: 10.0}
 
 
-class Progress:
+class _Late:
+    """Draws from a thread, once the work has taken two seconds."""
+
+    _is_rewritten = True
+
+    def __init__(self, verbose: Any, since: float | None) -> None:
+        self._verbose = verbose
+        self._since = since
+
+    def __enter__(self) -> Self:
+        self._start = time.perf_counter()
+        since = self._start if self._since is None else self._since
+        self._first = since + DELAY
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if self._verbose:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._is_over.set()
+        if self._verbose:
+            self._thread.join()
+            if time.perf_counter() >= self._first:
+                self._draw(True)
+
+    def _run(self) -> None:
+        pause = max(0.0, self._first - time.perf_counter())
+        while not self._is_over.wait(pause):
+            self._draw(False)
+            pause = _EVERY[self._is_rewritten]
+
+    def _draw(self, is_last: bool) -> None:
+        raise NotImplementedError
+
+
+class Progress(_Late):
     """Keras' progress bar, shown once the work has taken two seconds.
 
     A context manager. A step that takes long shows it too, not only the end of
@@ -33,32 +69,22 @@ class Progress:
         verbose: Any = 1,
         since: float | None = None,
     ) -> None:
+        super().__init__(verbose, since)
         self.total = total
         self._unit = unit
-        self._verbose = verbose
-        self._since = since
         self._done = 0
-        self._is_shown = False
-        self._lock = threading.Lock()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         import keras
 
-        # Where it is written to a file, each update is a line.
         self._bar = keras.utils.Progbar(
-            self.total, unit_name=self._unit, interval=0.5
+            self.total, unit_name=self._unit, interval=0
         )
-        self._timer = threading.Timer(_rest(self._since), self._show)
-        self._timer.daemon = True
-        if self._verbose:
-            self._timer.start()
-        return self
+        return super().__enter__()
 
     def add(self, *_: Any) -> None:
         """Count one step more. Arguments are passed over."""
-        with self._lock:
-            self._done += 1
-            self._draw()
+        self._done += 1
 
     def each(self, steps: Iterable[Any]) -> Iterator[Any]:
         """Yield the steps, each of which is counted when it is done."""
@@ -67,26 +93,16 @@ class Progress:
             self.add()
 
     def __exit__(self, kind: Any, *error: Any) -> None:
-        self._timer.cancel()
-        with self._lock:
-            if kind is None:
-                self._done = self.total
-                self._draw(finalize=True)
-            # A timer that has just fired shows nothing now.
-            self._verbose = 0
+        if kind is None:
+            self._done = self.total
+        super().__exit__(kind, *error)
 
-    def _show(self) -> None:
-        with self._lock:
-            self._is_shown = bool(self._verbose)
-            self._draw()
-
-    def _draw(self, finalize: bool = False) -> None:
-        if self._is_shown and self._verbose:
-            self._bar.target = self.total
-            self._bar.update(self._done, finalize=finalize)
+    def _draw(self, is_last: bool) -> None:
+        self._bar.target = self.total
+        self._bar.update(self._done, finalize=is_last)
 
 
-class Waiting:
+class Waiting(_Late):
     """A line that says what is waited for, and the seconds that it has taken.
 
     A context manager, for work whose steps cannot be counted. As `Progress` it
@@ -102,38 +118,22 @@ class Waiting:
     def __init__(
         self, label: str, verbose: Any = 1, since: float | None = None
     ) -> None:
+        super().__init__(verbose, since)
         self._label = label
-        self._verbose = verbose
-        self._since = since
 
-    def __enter__(self) -> "Waiting":
+    def __enter__(self) -> Self:
         import keras
 
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        if self._verbose and keras.config.is_interactive_logging_enabled():
-            self._thread.start()
-        return self
+        if not keras.config.is_interactive_logging_enabled():
+            self._verbose = 0
+        self._is_rewritten = sys.stdout.isatty() or "ipykernel" in sys.modules
+        return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        self._is_over.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        start, pause, end = time.perf_counter(), _rest(self._since), ""
-        is_rewritten = sys.stdout.isatty() or "ipykernel" in sys.modules
-        line = "\r{}: {:.0f} s" if is_rewritten else "{}: {:.0f} s\n"
-        while not self._is_over.wait(pause):
-            seconds = time.perf_counter() - start
-            sys.stdout.write(line.format(self._label, seconds))
-            sys.stdout.flush()
-            pause, end = _EVERY[is_rewritten], "\n" * is_rewritten
-        sys.stdout.write(end)
-
-
-def _rest(since: float | None) -> float:
-    """Return the seconds that are left in which nothing is shown."""
-    if since is None:
-        return DELAY
-    return max(0.0, DELAY - (time.perf_counter() - since))
+    def _draw(self, is_last: bool) -> None:
+        line = f"{self._label}: {time.perf_counter() - self._start:.0f} s"
+        if self._is_rewritten:
+            line = f"\r{line}"
+        if is_last or not self._is_rewritten:
+            line += "\n"
+        sys.stdout.write(line)
+        sys.stdout.flush()
