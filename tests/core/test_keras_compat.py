@@ -117,8 +117,32 @@ def test_upstream_names_all_that_is_private():
     assert public - named == set()
 
 
+# Ways to reach what runs, to change what is imported, or what others define.
+FORBIDDEN = re.compile(
+    r"\b(meta_path|path_hooks|currentframe|_getframe|f_locals|f_back|f_globals"
+    r"|settrace|setprofile|FunctionType|CodeType|__code__|__globals__"
+    r"|_initializing)\b"
+    r"|^ *(keras|keras_hub|tf|tensorflow|torch|jax|sys|builtins)(\.\w+)+ = ",
+    re.MULTILINE,
+)
+
+
+@one_backend
+def test_nothing_of_others_is_replaced():
+    for file in ROOT.rglob("*.py"):
+        assert not FORBIDDEN.search(file.read_text()), file
+
+
 @one_backend
 def test_the_checks_find():
+    for text in (
+        "import keras\nkeras.layers.Dense.call = f",
+        "import tensorflow as tf\ntf.random.shuffle = f",
+        "import sys\nsys.meta_path.insert(0, f)",
+        "import inspect\ninspect.currentframe()",
+        "getattr(f, '__code__')",
+    ):
+        assert FORBIDDEN.search(text)
     for text in (
         "from keras.src import tree",
         "import keras.src.backend",

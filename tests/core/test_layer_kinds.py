@@ -234,6 +234,28 @@ def test_every_method_takes_a_kind_from_outside(mixer, tmp_path):
     models.assert_same(models.weights_of(model), weights)
 
 
+@pytest.mark.one_backend
+def test_training_takes_a_kind_from_outside(mixer):
+    model, x = mixer, normal(16, 5, 16)
+    y = np.ones((16, 5, 4), "float32")
+    lift = kwm.PrincipalMaskCallback(0.1, filter_rank=2)
+    model.compile(kwm.SparseAdamW(0.1), "mse")
+    before = models.weights_of(model)
+    model.fit(x, y, verbose=0, callbacks=[lift])
+    for old, new in zip(before[:2], models.weights_of(model)):
+        assert 0 < np.mean(old != new) < 0.2
+    model.compile("sgd", "mse")
+    assert len(kwm.attach_compander(model, verbose=0).kernels) == 3
+    outputs = models.outputs(model, x)
+    kwm.fold(model)
+    np.testing.assert_allclose(models.outputs(model, x), outputs, atol=1e-5)
+    cast = kwm.CAST(model)
+    cast.compile(loss="mse", jit_compile=models.JIT)
+    cast.fit(x, y, verbose=0)
+    cast.finalize()
+    kwm.assert_sparse(model)
+
+
 KINDS = [
     (keras.layers.Dense(6, activation="tanh"), (3, 4)),
     (keras.layers.EinsumDense("...x,xy->...y", 6, bias_axes="y"), (3, 4)),
