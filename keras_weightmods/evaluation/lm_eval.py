@@ -8,11 +8,7 @@ import numpy as np
 
 from keras_weightmods.core import keras_compat
 from keras_weightmods.evaluation.perplexity import start_token, tokenize
-from keras_weightmods.evaluation.token_scorer import (
-    TokenScorer,
-    longest_input,
-    padded_rows,
-)
+from keras_weightmods.evaluation.token_scorer import TokenScorer, longest_input
 from keras_weightmods.utils.checks import check_int
 from keras_weightmods.utils.progress import Progress
 
@@ -114,11 +110,6 @@ class _KerasLM:
         start = start_token(self.model)
         return self.eot_token_id if start is None else int(start)
 
-    @property
-    def tokenizer_name(self) -> str:
-        # Requests are cached under it.
-        return f"keras_{type(self.model).__name__}_{self.model.name}"
-
     def tok_encode(
         self, string: str, add_special_tokens: Any = None, **kwargs: Any
     ) -> Any:
@@ -131,9 +122,6 @@ class _KerasLM:
             tokens = tokens[1:]
         return tokens
 
-    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
-        return self._log_probabilities([pair for _, *pair in requests])
-
     def loglikelihood_rolling(
         self, requests: Any, disable_tqdm: bool = False
     ) -> list[float]:
@@ -145,54 +133,47 @@ class _KerasLM:
             for window in utils.get_rolling_token_windows(
                 tokens, self.prefix_token_id, self.length, context_len=1
             ):
-                pairs.append(utils.make_disjoint_window(window))
+                pairs.append((None, *utils.make_disjoint_window(window)))
                 owners.append(index)
         totals = [0.0] * len(requests)
-        for index, (value, _) in zip(owners, self._log_probabilities(pairs)):
+        for index, (value, _) in zip(owners, self._loglikelihood_tokens(pairs)):
             totals[index] += value
         return totals
 
     def generate_until(
         self, requests: Any, disable_tqdm: bool = False
     ) -> list[str]:
-        greedy = _Greedy(self.model)
-        results = []
+        view = _greedy_view(self.model)
         with Progress(len(requests), "request") as progress:
-            for request in progress.each(requests):
-                context, options = request.args
-                results.append(self._generate(greedy, context, options))
-        return results
+            return [
+                self._generate(view, *request.args)
+                for request in progress.each(requests)
+            ]
 
-    def _log_probabilities(self, pairs: Any) -> Any:
-        """Return (log probability, greedy or not) of each pair's second."""
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+        """Return (log probability, greedy or not) of each request's last."""
         windows = []
-        for context, scored in pairs:
+        for _, context, scored in requests:
             if not scored or len(scored) > self.length:
                 raise ValueError(
                     "A continuation must have from one token to `length`. "
                     f"Received: {len(scored)} tokens, length={self.length}"
                 )
-            windows.append([*context, *scored][-self.length - 1 :])
-        results: list[Any] = [None] * len(pairs)
+            window = [*context, *scored][-self.length - 1 :]
+            windows.append((window, len(scored)))
+        results: list[Any] = [None] * len(windows)
         # Those of one length together; the longest first, for its memory.
-        order = sorted(range(len(pairs)), key=lambda i: -len(windows[i]))
-        rows = padded_rows(len(order), self.batch_size)
-        starts = range(0, len(order), self.batch_size)
-        with Progress(len(starts), "batch") as progress:
-            for first in progress.each(starts):
-                batch = order[first : first + self.batch_size]
-                scores = self._scorer.score_windows(
-                    [windows[i] for i in batch], rows, self.length
-                )
-                for i, (losses, is_greedy) in zip(batch, scores):
-                    count = len(pairs[i][1])
-                    results[i] = (
-                        -float(losses[-count:].sum(dtype="float64")),
-                        bool(is_greedy[-count:].all()),
-                    )
+        order = sorted(range(len(windows)), key=lambda i: -len(windows[i][0]))
+        scores = self._scorer.score_windows(
+            [windows[i] for i in order], self.batch_size, self.length
+        )
+        with Progress(len(order), "window") as progress:
+            for (losses, is_greedy), i in zip(progress.each(scores), order):
+                total = -float(losses.sum(dtype="float64"))
+                results[i] = total, bool(is_greedy.all())
         return results
 
-    def _generate(self, greedy: Any, context: Any, options: Any) -> Any:
+    def _generate(self, view: Any, context: Any, options: Any) -> Any:
         if options.get("do_sample"):
             raise ValueError(
                 "`generate_until` decodes greedily. Set `do_sample: false` in "
@@ -213,7 +194,7 @@ class _KerasLM:
             for tokens in map(tokenizer, until)
             if len(tokens) == 1
         )
-        tokens = greedy.new_tokens(prompt, count, sorted(stops))
+        tokens = _new_tokens(view, prompt, count, sorted(stops))
         tokens = itertools.takewhile(lambda token: token not in ends, tokens)
         # Of both together: alone, the first word could lose its space.
         text = tokenizer.detokenize([*prompt, *tokens])
@@ -223,35 +204,32 @@ class _KerasLM:
         return text
 
 
-class _Greedy:
-    """Writes the likeliest tokens, by a view of a `CausalLM`."""
+def _greedy_view(model: Any) -> Any:
+    """Return a view of a `CausalLM` that writes the likeliest tokens."""
+    import keras_hub
 
-    def __init__(self, model: Any) -> None:
-        import keras_hub
+    sampler = keras_hub.samplers.GreedySampler()
+    return keras_compat.view(model, sampler=sampler, generate_function=None)
 
-        sampler = keras_hub.samplers.GreedySampler()
-        self._view = keras_compat.view(
-            model, sampler=sampler, generate_function=None
-        )
 
-    def new_tokens(self, prompt: Any, count: int, stops: Any) -> Any:
-        """Return the tokens after a prompt, `count` or up to a stop."""
-        total = len(prompt) + count
-        step = 1 if keras.backend.backend() == "torch" else _LENGTH_STEP
-        padded = -(-total // step) * step
-        width = max(total, longest_input(self._view, padded))
-        # Generation ends where it sees a stop, also in what is not written yet.
-        filler = min(set(range(len(stops) + 1)) - set(stops))
-        tokens = np.full((1, width), filler, dtype="int32")
-        tokens[0, : len(prompt)] = prompt
-        mask = np.arange(width)[None] < len(prompt)
-        inputs = {"token_ids": tokens, "padding_mask": mask}
-        outputs = self._view.make_generate_function()(
-            keras.tree.map_structure(keras.ops.convert_to_tensor, inputs),
-            stop_token_ids=stops,
-        )
-        new, used = (
-            keras.ops.convert_to_numpy(outputs[name])[0, len(prompt) : total]
-            for name in ("token_ids", "padding_mask")
-        )
-        return new[used.astype(bool)].tolist()
+def _new_tokens(view: Any, prompt: Any, count: int, stops: Any) -> Any:
+    """Return the tokens after a prompt, `count` or up to a stop."""
+    total = len(prompt) + count
+    step = 1 if keras.backend.backend() == "torch" else _LENGTH_STEP
+    padded = -(-total // step) * step
+    width = max(total, longest_input(view, padded))
+    # Generation ends where it sees a stop, also in what is not written yet.
+    filler = min(set(range(len(stops) + 1)) - set(stops))
+    tokens = np.full((1, width), filler, dtype="int32")
+    tokens[0, : len(prompt)] = prompt
+    mask = np.arange(width)[None] < len(prompt)
+    inputs = {"token_ids": tokens, "padding_mask": mask}
+    outputs = view.make_generate_function()(
+        keras.tree.map_structure(keras.ops.convert_to_tensor, inputs),
+        stop_token_ids=stops,
+    )
+    new, used = (
+        keras.ops.convert_to_numpy(outputs[name])[0, len(prompt) : total]
+        for name in ("token_ids", "padding_mask")
+    )
+    return new[used.astype(bool)].tolist()

@@ -9,11 +9,7 @@ import keras
 import numpy as np
 
 from keras_weightmods.core import data
-from keras_weightmods.evaluation.token_scorer import (
-    TokenScorer,
-    longest_input,
-    padded_rows,
-)
+from keras_weightmods.evaluation.token_scorer import TokenScorer, longest_input
 from keras_weightmods.utils import checks
 
 
@@ -199,6 +195,7 @@ class Perplexity:
             length = max(1, min(length, texts.shape[1] - 1))
         sums: list[float] = []
         counts: list[int] = []
+        owners: list[int] = []
 
         def all_windows() -> Iterator[Any]:
             for index, tokens in enumerate(data.rows(texts)):
@@ -206,13 +203,14 @@ class Perplexity:
                     tokens = tokenize(self.model, tokens)
                 sums.append(0.0)
                 counts.append(0)
-                for window, first in self._windows(tokens):
-                    yield index, window, first
+                for window in self._windows(tokens):
+                    owners.append(index)
+                    yield window
 
         windows = all_windows()
         # What is wrong is mostly so in the first: no bar stands before it.
-        batch = list(itertools.islice(windows, self.batch_size))
-        if not batch:
+        first = next(windows, None)
+        if first is None:
             raise ValueError(
                 "`texts` must hold a text of two tokens at least. Received: "
                 f"{len(sums)} texts without any"
@@ -225,22 +223,22 @@ class Perplexity:
         )
         # To compile takes longer than the first text.
         progress.update(0)
-        rows = padded_rows(len(batch), self.batch_size)
-        while batch:
-            scores = self._score.score_windows(
-                [window for _, window, _ in batch], rows, length
-            )
-            for (index, _, first), (losses, _) in zip(batch, scores):
-                new = losses[first:].astype("float64")
-                sums[index] += float(new.sum())
-                counts[index] += len(new)
-            mean = sum(sums) / sum(counts)
-            progress.update(len(sums), [(name, _exp(mean))])
-            batch = list(itertools.islice(windows, self.batch_size))
+        windows = itertools.chain([first], windows)
+        scores = self._score.score_windows(windows, self.batch_size, length)
+        # The owner of a window is known once that is read.
+        total, count = 0.0, 0
+        for (losses, _), index in zip(scores, owners):
+            loss = float(losses.sum(dtype="float64"))
+            sums[index] += loss
+            counts[index] += len(losses)
+            total, count = total + loss, count + len(losses)
+            shown = [(name, _exp(total / count))]
+            progress.update(index, shown)
+        progress.update(len(sums), shown, finalize=True)
         return np.asarray(sums), np.asarray(counts)
 
     def _windows(self, tokens: Any) -> Iterator[tuple[Any, int]]:
-        """Yield windows of a text, and the first position to score."""
+        """Yield windows of a text, and how many of their tokens are new."""
         scored, start = 1, 0
         first = start_token(self.model)
         is_started = first is not None and len(tokens) and tokens[0] == first
@@ -250,8 +248,9 @@ class Perplexity:
                 # In the place of the oldest token, in every window: models
                 # that were trained with it are lost without.
                 window = np.insert(window[1:], 0, first)
-            yield window, scored - start - 1
-            scored = start + len(window)
+            end = start + len(window)
+            yield window, end - scored
+            scored = end
             start += self.stride
 
 

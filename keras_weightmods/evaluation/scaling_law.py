@@ -8,7 +8,6 @@ import numpy as np
 from keras_weightmods.utils import checks
 
 _FEWEST_BUDGETS = 4  # one more than there are parameters
-_LARGEST_BETA = 10.0
 
 
 class Prediction(NamedTuple):
@@ -63,10 +62,10 @@ class ScalingLaw:
     intervals: dict[str, tuple[float, float]]
     confidence: float
     residual: float
+    # Of L_inf, log B and beta.
     _covariance: np.ndarray = dataclasses.field(
         default_factory=lambda: np.zeros((3, 3)), repr=False, compare=False
     )
-    _center: float = dataclasses.field(default=1.0, repr=False)
     _quantile: float = dataclasses.field(default=0.0, repr=False)
 
     def predict(self, tokens: Any) -> Prediction:
@@ -85,19 +84,14 @@ class ScalingLaw:
             ValueError: If `tokens` are not positive and finite.
         """
         tokens = _positive("tokens", tokens)
-        x = tokens / self._center
-        size = self.B * self._center**-self.beta
-        loss = self.L_inf + size * x**-self.beta
-        gradient = _gradient(x, size, self.beta)
+        law = self.L_inf, np.log(self.B), self.beta
+        loss, gradient = _loss(tokens, *law), _gradient(tokens, *law)
         variance = np.einsum(
             "...i,ij,...j->...", gradient, self._covariance, gradient
         )
         # The law's own uncertainty, and a run's deviation from it.
         width = self._quantile * np.sqrt(variance + self.residual**2)
-        ends = loss, loss - width, loss + width
-        if tokens.ndim == 0:
-            return Prediction(*map(float, ends))
-        return Prediction(*ends)
+        return Prediction(loss, loss - width, loss + width)
 
 
 def fit_scaling_law(
@@ -168,37 +162,45 @@ def fit_scaling_law(
             f"tokens={np.unique(tokens).tolist()}"
         )
     confidence = checks.check_float("confidence", confidence, above=0, below=1)
-    # In units of a budget in the middle, L_inf + size * x**-beta is well
-    # conditioned; B is the loss at one token, far outside of the data.
-    center = float(np.exp(np.log(tokens).mean()))
-    x = tokens / center
-    floor, size, beta = _least_squares(x, losses, optimize)
-    residuals = losses - (floor + size * x**-beta)
+    # The logarithm of B, as B is the loss at one token, far from the data.
+    beta = 0.5
+    log_b = np.log(losses.mean() / 2) + beta * np.log(tokens).mean()
+    law, covariance = optimize.curve_fit(
+        _loss,
+        tokens,
+        losses,
+        (losses.min() / 2, log_b, beta),
+        bounds=([0, -np.inf, 0], [np.inf, np.inf, 10]),
+        jac=_gradient,
+        x_scale="jac",
+        max_nfev=100_000,
+        **dict.fromkeys(("ftol", "xtol", "gtol"), 1e-15),
+    )
+    residuals = losses - _loss(tokens, *law)
+    error = residuals @ residuals
+    if error >= losses.var() * len(losses) * (1 - 1e-9):
+        raise ValueError(
+            "The losses must fall with the tokens. Received: losses that a "
+            "constant fits as well as a falling law"
+        )
     freedom = len(losses) - 3
-    variance = residuals @ residuals / freedom
-    gradient = _gradient(x, size, beta)
-    covariance = variance * np.linalg.pinv(gradient.T @ gradient)
     quantile = float(stats.t.ppf((1 + confidence) / 2, freedom))
     spread = quantile * np.sqrt(np.diag(covariance))
-    # B = size * center**beta, whose logarithm is nearly normal.
-    log_b = np.log(size) + beta * np.log(center)
-    slope = np.array([0.0, 1 / size, np.log(center)])
-    log_spread = quantile * np.sqrt(slope @ covariance @ slope)
+    # The fit comes near to a bound, and not onto it.
+    law[0] = round(law[0], 9)
+    ends = np.array(
+        [law, np.maximum(law - spread, [0, -np.inf, 0]), law + spread]
+    )
     with np.errstate(over="ignore"):
-        b_low, b_high = np.exp([log_b - log_spread, log_b + log_spread])
+        ends[:, 1] = np.exp(ends[:, 1])
+    found, *intervals = ends.tolist()
+    names = "L_inf", "B", "beta"
     return ScalingLaw(
-        L_inf=floor,
-        B=float(np.exp(log_b)),
-        beta=beta,
-        intervals={
-            "L_inf": (max(0.0, floor - spread[0]), floor + spread[0]),
-            "B": (float(b_low), float(b_high)),
-            "beta": (max(0.0, beta - spread[2]), beta + spread[2]),
-        },
+        **dict(zip(names, found)),
+        intervals=dict(zip(names, zip(*intervals))),
         confidence=confidence,
-        residual=float(np.sqrt(variance)),
+        residual=float(np.sqrt(error / freedom)),
         _covariance=covariance,
-        _center=center,
         _quantile=quantile,
     )
 
@@ -210,37 +212,12 @@ def _positive(name: str, values: Any) -> np.ndarray:
     return array
 
 
-def _gradient(x: Any, size: Any, beta: Any) -> np.ndarray:
-    """Return that of `floor + size * x**-beta` by floor, size and beta."""
-    power = x**-beta
-    return np.stack(
-        [np.ones_like(x), power, -size * np.log(x) * power], axis=-1
-    )
+def _loss(tokens: Any, floor: Any, log_b: Any, beta: Any) -> Any:
+    return floor + np.exp(log_b - beta * np.log(tokens))
 
 
-def _least_squares(x: Any, losses: Any, optimize: Any) -> Any:
-    """Return the best exponent, behind its best other parameters."""
-
-    def fit(beta: float) -> Any:
-        columns = np.stack([np.ones_like(x), x**-beta], axis=1)
-        (floor, size), norm = optimize.nnls(columns, losses)
-        return norm, float(floor), float(size)
-
-    betas = np.geomspace(0.01, _LARGEST_BETA, 100)
-    best = int(np.argmin([fit(beta)[0] for beta in betas]))
-    beta = float(
-        optimize.minimize_scalar(
-            lambda beta: fit(beta)[0],
-            bounds=(betas[max(best - 1, 0)], betas[min(best + 1, 99)]),
-            method="bounded",
-            options={"xatol": 1e-12},
-        ).x
-    )
-    norm, floor, size = fit(beta)
-    constant = float(np.linalg.norm(losses - losses.mean()))
-    if size == 0 or norm >= constant * (1 - 1e-9):
-        raise ValueError(
-            "The losses must fall with the tokens. Received: losses that a "
-            "constant fits as well as a falling law"
-        )
-    return floor, size, beta
+def _gradient(tokens: Any, floor: Any, log_b: Any, beta: Any) -> np.ndarray:
+    """Return that of `_loss` by the floor, the logarithm of B, and beta."""
+    power = _loss(tokens, 0, log_b, beta)
+    parts = np.ones_like(power), power, -power * np.log(tokens)
+    return np.stack(parts, axis=-1)

@@ -1,5 +1,8 @@
 """The loss of each token, with the logits of few positions at a time."""
 
+import functools
+import itertools
+
 import keras
 import numpy as np
 from keras import ops
@@ -40,7 +43,8 @@ class TokenScorer:
             keras.layers.Dense(7),
         ]
     )
-    losses, is_greedy = TokenScorer(model)(np.array([[1, 2, 3]]))
+    tokens, mask = np.array([[1, 2, 3]]), np.ones((1, 2))
+    losses, is_greedy = TokenScorer(model)(tokens, mask)
     assert losses.shape == is_greedy.shape == (1, 2)
     ```
     """
@@ -61,14 +65,13 @@ class TokenScorer:
         self.chunk_size = chunk_size
         self._built_for: list[int] | None = None
 
-    def __call__(self, tokens, padding_mask=None):
+    def __call__(self, tokens, padding_mask):
         """Score each token after the first of its row.
 
         Args:
             tokens: Int array of shape `(rows, length + 1)`.
             padding_mask: Bool array of shape `(rows, length)`, False for the
-                inputs that are padding, at the end of a row. Defaults to
-                `None`, for no padding.
+                inputs that are padding, at the end of a row.
 
         Returns:
             Two NumPy arrays of shape `(rows, length)`: float32, the loss of
@@ -78,9 +81,13 @@ class TokenScorer:
         self._build()
         tokens = np.asarray(tokens, dtype="int32")
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        if padding_mask is None:
-            padding_mask = np.ones(inputs.shape, dtype=bool)
-        hidden = self._run_body(_as_taken(self.model, inputs, padding_mask))
+        taken = {"token_ids": inputs, "padding_mask": padding_mask}
+        structure = input_of(self.model)
+        if isinstance(structure, dict):
+            taken = {name: taken[name] for name in structure}
+        elif structure is not None or not hasattr(self.model, "backbone"):
+            taken = inputs
+        hidden = self._run_body(taken)
         rows, length = inputs.shape
         if tuple(getattr(hidden, "shape", ())[:-1]) != (rows, length):
             expected = f"a model whose outputs are {inputs.shape} and logits"
@@ -100,35 +107,35 @@ class TokenScorer:
             is_greedy.append(np.asarray(scores["is_greedy"])[:, new])
         return np.concatenate(losses, 1), np.concatenate(is_greedy, 1)
 
-    def score_windows(self, windows, rows, length):
-        """Score a batch of windows of different lengths.
+    def score_windows(self, windows, batch_size, length):
+        """Score windows of different lengths.
 
         Args:
-            windows: List of int vectors, of two tokens or more.
-            rows: Int, to which the batch is filled up, so that each has one
-                shape.
+            windows: Iterable of pairs: an int vector of two tokens or more,
+                and how many of its last tokens are scored.
+            batch_size: Int, windows in one forward pass.
             length: Int, the most inputs that a window has.
 
-        Returns:
-            List of pairs (losses, is_greedy) of vectors, as long as the
-            window less one.
+        Yields:
+            For each window a pair (losses, is_greedy) of vectors.
         """
-        longest = max(map(len, windows)) - 1
-        # One of few lengths, since each compiles anew.
-        width = min(length, 1 << (longest - 1).bit_length())
-        width = _fixed_length(self.model) or width
-        tokens = np.zeros((rows, width + 1), dtype="int32")
-        mask = np.zeros((rows, width), dtype=bool)
-        # A row of nothing but padding may give NaN.
-        mask[:, 0] = True
-        for row, used, window in zip(tokens, mask, windows):
-            row[: len(window)] = window
-            used[: len(window) - 1] = True
-        losses, is_greedy = self(tokens, mask)
-        return [
-            (losses[i, : len(window) - 1], is_greedy[i, : len(window) - 1])
-            for i, window in enumerate(windows)
-        ]
+        windows, rows = iter(windows), None
+        while batch := list(itertools.islice(windows, batch_size)):
+            # Few numbers of rows, and few widths, since each compiles anew.
+            rows = rows or min(batch_size, _power_of_2(len(batch)))
+            longest = max(len(window) for window, _ in batch) - 1
+            width = min(length, _power_of_2(longest))
+            width = _fixed_length(self.model) or width
+            tokens = np.zeros((rows, width + 1), dtype="int32")
+            mask = np.zeros((rows, width), dtype=bool)
+            # A row of nothing but padding may give NaN.
+            mask[:, 0] = True
+            for row, used, (window, _) in zip(tokens, mask, batch):
+                row[: len(window)] = window
+                used[: len(window) - 1] = True
+            scores = self(tokens, mask)
+            for row, (window, count) in enumerate(batch):
+                yield [x[row, : len(window) - 1][-count:] for x in scores]
 
     def _build(self):
         variables = [id(variable) for variable in self.model.variables]
@@ -136,14 +143,18 @@ class TokenScorer:
             return
         head = find_head(self.model)
         body = self.model if head is None else head.body
-        self._run_body = backend.current().compiled_call(_Body(body))
-        self._run_head = backend.current().compiled_call(_Head(head))
+        layers = [] if head is None else list(head.layers)
+        compiled = backend.current().compiled_call
+        self._run_body = compiled(_Part(body, [body]))
+        self._run_head = compiled(
+            _Part(functools.partial(_scores, head), layers)
+        )
         self._built_for = variables
 
 
-def padded_rows(count, batch_size):
-    """Return the rows of each batch of `count` windows, one of few numbers."""
-    return min(batch_size, 1 << max(0, count - 1).bit_length())
+def _power_of_2(count):
+    """Return the least that is not less than `count`."""
+    return 1 << (count - 1).bit_length()
 
 
 def _fixed_length(model):
@@ -162,48 +173,29 @@ def longest_input(model, length):
     return min([length, *(limit for limit in limits if limit)])
 
 
-class _Body(keras.Model):
-    """From tokens to what enters the head; to the logits without a body."""
+class _Part(keras.Model):
+    """A function of inputs and `training` that computes with some layers."""
 
-    def __init__(self, body):
-        # TensorFlow takes no name that begins with an underscore. The model's
-        # own layers cast what they are given.
-        super().__init__(name="body", dtype="float32", autocast=False)
-        self.body = body
+    def __init__(self, function, layers):
+        # TensorFlow takes no name that begins with an underscore. The layers
+        # cast what they are given.
+        super().__init__(name="part", dtype="float32", autocast=False)
+        self.function, self.tracked = function, layers
         self.built = True
 
     def call(self, inputs, training=False):
-        return self.body(inputs, training=training)
+        return self.function(inputs, training=training)
 
 
-class _Head(keras.Model):
-    """From what enters the head, and the targets, to their scores."""
-
-    def __init__(self, head):
-        super().__init__(name="head", dtype="float32", autocast=False)
-        self.head = head
-        self.tracked = [] if head is None else list(head.layers)
-        self.built = True
-
-    def call(self, inputs, training=False):
-        logits, targets = inputs["hidden"], inputs["targets"]
-        if self.head is not None:
-            logits = self.head(logits)
-        logits = ops.cast(logits, "float32")
-        picked = ops.take_along_axis(logits, targets[..., None], axis=-1)
-        likeliest = ops.cast(ops.argmax(logits, axis=-1), "int32")
-        return {
-            "losses": ops.logsumexp(logits, axis=-1) - picked[..., 0],
-            "is_greedy": ops.equal(likeliest, ops.cast(targets, "int32")),
-        }
-
-
-def _as_taken(model, token_ids, padding_mask):
-    """Return the inputs in the form in which the model takes them."""
-    inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
-    structure = input_of(model)
-    if structure is None:
-        return inputs if hasattr(model, "backbone") else token_ids
-    if not isinstance(structure, dict):
-        return token_ids
-    return {name: inputs[name] for name in structure}
+def _scores(head, inputs, training):
+    """Return the scores of targets, by what enters the head, or by logits."""
+    logits, targets = inputs["hidden"], inputs["targets"]
+    if head is not None:
+        logits = head(logits, training)
+    logits = ops.cast(logits, "float32")
+    picked = ops.take_along_axis(logits, targets[..., None], axis=-1)
+    likeliest = ops.cast(ops.argmax(logits, axis=-1), "int32")
+    return {
+        "losses": ops.logsumexp(logits, axis=-1) - picked[..., 0],
+        "is_greedy": ops.equal(likeliest, ops.cast(targets, "int32")),
+    }

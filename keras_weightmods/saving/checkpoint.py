@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import numbers
 import os
 import random
 import re
@@ -123,8 +124,11 @@ class Checkpoint(keras.callbacks.Callback):
         self.path = os.path.abspath(checks.check_path("path", path))
         if os.path.lexists(self.path) and not os.path.isdir(self.path):
             raise checks.error("path", "a folder, or none yet", self.path)
-        if not (isinstance(save_freq, str) and save_freq == "epoch"):
-            checks.check_int("save_freq", save_freq, 1)
+        is_int = isinstance(save_freq, numbers.Integral)
+        is_steps = is_int and checks.is_number(save_freq) and save_freq >= 1
+        is_epoch = isinstance(save_freq, str) and save_freq == "epoch"
+        if not (is_steps or is_epoch):
+            raise checks.error("save_freq", '"epoch" or an int >= 1', save_freq)
         self.save_freq = save_freq
         # What `_load` returned.
         self._loaded: Any = None

@@ -121,8 +121,7 @@ def build(description, entries, custom_objects=None):
         with keras_compat.without_values() as pending:
             model, parts = _build(description, custom_objects)
     except Exception as error:
-        # Some class makes a variable of a value.
-        if "stateless scope" not in str(error):
+        if not keras_compat.is_for_want_of_values(error):
             raise
         pending = []
         model, parts = _build(description, custom_objects)

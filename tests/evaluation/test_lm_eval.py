@@ -110,9 +110,10 @@ def test_loglikelihood_rolling(model, adapted):
 def test_the_likeliest_tokens_without_a_change_of_the_model(model):
     before = dict(vars(model))
     start = encode(model, "ab cd")
-    found = lm_eval._Greedy(model).new_tokens(start, 4, [99])
+    view = lm_eval._greedy_view(model)
+    found = lm_eval._new_tokens(view, start, 4, [99])
     assert [*start, *found] == greedy(model, start, 4)
-    first = lm_eval._Greedy(model).new_tokens(start, 4, [found[1]])
+    first = lm_eval._new_tokens(view, start, 4, [found[1]])
     assert first == found[: found.index(found[1]) + 1]
     assert vars(model).keys() == before.keys()
     for name in ("sampler", "generate_function"):
@@ -143,8 +144,8 @@ def test_generate_until_is_greedy(model, adapted):
 def test_only_end_tokens_end_a_text(adapted, monkeypatch):
     # Token 0 is an ordinary one in most vocabularies.
     monkeypatch.setattr(type(adapted), "eot_token_id", 3)
-    tokens = types.SimpleNamespace(new_tokens=lambda *_: [1, 0, 2, 3, 1])
-    text = adapted._generate(tokens, "c", {})
+    monkeypatch.setattr(lm_eval, "_new_tokens", lambda *_: [1, 0, 2, 3, 1])
+    text = adapted._generate(None, "c", {})
     assert text == "a<|endoftext|>b"
 
 

@@ -165,6 +165,13 @@ def test_a_complete_run_is_loaded_and_not_trained(tmp_path):
 
 
 @pytest.mark.one_backend
+def test_a_wrong_frequency_is_told_both_forms(tmp_path):
+    for value in ("epochs", 0, None):
+        with pytest.raises(ValueError, match='`save_freq` must be "epoch" or'):
+            kwm.Checkpoint(tmp_path, value)
+
+
+@pytest.mark.one_backend
 def test_another_model_is_unchanged(tmp_path):
     fit(tmp_path)
     model = sequential((8,), keras.layers.Dense(3))

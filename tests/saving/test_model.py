@@ -45,11 +45,14 @@ class Tower(keras.Model):
 
 @keras.saving.register_keras_serializable("tests.saving")
 class Constant(keras.layers.Layer):
-    """Keras cannot make its variable without a value, though it is built."""
+    """Keras cannot make its variable without a value, and it says so itself."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.factor = keras.Variable(np.ones(8), name="factor")
+        try:
+            self.factor = keras.Variable(np.ones(8), name="factor")
+        except ValueError as error:
+            raise RuntimeError("no factor") from error
 
     def call(self, x):
         return x * self.factor

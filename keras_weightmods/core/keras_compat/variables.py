@@ -137,6 +137,23 @@ def without_values() -> Iterator[list[Any]]:
         global_state.set_global_attribute(attribute, earlier)
 
 
+def is_for_want_of_values(error: BaseException | None) -> bool:
+    """Return whether code in `without_values` made a variable of a value.
+
+    Keras has no class for that error: one that is made here has its arguments,
+    however the code or Keras has wrapped it. Needless if it had a class.
+    """
+    expected = None
+    try:
+        with keras.StatelessScope():
+            keras.Variable(0.0, name="probe")
+    except ValueError as own:
+        expected = own.args
+    while error is not None and error.args != expected:
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def layout_of(variable: Any) -> Any:
     """Return the layout of a variable over devices; None where it has none.
 
