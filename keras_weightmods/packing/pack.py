@@ -67,11 +67,12 @@ def pack(
     and take the packed arrays; `save_model` saves the whole model.
 
     Where the compiled kernels are missing, a warning says so once. The layers
-    then hold the weights dense as well, rounded alike, and multiply by these.
+    then hold the weights dense, rounded alike, and multiply by these. The
+    packed arrays are no weights then, and wait in the host's memory for a file.
 
     Under `keras.distribution`, with JAX, the packed arrays are split over
     devices as the weights are, and each device multiplies by its own part: no
-    weight is gathered. (On GPUs the kernels are held dense as well then.)
+    weight is gathered. (On GPUs the kernels are held dense then.)
 
     Packing holds the dense and the packed weights for a while. A built
     optimizer has state of weights that are gone, so the model is left
@@ -140,7 +141,12 @@ def pack(
     ```
     """
     began = time.perf_counter()
-    _check_arguments(dtype, head, activations, trainable)
+    known = dict.fromkeys(form.dtype for form in FORMATS.values())
+    whole = [name for name in known if None in formats_of(name)]
+    checks.check_choice("dtype", dtype, (None, *known))
+    checks.check_choice("head", head, ("auto", None, *whole))
+    checks.check_choice("activations", activations, (None, *ACTIVATIONS))
+    checks.check_bool("trainable", trainable)
     checks.check_verbose(verbose)
     on_gpu = gpu_plan((1, 1), "float32") is not None
     if activations is None:
@@ -181,7 +187,7 @@ def pack(
     items += tables
     why_dense = reason_for_dense()
     has_products = activations != "float32" or on_gpu or why_dense
-    before = _model_bytes(model)
+    before = bytes_of(model.weights)
     with Progress(len(items), "kernel", verbose, began) as progress:
         for item in items:
             _check_weight(item, has_products)
@@ -227,31 +233,11 @@ def unpack(model: keras.layers.Layer, verbose: int = 1) -> PackReport:
     """
     checks.check_model(model)
     checks.check_verbose(verbose)
-    before = _model_bytes(model)
+    before = bytes_of(model.weights)
     count = len(reparameterizations(model, PackedParameters))
     with Progress(count, "kernel", verbose) as progress:
         items = seam.fold(model, PackedParameters, progress.add)
     return _report(model, items, (), before)
-
-
-def _check_arguments(
-    dtype: Any, head: Any, activations: Any, trainable: Any
-) -> None:
-    """Raise ValueError for arguments that `pack` does not take."""
-    known = dict.fromkeys(form.dtype for form in FORMATS.values())
-    whole = [name for name in known if None in formats_of(name)]
-    checks.check_choice("dtype", dtype, (None, *known))
-    checks.check_choice("head", head, ("auto", None, *whole))
-    checks.check_choice("activations", activations, (None, *ACTIVATIONS))
-    checks.check_bool("trainable", trainable)
-    forms = [form for d in (dtype, head) for form in formats_of(d).values()]
-    is_rounded = any("int8" in form.activations for form in forms)
-    if activations == "int8" and (dtype or trainable) and not is_rounded:
-        raise ValueError(
-            "int8 activations need int8 or int4 weights. Received: "
-            f"activations='int8', dtype={dtype!r}, head={head!r}, "
-            f"trainable={trainable}"
-        )
 
 
 def _item(
@@ -387,8 +373,8 @@ def _report(
             item.target.path,
             item.target.shape,
             item.form.dtype,
-            bytes_of([(item.target.shape, item.dtype)]),
-            bytes_of((p.shape, p.dtype) for p in item.parameters),
+            bytes_of([item.target.variable]),
+            bytes_of(item.parameters),
             item.activations,
             item.rounding_error,
             item.pattern,
@@ -396,8 +382,5 @@ def _report(
         )
         for item in items
     )
-    return PackReport(weights, tuple(skipped), before, _model_bytes(model))
-
-
-def _model_bytes(model: Any) -> int:
-    return bytes_of((weight.shape, weight.dtype) for weight in model.weights)
+    after = bytes_of(model.weights)
+    return PackReport(weights, tuple(skipped), before, after)

@@ -17,6 +17,7 @@ from keras_weightmods.native import quantize
 from keras_weightmods.ops.matrix import from_stack, stack_shape, to_stack
 from keras_weightmods.ops.sparse_matmul import gpu_plan, reason_for_dense
 from keras_weightmods.packing.formats import FORMATS, NativeFormat
+from keras_weightmods.saving import shared
 from keras_weightmods.utils import checks
 
 # What files tell of a packed weight.
@@ -43,9 +44,9 @@ def reason_to_skip(target):
 class PackedParameters(Reparameterization):
     """A weight whose parameters stand for it: the arrays of a format.
 
-    Behind them come companions, made of them and left out of files: the form
-    of a kernel that a GPU multiplies by under JAX, or the dense weight where
-    nothing can multiply by what is packed.
+    Where nothing can multiply by these, the parameter is the dense weight, and
+    the arrays wait in NumPy for a file. Under JAX on a GPU companions come
+    behind the arrays, the forms that it multiplies by; no file has them.
 
     Attributes:
         rounding_error: Float, what rounding changed: the norm of the difference
@@ -101,7 +102,6 @@ class PackedParameters(Reparameterization):
         self.shape = rows, self.stacks * self.width
         self.arrays = form.arrays(self.shape)
         self.layouts: dict[str, Any] = {}
-        self._arrays: dict[str, Any] = {}
         self.named: dict[str, Any] = {}
         self.companions: dict[str, Any] = {}
         is_embedding = isinstance(target.layer, keras.layers.Embedding)
@@ -109,29 +109,34 @@ class PackedParameters(Reparameterization):
         self.mixin: Any = _PackedTableCall if is_table else _PackedCall
         if not isinstance(form, NativeFormat):
             return
-        self._split_as_weight(is_table)
+        layout = keras_compat.layout_of(target.variable)
         # Training changes the values in each step: nothing to prepare once.
-        if trainable:
-            return
-        self.plan = gpu_plan(
-            self.shape, target.layer.compute_dtype, activations
-        )
-        # On a GPU nothing multiplies by stacks, by dense integers, or by parts
-        # that are split over devices.
-        is_dense = self.plan is not None and (
-            not form.pattern
-            or target.stack_axes
-            or not self.plan.is_sparse
-            or keras_compat.layout_of(target.variable) is not None
-        )
-        # Compiled kernels multiply by dense integers in integers alone.
-        is_float = activations == "float32"
-        self.is_held = bool(
-            reason_for_dense() or is_dense or (is_float and not form.pattern)
-        )
-        if self.is_held and is_float and not is_table:
-            # By the layer's own call.
-            self.mixin = None
+        if not trainable:
+            self.plan = gpu_plan(
+                self.shape, target.layer.compute_dtype, activations
+            )
+            # On a GPU nothing multiplies by stacks, by dense integers, or by
+            # parts that are split over devices.
+            is_dense = self.plan is not None and (
+                not form.pattern
+                or target.stack_axes
+                or not self.plan.is_sparse
+                or layout is not None
+            )
+            # Compiled kernels multiply by dense integers in integers alone.
+            is_float = activations == "float32"
+            self.is_held = bool(
+                reason_for_dense()
+                or is_dense
+                or (is_float and not form.pattern)
+            )
+            if self.is_held and is_float and not is_table:
+                # By the layer's own call.
+                self.mixin = None
+        if self.is_held:
+            self.layouts["unpacked"] = layout
+        elif layout is not None:
+            self._split_as(layout, is_table)
 
     @classmethod
     def from_config(cls, target, config):
@@ -159,10 +164,10 @@ class PackedParameters(Reparameterization):
 
     def pack(self):
         """Pack the weight, before `create_parameters` does it."""
-        matrix = self.matrix()
-        self._arrays = dict(self.form.pack(matrix))
+        matrix = self.matrix(self.target.variable)
+        self.named = dict(self.form.pack(matrix))
         if self.form.dtype != "float32":
-            rest = self.form.unpack(self._arrays, self.shape, np)
+            rest = self.form.unpack(self.named, self.shape, np)
             rest -= matrix
             error, norm = (
                 np.sqrt(np.einsum("ij,ij", x, x, dtype="float64"))
@@ -184,40 +189,44 @@ class PackedParameters(Reparameterization):
                 autocast=autocast,
             )
 
-        if not (self.is_empty or self._arrays):
+        if not (self.is_empty or self.named):
             self.pack()
-        for name, spec in self.arrays.items():
-            trained = self.trainable and name == "values"
-            self.named[name] = add(name, spec, trained)
-            if not self.is_empty:
-                self.named[name].assign(self._arrays.pop(name))
         current, form = backend.current(), self.form
-        if isinstance(form, NativeFormat):
-            self.packed = form.packed(self.named, self.shape, self.activations)
-        if self.split is not None:
-            cls = current.layouts().SplitPacked
-            self.packed = cls.of(self.packed, self.split)
         if self.is_held:
             spec = self.target.shape, self.dtype
             # The layer's own call casts it.
             dense = add("unpacked", spec, autocast=not self.rounds_inputs)
             self.companions["unpacked"] = dense
-        elif self.plan is not None and keras.backend.backend() == "jax":
-            gpu = current.gpu_products()
-            x_dtype = self.target.layer.compute_dtype
-            for kind in self.plan.companions:
-                spec = gpu.companion_spec(kind, self.shape, x_dtype)
-                self.companions[kind] = add(f"companion_{kind}", spec)
-            more = {"companions": self.companions, "x_dtype": x_dtype}
-            self.packed = gpu.PreparedPacked(**vars(self.packed), **more)
+        else:
+            for name, spec in self.arrays.items():
+                packed = self.named.get(name)
+                trained = self.trainable and name == "values"
+                self.named[name] = add(name, spec, trained)
+                if packed is not None:
+                    self.named[name].assign(packed)
+            if isinstance(form, NativeFormat):
+                self.packed = form.packed(
+                    self.named, self.shape, self.activations
+                )
+            if self.split is not None:
+                cls = current.layouts().SplitPacked
+                self.packed = cls.of(self.packed, self.split)
+            if self.plan is not None and keras.backend.backend() == "jax":
+                gpu = current.gpu_products()
+                x_dtype = self.target.layer.compute_dtype
+                for kind in self.plan.companions:
+                    spec = gpu.companion_spec(kind, self.shape, x_dtype)
+                    self.companions[kind] = add(f"companion_{kind}", spec)
+                more = {"companions": self.companions, "x_dtype": x_dtype}
+                self.packed = gpu.PreparedPacked(**vars(self.packed), **more)
         if not self.is_empty:
             self._prepare()
 
     def _prepare(self):
-        """Compute the companions from the arrays."""
+        """Compute the companions, or the dense weight, from the arrays."""
         for kind, variable in self.companions.items():
             if self.is_held:
-                made = self.folded()
+                made = self._from_arrays()
             else:
                 gpu, packed = backend.current().gpu_products(), self.packed
                 made = gpu.companion(kind, packed, packed.x_dtype)
@@ -231,11 +240,21 @@ class PackedParameters(Reparameterization):
         return {self.key(name): spec for name, spec in self.arrays.items()}
 
     def saved(self):
-        return {p.name: p for p in self.named.values()}
+        if self.is_held:
+            dense = shared.whole(self.companions["unpacked"])
+            same = ops.convert_to_numpy(self._from_arrays())
+            # Someone else may have set the weight.
+            if not np.array_equal(same, dense, equal_nan=True):
+                self.named = dict(self.form.pack(self.matrix(dense)))
+        return {self.key(name): array for name, array in self.named.items()}
 
     def load(self, saved):
-        for parameter in self.named.values():
-            parameter.assign(saved[parameter.name])
+        for name in self.arrays:
+            array = saved[self.key(name)]
+            if self.is_held:
+                self.named[name] = array
+            else:
+                self.named[name].assign(array)
         self._prepare()
 
     def multiply(self, x, stacked=False):
@@ -272,6 +291,11 @@ class PackedParameters(Reparameterization):
         return self.form.unpack(arrays, self.shape, ops)
 
     def folded(self):
+        if self.is_held:
+            return self.effective(None)
+        return self._from_arrays()
+
+    def _from_arrays(self):
         # Without a large tensor for each step of it, and in order in memory:
         # on torch transposes give strides, by which sums differ.
         arrays = {k: ops.convert_to_numpy(v) for k, v in self.named.items()}
@@ -279,11 +303,10 @@ class PackedParameters(Reparameterization):
         kernel = np.ascontiguousarray(ops.convert_to_numpy(kernel))
         return ops.cast(kernel, self.dtype)
 
-    def matrix(self):
-        """Return the dense weight as a float32 NumPy matrix (K, N)."""
-        target = self.target
-        axes = target.contraction_axes, target.stack_axes
-        stack = to_stack(target.variable, *axes)
+    def matrix(self, weight):
+        """Return a dense weight as a float32 NumPy matrix (K, N)."""
+        axes = self.target.contraction_axes, self.target.stack_axes
+        stack = to_stack(weight, *axes)
         if self.width > self.units:
             missing = self.width - self.units
             stack = ops.pad(stack, ((0, 0), (0, 0), (0, missing)))
@@ -298,11 +321,10 @@ class PackedParameters(Reparameterization):
         axes = target.contraction_axes, target.stack_axes
         return from_stack(stack, target.shape, *axes)
 
-    def _split_as_weight(self, is_table):
+    def _split_as(self, layout, is_table):
         """Split the arrays over devices as the weight is, under JAX."""
-        layout = keras_compat.layout_of(self.target.variable)
         layouts = backend.current().layouts()
-        if layout is None or layouts is None:
+        if layouts is None:
             return
         sides: tuple[str, ...] = ("rows", "columns")
         if is_table:
@@ -317,7 +339,6 @@ class PackedParameters(Reparameterization):
         )
         if self.split is not None:
             self.layouts = self.split.layouts(self.arrays)
-            self.layouts["unpacked"] = layout
 
 
 class _PackedCall:

@@ -23,8 +23,8 @@ class PackedWeight:
         dtype: String, type of the kept values: `"float32"`, `"bfloat16"`,
             `"int8"` or `"int4"`.
         dense_bytes: Int.
-        packed_bytes: Int, all that stands for it in memory: values, places and
-            scales, and the dense weight where nothing can multiply by these.
+        packed_bytes: Int, all weights that stand for it: values, places and
+            scales, or the dense weight where nothing can multiply by these.
         activations: String, what it is multiplied by: `"float32"` for floats
             of any type, or `"int8"`.
         rounding_error: Float, the norm of what rounding changed over that of
@@ -58,7 +58,7 @@ class PackReport(report.Report):
     Attributes:
         weights: Tuple of `PackedWeight`: packed, or unpacked again.
         skipped: Tuple of `Skipped(path, reason)`: weights left as they are.
-        model_bytes_before: Int, all weights of the model in memory.
+        model_bytes_before: Int, all weights of the model.
         model_bytes: Int, the same after the call.
     """
 

@@ -93,7 +93,7 @@ class LogitsDistiller(keras.distillation.Distiller):
     def teacher_bytes(self) -> int:
         """The memory of the teacher's weights, in bytes."""
         variables = self.teacher.variables if self.teacher else []
-        return bytes_of((v.shape, v.dtype) for v in variables)
+        return bytes_of(variables)
 
     def compile(self, optimizer=None, loss=None, **kwargs):
         """Configure the training, as `keras.Model.compile` does."""

@@ -13,8 +13,8 @@ def numpy_dtype(name: str) -> Any:
 
 
 def bytes_of(arrays: Any) -> int:
-    """Return the size of arrays, given as pairs of a shape and a dtype."""
+    """Return the size of all that has a `shape` and a `dtype`, in bytes."""
     return sum(
-        math.prod(shape) * int(numpy_dtype(dtype).itemsize)
-        for shape, dtype in arrays
+        math.prod(array.shape) * int(numpy_dtype(array.dtype).itemsize)
+        for array in arrays
     )
