@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -22,18 +22,6 @@ _COPY_ON_WRITE = ("jax", "tensorflow")
 _ADAPTED = ("mean", "variance", "count")
 # What training changes, "recurrent_kernel" too, whatever is frozen now.
 _TRAINED = ("kernel", "bias", "gamma", "beta", "embeddings")
-
-
-class Snapshot(NamedTuple):
-    """Values of a weight that nothing changes any more.
-
-    Attributes:
-        array: NumPy array.
-        tensor: The backend's tensor that `array` is a view of, or `None`.
-    """
-
-    array: np.ndarray
-    tensor: Any = None
 
 
 class Checkpoint:
@@ -99,22 +87,19 @@ class Checkpoint:
         return None if view is None or not view.flags.c_contiguous else view
 
     def snapshot(self, position, places=None):
-        """Return a `Snapshot` of the values, or of those at some places."""
+        """Return values, or those at some places, that nothing changes."""
+        values = self.read(position)
         if places is not None:
-            return Snapshot(self.read(position).reshape(-1)[places])
-        tensor = self._tensor(position)
-        view = _view(tensor)
-        if view is None:
-            return Snapshot(self.read(position))
-        if keras.backend.backend() in _COPY_ON_WRITE:
-            return Snapshot(view, tensor)
-        return Snapshot(view.copy())
+            return values.reshape(-1)[places]
+        # The others have a new tensor for each change, and keep this one.
+        is_shared = keras.backend.backend() not in _COPY_ON_WRITE
+        return values.copy() if is_shared else values
 
     def assign(self, position, values, places=None):
-        """Put the values of a `Snapshot` into the variable at `position`.
+        """Put an array into the variable at `position`.
 
-        At `places` of it, flattened, if these are given. If not, the
-        snapshot's memory may be the variable's from then on.
+        At `places` of it, flattened, if these are given. If not, the array's
+        memory may be the variable's from then on.
         """
         if places is not None:
             memory = whole = self.memory(position)
@@ -122,14 +107,11 @@ class Checkpoint:
                 present = self.read(position)
                 whole = empty_aligned(present.shape, present.dtype)
                 whole[...] = present
-            whole.reshape(-1)[places] = values.array
+            whole.reshape(-1)[places] = values
             if memory is not None:
                 return
-            values = Snapshot(whole)
-        tensor = values.tensor
-        if tensor is None:
-            tensor = backend.current().tensor_of(values.array)
-        self.variables[position].assign(tensor)
+            values = whole
+        self.variables[position].assign(backend.current().tensor_of(values))
 
     def _tensor(self, position):
         value = self.variables[position].value

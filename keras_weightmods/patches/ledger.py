@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_weightmods.patches import tensors
-from keras_weightmods.patches.checkpoint import Checkpoint, Snapshot
+from keras_weightmods.patches.checkpoint import Checkpoint
 from keras_weightmods.patches.entry import Replacing, Sparse
 from keras_weightmods.utils.checks import raise_all
 from keras_weightmods.utils.parallel import map_ahead
+
+_UNWRITABLE = "The change cannot be written:"
 
 
 class Applied(NamedTuple):
@@ -32,30 +34,15 @@ class _Sum(NamedTuple):
     """What a weight is, or is to be.
 
     Attributes:
-        clean: `Snapshot` of what to add to.
+        values: Array of what to add to.
         terms: List of triples as in `tensors.rebuilt_pieces`; may be empty.
-        places: Array of the places of `clean` in the weight flattened; `None`
-            where `clean` is all of it.
+        places: Array of the places of `values` in the weight flattened; `None`
+            where they are all of it.
     """
 
-    clean: Snapshot
-    terms: list[Any]
+    values: np.ndarray
+    terms: Any = ()
     places: np.ndarray | None = None
-
-
-class _Weight(NamedTuple):
-    """What the ledger holds of one weight.
-
-    Attributes:
-        clean: `Snapshot` of what it is without any change.
-        places: Array, the places of `clean` in the weight flattened; `None`
-            where `clean` is all of it.
-        entries: Dict from the names of the patches on it to their entries.
-    """
-
-    clean: Snapshot
-    places: np.ndarray | None
-    entries: dict[str, Any]
 
 
 class Ledger:
@@ -73,12 +60,15 @@ class Ledger:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.patches: dict[str, Applied] = {}
-        self._weights: dict[int, _Weight] = {}
+        # By position: clean values, and their places, `None` for all.
+        self._clean: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+        # Names of patches and positions of weights that they are lost on.
+        self._lost: set[tuple[str, int]] = set()
 
     @property
     def nbytes(self) -> int:
         """Int, the bytes of the clean values."""
-        return sum(each.clean.array.nbytes for each in self._weights.values())
+        return sum(values.nbytes for values, _ in self._clean.values())
 
     def name_of(self, patch: Any) -> str | None:
         """Return the name of a patch on the model, or its equal, if any."""
@@ -104,36 +94,35 @@ class Ledger:
         Raises:
             ValueError: If weights were changed since they were patched.
         """
-        self._changed(model, self._weights)
+        self._changed(model, self._clean)
 
         def read(position):
-            present = model.read(position)
-            weight = self._weights.get(position)
-            return present if weight is None else _with_clean(present, weight)
+            return self._with_clean(position, model.read(position))
 
         return model.fingerprint(read, without)
 
-    def _changed(self, model, weights, force=False):
+    def _changed(self, model, positions, force=False):
         """Return the positions of weights that something else has changed.
 
         Args:
             model: `Checkpoint` of the model.
-            weights: Dict from positions to `_Weight`, where to look.
+            positions: Those of weights with patches, where to look.
             force: Bool, whether such weights are fine.
 
         Raises:
             ValueError: If there are any and `force` is not set; lists all.
         """
+        present = self._entries(self.patches)
 
         def is_unchanged(position):
-            clean, places, entries = weights[position]
+            clean, places = self._clean[position]
             array = model.read(position)
             if places is not None:
                 array = array.reshape(-1)[places]
-            terms = _terms(self.patches, entries, places)
-            return tensors.is_rebuilt(array, clean.array, terms)
+            terms = _terms(present[position], places)
+            return tensors.is_rebuilt(array, clean, terms)
 
-        positions = sorted(weights)
+        positions = sorted(positions)
         unchanged = map_ahead(is_unchanged, positions)
         changed = [p for p, is_same in zip(positions, unchanged) if not is_same]
         if not force:
@@ -164,50 +153,48 @@ class Ledger:
             ValueError: Listing all weights that were changed since, or whose
                 result is not finite. The model is unchanged then.
         """
-        entries = self._entries_after(after)
-        known = {p: self._weights[p] for p in entries if p in self._weights}
+        old, new = self._entries(self.patches), self._entries(after)
+        touched = [p for p in {**old, **new} if old.get(p) != new.get(p)]
+        touched.sort()
+        known = [p for p in touched if p in old]
         changed = self._changed(model, known, force)
-        left = [p for p in changed if _is_lost(known[p])]
-        subtracted = [
-            p for p in changed if p not in left and known[p].places is None
-        ]
-        written = [p for p in entries if p not in left]
+        whole = [p for p in changed if self._clean[p][1] is None]
+        left = [p for p in whole if any(_replaces(e) for e, *_ in old[p])]
+        subtracted = [p for p in whole if p not in left]
+        written = [p for p in touched if p not in left]
 
         def planned(position):
             """Return the sums before and after."""
-            weight: Any = known.get(position)
-            old = weight.entries if weight else {}
-            places = _union({**old, **entries[position]})
-            terms = _terms(self.patches, old, places)
-            is_kept = weight is not None and weight.places is None
-            if is_kept and position not in subtracted:
-                clean = weight.clean
-                before = _Sum(clean, terms)
-            else:
-                clean = model.snapshot(position, places)
-                before = _Sum(clean, [], places)
-                if is_kept:
-                    negated = [(-scale, *rest) for scale, *rest in terms]
-                    key = model.infos[position].key
-                    clean, problem = _computed(_Sum(clean, negated), key)
-                    problems = filter(None, [problem])
-                    raise_all("The change cannot be written:", problems)
-                elif weight is not None:
-                    clean = Snapshot(_with_clean(clean.array, weight, places))
-            terms = _terms(after, entries[position], places)
-            return before, _Sum(clean, terms, places)
+            before, then = old.get(position, []), new.get(position, [])
+            places = _union(before + then)
+            terms = _terms(then, places)
+            clean, kept = self._clean.get(position, (None, None))
+            if position in subtracted:
+                now = model.snapshot(position)
+                key = model.infos[position].key
+                negated = [(-x, *rest) for x, *rest in _terms(before)]
+                clean, problem = _computed(_Sum(now, negated), key)
+                raise_all(_UNWRITABLE, filter(None, [problem]))
+                return _Sum(now), _Sum(clean, terms)
+            if clean is not None and kept is None:
+                return _Sum(clean, _terms(before)), _Sum(clean, terms)
+            now = model.snapshot(position, places)
+            clean = self._with_clean(position, now, places)
+            return _Sum(now, (), places), _Sum(clean, terms, places)
 
         sums = dict(zip(written, map_ahead(planned, written)))
-        weights = {p: w for p, w in self._weights.items() if p not in entries}
-        for position, (_, new) in sums.items():
-            if entries[position]:
-                places, clean = _union(entries[position]), new.clean
+        clean = {p: x for p, x in self._clean.items() if p not in touched}
+        for position, (_, each) in sums.items():
+            if position in new:
+                values, places = each.values, _union(new[position])
                 if places is not None:
-                    within = _within(new.places, places)
-                    clean = Snapshot(clean.array.reshape(-1)[within])
-                weights[position] = _Weight(clean, places, entries[position])
+                    within = _within(each.places, places)
+                    values = values.reshape(-1)[within]
+                clean[position] = values, places
+        lost = self._lost.union(itertools.product(after, left))
+        lost = {each for each in lost if each[0] in after}
         _write(model, sums)
-        self.patches, self._weights = after, weights
+        self.patches, self._clean, self._lost = after, clean, lost
         return [p for p in written if p not in subtracted], subtracted, left
 
     def subtract(self, model, patch, scale):
@@ -239,32 +226,44 @@ class Ledger:
         raise_all(summary, unknown)
         sums = {}
         for entry in patch:
-            before = _Sum(model.snapshot(entry.position), [])
+            before = _Sum(model.snapshot(entry.position))
             # Solves new = old + scale * (tensor - replaced * old) for the old.
             scaled = -scale / (1 - scale * entry.replaced)
-            term = scaled, entry.tensor, entry.replaced
-            sums[entry.position] = before, before._replace(terms=[term])
+            terms = _terms([(entry, scaled)])
+            sums[entry.position] = before, before._replace(terms=terms)
         _write(model, sums)
         return tuple(entry.key for entry in patch)
 
-    def _entries_after(self, after):
-        """Return {position: {name: entry}} of the weights that change."""
-        found: dict[int, dict[str, Any]] = {}
-        for name, applied in {**self.patches, **after}.items():
-            if self.patches.get(name) is after.get(name):
-                continue
-            for entry in applied.patch:
-                weight = self._weights.get(entry.position)
-                present = weight.entries if weight else {}
-                # A statistic that was left as it is has no patch any more.
-                if name in self.patches and name not in present:
-                    continue
-                entries = found.setdefault(entry.position, dict(present))
-                if name in after:
-                    entries[name] = entry
-                else:
-                    del entries[name]
-        return dict(sorted(found.items()))
+    def _entries(self, patches):
+        """Return {position: [(entry, scale, patch)]} of some patches."""
+        found: dict[int, list[Any]] = {}
+        for name, (patch, scale) in patches.items():
+            for entry in patch:
+                if (name, entry.position) not in self._lost:
+                    row = entry, scale, patch
+                    found.setdefault(entry.position, []).append(row)
+        for rows in found.values():
+            # The sum of two does not depend on their order; that of more does.
+            if len(rows) > 2:
+                rows.sort(key=lambda row: row[-1].digest)
+        return found
+
+    def _with_clean(self, position, present, places=None):
+        """Return values of a weight with the clean ones among them.
+
+        Args:
+            position: Int, of the weight.
+            present: Array, the present values at `places`.
+            places: Array, or `None` for all.
+        """
+        if position not in self._clean:
+            return present
+        clean, kept = self._clean[position]
+        if kept is None:
+            return clean
+        whole = np.array(present, order="C")
+        whole.reshape(-1)[_within(places, kept)] = clean
+        return whole
 
 
 # One for each model, so that two callers never take each other's changes for
@@ -297,62 +296,36 @@ def changed_list(weights, patch, scale):
     """
     values, problems = list(weights.arrays), []
     for entry in patch:
-        term = scale, entry.tensor, entry.replaced
-        each = _Sum(Snapshot(values[entry.position]), [term])
-        found, problem = _computed(each, entry.key)
-        values[entry.position] = found.array
+        each = _Sum(values[entry.position], _terms([(entry, scale)]))
+        values[entry.position], problem = _computed(each, entry.key)
         problems.append(problem)
     raise_all("The change cannot be made:", filter(None, problems))
     return values
 
 
-def _is_lost(weight):
-    """Return whether the patches cannot be subtracted from a weight."""
-    is_whole = weight.places is None
-    return any(
-        entry.replaced or (is_whole and isinstance(entry.tensor, Replacing))
-        for entry in weight.entries.values()
-    )
+def _replaces(entry):
+    """Return whether what an entry changes cannot be subtracted again."""
+    return entry.replaced or isinstance(entry.tensor, Replacing)
 
 
-def _terms(patches, entries, places):
-    """Return the terms of a weight's sum, in an order of their own.
-
-    The sum of two does not depend on their order; that of more does.
-    """
-    names = list(entries)
-    if len(names) > 2:
-        names.sort(key=lambda name: patches[name].patch.digest)
-    found = []
-    for name in names:
-        tensor, replaced = entries[name].tensor, entries[name].replaced
-        if places is not None:
-            tensor = tensor.at(places)
-        found.append((patches[name].scale, tensor, replaced))
-    return found
+def _terms(rows, places=None):
+    """Return the terms of a `_Sum` of entries and scales."""
+    return [
+        (
+            scale,
+            entry.tensor if places is None else entry.tensor.at(places),
+            entry.replaced,
+        )
+        for entry, scale, *_ in rows
+    ]
 
 
-def _union(entries):
+def _union(rows):
     """Return the places of all entries, or None if one is not `Sparse`."""
-    found = [entry.tensor for entry in entries.values()]
+    found = [entry.tensor for entry, *_ in rows]
     if not all(isinstance(tensor, Sparse) for tensor in found):
         return None
     return functools.reduce(np.union1d, [tensor.places for tensor in found])
-
-
-def _with_clean(present, weight, places=None):
-    """Return `present` with the clean values of a `_Weight` in their places.
-
-    Args:
-        present: Array, the present values at `places`.
-        weight: `_Weight`.
-        places: Array, or `None` for all.
-    """
-    if weight.places is None:
-        return weight.clean.array
-    whole = np.array(present, order="C")
-    whole.reshape(-1)[_within(places, weight.places)] = weight.clean.array
-    return whole
 
 
 def _within(places, some):
@@ -375,7 +348,7 @@ def _write(model, sums):
     }
     # This thread allocates: it uses freed memory again, and workers would not.
     memories = {
-        position: _new_memory(new) if own[position] is None else own[position]
+        position: _memory(new) if own[position] is None else own[position]
         for position, (_, new) in sums.items()
     }
 
@@ -390,7 +363,7 @@ def _write(model, sums):
         with contextlib.closing(results):
             found = dict(zip(sums, results))
         problems = [problem for _, problem in found.values() if problem]
-        raise_all("The change cannot be written:", problems)
+        raise_all(_UNWRITABLE, problems)
         for position, (values, _) in found.items():
             if own[position] is None:
                 model.assign(position, values, sums[position][1].places)
@@ -403,12 +376,9 @@ def _write(model, sums):
         raise
 
 
-def _new_memory(each):
-    """Return memory for a `_Sum`, or `None` where it is its clean values."""
-    clean = each.clean.array
-    if each.terms:
-        return tensors.empty_aligned(clean.shape, clean.dtype)
-    return None
+def _memory(each):
+    """Return new memory for a `_Sum`."""
+    return tensors.empty_aligned(each.values.shape, each.values.dtype)
 
 
 def _computed(each, key, memory=None):
@@ -417,24 +387,20 @@ def _computed(each, key, memory=None):
     Args:
         each: `_Sum`.
         key: String, of the weight.
-        memory: Array, where to write it. Defaults to `None`, for a new one
-            where there are terms.
+        memory: Array to write it to. Defaults to `None`, for a new one.
 
     Returns:
-        Pair of a `Snapshot` and of what is wrong with it, or `None`.
+        Pair of that array and of what is wrong with it, or `None`.
     """
-    clean, terms, _ = each
-    if memory is None:
-        memory = _new_memory(each)
-    if memory is None:
-        return clean, None
+    values, terms, _ = each
+    memory = _memory(each) if memory is None else memory
     if not terms:
-        memory[...] = clean.array
-        return Snapshot(memory), None
+        memory[...] = values
+        return memory, None
     found = None
-    for _, values in tensors.rebuilt_pieces(clean.array, terms, memory):
-        found = found or _problem(key, clean.array, values)
-    return Snapshot(memory), found
+    for _, piece in tensors.rebuilt_pieces(values, terms, memory):
+        found = found or _problem(key, values, piece)
+    return memory, found
 
 
 def _problem(key, clean, result):
